@@ -1,0 +1,23 @@
+"""Trains a config: python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 usage.
+"""
+
+from absl import flags
+
+from uni_moe_jax import cli
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and the report.', required=True)
+flags.mark_flag_as_required('config')
+
+
+def main() -> int:
+  from uni_moe_jax import config as config_lib
+  config_lib.resolve(_CONFIG.value)  # a mistyped config is told before the libraries below are loaded
+  from uni_moe_jax.train import loop
+  return loop.train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == '__main__':
+  cli.run(main)

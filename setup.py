@@ -1,0 +1,60 @@
+"""Packaging: the dependencies, each with the range of versions that was tested.
+
+Lower bounds are the releases that the tests ran on. Upper bounds are the next release that may
+break an interface: before 1.0 that is the next minor one. `constraints.txt` has the exact versions
+that CI runs.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+_HERE = pathlib.Path(__file__).parent
+_VERSION = re.search(
+    r"^__version__ = '(.+)'$", (_HERE / 'uni_moe_jax/__init__.py').read_text(), re.MULTILINE
+).group(1)
+
+# TensorFlow only feeds the data here, so its CPU build is enough, also beside a GPU or TPU build of
+# JAX. That build has no wheels for Linux on arm and none for macOS; `tensorflow` has.
+_ON_LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+_ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
+
+setuptools.setup(
+    name='uni-moe-jax',
+    version=_VERSION,
+    description='Sparse generalist models with conditional mixtures of experts, in JAX and Flax',
+    long_description=(_HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=setuptools.find_packages(include=['uni_moe_jax', 'uni_moe_jax.*']),
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py>=2.5,<3',
+        'chex>=0.1.92,<0.2',
+        'flax>=0.12.8,<0.13',
+        'fonttools>=4.68,<5',
+        'jax>=0.10.2,<0.11',
+        'matplotlib>=3.11,<4',
+        'ml-collections>=1.1,<2',
+        'numpy>=2.4,<3',
+        'optax>=0.2.8,<0.3',
+        'orbax-checkpoint>=0.12.8,<0.13',
+        'pillow>=13,<14',
+        'sacrebleu>=2.6,<3',
+        'scikit-learn>=1.9,<2',
+        'sentencepiece>=0.2.3,<0.3',
+        'tensorboard>=2.21,<3',
+        f'tensorflow-cpu>=2.21,<2.22; {_ON_LINUX_X86}',
+        f'tensorflow>=2.21,<2.22; {_ELSEWHERE}',
+        'tensorflow-datasets>=4.9.10,<5',
+        'tqdm>=4.70,<5',
+    ],
+    extras_require={
+        'test': ['pytest>=9.2,<10', 'pytest-xdist>=3.8,<4'],
+        'tpu': ['jax[tpu]>=0.10.2,<0.11'],
+        'cuda': ['jax[cuda12]>=0.10.2,<0.11'],
+        'torch': ['torch>=2.13,<3'],  # reads the authors' checkpoints; nothing else needs it
+        'video': ['av>=18,<19'],  # decodes mp4, webm and gif
+    },
+)

@@ -1,0 +1,70 @@
+"""Prepared records on disk: whole or absent, and fingerprints of what they say."""
+
+import numpy as np
+import pytest
+
+from uni_moe_jax.data import storage
+
+_COLUMNS = {'pixels': np.arange(12, dtype=np.uint8).reshape(3, 2, 2), 'name': np.array(['a', 'b', ''])}
+_CLASSES = {'name': ('b', 'a')}
+
+
+class TestFingerprint:
+
+  def test_equal_content_has_one_fingerprint_however_it_is_stored(self):
+    other = {
+        'name': _COLUMNS['name'].astype('<U40'),
+        'pixels': np.asfortranarray(_COLUMNS['pixels']),
+    }
+    assert storage.fingerprint(other, _CLASSES) == storage.fingerprint(_COLUMNS, _CLASSES)
+
+  @pytest.mark.parametrize('change', [
+      {'pixels': _COLUMNS['pixels'] + 1},
+      {'pixels': _COLUMNS['pixels'].reshape(3, 4)},
+      {'pixels': _COLUMNS['pixels'].astype(np.int16)},
+      {'name': np.array(['ab', '', ''])},
+  ], ids=['values', 'shape', 'type', 'where a text ends'])
+  def test_another_column_has_another_fingerprint(self, change):
+    changed = storage.fingerprint(_COLUMNS | change, _CLASSES)
+    assert changed != storage.fingerprint(_COLUMNS, _CLASSES)
+
+  def test_another_order_of_classes_has_another_fingerprint(self):
+    changed = storage.fingerprint(_COLUMNS, {'name': ('a', 'b')})
+    assert changed != storage.fingerprint(_COLUMNS, _CLASSES)
+
+
+class TestBuilding:
+
+  def test_a_block_that_raises_leaves_nothing(self, tmp_path):
+    with pytest.raises(RuntimeError), storage.building(tmp_path / 'made') as folder:
+      (folder / 'half').touch()
+      raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+  def test_nothing_is_there_before_the_block_ends(self, tmp_path):
+    with storage.building(tmp_path / 'made') as folder:
+      (folder / 'part').touch()
+      assert not (tmp_path / 'made').exists()
+    assert [file.name for file in (tmp_path / 'made').iterdir()] == ['part']
+
+  def test_of_two_builds_at_once_the_first_to_finish_stays(self, tmp_path):
+    with storage.building(tmp_path / 'made') as slow:
+      with storage.building(tmp_path / 'made') as fast:
+        (fast / 'fast').touch()
+      (slow / 'slow').touch()
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*')] == ['made', 'made/fast']
+
+
+class TestFiles:
+
+  def test_records_come_back_as_they_were_saved(self, tmp_path):
+    storage.save(tmp_path, 'train', _COLUMNS, _CLASSES)
+    records = storage.load(tmp_path, 'train', tmp_path)
+    np.testing.assert_array_equal(records.columns['pixels'], _COLUMNS['pixels'])
+    assert records.columns['name'].tolist() == ['a', 'b', '']
+    assert records.classes == _CLASSES
+    assert records.fingerprint == storage.fingerprint(_COLUMNS, _CLASSES)
+
+  def test_columns_of_different_lengths_are_refused(self, tmp_path):
+    with pytest.raises(ValueError, match="'train'.*one length.*'pixels': 3, 'name': 2"):
+      storage.save(tmp_path, 'train', _COLUMNS | {'name': np.array(['a', 'b'])}, {})

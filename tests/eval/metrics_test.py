@@ -1,0 +1,176 @@
+"""Every metric against numbers worked out by hand, in the comments."""
+
+import math
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
+
+from uni_moe_jax.eval import metrics
+
+
+class RecallTest(parameterized.TestCase):
+
+  def test_rank_is_that_of_the_best_positive_and_ties_count_against_the_model(self):
+    similarity = np.array([
+        [.9, .8, .1, .2],  # positives 1 and 3: best .8, one negative above it        -> rank 2
+        [.5, .5, .5, .1],  # positive 0: negatives 1 and 2 are as high                 -> rank 3
+        [.7, .7, .2, .1],  # positives 0 and 1 tie with each other, no negative near   -> rank 1
+        [.3, .2, .1, .0],  # positive 3: lowest                                        -> rank 4
+    ])
+    positives = np.array([[0, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]], bool)
+    np.testing.assert_array_equal(metrics.best_positive_rank(similarity, positives), [2, 3, 1, 4])
+    for k, share in ((1, .25), (2, .5), (3, .75), (4, 1.)):
+      self.assertEqual(metrics.recall_at_k(similarity, positives, k), share)
+
+  @parameterized.parameters(([np.nan] * 3, 3), ([np.nan, .2, .1], 3), ([.5, np.nan, .1], 2))
+  def test_nan_counts_against_the_model(self, similarity, rank):
+    positives = np.array([[True, False, False]])
+    self.assertEqual(metrics.best_positive_rank(np.array([similarity]), positives), rank)
+
+  def test_a_query_without_positive_is_named(self):
+    with self.assertRaisesRegex(ValueError, r'query 1 has no positive target \(1 of 2'):
+      metrics.recall_at_k(np.zeros((2, 2)), np.array([[True, False], [False, False]]), 1)
+
+  def test_unequal_shapes_are_named(self):
+    with self.assertRaisesRegex(ValueError, r'\(2, 3\) and positives \(3, 2\)'):
+      metrics.recall_at_k(np.zeros((2, 3)), np.ones((3, 2), bool), 1)
+
+
+class AccuracyTest(parameterized.TestCase):
+
+  def test_top_k_counts_labels_among_the_k_highest_scores(self):
+    scores = np.array([[.1, .7, .2], [.5, .3, .2], [.2, .3, .5], [.4, .4, .2]])
+    labels = np.array([1, 1, 0, 0])  # ranks 1, 2, 3, and 2 for the tie
+    self.assertEqual(metrics.top_k_accuracy(scores, labels, 1), .25)
+    self.assertEqual(metrics.top_k_accuracy(scores, labels, 2), .75)
+    self.assertEqual(metrics.top_k_accuracy(scores, labels, 3), 1.)
+
+  def test_a_constant_model_gets_no_accuracy_out_of_ties(self):
+    self.assertEqual(metrics.top_k_accuracy(np.zeros((4, 3)), np.zeros(4, int)), 0)
+
+  @parameterized.parameters(-1, 3)
+  def test_a_label_outside_the_targets_is_an_error(self, label):
+    with self.assertRaisesRegex(ValueError, r'there are 3 targets: labels must be in \[0, 3\)'):
+      metrics.top_k_accuracy(np.zeros((1, 3)), np.array([label]))
+
+  @parameterized.parameters(('ints', [0, 1, 2]), ('names', ['arrow', 'box', 'letter']))
+  def test_balanced_accuracy_is_the_mean_recall_of_present_classes(self, _, classes):
+    # Class 0: 3 of 4 found; class 1: 1 of 2; class 2: 0 of 1; a fourth class is predicted only.
+    labels = np.array(classes)[[0, 0, 0, 0, 1, 1, 2]]
+    predictions = np.array(classes)[[0, 0, 0, 1, 1, 0, 0]]
+    self.assertAlmostEqual(metrics.balanced_accuracy(predictions, labels), (3/4 + 1/2 + 0) / 3)
+    self.assertAlmostEqual(metrics.accuracy(predictions, labels), 4 / 7)
+
+  def test_a_class_that_is_only_predicted_has_no_share(self):
+    self.assertEqual(metrics.balanced_accuracy(np.array([0, 9]), np.array([0, 0])), .5)
+
+  def test_no_examples_are_an_error_not_a_number(self):
+    with self.assertRaisesRegex(ValueError, 'no examples'):
+      metrics.balanced_accuracy(np.zeros(0), np.zeros(0))
+    with self.assertRaisesRegex(ValueError, 'no examples'):
+      metrics.exact_match([], [])
+
+  def test_binomial_standard_error(self):
+    self.assertAlmostEqual(metrics.binomial_standard_error(.2, 400), .02)  # sqrt(.16 / 400)
+    with self.assertRaisesRegex(ValueError, r'must be in \[0, 1\]'):
+      metrics.binomial_standard_error(20., 400)
+
+
+class TextTest(parameterized.TestCase):
+
+  def test_perplexity_is_exp_of_the_weighted_mean(self):
+    # Two picks of probability 1/2 and 1/8: sqrt(2 * 8) = 4.
+    self.assertAlmostEqual(metrics.perplexity(math.log(2) + math.log(8), 2), 4)
+    self.assertEqual(metrics.perplexity(1e6, 1), math.inf)
+    with self.assertRaisesRegex(ValueError, 'weights sum to 0'):
+      metrics.perplexity(0., 0)
+
+  def test_exact_match_ignores_case_and_spacing_only(self):
+    self.assertEqual(metrics.exact_match(
+        ['Full  block', 'full blocks', 'b'], ['full block', 'full block', ['a', 'b']]), 2 / 3)
+
+  @parameterized.parameters(
+      ('greek small letter', 'greek letter alpha', 2 / 3),  # 2 shared, 3 and 3 words
+      ('a a b', 'a b b c', 4 / 7),  # shared a, b: 2 * 2 / (3 + 4)
+      ('a a b', 'a a c', 4 / 6),  # shared a, a: a repeated word counts as often as both have it
+      ('letter alpha', 'alpha letter', 1.),  # a bag has no order
+      ('', 'full block', 0.), ('', '', 1.),
+  )
+  def test_word_f1_of_bags(self, prediction, reference, expected):
+    self.assertAlmostEqual(metrics.word_f1([prediction], [reference]), expected)
+
+  def test_word_f1_takes_the_closest_reference_and_the_mean_over_examples(self):
+    self.assertAlmostEqual(metrics.word_f1(['a b', 'c'], [['c d', 'a b'], 'd']), .5)
+
+  def test_bleu4_by_hand(self):
+    # Precisions of 1- to 4-grams: 4/5, 3/4, 2/3, 1/2; product 1/5; equal lengths, so no penalty.
+    self.assertAlmostEqual(
+        metrics.bleu4(['greek small letter alpha x'], ['greek small letter alpha tonos']),
+        .2 ** .25, places=6)
+
+  def test_bleu4_counts_over_the_corpus_and_punishes_brevity(self):
+    # All n-grams right, 8 words against 12: exp(1 - 12/8). A mean of sentences would differ.
+    self.assertAlmostEqual(
+        metrics.bleu4(['a b c d e f', 'g h'], ['a b c d e f', 'g h i j k l']),
+        math.exp(1 - 12 / 8), places=6)
+
+  def test_bleu4_takes_examples_with_unequally_many_references(self):
+    self.assertAlmostEqual(
+        metrics.bleu4(['a b c d', 'e f g h'], [['x y', 'a b c d'], 'e f g h']), 1., places=6)
+
+  def test_missing_references_are_named(self):
+    with self.assertRaisesRegex(ValueError, '2 predictions for 1 references'):
+      metrics.word_f1(['a', 'b'], ['a'])
+    with self.assertRaisesRegex(ValueError, 'example 1 has no reference'):
+      metrics.word_f1(['a', 'b'], ['a', []])
+
+
+class TableTest(parameterized.TestCase):
+
+  @parameterized.parameters(  # standard error of .5 in 100: .05, so the margin is .15
+      (.34, metrics.BETTER), (.36, metrics.LEVEL), (.64, metrics.LEVEL), (.66, metrics.WORSE))
+  def test_a_verdict_needs_three_standard_errors(self, reference, expected):
+    row = metrics.Score.proportion('top1', .5, 100).row('glyphs', 10)
+    self.assertEqual(metrics.verdict(row, reference), expected)
+
+  @parameterized.parameters((118.4, metrics.BETTER), (63.2, metrics.LEVEL), (60., metrics.WORSE))
+  def test_a_lower_perplexity_is_better(self, reference, expected):
+    row = {'metric': 'perplexity', 'value': 63.2}
+    self.assertEqual(metrics.verdict(row, reference), expected)
+    self.assertEqual(metrics.verdict(
+        metrics.Score('p', 63.2, 5, higher_is_better=False).row('mlm', 1), reference), expected)
+
+  def test_nan_is_worse_than_any_floor(self):
+    self.assertEqual(metrics.verdict({'metric': 'top1', 'value': math.nan}, 0.), metrics.WORSE)
+
+  def test_table_is_aligned_and_marks_every_floor(self):
+    rows = [metrics.Score.proportion('top1', .5, 2500, .02, {'majority': .14, 'pixels': .63})
+            .row('glyphs', 7),
+            metrics.Score('perplexity', 63.2, 18000, None, {'unigram': 63.2}, None, False)
+            .row('mlm', 7)]
+    self.assertEqual(metrics.evaluation_table(rows).splitlines()[:4], [
+        'evaluator  metric                        value  ± s.e.   count   chance  floors',
+        '---------  ----------------------------  -----  ------  ------  -------  '
+        '--------------------------------',
+        'glyphs     top1                          0.500   0.010   2,500  0.020 +  '
+        'majority 0.140 +, pixels 0.630 -',
+        'mlm        perplexity (lower is better)   63.2       —  18,000        —  unigram 63.2 =',
+    ])
+
+  def test_no_rows_are_said(self):
+    self.assertEqual(metrics.evaluation_table([]), 'no evaluation rows')
+
+  def test_a_score_prints_as_its_row(self):
+    self.assertEqual(str(metrics.Score.proportion('top1', .5, 2500, .02, {'majority': .14})),
+                     'top1  0.500  0.010  2,500  0.020 +  majority 0.140 +')
+
+  @parameterized.parameters(
+      (None, '—'), (0., '0.000'), (1., '1.000'), (.0025, '0.0025'), (63.21, '63.2'),
+      (12345.6, '12,346'), (math.nan, 'nan'), (-.5, '-0.500'))
+  def test_numbers_show_the_digits_that_matter(self, value, expected):
+    self.assertEqual(metrics.format_number(value), expected)
+
+
+if __name__ == '__main__':
+  absltest.main()

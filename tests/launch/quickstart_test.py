@@ -1,0 +1,155 @@
+"""quickstart.sh: its phases, their order, and what becomes of signals and exit codes.
+
+The commands are replaced by stand-ins in a copy, so that a run takes a second.
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# Appends its arguments to `log`, then does what the file that is named after it says: an exit code,
+# 'sleep', or 'save' (as training does: on SIGTERM, exit 75).
+_STAND_IN = '''
+import pathlib, signal, sys, time
+name = pathlib.Path(sys.argv[0]).stem
+with open('log', 'a') as log:
+  log.write(' '.join([name, *sys.argv[1:]]) + '\\n')
+does = pathlib.Path(name).read_text() if pathlib.Path(name).exists() else ''
+def save(*_):
+  pathlib.Path('saved').write_text(str(len(received)))
+  received.append(1)
+received = []
+if does == 'save':
+  signal.signal(signal.SIGTERM, save)
+if does in ('save', 'sleep'):
+  pathlib.Path('started').touch()
+  end = time.monotonic() + 20
+  while not received and time.monotonic() < end:
+    time.sleep(0.01)
+  time.sleep(0.1)
+  sys.exit(75 if received else 1)
+sys.exit(int(does or 0))
+'''
+
+
+@pytest.fixture(name='root')
+def _root(tmp_path):
+  (tmp_path / 'launch').mkdir()
+  for name in ('quickstart.sh', 'env.sh'):
+    shutil.copy(_ROOT / 'launch' / name, tmp_path / 'launch')
+  for name in ('prepare_data', 'train', 'evaluate', 'report'):
+    (tmp_path / 'launch' / f'{name}.py').write_text(_STAND_IN)
+  return tmp_path
+
+
+def _start(root, *arguments, **environment):
+  inherited = {k: v for k, v in os.environ.items() if k not in ('UNI_MOE_DATA', 'WORKDIR')}
+  return subprocess.Popen(
+      ['bash', 'launch/quickstart.sh', *arguments],
+      cwd=root,
+      env=inherited | {'UNI_MOE_PYTHON': sys.executable, 'HOME': str(root)} | environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+  )
+
+
+def _run(root, *arguments, **environment):
+  process = _start(root, *arguments, **environment)
+  output, errors = process.communicate(timeout=30)
+  return process.returncode, output, errors
+
+
+def _started(root):
+  end = time.monotonic() + 20
+  while not (root / 'started').exists():
+    assert time.monotonic() < end, 'the stand-in never started'
+    time.sleep(0.01)
+
+
+def test_runs_every_phase_in_order_and_names_the_report(root):
+  code, output, errors = _run(root, '--config.seed=3')
+  assert (code, errors) == (0, '')
+  assert (root / 'log').read_text().splitlines() == [
+      f'prepare_data --data_dir={root}/.cache/uni_moe_jax',
+      'train --config=configs/quickstart.py --workdir=runs/quickstart '
+      f'--config.data.dir={root}/.cache/uni_moe_jax --config.seed=3',
+      'evaluate --workdir=runs/quickstart',
+      'report --workdir=runs/quickstart',
+  ]
+  told = [line for line in output.splitlines() if line.endswith(' s')]
+  assert [line.split(':')[0] for line in told] == [
+      '== 1 environment', '== 2 data', '== 3 train', '== 4 evaluate', '== 5 report'
+  ]
+  assert output.splitlines()[-1].endswith('Report: runs/quickstart/report.html')
+
+
+def test_folders_come_from_the_environment(root):
+  _run(root, UNI_MOE_DATA='/some where', WORKDIR='my run')
+  log = (root / 'log').read_text()
+  assert log.count('data_dir=/some where\n') == log.count('data.dir=/some where\n') == 1
+  assert log.count('--workdir=my run') == 3
+
+
+@pytest.mark.parametrize('name, code, phase', [
+    ('prepare_data', 1, '2 data'), ('train', 2, '3 train'), ('evaluate', 1, '4 evaluate')
+])
+def test_a_failed_phase_ends_the_run_with_its_exit_code(root, name, code, phase):
+  (root / name).write_text(str(code))
+  got, _, errors = _run(root)
+  assert (got, errors) == (code, f'Phase {phase} failed with exit code {code}.\n')
+  assert (root / 'log').read_text().splitlines()[-1].startswith(name)
+
+
+def test_a_preempted_training_is_said_to_be_resumable(root):
+  (root / 'train').write_text('75')
+  assert _run(root)[::2] == (
+      75, 'Stopped in phase 3 train; the same command continues from here.\n'
+  )
+
+
+@pytest.mark.parametrize('number, name', [
+    (signal.SIGINT, 'Ctrl-C'), (signal.SIGTERM, 'SIGTERM'), (signal.SIGHUP, 'SIGHUP')
+])
+@pytest.mark.parametrize('send', [os.kill, os.killpg], ids=['to the script', 'to everybody'])
+def test_a_signal_reaches_training_once_and_waits_for_it(root, number, name, send):
+  (root / 'train').write_text('save')
+  process = _start(root)
+  _started(root)
+  send(process.pid, number)
+  _, errors = process.communicate(timeout=30)
+  assert process.returncode == 75
+  assert errors == f'Stopped by {name} in phase 3 train; the same command continues from here.\n'
+  assert (root / 'saved').read_text() == '0'  # the first signal, and no second one
+  assert 'evaluate' not in (root / 'log').read_text()
+
+
+def test_a_signal_ends_a_phase_that_cannot_save(root):
+  (root / 'prepare_data').write_text('sleep')
+  process = _start(root)
+  _started(root)
+  process.terminate()
+  _, errors = process.communicate(timeout=30)
+  assert process.returncode == 75
+  assert 'Stopped by SIGTERM in phase 2 data' in errors
+
+
+def test_an_unusable_interpreter_is_named(root):
+  code, _, errors = _run(root, UNI_MOE_PYTHON='/no/python')
+  assert code == 1
+  assert errors.startswith('UNI_MOE_PYTHON=/no/python is not a program.')
+
+
+def test_help_runs_nothing(root):
+  code, output, _ = _run(root, '--help')
+  assert code == 0 and output.startswith('Usage: ./launch/quickstart.sh')
+  assert not (root / 'log').exists()

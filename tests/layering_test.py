@@ -1,0 +1,171 @@
+"""Who may import whom: parsed from the source, so that nothing is imported to find out."""
+
+import ast
+import pathlib
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_PACKAGE = 'uni_moe_jax'
+_MAX_LINES = 400
+_MAX_MAIN_LINES = 80
+
+# room -> (the rooms it may import besides itself, why)
+_RULES = {
+    'attributes': ((), 'the bits of a token follow from plain values; all others read them'),
+    'tasks': (('attributes',), 'a task kind is a declaration from which attributes follow'),
+    'config': (
+        ('attributes', 'tasks'),
+        'a config is checked against the tables, before any model or data exists',
+    ),
+    'cli': (
+        ('attributes', 'tasks', 'config'),
+        'a mistyped command is answered before anything slow is loaded',
+    ),
+    'sharding': ((), 'one table of axis names that knows no module'),
+    'losses': ((), 'arrays in, numbers out: a loss knows neither the model nor the task'),
+    'moe': (
+        ('attributes', 'tasks', 'sharding'),
+        'routers and experts are parts of a model and know no model',
+    ),
+    'model': (
+        ('attributes', 'tasks', 'sharding', 'moe'),
+        'a model knows neither where its batches come from nor what becomes of its outputs',
+    ),
+    'data': (
+        ('attributes', 'tasks', 'config'),
+        'records become batches of declared kinds, and no model is needed for that',
+    ),
+    'eval': (
+        ('attributes', 'tasks', 'config', 'sharding', 'losses', 'moe', 'model', 'data'),
+        'an evaluator is given functions, so that every model is measured alike',
+    ),
+    'train': (
+        ('attributes', 'tasks', 'config', 'sharding', 'losses', 'model', 'data', 'eval'),
+        'the trainer joins the other rooms; experts it knows only through the model',
+    ),
+    'export': (
+        ('attributes', 'tasks', 'config', 'sharding', 'losses', 'moe', 'model', 'data', 'eval'),
+        'a finished model is exported without the machinery that trained it',
+    ),
+    'preflight': (
+        ('attributes', 'tasks', 'config', 'sharding', 'losses', 'moe', 'model', 'data', 'eval',
+         'train'),
+        'it compiles the real training step, so it sees what the trainer sees',
+    ),
+    'figures': ((), 'numbers in, pictures out: a figure does not know what its numbers mean'),
+    'report': (
+        ('attributes', 'tasks', 'config', 'data', 'eval', 'figures'),
+        'it draws what the commands wrote into the workdir and needs no model',
+    ),
+}
+_NOT_IMPORTED = {
+    'launch': 'the commands are the root: what two of them share belongs to the package',
+    'configs': 'a config is named on the command line and read by path',
+}
+
+
+def _imports(path: pathlib.Path) -> list[tuple[int, str]]:
+  """Returns (line, dotted name) of every import in a file, inside functions and by string, too."""
+  found = []
+  for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    if isinstance(node, ast.Import):
+      found += [(node.lineno, alias.name) for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      base = '.' * node.level + (node.module or '')
+      found += [(node.lineno, f'{base}.{alias.name}') for alias in node.names]
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+      function = ast.unparse(node.func).rpartition('.')[2]
+      if function in ('import_module', '__import__'):
+        found.append((node.lineno, str(node.args[0].value)))
+  return found
+
+
+def _room(parts: tuple[str, ...]) -> str:
+  """Returns the room of a dotted name or path below the package; '' is the package itself."""
+  first = parts[0].removesuffix('.py') if parts else ''
+  return '' if first == '__init__' else first
+
+
+def violations(root: pathlib.Path) -> list[str]:
+  """Returns one sentence, 'file:line: what, why', for every breach of the rules below `root`."""
+  found = []
+  folders = (_PACKAGE, 'launch', 'configs', 'tests')
+  for path in sorted(path for folder in folders for path in (root / folder).rglob('*.py')):
+    name = path.relative_to(root)
+    lines = len(path.read_text().splitlines())
+    limit = _MAX_MAIN_LINES - 1 if name.parts[0] == 'launch' else _MAX_LINES
+    if lines > limit:
+      found.append(f'{name}: {lines} lines, at most {limit}: which room is missing?')
+    in_package = name.parts[0] == _PACKAGE
+    room = _room(name.parts[1:]) if in_package else None
+    if room and room not in _RULES:
+      found.append(f'{name}: {room!r} is no known room ({", ".join(_RULES)})')
+      continue
+    for line, target in _imports(path):
+      top, *below = target.split('.')
+      if not top:
+        found.append(f'{name}:{line}: relative import {target!r}; write the full name')
+      elif top in _NOT_IMPORTED and name.parts[0] != 'tests':
+        found.append(f'{name}:{line}: imports {target}, but {_NOT_IMPORTED[top]}')
+      elif in_package and top == _PACKAGE:
+        other = _room(tuple(below))
+        # `from uni_moe_jax import __version__` and `import uni_moe_jax` name no room.
+        if other and not other.startswith('__') and other != room:
+          allowed, why = _RULES.get(room, ((), 'importing the package must cost nothing'))
+          if other not in allowed:
+            found.append(f'{name}:{line}: {room or "__init__"} imports {other}, but {why}')
+  return found
+
+
+def test_the_repository_keeps_its_rules():
+  assert not violations(_ROOT)
+
+
+def test_the_rules_allow_no_circle():
+  order = list(_RULES)
+  for room, (allowed, _) in _RULES.items():
+    assert all(order.index(other) < order.index(room) for other in allowed), room
+
+
+@pytest.mark.parametrize('file, source, message', [
+    ('uni_moe_jax/data/bad.py', 'from uni_moe_jax.model import masks', 'data imports model'),
+    ('uni_moe_jax/data/bad.py', 'from uni_moe_jax import model', 'data imports model'),
+    ('uni_moe_jax/data/bad.py', 'import uni_moe_jax.model.masks as m', 'data imports model'),
+    ('uni_moe_jax/data/bad.py', 'def f():\n  import uni_moe_jax.train', ':2: data imports train'),
+    ('uni_moe_jax/data/bad.py', "l.import_module('uni_moe_jax.model')", 'data imports model'),
+    ('uni_moe_jax/eval/bad.py', 'from uni_moe_jax.train import loop', 'eval imports train'),
+    ('uni_moe_jax/moe/bad.py', 'from uni_moe_jax.model import block', 'moe imports model'),
+    ('uni_moe_jax/model/bad.py', 'from uni_moe_jax.data import texts', 'model imports data'),
+    ('uni_moe_jax/export/bad.py', 'from uni_moe_jax.train import step', 'export imports train'),
+    ('uni_moe_jax/tasks.py', 'from uni_moe_jax import config', 'tasks imports config'),
+    ('uni_moe_jax/attributes.py', 'from uni_moe_jax import tasks', 'attributes imports tasks'),
+    ('uni_moe_jax/losses.py', 'from uni_moe_jax import sharding', 'losses imports sharding'),
+    ('uni_moe_jax/__init__.py', 'from uni_moe_jax import tasks', '__init__ imports tasks'),
+    ('uni_moe_jax/train/bad.py', 'from launch import train', 'imports launch.train'),
+    ('launch/bad.py', 'from configs import quickstart', 'imports configs.quickstart'),
+    ('uni_moe_jax/train/bad.py', 'from . import step', "relative import '..step'"),
+    ('uni_moe_jax/data/bad.py', 'from ..model import masks', "relative import '..model.masks'"),
+    ('uni_moe_jax/utils.py', '', "'utils' is no known room"),
+    ('uni_moe_jax/data/long.py', '\n' * 401, '401 lines, at most 400'),
+    ('launch/long.py', '\n' * 80, '80 lines, at most 79'),
+])
+def test_a_planted_breach_is_found(tmp_path, file, source, message):
+  (tmp_path / file).parent.mkdir(parents=True)
+  (tmp_path / file).write_text(source)
+  [found] = violations(tmp_path)
+  assert message in found
+
+
+@pytest.mark.parametrize('file, source', [
+    ('uni_moe_jax/model/good.py', 'from uni_moe_jax.moe import a\nimport uni_moe_jax.model.b'),
+    ('uni_moe_jax/train/good.py', 'import uni_moe_jax\nfrom uni_moe_jax import __version__, data'),
+    ('uni_moe_jax/eval/good.py', 'import jax\nfrom sklearn import model_selection'),
+    ('uni_moe_jax/data/good.py', '\n' * 400),
+    ('launch/good.py', 'from uni_moe_jax.train import loop' + '\n' * 79),
+    ('tests/launch/good_test.py', 'from launch import train'),
+])
+def test_what_the_rules_allow_is_not_found(tmp_path, file, source):
+  (tmp_path / file).parent.mkdir(parents=True)
+  (tmp_path / file).write_text(source)
+  assert not violations(tmp_path)

@@ -1,0 +1,63 @@
+"""The eight attribute bits of a token, the router input of attribute routing.
+
+Uni-Perceiver-MoE, section 3.3 and table 1. Bits are computed from what a task kind declares; no row is
+ever written down as a literal. This file knows nothing of kinds: `tasks.py` calls it.
+
+bit      0             1             2             3             4       5     6       7
+meaning  input visual  input text    target visual target text   visual  text  target  causal
+         (of the task) (of the task) (of the task) (of the task) (token) (token side)  (token mask)
+"""
+
+import dataclasses
+
+NUM_ATTRIBUTES = 8
+
+Bits = tuple[int, int, int, int, int, int, int, int]
+
+
+def bits(task_bits: tuple[int, int, int, int], *, modality: str, side: str, causal: bool) -> Bits:
+  """Attribute bits of the tokens of one segment.
+
+  Args:
+    task_bits: bits 0-3, see `task_bits`.
+    modality: 'visual' or 'text': of the token itself (bits 4, 5).
+    side: 'input' or 'target' (bit 6).
+    causal: whether the token is under a causal mask (bit 7).
+
+  Returns:
+    A tuple of eight 0/1 integers.
+  """
+  visual = int(modality == 'visual')
+  return (*task_bits, visual, 1 - visual, int(side == 'target'), int(causal))
+
+
+def task_bits(inputs: tuple[str, ...], targets: tuple[str, ...]) -> tuple[int, int, int, int]:
+  """Bits 0-3 of a task: which modalities its input and its target hold; order does not matter."""
+  return tuple(int(m in side) for side in (inputs, targets) for m in ('visual', 'text'))
+
+
+def union(*rows: tuple[int, ...]) -> tuple[int, ...]:
+  """Bitwise OR of rows of equal length: the bits of a target family are those of all its kinds."""
+  return tuple(max(column) for column in zip(*rows, strict=True))
+
+
+def to_string(row: Bits) -> str:
+  """'10011000' for (1, 0, 0, 1, 1, 0, 0, 0)."""
+  return ''.join(map(str, row))
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+  """What a data-independent router may look at; one per array of a sequence.
+
+  Attributes:
+    bits: the eight attribute bits (attribute routing).
+    task: the task name that the task router embeds: a family of kinds or of target sets.
+    modality: 'visual' or 'text' (modality routing).
+  """
+  bits: Bits
+  task: str
+  modality: str
+
+  def __str__(self) -> str:
+    return f'{to_string(self.bits)} ({self.task}, {self.modality})'

@@ -1,0 +1,341 @@
+"""The run's configuration: every field with its default, and the one place where it is checked.
+
+`base()` lists every field. `resolve(config)` checks all of them before any device work and returns a `Plan`: the
+static facts (kinds, tasks, target sets, groups) that data, trainer and evaluators share.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import ml_collections
+
+from uni_moe_jax import tasks as kinds_lib
+from uni_moe_jax.attributes import Condition
+from uni_moe_jax.tasks import Kind, nearest
+
+VOCABULARY = 'vocabulary'
+MIXTURES = ('mixed', 'sampled')
+SCORINGS = ('exact', 'sampled')
+SCHEDULES = ('cosine', 'constant')
+FREEZE = 'freeze'
+
+
+def _create(fields: dict[str, Any]) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(fields)
+
+
+def task(
+    kind: str, source: str, *, batch: int, split: str = 'train', weight: float = 1.0, temperature: str = '',
+    target_set: str = '', label: str = '', captions: tuple[str, ...] = (), template: str = '', length: int = 0,
+    picks: int = 0, smoothing: float = 0.0, shift: int = 0) -> ml_collections.ConfigDict:
+  """One task: an instance of a kind.
+
+  Args:
+    kind: row of `tasks.KINDS` or of `config.kinds`.
+    source: name of a data source (`data/sources.py`).
+    batch: examples per step over all devices and micro-steps; 0 leaves the task out.
+    split: of the source.
+    weight: factor of the task's loss.
+    temperature: temperature group; tasks that name one share a learnt scale. '' = the kind's name.
+    target_set: entry of `config.sets`, for kinds with a target family.
+    label: column with the class name (kinds that choose among names, label words or answers).
+    captions: templates over the source's columns, e.g. '{name}', '{name} in {face}'; one is drawn per example.
+    template: for kinds read at a slot: '{text} <eot> it is <spe> . <eot>'.
+    length: text tokens per example, the final `eot` included (a caption has as many queries again).
+    picks: M, at most this many masked tokens per row (masked language modelling).
+    smoothing: label smoothing.
+    shift: random translation of pictures in training, pixels.
+  """
+  return _create(dict(
+      kind=kind, source=source, split=split, batch=batch, weight=weight, temperature=temperature,
+      target_set=target_set, label=label, captions=captions, template=template, length=length, picks=picks,
+      smoothing=smoothing, shift=shift))
+
+
+def target_set(
+    values: str | tuple[str, ...], *, family: str, scoring: str = 'exact', samples: int = 0,
+    length: int = 16) -> ml_collections.ConfigDict:
+  """Texts that serve as the answer space of tasks.
+
+  Args:
+    values: the texts themselves, 'source/column' (the classes of that column), or 'vocabulary' (every word id).
+    family: target family, 'names' or 'words' (or one of `config.families`).
+    scoring: 'exact', or 'sampled' (vocabulary only): in training, the step's positives and a uniform sample.
+    samples: K, size of the sampled vocabulary, positives included.
+    length: longest text in tokens, `eot` included; longer ones are an error.
+  """
+  return _create(dict(values=values, family=family, scoring=scoring, samples=samples, length=length))
+
+
+def base() -> ml_collections.ConfigDict:
+  """Every field of a run and its default."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.model = _create(dict(
+      layers=12, width=192, heads=3, hidden=768,  # L, D, N, F
+      image_size=224, patch=16, channels=3,       # pixels, pixels, colours
+      max_frames=8,                # rows of the temporal table
+      max_text=512,                # rows of the position table
+      pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5),
+      spatial='sincos',            # sincos (fixed) | learnt
+      temporal_std=0.02,           # initial std of the temporal rows
+      prefix='spe',                # spe: LN(Word[spe]) | a word, embedded as a text of length 1
+      layer_scale=1e-3,            # initial LayerScale; small models want about 0.1
+      drop_path=0.0,               # stochastic depth
+      temperature=0.07,            # initial τ of every temperature group
+      dtype='float32',             # of products: float32 | bfloat16; parameters stay float32
+      remat=True,                  # recompute blocks in the backward pass: less memory, a third more work
+  ))
+  c.moe = _create(dict(
+      router='attribute',          # dense | attribute | task | modality
+      num_experts=8,               # E
+      top_k=2,                     # K kept, renormalised to sum 1
+      noise_std=1.0,               # training noise of gate logits, divided by E
+      placement='all',             # all | odd (layers 0, 2, 4 …) | four | none | tuple of layer indices
+      parts=('attention', 'ffn'),  # projections with experts
+  ))
+  c.tokenizer = _create(dict(
+      vocab_size=2000,             # V, special pieces included
+  ))
+  c.data = _create(dict(
+      dir='~/.cache/uni_moe_jax',  # prepared data; see launch/prepare_data.py
+  ))
+  c.kinds = _create({})            # own rows: {name: {inputs: (('visual', 'full'), …), target, readout, router_task}}
+  c.families = _create({})         # own target families: {name: (four task bits)}
+  c.sets = _create({})             # {name: target_set(…)}
+  c.tasks = _create({})            # {name: task(…)}
+  c.optim = _create(dict(
+      learning_rate=1e-3, warmup=200, schedule='cosine',  # schedule: cosine | constant; warmup in steps
+      final=0.0,                   # learning rate at the end, as a fraction of the peak
+      b1=0.9, b2=0.95, eps=1e-6,   # AdamW
+      clip=1.0,                    # global norm; 0 = off
+      # (pattern, factor of the learning rate, weight decay) or (pattern, 'freeze'): the first match wins, and every
+      # parameter must match one. Patterns are searched in paths such as 'encoder/blocks/block0/ffn_in/kernel'.
+      rules=(
+          (r'scale[12]$|log_scale', 1.0, 0.0),
+          (r'_router/', 1.0, 0.0),
+          (r'embed/(word|position|type|temporal|spatial)$', 1.0, 0.0),
+          (r'norm\d?/|bias$', 1.0, 0.0),
+          (r'.*', 1.0, 0.05),
+      ),
+  ))
+  c.train = _create(dict(
+      steps=1000,
+      mixture='mixed',             # mixed: every task in every step | sampled: one task a step, by weight
+      accum=1,                     # micro-steps; target sets are encoded once for all of them
+      ema=0.0,                     # decay of averaged parameters, used by evaluation when > 0
+      log_every=20,                # steps
+      save_every=200,              # steps
+      keep=2,                      # newest checkpoints kept
+      max_bad_steps=10,            # steps in a row with a loss that is not finite, before the run stops
+  ))
+  c.evaluators = _create({})       # {name: {type, …}}, see eval/evaluators.py
+  c.mesh = _create(dict(replica=1, data=-1, expert=1, model=1, fsdp=False))  # one axis may be -1 (inferred)
+  return c
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+  """A checked task; fields as in `task`. `group` is the batch it is encoded with."""
+  name: str
+  kind: Kind
+  group: str
+  source: str
+  split: str
+  batch: int
+  weight: float
+  temperature: str
+  target_set: str
+  label: str
+  captions: tuple[str, ...]
+  template: str
+  length: int
+  picks: int
+  smoothing: float
+  shift: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SetSpec:
+  """A checked target set; fields as in `target_set`."""
+  name: str
+  values: str | tuple[str, ...]
+  condition: Condition
+  scoring: str
+  samples: int
+  length: int
+
+  @property
+  def is_vocabulary(self) -> bool:
+    return self.values == VOCABULARY
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Static facts of a run. Tasks of a group lie in the group's batch in the order of `tasks`."""
+  kinds: tuple[Kind, ...]
+  tasks: tuple[TaskSpec, ...]
+  sets: tuple[SetSpec, ...]
+  temperatures: tuple[str, ...]
+
+  @property
+  def groups(self) -> dict[str, tuple[TaskSpec, ...]]:
+    """Tasks by group, in order."""
+    out: dict[str, tuple[TaskSpec, ...]] = {}
+    for t in self.tasks:
+      out[t.group] = (*out.get(t.group, ()), t)
+    return out
+
+  def only(self, task_name: str) -> 'Plan':
+    """The plan of a step that holds one task, with the sets that it needs."""
+    chosen = next(t for t in self.tasks if t.name == task_name)
+    sets = tuple(s for s in self.sets if s.name == chosen.target_set)
+    return dataclasses.replace(self, tasks=(chosen,), sets=sets)
+
+
+def resolve(c: ml_collections.ConfigDict) -> Plan:
+  """Checks the whole config; returns the plan.
+
+  Raises:
+    ValueError: the first field that is wrong: its name, its value, the bound and the fix.
+  """
+  _check_model(c)
+  _check_train(c)
+  families = {**kinds_lib.families(), **{
+      name: kinds_lib.family_condition(name, tuple(bits)) for name, bits in c.families.items()}}
+  kinds = dict(kinds_lib.KINDS)
+  for name, row in c.kinds.items():
+    if name in kinds:
+      raise ValueError(f'config.kinds.{name}: a built-in kind has this name; choose another.')
+    kinds[name] = Kind(name, tuple(kinds_lib.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
+    kinds_lib.check_kind(kinds[name], families)
+  sets = tuple(_resolve_set(name, s, families) for name, s in c.sets.items())
+  chosen = {name: t for name, t in c.tasks.items() if t.batch != 0}
+  if not chosen:
+    raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…).')
+  lengths: dict[str, set[tuple[int, int]]] = {}
+  for t in chosen.values():
+    lengths.setdefault(t.kind, set()).add((t.length, t.picks))
+  resolved = tuple(_resolve_task(name, t, kinds, {s.name: s for s in sets}, c, lengths) for name, t in chosen.items())
+  used = {t.target_set for t in resolved}
+  return Plan(
+      kinds=tuple(kinds.values()), tasks=resolved, sets=tuple(s for s in sets if s.name in used),
+      temperatures=tuple(sorted({t.temperature for t in resolved})))
+
+
+def _choose(field: str, value, choices) -> None:
+  if value not in choices:
+    raise ValueError(f'config.{field}={value!r} is unknown; {nearest(value, choices)}.')
+
+
+def _at_least(c: ml_collections.ConfigDict, section: str, bounds: dict[str, float]) -> None:
+  for name, bound in bounds.items():
+    if c[section][name] < bound:
+      raise ValueError(f'config.{section}.{name}={c[section][name]} must be at least {bound}.')
+
+
+def _divides(part: str, b: int, whole: str, a: int) -> None:
+  if a % b:
+    raise ValueError(f'config.{whole}={a} must be a multiple of config.{part}={b}; try {max(b, a - a % b)}.')
+
+
+def _check_model(c: ml_collections.ConfigDict) -> None:
+  m, moe = c.model, c.moe
+  _at_least(c, 'model', dict(layers=1, width=4, heads=1, hidden=1, image_size=1, patch=1, channels=1, max_frames=1,
+                             max_text=1, layer_scale=0.0, drop_path=0.0))
+  _divides('model.heads', m.heads, 'model.width', m.width)
+  _divides('model.patch', m.patch, 'model.image_size', m.image_size)
+  if m.width % 4:
+    raise ValueError(f'config.model.width={m.width} must be a multiple of 4 (the spatial table); try {m.width // 4 * 4}.')
+  if not 0 <= m.drop_path < 1:
+    raise ValueError(f'config.model.drop_path={m.drop_path} must be in [0, 1).')
+  for name in ('pixel_mean', 'pixel_std'):
+    if len(m[name]) != m.channels:
+      raise ValueError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
+  _choose('model.spatial', m.spatial, ('sincos', 'learnt'))
+  _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
+  # The names of routers live with the routers; here they are data, so that a config is checked without jax.
+  _choose('moe.router', moe.router, ('dense', 'attribute', 'task', 'modality'))
+  if not 1 <= moe.top_k <= moe.num_experts:
+    raise ValueError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
+  if isinstance(moe.placement, str):
+    _choose('moe.placement', moe.placement, ('all', 'odd', 'four', 'none'))
+  elif any(not 0 <= i < m.layers for i in moe.placement):
+    raise ValueError(f'config.moe.placement={moe.placement} has an index outside 0…{m.layers - 1}.')
+  for part in moe.parts:
+    _choose('moe.parts', part, ('attention', 'ffn'))
+
+
+def _check_train(c: ml_collections.ConfigDict) -> None:
+  _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1))
+  _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0))
+  _choose('train.mixture', c.train.mixture, MIXTURES)
+  _choose('optim.schedule', c.optim.schedule, SCHEDULES)
+  if not 0 <= c.train.ema < 1:
+    raise ValueError(f'config.train.ema={c.train.ema} must be in [0, 1); 0 is off.')
+  if c.train.mixture == 'sampled' and c.train.accum > 1:
+    raise ValueError(f"config.train.accum={c.train.accum} needs config.train.mixture='mixed', not 'sampled'.")
+  for rule in c.optim.rules:
+    frozen = len(rule) == 2 and rule[1] == FREEZE
+    if not frozen and len(rule) != 3:
+      raise ValueError(f"config.optim.rules: {rule!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
+    try:
+      re.compile(rule[0])
+    except re.error as e:
+      raise ValueError(f'config.optim.rules: {rule[0]!r} is not a regular expression: {e}.') from None
+
+
+def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
+  _choose(f'sets.{name}.family', s.family, families)
+  _choose(f'sets.{name}.scoring', s.scoring, SCORINGS)
+  if s.scoring == 'sampled' and (s['values'] != VOCABULARY or s.samples < 1):
+    raise ValueError(f"config.sets.{name}: scoring 'sampled' needs values='{VOCABULARY}' and samples ≥ 1, not "
+                     f'values={s["values"]!r}, samples={s.samples}.')
+  values = s['values'] if isinstance(s['values'], str) else tuple(s['values'])
+  return SetSpec(name, values, families[s.family], s.scoring, s.samples, s.length)
+
+
+def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec], c, lengths) -> TaskSpec:
+  field = f'tasks.{name}'
+  _choose(f'{field}.kind', t.kind, kinds)
+  kind = kinds[t.kind]
+  if t.batch < 0 or t.batch % c.train.accum:
+    raise ValueError(f'config.{field}.batch={t.batch} must be a positive multiple of config.train.accum='
+                     f'{c.train.accum}; try {max(c.train.accum, t.batch - t.batch % c.train.accum)}.')
+  if kind.target == 'pair':
+    if t.target_set:
+      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} is matched with its own texts; '
+                       "set it to ''.")
+  else:
+    _choose(f'{field}.target_set', t.target_set, sets)
+    family = sets[t.target_set].condition.task
+    if family != kind.target:
+      raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but kind {kind.name!r} '
+                       f'chooses among {kind.target!r}.')
+  if (kind.text_index is not None or kind.target == 'pair') and t.length < 2:
+    raise ValueError(f'config.{field}.length={t.length} must be at least 2 tokens.')
+  if t.length > c.model.max_text:
+    raise ValueError(f'config.{field}.length={t.length} is above config.model.max_text={c.model.max_text}.')
+  if kind.readout == 'picks' and not 1 <= t.picks <= t.length:
+    raise ValueError(f'config.{field}.picks={t.picks} must be in 1…length={t.length}.')
+  if kind.readout == 'slot' and t.template.count('<spe>') != 1:
+    raise ValueError(f"config.{field}.template={t.template!r} must hold exactly one '<spe>' slot.")
+  if (kind.two_stream or kind.target == 'pair') and not t.captions:
+    raise ValueError(f"config.{field}.captions is empty; give at least one template, for example ('{{caption}}',).")
+  # Tasks of one kind share a batch only if their arrays have one shape.
+  group = kind.name if len(lengths[t.kind]) == 1 else f'{kind.name}/{t.length}/{t.picks}'
+  return TaskSpec(
+      name=name, kind=kind, group=group, source=t.source, split=t.split, batch=t.batch, weight=t.weight,
+      temperature=t.temperature or kind.name, target_set=t.target_set, label=t.label, captions=tuple(t.captions),
+      template=t.template, length=t.length, picks=t.picks, smoothing=t.smoothing, shift=t.shift)
+
+
+def check_batches(plan: Plan, shards: int, accum: int) -> None:
+  """Raises ValueError where a task's micro-batch does not divide over the batch shards of the mesh."""
+  for t in plan.tasks:
+    micro = t.batch // accum
+    if micro % shards:
+      unit = shards * accum
+      raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} ({shards} batch shards of '
+                       f'the mesh × {accum} micro-steps); try {max(unit, t.batch - t.batch % unit)}.')

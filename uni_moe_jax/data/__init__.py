@@ -1,0 +1,1 @@
+"""Records become batches: sources, tokenizer, preprocessing, examples, mixtures; never sees the model."""

@@ -1,0 +1,78 @@
+"""Everything a run reads, from its config: records, tokenizer, target sets, examples."""
+
+import dataclasses
+import hashlib
+import pathlib
+import tempfile
+
+import ml_collections
+import numpy as np
+
+from uni_moe_jax.config import Plan, SetSpec, TaskSpec
+from uni_moe_jax.data import catalogue
+from uni_moe_jax.data.examples import Builder, Examples, set_classes
+from uni_moe_jax.data.sets import TargetSet, build_set
+from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.tasks import nearest
+
+
+class Data:
+  """The data of a run; records are read once per (source, split).
+
+  Attributes:
+    tokenizer: trained on the training text of the plan's sources, cached by content.
+    tokenizer_file: its model file.
+    sets: target sets by name.
+    fingerprint: hex sha256 over the training records and the tokenizer.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
+    """Raises FileNotFoundError for data that is not prepared, ValueError for a config that does not fit it."""
+    self._dir, self._channels, self._plan = config.data.dir, config.model.channels, plan
+    self._records: dict[tuple[str, str], Records] = {}
+    trained = [self.records(t.source, t.split) for t in plan.tasks]
+    self.tokenizer_file = self._train_tokenizer(trained, config.tokenizer.vocab_size)
+    self.tokenizer: Tokenizer = SentencePieceTokenizer(self.tokenizer_file)
+    texts = {s.name: set_classes(s, self._classes_of) for s in plan.sets}
+    self.sets: dict[str, TargetSet] = {s.name: build_set(s, texts[s.name], self.tokenizer) for s in plan.sets}
+    prints = sorted({r.fingerprint for r in trained}) + [self.tokenizer_file.stem]
+    self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
+    self._builders = {training: Builder(self.tokenizer, texts, self._channels, training) for training in (True, False)}
+
+  def records(self, source: str, split: str) -> Records:
+    """One split of a source."""
+    if (source, split) not in self._records:
+      self._records[source, split] = catalogue.load(source, self._dir, split)
+    return self._records[source, split]
+
+  def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
+    """A task's examples over its own or another split."""
+    task = task if split is None else dataclasses.replace(task, split=split)
+    return self._builders[training].build(task, self.records(task.source, task.split))
+
+  def _classes_of(self, source: str, column: str) -> tuple[str, ...]:
+    split = next((t.split for t in self._plan.tasks if t.source == source), 'train')
+    classes = self.records(source, split).classes
+    if column not in classes:
+      raise ValueError(f'config.sets: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
+    return classes[column]
+
+  def _train_tokenizer(self, trained: list[Records], vocab_size: int) -> pathlib.Path:
+    """Model file for this text and size; trained once."""
+    texts = [np.unique(c) for r in trained for c in r.columns.values() if c.dtype.kind == 'U']
+    texts = np.unique(np.concatenate(texts)).tolist()
+    digest = hashlib.sha256('\0'.join([str(vocab_size), *texts]).encode()).hexdigest()[:24]
+    path = pathlib.Path(self._dir).expanduser() / 'tokenizers' / f'{digest}.model'
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = pathlib.Path(folder) / path.name
+        SentencePieceTokenizer.train(texts, unfinished, vocab_size)
+        unfinished.rename(path)
+    return path
+
+
+def vocabulary_of(plan: Plan) -> SetSpec | None:
+  """The plan's vocabulary set, if it has one."""
+  return next((s for s in plan.sets if s.is_vocabulary), None)

@@ -1,0 +1,1 @@
+"""Finished models for others: merged dense kernels, artifacts, other layouts."""

@@ -1,0 +1,1 @@
+"""The shared encoder: embedders, masks, blocks, prompts, similarity head, decoding."""

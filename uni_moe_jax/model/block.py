@@ -1,0 +1,168 @@
+"""One encoder block over many streams: decisions and merged kernels once, attention per array, FFN.
+
+Pre-norm, fused qkv, LayerScale, stochastic depth, exact GELU (Uni-Perceiver-MoE section 3; published code: one
+decision for qkv and attention out, one for both FFN projections). Arrays stay separate; only keys and values join.
+"""
+
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from uni_moe_jax.model import masks
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.streams import Past, Stream, take_rows
+from uni_moe_jax.moe import experts, routers
+
+NORM_EPSILON = 1e-5
+# Salts that separate the uses of one (step, layer) key.
+ATTENTION, FFN, ATTENTION_PATH, FFN_PATH = range(4)
+
+
+@flax.struct.dataclass
+class Context:
+  """What every block needs beside the arrays: the streams' padding, positions and ids, and static choices.
+
+  Attributes:
+    streams: the streams with `arrays` emptied.
+    past_valid: bool [B, P] per stream, or None.
+    key: random key of this step, or None at evaluation.
+    rows: distinct router inputs of the streams.
+    all_rows: compute every row in the last block too.
+    taps: return the arrays after this block.
+    keys: return keys and values of the streams' arrays.
+  """
+  streams: tuple[Stream, ...]
+  past_valid: tuple[jax.Array | None, ...]
+  key: jax.Array | None
+  rows: tuple[Any, ...] = flax.struct.field(pytree_node=False)
+  all_rows: bool = flax.struct.field(pytree_node=False, default=False)
+  taps: bool = flax.struct.field(pytree_node=False, default=False)
+  keys: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def layer_norm(name: str, dtype) -> nn.LayerNorm:
+  """LayerNorm with statistics in float32 and eps 1e-5, as everywhere in the published system."""
+  return nn.LayerNorm(
+      epsilon=NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name,
+      scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)))
+
+
+def drop_path(x: jax.Array, key: jax.Array | None, ids: jax.Array, rate: float) -> jax.Array:
+  """Drops the whole branch [B, S, D] of a sample with probability `rate`; keyed by example id, so that any mesh and
+  any order of the batch draws the same."""
+  if key is None or rate == 0:
+    return x
+  keep = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate))(ids)
+  return x * (keep / (1 - rate)).astype(x.dtype)[:, None, None]
+
+
+class Block(nn.Module):
+  """One layer. `parts` names the projections that have experts; `last` marks the final layer of the encoder."""
+  spec: ModelSpec
+  parts: tuple[str, ...]
+  last: bool = False
+
+  @nn.compact
+  def __call__(self, arrays, layer: jax.Array, past: tuple[Any, ...], context: Context):
+    """Runs the block on every stream.
+
+    Args:
+      arrays: per stream, per segment: [B, S, D].
+      layer: scalar int32, the layer's index (it keys noise; a scanned input).
+      past: per stream (k, v) [B, P, N, H] or None.
+      context: see `Context`.
+
+    Returns:
+      (arrays, out): in the last block, without `all_rows`, a stream's arrays are only the rows of its readout, under
+      the index of the readout array (others None). `out` holds decisions, and what the context asks for.
+    """
+    spec = self.spec
+    key = None if context.key is None else jax.random.fold_in(context.key, layer)
+    decisions = {p: self._decide(p, key, context.rows) for p in self.parts}
+    conditional = {p: spec.num_experts if p in self.parts else 0 for p in ('attention', 'ffn')}
+    D, N, H, F = spec.width, spec.heads, spec.head_dim, spec.hidden
+
+    def linear(name, part, in_, out, fans):
+      return experts.ConditionalDense(
+          tuple(in_.values()), tuple(out.values()), tuple(in_), tuple(out), fans, conditional[part], spec.dtype,
+          name=name)(decisions.get(part))
+
+    heads = {'heads': N, 'head_dim': H}
+    qkv = linear('qkv', 'attention', {'embed': D}, {'qkv': 3, **heads}, (D, D))
+    out = linear('attention_out', 'attention', heads, {'embed': D}, (D, D))
+    ffn_in = linear('ffn_in', 'ffn', {'embed': D}, {'mlp': F}, (D, F))
+    ffn_out = linear('ffn_out', 'ffn', {'mlp': F}, {'embed': D}, (F, D))
+    norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
+    scale = {name: self.param(
+        name, nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale), ('embed',)), (D,)
+    ).astype(spec.dtype)[None, None] for name in ('scale1', 'scale2')}
+
+    def kernel_of(pair, part, condition):
+      a = context.rows.index(routers.row_of(spec.router, condition)) if conditional[part] else 0
+      return pair[0][a], pair[1][a]
+
+    new_arrays, all_kv = [], []
+    for stream, xs, cached, past_valid in zip(context.streams, arrays, past, context.past_valid, strict=True):
+      layout = stream.layout
+      only_readout = self.last and not context.all_rows
+      asks = [i for i in range(len(xs)) if not only_readout or i == layout.readout_array]
+      normed = [norm1(x) for x in xs]
+      q, kv = {}, []
+      for i, (h, condition) in enumerate(zip(normed, layout.conditions, strict=True)):
+        kernel, bias = kernel_of(qkv, 'attention', condition)
+        if i in asks and not only_readout:
+          y = experts.project(h, kernel, bias)
+          q[i] = y[:, :, 0]
+          kv.append((y[:, :, 1], y[:, :, 2]))
+        else:
+          y = experts.project(h, kernel[:, 1:], bias[1:])
+          kv.append((y[:, :, 0], y[:, :, 1]))
+          if i in asks:
+            rows = take_rows(h, layout.readout, stream.positions)
+            q[i] = experts.project(rows, kernel[:, 0], bias[0])
+      all_kv.append(tuple(kv))
+
+      results: list[jax.Array | None] = [None] * len(xs)
+      for i in asks:
+        condition = layout.conditions[i]
+        x = take_rows(xs[i], layout.readout, stream.positions) if only_readout else xs[i]
+        y = self._attend(i, q[i], kv, xs, stream, cached, past_valid, only_readout)
+        y = experts.project(y, *kernel_of(out, 'attention', condition))
+        path = None if key is None else jax.random.fold_in(key, ATTENTION_PATH)
+        x = x + scale['scale1'] * drop_path(y, path, stream.ids, spec.drop_path)
+        y = experts.project(norm2(x), *kernel_of(ffn_in, 'ffn', condition))
+        y = experts.project(nn.gelu(y, approximate=False), *kernel_of(ffn_out, 'ffn', condition))
+        path = None if key is None else jax.random.fold_in(key, FFN_PATH)
+        results[i] = x + scale['scale2'] * drop_path(y, path, stream.ids, spec.drop_path)
+      new_arrays.append(tuple(results))
+    taken = {'decisions': decisions}
+    if context.taps:
+      taken['taps'] = tuple(new_arrays)
+    if context.keys:
+      taken['kv'] = tuple(all_kv)
+    return tuple(new_arrays), taken
+
+  def _decide(self, part: str, key: jax.Array | None, rows) -> routers.Decision:
+    spec = self.spec
+    salted = None if key is None else jax.random.fold_in(key, {'attention': ATTENTION, 'ffn': FFN}[part])
+    return routers.Router(
+        spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names,
+        name=f'{part}_router')(rows, salted)
+
+  def _attend(self, index, q, kv, xs, stream: Stream, cached, past_valid, only_readout) -> jax.Array:
+    """Attention of one array's queries [B, Q, N, H] over the keys it may see → [B, Q, N, H]."""
+    layout = stream.layout
+    seen = masks.sees(layout.masks, index)
+    keys = ([cached[0]] if cached is not None else []) + [kv[i][0] for i in seen]
+    values = ([cached[1]] if cached is not None else []) + [kv[i][1] for i in seen]
+    mask = masks.attention_mask(
+        layout.masks, index, tuple(x.shape[1] for x in xs), stream.valid, past_valid,
+        0 if cached is None else cached[0].shape[1],
+        queries_only=only_readout and layout.readout == 'queries')
+    k = keys[0] if len(keys) == 1 else jnp.concatenate(keys, axis=1)
+    v = values[0] if len(values) == 1 else jnp.concatenate(values, axis=1)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)

@@ -1,0 +1,98 @@
+"""Embedders: words and patches to arrays of width D, and the prefix `spe`.
+
+Text: word + position + type, summed, then LayerNorm. Visual: patch projection + spatial + temporal, then the *same*
+LayerNorm. An image is a video of one frame. Patches are reshaped and multiplied, not convolved: on CPU the gradient of
+a convolution is an order slower.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uni_moe_jax.model.block import layer_norm
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.moe.experts import xavier_uniform
+
+EMBED_STD = 0.02
+
+
+def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
+  """Fixed 2-D table [side², D]: [sin(r w), cos(r w), sin(c w), cos(c w)], w_k = 10000^(-k/(D/4)), r row, c column.
+
+  Args:
+    side: patches a side. width: D, divisible by 4.
+    scale: multiplies coordinates (160/224 when a 160-px model goes on at 224).
+  """
+  quarter = width // 4
+  w = 10000.0 ** (-np.arange(quarter) / quarter)
+  r, c = np.divmod(np.arange(side * side), side)
+  r, c = r[:, None] * scale * w[None], c[:, None] * scale * w[None]
+  return np.concatenate([np.sin(r), np.cos(r), np.sin(c), np.cos(c)], axis=1).astype(np.float32)
+
+
+def patchify(pixels: jax.Array, patch: int) -> jax.Array:
+  """[B, T, H, W, C] → [B, T · (H/p)(W/p), p · p · C]: frame-major, then row-major; in a patch row, column, channel."""
+  B, T, H, W, C = pixels.shape
+  x = pixels.reshape(B, T, H // patch, patch, W // patch, patch, C)
+  return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T * (H // patch) * (W // patch), patch * patch * C)
+
+
+class Embed(nn.Module):
+  """Word, position, type, patch, spatial and temporal tables under one LayerNorm."""
+  spec: ModelSpec
+
+  def setup(self):
+    s = self.spec
+    normal = nn.initializers.normal(EMBED_STD)
+
+    def table(name, rows, axis, init=normal):
+      return self.param(name, nn.with_logical_partitioning(init, (axis, 'embed')), (rows, s.width))
+
+    self.word = table('word', s.vocab_size, 'vocab')
+    self.position = table('position', s.max_text, 'position')
+    # Two rows as published, of which only row 0 is used: a checkpoint's table survives the round trip.
+    self.type = table('type', 2, 'type')
+    patch_dim = s.patch * s.patch * s.channels
+    self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
+    self.patch_bias = self.param(
+        'patch_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
+    self.temporal = table('temporal', s.max_frames, 'frame', nn.initializers.normal(s.temporal_std))
+    if s.spatial == 'learnt':
+      self.spatial = table('spatial', s.patches, 'space')
+    else:
+      self.spatial = jnp.asarray(sincos_table(s.image_size // s.patch, s.width))
+    self.norm = layer_norm(None, s.dtype)
+
+  def text(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """ids [B, S] and positions [S] or [B, S] → [B, S, D]."""
+    if positions.ndim == 1:
+      positions = positions[None]
+    return self.norm(self.word[ids] + self.position[positions] + self.type[0][None, None])
+
+  def prefix(self, batch: int) -> jax.Array:
+    """The prefix `spe` → [B, 1, D]: LN(Word[spe]) without position and type, or a word as a text of length 1."""
+    s = self.spec
+    if s.prefix_word is None:
+      token = self.norm(self.word[s.spe_id][None, None])
+    else:
+      token = self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1,), jnp.int32))
+    return jnp.broadcast_to(token, (batch, 1, s.width))
+
+  def visual(self, pixels: jax.Array, temporal_offset: jax.Array) -> jax.Array:
+    """Frames → [B, T · patches, D].
+
+    Args:
+      pixels: [B, T, H, W, C], uint8 (scaled to 0…1 and normalised here, so that bytes travel) or already normalised.
+      temporal_offset: int32 scalar: first row of the temporal table (random per batch in training, 0 otherwise).
+    """
+    s = self.spec
+    B, T = pixels.shape[:2]
+    if pixels.dtype == jnp.uint8:
+      shape = (1, 1, 1, 1, s.channels)
+      mean, std = np.reshape(s.pixel_mean, shape), np.reshape(s.pixel_std, shape)
+      pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
+    x = patchify(pixels.astype(s.dtype), s.patch) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
+    frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
+    place = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
+    return self.norm(x + place)

@@ -1,0 +1,39 @@
+"""The similarity head: p(x, y) ∝ exp(cos(f(x), f(y)) / τ) with f = proj(LN(hidden)).
+
+Uni-Perceiver, eq. 1-2; float32 throughout, because it decides.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from uni_moe_jax.model.block import layer_norm
+from uni_moe_jax.moe.experts import xavier_uniform
+
+MAX_SCALE = 100.0
+
+
+def normalise(features: jax.Array) -> jax.Array:
+  """L2-normalises the last axis; the zero vector keeps a finite gradient."""
+  square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+  return features * jax.lax.rsqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+
+
+def scale_of(log_scale: jax.Array) -> jax.Array:
+  """1/τ, clamped at 100; a clamped scale has no gradient (published)."""
+  scale = jnp.exp(log_scale)
+  return jnp.where(scale > MAX_SCALE, MAX_SCALE, scale)
+
+
+class SimilarityHead(nn.Module):
+  """LN → projection D × D: hidden [..., D] → features [..., D] f32, not yet normalised."""
+  width: int
+
+  @nn.compact
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    x = layer_norm('norm', jnp.float32)(hidden)
+    kernel = self.param(
+        'kernel', nn.with_logical_partitioning(xavier_uniform(self.width, self.width), ('embed', 'feature')),
+        (self.width, self.width))
+    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('feature',)), (self.width,))
+    return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,0 +1,129 @@
+"""What the model is, as one frozen value: sizes, placement of experts, and the index of layers.
+
+Modules read this and nothing of the run's config, so that a model can be built from a checkpoint's metadata, a
+fixture's manifest or a config alike.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+PARTS = ('attention', 'ffn')
+PLACEMENTS = ('all', 'odd', 'four', 'none')
+MAX_PERIOD = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """Sizes and choices of one model; every field is documented in `configs/base.py`."""
+  layers: int                        # L
+  width: int                         # D
+  heads: int                         # N
+  hidden: int                        # F
+  vocab_size: int                    # V of the word table
+  spe_id: int                        # word id of the prefix, mask, query and slot token
+  image_size: int                    # pixels a side
+  patch: int                         # pixels a side
+  channels: int = 3
+  max_frames: int = 8                # rows of the temporal table
+  max_text: int = 512                # rows of the position table
+  pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  prefix_word: int | None = None     # None: LN(Word[spe]); an id: that word as a text of length 1
+  spatial: str = 'sincos'            # 'sincos' (fixed) or 'learnt'
+  temporal_std: float = 0.02         # initial standard deviation of the temporal rows
+  layer_scale: float = 1e-3          # initial value of both LayerScale vectors
+  drop_path: float = 0.0             # stochastic depth, same rate in every layer
+  dtype: Any = jnp.float32           # of products; parameters and decisions stay float32
+  remat: bool = True                 # recompute blocks in the backward pass
+  router: str = 'attribute'          # key of moe.routers.ROUTERS, or 'dense'
+  num_experts: int = 8               # E
+  top_k: int = 2                     # K
+  noise_std: float = 1.0             # of the gate's training noise, times E
+  placement: str | tuple[int, ...] = 'all'
+  parts: tuple[str, ...] = PARTS     # which projections have experts
+  router_names: tuple[str, ...] = () # embedding table of the router, in order
+  temperatures: tuple[str, ...] = () # groups, one learnt scale each
+  temperature: float = 0.07          # initial τ
+
+  @classmethod
+  def from_config(
+      cls, config, *, vocab_size: int, spe_id: int, prefix_word: int | None, temperatures: tuple[str, ...],
+      router_names: tuple[str, ...]) -> 'ModelSpec':
+    """The model of a checked run config; the keyword arguments come from its tokenizer and plan."""
+    m, moe = config.model, config.moe
+    placement = moe.placement if isinstance(moe.placement, str) else tuple(moe.placement)
+    return cls(
+        layers=m.layers, width=m.width, heads=m.heads, hidden=m.hidden, vocab_size=vocab_size, spe_id=spe_id,
+        image_size=m.image_size, patch=m.patch, channels=m.channels, max_frames=m.max_frames, max_text=m.max_text,
+        pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), prefix_word=prefix_word, spatial=m.spatial,
+        temporal_std=m.temporal_std, layer_scale=m.layer_scale, drop_path=m.drop_path, dtype=jnp.dtype(m.dtype),
+        remat=m.remat, router=moe.router, num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std,
+        placement=placement, parts=tuple(moe.parts), router_names=router_names, temperatures=temperatures,
+        temperature=m.temperature)
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.heads
+
+  @property
+  def patches(self) -> int:
+    """Visual tokens of one frame."""
+    return (self.image_size // self.patch) ** 2
+
+  @property
+  def pattern(self) -> tuple[tuple[str, ...], ...]:
+    """Per layer, the parts that have experts. 'odd' is the published name for indices 0, 2, 4, …"""
+    step = {'all': 1, 'odd': 2, 'four': 4, 'none': self.layers + 1}
+    if self.router == 'dense' or self.placement == 'none':
+      chosen = ()
+    elif isinstance(self.placement, str):
+      chosen = range(0, self.layers, step[self.placement])
+    else:
+      chosen = self.placement
+    return tuple(self.parts if i in set(chosen) else () for i in range(self.layers))
+
+  @property
+  def stack(self) -> 'Stack':
+    return Stack.of(self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """How layers are laid out in the parameter tree: `blocks` (scanned periods) and `tail` (unrolled).
+
+  The tail is the last whole period and what remains after it: the last block computes only the rows that the readout
+  needs, and taking it out of a stacked array would copy the stack.
+
+  Attributes:
+    period: parts with experts, per block of a period.
+    periods: how many periods are scanned.
+    tail: parts with experts, per tail block.
+  """
+  period: tuple[tuple[str, ...], ...]
+  periods: int
+  tail: tuple[tuple[str, ...], ...]
+
+  @classmethod
+  def of(cls, pattern: tuple[tuple[str, ...], ...]) -> 'Stack':
+    """The smallest period that explains the pattern; an irregular pattern is unrolled as a whole."""
+    n = len(pattern)
+    for p in range(1, min(MAX_PERIOD, n) + 1):
+      if all(pattern[i] == pattern[i % p] for i in range(n)):
+        periods = n // p - 1
+        return cls(pattern[:p], periods, pattern[periods * p:])
+    return cls((), 0, pattern)
+
+  @property
+  def layers(self) -> int:
+    return len(self.period) * self.periods + len(self.tail)
+
+  def locate(self, layer: int) -> tuple[str, int | None, str]:
+    """(subtree, index on its stacked axis or None, block name) of a layer: the one way to address layers."""
+    if not 0 <= layer < self.layers:
+      raise IndexError(f'layer {layer} is outside 0…{self.layers - 1}.')
+    scanned = len(self.period) * self.periods
+    if layer < scanned:
+      return 'blocks', layer // len(self.period), f'block{layer % len(self.period)}'
+    return 'tail', None, f'block{layer - scanned}'

@@ -1,0 +1,129 @@
+"""UniPerceiver: embed → encode → features, for any list of sequences, kinds and target sets alike."""
+
+import math
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from uni_moe_jax.model.embed import Embed
+from uni_moe_jax.model.encoder import Collected, Encoder
+from uni_moe_jax.model.similarity import SimilarityHead, scale_of
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.streams import READ_NOTHING, Layout, Past, Stream, join_equal
+from uni_moe_jax.moe import routers
+
+
+@flax.struct.dataclass
+class Sequence:
+  """One batch of sequences as raw inputs.
+
+  Attributes:
+    layout: static structure.
+    ids: uint32 [B] example ids.
+    pixels: [B, T, H, W, C] uint8 or normalised float, for a visual segment.
+    temporal_offset: int32 scalar.
+    text: int32 [B, S] for a text segment; a two-stream segment holds [words | queries].
+    text_valid: bool [B, S] or None: which tokens are not padding.
+    positions: int32 [B, M] positions to read, counted in the text segment; for 'picks' and 'slot'.
+    text_positions: int32 [S] or [B, S] rows of the position table, or None for the layout's own.
+    past: cached keys and values, or None.
+  """
+  layout: Layout = flax.struct.field(pytree_node=False)
+  ids: jax.Array
+  pixels: jax.Array | None = None
+  temporal_offset: jax.Array | int = 0
+  text: jax.Array | None = None
+  text_valid: jax.Array | None = None
+  positions: jax.Array | None = None
+  text_positions: jax.Array | None = None
+  past: Past | None = None
+
+
+@flax.struct.dataclass
+class Encoded:
+  """rows: per sequence hidden states [B, R, D] of its readout. collected: see `Encoder`. joined: the streams that the
+  encoder carried (their layouts name the arrays of taps and keys)."""
+  rows: tuple[jax.Array | None, ...]
+  collected: Collected
+
+
+class UniPerceiver(nn.Module):
+  """The whole model. Methods are called through `apply(…, method=…)`; `init` runs `__call__`.
+
+  Attributes:
+    spec: see `ModelSpec`.
+    shards: into how many parts batches are laid out ([shards · b] on axis 0).
+  """
+  spec: ModelSpec
+  shards: int = 1
+
+  def setup(self):
+    self.embed = Embed(self.spec)
+    self.encoder = Encoder(self.spec)
+    self.similarity = SimilarityHead(self.spec.width)
+    start = math.log(1 / self.spec.temperature)
+    self.log_scales = {
+        name: self.param(f'log_scale_{name}', nn.with_logical_partitioning(nn.initializers.constant(start), ()), ())
+        for name in self.spec.temperatures}
+
+  def __call__(self, sequences: tuple[Sequence, ...]):
+    """Touches every parameter; for `init`."""
+    encoded = self.encode(sequences)
+    return tuple(self.features(r) for r in encoded.rows), {n: self.scale(n) for n in self.spec.temperatures}
+
+  def encode(
+      self, sequences: tuple[Sequence, ...], *, key: jax.Array | None = None, all_rows: bool = False,
+      taps: bool = False, keys: bool = False) -> Encoded:
+    """Encodes sequences of any kinds in one pass over the layers; arguments as in `Encoder`.
+
+    Sequences of equal router rows, masks and shapes are joined along the batch, unless keys or taps are asked for
+    (then results stay in the order of `sequences`) or there is a cache.
+    """
+    streams = tuple(self._stream(s) for s in sequences)
+    past = tuple(s.past for s in sequences)
+    if keys or taps or any(p is not None for p in past):
+      rows, collected = self.encoder(streams, past, key=key, all_rows=all_rows, taps=taps, keys=keys)
+      return Encoded(rows, collected)
+    router_rows = [
+        (tuple(routers.row_of(self.spec.router, c) for c in s.layout.conditions), s.layout.masks, s.layout.readout)
+        for s in streams]
+    joined, split = join_equal(streams, tuple(router_rows), self.shards)
+    rows, collected = self.encoder(joined, (None,) * len(joined), key=key, all_rows=all_rows)
+    return Encoded(split(rows), collected)
+
+  def features(self, rows: jax.Array) -> jax.Array:
+    """[..., D] hidden → [..., D] f32 features, not normalised."""
+    return self.similarity(rows)
+
+  def scale(self, temperature: str) -> jax.Array:
+    """exp(log scale) of a temperature group, clamped at 100."""
+    return scale_of(self.log_scales[temperature])
+
+  def _stream(self, s: Sequence) -> Stream:
+    """Embeds a raw sequence: the prefix is joined to the first array, positions count from it."""
+    layout = s.layout
+    arrays, valid = [], []
+    for modality, mask in zip(layout.modalities, layout.masks):
+      if modality == 'visual':
+        arrays.append(self.embed.visual(s.pixels, s.temporal_offset))
+        valid.append(None)
+      else:
+        positions = s.text_positions
+        if positions is None:
+          n = s.text.shape[1]
+          positions = jnp.arange(n) % (n // 2) if mask == 'two_stream' else jnp.arange(n)
+        arrays.append(self.embed.text(s.text, positions))
+        valid.append(s.text_valid)
+    positions = s.positions
+    if layout.prefixed:
+      batch = arrays[0].shape[0]
+      arrays[0] = jnp.concatenate([self.embed.prefix(batch), arrays[0]], axis=1)
+      if valid[0] is not None:
+        valid[0] = jnp.concatenate([jnp.ones((batch, 1), bool), valid[0]], axis=1)
+      if positions is not None and layout.readout_array == 0:
+        positions = positions + 1
+    if layout.readout not in ('picks', 'slot', READ_NOTHING):
+      positions = None
+    return Stream(tuple(arrays), tuple(valid), positions, s.ids, layout)

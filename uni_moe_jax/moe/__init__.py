@@ -1,0 +1,1 @@
+"""Conditional mixtures of experts: a router decides, an expert computes."""

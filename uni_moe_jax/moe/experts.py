@@ -1,0 +1,71 @@
+"""Experts: linear maps that are merged before they multiply. A router decided; here is what its decision does.
+
+Experts are linear, so Σ_e c_e (x W_e + b_e) = x (Σ_e c_e W_e) + Σ_e c_e b_e: for a decision that does not look at
+tokens it is exact, and nearly free, to add the kernels first (Uni-Perceiver-MoE, section 3.4).
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from uni_moe_jax.moe.routers import Decision
+
+
+def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
+  """Contracts experts: kernel [E, …], coef [A, E] → [A, …].
+
+  A contraction over E and not a gather `kernel[expert]`: with experts sharded, the contraction is local plus one
+  reduction of the merged kernel, a gather moves every kernel.
+  """
+  return jnp.tensordot(coef, kernel, axes=1)
+
+
+def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
+  """U(±√(6 / (fan_in + fan_out))), for shapes whose axes do not say what the fans are."""
+  bound = math.sqrt(6 / (fan_in + fan_out))
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class ConditionalDense(nn.Module):
+  """Kernels and biases of a linear projection, one per condition row, merged from E experts (or the only ones).
+
+  Attributes:
+    in_shape, out_shape: axes that the product contracts and makes.
+    in_axes, out_axes: their logical names.
+    fans: (fan in, fan out) of the initialisation.
+    num_experts: E, or 0 for a dense projection.
+    dtype: of the merged kernels, that is of the product.
+  """
+  in_shape: tuple[int, ...]
+  out_shape: tuple[int, ...]
+  in_axes: tuple[str, ...]
+  out_axes: tuple[str, ...]
+  fans: tuple[int, int]
+  num_experts: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, decision: Decision | None) -> tuple[jax.Array, jax.Array]:
+    """Returns (kernel [A, *in, *out], bias [A, *out]); A = 1 when dense."""
+    lead, lead_axes = ((self.num_experts,), ('experts',)) if self.num_experts else ((), ())
+    kernel = self.param(
+        'kernel', nn.with_logical_partitioning(xavier_uniform(*self.fans), lead_axes + self.in_axes + self.out_axes),
+        lead + self.in_shape + self.out_shape)
+    bias = self.param(
+        'bias', nn.with_logical_partitioning(nn.initializers.zeros, lead_axes + self.out_axes), lead + self.out_shape)
+    if self.num_experts:
+      kernel, bias = merge(kernel, decision.coef), merge(bias, decision.coef)
+    else:
+      kernel, bias = kernel[None], bias[None]
+    return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+  """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out]."""
+  contracted = x.ndim - 2
+  axes = (tuple(range(2, x.ndim)), tuple(range(contracted)))
+  y = jnp.tensordot(x, kernel, axes=axes)
+  return y + bias.reshape((1, 1) + bias.shape)

@@ -1,0 +1,80 @@
+"""The device mesh, and the one table from logical axis names to mesh axes.
+
+Modules name the axes of their parameters by meaning ('embed', 'experts', …); here, and only here, meaning becomes
+placement. Batches lie on (replica, data, expert): every device sees its own examples, whatever else it holds.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ('replica', 'data', 'expert', 'model')
+BATCH_AXES = ('replica', 'data', 'expert')
+
+# Logical axis of a parameter → mesh axis (None: not split). `embed` is split over `data` under FSDP.
+RULES = {
+    'layers': None, 'experts': 'expert', 'embed': None, 'feature': None, 'qkv': None, 'heads': 'model',
+    'head_dim': None, 'mlp': 'model', 'vocab': None, 'position': None, 'type': None, 'patch': None, 'frame': None,
+    'space': None, 'attribute': None, 'router_table': None, 'gate_experts': None,
+}
+
+
+def mesh_shape(requested: dict[str, int], devices: int) -> dict[str, int]:
+  """Fills the one axis that is -1, and checks that the mesh covers the devices.
+
+  Args:
+    requested: size per axis of `AXES`; at most one is -1.
+    devices: how many there are.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  shape = {axis: int(requested[axis]) for axis in AXES}
+  free = [a for a, n in shape.items() if n == -1]
+  if len(free) > 1:
+    raise ValueError(f'mesh: {" and ".join(free)} are both -1; at most one axis can be inferred.')
+  bad = {a: n for a, n in shape.items() if n < 1 and n != -1}
+  if bad:
+    raise ValueError(f'mesh: {bad} must be positive, or -1 for one inferred axis.')
+  known = math.prod(n for n in shape.values() if n != -1)
+  if free:
+    if devices % known:
+      raise ValueError(f'mesh: {known} (the fixed axes of {shape}) does not divide {devices} devices.')
+    shape[free[0]] = devices // known
+  elif known != devices:
+    raise ValueError(f'mesh {shape} asks for {known} devices, there are {devices}; set one axis to -1.')
+  return shape
+
+
+def make_mesh(requested: dict[str, int], devices=None) -> Mesh:
+  """Mesh over the axes of `AXES`; see `mesh_shape`."""
+  devices = jax.devices() if devices is None else devices
+  shape = mesh_shape(requested, len(devices))
+  return Mesh(np.asarray(devices).reshape([shape[a] for a in AXES]), AXES)
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts batches are laid out."""
+  return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def rules(fsdp: bool) -> tuple[tuple[str, str | None], ...]:
+  """The table as flax wants it."""
+  return tuple({**RULES, **({'embed': 'data'} if fsdp else {})}.items())
+
+
+def param_shardings(boxed, mesh: Mesh, fsdp: bool):
+  """Shardings of parameters from the logical names in their boxes (a tree from `jax.eval_shape(init)`)."""
+  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules(fsdp))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
+  """Sharding of a batch leaf whose shards lie on `axis` (0, or 1 behind an accumulation axis)."""
+  return NamedSharding(mesh, PartitionSpec(*([None] * axis), BATCH_AXES))

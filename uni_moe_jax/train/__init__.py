@@ -1,0 +1,1 @@
+"""One trainer: optimizer, step, loop, checkpoints."""

@@ -1,0 +1,161 @@
+"""The training loop: steps, logs, checkpoints, signals.
+
+Exit codes: 0 finished, 75 stopped by a signal and resumable, 1 stopped because losses were not finite.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from uni_moe_jax.data.sets import TargetSet
+from uni_moe_jax.moe import routers
+from uni_moe_jax.train.checkpoint import Checkpoints, claim_workdir
+from uni_moe_jax.train.metrics_log import MetricsLog
+from uni_moe_jax.train.setup import Run, build
+
+FINISHED, ERROR, PREEMPTED = 0, 1, 75
+
+
+class Stop:
+  """Turns SIGINT and SIGTERM into a request to stop after the running step; a second one ends the process at once."""
+
+  def __init__(self):
+    self.requested = False
+
+  def __enter__(self) -> 'Stop':
+    self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    return self
+
+  def __exit__(self, *_) -> None:
+    for s, handler in self._old.items():
+      signal.signal(s, handler)
+
+  def _ask(self, number, _) -> None:
+    if self.requested:
+      os._exit(PREEMPTED)
+    self.requested = True
+    print(f'\n{signal.Signals(number).name}: stopping after this step and saving (again: at once, without).',
+          file=sys.stderr, flush=True)
+
+
+def conditions(run: Run) -> tuple:
+  """Conditions that the run's arrays have: its kinds' segments, paired texts and target sets."""
+  found = []
+  for t in run.plan.tasks:
+    found += t.kind.conditions
+    if t.kind.target == 'pair':
+      found.append(t.kind.pair_condition)
+  return tuple(dict.fromkeys(found + [s.condition for s in run.plan.sets]))
+
+
+def describe(run: Run) -> str:
+  """What is about to be trained, for the log."""
+  counts, router = run.parameter_counts(), run.config.moe.router
+  rows = routers.distinct_rows(router, conditions(run))
+  names = ['all tokens'] if router == routers.DENSE else [
+      ''.join(map(str, r)) if isinstance(r, tuple) else str(r) for r in rows]
+  sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.sets.items() if isinstance(t, TargetSet))
+  return (f'parameters: {counts["total"]:,} total, {counts["used_per_token"]:,} used per token\n'
+          f'router: {router}; {len(names)} condition rows: {", ".join(names)}\n'
+          f'tasks: {", ".join(f"{t.name} ({t.kind.name}, {t.batch})" for t in run.plan.tasks)}\n'
+          f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}')
+
+
+def run_facts(run: Run) -> dict:
+  """run.json: what a reader of the results needs to know."""
+  try:
+    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5,
+                            cwd=pathlib.Path(__file__).parent).stdout.strip()
+  except (OSError, subprocess.TimeoutExpired):
+    commit = ''
+  return {'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
+          'rows': [str(c) for c in conditions(run)], 'seed': run.config.seed, 'commit': commit or 'unknown',
+          'command': ' '.join(['python', *sys.argv])}
+
+
+def train(config, workdir: str) -> int:
+  """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one.
+
+  Returns:
+    An exit code. Raises what `setup.build` and `claim_workdir` raise.
+  """
+  started = time.perf_counter()
+  with Stop() as stop:
+    run = build(config)
+    claim_workdir(workdir, config, run.data.fingerprint)
+    print(describe(run), flush=True)
+    pathlib.Path(workdir, 'run.json').write_text(json.dumps(run_facts(run), indent=1))
+    checkpoints = Checkpoints(workdir, config.train.keep)
+    try:
+      return _loop(run, workdir, checkpoints, stop, started)
+    finally:
+      checkpoints.close()
+
+
+def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started: float) -> int:
+  c, last = run.config, run.config.train.steps
+  first = checkpoints.latest() or 0
+  if first >= last:
+    print(f'{workdir} is finished: {first} of {last} steps.')
+    return FINISHED
+  if first:
+    like = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), run.shapes, run.shardings)
+    state = checkpoints.restore(like)
+    print(f'resumed from step {first}', flush=True)
+  else:
+    state = run.init()
+  sets, steps = run.sets(), {}
+  batches = run.mixture().iterate(first, last)
+  print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
+
+  with MetricsLog(workdir, first, last) as log:
+    pending = None  # metrics of the step that is running: read once the next one is queued
+    for step in range(first, last):
+      if stop.requested:
+        break
+      task, batch = next(batches)
+      if task not in steps:
+        steps[task] = run.step_fn(task)
+      compiling = step == first
+      state, metrics = steps[task](state, run.put(batch), sets)
+      if compiling:
+        jax.block_until_ready(metrics)
+        print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
+      done = step + 1
+      if pending is not None and not _take(log, pending, c, step):
+        return ERROR
+      pending = metrics
+      if done % c.train.log_every == 0 or done == last:
+        if not _take(log, pending, c, done):
+          return ERROR
+        pending = None
+        log.write(done)
+      if done % c.train.save_every == 0 and done != last:
+        checkpoints.save(done, state)
+    done = int(jax.device_get(state.step))
+    checkpoints.save(done, state)
+  if done < last:
+    print(f'stopped at step {done} of {last}; the same command continues.', flush=True)
+    return PREEMPTED
+  print(f'trained {last} steps; {time.perf_counter() - started:.0f} s in this process', flush=True)
+  return FINISHED
+
+
+def _take(log: MetricsLog, metrics, c, step: int) -> bool:
+  """Reads a step's metrics; False when too many steps in a row were not finite."""
+  values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+  if values['bad'] >= c.train.max_bad_steps:
+    broken = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
+    print(f'error: {int(values["bad"])} steps in a row up to step {step} were not finite '
+          f'({", ".join(broken) or "the gradient norm"}); parameters are those of step {step - int(values["bad"])}. '
+          'Lower config.optim.learning_rate, or look at the data of those tasks.', file=sys.stderr, flush=True)
+    return False
+  log.add({k: v for k, v in values.items() if np.isfinite(v)})
+  return True

@@ -1,0 +1,81 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and lines or a progress bar for the person who waits."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import tensorflow as tf
+import tqdm
+
+
+class MetricsLog:
+  """Averages scalars over the steps between two logs and writes them; used as a context manager."""
+
+  def __init__(self, workdir: str | os.PathLike[str], first: int, last: int):
+    """first, last: the run goes from step `first` to `last`; lines of later steps (of a run that was cut off) go."""
+    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+    if self._path.exists():
+      lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first]
+      self._path.write_text(''.join(line + '\n' for line in lines))
+    self._file = self._path.open('a')
+    self._board = tf.summary.create_file_writer(os.fspath(pathlib.Path(workdir) / 'tensorboard'))
+    self._bar = tqdm.tqdm(total=last, initial=first, unit='step', dynamic_ncols=True) if sys.stderr.isatty() else None
+    self._last, self._sums, self._count, self._since = last, {}, 0, time.perf_counter()
+
+  def __enter__(self) -> 'MetricsLog':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._file.close()
+    self._board.close()
+    if self._bar:
+      self._bar.close()
+
+  def add(self, metrics: dict[str, float]) -> None:
+    """One step's scalars."""
+    for k, v in metrics.items():
+      total, n = self._sums.get(k, (0.0, 0))
+      self._sums[k] = total + float(v), n + 1
+    self._count += 1
+    if self._bar:
+      self._bar.update(1)
+
+  def write(self, step: int) -> dict[str, float]:
+    """Means since the last write, under the number of steps taken."""
+    now = time.perf_counter()
+    means = {k: total / n for k, (total, n) in self._sums.items()}
+    means['steps_per_second'] = self._count / max(now - self._since, 1e-9)
+    self._sums, self._count, self._since = {}, 0, now
+    self.record(step, means)
+    losses = ' '.join(f'{k.removeprefix("loss/")} {v:.3f}' for k, v in sorted(means.items()) if k.startswith('loss/'))
+    rate = means['steps_per_second']
+    if self._bar:
+      self._bar.set_postfix_str(f'loss {means["loss/total"]:.3f}')
+    else:
+      left = (self._last - step) / rate
+      print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s  {_duration(left)} left', flush=True)
+    return means
+
+  def record(self, step: int, scalars: dict[str, float]) -> None:
+    """Writes scalars as they are."""
+    self._file.write(json.dumps({'step': step, **scalars}) + '\n')
+    self._file.flush()
+    with self._board.as_default(step=step):
+      for k, v in scalars.items():
+        tf.summary.scalar(k, v)
+    self._board.flush()
+
+
+def _step_of(line: str) -> int:
+  """Step of a line; a line that a crash cut in half counts as later than any step."""
+  try:
+    return int(json.loads(line)['step'])
+  except (ValueError, KeyError, TypeError):
+    return sys.maxsize
+
+
+def _duration(seconds: float) -> str:
+  minutes, s = divmod(int(seconds), 60)
+  return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else f'{minutes} min {s} s' if minutes else f'{s} s'

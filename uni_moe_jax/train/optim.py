@@ -1,0 +1,94 @@
+"""The optimizer from config: AdamW whose groups are path patterns, with freezing, warm-up and clipping.
+
+A regime (pretrain, fine-tune, prompt-tune) is a list of rules. Every parameter must match one, and the first match wins.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from uni_moe_jax.config import FREEZE
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What happens to one parameter: factor of the learning rate and decoupled weight decay, or frozen."""
+  lr_factor: float
+  weight_decay: float
+  frozen: bool = False
+
+
+def path_of(key_path) -> str:
+  """'encoder/blocks/block0/ffn_in/kernel' from a tree path."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', k))) for k in key_path)
+
+
+def match_rules(params: Any, rules) -> Any:
+  """A tree of `Rule` for a parameter tree.
+
+  Raises:
+    ValueError: a parameter that no pattern matches, or a pattern that matches no parameter.
+  """
+  used = set()
+
+  def one(key_path, _):
+    path = path_of(key_path)
+    for i, rule in enumerate(rules):
+      if re.search(rule[0], path):
+        used.add(i)
+        return Rule(0.0, 0.0, True) if rule[1] == FREEZE else Rule(float(rule[1]), float(rule[2]))
+    raise ValueError(f"config.optim.rules: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
+                     f"('.*', '{FREEZE}').")
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def schedule(c) -> optax.Schedule:
+  """Learning rate of update t = 0, 1, …: (t + 1) / warmup, then cosine to `final`, clamped at the end of the run."""
+  peak, warmup, steps = c.optim.learning_rate, c.optim.warmup, c.train.steps
+
+  def rate(count):
+    t = jnp.asarray(count, jnp.float32)
+    rise = (t + 1) / max(1, warmup)
+    progress = jnp.clip((t - warmup) / max(1, steps - warmup), 0.0, 1.0)
+    fall = c.optim.final + (1 - c.optim.final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return peak * jnp.where(t < warmup, rise, 1.0 if c.optim.schedule == 'constant' else fall)
+  return rate
+
+
+def _scale_by(tree) -> optax.GradientTransformation:
+  """Multiplies each update by its own factor."""
+  return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, tree))
+
+
+def _decay(tree) -> optax.GradientTransformation:
+  """Adds each parameter's own weight decay (decoupled)."""
+  return optax.stateless(lambda updates, params: jax.tree.map(
+      lambda u, p, w: u if w == 0.0 else u + w * p, updates, params, tree))
+
+
+def make_optimizer(c, params: Any) -> tuple[optax.GradientTransformation, optax.Schedule, Any]:
+  """(optimizer, learning-rate schedule, tree of rules) for a config and a parameter tree (or its shapes).
+
+  Frozen parameters take part in nothing: they have no moments, and the clip does not count them.
+  """
+  rules = match_rules(params, c.optim.rules)
+  trained = jax.tree.map(lambda r: not r.frozen, rules)
+  rate = schedule(c)
+
+  def masked(field):  # optax.masked replaces frozen leaves by nodes without leaves
+    return jax.tree.map(lambda r: optax.MaskedNode() if r.frozen else getattr(r, field), rules)
+
+  steps = [optax.clip_by_global_norm(c.optim.clip)] if c.optim.clip else []
+  steps += [
+      optax.scale_by_adam(b1=c.optim.b1, b2=c.optim.b2, eps=c.optim.eps),
+      _decay(masked('weight_decay')),
+      _scale_by(masked('lr_factor')),
+      optax.scale_by_learning_rate(rate),
+  ]
+  frozen = jax.tree.map(lambda r: r.frozen, rules)
+  return optax.chain(optax.masked(optax.chain(*steps), trained), optax.masked(optax.set_to_zero(), frozen)), rate, rules

@@ -1,0 +1,166 @@
+"""From a config to a run that can step: plan, data, mesh, model, optimizer, state."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import sharding, tasks
+from uni_moe_jax.config import Plan
+from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.mixtures import PER_BATCH, Batch, Feed, Mixture
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.streams import Layout
+from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.moe import routers
+from uni_moe_jax.train import optim
+from uni_moe_jax.train.step import Sets, StepSpec, TrainState, init_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run ready to start.
+
+  Attributes:
+    config, plan, data: what is trained on what.
+    mesh: of devices. spec: static arguments of the step (its plan holds every task).
+    rules: optimizer rule of every parameter.
+    shapes, shardings: of the train state.
+  """
+  config: ml_collections.ConfigDict
+  plan: Plan
+  data: Data
+  mesh: Mesh
+  spec: StepSpec
+  rules: Any
+  shapes: TrainState
+  shardings: TrainState
+
+  def init(self) -> TrainState:
+    """A fresh state, made sharded: no device ever holds all of it."""
+    def fresh(key):
+      return init_state(self.spec, init_params(self.spec.model, key))
+    return jax.jit(fresh, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+
+  def mixture(self) -> Mixture:
+    """Training batches of this process."""
+    c, shards = self.config, self.spec.model.shards
+    local = shards // jax.process_count()
+    feed = Feed(c.train.accum, shards, jax.process_index() * local, (jax.process_index() + 1) * local)
+    examples = {t.name: self.data.examples(t, training=True) for t in self.plan.tasks}
+    return Mixture(self.plan, examples, c.seed, c.train.mixture, c.model.max_frames, feed)
+
+  def step_fn(self, task: str | None = None):
+    """The jitted step of the whole mixture, or of a step that holds one task. (state, batch, sets) → (state, metrics)."""
+    spec = self.spec if task is None else dataclasses.replace(self.spec, plan=self.plan.only(task))
+    return jax.jit(functools.partial(train_step, spec=spec), donate_argnums=0, out_shardings=(self.shardings, None))
+
+  def put(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+    """Places a host batch on the mesh: every process gives its own shards."""
+    axis = 0 if self.config.train.accum == 1 else 1
+    split, whole = sharding.batch_sharding(self.mesh, axis), sharding.replicated(self.mesh)
+    return {group: {
+        k: jax.make_array_from_process_local_data(whole if k in PER_BATCH else split, v) for k, v in fields.items()
+    } for group, fields in batch.items()}
+
+  def sets(self) -> Sets:
+    """Target sets on the devices."""
+    return place_sets(self.data, self.plan, self.mesh)
+
+  def parameter_counts(self) -> dict[str, int]:
+    """{'total', 'used_per_token'}: of E experts, a token's kernels are merged from K."""
+    total = used = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(self.shapes.params):
+      total += leaf.size
+      kept = leaf.size
+      if self._is_expert(optim.path_of(path), leaf):
+        kept = leaf.size // self.spec.model.spec.num_experts * self.spec.model.spec.top_k
+      used += kept
+    return {'total': total, 'used_per_token': used}
+
+  def _is_expert(self, path: str, leaf) -> bool:
+    """Whether a parameter has an expert axis: its block's part has experts, and it belongs to a projection."""
+    spec = self.spec.model.spec
+    part = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
+    names = path.split('/')
+    if len(names) < 5 or names[3] not in part:
+      return False
+    pattern = spec.stack.period if names[1] == 'blocks' else spec.stack.tail
+    return part[names[3]] in pattern[int(names[2].removeprefix('block'))]
+
+
+def init_params(model: UniPerceiver, key: jax.Array) -> Any:
+  """Fresh parameters. One text is enough to touch every one of them."""
+  return nn.unbox(boxed_params(model, key))
+
+
+def boxed_params(model: UniPerceiver, key: jax.Array) -> Any:
+  """Parameters in boxes that name their logical axes."""
+  condition = next(iter(tasks.families().values()))
+  text = Sequence(layout=Layout.of_text(condition), ids=jnp.zeros((1,), jnp.uint32), text=jnp.zeros((1, 2), jnp.int32))
+  return model.init(key, (text,))['params']
+
+
+def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> ModelSpec:
+  """The model of a run."""
+  prefix = None
+  if config.model.prefix != 'spe':
+    ids = data.tokenizer.encode(config.model.prefix)
+    if len(ids) != 1:
+      raise ValueError(f'config.model.prefix={config.model.prefix!r} is {len(ids)} tokens; it must be one word, or \'spe\'.')
+    prefix = ids[0]
+  names = routers.table_names(config.moe.router, router_tasks(plan), tasks.MODALITIES)
+  return ModelSpec.from_config(
+      config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
+      temperatures=plan.temperatures, router_names=names)
+
+
+def router_tasks(plan: Plan) -> tuple[str, ...]:
+  """Names of the task router's table: the built-in ones, then those of the config's own kinds and sets."""
+  own = [k.router_task for k in plan.kinds] + [s.condition.task for s in plan.sets]
+  return tuple(dict.fromkeys([*tasks.router_tasks(), *own]))
+
+
+def place_sets(data: Data, plan: Plan, mesh: Mesh) -> Sets:
+  """Target sets as device arrays, as the step takes them."""
+  tree = {s.name: {'buckets': data.sets[s.name].buckets, 'order': data.sets[s.name].order} for s in plan.sets}
+  return jax.device_put(tree, sharding.replicated(mesh))
+
+
+def build(config: ml_collections.ConfigDict) -> Run:
+  """Checks a config and builds its run.
+
+  Raises:
+    ValueError, FileNotFoundError: a field that is wrong, data that is not there; see `config.resolve` and `Data`.
+  """
+  plan = config_lib.resolve(config)
+  mesh_fields = {axis: config.mesh[axis] for axis in sharding.AXES}
+  mesh = sharding.make_mesh(mesh_fields)
+  shards = sharding.batch_shards(mesh)
+  config_lib.check_batches(plan, shards, config.train.accum)
+  data = Data(config, plan)
+  model = UniPerceiver(model_spec(config, plan, data), shards)
+  boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
+  params = nn.unbox(boxed)
+  tx, rate, rules = optim.make_optimizer(config, params)
+  spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, seed=config.seed, accum=config.train.accum,
+                  ema=config.train.ema, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size)
+  shapes = jax.eval_shape(functools.partial(init_state, spec), params)
+  shardings = state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
+  return Run(config, plan, data, mesh, spec, rules, shapes, shardings)
+
+
+def state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh) -> TrainState:
+  """Shardings of a train state: moments and averages lie as their parameters do, the rest everywhere."""
+  whole: NamedSharding = sharding.replicated(mesh)
+  opt_state = optax.tree.map_params(
+      spec.tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole)
+  return TrainState(step=whole, params=params, opt_state=opt_state, ema=params if spec.ema else None, bad=whole,
+                    skipped=whole)

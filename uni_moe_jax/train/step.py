@@ -1,0 +1,274 @@
+"""The training step: a pure function of state, batch and target sets.
+
+One pass encodes the batches of all kinds and all target sets together. With accumulation the sets are encoded once, the
+micro-steps collect the gradient with respect to their features, and one backward pass carries it through the sets.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from uni_moe_jax import losses
+from uni_moe_jax.config import Plan, TaskSpec
+from uni_moe_jax.losses import SampledWords, Tally
+from uni_moe_jax.model import inputs
+from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+
+Batch = dict[str, dict[str, jax.Array]]
+Sets = dict[str, dict[str, Any]]   # name → {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}
+Sampled = dict[str, SampledWords]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a checkpoint holds.
+
+  Attributes:
+    step: int32, steps taken (those that were skipped included).
+    params, opt_state: trees. ema: averaged parameters, or None.
+    bad: int32, steps in a row whose loss or gradient was not finite. skipped: int32, all of them.
+  """
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema: Any
+  bad: jax.Array
+  skipped: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+  """Static arguments of the step.
+
+  Attributes:
+    model, plan: see their classes. tx, rate: optimizer and its learning rate.
+    seed: of the run. accum: micro-steps. ema: decay, 0 = off.
+    eot: id of the last token of every text. vocab_size: V.
+  """
+  model: UniPerceiver
+  plan: Plan
+  tx: optax.GradientTransformation
+  rate: Any
+  seed: int
+  accum: int
+  ema: float
+  eot: int
+  vocab_size: int
+
+
+def init_state(spec: StepSpec, params: Any) -> TrainState:
+  """The state before the first step; to be called under jit, so that no two leaves are one buffer (it is donated)."""
+  ema = jax.tree.map(jnp.copy, params) if spec.ema else None
+  step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
+  return TrainState(step, params, spec.tx.init(params), ema, bad, skipped)
+
+
+def task_fields(spec: StepSpec, batch: Batch, task: TaskSpec) -> dict[str, jax.Array]:
+  """One task's part of a (micro-)batch, flat: {'label' [B, M], 'weight' [B, M], 'text_id' [B], …}."""
+  start, stop = _place(spec, task)
+  fields = inputs.flat_fields(batch[task.group])
+  return {k: fields[k] if k == 'temporal_offset' else inputs.task_rows(fields[k], start, stop, spec.model.shards)
+          for k in fields if k in ('label', 'weight', 'text_id')}
+
+
+def _place(spec: StepSpec, task: TaskSpec) -> tuple[int, int]:
+  """Rows of a task on axis b of its group."""
+  start = 0
+  for t in spec.plan.groups[task.group]:
+    size = t.batch // (spec.accum * spec.model.shards)
+    if t.name == task.name:
+      return start, start + size
+    start += size
+  raise KeyError(task.name)
+
+
+def sample_sets(spec: StepSpec, batch: Batch, key: jax.Array) -> Sampled:
+  """Sampled words of every set that is scored so: positives of all micro-steps, and a uniform sample."""
+  out = {}
+  for s in spec.plan.sets:
+    if s.scoring == 'sampled':
+      positive = jnp.zeros((spec.vocab_size,), bool)
+      for t in spec.plan.tasks:
+        if t.target_set == s.name:
+          fields = batch[t.group]
+          # All tasks of the group may be marked: a word more among the positives is still a word with correction 0.
+          positive = positive.at[fields['label']].max(fields['weight'] > 0)
+      out[s.name] = losses.sample_words(key, positive, min(s.samples, spec.vocab_size))
+  return out
+
+
+def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None, sampled: Sampled, key: jax.Array):
+  """Encodes batches and target sets in one pass.
+
+  Returns:
+    (groups, set_features, collected): groups: {group: (input features [B, R, D], pair features [B, D] or None)};
+    set_features: {set: [V, D]}, all normalised; collected: see `Encoder`.
+  """
+  sequences, names = [], []
+  for group, tasks in spec.plan.groups.items() if batch is not None else ():
+    kind, fields = tasks[0].kind, inputs.flat_fields(batch[group])
+    sequences.append(inputs.input_sequence(kind, fields))
+    names.append(('input', group))
+    if kind.target == 'pair':
+      sequences.append(inputs.pair_sequence(kind, fields))
+      names.append(('pair', group))
+  for s in spec.plan.sets if sets is not None else ():
+    if s.is_vocabulary:
+      ids = sampled[s.name].ids if s.name in sampled else jnp.arange(spec.vocab_size, dtype=jnp.int32)
+      rows = (inputs.word_sequence(s.name, s.condition, ids, spec.eot),)
+    else:
+      rows = inputs.set_sequences(s.name, s.condition, sets[s.name]['buckets'])
+    sequences += rows
+    names += [('set', s.name)] * len(rows)
+
+  def run(model):
+    encoded = model.encode(tuple(sequences), key=key)
+    return [normalise(model.features(r)) for r in encoded.rows], encoded.collected
+
+  features, collected = spec.model.apply({'params': params}, method=run)
+  by_name: dict[tuple[str, str], list[jax.Array]] = {}
+  for name, f in zip(names, features, strict=True):
+    by_name.setdefault(name, []).append(f)
+  groups = {g: (by_name['input', g][0], by_name['pair', g][0][:, 0] if ('pair', g) in by_name else None)
+            for g in (spec.plan.groups if batch is not None else ())}
+  set_features = {}
+  for s in spec.plan.sets if sets is not None else ():
+    rows = jnp.concatenate([f[:, 0] for f in by_name['set', s.name]])
+    set_features[s.name] = rows if s.is_vocabulary else rows[sets[s.name]['order']]
+  return groups, set_features, collected
+
+
+def _targets(task: TaskSpec, fields: dict[str, jax.Array], sampled: Sampled) -> tuple[jax.Array, jax.Array]:
+  """(labels, weights) against the features of the task's set; picks whose word was not sampled count nothing."""
+  label, weight = fields['label'], fields['weight']
+  if task.target_set in sampled:
+    words = sampled[task.target_set]
+    label = words.index[label]
+    found = label < words.ids.shape[0]
+    label, weight = jnp.where(found, label, 0), weight * found
+  return label, weight
+
+
+def norms(spec: StepSpec, batch: Batch, sampled: Sampled) -> dict[str, jax.Array]:
+  """Σ weight of every task over the global batch, micro-steps included: what its loss is divided by."""
+  out = {}
+  for t in spec.plan.tasks:
+    def weight_of(micro, t=t):
+      fields = task_fields(spec, micro, t)
+      return (_targets(t, fields, sampled)[1] if t.target_set else fields['weight']).sum()
+    total = weight_of(batch) if spec.accum == 1 else jax.vmap(weight_of)(batch).sum()
+    out[t.name] = jnp.maximum(total, 1e-6)
+  return out
+
+
+def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampled: Sampled, norm) -> tuple[
+    jax.Array, dict[str, Tally]]:
+  """(Σ_task weight · loss, tallies by task, each already divided by the task's norm)."""
+  total, tallies = 0.0, {}
+  for t in spec.plan.tasks:
+    fields = task_fields(spec, batch, t)
+    start, stop = _place(spec, t)
+    features, pair = groups[t.group]
+    features = inputs.task_rows(features, start, stop, spec.model.shards)
+    scale = spec.model.apply({'params': params}, t.temperature, method='scale')
+    if t.kind.target == 'pair':
+      pair = inputs.task_rows(pair, start, stop, spec.model.shards)
+      tally = losses.contrastive(features[:, 0], pair, scale, fields['text_id'], fields['weight'][:, 0], t.smoothing)
+    else:
+      logits = scale * features @ set_features[t.target_set].T
+      if t.target_set in sampled:
+        logits = logits + sampled[t.target_set].correction[None, None]
+      tally = losses.cross_entropy(logits, *_targets(t, fields, sampled), t.smoothing)
+    tallies[t.name] = jax.tree.map(lambda x, n=norm[t.name]: x / n, tally)
+    total = total + t.weight * tallies[t.name].loss
+  return total, tallies
+
+
+def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Array):
+  """(gradient tree, total loss, tallies, extra metrics) of one step."""
+  sampled = sample_sets(spec, batch, key)
+  norm = norms(spec, batch, sampled)
+  if spec.accum == 1:
+    def loss(p):
+      groups, set_features, collected = forward(spec, p, batch, sets, sampled, key)
+      total, tallies = score(spec, p, batch, groups, set_features, sampled, norm)
+      return total, (tallies, collected)
+    (total, (tallies, collected)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+  else:
+    set_features, pull_back, collected = jax.vjp(
+        lambda p: forward(spec, p, None, sets, sampled, key)[1:], params, has_aux=True)
+
+    def loss(p, set_features, micro):
+      groups, _, _ = forward(spec, p, micro, None, sampled, key)
+      return score(spec, p, micro, groups, set_features, sampled, norm)
+
+    def micro_step(carry, micro):
+      (total, tallies), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, set_features, micro)
+      return jax.tree.map(jnp.add, carry, (grads, total, tallies)), None
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(
+        lambda: micro_step_shape(loss, params, set_features, jax.tree.map(lambda x: x[0], batch))))
+    ((grads, d_features), total, tallies), _ = jax.lax.scan(micro_step, zeros, batch)
+    grads = jax.tree.map(jnp.add, grads, pull_back(d_features)[0])
+  extra = {'gate_entropy': gate_entropy(collected)}
+  if sampled:
+    extra['dropped_words'] = sum(s.dropped for s in sampled.values())
+  return grads, total, tallies, {k: v for k, v in extra.items() if v is not None}
+
+
+def micro_step_shape(loss, params, set_features, micro):
+  """What a micro-step adds up: ((d params, d features), total, tallies)."""
+  (total, tallies), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, set_features, micro)
+  return grads, total, tallies
+
+
+def gate_entropy(collected) -> jax.Array | None:
+  """Mean entropy (nats) of the kept coefficients over layers, routers and rows; None for a dense model."""
+  coefs = [d.coef for sub in ('blocks', 'tail') for out in collected[sub] for d in out['decisions'].values()]
+  if not coefs:
+    return None
+  entropies = [-(c * jnp.log(jnp.maximum(c, 1e-20))).sum(-1).reshape(-1) for c in coefs]
+  return jnp.concatenate(entropies).mean()
+
+
+def train_step(state: TrainState, batch: Batch, sets: Sets, *, spec: StepSpec) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimizer step.
+
+  Args:
+    state: donated by the caller's jit.
+    batch: {group: fields}, see `data.mixtures.Mixture`.
+    sets: target sets of the plan.
+    spec: static.
+
+  Returns:
+    (state, metrics): scalars 'loss/total', 'loss/<task>', 'accuracy/<task>', 'grad_norm', 'learning_rate', …. A step
+    whose loss or gradient is not finite changes nothing but the counters.
+  """
+  key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
+  grads, total, tallies, extra = gradients(spec, state.params, batch, sets, key)
+  grad_norm = optax.global_norm(grads)
+  finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+
+  def apply(_):
+    updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if spec.ema:
+      ema = jax.tree.map(lambda e, p: spec.ema * e + (1 - spec.ema) * p, state.ema, params)
+    return params, opt_state, ema
+
+  params, opt_state, ema = jax.lax.cond(
+      finite, apply, lambda _: (state.params, state.opt_state, state.ema), None)
+  skipped = (~finite).astype(jnp.int32)
+  new = TrainState(state.step + 1, params, opt_state, ema, (state.bad + 1) * skipped, state.skipped + skipped)
+  metrics = {'loss/total': total, 'grad_norm': grad_norm, 'learning_rate': spec.rate(state.step), 'bad': new.bad,
+             'skipped': new.skipped, **extra}
+  for name, tally in tallies.items():
+    metrics[f'loss/{name}'] = tally.loss
+    metrics[f'accuracy/{name}'] = tally.hits
+  return new, metrics
