@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.update(dict(
       layers=4, width=128, heads=4, hidden=512, image_size=32, patch=8, max_text=64, layer_scale=0.1, remat=False,
       temporal_std=0.5))
+  c.model.update(dict(pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3))  # of the training pictures
   c.sets.glyph_classes = config.target_set('glyphs/class', family='names')
   c.sets.motions = config.target_set('clips/motion', family='names')
   c.sets.vocabulary = config.target_set('vocabulary', family='words', scoring='sampled', samples=768)
@@ -39,6 +40,19 @@ def get_config() -> ml_collections.ConfigDict:
   c.tasks.continues = config.task(
       'text_classification', 'pairs', batch=16, target_set='answers', label='label',
       template='{text_a} <eot> <spe> , {text_b} <eot>', length=64)
+  # Names of clips are never trained on: a known kind on new data, evaluated zero-shot.
+  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch=0, captions=('{name}',), length=20)
+
+  for split, where in (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts')):
+    c.evaluators[f'class, {where}'] = config.evaluator('classification', 'glyph_class', split=split)
+    c.evaluators[f'name, {where}'] = config.evaluator('retrieval', 'glyph_name', split=split, number=500)
+    c.evaluators[f'caption, {where}'] = config.evaluator('caption', 'glyph_caption', split=split, number=1000)
+    c.evaluators[f'motion, {where}'] = config.evaluator('classification', 'clip_motion', split=split)
+    c.evaluators[f'zero-shot clip name, {where}'] = config.evaluator(
+        'retrieval', 'clip_name', split=split, number=400)
+  c.evaluators['masked words'] = config.evaluator('mlm', 'text', split='test')
+  c.evaluators['package'] = config.evaluator('classification', 'package', split='test')
+  c.evaluators['continues'] = config.evaluator('classification', 'continues', split='test')
   c.optim.update(dict(learning_rate=1e-3, warmup=60))
   c.train.update(dict(steps=500, log_every=20, save_every=100))
   return c

@@ -15,6 +15,10 @@ ERROR, USAGE = 1, 2
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
+class UsageError(ValueError):
+  """A mistake that a launch script itself finds."""
+
+
 def define_config(name: str = 'config') -> flags.FlagHolder:
   """--config=FILE.py[:argument], with --config.field=value overrides."""
   return config_flags.DEFINE_config_file(name, help_string='config file, for example configs/quickstart.py')
@@ -35,7 +39,7 @@ def _guarded(main: Callable[[], int]) -> int:
   try:
     return main()
   except (ValueError, FileNotFoundError) as e:
-    if not _is_ours(e):
+    if not isinstance(e, UsageError) and not _is_ours(e):
       raise
     return _complain(e)
 

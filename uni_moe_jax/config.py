@@ -4,7 +4,6 @@
 static facts (kinds, tasks, target sets, groups) that data, trainer and evaluators share.
 """
 
-import dataclasses
 import re
 from typing import Any
 
@@ -12,13 +11,20 @@ import ml_collections
 
 from uni_moe_jax import tasks as kinds_lib
 from uni_moe_jax.attributes import Condition
+from uni_moe_jax.plan import VOCABULARY, Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.tasks import Kind, nearest
 
-VOCABULARY = 'vocabulary'
 MIXTURES = ('mixed', 'sampled')
 SCORINGS = ('exact', 'sampled')
 SCHEDULES = ('cosine', 'constant')
 FREEZE = 'freeze'
+# Evaluator → whether it can ask a kind.
+EVALUATIONS = {
+    'classification': lambda kind: kind.readout in ('first', 'slot') and kind.target != 'pair',
+    'retrieval': lambda kind: kind.target == 'pair',
+    'mlm': lambda kind: kind.readout == 'picks',
+    'caption': lambda kind: kind.readout == 'queries',
+}
 
 
 def _create(fields: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -34,7 +40,7 @@ def task(
   Args:
     kind: row of `tasks.KINDS` or of `config.kinds`.
     source: name of a data source (`data/sources.py`).
-    batch: examples per step over all devices and micro-steps; 0 leaves the task out.
+    batch: examples per step over all devices and micro-steps; 0: the task is evaluated only (zero-shot).
     split: of the source.
     weight: factor of the task's loss.
     temperature: temperature group; tasks that name one share a learnt scale. '' = the kind's name.
@@ -66,6 +72,19 @@ def target_set(
     length: longest text in tokens, `eot` included; longer ones are an error.
   """
   return _create(dict(values=values, family=family, scoring=scoring, samples=samples, length=length))
+
+
+def evaluator(kind: str, task_name: str, *, split: str, number: int = 0, batch: int = 128) -> ml_collections.ConfigDict:
+  """One evaluation with a fixed protocol; see `eval/evaluators.py`.
+
+  Args:
+    kind: classification | retrieval | mlm | caption.
+    task_name: entry of `config.tasks`, trained or not (batch 0): what is asked, of which source.
+    split: that is evaluated.
+    number: retrieval: candidates, with distinct texts; others: examples, 0 = all.
+    batch: examples encoded at once.
+  """
+  return _create(dict(kind=kind, task=task_name, split=split, number=number, batch=batch))
 
 
 def base() -> ml_collections.ConfigDict:
@@ -130,68 +149,9 @@ def base() -> ml_collections.ConfigDict:
       keep=2,                      # newest checkpoints kept
       max_bad_steps=10,            # steps in a row with a loss that is not finite, before the run stops
   ))
-  c.evaluators = _create({})       # {name: {type, …}}, see eval/evaluators.py
+  c.evaluators = _create({})       # {name: evaluator(…)}
   c.mesh = _create(dict(replica=1, data=-1, expert=1, model=1, fsdp=False))  # one axis may be -1 (inferred)
   return c
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskSpec:
-  """A checked task; fields as in `task`. `group` is the batch it is encoded with."""
-  name: str
-  kind: Kind
-  group: str
-  source: str
-  split: str
-  batch: int
-  weight: float
-  temperature: str
-  target_set: str
-  label: str
-  captions: tuple[str, ...]
-  template: str
-  length: int
-  picks: int
-  smoothing: float
-  shift: int
-
-
-@dataclasses.dataclass(frozen=True)
-class SetSpec:
-  """A checked target set; fields as in `target_set`."""
-  name: str
-  values: str | tuple[str, ...]
-  condition: Condition
-  scoring: str
-  samples: int
-  length: int
-
-  @property
-  def is_vocabulary(self) -> bool:
-    return self.values == VOCABULARY
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """Static facts of a run. Tasks of a group lie in the group's batch in the order of `tasks`."""
-  kinds: tuple[Kind, ...]
-  tasks: tuple[TaskSpec, ...]
-  sets: tuple[SetSpec, ...]
-  temperatures: tuple[str, ...]
-
-  @property
-  def groups(self) -> dict[str, tuple[TaskSpec, ...]]:
-    """Tasks by group, in order."""
-    out: dict[str, tuple[TaskSpec, ...]] = {}
-    for t in self.tasks:
-      out[t.group] = (*out.get(t.group, ()), t)
-    return out
-
-  def only(self, task_name: str) -> 'Plan':
-    """The plan of a step that holds one task, with the sets that it needs."""
-    chosen = next(t for t in self.tasks if t.name == task_name)
-    sets = tuple(s for s in self.sets if s.name == chosen.target_set)
-    return dataclasses.replace(self, tasks=(chosen,), sets=sets)
 
 
 def resolve(c: ml_collections.ConfigDict) -> Plan:
@@ -211,17 +171,22 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
     kinds[name] = Kind(name, tuple(kinds_lib.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
     kinds_lib.check_kind(kinds[name], families)
   sets = tuple(_resolve_set(name, s, families) for name, s in c.sets.items())
-  chosen = {name: t for name, t in c.tasks.items() if t.batch != 0}
-  if not chosen:
+  trained = {name for name, t in c.tasks.items() if t.batch != 0}
+  if not trained:
     raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…).')
   lengths: dict[str, set[tuple[int, int]]] = {}
-  for t in chosen.values():
-    lengths.setdefault(t.kind, set()).add((t.length, t.picks))
-  resolved = tuple(_resolve_task(name, t, kinds, {s.name: s for s in sets}, c, lengths) for name, t in chosen.items())
-  used = {t.target_set for t in resolved}
+  for name in trained:
+    lengths.setdefault(c.tasks[name].kind, set()).add((c.tasks[name].length, c.tasks[name].picks))
+  by_name = {s.name: s for s in sets}
+  resolved = tuple(_resolve_task(name, t, kinds, by_name, c, lengths) for name, t in c.tasks.items())
+  tasks = tuple(t for t in resolved if t.name in trained)
+  probes = tuple(t for t in resolved if t.name not in trained)
+  used = {t.target_set for t in tasks}
   return Plan(
-      kinds=tuple(kinds.values()), tasks=resolved, sets=tuple(s for s in sets if s.name in used),
-      temperatures=tuple(sorted({t.temperature for t in resolved})))
+      kinds=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
+      probe_sets=tuple(s for s in sets if s.name in {t.target_set for t in probes} - used),
+      evaluations=tuple(_resolve_evaluation(name, e, resolved) for name, e in c.evaluators.items()),
+      temperatures=tuple(sorted({t.temperature for t in tasks})))
 
 
 def _choose(field: str, value, choices) -> None:
@@ -324,11 +289,25 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
   if (kind.two_stream or kind.target == 'pair') and not t.captions:
     raise ValueError(f"config.{field}.captions is empty; give at least one template, for example ('{{caption}}',).")
   # Tasks of one kind share a batch only if their arrays have one shape.
-  group = kind.name if len(lengths[t.kind]) == 1 else f'{kind.name}/{t.length}/{t.picks}'
+  group = kind.name if len(lengths.get(t.kind, ())) <= 1 else f'{kind.name}/{t.length}/{t.picks}'
   return TaskSpec(
       name=name, kind=kind, group=group, source=t.source, split=t.split, batch=t.batch, weight=t.weight,
       temperature=t.temperature or kind.name, target_set=t.target_set, label=t.label, captions=tuple(t.captions),
       template=t.template, length=t.length, picks=t.picks, smoothing=t.smoothing, shift=t.shift)
+
+
+def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation:
+  _choose(f'evaluators.{name}.kind', e.kind, EVALUATIONS)
+  by_name = {t.name: t for t in tasks}
+  _choose(f'evaluators.{name}.task', e.task, by_name)
+  task_spec, wanted = by_name[e.task], EVALUATIONS[e.kind]
+  if not wanted(task_spec.kind):
+    fitting = [t.name for t in tasks if wanted(t.kind)]
+    raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of kind {task_spec.kind.name!r}, which evaluator '
+                     f'{e.kind!r} cannot ask; choices: {", ".join(fitting) or "none"}.')
+  if e.number < 0 or e.batch < 1:
+    raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1.')
+  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch)
 
 
 def check_batches(plan: Plan, shards: int, accum: int) -> None:

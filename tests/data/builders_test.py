@@ -1,4 +1,4 @@
-"""The embedded data as TFDS data sets: same examples, same order, read at random and in a stream."""
+"""The embedded data as TFDS data sets: same examples in the same order, at random or as a stream."""
 
 import numpy as np
 import pytest

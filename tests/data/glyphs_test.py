@@ -1,4 +1,4 @@
-"""Glyph pictures: what is drawn, what it is called, and what no test picture may share with training."""
+"""Glyph pictures: what is drawn, what it is called, and what tests may not share with training."""
 
 import collections
 
@@ -200,6 +200,37 @@ class TestSplits:
     hexagrams = [(code,) for code in range(0x4DC0, 0x4DC0 + 40)]
     alone = glyphs.assign_splits(braille)
     assert {code: glyphs.assign_splits(hexagrams + braille)[code] for code in alone} == alone
+
+
+class TestChoice:
+
+  def _chosen(self, splits: dict[int, str], **fonts: dict[int, int]) -> dict[str, list[tuple]]:
+    """(name, face) of each split, for fonts that draw each character as an even grey."""
+    made = [
+        glyphs.Font(face.replace('_', ' '), dict.fromkeys(greys, b''), {
+            code: np.full((32, 32), grey, np.uint8) for code, grey in greys.items()})
+        for face, greys in fonts.items()
+    ]
+    rows, _ = glyphs.choose(made, splits)
+    return {split: [(name[-1], face) for _, name, face, _ in rows[split]] for split in rows}
+
+  def test_of_twins_in_a_seen_and_an_unseen_face_the_seen_one_stays(self):
+    chosen = self._chosen({65: 'train'}, bold_times={65: 1}, regular_sans={65: 1})
+    assert chosen['train'] == [('a', 'regular sans')]
+    assert chosen['test_fonts'] == []
+
+  def test_an_unseen_character_is_tested_in_seen_faces_only(self):
+    splits = {65: 'test_characters', 66: 'train'}
+    chosen = self._chosen(splits, regular_sans={65: 1, 66: 2}, bold_times={65: 3, 66: 4})
+    assert chosen['test_characters'] == [('a', 'regular sans')]
+    assert chosen['test_fonts'] == [('b', 'bold times')]
+
+  def test_a_character_that_was_never_shown_is_no_test_of_an_unseen_face(self):
+    # B is drawn as A is in the seen face: that picture stays A's, so nothing taught B.
+    splits = {65: 'train', 66: 'train'}
+    chosen = self._chosen(splits, regular_sans={65: 1, 66: 1}, bold_times={65: 2, 66: 3})
+    assert chosen['train'] == [('a', 'regular sans')]
+    assert chosen['test_fonts'] == [('a', 'bold times')]
 
 
 class TestBuild:

@@ -45,10 +45,11 @@ class TestClosePairs:
     assert sorted(look_alikes.close_pairs(pixels)) == expected
 
   def test_pairs_across_parts_are_found(self):
-    # 1,500 pictures are compared in two parts; the twins are in different ones.
+    # 1,500 pictures are compared in two parts: one pair across them, and one inside the second.
     pixels = np.random.default_rng(0).integers(0, 255, (1500, 8, 8), np.uint8)
     pixels[1400] = pixels[10]
-    assert list(look_alikes.close_pairs(pixels)) == [(10, 1400)]
+    pixels[1300] = pixels[1100]
+    assert sorted(look_alikes.close_pairs(pixels)) == [(10, 1400), (1100, 1300)]
 
 
 class TestOutline:

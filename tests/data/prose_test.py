@@ -86,7 +86,8 @@ class ParagraphsTest(parameterized.TestCase):
        'This is described in the paper in all of its details.'),
       ('emphasis', 'It is **not** the case that *this* function returns a ``copy`` of it.',
        'It is not the case that this function returns a copy of it.'),
-      ('typography', 'It isn’t the “best”  way\nto do all of this but it is the ﬁrst that was found.',
+      ('typography',
+       'It isn’t the “best”  way\nto do all of this but it is the ﬁrst that was found.',
        'It isn\'t the "best" way to do all of this but it is the first that was found.'),
   )
   def test_markup_is_removed(self, raw, expected):

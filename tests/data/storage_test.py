@@ -5,7 +5,10 @@ import pytest
 
 from uni_moe_jax.data import storage
 
-_COLUMNS = {'pixels': np.arange(12, dtype=np.uint8).reshape(3, 2, 2), 'name': np.array(['a', 'b', ''])}
+_COLUMNS = {
+    'pixels': np.arange(12, dtype=np.uint8).reshape(3, 2, 2),
+    'name': np.array(['a', 'b', '']),
+}
 _CLASSES = {'name': ('b', 'a')}
 
 
@@ -52,7 +55,8 @@ class TestBuilding:
       with storage.building(tmp_path / 'made') as fast:
         (fast / 'fast').touch()
       (slow / 'slow').touch()
-    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*')] == ['made', 'made/fast']
+    found = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*'))
+    assert found == ['made', 'made/fast']
 
 
 class TestFiles:

@@ -84,7 +84,7 @@ class SplitsTest(parameterized.TestCase):
   def test_wording_of_train_is_left_out_of_the_other_splits(self):
     units = {texts.split_of(f'{i}.py'): f'{i}.py' for i in range(999)}
     learnt = _entry('one two three four five six seven eight nine ten', unit=units['train'])
-    # Runs of five words: three up to "seven" are learnt, four from "four … x" to "seven x y z w" new.
+    # Runs of five words: three up to "seven" are learnt, four up to "seven x y z w" new.
     new = _entry('one two three four five six seven x y z w', unit=units['test'])
     half = _entry('one two three four five six seven x y z', unit=units['test'])  # 3 and 3
     self.assertEqual(

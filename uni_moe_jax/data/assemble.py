@@ -8,7 +8,7 @@ import tempfile
 import ml_collections
 import numpy as np
 
-from uni_moe_jax.config import Plan, SetSpec, TaskSpec
+from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.data import catalogue
 from uni_moe_jax.data.examples import Builder, Examples, set_classes
 from uni_moe_jax.data.sets import TargetSet, build_set
@@ -34,8 +34,9 @@ class Data:
     trained = [self.records(t.source, t.split) for t in plan.tasks]
     self.tokenizer_file = self._train_tokenizer(trained, config.tokenizer.vocab_size)
     self.tokenizer: Tokenizer = SentencePieceTokenizer(self.tokenizer_file)
-    texts = {s.name: set_classes(s, self._classes_of) for s in plan.sets}
-    self.sets: dict[str, TargetSet] = {s.name: build_set(s, texts[s.name], self.tokenizer) for s in plan.sets}
+    every = (*plan.sets, *plan.probe_sets)
+    texts = {s.name: set_classes(s, self._classes_of) for s in every}
+    self.sets: dict[str, TargetSet] = {s.name: build_set(s, texts[s.name], self.tokenizer) for s in every}
     prints = sorted({r.fingerprint for r in trained}) + [self.tokenizer_file.stem]
     self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
     self._builders = {training: Builder(self.tokenizer, texts, self._channels, training) for training in (True, False)}
@@ -52,7 +53,7 @@ class Data:
     return self._builders[training].build(task, self.records(task.source, task.split))
 
   def _classes_of(self, source: str, column: str) -> tuple[str, ...]:
-    split = next((t.split for t in self._plan.tasks if t.source == source), 'train')
+    split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
     classes = self.records(source, split).classes
     if column not in classes:
       raise ValueError(f'config.sets: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
@@ -71,8 +72,3 @@ class Data:
         SentencePieceTokenizer.train(texts, unfinished, vocab_size)
         unfinished.rename(path)
     return path
-
-
-def vocabulary_of(plan: Plan) -> SetSpec | None:
-  """The plan's vocabulary set, if it has one."""
-  return next((s for s in plan.sets if s.is_vocabulary), None)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from uni_moe_jax.config import SetSpec, TaskSpec
+from uni_moe_jax.plan import SetSpec, TaskSpec
 from uni_moe_jax.data import hashing, preprocess
 from uni_moe_jax.data.sources import Records
 from uni_moe_jax.data.templates import fill_template

@@ -55,8 +55,14 @@ _FOLDER = 'glyphs-1'  # the number changes with the content: an older folder is 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Font:
-  """A face: its phrase, the outlines of its characters, and the pictures of those that fit."""
+class Font:
+  """One face.
+
+  Attributes:
+    face: its phrase, a value of FACES.
+    outlines: character -> key of its outline, for every character that the font draws.
+    pictures: character -> uint8 [SIZE, SIZE], for those that fit.
+  """
   face: str
   outlines: dict[int, bytes]
   pictures: dict[int, np.ndarray]
@@ -91,7 +97,7 @@ def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
 
 
 def font_path(file_name: str) -> pathlib.Path:
-  """Where matplotlib keeps a font, by its file name without the ending; raises FileNotFoundError."""
+  """Where matplotlib keeps a font of FACES; raises FileNotFoundError if it does not."""
   path = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf', f'{file_name}.ttf')
   if not path.exists():
     raise FileNotFoundError(
@@ -99,7 +105,7 @@ def font_path(file_name: str) -> pathlib.Path:
   return path
 
 
-def _read_font(file_name: str) -> _Font:
+def _read_font(file_name: str) -> Font:
   path = font_path(file_name)
   with ttLib.TTFont(path) as font:
     # What a font lacks it draws as a box: only its own table says which characters it has.
@@ -110,10 +116,10 @@ def _read_font(file_name: str) -> _Font:
   drawer = ImageFont.truetype(path, _POINT_SIZE, layout_engine=ImageFont.Layout.BASIC)
   pictures = {code: render(drawer, chr(code)) for code in outlines}
   pictures = {code: pixels for code, pixels in pictures.items() if pixels is not None}
-  return _Font(FACES[file_name], outlines, pictures)
+  return Font(FACES[file_name], outlines, pictures)
 
 
-def _group(fonts: Sequence[_Font]) -> list[tuple[int, ...]]:
+def _group(fonts: Sequence[Font]) -> list[tuple[int, ...]]:
   """Groups of look-alikes over all fonts."""
   pairs = []
   for font in fonts:
@@ -148,10 +154,18 @@ def assign_splits(groups: Sequence[Sequence[int]]) -> dict[int, str]:
   return splits
 
 
-def _choose(
-    fonts: Sequence[_Font], splits: Mapping[int, str]
+def choose(
+    fonts: Sequence[Font], splits: Mapping[int, str]
 ) -> tuple[dict[str, list[tuple[np.ndarray, str, str, str]]], collections.Counter[str]]:
-  """Rows (pixels, name, face, class) by split, and counts of what was left out, by reason."""
+  """Which pictures stay, and where.
+
+  Args:
+    fonts: seen and unseen faces in any order.
+    splits: the split of every character, see `assign_splits`.
+
+  Returns:
+    Rows (pixels, name, face, class) by split, and counts of what was left out, by reason.
+  """
   rows = {split: [] for split in SPLITS}
   left_out = collections.Counter()
   seen = set()
@@ -188,7 +202,7 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
     return
   start = time.monotonic()
   fonts = [_read_font(name) for name in FACES]
-  rows, left_out = _choose(fonts, assign_splits(_group(fonts)))
+  rows, left_out = choose(fonts, assign_splits(_group(fonts)))
   trained = {label for *_, label in rows['train']}
   for split in SPLITS:
     missing = {label for *_, label in rows[split]} - trained

@@ -1,4 +1,4 @@
-"""English that is already on the machine: docstrings, help topics and licences, read, never imported.
+"""English that is already on the machine: docstrings, help topics, licences; read, never run.
 
 The sources are fixed: Python's library and pinned dependencies of this project. Which other
 packages are installed, and the order in which a file system lists them, changes nothing.

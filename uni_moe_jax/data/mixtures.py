@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from uni_moe_jax.config import Plan, TaskSpec
+from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.data import hashing
 from uni_moe_jax.data.examples import Examples
 

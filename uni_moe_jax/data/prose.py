@@ -109,10 +109,10 @@ _CLAUSE_ONLY = re.compile(
 _WORD = re.compile(r"(?:[A-Z]?[a-z]+|[A-Z]{1,5}s?)(?:['-](?:[A-Z]?[a-z]+|[A-Z]{1,5}))*$")
 _NUMBER = re.compile(r'\d[\d.,]*%?$')
 _FUNCTION_WORDS = frozenset(
-    'a all also an and any are as at be been but by can could did do does each for from had has have '
-    'if in into is it its may must no not of on only or should such than that the their them then '
-    'there these they this those to used using was were when where which while who will with would '
-    'you your'.split())
+    'a all also an and any are as at be been but by can could did do does each for from had has '
+    'have if in into is it its may must no not of on only or should such than that the their them '
+    'then there these they this those to used using was were when where which while who will with '
+    'would you your'.split())
 
 
 def reads_as_english(text: str, min_words: int = MIN_WORDS) -> bool:

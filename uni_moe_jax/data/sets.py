@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from uni_moe_jax.config import SetSpec
+from uni_moe_jax.plan import SetSpec
 from uni_moe_jax.data.examples import TextTable, text_rows
 from uni_moe_jax.data.tokenizer import Tokenizer
 

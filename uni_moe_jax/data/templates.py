@@ -14,9 +14,9 @@ def fill_template(
 ) -> tuple[list[int], int]:
   """Fills a template such as '{a} <eot> it is <spe> . <eot>' or '{a} <eot> <spe> , {b} <eot>'.
 
-  Texts are cut before they are filled in, so that the fixed words and the slot are always there. The
-  last of n fields gets at most 1/n of the room, and so on: of two, the second at most half, then the
-  first the rest. So name the longer text first.
+  Texts are cut before they are filled in, so that the fixed words and the slot are always there.
+  The last of n fields gets at most 1/n of the room, and so on: of two, the second at most half,
+  then the first the rest. So name the longer text first.
 
   Args:
     tokenizer: makes ids of the fixed words.

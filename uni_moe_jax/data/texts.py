@@ -102,7 +102,7 @@ def common_words(found: Sequence[Entry]) -> frozenset[str]:
 
 
 def without_duplicates(found: Sequence[Entry], common: frozenset[str]) -> list[Entry]:
-  """Of entries with the same words, the first; where enough words are `common`, others do not count.
+  """Of entries with the same words, the first; beside enough `common` words others do not count.
 
   "Samples a Beta variable of the given shape and type." equals "Samples a Gumbel variable of …".
   """

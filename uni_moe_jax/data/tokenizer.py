@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
     pad: fills rows; 0.
     spe: prefix, mask, caption query and answer slot.
     eot: ends every text.
-    special_ids: the ids that no part of a word has: `pad`, `spe`, `eot` and, if there is one, `unk`.
+    special_ids: the ids that no part of a word has: `pad`, `spe`, `eot` and `unk` if there is one.
     word_start: bool [V], whether a piece begins a unit of whole-word masking: a word, punctuation
       (the stop after a word is not part of it), or a special token.
   """

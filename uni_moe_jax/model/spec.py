@@ -9,6 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from uni_moe_jax.attributes import Condition, to_string
+from uni_moe_jax.moe import routers
+from uni_moe_jax.tasks import MODALITIES
+
 PARTS = ('attention', 'ffn')
 PLACEMENTS = ('all', 'odd', 'four', 'none')
 MAX_PERIOD = 4
@@ -50,8 +54,12 @@ class ModelSpec:
   @classmethod
   def from_config(
       cls, config, *, vocab_size: int, spe_id: int, prefix_word: int | None, temperatures: tuple[str, ...],
-      router_names: tuple[str, ...]) -> 'ModelSpec':
-    """The model of a checked run config; the keyword arguments come from its tokenizer and plan."""
+      router_tasks: tuple[str, ...]) -> 'ModelSpec':
+    """The model of a checked run config; the keyword arguments come from its tokenizer and plan.
+
+    Args:
+      router_tasks: names that a task router must know, in the order of its table.
+    """
     m, moe = config.model, config.moe
     placement = moe.placement if isinstance(moe.placement, str) else tuple(moe.placement)
     return cls(
@@ -60,7 +68,7 @@ class ModelSpec:
         pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), prefix_word=prefix_word, spatial=m.spatial,
         temporal_std=m.temporal_std, layer_scale=m.layer_scale, drop_path=m.drop_path, dtype=jnp.dtype(m.dtype),
         remat=m.remat, router=moe.router, num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std,
-        placement=placement, parts=tuple(moe.parts), router_names=router_names, temperatures=temperatures,
+        placement=placement, parts=tuple(moe.parts), router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperatures=temperatures,
         temperature=m.temperature)
 
   @property
@@ -83,6 +91,12 @@ class ModelSpec:
     else:
       chosen = self.placement
     return tuple(self.parts if i in set(chosen) else () for i in range(self.layers))
+
+  def row_names(self, conditions: tuple[Condition, ...]) -> tuple[str, ...]:
+    """Readable names of the distinct router inputs of some conditions."""
+    if self.router == routers.DENSE:
+      return ('all tokens',)
+    return tuple(to_string(r) if isinstance(r, tuple) else str(r) for r in routers.distinct_rows(self.router, conditions))
 
   @property
   def stack(self) -> 'Stack':

@@ -96,7 +96,7 @@ def _tuples(value: Any) -> Any:
 
 
 class Checkpoints:
-  """Save and restore of a train state (any pytree of arrays) in `workdir/checkpoints`."""
+  """Save and restore of a train state (any pytree of arrays) in `workdir/checkpoints`; a context manager."""
 
   def __init__(self, workdir: str | os.PathLike[str], keep: int):
     directory = pathlib.Path(workdir).absolute() / 'checkpoints'
@@ -118,7 +118,10 @@ class Checkpoints:
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
 
-  def close(self) -> None:
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_) -> None:
     """Waits for saves under way."""
     self._manager.wait_until_finished()
     self._manager.close()

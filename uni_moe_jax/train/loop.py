@@ -14,11 +14,9 @@ import time
 import jax
 import numpy as np
 
-from uni_moe_jax.data.sets import TargetSet
-from uni_moe_jax.moe import routers
 from uni_moe_jax.train.checkpoint import Checkpoints, claim_workdir
 from uni_moe_jax.train.metrics_log import MetricsLog
-from uni_moe_jax.train.setup import Run, build
+from uni_moe_jax.train.setup import Run, build, conditions
 
 FINISHED, ERROR, PREEMPTED = 0, 1, 75
 
@@ -45,23 +43,11 @@ class Stop:
           file=sys.stderr, flush=True)
 
 
-def conditions(run: Run) -> tuple:
-  """Conditions that the run's arrays have: its kinds' segments, paired texts and target sets."""
-  found = []
-  for t in run.plan.tasks:
-    found += t.kind.conditions
-    if t.kind.target == 'pair':
-      found.append(t.kind.pair_condition)
-  return tuple(dict.fromkeys(found + [s.condition for s in run.plan.sets]))
-
-
 def describe(run: Run) -> str:
   """What is about to be trained, for the log."""
   counts, router = run.parameter_counts(), run.config.moe.router
-  rows = routers.distinct_rows(router, conditions(run))
-  names = ['all tokens'] if router == routers.DENSE else [
-      ''.join(map(str, r)) if isinstance(r, tuple) else str(r) for r in rows]
-  sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.sets.items() if isinstance(t, TargetSet))
+  names = run.spec.model.spec.row_names(conditions(run.plan))
+  sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.sets.items())
   return (f'parameters: {counts["total"]:,} total, {counts["used_per_token"]:,} used per token\n'
           f'router: {router}; {len(names)} condition rows: {", ".join(names)}\n'
           f'tasks: {", ".join(f"{t.name} ({t.kind.name}, {t.batch})" for t in run.plan.tasks)}\n'
@@ -76,7 +62,7 @@ def run_facts(run: Run) -> dict:
   except (OSError, subprocess.TimeoutExpired):
     commit = ''
   return {'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
-          'rows': [str(c) for c in conditions(run)], 'seed': run.config.seed, 'commit': commit or 'unknown',
+          'rows': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit or 'unknown',
           'command': ' '.join(['python', *sys.argv])}
 
 
@@ -92,11 +78,8 @@ def train(config, workdir: str) -> int:
     claim_workdir(workdir, config, run.data.fingerprint)
     print(describe(run), flush=True)
     pathlib.Path(workdir, 'run.json').write_text(json.dumps(run_facts(run), indent=1))
-    checkpoints = Checkpoints(workdir, config.train.keep)
-    try:
+    with Checkpoints(workdir, config.train.keep) as checkpoints:
       return _loop(run, workdir, checkpoints, stop, started)
-    finally:
-      checkpoints.close()
 
 
 def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started: float) -> int:
@@ -106,8 +89,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started:
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
   if first:
-    like = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), run.shapes, run.shardings)
-    state = checkpoints.restore(like)
+    state = checkpoints.restore(run.like())
     print(f'resumed from step {first}', flush=True)
   else:
     state = run.init()

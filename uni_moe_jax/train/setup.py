@@ -13,14 +13,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from uni_moe_jax import config as config_lib
 from uni_moe_jax import sharding, tasks
-from uni_moe_jax.config import Plan
+from uni_moe_jax.attributes import Condition
+from uni_moe_jax.plan import Plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.mixtures import PER_BATCH, Batch, Feed, Mixture
+from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.streams import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
-from uni_moe_jax.moe import routers
 from uni_moe_jax.train import optim
+from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import Sets, StepSpec, TrainState, init_state, train_step
 
 
@@ -48,6 +50,11 @@ class Run:
     def fresh(key):
       return init_state(self.spec, init_params(self.spec.model, key))
     return jax.jit(fresh, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+
+  def like(self) -> TrainState:
+    """Shapes and shardings of the state: what a checkpoint is restored onto."""
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), self.shapes, self.shardings)
 
   def mixture(self) -> Mixture:
     """Training batches of this process."""
@@ -116,15 +123,14 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
     if len(ids) != 1:
       raise ValueError(f'config.model.prefix={config.model.prefix!r} is {len(ids)} tokens; it must be one word, or \'spe\'.')
     prefix = ids[0]
-  names = routers.table_names(config.moe.router, router_tasks(plan), tasks.MODALITIES)
   return ModelSpec.from_config(
       config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
-      temperatures=plan.temperatures, router_names=names)
+      temperatures=plan.temperatures, router_tasks=router_tasks(plan))
 
 
 def router_tasks(plan: Plan) -> tuple[str, ...]:
   """Names of the task router's table: the built-in ones, then those of the config's own kinds and sets."""
-  own = [k.router_task for k in plan.kinds] + [s.condition.task for s in plan.sets]
+  own = [k.router_task for k in plan.kinds] + [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
   return tuple(dict.fromkeys([*tasks.router_tasks(), *own]))
 
 
@@ -132,6 +138,23 @@ def place_sets(data: Data, plan: Plan, mesh: Mesh) -> Sets:
   """Target sets as device arrays, as the step takes them."""
   tree = {s.name: {'buckets': data.sets[s.name].buckets, 'order': data.sets[s.name].order} for s in plan.sets}
   return jax.device_put(tree, sharding.replicated(mesh))
+
+
+def conditions(plan: Plan) -> tuple[Condition, ...]:
+  """Conditions that a plan's arrays have: its kinds' segments, paired texts and target sets, probes included."""
+  found = []
+  for t in (*plan.tasks, *plan.probes):
+    found += [*t.kind.conditions, *([t.kind.pair_condition] if t.kind.target == 'pair' else [])]
+  return tuple(dict.fromkeys(found + [s.condition for s in (*plan.sets, *plan.probe_sets)]))
+
+
+def predictor(run: Run, checkpoints: Checkpoints) -> tuple[Predictor, Any]:
+  """(predictor, parameters) of the newest checkpoint: the averaged parameters where the run keeps them."""
+  state = checkpoints.restore(run.like())
+  params = state.params if state.ema is None else state.ema
+  model = UniPerceiver(run.spec.model.spec)
+  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets)}
+  return Predictor(model, params, sets, run.data.tokenizer), params
 
 
 def build(config: ml_collections.ConfigDict) -> Run:

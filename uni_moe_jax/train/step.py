@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from uni_moe_jax import losses
-from uni_moe_jax.config import Plan, TaskSpec
+from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.losses import SampledWords, Tally
 from uni_moe_jax.model import inputs
 from uni_moe_jax.model.similarity import normalise

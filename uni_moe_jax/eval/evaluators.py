@@ -1,0 +1,232 @@
+"""Evaluators: fixed protocols that turn a predictor and records into scores, chance and floors.
+
+Which examples, which candidates, which phrasing and how many draws are fixed here and seeded by the evaluator's name;
+the floors are computed from the same records in the same command. An evaluator never sees a model, only a `Predictor`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from uni_moe_jax.plan import Evaluation
+from uni_moe_jax.data.examples import Examples
+from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.tokenizer import Tokenizer
+from uni_moe_jax.eval import floors, metrics
+from uni_moe_jax.eval.metrics import Score
+from uni_moe_jax.eval.predictor import Predictor, seed_of
+from uni_moe_jax.eval.samples import Samples
+
+RECALLS = (1, 5, 10)
+DRAWS = 3  # of a retrieval's candidates; the mean is reported, with the error of a single draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """What an evaluator works with.
+
+  Attributes:
+    evaluation: its config entry.
+    predictor: the model.
+    examples: of the evaluated split, made for evaluation (first phrase, every pick masked).
+    asked, trained: records of the evaluated split, and of the train split of the same source (for floors).
+    texts: entries of the task's target set ('' for the vocabulary).
+    tokenizer: of the run.
+    samples: where to show some predictions.
+  """
+  evaluation: Evaluation
+  predictor: Predictor
+  examples: Examples
+  asked: Records
+  trained: Records
+  texts: tuple[str, ...]
+  tokenizer: Tokenizer
+  samples: Samples
+
+  @property
+  def task(self):
+    return self.evaluation.task
+
+  def ids(self) -> np.ndarray:
+    """Example ids that are asked: all, or a seeded subset of `number`, in order."""
+    n, size = self.evaluation.number, self.examples.size
+    if not n or n >= size:
+      return np.arange(size)
+    return np.sort(np.random.default_rng(seed_of(self.evaluation.name)).choice(size, n, replace=False))
+
+  def gather(self, ids: np.ndarray, function: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]):
+    """Columns of `function(fields)` over the batches of `ids`, each example once."""
+    parts = []
+    for fields, count in evaluation_batches(self.examples, ids, self.evaluation.batch):
+      parts.append(tuple(x[:count] for x in function(fields)))
+    return tuple(np.concatenate(column) for column in zip(*parts))
+
+
+def classification(q: Question) -> list[Score]:
+  """Top-1, top-5 and balanced accuracy among a target set; for pictures, clips and texts alike."""
+  def ask(fields):
+    features = q.predictor.inputs(q.task.kind, fields)
+    log_p = q.predictor.log_probabilities(features, q.task.target_set, q.task.temperature)
+    return log_p[:, 0], fields['label'][:, 0]
+
+  log_p, labels = q.gather(q.ids(), ask)
+  predicted = log_p.argmax(-1)
+  truth, test = _labelled(q, q.asked, q.ids())
+  names = np.array(q.texts)
+  assert (names[labels] == truth).all()
+  known, train = _labelled(q, q.trained)
+  answers = {'majority': floors.majority_predictions(known, len(truth)), **_class_floors(test, train, known)}
+  n, V = len(labels), log_p.shape[1]
+  top1 = {name: metrics.accuracy(a, truth) for name, a in answers.items()}
+  scores = [Score.proportion('top-1', metrics.accuracy(predicted, labels), n, 1 / V, top1)]
+  if V > 10:
+    floor = {'majority': floors.majority_accuracy(known, truth, 5)}
+    scores.append(Score.proportion('top-5', metrics.top_k_accuracy(log_p, labels, 5), n, 5 / V, floor))
+  balanced = {name: metrics.balanced_accuracy(a, truth) for name, a in answers.items()}
+  scores.append(Score('balanced', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)), balanced))
+  q.samples.classes(q.evaluation, q.asked, test.index, truth, names[predicted])
+  return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+  """Input columns of some records: pixels, or texts."""
+  index: np.ndarray
+  pixels: np.ndarray | None
+  texts: tuple[np.ndarray, ...]
+
+
+def _labelled(q: Question, records: Records, ids: np.ndarray | None = None) -> tuple[np.ndarray, _Columns]:
+  """Class names and input columns of the labelled records (those that a task's example ids count), or some of them."""
+  index = np.flatnonzero(records.columns[q.task.label] != '')
+  if ids is not None:
+    index = index[ids]
+  pixels = records.columns.get('pixels')
+  texts = tuple(c[index] for name, c in records.columns.items() if name.startswith('text') and c.dtype.kind == 'U')
+  return records.columns[q.task.label][index], _Columns(index, None if pixels is None else pixels[index], texts)
+
+
+def _class_floors(test: _Columns, train: _Columns, known: np.ndarray) -> dict[str, np.ndarray]:
+  """Predicted class names of the floors that fit the input."""
+  if test.pixels is None:
+    return {'tf-idf': floors.tfidf_logistic(train.texts, known, test.texts)}
+  if test.pixels.ndim == 3:
+    return {'1-nn': known[floors.nearest_neighbour(train.pixels, test.pixels)]}
+  return {name: floors.frame_logistic(train.pixels, known, test.pixels, frames)
+          for name, frames in (('one frame', 'middle'), ('all frames', 'all'))}
+
+
+def retrieval(q: Question) -> list[Score]:
+  """R@1, 5, 10 both ways among `number` examples of distinct texts, mean of three seeded draws.
+
+  The floor copies the name of the nearest training picture (of a clip: of its middle frame) and takes the candidate that
+  shares most words with it.
+  """
+  texts = np.array(_first_phrase(q, q.asked))
+  number = q.evaluation.number or len(np.unique(texts))
+  rng = np.random.default_rng(seed_of(q.evaluation.name))
+  draws = [_distinct(texts, number, rng) for _ in range(DRAWS)]
+  union = np.unique(np.concatenate(draws))
+
+  def ask(fields):
+    return q.predictor.inputs(q.task.kind, fields)[:, 0], q.predictor.pairs(q.task.kind, fields)
+
+  left, right = q.gather(union, ask)
+  copied = _neighbour_names(q, union)
+  values: dict[str, list[float]] = {}
+  for draw in draws:
+    place = np.searchsorted(union, draw)
+    positives = np.eye(len(draw), dtype=bool)
+    model = left[place] @ right[place].T
+    floor = floors.name_similarity(copied[place].tolist(), texts[draw].tolist())
+    for k in RECALLS:
+      for way, of in (('→ text', lambda m: m), ('← text', lambda m: m.T)):
+        values.setdefault(f'R@{k} {way}', []).append(metrics.recall_at_k(of(model), positives, k))
+        values.setdefault(f'floor R@{k} {way}', []).append(metrics.recall_at_k(of(floor), positives, k))
+  return [Score.proportion(name, float(np.mean(v)), number, _k_of(name) / number,
+                           {'1-nn name': float(np.mean(values[f'floor {name}']))})
+          for name, v in values.items() if not name.startswith('floor')]
+
+
+def _k_of(name: str) -> int:
+  return int(name.partition('@')[2].split()[0])
+
+
+def _first_phrase(q: Question, records: Records) -> list[str]:
+  """The evaluated phrasing: the task's first template."""
+  template = q.task.captions[0]
+  text = {k: c.tolist() for k, c in records.columns.items() if c.dtype.kind == 'U'}
+  n = len(next(iter(records.columns.values())))
+  return [template.format(**{k: v[i] for k, v in text.items()}) for i in range(n)]
+
+
+def _distinct(texts: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+  """Sorted ids of `number` examples with distinct texts, each drawn among those of its text."""
+  order = rng.permutation(len(texts))
+  _, first = np.unique(texts[order], return_index=True)
+  if len(first) < number:
+    raise ValueError(f'evaluator asks for {number} distinct texts, the split has {len(first)}; lower its number.')
+  return np.sort(order[rng.permutation(first)[:number]])
+
+
+def _neighbour_names(q: Question, ids: np.ndarray) -> np.ndarray:
+  """Text of the nearest training picture of each example; clips by their middle frames."""
+  def still(pixels):
+    return pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2]
+  near = floors.nearest_neighbour(still(q.trained.columns['pixels']), still(q.asked.columns['pixels'])[ids])
+  return np.array(_first_phrase(q, q.trained))[near]
+
+
+def caption(q: Question) -> list[Score]:
+  """Greedy captions with cached keys and values: exact match, BLEU-4, word F1, beside copying the neighbour's text."""
+  ids = q.ids()
+  predicted = []
+  for fields, count in evaluation_batches(q.examples, ids, q.evaluation.batch):
+    predicted += q.predictor.captions(
+        q.task.kind, fields['pixels'], q.task.target_set, q.task.temperature, q.task.length)[:count]
+  # Both sides in the tokenizer's folded form: its case and spacing are no merit and no fault of a caption.
+  fold = lambda texts: [q.tokenizer.decode(row) for row in q.tokenizer.encode_batch(list(texts))]
+  truth = fold(np.array(_first_phrase(q, q.asked))[ids])
+  copied = fold(_neighbour_names(q, ids))
+  n = len(ids)
+
+  def floor(metric):
+    return {'1-nn name': metric(copied, truth)}
+
+  q.samples.captions(q.evaluation, q.asked, ids, truth, predicted)
+  return [
+      Score.proportion('exact', metrics.exact_match(predicted, truth), n, floors=floor(metrics.exact_match)),
+      Score('BLEU-4', metrics.bleu4(predicted, truth), n, floors=floor(metrics.bleu4)),
+      Score('word F1', metrics.word_f1(predicted, truth), n, floors=floor(metrics.word_f1)),
+  ]
+
+
+def masked_language_modelling(q: Question) -> list[Score]:
+  """Accuracy and perplexity over the whole vocabulary, every pick replaced by `spe`, beside the unigram's."""
+  def ask(fields):
+    features = q.predictor.inputs(q.task.kind, fields)
+    log_p = q.predictor.log_probabilities(features, q.task.target_set, q.task.temperature)
+    nll = -np.take_along_axis(log_p, fields['label'][..., None], axis=-1)[..., 0]
+    return nll, log_p.argmax(-1) == fields['label'], fields['label'], fields['weight'] > 0
+
+  nll, hits, labels, counted = q.gather(q.ids(), ask)
+  tokens = q.tokenizer.encode_batch(q.trained.columns['text'].tolist())
+  counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=q.tokenizer.size)
+  counts[q.tokenizer.eot] += len(tokens)
+  floor = floors.unigram(counts, labels[counted])
+  n = int(counted.sum())
+  return [
+      Score.proportion('accuracy', float(hits[counted].mean()), n, 1 / q.tokenizer.size, {'unigram': floor.accuracy}),
+      Score('perplexity', metrics.perplexity(float(nll[counted].sum()), n), n, q.tokenizer.size,
+            {'unigram': floor.perplexity}, higher_is_better=False),
+  ]
+
+
+EVALUATORS: dict[str, Callable[[Question], list[Score]]] = {
+    'classification': classification,
+    'retrieval': retrieval,
+    'caption': caption,
+    'mlm': masked_language_modelling,
+}

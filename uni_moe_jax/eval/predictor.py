@@ -1,0 +1,87 @@
+"""What evaluators ask of a model: features, target sets and captions, as jitted functions over one set of parameters."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uni_moe_jax.plan import SetSpec
+from uni_moe_jax.data.sets import TargetSet
+from uni_moe_jax.data.tokenizer import Tokenizer
+from uni_moe_jax.model import decode, inputs
+from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks import Kind
+
+_WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
+
+
+class Predictor:
+  """A trained model as functions of evaluation batches (numpy in, numpy out). Target sets are encoded once and kept."""
+
+  def __init__(self, model: UniPerceiver, params, sets: dict[str, tuple[SetSpec, TargetSet]], tokenizer: Tokenizer):
+    """model: with shards = 1. sets: every target set that is asked for, by name."""
+    self._model, self._params, self._sets, self._tokenizer = model, params, sets, tokenizer
+    self._features: dict[str, jax.Array] = {}
+
+  def inputs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
+    """Normalised features [B, R, D] of the readout of a kind's input."""
+    return np.asarray(_encode(self._model, self._params, inputs.input_sequence(kind, _without_targets(fields))))
+
+  def pairs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
+    """Normalised features [B, D] of the paired texts."""
+    wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
+    return np.asarray(_encode(self._model, self._params, inputs.pair_sequence(kind, wanted))[:, 0])
+
+  def target_set(self, name: str) -> jax.Array:
+    """Normalised features [V, D] of a target set."""
+    if name not in self._features:
+      spec, target = self._sets[name]
+      if spec.is_vocabulary:
+        parts = [inputs.word_sequence(name, spec.condition, ids, self._tokenizer.eot) for ids in
+                 np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))]
+      else:
+        parts = inputs.set_sequences(name, spec.condition, target.buckets)
+      rows = jnp.concatenate([_encode(self._model, self._params, p)[:, 0] for p in parts])
+      self._features[name] = rows if spec.is_vocabulary else rows[target.order]
+    return self._features[name]
+
+  def log_probabilities(self, features: np.ndarray, set_name: str, temperature: str) -> np.ndarray:
+    """log p over a target set: [B, R, D] → [B, R, V] f32."""
+    return np.asarray(_log_p(self._model, self._params, features, self.target_set(set_name), temperature))
+
+  def captions(self, kind: Kind, pixels: np.ndarray, set_name: str, temperature: str, length: int) -> list[str]:
+    """Greedy captions of pictures or clips [B, T, H, W, C], at most `length` tokens each."""
+    tokens, _ = _captions(self._model, kind, temperature, self._tokenizer.spe, self._tokenizer.eot, length,
+                          self._params, pixels, self.target_set(set_name))
+    return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
+
+
+def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Labels and paired texts are no input: leaving them out keeps one compiled function per kind."""
+  return {k: v for k, v in fields.items() if k in ('id', 'pixels', 'text', 'text_valid', 'position')}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: UniPerceiver, params, sequence) -> jax.Array:
+  def run(m):
+    return normalise(m.features(m.encode((sequence,)).rows[0]))
+  return model.apply({'params': params}, method=run)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _log_p(model: UniPerceiver, params, features, targets, temperature: str) -> jax.Array:
+  scale = model.apply({'params': params}, temperature, method='scale')
+  return jax.nn.log_softmax(scale * features @ targets.T)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _captions(model, kind, temperature, spe, eot, length, params, pixels, words):
+  return decode.greedy(model, params, kind, pixels, words, temperature=temperature, spe=spe, eot=eot, length=length)
+
+
+def seed_of(name: str) -> int:
+  """Seed of an evaluator's subset: fixed by its name, so that every model is asked the same."""
+  return zlib.crc32(name.encode())

@@ -1,0 +1,90 @@
+"""The static facts of a run, as `config.resolve` finds them: what data, trainer and evaluators share."""
+
+import dataclasses
+
+from uni_moe_jax.attributes import Condition
+from uni_moe_jax.tasks import Kind
+
+VOCABULARY = 'vocabulary'  # as a set's values: every word id
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+  """A checked task; fields as in `config.task`. `group` is the batch it is encoded with."""
+  name: str
+  kind: Kind
+  group: str
+  source: str
+  split: str
+  batch: int
+  weight: float
+  temperature: str
+  target_set: str
+  label: str
+  captions: tuple[str, ...]
+  template: str
+  length: int
+  picks: int
+  smoothing: float
+  shift: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SetSpec:
+  """A checked target set; fields as in `config.target_set`."""
+  name: str
+  values: str | tuple[str, ...]
+  condition: Condition
+  scoring: str
+  samples: int
+  length: int
+
+  @property
+  def is_vocabulary(self) -> bool:
+    return self.values == VOCABULARY
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """A checked evaluator; fields as in `config.evaluator`."""
+  name: str
+  kind: str
+  task: TaskSpec
+  split: str
+  number: int
+  batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Static facts of a run.
+
+  Attributes:
+    kinds: every known row, those of the config last.
+    tasks: that are trained. Tasks of a group lie in the group's batch in this order.
+    sets: target sets of trained tasks.
+    probes: tasks that are only evaluated. probe_sets: sets that only they use.
+    evaluations: what is measured.
+    temperatures: groups that are trained.
+  """
+  kinds: tuple[Kind, ...]
+  tasks: tuple[TaskSpec, ...]
+  sets: tuple[SetSpec, ...]
+  probes: tuple[TaskSpec, ...]
+  probe_sets: tuple[SetSpec, ...]
+  evaluations: tuple[Evaluation, ...]
+  temperatures: tuple[str, ...]
+
+  @property
+  def groups(self) -> dict[str, tuple[TaskSpec, ...]]:
+    """Tasks by group, in order."""
+    out: dict[str, tuple[TaskSpec, ...]] = {}
+    for t in self.tasks:
+      out[t.group] = (*out.get(t.group, ()), t)
+    return out
+
+  def only(self, task_name: str) -> 'Plan':
+    """The plan of a step that holds one task, with the sets that it needs."""
+    chosen = next(t for t in self.tasks if t.name == task_name)
+    sets = tuple(s for s in self.sets if s.name == chosen.target_set)
+    return dataclasses.replace(self, tasks=(chosen,), sets=sets)
