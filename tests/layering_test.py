@@ -19,6 +19,7 @@ _RULES = {
         ('attributes', 'tasks', 'plan'),
         'a config is checked against the tables, before any model or data exists',
     ),
+    'recipes': (('attributes', 'tasks', 'plan', 'config'), 'a recipe fills in a config, as a person would'),
     'cli': (
         ('attributes', 'tasks', 'plan', 'config'),
         'a mistyped command is answered before anything slow is loaded',

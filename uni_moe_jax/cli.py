@@ -31,6 +31,7 @@ def run(main: Callable[[], int]) -> None:
   printed as one sentence (exit code 2). Anything else is a defect and keeps its traceback (exit code 1).
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
   logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
   app.run(lambda _: sys.exit(_guarded(main)), flags_parser=_parse)
 

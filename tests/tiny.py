@@ -1,0 +1,113 @@
+"""A tiny run: invented records on disk, laid out as prepared data is, and a config of small tasks over them.
+
+The config is cheap to import (no jax), so that a command line can name it: get_config = tiny.config.
+"""
+
+import functools
+import tempfile
+
+import ml_collections
+import numpy as np
+
+from uni_moe_jax import config as config_lib
+
+SIDE, FRAMES = 16, 3  # pixels, frames of a clip
+CLASSES = ('bar', 'disc', 'star')
+MOTIONS = ('left', 'right')
+PACKAGES = ('alpha', 'beta')
+COLOURS = ('red', 'green', 'blue', 'grey')
+WORDS = (
+    'a picture of the small shape moves over every line and returns its value when another function calls '
+    'with two numbers or one name in order to read write open close find replace all files').split()
+TASKS = ('shape', 'motion', 'text', 'caption', 'pair', 'package', 'answer')
+
+
+def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
+  """A config of the named tasks (of `TASKS`), two layers of width 16, four experts."""
+  c = config_lib.base()
+  c.data.dir = str(data_dir)
+  c.tokenizer.vocab_size = 90
+  c.model.update(dict(
+      layers=2, width=16, heads=2, hidden=16, image_size=SIDE, patch=8, channels=1, pixel_mean=(0.5,),
+      pixel_std=(0.5,), max_frames=4, max_text=20, layer_scale=0.5, remat=False))
+  c.moe.update(dict(num_experts=4))
+  c.optim.update(dict(learning_rate=1e-2, warmup=2))
+  c.train.update(dict(steps=6, log_every=1, save_every=100))
+  sets = {
+      'shapes': config_lib.target_set('glyphs/class', family='names'),
+      'motions': config_lib.target_set('clips/motion', family='names'),
+      'words': config_lib.target_set('vocabulary', family='words', scoring='sampled', samples=60),
+      'packages': config_lib.target_set('paragraphs/package', family='words'),
+      'answers': config_lib.target_set('pairs/label', family='words'),
+  }
+  every = {
+      'shape': config_lib.task('image_classification', 'glyphs', batch=8, target_set='shapes', label='class'),
+      'motion': config_lib.task('video_classification', 'clips', batch=4, target_set='motions', label='motion'),
+      'text': config_lib.task('text_mlm', 'paragraphs', batch=4, target_set='words', length=16, picks=3),
+      'caption': config_lib.task(
+          'image_caption', 'glyphs', batch=4, target_set='words', captions=('{name}',), length=6),
+      'pair': config_lib.task(
+          'image_retrieval', 'glyphs', batch=4, captions=('{name}', '{name} in {face}'), length=8),
+      'package': config_lib.task(
+          'text_classification', 'paragraphs', batch=4, target_set='packages', label='package',
+          template='{text} <eot> it is <spe> . <eot>', length=16),
+      'answer': config_lib.task(
+          'text_classification', 'pairs', batch=2, target_set='answers', label='label',
+          template='{text_a} <eot> <spe> , {text_b} <eot>', length=16),
+  }
+  for name in tasks:
+    c.tasks[name] = every[name]
+    if every[name].target_set:
+      c.sets[every[name].target_set] = sets[every[name].target_set]
+  return c
+
+
+def _sentences(rng: np.random.Generator, count: int, words: int) -> np.ndarray:
+  return np.array([' '.join(rng.choice(WORDS, words)) + '.' for _ in range(count)])
+
+
+@functools.cache
+def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]]:
+  """(columns, classes) per source."""
+  rng = np.random.default_rng(0)
+  shapes, colours = rng.choice(CLASSES, 24), rng.choice(COLOURS, 24)
+  packages = np.array(['alpha', 'beta', ''] * 8)
+  return {
+      'glyphs': (dict(
+          pixels=rng.integers(0, 256, (24, SIDE, SIDE), dtype=np.uint8), face=rng.choice(['serif', 'round'], 24),
+          name=np.array([f'{c} {s}' for c, s in zip(colours, shapes)]), **{'class': shapes}), {'class': CLASSES}),
+      'clips': (dict(
+          pixels=rng.integers(0, 256, (10, FRAMES, SIDE, SIDE), dtype=np.uint8), name=rng.choice(COLOURS, 10),
+          face=rng.choice(['serif', 'round'], 10), motion=rng.choice(MOTIONS, 10)), {'motion': MOTIONS}),
+      'paragraphs': (dict(text=_sentences(rng, 24, 14), package=packages), {'package': PACKAGES}),
+      'pairs': (dict(
+          text_a=_sentences(rng, 12, 4), text_b=_sentences(rng, 12, 12), label=rng.choice(['no', 'yes'], 12)),
+          {'label': ('no', 'yes')}),
+  }
+
+
+def records(source: str):
+  """A source's records, in memory."""
+  from uni_moe_jax.data import storage
+  from uni_moe_jax.data.sources import Records
+  values, classes = columns()[source]
+  return Records(dict(values), dict(classes), storage.fingerprint(values, classes))
+
+
+@functools.cache
+def data_dir() -> str:
+  """A folder of prepared data, one for the process; it goes with it."""
+  from uni_moe_jax.data import clips, glyphs, storage, texts
+  folder = _folder().name
+  places = {
+      'glyphs': (glyphs._FOLDER,), 'clips': (clips._FOLDER,), 'paragraphs': (texts._FOLDER, 'paragraphs'),
+      'pairs': (texts._FOLDER, 'pairs')}
+  for source, parts in places.items():
+    with storage.building('/'.join((folder, *parts))) as place:
+      storage.save(place, 'train', *columns()[source])
+  return folder
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+  return tempfile.TemporaryDirectory(prefix='tiny_data_')

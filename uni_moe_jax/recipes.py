@@ -1,0 +1,54 @@
+"""Task lists that several configs share: sets, tasks and evaluators of one body of data."""
+
+import ml_collections
+
+from uni_moe_jax import config
+
+NAME_TOKENS = 20  # a name of a glyph with its `eot`: enough for 99 % of them
+TEXT_TOKENS = 64
+
+
+def embedded(c: ml_collections.ConfigDict) -> None:
+  """The embedded data: seven tasks of six kinds on glyphs, clips and text, and their evaluators.
+
+  Names of clips are never trained on: `clip_name` is a known kind on new data, evaluated zero-shot.
+  """
+  # Mean and deviation of the training pictures: most of a glyph's picture is background.
+  c.model.update(dict(
+      image_size=32, patch=8, max_text=TEXT_TOKENS, pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3, layer_scale=0.1,
+      remat=False))
+  c.sets.glyph_classes = config.target_set('glyphs/class', family='names')
+  c.sets.motions = config.target_set('clips/motion', family='names')
+  c.sets.vocabulary = config.target_set('vocabulary', family='words', scoring='sampled', samples=768)
+  c.sets.packages = config.target_set('paragraphs/package', family='words')
+  c.sets.answers = config.target_set('pairs/label', family='words')
+
+  c.tasks.glyph_class = config.task(
+      'image_classification', 'glyphs', batch=64, target_set='glyph_classes', label='class', shift=2)
+  c.tasks.glyph_name = config.task(
+      'image_retrieval', 'glyphs', batch=96, captions=('{name}',), length=NAME_TOKENS, shift=2)
+  c.tasks.glyph_caption = config.task(
+      'image_caption', 'glyphs', batch=32, target_set='vocabulary', captions=('{name}',), length=NAME_TOKENS, shift=2)
+  c.tasks.clip_motion = config.task(
+      'video_classification', 'clips', batch=16, target_set='motions', label='motion')
+  c.tasks.text = config.task(
+      'text_mlm', 'corpus', batch=24, target_set='vocabulary', length=TEXT_TOKENS, picks=12)
+  c.tasks.package = config.task(
+      'text_classification', 'paragraphs', batch=24, target_set='packages', label='package',
+      template='{text} <eot> it is from <spe> . <eot>', length=TEXT_TOKENS)
+  # The paragraph comes first: the last text of a template is cut the most, and summaries are short.
+  c.tasks.continues = config.task(
+      'text_classification', 'pairs', batch=16, target_set='answers', label='label',
+      template='{text_b} <eot> <spe> , {text_a} <eot>', length=TEXT_TOKENS)
+  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch=0, captions=('{name}',), length=NAME_TOKENS)
+
+  for split, where in (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts')):
+    c.evaluators[f'class, {where}'] = config.evaluator('classification', 'glyph_class', split=split)
+    c.evaluators[f'name, {where}'] = config.evaluator('retrieval', 'glyph_name', split=split, number=500)
+    c.evaluators[f'caption, {where}'] = config.evaluator('caption', 'glyph_caption', split=split, number=1000)
+    c.evaluators[f'motion, {where}'] = config.evaluator('classification', 'clip_motion', split=split)
+    c.evaluators[f'zero-shot clip name, {where}'] = config.evaluator(
+        'retrieval', 'clip_name', split=split, number=400)
+  c.evaluators['masked words'] = config.evaluator('mlm', 'text', split='test')
+  c.evaluators['package'] = config.evaluator('classification', 'package', split='test')
+  c.evaluators['continues'] = config.evaluator('classification', 'continues', split='test')
