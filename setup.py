@@ -32,8 +32,10 @@ setuptools.setup(
     install_requires=[
         'absl-py>=2.5,<3',
         'chex>=0.1.92,<0.2',
+        'etils[epath]>=1.15,<2',
         'flax>=0.12.8,<0.13',
         'fonttools>=4.68,<5',
+        'importlib_resources>=7.1,<8',  # tensorflow-datasets imports it and does not ask for it
         'jax>=0.10.2,<0.11',
         'matplotlib>=3.11,<4',
         'ml-collections>=1.1,<2',
@@ -43,6 +45,7 @@ setuptools.setup(
         'pillow>=13,<14',
         'sacrebleu>=2.6,<3',
         'scikit-learn>=1.9,<2',
+        'scipy>=1.17,<2',
         'sentencepiece>=0.2.3,<0.3',
         'tensorboard>=2.21,<3',
         f'tensorflow-cpu>=2.21,<2.22; {_ON_LINUX_X86}',

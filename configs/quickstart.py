@@ -18,6 +18,6 @@ def get_config() -> ml_collections.ConfigDict:
   c = config.base()
   recipes.embedded(c)
   c.model.update(dict(layers=4, width=128, heads=4, hidden=512))
-  c.optim.update(dict(learning_rate=1e-3, warmup=60))
+  c.optim.update(dict(learning_rate=1.5e-3, warmup=60))
   c.train.update(dict(steps=500, log_every=20, save_every=100))
   return c

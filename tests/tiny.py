@@ -26,7 +26,7 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
   """A config of the named tasks (of `TASKS`), two layers of width 16, four experts."""
   c = config_lib.base()
   c.data.dir = str(data_dir)
-  c.tokenizer.vocab_size = 90
+  c.tokenizer.vocab_size = 40
   c.model.update(dict(
       layers=2, width=16, heads=2, hidden=16, image_size=SIDE, patch=8, channels=1, pixel_mean=(0.5,),
       pixel_std=(0.5,), max_frames=4, max_text=20, layer_scale=0.5, remat=False))
@@ -36,7 +36,7 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
   sets = {
       'shapes': config_lib.target_set('glyphs/class', family='names'),
       'motions': config_lib.target_set('clips/motion', family='names'),
-      'words': config_lib.target_set('vocabulary', family='words', scoring='sampled', samples=60),
+      'words': config_lib.target_set('vocabulary', family='words', scoring='sampled', samples=32),
       'packages': config_lib.target_set('paragraphs/package', family='words'),
       'answers': config_lib.target_set('pairs/label', family='words'),
   }
@@ -75,9 +75,10 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
   return {
       'glyphs': (dict(
           pixels=rng.integers(0, 256, (24, SIDE, SIDE), dtype=np.uint8), face=rng.choice(['serif', 'round'], 24),
-          name=np.array([f'{c} {s}' for c, s in zip(colours, shapes)]), **{'class': shapes}), {'class': CLASSES}),
+          name=np.array([f'{c} {s} of {w}' for c, s, w in zip(colours, shapes, WORDS)]), **{'class': shapes}),
+          {'class': CLASSES}),
       'clips': (dict(
-          pixels=rng.integers(0, 256, (10, FRAMES, SIDE, SIDE), dtype=np.uint8), name=rng.choice(COLOURS, 10),
+          pixels=rng.integers(0, 256, (10, FRAMES, SIDE, SIDE), dtype=np.uint8), name=np.array(WORDS[-10:]),
           face=rng.choice(['serif', 'round'], 10), motion=rng.choice(MOTIONS, 10)), {'motion': MOTIONS}),
       'paragraphs': (dict(text=_sentences(rng, 24, 14), package=packages), {'package': PACKAGES}),
       'pairs': (dict(
@@ -89,7 +90,7 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
 def records(source: str):
   """A source's records, in memory."""
   from uni_moe_jax.data import storage
-  from uni_moe_jax.data.sources import Records
+  from uni_moe_jax.data.records import Records
   values, classes = columns()[source]
   return Records(dict(values), dict(classes), storage.fingerprint(values, classes))
 

@@ -4,10 +4,12 @@
 static facts (kinds, tasks, target sets, groups) that data, trainer and evaluators share.
 """
 
+import dataclasses
 import re
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from uni_moe_jax import tasks as kinds_lib
 from uni_moe_jax.attributes import Condition
@@ -111,7 +113,8 @@ def base() -> ml_collections.ConfigDict:
       num_experts=8,               # E
       top_k=2,                     # K kept, renormalised to sum 1
       noise_std=1.0,               # training noise of gate logits, divided by E
-      placement='all',             # all | odd (layers 0, 2, 4 …) | four | none | tuple of layer indices
+      # all | odd (layers 0, 2, 4 …) | four | none | tuple of layer indices; two types, so that either can be assigned
+      placement=config_dict.FieldReference('all', field_type=object),
       parts=('attention', 'ffn'),  # projections with experts
   ))
   c.tokenizer = _create(dict(
@@ -162,13 +165,9 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   """
   _check_model(c)
   _check_train(c)
-  families = {**kinds_lib.families(), **{
-      name: kinds_lib.family_condition(name, tuple(bits)) for name, bits in c.families.items()}}
-  kinds = dict(kinds_lib.KINDS)
-  for name, row in c.kinds.items():
-    if name in kinds:
-      raise ValueError(f'config.kinds.{name}: a built-in kind has this name; choose another.')
-    kinds[name] = Kind(name, tuple(kinds_lib.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
+  families = {**kinds_lib.families(), **{name: _own_family(name, bits) for name, bits in c.families.items()}}
+  kinds = {**kinds_lib.KINDS, **{name: _own_kind(name, row) for name, row in c.kinds.items()}}
+  for name in c.kinds:
     kinds_lib.check_kind(kinds[name], families)
   sets = tuple(_resolve_set(name, s, families) for name, s in c.sets.items())
   trained = {name for name, t in c.tasks.items() if t.batch != 0}
@@ -251,6 +250,28 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
       raise ValueError(f'config.optim.rules: {rule[0]!r} is not a regular expression: {e}.') from None
 
 
+def _own_family(name: str, bits) -> Condition:
+  if name in kinds_lib.families():
+    raise ValueError(f'config.families.{name}: a built-in family has this name, and its row is frozen; choose another.')
+  if isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits):
+    raise ValueError(f'config.families.{name}={bits!r} must be four bits: input visual, input text, target visual, '
+                     'target text; for example (1, 0, 0, 1).')
+  return kinds_lib.family_condition(name, tuple(bits))
+
+
+def _own_kind(name: str, row) -> Kind:
+  if name in kinds_lib.KINDS:
+    raise ValueError(f'config.kinds.{name}: a built-in kind has this name; choose another.')
+  fields = {f.name for f in dataclasses.fields(Kind)} - {'name'}
+  if set(row) != fields:
+    wrong = sorted(set(row) ^ fields)
+    raise ValueError(f'config.kinds.{name}: {", ".join(wrong)} missing or unknown; give {", ".join(sorted(fields))}.')
+  if any(isinstance(s, str) or len(s) not in (1, 2) for s in row.inputs):
+    raise ValueError(f"config.kinds.{name}.inputs={row.inputs!r} must hold (modality, mask) pairs, for example "
+                     "(('visual', 'full'),).")
+  return Kind(name, tuple(kinds_lib.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
+
+
 def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
   _choose(f'sets.{name}.family', s.family, families)
   _choose(f'sets.{name}.scoring', s.scoring, SCORINGS)
@@ -278,6 +299,9 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
     if family != kind.target:
       raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but kind {kind.name!r} '
                        f'chooses among {kind.target!r}.')
+    if kind.readout in ('picks', 'queries') and not sets[t.target_set].is_vocabulary:
+      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} predicts words; its set must have '
+                       f"values='{VOCABULARY}'.")
   if (kind.text_index is not None or kind.target == 'pair') and t.length < 2:
     raise ValueError(f'config.{field}.length={t.length} must be at least 2 tokens.')
   if t.length > c.model.max_text:

@@ -15,7 +15,7 @@ def embedded(c: ml_collections.ConfigDict) -> None:
   """
   # Mean and deviation of the training pictures: most of a glyph's picture is background.
   c.model.update(dict(
-      image_size=32, patch=8, max_text=TEXT_TOKENS, pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3, layer_scale=0.1,
+      image_size=32, patch=8, max_text=TEXT_TOKENS, pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3, layer_scale=0.5,
       remat=False))
   c.sets.glyph_classes = config.target_set('glyphs/class', family='names')
   c.sets.motions = config.target_set('clips/motion', family='names')
@@ -24,11 +24,11 @@ def embedded(c: ml_collections.ConfigDict) -> None:
   c.sets.answers = config.target_set('pairs/label', family='words')
 
   c.tasks.glyph_class = config.task(
-      'image_classification', 'glyphs', batch=64, target_set='glyph_classes', label='class', shift=2)
+      'image_classification', 'glyphs', batch=64, target_set='glyph_classes', label='class')
   c.tasks.glyph_name = config.task(
-      'image_retrieval', 'glyphs', batch=96, captions=('{name}',), length=NAME_TOKENS, shift=2)
+      'image_retrieval', 'glyphs', batch=96, captions=('{name}',), length=NAME_TOKENS)
   c.tasks.glyph_caption = config.task(
-      'image_caption', 'glyphs', batch=32, target_set='vocabulary', captions=('{name}',), length=NAME_TOKENS, shift=2)
+      'image_caption', 'glyphs', batch=32, target_set='vocabulary', captions=('{name}',), length=NAME_TOKENS)
   c.tasks.clip_motion = config.task(
       'video_classification', 'clips', batch=16, target_set='motions', label='motion')
   c.tasks.text = config.task(

@@ -134,6 +134,8 @@ def check_kind(kind: Kind, known_families: dict[str, Condition]) -> None:
       raise ValueError(f'kind {kind.name!r}: modality {s.modality!r} is not one of {MODALITIES}.')
     if s.mask not in MASKS:
       raise ValueError(f'kind {kind.name!r}: mask {s.mask!r} is not one of {MASKS}.')
+    if s.mask == 'two_stream' and s.modality != 'text':
+      raise ValueError(f"kind {kind.name!r}: mask 'two_stream' is for words; a {s.modality} segment must have mask 'full'.")
   if sum(s.modality == 'text' for s in kind.inputs) > 1:
     raise ValueError(f'kind {kind.name!r} has two text segments; join them by a template into one.')
   if kind.inputs[0].mask != 'full':
@@ -142,6 +144,9 @@ def check_kind(kind: Kind, known_families: dict[str, Condition]) -> None:
     raise ValueError(f"kind {kind.name!r}: readout 'queries' needs a segment with mask 'two_stream'.")
   if kind.readout in ('picks', 'slot') and kind.text_index is None:
     raise ValueError(f'kind {kind.name!r}: readout {kind.readout!r} needs a text segment.')
+  if kind.readout in ('picks', 'slot') and kind.two_stream:
+    raise ValueError(f"kind {kind.name!r}: readout {kind.readout!r} needs a text segment with mask 'full'; a two-stream "
+                     "one is read at its queries.")
   if kind.target == 'pair':
     if kind.readout != 'first':
       raise ValueError(f"kind {kind.name!r}: target 'pair' needs readout 'first', not {kind.readout!r}.")

@@ -1,11 +1,11 @@
-"""The embedded data as TFDS data sets: same examples in the same order, at random or as a stream."""
+"""The embedded data as TFDS sets: the same examples in the same order, at random or streamed."""
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from uni_moe_jax.data import builders, clips, glyph_classes, glyphs, storage, texts
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 _COUNT = 9
 

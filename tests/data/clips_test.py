@@ -9,7 +9,7 @@ import pytest
 from sklearn import linear_model
 
 from uni_moe_jax.data import clips, glyphs, storage
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 _MIDDLE = np.full(7, 0.5)
 _X, _Y, _SIZE, _ANGLE, _LIGHT = range(5)

@@ -8,7 +8,7 @@ from fontTools import ttLib
 from PIL import ImageFont
 
 from uni_moe_jax.data import glyph_classes, glyphs
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 _TRAIN = 'train'
 _SEEN_FACE_SPLITS = ('train', 'validation', 'test_characters')

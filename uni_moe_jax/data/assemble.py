@@ -9,10 +9,10 @@ import ml_collections
 import numpy as np
 
 from uni_moe_jax.plan import Plan, TaskSpec
-from uni_moe_jax.data import catalogue
+from uni_moe_jax.data import sources
 from uni_moe_jax.data.examples import Builder, Examples, set_classes
 from uni_moe_jax.data.sets import TargetSet, build_set
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.tasks import nearest
 
@@ -44,7 +44,7 @@ class Data:
   def records(self, source: str, split: str) -> Records:
     """One split of a source."""
     if (source, split) not in self._records:
-      self._records[source, split] = catalogue.load(source, self._dir, split)
+      self._records[source, split] = sources.load(source, self._dir, split)
     return self._records[source, split]
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:

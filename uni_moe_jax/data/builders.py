@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from uni_moe_jax.data import clips, glyph_classes, glyphs, texts
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 _NO_LABEL = -1  # as TFDS writes it
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from uni_moe_jax.data import glyphs, storage
 from uni_moe_jax.data.glyphs import SIZE, SPLITS
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 FRAMES = 8
 _BLINK = 'blink'

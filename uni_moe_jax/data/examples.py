@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from uni_moe_jax.plan import SetSpec, TaskSpec
 from uni_moe_jax.data import hashing, preprocess
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.templates import fill_template
 from uni_moe_jax.data.tokenizer import Tokenizer, pack
 from uni_moe_jax.tasks import nearest

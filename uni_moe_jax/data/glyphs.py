@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uni_moe_jax.data import look_alikes, storage
 from uni_moe_jax.data.glyph_classes import CLASSES, class_of
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 SPLITS = ('train', 'validation', 'test_characters', 'test_fonts')
 

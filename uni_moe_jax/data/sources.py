@@ -1,21 +1,39 @@
-"""Where records come from: every source gives one split as columns that can be read at random."""
+"""Sources by name. A new source is one function and one entry of `SOURCES`."""
 
-import dataclasses
+import os
+from collections.abc import Callable
 
 import numpy as np
 
+from uni_moe_jax.data import clips, glyphs, storage, texts
+from uni_moe_jax.data.records import Records
+from uni_moe_jax.tasks import nearest
 
-@dataclasses.dataclass(frozen=True)
-class Records:
-  """Randomly accessible records of one split, in memory; every column has the leading axis N.
 
-  Attributes:
-    columns: arrays by name. Pixels are uint8 [N, H, W] or [N, T, H, W] (grey), or the same with a
-      last axis of 3; texts and labels are numpy unicode arrays [N].
-    classes: label column -> its class names in order. A label column holds class *names*; '' is no
-      label.
-    fingerprint: hex sha256 of what the columns hold.
+def load_corpus(directory: str | os.PathLike[str], split: str) -> Records:
+  """Running text for masked language modelling: paragraphs, and in training the names of glyphs too."""
+  columns = {'text': texts.load_paragraphs(directory, split).columns['text']}
+  if split == 'train':
+    names = np.unique(glyphs.load(directory, split).columns['name'])
+    columns['text'] = np.concatenate([columns['text'], names])
+  return Records(columns, {}, storage.fingerprint(columns, {}))
+
+
+SOURCES: dict[str, Callable[[str, str], Records]] = {
+    'glyphs': glyphs.load,
+    'clips': clips.load,
+    'paragraphs': texts.load_paragraphs,
+    'pairs': texts.load_pairs,
+    'corpus': load_corpus,
+}
+
+
+def load(name: str, directory: str, split: str) -> Records:
+  """Records of a named source.
+
+  Raises:
+    ValueError: unknown name or split. FileNotFoundError: the source is not prepared in the directory.
   """
-  columns: dict[str, np.ndarray]
-  classes: dict[str, tuple[str, ...]]
-  fingerprint: str
+  if name not in SOURCES:
+    raise ValueError(f'source {name!r} is unknown; {nearest(name, SOURCES)}.')
+  return SOURCES[name](os.path.expanduser(directory), split)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 _CLASSES = 'classes of '
 

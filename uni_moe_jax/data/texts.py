@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from uni_moe_jax.data import harvest, prose, storage
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 SPLITS = ('train', 'validation', 'test')
 # The ten largest sources.

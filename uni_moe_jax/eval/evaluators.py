@@ -12,7 +12,7 @@ import numpy as np
 from uni_moe_jax.plan import Evaluation
 from uni_moe_jax.data.examples import Examples
 from uni_moe_jax.data.mixtures import evaluation_batches
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.eval import floors, metrics
 from uni_moe_jax.eval.metrics import Score

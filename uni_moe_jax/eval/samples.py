@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from uni_moe_jax.plan import Evaluation
-from uni_moe_jax.data.sources import Records
+from uni_moe_jax.data.records import Records
 
 _SHOWN = 12  # per evaluator
 _ENLARGED = 64  # pixels a side

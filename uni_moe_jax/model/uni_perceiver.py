@@ -87,7 +87,8 @@ class UniPerceiver(nn.Module):
       rows, collected = self.encoder(streams, past, key=key, all_rows=all_rows, taps=taps, keys=keys)
       return Encoded(rows, collected)
     router_rows = [
-        (tuple(routers.row_of(self.spec.router, c) for c in s.layout.conditions), s.layout.masks, s.layout.readout)
+        (tuple(routers.row_of(self.spec.router, c) for c in s.layout.conditions), s.layout.masks, s.layout.readout,
+         s.layout.readout_array)
         for s in streams]
     joined, split = join_equal(streams, tuple(router_rows), self.shards)
     rows, collected = self.encoder(joined, (None,) * len(joined), key=key, all_rows=all_rows)

@@ -1,0 +1,266 @@
+"""The config: what a good one resolves to, and the one sentence in which each bad one ends."""
+
+import json
+
+from absl.testing import absltest, parameterized
+
+from uni_moe_jax import config, plan, tasks
+
+_SLOT = '{text} <eot> it is <spe> . <eot>'
+
+
+def _config():
+  """Small and right, with a task of every kind of target."""
+  c = config.base()
+  c.model.update(dict(layers=4, width=16, heads=2, hidden=32, image_size=16, patch=8, max_text=32))
+  c.sets.classes = config.target_set(('bar', 'disc'), family='names')
+  c.sets.packages = config.target_set(('alpha', 'beta'), family='words')
+  c.sets.vocabulary = config.target_set('vocabulary', family='words')
+  c.tasks.shape = config.task('image_classification', 'glyphs', batch=8, target_set='classes', label='class')
+  c.tasks.text = config.task('text_mlm', 'corpus', batch=4, target_set='vocabulary', length=16, picks=3)
+  c.tasks.name = config.task(
+      'image_caption', 'glyphs', batch=4, target_set='vocabulary', captions=('{name}',), length=6)
+  c.tasks.pair = config.task('image_retrieval', 'glyphs', batch=4, captions=('{name}',), length=8)
+  c.tasks.package = config.task(
+      'text_classification', 'texts', batch=4, target_set='packages', label='package', template=_SLOT, length=16)
+  return c
+
+
+class PlanTest(absltest.TestCase):
+
+  def test_every_task_is_in_the_plan_with_its_kind_and_set(self):
+    resolved = config.resolve(_config())
+    found = {t.name: (t.kind.name, t.target_set) for t in resolved.tasks}
+    self.assertEqual(found, {
+        'shape': ('image_classification', 'classes'), 'text': ('text_mlm', 'vocabulary'),
+        'name': ('image_caption', 'vocabulary'), 'pair': ('image_retrieval', ''),
+        'package': ('text_classification', 'packages')})
+
+  def test_a_set_has_the_condition_of_its_family(self):
+    families = {s.name: s.condition for s in config.resolve(_config()).sets}
+    self.assertEqual(families['classes'], tasks.families()['names'])
+    self.assertEqual(families['vocabulary'], tasks.families()['words'])
+
+  def test_a_set_that_no_task_uses_is_left_out(self):
+    c = _config()
+    c.sets.unused = config.target_set(('a',), family='words')
+    self.assertNotIn('unused', [s.name for s in config.resolve(c).sets])
+
+  def test_only_the_vocabulary_is_the_vocabulary(self):
+    found = {s.name: s.is_vocabulary for s in config.resolve(_config()).sets}
+    self.assertEqual(found, {'classes': False, 'packages': False, 'vocabulary': True})
+
+  def test_a_task_without_a_temperature_group_has_that_of_its_kind(self):
+    c = _config()
+    c.tasks.name.temperature = c.tasks.text.temperature = 'words'
+    self.assertEqual(config.resolve(c).temperatures,
+                     ('image_classification', 'image_retrieval', 'text_classification', 'words'))
+
+  def test_tasks_of_one_kind_and_shape_share_a_group(self):
+    c = _config()
+    c.tasks.second = c.tasks.package.copy_and_resolve_references()
+    groups = {k: [t.name for t in v] for k, v in config.resolve(c).groups.items()}
+    self.assertEqual(groups['text_classification'], ['package', 'second'])
+
+  def test_tasks_of_one_kind_and_two_lengths_are_two_groups(self):
+    c = _config()
+    c.tasks.second = c.tasks.package.copy_and_resolve_references()
+    c.tasks.second.length = 24
+    groups = {k: [t.name for t in v] for k, v in config.resolve(c).groups.items()}
+    self.assertEqual(groups['text_classification/16/0'], ['package'])
+    self.assertEqual(groups['text_classification/24/0'], ['second'])
+
+  def test_a_step_of_one_task_holds_its_set_only(self):
+    only = config.resolve(_config()).only('package')
+    self.assertEqual([t.name for t in only.tasks], ['package'])
+    self.assertEqual([s.name for s in only.sets], ['packages'])
+
+  def test_a_task_of_batch_zero_is_evaluated_but_not_trained(self):
+    c = _config()
+    c.tasks.shape.batch = 0
+    resolved = config.resolve(c)
+    self.assertEqual([t.name for t in resolved.probes], ['shape'])
+    self.assertEqual([s.name for s in resolved.probe_sets], ['classes'])
+    self.assertNotIn('shape', [t.name for t in resolved.tasks])
+
+  def test_an_evaluator_names_its_task(self):
+    c = _config()
+    c.evaluators.top = config.evaluator('classification', 'shape', split='test')
+    [evaluation] = config.resolve(c).evaluations
+    self.assertEqual((evaluation.task.name, evaluation.split), ('shape', 'test'))
+
+
+class OwnRowsTest(absltest.TestCase):
+
+  def test_a_kind_of_the_config_is_a_kind_like_any_other(self):
+    c = _config()
+    c.kinds.search = dict(inputs=(('text', 'full'),), target='pair', readout='first', router_task='search')
+    c.tasks.search = config.task('search', 'pairs', batch=4, captions=('{text_b}',), length=8)
+    found = {t.name: t.kind for t in config.resolve(c).tasks}['search']
+    self.assertEqual(found.conditions[0].bits, (0, 1, 0, 1, 0, 1, 0, 0))
+
+  def test_a_kind_of_the_config_leaves_the_built_in_rows_alone(self):
+    c = _config()
+    c.kinds.tag = dict(inputs=(('visual', 'full'),), target='words', readout='first', router_task='tag')
+    built_in = tuple(tasks.KINDS.values())
+    self.assertEqual(config.resolve(c).kinds[:len(built_in)], built_in)
+
+  def test_a_family_of_the_config_carries_a_kind_that_the_built_in_ones_refuse(self):
+    c = _config()
+    row = dict(inputs=(('visual', 'full'), ('text', 'full')), target='names', readout='first', router_task='seen')
+    c.kinds.seen = row
+    with self.assertRaisesRegex(ValueError, "'seen'.*would change the frozen bits.*'names': declare a new family"):
+      config.resolve(c)
+    c.kinds.seen.target = 'seen_names'
+    c.families.seen_names = (1, 1, 0, 1)
+    config.resolve(c)
+
+  def test_placement_is_a_name_or_a_tuple(self):
+    c = _config()
+    c.moe.placement = (0, 3)
+    config.resolve(c)
+    c.moe.placement = 'odd'
+    config.resolve(c)
+    self.assertEqual(json.loads(c.to_json())['moe']['placement'], 'odd')
+
+
+_OWN_KIND = dict(inputs=(('visual', 'full'),), target='words', readout='first', router_task='tag')
+
+# name: (change, what the message says: field, value, bound, fix)
+_ERRORS = {
+    # Model.
+    'layers': (lambda c: c.model.update(layers=0), r'config\.model\.layers=0 must be at least 1'),
+    'heads': (lambda c: c.model.update(width=100, heads=8),
+              r'config\.model\.width=100 must be a multiple of config\.model\.heads=8; try 96'),
+    'patch': (lambda c: c.model.update(image_size=30),
+              r'config\.model\.image_size=30 must be a multiple of config\.model\.patch=8; try 24'),
+    'small_picture': (lambda c: c.model.update(image_size=4), r'image_size=4 .*patch=8; try 8'),
+    'width': (lambda c: c.model.update(width=18, heads=3), r'config\.model\.width=18 .* multiple of 4 .*; try 16'),
+    'drop_path': (lambda c: c.model.update(drop_path=1.0), r'config\.model\.drop_path=1\.0 must be in \[0, 1\)'),
+    'channels': (lambda c: c.model.update(channels=1),
+                 r'config\.model\.pixel_mean has 3 values for config\.model\.channels=1'),
+    'dtype': (lambda c: c.model.update(dtype='bfloat'),
+              r"config\.model\.dtype='bfloat' is unknown; did you mean 'bfloat16'\? choices: bfloat16, float32"),
+    'spatial': (lambda c: c.model.update(spatial='learned'), r"spatial='learned' .*did you mean 'learnt'"),
+    # Experts.
+    'router': (lambda c: c.moe.update(router='atribute'),
+               r"config\.moe\.router='atribute' is unknown; did you mean 'attribute'\?"
+               r' choices: attribute, dense, modality, task'),
+    'top_k': (lambda c: c.moe.update(top_k=9), r'config\.moe\.top_k=9 must be in 1…config\.moe\.num_experts=8'),
+    'no_expert': (lambda c: c.moe.update(top_k=0), r'config\.moe\.top_k=0 must be in 1…'),
+    'placement': (lambda c: c.moe.update(placement='even'),
+                  r"config\.moe\.placement='even' is unknown; .*choices: all, four, none, odd"),
+    'placement_index': (lambda c: c.moe.update(placement=(0, 4)),
+                        r'config\.moe\.placement=\(0, 4\) has an index outside 0…3'),
+    'parts': (lambda c: c.moe.update(parts=('atention',)),
+              r"config\.moe\.parts='atention' is unknown; did you mean 'attention'"),
+    # Training.
+    'steps': (lambda c: c.train.update(steps=0), r'config\.train\.steps=0 must be at least 1'),
+    'rate': (lambda c: c.optim.update(learning_rate=-1.0), r'config\.optim\.learning_rate=-1\.0 must be at least 0'),
+    'mixture': (lambda c: c.train.update(mixture='mixd'), r"config\.train\.mixture='mixd' .*did you mean 'mixed'"),
+    'schedule': (lambda c: c.optim.update(schedule='cosin'), r"config\.optim\.schedule='cosin' .*'cosine'"),
+    'ema': (lambda c: c.train.update(ema=1.0), r'config\.train\.ema=1\.0 must be in \[0, 1\); 0 is off'),
+    'accum_sampled': (lambda c: c.train.update(mixture='sampled', accum=2),
+                      r"config\.train\.accum=2 needs config\.train\.mixture='mixed', not 'sampled'"),
+    'rule': (lambda c: c.optim.update(rules=(('.*', 1.0),)),
+             r"config\.optim\.rules: \('\.\*', 1\.0\) is neither \(pattern, lr factor, weight decay\) nor"
+             r" \(pattern, 'freeze'\)"),
+    'pattern': (lambda c: c.optim.update(rules=(('(', 1.0, 0.0),)),
+                r"config\.optim\.rules: '\(' is not a regular expression"),
+    # Target sets.
+    'family': (lambda c: c.sets.classes.update(family='name'),
+               r"config\.sets\.classes\.family='name' is unknown; did you mean 'names'\?"),
+    'scoring': (lambda c: c.sets.classes.update(scoring='sample'),
+                r"config\.sets\.classes\.scoring='sample' .*did you mean 'sampled'"),
+    'sampled_texts': (lambda c: c.sets.classes.update(scoring='sampled', samples=4),
+                      r"config\.sets\.classes: scoring 'sampled' needs values='vocabulary' and samples ≥ 1"),
+    'samples': (lambda c: c.sets.vocabulary.update(scoring='sampled'), r'samples ≥ 1, not .*samples=0'),
+    # Tasks.
+    'no_task': (lambda c: [t.update(batch=0) for t in c.tasks.values()],
+                r'config\.tasks has no task with batch > 0; add one with config\.task'),
+    'kind': (lambda c: c.tasks.shape.update(kind='image_clasification'),
+             r"config\.tasks\.shape\.kind='image_clasification' is unknown; did you mean 'image_classification'"),
+    'negative_batch': (lambda c: c.tasks.shape.update(batch=-2),
+                       r'config\.tasks\.shape\.batch=-2 must be a positive multiple of config\.train\.accum=1; try 1'),
+    'accum': (lambda c: c.train.update(accum=3),
+              r'config\.tasks\.shape\.batch=8 must be a positive multiple of config\.train\.accum=3; try 6'),
+    'set': (lambda c: c.tasks.shape.update(target_set='clases'),
+            r"config\.tasks\.shape\.target_set='clases' is unknown; did you mean 'classes'\? choices: classes, "
+            'packages, vocabulary'),
+    'set_of_pair': (lambda c: c.tasks.pair.update(target_set='classes'),
+                    r"config\.tasks\.pair\.target_set='classes': kind 'image_retrieval' is matched with its own texts;"
+                    " set it to ''"),
+    'set_of_other_family': (lambda c: c.tasks.shape.update(target_set='packages'),
+                            r"target_set='packages' is of family 'words', but kind 'image_classification' chooses among"
+                            " 'names'"),
+    'words_of_a_small_set': (lambda c: c.tasks.text.update(target_set='packages'),
+                             r"config\.tasks\.text\.target_set='packages': kind 'text_mlm' predicts words; its set must"
+                             " have values='vocabulary'"),
+    'length': (lambda c: c.tasks.text.update(length=1), r'config\.tasks\.text\.length=1 must be at least 2 tokens'),
+    'length_of_table': (lambda c: c.tasks.text.update(length=33),
+                        r'config\.tasks\.text\.length=33 is above config\.model\.max_text=32'),
+    'picks': (lambda c: c.tasks.text.update(picks=17), r'config\.tasks\.text\.picks=17 must be in 1…length=16'),
+    'slot': (lambda c: c.tasks.package.update(template='{text} <eot>'),
+             r"config\.tasks\.package\.template='{text} <eot>' must hold exactly one '<spe>' slot"),
+    'captions': (lambda c: c.tasks.name.update(captions=()),
+                 r"config\.tasks\.name\.captions is empty; give at least one template, for example \('{caption}',\)"),
+    # Own rows.
+    'own_kind_name': (lambda c: c.kinds.update(vqa=_OWN_KIND),
+                      r'config\.kinds\.vqa: a built-in kind has this name; choose another'),
+    'own_kind_field': (lambda c: c.kinds.update(tag={k: v for k, v in _OWN_KIND.items() if k != 'target'}),
+                       r'config\.kinds\.tag: target missing or unknown; give inputs, readout, router_task, target'),
+    'own_kind_inputs': (lambda c: c.kinds.update(tag={**_OWN_KIND, 'inputs': ('visual',)}),
+                        r"config\.kinds\.tag\.inputs=\('visual',\) must hold \(modality, mask\) pairs, for example"
+                        r" \(\('visual', 'full'\),\)"),
+    'own_family_name': (lambda c: c.families.update(words=(1, 1, 1, 1)),
+                        r'config\.families\.words: a built-in family has this name, and its row is frozen; choose'),
+    'own_family_bits': (lambda c: c.families.update(answers=(1, 1)),
+                        r'config\.families\.answers=\(1, 1\) must be four bits: .*for example \(1, 0, 0, 1\)'),
+    # Evaluators.
+    'evaluator': (lambda c: c.evaluators.update(top=config.evaluator('classify', 'shape', split='test')),
+                  r"config\.evaluators\.top\.kind='classify' is unknown; did you mean 'classification'"),
+    'evaluated_task': (lambda c: c.evaluators.update(top=config.evaluator('mlm', 'txt', split='test')),
+                       r"config\.evaluators\.top\.task='txt' is unknown; did you mean 'text'"),
+    'evaluated_kind': (lambda c: c.evaluators.update(top=config.evaluator('retrieval', 'text', split='test')),
+                       r"config\.evaluators\.top\.task='text' is of kind 'text_mlm', which evaluator 'retrieval' cannot"
+                       ' ask; choices: pair'),
+    'evaluated_number': (lambda c: c.evaluators.update(top=config.evaluator('mlm', 'text', split='test', batch=0)),
+                         r'config\.evaluators\.top: number=0 must be at least 0, batch=0 at least 1'),
+}
+
+
+class ErrorsTest(parameterized.TestCase):
+
+  def test_the_config_is_right_without_the_change(self):
+    config.resolve(_config())
+
+  @parameterized.parameters(*_ERRORS)
+  def test_a_wrong_field_is_named_with_value_bound_and_fix(self, name):
+    change, message = _ERRORS[name]
+    c = _config()
+    change(c)
+    with self.assertRaisesRegex(ValueError, message):
+      config.resolve(c)
+
+
+class BatchesTest(absltest.TestCase):
+
+  def test_a_micro_batch_must_divide_over_the_shards(self):
+    c = _config()
+    c.train.accum = 2
+    # shape: 8 / 2 = 4 rows a micro-step, whole on 4 shards; text: 4 / 2 = 2 rows are not.
+    with self.assertRaisesRegex(ValueError, (
+        r'config\.tasks\.text\.batch=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\); try 8')):
+      config.check_batches(config.resolve(c), shards=4, accum=2)
+
+  def test_batches_that_divide_pass(self):
+    config.check_batches(config.resolve(_config()), shards=4, accum=1)
+
+  def test_the_next_smaller_batch_is_proposed_where_there_is_one(self):
+    resolved: plan.Plan = config.resolve(_config()).only('shape')
+    with self.assertRaisesRegex(ValueError, 'batch=8 must be a multiple of 3 .*; try 6'):
+      config.check_batches(resolved, shards=3, accum=1)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,93 @@
+"""A small model whose parameters are nowhere zero, and inputs of every kind: what the tests of the model share."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uni_moe_jax import tasks
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.streams import Layout
+from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.moe import routers
+
+ROUTERS = ('attribute', 'task', 'modality', 'dense')
+VOCABULARY, SPE, EOT = 23, 0, 1
+SIDE, PATCHES = 8, 4  # pixels; tokens of a picture
+WORDS = 3  # tokens of a text; a caption has as many queries again
+
+
+def spec(router: str = 'attribute', **changes: Any) -> ModelSpec:
+  """Three layers of width 16: two are scanned, one is the tail."""
+  small = ModelSpec(
+      layers=3, width=16, heads=2, hidden=24, vocab_size=VOCABULARY, spe_id=SPE, image_size=SIDE,
+      patch=4, channels=1, max_frames=3, max_text=12, pixel_mean=(0.5,), pixel_std=(0.25,),
+      layer_scale=0.8, remat=False, router=router, num_experts=4, top_k=2,
+      router_names=routers.table_names(router, tasks.router_tasks(), tasks.MODALITIES),
+      temperatures=('group',))
+  return dataclasses.replace(small, **changes)
+
+
+def boxed(model_spec: ModelSpec) -> Any:
+  """Shapes of the parameters, in boxes that name their axes."""
+  text = sequence('text_classification', batch=1)
+  init = jax.eval_shape(UniPerceiver(model_spec).init, jax.random.key(0), (text,))
+  return init['params']
+
+
+@functools.cache
+def params(model_spec: ModelSpec) -> Any:
+  """Random parameters, biases too. A leaf depends on its path and shape alone, and nothing is compiled."""
+
+  def fill(path, leaf):
+    name = jax.tree_util.keystr(path)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if 'log_scale' in name:
+      return jnp.float32(math.log(5.0))
+    around = 1.0 if name.endswith("['scale']") or "['scale1']" in name or "['scale2']" in name else 0.0
+    draws = np.asarray(rng.normal(size=leaf.shape), np.float32)
+    return jnp.asarray(around + (0.2 if around else 0.4) * draws)
+
+  return jax.tree_util.tree_map_with_path(fill, nn.unbox(boxed(model_spec)))
+
+
+def sequence(kind: str | tasks.Kind, batch: int = 2, seed: int = 0, words: int = WORDS, **fields) -> Sequence:
+  """The input side of a kind; `fields` replace the random ones."""
+  kind = tasks.KINDS[kind] if isinstance(kind, str) else kind
+  rng = np.random.default_rng(seed)
+  made = {'ids': jnp.arange(10, 10 + batch, dtype=jnp.uint32)}
+  if kind.visual:
+    frames = 2 if 'video' in kind.name else 1
+    made['pixels'] = jnp.asarray(rng.normal(size=(batch, frames, SIDE, SIDE, 1)), jnp.float32)
+  if kind.text_index is not None:
+    text = jnp.asarray(rng.integers(2, VOCABULARY, (batch, words)), jnp.int32)
+    made['text'] = jnp.concatenate([text, jnp.full_like(text, SPE)], axis=1) if kind.two_stream else text
+    made['text_valid'] = None if kind.two_stream else jnp.ones((batch, words), bool)
+  if kind.readout in ('picks', 'slot'):
+    picks = 2 if kind.readout == 'picks' else 1
+    made['positions'] = jnp.asarray(rng.integers(0, words, (batch, picks)), jnp.int32)
+  return Sequence(layout=Layout.of_kind(kind), **{**made, **fields})
+
+
+def target(condition, batch: int = 2, seed: int = 0, words: int = WORDS) -> Sequence:
+  """Texts on the target side."""
+  rng = np.random.default_rng(seed)
+  return Sequence(
+      layout=Layout.of_text(condition), ids=jnp.arange(batch, dtype=jnp.uint32),
+      text=jnp.asarray(rng.integers(2, VOCABULARY, (batch, words)), jnp.int32),
+      text_valid=jnp.ones((batch, words), bool))
+
+
+def encode(model_spec: ModelSpec, sequences, *, values=None, shards: int = 1, **options):
+  """Features [B, R, D] per sequence, and what the encoder collected."""
+  def run(model):
+    encoded = model.encode(tuple(sequences), **options)
+    return tuple(None if r is None else model.features(r) for r in encoded.rows), encoded.collected
+  values = params(model_spec) if values is None else values
+  return UniPerceiver(model_spec, shards).apply({'params': values}, method=run)
