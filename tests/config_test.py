@@ -140,7 +140,7 @@ _ERRORS = {
     'channels': (lambda c: c.model.update(channels=1),
                  r'config\.model\.pixel_mean has 3 values for config\.model\.channels=1'),
     'dtype': (lambda c: c.model.update(dtype='bfloat'),
-              r"config\.model\.dtype='bfloat' is unknown; did you mean 'bfloat16'\? choices: bfloat16, float32"),
+              r"config\.model\.dtype='bfloat' is unknown; did you mean 'bfloat16' or 'float32'\? choices: bfloat16, float32"),
     'spatial': (lambda c: c.model.update(spatial='learned'), r"spatial='learned' .*did you mean 'learnt'"),
     # Experts.
     'router': (lambda c: c.moe.update(router='atribute'),
@@ -183,7 +183,7 @@ _ERRORS = {
     'negative_batch': (lambda c: c.tasks.shape.update(batch=-2),
                        r'config\.tasks\.shape\.batch=-2 must be a positive multiple of config\.train\.accum=1; try 1'),
     'accum': (lambda c: c.train.update(accum=3),
-              r'config\.tasks\.shape\.batch=8 must be a positive multiple of config\.train\.accum=3; try 6'),
+              r'config\.tasks\.name\.batch=4 must be a positive multiple of config\.train\.accum=3; try 3'),
     'set': (lambda c: c.tasks.shape.update(target_set='clases'),
             r"config\.tasks\.shape\.target_set='clases' is unknown; did you mean 'classes'\? choices: classes, "
             'packages, vocabulary'),
@@ -234,9 +234,8 @@ class ErrorsTest(parameterized.TestCase):
   def test_the_config_is_right_without_the_change(self):
     config.resolve(_config())
 
-  @parameterized.parameters(*_ERRORS)
-  def test_a_wrong_field_is_named_with_value_bound_and_fix(self, name):
-    change, message = _ERRORS[name]
+  @parameterized.named_parameters(*((name, *case) for name, case in _ERRORS.items()))
+  def test_a_wrong_field_is_named_with_value_bound_and_fix(self, change, message):
     c = _config()
     change(c)
     with self.assertRaisesRegex(ValueError, message):
@@ -248,9 +247,9 @@ class BatchesTest(absltest.TestCase):
   def test_a_micro_batch_must_divide_over_the_shards(self):
     c = _config()
     c.train.accum = 2
-    # shape: 8 / 2 = 4 rows a micro-step, whole on 4 shards; text: 4 / 2 = 2 rows are not.
+    # shape: 8 / 2 = 4 rows a micro-step, whole on 4 shards; name: 4 / 2 = 2 rows are not.
     with self.assertRaisesRegex(ValueError, (
-        r'config\.tasks\.text\.batch=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\); try 8')):
+        r'config\.tasks\.name\.batch=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\); try 8')):
       config.check_batches(config.resolve(c), shards=4, accum=2)
 
   def test_batches_that_divide_pass(self):

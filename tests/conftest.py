@@ -12,10 +12,11 @@ if 'jax' in sys.modules or 'tensorflow' in sys.modules:
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if os.environ['JAX_PLATFORMS'] == 'cpu':
   os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # TensorFlow must not take a GPU that no test uses
-# Tests of meshes need several devices. Others run on the first: more devices cost them nothing.
-if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-  flags = (os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8')
-  os.environ['XLA_FLAGS'] = ' '.join(filter(None, flags))
+# Tests of meshes need several devices; others run on the first: more devices cost them nothing. Most of a test's time is
+# the compiler's, and programs this small run as well without its optimizations.
+for flag in ('--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0'):
+  if flag.partition('=')[0] not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_ROOT / '.pytest_cache/jax'))

@@ -17,6 +17,9 @@ from uni_moe_jax.model.streams import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.moe import routers
 
+# Tests compile far more than they compute, and half of the compiler's time is the code that it would optimise.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
 ROUTERS = ('attribute', 'task', 'modality', 'dense')
 VOCABULARY, SPE, EOT = 23, 0, 1
 SIDE, PATCHES = 8, 4  # pixels; tokens of a picture
@@ -54,7 +57,8 @@ def params(model_spec: ModelSpec) -> Any:
     draws = np.asarray(rng.normal(size=leaf.shape), np.float32)
     return jnp.asarray(around + (0.2 if around else 0.4) * draws)
 
-  return jax.tree_util.tree_map_with_path(fill, nn.unbox(boxed(model_spec)))
+  with jax.ensure_compile_time_eval():  # cached: it must not hold the tracers of whoever asks first
+    return jax.tree_util.tree_map_with_path(fill, nn.unbox(boxed(model_spec)))
 
 
 def sequence(kind: str | tasks.Kind, batch: int = 2, seed: int = 0, words: int = WORDS, **fields) -> Sequence:

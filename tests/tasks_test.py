@@ -131,6 +131,9 @@ class CheckKindTest(parameterized.TestCase):
       ('queries', dict(readout='queries'), "readout 'queries' needs a segment with mask 'two_stream'"),
       ('picks', dict(readout='picks'), "readout 'picks' needs a text segment"),
       ('slot', dict(readout='slot'), "readout 'slot' needs a text segment"),
+      ('two_stream_picture', dict(inputs=(_VISUAL, Segment('visual', 'two_stream'))), "'two_stream' is for words"),
+      ('slot_of_a_caption', dict(inputs=(_VISUAL, _WORDS), target='words', readout='slot'),
+       "readout 'slot' needs a text segment with mask 'full'"),
       ('pair', dict(inputs=(_TEXT,), target='pair', readout='slot'), "target 'pair' needs readout 'first', not 'slot'"),
       ('family', dict(target='word'), r"target family 'word' is not declared; did you mean 'words'\? choices: names, "
        'pair, words'))

@@ -112,3 +112,13 @@ def data_dir() -> str:
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory:
   return tempfile.TemporaryDirectory(prefix='tiny_data_')
+
+
+@functools.cache
+def tokenizer_file() -> str:
+  """A tokenizer of all the text, trained once for the process."""
+  from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
+  texts = [t for values, _ in columns().values() for c in values.values() if c.dtype.kind == 'U' for t in c.tolist()]
+  path = f'{_folder().name}/tiny.model'
+  SentencePieceTokenizer.train(texts, path, 60)
+  return path

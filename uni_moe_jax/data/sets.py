@@ -36,10 +36,12 @@ def build_set(spec: SetSpec, texts: tuple[str, ...], tokenizer: Tokenizer) -> Ta
   """Tokenises and buckets a set.
 
   Raises:
-    ValueError: an entry is longer than the set's length, or two entries are the same text.
+    ValueError: there is no entry, one is longer than the set's length, or two are the same text.
   """
   if spec.is_vocabulary:
     return TargetSet((), np.arange(tokenizer.size, dtype=np.int32), (), tokenizer.size)
+  if not texts:
+    raise ValueError(f'config.sets.{spec.name} has no entries; give its values at least one text.')
   if len(set(texts)) < len(texts):
     twice = next(t for t in texts if texts.count(t) > 1)
     raise ValueError(f'config.sets.{spec.name}: entry {twice!r} occurs twice.')

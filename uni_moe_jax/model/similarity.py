@@ -11,12 +11,13 @@ from uni_moe_jax.model.block import layer_norm
 from uni_moe_jax.moe.experts import xavier_uniform
 
 MAX_SCALE = 100.0
+MIN_SQUARE = 1e-24  # (1e-12)²; its power -3/2, which the gradient holds, is still finite in float32
 
 
 def normalise(features: jax.Array) -> jax.Array:
   """L2-normalises the last axis; the zero vector keeps a finite gradient."""
   square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
-  return features * jax.lax.rsqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+  return features * jax.lax.rsqrt(jnp.maximum(square, MIN_SQUARE))
 
 
 def scale_of(log_scale: jax.Array) -> jax.Array:

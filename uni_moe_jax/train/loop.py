@@ -66,15 +66,15 @@ def run_facts(run: Run) -> dict:
           'command': ' '.join(['python', *sys.argv])}
 
 
-def train(config, workdir: str) -> int:
-  """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one.
+def train(config, workdir: str, devices=None) -> int:
+  """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one, on all devices by default.
 
   Returns:
     An exit code. Raises what `setup.build` and `claim_workdir` raise.
   """
   started = time.perf_counter()
   with Stop() as stop:
-    run = build(config)
+    run = build(config, devices)
     claim_workdir(workdir, config, run.data.fingerprint)
     print(describe(run), flush=True)
     pathlib.Path(workdir, 'run.json').write_text(json.dumps(run_facts(run), indent=1))

@@ -157,15 +157,19 @@ def predictor(run: Run, checkpoints: Checkpoints) -> tuple[Predictor, Any]:
   return Predictor(model, params, sets, run.data.tokenizer), params
 
 
-def build(config: ml_collections.ConfigDict) -> Run:
+def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   """Checks a config and builds its run.
+
+  Args:
+    config: see `config.base`.
+    devices: that the mesh is made of; all of them by default.
 
   Raises:
     ValueError, FileNotFoundError: a field that is wrong, data that is not there; see `config.resolve` and `Data`.
   """
   plan = config_lib.resolve(config)
   mesh_fields = {axis: config.mesh[axis] for axis in sharding.AXES}
-  mesh = sharding.make_mesh(mesh_fields)
+  mesh = sharding.make_mesh(mesh_fields, devices)
   shards = sharding.batch_shards(mesh)
   config_lib.check_batches(plan, shards, config.train.accum)
   data = Data(config, plan)

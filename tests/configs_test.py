@@ -1,0 +1,114 @@
+"""Every file in configs/: it resolves, its model can be built, and routers differ by one value."""
+
+import functools
+import importlib.util
+import math
+import pathlib
+
+from absl.testing import absltest, parameterized
+from flax import traverse_util
+import jax
+import ml_collections
+
+from tests import small_model
+from uni_moe_jax import config, tasks
+from uni_moe_jax.model.spec import ModelSpec
+
+_FILES = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
+_QUICKSTART = next(f for f in _FILES if f.stem == 'quickstart')
+
+
+def _module(path: pathlib.Path):
+  """A config is read by path, as the command line does."""
+  spec = importlib.util.spec_from_file_location(f'config_of_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _get(path: pathlib.Path) -> ml_collections.ConfigDict:
+  return _module(path).get_config()
+
+
+def _quickstart(router: str) -> ml_collections.ConfigDict:
+  c = _get(_QUICKSTART)
+  c.moe.router = router
+  return c
+
+
+def _spec(c: ml_collections.ConfigDict) -> ModelSpec:
+  """The model of a config, without its data."""
+  return ModelSpec.from_config(
+      c, vocab_size=c.tokenizer.vocab_size, spe_id=1, prefix_word=None,
+      temperatures=config.resolve(c).temperatures, router_tasks=tasks.router_tasks())
+
+
+@functools.cache
+def _shapes(router: str) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of the quickstart's parameters."""
+  boxed = small_model.boxed(_spec(_quickstart(router)))
+  flat = traverse_util.flatten_dict(boxed, sep='/', is_leaf=lambda _, v: not isinstance(v, dict))
+  return {path: getattr(leaf, 'value', leaf).shape for path, leaf in flat.items()}
+
+
+def _flat(c: ml_collections.ConfigDict) -> dict[str, object]:
+  return traverse_util.flatten_dict(c.to_dict(), sep='.', keep_empty_nodes=True)
+
+
+class EveryConfigTest(parameterized.TestCase):
+
+  @parameterized.parameters(*_FILES)
+  def test_it_resolves(self, path):
+    self.assertNotEmpty(config.resolve(_get(path)).tasks)
+
+  @parameterized.parameters(*_FILES)
+  def test_it_has_no_field_that_the_base_lacks(self, path):
+    open_ended = ('kinds', 'families', 'sets', 'tasks', 'evaluators')  # the config's own names
+    own = {k for k in _flat(_get(path)) if not k.startswith(tuple(f'{s}.' for s in open_ended))}
+    self.assertEqual(own - set(_flat(config.base())), set())
+
+  @parameterized.parameters(*_FILES)
+  def test_it_says_how_to_run_it(self, path):
+    self.assertIn(f'--config=configs/{path.name}', _module(path).__doc__)
+
+  @parameterized.parameters(*_FILES)
+  def test_its_model_can_be_built(self, path):
+    c = _get(path)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, small_model.nn.unbox(small_model.boxed(_spec(c))))
+    self.assertEqual(shapes['embed']['word'], (c.tokenizer.vocab_size, c.model.width))
+
+
+class RouterTest(parameterized.TestCase):
+
+  @parameterized.parameters('dense', 'modality', 'task')
+  def test_another_router_is_one_value_of_the_config(self, router):
+    one, other = _flat(_quickstart('attribute')), _flat(_quickstart(router))
+    self.assertEqual({k for k in one if one[k] != other[k]}, {'moe.router'})
+
+  @parameterized.parameters('modality', 'task')
+  def test_routers_differ_in_what_they_embed_and_nowhere_else(self, router):
+    one, other = _shapes('attribute'), _shapes(router)
+    differ = {p for p in {*one, *other} if one.get(p) != other.get(p)}
+    self.assertNotEmpty(differ)
+    self.assertTrue(all('_router/embed/' in p for p in differ), differ)
+
+  def test_a_dense_model_has_one_expert_of_each_projection_and_no_router(self):
+    moe, dense = _shapes('attribute'), _shapes('dense')
+    self.assertEqual(set(dense), {p for p in moe if '_router/' not in p})
+    for path, shape in dense.items():
+      # Stacked parameters have E behind the layers, those of the tail in front.
+      at = 1 if '/blocks/' in path else 0
+      expected = (*shape[:at], 8, *shape[at:]) if moe[path] != shape else shape
+      self.assertEqual(moe[path], expected, path)
+      projection = any(f'/{p}/' in path for p in ('qkv', 'attention_out', 'ffn_in', 'ffn_out'))
+      self.assertEqual(moe[path] != shape, projection, path)
+
+  def test_size_of_the_quickstart_by_hand(self):
+    # D 128, F 512, L 4. A block: qkv D·3D + 3D, out D·D + D, FFN 2·D·F + F + D, two norms and two scales 6·D.
+    block = 128 * 384 + 384 + 128 * 128 + 128 + 2 * 128 * 512 + 512 + 128 + 6 * 128
+    total = sum(math.prod(s) for p, s in _shapes('dense').items() if p.startswith('encoder/'))
+    self.assertEqual(total, 4 * block)
+
+
+if __name__ == '__main__':
+  absltest.main()

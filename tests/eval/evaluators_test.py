@@ -1,0 +1,134 @@
+"""Protocols of the evaluators, asked of predictors that know everything or nothing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.eval import evaluators
+from uni_moe_jax.eval.evaluators import EVALUATORS, Question
+from uni_moe_jax.eval.samples import Samples
+
+
+@pytest.fixture(scope='module')
+def data():
+  config = tiny.config(*tiny.TASKS, data_dir=tiny.data_dir())
+  for kind, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
+                     ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
+    config.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch=5)
+  plan = config_lib.resolve(config)
+  return plan, Data(config, plan)
+
+
+def _question(data, entry: str, predictor, **changes) -> Question:
+  plan, d = data
+  e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
+  texts = d.sets[e.task.target_set].texts if e.task.target_set else ()
+  records = d.records(e.task.source, 'train')
+  return Question(e, predictor, d.examples(e.task), records, records, texts, d.tokenizer, Samples())
+
+
+class _Oracle:
+  """Answers with the fields' own targets, or with a fixed wrong answer; V targets."""
+
+  def __init__(self, targets: int, right: bool = True, captions=None):
+    self.targets, self.right, self.texts = targets, right, iter(captions or ())
+    self.seen = []
+
+  def inputs(self, kind, fields):
+    self.seen += fields['id'].tolist()
+    if kind.target == 'pair':
+      return self.pairs(kind, fields)[:, None]
+    self.labels = fields['label']
+    return np.zeros((len(fields['id']), fields['label'].shape[1], 1), np.float32)
+
+  def pairs(self, kind, fields):
+    return np.eye(64, dtype=np.float32)[fields['id']]
+
+  def log_probabilities(self, features, set_name, temperature):
+    answer = self.labels if self.right else (self.labels + 1) % self.targets
+    p = np.full((*answer.shape, self.targets), 0.1 / (self.targets - 1))
+    np.put_along_axis(p, answer[..., None], 0.9, axis=-1)
+    return np.log(p)
+
+  def captions(self, kind, pixels, set_name, temperature, length):
+    return [next(self.texts, '') for _ in pixels]
+
+
+def _scores(data, name, predictor, **changes):
+  question = _question(data, name, predictor, **changes)
+  return {s.name: s for s in EVALUATORS[question.evaluation.kind](question)}
+
+
+@pytest.mark.parametrize('name, targets', [('shape', 3), ('motion', 2), ('package', 2)])
+def test_classification_counts_right_answers_and_wrong_ones(data, name, targets):
+  right, wrong = (_scores(data, name, _Oracle(targets, r)) for r in (True, False))
+  assert (right['top-1'].value, wrong['top-1'].value) == (1.0, 0.0)
+  assert (right['balanced'].value, wrong['balanced'].value) == (1.0, 0.0)
+  assert right['top-1'].chance == 1 / targets
+  assert 'majority' in right['top-1'].floors
+
+
+def test_each_example_is_asked_and_counted_once_although_the_last_batch_is_filled_up(data):
+  score = _scores(data, 'package', oracle := _Oracle(2))['top-1']
+  assert score.count == 16  # 24 paragraphs, a third of them without a label; batches of 5
+  assert set(oracle.seen) == set(range(16)) and len(oracle.seen) == 20
+
+
+def test_floors_fit_the_input(data):
+  floors = {name: set(_scores(data, name, _Oracle(n))['top-1'].floors)
+            for name, n in (('shape', 3), ('motion', 2), ('package', 2))}
+  assert floors == {'shape': {'majority', '1-nn'}, 'motion': {'majority', 'one frame', 'all frames'},
+                    'package': {'majority', 'tf-idf'}}
+
+
+def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(data):
+  class Shifted(_Oracle):
+    def pairs(self, kind, fields):
+      return np.roll(super().pairs(kind, fields), 1, axis=1)
+
+    def inputs(self, kind, fields):
+      return _Oracle.pairs(self, kind, fields)[:, None]
+
+  perfect = _scores(data, 'pair', _Oracle(1), number=12)
+  shifted = _scores(data, 'pair', Shifted(1), number=12)
+  assert perfect['R@1 → text'].value == perfect['R@1 ← text'].value == 1.0
+  assert shifted['R@1 → text'].value == 0.0
+  assert perfect['R@1 → text'].chance == 1 / 12 and perfect['R@5 ← text'].chance == 5 / 12
+  assert perfect['R@1 → text'].floors['1-nn name'] > 0.9  # the neighbour of a training picture is itself
+
+
+def test_candidates_have_distinct_texts_and_too_many_are_refused():
+  texts = np.array(['a', 'b', 'a', 'c', 'b'])
+  chosen = evaluators._distinct(texts, 3, np.random.default_rng(0))
+  assert sorted(texts[chosen]) == ['a', 'b', 'c']
+  with pytest.raises(ValueError, match='asks for 4 distinct texts, the split has 3; lower its number'):
+    evaluators._distinct(texts, 4, np.random.default_rng(0))
+
+
+def test_captions_are_compared_with_the_first_phrase(data):
+  names = tiny.columns()['glyphs'][0]['name'].tolist()
+  fold = lambda t: data[1].tokenizer.decode(data[1].tokenizer.encode(t))
+  right = _scores(data, 'caption', _Oracle(1, captions=[fold(n) for n in names]), batch=24)
+  wrong = _scores(data, 'caption', _Oracle(1), batch=24)
+  assert (right['exact'].value, right['word F1'].value) == (1.0, 1.0)
+  assert right['BLEU-4'].value == pytest.approx(1.0)
+  assert (wrong['exact'].value, wrong['word F1'].value) == (0.0, 0.0)
+  assert right['exact'].floors['1-nn name'] > 0.9
+
+
+def test_perplexity_is_the_inverse_of_a_constant_probability(data):
+  V = data[1].tokenizer.size
+  right, wrong = (_scores(data, 'text', _Oracle(V, r)) for r in (True, False))
+  assert right['perplexity'].value == pytest.approx(1 / 0.9)
+  assert wrong['perplexity'].value == pytest.approx((V - 1) / 0.1)
+  assert (right['accuracy'].value, wrong['accuracy'].value) == (1.0, 0.0)
+  assert right['perplexity'].chance == V and not right['perplexity'].higher_is_better
+
+
+def test_a_subset_is_seeded_by_the_evaluators_name(data):
+  ids = [_question(data, 'shape', None, name=name, number=6).ids().tolist() for name in ('x', 'x', 'y')]
+  assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 6

@@ -1,0 +1,61 @@
+"""A whole tiny run: trained, evaluated, reported."""
+
+import json
+
+import jax
+import pytest
+
+from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import report
+from uni_moe_jax.eval import suite
+from uni_moe_jax.train import checkpoint, loop, setup
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """(workdir, rows) of three steps with a task router, averaged parameters and all evaluators."""
+  workdir = tmp_path_factory.mktemp('run')
+  c = tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir())
+  c.moe.router = 'task'
+  c.train.update(dict(steps=3, ema=0.5))
+  for kind, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
+    c.evaluators[f'my {task}'] = config_lib.evaluator(kind, task, split='train', batch=6)
+  assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
+  with checkpoint.Checkpoints(workdir, 1) as checkpoints:
+    run = setup.build(checkpoint.load_config(workdir), jax.devices()[:1])
+    predictor, params = setup.predictor(run, checkpoints)
+  suite.write_experts(run.spec.model.spec, params, setup.conditions(run.plan), workdir)
+  return workdir, suite.evaluate(run.plan, run.data, predictor, 3, workdir)
+
+
+def test_every_evaluator_has_its_rows(finished):
+  _, rows = finished
+  assert [(r['evaluator'], r['metric']) for r in rows if r['metric'] in ('top-1', 'R@1 → text', 'exact', 'perplexity')] == [
+      ('my caption', 'exact'), ('my pair', 'R@1 → text'), ('my shape', 'top-1'), ('my text', 'perplexity')]
+  assert all(r['floors'] and r['step'] == 3 for r in rows)
+
+
+def test_perplexity_of_an_untrained_model_is_about_the_vocabulary(finished):
+  value = next(r['value'] for r in finished[1] if r['metric'] == 'perplexity')
+  assert 20 < value < 60  # V is 40
+
+
+def test_what_was_evaluated_is_remembered_with_its_step(finished, tmp_path):
+  assert suite.evaluated_step(finished[0]) == 3
+  assert suite.evaluated_step(tmp_path) is None
+
+
+def test_experts_hold_two_coefficients_per_layer_router_and_row(finished):
+  experts = json.loads((finished[0] / 'experts.json').read_text())
+  assert experts['rows'] == ['classification', 'mlm', 'caption', 'retrieval', 'names', 'words']
+  table = experts['coefficients']
+  assert (len(table), len(table[0]), len(table[0][0]), len(table[0][0][0])) == (2, 2, 6, 4)
+  for row in (r for layer in table for router in layer for r in router):
+    assert sum(c > 0 for c in row) == 2 and sum(row) == pytest.approx(1)
+
+
+def test_the_report_shows_the_run(finished):
+  page = report.write_report(finished[0]).read_text()
+  for shown in ('my caption', 'loss', 'Experts', '<svg', 'data:image/png'):
+    assert shown in page

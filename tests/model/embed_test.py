@@ -1,0 +1,148 @@
+"""Embedders against a second, plain computation, and tables by hand."""
+
+import functools
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import small_model
+from uni_moe_jax.model import embed
+from uni_moe_jax.model.spec import ModelSpec
+
+
+def _apply(method: str, *args, spec: ModelSpec | None = None):
+  spec = spec or small_model.spec()
+  return embed.Embed(spec).apply({'params': small_model.params(spec)['embed']}, *args, method=method)
+
+
+@functools.cache
+def _tables() -> dict[str, np.ndarray]:
+  return jax.tree.map(np.asarray, small_model.params(small_model.spec())['embed'])
+
+
+def _norm(x: np.ndarray) -> np.ndarray:
+  """The one LayerNorm of the embedder."""
+  n = _tables()['norm']
+  centred = x - x.mean(-1, keepdims=True)
+  return centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5) * n['scale'] + n['bias']
+
+
+def _pixels(frames: int = 1, batch: int = 2) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(1).normal(size=(batch, frames, 8, 8, 1)), jnp.float32)
+
+
+def _assert_close(a, b):
+  np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+class SincosTest(absltest.TestCase):
+
+  def test_by_hand(self):
+    # Width 8: two frequencies, 1 and 1/100. Token 3 of a 2 × 2 grid is row 1, column 1; token 1 is row 0, column 1.
+    table = embed.sincos_table(2, 8)
+    s, c = np.sin([1, .01]), np.cos([1, .01])
+    np.testing.assert_allclose(table[3], [*s, *c, *s, *c], rtol=1e-6)
+    np.testing.assert_allclose(table[1], [0, 0, 1, 1, *s, *c], rtol=1e-6)
+
+  def test_scale_stretches_coordinates(self):
+    # Twice as fine a grid at half the scale: token (2, 0) lies where (1, 0) lay.
+    np.testing.assert_allclose(embed.sincos_table(4, 8, .5)[8], embed.sincos_table(2, 8)[2], rtol=1e-6)
+
+
+class PatchifyTest(absltest.TestCase):
+
+  def test_patches_are_in_reading_order(self):
+    # Pixel values are row · 10 + column.
+    r, c = np.mgrid[:4, :4]
+    x = jnp.asarray(r * 10 + c).reshape(1, 1, 4, 4, 1)
+    np.testing.assert_array_equal(
+        embed.patchify(x, 2)[0], [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
+
+  def test_frames_come_one_after_the_other(self):
+    x = jnp.arange(3).reshape(1, 3, 1, 1, 1) * jnp.ones((1, 3, 4, 4, 1), int)
+    np.testing.assert_array_equal(embed.patchify(x, 2)[0, :, 0], [0] * 4 + [1] * 4 + [2] * 4)
+
+  def test_colours_are_the_last_axis_of_a_patch(self):
+    x = jnp.arange(6).reshape(1, 1, 1, 2, 3)
+    np.testing.assert_array_equal(embed.patchify(x, 1)[0], [[0, 1, 2], [3, 4, 5]])
+
+
+class TextTest(absltest.TestCase):
+
+  _IDS, _PLACES = jnp.array([[5, 7, 5], [9, 2, 22]]), jnp.array([0, 1, 4])
+
+  def test_word_position_and_type_are_summed_under_the_norm(self):
+    t = _tables()
+    expected = _norm(t['word'][np.asarray(self._IDS)] + t['position'][[0, 1, 4]] + t['type'][0])
+    _assert_close(_apply('text', self._IDS, self._PLACES), expected)
+
+  def test_each_sample_may_have_positions_of_its_own(self):
+    places = jnp.array([[0, 1, 4], [2, 2, 3]])
+    both = _apply('text', self._IDS, places)
+    _assert_close(both[0], _apply('text', self._IDS, places[0])[0])
+    _assert_close(both[1], _apply('text', self._IDS, places[1])[1])
+
+
+class PrefixTest(absltest.TestCase):
+
+  def test_it_is_the_word_spe_alone_under_the_norm(self):
+    expected = np.broadcast_to(_norm(_tables()['word'][small_model.SPE]), (3, 1, 16))
+    _assert_close(_apply('prefix', 3), expected)
+
+  def test_a_word_as_prefix_is_a_text_of_length_one(self):
+    prefix = _apply('prefix', 2, spec=small_model.spec(prefix_word=6))
+    _assert_close(prefix, _apply('text', jnp.array([[6], [6]]), jnp.array([0])))
+
+
+class VisualTest(parameterized.TestCase):
+
+  def _expected(self, pixels, first_frame: int) -> np.ndarray:
+    t = _tables()
+    x = np.asarray(embed.patchify(pixels, 4)) @ t['patch'] + t['patch_bias']
+    frames = t['temporal'][first_frame:first_frame + pixels.shape[1]]
+    place = np.concatenate([embed.sincos_table(2, 16) + f for f in frames])
+    return _norm(x + place)
+
+  @parameterized.parameters((1, 0), (1, 2), (2, 0), (2, 1), (3, 0))
+  def test_patch_place_and_frame_are_summed_under_the_norm_of_texts(self, frames, offset):
+    pixels = _pixels(frames)
+    _assert_close(_apply('visual', pixels, offset), self._expected(pixels, offset))
+
+  def test_an_image_is_a_video_of_one_frame(self):
+    video = _pixels(frames=2)
+    _assert_close(_apply('visual', video, 0)[:, :4], _apply('visual', video[:, :1], 0))
+
+  def test_bytes_are_scaled_and_normalised(self):
+    # Mean .5, deviation .25: 0 → -2, 255 → 2.
+    pixels = jnp.array([0, 255], jnp.uint8)[:, None, None, None, None] * jnp.ones((1, 1, 8, 8, 1), jnp.uint8)
+    by_hand = jnp.array([-2., 2.])[:, None, None, None, None] * jnp.ones((1, 1, 8, 8, 1))
+    _assert_close(_apply('visual', pixels, 0), _apply('visual', by_hand, 0))
+
+  def test_each_colour_has_its_own_mean_and_deviation(self):
+    # 255 is 1: (1 - 0)/1 = 1, (1 - 1)/2 = 0, (1 - .5)/.25 = 2.
+    spec = small_model.spec(channels=3, pixel_mean=(0., 1., .5), pixel_std=(1., 2., .25))
+    by_hand = jnp.array([1., 0., 2.]).reshape(1, 1, 1, 1, 3) * jnp.ones((1, 1, 8, 8, 3))
+    pixels = jnp.full((1, 1, 8, 8, 3), 255, jnp.uint8)
+    _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', by_hand, 0, spec=spec))
+
+  def test_a_learnt_spatial_table_replaces_the_fixed_one(self):
+    spec = small_model.spec(spatial='learnt')
+    values = dict(small_model.params(spec)['embed'], spatial=jnp.asarray(embed.sincos_table(2, 16)))
+    found = embed.Embed(spec).apply({'params': values}, _pixels(), 0, method='visual')
+    _assert_close(found, _apply('visual', _pixels(), 0))
+
+  def test_the_fixed_table_is_no_parameter(self):
+    self.assertNotIn('spatial', small_model.boxed(small_model.spec())['embed'])
+
+
+class ParametersTest(absltest.TestCase):
+
+  def test_one_norm_serves_text_and_pictures(self):
+    names = set(small_model.boxed(small_model.spec())['embed'])
+    self.assertEqual(names, {'word', 'position', 'type', 'patch', 'patch_bias', 'temporal', 'norm'})
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,250 @@
+"""The encoder computes one thing however it is asked: joined or apart, scanned or unrolled, all rows or few."""
+
+import functools
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import small_model
+from uni_moe_jax import tasks
+from uni_moe_jax.model.block import drop_path
+from uni_moe_jax.model.spec import ModelSpec, Stack
+from uni_moe_jax.moe import routers
+
+_NAMES = tasks.families()['names']
+
+
+@functools.cache
+def _forward(spec: ModelSpec, shards: int = 1, **options):
+  """(parameters, sequences, key or None) → (features per sequence, collected)."""
+  return small_model.jit(lambda values, sequences, key: small_model.encode(
+      spec, sequences, values=values, shards=shards, key=key, **options))
+
+
+def _features(spec: ModelSpec, sequences, key=None, shards: int = 1, **options):
+  return _forward(spec, shards, **options)(small_model.params(spec), tuple(sequences), key)[0]
+
+
+def _mix(batch: int = 2):
+  """Every readout, kinds that join and kinds that do not, the target side."""
+  kinds = ('image_classification', 'text_mlm', 'image_caption', 'image_retrieval', 'vqa')
+  inputs = [small_model.sequence(k, batch, seed=i) for i, k in enumerate(kinds)]
+  return (*inputs, small_model.target(_NAMES, batch), small_model.target(_NAMES, batch, seed=7))
+
+
+def _assert_close(a, b, tolerance: float = 1e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+class OneResultTest(parameterized.TestCase):
+
+  @functools.cached_property
+  def expected(self):
+    """Joined, last layer for the readout only, nothing collected: as in training."""
+    return _features(small_model.spec(), _mix())
+
+  def test_all_rows_of_the_last_layer_change_nothing(self):
+    _assert_close(_features(small_model.spec(), _mix(), all_rows=True), self.expected)
+
+  def test_streams_that_stay_apart_give_what_joined_ones_give(self):
+    _assert_close(_features(small_model.spec(), _mix(), keys=True), self.expected)
+
+  def test_streams_joined_within_two_shards_give_the_same(self):
+    _assert_close(_features(small_model.spec(), _mix(), shards=2), self.expected)
+
+  def test_rematerialised_blocks_give_the_same(self):
+    spec = small_model.spec(remat=True)
+    _assert_close(_forward(spec)(small_model.params(small_model.spec()), _mix(), None)[0], self.expected)
+
+  def test_features_tell_sequences_and_samples_apart(self):
+    # Otherwise the tests above could not see two results exchanged.
+    rows = np.concatenate([np.asarray(f).reshape(-1, 16) for f in self.expected])
+    gaps = np.abs(rows[:, None] - rows[None]).max(-1) + 9 * np.eye(len(rows))
+    self.assertGreater(gaps.min(), 1e-2)
+
+  def test_the_readout_has_one_row_per_place_that_is_read(self):
+    # classification, mlm (2 picks), caption (3 queries), retrieval, vqa, two target texts.
+    self.assertEqual([f.shape[1] for f in self.expected], [1, 2, 3, 1, 1, 1, 1])
+
+
+class _Unrolled(ModelSpec):
+  """The same model with every layer in the tail."""
+
+  @property
+  def stack(self) -> Stack:
+    return Stack((), 0, self.pattern)
+
+
+def _rearranged(values, source: Stack, destination: Stack):
+  """Parameters of one stack as those of an unrolled one."""
+  encoder = {'tail': {}}
+  for layer in range(source.layers):
+    subtree, index, block = source.locate(layer)
+    _, _, name = destination.locate(layer)
+    there = values['encoder'][subtree][block]
+    encoder['tail'][name] = there if index is None else jax.tree.map(lambda x, i=index: x[i], there)
+  return {**values, 'encoder': encoder}
+
+
+class StackTest(absltest.TestCase):
+
+  def test_a_scan_gives_what_unrolled_layers_give(self):
+    # Noise and stochastic depth are on: both are keyed by the layer, not by where it lies.
+    scanned = small_model.spec(drop_path=.3)
+    unrolled, values = _Unrolled(**vars(scanned)), small_model.params(scanned)
+    sequences, key = (small_model.sequence('image_caption', 4),), jax.random.key(1)
+    one, _ = _forward(scanned)(values, sequences, key)
+    other, _ = _forward(unrolled)(_rearranged(values, scanned.stack, unrolled.stack), sequences, key)
+    _assert_close(one, other)
+    calm, _ = _forward(scanned)(values, sequences, None)
+    self.assertGreater(np.abs(one[0] - calm[0]).max(), 1e-2)
+
+
+class CollectedTest(absltest.TestCase):
+
+  # Caption: 5 visual tokens (prefix, 4 patches), 6 words and queries; names: prefix and 3 words. Batch 2.
+  _SEQUENCES = (small_model.sequence('image_caption'), small_model.target(_NAMES))
+
+  def _collected(self, **options):
+    return jax.eval_shape(lambda: small_model.encode(small_model.spec(), self._SEQUENCES, **options)[1])
+
+  def test_taps_are_every_array_after_every_layer(self):
+    taken = self._collected(taps=True, all_rows=True)
+    shapes = lambda lead, out: [[a.shape for a in stream] == [(*lead, 2, n, 16) for n in lengths]
+                                for stream, lengths in zip(out['taps'], ((5, 6), (4,)), strict=True)]
+    self.assertEqual(shapes((2,), taken['blocks'][0]), [True, True])  # two scanned layers
+    self.assertEqual(shapes((), taken['tail'][0]), [True, True])
+
+  def test_taps_without_all_rows_are_the_readout_in_the_last_layer(self):
+    last = self._collected(taps=True)['tail'][0]['taps']
+    self.assertIsNone(last[0][0])
+    self.assertEqual((last[0][1].shape, last[1][0].shape), ((2, 3, 16), (2, 1, 16)))
+
+  def test_keys_and_values_are_of_every_token_also_in_the_last_layer(self):
+    taken = self._collected(keys=True)
+    for lead, out in (((2,), taken['blocks'][0]), ((), taken['tail'][0])):
+      for stream, lengths in zip(out['kv'], ((5, 6), (4,)), strict=True):
+        for (k, v), n in zip(stream, lengths, strict=True):
+          self.assertEqual((k.shape, v.shape), ((*lead, 2, n, 2, 8),) * 2)
+
+  def test_decisions_are_one_row_per_condition(self):
+    taken = self._collected()
+    for part in ('attention', 'ffn'):  # caption picture, caption text, names
+      self.assertEqual(taken['blocks'][0]['decisions'][part].coef.shape, (2, 3, 4))
+      self.assertEqual(taken['tail'][0]['decisions'][part].coef.shape, (3, 4))
+
+  def test_nothing_is_collected_that_was_not_asked_for(self):
+    self.assertEqual(set(self._collected()['tail'][0]), {'decisions'})
+
+
+class Bfloat16Test(absltest.TestCase):
+
+  def test_products_are_bfloat16_and_features_float32(self):
+    spec = small_model.spec(dtype=jnp.bfloat16)
+    sequences = _mix()
+    found, exact = _features(spec, sequences), _features(small_model.spec(), sequences)
+    self.assertEqual({f.dtype for f in found}, {jnp.dtype('float32')})
+    for a, b in zip(found, exact, strict=True):
+      cosines = (a * b).sum(-1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)
+      self.assertGreater(cosines.min(), .99)
+      self.assertGreater(np.abs(a - b).max(), 1e-4)  # it was not float32 in disguise
+
+  def test_parameters_are_float32(self):
+    shapes = small_model.nn.unbox(small_model.boxed(small_model.spec(dtype=jnp.bfloat16)))
+    self.assertEqual({x.dtype for x in jax.tree.leaves(shapes)}, {jnp.dtype('float32')})
+
+
+class DropPathTest(absltest.TestCase):
+
+  _IDS = jnp.arange(400, dtype=jnp.uint32)
+
+  def _dropped(self, ids, rate=.25, key=jax.random.key(0)):
+    return np.asarray(drop_path(jnp.ones((len(ids), 2, 3)), key, ids, rate))
+
+  def test_a_branch_is_kept_whole_and_scaled_or_dropped_whole(self):
+    found = self._dropped(self._IDS)
+    self.assertEqual({tuple(np.unique(sample)) for sample in found}, {(0,), (np.float32(1 / .75),)})
+
+  def test_a_quarter_is_dropped(self):
+    # Standard error √(.25 · .75 / 400) = .022.
+    self.assertAlmostEqual((self._dropped(self._IDS) == 0).mean(), .25, delta=.08)
+
+  def test_what_is_dropped_follows_the_example_not_its_place(self):
+    order = np.random.default_rng(0).permutation(400)
+    np.testing.assert_array_equal(self._dropped(self._IDS[order]), self._dropped(self._IDS)[order])
+
+  def test_evaluation_drops_nothing(self):
+    np.testing.assert_array_equal(self._dropped(self._IDS, key=None), 1)
+
+  def test_a_permuted_batch_has_the_permuted_result(self):
+    spec = small_model.spec(drop_path=.5)
+    sequence, order = small_model.sequence('image_caption', 6), np.array([3, 0, 5, 1, 4, 2])
+    moved = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, sequence)
+    key = jax.random.key(2)
+    [straight], [permuted] = _features(spec, [sequence], key), _features(spec, [moved], key)
+    _assert_close(permuted, np.asarray(straight)[order])
+    # With the ids left where they were, others are dropped.
+    [other] = _features(spec, [moved.replace(ids=sequence.ids)], key)
+    self.assertGreater(np.abs(other - permuted).max(), 1e-2)
+
+
+class NoiseTest(absltest.TestCase):
+
+  _NAMES_ALONE = (small_model.target(_NAMES),)
+  _NAMES_AFTER_TEXT = (small_model.sequence('text_mlm'), small_model.target(_NAMES))
+
+  def _logits(self, sequences, row: int, key=jax.random.key(5)):
+    """{(layer, part): logits of one condition row}."""
+    spec = small_model.spec()
+    _, collected = _forward(spec)(small_model.params(spec), sequences, key)
+    found = {}
+    for layer in range(spec.layers):
+      subtree, index, block = spec.stack.locate(layer)
+      decisions = collected[subtree][int(block.removeprefix('block'))]['decisions']
+      for part, decision in decisions.items():
+        found[layer, part] = np.asarray(decision.logits if index is None else decision.logits[index])[row]
+    return found
+
+  def test_a_row_has_one_draw_per_step_whatever_else_is_encoded(self):
+    alone, among = self._logits(self._NAMES_ALONE, 0), self._logits(self._NAMES_AFTER_TEXT, 1)
+    _assert_close(alone, among)
+
+  def test_layers_and_routers_draw_apart(self):
+    noisy, calm = self._logits(self._NAMES_ALONE, 0), self._logits(self._NAMES_ALONE, 0, key=None)
+    draws = np.array([noisy[k] - calm[k] for k in noisy])  # [layer and part, E]
+    self.assertLen(draws, 6)
+    gaps = np.abs(draws[:, None] - draws[None]).max(-1) + np.eye(6)
+    self.assertGreater(gaps.min(), 1e-2)
+
+  def test_another_step_draws_anew(self):
+    one, two = (self._logits(self._NAMES_ALONE, 0, jax.random.key(k)) for k in (5, 6))
+    self.assertGreater(min(np.abs(one[k] - two[k]).max() for k in one), 1e-2)
+
+
+class SettingsTest(absltest.TestCase):
+
+  def test_adding_arrays_of_two_ranks_is_an_error(self):
+    with self.assertRaisesRegex(ValueError, 'could not be broadcast together|rank promotion|rank_promotion'):
+      _ = jnp.ones((2, 3)) + jnp.ones(3)
+
+  def test_an_unknown_task_is_refused_by_the_task_router_alone(self):
+    kind = tasks.Kind('search', (tasks.Segment('text'),), 'pair', 'first', 'search')
+    for router in small_model.ROUTERS:
+      run = lambda r=router: jax.eval_shape(
+          lambda: small_model.encode(small_model.spec(r), (small_model.sequence(kind),))[0])
+      if router == 'task':
+        self.assertRaisesRegex(ValueError, "no embedding for 'search'", run)
+      else:
+        self.assertEqual(run()[0].shape, (2, 1, 16))
+
+  def test_the_router_table_holds_every_built_in_condition(self):
+    conditions = [c for k in tasks.KINDS.values() for c in (*k.conditions, k.pair_condition)]
+    for router in ('task', 'modality'):
+      rows = routers.distinct_rows(router, (*conditions, *tasks.families().values()))
+      self.assertLessEqual(set(rows), set(small_model.spec(router).router_names))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,154 @@
+"""Which layers have experts, how layers lie in the parameter tree, and how a config becomes a spec."""
+
+from absl.testing import absltest, parameterized
+import jax.numpy as jnp
+
+from tests import small_model
+from uni_moe_jax import attributes, config, tasks
+from uni_moe_jax.model.spec import ModelSpec, Stack
+
+_BOTH = ('attention', 'ffn')
+
+
+def _chosen(spec: ModelSpec) -> list[int]:
+  return [i for i, parts in enumerate(spec.pattern) if parts]
+
+
+class PatternTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('all', 5, [0, 1, 2, 3, 4]),
+      ('odd', 5, [0, 2, 4]),  # published name: the first layer is number one
+      ('odd', 4, [0, 2]),
+      ('four', 9, [0, 4, 8]),
+      ('none', 5, []),
+      ((1, 4), 5, [1, 4]),
+      ((), 5, []))
+  def test_placement_chooses_layers(self, placement, layers, expected):
+    self.assertEqual(_chosen(small_model.spec(layers=layers, placement=placement)), expected)
+
+  def test_a_dense_model_has_experts_nowhere(self):
+    self.assertEqual(_chosen(small_model.spec('dense', placement='all')), [])
+
+  def test_only_the_named_parts_have_experts(self):
+    self.assertEqual(small_model.spec(layers=3, placement='odd', parts=('ffn',)).pattern, (('ffn',), (), ('ffn',)))
+
+
+class StackTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      # placement, layers, blocks a period, scanned periods, tail blocks
+      ('all', 1, 1, 0, 1),
+      ('all', 5, 1, 4, 1),
+      ('none', 5, 1, 4, 1),
+      ('odd', 5, 2, 1, 3),
+      ('odd', 6, 2, 2, 2),
+      ('odd', 2, 2, 0, 2),
+      ('four', 9, 4, 1, 5),
+      ('four', 8, 4, 1, 4))
+  def test_whole_periods_are_scanned_but_for_the_last(self, placement, layers, period, periods, tail):
+    stack = small_model.spec(layers=layers, placement=placement).stack
+    self.assertEqual((len(stack.period), stack.periods, len(stack.tail)), (period, periods, tail))
+
+  @parameterized.parameters(((0, 1, 4), 6), ((2,), 5), ((0, 1, 2, 3, 4), 9))
+  def test_an_irregular_placement_is_unrolled(self, placement, layers):
+    stack = small_model.spec(layers=layers, placement=placement).stack
+    self.assertEqual((stack.periods, len(stack.tail)), (0, layers))
+
+  def test_indices_that_are_regular_are_scanned(self):
+    self.assertEqual(small_model.spec(layers=6, placement=(0, 2, 4)).stack,
+                     small_model.spec(layers=6, placement='odd').stack)
+
+  def test_locate_by_hand(self):
+    # 'odd' with five layers: one scanned period (0, 1), then 2, 3, 4 in the tail.
+    stack = small_model.spec(layers=5, placement='odd').stack
+    self.assertEqual([stack.locate(i) for i in range(5)], [
+        ('blocks', 0, 'block0'), ('blocks', 0, 'block1'), ('tail', None, 'block0'), ('tail', None, 'block1'),
+        ('tail', None, 'block2')])
+
+  @parameterized.parameters(('all', 5), ('odd', 5), ('odd', 6), ('four', 9), ('none', 3), ((0, 1, 4), 6), ((1, 2), 4))
+  def test_locate_finds_every_block_of_the_tree_once(self, placement, layers):
+    spec = small_model.spec(layers=layers, placement=placement)
+    encoder = small_model.nn.unbox(small_model.boxed(spec))['encoder']
+    found = []
+    for layer in range(layers):
+      subtree, index, block = spec.stack.locate(layer)
+      # A layer with experts is found where a router is, and a layer without where there is none.
+      self.assertEqual('attention_router' in encoder[subtree][block], bool(spec.pattern[layer]), layer)
+      depth = encoder[subtree][block]['norm1']['scale'].shape[0] if subtree == 'blocks' else None
+      self.assertTrue(index is None if depth is None else index < depth, layer)
+      found.append((subtree, index, block))
+    there = [(s, i, b) for s, blocks in encoder.items() for b, block in blocks.items()
+             for i in (range(block['norm1']['scale'].shape[0]) if s == 'blocks' else (None,))]
+    self.assertCountEqual(found, there)
+
+  @parameterized.parameters(-1, 5)
+  def test_a_layer_that_is_not_there_is_an_error(self, layer):
+    with self.assertRaisesRegex(IndexError, rf'layer {layer} is outside 0…4'):
+      Stack.of(((),) * 5).locate(layer)
+
+  def test_the_stack_has_as_many_layers_as_the_pattern(self):
+    for layers in range(1, 12):
+      for placement in ('all', 'odd', 'four'):
+        self.assertEqual(small_model.spec(layers=layers, placement=placement).stack.layers, layers)
+
+
+class SizesTest(absltest.TestCase):
+
+  def test_by_hand(self):
+    spec = small_model.spec(width=24, heads=3, image_size=32, patch=8)
+    self.assertEqual((spec.head_dim, spec.patches), (8, 16))
+
+
+class RowNamesTest(absltest.TestCase):
+
+  _CONDITIONS = (*tasks.KINDS['image_caption'].conditions, tasks.families()['words'])
+
+  def test_rows_read_as_bits_or_names(self):
+    names = {r: small_model.spec(r).row_names(self._CONDITIONS) for r in small_model.ROUTERS}
+    self.assertEqual(names, {
+        'attribute': ('11011000', '11010101', '11010110'), 'task': ('caption', 'words'),
+        'modality': ('visual', 'text'), 'dense': ('all tokens',)})
+
+  def test_bits_are_those_of_the_condition(self):
+    bits = attributes.to_string(self._CONDITIONS[0].bits)
+    self.assertEqual(small_model.spec().row_names(self._CONDITIONS[:1]), (bits,))
+
+
+class FromConfigTest(absltest.TestCase):
+
+  def _spec(self, c) -> ModelSpec:
+    return ModelSpec.from_config(
+        c, vocab_size=50, spe_id=3, prefix_word=None, temperatures=('a', 'b'), router_tasks=tasks.router_tasks())
+
+  def test_sizes_and_choices_come_from_the_config(self):
+    c = config.base()
+    c.model.update(dict(layers=5, width=64, heads=4, hidden=96, layer_scale=.25, drop_path=.1, dtype='bfloat16'))
+    c.moe.update(dict(num_experts=6, top_k=3, placement='odd', parts=('ffn',)))
+    spec = self._spec(c)
+    self.assertEqual((spec.layers, spec.width, spec.heads, spec.hidden), (5, 64, 4, 96))
+    self.assertEqual((spec.layer_scale, spec.drop_path, spec.dtype), (.25, .1, jnp.bfloat16))
+    self.assertEqual((spec.num_experts, spec.top_k, spec.parts), (6, 3, ('ffn',)))
+    self.assertEqual(_chosen(spec), [0, 2, 4])
+
+  def test_sizes_of_data_and_plan_are_arguments(self):
+    spec = self._spec(config.base())
+    self.assertEqual((spec.vocab_size, spec.spe_id, spec.temperatures), (50, 3, ('a', 'b')))
+
+  def test_a_router_by_name_gets_its_table(self):
+    names = {}
+    for router in small_model.ROUTERS:
+      c = config.base()
+      c.moe.router = router
+      names[router] = self._spec(c).router_names
+    self.assertEqual(names, {
+        'attribute': (), 'dense': (), 'modality': ('visual', 'text'), 'task': tasks.router_tasks()})
+
+  def test_a_spec_can_be_a_static_argument(self):
+    c = config.base()
+    c.moe.placement = [0, 3]
+    self.assertEqual(hash(self._spec(c)), hash(self._spec(c)))
+
+
+if __name__ == '__main__':
+  absltest.main()
