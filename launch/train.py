@@ -14,9 +14,10 @@ flags.mark_flag_as_required('config')
 
 def main() -> int:
   from uni_moe_jax import config as config_lib
-  config_lib.resolve(_CONFIG.value)  # a mistyped config is told before the libraries below are loaded
+  config = cli.config_of(_CONFIG)
+  config_lib.resolve(config)  # a mistyped config is told before the libraries below are loaded
   from uni_moe_jax.train import loop
-  return loop.train(_CONFIG.value, _WORKDIR.value)
+  return loop.train(config, _WORKDIR.value)
 
 
 if __name__ == '__main__':

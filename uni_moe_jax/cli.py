@@ -2,10 +2,12 @@
 
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -22,6 +24,22 @@ class UsageError(ValueError):
 def define_config(name: str = 'config') -> flags.FlagHolder:
   """--config=FILE.py[:argument], with --config.field=value overrides."""
   return config_flags.DEFINE_config_file(name, help_string='config file, for example configs/quickstart.py')
+
+
+def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+  """The config that a flag names.
+
+  Raises:
+    UsageError: there is no such file.
+  """
+  try:
+    holder.value.keys()
+    return holder.value
+  except OSError as e:  # raised at the first look into the config, not when flags are parsed
+    path = str(e).split()[-1].strip("'")
+    folder = pathlib.Path(path).parent
+    near = nearest(pathlib.Path(path).name, [f.name for f in folder.glob('*.py')])
+    raise UsageError(f'config file {path!r} is not there; {near}.') from None
 
 
 def run(main: Callable[[], int]) -> None:
@@ -69,17 +87,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _flag_error(e: BaseException, argv: Sequence[str]) -> str:
-  """One sentence for what the flag parser said; names the nearest fields of the config."""
-  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
-  for argument in argv[1:]:
-    name = argument.lstrip('-').partition('=')[0]
-    if config is None or not name.startswith('config.'):
-      continue
-    here, path = config, name.split('.')[1:]
-    for i, part in enumerate(path):
-      if not hasattr(here, 'keys'):
-        break
-      if part not in here:
-        return f'config has no field {".".join(path[:i + 1])!r}; {nearest(part, here.keys())}.'
-      here = here[part]
-  return ' '.join(str(e).split())
+  """One sentence for what the flag parser said."""
+  said = ' '.join(str(e.args[0] if e.args else e).split())
+  if isinstance(e, (KeyError, AttributeError)):  # ml_collections: 'widht' Did you mean "width" instead of "widht"?
+    field, hint = re.search(r"\w+", said).group(), re.search(r'Did you mean [^?]*\?|$', said).group()
+    named = [a for a in argv[1:] if field in a.lstrip('-').partition('=')[0].split('.')]
+    flag = named[0].partition('=')[0] if named else field
+    return f'{flag}: the config has no field {field!r}. {hint}'.strip()
+  # A config file that raised: ml_collections prints its traceback into the message.
+  raised = re.search(r'Error whilst parsing config file: .*Error: (.*)', said)
+  return raised.group(1) if raised else said

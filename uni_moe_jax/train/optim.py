@@ -31,7 +31,7 @@ def match_rules(params: Any, rules) -> Any:
   """A tree of `Rule` for a parameter tree.
 
   Raises:
-    ValueError: a parameter that no pattern matches, or a pattern that matches no parameter.
+    ValueError: a parameter that no pattern matches, or a pattern that should freeze and freezes nothing.
   """
   used = set()
 
@@ -44,7 +44,12 @@ def match_rules(params: Any, rules) -> Any:
     raise ValueError(f"config.optim.rules: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
                      f"('.*', '{FREEZE}').")
 
-  return jax.tree_util.tree_map_with_path(one, params)
+  tree = jax.tree_util.tree_map_with_path(one, params)
+  for i, rule in enumerate(rules):
+    if rule[1] == FREEZE and i not in used:
+      raise ValueError(f'config.optim.rules: {rule[0]!r} freezes nothing: no parameter matches it, or an earlier pattern '
+                       'does; correct it, move it up or leave it out.')
+  return tree
 
 
 def schedule(c) -> optax.Schedule:
