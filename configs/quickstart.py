@@ -18,11 +18,10 @@ def get_config() -> ml_collections.ConfigDict:
   c = config.base()
   recipes.embedded(c)
   c.model.update(dict(layers=4, width=128, heads=2, hidden=512))
-  # Small batches: this early, tasks leave their plateaus by steps rather than by examples.
-  for name, batch in dict(glyph_class=32, glyph_name=64, glyph_caption=16, clip_motion=8, text=32, package=12,
+  for name, batch in dict(glyph_class=48, glyph_name=96, glyph_caption=16, clip_motion=8, text=48, package=16,
                           continues=8).items():
     c.tasks[name].batch = batch
-  c.sets.vocabulary.samples = 512
-  c.optim.update(dict(learning_rate=1.5e-3, warmup=60))
-  c.train.update(dict(steps=700, log_every=20, save_every=100))
+  c.sets.vocabulary.samples = 640
+  c.optim.update(dict(learning_rate=2e-3, warmup=60))
+  c.train.update(dict(steps=480, log_every=20, save_every=100))
   return c

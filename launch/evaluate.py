@@ -17,10 +17,11 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies,
 
 
 def main() -> int:
+  from uni_moe_jax.train import workdir as workdir_lib
+  workdir = _WORKDIR.value
+  config = workdir_lib.load_config(workdir)  # a wrong folder is told before the libraries below are loaded
   from uni_moe_jax.eval import metrics, suite
   from uni_moe_jax.train import checkpoint
-  workdir = _WORKDIR.value
-  config = checkpoint.load_config(workdir)
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
   with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:

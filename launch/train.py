@@ -14,8 +14,13 @@ flags.mark_flag_as_required('config')
 
 def main() -> int:
   from uni_moe_jax import config as config_lib
+  from uni_moe_jax.data import storage
+  from uni_moe_jax.train import workdir
+  # Mistakes are told before the slow libraries below are loaded.
   config = cli.config_of(_CONFIG)
-  config_lib.resolve(config)  # a mistyped config is told before the libraries below are loaded
+  config_lib.resolve(config)
+  workdir.claim_workdir(_WORKDIR.value, config)
+  storage.check_directory(config.data.dir)
   from uni_moe_jax.train import loop
   return loop.train(config, _WORKDIR.value)
 

@@ -75,7 +75,8 @@ def sequence(kind: str | tasks.Kind, batch: int = 2, seed: int = 0, words: int =
     made['text_valid'] = None if kind.two_stream else jnp.ones((batch, words), bool)
   if kind.readout in ('picks', 'slot'):
     picks = 2 if kind.readout == 'picks' else 1
-    made['positions'] = jnp.asarray(rng.integers(0, words, (batch, picks)), jnp.int32)
+    shuffled = rng.permuted(np.tile(np.arange(words), (batch, 1)), axis=1)
+    made['positions'] = jnp.asarray(shuffled[:, :picks], jnp.int32)
   return Sequence(layout=Layout.of_kind(kind), **{**made, **fields})
 
 

@@ -57,8 +57,9 @@ def _assert_equal(a, b):
         np.testing.assert_array_equal(batch[group][k], other[group][k])
 
 
-def _differ(a, b):
-  return any((x[g][k] != y[g][k]).any() for (_, x), (_, y) in zip(a, b) for g in x for k in x[g])
+def _column(batches, field):
+  """One field of the group of pictures over steps."""
+  return np.stack([batch['image_classification'][field] for _, batch in batches])
 
 
 @pytest.mark.parametrize('kind', ['mixed', 'sampled'])
@@ -66,10 +67,11 @@ def test_a_run_that_starts_at_step_3_reads_what_it_would_have_read(kind):
   _assert_equal(_read(0, 20, kind=kind)[3:6], _read(3, 6, kind=kind))
 
 
-def test_steps_and_seeds_differ():
-  first = _first(4)
-  assert _differ(first[:2], first[2:])
-  assert _differ(first, _read(0, 4, seed=1))
+@pytest.mark.parametrize('field', ['id', 'draw', 'temporal_offset'])
+def test_steps_and_seeds_have_examples_draws_and_offsets_of_their_own(field):
+  here = _column(_first(12), field)
+  assert (here[:6] != here[6:]).any()
+  assert (here != _column(_read(0, 12, seed=1), field)).any()
 
 
 def test_tasks_of_one_kind_lie_one_after_the_other_in_their_group():

@@ -10,6 +10,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax import report
 from uni_moe_jax.eval import suite
 from uni_moe_jax.train import checkpoint, loop, setup
+from uni_moe_jax.train.workdir import load_config
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +24,7 @@ def finished(tmp_path_factory):
     c.evaluators[f'my {task}'] = config_lib.evaluator(kind, task, split='train', batch=6)
   assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
-    run = setup.build(checkpoint.load_config(workdir), jax.devices()[:1])
+    run = setup.build(load_config(workdir), jax.devices()[:1])
     predictor, params = setup.predictor(run, checkpoints)
   suite.write_experts(run.spec.model.spec, params, setup.conditions(run.plan), workdir)
   return workdir, suite.evaluate(run.plan, run.data, predictor, 3, workdir)

@@ -60,13 +60,18 @@ def mask_words(
 
 
 def shift(pixels: tf.Tensor, hashes: tf.Tensor, most: int) -> tf.Tensor:
-  """Moves each clip by up to `most` pixels both ways, zeros entering: uint8 [n, T, H, W, C], all frames alike."""
+  """Moves every other clip by up to `most` pixels both ways, zeros entering: uint8 [n, T, H, W, C], all frames alike.
+
+  Half of them stay where they are: if all moved, a short training would hardly begin to see shapes.
+  """
   if not most:
     return pixels
   n, H, W = tf.shape(pixels)[0], pixels.shape[2], pixels.shape[3]
   padded = tf.pad(pixels, [[0, 0], [0, 0], [most, most], [most, most], [0, 0]])
   down = hashing.below(hashing.mix_tensor(hashes, 'shift down'), 2 * most + 1)
   right = hashing.below(hashing.mix_tensor(hashes, 'shift right'), 2 * most + 1)
+  stays = hashing.uniform(hashing.mix_tensor(hashes, 'shift at all')) < 0.5
+  down, right = tf.where(stays, most, down), tf.where(stays, most, right)
   rows = down[:, None] + tf.range(H)[None]
   columns = right[:, None] + tf.range(W)[None]
   T = pixels.shape[1]

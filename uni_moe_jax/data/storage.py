@@ -76,6 +76,12 @@ def save(
   np.savez_compressed(pathlib.Path(directory) / f'{split}.npz', **columns, **stored)
 
 
+def check_directory(root: str | os.PathLike[str]) -> None:
+  """Raises FileNotFoundError unless the data directory is there."""
+  if not pathlib.Path(root).expanduser().is_dir():
+    raise FileNotFoundError(f'Data directory {root} is not there. Run: python launch/prepare_data.py --data_dir={root}')
+
+
 def load(directory: str | os.PathLike[str], split: str, root: str | os.PathLike[str]) -> Records:
   """Reads a split that `save` wrote.
 

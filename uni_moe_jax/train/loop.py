@@ -14,9 +14,10 @@ import time
 import jax
 import numpy as np
 
-from uni_moe_jax.train.checkpoint import Checkpoints, claim_workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.setup import Run, build, conditions
+from uni_moe_jax.train.workdir import claim_workdir
 
 FINISHED, ERROR, PREEMPTED = 0, 1, 75
 

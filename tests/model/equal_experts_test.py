@@ -1,0 +1,150 @@
+"""A model whose experts are all equal is the dense model: in the training loss, and in the sum of their gradients."""
+
+import functools
+
+from absl.testing import absltest, parameterized
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tests import small_model
+from uni_moe_jax import config
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.train import step
+
+_BATCH, _CLASSES, _WORDS = 4, 3, small_model.WORDS
+_PROJECTIONS = ('qkv', 'attention_out', 'ffn_in', 'ffn_out')
+
+
+@functools.cache
+def _plan():
+  """A class set, a vocabulary and a pair: three kinds of targets, five condition rows."""
+  c = config.base()
+  c.sets.classes = config.target_set(('bar', 'disc', 'star'), family='names')
+  c.sets.vocabulary = config.target_set('vocabulary', family='words')
+  c.tasks.shape = config.task('image_classification', 'glyphs', batch=_BATCH, target_set='classes', label='class')
+  c.tasks.caption = config.task(
+      'image_caption', 'glyphs', batch=_BATCH, target_set='vocabulary', captions=('{name}',), length=_WORDS, weight=.5)
+  c.tasks.pair = config.task('image_retrieval', 'glyphs', batch=_BATCH, captions=('{name}',), length=_WORDS)
+  return config.resolve(c)
+
+
+def _spec(router: str):
+  return small_model.spec(router, layers=2, temperatures=_plan().temperatures)
+
+
+@functools.cache
+def _data():
+  """(batch, sets): one shard; fields as the mixture makes them."""
+  rng = np.random.default_rng(0)
+  integers = lambda most, *shape: jnp.asarray(rng.integers(2, most, shape), jnp.int32)
+  batch = {}
+  for i, kind in enumerate(('image_classification', 'image_caption', 'image_retrieval')):
+    pixels = jnp.asarray(rng.normal(size=(1, _BATCH, 1, 8, 8, 1)), jnp.float32)
+    batch[kind] = dict(id=jnp.arange(_BATCH)[None] + 100 * i, pixels=pixels, temporal_offset=jnp.int32(1),
+                       weight=jnp.ones((1, _BATCH, 1)))
+  words = integers(small_model.VOCABULARY, 1, _BATCH, _WORDS)
+  real = jnp.asarray(rng.random((1, _BATCH, _WORDS)) < .8).at[:, :, 0].set(True)
+  batch['image_classification']['label'] = jnp.asarray(rng.integers(0, _CLASSES, (1, _BATCH, 1)), jnp.int32)
+  batch['image_caption'].update(
+      text=jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=2),
+      text_valid=jnp.concatenate([real, real], axis=2), label=words, weight=real.astype(jnp.float32))
+  batch['image_retrieval'].update(
+      target=integers(small_model.VOCABULARY, 1, _BATCH, _WORDS), target_valid=jnp.ones((1, _BATCH, _WORDS), bool),
+      text_id=jnp.arange(_BATCH)[None])
+  classes = {'text': integers(small_model.VOCABULARY, _CLASSES, _WORDS), 'valid': jnp.ones((_CLASSES, _WORDS), bool)}
+  vocabulary = {'buckets': (), 'order': jnp.arange(small_model.VOCABULARY)}
+  return batch, {'classes': {'buckets': (classes,), 'order': jnp.array([2, 0, 1])}, 'vocabulary': vocabulary}
+
+
+@functools.cache
+def _loss(router: str, gradient: bool = False):
+  """parameters → the total loss of a training step, noise of the routers included, and its gradient if asked for."""
+  spec = step.StepSpec(
+      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), rate=None, seed=0, accum=1, ema=0.0,
+      eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
+
+  def loss(values, batch, sets):
+    groups, features, _ = step.forward(spec, values, batch, sets, {}, jax.random.key(4))
+    return step.score(spec, values, batch, groups, features, {}, step.norms(spec, batch, {}))[0]
+
+  run = small_model.jit(jax.value_and_grad(loss) if gradient else loss)
+  return lambda values: run(values, *_data())
+
+
+def _flat(tree) -> dict[str, np.ndarray]:
+  return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep='/').items()}
+
+
+def _is_expert(path: str) -> bool:
+  return any(f'/{p}/' in path for p in _PROJECTIONS)
+
+
+def _expert_axis(path: str) -> int:
+  """Stacked parameters have it behind the layers."""
+  return 1 if '/blocks/' in path else 0
+
+
+@functools.cache
+def _equal_experts(router: str):
+  """Parameters whose every expert is the dense model's projection; the routers keep their own."""
+  values, dense = _flat(small_model.params(_spec(router))), _flat(small_model.params(_spec('dense')))
+  for path, leaf in dense.items():
+    expert = lambda x, p=path: np.repeat(np.expand_dims(x, _expert_axis(p)), 4, axis=_expert_axis(p))
+    values[path] = expert(leaf) if _is_expert(path) else leaf
+  return traverse_util.unflatten_dict(values, sep='/')
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+  return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+class EqualExpertsTest(parameterized.TestCase):
+
+  @functools.cached_property
+  def dense(self):
+    return _loss('dense', gradient=True)(small_model.params(_spec('dense')))
+
+  @functools.cached_property
+  def moe(self):
+    return _loss('attribute', gradient=True)(_equal_experts('attribute'))
+
+  def test_the_loss_of_attribute_routing_is_the_dense_loss(self):
+    np.testing.assert_allclose(self.moe[0], self.dense[0], rtol=1e-5)
+
+  @parameterized.parameters('task', 'modality')
+  def test_the_loss_of_the_other_routers_is_the_dense_loss(self, router):
+    np.testing.assert_allclose(_loss(router)(_equal_experts(router)), self.dense[0], rtol=1e-5)
+
+  def test_the_gradients_of_the_experts_sum_to_the_dense_gradient(self):
+    found, expected = _flat(self.moe[1]), _flat(self.dense[1])
+    paths = [p for p in expected if _is_expert(p)]
+    self.assertLen(paths, 2 * 2 * len(_PROJECTIONS))  # scanned and tail; kernel and bias
+    for path in paths:
+      self.assertLess(_distance(found[path].sum(_expert_axis(path)), expected[path]), 1e-5, path)
+
+  def test_all_other_gradients_are_the_dense_gradients(self):
+    found, expected = _flat(self.moe[1]), _flat(self.dense[1])
+    for path in expected:
+      if not _is_expert(path) and np.abs(expected[path]).max() > 0:
+        self.assertLess(_distance(found[path], expected[path]), 1e-5, path)
+
+  def test_it_does_not_matter_how_equal_experts_are_chosen(self):
+    # The gates have no gradient but rounding, next to the experts'.
+    found = _flat(self.moe[1])
+    gates = max(np.abs(v).max() for p, v in found.items() if p.endswith('/gate'))
+    experts = max(np.abs(v).max() for p, v in found.items() if _is_expert(p))
+    self.assertLess(gates, 1e-4 * experts)
+
+  def test_unequal_experts_are_another_model(self):
+    # The control of the tests above: here the loss differs, and the gates do have a gradient.
+    loss, gradient = _loss('attribute', gradient=True)(small_model.params(_spec('attribute')))
+    self.assertGreater(abs(float(loss - self.dense[0])), 1e-2)
+    gates = [np.abs(v).max() for p, v in _flat(gradient).items() if p.endswith('/gate')]
+    self.assertGreater(min(gates), 1e-4)
+
+
+if __name__ == '__main__':
+  absltest.main()

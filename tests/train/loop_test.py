@@ -1,0 +1,133 @@
+"""A run that is stopped and started again ends as if nothing had happened."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from uni_moe_jax.train import loop, setup
+from uni_moe_jax.train.checkpoint import Checkpoints
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _config():
+  c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
+  c.train.update(dict(steps=6, ema=0.9, save_every=4))
+  return c
+
+
+class _StopAfter(loop.Stop):
+  """Asks to stop before step `checks`, as a signal during the step before it would."""
+  checks = 3
+
+  def __init__(self):
+    self.asked = 0
+
+  @property
+  def requested(self) -> bool:
+    self.asked += 1
+    return self.asked > self.checks
+
+
+def _state(workdir):
+  run = setup.build(_config(), jax.devices()[:1])
+  with Checkpoints(workdir, 2) as checkpoints:
+    return checkpoints.latest(), checkpoints.restore(run.like())
+
+
+def _lines(workdir) -> list[dict]:
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in lines]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('whole')
+  assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def restarted(tmp_path_factory):
+  """Stopped after three steps, then started again."""
+  workdir = tmp_path_factory.mktemp('restarted')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'Stop', _StopAfter)
+    assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.PREEMPTED
+  assert _state(workdir)[0] == 3
+  assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
+  return workdir
+
+
+def test_three_steps_restart_and_three_steps_are_six_steps_bit_for_bit(whole, restarted):
+  (step, expected), (other_step, got) = _state(whole), _state(restarted)
+  assert step == other_step == 6
+  compared = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), expected, got)
+  assert all(jax.tree.leaves(compared))
+  fresh = setup.build(_config(), jax.devices()[:1]).init()  # the positive control: six steps did move parameters
+  moved = jax.tree.map(lambda a, b: not np.array_equal(np.asarray(a), np.asarray(b)), expected.params, fresh.params)
+  assert sum(jax.tree.leaves(moved)) > 20
+
+
+def test_metrics_of_the_restarted_run_are_those_of_the_whole_one(whole, restarted):
+  assert [line['step'] for line in _lines(whole)] == [1, 2, 3, 4, 5, 6]
+  assert _lines(restarted) == _lines(whole)
+
+
+def test_a_finished_run_says_so_and_does_nothing(whole, capsys):
+  before = (whole / 'metrics.jsonl').read_text()
+  assert loop.train(_config(), str(whole), jax.devices()[:1]) == loop.FINISHED
+  assert 'is finished: 6 of 6 steps' in capsys.readouterr().out
+  assert (whole / 'metrics.jsonl').read_text() == before
+
+
+def test_the_log_states_parameters_and_condition_rows(whole, capsys):
+  loop.train(_config(), str(whole), jax.devices()[:1])
+  out = capsys.readouterr().out
+  counts = setup.build(_config(), jax.devices()[:1]).parameter_counts()
+  assert counts['used_per_token'] < counts['total']
+  assert f'{counts["total"]:,} total, {counts["used_per_token"]:,} used per token' in out
+  # shape: pictures and class names; package: text and label words.
+  assert 'router: attribute; 4 condition rows: 10011000, 01010100, 10010110, 11010110' in out
+
+
+def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, capsys):
+  c = _config()
+  c.optim.update(dict(learning_rate=1e30, clip=0.0, warmup=0))
+  c.train.update(dict(steps=20, max_bad_steps=3))
+  assert loop.train(c, str(tmp_path), jax.devices()[:1]) == loop.ERROR
+  said = capsys.readouterr().err
+  assert '3 steps in a row' in said and 'loss/' in said and 'learning_rate' in said
+
+
+@pytest.mark.slow
+def test_a_real_signal_exits_75_and_the_same_command_ends_like_the_undisturbed_run(tmp_path):
+  config = tmp_path / 'signalled.py'
+  config.write_text(
+      f'import sys\nsys.path.insert(0, {str(_ROOT)!r})\nfrom tests import tiny\n\n\ndef get_config():\n'
+      f"  c = tiny.config('shape', data_dir={tiny.data_dir()!r})\n  c.train.steps = 400\n  return c\n")
+
+  def command(name):
+    return [sys.executable, str(_ROOT / 'launch/train.py'), f'--config={config}', f'--workdir={tmp_path / name}']
+
+  environment = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  subprocess.run(command('whole'), env=environment, check=True, capture_output=True)
+  with subprocess.Popen(command('stopped'), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    log = tmp_path / 'stopped/metrics.jsonl'
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 20):
+      time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0].decode()
+  assert process.returncode == 75, said
+  assert 'the same command continues' in said
+  subprocess.run(command('stopped'), env=environment, check=True, capture_output=True)
+  assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')

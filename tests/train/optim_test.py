@@ -1,0 +1,158 @@
+"""The optimizer: which rule a parameter gets, one update worked out by hand, the learning rate over a run."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.train import optim, setup
+from uni_moe_jax.train.optim import Rule
+
+
+def _config(rules=(('.*', 1., 0.),), **changes):
+  c = config_lib.base()
+  c.optim.update(dict(learning_rate=.1, warmup=0, schedule='constant', clip=0., b1=.9, b2=.95, eps=1.))
+  c.optim.update(changes)
+  c.optim.rules = rules
+  return c
+
+
+PARAMS = {'block': {'kernel': jnp.array([2., -2.]), 'bias': jnp.array([1.])}, 'word': jnp.array([[5., 5., 5.]])}
+
+
+def test_the_first_pattern_that_matches_wins():
+  rules = (('bias$', 1., 0.), ('block/', .5, .1), ('block/kernel', 9., 9.), ('.*', 2., .2))
+  assert optim.match_rules(PARAMS, rules) == {
+      'block': {'kernel': Rule(.5, .1), 'bias': Rule(1., 0.)}, 'word': Rule(2., .2)}
+
+
+def test_a_parameter_without_a_rule_is_named_with_the_fix():
+  with pytest.raises(ValueError, match=r"no pattern matches parameter 'word'; end with \('\.\*', 1\.0, 0\.0\) or "
+                                       r"\('\.\*', 'freeze'\)"):
+    optim.match_rules(PARAMS, (('block/', 1., 0.),))
+
+
+@pytest.mark.parametrize('rules', [(('blok/', 'freeze'), ('.*', 1., 0.)), (('.*', 1., 0.), ('block/', 'freeze'))])
+def test_a_pattern_that_freezes_nothing_is_an_error(rules):
+  with pytest.raises(ValueError, match="'blo.*/' freezes nothing"):
+    optim.match_rules(PARAMS, rules)
+
+
+def test_a_pattern_that_only_scales_may_match_nothing():
+  # The default rules serve dense models, too, which have no routers.
+  assert optim.match_rules(PARAMS, (('_router/', 1., 0.), ('.*', 2., 0.)))['word'] == Rule(2., 0.)
+
+
+@pytest.mark.parametrize('router', ['attribute', 'task', 'dense'])
+def test_the_default_rules_decay_kernels_and_nothing_else(router):
+  spec = ModelSpec(
+      layers=3, width=8, heads=2, hidden=8, vocab_size=9, spe_id=2, image_size=4, patch=2, router=router, num_experts=2,
+      spatial='learnt', router_names=('names',) if router == 'task' else (), temperatures=('a',))
+  shapes = jax.eval_shape(lambda: setup.init_params(UniPerceiver(spec), jax.random.key(0)))
+  rules = optim.match_rules(shapes, config_lib.base().optim.rules)
+  decays = {optim.path_of(path): rule.weight_decay for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
+  decayed = {path.split('/')[-2] + '/' + path.split('/')[-1] for path, decay in decays.items() if decay}
+  assert decayed == {
+      'qkv/kernel', 'attention_out/kernel', 'ffn_in/kernel', 'ffn_out/kernel', 'similarity/kernel', 'embed/patch'}
+  assert {decays[p] for p in decays if p.endswith('ffn_in/kernel')} == {.05}
+
+
+def _update(config, *gradients, params=None):
+  """(parameters after an update per gradient, optimizer state)."""
+  params = PARAMS if params is None else params
+  tx, _, _ = optim.make_optimizer(config, params)
+  state = tx.init(params)
+  for g in gradients:
+    updates, state = tx.update(g, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  return jax.device_get(params), state
+
+
+def _gradient(kernel, bias=0., word=0.):
+  return {'block': {'kernel': jnp.asarray(kernel, jnp.float32), 'bias': jnp.full((1,), bias)},
+          'word': jnp.full((1, 3), word)}
+
+
+def test_one_update_by_hand():
+  # The first step's corrected moments are g and g²: the update is g / (|g| + eps) = 3/4 and -1/2. Decoupled decay adds
+  # 0.2 · p; both are multiplied by lr · factor = 0.1 · 0.5.
+  rules = (('kernel', .5, .2), ('.*', 1., 0.))
+  params, _ = _update(_config(rules), _gradient([3., -1.], bias=1.))
+  np.testing.assert_allclose(
+      params['block']['kernel'], [2 - .05 * (.75 + .2 * 2), -2 - .05 * (-.5 + .2 * -2)], rtol=1e-6)
+  np.testing.assert_allclose(params['block']['bias'], 1 - .1 * .5, rtol=1e-6)
+  np.testing.assert_array_equal(params['word'], PARAMS['word'])  # no gradient, no decay
+
+
+def test_the_second_update_by_hand():
+  # Gradients 3, then 1: m = 0.9 · 0.3 + 0.1, v = 0.95 · 0.45 + 0.05, corrected by 1 - 0.9² and 1 - 0.95².
+  m, v = .37 / (1 - .81), .4775 / (1 - .9025)
+  params, _ = _update(_config(), _gradient([3., 3.]), _gradient([1., 1.]))
+  np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * .75 - .1 * m / (math.sqrt(v) + 1), rtol=1e-6)
+
+
+def test_decay_does_not_depend_on_the_gradient():
+  rules = (('.*', 1., .5),)
+  params, _ = _update(_config(rules), _gradient([0., 0.]))
+  np.testing.assert_allclose(params['word'], 5 * (1 - .1 * .5), rtol=1e-6)
+
+
+def test_gradients_are_clipped_to_their_global_norm():
+  # Norm 5 over kernel (3, 0) and bias 4: clipped to 1 they are 0.6 and 0.8.
+  params, _ = _update(_config(clip=1.), _gradient([3., 0.], bias=4.))
+  np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * .6 / 1.6, rtol=1e-6)
+  np.testing.assert_allclose(params['block']['bias'], 1 - .1 * .8 / 1.8, rtol=1e-6)
+
+
+FROZEN = (('word', 'freeze'), ('.*', 1., .5))
+
+
+def test_frozen_parameters_stay_bit_identical():
+  params, _ = _update(_config(FROZEN), *[_gradient([3., 1.], 1., 7.)] * 3)
+  np.testing.assert_array_equal(params['word'], PARAMS['word'])
+  assert (params['block']['kernel'] != PARAMS['block']['kernel']).all()
+
+
+def test_frozen_parameters_have_no_moments():
+  shapes = [x.shape for x in jax.tree.leaves(_update(_config(FROZEN))[1]) if x.ndim]
+  assert sorted(shapes) == [(1,), (1,), (2,), (2,)]  # two moments of bias and kernel each
+
+
+def test_frozen_gradients_do_not_count_in_the_clip():
+  params, _ = _update(_config(FROZEN, clip=1.), _gradient([.6, .8], 0., 100.))  # of norm 1 without the frozen one
+  np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * (.6 / 1.6 + .5 * 2), rtol=1e-6)
+
+
+def _rate(t, schedule='cosine', final=.2, warmup=4):
+  c = _config(schedule=schedule, final=final, warmup=warmup)
+  c.train.steps = 12
+  return float(optim.schedule(c)(t))
+
+
+# Peak 0.1, four warm-up updates, then half a cosine over 8 to a fifth of the peak; after the end it stays there.
+@pytest.mark.parametrize('t, rate', [
+    (0, .025), (1, .05), (3, .1), (4, .1), (6, .02 + .08 * (1 + math.sqrt(.5)) / 2), (8, .06), (12, .02), (13, .02),
+    (1000, .02)])
+def test_warm_up_then_cosine_clamped_at_the_end(t, rate):
+  assert _rate(t) == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize('t, rate', [(0, .025), (3, .1), (4, .1), (12, .1), (100, .1)])
+def test_a_constant_schedule_warms_up_too(t, rate):
+  assert _rate(t, schedule='constant') == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize('warmup, t, rate', [(0, 0, .1), (12, 11, .1), (20, 9, .05)])
+def test_warm_up_may_be_nothing_or_longer_than_the_run(warmup, t, rate):
+  assert _rate(t, warmup=warmup) == pytest.approx(rate, rel=1e-5)
+
+
+def test_updates_follow_the_schedule():
+  # Updates 0 and 1 of a warm-up of 4 have a quarter and a half of the peak; constant gradients keep |update| = 3/4.
+  params, _ = _update(_config(warmup=4), _gradient([3., 3.]), _gradient([3., 3.]))
+  np.testing.assert_allclose(params['block']['kernel'][0], 2 - (.025 + .05) * .75, rtol=1e-6)
