@@ -96,8 +96,8 @@ def test_the_log_states_parameters_and_condition_rows(whole, capsys):
   counts = setup.build(_config(), jax.devices()[:1]).parameter_counts()
   assert counts['used_per_token'] < counts['total']
   assert f'{counts["total"]:,} total, {counts["used_per_token"]:,} used per token' in out
-  # shape: pictures and class names; package: text and label words.
-  assert 'router: attribute; 4 condition rows: 10011000, 01010100, 10010110, 11010110' in out
+  # package: text; shape: pictures; then label words and class names.
+  assert 'router: attribute; 4 condition rows: 01010100, 10011000, 11010110, 10010110' in out
 
 
 def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, capsys):
