@@ -86,5 +86,6 @@ class Plan:
   def only(self, task_name: str) -> 'Plan':
     """The plan of a step that holds one task, with the sets that it needs."""
     chosen = next(t for t in self.tasks if t.name == task_name)
+    chosen = dataclasses.replace(chosen, weight=1.0)  # its weight is how often it is drawn: it counts once
     sets = tuple(s for s in self.sets if s.name == chosen.target_set)
     return dataclasses.replace(self, tasks=(chosen,), sets=sets)

@@ -223,8 +223,9 @@ def test_the_randomness_of_evaluation_does_not_depend_on_the_batch():
 
 
 def test_only_one_task_is_planned_for_a_sampled_step():
-  plan = _mixture().plan
+  plan = _mixture(weights=WEIGHTS).plan
   chosen = plan.only('answer')
+  assert [t.weight for t in chosen.tasks] == [1]  # its weight says how often it is drawn
   assert [t.name for t in chosen.tasks] == ['answer']
   assert [s.name for s in chosen.sets] == ['answers']
   assert dataclasses.replace(chosen, tasks=plan.tasks, sets=plan.sets) == plan

@@ -20,14 +20,13 @@ _PROJECTIONS = ('qkv', 'attention_out', 'ffn_in', 'ffn_out')
 
 @functools.cache
 def _plan():
-  """A class set, a vocabulary and a pair: three kinds of targets, five condition rows."""
+  """Two kinds with their sets, a caption among them: all five condition rows that a step with pictures has."""
   c = config.base()
   c.sets.classes = config.target_set(('bar', 'disc', 'star'), family='names')
   c.sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.shape = config.task('image_classification', 'glyphs', batch=_BATCH, target_set='classes', label='class')
   c.tasks.caption = config.task(
       'image_caption', 'glyphs', batch=_BATCH, target_set='vocabulary', captions=('{name}',), length=_WORDS, weight=.5)
-  c.tasks.pair = config.task('image_retrieval', 'glyphs', batch=_BATCH, captions=('{name}',), length=_WORDS)
   return config.resolve(c)
 
 
@@ -41,7 +40,7 @@ def _data():
   rng = np.random.default_rng(0)
   integers = lambda most, *shape: jnp.asarray(rng.integers(2, most, shape), jnp.int32)
   batch = {}
-  for i, kind in enumerate(('image_classification', 'image_caption', 'image_retrieval')):
+  for i, kind in enumerate(('image_classification', 'image_caption')):
     pixels = jnp.asarray(rng.normal(size=(1, _BATCH, 1, 8, 8, 1)), jnp.float32)
     batch[kind] = dict(id=jnp.arange(_BATCH)[None] + 100 * i, pixels=pixels, temporal_offset=jnp.int32(1),
                        weight=jnp.ones((1, _BATCH, 1)))
@@ -51,9 +50,6 @@ def _data():
   batch['image_caption'].update(
       text=jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=2),
       text_valid=jnp.concatenate([real, real], axis=2), label=words, weight=real.astype(jnp.float32))
-  batch['image_retrieval'].update(
-      target=integers(small_model.VOCABULARY, 1, _BATCH, _WORDS), target_valid=jnp.ones((1, _BATCH, _WORDS), bool),
-      text_id=jnp.arange(_BATCH)[None])
   classes = {'text': integers(small_model.VOCABULARY, _CLASSES, _WORDS), 'valid': jnp.ones((_CLASSES, _WORDS), bool)}
   vocabulary = {'buckets': (), 'order': jnp.arange(small_model.VOCABULARY)}
   return batch, {'classes': {'buckets': (classes,), 'order': jnp.array([2, 0, 1])}, 'vocabulary': vocabulary}

@@ -187,7 +187,9 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
 def state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh) -> TrainState:
   """Shardings of a train state: moments and averages lie as their parameters do, the rest everywhere."""
   whole: NamedSharding = sharding.replicated(mesh)
+  # A frozen parameter has no moments: a node without leaves stands in their place.
   opt_state = optax.tree.map_params(
-      spec.tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole)
+      spec.tx, lambda moment, s: moment if isinstance(moment, optax.MaskedNode) else s, shapes.opt_state, params,
+      transform_non_params=lambda _: whole, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
   return TrainState(step=whole, params=params, opt_state=opt_state, ema=params if spec.ema else None, bad=whole,
                     skipped=whole)

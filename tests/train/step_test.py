@@ -1,0 +1,381 @@
+"""The training step on three tasks at once: what moves, what stays, what is counted, and what accumulation may not change."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.extend.core as jax_core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.data.mixtures import Feed
+from uni_moe_jax.train import optim, setup, step
+
+TASKS = ('shape', 'text', 'pair')
+FROZEN = ('blocks/block0/qkv/', 'tail/block0/ffn_router/gate', 'embed/patch$')
+EMA = 0.75
+WEIGHTS = {'shape': 2., 'text': .5, 'pair': 1.}
+
+
+def _one_device():
+  return jax.devices()[:1]
+
+
+@functools.cache
+def _run() -> setup.Run:
+  """Every trainable parameter has weight decay 0, so that only gradients move it; strong noise reaches every expert."""
+  c = tiny.config(*TASKS, data_dir=tiny.data_dir())
+  c.optim.rules = (*((pattern, 'freeze') for pattern in FROZEN), ('.*', 1., 0.))
+  c.moe.noise_std = 8.  # over 4 experts: a standard deviation of 2
+  c.train.ema = EMA
+  for name, weight in WEIGHTS.items():
+    c.tasks[name].weight = weight
+  return setup.build(c, _one_device())
+
+
+@functools.cache
+def _step():
+  return _run().step_fn()
+
+
+@functools.cache
+def _copy():
+  return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+@functools.cache
+def _initial():
+  return _run().init()
+
+
+@functools.cache
+def _batches():
+  run = _run()
+  return tuple(run.put(batch) for _, batch in run.mixture().iterate(0, 5))
+
+
+@functools.cache
+def _sets():
+  return _run().sets()
+
+
+def _take(state, batch):
+  """One step that leaves its arguments alone (the step itself takes the state's buffers)."""
+  return _step()(_copy()(state), batch, _sets())
+
+
+@functools.cache
+def _states():
+  """States after 0, 1, … 5 steps, and the metrics of each."""
+  states, metrics = [_initial()], []
+  for batch in _batches():
+    state, m = _take(states[-1], batch)
+    states.append(state)
+    metrics.append(jax.device_get(m))
+  return states, metrics
+
+
+def _by_path(tree):
+  return {optim.path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _assert_identical(a, b):
+  a, b = _by_path(a), _by_path(b)
+  assert a.keys() == b.keys()
+  for path in a:
+    np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def _equal(a, b):
+  return all((x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def _frozen_paths():
+  return {path for path, rule in (
+      (optim.path_of(p), r) for p, r in jax.tree_util.tree_leaves_with_path(_run().rules)) if rule.frozen}
+
+
+def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
+  states, metrics = _states()
+  assert all(m['learning_rate'] > 0 for m in metrics)
+  before, after = _by_path(states[0].params), _by_path(states[5].params)
+  still = {path for path in before if (before[path] == after[path]).all()}
+  assert still == _frozen_paths()
+  assert len(still) == 4  # qkv has a bias
+
+
+def test_every_expert_of_every_layer_moves():
+  states, _ = _states()
+  before, after = _by_path(states[0].params), _by_path(states[5].params)
+  parts = ('/qkv/', '/attention_out/', '/ffn_in/', '/ffn_out/')
+  seen = 0
+  for path in before.keys() - _frozen_paths():
+    if any(p in path for p in parts):
+      experts = 2 if '/blocks/' in path else 1  # leading axes: [layers, E, …] or [E, …]
+      moved = (before[path] != after[path]).reshape(*before[path].shape[:experts], -1).any(-1)
+      assert moved.shape[-1] == 4 and moved.all(), path
+      seen += 1
+  assert seen == 2 * 2 * 4 - 2
+
+
+def test_the_total_is_the_weighted_sum_of_the_tasks():
+  for m in _states()[1]:
+    np.testing.assert_allclose(m['loss/total'], sum(w * m[f'loss/{n}'] for n, w in WEIGHTS.items()), rtol=1e-6)
+
+
+def test_metrics_say_what_a_step_did():
+  first = _states()[1][0]
+  assert set(first) == {
+      'grad_norm', 'learning_rate', 'bad', 'skipped', 'gate_entropy', 'dropped_words', 'loss/total',
+      *(f'{kind}/{name}' for kind in ('loss', 'accuracy') for name in TASKS)}
+  assert first['learning_rate'] == np.float32(.005)  # half of the peak: a warm-up of two steps
+  assert 0 < first['gate_entropy'] < np.log(2)  # of two kept experts
+  assert all(0 <= first[f'accuracy/{n}'] <= 1 for n in TASKS)
+
+
+def test_the_average_follows_the_parameters_by_hand():
+  states, _ = _states()
+  expected = _by_path(states[0].params)
+  _assert_identical(states[0].ema, states[0].params)
+  for state in states[1:]:
+    params = _by_path(state.params)
+    expected = {path: EMA * e + (1 - EMA) * params[path] for path, e in expected.items()}
+    for path, value in _by_path(state.ema).items():
+      np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+def _spoilt(batch, group='image_classification'):
+  """A batch whose loss is not a number."""
+  return {**batch, group: {**batch[group], 'weight': batch[group]['weight'] * jnp.nan}}
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
+  states, _ = _states()
+  before = states[2]
+  after, metrics = _take(before, _spoilt(_batches()[2]))
+  _assert_identical(after.params, before.params)
+  _assert_identical(after.opt_state, before.opt_state)
+  _assert_identical(after.ema, before.ema)
+  assert (int(after.step), int(after.bad), int(after.skipped)) == (3, 1, 1)
+  assert np.isnan(metrics['loss/shape']) and np.isfinite(metrics['loss/text'])
+
+
+def test_the_same_step_on_good_data_changes_all_of_them():
+  before, after = _states()[0][2:4]
+  for name in ('params', 'opt_state', 'ema'):
+    assert not _equal(getattr(before, name), getattr(after, name))
+  assert (int(after.step), int(after.bad), int(after.skipped)) == (3, 0, 0)
+
+
+def test_bad_steps_are_counted_in_a_row_and_in_all():
+  state, counts = _states()[0][0], []
+  for spoil in (True, True, False, True):
+    batch = _batches()[0]
+    state, metrics = _take(state, _spoilt(batch) if spoil else batch)
+    counts.append((int(metrics['bad']), int(metrics['skipped'])))
+  assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
+
+
+def test_one_step_from_one_state_is_one_result():
+  state, batch = _states()[0][1], _batches()[1]
+  (a, m), (b, n) = _take(state, batch), _take(state, batch)
+  _assert_identical(a, b)
+  _assert_identical(m, n)
+
+
+def test_noise_belongs_to_the_step():
+  one, two = _states()[0][1:3]
+  here, there = (_take(one.replace(step=step), _batches()[1])[1] for step in (one.step, two.step))
+  assert float(here['loss/total']) != float(there['loss/total'])
+
+
+def test_a_step_transfers_nothing_implicitly():
+  run = _run()
+  state, host = _copy()(_states()[0][1]), next(run.mixture().iterate(1, 2))[1]
+  _take(state, run.put(host))  # compiled
+  with jax.transfer_guard('disallow'):
+    state, metrics = _step()(state, run.put(host), _sets())
+    jax.block_until_ready(metrics)
+    jax.device_get(metrics)
+
+
+def test_the_guard_sees_what_a_step_would_be_given_from_the_host():
+  with jax.transfer_guard('disallow'), pytest.raises(Exception, match='Disallowed host-to-device'):
+    jax.jit(jnp.negative)(next(_run().mixture().iterate(1, 2))[1]['text_mlm']['weight'])
+
+
+# Accumulation. One layer: what is compared is how micro-steps add up.
+@functools.cache
+def _set_run():
+  c = tiny.config('text', data_dir=tiny.data_dir())
+  c.model.layers = 1
+  c.train.accum = 2
+  return setup.build(c, _one_device())
+
+
+def _global_batch(run, accum):
+  """The same global batch, in micro-steps or whole."""
+  return next(dataclasses.replace(run.mixture(), feed=Feed(accum)).iterate(0, 1))[1]
+
+
+@functools.cache
+def _gradients(accum):
+  """(gradients, loss, tallies) of one step from the same parameters."""
+  run = _set_run()
+  spec = dataclasses.replace(run.spec, accum=accum)
+  params = run.init().params
+  grads, total, tallies, _ = jax.jit(functools.partial(step.gradients, spec))(
+      params, _global_batch(run, accum), run.sets(), jax.random.key(7))
+  return _by_path(grads), float(total), jax.device_get(tallies)
+
+
+def test_accumulated_losses_are_those_of_one_big_batch():
+  (_, one, ones), (_, two, twos) = _gradients(1), _gradients(2)
+  assert two == pytest.approx(one, rel=1e-5)
+  assert float(twos['text'].hits) == pytest.approx(float(ones['text'].hits), rel=1e-5)
+  assert float(twos['text'].weight) == pytest.approx(1, rel=1e-5)  # tallies are shares of the whole
+
+
+def test_accumulated_gradients_are_those_of_one_big_batch():
+  ones, twos = _gradients(1)[0], _gradients(2)[0]
+  whole = np.sqrt(sum((g**2).sum() for g in ones.values()))
+  apart = {path: np.linalg.norm(twos[path] - g) for path, g in ones.items()}
+  assert np.sqrt(sum(d**2 for d in apart.values())) <= 1e-5 * whole
+  for path, g in ones.items():  # a leaf whose gradient is next to nothing is measured by the whole
+    assert apart[path] <= 2e-5 * max(np.linalg.norm(g), 1e-2 * whole), path
+  assert whole > .1
+
+
+def test_unequal_weights_make_no_mean_of_means():
+  # The masked words of a row vary, so micro-batches differ in weight: their norm is that of the global batch.
+  run = _set_run()
+  batch = _global_batch(run, 2)
+  norm = step.norms(run.spec, batch, step.sample_sets(run.spec, batch, jax.random.key(7)))
+  per_micro = batch['text_mlm']['weight'].sum((1, 2, 3))
+  assert float(norm['text']) == per_micro.sum()
+  assert per_micro[0] != per_micro[1]
+
+
+def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
+  # Package (batch 4) and answer (batch 8) over 2 shards and 2 micro-steps: a shard of a micro-step holds two rows of
+  # `answer`, then one of `package`; rows are numbered.
+  c = tiny.config('package', 'answer')
+  c.tasks.answer.batch = 8
+  plan = config_lib.resolve(c)
+  model = dataclasses.replace(_set_run().spec.model, shards=2)
+  spec = dataclasses.replace(_set_run().spec, plan=plan, model=model, accum=2)
+  numbers = np.arange(6).reshape(2, 3, 1)
+  micro = {'text_classification': {'label': numbers, 'weight': numbers / 2, 'text': numbers}}
+  rows = {t.name: step.task_fields(spec, micro, t) for t in plan.tasks}
+  assert {name: fields['label'][:, 0].tolist() for name, fields in rows.items()} == {
+      'answer': [0, 1, 3, 4], 'package': [2, 5]}
+  assert rows['package']['weight'].tolist() == [[1.], [2.5]]
+
+
+def _mlm(labels, weights, samples):
+  """(spec, batch) of a masked-language task whose vocabulary has room for `samples` words."""
+  plan = _set_run().plan.only('text')
+  plan = dataclasses.replace(plan, sets=(dataclasses.replace(plan.sets[0], samples=samples),))
+  spec = dataclasses.replace(_set_run().spec, plan=plan, accum=1)
+  fields = {'label': np.array(labels)[None], 'weight': np.array(weights, np.float32)[None]}
+  return spec, {'text_mlm': fields}
+
+
+@functools.cache
+def _four_rows():
+  return [[5, 6, 7], [5, 8, 9], [10, 5, 11], [12, 13, 5]], [[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]
+
+
+def test_positives_are_the_counted_labels_of_the_step():
+  spec, batch = _mlm(*_four_rows(), samples=8)  # 5, 6, 7, 9, 10, 11, 12, 13; the pick of 8 counts nothing
+  words = step.sample_sets(spec, batch, jax.random.key(0))['words']
+  assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
+  assert float(words.dropped) == 0
+
+
+def test_positives_of_all_micro_steps_are_sampled_together():
+  labels, weights = _four_rows()
+  spec, batch = _mlm(labels, weights, samples=8)
+  batch = {'text_mlm': {k: v.reshape(2, 1, 2, 3) for k, v in batch['text_mlm'].items()}}
+  words = step.sample_sets(dataclasses.replace(spec, accum=2), batch, jax.random.key(0))['words']
+  assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
+
+
+def test_dropped_positives_weigh_nothing():
+  # Room for 6 of 8 positives: the two that find none are in the norm no more. Label 5 occurs four times.
+  labels, weights = _four_rows()
+  spec, batch = _mlm(labels, weights, samples=6)
+  sampled = step.sample_sets(spec, batch, jax.random.key(0))
+  kept = np.isin(labels, sampled['words'].ids) * np.array(weights)
+  assert float(sampled['words'].dropped) == 2
+  assert float(step.norms(spec, batch, sampled)['text']) == kept.sum() < 11
+
+
+# Seven texts: no other array of the step has this leading axis.
+@functools.cache
+def _shapes(accum):
+  """(shapes inside the scan over micro-steps, shapes outside) of the traced gradient."""
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.sets.shapes = config_lib.target_set(tiny.CLASSES + tiny.COLOURS, family='names')
+  c.model.layers = 1
+  c.train.accum = accum
+  run = setup.build(c, _one_device())
+  traced = jax.make_jaxpr(functools.partial(step.gradients, run.spec))(
+      run.shapes.params, _global_batch(run, accum), run.sets(), jax.random.key(0))
+  inside, outside = set(), set()
+  _collect(traced.jaxpr, accum, False, inside, outside)
+  return inside, outside
+
+
+def _collect(jaxpr, accum, within, inside, outside):
+  for eqn in jaxpr.eqns:
+    (inside if within else outside).update(v.aval.shape for v in eqn.outvars)
+    micro = eqn.primitive.name == 'scan' and eqn.params['length'] == accum
+    for sub in jax_core.jaxprs_in_params(eqn.params):
+      _collect(sub, accum, within or micro, inside, outside)
+
+
+def test_target_sets_are_encoded_once_for_all_micro_steps():
+  inside, outside = _shapes(4)
+  encoded = {s for s in outside if len(s) == 3 and s[0] == 7 and s[2] == 16}  # [V, S, D]
+  assert encoded
+  assert not encoded & inside
+  assert (2, 5, 16) in inside  # while the pictures of a micro-step, 2 of [spe, 4 patches], are encoded in it
+
+
+# A sampled mixture: one task a step.
+@functools.cache
+def _sampled_run():
+  c = tiny.config('shape', 'pair', data_dir=tiny.data_dir())
+  c.model.layers = 1
+  c.train.mixture = 'sampled'
+  c.tasks.shape.weight = 3.
+  c.optim.rules = (('.*', 1., 0.),)
+  return setup.build(c, _one_device())
+
+
+@functools.cache
+def _sampled_step():
+  """(parameters before, after, metrics) of a step of the task 'shape'."""
+  run = _sampled_run()
+  name, batch = next((name, b) for name, b in run.mixture().iterate(0, 20) if name == 'shape')
+  state = run.init()
+  before = _by_path(jax.device_get(state.params))
+  state, metrics = run.step_fn(name)(state, run.put(batch), run.sets())
+  return before, _by_path(state.params), jax.device_get(metrics)
+
+
+def test_a_sampled_step_scores_its_task_alone():
+  before, after, metrics = _sampled_step()
+  assert [k for k in metrics if k.startswith('loss/')] == ['loss/shape', 'loss/total']
+  moved = {path for path in before if (before[path] != after[path]).any()}
+  assert 'log_scale_image_classification' in moved
+  assert 'log_scale_image_retrieval' not in moved
+
+
+def test_the_weight_of_a_sampled_task_is_its_share_of_the_steps_and_no_factor():
+  _, _, metrics = _sampled_step()
+  assert metrics['loss/total'] == metrics['loss/shape']
