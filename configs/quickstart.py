@@ -18,10 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
   c = config.base()
   recipes.embedded(c)
   c.model.update(dict(layers=4, width=128, heads=2, hidden=512))
-  for name, batch in dict(glyph_class=48, glyph_name=96, glyph_caption=16, clip_motion=8, text=48, package=16,
-                          continues=8).items():
+  for name, batch in dict(clip_motion=8, text=40, package=16, continues=8).items():
     c.tasks[name].batch = batch
   c.sets.vocabulary.samples = 640
   c.optim.update(dict(learning_rate=2e-3, warmup=60))
-  c.train.update(dict(steps=480, log_every=20, save_every=100))
+  c.train.update(dict(steps=650, log_every=20, save_every=100))
   return c

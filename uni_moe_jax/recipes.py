@@ -25,9 +25,8 @@ def embedded(c: ml_collections.ConfigDict) -> None:
 
   c.tasks.glyph_class = config.task(
       'image_classification', 'glyphs', batch=64, target_set='glyph_classes', label='class')
-  # Moved pictures: what is learnt here must name glyphs in motion, too. Elsewhere moving them only slows learning down.
   c.tasks.glyph_name = config.task(
-      'image_retrieval', 'glyphs', batch=96, captions=('{name}',), length=NAME_TOKENS, shift=2)
+      'image_retrieval', 'glyphs', batch=96, captions=('{name}',), length=NAME_TOKENS)
   c.tasks.glyph_caption = config.task(
       'image_caption', 'glyphs', batch=32, target_set='vocabulary', captions=('{name}',), length=NAME_TOKENS)
   c.tasks.clip_motion = config.task(

@@ -52,7 +52,8 @@ class MetricsLog:
     losses = ' '.join(f'{k.removeprefix("loss/")} {v:.3f}' for k, v in sorted(means.items()) if k.startswith('loss/'))
     rate = means['steps_per_second']
     if self._bar:
-      self._bar.set_postfix_str(f'loss {means["loss/total"]:.3f}')
+      # Losses that are not finite are not among the means.
+      self._bar.set_postfix_str(f'loss {means.get("loss/total", float("nan")):.3f}')
     else:
       left = (self._last - step) / rate
       print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s  {_duration(left)} left', flush=True)

@@ -1,0 +1,87 @@
+"""Numbers of a run: averaged between logs, written once, without the lines of steps that are taken again."""
+
+import json
+import sys
+from unittest import mock
+
+import pytest
+
+from uni_moe_jax.train.metrics_log import MetricsLog
+
+
+def _lines(folder):
+  return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_a_line_holds_the_means_since_the_last(tmp_path):
+  with MetricsLog(tmp_path, 0, 4) as log:
+    log.add({'loss/total': 1., 'grad_norm': 4.})
+    log.add({'loss/total': 2., 'grad_norm': 6.})
+    log.write(2)
+    log.add({'loss/total': 8.})
+    log.write(3)
+  first, second = _lines(tmp_path)
+  assert (first['step'], first['loss/total'], first['grad_norm']) == (2, 1.5, 5)
+  assert (second['step'], second['loss/total']) == (3, 8)
+  assert 'grad_norm' not in second
+
+
+def test_a_number_that_was_missing_in_some_steps_is_averaged_over_the_others(tmp_path):
+  with MetricsLog(tmp_path, 0, 3) as log:
+    for metrics in ({'loss/a': 1., 'bad': 0.}, {'bad': 1.}, {'loss/a': 3., 'bad': 0.}):
+      log.add(metrics)
+    log.write(3)
+  assert _lines(tmp_path)[0]['loss/a'] == 2
+
+
+def test_lines_after_the_step_that_is_resumed_are_dropped(tmp_path):
+  with MetricsLog(tmp_path, 0, 6) as log:
+    for step in (2, 4, 6):
+      log.record(step, {'loss/total': float(step)})
+  with MetricsLog(tmp_path, 4, 6) as log:
+    log.record(6, {'loss/total': 60.})
+  assert [(line['step'], line['loss/total']) for line in _lines(tmp_path)] == [(2, 2), (4, 4), (6, 60)]
+
+
+@pytest.mark.parametrize('half', ['{"step": 5, "lo', '{"loss/total": 1}', '[]'])
+def test_a_line_that_a_crash_cut_in_half_is_dropped(tmp_path, half):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss/total": 3}\n' + half)
+  with MetricsLog(tmp_path, 5, 6) as log:
+    log.record(6, {'loss/total': 1.})
+  assert [line['step'] for line in _lines(tmp_path)] == [1, 6]
+
+
+def test_a_log_gets_lines_with_losses_rate_and_time_left(tmp_path, capsys):
+  with mock.patch('time.perf_counter', side_effect=[0., 4.]), MetricsLog(tmp_path, 0, 500) as log:
+    for _ in range(2):
+      log.add({'loss/total': 2., 'loss/text': 1.5, 'grad_norm': 9.})
+    log.write(2)
+  # Two steps in 4 seconds: 498 more take 16 minutes and 36 seconds.
+  assert capsys.readouterr().out == 'step 2/500  text 1.500 total 2.000  0.50 step/s  16 min 36 s left\n'
+
+
+@pytest.fixture
+def terminal():
+  """The progress bar that a terminal gets."""
+  with mock.patch.object(sys.stderr, 'isatty', return_value=True, create=True), mock.patch('tqdm.tqdm') as tqdm:
+    yield tqdm
+
+
+def test_a_terminal_gets_a_progress_bar_instead(tmp_path, capsys, terminal):
+  with MetricsLog(tmp_path, 3, 9) as log:
+    for _ in range(2):
+      log.add({'loss/total': 2.})
+    log.write(5)
+  bar = terminal.return_value
+  assert terminal.call_args.kwargs['initial'] == 3 and terminal.call_args.kwargs['total'] == 9
+  assert bar.update.call_count == 2
+  bar.set_postfix_str.assert_called_once_with('loss 2.000')
+  bar.close.assert_called_once()
+  assert capsys.readouterr().out == ''
+
+
+def test_steps_without_a_finite_loss_do_not_break_the_progress_bar(tmp_path, terminal):
+  with MetricsLog(tmp_path, 0, 9) as log:
+    log.add({'bad': 1.})
+    log.write(1)
+  terminal.return_value.set_postfix_str.assert_called_once_with('loss nan')
