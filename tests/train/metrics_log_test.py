@@ -1,5 +1,6 @@
 """Numbers of a run: averaged between logs, written once, without the lines of steps that are taken again."""
 
+import contextlib
 import json
 import sys
 from unittest import mock
@@ -60,28 +61,28 @@ def test_a_log_gets_lines_with_losses_rate_and_time_left(tmp_path, capsys):
   assert capsys.readouterr().out == 'step 2/500  text 1.500 total 2.000  0.50 step/s  16 min 36 s left\n'
 
 
-@pytest.fixture
-def terminal():
+@contextlib.contextmanager
+def _terminal():
   """The progress bar that a terminal gets."""
   with mock.patch.object(sys.stderr, 'isatty', return_value=True, create=True), mock.patch('tqdm.tqdm') as tqdm:
     yield tqdm
 
 
-def test_a_terminal_gets_a_progress_bar_instead(tmp_path, capsys, terminal):
-  with MetricsLog(tmp_path, 3, 9) as log:
+def test_a_terminal_gets_a_progress_bar_instead(tmp_path, capsys):
+  with _terminal() as tqdm, MetricsLog(tmp_path, 3, 9) as log:
     for _ in range(2):
       log.add({'loss/total': 2.})
     log.write(5)
-  bar = terminal.return_value
-  assert terminal.call_args.kwargs['initial'] == 3 and terminal.call_args.kwargs['total'] == 9
+  bar = tqdm.return_value
+  assert tqdm.call_args.kwargs['initial'] == 3 and tqdm.call_args.kwargs['total'] == 9
   assert bar.update.call_count == 2
   bar.set_postfix_str.assert_called_once_with('loss 2.000')
   bar.close.assert_called_once()
   assert capsys.readouterr().out == ''
 
 
-def test_steps_without_a_finite_loss_do_not_break_the_progress_bar(tmp_path, terminal):
-  with MetricsLog(tmp_path, 0, 9) as log:
+def test_steps_without_a_finite_loss_do_not_break_the_progress_bar(tmp_path):
+  with _terminal() as tqdm, MetricsLog(tmp_path, 0, 9) as log:
     log.add({'bad': 1.})
     log.write(1)
-  terminal.return_value.set_postfix_str.assert_called_once_with('loss nan')
+  tqdm.return_value.set_postfix_str.assert_called_once_with('loss nan')
