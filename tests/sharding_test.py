@@ -13,7 +13,6 @@ import numpy as np
 from tests import small_model
 from uni_moe_jax import sharding
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import setup
 
 _ONE = dict(replica=1, data=1, expert=1, model=1)
 
@@ -25,6 +24,7 @@ def _is_box(x) -> bool:
 @functools.cache
 def _boxed(router: str):
   """Boxed shapes of a model with a learnt spatial table, so that all parameters that exist are there."""
+  from uni_moe_jax.train import setup  # brings TensorFlow along, which the other tests here can do without
   model = UniPerceiver(small_model.spec(router, spatial='learnt'))
   return jax.eval_shape(functools.partial(setup.boxed_params, model), jax.random.key(0))
 
@@ -114,9 +114,10 @@ class PlacementTest(parameterized.TestCase):
 
   def test_every_parameter_can_be_put_on_the_mesh(self):
     shardings = sharding.param_shardings(_boxed('attribute'), _mesh(data=2, expert=2, model=2), fsdp=True)
-    values = small_model.params(small_model.spec(spatial='learnt'))
-    placed = jax.device_put(values, shardings)
-    jax.tree.map(np.testing.assert_array_equal, placed, values)
+    shapes = nn.unbox(_boxed('attribute'))
+    shards = jax.tree.map(lambda x, where: math.prod(where.shard_shape(x.shape)), shapes, shardings)
+    # Kernels, most of the model, are split by all three axes, other parameters by one or none.
+    self.assertLess(sum(jax.tree.leaves(shards)), sum(x.size for x in jax.tree.leaves(shapes)) / 4)
 
   def test_fsdp_leaves_an_eighth_of_every_parameter_with_a_width(self):
     mesh = _mesh(data=8)

@@ -12,9 +12,16 @@ from uni_moe_jax.model import embed
 from uni_moe_jax.model.spec import ModelSpec
 
 
+@functools.cache
+def _jitted(method: str, spec: ModelSpec):
+  static = (1,) if method == 'prefix' else ()
+  return small_model.jit(
+      lambda values, *args: embed.Embed(spec).apply({'params': values}, *args, method=method), static_argnums=static)
+
+
 def _apply(method: str, *args, spec: ModelSpec | None = None):
   spec = spec or small_model.spec()
-  return embed.Embed(spec).apply({'params': small_model.params(spec)['embed']}, *args, method=method)
+  return _jitted(method, spec)(small_model.params(spec)['embed'], *args)
 
 
 @functools.cache
@@ -130,7 +137,7 @@ class VisualTest(parameterized.TestCase):
   def test_a_learnt_spatial_table_replaces_the_fixed_one(self):
     spec = small_model.spec(spatial='learnt')
     values = dict(small_model.params(spec)['embed'], spatial=jnp.asarray(embed.sincos_table(2, 16)))
-    found = embed.Embed(spec).apply({'params': values}, _pixels(), 0, method='visual')
+    found = _jitted('visual', spec)(values, _pixels(), 0)
     _assert_close(found, _apply('visual', _pixels(), 0))
 
   def test_the_fixed_table_is_no_parameter(self):

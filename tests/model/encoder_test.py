@@ -28,8 +28,8 @@ def _features(spec: ModelSpec, sequences, key=None, shards: int = 1, **options):
 
 
 def _mix(batch: int = 2):
-  """Every readout; the two pictures are joined."""
-  kinds = ('image_classification', 'text_mlm', 'image_caption', 'image_retrieval', 'vqa')
+  """One array and two, full and two-stream; the two pictures are joined."""
+  kinds = ('image_classification', 'image_caption', 'image_retrieval', 'vqa')
   return tuple(small_model.sequence(k, batch, seed=i) for i, k in enumerate(kinds))
 
 
@@ -60,8 +60,8 @@ class OneResultTest(parameterized.TestCase):
     self.assertGreater(gaps.min(), 1e-2)
 
   def test_the_readout_has_one_row_per_place_that_is_read(self):
-    # classification, mlm (2 picks), caption (3 queries), retrieval, vqa.
-    self.assertEqual([f.shape[1] for f in self.expected], [1, 2, 3, 1, 1])
+    # Token 0, three queries, token 0, one slot.
+    self.assertEqual([f.shape[1] for f in self.expected], [1, 3, 1, 1])
 
 
 class _Unrolled(ModelSpec):
@@ -89,7 +89,7 @@ class StackTest(absltest.TestCase):
     # Noise and stochastic depth are on: both are keyed by the layer, not by where it lies.
     scanned = small_model.spec(drop_path=.3)
     unrolled, values = _Unrolled(**vars(scanned)), small_model.params(scanned)
-    sequences, key = (small_model.sequence('image_caption', 4),), jax.random.key(1)
+    sequences, key = (small_model.sequence('image_classification', 4),), jax.random.key(1)
     one, _ = _forward(scanned)(values, sequences, key)
     other, _ = _forward(unrolled)(_rearranged(values, scanned.stack, unrolled.stack), sequences, key)
     _assert_close(one, other)
@@ -106,6 +106,22 @@ class RematTest(absltest.TestCase):
       loss = lambda values, s=spec: jnp.sin(small_model.encode(s, [sequence], values=values)[0][0]).sum()
       gradients.append(small_model.jit(jax.grad(loss))(small_model.params(spec)))
     _assert_close(*gradients)
+
+
+class PositionsTest(absltest.TestCase):
+
+  def test_positions_count_the_tokens_of_the_text(self):
+    # Of a text, whose array begins with the prefix, and of a question, whose array does not.
+    sequences = small_model.sequence('text_mlm'), small_model.sequence('vqa')
+    features, collected = _forward(small_model.spec('dense'), taps=True, all_rows=True)(
+        small_model.params(small_model.spec('dense')), sequences, None)
+    (text,), (_, question) = collected['tail'][0]['taps']
+    for found, hidden, at in ((features[0], text, sequences[0].positions + 1),
+                              (features[1], question, sequences[1].positions)):
+      rows = np.take_along_axis(np.asarray(hidden), np.asarray(at)[..., None], axis=1)
+      head = small_model.UniPerceiver(small_model.spec('dense')).bind(
+          {'params': small_model.params(small_model.spec('dense'))})
+      _assert_close(found, head.features(jnp.asarray(rows)))
 
 
 class CollectedTest(absltest.TestCase):
@@ -149,7 +165,7 @@ class Bfloat16Test(absltest.TestCase):
 
   def test_products_are_bfloat16_and_features_float32(self):
     spec = small_model.spec(dtype=jnp.bfloat16)
-    sequences = _mix()[:2]
+    sequences = _mix()
     found, exact = _features(spec, sequences), _features(small_model.spec(), sequences)
     self.assertEqual({f.dtype for f in found}, {jnp.dtype('float32')})
     for a, b in zip(found, exact, strict=True):

@@ -14,19 +14,17 @@ from uni_moe_jax import config
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import step
 
-_BATCH, _CLASSES, _WORDS = 4, 3, small_model.WORDS
+_BATCH, _WORDS = 4, small_model.WORDS
 _PROJECTIONS = ('qkv', 'attention_out', 'ffn_in', 'ffn_out')
 
 
 @functools.cache
 def _plan():
-  """Two kinds with their sets, a caption among them: all five condition rows that a step with pictures has."""
+  """Captions among the vocabulary: three condition rows, arrays that join keys and values, two streams."""
   c = config.base()
-  c.sets.classes = config.target_set(('bar', 'disc', 'star'), family='names')
   c.sets.vocabulary = config.target_set('vocabulary', family='words')
-  c.tasks.shape = config.task('image_classification', 'glyphs', batch=_BATCH, target_set='classes', label='class')
   c.tasks.caption = config.task(
-      'image_caption', 'glyphs', batch=_BATCH, target_set='vocabulary', captions=('{name}',), length=_WORDS, weight=.5)
+      'image_caption', 'glyphs', batch=_BATCH, target_set='vocabulary', captions=('{name}',), length=_WORDS)
   return config.resolve(c)
 
 
@@ -38,21 +36,14 @@ def _spec(router: str):
 def _data():
   """(batch, sets): one shard; fields as the mixture makes them."""
   rng = np.random.default_rng(0)
-  integers = lambda most, *shape: jnp.asarray(rng.integers(2, most, shape), jnp.int32)
-  batch = {}
-  for i, kind in enumerate(('image_classification', 'image_caption')):
-    pixels = jnp.asarray(rng.normal(size=(1, _BATCH, 1, 8, 8, 1)), jnp.float32)
-    batch[kind] = dict(id=jnp.arange(_BATCH)[None] + 100 * i, pixels=pixels, temporal_offset=jnp.int32(1),
-                       weight=jnp.ones((1, _BATCH, 1)))
-  words = integers(small_model.VOCABULARY, 1, _BATCH, _WORDS)
+  words = jnp.asarray(rng.integers(2, small_model.VOCABULARY, (1, _BATCH, _WORDS)), jnp.int32)
   real = jnp.asarray(rng.random((1, _BATCH, _WORDS)) < .8).at[:, :, 0].set(True)
-  batch['image_classification']['label'] = jnp.asarray(rng.integers(0, _CLASSES, (1, _BATCH, 1)), jnp.int32)
-  batch['image_caption'].update(
-      text=jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=2),
+  fields = dict(
+      id=jnp.arange(_BATCH)[None], pixels=jnp.asarray(rng.normal(size=(1, _BATCH, 1, 8, 8, 1)), jnp.float32),
+      temporal_offset=jnp.int32(1), text=jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=2),
       text_valid=jnp.concatenate([real, real], axis=2), label=words, weight=real.astype(jnp.float32))
-  classes = {'text': integers(small_model.VOCABULARY, _CLASSES, _WORDS), 'valid': jnp.ones((_CLASSES, _WORDS), bool)}
   vocabulary = {'buckets': (), 'order': jnp.arange(small_model.VOCABULARY)}
-  return batch, {'classes': {'buckets': (classes,), 'order': jnp.array([2, 0, 1])}, 'vocabulary': vocabulary}
+  return {'image_caption': fields}, {'vocabulary': vocabulary}
 
 
 @functools.cache
