@@ -5,9 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from tests import tiny
+from uni_moe_jax import attributes, cli
+from uni_moe_jax.train import loop
 from uni_moe_jax.train import workdir as workdir_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -73,3 +76,57 @@ def test_a_defect_keeps_its_traceback(tmp_path):
   config.write_text('def get_config():\n  return 3\n')
   done = _run('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}')
   assert done.returncode == 1 and 'Traceback' in done.stderr
+
+
+# What is found only with data and devices at hand: in this process, which has loaded the libraries.
+def _refused(capsys, config, workdir, devices=None) -> str:
+  assert cli._guarded(lambda: loop.train(config, str(workdir), devices)) == 2
+  said = capsys.readouterr().err
+  assert said.startswith('error: ') and said.count('\n') == 1
+  assert not (workdir / 'checkpoints').exists()
+  return said
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_says_what_would(tmp_path, capsys):
+  config = tiny.config('shape', data_dir=tiny.data_dir())
+  config.tasks.shape.batch = 12
+  assert ('config.tasks.shape.batch=12 must be a multiple of 8 (8 batch shards of the mesh × 1 micro-steps); try 8'
+          in _refused(capsys, config, tmp_path))
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused(tmp_path, capsys):
+  config = tiny.config('shape', data_dir=tiny.data_dir())
+  config.mesh.data = 3
+  assert 'asks for 3 devices, there are 1; set one axis to -1' in _refused(capsys, config, tmp_path, jax.devices()[:1])
+
+
+def test_a_source_that_is_not_prepared_says_how(tmp_path, capsys):
+  said = _refused(capsys, tiny.config('shape', data_dir=tmp_path), tmp_path / 'run', jax.devices()[:1])
+  assert f'Run: python launch/prepare_data.py --data_dir={tmp_path}' in said
+
+
+@pytest.mark.parametrize('code', [0, 1, 75])
+def test_the_exit_code_is_what_the_command_returns(code):
+  assert cli._guarded(lambda: code) == code
+
+
+def test_an_error_that_python_raises_inside_the_package_is_a_defect():
+  with pytest.raises(ValueError, match='zip'):  # rows of unequal length: no person's mistake has a sentence for that
+    cli._guarded(lambda: attributes.union((1, 2), (1,)))
+
+
+@pytest.mark.parametrize('error', [ValueError, FileNotFoundError, KeyError])
+def test_an_error_of_another_library_is_a_defect(error):
+  def main():
+    raise error('from elsewhere')
+
+  with pytest.raises(error):
+    cli._guarded(main)
+
+
+def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
+  def main():
+    raise cli.UsageError('--a and --b\n  exclude each other')
+
+  assert cli._guarded(main) == 2
+  assert capsys.readouterr().err == 'error: --a and --b exclude each other\n'

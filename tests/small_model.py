@@ -58,8 +58,9 @@ def params(model_spec: ModelSpec) -> Any:
     draws = np.asarray(rng.normal(size=leaf.shape), np.float32)
     return jnp.asarray(around + (0.2 if around else 0.4) * draws)
 
+  shapes = nn.unbox(boxed(model_spec))
   with jax.ensure_compile_time_eval():  # cached: it must not hold the tracers of whoever asks first
-    return jax.tree_util.tree_map_with_path(fill, nn.unbox(boxed(model_spec)))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def sequence(kind: str | tasks.Kind, batch: int = 2, seed: int = 0, words: int = WORDS, **fields) -> Sequence:

@@ -64,9 +64,11 @@ def _guarded(main: Callable[[], int]) -> int:
 
 
 def _is_ours(e: BaseException) -> bool:
-  """Whether the exception was raised by a line of this package, not by a library that it called."""
+  """Whether a `raise` of this package raised the exception, not a library or a built-in function that it called."""
   frames = traceback.extract_tb(e.__traceback__)
-  return bool(frames) and _PACKAGE in pathlib.Path(frames[-1].filename).resolve().parents
+  if not frames or _PACKAGE not in pathlib.Path(frames[-1].filename).resolve().parents:
+    return False
+  return frames[-1].line.startswith('raise ')
 
 
 def _complain(e: BaseException) -> int:

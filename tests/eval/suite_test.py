@@ -49,7 +49,7 @@ def test_what_was_evaluated_is_remembered_with_its_step(finished, tmp_path):
 
 def test_experts_hold_two_coefficients_per_layer_router_and_row(finished):
   experts = json.loads((finished[0] / 'experts.json').read_text())
-  assert experts['rows'] == ['classification', 'mlm', 'caption', 'retrieval', 'names', 'words']
+  assert experts['rows'] == ['caption', 'retrieval', 'classification', 'mlm', 'names', 'words']
   table = experts['coefficients']
   assert (len(table), len(table[0]), len(table[0][0]), len(table[0][0][0])) == (2, 2, 6, 4)
   for row in (r for layer in table for router in layer for r in router):

@@ -21,6 +21,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def _config():
   c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
+  c.model.layers = 1  # what is tested is the loop: a small program compiles sooner
   c.train.update(dict(steps=6, ema=0.9, save_every=4))
   return c
 
@@ -83,6 +84,65 @@ def test_metrics_of_the_restarted_run_are_those_of_the_whole_one(whole, restarte
   assert _lines(restarted) == _lines(whole)
 
 
+class _Killed(Exception):
+  pass
+
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory):
+  """Dies without a word in its sixth step, with a checkpoint of the fourth; then started again."""
+  workdir = tmp_path_factory.mktemp('killed')
+
+  def die(log, step):
+    if step == 6:
+      raise _Killed
+    return write(log, step)
+
+  write = loop.MetricsLog.write
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(_Killed):
+    patch.setattr(loop.MetricsLog, 'write', die)
+    loop.train(_config(), str(workdir), jax.devices()[:1])
+  assert _state(workdir)[0] == 4
+  assert [line['step'] for line in _lines(workdir)] == [1, 2, 3, 4, 5]
+  assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
+  return workdir
+
+
+def test_a_run_that_was_killed_ends_with_the_same_state_and_lines(whole, killed):
+  compared = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), _state(whole), _state(killed))
+  assert all(jax.tree.leaves(compared))
+  assert _lines(killed) == _lines(whole)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_and_a_second_one_ends_at_once(number, monkeypatch, capsys):
+  ended = []
+  monkeypatch.setattr(os, '_exit', ended.append)
+  before = signal.getsignal(number)
+  with loop.Stop() as stop:
+    assert not stop.requested
+    signal.raise_signal(number)
+    assert stop.requested and not ended
+    assert f'{number.name}: stopping after this step and saving' in capsys.readouterr().err
+    signal.raise_signal(number)
+    assert ended == [75]
+  assert signal.getsignal(number) is before
+
+
+def test_a_signal_in_the_middle_stops_after_the_step_with_75(tmp_path, capsys):
+  def write(log, step):
+    if step == 2:
+      signal.raise_signal(signal.SIGTERM)
+    return plain(log, step)
+
+  plain = loop.MetricsLog.write
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.MetricsLog, 'write', write)
+    assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == 75
+  assert 'stopped at step 2 of 6; the same command continues' in capsys.readouterr().out
+  assert _state(tmp_path)[0] == 2
+
+
 def test_a_finished_run_says_so_and_does_nothing(whole, capsys):
   before = (whole / 'metrics.jsonl').read_text()
   assert loop.train(_config(), str(whole), jax.devices()[:1]) == loop.FINISHED
@@ -100,13 +160,27 @@ def test_the_log_states_parameters_and_condition_rows(whole, capsys):
   assert 'router: attribute; 4 condition rows: 01010100, 10011000, 11010110, 10010110' in out
 
 
-def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, capsys):
+@pytest.mark.parametrize('bad, code', [((1, 2, 3), loop.ERROR), ((1, 2, 4, 5), loop.FINISHED)])
+def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, capsys, monkeypatch, bad, code):
+  put, calls = setup.Run.put, []
+
+  def spoil(run, batch):
+    calls.append(len(calls))
+    if calls[-1] in bad:
+      batch['image_classification']['weight'] = batch['image_classification']['weight'] * np.nan
+    return put(run, batch)
+
+  monkeypatch.setattr(setup.Run, 'put', spoil)
   c = _config()
-  c.optim.update(dict(learning_rate=1e30, clip=0.0, warmup=0))
-  c.train.update(dict(steps=20, max_bad_steps=3))
-  assert loop.train(c, str(tmp_path), jax.devices()[:1]) == loop.ERROR
+  c.train.max_bad_steps = 3
+  assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code
   said = capsys.readouterr().err
-  assert '3 steps in a row' in said and 'loss/' in said and 'learning_rate' in said
+  if code == loop.ERROR:
+    assert '3 steps in a row up to step 4 were not finite (loss/shape, loss/total); parameters are those of step 1' in said
+    assert 'Lower config.optim.learning_rate' in said
+  else:
+    assert not said
+    assert [line['skipped'] for line in _lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -107,6 +107,12 @@ def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
   assert len(still) == 4  # qkv has a bias
 
 
+def test_a_run_with_frozen_parameters_can_be_resumed():
+  like, shapes = _run().like(), _run().shapes
+  assert jax.tree.structure(like) == jax.tree.structure(shapes)
+  assert all(a.shape == b.shape and a.sharding is not None for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(shapes)))
+
+
 def test_every_expert_of_every_layer_moves():
   states, _ = _states()
   before, after = _by_path(states[0].params), _by_path(states[5].params)
