@@ -10,4 +10,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/env.sh
 
 install_environment test
-exec "$python" -m pytest -n 2 -m 'not slow' "$@"
+exec "$python" -m pytest -n 2 --dist loadfile -m 'not slow' "$@"

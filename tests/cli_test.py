@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -80,10 +81,10 @@ def test_a_defect_keeps_its_traceback(tmp_path):
 
 # What is found only with data and devices at hand: in this process, which has loaded the libraries.
 def _refused(capsys, config, workdir, devices=None) -> str:
-  assert cli._guarded(lambda: loop.train(config, str(workdir), devices)) == 2
+  with mock.patch.object(loop, '_loop', side_effect=AssertionError('it was trained')):
+    assert cli._guarded(lambda: loop.train(config, str(workdir), devices)) == 2
   said = capsys.readouterr().err
   assert said.startswith('error: ') and said.count('\n') == 1
-  assert not (workdir / 'checkpoints').exists()
   return said
 
 

@@ -25,8 +25,8 @@ def _cross_entropy(logits, labels, weights, smoothing=0.):
 
 
 def test_cross_entropy_sums_weighted_nll_hits_and_weights():
-  # Sample 0 reads two rows: label 0 of HALF (p = 1/2, a hit, weight 1) and label 1 of MOST (p = 1/10, a miss, weight 2);
-  # sample 1: label 2 of HALF (p = 1/4, a miss, weight 3), and a pick of weight 0 that counts nothing.
+  # Sample 0 reads two rows: label 0 of HALF (p = 1/2, a hit, weight 1) and label 1 of MOST (p = 1/10, a miss,
+  # weight 2); sample 1: label 2 of HALF (p = 1/4, a miss, weight 3), and a pick of weight 0 that counts nothing.
   tally = _cross_entropy([[HALF, MOST], [HALF, MOST]], [[0, 1], [2, 0]], [[1., 2.], [3., 0.]])
   np.testing.assert_allclose(tally.loss, math.log(2) + 2 * math.log(10) + 3 * math.log(4), rtol=1e-6)
   assert float(tally.hits) == 1
@@ -40,8 +40,8 @@ def test_smoothing_mixes_in_the_mean_over_all_targets():
 
 
 def test_mixed_labels_read_one_row_twice():
-  # Mixup of classes 0 and 1 with shares 0.75 and 0.25: -0.75 ln 1/2 - 0.25 ln 1/4 = 1.25 ln 2. The most likely target is
-  # class 0: a hit of its share.
+  # Mixup of classes 0 and 1 with shares 0.75 and 0.25: -0.75 ln 1/2 - 0.25 ln 1/4 = 1.25 ln 2. The most likely
+  # target is class 0: a hit of its share.
   tally = _cross_entropy([[HALF]], [[0, 1]], [[.75, .25]])
   np.testing.assert_allclose(tally.loss, 1.25 * math.log(2), rtol=1e-6)
   np.testing.assert_allclose(tally.hits, .75)
@@ -64,8 +64,8 @@ def test_mixed_labels_equal_the_soft_target_loss_in_value_and_gradient():
   np.testing.assert_allclose(da, db, atol=1e-6)
 
 
-# Three pairs; texts 0 and 2 are the same. Similarities left · right are chosen directly: with right the identity, row i
-# of left is what sample i says to texts 0, 1, 2.
+# Three pairs; texts 0 and 2 are the same. Similarities left · right are chosen directly: with right the identity,
+# row i of left is what sample i says to texts 0, 1, 2.
 LEFT = np.log([[4., 2., 9.], [1., 3., 1.], [9., 2., 6.]])
 TEXT_IDS = [7, 5, 7]
 
@@ -77,8 +77,8 @@ def _contrastive(left=LEFT, text_ids=TEXT_IDS, weights=(1., 1., 1.), scale=1., *
       np.array(weights, np.float32), **kw)
 
 
-# Left → right: sample 0 has 4 against 2 (the 9 is its own text): ln 6/4; sample 1: 3 of 5: ln 5/3; sample 2: 6 against
-# 2: ln 8/6. Right → left: text 0 has 4 against 1: ln 5/4; text 1: 3 of 7: ln 7/3; text 2: 6 against 1: ln 7/6.
+# Left → right: sample 0 has 4 against 2 (the 9 is its own text): ln 6/4; sample 1: 3 of 5: ln 5/3; sample 2: 6
+# against 2: ln 8/6. Right → left: text 0 has 4 against 1: ln 5/4; text 1: 3 of 7: ln 7/3; text 2: 6 against 1: ln 7/6.
 FORWARD = [math.log(6 / 4), math.log(5 / 3), math.log(8 / 6)]
 BACKWARD = [math.log(5 / 4), math.log(7 / 3), math.log(7 / 6)]
 
@@ -108,7 +108,7 @@ def test_contrastive_weights_count_samples_and_leave_them_as_negatives():
 
 
 def test_the_scale_multiplies_similarities():
-  # Squared odds: 16 against 4; 9 of 11; 36 against 4; back: 16 against 1; 9 of 17; 36 against 1... (ln x · 2 = ln x²).
+  # Squared odds (2 ln x = ln x²): 16 against 4; 9 of 11; 36 against 4; back: 16 against 1; 9 of 17; 36 against 1.
   forward = [math.log(20 / 16), math.log(11 / 9), math.log(40 / 36)]
   backward = [math.log(17 / 16), math.log(17 / 9), math.log(37 / 36)]
   np.testing.assert_allclose(_contrastive(scale=2.).loss, .5 * (sum(forward) + sum(backward)), rtol=1e-5)

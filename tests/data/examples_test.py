@@ -14,7 +14,8 @@ from uni_moe_jax.data.examples import Builder, set_classes
 from uni_moe_jax.data.sources import Records
 from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
 
-SETS = {'shapes': tiny.CLASSES, 'motions': tiny.MOTIONS, 'packages': tiny.PACKAGES, 'answers': ('no', 'yes'), 'words': ()}
+SETS = {
+    'shapes': tiny.CLASSES, 'motions': tiny.MOTIONS, 'packages': tiny.PACKAGES, 'answers': ('no', 'yes'), 'words': ()}
 N = 5  # examples of a batch
 
 
@@ -35,7 +36,8 @@ def _build(name, training=True, classes=None, records=None, channels=1, **change
 
 def _make(examples, ids=range(N), epoch=0):
   ids = tf.constant(list(ids), tf.int64)
-  fields = examples.make(ids, hashing.example_hash(0, 'task', tf.fill(tf.shape(ids), tf.constant(epoch, tf.int64)), ids))
+  hashes = hashing.example_hash(0, 'task', tf.fill(tf.shape(ids), tf.constant(epoch, tf.int64)), ids)
+  fields = examples.make(ids, hashes)
   return {k: v.numpy() for k, v in fields.items()}
 
 
@@ -214,7 +216,7 @@ def test_what_the_records_do_not_have_is_named(name, changes, message):
 
 
 def test_a_class_that_is_not_in_the_set_is_named_with_the_nearest():
-  with pytest.raises(ValueError, match=r"config.tasks.shape: class 'disc' is not in the target set; did you mean 'disk'"):
+  with pytest.raises(ValueError, match="tasks.shape: class 'disc' is not in the target set; did you mean 'disk'"):
     _build('shape', classes={'shapes': ('bar', 'disk', 'star')})
 
 

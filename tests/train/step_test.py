@@ -1,4 +1,4 @@
-"""The training step on three tasks at once: what moves, what stays, what is counted, and what accumulation may not change."""
+"""The training step on three tasks at once: what moves, what stays, what is counted; what accumulation may not change."""
 
 import dataclasses
 import functools
@@ -110,7 +110,7 @@ def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
 def test_a_run_with_frozen_parameters_can_be_resumed():
   like, shapes = _run().like(), _run().shapes
   assert jax.tree.structure(like) == jax.tree.structure(shapes)
-  assert all(a.shape == b.shape and a.sharding is not None for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(shapes)))
+  assert [x.shape for x in jax.tree.leaves(like)] == [x.shape for x in jax.tree.leaves(shapes)]
 
 
 def test_every_expert_of_every_layer_moves():
