@@ -140,7 +140,8 @@ _ERRORS = {
     'channels': (lambda c: c.model.update(channels=1),
                  r'config\.model\.pixel_mean has 3 values for config\.model\.channels=1'),
     'dtype': (lambda c: c.model.update(dtype='bfloat'),
-              r"config\.model\.dtype='bfloat' is unknown; did you mean 'bfloat16' or 'float32'\? choices: bfloat16, float32"),
+              r"config\.model\.dtype='bfloat' is unknown; did you mean 'bfloat16' or 'float32'\?"
+              ' choices: bfloat16, float32'),
     'spatial': (lambda c: c.model.update(spatial='learned'), r"spatial='learned' .*did you mean 'learnt'"),
     # Experts.
     'router': (lambda c: c.moe.update(router='atribute'),
@@ -249,7 +250,8 @@ class BatchesTest(absltest.TestCase):
     c.train.accum = 2
     # shape: 8 / 2 = 4 rows a micro-step, whole on 4 shards; name: 4 / 2 = 2 rows are not.
     with self.assertRaisesRegex(ValueError, (
-        r'config\.tasks\.name\.batch=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\); try 8')):
+        r'config\.tasks\.name\.batch=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\);'
+        ' try 8')):
       config.check_batches(config.resolve(c), shards=4, accum=2)
 
   def test_batches_that_divide_pass(self):

@@ -300,8 +300,8 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
       raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but kind {kind.name!r} '
                        f'chooses among {kind.target!r}.')
     if kind.readout in ('picks', 'queries') and not sets[t.target_set].is_vocabulary:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} predicts words; its set must have '
-                       f"values='{VOCABULARY}'.")
+      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} predicts words; its set must '
+                       f"have values='{VOCABULARY}'.")
   if (kind.text_index is not None or kind.target == 'pair') and t.length < 2:
     raise ValueError(f'config.{field}.length={t.length} must be at least 2 tokens.')
   if t.length > c.model.max_text:

@@ -135,7 +135,8 @@ def check_kind(kind: Kind, known_families: dict[str, Condition]) -> None:
     if s.mask not in MASKS:
       raise ValueError(f'kind {kind.name!r}: mask {s.mask!r} is not one of {MASKS}.')
     if s.mask == 'two_stream' and s.modality != 'text':
-      raise ValueError(f"kind {kind.name!r}: mask 'two_stream' is for words; a {s.modality} segment must have mask 'full'.")
+      raise ValueError(f"kind {kind.name!r}: mask 'two_stream' is for words; a {s.modality} segment must have mask "
+                       "'full'.")
   if sum(s.modality == 'text' for s in kind.inputs) > 1:
     raise ValueError(f'kind {kind.name!r} has two text segments; join them by a template into one.')
   if kind.inputs[0].mask != 'full':

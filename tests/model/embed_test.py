@@ -72,8 +72,10 @@ class PatchifyTest(absltest.TestCase):
     np.testing.assert_array_equal(embed.patchify(x, 2)[0, :, 0], [0] * 4 + [1] * 4 + [2] * 4)
 
   def test_colours_are_the_last_axis_of_a_patch(self):
-    x = jnp.arange(6).reshape(1, 1, 1, 2, 3)
-    np.testing.assert_array_equal(embed.patchify(x, 1)[0], [[0, 1, 2], [3, 4, 5]])
+    # Two patches of 2 × 2 pixels, side by side; a picture's row is 12 numbers.
+    x = jnp.arange(24).reshape(1, 1, 2, 4, 3)
+    np.testing.assert_array_equal(
+        embed.patchify(x, 2)[0], [[*range(0, 6), *range(12, 18)], [*range(6, 12), *range(18, 24)]])
 
 
 class TextTest(absltest.TestCase):
@@ -105,11 +107,11 @@ class PrefixTest(absltest.TestCase):
 
 class VisualTest(parameterized.TestCase):
 
-  def _expected(self, pixels, first_frame: int) -> np.ndarray:
+  def _expected(self, pixels, first_frame: int, spatial: np.ndarray = embed.sincos_table(2, 16)) -> np.ndarray:
     t = _tables()
     x = np.asarray(embed.patchify(pixels, 4)) @ t['patch'] + t['patch_bias']
     frames = t['temporal'][first_frame:first_frame + pixels.shape[1]]
-    place = np.concatenate([embed.sincos_table(2, 16) + f for f in frames])
+    place = np.concatenate([spatial + f for f in frames])
     return _norm(x + place)
 
   @parameterized.parameters((1, 0), (1, 2), (2, 0), (2, 1), (3, 0))
@@ -136,9 +138,9 @@ class VisualTest(parameterized.TestCase):
 
   def test_a_learnt_spatial_table_replaces_the_fixed_one(self):
     spec = small_model.spec(spatial='learnt')
-    values = dict(small_model.params(spec)['embed'], spatial=jnp.asarray(embed.sincos_table(2, 16)))
-    found = _jitted('visual', spec)(values, _pixels(), 0)
-    _assert_close(found, _apply('visual', _pixels(), 0))
+    table = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
+    found = _jitted('visual', spec)(dict(_tables(), spatial=table), _pixels(), 0)
+    _assert_close(found, self._expected(_pixels(), 0, table))
 
   def test_the_fixed_table_is_no_parameter(self):
     self.assertNotIn('spatial', small_model.boxed(small_model.spec())['embed'])

@@ -178,7 +178,7 @@ class Bfloat16Test(absltest.TestCase):
     self.assertEqual({x.dtype for x in jax.tree.leaves(shapes)}, {jnp.dtype('float32')})
 
 
-class DropPathTest(absltest.TestCase):
+class DropPathTest(parameterized.TestCase):
 
   _IDS = jnp.arange(400, dtype=jnp.uint32)
 
@@ -201,7 +201,7 @@ class DropPathTest(absltest.TestCase):
     np.testing.assert_array_equal(self._dropped(self._IDS, key=None), 1)
 
   def test_a_permuted_batch_has_the_permuted_result(self):
-    spec = small_model.spec(drop_path=.5)
+    spec = small_model.spec('dense', drop_path=.5)
     sequence, order = small_model.sequence('image_caption', 6), np.array([3, 0, 5, 1, 4, 2])
     moved = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, sequence)
     key = jax.random.key(2)
@@ -210,6 +210,15 @@ class DropPathTest(absltest.TestCase):
     # With the ids left where they were, others are dropped.
     [other] = _features(spec, [moved.replace(ids=sequence.ids)], key)
     self.assertGreater(np.abs(other - permuted).max(), 1e-2)
+
+  @parameterized.parameters('scale1', 'scale2')
+  def test_attention_and_ffn_are_both_dropped(self, silent):
+    # With the other branch silent, two steps still differ.
+    spec, sequence = small_model.spec('dense', drop_path=.5), small_model.sequence('image_caption', 6)
+    values = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (silent not in jax.tree_util.keystr(path)), small_model.params(spec))
+    one, two = (_forward(spec)(values, (sequence,), jax.random.key(k))[0][0] for k in (2, 3))
+    self.assertGreater(np.abs(one - two).max(), 1e-2)
 
 
 class NoiseTest(absltest.TestCase):

@@ -170,10 +170,10 @@ class PaddingGradientsTest(parameterized.TestCase):
     np.testing.assert_array_equal(_influence(kind, lengths, padded)[np.ix_(real, at)], 0)
 
   @parameterized.named_parameters(
-      ('text', 'text_mlm', (5,), 4), ('question', 'vqa', (3, 4), 6), ('caption', 'image_caption', (3, 6), 4))
-  def test_the_same_token_matters_when_it_is_real(self, kind, lengths, at):
-    # The last output that may see it: the last token, or the caption's last query.
-    self.assertGreater(_influence(kind, lengths)[-1, at], 1e-3)
+      ('text', 'text_mlm', (5,), 0, 4), ('question', 'vqa', (3, 4), 0, 6), ('caption', 'image_caption', (3, 6), -1, 4))
+  def test_the_same_token_matters_when_it_is_real(self, kind, lengths, to, at):
+    # To the prefix, or to the caption's last query.
+    self.assertGreater(_influence(kind, lengths)[to, at], 1e-3)
 
 
 if __name__ == '__main__':

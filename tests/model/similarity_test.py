@@ -62,9 +62,12 @@ class HeadTest(absltest.TestCase):
     f = similarity.SimilarityHead(2).apply({'params': _PARAMS}, jnp.ones((4, 3, 1, 1)) * jnp.array([[[[1., 3.]]]]))
     np.testing.assert_allclose(f, np.broadcast_to([4.5, 40.], (4, 3, 1, 2)), rtol=1e-4)
 
-  def test_features_are_float32_also_of_bfloat16(self):
-    f = similarity.SimilarityHead(2).apply({'params': _PARAMS}, jnp.ones((1, 2), jnp.bfloat16))
+  def test_it_computes_in_float32_also_what_comes_in_bfloat16(self):
+    # Scale 2.1, which bfloat16 does not know: (-2.1·1 + 2·3 + .5, -2.1·10 + 2·30).
+    values = {**_PARAMS, 'norm': {'scale': jnp.array([2.1, 1.]), 'bias': jnp.array([0., 1.])}}
+    f = similarity.SimilarityHead(2).apply({'params': values}, jnp.array([[1., 3.]], jnp.bfloat16))
     self.assertEqual(f.dtype, jnp.float32)
+    np.testing.assert_allclose(f, [[4.4, 39.]], rtol=1e-4)
 
 
 if __name__ == '__main__':

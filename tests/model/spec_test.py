@@ -50,10 +50,10 @@ class StackTest(parameterized.TestCase):
     stack = small_model.spec(layers=layers, placement=placement).stack
     self.assertEqual((len(stack.period), stack.periods, len(stack.tail)), (period, periods, tail))
 
-  @parameterized.parameters(((0, 1, 4), 6), ((2,), 5), ((0, 1, 2, 3, 4), 9))
+  @parameterized.parameters(((0, 1, 4), 6), ((1, 2), 6), ((0, 1, 2, 3, 4), 9))
   def test_an_irregular_placement_is_unrolled(self, placement, layers):
     stack = small_model.spec(layers=layers, placement=placement).stack
-    self.assertEqual((stack.periods, len(stack.tail)), (0, layers))
+    self.assertEqual((stack.period, stack.periods, len(stack.tail)), ((), 0, layers))
 
   def test_indices_that_are_regular_are_scanned(self):
     self.assertEqual(small_model.spec(layers=6, placement=(0, 2, 4)).stack,

@@ -136,6 +136,12 @@ class ModelJoinsTest(parameterized.TestCase):
     names = small_model.target(tasks.families()['names'], words=4).replace(text_valid=None)
     self.assertEqual(self._streams(router, small_model.sequence('image_classification'), names), streams)
 
+  def test_the_model_joins_within_the_shards_of_its_batches(self):
+    with absltest.mock.patch.object(uni_perceiver, 'join_equal', wraps=join_equal) as spy:
+      sequence = small_model.sequence('text_mlm')
+      jax.eval_shape(lambda: small_model.encode(small_model.spec('dense'), [sequence], shards=2)[0])
+    self.assertEqual(spy.call_args.args[2], 2)
+
   def test_sequences_that_are_read_in_different_arrays_stay_apart(self):
     # [spe, picture] [question] and [spe, question] [picture], of equal shapes.
     swapped = Kind('swapped', (Segment('text'), Segment('visual')), 'words', 'slot', 'vqa')

@@ -102,8 +102,9 @@ class ConditionalDenseTest(absltest.TestCase):
     decision = decide(_normal(0, 3, 4), 2)
     values = {'kernel': _normal(1, 4, 40, 3, 5, 8), 'bias': _normal(2, 4, 3, 5, 8)}
     kernel, bias = self._dense(4).apply({'params': values}, decision)
-    np.testing.assert_allclose(kernel, np.einsum('ae,e...->a...', decision.coef, values['kernel']), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(bias, np.einsum('ae,e...->a...', decision.coef, values['bias']), rtol=1e-5, atol=1e-6)
+    for found, name in ((kernel, 'kernel'), (bias, 'bias')):
+      expected = np.einsum('ae,e...->a...', decision.coef, values[name])
+      np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
   def test_without_experts_there_is_one_row(self):
     (kernel, _), variables = self._dense(0).init_with_output(jax.random.key(0), None)

@@ -110,7 +110,8 @@ def _router(noise_std: float = 1.0) -> routers.Router:
   return routers.Router('modality', 2, 4, 2, noise_std, ('visual', 'text'))
 
 
-# Table rows (3, 1) and (0, 4) are (1, -1) and (-1, 1) after the norm; with scale (2, 1) and bias (0, 1): (2, 0) and (-2, 2).
+# Table rows (3, 1) and (0, 4) are (1, -1) and (-1, 1) after the norm; with scale (2, 1) and bias (0, 1) they are (2, 0)
+# and (-2, 2).
 _NAMED = {
     'embed': {'embedding': jnp.array([[3., 1.], [0., 4.]])},
     'norm': {'scale': jnp.array([2., 1.]), 'bias': jnp.array([0., 1.])},
