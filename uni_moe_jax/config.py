@@ -100,6 +100,9 @@ def base() -> ml_collections.ConfigDict:
       max_text=512,                # rows of the position table
       pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5),
       spatial='sincos',            # sincos (fixed) | learnt
+      position_init='normal',      # of text: normal | sincos (then learnt; neighbours start alike)
+      position_std=0.02,           # initial std of the position rows
+      query_key_init='independent',  # independent | equal (attention starts among like positions: small models, short runs)
       temporal_std=0.02,           # initial std of the temporal rows
       prefix='spe',                # spe: LN(Word[spe]) | a word, embedded as a text of length 1
       layer_scale=1e-3,            # initial LayerScale; small models want about 0.1
@@ -218,6 +221,8 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
     if len(m[name]) != m.channels:
       raise ValueError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
   _choose('model.spatial', m.spatial, ('sincos', 'learnt'))
+  _choose('model.position_init', m.position_init, ('normal', 'sincos'))
+  _choose('model.query_key_init', m.query_key_init, ('independent', 'equal'))
   _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
   # The names of routers live with the routers; here they are data, so that a config is checked without jax.
   _choose('moe.router', moe.router, ('dense', 'attribute', 'task', 'modality'))

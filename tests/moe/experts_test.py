@@ -91,7 +91,7 @@ class ConditionalDenseTest(absltest.TestCase):
 
   def _dense(self, num_experts: int, dtype=jnp.float32) -> experts.ConditionalDense:
     return experts.ConditionalDense(
-        (40,), (3, 5, 8), ('embed',), ('qkv', 'heads', 'head_dim'), (40, 40), num_experts, dtype)
+        (40,), (3, 5, 8), ('embed',), ('qkv', 'heads', 'head_dim'), experts.xavier_uniform(40, 40), num_experts, dtype)
 
   def test_one_kernel_and_bias_per_row(self):
     decision = decide(_normal(0, 3, 4), 2)

@@ -86,16 +86,18 @@ class Block(nn.Module):
     conditional = {p: spec.num_experts if p in self.parts else 0 for p in ('attention', 'ffn')}
     D, N, H, F = spec.width, spec.heads, spec.head_dim, spec.hidden
 
-    def linear(name, part, in_, out, fans):
+    def linear(name, part, in_, out, init):
       return experts.ConditionalDense(
-          tuple(in_.values()), tuple(out.values()), tuple(in_), tuple(out), fans, conditional[part], spec.dtype,
+          tuple(in_.values()), tuple(out.values()), tuple(in_), tuple(out), init, conditional[part], spec.dtype,
           name=name)(decisions.get(part))
 
+    square = experts.xavier_uniform(D, D)
+    qkv_init = experts.equal_query_key(square) if spec.query_key_init == 'equal' else square
     heads = {'heads': N, 'head_dim': H}
-    qkv = linear('qkv', 'attention', {'embed': D}, {'qkv': 3, **heads}, (D, D))
-    out = linear('attention_out', 'attention', heads, {'embed': D}, (D, D))
-    ffn_in = linear('ffn_in', 'ffn', {'embed': D}, {'mlp': F}, (D, F))
-    ffn_out = linear('ffn_out', 'ffn', {'mlp': F}, {'embed': D}, (F, D))
+    qkv = linear('qkv', 'attention', {'embed': D}, {'qkv': 3, **heads}, qkv_init)
+    out = linear('attention_out', 'attention', heads, {'embed': D}, square)
+    ffn_in = linear('ffn_in', 'ffn', {'embed': D}, {'mlp': F}, experts.xavier_uniform(D, F))
+    ffn_out = linear('ffn_out', 'ffn', {'mlp': F}, {'embed': D}, experts.xavier_uniform(F, D))
     norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
     scale = {name: self.param(
         name, nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale), ('embed',)), (D,)

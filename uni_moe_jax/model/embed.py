@@ -5,6 +5,8 @@ LayerNorm. An image is a video of one frame. Patches are reshaped and multiplied
 a convolution is an order slower.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,17 @@ def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
   return np.concatenate([np.sin(r), np.cos(r), np.sin(c), np.cos(c)], axis=1).astype(np.float32)
 
 
+def sincos_rows(std: float):
+  """An initialisation of 1-D positions [S, D]: [sin(i w), cos(i w)], w_k = 10000^(-k/(D/2)), of a standard deviation."""
+  def init(key, shape, dtype=jnp.float32):
+    del key
+    length, width = shape
+    half = width // 2
+    angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(half) / half)[None]
+    return jnp.asarray(std * math.sqrt(2) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1), dtype)
+  return init
+
+
 def patchify(pixels: jax.Array, patch: int) -> jax.Array:
   """[B, T, H, W, C] → [B, T · (H/p)(W/p), p · p · C]: frame-major, then row-major; in a patch row, column, channel."""
   B, T, H, W, C = pixels.shape
@@ -50,7 +63,8 @@ class Embed(nn.Module):
       return self.param(name, nn.with_logical_partitioning(init, (axis, 'embed')), (rows, s.width))
 
     self.word = table('word', s.vocab_size, 'vocab')
-    self.position = table('position', s.max_text, 'position')
+    position = sincos_rows if s.position_init == 'sincos' else nn.initializers.normal
+    self.position = table('position', s.max_text, 'position', position(s.position_std))
     # Two rows as published, of which only row 0 is used: a checkpoint's table survives the round trip.
     self.type = table('type', 2, 'type')
     patch_dim = s.patch * s.patch * s.channels

@@ -36,6 +36,9 @@ class ModelSpec:
   pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
   prefix_word: int | None = None     # None: LN(Word[spe]); an id: that word as a text of length 1
   spatial: str = 'sincos'            # 'sincos' (fixed) or 'learnt'
+  position_init: str = 'normal'      # 'normal' or 'sincos': the text positions' initial table
+  position_std: float = 0.02         # its standard deviation
+  query_key_init: str = 'independent'  # or 'equal': keys start as a copy of the queries
   temporal_std: float = 0.02         # initial standard deviation of the temporal rows
   layer_scale: float = 1e-3          # initial value of both LayerScale vectors
   drop_path: float = 0.0             # stochastic depth, same rate in every layer
@@ -66,6 +69,7 @@ class ModelSpec:
         layers=m.layers, width=m.width, heads=m.heads, hidden=m.hidden, vocab_size=vocab_size, spe_id=spe_id,
         image_size=m.image_size, patch=m.patch, channels=m.channels, max_frames=m.max_frames, max_text=m.max_text,
         pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), prefix_word=prefix_word, spatial=m.spatial,
+        position_init=m.position_init, position_std=m.position_std, query_key_init=m.query_key_init,
         temporal_std=m.temporal_std, layer_scale=m.layer_scale, drop_path=m.drop_path, dtype=jnp.dtype(m.dtype),
         remat=m.remat, router=moe.router, num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std,
         placement=placement, parts=tuple(moe.parts), router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperatures=temperatures,

@@ -29,13 +29,25 @@ def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def equal_query_key(init: Callable) -> Callable:
+  """An initialisation of a fused projection [..., 3, N, H] whose keys start as a copy of its queries.
+
+  Then attention starts where inputs are alike, so that similar positions, that is neighbours, see each other first
+  (Trockman & Kolter, Mimetic Initialization of Self-Attention Layers, 2023).
+  """
+  def copied(key, shape, dtype=jnp.float32):
+    kernel = init(key, shape, dtype)
+    return kernel.at[..., 1, :, :].set(kernel[..., 0, :, :])
+  return copied
+
+
 class ConditionalDense(nn.Module):
   """Kernels and biases of a linear projection, one per condition row, merged from E experts (or the only ones).
 
   Attributes:
     in_shape, out_shape: axes that the product contracts and makes.
     in_axes, out_axes: their logical names.
-    fans: (fan in, fan out) of the initialisation.
+    kernel_init: initialisation of the kernel.
     num_experts: E, or 0 for a dense projection.
     dtype: of the merged kernels, that is of the product.
   """
@@ -43,7 +55,7 @@ class ConditionalDense(nn.Module):
   out_shape: tuple[int, ...]
   in_axes: tuple[str, ...]
   out_axes: tuple[str, ...]
-  fans: tuple[int, int]
+  kernel_init: Callable
   num_experts: int
   dtype: jnp.dtype
 
@@ -52,7 +64,7 @@ class ConditionalDense(nn.Module):
     """Returns (kernel [A, *in, *out], bias [A, *out]); A = 1 when dense."""
     lead, lead_axes = ((self.num_experts,), ('experts',)) if self.num_experts else ((), ())
     kernel = self.param(
-        'kernel', nn.with_logical_partitioning(xavier_uniform(*self.fans), lead_axes + self.in_axes + self.out_axes),
+        'kernel', nn.with_logical_partitioning(self.kernel_init, lead_axes + self.in_axes + self.out_axes),
         lead + self.in_shape + self.out_shape)
     bias = self.param(
         'bias', nn.with_logical_partitioning(nn.initializers.zeros, lead_axes + self.out_axes), lead + self.out_shape)
