@@ -20,12 +20,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.update(dict(layers=4, width=128, heads=2, hidden=512))
   # Whether a paragraph continues a summary stays at chance in minutes: that task is left to configs/embedded.py.
   del c.tasks['continues'], c.evaluators['continues']
-  for name, batch in dict(clip_motion=8, text=40, package=16).items():
+  for name, batch in dict(clip_motion=8, glyph_class=48, text=24, package=16).items():
     c.tasks[name].batch = batch
   # Without both, masked words stay at the unigram's perplexity for the whole run: attention does not find neighbours.
   c.model.update(dict(position_init='sincos', position_std=0.06, query_key_init='equal'))
-  c.tasks.text.weight = 3.0
-  c.sets.vocabulary.samples = 640
+  c.tasks.text.weight = c.tasks.glyph_name.weight = 2.0
+  c.sets.vocabulary.samples = 512
   c.optim.update(dict(learning_rate=2e-3, warmup=60))
-  c.train.update(dict(steps=720, log_every=20, save_every=100))
+  c.train.update(dict(steps=600, log_every=20, save_every=100))
   return c

@@ -61,7 +61,7 @@ class TestPoses:
     # Draws of a half: start in the middle of every range, at frame 3.5, with the middle speed 1.3.
     course = clips.poses('move right', _MIDDLE)
     np.testing.assert_allclose(course[:, _X], 1.3 * (np.arange(8) - 3.5))
-    np.testing.assert_allclose(course[0, 1:], [0, 2**-0.1, 0, 0.675])
+    np.testing.assert_allclose(course[0, 1:], [0, 2**-0.05, 0, 0.675])
 
   @pytest.mark.parametrize(('phase', 'speed', 'dim'), [
       (0.0, 0.0, [0, 1, 0, 1, 0, 1, 0, 1]),

@@ -1,8 +1,10 @@
 """Embedders against a second, plain computation, and tables by hand."""
 
 import functools
+import math
 
 from absl.testing import absltest, parameterized
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from tests import small_model
 from uni_moe_jax.model import embed
 from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 
 @functools.cache
@@ -56,6 +59,28 @@ class SincosTest(absltest.TestCase):
   def test_scale_stretches_coordinates(self):
     # Twice as fine a grid at half the scale: token (2, 0) lies where (1, 0) lay.
     np.testing.assert_allclose(embed.sincos_table(4, 8, .5)[8], embed.sincos_table(2, 8)[2], rtol=1e-6)
+
+  def test_text_positions_by_hand(self):
+    # D = 4: two frequencies, 1 and 1/100; std .5 → amplitude .5 · √2.
+    rows = embed.sincos_rows(.5)(None, (3, 4))
+    angle = np.array([[0, 0], [1, .01], [2, .02]])
+    np.testing.assert_allclose(rows, math.sqrt(.5) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1), rtol=1e-6)
+    np.testing.assert_allclose(np.square(rows).mean(), .25, rtol=1e-6)
+
+  def test_a_model_starts_as_its_spec_says(self):
+    for position_init, query_key_init in (('sincos', 'equal'), ('normal', 'independent')):
+      spec = small_model.spec(position_init=position_init, position_std=.06, query_key_init=query_key_init)
+      text = small_model.sequence('text_classification', batch=1)
+      init = small_model.jit(UniPerceiver(spec).init)
+      params = nn.unbox(init(jax.random.key(0), (text,)))['params']
+      table = params['embed']['position']
+      np.testing.assert_allclose(np.sqrt(np.square(table).mean()), .06, rtol=.2)
+      self.assertEqual(np.allclose(table, embed.sincos_rows(.06)(None, table.shape)), position_init == 'sincos')
+      for subtree in ('blocks', 'tail'):
+        kernel = params['encoder'][subtree]['block0']['qkv']['kernel']
+        equal = np.array_equal(kernel[..., 0, :, :], kernel[..., 1, :, :])
+        self.assertEqual(equal, query_key_init == 'equal', subtree)
+        self.assertFalse(np.array_equal(kernel[..., 0, :, :], kernel[..., 2, :, :]))
 
 
 class PatchifyTest(absltest.TestCase):

@@ -128,6 +128,16 @@ class ConditionalDenseTest(absltest.TestCase):
     kernel = np.asarray(nn.unbox(variables)['params']['kernel'])
     self.assertLen(np.unique(kernel[:, 0, 0, 0, 0]), 4)
 
+  def test_keys_may_start_as_a_copy_of_the_queries(self):
+    plain = experts.xavier_uniform(40, 40)
+    kernel = experts.equal_query_key(plain)(jax.random.key(0), (4, 40, 3, 5, 8))
+    drawn = plain(jax.random.key(0), (4, 40, 3, 5, 8))
+    query, key, value = (kernel[:, :, i] for i in range(3))
+    np.testing.assert_array_equal(key, query)
+    np.testing.assert_array_equal(query, drawn[:, :, 0])
+    np.testing.assert_array_equal(value, drawn[:, :, 2])
+    self.assertGreater(float(jnp.abs(drawn[:, :, 1] - key).max()), .01)  # control: without it they differ
+
 
 class ProjectTest(absltest.TestCase):
 

@@ -40,7 +40,7 @@ MOTIONS = tuple(_DIRECTIONS)
 
 # Ranges: x and y in pixels, size in octaves, angle in degrees, light as a share of the picture's.
 _SPEEDS = np.array([(1.0, 1.6), (1.0, 1.6), (0.08, 0.14), (9.0, 15.0), (0.09, 0.13)])
-_STARTS = np.array([(-1.5, 1.5), (-1.5, 1.5), (-0.3, 0.1), (-6.0, 6.0), (0.45, 0.9)])
+_STARTS = np.array([(-1.0, 1.0), (-1.0, 1.0), (-0.15, 0.05), (-4.0, 4.0), (0.45, 0.9)])
 _ANCHORS = (2.0, 5.0)  # the moment, in frames, when the glyph is at its start
 _DIM = 0.35  # light between blinks: darkness would say "blink" in a single frame
 _LEAST_LIGHT = 0.05
