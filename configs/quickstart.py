@@ -22,8 +22,6 @@ def get_config() -> ml_collections.ConfigDict:
   del c.tasks['continues'], c.evaluators['continues']
   for name, batch in dict(clip_motion=8, glyph_class=48, text=24, package=16).items():
     c.tasks[name].batch = batch
-  # Without both, masked words stay at the unigram's perplexity for the whole run: attention does not find neighbours.
-  c.model.update(dict(position_init='sincos', position_std=0.06, query_key_init='equal'))
   c.tasks.text.weight = c.tasks.glyph_name.weight = 2.0
   c.sets.vocabulary.samples = 512
   c.optim.update(dict(learning_rate=2e-3, warmup=60))

@@ -16,7 +16,10 @@ def embedded(c: ml_collections.ConfigDict) -> None:
   # Mean and deviation of the training pictures: most of a glyph's picture is background.
   c.model.update(dict(
       image_size=32, patch=8, max_text=TEXT_TOKENS, pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3, layer_scale=0.5,
-      remat=False))
+      remat=False,
+      # Without these, masked words stay at the unigram's perplexity for hundreds of steps: attention has to find
+      # out first what a neighbour is.
+      position_init='sincos', position_std=0.06, query_key_init='equal'))
   c.sets.glyph_classes = config.target_set('glyphs/class', family='names')
   c.sets.motions = config.target_set('clips/motion', family='names')
   c.sets.vocabulary = config.target_set('vocabulary', family='words', scoring='sampled', samples=768)
