@@ -1,4 +1,4 @@
-"""Joint training of the embedded task kinds with attribute routing, on two CPU cores, in about eight minutes.
+"""Joint training of the embedded task kinds with attribute routing, on two CPU cores, in about twelve minutes.
 
   python launch/prepare_data.py
   python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart

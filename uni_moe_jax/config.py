@@ -102,7 +102,7 @@ def base() -> ml_collections.ConfigDict:
       spatial='sincos',            # sincos (fixed) | learnt
       position_init='normal',      # of text: normal | sincos (then learnt; neighbours start alike)
       position_std=0.02,           # initial std of the position rows
-      query_key_init='independent',  # independent | equal (attention starts among like positions: small models, short runs)
+      query_key_init='independent',  # independent | equal (attention starts among neighbours: short runs)
       temporal_std=0.02,           # initial std of the temporal rows
       prefix='spe',                # spe: LN(Word[spe]) | a word, embedded as a text of length 1
       layer_scale=1e-3,            # initial LayerScale; small models want about 0.1

@@ -19,6 +19,12 @@ from uni_moe_jax.moe.experts import xavier_uniform
 EMBED_STD = 0.02
 
 
+def _waves(x: np.ndarray, n: int) -> np.ndarray:
+  """[sin(x w), cos(x w)], w_k = 10000^(-k/n): coordinates [S] → [S, 2n]."""
+  angle = x[:, None] * 10000.0 ** (-np.arange(n) / n)[None]
+  return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
 def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
   """Fixed 2-D table [side², D]: [sin(r w), cos(r w), sin(c w), cos(c w)], w_k = 10000^(-k/(D/4)), r row, c column.
 
@@ -27,10 +33,8 @@ def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
     scale: multiplies coordinates (160/224 when a 160-px model goes on at 224).
   """
   quarter = width // 4
-  w = 10000.0 ** (-np.arange(quarter) / quarter)
   r, c = np.divmod(np.arange(side * side), side)
-  r, c = r[:, None] * scale * w[None], c[:, None] * scale * w[None]
-  return np.concatenate([np.sin(r), np.cos(r), np.sin(c), np.cos(c)], axis=1).astype(np.float32)
+  return np.concatenate([_waves(r * scale, quarter), _waves(c * scale, quarter)], axis=1).astype(np.float32)
 
 
 def sincos_rows(std: float):
@@ -38,9 +42,7 @@ def sincos_rows(std: float):
   def init(key, shape, dtype=jnp.float32):
     del key
     length, width = shape
-    half = width // 2
-    angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(half) / half)[None]
-    return jnp.asarray(std * math.sqrt(2) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1), dtype)
+    return jnp.asarray(std * math.sqrt(2) * _waves(np.arange(length), width // 2), dtype)
   return init
 
 
