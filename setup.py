@@ -20,6 +20,11 @@ _VERSION = re.search(
 _ON_LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 _ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 
+# regex is numbered by the date of a release, so there is no next one that may break an interface.
+_CLIP = ['ftfy>=6.3.1,<7', 'regex>=2026.11.19', 'tokenizers>=0.23.3,<0.24']
+
+_TORCH = ['torch>=2.13,<3']
+
 setuptools.setup(
     name='uni-moe-jax',
     version=_VERSION,
@@ -54,10 +59,11 @@ setuptools.setup(
         'tqdm>=4.70,<5',
     ],
     extras_require={
-        'test': ['pytest>=9.2,<10', 'pytest-xdist>=3.8,<4'],
+        'test': ['pytest>=9.2,<10', 'pytest-xdist>=3.8,<4', *_CLIP, *_TORCH],
+        'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': ['jax[tpu]>=0.10.2,<0.11'],
         'cuda': ['jax[cuda12]>=0.10.2,<0.11'],
-        'torch': ['torch>=2.13,<3'],  # reads the authors' checkpoints; nothing else needs it
+        'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': ['av>=18,<19'],  # decodes mp4, webm and gif
     },
 )

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tests import tiny
-from uni_moe_jax import config as config_lib
+from uni_moe_jax import resolve
 from uni_moe_jax.data import hashing
 from uni_moe_jax.data.examples import Builder, set_classes
 from uni_moe_jax.data.sources import Records
@@ -25,7 +25,7 @@ def _tokenizer() -> SentencePieceTokenizer:
 
 
 def _task(name, **changes):
-  return dataclasses.replace(config_lib.resolve(tiny.config(name)).tasks[0], **changes)
+  return dataclasses.replace(resolve.resolve(tiny.config(name)).tasks[0], **changes)
 
 
 def _build(name, training=True, classes=None, records=None, channels=1, **changes):
@@ -188,6 +188,18 @@ def test_evaluation_masks_every_pick_and_training_does_not():
   assert .5 < share(training=True) < 1
 
 
+@pytest.mark.parametrize('mask_specials', [False, True])
+def test_random_words_are_special_tokens_only_where_the_config_says_so(mask_specials):
+  tokenizer, task = _tokenizer(), _task('text')
+  examples = Builder(tokenizer, SETS, 1, True, mask_specials).build(task, tiny.records('paragraphs'))
+  # Every row in 100 epochs: about 600 random words, 10 of each id.
+  epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:100, :20])
+  text = examples.make(ids, hashing.example_hash(0, 'task', epochs, ids))['text'].numpy()
+  # Texts hold `eot`, masks `spe`: the other two come as random words or not at all.
+  others = {tokenizer.pad, tokenizer.unk}
+  assert others & set(text.ravel().tolist()) == (others if mask_specials else set())
+
+
 def test_pictures_move_in_training_only():
   still = _make(_build('shape'))['pixels']
   np.testing.assert_array_equal(_make(_build('shape', training=False, shift=2))['pixels'], still)
@@ -229,7 +241,7 @@ def test_a_source_without_any_label_is_an_error_not_an_empty_task():
 
 def test_set_classes_come_from_the_config_or_a_source():
   def classes(values):
-    spec = config_lib.resolve(tiny.config('shape')).sets[0]
+    spec = resolve.resolve(tiny.config('shape')).sets[0]
     return set_classes(dataclasses.replace(spec, values=values), lambda source, column: (source, column))
 
   assert classes(('a', 'b')) == ('a', 'b')

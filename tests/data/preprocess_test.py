@@ -9,6 +9,7 @@ from uni_moe_jax.data import hashing, preprocess
 SPE, EOT = 2, 3
 STARTS, INSIDE = range(4, 12), range(12, 20)  # pieces that begin a word, and that continue one
 WORD_START = np.array([i not in INSIDE for i in range(20)])
+WORD_END = np.zeros(20, bool)  # these pieces mark where words begin
 ORDINARY = np.array([*STARTS, *INSIDE], np.int32)
 
 
@@ -16,12 +17,13 @@ def _hashes(count, seed=0):
   return tf.constant(np.array([hashing.mix(seed, i) for i in range(count)], np.uint64))
 
 
-def _mask(text, picks, valid=None, always_mask=False, seed=0):
+def _mask(text, picks, valid=None, always_mask=False, seed=0, word_start=WORD_START, word_end=WORD_END,
+          ordinary=ORDINARY):
   text = np.array(text, np.int32)
   out = preprocess.mask_words(
       tf.constant(text), tf.constant(np.ones(text.shape, bool) if valid is None else valid), _hashes(len(text), seed),
-      word_start=tf.constant(WORD_START), ordinary=tf.constant(ORDINARY), spe=SPE, picks=picks,
-      always_mask=always_mask)
+      word_start=tf.constant(word_start), word_end=tf.constant(word_end), ordinary=tf.constant(ordinary), spe=SPE,
+      picks=picks, always_mask=always_mask)
   return {k: v.numpy() for k, v in out.items()}
 
 
@@ -59,6 +61,28 @@ def test_whole_words_are_picked_or_left():
   assert partly == 0
   lengths = [(w == words).sum() for row, words in zip(picked, word) for w in np.unique(words[row])]
   assert max(lengths) > 1  # long words do come up
+
+
+def test_words_may_be_marked_by_their_ends():
+  # A mirrored text is one of mirrored words: the pieces that began them end them.
+  text = _random_text(300, 40)[:, ::-1]
+  picked = _picked(_mask(text, picks=6, word_start=np.zeros(20, bool), word_end=WORD_START), text.shape)
+  # Pieces that have equally many ends from them on are one word.
+  word = np.cumsum(WORD_START[text][:, ::-1], axis=1)[:, ::-1]
+  shares = [row[words == w].mean() for row, words in zip(picked, word) for w in np.unique(words)]
+  assert set(shares) == {0., 1.}
+  lengths = [(w == words).sum() for row, words in zip(picked, word) for w in np.unique(words[row])]
+  assert max(lengths) > 1
+
+
+def test_a_start_divides_words_that_no_end_divides():
+  # 12 13 | 4 14 5 | 15 16 | 4, over and over: 4 starts a word and 5 ends one.
+  text = np.tile(np.array([12, 13, 4, 14, 5, 15, 16, 4], np.int32), (400, 5))
+  starts, ends = np.isin(np.arange(20), [4]), np.isin(np.arange(20), [5])
+  picked = _picked(_mask(text, picks=6, word_start=starts, word_end=ends), text.shape)
+  # The last 4 of a round goes on in the next one.
+  same = [np.array_equal(picked[:, i], picked[:, i + 1]) for i in range(39)]
+  assert same == [i % 8 in (0, 2, 3, 5, 7) for i in range(39)]
 
 
 # 15 % of 40 is 6; of 10, 1.5, which rounds to even: 2; a row of 3 still has one pick; M may be the smaller bound.
@@ -132,6 +156,13 @@ def test_random_words_are_ordinary_ones_and_all_of_them_occur():
   assert set(changed) == set(ORDINARY) - {4}
 
 
+def test_random_words_may_be_special_ones_if_these_count_as_ordinary():
+  text = np.full((4000, 40), 4, np.int32)
+  out = _mask(text, picks=6, ordinary=np.arange(20, dtype=np.int32))
+  changed = out['text'][(out['text'] != 4) & (out['text'] != SPE)]
+  assert set(changed) == set(range(20)) - {4, SPE}
+
+
 def test_evaluation_masks_every_pick():
   text = _random_text(100, 40)
   out = _mask(text, picks=10, always_mask=True)
@@ -145,7 +176,7 @@ def test_masks_are_a_function_of_the_example():
   a, again, other = _mask(text, 6), _mask(text, 6), _mask(text, 6, seed=1)
   alone = preprocess.mask_words(
       tf.constant(text[7:8]), tf.ones((1, 40), tf.bool), _hashes(20)[7:8], word_start=tf.constant(WORD_START),
-      ordinary=tf.constant(ORDINARY), spe=SPE, picks=6, always_mask=False)
+      word_end=tf.constant(WORD_END), ordinary=tf.constant(ORDINARY), spe=SPE, picks=6, always_mask=False)
   for k in a:
     np.testing.assert_array_equal(a[k], again[k])
     np.testing.assert_array_equal(a[k][7:8], alone[k])

@@ -10,6 +10,7 @@ import numpy as np
 
 from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.data import sources
+from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.examples import Builder, Examples, set_classes
 from uni_moe_jax.data.sets import TargetSet, build_set
 from uni_moe_jax.data.records import Records
@@ -21,8 +22,8 @@ class Data:
   """The data of a run; records are read once per (source, split).
 
   Attributes:
-    tokenizer: trained on the training text of the plan's sources, cached by content.
-    tokenizer_file: its model file.
+    tokenizer: trained on the training text of the plan's sources and cached by content, or the published one.
+    tokenizer_file: its model file, or its merges.
     sets: target sets by name.
     fingerprint: hex sha256 over the training records and the tokenizer.
   """
@@ -32,14 +33,15 @@ class Data:
     self._dir, self._channels, self._plan = config.data.dir, config.model.channels, plan
     self._records: dict[tuple[str, str], Records] = {}
     trained = [self.records(t.source, t.split) for t in plan.tasks]
-    self.tokenizer_file = self._train_tokenizer(trained, config.tokenizer.vocab_size)
-    self.tokenizer: Tokenizer = SentencePieceTokenizer(self.tokenizer_file)
+    self.tokenizer, self.tokenizer_file, tokenizer_print = self._make_tokenizer(config.tokenizer, trained)
     every = (*plan.sets, *plan.probe_sets)
     texts = {s.name: set_classes(s, self._classes_of) for s in every}
     self.sets: dict[str, TargetSet] = {s.name: build_set(s, texts[s.name], self.tokenizer) for s in every}
-    prints = sorted({r.fingerprint for r in trained}) + [self.tokenizer_file.stem]
+    prints = sorted({r.fingerprint for r in trained}) + [tokenizer_print]
     self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
-    self._builders = {training: Builder(self.tokenizer, texts, self._channels, training) for training in (True, False)}
+    self._builders = {
+        training: Builder(self.tokenizer, texts, self._channels, training, config.data.mask_specials)
+        for training in (True, False)}
 
   def records(self, source: str, split: str) -> Records:
     """One split of a source."""
@@ -58,6 +60,15 @@ class Data:
     if column not in classes:
       raise ValueError(f'config.sets: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
     return classes[column]
+
+  def _make_tokenizer(
+      self, config: ml_collections.ConfigDict, trained: list[Records]) -> tuple[Tokenizer, pathlib.Path, str]:
+    """(tokenizer, its file, fingerprint of what that file says)."""
+    if config.kind == 'clip':
+      tokenizer = ClipTokenizer(config.merges)
+      return tokenizer, pathlib.Path(config.merges), tokenizer.fingerprint
+    file = self._train_tokenizer(trained, config.vocab_size)
+    return SentencePieceTokenizer(file), file, file.stem
 
   def _train_tokenizer(self, trained: list[Records], vocab_size: int) -> pathlib.Path:
     """Model file for this text and size; trained once."""

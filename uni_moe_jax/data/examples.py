@@ -92,12 +92,14 @@ class Builder:
     tokenizer: of the run.
     classes: texts of each named target set, in order.
     channels: of pictures. training: random phrases, masks and shifts; otherwise the first phrase, every pick masked.
+    mask_specials: masked language modelling may put special tokens in the place of words (published).
     pixels: tensors by (source, split), so that tasks of one source hold its pictures once.
   """
   tokenizer: Tokenizer
   classes: dict[str, tuple[str, ...]]
   channels: int
   training: bool
+  mask_specials: bool = False
   pixels: dict[tuple[str, str], tf.Tensor] = dataclasses.field(default_factory=dict)
 
   def build(self, task: TaskSpec, records: Records) -> Examples:
@@ -210,15 +212,17 @@ class Builder:
     rows = pack(tokenizer.encode_batch(records.columns['text'].tolist()), task.length, tokenizer.eot)
     if not len(rows):
       raise ValueError(f'config.{field}.length={task.length}: source {task.source!r} has too little text for one row.')
-    table, word_start = tf.constant(rows), tf.constant(tokenizer.word_start)
-    ordinary = tf.constant(sorted(set(range(tokenizer.size)) - set(tokenizer.special_ids)), tf.int32)
+    table = tf.constant(rows)
+    word_start, word_end = tf.constant(tokenizer.word_start), tf.constant(tokenizer.word_end)
+    excluded = set() if self.mask_specials else tokenizer.special_ids
+    ordinary = tf.constant(sorted(set(range(tokenizer.size)) - excluded), tf.int32)
 
     def make(ids, hashes):
       text = tf.gather(table, ids)
       valid = tf.ones_like(text, tf.bool)
       masked = preprocess.mask_words(
-          text, valid, hashes, word_start=word_start, ordinary=ordinary, spe=tokenizer.spe, picks=task.picks,
-          always_mask=not self.training)
+          text, valid, hashes, word_start=word_start, word_end=word_end, ordinary=ordinary, spe=tokenizer.spe,
+          picks=task.picks, always_mask=not self.training)
       return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
     return Examples(len(rows), make)
 

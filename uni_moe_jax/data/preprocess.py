@@ -13,8 +13,8 @@ MASKED, RANDOM = 0.8, 0.1  # of the picked words: replaced by `spe`, by random w
 
 
 def mask_words(
-    text: tf.Tensor, valid: tf.Tensor, hashes: tf.Tensor, *, word_start: tf.Tensor, ordinary: tf.Tensor, spe: int,
-    picks: int, always_mask: bool) -> dict[str, tf.Tensor]:
+    text: tf.Tensor, valid: tf.Tensor, hashes: tf.Tensor, *, word_start: tf.Tensor, word_end: tf.Tensor,
+    ordinary: tf.Tensor, spe: int, picks: int, always_mask: bool) -> dict[str, tf.Tensor]:
   """Whole-word masking with a fixed number of picks.
 
   Words are taken in random order as long as all their tokens fit into the budget of 15 % of the row's tokens.
@@ -22,8 +22,8 @@ def mask_words(
   Args:
     text: int32 [n, S]. valid: bool [n, S].
     hashes: uint64 [n], see `hashing.example_hash`.
-    word_start: bool [V], pieces that begin a word.
-    ordinary: int32 [V'], ids that may stand in as random words (no special ones).
+    word_start: bool [V], pieces that begin a word. word_end: bool [V], pieces after which another word begins.
+    ordinary: int32 [V'], ids that may stand in as random words.
     spe: id of the mask token.
     picks: M.
     always_mask: replace every picked token by `spe` (evaluation: with the training mixture, copying would pay).
@@ -31,7 +31,9 @@ def mask_words(
   Returns:
     text int32 [n, S] with words replaced; position, label int32 [n, M]; weight f32 [n, M], 0 for unused picks.
   """
-  word = tf.cumsum(tf.cast(tf.gather(word_start, text), tf.int64), axis=1)  # equal for the tokens of one word
+  after_end = tf.pad(tf.gather(word_end, text)[:, :-1], [[0, 0], [1, 0]])
+  begins = tf.gather(word_start, text) | after_end
+  word = tf.cumsum(tf.cast(begins, tf.int64), axis=1)  # equal for the tokens of one word
   per_word = hashing.mix_tensor(hashes[:, None], word)
 
   def draw(purpose):

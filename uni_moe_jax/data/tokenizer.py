@@ -1,4 +1,4 @@
-"""Texts to token ids and back, with special tokens that no text can spell."""
+"""Texts to token ids and back; what is asked of a tokenizer, and one whose special tokens no text can spell."""
 
 import io
 import os
@@ -27,14 +27,20 @@ _TRAINER = dict(
 class Tokenizer(Protocol):
   """What the rest of the project asks of a tokenizer.
 
+  Whether texts can spell special tokens is each tokenizer's own contract: `SentencePieceTokenizer`'s cannot,
+  `ClipTokenizer`'s can, as published.
+
   Attributes:
     size: V, the number of ids.
-    pad: fills rows; 0.
+    pad: fills rows; 0. It may be the id of a word: only a mask tells filling from text.
     spe: prefix, mask, caption query and answer slot.
     eot: ends every text.
-    special_ids: the ids that no part of a word has: `pad`, `spe`, `eot` and `unk` if there is one.
+    special_ids: the ids that no part of a word has: `spe`, `eot`, and where there are such `pad`,
+      `unk` and others.
     word_start: bool [V], whether a piece begins a unit of whole-word masking: a word, punctuation
       (the stop after a word is not part of it), or a special token.
+    word_end: bool [V], whether a piece ends a unit, so that the next one begins another. A piece
+      begins a unit if it is a start or follows an end: vocabularies mark one or the other.
   """
   size: int
   pad: int
@@ -42,6 +48,7 @@ class Tokenizer(Protocol):
   eot: int
   special_ids: frozenset[int]
   word_start: np.ndarray
+  word_end: np.ndarray
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without special tokens around it."""
@@ -76,6 +83,7 @@ class SentencePieceTokenizer:
         i in self.special_ids or piece.startswith('▁') or not any(map(str.isalnum, piece))
         for i, piece in enumerate(pieces)
     ])
+    self.word_end = np.zeros(self.size, bool)  # pieces do not know where their word ends
 
   @staticmethod
   def train(

@@ -1,0 +1,90 @@
+"""A run's data with the published tokenizer: where it comes from, and what the fingerprint covers."""
+
+import dataclasses
+import gzip
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests import tiny
+from uni_moe_jax import resolve
+from uni_moe_jax.data import hashing
+from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
+
+_MERGES = '#version: 0.2\nt h\nth e</w>\n'
+
+
+def _data(merges=None, **fields):
+  config = tiny.config('text', 'package', data_dir=tiny.data_dir())
+  if merges is not None:
+    config.tokenizer.update(kind='clip', merges=str(merges))
+  config.data.update(fields)
+  return Data(config, resolve.resolve(config))
+
+
+@pytest.fixture(name='merges')
+def _merges(tmp_path):
+  path = tmp_path / 'merges.txt'
+  path.write_text(_MERGES)
+  return path
+
+
+def test_the_kind_of_the_config_is_the_tokenizer(merges):
+  assert isinstance(_data().tokenizer, SentencePieceTokenizer)
+  clip = _data(merges)
+  assert isinstance(clip.tokenizer, ClipTokenizer)
+  assert clip.tokenizer_file == merges
+
+
+def test_a_vocabulary_set_has_a_row_for_every_id_of_the_merges(merges):
+  assert _data(merges).sets['words'].size == 512 + 2 + 5  # not config.tokenizer.vocab_size
+
+
+def test_the_fingerprint_covers_what_the_merges_say_and_not_where_they_lie(merges, tmp_path):
+  first = _data(merges).fingerprint
+  packed, other = tmp_path / 'elsewhere.gz', tmp_path / 'other.txt'
+  packed.write_bytes(gzip.compress(_MERGES.encode()))
+  other.write_text(_MERGES.replace('t h', 'h t').replace('th', 'ht'))
+  assert _data(packed).fingerprint == first
+  assert _data(other).fingerprint != first
+  assert _data().fingerprint != first
+
+
+def test_a_missing_merges_file_is_named_with_its_field(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges='.*gone\.txt' is no file"):
+    _data(tmp_path / 'gone.txt')
+
+
+@pytest.mark.parametrize('mask_specials', [False, True])
+def test_the_config_says_whether_random_words_may_be_special(merges, mask_specials):
+  data = _data(merges, mask_specials=mask_specials)
+  task = next(t for t in data._plan.tasks if t.name == 'text')
+  examples = data.examples(task, training=True)
+  epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:400, :examples.size])
+  made = examples.make(ids, hashing.example_hash(0, 'text', epochs, ids))
+  drawn = set(made['text'].numpy().ravel().tolist())
+  # Texts hold `eot`, masks `spe`: the other three come as random words or not at all.
+  others = data.tokenizer.special_ids - {data.tokenizer.eot, data.tokenizer.spe}
+  assert others & drawn == (others if mask_specials else set())
+
+
+def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):
+  data = _data(merges)
+  task = next(t for t in data._plan.tasks if t.name == 'text')
+  examples = data.examples(dataclasses.replace(task, picks=8, length=60))  # 15 % of 60: 9; evaluation shows every pick
+  epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:20, :examples.size])
+  made = {k: v.numpy() for k, v in examples.make(ids, hashing.example_hash(0, 'text', epochs, ids)).items()}
+  longest = 0
+  for text, position, label, weight in zip(*(made[k] for k in ('text', 'position', 'label', 'weight'))):
+    picked = np.zeros(60, bool)
+    picked[position[weight > 0]] = True
+    text[position[weight > 0]] = label[weight > 0]
+    ends = data.tokenizer.word_end[text]
+    word = np.cumsum(ends) - ends  # ends before a piece
+    for w in np.unique(word):
+      assert len(set(picked[word == w])) == 1
+      longest = max(longest, picked[word == w].sum())
+  assert longest > 3
