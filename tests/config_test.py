@@ -4,7 +4,7 @@ import json
 
 from absl.testing import absltest, parameterized
 
-from uni_moe_jax import config, plan, tasks
+from uni_moe_jax import config, plan, resolve, tasks
 
 _SLOT = '{text} <eot> it is <spe> . <eot>'
 
@@ -29,7 +29,7 @@ def _config():
 class PlanTest(absltest.TestCase):
 
   def test_every_task_is_in_the_plan_with_its_kind_and_set(self):
-    resolved = config.resolve(_config())
+    resolved = resolve.resolve(_config())
     found = {t.name: (t.kind.name, t.target_set) for t in resolved.tasks}
     self.assertEqual(found, {
         'shape': ('image_classification', 'classes'), 'text': ('text_mlm', 'vocabulary'),
@@ -37,48 +37,78 @@ class PlanTest(absltest.TestCase):
         'package': ('text_classification', 'packages')})
 
   def test_a_set_has_the_condition_of_its_family(self):
-    families = {s.name: s.condition for s in config.resolve(_config()).sets}
+    families = {s.name: s.condition for s in resolve.resolve(_config()).sets}
     self.assertEqual(families['classes'], tasks.families()['names'])
     self.assertEqual(families['vocabulary'], tasks.families()['words'])
 
   def test_a_set_that_no_task_uses_is_left_out(self):
     c = _config()
     c.sets.unused = config.target_set(('a',), family='words')
-    self.assertNotIn('unused', [s.name for s in config.resolve(c).sets])
+    self.assertNotIn('unused', [s.name for s in resolve.resolve(c).sets])
+
+  def test_a_run_that_encodes_all_sets_keeps_those_that_no_task_uses(self):
+    c = _config()
+    c.sets.unused = config.target_set(('a',), family='words')
+    c.tasks.shape.batch = 0  # and those that only a probe uses
+    self.assertEqual([s.name for s in resolve.resolve(c).probe_sets], ['classes'])
+    c.train.encode_all_sets = True
+    every, resolved = ['classes', 'packages', 'unused', 'vocabulary'], resolve.resolve(c)
+    self.assertEqual([s.name for s in resolved.sets], every)
+    self.assertEqual([s.name for s in resolved.only('package').sets], every)
+    self.assertEqual(resolved.probe_sets, ())
 
   def test_only_the_vocabulary_is_the_vocabulary(self):
-    found = {s.name: s.is_vocabulary for s in config.resolve(_config()).sets}
+    found = {s.name: s.is_vocabulary for s in resolve.resolve(_config()).sets}
     self.assertEqual(found, {'classes': False, 'packages': False, 'vocabulary': True})
 
   def test_a_task_without_a_temperature_group_has_that_of_its_kind(self):
     c = _config()
     c.tasks.name.temperature = c.tasks.text.temperature = 'words'
-    self.assertEqual(config.resolve(c).temperatures,
+    self.assertEqual(resolve.resolve(c).temperatures,
                      ('image_classification', 'image_retrieval', 'text_classification', 'words'))
+
+  def test_temperature_groups_of_the_model_exist_beside_those_of_the_tasks(self):
+    c = _config()
+    c.tasks.name.temperature = c.tasks.text.temperature = 'words'
+    c.model.temperatures = ('words', 'downstream')
+    self.assertEqual(resolve.resolve(c).temperatures,
+                     ('downstream', 'image_classification', 'image_retrieval', 'text_classification', 'words'))
+
+  def test_how_often_a_task_is_drawn_and_how_much_it_counts_are_two_fields(self):
+    c = _config()
+    c.tasks.shape.update(weight=.5, sampling=3.)
+    found = {t.name: (t.weight, t.sampling) for t in resolve.resolve(c).tasks}
+    self.assertEqual(found['shape'], (.5, 3.))
+    self.assertEqual(found['text'], (1., 0.))
+
+  def test_clips_may_have_constants_of_their_own(self):
+    c = _config()
+    c.model.update(video_mean=(.1, .2, .3), video_std=(.4, .5, .6))
+    resolve.resolve(c)  # one a channel; () is the default
 
   def test_tasks_of_one_kind_and_shape_share_a_group(self):
     c = _config()
     c.tasks.second = c.tasks.package.copy_and_resolve_references()
-    groups = {k: [t.name for t in v] for k, v in config.resolve(c).groups.items()}
+    groups = {k: [t.name for t in v] for k, v in resolve.resolve(c).groups.items()}
     self.assertEqual(groups['text_classification'], ['package', 'second'])
 
   def test_tasks_of_one_kind_and_two_lengths_are_two_groups(self):
     c = _config()
     c.tasks.second = c.tasks.package.copy_and_resolve_references()
     c.tasks.second.length = 24
-    groups = {k: [t.name for t in v] for k, v in config.resolve(c).groups.items()}
+    groups = {k: [t.name for t in v] for k, v in resolve.resolve(c).groups.items()}
     self.assertEqual(groups['text_classification/16/0'], ['package'])
     self.assertEqual(groups['text_classification/24/0'], ['second'])
 
   def test_a_step_of_one_task_holds_its_set_only(self):
-    only = config.resolve(_config()).only('package')
+    only = resolve.resolve(_config()).only('package')
     self.assertEqual([t.name for t in only.tasks], ['package'])
     self.assertEqual([s.name for s in only.sets], ['packages'])
 
   def test_a_task_of_batch_zero_is_evaluated_but_not_trained(self):
     c = _config()
     c.tasks.shape.batch = 0
-    resolved = config.resolve(c)
+    resolved = resolve.resolve(c)
     self.assertEqual([t.name for t in resolved.probes], ['shape'])
     self.assertEqual([s.name for s in resolved.probe_sets], ['classes'])
     self.assertNotIn('shape', [t.name for t in resolved.tasks])
@@ -86,8 +116,13 @@ class PlanTest(absltest.TestCase):
   def test_an_evaluator_names_its_task(self):
     c = _config()
     c.evaluators.top = config.evaluator('classification', 'shape', split='test')
-    [evaluation] = config.resolve(c).evaluations
+    [evaluation] = resolve.resolve(c).evaluations
     self.assertEqual((evaluation.task.name, evaluation.split), ('shape', 'test'))
+
+  def test_the_published_tokenizer_is_two_fields(self):
+    c = _config()
+    c.tokenizer.update(kind='clip', merges='merges.txt')  # whether it is there is found when it is read
+    self.assertEqual(resolve.resolve(c), resolve.resolve(_config()))
 
 
 class OwnRowsTest(absltest.TestCase):
@@ -96,31 +131,31 @@ class OwnRowsTest(absltest.TestCase):
     c = _config()
     c.kinds.search = dict(inputs=(('text', 'full'),), target='pair', readout='first', router_task='search')
     c.tasks.search = config.task('search', 'pairs', batch=4, captions=('{text_b}',), length=8)
-    found = {t.name: t.kind for t in config.resolve(c).tasks}['search']
+    found = {t.name: t.kind for t in resolve.resolve(c).tasks}['search']
     self.assertEqual(found.conditions[0].bits, (0, 1, 0, 1, 0, 1, 0, 0))
 
   def test_a_kind_of_the_config_leaves_the_built_in_rows_alone(self):
     c = _config()
     c.kinds.tag = dict(inputs=(('visual', 'full'),), target='words', readout='first', router_task='tag')
     built_in = tuple(tasks.KINDS.values())
-    self.assertEqual(config.resolve(c).kinds[:len(built_in)], built_in)
+    self.assertEqual(resolve.resolve(c).kinds[:len(built_in)], built_in)
 
   def test_a_family_of_the_config_carries_a_kind_that_the_built_in_ones_refuse(self):
     c = _config()
     row = dict(inputs=(('visual', 'full'), ('text', 'full')), target='names', readout='first', router_task='seen')
     c.kinds.seen = row
     with self.assertRaisesRegex(ValueError, "'seen'.*would change the frozen bits.*'names': declare a new family"):
-      config.resolve(c)
+      resolve.resolve(c)
     c.kinds.seen.target = 'seen_names'
     c.families.seen_names = (1, 1, 0, 1)
-    config.resolve(c)
+    resolve.resolve(c)
 
   def test_placement_is_a_name_or_a_tuple(self):
     c = _config()
     c.moe.placement = (0, 3)
-    config.resolve(c)
+    resolve.resolve(c)
     c.moe.placement = 'odd'
-    config.resolve(c)
+    resolve.resolve(c)
     self.assertEqual(json.loads(c.to_json())['moe']['placement'], 'odd')
 
 
@@ -139,10 +174,19 @@ _ERRORS = {
     'drop_path': (lambda c: c.model.update(drop_path=1.0), r'config\.model\.drop_path=1\.0 must be in \[0, 1\)'),
     'channels': (lambda c: c.model.update(channels=1),
                  r'config\.model\.pixel_mean has 3 values for config\.model\.channels=1'),
+    'video_mean': (lambda c: c.model.update(video_mean=(.5,)),
+                   r'config\.model\.video_mean has 1 values for config\.model\.channels=3'),
+    'video_std': (lambda c: c.model.update(video_mean=(.5,) * 3, video_std=(.5, .5)),
+                  r'config\.model\.video_std has 2 values for config\.model\.channels=3'),
+    'no_pixel_mean': (lambda c: c.model.update(pixel_mean=()),
+                      r'config\.model\.pixel_mean has 0 values for config\.model\.channels=3'),
     'dtype': (lambda c: c.model.update(dtype='bfloat'),
               r"config\.model\.dtype='bfloat' is unknown; did you mean 'bfloat16' or 'float32'\?"
               ' choices: bfloat16, float32'),
     'spatial': (lambda c: c.model.update(spatial='learned'), r"spatial='learned' .*did you mean 'learnt'"),
+    'stored_spatial': (lambda c: c.model.update(spatial='store'),
+                       r"config\.model\.spatial='store' is unknown; did you mean 'stored'\?"
+                       ' choices: learnt, sincos, stored'),
     # Experts.
     'router': (lambda c: c.moe.update(router='atribute'),
                r"config\.moe\.router='atribute' is unknown; did you mean 'attribute'\?"
@@ -155,11 +199,27 @@ _ERRORS = {
                         r'config\.moe\.placement=\(0, 4\) has an index outside 0…3'),
     'parts': (lambda c: c.moe.update(parts=('atention',)),
               r"config\.moe\.parts='atention' is unknown; did you mean 'attention'"),
+    # Tokenizer.
+    'tokenizer': (lambda c: c.tokenizer.update(kind='sentencepeice'),
+                  r"config\.tokenizer\.kind='sentencepeice' is unknown; did you mean 'sentencepiece'\? "
+                  'choices: clip, sentencepiece'),
+    'merges': (lambda c: c.tokenizer.update(kind='clip'),
+               r"config\.tokenizer\.merges='' must be a path when config\.tokenizer\.kind='clip'; give that of CLIP's"),
     # Training.
     'steps': (lambda c: c.train.update(steps=0), r'config\.train\.steps=0 must be at least 1'),
     'rate': (lambda c: c.optim.update(learning_rate=-1.0), r'config\.optim\.learning_rate=-1\.0 must be at least 0'),
     'mixture': (lambda c: c.train.update(mixture='mixd'), r"config\.train\.mixture='mixd' .*did you mean 'mixed'"),
     'schedule': (lambda c: c.optim.update(schedule='cosin'), r"config\.optim\.schedule='cosin' .*'cosine'"),
+    'published_schedule': (lambda c: c.optim.update(schedule='publish'),
+                           r"config\.optim\.schedule='publish' is unknown; did you mean 'published'\?"
+                           ' choices: constant, cosine, published'),
+    'without_gradient': (lambda c: c.optim.update(without_gradient='set_to_none'),
+                         r"config\.optim\.without_gradient='set_to_none' is unknown; did you mean 'settonone'\?"
+                         ' choices: settonone, update, zerograd'),
+    'contrastive': (lambda c: c.train.update(contrastive='means'),
+                    r"config\.train\.contrastive='means' is unknown; did you mean 'mean'\? choices: mean, sum"),
+    'twins': (lambda c: c.train.update(twins='mask'),
+              r"config\.train\.twins='mask' is unknown; did you mean 'masked'\? choices: masked, negatives"),
     'ema': (lambda c: c.train.update(ema=1.0), r'config\.train\.ema=1\.0 must be in \[0, 1\); 0 is off'),
     'accum_sampled': (lambda c: c.train.update(mixture='sampled', accum=2),
                       r"config\.train\.accum=2 needs config\.train\.mixture='mixed', not 'sampled'"),
@@ -233,14 +293,14 @@ _ERRORS = {
 class ErrorsTest(parameterized.TestCase):
 
   def test_the_config_is_right_without_the_change(self):
-    config.resolve(_config())
+    resolve.resolve(_config())
 
   @parameterized.named_parameters(*((name, *case) for name, case in _ERRORS.items()))
   def test_a_wrong_field_is_named_with_value_bound_and_fix(self, change, message):
     c = _config()
     change(c)
     with self.assertRaisesRegex(ValueError, message):
-      config.resolve(c)
+      resolve.resolve(c)
 
 
 class BatchesTest(absltest.TestCase):
@@ -252,15 +312,15 @@ class BatchesTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, (
         r'config\.tasks\.name\.batch=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\);'
         ' try 8')):
-      config.check_batches(config.resolve(c), shards=4, accum=2)
+      resolve.check_batches(resolve.resolve(c), shards=4, accum=2)
 
   def test_batches_that_divide_pass(self):
-    config.check_batches(config.resolve(_config()), shards=4, accum=1)
+    resolve.check_batches(resolve.resolve(_config()), shards=4, accum=1)
 
   def test_the_next_smaller_batch_is_proposed_where_there_is_one(self):
-    resolved: plan.Plan = config.resolve(_config()).only('shape')
+    resolved: plan.Plan = resolve.resolve(_config()).only('shape')
     with self.assertRaisesRegex(ValueError, 'batch=8 must be a multiple of 3 .*; try 6'):
-      config.check_batches(resolved, shards=3, accum=1)
+      resolve.check_batches(resolved, shards=3, accum=1)
 
 
 if __name__ == '__main__':

@@ -15,11 +15,12 @@ _RULES = {
     'attributes': ((), 'the bits of a token follow from plain values; all others read them'),
     'tasks': (('attributes',), 'a task kind is a declaration from which attributes follow'),
     'plan': (('attributes', 'tasks'), 'the static facts of a run are made of kinds and conditions'),
-    'config': (
-        ('attributes', 'tasks', 'plan'),
+    'config': ((), 'fields and defaults: plain values'),
+    'resolve': (
+        ('attributes', 'tasks', 'plan', 'config'),
         'a config is checked against the tables, before any model or data exists',
     ),
-    'recipes': (('attributes', 'tasks', 'plan', 'config'), 'a recipe fills in a config, as a person would'),
+    'recipes': (('config',), 'a recipe fills in a config, as a person would'),
     'cli': (
         ('attributes', 'tasks', 'plan', 'config'),
         'a mistyped command is answered before anything slow is loaded',
@@ -43,7 +44,7 @@ _RULES = {
         'an evaluator is given functions, so that every model is measured alike',
     ),
     'train': (
-        ('attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'model', 'data', 'eval'),
+        ('attributes', 'tasks', 'plan', 'config', 'resolve', 'sharding', 'losses', 'model', 'data', 'eval'),
         'the trainer joins the other rooms; experts it knows only through the model',
     ),
     'export': (
@@ -142,6 +143,7 @@ def test_the_rules_allow_no_circle():
     ('uni_moe_jax/model/bad.py', 'from uni_moe_jax.data import texts', 'model imports data'),
     ('uni_moe_jax/export/bad.py', 'from uni_moe_jax.train import step', 'export imports train'),
     ('uni_moe_jax/tasks.py', 'from uni_moe_jax import config', 'tasks imports config'),
+    ('uni_moe_jax/config.py', 'from uni_moe_jax import resolve', 'config imports resolve'),
     ('uni_moe_jax/attributes.py', 'from uni_moe_jax import tasks', 'attributes imports tasks'),
     ('uni_moe_jax/losses.py', 'from uni_moe_jax import sharding', 'losses imports sharding'),
     ('uni_moe_jax/__init__.py', 'from uni_moe_jax import tasks', '__init__ imports tasks'),

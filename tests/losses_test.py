@@ -64,17 +64,14 @@ def test_mixed_labels_equal_the_soft_target_loss_in_value_and_gradient():
   np.testing.assert_allclose(da, db, atol=1e-6)
 
 
-# Three pairs; texts 0 and 2 are the same. Similarities left · right are chosen directly: with right the identity,
-# row i of left is what sample i says to texts 0, 1, 2.
+# Three pairs; texts 0 and 2 are the same. Row i is what sample i says to texts 0, 1, 2.
 LEFT = np.log([[4., 2., 9.], [1., 3., 1.], [9., 2., 6.]])
 TEXT_IDS = [7, 5, 7]
 
 
-def _contrastive(left=LEFT, text_ids=TEXT_IDS, weights=(1., 1., 1.), scale=1., **kw):
-  n = len(left)
-  return contrastive(
-      jnp.asarray(left, jnp.float32), np.eye(n, dtype=np.float32), np.float32(scale), np.array(text_ids),
-      np.array(weights, np.float32), **kw)
+def _contrastive(left=LEFT, text_ids=TEXT_IDS, weights=(1., 1., 1.), **kw):
+  text_ids = None if text_ids is None else np.array(text_ids)
+  return contrastive(jnp.asarray(left, jnp.float32), text_ids, np.array(weights, np.float32), **kw)
 
 
 # Left → right: sample 0 has 4 against 2 (the 9 is its own text): ln 6/4; sample 1: 3 of 5: ln 5/3; sample 2: 6
@@ -107,11 +104,9 @@ def test_contrastive_weights_count_samples_and_leave_them_as_negatives():
   assert float(tally.weight) == 3
 
 
-def test_the_scale_multiplies_similarities():
-  # Squared odds (2 ln x = ln x²): 16 against 4; 9 of 11; 36 against 4; back: 16 against 1; 9 of 17; 36 against 1.
-  forward = [math.log(20 / 16), math.log(11 / 9), math.log(40 / 36)]
-  backward = [math.log(17 / 16), math.log(17 / 9), math.log(37 / 36)]
-  np.testing.assert_allclose(_contrastive(scale=2.).loss, .5 * (sum(forward) + sum(backward)), rtol=1e-5)
+def test_without_text_ids_equal_texts_are_negatives_as_published():
+  np.testing.assert_array_equal(_contrastive(text_ids=None).loss, _contrastive(text_ids=[0, 1, 2]).loss)
+  assert float(_contrastive(text_ids=None).loss) > float(_contrastive().loss) + .1  # the twin's 9 counts against 4
 
 
 def test_smoothing_of_pairs_spreads_over_the_allowed_texts_only():

@@ -12,6 +12,7 @@ import numpy as np
 
 from tests import small_model
 from uni_moe_jax import sharding
+from uni_moe_jax.model.params import boxed_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 _ONE = dict(replica=1, data=1, expert=1, model=1)
@@ -23,10 +24,9 @@ def _is_box(x) -> bool:
 
 @functools.cache
 def _boxed(router: str):
-  """Boxed shapes of a model with a learnt spatial table, so that all parameters that exist are there."""
-  from uni_moe_jax.train import setup  # brings TensorFlow along, which the other tests here can do without
-  model = UniPerceiver(small_model.spec(router, spatial='learnt'))
-  return jax.eval_shape(functools.partial(setup.boxed_params, model), jax.random.key(0))
+  """Boxed shapes of a model with a learnt spatial table, prompts and a head: all parameters that exist are there."""
+  model = UniPerceiver(small_model.spec(router, spatial='learnt', prompts=2, spe_bias=True, head=3, visual_type=True))
+  return jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
 
 
 def _leaves(router: str):

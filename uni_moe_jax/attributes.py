@@ -59,5 +59,10 @@ class Condition:
   task: str
   modality: str
 
+  @property
+  def is_target(self) -> bool:
+    """Whether the tokens are on the target side (bit 6)."""
+    return bool(self.bits[6])
+
   def __str__(self) -> str:
     return f'{to_string(self.bits)} ({self.task}, {self.modality})'

@@ -1,32 +1,11 @@
-"""The run's configuration: every field with its default, and the one place where it is checked.
+"""The run's configuration: every field with its default. `base()` lists them; `resolve.py` checks them."""
 
-`base()` lists every field. `resolve(config)` checks all of them before any device work and returns a `Plan`: the
-static facts (kinds, tasks, target sets, groups) that data, trainer and evaluators share.
-"""
-
-import dataclasses
-import re
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from uni_moe_jax import tasks as kinds_lib
-from uni_moe_jax.attributes import Condition
-from uni_moe_jax.plan import VOCABULARY, Evaluation, Plan, SetSpec, TaskSpec
-from uni_moe_jax.tasks import Kind, nearest
-
-MIXTURES = ('mixed', 'sampled')
-SCORINGS = ('exact', 'sampled')
-SCHEDULES = ('cosine', 'constant')
 FREEZE = 'freeze'
-# Evaluator → whether it can ask a kind.
-EVALUATIONS = {
-    'classification': lambda kind: kind.readout in ('first', 'slot') and kind.target != 'pair',
-    'retrieval': lambda kind: kind.target == 'pair',
-    'mlm': lambda kind: kind.readout == 'picks',
-    'caption': lambda kind: kind.readout == 'queries',
-}
 
 
 def _create(fields: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -34,9 +13,10 @@ def _create(fields: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def task(
-    kind: str, source: str, *, batch: int, split: str = 'train', weight: float = 1.0, temperature: str = '',
+    kind: str, source: str, *, batch: int, split: str = 'train', weight: float = 1.0, sampling: float = 0.0,
+    temperature: str = '',
     target_set: str = '', label: str = '', captions: tuple[str, ...] = (), template: str = '', length: int = 0,
-    picks: int = 0, smoothing: float = 0.0, shift: int = 0) -> ml_collections.ConfigDict:
+    picks: int = 0, smoothing: float = 0.0, shift: int = 0, head: bool = False) -> ml_collections.ConfigDict:
   """One task: an instance of a kind.
 
   Args:
@@ -45,6 +25,7 @@ def task(
     batch: examples per step over all devices and micro-steps; 0: the task is evaluated only (zero-shot).
     split: of the source.
     weight: factor of the task's loss.
+    sampling: how often a sampled mixture draws the task, relative to the others; 0: by its weight, and its loss counts once.
     temperature: temperature group; tasks that name one share a learnt scale. '' = the kind's name.
     target_set: entry of `config.sets`, for kinds with a target family.
     label: column with the class name (kinds that choose among names, label words or answers).
@@ -54,11 +35,12 @@ def task(
     picks: M, at most this many masked tokens per row (masked language modelling).
     smoothing: label smoothing.
     shift: random translation of pictures in training, pixels.
+    head: adds a linear head, which starts at zero, to the similarity with the target set's entries (one task at most).
   """
   return _create(dict(
-      kind=kind, source=source, split=split, batch=batch, weight=weight, temperature=temperature,
+      kind=kind, source=source, split=split, batch=batch, weight=weight, sampling=sampling, temperature=temperature,
       target_set=target_set, label=label, captions=captions, template=template, length=length, picks=picks,
-      smoothing=smoothing, shift=shift))
+      smoothing=smoothing, shift=shift, head=head))
 
 
 def target_set(
@@ -99,15 +81,21 @@ def base() -> ml_collections.ConfigDict:
       max_frames=8,                # rows of the temporal table
       max_text=512,                # rows of the position table
       pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5),
-      spatial='sincos',            # sincos (fixed) | learnt
+      video_mean=(), video_std=(),  # of clips (more than one frame); () = as pictures. Published: 0.5, pictures ImageNet's
+      spatial='sincos',            # sincos (computed) | stored (a parameter that starts so; published, frozen) | learnt
+      visual_type=False,           # a learnt row added to visual tokens (some published checkpoints)
       position_init='normal',      # of text: normal | sincos (then learnt; neighbours start alike)
       position_std=0.02,           # initial std of the position rows
       query_key_init='independent',  # independent | equal (attention starts among neighbours: short runs)
       temporal_std=0.02,           # initial std of the temporal rows
-      prefix='spe',                # spe: LN(Word[spe]) | a word, embedded as a text of length 1
+      prefix='<spe>',              # <spe>: LN(Word[spe]) | a word, embedded as a text of length 1
       layer_scale=1e-3,            # initial LayerScale; small models want about 0.1
       drop_path=0.0,               # stochastic depth
       temperature=0.07,            # initial τ of every temperature group
+      prompts=0,                   # deep prompts per layer
+      prompt_sides='shared',       # by inputs and targets | separate
+      spe_bias=False,              # a learnt row added to every spe
+      temperatures=(),             # groups that exist beside those of the trained tasks (a converted checkpoint's)
       dtype='float32',             # of products: float32 | bfloat16; parameters stay float32
       remat=True,                  # recompute blocks in the backward pass: less memory, a third more work
   ))
@@ -121,26 +109,34 @@ def base() -> ml_collections.ConfigDict:
       parts=('attention', 'ffn'),  # projections with experts
   ))
   c.tokenizer = _create(dict(
-      vocab_size=2000,             # V, special pieces included
+      kind='sentencepiece',        # sentencepiece (learnt from the run's text) | clip (published; extra `clip`)
+      vocab_size=2000,             # V, special pieces included; clip: not used, V follows from the merges
+      merges='',                   # clip: path of bpe_simple_vocab_16e6.txt.gz, or of another file of that format
   ))
   c.data = _create(dict(
       dir='~/.cache/uni_moe_jax',  # prepared data; see launch/prepare_data.py
+      mask_specials=False,         # random words of masked language modelling may be special tokens; published: True
   ))
   c.kinds = _create({})            # own rows: {name: {inputs: (('visual', 'full'), …), target, readout, router_task}}
   c.families = _create({})         # own target families: {name: (four task bits)}
   c.sets = _create({})             # {name: target_set(…)}
   c.tasks = _create({})            # {name: task(…)}
   c.optim = _create(dict(
-      learning_rate=1e-3, warmup=200, schedule='cosine',  # schedule: cosine | constant; warmup in steps
+      learning_rate=1e-3, warmup=200,  # warmup in steps
+      # cosine | constant | published: its first update has rate 0, its cosine is not clamped and rises again past the end
+      schedule='cosine',
       final=0.0,                   # learning rate at the end, as a fraction of the peak
       b1=0.9, b2=0.95, eps=1e-6,   # AdamW
       clip=1.0,                    # global norm; 0 = off
+      # What happens to a parameter or expert that a step does not use. update: gradient zero (moments decay, weight decay
+      # applies) | settonone, zerograd: left alone, as by PyTorch's two ways to reset gradients (train/adam.py)
+      without_gradient='update',
       # (pattern, factor of the learning rate, weight decay) or (pattern, 'freeze'): the first match wins, and every
       # parameter must match one. Patterns are searched in paths such as 'encoder/blocks/block0/ffn_in/kernel'.
       rules=(
           (r'scale[12]$|log_scale', 1.0, 0.0),
           (r'_router/', 1.0, 0.0),
-          (r'embed/(word|position|type|temporal|spatial)$', 1.0, 0.0),
+          (r'embed/(word|position|type|visual_type|temporal|spatial)$', 1.0, 0.0),
           (r'norm\d?/|bias$', 1.0, 0.0),
           (r'.*', 1.0, 0.05),
       ),
@@ -149,6 +145,9 @@ def base() -> ml_collections.ConfigDict:
       steps=1000,
       mixture='mixed',             # mixed: every task in every step | sampled: one task a step, by weight
       accum=1,                     # micro-steps; target sets are encoded once for all of them
+      encode_all_sets=False,       # also sets that no task of the step names (published)
+      contrastive='mean',          # of both directions of retrieval: mean | sum (published)
+      twins='masked',              # equal texts of a retrieval batch: masked (no negatives) | negatives (published)
       ema=0.0,                     # decay of averaged parameters, used by evaluation when > 0
       log_every=20,                # steps
       save_every=200,              # steps
@@ -160,190 +159,19 @@ def base() -> ml_collections.ConfigDict:
   return c
 
 
-def resolve(c: ml_collections.ConfigDict) -> Plan:
-  """Checks the whole config; returns the plan.
+def completed(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A config that an earlier version of this package wrote, with the defaults of the fields that it did not know."""
+  def fill(known, defaults):
+    for name, value in defaults.items():
+      if name not in known:
+        known[name] = value
+      elif isinstance(value, ml_collections.ConfigDict) and len(value):
+        fill(known[name], value)
 
-  Raises:
-    ValueError: the first field that is wrong: its name, its value, the bound and the fix.
-  """
-  _check_model(c)
-  _check_train(c)
-  families = {**kinds_lib.families(), **{name: _own_family(name, bits) for name, bits in c.families.items()}}
-  kinds = {**kinds_lib.KINDS, **{name: _own_kind(name, row) for name, row in c.kinds.items()}}
-  for name in c.kinds:
-    kinds_lib.check_kind(kinds[name], families)
-  sets = tuple(_resolve_set(name, s, families) for name, s in c.sets.items())
-  trained = {name for name, t in c.tasks.items() if t.batch != 0}
-  if not trained:
-    raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…).')
-  lengths: dict[str, set[tuple[int, int]]] = {}
-  for name in trained:
-    lengths.setdefault(c.tasks[name].kind, set()).add((c.tasks[name].length, c.tasks[name].picks))
-  by_name = {s.name: s for s in sets}
-  resolved = tuple(_resolve_task(name, t, kinds, by_name, c, lengths) for name, t in c.tasks.items())
-  tasks = tuple(t for t in resolved if t.name in trained)
-  probes = tuple(t for t in resolved if t.name not in trained)
-  used = {t.target_set for t in tasks}
-  return Plan(
-      kinds=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
-      probe_sets=tuple(s for s in sets if s.name in {t.target_set for t in probes} - used),
-      evaluations=tuple(_resolve_evaluation(name, e, resolved) for name, e in c.evaluators.items()),
-      temperatures=tuple(sorted({t.temperature for t in tasks})))
-
-
-def _choose(field: str, value, choices) -> None:
-  if value not in choices:
-    raise ValueError(f'config.{field}={value!r} is unknown; {nearest(value, choices)}.')
-
-
-def _at_least(c: ml_collections.ConfigDict, section: str, bounds: dict[str, float]) -> None:
-  for name, bound in bounds.items():
-    if c[section][name] < bound:
-      raise ValueError(f'config.{section}.{name}={c[section][name]} must be at least {bound}.')
-
-
-def _divides(part: str, b: int, whole: str, a: int) -> None:
-  if a % b:
-    raise ValueError(f'config.{whole}={a} must be a multiple of config.{part}={b}; try {max(b, a - a % b)}.')
-
-
-def _check_model(c: ml_collections.ConfigDict) -> None:
-  m, moe = c.model, c.moe
-  _at_least(c, 'model', dict(layers=1, width=4, heads=1, hidden=1, image_size=1, patch=1, channels=1, max_frames=1,
-                             max_text=1, layer_scale=0.0, drop_path=0.0))
-  _divides('model.heads', m.heads, 'model.width', m.width)
-  _divides('model.patch', m.patch, 'model.image_size', m.image_size)
-  if m.width % 4:
-    raise ValueError(f'config.model.width={m.width} must be a multiple of 4 (the spatial table); try {m.width // 4 * 4}.')
-  if not 0 <= m.drop_path < 1:
-    raise ValueError(f'config.model.drop_path={m.drop_path} must be in [0, 1).')
-  for name in ('pixel_mean', 'pixel_std'):
-    if len(m[name]) != m.channels:
-      raise ValueError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
-  _choose('model.spatial', m.spatial, ('sincos', 'learnt'))
-  _choose('model.position_init', m.position_init, ('normal', 'sincos'))
-  _choose('model.query_key_init', m.query_key_init, ('independent', 'equal'))
-  _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
-  # The names of routers live with the routers; here they are data, so that a config is checked without jax.
-  _choose('moe.router', moe.router, ('dense', 'attribute', 'task', 'modality'))
-  if not 1 <= moe.top_k <= moe.num_experts:
-    raise ValueError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
-  if isinstance(moe.placement, str):
-    _choose('moe.placement', moe.placement, ('all', 'odd', 'four', 'none'))
-  elif any(not 0 <= i < m.layers for i in moe.placement):
-    raise ValueError(f'config.moe.placement={moe.placement} has an index outside 0…{m.layers - 1}.')
-  for part in moe.parts:
-    _choose('moe.parts', part, ('attention', 'ffn'))
-
-
-def _check_train(c: ml_collections.ConfigDict) -> None:
-  _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1))
-  _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0))
-  _choose('train.mixture', c.train.mixture, MIXTURES)
-  _choose('optim.schedule', c.optim.schedule, SCHEDULES)
-  if not 0 <= c.train.ema < 1:
-    raise ValueError(f'config.train.ema={c.train.ema} must be in [0, 1); 0 is off.')
-  if c.train.mixture == 'sampled' and c.train.accum > 1:
-    raise ValueError(f"config.train.accum={c.train.accum} needs config.train.mixture='mixed', not 'sampled'.")
-  for rule in c.optim.rules:
-    frozen = len(rule) == 2 and rule[1] == FREEZE
-    if not frozen and len(rule) != 3:
-      raise ValueError(f"config.optim.rules: {rule!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
-    try:
-      re.compile(rule[0])
-    except re.error as e:
-      raise ValueError(f'config.optim.rules: {rule[0]!r} is not a regular expression: {e}.') from None
-
-
-def _own_family(name: str, bits) -> Condition:
-  if name in kinds_lib.families():
-    raise ValueError(f'config.families.{name}: a built-in family has this name, and its row is frozen; choose another.')
-  if isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits):
-    raise ValueError(f'config.families.{name}={bits!r} must be four bits: input visual, input text, target visual, '
-                     'target text; for example (1, 0, 0, 1).')
-  return kinds_lib.family_condition(name, tuple(bits))
-
-
-def _own_kind(name: str, row) -> Kind:
-  if name in kinds_lib.KINDS:
-    raise ValueError(f'config.kinds.{name}: a built-in kind has this name; choose another.')
-  fields = {f.name for f in dataclasses.fields(Kind)} - {'name'}
-  if set(row) != fields:
-    wrong = sorted(set(row) ^ fields)
-    raise ValueError(f'config.kinds.{name}: {", ".join(wrong)} missing or unknown; give {", ".join(sorted(fields))}.')
-  if any(isinstance(s, str) or len(s) not in (1, 2) for s in row.inputs):
-    raise ValueError(f"config.kinds.{name}.inputs={row.inputs!r} must hold (modality, mask) pairs, for example "
-                     "(('visual', 'full'),).")
-  return Kind(name, tuple(kinds_lib.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
-
-
-def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
-  _choose(f'sets.{name}.family', s.family, families)
-  _choose(f'sets.{name}.scoring', s.scoring, SCORINGS)
-  if s.scoring == 'sampled' and (s['values'] != VOCABULARY or s.samples < 1):
-    raise ValueError(f"config.sets.{name}: scoring 'sampled' needs values='{VOCABULARY}' and samples ≥ 1, not "
-                     f'values={s["values"]!r}, samples={s.samples}.')
-  values = s['values'] if isinstance(s['values'], str) else tuple(s['values'])
-  return SetSpec(name, values, families[s.family], s.scoring, s.samples, s.length)
-
-
-def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec], c, lengths) -> TaskSpec:
-  field = f'tasks.{name}'
-  _choose(f'{field}.kind', t.kind, kinds)
-  kind = kinds[t.kind]
-  if t.batch < 0 or t.batch % c.train.accum:
-    raise ValueError(f'config.{field}.batch={t.batch} must be a positive multiple of config.train.accum='
-                     f'{c.train.accum}; try {max(c.train.accum, t.batch - t.batch % c.train.accum)}.')
-  if kind.target == 'pair':
-    if t.target_set:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} is matched with its own texts; '
-                       "set it to ''.")
-  else:
-    _choose(f'{field}.target_set', t.target_set, sets)
-    family = sets[t.target_set].condition.task
-    if family != kind.target:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but kind {kind.name!r} '
-                       f'chooses among {kind.target!r}.')
-    if kind.readout in ('picks', 'queries') and not sets[t.target_set].is_vocabulary:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} predicts words; its set must '
-                       f"have values='{VOCABULARY}'.")
-  if (kind.text_index is not None or kind.target == 'pair') and t.length < 2:
-    raise ValueError(f'config.{field}.length={t.length} must be at least 2 tokens.')
-  if t.length > c.model.max_text:
-    raise ValueError(f'config.{field}.length={t.length} is above config.model.max_text={c.model.max_text}.')
-  if kind.readout == 'picks' and not 1 <= t.picks <= t.length:
-    raise ValueError(f'config.{field}.picks={t.picks} must be in 1…length={t.length}.')
-  if kind.readout == 'slot' and t.template.count('<spe>') != 1:
-    raise ValueError(f"config.{field}.template={t.template!r} must hold exactly one '<spe>' slot.")
-  if (kind.two_stream or kind.target == 'pair') and not t.captions:
-    raise ValueError(f"config.{field}.captions is empty; give at least one template, for example ('{{caption}}',).")
-  # Tasks of one kind share a batch only if their arrays have one shape.
-  group = kind.name if len(lengths.get(t.kind, ())) <= 1 else f'{kind.name}/{t.length}/{t.picks}'
-  return TaskSpec(
-      name=name, kind=kind, group=group, source=t.source, split=t.split, batch=t.batch, weight=t.weight,
-      temperature=t.temperature or kind.name, target_set=t.target_set, label=t.label, captions=tuple(t.captions),
-      template=t.template, length=t.length, picks=t.picks, smoothing=t.smoothing, shift=t.shift)
-
-
-def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation:
-  _choose(f'evaluators.{name}.kind', e.kind, EVALUATIONS)
-  by_name = {t.name: t for t in tasks}
-  _choose(f'evaluators.{name}.task', e.task, by_name)
-  task_spec, wanted = by_name[e.task], EVALUATIONS[e.kind]
-  if not wanted(task_spec.kind):
-    fitting = [t.name for t in tasks if wanted(t.kind)]
-    raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of kind {task_spec.kind.name!r}, which evaluator '
-                     f'{e.kind!r} cannot ask; choices: {", ".join(fitting) or "none"}.')
-  if e.number < 0 or e.batch < 1:
-    raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1.')
-  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch)
-
-
-def check_batches(plan: Plan, shards: int, accum: int) -> None:
-  """Raises ValueError where a task's micro-batch does not divide over the batch shards of the mesh."""
-  for t in plan.tasks:
-    micro = t.batch // accum
-    if micro % shards:
-      unit = shards * accum
-      raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} ({shards} batch shards of '
-                       f'the mesh × {accum} micro-steps); try {max(unit, t.batch - t.batch % unit)}.')
+  with c.unlocked():
+    fill(c, base())
+    for entries, defaults in ((c.tasks, task('', '', batch=0)), (c.sets, target_set('', family='')),
+                              (c.evaluators, evaluator('', '', split=''))):
+      for entry in entries.values():
+        fill(entry, defaults)
+  return c

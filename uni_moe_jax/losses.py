@@ -41,14 +41,12 @@ def cross_entropy(
 
 
 def contrastive(
-    left: jax.Array, right: jax.Array, scale: jax.Array, text_ids: jax.Array, weights: jax.Array,
-    smoothing: float = 0.0, both: str = 'mean') -> Tally:
+    logits: jax.Array, text_ids: jax.Array | None, weights: jax.Array, smoothing: float = 0.0, both: str = 'mean') -> Tally:
   """InfoNCE in both directions; the other samples of the batch are the negatives.
 
   Args:
-    left, right: [B, D] f32, normalised; row i of one belongs to row i of the other.
-    scale: scalar, 1/τ.
-    text_ids: int32 [B]; two rows with the same text are no negatives of each other.
+    logits: [B, B] f32, similarity of left sample i with right sample j; i belongs to i.
+    text_ids: int32 [B]; two rows with the same text are no negatives of each other. None: they are (published).
     weights: f32 [B].
     smoothing: as in `cross_entropy`, over the allowed targets.
     both: 'mean' of the two directions, or 'sum' (published).
@@ -56,9 +54,11 @@ def contrastive(
   Returns:
     A `Tally`; `hits` counts left → right.
   """
-  n = left.shape[0]
-  twins = (text_ids[:, None] == text_ids[None, :]) & ~jnp.eye(n, dtype=bool)
-  logits = jnp.where(twins, -jnp.inf, scale * left @ right.T)
+  n = logits.shape[0]
+  twins = jnp.zeros((n, n), bool)
+  if text_ids is not None:
+    twins = (text_ids[:, None] == text_ids[None, :]) & ~jnp.eye(n, dtype=bool)
+  logits = jnp.where(twins, -jnp.inf, logits)
   allowed = jnp.where(twins, 0.0, 1.0)
   allowed = allowed / allowed.sum(-1, keepdims=True)
 

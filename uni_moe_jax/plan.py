@@ -1,4 +1,4 @@
-"""The static facts of a run, as `config.resolve` finds them: what data, trainer and evaluators share."""
+"""The static facts of a run, as `resolve.resolve` finds them: what data, trainer and evaluators share."""
 
 import dataclasses
 
@@ -18,6 +18,7 @@ class TaskSpec:
   split: str
   batch: int
   weight: float
+  sampling: float
   temperature: str
   target_set: str
   label: str
@@ -27,6 +28,7 @@ class TaskSpec:
   picks: int
   smoothing: float
   shift: int
+  head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Plan:
     sets: target sets of trained tasks.
     probes: tasks that are only evaluated. probe_sets: sets that only they use.
     evaluations: what is measured.
-    temperatures: groups that are trained.
+    temperatures: groups that exist.
+    encode_all_sets: whether a step of one task encodes every set.
   """
   kinds: tuple[Kind, ...]
   tasks: tuple[TaskSpec, ...]
@@ -74,6 +77,7 @@ class Plan:
   probe_sets: tuple[SetSpec, ...]
   evaluations: tuple[Evaluation, ...]
   temperatures: tuple[str, ...]
+  encode_all_sets: bool = False
 
   @property
   def groups(self) -> dict[str, tuple[TaskSpec, ...]]:
@@ -86,6 +90,7 @@ class Plan:
   def only(self, task_name: str) -> 'Plan':
     """The plan of a step that holds one task, with the sets that it needs."""
     chosen = next(t for t in self.tasks if t.name == task_name)
-    chosen = dataclasses.replace(chosen, weight=1.0)  # its weight is how often it is drawn: it counts once
-    sets = tuple(s for s in self.sets if s.name == chosen.target_set)
+    if not chosen.sampling:  # its weight is how often it is drawn: it counts once
+      chosen = dataclasses.replace(chosen, weight=1.0)
+    sets = tuple(s for s in self.sets if self.encode_all_sets or s.name == chosen.target_set)
     return dataclasses.replace(self, tasks=(chosen,), sets=sets)

@@ -1,4 +1,4 @@
-"""Task lists that several configs share: sets, tasks and evaluators of one body of data."""
+"""What several configs share: the tasks of one body of data, and the choices of the published system."""
 
 import ml_collections
 
@@ -6,6 +6,39 @@ from uni_moe_jax import config
 
 NAME_TOKENS = 16  # a name of a glyph with its `eot`: enough for 97 % of them
 TEXT_TOKENS = 64
+# Published normalisation of pictures; video has 0.5 for both.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
+                'tqa_retrieve', 'downstream')
+
+
+def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
+  """Every choice of the published system where ours differs, on any sizes, tasks and router.
+
+  README.md lists them. What no field offers, because it is a defect or an accident there, is listed there too. Tasks keep
+  their loss weight apart from how often they are drawn: give them `sampling`.
+
+  Args:
+    c: config to change.
+    weight_decay: of kernels; 0.2 for the published base size, 0.05 for tiny and fine-tuning.
+  """
+  c.model.update(dict(
+      prefix='<spe>', pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD, video_mean=(0.5,) * 3, video_std=(0.5,) * 3,
+      spatial='stored', position_init='normal', position_std=0.02, query_key_init='independent', temporal_std=0.02,
+      layer_scale=1e-3, temperatures=TEMPERATURES))
+  c.data.mask_specials = True
+  c.optim.update(dict(
+      schedule='published', b1=0.9, b2=0.95, eps=1e-6, clip=0.1,
+      without_gradient='zerograd',  # PyTorch of its time; 'settonone' is what PyTorch 2 does with the same code
+      rules=(
+          (r'embed/spatial$', config.FREEZE),
+          (r'scale[12]$|log_scale', 1.0, 0.0),
+          (r'_router/', 1.0, 0.0),
+          (r'embed/(word|position|type|visual_type|temporal)$', 1.0, 0.0),
+          (r'norm\d?/|bias$', 1.0, 0.0),
+          (r'.*', 1.0, weight_decay),
+      )))
+  c.train.update(dict(mixture='sampled', encode_all_sets=True, contrastive='sum', twins='negatives'))
 
 
 def embedded(c: ml_collections.ConfigDict) -> None:

@@ -18,7 +18,7 @@ BATCH_AXES = ('replica', 'data', 'expert')
 RULES = {
     'layers': None, 'experts': 'expert', 'embed': None, 'feature': None, 'qkv': None, 'heads': 'model',
     'head_dim': None, 'mlp': 'model', 'vocab': None, 'position': None, 'type': None, 'patch': None, 'frame': None,
-    'space': None, 'attribute': None, 'router_table': None, 'gate_experts': None,
+    'space': None, 'attribute': None, 'router_table': None, 'gate_experts': None, 'prompt': None, 'class': None,
 }
 
 

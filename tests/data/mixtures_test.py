@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tests import tiny
-from uni_moe_jax import config as config_lib
+from uni_moe_jax import resolve
 from uni_moe_jax.data import hashing, mixtures
 from uni_moe_jax.data.examples import Examples
 from uni_moe_jax.data.mixtures import Feed, Mixture
@@ -27,12 +27,13 @@ def _examples(name):
   return Examples(SIZES[name], make)
 
 
-def _mixture(seed=0, kind='mixed', feed=Feed(), weights=None, batch=None, max_frames=5):
+def _mixture(seed=0, kind='mixed', feed=Feed(), weights=None, sampling=None, batch=None, max_frames=5):
   config = tiny.config(*SIZES)
   for name in SIZES:
     config.tasks[name].batch = (batch or BATCH)[name]
     config.tasks[name].weight = (weights or {}).get(name, 1.)
-  plan = config_lib.resolve(config)
+    config.tasks[name].sampling = (sampling or {}).get(name, 0.)
+  plan = resolve.resolve(config)
   return Mixture(plan, {n: _examples(n) for n in SIZES}, seed, kind, max_frames, feed)
 
 
@@ -176,6 +177,20 @@ def test_tasks_of_a_sampled_mixture_follow_their_weights():
     assert abs(np.mean(drawn == name) - share) < 4 * np.sqrt(share * (1 - share) / steps), name
 
 
+def test_tasks_with_a_sampling_follow_it_whatever_their_weights():
+  by_weight = mixtures.draw_tasks(_mixture(weights=WEIGHTS).plan, 0, 400)
+  sampled = mixtures.draw_tasks(_mixture(weights={'shape': .1, 'package': 9.}, sampling=WEIGHTS).plan, 0, 400)
+  np.testing.assert_array_equal(sampled, by_weight)
+  other = mixtures.draw_tasks(_mixture(weights={'shape': .1, 'package': 9.}).plan, 0, 400)
+  assert (other != by_weight).any()
+
+
+def test_a_task_without_a_sampling_is_drawn_by_its_weight_among_the_others():
+  # Weight 3, 1 and a sampling of 4 are WEIGHTS; so a step reads the same task.
+  drawn = mixtures.draw_tasks(_mixture(weights={**WEIGHTS, 'answer': .5}, sampling={'answer': 4.}).plan, 0, 400)
+  np.testing.assert_array_equal(drawn, mixtures.draw_tasks(_mixture(weights=WEIGHTS).plan, 0, 400))
+
+
 def test_the_task_of_a_step_depends_on_seed_and_step_alone():
   plan = _mixture(weights=WEIGHTS).plan
   drawn = mixtures.draw_tasks(plan, 0, 200)
@@ -229,3 +244,16 @@ def test_only_one_task_is_planned_for_a_sampled_step():
   assert [t.name for t in chosen.tasks] == ['answer']
   assert [s.name for s in chosen.sets] == ['answers']
   assert dataclasses.replace(chosen, tasks=plan.tasks, sets=plan.sets) == plan
+
+
+def test_the_weight_of_a_task_with_a_sampling_stays_the_factor_of_its_loss():
+  plan = _mixture(weights=WEIGHTS, sampling={'answer': .25}).plan
+  kept, counted_once = plan.only('answer'), plan.only('shape')
+  assert [t.weight for t in kept.tasks] == [4]
+  assert [t.weight for t in counted_once.tasks] == [1]  # of 3
+
+
+@pytest.mark.parametrize('every, sets', [(False, ['answers']), (True, ['shapes', 'packages', 'answers'])])
+def test_a_sampled_step_encodes_its_set_or_all_of_them(every, sets):
+  plan = dataclasses.replace(_mixture().plan, encode_all_sets=every)
+  assert sorted(s.name for s in plan.only('answer').sets) == sorted(sets)

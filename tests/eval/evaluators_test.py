@@ -7,6 +7,7 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax import config as config_lib
+from uni_moe_jax import resolve
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import evaluators
 from uni_moe_jax.eval.evaluators import EVALUATORS, Question
@@ -19,7 +20,7 @@ def data():
   for kind, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
                      ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
     config.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch=5)
-  plan = config_lib.resolve(config)
+  plan = resolve.resolve(config)
   return plan, Data(config, plan)
 
 
@@ -48,7 +49,10 @@ class _Oracle:
   def pairs(self, kind, fields):
     return np.eye(64, dtype=np.float32)[fields['id']]
 
-  def log_probabilities(self, features, set_name, temperature):
+  def similarities(self, left, right):
+    return left @ right.T
+
+  def log_probabilities(self, features, task):
     answer = self.labels if self.right else (self.labels + 1) % self.targets
     p = np.full((*answer.shape, self.targets), 0.1 / (self.targets - 1))
     np.put_along_axis(p, answer[..., None], 0.9, axis=-1)

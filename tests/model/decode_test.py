@@ -1,4 +1,4 @@
-"""Greedy decoding with cached keys and values is the two-stream forward of training, one word at a time."""
+"""Decoding with cached keys and values is the two-stream forward of training, one word at a time."""
 
 import functools
 
@@ -54,8 +54,9 @@ def _greedy(router: str):
 
   @small_model.jit
   def run(values, pixels, words, eot):
-    return decode.greedy(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
-                         eot=eot, length=_LENGTH)
+    found = decode.search(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
+                          eot=eot, length=_LENGTH)
+    return found.tokens[:, 0], found.log_p[:, 0]
 
   return lambda eot: jax.tree.map(
       np.asarray, run(small_model.params(spec), _pixels(), _vocabulary(router), jnp.int32(eot)))

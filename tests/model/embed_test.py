@@ -161,14 +161,49 @@ class VisualTest(parameterized.TestCase):
     pixels = jnp.full((1, 1, 8, 8, 3), 255, jnp.uint8)
     _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', by_hand, 0, spec=spec))
 
-  def test_a_learnt_spatial_table_replaces_the_fixed_one(self):
-    spec = small_model.spec(spatial='learnt')
+  def test_clips_have_constants_of_their_own_where_there_are_some(self):
+    # 0 and 255 are 0 and 1. A clip's, with mean 1 and deviation .5: -2, 0; a picture's, with .5 and .25: -2, 2.
+    own = small_model.spec(video_mean=(1.,), video_std=(.5,))
+    for frames, spec, by_hand in ((2, own, (-2., 0.)), (1, own, (-2., 2.)), (2, small_model.spec(), (-2., 2.))):
+      ones = jnp.ones((1, frames, 8, 8, 1))
+      pixels = jnp.array([0, 255], jnp.uint8)[:, None, None, None, None] * ones.astype(jnp.uint8)
+      expected = jnp.array(by_hand)[:, None, None, None, None] * ones
+      _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', expected, 0))
+
+  def test_a_clip_that_is_already_normalised_stays_as_it_is(self):
+    own = small_model.spec(video_mean=(1.,), video_std=(.5,))
+    _assert_close(_apply('visual', _pixels(2), 0, spec=own), _apply('visual', _pixels(2), 0))
+
+  def test_a_type_of_visual_tokens_is_added_to_each_of_them(self):
+    row = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
+    found = _jitted('visual', small_model.spec(visual_type=True))(dict(_tables(), visual_type=row), _pixels(2), 1)
+    _assert_close(found, self._expected(_pixels(2), 1, embed.sincos_table(2, 16) + row))
+    self.assertGreater(np.abs(found - self._expected(_pixels(2), 1)).max(), .1)
+
+  def test_a_type_of_visual_tokens_leaves_texts_and_the_prefix_alone(self):
+    spec = small_model.spec(visual_type=True)
+    for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
+      np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
+
+  @parameterized.parameters('learnt', 'stored')
+  def test_a_spatial_table_of_parameters_replaces_the_computed_one(self, spatial):
     table = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
-    found = _jitted('visual', spec)(dict(_tables(), spatial=table), _pixels(), 0)
+    found = _jitted('visual', small_model.spec(spatial=spatial))(dict(_tables(), spatial=table), _pixels(), 0)
     _assert_close(found, self._expected(_pixels(), 0, table))
 
-  def test_the_fixed_table_is_no_parameter(self):
+  def test_the_computed_table_is_no_parameter(self):
     self.assertNotIn('spatial', small_model.boxed(small_model.spec())['embed'])
+
+
+class StartTest(parameterized.TestCase):
+
+  @parameterized.parameters(('stored', True), ('learnt', False))
+  def test_a_stored_spatial_table_starts_as_the_computed_one(self, spatial, computed):
+    module = embed.Embed(small_model.spec(spatial=spatial))
+    init = small_model.jit(functools.partial(module.init, method='prefix'), static_argnums=1)
+    table = nn.unbox(init(jax.random.key(0), 1))['params']['spatial']
+    self.assertEqual(table.shape, (4, 16))
+    self.assertEqual(np.array_equal(table, embed.sincos_table(2, 16)), computed)
 
 
 class ParametersTest(absltest.TestCase):
@@ -176,6 +211,11 @@ class ParametersTest(absltest.TestCase):
   def test_one_norm_serves_text_and_pictures(self):
     names = set(small_model.boxed(small_model.spec())['embed'])
     self.assertEqual(names, {'word', 'position', 'type', 'patch', 'patch_bias', 'temporal', 'norm'})
+
+  def test_optional_tables_are_parameters_where_they_are_asked_for(self):
+    plain = set(small_model.boxed(small_model.spec())['embed'])
+    both = set(small_model.boxed(small_model.spec(spatial='stored', visual_type=True))['embed'])
+    self.assertEqual(both - plain, {'spatial', 'visual_type'})
 
 
 if __name__ == '__main__':

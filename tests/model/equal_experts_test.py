@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from tests import small_model
-from uni_moe_jax import config
+from uni_moe_jax import config, resolve
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import step
 
@@ -25,7 +25,7 @@ def _plan():
   c.sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.caption = config.task(
       'image_caption', 'glyphs', batch=_BATCH, target_set='vocabulary', captions=('{name}',), length=_WORDS)
-  return config.resolve(c)
+  return resolve.resolve(c)
 
 
 def _spec(router: str):

@@ -23,6 +23,14 @@ class NormaliseTest(absltest.TestCase):
     self.assertTrue(np.isfinite(gradient).all())
 
 
+class LogitsTest(absltest.TestCase):
+
+  def test_logits_are_scaled_cosines_whatever_the_lengths(self):
+    # (3, 4) and (0, 2) against (10, 0), (4, 3): cosines 3/5, 24/25 and 0, 3/5.
+    logits = similarity.logits(jnp.array([[3., 4.], [0., 2.]]), jnp.array([[10., 0.], [4., 3.]]), jnp.float32(50.))
+    np.testing.assert_allclose(logits, [[30., 48.], [0., 30.]], rtol=1e-6, atol=1e-6)
+
+
 class ScaleTest(parameterized.TestCase):
 
   @parameterized.parameters((math.log(5.0), 5.0, 5.0), (math.log(99.0), 99.0, 99.0), (math.log(101.0), 100.0, 0.0))

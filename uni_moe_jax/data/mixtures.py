@@ -109,8 +109,8 @@ class Mixture:
 
 
 def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
-  """Task name of each step 0…steps-1 of a sampled mixture: unicode [steps], by weight."""
-  weights = np.array([t.weight for t in plan.tasks])
+  """Task name of each step 0…steps-1 of a sampled mixture: unicode [steps], by sampling weight."""
+  weights = np.array([t.sampling or t.weight for t in plan.tasks])
   edges = np.cumsum(weights / weights.sum())
   u = np.array([hashing.mix(seed, step, 'task') / 2**64 for step in range(steps)])
   names = np.array([t.name for t in plan.tasks])

@@ -5,6 +5,7 @@ names, saves about a third of the target side.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -50,7 +51,12 @@ def build_set(spec: SetSpec, texts: tuple[str, ...], tokenizer: Tokenizer) -> Ta
   if len(longest) > spec.length:
     raise ValueError(f'config.sets.{spec.name}.length={spec.length} is too short for {tokenizer.decode(longest)!r}, '
                      f'which has {len(longest)} tokens; raise it to {len(longest)}.')
-  rows = text_rows(texts, tokenizer, spec.length)
+  buckets, order = bucket_rows(text_rows(texts, tokenizer, spec.length), tokenizer.pad)
+  return TargetSet(buckets, order, texts, len(texts))
+
+
+def bucket_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[tuple[dict[str, np.ndarray], ...], np.ndarray]:
+  """(buckets, order) of tokenised entries; see `TargetSet`."""
   bucket = np.searchsorted(BUCKETS, [len(r) for r in rows])
   for b in np.unique(bucket)[:-1]:
     if (bucket == b).sum() < MERGE_BELOW:
@@ -58,9 +64,9 @@ def build_set(spec: SetSpec, texts: tuple[str, ...], tokenizer: Tokenizer) -> Ta
   buckets, members = [], []
   for b in np.unique(bucket):
     index = np.flatnonzero(bucket == b)
-    table = TextTable.of([rows[i] for i in index], max(len(rows[i]) for i in index), tokenizer.pad)
+    table = TextTable.of([rows[i] for i in index], max(len(rows[i]) for i in index), pad)
     buckets.append({'text': table.ids, 'valid': table.valid})
     members.append(index)
-  order = np.empty(len(texts), np.int32)
-  order[np.concatenate(members)] = np.arange(len(texts))
-  return TargetSet(tuple(buckets), order, texts, len(texts))
+  order = np.empty(len(rows), np.int32)
+  order[np.concatenate(members)] = np.arange(len(rows))
+  return tuple(buckets), order

@@ -68,7 +68,7 @@ def classification(q: Question) -> list[Score]:
   """Top-1, top-5 and balanced accuracy among a target set; for pictures, clips and texts alike."""
   def ask(fields):
     features = q.predictor.inputs(q.task.kind, fields)
-    log_p = q.predictor.log_probabilities(features, q.task.target_set, q.task.temperature)
+    log_p = q.predictor.log_probabilities(features, q.task)
     return log_p[:, 0], fields['label'][:, 0]
 
   log_p, labels = q.gather(q.ids(), ask)
@@ -139,7 +139,7 @@ def retrieval(q: Question) -> list[Score]:
   for draw in draws:
     place = np.searchsorted(union, draw)
     positives = np.eye(len(draw), dtype=bool)
-    model = left[place] @ right[place].T
+    model = q.predictor.similarities(left[place], right[place])
     floor = floors.name_similarity(copied[place].tolist(), texts[draw].tolist())
     for k in RECALLS:
       for way, of in (('→ text', lambda m: m), ('← text', lambda m: m.T)):
@@ -207,7 +207,7 @@ def masked_language_modelling(q: Question) -> list[Score]:
   """Accuracy and perplexity over the whole vocabulary, every pick replaced by `spe`, beside the unigram's."""
   def ask(fields):
     features = q.predictor.inputs(q.task.kind, fields)
-    log_p = q.predictor.log_probabilities(features, q.task.target_set, q.task.temperature)
+    log_p = q.predictor.log_probabilities(features, q.task)
     nll = -np.take_along_axis(log_p, fields['label'][..., None], axis=-1)[..., 0]
     return nll, log_p.argmax(-1) == fields['label'], fields['label'], fields['weight'] > 0
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uni_moe_jax.plan import SetSpec
+from uni_moe_jax.plan import SetSpec, TaskSpec
 from uni_moe_jax.data.sets import TargetSet
 from uni_moe_jax.data.tokenizer import Tokenizer
-from uni_moe_jax.model import decode, inputs
+from uni_moe_jax.model import decode, inputs, similarity
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import Kind
@@ -27,11 +27,11 @@ class Predictor:
     self._features: dict[str, jax.Array] = {}
 
   def inputs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
-    """Normalised features [B, R, D] of the readout of a kind's input."""
+    """Features [B, R, D] of the readout of a kind's input, not normalised."""
     return np.asarray(_encode(self._model, self._params, inputs.input_sequence(kind, _without_targets(fields))))
 
   def pairs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
-    """Normalised features [B, D] of the paired texts."""
+    """Features [B, D] of the paired texts, not normalised."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
     return np.asarray(_encode(self._model, self._params, inputs.pair_sequence(kind, wanted))[:, 0])
 
@@ -44,17 +44,23 @@ class Predictor:
                  np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))]
       else:
         parts = inputs.set_sequences(name, spec.condition, target.buckets)
-      rows = jnp.concatenate([_encode(self._model, self._params, p)[:, 0] for p in parts])
+      rows = normalise(jnp.concatenate([_encode(self._model, self._params, p)[:, 0] for p in parts]))
       self._features[name] = rows if spec.is_vocabulary else rows[target.order]
     return self._features[name]
 
-  def log_probabilities(self, features: np.ndarray, set_name: str, temperature: str) -> np.ndarray:
-    """log p over a target set: [B, R, D] → [B, R, V] f32."""
-    return np.asarray(_log_p(self._model, self._params, features, self.target_set(set_name), temperature))
+  def log_probabilities(self, features: np.ndarray, task: TaskSpec) -> np.ndarray:
+    """log p over a task's target set: features of its inputs [B, R, D] → [B, R, V] f32."""
+    targets = self.target_set(task.target_set)
+    return np.asarray(_log_p(self._model, self._params, features, targets, task.temperature, task.head))
+
+  @staticmethod
+  def similarities(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Cosines of features [B, D] and [C, D]: [B, C]."""
+    return np.asarray(similarity.logits(left, right, np.float32(1)))
 
   def captions(self, kind: Kind, pixels: np.ndarray, set_name: str, temperature: str, length: int) -> list[str]:
     """Greedy captions of pictures or clips [B, T, H, W, C], at most `length` tokens each."""
-    tokens, _ = _captions(self._model, kind, temperature, self._tokenizer.spe, self._tokenizer.eot, length,
+    tokens = _captions(self._model, kind, temperature, self._tokenizer.spe, self._tokenizer.eot, length,
                           self._params, pixels, self.target_set(set_name))
     return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
 
@@ -67,19 +73,23 @@ def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model: UniPerceiver, params, sequence) -> jax.Array:
   def run(m):
-    return normalise(m.features(m.encode((sequence,)).rows[0]))
+    return m.features(m.encode((sequence,)).rows[0])
   return model.apply({'params': params}, method=run)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _log_p(model: UniPerceiver, params, features, targets, temperature: str) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _log_p(model: UniPerceiver, params, features, targets, temperature: str, head: bool) -> jax.Array:
   scale = model.apply({'params': params}, temperature, method='scale')
-  return jax.nn.log_softmax(scale * features @ targets.T)
+  logits = similarity.logits(features, targets, scale)
+  if head:
+    logits = model.apply({'params': params}, features, logits, method='with_head')
+  return jax.nn.log_softmax(logits)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _captions(model, kind, temperature, spe, eot, length, params, pixels, words):
-  return decode.greedy(model, params, kind, pixels, words, temperature=temperature, spe=spe, eot=eot, length=length)
+  found = decode.search(model, params, kind, pixels, words, temperature=temperature, spe=spe, eot=eot, length=length)
+  return found.tokens[:, 0]
 
 
 def seed_of(name: str) -> int:

@@ -1,17 +1,17 @@
-"""Greedy caption decoding with cached keys and values, as one jitted loop.
+"""Caption decoding with cached keys and values, greedy or by beam search, as one jitted loop.
 
 The caption text never changes what the picture's tokens are, so the picture is encoded once. Then each pass sends two
 tokens through the layers: the word just chosen, whose keys and values are kept, and the query for the next one.
 Equal, token for token, to the two-stream forward of training on the words chosen so far.
 """
 
-import dataclasses
-
+import flax
 import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.streams import READ_NOTHING, Layout, Past
+from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.tasks import Kind
 
@@ -27,7 +27,7 @@ def pass_layout(kind: Kind) -> Layout:
   """One decoding pass, [word | query]: both under the caption's condition, the query sees the word."""
   whole = Layout.of_kind(kind)
   text = whole.masks.index('two_stream')
-  return Layout((whole.conditions[text],), ('causal',), 'queries', prefixed=False)
+  return Layout((whole.conditions[text],), ('causal',), 'queries', prefixed=False, prompted=whole.conditions[0])
 
 
 def collected_past(collected, stream: int, valid: jax.Array, room: int) -> Past:
@@ -44,36 +44,68 @@ def collected_past(collected, stream: int, valid: jax.Array, room: int) -> Past:
   return Past(kv, jnp.concatenate([valid, empty], axis=1))
 
 
-def greedy(
+@flax.struct.dataclass
+class Captions:
+  """The k best captions of each picture, best first.
+
+  Attributes:
+    tokens: int32 [B, k, n], `eot` from the first `eot` on.
+    log_p: f32 [B, k, n] of each token, 0 after `eot`.
+    scores: f32 [B, k], Σ log_p, divided by (words + 1)^penalty.
+    candidates: f32 [n, B, k + 1], the best sums of log-probabilities at each step, the first that was left out included;
+      -inf where there are not as many, and after the end.
+  """
+  tokens: jax.Array
+  log_p: jax.Array
+  scores: jax.Array
+  candidates: jax.Array
+
+
+@flax.struct.dataclass
+class _Carry:
+  """t: position of the next query. word, done [B, k]: chosen last. score [B, k]. Others as in `Captions`."""
+  t: jax.Array
+  word: jax.Array
+  done: jax.Array
+  score: jax.Array
+  past: Past
+  tokens: jax.Array
+  log_p: jax.Array
+  candidates: jax.Array
+
+
+def search(
     model: UniPerceiver, params, kind: Kind, pixels: jax.Array, words: jax.Array, *, temperature: str, spe: int,
-    eot: int, length: int) -> tuple[jax.Array, jax.Array]:
-  """Most likely next words until `eot`.
+    eot: int, length: int, beams: int = 1, penalty: float = 0.0, trie: Trie | None = None) -> Captions:
+  """The most likely captions that a beam of hypotheses finds; with one beam, the greedy caption.
+
+  A hypothesis that has ended keeps its place and its score. The loop stops when all have ended.
 
   Args:
     model, params: of a trained model. kind: a caption kind.
     pixels: [B, T, H, W, C].
     words: [V, D] normalised features of the vocabulary.
     temperature: its group. spe, eot: ids. length: n, words at most, `eot` included.
-
-  Returns:
-    (tokens int32 [B, n], `eot` from the first `eot` on; log-probabilities f32 [B, n], 0 after it).
+    beams: k, hypotheses that are kept of each picture.
+    penalty: at the end, scores are divided by (number of words without `eot` + 1)^penalty.
+    trie: only its sequences are answers; None: every sequence.
   """
-  B = pixels.shape[0]
-  ids = jnp.arange(B, dtype=jnp.uint32)
-  picture = Sequence(layout=prefill_layout(kind), ids=ids, pixels=pixels)
+  B, V = pixels.shape[0], words.shape[0]
+  ids = jnp.arange(B * beams, dtype=jnp.uint32)
+  picture = Sequence(layout=prefill_layout(kind), ids=ids[:B], pixels=pixels)
   collected = model.apply({'params': params}, (picture,), keys=True, method='encode').collected
-  tokens_seen = sum(k.shape[-3] for k, _ in collected['tail'][0]['kv'][0])
-  past = collected_past(collected, 0, jnp.ones((B, tokens_seen), bool), length)
+  seen = sum(k.shape[-3] for k, _ in collected['tail'][0]['kv'][0])
+  past = _repeat(collected_past(collected, 0, jnp.ones((B, seen), bool), length), beams)
   scale = model.apply({'params': params}, temperature, method='scale')
   layout = pass_layout(kind)
 
   def next_words(past: Past, word: jax.Array, t: jax.Array):
-    """(logits [B, V], past with the word's keys and values) of the query at position t after `word` at t - 1."""
+    """(logits [B, k, V], past with the word's keys and values) of the query at position t after `word` at t - 1."""
     slot = jnp.maximum(t - 1, 0)
-    there = jnp.broadcast_to(t > 0, (B, 1))  # the first query follows no word
+    there = jnp.broadcast_to(t > 0, (B * beams, 1))  # the first query follows no word
     sequence = Sequence(
         layout=layout, ids=ids, text=jnp.stack([word, jnp.full_like(word, spe)], axis=1),
-        text_valid=jnp.concatenate([there, jnp.ones((B, 1), bool)], axis=1),
+        text_valid=jnp.concatenate([there, jnp.ones((B * beams, 1), bool)], axis=1),
         text_positions=jnp.stack([slot, t]), past=past)
 
     def run(m):
@@ -86,41 +118,71 @@ def greedy(
       fresh = out['kv'][0][0][which]
       axis = fresh.ndim - 3
       fresh = jax.lax.slice_in_dim(fresh, 0, 1, axis=axis)
-      return jax.lax.dynamic_update_slice_in_dim(old, fresh, tokens_seen + slot, axis=axis)
+      return jax.lax.dynamic_update_slice_in_dim(old, fresh, seen + slot, axis=axis)
 
     kv = {sub: tuple((keep(k, out, 0), keep(v, out, 1)) for (k, v), out in zip(past.kv[sub], new[sub]))
           for sub in ('blocks', 'tail')}
-    valid = jax.lax.dynamic_update_slice_in_dim(past.valid, there, tokens_seen + slot, axis=1)
-    return scale * features @ words.T, Past(kv, valid)
+    valid = jax.lax.dynamic_update_slice_in_dim(past.valid, there, seen + slot, axis=1)
+    return (scale * features @ words.T).reshape(B, beams, V), Past(kv, valid)
 
-  def go_on(carry: _Carry):
-    return (carry.t < length) & ~carry.done.all()
+  def go_on(carry: tuple[_Carry, jax.Array]):
+    return (carry[0].t < length) & ~carry[0].done.all()
 
-  def step(carry: _Carry):
-    logits, past = next_words(carry.past, carry.word, carry.t)
+  def step(carry: tuple[_Carry, jax.Array]):
+    c, node = carry
+    logits, past = next_words(c.past, c.word.reshape(-1), c.t)
     log_p = jax.nn.log_softmax(logits)
-    word = jnp.where(carry.done, eot, jnp.argmax(log_p, axis=-1).astype(jnp.int32))
-    chosen = jnp.take_along_axis(log_p, word[:, None], axis=1)[:, 0]
-    chosen = jnp.where(carry.done, 0.0, chosen)
-    return _Carry(
-        carry.t + 1, word, carry.done | (word == eot), past,
-        jax.lax.dynamic_update_slice_in_dim(carry.tokens, word[:, None], carry.t, axis=1),
-        jax.lax.dynamic_update_slice_in_dim(carry.log_p, chosen[:, None], carry.t, axis=1))
+    if trie is not None:
+      log_p = jnp.where(allowed(trie, node, V), log_p, -jnp.inf)
+    # A hypothesis that has ended goes on in one way alone: `eot`, at no cost.
+    ended = jnp.where(jnp.arange(V) == eot, 0.0, -jnp.inf)[None, None]
+    log_p = jnp.where(c.done[..., None], ended, log_p)
+    sums = (c.score[..., None] + log_p).reshape(B, beams * V)
+    best, index = jax.lax.top_k(sums, min(beams + 1, beams * V))
+    index = index[:, :beams]
+    parent, word = index // V, (index % V).astype(jnp.int32)
+    of_parent = lambda x: jnp.take_along_axis(x, parent.reshape(parent.shape + (1,) * (x.ndim - 2)), axis=1)
+    chosen = jnp.take_along_axis(log_p.reshape(B, beams * V), index, axis=1)
+    put = lambda rows, value: jax.lax.dynamic_update_slice_in_dim(of_parent(rows), value[..., None], c.t, axis=2)
+    done = of_parent(c.done)
+    new = _Carry(
+        # Where answers run out, a hypothesis that is none ends, too.
+        c.t + 1, word, done | (word == eot) | jnp.isneginf(best[:, :beams]), best[:, :beams], _reorder(past, parent, seen), put(c.tokens, word),
+        put(c.log_p, chosen), c.candidates.at[c.t, :, :best.shape[1]].set(best))
+    return new, (node if trie is None else follow(trie, of_parent(node), word, done))
 
+  empty = jnp.zeros((B, beams), jnp.int32)
   start = _Carry(
-      jnp.int32(0), jnp.full((B,), eot, jnp.int32), jnp.zeros((B,), bool), past,
-      jnp.full((B, length), eot, jnp.int32), jnp.zeros((B, length), jnp.float32))
-  end = jax.lax.while_loop(go_on, step, start)
-  return end.tokens, end.log_p
+      t=jnp.int32(0), word=jnp.full_like(empty, eot), done=jnp.zeros((B, beams), bool),
+      # All hypotheses of a picture are one until the first word is chosen.
+      score=jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)[None] + jnp.zeros((B, 1)), past=past,
+      tokens=jnp.full((B, beams, length), eot, jnp.int32), log_p=jnp.zeros((B, beams, length)),
+      candidates=jnp.full((length, B, beams + 1), -jnp.inf))
+  end, _ = jax.lax.while_loop(go_on, step, (start, empty))
+  count = (end.tokens != eot).sum(-1)
+  scores = end.score / (count + 1.0) ** penalty
+  order = jnp.argsort(-scores, axis=1, stable=True)
+  pick = lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+  return Captions(pick(end.tokens), pick(end.log_p), pick(scores), end.candidates)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Carry:
-  """t: position of the next query; word [B]: chosen last; done [B]; tokens, log_p: [B, n] so far."""
-  t: jax.Array
-  word: jax.Array
-  done: jax.Array
-  past: Past
-  tokens: jax.Array
-  log_p: jax.Array
+def _repeat(past: Past, beams: int) -> Past:
+  """Every row of the batch `beams` times in a row."""
+  if beams == 1:
+    return past
+  kv = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 4), past.kv)
+  return Past(kv, jnp.repeat(past.valid, beams, axis=0))
+
+
+def _reorder(past: Past, parent: jax.Array, seen: int) -> Past:
+  """Each hypothesis takes over its parent's words; what was seen before them is the same for all of a picture."""
+  B, beams = parent.shape
+  if beams == 1:
+    return past
+  rows = (parent + beams * jnp.arange(B)[:, None]).reshape(-1)
+
+  def one(x):
+    text = jax.lax.slice_in_dim(x, seen, x.shape[-3], axis=x.ndim - 3)
+    text = jnp.take(text, rows, axis=x.ndim - 4)
+    return jax.lax.dynamic_update_slice_in_dim(x, text, seen, axis=x.ndim - 3)
+  return Past(jax.tree.map(one, past.kv), past.valid)

@@ -74,23 +74,36 @@ class Embed(nn.Module):
     self.patch_bias = self.param(
         'patch_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
     self.temporal = table('temporal', s.max_frames, 'frame', nn.initializers.normal(s.temporal_std))
-    if s.spatial == 'learnt':
-      self.spatial = table('spatial', s.patches, 'space')
+    waves = sincos_table(s.image_size // s.patch, s.width)
+    if s.spatial == 'sincos':
+      self.spatial = jnp.asarray(waves)
     else:
-      self.spatial = jnp.asarray(sincos_table(s.image_size // s.patch, s.width))
+      start = normal if s.spatial == 'learnt' else lambda key, shape: jnp.asarray(waves)
+      self.spatial = table('spatial', s.patches, 'space', start)
+    if s.visual_type:
+      self.visual_type = table('visual_type', 1, 'type')
+    if s.spe_bias:
+      self.spe_bias = self.param('spe_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
     self.norm = layer_norm(None, s.dtype)
+
+  def words(self, ids: jax.Array) -> jax.Array:
+    """Rows of the word table, [...] → [..., D]; `spe` with its learnt bias where the model has one."""
+    x = self.word[ids]
+    if self.spec.spe_bias:
+      x = x + jnp.where(ids == self.spec.spe_id, 1, 0)[..., None] * self.spe_bias.reshape((1,) * ids.ndim + (-1,))
+    return x
 
   def text(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
     """ids [B, S] and positions [S] or [B, S] → [B, S, D]."""
     if positions.ndim == 1:
       positions = positions[None]
-    return self.norm(self.word[ids] + self.position[positions] + self.type[0][None, None])
+    return self.norm(self.words(ids) + self.position[positions] + self.type[0][None, None])
 
   def prefix(self, batch: int) -> jax.Array:
     """The prefix `spe` → [B, 1, D]: LN(Word[spe]) without position and type, or a word as a text of length 1."""
     s = self.spec
     if s.prefix_word is None:
-      token = self.norm(self.word[s.spe_id][None, None])
+      token = self.norm(self.words(jnp.full((1, 1), s.spe_id)))
     else:
       token = self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1,), jnp.int32))
     return jnp.broadcast_to(token, (batch, 1, s.width))
@@ -100,15 +113,20 @@ class Embed(nn.Module):
 
     Args:
       pixels: [B, T, H, W, C], uint8 (scaled to 0…1 and normalised here, so that bytes travel) or already normalised.
+        Clips (T > 1) may have constants of their own.
       temporal_offset: int32 scalar: first row of the temporal table (random per batch in training, 0 otherwise).
     """
     s = self.spec
     B, T = pixels.shape[:2]
     if pixels.dtype == jnp.uint8:
       shape = (1, 1, 1, 1, s.channels)
-      mean, std = np.reshape(s.pixel_mean, shape), np.reshape(s.pixel_std, shape)
+      clip = T > 1
+      mean = np.reshape(s.video_mean if clip and s.video_mean else s.pixel_mean, shape)
+      std = np.reshape(s.video_std if clip and s.video_std else s.pixel_std, shape)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
     x = patchify(pixels.astype(s.dtype), s.patch) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
     frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
     place = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
+    if s.visual_type:
+      place = place + self.visual_type[None]
     return self.norm(x + place)

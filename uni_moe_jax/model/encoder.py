@@ -55,16 +55,18 @@ class Encoder(nn.Module):
       past: cached keys and values per stream, or None.
       key: random key of the step (noise, stochastic depth); None at evaluation.
       all_rows: compute all rows in the last layer; the result is the same.
-      taps: collect the arrays after every layer.
+      taps: collect the streams as they come in, and the arrays after every layer.
       keys: collect keys and values of every layer.
 
     Returns:
       (rows, collected). rows: per stream the hidden states [B, R, D] of its readout (None for 'nothing').
       collected: {'blocks': …, 'tail': …}, each a tuple per block of {'decisions', 'taps', 'kv'}; leaves of 'blocks'
-      have a leading axis of periods.
+      have a leading axis of periods. With taps also 'streams'.
     """
     spec, stack = self.spec, self.spec.stack
     conditions = tuple(c for s in streams for c in s.layout.conditions)
+    if spec.prompts:
+      conditions += tuple(s.layout.prompt_condition for s in streams)
     context = Context(
         streams=tuple(s.replace(arrays=()) for s in streams),
         past_valid=tuple(None if p is None else p.valid for p in past),
@@ -75,7 +77,7 @@ class Encoder(nn.Module):
       """Per block, per stream: (k, v) or None."""
       return tuple(tuple(None if p is None else p.kv[subtree][j] for p in past) for j in range(blocks))
 
-    collected: Collected = {'blocks': ()}
+    collected: Collected = {'blocks': (), **({'streams': streams} if taps else {})}
     scanned = len(stack.period) * stack.periods
     if stack.periods:
       period = nn.remat(Period, prevent_cse=False) if spec.remat else Period

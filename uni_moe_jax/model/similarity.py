@@ -20,6 +20,11 @@ def normalise(features: jax.Array) -> jax.Array:
   return features * jax.lax.rsqrt(jnp.maximum(square, MIN_SQUARE))
 
 
+def logits(features: jax.Array, targets: jax.Array, scale: jax.Array) -> jax.Array:
+  """cos / τ: features [..., D] against targets [V, D], neither normalised → [..., V]."""
+  return scale * normalise(features) @ normalise(targets).T
+
+
 def scale_of(log_scale: jax.Array) -> jax.Array:
   """1/τ, clamped at 100; a clamped scale has no gradient (published)."""
   scale = jnp.exp(log_scale)

@@ -35,7 +35,10 @@ class ModelSpec:
   pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
   prefix_word: int | None = None     # None: LN(Word[spe]); an id: that word as a text of length 1
-  spatial: str = 'sincos'            # 'sincos' (fixed) or 'learnt'
+  video_mean: tuple[float, ...] = ()  # of clips, that is of more than one frame; () = as pictures
+  video_std: tuple[float, ...] = ()
+  spatial: str = 'sincos'            # 'sincos' (computed), 'stored' (a parameter that starts so) or 'learnt'
+  visual_type: bool = False          # a learnt row added to every visual token
   position_init: str = 'normal'      # 'normal' or 'sincos': the text positions' initial table
   position_std: float = 0.02         # its standard deviation
   query_key_init: str = 'independent'  # or 'equal': keys start as a copy of the queries
@@ -53,27 +56,34 @@ class ModelSpec:
   router_names: tuple[str, ...] = () # embedding table of the router, in order
   temperatures: tuple[str, ...] = () # groups, one learnt scale each
   temperature: float = 0.07          # initial τ
+  prompts: int = 0                   # P, deep prompts per layer
+  prompt_sides: str = 'shared'       # by inputs and targets, or 'separate'
+  spe_bias: bool = False             # a learnt row added to every `spe`
+  head: int = 0                      # K, classes of a linear head; 0: none
 
   @classmethod
   def from_config(
       cls, config, *, vocab_size: int, spe_id: int, prefix_word: int | None, temperatures: tuple[str, ...],
-      router_tasks: tuple[str, ...]) -> 'ModelSpec':
+      router_tasks: tuple[str, ...], head: int = 0) -> 'ModelSpec':
     """The model of a checked run config; the keyword arguments come from its tokenizer and plan.
 
     Args:
       router_tasks: names that a task router must know, in the order of its table.
+      head: classes of the task with a linear head, or 0.
     """
     m, moe = config.model, config.moe
     placement = moe.placement if isinstance(moe.placement, str) else tuple(moe.placement)
     return cls(
         layers=m.layers, width=m.width, heads=m.heads, hidden=m.hidden, vocab_size=vocab_size, spe_id=spe_id,
         image_size=m.image_size, patch=m.patch, channels=m.channels, max_frames=m.max_frames, max_text=m.max_text,
-        pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), prefix_word=prefix_word, spatial=m.spatial,
+        pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), video_mean=tuple(m.video_mean), video_std=tuple(m.video_std),
+        prefix_word=prefix_word, spatial=m.spatial, visual_type=m.visual_type,
         position_init=m.position_init, position_std=m.position_std, query_key_init=m.query_key_init,
         temporal_std=m.temporal_std, layer_scale=m.layer_scale, drop_path=m.drop_path, dtype=jnp.dtype(m.dtype),
         remat=m.remat, router=moe.router, num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std,
-        placement=placement, parts=tuple(moe.parts), router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperatures=temperatures,
-        temperature=m.temperature)
+        placement=placement, parts=tuple(moe.parts),
+        router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperatures=temperatures,
+        temperature=m.temperature, prompts=m.prompts, prompt_sides=m.prompt_sides, spe_bias=m.spe_bias, head=head)
 
   @property
   def head_dim(self) -> int:

@@ -27,11 +27,13 @@ class Layout:
     masks: mask kind per array (see `masks.py`).
     readout: 'first' | 'picks' | 'queries' | 'slot' | 'nothing'.
     prefixed: False for a decoding pass, whose prefix is among the cached keys.
+    prompted: the condition of deep prompts; None: that of the first segment.
   """
   conditions: tuple[Condition, ...]
   masks: tuple[str, ...]
   readout: str
   prefixed: bool = True
+  prompted: Condition | None = None
 
   @classmethod
   def of_kind(cls, kind: Kind) -> 'Layout':
@@ -42,6 +44,15 @@ class Layout:
   def of_text(cls, condition: Condition) -> 'Layout':
     """One text read at its prefix: the target side, target sets."""
     return cls((condition,), ('full',), 'first')
+
+  @property
+  def prompt_condition(self) -> Condition:
+    return self.prompted or self.conditions[0]
+
+  @property
+  def is_target(self) -> bool:
+    """Whether the sequence is on the target side."""
+    return self.conditions[0].is_target
 
   @property
   def modalities(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model.embed import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
+from uni_moe_jax.model.prompts import LinearHead
 from uni_moe_jax.model.similarity import SimilarityHead, scale_of
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.streams import READ_NOTHING, Layout, Past, Stream, join_equal
@@ -43,8 +44,7 @@ class Sequence:
 
 @flax.struct.dataclass
 class Encoded:
-  """rows: per sequence hidden states [B, R, D] of its readout. collected: see `Encoder`. joined: the streams that the
-  encoder carried (their layouts name the arrays of taps and keys)."""
+  """rows: per sequence hidden states [B, R, D] of its readout. collected: see `Encoder`."""
   rows: tuple[jax.Array | None, ...]
   collected: Collected
 
@@ -63,6 +63,8 @@ class UniPerceiver(nn.Module):
     self.embed = Embed(self.spec)
     self.encoder = Encoder(self.spec)
     self.similarity = SimilarityHead(self.spec.width)
+    if self.spec.head:
+      self.linear_head = LinearHead(self.spec.head)
     start = math.log(1 / self.spec.temperature)
     self.log_scales = {
         name: self.param(f'log_scale_{name}', nn.with_logical_partitioning(nn.initializers.constant(start), ()), ())
@@ -71,6 +73,8 @@ class UniPerceiver(nn.Module):
   def __call__(self, sequences: tuple[Sequence, ...]):
     """Touches every parameter; for `init`."""
     encoded = self.encode(sequences)
+    if self.spec.head:
+      self.with_head(self.features(encoded.rows[0]), jnp.zeros((1,) * (encoded.rows[0].ndim - 1) + (self.spec.head,)))
     return tuple(self.features(r) for r in encoded.rows), {n: self.scale(n) for n in self.spec.temperatures}
 
   def encode(
@@ -97,6 +101,10 @@ class UniPerceiver(nn.Module):
   def features(self, rows: jax.Array) -> jax.Array:
     """[..., D] hidden → [..., D] f32 features, not normalised."""
     return self.similarity(rows)
+
+  def with_head(self, features: jax.Array, logits: jax.Array) -> jax.Array:
+    """Logits of similarity [..., K] and of the linear head on features [..., D], not normalised, together."""
+    return self.linear_head(features, logits)
 
   def scale(self, temperature: str) -> jax.Array:
     """exp(log scale) of a temperature group, clamped at 100."""

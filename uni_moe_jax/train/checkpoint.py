@@ -7,12 +7,20 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+_FOLDER = 'checkpoints'
+
+
+def saved_step(workdir: str | os.PathLike[str]) -> int | None:
+  """The newest saved step of a work directory, which need not exist; touches nothing."""
+  steps = [int(p.name) for p in (pathlib.Path(workdir) / _FOLDER).glob('*') if p.name.isdigit()]
+  return max(steps, default=None)
+
 
 class Checkpoints:
   """Save and restore of a train state (any pytree of arrays) in `workdir/checkpoints`; a context manager."""
 
   def __init__(self, workdir: str | os.PathLike[str], keep: int):
-    directory = pathlib.Path(workdir).absolute() / 'checkpoints'
+    directory = pathlib.Path(workdir).absolute() / _FOLDER
     self._manager = ocp.CheckpointManager(
         directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True))
 

@@ -5,6 +5,7 @@ A regime (pretrain, fine-tune, prompt-tune) is a list of rules. Every parameter 
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from uni_moe_jax.config import FREEZE
+from uni_moe_jax.train import adam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,26 @@ def match_rules(params: Any, rules) -> Any:
   return tree
 
 
+def frozen_paths(rules: Any) -> frozenset[str]:
+  """Paths of the parameters that a tree of rules freezes."""
+  return frozenset(path_of(path) for path, rule in jax.tree_util.tree_leaves_with_path(rules) if rule.frozen)
+
+
 def schedule(c) -> optax.Schedule:
-  """Learning rate of update t = 0, 1, …: (t + 1) / warmup, then cosine to `final`, clamped at the end of the run."""
+  """Learning rate of update t = 0, 1, …: (t + 1) / warmup, then cosine to `final`, clamped at the end of the run.
+
+  'published': t / warmup, so that the first update only fills the moments; then the larger of `final` and the cosine, which
+  is not clamped and rises again past the end.
+  """
   peak, warmup, steps = c.optim.learning_rate, c.optim.warmup, c.train.steps
+
+  def published(count):
+    t = jnp.asarray(count, jnp.float32)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * (t - warmup) / max(1, steps - warmup)))
+    return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(c.optim.final, cosine))
+
+  if c.optim.schedule == 'published':
+    return published
 
   def rate(count):
     t = jnp.asarray(count, jnp.float32)
@@ -76,10 +95,16 @@ def _decay(tree) -> optax.GradientTransformation:
       lambda u, p, w: u if w == 0.0 else u + w * p, updates, params, tree))
 
 
-def make_optimizer(c, params: Any) -> tuple[optax.GradientTransformation, optax.Schedule, Any]:
+def make_optimizer(c, params: Any, units: Callable[[str], int] = lambda path: 0) -> tuple[
+    optax.GradientTransformation, optax.Schedule, Any]:
   """(optimizer, learning-rate schedule, tree of rules) for a config and a parameter tree (or its shapes).
 
   Frozen parameters take part in nothing: they have no moments, and the clip does not count them.
+
+  Args:
+    c, params: the config, the parameters.
+    units: of a parameter's path, how many leading axes are updated on their own (see `touched.unit_axes`). Only the
+      published conventions for parameters without a gradient ask; then the update takes `touched`.
   """
   rules = match_rules(params, c.optim.rules)
   trained = jax.tree.map(lambda r: not r.frozen, rules)
@@ -89,9 +114,14 @@ def make_optimizer(c, params: Any) -> tuple[optax.GradientTransformation, optax.
     return jax.tree.map(lambda r: optax.MaskedNode() if r.frozen else getattr(r, field), rules)
 
   steps = [optax.clip_by_global_norm(c.optim.clip)] if c.optim.clip else []
+  if c.optim.without_gradient == 'update':
+    steps += [optax.scale_by_adam(b1=c.optim.b1, b2=c.optim.b2, eps=c.optim.eps), _decay(masked('weight_decay'))]
+  else:
+    shapes = jax.tree_util.tree_map_with_path(
+        lambda path, p, rule: optax.MaskedNode() if rule.frozen else p.shape[:units(path_of(path))], params, rules)
+    steps.append(adam.adamw(
+        c.optim.b1, c.optim.b2, c.optim.eps, masked('weight_decay'), shapes, c.optim.without_gradient))
   steps += [
-      optax.scale_by_adam(b1=c.optim.b1, b2=c.optim.b2, eps=c.optim.eps),
-      _decay(masked('weight_decay')),
       _scale_by(masked('lr_factor')),
       optax.scale_by_learning_rate(rate),
   ]

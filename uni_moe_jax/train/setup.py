@@ -6,24 +6,23 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from uni_moe_jax import config as config_lib
-from uni_moe_jax import sharding, tasks
+from uni_moe_jax import resolve, sharding, tasks
 from uni_moe_jax.attributes import Condition
 from uni_moe_jax.plan import Plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.mixtures import PER_BATCH, Batch, Feed, Mixture
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.model.params import boxed_params, init_params
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.streams import Layout
-from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import optim
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import Sets, StepSpec, TrainState, init_state, train_step
+from uni_moe_jax.train.touched import expert_part, unit_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +49,10 @@ class Run:
     def fresh(key):
       return init_state(self.spec, init_params(self.spec.model, key))
     return jax.jit(fresh, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+
+  def start(self, params: Any) -> TrainState:
+    """The state before the first step of given parameters."""
+    return jax.jit(functools.partial(init_state, self.spec), out_shardings=self.shardings)(params)
 
   def like(self) -> TrainState:
     """Shapes and shardings of the state: what a checkpoint is restored onto."""
@@ -87,45 +90,24 @@ class Run:
     for path, leaf in jax.tree_util.tree_leaves_with_path(self.shapes.params):
       total += leaf.size
       kept = leaf.size
-      if self._is_expert(optim.path_of(path), leaf):
+      if expert_part(self.spec.model.spec, optim.path_of(path)) is not None:
         kept = leaf.size // self.spec.model.spec.num_experts * self.spec.model.spec.top_k
       used += kept
     return {'total': total, 'used_per_token': used}
-
-  def _is_expert(self, path: str, leaf) -> bool:
-    """Whether a parameter has an expert axis: its block's part has experts, and it belongs to a projection."""
-    spec = self.spec.model.spec
-    part = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
-    names = path.split('/')
-    if len(names) < 5 or names[3] not in part:
-      return False
-    pattern = spec.stack.period if names[1] == 'blocks' else spec.stack.tail
-    return part[names[3]] in pattern[int(names[2].removeprefix('block'))]
-
-
-def init_params(model: UniPerceiver, key: jax.Array) -> Any:
-  """Fresh parameters. One text is enough to touch every one of them."""
-  return nn.unbox(boxed_params(model, key))
-
-
-def boxed_params(model: UniPerceiver, key: jax.Array) -> Any:
-  """Parameters in boxes that name their logical axes."""
-  condition = next(iter(tasks.families().values()))
-  text = Sequence(layout=Layout.of_text(condition), ids=jnp.zeros((1,), jnp.uint32), text=jnp.zeros((1, 2), jnp.int32))
-  return model.init(key, (text,))['params']
 
 
 def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> ModelSpec:
   """The model of a run."""
   prefix = None
-  if config.model.prefix != 'spe':
+  if config.model.prefix != '<spe>':
     ids = data.tokenizer.encode(config.model.prefix)
     if len(ids) != 1:
-      raise ValueError(f'config.model.prefix={config.model.prefix!r} is {len(ids)} tokens; it must be one word, or \'spe\'.')
+      raise ValueError(f'config.model.prefix={config.model.prefix!r} is {len(ids)} tokens; it must be one word, or \'<spe>\'.')
     prefix = ids[0]
   return ModelSpec.from_config(
       config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
-      temperatures=plan.temperatures, router_tasks=router_tasks(plan))
+      temperatures=plan.temperatures, router_tasks=router_tasks(plan),
+      head=sum(data.sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.head))
 
 
 def router_tasks(plan: Plan) -> tuple[str, ...]:
@@ -165,20 +147,22 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
     devices: that the mesh is made of; all of them by default.
 
   Raises:
-    ValueError, FileNotFoundError: a field that is wrong, data that is not there; see `config.resolve` and `Data`.
+    ValueError, FileNotFoundError: a field that is wrong, data that is not there; see `resolve.resolve` and `Data`.
   """
-  plan = config_lib.resolve(config)
+  plan = resolve.resolve(config)
   mesh_fields = {axis: config.mesh[axis] for axis in sharding.AXES}
   mesh = sharding.make_mesh(mesh_fields, devices)
   shards = sharding.batch_shards(mesh)
-  config_lib.check_batches(plan, shards, config.train.accum)
+  resolve.check_batches(plan, shards, config.train.accum)
   data = Data(config, plan)
   model = UniPerceiver(model_spec(config, plan, data), shards)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
-  tx, rate, rules = optim.make_optimizer(config, params)
+  tx, rate, rules = optim.make_optimizer(config, params, functools.partial(unit_axes, model.spec))
   spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, seed=config.seed, accum=config.train.accum,
-                  ema=config.train.ema, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size)
+                  ema=config.train.ema, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
+                  contrastive=config.train.contrastive, twins=config.train.twins,
+                  without_gradient=config.optim.without_gradient, frozen=optim.frozen_paths(rules))
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
   return Run(config, plan, data, mesh, spec, rules, shapes, shardings)

@@ -15,9 +15,10 @@ import optax
 from uni_moe_jax import losses
 from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.losses import SampledWords, Tally
-from uni_moe_jax.model import inputs
-from uni_moe_jax.model.similarity import normalise
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model import inputs, similarity
+from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.train.optim import path_of
+from uni_moe_jax.train.touched import chosen_experts, touched
 
 Batch = dict[str, dict[str, jax.Array]]
 Sets = dict[str, dict[str, Any]]   # name → {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}
@@ -49,6 +50,8 @@ class StepSpec:
     model, plan: see their classes. tx, rate: optimizer and its learning rate.
     seed: of the run. accum: micro-steps. ema: decay, 0 = off.
     eot: id of the last token of every text. vocab_size: V.
+    contrastive, twins, without_gradient: fields of config.train and config.optim with these names.
+    frozen: paths of parameters that do not train.
   """
   model: UniPerceiver
   plan: Plan
@@ -59,6 +62,10 @@ class StepSpec:
   ema: float
   eot: int
   vocab_size: int
+  contrastive: str = 'mean'
+  twins: str = 'masked'
+  without_gradient: str = 'update'
+  frozen: frozenset[str] = frozenset()
 
 
 def init_state(spec: StepSpec, params: Any) -> TrainState:
@@ -102,20 +109,16 @@ def sample_sets(spec: StepSpec, batch: Batch, key: jax.Array) -> Sampled:
   return out
 
 
-def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None, sampled: Sampled, key: jax.Array):
-  """Encodes batches and target sets in one pass.
-
-  Returns:
-    (groups, set_features, collected): groups: {group: (input features [B, R, D], pair features [B, D] or None)};
-    set_features: {set: [V, D]}, all normalised; collected: see `Encoder`.
-  """
-  sequences, names = [], []
+def sequences(spec: StepSpec, batch: Batch | None, sets: Sets | None, sampled: Sampled) -> tuple[
+    tuple[Sequence, ...], list[tuple[str, str]]]:
+  """What a step encodes, and the name of each: ('input' | 'pair', group) or ('set', set)."""
+  found, names = [], []
   for group, tasks in spec.plan.groups.items() if batch is not None else ():
     kind, fields = tasks[0].kind, inputs.flat_fields(batch[group])
-    sequences.append(inputs.input_sequence(kind, fields))
+    found.append(inputs.input_sequence(kind, fields))
     names.append(('input', group))
     if kind.target == 'pair':
-      sequences.append(inputs.pair_sequence(kind, fields))
+      found.append(inputs.pair_sequence(kind, fields))
       names.append(('pair', group))
   for s in spec.plan.sets if sets is not None else ():
     if s.is_vocabulary:
@@ -123,12 +126,23 @@ def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None,
       rows = (inputs.word_sequence(s.name, s.condition, ids, spec.eot),)
     else:
       rows = inputs.set_sequences(s.name, s.condition, sets[s.name]['buckets'])
-    sequences += rows
+    found += rows
     names += [('set', s.name)] * len(rows)
+  return tuple(found), names
+
+
+def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None, sampled: Sampled, key: jax.Array):
+  """Encodes batches and target sets in one pass.
+
+  Returns:
+    (groups, set_features, collected): groups: {group: (input features [B, R, D], pair features [B, D] or None)};
+    set_features: {set: [V, D]}, none of them normalised yet; collected: see `Encoder`.
+  """
+  encode, names = sequences(spec, batch, sets, sampled)
 
   def run(model):
-    encoded = model.encode(tuple(sequences), key=key)
-    return [normalise(model.features(r)) for r in encoded.rows], encoded.collected
+    encoded = model.encode(encode, key=key)
+    return [model.features(r) for r in encoded.rows], encoded.collected
 
   features, collected = spec.model.apply({'params': params}, method=run)
   by_name: dict[tuple[str, str], list[jax.Array]] = {}
@@ -177,10 +191,13 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
     features = inputs.task_rows(features, start, stop, spec.model.shards)
     scale = spec.model.apply({'params': params}, t.temperature, method='scale')
     if t.kind.target == 'pair':
-      pair = inputs.task_rows(pair, start, stop, spec.model.shards)
-      tally = losses.contrastive(features[:, 0], pair, scale, fields['text_id'], fields['weight'][:, 0], t.smoothing)
+      logits = similarity.logits(features[:, 0], inputs.task_rows(pair, start, stop, spec.model.shards), scale)
+      text_ids = fields['text_id'] if spec.twins == 'masked' else None
+      tally = losses.contrastive(logits, text_ids, fields['weight'][:, 0], t.smoothing, spec.contrastive)
     else:
-      logits = scale * features @ set_features[t.target_set].T
+      logits = similarity.logits(features, set_features[t.target_set], scale)
+      if t.head:
+        logits = spec.model.apply({'params': params}, features, logits, method='with_head')
       if t.target_set in sampled:
         logits = logits + sampled[t.target_set].correction[None, None]
       tally = losses.cross_entropy(logits, *_targets(t, fields, sampled), t.smoothing)
@@ -190,7 +207,7 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
 
 
 def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Array):
-  """(gradient tree, total loss, tallies, extra metrics) of one step."""
+  """(gradient tree, total loss, tallies, extra metrics, chosen experts) of one step."""
   sampled = sample_sets(spec, batch, key)
   norm = norms(spec, batch, sampled)
   if spec.accum == 1:
@@ -199,32 +216,38 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
       total, tallies = score(spec, p, batch, groups, set_features, sampled, norm)
       return total, (tallies, collected)
     (total, (tallies, collected)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    chosen = chosen_experts(collected)
   else:
     set_features, pull_back, collected = jax.vjp(
         lambda p: forward(spec, p, None, sets, sampled, key)[1:], params, has_aux=True)
 
     def loss(p, set_features, micro):
-      groups, _, _ = forward(spec, p, micro, None, sampled, key)
-      return score(spec, p, micro, groups, set_features, sampled, norm)
+      groups, _, collected = forward(spec, p, micro, None, sampled, key)
+      total, tallies = score(spec, p, micro, groups, set_features, sampled, norm)
+      return total, (tallies, chosen_experts(collected))
+
+    def one(micro):
+      (total, aux), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, set_features, micro)
+      return grads, total, aux
 
     def micro_step(carry, micro):
-      (total, tallies), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, set_features, micro)
-      return jax.tree.map(jnp.add, carry, (grads, total, tallies)), None
+      return jax.tree.map(jnp.add, carry, one(micro)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(
-        lambda: micro_step_shape(loss, params, set_features, jax.tree.map(lambda x: x[0], batch))))
-    ((grads, d_features), total, tallies), _ = jax.lax.scan(micro_step, zeros, batch)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch)))
+    ((grads, d_features), total, (tallies, chosen)), _ = jax.lax.scan(micro_step, zeros, batch)
+    chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
     grads = jax.tree.map(jnp.add, grads, pull_back(d_features)[0])
   extra = {'gate_entropy': gate_entropy(collected)}
   if sampled:
     extra['dropped_words'] = sum(s.dropped for s in sampled.values())
-  return grads, total, tallies, {k: v for k, v in extra.items() if v is not None}
+  return grads, total, tallies, {k: v for k, v in extra.items() if v is not None}, chosen
 
 
-def micro_step_shape(loss, params, set_features, micro):
-  """What a micro-step adds up: ((d params, d features), total, tallies)."""
-  (total, tallies), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, set_features, micro)
-  return grads, total, tallies
+def modalities(plan: Plan) -> tuple[str, ...]:
+  """Modalities of the segments that a step of the plan encodes, target sides included."""
+  found = {s.modality for t in plan.tasks for s in t.kind.inputs}
+  texts = plan.sets or any(t.kind.target == 'pair' for t in plan.tasks)
+  return tuple(sorted(found | ({'text'} if texts else set())))
 
 
 def gate_entropy(collected) -> jax.Array | None:
@@ -250,12 +273,20 @@ def train_step(state: TrainState, batch: Batch, sets: Sets, *, spec: StepSpec) -
     whose loss or gradient is not finite changes nothing but the counters.
   """
   key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
-  grads, total, tallies, extra = gradients(spec, state.params, batch, sets, key)
-  grad_norm = optax.global_norm(grads)
+  grads, total, tallies, extra, chosen = gradients(spec, state.params, batch, sets, key)
+  # What does not train has no gradient: its norm is not counted, and nothing computes it.
+  grads = jax.tree_util.tree_map_with_path(
+      lambda path, g: jnp.zeros_like(g) if path_of(path) in spec.frozen else g, grads)
+  grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
   def apply(_):
-    updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+    if spec.without_gradient == 'update':
+      updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+    else:
+      here = touched(spec.model.spec, state.params, chosen, modalities(spec.plan),
+                     tuple(t.temperature for t in spec.plan.tasks))
+      updates, opt_state = spec.tx.update(grads, state.opt_state, state.params, touched=here)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if spec.ema:

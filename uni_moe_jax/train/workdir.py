@@ -12,10 +12,13 @@ from typing import Any
 
 import ml_collections
 
+from uni_moe_jax import config as config_lib
+
 CONFIG_FILE = 'config.json'
 VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
-MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'data.dir', 'mesh', 'evaluators')
+MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'data.dir', 'mesh', 'evaluators',
+              'tokenizer.merges')  # its content is part of the data's fingerprint
 
 
 def versions() -> dict[str, str]:
@@ -66,7 +69,7 @@ def claim_workdir(
   new = {'config': _plain(config), 'data': fingerprint}
   if path.exists():
     old = json.loads(path.read_text())
-    changed = differences(old['config'], new['config'])
+    changed = differences(_plain(_completed(old['config'])), new['config'])
     if fingerprint is not None and old['data'] != fingerprint and not changed:
       changed = ['the data (its fingerprint)']
     if changed:
@@ -83,7 +86,7 @@ def claim_workdir(
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-  """The config that a work directory was started with.
+  """The config that a work directory was started with; fields that the package has got since then take their defaults.
 
   Raises:
     FileNotFoundError: nothing was trained there.
@@ -92,7 +95,11 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   if not path.exists():
     raise FileNotFoundError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
                             f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
-  return ml_collections.ConfigDict(_tuples(json.loads(path.read_text())['config']))
+  return _completed(json.loads(path.read_text())['config'])
+
+
+def _completed(config: dict[str, Any]) -> ml_collections.ConfigDict:
+  return config_lib.completed(ml_collections.ConfigDict(_tuples(config)))
 
 
 def _tuples(value: Any) -> Any:

@@ -1,0 +1,46 @@
+"""The published system's choices in every detail, on the embedded data: where a converted checkpoint goes on.
+
+  python launch/convert.py --checkpoint=model.pth --config=configs/published.py:tiny-moe --workdir=runs/converted \
+      --config.tokenizer.merges=bpe_simple_vocab_16e6.txt.gz
+  python launch/evaluate.py --workdir=runs/converted
+  python launch/train.py --config=configs/published.py:tiny-moe --workdir=runs/converted \
+      --config.tokenizer.merges=bpe_simple_vocab_16e6.txt.gz
+
+The argument is SIZE or SIZE-moe: tiny, small, base or large; experts in every layer with `-moe` (in every other one with
+--config.moe.placement=odd). The merges file is CLIP's; it is not part of this package. The embedded pictures have 32 pixels, so
+that a checkpoint's spatial table is interpolated. What it should score depends on the checkpoint: no figures are promised.
+"""
+
+import ml_collections
+
+from uni_moe_jax import config, recipes
+
+SIZES = {  # layers, width, heads, hidden
+    'tiny': (12, 192, 3, 768), 'small': (12, 384, 6, 1536), 'base': (12, 768, 12, 3072), 'large': (24, 1024, 16, 4096)}
+# Kind → temperature group. Published text classification shares that of masked language modelling.
+GROUPS = {
+    'image_classification': 'img_cls', 'video_classification': 'video_cls', 'image_retrieval': 'retrieve',
+    'video_retrieval': 'retrieve', 'image_caption': 'caption', 'text_mlm': 'text_mlm', 'text_classification': 'text_mlm'}
+
+
+def get_config(arg: str = 'tiny-moe') -> ml_collections.ConfigDict:
+  """Published: patches of 16, CLIP's vocabulary, one task a step, its optimizer."""
+  size, _, experts = arg.partition('-')
+  if size not in SIZES or experts not in ('', 'moe'):
+    raise ValueError(f'configs/published.py:{arg} is unknown; give one of {", ".join(SIZES)}, with or without -moe.')
+  c = config.base()
+  recipes.embedded(c)
+  recipes.published(c, weight_decay=0.2 if size in ('base', 'large') else 0.05)
+  layers, width, heads, hidden = SIZES[size]
+  c.model.update(dict(layers=layers, width=width, heads=heads, hidden=hidden, patch=16, max_text=512, max_frames=8))
+  c.moe.router = 'attribute' if experts else 'dense'
+  c.tokenizer.kind = 'clip'
+  # Exact scoring of 49 thousand words takes most of a minute per step on two cores; exact: --config.sets.vocabulary.scoring.
+  c.sets.vocabulary.samples = 2048
+  weights = dict(image_classification=1.0, video_classification=0.1, text_mlm=0.5, image_caption=1.0, image_retrieval=0.5)
+  for task in c.tasks.values():
+    task.temperature = GROUPS[task.kind]
+    task.weight, task.sampling = weights.get(task.kind, 1.0), 1.0
+  c.optim.update(dict(learning_rate=1e-3, warmup=100, final=1e-3))
+  c.train.update(dict(steps=1000, log_every=20, save_every=200))
+  return c

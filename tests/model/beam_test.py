@@ -1,0 +1,184 @@
+"""Beam search: equal to a search that encodes everything anew at each step; its ends, its penalty, its answer trie."""
+
+import functools
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import small_model
+from uni_moe_jax import tasks
+from uni_moe_jax.model import decode
+from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model.trie import Trie, allowed, follow
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+
+_KIND = tasks.KINDS['image_caption']
+_SPEC = small_model.spec()
+_B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
+_NEVER = -1  # an `eot` that no word is
+
+
+@functools.cache
+def _pixels():
+  return small_model.sequence(_KIND, _B, seed=1).pixels
+
+
+@functools.cache
+def _features():
+  """(pixels [R, …], words [R, n]) → normalised features [R, n, D] of every query, by the forward of training."""
+  @small_model.jit
+  def run(values, pixels, words):
+    text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
+    sequence = small_model.sequence(_KIND, len(pixels), pixels=pixels, text=text)
+    return normalise(small_model.encode(_SPEC, [sequence], values=values)[0][0])
+  return lambda pixels, words: np.asarray(run(small_model.params(_SPEC), pixels, words))
+
+
+@functools.cache
+def _words() -> jax.Array:
+  """[V, D] normalised features of words, spread as those of queries are: captions of random ones would be dull."""
+  rng = np.random.default_rng(3)
+  texts = [rng.integers(0, _V, (_B, _N)).astype(np.int32) for _ in range(3)]
+  rows = np.concatenate([_features()(_pixels(), t) for t in texts]).reshape(-1, 16)[:_V]
+  return normalise(jnp.asarray(rows - rows.mean(0)))
+
+
+@functools.cache
+def _search(beams: int, eot: int, penalty: float = 0.0, answers: tuple = ()):
+  trie = Trie.of(answers) if answers else None
+
+  @small_model.jit
+  def run(values, pixels, words):
+    return decode.search(UniPerceiver(_SPEC), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
+                         eot=eot, length=_N, beams=beams, penalty=penalty, trie=trie)
+  return jax.device_get(run(small_model.params(_SPEC), _pixels(), _words()))
+
+
+@functools.cache
+def _forward():
+  """(pixels [R, …], words [R, n]) → log-probabilities [R, n, V] of every query."""
+  scale = np.exp(small_model.params(_SPEC)['log_scale_group'])
+  return lambda pixels, words: np.asarray(jax.nn.log_softmax(scale * _features()(pixels, words) @ _words().T))
+
+
+def _without_cache(beams: int, eot: int):
+  """(tokens [B, k, n], sums [B, k]) of the same search: hypotheses as lists, everything encoded anew at each step."""
+  found = [[((), 0.0)] for _ in range(_B)]
+  for t in range(_N):
+    rows = [(b, h) for b in range(_B) for h in found[b]]
+    padded = np.full((_B * beams, _N), small_model.EOT, np.int32)
+    where = np.zeros(_B * beams, np.int32)
+    for i, (b, (words, _)) in enumerate(rows):
+      padded[i, :t], where[i] = words, b
+    log_p = _forward()(_pixels()[where], padded)[:, t]
+    candidates = [[] for _ in range(_B)]
+    for i, (b, (words, score)) in enumerate(rows):
+      if eot in words:
+        candidates[b].append(((*words, eot), score))
+      else:
+        candidates[b] += [((*words, v), score + float(log_p[i, v])) for v in range(_V)]
+    found = [sorted(c, key=lambda h: -h[1])[:beams] for c in candidates]
+  return np.array([[h[0] for h in f] for f in found]), np.array([[h[1] for h in f] for f in found])
+
+
+@functools.cache
+def _an_end() -> int:
+  """A word that some captions of the search reach and others do not."""
+  tokens = _search(_K, _NEVER).tokens
+  for word in np.unique(tokens[:, :, 1]).tolist():
+    has = (tokens == word).any(-1)
+    if has.any() and not has.all():
+      return word
+  raise AssertionError('every caption is alike')
+
+
+class SearchTest(parameterized.TestCase):
+
+  @parameterized.parameters(1, _K)
+  def test_it_equals_a_search_without_caches(self, beams):
+    found = _search(beams, _NEVER)
+    tokens, sums = _without_cache(beams, _NEVER)
+    np.testing.assert_array_equal(found.tokens, tokens)
+    np.testing.assert_allclose(found.scores, sums, rtol=1e-5)
+    np.testing.assert_allclose(found.log_p.sum(-1), sums, rtol=1e-5)
+
+  def test_hypotheses_that_end_early_equal_a_search_without_caches(self):
+    found = _search(_K, _an_end())
+    tokens, sums = _without_cache(_K, _an_end())
+    np.testing.assert_array_equal(found.tokens, tokens)
+    np.testing.assert_allclose(found.scores, sums, rtol=1e-5)
+    ended = (tokens == _an_end()).any(-1)
+    self.assertTrue(ended.any() and not ended.all())
+
+  def test_more_beams_find_what_one_does_not(self):
+    one, many = _search(1, _NEVER).scores[:, 0], _search(_K, _NEVER).scores[:, 0]
+    self.assertTrue((many >= one - 1e-5).all())
+    self.assertGreater((many - one).max(), 1e-3)
+
+  def test_beams_of_a_picture_are_distinct_and_sorted(self):
+    found = _search(_K, _NEVER)
+    for tokens in found.tokens.tolist():
+      self.assertLen(set(map(tuple, tokens)), _K)
+    self.assertTrue((np.diff(found.scores, axis=1) <= 0).all())
+
+  def test_the_penalty_divides_by_the_words_and_sorts_anew(self):
+    plain, divided = _search(_K, _an_end()), _search(_K, _an_end(), 2.0)
+    for b in range(_B):
+      expected = {}
+      for tokens, score in zip(plain.tokens[b].tolist(), plain.scores[b]):
+        expected[tuple(tokens)] = score / (sum(v != _an_end() for v in tokens) + 1) ** 2
+      order = sorted(expected, key=lambda h: -expected[h])
+      self.assertEqual([tuple(t) for t in divided.tokens[b].tolist()], order)
+      np.testing.assert_allclose(divided.scores[b], [expected[h] for h in order], rtol=1e-5)
+    self.assertTrue((plain.tokens != divided.tokens).any())  # some order changed
+
+  def test_candidates_are_the_best_sums_and_the_first_left_out(self):
+    found = _search(_K, _NEVER)
+    self.assertEqual(found.candidates.shape, (_N, _B, _K + 1))
+    self.assertTrue((np.diff(found.candidates, axis=-1) <= 0).all())
+    np.testing.assert_allclose(np.sort(found.candidates[-1, :, :_K])[:, ::-1], found.scores, rtol=1e-5)
+
+  def test_the_loop_stops_when_all_have_ended(self):
+    # Every caption may only be one word and the end: after two steps there is nothing left to do.
+    found = _search(1, 1, answers=((5, 1), (7, 1)))
+    self.assertTrue(np.isneginf(found.candidates[2:]).all())
+    self.assertTrue(np.isfinite(found.candidates[:2, :, 0]).all())
+
+
+class TrieTest(parameterized.TestCase):
+
+  ANSWERS = ((4, 9, 1), (4, 1), (8, 8, 8), (2, 1))
+
+  def test_only_answers_are_given_and_the_likeliest_of_them(self):
+    found = _search(_K, 1, answers=self.ANSWERS)
+    padded = np.array([(*a, *[1] * (_N - len(a))) for a in self.ANSWERS])
+    log_p = _forward()(jnp.repeat(_pixels(), len(self.ANSWERS), axis=0), np.tile(padded, (_B, 1)).astype(np.int32))
+    steps = np.take_along_axis(log_p, np.tile(padded, (_B, 1))[..., None], axis=-1)[..., 0]
+    sums = np.array([row[:len(a)].sum() for row, a in zip(steps, self.ANSWERS * _B)]).reshape(_B, -1)
+    for b in range(_B):
+      self.assertIn(tuple(found.tokens[b, 0]), set(map(tuple, padded.tolist())))
+      best = sums[b].argmax()
+      np.testing.assert_array_equal(found.tokens[b, 0], padded[best])
+      np.testing.assert_allclose(found.scores[b, 0], sums[b, best], rtol=1e-4)
+
+  def test_without_a_trie_other_captions_come_out(self):
+    answers = {(*a, *[1] * (_N - len(a))) for a in self.ANSWERS}
+    self.assertFalse(answers & set(map(tuple, _search(_K, 1).tokens[:, 0].tolist())))
+
+  def test_what_may_follow_and_where_it_leads(self):
+    trie = Trie.of(((3, 1), (3, 2), (0, 1)))
+    root = jnp.zeros((1, 1), jnp.int32)
+    np.testing.assert_array_equal(np.flatnonzero(allowed(trie, root, 5)[0, 0]), [0, 3])
+    after = follow(trie, root, jnp.array([[3]]), jnp.array([[False]]))
+    np.testing.assert_array_equal(np.flatnonzero(allowed(trie, after, 5)[0, 0]), [1, 2])
+    np.testing.assert_array_equal(follow(trie, after, jnp.array([[1]]), jnp.array([[True]])), after)  # it has ended
+
+  def test_an_empty_set_of_answers_is_an_error(self):
+    with self.assertRaisesRegex(ValueError, 'at least one answer'):
+      Trie.of(())
+
+
+if __name__ == '__main__':
+  absltest.main()

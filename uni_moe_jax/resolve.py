@@ -1,0 +1,237 @@
+"""From a config to a plan: the one place where a run's configuration is checked.
+
+`resolve(config)` checks every field before any device work and returns a `Plan`: the static facts (kinds, tasks, target
+sets, groups) that data, trainer and evaluators share.
+"""
+
+import dataclasses
+import re
+
+import ml_collections
+
+from uni_moe_jax import tasks as kinds_lib
+from uni_moe_jax.attributes import Condition
+from uni_moe_jax.config import FREEZE
+from uni_moe_jax.plan import VOCABULARY, Evaluation, Plan, SetSpec, TaskSpec
+from uni_moe_jax.tasks import Kind, nearest
+
+MIXTURES = ('mixed', 'sampled')
+SCORINGS = ('exact', 'sampled')
+SCHEDULES = ('cosine', 'constant', 'published')
+WITHOUT_GRADIENT = ('update', 'settonone', 'zerograd')
+# Evaluator → whether it can ask a kind.
+EVALUATIONS = {
+    'classification': lambda kind: kind.readout in ('first', 'slot') and kind.target != 'pair',
+    'retrieval': lambda kind: kind.target == 'pair',
+    'mlm': lambda kind: kind.readout == 'picks',
+    'caption': lambda kind: kind.readout == 'queries',
+}
+
+
+def resolve(c: ml_collections.ConfigDict) -> Plan:
+  """Checks the whole config; returns the plan.
+
+  Raises:
+    ValueError: the first field that is wrong: its name, its value, the bound and the fix.
+  """
+  _check_model(c)
+  _check_tokenizer(c)
+  _check_train(c)
+  families = {**kinds_lib.families(), **{name: _own_family(name, bits) for name, bits in c.families.items()}}
+  kinds = {**kinds_lib.KINDS, **{name: _own_kind(name, row) for name, row in c.kinds.items()}}
+  for name in c.kinds:
+    kinds_lib.check_kind(kinds[name], families)
+  sets = tuple(_resolve_set(name, s, families) for name, s in c.sets.items())
+  trained = {name for name, t in c.tasks.items() if t.batch != 0}
+  if not trained:
+    raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…).')
+  lengths: dict[str, set[tuple[int, int]]] = {}
+  for name in trained:
+    lengths.setdefault(c.tasks[name].kind, set()).add((c.tasks[name].length, c.tasks[name].picks))
+  headed = [name for name, t in c.tasks.items() if t.head]
+  if len(headed) > 1:
+    raise ValueError(f'config.tasks: {" and ".join(headed)} both have head=True; one task at most has a linear head.')
+  by_name = {s.name: s for s in sets}
+  resolved = tuple(_resolve_task(name, t, kinds, by_name, c, lengths) for name, t in c.tasks.items())
+  tasks = tuple(t for t in resolved if t.name in trained)
+  probes = tuple(t for t in resolved if t.name not in trained)
+  used = {name for name in by_name if c.train.encode_all_sets} | {t.target_set for t in tasks}
+  return Plan(
+      kinds=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
+      probe_sets=tuple(s for s in sets if s.name in {t.target_set for t in probes} - used),
+      evaluations=tuple(_resolve_evaluation(name, e, resolved) for name, e in c.evaluators.items()),
+      temperatures=tuple(sorted({t.temperature for t in tasks} | set(c.model.temperatures))),
+      encode_all_sets=c.train.encode_all_sets)
+
+
+def _choose(field: str, value, choices) -> None:
+  if value not in choices:
+    raise ValueError(f'config.{field}={value!r} is unknown; {nearest(value, choices)}.')
+
+
+def _at_least(c: ml_collections.ConfigDict, section: str, bounds: dict[str, float]) -> None:
+  for name, bound in bounds.items():
+    if c[section][name] < bound:
+      raise ValueError(f'config.{section}.{name}={c[section][name]} must be at least {bound}.')
+
+
+def _divides(part: str, b: int, whole: str, a: int) -> None:
+  if a % b:
+    raise ValueError(f'config.{whole}={a} must be a multiple of config.{part}={b}; try {max(b, a - a % b)}.')
+
+
+def _check_model(c: ml_collections.ConfigDict) -> None:
+  m, moe = c.model, c.moe
+  _at_least(c, 'model', dict(layers=1, width=4, heads=1, hidden=1, image_size=1, patch=1, channels=1, max_frames=1,
+                             max_text=1, layer_scale=0.0, drop_path=0.0, prompts=0))
+  _divides('model.heads', m.heads, 'model.width', m.width)
+  _divides('model.patch', m.patch, 'model.image_size', m.image_size)
+  if m.width % 4:
+    raise ValueError(f'config.model.width={m.width} must be a multiple of 4 (the spatial table); try {m.width // 4 * 4}.')
+  if not 0 <= m.drop_path < 1:
+    raise ValueError(f'config.model.drop_path={m.drop_path} must be in [0, 1).')
+  for name in ('pixel_mean', 'pixel_std', 'video_mean', 'video_std'):
+    if len(m[name]) != m.channels and not (name.startswith('video') and not m[name]):
+      raise ValueError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
+  _choose('model.spatial', m.spatial, ('sincos', 'stored', 'learnt'))
+  _choose('model.prompt_sides', m.prompt_sides, ('shared', 'separate'))
+  _choose('model.position_init', m.position_init, ('normal', 'sincos'))
+  _choose('model.query_key_init', m.query_key_init, ('independent', 'equal'))
+  _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
+  # The names of routers live with the routers; here they are data, so that a config is checked without jax.
+  _choose('moe.router', moe.router, ('dense', 'attribute', 'task', 'modality'))
+  if not 1 <= moe.top_k <= moe.num_experts:
+    raise ValueError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
+  if isinstance(moe.placement, str):
+    _choose('moe.placement', moe.placement, ('all', 'odd', 'four', 'none'))
+  elif any(not 0 <= i < m.layers for i in moe.placement):
+    raise ValueError(f'config.moe.placement={moe.placement} has an index outside 0…{m.layers - 1}.')
+  for part in moe.parts:
+    _choose('moe.parts', part, ('attention', 'ffn'))
+
+
+def _check_tokenizer(c: ml_collections.ConfigDict) -> None:
+  _choose('tokenizer.kind', c.tokenizer.kind, ('sentencepiece', 'clip'))
+  if c.tokenizer.kind == 'clip' and not c.tokenizer.merges:
+    raise ValueError("config.tokenizer.merges='' must be a path when config.tokenizer.kind='clip'; give that of CLIP's "
+                     'bpe_simple_vocab_16e6.txt.gz.')
+
+
+def _check_train(c: ml_collections.ConfigDict) -> None:
+  _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1))
+  _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0))
+  _choose('train.mixture', c.train.mixture, MIXTURES)
+  _choose('train.contrastive', c.train.contrastive, ('mean', 'sum'))
+  _choose('train.twins', c.train.twins, ('masked', 'negatives'))
+  _choose('optim.schedule', c.optim.schedule, SCHEDULES)
+  _choose('optim.without_gradient', c.optim.without_gradient, WITHOUT_GRADIENT)
+  if not 0 <= c.train.ema < 1:
+    raise ValueError(f'config.train.ema={c.train.ema} must be in [0, 1); 0 is off.')
+  if c.train.mixture == 'sampled' and c.train.accum > 1:
+    raise ValueError(f"config.train.accum={c.train.accum} needs config.train.mixture='mixed', not 'sampled'.")
+  for rule in c.optim.rules:
+    frozen = len(rule) == 2 and rule[1] == FREEZE
+    if not frozen and len(rule) != 3:
+      raise ValueError(f"config.optim.rules: {rule!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
+    try:
+      re.compile(rule[0])
+    except re.error as e:
+      raise ValueError(f'config.optim.rules: {rule[0]!r} is not a regular expression: {e}.') from None
+
+
+def _own_family(name: str, bits) -> Condition:
+  if name in kinds_lib.families():
+    raise ValueError(f'config.families.{name}: a built-in family has this name, and its row is frozen; choose another.')
+  if isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits):
+    raise ValueError(f'config.families.{name}={bits!r} must be four bits: input visual, input text, target visual, '
+                     'target text; for example (1, 0, 0, 1).')
+  return kinds_lib.family_condition(name, tuple(bits))
+
+
+def _own_kind(name: str, row) -> Kind:
+  if name in kinds_lib.KINDS:
+    raise ValueError(f'config.kinds.{name}: a built-in kind has this name; choose another.')
+  fields = {f.name for f in dataclasses.fields(Kind)} - {'name'}
+  if set(row) != fields:
+    wrong = sorted(set(row) ^ fields)
+    raise ValueError(f'config.kinds.{name}: {", ".join(wrong)} missing or unknown; give {", ".join(sorted(fields))}.')
+  if any(isinstance(s, str) or len(s) not in (1, 2) for s in row.inputs):
+    raise ValueError(f"config.kinds.{name}.inputs={row.inputs!r} must hold (modality, mask) pairs, for example "
+                     "(('visual', 'full'),).")
+  return Kind(name, tuple(kinds_lib.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
+
+
+def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
+  _choose(f'sets.{name}.family', s.family, families)
+  _choose(f'sets.{name}.scoring', s.scoring, SCORINGS)
+  if s.scoring == 'sampled' and (s['values'] != VOCABULARY or s.samples < 1):
+    raise ValueError(f"config.sets.{name}: scoring 'sampled' needs values='{VOCABULARY}' and samples ≥ 1, not "
+                     f'values={s["values"]!r}, samples={s.samples}.')
+  values = s['values'] if isinstance(s['values'], str) else tuple(s['values'])
+  return SetSpec(name, values, families[s.family], s.scoring, s.samples, s.length)
+
+
+def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec], c, lengths) -> TaskSpec:
+  field = f'tasks.{name}'
+  _choose(f'{field}.kind', t.kind, kinds)
+  kind = kinds[t.kind]
+  if t.batch < 0 or t.batch % c.train.accum:
+    raise ValueError(f'config.{field}.batch={t.batch} must be a positive multiple of config.train.accum='
+                     f'{c.train.accum}; try {max(c.train.accum, t.batch - t.batch % c.train.accum)}.')
+  if kind.target == 'pair':
+    if t.target_set:
+      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} is matched with its own texts; '
+                       "set it to ''.")
+  else:
+    _choose(f'{field}.target_set', t.target_set, sets)
+    family = sets[t.target_set].condition.task
+    if family != kind.target:
+      raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but kind {kind.name!r} '
+                       f'chooses among {kind.target!r}.')
+    if kind.readout in ('picks', 'queries') and not sets[t.target_set].is_vocabulary:
+      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} predicts words; its set must '
+                       f"have values='{VOCABULARY}'.")
+  if (kind.text_index is not None or kind.target == 'pair') and t.length < 2:
+    raise ValueError(f'config.{field}.length={t.length} must be at least 2 tokens.')
+  if t.length > c.model.max_text:
+    raise ValueError(f'config.{field}.length={t.length} is above config.model.max_text={c.model.max_text}.')
+  if kind.readout == 'picks' and not 1 <= t.picks <= t.length:
+    raise ValueError(f'config.{field}.picks={t.picks} must be in 1…length={t.length}.')
+  if kind.readout == 'slot' and t.template.count('<spe>') != 1:
+    raise ValueError(f"config.{field}.template={t.template!r} must hold exactly one '<spe>' slot.")
+  if t.head and (kind.readout not in ('first', 'slot') or not t.target_set or sets[t.target_set].is_vocabulary):
+    raise ValueError(f'config.{field}.head=True needs a kind that chooses among the entries of a set; {kind.name!r} with '
+                     f'target_set={t.target_set!r} does not.')
+  if (kind.two_stream or kind.target == 'pair') and not t.captions:
+    raise ValueError(f"config.{field}.captions is empty; give at least one template, for example ('{{caption}}',).")
+  # Tasks of one kind share a batch only if their arrays have one shape.
+  group = kind.name if len(lengths.get(t.kind, ())) <= 1 else f'{kind.name}/{t.length}/{t.picks}'
+  return TaskSpec(
+      name=name, kind=kind, group=group, source=t.source, split=t.split, batch=t.batch, weight=t.weight,
+      sampling=t.sampling, temperature=t.temperature or kind.name, target_set=t.target_set, label=t.label,
+      captions=tuple(t.captions), template=t.template, length=t.length, picks=t.picks, smoothing=t.smoothing,
+      shift=t.shift, head=t.head)
+
+
+def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation:
+  _choose(f'evaluators.{name}.kind', e.kind, EVALUATIONS)
+  by_name = {t.name: t for t in tasks}
+  _choose(f'evaluators.{name}.task', e.task, by_name)
+  task_spec, wanted = by_name[e.task], EVALUATIONS[e.kind]
+  if not wanted(task_spec.kind):
+    fitting = [t.name for t in tasks if wanted(t.kind)]
+    raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of kind {task_spec.kind.name!r}, which evaluator '
+                     f'{e.kind!r} cannot ask; choices: {", ".join(fitting) or "none"}.')
+  if e.number < 0 or e.batch < 1:
+    raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1.')
+  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch)
+
+
+def check_batches(plan: Plan, shards: int, accum: int) -> None:
+  """Raises ValueError where a task's micro-batch does not divide over the batch shards of the mesh."""
+  for t in plan.tasks:
+    micro = t.batch // accum
+    if micro % shards:
+      unit = shards * accum
+      raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} ({shards} batch shards of '
+                       f'the mesh × {accum} micro-steps); try {max(unit, t.batch - t.batch % unit)}.')

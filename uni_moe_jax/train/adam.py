@@ -1,0 +1,73 @@
+"""AdamW as PyTorch's optimizer applies it to parameters that have no gradient in a step.
+
+Two conventions of the published training code, which differ once a step does not use every parameter:
+
+* 'settonone': gradients are dropped after every step. A parameter outside of the step's graph is left alone: no decay, no
+  moments, no step count, so that its bias correction counts its own updates.
+* 'zerograd': gradients are zeroed in place. A parameter that was in the graph once goes on being updated, with gradient
+  zero; one that never was is left alone.
+
+"Parameter" means a slice of its own for every expert, as each is a module there.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+CONVENTIONS = ('settonone', 'zerograd')
+
+
+class AdamState(NamedTuple):
+  """count: int32 per parameter or expert slice, its own updates. mu, nu: moments."""
+  count: Any
+  mu: Any
+  nu: Any
+
+
+def _is_frozen(x) -> bool:
+  return isinstance(x, optax.MaskedNode)
+
+
+def adamw(
+    b1: float, b2: float, eps: float, weight_decay: Any, units: Any, convention: str
+) -> optax.GradientTransformationExtraArgs:
+  """Adam's direction plus decoupled weight decay, zero for parameters that are left alone.
+
+  Args:
+    b1, b2, eps: as usual; eps is added after the bias correction.
+    weight_decay: a float per parameter. units: a shape per parameter, the leading axes that count on their own.
+      Both hold `optax.MaskedNode` for frozen parameters.
+    convention: one of `CONVENTIONS`.
+
+  Returns:
+    A transformation whose update takes `touched`, see `touched.touched`.
+  """
+  def init(params):
+    counts = jax.tree.map(lambda shape: jnp.zeros(shape, jnp.int32), units, is_leaf=lambda x: isinstance(x, tuple) and not _is_frozen(x))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return AdamState(counts, zeros, jax.tree.map(jnp.copy, zeros))
+
+  def update(grads, state, params, *, touched):
+    def one(g, count, mu, nu, p, decay, here):
+      if _is_frozen(g):
+        return g, g, g, g
+      moves = here if convention == 'settonone' else here | (count > 0)
+      count = count + moves
+
+      def wide(x):  # [units] → the parameter's rank
+        return x.reshape(x.shape + (1,) * (g.ndim - x.ndim))
+
+      t = wide(jnp.maximum(count, 1)).astype(g.dtype)
+      new_mu = jnp.where(wide(moves), b1 * mu + (1 - b1) * g, mu)
+      new_nu = jnp.where(wide(moves), b2 * nu + (1 - b2) * g * g, nu)
+      direction = new_mu / (1 - b1**t) / (jnp.sqrt(new_nu / (1 - b2**t)) + eps) + decay * p
+      return jnp.where(wide(moves), direction, 0), count, new_mu, new_nu
+
+    out = jax.tree.map(one, grads, state.count, state.mu, state.nu, params, weight_decay, touched, is_leaf=_is_frozen)
+    updates, *new = (
+        jax.tree.map(lambda _, o, i=i: o[i], grads, out, is_leaf=_is_frozen) for i in range(4))
+    return updates, AdamState(*new)
+
+  return optax.GradientTransformationExtraArgs(init, update)
