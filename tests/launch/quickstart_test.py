@@ -15,11 +15,11 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# Appends its arguments to `log`, then does what the file that is named after it says: an exit code,
+# Is called `compile` where that is asked of train.py. Appends its arguments to `log`, then does what the file that is named after it says: an exit code,
 # 'sleep', or 'save' (as training does: on SIGTERM, exit 75).
 _STAND_IN = '''
 import pathlib, signal, sys, time
-name = pathlib.Path(sys.argv[0]).stem
+name = 'compile' if '--compile_only' in sys.argv else pathlib.Path(sys.argv[0]).stem
 with open('log', 'a') as log:
   log.write(' '.join([name, *sys.argv[1:]]) + '\\n')
 does = pathlib.Path(name).read_text() if pathlib.Path(name).exists() else ''
@@ -78,17 +78,19 @@ def _started(root):
 
 def test_runs_every_phase_in_order_and_names_the_report(root):
   code, output, errors = _run(root, '--config.seed=3')
+  train = ('--config=configs/quickstart.py --workdir=runs/quickstart '
+           f'--config.data.dir={root}/.cache/uni_moe_jax --config.seed=3')
   assert (code, errors) == (0, '')
   assert (root / 'log').read_text().splitlines() == [
       f'prepare_data --data_dir={root}/.cache/uni_moe_jax',
-      'train --config=configs/quickstart.py --workdir=runs/quickstart '
-      f'--config.data.dir={root}/.cache/uni_moe_jax --config.seed=3',
+      f'compile {train} --compile_only',
+      f'train {train}',
       'evaluate --workdir=runs/quickstart',
       'report --workdir=runs/quickstart',
   ]
   told = [line for line in output.splitlines() if line.endswith(' s')]
   assert [line.split(':')[0] for line in told] == [
-      '== 1 environment', '== 2 data', '== 3 train', '== 4 evaluate', '== 5 report'
+      '== 1 environment', '== 2 data', '== 3 compile', '== 4 train', '== 5 evaluate', '== 6 report'
   ]
   assert output.splitlines()[-1].endswith('Report: runs/quickstart/report.html')
 
@@ -96,12 +98,13 @@ def test_runs_every_phase_in_order_and_names_the_report(root):
 def test_folders_come_from_the_environment(root):
   _run(root, UNI_MOE_DATA='/some where', WORKDIR='my run')
   log = (root / 'log').read_text()
-  assert log.count('data_dir=/some where\n') == log.count('data.dir=/some where\n') == 1
-  assert log.count('--workdir=my run') == 3
+  assert log.count('data_dir=/some where\n') == 1
+  assert log.count('data.dir=/some where') == 2
+  assert log.count('--workdir=my run') == 4
 
 
 @pytest.mark.parametrize('name, code, phase', [
-    ('prepare_data', 1, '2 data'), ('train', 2, '3 train'), ('evaluate', 1, '4 evaluate')
+    ('prepare_data', 1, '2 data'), ('compile', 2, '3 compile'), ('train', 2, '4 train'), ('evaluate', 1, '5 evaluate')
 ])
 def test_a_failed_phase_ends_the_run_with_its_exit_code(root, name, code, phase):
   (root / name).write_text(str(code))
@@ -113,7 +116,7 @@ def test_a_failed_phase_ends_the_run_with_its_exit_code(root, name, code, phase)
 def test_a_preempted_training_is_said_to_be_resumable(root):
   (root / 'train').write_text('75')
   assert _run(root)[::2] == (
-      75, 'Stopped in phase 3 train; the same command continues from here.\n'
+      75, 'Stopped in phase 4 train; the same command continues from here.\n'
   )
 
 
@@ -128,7 +131,7 @@ def test_a_signal_reaches_training_once_and_waits_for_it(root, number, name, sen
   send(process.pid, number)
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 75
-  assert errors == f'Stopped by {name} in phase 3 train; the same command continues from here.\n'
+  assert errors == f'Stopped by {name} in phase 4 train; the same command continues from here.\n'
   assert (root / 'saved').read_text() == '0'  # the first signal, and no second one
   assert 'evaluate' not in (root / 'log').read_text()
 

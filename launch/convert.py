@@ -1,0 +1,69 @@
+"""Converts the authors' PyTorch checkpoints, both ways.
+
+  python launch/convert.py --checkpoint=model.pth --config=configs/published.py --workdir=runs/converted
+  python launch/convert.py --workdir=runs/converted --output=model.pth
+
+The first makes a work directory whose step 0 has the checkpoint's parameters: launch/train.py and launch/evaluate.py with the
+same config and workdir go on from there. The second writes the newest parameters of a work directory in the published layout
+(averaged ones where the run keeps them). Both say what went where; the first also in conversion.json.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import flags
+
+from uni_moe_jax import cli
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'PyTorch file to read (torch or DeepSpeed layout).')
+_OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write.')
+
+
+def main() -> int:
+  if (_CHECKPOINT.value is None) == (_OUTPUT.value is None):
+    raise cli.UsageError('give either --checkpoint=FILE --config=FILE (PyTorch to here) or --output=FILE (here to PyTorch).')
+  return _from_torch() if _CHECKPOINT.value else _to_torch()
+
+
+def _from_torch() -> int:
+  from uni_moe_jax.export import torch_file, torch_layout
+  from uni_moe_jax.train import checkpoint, setup, workdir
+  if _CONFIG.value is None:
+    raise cli.UsageError('--checkpoint needs --config: the model and the tasks that it is for.')
+  config = cli.config_of(_CONFIG)
+  state, remarks = torch_file.read(_CHECKPOINT.value, config.model.visual_type)
+  run = setup.build(config)
+  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
+  params, report = torch_layout.from_torch(state, run.spec.model.spec)
+  with checkpoint.Checkpoints(_WORKDIR.value, config.train.keep) as checkpoints:
+    if checkpoints.latest() is not None:
+      raise cli.UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {checkpoints.latest()} already; give another.')
+    checkpoints.save(0, run.start(params))
+  pathlib.Path(_WORKDIR.value, 'conversion.json').write_text(json.dumps(
+      {'checkpoint': _CHECKPOINT.value, 'names': remarks, **dataclasses.asdict(report)}, indent=1))
+  if remarks:
+    print(f'{len(remarks)} names of an older layout, see conversion.json')
+  print(report)
+  return 0
+
+
+def _to_torch() -> int:
+  from uni_moe_jax.export import torch_file, torch_layout
+  from uni_moe_jax.train import checkpoint, setup, workdir
+  config = workdir.load_config(_WORKDIR.value)
+  with checkpoint.Checkpoints(_WORKDIR.value, config.train.keep) as checkpoints:
+    if checkpoints.latest() is None:
+      raise cli.UsageError(f'workdir {_WORKDIR.value} has no checkpoint yet; train it first.')
+    run = setup.build(config)
+    _, params = setup.predictor(run, checkpoints)
+  state, report = torch_layout.to_torch(params, run.spec.model.spec)
+  torch_file.write(_OUTPUT.value, state)
+  print(report)
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,150 @@
+"""Files of the authors' kind: three layouts are read, nothing in them is executed, damage is named."""
+
+import collections
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from tests import small_model
+from uni_moe_jax.export import torch_file, torch_layout
+from uni_moe_jax.export.torch_layout import LayoutError
+
+
+def _state(router: str = 'attribute', **changes):
+  spec = small_model.spec(router, temperatures=(), spatial='stored', **changes)
+  return torch_layout.to_torch(small_model.params(spec), spec)[0]
+
+
+def _save(path, state, wrap=lambda tensors: {'model': tensors}):
+  torch.save(wrap({k: torch.from_numpy(np.array(v)) for k, v in state.items()}), path)
+  return path
+
+
+def _equal(a, b):
+  assert set(a) == set(b)
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key], key)
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda t: {'model': t, 'iteration': 7, 'optimizer': {'state': {}, 'param_groups': [{'lr': .1}]}},
+    lambda t: {'module': t, 'global_steps': 3},
+    lambda t: collections.OrderedDict(t),
+    lambda t: {'model': {f'module.{k}': v for k, v in t.items()}},
+], ids=['torch', 'deepspeed', 'plain', 'distributed'])
+def test_each_layout_gives_the_same_arrays(tmp_path, wrap):
+  state = _state()
+  found, remarks = torch_file.read(_save(tmp_path / 'a.pth', state, wrap))
+  _equal(found, state)
+  assert not remarks
+
+
+def test_what_is_written_is_read_again_and_is_whole(tmp_path):
+  state = _state()
+  torch_file.write(tmp_path / 'new' / 'a.pth', state)
+  _equal(torch_file.read(tmp_path / 'new' / 'a.pth')[0], state)
+  assert os.listdir(tmp_path / 'new') == ['a.pth']
+  assert set(torch.load(tmp_path / 'new' / 'a.pth', weights_only=True)) == {'model'}
+
+
+def test_half_precision_becomes_float32(tmp_path):
+  torch.save({'model': {'a': torch.tensor([1.5, 2.], dtype=torch.bfloat16)}}, tmp_path / 'a.pth')
+  found, _ = torch_file.read(tmp_path / 'a.pth')
+  assert found['a'].dtype == np.float32
+  np.testing.assert_array_equal(found['a'], [1.5, 2.])
+
+
+_OLD = [('fused_encoder.', 'encoder.'), ('loss_prepare.', 'predictor.'), ('.gamma_1', '.attention_output.residual_scale'),
+        ('.gamma_2', '.ffn_output.residual_scale'), ('.linear1.', '.ffn.dense.'), ('.linear2.', '.ffn.dense2.'),
+        ('.norm1.', '.LayerNormModules.0.'), ('.norm2.', '.LayerNormModules.1.'),
+        ('.experts.deepspeed', '.deepspeed_moe.experts.deepspeed'), ('.gate.', '.deepspeed_moe.gate.'),
+        ('.self_attn.in_proj_', '.attention.self.qkv_proj.'), ('.self_attn.out_proj.', '.attention.output.dense.'),
+        ('.self_attn.qkv_proj.', '.attention.self.qkv_proj.'), ('.self_attn.dense.', '.attention.output.dense.')]
+
+
+def _aged(state):
+  """The names of the older code."""
+  out = {}
+  for key, value in state.items():
+    for new, old in _OLD:
+      key = key.replace(new, old)
+    out[key] = value[None, None] if key.endswith('residual_scale') else value
+  return {**out, 'visual_embed.weight': np.ones(3, np.float32)}
+
+
+@pytest.mark.parametrize('router, changes', [('attribute', {}), ('attribute', {'placement': 'odd'}), ('dense', {})])
+def test_older_names_are_todays_in_models_with_and_without_experts(tmp_path, router, changes):
+  state = _state(router, **changes)
+  assert not set(_aged(state)) & {k for k in state if k.startswith(('fused', 'loss'))}
+  found, remarks = torch_file.read(_save(tmp_path / 'a.pt', _aged(state), lambda t: {'module': t}))
+  _equal(found, state)
+  assert 'dropped' in remarks['visual_embed.weight']
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_older_files_added_a_type_to_pictures_which_the_bias_takes_over(tmp_path, keep):
+  state = _state()
+  state['video_embed.embeddings_type.weight'] = np.full((1, 16), .5, np.float32)
+  found, _ = torch_file.read(_save(tmp_path / 'a.pt', _aged(state)), keep_visual_type=keep)
+  np.testing.assert_allclose(found['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'] + (0 if keep else .5))
+
+
+def test_files_of_todays_code_keep_their_bias(tmp_path):
+  state = _state()
+  state['video_embed.embeddings_type.weight'] = np.full((1, 16), .5, np.float32)
+  found, _ = torch_file.read(_save(tmp_path / 'a.pt', state))
+  np.testing.assert_array_equal(found['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'])
+
+
+class _Bomb:
+  """Reading this with an ordinary unpickler makes a file."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return open, (self.path, 'w')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_file_with_code_is_refused_by_name_and_not_executed(tmp_path, zipped):
+  mark = tmp_path / 'executed'
+  torch.save({'model': {'a': torch.ones(2)}, 'args': _Bomb(str(mark))}, tmp_path / 'a.pth',
+             _use_new_zipfile_serialization=zipped)
+  with pytest.raises(LayoutError, match=r'needs .*open.* to be read.*nothing was executed'):
+    torch_file.read(tmp_path / 'a.pth')
+  assert not mark.exists()
+  torch.load(tmp_path / 'a.pth', weights_only=False)
+  assert mark.exists()  # it would have been
+
+
+def test_a_plain_pickle_with_code_is_refused_and_not_executed(tmp_path):
+  mark = tmp_path / 'executed'
+  (tmp_path / 'a.pth').write_bytes(pickle.dumps(_Bomb(str(mark))))
+  with pytest.raises(LayoutError):
+    torch_file.read(tmp_path / 'a.pth')
+  assert not mark.exists()
+
+
+@pytest.mark.parametrize('share', [.0, .3, .9, .999])
+def test_a_file_that_is_cut_off_is_named(tmp_path, share):
+  whole = _save(tmp_path / 'a.pth', _state()).read_bytes()
+  (tmp_path / 'b.pth').write_bytes(whole[:int(share * len(whole))])
+  with pytest.raises(LayoutError, match=r'b\.pth is no PyTorch checkpoint, or is'):
+    torch_file.read(tmp_path / 'b.pth')
+
+
+@pytest.mark.parametrize('content, message', [
+    ({}, 'holds no parameters'), ({'model': {'a': 3}}, "'a' is no tensor"), ([1, 2], 'holds no parameters')])
+def test_a_file_without_parameters_is_named(tmp_path, content, message):
+  torch.save(content, tmp_path / 'a.pth')
+  with pytest.raises(LayoutError, match=message):
+    torch_file.read(tmp_path / 'a.pth')
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='none.pth is not there'):
+    torch_file.read(tmp_path / 'none.pth')

@@ -1,0 +1,144 @@
+"""The published state dict and our tree: one place for everything, in both directions, and an error that names what is wrong."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small_model
+from tests.parity import fixtures
+from uni_moe_jax.export import torch_layout
+from uni_moe_jax.export.torch_layout import LayoutError
+from uni_moe_jax.model.embed import sincos_table
+
+_MODELS = [name.removeprefix('weights_') for name in fixtures.cases('state_dict')]
+
+
+@pytest.mark.parametrize('model', _MODELS)
+def test_there_and_back_every_array_is_the_same_bit_for_bit(model):
+  state, spec = fixtures.weights(model), fixtures.model_spec(model)
+  params, there = torch_layout.from_torch(state, spec)
+  back, made = torch_layout.to_torch(params, spec)
+  assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.items()}
+  for key, value in state.items():
+    if key not in there.dropped or 'embeddings_norm' in key:
+      np.testing.assert_array_equal(back[key], value, key)
+      assert back[key].dtype == value.dtype
+  # What was dropped is what is made, each for a stated reason; gates come back as zeros.
+  assert set(there.dropped) == set(made.made)
+  for key in made.made:
+    assert 'embeddings_norm' in key or not back[key].any(), key
+
+
+@pytest.mark.parametrize('model', _MODELS)
+def test_every_parameter_is_filled_and_every_key_accounted_for(model):
+  state, spec = fixtures.weights(model), fixtures.model_spec(model)
+  params, report = torch_layout.from_torch(state, spec)
+  assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(params))
+  assert set(report.consumed) | set(report.dropped) == set(state)
+  assert not set(report.consumed) & set(report.dropped)
+
+
+def test_plain_layers_of_a_model_with_experts_have_names_of_their_own():
+  keys = {e.key for e in torch_layout.entries(small_model.spec(placement='odd', temperatures=()))}
+  assert 'fused_encoder.layers.0.self_attn.qkv_proj.experts.deepspeed_experts.3.weight' in keys
+  assert {'fused_encoder.layers.1.self_attn.qkv_proj.weight', 'fused_encoder.layers.1.linear2.bias'} <= keys
+  assert not any('in_proj' in k or 'out_proj' in k for k in keys)
+  dense = {e.key for e in torch_layout.entries(small_model.spec('dense', temperatures=()))}
+  assert {'fused_encoder.layers.1.self_attn.in_proj_weight', 'fused_encoder.layers.1.self_attn.out_proj.bias'} <= dense
+
+
+def test_a_packed_qkv_is_cut_into_queries_keys_values_then_heads():
+  # D = 4, two heads of 2: row 5 of the packed matrix is keys' row 1, head 0, dimension 1.
+  spec = small_model.spec('dense', width=4, heads=2)
+  packed = np.arange(48, dtype=np.float32).reshape(12, 4)
+  ours = torch_layout.QKV.ours(packed, spec)
+  assert ours.shape == (4, 3, 2, 2)
+  np.testing.assert_array_equal(ours[:, 1, 0, 1], packed[5])
+  np.testing.assert_array_equal(ours[:, 2, 1, 0], packed[10])
+  np.testing.assert_array_equal(torch_layout.QKV.theirs(ours, spec), packed)
+
+
+def test_a_convolution_becomes_rows_by_row_column_and_colour():
+  spec = small_model.spec('dense', width=4, patch=2, channels=3)
+  convolution = np.arange(48, dtype=np.float32).reshape(4, 3, 2, 2)
+  ours = torch_layout.PATCH.ours(convolution, spec)
+  np.testing.assert_array_equal(ours[(1 * 2 + 0) * 3 + 2], convolution[:, 2, 1, 0])
+  np.testing.assert_array_equal(torch_layout.PATCH.theirs(ours, spec), convolution)
+
+
+def _small(router: str = 'attribute', **changes):
+  """(spec, its published state dict) of a small model."""
+  spec = small_model.spec(router, **{'temperatures': ('caption',), 'spatial': 'stored', **changes})
+  return spec, torch_layout.to_torch(small_model.params(spec), spec)[0]
+
+
+@pytest.mark.parametrize('router, changes', [
+    ('attribute', {}), ('attribute', {'placement': 'odd'}), ('attribute', {'placement': (1,)}), ('dense', {}),
+    ('attribute', {'parts': ('ffn',)}), ('attribute', {'visual_type': True}), ('attribute', {'spatial': 'sincos'})])
+def test_our_tree_survives_the_way_there_and_back(router, changes):
+  spec, state = _small(router, **changes)
+  params, _ = torch_layout.from_torch(state, spec)
+  jax.tree.map(np.testing.assert_array_equal, params, small_model.params(spec))
+
+
+def _without(state, key):
+  return {k: v for k, v in state.items() if k != key}
+
+
+_KEY = 'fused_encoder.layers.2.linear1.experts.deepspeed_experts.1.weight'
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda s: _without(s, _KEY), f'the checkpoint lacks {_KEY}: the model is attribute, 3 layers, 4 experts'),
+    (lambda s: {**s, 'head.weight': np.zeros(3)}, 'it has head.weight, which the model has no place for'),
+    (lambda s: {**s, _KEY: np.zeros((25, 16))}, f'{_KEY} has shape (25, 16), the model wants (24, 16): set config.model.hidden'),
+    (lambda s: {**s, 'token_embed.embeddings.weight': np.zeros((9, 16))}, 'another vocabulary (config.tokenizer)'),
+    (lambda s: {**s, 'video_embed.embeddings_norm.bias': np.ones(16)}, 'SHARE_LAYERNORM False'),
+    (lambda s: {**s, 'video_embed.embeddings_st_pos.spatial_pos_embed.weight': np.zeros((5, 16))}, 'both must be squares'),
+])
+def test_a_checkpoint_that_does_not_fit_is_named(change, message):
+  spec, state = _small()
+  torch_layout.from_torch(state, spec)  # as it is, it fits
+  with pytest.raises(ValueError, match=re.escape(message)):
+    torch_layout.from_torch(change(state), spec)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused():
+  (spec, _), (_, dense) = _small(), _small('dense')
+  with pytest.raises(LayoutError, match=r'lacks fused_encoder\..*experts.*; it has fused_encoder.*in_proj.*config\.moe\.router'):
+    torch_layout.from_torch(dense, spec)
+
+
+def test_a_table_that_is_not_the_fixed_one_needs_a_parameter():
+  spec, state = _small(spatial='sincos')
+  key = 'video_embed.embeddings_st_pos.spatial_pos_embed.weight'
+  np.testing.assert_array_equal(state[key], sincos_table(2, 16))
+  with pytest.raises(LayoutError, match="set config.model.spatial='stored'"):
+    torch_layout.from_torch({**state, key: state[key] + .1}, spec)
+
+
+def test_temperatures_that_nobody_uses_are_dropped_by_name_and_made_anew():
+  spec, state = _small()
+  params, report = torch_layout.from_torch({**state, 'loss_prepare.logit_scale_img_cls': np.float32(1)}, spec)
+  assert 'config.model.temperatures' in report.dropped['loss_prepare.logit_scale_img_cls']
+  assert 'log_scale_img_cls' not in params
+  assert state['loss_prepare.logit_scale_img_cls'] == np.float32(np.log(1 / .07))
+
+
+def test_position_tables_of_another_size_are_interpolated():
+  spec, state = _small(max_frames=4)
+  smaller, _ = _small(max_frames=2)
+  params, report = torch_layout.from_torch(state, smaller)
+  old = state['video_embed.embeddings_st_pos.temporal_pos_embed.weight']
+  # Two rows from four: each is the middle of two.
+  np.testing.assert_allclose(params['embed']['temporal'], [(old[0] + old[1]) / 2, (old[2] + old[3]) / 2], rtol=1e-5, atol=1e-6)
+  assert report.resized == {'video_embed.embeddings_st_pos.temporal_pos_embed.weight': 'from 4 to 2 rows'}
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'router': 'task', 'router_names': ('a',)}, "router='task' has no place"), ({'temperatures': ('mine',)}, "'mine' has no place")])
+def test_what_the_published_layout_cannot_hold_is_refused(changes, message):
+  with pytest.raises(LayoutError, match=message):
+    torch_layout.entries(small_model.spec(**changes))

@@ -1,0 +1,114 @@
+"""launch/convert.py: a checkpoint of the authors' kind goes on in the normal commands, and comes back."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import recipes
+from uni_moe_jax.export import torch_layout
+from uni_moe_jax.model.params import init_params
+from uni_moe_jax.train import loop, setup
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
+_GROUPS = {'image_classification': 'img_cls', 'image_retrieval': 'retrieve', 'image_caption': 'caption'}
+
+
+def _config(folder: pathlib.Path):
+  """Three published kinds with the published choices and vocabulary, on the invented data."""
+  c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
+  recipes.published(c)
+  c.model.update(dict(channels=3, max_text=64, layer_scale=0.5))
+  c.tokenizer.update(dict(kind='clip', merges=str(folder / 'merges.txt')))
+  c.sets.shapes.length = 32
+  for t in c.tasks.values():
+    t.temperature, t.sampling = _GROUPS[t.kind], 1.0
+    t.length = 48 if t.length else 0
+  c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')
+  c.train.update(dict(steps=3, save_every=1))
+  return c
+
+
+@pytest.fixture(name='files', scope='module')
+def _files(tmp_path_factory):
+  """(folder, state dict of the checkpoint in it, spec of the model)."""
+  folder = tmp_path_factory.mktemp('convert')
+  (folder / 'merges.txt').write_text(_MERGES)
+  c = _config(folder)
+  (folder / 'config.py').write_text(
+      'import ml_collections, json, pathlib\n'
+      'from uni_moe_jax.train.workdir import _completed\n'
+      f'def get_config():\n  return _completed(json.loads(pathlib.Path({str(folder / "config.json")!r}).read_text()))\n')
+  (folder / 'config.json').write_text(json.dumps(c.to_dict()))
+  run = setup.build(c, jax.devices()[:1])
+  state, _ = torch_layout.to_torch(init_params(run.spec.model, jax.random.key(5)), run.spec.model.spec)
+  torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, 'iteration': 3}, folder / 'theirs.pth')
+  return folder, state, run.spec.model.spec
+
+
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+  # One device: the batches of these tasks do not divide by more.
+  env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  return subprocess.run(
+      [sys.executable, str(_ROOT / 'launch' / script), *arguments], env=env, capture_output=True, text=True, cwd=_ROOT,
+      timeout=300)
+
+
+def _convert(folder, workdir, checkpoint='theirs.pth'):
+  return _run('convert.py', f'--checkpoint={folder / checkpoint}', f'--config={folder / "config.py"}', f'--workdir={workdir}')
+
+
+def test_a_converted_checkpoint_evaluates_trains_and_comes_back(files, tmp_path):
+  folder, state, _ = files
+  workdir = tmp_path / 'run'
+  done = _convert(folder, workdir)
+  assert done.returncode == 0, done.stderr
+  assert 'arrays have their place in both layouts' in done.stdout
+  assert 'a gate that nothing evaluates' in done.stdout
+  assert json.loads((workdir / 'conversion.json').read_text())['dropped']
+
+  back = _run('convert.py', f'--workdir={workdir}', f'--output={tmp_path / "ours.pth"}')
+  assert back.returncode == 0, back.stderr
+  ours = torch.load(tmp_path / 'ours.pth', weights_only=True)['model']
+  assert set(ours) == set(state)
+  for key, value in state.items():
+    np.testing.assert_array_equal(ours[key].numpy(), value, key)
+
+  evaluated = _run('evaluate.py', f'--workdir={workdir}')
+  assert evaluated.returncode == 0, evaluated.stderr
+  assert json.loads((workdir / 'evaluation.json').read_text())[0]['step'] == 0
+
+  assert loop.train(_config(folder), str(workdir), jax.devices()[:1]) == 0
+  again = _run('convert.py', f'--workdir={workdir}', f'--output={tmp_path / "trained.pth"}')
+  assert again.returncode == 0, again.stderr
+  trained = torch.load(tmp_path / 'trained.pth', weights_only=True)['model']
+  moved = [k for k in state if not np.array_equal(trained[k].numpy(), state[k])]
+  assert 'token_embed.embeddings.weight' in moved and 'loss_prepare.proj.weight' in moved
+  spatial = 'video_embed.embeddings_st_pos.spatial_pos_embed.weight'
+  np.testing.assert_array_equal(trained[spatial].numpy(), state[spatial])  # fixed, as published
+
+
+def test_mistakes_end_in_one_sentence(files, tmp_path):
+  folder, state, spec = files
+  cut = (folder / 'theirs.pth').read_bytes()[:-1000]
+  (folder / 'cut.pth').write_bytes(cut)
+  short = {k: torch.from_numpy(np.array(v)) for k, v in state.items() if k != 'loss_prepare.proj.bias'}
+  torch.save({'model': short}, folder / 'short.pth')
+  for arguments, said in (
+      ((folder, tmp_path / 'a', 'cut.pth'), 'is no PyTorch checkpoint, or is cut off'),
+      ((folder, tmp_path / 'a', 'short.pth'), 'the checkpoint lacks loss_prepare.proj.bias'),
+      ((folder, tmp_path / 'a', 'none.pth'), 'none.pth is not there')):
+    done = _convert(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count('\n') == 1 and said in done.stderr, done.stderr
+  done = _run('convert.py', f'--workdir={tmp_path / "a"}')
+  assert done.returncode == 2 and '--checkpoint=FILE --config=FILE' in done.stderr

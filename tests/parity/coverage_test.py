@@ -1,0 +1,40 @@
+"""The suite leaves nothing out silently: every file of the folder is compared, or excluded by name with a reason."""
+
+import numpy as np
+import pytest
+
+from tests.parity import fixtures
+from tests.parity.fixtures import Arrays, relative
+
+
+def test_every_case_is_compared_or_excluded_by_name():
+  compared = set(fixtures.cases(*fixtures.KINDS, *fixtures.WEIGHTS))
+  left_out = fixtures.excluded()
+  everything = set(fixtures.manifest()['files'])
+  assert compared | set(left_out) == everything, sorted(everything - compared - set(left_out))
+  assert not compared & set(left_out)
+  print(f'\n{fixtures.FOLDER}: {len(compared)} files compared, {len(left_out)} excluded: '
+        + '; '.join(f'{name} ({why})' for name, why in left_out.items()))
+
+
+def test_only_what_is_said_to_be_left_out_is_left_out():
+  for name in fixtures.excluded():
+    entry = fixtures.manifest()['files'][name]
+    assert 'queue_len' in entry, name
+  assert fixtures.cases('forward') and fixtures.cases('state_dict')
+
+
+def test_an_array_that_nothing_read_is_seen():
+  arrays = Arrays(fixtures.cases('misc')[0])
+  first, *rest = arrays.keys()
+  assert first in arrays  # asking whether it is there is no reading
+  assert arrays[first] is not None
+  assert arrays.unread == set(rest)
+
+
+@pytest.mark.parametrize('theirs, ours, error', [
+    ([3., 4.], [3., 4.5], .1),  # .5 of 5
+    ([0., 0.], [0., 2e-3], 2e-3),  # exact zeros are compared absolutely
+])
+def test_the_error_is_relative_to_their_norm(theirs, ours, error):
+  np.testing.assert_allclose(relative(ours, theirs), error)

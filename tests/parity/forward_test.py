@@ -1,0 +1,136 @@
+"""Forward passes equal to the published system's: features and logits as training computes them, hidden states, gates."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small_model
+from tests.parity import fixtures
+from tests.parity.fixtures import Arrays, assert_close
+from tests.parity.problem import Problem, problem
+from uni_moe_jax.model import inputs, similarity
+from uni_moe_jax.moe import routers
+from uni_moe_jax.train import step
+
+BOUND = 1e-5
+_PART = {'self_attn.qkv_proj': 'attention', 'linear1': 'ffn'}
+
+
+@functools.partial(small_model.jit, static_argnums=0)
+def _scored(spec, params, batch, sets):
+  """(input features, target features, logits) of the step's one task."""
+  task, = spec.plan.tasks
+  groups, set_features, _ = step.forward(spec, params, batch, sets, {}, jax.random.key(0))
+  features, pair = groups[task.group]
+  targets = pair if task.kind.target == 'pair' else set_features[task.target_set]
+  scale = spec.model.apply({'params': params}, task.temperature, method='scale')
+  logits = similarity.logits(features, targets, scale)
+  if task.head:
+    logits = spec.model.apply({'params': params}, features, logits, method='with_head')
+  return features, targets, logits
+
+
+@functools.partial(small_model.jit, static_argnums=0)
+def _encoded(spec, params, batch, sets):
+  """(features, what the encoder collected) with all rows and taps; streams in published order."""
+  def run(model):
+    encoded = model.encode(step.sequences(spec, batch, sets, {})[0], all_rows=True, taps=True)
+    return [model.features(r) for r in encoded.rows], encoded.collected
+  return spec.model.apply({'params': params}, method=run)
+
+
+@pytest.mark.parametrize('name', fixtures.cases('forward'))
+def test_forward(name):
+  arrays = Arrays(name)
+  case = problem(name, arrays)
+  params = fixtures.params(fixtures.model_of(fixtures.manifest()['files'][name]['weights']))
+  features, targets, logits = map(np.asarray, _scored(case.spec, params, case.batch, case.sets))
+  _compare_outputs(arrays, case, features, targets, logits)
+  taken, collected = jax.device_get(_encoded(case.spec, params, case.batch, case.whole_sets))
+  assert_close(taken[0], features, BOUND, 'features with all rows')  # both modes agree
+  assert_close(taken[1][:, 0], targets, BOUND, 'target features with all rows')
+  _compare_hidden(arrays, case, collected)
+  assert not arrays.unread, sorted(arrays.unread)
+
+
+def _counted(case: Problem, rows: np.ndarray) -> np.ndarray:
+  """Rows of the readout that have a target, in row-major order."""
+  if case.task.kind.readout not in ('picks', 'queries'):
+    return rows[:, 0]
+  weight = case.batch[case.task.group]['weight'][0]
+  order = np.ones(weight.shape, bool)
+  if case.task.kind.readout == 'picks':  # picks come in the order of the text
+    assert (np.diff(case.batch[case.task.group]['position'][0], axis=1)[weight[:, 1:] > 0] > 0).all()
+  return rows[order & (weight > 0)]
+
+
+def _compare_outputs(arrays: Arrays, case: Problem, features, targets, logits) -> None:
+  left = _counted(case, features)
+  for key, ours in (('feat0', left), ('feat1', targets)):
+    theirs = arrays[key]
+    assert_close(ours[:len(theirs)], theirs, BOUND, key)
+  ours = {'out.logits0': _counted(case, logits), 'out.output': _counted(case, logits),
+          'out.input_feats': np.asarray(similarity.normalise(left)), 'out.tgt_feats': np.asarray(similarity.normalise(targets))}
+  if case.task.kind.target == 'pair':
+    ours['out.logits1'] = ours['out.logits0'].T
+  for key in arrays.keys('out.'):
+    if key.startswith('out.targets'):
+      np.testing.assert_array_equal(arrays[key], _target_indices(case), key)
+    else:
+      assert_close(ours[key], arrays[key], BOUND, key)
+
+
+def _target_indices(case: Problem) -> np.ndarray:
+  batch = case.batch[case.task.group]
+  if case.task.kind.target == 'pair':
+    return np.arange(len(batch['id'][0]))
+  return batch['label'][0][batch['weight'][0] > 0]
+
+
+def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
+  stack, calls = case.spec.model.spec.stack, {'video_embed': 0, 'token_embed': 0}
+
+  def after(layer: int, what: str):
+    subtree, period, block = stack.locate(layer)
+    out = collected[subtree][int(block.removeprefix('block'))][what]
+    return out if period is None else jax.tree.map(lambda x: x[period], out)
+
+  conditions = tuple(c for s in collected['streams'] for c in s.layout.conditions)
+  rows = routers.distinct_rows(case.spec.model.spec.router, conditions)
+  for n, stream in enumerate(collected['streams']):
+    # A token's own embedder comes first, then the prefix.
+    parts = [np.asarray(a) for a in stream.arrays]
+    tokens = [parts[0][:, 1:], *parts[1:]]
+    for modality, part in (*zip(stream.layout.modalities, tokens), ('text', parts[0][:1, :1])):
+      embedder = 'video_embed' if modality == 'visual' else 'token_embed'
+      key = f'tokenizer.{embedder}.call{calls[embedder]}'
+      calls[embedder] += 1
+      if key in arrays:
+        theirs = arrays[key]
+        assert_close(part[:len(theirs)], theirs, BOUND, key)
+    invalid = [np.zeros(a.shape[:2], np.uint8) if v is None else (~v).astype(np.uint8)
+               for a, v in zip(parts, stream.valid)]
+    _compare(arrays, f'enc{n}.fused_in', np.concatenate(parts, 1))
+    _compare(arrays, f'enc{n}.fused_invalid_mask', np.concatenate(invalid, 1))
+    for layer in range(stack.layers):
+      hidden = np.concatenate([np.asarray(a) for a in after(layer, 'taps')[n]], 1)
+      _compare(arrays, f'enc{n}.hidden{layer}', hidden)
+      for projection, part in _PART.items():
+        at = f'enc{n}.gate.L{layer}.{projection}.'
+        if at + 'logits' in arrays:
+          decision = after(layer, 'decisions')[part]
+          index = [rows.index(routers.row_of(case.spec.model.spec.router, c)) for c in stream.layout.conditions]
+          assert_close(decision.logits[index], arrays[at + 'logits'], BOUND, at)
+          np.testing.assert_array_equal(decision.expert[index], arrays[at + 'top2'])
+          weight = np.take_along_axis(decision.coef[index], decision.expert[index], axis=1)
+          assert_close(weight, arrays[at + 'weight'], BOUND, at)
+    _compare(arrays, f'enc{n}.spe_out_all', np.asarray(after(stack.layers - 1, 'taps')[n][0][:, 0]))
+
+
+def _compare(arrays: Arrays, key: str, ours: np.ndarray) -> None:
+  """The first rows of the batch, as many as were kept."""
+  if key in arrays:
+    theirs = arrays[key]
+    assert_close(ours[:len(theirs)], theirs, BOUND, key)

@@ -1,0 +1,106 @@
+"""Five training steps equal to the published system's, in both of its conventions for parameters without a gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small_model
+from tests.parity import fixtures
+from tests.parity.fixtures import Arrays, assert_close
+from tests.parity.problem import fields, sized, step_spec, target_sets, task_spec
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import recipes
+from uni_moe_jax.export import torch_layout
+from uni_moe_jax.model.params import param_shapes
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.train import optim, step
+from uni_moe_jax.train.touched import unit_axes
+
+BOUND = 1e-5
+EMA = 'final_ema'
+
+
+def _config(hyper, convention: str):
+  """The published preset with the hyperparameters of a case."""
+  c = config_lib.base()
+  recipes.published(c, weight_decay=hyper['weight_decay'])
+  b1, b2 = hyper['betas']
+  c.optim.update(dict(
+      learning_rate=hyper['base_lr'], warmup=hyper['warmup'], final=hyper['min_lr'] / hyper['base_lr'], b1=b1, b2=b2,
+      eps=hyper['eps'], clip=hyper['grad_clip'], without_gradient=convention))
+  c.train.steps = hyper['max_iter']
+  return c
+
+
+def _groups(entry):
+  groups = entry['param_groups']
+  if isinstance(groups, str):  # 'same as NAME'
+    groups = fixtures.manifest()['files'][groups.removeprefix('same as ')]['param_groups']
+  return groups
+
+
+@pytest.mark.parametrize('name', fixtures.cases('optimizer'))
+def test_optimizer_steps(name):
+  entry = fixtures.manifest()['files'][name]
+  arrays, given = Arrays(name), Arrays(entry['inputs_in'].removesuffix('.npz'))
+  if entry['inputs_in'] == entry['file']:
+    given = arrays
+  model = fixtures.model_of(entry['weights'])
+  c = _config(entry['hyper'], 'settonone' if entry['zero_grad_set_to_none'] else 'zerograd')
+  specs, sets, _ = target_sets(model, given)
+  batches = [fields(task_spec(t), given, f'step{i}.', 0) for i, t in enumerate(entry['tasks'])]
+  ema_key, = {k.split('.loss_prepare')[0].split('.fused')[0].split('.token')[0].split('.video')[0] for k in arrays.keys(EMA)}
+  tx, rate, rules = optim.make_optimizer(
+      c, param_shapes(UniPerceiver(fixtures.model_spec(model))), functools.partial(unit_axes, fixtures.model_spec(model)))
+  spec = step_spec(
+      model, (), specs, tx=tx, rate=rate, ema=float(ema_key.removeprefix(EMA)), contrastive=c.train.contrastive,
+      twins=c.train.twins, without_gradient=c.optim.without_gradient, frozen=optim.frozen_paths(rules))
+  _compare_groups(entry, spec, rules)
+  np.testing.assert_allclose([rate(i) for i in range(12)], arrays['lr_schedule_12_steps'], rtol=BOUND, atol=1e-12)
+
+  names = fixtures.manifest()['models'][model]['param_names']
+  state = small_model.jit(functools.partial(step.init_state, spec))(fixtures.params(model))
+  for i, (task_name, batch) in enumerate(zip(entry['tasks'], batches)):
+    task = sized(task_spec(task_name), batch)
+    # As a sampled mixture steps: one task, and every set.
+    one = dataclasses.replace(spec, plan=dataclasses.replace(spec.plan, tasks=(task,)).only(task_name))
+    state, metrics = small_model.jit(functools.partial(step.train_step, spec=one))(state, {task.group: batch}, sets)
+    at = f'step{i}.'
+    np.testing.assert_allclose(float(metrics['learning_rate']), arrays[at + 'lr'][0], rtol=BOUND, atol=1e-12)
+    assert_close(metrics['grad_norm'], arrays[at + 'grad_norm_before_clip'], BOUND, at + 'gradient norm')
+    assert_close(metrics['loss/total'], arrays[at + 'loss'], BOUND, at + 'loss')
+    ours = _state_dict(model, state.params, spec)
+    for key, theirs in zip(names, arrays[at + 'param_norms'], strict=True):
+      assert_close(np.linalg.norm(ours[key].astype(np.float64)), theirs, BOUND, f'{at}norm of {key}')
+  averaged = _state_dict(model, state.ema, spec)
+  for key in arrays.keys('final.'):
+    assert_close(ours[key.removeprefix('final.')], arrays[key], BOUND, key)
+  for key in arrays.keys(ema_key + '.'):
+    assert_close(averaged[key.removeprefix(ema_key + '.')], arrays[key], BOUND, key)
+  assert not arrays.unread, sorted(arrays.unread)
+
+
+def _state_dict(model: str, params, spec) -> dict[str, np.ndarray]:
+  """Published names; what has no place in our tree never had a gradient there and stands as it did."""
+  ours, report = torch_layout.to_torch(params, spec.model.spec)
+  return {**ours, **{k: fixtures.weights(model)[k] for k in report.made if k not in _ALIASES}}
+
+
+_ALIASES = ('video_embed.embeddings_norm.weight', 'video_embed.embeddings_norm.bias')
+
+
+def _compare_groups(entry, spec, rules) -> None:
+  """Learning rate and weight decay of every published parameter that lives on."""
+  flat = {optim.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
+  path_of = {e.key: '/'.join(e.path) for e in torch_layout.entries(spec.model.spec)}
+  theirs = {g['name']: g for g in _groups(entry)}
+  for key, path in path_of.items():
+    if flat[path].frozen:
+      assert key not in theirs, key
+    else:
+      group = theirs[key]
+      base = entry['hyper']['base_lr']
+      assert (flat[path].lr_factor * base, flat[path].weight_decay) == (group['initial_lr'], group['weight_decay']), key

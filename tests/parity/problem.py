@@ -1,0 +1,150 @@
+"""A case as the trainer sees it: tasks, target sets and a batch, through the functions that training itself uses."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from tests.parity import fixtures
+from tests.parity.fixtures import Arrays
+from uni_moe_jax import tasks
+from uni_moe_jax.data.sets import bucket_rows
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.plan import VOCABULARY, Plan, SetSpec, TaskSpec
+from uni_moe_jax.train.step import StepSpec
+
+_SMOOTHED = {'label_smoothing_cross_entropy'}
+_LOSSES = _SMOOTHED | {'cross_entropy', 'soft_target_cross_entropy'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """task, batch, sets: as `train_step` takes them. whole_sets: the same with one bucket per set, padded as published."""
+  spec: StepSpec
+  task: TaskSpec
+  batch: dict[str, Any]
+  sets: dict[str, Any]
+  whole_sets: dict[str, Any]
+
+
+def task_spec(name: str) -> TaskSpec:
+  """A task from the manifest's table."""
+  t = fixtures.manifest()['tasks'][name]
+  assert t['loss'] in _LOSSES, t['loss']
+  kind = tasks.KINDS[t['task_type']]
+  smoothing = t['smoothing'] if t['loss'] in _SMOOTHED else 0.0
+  return TaskSpec(
+      name=name, kind=kind, group=kind.name, source='', split='', batch=0, weight=t['loss_weight'], sampling=1.0,
+      temperature=t['temperature'].removeprefix('logit_scale_'), target_set=t['target_set'] or '', label='', captions=(),
+      template='', length=0, picks=0, smoothing=smoothing, shift=0)
+
+
+def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[str, Any], dict[str, Any]]:
+  """(specs, bucketed arrays, unbucketed arrays) of the sets in a file, in its order."""
+  specs, bucketed, whole = [], {}, {}
+  for key in [k for k in arrays.keys('in.set.') if k.endswith('.data')]:
+    name = key.split('.')[2]
+    data, invalid = arrays[key].astype(np.int32), arrays.get(f'in.set.{name}.invalid_mask')
+    valid = np.ones(data.shape, bool) if invalid is None else invalid == 0
+    family, = {tasks.KINDS[t['task_type']].target for t in fixtures.manifest()['tasks'].values() if t['target_set'] == name}
+    condition = tasks.families()[family]
+    _check_attributes(arrays.get(f'in.set.{name}.moe_embedding'), [condition])
+    words = np.arange(fixtures.sizes(model)['vocab'], dtype=np.int32)
+    everything = np.stack([words, np.full_like(words, fixtures.end_of_text(model))], axis=1)
+    is_vocabulary = np.array_equal(data, everything) and valid.all()
+    values = VOCABULARY if is_vocabulary else tuple(map(str, range(len(data))))
+    specs.append(SetSpec(name, values, condition, 'exact', 0, data.shape[1]))
+    if not is_vocabulary:
+      buckets, order = bucket_rows([row[ok].tolist() for row, ok in zip(data, valid)], 0)
+      bucketed[name] = {'buckets': buckets, 'order': order}
+      whole[name] = {'buckets': ({'text': data, 'valid': valid},), 'order': np.arange(len(data), dtype=np.int32)}
+    else:
+      bucketed[name] = whole[name] = {'buckets': (), 'order': np.arange(len(data), dtype=np.int32)}
+  return tuple(specs), bucketed, whole
+
+
+def fields(task: TaskSpec, arrays: Arrays, prefix: str, temporal_offset: int) -> dict[str, np.ndarray]:
+  """Batch fields of one task, [shards = 1, B, …]."""
+  out: dict[str, np.ndarray] = {}
+  for index, segment in enumerate(task.kind.inputs):
+    name, = {k.split('.')[-2] for k in arrays.keys(f'{prefix}in.input{index}.') if k.endswith('.data')}
+    at = f'{prefix}in.input{index}.{name}.'
+    data = arrays[at + 'data']
+    assert name in {'visual': ('image', 'video'), 'text': ('text',)}[segment.modality], name
+    conditions = task.kind.conditions
+    attributes = arrays.get(at + 'moe_embedding')
+    _check_attributes(attributes, conditions if attributes is None or len(attributes) > 1 else conditions[index:index + 1])
+    if segment.modality == 'visual':
+      frames = data if name == 'video' else data[:, None]  # [B, T, C, H, W]
+      out['pixels'] = frames.transpose(0, 1, 3, 4, 2)
+      out['temporal_offset'] = np.int32(temporal_offset)
+    else:
+      invalid = arrays.get(at + 'invalid_mask')
+      out['text'] = data.astype(np.int32)
+      out['text_valid'] = np.ones(data.shape, bool) if invalid is None else invalid == 0
+      if at + 'spe_index' in arrays:
+        out['position'] = arrays[at + 'spe_index'].astype(np.int32)[:, None]
+  out['id'] = np.arange(len(next(iter(v for v in out.values() if v.ndim))), dtype=np.uint32)
+  if task.kind.target == 'pair':
+    at = f'{prefix}in.target0.text.'
+    out['target'] = arrays[at + 'data'].astype(np.int32)
+    invalid = arrays.get(at + 'invalid_mask')
+    out['target_valid'] = np.ones(out['target'].shape, bool) if invalid is None else invalid == 0
+    _check_attributes(arrays.get(at + 'moe_embedding'), [task.kind.pair_condition])
+    out |= {'text_id': np.zeros(len(out['id']), np.int32), 'weight': np.ones((len(out['id']), 1), np.float32)}
+  else:
+    out |= _labels(task, arrays[f'{prefix}in.target_idx0'])
+  return {k: v if k == 'temporal_offset' else v[None] for k, v in out.items()}
+
+
+def _labels(task: TaskSpec, target: np.ndarray) -> dict[str, np.ndarray]:
+  """Class indices [B], soft targets [B, V] or word labels [B, S] (-1: none) as labels and weights."""
+  if target.dtype.kind == 'f':
+    return {'label': np.tile(np.arange(target.shape[1], dtype=np.int32), (len(target), 1)), 'weight': target}
+  if target.ndim == 1:
+    return {'label': target.astype(np.int32)[:, None], 'weight': np.ones((len(target), 1), np.float32)}
+  label, weight = np.maximum(target, 0).astype(np.int32), (target >= 0).astype(np.float32)
+  if task.kind.readout != 'picks':
+    return {'label': label, 'weight': weight}
+  most = int(weight.sum(1).max())
+  place = np.argsort(-weight, axis=1, kind='stable')[:, :most]
+  take = lambda x: np.take_along_axis(x, place, axis=1)
+  return {'position': place.astype(np.int32), 'label': take(label), 'weight': take(weight)}
+
+
+def _check_attributes(found: np.ndarray | None, conditions) -> None:
+  """The published attribute rows are those that our table computes."""
+  if found is not None:
+    np.testing.assert_array_equal(found, np.array([c.bits for c in conditions], np.float32))
+
+
+def step_spec(name: str, tasks_: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...], **changes: Any) -> StepSpec:
+  """Static arguments of the step, with the published choices."""
+  plan = Plan(kinds=tuple(tasks.KINDS.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
+              temperatures=fixtures.model_spec(name).temperatures, encode_all_sets=True)
+  spec = StepSpec(
+      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, rate=None, seed=0, accum=1, ema=0.0,
+      eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'], contrastive='sum',
+      twins='negatives')
+  return dataclasses.replace(spec, **changes)
+
+
+def sized(task: TaskSpec, batch: dict[str, np.ndarray]) -> TaskSpec:
+  """The task with the batch size of its fields."""
+  return dataclasses.replace(task, batch=batch['id'].shape[1])
+
+
+def problem(name: str, arrays: Arrays, **changes: Any) -> Problem:
+  """A forward or loss case; `changes` of the model."""
+  entry = fixtures.manifest()['files'][name]
+  model = fixtures.model_of(entry['weights'])
+  task = task_spec(entry['task_name'])
+  assert task.kind.name == entry['task_type']
+  specs, bucketed, whole = target_sets(model, arrays)
+  batch = fields(task, arrays, '', entry.get('temporal_pos_offset', 0))
+  head = fixtures.model_spec(model).head
+  task = dataclasses.replace(sized(task, batch), head=bool(head))
+  # The prefix of the older code is an ordinary word; only the case's name says so.
+  changed = UniPerceiver(fixtures.model_spec(model, prefix_is_word='newspe' in name, **changes))
+  spec = step_spec(model, (task,), specs, model=changed)
+  return Problem(spec, task, {task.group: batch}, bucketed, whole)

@@ -1,0 +1,147 @@
+"""The authors' checkpoint files: read without executing anything in them, written in their layout.
+
+Three layouts are known: the torch one ({'model': state dict, 'optimizer': …}), the DeepSpeed one ({'module': …}) and older
+DeepSpeed files with other names for the same tensors. All come out as arrays under the names of `torch_layout.py`.
+PyTorch is needed here and nowhere else.
+"""
+
+import os
+import pathlib
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.export.torch_layout import LayoutError
+
+_STATES = ('model', 'module', 'state_dict')  # where a file keeps its parameters; else it is a state dict itself
+_WRAPPER = 'module.'  # of a model that was saved inside DistributedDataParallel
+
+# Older names → today's, in order. Projections of attention are called otherwise in dense models than in models with experts.
+_OLDER = (
+    (r'^encoder\.', 'fused_encoder.'),
+    (r'^predictor\.', 'loss_prepare.'),
+    (r'\.deepspeed_moe\.(gate|experts)\.', r'.\1.'),
+    (r'\.attention_output\.residual_scale$', '.gamma_1'),
+    (r'\.ffn_output\.residual_scale$', '.gamma_2'),
+    (r'\.ffn\.dense2\.', '.linear2.'),
+    (r'\.ffn\.dense\.', '.linear1.'),
+    (r'\.LayerNormModules\.0\.', '.norm1.'),
+    (r'\.LayerNormModules\.1\.', '.norm2.'),
+)
+_OLDER_DENSE = ((r'\.attention\.self\.qkv_proj\.', '.self_attn.in_proj_'), (r'\.attention\.output\.dense\.', '.self_attn.out_proj.'))
+_OLDER_MOE = ((r'\.attention\.self\.qkv_proj\.', '.self_attn.qkv_proj.'), (r'\.attention\.output\.dense\.', '.self_attn.dense.'))
+_UNUSED_OLDER = 'visual_embed.'
+_PATCH_BIAS, _VISUAL_TYPE = 'video_embed.embeddings.bias', 'video_embed.embeddings_type.weight'
+
+
+def _torch():
+  try:
+    import torch
+  except ImportError:
+    raise LayoutError("PyTorch checkpoints need PyTorch, which is an extra: pip install -e '.[torch]'.") from None
+  return torch
+
+
+def read(path: str | os.PathLike[str], keep_visual_type: bool = False) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Parameters of a checkpoint file.
+
+  Args:
+    path: file that torch.save wrote.
+    keep_visual_type: whether the model has the parameter `visual_type`. Otherwise that of an older file, whose code added it
+      to every visual token, is added to the bias of the patches, which is the same.
+
+  Returns:
+    (arrays f32 by published name, what was done to the file's own names: name → remark).
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    LayoutError: it is no checkpoint, is cut off, holds no parameters, or needs code to be read; then nothing was executed.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'checkpoint {path} is not there.')
+  tensors = _state_of(_load(path), path)
+  wrapped = bool(tensors) and all(k.startswith(_WRAPPER) for k in tensors)
+  tensors = {k.removeprefix(_WRAPPER) if wrapped else k: v for k, v in tensors.items()}
+  arrays = {k: v.detach().float().numpy() for k, v in tensors.items()}
+  return _renamed(arrays, keep_visual_type)
+
+
+def write(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
+  """Writes {'model': state dict}, whole or not at all."""
+  torch = _torch()
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + '.tmp')
+  torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}}, temporary)
+  temporary.rename(path)
+
+
+def _load(path: pathlib.Path) -> Any:
+  torch = _torch()
+  try:
+    return torch.load(path, map_location='cpu', weights_only=True)
+  except pickle.UnpicklingError as e:
+    refused = _refused(path, str(e))
+    if not refused:
+      raise LayoutError(f'{path} is no PyTorch checkpoint, or is damaged: {_first_line(e)}') from None
+    raise LayoutError(
+        f'{path} needs {", ".join(refused)} to be read, which could execute code: refused, and nothing was executed. Save the '
+        'state dict alone: torch.save({"model": model.state_dict()}, FILE).') from None
+  except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, UnicodeDecodeError) as e:
+    raise LayoutError(f'{path} is no PyTorch checkpoint, or is cut off: {_first_line(e)}') from None
+
+
+def _refused(path: pathlib.Path, said: str) -> list[str]:
+  """Globals that a file names and that reading parameters does not need."""
+  try:
+    return sorted(_torch().serialization.get_unsafe_globals_in_checkpoint(path))
+  except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # an older file format: the message names the first
+    return sorted(set(re.findall(r'(?:GLOBAL |Unsupported (?:global|class) )([\w.]+)', said)))
+
+
+def _first_line(e: BaseException) -> str:
+  return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+def _state_of(loaded: Any, path: pathlib.Path) -> dict[str, Any]:
+  """The state dict in what a file held."""
+  torch = _torch()
+  if isinstance(loaded, Mapping):
+    for name in _STATES:
+      if isinstance(loaded.get(name), Mapping):
+        loaded = loaded[name]
+        break
+  found = loaded if isinstance(loaded, Mapping) else {}
+  strange = [k for k, v in found.items() if not isinstance(v, torch.Tensor)]
+  if not found or strange:
+    raise LayoutError(f'{path} holds no parameters: it should be a state dict, or hold one under {", ".join(map(repr, _STATES))}'
+                      + (f', but {strange[0]!r} is no tensor.' if strange else '.'))
+  return dict(found)
+
+
+def _renamed(arrays: dict[str, np.ndarray], keep_visual_type: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Older names as today's."""
+  if not any(k.startswith(('encoder.', 'predictor.')) for k in arrays):
+    return arrays, {}
+  table = _OLDER + (_OLDER_MOE if any('.deepspeed_moe.' in k for k in arrays) else _OLDER_DENSE)
+  out, remarks = {}, {}
+  for key, value in arrays.items():
+    if key.startswith(_UNUSED_OLDER):
+      remarks[key] = 'dropped: older code kept it and did not use it'
+      continue
+    name = key
+    for pattern, new in table:
+      name = re.sub(pattern, new, name)
+    if name != key:
+      remarks[key] = f'older name of {name}'
+    if name in out:
+      raise LayoutError(f'{key} and another key are both {name}.')
+    out[name] = value.reshape(-1) if name.endswith(('.gamma_1', '.gamma_2')) else value  # [1, 1, D] there
+  if not keep_visual_type and {_PATCH_BIAS, _VISUAL_TYPE} <= set(out):
+    out[_PATCH_BIAS] = out[_PATCH_BIAS] + out[_VISUAL_TYPE][0]
+    remarks[_VISUAL_TYPE] = f'added to {_PATCH_BIAS}: older code added it to every visual token'
+  return out, remarks

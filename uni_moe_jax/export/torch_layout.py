@@ -1,0 +1,339 @@
+"""The published PyTorch state dict ⇄ our parameter tree, from one ordered table, strict both ways.
+
+`entries(spec)` lists, for a model, which published key lies where in our tree and how its array is turned. `from_torch` and
+`to_torch` walk that list and nothing else: every key is consumed or dropped for a stated reason, every parameter is filled.
+Names and shapes: section 16 of the notes on the published system, whose `Linear` weights are [out, in].
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.export import resize
+from uni_moe_jax.model.embed import sincos_table
+from uni_moe_jax.model.params import param_shapes
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks import nearest
+
+State = Mapping[str, np.ndarray]
+TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
+                'tqa_retrieve', 'downstream')
+_INITIAL_SCALE = math.log(1 / 0.07)
+_SPATIAL = 'video_embed.embeddings_st_pos.spatial_pos_embed.weight'
+_VISUAL_TYPE = 'video_embed.embeddings_type.weight'
+
+
+class LayoutError(ValueError):
+  """A checkpoint that does not fit the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """How an array is turned. ours(published array, sizes) → our array; theirs is its inverse."""
+  ours: Callable[[np.ndarray, ModelSpec], np.ndarray]
+  theirs: Callable[[np.ndarray, ModelSpec], np.ndarray]
+
+
+SAME = Turn(lambda w, s: w, lambda w, s: w)
+LINEAR = Turn(lambda w, s: w.T, lambda w, s: w.T)  # [out, in] ⇄ [in, out]
+# Rows of a packed qkv are [q; k; v], each of them head-major.
+QKV = Turn(lambda w, s: w.T.reshape(s.width, 3, s.heads, s.head_dim), lambda w, s: w.reshape(s.width, 3 * s.width).T)
+QKV_BIAS = Turn(lambda w, s: w.reshape(3, s.heads, s.head_dim), lambda w, s: w.reshape(3 * s.width))
+OUT = Turn(lambda w, s: w.T.reshape(s.heads, s.head_dim, s.width), lambda w, s: w.reshape(s.width, s.width).T)
+ROW = Turn(lambda w, s: w[0], lambda w, s: w[None])
+# A convolution's [D, C, p, p] ⇄ rows in the order of a patch: row, column, colour.
+PATCH = Turn(lambda w, s: w.transpose(2, 3, 1, 0).reshape(-1, s.width),
+             lambda w, s: w.reshape(s.patch, s.patch, s.channels, s.width).transpose(3, 2, 0, 1))
+
+# Published name, our path, turn. First what a model has once …
+_ONCE = (
+    ('token_embed.embeddings.weight', 'embed/word', SAME),
+    ('token_embed.embeddings_norm.weight', 'embed/norm/scale', SAME),
+    ('token_embed.embeddings_norm.bias', 'embed/norm/bias', SAME),
+    ('token_embed.embeddings_pos.position_embeddings.weight', 'embed/position', SAME),
+    ('token_embed.embeddings_token_type.weight', 'embed/type', SAME),
+    ('video_embed.embeddings.weight', 'embed/patch', PATCH),
+    ('video_embed.embeddings.bias', 'embed/patch_bias', SAME),
+    ('video_embed.embeddings_st_pos.temporal_pos_embed.weight', 'embed/temporal', SAME),
+    (_SPATIAL, 'embed/spatial', SAME),
+    (_VISUAL_TYPE, 'embed/visual_type', SAME),
+    ('loss_prepare.ln_post.weight', 'similarity/norm/scale', SAME),
+    ('loss_prepare.ln_post.bias', 'similarity/norm/bias', SAME),
+    ('loss_prepare.proj.weight', 'similarity/kernel', LINEAR),
+    ('loss_prepare.proj.bias', 'similarity/bias', SAME),
+    ('s_token_bias', 'embed/spe_bias', ROW),
+    ('fc_prompt.weight', 'linear_head/kernel', LINEAR),
+    ('fc_prompt.bias', 'linear_head/bias', SAME),
+    ('similarity_weight', 'linear_head/similarity_weight', SAME),
+)
+# … then what every layer has, …
+_LAYER = (
+    ('gamma_1', 'scale1', SAME), ('gamma_2', 'scale2', SAME),
+    ('norm1.weight', 'norm1/scale', SAME), ('norm1.bias', 'norm1/bias', SAME),
+    ('norm2.weight', 'norm2/scale', SAME), ('norm2.bias', 'norm2/bias', SAME),
+)
+_PROMPTS = {'shared': (('embedding', 'input'),), 'separate': (('embedding', 'input'), ('target_embedding', 'target'))}
+# … its projections (name in a dense model, name in a model with experts, our path, part, turns) …
+_PROJECTIONS = (
+    ('self_attn.in_proj_', 'self_attn.qkv_proj.', 'qkv', 'attention', QKV, QKV_BIAS),
+    ('self_attn.out_proj.', 'self_attn.dense.', 'attention_out', 'attention', OUT, SAME),
+    ('linear1.', 'linear1.', 'ffn_in', 'ffn', LINEAR, SAME),
+    ('linear2.', 'linear2.', 'ffn_out', 'ffn', LINEAR, SAME),
+)
+# … and the gate of each of its routers. The first projection of a part decides for the second, too.
+_GATES = {'attention': 'self_attn.qkv_proj.gate.', 'ffn': 'linear1.gate.'}
+_GATE = (
+    ('tag_transform.0.weight', 'embed/kernel', LINEAR), ('tag_transform.0.bias', 'embed/bias', SAME),
+    ('tag_transform.1.weight', 'norm/scale', SAME), ('tag_transform.1.bias', 'norm/bias', SAME),
+    ('wg.weight', 'gate', LINEAR),
+)
+_DEAD_GATES = {'attention': 'self_attn.dense.gate.', 'ffn': 'linear2.gate.'}
+
+_ALIASES = {  # one tensor under two names
+    'video_embed.embeddings_norm.weight': 'token_embed.embeddings_norm.weight',
+    'video_embed.embeddings_norm.bias': 'token_embed.embeddings_norm.bias',
+    'token_embed.s_token_bias': 's_token_bias',
+}
+_DEAD_GATE = re.compile(r'fused_encoder\.layers\.\d+\.(self_attn\.dense|linear2)\.gate\.')
+_BANK = re.compile(r'loss_prepare\.queue_(h[12]|ptr[12])_')
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Where one published array lies in our tree: a leaf, and an index on its leading axes (layers, experts)."""
+  key: str
+  path: tuple[str, ...]
+  index: tuple[int, ...]
+  turn: Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What went where.
+
+  Attributes:
+    consumed: published key → our path.
+    dropped: published key → why it has no place in our tree.
+    made: published key → what stands there although our tree has nothing for it (`to_torch`).
+    resized: published key → 'from shape to shape'.
+  """
+  consumed: dict[str, str] = dataclasses.field(default_factory=dict)
+  dropped: dict[str, str] = dataclasses.field(default_factory=dict)
+  made: dict[str, str] = dataclasses.field(default_factory=dict)
+  resized: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  def __str__(self) -> str:
+    lines = [f'{len(self.consumed)} arrays have their place in both layouts']
+    for title, rows in (('resized', self.resized), ('dropped', self.dropped), ('made', self.made)):
+      reasons: dict[str, list[str]] = {}
+      for key, why in rows.items():
+        reasons.setdefault(why, []).append(key)
+      for why, keys in reasons.items():
+        shown = ', '.join(keys[:3]) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
+        lines.append(f'{title}: {shown}: {why}')
+    return '\n'.join(lines)
+
+
+def check_convertible(spec: ModelSpec) -> None:
+  """Raises LayoutError for a model that the published layout has no names for."""
+  if spec.router not in ('attribute', 'dense'):
+    raise LayoutError(f'config.moe.router={spec.router!r} has no place in the published layout, which knows attribute gates; '
+                      "convert a model with router 'attribute' or 'dense'.")
+  unknown = [t for t in spec.temperatures if t not in TEMPERATURES]
+  if unknown:
+    raise LayoutError(f'temperature group {unknown[0]!r} has no place in the published layout; {nearest(unknown[0], TEMPERATURES)}. '
+                      'Set `temperature` of the tasks that use it.')
+
+
+def entries(spec: ModelSpec) -> list[Entry]:
+  """Every array of the published layout that has a place in a model's parameter tree, in order."""
+  check_convertible(spec)
+  absent = {'embed/spatial': spec.spatial == 'sincos', 'embed/visual_type': not spec.visual_type,
+            'embed/spe_bias': not spec.spe_bias}
+  absent |= {path: not spec.head for _, path, _ in _ONCE if path.startswith('linear_head/')}
+  out = [Entry(key, tuple(path.split('/')), (), turn) for key, path, turn in _ONCE if not absent.get(path)]
+  out += [Entry(f'loss_prepare.logit_scale_{t}', (f'log_scale_{t}',), (), SAME) for t in spec.temperatures]
+  for layer, parts in enumerate(spec.pattern):
+    subtree, period, block = spec.stack.locate(layer)
+    index = () if period is None else (period,)
+    prefix = f'fused_encoder.layers.{layer}.'
+
+    def place(key, path, turn, *more, prefix=prefix, at=('encoder', subtree, block), index=index):
+      out.append(Entry(prefix + key, (*at, *path.split('/')), (*index, *more), turn))
+
+    for row in _LAYER:
+      place(*row)
+    for theirs, ours in _PROMPTS[spec.prompt_sides] if spec.prompts else ():
+      place(f'deep_prompt_embedding.{theirs}.weight', f'prompts/{ours}', SAME)
+    for dense, plain, path, part, turn, bias_turn in _PROJECTIONS:
+      for leaf, ours, how in (('weight', 'kernel', turn), ('bias', 'bias', bias_turn)):
+        if part in parts:
+          for e in range(spec.num_experts):
+            place(f'{plain}experts.deepspeed_experts.{e}.{leaf}', f'{path}/{ours}', how, e)
+        else:
+          place((dense if spec.router == 'dense' else plain) + leaf, f'{path}/{ours}', how)
+    for part in parts:
+      for key, path, turn in _GATE:
+        place(_GATES[part] + key, f'{part}_router/{path}', turn)
+  return out
+
+
+def dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+  """Keys and shapes of the published gates that nothing evaluates: attention out's and the second FFN projection's."""
+  D = spec.width
+  shapes = {'tag_transform.0.weight': (D, 8), 'tag_transform.0.bias': (D,), 'tag_transform.1.weight': (D,),
+            'tag_transform.1.bias': (D,), 'wg.weight': (spec.num_experts, D)}
+  return {f'fused_encoder.layers.{layer}.{_DEAD_GATES[part]}{key}': shape
+          for layer, parts in enumerate(spec.pattern) for part in parts for key, shape in shapes.items()}
+
+
+def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
+  """Published arrays → (parameter tree f32, what went where).
+
+  Args:
+    state: arrays by published name (see `torch_file.read`).
+    spec: of the model that they are for.
+
+  Raises:
+    LayoutError: a key is missing, has no place, or has another shape than the model's; names it and the field to change.
+  """
+  wanted, report = entries(spec), Report()
+  state = dict(state)
+  missing = [e.key for e in wanted if e.key not in state]
+  _drop(state, spec, {e.key for e in wanted}, report)
+  unknown = [k for k in state if k not in {e.key for e in wanted}]
+  if missing or unknown:
+    raise LayoutError(_mismatch(missing, unknown, spec))
+  tree = _empty(param_shapes(UniPerceiver(spec)))
+  filled: dict[tuple[str, ...], int] = {}
+  for e in wanted:
+    leaf = tree
+    for name in e.path:
+      leaf = leaf[name]
+    target = leaf[e.index] if e.index else leaf
+    value = _resized(np.asarray(state[e.key], np.float32), e, target.shape, report)
+    try:
+      turned = e.turn.ours(value, spec)
+    except ValueError:
+      turned = value
+    if turned.shape != target.shape:
+      raise LayoutError(f'{e.key} has shape {value.shape}, the model wants {e.turn.theirs(target, spec).shape}: '
+                        f'{_which_size(e.key)}.')
+    leaf[(*e.index, ...)] = turned
+    filled[e.path] = filled.get(e.path, 0) + turned.size
+    report.consumed[e.key] = '/'.join(e.path)
+  _check_filled(tree, filled)
+  return tree, report
+
+
+def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Report]:
+  """Our parameter tree → (arrays under every key of the published layout, what went where).
+
+  Works on any tree of the parameters' structure, gradients for example.
+  """
+  report, out = Report(), {}
+  for e in entries(spec):
+    leaf = params
+    for name in e.path:
+      leaf = leaf[name]
+    out[e.key] = np.array(e.turn.theirs(np.asarray(leaf)[e.index], spec), order='C')
+    report.consumed[e.key] = '/'.join(e.path)
+  made = {alias: (out[key], f'the same tensor as {key}') for alias, key in _ALIASES.items() if key in out}
+  made |= {key: (np.zeros(shape, np.float32), 'zeros: a gate that nothing evaluates') for key, shape in dead_gates(spec).items()}
+  made |= {f'loss_prepare.logit_scale_{t}': (np.float32(_INITIAL_SCALE), 'the initial value: the model has no such group')
+           for t in TEMPERATURES if t not in spec.temperatures}
+  if not spec.visual_type:
+    made[_VISUAL_TYPE] = np.zeros((1, spec.width), np.float32), 'zeros: the model adds no type to visual tokens'
+  if spec.spatial == 'sincos':
+    made[_SPATIAL] = _table(spec), 'the fixed sin-cos table'
+  for key, (value, why) in made.items():
+    out[key], report.made[key] = np.asarray(value), why
+  return out, report
+
+
+def _table(spec: ModelSpec) -> np.ndarray:
+  return sincos_table(spec.image_size // spec.patch, spec.width)
+
+
+def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], report: Report) -> None:
+  """Takes out what has no place in our tree, for the reasons that exist."""
+  for alias, key in _ALIASES.items():
+    if alias in state and key in wanted:
+      if key in state and not np.array_equal(state[alias], state[key]):
+        raise LayoutError(f'{alias} differs from {key}: a model whose pictures have a LayerNorm of their own (SHARE_LAYERNORM '
+                          'False) is not supported.')
+      report.dropped[alias] = f'the same tensor as {key}'
+  for key in state:
+    if key in wanted or key in report.dropped:
+      continue
+    if _DEAD_GATE.match(key):
+      report.dropped[key] = 'a gate that nothing evaluates: the first projection of the pair decides'
+    elif _BANK.match(key):
+      report.dropped[key] = 'state of a memory bank'
+    elif key == _VISUAL_TYPE:
+      report.dropped[key] = 'unused in the published code (config.model.visual_type=True adds it)'
+    elif key.startswith('loss_prepare.logit_scale_') and key.rpartition('logit_scale_')[2] in TEMPERATURES:
+      report.dropped[key] = 'no task of the config has this temperature group (config.model.temperatures adds groups)'
+    elif key == _SPATIAL:
+      if np.shape(state[key]) != _table(spec).shape or not np.allclose(state[key], _table(spec), atol=1e-4):
+        raise LayoutError(f"{key} is not the fixed sin-cos table of {spec.image_size} px: set config.model.spatial='stored'.")
+      report.dropped[key] = 'the fixed sin-cos table, computed anew'
+  for key in report.dropped:
+    state.pop(key)
+
+
+def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
+  said = []
+  if missing:
+    said.append(f'the checkpoint lacks {missing[0]}' + (f' and {len(missing) - 1} more' if missing[1:] else ''))
+  if unknown:
+    said.append(f'it has {unknown[0]}' + (f' and {len(unknown) - 1} more' if unknown[1:] else '') + ', which the model has no '
+                'place for')
+  return (f'{"; ".join(said)}: the model is {spec.router}, {spec.layers} layers, {spec.num_experts} experts, placement '
+          f'{spec.placement!r} (config.moe.router, config.model.layers, config.moe.num_experts, config.moe.placement), with '
+          f'{spec.prompts} prompts a layer (config.model.prompts, prompt_sides, spe_bias; a task with head=True).')
+
+
+_SIZES = (
+    (r'token_embed\.embeddings\.weight', 'the tokenizer has another vocabulary (config.tokenizer)'),
+    (r'position_embeddings', 'set config.model.max_text to the number of its rows'),
+    (r'spatial|video_embed\.embeddings\.weight', 'set config.model.image_size, patch, channels and width'),
+    (r'temporal', 'set config.model.max_frames and width'),
+    (r'linear[12]', 'set config.model.hidden and width'),
+    (r'gate', 'set config.moe.num_experts and config.model.width'),
+    (r'', 'set config.model.width'),
+)
+
+
+def _which_size(key: str) -> str:
+  return next(fix for pattern, fix in _SIZES if re.search(pattern, key))
+
+
+def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
+  """Position tables of another size, interpolated; every other array as it is."""
+  function = {'embed/spatial': resize.spatial, 'embed/temporal': resize.temporal}.get('/'.join(entry.path))
+  if function is None or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
+    return value
+  report.resized[entry.key] = f'from {value.shape[0]} to {shape[0]} rows'
+  return function(value, shape[0])
+
+
+def _empty(shapes: Any) -> Any:
+  """NaN where a parameter has not been filled."""
+  if isinstance(shapes, Mapping):
+    return {k: _empty(v) for k, v in shapes.items()}
+  return np.full(shapes.shape, np.nan, np.float32)
+
+
+def _check_filled(tree: Any, filled: dict[tuple[str, ...], int], at: tuple[str, ...] = ()) -> None:
+  if isinstance(tree, Mapping):
+    for name, sub in tree.items():
+      _check_filled(sub, filled, (*at, name))
+  elif filled.get(at, 0) != tree.size:
+    raise LayoutError(f'parameter {"/".join(at)} is filled {filled.get(at, 0)} times of {tree.size}: the table of '
+                      'export/torch_layout.py lacks a row for it.')
