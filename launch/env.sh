@@ -98,7 +98,7 @@ install_environment() {
       echo "UNI_MOE_PYTHON=$python is not a program." >&2
       return 1
     fi
-    check_python jax flax tensorflow tensorflow_datasets ${extra:+pytest xdist}
+    check_python jax flax tensorflow tensorflow_datasets ${extra:+pytest xdist ftfy tokenizers torch}
     return
   fi
   make_venv || return 1

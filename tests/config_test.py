@@ -163,6 +163,14 @@ _OWN_KIND = dict(inputs=(('visual', 'full'),), target='words', readout='first', 
 
 # name: (change, what the message says: field, value, bound, fix)
 _ERRORS = {
+    # Drawing and heads.
+    'sampling': (lambda c: c.tasks.shape.update(sampling=-1.0), r'config\.tasks\.shape: sampling=-1\.0, .*above 0'),
+    'never_drawn': (lambda c: (c.train.update(mixture='sampled'), c.tasks.shape.update(weight=0.0)),
+                    r'config\.tasks\.shape: sampling=0\.0, weight=0\.0: a sampled mixture draws'),
+    'head_of_a_pair': (lambda c: c.tasks.pair.update(head=True), r'config\.tasks\.pair\.head=True needs a kind that chooses'),
+    'two_heads': (lambda c: (c.tasks.shape.update(head=True), c.tasks.package.update(head=True)),
+                  r'config\.tasks: .*(shape|package).* both have head=True'),
+    'prompt_sides': (lambda c: c.model.update(prompt_sides='both'), r"prompt_sides='both' is unknown; .*separate, shared"),
     # Model.
     'layers': (lambda c: c.model.update(layers=0), r'config\.model\.layers=0 must be at least 1'),
     'heads': (lambda c: c.model.update(width=100, heads=8),

@@ -25,7 +25,8 @@ def task(
     batch: examples per step over all devices and micro-steps; 0: the task is evaluated only (zero-shot).
     split: of the source.
     weight: factor of the task's loss.
-    sampling: how often a sampled mixture draws the task, relative to the others; 0: by its weight, and its loss counts once.
+    sampling: how often a 'sampled' mixture draws the task, relative to the others; 0: by its weight, and its loss counts once.
+      A 'mixed' one takes every task in every step.
     temperature: temperature group; tasks that name one share a learnt scale. '' = the kind's name.
     target_set: entry of `config.sets`, for kinds with a target family.
     label: column with the class name (kinds that choose among names, label words or answers).
@@ -169,6 +170,8 @@ def completed(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         fill(known[name], value)
 
   with c.unlocked():
+    if 'prompts' not in c.model and c.model.prefix == 'spe':
+      c.model.prefix = '<spe>'  # so it was written before a word could have this name
     fill(c, base())
     for entries, defaults in ((c.tasks, task('', '', batch=0)), (c.sets, target_set('', family='')),
                               (c.evaluators, evaluator('', '', split=''))):

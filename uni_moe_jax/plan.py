@@ -64,7 +64,7 @@ class Plan:
   Attributes:
     kinds: every known row, those of the config last.
     tasks: that are trained. Tasks of a group lie in the group's batch in this order.
-    sets: target sets of trained tasks.
+    sets: target sets of trained tasks; with `encode_all_sets` every set.
     probes: tasks that are only evaluated. probe_sets: sets that only they use.
     evaluations: what is measured.
     temperatures: groups that exist.

@@ -178,6 +178,9 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
   if t.batch < 0 or t.batch % c.train.accum:
     raise ValueError(f'config.{field}.batch={t.batch} must be a positive multiple of config.train.accum='
                      f'{c.train.accum}; try {max(c.train.accum, t.batch - t.batch % c.train.accum)}.')
+  if t.sampling < 0 or c.train.mixture == 'sampled' and t.batch and (t.sampling or t.weight) <= 0:
+    raise ValueError(f"config.{field}: sampling={t.sampling}, weight={t.weight}: a sampled mixture draws tasks by sampling, or "
+                     'by weight where that is 0; give one that is above 0, or batch=0 to leave the task out.')
   if kind.target == 'pair':
     if t.target_set:
       raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} is matched with its own texts; '

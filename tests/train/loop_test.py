@@ -50,6 +50,17 @@ def _lines(workdir) -> list[dict]:
   return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in lines]
 
 
+def test_compiling_ahead_trains_nothing_and_leaves_no_trace(tmp_path, capsys):
+  assert loop.compile_steps(_config(), str(tmp_path / 'run'), jax.devices()[:1]) == loop.FINISHED
+  assert 'compiled after' in capsys.readouterr().out
+  assert not (tmp_path / 'run').exists()
+
+
+def test_compiling_for_a_finished_run_is_skipped(whole, capsys):
+  assert loop.compile_steps(_config(), str(whole), jax.devices()[:1]) == loop.FINISHED
+  assert 'is finished: nothing to compile' in capsys.readouterr().out
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('whole')

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.model.params import param_shapes
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import optim, setup
+from uni_moe_jax.train import optim
 from uni_moe_jax.train.optim import Rule
 
 
@@ -53,7 +54,7 @@ def test_the_default_rules_decay_kernels_and_nothing_else(router):
   spec = ModelSpec(
       layers=3, width=8, heads=2, hidden=8, vocab_size=9, spe_id=2, image_size=4, patch=2, router=router, num_experts=2,
       spatial='learnt', router_names=('names',) if router == 'task' else (), temperatures=('a',))
-  shapes = jax.eval_shape(lambda: setup.init_params(UniPerceiver(spec), jax.random.key(0)))
+  shapes = param_shapes(UniPerceiver(spec))
   rules = optim.match_rules(shapes, config_lib.base().optim.rules)
   decays = {optim.path_of(path): rule.weight_decay for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
   decayed = {path.split('/')[-2] + '/' + path.split('/')[-1] for path, decay in decays.items() if decay}
@@ -128,6 +129,13 @@ def test_frozen_gradients_do_not_count_in_the_clip():
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * (.6 / 1.6 + .5 * 2), rtol=1e-6)
 
 
+def test_the_paths_of_frozen_parameters_are_known():
+  assert optim.frozen_paths(optim.match_rules(PARAMS, FROZEN)) == {'word'}
+  assert optim.frozen_paths(optim.match_rules(PARAMS, (('block/', 'freeze'), ('.*', 1., 0.)))) == {
+      'block/kernel', 'block/bias'}
+  assert optim.frozen_paths(optim.match_rules(PARAMS, (('.*', 1., 0.),))) == set()
+
+
 def _rate(t, schedule='cosine', final=.2, warmup=4):
   c = _config(schedule=schedule, final=final, warmup=warmup)
   c.train.steps = 12
@@ -142,6 +150,21 @@ def test_warm_up_then_cosine_clamped_at_the_end(t, rate):
   assert _rate(t) == pytest.approx(rate, rel=1e-5)
 
 
+# Published, of the same peak and end: t / 4; then the cosine, (1 + cos(π (t - 4) / 8)) / 2, where it is more than 1/5.
+# At 10 and 14 it is .146, at 12 zero; at 16 it has risen to 1/2, at 20 to 1.
+@pytest.mark.parametrize('t, rate', [
+    (0, 0.), (1, .025), (3, .075), (4, .1), (6, .05 * (1 + math.sqrt(.5))), (8, .05), (10, .02), (12, .02), (14, .02),
+    (16, .05), (20, .1)])
+def test_the_published_schedule_starts_at_zero_and_rises_again_past_the_end(t, rate):
+  assert _rate(t, schedule='published') == pytest.approx(rate, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize('final, rate', [(0., .05 * (1 - math.sqrt(.5))), (.1, .05 * (1 - math.sqrt(.5))), (.2, .02)])
+def test_the_published_end_is_a_floor_and_no_aim(final, rate):
+  # At 10 of 12 the cosine is (1 - √½) / 2 = .146 of the peak, whatever the end is, unless that is more.
+  assert _rate(10, schedule='published', final=final) == pytest.approx(rate, rel=1e-5)
+
+
 @pytest.mark.parametrize('t, rate', [(0, .025), (3, .1), (4, .1), (12, .1), (100, .1)])
 def test_a_constant_schedule_warms_up_too(t, rate):
   assert _rate(t, schedule='constant') == pytest.approx(rate, rel=1e-5)
@@ -152,7 +175,21 @@ def test_warm_up_may_be_nothing_or_longer_than_the_run(warmup, t, rate):
   assert _rate(t, warmup=warmup) == pytest.approx(rate, rel=1e-5)
 
 
+@pytest.mark.parametrize('warmup, t, rate', [(0, 0, .1), (12, 11, .1 * 11 / 12), (20, 9, .045)])
+def test_published_warm_up_may_be_nothing_or_longer_than_the_run(warmup, t, rate):
+  assert _rate(t, schedule='published', warmup=warmup) == pytest.approx(rate, rel=1e-5)
+
+
 def test_updates_follow_the_schedule():
   # Updates 0 and 1 of a warm-up of 4 have a quarter and a half of the peak; constant gradients keep |update| = 3/4.
   params, _ = _update(_config(warmup=4), _gradient([3., 3.]), _gradient([3., 3.]))
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - (.025 + .05) * .75, rtol=1e-6)
+
+
+def test_the_first_published_update_only_fills_the_moments():
+  # Rate 0, then a quarter of the peak. Constant gradients keep |update| = 3/4.
+  once, (masked, _) = _update(_config(schedule='published', warmup=4), _gradient([3., 3.]))
+  np.testing.assert_array_equal(once['block']['kernel'], PARAMS['block']['kernel'])
+  np.testing.assert_allclose(masked.inner_state[0].mu['block']['kernel'], .1 * 3, rtol=1e-6)
+  twice, _ = _update(_config(schedule='published', warmup=4), _gradient([3., 3.]), _gradient([3., 3.]))
+  np.testing.assert_allclose(twice['block']['kernel'][0], 2 - .025 * .75, rtol=1e-6)

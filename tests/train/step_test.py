@@ -11,6 +11,7 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax import config as config_lib
+from uni_moe_jax import resolve
 from uni_moe_jax.data.mixtures import Feed
 from uni_moe_jax.train import optim, setup, step
 
@@ -229,17 +230,17 @@ def _global_batch(run, accum):
 
 @functools.cache
 def _gradients(accum):
-  """(gradients, loss, tallies) of one step from the same parameters."""
+  """(gradients, loss, tallies, chosen experts) of one step from the same parameters."""
   run = _set_run()
   spec = dataclasses.replace(run.spec, accum=accum)
   params = run.init().params
-  grads, total, tallies, _ = jax.jit(functools.partial(step.gradients, spec))(
+  grads, total, tallies, _, chosen = jax.jit(functools.partial(step.gradients, spec))(
       params, _global_batch(run, accum), run.sets(), jax.random.key(7))
-  return _by_path(grads), float(total), jax.device_get(tallies)
+  return _by_path(grads), float(total), jax.device_get(tallies), jax.device_get(chosen)
 
 
 def test_accumulated_losses_are_those_of_one_big_batch():
-  (_, one, ones), (_, two, twos) = _gradients(1), _gradients(2)
+  (_, one, ones, _), (_, two, twos, _) = _gradients(1), _gradients(2)
   assert two == pytest.approx(one, rel=1e-5)
   assert float(twos['text'].hits) == pytest.approx(float(ones['text'].hits), rel=1e-5)
   assert float(twos['text'].weight) == pytest.approx(1, rel=1e-5)  # tallies are shares of the whole
@@ -253,6 +254,14 @@ def test_accumulated_gradients_are_those_of_one_big_batch():
   for path, g in ones.items():  # a leaf whose gradient is next to nothing is measured by the whole
     assert apart[path] <= 2e-5 * max(np.linalg.norm(g), 1e-2 * whole), path
   assert whole > .1
+
+
+def test_micro_steps_and_sets_choose_the_experts_of_one_big_batch():
+  # Rows of the texts and of their words choose two experts each; the texts' row does so in both micro-steps.
+  [ones], [twos] = (_gradients(accum)[3]['tail'] for accum in (1, 2))
+  for part in ('attention', 'ffn'):
+    np.testing.assert_array_equal(ones[part] > 0, twos[part] > 0)
+    assert (ones[part].sum(), twos[part].sum()) == (4, 6) and ones[part].shape == (4,)
 
 
 def test_unequal_weights_make_no_mean_of_means():
@@ -270,7 +279,7 @@ def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
   # `answer`, then one of `package`; rows are numbered.
   c = tiny.config('package', 'answer')
   c.tasks.answer.batch = 8
-  plan = config_lib.resolve(c)
+  plan = resolve.resolve(c)
   model = dataclasses.replace(_set_run().spec.model, shards=2)
   spec = dataclasses.replace(_set_run().spec, plan=plan, model=model, accum=2)
   numbers = np.arange(6).reshape(2, 3, 1)

@@ -1,8 +1,12 @@
 """A work directory belongs to one config."""
 
+import json
+
 import pytest
 
 from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import resolve
 from uni_moe_jax.train import workdir
 
 
@@ -49,3 +53,47 @@ def test_a_check_without_data_makes_nothing(tmp_path):
 def test_a_folder_without_a_run_names_the_command(tmp_path):
   with pytest.raises(FileNotFoundError, match='holds no run .*launch/train.py'):
     workdir.load_config(tmp_path)
+
+
+def _written_before(tmp_path):
+  """A config whose file lacks fields of a section, of every task, of a set and of an evaluator: they are younger."""
+  c = tiny.config('shape', 'pair', data_dir='/somewhere')
+  c.evaluators.top = config_lib.evaluator('classification', 'shape', split='test')
+  workdir.claim_workdir(tmp_path, c, 'print')
+  path = tmp_path / workdir.CONFIG_FILE
+  written = json.loads(path.read_text())
+  fields = written['config']
+  for task in fields['tasks'].values():
+    del task['sampling']
+  del fields['model']['video_mean'], fields['train']['twins'], fields['mesh']
+  del fields['sets']['shapes']['samples'], fields['evaluators']['top']['number']
+  del fields['model']['prompts']
+  fields['model']['prefix'] = 'spe'  # as it was called before a word could have this name
+  path.write_text(json.dumps(written))
+  return c
+
+
+def test_a_config_of_an_earlier_version_gets_the_defaults_of_younger_fields(tmp_path):
+  c = _written_before(tmp_path)
+  loaded = workdir.load_config(tmp_path)
+  assert (loaded.model.video_mean, loaded.train.twins, loaded.tasks.pair.sampling) == ((), 'masked', 0.)
+  assert loaded.to_dict() == c.to_dict()
+  assert resolve.resolve(loaded) == resolve.resolve(c)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+  c = _written_before(tmp_path)
+  for fingerprint in ('print', None):
+    workdir.claim_workdir(tmp_path, c, fingerprint)
+
+
+@pytest.mark.parametrize('change, said', [
+    (lambda c: c.train.update(twins='negatives'), "train.twins: 'masked' → 'negatives'"),
+    (lambda c: c.tasks.pair.update(sampling=2.), 'tasks.pair.sampling: 0.0 → 2.0'),
+    (lambda c: c.model.update(video_mean=(.5,)), r'model.video_mean: \[\] → \[0.5\]')
+], ids=['section', 'task', 'tuple'])
+def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_only(tmp_path, change, said):
+  c = _written_before(tmp_path)
+  change(c)
+  with pytest.raises(ValueError, match=f'belongs to a run with another config .*{said}'):
+    workdir.claim_workdir(tmp_path, c, 'print')

@@ -31,8 +31,14 @@ _OLDER = (
     (r'\.LayerNormModules\.0\.', '.norm1.'),
     (r'\.LayerNormModules\.1\.', '.norm2.'),
 )
-_OLDER_DENSE = ((r'\.attention\.self\.qkv_proj\.', '.self_attn.in_proj_'), (r'\.attention\.output\.dense\.', '.self_attn.out_proj.'))
-_OLDER_MOE = ((r'\.attention\.self\.qkv_proj\.', '.self_attn.qkv_proj.'), (r'\.attention\.output\.dense\.', '.self_attn.dense.'))
+_OLDER_DENSE = (
+    (r'\.attention\.self\.qkv_proj\.', '.self_attn.in_proj_'),
+    (r'\.attention\.output\.dense\.', '.self_attn.out_proj.'),
+)
+_OLDER_MOE = (
+    (r'\.attention\.self\.qkv_proj\.', '.self_attn.qkv_proj.'),
+    (r'\.attention\.output\.dense\.', '.self_attn.dense.'),
+)
 _UNUSED_OLDER = 'visual_embed.'
 _PATCH_BIAS, _VISUAL_TYPE = 'video_embed.embeddings.bias', 'video_embed.embeddings_type.weight'
 

@@ -146,8 +146,8 @@ def check_convertible(spec: ModelSpec) -> None:
                       "convert a model with router 'attribute' or 'dense'.")
   unknown = [t for t in spec.temperatures if t not in TEMPERATURES]
   if unknown:
-    raise LayoutError(f'temperature group {unknown[0]!r} has no place in the published layout; {nearest(unknown[0], TEMPERATURES)}. '
-                      'Set `temperature` of the tasks that use it.')
+    raise LayoutError(f'temperature group {unknown[0]!r} has no place in the published layout; '
+                      f'{nearest(unknown[0], TEMPERATURES)}. Set `temperature` of the tasks that use it.')
 
 
 def entries(spec: ModelSpec) -> list[Entry]:

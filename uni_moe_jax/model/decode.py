@@ -141,29 +141,35 @@ def search(
     best, index = jax.lax.top_k(sums, min(beams + 1, beams * V))
     index = index[:, :beams]
     parent, word = index // V, (index % V).astype(jnp.int32)
-    of_parent = lambda x: jnp.take_along_axis(x, parent.reshape(parent.shape + (1,) * (x.ndim - 2)), axis=1)
     chosen = jnp.take_along_axis(log_p.reshape(B, beams * V), index, axis=1)
-    put = lambda rows, value: jax.lax.dynamic_update_slice_in_dim(of_parent(rows), value[..., None], c.t, axis=2)
-    done = of_parent(c.done)
+    done = _take(c.done, parent)
+
+    def put(rows, value):
+      return jax.lax.dynamic_update_slice_in_dim(_take(rows, parent), value[..., None], c.t, axis=2)
+
     new = _Carry(
         # Where answers run out, a hypothesis that is none ends, too.
         c.t + 1, word, done | (word == eot) | jnp.isneginf(best[:, :beams]), best[:, :beams], _reorder(past, parent, seen), put(c.tokens, word),
         put(c.log_p, chosen), c.candidates.at[c.t, :, :best.shape[1]].set(best))
-    return new, (node if trie is None else follow(trie, of_parent(node), word, done))
+    return new, (node if trie is None else follow(trie, _take(node, parent), word, done))
 
   empty = jnp.zeros((B, beams), jnp.int32)
   start = _Carry(
       t=jnp.int32(0), word=jnp.full_like(empty, eot), done=jnp.zeros((B, beams), bool),
       # All hypotheses of a picture are one until the first word is chosen.
-      score=jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)[None] + jnp.zeros((B, 1)), past=past,
+      score=jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (B, beams)), past=past,
       tokens=jnp.full((B, beams, length), eot, jnp.int32), log_p=jnp.zeros((B, beams, length)),
       candidates=jnp.full((length, B, beams + 1), -jnp.inf))
   end, _ = jax.lax.while_loop(go_on, step, (start, empty))
   count = (end.tokens != eot).sum(-1)
   scores = end.score / (count + 1.0) ** penalty
   order = jnp.argsort(-scores, axis=1, stable=True)
-  pick = lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
-  return Captions(pick(end.tokens), pick(end.log_p), pick(scores), end.candidates)
+  return Captions(_take(end.tokens, order), _take(end.log_p, order), _take(scores, order), end.candidates)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Hypotheses [B, k, …] in another order: index int32 [B, k]."""
+  return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def _repeat(past: Past, beams: int) -> Past:

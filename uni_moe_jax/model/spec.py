@@ -76,8 +76,8 @@ class ModelSpec:
     return cls(
         layers=m.layers, width=m.width, heads=m.heads, hidden=m.hidden, vocab_size=vocab_size, spe_id=spe_id,
         image_size=m.image_size, patch=m.patch, channels=m.channels, max_frames=m.max_frames, max_text=m.max_text,
-        pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), video_mean=tuple(m.video_mean), video_std=tuple(m.video_std),
-        prefix_word=prefix_word, spatial=m.spatial, visual_type=m.visual_type,
+        pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), video_mean=tuple(m.video_mean),
+        video_std=tuple(m.video_std), prefix_word=prefix_word, spatial=m.spatial, visual_type=m.visual_type,
         position_init=m.position_init, position_std=m.position_std, query_key_init=m.query_key_init,
         temporal_std=m.temporal_std, layer_scale=m.layer_scale, drop_path=m.drop_path, dtype=jnp.dtype(m.dtype),
         remat=m.remat, router=moe.router, num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std,

@@ -45,7 +45,8 @@ def adamw(
     A transformation whose update takes `touched`, see `touched.touched`.
   """
   def init(params):
-    counts = jax.tree.map(lambda shape: jnp.zeros(shape, jnp.int32), units, is_leaf=lambda x: isinstance(x, tuple) and not _is_frozen(x))
+    is_shape = lambda x: isinstance(x, tuple) and not _is_frozen(x)
+    counts = jax.tree.map(lambda shape: jnp.zeros(shape, jnp.int32), units, is_leaf=is_shape)
     zeros = jax.tree.map(jnp.zeros_like, params)
     return AdamState(counts, zeros, jax.tree.map(jnp.copy, zeros))
 

@@ -243,11 +243,14 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
   return grads, total, tallies, {k: v for k, v in extra.items() if v is not None}, chosen
 
 
-def modalities(plan: Plan) -> tuple[str, ...]:
-  """Modalities of the segments that a step of the plan encodes, target sides included."""
+def holds(plan: Plan) -> tuple[str, ...]:
+  """What a step of the plan holds, in the words of `touched`."""
   found = {s.modality for t in plan.tasks for s in t.kind.inputs}
-  texts = plan.sets or any(t.kind.target == 'pair' for t in plan.tasks)
-  return tuple(sorted(found | ({'text'} if texts else set())))
+  if plan.sets or any(t.kind.target == 'pair' for t in plan.tasks):
+    found |= {'text', 'target'}
+  if any(t.head for t in plan.tasks):
+    found.add('head')
+  return tuple(sorted(found))
 
 
 def gate_entropy(collected) -> jax.Array | None:
@@ -284,7 +287,7 @@ def train_step(state: TrainState, batch: Batch, sets: Sets, *, spec: StepSpec) -
     if spec.without_gradient == 'update':
       updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
     else:
-      here = touched(spec.model.spec, state.params, chosen, modalities(spec.plan),
+      here = touched(spec.model.spec, state.params, chosen, holds(spec.plan),
                      tuple(t.temperature for t in spec.plan.tasks))
       updates, opt_state = spec.tx.update(grads, state.opt_state, state.params, touched=here)
     params = optax.apply_updates(state.params, updates)

@@ -5,6 +5,7 @@ JAX gives every parameter a gradient, zero where there is none. Two published co
 modality that no sequence has, temperatures of other tasks and those at their clamp.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,13 @@ from uni_moe_jax.model.similarity import MAX_SCALE
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.train.optim import path_of
 
-_OF_MODALITY = {
-    'embed/patch': 'visual', 'embed/patch_bias': 'visual', 'embed/temporal': 'visual', 'embed/spatial': 'visual',
-    'embed/visual_type': 'visual', 'embed/position': 'text', 'embed/type': 'text'}
+# Parameters that only some steps use, and what a step must hold for it.
+_NEEDS = (
+    (r'^embed/(patch|patch_bias|temporal|spatial|visual_type)$', 'visual'),
+    (r'^embed/(position|type)$', 'text'),
+    (r'/prompts/target$', 'target'),
+    (r'^linear_head/', 'head'),
+)
 _SCALE = 'log_scale_'
 _PART = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
 
@@ -48,14 +53,15 @@ def unit_axes(spec: ModelSpec, path: str) -> int:
 
 
 def touched(
-    spec: ModelSpec, params: Any, chosen: Chosen, modalities: Sequence[str], temperatures: Sequence[str]) -> Any:
+    spec: ModelSpec, params: Any, chosen: Chosen, holds: Sequence[str], temperatures: Sequence[str]) -> Any:
   """A bool per parameter, or per expert slice ([periods, E] or [E]): whether the step's graph holds it.
 
   Args:
     spec: of the model.
     params: its parameters.
     chosen: see `chosen_experts`; over all encoded rows, those of sets whose loss has weight 0 included.
-    modalities: of the segments that the step encodes. temperatures: groups of its tasks.
+    holds: what the step holds: 'visual' or 'text' segments, a 'target' side, a task with a linear 'head'.
+    temperatures: groups of its tasks.
   """
   def one(key_path, leaf):
     path = path_of(key_path)
@@ -66,5 +72,8 @@ def touched(
     if path.startswith(_SCALE):
       here = path.removeprefix(_SCALE) in temperatures
       return jnp.asarray(here) & (jnp.exp(leaf) <= MAX_SCALE)
-    return jnp.asarray(_OF_MODALITY.get(path, 'any') in ('any', *modalities))
+    needed = next((what for pattern, what in _NEEDS if re.search(pattern, path)), None)
+    if needed == 'text' and spec.prefix_word is not None:
+      needed = None  # a word as prefix has a position, too
+    return jnp.asarray(needed is None or needed in holds)
   return jax.tree_util.tree_map_with_path(one, params)

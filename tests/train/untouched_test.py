@@ -1,0 +1,149 @@
+"""One sampled step as published: what it did not use or does not train stays bit-identical and counts in no norm."""
+
+import dataclasses
+import functools
+import math
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests import small_model, tiny
+from uni_moe_jax.train import adam, optim, setup, step, touched
+
+FROZEN = {'similarity/kernel', 'encoder/tail/block0/ffn_in/kernel'}
+
+
+@functools.cache
+def _run() -> setup.Run:
+  """A scanned layer and a tail. Decay moves whatever an update reaches, even where the gradient is zero."""
+  c = tiny.config('shape', 'text', data_dir=tiny.data_dir())
+  c.train.update(mixture='sampled', encode_all_sets=True)
+  c.optim.update(without_gradient='settonone', warmup=0)
+  c.optim.rules = (*((f'{path}$', 'freeze') for path in sorted(FROZEN)), ('.*', 1., .5))
+  return setup.build(c, jax.devices()[:1])
+
+
+@functools.cache
+def _params():
+  """Nowhere zero, so that decay shows everywhere."""
+  rng = np.random.default_rng(0)
+  fresh = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * .2, _run().shapes.params)
+  scales = {name: np.float32(math.log(5)) for name in fresh if name.startswith('log_scale')}
+  return jax.device_put({**fresh, **scales}, _run().shardings.params)
+
+
+@functools.cache
+def _batch():
+  return _run().put(next(batch for name, batch in _run().mixture().iterate(0, 20) if name == 'text'))
+
+
+@functools.cache
+def _step():
+  """(state, metrics, {path: gradient}, chosen experts) of the first step, of masked language modelling."""
+  run, seen = _run(), []
+  spec = dataclasses.replace(run.spec, plan=run.plan.only('text'))
+
+  def gradients(*args, real=step.gradients):
+    seen.append(real(*args))
+    return seen[-1]
+
+  def showing_its_gradients(*args):
+    with mock.patch.object(step, 'gradients', gradients):
+      state, metrics = step.train_step(*args, spec=spec)
+    grads, *_, chosen = seen.pop()
+    return state, metrics, grads, chosen
+
+  state, metrics, grads, chosen = small_model.jit(showing_its_gradients)(run.start(_params()), _batch(), run.sets())
+  return state, metrics, _by_path(grads), chosen
+
+
+@functools.cache
+def _touched():
+  """{path: bool or bools}: texts are all that is encoded, the target sets included."""
+  chosen = _step()[3]
+  return _by_path(touched.touched(_run().spec.model.spec, _params(), chosen, ('text',), ('text_mlm',)))
+
+
+def _by_path(tree):
+  return {optim.path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _any(x, like):
+  """Whether a slice has a True: over all but the leading axes that `like` has."""
+  return x.reshape(*like.shape, -1).any(-1)
+
+
+def test_exactly_what_was_touched_and_trains_moves():
+  before, after = _by_path(_params()), _by_path(_step()[0].params)
+  for path, here in _touched().items():
+    moved = _any(before[path] != after[path], here)
+    np.testing.assert_array_equal(moved, here & (path not in FROZEN), err_msg=path)
+
+
+def test_the_step_leaves_experts_embedders_and_scales_alone():
+  untouched = {path for path, here in _touched().items() if not here.all()}
+  experts = {path for path in untouched if touched.expert_part(_run().spec.model.spec, path)}
+  assert untouched - experts == {'embed/patch', 'embed/patch_bias', 'embed/temporal', 'log_scale_image_classification'}
+  for part in ('blocks/block0/qkv', 'blocks/block0/ffn_out', 'tail/block0/attention_out', 'tail/block0/ffn_out'):
+    here = _touched()[f'encoder/{part}/kernel']
+    assert f'encoder/{part}/kernel' in experts and here.any(), part
+
+
+def test_what_was_not_touched_has_gradient_zero():
+  grads = _step()[2]
+  nonzero = {path: _any(grads[path] != 0, here) for path, here in _touched().items()}
+  assert not any((nonzero[path] & ~here).any() for path, here in _touched().items())
+  assert all(nonzero[path].any() for path in ('embed/word', 'log_scale_text_mlm', 'encoder/tail/block0/ffn_out/kernel'))
+
+
+def test_a_set_that_no_task_names_touches_experts_that_get_gradient_zero():
+  # Router rows: of the texts, of their words, and of the shapes' names, which the step encodes but does not score.
+  _, _, grads, chosen = _step()
+  assert [counts.sum(-1).tolist() for counts in jax.tree.leaves(chosen)] == [[3 * 2], [3 * 2], 3 * 2, 3 * 2]
+  kernels = [path for path, here in _touched().items() if here.ndim and path.endswith('/kernel')]
+  idle = [_touched()[path] & ~_any(grads[path] != 0, _touched()[path]) for path in kernels]
+  assert any(slices.any() for slices in idle) and not all(slices.any() for slices in idle)
+
+
+def test_the_optimizer_counts_the_updates_of_every_slice():
+  [found] = [s for s in jax.tree.leaves(_step()[0].opt_state, is_leaf=_is_adam) if _is_adam(s)]
+  counts = _by_path(found.count)
+  assert counts.keys() == _touched().keys() - FROZEN
+  for path, count in counts.items():
+    np.testing.assert_array_equal(count, _touched()[path], err_msg=path)
+
+
+def _is_adam(x):
+  return isinstance(x, adam.AdamState)
+
+
+def test_a_run_that_counts_updates_can_be_resumed():
+  like = _run().like()
+  assert jax.tree.structure(like) == jax.tree.structure(_step()[0])
+  assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, _step()[0])
+
+
+def test_the_norm_of_the_gradient_is_that_of_what_trains():
+  grads = _step()[2]
+  square = {path: float(np.square(g.astype(np.float64)).sum()) for path, g in grads.items()}
+  every = math.sqrt(sum(square.values()))
+  trained = math.sqrt(sum(s for path, s in square.items() if path not in FROZEN))
+  assert float(_step()[1]['grad_norm']) == pytest.approx(trained, rel=1e-5)
+  assert every > 1.01 * trained
+
+
+@pytest.mark.parametrize('frozen, norm', [((), 13), (('a',), 12), (('b/c',), 5), (('a', 'b/c'), 0)])
+def test_a_frozen_gradient_is_no_part_of_the_norm(frozen, norm):
+  # Gradients 3 and 4, and 12 or nothing.
+  spec = dataclasses.replace(
+      _run().spec, tx=optax.identity(), rate=lambda t: t, without_gradient='update', frozen=frozenset(frozen))
+  grads = {'a': jnp.array([3., 4.]), 'b': {'c': jnp.array(12.)}}
+  state = step.init_state(spec, jax.tree.map(jnp.ones_like, grads))
+  with mock.patch.object(step, 'gradients', return_value=(grads, jnp.array(1.), {}, {}, None)):
+    after, metrics = step.train_step(state, {}, {}, spec=spec)
+  assert float(metrics['grad_norm']) == norm
+  assert after.params['b']['c'] == (1 if 'b/c' in frozen else 13)  # the optimizer, which changes nothing, is given zero
