@@ -49,7 +49,7 @@ class PlanTest(absltest.TestCase):
   def test_a_run_that_encodes_all_sets_keeps_those_that_no_task_uses(self):
     c = _config()
     c.sets.unused = config.target_set(('a',), family='words')
-    c.tasks.shape.batch = 0  # and those that only a probe uses
+    c.tasks.shape.update(batch=0, temperature='text_mlm')  # and those that only a probe uses
     self.assertEqual([s.name for s in resolve.resolve(c).probe_sets], ['classes'])
     c.train.encode_all_sets = True
     every, resolved = ['classes', 'packages', 'unused', 'vocabulary'], resolve.resolve(c)
@@ -107,7 +107,7 @@ class PlanTest(absltest.TestCase):
 
   def test_a_task_of_batch_zero_is_evaluated_but_not_trained(self):
     c = _config()
-    c.tasks.shape.batch = 0
+    c.tasks.shape.update(batch=0, temperature='text_mlm')
     resolved = resolve.resolve(c)
     self.assertEqual([t.name for t in resolved.probes], ['shape'])
     self.assertEqual([s.name for s in resolved.probe_sets], ['classes'])
@@ -163,6 +163,12 @@ _OWN_KIND = dict(inputs=(('visual', 'full'),), target='words', readout='first', 
 
 # name: (change, what the message says: field, value, bound, fix)
 _ERRORS = {
+    # Bounds, and groups that nobody trains.
+    'smoothing': (lambda c: c.tasks.shape.update(smoothing=1.0), r'config\.tasks\.shape: .*smoothing=1\.0 in \[0, 1\)'),
+    'weight': (lambda c: c.tasks.shape.update(weight=-.5), r'config\.tasks\.shape: weight=-0\.5 must be at least 0'),
+    'noise_std': (lambda c: c.moe.update(noise_std=-1.0), r'config\.moe\.noise_std=-1\.0 must be at least 0'),
+    'probe_temperature': (lambda c: c.tasks.package.update(batch=0),
+                          r"config\.tasks\.package\.temperature='text_classification': no trained task has this group"),
     # Drawing and heads.
     'sampling': (lambda c: c.tasks.shape.update(sampling=-1.0), r'config\.tasks\.shape: sampling=-1\.0, .*above 0'),
     'never_drawn': (lambda c: (c.train.update(mixture='sampled'), c.tasks.shape.update(weight=0.0)),
@@ -329,6 +335,27 @@ class BatchesTest(absltest.TestCase):
     resolved: plan.Plan = resolve.resolve(_config()).only('shape')
     with self.assertRaisesRegex(ValueError, 'batch=8 must be a multiple of 3 .*; try 6'):
       resolve.check_batches(resolved, shards=3, accum=1)
+
+
+
+class MeshTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (dict(model=3), r'config\.mesh\.model=3 must divide config\.model\.heads=2, which it splits; try 1'),
+      (dict(expert=3), r'config\.mesh\.expert=3 must divide config\.moe\.num_experts=8, which it splits; try 1'),
+      (dict(data=3), r'config\.mesh\.data=3 must divide config\.model\.width=16, which it splits; try 1'))
+  def test_an_axis_must_divide_what_it_splits(self, sizes, message):
+    c = _config()
+    c.mesh.fsdp = True
+    fitting = dict(replica=3, data=4, expert=2, model=2)
+    resolve.check_mesh(c, fitting)
+    with self.assertRaisesRegex(ValueError, message):
+      resolve.check_mesh(c, {**fitting, **sizes})
+
+  def test_only_fsdp_splits_the_width_and_only_experts_the_experts(self):
+    c = _config()
+    c.moe.router = 'dense'
+    resolve.check_mesh(c, dict(replica=1, data=3, expert=3, model=1))
 
 
 if __name__ == '__main__':

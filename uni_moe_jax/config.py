@@ -16,7 +16,8 @@ def task(
     kind: str, source: str, *, batch: int, split: str = 'train', weight: float = 1.0, sampling: float = 0.0,
     temperature: str = '',
     target_set: str = '', label: str = '', captions: tuple[str, ...] = (), template: str = '', length: int = 0,
-    picks: int = 0, smoothing: float = 0.0, shift: int = 0, head: bool = False) -> ml_collections.ConfigDict:
+    picks: int = 0, smoothing: float = 0.0, shift: int = 0, head: bool = False,
+    subset: float = 1.0, per_class: int = 0) -> ml_collections.ConfigDict:
   """One task: an instance of a kind.
 
   Args:
@@ -36,12 +37,16 @@ def task(
     picks: M, at most this many masked tokens per row (masked language modelling).
     smoothing: label smoothing.
     shift: random translation of pictures in training, pixels.
+    subset: share of the training examples that are used, chosen by seed and example; of every class its share, where there
+      are classes. A smaller share is part of a larger one.
+    per_class: this many training examples of every class instead; 0: all.
     head: adds a linear head, which starts at zero, to the similarity with the target set's entries (one task at most).
   """
   return _create(dict(
       kind=kind, source=source, split=split, batch=batch, weight=weight, sampling=sampling, temperature=temperature,
       target_set=target_set, label=label, captions=captions, template=template, length=length, picks=picks,
-      smoothing=smoothing, shift=shift, head=head))
+      smoothing=smoothing, shift=shift, head=head,
+      subset=subset, per_class=per_class))
 
 
 def target_set(
@@ -112,6 +117,7 @@ def base() -> ml_collections.ConfigDict:
   c.tokenizer = _create(dict(
       kind='sentencepiece',        # sentencepiece (learnt from the run's text) | clip (published; extra `clip`)
       vocab_size=2000,             # V, special pieces included; clip: not used, V follows from the merges
+      file='',                     # sentencepiece: a trained model, such as a run's tokenizer.model; '' trains one
       merges='',                   # clip: path of bpe_simple_vocab_16e6.txt.gz, or of another file of that format
   ))
   c.data = _create(dict(
@@ -129,6 +135,7 @@ def base() -> ml_collections.ConfigDict:
       final=0.0,                   # learning rate at the end, as a fraction of the peak
       b1=0.9, b2=0.95, eps=1e-6,   # AdamW
       clip=1.0,                    # global norm; 0 = off
+      layer_decay=1.0,             # factor of the learning rate per layer below the last, embeddings the lowest; 1 = off
       # What happens to a parameter or expert that a step does not use. update: gradient zero (moments decay, weight decay
       # applies) | settonone, zerograd: left alone, as by PyTorch's two ways to reset gradients (train/adam.py)
       without_gradient='update',
@@ -143,6 +150,7 @@ def base() -> ml_collections.ConfigDict:
       ),
   ))
   c.train = _create(dict(
+      init='',                     # workdir of the run whose newest parameters this one starts from; '' = fresh ones
       steps=1000,
       mixture='mixed',             # mixed: every task in every step | sampled: one task a step, by weight
       accum=1,                     # micro-steps; target sets are encoded once for all of them

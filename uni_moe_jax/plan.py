@@ -29,6 +29,8 @@ class TaskSpec:
   smoothing: float
   shift: int
   head: bool = False
+  subset: float = 1.0
+  per_class: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

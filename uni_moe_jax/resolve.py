@@ -5,7 +5,9 @@ sets, groups) that data, trainer and evaluators share.
 """
 
 import dataclasses
+import math
 import re
+from collections.abc import Mapping
 
 import ml_collections
 
@@ -55,13 +57,17 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   resolved = tuple(_resolve_task(name, t, kinds, by_name, c, lengths) for name, t in c.tasks.items())
   tasks = tuple(t for t in resolved if t.name in trained)
   probes = tuple(t for t in resolved if t.name not in trained)
+  temperatures = tuple(sorted({t.temperature for t in tasks} | set(c.model.temperatures)))
+  for t in probes:  # of pairs only the order matters, which needs no scale
+    if t.temperature not in temperatures and t.kind.target != 'pair':
+      raise ValueError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its '
+                       f'scale would be unknown; {nearest(t.temperature, temperatures)}.')
   used = {name for name in by_name if c.train.encode_all_sets} | {t.target_set for t in tasks}
   return Plan(
       kinds=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
       probe_sets=tuple(s for s in sets if s.name in {t.target_set for t in probes} - used),
       evaluations=tuple(_resolve_evaluation(name, e, resolved) for name, e in c.evaluators.items()),
-      temperatures=tuple(sorted({t.temperature for t in tasks} | set(c.model.temperatures))),
-      encode_all_sets=c.train.encode_all_sets)
+      temperatures=temperatures, encode_all_sets=c.train.encode_all_sets)
 
 
 def _choose(field: str, value, choices) -> None:
@@ -100,6 +106,7 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
   # The names of routers live with the routers; here they are data, so that a config is checked without jax.
   _choose('moe.router', moe.router, ('dense', 'attribute', 'task', 'modality'))
+  _at_least(c, 'moe', dict(num_experts=1, noise_std=0.0))
   if not 1 <= moe.top_k <= moe.num_experts:
     raise ValueError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
   if isinstance(moe.placement, str):
@@ -125,6 +132,8 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
   _choose('train.twins', c.train.twins, ('masked', 'negatives'))
   _choose('optim.schedule', c.optim.schedule, SCHEDULES)
   _choose('optim.without_gradient', c.optim.without_gradient, WITHOUT_GRADIENT)
+  if not 0 < c.optim.layer_decay <= 1:
+    raise ValueError(f'config.optim.layer_decay={c.optim.layer_decay} must be in (0, 1]; 1 is off.')
   if not 0 <= c.train.ema < 1:
     raise ValueError(f'config.train.ema={c.train.ema} must be in [0, 1); 0 is off.')
   if c.train.mixture == 'sampled' and c.train.accum > 1:
@@ -178,6 +187,12 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
   if t.batch < 0 or t.batch % c.train.accum:
     raise ValueError(f'config.{field}.batch={t.batch} must be a positive multiple of config.train.accum='
                      f'{c.train.accum}; try {max(c.train.accum, t.batch - t.batch % c.train.accum)}.')
+  if t.weight < 0 or not 0 <= t.smoothing < 1 or t.shift < 0:
+    raise ValueError(f'config.{field}: weight={t.weight} must be at least 0, smoothing={t.smoothing} in [0, 1), shift='
+                     f'{t.shift} at least 0.')
+  if not 0 < t.subset <= 1 or t.per_class < 0 or t.per_class and not t.label:
+    raise ValueError(f'config.{field}: subset={t.subset} must be in (0, 1], per_class={t.per_class} at least 0, and above 0 '
+                     'only with a label.')
   if t.sampling < 0 or c.train.mixture == 'sampled' and t.batch and (t.sampling or t.weight) <= 0:
     raise ValueError(f"config.{field}: sampling={t.sampling}, weight={t.weight}: a sampled mixture draws tasks by sampling, or "
                      'by weight where that is 0; give one that is above 0, or batch=0 to leave the task out.')
@@ -213,7 +228,7 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
       name=name, kind=kind, group=group, source=t.source, split=t.split, batch=t.batch, weight=t.weight,
       sampling=t.sampling, temperature=t.temperature or kind.name, target_set=t.target_set, label=t.label,
       captions=tuple(t.captions), template=t.template, length=t.length, picks=t.picks, smoothing=t.smoothing,
-      shift=t.shift, head=t.head)
+      shift=t.shift, head=t.head, subset=t.subset, per_class=t.per_class)
 
 
 def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation:
@@ -228,6 +243,19 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation
   if e.number < 0 or e.batch < 1:
     raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1.')
   return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch)
+
+
+def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:
+  """Raises ValueError where an axis of the mesh does not divide what it splits. mesh: size per axis."""
+  split = [('model', 'model.heads', c.model.heads), ('model', 'model.hidden', c.model.hidden)]
+  if c.moe.router != 'dense':
+    split.append(('expert', 'moe.num_experts', c.moe.num_experts))
+  if c.mesh.fsdp:
+    split.append(('data', 'model.width', c.model.width))
+  for axis, field, size in split:
+    if size % mesh[axis]:
+      raise ValueError(f'config.mesh.{axis}={mesh[axis]} must divide config.{field}={size}, which it splits; try '
+                       f'{math.gcd(size, mesh[axis])}.')
 
 
 def check_batches(plan: Plan, shards: int, accum: int) -> None:

@@ -88,3 +88,24 @@ def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):
       assert len(set(picked[word == w])) == 1
       longest = max(longest, picked[word == w].sum())
   assert longest > 3
+
+
+@pytest.mark.parametrize('task, changes, said', [
+    ('shape', dict(image_size=8), r'1 frame\(s\) of 16 × 16 pixels; .*config\.model\.image_size=8'),
+    ('motion', dict(max_frames=2), r'3 frame\(s\) of 16 × 16 pixels; .*config\.model\.max_frames=2'),
+])
+def test_pictures_that_the_model_does_not_take_are_named(task, changes, said):
+  config = tiny.config(task, 'text', data_dir=tiny.data_dir())
+  plan = resolve.resolve(config)
+  asked = next(t for t in plan.tasks if t.name == task)
+  Data(config, plan).examples(asked)  # as they are, they fit
+  config.model.update(changes)
+  with pytest.raises(ValueError, match=rf'config\.tasks\.{task}: .*{said}'):
+    Data(config, plan).examples(asked)
+
+
+def test_a_vocabulary_that_the_text_cannot_give_names_its_field(tmp_path):
+  config = tiny.config('text', data_dir=tiny.data_dir())
+  config.tokenizer.vocab_size = 100_000
+  with pytest.raises(ValueError, match=r'config\.tokenizer\.vocab_size=100000: These texts cannot give'):
+    Data(config, resolve.resolve(config))

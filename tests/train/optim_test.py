@@ -193,3 +193,27 @@ def test_the_first_published_update_only_fills_the_moments():
   np.testing.assert_allclose(masked.inner_state[0].mu['block']['kernel'], .1 * 3, rtol=1e-6)
   twice, _ = _update(_config(schedule='published', warmup=4), _gradient([3., 3.]), _gradient([3., 3.]))
   np.testing.assert_allclose(twice['block']['kernel'][0], 2 - .025 * .75, rtol=1e-6)
+
+
+def test_layers_above_count_from_the_output():
+  # Five layers in periods of two (a block with experts, one without): one period is scanned, three blocks are the tail.
+  stack = ModelSpec(layers=5, width=8, heads=2, hidden=8, vocab_size=9, spe_id=2, image_size=4, patch=2, placement='odd').stack
+  above = lambda path: optim.layers_above(stack, path).tolist()
+  assert (stack.periods, len(stack.tail)) == (1, 3)
+  assert above('embed/word') == 5
+  assert above('encoder/blocks/block0/norm1/scale') == [4]
+  assert above('encoder/blocks/block1/norm1/scale') == [3]
+  assert [above(f'encoder/tail/block{i}/qkv/kernel') for i in range(3)] == [2, 1, 0]
+  assert above('similarity/kernel') == above('log_scale_a') == 0
+
+
+def test_lower_layers_learn_more_slowly_by_the_decay():
+  # Adam's first direction is 3 / (3 + 1) = .75; the rate .1 is multiplied by .5^2 and .5^1 in a stack, by .5^3 below it.
+  params = {'stacked': jnp.zeros((2, 1)), 'low': jnp.zeros((1,)), 'top': jnp.zeros((1,))}
+  depth = {'stacked': np.array([2, 1]), 'low': np.array(3), 'top': np.array(0)}
+  c = _config(layer_decay=.5)
+  tx, _, _ = optim.make_optimizer(c, params, depth=depth.get)
+  updates, _ = tx.update(jax.tree.map(lambda p: jnp.full_like(p, 3.), params), tx.init(params), params)
+  np.testing.assert_allclose(updates['stacked'], -.1 * .75 * np.array([[.25], [.5]]), rtol=1e-6)
+  np.testing.assert_allclose(updates['low'], [-.1 * .75 * .125], rtol=1e-6)
+  np.testing.assert_allclose(updates['top'], [-.1 * .75], rtol=1e-6)

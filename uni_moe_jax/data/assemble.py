@@ -30,17 +30,20 @@ class Data:
 
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
     """Raises FileNotFoundError for data that is not prepared, ValueError for a config that does not fit it."""
-    self._dir, self._channels, self._plan = config.data.dir, config.model.channels, plan
+    self._dir, self._model, self._plan = config.data.dir, config.model, plan
     self._records: dict[tuple[str, str], Records] = {}
     trained = [self.records(t.source, t.split) for t in plan.tasks]
-    self.tokenizer, self.tokenizer_file, tokenizer_print = self._make_tokenizer(config.tokenizer, trained)
+    file = config.tokenizer.file
+    if config.train.init and not file:  # the parameters of another run mean that run's words
+      file = str(pathlib.Path(config.train.init) / 'tokenizer.model')
+    self.tokenizer, self.tokenizer_file, tokenizer_print = self._make_tokenizer(config.tokenizer, file, trained)
     every = (*plan.sets, *plan.probe_sets)
     texts = {s.name: set_classes(s, self._classes_of) for s in every}
     self.sets: dict[str, TargetSet] = {s.name: build_set(s, texts[s.name], self.tokenizer) for s in every}
     prints = sorted({r.fingerprint for r in trained}) + [tokenizer_print]
     self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
     self._builders = {
-        training: Builder(self.tokenizer, texts, self._channels, training, config.data.mask_specials)
+        training: Builder(self.tokenizer, texts, self._model.channels, training, config.data.mask_specials, config.seed)
         for training in (True, False)}
 
   def records(self, source: str, split: str) -> Records:
@@ -52,7 +55,19 @@ class Data:
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
     """A task's examples over its own or another split."""
     task = task if split is None else dataclasses.replace(task, split=split)
-    return self._builders[training].build(task, self.records(task.source, task.split))
+    records = self.records(task.source, task.split)
+    if task.kind.visual and 'pixels' in records.columns:
+      self._check_size(task, records.columns['pixels'].shape[1:])
+    return self._builders[training].build(task, records)
+
+  def _check_size(self, task: TaskSpec, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for pictures [H, W] or clips [T, H, W] that the model does not take."""
+    *frames, H, W = shape
+    T = frames[0] if frames else 1
+    if (H, W) != (self._model.image_size,) * 2 or T > self._model.max_frames:
+      raise ValueError(
+          f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model takes at most '
+          f'config.model.max_frames={self._model.max_frames} of config.model.image_size={self._model.image_size} pixels a side.')
 
   def _classes_of(self, source: str, column: str) -> tuple[str, ...]:
     split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
@@ -62,13 +77,18 @@ class Data:
     return classes[column]
 
   def _make_tokenizer(
-      self, config: ml_collections.ConfigDict, trained: list[Records]) -> tuple[Tokenizer, pathlib.Path, str]:
+      self, config: ml_collections.ConfigDict, file: str, trained: list[Records]) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint of what that file says)."""
     if config.kind == 'clip':
       tokenizer = ClipTokenizer(config.merges)
       return tokenizer, pathlib.Path(config.merges), tokenizer.fingerprint
-    file = self._train_tokenizer(trained, config.vocab_size)
-    return SentencePieceTokenizer(file), file, file.stem
+    if file:
+      path = pathlib.Path(file).expanduser()
+      if not path.is_file():
+        raise FileNotFoundError(f'config.tokenizer.file={file!r} is not there; give the tokenizer.model of a run.')
+      return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
+    path = self._train_tokenizer(trained, config.vocab_size)
+    return SentencePieceTokenizer(path), path, path.stem
 
   def _train_tokenizer(self, trained: list[Records], vocab_size: int) -> pathlib.Path:
     """Model file for this text and size; trained once."""
@@ -80,6 +100,9 @@ class Data:
       path.parent.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = pathlib.Path(folder) / path.name
-        SentencePieceTokenizer.train(texts, unfinished, vocab_size)
+        try:
+          SentencePieceTokenizer.train(texts, unfinished, vocab_size)
+        except ValueError as e:
+          raise ValueError(f'config.tokenizer.vocab_size={vocab_size}: {e}') from e
         unfinished.rename(path)
     return path

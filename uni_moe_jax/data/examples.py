@@ -11,6 +11,7 @@ from ids to fields, made of TensorFlow ops on captured tensors. Fields, with the
 """
 
 import dataclasses
+import math
 import string
 from collections.abc import Callable, Sequence
 
@@ -84,6 +85,28 @@ def class_index(records: Records, column: str, classes: Sequence[str], field: st
   return np.array([place[v] for v in values.tolist()], np.int32)
 
 
+def subset(keep: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: int) -> np.ndarray:
+  """The training examples of a task, in order.
+
+  Which ones is a function of the seed and of each example's place in its split: those with the lowest hashes, so that a
+  smaller subset is part of a larger one.
+
+  Args:
+    keep: places of the examples that there are. labels: the class of each, or None.
+    task: its `subset` and `per_class`.
+    seed: of the run.
+  """
+  if task.subset == 1 and not task.per_class:
+    return keep
+  hashes = np.array([hashing.mix(seed, task.source, task.split, 'subset', int(i)) for i in keep], np.uint64)
+  chosen = []
+  for value in [None] if labels is None else np.unique(labels):
+    members = np.arange(len(keep)) if value is None else np.flatnonzero(labels == value)
+    number = task.per_class or math.ceil(task.subset * len(members))
+    chosen.append(members[np.argsort(hashes[members], kind='stable')[:number]])
+  return keep[np.sort(np.concatenate(chosen))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Builder:
   """What all builders need.
@@ -92,6 +115,7 @@ class Builder:
     tokenizer: of the run.
     classes: texts of each named target set, in order.
     channels: of pictures. training: random phrases, masks and shifts; otherwise the first phrase, every pick masked.
+    seed: of the run, by which subsets of the training examples are chosen.
     mask_specials: masked language modelling may put special tokens in the place of words (published).
     pixels: tensors by (source, split), so that tasks of one source hold its pictures once.
   """
@@ -100,6 +124,7 @@ class Builder:
   channels: int
   training: bool
   mask_specials: bool = False
+  seed: int = 0
   pixels: dict[tuple[str, str], tf.Tensor] = dataclasses.field(default_factory=dict)
 
   def build(self, task: TaskSpec, records: Records) -> Examples:
@@ -114,15 +139,18 @@ class Builder:
     if kind.readout in ('first', 'slot') and kind.target != 'pair':
       labels = class_index(records, task.label, self.classes[task.target_set], field)
       keep = np.flatnonzero(labels >= 0)
+    if self.training:
+      keep = subset(keep, None if labels is None else labels[keep], task, self.seed)
+    if labels is not None:
       makers.append(self._labels(labels[keep]))
     if kind.readout == 'picks':
-      return self._masked(task, records, field)
+      return self._masked(task, records, keep, field)
     if kind.visual:
       makers.append(self._pixels(task, records, keep, field))
     if kind.target == 'pair':
-      makers.append(self._pair(task, records, field))
+      makers.append(self._pair(task, records, keep, field))
     if kind.readout == 'queries':
-      makers.append(self._caption(task, records, field))
+      makers.append(self._caption(task, records, keep, field))
     if kind.readout == 'slot':
       makers.append(self._template(task, records, keep, field))
     if not len(keep):
@@ -157,9 +185,9 @@ class Builder:
       return {'pixels': preprocess.shift(frames, hashes, most)}
     return make
 
-  def _phrase_table(self, task: TaskSpec, records: Records, field: str):
+  def _phrase_table(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
     """(table of distinct texts, index [N, P])."""
-    texts, index = unique_texts(phrases(records, task.captions, f'{field}.captions'))
+    texts, index = unique_texts(phrases(records, task.captions, f'{field}.captions')[keep])
     table = TextTable.of(text_rows(texts, self.tokenizer, task.length), task.length, self.tokenizer.pad)
     return tf.constant(table.ids), tf.constant(table.valid), tf.constant(index)
 
@@ -171,8 +199,8 @@ class Builder:
     drawn = hashing.below(hashing.mix_tensor(hashes, 'phrase'), index.shape[1])
     return tf.gather(rows, drawn, batch_dims=1)
 
-  def _pair(self, task: TaskSpec, records: Records, field: str):
-    table, valid, index = self._phrase_table(task, records, field)
+  def _pair(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
+    table, valid, index = self._phrase_table(task, records, keep, field)
 
     def make(ids, hashes):
       row = self._choice(index, ids, hashes)
@@ -180,8 +208,8 @@ class Builder:
               'weight': tf.ones([tf.size(ids), 1], tf.float32)}
     return make
 
-  def _caption(self, task: TaskSpec, records: Records, field: str):
-    table, valid, index = self._phrase_table(task, records, field)
+  def _caption(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
+    table, valid, index = self._phrase_table(task, records, keep, field)
 
     def make(ids, hashes):
       row = self._choice(index, ids, hashes)
@@ -204,12 +232,12 @@ class Builder:
     return lambda ids, _: {'text': tf.gather(ids_table, ids), 'text_valid': tf.gather(valid, ids),
                            'position': tf.cast(tf.gather(slot, ids), tf.int32)[:, None]}
 
-  def _masked(self, task: TaskSpec, records: Records, field: str) -> Examples:
+  def _masked(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str) -> Examples:
     if 'text' not in records.columns:
       raise ValueError(f"config.{field}: source {task.source!r} has no column 'text'; it has "
                        f'{", ".join(sorted(records.columns))}.')
     tokenizer = self.tokenizer
-    rows = pack(tokenizer.encode_batch(records.columns['text'].tolist()), task.length, tokenizer.eot)
+    rows = pack(tokenizer.encode_batch(records.columns['text'][keep].tolist()), task.length, tokenizer.eot)
     if not len(rows):
       raise ValueError(f'config.{field}.length={task.length}: source {task.source!r} has too little text for one row.')
     table = tf.constant(rows)

@@ -19,10 +19,12 @@ def saved_step(workdir: str | os.PathLike[str]) -> int | None:
 class Checkpoints:
   """Save and restore of a train state (any pytree of arrays) in `workdir/checkpoints`; a context manager."""
 
-  def __init__(self, workdir: str | os.PathLike[str], keep: int):
+  def __init__(self, workdir: str | os.PathLike[str], keep: int | None):
+    """keep: newest checkpoints that stay when others are saved; None: all."""
     directory = pathlib.Path(workdir).absolute() / _FOLDER
     self._manager = ocp.CheckpointManager(
-        directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True))
+        directory, item_handlers=ocp.StandardCheckpointHandler(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True))
 
   def latest(self) -> int | None:
     """The newest saved step."""
@@ -38,6 +40,15 @@ class Checkpoints:
     step = self.latest() if step is None else step
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+
+  def restore_params(self, step: int | None = None) -> Any:
+    """The parameters of a step (the newest by default), averaged ones where they were kept, on the host."""
+    step = self.latest() if step is None else step
+    saved = self._manager.item_metadata(step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved.tree)
+    state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    return jax.device_get(state['ema'] or state['params'])
 
   def __enter__(self) -> 'Checkpoints':
     return self

@@ -16,8 +16,8 @@ import numpy as np
 
 from uni_moe_jax.train.checkpoint import Checkpoints, saved_step
 from uni_moe_jax.train.metrics_log import MetricsLog
-from uni_moe_jax.train.setup import Run, build, conditions
-from uni_moe_jax.train.workdir import claim_workdir
+from uni_moe_jax.train.setup import Run, build, conditions, warm_params
+from uni_moe_jax.train.workdir import claim_workdir, keep_tokenizer
 
 FINISHED, ERROR, PREEMPTED = 0, 1, 75
 
@@ -77,6 +77,7 @@ def train(config, workdir: str, devices=None) -> int:
   with Stop() as stop:
     run = build(config, devices)
     claim_workdir(workdir, config, run.data.fingerprint)
+    keep_tokenizer(workdir, run.data.tokenizer_file)
     print(describe(run), flush=True)
     pathlib.Path(workdir, 'run.json').write_text(json.dumps(run_facts(run), indent=1))
     with Checkpoints(workdir, config.train.keep) as checkpoints:
@@ -117,7 +118,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started:
     state = checkpoints.restore(run.like())
     print(f'resumed from step {first}', flush=True)
   else:
-    state = run.init()
+    state = run.start(warm_params(run)) if c.train.init else run.init()
   sets, steps = run.sets(), {}
   batches = run.mixture().iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)

@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from uni_moe_jax.config import FREEZE
+from uni_moe_jax.model.spec import Stack
 from uni_moe_jax.train import adam
 
 
@@ -84,9 +86,38 @@ def schedule(c) -> optax.Schedule:
   return rate
 
 
+def _layer_factors(decay: float, rules: Any, params: Any, depth: Callable[[str], Any]) -> Any:
+  """decay^(layers above) of every parameter, with the shape to multiply it."""
+  def one(path, p, rule):
+    if rule.frozen:
+      return optax.MaskedNode()
+    factor = decay ** np.asarray(depth(path_of(path)), np.float32)
+    return factor.reshape(factor.shape + (1,) * (len(p.shape) - factor.ndim))
+  return jax.tree_util.tree_map_with_path(one, params, rules)
+
+
+def layers_above(stack: Stack, path: str) -> np.ndarray:
+  """Layers between a parameter and the model's output: 0 of the last block's and the head's, L of the embedders'.
+
+  Returns:
+    int [] or, for parameters stacked over periods, [periods].
+  """
+  names = path.split('/')
+  if names[0] == 'embed':
+    return np.array(stack.layers)
+  if names[0] != 'encoder':
+    return np.array(0)
+  block = int(names[2].removeprefix('block'))
+  if names[1] == 'tail':
+    return np.array(len(stack.tail) - 1 - block)
+  return stack.layers - 1 - (np.arange(stack.periods) * len(stack.period) + block)
+
+
 def _scale_by(tree) -> optax.GradientTransformation:
   """Multiplies each update by its own factor."""
-  return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, tree))
+  def scaled(u, f):
+    return u if isinstance(f, float) and f == 1.0 else u * f
+  return optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, tree))
 
 
 def _decay(tree) -> optax.GradientTransformation:
@@ -95,8 +126,9 @@ def _decay(tree) -> optax.GradientTransformation:
       lambda u, p, w: u if w == 0.0 else u + w * p, updates, params, tree))
 
 
-def make_optimizer(c, params: Any, units: Callable[[str], int] = lambda path: 0) -> tuple[
-    optax.GradientTransformation, optax.Schedule, Any]:
+def make_optimizer(
+    c, params: Any, units: Callable[[str], int] = lambda path: 0, depth: Callable[[str], Any] | None = None) -> tuple[
+        optax.GradientTransformation, optax.Schedule, Any]:
   """(optimizer, learning-rate schedule, tree of rules) for a config and a parameter tree (or its shapes).
 
   Frozen parameters take part in nothing: they have no moments, and the clip does not count them.
@@ -105,6 +137,8 @@ def make_optimizer(c, params: Any, units: Callable[[str], int] = lambda path: 0)
     c, params: the config, the parameters.
     units: of a parameter's path, how many leading axes are updated on their own (see `touched.unit_axes`). Only the
       published conventions for parameters without a gradient ask; then the update takes `touched`.
+    depth: of a parameter's path, how many layers lie above it: a number, or one per period [periods] for stacked ones (see
+      `layers_above`). Only `optim.layer_decay` asks.
   """
   rules = match_rules(params, c.optim.rules)
   trained = jax.tree.map(lambda r: not r.frozen, rules)
@@ -123,6 +157,7 @@ def make_optimizer(c, params: Any, units: Callable[[str], int] = lambda path: 0)
         c.optim.b1, c.optim.b2, c.optim.eps, masked('weight_decay'), shapes, c.optim.without_gradient))
   steps += [
       _scale_by(masked('lr_factor')),
+      *([_scale_by(_layer_factors(c.optim.layer_decay, rules, params, depth))] if c.optim.layer_decay != 1 else []),
       optax.scale_by_learning_rate(rate),
   ]
   frozen = jax.tree.map(lambda r: r.frozen, rules)

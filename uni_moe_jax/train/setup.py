@@ -19,7 +19,7 @@ from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.params import boxed_params, init_params
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import optim
+from uni_moe_jax.train import optim, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import Sets, StepSpec, TrainState, init_state, train_step
 from uni_moe_jax.train.touched import expert_part, unit_axes
@@ -139,6 +139,23 @@ def predictor(run: Run, checkpoints: Checkpoints) -> tuple[Predictor, Any]:
   return Predictor(model, params, sets, run.data.tokenizer), params
 
 
+def warm_params(run: Run) -> Any:
+  """Parameters that start from those of the run in `config.train.init`; says what starts fresh.
+
+  Raises:
+    FileNotFoundError: nothing was trained there. ValueError: the models do not fit, see `warm_start.joined`.
+  """
+  init = run.config.train.init
+  with Checkpoints(init, keep=None) as checkpoints:
+    if checkpoints.latest() is None:
+      raise ValueError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
+    old = checkpoints.restore_params()
+  fresh = init_params(run.spec.model, jax.random.key(run.config.seed))
+  params, added, left = warm_start.joined(fresh, old, init)
+  print(f'starts from {init}; fresh: {", ".join(added) or "nothing"}; left behind: {", ".join(left) or "nothing"}', flush=True)
+  return params
+
+
 def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   """Checks a config and builds its run.
 
@@ -150,15 +167,19 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
     ValueError, FileNotFoundError: a field that is wrong, data that is not there; see `resolve.resolve` and `Data`.
   """
   plan = resolve.resolve(config)
+  if config.train.init:
+    workdir.load_config(config.train.init)  # says what is wrong with a folder that is no run's
   mesh_fields = {axis: config.mesh[axis] for axis in sharding.AXES}
   mesh = sharding.make_mesh(mesh_fields, devices)
+  resolve.check_mesh(config, mesh.shape)
   shards = sharding.batch_shards(mesh)
   resolve.check_batches(plan, shards, config.train.accum)
   data = Data(config, plan)
   model = UniPerceiver(model_spec(config, plan, data), shards)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
-  tx, rate, rules = optim.make_optimizer(config, params, functools.partial(unit_axes, model.spec))
+  tx, rate, rules = optim.make_optimizer(
+      config, params, functools.partial(unit_axes, model.spec), functools.partial(optim.layers_above, model.spec.stack))
   spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, seed=config.seed, accum=config.train.accum,
                   ema=config.train.ema, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
                   contrastive=config.train.contrastive, twins=config.train.twins,

@@ -15,6 +15,7 @@ import ml_collections
 from uni_moe_jax import config as config_lib
 
 CONFIG_FILE = 'config.json'
+TOKENIZER_STEM = 'tokenizer'
 VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
 MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'data.dir', 'mesh', 'evaluators',
@@ -83,6 +84,15 @@ def claim_workdir(
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps({**new, 'versions': versions()}, indent=1))
   temporary.rename(path)
+
+
+def keep_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path) -> None:
+  """Puts a copy of a run's tokenizer into its folder: who starts from the run needs the same ids."""
+  path = pathlib.Path(workdir) / (TOKENIZER_STEM + file.suffix)
+  if not path.exists():
+    temporary = path.with_suffix('.tmp')
+    temporary.write_bytes(file.read_bytes())
+    temporary.rename(path)
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:

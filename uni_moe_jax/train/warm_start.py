@@ -1,0 +1,38 @@
+"""Starting from another run's parameters: what has the same name and shape is taken over, what tuning adds starts fresh."""
+
+import re
+from typing import Any
+
+import jax
+
+from uni_moe_jax.tasks import nearest
+from uni_moe_jax.train.optim import path_of
+
+# What a model may have that the other has not: prompts, heads, and temperatures of other tasks.
+ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type)$', r'^linear_head/', r'^log_scale_')
+
+
+def joined(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]]:
+  """Parameters of a new run.
+
+  Args:
+    fresh: its fresh parameters. old: those of the run to start from. source: what to call that run.
+
+  Returns:
+    (parameters, paths that start fresh, paths of `old` that have no place here).
+
+  Raises:
+    ValueError: a parameter has another shape, or is in one of the models alone and is not among `ADDED`.
+  """
+  here, there = ({path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(t)} for t in (fresh, old))
+  for path in sorted({*here, *there} - ({*here} & {*there})):
+    if not any(re.search(pattern, path) for pattern in ADDED):
+      alone, other = ('this model', source) if path in here else (source, 'this model')
+      raise ValueError(f'config.train.init={source!r}: {alone} has parameter {path!r}, {other} has not; config.model and '
+                       f'config.moe must be those of that run. {nearest(path, there if path in here else here)[:200]}')
+  for path in here:
+    if path in there and here[path].shape != there[path].shape:
+      raise ValueError(f'config.train.init={source!r}: parameter {path!r} has shape {there[path].shape} there and '
+                       f'{here[path].shape} here; config.model, config.moe and the tokenizer must be those of that run.')
+  params = jax.tree_util.tree_map_with_path(lambda p, leaf: there.get(path_of(p), leaf), fresh)
+  return params, sorted({*here} - {*there}), sorted({*there} - {*here})
