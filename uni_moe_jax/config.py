@@ -64,7 +64,9 @@ def target_set(
   return _create(dict(values=values, family=family, scoring=scoring, samples=samples, length=length))
 
 
-def evaluator(kind: str, task_name: str, *, split: str, number: int = 0, batch: int = 128) -> ml_collections.ConfigDict:
+def evaluator(
+    kind: str, task_name: str, *, split: str, number: int = 0, batch: int = 128, beams: int = 1,
+    penalty: float = 0.0) -> ml_collections.ConfigDict:
   """One evaluation with a fixed protocol; see `eval/evaluators.py`.
 
   Args:
@@ -73,8 +75,10 @@ def evaluator(kind: str, task_name: str, *, split: str, number: int = 0, batch: 
     split: that is evaluated.
     number: retrieval: candidates, with distinct texts; others: examples, 0 = all.
     batch: examples encoded at once.
+    beams: caption: hypotheses that are kept of each picture; 1: greedy.
+    penalty: caption: scores are divided by (words + 1)^penalty at the end.
   """
-  return _create(dict(kind=kind, task=task_name, split=split, number=number, batch=batch))
+  return _create(dict(kind=kind, task=task_name, split=split, number=number, batch=batch, beams=beams, penalty=penalty))
 
 
 def base() -> ml_collections.ConfigDict:

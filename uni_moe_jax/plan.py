@@ -57,6 +57,8 @@ class Evaluation:
   split: str
   number: int
   batch: int
+  beams: int
+  penalty: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,9 +240,10 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation
     fitting = [t.name for t in tasks if wanted(t.kind)]
     raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of kind {task_spec.kind.name!r}, which evaluator '
                      f'{e.kind!r} cannot ask; choices: {", ".join(fitting) or "none"}.')
-  if e.number < 0 or e.batch < 1:
-    raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1.')
-  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch)
+  if e.number < 0 or e.batch < 1 or e.beams < 1 or e.penalty < 0:
+    raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1, beams='
+                     f'{e.beams} at least 1, penalty={e.penalty} at least 0.')
+  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty)
 
 
 def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:

@@ -180,12 +180,11 @@ def _neighbour_names(q: Question, ids: np.ndarray) -> np.ndarray:
 
 
 def caption(q: Question) -> list[Score]:
-  """Greedy captions with cached keys and values: exact match, BLEU-4, word F1, beside copying the neighbour's text."""
+  """Captions, greedy or by beam search: exact match, BLEU-4, word F1, beside copying the neighbour's text."""
   ids = q.ids()
   predicted = []
   for fields, count in evaluation_batches(q.examples, ids, q.evaluation.batch):
-    predicted += q.predictor.captions(
-        q.task.kind, fields['pixels'], q.task.target_set, q.task.temperature, q.task.length)[:count]
+    predicted += q.predictor.captions(q.task, fields['pixels'], q.evaluation.beams, q.evaluation.penalty)[:count]
   # Both sides in the tokenizer's folded form: its case and spacing are no merit and no fault of a caption.
   fold = lambda texts: [q.tokenizer.decode(row) for row in q.tokenizer.encode_batch(list(texts))]
   truth = fold(np.array(_first_phrase(q, q.asked))[ids])

@@ -58,10 +58,11 @@ class Predictor:
     """Cosines of features [B, D] and [C, D]: [B, C]."""
     return np.asarray(similarity.logits(left, right, np.float32(1)))
 
-  def captions(self, kind: Kind, pixels: np.ndarray, set_name: str, temperature: str, length: int) -> list[str]:
-    """Greedy captions of pictures or clips [B, T, H, W, C], at most `length` tokens each."""
-    tokens = _captions(self._model, kind, temperature, self._tokenizer.spe, self._tokenizer.eot, length,
-                          self._params, pixels, self.target_set(set_name))
+  def captions(self, task: TaskSpec, pixels: np.ndarray, beams: int = 1, penalty: float = 0.0) -> list[str]:
+    """Captions of pictures or clips [B, T, H, W, C], as a task gives them; `beams` and `penalty` as in `decode.search`."""
+    ask = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, length=task.length,
+               beams=beams, penalty=penalty)
+    tokens = _captions(self._model, task.kind, tuple(ask.items()), self._params, pixels, self.target_set(task.target_set))
     return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
 
 
@@ -86,10 +87,9 @@ def _log_p(model: UniPerceiver, params, features, targets, temperature: str, hea
   return jax.nn.log_softmax(logits)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _captions(model, kind, temperature, spe, eot, length, params, pixels, words):
-  found = decode.search(model, params, kind, pixels, words, temperature=temperature, spe=spe, eot=eot, length=length)
-  return found.tokens[:, 0]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _captions(model: UniPerceiver, kind: Kind, ask: tuple, params, pixels, words) -> jax.Array:
+  return decode.search(model, params, kind, pixels, words, **dict(ask)).tokens[:, 0]
 
 
 def seed_of(name: str) -> int:

@@ -300,7 +300,7 @@ def train_step(state: TrainState, batch: Batch, sets: Sets, *, spec: StepSpec) -
       finite, apply, lambda _: (state.params, state.opt_state, state.ema), None)
   skipped = (~finite).astype(jnp.int32)
   new = TrainState(state.step + 1, params, opt_state, ema, (state.bad + 1) * skipped, state.skipped + skipped)
-  metrics = {'loss/total': total, 'grad_norm': grad_norm, 'learning_rate': spec.rate(state.step), 'bad': new.bad,
+  metrics = {'loss/total': total, 'grad_norm': grad_norm, 'learning_rate': spec.rate(state.step - state.skipped), 'bad': new.bad,
              'skipped': new.skipped, **extra}
   for name, tally in tallies.items():
     metrics[f'loss/{name}'] = tally.loss
