@@ -1,4 +1,4 @@
-"""The published system's choices in every detail, on the embedded data: where a converted checkpoint goes on.
+"""The published system's choices on the embedded data: where a converted checkpoint goes on.
 
   python launch/convert.py --checkpoint=model.pth --config=configs/published.py:tiny-moe --workdir=runs/converted \
       --config.tokenizer.merges=bpe_simple_vocab_16e6.txt.gz
@@ -7,8 +7,10 @@
       --config.tokenizer.merges=bpe_simple_vocab_16e6.txt.gz
 
 The argument is SIZE or SIZE-moe: tiny, small, base or large; experts in every layer with `-moe` (in every other one with
---config.moe.placement=odd). The merges file is CLIP's; it is not part of this package. The embedded pictures have 32 pixels, so
-that a checkpoint's spatial table is interpolated. What it should score depends on the checkpoint: no figures are promised.
+--config.moe.placement=odd). The merges file is CLIP's; it is not part of this package. One choice is not theirs: words are scored
+against a sample of the vocabulary (--config.sets.vocabulary.scoring=exact: all of it, most of a minute per step on two cores). The
+embedded pictures have 32 pixels, so that a checkpoint's spatial table is interpolated; for a file that the authors' code should
+load again, convert with --config.model.image_size=224. What it should score depends on the checkpoint: no figures are promised.
 """
 
 import ml_collections

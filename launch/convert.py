@@ -1,6 +1,7 @@
 """Converts the authors' PyTorch checkpoints, both ways.
 
-  python launch/convert.py --checkpoint=model.pth --config=configs/published.py --workdir=runs/converted
+  python launch/convert.py --checkpoint=model.pth --config=configs/published.py --workdir=runs/converted \
+      --config.tokenizer.merges=bpe_simple_vocab_16e6.txt.gz
   python launch/convert.py --workdir=runs/converted --output=model.pth
 
 The first makes a work directory whose step 0 has the checkpoint's parameters: launch/train.py and launch/evaluate.py with the
@@ -23,7 +24,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write.')
 
 
 def main() -> int:
-  if (_CHECKPOINT.value is None) == (_OUTPUT.value is None):
+  if (_CHECKPOINT.value is None) != (_CONFIG.value is None) or (_CHECKPOINT.value is None) == (_OUTPUT.value is None):
     raise cli.UsageError('give either --checkpoint=FILE --config=FILE (PyTorch to here) or --output=FILE (here to PyTorch).')
   return _from_torch() if _CHECKPOINT.value else _to_torch()
 
@@ -31,22 +32,26 @@ def main() -> int:
 def _from_torch() -> int:
   from uni_moe_jax.export import torch_file, torch_layout
   from uni_moe_jax.train import checkpoint, setup, workdir
-  if _CONFIG.value is None:
-    raise cli.UsageError('--checkpoint needs --config: the model and the tasks that it is for.')
   config = cli.config_of(_CONFIG)
+  step = checkpoint.saved_step(_WORKDIR.value)
+  if step is not None:
+    raise cli.UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {step} already; give another.')
+  workdir.claim_workdir(_WORKDIR.value, config)
   state, remarks = torch_file.read(_CHECKPOINT.value, config.model.visual_type)
   run = setup.build(config)
-  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
+  # Only now is the folder this run's: after a failed conversion nobody can train from fresh parameters by mistake.
+  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
+  workdir.keep_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
   with checkpoint.Checkpoints(_WORKDIR.value, config.train.keep) as checkpoints:
-    if checkpoints.latest() is not None:
-      raise cli.UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {checkpoints.latest()} already; give another.')
     checkpoints.save(0, run.start(params))
   pathlib.Path(_WORKDIR.value, 'conversion.json').write_text(json.dumps(
       {'checkpoint': _CHECKPOINT.value, 'names': remarks, **dataclasses.asdict(report)}, indent=1))
+  for remark in sorted({r for r in remarks.values() if not r.startswith('older name')}):
+    print(remark)
   if remarks:
     print(f'{len(remarks)} names of an older layout, see conversion.json')
-  print(report)
+  print(f'{report}\n{torch_layout.taken_from_config(run.spec.model.spec)}')
   return 0
 
 

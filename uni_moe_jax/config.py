@@ -6,6 +6,9 @@ import ml_collections
 from ml_collections import config_dict
 
 FREEZE = 'freeze'
+# Temperature groups of the published system; every checkpoint has all of them.
+PUBLISHED_TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
+                'tqa_retrieve', 'downstream')
 
 
 def _create(fields: dict[str, Any]) -> ml_collections.ConfigDict:

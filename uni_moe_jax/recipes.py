@@ -8,8 +8,6 @@ NAME_TOKENS = 16  # a name of a glyph with its `eot`: enough for 97 % of them
 TEXT_TOKENS = 64
 # Published normalisation of pictures; video has 0.5 for both.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
-                'tqa_retrieve', 'downstream')
 
 
 def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
@@ -25,7 +23,7 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
   c.model.update(dict(
       prefix='<spe>', pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD, video_mean=(0.5,) * 3, video_std=(0.5,) * 3,
       spatial='stored', position_init='normal', position_std=0.02, query_key_init='independent', temporal_std=0.02,
-      layer_scale=1e-3, temperatures=TEMPERATURES))
+      layer_scale=1e-3, temperatures=config.PUBLISHED_TEMPERATURES))
   c.data.mask_specials = True
   c.optim.update(dict(
       schedule='published', b1=0.9, b2=0.95, eps=1e-6, clip=0.1,
@@ -35,6 +33,8 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
           (r'scale[12]$|log_scale', 1.0, 0.0),
           (r'_router/', 1.0, 0.0),
           (r'embed/(word|position|type|visual_type|temporal)$', 1.0, 0.0),
+          (r'prompts/|similarity_weight$', 1.0, 0.0),
+          (r'spe_bias$', 1.0, weight_decay),  # [1, D] there, so that it counts as a matrix
           (r'norm\d?/|bias$', 1.0, 0.0),
           (r'.*', 1.0, weight_decay),
       )))

@@ -80,7 +80,7 @@ def test_older_names_are_todays_in_models_with_and_without_experts(tmp_path, rou
   state = _state(router, **changes)
   assert not set(_aged(state)) & {k for k in state if k.startswith(('fused', 'loss'))}
   found, remarks = torch_file.read(_save(tmp_path / 'a.pt', _aged(state), lambda t: {'module': t}))
-  _equal(found, state)
+  _equal(found, {k: v for k, v in state.items() if k != 'video_embed.embeddings_type.weight'})  # the bias has taken it over
   assert 'dropped' in remarks['visual_embed.weight']
 
 
@@ -90,6 +90,7 @@ def test_older_files_added_a_type_to_pictures_which_the_bias_takes_over(tmp_path
   state['video_embed.embeddings_type.weight'] = np.full((1, 16), .5, np.float32)
   found, _ = torch_file.read(_save(tmp_path / 'a.pt', _aged(state)), keep_visual_type=keep)
   np.testing.assert_allclose(found['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'] + (0 if keep else .5))
+  assert ('video_embed.embeddings_type.weight' in found) == keep
 
 
 def test_files_of_todays_code_keep_their_bias(tmp_path):
@@ -121,6 +122,34 @@ def test_a_file_with_code_is_refused_by_name_and_not_executed(tmp_path, zipped):
   assert mark.exists()  # it would have been
 
 
+class _Other(_Bomb):
+
+  def __reduce__(self):
+    return os.mkdir, (self.path,)
+
+
+def test_an_older_file_with_two_kinds_of_code_names_both(tmp_path):
+  torch.save({'model': {'a': torch.ones(2)}, 'x': _Bomb(str(tmp_path / 'x')), 'y': _Other(str(tmp_path / 'y'))},
+             tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
+  with pytest.raises(LayoutError, match=r'needs .*open, posix\.mkdir to be read'):
+    torch_file.read(tmp_path / 'a.pth')
+  assert not (tmp_path / 'x').exists() and not (tmp_path / 'y').exists()
+
+
+def test_a_folder_is_named_with_the_file_that_it_may_hold(tmp_path):
+  with pytest.raises(LayoutError, match='is a folder; give the file in it, such as mp_rank_00'):
+    torch_file.read(tmp_path)
+
+
+@pytest.mark.parametrize('target', ['folder', 'file/a.pth'])
+def test_an_output_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, target):
+  (tmp_path / 'folder' / 'full').mkdir(parents=True)
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(LayoutError, match=r'cannot be written .*; give another --output'):
+    torch_file.write(tmp_path / target, _state())
+  assert sorted(os.listdir(tmp_path)) == ['file', 'folder']
+
+
 def test_a_plain_pickle_with_code_is_refused_and_not_executed(tmp_path):
   mark = tmp_path / 'executed'
   (tmp_path / 'a.pth').write_bytes(pickle.dumps(_Bomb(str(mark))))
@@ -138,7 +167,8 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, share):
 
 
 @pytest.mark.parametrize('content, message', [
-    ({}, 'holds no parameters'), ({'model': {'a': 3}}, "'a' is no tensor"), ([1, 2], 'holds no parameters')])
+    ({}, 'holds no parameters'), ({'model': {'a': 3}}, "'a' is no named tensor"),
+    ({3: torch.ones(1)}, '3 is no named tensor'), ([1, 2], 'holds no parameters')])
 def test_a_file_without_parameters_is_named(tmp_path, content, message):
   torch.save(content, tmp_path / 'a.pth')
   with pytest.raises(LayoutError, match=message):

@@ -95,6 +95,12 @@ _KEY = 'fused_encoder.layers.2.linear1.experts.deepspeed_experts.1.weight'
     (lambda s: {**s, 'head.weight': np.zeros(3)}, 'it has head.weight, which the model has no place for'),
     (lambda s: {**s, _KEY: np.zeros((25, 16))}, f'{_KEY} has shape (25, 16), the model wants (24, 16): set config.model.hidden'),
     (lambda s: {**s, 'token_embed.embeddings.weight': np.zeros((9, 16))}, 'another vocabulary (config.tokenizer)'),
+    (lambda s: {**s, 'token_embed.embeddings.weight': np.zeros((23, 8))}, 'the model wants (23, 16): set config.model.width'),
+    (lambda s: {**s, 'fused_encoder.layers.0.self_attn.dense.experts.deepspeed_experts.0.weight': np.zeros((32, 8))},
+     'has shape (32, 8), the model wants (16, 16)'),  # as many numbers, and no such matrix
+    (lambda s: {**s, 'video_embed.embeddings.weight': np.zeros((16, 4, 2, 2))}, 'the model wants (16, 1, 4, 4)'),
+    (lambda s: {**s, _KEY: np.full_like(s[_KEY], np.nan)}, f'{_KEY} holds values that are not finite'),
+    (lambda s: {**s, 'fused_encoder.layers.9.linear2.gate.wg.weight': np.zeros((4, 16))}, 'layers.9.linear2.gate.wg.weight, which'),
     (lambda s: {**s, 'video_embed.embeddings_norm.bias': np.ones(16)}, 'SHARE_LAYERNORM False'),
     (lambda s: {**s, 'video_embed.embeddings_st_pos.spatial_pos_embed.weight': np.zeros((5, 16))}, 'both must be squares'),
 ])
@@ -142,3 +148,7 @@ def test_position_tables_of_another_size_are_interpolated():
 def test_what_the_published_layout_cannot_hold_is_refused(changes, message):
   with pytest.raises(LayoutError, match=message):
     torch_layout.entries(small_model.spec(**changes))
+
+
+def test_what_a_file_does_not_say_is_told():
+  assert 'heads 2, top_k 2, prefix <spe>' in torch_layout.taken_from_config(small_model.spec())

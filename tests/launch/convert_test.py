@@ -110,5 +110,7 @@ def test_mistakes_end_in_one_sentence(files, tmp_path):
     done = _convert(*arguments)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count('\n') == 1 and said in done.stderr, done.stderr
+  # A conversion that failed leaves nothing that could be trained from fresh parameters by mistake.
+  assert not (tmp_path / 'a').exists()
   done = _run('convert.py', f'--workdir={tmp_path / "a"}')
   assert done.returncode == 2 and '--checkpoint=FILE --config=FILE' in done.stderr

@@ -25,7 +25,7 @@ def test_only_what_is_said_to_be_left_out_is_left_out():
 
 
 def test_an_array_that_nothing_read_is_seen():
-  arrays = Arrays(fixtures.cases('misc')[0])
+  arrays = Arrays(fixtures.cases(*fixtures.KINDS)[0])
   first, *rest = arrays.keys()
   assert first in arrays  # asking whether it is there is no reading
   assert arrays[first] is not None

@@ -57,7 +57,7 @@ def _compare_features(arrays: Arrays, case: Problem, features, targets) -> None:
 def _compare_losses(arrays: Arrays, case: Problem, tally, features, targets) -> None:
   """Each entry of the published dictionary carries the task's weight; both ways of retrieval are entries there."""
   said = {k: float(arrays[k]) for k in arrays.keys('loss.')}
-  total, null = said.pop('loss.total_backpropagated', None), said.pop('loss.null_loss')
+  total, null = said.pop('loss.total_backpropagated', None), said.pop('loss.null_loss', 0)
   assert null == 0
   accuracy = {k: said.pop(k) for k in list(said) if 'Accuracy' in k}
   loss = case.task.weight * float(tally.loss)
@@ -70,7 +70,7 @@ def _compare_losses(arrays: Arrays, case: Problem, tally, features, targets) -> 
   for key, theirs in accuracy.items():
     if 't2i' in key:
       ours = (logits.argmax(0) == np.arange(len(logits))).mean()
-    elif soft.shape[1] == logits.shape[1] and soft.shape[1] > 1 and case.task.kind.readout == 'first':
+    elif soft.shape[1] == logits.shape[1] and soft.shape[1] > 1 and case.task.kind.readout in ('first', 'slot'):
       ours = (logits.argmax(1) == soft.argmax(1)).mean()  # of a mixed label, the larger part counts there
     else:
       ours = tally.hits

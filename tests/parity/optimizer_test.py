@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -51,15 +52,17 @@ def test_optimizer_steps(name):
   model = fixtures.model_of(entry['weights'])
   c = _config(entry['hyper'], 'settonone' if entry['zero_grad_set_to_none'] else 'zerograd')
   specs, sets, _ = target_sets(model, given)
-  batches = [fields(task_spec(t), given, f'step{i}.', 0) for i, t in enumerate(entry['tasks'])]
-  ema_key, = {k.split('.loss_prepare')[0].split('.fused')[0].split('.token')[0].split('.video')[0] for k in arrays.keys(EMA)}
+  batches = [fields(task_spec(t), given, f'step{i}.', entry.get('temporal_pos_offset', 0)) for i, t in enumerate(entry['tasks'])]
+  ema_key = {k.split('.loss_prepare')[0].split('.fused')[0].split('.token')[0].split('.video')[0] for k in arrays.keys(EMA)}
+  ema_key = min(ema_key, default=f'{EMA}0')
   tx, rate, rules = optim.make_optimizer(
       c, param_shapes(UniPerceiver(fixtures.model_spec(model))), functools.partial(unit_axes, fixtures.model_spec(model)))
   spec = step_spec(
       model, (), specs, tx=tx, rate=rate, ema=float(ema_key.removeprefix(EMA)), contrastive=c.train.contrastive,
       twins=c.train.twins, without_gradient=c.optim.without_gradient, frozen=optim.frozen_paths(rules))
   _compare_groups(entry, spec, rules)
-  np.testing.assert_allclose([rate(i) for i in range(12)], arrays['lr_schedule_12_steps'], rtol=BOUND, atol=1e-12)
+  for key in arrays.keys('lr_schedule'):
+    np.testing.assert_allclose([rate(i) for i in range(len(arrays[key]))], arrays[key], rtol=BOUND, atol=1e-12)
 
   names = fixtures.manifest()['models'][model]['param_names']
   state = small_model.jit(functools.partial(step.init_state, spec))(fixtures.params(model))
@@ -75,12 +78,25 @@ def test_optimizer_steps(name):
     ours = _state_dict(model, state.params, spec)
     for key, theirs in zip(names, arrays[at + 'param_norms'], strict=True):
       assert_close(np.linalg.norm(ours[key].astype(np.float64)), theirs, BOUND, f'{at}norm of {key}')
-  averaged = _state_dict(model, state.ema, spec)
-  for key in arrays.keys('final.'):
-    assert_close(ours[key.removeprefix('final.')], arrays[key], BOUND, key)
-  for key in arrays.keys(ema_key + '.'):
-    assert_close(averaged[key.removeprefix(ema_key + '.')], arrays[key], BOUND, key)
+  for prefix, found in (('final.', ours), (ema_key + '.', _state_dict(model, state.ema, spec) if state.ema else {})):
+    for key in arrays.keys(prefix):
+      _compare_final(found[key.removeprefix(prefix)], arrays[key], key, entry)
   assert not arrays.unread, sorted(arrays.unread)
+
+
+def _compare_final(ours: np.ndarray, theirs: np.ndarray, key: str, entry) -> None:
+  """Parameters after the last step.
+
+  The gradient of a key's bias is zero in exact arithmetic. What there is is rounding, which Adam divides by its own size: of
+  keys, it says nothing. The manifest tells how far the published float32 lies from float64; both sides have as much.
+  """
+  if re.search(r'(in_proj_|qkv_proj\.(.*\.)?)bias$', key):
+    D = len(theirs) // 3
+    assert np.abs(ours[D:2 * D] - theirs[D:2 * D]).max() <= entry['hyper']['base_lr'], key
+    ours, theirs = (np.concatenate([x[:D], x[2 * D:]]) for x in (ours, theirs))
+  rounding = 2 * entry.get('fp64_check', {}).get('final_param_abs_max', 0.0)
+  if np.abs(ours - theirs).max() > rounding:
+    assert_close(ours, theirs, BOUND, key)
 
 
 def _state_dict(model: str, params, spec) -> dict[str, np.ndarray]:

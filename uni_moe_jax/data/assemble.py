@@ -81,7 +81,7 @@ class Data:
     """(tokenizer, its file, fingerprint of what that file says)."""
     if config.kind == 'clip':
       tokenizer = ClipTokenizer(config.merges)
-      return tokenizer, pathlib.Path(config.merges), tokenizer.fingerprint
+      return tokenizer, pathlib.Path(config.merges).expanduser(), tokenizer.fingerprint
     if file:
       path = pathlib.Path(file).expanduser()
       if not path.is_file():

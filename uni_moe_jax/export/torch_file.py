@@ -8,6 +8,7 @@ PyTorch is needed here and nowhere else.
 import os
 import pathlib
 import pickle
+import pickletools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,8 @@ _OLDER_MOE = (
     (r'\.attention\.output\.dense\.', '.self_attn.dense.'),
 )
 _UNUSED_OLDER = 'visual_embed.'
+_LEGACY_PICKLES = 4  # magic number, protocol, system, contents
+_HARMLESS = r'collections\.OrderedDict|torch\._utils\.\w+|torch\.\w+Storage|torch\.\w+'
 _PATCH_BIAS, _VISUAL_TYPE = 'video_embed.embeddings.bias', 'video_embed.embeddings_type.weight'
 
 
@@ -67,6 +70,8 @@ def read(path: str | os.PathLike[str], keep_visual_type: bool = False) -> tuple[
     LayoutError: it is no checkpoint, is cut off, holds no parameters, or needs code to be read; then nothing was executed.
   """
   path = pathlib.Path(path)
+  if path.is_dir():
+    raise LayoutError(f'{path} is a folder; give the file in it, such as mp_rank_00_model_states.pt.')
   if not path.is_file():
     raise FileNotFoundError(f'checkpoint {path} is not there.')
   tensors = _state_of(_load(path), path)
@@ -80,10 +85,15 @@ def write(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None
   """Writes {'model': state dict}, whole or not at all."""
   torch = _torch()
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + '.tmp')
-  torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}}, temporary)
-  temporary.rename(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}}, temporary)
+    temporary.rename(path)
+  except (OSError, RuntimeError) as e:
+    if temporary.is_file():
+      temporary.unlink()
+    raise LayoutError(f'{path} cannot be written ({type(e).__name__}); give another --output.') from None
 
 
 def _load(path: pathlib.Path) -> Any:
@@ -93,24 +103,33 @@ def _load(path: pathlib.Path) -> Any:
   except pickle.UnpicklingError as e:
     refused = _refused(path, str(e))
     if not refused:
-      raise LayoutError(f'{path} is no PyTorch checkpoint, or is damaged: {_first_line(e)}') from None
+      raise LayoutError(f'{path} is no PyTorch checkpoint, or is cut off or damaged ({type(e).__name__}).') from None
     raise LayoutError(
         f'{path} needs {", ".join(refused)} to be read, which could execute code: refused, and nothing was executed. Save the '
         'state dict alone: torch.save({"model": model.state_dict()}, FILE).') from None
-  except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, UnicodeDecodeError) as e:
-    raise LayoutError(f'{path} is no PyTorch checkpoint, or is cut off: {_first_line(e)}') from None
+  except Exception as e:  # pylint: disable=broad-except; a damaged file can raise anything in there
+    raise LayoutError(f'{path} is no PyTorch checkpoint, or is cut off or damaged ({type(e).__name__}).') from None
 
 
 def _refused(path: pathlib.Path, said: str) -> list[str]:
   """Globals that a file names and that reading parameters does not need."""
   try:
     return sorted(_torch().serialization.get_unsafe_globals_in_checkpoint(path))
-  except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # an older file format: the message names the first
-    return sorted(set(re.findall(r'(?:GLOBAL |Unsupported (?:global|class) )([\w.]+)', said)))
+  except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # an older file format: pickles one after the other
+    named = set(re.findall(r'(?:GLOBAL |Unsupported (?:global|class) )([\w.]+)', said))
+    return sorted(named | {g for g in _globals(path) if not re.fullmatch(_HARMLESS, g)}) if named else []
 
 
-def _first_line(e: BaseException) -> str:
-  return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+def _globals(path: pathlib.Path) -> set[str]:
+  """Every global that the pickles at the beginning of a file name; reads them and executes nothing."""
+  found = set()
+  try:
+    with path.open('rb') as file:
+      for _ in range(_LEGACY_PICKLES):
+        found |= {str(arg).replace(' ', '.') for op, arg, _ in pickletools.genops(file) if op.name == 'GLOBAL'}
+  except ValueError:  # there are no more
+    pass
+  return found
 
 
 def _state_of(loaded: Any, path: pathlib.Path) -> dict[str, Any]:
@@ -122,10 +141,10 @@ def _state_of(loaded: Any, path: pathlib.Path) -> dict[str, Any]:
         loaded = loaded[name]
         break
   found = loaded if isinstance(loaded, Mapping) else {}
-  strange = [k for k, v in found.items() if not isinstance(v, torch.Tensor)]
+  strange = [k for k, v in found.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
   if not found or strange:
     raise LayoutError(f'{path} holds no parameters: it should be a state dict, or hold one under {", ".join(map(repr, _STATES))}'
-                      + (f', but {strange[0]!r} is no tensor.' if strange else '.'))
+                      + (f', but its entry {strange[0]!r} is no named tensor.' if strange else '.'))
   return dict(found)
 
 
@@ -148,6 +167,6 @@ def _renamed(arrays: dict[str, np.ndarray], keep_visual_type: bool) -> tuple[dic
       raise LayoutError(f'{key} and another key are both {name}.')
     out[name] = value.reshape(-1) if name.endswith(('.gamma_1', '.gamma_2')) else value  # [1, 1, D] there
   if not keep_visual_type and {_PATCH_BIAS, _VISUAL_TYPE} <= set(out):
-    out[_PATCH_BIAS] = out[_PATCH_BIAS] + out[_VISUAL_TYPE][0]
+    out[_PATCH_BIAS] = out[_PATCH_BIAS] + out.pop(_VISUAL_TYPE)[0]
     remarks[_VISUAL_TYPE] = f'added to {_PATCH_BIAS}: older code added it to every visual token'
   return out, remarks

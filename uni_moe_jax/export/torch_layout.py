@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.config import PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import resize
 from uni_moe_jax.model.embed import sincos_table
 from uni_moe_jax.model.params import param_shapes
@@ -21,8 +22,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import nearest
 
 State = Mapping[str, np.ndarray]
-TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
-                'tqa_retrieve', 'downstream')
+TEMPERATURES = PUBLISHED_TEMPERATURES
 _INITIAL_SCALE = math.log(1 / 0.07)
 _SPATIAL = 'video_embed.embeddings_st_pos.spatial_pos_embed.weight'
 _VISUAL_TYPE = 'video_embed.embeddings_type.weight'
@@ -99,8 +99,7 @@ _ALIASES = {  # one tensor under two names
     'video_embed.embeddings_norm.bias': 'token_embed.embeddings_norm.bias',
     'token_embed.s_token_bias': 's_token_bias',
 }
-_DEAD_GATE = re.compile(r'fused_encoder\.layers\.\d+\.(self_attn\.dense|linear2)\.gate\.')
-_BANK = re.compile(r'loss_prepare\.queue_(h[12]|ptr[12])_')
+_BANK = re.compile(r'loss_prepare\.queue_(h[12]|ptr[12])_\w+$')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +182,13 @@ def entries(spec: ModelSpec) -> list[Entry]:
   return out
 
 
+def taken_from_config(spec: ModelSpec) -> str:
+  """What no checkpoint says, for the person who converts: wrong, it gives another model without an error."""
+  prefix = '<spe>' if spec.prefix_word is None else f'word {spec.prefix_word}'
+  return (f'not in the file, taken from the config: heads {spec.heads}, top_k {spec.top_k}, prefix {prefix} '
+          '(the published sizes have 64 per head, top_k 2, prefix <spe>)')
+
+
 def dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
   """Keys and shapes of the published gates that nothing evaluates: attention out's and the second FFN projection's."""
   D = spec.width
@@ -203,10 +209,10 @@ def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
     LayoutError: a key is missing, has no place, or has another shape than the model's; names it and the field to change.
   """
   wanted, report = entries(spec), Report()
-  state = dict(state)
+  state, names = dict(state), {e.key for e in wanted}
   missing = [e.key for e in wanted if e.key not in state]
-  _drop(state, spec, {e.key for e in wanted}, report)
-  unknown = [k for k in state if k not in {e.key for e in wanted}]
+  _drop(state, spec, names, report)
+  unknown = [k for k in state if k not in names]
   if missing or unknown:
     raise LayoutError(_mismatch(missing, unknown, spec))
   tree = _empty(param_shapes(UniPerceiver(spec)))
@@ -216,16 +222,15 @@ def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
     for name in e.path:
       leaf = leaf[name]
     target = leaf[e.index] if e.index else leaf
-    value = _resized(np.asarray(state[e.key], np.float32), e, target.shape, report)
-    try:
-      turned = e.turn.ours(value, spec)
-    except ValueError:
-      turned = value
-    if turned.shape != target.shape:
-      raise LayoutError(f'{e.key} has shape {value.shape}, the model wants {e.turn.theirs(target, spec).shape}: '
-                        f'{_which_size(e.key)}.')
-    leaf[(*e.index, ...)] = turned
-    filled[e.path] = filled.get(e.path, 0) + turned.size
+    value, theirs = np.asarray(state[e.key], np.float32), e.turn.theirs(target, spec).shape
+    if not np.isfinite(value).all():
+      raise LayoutError(f'{e.key} holds values that are not finite: the checkpoint is damaged, or its training had failed.')
+    value = _resized(value, e, theirs, report)
+    # Before it is turned: a reshape would accept other shapes of the same size.
+    if value.shape != theirs:
+      raise LayoutError(f'{e.key} has shape {value.shape}, the model wants {theirs}: {_which_size(e.key, value.shape, theirs)}.')
+    leaf[(*e.index, ...)] = e.turn.ours(value, spec)
+    filled[e.path] = filled.get(e.path, 0) + value.size
     report.consumed[e.key] = '/'.join(e.path)
   _check_filled(tree, filled)
   return tree, report
@@ -262,6 +267,7 @@ def _table(spec: ModelSpec) -> np.ndarray:
 
 def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], report: Report) -> None:
   """Takes out what has no place in our tree, for the reasons that exist."""
+  dead = dead_gates(spec)
   for alias, key in _ALIASES.items():
     if alias in state and key in wanted:
       if key in state and not np.array_equal(state[alias], state[key]):
@@ -271,12 +277,14 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
   for key in state:
     if key in wanted or key in report.dropped:
       continue
-    if _DEAD_GATE.match(key):
-      report.dropped[key] = 'a gate that nothing evaluates: the first projection of the pair decides'
+    if np.shape(state[key]) == dead.get(key):
+      report.dropped[key] = ('a gate that nothing evaluates: the first projection of the pair decides '
+                             '(FFN_SHARE_GATE_DECISION, as in every published config)')
     elif _BANK.match(key):
       report.dropped[key] = 'state of a memory bank'
     elif key == _VISUAL_TYPE:
-      report.dropped[key] = 'unused in the published code (config.model.visual_type=True adds it)'
+      report.dropped[key] = 'unused in the published code' + (
+          '' if not np.any(state[key]) else ', but not zero: a file for ADD_TYPE_EMBED needs config.model.visual_type=True')
     elif key.startswith('loss_prepare.logit_scale_') and key.rpartition('logit_scale_')[2] in TEMPERATURES:
       report.dropped[key] = 'no task of the config has this temperature group (config.model.temperatures adds groups)'
     elif key == _SPATIAL:
@@ -302,16 +310,21 @@ def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
 _SIZES = (
     (r'token_embed\.embeddings\.weight', 'the tokenizer has another vocabulary (config.tokenizer)'),
     (r'position_embeddings', 'set config.model.max_text to the number of its rows'),
-    (r'spatial|video_embed\.embeddings\.weight', 'set config.model.image_size, patch, channels and width'),
-    (r'temporal', 'set config.model.max_frames and width'),
-    (r'linear[12]', 'set config.model.hidden and width'),
-    (r'gate', 'set config.moe.num_experts and config.model.width'),
-    (r'', 'set config.model.width'),
+    (r'spatial|video_embed\.embeddings\.weight', 'set config.model.image_size, patch and channels'),
+    (r'temporal', 'set config.model.max_frames'),
+    (r'gate', 'set config.moe.num_experts'),
+    (r'linear[12]\.', 'set config.model.hidden'),
+    (r'prompt_embedding', 'set config.model.prompts to the number of its rows'),
+    (r'fc_prompt', 'the task with head=True has another number of classes'),
 )
 
 
-def _which_size(key: str) -> str:
-  return next(fix for pattern, fix in _SIZES if re.search(pattern, key))
+def _which_size(key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+  """The field to change. Tables [rows, D] that differ in D alone are of another width, whatever their rows are."""
+  rows_agree = len(found) == len(wanted) > 0 and found[0] == wanted[0]
+  if len(found) == 2 and rows_agree and 'linear2' not in key:
+    return 'set config.model.width'
+  return next((fix for pattern, fix in _SIZES if re.search(pattern, key)), 'set config.model.width')
 
 
 def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
@@ -320,11 +333,14 @@ def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Re
   if function is None or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
     return value
   report.resized[entry.key] = f'from {value.shape[0]} to {shape[0]} rows'
-  return function(value, shape[0])
+  try:
+    return function(value, shape[0])
+  except (ValueError, ZeroDivisionError) as e:
+    raise LayoutError(f'{entry.key}: {e}') from None
 
 
 def _empty(shapes: Any) -> Any:
-  """NaN where a parameter has not been filled."""
+  """A tree of arrays to be filled; NaN until they are."""
   if isinstance(shapes, Mapping):
     return {k: _empty(v) for k, v in shapes.items()}
   return np.full(shapes.shape, np.nan, np.float32)
@@ -334,6 +350,6 @@ def _check_filled(tree: Any, filled: dict[tuple[str, ...], int], at: tuple[str, 
   if isinstance(tree, Mapping):
     for name, sub in tree.items():
       _check_filled(sub, filled, (*at, name))
-  elif filled.get(at, 0) != tree.size:
+  elif filled.get(at, 0) != tree.size or np.isnan(tree).any():
     raise LayoutError(f'parameter {"/".join(at)} is filled {filled.get(at, 0)} times of {tree.size}: the table of '
                       'export/torch_layout.py lacks a row for it.')

@@ -20,7 +20,7 @@ MAX_PERIOD = 4
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-  """Sizes and choices of one model; every field is documented in `configs/base.py`."""
+  """Sizes and choices of one model; every field is documented in `config.py`."""
   layers: int                        # L
   width: int                         # D
   heads: int                         # N
