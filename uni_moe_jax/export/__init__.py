@@ -1,1 +1,1 @@
-"""Finished models for others: merged dense kernels, artifacts, other layouts."""
+"""A model for others: the published PyTorch layout, both ways."""

@@ -25,7 +25,7 @@ def joined(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]
     ValueError: a parameter has another shape, or is in one of the models alone and is not among `ADDED`.
   """
   here, there = ({path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(t)} for t in (fresh, old))
-  for path in sorted({*here, *there} - ({*here} & {*there})):
+  for path in sorted({*here} ^ {*there}):
     if not any(re.search(pattern, path) for pattern in ADDED):
       alone, other = ('this model', source) if path in here else (source, 'this model')
       raise ValueError(f'config.train.init={source!r}: {alone} has parameter {path!r}, {other} has not; config.model and '
