@@ -44,8 +44,8 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
 def prompt_tune(c: ml_collections.ConfigDict, prompts: int = 8, sides: str = 'shared') -> None:
   """Tunes prompts, norms, the bias of `spe` and a linear head, and freezes all else: experts, gates, temperatures.
 
-  The published list of what trains. Where a run starts is another field, `train.init`; a task gets a head by `head=True`. Prefix
-  prompts (`model.prefix_prompts`) and label prompts of a set train, too, where the config has them.
+  The published list of what trains. Where a run starts is another field, `train.init`; a task gets a head by `head=True`.
+  Prefix prompts (`model.prefix_prompts`) and label prompts of a set train, too, where the config has them.
 
   Args:
     c: config to change.

@@ -140,6 +140,16 @@ def test_tables_of_a_modality_that_is_not_encoded_are_left_alone(modalities, alo
 
 
 @pytest.mark.parametrize('holds, alone', [
+    (('text',), {'embed/prompts/target', 'embed/prompts/label_names', 'embed/prompts/label_target'}),
+    (('text', 'target'), {'embed/prompts/label_names', 'embed/prompts/label_target'}),
+    (('text', 'target', 'label_names'), {'embed/prompts/label_target'}),
+    (('text', 'target', 'label_target'), {'embed/prompts/label_names'})])
+def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(holds, alone):
+  spec = small_model.spec(prefix_prompts=2, prompt_sides='separate', label_prompts=(('names', 3), ('target', 2)), temperatures=())
+  assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
+
+
+@pytest.mark.parametrize('holds, alone', [
     (('text', 'head', 'target'), set()),
     (('text', 'target'), {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}),
     (('text', 'head'), {f'encoder/{place}/prompts/target' for place in ('blocks/block0', 'tail/block0')})])
