@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import small_model
 from uni_moe_jax import config as config_lib
+from uni_moe_jax import recipes
 from uni_moe_jax.model.params import param_shapes
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -136,6 +138,24 @@ def test_the_paths_of_frozen_parameters_are_known():
   assert optim.frozen_paths(optim.match_rules(PARAMS, (('block/', 'freeze'), ('.*', 1., 0.)))) == {
       'block/kernel', 'block/bias'}
   assert optim.frozen_paths(optim.match_rules(PARAMS, (('.*', 1., 0.),))) == set()
+
+
+@pytest.mark.parametrize('sides', ['shared', 'separate', 'inputs'])
+def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
+  c = config_lib.base()
+  recipes.prompt_tune(c, prompts=3, sides=sides)
+  assert (c.model.prompts, c.model.prompt_sides, c.model.spe_bias) == (3, sides, True)
+  spec = small_model.spec(prompts=3, prompt_sides=sides, spe_bias=True, prefix_prompts=1, label_prompts=(('names', 2),), head=2)
+  rules = optim.match_rules(small_model.params(spec), c.optim.rules)
+  found = {optim.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules) if not rule.frozen}
+  tables = {'input', 'target'} if sides == 'separate' else {'input'}
+  layers = ('encoder/blocks/block0', 'encoder/tail/block0')
+  assert set(found) == {
+      'embed/spe_bias', 'embed/prompts/label_names', 'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight',
+      *(f'{at}/prompts/{table}' for at in ('embed', *layers) for table in tables),
+      *(f'{norm}/{leaf}' for norm in ('embed/norm', 'similarity/norm', *(f'{at}/norm{i}' for at in layers for i in (1, 2)))
+        for leaf in ('scale', 'bias'))}
+  assert set(found.values()) == {Rule(1., 0.)}
 
 
 def test_the_factor_of_gates_multiplies_the_rule_of_routers_and_no_other():
