@@ -61,6 +61,12 @@ class PlanTest(absltest.TestCase):
     found = {s.name: s.is_vocabulary for s in resolve.resolve(_config()).sets}
     self.assertEqual(found, {'classes': False, 'packages': False, 'vocabulary': True})
 
+  def test_a_set_may_have_label_prompts(self):
+    c = _config()
+    c.sets.classes.label_prompts = True
+    self.assertEqual({s.name: s.label_prompts for s in resolve.resolve(c).sets},
+                     {'classes': True, 'packages': False, 'vocabulary': False})
+
   def test_a_task_without_a_temperature_group_has_that_of_its_kind(self):
     c = _config()
     c.tasks.name.temperature = c.tasks.text.temperature = 'words'
@@ -176,7 +182,14 @@ _ERRORS = {
     'head_of_a_pair': (lambda c: c.tasks.pair.update(head=True), r'config\.tasks\.pair\.head=True needs a kind that chooses'),
     'two_heads': (lambda c: (c.tasks.shape.update(head=True), c.tasks.package.update(head=True)),
                   r'config\.tasks: .*(shape|package).* both have head=True'),
-    'prompt_sides': (lambda c: c.model.update(prompt_sides='both'), r"prompt_sides='both' is unknown; .*separate, shared"),
+    'prompt_sides': (lambda c: c.model.update(prompt_sides='both'), r"prompt_sides='both' is unknown; .*inputs, separate, shared"),
+    'prefix_prompts': (lambda c: c.model.update(prefix_prompts=-1), r'config\.model\.prefix_prompts=-1 must be at least 0'),
+    'label_prompts_of_words': (lambda c: c.sets.vocabulary.update(label_prompts=True),
+                               r'config\.sets\.vocabulary\.label_prompts=True is for sets of texts: .*set it to False'),
+    'label_prompts_of_a_probe': (
+        lambda c: (c.tasks.shape.update(batch=0, temperature='text_mlm'), c.sets.classes.update(label_prompts=True)),
+        r'config\.sets\.classes\.label_prompts=True: no trained task names this set, .*stay zero; train a task'),
+    'gate_factor': (lambda c: c.optim.update(gate_factor=-.5), r'config\.optim\.gate_factor=-0\.5 must be at least 0'),
     # Model.
     'layers': (lambda c: c.model.update(layers=0), r'config\.model\.layers=0 must be at least 1'),
     'heads': (lambda c: c.model.update(width=100, heads=8),

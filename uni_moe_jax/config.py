@@ -10,6 +10,8 @@ FREEZE = 'freeze'
 PUBLISHED_TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
                 'tqa_retrieve', 'downstream')
 
+_PROMPTS_RULE = (r'prompts/|similarity_weight$', 1.0, 0.0)
+
 
 def _create(fields: dict[str, Any]) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(fields)
@@ -54,7 +56,7 @@ def task(
 
 def target_set(
     values: str | tuple[str, ...], *, family: str, scoring: str = 'exact', samples: int = 0,
-    length: int = 16) -> ml_collections.ConfigDict:
+    length: int = 16, label_prompts: bool = False) -> ml_collections.ConfigDict:
   """Texts that serve as the answer space of tasks.
 
   Args:
@@ -63,8 +65,10 @@ def target_set(
     scoring: 'exact', or 'sampled' (vocabulary only): in training, the step's positives and a uniform sample.
     samples: K, size of the sampled vocabulary, positives included.
     length: longest text in tokens, `eot` included; longer ones are an error.
+    label_prompts: every entry gets a learnt token after its `spe`, zero at first: the same for all, but a key more.
   """
-  return _create(dict(values=values, family=family, scoring=scoring, samples=samples, length=length))
+  return _create(dict(values=values, family=family, scoring=scoring, samples=samples, length=length,
+                      label_prompts=label_prompts))
 
 
 def evaluator(
@@ -106,7 +110,8 @@ def base() -> ml_collections.ConfigDict:
       drop_path=0.0,               # stochastic depth
       temperature=0.07,            # initial τ of every temperature group
       prompts=0,                   # deep prompts per layer
-      prompt_sides='shared',       # by inputs and targets | separate
+      prompt_sides='shared',       # by inputs and targets | separate (tables) | inputs (targets have none)
+      prefix_prompts=0,            # learnt tokens after the prefix spe, on the sides of prompt_sides
       spe_bias=False,              # a learnt row added to every spe
       temperatures=(),             # groups that exist beside those of the trained tasks (a converted checkpoint's)
       dtype='float32',             # of products: float32 | bfloat16; parameters stay float32
@@ -142,6 +147,7 @@ def base() -> ml_collections.ConfigDict:
       final=0.0,                   # learning rate at the end, as a fraction of the peak
       b1=0.9, b2=0.95, eps=1e-6,   # AdamW
       clip=1.0,                    # global norm; 0 = off
+      gate_factor=1.0,             # of the learning rate of every router, on top of its rule
       layer_decay=1.0,             # factor of the learning rate per layer below the last, embeddings the lowest; 1 = off
       # What happens to a parameter or expert that a step does not use. update: gradient zero (moments decay, weight decay
       # applies) | settonone, zerograd: left alone, as by PyTorch's two ways to reset gradients (train/adam.py)
@@ -151,6 +157,7 @@ def base() -> ml_collections.ConfigDict:
       rules=(
           (r'scale[12]$|log_scale', 1.0, 0.0),
           (r'_router/', 1.0, 0.0),
+          _PROMPTS_RULE,
           (r'embed/(word|position|type|visual_type|temporal|spatial)$', 1.0, 0.0),
           (r'norm\d?/|bias$', 1.0, 0.0),
           (r'.*', 1.0, 0.05),
@@ -185,6 +192,10 @@ def completed(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         fill(known[name], value)
 
   with c.unlocked():
+    rules = base().optim.rules
+    if 'prefix_prompts' not in c.model and c.optim.rules == tuple(r for r in rules if r != _PROMPTS_RULE) and not (
+        c.model.get('prompts') or any(t.get('head') for t in c.tasks.values())):
+      c.optim.rules = rules  # the rule that these have got since then matches none of its parameters
     if 'prompts' not in c.model and c.model.prefix == 'spe':
       c.model.prefix = '<spe>'  # so it was written before a word could have this name
     fill(c, base())

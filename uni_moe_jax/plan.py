@@ -42,6 +42,7 @@ class SetSpec:
   scoring: str
   samples: int
   length: int
+  label_prompts: bool = False
 
   @property
   def is_vocabulary(self) -> bool:

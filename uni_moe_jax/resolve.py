@@ -63,6 +63,10 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
       raise ValueError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its '
                        f'scale would be unknown; {nearest(t.temperature, temperatures)}.')
   used = {name for name in by_name if c.train.encode_all_sets} | {t.target_set for t in tasks}
+  for t in probes:
+    if t.target_set and t.target_set not in used and by_name[t.target_set].label_prompts:
+      raise ValueError(f'config.sets.{t.target_set}.label_prompts=True: no trained task names this set, so that they would '
+                       f'stay zero; train a task with it, or set it to False.')
   return Plan(
       kinds=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
       probe_sets=tuple(s for s in sets if s.name in {t.target_set for t in probes} - used),
@@ -89,7 +93,8 @@ def _divides(part: str, b: int, whole: str, a: int) -> None:
 def _check_model(c: ml_collections.ConfigDict) -> None:
   m, moe = c.model, c.moe
   _at_least(c, 'model', dict(layers=1, width=4, heads=1, hidden=1, image_size=1, patch=1, channels=1, max_frames=1,
-                             max_text=1, layer_scale=0.0, drop_path=0.0, prompts=0))
+                             max_text=1, layer_scale=0.0, drop_path=0.0, prompts=0,
+                             prefix_prompts=0))
   _divides('model.heads', m.heads, 'model.width', m.width)
   _divides('model.patch', m.patch, 'model.image_size', m.image_size)
   if m.width % 4:
@@ -100,7 +105,7 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
     if len(m[name]) != m.channels and not (name.startswith('video') and not m[name]):
       raise ValueError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
   _choose('model.spatial', m.spatial, ('sincos', 'stored', 'learnt'))
-  _choose('model.prompt_sides', m.prompt_sides, ('shared', 'separate'))
+  _choose('model.prompt_sides', m.prompt_sides, ('shared', 'separate', 'inputs'))
   _choose('model.position_init', m.position_init, ('normal', 'sincos'))
   _choose('model.query_key_init', m.query_key_init, ('independent', 'equal'))
   _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
@@ -126,7 +131,7 @@ def _check_tokenizer(c: ml_collections.ConfigDict) -> None:
 
 def _check_train(c: ml_collections.ConfigDict) -> None:
   _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1))
-  _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0))
+  _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0, gate_factor=0.0))
   _choose('train.mixture', c.train.mixture, MIXTURES)
   _choose('train.contrastive', c.train.contrastive, ('mean', 'sum'))
   _choose('train.twins', c.train.twins, ('masked', 'negatives'))
@@ -176,8 +181,11 @@ def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
   if s.scoring == 'sampled' and (s['values'] != VOCABULARY or s.samples < 1):
     raise ValueError(f"config.sets.{name}: scoring 'sampled' needs values='{VOCABULARY}' and samples ≥ 1, not "
                      f'values={s["values"]!r}, samples={s.samples}.')
+  if s.label_prompts and s['values'] == VOCABULARY:
+    raise ValueError(f'config.sets.{name}.label_prompts=True is for sets of texts: the words of a vocabulary have a learnt '
+                     'row each already; set it to False.')
   values = s['values'] if isinstance(s['values'], str) else tuple(s['values'])
-  return SetSpec(name, values, families[s.family], s.scoring, s.samples, s.length)
+  return SetSpec(name, values, families[s.family], s.scoring, s.samples, s.length, s.label_prompts)
 
 
 def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec], c, lengths) -> TaskSpec:

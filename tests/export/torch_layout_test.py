@@ -40,6 +40,20 @@ def test_every_parameter_is_filled_and_every_key_accounted_for(model):
   assert not set(report.consumed) & set(report.dropped)
 
 
+@pytest.mark.parametrize('changes', [dict(prefix_prompts=2), dict(label_prompts=(('names', 3),))])
+def test_prompts_that_are_tokens_have_no_place_there(changes):
+  spec = small_model.spec(temperatures=(), **changes)
+  with pytest.raises(LayoutError, match='prefix_prompts and label_prompts of a set have no place'):
+    torch_layout.to_torch(small_model.params(spec), spec)
+
+
+def test_a_side_without_prompts_has_no_key_there():
+  keys = {sides: {e.key for e in torch_layout.entries(small_model.spec(prompts=2, prompt_sides=sides, temperatures=()))
+                  if 'prompt' in e.key} for sides in ('shared', 'inputs', 'separate')}
+  assert keys['inputs'] == keys['shared'] == {f'fused_encoder.layers.{i}.deep_prompt_embedding.embedding.weight' for i in range(3)}
+  assert len(keys['separate']) == 6
+
+
 def test_plain_layers_of_a_model_with_experts_have_names_of_their_own():
   keys = {e.key for e in torch_layout.entries(small_model.spec(placement='odd', temperatures=()))}
   assert 'fused_encoder.layers.0.self_attn.qkv_proj.experts.deepspeed_experts.3.weight' in keys

@@ -16,6 +16,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 _KIND = tasks.KINDS['image_caption']
 _SPEC = small_model.spec()
+_PROMPTED = small_model.spec(prompts=2, prefix_prompts=3, prompt_sides='separate', spe_bias=True)
 _B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
 _NEVER = -1  # an `eot` that no word is
 
@@ -26,44 +27,44 @@ def _pixels():
 
 
 @functools.cache
-def _features():
+def _features(spec=_SPEC):
   """(pixels [R, …], words [R, n]) → normalised features [R, n, D] of every query, by the forward of training."""
   @small_model.jit
   def run(values, pixels, words):
     text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
     sequence = small_model.sequence(_KIND, len(pixels), pixels=pixels, text=text)
-    return normalise(small_model.encode(_SPEC, [sequence], values=values)[0][0])
-  return lambda pixels, words: np.asarray(run(small_model.params(_SPEC), pixels, words))
+    return normalise(small_model.encode(spec, [sequence], values=values)[0][0])
+  return lambda pixels, words: np.asarray(run(small_model.params(spec), pixels, words))
 
 
 @functools.cache
-def _words() -> jax.Array:
+def _words(spec=_SPEC) -> jax.Array:
   """[V, D] normalised features of words, spread as those of queries are: captions of random ones would be dull."""
   rng = np.random.default_rng(3)
   texts = [rng.integers(0, _V, (_B, _N)).astype(np.int32) for _ in range(3)]
-  rows = np.concatenate([_features()(_pixels(), t) for t in texts]).reshape(-1, 16)[:_V]
+  rows = np.concatenate([_features(spec)(_pixels(), t) for t in texts]).reshape(-1, 16)[:_V]
   return normalise(jnp.asarray(rows - rows.mean(0)))
 
 
 @functools.cache
-def _search(beams: int, eot: int, penalty: float = 0.0, answers: tuple = ()):
+def _search(beams: int, eot: int, penalty: float = 0.0, answers: tuple = (), spec=_SPEC):
   trie = Trie.of(answers) if answers else None
 
   @small_model.jit
   def run(values, pixels, words):
-    return decode.search(UniPerceiver(_SPEC), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
+    return decode.search(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
                          eot=eot, length=_N, beams=beams, penalty=penalty, trie=trie)
-  return jax.device_get(run(small_model.params(_SPEC), _pixels(), _words()))
+  return jax.device_get(run(small_model.params(spec), _pixels(), _words(spec)))
 
 
 @functools.cache
-def _forward():
+def _forward(spec=_SPEC):
   """(pixels [R, …], words [R, n]) → log-probabilities [R, n, V] of every query."""
-  scale = np.exp(small_model.params(_SPEC)['log_scale_group'])
-  return lambda pixels, words: np.asarray(jax.nn.log_softmax(scale * _features()(pixels, words) @ _words().T))
+  scale = np.exp(small_model.params(spec)['log_scale_group'])
+  return lambda pixels, words: np.asarray(jax.nn.log_softmax(scale * _features(spec)(pixels, words) @ _words(spec).T))
 
 
-def _without_cache(beams: int, eot: int):
+def _without_cache(beams: int, eot: int, spec=_SPEC):
   """(tokens [B, k, n], sums [B, k]) of the same search: hypotheses as lists, everything encoded anew at each step."""
   found = [[((), 0.0)] for _ in range(_B)]
   for t in range(_N):
@@ -72,7 +73,7 @@ def _without_cache(beams: int, eot: int):
     where = np.zeros(_B * beams, np.int32)
     for i, (b, (words, _)) in enumerate(rows):
       padded[i, :t], where[i] = words, b
-    log_p = _forward()(_pixels()[where], padded)[:, t]
+    log_p = _forward(spec)(_pixels()[where], padded)[:, t]
     candidates = [[] for _ in range(_B)]
     for i, (b, (words, score)) in enumerate(rows):
       if eot in words:
@@ -84,9 +85,9 @@ def _without_cache(beams: int, eot: int):
 
 
 @functools.cache
-def _an_end() -> int:
+def _an_end(spec=_SPEC) -> int:
   """A word that some captions of the search reach and others do not."""
-  tokens = _search(_K, _NEVER).tokens
+  tokens = _search(_K, _NEVER, spec=spec).tokens
   for word in np.unique(tokens[:, :, 1]).tolist():
     has = (tokens == word).any(-1)
     if has.any() and not has.all():
@@ -96,20 +97,22 @@ def _an_end() -> int:
 
 class SearchTest(parameterized.TestCase):
 
-  @parameterized.parameters(1, _K)
-  def test_it_equals_a_search_without_caches(self, beams):
-    found = _search(beams, _NEVER)
-    tokens, sums = _without_cache(beams, _NEVER)
+  @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED))
+  def test_it_equals_a_search_without_caches(self, beams, spec):
+    found = _search(beams, _NEVER, spec=spec)
+    tokens, sums = _without_cache(beams, _NEVER, spec)
     np.testing.assert_array_equal(found.tokens, tokens)
     np.testing.assert_allclose(found.scores, sums, rtol=1e-5)
     np.testing.assert_allclose(found.log_p.sum(-1), sums, rtol=1e-5)
 
-  def test_hypotheses_that_end_early_equal_a_search_without_caches(self):
-    found = _search(_K, _an_end())
-    tokens, sums = _without_cache(_K, _an_end())
+  @parameterized.parameters(_SPEC, _PROMPTED)
+  def test_hypotheses_that_end_early_equal_a_search_without_caches(self, spec):
+    eot = _an_end(spec)
+    found = _search(_K, eot, spec=spec)
+    tokens, sums = _without_cache(_K, eot, spec)
     np.testing.assert_array_equal(found.tokens, tokens)
     np.testing.assert_allclose(found.scores, sums, rtol=1e-5)
-    ended = (tokens == _an_end()).any(-1)
+    ended = (tokens == eot).any(-1)
     self.assertTrue(ended.any() and not ended.all())
 
   def test_more_beams_find_what_one_does_not(self):

@@ -1,5 +1,6 @@
-"""Prompts: extra keys that every token sees and that are no tokens, a bias of `spe`, a head that starts at nothing."""
+"""Prompts: keys that are no tokens, tokens after `spe`, one for each class, a bias of `spe`, a head that starts at nothing."""
 
+import dataclasses
 import functools
 
 from absl.testing import absltest, parameterized
@@ -9,7 +10,7 @@ import numpy as np
 
 from tests import small_model
 from uni_moe_jax import tasks
-from uni_moe_jax.model import decode
+from uni_moe_jax.model import decode, inputs, params as params_lib
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
@@ -47,6 +48,23 @@ class DeepPromptsTest(parameterized.TestCase):
         small_model.params(small_model.spec()))
     self.assertEqual([f.shape for f in with_], [f.shape for f in without])
 
+  def test_prompts_of_inputs_alone_leave_targets_as_they_are(self):
+    spec, plain = small_model.spec(prompts=_P, prompt_sides='inputs'), small_model.spec()
+    with_, without = _features(spec)(small_model.params(spec)), _features(plain)(small_model.params(plain))
+    np.testing.assert_array_equal(with_[3], without[3])
+    for i in range(len(_KINDS)):
+      self.assertGreater(np.abs(with_[i] - without[i]).max(), 1e-2)
+
+  @parameterized.parameters(('shared', True), ('separate', False), ('inputs', False))
+  def test_texts_of_both_sides_share_their_products_only_where_they_share_prompts(self, sides, same):
+    # A dense model knows no conditions: only the side of a text says which prompts it sees.
+    search = tasks.Kind('search', (tasks.Segment('text'),), 'pair', 'first', 'search')
+    text = small_model.sequence(search)
+    sequences = (text, text.replace(layout=small_model.target(search.pair_condition).layout))
+    spec = small_model.spec('dense', prompts=_P, prompt_sides=sides)
+    one, other = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
+    self.assertEqual(np.allclose(one, other, atol=1e-5), same)
+
   @parameterized.parameters(*range(len(_KINDS) + 1))
   def test_every_sequence_looks_at_every_row_of_every_layer(self, stream):
     rows = [g for path, g in _gradient(_spec(), stream).items() if 'prompts/input' in path]
@@ -70,6 +88,137 @@ class DeepPromptsTest(parameterized.TestCase):
     self.assertEqual(layout.prompt_condition, layout.conditions[0])
     self.assertEqual(decode.pass_layout(tasks.KINDS['image_caption']).prompt_condition, layout.conditions[0])
     self.assertNotEqual(layout.conditions[0], layout.conditions[1])
+
+
+@functools.cache
+def _streams(prefix: int, sides: str = 'separate'):
+  """Streams as they come into the encoder, of `_sequences` and of a question about a picture."""
+  spec = small_model.spec(prefix_prompts=prefix, prompt_sides=sides)
+  sequences = (*_sequences(), small_model.sequence('vqa'))
+  run = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, taps=True)[1]['streams'])
+  return jax.device_get(run(small_model.params(spec))), small_model.params(spec)
+
+
+class PrefixPromptsTest(parameterized.TestCase):
+
+  @parameterized.parameters(*range(len(_KINDS) + 2))
+  def test_rows_stand_raw_between_spe_and_the_first_segment(self, i):
+    (with_, values), (without, _) = _streams(3), _streams(0)
+    new, old = with_[i].arrays, without[i].arrays
+    np.testing.assert_array_equal(new[0][:, :1], old[0][:, :1])
+    rows = values['embed']['prompts']['target' if i == 3 else 'input']
+    np.testing.assert_array_equal(new[0][:, 1:4], np.broadcast_to(rows, (2, 3, 16)))
+    np.testing.assert_array_equal(new[0][:, 4:], old[0][:, 1:])
+    for a, b in zip(new[1:], old[1:], strict=True):
+      np.testing.assert_array_equal(a, b)  # the second segment has none
+
+  def test_they_are_valid_keys_and_padding_moves_with_its_text(self):
+    text = small_model.target(tasks.families()['names']).replace(text_valid=jnp.array([[1, 1, 0], [1, 0, 0]], bool))
+    spec = small_model.spec(prefix_prompts=2)
+    _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(small_model.params(spec))
+    np.testing.assert_array_equal(
+        collected['streams'][0].valid[0], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
+
+  def test_picks_of_the_first_segment_count_from_them_and_those_of_the_second_do_not(self):
+    (with_, _), (without, _) = _streams(3), _streams(0)
+    picks, question = 2, 4
+    np.testing.assert_array_equal(with_[picks].positions, without[picks].positions + 3)
+    np.testing.assert_array_equal(with_[question].positions, without[question].positions)
+    for i, array in ((picks, 0), (question, 1)):
+      chosen = [np.take_along_axis(s[i].arrays[array], s[i].positions[..., None], axis=1) for s in (with_, without)]
+      np.testing.assert_array_equal(*chosen)
+
+  def test_a_side_reads_the_table_that_is_named(self):
+    for sides, tables in (('shared', {'input'}), ('separate', {'input', 'target'}), ('inputs', {'input'})):
+      streams, values = _streams(3, sides)
+      self.assertEqual(set(values['embed']['prompts']), tables)
+      rows = values['embed']['prompts']['target' if sides == 'separate' else 'input']
+      self.assertEqual(streams[3].arrays[0].shape[1], 1 + small_model.WORDS + (0 if sides == 'inputs' else 3))
+      self.assertEqual(np.array_equal(streams[3].arrays[0][0, 1:4], rows), sides != 'inputs')
+
+  def test_the_rows_that_are_read_are_the_same_when_all_are_computed(self):
+    spec = small_model.spec(prompts=_P, prefix_prompts=3, spe_bias=True)
+    sequences = (*_sequences(), small_model.sequence('vqa'))
+    every = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, all_rows=True)[0])(small_model.params(spec))
+    some = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
+    for a, b in zip(every, some, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+  @parameterized.parameters(*range(len(_KINDS) + 1))
+  def test_every_row_moves_every_readout(self, stream):
+    rows = _gradient(small_model.spec(prefix_prompts=3), stream)['embed/prompts/input']
+    self.assertGreater(np.abs(rows).max(-1).min(), 1e-6)
+
+
+# Five entries in two buckets: rows are entries 1, 3, then 4, 0, 2.
+_ENTRIES, _ORDER = 5, np.array([3, 0, 4, 1, 2], np.int32)
+
+
+def _label_spec(entries: int = _ENTRIES):
+  return small_model.spec(label_prompts=(('names', entries), ('others', 2)), prefix_prompts=1)
+
+
+def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):
+  rng = np.random.default_rng(seed)
+  return tuple({'text': rng.integers(2, small_model.VOCABULARY, (n, s)).astype(np.int32), 'valid': np.ones((n, s), bool)}
+               for n, s in lengths)
+
+
+@functools.cache
+def _entries(spec, labelled: bool = True):
+  """parameters → features [V, D] of the set's entries, in their order."""
+  found = inputs.set_sequences('names', tasks.families()['names'], _buckets(), _ORDER, labelled)
+  return small_model.jit(lambda v: jnp.concatenate(
+      [f[:, 0] for f in small_model.encode(spec, found, values=v)[0]])[_ORDER])
+
+
+def _with_labels(values, table):
+  prompts = {**values['embed']['prompts'], 'label_names': jnp.asarray(table, jnp.float32)}
+  return {**values, 'embed': {**values['embed'], 'prompts': prompts}}
+
+
+class LabelPromptsTest(parameterized.TestCase):
+
+  @parameterized.parameters(*range(_ENTRIES))
+  def test_the_prompt_of_a_class_moves_the_feature_of_this_class_alone(self, entry):
+    values = small_model.params(_label_spec())
+    table = values['embed']['prompts']['label_names']
+    before = np.asarray(_entries(_label_spec())(values))
+    after = np.asarray(_entries(_label_spec())(_with_labels(values, table.at[entry].multiply(-2.))))
+    others = np.arange(_ENTRIES) != entry
+    np.testing.assert_array_equal(before[others], after[others])
+    self.assertGreater(np.abs(before[entry] - after[entry]).max(), 1e-2)
+
+  def test_it_stands_raw_after_spe_in_every_row_of_its_entry(self):
+    spec, values = _label_spec(), small_model.params(_label_spec())
+    found = inputs.set_sequences('names', tasks.families()['names'], _buckets(), _ORDER, True)
+    _, collected = small_model.jit(lambda v: small_model.encode(spec, found, values=v, taps=True))(values)
+    table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
+    for stream, entries in zip(collected['streams'], ([1, 3], [4, 0, 2]), strict=True):
+      np.testing.assert_array_equal(stream.arrays[0][:, 1], table[jnp.array(entries)])
+      np.testing.assert_array_equal(stream.arrays[0][:, 2], jnp.broadcast_to(prefix, (len(entries), 16)))
+      self.assertTrue(np.asarray(stream.valid[0]).all())
+
+  def test_fresh_ones_are_zero_and_hardly_move_a_feature(self):
+    # LayerScale as published: what one key more changes in attention is small beside the words themselves.
+    spec = dataclasses.replace(_label_spec(), layer_scale=1e-3)
+    values = small_model.jit(lambda: params_lib.init_params(UniPerceiver(spec), jax.random.key(0)))()
+    self.assertFalse(np.asarray(values['embed']['prompts']['label_names']).any())
+    fresh, plain = _entries(spec)(values), _entries(spec, False)(values)
+    cosine = np.asarray((normalise(fresh) * normalise(plain)).sum(-1))
+    self.assertGreater(cosine.min(), 1 - 1e-5)
+    self.assertGreater(np.abs(fresh - plain).max(), 0)  # but it is a key
+
+  def test_entries_of_one_text_have_one_feature_until_their_prompts_differ(self):
+    texts = ({'text': np.array([[5, 6, 7]] * 3, np.int32), 'valid': np.ones((3, 3), bool)},)
+    spec = _label_spec(3)
+    found = inputs.set_sequences('names', tasks.families()['names'], texts, np.arange(3), True)
+    run = small_model.jit(lambda v: small_model.encode(spec, found, values=v)[0][0][:, 0])
+    values, zero = small_model.params(spec), np.zeros((3, 16), np.float32)
+    same = np.asarray(run(_with_labels(values, zero)))
+    np.testing.assert_allclose(same, same[:1].repeat(3, 0), atol=1e-6)
+    zero[1] = np.linspace(-1, 1, 16)
+    self.assertGreater(np.abs(np.asarray(run(_with_labels(values, zero)))[1] - same[1]).max(), 1e-2)
 
 
 class SpeBiasTest(absltest.TestCase):

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import small_model
 from uni_moe_jax import config as config_lib
+from uni_moe_jax import recipes
 from uni_moe_jax.model.params import param_shapes
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -53,13 +55,15 @@ def test_a_pattern_that_only_scales_may_match_nothing():
 def test_the_default_rules_decay_kernels_and_nothing_else(router):
   spec = ModelSpec(
       layers=3, width=8, heads=2, hidden=8, vocab_size=9, spe_id=2, image_size=4, patch=2, router=router, num_experts=2,
-      spatial='learnt', router_names=('names',) if router == 'task' else (), temperatures=('a',))
+      spatial='learnt', router_names=('names',) if router == 'task' else (), temperatures=('a',), prompts=2,
+      prompt_sides='separate', prefix_prompts=2, label_prompts=(('names', 3),), spe_bias=True, head=3)
   shapes = param_shapes(UniPerceiver(spec))
   rules = optim.match_rules(shapes, config_lib.base().optim.rules)
   decays = {optim.path_of(path): rule.weight_decay for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
   decayed = {path.split('/')[-2] + '/' + path.split('/')[-1] for path, decay in decays.items() if decay}
   assert decayed == {
-      'qkv/kernel', 'attention_out/kernel', 'ffn_in/kernel', 'ffn_out/kernel', 'similarity/kernel', 'embed/patch'}
+      'qkv/kernel', 'attention_out/kernel', 'ffn_in/kernel', 'ffn_out/kernel', 'similarity/kernel', 'embed/patch',
+      'linear_head/kernel'}
   assert {decays[p] for p in decays if p.endswith('ffn_in/kernel')} == {.05}
 
 
@@ -134,6 +138,41 @@ def test_the_paths_of_frozen_parameters_are_known():
   assert optim.frozen_paths(optim.match_rules(PARAMS, (('block/', 'freeze'), ('.*', 1., 0.)))) == {
       'block/kernel', 'block/bias'}
   assert optim.frozen_paths(optim.match_rules(PARAMS, (('.*', 1., 0.),))) == set()
+
+
+@pytest.mark.parametrize('sides', ['shared', 'separate', 'inputs'])
+def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
+  c = config_lib.base()
+  recipes.prompt_tune(c, prompts=3, sides=sides)
+  assert (c.model.prompts, c.model.prompt_sides, c.model.spe_bias) == (3, sides, True)
+  spec = small_model.spec(prompts=3, prompt_sides=sides, spe_bias=True, prefix_prompts=1, label_prompts=(('names', 2),), head=2)
+  rules = optim.match_rules(small_model.params(spec), c.optim.rules)
+  found = {optim.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules) if not rule.frozen}
+  tables = {'input', 'target'} if sides == 'separate' else {'input'}
+  layers = ('encoder/blocks/block0', 'encoder/tail/block0')
+  assert set(found) == {
+      'embed/spe_bias', 'embed/prompts/label_names', 'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight',
+      *(f'{at}/prompts/{table}' for at in ('embed', *layers) for table in tables),
+      *(f'{norm}/{leaf}' for norm in ('embed/norm', 'similarity/norm', *(f'{at}/norm{i}' for at in layers for i in (1, 2)))
+        for leaf in ('scale', 'bias'))}
+  assert set(found.values()) == {Rule(1., 0.)}
+
+
+def test_the_factor_of_gates_multiplies_the_rule_of_routers_and_no_other():
+  params = {'ffn_router': {'gate': jnp.array([2.])}, 'router_of_old': jnp.array([2.]), 'kernel': jnp.array([2.])}
+  c = _config((('kernel', 1., 0.), ('.*', .5, .2)), gate_factor=.1)
+  rules = optim.make_optimizer(c, params)[2]
+  assert rules == {'ffn_router': {'gate': Rule(.05, .2)}, 'router_of_old': Rule(.5, .2), 'kernel': Rule(1., 0.)}
+  # First directions 3 / (3 + 1); the decay .2 · 2 has the same factor as in every group.
+  params, _ = _update(c, jax.tree.map(lambda p: jnp.full_like(p, 3.), params), params=params)
+  np.testing.assert_allclose(params['ffn_router']['gate'], [2 - .1 * .05 * (.75 + .4)], rtol=1e-6)
+  np.testing.assert_allclose(params['router_of_old'], [2 - .1 * .5 * (.75 + .4)], rtol=1e-6)
+
+
+def test_the_factor_of_gates_leaves_frozen_ones_frozen():
+  rules = optim.make_optimizer(_config((('gate', 'freeze'), ('.*', 1., 0.)), gate_factor=.1), {
+      'ffn_router': {'gate': jnp.ones(1)}, 'kernel': jnp.ones(1)})[2]
+  assert rules['ffn_router']['gate'].frozen
 
 
 def _rate(t, schedule='cosine', final=.2, warmup=4):

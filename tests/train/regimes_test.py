@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
-from uni_moe_jax.train import loop, setup
+from tests import small_model, tiny
+from uni_moe_jax import recipes
+from uni_moe_jax.train import loop, setup, step
+from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.optim import path_of
-
-_TUNED = r'prompts/|spe_bias|linear_head/|(block\d+/norm[12]|embed/norm|similarity/norm)/'
-
 
 def _config(*tasks: str):
   c = tiny.config(*tasks, data_dir=tiny.data_dir())
@@ -38,12 +37,13 @@ def _base(tmp_path_factory):
 
 
 def _prompt_tuning(base):
-  """Another task of the same pictures, with prompts and a head; all else stands still."""
+  """Another task of the same pictures, with every kind of prompt and a head; all else stands still."""
   c = _config('shape')
   c.train.init = str(base)
-  c.model.update(dict(prompts=2, spe_bias=True))
+  c.model.prefix_prompts = 2
+  c.sets.shapes.label_prompts = True
   c.tasks.shape.update(dict(head=True, per_class=2, temperature='downstream'))
-  c.optim.rules = ((_TUNED, 1.0, 0.0), (r'.*', 'freeze'))
+  recipes.prompt_tune(c, prompts=2)
   return c
 
 
@@ -61,7 +61,25 @@ def test_prompt_tuning_moves_what_it_adds_and_leaves_the_rest_bit_identical(base
       assert not np.array_equal(before[path], after[path]), path
     else:
       np.testing.assert_array_equal(before[path], after[path], path)
+  assert {'embed/prompts/input', 'embed/prompts/label_shapes', 'encoder/tail/block0/prompts/input'} <= tuned
   assert set(after) - set(before) == {p for p in after if 'norm' not in p and p in tuned} | {'log_scale_downstream'}
+
+
+def test_a_set_with_prompts_is_evaluated_as_it_is_trained(base, tmp_path):
+  c = _prompt_tuning(base[0])
+  assert loop.train(c, str(tmp_path / 'tuned'), jax.devices()[:1]) == loop.FINISHED
+  run = setup.build(c, jax.devices()[:1])
+  with Checkpoints(tmp_path / 'tuned', 1) as checkpoints:
+    predictor, params = setup.predictor(run, checkpoints)
+  assert np.abs(params['embed']['prompts']['label_shapes']).min() > 0  # no longer zero
+
+  @small_model.jit
+  def trained(params, sets):
+    return normalise(step.forward(run.spec, params, None, sets, {}, None)[1]['shapes'])
+  np.testing.assert_allclose(predictor.target_set('shapes'), trained(params, run.sets()), rtol=1e-4, atol=1e-5)
+  others = {**params, 'embed': {**params['embed'], 'prompts': {
+      **params['embed']['prompts'], 'label_shapes': params['embed']['prompts']['label_shapes'][::-1]}}}
+  assert np.abs(trained(others, run.sets()) - trained(params, run.sets())).max() > 1e-3
 
 
 def test_words_are_those_of_the_run_it_starts_from(base):

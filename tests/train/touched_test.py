@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small_model
-from uni_moe_jax import tasks
+from tests import small_model, tiny
+from uni_moe_jax import resolve, tasks
 from uni_moe_jax.model.similarity import MAX_SCALE
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
-from uni_moe_jax.train import optim, touched
+from uni_moe_jax.train import optim, step, touched
 
 PARTS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
 VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
@@ -140,12 +140,32 @@ def test_tables_of_a_modality_that_is_not_encoded_are_left_alone(modalities, alo
 
 
 @pytest.mark.parametrize('holds, alone', [
+    (('text',), {'embed/prompts/target', 'embed/prompts/label_names', 'embed/prompts/label_target'}),
+    (('text', 'target'), {'embed/prompts/label_names', 'embed/prompts/label_target'}),
+    (('text', 'target', 'label_names'), {'embed/prompts/label_target'}),
+    (('text', 'target', 'label_target'), {'embed/prompts/label_names'})])
+def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(holds, alone):
+  spec = small_model.spec(prefix_prompts=2, prompt_sides='separate', label_prompts=(('names', 3), ('target', 2)), temperatures=())
+  assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
+
+
+@pytest.mark.parametrize('holds, alone', [
     (('text', 'head', 'target'), set()),
     (('text', 'target'), {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}),
     (('text', 'head'), {f'encoder/{place}/prompts/target' for place in ('blocks/block0', 'tail/block0')})])
 def test_a_head_and_prompts_of_targets_are_left_alone_without_them(holds, alone):
   spec = small_model.spec(prompts=2, prompt_sides='separate', head=3, temperatures=())
   assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
+
+
+def test_a_step_holds_the_label_prompts_of_the_sets_that_it_encodes():
+  c = tiny.config('shape', 'package')
+  c.sets.shapes.label_prompts = c.sets.packages.label_prompts = True
+  plan = resolve.resolve(c)
+  assert step.holds(plan) == ('label_packages', 'label_shapes', 'target', 'text', 'visual')
+  assert step.holds(plan.only('package')) == ('label_packages', 'target', 'text')
+  c.sets.shapes.label_prompts = False
+  assert 'label_shapes' not in step.holds(resolve.resolve(c))
 
 
 def test_a_word_as_prefix_has_a_position_in_every_sequence():

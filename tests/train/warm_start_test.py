@@ -23,12 +23,13 @@ def test_equal_models_give_everything():
 
 def test_prompts_heads_and_new_temperatures_start_fresh():
   old, new = small_model.spec(), small_model.spec(
-      prompts=2, spe_bias=True, head=3, temperatures=('other',))
+      prompts=2, spe_bias=True, head=3, prefix_prompts=2, label_prompts=(('names', 3),), temperatures=('other',))
   params, fresh, left = _joined(new, old)
   assert left == ['log_scale_group']
   assert set(fresh) == {
       'embed/spe_bias', 'log_scale_other', 'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight',
-      'encoder/blocks/block0/prompts/input', 'encoder/tail/block0/prompts/input'}
+      'embed/prompts/input', 'embed/prompts/label_names', 'encoder/blocks/block0/prompts/input',
+      'encoder/tail/block0/prompts/input'}
   np.testing.assert_array_equal(params['embed']['word'], small_model.params(old)['embed']['word'])
   np.testing.assert_array_equal(params['embed']['spe_bias'], small_model.params(new)['embed']['spe_bias'])
 

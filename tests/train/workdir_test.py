@@ -67,7 +67,8 @@ def _written_before(tmp_path):
     del task['sampling']
   del fields['model']['video_mean'], fields['train']['twins'], fields['mesh']
   del fields['sets']['shapes']['samples'], fields['evaluators']['top']['number']
-  del fields['model']['prompts']
+  del fields['model']['prompts'], fields['model']['prefix_prompts'], fields['sets']['shapes']['label_prompts']
+  fields['optim']['rules'] = [r for r in fields['optim']['rules'] if 'prompts/' not in r[0]]
   fields['model']['prefix'] = 'spe'  # as it was called before a word could have this name
   path.write_text(json.dumps(written))
   return c
@@ -85,6 +86,16 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
   c = _written_before(tmp_path)
   for fingerprint in ('print', None):
     workdir.claim_workdir(tmp_path, c, fingerprint)
+
+
+def test_rules_of_an_earlier_run_with_a_head_stay_as_they_were(tmp_path):
+  # There the rule that prompts and heads have got since then would change what trains.
+  c = _written_before(tmp_path)
+  path = tmp_path / workdir.CONFIG_FILE
+  written = json.loads(path.read_text())
+  written['config']['tasks']['shape']['head'] = True
+  path.write_text(json.dumps(written))
+  assert len(workdir.load_config(tmp_path).optim.rules) == len(c.optim.rules) - 1
 
 
 @pytest.mark.parametrize('change, said', [

@@ -43,7 +43,7 @@ class Predictor:
         parts = [inputs.word_sequence(name, spec.condition, ids, self._tokenizer.eot) for ids in
                  np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))]
       else:
-        parts = inputs.set_sequences(name, spec.condition, target.buckets)
+        parts = inputs.set_sequences(name, spec.condition, target.buckets, target.order, spec.label_prompts)
       rows = normalise(jnp.concatenate([_encode(self._model, self._params, p)[:, 0] for p in parts]))
       self._features[name] = rows if spec.is_vocabulary else rows[target.order]
     return self._features[name]

@@ -77,7 +77,7 @@ _LAYER = (
     ('norm1.weight', 'norm1/scale', SAME), ('norm1.bias', 'norm1/bias', SAME),
     ('norm2.weight', 'norm2/scale', SAME), ('norm2.bias', 'norm2/bias', SAME),
 )
-_PROMPTS = {'shared': (('embedding', 'input'),), 'separate': (('embedding', 'input'), ('target_embedding', 'target'))}
+_PROMPTS = {'shared': (('embedding', 'input'),), 'inputs': (('embedding', 'input'),), 'separate': (('embedding', 'input'), ('target_embedding', 'target'))}
 # … its projections (name in a dense model, name in a model with experts, our path, part, turns) …
 _PROJECTIONS = (
     ('self_attn.in_proj_', 'self_attn.qkv_proj.', 'qkv', 'attention', QKV, QKV_BIAS),
@@ -143,6 +143,9 @@ def check_convertible(spec: ModelSpec) -> None:
   if spec.router not in ('attribute', 'dense'):
     raise LayoutError(f'config.moe.router={spec.router!r} has no place in the published layout, which knows attribute gates; '
                       "convert a model with router 'attribute' or 'dense'.")
+  if spec.prefix_prompts or spec.label_prompts:
+    raise LayoutError('config.model.prefix_prompts and label_prompts of a set have no place in the published layout; convert a '
+                      'model without them.')
   unknown = [t for t in spec.temperatures if t not in TEMPERATURES]
   if unknown:
     raise LayoutError(f'temperature group {unknown[0]!r} has no place in the published layout; '

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.model import masks
-from uni_moe_jax.model.prompts import DeepPrompts, put_before
+from uni_moe_jax.model.prompts import DeepPrompts, put_before, table_of
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.streams import Past, Stream, take_rows
 from uni_moe_jax.moe import experts, routers
@@ -108,14 +108,15 @@ class Block(nn.Module):
       a = context.rows.index(routers.row_of(spec.router, condition)) if conditional[part] else 0
       return pair[0][a], pair[1][a]
 
-    prompts = DeepPrompts(spec, name='prompts')() if spec.prompts else None
+    prompts = DeepPrompts(spec, name='prompts')() if spec.prompts else {}
 
     new_arrays, all_kv = [], []
     for stream, xs, cached, past_valid in zip(context.streams, arrays, past, context.past_valid, strict=True):
       layout = stream.layout
-      if prompts is not None:
+      table = table_of(spec, layout.is_target)
+      if table in prompts:
         kernel, bias = kernel_of(qkv, 'attention', layout.prompt_condition)
-        y = experts.project(norm1(prompts[layout.is_target].astype(spec.dtype)), kernel[:, 1:], bias[1:])
+        y = experts.project(norm1(prompts[table].astype(spec.dtype)), kernel[:, 1:], bias[1:])
         cached, past_valid = put_before((y[:, :, 0], y[:, :, 1]), cached, past_valid, xs[0].shape[0])
       only_readout = self.last and not context.all_rows
       asks = [i for i in range(len(xs)) if not only_readout or i == layout.readout_array]

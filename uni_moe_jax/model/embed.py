@@ -1,4 +1,4 @@
-"""Embedders: words and patches to arrays of width D, and the prefix `spe`.
+"""Embedders: words and patches to arrays of width D, and what stands before them: the prefix `spe`, then prompts.
 
 Text: word + position + type, summed, then LayerNorm. Visual: patch projection + spatial + temporal, then the *same*
 LayerNorm. An image is a video of one frame. Patches are reshaped and multiplied, not convolved: on CPU the gradient of
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.model.block import layer_norm
+from uni_moe_jax.model.prompts import TokenPrompts
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe.experts import xavier_uniform
 
@@ -85,6 +86,7 @@ class Embed(nn.Module):
     if s.spe_bias:
       self.spe_bias = self.param('spe_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
     self.norm = layer_norm(None, s.dtype)
+    self.prompts = TokenPrompts(s)
 
   def words(self, ids: jax.Array) -> jax.Array:
     """Rows of the word table, [...] → [..., D]; `spe` with its learnt bias where the model has one."""
@@ -107,6 +109,11 @@ class Embed(nn.Module):
     else:
       token = self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1,), jnp.int32))
     return jnp.broadcast_to(token, (batch, 1, s.width))
+
+  def front(
+      self, batch: int, is_target: bool, label_set: str | None = None, classes: jax.Array | None = None) -> jax.Array:
+    """What stands before the data, [B, n, D]: the prefix `spe`, then prompts; arguments as in `TokenPrompts`."""
+    return jnp.concatenate([self.prefix(batch), *self.prompts(batch, is_target, label_set, classes)], axis=1)
 
   def visual(self, pixels: jax.Array, temporal_offset: jax.Array) -> jax.Array:
     """Frames → [B, T · patches, D].

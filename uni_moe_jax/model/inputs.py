@@ -47,13 +47,22 @@ def _row_ids(name: str, rows: jax.Array) -> jax.Array:
   return rows.astype(jnp.uint32) + jnp.uint32(zlib.crc32(name.encode()))
 
 
-def set_sequences(name: str, condition: Condition, buckets: tuple[dict[str, jax.Array], ...]) -> tuple[Sequence, ...]:
-  """One sequence per length bucket of a set of texts."""
+def set_sequences(
+    name: str, condition: Condition, buckets: tuple[dict[str, jax.Array], ...], order: jax.Array,
+    label_prompts: bool = False) -> tuple[Sequence, ...]:
+  """One sequence per length bucket of a set of texts.
+
+  Args:
+    name, condition: of the set. buckets, order: its rows and, int32 [V], the place of each entry among them.
+    label_prompts: whether each entry has a learnt token.
+  """
   out, start = [], 0
+  layout = Layout.of_text(condition, name if label_prompts else None)
+  entry = jnp.argsort(order).astype(jnp.int32) if label_prompts else None  # of each row
   for b in buckets:
     n = b['text'].shape[0]
-    out.append(Sequence(layout=Layout.of_text(condition), ids=_row_ids(name, start + jnp.arange(n)), text=b['text'],
-                        text_valid=b['valid']))
+    out.append(Sequence(layout=layout, ids=_row_ids(name, start + jnp.arange(n)), text=b['text'], text_valid=b['valid'],
+                        classes=entry[start:start + n] if label_prompts else None))
     start += n
   return tuple(out)
 

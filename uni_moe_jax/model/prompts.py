@@ -2,7 +2,8 @@
 
 Deep prompts are P rows per layer that every token may look at: they go through the layer's own norm and its projection to
 keys and values, are put before the other keys, and never become tokens themselves (published; the condition is that of the
-sequence's first segment). The linear head adds its logits to those of similarity.
+sequence's first segment). Prefix and label prompts are tokens between `spe` and the data: raw rows without LayerNorm, position
+or type (published), under the condition of the first segment. The linear head adds its logits to those of similarity.
 """
 
 import flax.linen as nn
@@ -11,22 +12,60 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model.spec import ModelSpec
 
-SIDES = ('shared', 'separate')
+# Which table a side reads, by `prompt_sides`: (inputs, targets).
+TABLES = {'shared': ('input', 'input'), 'separate': ('input', 'target'), 'inputs': ('input', None)}
 _STD = 0.02
 
 
+def table_of(spec: ModelSpec, is_target: bool) -> str | None:
+  """Name of the table of deep and prefix prompts that a side reads, or None."""
+  return TABLES[spec.prompt_sides][is_target]
+
+
+def _tables(module: nn.Module, rows: int) -> dict[str, jax.Array]:
+  """The parameters [1, rows, D] of every table that some side reads."""
+  spec = module.spec
+  return {name: module.param(name, nn.with_logical_partitioning(nn.initializers.normal(_STD), ('prompt', 'embed')),
+                             (rows, spec.width))[None]
+          for name in dict.fromkeys(TABLES[spec.prompt_sides]) if name}
+
+
 class DeepPrompts(nn.Module):
-  """The rows of one layer: one table for both sides, or one for each."""
+  """The rows of one layer: one table for both sides, one for each, or one for inputs alone."""
   spec: ModelSpec
 
   @nn.compact
-  def __call__(self) -> tuple[jax.Array, jax.Array]:
-    """([1, P, D] for the input side, [1, P, D] for the target side)."""
-    def table(name):
-      return self.param(name, nn.with_logical_partitioning(nn.initializers.normal(_STD), ('prompt', 'embed')),
-                        (self.spec.prompts, self.spec.width))[None]
-    inputs = table('input')
-    return inputs, table('target') if self.spec.prompt_sides == 'separate' else inputs
+  def __call__(self) -> dict[str, jax.Array]:
+    """{table: [1, P, D]}."""
+    return _tables(self, self.spec.prompts)
+
+
+class TokenPrompts(nn.Module):
+  """Learnt tokens after `spe`: one for each class of a target set, then the prefix prompts of a side."""
+  spec: ModelSpec
+
+  def setup(self):
+    spec = self.spec
+    self.prefix = _tables(self, spec.prefix_prompts) if spec.prefix_prompts else {}
+    self.labels = {
+        name: self.param(f'label_{name}', nn.with_logical_partitioning(nn.initializers.zeros, ('class', 'embed')),
+                         (size, spec.width))
+        for name, size in spec.label_prompts}
+
+  def __call__(self, batch: int, is_target: bool, label_set: str | None, classes: jax.Array | None) -> list[jax.Array]:
+    """The tokens that follow `spe`, arrays [B, n, D]; none where the model has none for this sequence.
+
+    Args:
+      batch: B.
+      is_target: whether the sequence is on the target side.
+      label_set: target set whose entries the sequences are, if it has label prompts.
+      classes: int32 [B], which entry each of them is.
+    """
+    found = [] if label_set is None else [self.labels[label_set][classes][:, None]]
+    table = table_of(self.spec, is_target)
+    if table in self.prefix:
+      found.append(jnp.broadcast_to(self.prefix[table], (batch, *self.prefix[table].shape[1:])))
+    return [x.astype(self.spec.dtype) for x in found]
 
 
 def put_before(

@@ -57,19 +57,22 @@ class ModelSpec:
   temperatures: tuple[str, ...] = () # groups, one learnt scale each
   temperature: float = 0.07          # initial τ
   prompts: int = 0                   # P, deep prompts per layer
-  prompt_sides: str = 'shared'       # by inputs and targets, or 'separate'
+  prompt_sides: str = 'shared'       # by inputs and targets, 'separate', or of 'inputs' alone
+  prefix_prompts: int = 0            # learnt tokens after the prefix, of the same sides
+  label_prompts: tuple[tuple[str, int], ...] = ()  # target sets with a learnt token per entry, and their sizes
   spe_bias: bool = False             # a learnt row added to every `spe`
   head: int = 0                      # K, classes of a linear head; 0: none
 
   @classmethod
   def from_config(
       cls, config, *, vocab_size: int, spe_id: int, prefix_word: int | None, temperatures: tuple[str, ...],
-      router_tasks: tuple[str, ...], head: int = 0) -> 'ModelSpec':
+      router_tasks: tuple[str, ...], head: int = 0, label_prompts: tuple[tuple[str, int], ...] = ()) -> 'ModelSpec':
     """The model of a checked run config; the keyword arguments come from its tokenizer and plan.
 
     Args:
       router_tasks: names that a task router must know, in the order of its table.
       head: classes of the task with a linear head, or 0.
+      label_prompts: (name, size) of every target set with label prompts.
     """
     m, moe = config.model, config.moe
     placement = moe.placement if isinstance(moe.placement, str) else tuple(moe.placement)
@@ -83,7 +86,8 @@ class ModelSpec:
         remat=m.remat, router=moe.router, num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std,
         placement=placement, parts=tuple(moe.parts),
         router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperatures=temperatures,
-        temperature=m.temperature, prompts=m.prompts, prompt_sides=m.prompt_sides, spe_bias=m.spe_bias, head=head)
+        temperature=m.temperature, prompts=m.prompts, prompt_sides=m.prompt_sides, prefix_prompts=m.prefix_prompts,
+        label_prompts=label_prompts, spe_bias=m.spe_bias, head=head)
 
   @property
   def head_dim(self) -> int:

@@ -28,12 +28,14 @@ class Layout:
     readout: 'first' | 'picks' | 'queries' | 'slot' | 'nothing'.
     prefixed: False for a decoding pass, whose prefix is among the cached keys.
     prompted: the condition of deep prompts; None: that of the first segment.
+    label_set: the target set whose entries the sequences are, where it has label prompts.
   """
   conditions: tuple[Condition, ...]
   masks: tuple[str, ...]
   readout: str
   prefixed: bool = True
   prompted: Condition | None = None
+  label_set: str | None = None
 
   @classmethod
   def of_kind(cls, kind: Kind) -> 'Layout':
@@ -41,9 +43,9 @@ class Layout:
     return cls(kind.conditions, tuple(s.mask for s in kind.inputs), kind.readout)
 
   @classmethod
-  def of_text(cls, condition: Condition) -> 'Layout':
+  def of_text(cls, condition: Condition, label_set: str | None = None) -> 'Layout':
     """One text read at its prefix: the target side, target sets."""
-    return cls((condition,), ('full',), 'first')
+    return cls((condition,), ('full',), 'first', label_set=label_set)
 
   @property
   def prompt_condition(self) -> Condition:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model.embed import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
-from uni_moe_jax.model.prompts import LinearHead
+from uni_moe_jax.model.prompts import LinearHead, table_of
 from uni_moe_jax.model.similarity import SimilarityHead, scale_of
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.streams import READ_NOTHING, Layout, Past, Stream, join_equal
@@ -30,6 +30,7 @@ class Sequence:
     positions: int32 [B, M] positions to read, counted in the text segment; for 'picks' and 'slot'.
     text_positions: int32 [S] or [B, S] rows of the position table, or None for the layout's own.
     past: cached keys and values, or None.
+    classes: int32 [B], which entry of `layout.label_set` each sequence is.
   """
   layout: Layout = flax.struct.field(pytree_node=False)
   ids: jax.Array
@@ -40,6 +41,7 @@ class Sequence:
   positions: jax.Array | None = None
   text_positions: jax.Array | None = None
   past: Past | None = None
+  classes: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -82,7 +84,7 @@ class UniPerceiver(nn.Module):
       taps: bool = False, keys: bool = False) -> Encoded:
     """Encodes sequences of any kinds in one pass over the layers; arguments as in `Encoder`.
 
-    Sequences of equal router rows, masks and shapes are joined along the batch, unless keys or taps are asked for
+    Sequences of equal router rows, prompts, masks and shapes are joined along the batch, unless keys or taps are asked for
     (then results stay in the order of `sequences`) or there is a cache.
     """
     streams = tuple(self._stream(s) for s in sequences)
@@ -92,7 +94,7 @@ class UniPerceiver(nn.Module):
       return Encoded(rows, collected)
     router_rows = [
         (tuple(routers.row_of(self.spec.router, c) for c in s.layout.conditions), s.layout.masks, s.layout.readout,
-         s.layout.readout_array)
+         s.layout.readout_array, self.spec.prompts and table_of(self.spec, s.layout.is_target))
         for s in streams]
     joined, split = join_equal(streams, tuple(router_rows), self.shards)
     rows, collected = self.encoder(joined, (None,) * len(joined), key=key, all_rows=all_rows)
@@ -111,7 +113,7 @@ class UniPerceiver(nn.Module):
     return scale_of(self.log_scales[temperature])
 
   def _stream(self, s: Sequence) -> Stream:
-    """Embeds a raw sequence: the prefix is joined to the first array, positions count from it."""
+    """Embeds a raw sequence: the prefix and prompts are joined to the first array, positions count from them."""
     layout = s.layout
     arrays, valid = [], []
     for modality, mask in zip(layout.modalities, layout.masks):
@@ -128,11 +130,12 @@ class UniPerceiver(nn.Module):
     positions = s.positions
     if layout.prefixed:
       batch = arrays[0].shape[0]
-      arrays[0] = jnp.concatenate([self.embed.prefix(batch), arrays[0]], axis=1)
+      front = self.embed.front(batch, layout.is_target, layout.label_set, s.classes)
+      arrays[0] = jnp.concatenate([front, arrays[0]], axis=1)
       if valid[0] is not None:
-        valid[0] = jnp.concatenate([jnp.ones((batch, 1), bool), valid[0]], axis=1)
+        valid[0] = jnp.concatenate([jnp.ones(front.shape[:2], bool), valid[0]], axis=1)
       if positions is not None and layout.readout_array == 0:
-        positions = positions + 1
+        positions = positions + front.shape[1]
     if layout.readout not in ('picks', 'slot', READ_NOTHING):
       positions = None
     return Stream(tuple(arrays), tuple(valid), positions, s.ids, layout)

@@ -56,6 +56,12 @@ def match_rules(params: Any, rules) -> Any:
   return tree
 
 
+def _with_gate_factor(rules: Any, factor: float) -> Any:
+  """The rules, with the learning rate of routers multiplied (the published WG_LR_FACTOR)."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, r: dataclasses.replace(r, lr_factor=r.lr_factor * factor) if '_router/' in path_of(path) else r, rules)
+
+
 def frozen_paths(rules: Any) -> frozenset[str]:
   """Paths of the parameters that a tree of rules freezes."""
   return frozenset(path_of(path) for path, rule in jax.tree_util.tree_leaves_with_path(rules) if rule.frozen)
@@ -140,7 +146,7 @@ def make_optimizer(
     depth: of a parameter's path, how many layers lie above it: a number, or one per period [periods] for stacked ones (see
       `layers_above`). Only `optim.layer_decay` asks.
   """
-  rules = match_rules(params, c.optim.rules)
+  rules = _with_gate_factor(match_rules(params, c.optim.rules), c.optim.gate_factor)
   trained = jax.tree.map(lambda r: not r.frozen, rules)
   rate = schedule(c)
 

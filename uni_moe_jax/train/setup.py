@@ -107,7 +107,8 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
   return ModelSpec.from_config(
       config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
       temperatures=plan.temperatures, router_tasks=router_tasks(plan),
-      head=sum(data.sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.head))
+      head=sum(data.sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.head),
+      label_prompts=tuple((s.name, data.sets[s.name].size) for s in plan.sets if s.label_prompts))
 
 
 def router_tasks(plan: Plan) -> tuple[str, ...]:

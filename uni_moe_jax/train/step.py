@@ -125,7 +125,7 @@ def sequences(spec: StepSpec, batch: Batch | None, sets: Sets | None, sampled: S
       ids = sampled[s.name].ids if s.name in sampled else jnp.arange(spec.vocab_size, dtype=jnp.int32)
       rows = (inputs.word_sequence(s.name, s.condition, ids, spec.eot),)
     else:
-      rows = inputs.set_sequences(s.name, s.condition, sets[s.name]['buckets'])
+      rows = inputs.set_sequences(s.name, s.condition, sets[s.name]['buckets'], sets[s.name]['order'], s.label_prompts)
     found += rows
     names += [('set', s.name)] * len(rows)
   return tuple(found), names
@@ -250,6 +250,7 @@ def holds(plan: Plan) -> tuple[str, ...]:
     found |= {'text', 'target'}
   if any(t.head for t in plan.tasks):
     found.add('head')
+  found |= {f'label_{s.name}' for s in plan.sets if s.label_prompts}
   return tuple(sorted(found))
 
 

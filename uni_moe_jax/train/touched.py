@@ -23,6 +23,7 @@ _NEEDS = (
     (r'/prompts/target$', 'target'),
     (r'^linear_head/', 'head'),
 )
+_LABELS = 'embed/prompts/'  # label prompts: what follows is what a step must hold
 _SCALE = 'log_scale_'
 _PART = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
 
@@ -60,7 +61,8 @@ def touched(
     spec: of the model.
     params: its parameters.
     chosen: see `chosen_experts`; over all encoded rows, those of sets whose loss has weight 0 included.
-    holds: what the step holds: 'visual' or 'text' segments, a 'target' side, a task with a linear 'head'.
+    holds: what the step holds: 'visual' or 'text' segments, a 'target' side, a task with a linear 'head', 'label_<set>' for
+      each set with label prompts.
     temperatures: groups of its tasks.
   """
   def one(key_path, leaf):
@@ -73,6 +75,8 @@ def touched(
       here = path.removeprefix(_SCALE) in temperatures
       return jnp.asarray(here) & (jnp.exp(leaf) <= MAX_SCALE)
     needed = next((what for pattern, what in _NEEDS if re.search(pattern, path)), None)
+    if path.startswith(f'{_LABELS}label_'):
+      needed = path.removeprefix(_LABELS)
     if needed == 'text' and spec.prefix_word is not None:
       needed = None  # a word as prefix has a position, too
     return jnp.asarray(needed is None or needed in holds)
