@@ -77,13 +77,13 @@ def init_state(spec: StepSpec, params: Any) -> TrainState:
 
 def task_fields(spec: StepSpec, batch: Batch, task: TaskSpec) -> dict[str, jax.Array]:
   """One task's part of a (micro-)batch, flat: {'label' [B, M], 'weight' [B, M], 'text_id' [B], …}."""
-  start, stop = _place(spec, task)
+  start, stop = place(spec, task)
   fields = inputs.flat_fields(batch[task.group])
   return {k: fields[k] if k == 'temporal_offset' else inputs.task_rows(fields[k], start, stop, spec.model.shards)
           for k in fields if k in ('label', 'weight', 'text_id')}
 
 
-def _place(spec: StepSpec, task: TaskSpec) -> tuple[int, int]:
+def place(spec: StepSpec, task: TaskSpec) -> tuple[int, int]:
   """Rows of a task on axis b of its group."""
   start = 0
   for t in spec.plan.groups[task.group]:
@@ -186,7 +186,7 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
   total, tallies = 0.0, {}
   for t in spec.plan.tasks:
     fields = task_fields(spec, batch, t)
-    start, stop = _place(spec, t)
+    start, stop = place(spec, t)
     features, pair = groups[t.group]
     features = inputs.task_rows(features, start, stop, spec.model.shards)
     scale = spec.model.apply({'params': params}, t.temperature, method='scale')
