@@ -141,6 +141,11 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
   if c.train.mixture == 'sampled' and c.train.interference_every:
     raise ValueError(f"config.train.interference_every={c.train.interference_every} needs config.train.mixture='mixed': it "
                      'compares the tasks of one step. Set it to 0, and ask launch/interference.py.')
+  try:
+    re.compile(c.train.interference_parameters)
+  except re.error as e:
+    raise ValueError(f'config.train.interference_parameters={c.train.interference_parameters!r} is not a regular '
+                     f'expression: {e}.') from None
   for rule in c.optim.rules:
     frozen = len(rule) == 2 and rule[1] == FREEZE
     if not frozen and len(rule) != 3:

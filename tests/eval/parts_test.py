@@ -32,7 +32,7 @@ def test_layers_of_the_stack_and_of_the_tail_are_cut_apart():
 
 
 def test_periods_of_two_blocks_keep_the_order_of_the_layers():
-  stack, params = _tree(layers=6, pattern=(('attention', 'ffn'), ()) * 3)
+  stack, params = _tree(layers=6, placement='odd')
   assert len(stack.period) == 2
   taken = parts.take(parts.choose(params, stack, r'ffn_out/kernel$', [1, 2]), params)
   blocks = params['encoder']['blocks']
@@ -48,9 +48,9 @@ def test_projections_hold_their_arrays_together_and_others_stand_alone():
 
 
 @pytest.mark.parametrize('pattern, layers, said', [
-    ('ffn_uot', None, r"parameters 'ffn_uot' of the layers 0, 1, 2 are none; .*choices: .*encoder/tail/block0/ffn_out/kernel"),
+    ('ffn_uot', None, r"parameters='ffn_uot' finds nothing in the layers 0, 1, 2 .*choices: .*encoder/tail/block0/ffn_out/kernel"),
     ('ffn_out', [1, 3], r'layers 3: the model has the layers 0…2'),
-    ('ffn_out(', None, r"parameters 'ffn_out\(' is not a regular expression"),
+    ('ffn_out(', None, r"parameters='ffn_out\(' is not a regular expression"),
 ])
 def test_mistakes_are_named(pattern, layers, said):
   stack, params = _tree()

@@ -1,4 +1,4 @@
-"""interference.json and its heat maps."""
+"""interference.json and its heat maps. Knows numbers and names only: the report reads it too, and needs no jax."""
 
 import json
 import os
@@ -8,24 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.eval.interference import WHOLE, Estimate
-from uni_moe_jax.eval.parts import Piece
-
+FILE = 'interference.json'  # of the newest checkpoint; the report shows it
 _CELL = 0.95  # inches
 _RATIO, _BASE = 'ratio_of_means', 'delta'
-
-
-def record(facts: Mapping[str, Any], tasks: Sequence[str], estimates: Mapping[str, Estimate], pieces: Sequence[Piece]) -> dict:
-  """What interference.json holds: facts about the measurement, the tasks, and every part, the whole first."""
-  where = {p.part: (p.layer, p.projection) for p in pieces}  # in the order of the layers
-  parts = []
-  for name in (WHOLE, *where):
-    layer, projection = where.get(name, (None, None))
-    parts.append({'part': name, 'layer': layer, 'projection': projection, **{
-        measure: {bound: _plain(values) for bound, values in vars(interval).items()}
-        for measure, interval in vars(estimates[name]).items()}})
-  return {**facts, 'tasks': list(tasks), 'rows': 'task whose loss is looked at', 'columns': 'task that is stepped on',
-          'parts': parts}
 
 
 def write(content: dict, workdir: str | os.PathLike[str], stem: str) -> list[pathlib.Path]:
@@ -51,9 +36,13 @@ def has_base(part: Mapping[str, Any]) -> list[bool]:
   return [part[_BASE]['low'][i][i] is not None and part[_BASE]['low'][i][i] > 0 for i in range(len(part[_BASE]['low']))]
 
 
-def _plain(values: np.ndarray) -> list[list[float | None]]:
-  """JSON knows no NaN."""
-  return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+def note(part: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str:
+  """One pair of tasks in words: both ratios with their intervals."""
+  said = [f'a step on {tasks[j]} for the loss of {tasks[i]}']
+  for measure, name in ((_RATIO, 'ratio of means'), ('mean_of_ratios', 'mean of ratios')):
+    value, low, high = (part[measure][k][i][j] for k in ('value', 'low', 'high'))
+    said.append(f'{name} unknown' if None in (value, low, high) else f'{name} {value:.3f} ({low:.3f} … {high:.3f})')
+  return '; '.join(said)
 
 
 def _draw(path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
@@ -65,7 +54,8 @@ def _draw(path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]]
   width, height = len(grid[0]) * (side + label + margin), len(grid) * (side + label + margin) + 0.6
   sheet = figure.Figure(figsize=(max(width, 6), height), layout='constrained')
   FigureCanvasAgg(sheet)
-  sheet.suptitle(f'{title}\nrow: task whose loss is looked at; column: task that is stepped on; below: 95 % interval', fontsize=9)
+  legend = 'row: task whose loss is looked at; column: task that is stepped on; below: 95 % interval'
+  sheet.suptitle(f'{title}\n{legend}', fontsize=9)
   for axes, part in zip(sheet.subplots(len(grid), len(grid[0]), squeeze=False).flat, [p for row in grid for p in row]):
     if part is None:
       axes.set_axis_off()

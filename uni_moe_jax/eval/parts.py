@@ -36,7 +36,8 @@ def default_layers(layers: int) -> tuple[int, ...]:
   return tuple(range(layers)) if layers <= _FEW_LAYERS else tuple(range(3, layers, 4))
 
 
-def choose(params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None = None) -> tuple[Piece, ...]:
+def choose(
+    params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None = None, field: str = 'parameters') -> tuple[Piece, ...]:
   """The pieces of a parameter tree whose path a pattern finds.
 
   Args:
@@ -44,6 +45,7 @@ def choose(params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None
     stack: how the model's layers lie in it.
     pattern: regular expression that is searched in paths such as 'encoder/blocks/block0/ffn_out/kernel'.
     layers: indices that count; parameters outside the layers are chosen by pattern alone. None: `default_layers`.
+    field: what the pattern is called where a person wrote it.
 
   Raises:
     ValueError: no regular expression, a layer that is not there, nothing that matches.
@@ -54,7 +56,7 @@ def choose(params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None
   try:
     found = re.compile(pattern)
   except re.error as e:
-    raise ValueError(f'parameters {pattern!r} is not a regular expression: {e}.') from None
+    raise ValueError(f'{field}={pattern!r} is not a regular expression: {e}.') from None
   pieces, paths = [], list(_by_path(params))
   wanted = [path for path in paths if found.search(path)]
   for layer in sorted(set(layers)):
@@ -67,7 +69,8 @@ def choose(params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None
         pieces.append(Piece(f'layer {layer} {projection}', layer, projection, path, period))
   pieces += [Piece(path, None, path, path, None) for path in wanted if not re.match('encoder/(blocks|tail)/', path)]
   if not pieces:
-    raise ValueError(f'parameters {pattern!r} of the layers {", ".join(map(str, layers))} are none; {nearest(pattern, paths)}.')
+    raise ValueError(f'{field}={pattern!r} finds nothing in the layers {", ".join(map(str, layers))} and outside of layers; '
+                     f'{nearest(pattern, paths)}.')
   return tuple(pieces)
 
 

@@ -2,7 +2,7 @@
 
 Every task's rows are halved, so that there are two independent gradients of each task, and `eval.interference` is asked with
 these N = 2 batches. Logged is Δ_{j→i} under 'interference/<i><-<j>': what a short step on j takes from the loss of i per unit
-of step size. One estimate is noisy, but without bias for half batches, and such numbers may be averaged: I(i, j) is the mean of
+of step size. One estimate is noisy, but such numbers may be averaged over steps: I(i, j), for half batches, is the mean of
 'interference/<i><-<j>' over some steps divided by that of 'interference/<i><-<i>'. Ratios of single steps may not be averaged.
 
 It costs two forward and backward passes of half a batch per task, and the memory of about eight gradients of the chosen
@@ -27,7 +27,8 @@ class InterferenceMetric:
     """Raises ValueError for parameters that are not there."""
     c = run.config.train
     self._every, self._seed = c.interference_every, run.config.seed
-    pieces = parts.choose(run.shapes.params, run.spec.model.spec.stack, c.interference_parameters)
+    pieces = parts.choose(
+        run.shapes.params, run.spec.model.spec.stack, c.interference_parameters, field='config.train.interference_parameters')
     self._functions = {t.name: jax.jit(functools.partial(
         half_gradient, spec=run.spec, task=t.name, pieces=pieces)) for t in run.plan.tasks}
 

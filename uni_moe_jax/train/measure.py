@@ -3,9 +3,11 @@
 import os
 import pathlib
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 import tqdm
 
 from uni_moe_jax.eval import interference as estimator
@@ -13,8 +15,6 @@ from uni_moe_jax.eval import interference_files, parts
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.setup import Run, build, first_state
 from uni_moe_jax.train.task_gradients import TaskGradients
-
-STEM = 'interference'
 
 
 def interference(
@@ -37,7 +37,7 @@ def interference(
     ValueError: a step that is not saved, parameters that are not there, a task whose gradient is not finite.
   """
   run = build(config, devices)
-  pieces = parts.choose(run.shapes.params, run.spec.model.spec.stack, pattern, layers)
+  pieces = parts.choose(run.shapes.params, run.spec.model.spec.stack, pattern, layers, '--parameters')
   params, name = (first_state(run).params, 'init') if init else _restored(run, workdir, step)
   tasks = [t.name for t in run.plan.tasks]
   gradients = TaskGradients(run, params, pieces, batches, seed)
@@ -52,12 +52,33 @@ def interference(
       bar.update()
       return gradients(task, batch)
     measured = estimator.products(gradient, tasks, batches)
+  own = np.asarray(measured[estimator.WHOLE].rows)
+  if broken := [task for i, task in enumerate(tasks) if not np.isfinite(own[i, i]).all()]:
+    raise ValueError(f'the gradient of {", ".join(broken)} is not finite at {name}: nothing can be said about it; measure an '
+                     'earlier --step.')
   estimates = {part: estimator.estimate(p, tasks, seed=seed) for part, p in measured.items()}
   facts = dict(
-      checkpoint=name, router=config.moe.router, parameters=pattern, batches=batches, seed=seed, confidence=estimator.CONFIDENCE,
-      noise=False, epochs=gradients.epochs())
-  stem = STEM if step is None and not init else f'{STEM}_{name.replace(" ", "_")}'
-  return interference_files.write(interference_files.record(facts, tasks, estimates, pieces), workdir, stem)
+      checkpoint=name, router=config.moe.router, parameters=pattern, batches=batches, seed=seed, noise=False,
+      confidence=estimator.CONFIDENCE, epochs=gradients.epochs())
+  stem = interference_files.FILE.removesuffix('.json')
+  if step is not None or init:
+    stem += f'_{name.replace(" ", "_")}'
+  return interference_files.write(record(facts, tasks, estimates, pieces), workdir, stem)
+
+
+def record(
+    facts: Mapping[str, Any], tasks: Sequence[str], estimates: Mapping[str, estimator.Estimate],
+    pieces: Sequence[parts.Piece]) -> dict:
+  """What interference.json holds: facts about the measurement, the tasks, and every part, the whole first."""
+  where = {p.part: (p.layer, p.projection) for p in pieces}  # in the order of the layers
+  found = []
+  for name in (estimator.WHOLE, *where):
+    layer, projection = where.get(name, (None, None))
+    found.append({'part': name, 'layer': layer, 'projection': projection, **{
+        measure: {bound: _plain(values) for bound, values in vars(interval).items()}
+        for measure, interval in vars(estimates[name]).items()}})
+  return {**facts, 'tasks': list(tasks), 'rows': 'task whose loss is looked at', 'columns': 'task that is stepped on',
+          'parts': found}
 
 
 def _restored(run: Run, workdir: str | os.PathLike[str], step: int | None) -> tuple[Any, str]:
@@ -70,3 +91,8 @@ def _restored(run: Run, workdir: str | os.PathLike[str], step: int | None) -> tu
     if step not in saved:
       raise ValueError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, saved))}.')
     return checkpoints.restore(run.like(), step).params, f'step {step}'
+
+
+def _plain(values: np.ndarray) -> list[list[float | None]]:
+  """JSON knows no NaN."""
+  return [[float(v) if np.isfinite(v) else None for v in row] for row in values]

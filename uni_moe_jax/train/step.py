@@ -218,8 +218,10 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
     (total, (tallies, collected)), grads = jax.value_and_grad(loss, has_aux=True)(params)
     chosen = chosen_experts(collected)
   else:
-    set_features, pull_back, collected = jax.vjp(
-        lambda p: forward(spec, p, None, sets, sampled, key)[1:], params, has_aux=True)
+    set_features, pull_back, collected = {}, None, None
+    if spec.plan.sets:  # pairs alone have none
+      set_features, pull_back, collected = jax.vjp(
+          lambda p: forward(spec, p, None, sets, sampled, key)[1:], params, has_aux=True)
 
     def loss(p, set_features, micro):
       groups, _, collected = forward(spec, p, micro, None, sampled, key)
@@ -235,9 +237,10 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch)))
     ((grads, d_features), total, (tallies, chosen)), _ = jax.lax.scan(micro_step, zeros, batch)
-    chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
-    grads = jax.tree.map(jnp.add, grads, pull_back(d_features)[0])
-  extra = {'gate_entropy': gate_entropy(collected)}
+    if spec.plan.sets:
+      chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
+      grads = jax.tree.map(jnp.add, grads, pull_back(d_features)[0])
+  extra = {'gate_entropy': None if collected is None else gate_entropy(collected)}
   if sampled:
     extra['dropped_words'] = sum(s.dropped for s in sampled.values())
   return grads, total, tallies, {k: v for k, v in extra.items() if v is not None}, chosen
