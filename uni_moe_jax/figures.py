@@ -174,12 +174,14 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
   return _svg(math.ceil(width), lines * line_height, parts, 'expert coefficients', fixed=True)
 
 
-def signed_map(names: Sequence[str], values: np.ndarray, notes: Sequence[Sequence[str]]) -> str:
+def signed_map(
+    names: Sequence[str], values: np.ndarray, sure: Sequence[bool], notes: Sequence[Sequence[str]]) -> str:
   """Returns numbers between names as cells of two colours, blank at 0 and full from ±1 on.
 
   Args:
     names: T names, of rows and columns alike.
-    values: float [T, T]; what is not finite stays blank, with a dash.
+    values: float [T, T]; what is not finite is a dash.
+    sure: [T], whether a row has colours: False for numbers that say nothing.
     notes: [T, T], what a cell says when it is pointed at.
   """
   values = np.asarray(values, np.float64)
@@ -194,7 +196,8 @@ def signed_map(names: Sequence[str], values: np.ndarray, notes: Sequence[Sequenc
     parts.append(f'<text class="row" transform="translate({x:.1f} {top - 6:.1f}) rotate(-35)">{html.escape(name)}</text>')
     for j, value in enumerate(values[i]):
       known = math.isfinite(value)
-      css, shade = 'cell' if not known or value >= 0 else 'minus', 0.75 * min(abs(value), 1.0) if known else 0.0
+      css = 'minus' if known and value < 0 else 'cell'
+      shade = 0.75 * min(abs(value), 1.0) if known and sure[i] else 0.0
       parts.append(f'<rect class="{css}" x="{left + j * cell:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" '
                    f'fill-opacity="{shade:.3f}"><title>{html.escape(notes[i][j])}</title></rect>')
       parts.append(_text(left + (j + 0.5) * cell, y + cell / 2 + 4, f'{value:.2f}' if known else '–', 'inside', 'middle'))

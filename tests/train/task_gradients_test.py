@@ -15,7 +15,7 @@ from uni_moe_jax.train import loop, measure, setup
 from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient
 
-TASKS = ('shape', 'package')
+TASKS = ('answer', 'package')  # of one kind, so that they go through the same experts
 PATTERN = r'ffn_out/kernel$'
 
 
@@ -103,11 +103,11 @@ def test_delta_is_what_a_short_step_takes_from_the_loss():
 
 
 def test_gradients_are_those_of_the_unweighted_loss_without_noise():
-  run, (batch, _) = _run(), _batches()['shape'][0]
-  spec = quiet_spec(run.spec, 'shape')
-  assert spec.plan.tasks[0].weight == 1 and [s.name for s in spec.plan.sets] == ['shapes']
+  run, (batch, _) = _run(), _batches()['package'][0]
+  spec = quiet_spec(run.spec, 'package')
+  assert spec.plan.tasks[0].weight == 1 and [s.name for s in spec.plan.sets] == ['packages']
   noisy = jit(functools.partial(task_gradient, spec=dataclasses.replace(spec, model=run.spec.model), pieces=_pieces()))
-  for ask, same in ((_gradients()._functions['shape'], True), (noisy, False)):
+  for ask, same in ((_gradients()._functions['package'], True), (noisy, False)):
     one, other = (ask(_params(), batch, run.sets(), jax.random.key(seed))[0] for seed in (1, 2))
     assert same == all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
 
@@ -154,21 +154,21 @@ def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
 
 
 def test_the_metric_is_delta_of_the_two_halves_and_due_at_every_nth_step():
-  run = setup.build(_config('shape', 'package', interference_every=3), _one_device())
+  run = setup.build(_config(interference_every=3), _one_device())
   metric, params, sets = InterferenceMetric(run), _params(), run.sets()
   _, batch = next(run.mixture().iterate(0, 1))
   placed = run.put(batch)
   assert metric(0, params, placed, sets) == metric(1, params, placed, sets) == metric(3, params, placed, sets) == {}
   got = metric(2, params, placed, sets)
   g = {(t, h): np.concatenate([np.ravel(x) for x in jax.tree.leaves(
-      metric._functions[t](params, placed, sets, jax.random.key(0), h))]) for t in ('shape', 'package') for h in (0, 1)}
+      metric._functions[t](params, placed, sets, jax.random.key(0), h))]) for t in TASKS for h in (0, 1)}
   u = {k: v / np.linalg.norm(v) for k, v in g.items()}
-  own = (g['shape', 0] @ u['shape', 1] + g['shape', 1] @ u['shape', 0]) / 2
-  cross = (g['shape', 0] + g['shape', 1]) @ (u['package', 0] + u['package', 1]) / 4
-  assert set(got) == {f'interference/{i}<-{j}' for i in ('shape', 'package') for j in ('shape', 'package')}
-  np.testing.assert_allclose(got['interference/shape<-shape'], own, rtol=1e-4)
-  np.testing.assert_allclose(got['interference/shape<-package'], cross, rtol=1e-4, atol=1e-6)
-  assert not np.isclose(got['interference/package<-shape'], got['interference/shape<-package'], rtol=1e-3)
+  own = (g['answer', 0] @ u['answer', 1] + g['answer', 1] @ u['answer', 0]) / 2
+  cross = (g['answer', 0] + g['answer', 1]) @ (u['package', 0] + u['package', 1]) / 4
+  assert set(got) == {f'interference/{i}<-{j}' for i in TASKS for j in TASKS}
+  np.testing.assert_allclose(got['interference/answer<-answer'], own, rtol=1e-4)
+  np.testing.assert_allclose(got['interference/answer<-package'], cross, rtol=1e-4, atol=1e-6)
+  assert not np.isclose(got['interference/package<-answer'], got['interference/answer<-package'], rtol=1e-3)
 
 
 @pytest.fixture(scope='module')
@@ -177,7 +177,7 @@ def runs(tmp_path_factory):
   out = {}
   for name, every in (('off', 0), ('on', 2), ('stopped', 2)):
     out[name] = str(tmp_path_factory.mktemp(name))
-    c = _config('shape', 'package', interference_every=every, steps=5)
+    c = _config(interference_every=every, steps=5)
     if name == 'stopped':
       with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, 'Stop', _StopAfterThree)
@@ -211,7 +211,7 @@ def test_the_metric_changes_nothing_else_and_survives_a_restart(runs):
 
 
 def test_any_checkpoint_and_the_start_can_be_measured(runs):
-  c = _config('shape', 'package', interference_every=2, steps=5)
+  c = _config(interference_every=2, steps=5)
   found = {}
   for step, init in ((None, False), (5, False), (None, True)):
     paths = measure.interference(c, runs['stopped'], step, init, PATTERN, None, 2, 0, _one_device())

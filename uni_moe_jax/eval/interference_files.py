@@ -62,7 +62,8 @@ def _draw(path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]]
       continue
     matrix, sure = part[_RATIO], has_base(part)
     values = np.array(matrix['value'], np.float64)
-    axes.imshow(np.ma.masked_invalid(values), cmap='RdBu', vmin=-1, vmax=1)
+    shown = np.where(np.array(sure)[:, None], values, np.nan)  # what says nothing has no colour
+    axes.imshow(np.ma.masked_invalid(shown), cmap='RdBu', vmin=-1, vmax=1)
     axes.set_title(part['part'], fontsize=10)
     axes.set_xticks(range(T), tasks, rotation=35, ha='right', fontsize=9)
     axes.set_yticks(range(T), [name if ok else f'{name} °' for name, ok in zip(tasks, sure)], fontsize=9)
@@ -74,7 +75,7 @@ def _draw(path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]]
         axes.text(j, i, _cell(matrix, i, j), ha='center', va='center', fontsize=8, color=colour)
   if not all(all(has_base(p)) for row in grid for p in row if p):
     sheet.supxlabel('° a step on the task itself has no sure effect: its row says nothing', fontsize=9)
-  sheet.savefig(path, dpi=110)
+  sheet.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)
 
 
 def _cell(matrix: Mapping[str, Any], i: int, j: int) -> str:

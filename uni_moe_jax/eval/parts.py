@@ -37,7 +37,8 @@ def default_layers(layers: int) -> tuple[int, ...]:
 
 
 def choose(
-    params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None = None, field: str = 'parameters') -> tuple[Piece, ...]:
+    params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None = None, field: str = 'parameters'
+) -> tuple[Piece, ...]:
   """The pieces of a parameter tree whose path a pattern finds.
 
   Args:
