@@ -50,6 +50,24 @@ def test_both_ratios_by_hand():
     assert np.isnan(ratio.value[1]).all()
 
 
+def test_resampled_batches_count_as_harmed_and_as_stepped_ones_by_hand():
+  products, _ = _measure(_HAND, 2)
+  weights = np.array([[[1, 1], [2, 0]]])  # both batches of one; of other the first, twice
+  delta, ratio, mean = interference._ratios(np.asarray(products.rows), np.asarray(products.columns), weights)
+  # The mean of one, (6.5, 2), along other's (0, 1); other's (0, 5) along one's mean (.8, .4).
+  np.testing.assert_allclose(delta[0], [[4.5, 2], [2, 0]], rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(ratio[0, 0], [1, 2 / 4.5], rtol=1e-6)
+  # Every Δ moves with the mean, by 2 - 4.25.
+  np.testing.assert_allclose(mean[0, 0], [1, (1.25 / 3 + 2.75 / 6) / 2], rtol=1e-6)
+
+
+def test_gradients_that_the_caller_keeps_stay_his():
+  held = {(t, b): {'p': jnp.asarray(g, jnp.float32)} for t, gs in _HAND.items() for b, g in enumerate(gs)}
+  once, again = (interference.products(lambda t, b: held[t, b], list(_HAND), 2)[WHOLE].rows for _ in range(2))
+  np.testing.assert_array_equal(once, again)
+  assert not any(g['p'].is_deleted() for g in held.values())
+
+
 def test_tasks_that_share_their_batches_are_compared_on_different_ones():
   products, _ = _measure(_HAND, 2, streams=('s', 's'))
   np.testing.assert_allclose(products.rows[0, 1], [3, 0], rtol=1e-6, atol=1e-6)  # (3, 4)·(1, 0), (10, 0)·(0, 1)
