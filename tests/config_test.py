@@ -248,6 +248,12 @@ _ERRORS = {
     'twins': (lambda c: c.train.update(twins='mask'),
               r"config\.train\.twins='mask' is unknown; did you mean 'masked'\? choices: masked, negatives"),
     'ema': (lambda c: c.train.update(ema=1.0), r'config\.train\.ema=1\.0 must be in \[0, 1\); 0 is off'),
+    'interference_sampled': (lambda c: c.train.update(mixture='sampled', interference_every=5),
+                             r"config\.train\.interference_every=5 needs config\.train\.mixture='mixed'.*Set it to 0"),
+    'interference_negative': (lambda c: c.train.update(interference_every=-1),
+                              r'config\.train\.interference_every=-1 must be at least 0'),
+    'interference_pattern': (lambda c: c.train.update(interference_parameters='qkv('),
+                             r"config\.train\.interference_parameters='qkv\(' is not a regular expression"),
     'accum_sampled': (lambda c: c.train.update(mixture='sampled', accum=2),
                       r"config\.train\.accum=2 needs config\.train\.mixture='mixed', not 'sampled'"),
     'rule': (lambda c: c.optim.update(rules=(('.*', 1.0),)),
@@ -340,6 +346,13 @@ class BatchesTest(absltest.TestCase):
         r'config\.tasks\.name\.batch=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\);'
         ' try 8')):
       resolve.check_batches(resolve.resolve(c), shards=4, accum=2)
+
+  def test_the_interference_metric_needs_halves(self):
+    resolve.check_halves(resolve.resolve(_config()), shards=2, accum=1)
+    with self.assertRaisesRegex(ValueError, (
+        r'config\.tasks\.name\.batch=4 must be a multiple of 8 for config\.train\.interference_every > 0, which halves it '
+        r'\(4 batch shards × 1 micro-steps × 2\); try 8, or interference_every=0')):
+      resolve.check_halves(resolve.resolve(_config()), shards=4, accum=1)
 
   def test_batches_that_divide_pass(self):
     resolve.check_batches(resolve.resolve(_config()), shards=4, accum=1)

@@ -95,6 +95,21 @@ class FiguresTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r'\(1, 2, 3\) must be \[2 layers, 2 rows, experts\]'):
       figures.heat_map(['a', 'b'], [0, 2], np.zeros((1, 2, 3)))
 
+  def test_a_signed_map_shows_sign_by_colour_size_by_depth_and_the_number(self):
+    values, notes = np.array([[1., -.5], [0., np.nan]]), [['aa', 'ab'], ['ba', '<bb>']]
+    svg = figures.signed_map(['a', 'b'], values, [True, True], notes)
+    cells = {cell[0].text: (css, float(cell.get('fill-opacity'))) for css in ('cell', 'minus')
+             for cell in _elements(svg, 'rect', css)}
+    self.assertEqual(cells, {'aa': ('cell', .75), 'ab': ('minus', .375), 'ba': ('cell', 0), '<bb>': ('cell', 0)})
+    numbers = ['1.00', '-0.50', '0.00', '–']
+    self.assertEqual([text.text for text in _elements(svg, 'text', 'inside')], numbers)
+    unsure = figures.signed_map(['a', 'b'], values, [False, True], notes)
+    self.assertEqual([text.text for text in _elements(unsure, 'text', 'inside')], numbers)
+    self.assertEqual({float(cell.get('fill-opacity')) for css in ('cell', 'minus')
+                      for cell in _elements(unsure, 'rect', css)}, {0})
+    with self.assertRaisesRegex(ValueError, r'\(2, 2\) must be \[3, 3\]'):
+      figures.signed_map(['a', 'b', 'c'], values, [], [])
+
 
 if __name__ == '__main__':
   absltest.main()

@@ -176,6 +176,9 @@ def base() -> ml_collections.ConfigDict:
       save_every=200,              # steps
       keep=2,                      # newest checkpoints kept
       max_bad_steps=10,            # steps in a row with a loss that is not finite, before the run stops
+      interference_every=0,        # steps between estimates of task interference (train/interference_metric.py); 0 = off
+      # pattern, searched in paths as optim.rules are; of models with more than 7 layers, in every fourth layer (3, 7, 11 …)
+      interference_parameters=r'ffn_out/kernel$',
   ))
   c.evaluators = _create({})       # {name: evaluator(…)}
   c.mesh = _create(dict(replica=1, data=-1, expert=1, model=1, fsdp=False))  # one axis may be -1 (inferred)

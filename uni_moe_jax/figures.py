@@ -31,6 +31,8 @@ svg .track { fill: var(--line); }
 svg .bar { fill: var(--accent); }
 svg .tick { fill: var(--second); }
 svg .cell { fill: var(--accent); }
+svg .minus { fill: var(--second); }
+svg .inside { fill: var(--ink); }
 """
 
 _WIDTH, _HEIGHT = 270, 164  # of a line panel, in SVG units
@@ -170,6 +172,37 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
   width = left + min(per_line, len(layers)) * (experts * cell + gap)
   lines = -(-len(layers) // per_line)
   return _svg(math.ceil(width), lines * line_height, parts, 'expert coefficients', fixed=True)
+
+
+def signed_map(
+    names: Sequence[str], values: np.ndarray, sure: Sequence[bool], notes: Sequence[Sequence[str]]) -> str:
+  """Returns numbers between names as cells of two colours, blank at 0 and full from ±1 on.
+
+  Args:
+    names: T names, of rows and columns alike.
+    values: float [T, T]; what is not finite is a dash.
+    sure: [T], whether a row has colours: False for numbers that say nothing.
+    notes: [T, T], what a cell says when it is pointed at.
+  """
+  values = np.asarray(values, np.float64)
+  if values.shape != (len(names),) * 2:
+    raise ValueError(f'values {values.shape} must be [{len(names)}, {len(names)}].')
+  cell, letter = 44, 6.4
+  left, top = 12 + letter * max(map(len, names)), 14 + 0.6 * letter * max(map(len, names))
+  parts = []
+  for i, name in enumerate(names):
+    y, x = top + i * cell, left + i * cell + cell / 2
+    parts.append(_text(left - 8, y + cell / 2 + 4, name, 'row', 'end'))
+    parts.append(f'<text class="row" transform="translate({x:.1f} {top - 6:.1f}) rotate(-35)">{html.escape(name)}</text>')
+    for j, value in enumerate(values[i]):
+      known = math.isfinite(value)
+      css = 'minus' if known and value < 0 else 'cell'
+      shade = 0.75 * min(abs(value), 1.0) if known and sure[i] else 0.0
+      parts.append(f'<rect class="{css}" x="{left + j * cell:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" '
+                   f'fill-opacity="{shade:.3f}"><title>{html.escape(notes[i][j])}</title></rect>')
+      parts.append(_text(left + (j + 0.5) * cell, y + cell / 2 + 4, f'{value:.2f}' if known else '–', 'inside', 'middle'))
+  side = len(names) * cell
+  return _svg(math.ceil(left + side + letter * len(names[-1])), math.ceil(top + side + 4), parts, 'signed matrix', fixed=True)
 
 
 def _shade(share: float) -> float:

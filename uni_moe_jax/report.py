@@ -17,13 +17,14 @@ from etils import epath
 import numpy as np
 
 from uni_moe_jax import figures
-from uni_moe_jax.eval import metrics
+from uni_moe_jax.eval import interference_files, metrics
 
 Curves = dict[str, tuple[list[int], list[float]]]  # metric name -> steps, values
 
 _OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second')
 _GROUP_TITLES = {'run': 'The run', 'loss': 'Loss by task', 'accuracy': 'Accuracy by task',
-                 'eval': 'Evaluations along the way'}
+                 'eval': 'Evaluations along the way',
+                 'interference': 'Interference along the way: Δ of a step on the second task for the loss of the first'}
 _VERDICTS = {metrics.BETTER: ('better', '▲'), metrics.LEVEL: ('level', '='),
              metrics.WORSE: ('worse', '▼')}
 
@@ -80,7 +81,7 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
   """Writes report.html from the files in a workdir and returns its path.
 
   Reads metrics.jsonl, evaluation.json, experts.json, samples.json and run.json; a missing or
-  unreadable one is named in the page.
+  unreadable one is named in the page. Reads interference.json where it is.
 
   Args:
     workdir: local or remote (gs://) folder of a run.
@@ -97,6 +98,8 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
   samples = _Source(workdir / 'samples.json', _read_json, 'written by an evaluation')
   experts = _Source(workdir / 'experts.json', _read_json, 'written for models that have experts')
   run = _Source(workdir / 'run.json', _read_json, 'written when training starts')
+  interference = _Source(workdir / interference_files.FILE, _read_json, 'written by a measurement')
+  measured = (workdir / interference_files.FILE).exists()
   references = evaluation.render(_best_floors, otherwise={})
   body = [
       f'<header><h1>{html.escape(workdir.name)}</h1>{_headline(run, curves, evaluation)}</header>',
@@ -104,6 +107,7 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
       _section('Curves', curves.render(lambda content: _curves(*content, references))),
       _section('Samples', samples.render(_samples)),
       _section('Experts', experts.render(_experts)),
+      *([_section('Interference', interference.render(_interference))] if measured else []),
       _section('Run', run.render(_run)),
   ]
   page = (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -310,6 +314,23 @@ def _experts(experts: Mapping[str, Any]) -> str:
   for index, router in enumerate(experts['routers']):
     picture = figures.heat_map(experts['rows'], experts['layers'], coefficients[:, index])
     parts.append(f'<h3>{html.escape(router)} router</h3><div class="wide">{picture}</div>')
+  return ''.join(parts)
+
+
+def _interference(content: Mapping[str, Any]) -> str:
+  tasks = content['tasks']
+  parts = [
+      f'<p class="quiet">I(i, j) at {html.escape(content["checkpoint"])}, over '
+      f'<code>{html.escape(content["parameters"])}</code>, {int(content["batches"])} batches per task: what a short step on '
+      'the task of the column takes from the loss of the task of the row, relative to a step on the row’s own task. Below 0 '
+      'it hurts. Hover for 95 % intervals and for the mean of ratios. ° the own step has no sure effect: such a row says '
+      'nothing.</p>']
+  for part in content['parts']:
+    sure, ratio = interference_files.has_base(part), part['ratio_of_means']
+    names = [name if ok else f'{name} °' for name, ok in zip(tasks, sure, strict=True)]
+    notes = [[interference_files.note(part, tasks, i, j) for j in range(len(tasks))] for i in range(len(tasks))]
+    parts.append(f'<h3>{html.escape(part["part"])}</h3><div class="wide">'
+                 f'{figures.signed_map(names, np.array(ratio["value"], np.float64), sure, notes)}</div>')
   return ''.join(parts)
 
 

@@ -130,7 +130,7 @@ def _check_tokenizer(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_train(c: ml_collections.ConfigDict) -> None:
-  _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1))
+  _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1, interference_every=0))
   _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0, gate_factor=0.0))
   _choose('train.mixture', c.train.mixture, MIXTURES)
   _choose('train.contrastive', c.train.contrastive, ('mean', 'sum'))
@@ -143,6 +143,14 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
     raise ValueError(f'config.train.ema={c.train.ema} must be in [0, 1); 0 is off.')
   if c.train.mixture == 'sampled' and c.train.accum > 1:
     raise ValueError(f"config.train.accum={c.train.accum} needs config.train.mixture='mixed', not 'sampled'.")
+  if c.train.mixture == 'sampled' and c.train.interference_every:
+    raise ValueError(f"config.train.interference_every={c.train.interference_every} needs config.train.mixture='mixed': it "
+                     'compares the tasks of one step. Set it to 0, and ask launch/interference.py.')
+  try:
+    re.compile(c.train.interference_parameters)
+  except re.error as e:
+    raise ValueError(f'config.train.interference_parameters={c.train.interference_parameters!r} is not a regular '
+                     f'expression: {e}.') from None
   for rule in c.optim.rules:
     frozen = len(rule) == 2 and rule[1] == FREEZE
     if not frozen and len(rule) != 3:
@@ -275,3 +283,13 @@ def check_batches(plan: Plan, shards: int, accum: int) -> None:
       unit = shards * accum
       raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} ({shards} batch shards of '
                        f'the mesh × {accum} micro-steps); try {max(unit, t.batch - t.batch % unit)}.')
+
+
+def check_halves(plan: Plan, shards: int, accum: int) -> None:
+  """Raises ValueError where a task's micro-batch on a shard has no halves, which the interference metric compares."""
+  unit = 2 * shards * accum
+  for t in plan.tasks:
+    if t.batch % unit:
+      raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} for config.train.'
+                       f'interference_every > 0, which halves it ({shards} batch shards × {accum} micro-steps × 2); try '
+                       f'{max(unit, t.batch - t.batch % unit)}, or interference_every=0.')

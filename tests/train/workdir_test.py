@@ -22,7 +22,9 @@ def test_the_same_config_comes_back(tmp_path):
   assert workdir.load_config(tmp_path).to_dict() == c.to_dict()
 
 
-@pytest.mark.parametrize('section, field, value', [('train', 'log_every', 7), ('data', 'dir', '/elsewhere')])
+@pytest.mark.parametrize('section, field, value', [
+    ('train', 'log_every', 7), ('data', 'dir', '/elsewhere'), ('train', 'interference_every', 5),
+    ('train', 'interference_parameters', 'qkv')])
 def test_fields_that_may_change_may(tmp_path, section, field, value):
   c = _claimed(tmp_path)
   c[section][field] = value

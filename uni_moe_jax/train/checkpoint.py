@@ -30,6 +30,10 @@ class Checkpoints:
     """The newest saved step."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Every saved step, in order."""
+    return sorted(self._manager.all_steps())
+
   def save(self, step: int, state: Any) -> None:
     """Starts an asynchronous save; a step that is already saved is left alone."""
     if step != self._manager.latest_step():

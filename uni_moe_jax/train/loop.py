@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from uni_moe_jax.train.checkpoint import Checkpoints, saved_step
+from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
-from uni_moe_jax.train.setup import Run, build, conditions, warm_params
+from uni_moe_jax.train.setup import Run, build, conditions, first_state
 from uni_moe_jax.train.workdir import claim_workdir, keep_tokenizer
 
 FINISHED, ERROR, PREEMPTED = 0, 1, 75
@@ -114,11 +115,12 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started:
   if first >= last:
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
+  metric = InterferenceMetric(run) if c.train.interference_every else None
   if saved is not None:  # step 0: somebody put parameters there, launch/convert.py for example
     state = checkpoints.restore(run.like())
     print(f'resumed from step {first}', flush=True)
   else:
-    state = run.start(warm_params(run)) if c.train.init else run.init()
+    state = first_state(run)
   sets, steps = run.sets(), {}
   batches = run.mixture().iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
@@ -132,14 +134,17 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started:
       if task not in steps:
         steps[task] = run.step_fn(task)
       compiling = step == first
-      state, metrics = steps[task](state, run.put(batch), sets)
+      placed = run.put(batch)
+      # Before the step, which takes the buffers of the state.
+      measured = metric(step, state.params, placed, sets) if metric else {}
+      state, metrics = steps[task](state, placed, sets)
       if compiling:
         jax.block_until_ready(metrics)
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
       done = step + 1
       if pending is not None and not _take(log, pending, c, step):
         return ERROR
-      pending = metrics
+      pending = {**metrics, **measured}
       if done % c.train.log_every == 0 or done == last:
         if not _take(log, pending, c, done):
           return ERROR

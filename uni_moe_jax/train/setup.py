@@ -157,6 +157,11 @@ def warm_params(run: Run) -> Any:
   return params
 
 
+def first_state(run: Run) -> TrainState:
+  """The state that training starts from: fresh parameters, or those of another run. Raises what `warm_params` raises."""
+  return run.start(warm_params(run)) if run.config.train.init else run.init()
+
+
 def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   """Checks a config and builds its run.
 
@@ -175,6 +180,8 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   resolve.check_mesh(config, mesh.shape)
   shards = sharding.batch_shards(mesh)
   resolve.check_batches(plan, shards, config.train.accum)
+  if config.train.interference_every:
+    resolve.check_halves(plan, shards, config.train.accum)
   data = Data(config, plan)
   model = UniPerceiver(model_spec(config, plan, data), shards)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))

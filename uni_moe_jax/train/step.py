@@ -77,13 +77,13 @@ def init_state(spec: StepSpec, params: Any) -> TrainState:
 
 def task_fields(spec: StepSpec, batch: Batch, task: TaskSpec) -> dict[str, jax.Array]:
   """One task's part of a (micro-)batch, flat: {'label' [B, M], 'weight' [B, M], 'text_id' [B], …}."""
-  start, stop = _place(spec, task)
+  start, stop = place(spec, task)
   fields = inputs.flat_fields(batch[task.group])
   return {k: fields[k] if k == 'temporal_offset' else inputs.task_rows(fields[k], start, stop, spec.model.shards)
           for k in fields if k in ('label', 'weight', 'text_id')}
 
 
-def _place(spec: StepSpec, task: TaskSpec) -> tuple[int, int]:
+def place(spec: StepSpec, task: TaskSpec) -> tuple[int, int]:
   """Rows of a task on axis b of its group."""
   start = 0
   for t in spec.plan.groups[task.group]:
@@ -186,7 +186,7 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
   total, tallies = 0.0, {}
   for t in spec.plan.tasks:
     fields = task_fields(spec, batch, t)
-    start, stop = _place(spec, t)
+    start, stop = place(spec, t)
     features, pair = groups[t.group]
     features = inputs.task_rows(features, start, stop, spec.model.shards)
     scale = spec.model.apply({'params': params}, t.temperature, method='scale')
@@ -218,8 +218,10 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
     (total, (tallies, collected)), grads = jax.value_and_grad(loss, has_aux=True)(params)
     chosen = chosen_experts(collected)
   else:
-    set_features, pull_back, collected = jax.vjp(
-        lambda p: forward(spec, p, None, sets, sampled, key)[1:], params, has_aux=True)
+    set_features, pull_back, collected = {}, None, None
+    if spec.plan.sets:  # pairs alone have none
+      set_features, pull_back, collected = jax.vjp(
+          lambda p: forward(spec, p, None, sets, sampled, key)[1:], params, has_aux=True)
 
     def loss(p, set_features, micro):
       groups, _, collected = forward(spec, p, micro, None, sampled, key)
@@ -235,9 +237,10 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch)))
     ((grads, d_features), total, (tallies, chosen)), _ = jax.lax.scan(micro_step, zeros, batch)
-    chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
-    grads = jax.tree.map(jnp.add, grads, pull_back(d_features)[0])
-  extra = {'gate_entropy': gate_entropy(collected)}
+    if spec.plan.sets:
+      chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
+      grads = jax.tree.map(jnp.add, grads, pull_back(d_features)[0])
+  extra = {'gate_entropy': None if collected is None else gate_entropy(collected)}
   if sampled:
     extra['dropped_words'] = sum(s.dropped for s in sampled.values())
   return grads, total, tallies, {k: v for k, v in extra.items() if v is not None}, chosen
