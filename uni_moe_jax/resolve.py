@@ -63,11 +63,13 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
       raise ValueError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its '
                        f'scale would be unknown; {nearest(t.temperature, temperatures)}.')
   used = {name for name in by_name if c.train.encode_all_sets} | {t.target_set for t in tasks}
+  evaluations = tuple(_resolve_evaluation(name, e, resolved, by_name) for name, e in c.evaluators.items())
+  probed = {t.target_set for t in probes} - used
   return Plan(
       kinds=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
-      probe_sets=tuple(s for s in sets if s.name in {t.target_set for t in probes} - used),
-      evaluations=tuple(_resolve_evaluation(name, e, resolved) for name, e in c.evaluators.items()),
-      temperatures=temperatures, encode_all_sets=c.train.encode_all_sets)
+      probe_sets=tuple(s for s in sets if s.name in probed),
+      evaluations=evaluations, temperatures=temperatures, encode_all_sets=c.train.encode_all_sets,
+      answer_sets=tuple(s for s in sets if s.name in {e.answers for e in evaluations} - used - probed))
 
 
 def _choose(field: str, value, choices) -> None:
@@ -231,7 +233,7 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
       shift=t.shift, head=t.head, subset=t.subset, per_class=t.per_class)
 
 
-def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation:
+def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[str, SetSpec]) -> Evaluation:
   _choose(f'evaluators.{name}.kind', e.kind, EVALUATIONS)
   by_name = {t.name: t for t in tasks}
   _choose(f'evaluators.{name}.task', e.task, by_name)
@@ -243,7 +245,15 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation
   if e.number < 0 or e.batch < 1 or e.beams < 1 or e.penalty < 0:
     raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1, beams='
                      f'{e.beams} at least 1, penalty={e.penalty} at least 0.')
-  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty)
+  if e.answers:
+    field = f'evaluators.{name}.answers'
+    if e.kind != 'caption':
+      raise ValueError(f"config.{field}={e.answers!r} is for evaluators of kind 'caption', not {e.kind!r}; set it to ''.")
+    _choose(field, e.answers, sets)
+    if sets[e.answers].is_vocabulary:
+      raise ValueError(f"config.{field}={e.answers!r} is the vocabulary, so that any word may be said; set it to '', or to a "
+                       'set of texts.')
+  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty, e.answers)
 
 
 def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:
