@@ -57,6 +57,16 @@ class PlanTest(absltest.TestCase):
     self.assertEqual([s.name for s in resolved.only('package').sets], every)
     self.assertEqual(resolved.probe_sets, ())
 
+  def test_a_set_of_answers_is_kept_and_never_encoded(self):
+    c = _config()
+    c.sets.closed = config.target_set(('a', 'b'), family='names')
+    c.evaluators.name = config.evaluator('caption', 'name', split='test', answers='closed')
+    resolved = resolve.resolve(c)
+    self.assertEqual([s.name for s in resolved.answer_sets], ['closed'])
+    self.assertNotIn('closed', [s.name for s in (*resolved.sets, *resolved.probe_sets)])
+    c.evaluators.name.answers = 'classes'  # a trained task has it
+    self.assertEqual(resolve.resolve(c).answer_sets, ())
+
   def test_only_the_vocabulary_is_the_vocabulary(self):
     found = {s.name: s.is_vocabulary for s in resolve.resolve(_config()).sets}
     self.assertEqual(found, {'classes': False, 'packages': False, 'vocabulary': True})
@@ -320,6 +330,14 @@ _ERRORS = {
                        ' ask; choices: pair'),
     'evaluated_number': (lambda c: c.evaluators.update(top=config.evaluator('mlm', 'text', split='test', batch=0)),
                          r'config\.evaluators\.top: number=0 must be at least 0, batch=0 at least 1'),
+    'answers': (lambda c: c.evaluators.update(top=config.evaluator('caption', 'name', split='test', answers='clases')),
+                r"config\.evaluators\.top\.answers='clases' is unknown; did you mean 'classes'"),
+    'answers_of_any_words': (
+        lambda c: c.evaluators.update(top=config.evaluator('caption', 'name', split='test', answers='vocabulary')),
+        r"config\.evaluators\.top\.answers='vocabulary' is the vocabulary, .*; set it to '', or to a set of texts"),
+    'answers_of_no_caption': (
+        lambda c: c.evaluators.update(top=config.evaluator('mlm', 'text', split='test', answers='classes')),
+        r"config\.evaluators\.top\.answers='classes' is for evaluators of kind 'caption', not 'mlm'; set it to ''"),
 }
 
 

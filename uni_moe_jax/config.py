@@ -73,7 +73,7 @@ def target_set(
 
 def evaluator(
     kind: str, task_name: str, *, split: str, number: int = 0, batch: int = 128, beams: int = 1,
-    penalty: float = 0.0) -> ml_collections.ConfigDict:
+    penalty: float = 0.0, answers: str = '') -> ml_collections.ConfigDict:
   """One evaluation with a fixed protocol; see `eval/evaluators.py`.
 
   Args:
@@ -84,8 +84,11 @@ def evaluator(
     batch: examples encoded at once.
     beams: caption: hypotheses that are kept of each picture; 1: greedy.
     penalty: caption: scores are divided by (words + 1)^penalty at the end.
+    answers: caption: entry of `config.sets` whose texts are the only captions that may be given; '' = any words. No task
+      needs to use the set.
   """
-  return _create(dict(kind=kind, task=task_name, split=split, number=number, batch=batch, beams=beams, penalty=penalty))
+  return _create(dict(kind=kind, task=task_name, split=split, number=number, batch=batch, beams=beams, penalty=penalty,
+                      answers=answers))
 
 
 def base() -> ml_collections.ConfigDict:

@@ -60,6 +60,7 @@ class Evaluation:
   batch: int
   beams: int
   penalty: float
+  answers: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Plan:
     evaluations: what is measured.
     temperatures: groups that exist.
     encode_all_sets: whether a step of one task encodes every set.
+    answer_sets: sets whose texts only evaluators need, as the captions that may be given; the model never encodes them.
   """
   kinds: tuple[Kind, ...]
   tasks: tuple[TaskSpec, ...]
@@ -83,6 +85,7 @@ class Plan:
   evaluations: tuple[Evaluation, ...]
   temperatures: tuple[str, ...]
   encode_all_sets: bool = False
+  answer_sets: tuple[SetSpec, ...] = ()
 
   @property
   def groups(self) -> dict[str, tuple[TaskSpec, ...]]:

@@ -67,11 +67,13 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
     if t.target_set and t.target_set not in used and by_name[t.target_set].label_prompts:
       raise ValueError(f'config.sets.{t.target_set}.label_prompts=True: no trained task names this set, so that they would '
                        f'stay zero; train a task with it, or set it to False.')
+  evaluations = tuple(_resolve_evaluation(name, e, resolved, by_name) for name, e in c.evaluators.items())
+  probed = {t.target_set for t in probes} - used
   return Plan(
       kinds=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
-      probe_sets=tuple(s for s in sets if s.name in {t.target_set for t in probes} - used),
-      evaluations=tuple(_resolve_evaluation(name, e, resolved) for name, e in c.evaluators.items()),
-      temperatures=temperatures, encode_all_sets=c.train.encode_all_sets)
+      probe_sets=tuple(s for s in sets if s.name in probed),
+      evaluations=evaluations, temperatures=temperatures, encode_all_sets=c.train.encode_all_sets,
+      answer_sets=tuple(s for s in sets if s.name in {e.answers for e in evaluations} - used - probed))
 
 
 def _choose(field: str, value, choices) -> None:
@@ -247,7 +249,7 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
       shift=t.shift, head=t.head, subset=t.subset, per_class=t.per_class)
 
 
-def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation:
+def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[str, SetSpec]) -> Evaluation:
   _choose(f'evaluators.{name}.kind', e.kind, EVALUATIONS)
   by_name = {t.name: t for t in tasks}
   _choose(f'evaluators.{name}.task', e.task, by_name)
@@ -259,7 +261,15 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...]) -> Evaluation
   if e.number < 0 or e.batch < 1 or e.beams < 1 or e.penalty < 0:
     raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1, beams='
                      f'{e.beams} at least 1, penalty={e.penalty} at least 0.')
-  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty)
+  if e.answers:
+    field = f'evaluators.{name}.answers'
+    if e.kind != 'caption':
+      raise ValueError(f"config.{field}={e.answers!r} is for evaluators of kind 'caption', not {e.kind!r}; set it to ''.")
+    _choose(field, e.answers, sets)
+    if sets[e.answers].is_vocabulary:
+      raise ValueError(f"config.{field}={e.answers!r} is the vocabulary, so that any word may be said; set it to '', or to a "
+                       'set of texts.')
+  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty, e.answers)
 
 
 def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:

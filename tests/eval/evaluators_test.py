@@ -58,7 +58,7 @@ class _Oracle:
     np.put_along_axis(p, answer[..., None], 0.9, axis=-1)
     return np.log(p)
 
-  def captions(self, task, pixels, beams, penalty):
+  def captions(self, task, pixels, beams, penalty, answers):
     return [next(self.texts, '') for _ in pixels]
 
 
@@ -120,6 +120,9 @@ def test_captions_are_compared_with_the_first_phrase(data):
   wrong = _scores(data, 'caption', _Oracle(1), batch=24)
   assert (right['exact'].value, right['word F1'].value) == (1.0, 1.0)
   assert right['BLEU-4'].value == pytest.approx(1.0)
+  assert right['ROUGE-L'].value == pytest.approx(1.0) and right['CIDEr-D'].value > 5
+  assert wrong['ROUGE-L'].value == wrong['CIDEr-D'].value == 0.0
+  assert right['CIDEr-D'].floors['1-nn name'] > 5
   assert (wrong['exact'].value, wrong['word F1'].value) == (0.0, 0.0)
   assert right['exact'].floors['1-nn name'] > 0.9
 

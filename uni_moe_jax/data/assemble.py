@@ -37,14 +37,25 @@ class Data:
     if config.train.init and not file:  # the parameters of another run mean that run's words
       file = str(pathlib.Path(config.train.init) / 'tokenizer.model')
     self.tokenizer, self.tokenizer_file, tokenizer_print = self._make_tokenizer(config.tokenizer, file, trained)
-    every = (*plan.sets, *plan.probe_sets)
+    every = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
     texts = {s.name: set_classes(s, self._classes_of) for s in every}
     self.sets: dict[str, TargetSet] = {s.name: build_set(s, texts[s.name], self.tokenizer) for s in every}
+    self._check_answers()
     prints = sorted({r.fingerprint for r in trained}) + [tokenizer_print]
     self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
     self._builders = {
         training: Builder(self.tokenizer, texts, self._model.channels, training, config.data.mask_specials, config.seed)
         for training in (True, False)}
+
+  def _check_answers(self) -> None:
+    """Raises ValueError for an answer that is longer than the captions among which it is asked for."""
+    for e in self._plan.evaluations:
+      for text in self.sets[e.answers].texts if e.answers else ():
+        if (tokens := len(self.tokenizer.encode(text)) + 1) > e.task.length:
+          raise ValueError(
+              f'config.tasks.{e.task.name}.length={e.task.length} is too short for answer {text!r} of config.evaluators.'
+              f'{e.name}.answers={e.answers!r}, which has {tokens} tokens, the end included; raise it to {tokens}, or leave '
+              'the answer out.')
 
   def records(self, source: str, split: str) -> Records:
     """One split of a source."""

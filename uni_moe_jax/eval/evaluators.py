@@ -14,7 +14,7 @@ from uni_moe_jax.data.examples import Examples
 from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.tokenizer import Tokenizer
-from uni_moe_jax.eval import floors, metrics
+from uni_moe_jax.eval import caption_metrics, floors, metrics
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor, seed_of
 from uni_moe_jax.eval.samples import Samples
@@ -180,25 +180,32 @@ def _neighbour_names(q: Question, ids: np.ndarray) -> np.ndarray:
 
 
 def caption(q: Question) -> list[Score]:
-  """Captions, greedy or by beam search: exact match, BLEU-4, word F1, beside copying the neighbour's text."""
+  """Captions, greedy or by beam search, of any words or of a closed set of answers, beside copying the neighbour's text.
+
+  Exact match, BLEU-4, ROUGE-L, CIDEr-D (up to 10) and word F1.
+  """
   ids = q.ids()
   predicted = []
   for fields, count in evaluation_batches(q.examples, ids, q.evaluation.batch):
-    predicted += q.predictor.captions(q.task, fields['pixels'], q.evaluation.beams, q.evaluation.penalty)[:count]
+    e = q.evaluation
+    predicted += q.predictor.captions(q.task, fields['pixels'], e.beams, e.penalty, e.answers)[:count]
   # Both sides in the tokenizer's folded form: its case and spacing are no merit and no fault of a caption.
   fold = lambda texts: [q.tokenizer.decode(row) for row in q.tokenizer.encode_batch(list(texts))]
   truth = fold(np.array(_first_phrase(q, q.asked))[ids])
   copied = fold(_neighbour_names(q, ids))
   n = len(ids)
 
-  def floor(metric):
-    return {'1-nn name': metric(copied, truth)}
+  def score(name, metric):
+    return Score(name, metric(predicted, truth), n, floors={'1-nn name': metric(copied, truth)})
 
   q.samples.captions(q.evaluation, q.asked, ids, truth, predicted)
   return [
-      Score.proportion('exact', metrics.exact_match(predicted, truth), n, floors=floor(metrics.exact_match)),
-      Score('BLEU-4', metrics.bleu4(predicted, truth), n, floors=floor(metrics.bleu4)),
-      Score('word F1', metrics.word_f1(predicted, truth), n, floors=floor(metrics.word_f1)),
+      Score.proportion('exact', metrics.exact_match(predicted, truth), n,
+                       floors={'1-nn name': metrics.exact_match(copied, truth)}),
+      score('BLEU-4', metrics.bleu4),
+      score('ROUGE-L', caption_metrics.rouge_l),
+      score('CIDEr-D', caption_metrics.cider_d),
+      score('word F1', metrics.word_f1),
   ]
 
 

@@ -83,12 +83,12 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
 def _share_within(ranks: np.ndarray, k: int) -> float:
   if k < 1:
     raise ValueError(f'k is {k}; it must be at least 1.')
-  return _mean(ranks <= k)
+  return mean(ranks <= k)
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Returns the share of equal entries of two arrays [N] of ints or strings."""
-  return _mean(_pair_up(predictions, labels))
+  return mean(_pair_up(predictions, labels))
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -123,8 +123,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[
     predictions: N texts.
     references: for each one text, or several of which any will do.
   """
-  return _mean([any(_words(prediction) == _words(one) for one in several)
-                for prediction, several in _with_references(predictions, references)])
+  return mean([any(_words(prediction) == _words(one) for one in several)
+                for prediction, several in with_references(predictions, references)])
 
 
 def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
@@ -132,15 +132,15 @@ def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]
 
   "greek small letter" against "greek letter alpha" shares 2 of 3 words both ways: 2/3.
   """
-  return _mean([max(_bag_f1(_words(prediction), _words(one)) for one in several)
-                for prediction, several in _with_references(predictions, references)])
+  return mean([max(_bag_f1(_words(prediction), _words(one)) for one in several)
+                for prediction, several in with_references(predictions, references)])
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
   """Returns corpus BLEU-4 in [0, 1]: sacrebleu's (tokenizer 13a, lower case) divided by 100."""
   import sacrebleu  # Costs time to load, and only captioning needs it.
 
-  pairs = _with_references(predictions, references)
+  pairs = with_references(predictions, references)
   if not pairs:
     raise ValueError('there are no examples to score.')
   most = max(len(several) for _, several in pairs)
@@ -262,7 +262,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
           ', '.join(f'{name} {marked(value)}' for name, value in row.get('floors', {}).items()))
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+  """Returns the mean; raises ValueError where there are no values."""
   values = np.asarray(list(values), np.float64)
   if not values.size:
     raise ValueError('there are no examples to score.')
@@ -277,8 +278,9 @@ def _pair_up(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
   return predictions == labels
 
 
-def _with_references(predictions: Sequence[str], references: Sequence[str | Sequence[str]]
-                     ) -> list[tuple[str, Sequence[str]]]:
+def with_references(predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+                    ) -> list[tuple[str, Sequence[str]]]:
+  """Returns (prediction, its references) of each example; raises ValueError where one has none."""
   if len(predictions) != len(references):
     raise ValueError(f'{len(predictions)} predictions for {len(references)} references: there must '
                      'be as many of each.')

@@ -12,6 +12,7 @@ from uni_moe_jax.data.sets import TargetSet
 from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.model import decode, inputs, similarity
 from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model.trie import Trie
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import Kind
 
@@ -25,6 +26,7 @@ class Predictor:
     """model: with shards = 1. sets: every target set that is asked for, by name."""
     self._model, self._params, self._sets, self._tokenizer = model, params, sets, tokenizer
     self._features: dict[str, jax.Array] = {}
+    self._tries: dict[str, Trie] = {}
 
   def inputs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, R, D] of the readout of a kind's input, not normalised."""
@@ -58,12 +60,24 @@ class Predictor:
     """Cosines of features [B, D] and [C, D]: [B, C]."""
     return np.asarray(similarity.logits(left, right, np.float32(1)))
 
-  def captions(self, task: TaskSpec, pixels: np.ndarray, beams: int = 1, penalty: float = 0.0) -> list[str]:
-    """Captions of pictures or clips [B, T, H, W, C], as a task gives them; `beams` and `penalty` as in `decode.search`."""
+  def captions(
+      self, task: TaskSpec, pixels: np.ndarray, beams: int = 1, penalty: float = 0.0, answers: str = '') -> list[str]:
+    """Captions of pictures or clips [B, T, H, W, C], as a task gives them; `beams` and `penalty` as in `decode.search`.
+
+    answers: a target set of texts; every caption is one of them. '': any words.
+    """
     ask = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, length=task.length,
                beams=beams, penalty=penalty)
-    tokens = _captions(self._model, task.kind, tuple(ask.items()), self._params, pixels, self.target_set(task.target_set))
+    words, trie = self.target_set(task.target_set), self._trie(answers) if answers else None
+    tokens = _captions(self._model, task.kind, tuple(ask.items()), self._params, pixels, words, trie)
     return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
+
+  def _trie(self, name: str) -> Trie:
+    """The texts of a target set as sequences of words, each with its end."""
+    if name not in self._tries:
+      rows = self._tokenizer.encode_batch(list(self._sets[name][1].texts))
+      self._tries[name] = Trie.of([*row, self._tokenizer.eot] for row in rows)
+    return self._tries[name]
 
 
 def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -88,8 +102,8 @@ def _log_p(model: UniPerceiver, params, features, targets, temperature: str, hea
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _captions(model: UniPerceiver, kind: Kind, ask: tuple, params, pixels, words) -> jax.Array:
-  return decode.search(model, params, kind, pixels, words, **dict(ask)).tokens[:, 0]
+def _captions(model: UniPerceiver, kind: Kind, ask: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
+  return decode.search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
 
 
 def seed_of(name: str) -> int:

@@ -136,7 +136,7 @@ def predictor(run: Run, checkpoints: Checkpoints) -> tuple[Predictor, Any]:
   state = checkpoints.restore(run.like())
   params = state.params if state.ema is None else state.ema
   model = UniPerceiver(run.spec.model.spec)
-  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets)}
+  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   return Predictor(model, params, sets, run.data.tokenizer), params
 
 

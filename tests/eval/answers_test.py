@@ -1,0 +1,113 @@
+"""Captions of a closed set of answers, and of clips by a model that was never trained to caption any."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import resolve
+from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.eval import suite
+from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.train import setup
+
+ANSWERS = ('a', 'or')
+BEAMS = 3  # more than answers
+LENGTH = 5  # of captions, in tokens
+
+
+def _config(answers=ANSWERS):
+  c = tiny.config('caption', data_dir=tiny.data_dir())
+  c.tasks.caption.length = LENGTH
+  c.model.layers = 1
+  c.sets.closed = config_lib.target_set(answers, family='names')
+  # What a clip is called was never asked in training; its scale is that of pictures.
+  c.tasks.clip = config_lib.task(
+      'video_caption', 'clips', batch=0, target_set='words', captions=('{name}',), length=LENGTH, temperature='image_caption')
+  for name, chosen in (('clips', ''), ('closed clips', 'closed')):
+    c.evaluators[name] = config_lib.evaluator('caption', 'clip', split='train', batch=8, answers=chosen)
+  return c
+
+
+@functools.cache
+def _run():
+  run = setup.build(_config(), jax.devices()[:1])
+  return run, run.init().params
+
+
+def _predictor(tokenizer=None, **texts) -> Predictor:
+  """A predictor of fresh parameters; its tokenizer, or the texts of some sets, replaced."""
+  run, params = _run()
+  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  for name, given in texts.items():
+    sets[name] = (sets['closed'][0], dataclasses.replace(sets['closed'][1], texts=tuple(given)))
+  return Predictor(UniPerceiver(run.spec.model.spec), params, sets, tokenizer or run.data.tokenizer)
+
+
+class _Numbers:
+  """A tokenizer that writes ids as they are, so that whatever is said is a text and back."""
+
+  def __init__(self):
+    given = _run()[0].data.tokenizer
+    self.spe, self.eot, self.size = given.spe, given.eot, given.size
+
+  def decode(self, ids) -> str:
+    return ' '.join(str(i) for i in ids[:ids.index(self.eot) if self.eot in ids else None])
+
+  def encode_batch(self, texts) -> list[list[int]]:
+    return [[int(w) for w in t.split()] for t in texts]
+
+
+def _ask(name: str):
+  """(task, pixels) of four examples."""
+  data = _run()[0].data
+  task = next(t for t in (*_run()[0].plan.tasks, *_run()[0].plan.probes) if t.name == name)
+  return task, next(evaluation_batches(data.examples(task), np.arange(4), 4))[0]['pixels']
+
+
+def test_captions_of_a_closed_set_are_always_its_members():
+  predictor, asked = _predictor(), _ask('caption')
+  assert set(predictor.captions(*asked, BEAMS, 0.0, 'closed')) <= set(ANSWERS)
+  assert not set(predictor.captions(*asked, BEAMS)) & set(ANSWERS)  # by themselves they would be others
+
+
+def test_a_set_that_holds_what_is_said_anyway_changes_nothing():
+  asked = _ask('caption')
+  said = _predictor(_Numbers()).captions(*asked, BEAMS)
+  # As long as what is said: shorter answers, which a beam of any words lets go early, can be likelier.
+  others = tuple(' '.join([word] * LENGTH) for word in ('5', '9'))
+  assert not set(said) & set(others)
+  assert _predictor(_Numbers(), said=(*said, *others)).captions(*asked, BEAMS, 0.0, 'said') == said
+
+
+def test_clips_are_captioned_by_a_model_that_learnt_pictures_alone(tmp_path):
+  run, _ = _run()
+  assert [t.kind.name for t in run.plan.tasks] == ['image_caption']
+  rows = suite.evaluate(run.plan, run.data, _predictor(), 0, tmp_path)
+  found = {(r['evaluator'], r['metric']): r for r in rows}
+  assert {m for e, m in found if e == 'clips'} == {'exact', 'BLEU-4', 'ROUGE-L', 'CIDEr-D', 'word F1'}
+  assert all(r['floors'] for r in rows)
+  assert found['clips', 'exact']['count'] == 10 and found['closed clips', 'exact']['count'] == 10
+  shown = json.loads((tmp_path / 'samples.json').read_text())['closed clips']
+  assert {s['prediction'] for s in shown} <= set(ANSWERS)
+
+
+def test_clips_need_a_scale_that_some_trained_task_has():
+  config = _config()
+  config.tasks.clip.temperature = ''
+  with pytest.raises(ValueError, match="config.tasks.clip.temperature='video_caption': no trained task has this group"):
+    resolve.resolve(config)
+
+
+def test_an_answer_that_is_longer_than_a_caption_is_named_before_anything_runs():
+  config = _config((*ANSWERS, 'small shape'))
+  with pytest.raises(ValueError, match="config.tasks.clip.length=5 is too short for answer 'small shape' of "
+                                       "config.evaluators.closed clips.answers='closed', which has [0-9]+ tokens"):
+    Data(config, resolve.resolve(config))

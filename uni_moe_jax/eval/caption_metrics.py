@@ -1,0 +1,107 @@
+"""ROUGE-L and CIDEr-D of captions, as the COCO caption toolkit counts them, without Java.
+
+The toolkit splits texts with the Penn Treebank tokenizer, a Java program. Here they are split as BLEU's are (sacrebleu's 13a,
+folded case), and the toolkit's list of punctuation is dropped after that, as there. The difference: 13a keeps "don't" and
+"half-full" whole, where the Treebank's makes "do n't" of the first. Numbers of texts without such words are the toolkit's.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+import math
+
+import numpy as np
+
+from uni_moe_jax.eval import metrics
+
+_PUNCTUATION = frozenset(("''", "'", '``', '`', '"', '(', ')', '[', ']', '{', '}', '.', '?', '!', ',',
+                          ':', '-', '--', '...', ';'))
+_BETA = 1.2  # of ROUGE-L: recall counts β² times as much as precision
+_LONGEST = 4  # words of an n-gram
+_SIGMA = 6.0  # words: by how much a caption may be too long or too short before CIDEr-D fades
+
+
+class _Words:
+  """Splits a text; the interface is that of rouge_score's tokenizers."""
+
+  def __init__(self):
+    from sacrebleu.tokenizers import tokenizer_13a  # Costs time to load, and only captioning needs it.
+
+    self._split = tokenizer_13a.Tokenizer13a()
+
+  def tokenize(self, text: str) -> list[str]:
+    return [w for w in self._split(text.casefold()).split() if w not in _PUNCTUATION]
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
+  """Returns the mean ROUGE-L in [0, 1] (Lin, 2004) with β = 1.2.
+
+  P and R are the longest common subsequence over the words of the prediction and of the reference, each the best over the
+  references on its own (so in the COCO toolkit); the score is (1 + β²) P R / (R + β² P).
+
+  Args:
+    predictions: N texts.
+    references: for each one text, or several.
+
+  Raises:
+    ValueError: there are no examples, an example has no reference, or lengths differ.
+  """
+  from rouge_score import rouge_scorer  # Costs time to load, and only captioning needs it.
+
+  scorer = rouge_scorer.RougeScorer(['rougeL'], tokenizer=_Words())
+
+  def one(prediction: str, several: Sequence[str]) -> float:
+    found = [scorer.score(reference, prediction)['rougeL'] for reference in several]
+    P, R = max(s.precision for s in found), max(s.recall for s in found)
+    return (1 + _BETA ** 2) * P * R / (R + _BETA ** 2 * P) if P and R else 0.0
+
+  return metrics.mean([one(*pair) for pair in metrics.with_references(predictions, references)])
+
+
+def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
+  """Returns the mean CIDEr-D in [0, 10] (Vedantam et al., CVPR 2015, section 4 and the variant D of section 7).
+
+  For n = 1…4, a text is the vector of its n-grams' counts times log(N / number of examples with the n-gram in a reference).
+  A pair scores the cosine, with each of the prediction's entries clipped at the reference's, times
+  exp(-(difference in words)² / (2 · 6²)); 10 times the mean over n and references. Rare words are judged by this corpus: the
+  score of one example alone is 0, and scores of corpora of other sizes do not compare.
+
+  Args:
+    predictions: N texts.
+    references: for each one text, or several.
+
+  Raises:
+    ValueError: there are no examples, an example has no reference, or lengths differ.
+  """
+  split = _Words().tokenize
+  pairs = [(_counts(split(prediction)), [_counts(split(one)) for one in several])
+           for prediction, several in metrics.with_references(predictions, references)]
+  documents = collections.Counter(gram for _, several in pairs for gram in set().union(*several))
+  return metrics.mean([np.mean([_similarity(prediction, one, documents, len(pairs)) for one in several])
+                       for prediction, several in pairs])
+
+
+def _counts(words: list[str]) -> collections.Counter:
+  """How often each n-gram of 1 to 4 words occurs; an n-gram is a tuple."""
+  return collections.Counter(tuple(words[i:i + n]) for n in range(1, _LONGEST + 1) for i in range(len(words) - n + 1))
+
+
+def _similarity(
+    prediction: collections.Counter, reference: collections.Counter, documents: collections.Counter, N: int) -> float:
+  """CIDEr-D of one text against one reference; documents: number of examples with each n-gram in a reference, of N."""
+  def vector(counts: collections.Counter, n: int) -> dict[tuple[str, ...], float]:
+    # An n-gram of no reference is as rare as one of a single example.
+    return {g: c * math.log(N / max(1, documents[g])) for g, c in counts.items() if len(g) == n}
+
+  def length(counts: collections.Counter) -> int:
+    return sum(c for g, c in counts.items() if len(g) == 1)
+
+  total = 0.0
+  for n in range(1, _LONGEST + 1):
+    p, r = vector(prediction, n), vector(reference, n)
+    norm = math.hypot(*p.values()) * math.hypot(*r.values())
+    if norm:
+      total += sum(min(x, r.get(g, 0.0)) * r.get(g, 0.0) for g, x in p.items()) / norm
+  fade = math.exp(-(length(prediction) - length(reference)) ** 2 / (2 * _SIGMA ** 2))
+  return 10 * fade * total / _LONGEST
