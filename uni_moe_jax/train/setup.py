@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -67,10 +68,16 @@ class Run:
     examples = {t.name: self.data.examples(t, training=True) for t in self.plan.tasks}
     return Mixture(self.plan, examples, c.seed, c.train.mixture, c.model.max_frames, feed)
 
-  def step_fn(self, task: str | None = None):
-    """The jitted step of the whole mixture, or of a step that holds one task. (state, batch, sets) → (state, metrics)."""
+  def step_fn(self, task: str | None = None) -> 'Step':
+    """The jitted step of the whole mixture, or of a step that holds one task."""
     spec = self.spec if task is None else dataclasses.replace(self.spec, plan=self.plan.only(task))
-    return jax.jit(functools.partial(train_step, spec=spec), donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def step(state, batch, sets, key):
+      return train_step(state, batch, sets, jax.random.wrap_key_data(key), spec=spec)
+
+    key = np.asarray(jax.random.key_data(jax.random.key(self.config.seed)))
+    return Step(jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None)),
+                jax.device_put(key, sharding.replicated(self.mesh)))
 
   def put(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Places a host batch on the mesh: every process gives its own shards."""
@@ -94,6 +101,21 @@ class Run:
         kept = leaf.size // self.spec.model.spec.num_experts * self.spec.model.spec.top_k
       used += kept
     return {'total': total, 'used_per_token': used}
+
+
+class Step:
+  """A run's jitted step: (state, batch, sets) → (state, metrics). The seed goes in as data, and is in no compiled program."""
+
+  def __init__(self, jitted: Any, key: jax.Array):
+    """key: its data, uint32 [2]."""
+    self._jitted, self._key = jitted, key
+
+  def __call__(self, state: TrainState, batch: Batch, sets: Sets) -> tuple[TrainState, dict[str, jax.Array]]:
+    return self._jitted(state, batch, sets, self._key)
+
+  def lower(self, state: TrainState, batch: Batch, sets: Sets) -> Any:
+    """As of a jitted function."""
+    return self._jitted.lower(state, batch, sets, self._key)
 
 
 def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> ModelSpec:
@@ -180,7 +202,7 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   params = nn.unbox(boxed)
   tx, rate, rules = optim.make_optimizer(
       config, params, functools.partial(unit_axes, model.spec), functools.partial(optim.layers_above, model.spec.stack))
-  spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, seed=config.seed, accum=config.train.accum,
+  spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, accum=config.train.accum,
                   ema=config.train.ema, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
                   contrastive=config.train.contrastive, twins=config.train.twins,
                   without_gradient=config.optim.without_gradient, frozen=optim.frozen_paths(rules))
