@@ -41,6 +41,20 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
   c.train.update(dict(mixture='sampled', encode_all_sets=True, contrastive='sum', twins='negatives'))
 
 
+def prompt_tune(c: ml_collections.ConfigDict, prompts: int = 8, sides: str = 'shared') -> None:
+  """Prompt tuning: deep prompts, norms, the bias of `spe` and a linear head train; all else stands still.
+
+  Args:
+    c: config to change.
+    prompts: per layer.
+    sides: of `config.model.prompt_sides`.
+  """
+  c.model.update(dict(prompts=prompts, prompt_sides=sides, spe_bias=True))
+  c.optim.rules = (
+      (r'prompts/|spe_bias|linear_head/|(block\d+/norm[12]|embed/norm|similarity/norm)/', 1.0, 0.0),
+      (r'.*', config.FREEZE))
+
+
 def embedded(c: ml_collections.ConfigDict) -> None:
   """The embedded data: seven tasks of six kinds on glyphs, clips and text, and their evaluators.
 

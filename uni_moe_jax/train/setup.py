@@ -133,8 +133,9 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
 
 
 def router_tasks(plan: Plan) -> tuple[str, ...]:
-  """Names of the task router's table: the built-in ones, then those of the config's own kinds and sets."""
-  own = [k.router_task for k in plan.kinds] + [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
+  """Names of the task router's table: the built-in ones, then those of the config's own kinds and their families."""
+  own = [k.router_task for k in plan.kinds] + [k.target for k in plan.kinds if k.target != 'pair']
+  own += [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
   return tuple(dict.fromkeys([*tasks.router_tasks(), *own]))
 
 
@@ -153,9 +154,15 @@ def conditions(plan: Plan) -> tuple[Condition, ...]:
 
 
 def predictor(run: Run, checkpoints: Checkpoints) -> tuple[Predictor, Any]:
-  """(predictor, parameters) of the newest checkpoint: the averaged parameters where the run keeps them."""
-  state = checkpoints.restore(run.like())
-  params = state.params if state.ema is None else state.ema
+  """(predictor, parameters) of the newest checkpoint: the averaged parameters where the run keeps them.
+
+  A run that trains nothing has none: it is what it starts from.
+  """
+  if run.plan.tasks:
+    state = checkpoints.restore(run.like())
+    params = state.params if state.ema is None else state.ema
+  else:
+    params = warm_params(run)
   model = UniPerceiver(run.spec.model.spec)
   sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets)}
   return Predictor(model, params, sets, run.data.tokenizer), params
@@ -178,6 +185,20 @@ def warm_params(run: Run) -> Any:
   return params
 
 
+def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collections.ConfigDict) -> None:
+  """Raises ValueError unless a task router has the names that the run to start from has learnt, and no other."""
+  if config.moe.router != 'task' or old.moe.router != 'task':
+    return
+  learnt, asked = router_tasks(resolve.resolve(old)), router_tasks(plan)
+  if new := [name for name in asked if name not in learnt]:
+    raise ValueError(f"config.moe.router='task': {config.train.init!r} has no embedding for {', '.join(new)}; it has "
+                     f"{', '.join(learnt)}. Give the kind one of these as router_task, or start from a run with another "
+                     'router.')
+  if asked != learnt:
+    raise ValueError(f'config.kinds: the task router of {config.train.init!r} has embeddings for {", ".join(learnt)}; declare '
+                     "that run's kinds, in its order.")
+
+
 def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   """Checks a config and builds its run.
 
@@ -190,7 +211,7 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   """
   plan = resolve.resolve(config)
   if config.train.init:
-    workdir.load_config(config.train.init)  # says what is wrong with a folder that is no run's
+    _check_router(config, plan, workdir.load_config(config.train.init))
   mesh_fields = {axis: config.mesh[axis] for axis in sharding.AXES}
   mesh = sharding.make_mesh(mesh_fields, devices)
   resolve.check_mesh(config, mesh.shape)
