@@ -199,19 +199,6 @@ def test_noise_belongs_to_the_step():
   assert float(here['loss/total']) != float(there['loss/total'])
 
 
-def test_noise_belongs_to_the_seed_and_the_compiled_program_does_not():
-  run = _run()
-  state, batch = _copy()(_states()[0][1]), _batches()[1]
-  other = dataclasses.replace(run, config=run.config.copy_and_resolve_references())
-  other.config.seed = 1
-  there = setup.Step(_step()._jitted, other.step_fn()._key)(state, batch, _sets())[1]
-  assert float(there['loss/total']) != float(_take(_states()[0][1], batch)[1]['loss/total'])
-  text = {name: r.step_fn().lower(run.like(), batch, _sets()).as_text() for name, r in (('this', run), ('other', other))}
-  assert text['this'] == text['other']
-  changed = dataclasses.replace(run, spec=dataclasses.replace(run.spec, ema=.5))
-  assert changed.step_fn().lower(run.like(), batch, _sets()).as_text() != text['this']
-
-
 def test_a_step_transfers_nothing_implicitly():
   run = _run()
   state, host = _copy()(_states()[0][1]), next(run.mixture().iterate(1, 2))[1]

@@ -162,7 +162,7 @@ def predictor(run: Run, checkpoints: Checkpoints) -> tuple[Predictor, Any]:
     state = checkpoints.restore(run.like())
     params = state.params if state.ema is None else state.ema
   else:
-    params = warm_params(run)
+    params = jax.device_put(warm_params(run), run.shardings.params)
   model = UniPerceiver(run.spec.model.spec)
   sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets)}
   return Predictor(model, params, sets, run.data.tokenizer), params
@@ -179,8 +179,9 @@ def warm_params(run: Run) -> Any:
     if checkpoints.latest() is None:
       raise ValueError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
     old = checkpoints.restore_params()
-  fresh = init_params(run.spec.model, jax.random.key(run.config.seed))
-  params, added, left = warm_start.joined(fresh, old, init)
+  params, added, left = warm_start.joined(run.shapes.params, old, init)
+  if added:  # only then are fresh ones worth their seconds
+    params, _, _ = warm_start.joined(init_params(run.spec.model, jax.random.key(run.config.seed)), old, init)
   print(f'starts from {init}; fresh: {", ".join(added) or "nothing"}; left behind: {", ".join(left) or "nothing"}', flush=True)
   return params
 

@@ -48,12 +48,12 @@ def compared(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:
 
   Returns:
     {'parameters', 'trained': how many values there are, and of them those that train; 'identical': whether all that is frozen
-    has the same bits as before; 'moved': whether something that trains has not}.
+    and was there before has the same bits; 'moved': whether something that trains has not}.
   """
   here, there = ({path_of(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(t)} for t in (after, before))
   same = {path for path in {*here} & {*there} if here[path].tobytes() == there[path].tobytes()}
   return {
       'parameters': sum(x.size for x in here.values()),
       'trained': sum(x.size for path, x in here.items() if path not in frozen),
-      'identical': {*here} & frozen <= same,
+      'identical': {*here} & {*there} & frozen <= same,
       'moved': bool({*here} - frozen - same)}
