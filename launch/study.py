@@ -39,7 +39,7 @@ def _run(command: list[str]) -> int:
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda n, _: (received.append(n), child.send_signal(n)))
   code = child.wait()
-  return _PREEMPTED if received and code < 0 else code
+  return _PREEMPTED if received and code <= 0 else code
 
 
 def main() -> int:
@@ -51,19 +51,20 @@ def main() -> int:
     for regime in _REGIMES.value:
       resolve.resolve(regimes.REGIMES[regime][1](f'{run},{task}'))
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
-  from uni_moe_jax import study
-  every = study.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))
-  study.claim(folder, {'run': run, 'amount': _AMOUNT.value, 'overrides': _OVERRIDE.value})
+  from uni_moe_jax.study import cells
+  every = cells.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))
+  cells.claim(folder, {'run': run, 'amount': _AMOUNT.value, 'overrides': _OVERRIDE.value})
   for i, cell in enumerate(every, 1):
-    print(f'{i}/{len(every)} {cell.folder}' + (': done' if study.done(folder, cell) else ''), flush=True)
-    for command in [] if study.done(folder, cell) else study.commands(cell, run, _AMOUNT.value, folder, _OVERRIDE.value):
+    print(f'{i}/{len(every)} {cell.folder}' + (': done' if cells.done(folder, cell) else ''), flush=True)
+    for command in [] if cells.done(folder, cell) else cells.commands(cell, run, _AMOUNT.value, folder, _OVERRIDE.value):
       if code := _run(command):
         return code
-  results = study.collect(every, run, folder)
-  pathlib.Path(folder, study.RESULTS).write_text(json.dumps(results, indent=1))
-  pathlib.Path(folder, study.TABLE).write_text(study.table(results) + '\n')
-  print(study.table(results))
-  broken = study.breaches(results)
+  from uni_moe_jax.study import results
+  found = results.collect(every, run, folder)
+  pathlib.Path(folder, results.RESULTS).write_text(json.dumps(found, indent=1))
+  pathlib.Path(folder, results.TABLE).write_text(results.table(found) + '\n')
+  print(results.table(found))
+  broken = results.breaches(found)
   for sentence in broken:
     print(f'error: {sentence}', file=sys.stderr)
   return cli.ERROR if broken else _FINISHED

@@ -53,7 +53,7 @@ _RULES = {
     ),
     'study': (
         ('plan', 'config', 'resolve', 'recipes', 'data', 'eval', 'train', 'regimes'),
-        'it reads what the commands wrote, and compares it',
+        'it reads what the commands wrote into work directories, and compares it',
     ),
     'export': (
         ('attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'moe', 'model', 'data', 'eval'),

@@ -1,83 +1,25 @@
-"""A study of regimes: one run, several tasks, seeds and regimes, each a work directory; their scores in one table.
-
-What is compared is what `launch/train.py` and `launch/evaluate.py` make of the configs in `regimes.REGIMES`: every cell can be
-repeated by hand. A cell that is evaluated is done.
-"""
+"""What came of a study: scores over seeds in one table, what each regime trained, and whether it kept its promises."""
 
 import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from uni_moe_jax import regimes, resolve
+from uni_moe_jax import resolve
 from uni_moe_jax.data import sources
 from uni_moe_jax.data.examples import subset
-from uni_moe_jax.eval.suite import EVALUATION_FILE
+from uni_moe_jax.study.cells import EVALUATION, Cell
 from uni_moe_jax.train import optim, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
-SETTINGS, RESULTS, TABLE = 'settings.json', 'study.json', 'study.md'
-UNTUNED, PROMPT = 'untuned', 'prompt'
-PROMPT_SHARE = 0.02  # prompt tuning trains less than this share of the parameters
+RESULTS, TABLE = 'study.json', 'study.md'
+PROMPT, PROMPT_SHARE = 'prompt', 0.02  # prompt tuning trains less than this share of the parameters
 _WITHIN = 1.96  # standard errors on both sides: 95 %
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """One work directory of a study."""
-  task: str
-  regime: str
-  seed: int
-
-  @property
-  def folder(self) -> str:
-    return f'{self.task}-{self.regime}' + (f'-{self.seed}' if self.regime != UNTUNED else '')
-
-  @property
-  def trains(self) -> bool:
-    return self.regime != UNTUNED
-
-
-def cells(tasks: Sequence[str], names: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
-  """Every cell; seeds come last, so that those of one compiled program follow each other. Untuned ones know no seed."""
-  return [Cell(task, regime, seed) for task in tasks for regime in names
-          for seed in (seeds[:1] if regime == UNTUNED else seeds)]
-
-
-def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-  """Makes a folder this study's, or checks that it already is: cells that are done there must be of the same settings.
-
-  Raises:
-    ValueError: they are of others.
-  """
-  path = pathlib.Path(folder) / SETTINGS
-  if path.exists():
-    if (old := json.loads(path.read_text())) != settings:
-      changed = ', '.join(f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v)
-      raise ValueError(f'{folder} holds a study with other settings ({changed}); give another --workdir.')
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(settings, indent=1))
-
-
-def done(folder: str | os.PathLike[str], cell: Cell) -> bool:
-  """Whether a cell is evaluated."""
-  return (pathlib.Path(folder) / cell.folder / EVALUATION_FILE).exists()
-
-
-def commands(cell: Cell, run: str, amount: str, folder: str, overrides: Sequence[str]) -> list[list[str]]:
-  """What makes a cell: arguments of the launch scripts, to be run from the repository's root."""
-  file, _ = regimes.REGIMES[cell.regime]
-  argument = f'{run},{cell.task}' + (f',{amount}' if cell.trains else '')
-  where = f'--workdir={pathlib.Path(folder) / cell.folder}'
-  config = [f'--config={file}:{argument}', where, f'--config.seed={cell.seed}', *(f'--config.{o}' for o in overrides)]
-  return [['launch/train.py', *config], ['launch/evaluate.py', where]] if cell.trains else [['launch/evaluate.py', *config]]
 
 
 def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
@@ -87,10 +29,10 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
     {'steps', 'examples' (distinct ones it may read), 'drawn' (steps · batch), 'parameters', 'trained' (of them), 'share',
     'identical': whether everything frozen is bit for bit that of the run, 'moved': whether something trained is not}.
   """
-  where = pathlib.Path(folder) / cell.folder
-  config = workdir.load_config(where)
   if not cell.trains:
     return {'steps': 0, 'examples': 0, 'drawn': 0, 'trained': 0, 'share': 0.0}
+  where = pathlib.Path(folder) / cell.folder
+  config = workdir.load_config(where)
   with Checkpoints(where, keep=None) as checkpoints:
     steps, after = checkpoints.latest(), checkpoints.restore_params()
   kept = warm_start.compared(_start(run), after, optim.frozen_paths(optim.match_rules(after, config.optim.rules)))
@@ -114,7 +56,7 @@ def collect(every: Sequence[Cell], run: str, folder: str) -> dict[str, Any]:
   """The study's results: {'run', 'cells': [{task, regime, seed, facts…}], 'scores': see `summary`}."""
   rows = []
   for cell in every:
-    for row in json.loads((pathlib.Path(folder) / cell.folder / EVALUATION_FILE).read_text()):
+    for row in json.loads((pathlib.Path(folder) / cell.folder / EVALUATION).read_text()):
       rows.append({**dataclasses.asdict(cell), **row})
   return {'run': run, 'cells': [{**dataclasses.asdict(c), **facts(c, run, folder)} for c in every], 'scores': summary(rows)}
 
