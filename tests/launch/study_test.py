@@ -58,7 +58,8 @@ def _root(tmp_path):
 def _start(root, *arguments):
   return subprocess.Popen(
       [sys.executable, 'launch/study.py', f'--run={root / "run"}', f'--workdir={root / "study"}', '--tasks=digits', *arguments],
-      cwd=root, env={**os.environ, 'PYTHONPATH': str(_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      cwd=root, env={**os.environ, 'PYTHONPATH': str(_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      start_new_session=True)
 
 
 def _run(root, *arguments):
@@ -102,14 +103,15 @@ def _tuned(root, seed):
   return config
 
 
-def test_a_signal_reaches_the_command_once_and_the_study_can_go_on(root):
+@pytest.mark.parametrize('send', [os.kill, os.killpg], ids=['to the study', 'to everybody'])
+def test_a_signal_reaches_the_command_once_and_the_study_can_go_on(root, send):
   (root / 'train').write_text('wait')
   process = _start(root, '--regimes=finetune', '--seeds=1')
   end = time.monotonic() + 60
   while not (root / 'started').exists():
     assert time.monotonic() < end and process.poll() is None
     time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
+  send(process.pid, signal.SIGINT)
   process.communicate(timeout=30)
   assert process.returncode == 75
 
