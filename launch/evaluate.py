@@ -1,5 +1,9 @@
 """Evaluates a trained work directory: python launch/evaluate.py --workdir=runs/quickstart
 
+Or asks a run something that it was not trained for, untuned, and keeps the answers in a work directory of their own:
+
+  python launch/evaluate.py --config=configs/zero_shot.py:runs/quickstart,digits --workdir=runs/digits
+
 Runs the evaluators of its config on the newest checkpoint (averaged parameters where the run kept them), prints one table
 and writes evaluation.json, samples.json and experts.json. What is evaluated already is not evaluated again without --force.
 """
@@ -11,21 +15,29 @@ from absl import flags
 
 from uni_moe_jax import cli
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote.', required=True)
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote; with --config, one to write to.', required=True)
 _FORCE = flags.DEFINE_bool('force', False, 'Evaluate again what is evaluated already.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies, if not where training found it.')
 
 
 def main() -> int:
+  from uni_moe_jax import resolve
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = _WORKDIR.value
-  config = workdir_lib.load_config(workdir)  # a wrong folder is told before the libraries below are loaded
+  # Mistakes are told before the libraries below are loaded.
+  if _CONFIG.present:
+    config = cli.config_of(_CONFIG)
+    workdir_lib.claim_workdir(workdir, config)
+  else:
+    config = workdir_lib.load_config(workdir)
+  plan = resolve.resolve(config)
   from uni_moe_jax.eval import metrics, suite
   from uni_moe_jax.train import checkpoint
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
   with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
-    step = checkpoints.latest()
+    step = checkpoints.latest() if plan.tasks else 0
     if step is None:
       raise cli.UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')
     if step == suite.evaluated_step(workdir) and not _FORCE.value:
@@ -34,6 +46,8 @@ def main() -> int:
     else:
       from uni_moe_jax.train import setup
       run = setup.build(config)
+      if _CONFIG.present:
+        workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
       predictor, params = setup.predictor(run, checkpoints)
       suite.write_experts(run.spec.model.spec, params, setup.conditions(run.plan), workdir)
       rows = suite.evaluate(run.plan, run.data, predictor, step, workdir)

@@ -20,7 +20,7 @@ def main() -> int:
   from uni_moe_jax.train import workdir
   # Mistakes are told before the slow libraries below are loaded.
   config = cli.config_of(_CONFIG)
-  resolve.resolve(config)
+  resolve.check_trains(resolve.resolve(config))
   workdir.claim_workdir(_WORKDIR.value, config)
   storage.check_directory(config.data.dir)
   from uni_moe_jax.train import loop

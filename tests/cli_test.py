@@ -69,6 +69,28 @@ def test_evaluating_a_folder_without_a_run_says_how_to_train(tmp_path):
   assert 'holds no run' in said and 'launch/train.py' in said
 
 
+def _zero_shot(tmp_path, script: str, argument: str) -> str:
+  config = f'--config=configs/zero_shot.py:{argument.format(run=tmp_path / "trained")}'
+  return _complaint(_run(script, config, f'--workdir={tmp_path / "new"}'))
+
+
+@pytest.mark.parametrize('script, argument, said', [
+    ('evaluate.py', '{run}', 'give RUN,TASK: the workdir of a trained run'),
+    ('evaluate.py', '{run}x,digits', "trainedx' holds no run (config.json is missing); did you mean 'trained'"),
+    ('evaluate.py', '{run},digit', "task 'digit' is unknown; did you mean 'digits'"),
+    ('train.py', '{run},digits', 'every task has batch=0, so that there is nothing to train; evaluate')])
+def test_a_run_or_a_task_that_is_mistyped_is_told(tmp_path, script, argument, said):
+  workdir_lib.claim_workdir(tmp_path / 'trained', tiny.config('shape'), 'print')
+  assert said in _zero_shot(tmp_path, script, argument)
+  assert not (tmp_path / 'new').exists()
+
+
+def test_evaluating_into_a_folder_of_another_run_is_refused(tmp_path):
+  for name in ('trained', 'new'):
+    workdir_lib.claim_workdir(tmp_path / name, tiny.config('shape'), 'print')
+  assert 'belongs to a run with another config' in _zero_shot(tmp_path, 'evaluate.py', '{run},digits')
+
+
 def test_a_missing_workdir_flag_is_named():
   assert '--workdir' in _complaint(_run('train.py', '--config=configs/quickstart.py'))
 

@@ -1,9 +1,12 @@
 """Every file in configs/: it resolves, its model can be built, and routers differ by one value."""
 
+import atexit
+import dataclasses
 import functools
 import importlib.util
 import math
 import pathlib
+import tempfile
 
 from absl.testing import absltest, parameterized
 from flax import traverse_util
@@ -13,9 +16,11 @@ import ml_collections
 from tests import small_model
 from uni_moe_jax import config, resolve, tasks
 from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.train import optim, workdir
 
 _FILES = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
 _QUICKSTART = next(f for f in _FILES if f.stem == 'quickstart')
+_FROM_A_RUN = ('finetune', 'prompt_tune', 'zero_shot')  # their argument names one, and a task
 
 
 def _module(path: pathlib.Path):
@@ -27,10 +32,19 @@ def _module(path: pathlib.Path):
 
 
 def _get(path: pathlib.Path) -> ml_collections.ConfigDict:
-  c = _module(path).get_config()
+  c = _module(path).get_config(*([f'{_run()},digits'] if path.stem in _FROM_A_RUN else []))
   if c.tokenizer.kind == 'clip':
     c.tokenizer.merges = 'a file that only its user has'
   return c
+
+
+@functools.cache
+def _run() -> str:
+  """The work directory of a run of the quickstart."""
+  folder = tempfile.TemporaryDirectory(prefix='run_')
+  atexit.register(folder.cleanup)
+  workdir.claim_workdir(folder.name, _get(_QUICKSTART), 'print')
+  return folder.name
 
 
 def _quickstart(router: str) -> ml_collections.ConfigDict:
@@ -62,7 +76,8 @@ class EveryConfigTest(parameterized.TestCase):
 
   @parameterized.parameters(*_FILES)
   def test_it_resolves(self, path):
-    self.assertNotEmpty(resolve.resolve(_get(path)).tasks)
+    plan = resolve.resolve(_get(path))
+    self.assertNotEmpty(plan.probes if path.stem == 'zero_shot' else plan.tasks)
 
   @parameterized.parameters(*_FILES)
   def test_it_has_no_field_that_the_base_lacks(self, path):
@@ -79,6 +94,20 @@ class EveryConfigTest(parameterized.TestCase):
     c = _get(path)
     shapes = jax.tree.map(lambda leaf: leaf.shape, small_model.nn.unbox(small_model.boxed(_spec(c))))
     self.assertEqual(shapes['embed']['word'], (c.tokenizer.vocab_size, c.model.width))
+
+
+class TuningTest(parameterized.TestCase):
+
+  @parameterized.parameters('digits', 'clip_caption', 'clip_name')
+  def test_prompt_tuning_of_the_quickstart_trains_less_than_two_percent(self, task):
+    path = next(f for f in _FILES if f.stem == 'prompt_tune')
+    c = _module(path).get_config(f'{_run()},{task}')
+    head = 10 if c.tasks[task].head else 0
+    params = small_model.nn.unbox(small_model.boxed(dataclasses.replace(_spec(c), head=head)))
+    rules = jax.tree.leaves(optim.match_rules(params, c.optim.rules))
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    trained = sum(size for size, rule in zip(sizes, rules, strict=True) if not rule.frozen)
+    self.assertBetween(trained / sum(sizes), 1e-4, 0.02)
 
 
 class RouterTest(parameterized.TestCase):

@@ -47,6 +47,14 @@ _RULES = {
         ('attributes', 'tasks', 'plan', 'config', 'resolve', 'sharding', 'losses', 'model', 'data', 'eval'),
         'the trainer joins the other rooms; experts it knows only through the model',
     ),
+    'regimes': (
+        ('tasks', 'plan', 'config', 'resolve', 'recipes', 'train'),
+        'a regime makes a config from that of a run, which lies in its work directory',
+    ),
+    'study': (
+        ('plan', 'config', 'resolve', 'recipes', 'data', 'eval', 'train', 'regimes'),
+        'it reads what the commands wrote into work directories, and compares it',
+    ),
     'export': (
         ('attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'moe', 'model', 'data', 'eval'),
         'a finished model is exported without the machinery that trained it',

@@ -45,8 +45,9 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
     kinds_lib.check_kind(kinds[name], families)
   sets = tuple(_resolve_set(name, s, families) for name, s in c.sets.items())
   trained = {name for name, t in c.tasks.items() if t.batch != 0}
-  if not trained:
-    raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…).')
+  if not trained and not (c.train.init and c.evaluators):
+    raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…). To evaluate another run as it is, '
+                     'name it in config.train.init and give config.evaluators.')
   lengths: dict[str, set[tuple[int, int]]] = {}
   for name in trained:
     lengths.setdefault(c.tasks[name].kind, set()).add((c.tasks[name].length, c.tasks[name].picks))
@@ -270,6 +271,13 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[st
       raise ValueError(f"config.{field}={e.answers!r} is the vocabulary, so that any word may be said; set it to '', or to a "
                        'set of texts.')
   return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty, e.answers)
+
+
+def check_trains(plan: Plan) -> None:
+  """Raises ValueError where a plan only evaluates."""
+  if not plan.tasks:
+    raise ValueError('config.tasks: every task has batch=0, so that there is nothing to train; evaluate what '
+                     'config.train.init names: python launch/evaluate.py --config=… --workdir=….')
 
 
 def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:

@@ -126,7 +126,7 @@ def step_spec(name: str, tasks_: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...]
   plan = Plan(kinds=tuple(tasks.KINDS.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
               temperatures=fixtures.model_spec(name).temperatures, encode_all_sets=True)
   spec = StepSpec(
-      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, rate=None, seed=0, accum=1, ema=0.0,
+      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, rate=None, accum=1, ema=0.0,
       eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'], contrastive='sum',
       twins='negatives')
   return dataclasses.replace(spec, **changes)

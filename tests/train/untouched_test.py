@@ -53,7 +53,7 @@ def _step():
 
   def showing_its_gradients(*args):
     with mock.patch.object(step, 'gradients', gradients):
-      state, metrics = step.train_step(*args, spec=spec)
+      state, metrics = step.train_step(*args, jax.random.key(0), spec=spec)
     grads, *_, chosen = seen.pop()
     return state, metrics, grads, chosen
 
@@ -144,6 +144,6 @@ def test_a_frozen_gradient_is_no_part_of_the_norm(frozen, norm):
   grads = {'a': jnp.array([3., 4.]), 'b': {'c': jnp.array(12.)}}
   state = step.init_state(spec, jax.tree.map(jnp.ones_like, grads))
   with mock.patch.object(step, 'gradients', return_value=(grads, jnp.array(1.), {}, {}, None)):
-    after, metrics = step.train_step(state, {}, {}, spec=spec)
+    after, metrics = step.train_step(state, {}, {}, jax.random.key(0), spec=spec)
   assert float(metrics['grad_norm']) == norm
   assert after.params['b']['c'] == (1 if 'b/c' in frozen else 13)  # the optimizer, which changes nothing, is given zero

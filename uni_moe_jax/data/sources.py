@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from uni_moe_jax.data import clips, glyphs, storage, texts
+from uni_moe_jax.data import clips, digits, glyphs, storage, texts
 from uni_moe_jax.data.records import Records
 from uni_moe_jax.tasks import nearest
 
@@ -25,6 +25,7 @@ SOURCES: dict[str, Callable[[str, str], Records]] = {
     'paragraphs': texts.load_paragraphs,
     'pairs': texts.load_pairs,
     'corpus': load_corpus,
+    'digits': lambda _, split: digits.load(split),
 }
 
 

@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 
+from uni_moe_jax.resolve import check_trains
 from uni_moe_jax.train.checkpoint import Checkpoints, saved_step
 from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
@@ -77,6 +78,7 @@ def train(config, workdir: str, devices=None) -> int:
   started = time.perf_counter()
   with Stop() as stop:
     run = build(config, devices)
+    check_trains(run.plan)
     claim_workdir(workdir, config, run.data.fingerprint)
     keep_tokenizer(workdir, run.data.tokenizer_file)
     print(describe(run), flush=True)

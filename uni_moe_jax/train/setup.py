@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -67,10 +68,16 @@ class Run:
     examples = {t.name: self.data.examples(t, training=True) for t in self.plan.tasks}
     return Mixture(self.plan, examples, c.seed, c.train.mixture, c.model.max_frames, feed)
 
-  def step_fn(self, task: str | None = None):
-    """The jitted step of the whole mixture, or of a step that holds one task. (state, batch, sets) → (state, metrics)."""
+  def step_fn(self, task: str | None = None) -> 'Step':
+    """The jitted step of the whole mixture, or of a step that holds one task."""
     spec = self.spec if task is None else dataclasses.replace(self.spec, plan=self.plan.only(task))
-    return jax.jit(functools.partial(train_step, spec=spec), donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def step(state, batch, sets, key):
+      return train_step(state, batch, sets, jax.random.wrap_key_data(key), spec=spec)
+
+    key = np.asarray(jax.random.key_data(jax.random.key(self.config.seed)))
+    return Step(jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None)),
+                jax.device_put(key, sharding.replicated(self.mesh)))
 
   def put(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Places a host batch on the mesh: every process gives its own shards."""
@@ -96,6 +103,21 @@ class Run:
     return {'total': total, 'used_per_token': used}
 
 
+class Step:
+  """A run's jitted step: (state, batch, sets) → (state, metrics). The seed goes in as data, and is in no compiled program."""
+
+  def __init__(self, jitted: Any, key: jax.Array):
+    """key: its data, uint32 [2]."""
+    self._jitted, self._key = jitted, key
+
+  def __call__(self, state: TrainState, batch: Batch, sets: Sets) -> tuple[TrainState, dict[str, jax.Array]]:
+    return self._jitted(state, batch, sets, self._key)
+
+  def lower(self, state: TrainState, batch: Batch, sets: Sets) -> Any:
+    """As of a jitted function."""
+    return self._jitted.lower(state, batch, sets, self._key)
+
+
 def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> ModelSpec:
   """The model of a run."""
   prefix = None
@@ -112,8 +134,9 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
 
 
 def router_tasks(plan: Plan) -> tuple[str, ...]:
-  """Names of the task router's table: the built-in ones, then those of the config's own kinds and sets."""
-  own = [k.router_task for k in plan.kinds] + [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
+  """Names of the task router's table: the built-in ones, then those of the config's own kinds and their families."""
+  own = [k.router_task for k in plan.kinds] + [k.target for k in plan.kinds if k.target != 'pair']
+  own += [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
   return tuple(dict.fromkeys([*tasks.router_tasks(), *own]))
 
 
@@ -132,9 +155,15 @@ def conditions(plan: Plan) -> tuple[Condition, ...]:
 
 
 def predictor(run: Run, checkpoints: Checkpoints) -> tuple[Predictor, Any]:
-  """(predictor, parameters) of the newest checkpoint: the averaged parameters where the run keeps them."""
-  state = checkpoints.restore(run.like())
-  params = state.params if state.ema is None else state.ema
+  """(predictor, parameters) of the newest checkpoint: the averaged parameters where the run keeps them.
+
+  A run that trains nothing has none: it is what it starts from.
+  """
+  if run.plan.tasks:
+    state = checkpoints.restore(run.like())
+    params = state.params if state.ema is None else state.ema
+  else:
+    params = jax.device_put(warm_params(run), run.shardings.params)
   model = UniPerceiver(run.spec.model.spec)
   sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   return Predictor(model, params, sets, run.data.tokenizer), params
@@ -151,8 +180,9 @@ def warm_params(run: Run) -> Any:
     if checkpoints.latest() is None:
       raise ValueError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
     old = checkpoints.restore_params()
-  fresh = init_params(run.spec.model, jax.random.key(run.config.seed))
-  params, added, left = warm_start.joined(fresh, old, init)
+  params, added, left = warm_start.joined(run.shapes.params, old, init)
+  if added:  # only then are fresh ones worth their seconds
+    params, _, _ = warm_start.joined(init_params(run.spec.model, jax.random.key(run.config.seed)), old, init)
   print(f'starts from {init}; fresh: {", ".join(added) or "nothing"}; left behind: {", ".join(left) or "nothing"}', flush=True)
   return params
 
@@ -160,6 +190,20 @@ def warm_params(run: Run) -> Any:
 def first_state(run: Run) -> TrainState:
   """The state that training starts from: fresh parameters, or those of another run. Raises what `warm_params` raises."""
   return run.start(warm_params(run)) if run.config.train.init else run.init()
+
+
+def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collections.ConfigDict) -> None:
+  """Raises ValueError unless a task router has the names that the run to start from has learnt, and no other."""
+  if config.moe.router != 'task' or old.moe.router != 'task':
+    return
+  learnt, asked = router_tasks(resolve.resolve(old)), router_tasks(plan)
+  if new := [name for name in asked if name not in learnt]:
+    raise ValueError(f"config.moe.router='task': {config.train.init!r} has no embedding for {', '.join(new)}; it has "
+                     f"{', '.join(learnt)}. Give the kind one of these as router_task, or start from a run with another "
+                     'router.')
+  if asked != learnt:
+    raise ValueError(f'config.kinds: the task router of {config.train.init!r} has embeddings for {", ".join(learnt)}; declare '
+                     "that run's kinds, in its order.")
 
 
 def build(config: ml_collections.ConfigDict, devices=None) -> Run:
@@ -174,7 +218,7 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   """
   plan = resolve.resolve(config)
   if config.train.init:
-    workdir.load_config(config.train.init)  # says what is wrong with a folder that is no run's
+    _check_router(config, plan, workdir.load_config(config.train.init))
   mesh_fields = {axis: config.mesh[axis] for axis in sharding.AXES}
   mesh = sharding.make_mesh(mesh_fields, devices)
   resolve.check_mesh(config, mesh.shape)
@@ -188,7 +232,7 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   params = nn.unbox(boxed)
   tx, rate, rules = optim.make_optimizer(
       config, params, functools.partial(unit_axes, model.spec), functools.partial(optim.layers_above, model.spec.stack))
-  spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, seed=config.seed, accum=config.train.accum,
+  spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, accum=config.train.accum,
                   ema=config.train.ema, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
                   contrastive=config.train.contrastive, twins=config.train.twins,
                   without_gradient=config.optim.without_gradient, frozen=optim.frozen_paths(rules))

@@ -48,7 +48,7 @@ class StepSpec:
 
   Attributes:
     model, plan: see their classes. tx, rate: optimizer and its learning rate.
-    seed: of the run. accum: micro-steps. ema: decay, 0 = off.
+    accum: micro-steps. ema: decay, 0 = off.
     eot: id of the last token of every text. vocab_size: V.
     contrastive, twins, without_gradient: fields of config.train and config.optim with these names.
     frozen: paths of parameters that do not train.
@@ -57,7 +57,6 @@ class StepSpec:
   plan: Plan
   tx: optax.GradientTransformation
   rate: Any
-  seed: int
   accum: int
   ema: float
   eot: int
@@ -266,20 +265,22 @@ def gate_entropy(collected) -> jax.Array | None:
   return jnp.concatenate(entropies).mean()
 
 
-def train_step(state: TrainState, batch: Batch, sets: Sets, *, spec: StepSpec) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(
+    state: TrainState, batch: Batch, sets: Sets, key: jax.Array, *, spec: StepSpec) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer step.
 
   Args:
     state: donated by the caller's jit.
     batch: {group: fields}, see `data.mixtures.Mixture`.
     sets: target sets of the plan.
+    key: of the run. It is no part of `spec`: runs that differ in their seed alone share a compiled program.
     spec: static.
 
   Returns:
     (state, metrics): scalars 'loss/total', 'loss/<task>', 'accuracy/<task>', 'grad_norm', 'learning_rate', …. A step
     whose loss or gradient is not finite changes nothing but the counters.
   """
-  key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
+  key = jax.random.fold_in(key, state.step)
   grads, total, tallies, extra, chosen = gradients(spec, state.params, batch, sets, key)
   # What does not train has no gradient: its norm is not counted, and nothing computes it.
   grads = jax.tree_util.tree_map_with_path(

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 
 from uni_moe_jax.tasks import nearest
 from uni_moe_jax.train.optim import path_of
@@ -36,3 +37,23 @@ def joined(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]
                        f'{here[path].shape} here; config.model, config.moe and the tokenizer must be those of that run.')
   params = jax.tree_util.tree_map_with_path(lambda p, leaf: there.get(path_of(p), leaf), fresh)
   return params, sorted({*here} - {*there}), sorted({*there} - {*here})
+
+
+def compared(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:
+  """What tuning did to parameters.
+
+  Args:
+    before, after: parameters of the run that was started from, and of the tuned one, on the host.
+    frozen: paths that do not train.
+
+  Returns:
+    {'parameters', 'trained': how many values there are, and of them those that train; 'identical': whether all that is frozen
+    and was there before has the same bits; 'moved': whether something that trains has not}.
+  """
+  here, there = ({path_of(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(t)} for t in (after, before))
+  same = {path for path in {*here} & {*there} if here[path].tobytes() == there[path].tobytes()}
+  return {
+      'parameters': sum(x.size for x in here.values()),
+      'trained': sum(x.size for path, x in here.items() if path not in frozen),
+      'identical': {*here} & {*there} & frozen <= same,
+      'moved': bool({*here} - frozen - same)}

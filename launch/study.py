@@ -1,0 +1,74 @@
+"""Compares regimes on a trained run: untuned, prompt-tuned, fine-tuned, each on several tasks and seeds.
+
+  python launch/study.py --run=runs/quickstart --workdir=runs/study
+
+Each cell is a work directory that launch/train.py and launch/evaluate.py make; a cell that is evaluated is skipped, so that the
+same command continues. Writes study.json and study.md. Seeds of one cell share a compiled step.
+
+Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 a regime broke its promise, 2 usage.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+from absl import flags
+
+from uni_moe_jax import cli
+
+_RUN = flags.DEFINE_string('run', None, 'Workdir of the trained run.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; its cells are folders in it.', required=True)
+_TASKS = flags.DEFINE_list('tasks', 'digits,clip_caption,clip_name', "Of the run's tasks and those of regimes.py.")
+_REGIMES = flags.DEFINE_list('regimes', 'untuned,prompt,finetune', 'Which to compare.')
+_SEEDS = flags.DEFINE_integer('seeds', 3, 'How many, 0, 1, …: of which examples, their order, fresh parameters.', lower_bound=1)
+_AMOUNT = flags.DEFINE_enum('amount', 'few', ['few', 'all'], 'Training examples: ten a class or one in a hundred, or all.')
+_OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20.')
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_FINISHED, _PREEMPTED = 0, 75
+
+
+def _run(command: list[str]) -> int:
+  """Runs a launch script in a session of its own, so that a signal reaches it once: through here."""
+  print('$ python', *command, flush=True)
+  received = []
+  child = subprocess.Popen([sys.executable, *command], cwd=_ROOT, start_new_session=True)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda n, _: (received.append(n), child.send_signal(n)))
+  code = child.wait()
+  return _PREEMPTED if received and code <= 0 else code
+
+
+def main() -> int:
+  from uni_moe_jax import regimes, resolve
+  if unknown := [r for r in _REGIMES.value if r not in regimes.REGIMES]:
+    raise cli.UsageError(f'--regimes={unknown[0]} is unknown; choices: {", ".join(regimes.REGIMES)}.')
+  run, folder = (os.path.abspath(os.path.expanduser(f)) for f in (_RUN.value, _WORKDIR.value))
+  for task in _TASKS.value:  # mistakes are told before anything is trained
+    for regime in _REGIMES.value:
+      resolve.resolve(regimes.REGIMES[regime][1](f'{run},{task}'))
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
+  from uni_moe_jax.study import cells
+  every = cells.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))
+  cells.claim(folder, {'run': run, 'amount': _AMOUNT.value, 'overrides': _OVERRIDE.value})
+  for i, cell in enumerate(every, 1):
+    print(f'{i}/{len(every)} {cell.folder}' + (': done' if cells.done(folder, cell) else ''), flush=True)
+    for command in [] if cells.done(folder, cell) else cells.commands(cell, run, _AMOUNT.value, folder, _OVERRIDE.value):
+      if code := _run(command):
+        return code
+  from uni_moe_jax.study import results
+  found = results.collect(every, run, folder)
+  pathlib.Path(folder, results.RESULTS).write_text(json.dumps(found, indent=1))
+  pathlib.Path(folder, results.TABLE).write_text(results.table(found) + '\n')
+  print(results.table(found))
+  broken = results.breaches(found)
+  for sentence in broken:
+    print(f'error: {sentence}', file=sys.stderr)
+  return cli.ERROR if broken else _FINISHED
+
+
+if __name__ == '__main__':
+  cli.run(main)

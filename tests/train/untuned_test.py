@@ -1,0 +1,100 @@
+"""Evaluated as it is: a run answers questions of other configs with its own parameters, and nothing is trained."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small_model, tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import regimes
+from uni_moe_jax.eval import suite
+from uni_moe_jax.train import loop, setup, workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
+
+_FILE = pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'zero_shot.py'
+
+
+def _config(router):
+  """Text alone; pictures of 32 pixels, as digits have."""
+  c = tiny.config('package', data_dir=tiny.data_dir())
+  c.model.update(dict(image_size=32, patch=16, layers=1))
+  c.moe.router = router
+  c.tokenizer.file = tiny.tokenizer_file()
+  c.evaluators.package = config_lib.evaluator('classification', 'package', split='train')
+  return c
+
+
+@pytest.fixture(name='run', scope='module')
+def _run(tmp_path_factory):
+  """(workdir, config, parameters) of a run that was at its second step."""
+  folder, c = tmp_path_factory.mktemp('attribute'), _config('attribute')
+  run = setup.build(c, jax.devices()[:1])
+  params = small_model.params(run.spec.model.spec)
+  workdir.claim_workdir(folder, c, run.data.fingerprint)
+  workdir.keep_tokenizer(folder, run.data.tokenizer_file)
+  with Checkpoints(folder, 1) as checkpoints:
+    checkpoints.save(2, run.start(params))
+  return folder, c, params
+
+
+def _zero_shot(argument):
+  """configs/zero_shot.py, as the command line reads it."""
+  spec = importlib.util.spec_from_file_location('zero_shot', _FILE)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(argument)
+
+
+def _predictor(config, folder):
+  """(run, predictor, parameters) of a config whose work directory is the folder."""
+  run = setup.build(config, jax.devices()[:1])
+  with Checkpoints(folder, 1) as checkpoints:
+    return run, *setup.predictor(run, checkpoints)
+
+
+def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
+  folder, _, trained = run
+  params = _predictor(regimes.zero_shot(f'{folder},package'), tmp_path)[2]
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), trained)
+  assert f'starts from {folder}; fresh: nothing; left behind: nothing' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('task, kind', [
+    ('digits', 'image_classification'), ('digit_word', 'picture_word')])
+def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
+  c = _zero_shot(f'{run[0]},{task}')
+  assert c.tasks[task].kind == kind
+  c.evaluators[next(iter(c.evaluators))].number = 20
+  made, predictor, _ = _predictor(c, tmp_path)
+  rows = suite.evaluate(made.plan, made.data, predictor, 0, tmp_path)
+  assert rows[0]['chance'] == 0.1 and rows[0]['count'] == 20 and set(rows[0]['floors']) == {'majority', '1-nn'}
+  assert json.loads((tmp_path / suite.EVALUATION_FILE).read_text()) == rows
+
+
+def test_the_new_kind_has_a_row_of_bits_by_rule_and_targets_of_a_known_family(run):
+  plan = setup.build(_zero_shot(f'{run[0]},digit_word'), jax.devices()[:1]).plan
+  # Pictures in, text out; a visual input token. Words: 11 (both inputs), 01 (text), 01 (text), 1 (target), 0.
+  assert [str(c)[:8] for c in setup.conditions(plan)] == ['10011000', '11010110']
+
+
+def test_a_task_router_takes_known_names_and_says_which_it_has_not(tmp_path):
+  workdir.claim_workdir(tmp_path, _config('task'), 'print')
+  workdir.keep_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
+  for task in ('digits', 'digit_question'):
+    assert setup.build(_zero_shot(f'{tmp_path},{task}'), jax.devices()[:1]).plan.probes
+  with pytest.raises(ValueError, match="router='task': .* has no embedding for picture_word; it has .*Give the kind one of"):
+    setup.build(_zero_shot(f'{tmp_path},digit_word'), jax.devices()[:1])
+  known = _zero_shot(f'{tmp_path},digit_word')
+  known.kinds.picture_word.router_task = 'classification'
+  assert setup.build(known, jax.devices()[:1]).plan.probes
+
+
+def test_what_trains_nothing_is_not_trained(run, tmp_path):
+  with pytest.raises(ValueError, match='nothing to train'):
+    loop.train(regimes.zero_shot(f'{run[0]},package'), str(tmp_path / 'new'), jax.devices()[:1])
+  assert not (tmp_path / 'new').exists()
+  assert workdir.load_config(run[0]).tasks.package.batch > 0

@@ -1,0 +1,151 @@
+"""Regimes: what becomes of a trained run on one task. It is fine-tuned, prompt-tuned, or evaluated as it is.
+
+A regime is config alone. Model, experts, tokenizer, data and kinds are those of the run; the task is one of its own or one of
+`TRANSFER`. `configs/finetune.py`, `prompt_tune.py` and `zero_shot.py` are these functions by name.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+
+import ml_collections
+
+from uni_moe_jax import config, recipes, resolve
+from uni_moe_jax.plan import VOCABULARY, Plan
+from uni_moe_jax.tasks import nearest
+from uni_moe_jax.train import workdir
+
+AMOUNTS = ('few', 'all')
+PER_CLASS, SHARE = 10, 0.01  # `few`: ten examples of every class; where there are no classes, one in a hundred
+BATCH = 32  # of tasks that the run only evaluates
+UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
+
+Fill = Callable[[ml_collections.ConfigDict], None]
+
+
+def digits(c: ml_collections.ConfigDict) -> None:
+  """Which digit a handwritten one is."""
+  c.sets.digits = config.target_set('digits/name', family='names')
+  c.tasks.digits = config.task('image_classification', 'digits', batch=BATCH, target_set='digits', label='name', smoothing=0.1)
+  c.evaluators.digits = config.evaluator('classification', 'digits', split='test')
+
+
+def clip_caption(c: ml_collections.ConfigDict) -> None:
+  """What a clip shows, in words."""
+  c.sets.vocabulary = config.target_set(VOCABULARY, family='words', scoring='sampled', samples=512)
+  c.tasks.clip_caption = config.task(
+      'video_caption', 'clips', batch=BATCH, target_set='vocabulary', captions=('{name}',), length=recipes.NAME_TOKENS,
+      smoothing=0.1)
+  for split, where in UNSEEN:
+    c.evaluators[f'clip caption, {where}'] = config.evaluator('caption', 'clip_caption', split=split, number=400)
+
+
+def clip_name(c: ml_collections.ConfigDict) -> None:
+  """Which of 400 names a clip has."""
+  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch=BATCH, captions=('{name}',), length=recipes.NAME_TOKENS)
+  for split, where in UNSEEN:
+    c.evaluators[f'clip name, {where}'] = config.evaluator('retrieval', 'clip_name', split=split, number=400)
+
+
+# Tasks that no config trains on: what a run is adapted to.
+TRANSFER: dict[str, Fill] = {'digits': digits, 'clip_caption': clip_caption, 'clip_name': clip_name}
+
+
+def finetune(arg: str) -> ml_collections.ConfigDict:
+  """Every parameter trains, lower layers more slowly. arg: 'RUN,TASK' or 'RUN,TASK,few'; all training examples by default."""
+  c, t = _start(arg, 'configs/finetune.py', TRANSFER, 'all')
+  _amount(t, arg, 'all')
+  c.optim.update(dict(learning_rate=5e-4, warmup=10, layer_decay=0.8))
+  c.train.update(dict(steps=200, log_every=10, save_every=100))
+  return c
+
+
+def prompt_tune(arg: str) -> ml_collections.ConfigDict:
+  """Prompts, norms and a linear head train, all else stands still. arg: 'RUN,TASK' or 'RUN,TASK,all'; few by default."""
+  c, t = _start(arg, 'configs/prompt_tune.py', TRANSFER, 'few')
+  _amount(t, arg, 'few')
+  c.optim.update(dict(learning_rate=5e-3, warmup=10))
+  c.train.update(dict(steps=200, log_every=10, save_every=100))
+  recipes.prompt_tune(c)
+  t.head = bool(t.label)
+  return c
+
+
+def zero_shot(arg: str, own: Mapping[str, Fill] | None = None) -> ml_collections.ConfigDict:
+  """Nothing trains: the run's parameters are asked the task. arg: 'RUN,TASK'.
+
+  Args:
+    arg: the run and the task.
+    own: more tasks by name, as in `TRANSFER`. They may be of kinds that the run does not know: a row in `config.kinds`.
+  """
+  c, t = _start(arg, 'configs/zero_shot.py', {**TRANSFER, **(own or {})}, '')
+  t.batch, t.subset, t.per_class, t.head = 0, 1.0, 0, False
+  # Of a kind like none of the run's only the order of the answers means something, which needs no certain scale.
+  t.temperature = t.temperature or c.model.temperatures[0]
+  return c
+
+
+# What a study calls a regime → (its config file, its config).
+REGIMES: dict[str, tuple[str, Callable[[str], ml_collections.ConfigDict]]] = {
+    'untuned': ('configs/zero_shot.py', zero_shot),
+    'prompt': ('configs/prompt_tune.py', prompt_tune),
+    'finetune': ('configs/finetune.py', finetune),
+}
+
+
+def _start(arg: str, file: str, transfer: Mapping[str, Fill], default: str) -> tuple[
+    ml_collections.ConfigDict, ml_collections.ConfigDict]:
+  """(config that starts from a run and has one task, that task).
+
+  Raises:
+    ValueError: the argument is not RUN,TASK, or names no run, no task or no amount.
+  """
+  run, name, *amount = arg.split(',') if arg.count(',') else (arg, '')
+  if not run or not name or len(amount) > bool(default) or not set(amount) <= set(AMOUNTS):
+    more = f', or RUN,TASK,{"|".join(AMOUNTS)} ({default} by default)' if default else ''
+    raise ValueError(f'{file}:{arg}: give RUN,TASK{more}: the workdir of a trained run, and one of its tasks or of '
+                     f'{", ".join(transfer)}.')
+  if not (pathlib.Path(run) / workdir.CONFIG_FILE).is_file():
+    others = [p.parent.name for p in pathlib.Path(run).parent.glob(f'*/{workdir.CONFIG_FILE}')]
+    raise ValueError(f'{file}:{arg}: {run!r} holds no run ({workdir.CONFIG_FILE} is missing); '
+                     f'{nearest(pathlib.Path(run).name, others)}.')
+  c = workdir.load_config(run)
+  plan, known = resolve.resolve(c), c.copy_and_resolve_references()
+  for section in ('optim', 'train', 'sets', 'tasks', 'evaluators'):
+    c[section] = config.base()[section]
+  c.seed, c.train.init, c.model.temperatures = 0, run, plan.temperatures
+  if name in transfer:
+    transfer[name](c)
+  elif name in known.tasks:
+    _own_task(c, known, name)
+  else:
+    raise ValueError(f'{file}:{arg}: task {name!r} is unknown; {nearest(name, [*transfer, *known.tasks])}.')
+  t = c.tasks[name]
+  t.temperature = t.temperature or _temperature(plan, t.kind)
+  return c, t
+
+
+def _own_task(c: ml_collections.ConfigDict, known: ml_collections.ConfigDict, name: str) -> None:
+  """A task of the run, with its set and its evaluators."""
+  t = known.tasks[name]
+  t.update(dict(batch=t.batch or BATCH, weight=1.0, sampling=0.0))
+  c.tasks[name] = t
+  if t.target_set:
+    c.sets[t.target_set] = known.sets[t.target_set]
+  for evaluator, e in known.evaluators.items():
+    if e.task == name:
+      c.evaluators[evaluator] = e
+
+
+def _temperature(plan: Plan, kind: str) -> str:
+  """The scale that the run learnt for a kind, or for one that reads and answers alike (video as images); '' if for none."""
+  rows = {k.name: dataclasses.replace(k, name='') for k in plan.kinds}
+  alike = [t for t in plan.tasks if rows[t.kind.name] == rows.get(kind)]
+  return min(alike, key=lambda t: t.kind.name != kind).temperature if alike else ''
+
+
+def _amount(t: ml_collections.ConfigDict, arg: str, default: str) -> None:
+  """How many training examples the task may read."""
+  few = [*arg.split(',')[2:], default][0] == 'few'
+  t.per_class = PER_CLASS if few and t.label else 0
+  t.subset = SHARE if few and not t.label else 1.0

@@ -1,0 +1,1 @@
+"""The study of regimes: what it runs, and what came of it."""

@@ -1,0 +1,136 @@
+"""What came of a study: scores over seeds in one table, what each regime trained, and whether it kept its promises."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax import resolve
+from uni_moe_jax.data import sources
+from uni_moe_jax.data.examples import subset
+from uni_moe_jax.study.cells import EVALUATION, Cell
+from uni_moe_jax.train import optim, warm_start, workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
+
+RESULTS, TABLE = 'study.json', 'study.md'
+PROMPT, PROMPT_SHARE = 'prompt', 0.02  # prompt tuning trains less than this share of the parameters
+_WITHIN = 1.96  # standard errors on both sides: 95 %
+
+
+def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
+  """What a cell's training was.
+
+  Returns:
+    {'steps', 'examples' (distinct ones it may read), 'drawn' (steps · batch), 'parameters', 'trained' (of them), 'share',
+    'identical': whether everything frozen is bit for bit that of the run, 'moved': whether something trained is not}.
+  """
+  if not cell.trains:
+    return {'steps': 0, 'examples': 0, 'drawn': 0, 'trained': 0, 'share': 0.0}
+  where = pathlib.Path(folder) / cell.folder
+  config = workdir.load_config(where)
+  with Checkpoints(where, keep=None) as checkpoints:
+    steps, after = checkpoints.latest(), checkpoints.restore_params()
+  kept = warm_start.compared(_start(run), after, optim.frozen_paths(optim.match_rules(after, config.optim.rules)))
+  task = resolve.resolve(config).tasks[0]
+  records = sources.load(task.source, config.data.dir, task.split)
+  labels = records.columns[task.label] if task.label else None
+  places = np.arange(len(records.columns['pixels' if task.kind.visual else 'text']))
+  places = places if labels is None else np.flatnonzero(labels != '')
+  used = subset(places, None if labels is None else labels[places], task, config.seed)
+  return {'steps': steps, 'examples': len(used), 'drawn': steps * task.batch, **kept,
+          'share': kept['trained'] / kept['parameters']}
+
+
+@functools.lru_cache(maxsize=1)
+def _start(run: str) -> Any:
+  with Checkpoints(run, keep=None) as checkpoints:
+    return checkpoints.restore_params()
+
+
+def collect(every: Sequence[Cell], run: str, folder: str) -> dict[str, Any]:
+  """The study's results: {'run', 'cells': [{task, regime, seed, facts…}], 'scores': see `summary`}."""
+  rows = []
+  for cell in every:
+    for row in json.loads((pathlib.Path(folder) / cell.folder / EVALUATION).read_text()):
+      rows.append({**dataclasses.asdict(cell), **row})
+  return {'run': run, 'cells': [{**dataclasses.asdict(c), **facts(c, run, folder)} for c in every], 'scores': summary(rows)}
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Scores over seeds.
+
+  The same test examples are asked with every seed, so that their binomial error does not shrink with the number n of seeds:
+  the interval is ± 1.96 · sqrt(spread² / n + error²).
+
+  Args:
+    rows: rows of evaluation.json, with the task, regime and seed of their cell.
+
+  Returns:
+    One row per task, evaluator, metric and regime: its mean, 'spread' (standard deviation over seeds, None of one), 'error'
+    (binomial, None where the metric has none), 'interval' (None where nothing is known), 'seeds', 'chance', 'floors'.
+  """
+  groups: dict[tuple, list[dict]] = {}
+  for row in rows:
+    groups.setdefault((row['task'], row['evaluator'], row['metric'], row['regime']), []).append(row)
+  found = []
+  for (task, evaluator, metric, regime), members in groups.items():
+    values = [m['value'] for m in members]
+    errors = [m['standard_error'] for m in members if m['standard_error'] is not None]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    error = float(np.mean(errors)) if errors else None
+    known = [e for e in (spread and spread / math.sqrt(len(values)), error) if e is not None]
+    found.append({
+        'task': task, 'evaluator': evaluator, 'metric': metric, 'regime': regime, 'mean': float(np.mean(values)),
+        'spread': spread, 'error': error, 'interval': _WITHIN * math.hypot(*known) if known else None, 'seeds': len(values),
+        'chance': members[0]['chance'], 'floors': members[0]['floors']})
+  return found
+
+
+def breaches(results: dict[str, Any]) -> list[str]:
+  """Sentences for what a regime promises and a cell does not keep."""
+  found = []
+  for cell in results['cells']:
+    name = Cell(cell['task'], cell['regime'], cell['seed']).folder
+    if cell['steps'] and not cell['identical']:
+      found.append(f'{name}: a frozen parameter differs from that of {results["run"]}.')
+    if cell['steps'] and not cell['moved']:
+      found.append(f'{name}: nothing was trained.')
+    if cell['regime'] == PROMPT and cell['share'] >= PROMPT_SHARE:
+      found.append(f'{name}: {cell["share"]:.2%} of the parameters train; prompt tuning trains less than {PROMPT_SHARE:.0%}.')
+  return found
+
+
+def table(results: dict[str, Any]) -> str:
+  """Markdown: the scores, a regime a column, and what each regime trained."""
+  names = list(dict.fromkeys(c['regime'] for c in results['cells']))
+  lines = ['| evaluator | metric | chance | floors | ' + ' | '.join(names) + ' |', '| --- ' * (4 + len(names)) + '|']
+  by_regime: dict[tuple[str, str], dict[str, dict]] = {}
+  for s in results['scores']:
+    by_regime.setdefault((s['evaluator'], s['metric']), {})[s['regime']] = s
+  for (evaluator, metric), row in by_regime.items():
+    first = next(iter(row.values()))
+    floors = ', '.join(f'{name} {value:.3f}' for name, value in first['floors'].items())
+    chance = '' if first['chance'] is None else f'{first["chance"]:.4g}'
+    lines.append(f'| {evaluator} | {metric} | {chance} | {floors} | ' + ' | '.join(_score(row.get(n)) for n in names) + ' |')
+  lines += ['', 'Mean over seeds ± 95 % (spread of the seeds and binomial error of the test examples).', '',
+            '| task | regime | seeds | steps | examples | drawn | trained | share | frozen rest |', '| --- ' * 9 + '|']
+  groups: dict[tuple[str, str], list[dict]] = {}
+  for c in results['cells']:
+    groups.setdefault((c['task'], c['regime']), []).append(c)
+  for (task, regime), members in groups.items():
+    c = members[0]
+    rest = 'all of it' if not c['steps'] else 'identical' if all(m['identical'] for m in members) else 'CHANGED'
+    lines.append(f'| {task} | {regime} | {len(members)} | {c["steps"]} | {c["examples"]} | {c["drawn"]} | {c["trained"]:,} | '
+                 f'{c["share"]:.2%} | {rest} |')
+  return '\n'.join(lines)
+
+
+def _score(s: dict[str, Any] | None) -> str:
+  if s is None:
+    return ''
+  return f'{s["mean"]:.3f}' + ('' if s['interval'] is None else f' ± {s["interval"]:.3f}')
