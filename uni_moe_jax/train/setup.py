@@ -156,12 +156,13 @@ def warm_params(run: Run) -> Any:
   return params
 
 
-def build(config: ml_collections.ConfigDict, devices=None) -> Run:
+def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = None) -> Run:
   """Checks a config and builds its run.
 
   Args:
     config: see `config.base`.
     devices: that the mesh is made of; all of them by default.
+    data: what the run reads; by default what the config names.
 
   Raises:
     ValueError, FileNotFoundError: a field that is wrong, data that is not there; see `resolve.resolve` and `Data`.
@@ -174,7 +175,7 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   resolve.check_mesh(config, mesh.shape)
   shards = sharding.batch_shards(mesh)
   resolve.check_batches(plan, shards, config.train.accum)
-  data = Data(config, plan)
+  data = Data(config, plan) if data is None else data
   model = UniPerceiver(model_spec(config, plan, data), shards)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
