@@ -35,6 +35,8 @@ def main() -> int:
   resolve.resolve(config)
   if set(subjects) & set(settings.FROM_DATA):
     storage.check_directory(config.data.dir)
+  if _QUICK.value:
+    settings.compile_quickly()
   from uni_moe_jax.bench import suite, table
   sizes = settings.QUICK if _QUICK.value else settings.FULL
   header, rows = suite.measure(subjects, sizes, config, _DTYPE.value)

@@ -17,8 +17,6 @@ from uni_moe_jax.config import FREEZE
 from uni_moe_jax.plan import VOCABULARY, Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.tasks import Kind, nearest
 
-# The names of routers live with the routers; here they are data, so that a config is checked without jax.
-ROUTERS = ('dense', 'attribute', 'task', 'modality')
 MIXTURES = ('mixed', 'sampled')
 SCORINGS = ('exact', 'sampled')
 SCHEDULES = ('cosine', 'constant', 'published')
@@ -106,7 +104,8 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   _choose('model.position_init', m.position_init, ('normal', 'sincos'))
   _choose('model.query_key_init', m.query_key_init, ('independent', 'equal'))
   _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
-  _choose('moe.router', moe.router, ROUTERS)
+  # The names of routers live with the routers; here they are data, so that a config is checked without jax.
+  _choose('moe.router', moe.router, ('dense', 'attribute', 'task', 'modality'))
   _at_least(c, 'moe', dict(num_experts=1, noise_std=0.0))
   if not 1 <= moe.top_k <= moe.num_experts:
     raise ValueError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')

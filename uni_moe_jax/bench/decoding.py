@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.bench import machine, uncached
-from uni_moe_jax.bench.problems import DENSE, Context
+from uni_moe_jax.bench.problems import Context
 from uni_moe_jax.bench.table import Budget, Row
 from uni_moe_jax.bench.timing import estimate, interleaved, per_second, ratio
 from uni_moe_jax.model import decode
 from uni_moe_jax.model.params import init_params
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.moe.routers import DENSE
 from uni_moe_jax.tasks import Kind
 
 _PUBLISHED = {'attribute': 1.9, DENSE: 3.0}  # captions/s with caches; beam 2, 20 words, batch 8, 4,096 words

@@ -26,7 +26,7 @@ def feeding(context: Context) -> list[Row]:
       clip = stream.shape('pixels')[-4] > 1
       name = f'{t.name}, batches of {t.batch}'
       calls[name], counts[name] = stream.drain, (t.batch * s.steps, 'clips/s' if clip else 'pictures/s')
-  alone = interleaved(calls, s.rounds, before={})
+  alone = interleaved(calls, s.rounds)
   rows = [Row('input', name, per_second(count, alone[name]), unit, note='pipeline alone, on all cores')
           for name, (count, unit) in counts.items()]
   real = _Stream(run.mixture(), s.steps)
@@ -37,9 +37,10 @@ def feeding(context: Context) -> list[Row]:
   def real_steps():
     return [step.step(run.put(batch)) for batch in real.take(s.steps)][-1]
 
-  # What waits ready when a round begins was made at no cost to it.
-  seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds,
-                        before={'real': lambda: list(real.take(_AHEAD)) and None})
+  def throw_away():  # what waits ready when a round begins was made at no cost to it
+    list(real.take(_AHEAD))
+
+  seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': throw_away})
   note = f'{s.steps} steps per round; {_AHEAD} batches are thrown away before each, so that none is ready'
   return rows + [
       Row('input', 'constant-batch step', estimate(seconds['constant'] / s.steps), 's', note=note),

@@ -18,7 +18,8 @@ from uni_moe_jax.train.loop import commit
 # The published code's seconds were recorded on a machine of this rate (float32, 2048 x 2048 x 2048): PERFORMANCE.md.
 RECORDED_PEAK = 195e9  # FLOP/s
 _PACKAGES = ('uni-moe-jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy', 'tensorflow-cpu', 'tensorflow')
-_FLOPS_PER_CALL = 2e10  # products are queued until a call does this much: a small one alone would time the dispatch
+# Products are queued until a call does this much, or has this many: a small one alone would time its dispatch.
+_FLOPS_PER_CALL, _MOST = 2e10, 100
 
 
 def header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
@@ -56,7 +57,7 @@ def gemm(sizes: Sizes, device: jax.Device) -> tuple[float, list[Row]]:
   for M, K, N in shapes:
     a, b = (jax.device_put(rng.normal(size=s).astype(np.float32), device) for s in ((M, K), (K, N)))
     name = f'GEMM {M} x {K} x {N}'
-    times = max(1, int(_FLOPS_PER_CALL / (2 * M * K * N)))
+    times = min(_MOST, max(1, int(_FLOPS_PER_CALL / (2 * M * K * N))))
     work[name] = 2.0 * M * K * N * times
     calls[name] = lambda a=a, b=b, times=times: [product(a, b) for _ in range(times)][-1]
   seconds = interleaved(calls, sizes.rounds)

@@ -67,7 +67,7 @@ def _set_gradient(spec: StepSpec, params, buckets, all_rows: bool):
 
 def optimizer(context: Context) -> list[Row]:
   """AdamW on the MoE model's parameters, with the clip and without, as a share of the train step."""
-  config = context.pictures_and_names('attribute')
+  config = context.pictures_and_names()
   step = Repeated(context.synthetic(config))
   calls = {'step': step, 'AdamW with clip': _Update(step.run, 1.0), 'AdamW without clip': _Update(step.run, 0.0)}
   seconds = interleaved(calls, context.sizes.rounds)

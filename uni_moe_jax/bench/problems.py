@@ -16,9 +16,6 @@ from uni_moe_jax.train import setup
 from uni_moe_jax.train.setup import Run
 from uni_moe_jax.train.step import StepSpec, forward
 
-DENSE = 'dense'
-MERGED = ('attribute', 'task', 'modality')  # routers whose kernels are merged: budgets tell them from token and context
-
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -43,23 +40,23 @@ class Context:
     c.model.update({'dtype': self.dtype, **model})
     return c
 
-  def tiny(self, router: str = 'attribute') -> ml_collections.ConfigDict:
-    """The benchmark's model, without tasks."""
+  def tiny(self, router: str = 'attribute', **moe: Any) -> ml_collections.ConfigDict:
+    """The benchmark's model, without tasks; `moe` are more fields of config.moe."""
     c = config_lib.base()
     c.model.update({**self.sizes.model, 'dtype': self.dtype, 'layer_scale': 0.1})
-    c.moe.update(dict(router=router, num_experts=self.sizes.experts))
+    c.moe.update(dict(router=router, num_experts=self.sizes.experts, **moe))
     return c
 
-  def pictures_and_names(self, router: str) -> ml_collections.ConfigDict:
-    """Pictures against their own names: both sides in every step."""
-    c = self.tiny(router)
+  def pictures_and_names(self, **moe: Any) -> ml_collections.ConfigDict:
+    """Pictures against their own names: both sides in every step; `moe` as in `tiny`."""
+    c = self.tiny(**moe)
     c.tasks.pair = config_lib.task('image_retrieval', 'synthetic', batch=self.sizes.batch, captions=('name',),
                                    length=self.sizes.name_tokens)
     return c
 
-  def classification(self, router: str = 'attribute', published: bool = False) -> ml_collections.ConfigDict:
-    """Pictures against a set of names, with the published choices or with ours."""
-    c = self.tiny(router)
+  def classification(self, published: bool = False) -> ml_collections.ConfigDict:
+    """Pictures against a set of names, attribute routing, with the published choices or with ours."""
+    c = self.tiny()
     if published:
       recipes.published(c)
     c.sets.names = config_lib.target_set('synthetic/names', family='names', length=self.sizes.name_tokens)

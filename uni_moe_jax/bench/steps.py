@@ -1,39 +1,52 @@
 """Subjects about training steps: routers, mixed, published."""
 
-from uni_moe_jax import resolve
+from typing import Any
+
+from uni_moe_jax import config
 from uni_moe_jax.bench import flops, machine
-from uni_moe_jax.bench.problems import DENSE, MERGED, Context, Repeated
+from uni_moe_jax.bench.problems import Context, Repeated
 from uni_moe_jax.bench.synthetic import REALISTIC
 from uni_moe_jax.bench.table import Budget, Row
 from uni_moe_jax.bench.timing import Estimate, estimate, interleaved, per_second, ratio
+from uni_moe_jax.moe.routers import DENSE, ROUTERS
 
-_TRAIN = {**dict.fromkeys(MERGED, Budget(1.10, 1.03)), 'token': Budget(2.5, 2.0)}
+_MERGED = ('attribute', 'task', 'modality')
+_CAPACITY = 'token, capacity 1.0'
+_TRAIN = {**dict.fromkeys(_MERGED, Budget(1.10, 1.03)), 'token': Budget(2.5, 2.0), _CAPACITY: Budget(2.0, 1.8)}
 _INFERENCE = {'token': Budget(2.4, 2.0)}
-_MIXED = dict.fromkeys(MERGED, Budget(1.15, 1.05))
+_MIXED = dict.fromkeys(_MERGED, Budget(1.15, 1.05))
 _CONTEXT = Budget(0.1, 0.03)  # above token
 _SHARE = Budget(52, 65, at_most=False)
 _PUBLISHED, _PUBLISHED_REALISTIC = Budget(0.85, 0.7), Budget(0.6, 0.45)
 _PUBLISHED_SECONDS = 3.2  # B 8, 1000 names of 8 tokens, dense and MoE alike
 
 
+def cases() -> dict[str, dict[str, Any]]:
+  """Case → fields of config.moe: dense, every router that there is, and token routing with capacity where there is one."""
+  found = {r: {'router': r} for r in (DENSE, *ROUTERS)}
+  if 'capacity' in config.base().moe:
+    found[_CAPACITY] = {'router': 'token', 'capacity': 1.0}
+  return found
+
+
 def routers(context: Context) -> list[Row]:
   """Train and inference step of every router against dense."""
-  s, steps = context.sizes, {r: Repeated(context.synthetic(context.pictures_and_names(r))) for r in resolve.ROUTERS}
+  s = context.sizes
+  steps = {name: Repeated(context.synthetic(context.pictures_and_names(**moe))) for name, moe in cases().items()}
   train = interleaved(steps, s.rounds)
-  inference = interleaved({r: step.infer for r, step in steps.items()}, s.rounds)
+  # Capacity is for training: at inference that case is the exact one.
+  inference = interleaved({name: step.infer for name, step in steps.items() if name != _CAPACITY}, s.rounds)
   note = f'B {s.batch}, {s.image_size} px, one name of {s.name_tokens} tokens per picture; train: with the optimizer'
   rows = []
   for mode, seconds, budgets in (('train', train, _TRAIN), ('inference', inference, _INFERENCE)):
     rows.append(Row('routers', f'dense {mode} step', estimate(seconds[DENSE]), 's', note=note))
-    for r in steps:
-      if r != DENSE:
-        rows.append(Row('routers', f'{r} / dense, {mode}', ratio(seconds[r], seconds[DENSE]), 'x', budgets.get(r), note))
-    if 'token' in steps and 'context' in steps:
+    rows += [Row('routers', f'{name} / dense, {mode}', ratio(seconds[name], seconds[DENSE]), 'x', budgets.get(name), note)
+             for name in seconds if name != DENSE]
+    if 'token' in seconds and 'context' in seconds:
       above = ratio(seconds['context'], seconds[DENSE]).value - ratio(seconds['token'], seconds[DENSE]).value
       rows.append(Row('routers', f'context - token, {mode}', Estimate(above), 'x dense', _CONTEXT, note))
-  for r, step in steps.items():
-    rows += [Row('routers', f'{r}: {name}', Estimate(100 * float(value)), '%', note=note)
-             for name, value in step.metrics.items() if 'drop_rate' in name]
+  rows += [Row('routers', f'{name}: drop rate', Estimate(100 * float(step.metrics['drop_rate'])), '%', note=note)
+           for name, step in steps.items() if 'drop_rate' in step.metrics]
   return rows + [_share(context, steps[DENSE], train[DENSE])]
 
 
@@ -53,7 +66,7 @@ def mixed(context: Context) -> list[Row]:
     c.moe.router, c.train.mixture = router, 'mixed'
     return Repeated(context.build(c))
 
-  steps = {r: step(r) for r in resolve.ROUTERS}
+  steps = {r: step(r) for r in (DENSE, *ROUTERS)}
   seconds = interleaved(steps, context.sizes.rounds)
   note = 'tasks: ' + ', '.join(f'{t.name} {t.batch}' for t in steps[DENSE].run.plan.tasks)
   return [Row('mixed', 'dense step', estimate(seconds[DENSE]), 's', note=note)] + [

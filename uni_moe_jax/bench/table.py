@@ -8,7 +8,7 @@ from typing import Any
 from uni_moe_jax.bench.timing import SPREAD, Estimate
 
 NOT_JUDGED = 'not judged'
-REDUCED = "sizes are reduced (--quick): it runs, but no figure here is one of the budgets'"
+REDUCED = "sizes, rounds and the compiler's optimisations are reduced (--quick): it runs, but no figure here is one of the budgets'"
 
 
 @dataclasses.dataclass(frozen=True)
