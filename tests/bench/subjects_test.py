@@ -6,6 +6,7 @@ import math
 from absl.testing import absltest, parameterized
 import jax
 import numpy as np
+import pytest
 
 from tests import tiny
 from uni_moe_jax.bench import decoding, problems, settings, steps, suite
@@ -13,7 +14,8 @@ from uni_moe_jax.moe import routers
 
 _SIZES = settings.Sizes(
     rounds=1, layers=1, width=16, heads=2, hidden=16, image_size=16, patch=8, experts=2, batch=4, small_batch=2, names=20,
-    name_tokens=4, vocabulary=30, words=3, gemm=16, compiled_layers=(1, 2), steps=1, reduced=True)
+    name_tokens=4, vocabulary=30, words=3, gemm=16, compiled_layers=(1, 2), steps=1,
+    mixed_routers=('dense', 'task'), reduced=True)
 
 
 def _config():
@@ -29,8 +31,16 @@ def _measure(subject: str, dtype: str = 'float32'):
 
 class SubjectsTest(parameterized.TestCase):
 
-  @parameterized.parameters(*settings.SUBJECTS)
+  @parameterized.parameters('sets', 'decoding', 'optimizer', 'input')
   def test_every_figure_is_finite_and_has_a_unit(self, subject):
+    self._check(subject)
+
+  @parameterized.parameters('routers', 'mixed', 'published', 'compile')
+  @pytest.mark.slow
+  def test_every_figure_of_the_larger_subjects_is_finite_and_has_a_unit(self, subject):
+    self._check(subject)
+
+  def _check(self, subject):
     rows = _measure(subject)
     self.assertNotEmpty(rows)
     for row in rows.values():
@@ -38,19 +48,24 @@ class SubjectsTest(parameterized.TestCase):
       self.assertNotEmpty(row.unit, row)
       self.assertNotEmpty(row.note, row)
 
+  @pytest.mark.slow
   def test_every_router_is_compared_with_dense_in_both_modes(self):
-    for subject, modes in (('routers', (', train', ', inference')), ('mixed', ('',))):
-      rows = _measure(subject)
-      for router in routers.ROUTERS:
-        for mode in modes:
-          self.assertIn(f'{router} / dense{mode}', rows)
+    rows = _measure('routers')
+    for router in routers.ROUTERS:
+      for mode in ('train', 'inference'):
+        self.assertIn(f'{router} / dense, {mode}', rows)
 
+  def test_every_router_is_a_case(self):
+    self.assertLessEqual({routers.DENSE, *routers.ROUTERS}, set(steps.cases()))
+
+  @pytest.mark.slow
   def test_merging_routers_have_budgets_in_training(self):
     rows = _measure('routers')
     self.assertEqual(str(rows['task / dense, train'].budget), '<= 1.1 (1.03)')
     self.assertIsNone(rows['task / dense, inference'].budget)
     self.assertEqual(str(_measure('mixed')['task / dense'].budget), '<= 1.15 (1.05)')
 
+  @pytest.mark.slow
   def test_the_recorded_seconds_are_scaled_by_the_peak(self):
     # At twice the recorded rate the published code would take half: 1.6 s.
     context = problems.Context(_SIZES, None, 'float32', 2 * 195e9, jax.devices()[:1])
@@ -62,9 +77,11 @@ class SubjectsTest(parameterized.TestCase):
     self.assertEqual({r.what: r.unit for r in _measure('input').values() if r.unit.endswith('/s')}, {
         'shape, batches of 8': 'pictures/s', 'motion, batches of 4': 'clips/s', 'pair, batches of 4': 'pictures/s'})
 
+  @pytest.mark.slow
   def test_products_in_bfloat16(self):
     self.assertTrue(math.isfinite(_measure('routers', 'bfloat16')['attribute / dense, train'].figure.value))
 
+  @pytest.mark.slow
   def test_the_compilation_cache_is_used_again_afterwards(self):
     before = jax.config.jax_enable_compilation_cache
     _measure('compile')

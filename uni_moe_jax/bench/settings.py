@@ -34,6 +34,7 @@ class Sizes:
     compiled_layers: L of the two compiled models.
     steps: steps per round of `input`.
     own_layers: L of the config's model in `mixed` and `input`; 0: the config's own.
+    mixed_routers: of `mixed`, dense first; (): all that there are.
     reduced: figures are not to be compared with the budgets.
   """
   rounds: int = 11
@@ -54,6 +55,7 @@ class Sizes:
   compiled_layers: tuple[int, int] = (12, 24)
   steps: int = 10
   own_layers: int = 0
+  mixed_routers: tuple[str, ...] = ()
   reduced: bool = False
 
   @property
@@ -65,7 +67,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     rounds=3, layers=2, image_size=96, names=200, vocabulary=1024, words=6, gemm=1024, compiled_layers=(2, 4), steps=2,
-    own_layers=2, reduced=True)
+    own_layers=2, mixed_routers=('dense', 'attribute'), reduced=True)
 
 
 # Most of a quick benchmark would be the compiler's time: without these optimisations a program is ready in half of it.

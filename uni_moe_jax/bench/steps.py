@@ -66,7 +66,7 @@ def mixed(context: Context) -> list[Row]:
     c.moe.router, c.train.mixture = router, 'mixed'
     return Repeated(context.build(c))
 
-  steps = {r: step(r) for r in (DENSE, *ROUTERS)}
+  steps = {r: step(r) for r in context.sizes.mixed_routers or (DENSE, *ROUTERS)}
   seconds = interleaved(steps, context.sizes.rounds)
   note = 'tasks: ' + ', '.join(f'{t.name} {t.batch}' for t in steps[DENSE].run.plan.tasks)
   return [Row('mixed', 'dense step', estimate(seconds[DENSE]), 's', note=note)] + [
