@@ -154,3 +154,13 @@ def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
 
   assert cli._guarded(main) == 2
   assert capsys.readouterr().err == 'error: --a and --b exclude each other\n'
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['--subjects=routers,decodin'], "--subjects: 'decodin' is unknown; did you mean 'decoding'?"),
+    (['--config.data.dir=/not/there'], 'Data directory /not/there is not there'),
+    (['--output=/not/there/file.json'], '--output=/not/there/file.json: its folder is not there'),
+    (['--dtype=float16'], 'float16'),
+])
+def test_the_benchmark_says_what_is_wrong(arguments, said):
+  assert said in _complaint(_run('benchmark.py', *arguments))

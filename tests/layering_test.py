@@ -64,6 +64,11 @@ _RULES = {
          'train'),
         'it compiles the real training step, so it sees what the trainer sees',
     ),
+    'bench': (
+        ('attributes', 'tasks', 'plan', 'config', 'resolve', 'recipes', 'sharding', 'losses', 'moe', 'model', 'data',
+         'eval', 'train'),
+        'it times the real step and the real decoder, and nothing that is timed knows of it',
+    ),
     'figures': ((), 'numbers in, pictures out: a figure does not know what its numbers mean'),
     'report': (
         ('attributes', 'tasks', 'plan', 'config', 'data', 'eval', 'figures'),
@@ -150,6 +155,8 @@ def test_the_rules_allow_no_circle():
     ('uni_moe_jax/moe/bad.py', 'from uni_moe_jax.model import block', 'moe imports model'),
     ('uni_moe_jax/model/bad.py', 'from uni_moe_jax.data import texts', 'model imports data'),
     ('uni_moe_jax/export/bad.py', 'from uni_moe_jax.train import step', 'export imports train'),
+    ('uni_moe_jax/train/bad.py', 'from uni_moe_jax.bench import timing', 'train imports bench'),
+    ('uni_moe_jax/bench/bad.py', 'from uni_moe_jax.export import torch_layout', 'bench imports export'),
     ('uni_moe_jax/tasks.py', 'from uni_moe_jax import config', 'tasks imports config'),
     ('uni_moe_jax/config.py', 'from uni_moe_jax import resolve', 'config imports resolve'),
     ('uni_moe_jax/attributes.py', 'from uni_moe_jax import tasks', 'attributes imports tasks'),

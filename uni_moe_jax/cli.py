@@ -21,9 +21,9 @@ class UsageError(ValueError):
   """A mistake that a launch script itself finds."""
 
 
-def define_config(name: str = 'config') -> flags.FlagHolder:
+def define_config(name: str = 'config', default: str | None = None) -> flags.FlagHolder:
   """--config=FILE.py[:argument], with --config.field=value overrides."""
-  return config_flags.DEFINE_config_file(name, help_string='config file, for example configs/quickstart.py')
+  return config_flags.DEFINE_config_file(name, default, help_string='config file, for example configs/quickstart.py')
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tests import small_model
 from uni_moe_jax import tasks
+from uni_moe_jax.bench import uncached
 from uni_moe_jax.model import decode
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.trie import Trie, allowed, follow
@@ -65,23 +66,10 @@ def _forward(spec=_SPEC):
 
 
 def _without_cache(beams: int, eot: int, spec=_SPEC):
-  """(tokens [B, k, n], sums [B, k]) of the same search: hypotheses as lists, everything encoded anew at each step."""
-  found = [[((), 0.0)] for _ in range(_B)]
-  for t in range(_N):
-    rows = [(b, h) for b in range(_B) for h in found[b]]
-    padded = np.full((_B * beams, _N), small_model.EOT, np.int32)
-    where = np.zeros(_B * beams, np.int32)
-    for i, (b, (words, _)) in enumerate(rows):
-      padded[i, :t], where[i] = words, b
-    log_p = _forward(spec)(_pixels()[where], padded)[:, t]
-    candidates = [[] for _ in range(_B)]
-    for i, (b, (words, score)) in enumerate(rows):
-      if eot in words:
-        candidates[b].append(((*words, eot), score))
-      else:
-        candidates[b] += [((*words, v), score + float(log_p[i, v])) for v in range(_V)]
-    found = [sorted(c, key=lambda h: -h[1])[:beams] for c in candidates]
-  return np.array([[h[0] for h in f] for f in found]), np.array([[h[1] for h in f] for f in found])
+  """(tokens [B, k, n], sums [B, k]) of the same search, everything encoded anew at each step."""
+  tokens, log_p = uncached.search(
+      lambda pictures, words, t: _forward(spec)(_pixels()[pictures], words)[:, t], _B, beams=beams, length=_N, eot=eot)
+  return tokens, log_p.sum(-1)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import numpy as np
 
 from tests import small_model
 from uni_moe_jax import tasks
+from uni_moe_jax.bench import uncached
 from uni_moe_jax.model import decode
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -70,14 +71,8 @@ def _all_queries(router: str, words: np.ndarray) -> np.ndarray:
 
 def _step_by_step(router: str, eot: int):
   """The same caption without a cache: each word is chosen from a whole forward over the words so far."""
-  tokens = np.full((_BATCH, _LENGTH), small_model.EOT, np.int32)  # words to come, which no query may see
-  log_p, done = np.zeros((_BATCH, _LENGTH), np.float32), np.zeros(_BATCH, bool)
-  for t in range(_LENGTH):
-    step = _all_queries(router, tokens)[:, t]
-    word = np.where(done, eot, step.argmax(-1))
-    tokens[:, t], log_p[:, t] = word, np.where(done, 0, step[np.arange(_BATCH), word])
-    done |= word == eot
-  return tokens, log_p
+  tokens, log_p = uncached.search(lambda _, words, t: _all_queries(router, words)[:, t], _BATCH, beams=1, length=_LENGTH, eot=eot)
+  return tokens[:, 0], log_p[:, 0]
 
 
 class GreedyTest(parameterized.TestCase):

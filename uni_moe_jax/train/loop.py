@@ -57,15 +57,20 @@ def describe(run: Run) -> str:
           f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}')
 
 
+def commit() -> str:
+  """Commit of this package's working tree, or 'unknown'."""
+  try:
+    found = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5,
+                           cwd=pathlib.Path(__file__).parent).stdout.strip()
+  except (OSError, subprocess.TimeoutExpired):
+    found = ''
+  return found or 'unknown'
+
+
 def run_facts(run: Run) -> dict:
   """run.json: what a reader of the results needs to know."""
-  try:
-    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5,
-                            cwd=pathlib.Path(__file__).parent).stdout.strip()
-  except (OSError, subprocess.TimeoutExpired):
-    commit = ''
   return {'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
-          'rows': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit or 'unknown',
+          'rows': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit(),
           'command': ' '.join(['python', *sys.argv])}
 
 

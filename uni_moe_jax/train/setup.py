@@ -206,12 +206,13 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
                      "that run's kinds, in its order.")
 
 
-def build(config: ml_collections.ConfigDict, devices=None) -> Run:
+def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = None) -> Run:
   """Checks a config and builds its run.
 
   Args:
     config: see `config.base`.
     devices: that the mesh is made of; all of them by default.
+    data: what the run reads; by default what the config names.
 
   Raises:
     ValueError, FileNotFoundError: a field that is wrong, data that is not there; see `resolve.resolve` and `Data`.
@@ -227,6 +228,8 @@ def build(config: ml_collections.ConfigDict, devices=None) -> Run:
   if config.train.interference_every:
     resolve.check_halves(plan, shards, config.train.accum)
   data = Data(config, plan)
+=======
+  data = Data(config, plan) if data is None else data
   model = UniPerceiver(model_spec(config, plan, data), shards)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)

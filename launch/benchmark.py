@@ -1,0 +1,50 @@
+"""Measures speed and prints each figure with its budget.
+
+  python launch/benchmark.py                                   everything; long
+  python launch/benchmark.py --quick                           everything at reduced sizes, in minutes: does it run?
+  python launch/benchmark.py --subjects=routers,decoding --output=benchmark.json
+
+Subjects: routers, mixed, published, sets, decoding, input, optimizer, compile. `mixed`, `input` and `compile` take tasks and
+data from --config (the quickstart's by default); the others make their own. One device is used: the first.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from uni_moe_jax import cli
+from uni_moe_jax.bench import settings
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_CONFIG = cli.define_config(default=str(_ROOT / 'configs/quickstart.py'))
+_SUBJECTS = flags.DEFINE_list('subjects', [], f'Some of {", ".join(settings.SUBJECTS)}; none: all.')
+_QUICK = flags.DEFINE_bool('quick', False, 'Reduced sizes and rounds: no figure is one of the budgets\'.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of products.')
+_OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
+
+
+def main() -> int:
+  from uni_moe_jax import resolve
+  from uni_moe_jax.data import storage
+  # Mistakes are told before the slow libraries below are loaded.
+  subjects = settings.choose(_SUBJECTS.value)
+  if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
+    raise cli.UsageError(f'--output={_OUTPUT.value}: its folder is not there; make it first.')
+  config = cli.config_of(_CONFIG)
+  resolve.resolve(config)
+  if set(subjects) & set(settings.FROM_DATA):
+    storage.check_directory(config.data.dir)
+  if _QUICK.value:
+    settings.compile_quickly()
+  from uni_moe_jax.bench import suite, table
+  sizes = settings.QUICK if _QUICK.value else settings.FULL
+  header, rows = suite.measure(subjects, sizes, config, _DTYPE.value)
+  print(table.render(rows, header, sizes.reduced))
+  if _OUTPUT.value:
+    pathlib.Path(_OUTPUT.value).write_text(json.dumps(table.as_json(rows, header, sizes.reduced), indent=1) + '\n')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)

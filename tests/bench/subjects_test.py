@@ -1,0 +1,114 @@
+"""Every subject runs at the smallest sizes and says what it should; no time is judged here."""
+
+import functools
+import math
+
+from absl.testing import absltest, parameterized
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from uni_moe_jax.bench import decoding, problems, settings, steps, suite
+from uni_moe_jax.moe import routers
+
+_SIZES = settings.Sizes(
+    rounds=1, layers=1, width=16, heads=2, hidden=16, image_size=16, patch=8, experts=2, batch=4, small_batch=2, names=20,
+    name_tokens=4, vocabulary=30, words=3, gemm=16, compiled_layers=(1, 2), steps=1,
+    mixed_routers=('dense', 'task'), reduced=True)
+
+
+def _config():
+  return tiny.config('shape', 'motion', 'pair', data_dir=tiny.data_dir())
+
+
+@functools.cache
+def _measure(subject: str, dtype: str = 'float32'):
+  header, rows = suite.measure((subject,), _SIZES, _config(), dtype)
+  assert header['dtype of products'] == dtype
+  return {r.what: r for r in rows if r.subject == subject}
+
+
+class SubjectsTest(parameterized.TestCase):
+
+  @parameterized.parameters('sets', 'decoding', 'optimizer', 'input')
+  def test_every_figure_is_finite_and_has_a_unit(self, subject):
+    self._check(subject)
+
+  @parameterized.parameters('routers', 'mixed', 'published', 'compile')
+  @pytest.mark.slow
+  def test_every_figure_of_the_larger_subjects_is_finite_and_has_a_unit(self, subject):
+    self._check(subject)
+
+  def _check(self, subject):
+    rows = _measure(subject)
+    self.assertNotEmpty(rows)
+    for row in rows.values():
+      self.assertTrue(math.isfinite(row.figure.value), row)
+      self.assertNotEmpty(row.unit, row)
+      self.assertNotEmpty(row.note, row)
+
+  @pytest.mark.slow
+  def test_every_router_is_compared_with_dense_in_both_modes(self):
+    rows = _measure('routers')
+    for router in routers.ROUTERS:
+      for mode in ('train', 'inference'):
+        self.assertIn(f'{router} / dense, {mode}', rows)
+
+  def test_every_router_is_a_case(self):
+    self.assertLessEqual({routers.DENSE, *routers.ROUTERS}, set(steps.cases()))
+
+  @pytest.mark.slow
+  def test_merging_routers_have_budgets_in_training(self):
+    rows = _measure('routers')
+    self.assertEqual(str(rows['task / dense, train'].budget), '<= 1.1 (1.03)')
+    self.assertIsNone(rows['task / dense, inference'].budget)
+    self.assertEqual(str(_measure('mixed')['task / dense'].budget), '<= 1.15 (1.05)')
+
+  @pytest.mark.slow
+  def test_the_recorded_seconds_are_scaled_by_the_peak(self):
+    # At twice the recorded rate the published code would take half: 1.6 s.
+    context = problems.Context(_SIZES, None, 'float32', 2 * 195e9, jax.devices()[:1])
+    rows = {r.what: r for r in steps.published(context)}
+    seconds = rows['train step, all names 4 tokens'].figure.value
+    self.assertAlmostEqual(rows["all names 4 tokens / the published code's"].figure.value, seconds / 1.6)
+
+  def test_pictures_and_clips_are_counted_apart(self):
+    self.assertEqual({r.what: r.unit for r in _measure('input').values() if r.unit.endswith('/s')}, {
+        'shape, batches of 8': 'pictures/s', 'motion, batches of 4': 'clips/s', 'pair, batches of 4': 'pictures/s'})
+
+  @pytest.mark.slow
+  def test_products_in_bfloat16(self):
+    self.assertTrue(math.isfinite(_measure('routers', 'bfloat16')['attribute / dense, train'].figure.value))
+
+  @pytest.mark.slow
+  def test_the_compilation_cache_is_used_again_afterwards(self):
+    before = jax.config.jax_enable_compilation_cache
+    _measure('compile')
+    self.assertEqual(jax.config.jax_enable_compilation_cache, before)
+
+
+class RepeatedTest(absltest.TestCase):
+
+  def test_the_state_goes_from_step_to_step(self):
+    context = problems.Context(_SIZES, None, 'float32', 1e9, jax.devices()[:1])
+    step = problems.Repeated(context.synthetic(context.pictures_and_names()))
+    losses = [float(step()['loss/total']) for _ in range(3)]
+    self.assertEqual(int(step.state.step), 3)
+    self.assertLen(set(losses), 3)
+
+
+class CaptionerTest(absltest.TestCase):
+
+  def test_both_ways_find_the_same_captions(self):
+    context = problems.Context(_SIZES, None, 'float32', 1e9, jax.devices()[:1])
+    captioner = decoding.Captioner(context, 'attribute')
+    for beams in (1, 2):
+      found = np.asarray(captioner.cached(beams))
+      self.assertEqual(found.shape, (2, beams, 3))
+      np.testing.assert_array_equal(found, captioner.uncached(beams))
+    self.assertGreater(len(np.unique(found)), 3)  # they are not one word over and over
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,1 @@
+"""Measurements of speed: interleaved rounds, ratios of medians, budgets."""

@@ -1,0 +1,78 @@
+"""Interleaved rounds and what is concluded from them.
+
+Times on a shared machine drift, so that candidates are measured in turn, round by round, and compared as a ratio of medians.
+Its spread is the interquartile range of the ratios of the single rounds, in which both candidates saw the same machine.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+SPREAD = 'spread: quartiles (25 to 75 %) over rounds; of a ratio, those of the ratios of single rounds'
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A figure and its quartiles; None where it was measured once."""
+  value: float
+  low: float | None = None
+  high: float | None = None
+
+
+def estimate(samples: np.ndarray) -> Estimate:
+  """Median and quartiles of samples [rounds]."""
+  samples = np.asarray(samples, float)
+  if len(samples) == 1:
+    return Estimate(float(samples[0]))
+  low, value, high = np.percentile(samples, (25, 50, 75))
+  return Estimate(float(value), float(low), float(high))
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+  """median / median of samples [rounds] of two candidates, with the quartiles of the rounds' own ratios."""
+  numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
+  own = estimate(numerator / denominator)
+  return dataclasses.replace(own, value=float(np.median(numerator) / np.median(denominator)))
+
+
+def per_second(count: float, seconds: np.ndarray) -> Estimate:
+  """`count` things in each of `seconds` [rounds], as a rate; its low quartile belongs to the slow rounds."""
+  return estimate(count / np.asarray(seconds, float))
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, *, before: Mapping[str, Callable[[], Any]] | None = None,
+    clock: Callable[[], float] = time.perf_counter) -> dict[str, np.ndarray]:
+  """Seconds [rounds] of every call, until what it returns is computed.
+
+  Each call runs once beforehand (it compiles then). The order turns by one place per round, so that no candidate always
+  follows the same other.
+
+  Args:
+    calls: by name; each returns arrays to wait for.
+    rounds: at least 1.
+    before: of some calls, what is to be done before each without counting its time.
+    clock: seconds.
+  """
+  before = before or {}
+  names = list(calls)
+
+  def once(name):
+    if name in before:
+      jax.block_until_ready(before[name]())
+    start = clock()
+    jax.block_until_ready(calls[name]())
+    return clock() - start
+
+  for name in names:
+    once(name)
+  seconds = {name: [] for name in names}
+  for i in range(rounds):
+    first = i % len(names)
+    for name in names[first:] + names[:first]:
+      seconds[name].append(once(name))
+  return {name: np.array(s) for name, s in seconds.items()}
