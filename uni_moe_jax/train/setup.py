@@ -227,8 +227,6 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   resolve.check_batches(plan, shards, config.train.accum)
   if config.train.interference_every:
     resolve.check_halves(plan, shards, config.train.accum)
-  data = Data(config, plan)
-=======
   data = Data(config, plan) if data is None else data
   model = UniPerceiver(model_spec(config, plan, data), shards)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
