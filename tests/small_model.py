@@ -21,7 +21,7 @@ from uni_moe_jax.moe import routers
 jit = functools.partial(
     jax.jit, compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False})
 
-ROUTERS = ('attribute', 'task', 'modality', 'dense')
+ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 VOCABULARY, SPE, EOT = 23, 0, 1
 SIDE, PATCHES = 8, 4  # pixels; tokens of a picture
 WORDS = 3  # tokens of a text; a caption has as many queries again
