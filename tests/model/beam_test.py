@@ -15,7 +15,6 @@ from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 _KIND = tasks.KINDS['image_caption']
-_SPEC = small_model.spec()
 _B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
 _NEVER = -1  # an `eot` that no word is
 
@@ -26,44 +25,47 @@ def _pixels():
 
 
 @functools.cache
-def _features():
+def _features(router: str = 'attribute'):
   """(pixels [R, …], words [R, n]) → normalised features [R, n, D] of every query, by the forward of training."""
+  spec = small_model.spec(router)
+
   @small_model.jit
   def run(values, pixels, words):
     text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
     sequence = small_model.sequence(_KIND, len(pixels), pixels=pixels, text=text)
-    return normalise(small_model.encode(_SPEC, [sequence], values=values)[0][0])
-  return lambda pixels, words: np.asarray(run(small_model.params(_SPEC), pixels, words))
+    return normalise(small_model.encode(spec, [sequence], values=values)[0][0])
+  return lambda pixels, words: np.asarray(run(small_model.params(spec), pixels, words))
 
 
 @functools.cache
-def _words() -> jax.Array:
+def _words(router: str = 'attribute') -> jax.Array:
   """[V, D] normalised features of words, spread as those of queries are: captions of random ones would be dull."""
   rng = np.random.default_rng(3)
   texts = [rng.integers(0, _V, (_B, _N)).astype(np.int32) for _ in range(3)]
-  rows = np.concatenate([_features()(_pixels(), t) for t in texts]).reshape(-1, 16)[:_V]
+  rows = np.concatenate([_features(router)(_pixels(), t) for t in texts]).reshape(-1, 16)[:_V]
   return normalise(jnp.asarray(rows - rows.mean(0)))
 
 
 @functools.cache
-def _search(beams: int, eot: int, penalty: float = 0.0, answers: tuple = ()):
+def _search(beams: int, eot: int, penalty: float = 0.0, answers: tuple = (), router: str = 'attribute'):
+  spec = small_model.spec(router)
   trie = Trie.of(answers) if answers else None
 
   @small_model.jit
   def run(values, pixels, words):
-    return decode.search(UniPerceiver(_SPEC), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
+    return decode.search(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
                          eot=eot, length=_N, beams=beams, penalty=penalty, trie=trie)
-  return jax.device_get(run(small_model.params(_SPEC), _pixels(), _words()))
+  return jax.device_get(run(small_model.params(spec), _pixels(), _words(router)))
 
 
 @functools.cache
-def _forward():
+def _forward(router: str = 'attribute'):
   """(pixels [R, …], words [R, n]) → log-probabilities [R, n, V] of every query."""
-  scale = np.exp(small_model.params(_SPEC)['log_scale_group'])
-  return lambda pixels, words: np.asarray(jax.nn.log_softmax(scale * _features()(pixels, words) @ _words().T))
+  scale = np.exp(small_model.params(small_model.spec(router))['log_scale_group'])
+  return lambda pixels, words: np.asarray(jax.nn.log_softmax(scale * _features(router)(pixels, words) @ _words(router).T))
 
 
-def _without_cache(beams: int, eot: int):
+def _without_cache(beams: int, eot: int, router: str = 'attribute'):
   """(tokens [B, k, n], sums [B, k]) of the same search: hypotheses as lists, everything encoded anew at each step."""
   found = [[((), 0.0)] for _ in range(_B)]
   for t in range(_N):
@@ -72,7 +74,7 @@ def _without_cache(beams: int, eot: int):
     where = np.zeros(_B * beams, np.int32)
     for i, (b, (words, _)) in enumerate(rows):
       padded[i, :t], where[i] = words, b
-    log_p = _forward()(_pixels()[where], padded)[:, t]
+    log_p = _forward(router)(_pixels()[where], padded)[:, t]
     candidates = [[] for _ in range(_B)]
     for i, (b, (words, score)) in enumerate(rows):
       if eot in words:
@@ -96,10 +98,10 @@ def _an_end() -> int:
 
 class SearchTest(parameterized.TestCase):
 
-  @parameterized.parameters(1, _K)
-  def test_it_equals_a_search_without_caches(self, beams):
-    found = _search(beams, _NEVER)
-    tokens, sums = _without_cache(beams, _NEVER)
+  @parameterized.parameters((1, 'attribute'), (_K, 'attribute'), (_K, 'token'), (_K, 'context'))
+  def test_it_equals_a_search_without_caches(self, beams, router):
+    found = _search(beams, _NEVER, router=router)
+    tokens, sums = _without_cache(beams, _NEVER, router)
     np.testing.assert_array_equal(found.tokens, tokens)
     np.testing.assert_allclose(found.scores, sums, rtol=1e-5)
     np.testing.assert_allclose(found.log_p.sum(-1), sums, rtol=1e-5)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import small_model
+from uni_moe_jax import resolve
 from uni_moe_jax.moe import dispatch, experts, grouped, routers
 
 
@@ -24,6 +25,14 @@ _routes = small_model.jit(dispatch.routes, static_argnums=(2, 3, 4))
 
 def _kept(to: dispatch.Routes, *shape: int) -> list:
   return np.asarray(to.kept).astype(int).reshape(shape).tolist()
+
+
+class NamesTest(absltest.TestCase):
+
+  def test_a_config_is_checked_against_the_names_that_exist(self):
+    self.assertEqual(set(resolve.DISPATCHED), {r for r in routers.ROUTERS if routers.looks_at_tokens(r)})
+    self.assertEqual({*resolve.MERGED, *resolve.DISPATCHED}, {routers.DENSE, *routers.ROUTERS})
+    self.assertEqual(set(resolve.GROUPED), {grouped.AUTO, *grouped.BACKENDS})
 
 
 class CapacityTest(parameterized.TestCase):
