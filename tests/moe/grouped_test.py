@@ -81,7 +81,7 @@ class EveryBackendTest(parameterized.TestCase):
 
 class DoorTest(parameterized.TestCase):
 
-  @parameterized.parameters(('cpu', False, 'loop'), ('cpu', True, 'loop'), ('tpu', False, 'megablox'),
+  @parameterized.parameters(('cpu', False, 'loop'), ('cpu', True, 'buffers'), ('tpu', False, 'megablox'),
                             ('tpu', True, 'megablox'), ('gpu', True, 'buffers'), ('gpu', False, 'ragged'))
   def test_auto_follows_the_device(self, device, capacity, backend):
     with mock.patch.object(jax, 'default_backend', lambda: device):

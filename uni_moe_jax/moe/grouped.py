@@ -1,7 +1,8 @@
 """Grouped matrix products behind one door: rows that are sorted by expert, each times its expert's kernel.
 
-What is fast differs by backend: on CPU a loop over tiles, each of one expert; on TPU the megablox kernel that JAX ships;
-on GPU, where `ragged_dot` is a dense product, equal groups as one batched product. All of them compute the same.
+What is fast differs: with a capacity equal groups, as one batched product; without, on CPU a loop over tiles, each of one
+expert, elsewhere `ragged_dot` (a dense product on GPU: slow, and exact). On TPU the megablox kernel that JAX ships serves
+both. All of them compute the same.
 """
 
 import chex
@@ -11,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 BACKENDS = ('loop', 'buffers', 'ragged', 'megablox')
 AUTO = 'auto'
-_TILE = 256        # rows of a product on CPU; see README, "Routers that look at tokens"
+_TILE = 128        # rows of a product on CPU: larger ones compute more of their neighbours, smaller ones read kernels more often
 _MEGABLOX_ROWS = 128
 
 
@@ -24,7 +25,9 @@ def choose(backend: str, capacity: bool) -> str:
   """
   if backend != AUTO:
     return backend
-  return {'cpu': 'loop', 'tpu': 'megablox'}.get(jax.default_backend(), 'buffers' if capacity else 'ragged')
+  if jax.default_backend() == 'tpu':
+    return 'megablox'
+  return 'buffers' if capacity else {'cpu': 'loop'}.get(jax.default_backend(), 'ragged')
 
 
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: str) -> jax.Array:
