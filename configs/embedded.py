@@ -13,7 +13,7 @@ import ml_collections
 from uni_moe_jax import config, recipes
 from uni_moe_jax.tasks import nearest
 
-ROUTERS = ('attribute', 'task', 'modality', 'dense')
+ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 
 
 def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:

@@ -5,7 +5,7 @@
   python launch/evaluate.py --workdir=runs/quickstart
 
 ./launch/quickstart.sh does all of it. README.md holds the table of what it scores. Another router is one value:
---config.moe.router=dense|modality|task|attribute.
+--config.moe.router=dense|modality|task|attribute|token|context.
 """
 
 import ml_collections

@@ -208,7 +208,7 @@ _ERRORS = {
     # Experts.
     'router': (lambda c: c.moe.update(router='atribute'),
                r"config\.moe\.router='atribute' is unknown; did you mean 'attribute'\?"
-               r' choices: attribute, dense, modality, task'),
+               r' choices: attribute, context, dense, modality, task, token'),
     'top_k': (lambda c: c.moe.update(top_k=9), r'config\.moe\.top_k=9 must be in 1…config\.moe\.num_experts=8'),
     'no_expert': (lambda c: c.moe.update(top_k=0), r'config\.moe\.top_k=0 must be in 1…'),
     'placement': (lambda c: c.moe.update(placement='even'),
@@ -217,6 +217,15 @@ _ERRORS = {
                         r'config\.moe\.placement=\(0, 4\) has an index outside 0…3'),
     'parts': (lambda c: c.moe.update(parts=('atention',)),
               r"config\.moe\.parts='atention' is unknown; did you mean 'attention'"),
+    'capacity': (lambda c: c.moe.update(router='token', capacity=-.5), r'config\.moe\.capacity=-0\.5 must be at least 0'),
+    'capacity_of_merged': (lambda c: c.moe.update(capacity=1.25),
+                           r"config\.moe\.capacity=1\.25 needs config\.moe\.router='token' or 'context'; kernels of "
+                           r"'attribute' merge\. Set it to 0"),
+    'balance_of_merged': (lambda c: c.moe.update(router='task', balance_loss=.01),
+                          r"config\.moe\.balance_loss=0\.01 needs config\.moe\.router='token' or 'context'"),
+    'z_loss': (lambda c: c.moe.update(router='context', z_loss=-1.), r'config\.moe\.z_loss=-1\.0 must be at least 0'),
+    'grouped': (lambda c: c.moe.update(router='token', grouped='megabloks'),
+                r"config\.moe\.grouped='megabloks' is unknown; did you mean 'megablox'\?"),
     # Tokenizer.
     'tokenizer': (lambda c: c.tokenizer.update(kind='sentencepeice'),
                   r"config\.tokenizer\.kind='sentencepeice' is unknown; did you mean 'sentencepiece'\? "

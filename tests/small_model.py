@@ -21,7 +21,7 @@ from uni_moe_jax.moe import routers
 jit = functools.partial(
     jax.jit, compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False})
 
-ROUTERS = ('attribute', 'task', 'modality', 'dense')
+ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 VOCABULARY, SPE, EOT = 23, 0, 1
 SIDE, PATCHES = 8, 4  # pixels; tokens of a picture
 WORDS = 3  # tokens of a text; a caption has as many queries again
@@ -34,7 +34,7 @@ def spec(router: str = 'attribute', **changes: Any) -> ModelSpec:
       patch=4, channels=1, max_frames=3, max_text=12, pixel_mean=(0.5,), pixel_std=(0.25,),
       layer_scale=0.8, remat=False, router=router, num_experts=4, top_k=2,
       router_names=routers.table_names(router, tasks.router_tasks(), tasks.MODALITIES),
-      temperatures=('group',))
+      temperatures=('group',), grouped='buffers')  # it compiles fastest; backends are compared in tests/moe
   return dataclasses.replace(small, **changes)
 
 

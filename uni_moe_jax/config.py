@@ -121,13 +121,17 @@ def base() -> ml_collections.ConfigDict:
       remat=True,                  # recompute blocks in the backward pass: less memory, a third more work
   ))
   c.moe = _create(dict(
-      router='attribute',          # dense | attribute | task | modality
+      router='attribute',          # dense | attribute | task | modality (kernels merge) | token | context (tokens are dispatched)
       num_experts=8,               # E
       top_k=2,                     # K kept, renormalised to sum 1
       noise_std=1.0,               # training noise of gate logits, divided by E
       # all | odd (layers 0, 2, 4 …) | four | none | tuple of layer indices; two types, so that either can be assigned
       placement=config_dict.FieldReference('all', field_type=object),
       parts=('attention', 'ffn'),  # projections with experts
+      # Of routers that look at tokens:
+      capacity=0.0,                # factor f: in training an expert takes ⌈f · K · tokens / E⌉ tokens of an array; 0 = exact
+      grouped='auto',              # how experts multiply: auto (by backend) | loop | buffers | ragged | megablox
+      balance_loss=0.0, importance_loss=0.0, z_loss=0.0,  # factors of auxiliary losses (moe/token_routers.py)
   ))
   c.tokenizer = _create(dict(
       kind='sentencepiece',        # sentencepiece (learnt from the run's text) | clip (published; extra `clip`)

@@ -21,6 +21,10 @@ MIXTURES = ('mixed', 'sampled')
 SCORINGS = ('exact', 'sampled')
 SCHEDULES = ('cosine', 'constant', 'published')
 WITHOUT_GRADIENT = ('update', 'settonone', 'zerograd')
+# The names of routers and of grouped products live in moe/; here they are data, so that a config is checked without jax.
+MERGED = ('dense', 'attribute', 'task', 'modality')
+DISPATCHED = ('token', 'context')
+GROUPED = ('auto', 'loop', 'buffers', 'ragged', 'megablox')
 # Evaluator → whether it can ask a kind.
 EVALUATIONS = {
     'classification': lambda kind: kind.readout in ('first', 'slot') and kind.target != 'pair',
@@ -112,9 +116,14 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   _choose('model.position_init', m.position_init, ('normal', 'sincos'))
   _choose('model.query_key_init', m.query_key_init, ('independent', 'equal'))
   _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
-  # The names of routers live with the routers; here they are data, so that a config is checked without jax.
-  _choose('moe.router', moe.router, ('dense', 'attribute', 'task', 'modality'))
-  _at_least(c, 'moe', dict(num_experts=1, noise_std=0.0))
+  _choose('moe.router', moe.router, (*MERGED, *DISPATCHED))
+  _choose('moe.grouped', moe.grouped, GROUPED)
+  of_tokens = dict(capacity=0.0, balance_loss=0.0, importance_loss=0.0, z_loss=0.0)
+  _at_least(c, 'moe', dict(num_experts=1, noise_std=0.0, **of_tokens))
+  for name in of_tokens if moe.router in MERGED else ():
+    if moe[name]:
+      raise ValueError(f"config.moe.{name}={moe[name]} needs config.moe.router='token' or 'context'; kernels of "
+                       f'{moe.router!r} merge. Set it to 0.')
   if not 1 <= moe.top_k <= moe.num_experts:
     raise ValueError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
   if isinstance(moe.placement, str):

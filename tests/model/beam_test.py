@@ -18,6 +18,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 _KIND = tasks.KINDS['image_caption']
 _SPEC = small_model.spec()
 _PROMPTED = small_model.spec(prompts=2, prefix_prompts=3, prompt_sides='separate', spe_bias=True)
+_TOKEN, _CONTEXT = small_model.spec('token'), small_model.spec('context')
 _B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
 _NEVER = -1  # an `eot` that no word is
 
@@ -85,7 +86,7 @@ def _an_end(spec=_SPEC) -> int:
 
 class SearchTest(parameterized.TestCase):
 
-  @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED))
+  @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT))
   def test_it_equals_a_search_without_caches(self, beams, spec):
     found = _search(beams, _NEVER, spec=spec)
     tokens, sums = _without_cache(beams, _NEVER, spec)

@@ -77,7 +77,7 @@ def _step_by_step(router: str, eot: int):
 
 class GreedyTest(parameterized.TestCase):
 
-  @parameterized.parameters('attribute', 'modality', 'dense')
+  @parameterized.parameters('attribute', 'modality', 'dense', 'token', 'context')
   def test_it_equals_decoding_step_by_step(self, router):
     tokens, log_p = _greedy(router)(_NEVER)
     expected_tokens, expected_log_p = _step_by_step(router, _NEVER)

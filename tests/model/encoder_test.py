@@ -37,21 +37,28 @@ def _assert_close(a, b, tolerance: float = 1e-5):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
+@functools.cache
+def _expected(router: str):
+  """Joined, last layer for the readout only, nothing collected: as in training."""
+  return _features(small_model.spec(router), _mix())
+
+
 class OneResultTest(parameterized.TestCase):
 
-  @functools.cached_property
-  def expected(self):
-    """Joined, last layer for the readout only, nothing collected: as in training."""
-    return _features(small_model.spec(), _mix())
+  @parameterized.parameters('attribute', 'token', 'context')
+  def test_all_rows_of_the_last_layer_change_nothing(self, router):
+    _assert_close(_features(small_model.spec(router), _mix(), all_rows=True), _expected(router))
 
-  def test_all_rows_of_the_last_layer_change_nothing(self):
-    _assert_close(_features(small_model.spec(), _mix(), all_rows=True), self.expected)
-
-  def test_streams_that_stay_apart_give_what_joined_ones_give(self):
-    _assert_close(_features(small_model.spec(), _mix(), keys=True), self.expected)
+  @parameterized.parameters('attribute', 'token', 'context')
+  def test_streams_that_stay_apart_give_what_joined_ones_give(self, router):
+    _assert_close(_features(small_model.spec(router), _mix(), keys=True), _expected(router))
 
   def test_streams_joined_within_two_shards_give_the_same(self):
     _assert_close(_features(small_model.spec(), _mix(), shards=2), self.expected)
+
+  @property
+  def expected(self):
+    return _expected('attribute')
 
   def test_features_tell_sequences_and_samples_apart(self):
     # Otherwise the tests above could not see two results exchanged.

@@ -108,7 +108,9 @@ class RowNamesTest(absltest.TestCase):
     names = {r: small_model.spec(r).row_names(self._CONDITIONS) for r in small_model.ROUTERS}
     self.assertEqual(names, {
         'attribute': ('11011000', '11010101', '11010110'), 'task': ('caption', 'words'),
-        'modality': ('visual', 'text'), 'dense': ('all tokens',)})
+        'modality': ('visual', 'text'), 'dense': ('all tokens',),
+        # Of tokens: what tells arrays apart.
+        'token': ('11011000', '11010101', '11010110'), 'context': ('11011000', '11010101', '11010110')})
 
   def test_bits_are_those_of_the_condition(self):
     bits = attributes.to_string(self._CONDITIONS[0].bits)
@@ -124,11 +126,12 @@ class FromConfigTest(absltest.TestCase):
   def test_sizes_and_choices_come_from_the_config(self):
     c = config.base()
     c.model.update(dict(layers=5, width=64, heads=4, hidden=96, layer_scale=.25, drop_path=.1, dtype='bfloat16'))
-    c.moe.update(dict(num_experts=6, top_k=3, placement='odd', parts=('ffn',)))
+    c.moe.update(dict(num_experts=6, top_k=3, placement='odd', parts=('ffn',), capacity=1.5, grouped='ragged'))
     spec = self._spec(c)
     self.assertEqual((spec.layers, spec.width, spec.heads, spec.hidden), (5, 64, 4, 96))
     self.assertEqual((spec.layer_scale, spec.drop_path, spec.dtype), (.25, .1, jnp.bfloat16))
     self.assertEqual((spec.num_experts, spec.top_k, spec.parts), (6, 3, ('ffn',)))
+    self.assertEqual((spec.capacity, spec.grouped), (1.5, 'ragged'))
     self.assertEqual(_chosen(spec), [0, 2, 4])
 
   def test_sizes_of_data_and_plan_are_arguments(self):
@@ -142,7 +145,8 @@ class FromConfigTest(absltest.TestCase):
       c.moe.router = router
       names[router] = self._spec(c).router_names
     self.assertEqual(names, {
-        'attribute': (), 'dense': (), 'modality': ('visual', 'text'), 'task': tasks.router_tasks()})
+        'attribute': (), 'dense': (), 'token': (), 'context': (), 'modality': ('visual', 'text'),
+        'task': tasks.router_tasks()})
 
   def test_a_spec_can_be_a_static_argument(self):
     c = config.base()

@@ -50,7 +50,11 @@ def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:
 
 
 def write_experts(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...], workdir: str | os.PathLike[str]) -> None:
-  """experts.json: the coefficients of every layer's routers for every condition row, without noise."""
+  """experts.json: the coefficients of every layer's routers for every condition row, without noise. A router that
+  looks at tokens has none; the file is not written, and a line says so."""
+  if routers.looks_at_tokens(spec.router):
+    print(f'experts.json is not written: the {spec.router} router decides by token, not by condition row.', flush=True)
+    return
   stack, layers, table = spec.stack, [], []
   rows = routers.distinct_rows(spec.router, conditions)
   for layer, parts in enumerate(spec.pattern):

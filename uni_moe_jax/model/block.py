@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.prompts import DeepPrompts, put_before, table_of
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.streams import Past, Stream, take_rows
+from uni_moe_jax.model.streams import Stream, take_rows
+from uni_moe_jax.model.ways import SALTS, TokenWays, Ways
 from uni_moe_jax.moe import experts, routers
+from uni_moe_jax.moe.token_routers import TokenRouter
 
 NORM_EPSILON = 1e-5
-# Salts that separate the uses of one (step, layer) key.
-ATTENTION, FFN, ATTENTION_PATH, FFN_PATH = range(4)
+# Salts that separate the uses of one (step, layer) key, beside those of the routers.
+ATTENTION_PATH, FFN_PATH = 2, 3
 
 
 @flax.struct.dataclass
@@ -33,7 +35,7 @@ class Context:
     rows: distinct router inputs of the streams.
     all_rows: compute every row in the last block too.
     taps: return the arrays after this block.
-    keys: return keys and values of the streams' arrays.
+    keys: return keys, values and context pools of the streams' arrays.
   """
   streams: tuple[Stream, ...]
   past_valid: tuple[jax.Array | None, ...]
@@ -74,7 +76,7 @@ class Block(nn.Module):
     Args:
       arrays: per stream, per segment: [B, S, D].
       layer: scalar int32, the layer's index (it keys noise; a scanned input).
-      past: per stream (k, v) [B, P, N, H] or None.
+      past: per stream (k, v, pools) or None: k, v [B, P, N, H]; pools {part: [B, D]} or None.
       context: see `Context`.
 
     Returns:
@@ -83,7 +85,7 @@ class Block(nn.Module):
     """
     spec = self.spec
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
-    decisions = {p: self._decide(p, key, context.rows) for p in self.parts}
+    ways, decisions = self._ways(key, context.rows)
     conditional = {p: spec.num_experts if p in self.parts else 0 for p in ('attention', 'ffn')}
     D, N, H, F = spec.width, spec.heads, spec.head_dim, spec.hidden
 
@@ -104,64 +106,70 @@ class Block(nn.Module):
         name, nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale), ('embed',)), (D,)
     ).astype(spec.dtype)[None, None] for name in ('scale1', 'scale2')}
 
-    def kernel_of(pair, part, condition):
-      a = context.rows.index(routers.row_of(spec.router, condition)) if conditional[part] else 0
-      return pair[0][a], pair[1][a]
+    # Parts of the fused projection; the axis before is that of condition rows or experts.
+    only_q, only_kv = (qkv[0][:, :, :1], qkv[1][:, :1]), (qkv[0][:, :, 1:], qkv[1][:, 1:])
 
     prompts = DeepPrompts(spec, name='prompts')() if spec.prompts else {}
 
-    new_arrays, all_kv = [], []
-    for stream, xs, cached, past_valid in zip(context.streams, arrays, past, context.past_valid, strict=True):
-      layout = stream.layout
+    new_arrays, all_kv, all_pools = [], [], []
+    for stream, xs, before, past_valid in zip(context.streams, arrays, past, context.past_valid, strict=True):
+      layout, cached, pools = stream.layout, *((None, None) if before is None else (before[:2], before[2]))
+      normed = [norm1(x) for x in xs]
+      all_pools.append(ways.enter(stream, normed, pools))
       table = table_of(spec, layout.is_target)
       if table in prompts:
-        kernel, bias = kernel_of(qkv, 'attention', layout.prompt_condition)
-        y = experts.project(norm1(prompts[table].astype(spec.dtype)), kernel[:, 1:], bias[1:])
+        h, way = ways.of_prompts(norm1(prompts[table].astype(spec.dtype)), layout.prompt_condition)
+        y = way(h, only_kv)
         cached, past_valid = put_before((y[:, :, 0], y[:, :, 1]), cached, past_valid, xs[0].shape[0])
       only_readout = self.last and not context.all_rows
       asks = [i for i in range(len(xs)) if not only_readout or i == layout.readout_array]
-      normed = [norm1(x) for x in xs]
-      q, kv = {}, []
+      q, kv, way = {}, [], {}
       for i, (h, condition) in enumerate(zip(normed, layout.conditions, strict=True)):
-        kernel, bias = kernel_of(qkv, 'attention', condition)
+        way[i] = ways.of('attention', condition, h, i)
         if i in asks and not only_readout:
-          y = experts.project(h, kernel, bias)
+          y = way[i](h, qkv)
           q[i] = y[:, :, 0]
           kv.append((y[:, :, 1], y[:, :, 2]))
         else:
-          y = experts.project(h, kernel[:, 1:], bias[1:])
+          y = way[i](h, only_kv)
           kv.append((y[:, :, 0], y[:, :, 1]))
           if i in asks:
-            rows = take_rows(h, layout.readout, stream.positions)
-            q[i] = experts.project(rows, kernel[:, 0], bias[0])
+            way[i] = way[i].rows(stream)
+            q[i] = way[i](take_rows(h, layout.readout, stream.positions), only_q)[:, :, 0]
       all_kv.append(tuple(kv))
 
       results: list[jax.Array | None] = [None] * len(xs)
       for i in asks:
-        condition = layout.conditions[i]
         x = take_rows(xs[i], layout.readout, stream.positions) if only_readout else xs[i]
         y = self._attend(i, q[i], kv, xs, stream, cached, past_valid, only_readout)
-        y = experts.project(y, *kernel_of(out, 'attention', condition))
+        y = way[i](y, out)
         path = None if key is None else jax.random.fold_in(key, ATTENTION_PATH)
         x = x + scale['scale1'] * drop_path(y, path, stream.ids, spec.drop_path)
-        y = experts.project(norm2(x), *kernel_of(ffn_in, 'ffn', condition))
-        y = experts.project(nn.gelu(y, approximate=False), *kernel_of(ffn_out, 'ffn', condition))
+        h = norm2(x)
+        through = ways.of('ffn', layout.conditions[i], h, i, only_readout)
+        y = through(nn.gelu(through(h, ffn_in), approximate=False), ffn_out)
         path = None if key is None else jax.random.fold_in(key, FFN_PATH)
         results[i] = x + scale['scale2'] * drop_path(y, path, stream.ids, spec.drop_path)
       new_arrays.append(tuple(results))
-    taken = {'decisions': decisions}
+    taken = {'decisions': ways.taken()}
     if context.taps:
       taken['taps'] = tuple(new_arrays)
     if context.keys:
-      taken['kv'] = tuple(all_kv)
+      taken['kv'], taken['pools'] = tuple(all_kv), tuple(all_pools)
     return tuple(new_arrays), taken
 
-  def _decide(self, part: str, key: jax.Array | None, rows) -> routers.Decision:
+  def _ways(self, key: jax.Array | None, rows) -> tuple[Ways, dict[str, routers.Decision]]:
+    """The block's ways, and the decisions by which kernels merge (none where a router looks at tokens)."""
     spec = self.spec
-    salted = None if key is None else jax.random.fold_in(key, {'attention': ATTENTION, 'ffn': FFN}[part])
-    return routers.Router(
-        spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names,
-        name=f'{part}_router')(rows, salted)
+    sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
+    if routers.looks_at_tokens(spec.router):
+      made = {p: TokenRouter(spec.router == 'context', *sizes, name=f'{p}_router') for p in self.parts}
+      return TokenWays(spec, rows, made, key), {}
+    decisions = {}
+    for p in self.parts:
+      salted = None if key is None else jax.random.fold_in(key, SALTS[p])
+      decisions[p] = routers.Router(spec.router, *sizes, spec.router_names, name=f'{p}_router')(rows, salted)
+    return Ways(spec, rows, decisions), decisions
 
   def _attend(self, index, q, kv, xs, stream: Stream, cached, past_valid, only_readout) -> jax.Array:
     """Attention of one array's queries [B, Q, N, H] over the keys it may see → [B, Q, N, H]."""

@@ -41,7 +41,8 @@ def collected_past(collected, stream: int, valid: jax.Array, room: int) -> Past:
 
   kv = {sub: tuple((joined(out, 0), joined(out, 1)) for out in collected[sub]) for sub in ('blocks', 'tail')}
   empty = jnp.zeros((valid.shape[0], room), bool)
-  return Past(kv, jnp.concatenate([valid, empty], axis=1))
+  pools = {sub: tuple(out['pools'][stream] for out in collected[sub]) for sub in ('blocks', 'tail')}
+  return Past(kv, jnp.concatenate([valid, empty], axis=1), pools)
 
 
 @flax.struct.dataclass
@@ -123,7 +124,7 @@ def search(
     kv = {sub: tuple((keep(k, out, 0), keep(v, out, 1)) for (k, v), out in zip(past.kv[sub], new[sub]))
           for sub in ('blocks', 'tail')}
     valid = jax.lax.dynamic_update_slice_in_dim(past.valid, there, seen + slot, axis=1)
-    return (scale * features @ words.T).reshape(B, beams, V), Past(kv, valid)
+    return (scale * features @ words.T).reshape(B, beams, V), past.replace(kv=kv, valid=valid)
 
   def go_on(carry: tuple[_Carry, jax.Array]):
     return (carry[0].t < length) & ~carry[0].done.all()
@@ -177,7 +178,8 @@ def _repeat(past: Past, beams: int) -> Past:
   if beams == 1:
     return past
   kv = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 4), past.kv)
-  return Past(kv, jnp.repeat(past.valid, beams, axis=0))
+  pools = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 2), past.pools)
+  return Past(kv, jnp.repeat(past.valid, beams, axis=0), pools)
 
 
 def _reorder(past: Past, parent: jax.Array, seen: int) -> Past:
@@ -191,4 +193,4 @@ def _reorder(past: Past, parent: jax.Array, seen: int) -> Past:
     text = jax.lax.slice_in_dim(x, seen, x.shape[-3], axis=x.ndim - 3)
     text = jnp.take(text, rows, axis=x.ndim - 4)
     return jax.lax.dynamic_update_slice_in_dim(x, text, seen, axis=x.ndim - 3)
-  return Past(jax.tree.map(one, past.kv), past.valid)
+  return past.replace(kv=jax.tree.map(one, past.kv))

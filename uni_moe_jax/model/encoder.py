@@ -56,12 +56,12 @@ class Encoder(nn.Module):
       key: random key of the step (noise, stochastic depth); None at evaluation.
       all_rows: compute all rows in the last layer; the result is the same.
       taps: collect the streams as they come in, and the arrays after every layer.
-      keys: collect keys and values of every layer.
+      keys: collect keys and values of every layer, and what its context routers pooled.
 
     Returns:
       (rows, collected). rows: per stream the hidden states [B, R, D] of its readout (None for 'nothing').
-      collected: {'blocks': …, 'tail': …}, each a tuple per block of {'decisions', 'taps', 'kv'}; leaves of 'blocks'
-      have a leading axis of periods. With taps also 'streams'.
+      collected: {'blocks': …, 'tail': …}, each a tuple per block of {'decisions', 'taps', 'kv', 'pools'}; leaves of
+      'blocks' have a leading axis of periods. With taps also 'streams'.
     """
     spec, stack = self.spec, self.spec.stack
     conditions = tuple(c for s in streams for c in s.layout.conditions)
@@ -74,8 +74,9 @@ class Encoder(nn.Module):
     arrays = tuple(tuple(a.astype(spec.dtype) for a in s.arrays) for s in streams)
 
     def past_of(subtree, blocks):
-      """Per block, per stream: (k, v) or None."""
-      return tuple(tuple(None if p is None else p.kv[subtree][j] for p in past) for j in range(blocks))
+      """Per block, per stream: (k, v, pools) or None."""
+      of = lambda p, j: (*p.kv[subtree][j], None if p.pools is None else p.pools[subtree][j])
+      return tuple(tuple(None if p is None else of(p, j) for p in past) for j in range(blocks))
 
     collected: Collected = {'blocks': (), **({'streams': streams} if taps else {})}
     scanned = len(stack.period) * stack.periods

@@ -51,6 +51,8 @@ class ModelSpec:
   num_experts: int = 8               # E
   top_k: int = 2                     # K
   noise_std: float = 1.0             # of the gate's training noise, times E
+  capacity: float = 0.0              # factor f of dispatch in training; 0 = exact
+  grouped: str = 'auto'              # backend of grouped products, see moe/grouped.py
   placement: str | tuple[int, ...] = 'all'
   parts: tuple[str, ...] = PARTS     # which projections have experts
   router_names: tuple[str, ...] = () # embedding table of the router, in order
@@ -84,6 +86,7 @@ class ModelSpec:
         position_init=m.position_init, position_std=m.position_std, query_key_init=m.query_key_init,
         temporal_std=m.temporal_std, layer_scale=m.layer_scale, drop_path=m.drop_path, dtype=jnp.dtype(m.dtype),
         remat=m.remat, router=moe.router, num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std,
+        capacity=moe.capacity, grouped=moe.grouped,
         placement=placement, parts=tuple(moe.parts),
         router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperatures=temperatures,
         temperature=m.temperature, prompts=m.prompts, prompt_sides=m.prompt_sides, prefix_prompts=m.prefix_prompts,

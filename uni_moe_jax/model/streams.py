@@ -97,9 +97,11 @@ class Past:
   Attributes:
     kv: per layer, in the tree that the encoder collects: ((k, v), …) with [periods, B, P, N, H] or [B, P, N, H].
     valid: bool [B, P].
+    pools: per layer, in the same tree, what context routers pooled: {part: [periods, B, D] or [B, D]}; {} or None without them.
   """
   kv: Any
   valid: jax.Array
+  pools: Any = None
 
 
 def take_rows(x: jax.Array, readout: str, positions: jax.Array | None) -> jax.Array:

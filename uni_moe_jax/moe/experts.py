@@ -1,4 +1,5 @@
 """Experts: linear maps that are merged before they multiply. A router decided; here is what its decision does.
+(Where the decision looks at tokens, nothing merges: see `dispatch.py`.)
 
 Experts are linear, so Σ_e c_e (x W_e + b_e) = x (Σ_e c_e W_e) + Σ_e c_e b_e: for a decision that does not look at
 tokens it is exact, and nearly free, to add the kernels first (Uni-Perceiver-MoE, section 3.4).
@@ -42,7 +43,8 @@ def equal_query_key(init: Callable) -> Callable:
 
 
 class ConditionalDense(nn.Module):
-  """Kernels and biases of a linear projection, one per condition row, merged from E experts (or the only ones).
+  """Kernels and biases of a linear projection: one per condition row, merged from E experts; or as they are, the only one or
+  all E, for dispatch.
 
   Attributes:
     in_shape, out_shape: axes that the product contracts and makes.
@@ -61,16 +63,16 @@ class ConditionalDense(nn.Module):
 
   @nn.compact
   def __call__(self, decision: Decision | None) -> tuple[jax.Array, jax.Array]:
-    """Returns (kernel [A, *in, *out], bias [A, *out]); A = 1 when dense."""
+    """Returns (kernel [A, *in, *out], bias [A, *out]); A = 1 when dense, E without a decision."""
     lead, lead_axes = ((self.num_experts,), ('experts',)) if self.num_experts else ((), ())
     kernel = self.param(
         'kernel', nn.with_logical_partitioning(self.kernel_init, lead_axes + self.in_axes + self.out_axes),
         lead + self.in_shape + self.out_shape)
     bias = self.param(
         'bias', nn.with_logical_partitioning(nn.initializers.zeros, lead_axes + self.out_axes), lead + self.out_shape)
-    if self.num_experts:
+    if decision is not None:
       kernel, bias = merge(kernel, decision.coef), merge(bias, decision.coef)
-    else:
+    elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
     return kernel.astype(self.dtype), bias.astype(self.dtype)
 

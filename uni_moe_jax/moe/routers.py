@@ -1,8 +1,9 @@
 """Routers: which experts, with which coefficients. A router decides; `experts.py` computes.
 
 coef = top-K of softmax(W_g h + noise), renormalised to sum 1, in float32 (Uni-Perceiver-MoE, section 3.2, eq. 4-6).
-The routers differ in h alone. The three here look at the *condition* of an array, not at its tokens, so that there
-is one decision per distinct router input (a *row*). A new one is a function of the condition and an entry of `ROUTERS`.
+The routers differ in h alone. Three look at the *condition* of an array, not at its tokens, so that there is one decision
+per distinct router input (a *row*); two look at tokens (`token_routers.py`), and decide for each. A new one is a function
+of the condition and an entry of `ROUTERS`.
 """
 
 import dataclasses
@@ -34,13 +35,42 @@ class Decision:
   expert: jax.Array
   coef: jax.Array
 
+  @property
+  def used(self) -> jax.Array:
+    """int32 [..., E]: how many rows chose an expert."""
+    return (self.coef > 0).astype(jnp.int32).sum(-2)
+
+  @property
+  def entropy(self) -> jax.Array:
+    """f32 [..., A]: entropy (nats) of a row's kept coefficients."""
+    return -(self.coef * jnp.log(jnp.maximum(self.coef, 1e-20))).sum(-1)
+
+
+@flax.struct.dataclass
+class Choice:
+  """What a router that looks at tokens decided for an array of them.
+
+  Attributes:
+    logits: [B, S, E] f32, as routed (noise included).
+    expert: [B, S, K] int32, best first.
+    gates: [B, S, K] f32, summing to 1.
+  """
+  logits: jax.Array
+  expert: jax.Array
+  gates: jax.Array
+
+
+def keep(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+  """The K most probable experts, best first, and their probabilities, renormalised: logits [..., E] f32 → [..., K] twice."""
+  gates, expert = jax.lax.top_k(jax.nn.softmax(logits), top_k)
+  return expert, gates / gates.sum(-1, keepdims=True)
+
 
 def decide(logits: jax.Array, top_k: int) -> Decision:
   """Keeps the K most probable experts and renormalises their probabilities. logits: [A, E]."""
   chex.assert_rank(logits, 2)
   logits = logits.astype(jnp.float32)
-  gates, expert = jax.lax.top_k(jax.nn.softmax(logits), top_k)
-  gates = gates / gates.sum(-1, keepdims=True)
+  expert, gates = keep(logits, top_k)
   coef = jnp.einsum('ak,ake->ae', gates, jax.nn.one_hot(expert, logits.shape[-1], dtype=jnp.float32))
   return Decision(logits=logits, expert=expert, coef=coef)
 
@@ -93,17 +123,25 @@ class NameEmbedding(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class RouterKind:
-  """row: the part of a condition that the router sees. embed: module class giving h before its LayerNorm."""
+  """row: the part of a condition that the router sees. embed: module class giving h before its LayerNorm; None of a router
+  that looks at tokens, whose rows only tell arrays apart: those of one row may join, and share capacity and statistics."""
   row: Callable[[Condition], Row]
-  embed: type[nn.Module]
+  embed: type[nn.Module] | None
 
 
 ROUTERS: dict[str, RouterKind] = {
     'attribute': RouterKind(lambda c: c.bits, AttributeEmbedding),
     'task': RouterKind(lambda c: c.task, NameEmbedding),
     'modality': RouterKind(lambda c: c.modality, NameEmbedding),
+    'token': RouterKind(lambda c: c.bits, None),
+    'context': RouterKind(lambda c: c.bits, None),
 }
 DENSE = 'dense'  # the value of `moe.router` for a model without experts
+
+
+def looks_at_tokens(router: str) -> bool:
+  """Whether every token has its own decision, so that tokens are dispatched and kernels not merged."""
+  return router != DENSE and ROUTERS[router].embed is None
 
 
 def distinct_rows(router: str, conditions: tuple[Condition, ...]) -> tuple[Row, ...]:

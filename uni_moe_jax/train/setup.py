@@ -92,7 +92,7 @@ class Run:
     return place_sets(self.data, self.plan, self.mesh)
 
   def parameter_counts(self) -> dict[str, int]:
-    """{'total', 'used_per_token'}: of E experts, a token's kernels are merged from K."""
+    """{'total', 'used_per_token'}: of E experts, K serve a token: its kernels are merged from theirs, or it goes to them."""
     total = used = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(self.shapes.params):
       total += leaf.size
@@ -236,7 +236,8 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, accum=config.train.accum,
                   ema=config.train.ema, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
                   contrastive=config.train.contrastive, twins=config.train.twins,
-                  without_gradient=config.optim.without_gradient, frozen=optim.frozen_paths(rules))
+                  without_gradient=config.optim.without_gradient, frozen=optim.frozen_paths(rules),
+                  auxiliary=tuple((n, config.moe[f'{n}_loss']) for n in ('balance', 'importance', 'z') if config.moe[f'{n}_loss']))
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
   return Run(config, plan, data, mesh, spec, rules, shapes, shardings)

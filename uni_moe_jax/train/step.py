@@ -17,6 +17,7 @@ from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.losses import SampledWords, Tally
 from uni_moe_jax.model import inputs, similarity
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.train import routing
 from uni_moe_jax.train.optim import path_of
 from uni_moe_jax.train.touched import chosen_experts, touched
 
@@ -52,6 +53,7 @@ class StepSpec:
     eot: id of the last token of every text. vocab_size: V.
     contrastive, twins, without_gradient: fields of config.train and config.optim with these names.
     frozen: paths of parameters that do not train.
+    auxiliary: (loss of the routers, factor) for every factor that is not 0.
   """
   model: UniPerceiver
   plan: Plan
@@ -65,6 +67,7 @@ class StepSpec:
   twins: str = 'masked'
   without_gradient: str = 'update'
   frozen: frozenset[str] = frozenset()
+  auxiliary: routing.Factors = ()
 
 
 def init_state(spec: StepSpec, params: Any) -> TrainState:
@@ -205,27 +208,49 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
   return total, tallies
 
 
+def _tokens(spec: StepSpec, found: tuple[Sequence, ...]) -> int:
+  """How many tokens sequences have, padding included."""
+  count = 0
+  for s in found:
+    count += 0 if s.text is None else s.text.size
+    count += 0 if s.pixels is None else s.pixels.shape[0] * s.pixels.shape[1] * spec.model.spec.patches
+  return count
+
+
 def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Array):
-  """(gradient tree, total loss, tallies, extra metrics, chosen experts) of one step."""
+  """(gradient tree, total loss, tallies, extra metrics, chosen experts) of one step.
+
+  Auxiliary losses of routers are those of what is encoded together: with accumulation, of every micro-step and of the target
+  sets, averaged by how many tokens each has.
+  """
   sampled = sample_sets(spec, batch, key)
   norm = norms(spec, batch, sampled)
   if spec.accum == 1:
     def loss(p):
       groups, set_features, collected = forward(spec, p, batch, sets, sampled, key)
       total, tallies = score(spec, p, batch, groups, set_features, sampled, norm)
-      return total, (tallies, collected)
+      return total + routing.auxiliary(spec.auxiliary, collected), (tallies, collected)
     (total, (tallies, collected)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    chosen = chosen_experts(collected)
+    chosen, extra = chosen_experts(collected), routing.metrics(collected)
   else:
-    set_features, pull_back, collected = {}, None, None
+    of_sets = _tokens(spec, sequences(spec, None, sets, sampled)[0])
+    of_micro = _tokens(spec, sequences(spec, jax.tree.map(lambda x: x[0], batch), None, sampled)[0])
+    share = of_micro / (of_sets + spec.accum * of_micro)
+
+    def encode_sets(p):
+      _, set_features, collected = forward(spec, p, None, sets, sampled, key)
+      auxiliary = (1 - spec.accum * share) * routing.auxiliary(spec.auxiliary, collected)
+      return (set_features, auxiliary), collected
+    set_features = {}
     if spec.plan.sets:  # pairs alone have none
-      set_features, pull_back, collected = jax.vjp(
-          lambda p: forward(spec, p, None, sets, sampled, key)[1:], params, has_aux=True)
+      (set_features, auxiliary), pull_back, collected = jax.vjp(encode_sets, params, has_aux=True)
 
     def loss(p, set_features, micro):
       groups, _, collected = forward(spec, p, micro, None, sampled, key)
       total, tallies = score(spec, p, micro, groups, set_features, sampled, norm)
-      return total, (tallies, chosen_experts(collected))
+      total = total + share * routing.auxiliary(spec.auxiliary, collected)
+      scaled = jax.tree.map(lambda x: share * x, routing.metrics(collected))
+      return total, (tallies, chosen_experts(collected), scaled)
 
     def one(micro):
       (total, aux), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, set_features, micro)
@@ -235,14 +260,15 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
       return jax.tree.map(jnp.add, carry, one(micro)), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch)))
-    ((grads, d_features), total, (tallies, chosen)), _ = jax.lax.scan(micro_step, zeros, batch)
+    ((grads, d_features), total, (tallies, chosen, extra)), _ = jax.lax.scan(micro_step, zeros, batch)
     if spec.plan.sets:
+      total = total + auxiliary
       chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
-      grads = jax.tree.map(jnp.add, grads, pull_back(d_features)[0])
-  extra = {'gate_entropy': None if collected is None else gate_entropy(collected)}
+      extra = jax.tree.map(lambda x, y: x + (1 - spec.accum * share) * y, extra, routing.metrics(collected))
+      grads = jax.tree.map(jnp.add, grads, pull_back((d_features, jnp.ones(())))[0])
   if sampled:
     extra['dropped_words'] = sum(s.dropped for s in sampled.values())
-  return grads, total, tallies, {k: v for k, v in extra.items() if v is not None}, chosen
+  return grads, total, tallies, extra, chosen
 
 
 def holds(plan: Plan) -> tuple[str, ...]:
@@ -254,15 +280,6 @@ def holds(plan: Plan) -> tuple[str, ...]:
     found.add('head')
   found |= {f'label_{s.name}' for s in plan.sets if s.label_prompts}
   return tuple(sorted(found))
-
-
-def gate_entropy(collected) -> jax.Array | None:
-  """Mean entropy (nats) of the kept coefficients over layers, routers and rows; None for a dense model."""
-  coefs = [d.coef for sub in ('blocks', 'tail') for out in collected[sub] for d in out['decisions'].values()]
-  if not coefs:
-    return None
-  entropies = [-(c * jnp.log(jnp.maximum(c, 1e-20))).sum(-1).reshape(-1) for c in coefs]
-  return jnp.concatenate(entropies).mean()
 
 
 def train_step(

@@ -31,9 +31,10 @@ Chosen = dict[str, tuple[dict[str, jax.Array], ...]]
 
 
 def chosen_experts(collected) -> Chosen:
-  """{'blocks': ({part: int32 [periods, E]}, …), 'tail': ({part: int32 [E]}, …)}: how many encoded rows chose an expert."""
+  """{'blocks': ({part: int32 [periods, E]}, …), 'tail': ({part: int32 [E]}, …)}: how many encoded rows (of tokens:
+  slots) chose an expert."""
   return {subtree: tuple(
-      {part: (d.coef > 0).astype(jnp.int32).sum(-2) for part, d in out['decisions'].items()} for out in collected[subtree])
+      {part: d.used for part, d in out['decisions'].items()} for out in collected[subtree])
           for subtree in ('blocks', 'tail')}
 
 

@@ -1,0 +1,197 @@
+"""Models whose routers look at tokens: equal to merging where gates are constant, no leak, what they count."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import small_model
+from uni_moe_jax.model import ways
+from uni_moe_jax.model.spec import PARTS, ModelSpec
+from uni_moe_jax.moe import dispatch, routers
+
+_BOTH = ('token', 'context')
+
+
+@functools.cache
+def _forward(spec: ModelSpec, **options):
+  """(parameters, sequences, key or None) → (features per sequence, collected)."""
+  return small_model.jit(lambda values, sequences, key: small_model.encode(
+      spec, sequences, values=values, key=key, **options))
+
+
+def _mix(batch: int = 2):
+  kinds = ('image_classification', 'image_caption', 'text_mlm', 'vqa')
+  return tuple(small_model.sequence(k, batch, seed=i) for i, k in enumerate(kinds))
+
+
+def _without_gates(spec: ModelSpec):
+  """Its parameters, with gates of zero: every decision keeps half of experts 0 and 1."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: x * ('gate' not in jax.tree_util.keystr(path)), small_model.params(spec))
+
+
+class MergeTest(parameterized.TestCase):
+
+  @parameterized.parameters(*_BOTH)
+  def test_constant_gates_equal_the_merge(self, router):
+    merged, dispatched = small_model.spec('attribute', layers=2), small_model.spec(router, layers=2)
+    expected, _ = _forward(merged)(_without_gates(merged), _mix(), None)
+    found, _ = _forward(dispatched)(_without_gates(dispatched), _mix(), None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, expected)
+    other, _ = _forward(dispatched)(small_model.params(dispatched), _mix(), None)
+    self.assertGreater(np.abs(np.asarray(other[0]) - expected[0]).max(), 1e-2)
+
+
+_WORDS, _CHANGED = 4, 2  # words from the third on are changed
+
+
+def _captions(seed: int, first: int):
+  """Captions [words | queries] of three pictures, whose words from `first` on follow the seed."""
+  one = small_model.sequence('image_caption', 3, seed=5, words=_WORDS)
+  words = np.random.default_rng(seed).integers(2, small_model.VOCABULARY, (3, _WORDS))
+  text = np.asarray(one.text).copy()
+  text[:, first:_WORDS] = words[:, first:]
+  return one.replace(text=jnp.asarray(text))
+
+
+def _states(spec: ModelSpec, sequence, key=None):
+  """[layers, B, words and queries, D] and [layers, B, visual tokens, D] after every layer."""
+  _, collected = _forward(spec, taps=True, all_rows=True)(small_model.params(spec), (sequence,), key)
+  picture, text = (np.concatenate([collected['blocks'][0]['taps'][0][i], collected['tail'][0]['taps'][0][i][None]])
+                   for i in (0, 1))
+  return text, picture
+
+
+class NoLeakTest(parameterized.TestCase):
+
+  # Unchanged words are 0 and 1; queries 0, 1 and 2 see no others.
+  _EARLIER = [0, 1, *(_WORDS + i for i in range(3))]
+  _LATER = [2, 3, _WORDS + 3]
+
+  def _assert_no_leak(self, spec, key):
+    text, picture = _states(spec, _captions(1, _CHANGED), key)
+    for seed in (2, 3, 4):
+      other, same = _states(spec, _captions(seed, _CHANGED), key)
+      np.testing.assert_array_equal(other[:, :, self._EARLIER], text[:, :, self._EARLIER])
+      np.testing.assert_array_equal(same, picture)
+      self.assertGreater(np.abs(other[:, :, self._LATER] - text[:, :, self._LATER]).max((1, 3)).min(), 1e-3)
+
+  @parameterized.parameters('attribute', 'task', 'modality', 'token', 'context')
+  def test_later_words_change_no_bit_of_earlier_states(self, router):
+    self._assert_no_leak(small_model.spec(router, layers=2), None)
+
+  @parameterized.product(router=_BOTH, grouped=('loop', 'buffers'))
+  def test_nor_do_they_at_half_the_capacity(self, router, grouped):
+    spec = small_model.spec(router, layers=2, capacity=.5, grouped=grouped)
+    self._assert_no_leak(spec, jax.random.key(0))
+    # Capacity was at work: an exact model has other states.
+    dropping, _ = _states(spec, _captions(1, _CHANGED), jax.random.key(0))
+    exact, _ = _states(small_model.spec(router, layers=2), _captions(1, _CHANGED), jax.random.key(0))
+    self.assertGreater(np.abs(dropping - exact)[:, :, self._EARLIER].max(), 1e-2)
+
+  def test_slots_given_sample_by_sample_would_leak(self):
+    # A positive control: the same comparison sees a dispatch that serves whole samples first.
+    plain = dispatch.routes
+
+    def sample_major(choice, valid, capacity, parts, backend):
+      swapped = jax.tree.map(lambda x: x.swapaxes(0, 1), choice)
+      to = plain(swapped, None if valid is None else valid.T, capacity, 1, backend)
+      B, S, K = choice.expert.shape
+      back = lambda x: x.reshape(S, B, -1).swapaxes(0, 1).reshape(B * S, -1)
+      number = back(jnp.arange(B * S * K, dtype=jnp.int32).reshape(B * S, K))  # of a choice here → there
+      here = jnp.argsort(number.reshape(-1))
+      source = jnp.where(to.source >= 0, here[jnp.maximum(to.source, 0)], -1).astype(jnp.int32)
+      return to.replace(slot=back(to.slot), kept=back(to.kept), gates=back(to.gates), coef=back(to.coef), source=source)
+
+    spec = small_model.spec('token', layers=2, capacity=.5, drop_path=1e-9)  # a value of its own: nothing is cached
+    with mock.patch.object(dispatch, 'routes', sample_major), self.assertRaisesRegex(AssertionError, 'not equal'):
+      self._assert_no_leak(spec, jax.random.key(0))
+
+  def test_a_pool_over_the_caption_would_leak(self):
+    enter = ways.TokenWays.enter
+
+    def over_all(self, stream, normed, pools):
+      layout = dataclasses.replace(stream.layout, masks=('full',) * len(normed))
+      out = enter(self, stream.replace(layout=layout), normed, pools)
+      self._stream = stream
+      return out
+
+    spec = small_model.spec('context', layers=2, drop_path=2e-9)
+    with mock.patch.object(ways.TokenWays, 'enter', over_all), self.assertRaisesRegex(AssertionError, 'not equal'):
+      self._assert_no_leak(spec, None)
+
+
+class ContextTest(absltest.TestCase):
+
+  def test_the_question_of_a_picture_reaches_its_pool_and_padding_does_not(self):
+    spec = small_model.spec('context', layers=2)
+    valid = jnp.array([[True, True, False]] * 2)
+    one = small_model.sequence('vqa', text_valid=valid, positions=jnp.zeros((2, 1), jnp.int32))
+    padded = one.replace(text=one.text.at[:, 2].set(5 + (one.text[:, 2] == 5)))
+    asked = one.replace(text=one.text.at[:, 1].set(5 + (one.text[:, 1] == 5)))
+    pools = [_forward(spec, keys=True)(small_model.params(spec), (s,), None)[1]['tail'][0]['pools'][0]
+             for s in (one, padded, asked)]
+    for part in PARTS:
+      np.testing.assert_allclose(pools[1][part], pools[0][part], atol=1e-5)
+      self.assertGreater(np.abs(pools[2][part] - pools[0][part]).max(), 1e-3)
+
+
+class NoiseTest(parameterized.TestCase):
+
+  @parameterized.parameters(*_BOTH)
+  def test_a_permuted_batch_has_the_permuted_result(self, router):
+    spec, order = small_model.spec(router, layers=2, noise_std=8.0), np.array([3, 0, 2, 1])
+    sequence, key = small_model.sequence('image_caption', 4), jax.random.key(2)
+    moved = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, sequence)
+    run = lambda s, k: np.asarray(_forward(spec)(small_model.params(spec), (s,), k)[0][0])
+    straight = run(sequence, key)
+    np.testing.assert_allclose(run(moved, key), straight[order], atol=1e-5, rtol=1e-5)
+    for other in (run(moved.replace(ids=sequence.ids), key), run(moved, None)):
+      self.assertGreater(np.abs(other - straight[order]).max(), 1e-2)
+
+  def test_readout_rows_draw_what_they_draw_among_all_rows(self):
+    spec, key = small_model.spec('token', layers=2, noise_std=8.0), jax.random.key(2)
+    few, every = (_forward(spec, all_rows=a)(small_model.params(spec), _mix(), key)[0] for a in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), few, every)
+
+
+class PlacementTest(parameterized.TestCase):
+
+  @parameterized.product(router=tuple(routers.ROUTERS), parts=(('attention',), ('ffn',), PARTS))
+  def test_every_router_goes_with_every_part_and_placement(self, router, parts):
+    for placement in ('odd', (1,)):
+      spec = small_model.spec(router, parts=parts, placement=placement, prompts=1)
+      shapes = small_model.nn.unbox(small_model.boxed(spec))
+      run = lambda values, s=spec: small_model.encode(
+          s, [small_model.sequence('image_caption')], values=values, key=jax.random.key(0))[0]
+      self.assertEqual([f.shape for f in jax.eval_shape(run, shapes)], [(2, 3, 16)])
+      for layer, here in enumerate(spec.pattern):
+        subtree, _, block = spec.stack.locate(layer)
+        self.assertEqual({p for p in PARTS if f'{p}_router' in shapes['encoder'][subtree][block]}, set(here))
+
+
+class UsageTest(absltest.TestCase):
+
+  def test_tokens_are_counted_by_kind_of_array_and_padding_is_not(self):
+    # Rows: picture of a caption, its text, a text. Prefix and 4 patches, 6 words and queries; prefix and 3 words, 1 padded.
+    spec = small_model.spec('token', layers=2)
+    text = small_model.sequence('text_mlm', text_valid=jnp.array([[True, True, False]] * 2),
+                                positions=jnp.zeros((2, 1), jnp.int32))
+    _, collected = _forward(spec)(small_model.params(spec), (small_model.sequence('image_caption'), text), None)
+    first = jax.tree.map(lambda x: x[0], collected['blocks'][0]['decisions'])
+    last = collected['tail'][0]['decisions']
+    for usage in (*first.values(), last['attention']):
+      self.assertEqual(usage.tokens.tolist(), [10, 12, 6])
+      self.assertEqual(usage.chosen.sum(-1).tolist(), [20, 24, 12])
+    # The last block asks anew for the queries of the readout, and sends them alone through the FFN: 3 queries, 1 pick.
+    self.assertEqual(last['attention'].asked.tolist(), [20, 24 + 12, 12 + 4])
+    self.assertEqual(last['ffn'].tokens.tolist(), [0, 6, 2])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,207 @@
+"""Dispatch by hand-worked tables, and equal to the loop: for every token, the sum over its experts."""
+
+import functools
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import small_model
+from uni_moe_jax import resolve
+from uni_moe_jax.moe import dispatch, experts, grouped, routers
+
+
+def _choice(expert, gates=None) -> routers.Choice:
+  """expert: [B, S, K] of up to three experts; gates even unless given."""
+  expert = jnp.asarray(expert, jnp.int32)
+  if gates is None:
+    gates = jnp.full(expert.shape, 1 / expert.shape[-1])
+  return routers.Choice(jnp.zeros((*expert.shape[:2], 3)), expert, jnp.asarray(gates, jnp.float32))
+
+
+_routes = small_model.jit(dispatch.routes, static_argnums=(2, 3, 4))
+
+
+def _kept(to: dispatch.Routes, *shape: int) -> list:
+  return np.asarray(to.kept).astype(int).reshape(shape).tolist()
+
+
+class NamesTest(absltest.TestCase):
+
+  def test_a_config_is_checked_against_the_names_that_exist(self):
+    self.assertEqual(set(resolve.DISPATCHED), {r for r in routers.ROUTERS if routers.looks_at_tokens(r)})
+    self.assertEqual({*resolve.MERGED, *resolve.DISPATCHED}, {routers.DENSE, *routers.ROUTERS})
+    self.assertEqual(set(resolve.GROUPED), {grouped.AUTO, *grouped.BACKENDS})
+
+
+class CapacityTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      # ⌈1 · 2 · 12 / 8⌉ = 3; ⌈1.25 · 3⌉ = 4; ⌈.5 · 3⌉ = 2; at most every token once; 0: room for all.
+      (1.0, 12, 2, 8, 3), (1.25, 12, 2, 8, 4), (.5, 12, 2, 8, 2), (9.0, 12, 2, 8, 12), (0.0, 12, 2, 8, 12))
+  def test_by_hand(self, factor, tokens, top_k, num_experts, room):
+    self.assertEqual(dispatch.capacity_of(factor, tokens, top_k, num_experts), room)
+
+
+class TableTest(parameterized.TestCase):
+
+  # Two samples of three positions, one expert each. Expert 0 is asked for by (sample, position) 00, 01, 10, 12;
+  # expert 1 by 02; expert 2 by 11.
+  _EXPERT = [[[0], [0], [1]], [[0], [2], [0]]]
+
+  def test_exact_routing_sorts_by_expert_and_position(self):
+    to = _routes(_choice(self._EXPERT), None, 0.0, 1, 'loop')
+    self.assertEqual(to.sizes.tolist(), [4, 1, 1])
+    # Tokens are numbered 00 01 02 10 11 12. Expert 0: position 0 of both samples, then 01, then 12.
+    self.assertEqual(to.source.tolist(), [0, 3, 1, 5, 2, 4])
+    self.assertEqual(to.slot[:, 0].tolist(), [0, 2, 4, 1, 5, 3])
+    self.assertTrue(bool(to.kept.all()))
+
+  def test_capacity_is_given_to_earlier_positions_of_any_sample(self):
+    # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both samples; 01 and 12 find no room.
+    to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'loop')
+    self.assertEqual(_kept(to, 2, 3), [[1, 0, 1], [1, 1, 0]])
+    self.assertEqual((to.sizes.tolist(), int(to.asked)), ([2, 1, 1], 6))
+    self.assertEqual(to.source.tolist(), [0, 3, 2, 4, -1, -1])
+
+  def test_buffers_have_equal_room(self):
+    to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'buffers')
+    self.assertEqual(to.source.tolist(), [0, 3, 2, -1, 4, -1])
+    self.assertEqual(np.asarray(to.slot)[np.asarray(to.kept)].tolist(), [0, 2, 1, 4])
+
+  def test_padding_is_neither_routed_nor_counted(self):
+    # Position 0 of sample 1 is padding: its slot goes to 01.
+    valid = jnp.array([[True, True, True], [False, True, True]])
+    to = _routes(_choice(self._EXPERT), valid, 1.0, 1, 'loop')
+    self.assertEqual(_kept(to, 2, 3), [[1, 1, 1], [0, 1, 0]])
+    self.assertEqual((to.sizes.tolist(), int(to.asked)), ([2, 1, 1], 5))
+
+  def test_at_one_position_first_choices_come_first(self):
+    # One position, two samples, experts (0, 1) and (2, 0): C = ⌈.75 · 2 · 2 / 3⌉ = 1. Expert 0 takes the first choice.
+    to = _routes(_choice([[[1, 0]], [[0, 2]]]), None, .75, 1, 'loop')
+    self.assertEqual(_kept(to, 2, 2), [[1, 0], [1, 1]])
+
+  def test_an_earlier_second_choice_is_never_evicted_by_a_later_first_choice(self):
+    to = _routes(_choice([[[1, 0], [0, 2]]]), None, .75, 1, 'loop')
+    self.assertEqual(_kept(to, 2, 2), [[1, 1], [0, 1]])
+
+  def test_words_and_queries_have_separate_capacities(self):
+    # [words | queries], all asking for expert 0: C = ⌈.5 · 1 · 4 / 3⌉ = 1 each, of sample 0's first.
+    expert = [[[0], [0], [0], [0]], [[0], [0], [0], [0]]]
+    apart = _routes(_choice(expert), None, .5, 2, 'loop')
+    self.assertEqual(_kept(apart, 2, 4), [[1, 0, 1, 0], [0, 0, 0, 0]])
+    together = _routes(_choice(expert), None, .5, 1, 'loop')  # C = ⌈.5 · 8 / 3⌉ = 2
+    self.assertEqual(_kept(together, 2, 4), [[1, 0, 0, 0], [1, 0, 0, 0]])
+
+  @parameterized.parameters(*grouped.BACKENDS)
+  def test_tokens_are_conserved(self, backend):
+    # Every kept choice lies in one slot, and that slot holds it; no slot holds anything else.
+    expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
+    valid = jnp.asarray(np.random.default_rng(1).random((4, 6)) > .2)
+    for capacity, parts in ((0.0, 1), (.5, 1), (.5, 2), (1.5, 2)):
+      to = _routes(_choice(expert), valid, capacity, parts, backend)
+      slots, source = np.asarray(to.slot)[np.asarray(to.kept)], np.asarray(to.source)
+      self.assertLen(set(slots.tolist()), len(slots))
+      np.testing.assert_array_equal(source[slots], np.flatnonzero(to.kept))
+      self.assertEqual((source >= 0).sum(), len(slots))
+      self.assertEqual(int(to.sizes.sum()), len(slots))
+      self.assertEqual(int(to.asked), 2 * int(valid.sum()))
+      if not capacity:
+        self.assertLen(slots, 2 * int(valid.sum()))
+      elif capacity == .5:
+        self.assertLess(len(slots), 2 * int(valid.sum()))
+
+  def test_coefficients_are_the_kept_gates(self):
+    to = _routes(_choice([[[1, 0], [0, 2]]], [[[.7, .3], [.6, .4]]]), None, .75, 1, 'loop')
+    np.testing.assert_allclose(to.coef, [[.3, .7, 0], [0, 0, .4]], rtol=1e-6)
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+_B, _S, _K, _E = 3, 5, 2, 4
+
+
+def _inputs():
+  return _normal(0, _B, _S, 2, 3), _normal(1, _E, 2, 3, 5), _normal(2, _E, 5), _normal(3, _B, _S, _E)
+
+
+def _dispatched(x, kernel, bias, logits, valid=None, capacity=0.0, parts=1, backend='loop'):
+  choice = routers.Choice(logits, *routers.keep(logits, _K))
+  return dispatch.project(x, kernel, bias, dispatch.routes(choice, valid, capacity, parts, backend))
+
+
+def _looped(x, kernel, bias, logits, kept=None):
+  """For every token, the sum over its experts."""
+  expert, gates = routers.keep(logits, _K)
+  rows = []
+  for b in range(_B):
+    for s in range(_S):
+      y = jnp.zeros(kernel.shape[-1])
+      for k in range(_K):
+        e = expert[b, s, k]
+        if kept is None or kept[b, s, k]:
+          y = y + gates[b, s, k] * (jnp.tensordot(x[b, s], kernel[e], 2) + bias[e])
+      rows.append(y)
+  return jnp.stack(rows).reshape(_B, _S, -1)
+
+
+def _value_and_gradients(run):
+  def loss(*operands):
+    y = run(*operands)
+    return jnp.sum(jnp.sin(y)), y
+  (_, y), gradients = small_model.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*_inputs())
+  return y, *gradients
+
+
+@functools.cache
+def _expected():
+  return _value_and_gradients(_looped)
+
+
+class ExactTest(parameterized.TestCase):
+
+  @parameterized.parameters(*grouped.BACKENDS)
+  def test_it_equals_the_loop_in_values_and_gradients(self, backend):
+    found = _value_and_gradients(functools.partial(_dispatched, backend=backend))
+    for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), found, _expected(), strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+      self.assertGreater(np.abs(b).max(), .1, name)
+
+  @parameterized.parameters(*grouped.BACKENDS)
+  def test_with_capacity_it_equals_the_loop_over_what_is_kept(self, backend):
+    logits = _inputs()[-1]
+    valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
+    choice = routers.Choice(logits, *routers.keep(logits, _K))
+    kept = np.asarray(_routes(choice, valid, .5, 1, backend).kept).reshape(_B, _S, _K)
+    self.assertTrue(kept.any() and not kept[np.asarray(valid)].all())
+    found = _value_and_gradients(functools.partial(_dispatched, valid=valid, capacity=.5, backend=backend))
+    expected = _value_and_gradients(functools.partial(_looped, kept=kept))
+    for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), found, expected, strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+  @parameterized.parameters(*grouped.BACKENDS)
+  def test_enough_capacity_drops_nothing(self, backend):
+    run = small_model.jit(functools.partial(_dispatched, capacity=_E / _K, backend=backend))  # room for every token at every expert
+    found = run(*_inputs())
+    np.testing.assert_allclose(found, _expected()[0], atol=2e-5)
+
+  def test_constant_gates_equal_the_merge(self):
+    x, kernel, bias, _ = _inputs()
+    logits = jnp.array([.3, -1., .9, .1])
+    decision = routers.decide(logits[None], _K)
+    merged = experts.project(x, *(experts.merge(w, decision.coef)[0] for w in (kernel, bias)))
+    found = small_model.jit(_dispatched)(x, kernel, bias, jnp.broadcast_to(logits, (_B, _S, _E)))
+    np.testing.assert_allclose(found, merged, atol=2e-5)
+
+  def test_padding_gets_zero_and_changes_nothing(self):
+    valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
+    found = np.asarray(small_model.jit(_dispatched)(*_inputs(), valid))
+    np.testing.assert_array_equal(found[~np.asarray(valid)], 0)
+    np.testing.assert_allclose(found[np.asarray(valid)], _expected()[0][np.asarray(valid)], atol=2e-5)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,100 @@
+"""Every backend of the grouped product computes the plain loop over experts, in values and gradients."""
+
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import small_model
+from uni_moe_jax.moe import grouped
+
+_E, _D, _F, _G = 4, 6, 5, 16
+_TILE = 4
+# Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one.
+_SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)), ('first_only', (16, 0, 0, 0)),
+          ('none', (0, 0, 0, 0)))
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def _plain(x, kernel, sizes, starts):
+  y = jnp.zeros((x.shape[0], kernel.shape[2]))
+  for e, (start, n) in enumerate(zip(starts, sizes)):
+    y = y.at[start:start + n].set(x[start:start + n] @ kernel[e])
+  return y
+
+
+def _counted(sizes, starts, rows: int) -> np.ndarray:
+  """bool [G]: rows that are in a group."""
+  counted = np.zeros(rows, bool)
+  for start, n in zip(starts, sizes):
+    counted[start:start + n] = True
+  return counted
+
+
+def _compare(backend, sizes, starts, rows):
+  """Values, dx and dkernel of the rows in groups, of a backend and of the plain loop."""
+  x, kernel, weight = _normal(0, rows, _D), _normal(1, _E, _D, _F), _normal(2, rows, _F)
+  counted = _counted(sizes, starts, rows)
+
+  def loss(product):
+    def run(x, kernel):
+      y = jnp.where(counted[:, None], product(x, kernel), 0)
+      return (y * weight).sum(), y
+    return run
+
+  with mock.patch.object(grouped, '_TILE', _TILE):
+    run = loss(lambda x, k: grouped.grouped_matmul(x, k, jnp.asarray(sizes, jnp.int32), backend))
+    (_, found), (dx, dkernel) = small_model.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(x, kernel)
+  (_, expected), (dx_, dkernel_) = jax.value_and_grad(
+      loss(lambda x, k: _plain(x, k, sizes, starts)), (0, 1), has_aux=True)(x, kernel)
+  return (found, jnp.where(counted[:, None], dx, 0), dkernel), (expected, dx_, dkernel_)
+
+
+class EveryBackendTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(
+      (f'{name}_{backend}', sizes, backend) for name, sizes in _SIZES for backend in ('loop', 'ragged', 'megablox'))
+  def test_it_equals_the_plain_loop(self, sizes, backend):
+    starts = np.cumsum(sizes) - sizes
+    found, expected = _compare(backend, sizes, starts, _G)
+    for name, a, b in zip(('y', 'dx', 'dkernel'), found, expected):
+      np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+
+  @parameterized.named_parameters(*_SIZES[:1], ('full', (4, 4, 4, 4)), *_SIZES[4:])
+  def test_buffers_equal_the_plain_loop_over_equal_groups(self, sizes):
+    room = max(4, *sizes)
+    found, expected = _compare('buffers', sizes, room * np.arange(_E), room * _E)
+    for name, a, b in zip(('y', 'dx', 'dkernel'), found, expected):
+      np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+
+  def test_these_groups_differ(self):
+    # Otherwise a backend that mixes groups up would pass.
+    kernel = _normal(1, _E, _D, _F)
+    gaps = np.abs(kernel[:, None] - kernel[None]).max((-1, -2)) + 9 * np.eye(_E)
+    self.assertGreater(gaps.min(), .5)
+
+
+class DoorTest(parameterized.TestCase):
+
+  @parameterized.parameters(('cpu', False, 'loop'), ('cpu', True, 'buffers'), ('tpu', False, 'megablox'),
+                            ('tpu', True, 'megablox'), ('gpu', True, 'buffers'), ('gpu', False, 'ragged'))
+  def test_auto_follows_the_device(self, device, capacity, backend):
+    with mock.patch.object(jax, 'default_backend', lambda: device):
+      self.assertEqual(grouped.choose('auto', capacity), backend)
+
+  @parameterized.parameters(*grouped.BACKENDS)
+  def test_a_named_backend_is_taken(self, backend):
+    self.assertEqual(grouped.choose(backend, True), backend)
+
+  def test_an_unknown_backend_names_the_known_ones(self):
+    with self.assertRaisesRegex(ValueError, "backend 'loops' is not one of loop, buffers, ragged, megablox"):
+      grouped.grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), 'loops')
+
+
+if __name__ == '__main__':
+  absltest.main()

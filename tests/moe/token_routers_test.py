@@ -1,0 +1,187 @@
+"""Routers that look at tokens: gates and pools by hand, noise that follows examples, losses and statistics by hand."""
+
+import math
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import small_model
+from uni_moe_jax.moe import dispatch, routers
+from uni_moe_jax.moe.token_routers import TokenRouter, Usage, token_noise
+
+_KEY = jax.random.key(0)
+
+
+def _router(context: bool = False, noise_std: float = 0.0) -> TokenRouter:
+  return TokenRouter(context, 2, 3, 2, noise_std)
+
+
+def _decide(values, x, pool=None, key=None, **options):
+  x = jnp.asarray(x, jnp.float32)
+  B, S = x.shape[:2]
+  ids, positions = jnp.arange(B, dtype=jnp.uint32), jnp.broadcast_to(jnp.arange(S), (B, S))
+  return _router(pool is not None, **options).apply({'params': values}, x, pool, key, ids, positions)
+
+
+_GATE = jnp.array([[math.log(2), 0., 0.], [0., 0., math.log(3)]])
+_CONTEXT = {'gate': _GATE, 'context_gate': jnp.array([[0., math.log(6), 0.], [0., 0., 0.]]), 'query': jnp.array([1., 0.])}
+
+
+class GateTest(parameterized.TestCase):
+
+  def test_each_token_has_its_own_decision_by_hand(self):
+    # x = (1, 0): logits log (2, 1, 1) keep 2/3, 1/3 (of equals the first). x = (0, 1): log (1, 1, 3): 3/4, 1/4.
+    choice = _decide({'gate': _GATE}, [[[1, 0], [0, 1]]])
+    self.assertEqual(choice.expert.tolist(), [[[0, 1], [2, 0]]])
+    np.testing.assert_allclose(choice.gates, [[[2 / 3, 1 / 3], [3 / 4, 1 / 4]]], rtol=1e-6)
+
+  def test_context_adds_what_the_sequence_pooled_by_hand(self):
+    # Pool (1, ·) adds log 6 to expert 1: (2, 6, 1) keeps 6/8, 2/8 and (1, 6, 3) keeps 6/9, 3/9. Pool 0 adds nothing.
+    choice = _decide(_CONTEXT, [[[1, 0], [0, 1]], [[1, 0], [0, 1]]], jnp.array([[1., 5.], [0., 5.]]))
+    self.assertEqual(choice.expert.tolist(), [[[1, 0], [1, 2]], [[0, 1], [2, 0]]])
+    np.testing.assert_allclose(choice.gates[0], [[3 / 4, 1 / 4], [2 / 3, 1 / 3]], rtol=1e-6)
+
+  def test_decisions_are_float32_whatever_comes_in(self):
+    x = jnp.ones((1, 2, 2), jnp.bfloat16)
+    choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, jnp.zeros(1, jnp.uint32), jnp.zeros((1, 2), int))
+    self.assertEqual({choice.logits.dtype, choice.gates.dtype}, {jnp.dtype('float32')})
+
+
+class PoolTest(absltest.TestCase):
+
+  def _pool(self, *arrays, valid=None):
+    arrays = tuple(jnp.asarray([a], jnp.float32) for a in arrays)
+    return _router(True).apply({'params': _CONTEXT}, arrays, valid or (None,) * len(arrays), method='pool')[0]
+
+  def test_by_hand(self):
+    # Query (1, 0): weights 1 : 3 of the tokens (0, 4) and (log 3, 8).
+    np.testing.assert_allclose(self._pool([[0, 4], [math.log(3), 8]]), [.75 * math.log(3), 7], rtol=1e-6)
+
+  def test_scores_join_across_arrays(self):
+    tokens = np.random.default_rng(0).normal(size=(5, 2))
+    np.testing.assert_allclose(self._pool(tokens[:2], tokens[2:]), self._pool(tokens), rtol=1e-5)
+    self.assertGreater(np.abs(self._pool(tokens[:2]) - self._pool(tokens)).max(), .1)
+
+  def test_padding_is_not_pooled(self):
+    tokens = [[0, 4], [math.log(3), 8], [9, 9]]
+    found = self._pool(tokens, valid=(jnp.array([[True, True, False]]),))
+    np.testing.assert_allclose(found, self._pool(tokens[:2]), rtol=1e-6)
+
+
+class NoiseTest(absltest.TestCase):
+
+  _IDS, _POSITIONS = jnp.array([7, 3], jnp.uint32), jnp.array([[0, 1, 2], [0, 1, 2]])
+
+  def _noise(self, ids, positions, key=_KEY):
+    return np.asarray(token_noise(key, ids, positions, 4, 2.0))
+
+  def test_it_follows_example_and_position_not_the_place_in_the_batch(self):
+    noise = self._noise(self._IDS, self._POSITIONS)
+    np.testing.assert_array_equal(self._noise(self._IDS[::-1], self._POSITIONS), noise[::-1])
+    np.testing.assert_array_equal(self._noise(self._IDS, self._POSITIONS[:, 2:]), noise[:, 2:])
+
+  def test_examples_positions_and_keys_draw_apart(self):
+    draws = np.concatenate([self._noise(self._IDS, self._POSITIONS, k).reshape(-1, 4)
+                            for k in (_KEY, jax.random.key(1))])
+    gaps = np.abs(draws[:, None] - draws[None]).max(-1) + 9 * np.eye(len(draws))
+    self.assertGreater(gaps.min(), 1e-2)
+
+  def test_its_standard_deviation_is_divided_by_the_experts(self):
+    # 2 / 4; 4000 draws, standard error .5/√8000 = .006.
+    noise = self._noise(self._IDS[:1], jnp.arange(1000)[None])
+    self.assertAlmostEqual(noise.std(), .5, delta=.03)
+
+  def test_evaluation_has_none(self):
+    x = np.random.default_rng(0).normal(size=(2, 3, 2))
+    calm, noisy = (_decide({'gate': _GATE}, x, key=key, noise_std=1.0).logits for key in (None, _KEY))
+    np.testing.assert_allclose(calm, jnp.asarray(x, jnp.float32) @ _GATE, rtol=1e-6)
+    self.assertGreater(np.abs(noisy - calm).max(), .1)
+
+
+_routes = small_model.jit(dispatch.routes, static_argnums=(2, 3, 4))
+
+
+def _of(choice, to, valid) -> Usage:
+  return jax.tree.map(lambda x: x[None], Usage.of(choice, to, valid))
+
+
+def _usage(expert, logits=None, valid=None, capacity=0.0) -> Usage:
+  """Of one kind of array; expert [B, S, K] of three, gates even."""
+  expert = jnp.asarray(expert, jnp.int32)
+  logits = jnp.zeros((*expert.shape[:2], 3)) if logits is None else jnp.asarray(logits, jnp.float32)
+  choice = routers.Choice(logits, expert, jnp.full(expert.shape, 1 / expert.shape[2]))
+  return small_model.jit(_of)(choice, _routes(choice, valid, capacity, 1, 'loop'), valid)
+
+
+class UsageTest(absltest.TestCase):
+
+  def test_counts_by_hand(self):
+    # Two samples, two positions; the last token is padding. C = ⌈.5 · 2 · 4 / 3⌉ = 2: expert 0 is asked three times.
+    usage = _usage([[[0, 1], [0, 2]], [[0, 1], [0, 1]]], valid=jnp.array([[True, True], [True, False]]), capacity=.5)
+    self.assertEqual((usage.tokens.tolist(), usage.chosen.tolist()), ([3], [[3, 2, 1]]))
+    self.assertEqual((usage.asked.tolist(), usage.kept.tolist()), ([6], [[2, 2, 1]]))
+    self.assertEqual(usage.importance.tolist(), [[1.5, 1, .5]])
+    np.testing.assert_allclose(usage.drop_rate, 1 / 6, rtol=1e-6)
+    np.testing.assert_allclose(usage.entropy, math.log(2), rtol=1e-6)
+    self.assertEqual(usage.used.tolist(), [2, 2, 1])
+
+  def test_the_drop_rate_is_zero_when_capacity_allows(self):
+    expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
+    self.assertEqual(float(_usage(expert, capacity=0.0).drop_rate), 0)
+    self.assertEqual(float(_usage(expert, capacity=1.5).drop_rate), 0)  # every token at every expert
+    self.assertGreater(float(_usage(expert, capacity=.5).drop_rate), .3)
+
+  def test_rows_that_are_dispatched_again_ask_again(self):
+    usage = _usage([[[0], [0]]])
+    choice = routers.Choice(jnp.zeros((1, 1, 3)), jnp.array([[[0]]]), jnp.ones((1, 1, 1)))
+    again = jax.tree.map(lambda x: x[0], usage).again(_routes(choice, None, 0.0, 1, 'loop'))
+    self.assertEqual((float(again.tokens), float(again.asked), again.kept.tolist()), (2, 3, [3, 0, 0]))
+
+
+class LossesTest(absltest.TestCase):
+
+  def test_balance_by_hand(self):
+    # Shares of choices (1/2, 1/2, 0); probabilities (1/2, 1/4, 1/4) of both tokens: 3 · (1/4 + 1/8).
+    logits = jnp.log(jnp.array([[[2., 1., 1.], [2., 1., 1.]]]))
+    np.testing.assert_allclose(_usage([[[0], [1]]], logits).losses['balance'], 9 / 8, rtol=1e-6)
+
+  def test_even_routing_balances_at_one_and_collapse_at_the_number_of_experts(self):
+    np.testing.assert_allclose(_usage([[[0], [1], [2]]]).losses['balance'], 1, rtol=1e-6)
+    collapsed = jnp.array([[[50., 0, 0]] * 3])
+    np.testing.assert_allclose(_usage([[[0], [0], [0]]], collapsed).losses['balance'], 3, rtol=1e-6)
+
+  def test_importance_by_hand(self):
+    # Gates sum to (2, 1, 0): mean 1, variance 2/3.
+    np.testing.assert_allclose(_usage([[[0], [0], [1]]]).losses['importance'], 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(_usage([[[0], [1], [2]]]).losses['importance'], 0, atol=1e-7)
+
+  def test_z_by_hand(self):
+    # log Σ exp: log 3 and log 6.
+    logits = jnp.log(jnp.array([[[1., 1., 1.], [4., 1., 1.]]]))
+    np.testing.assert_allclose(
+        _usage([[[0], [0]]], logits).losses['z'], (math.log(3)**2 + math.log(6)**2) / 2, rtol=1e-6)
+
+  def test_kinds_of_arrays_count_together_by_their_tokens_and_padding_not_at_all(self):
+    expert, logits = [[[0], [1], [2]]], np.random.default_rng(0).normal(size=(1, 3, 3))
+    whole = _usage(expert, logits).losses
+    one, two = _usage([expert[0][:1]], logits[:, :1]), _usage([expert[0][1:]], logits[:, 1:])
+    parts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, two).losses
+    padded = _usage([expert[0] + [[0]]], np.concatenate([logits, np.full((1, 1, 3), 9.)], 1),
+                    jnp.array([[True] * 3 + [False]])).losses
+    for name in whole:
+      np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, err_msg=name)
+      np.testing.assert_allclose(padded[name], whole[name], rtol=1e-5, err_msg=name)
+
+  def test_a_step_down_the_balance_loss_moves_probability_to_idle_experts(self):
+    def loss(logits):
+      choice = routers.Choice(logits, *routers.keep(logits, 1))
+      return _of(choice, dispatch.routes(choice, None, 0.0, 1, 'loop'), None).losses['balance']
+    gradient = small_model.jit(jax.grad(loss))(jnp.array([[[1., .5, 0.], [2., 0., 1.]]]))
+    self.assertGreater(float(gradient[..., 0].min()), 1e-3)
+    self.assertLess(float(gradient[..., 1:].max()), -1e-3)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,158 @@
+"""Dispatch: every token to its own K experts, and back. For decisions that look at tokens, where nothing can be merged.
+
+y_t = Σ_k g_{t,k} (x_t W_{e(t,k)} + b_{e(t,k)}), over the choices that are kept. Choices are numbered t · K + k; a *slot* is the
+place of a choice among the rows that the experts multiply. Two projections that share a decision share its slots.
+"""
+
+import math
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from uni_moe_jax.moe import grouped
+from uni_moe_jax.moe.routers import Choice
+
+
+@flax.struct.dataclass
+class Routes:
+  """Where the choices of T = B · S tokens lie.
+
+  Attributes:
+    slot: int32 [T, K], of a choice; any where it is not kept.
+    kept: bool [T, K]: neither padding nor over capacity.
+    source: int32 [G], the choice in a slot; -1 where there is none.
+    sizes: int32 [E], kept choices of every expert. asked: int32 scalar, choices of unpadded tokens.
+    gates: f32 [T, K].
+    coef: f32 [T, E], the kept gates as coefficients.
+    backend: of the grouped product, see `grouped.py`.
+  """
+  slot: jax.Array
+  kept: jax.Array
+  source: jax.Array
+  sizes: jax.Array
+  asked: jax.Array
+  gates: jax.Array
+  coef: jax.Array
+  backend: str = flax.struct.field(pytree_node=False)
+
+
+def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
+  """C = ⌈f · K · tokens / E⌉, at most `tokens`: an expert is chosen once by a token. From static, padded shapes alone: real
+  lengths would leak. factor 0: no bound, that is room for all."""
+  return min(tokens, math.ceil(factor * top_k * tokens / num_experts)) if factor else tokens
+
+
+def routes(choice: Choice, valid: jax.Array | None, capacity: float, parts: int, backend: str) -> Routes:
+  """Gives slots to the choices of an array.
+
+  Args:
+    choice: of [B, S] tokens.
+    valid: bool [B, S], None where nothing is padded. Padding is neither routed nor counted.
+    capacity: factor f, or 0 for exact routing. Slots are given position by position over the batch, so that a later position
+      never takes a slot from an earlier one of any sample; at one position first choices come first.
+    parts: into how many equal runs of positions S falls, each with a capacity of its own (2 for [words | queries]).
+    backend: one of `grouped.BACKENDS` or 'auto'.
+  """
+  B, S, K = choice.expert.shape
+  E = choice.logits.shape[-1]
+  backend = grouped.choose(backend, bool(capacity))
+  n = S // parts
+  room = capacity_of(capacity, B * n, K, E)
+  in_order = lambda x: x.reshape(B, parts, n, K).transpose(1, 2, 3, 0).reshape(parts, n * K * B)
+  back = lambda x: x.reshape(parts, n, K, B).transpose(3, 0, 1, 2).reshape(B * S, K)
+
+  expert = in_order(choice.expert)
+  asked = jax.nn.one_hot(expert, E, dtype=jnp.int32)
+  if valid is not None:
+    asked = asked * in_order(jnp.broadcast_to(valid[..., None], (B, S, K)))[..., None]
+  before = jnp.cumsum(asked, axis=1) - asked
+  rank = (asked * before).sum(-1)  # among the choices of this expert in this part
+  kept = (asked.sum(-1) > 0) & (rank < room)
+  count = jnp.minimum(asked.sum(1), room)  # [parts, E]
+  sizes = count.sum(0)
+  if backend == 'buffers':
+    start, slots = jnp.arange(E, dtype=jnp.int32) * (parts * room), E * parts * room
+  else:
+    start, slots = jnp.cumsum(sizes) - sizes, min(B * S * K, E * parts * room)
+  start = start[None] + jnp.cumsum(count, axis=0) - count  # [parts, E]
+  slot = back(jnp.take_along_axis(start, expert, axis=1) + rank)
+  kept = back(kept)
+  number = jnp.arange(B * S * K, dtype=jnp.int32).reshape(B * S, K)
+  source = jnp.full((slots,), -1, jnp.int32).at[jnp.where(kept, slot, slots)].set(number, mode='drop')
+  gates = choice.gates.reshape(B * S, K)
+  one_hot = jax.nn.one_hot(choice.expert.reshape(B * S, K), E, dtype=jnp.float32)
+  coef = (jnp.where(kept, gates, 0)[..., None] * one_hot).sum(1)
+  return Routes(jnp.where(kept, slot, 0), kept, source, sizes, asked.sum(), gates, coef, backend)
+
+
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, to: Routes) -> jax.Array:
+  """x [B, S, *in] through the experts kernel [E, *in, *out] and bias [E, *out] of its tokens → [B, S, *out].
+
+  A token none of whose choices is kept gets 0.
+  """
+  B, S = x.shape[:2]
+  contracted = x.ndim - 2
+  out = kernel.shape[1 + contracted:]
+  E, width = kernel.shape[0], math.prod(out)
+  rows = _spread(x.reshape(B * S, -1), to.source, to.slot, to.kept)
+  y = grouped.grouped_matmul(rows, kernel.reshape(E, -1, width), to.sizes, to.backend)
+  y = _collect(y, to.gates, to.source, to.slot, to.kept)
+  y = y + to.coef.astype(x.dtype) @ bias.reshape(E, width)
+  return y.reshape(B, S, *out)
+
+
+# Both ways are gathers, forward and backward: a scatter of rows is slow on every backend.
+@jax.custom_vjp
+def _spread(x, source, slot, kept):
+  """Rows of tokens [T, D] in slots: [G, D]."""
+  return _at(x, jnp.maximum(source, 0) // slot.shape[1])
+
+
+def _spread_forward(x, source, slot, kept):
+  return _spread(x, source, slot, kept), (slot, kept)
+
+
+def _spread_backward(saved, dy):
+  slot, kept = saved
+  return _sum_of_choices(dy, slot, kept, None), None, None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def _collect(y, gates, source, slot, kept):
+  """Σ_k gate · y over a token's kept choices: [G, F] → [T, F]."""
+  return _sum_of_choices(y, slot, kept, gates)
+
+
+def _collect_forward(y, gates, source, slot, kept):
+  return _collect(y, gates, source, slot, kept), (y, gates, source, slot, kept)
+
+
+def _collect_backward(saved, dy):
+  y, gates, source, slot, kept = saved
+  choice = jnp.maximum(source, 0)
+  gate = jnp.where(source >= 0, gates.reshape(-1)[choice], 0)[:, None]
+  dys = (gate * _at(dy, choice // slot.shape[1])).astype(y.dtype)
+  along = [(_at(y, slot[:, k]).astype(jnp.float32) * dy).sum(-1) for k in range(slot.shape[1])]
+  return dys, jnp.where(kept, jnp.stack(along, axis=1), 0), None, None, None
+
+
+_collect.defvjp(_collect_forward, _collect_backward)
+
+
+def _at(x: jax.Array, rows: jax.Array) -> jax.Array:
+  return x.at[rows].get(mode='promise_in_bounds')
+
+
+def _sum_of_choices(y, slot, kept, gates):
+  """Σ_k [gate ·] y[slot_k]; what is not kept may be NaN there and counts 0."""
+  total = 0
+  for k in range(slot.shape[1]):
+    one = _at(y, slot[:, k])
+    if gates is not None:
+      one = gates[:, k:k + 1] * one
+    total = total + jnp.where(kept[:, k:k + 1], one, 0)
+  return total.astype(y.dtype)

@@ -1,0 +1,113 @@
+"""Grouped matrix products behind one door: rows that are sorted by expert, each times its expert's kernel.
+
+What is fast differs: with a capacity equal groups, as one batched product; without, on CPU a loop over tiles, each of one
+expert, elsewhere `ragged_dot` (a dense product on GPU: slow, and exact). On TPU the megablox kernel that JAX ships serves
+both. All of them compute the same.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+BACKENDS = ('loop', 'buffers', 'ragged', 'megablox')
+AUTO = 'auto'
+_TILE = 128        # rows of a product on CPU: larger ones compute more of their neighbours, smaller ones read kernels more often
+_MEGABLOX_ROWS = 128
+
+
+def choose(backend: str, capacity: bool) -> str:
+  """The backend that 'auto' means on the default device; others mean themselves.
+
+  Args:
+    backend: one of `BACKENDS` or 'auto'.
+    capacity: whether groups are bounded. Without a bound, equal groups would have room for every token.
+  """
+  if backend != AUTO:
+    return backend
+  if jax.default_backend() == 'tpu':
+    return 'megablox'
+  return 'buffers' if capacity else {'cpu': 'loop'}.get(jax.default_backend(), 'ragged')
+
+
+def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: str) -> jax.Array:
+  """Multiplies each row by the kernel of its group.
+
+  Args:
+    x: [G, D]. Groups follow each other, the first `sizes[0]` rows being of group 0, and so on. For 'buffers' groups are equal:
+      group e is rows e · G/E to (e + 1) · G/E, of which the first `sizes[e]` count.
+    kernel: [E, D, F].
+    sizes: int32 [E], rows of every group; Σ ≤ G.
+    backend: one of `BACKENDS`.
+
+  Returns:
+    [G, F]. Rows that are in no group hold anything, NaN included; what they are given as a gradient must be 0.
+  """
+  chex.assert_rank((x, kernel, sizes), (2, 3, 1))
+  if backend == 'loop':
+    return _loop(x, kernel, sizes)
+  if backend == 'buffers':
+    rows = x.reshape(kernel.shape[0], -1, x.shape[1])
+    return jnp.einsum('ecd,edf->ecf', rows, kernel).reshape(x.shape[0], -1)
+  if backend == 'ragged':
+    return jax.lax.ragged_dot(x, kernel, sizes)
+  if backend == 'megablox':
+    padded = jnp.pad(x, ((0, -x.shape[0] % _MEGABLOX_ROWS), (0, 0)))
+    interpret = jax.default_backend() != 'tpu'  # slow, but the same kernel: how it is tested
+    tiling = (_MEGABLOX_ROWS, 128, 128)
+    return gmm(padded, kernel, sizes, x.dtype, tiling, None, None, False, interpret)[:x.shape[0]]
+  raise ValueError(f'backend {backend!r} is not one of {", ".join(BACKENDS)}.')
+
+
+def _products(x: jax.Array, kernel: jax.Array, sizes: jax.Array, contract: int) -> jax.Array:
+  """x [G, ·] times kernel [E, …], contracted over axis `contract` (0 or 1) of a group's kernel, tile by tile."""
+  G, padded = x.shape[0], jnp.pad(x, ((0, _TILE), (0, 0)))
+  end = jnp.cumsum(sizes)
+
+  def group(e, out):
+    w = jax.lax.dynamic_index_in_dim(kernel, e, keepdims=False)
+
+    def tile(state):
+      row, out = state
+      y = jax.lax.dot_general(
+          jax.lax.dynamic_slice_in_dim(padded, row, _TILE), w, (((1,), (contract,)), ((), ())))
+      # A tile may reach into the next group's rows: that group's own tiles overwrite them.
+      return row + _TILE, jax.lax.dynamic_update_slice_in_dim(out, y, row, axis=0)
+    return jax.lax.while_loop(lambda state: state[0] < end[e], tile, (end[e] - sizes[e], out))[1]
+
+  out = jnp.zeros((G + _TILE, kernel.shape[2 - contract]), x.dtype)
+  return jax.lax.fori_loop(0, kernel.shape[0], group, out)[:G]
+
+
+@jax.custom_vjp
+def _loop(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+  return _products(x, kernel, sizes, 0)
+
+
+def _loop_forward(x, kernel, sizes):
+  return _loop(x, kernel, sizes), (x, kernel, sizes)
+
+
+def _loop_backward(saved, dy):
+  """dx by the transposed kernels; the gradient of a group's kernel is the sum over its tiles of x^T dy."""
+  x, kernel, sizes = saved
+  xs, dys = (jnp.pad(a, ((0, _TILE), (0, 0))) for a in (x, dy))
+  end = jnp.cumsum(sizes)
+
+  def group(e, kernels):
+    def tile(state):
+      row, dw = state
+      mine = (row + jnp.arange(_TILE) < end[e])[:, None]  # not the rows of the next group
+      rows = jax.lax.dynamic_slice_in_dim(xs, row, _TILE)
+      to = jnp.where(mine, jax.lax.dynamic_slice_in_dim(dys, row, _TILE), 0)
+      dw = dw + jax.lax.dot_general(rows, to, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+      return row + _TILE, dw
+    zero = jnp.zeros(kernel.shape[1:], jnp.float32)
+    _, dw = jax.lax.while_loop(lambda state: state[0] < end[e], tile, (end[e] - sizes[e], zero))
+    return jax.lax.dynamic_update_index_in_dim(kernels, dw.astype(kernel.dtype), e, 0)
+
+  dkernel = jax.lax.fori_loop(0, kernel.shape[0], group, jnp.zeros_like(kernel))
+  return _products(dy, kernel, sizes, 1), dkernel, None
+
+
+_loop.defvjp(_loop_forward, _loop_backward)
