@@ -22,10 +22,9 @@ _PUBLISHED_SECONDS = 3.2  # B 8, 1000 names of 8 tokens, dense and MoE alike
 
 
 def cases() -> dict[str, dict[str, Any]]:
-  """Case → fields of config.moe: dense, every router that there is, and token routing with capacity where there is one."""
+  """Case → fields of config.moe: dense, every router that there is, and token routing with capacity."""
   found = {r: {'router': r} for r in (DENSE, *ROUTERS)}
-  if 'capacity' in config.base().moe:
-    found[_CAPACITY] = {'router': 'token', 'capacity': 1.0}
+  found[_CAPACITY] = {'router': 'token', 'capacity': 1.0}
   return found
 
 
