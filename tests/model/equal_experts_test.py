@@ -50,7 +50,7 @@ def _data():
 def _loss(router: str, gradient: bool = False):
   """parameters → the total loss of a training step, noise of the routers included, and its gradient if asked for."""
   spec = step.StepSpec(
-      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), rate=None, seed=0, accum=1, ema=0.0,
+      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), rate=None, accum=1, ema=0.0,
       eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
 
   def loss(values, batch, sets):

@@ -54,7 +54,8 @@ def _set_features(spec: StepSpec, params, buckets, all_rows: bool) -> jax.Array:
   [s] = spec.plan.sets
 
   def run(model):
-    rows = model.encode(inputs.set_sequences(s.name, s.condition, buckets), all_rows=all_rows).rows
+    in_place = jnp.arange(sum(b['text'].shape[0] for b in buckets))
+    rows = model.encode(inputs.set_sequences(s.name, s.condition, buckets, in_place), all_rows=all_rows).rows
     return jnp.concatenate([model.features(r[:, 0]) for r in rows])
   return spec.model.apply({'params': params}, method=run)
 
