@@ -56,7 +56,7 @@ def test_a_config_file_that_is_not_there_names_the_nearest(tmp_path):
 
 
 def test_an_argument_that_a_config_refuses_is_told_in_its_own_words(tmp_path):
-  assert "embedded.py:tok is unknown; did you mean 'task'?" in _train(tmp_path, config='configs/embedded.py:tok')
+  assert "embedded.py:attribut is unknown; did you mean 'attribute'?" in _train(tmp_path, config='configs/embedded.py:attribut')
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
