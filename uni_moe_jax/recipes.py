@@ -6,6 +6,8 @@ from uni_moe_jax import config
 
 NAME_TOKENS = 16  # a name of a glyph with its `eot`: enough for 97 % of them
 TEXT_TOKENS = 64
+# Splits of glyphs and clips that are evaluated, and what is new in them.
+UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
 # Published normalisation of pictures; video has 0.5 for both.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -95,7 +97,7 @@ def embedded(c: ml_collections.ConfigDict) -> None:
       template='{text_b} <eot> <spe> , {text_a} <eot>', length=TEXT_TOKENS)
   c.tasks.clip_name = config.task('video_retrieval', 'clips', batch=0, captions=('{name}',), length=NAME_TOKENS)
 
-  for split, where in (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts')):
+  for split, where in UNSEEN:
     c.evaluators[f'class, {where}'] = config.evaluator('classification', 'glyph_class', split=split)
     c.evaluators[f'name, {where}'] = config.evaluator('retrieval', 'glyph_name', split=split, number=500)
     c.evaluators[f'caption, {where}'] = config.evaluator('caption', 'glyph_caption', split=split, number=1000)

@@ -18,7 +18,6 @@ from uni_moe_jax.train import workdir
 AMOUNTS = ('few', 'all')
 PER_CLASS, SHARE = 10, 0.01  # `few`: ten examples of every class; where there are no classes, one in a hundred
 BATCH = 32  # of tasks that the run only evaluates
-UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
 
 Fill = Callable[[ml_collections.ConfigDict], None]
 
@@ -36,14 +35,14 @@ def clip_caption(c: ml_collections.ConfigDict) -> None:
   c.tasks.clip_caption = config.task(
       'video_caption', 'clips', batch=BATCH, target_set='vocabulary', captions=('{name}',), length=recipes.NAME_TOKENS,
       smoothing=0.1)
-  for split, where in UNSEEN:
+  for split, where in recipes.UNSEEN:
     c.evaluators[f'clip caption, {where}'] = config.evaluator('caption', 'clip_caption', split=split, number=400)
 
 
 def clip_name(c: ml_collections.ConfigDict) -> None:
   """Which of 400 names a clip has."""
   c.tasks.clip_name = config.task('video_retrieval', 'clips', batch=BATCH, captions=('{name}',), length=recipes.NAME_TOKENS)
-  for split, where in UNSEEN:
+  for split, where in recipes.UNSEEN:
     c.evaluators[f'clip name, {where}'] = config.evaluator('retrieval', 'clip_name', split=split, number=400)
 
 
@@ -53,8 +52,7 @@ TRANSFER: dict[str, Fill] = {'digits': digits, 'clip_caption': clip_caption, 'cl
 
 def finetune(arg: str) -> ml_collections.ConfigDict:
   """Every parameter trains, lower layers more slowly. arg: 'RUN,TASK' or 'RUN,TASK,few'; all training examples by default."""
-  c, t = _start(arg, 'configs/finetune.py', TRANSFER, 'all')
-  _amount(t, arg, 'all')
+  c, _ = _start(arg, 'configs/finetune.py', TRANSFER, 'all')
   c.optim.update(dict(learning_rate=5e-4, warmup=10, layer_decay=0.8))
   c.train.update(dict(steps=200, log_every=10, save_every=100))
   return c
@@ -63,7 +61,6 @@ def finetune(arg: str) -> ml_collections.ConfigDict:
 def prompt_tune(arg: str) -> ml_collections.ConfigDict:
   """Prompts, norms and a linear head train, all else stands still. arg: 'RUN,TASK' or 'RUN,TASK,all'; few by default."""
   c, t = _start(arg, 'configs/prompt_tune.py', TRANSFER, 'few')
-  _amount(t, arg, 'few')
   c.optim.update(dict(learning_rate=5e-3, warmup=10))
   c.train.update(dict(steps=200, log_every=10, save_every=100))
   recipes.prompt_tune(c)
@@ -79,7 +76,7 @@ def zero_shot(arg: str, own: Mapping[str, Fill] | None = None) -> ml_collections
     own: more tasks by name, as in `TRANSFER`. They may be of kinds that the run does not know: a row in `config.kinds`.
   """
   c, t = _start(arg, 'configs/zero_shot.py', {**TRANSFER, **(own or {})}, '')
-  t.batch, t.subset, t.per_class, t.head = 0, 1.0, 0, False
+  t.batch, t.head = 0, False
   # Of a kind like none of the run's only the order of the answers means something, which needs no certain scale.
   t.temperature = t.temperature or c.model.temperatures[0]
   return c
@@ -95,7 +92,11 @@ REGIMES: dict[str, tuple[str, Callable[[str], ml_collections.ConfigDict]]] = {
 
 def _start(arg: str, file: str, transfer: Mapping[str, Fill], default: str) -> tuple[
     ml_collections.ConfigDict, ml_collections.ConfigDict]:
-  """(config that starts from a run and has one task, that task).
+  """(config that starts from a run and has one task, that task, which may read as many examples as `arg` says).
+
+  Args:
+    arg, file: of whom is asked, and which config. transfer: tasks beside the run's own.
+    default: how many examples where `arg` does not say; '' of a config that trains nothing: `arg` may not say.
 
   Raises:
     ValueError: the argument is not RUN,TASK, or names no run, no task or no amount.
@@ -122,6 +123,9 @@ def _start(arg: str, file: str, transfer: Mapping[str, Fill], default: str) -> t
     raise ValueError(f'{file}:{arg}: task {name!r} is unknown; {nearest(name, [*transfer, *known.tasks])}.')
   t = c.tasks[name]
   t.temperature = t.temperature or _temperature(plan, t.kind)
+  few = (amount or [default])[0] == 'few'
+  t.per_class = PER_CLASS if few and t.label else 0
+  t.subset = SHARE if few and not t.label else 1.0
   return c, t
 
 
@@ -142,10 +146,3 @@ def _temperature(plan: Plan, kind: str) -> str:
   rows = {k.name: dataclasses.replace(k, name='') for k in plan.kinds}
   alike = [t for t in plan.tasks if rows[t.kind.name] == rows.get(kind)]
   return min(alike, key=lambda t: t.kind.name != kind).temperature if alike else ''
-
-
-def _amount(t: ml_collections.ConfigDict, arg: str, default: str) -> None:
-  """How many training examples the task may read."""
-  few = [*arg.split(',')[2:], default][0] == 'few'
-  t.per_class = PER_CLASS if few and t.label else 0
-  t.subset = SHARE if few and not t.label else 1.0

@@ -100,8 +100,7 @@ def _divides(part: str, b: int, whole: str, a: int) -> None:
 def _check_model(c: ml_collections.ConfigDict) -> None:
   m, moe = c.model, c.moe
   _at_least(c, 'model', dict(layers=1, width=4, heads=1, hidden=1, image_size=1, patch=1, channels=1, max_frames=1,
-                             max_text=1, layer_scale=0.0, drop_path=0.0, prompts=0,
-                             prefix_prompts=0))
+                             max_text=1, layer_scale=0.0, drop_path=0.0, prompts=0, prefix_prompts=0))
   _divides('model.heads', m.heads, 'model.width', m.width)
   _divides('model.patch', m.patch, 'model.image_size', m.image_size)
   if m.width % 4:

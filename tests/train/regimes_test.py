@@ -11,7 +11,7 @@ from uni_moe_jax import recipes
 from uni_moe_jax.train import loop, setup, step
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.optim import path_of
+from uni_moe_jax.model.paths import path_of
 
 def _config(*tasks: str):
   c = tiny.config(*tasks, data_dir=tiny.data_dir())

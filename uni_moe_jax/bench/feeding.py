@@ -7,7 +7,6 @@ from uni_moe_jax.bench.problems import Context, Repeated
 from uni_moe_jax.bench.table import Budget, Row
 from uni_moe_jax.bench.timing import estimate, interleaved, per_second, ratio
 from uni_moe_jax.data.mixtures import Batch, Mixture
-from uni_moe_jax.plan import TaskSpec
 
 _BUDGET = Budget(1.05, 1.02)
 _AHEAD = 4  # batches that the pipeline may have ready: two that wait, two that are being made
@@ -22,7 +21,7 @@ def feeding(context: Context) -> list[Row]:
   run, calls, counts = step.run, {}, {}
   for t in run.plan.tasks:
     if t.kind.visual:
-      stream = _Stream(_only(run.mixture(), t), s.steps)
+      stream = _Stream(dataclasses.replace(run.mixture(), plan=run.plan.only(t.name)), s.steps)
       clip = stream.shape('pixels')[-4] > 1
       name = f'{t.name}, batches of {t.batch}'
       calls[name], counts[name] = stream.drain, (t.batch * s.steps, 'clips/s' if clip else 'pictures/s')
@@ -45,10 +44,6 @@ def feeding(context: Context) -> list[Row]:
   return rows + [
       Row('input', 'constant-batch step', estimate(seconds['constant'] / s.steps), 's', note=note),
       Row('input', 'real-data step / constant-batch step', ratio(seconds['real'], seconds['constant']), 'x', _BUDGET, note)]
-
-
-def _only(mixture: Mixture, task: TaskSpec) -> Mixture:
-  return dataclasses.replace(mixture, plan=dataclasses.replace(mixture.plan, tasks=(task,)))
 
 
 class _Stream:

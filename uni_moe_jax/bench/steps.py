@@ -78,16 +78,16 @@ def published(context: Context) -> list[Row]:
   s = context.sizes
   c = context.classification(published=True)
   histogram = ', '.join(f'{n}: {share:.0%}' for n, share in REALISTIC.items())
-  cases = {
+  settings = {
       f'all names {s.name_tokens} tokens': ({s.name_tokens: 1.0}, _PUBLISHED),
       'names of realistic length': (REALISTIC, _PUBLISHED_REALISTIC)}
-  seconds = interleaved({name: Repeated(context.synthetic(c, lengths)) for name, (lengths, _) in cases.items()}, s.rounds)
+  seconds = interleaved({name: Repeated(context.synthetic(c, lengths)) for name, (lengths, _) in settings.items()}, s.rounds)
   recorded = _PUBLISHED_SECONDS * machine.RECORDED_PEAK / context.peak
   note = (f'B {s.small_batch}, {s.names} names, attribute routing; recorded {_PUBLISHED_SECONDS} s, scaled by '
           f'{machine.RECORDED_PEAK / 1e9:.0f} GFLOP/s over the peak of this run: {recorded:.3g} s; realistic lengths are '
           f'assumed, tokens: share = {histogram}; the published code pads')
   rows = []
-  for name, (_, budget) in cases.items():
+  for name, (_, budget) in settings.items():
     rows.append(Row('published', f'train step, {name}', estimate(seconds[name]), 's', note=note))
     rows.append(Row('published', f"{name} / the published code's", estimate(seconds[name] / recorded), 'x', budget, note))
   return rows

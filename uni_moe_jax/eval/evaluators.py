@@ -184,10 +184,9 @@ def caption(q: Question) -> list[Score]:
 
   Exact match, BLEU-4, ROUGE-L, CIDEr-D (up to 10) and word F1.
   """
-  ids = q.ids()
+  ids, e = q.ids(), q.evaluation
   predicted = []
-  for fields, count in evaluation_batches(q.examples, ids, q.evaluation.batch):
-    e = q.evaluation
+  for fields, count in evaluation_batches(q.examples, ids, e.batch):
     predicted += q.predictor.captions(q.task, fields['pixels'], e.beams, e.penalty, e.answers)[:count]
   # Both sides in the tokenizer's folded form: its case and spacing are no merit and no fault of a caption.
   fold = lambda texts: [q.tokenizer.decode(row) for row in q.tokenizer.encode_batch(list(texts))]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.spec import Stack
 from uni_moe_jax.tasks import nearest
 
@@ -58,7 +59,7 @@ def choose(
     found = re.compile(pattern)
   except re.error as e:
     raise ValueError(f'{field}={pattern!r} is not a regular expression: {e}.') from None
-  pieces, paths = [], list(_by_path(params))
+  pieces, paths = [], list(by_path(params))
   wanted = [path for path in paths if found.search(path)]
   for layer in sorted(set(layers)):
     subtree, period, block = stack.locate(layer)
@@ -77,13 +78,8 @@ def choose(
 
 def take(pieces: Sequence[Piece], tree: Any) -> dict[str, dict[str, jax.Array]]:
   """{part: {path: array}} of a tree with the paths that the pieces were chosen from."""
-  leaves, out = _by_path(tree), {}
+  leaves, out = by_path(tree), {}
   for p in pieces:
     leaf = leaves[p.path]
     out.setdefault(p.part, {})[p.path] = leaf if p.period is None else leaf[p.period]
   return out
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

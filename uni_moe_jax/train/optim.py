@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from uni_moe_jax.config import FREEZE
+from uni_moe_jax.model.paths import by_path, path_of
 from uni_moe_jax.model.spec import Stack
 from uni_moe_jax.train import adam
 
@@ -24,11 +25,6 @@ class Rule:
   lr_factor: float
   weight_decay: float
   frozen: bool = False
-
-
-def path_of(key_path) -> str:
-  """'encoder/blocks/block0/ffn_in/kernel' from a tree path."""
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', k))) for k in key_path)
 
 
 def match_rules(params: Any, rules) -> Any:
@@ -64,7 +60,7 @@ def _with_gate_factor(rules: Any, factor: float) -> Any:
 
 def frozen_paths(rules: Any) -> frozenset[str]:
   """Paths of the parameters that a tree of rules freezes."""
-  return frozenset(path_of(path) for path, rule in jax.tree_util.tree_leaves_with_path(rules) if rule.frozen)
+  return frozenset(path for path, rule in by_path(rules).items() if rule.frozen)
 
 
 def schedule(c) -> optax.Schedule:

@@ -18,6 +18,7 @@ from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.mixtures import PER_BATCH, Batch, Feed, Mixture
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.params import boxed_params, init_params
+from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import optim, warm_start, workdir
@@ -94,10 +95,10 @@ class Run:
   def parameter_counts(self) -> dict[str, int]:
     """{'total', 'used_per_token'}: of E experts, K serve a token: its kernels are merged from theirs, or it goes to them."""
     total = used = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(self.shapes.params):
+    for path, leaf in by_path(self.shapes.params).items():
       total += leaf.size
       kept = leaf.size
-      if expert_part(self.spec.model.spec, optim.path_of(path)) is not None:
+      if expert_part(self.spec.model.spec, path) is not None:
         kept = leaf.size // self.spec.model.spec.num_experts * self.spec.model.spec.top_k
       used += kept
     return {'total': total, 'used_per_token': used}
@@ -173,7 +174,7 @@ def warm_params(run: Run) -> Any:
   """Parameters that start from those of the run in `config.train.init`; says what starts fresh.
 
   Raises:
-    FileNotFoundError: nothing was trained there. ValueError: the models do not fit, see `warm_start.joined`.
+    ValueError: nothing was trained there, or the models do not fit, see `warm_start.joined`.
   """
   init = run.config.train.init
   with Checkpoints(init, keep=None) as checkpoints:

@@ -16,9 +16,9 @@ from uni_moe_jax import losses
 from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.losses import SampledWords, Tally
 from uni_moe_jax.model import inputs, similarity
+from uni_moe_jax.model.paths import path_of
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.train import routing
-from uni_moe_jax.train.optim import path_of
 from uni_moe_jax.train.touched import chosen_experts, touched
 
 Batch = dict[str, dict[str, jax.Array]]

@@ -12,18 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from uni_moe_jax.model.paths import path_of
 from uni_moe_jax.model.similarity import MAX_SCALE
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.train.optim import path_of
 
-# Parameters that only some steps use, and what a step must hold for it.
+# Parameters that only some steps use, and what a step must hold for it; \1 is what the pattern's group found.
 _NEEDS = (
     (r'^embed/(patch|patch_bias|temporal|spatial|visual_type)$', 'visual'),
     (r'^embed/(position|type)$', 'text'),
     (r'/prompts/target$', 'target'),
     (r'^linear_head/', 'head'),
+    (r'^embed/prompts/(label_.+)$', r'\1'),
 )
-_LABELS = 'embed/prompts/'  # label prompts: what follows is what a step must hold
 _SCALE = 'log_scale_'
 _PART = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
 
@@ -75,9 +75,7 @@ def touched(
     if path.startswith(_SCALE):
       here = path.removeprefix(_SCALE) in temperatures
       return jnp.asarray(here) & (jnp.exp(leaf) <= MAX_SCALE)
-    needed = next((what for pattern, what in _NEEDS if re.search(pattern, path)), None)
-    if path.startswith(f'{_LABELS}label_'):
-      needed = path.removeprefix(_LABELS)
+    needed = next((m.expand(what) for pattern, what in _NEEDS if (m := re.search(pattern, path))), None)
     if needed == 'text' and spec.prefix_word is not None:
       needed = None  # a word as prefix has a position, too
     return jnp.asarray(needed is None or needed in holds)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from uni_moe_jax.model.paths import by_path, path_of
 from uni_moe_jax.tasks import nearest
-from uni_moe_jax.train.optim import path_of
 
 # What a model may have that the other has not: prompts, heads, and temperatures of other tasks.
 ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type)$', r'^linear_head/', r'^log_scale_')
@@ -25,7 +25,7 @@ def joined(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]
   Raises:
     ValueError: a parameter has another shape, or is in one of the models alone and is not among `ADDED`.
   """
-  here, there = ({path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(t)} for t in (fresh, old))
+  here, there = by_path(fresh), by_path(old)
   for path in sorted({*here} ^ {*there}):
     if not any(re.search(pattern, path) for pattern in ADDED):
       alone, other = ('this model', source) if path in here else (source, 'this model')
@@ -50,7 +50,7 @@ def compared(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:
     {'parameters', 'trained': how many values there are, and of them those that train; 'identical': whether all that is frozen
     and was there before has the same bits; 'moved': whether something that trains has not}.
   """
-  here, there = ({path_of(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(t)} for t in (after, before))
+  here, there = ({path: np.asarray(x) for path, x in by_path(t).items()} for t in (after, before))
   same = {path for path in {*here} & {*there} if here[path].tobytes() == there[path].tobytes()}
   return {
       'parameters': sum(x.size for x in here.values()),
