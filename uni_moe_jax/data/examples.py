@@ -107,6 +107,24 @@ def subset(keep: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: in
   return keep[np.sort(np.concatenate(chosen))]
 
 
+def places(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndarray:
+  """Places of the records that are examples of a task, in order: where it chooses a class, those that have one.
+
+  Args:
+    records: of its split. seed: of a run that trains on them, and reads its subset; None: all.
+  """
+  keep, labels = np.arange(len(next(iter(records.columns.values())))), None
+  if _has_classes(task):
+    column = records.columns[task.label]
+    keep = np.flatnonzero(column != '')
+    labels = column[keep]
+  return keep if seed is None else subset(keep, labels, task, seed)
+
+
+def _has_classes(task: TaskSpec) -> bool:
+  return task.kind.readout in ('first', 'slot') and task.kind.target != 'pair'
+
+
 @dataclasses.dataclass(frozen=True)
 class Builder:
   """What all builders need.
@@ -134,15 +152,9 @@ class Builder:
       ValueError: the config names a column, class or template that the records do not have.
     """
     kind, field = task.kind, f'tasks.{task.name}'
-    makers, keep = [], np.arange(len(next(iter(records.columns.values()))))
-    labels = None
-    if kind.readout in ('first', 'slot') and kind.target != 'pair':
-      labels = class_index(records, task.label, self.classes[task.target_set], field)
-      keep = np.flatnonzero(labels >= 0)
-    if self.training:
-      keep = subset(keep, None if labels is None else labels[keep], task, self.seed)
-    if labels is not None:
-      makers.append(self._labels(labels[keep]))
+    labels = class_index(records, task.label, self.classes[task.target_set], field) if _has_classes(task) else None
+    keep = places(records, task, self.seed if self.training else None)
+    makers = [] if labels is None else [self._labels(labels[keep])]
     if kind.readout == 'picks':
       return self._masked(task, records, keep, field)
     if kind.visual:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from uni_moe_jax.plan import Evaluation
-from uni_moe_jax.data.examples import Examples
+from uni_moe_jax.data.examples import Examples, places
 from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ class _Columns:
 
 def _labelled(q: Question, records: Records, ids: np.ndarray | None = None) -> tuple[np.ndarray, _Columns]:
   """Class names and input columns of the labelled records (those that a task's example ids count), or some of them."""
-  index = np.flatnonzero(records.columns[q.task.label] != '')
+  index = places(records, q.task)
   if ids is not None:
     index = index[ids]
   pixels = records.columns.get('pixels')

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax import resolve
-from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data import sources
+from uni_moe_jax.data.examples import places
 from uni_moe_jax.study.cells import EVALUATION, Cell
 from uni_moe_jax.train import optim, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -35,9 +36,9 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
   with Checkpoints(where, keep=None) as checkpoints:
     steps, after = checkpoints.latest(), checkpoints.restore_params()
   kept = warm_start.compared(_start(run), after, optim.frozen_paths(optim.match_rules(after, config.optim.rules)))
-  plan = resolve.resolve(config)
-  task = plan.tasks[0]
-  return {'steps': steps, 'examples': Data(config, plan).examples(task, training=True).size, 'drawn': steps * task.batch, **kept,
+  task = resolve.resolve(config).tasks[0]
+  used = places(sources.load(task.source, config.data.dir, task.split), task, config.seed)
+  return {'steps': steps, 'examples': len(used), 'drawn': steps * task.batch, **kept,
           'share': kept['trained'] / kept['parameters']}
 
 
