@@ -1,16 +1,20 @@
 """Writes report.html into the workdir of a run, and prints its path.
 
   python launch/report.py --workdir=/tmp/quickstart
+  python launch/report.py --workdir=/tmp/quickstart --curves=quickstart.png
 """
 
+import pathlib
 import sys
 
 from absl import app
 from absl import flags
 
 from uni_moe_jax import report
+from uni_moe_jax import training_curves
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that training or evaluation wrote to.')
+_CURVES = flags.DEFINE_string('curves', None, 'Picture to draw losses and accuracies into: a path that ends with .png or .svg.')
 
 _USAGE = 2
 
@@ -32,7 +36,11 @@ def main(argv: list[str]) -> int:
     return _USAGE
   try:
     print(report.write_report(_WORKDIR.value))
-  except FileNotFoundError as error:
+    if _CURVES.value:
+      metrics = pathlib.Path(_WORKDIR.value, 'metrics.jsonl')
+      training_curves.draw(_CURVES.value, training_curves.read(metrics.read_text())[0], ('loss', 'accuracy'), _WORKDIR.value)
+      print(_CURVES.value)
+  except (FileNotFoundError, ValueError) as error:
     print(error, file=sys.stderr)
     return _USAGE
   return 0

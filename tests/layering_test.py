@@ -70,8 +70,9 @@ _RULES = {
         'it times the real step and the real decoder, and nothing that is timed knows of it',
     ),
     'figures': ((), 'numbers in, pictures out: a figure does not know what its numbers mean'),
+    'training_curves': (('figures',), 'reads a file of metrics, whoever wrote it'),
     'report': (
-        ('attributes', 'tasks', 'plan', 'config', 'data', 'eval', 'figures'),
+        ('attributes', 'tasks', 'plan', 'config', 'data', 'eval', 'figures', 'training_curves'),
         'it draws what the commands wrote into the workdir and needs no model',
     ),
 }

@@ -12,6 +12,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from uni_moe_jax import report
+from uni_moe_jax import training_curves
 from uni_moe_jax.eval import metrics
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -144,7 +145,7 @@ class ReportTest(parameterized.TestCase):
     with open(self.workdir / 'metrics.jsonl', 'a') as lines:
       # A restart from step 3 writes 4 and 5 again, and is killed inside a line.
       lines.write('{"step": 4, "loss/total": 40.0}\n{"step": 5, "loss/total": 50.0}\n{"step": 6, ')
-    content, bad = report._read_curves((self.workdir / 'metrics.jsonl').read_text())
+    content, bad = training_curves.read((self.workdir / 'metrics.jsonl').read_text())
     self.assertEqual(content['loss/total'], ([1, 2, 3, 4, 5], [8., 7., 6., 40., 50.]))
     self.assertEqual(bad, 1)
     self.assertIn('Unreadable lines of metrics.jsonl that were left out: 1', self._page())
@@ -170,6 +171,23 @@ class LaunchTest(parameterized.TestCase):
     workdir = self.create_tempdir().full_path
     done = self._launch(f'--workdir={workdir}')
     self.assertEqual((done.returncode, done.stdout), (0, f'{workdir}/report.html\n'), done.stderr)
+
+  def test_curves_become_a_picture_of_their_own(self):
+    workdir = pathlib.Path(self.create_tempdir().full_path)
+    picture = workdir / 'curves.svg'
+    (workdir / 'metrics.jsonl').write_text('{"step": 1, "loss/a": 2.0, "accuracy/a": 0.5, "grad_norm": 7.0}\n')
+    done = self._launch(f'--workdir={workdir}', f'--curves={picture}')
+    self.assertEqual((done.returncode, done.stdout), (0, f'{workdir}/report.html\n{picture}\n'), done.stderr)
+    drawn = picture.read_text()
+    self.assertIn('loss/a  2', drawn)
+    self.assertNotIn('grad_norm', drawn)
+
+  def test_curves_of_a_run_without_losses_are_refused_in_one_sentence(self):
+    workdir = pathlib.Path(self.create_tempdir().full_path)
+    (workdir / 'metrics.jsonl').write_text('{"step": 1, "grad_norm": 7.0}\n')
+    done = self._launch(f'--workdir={workdir}', f'--curves={workdir}/curves.png')
+    self.assertEqual(done.returncode, 2)
+    self.assertIn('no curve is called loss/… or accuracy/…; there are grad_norm', done.stderr)
 
   @parameterized.parameters(
       ((), '--workdir is missing'), (('--workdir=/no/such',), "'/no/such' is not a folder"),

@@ -17,9 +17,8 @@ from etils import epath
 import numpy as np
 
 from uni_moe_jax import figures
+from uni_moe_jax import training_curves
 from uni_moe_jax.eval import interference_files, metrics
-
-Curves = dict[str, tuple[list[int], list[float]]]  # metric name -> steps, values
 
 _OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second')
 _GROUP_TITLES = {'run': 'The run', 'loss': 'Loss by task', 'accuracy': 'Accuracy by task',
@@ -94,7 +93,7 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
     raise FileNotFoundError(f'workdir {os.fspath(workdir)!r} is not a folder: give the one that '
                             'training or evaluation wrote to.')
   evaluation = _Source(workdir / 'evaluation.json', _read_json, 'written by an evaluation')
-  curves = _Source(workdir / 'metrics.jsonl', _read_curves, 'written by training')
+  curves = _Source(workdir / 'metrics.jsonl', training_curves.read, 'written by training')
   samples = _Source(workdir / 'samples.json', _read_json, 'written by an evaluation')
   experts = _Source(workdir / 'experts.json', _read_json, 'written for models that have experts')
   run = _Source(workdir / 'run.json', _read_json, 'written when training starts')
@@ -150,28 +149,6 @@ def _read_json(text: str) -> Any:
   if not content:
     raise ValueError('it is empty')
   return content
-
-
-def _read_curves(text: str) -> tuple[Curves, int]:
-  """Returns every metric's curve and how many lines were unreadable.
-
-  After a restart from an older checkpoint a step stands in the file twice: the later line counts.
-  """
-  points, bad = {}, 0
-  for line in text.splitlines():
-    try:
-      row = json.loads(line)
-      step = int(row.pop('step'))
-    except (ValueError, KeyError, TypeError, AttributeError):
-      bad += bool(line.strip())
-      continue
-    for name, value in row.items():
-      if isinstance(value, (int, float)):
-        points.setdefault(name, {})[step] = float(value)
-  if not points:
-    raise ValueError(f'no line of it holds a metric, {bad} are unreadable')
-  return {name: tuple(map(list, zip(*sorted(of_step.items())))) for name, of_step in points.items()
-          }, bad
 
 
 def _headline(run: _Source, curves: _Source, evaluation: _Source) -> str:
@@ -248,7 +225,7 @@ def _judged(row: Mapping[str, Any], reference: float) -> str:
   return f'{metrics.format_number(reference)} <span class="{css}" title="{css}">{mark}</span>'
 
 
-def _curves(curves: Curves, bad_lines: int, references: Mapping[str, tuple[str, float]]) -> str:
+def _curves(curves: training_curves.Curves, bad_lines: int, references: Mapping[str, tuple[str, float]]) -> str:
   groups = {}
   for name in sorted(curves, key=lambda name: (_OWN_PANELS.index(name) if name in _OWN_PANELS
                                                else len(_OWN_PANELS), name)):
