@@ -59,7 +59,7 @@ def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], ti
   FigureCanvasAgg(sheet)
   sheet.suptitle(title, fontsize=9)
   panels = sheet.subplots(rows, _COLUMNS, squeeze=False).flat
-  for axes, name in zip(panels, names):
+  for name, axes in zip(names, panels):  # names first: what is left of the panels is not drawn
     steps, values = curves[name]
     axes.plot(steps, values, color='#9db8cc', linewidth=0.6)
     axes.plot(steps, figures.smooth(np.asarray(values)), color='#28608f', linewidth=1.5)
