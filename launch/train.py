@@ -1,16 +1,20 @@
 """Trains a config: python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
+On several hosts the same command runs once in every process, with --distributed; local_processes.sh, tpu_pod.sh, slurm.sbatch
+and gke.sh, in this folder, start it so.
+
 Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 usage.
 """
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax import cli, distributed
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and the report.', required=True)
 _COMPILE_ONLY = flags.DEFINE_bool(
     'compile_only', False, 'Compile the step into JAX_COMPILATION_CACHE_DIR and stop; on CPU the run is then faster.')
+_DISTRIBUTED = flags.DEFINE_string('distributed', distributed.OFF, distributed.HELP)
 flags.mark_flag_as_required('config')
 
 
@@ -21,6 +25,7 @@ def main() -> int:
   # Mistakes are told before the slow libraries below are loaded.
   config = cli.config_of(_CONFIG)
   resolve.check_trains(resolve.resolve(config))
+  distributed.start(_DISTRIBUTED.value)
   workdir.claim_workdir(_WORKDIR.value, config)
   storage.check_directory(config.data.dir)
   from uni_moe_jax.train import loop

@@ -25,6 +25,7 @@ _RULES = {
         ('attributes', 'tasks', 'plan', 'config'),
         'a mistyped command is answered before anything slow is loaded',
     ),
+    'distributed': ((), 'processes find each other before anything of the run is loaded'),
     'sharding': ((), 'one table of axis names that knows no module'),
     'losses': ((), 'arrays in, numbers out: a loss knows neither the model nor the task'),
     'moe': (
@@ -44,7 +45,7 @@ _RULES = {
         'an evaluator is given functions, so that every model is measured alike',
     ),
     'train': (
-        ('attributes', 'tasks', 'plan', 'config', 'resolve', 'sharding', 'losses', 'model', 'data', 'eval'),
+        ('attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding', 'losses', 'model', 'data', 'eval'),
         'the trainer joins the other rooms; experts it knows only through the model',
     ),
     'regimes': (

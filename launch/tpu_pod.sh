@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+usage() {
+  cat <<'HELP'
+Usage: ./launch/tpu_pod.sh --name NAME --zone ZONE [OPTION...] -- ARGUMENT...
+
+Trains on a Cloud TPU slice, one process per host, with gcloud: copies the committed files of this
+repository to every host, installs them there, and starts launch/train.py on all hosts at once.
+ARGUMENTs go to launch/train.py:
+  ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
+      -- --config=configs/pretrain.py:base-attribute-1 --workdir=/mnt/runs/base
+
+  --project P        of Google Cloud (default: gcloud's)
+  --create TYPE      make the slice first; TYPE as gcloud's --accelerator-type
+  --version V        its software, as gcloud's --version (with --create)
+  --before COMMAND   run this on every host before training, in the repository's folder: mount what is
+                     shared, prepare data
+  --skip_install     copy and install nothing: it was done before
+  --dry_run          print the commands, run nothing
+
+--workdir must be a folder that all hosts share (Filestore, or a bucket mounted with gcsfuse): every host
+writes its share of a checkpoint. A second run of the same command continues; exit codes are those of
+launch/train.py. The slice is not deleted: gcloud compute tpus tpu-vm delete NAME.
+HELP
+}
+
+name='' zone='' project='' create='' version='' before='' install=yes dry_run=''
+while (($#)); do
+  case "$1" in
+    --name) name="$2"; shift 2 ;;
+    --zone) zone="$2"; shift 2 ;;
+    --project) project="$2"; shift 2 ;;
+    --create) create="$2"; shift 2 ;;
+    --version) version="$2"; shift 2 ;;
+    --before) before="$2"; shift 2 ;;
+    --skip_install) install=''; shift ;;
+    --dry_run) dry_run=yes; shift ;;
+    --) shift; break ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "tpu_pod.sh: $1 is no option; arguments of train.py stand after --. See --help." >&2; exit 2 ;;
+  esac
+done
+if [[ -z "$name" || -z "$zone" ]] || (($# == 0)); then
+  echo 'tpu_pod.sh: --name, --zone and, after --, arguments of train.py are needed. See --help.' >&2
+  exit 2
+fi
+if [[ -n "$create" && -z "$version" ]]; then
+  echo "tpu_pod.sh: --create $create needs --version, the software of the hosts. See --help." >&2
+  exit 2
+fi
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+run() {
+  if [[ -n "$dry_run" ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+where=(--zone "$zone" ${project:+--project "$project"})
+on_all() { run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "$1"; }
+
+if [[ -n "$create" ]]; then
+  run gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$create" --version "$version"
+fi
+if [[ -n "$install" ]]; then
+  archive=/tmp/uni_moe_jax.tar.gz
+  run git archive --format=tar.gz --output="$archive" HEAD
+  run gcloud compute tpus tpu-vm scp "$archive" "$name:$archive" "${where[@]}" --worker=all
+  on_all "mkdir -p ~/uni_moe_jax && tar -xzf $archive -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
+python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+fi
+if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
+printf -v arguments '%q ' "$@"
+on_all "cd ~/uni_moe_jax && .venv/bin/python launch/train.py ${arguments}--distributed=auto"

@@ -1,0 +1,220 @@
+"""The scripts that start a run on many hosts: what their dry runs say, what they refuse, and how local processes end.
+
+Nothing is started but stand-ins for launch/train.py.
+"""
+
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_SCRIPTS = ('local_processes.sh', 'tpu_pod.sh', 'slurm.sbatch', 'gke.sh')
+_TRAIN = ('--config=configs/quickstart.py:x y', '--workdir=/runs/it\'s "one"')
+
+
+def _run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+  kept = {k: v for k, v in os.environ.items() if not k.startswith(('SLURM', 'UNI_MOE', 'XLA_FLAGS', 'JAX_PLATFORMS'))}
+  return subprocess.run([str(_ROOT / 'launch' / script), *arguments], env={**kept, **environment}, capture_output=True, text=True,
+                        timeout=30)
+
+
+def _dry(script: str, *arguments: str, **environment: str) -> list[list[str]]:
+  """Words of every line of a dry run."""
+  done = _run(script, *arguments, **environment)
+  assert (done.returncode, done.stderr) == (0, '')
+  return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize('script', _SCRIPTS)
+def test_it_is_a_script_that_bash_can_read(script):
+  path = _ROOT / 'launch' / script
+  assert os.access(path, os.X_OK)
+  assert path.read_text().startswith('#!/usr/bin/env bash\n')
+  assert subprocess.run(['bash', '-n', str(path)], capture_output=True).returncode == 0
+  assert 'set -euo pipefail' in path.read_text()
+
+
+@pytest.mark.skipif(shutil.which('shellcheck') is None, reason='shellcheck is not installed')
+@pytest.mark.parametrize('script', _SCRIPTS)
+def test_shellcheck_finds_nothing(script):
+  done = subprocess.run(['shellcheck', '-x', str(_ROOT / 'launch' / script)], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize('script, arguments, said', [
+    ('local_processes.sh', ['--process', '2'], '--process is no option'),
+    ('local_processes.sh', ['--processes', 'two', '--', 'a'], '--processes two and --devices 1 must be positive numbers'),
+    ('local_processes.sh', ['--processes', '2'], 'nothing to train'),
+    ('tpu_pod.sh', ['--zone', 'z', '--', '--config=c.py'], '--name, --zone and, after --, arguments of train.py are needed'),
+    ('tpu_pod.sh', ['--name', 'n', '--zone', 'z', '--create', 'v5litepod-16', '--', 'a'], 'needs --version'),
+    ('slurm.sbatch', ['--dry_run'], 'nothing to train'),
+    ('gke.sh', ['--name', 'n', '--', 'a'], '--name, --image, --claim and, after --, arguments of train.py are needed'),
+    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '4by4', '--', 'a'], 'must be like 4x4'),
+    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'], 'has 6 chips, no multiple of'),
+])
+def test_a_mistake_is_told_and_runs_nothing(script, arguments, said):
+  done = _run(script, *arguments)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert said in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_local_processes_differ_in_their_number_alone():
+  lines = _dry('local_processes.sh', '--processes', '3', '--devices', '4', '--port', '7733', '--dry_run', '--', *_TRAIN,
+               JAX_PLATFORMS='cpu', XLA_FLAGS='--a=1', UNI_MOE_PYTHON='/bin/sh')
+  assert lines == [
+      ['env', 'XLA_FLAGS=--a=1 --xla_force_host_platform_device_count=4', '/bin/sh', 'launch/train.py', *_TRAIN,
+       f'--distributed=127.0.0.1:7733,3,{i}'] for i in range(3)]
+
+
+def test_local_processes_have_an_accelerator_each_where_there_are_some():
+  lines = _dry('local_processes.sh', '--dry_run', '--', *_TRAIN, UNI_MOE_PYTHON=sys.executable)
+  assert [line[1] for line in lines] == ['JAX_LOCAL_DEVICE_IDS=0', 'JAX_LOCAL_DEVICE_IDS=1']
+  assert [line[2] for line in lines] == [sys.executable] * 2
+
+
+def test_a_pod_is_made_filled_and_started_on_all_hosts():
+  create, archive, copy, install, before, train = _dry(
+      'tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--project', 'mine', '--create', 'v5litepod-256', '--version', 'v2',
+      '--before', 'mount it', '--dry_run', '--', *_TRAIN)
+  tpu_vm = ['gcloud', 'compute', 'tpus', 'tpu-vm']
+  where = ['--zone', 'zone', '--project', 'mine']
+  assert create == [*tpu_vm, 'create', 'pod', *where, '--accelerator-type', 'v5litepod-256', '--version', 'v2']
+  assert archive[:2] == ['git', 'archive'] and archive[-1] == 'HEAD'
+  assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *where, '--worker=all']
+  for line in (install, before, train):
+    assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *where, '--worker=all', '--command']
+  assert "pip install -q -e '.[tpu]'" in install[-1]
+  assert before[-1] == 'cd ~/uni_moe_jax && mount it'
+  # The host's shell takes the command apart again: what was one argument here is one there.
+  assert shlex.split(train[-1]) == ['cd', '~/uni_moe_jax', '&&', '.venv/bin/python', 'launch/train.py', *_TRAIN,
+                                    '--distributed=auto']
+
+
+def test_a_pod_that_is_ready_is_only_started():
+  lines = _dry('tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--skip_install', '--dry_run', '--', *_TRAIN)
+  assert len(lines) == 1 and '--distributed=auto' in lines[0][-1]
+
+
+def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
+  lines = _dry('slurm.sbatch', '--dry_run', *_TRAIN, SLURM_JOB_ID='17', SLURM_SUBMIT_DIR=str(_ROOT))
+  asked = dict(line[1].removeprefix('--').partition('=')[::2] for line in lines if line[0] == '#SBATCH')
+  assert asked['ntasks-per-node'] == asked['gpus-per-node']
+  assert 'gpus-per-task' not in asked  # JAX chooses by the task's number on the node
+  assert asked['signal'].startswith('B:TERM@') and 'requeue' in asked
+  assert lines[-2] == ['srun', '--kill-on-bad-exit=1', '.venv/bin/python', 'launch/train.py', *_TRAIN, '--distributed=auto']
+  assert lines[-1] == ['after', 'exit', 'code', '75:', 'scontrol', 'requeue', '17']
+
+
+def _job_set(*options: str) -> dict:
+  done = _run('gke.sh', '--name', 'base', '--image', 'registry/image:1', '--claim', 'nfs', *options, '--dry_run', '--', *_TRAIN)
+  assert (done.returncode, done.stderr) == (0, '')
+  return yaml.safe_load(done.stdout)
+
+
+def test_a_job_set_has_what_its_controller_needs():
+  found = _job_set('--topology', '16x16', '--restarts', '3')
+  assert (found['apiVersion'], found['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
+  assert found['metadata']['name'] == 'base'
+  assert found['spec']['failurePolicy'] == {'maxRestarts': 3}
+  [job] = found['spec']['replicatedJobs']
+  assert job['replicas'] == 1
+  spec = job['template']['spec']
+  assert spec['parallelism'] == spec['completions'] == 64  # 256 chips, 4 of them a host
+  assert (spec['completionMode'], spec['backoffLimit']) == ('Indexed', 0)
+  pod = spec['template']['spec']
+  assert pod['restartPolicy'] == 'Never'
+  assert pod['nodeSelector'] == {'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
+                                 'cloud.google.com/gke-tpu-topology': '16x16'}
+  [container] = pod['containers']
+  assert container['image'] == 'registry/image:1'
+  assert container['command'] + container['args'] == ['python', 'launch/train.py', *_TRAIN, '--distributed=auto']
+  assert container['resources']['limits'] == container['resources']['requests'] == {'google.com/tpu': 4}
+  [mount], [volume] = container['volumeMounts'], pod['volumes']
+  assert mount['name'] == volume['name'] and mount['mountPath'] == '/runs'
+  assert volume['persistentVolumeClaim'] == {'claimName': 'nfs'}
+
+
+@pytest.mark.parametrize('topology, hosts', [('2x2', 1), ('2x2x4', 4), ('4x8', 8)])
+def test_a_job_set_has_one_pod_per_host(topology, hosts):
+  [job] = _job_set('--topology', topology)['spec']['replicatedJobs']
+  assert job['template']['spec']['completions'] == hosts
+
+
+# Writes its number and arguments to a file, then does what the file `does` says for it.
+_STAND_IN = '''
+import os, pathlib, signal, sys, time
+index = sys.argv[-1].rpartition(',')[2]
+pathlib.Path('ran' + index).write_text(' '.join(sys.argv[1:]))
+does = pathlib.Path('does' + index).read_text()
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+if does == 'train':
+  pathlib.Path('started' + index).touch()
+  end = time.monotonic() + 20
+  while not received and time.monotonic() < end:
+    time.sleep(0.01)
+  time.sleep(0.2)
+  pathlib.Path('saved' + index).write_text(str(len(received)))
+  sys.exit(75 if received else 3)
+print('failed', file=sys.stderr)
+sys.exit(int(does))
+'''
+
+
+def _processes(folder: pathlib.Path, *does: str) -> subprocess.Popen:
+  (folder / 'launch').mkdir()
+  shutil.copy(_ROOT / 'launch/local_processes.sh', folder / 'launch')
+  (folder / 'launch/train.py').write_text(_STAND_IN)
+  for i, what in enumerate(does):
+    (folder / f'does{i}').write_text(what)
+  return subprocess.Popen(
+      ['bash', 'launch/local_processes.sh', '--processes', str(len(does)), '--', '--config=c.py'], cwd=folder,
+      env={**os.environ, 'UNI_MOE_PYTHON': sys.executable}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      start_new_session=True,
+      # Where the tests run in the background, SIGINT is ignored, and bash cannot trap what it inherits as ignored.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def _wait_for(path: pathlib.Path) -> None:
+  end = time.monotonic() + 20
+  while not path.exists():
+    assert time.monotonic() < end, path
+    time.sleep(0.01)
+
+
+def test_local_processes_get_one_port_and_their_own_numbers(tmp_path):
+  process = _processes(tmp_path, '0', '0')
+  _, errors = process.communicate(timeout=30)
+  assert process.returncode == 0
+  said = [(tmp_path / f'ran{i}').read_text().split() for i in range(2)]
+  places = [words[-1].removeprefix('--distributed=').split(',') for words in said]
+  assert [words[0] for words in said] == ['--config=c.py'] * 2
+  assert places[0][0] == places[1][0] and places[0][0].startswith('127.0.0.1:')
+  assert [p[1:] for p in places] == [['2', '0'], ['2', '1']]
+  assert sorted(errors.splitlines()) == ['[0] failed', '[1] failed']
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_every_local_process_once_and_waits_for_all(tmp_path, number):
+  process = _processes(tmp_path, 'train', 'train')
+  for i in range(2):
+    _wait_for(tmp_path / f'started{i}')
+  process.send_signal(number)
+  process.communicate(timeout=30)
+  assert process.returncode == 75
+  assert [(tmp_path / f'saved{i}').read_text() for i in range(2)] == ['1', '1']
+
+
+def test_where_one_local_process_fails_the_others_are_ended(tmp_path):
+  process = _processes(tmp_path, 'train', '4')
+  process.communicate(timeout=15)
+  assert process.returncode == 4
+  assert not (tmp_path / 'saved0').exists()
