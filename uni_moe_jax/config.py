@@ -7,8 +7,8 @@ from ml_collections import config_dict
 
 FREEZE = 'freeze'
 # Temperature groups of the published system; every checkpoint has all of them.
-PUBLISHED_TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
-                'tqa_retrieve', 'downstream')
+PUBLISHED_TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm',
+                          'tqa_caption', 'tqa_retrieve', 'downstream')
 
 _PROMPTS_RULE = (r'prompts/|similarity_weight$', 1.0, 0.0)
 
@@ -107,6 +107,7 @@ def base() -> ml_collections.ConfigDict:
       position_init='normal',      # of text: normal | sincos (then learnt; neighbours start alike)
       position_std=0.02,           # initial std of the position rows
       query_key_init='independent',  # independent | equal (attention starts among neighbours: short runs)
+      temporal_init='normal',      # of the temporal rows: normal | sincos, which tells before from after from the start
       temporal_std=0.02,           # initial std of the temporal rows
       prefix='<spe>',              # <spe>: LN(Word[spe]) | a word, embedded as a text of length 1
       layer_scale=1e-3,            # initial LayerScale; small models want about 0.1

@@ -68,14 +68,16 @@ class SincosTest(absltest.TestCase):
     np.testing.assert_allclose(np.square(rows).mean(), .25, rtol=1e-6)
 
   def test_a_model_starts_as_its_spec_says(self):
-    for position_init, query_key_init in (('sincos', 'equal'), ('normal', 'independent')):
-      spec = small_model.spec(position_init=position_init, position_std=.06, query_key_init=query_key_init)
+    for position_init, temporal_init, query_key_init in (('sincos', 'normal', 'equal'), ('normal', 'sincos', 'independent')):
+      spec = small_model.spec(position_init=position_init, position_std=.06, temporal_init=temporal_init, temporal_std=.5,
+                              query_key_init=query_key_init)
       text = small_model.sequence('text_classification', batch=1)
       init = small_model.jit(UniPerceiver(spec).init)
       params = nn.unbox(init(jax.random.key(0), (text,)))['params']
-      table = params['embed']['position']
-      np.testing.assert_allclose(np.sqrt(np.square(table).mean()), .06, rtol=.2)
-      self.assertEqual(np.allclose(table, embed.sincos_rows(.06)(None, table.shape)), position_init == 'sincos')
+      for name, std, chosen in (('position', .06, position_init), ('temporal', .5, temporal_init)):
+        table = params['embed'][name]
+        np.testing.assert_allclose(np.sqrt(np.square(table).mean()), std, rtol=.2)
+        self.assertEqual(np.allclose(table, embed.sincos_rows(std)(None, table.shape)), chosen == 'sincos', name)
       for subtree in ('blocks', 'tail'):
         kernel = params['encoder'][subtree]['block0']['qkv']['kernel']
         equal = np.array_equal(kernel[..., 0, :, :], kernel[..., 1, :, :])

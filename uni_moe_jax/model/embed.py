@@ -47,6 +47,9 @@ def sincos_rows(std: float):
   return init
 
 
+_ROWS = {'normal': nn.initializers.normal, 'sincos': sincos_rows}
+
+
 def patchify(pixels: jax.Array, patch: int) -> jax.Array:
   """[B, T, H, W, C] → [B, T · (H/p)(W/p), p · p · C]: frame-major, then row-major; in a patch row, column, channel."""
   B, T, H, W, C = pixels.shape
@@ -66,15 +69,14 @@ class Embed(nn.Module):
       return self.param(name, nn.with_logical_partitioning(init, (axis, 'embed')), (rows, s.width))
 
     self.word = table('word', s.vocab_size, 'vocab')
-    position = sincos_rows if s.position_init == 'sincos' else nn.initializers.normal
-    self.position = table('position', s.max_text, 'position', position(s.position_std))
+    self.position = table('position', s.max_text, 'position', _ROWS[s.position_init](s.position_std))
     # Two rows as published, of which only row 0 is used: a checkpoint's table survives the round trip.
     self.type = table('type', 2, 'type')
     patch_dim = s.patch * s.patch * s.channels
     self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
     self.patch_bias = self.param(
         'patch_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
-    self.temporal = table('temporal', s.max_frames, 'frame', nn.initializers.normal(s.temporal_std))
+    self.temporal = table('temporal', s.max_frames, 'frame', _ROWS[s.temporal_init](s.temporal_std))
     waves = sincos_table(s.image_size // s.patch, s.width)
     if s.spatial == 'sincos':
       self.spatial = jnp.asarray(waves)
