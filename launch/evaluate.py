@@ -5,7 +5,8 @@ Or asks a run something that it was not trained for, untuned, and keeps the answ
   python launch/evaluate.py --config=configs/zero_shot.py:runs/quickstart,digits --workdir=runs/digits
 
 Runs the evaluators of its config on the newest checkpoint (averaged parameters where the run kept them), prints one table
-and writes evaluation.json, samples.json and experts.json. What is evaluated already is not evaluated again without --force.
+and writes evaluation.json, samples.json and, unless routers look at tokens, experts.json and experts.png. What is evaluated
+already is not evaluated again without --force.
 """
 
 import json
@@ -44,12 +45,12 @@ def main() -> int:
       print(f'step {step} is evaluated already; --force does it again.')
       rows = json.loads(pathlib.Path(workdir, suite.EVALUATION_FILE).read_text())
     else:
-      from uni_moe_jax.train import setup
+      from uni_moe_jax.train import expert_usage, setup
       run = setup.build(config)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
       predictor, params = setup.predictor(run, checkpoints)
-      suite.write_experts(run.spec.model.spec, params, setup.conditions(run.plan), workdir)
+      expert_usage.beside_evaluation(run, params, step, workdir)
       rows = suite.evaluate(run.plan, run.data, predictor, step, workdir)
   print(metrics.evaluation_table(rows))
   return 0

@@ -18,7 +18,7 @@ import numpy as np
 
 from uni_moe_jax import figures
 from uni_moe_jax import training_curves
-from uni_moe_jax.eval import interference_files, metrics
+from uni_moe_jax.eval import interference_files, metrics, usage_files
 
 _OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second')
 _GROUP_TITLES = {'run': 'The run', 'loss': 'Loss by task', 'accuracy': 'Accuracy by task',
@@ -95,7 +95,7 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
   evaluation = _Source(workdir / 'evaluation.json', _read_json, 'written by an evaluation')
   curves = _Source(workdir / 'metrics.jsonl', training_curves.read, 'written by training')
   samples = _Source(workdir / 'samples.json', _read_json, 'written by an evaluation')
-  experts = _Source(workdir / 'experts.json', _read_json, 'written for models that have experts')
+  experts = _Source(workdir / usage_files.FILE, _read_json, 'written for models that have experts')
   run = _Source(workdir / 'run.json', _read_json, 'written when training starts')
   interference = _Source(workdir / interference_files.FILE, _read_json, 'written by a measurement')
   measured = (workdir / interference_files.FILE).exists()
@@ -286,12 +286,35 @@ def _experts(experts: Mapping[str, Any]) -> str:
   coefficients = np.asarray(experts['coefficients'], np.float64)  # [L, router, A, E]
   if coefficients.ndim != 4 or coefficients.shape[1] != len(experts['routers']):
     raise ValueError(f'coefficients {coefficients.shape} must be [layer, router, row, expert]')
-  parts = ['<p class="quiet">How much each condition row takes of each expert of a layer (no '
-           'noise); columns are experts, the fuller the colour the more. Hover for numbers.</p>']
+  parts = ['<p class="quiet">What each row takes of each expert of a layer (no noise, exact routing); columns are experts, '
+           'the fuller the colour the more. Hover for numbers.</p>']
   for index, router in enumerate(experts['routers']):
-    picture = figures.heat_map(experts['rows'], experts['layers'], coefficients[:, index])
+    picture = figures.heat_map(usage_files.labels(experts), experts['layers'], coefficients[:, index])
     parts.append(f'<h3>{html.escape(router)} router</h3><div class="wide">{picture}</div>')
+  if 'task_overlap' in experts:  # an earlier version did not measure it
+    parts += [_row_table(experts), _task_overlap(experts)]
   return ''.join(parts)
+
+
+def _row_table(experts: Mapping[str, Any]) -> str:
+  """Per row: who uses it, and how many experts it has in effect, by router."""
+  effective = usage_files.mean_effective(experts)
+  head = ''.join(f'<th class="number">{html.escape(router)}</th>' for router in experts['routers'])
+  lines = [f'<tr><td>{html.escape(row)}</td><td>{html.escape(usage_files.users(experts, a)) or "—"}</td>'
+           + ''.join(f'<td class="number">{of_router[a]:.2f}</td>' for of_router in effective) + '</tr>'
+           for a, row in enumerate(experts['rows'])]
+  return (f'<h3>Effective number of experts at {html.escape(experts["checkpoint"])}, mean over layers (1 to '
+          f'{int(experts["experts"])})</h3><div class="wide"><table><thead><tr><th>row</th><th>of</th>{head}</tr></thead>'
+          f'<tbody>{"".join(lines)}</tbody></table></div>')
+
+
+def _task_overlap(experts: Mapping[str, Any]) -> str:
+  names, values = list(experts['tasks']), np.asarray(experts['mean_task_overlap'], np.float64)
+  by_layer = np.asarray(experts['task_overlap'], np.float64).mean(1)  # [L, T, T]
+  notes = [[f'{a} and {b}; ' + ', '.join(f'layer {layer}: {of[i, j]:.2f}' for layer, of in zip(experts['layers'], by_layer))
+            for j, b in enumerate(names)] for i, a in enumerate(names)]
+  return ('<h3>Overlap of two tasks: 1 where they use the same experts alike, 0 where they have none in common</h3>'
+          f'<div class="wide">{figures.signed_map(names, values, [True] * len(names), notes)}</div>')
 
 
 def _interference(content: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from tests import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax import report
 from uni_moe_jax.eval import suite
-from uni_moe_jax.train import checkpoint, loop, setup
+from uni_moe_jax.train import checkpoint, expert_usage, loop, setup
 from uni_moe_jax.train.workdir import load_config
 
 
@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     run = setup.build(load_config(workdir), jax.devices()[:1])
     predictor, params = setup.predictor(run, checkpoints)
-  suite.write_experts(run.spec.model.spec, params, setup.conditions(run.plan), workdir)
+  expert_usage.beside_evaluation(run, params, 3, workdir)
   return workdir, suite.evaluate(run.plan, run.data, predictor, 3, workdir)
 
 
@@ -49,6 +49,7 @@ def test_what_was_evaluated_is_remembered_with_its_step(finished, tmp_path):
 
 def test_experts_hold_two_coefficients_per_layer_router_and_row(finished):
   experts = json.loads((finished[0] / 'experts.json').read_text())
+  assert experts['checkpoint'] == 'step 3' and (finished[0] / 'experts.png').exists()
   assert experts['rows'] == ['caption', 'retrieval', 'classification', 'mlm', 'names', 'words']
   table = experts['coefficients']
   assert (len(table), len(table[0]), len(table[0][0]), len(table[0][0][0])) == (2, 2, 6, 4)

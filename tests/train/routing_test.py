@@ -87,7 +87,9 @@ def test_accumulation_carries_them_through_micro_steps_and_target_sets():
 def test_a_step_says_what_was_dropped_and_how_even_experts_are():
   for accum in (1, 2):
     extra = _gradients(accum)[3]
-    assert set(extra) == {'gate_entropy', 'drop_rate', 'router/balance', 'router/importance', 'router/z'}
+    assert set(extra) == {'gate_entropy', 'drop_rate', 'router/effective_experts', 'router/row_overlap', 'router/balance',
+                          'router/importance', 'router/z'}
+    assert 1 < extra['router/effective_experts'] <= 4 and 0 < extra['router/row_overlap'] <= 1
     assert 0 < extra['drop_rate'] < 1 and 0 < extra['gate_entropy'] <= np.log(2) + 1e-6
     assert extra['router/balance'] > 0
 
@@ -111,9 +113,31 @@ def test_metrics_are_means_over_layers_and_routers():
   assert float(routing.metrics(collected)['drop_rate']) == pytest.approx(1 / 4)
 
 
-def test_routers_that_merge_report_their_entropy_alone_and_dense_models_nothing():
+def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
+  # Rows share half an expert; together they take .75 and .25: exp(.75 ln 4/3 + .25 ln 4) experts.
   decision = Decision(logits=None, expert=None, coef=jnp.array([[.5, .5], [1., 0.]]))
   collected = {'blocks': (), 'tail': ({'decisions': {'ffn': decision}},)}
-  assert {k: float(v) for k, v in routing.metrics(collected).items()} == {'gate_entropy': pytest.approx(np.log(2) / 2)}
+  assert {k: float(v) for k, v in routing.metrics(collected).items()} == {
+      'gate_entropy': pytest.approx(np.log(2) / 2), 'router/row_overlap': pytest.approx(.5),
+      'router/effective_experts': pytest.approx(4 / 3 ** .75)}
   assert routing.metrics({'blocks': (), 'tail': ({'decisions': {}},)}) == {}
   assert float(routing.auxiliary((), collected)) == 0
+
+
+def test_use_is_a_mean_over_layers_and_of_one_row_nothing_is_compared():
+  # Two stacked layers of three rows: all the same expert; three different ones.
+  coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
+  collected = {'blocks': ({'decisions': {'ffn': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
+  found = routing.metrics(collected)
+  assert float(found['router/effective_experts']) == pytest.approx(2) and float(found['router/row_overlap']) == pytest.approx(.5)
+  one = {'blocks': (), 'tail': ({'decisions': {'ffn': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
+  assert float(routing.metrics(one)['router/row_overlap']) == 1
+
+
+def test_tokens_of_a_row_count_alike():
+  # Row 0: 3 tokens on expert 0 and 1 on expert 1; row 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1) have .25 in common.
+  usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.none(2)).replace(
+      tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
+  found = routing.metrics({'blocks': (), 'tail': ({'decisions': {'ffn': usage}},)})
+  assert float(found['router/row_overlap']) == pytest.approx(.25)
+  assert float(found['router/effective_experts']) == pytest.approx(np.exp(-.375 * np.log(.375) - .625 * np.log(.625)))

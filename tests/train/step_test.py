@@ -136,7 +136,8 @@ def test_the_total_is_the_weighted_sum_of_the_tasks():
 def test_metrics_say_what_a_step_did():
   first = _states()[1][0]
   assert set(first) == {
-      'grad_norm', 'learning_rate', 'bad', 'skipped', 'gate_entropy', 'dropped_words', 'loss/total',
+      'grad_norm', 'learning_rate', 'bad', 'skipped', 'gate_entropy', 'router/effective_experts', 'router/row_overlap',
+      'dropped_words', 'loss/total',
       *(f'{kind}/{name}' for kind in ('loss', 'accuracy') for name in TASKS)}
   assert first['learning_rate'] == np.float32(.005)  # half of the peak: a warm-up of two steps
   assert 0 < first['gate_entropy'] < np.log(2)  # of two kept experts

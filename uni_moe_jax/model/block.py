@@ -34,7 +34,7 @@ class Context:
     key: random key of this step, or None at evaluation.
     rows: distinct router inputs of the streams.
     all_rows: compute every row in the last block too.
-    taps: return the arrays after this block.
+    taps: return the arrays after this block, and what routers chose for their tokens.
     keys: return keys, values and context pools of the streams' arrays.
   """
   streams: tuple[Stream, ...]
@@ -153,7 +153,7 @@ class Block(nn.Module):
       new_arrays.append(tuple(results))
     taken = {'decisions': ways.taken()}
     if context.taps:
-      taken['taps'] = tuple(new_arrays)
+      taken['taps'], taken['choices'] = tuple(new_arrays), ways.choices()
     if context.keys:
       taken['kv'], taken['pools'] = tuple(all_kv), tuple(all_pools)
     return tuple(new_arrays), taken

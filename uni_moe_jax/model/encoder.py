@@ -55,13 +55,13 @@ class Encoder(nn.Module):
       past: cached keys and values per stream, or None.
       key: random key of the step (noise, stochastic depth); None at evaluation.
       all_rows: compute all rows in the last layer; the result is the same.
-      taps: collect the streams as they come in, and the arrays after every layer.
+      taps: collect the streams as they come in, the arrays after every layer, and what routers chose for their tokens.
       keys: collect keys and values of every layer, and what its context routers pooled.
 
     Returns:
       (rows, collected). rows: per stream the hidden states [B, R, D] of its readout (None for 'nothing').
-      collected: {'blocks': …, 'tail': …}, each a tuple per block of {'decisions', 'taps', 'kv', 'pools'}; leaves of
-      'blocks' have a leading axis of periods. With taps also 'streams'.
+      collected: {'blocks': …, 'tail': …}, each a tuple per block of {'decisions', 'taps', 'choices', 'kv', 'pools'}; leaves
+      of 'blocks' have a leading axis of periods. With taps also 'streams'.
     """
     spec, stack = self.spec, self.spec.stack
     conditions = tuple(c for s in streams for c in s.layout.conditions)

@@ -61,12 +61,16 @@ class Ways:
     """What was decided, by part."""
     return self._decisions
 
+  def choices(self) -> tuple[dict[str, dict[int, routers.Choice]], ...]:
+    """What was chosen for every token: per stream, {part: {array: choice}}. () where no token is looked at."""
+    return ()
+
 
 class Dispatched:
   """Every token to its own experts. All of an array's rows share one decision, and the slots of its K choices."""
 
   def __init__(self, choice: routers.Choice, valid: jax.Array | None, parts: int, capacity: float, backend: str):
-    self._choice, self._valid, self._capacity, self._backend = choice, valid, capacity, backend
+    self.choice, self._valid, self._capacity, self._backend = choice, valid, capacity, backend
     self._routes = dispatch.routes(choice, valid, capacity, parts, backend)
     self.usage = Usage.of(choice, self._routes, valid)
 
@@ -76,7 +80,7 @@ class Dispatched:
 
   def rows(self, stream: Stream) -> 'Dispatched':
     """The way of the stream's readout rows: the same decision, dispatched among themselves."""
-    choice = jax.tree.map(lambda c: take_rows(c, stream.layout.readout, stream.positions), self._choice)
+    choice = jax.tree.map(lambda c: take_rows(c, stream.layout.readout, stream.positions), self.choice)
     valid = None
     if self._valid is not None:
       valid = take_rows(self._valid[..., None], stream.layout.readout, stream.positions)[..., 0]
@@ -97,8 +101,10 @@ class TokenWays(Ways):
     super().__init__(spec, rows, {})
     self._routers, self._key = made, key
     self._ways: list[tuple[str, int, Dispatched]] = []
+    self._choices: list[dict[str, dict[int, routers.Choice]]] = []
 
   def enter(self, stream, normed, pools):
+    self._choices.append({})
     self._stream, self._lengths = stream, [x.shape[1] for x in normed]
     self._pools = pools
     if not pools:
@@ -118,7 +124,9 @@ class TokenWays(Ways):
     if only_readout:
       rows = lambda v: take_rows(v[..., None], stream.layout.readout, stream.positions)[..., 0]
       positions, valid, streams = rows(positions), None if valid is None else rows(valid), 1
-    return self._way(part, condition, x, positions, valid, streams)
+    way = self._way(part, condition, x, positions, valid, streams)
+    self._choices[-1].setdefault(part, {})[array] = way.choice
+    return way
 
   def of_prompts(self, prompts, condition):
     if 'attention' not in self._routers:
@@ -136,6 +144,9 @@ class TokenWays(Ways):
     none = Usage.none(self._spec.num_experts)  # a step without target sets encodes, for them, nothing
     return {part: jax.tree.map(lambda *x: jnp.stack(x)[1:], none, *[summed(part, r) for r in range(len(self._rows))])
             for part in self._routers}
+
+  def choices(self):
+    return tuple(self._choices)
 
   def _way(self, part, condition, x, positions, valid, streams) -> Dispatched:
     key = None if self._key is None else jax.random.fold_in(self._key, SALTS[part])

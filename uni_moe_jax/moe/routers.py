@@ -43,7 +43,12 @@ class Decision:
   @property
   def entropy(self) -> jax.Array:
     """f32 [..., A]: entropy (nats) of a row's kept coefficients."""
-    return -(self.coef * jnp.log(jnp.maximum(self.coef, 1e-20))).sum(-1)
+    return entropy(self.coef)
+
+  @property
+  def shares(self) -> jax.Array:
+    """f32 [..., A, E]: what a row takes of every expert, summing to 1."""
+    return self.coef
 
 
 @flax.struct.dataclass
@@ -58,6 +63,11 @@ class Choice:
   logits: jax.Array
   expert: jax.Array
   gates: jax.Array
+
+
+def entropy(shares: jax.Array) -> jax.Array:
+  """[..., E] that sum to 1 → [...], -Σ p ln p in nats. Its exponential is how many experts are used, in effect."""
+  return -(shares * jnp.log(jnp.maximum(shares, 1e-20))).sum(-1)
 
 
 def keep(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.moe.dispatch import Routes
-from uni_moe_jax.moe.routers import Choice, keep
+from uni_moe_jax.moe.routers import Choice, entropy, keep
 
 _QUERY_STD = 0.02
 
@@ -114,12 +114,11 @@ class Usage:
     weight = jnp.ones((B, S), jnp.float32) if valid is None else valid.astype(jnp.float32)
     one_hot = jax.nn.one_hot(choice.expert, E, dtype=jnp.float32)
     total = lambda x: jnp.einsum('bs,bse->e', weight, x)
-    entropy = -(choice.gates * jnp.log(jnp.maximum(choice.gates, 1e-20))).sum(-1)
     chosen = total(one_hot.sum(2))
     return cls(
         tokens=weight.sum(), chosen=chosen, asked=chosen.sum(), kept=to.sizes.astype(jnp.float32),
         probability=total(jax.nn.softmax(choice.logits)), importance=total((choice.gates[..., None] * one_hot).sum(2)),
-        z=(weight * jax.nn.logsumexp(choice.logits, axis=-1) ** 2).sum(), entropies=(weight * entropy).sum())
+        z=(weight * jax.nn.logsumexp(choice.logits, axis=-1) ** 2).sum(), entropies=(weight * entropy(choice.gates)).sum())
 
   def again(self, to: Routes) -> 'Usage':
     """The same decision, of which some rows were dispatched once more."""
@@ -136,6 +135,11 @@ class Usage:
   def entropy(self) -> jax.Array:
     """f32 [...]: mean entropy (nats) of the gates of a token."""
     return self.entropies.sum(-1) / jnp.maximum(self.tokens.sum(-1), 1)
+
+  @property
+  def shares(self) -> jax.Array:
+    """f32 [..., A, E]: mean gate of every expert over the tokens of a kind of array, summing to 1."""
+    return self.importance / jnp.maximum(self.tokens, 1)[..., None]
 
   @property
   def drop_rate(self) -> jax.Array:

@@ -14,6 +14,7 @@ from uni_moe_jax.eval import interference as estimator
 from uni_moe_jax.eval import interference_files, parts
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.setup import Run, build, first_state
+from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.train.task_gradients import TaskGradients
 
 
@@ -38,7 +39,8 @@ def interference(
   """
   run = build(config, devices)
   pieces = parts.choose(run.shapes.params, run.spec.model.spec.stack, pattern, layers, '--parameters')
-  params, name = (first_state(run).params, 'init') if init else _restored(run, workdir, step)
+  state, name = state_of(run, workdir, step, init)
+  params = state.params
   tasks = [t.name for t in run.plan.tasks]
   gradients = TaskGradients(run, params, pieces, batches, seed)
   for task, epochs in gradients.epochs().items():
@@ -60,10 +62,13 @@ def interference(
   facts = dict(
       checkpoint=name, router=config.moe.router, parameters=pattern, batches=batches, seed=seed, noise=False,
       confidence=estimator.CONFIDENCE, epochs=gradients.epochs())
-  stem = interference_files.FILE.removesuffix('.json')
-  if step is not None or init:
-    stem += f'_{name.replace(" ", "_")}'
-  return interference_files.write(record(facts, tasks, estimates, pieces), workdir, stem)
+  content = record(facts, tasks, estimates, pieces)
+  return interference_files.write(content, workdir, stem_of(interference_files.FILE, name, step is not None or init))
+
+
+def stem_of(file: str, name: str, named: bool) -> str:
+  """How files of a measurement begin: as `file`, of the newest checkpoint; with its name where it was asked for by name."""
+  return file.removesuffix('.json') + (f'_{name.replace(" ", "_")}' if named else '')
 
 
 def record(
@@ -81,8 +86,14 @@ def record(
           'parts': found}
 
 
-def _restored(run: Run, workdir: str | os.PathLike[str], step: int | None) -> tuple[Any, str]:
-  """(parameters of a checkpoint, what to call it)."""
+def state_of(run: Run, workdir: str | os.PathLike[str], step: int | None, init: bool) -> tuple[TrainState, str]:
+  """(state, what to call it): of a checkpoint, the newest by default, or the one that the run starts from.
+
+  Raises:
+    ValueError: there is no checkpoint, or none of this step.
+  """
+  if init:
+    return first_state(run), 'init'
   with Checkpoints(workdir, keep=None) as checkpoints:
     saved = checkpoints.steps()
     if not saved:
@@ -90,7 +101,7 @@ def _restored(run: Run, workdir: str | os.PathLike[str], step: int | None) -> tu
     step = saved[-1] if step is None else step
     if step not in saved:
       raise ValueError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, saved))}.')
-    return checkpoints.restore(run.like(), step).params, f'step {step}'
+    return checkpoints.restore(run.like(), step), f'step {step}'
 
 
 def _plain(values: np.ndarray) -> list[list[float | None]]:

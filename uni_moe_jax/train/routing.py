@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from uni_moe_jax.eval import usage
+
 Factors = tuple[tuple[str, float], ...]  # (auxiliary loss, factor)
 
 
@@ -24,15 +26,34 @@ def auxiliary(factors: Factors, collected) -> jax.Array:
   return sum((factor * _mean([d.losses[name] for d in _decisions(collected)]) for name, factor in factors), jnp.zeros(()))
 
 
-def metrics(collected) -> dict[str, jax.Array]:
-  """{'gate_entropy'} (nats), and of routers that look at tokens 'drop_rate' and 'router/<auxiliary loss>'; {} if dense.
+def _effective_experts(shares: jax.Array) -> jax.Array:
+  """[..., A, E] → [...]: effective number of experts of all rows together, each counted once."""
+  return usage.effective(shares.sum(-2) / max(shares.shape[-2], 1))
 
-  All are means over layers and routers, so that those of several encodings may be averaged.
+
+def _row_overlap(shares: jax.Array) -> jax.Array:
+  """[..., A, E] → [...]: mean overlap of two different rows; 1 where there are not two."""
+  A, overlap = shares.shape[-2], usage.overlap(shares)
+  if A < 2:
+    return jnp.ones(shares.shape[:-2])
+  return (overlap.sum((-2, -1)) - jnp.trace(overlap, axis1=-2, axis2=-1)) / (A * (A - 1))
+
+
+def metrics(collected) -> dict[str, jax.Array]:
+  """What routers did, as scalars; {} if dense.
+
+  'gate_entropy' (nats, of single decisions); 'router/effective_experts', 1 where all rows take the same expert, E where all
+  experts are used alike; 'router/row_overlap', 1 where all rows take the same, 0 where no two share an expert (both as in
+  `eval.usage`, over the rows of this step); of routers that look at tokens also 'drop_rate' and 'router/<auxiliary loss>'.
+  All are means over layers and routers. Those of several encodings may be averaged: with accumulation, rows of target sets and of
+  micro-steps are not compared.
   """
   found = _decisions(collected)
   if not found:
     return {}
-  out = {'gate_entropy': _mean([d.entropy for d in found])}
+  out = {'gate_entropy': _mean([d.entropy for d in found]),
+         'router/effective_experts': _mean([_effective_experts(d.shares) for d in found]),
+         'router/row_overlap': _mean([_row_overlap(d.shares) for d in found])}
   if hasattr(found[0], 'losses'):
     out['drop_rate'] = _mean([d.drop_rate for d in found])
     out |= {f'router/{name}': _mean([d.losses[name] for d in found]) for name in found[0].losses}
