@@ -24,7 +24,7 @@ def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   recipes.embedded(c)
   # Small, so that an hour holds many examples. Queries and keys start apart: where they are equal, `spe` first looks at itself
   # alone, and what a picture or clip shows reaches it late (motions stay at chance for hundreds of steps).
-  c.model.update(dict(layers=4, width=128, heads=2, hidden=512, query_key_init='independent'))
+  c.model.update(dict(layers=4, width=128, heads=2, hidden=512, query_key_init='independent', frame_differences=True))
   c.moe.router = arg
   c.sets.vocabulary.samples = 512
   for name, batch in dict(

@@ -26,7 +26,8 @@ def _is_box(x) -> bool:
 def _boxed(router: str):
   """Boxed shapes of a model with a learnt spatial table, prompts and a head: all parameters that exist are there."""
   model = UniPerceiver(small_model.spec(router, spatial='learnt', prompts=2, prompt_sides='separate', prefix_prompts=2,
-                                         label_prompts=(('names', 3),), spe_bias=True, head=3, visual_type=True))
+                                         label_prompts=(('names', 3),), spe_bias=True, head=3, visual_type=True,
+                                         frame_differences=True))
   return jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
 
 

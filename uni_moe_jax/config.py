@@ -107,7 +107,9 @@ def base() -> ml_collections.ConfigDict:
       position_init='normal',      # of text: normal | sincos (then learnt; neighbours start alike)
       position_std=0.02,           # initial std of the position rows
       query_key_init='independent',  # independent | equal (attention starts among neighbours: short runs)
-      temporal_init='normal',      # of the temporal rows: normal | sincos, which tells before from after from the start
+      # A patch of a clip comes with its change since the frame before, through a kernel of its own. Without it the direction of
+      # a motion is a product of time, place and light, which an hour of training did not find (docs/embedded.md).
+      frame_differences=False,
       temporal_std=0.02,           # initial std of the temporal rows
       prefix='<spe>',              # <spe>: LN(Word[spe]) | a word, embedded as a text of length 1
       layer_scale=1e-3,            # initial LayerScale; small models want about 0.1

@@ -25,7 +25,7 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
   c.model.update(dict(
       prefix='<spe>', pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD, video_mean=(0.5,) * 3, video_std=(0.5,) * 3,
       spatial='stored', position_init='normal', position_std=0.02, query_key_init='independent',
-      temporal_init='normal', temporal_std=0.02, layer_scale=1e-3, temperatures=config.PUBLISHED_TEMPERATURES))
+      frame_differences=False, temporal_std=0.02, layer_scale=1e-3, temperatures=config.PUBLISHED_TEMPERATURES))
   c.data.mask_specials = True
   c.optim.update(dict(
       schedule='published', b1=0.9, b2=0.95, eps=1e-6, clip=0.1,

@@ -113,7 +113,6 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   _choose('model.spatial', m.spatial, ('sincos', 'stored', 'learnt'))
   _choose('model.prompt_sides', m.prompt_sides, ('shared', 'separate', 'inputs'))
   _choose('model.position_init', m.position_init, ('normal', 'sincos'))
-  _choose('model.temporal_init', m.temporal_init, ('normal', 'sincos'))
   _choose('model.query_key_init', m.query_key_init, ('independent', 'equal'))
   _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
   _choose('moe.router', moe.router, (*MERGED, *DISPATCHED))

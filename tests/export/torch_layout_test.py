@@ -40,10 +40,10 @@ def test_every_parameter_is_filled_and_every_key_accounted_for(model):
   assert not set(report.consumed) & set(report.dropped)
 
 
-@pytest.mark.parametrize('changes', [dict(prefix_prompts=2), dict(label_prompts=(('names', 3),))])
-def test_prompts_that_are_tokens_have_no_place_there(changes):
+@pytest.mark.parametrize('changes', [dict(prefix_prompts=2), dict(label_prompts=(('names', 3),)), dict(frame_differences=True)])
+def test_prompts_that_are_tokens_and_changes_of_frames_have_no_place_there(changes):
   spec = small_model.spec(temperatures=(), **changes)
-  with pytest.raises(LayoutError, match='prefix_prompts and label_prompts of a set have no place'):
+  with pytest.raises(LayoutError, match='prefix_prompts, frame_differences and label_prompts of a set have no place'):
     torch_layout.to_torch(small_model.params(spec), spec)
 
 

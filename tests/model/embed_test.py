@@ -68,16 +68,14 @@ class SincosTest(absltest.TestCase):
     np.testing.assert_allclose(np.square(rows).mean(), .25, rtol=1e-6)
 
   def test_a_model_starts_as_its_spec_says(self):
-    for position_init, temporal_init, query_key_init in (('sincos', 'normal', 'equal'), ('normal', 'sincos', 'independent')):
-      spec = small_model.spec(position_init=position_init, position_std=.06, temporal_init=temporal_init, temporal_std=.5,
-                              query_key_init=query_key_init)
+    for position_init, query_key_init in (('sincos', 'equal'), ('normal', 'independent')):
+      spec = small_model.spec(position_init=position_init, position_std=.06, query_key_init=query_key_init)
       text = small_model.sequence('text_classification', batch=1)
       init = small_model.jit(UniPerceiver(spec).init)
       params = nn.unbox(init(jax.random.key(0), (text,)))['params']
-      for name, std, chosen in (('position', .06, position_init), ('temporal', .5, temporal_init)):
-        table = params['embed'][name]
-        np.testing.assert_allclose(np.sqrt(np.square(table).mean()), std, rtol=.2)
-        self.assertEqual(np.allclose(table, embed.sincos_rows(std)(None, table.shape)), chosen == 'sincos', name)
+      table = params['embed']['position']
+      np.testing.assert_allclose(np.sqrt(np.square(table).mean()), .06, rtol=.2)
+      self.assertEqual(np.allclose(table, embed.sincos_rows(.06)(None, table.shape)), position_init == 'sincos')
       for subtree in ('blocks', 'tail'):
         kernel = params['encoder'][subtree]['block0']['qkv']['kernel']
         equal = np.array_equal(kernel[..., 0, :, :], kernel[..., 1, :, :])
@@ -187,6 +185,26 @@ class VisualTest(parameterized.TestCase):
     for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
       np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
 
+  def test_patches_of_a_clip_bring_their_change_since_the_frame_before(self):
+    spec = small_model.spec(frame_differences=True)
+    kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
+    clip = np.asarray(_pixels(2))
+    found = _jitted('visual', spec)(dict(_tables(), difference=kernel), clip, 0)
+    t = _tables()
+    x = np.asarray(embed.patchify(clip, 4)) @ t['patch'] + t['patch_bias']
+    x[:, 4:] += np.asarray(embed.patchify(clip[:, 1:] - clip[:, :1], 4)) @ kernel  # four patches a frame; the first has none
+    place = np.concatenate([embed.sincos_table(2, 16) + f for f in t['temporal'][:2]])
+    _assert_close(found, _norm(x + place))
+    self.assertGreater(np.abs(found - self._expected(clip, 0)).max(), .1)
+
+  def test_a_picture_and_a_clip_that_stands_still_have_no_change(self):
+    spec = small_model.spec(frame_differences=True)
+    kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
+    still = np.repeat(np.asarray(_pixels(1)), 2, axis=1)
+    for pixels in (_pixels(1), still):
+      found = _jitted('visual', spec)(dict(_tables(), difference=kernel), pixels, 0)
+      _assert_close(found, self._expected(pixels, 0))
+
   @parameterized.parameters('learnt', 'stored')
   def test_a_spatial_table_of_parameters_replaces_the_computed_one(self, spatial):
     table = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
@@ -216,8 +234,8 @@ class ParametersTest(absltest.TestCase):
 
   def test_optional_tables_are_parameters_where_they_are_asked_for(self):
     plain = set(small_model.boxed(small_model.spec())['embed'])
-    both = set(small_model.boxed(small_model.spec(spatial='stored', visual_type=True))['embed'])
-    self.assertEqual(both - plain, {'spatial', 'visual_type'})
+    both = set(small_model.boxed(small_model.spec(spatial='stored', visual_type=True, frame_differences=True))['embed'])
+    self.assertEqual(both - plain, {'spatial', 'visual_type', 'difference'})
 
 
 if __name__ == '__main__':

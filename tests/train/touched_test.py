@@ -16,14 +16,15 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.train import optim, step, touched
 
 PARTS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
-VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
+VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/difference', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
 TEXT = {'embed/position', 'embed/type'}
 
 
 @functools.cache
 def _spec(**changes):
   """Four experts; layers 0 and 1 are scanned, layer 2 is the tail. Every table there is, two temperatures."""
-  return small_model.spec(spatial='learnt', visual_type=True, temperatures=('group', 'other'), **changes)
+  return small_model.spec(
+      spatial='learnt', visual_type=True, frame_differences=True, temperatures=('group', 'other'), **changes)
 
 
 def _paths(tree):

@@ -143,9 +143,9 @@ def check_convertible(spec: ModelSpec) -> None:
   if spec.router not in ('attribute', 'dense'):
     raise LayoutError(f'config.moe.router={spec.router!r} has no place in the published layout, which knows attribute gates; '
                       "convert a model with router 'attribute' or 'dense'.")
-  if spec.prefix_prompts or spec.label_prompts:
-    raise LayoutError('config.model.prefix_prompts and label_prompts of a set have no place in the published layout; convert a '
-                      'model without them.')
+  if spec.prefix_prompts or spec.label_prompts or spec.frame_differences:
+    raise LayoutError('config.model.prefix_prompts, frame_differences and label_prompts of a set have no place in the published '
+                      'layout; convert a model without them.')
   unknown = [t for t in spec.temperatures if t not in TEMPERATURES]
   if unknown:
     raise LayoutError(f'temperature group {unknown[0]!r} has no place in the published layout; '

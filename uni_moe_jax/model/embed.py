@@ -47,9 +47,6 @@ def sincos_rows(std: float):
   return init
 
 
-_ROWS = {'normal': nn.initializers.normal, 'sincos': sincos_rows}
-
-
 def patchify(pixels: jax.Array, patch: int) -> jax.Array:
   """[B, T, H, W, C] → [B, T · (H/p)(W/p), p · p · C]: frame-major, then row-major; in a patch row, column, channel."""
   B, T, H, W, C = pixels.shape
@@ -69,14 +66,17 @@ class Embed(nn.Module):
       return self.param(name, nn.with_logical_partitioning(init, (axis, 'embed')), (rows, s.width))
 
     self.word = table('word', s.vocab_size, 'vocab')
-    self.position = table('position', s.max_text, 'position', _ROWS[s.position_init](s.position_std))
+    position = sincos_rows if s.position_init == 'sincos' else nn.initializers.normal
+    self.position = table('position', s.max_text, 'position', position(s.position_std))
     # Two rows as published, of which only row 0 is used: a checkpoint's table survives the round trip.
     self.type = table('type', 2, 'type')
     patch_dim = s.patch * s.patch * s.channels
     self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
     self.patch_bias = self.param(
         'patch_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
-    self.temporal = table('temporal', s.max_frames, 'frame', _ROWS[s.temporal_init](s.temporal_std))
+    if s.frame_differences:
+      self.difference = table('difference', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
+    self.temporal = table('temporal', s.max_frames, 'frame', nn.initializers.normal(s.temporal_std))
     waves = sincos_table(s.image_size // s.patch, s.width)
     if s.spatial == 'sincos':
       self.spatial = jnp.asarray(waves)
@@ -122,7 +122,8 @@ class Embed(nn.Module):
 
     Args:
       pixels: [B, T, H, W, C], uint8 (scaled to 0…1 and normalised here, so that bytes travel) or already normalised.
-        Clips (T > 1) may have constants of their own.
+        Clips (T > 1) may have constants of their own. With `frame_differences` a patch of a clip is projected with its change
+        since the frame before, by a kernel of its own; the first frame, and a picture, has none.
       temporal_offset: int32 scalar: first row of the temporal table (random per batch in training, 0 otherwise).
     """
     s = self.spec
@@ -134,6 +135,9 @@ class Embed(nn.Module):
       std = np.reshape(s.video_std if clip and s.video_std else s.pixel_std, shape)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
     x = patchify(pixels.astype(s.dtype), s.patch) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
+    if s.frame_differences and T > 1:
+      change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
+      x = x + patchify(change.astype(s.dtype), s.patch) @ self.difference.astype(s.dtype)
     frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
     place = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
     if s.visual_type:

@@ -42,8 +42,8 @@ class ModelSpec:
   position_init: str = 'normal'      # 'normal' or 'sincos': the text positions' initial table
   position_std: float = 0.02         # its standard deviation
   query_key_init: str = 'independent'  # or 'equal': keys start as a copy of the queries
-  temporal_init: str = 'normal'      # as position_init, of the temporal rows
-  temporal_std: float = 0.02         # their initial standard deviation
+  frame_differences: bool = False    # patches of clips bring their change since the frame before
+  temporal_std: float = 0.02         # initial standard deviation of the temporal rows
   layer_scale: float = 1e-3          # initial value of both LayerScale vectors
   drop_path: float = 0.0             # stochastic depth, same rate in every layer
   dtype: Any = jnp.float32           # of products; parameters and decisions stay float32
@@ -85,9 +85,10 @@ class ModelSpec:
         pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), video_mean=tuple(m.video_mean),
         video_std=tuple(m.video_std), prefix_word=prefix_word, spatial=m.spatial, visual_type=m.visual_type,
         position_init=m.position_init, position_std=m.position_std, query_key_init=m.query_key_init,
-        temporal_init=m.temporal_init, temporal_std=m.temporal_std, layer_scale=m.layer_scale, drop_path=m.drop_path,
-        dtype=jnp.dtype(m.dtype), remat=m.remat, router=moe.router, num_experts=moe.num_experts, top_k=moe.top_k,
-        noise_std=moe.noise_std, capacity=moe.capacity, grouped=moe.grouped, placement=placement, parts=tuple(moe.parts),
+        frame_differences=m.frame_differences, temporal_std=m.temporal_std, layer_scale=m.layer_scale,
+        drop_path=m.drop_path, dtype=jnp.dtype(m.dtype), remat=m.remat, router=moe.router,
+        num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std, capacity=moe.capacity, grouped=moe.grouped,
+        placement=placement, parts=tuple(moe.parts),
         router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperatures=temperatures,
         temperature=m.temperature, prompts=m.prompts, prompt_sides=m.prompt_sides, prefix_prompts=m.prefix_prompts,
         label_prompts=label_prompts, spe_bias=m.spe_bias, head=head)

@@ -18,7 +18,7 @@ from uni_moe_jax.model.spec import ModelSpec
 
 # Parameters that only some steps use, and what a step must hold for it; \1 is what the pattern's group found.
 _NEEDS = (
-    (r'^embed/(patch|patch_bias|temporal|spatial|visual_type)$', 'visual'),
+    (r'^embed/(patch|patch_bias|difference|temporal|spatial|visual_type)$', 'visual'),
     (r'^embed/(position|type)$', 'text'),
     (r'/prompts/target$', 'target'),
     (r'^linear_head/', 'head'),
