@@ -63,6 +63,7 @@ setuptools.setup(
         'test': ['pytest>=9.2,<10', 'pytest-xdist>=3.8,<4', *_CLIP, *_TORCH],
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': ['jax[tpu]>=0.10.2,<0.11'],
+        'preflight': ['libtpu>=0.0.42,<0.0.43'],  # JAX's own: compiles for TPUs, where there is none
         'cuda': ['jax[cuda12]>=0.10.2,<0.11'],
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': ['av>=18,<19'],  # decodes mp4, webm and gif

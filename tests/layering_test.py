@@ -61,7 +61,7 @@ _RULES = {
         'a finished model is exported without the machinery that trained it',
     ),
     'preflight': (
-        ('attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'moe', 'model', 'data', 'eval',
+        ('attributes', 'tasks', 'plan', 'config', 'resolve', 'sharding', 'losses', 'moe', 'model', 'data', 'eval',
          'train'),
         'it compiles the real training step, so it sees what the trainer sees',
     ),

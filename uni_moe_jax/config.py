@@ -146,6 +146,11 @@ def base() -> ml_collections.ConfigDict:
       dir='~/.cache/uni_moe_jax',  # prepared data; see launch/prepare_data.py
       mask_specials=False,         # random words of masked language modelling may be special tokens; published: True
   ))
+  # What is known of data that is not here: launch/preflight.py reads it, training does not.
+  c.declared = _create(dict(
+      entries=_create({}),         # {set: ((tokens, entries), …)}: how many entries have how many tokens, `eot` included
+      frames=_create({}),          # {task: T}: frames of a clip; others have 1
+  ))
   c.kinds = _create({})            # own rows: {name: {inputs: (('visual', 'full'), …), target, readout, router_task}}
   c.families = _create({})         # own target families: {name: (four task bits)}
   c.sets = _create({})             # {name: target_set(…)}

@@ -97,6 +97,11 @@ def embedded(c: ml_collections.ConfigDict) -> None:
       template='{text_b} <eot> <spe> , {text_a} <eot>', length=TEXT_TOKENS)
   c.tasks.clip_name = config.task('video_retrieval', 'clips', batch=0, captions=('{name}',), length=NAME_TOKENS)
 
+  # Tokens as the tokenizer of the quickstart counts them.
+  c.declared.entries.update(dict(
+      glyph_classes=((4, 28), (9, 24)), motions=((5, 12),), packages=((6, 10),), answers=((3, 2),)))
+  c.declared.frames.update(dict(clip_motion=8, clip_name=8))
+
   for split, where in UNSEEN:
     c.evaluators[f'class, {where}'] = config.evaluator('classification', 'glyph_class', split=split)
     c.evaluators[f'name, {where}'] = config.evaluator('retrieval', 'glyph_name', split=split, number=500)

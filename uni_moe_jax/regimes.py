@@ -112,7 +112,7 @@ def _start(arg: str, file: str, transfer: Mapping[str, Fill], default: str) -> t
                      f'{nearest(pathlib.Path(run).name, others)}.')
   c = workdir.load_config(run)
   plan, known = resolve.resolve(c), c.copy_and_resolve_references()
-  for section in ('optim', 'train', 'sets', 'tasks', 'evaluators'):
+  for section in ('optim', 'train', 'declared', 'sets', 'tasks', 'evaluators'):
     c[section] = config.base()[section]
   c.seed, c.train.init, c.model.temperatures = 0, run, plan.temperatures
   if name in transfer:

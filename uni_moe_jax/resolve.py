@@ -67,6 +67,7 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
     if t.temperature not in temperatures and t.kind.target != 'pair':
       raise ValueError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its '
                        f'scale would be unknown; {nearest(t.temperature, temperatures)}.')
+  _check_declared(c)
   used = {name for name in by_name if c.train.encode_all_sets} | {t.target_set for t in tasks}
   for t in probes:
     if t.target_set and t.target_set not in used and by_name[t.target_set].label_prompts:
@@ -170,6 +171,20 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
       re.compile(rule[0])
     except re.error as e:
       raise ValueError(f'config.optim.rules: {rule[0]!r} is not a regular expression: {e}.') from None
+
+
+def _check_declared(c: ml_collections.ConfigDict) -> None:
+  for name, entries in c.declared.entries.items():
+    _choose(f'declared.entries.{name}', name, c.sets)
+    longest = c.sets[name].length
+    if isinstance(entries, (int, str)) or not entries or any(
+        not isinstance(pair, tuple) or len(pair) != 2 or not 2 <= pair[0] <= longest or pair[1] < 1 for pair in entries):
+      raise ValueError(f'config.declared.entries.{name}={entries!r} must hold (tokens, entries) pairs, tokens in 2…config.sets.'
+                       f'{name}.length={longest}, entries at least 1; for example (({longest}, 1000),).')
+  for name, frames in c.declared.frames.items():
+    _choose(f'declared.frames.{name}', name, c.tasks)
+    if not 1 <= frames <= c.model.max_frames:
+      raise ValueError(f'config.declared.frames.{name}={frames} must be in 1…config.model.max_frames={c.model.max_frames}.')
 
 
 def _own_family(name: str, bits) -> Condition:

@@ -16,6 +16,7 @@ from uni_moe_jax.model.trie import Trie
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import Kind
 
+INPUTS = ('id', 'pixels', 'text', 'text_valid', 'position')  # fields of a batch that are no targets
 _WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
 
 
@@ -30,12 +31,12 @@ class Predictor:
 
   def inputs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, R, D] of the readout of a kind's input, not normalised."""
-    return np.asarray(_encode(self._model, self._params, inputs.input_sequence(kind, _without_targets(fields))))
+    return np.asarray(encode(self._model, self._params, inputs.input_sequence(kind, _without_targets(fields))))
 
   def pairs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, D] of the paired texts, not normalised."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
-    return np.asarray(_encode(self._model, self._params, inputs.pair_sequence(kind, wanted))[:, 0])
+    return np.asarray(encode(self._model, self._params, inputs.pair_sequence(kind, wanted))[:, 0])
 
   def target_set(self, name: str) -> jax.Array:
     """Normalised features [V, D] of a target set."""
@@ -46,7 +47,7 @@ class Predictor:
                  np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))]
       else:
         parts = inputs.set_sequences(name, spec.condition, target.buckets, target.order, spec.label_prompts)
-      rows = normalise(jnp.concatenate([_encode(self._model, self._params, p)[:, 0] for p in parts]))
+      rows = normalise(jnp.concatenate([encode(self._model, self._params, p)[:, 0] for p in parts]))
       self._features[name] = rows if spec.is_vocabulary else rows[target.order]
     return self._features[name]
 
@@ -82,11 +83,12 @@ class Predictor:
 
 def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Labels and paired texts are no input: leaving them out keeps one compiled function per kind."""
-  return {k: v for k, v in fields.items() if k in ('id', 'pixels', 'text', 'text_valid', 'position')}
+  return {k: v for k, v in fields.items() if k in INPUTS}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(model: UniPerceiver, params, sequence) -> jax.Array:
+def encode(model: UniPerceiver, params, sequence) -> jax.Array:
+  """Features [B, R, D] f32 of a sequence's readout, not normalised."""
   def run(m):
     return m.features(m.encode((sequence,)).rows[0])
   return model.apply({'params': params}, method=run)

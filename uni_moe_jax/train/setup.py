@@ -77,8 +77,7 @@ class Run:
       return train_step(state, batch, sets, jax.random.wrap_key_data(key), spec=spec)
 
     key = np.asarray(jax.random.key_data(jax.random.key(self.config.seed)))
-    return Step(jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None)),
-                jax.device_put(key, sharding.replicated(self.mesh)))
+    return Step(jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None)), key, sharding.replicated(self.mesh))
 
   def put(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Places a host batch on the mesh: every process gives its own shards."""
@@ -107,16 +106,21 @@ class Run:
 class Step:
   """A run's jitted step: (state, batch, sets) → (state, metrics). The seed goes in as data, and is in no compiled program."""
 
-  def __init__(self, jitted: Any, key: jax.Array):
-    """key: its data, uint32 [2]."""
-    self._jitted, self._key = jitted, key
+  def __init__(self, jitted: Any, key: np.ndarray, where: NamedSharding):
+    """key: its data, uint32 [2]. where: its place on the mesh, which it takes before the first step."""
+    self._jitted, self._key, self._where = jitted, key, where
 
   def __call__(self, state: TrainState, batch: Batch, sets: Sets) -> tuple[TrainState, dict[str, jax.Array]]:
-    return self._jitted(state, batch, sets, self._key)
+    return self._jitted(state, batch, sets, self._placed)
+
+  @functools.cached_property
+  def _placed(self) -> jax.Array:
+    return jax.device_put(self._key, self._where)
 
   def lower(self, state: TrainState, batch: Batch, sets: Sets) -> Any:
-    """As of a jitted function."""
-    return self._jitted.lower(state, batch, sets, self._key)
+    """As of a jitted function; the arguments may be shapes, on devices that are not there."""
+    key = jax.ShapeDtypeStruct(self._key.shape, self._key.dtype, sharding=self._where)
+    return self._jitted.lower(state, batch, sets, key)
 
 
 def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> ModelSpec:
@@ -143,8 +147,12 @@ def router_tasks(plan: Plan) -> tuple[str, ...]:
 
 def place_sets(data: Data, plan: Plan, mesh: Mesh) -> Sets:
   """Target sets as device arrays, as the step takes them."""
-  tree = {s.name: {'buckets': data.sets[s.name].buckets, 'order': data.sets[s.name].order} for s in plan.sets}
-  return jax.device_put(tree, sharding.replicated(mesh))
+  return jax.device_put(set_arrays(data, plan), sharding.replicated(mesh))
+
+
+def set_arrays(data: Data, plan: Plan) -> dict[str, dict[str, Any]]:
+  """Target sets as host arrays: {name: {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}}."""
+  return {s.name: {'buckets': data.sets[s.name].buckets, 'order': data.sets[s.name].order} for s in plan.sets}
 
 
 def conditions(plan: Plan) -> tuple[Condition, ...]:

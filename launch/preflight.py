@@ -1,0 +1,48 @@
+"""What a config takes on devices that are not there: memory, work, traffic, the least time, and what to change if it does not fit.
+
+  python launch/preflight.py --config=configs/quickstart.py --topology=cpu:8
+  python launch/preflight.py --config=configs/pretrain.py:base-attribute-1 --topology=v5e:16x16 --json=base.json
+
+Compiles the real training step and evaluation, without the devices and without the data. TPUs (v4:4x4x4, v5e:16x16, v5p:4x4x4,
+v6e:16x16, in chips) need the extra `preflight`. Sizes of data that no config can say by itself stand in config.declared.
+Exit codes: 0 it fits, or nothing is known of the devices, 1 it does not fit, 2 usage.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from uni_moe_jax import cli
+
+_CONFIG = cli.define_config()
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'GENERATION:SHAPE in chips, or cpu:N virtual devices.', required=True)
+_MEMORY = flags.DEFINE_float('memory', None, 'GiB of a device that may be used; by default what its chip has.')
+_SEARCH = flags.DEFINE_bool('search', True, 'Look for the largest batch, and for a change that fits: more compiles.')
+_JSON = flags.DEFINE_string('json', None, 'File to write, too.')
+flags.mark_flag_as_required('config')
+
+
+def main() -> int:
+  from uni_moe_jax import resolve
+  from uni_moe_jax.preflight import topology
+  # Mistakes are told before the slow libraries below are loaded.
+  where = topology.parse(_TOPOLOGY.value)
+  config = cli.config_of(_CONFIG)
+  resolve.resolve(config)
+  if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
+    raise cli.UsageError(f'--json={_JSON.value}: its folder is not there; make it first.')
+  topology.prepare_environment(where)
+  from uni_moe_jax.preflight import report, run
+  name = next(a for a in sys.argv[1:] if a.lstrip('-').startswith('config')).partition('=')[2]
+  memory = None if _MEMORY.value is None else _MEMORY.value * topology.GIB
+  found = run.preflight(config, name, where, memory, _SEARCH.value, lambda words: print(f'{words} …', file=sys.stderr, flush=True))
+  print(report.render(found))
+  if _JSON.value:
+    pathlib.Path(_JSON.value).write_text(json.dumps(report.as_json(found), indent=1) + '\n')
+  return 1 if found.fits is False else 0
+
+
+if __name__ == '__main__':
+  cli.run(main)

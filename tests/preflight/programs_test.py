@@ -1,0 +1,142 @@
+"""A small run's real programs, compiled for two virtual devices: what they take, by hand and by formula."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests import tiny
+from uni_moe_jax import config
+from uni_moe_jax.bench import flops
+from uni_moe_jax.preflight import changes, fit, programs, report, run, topology
+from uni_moe_jax.preflight.programs import Program
+
+_TOKENS = (tiny.SIDE // 8) ** 2 + 1  # of a picture, with its prefix
+
+
+def _config():
+  """Pictures against three names, a dense model without recomputation."""
+  c = tiny.config('shape')
+  c.model.update(dict(layers=4, width=32, hidden=64))
+  c.moe.router = 'dense'
+  c.sets.shapes = config.target_set(('a', 'b', 'c'), family='names', length=8)
+  c.tasks.shape.batch = 32
+  c.data.dir = '/nowhere'  # nothing is read
+  return c
+
+
+@functools.cache
+def _found(memory: float | None = None) -> report.Findings:
+  return run.preflight(_config(), 'tiny', topology.parse('cpu:2'), memory, search=False, say=lambda _: None)
+
+
+def _step() -> Program:
+  return _found().programs[0]
+
+
+def test_parameters_lie_whole_on_every_device_and_the_optimizer_keeps_two_more_of_each():
+  total = _found().parameters['total']
+  assert _step().memory.params == 4 * total
+  # Two moments, and a few counters.
+  assert 0 <= _step().memory.optimizer - 8 * total < 100
+  assert _step().memory.temporaries > 4 * total  # gradients at least
+  assert _found().parameters['used_per_token'] == total
+
+
+def test_products_are_those_of_the_formula():
+  spec = programs.prepare(_config(), jax.devices()[:2]).spec.model.spec
+  # A device has half of the 32 pictures; the names are encoded by every one.
+  formula = flops.TRAIN * (16 * flops.sequence(spec, _TOKENS, visual=True) + 3 * flops.sequence(spec, 8 + 1, visual=False))
+  assert _step().cost.flops == pytest.approx(formula, rel=0.1)
+  assert _step().cost.unknown_loops == 0
+
+
+def test_gradients_are_reduced_once():
+  payload = _step().cost.payload['all-reduce']
+  total = 4 * _found().parameters['total']
+  # All but those of tables that texts alone use: every device encodes the same texts.
+  assert 0.9 * total < payload < 1.1 * total
+  assert _step().cost.sent['all-reduce'] == payload  # of two devices each sends half, twice
+  assert set(_step().cost.calls) == {'all-reduce'}
+
+
+def test_evaluation_encodes_a_batch_and_needs_no_optimizer():
+  [_, evaluation] = _found().programs
+  assert (evaluation.name, evaluation.examples) == ('evaluation, image_classification', 32)
+  assert evaluation.memory.optimizer == 0
+  assert evaluation.cost.flops < _step().cost.flops
+
+
+def test_the_report_says_it_all():
+  text = report.render(_found())
+  assert text.startswith('tiny on cpu:2: 2 devices (data 2)\nparameters: ')
+  assert 'assumed: shapes 3 entries' in text
+  assert 'train step: 32 examples a call' in text
+  assert 'all-reduce: ' in text and 'roofline' not in text  # of a CPU nothing is known
+  found = json.loads(json.dumps(report.as_json(_found())))
+  [step, _] = found['programs']
+  assert found['fits'] is None
+  assert step['flops'] == 2 * _step().cost.flops and step['flops_per_example'] == step['flops'] / 32
+  assert step['bytes'] == pytest.approx(sum(step['memory'].values()))
+
+
+def test_a_report_of_a_chip_has_times_and_a_verdict():
+  chip = dataclasses.replace(_found(), topology=topology.parse('v5e:2x2'), memory=_step().memory.total - 1)
+  text = report.render(chip)
+  assert 'DOES NOT FIT' in text and 'roofline: ' in text and 'bound by ' in text
+  assert report.as_json(chip)['fits'] is False
+  assert report.as_json(dataclasses.replace(chip, memory=_step().memory.total))['programs'][0]['fits'] is True
+
+
+def test_a_report_says_what_to_change():
+  change = changes.Change((('model.remat', True),), 'a third more work')
+  trials = (changes.Trial((change,), True, 2.0**30),)
+  text = report.render(dataclasses.replace(_found(), memory=1.0, trials=trials))
+  assert text.endswith('--config.model.remat=True: 1.00 GiB, fits (a third more work)\nChange this: --config.model.remat=True')
+  text = report.render(dataclasses.replace(_found(), memory=1.0, trials=(changes.Trial((change,), False, None),)))
+  assert text.endswith('Nothing that was tried fits: use more devices.')
+
+
+def test_a_report_says_the_largest_batch():
+  largest = fit.Largest(unit=3, scale=4, too_large=5, estimate=4.4, tried=((4, 2.0**30), (5, None)))
+  text = report.render(dataclasses.replace(_found(), largest=largest))
+  assert ('largest batch of a device that was compiled and fits: 12 examples; 15 does not; memory would be full at about 13\n'
+          '  tried: 12 (1.00 GiB), 15 (too large)') in text
+
+
+def test_a_run_that_starts_from_another_is_refused():
+  c = _config()
+  c.train.init = 'runs/other'
+  with pytest.raises(ValueError, match='config.train.init=.runs/other.: preflight looks at runs that start fresh'):
+    run.preflight(c, 'tiny', topology.parse('cpu:2'))
+
+
+@pytest.mark.slow
+def test_the_search_finds_a_larger_batch_and_a_change():
+  limit = 3 * _step().memory.total
+  found = run.preflight(_config(), 'tiny', topology.parse('cpu:2'), limit, say=lambda _: None)
+  assert found.largest.scale > 16 and len(found.largest.tried) <= fit.COMPILES
+  assert all(b <= limit for s, b in found.largest.tried if s == found.largest.scale)
+  tight = 0.9 * _step().memory.total
+  found = run.preflight(_config(), 'tiny', topology.parse('cpu:2'), tight, say=lambda _: None)
+  assert found.trials[-1].fits and found.trials[-1].needs <= tight
+
+
+@pytest.mark.slow
+def test_the_step_compiles_for_tpus_that_are_not_there(tmp_path):
+  pytest.importorskip('libtpu')
+  root = pathlib.Path(__file__).resolve().parents[2]
+  done = subprocess.run(
+      [sys.executable, str(root / 'launch/preflight.py'), '--config=configs/quickstart.py', '--topology=v5e:2x2', '--nosearch',
+       f'--json={tmp_path}/found.json'], env={**os.environ, 'PYTHONPATH': str(root)}, cwd=root, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'found.json').read_text())
+  assert found['fits'] and found['devices'] == 4
+  assert found['programs'][0]['roofline']['bound'] in ('compute', 'memory', 'interconnect')
+  assert found['programs'][0]['unknown_loops'] == 0

@@ -1,0 +1,148 @@
+"""The search for the largest batch and for a change that fits, on memory that is a formula: nothing is compiled."""
+
+import pytest
+
+from tests import small_config
+from uni_moe_jax.preflight import changes, fit
+from uni_moe_jax.preflight.programs import Memory, Program
+from uni_moe_jax.preflight.roofline import Roofline, roofline
+from uni_moe_jax.preflight.cost import Cost
+from uni_moe_jax.preflight.topology import Chip
+
+
+def _program(total: float, memory: float, says: bool = True) -> Program:
+  """As a compiler would give it: none where it does not fit, and perhaps not even how much it would need."""
+  if total > memory:
+    return Program('train step', 8, None, total if says else None, None, 0.0)
+  return Program('train step', 8, Memory(0, 0, 0, 0, total, 0), total, None, 0.0)
+
+
+def _largest(own: int, bytes_of, memory: float, says: bool = True, fixed: float = 0.0) -> fit.Largest:
+  at = lambda scale: _program(bytes_of(scale), memory, says)
+  return fit.largest((own, at(own)), 3, fixed, memory, at)
+
+
+def test_on_a_straight_line_the_largest_batch_is_found_with_three_compiles():
+  # 100 + 7 · 128 = 996 fits 1000, 129 do not.
+  found = _largest(4, lambda s: 100 + 7 * s, 1000)
+  assert (found.scale, found.unit) == (128, 3)
+  assert found.estimate == pytest.approx(900 / 7)
+  assert len(found.tried) <= fit.COMPILES
+
+
+def test_where_memory_bends_upwards_what_is_told_was_compiled_and_fits():
+  bytes_of = lambda s: 100 + 7 * s + 0.05 * s * s
+  found = _largest(4, bytes_of, 1000)
+  assert bytes_of(found.scale) <= 1000
+  assert found.too_large is None or bytes_of(found.too_large) > 1000
+  assert found.scale > 60  # of 75
+  assert len(found.tried) <= fit.COMPILES
+
+
+def test_a_config_that_is_too_large_is_searched_downwards():
+  found = _largest(64, lambda s: 100 + 20 * s, 1000)
+  assert found.scale == 45
+
+
+def test_without_a_word_how_much_too_large_the_first_guess_is_half():
+  found = _largest(64, lambda s: 100 + 20 * s, 1000, says=False)
+  assert found.tried[:2] == ((64, None), (32, 740))
+  assert found.scale >= 43 and found.too_large > 45
+
+
+def test_nothing_fits():
+  assert _largest(2, lambda s: 5000 + s, 1000).scale == 0
+
+
+def test_nobody_asks_beyond_many_times_the_batch():
+  assert _largest(4, lambda s: 100, 1000).scale <= 64 * 4
+
+
+def test_at_most_four_programs_are_compiled():
+  calls = []
+  fit.largest((4, _program(104, 1e9)), 1, 0.0, 1e9, lambda s: calls.append(s) or _program(100 + s**1.7, 1e9))
+  assert len(calls) <= fit.COMPILES - 1
+
+
+def test_scale_and_unit_of_a_mixture():
+  c = small_config.config()  # 8, 4, 4, 4 and 4 examples: on two shards 4, 2, 2, 2 and 2
+  assert fit.scale_of(c, 2) == (2, 6)
+  assert {n: t.batch for n, t in fit.scaled(c, 2, 3).tasks.items()} == dict(shape=12, text=6, name=6, pair=6, package=6)
+  assert c.tasks.shape.batch == 8
+
+
+_MESH = dict(replica=1, data=8, expert=1, model=1)
+
+
+def _config():
+  c = small_config.config()
+  c.model.update(dict(remat=False))
+  for t in c.tasks.values():
+    t.batch = 64
+  return c
+
+
+def test_changes_come_from_cheap_to_dear_and_only_where_they_can_be_made():
+  flags = [c.flags for c in changes.candidates(_config(), _MESH)]
+  assert flags == [
+      '--config.model.remat=True', '--config.model.dtype=bfloat16', '--config.mesh.fsdp=True', '--config.mesh.expert=8',
+      '--config.train.accum=2', '--config.mesh.model=2',
+      ' '.join(f'--config.tasks.{n}.batch=32' for n in ('name', 'package', 'pair', 'shape', 'text'))]
+  c = _config()
+  c.model.update(dict(remat=True, dtype='bfloat16', heads=3))
+  c.mesh.fsdp, c.moe.router = True, 'dense'
+  for t in c.tasks.values():
+    t.batch = 8
+  assert not list(changes.candidates(c, _MESH))
+
+
+def test_a_mesh_of_fixed_sizes_gives_up_some_of_its_data_axis():
+  c = _config()
+  c.mesh.data = 8
+  assert '--config.mesh.data=-1 --config.mesh.expert=8' in [x.flags for x in changes.candidates(c, _MESH)]
+
+
+def _need(c) -> float:
+  """State 400, activations 1000 at 64 examples."""
+  state = 400 / (8 if c.mesh.fsdp else 1)
+  activations = 1000 * (0.5 if c.model.remat else 1) * (0.6 if c.model.dtype == 'bfloat16' else 1)
+  return state + activations / c.train.accum * c.tasks.shape.batch / 64
+
+
+def _cheapest(memory: float) -> list[changes.Trial]:
+  state = lambda c: 400 / (8 if c.mesh.fsdp else 1)
+  return changes.cheapest(_config(), _need(_config()), lambda c: _MESH, state, memory,
+                          lambda c: (_need(c) <= memory, _need(c)))
+
+
+def test_the_first_change_that_fits_ends_the_search():
+  trials = _cheapest(950)  # 400 + 500 with remat
+  assert [[c.flags for c in t.changes] for t in trials] == [['--config.model.remat=True']]
+  assert trials[-1].fits and trials[-1].needs == 900
+
+
+def test_where_one_change_is_not_enough_several_are_made_together():
+  trials = _cheapest(450)  # 400 / 8 + 1000 · 0.5 · 0.6 = 350
+  assert trials[-1].fits
+  assert [c.flags for c in trials[-1].changes] == [
+      '--config.model.remat=True', '--config.model.dtype=bfloat16', '--config.mesh.fsdp=True']
+
+
+def test_a_train_state_that_is_too_large_is_not_compiled_in_vain():
+  trials = _cheapest(390)  # the state alone is 400
+  assert all(any('fsdp' in c.flags for c in t.changes) for t in trials)
+  assert trials[-1].fits
+
+
+def test_that_nothing_fits_is_an_answer():
+  trials = _cheapest(10)
+  assert not trials or not trials[-1].fits
+
+
+def test_a_roofline_is_the_longest_of_three_times():
+  chip = Chip(memory=1, flops=100, hbm=10, links=2, cores=1, source='')
+  work = Cost(flops=300, bytes=50, sent={'all-reduce': 4, 'all-gather': 8})
+  found = roofline(work, chip)
+  assert found == Roofline(compute=3, memory=5, interconnect=6)
+  assert (found.seconds, found.bound) == (6, 'interconnect')
+  assert roofline(work, Chip(None, None, None, None, 1, '')) is None

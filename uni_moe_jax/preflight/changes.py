@@ -1,0 +1,117 @@
+"""What could be changed in a config that does not fit, the cheapest first. Each is tried by compiling it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import ml_collections
+
+Config = ml_collections.ConfigDict
+_SINGLES, _TOGETHER = 5, 4  # how often one change, and several together, are compiled at most
+_HOPE = 1.2  # times the memory: what savings add up to is not exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """Fields of a config and their new values, and what the change costs."""
+  fields: tuple[tuple[str, object], ...]
+  costs: str
+  again: bool = False  # it can be made again, further
+
+  def apply(self, config: Config) -> Config:
+    """A copy of the config, changed."""
+    out = config.copy_and_resolve_references()
+    for name, value in self.fields:
+      *path, last = name.split('.')
+      node = out
+      for part in path:
+        node = node[part]
+      node[last] = value
+    return out
+
+  @property
+  def name(self) -> str:
+    """Which fields it changes."""
+    return ' '.join(name for name, _ in self.fields)
+
+  @property
+  def flags(self) -> str:
+    """As on the command line."""
+    return ' '.join(f'--config.{name}={value}' for name, value in self.fields)
+
+
+def candidates(config: Config, mesh: Mapping[str, int]) -> Iterator[Change]:
+  """Changes that a config admits, in the order in which to try them: first what costs some speed, last what trains differently.
+
+  Args:
+    config: that does not fit. mesh: size per axis, as it is now.
+  """
+  m, shards = config.model, mesh['replica'] * mesh['data'] * mesh['expert']
+  inferred = (('mesh.data', -1),) if config.mesh.data != -1 else ()  # the data axis gives what another axis takes
+  if not m.remat:
+    yield Change((('model.remat', True),), 'a third more work')
+  if m.dtype == 'float32':
+    yield Change((('model.dtype', 'bfloat16'),), 'products in bfloat16')
+  if not config.mesh.fsdp and mesh['data'] > 1 and m.width % mesh['data'] == 0:
+    yield Change((('mesh.fsdp', True),), 'parameters are gathered in every layer')
+  axis = math.gcd(config.moe.num_experts, mesh['data'])
+  if config.moe.router != 'dense' and mesh['expert'] == 1 and axis > 1:
+    yield Change((*inferred, ('mesh.expert', axis)), 'merged kernels, or tokens, cross the expert axis')
+  batches = [t.batch for t in config.tasks.values() if t.batch]
+  accum = 2 * config.train.accum
+  if config.train.mixture == 'mixed' and all(b % (accum * shards) == 0 for b in batches):
+    yield Change((('train.accum', accum),), 'twice as many micro-steps; negatives are those of a micro-step', again=True)
+  if mesh['model'] == 1 and m.heads % 2 == m.hidden % 2 == mesh['data'] % 2 == 0:
+    yield Change((*inferred, ('mesh.model', 2)), 'activations are reduced twice in every layer')
+  if all(b % (2 * shards * config.train.accum) == 0 for b in batches):
+    fields = tuple((f'tasks.{n}.batch', t.batch // 2) for n, t in config.tasks.items() if t.batch)
+    yield Change(fields, 'half the batch: another training', again=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """A change, or several together, that was tried. needs: bytes of a device, None where the compiler did not say."""
+  changes: tuple[Change, ...]
+  fits: bool
+  needs: float | None
+
+
+def cheapest(
+    config: Config, needs: float | None, mesh_of: Callable[[Config], Mapping[str, int]], state_of: Callable[[Config], float],
+    memory: float, try_it: Callable[[Config], tuple[bool, float | None]]) -> list[Trial]:
+  """Tries changes one by one, then together in their order, until something fits: the last trial says whether it did.
+
+  Args:
+    config: that does not fit. needs: bytes that it needs on a device, or None.
+    mesh_of: config → size per axis. state_of: config → bytes of the train state on a device, computed and not compiled: where
+      that alone is too large, nothing is compiled.
+    memory: bytes of a device. try_it: config → (whether it fits, bytes that it needs).
+  """
+  trials: list[Trial] = []
+
+  def attempt(changes: tuple[Change, ...], changed: Config) -> bool:
+    if state_of(changed) >= memory:
+      return False
+    trials.append(Trial(changes, *try_it(changed)))
+    return trials[-1].fits
+
+  saved: dict[str, float] = {}
+  for change in candidates(config, mesh_of(config)):
+    if len(trials) < _SINGLES and attempt((change,), change.apply(config)):
+      return trials
+    if trials and trials[-1].changes == (change,) and needs and trials[-1].needs:
+      saved[change.flags] = needs - trials[-1].needs
+  together, changed, expected = (), config, needs or math.inf
+  while len(trials) < _SINGLES + _TOGETHER:
+    done = {c.name for c in together}
+    follow = next((c for c in candidates(changed, mesh_of(changed)) if c.name not in done or c.again), None)
+    if follow is None:
+      break
+    expected -= saved.get(follow.flags, 0.0)
+    # A change again, with a larger number, takes the place of the first.
+    together = (*(c for c in together if c.name != follow.name), follow)
+    changed = follow.apply(changed)
+    hopeful = needs is None or expected <= _HOPE * memory or follow.flags not in saved
+    if len(together) > 1 and hopeful and attempt(together, changed):
+      break
+  return trials

@@ -1,0 +1,190 @@
+"""The text of a compiled program as computations and instructions. It is parsed, because no interface of JAX gives what loops
+do: XLA's own counts take the body of a loop once."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+_BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
+          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
+_SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
+_SPACE = re.compile(r'S\((\d+)\)')
+_HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
+_LINE = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = ')
+_NAME = re.compile(r'%([\w.\-]+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """An array: dtype, dims, and whether it lies in the device's main memory (TPU programs keep much in a faster one)."""
+  dtype: str
+  dims: tuple[int, ...]
+  in_memory: bool = True
+
+  @property
+  def bytes(self) -> float:
+    """Without padding. fp8 types and tokens, which are in no table, count one byte and none."""
+    return math.prod(self.dims) * _BYTES.get(self.dtype, 1 if self.dtype.startswith('f8') else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """An instruction: name, opcode, the arrays of its result, names of its operands, and the rest of its line."""
+  name: str
+  opcode: str
+  shapes: tuple[Shape, ...]
+  operands: tuple[str, ...]
+  attributes: str
+  literal: str
+
+  def attribute(self, name: str) -> str:
+    """The value of name=…, up to the next comma outside braces; '' if there is none."""
+    found = re.search(rf'(?:^|[\s,]){name}=', self.attributes)
+    return _balanced(self.attributes[found.end():]) if found else ''
+
+  def called(self, *names: str) -> tuple[str, ...]:
+    """Computations that some attributes name."""
+    return tuple(n for name in names for n in _NAME.findall(self.attribute(name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+  """Instructions by name, in order. root: name of the result's."""
+  name: str
+  ops: Mapping[str, Op]
+  root: str
+
+  def shapes_of(self, op: Op) -> list[Shape]:
+    """The arrays of an instruction's operands."""
+    return [s for name in op.operands if name in self.ops for s in self.ops[name].shapes]
+
+  @functools.cached_property
+  def users(self) -> Mapping[str, list[Op]]:
+    """Who reads an instruction's result."""
+    found: dict[str, list[Op]] = {}
+    for op in self.ops.values():
+      for name in op.operands:
+        found.setdefault(name, []).append(op)
+    return found
+
+  @functools.cached_property
+  def parameters(self) -> list[Op]:
+    """In order."""
+    return sorted((op for op in self.ops.values() if op.opcode == 'parameter'), key=lambda op: int(op.literal))
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """A program: computations by name; entry: the name of the first."""
+  computations: Mapping[str, Computation]
+  entry: str
+  devices: int
+
+  def __getitem__(self, name: str) -> Computation:
+    return self.computations[name]
+
+
+def parse(text: str) -> Module:
+  """The module that `compiled.as_text()` prints."""
+  computations, entry = {}, ''
+  name, ops, root = '', {}, ''
+  for line in text.splitlines():
+    if not name:
+      if head := _HEAD.match(line):
+        name, ops, root = head[2], {}, ''
+        entry = name if head[1] else entry
+    elif line.startswith('}'):
+      computations[name] = Computation(name, ops, root)
+      name = ''
+    elif start := _LINE.match(line):
+      ops[start[2]] = _op(start[2], line[start.end():])
+      root = start[2] if start[1] else root
+  head = text[:text.find('\n')]
+  counts = [int(found[1]) for key in ('num_partitions', 'replica_count') if (found := re.search(rf'{key}=(\d+)', head))]
+  return Module(computations, entry, math.prod(counts))
+
+
+def _op(name: str, rest: str) -> Op:
+  if rest.startswith('('):
+    result = rest[:_closing(rest, 0) + 1]
+  else:
+    result = rest[:rest.index(' ')]
+  rest = rest[len(result) + 1:]
+  opened = rest.index('(')
+  closed = _closing(rest, opened)
+  inside = rest[opened + 1:closed]
+  return Op(name, rest[:opened], _shapes(result), tuple(_NAME.findall(inside)), rest[closed + 1:].lstrip(', '), inside)
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+  def one(found) -> Shape:
+    space = _SPACE.search(found[3] or '')
+    return Shape(found[1], tuple(int(n) for n in found[2].split(',') if n), not space or space[1] == '0')
+  return tuple(one(found) for found in _SHAPE.finditer(text))
+
+
+def _closing(text: str, opened: int) -> int:
+  """Index of the parenthesis that closes the one at `opened`."""
+  depth = 0
+  for i in range(opened, len(text)):
+    depth += (text[i] == '(') - (text[i] == ')')
+    if not depth:
+      return i
+  raise ValueError(f'parenthesis is not closed in {text[:80]!r}.')
+
+
+def _balanced(text: str) -> str:
+  """Up to the first comma outside braces and brackets."""
+  depth = 0
+  for i, letter in enumerate(text):
+    depth += (letter in '{[(') - (letter in '}])')
+    if letter == ',' and depth <= 0:
+      return text[:i]
+  return text
+
+
+def trip_count(module: Module, where: Computation, loop: Op) -> int | None:
+  """How often the body of a `while` runs; None where its text does not say.
+
+  XLA says it itself on CPU. Else the condition is read: it compares a counter, which starts at a constant and goes up by one,
+  with a constant, as every `lax.scan` does.
+  """
+  if found := re.search(r'known_trip_count[^\d]*(\d+)', loop.attributes):
+    return int(found[1])
+  condition = module[loop.called('condition')[0]]
+  root = condition.ops[condition.root]
+  inner, arguments = condition, None
+  if root.opcode == 'fusion':  # compare stands inside
+    arguments = [condition.ops[n] for n in root.operands]
+    inner = module[root.called('calls')[0]]
+    root = inner.ops[inner.root]
+  if root.opcode != 'compare' or root.attribute('direction') not in ('LT', 'GT'):
+    return None
+  sides = [_outside(inner, inner.ops[n], arguments) for n in root.operands]
+  if root.attribute('direction') == 'GT':
+    sides.reverse()
+  init = where.ops[loop.operands[0]]
+  values = [_value(where, condition, side, init) for side in sides]
+  return None if None in values else max(0, values[1] - values[0])
+
+
+def _outside(inner: Computation, op: Op, arguments: list[Op] | None) -> Op:
+  """What an instruction in a fusion stands for outside of it, where it is a parameter."""
+  if arguments is not None and op.opcode == 'parameter':
+    return arguments[inner.parameters.index(op)]
+  return op
+
+
+def _value(where: Computation, condition: Computation, op: Op, init: Op) -> int | None:
+  """A constant, or the constant with which an element of the loop's state starts."""
+  while op.opcode in ('copy', 'bitcast', 'convert') and op.operands[0] in condition.ops:
+    op = condition.ops[op.operands[0]]
+  if op.opcode == 'get-tuple-element':
+    if init.opcode != 'tuple':
+      return None
+    op = where.ops[init.operands[int(op.attribute('index'))]]
+    while op.opcode in ('copy', 'bitcast', 'convert', 'copy-done', 'copy-start') and op.operands[0] in where.ops:
+      op = where.ops[op.operands[0]]
+  return int(op.literal) if op.opcode == 'constant' and re.fullmatch(r'-?\d+', op.literal) else None

@@ -1,0 +1,199 @@
+"""The real programs of a run, compiled for devices that are not there: its training step and its evaluation."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import tensorflow as tf
+
+from uni_moe_jax import resolve, sharding
+from uni_moe_jax.data.declared import DeclaredData
+from uni_moe_jax.data.mixtures import PER_BATCH
+from uni_moe_jax.eval import predictor
+from uni_moe_jax.model import inputs
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.plan import Plan, TaskSpec
+from uni_moe_jax.preflight import cost, hlo
+from uni_moe_jax.train import setup
+from uni_moe_jax.train.setup import Run
+
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device while a program runs.
+
+  Attributes:
+    params, optimizer: of the train state (averaged parameters count as the optimizer's).
+    inputs: the rest of what goes in: batch, target sets, what padding adds.
+    results: what comes out and does not take the place of something that went in.
+    temporaries: activations, gradients and all else that lives inside. code: the program.
+  """
+  params: float
+  optimizer: float
+  inputs: float
+  results: float
+  temporaries: float
+  code: float
+
+  @property
+  def total(self) -> float:
+    return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled program.
+
+  Attributes:
+    name: 'train step', or what is evaluated.
+    examples: over all devices, that one call serves.
+    memory: None where the compiler gave up because the program is too large.
+    needs: bytes that it says it needs, or None. cost: of one device, None where there is no program.
+    seconds: tracing, lowering and compiling.
+  """
+  name: str
+  examples: int
+  memory: Memory | None
+  needs: float | None
+  cost: cost.Cost | None
+  seconds: float
+
+  def fits(self, memory: float | None) -> bool:
+    """Whether a device of so many bytes can run it; None: any can."""
+    return self.memory is not None and (memory is None or self.memory.total <= memory)
+
+
+def prepare(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Run:
+  """The run of a config on devices that may not be there, and on data that is not there.
+
+  Raises:
+    ValueError: see `setup.build` and `DeclaredData`.
+  """
+  plan = resolve.resolve(config)
+  if config.train.init:
+    raise ValueError(f'config.train.init={config.train.init!r}: preflight looks at runs that start fresh; set it to \'\', the '
+                     'step is the same.')
+  resolve.check_trains(plan)
+  return setup.build(config, devices, DeclaredData(config, plan))
+
+
+def state_bytes(run: Run) -> tuple[float, float]:
+  """(parameters, optimizer) of one device, averaged parameters with the optimizer's; computed, not compiled."""
+  def of(shapes, shardings):
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return float(sum(np.prod(where.shard_shape(s.shape)) * s.dtype.itemsize for s, where in leaves))
+  params, all_of_it = of(run.shapes.params, run.shardings.params), of(run.shapes, run.shardings)
+  return params, all_of_it - params
+
+
+def train_step(run: Run, task: str | None) -> Program:
+  """The training step of the whole mixture, or of one task.
+
+  Args:
+    run: see `prepare`. task: of a 'sampled' mixture; None: all of them.
+  """
+  tasks = run.plan.tasks if task is None else run.plan.only(task).tasks
+  name = 'train step' if task is None else f'train step, {task}'
+  args = (run.like(), batch_shapes(run, tasks), _set_shapes(run))
+  return _compiled(name, sum(t.batch for t in tasks), run, lambda: run.step_fn(task).lower(*args), *state_bytes(run))
+
+
+def steps(run: Run) -> list[str | None]:
+  """What one program each is compiled for: None of a mixed step; of a sampled mixture, per kind, the task with most tokens."""
+  if run.config.train.mixture == 'mixed':
+    return [None]
+  heaviest: dict[str, TaskSpec] = {}
+  for t in sorted(run.plan.tasks, key=lambda t: _tokens(run, t)):
+    heaviest[t.kind.name] = t
+  return [t.name for t in heaviest.values()]
+
+
+def evaluation(run: Run) -> Program:
+  """Features of a batch of inputs, as evaluators ask for them: of the evaluator whose batch has most tokens; a run without
+  evaluators is asked a task that it trains, in its batch. Every device computes all of it."""
+  asked = [dataclasses.replace(e.task, batch=e.batch) for e in run.plan.evaluations] or run.plan.tasks
+  task = max(asked, key=lambda t: _tokens(run, t))
+  return _evaluation(run, task, task.batch)
+
+
+def _evaluation(run: Run, task: TaskSpec, batch: int) -> Program:
+  model, whole = UniPerceiver(run.spec.model.spec), sharding.replicated(run.mesh)
+  fields = {k: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=whole)
+            for k, (shape, dtype) in _fields(run, task, training=False).items() if k in predictor.INPUTS}
+  sequence = jax.eval_shape(lambda f: inputs.input_sequence(task.kind, f), fields)
+  sequence = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), sequence)
+  params = run.like().params
+  lower = lambda: predictor.encode.lower(model, params, sequence)
+  return _compiled(f'evaluation, {task.kind.name}', batch, run, lower, state_bytes(run)[0], 0.0)
+
+
+def batch_shapes(run: Run, tasks: Sequence[TaskSpec]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """Shapes and shardings of a batch, as `Run.put` places it: {group: {field: [accum,] shards, b, …}}."""
+  accum, shards = run.config.train.accum, run.spec.model.shards
+  axis = 0 if accum == 1 else 1
+  groups: dict[str, list[TaskSpec]] = {}
+  for t in tasks:
+    groups.setdefault(t.group, []).append(t)
+  batch = {}
+  for group, members in groups.items():
+    lead = (accum,) * axis
+    rows = sum(t.batch for t in members) // (accum * shards)
+    fields = {k: jax.ShapeDtypeStruct((*lead, shards, rows, *shape), dtype, sharding=sharding.batch_sharding(run.mesh, axis))
+              for k, (shape, dtype) in _fields(run, members[0], training=True).items()}
+    if 'pixels' in fields:
+      [name] = PER_BATCH
+      fields[name] = jax.ShapeDtypeStruct(lead, np.int32, sharding=sharding.replicated(run.mesh))
+    batch[group] = fields
+  return batch
+
+
+def _fields(run: Run, task: TaskSpec, training: bool) -> Mapping[str, tuple[tuple[int, ...], np.dtype]]:
+  """{field: (shape of one example, dtype)}: traced, never computed."""
+  make = run.data.examples(task, training=training).make
+  traced = tf.function(make).get_concrete_function(tf.TensorSpec([2], tf.int64), tf.TensorSpec([2], tf.uint64))
+  found = {k: (tuple(v.shape[1:]), np.dtype(v.dtype.as_numpy_dtype)) for k, v in traced.structured_outputs.items()}
+  return {**found, 'id': ((), np.dtype(np.uint32))}
+
+
+def _tokens(run: Run, task: TaskSpec) -> int:
+  """A measure of a task's work: how many tokens its inputs and paired texts have."""
+  fields, spec = _fields(run, task, training=True), run.spec.model.spec
+  frames = fields['pixels'][0][0] if 'pixels' in fields else 0
+  words = sum(fields[k][0][0] for k in ('text', 'target') if k in fields)
+  return task.batch * (1 + frames * spec.patches + words)
+
+
+def _set_shapes(run: Run):
+  """Shapes and shardings of the target sets, as `Run.sets` places them."""
+  whole = sharding.replicated(run.mesh)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), setup.set_arrays(run.data, run.plan))
+
+
+def _compiled(name: str, examples: int, run: Run, lower, params: float, optimizer: float) -> Program:
+  started = time.perf_counter()
+  try:
+    compiled = lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return Program(name, examples, None, _needs(str(error)), None, time.perf_counter() - started)
+  found = compiled.memory_analysis()
+  memory = Memory(
+      params=params, optimizer=optimizer, inputs=found.argument_size_in_bytes - params - optimizer,
+      results=found.output_size_in_bytes - found.alias_size_in_bytes, temporaries=found.temp_size_in_bytes,
+      code=found.generated_code_size_in_bytes)
+  work = cost.of_module(hlo.parse(compiled.as_text()))
+  return Program(name, examples, memory, memory.total, work, time.perf_counter() - started)
+
+
+def _needs(message: str) -> float | None:
+  """Bytes that a compiler says it needs: '… temporaries (52.01G) exceeds …', 'Used 20.1G of 15.75G hbm …'."""
+  found = re.search(r'(?:temporaries \(|Used )([\d.]+)([KMGT]?)', message)
+  return float(found[1]) * _UNITS[found[2]] if found else None
