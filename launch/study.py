@@ -11,8 +11,6 @@ Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 a
 import json
 import os
 import pathlib
-import signal
-import subprocess
 import sys
 
 from absl import flags
@@ -28,18 +26,6 @@ _AMOUNT = flags.DEFINE_enum('amount', 'few', ['few', 'all'], 'Training examples:
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20.')
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-_FINISHED, _PREEMPTED = 0, 75
-
-
-def _run(command: list[str]) -> int:
-  """Runs a launch script in a session of its own, so that a signal reaches it once: through here."""
-  print('$ python', *command, flush=True)
-  received = []
-  child = subprocess.Popen([sys.executable, *command], cwd=_ROOT, start_new_session=True)
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda n, _: (received.append(n), child.send_signal(n)))
-  code = child.wait()
-  return _PREEMPTED if received and code <= 0 else code
 
 
 def main() -> int:
@@ -51,13 +37,13 @@ def main() -> int:
     for regime in _REGIMES.value:
       resolve.resolve(regimes.REGIMES[regime][1](f'{run},{task}'))
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
-  from uni_moe_jax.study import cells
+  from uni_moe_jax.study import cells, process
   every = cells.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))
   cells.claim(folder, {'run': run, 'amount': _AMOUNT.value, 'overrides': _OVERRIDE.value})
   for i, cell in enumerate(every, 1):
     print(f'{i}/{len(every)} {cell.folder}' + (': done' if cells.done(folder, cell) else ''), flush=True)
     for command in [] if cells.done(folder, cell) else cells.commands(cell, run, _AMOUNT.value, folder, _OVERRIDE.value):
-      if code := _run(command):
+      if code := process.run(command, _ROOT):
         return code
   from uni_moe_jax.study import results
   found = results.collect(every, run, folder)
@@ -67,7 +53,7 @@ def main() -> int:
   broken = results.breaches(found)
   for sentence in broken:
     print(f'error: {sentence}', file=sys.stderr)
-  return cli.ERROR if broken else _FINISHED
+  return cli.ERROR if broken else process.FINISHED
 
 
 if __name__ == '__main__':

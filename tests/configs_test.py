@@ -110,6 +110,19 @@ class TuningTest(parameterized.TestCase):
     self.assertBetween(trained / sum(sizes), 1e-4, 0.02)
 
 
+class AblationTest(parameterized.TestCase):
+
+  @parameterized.parameters('dense', 'context')
+  def test_it_is_the_embedded_run_with_a_shorter_schedule(self, router):
+    one, other = (_flat(_module(_QUICKSTART.with_name(f'{name}.py')).get_config(router)) for name in ('embedded', 'ablation'))
+    self.assertEqual({k for k in one if one[k] != other[k]}, {'train.steps', 'optim.warmup'})
+    self.assertEqual((other['moe.router'], set(one)), (router, set(other)))
+
+  def test_a_router_that_is_not_there_is_named(self):
+    with self.assertRaisesRegex(ValueError, "configs/ablation.py:tokens is unknown; did you mean 'token'"):
+      _module(_QUICKSTART.with_name('ablation.py')).get_config('tokens')
+
+
 class RouterTest(parameterized.TestCase):
 
   @parameterized.parameters('dense', 'modality', 'task')

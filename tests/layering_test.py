@@ -56,6 +56,10 @@ _RULES = {
         ('plan', 'config', 'resolve', 'recipes', 'data', 'eval', 'train', 'regimes'),
         'it reads what the commands wrote into work directories, and compares it',
     ),
+    'compare': (
+        ('eval', 'train', 'study'),
+        'it reads what the commands wrote into work directories; how studies run and tabulate it shares with them',
+    ),
     'export': (
         ('attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'moe', 'model', 'data', 'eval'),
         'a finished model is exported without the machinery that trained it',

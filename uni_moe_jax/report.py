@@ -329,7 +329,8 @@ def _interference(content: Mapping[str, Any]) -> str:
     sure, ratio = interference_files.has_base(part), part['ratio_of_means']
     names = [name if ok else f'{name} °' for name, ok in zip(tasks, sure, strict=True)]
     notes = [[interference_files.note(part, tasks, i, j) for j in range(len(tasks))] for i in range(len(tasks))]
-    parts.append(f'<h3>{html.escape(part["part"])}</h3><div class="wide">'
+    short = interference_files.in_short(part)
+    parts.append(f'<h3>{html.escape(part["part"])}{short and f": {short}"}</h3><div class="wide">'
                  f'{figures.signed_map(names, np.array(ratio["value"], np.float64), sure, notes)}</div>')
   return ''.join(parts)
 

@@ -34,6 +34,11 @@ def test_the_record_holds_every_part_in_the_order_of_layers_with_both_ratios(con
   assert whole['mean_of_ratios']['value'][0] == pytest.approx([1, -.5])
   low, value, high = (whole['delta'][k][0][1] for k in ('low', 'value', 'high'))
   assert low < value < high and value == pytest.approx(-1)
+  # The second row has no base, and of the part that is turned around neither has.
+  assert whole['between']['value'] == pytest.approx(-.5) and whole['negative'] == {'value': 1, 'low': 1, 'high': 1}
+  assert content['parts'][2]['between'] == {'value': None, 'low': None, 'high': None}
+  assert interference_files.in_short(whole).startswith('mean of different tasks -0.500 (')
+  assert interference_files.in_short(content['parts'][2]) == interference_files.in_short({}) == ''
   json.dumps(content, allow_nan=False)
 
 
@@ -57,7 +62,8 @@ def test_the_report_shows_the_matrix_where_there_is_one_and_no_section_where_the
   (tmp_path / interference_files.FILE).write_text(json.dumps(content))
   page = report.write_report(tmp_path).read_text()
   section = page[page.index('id="interference"'):]
-  for said in ('step 7', '>-0.50<', 'a step on motion for the loss of names &lt;a&gt;; ratio of means -0.500 (', 'motion °'):
+  for said in ('step 7', '>-0.50<', 'a step on motion for the loss of names &lt;a&gt;; ratio of means -0.500 (', 'motion °',
+               'all: mean of different tasks -0.500 (', 'below 0: 100% (100% … 100%)'):
     assert said in section, said
   assert section.count('signed matrix') == 3
   (tmp_path / interference_files.FILE).write_text('{"tasks": ["a"]}')

@@ -147,6 +147,21 @@ def test_quadratic_losses_by_closed_form_without_noise():
     np.testing.assert_allclose(ratio.value, expected, rtol=1e-6)
     np.testing.assert_allclose(ratio.low, expected, rtol=1e-6)
     np.testing.assert_allclose(ratio.high, expected, rtol=1e-6)
+  # Of six pairs: 4/5 twice, -7/5/√2 and -1/√2 twice.
+  for found_at, share in ((found.between, (8 / 5 - 24 / 5 / s) / 6), (found.negative, 4 / 6)):
+    np.testing.assert_allclose(list(vars(found_at).values()), [share] * 3, rtol=1e-6)
+
+
+def test_what_holds_for_all_pairs_has_an_interval_and_leaves_out_rows_without_a_base():
+  means = {'i': _DIRECTION, 'j': -_DIRECTION, 'lost': 0 * _DIRECTION}
+  _, found = _measure(_noisy(means, 24, seed=1, noise=1.0), 24)
+  assert found.delta.low[2, 2] < 0 < found.delta.low[0, 0]
+  counted = found.ratio_of_means.value[[0, 0, 1, 1], [1, 2, 0, 2]]  # not the third row
+  assert found.between.value == pytest.approx(counted.mean())
+  assert found.between.low < -.5 < found.between.high < 0  # the truth: -1, 0, -1, 0
+  assert found.negative.value == (counted < 0).mean() >= .5 and found.negative.low >= .5
+  _, nobody = _measure(_noisy({'a': 0 * _DIRECTION, 'b': 0 * _DIRECTION}, 6, seed=1), 6)
+  assert np.isnan([*vars(nobody.between).values(), *vars(nobody.negative).values()]).all()
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from uni_moe_jax.eval import interference_files
+
 WHOLE = 'all'  # the part that holds every parameter that was asked about
 CONFIDENCE = 0.95
 _AT_ONCE = 200  # resamples in memory
@@ -47,7 +49,7 @@ class Products:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """Values [T, T] (harmed, stepped) with the bounds of their 95 % bootstrap intervals; NaN where a ratio has no base."""
+  """Values with the bounds of their 95 % bootstrap intervals; NaN where a ratio has no base."""
   value: np.ndarray
   low: np.ndarray
   high: np.ndarray
@@ -55,16 +57,20 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """What was measured for one part.
+  """What was measured for one part: [T, T] (harmed, stepped), and two scalars.
 
   Attributes:
     delta: mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row says nothing.
     ratio_of_means: I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a).
     mean_of_ratios: mean_a [Δ_{j→i}(a) / Δ_{i→i}(a)], as the published notebook has it; a batch whose own Δ is near 0 rules it.
+    between: mean of ratio_of_means over pairs of different tasks, in the rows that have a base; NaN of none.
+    negative: share of these pairs that is below 0. Resampling makes pairs near 0 change sides, so that its interval is wide.
   """
   delta: Interval
   ratio_of_means: Interval
   mean_of_ratios: Interval
+  between: Interval
+  negative: Interval
 
 
 def products(
@@ -135,17 +141,27 @@ def estimate(measured: Products, streams: Sequence[str], resamples: int = 2000, 
   names = list(dict.fromkeys(streams))
   place = [names.index(s) for s in streams]
   rng = np.random.default_rng(seed)
-  value = _ratios(rows, columns, np.ones((1, len(place), N)))
+  value = _ratios(rows, columns, np.ones((1, len(place), N)))  # each [1, T, T]
   drawn = []
   for start in range(0, resamples, _AT_ONCE):
     counts = rng.multinomial(N, np.full(N, 1 / N), (min(_AT_ONCE, resamples - start), len(names)))
     drawn.append(_ratios(rows, columns, counts[:, place].astype(np.float64)))
+  drawn = [np.concatenate(draws) for draws in zip(*drawn)]  # each [R, T, T]
+  delta, ratio, mean = (_interval(middle, draws) for middle, draws in zip(value, drawn))
+  sure = interference_files.has_base({'delta': vars(delta)})
+  pairs = np.array(sure)[:, None] & ~np.eye(len(place), dtype=bool)
+  if not pairs.any():
+    nothing = Interval(*[np.array(np.nan)] * 3)
+    return Estimate(delta, ratio, mean, nothing, nothing)
+  middle, draws = value[1][:, pairs], drawn[1][:, pairs]  # [·, pairs]
+  return Estimate(delta, ratio, mean, _interval(middle.mean(-1), draws.mean(-1)),
+                  _interval((middle < 0).mean(-1), (draws < 0).mean(-1)))
+
+
+def _interval(value: np.ndarray, draws: np.ndarray) -> Interval:
+  """value: [1, …], draws: [R, …]."""
   tail = (1 - CONFIDENCE) / 2
-  found = []
-  for middle, draws in zip(value, zip(*drawn)):
-    low, high = np.quantile(np.concatenate(draws), (tail, 1 - tail), axis=0)
-    found.append(Interval(middle[0], low, high))
-  return Estimate(*found)
+  return Interval(value[0], *np.quantile(draws, (tail, 1 - tail), axis=0))
 
 
 def _ratios(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:

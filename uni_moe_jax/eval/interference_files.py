@@ -20,11 +20,11 @@ def write(content: dict, workdir: str | os.PathLike[str], stem: str) -> list[pat
   paths = [folder / f'{stem}{end}' for end in ('.json', '.png', '_parts.png')]
   whole, *parts = content['parts']
   tasks, title = content['tasks'], f'I(i, j), {content["parameters"]}, {content["checkpoint"]}'
-  _draw(paths[1], [[whole]], tasks, title)
+  draw(paths[1], [[whole]], tasks, title)
   rows = list(dict.fromkeys(p['layer'] for p in parts))
   columns = list(dict.fromkeys(p['projection'] for p in parts))
   grid = [[next((p for p in parts if (p['layer'], p['projection']) == (r, c)), None) for c in columns] for r in rows]
-  _draw(paths[2], grid, tasks, title)
+  draw(paths[2], grid, tasks, title)
   temporary = paths[0].with_suffix('.tmp')
   temporary.write_text(json.dumps(content, indent=1))
   temporary.rename(paths[0])
@@ -36,6 +36,15 @@ def has_base(part: Mapping[str, Any]) -> list[bool]:
   return [part[_BASE]['low'][i][i] is not None and part[_BASE]['low'][i][i] > 0 for i in range(len(part[_BASE]['low']))]
 
 
+def in_short(part: Mapping[str, Any]) -> str:
+  """What holds for all pairs of different tasks together, in words; '' of files that do not say."""
+  mean, share = (part.get(measure, {}) for measure in ('between', 'negative'))
+  if mean.get('value') is None:
+    return ''
+  return (f'mean of different tasks {mean["value"]:.3f} ({mean["low"]:.3f} … {mean["high"]:.3f}), '
+          f'below 0: {share["value"]:.0%} ({share["low"]:.0%} … {share["high"]:.0%})')
+
+
 def note(part: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str:
   """One pair of tasks in words: both ratios with their intervals."""
   said = [f'a step on {tasks[j]} for the loss of {tasks[i]}']
@@ -45,8 +54,8 @@ def note(part: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str:
   return '; '.join(said)
 
 
-def _draw(path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
-  """Ratios of means as numbers on colours: blue helps, red hurts, white is 0, saturated at ±1."""
+def draw(path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
+  """Ratios of means as numbers on colours: blue helps, red hurts, white is 0, saturated at ±1. A part is headed by its name."""
   from matplotlib import figure  # slow, and only pictures need it
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   T, label = len(tasks), 0.085 * max(map(len, tasks))

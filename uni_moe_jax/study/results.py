@@ -57,31 +57,32 @@ def collect(every: Sequence[Cell], run: str, folder: str) -> dict[str, Any]:
   return {'run': run, 'cells': [{**dataclasses.asdict(c), **facts(c, run, folder)} for c in every], 'scores': summary(rows)}
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(rows: Sequence[dict[str, Any]], by: str = 'regime') -> list[dict[str, Any]]:
   """Scores over seeds.
 
   The same test examples are asked with every seed, so that their binomial error does not shrink with the number n of seeds:
   the interval is ± 1.96 · sqrt(spread² / n + error²).
 
   Args:
-    rows: rows of evaluation.json, with the task, regime and seed of their cell.
+    rows: rows of evaluation.json, with the task, `by` and seed of their cell.
+    by: what is compared.
 
   Returns:
-    One row per task, evaluator, metric and regime: its mean, 'spread' (standard deviation over seeds, None of one), 'error'
+    One row per task, evaluator, metric and `by`: its mean, 'spread' (standard deviation over seeds, None of one), 'error'
     (binomial, None where the metric has none), 'interval' (None where nothing is known), 'seeds', 'chance', 'floors'.
   """
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
-    groups.setdefault((row['task'], row['evaluator'], row['metric'], row['regime']), []).append(row)
+    groups.setdefault((row['task'], row['evaluator'], row['metric'], row[by]), []).append(row)
   found = []
-  for (task, evaluator, metric, regime), members in groups.items():
+  for (task, evaluator, metric, which), members in groups.items():
     values = [m['value'] for m in members]
     errors = [m['standard_error'] for m in members if m['standard_error'] is not None]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     error = float(np.mean(errors)) if errors else None
     known = [e for e in (spread and spread / math.sqrt(len(values)), error) if e is not None]
     found.append({
-        'task': task, 'evaluator': evaluator, 'metric': metric, 'regime': regime, 'mean': float(np.mean(values)),
+        'task': task, 'evaluator': evaluator, 'metric': metric, by: which, 'mean': float(np.mean(values)),
         'spread': spread, 'error': error, 'interval': _WITHIN * math.hypot(*known) if known else None, 'seeds': len(values),
         'chance': members[0]['chance'], 'floors': members[0]['floors']})
   return found
@@ -101,18 +102,23 @@ def breaches(results: dict[str, Any]) -> list[str]:
   return found
 
 
-def table(results: dict[str, Any]) -> str:
-  """Markdown: the scores, a regime a column, and what each regime trained."""
-  names = list(dict.fromkeys(c['regime'] for c in results['cells']))
+def scores_table(scores: Sequence[dict[str, Any]], names: Sequence[str], by: str = 'regime') -> list[str]:
+  """Lines of Markdown: a row per evaluator and metric, beside chance and floors, a column per name of what is compared."""
   lines = ['| evaluator | metric | chance | floors | ' + ' | '.join(names) + ' |', '| --- ' * (4 + len(names)) + '|']
-  by_regime: dict[tuple[str, str], dict[str, dict]] = {}
-  for s in results['scores']:
-    by_regime.setdefault((s['evaluator'], s['metric']), {})[s['regime']] = s
-  for (evaluator, metric), row in by_regime.items():
+  by_name: dict[tuple[str, str], dict[str, dict]] = {}
+  for s in scores:
+    by_name.setdefault((s['evaluator'], s['metric']), {})[s[by]] = s
+  for (evaluator, metric), row in by_name.items():
     first = next(iter(row.values()))
     floors = ', '.join(f'{name} {value:.3f}' for name, value in first['floors'].items())
     chance = '' if first['chance'] is None else f'{first["chance"]:.4g}'
     lines.append(f'| {evaluator} | {metric} | {chance} | {floors} | ' + ' | '.join(_score(row.get(n)) for n in names) + ' |')
+  return lines
+
+
+def table(results: dict[str, Any]) -> str:
+  """Markdown: the scores, a regime a column, and what each regime trained."""
+  lines = scores_table(results['scores'], list(dict.fromkeys(c['regime'] for c in results['cells'])))
   lines += ['', 'Mean over seeds ± 95 % (spread of the seeds and binomial error of the test examples).', '',
             '| task | regime | seeds | steps | examples | drawn | trained | share | frozen rest |', '| --- ' * 9 + '|']
   groups: dict[tuple[str, str], list[dict]] = {}

@@ -104,6 +104,8 @@ def state_of(run: Run, workdir: str | os.PathLike[str], step: int | None, init: 
     return checkpoints.restore(run.like(), step), f'step {step}'
 
 
-def _plain(values: np.ndarray) -> list[list[float | None]]:
-  """JSON knows no NaN."""
-  return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+def _plain(values: np.ndarray) -> Any:
+  """Nested lists; JSON knows no NaN."""
+  if np.ndim(values):
+    return [_plain(v) for v in values]
+  return float(values) if np.isfinite(values) else None

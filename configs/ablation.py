@@ -1,0 +1,31 @@
+"""Routers compared: model and tasks of configs/embedded.py for a number of steps that all six models finish in 100 minutes.
+
+  python launch/prepare_data.py
+  python launch/compare.py --workdir=runs/compare     # all six, see there; or one of them:
+  python launch/train.py --config=configs/ablation.py:dense --workdir=runs/dense
+
+The argument is the router (attribute by default). Seed and data order are the same for all. 600 steps, fixed beforehand for
+two CPU cores: a step of dense, attribute, task and modality takes about 0.63 s, one of token and context 2 to 2.5 times that,
+so that one step of all six takes 5.4 s, and 600 take 54 minutes. Compiling, evaluating and measuring interference and experts
+take about 45 more. No figures are promised.
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+
+from uni_moe_jax.tasks import nearest
+
+_EMBEDDED = runpy.run_path(str(pathlib.Path(__file__).with_name('embedded.py')))  # a config is read by path
+ROUTERS = _EMBEDDED['ROUTERS']
+
+
+def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
+  """Ablation: configs/embedded.py with its schedule shrunk to a tenth."""
+  if arg not in ROUTERS:
+    raise ValueError(f'configs/ablation.py:{arg} is unknown; {nearest(arg, ROUTERS)}.')
+  c = _EMBEDDED['get_config'](arg)
+  c.optim.warmup = 60
+  c.train.steps = 600
+  return c

@@ -1,0 +1,1 @@
+"""Routers compared: what each run goes through, and what came of it."""
