@@ -7,6 +7,7 @@ from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import small_model
 from uni_moe_jax import tasks
@@ -16,7 +17,6 @@ from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 _BOUND = 1e-5  # relative, float32
-_ROUTERS = ('attribute', 'task', 'modality')
 _KINDS = tuple(tasks.KINDS)
 _PAIR = tasks.KINDS['image_retrieval'].pair_condition
 _TARGETS = (_PAIR, *tasks.families().values())
@@ -60,8 +60,15 @@ def _distance(a, b) -> float:
 
 class MergedModelTest(parameterized.TestCase):
 
-  @parameterized.parameters(*_ROUTERS)
+  @parameterized.parameters('attribute', 'modality')
   def test_every_task_kind_has_the_features_of_the_model_with_experts(self, router):
+    self._compare(router)
+
+  @pytest.mark.slow
+  def test_every_task_kind_has_them_with_a_task_router(self):
+    self._compare('task')
+
+  def _compare(self, router):
     found, expected = _features(_spec(router), _conditions()), _features(_spec(router))
     for name, a, b in zip((*_KINDS, 'pair', *tasks.families()), found, expected, strict=True):
       self.assertLess(_distance(a, b), _BOUND, name)
