@@ -17,10 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import tiny
+from tests import small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs, torch_layout
+from uni_moe_jax.model import decode
 from uni_moe_jax.model.params import param_shapes
 from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.similarity import normalise
@@ -55,7 +56,9 @@ out['scores'] = model.run('pair', 'score', features=out['image'], texts=out['tex
 out['names'] = model.run('shape', 'encode_text', **model.tokens(model.manifest['sets']['shapes']['texts'], 6))['features']
 out['captions'] = np.array(model.caption('caption', x['pixels'][:3]))
 out['words'] = np.stack(list(example.captions_word_by_word(model, 'caption', x['pixels'][:3])), axis=1)
-out.update({k: v for k, v in text.items()})
+cache = model.run('caption', 'prefill', pixels=x['pixels'][:3])['cache']
+out['first'] = model.run('caption', 'step', cache=cache, word=np.zeros(3, np.int32), t=np.int32(0))['log_p']
+out.update(text)
 np.savez(sys.argv[2], **out)
 example.main()
 try:
@@ -119,9 +122,13 @@ def _elsewhere(exported, tmp_path_factory):
 def _expected(trained, exported):
   """The trained model with its experts, in float32."""
   _, run, params = trained
-  spec = contents.portable(run.spec.model.spec, 'float32')
+  spec = _with_experts(trained)
   assert spec.num_experts == 4 and not spec.kernels and run.spec.model.spec.dtype == jnp.bfloat16
   return Predictor(UniPerceiver(spec), params, exported[1].sets, run.data.tokenizer)
+
+
+def _with_experts(trained):
+  return contents.portable(trained[1].spec.model.spec, 'float32')
 
 
 def _task(trained, name):
@@ -157,10 +164,16 @@ def test_captions_are_those_of_the_evaluator_token_for_token(trained, elsewhere,
     assert found['captions'].tolist() == said[:3]
 
 
-def test_words_one_by_one_are_the_greedy_captions(trained, elsewhere, expected):
+def test_words_one_by_one_are_the_greedy_captions(trained, elsewhere, exported):
   pixels, found, _ = elsewhere
-  decode = trained[1].data.tokenizer.decode
-  assert [decode(row) for row in found['words'].tolist()] == expected.captions(_task(trained, 'caption'), pixels[:3])
+  task, (_, run, params) = _task(trained, 'caption'), trained
+  model, words, tokenizer = UniPerceiver(_with_experts(trained)), exported[1].features['words'], run.data.tokenizer
+  greedy = jax.device_get(small_model.jit(lambda values: decode.search(
+      model, values, task.kind, pixels[:3], words, temperature='caption', spe=tokenizer.spe, eot=tokenizer.eot,
+      length=task.length))(params))
+  np.testing.assert_array_equal(found['words'], greedy.tokens[:, 0, :found['words'].shape[1]])
+  assert (greedy.tokens[:, 0, found['words'].shape[1]:] == tokenizer.eot).all()
+  _close(found['first'].max(-1), greedy.log_p[:, 0, 0])
 
 
 def test_pairs_are_scored_as_by_the_model_with_experts(trained, elsewhere, expected):
@@ -289,7 +302,7 @@ def _dense(trained):
 
 def _dense_model(trained):
   """A dense model of the run's sizes."""
-  return UniPerceiver(dataclasses.replace(contents.portable(trained[1].spec.model.spec, 'float32'), router='dense', router_names=()))
+  return UniPerceiver(dataclasses.replace(_with_experts(trained), router='dense', router_names=()))
 
 
 def _lowered(model, asked, name='classify'):
@@ -308,7 +321,7 @@ def _flops(exported, params) -> float:
 
 def test_one_condition_leaves_the_program_of_a_dense_model(trained, dense):
   (found, params), (theirs, _) = (_lowered(m, dense.asked[0]) for m in (UniPerceiver(dense.spec), _dense_model(trained)))
-  with_experts, _ = _lowered(UniPerceiver(contents.portable(trained[1].spec.model.spec, 'float32')), dense.asked[0])
+  with_experts, _ = _lowered(UniPerceiver(_with_experts(trained)), dense.asked[0])
   assert _operations(found) == _operations(theirs) and sum(_operations(found).values()) > 100
   assert _operations(found) != _operations(with_experts)
   assert _flops(found, params) == _flops(theirs, params) > 1e4
@@ -344,3 +357,28 @@ def test_an_unknown_task_is_answered_with_near_names(trained):
 def test_a_folder_that_is_there_is_not_overwritten(exported):
   with pytest.raises(ValueError, match='is there already'):
     artifact.write(exported[0], exported[1], {}, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('router, dtype, bound', [('context', 'float32', 1e-5), ('attribute', 'bfloat16', 0.05)])
+def test_routers_that_look_at_tokens_go_along_and_products_can_be_bfloat16(tmp_path, router, dtype, bound):
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.moe.router, c.model.dtype = router, dtype
+  run = setup.build(c, jax.devices()[:1])
+  shapes, rng = run.shapes.params, np.random.default_rng(0)
+  params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), shapes)
+  found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype=dtype)
+  artifact.write(tmp_path / 'model', found, {'name': 'mine', 'jax': 'any'}, [])
+  card = (tmp_path / 'model/README.md').read_text()
+  assert ('Its router (context) looks at tokens' in card) == (router == 'context')
+  assert f'products in {dtype}' in card and 'was not evaluated' in card
+
+  model = _load(tmp_path / 'model').Model(tmp_path / 'model')
+  pixels = np.random.default_rng(1).integers(0, 256, (5, 1, tiny.SIDE, tiny.SIDE, 1), dtype=np.uint8)
+  [task] = run.plan.tasks
+  expected = Predictor(UniPerceiver(contents.portable(run.spec.model.spec, 'float32')), params, found.sets, run.data.tokenizer)
+  features = expected.inputs(task.kind, {'pixels': pixels, 'id': np.zeros(5, np.uint32)})
+  want = expected.log_probabilities(features, task)[:, 0]
+  for batch in (5, 2):
+    got = np.asarray(model.run('shape', 'classify', pixels=pixels[:batch])['log_p'])
+    assert np.abs(got - want[:batch]).max() <= bound * np.abs(want).max()

@@ -90,6 +90,7 @@ def tokenizer_name(file: pathlib.Path) -> str:
 def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
   """A safetensors file of arrays by name."""
   save_file({name: np.ascontiguousarray(x).reshape(np.shape(x)) for name, x in arrays.items()}, path)
+  path.chmod(0o644)  # that library's files are for their owner alone
 
 
 def _programs(here: pathlib.Path, contents: Contents) -> dict[str, dict[str, dict[str, Any]]]:
