@@ -50,6 +50,7 @@ setuptools.setup(
         'pillow>=13,<14',
         'rouge-score>=0.1.2,<0.2',
         'sacrebleu>=2.6,<3',
+        'safetensors>=0.8,<0.9',
         'scikit-learn>=1.9,<2',
         'scipy>=1.17,<2',
         'sentencepiece>=0.2.3,<0.3',

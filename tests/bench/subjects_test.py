@@ -35,7 +35,7 @@ class SubjectsTest(parameterized.TestCase):
   def test_every_figure_is_finite_and_has_a_unit(self, subject):
     self._check(subject)
 
-  @parameterized.parameters('routers', 'mixed', 'published', 'compile')
+  @parameterized.parameters('routers', 'mixed', 'published', 'exported', 'compile')
   @pytest.mark.slow
   def test_every_figure_of_the_larger_subjects_is_finite_and_has_a_unit(self, subject):
     self._check(subject)

@@ -12,6 +12,7 @@ SUBJECTS = {
     'published': "the published setting's train step against the published code's",
     'sets': 'encoding a target set: all rows, the rows that are read, length buckets',
     'decoding': 'captions per second, with and without cached keys and values',
+    'exported': 'inference of a merged model against dense and against its experts',
     'input': 'pictures and clips per second of the input pipeline; real-data step against constant-batch step',
     'optimizer': "AdamW's share of the step, with and without the clip",
     'compile': 'compile time of the step of all tasks, and how it grows with layers',

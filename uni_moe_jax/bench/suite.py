@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 
-from uni_moe_jax.bench import decoding, feeding, machine, parts, steps
+from uni_moe_jax.bench import decoding, exported, feeding, machine, parts, steps
 from uni_moe_jax.bench.problems import Context
 from uni_moe_jax.bench.settings import Sizes
 from uni_moe_jax.bench.table import Row
 
 MEASURE = {
     'routers': steps.routers, 'mixed': steps.mixed, 'published': steps.published, 'sets': parts.sets,
-    'decoding': decoding.decoding, 'input': feeding.feeding, 'optimizer': parts.optimizer, 'compile': parts.compile_}
+    'decoding': decoding.decoding, 'exported': exported.exported, 'input': feeding.feeding,
+    'optimizer': parts.optimizer, 'compile': parts.compile_}
 
 
 def measure(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.attributes import Condition
-from uni_moe_jax.model import inputs
+from uni_moe_jax.model import decisions, inputs
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.plan import SetSpec, TaskSpec
@@ -140,16 +140,8 @@ def pieces(
 
 def coefficients(spec: ModelSpec, params: Any, rows: Sequence[routers.Row]) -> np.ndarray:
   """f32 [L, R, A, E] of routers that merge, without noise."""
-  router = routers.Router(spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
-  decide = jax.jit(lambda values: router.apply({'params': values}, tuple(rows), None).coef)
-
-  def of_layer(layer):
-    subtree, period, block = spec.stack.locate(layer)
-    tree = {f'{part}_router': params['encoder'][subtree][block][f'{part}_router'] for part in spec.parts}
-    tree = tree if period is None else jax.tree.map(lambda x: x[period], tree)
-    return [decide(tree[f'{part}_router']) for part in spec.parts]
-
-  return np.array([of_layer(layer) for layer in layers(spec)], np.float32)
+  found = decisions.coefficients(spec, params, tuple(rows))
+  return np.array([list(parts.values()) for parts in found.values()], np.float32)
 
 
 def gate_sums(spec: ModelSpec, collected: Any, pieces: Sequence[Piece], rows: int, shards: int) -> Sums:

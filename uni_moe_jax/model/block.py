@@ -15,7 +15,7 @@ from uni_moe_jax.model import masks
 from uni_moe_jax.model.prompts import DeepPrompts, put_before, table_of
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.streams import Stream, take_rows
-from uni_moe_jax.model.ways import SALTS, TokenWays, Ways
+from uni_moe_jax.model.ways import SALTS, FixedWays, TokenWays, Ways
 from uni_moe_jax.moe import experts, routers
 from uni_moe_jax.moe.token_routers import TokenRouter
 
@@ -159,8 +159,11 @@ class Block(nn.Module):
     return tuple(new_arrays), taken
 
   def _ways(self, key: jax.Array | None, rows) -> tuple[Ways, dict[str, routers.Decision]]:
-    """The block's ways, and the decisions by which kernels merge (none where a router looks at tokens)."""
+    """The block's ways, and the decisions by which kernels merge (none where a router looks at tokens, or where they
+    have merged)."""
     spec = self.spec
+    if spec.kernels:
+      return FixedWays(spec, self.parts), {}
     sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
     if routers.looks_at_tokens(spec.router):
       made = {p: TokenRouter(spec.router == 'context', *sizes, name=f'{p}_router') for p in self.parts}

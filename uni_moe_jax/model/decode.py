@@ -45,6 +45,51 @@ def collected_past(collected, stream: int, valid: jax.Array, room: int) -> Past:
   return Past(kv, jnp.concatenate([valid, empty], axis=1), pools)
 
 
+def prefill(model: UniPerceiver, params, kind: Kind, pixels: jax.Array, room: int) -> Past:
+  """What a caption looks back at: keys and values of pictures [B, T, H, W, C], and `room` empty slots for its words."""
+  B = pixels.shape[0]
+  picture = Sequence(layout=prefill_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), pixels=pixels)
+  collected = model.apply({'params': params}, (picture,), keys=True, method='encode').collected
+  seen = sum(k.shape[-3] for k, _ in collected['tail'][0]['kv'][0])
+  return collected_past(collected, 0, jnp.ones((B, seen), bool), room)
+
+
+def next_features(
+    model: UniPerceiver, params, kind: Kind, past: Past, word: jax.Array, t: jax.Array, *, spe: int, room: int
+) -> tuple[jax.Array, Past]:
+  """One decoding pass: reads the word at position t - 1, asks for the one at t.
+
+  Args:
+    past: see `prefill`. word: int32 [B], any where t is 0: the first query follows no word. t: int32 scalar.
+    spe: id of the query. room: slots for words in `past`.
+
+  Returns:
+    (features [B, D] of the query, normalised; past with the word's keys and values).
+  """
+  B, seen, slot = word.shape[0], past.valid.shape[1] - room, jnp.maximum(t - 1, 0)
+  there = jnp.broadcast_to(t > 0, (B, 1))
+  sequence = Sequence(
+      layout=pass_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), text=jnp.stack([word, jnp.full_like(word, spe)], axis=1),
+      text_valid=jnp.concatenate([there, jnp.ones((B, 1), bool)], axis=1), text_positions=jnp.stack([slot, t]), past=past)
+
+  def run(m):
+    encoded = m.encode((sequence,), keys=True)
+    return normalise(m.features(encoded.rows[0][:, 0])), encoded.collected
+
+  features, new = model.apply({'params': params}, method=run)
+
+  def keep(old, out, which):
+    fresh = out['kv'][0][0][which]
+    axis = fresh.ndim - 3
+    fresh = jax.lax.slice_in_dim(fresh, 0, 1, axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(old, fresh, seen + slot, axis=axis)
+
+  kv = {sub: tuple((keep(k, out, 0), keep(v, out, 1)) for (k, v), out in zip(past.kv[sub], new[sub]))
+        for sub in ('blocks', 'tail')}
+  valid = jax.lax.dynamic_update_slice_in_dim(past.valid, there, seen + slot, axis=1)
+  return features, past.replace(kv=kv, valid=valid)
+
+
 @flax.struct.dataclass
 class Captions:
   """The k best captions of each picture, best first.
@@ -92,39 +137,15 @@ def search(
     trie: only its sequences are answers; None: every sequence.
   """
   B, V = pixels.shape[0], words.shape[0]
-  ids = jnp.arange(B * beams, dtype=jnp.uint32)
-  picture = Sequence(layout=prefill_layout(kind), ids=ids[:B], pixels=pixels)
-  collected = model.apply({'params': params}, (picture,), keys=True, method='encode').collected
-  seen = sum(k.shape[-3] for k, _ in collected['tail'][0]['kv'][0])
-  past = _repeat(collected_past(collected, 0, jnp.ones((B, seen), bool), length), beams)
+  past = prefill(model, params, kind, pixels, length)
+  seen = past.valid.shape[1] - length
+  past = _repeat(past, beams)
   scale = model.apply({'params': params}, temperature, method='scale')
-  layout = pass_layout(kind)
 
   def next_words(past: Past, word: jax.Array, t: jax.Array):
     """(logits [B, k, V], past with the word's keys and values) of the query at position t after `word` at t - 1."""
-    slot = jnp.maximum(t - 1, 0)
-    there = jnp.broadcast_to(t > 0, (B * beams, 1))  # the first query follows no word
-    sequence = Sequence(
-        layout=layout, ids=ids, text=jnp.stack([word, jnp.full_like(word, spe)], axis=1),
-        text_valid=jnp.concatenate([there, jnp.ones((B * beams, 1), bool)], axis=1),
-        text_positions=jnp.stack([slot, t]), past=past)
-
-    def run(m):
-      encoded = m.encode((sequence,), keys=True)
-      return normalise(m.features(encoded.rows[0][:, 0])), encoded.collected
-
-    features, new = model.apply({'params': params}, method=run)
-
-    def keep(old, out, which):
-      fresh = out['kv'][0][0][which]
-      axis = fresh.ndim - 3
-      fresh = jax.lax.slice_in_dim(fresh, 0, 1, axis=axis)
-      return jax.lax.dynamic_update_slice_in_dim(old, fresh, seen + slot, axis=axis)
-
-    kv = {sub: tuple((keep(k, out, 0), keep(v, out, 1)) for (k, v), out in zip(past.kv[sub], new[sub]))
-          for sub in ('blocks', 'tail')}
-    valid = jax.lax.dynamic_update_slice_in_dim(past.valid, there, seen + slot, axis=1)
-    return (scale * features @ words.T).reshape(B, beams, V), past.replace(kv=kv, valid=valid)
+    features, past = next_features(model, params, kind, past, word, t, spe=spe, room=length)
+    return (scale * features @ words.T).reshape(B, beams, V), past
 
   def go_on(carry: tuple[_Carry, jax.Array]):
     return (carry[0].t < length) & ~carry[0].done.all()

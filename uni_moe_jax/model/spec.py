@@ -14,8 +14,15 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import MODALITIES
 
 PARTS = ('attention', 'ffn')
+# Projection → the part whose router decides for it.
+PROJECTIONS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
 PLACEMENTS = ('all', 'odd', 'four', 'none')
 MAX_PERIOD = 4
+
+
+def row_name(row: routers.Row) -> str:
+  """A router input for people: '10011000', or its name."""
+  return to_string(row) if isinstance(row, tuple) else str(row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,9 @@ class ModelSpec:
   label_prompts: tuple[tuple[str, int], ...] = ()  # target sets with a learnt token per entry, and their sizes
   spe_bias: bool = False             # a learnt row added to every `spe`
   head: int = 0                      # K, classes of a linear head; 0: none
+  # Of a merged model (export/merge.py): which kernel each router input has. Then there is no router, and projections hold
+  # `num_experts` kernels, of which every array takes one.
+  kernels: tuple[tuple[Any, int], ...] = ()
 
   @classmethod
   def from_config(
@@ -114,11 +124,23 @@ class ModelSpec:
       chosen = self.placement
     return tuple(self.parts if i in set(chosen) else () for i in range(self.layers))
 
+  def kernel_of(self, condition: Condition) -> int:
+    """Which kernel of a merged model an array of a condition takes.
+
+    Raises:
+      ValueError: the model was merged without this condition.
+    """
+    row, known = routers.row_of(self.router, condition), dict(self.kernels)
+    if row not in known:
+      raise ValueError(f'the merged model has no kernel for {condition}; it has {", ".join(map(row_name, known))}. Merge the '
+                       'trained model again, for the tasks that need it.')
+    return known[row]
+
   def row_names(self, conditions: tuple[Condition, ...]) -> tuple[str, ...]:
     """Readable names of the distinct router inputs of some conditions."""
     if self.router == routers.DENSE:
       return ('all tokens',)
-    return tuple(to_string(r) if isinstance(r, tuple) else str(r) for r in routers.distinct_rows(self.router, conditions))
+    return tuple(row_name(r) for r in routers.distinct_rows(self.router, conditions))
 
   @property
   def stack(self) -> 'Stack':

@@ -66,6 +66,17 @@ class Ways:
     return ()
 
 
+class FixedWays(Ways):
+  """Ways of a block of a merged model: which of its kernels an array takes stands in the spec."""
+
+  def __init__(self, spec: ModelSpec, parts: tuple[str, ...]):
+    super().__init__(spec, (), {})
+    self._parts = parts
+
+  def of(self, part, condition, x, array, only_readout=False):
+    return Merged(self._spec.kernel_of(condition) if part in self._parts else 0)
+
+
 class Dispatched:
   """Every token to its own experts. All of an array's rows share one decision, and the slots of its K choices."""
 

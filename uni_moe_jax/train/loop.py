@@ -19,7 +19,7 @@ from uni_moe_jax.train.checkpoint import Checkpoints, saved_step
 from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.setup import Run, build, conditions, first_state
-from uni_moe_jax.train.workdir import claim_workdir, keep_tokenizer
+from uni_moe_jax.train.workdir import RUN_FILE, claim_workdir, keep_tokenizer
 
 FINISHED, ERROR, PREEMPTED = 0, 1, 75
 
@@ -87,7 +87,7 @@ def train(config, workdir: str, devices=None) -> int:
     claim_workdir(workdir, config, run.data.fingerprint)
     keep_tokenizer(workdir, run.data.tokenizer_file)
     print(describe(run), flush=True)
-    pathlib.Path(workdir, 'run.json').write_text(json.dumps(run_facts(run), indent=1))
+    pathlib.Path(workdir, RUN_FILE).write_text(json.dumps(run_facts(run), indent=1))
     with Checkpoints(workdir, config.train.keep) as checkpoints:
       return _loop(run, workdir, checkpoints, stop, started)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model.paths import path_of
 from uni_moe_jax.model.similarity import MAX_SCALE
-from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.spec import PROJECTIONS, ModelSpec
 
 # Parameters that only some steps use, and what a step must hold for it; \1 is what the pattern's group found.
 _NEEDS = (
@@ -25,7 +25,6 @@ _NEEDS = (
     (r'^embed/prompts/(label_.+)$', r'\1'),
 )
 _SCALE = 'log_scale_'
-_PART = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
 
 Chosen = dict[str, tuple[dict[str, jax.Array], ...]]
 
@@ -41,9 +40,9 @@ def chosen_experts(collected) -> Chosen:
 def expert_part(spec: ModelSpec, path: str) -> tuple[str, int, str] | None:
   """(subtree, block, part) of a parameter with an expert axis; None of any other."""
   names = path.split('/')
-  if len(names) < 5 or names[3] not in _PART:
+  if len(names) < 5 or names[3] not in PROJECTIONS:
     return None
-  subtree, block, part = names[1], int(names[2].removeprefix('block')), _PART[names[3]]
+  subtree, block, part = names[1], int(names[2].removeprefix('block')), PROJECTIONS[names[3]]
   pattern = spec.stack.period if subtree == 'blocks' else spec.stack.tail
   return (subtree, block, part) if part in pattern[block] else None
 

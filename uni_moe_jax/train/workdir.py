@@ -15,6 +15,7 @@ import ml_collections
 from uni_moe_jax import config as config_lib
 
 CONFIG_FILE = 'config.json'
+RUN_FILE = 'run.json'
 TOKENIZER_STEM = 'tokenizer'
 VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
@@ -94,6 +95,16 @@ def keep_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path) -> None:
     temporary = path.with_suffix('.tmp')
     temporary.write_bytes(file.read_bytes())
     temporary.rename(path)
+
+
+def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
+  """Where a run's parameters come from: what an export tells about them, as JSON."""
+  stored = json.loads((pathlib.Path(workdir) / CONFIG_FILE).read_text())
+  facts = pathlib.Path(workdir) / RUN_FILE
+  trained = json.loads(facts.read_text()) if facts.exists() else {}
+  return {'name': pathlib.Path(workdir).resolve().name, 'step': step, 'seed': stored['config']['seed'],
+          'trained by commit': trained.get('commit', 'unknown'), 'data (fingerprint)': stored['data'],
+          'versions in training': stored['versions'], 'config': stored['config']}
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:

@@ -1,0 +1,384 @@
+"""The exported folder: what runs from it alone is what the trained model says, at every batch; what was changed is refused."""
+
+import ast
+import collections
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests import small_model, tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.export import artifact, contents, loader, programs, torch_layout
+from uni_moe_jax.model import decode
+from uni_moe_jax.model.params import param_shapes
+from uni_moe_jax.model.paths import by_path
+from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.train import checkpoint, loop, setup, workdir as workdir_lib
+
+_BOUND = 1e-5  # relative, float32
+_BATCHES = (1, 3, 64)
+_ROWS = [dict(evaluator='my shape', metric='top-1', value=0.625, chance=1 / 3, floors={'majority': 0.5}, standard_error=0.1,
+              count=24, step=2, higher_is_better=True)]
+
+# Runs where this package, and all that only it needs, cannot be imported.
+_ELSEWHERE = '''
+import sys
+class Blocker:
+  def find_spec(self, name, path=None, target=None):
+    if name.partition('.')[0] in ('uni_moe_jax', 'flax', 'optax', 'orbax', 'tensorflow', 'safetensors', 'torch', 'ml_collections'):
+      raise ImportError(f'{name} is not installed here')
+sys.meta_path.insert(0, Blocker())
+import jax, numpy as np
+import load, example
+model = load.Model()
+x = dict(np.load(sys.argv[1]))
+out = {}
+for n in %r:
+  out[f'shape{n}'] = model.run('shape', 'classify', pixels=x['pixels'][:n])['log_p']
+  out[f'tokens{n}'] = model.run('caption', 'caption', pixels=x['pixels'][:n])['tokens']
+text = model.tokens(['a red star of moves', 'green disc'], 8)
+out['image'] = model.run('pair', 'encode', pixels=x['pixels'][:3])['features']
+out['text'] = model.run('pair', 'encode_text', **text)['features']
+out['scores'] = model.run('pair', 'score', features=out['image'], texts=out['text'])['scores']
+out['names'] = model.run('shape', 'encode_text', **model.tokens(model.manifest['sets']['shapes']['texts'], 6))['features']
+out['captions'] = np.array(model.caption('caption', x['pixels'][:3]))
+out['words'] = np.stack(list(example.captions_word_by_word(model, 'caption', x['pixels'][:3])), axis=1)
+cache = model.run('caption', 'prefill', pixels=x['pixels'][:3])['cache']
+out['first'] = model.run('caption', 'step', cache=cache, word=np.zeros(3, np.int32), t=np.int32(0))['log_p']
+out.update(text)
+np.savez(sys.argv[2], **out)
+example.main()
+try:
+  import uni_moe_jax
+except ImportError as e:
+  print(e)
+''' % (_BATCHES,)
+
+
+def _config():
+  """One task that sees pictures, trained in bfloat16, and two that are only asked: one program less to compile."""
+  c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
+  c.model.dtype = 'bfloat16'
+  c.tasks.shape.temperature = 'img_cls'  # a published group
+  c.tasks.caption.update(dict(temperature='caption', batch=0))
+  c.tasks.pair.update(dict(temperature='retrieve', batch=0))
+  c.model.temperatures = ('caption', 'retrieve')
+  c.evaluators.captions = config_lib.evaluator('caption', 'caption', split='train', beams=2, penalty=1.0)
+  c.train.update(dict(steps=2))
+  return c
+
+
+@pytest.fixture(name='trained', scope='module')
+def _trained(tmp_path_factory):
+  """(workdir, run, parameters) after two steps."""
+  workdir = tmp_path_factory.mktemp('run')
+  assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
+  run = setup.build(workdir_lib.load_config(workdir), jax.devices()[:1])
+  with checkpoint.Checkpoints(workdir, 1) as checkpoints:
+    return workdir, run, jax.device_get(checkpoints.restore_params())
+
+
+def _collect(trained, **options):
+  _, run, params = trained
+  return contents.collect(run.spec.model.spec, params, run.plan, run.data, **options)
+
+
+@pytest.fixture(name='exported', scope='module')
+def _exported(trained, tmp_path_factory):
+  """(folder, what is in it) of all tasks."""
+  found = _collect(trained, examples=2)
+  folder = tmp_path_factory.mktemp('artifact') / 'model'
+  artifact.write(folder, found, workdir_lib.provenance(trained[0], 2), _ROWS)
+  return folder, found
+
+
+@pytest.fixture(name='elsewhere', scope='module')
+def _elsewhere(exported, tmp_path_factory):
+  """(pixels, arrays, output) of a process that has the folder alone."""
+  pixels = np.random.default_rng(0).integers(0, 256, (max(_BATCHES), 1, tiny.SIDE, tiny.SIDE, 1), dtype=np.uint8)
+  here = tmp_path_factory.mktemp('elsewhere')
+  np.savez(here / 'in.npz', pixels=pixels)
+  done = subprocess.run(
+      [sys.executable, '-c', _ELSEWHERE, here / 'in.npz', here / 'out.npz'], capture_output=True, text=True, cwd=exported[0],
+      timeout=300, check=False)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return pixels, dict(np.load(here / 'out.npz')), done.stdout
+
+
+@pytest.fixture(name='expected', scope='module')
+def _expected(trained, exported):
+  """The trained model with its experts, in float32."""
+  _, run, params = trained
+  spec = _with_experts(trained)
+  assert spec.num_experts == 4 and not spec.kernels and run.spec.model.spec.dtype == jnp.bfloat16
+  return Predictor(UniPerceiver(spec), params, exported[1].sets, run.data.tokenizer)
+
+
+def _with_experts(trained):
+  return contents.portable(trained[1].spec.model.spec, 'float32')
+
+
+def _task(trained, name):
+  return next(t for t in (*trained[1].plan.tasks, *trained[1].plan.probes) if t.name == name)
+
+
+def _close(found, expected, name=''):
+  assert found.shape == expected.shape, name
+  assert np.abs(found - expected).max() <= _BOUND * np.abs(expected).max(), name
+
+
+def test_there_is_no_package_there(elsewhere):
+  assert 'uni_moe_jax is not installed here' in elsewhere[2]
+
+
+@pytest.mark.parametrize('batch', _BATCHES)
+def test_classes_are_those_of_the_model_with_experts(trained, elsewhere, expected, batch):
+  pixels, found, _ = elsewhere
+  task = _task(trained, 'shape')
+  features = expected.inputs(task.kind, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
+  _close(found[f'shape{batch}'], expected.log_probabilities(features, task)[:batch, 0])
+
+
+@pytest.mark.parametrize('batch', _BATCHES)
+def test_captions_are_those_of_the_evaluator_token_for_token(trained, elsewhere, expected, batch):
+  pixels, found, _ = elsewhere
+  said = expected.captions(_task(trained, 'caption'), pixels, beams=2, penalty=1.0)
+  tokenizer = trained[1].data.tokenizer
+  assert [tokenizer.decode(row) for row in found[f'tokens{batch}'].tolist()] == said[:batch]
+  np.testing.assert_array_equal(found[f'tokens{batch}'], found['tokens64'][:batch])
+  assert len(set(said)) > 1  # else equality would prove little
+  if batch == 3:
+    assert found['captions'].tolist() == said[:3]
+
+
+def test_words_one_by_one_are_the_greedy_captions(trained, elsewhere, exported):
+  pixels, found, _ = elsewhere
+  task, (_, run, params) = _task(trained, 'caption'), trained
+  model, words, tokenizer = UniPerceiver(_with_experts(trained)), exported[1].features['words'], run.data.tokenizer
+  greedy = jax.device_get(small_model.jit(lambda values: decode.search(
+      model, values, task.kind, pixels[:3], words, temperature='caption', spe=tokenizer.spe, eot=tokenizer.eot,
+      length=task.length))(params))
+  np.testing.assert_array_equal(found['words'], greedy.tokens[:, 0, :found['words'].shape[1]])
+  assert (greedy.tokens[:, 0, found['words'].shape[1]:] == tokenizer.eot).all()
+  _close(found['first'].max(-1), greedy.log_p[:, 0, 0])
+
+
+def test_pairs_are_scored_as_by_the_model_with_experts(trained, elsewhere, expected):
+  pixels, found, _ = elsewhere
+  task, data = _task(trained, 'pair'), trained[1].data
+  ids = np.zeros(3, np.uint32)
+  image = expected.inputs(task.kind, {'pixels': pixels[:3], 'id': ids})[:, 0]
+  text = expected.pairs(task.kind, {**_texts(data.tokenizer), 'id': ids[:2]})
+  np.testing.assert_array_equal(found['text_valid'], _texts(data.tokenizer)['target_valid'])
+  _close(found['image'], np.asarray(normalise(image)), 'image')
+  scale = np.exp(trained[2]['log_scale_retrieve'])
+  _close(found['scores'], scale * expected.similarities(image, text), 'scores')
+
+
+def _texts(tokenizer):
+  rows = [[*tokenizer.encode(t), tokenizer.eot] for t in ('a red star of moves', 'green disc')]
+  rows = [row[:7] + [tokenizer.eot] if len(row) > 8 else row for row in rows]
+  ids = np.array([row + [0] * (8 - len(row)) for row in rows], np.int32)
+  return {'target': ids, 'target_valid': np.arange(8) < np.array([[len(r)] for r in rows])}
+
+
+def test_texts_of_a_set_encoded_there_are_the_features_that_lie_there(elsewhere, exported):
+  _close(elsewhere[1]['names'], exported[1].features['shapes'])
+
+
+def test_examples_have_the_answers_that_they_had_at_export(elsewhere, exported):
+  lines = [line for line in elsewhere[2].splitlines() if 'export' in line]
+  assert len(lines) == len(exported[1].answers) == 2
+  assert all(line.endswith('as at export') for line in lines)
+
+
+def _load(folder):
+  """load.py of a folder."""
+  spec = importlib.util.spec_from_file_location('load', folder / 'load.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_a_changed_byte_in_any_file_is_detected(exported):
+  folder, _ = exported
+  load, rng = _load(folder), np.random.default_rng(1)
+  load.verify(folder)
+  files = [p for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts]
+  assert {p.name for p in files} >= {'manifest.json', 'SHA256SUMS', 'load.py', 'README.md', 'params.safetensors', 'tokenizer.model'}
+  sums = (folder / 'SHA256SUMS').read_bytes()
+  places = [(folder / 'SHA256SUMS', i) for i in (*range(64, 80), sums.index(b'\n'), len(sums) - 1)]
+  for path, i in [(p, int(rng.integers(p.stat().st_size))) for p in files if p.stat().st_size] + places:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << int(rng.integers(8)))]) + whole[i + 1:])
+    with pytest.raises(ValueError, match='is not what was exported'):
+      load.verify(folder)
+    path.write_bytes(whole)
+  load.verify(folder)
+
+
+def test_an_artifact_that_lacks_a_file_is_refused(exported):
+  folder, _ = exported
+  (folder / 'config').write_text('')  # what was not exported does not matter
+  _load(folder).verify(folder)
+  (folder / 'tokenizer.model').rename(folder / 'elsewhere')
+  try:
+    with pytest.raises(ValueError, match='tokenizer.model is not what was exported'):
+      _load(folder).Model(folder)
+  finally:
+    (folder / 'elsewhere').rename(folder / 'tokenizer.model')
+
+
+def test_a_newer_format_is_refused(exported, tmp_path):
+  (tmp_path / 'manifest.json').write_text((exported[0] / 'manifest.json').read_text().replace('"format": 1', '"format": 2'))
+  with pytest.raises(ValueError, match=r'has format 2, and this loader reads up to 1: use the load\.py that lies in the folder'):
+    _load(exported[0]).Model(tmp_path)
+
+
+def test_the_loader_is_short_and_needs_little():
+  source = pathlib.Path(loader.__file__).read_text()
+  assert len(source.splitlines()) < 100
+  imported = {(n.names[0].name if isinstance(n, ast.Import) else n.module).partition('.')[0]
+              for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom))}
+  assert imported - set(sys.stdlib_module_names) == {'jax', 'numpy', 'sentencepiece'}
+
+
+def test_the_card_says_what_it_is_and_where_it_comes_from(trained, exported):
+  folder, found = exported
+  text = (folder / 'README.md').read_text()
+  config = json.loads((trained[0] / 'config.json').read_text())
+  for said in ('merged for good', '4 kernels', '2 layers, width 16', '### shape', '### pair', '`classify`: pixels uint8[b, 1, 16, 16, 1]',
+               'bar, disc, star', 'my shape', '0.625', config['data'], 'seed: 0', 'step: 2', 'trained by commit',
+               hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
+    assert said in text, said
+  listed = {line.partition('  ')[2] for line in (folder / 'SHA256SUMS').read_text().splitlines()}
+  assert listed >= {'README.md', 'manifest.json', 'load.py', 'example.py', 'params.safetensors', 'sets.safetensors', 'tokenizer.model'}
+  assert all(name in text for name in listed - {'README.md'})
+  # Pictures, texts of names and of pairs, captions' pictures, captions' words.
+  assert found.spec.num_experts == 4 and found.spec.router == 'attribute'
+
+
+def test_nothing_names_the_machine_that_exported(exported):
+  # Programs would hold the places in source files that their operations come from.
+  for path in sorted((exported[0] / 'programs').iterdir()):
+    assert str(pathlib.Path(artifact.__file__).parents[2]).encode() not in path.read_bytes(), path
+
+
+def test_equal_programs_are_one_file(exported):
+  # Attribute bits of pictures are the same in classification and in retrieval.
+  manifest = json.loads((exported[0] / 'manifest.json').read_text())
+  files = {task: manifest['tasks'][task]['programs']['encode']['file'] for task in ('shape', 'pair')}
+  assert len(set(files.values())) == 1
+
+
+def test_the_orbax_checkpoint_holds_the_same_parameters(exported):
+  folder, found = exported
+  with ocp.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(folder / 'orbax', jax.tree.map(np.zeros_like, found.params))
+  stored = loader.tensors(folder / 'params.safetensors')
+  for path, x in by_path(restored).items():
+    np.testing.assert_array_equal(stored[path], x)
+  assert set(stored) == set(by_path(param_shapes(UniPerceiver(found.spec))))
+
+
+@pytest.fixture(name='dense', scope='module')
+def _dense(trained):
+  """Contents of the export of one condition: pictures among fixed names."""
+  return _collect(trained, tasks=['shape'], fixed_sets=True)
+
+
+def _dense_model(trained):
+  """A dense model of the run's sizes."""
+  return UniPerceiver(dataclasses.replace(_with_experts(trained), router='dense', router_names=()))
+
+
+def _lowered(model, asked, name='classify'):
+  params = by_path(param_shapes(model))
+  return artifact.lowered(programs.programs(model, asked, 2, 3)[name], params), params
+
+
+def _operations(exported) -> collections.Counter:
+  return collections.Counter(re.findall(r'= "?((?:stablehlo|chlo|func)\.\w+)', exported.mlir_module()))
+
+
+def _flops(exported, params) -> float:
+  shapes = {'pixels': jax.ShapeDtypeStruct((3, 1, 16, 16, 1), jnp.uint8), 'targets': jax.ShapeDtypeStruct((3, 16), jnp.float32)}
+  return jax.jit(exported.call).lower(params, shapes).compile().cost_analysis()['flops']
+
+
+def test_one_condition_leaves_the_program_of_a_dense_model(trained, dense):
+  (found, params), (theirs, _) = (_lowered(m, dense.asked[0]) for m in (UniPerceiver(dense.spec), _dense_model(trained)))
+  with_experts, _ = _lowered(UniPerceiver(_with_experts(trained)), dense.asked[0])
+  assert _operations(found) == _operations(theirs) and sum(_operations(found).values()) > 100
+  assert _operations(found) != _operations(with_experts)
+  assert _flops(found, params) == _flops(theirs, params) > 1e4
+
+
+def test_one_condition_leaves_the_parameters_and_the_file_of_a_dense_model(trained, dense, tmp_path):
+  theirs = by_path(param_shapes(_dense_model(trained)))
+  found = by_path(dense.params)
+  assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in theirs.items()}
+  artifact.save(tmp_path / 'found', found)
+  artifact.save(tmp_path / 'theirs', {k: np.zeros(x.shape, x.dtype) for k, x in theirs.items()})
+  assert (tmp_path / 'found').stat().st_size == (tmp_path / 'theirs').stat().st_size
+  assert sum(x.size for x in found.values()) < sum(x.size for x in jax.tree.leaves(trained[2])) / 2
+
+
+def test_one_condition_has_its_place_in_the_published_dense_layout(trained, dense):
+  state = artifact.torch_state(dense.spec, dense.params)
+  assert 'fused_encoder.layers.1.self_attn.in_proj_weight' in state and not any('expert' in k or 'gate' in k for k in state)
+  back, _ = torch_layout.from_torch(state, _dense_model(trained).spec)
+  jax.tree.map(np.testing.assert_array_equal, back, dense.params)
+
+
+def test_several_conditions_have_none(exported):
+  with pytest.raises(ValueError, match=r'--torch: .* this export has 4 conditions \(10011000, 10010110, .*--fixed_sets'):
+    artifact.torch_state(exported[1].spec, exported[1].params)
+
+
+def test_an_unknown_task_is_answered_with_near_names(trained):
+  with pytest.raises(ValueError, match="no task 'shapes'; did you mean 'shape'"):
+    _collect(trained, tasks=['shapes'])
+
+
+def test_a_folder_that_is_there_is_not_overwritten(exported):
+  with pytest.raises(ValueError, match='is there already'):
+    artifact.write(exported[0], exported[1], {}, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('router, dtype, bound', [('context', 'float32', 1e-5), ('attribute', 'bfloat16', 0.05)])
+def test_routers_that_look_at_tokens_go_along_and_products_can_be_bfloat16(tmp_path, router, dtype, bound):
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.moe.router, c.model.dtype = router, dtype
+  run = setup.build(c, jax.devices()[:1])
+  shapes, rng = run.shapes.params, np.random.default_rng(0)
+  params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), shapes)
+  found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype=dtype)
+  artifact.write(tmp_path / 'model', found, {'name': 'mine', 'jax': 'any'}, [])
+  card = (tmp_path / 'model/README.md').read_text()
+  assert ('Its router (context) looks at tokens' in card) == (router == 'context')
+  assert f'products in {dtype}' in card and 'was not evaluated' in card
+
+  model = _load(tmp_path / 'model').Model(tmp_path / 'model')
+  pixels = np.random.default_rng(1).integers(0, 256, (5, 1, tiny.SIDE, tiny.SIDE, 1), dtype=np.uint8)
+  [task] = run.plan.tasks
+  expected = Predictor(UniPerceiver(contents.portable(run.spec.model.spec, 'float32')), params, found.sets, run.data.tokenizer)
+  features = expected.inputs(task.kind, {'pixels': pixels, 'id': np.zeros(5, np.uint32)})
+  want = expected.log_probabilities(features, task)[:, 0]
+  for batch in (5, 2):
+    got = np.asarray(model.run('shape', 'classify', pixels=pixels[:batch])['log_p'])
+    assert np.abs(got - want[:batch]).max() <= bound * np.abs(want).max()

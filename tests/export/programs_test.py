@@ -1,0 +1,114 @@
+"""Programs of every readout, and of models whose routers look at tokens, give what the model gives, at any batch."""
+
+import functools
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import small_model, tiny
+from uni_moe_jax import tasks
+from uni_moe_jax.data.templates import fill_template
+from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.export import loader, programs
+from uni_moe_jax.export.programs import Asked
+from uni_moe_jax.model import decode, inputs, similarity
+from uni_moe_jax.model.paths import by_path
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.plan import TaskSpec
+
+_RNG = np.random.default_rng(0)
+
+
+def _task(kind: str, head: bool = False) -> TaskSpec:
+  return TaskSpec(
+      name='task', kind=tasks.KINDS[kind], group='', source='', split='', batch=1, weight=1.0, sampling=0.0,
+      temperature='group', target_set='set', label='', captions=(), template='', length=4, picks=2, smoothing=0.0, shift=0,
+      head=head)
+
+
+def _pixels(batch: int) -> np.ndarray:
+  return np.random.default_rng(batch).integers(0, 256, (batch, 1, 8, 8, 1), dtype=np.uint8)
+
+
+@functools.cache
+def _program(spec, asked: Asked, name: str):
+  """Inputs → outputs of a program, as it is read from a file."""
+  params = by_path(small_model.params(spec))
+  program = programs.programs(UniPerceiver(spec), asked, small_model.SPE, small_model.EOT)[name]
+  exported = jax.export.deserialize(program.lowered(params).serialize())
+  assert exported.platforms == ('cpu', 'cuda', 'tpu')
+  call = small_model.jit(exported.call)
+  return lambda **x: jax.device_get(call(params, x))
+
+
+class ReadoutTest(parameterized.TestCase):
+
+  @parameterized.parameters(('text_mlm', False), ('vqa', True))
+  def test_classify_is_the_models_own(self, kind, head):
+    spec = small_model.spec('dense', head=5 if head else 0)
+    task, V = _task(kind, head), 5 if head else small_model.VOCABULARY
+    fields = {'pixels': _pixels(3)} if task.kind.visual else {}
+    fields |= {'text': _RNG.integers(2, small_model.VOCABULARY, (3, 4)).astype(np.int32), 'text_valid': np.ones((3, 4), bool),
+               'position': _RNG.integers(0, 4, (3, 1 if head else 2)).astype(np.int32)}
+    targets = _RNG.normal(size=(V, 16)).astype(np.float32)
+    found = _program(spec, Asked(task, 1, V), 'classify')(**fields, targets=targets)['log_p']
+
+    @small_model.jit
+    def expected(values, fields, targets):
+      def run(m):
+        [rows] = m.encode((inputs.input_sequence(task.kind, {**fields, 'id': jnp.zeros(3, jnp.uint32)}),)).rows
+        features = m.features(rows)
+        logits = similarity.logits(features, targets, m.scale('group'))
+        return jax.nn.log_softmax(m.with_head(features, logits) if head else logits)
+      return UniPerceiver(spec).apply({'params': values}, method=run)
+
+    want = np.asarray(expected(small_model.params(spec), fields, targets))
+    self.assertEqual(found.shape, (3, V) if head else (3, 2, V))
+    np.testing.assert_allclose(found, want[:, 0] if head else want, rtol=1e-5, atol=1e-5)
+
+
+class TokenRouterTest(parameterized.TestCase):
+
+  @parameterized.parameters('token', 'context')
+  def test_decoding_lowers_for_every_platform(self, router):
+    spec = small_model.spec(router, grouped='loop')
+    found = programs.programs(UniPerceiver(spec), Asked(_task('image_caption'), 1, 23), small_model.SPE, small_model.EOT)
+    self.assertEqual(found['step'].lowered(by_path(small_model.params(spec))).platforms, programs.PLATFORMS)
+
+  @pytest.mark.slow
+  def test_captions_of_a_context_model_are_its_own_at_any_batch(self):
+    spec, task = small_model.spec('context', grouped='loop'), _task('image_caption')
+    words = similarity.normalise(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
+    call = _program(spec, Asked(task, 1, small_model.VOCABULARY, beams=2), 'caption')
+    run = small_model.jit(lambda values, pixels: decode.search(
+        UniPerceiver(spec), values, task.kind, pixels, words, temperature='group', spe=small_model.SPE, eot=small_model.EOT,
+        length=4, beams=2))
+    want = jax.device_get(run(small_model.params(spec), _pixels(3)))
+    found = call(pixels=_pixels(3), targets=words)
+    np.testing.assert_array_equal(found['tokens'], want.tokens[:, 0])
+    np.testing.assert_allclose(found['score'], want.scores[:, 0], rtol=1e-5)
+    np.testing.assert_array_equal(call(pixels=_pixels(3)[:1], targets=words)['tokens'], found['tokens'][:1])
+
+
+class LoaderTest(absltest.TestCase):
+
+  def test_a_template_is_filled_as_in_training(self):
+    tokenizer = SentencePieceTokenizer(tiny.tokenizer_file())
+    template = '{text_a} <eot> <spe> , {text_b} <eot>'
+    model = object.__new__(loader.Model)
+    model.manifest = {'tasks': {'answer': {'template': template}}}
+    model._tokenizer = tokenizer._model
+    model._words = {'kind': 'sentencepiece', 'spe': tokenizer.spe, 'eot': tokenizer.eot}
+    found = model.fill('answer', text_a='a small shape', text_b='moves over')
+    texts = {'text_a': tokenizer.encode('a small shape'), 'text_b': tokenizer.encode('moves over')}
+    row, slot = fill_template(tokenizer, template, texts, 60)
+    self.assertEqual(found['text'].tolist(), [row])
+    self.assertEqual(found['position'].tolist(), [[slot]])
+    self.assertEqual(found['text_valid'].tolist(), [[True] * len(row)])
+
+
+if __name__ == '__main__':
+  absltest.main()

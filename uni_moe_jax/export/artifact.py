@@ -1,0 +1,172 @@
+"""A finished model as a folder that runs without this package: programs, parameters, features of sets, tokenizer, model card.
+
+Every program takes the parameters as arguments. They lie once in params.safetensors, however many programs there are; a program
+is then small, the same for every checkpoint of a model, and its parameters stay on the device from call to call. `loader.py`,
+which goes into the folder as load.py, reads it all with jax, numpy and flatbuffers.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
+
+from uni_moe_jax.data import storage
+from uni_moe_jax.export import card, loader, torch_file, torch_layout
+from uni_moe_jax.export.contents import Contents
+from uni_moe_jax.export.programs import Asked, Program, programs
+from uni_moe_jax.model.paths import by_path
+from uni_moe_jax.model.spec import ModelSpec, row_name
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.moe import routers
+
+_SHIPPED = {'loader.py': 'load.py', 'example.py': 'example.py'}
+_SUMS, _CARD, _MANIFEST, _TORCH = 'SHA256SUMS', 'README.md', 'manifest.json', 'model.pth'
+
+
+def write(
+    folder: str | os.PathLike[str], contents: Contents, provenance: dict[str, Any], evaluation: list[dict[str, Any]],
+    torch: bool = False) -> None:
+  """Writes the folder, whole or not at all.
+
+  Args:
+    folder: must not exist.
+    contents: what is exported.
+    provenance: where it comes from, as JSON: config, data, versions, step, seed, commits.
+    evaluation: rows of evaluation.json, for the card; [] without one.
+    torch: adds model.pth, in the layout of the published dense model.
+
+  Raises:
+    ValueError: the folder is there, or the published layout has no place for the model.
+  """
+  folder = pathlib.Path(folder)
+  if folder.exists():
+    raise ValueError(f'--output={folder} is there already; give another, or remove it.')
+  state = torch_state(contents.spec, contents.params) if torch else None
+  with storage.building(folder) as here:
+    files = _programs(here, contents)
+    _parameters(here, contents.params)
+    if state is not None:
+      torch_file.write(here / _TORCH, state)
+    save(here / 'sets.safetensors', contents.features)
+    save(here / 'examples.safetensors', {
+        f'{task}/{name}': x for task, fields in contents.examples.items() for name, x in fields.items()})
+    tokenizer = contents.data.tokenizer_file
+    (here / tokenizer_name(tokenizer)).write_bytes(tokenizer.read_bytes())
+    for source, name in _SHIPPED.items():
+      (here / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
+    manifest = _manifest(contents, files, provenance)
+    (here / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (here / _CARD).write_text(card.card(manifest, evaluation, _sums(here)))
+    (here / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _sums(here).items()))
+
+
+def torch_state(spec: ModelSpec, params: Any) -> dict[str, np.ndarray]:
+  """The published layout's arrays of a dense model.
+
+  Raises:
+    LayoutError: more than one condition is left, or the layout has no place for a parameter.
+  """
+  if spec.router != routers.DENSE:
+    many = f'{len(spec.kernels)} conditions ({", ".join(row_name(row) for row, _ in spec.kernels)})' if spec.kernels else (
+        f'a {spec.router} router')
+    raise torch_layout.LayoutError(
+        f'--torch: the published dense layout holds one kernel per projection, and this export has {many}; choose tasks of one '
+        'condition with --tasks, and --fixed_sets. `launch/convert.py --output` writes the layout with experts.')
+  return torch_layout.to_torch(params, spec)[0]
+
+
+def tokenizer_name(file: pathlib.Path) -> str:
+  """Name of the tokenizer's file in the folder."""
+  return 'tokenizer' + ''.join(file.suffixes[-2:] if file.suffix == '.gz' else file.suffixes[-1:])
+
+
+def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  """A safetensors file of arrays by name."""
+  save_file({name: np.ascontiguousarray(x).reshape(np.shape(x)) for name, x in arrays.items()}, path)
+  path.chmod(0o644)  # that library's files are for their owner alone
+
+
+def _programs(here: pathlib.Path, contents: Contents) -> dict[str, dict[str, dict[str, Any]]]:
+  """Writes every program, equal ones once; task → program → its file and inputs."""
+  (here / 'programs').mkdir()
+  model, tokenizer = UniPerceiver(contents.spec), contents.data.tokenizer
+  params, known, found = by_path(contents.params), {}, {}
+  for asked in contents.asked:
+    task = asked.task.name
+    found[task] = {}
+    for name, program in programs(model, asked, tokenizer.spe, tokenizer.eot).items():
+      data = bytes(lowered(program, params).serialize())
+      digest = hashlib.sha256(data).hexdigest()
+      if digest not in known:
+        known[digest] = f'programs/{task}.{name}.stablehlo'
+        (here / known[digest]).write_bytes(data)
+      found[task][name] = {'file': known[digest], 'inputs': _described(program, name)}
+  return found
+
+
+def lowered(program: Program, params: dict[str, Any]) -> jax.export.Exported:
+  """A program for every platform, without the places in source files that its operations come from: they name folders of the
+  exporter's machine, and would make equal programs differ."""
+  before = jax.config.jax_traceback_in_locations_limit
+  jax.config.update('jax_traceback_in_locations_limit', 0)
+  try:
+    return program.lowered(params)
+  finally:
+    jax.config.update('jax_traceback_in_locations_limit', before)
+
+
+def _described(program: Program, name: str) -> dict[str, Any]:
+  """{input: 'uint8[b, 1, 32, 32, 3]'}"""
+  def one(x):
+    return f'{np.dtype(x.dtype).name}[{", ".join(map(str, x.shape))}]'
+  return {k: 'what prefill or the last step gave' if k == 'cache' else one(x) for k, x in program.inputs.items()}
+
+
+def _parameters(here: pathlib.Path, params: Any) -> None:
+  """As safetensors, and as an Orbax checkpoint of the tree."""
+  save(here / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(params).items()})
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save((here / 'orbax').absolute(), params)
+
+
+def _manifest(contents: Contents, files, provenance: dict[str, Any]) -> dict[str, Any]:
+  """manifest.json; `format` stands first, where a loader looks for it before it reads anything else."""
+  spec, tokenizer = contents.spec, contents.data.tokenizer
+  fields = dataclasses.asdict(spec)
+  kernels = {row_name(row): k for row, k in spec.kernels}
+  file = contents.data.tokenizer_file
+  return {
+      'format': loader.FORMAT,
+      'model': {**fields, 'dtype': np.dtype(spec.dtype).name, 'kernels': kernels,
+                'parameters': sum(np.size(x) for x in jax.tree.leaves(contents.params))},
+      'tasks': {a.task.name: _task(a, files[a.task.name], spec) for a in contents.asked},
+      'sets': {name: {'size': target.size, 'texts': list(target.texts), 'condition': str(s.condition)}
+               for name, (s, target) in contents.sets.items()},
+      'tokenizer': {'kind': 'sentencepiece' if file.suffix == '.model' else 'clip', 'file': tokenizer_name(file),
+                    'size': tokenizer.size, 'pad': tokenizer.pad, 'spe': tokenizer.spe, 'eot': tokenizer.eot,
+                    'special': sorted(tokenizer.special_ids)},
+      'examples': contents.answers,
+      'provenance': {**provenance, 'jax': jax.__version__},
+  }
+
+
+def _task(asked: Asked, files: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+  task = asked.task
+  kernel = lambda c: spec.kernel_of(c) if spec.kernels else 0
+  return {
+      'kind': task.kind.name, 'set': task.target_set, 'length': task.length, 'template': task.template,
+      'temperature': task.temperature, 'beams': asked.beams, 'penalty': asked.penalty,
+      'conditions': {str(c): kernel(c) for c in asked.conditions}, 'programs': files}
+
+
+def _sums(here: pathlib.Path) -> dict[str, tuple[str, int]]:
+  """{file: (sha256, bytes)} of what lies in a folder, in order."""
+  paths = sorted(p for p in here.rglob('*') if p.is_file())
+  return {p.relative_to(here).as_posix(): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_size) for p in paths}

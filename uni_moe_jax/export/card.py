@@ -1,0 +1,99 @@
+"""The model card of an exported model: what it is, what it does, how well, where it comes from, and what lies in its folder."""
+
+from typing import Any
+
+from uni_moe_jax.eval.metrics import evaluation_table
+from uni_moe_jax.moe import routers
+
+_MOST_SHOWN = 8  # entries of a set
+
+_LEFT = {
+    'dense': 'Its experts are merged for good: what is left is a plain dense model, without routers and experts.',
+    'kernels': 'Its experts are merged for good: no routers and experts are left. Each projection has {n} kernels, one for each '
+               'kind of token that these tasks have; which one an array takes is fixed in the programs ("conditions" below).',
+    'router': 'Its router ({router}) looks at tokens, so that experts cannot be merged: **router and experts are in these '
+              'programs**, and every token costs what it cost in training.',
+}
+
+
+def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[str, tuple[str, int]]) -> str:
+  """README.md of the folder.
+
+  Args:
+    manifest: see `artifact`. evaluation: rows of evaluation.json, or [].
+    sums: {file: (sha256, bytes)} of all other files.
+  """
+  model, origin = manifest['model'], manifest['provenance']
+  return '\n'.join([
+      f'# {origin["name"]}',
+      '',
+      'A generalist model (Uni-Perceiver-MoE: arXiv 2206.04674), exported by uni_moe_jax. It runs without that package:',
+      '',
+      '    pip install jax flatbuffers sentencepiece',
+      '    python example.py',
+      '',
+      '`load.py` is the loader; its first lines say how it is used. It checks every file of this folder against `SHA256SUMS`. '
+      'Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. JAX reads programs of its own version for at least six '
+      f'months; these are by {origin["jax"]}. On TPU, JAX multiplies float32 with less precision unless '
+      '`jax.default_matmul_precision` says otherwise.',
+      '',
+      '## Architecture',
+      '',
+      _left(model),
+      '',
+      f'Transformer encoder, {model["layers"]} layers, width {model["width"]}, {model["heads"]} heads, hidden {model["hidden"]}; '
+      f'{model["parameters"]:,} parameters (float32); products in {model["dtype"]}. Pictures: uint8, {model["image_size"]} × '
+      f'{model["image_size"]} × {model["channels"]}, patches of {model["patch"]}; the programs divide by 255 and normalise (mean '
+      f'{_numbers(model["pixel_mean"])}, deviation {_numbers(model["pixel_std"])}; clips: '
+      f'{_numbers(model["video_mean"]) or "the same"}, {_numbers(model["video_std"]) or "the same"}). Texts: '
+      f'{manifest["tokenizer"]["kind"]}, {manifest["tokenizer"]["size"]:,} pieces, at most {model["max_text"]} tokens.',
+      '',
+      '## Tasks',
+      '',
+      *[line for name, task in manifest['tasks'].items() for line in _task(name, task, manifest['sets'])],
+      '## Metrics',
+      '',
+      *(['Of the trained model at this step, by training\'s evaluators:', '', '```', evaluation_table(evaluation), '```']
+        if evaluation else ['This step was not evaluated.']),
+      '',
+      '## Provenance',
+      '',
+      *[f'* {key}: {value}' for key, value in origin.items() if not isinstance(value, dict)],
+      *[f'* {key}: ' + ', '.join(f'{k} {v}' for k, v in value.items())
+        for key, value in origin.items() if isinstance(value, dict) and key != 'config'],
+      '* config: in `manifest.json`',
+      '',
+      '## Files',
+      '',
+      '`params.safetensors` and `orbax/` hold the same parameters, for programs and for JAX code; `sets.safetensors` the features '
+      'of the target sets, normalised.',
+      '',
+      '| file | bytes | sha256 |',
+      '| --- | --- | --- |',
+      *[f'| {name} | {size} | {digest} |' for name, (digest, size) in sums.items()],
+      ''])
+
+
+def _left(model: dict[str, Any]) -> str:
+  if model['kernels']:
+    return _LEFT['kernels'].format(n=model['num_experts'])
+  return _LEFT['router'].format(router=model['router']) if routers.looks_at_tokens(model['router']) else _LEFT['dense']
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+  return ' '.join(map(str, values))
+
+
+def _task(name: str, task: dict[str, Any], sets: dict[str, Any]) -> list[str]:
+  lines = [f'### {name}', '', f'* kind: {task["kind"]}; conditions and their kernels: '
+           + ', '.join(f'{c}: {k}' for c, k in task['conditions'].items())]
+  if task['set']:
+    texts = sets[task['set']]['texts']
+    shown = ', '.join(texts[:_MOST_SHOWN]) + (', …' if len(texts) > _MOST_SHOWN else '')
+    lines.append(f'* answers: set `{task["set"]}`, {sets[task["set"]]["size"]} entries' + (f': {shown}' if texts else ''))
+  if task['template']:
+    lines.append(f'* template of its texts: `{task["template"]}`; `position` is the place of `<spe>`')
+  if task['length']:
+    lines.append(f'* text tokens in training: {task["length"]}')
+  lines += [f'* `{program}`: {", ".join(f"{k} {v}" for k, v in p["inputs"].items())}' for program, p in task['programs'].items()]
+  return [*lines, '']

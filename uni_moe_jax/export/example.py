@@ -1,0 +1,48 @@
+"""Shows this exported model at work: python example.py
+
+Runs it on the examples that were exported with it, or on noise, and says whether the answers are those of the exporter.
+`captions_word_by_word` is how a server would send captions while they are made.
+"""
+
+import load
+import numpy as np
+
+
+def captions_word_by_word(model, task, pixels):
+  """Yields the words [B] of the greedy captions, one position after the other."""
+  cache = model.run(task, 'prefill', pixels=pixels)['cache']
+  word, eot = np.zeros(len(pixels), np.int32), model.manifest['tokenizer']['eot']
+  ended = np.zeros(len(pixels), bool)
+  for t in range(model.manifest['tasks'][task]['length']):
+    out = model.run(task, 'step', cache=cache, word=word, t=np.int32(t))
+    cache, word = out['cache'], np.where(ended, eot, np.asarray(out['log_p']).argmax(-1)).astype(np.int32)
+    ended |= word == eot
+    yield word
+    if ended.all():
+      return
+
+
+def answers(model, task, inputs):
+  """What the model says: captions, or the names that it chooses."""
+  if 'caption' in model.manifest['tasks'][task]['programs']:
+    return model.caption(task, **inputs)
+  chosen = np.asarray(model.run(task, 'classify', **inputs)['log_p']).argmax(-1)
+  names = model.manifest['sets'][model.manifest['tasks'][task]['set']]['texts']
+  return [names[i] for i in chosen]
+
+
+def main():
+  model = load.Model()
+  examples = load.tensors(model.folder / 'examples.safetensors')
+  for task, expected in model.manifest['examples'].items():
+    inputs = {name.partition('/')[2]: x for name, x in examples.items() if name.partition('/')[0] == task}
+    found = answers(model, task, inputs)
+    print(f'{task}: {found}', 'as at export' if found == expected else f'but at export: {expected}', sep='; ')
+  if not model.manifest['examples']:
+    for task, entry in model.manifest['tasks'].items():
+      for program, p in entry['programs'].items():
+        print(task, program, p['inputs'])
+
+
+if __name__ == '__main__':
+  main()

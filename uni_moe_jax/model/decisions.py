@@ -1,0 +1,34 @@
+"""What the routers of a trained model decide for condition rows: read by reports, and by who merges kernels for good."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.moe import routers
+
+
+def layer_params(spec: ModelSpec, params: Any, layer: int, names: tuple[str, ...] = ()) -> Any:
+  """The parameters of one layer, by projection, router and norm; or of the named ones alone."""
+  subtree, period, block = spec.stack.locate(layer)
+  tree = params['encoder'][subtree][block]
+  tree = {name: tree[name] for name in names or tree}
+  return tree if period is None else jax.tree.map(lambda x: x[period], tree)
+
+
+def coefficients(spec: ModelSpec, params: Any, rows: tuple[routers.Row, ...]) -> dict[int, dict[str, np.ndarray]]:
+  """{layer: {part: f32 [A, E]}} of every router, without noise; rows: A router inputs.
+
+  Empty where there is no router, or where it looks at tokens.
+  """
+  if routers.looks_at_tokens(spec.router):
+    return {}
+  router = routers.Router(spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
+  decide = jax.jit(lambda values: router.apply({'params': values}, rows, None).coef)
+  found = {}
+  for layer, parts in enumerate(spec.pattern):
+    if parts:
+      tree = layer_params(spec, params, layer, tuple(f'{p}_router' for p in parts))
+      found[layer] = {p: np.asarray(decide(tree[f'{p}_router'])) for p in parts}
+  return found
