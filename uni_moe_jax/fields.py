@@ -11,7 +11,7 @@ from uni_moe_jax.tasks import nearest
 # Entries of these sections have names of their own, and fields as the function of that name gives them.
 _ENTRIES = {'tasks': config.task('', '', batch=0), 'sets': config.target_set('', family=''),
             'evaluators': config.evaluator('', '', split='')}
-_FREE = ('kinds', 'families')  # rows of their own, checked where they are read
+_FREE = ('kinds', 'families', 'declared.entries', 'declared.frames')  # rows of their own, checked where they are read
 _STRING, _NUMBER = (str,), (int, float)
 # What tuples hold, where the default does not show it.
 _ITEMS = {'model.video_mean': _NUMBER, 'model.video_std': _NUMBER, 'model.temperatures': _STRING, 'captions': _STRING,
