@@ -53,9 +53,19 @@ def run(main: Callable[[], int]) -> None:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
   logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
-  # What fails in a thread of Orbax is raised again in ours, and told there; its own log of it would bury that sentence.
-  logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and 'orbax' in record.pathname))
+  _tell_once()
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=_parse)
+
+
+def _tell_once() -> None:
+  """What fails in a thread of Orbax is raised again in ours, and told there; its own accounts of it would bury that sentence."""
+  logging.get_absl_handler().addFilter(lambda record: not (record.exc_info and ('orbax' in record.pathname or record.name == 'asyncio')))
+
+  def unraisable(unraised) -> None:  # reads and writes that were under way when one of them failed
+    if str(unraised.exc_value) != 'Event loop is closed':
+      sys.__unraisablehook__(unraised)
+
+  sys.unraisablehook = unraisable
 
 
 def guarded(main: Callable[[], int]) -> int:

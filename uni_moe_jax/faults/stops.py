@@ -12,7 +12,7 @@ from uni_moe_jax.train.workdir import CHECKPOINTS
 _WATCHDOG = 2.0  # seconds
 _LONGEST = 600
 # Room for some checkpoints of configs/small.py beside its metrics, and not for all that it writes.
-_KILOBYTES = 400
+_KILOBYTES = 1100
 # A file system of its own for one process, which needs no rights where user namespaces are allowed.
 _SMALL_DISK = 'mount -t tmpfs -o size={size}k tmpfs {place} && cp -a {kept}/. {place} && {command}; code=$?; cp -a {place}/. {kept}; exit $code'
 
