@@ -33,7 +33,7 @@ def _from_torch() -> int:
   from uni_moe_jax.export import torch_file, torch_layout
   from uni_moe_jax.train import checkpoint, setup, workdir
   config = cli.config_of(_CONFIG)
-  step = checkpoint.saved_step(_WORKDIR.value)
+  step = workdir.saved_step(_WORKDIR.value)
   if step is not None:
     raise cli.UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {step} already; give another.')
   workdir.claim_workdir(_WORKDIR.value, config)
@@ -59,7 +59,7 @@ def _to_torch() -> int:
   from uni_moe_jax.export import torch_file, torch_layout
   from uni_moe_jax.train import checkpoint, setup, workdir
   config = workdir.load_config(_WORKDIR.value)
-  with checkpoint.Checkpoints(_WORKDIR.value, config.train.keep) as checkpoints:
+  with checkpoint.Checkpoints(_WORKDIR.value, keep=None) as checkpoints:
     if checkpoints.latest() is None:
       raise cli.UsageError(f'workdir {_WORKDIR.value} has no checkpoint yet; train it first.')
     run = setup.build(config)

@@ -18,6 +18,7 @@ from uni_moe_jax import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote; with --config, one to write to.', required=True)
+_BEST = flags.DEFINE_bool('best', False, 'Ask the checkpoint with the lowest loss config.train.keep_best, not the newest.')
 _FORCE = flags.DEFINE_bool('force', False, 'Evaluate again what is evaluated already.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies, if not where training found it.')
 
@@ -37,10 +38,11 @@ def main() -> int:
   from uni_moe_jax.train import checkpoint
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
-  with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
-    step = checkpoints.latest() if plan.tasks else 0
+  with checkpoint.Checkpoints(workdir, keep=None, best=config.train.keep_best) as checkpoints:
+    step = (checkpoints.best() if _BEST.value else checkpoints.latest()) if plan.tasks else 0
     if step is None:
-      raise cli.UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')
+      raise cli.UsageError(f'workdir {workdir} has no checkpoint yet; train it first.' if not _BEST.value else
+                           f'workdir {workdir} has no best checkpoint; train it with --config.train.keep_best=loss/total, for example.')
     if step == suite.evaluated_step(workdir) and not _FORCE.value:
       print(f'step {step} is evaluated already; --force does it again.')
       rows = json.loads(pathlib.Path(workdir, suite.EVALUATION_FILE).read_text())
@@ -49,7 +51,7 @@ def main() -> int:
       run = setup.build(config)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
-      predictor, params = setup.predictor(run, checkpoints)
+      predictor, params = setup.predictor(run, checkpoints, step)
       expert_usage.beside_evaluation(run, params, step, workdir)
       rows = suite.evaluate(run.plan, run.data, predictor, step, workdir)
   print(metrics.evaluation_table(rows))

@@ -15,6 +15,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics
 _COMPILE_ONLY = flags.DEFINE_bool(
     'compile_only', False, 'Compile the step into JAX_COMPILATION_CACHE_DIR and stop; on CPU the run is then faster.')
 _DISTRIBUTED = flags.DEFINE_string('distributed', distributed.OFF, distributed.HELP)
+_ACCEPT_VERSIONS = flags.DEFINE_bool(
+    'accept_versions', False, 'Go on with a run although packages have other versions than when it began.')
 flags.mark_flag_as_required('config')
 
 
@@ -27,6 +29,7 @@ def main() -> int:
   resolve.check_trains(resolve.resolve(config))
   distributed.start(_DISTRIBUTED.value)
   workdir.claim_workdir(_WORKDIR.value, config)
+  workdir.check_versions(_WORKDIR.value, _ACCEPT_VERSIONS.value)
   storage.check_directory(config.data.dir)
   from uni_moe_jax.train import loop
   return loop.compile_steps(config, _WORKDIR.value) if _COMPILE_ONLY.value else loop.train(config, _WORKDIR.value)

@@ -1,5 +1,6 @@
 """Mistakes at the command line: one sentence, no traceback, exit code 2, and at once."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -10,7 +11,7 @@ import jax
 import pytest
 
 from tests import tiny
-from uni_moe_jax import attributes, cli
+from uni_moe_jax import attributes, cli, failures
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import workdir as workdir_lib
 
@@ -105,7 +106,7 @@ def test_a_defect_keeps_its_traceback(tmp_path):
 # What is found only with data and devices at hand: in this process, which has loaded the libraries.
 def _refused(capsys, config, workdir, devices=None) -> str:
   with mock.patch.object(loop, '_loop', side_effect=AssertionError('it was trained')):
-    assert cli._guarded(lambda: loop.train(config, str(workdir), devices)) == 2
+    assert cli.guarded(lambda: loop.train(config, str(workdir), devices)) == 2
   said = capsys.readouterr().err
   assert said.startswith('error: ') and said.count('\n') == 1
   return said
@@ -131,12 +132,12 @@ def test_a_source_that_is_not_prepared_says_how(tmp_path, capsys):
 
 @pytest.mark.parametrize('code', [0, 1, 75])
 def test_the_exit_code_is_what_the_command_returns(code):
-  assert cli._guarded(lambda: code) == code
+  assert cli.guarded(lambda: code) == code
 
 
 def test_an_error_that_python_raises_inside_the_package_is_a_defect():
   with pytest.raises(ValueError, match='zip'):  # rows of unequal length: no person's mistake has a sentence for that
-    cli._guarded(lambda: attributes.union((1, 2), (1,)))
+    cli.guarded(lambda: attributes.union((1, 2), (1,)))
 
 
 @pytest.mark.parametrize('error', [ValueError, FileNotFoundError, KeyError])
@@ -145,14 +146,26 @@ def test_an_error_of_another_library_is_a_defect(error):
     raise error('from elsewhere')
 
   with pytest.raises(error):
-    cli._guarded(main)
+    cli.guarded(main)
+
+
+@pytest.mark.parametrize('error, said', [
+    (failures.Failure('every checkpoint\n  is damaged.'), 'error: every checkpoint is damaged.\n'),
+    (OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl'), 'error: the disk is full: metrics.jsonl could not be written'),
+    (RuntimeError('RESOURCE_EXHAUSTED: writing: No space left on device [a C++ trace]'), 'error: the disk is full. Make room')])
+def test_what_befalls_a_run_is_one_sentence_and_exit_code_1(capsys, error, said):
+  def main():
+    raise error
+
+  assert cli.guarded(main) == 1
+  assert (got := capsys.readouterr().err).startswith(said) and got.count('\n') == 1
 
 
 def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
   def main():
     raise cli.UsageError('--a and --b\n  exclude each other')
 
-  assert cli._guarded(main) == 2
+  assert cli.guarded(main) == 2
   assert capsys.readouterr().err == 'error: --a and --b exclude each other\n'
 
 

@@ -12,17 +12,19 @@ _MAX_MAIN_LINES = 80
 
 # room -> (the rooms it may import besides itself, why)
 _RULES = {
+    'failures': ((), 'what befalls a run can befall every room'),
     'attributes': ((), 'the bits of a token follow from plain values; all others read them'),
     'tasks': (('attributes',), 'a task kind is a declaration from which attributes follow'),
     'plan': (('attributes', 'tasks'), 'the static facts of a run are made of kinds and conditions'),
     'config': ((), 'fields and defaults: plain values'),
+    'fields': (('tasks', 'config'), 'the type of a field is that of its default'),
     'resolve': (
-        ('attributes', 'tasks', 'plan', 'config'),
+        ('attributes', 'tasks', 'plan', 'config', 'fields'),
         'a config is checked against the tables, before any model or data exists',
     ),
     'recipes': (('config',), 'a recipe fills in a config, as a person would'),
     'cli': (
-        ('attributes', 'tasks', 'plan', 'config'),
+        ('failures', 'attributes', 'tasks', 'plan', 'config'),
         'a mistyped command is answered before anything slow is loaded',
     ),
     'distributed': ((), 'processes find each other before anything of the run is loaded'),
@@ -45,9 +47,11 @@ _RULES = {
         'an evaluator is given functions, so that every model is measured alike',
     ),
     'train': (
-        ('attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding', 'losses', 'model', 'data', 'eval'),
+        ('failures', 'attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding', 'losses', 'model', 'data',
+         'eval'),
         'the trainer joins the other rooms; experts it knows only through the model',
     ),
+    'restarts': (('train',), 'it reads from a work directory how far the command that it starts has come'),
     'regimes': (
         ('tasks', 'plan', 'config', 'resolve', 'recipes', 'train'),
         'a regime makes a config from that of a run, which lies in its work directory',
@@ -73,6 +77,10 @@ _RULES = {
         ('attributes', 'tasks', 'plan', 'config', 'resolve', 'recipes', 'sharding', 'losses', 'moe', 'model', 'data',
          'eval', 'train', 'export'),
         'it times the real step, the real decoder and the merged model, and nothing that is timed knows of it',
+    ),
+    'faults': (
+        ('failures', 'config', 'resolve', 'recipes', 'cli', 'data', 'train', 'restarts'),
+        'it breaks what the commands make, and nothing that is broken knows of it',
     ),
     'figures': ((), 'numbers in, pictures out: a figure does not know what its numbers mean'),
     'training_curves': (('figures',), 'reads a file of metrics, whoever wrote it'),

@@ -190,9 +190,9 @@ class LaunchTest(parameterized.TestCase):
     self.assertIn('no curve is called loss/… or accuracy/…; there are grad_norm', done.stderr)
 
   @parameterized.parameters(
-      ((), '--workdir is missing'), (('--workdir=/no/such',), "'/no/such' is not a folder"),
+      ((), 'Flag --workdir must have a value'), (('--workdir=/no/such',), "'/no/such' is not a folder"),
       (('--workdri=/tmp',), "Unknown command line flag 'workdri'"),
-      (('/tmp',), "unexpected argument '/tmp'"))
+      (('--workdir=/tmp', '/tmp'), "unexpected argument '/tmp'"))
   def test_a_mistake_is_one_sentence_and_exit_code_2(self, arguments, message):
     done = self._launch(*arguments)
     self.assertEqual(done.returncode, 2)

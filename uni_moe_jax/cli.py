@@ -11,6 +11,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from uni_moe_jax import failures
 from uni_moe_jax.tasks import nearest
 
 ERROR, USAGE = 1, 2
@@ -46,21 +47,43 @@ def run(main: Callable[[], int]) -> None:
   """Parses flags, runs `main` and exits with the code that it returns.
 
   Mistakes in flags and config, and the `ValueError` and `FileNotFoundError` that this package raises on purpose, are
-  printed as one sentence (exit code 2). Anything else is a defect and keeps its traceback (exit code 1).
+  printed as one sentence (exit code 2); so is what befell a run, such as a full disk (exit code 1). Anything else is a defect
+  and keeps its traceback (exit code 1).
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
   logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
-  app.run(lambda _: sys.exit(_guarded(main)), flags_parser=_parse)
+  _tell_once()
+  app.run(lambda _: sys.exit(guarded(main)), flags_parser=_parse)
 
 
-def _guarded(main: Callable[[], int]) -> int:
+def _tell_once() -> None:
+  """What fails in a thread of Orbax is raised again in ours, and told there; its own accounts of it would bury that sentence."""
+  logging.get_absl_handler().addFilter(lambda record: not (record.exc_info and ('orbax' in record.pathname or record.name == 'asyncio')))
+
+  def unraisable(unraised) -> None:  # reads and writes that were under way when one of them failed
+    if str(unraised.exc_value) != 'Event loop is closed':
+      sys.__unraisablehook__(unraised)
+
+  sys.unraisablehook = unraisable
+
+
+def guarded(main: Callable[[], int]) -> int:
+  """The exit code of `main`; mistakes and failures are printed as one sentence, see `run`."""
   try:
     return main()
-  except (ValueError, FileNotFoundError) as e:
-    if not isinstance(e, UsageError) and not _is_ours(e):
-      raise
-    return _complain(e)
+  except failures.Failure as e:
+    _complain(e)
+    return ERROR
+  except Exception as e:
+    if isinstance(e, UsageError) or isinstance(e, (ValueError, FileNotFoundError)) and _is_ours(e):
+      return _complain(e)
+    if failures.disk_is_full(e):
+      file = getattr(e, 'filename', None)
+      _complain(failures.Failure(f'the disk is full{f": {file} could not be written" if file else ""}. Make room, then the same '
+                                 'command continues.'))
+      return ERROR
+    raise
 
 
 def _is_ours(e: BaseException) -> bool:

@@ -190,7 +190,9 @@ def base() -> ml_collections.ConfigDict:
       log_every=20,                # steps
       save_every=200,              # steps
       keep=2,                      # newest checkpoints kept
+      keep_best='',                # and that with the lowest of this logged loss (loss/total, loss/<task>); '' = none
       max_bad_steps=10,            # steps in a row with a loss that is not finite, before the run stops
+      watchdog=600.0,              # seconds for a batch, a step or a save, before the run ends as hung; 0 = off
       interference_every=0,        # steps between estimates of task interference (train/interference_metric.py); 0 = off
       # pattern, searched in paths as optim.rules are; of models with more than 7 layers, in every fourth layer (3, 7, 11 …)
       interference_parameters=r'ffn_out/kernel$',

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
+from uni_moe_jax import fields
 from uni_moe_jax import tasks as kinds_lib
 from uni_moe_jax.attributes import Condition
 from uni_moe_jax.config import FREEZE
@@ -40,6 +41,7 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   Raises:
     ValueError: the first field that is wrong: its name, its value, the bound and the fix.
   """
+  fields.check(c)
   _check_model(c)
   _check_tokenizer(c)
   _check_train(c)
@@ -93,6 +95,12 @@ def _at_least(c: ml_collections.ConfigDict, section: str, bounds: dict[str, floa
       raise ValueError(f'config.{section}.{name}={c[section][name]} must be at least {bound}.')
 
 
+def _above_zero(c: ml_collections.ConfigDict, section: str, *names: str) -> None:
+  for name in names:
+    if c[section][name] <= 0:
+      raise ValueError(f'config.{section}.{name}={c[section][name]} must be above 0.')
+
+
 def _divides(part: str, b: int, whole: str, a: int) -> None:
   if a % b:
     raise ValueError(f'config.{whole}={a} must be a multiple of config.{part}={b}; try {max(b, a - a % b)}.')
@@ -101,7 +109,8 @@ def _divides(part: str, b: int, whole: str, a: int) -> None:
 def _check_model(c: ml_collections.ConfigDict) -> None:
   m, moe = c.model, c.moe
   _at_least(c, 'model', dict(layers=1, width=4, heads=1, hidden=1, image_size=1, patch=1, channels=1, max_frames=1,
-                             max_text=1, layer_scale=0.0, drop_path=0.0, prompts=0, prefix_prompts=0))
+                             max_text=1, layer_scale=0.0, drop_path=0.0, prompts=0, prefix_prompts=0, position_std=0.0, temporal_std=0.0))
+  _above_zero(c, 'model', 'temperature')
   _divides('model.heads', m.heads, 'model.width', m.width)
   _divides('model.patch', m.patch, 'model.image_size', m.image_size)
   if m.width % 4:
@@ -111,6 +120,8 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   for name in ('pixel_mean', 'pixel_std', 'video_mean', 'video_std'):
     if len(m[name]) != m.channels and not (name.startswith('video') and not m[name]):
       raise ValueError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
+    if name.endswith('std') and any(v <= 0 for v in m[name]):
+      raise ValueError(f'config.model.{name}={m[name]} must hold numbers above 0.')
   _choose('model.spatial', m.spatial, ('sincos', 'stored', 'learnt'))
   _choose('model.prompt_sides', m.prompt_sides, ('shared', 'separate', 'inputs'))
   _choose('model.position_init', m.position_init, ('normal', 'sincos'))
@@ -136,15 +147,26 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
 
 def _check_tokenizer(c: ml_collections.ConfigDict) -> None:
   _choose('tokenizer.kind', c.tokenizer.kind, ('sentencepiece', 'clip'))
+  _at_least(c, 'tokenizer', dict(vocab_size=1))
   if c.tokenizer.kind == 'clip' and not c.tokenizer.merges:
     raise ValueError("config.tokenizer.merges='' must be a path when config.tokenizer.kind='clip'; give that of CLIP's "
                      'bpe_simple_vocab_16e6.txt.gz.')
 
 
 def _check_train(c: ml_collections.ConfigDict) -> None:
-  _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1, interference_every=0))
-  _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0, gate_factor=0.0))
+  _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1, interference_every=0, watchdog=0.0))
+  _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0, gate_factor=0.0, b1=0.0, b2=0.0))
+  _above_zero(c, 'optim', 'eps')
+  for name in ('b1', 'b2'):
+    if c.optim[name] >= 1:
+      raise ValueError(f'config.optim.{name}={c.optim[name]} must be in [0, 1).')
+  for axis, size in c.mesh.items():
+    if axis != 'fsdp' and size < 1 and size != -1:
+      raise ValueError(f'config.mesh.{axis}={size} must be at least 1, or -1 (what the other axes leave).')
   _choose('train.mixture', c.train.mixture, MIXTURES)
+  if c.train.keep_best:
+    _choose('train.keep_best', c.train.keep_best, ('loss/total', *(f'loss/{name}' for name, t in c.tasks.items() if t.batch)))
+    _divides('train.log_every', c.train.log_every, 'train.save_every', c.train.save_every)  # a checkpoint needs a logged loss
   _choose('train.contrastive', c.train.contrastive, ('mean', 'sum'))
   _choose('train.twins', c.train.twins, ('masked', 'negatives'))
   _choose('optim.schedule', c.optim.schedule, SCHEDULES)
@@ -212,6 +234,8 @@ def _own_kind(name: str, row) -> Kind:
 def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
   _choose(f'sets.{name}.family', s.family, families)
   _choose(f'sets.{name}.scoring', s.scoring, SCORINGS)
+  if s.length < 2 or s.samples < 0:
+    raise ValueError(f'config.sets.{name}: length={s.length} must be at least 2 tokens, samples={s.samples} at least 0.')
   if s.scoring == 'sampled' and (s['values'] != VOCABULARY or s.samples < 1):
     raise ValueError(f"config.sets.{name}: scoring 'sampled' needs values='{VOCABULARY}' and samples ≥ 1, not "
                      f'values={s["values"]!r}, samples={s.samples}.')
@@ -229,6 +253,8 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
   if t.batch < 0 or t.batch % c.train.accum:
     raise ValueError(f'config.{field}.batch={t.batch} must be a positive multiple of config.train.accum='
                      f'{c.train.accum}; try {max(c.train.accum, t.batch - t.batch % c.train.accum)}.')
+  if t.length < 0 or t.picks < 0:
+    raise ValueError(f'config.{field}: length={t.length} and picks={t.picks} must be at least 0.')
   if t.weight < 0 or not 0 <= t.smoothing < 1 or t.shift < 0:
     raise ValueError(f'config.{field}: weight={t.weight} must be at least 0, smoothing={t.smoothing} in [0, 1), shift='
                      f'{t.shift} at least 0.')

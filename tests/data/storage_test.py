@@ -72,3 +72,16 @@ class TestFiles:
   def test_columns_of_different_lengths_are_refused(self, tmp_path):
     with pytest.raises(ValueError, match="'train'.*one length.*'pixels': 3, 'name': 2"):
       storage.save(tmp_path, 'train', _COLUMNS | {'name': np.array(['a', 'b'])}, {})
+
+  @pytest.mark.parametrize('harm', [
+      lambda path: path.write_bytes(path.read_bytes()[:-40]),
+      lambda path: path.write_bytes(path.read_bytes().replace(b'PK', b'KP')),
+      lambda path: path.write_bytes(b''),
+      lambda path: (path.unlink(), path.mkdir()),
+      lambda path: np.savez(path, name=np.array([{'code': 1}], object)),
+  ], ids=['cut off', 'altered', 'empty', 'a folder', 'pickled objects'])
+  def test_a_file_that_cannot_be_read_is_named_with_what_to_do(self, tmp_path, harm):
+    storage.save(tmp_path, 'train', _COLUMNS, _CLASSES)
+    harm(tmp_path / 'train.npz')
+    with pytest.raises(ValueError, match=r'train\.npz cannot be read \(.*damaged: delete .* and run: python launch/prepare_data'):
+      storage.load(tmp_path, 'train', '/data')

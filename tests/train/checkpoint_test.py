@@ -78,15 +78,81 @@ def test_a_step_that_takes_the_buffers_does_not_change_what_is_being_saved(tmp_p
     np.testing.assert_array_equal(checkpoints.restore(_like({'x': x}))['x'], 1)
 
 
-def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path):
-  state = _state()
+def _onto(state, mesh, spec):
+  """Shapes of a state on a mesh, the kernel split."""
+  like = _like(state, sharding.replicated(mesh))
+  like.params['kernel'] = jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
+  return like
+
+
+# (axis sizes, how the kernel [8, 3] lies).
+_MESHES = [
+    (dict(data=1), (None,)),
+    (dict(data=8), ('data',)),
+    (dict(data=4, model=2), ('data',)),
+    (dict(data=2, expert=2, model=2), (('data', 'expert'),)),
+    (dict(replica=2, expert=2), ('expert',)),
+]
+
+
+@pytest.mark.parametrize('there', range(len(_MESHES)))
+def test_a_checkpoint_is_restored_onto_any_mesh_from_any(tmp_path, there):
+  def place(i):
+    axes, spec = _MESHES[i]
+    axes = dict(replica=1, data=1, expert=1, model=1) | axes
+    mesh = sharding.make_mesh(axes, jax.devices()[:np.prod(list(axes.values()))])
+    return _onto(_state(), mesh, jax.sharding.PartitionSpec(*spec))
+
+  state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), _state(), place(there))
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(3, state)
-  mesh = sharding.make_mesh(dict(replica=1, data=4, expert=1, model=2))
-  like = _like(state, sharding.replicated(mesh))
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  like.params['kernel'] = jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=split)
+  with Checkpoints(tmp_path, keep=None) as checkpoints:
+    for here in range(len(_MESHES)):
+      like = place(here)
+      restored = checkpoints.restore(like)
+      _assert_identical(restored, _state())
+      assert restored.params['kernel'].sharding == like.params['kernel'].sharding
+
+
+def test_the_best_stays_beside_the_newest(tmp_path):
+  losses = {1: 5.0, 2: 1.0, 3: 9.0, 4: float('nan'), 5: 2.0}
+  with Checkpoints(tmp_path, keep=2, best='loss/total') as checkpoints:
+    for step, loss in losses.items():
+      checkpoints.save(step, _state(step), {'loss/total': loss})
+    checkpoints.finish()
+    assert (checkpoints.steps(), checkpoints.best()) == ([2, 4, 5], 2)
+  with Checkpoints(tmp_path, keep=2, best='loss/total') as checkpoints:  # what is known of them lies with them
+    assert checkpoints.best() == 2
+    checkpoints.save(6, _state(6), {'loss/total': 0.5})
+    checkpoints.save(7, _state(7))  # nothing was logged
+    checkpoints.finish()
+    assert (checkpoints.steps(), checkpoints.best()) == ([6, 7], 6)
+  with Checkpoints(tmp_path, keep=None) as checkpoints:
+    assert (checkpoints.steps(), checkpoints.best()) == ([6, 7], None)
+
+
+def test_another_model_is_refused_with_the_arrays_that_differ(tmp_path):
   with Checkpoints(tmp_path, keep=1) as checkpoints:
-    restored = checkpoints.restore(like)
-  _assert_identical(restored, state)
-  assert restored.params['kernel'].sharding == split
+    checkpoints.save(3, _state())
+    other = _state()
+    other = other.replace(params=other.params | {'kernel': jnp.zeros((8, 4)), 'extra': jnp.zeros(2)})
+    said = (r'params/extra: absent → float32\[2\]; params/kernel: float32\[8, 3\] → float32\[8, 4\]\).*'
+            r'Go on with the version that wrote it')
+    with pytest.raises(ValueError, match=said):
+      checkpoints.restore(_like(other))
+
+
+def test_reading_makes_and_deletes_nothing(tmp_path):
+  with Checkpoints(tmp_path / 'none', keep=None) as checkpoints:
+    assert checkpoints.latest() is None
+  assert not (tmp_path / 'none').exists()
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(3, _state())
+  unfinished = tmp_path / 'checkpoints' / '4.orbax-checkpoint-tmp'
+  unfinished.mkdir()
+  with Checkpoints(tmp_path, keep=None) as checkpoints:
+    assert checkpoints.latest() == 3
+  assert unfinished.exists()  # somebody may be writing it
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(4, _state(4))
+  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']

@@ -24,7 +24,7 @@ def test_the_same_config_comes_back(tmp_path):
 
 @pytest.mark.parametrize('section, field, value', [
     ('train', 'log_every', 7), ('data', 'dir', '/elsewhere'), ('train', 'interference_every', 5),
-    ('train', 'interference_parameters', 'qkv')])
+    ('train', 'interference_parameters', 'qkv'), ('train', 'watchdog', 9.), ('train', 'keep_best', 'loss/total')])
 def test_fields_that_may_change_may(tmp_path, section, field, value):
   c = _claimed(tmp_path)
   c[section][field] = value
@@ -110,3 +110,42 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_only(tmp_path, ch
   change(c)
   with pytest.raises(ValueError, match=f'belongs to a run with another config .*{said}'):
     workdir.claim_workdir(tmp_path, c, 'print')
+
+
+def _begun_with(tmp_path, **changed):
+  _claimed(tmp_path)
+  path = tmp_path / workdir.CONFIG_FILE
+  content = json.loads(path.read_text())
+  content['versions'].update(changed)
+  path.write_text(json.dumps(content))
+
+
+def test_the_same_versions_go_on_without_a_word(tmp_path, capsys):
+  workdir.check_versions(tmp_path)  # a new folder
+  _begun_with(tmp_path)
+  workdir.check_versions(tmp_path)
+  assert capsys.readouterr() == ('', '')
+
+
+def test_another_release_of_a_package_is_refused_with_both_numbers_and_what_to_do(tmp_path):
+  _begun_with(tmp_path, jax='0.9.1', numpy=workdir.versions()['numpy'] + '.1')
+  said = (r"jax: 0.9.1 → .*, numpy: .*pip install 'jax==0.9.1'\), start a new run from its parameters "
+          r"\(config.train.init='.*'\), or go on .* --accept_versions")
+  with pytest.raises(ValueError, match=said):
+    workdir.check_versions(tmp_path)
+
+
+def test_a_later_fix_of_the_same_release_is_noted(tmp_path, capsys):
+  _begun_with(tmp_path, numpy=workdir.versions()['numpy'] + '.1')
+  workdir.check_versions(tmp_path)
+  assert 'note: workdir' in (said := capsys.readouterr().err) and 'numpy: ' in said and 'last digits' in said
+
+
+def test_versions_that_are_accepted_are_the_runs_from_then_on(tmp_path, capsys):
+  _begun_with(tmp_path, jax='0.9.1')
+  workdir.check_versions(tmp_path, accept=True)
+  workdir.check_versions(tmp_path)
+  assert capsys.readouterr() == ('', '')
+  content = json.loads((tmp_path / workdir.CONFIG_FILE).read_text())
+  assert content['versions'] == workdir.versions() and content['earlier_versions'][0]['jax'] == '0.9.1'
+  workdir.claim_workdir(tmp_path, tiny.config('shape', data_dir='/somewhere'), 'print')

@@ -6,6 +6,8 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -92,7 +94,7 @@ def load(directory: str | os.PathLike[str], split: str, root: str | os.PathLike[
 
   Raises:
     FileNotFoundError: if nothing was prepared there; names the command that does.
-    ValueError: if the folder is there and has no such split; lists those that it has.
+    ValueError: if the folder is there and has no such split (lists those that it has), or the file cannot be read.
   """
   directory = pathlib.Path(directory)
   if not directory.is_dir():
@@ -103,8 +105,12 @@ def load(directory: str | os.PathLike[str], split: str, root: str | os.PathLike[
   if not path.exists():
     known = sorted(file.stem for file in directory.glob('*.npz'))
     raise ValueError(f'split {split!r} is not in {directory}; choose from {", ".join(known)}.')
-  with np.load(path) as stored:
-    arrays = {name: stored[name] for name in stored.files}
+  try:
+    with np.load(path) as stored:
+      arrays = {name: stored[name] for name in stored.files}
+  except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+    raise ValueError(f'{path} cannot be read ({e}). If its disk can be reached, the file is damaged: delete {directory} and run: '
+                     f'python launch/prepare_data.py --data_dir={root}') from e
   classes = {
       name.removeprefix(_CLASSES): tuple(array.tolist())
       for name, array in arrays.items() if name.startswith(_CLASSES)

@@ -1,8 +1,9 @@
 """The training loop: steps, logs, checkpoints, signals.
 
-Exit codes: 0 finished, 75 stopped by a signal and resumable, 1 stopped because losses were not finite.
+Exit codes: 0 finished, 75 stopped by a signal and resumable, 1 stopped because losses were not finite, or a phase hung.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,11 +16,12 @@ import jax
 import numpy as np
 
 from uni_moe_jax.resolve import check_trains
-from uni_moe_jax.train.checkpoint import Checkpoints, saved_step
+from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.setup import Run, build, conditions, first_state
-from uni_moe_jax.train.workdir import RUN_FILE, claim_workdir, keep_tokenizer
+from uni_moe_jax.train.watchdog import BATCH, SAVE, STEP, Watchdog
+from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, keep_tokenizer, saved_step, write_json
 
 FINISHED, ERROR, PREEMPTED = 0, 1, 75
 
@@ -78,18 +80,20 @@ def train(config, workdir: str, devices=None) -> int:
   """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one, on all devices by default.
 
   Returns:
-    An exit code. Raises what `setup.build` and `claim_workdir` raise.
+    An exit code. Raises what `setup.build`, `claim_workdir`, `check_versions` and `Checkpoints` raise.
   """
   started = time.perf_counter()
   with Stop() as stop:
     run = build(config, devices)
     check_trains(run.plan)
     claim_workdir(workdir, config, run.data.fingerprint)
+    check_versions(workdir)
     keep_tokenizer(workdir, run.data.tokenizer_file)
     print(describe(run), flush=True)
-    pathlib.Path(workdir, RUN_FILE).write_text(json.dumps(run_facts(run), indent=1))
-    with Checkpoints(workdir, config.train.keep) as checkpoints:
-      return _loop(run, workdir, checkpoints, stop, started)
+    write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
+    with Checkpoints(workdir, config.train.keep, config.train.keep_best) as checkpoints:
+      with Watchdog(config.train.watchdog) as watchdog:
+        return _loop(run, workdir, checkpoints, stop, watchdog, started)
 
 
 def compile_steps(config, workdir: str, devices=None) -> int:
@@ -115,7 +119,7 @@ def compile_steps(config, workdir: str, devices=None) -> int:
   return FINISHED
 
 
-def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started: float) -> int:
+def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog: Watchdog, started: float) -> int:
   c, last = run.config, run.config.train.steps
   saved = checkpoints.latest()
   first = saved or 0
@@ -133,34 +137,47 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started:
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
   with MetricsLog(workdir, first, last) as log:
-    pending = None  # metrics of the step that is running: read once the next one is queued
+    done, pending = first, None  # metrics of the step that is running: read once the next one is queued
+    means = {}  # of the log at the step that is done, if there is one
     for step in range(first, last):
       if stop.requested:
         break
-      task, batch = next(batches)
-      if task not in steps:
+      checkpoints.check()
+      with watchdog.phase(BATCH, step + 1):
+        task, batch = next(batches)
+      compiling = task not in steps
+      if compiling:
         steps[task] = run.step_fn(task)
-      compiling = step == first
       placed = run.put(batch)
       # Before the step, which takes the buffers of the state.
       measured = metric(step, state.params, placed, sets) if metric else {}
-      state, metrics = steps[task](state, placed, sets)
-      if compiling:
-        jax.block_until_ready(metrics)
+      # A step that is compiled may take long.
+      with contextlib.nullcontext() if compiling else watchdog.phase(STEP, step + 1):
+        state, metrics = steps[task](state, placed, sets)
+        if compiling:
+          jax.block_until_ready(metrics)
+      if step == first:
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
       done = step + 1
-      if pending is not None and not _take(log, pending, c, step):
-        return ERROR
+      with watchdog.phase(STEP, step):
+        if pending is not None and not _take(log, pending, c, step):
+          return ERROR
       pending = {**metrics, **measured}
       if done % c.train.log_every == 0 or done == last:
-        if not _take(log, pending, c, done):
-          return ERROR
-        pending = None
-        log.write(done)
+        with watchdog.phase(STEP, done):
+          if not _take(log, pending, c, done):
+            return ERROR
+        pending, means = None, log.write(done)
+      else:
+        means = {}
       if done % c.train.save_every == 0 and done != last:
-        checkpoints.save(done, state)
-    done = int(jax.device_get(state.step))
-    checkpoints.save(done, state)
+        with watchdog.phase(SAVE, done):
+          checkpoints.save(done, state, means)
+    with watchdog.phase(STEP, done):
+      done = int(jax.device_get(state.step))
+    with watchdog.phase(SAVE, done):
+      checkpoints.save(done, state, means)
+      checkpoints.finish()
   if done < last:
     print(f'stopped at step {done} of {last}; the same command continues.', flush=True)
     return PREEMPTED

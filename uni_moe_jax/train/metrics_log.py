@@ -18,7 +18,9 @@ class MetricsLog:
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     if self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first]
-      self._path.write_text(''.join(line + '\n' for line in lines))
+      rest = self._path.with_suffix('.tmp')  # whoever is killed here loses no line
+      rest.write_text(''.join(line + '\n' for line in lines))
+      rest.rename(self._path)
     self._file = self._path.open('a')
     self._board = tf.summary.create_file_writer(os.fspath(pathlib.Path(workdir) / 'tensorboard'))
     self._bar = tqdm.tqdm(total=last, initial=first, unit='step', dynamic_ncols=True) if sys.stderr.isatty() else None

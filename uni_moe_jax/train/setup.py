@@ -163,13 +163,13 @@ def conditions(plan: Plan) -> tuple[Condition, ...]:
   return tuple(dict.fromkeys(found + [s.condition for s in (*plan.sets, *plan.probe_sets)]))
 
 
-def predictor(run: Run, checkpoints: Checkpoints) -> tuple[Predictor, Any]:
-  """(predictor, parameters) of the newest checkpoint: the averaged parameters where the run keeps them.
+def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tuple[Predictor, Any]:
+  """(predictor, parameters) of a checkpoint, the newest by default: the averaged parameters where the run keeps them.
 
   A run that trains nothing has none: it is what it starts from.
   """
   if run.plan.tasks:
-    state = checkpoints.restore(run.like())
+    state = checkpoints.restore(run.like(), step)
     params = state.params if state.ema is None else state.ema
   else:
     params = jax.device_put(warm_params(run), run.shardings.params)

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 import ml_collections
@@ -16,12 +17,23 @@ from uni_moe_jax import config as config_lib
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
+CHECKPOINTS = 'checkpoints'  # the folder in which each has one, named by its step
 TOKENIZER_STEM = 'tokenizer'
 VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
-MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'train.interference_every',
-              'train.interference_parameters', 'data.dir', 'declared', 'mesh', 'evaluators',
+MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'train.watchdog',
+              'train.interference_every', 'train.interference_parameters', 'data.dir', 'declared', 'mesh', 'evaluators',
               'tokenizer.merges')  # its content is part of the data's fingerprint
+
+
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+  """Steps of which a work directory has a checkpoint, in order; the directory need not exist, and nothing is verified."""
+  return sorted(int(p.name) for p in (pathlib.Path(workdir) / CHECKPOINTS).glob('*') if p.name.isdecimal() and p.is_dir())
+
+
+def saved_step(workdir: str | os.PathLike[str]) -> int | None:
+  """The newest of them."""
+  return max(saved_steps(workdir), default=None)
 
 
 def versions() -> dict[str, str]:
@@ -71,8 +83,8 @@ def claim_workdir(
   path = pathlib.Path(workdir) / CONFIG_FILE
   new = {'config': _plain(config), 'data': fingerprint}
   if path.exists():
-    old = json.loads(path.read_text())
-    changed = differences(_plain(_completed(old['config'])), new['config'])
+    old = _read(path)
+    changed = differences(_plain(_completed(old['config'], path)), new['config'])
     if fingerprint is not None and old['data'] != fingerprint and not changed:
       changed = ['the data (its fingerprint)']
     if changed:
@@ -83,8 +95,45 @@ def claim_workdir(
   if fingerprint is None:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
+  write_json(path, {**new, 'versions': versions()})
+
+
+def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> None:
+  """Checks that a run goes on with the packages that it began with; says so where only the last numbers differ.
+
+  Args:
+    workdir: folder of the run; a new one has nothing to check.
+    accept: write down the installed versions instead, from which on the run goes on with them.
+
+  Raises:
+    ValueError: a package of another release (its first two numbers differ): the rest of the run would not be what it began as.
+  """
+  path = pathlib.Path(workdir) / CONFIG_FILE
+  if not path.exists():
+    return
+  content, here = _read(path), versions()
+  began = content.get('versions', {})
+  changed = {name: (began[name], here[name]) for name in VERSIONED if name in began and began[name] != here[name]}
+  if not changed:
+    return
+  if accept:
+    write_json(path, {**content, 'versions': here, 'earlier_versions': [*content.get('earlier_versions', []), began]})
+    return
+  said = ', '.join(f'{name}: {old} → {new}' for name, (old, new) in changed.items())
+  breaking = {name: old for name, (old, new) in changed.items() if old.split('.')[:2] != new.split('.')[:2]}
+  if breaking:
+    wanted = ' '.join(f"'{name}=={old}'" for name, old in breaking.items())
+    raise ValueError(f'workdir {workdir} was begun with other versions ({said}), with which its numbers and its data order may '
+                     f'be others. Install them (pip install {wanted}), start a new run from its parameters '
+                     f"(config.train.init='{workdir}'), or go on all the same: launch/train.py --accept_versions.")
+  print(f'note: workdir {workdir} was begun with other versions ({said}); its numbers may differ in their last digits.',
+        file=sys.stderr, flush=True)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes a file, whole or not at all."""
   temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps({**new, 'versions': versions()}, indent=1))
+  temporary.write_text(json.dumps(content, indent=1))
   temporary.rename(path)
 
 
@@ -117,11 +166,26 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   if not path.exists():
     raise FileNotFoundError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
                             f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
-  return _completed(json.loads(path.read_text())['config'])
+  return _completed(_read(path)['config'], path)
 
 
-def _completed(config: dict[str, Any]) -> ml_collections.ConfigDict:
-  return config_lib.completed(ml_collections.ConfigDict(_tuples(config)))
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  """What a work directory remembers. Raises ValueError where the file is damaged."""
+  try:
+    content = json.loads(path.read_text())
+    if not (isinstance(content, dict) and isinstance(content.get('config'), dict) and isinstance(content.get('versions', {}), dict)):
+      raise ValueError('it lacks the config')
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f'{path} is damaged ({e}); copy back one that is whole, or give another --workdir.') from None
+  return {'data': None, **content}
+
+
+def _completed(config: dict[str, Any], path: pathlib.Path) -> ml_collections.ConfigDict:
+  try:
+    return config_lib.completed(ml_collections.ConfigDict(_tuples(config)))
+  except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
+    raise ValueError(f'{path} holds no config of this package ({e}); copy back one that is whole, or give another '
+                     '--workdir.') from None
 
 
 def _tuples(value: Any) -> Any:

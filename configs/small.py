@@ -1,0 +1,23 @@
+"""Handwritten digits (they come with scikit-learn) and a model so small that a step takes milliseconds: what launch/faults.py kills.
+
+  python launch/train.py --config=configs/small.py --workdir=runs/small --config.data.dir=.
+
+It needs no prepared data, only a folder for its tokenizer. It learns little; its figures mean nothing.
+"""
+
+import ml_collections
+
+from uni_moe_jax import config
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Small: one layer, width 16, four experts, one task; a checkpoint every ten of 200 steps."""
+  c = config.base()
+  c.model.update(dict(layers=1, width=16, heads=2, hidden=16, image_size=32, patch=16, max_text=8, layer_scale=0.5, remat=False))
+  c.moe.num_experts = 4
+  c.tokenizer.vocab_size = 25  # ten names have few letters
+  c.sets.digits = config.target_set('digits/name', family='names')
+  c.tasks.digit = config.task('image_classification', 'digits', batch=8, target_set='digits', label='name', shift=1)
+  c.optim.update(dict(learning_rate=1e-2, warmup=5))
+  c.train.update(dict(steps=200, log_every=1, save_every=10, ema=0.9))
+  return c

@@ -1,0 +1,168 @@
+"""Damaged checkpoints are passed over, loudly, or refused: never read as if they were whole."""
+
+import errno
+import json
+import pathlib
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uni_moe_jax import failures
+from uni_moe_jax.train import manifest
+from uni_moe_jax.train.checkpoint import Checkpoints
+
+
+def _state(step):
+  return {'params': {'kernel': jnp.arange(2048.) ** 2 + step}, 'step': jnp.int32(step), 'ema': None}
+
+
+_LIKE = jax.eval_shape(_state, 0)
+
+
+@pytest.fixture(name='two', scope='module')
+def _two(tmp_path_factory):
+  """Steps 1 and 2 are saved there."""
+  folder = tmp_path_factory.mktemp('two')
+  with Checkpoints(folder, keep=3) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, _state(step))
+  return folder
+
+
+@pytest.fixture(name='workdir')
+def _workdir(two, tmp_path):
+  return shutil.copytree(two, tmp_path / 'run')
+
+
+def _truncate(path: pathlib.Path):
+  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def _flip(path: pathlib.Path, bit: int = 3):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1 << bit
+  path.write_bytes(content)
+
+
+def _names(workdir, step) -> list[str]:
+  folder = workdir / 'checkpoints' / str(step)
+  return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
+
+
+def test_an_undamaged_one_is_the_newest_and_nothing_is_said(workdir, capfd):
+  with Checkpoints(workdir, keep=3) as checkpoints:
+    assert checkpoints.latest() == 2
+    np.testing.assert_array_equal(checkpoints.restore(_LIKE)['params']['kernel'], _state(2)['params']['kernel'])
+  assert capfd.readouterr().err == ''
+
+
+@pytest.mark.parametrize('harm', [_truncate, _flip, pathlib.Path.unlink])
+def test_whatever_file_is_damaged_the_one_before_is_read(two, tmp_path, capfd, harm):
+  names = _names(two, 2)
+  assert len(names) > 10 and manifest.FILE in names
+  for i, name in enumerate(names):
+    workdir = shutil.copytree(two, tmp_path / str(i))
+    harm(workdir / 'checkpoints/2' / name)
+    with Checkpoints(workdir, keep=None) as checkpoints:
+      assert checkpoints.latest() == 1, name
+    said = capfd.readouterr().err
+    assert 'warning: the checkpoint of step 2 in' in said and name in said, (name, said)
+    assert 'falling back to the one before, of step 1' in said
+
+
+def test_a_folder_that_is_missing_is_damage(workdir, capfd):
+  shutil.rmtree(workdir / 'checkpoints/2/default')
+  with Checkpoints(workdir, keep=None) as checkpoints:
+    assert checkpoints.restore(_LIKE)['step'] == 1
+  assert 'is missing; falling back' in capfd.readouterr().err
+
+
+def test_without_the_sums_a_flipped_bit_would_be_trained_on(workdir, monkeypatch):
+  # The positive control: of 40 places in the largest file, one at least is read as another number without a word.
+  monkeypatch.setattr(manifest, 'damage', lambda _: '')
+  largest = max((workdir / 'checkpoints/2').rglob('d/*'), key=lambda p: p.stat().st_size)
+  whole, wrong = largest.read_bytes(), False
+  for place in range(0, len(whole), len(whole) // 40 + 1):
+    largest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+    try:
+      with Checkpoints(workdir, keep=None) as checkpoints:
+        got = checkpoints.restore(_LIKE)
+    except Exception:  # TensorStore noticed; Orbax raises whatever
+      continue
+    wrong = got['step'] == 2 and not np.array_equal(got['params']['kernel'], _state(2)['params']['kernel'])
+    if wrong:
+      break
+  assert wrong
+
+
+def test_when_all_are_damaged_it_is_refused(workdir, capfd):
+  for step in (1, 2):
+    _truncate(workdir / 'checkpoints' / str(step) / 'default/manifest.ocdbt')
+  for keep in (3, None):
+    with pytest.raises(failures.Failure, match='every checkpoint in .* is damaged .* delete .* to train from the start'):
+      Checkpoints(workdir, keep)
+  assert 'there is none before it' in capfd.readouterr().err
+  assert _names(workdir, 2)  # evidence stays where it is
+
+
+def test_a_damaged_one_goes_out_of_the_way_of_who_saves_that_step_again(workdir, capfd):
+  _flip(workdir / 'checkpoints/2/default/_METADATA')
+  with Checkpoints(workdir, keep=3) as checkpoints:
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, _state(5))
+  assert f'moved to {workdir / "damaged/2"}' in capfd.readouterr().err
+  with Checkpoints(workdir, keep=3) as checkpoints:
+    np.testing.assert_array_equal(checkpoints.restore(_LIKE)['params']['kernel'], _state(5)['params']['kernel'])
+  assert (workdir / 'damaged/2/manifest.json').exists()
+
+
+def test_who_only_reads_moves_nothing_and_can_ask_for_any_whole_step(workdir):
+  _truncate(workdir / 'checkpoints/1/default/_METADATA')
+  with Checkpoints(workdir, keep=None) as checkpoints:
+    assert checkpoints.steps() == [1, 2]  # older ones are verified when they are asked for
+    for read in (lambda: checkpoints.restore(_LIKE, 1), lambda: checkpoints.restore_params(1)):
+      with pytest.raises(failures.Failure, match='the checkpoint of step 1 in .* is damaged: default/_METADATA has'):
+        read()
+    np.testing.assert_array_equal(checkpoints.restore_params(2)['kernel'], _state(2)['params']['kernel'])
+  assert not (workdir / 'damaged').exists()
+
+
+def test_one_of_an_earlier_version_has_no_sums_and_is_read_with_a_note(workdir, capfd):
+  folder = workdir / 'checkpoints/2'
+  (folder / manifest.FILE).unlink()
+  metadata = json.loads((folder / '_CHECKPOINT_METADATA').read_text())
+  (folder / '_CHECKPOINT_METADATA').write_text(json.dumps(metadata | {'custom_metadata': {}}))
+  with Checkpoints(workdir, keep=None) as checkpoints:
+    assert checkpoints.restore(_LIKE)['step'] == 2
+  assert 'note: the checkpoint of step 2' in capfd.readouterr().err
+
+
+def _no_space(*_):
+  raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_a_full_disk_is_told_with_the_step_that_is_safe(workdir, monkeypatch):
+  monkeypatch.setattr(manifest, 'write', _no_space)
+  with Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(3, _state(3))
+    end = time.monotonic() + 20
+    with pytest.raises(failures.Failure, match=r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'):
+      while time.monotonic() < end:  # a look between two steps finds it, without waiting
+        checkpoints.check()
+        time.sleep(.01)
+  monkeypatch.undo()
+  with Checkpoints(workdir, keep=2) as checkpoints:
+    assert checkpoints.restore(_LIKE)['step'] == 2
+    checkpoints.save(3, _state(3))
+    checkpoints.finish()
+    assert checkpoints.steps() == [2, 3]
+
+
+def test_the_last_save_is_not_lost_in_silence(workdir, monkeypatch):
+  monkeypatch.setattr(manifest, 'write', _no_space)
+  with pytest.raises(failures.Failure, match='step 3 could not be written'), Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(3, _state(3))

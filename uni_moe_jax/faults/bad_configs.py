@@ -1,0 +1,204 @@
+"""Generated mistakes in a config and damage of what a run keeps in its folder. Each is a folder and what to do with it."""
+
+import copy
+import dataclasses
+import json
+import pathlib
+import random
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from uni_moe_jax import config, failures, recipes, resolve
+from uni_moe_jax.data import storage
+from uni_moe_jax.train import manifest, workdir
+
+CANARY = 'executed'  # a file that no input may make
+CODE = (f"__import__('pathlib').Path('{CANARY}').touch()", f'$(touch {CANARY})', f'`touch {CANARY}`', f'; touch {CANARY} ;',
+         f"!!python/object/apply:os.system ['touch {CANARY}']", '{0.__class__.__init__.__globals__}', '%(x)s%n', '{name.__class__}')
+ODD_TEXTS = (*CODE, '', ' ', '\0', 'a' * 100_000, '../' * 40 + 'etc/passwd', '~nobody_of_this_name/x', '\ud800', '‮מימין', '🙂' * 50,
+              'line\nbreak', '{', '}', '{}', '{{name}', '{name!r:>9}', '{name:>99999999}', '[', '(?P<', '*', '-1', 'nan', 'None')
+WRONG_TYPES: tuple[Any, ...] = (None, 'text', 3, 2.5, True, [], {}, [None], [{'a': 1}], {'a': 1}, [[[]]])
+_NOT_FINITE = (float('nan'), float('inf'), float('-inf'), 10**40, -10**40, 1e300)
+# Where a negative number is wrong. Elsewhere (means, seeds) it may be meant.
+_NOT_NEGATIVE = ('model.', 'moe.', 'tokenizer.', 'optim.', 'train.', 'tasks.', 'sets.', 'evaluators.', 'mesh.')
+_NAMES = ('model.spatial', 'model.prompt_sides', 'model.position_init', 'model.query_key_init', 'model.dtype', 'moe.router', 'moe.grouped',
+          'moe.placement', 'tokenizer.kind', 'train.mixture', 'train.contrastive', 'train.twins', 'optim.schedule',
+          'optim.without_gradient', 'kind', 'family', 'scoring', 'target_set')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """An input.
+
+  Attributes:
+    kind: class under which it is counted.
+    what: for whoever looks for its cause.
+    main: reads it, as the commands do; returns an exit code, or 'skipped: …' where it was skipped and counted.
+    bad: it must be refused; otherwise it may also be right, or harmless.
+  """
+  kind: str
+  what: str
+  main: Callable[[], int | str]
+  bad: bool
+
+
+def base_config() -> dict[str, Any]:
+  """A right one, with tasks of six kinds and evaluators, as JSON has it."""
+  c = config.base()
+  recipes.embedded(c)
+  return json.loads(json.dumps(c.to_dict()))
+
+
+_BASE = base_config()
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+  if not isinstance(tree, dict) or not tree:
+    return [path]
+  return [p for k, v in tree.items() for p in _leaves(v, (*path, k))]
+
+
+_LEAVES = _leaves(_BASE)
+_SECTIONS = sorted({p[:i] for p in _LEAVES for i in range(1, len(p))})
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+  for key in path:
+    tree = tree[key]
+  return tree
+
+
+def _changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+  tree = copy.deepcopy(_BASE)
+  _at(tree, path[:-1])[path[-1]] = value
+  return tree
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _of(rng: random.Random, test: Callable[[str, Any], bool]) -> tuple[str, ...]:
+  return rng.choice([p for p in _LEAVES if test('.'.join(p), _at(_BASE, p))])
+
+
+def wrong_type(rng: random.Random) -> tuple[dict, str, bool]:
+  """A value of another type than its field's."""
+  path = rng.choice(_LEAVES)
+  right = _at(_BASE, path)
+  def fits(value):
+    if _is_number(right):
+      return _is_number(value) and (isinstance(right, float) or isinstance(value, int))
+    return type(value) is type(right)
+  values = [v for v in WRONG_TYPES if not fits(v) and not ('.'.join(path) in ('moe.placement', *_set_values()) and v in ('text', []))
+            and not (path[0] in ('kinds', 'families') and v in ({}, {'a': 1}))]
+  value = rng.choice(values)
+  return _changed(path, value), f'{".".join(path)}={value!r}', True
+
+
+def _set_values() -> list[str]:
+  return [f'sets.{name}.values' for name in _BASE['sets']]
+
+
+def not_finite(rng: random.Random) -> tuple[dict, str, bool]:
+  """No number that a computation can take."""
+  path, value = _of(rng, lambda _, v: _is_number(v)), rng.choice(_NOT_FINITE)
+  return _changed(path, value), f'{".".join(path)}={value!r}', True
+
+
+def negative(rng: random.Random) -> tuple[dict, str, bool]:
+  """A negative size, count, rate or weight."""
+  path = _of(rng, lambda name, v: _is_number(v) and name.startswith(_NOT_NEGATIVE))
+  value = -rng.choice((2, 3, 10**6)) if isinstance(_at(_BASE, path), int) else -rng.choice((.5, 2., 1e6))
+  return _changed(path, value), f'{".".join(path)}={value!r}', True
+
+
+def unknown_name(rng: random.Random) -> tuple[dict, str, bool]:
+  """A name that is mistyped, where names are few."""
+  path = _of(rng, lambda name, v: v and isinstance(v, str) and (name in _NAMES or len(name.split('.')) == 3 and name.split('.')[2] in _NAMES))
+  right = _at(_BASE, path)
+  value = rng.choice([right + rng.choice('xyz'), right[:-1] + '?', right.upper() + '_', *ODD_TEXTS[:12]])
+  return _changed(path, value), f'{".".join(path)}={value[:60]!r}', bool(value)
+
+
+def unknown_field(rng: random.Random) -> tuple[dict, str, bool]:
+  """A field that there is not."""
+  section, name = rng.choice(_SECTIONS), f'{rng.choice(("widht", "lr", "x", "__class__", "items"))}{rng.randrange(100)}'
+  if section in (('tasks',), ('sets',), ('evaluators',)):
+    return _changed((*section, name), rng.choice((None, 3, 'text', []))), f'{".".join(section)}.{name}', True
+  return _changed((*section, name), 3), f'{".".join(section)}.{name}', True
+
+
+def odd_text(rng: random.Random) -> tuple[dict, str, bool]:
+  """Text that is long, foreign, broken, or looks like code."""
+  path, value = _of(rng, lambda _, v: isinstance(v, str)), rng.choice(ODD_TEXTS)
+  return _changed(path, value), f'{".".join(path)}={value[:60]!r}', False
+
+
+CONFIGS = (wrong_type, not_finite, negative, unknown_name, unknown_field, odd_text)
+
+
+def config_case(rng: random.Random, folder: pathlib.Path) -> Case:
+  """A work directory whose config has a mistake."""
+  make = rng.choice(CONFIGS)
+  tree, what, bad = make(rng)
+  (folder / workdir.CONFIG_FILE).write_text(json.dumps({'config': tree, 'data': None, 'versions': {}}))
+  return Case(f'config: {make.__name__.replace("_", " ")}', what, lambda: _read_config(folder), bad)
+
+
+def _read_config(folder: pathlib.Path) -> int:
+  c = workdir.load_config(folder)
+  workdir.claim_workdir(folder, c)
+  resolve.check_trains(resolve.resolve(c))
+  storage.check_directory(c.data.dir)
+  return 0
+
+
+def mangled(rng: random.Random, content: bytes) -> bytes:
+  """A file as crashes, disks and editors leave it."""
+  at = rng.randrange(len(content))
+  return rng.choice((
+      lambda: content[:at],
+      lambda: content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1:],
+      lambda: content[:at] + rng.randbytes(rng.randrange(1, 9)) + content[at:],
+      lambda: bytes(len(content)),
+      lambda: b'',
+      lambda: rng.randbytes(64),
+      lambda: b'[' * 100_000,
+      lambda: b'{"config": ' + b'9' * 6000 + b'}',
+      lambda: b'{"config": {"model": 3}}',
+      lambda: json.dumps(rng.choice(WRONG_TYPES)).encode()))()
+
+
+def config_file_case(rng: random.Random, folder: pathlib.Path) -> Case:
+  """A work directory whose config.json is damaged."""
+  content = mangled(rng, json.dumps({'config': _BASE, 'data': None, 'versions': {}}).encode())
+  (folder / workdir.CONFIG_FILE).write_bytes(content)
+  return Case('config.json: damaged', repr(content[:60]), lambda: _read_config(folder), False)
+
+
+def metadata_case(rng: random.Random, folder: pathlib.Path) -> Case:
+  """A checkpoint of which one small file, that says what the others are, is damaged."""
+  step = folder / workdir.CHECKPOINTS / '7'
+  shutil.rmtree(step, ignore_errors=True)
+  (step / 'default').mkdir(parents=True)
+  (step / 'default/array').write_bytes(rng.randbytes(200))
+  (step / '_CHECKPOINT_METADATA').write_text(json.dumps({'init_timestamp_nsecs': 1, 'custom_metadata': manifest.MARK}))
+  manifest.write(step, step, {'loss/total': 1.5})
+  (step / 'commit_success.txt').write_text(f'Checkpoint commit was successful to {step}')
+  name = rng.choice(('manifest.json', '_CHECKPOINT_METADATA', 'commit_success.txt', 'default/array'))
+  before = (step / name).read_bytes()
+  after = mangled(rng, before)
+  (step / name).write_bytes(after)
+  return Case(f'checkpoint: damaged {name}', repr(after[:60]), lambda: _read_checkpoint(step), after != before)
+
+
+def _read_checkpoint(step: pathlib.Path) -> int:
+  manifest.metrics(step)
+  if wrong := manifest.damage(step):
+    raise failures.Failure(f'the checkpoint {step.name} is damaged: {wrong}')
+  return 0
+
+
+KINDS = {'config': config_case, 'config.json': config_file_case, 'checkpoint': metadata_case}

@@ -1,0 +1,203 @@
+"""SIGKILL at random moments, some inside a save: a run that is started again ends as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.train import manifest
+from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = 'configs/small.py'
+_POLL = 0.001  # seconds
+_LONGEST = 600.0  # of a run that is not killed
+_SAVES_LET_PASS = 4  # at most, before one is hit
+_UNFINISHED = '*.orbax-checkpoint-tmp'
+
+
+@dataclasses.dataclass
+class Trainer:
+  """Starts the training command in folders below `folder`.
+
+  Attributes:
+    folder: for work directories, compiled programs and the tokenizer.
+    plant: fault of `planted.FAULTS`; '' is none.
+    overrides: fields of the config.
+  """
+  folder: pathlib.Path
+  plant: str = ''
+  overrides: tuple[str, ...] = ()
+
+  def command(self, workdir: pathlib.Path) -> list[str]:
+    """Program and arguments."""
+    return [sys.executable, *(['-m', 'uni_moe_jax.faults.planted', self.plant] if self.plant else []),
+               str(_ROOT / 'launch/train.py'), f'--config={_ROOT / CONFIG}', f'--workdir={workdir}',
+               f'--config.data.dir={self.folder}', *(f'--config.{o}' for o in self.overrides)]
+
+  def start(self, workdir: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
+    """A process whose output is appended to `log`."""
+    with log.open('ab') as file:
+      return subprocess.Popen(self.command(workdir), stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment(self.folder))
+
+  def run(self, workdir: pathlib.Path, log: pathlib.Path) -> tuple[int, float]:
+    """(exit code, seconds) of a run that is left alone."""
+    began = time.monotonic()
+    return self.start(workdir, log).wait(_LONGEST), time.monotonic() - began
+
+
+def environment(folder: pathlib.Path) -> dict[str, str]:
+  """Of a child: this package, one device, and one cache of compiled programs for all."""
+  return {**os.environ, 'PYTHONPATH': f'{_ROOT}:{os.environ.get("PYTHONPATH", "")}', 'PYTHONUNBUFFERED': '1', 'JAX_PLATFORMS': 'cpu',
+          'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_COMPILATION_CACHE_DIR': str(folder / 'jax'),
+          'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}
+
+
+@dataclasses.dataclass
+class Tally:
+  """What a series of kills came to."""
+  kills: int = 0
+  inside_saves: int = 0
+  starts: int = 0
+  finished: int = 0
+  findings: list[str] = dataclasses.field(default_factory=list)
+
+
+def series(trainer: Trainer, whole: pathlib.Path, seconds: float, kills: int, saves: int, seed: int) -> Tally:
+  """Kills runs until there were enough kills, at least `saves` of them inside a save, and lets each run come to its end.
+
+  Args:
+    trainer: of the runs.
+    whole: work directory of the same run, never disturbed. seconds: that it took.
+    kills, saves: how many.
+    seed: draws the moments.
+  """
+  rng, tally = random.Random(seed), Tally()
+  while tally.kills < kills or tally.inside_saves < saves:
+    workdir = trainer.folder / f'killed_{tally.finished}{trainer.plant}'
+    log = workdir.with_suffix('.log')
+    shutil.rmtree(workdir, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    expected, code = None, None
+    while code is None:
+      enough = tally.kills >= kills and tally.inside_saves >= saves
+      save = tally.inside_saves < saves and (kills - tally.kills <= saves - tally.inside_saves or rng.random() < .5)
+      said_before = log.stat().st_size if log.exists() else 0
+      code = _until_killed(trainer, workdir, log, rng, None if enough else save, seconds, tally)
+      tally.starts += 1
+      _check_resumed(expected, log.read_text(errors='replace')[said_before:], tally)
+      expected = newest_whole(workdir)
+      if code is None:
+        _check_nothing_lost(workdir, expected, tally)
+    tally.finished += 1
+    if code != 0:
+      tally.findings.append(f'{workdir.name} ended with exit code {code}: {log.read_text(errors="replace")[-300:]}')
+      break
+    tally.findings += differences(whole, workdir)
+    if tally.findings:
+      break
+    shutil.rmtree(workdir)
+  return tally
+
+
+def newest_whole(workdir: pathlib.Path) -> int | None:
+  """The step from which a run has to go on."""
+  folder = workdir / CHECKPOINTS
+  return next((s for s in reversed(saved_steps(workdir)) if not manifest.damage(folder / str(s))), None)
+
+
+def _until_killed(trainer, workdir, log, rng, save: bool | None, seconds: float, tally: Tally) -> int | None:
+  """Starts a run and kills it: in a save, at a random moment, or not at all (None). Its exit code; None if it was killed."""
+  process = trainer.start(workdir, log)
+  if save is None:
+    return process.wait(_LONGEST)
+  if save:
+    _wait_for_a_save(process, workdir, rng.randrange(_SAVES_LET_PASS))
+    time.sleep(rng.uniform(0, .05))
+  else:
+    end = time.monotonic() + rng.uniform(0, seconds)
+    while time.monotonic() < end and process.poll() is None:
+      time.sleep(_POLL)
+  if process.poll() is not None:
+    return process.returncode
+  process.kill()
+  if process.wait() != -9:  # it ended by itself in the same moment
+    return process.returncode
+  tally.kills += 1
+  tally.inside_saves += any(True for _ in (workdir / CHECKPOINTS).glob(_UNFINISHED))
+  return None
+
+
+def _wait_for_a_save(process: subprocess.Popen, workdir: pathlib.Path, pass_by: int) -> None:
+  """Waits until a save is under way, after so many others of this process."""
+  left_over = {p.name for p in (workdir / CHECKPOINTS).glob(_UNFINISHED)}
+  seen, running = 0, False
+  end = time.monotonic() + _LONGEST
+  while process.poll() is None and time.monotonic() < end:
+    now = {p.name for p in (workdir / CHECKPOINTS).glob(_UNFINISHED)}
+    left_over &= now
+    was, running = running, bool(now - left_over)
+    seen += running and not was
+    if seen > pass_by:
+      return
+    time.sleep(_POLL)
+
+
+def _check_resumed(expected: int | None, said: str, tally: Tally) -> None:
+  """A start that got so far goes on from the newest whole checkpoint, or has none."""
+  resumed = re.findall(r'^resumed from step (\d+)$', said, re.MULTILINE)
+  began = 'the first step compiles' in said
+  if began and expected is None and resumed:
+    tally.findings.append(f'a run without a checkpoint resumed from step {resumed[0]}')
+  if began and expected is not None and resumed != [str(expected)]:
+    tally.findings.append(f'a run with a checkpoint of step {expected} resumed from {resumed or "nothing"}')
+
+
+def _check_nothing_lost(workdir: pathlib.Path, saved: int | None, tally: Tally) -> None:
+  """When a save begins, the one before has ended: of the steps that were logged, fewer than two saves' worth are not safe."""
+  lines = metric_lines(workdir)
+  every = json.loads((workdir / 'config.json').read_text())['config']['train']['save_every'] if lines else 1
+  begun = (lines[-1]['step'] - 1) // every if lines else 0
+  if (saved or 0) < (begun - 1) * every:
+    tally.findings.append(f'step {lines[-1]["step"]} was logged, but the newest whole checkpoint is of step {saved}')
+
+
+def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Lines of metrics.jsonl, without how fast it was; the last one may be cut off."""
+  path, lines = workdir / 'metrics.jsonl', []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      lines.append({k: v for k, v in json.loads(line).items() if k != 'steps_per_second'})
+    except ValueError:
+      break
+  return lines
+
+
+def differences(whole: pathlib.Path, other: pathlib.Path) -> list[str]:
+  """How a finished run differs from one that was never disturbed: the whole state bit for bit, and every line of the log."""
+  import jax
+  from uni_moe_jax.train.checkpoint import Checkpoints
+  found = []
+  steps, states = [], []
+  for workdir in (whole, other):
+    with Checkpoints(workdir, keep=None) as checkpoints:
+      steps.append(checkpoints.latest())
+      states.append({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in
+                     jax.tree_util.tree_leaves_with_path(checkpoints.restore_host())})
+  if steps[0] != steps[1]:
+    found.append(f'{other.name} ended at step {steps[1]} instead of {steps[0]}')
+  wrong = [name for name, value in states[0].items() if value.tobytes() != states[1][name].tobytes()]
+  if wrong:
+    found.append(f'{other.name}: {len(wrong)} of {len(states[0])} arrays differ, {wrong[0]} first')
+  if metric_lines(whole) != metric_lines(other):
+    found.append(f'{other.name}: metrics.jsonl says something else')
+  return found

@@ -1,0 +1,114 @@
+"""A launch script with a fault planted in it, which the checks of this package must find: the checks of the checks.
+
+  python -m uni_moe_jax.faults.planted NAME launch/train.py --config=…
+"""
+
+import runpy
+import sys
+import time
+from collections.abc import Callable
+
+
+def _one_bit() -> None:
+  """A resumed run has one bit of one parameter changed."""
+  import jax
+  import numpy as np
+  from uni_moe_jax.train.checkpoint import Checkpoints
+  plain = Checkpoints.restore
+
+  def restore(checkpoints, like, step=None):
+    state = plain(checkpoints, like, step)
+    leaves, tree = jax.tree.flatten(state.params)
+    value = np.array(leaves[0])
+    value.reshape(-1).view(np.uint32)[0] ^= 1
+    leaves[0] = jax.device_put(value, leaves[0].sharding)
+    return state.replace(params=jax.tree.unflatten(tree, leaves))
+
+  Checkpoints.restore = restore
+
+
+def _skipped_batch() -> None:
+  """A resumed run leaves one batch out."""
+  from uni_moe_jax.data.mixtures import Mixture
+  plain = Mixture.iterate
+  Mixture.iterate = lambda mixture, start, stop: plain(mixture, start + (start > 0), stop + (start > 0))
+
+
+def _lost_checkpoints() -> None:
+  """A run starts from the beginning, whatever was saved."""
+  from uni_moe_jax.train.checkpoint import Checkpoints
+  plain = Checkpoints.latest
+  Checkpoints.latest = lambda checkpoints: plain(checkpoints) if checkpoints._own else None
+
+
+def _no_sums() -> None:
+  """Checkpoints are read without a look at their sums."""
+  from uni_moe_jax.train import manifest
+  manifest.damage = lambda folder: ''
+
+
+def _one_batch() -> None:
+  """Every step gets the first batch: no fault, but what the speed of the data is measured by (soak.py)."""
+  from uni_moe_jax.data.mixtures import Mixture
+  plain = Mixture.iterate
+
+  def iterate(mixture, start, stop):
+    first = next(plain(mixture, start, stop))
+    for _ in range(start, stop):
+      yield first
+
+  Mixture.iterate = iterate
+
+
+def _stalled_input() -> None:
+  """The sixth batch never comes."""
+  from uni_moe_jax.data.mixtures import Mixture
+  plain = Mixture.iterate
+
+  def iterate(mixture, start, stop):
+    for i, batch in enumerate(plain(mixture, start, stop)):
+      if i == _GOOD_STEPS:
+        _a_disk_that_does_not_answer()
+      yield batch
+
+  Mixture.iterate = iterate
+
+
+def _hung_step() -> None:
+  """The sixth step never ends."""
+  from uni_moe_jax.train.setup import Step
+  plain, calls = Step.__call__, []
+
+  def call(step, *arguments):
+    calls.append(1)
+    if len(calls) > _GOOD_STEPS:
+      _a_device_that_does_not_answer()
+    return plain(step, *arguments)
+
+  Step.__call__ = call
+
+
+_GOOD_STEPS = 5
+
+
+def _a_disk_that_does_not_answer() -> None:
+  time.sleep(3600)
+
+
+def _a_device_that_does_not_answer() -> None:
+  time.sleep(3600)
+
+
+# What the checks of kills and damage must find.
+FAULTS: dict[str, Callable[[], None]] = {
+    'one_bit': _one_bit, 'skipped_batch': _skipped_batch, 'lost_checkpoints': _lost_checkpoints, 'no_sums': _no_sums}
+# name -> what the watchdog must say of it.
+HANGS = {'stalled_input': ('waiting for the batch of step 6', '_a_disk_that_does_not_answer'),
+         'hung_step': ('waiting for the result of step 6', '_a_device_that_does_not_answer')}
+_ALL = {**FAULTS, 'one_batch': _one_batch, 'stalled_input': _stalled_input, 'hung_step': _hung_step}
+
+
+if __name__ == '__main__':
+  _ALL[sys.argv[1]]()
+  sys.argv = sys.argv[2:]
+  runpy.run_path(sys.argv[0], run_name='__main__')
