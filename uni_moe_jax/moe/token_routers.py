@@ -116,15 +116,13 @@ class Usage:
     total = lambda x: jnp.einsum('bs,bse->e', weight, x)
     chosen = total(one_hot.sum(2))
     return cls(
-        tokens=weight.sum(), chosen=chosen, asked=chosen.sum(), kept=to.sizes.astype(jnp.float32),
+        tokens=weight.sum(), chosen=chosen, asked=chosen.sum(), kept=to.given,
         probability=total(jax.nn.softmax(choice.logits)), importance=total((choice.gates[..., None] * one_hot).sum(2)),
         z=(weight * jax.nn.logsumexp(choice.logits, axis=-1) ** 2).sum(), entropies=(weight * entropy(choice.gates)).sum())
 
   def again(self, to: Routes) -> 'Usage':
     """The same decision, of which some rows were dispatched once more."""
-    kept = to.sizes.astype(jnp.float32)
-    asked = to.asked.astype(jnp.float32)
-    return self.replace(asked=self.asked + asked, kept=self.kept + kept)
+    return self.replace(asked=self.asked + to.asked.sum().astype(jnp.float32), kept=self.kept + to.given)
 
   @property
   def used(self) -> jax.Array:
