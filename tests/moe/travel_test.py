@@ -9,7 +9,7 @@ import numpy as np
 
 from tests import hlo, small_model
 from uni_moe_jax import sharding
-from uni_moe_jax.moe import dispatch, routers, travel
+from uni_moe_jax.moe import dispatch, travel
 from uni_moe_jax.moe.experts import Linear
 
 _B, _S, _D, _N, _H, _E, _K = 8, 5, 6, 2, 3, 4, 2
@@ -30,13 +30,13 @@ def _mesh(**axes):
   return sharding.make_mesh(shape, jax.devices()[:int(np.prod(list(shape.values())))])
 
 
-def _choose(logits):
-  return routers.Choice(logits, *routers.keep(logits, _K))
+def _choose(logits, mesh=None):
+  return travel.choose(logits, _K, mesh)
 
 
 def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='buffers'):
   """Two projections that share a decision: to heads and back, as attention has them. ([B, S, D], routes)."""
-  to = travel.routes(_choose(logits), valid, 1, capacity, backend, mesh)
+  to = travel.routes(_choose(logits, mesh), valid, 1, capacity, backend, mesh)
   first = Linear(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
   second = Linear(weights[2], weights[3], ('heads', 'head_dim'), ('embed',))
   return travel.project(jnp.sin(travel.project(x, first, to, mesh)), second, to, mesh), to

@@ -168,7 +168,7 @@ class Block(nn.Module):
     spec = self.spec
     sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
     if routers.looks_at_tokens(spec.router):
-      made = {p: TokenRouter(spec.router == 'context', *sizes, name=f'{p}_router') for p in self.parts}
+      made = {p: TokenRouter(spec.router == 'context', *sizes, context.mesh, name=f'{p}_router') for p in self.parts}
       return TokenWays(spec, context.rows, made, key, context.mesh), {}
     decisions = {}
     for p in self.parts:

@@ -8,9 +8,11 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from uni_moe_jax.moe import travel
 from uni_moe_jax.moe.dispatch import Routes
-from uni_moe_jax.moe.routers import Choice, entropy, keep
+from uni_moe_jax.moe.routers import Choice, entropy
 
 _QUERY_STD = 0.02
 
@@ -33,12 +35,14 @@ class TokenRouter(nn.Module):
 
   Attributes:
     context: also look at the pool. width: D. num_experts: E. top_k: K. noise_std: as in `Router`.
+    mesh: on which tokens lie; None: on one device.
   """
   context: bool
   width: int
   num_experts: int
   top_k: int
   noise_std: float
+  mesh: Mesh | None = None
 
   def setup(self):
     gate = lambda name: self.param(
@@ -78,7 +82,7 @@ class TokenRouter(nn.Module):
       logits = logits + (pool @ self.context_gate)[:, None]
     if noise_key is not None and self.noise_std > 0:
       logits = logits + token_noise(noise_key, ids, positions, self.num_experts, self.noise_std)
-    return Choice(logits, *keep(logits, self.top_k))
+    return travel.choose(logits, self.top_k, self.mesh)
 
 
 @flax.struct.dataclass

@@ -22,13 +22,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 
 from uni_moe_jax import sharding
-from uni_moe_jax.moe import dispatch, grouped
+from uni_moe_jax.moe import dispatch, grouped, routers
 from uni_moe_jax.moe.dispatch import Routes
 from uni_moe_jax.moe.experts import Linear
 from uni_moe_jax.moe.routers import Choice
 
 STAY, EXCHANGE, GATHER = 'stay', 'exchange', 'gather'
 _HERE = P(sharding.BATCH_AXES)
+
+
+def choose(logits: jax.Array, top_k: int, mesh: Mesh | None) -> Choice:
+  """Every token's choice from its logits [B, S, E] f32, where the token lies: a partitioner would gather them to sort them."""
+  keep = functools.partial(routers.keep, top_k=top_k)
+  if mesh is None:
+    return Choice(logits, *keep(logits))
+  here = _on(mesh, keep, (_HERE,), (_HERE, _HERE))(_whole(logits, mesh))
+  return Choice(logits, *(x[:logits.shape[0]] for x in here))
 
 
 def routes(
