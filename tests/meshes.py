@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from tests import small_model, tiny
 from uni_moe_jax import sharding
@@ -104,13 +105,16 @@ def _compile(r: setup.Run):
                         small_model.params(r.spec.model.spec), r.shardings.params)
   key = jax.device_put(np.asarray(jax.random.key_data(jax.random.key(3))), whole)
   arguments = params, r.put(next(r.mixture().iterate(0, 1))[1]), r.sets(), key
-  return small_model.jit(gradients, out_shardings=whole).lower(*arguments).compile(), arguments
+  jitted = small_model.jit(gradients, out_shardings=(r.shardings.params, whole))
+  return jitted.lower(*arguments).compile(), arguments
 
 
 def evaluate(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> Found:
   """Runs what `lowered` gave, or with other arguments."""
-  grads, loss = jax.device_get(compiled(*arguments))
-  return Found(float(loss), by_path(grads), math.inf)
+  def whole(x):  # of several processes, each has a part
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+  grads, loss = compiled(*arguments)
+  return Found(float(loss), {path: whole(g) for path, g in by_path(grads).items()}, math.inf)
 
 
 @contextlib.contextmanager
