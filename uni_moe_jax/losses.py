@@ -55,16 +55,18 @@ def contrastive(
     A `Tally`; `hits` counts left → right.
   """
   n = logits.shape[0]
+  own = jnp.eye(n, dtype=bool)
   twins = jnp.zeros((n, n), bool)
   if text_ids is not None:
-    twins = (text_ids[:, None] == text_ids[None, :]) & ~jnp.eye(n, dtype=bool)
+    twins = (text_ids[:, None] == text_ids[None, :]) & ~own
   logits = jnp.where(twins, -jnp.inf, logits)
   allowed = jnp.where(twins, 0.0, 1.0)
   allowed = allowed / allowed.sum(-1, keepdims=True)
 
   def one_way(logits):
     log_p = jax.nn.log_softmax(logits)
-    nll = -jnp.diagonal(log_p)
+    # By a sum and not by an index: where rows are spread over devices, no row has to move.
+    nll = -jnp.where(own, log_p, 0.0).sum(-1)
     if smoothing:
       # 0 · (-inf) would be NaN in value and gradient: masked entries are replaced before they multiply.
       nll = (1 - smoothing) * nll - smoothing * (allowed * jnp.where(twins, 0.0, log_p)).sum(-1)

@@ -8,7 +8,7 @@ import math
 
 import flax.linen as nn
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ('replica', 'data', 'expert', 'model')
@@ -53,12 +53,20 @@ def make_mesh(requested: dict[str, int], devices=None) -> Mesh:
   """Mesh over the axes of `AXES`; see `mesh_shape`."""
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(requested, len(devices))
-  return Mesh(np.asarray(devices).reshape([shape[a] for a in AXES]), AXES)
+  # On TPU the neighbours of an axis are neighbours in the machine; elsewhere the order is that of `devices`.
+  placed = mesh_utils.create_device_mesh([shape[a] for a in AXES], devices, allow_split_physical_axes=True)
+  return Mesh(placed, AXES)
 
 
 def batch_shards(mesh: Mesh) -> int:
   """Into how many parts batches are laid out."""
   return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def local_shards(mesh: Mesh) -> tuple[int, ...]:
+  """Which of these parts lie on devices of this process. Where `model` spans processes, one part is several processes'."""
+  found = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_shards(mesh),)).values()
+  return tuple(sorted({index.start or 0 for index, in found}))
 
 
 def rules(fsdp: bool) -> tuple[tuple[str, str | None], ...]:
@@ -69,6 +77,29 @@ def rules(fsdp: bool) -> tuple[tuple[str, str | None], ...]:
 def param_shardings(boxed, mesh: Mesh, fsdp: bool):
   """Shardings of parameters from the logical names in their boxes (a tree from `jax.eval_shape(init)`)."""
   return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules(fsdp))
+
+
+def named_spec(names: tuple[str | None, ...]) -> PartitionSpec:
+  """Where an array with these logical axes (None: one of no parameter) lies while it is used: never split by FSDP."""
+  return PartitionSpec(*(None if name is None else RULES[name] for name in names))
+
+
+def as_used(x: jax.Array, names: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
+  """Lays a parameter out for its use: what FSDP split comes together, what other axes split stays so."""
+  return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, named_spec(names)))
+
+
+def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Lays examples [B, …] over the batch axes. B need not divide: XLA fills up."""
+  if mesh is None:
+    return x
+  spec = PartitionSpec(BATCH_AXES, *([None] * (x.ndim - 1)))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def everywhere(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Gathers an array to every device."""
+  return x if mesh is None else jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

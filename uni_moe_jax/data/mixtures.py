@@ -25,12 +25,11 @@ class Feed:
   Attributes:
     accum: micro-steps per step; 1 leaves the leading axis out.
     shards: into how many parts the mesh lays out the batch.
-    first, last: this process holds the shards first…last-1.
+    mine: those that this process holds, in order.
   """
   accum: int = 1
   shards: int = 1
-  first: int = 0
-  last: int = 1
+  mine: tuple[int, ...] = (0,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +97,12 @@ class Mixture:
   def _task_fields(self, t: TaskSpec, count: tf.Tensor) -> dict[str, tf.Tensor]:
     feed, examples = self.feed, self.examples[t.name]
     per_shard = t.batch // (feed.accum * feed.shards)
-    local = feed.last - feed.first
     # Position in the global batch: micro-step, then shard, then row; this process makes the rows of its shards.
-    place = np.arange(t.batch).reshape(feed.accum, feed.shards, per_shard)[:, feed.first:feed.last].reshape(-1)
+    place = np.arange(t.batch).reshape(feed.accum, feed.shards, per_shard)[:, list(feed.mine)].reshape(-1)
     ids, epoch = hashing.permuted(count * t.batch + place, examples.size, self.seed, t.name)
     fields = examples.make(ids, hashing.example_hash(self.seed, t.name, epoch, ids))
     fields['id'] = tf.cast(fields['id'] & 0xFFFFFFFF, tf.uint32)
-    lead = [feed.accum, local, per_shard] if feed.accum > 1 else [local, per_shard]
+    lead = [len(feed.mine), per_shard] if feed.accum == 1 else [feed.accum, len(feed.mine), per_shard]
     return {k: tf.reshape(v, lead + v.shape[1:].as_list()) for k, v in fields.items()}
 
 

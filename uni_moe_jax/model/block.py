@@ -10,7 +10,9 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from uni_moe_jax import sharding
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.prompts import DeepPrompts, put_before, table_of
 from uni_moe_jax.model.spec import ModelSpec
@@ -36,6 +38,7 @@ class Context:
     all_rows: compute every row in the last block too.
     taps: return the arrays after this block, and what routers chose for their tokens.
     keys: return keys, values and context pools of the streams' arrays.
+    mesh: on which all of it lies; None: on one device.
   """
   streams: tuple[Stream, ...]
   past_valid: tuple[jax.Array | None, ...]
@@ -44,6 +47,7 @@ class Context:
   all_rows: bool = flax.struct.field(pytree_node=False, default=False)
   taps: bool = flax.struct.field(pytree_node=False, default=False)
   keys: bool = flax.struct.field(pytree_node=False, default=False)
+  mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def layer_norm(name: str, dtype) -> nn.LayerNorm:
@@ -85,14 +89,15 @@ class Block(nn.Module):
     """
     spec = self.spec
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
-    ways, decisions = self._ways(key, context.rows)
+    ways, decisions = self._ways(key, context)
     conditional = {p: spec.num_experts if p in self.parts else 0 for p in ('attention', 'ffn')}
     D, N, H, F = spec.width, spec.heads, spec.head_dim, spec.hidden
 
     def linear(name, part, in_, out, init):
-      return experts.ConditionalDense(
+      dense = experts.ConditionalDense(
           tuple(in_.values()), tuple(out.values()), tuple(in_), tuple(out), init, conditional[part], spec.dtype,
-          name=name)(decisions.get(part))
+          context.mesh, name=name)
+      return experts.Linear(*dense(decisions.get(part)), tuple(in_), tuple(out))
 
     square = experts.xavier_uniform(D, D)
     qkv_init = experts.equal_query_key(square) if spec.query_key_init == 'equal' else square
@@ -106,8 +111,7 @@ class Block(nn.Module):
         name, nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale), ('embed',)), (D,)
     ).astype(spec.dtype)[None, None] for name in ('scale1', 'scale2')}
 
-    # Parts of the fused projection; the axis before is that of condition rows or experts.
-    only_q, only_kv = (qkv[0][:, :, :1], qkv[1][:, :1]), (qkv[0][:, :, 1:], qkv[1][:, 1:])
+    only_q, only_kv = qkv.part(slice(0, 1)), qkv.part(slice(1, None))
 
     prompts = DeepPrompts(spec, name='prompts')() if spec.prompts else {}
 
@@ -149,7 +153,8 @@ class Block(nn.Module):
         through = ways.of('ffn', layout.conditions[i], h, i, only_readout)
         y = through(nn.gelu(through(h, ffn_in), approximate=False), ffn_out)
         path = None if key is None else jax.random.fold_in(key, FFN_PATH)
-        results[i] = x + scale['scale2'] * drop_path(y, path, stream.ids, spec.drop_path)
+        x = x + scale['scale2'] * drop_path(y, path, stream.ids, spec.drop_path)
+        results[i] = sharding.over_batch(x, context.mesh)
       new_arrays.append(tuple(results))
     taken = {'decisions': ways.taken()}
     if context.taps:
@@ -158,7 +163,7 @@ class Block(nn.Module):
       taken['kv'], taken['pools'] = tuple(all_kv), tuple(all_pools)
     return tuple(new_arrays), taken
 
-  def _ways(self, key: jax.Array | None, rows) -> tuple[Ways, dict[str, routers.Decision]]:
+  def _ways(self, key: jax.Array | None, context: Context) -> tuple[Ways, dict[str, routers.Decision]]:
     """The block's ways, and the decisions by which kernels merge (none where a router looks at tokens, or where they
     have merged)."""
     spec = self.spec
@@ -166,13 +171,13 @@ class Block(nn.Module):
       return FixedWays(spec, self.parts), {}
     sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
     if routers.looks_at_tokens(spec.router):
-      made = {p: TokenRouter(spec.router == 'context', *sizes, name=f'{p}_router') for p in self.parts}
-      return TokenWays(spec, rows, made, key), {}
+      made = {p: TokenRouter(spec.router == 'context', *sizes, context.mesh, name=f'{p}_router') for p in self.parts}
+      return TokenWays(spec, context.rows, made, key, context.mesh), {}
     decisions = {}
     for p in self.parts:
       salted = None if key is None else jax.random.fold_in(key, SALTS[p])
-      decisions[p] = routers.Router(spec.router, *sizes, spec.router_names, name=f'{p}_router')(rows, salted)
-    return Ways(spec, rows, decisions), decisions
+      decisions[p] = routers.Router(spec.router, *sizes, spec.router_names, name=f'{p}_router')(context.rows, salted)
+    return Ways(spec, context.rows, decisions), decisions
 
   def _attend(self, index, q, kv, xs, stream: Stream, cached, past_valid, only_readout) -> jax.Array:
     """Attention of one array's queries [B, Q, N, H] over the keys it may see → [B, Q, N, H]."""

@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from uni_moe_jax import sharding
 from uni_moe_jax.model.block import layer_norm
 from uni_moe_jax.model.prompts import TokenPrompts
 from uni_moe_jax.model.spec import ModelSpec
@@ -55,15 +57,17 @@ def patchify(pixels: jax.Array, patch: int) -> jax.Array:
 
 
 class Embed(nn.Module):
-  """Word, position, type, patch, spatial and temporal tables under one LayerNorm."""
+  """Word, position, type, patch, spatial and temporal tables under one LayerNorm. mesh: on which they lie, or None."""
   spec: ModelSpec
+  mesh: Mesh | None = None
 
   def setup(self):
     s = self.spec
     normal = nn.initializers.normal(EMBED_STD)
 
     def table(name, rows, axis, init=normal):
-      return self.param(name, nn.with_logical_partitioning(init, (axis, 'embed')), (rows, s.width))
+      values = self.param(name, nn.with_logical_partitioning(init, (axis, 'embed')), (rows, s.width))
+      return sharding.as_used(values, (axis, 'embed'), self.mesh)
 
     self.word = table('word', s.vocab_size, 'vocab')
     position = sincos_rows if s.position_init == 'sincos' else nn.initializers.normal

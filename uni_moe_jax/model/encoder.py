@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from uni_moe_jax.model.block import Block, Context
 from uni_moe_jax.model.spec import ModelSpec
@@ -40,8 +41,9 @@ class Period(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Blocks × L. See `__call__`."""
+  """Blocks × L. See `__call__`. mesh: on which it computes; None: on one device."""
   spec: ModelSpec
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -70,7 +72,8 @@ class Encoder(nn.Module):
     context = Context(
         streams=tuple(s.replace(arrays=()) for s in streams),
         past_valid=tuple(None if p is None else p.valid for p in past),
-        key=key, rows=routers.distinct_rows(spec.router, conditions), all_rows=all_rows, taps=taps, keys=keys)
+        key=key, rows=routers.distinct_rows(spec.router, conditions), all_rows=all_rows, taps=taps, keys=keys,
+        mesh=self.mesh)
     arrays = tuple(tuple(a.astype(spec.dtype) for a in s.arrays) for s in streams)
 
     def past_of(subtree, blocks):

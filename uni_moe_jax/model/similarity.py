@@ -6,7 +6,9 @@ Uni-Perceiver, eq. 1-2; float32 throughout, because it decides.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from uni_moe_jax import sharding
 from uni_moe_jax.model.block import layer_norm
 from uni_moe_jax.moe.experts import xavier_uniform
 
@@ -32,8 +34,9 @@ def scale_of(log_scale: jax.Array) -> jax.Array:
 
 
 class SimilarityHead(nn.Module):
-  """LN → projection D × D: hidden [..., D] → features [..., D] f32, not yet normalised."""
+  """LN → projection D × D: hidden [..., D] → features [..., D] f32, not yet normalised. mesh: on which it lies, or None."""
   width: int
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -42,4 +45,5 @@ class SimilarityHead(nn.Module):
         'kernel', nn.with_logical_partitioning(xavier_uniform(self.width, self.width), ('embed', 'feature')),
         (self.width, self.width))
     bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('feature',)), (self.width,))
+    kernel = sharding.as_used(kernel, ('embed', 'feature'), self.mesh)
     return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))

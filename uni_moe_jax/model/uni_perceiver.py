@@ -6,7 +6,9 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from uni_moe_jax import sharding
 from uni_moe_jax.model.embed import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
 from uni_moe_jax.model.prompts import LinearHead, table_of
@@ -57,14 +59,16 @@ class UniPerceiver(nn.Module):
   Attributes:
     spec: see `ModelSpec`.
     shards: into how many parts batches are laid out ([shards · b] on axis 0).
+    mesh: on which it computes; None: on one device.
   """
   spec: ModelSpec
   shards: int = 1
+  mesh: Mesh | None = None
 
   def setup(self):
-    self.embed = Embed(self.spec)
-    self.encoder = Encoder(self.spec)
-    self.similarity = SimilarityHead(self.spec.width)
+    self.embed = Embed(self.spec, self.mesh)
+    self.encoder = Encoder(self.spec, self.mesh)
+    self.similarity = SimilarityHead(self.spec.width, self.mesh)
     if self.spec.head:
       self.linear_head = LinearHead(self.spec.head)
     start = math.log(1 / self.spec.temperature)
@@ -138,4 +142,6 @@ class UniPerceiver(nn.Module):
         positions = positions + front.shape[1]
     if layout.readout not in ('picks', 'slot', READ_NOTHING):
       positions = None
-    return Stream(tuple(arrays), tuple(valid), positions, s.ids, layout)
+    # Entries of a target set come from every device whole; from here on, each encodes its own.
+    lies = lambda x: sharding.over_batch(x, self.mesh)
+    return jax.tree.map(lies, Stream(tuple(arrays), tuple(valid), positions, s.ids, layout))

@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.streams import Stream, take_rows
-from uni_moe_jax.moe import dispatch, experts, routers
+from uni_moe_jax.moe import experts, routers, travel
+from uni_moe_jax.moe.experts import Linear
 from uni_moe_jax.moe.token_routers import TokenRouter, Usage
 
-Pair = tuple[jax.Array, jax.Array]  # kernels and biases, of all rows or of all experts
 SALTS = {'attention': 0, 'ffn': 1}  # they separate the uses of one (step, layer) key
 
 
@@ -24,9 +25,9 @@ class Merged:
   """All tokens through the kernel of one condition row."""
   row: int
 
-  def __call__(self, x: jax.Array, pair: Pair) -> jax.Array:
-    """x [B, S, *in] → [B, S, *out]; kernels [A, *in, *out], biases [A, *out]."""
-    return experts.project(x, pair[0][self.row], pair[1][self.row])
+  def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
+    """x [B, S, *in] → [B, S, *out], by one of the rows of a projection."""
+    return experts.project(x, linear.kernel[self.row], linear.bias[self.row])
 
   def rows(self, stream: Stream) -> 'Merged':
     """The way of the stream's readout rows."""
@@ -80,14 +81,15 @@ class FixedWays(Ways):
 class Dispatched:
   """Every token to its own experts. All of an array's rows share one decision, and the slots of its K choices."""
 
-  def __init__(self, choice: routers.Choice, valid: jax.Array | None, parts: int, capacity: float, backend: str):
-    self.choice, self._valid, self._capacity, self._backend = choice, valid, capacity, backend
-    self._routes = dispatch.routes(choice, valid, capacity, parts, backend)
+  def __init__(self, choice: routers.Choice, valid: jax.Array | None, parts: int, capacity: float, backend: str,
+               mesh: Mesh | None):
+    self.choice, self._valid, self._how = choice, valid, (capacity, backend, mesh)
+    self._routes = travel.routes(choice, valid, parts, *self._how)
     self.usage = Usage.of(choice, self._routes, valid)
 
-  def __call__(self, x: jax.Array, pair: Pair) -> jax.Array:
-    """x [B, S, *in] → [B, S, *out]; kernels [E, *in, *out], biases [E, *out]."""
-    return dispatch.project(x, *pair, self._routes)
+  def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
+    """x [B, S, *in] → [B, S, *out], by the experts of a projection."""
+    return travel.project(x, linear, self._routes, self._how[-1])
 
   def rows(self, stream: Stream) -> 'Dispatched':
     """The way of the stream's readout rows: the same decision, dispatched among themselves."""
@@ -95,7 +97,7 @@ class Dispatched:
     valid = None
     if self._valid is not None:
       valid = take_rows(self._valid[..., None], stream.layout.readout, stream.positions)[..., 0]
-    new = Dispatched(choice, valid, 1, self._capacity, self._backend)
+    new = Dispatched(choice, valid, 1, *self._how)
     self.usage = self.usage.again(new._routes)
     return new
 
@@ -108,9 +110,10 @@ class TokenWays(Ways):
   neither what the FFN does: so that the readout's rows of the last block need no other row, and a cache is complete.
   """
 
-  def __init__(self, spec: ModelSpec, rows: tuple[Any, ...], made: dict[str, TokenRouter], key: jax.Array | None):
+  def __init__(self, spec: ModelSpec, rows: tuple[Any, ...], made: dict[str, TokenRouter], key: jax.Array | None,
+               mesh: Mesh | None):
     super().__init__(spec, rows, {})
-    self._routers, self._key = made, key
+    self._routers, self._key, self._mesh = made, key, mesh
     self._ways: list[tuple[str, int, Dispatched]] = []
     self._choices: list[dict[str, dict[int, routers.Choice]]] = []
 
@@ -164,6 +167,6 @@ class TokenWays(Ways):
     choice = self._routers[part](x, self._pools.get(part), key, self._stream.ids, positions)
     # Capacity is a means of training; evaluation is exact.
     capacity = 0.0 if self._key is None else self._spec.capacity
-    way = Dispatched(choice, valid, streams, capacity, self._spec.grouped)
+    way = Dispatched(choice, valid, streams, capacity, self._spec.grouped, self._mesh)
     self._ways.append((part, self._rows.index(routers.row_of(self._spec.router, condition)), way))
     return way

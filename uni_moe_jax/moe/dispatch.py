@@ -26,6 +26,9 @@ class Routes:
     gates: f32 [T, K].
     coef: f32 [T, E], the kept gates as coefficients.
     backend: of the grouped product, see `grouped.py`.
+    way: how tokens come to their experts, see `travel.py`. On a mesh every device has routes of its own, which lie behind each
+      other on the first axis: sizes are [devices, E] then, and asked [devices].
+    owners: over how many devices in a row different experts lie; elsewhere they all have counts of all experts.
   """
   slot: jax.Array
   kept: jax.Array
@@ -35,6 +38,14 @@ class Routes:
   gates: jax.Array
   coef: jax.Array
   backend: str = flax.struct.field(pytree_node=False)
+  way: str = flax.struct.field(pytree_node=False, default='stay')
+  owners: int = flax.struct.field(pytree_node=False, default=1)
+
+  @property
+  def given(self) -> jax.Array:
+    """f32 [E], slots that every expert gave, over all devices."""
+    E = self.sizes.shape[-1]
+    return self.sizes.reshape(-1, self.owners, E).sum(0).reshape(-1).astype(jnp.float32)
 
 
 def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
@@ -47,7 +58,7 @@ def routes(choice: Choice, valid: jax.Array | None, capacity: float, parts: int,
   """Gives slots to the choices of an array.
 
   Args:
-    choice: of [B, S] tokens.
+    choice: of [B, S] tokens. Its last axis of logits says how many experts there are; a choice of another one is not kept.
     valid: bool [B, S], None where nothing is padded. Padding is neither routed nor counted.
     capacity: factor f, or 0 for exact routing. Slots are given position by position over the batch, so that a later position
       never takes a slot from an earlier one of any sample; at one position first choices come first.
@@ -95,11 +106,21 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, to: Routes) -> jax
   contracted = x.ndim - 2
   out = kernel.shape[1 + contracted:]
   E, width = kernel.shape[0], math.prod(out)
-  rows = _spread(x.reshape(B * S, -1), to.source, to.slot, to.kept)
+  rows = spread(x.reshape(B * S, -1), to)
   y = grouped.grouped_matmul(rows, kernel.reshape(E, -1, width), to.sizes, to.backend)
-  y = _collect(y, to.gates, to.source, to.slot, to.kept)
+  y = collect(y, to)
   y = y + to.coef.astype(x.dtype) @ bias.reshape(E, width)
   return y.reshape(B, S, *out)
+
+
+def spread(x: jax.Array, to: Routes) -> jax.Array:
+  """Tokens [T, D] in the slots of their choices: [G, D]. A slot without a choice holds anything."""
+  return _spread(x, to.source, to.slot, to.kept)
+
+
+def collect(y: jax.Array, to: Routes) -> jax.Array:
+  """Σ_k gate · y over the kept choices of every token: [G, F] → [T, F]."""
+  return _collect(y, to.gates, to.source, to.slot, to.kept)
 
 
 # Both ways are gathers, forward and backward: a scatter of rows is slow on every backend.

@@ -8,10 +8,13 @@ tokens it is exact, and nearly free, to add the kernels first (Uni-Perceiver-MoE
 import math
 from collections.abc import Callable
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from uni_moe_jax import sharding
 from uni_moe_jax.moe.routers import Decision
 
 
@@ -42,6 +45,25 @@ def equal_query_key(init: Callable) -> Callable:
   return copied
 
 
+@flax.struct.dataclass
+class Linear:
+  """A linear projection, ready to multiply.
+
+  Attributes:
+    kernel, bias: [A, *in, *out], [A, *out], of A condition rows; or of all E experts, for dispatch.
+    in_axes, out_axes: logical names of what the product contracts and makes.
+  """
+  kernel: jax.Array
+  bias: jax.Array
+  in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+  def part(self, which: slice) -> 'Linear':
+    """Of the first axis that it makes, a slice alone."""
+    before = (slice(None),) * (1 + len(self.in_axes))
+    return self.replace(kernel=self.kernel[(*before, which)], bias=self.bias[:, which])
+
+
 class ConditionalDense(nn.Module):
   """Kernels and biases of a linear projection: one per condition row, merged from E experts; or as they are, the only one or
   all E, for dispatch.
@@ -52,6 +74,7 @@ class ConditionalDense(nn.Module):
     kernel_init: initialisation of the kernel.
     num_experts: E, or 0 for a dense projection.
     dtype: of the merged kernels, that is of the product.
+    mesh: on which they lie; None: on one device.
   """
   in_shape: tuple[int, ...]
   out_shape: tuple[int, ...]
@@ -60,6 +83,7 @@ class ConditionalDense(nn.Module):
   kernel_init: Callable
   num_experts: int
   dtype: jnp.dtype
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(self, decision: Decision | None) -> tuple[jax.Array, jax.Array]:
@@ -74,7 +98,10 @@ class ConditionalDense(nn.Module):
       kernel, bias = merge(kernel, decision.coef), merge(bias, decision.coef)
     elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
-    return kernel.astype(self.dtype), bias.astype(self.dtype)
+    # The first axis: rows, on every device, or experts, where they are.
+    first = ('experts',) if self.num_experts and decision is None else (None,)
+    lies = lambda x, names: sharding.as_used(x.astype(self.dtype), first + names, self.mesh)
+    return lies(kernel, self.in_axes + self.out_axes), lies(bias, self.out_axes)
 
 
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:

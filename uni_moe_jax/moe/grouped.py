@@ -16,18 +16,20 @@ _TILE = 128        # rows of a product on CPU: larger ones compute more of their
 _MEGABLOX_ROWS = 128
 
 
-def choose(backend: str, capacity: bool) -> str:
-  """The backend that 'auto' means on the default device; others mean themselves.
+def choose(backend: str, capacity: bool, platform: str | None = None) -> str:
+  """The backend that 'auto' means; others mean themselves.
 
   Args:
     backend: one of `BACKENDS` or 'auto'.
     capacity: whether groups are bounded. Without a bound, equal groups would have room for every token.
+    platform: that computes, 'cpu', 'gpu' or 'tpu'; by default that of the first device.
   """
   if backend != AUTO:
     return backend
-  if jax.default_backend() == 'tpu':
+  platform = platform or jax.default_backend()
+  if platform == 'tpu':
     return 'megablox'
-  return 'buffers' if capacity else {'cpu': 'loop'}.get(jax.default_backend(), 'ragged')
+  return 'buffers' if capacity else {'cpu': 'loop'}.get(platform, 'ragged')
 
 
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: str) -> jax.Array:
@@ -53,9 +55,10 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     return jax.lax.ragged_dot(x, kernel, sizes)
   if backend == 'megablox':
     padded = jnp.pad(x, ((0, -x.shape[0] % _MEGABLOX_ROWS), (0, 0)))
-    interpret = jax.default_backend() != 'tpu'  # slow, but the same kernel: how it is tested
     tiling = (_MEGABLOX_ROWS, 128, 128)
-    return gmm(padded, kernel, sizes, x.dtype, tiling, None, None, False, interpret)[:x.shape[0]]
+    run = lambda interpret: lambda *operands: gmm(*operands, x.dtype, tiling, None, None, False, interpret)
+    # By where it is compiled for, not by where: a TPU's program may be made without one. Interpreting is how it is tested.
+    return jax.lax.platform_dependent(padded, kernel, sizes, tpu=run(False), default=run(True))[:x.shape[0]]
   raise ValueError(f'backend {backend!r} is not one of {", ".join(BACKENDS)}.')
 
 

@@ -8,9 +8,11 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from uni_moe_jax.moe import travel
 from uni_moe_jax.moe.dispatch import Routes
-from uni_moe_jax.moe.routers import Choice, entropy, keep
+from uni_moe_jax.moe.routers import Choice, entropy
 
 _QUERY_STD = 0.02
 
@@ -33,12 +35,14 @@ class TokenRouter(nn.Module):
 
   Attributes:
     context: also look at the pool. width: D. num_experts: E. top_k: K. noise_std: as in `Router`.
+    mesh: on which tokens lie; None: on one device.
   """
   context: bool
   width: int
   num_experts: int
   top_k: int
   noise_std: float
+  mesh: Mesh | None = None
 
   def setup(self):
     gate = lambda name: self.param(
@@ -78,7 +82,7 @@ class TokenRouter(nn.Module):
       logits = logits + (pool @ self.context_gate)[:, None]
     if noise_key is not None and self.noise_std > 0:
       logits = logits + token_noise(noise_key, ids, positions, self.num_experts, self.noise_std)
-    return Choice(logits, *keep(logits, self.top_k))
+    return travel.choose(logits, self.top_k, self.mesh)
 
 
 @flax.struct.dataclass
@@ -116,15 +120,13 @@ class Usage:
     total = lambda x: jnp.einsum('bs,bse->e', weight, x)
     chosen = total(one_hot.sum(2))
     return cls(
-        tokens=weight.sum(), chosen=chosen, asked=chosen.sum(), kept=to.sizes.astype(jnp.float32),
+        tokens=weight.sum(), chosen=chosen, asked=chosen.sum(), kept=to.given,
         probability=total(jax.nn.softmax(choice.logits)), importance=total((choice.gates[..., None] * one_hot).sum(2)),
         z=(weight * jax.nn.logsumexp(choice.logits, axis=-1) ** 2).sum(), entropies=(weight * entropy(choice.gates)).sum())
 
   def again(self, to: Routes) -> 'Usage':
     """The same decision, of which some rows were dispatched once more."""
-    kept = to.sizes.astype(jnp.float32)
-    asked = to.asked.astype(jnp.float32)
-    return self.replace(asked=self.asked + asked, kept=self.kept + kept)
+    return self.replace(asked=self.asked + to.asked.sum().astype(jnp.float32), kept=self.kept + to.given)
 
   @property
   def used(self) -> jax.Array:

@@ -63,9 +63,8 @@ class Run:
 
   def mixture(self) -> Mixture:
     """Training batches of this process."""
-    c, shards = self.config, self.spec.model.shards
-    local = shards // jax.process_count()
-    feed = Feed(c.train.accum, shards, jax.process_index() * local, (jax.process_index() + 1) * local)
+    c = self.config
+    feed = Feed(c.train.accum, self.spec.model.shards, sharding.local_shards(self.mesh))
     examples = {t.name: self.data.examples(t, training=True) for t in self.plan.tasks}
     return Mixture(self.plan, examples, c.seed, c.train.mixture, c.model.max_frames, feed)
 
@@ -83,9 +82,14 @@ class Run:
     """Places a host batch on the mesh: every process gives its own shards."""
     axis = 0 if self.config.train.accum == 1 else 1
     split, whole = sharding.batch_sharding(self.mesh, axis), sharding.replicated(self.mesh)
-    return {group: {
-        k: jax.make_array_from_process_local_data(whole if k in PER_BATCH else split, v) for k, v in fields.items()
-    } for group, fields in batch.items()}
+
+    def place(name, value):
+      if name in PER_BATCH:
+        return jax.make_array_from_process_local_data(whole, value, value.shape)
+      shape = (*value.shape[:axis], self.spec.model.shards, *value.shape[axis + 1:])
+      return jax.make_array_from_process_local_data(split, value, shape)
+
+    return {group: {k: place(k, v) for k, v in fields.items()} for group, fields in batch.items()}
 
   def sets(self) -> Sets:
     """Target sets on the devices."""
@@ -237,7 +241,7 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   if config.train.interference_every:
     resolve.check_halves(plan, shards, config.train.accum)
   data = Data(config, plan) if data is None else data
-  model = UniPerceiver(model_spec(config, plan, data), shards)
+  model = UniPerceiver(model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
   tx, rate, rules = optim.make_optimizer(

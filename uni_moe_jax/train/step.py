@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from uni_moe_jax import losses
+from uni_moe_jax import losses, sharding
 from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.losses import SampledWords, Tally
 from uni_moe_jax.model import inputs, similarity
@@ -154,7 +154,8 @@ def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None,
             for g in (spec.plan.groups if batch is not None else ())}
   set_features = {}
   for s in spec.plan.sets if sets is not None else ():
-    rows = jnp.concatenate([f[:, 0] for f in by_name['set', s.name]])
+    # Each device has encoded its rows; all score against all.
+    rows = jnp.concatenate([sharding.everywhere(f[:, 0], spec.model.mesh) for f in by_name['set', s.name]])
     set_features[s.name] = rows if s.is_vocabulary else rows[sets[s.name]['order']]
   return groups, set_features, collected
 
@@ -193,7 +194,9 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
     features = inputs.task_rows(features, start, stop, spec.model.shards)
     scale = spec.model.apply({'params': params}, t.temperature, method='scale')
     if t.kind.target == 'pair':
-      logits = similarity.logits(features[:, 0], inputs.task_rows(pair, start, stop, spec.model.shards), scale)
+      # The pairs of the whole batch, for the inputs that lie here: [B, B] is nowhere whole.
+      pairs = sharding.everywhere(inputs.task_rows(pair, start, stop, spec.model.shards), spec.model.mesh)
+      logits = sharding.over_batch(similarity.logits(features[:, 0], pairs, scale), spec.model.mesh)
       text_ids = fields['text_id'] if spec.twins == 'masked' else None
       tally = losses.contrastive(logits, text_ids, fields['weight'][:, 0], t.smoothing, spec.contrastive)
     else:

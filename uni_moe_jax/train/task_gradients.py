@@ -16,7 +16,6 @@ from uni_moe_jax.data import hashing
 from uni_moe_jax.data.mixtures import PER_BATCH
 from uni_moe_jax.eval import parts
 from uni_moe_jax.eval.parts import Piece
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train.setup import Run
 from uni_moe_jax.train.step import Batch, Sets, StepSpec, gradients, place
 
@@ -25,7 +24,7 @@ def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
   """The step of one task alone on 1/share of its batch, its loss counted once, without noise."""
   plan = spec.plan.only(task)
   alone = dataclasses.replace(plan.tasks[0], weight=1.0, batch=plan.tasks[0].batch // share)
-  model = UniPerceiver(dataclasses.replace(spec.model.spec, noise_std=0.0, drop_path=0.0), spec.model.shards)
+  model = spec.model.clone(spec=dataclasses.replace(spec.model.spec, noise_std=0.0, drop_path=0.0))
   return dataclasses.replace(spec, plan=dataclasses.replace(plan, tasks=(alone,)), model=model)
 
 

@@ -1,0 +1,103 @@
+"""A step on any mesh is the step on one device: loss and gradients, noise on, for all routers."""
+
+import dataclasses
+import re
+
+import pytest
+
+from tests import hlo, meshes
+from tests.meshes import Case
+
+FAST = (
+    (Case('attribute', ('shape', 'pair')), 'mixed'),
+    (Case('task', ('pair',), layers=1), 'replica'),
+    (Case('modality', ('pair',), layers=1), 'fsdp'),
+    (Case('token', ('pair',), layers=1, capacity=meshes.ROOM_FOR_ALL), 'mixed'),
+    (Case('context', ('pair',), layers=1), 'expert'),
+)
+ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')
+TASKS = ('shape', 'text', 'caption', 'pair')
+
+
+def _full(router: str, **changes) -> Case:
+  capacity = meshes.ROOM_FOR_ALL if router in ('token', 'context') else 0.0
+  return Case(router, TASKS, **{**dict(layers=3, remat=True, capacity=capacity), **changes})
+
+
+def _assert_equal(case: Case, mesh: str):
+  expected, found = meshes.found(case, meshes.ONE), meshes.found(case, mesh)
+  # No decision hangs by a rounding error, and every leaf has a gradient to compare.
+  assert 1e-5 < expected.margin < 10
+  silent = {path for path, g in expected.gradients.items() if not g.any()}
+  assert silent <= {'embed/temporal'}, silent
+  assert abs(found.loss - expected.loss) <= 1e-5
+  apart = meshes.differences(found, expected)
+  assert max(apart.values()) <= 2e-5, sorted(apart.items(), key=lambda item: -item[1])[:5]
+
+
+@pytest.mark.parametrize('case, mesh', FAST, ids=[f'{case.router}-{mesh}' for case, mesh in FAST])
+def test_loss_and_gradients_are_those_of_one_device(case, mesh):
+  _assert_equal(case, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', [name for name in meshes.MESHES if name != meshes.ONE])
+@pytest.mark.parametrize('router', ROUTERS)
+def test_every_router_on_every_mesh(router, mesh):
+  _assert_equal(_full(router), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case, mesh', [
+    (_full('token', capacity=0.0), 'expert'), (_full('context', capacity=0.0), 'mixed'),
+    (_full('attribute', accum=2), 'mixed'), (_full('token', accum=2, capacity=0.0), 'mixed')],
+    ids=['token-exact', 'context-exact', 'attribute-accum', 'token-accum'])
+def test_exact_routing_and_accumulation(case, mesh):
+  _assert_equal(case, mesh)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_near_to_float32_on_a_mesh_as_on_one_device():
+  case = _full('attribute')
+  half = dataclasses.replace(case, dtype='bfloat16')
+  exact = meshes.found(case, meshes.ONE)
+  for mesh in (meshes.ONE, 'mixed'):
+    found = meshes.found(half, mesh)
+    assert 1e-6 < abs(found.loss - exact.loss) < 0.05, mesh
+    apart = meshes.differences(found, exact)
+    assert sorted(apart.values())[len(apart) // 2] < 0.05, mesh
+
+
+def test_examples_or_noise_that_differ_are_told_apart():
+  """The positive control: what is compared above does depend on the step's key and on every example."""
+  case, mesh = FAST[0]
+  compiled, (params, batch, sets, key) = meshes.lowered(case, mesh)
+  expected = meshes.found(case, meshes.ONE)
+  [(group, fields)] = [(g, f) for g, f in batch.items() if 'target' in f]
+  less = {**fields, 'weight': fields['weight'].at[-1].set(0.5)}
+  # Of the last pair the temperature of the other task knows nothing.
+  for changed, same in (((params, batch, sets, key + 1), set()),
+                        ((params, {**batch, group: less}, sets, key), {'log_scale_image_classification'})):
+    found = meshes.evaluate(compiled, changed)
+    assert abs(found.loss - expected.loss) > 1e-4
+    assert {path for path, apart in meshes.differences(found, expected).items() if apart < 1e-4} == same
+
+
+def _program() -> str:
+  return meshes.lowered(*FAST[0])[0].as_text()
+
+
+def test_merged_kernels_are_reduced_once_and_no_expert_travels():
+  sent = hlo.collectives(_program())
+  assert {s.kind for s in sent} == {'all-reduce', 'all-gather'}
+  # Of two rows (pictures, texts on the target side); half of heads and hidden: qkv, attention out, FFN in, FFN out.
+  kernels = [(2, 16, 3, 1, 8), (2, 1, 8, 16), (2, 16, 8), (2, 8, 16)]
+  forward = [s.shape for s in sent if s.kind == 'all-reduce' and 'transpose' not in s.name]
+  assert [forward.count(shape) for shape in kernels] == [2, 2, 2, 2], forward  # two layers
+  # The smallest kernel of all experts has 8 · 16 · 8 elements; features of the pairs, which travel, 8 · 16.
+  assert max(s.size for s in sent if s.kind == 'all-gather') == 8 * 16
+
+
+def test_a_device_holds_the_logits_of_its_own_rows_alone():
+  assert 'f32[2,8]' in _program()  # four batch shards, eight pairs
+  assert not re.search(r'(f32|pred)\[8,8\]', _program())
