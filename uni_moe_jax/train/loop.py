@@ -133,7 +133,8 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
   else:
     state = first_state(run)
   sets, steps = run.sets(), {}
-  batches = run.mixture().iterate(first, last)
+  mixture = run.mixture()
+  batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
   with MetricsLog(workdir, first, last) as log:
@@ -151,6 +152,8 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
       placed = run.put(batch)
       # Before the step, which takes the buffers of the state.
       measured = metric(step, state.params, placed, sets) if metric else {}
+      if bad := mixture.bad_examples():
+        measured['bad_examples'] = bad  # of files, since this process began
       # A step that is compiled may take long.
       with contextlib.nullcontext() if compiling else watchdog.phase(STEP, step + 1):
         state, metrics = steps[task](state, placed, sets)
