@@ -25,6 +25,8 @@ _CLIP = ['ftfy>=6.3.1,<7', 'regex>=2026.11.19', 'tokenizers>=0.23.3,<0.24']
 
 _TORCH = ['torch>=2.13,<3']
 
+_VIDEO = ['av>=18,<19']
+
 setuptools.setup(
     name='uni-moe-jax',
     version=_VERSION,
@@ -60,12 +62,12 @@ setuptools.setup(
         'tqdm>=4.70,<5',
     ],
     extras_require={
-        'test': ['pytest>=9.2,<10', 'pytest-xdist>=3.8,<4', *_CLIP, *_TORCH],
+        'test': ['pytest>=9.2,<10', 'pytest-xdist>=3.8,<4', *_CLIP, *_TORCH, *_VIDEO],
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': ['jax[tpu]>=0.10.2,<0.11'],
         'preflight': ['libtpu>=0.0.42,<0.0.43'],  # JAX's own: compiles for TPUs, where there is none
         'cuda': ['jax[cuda12]>=0.10.2,<0.11'],
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
-        'video': ['av>=18,<19'],  # decodes mp4, webm and gif
+        'video': _VIDEO,  # decodes mp4, webm and gif
     },
 )

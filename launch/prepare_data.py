@@ -1,6 +1,16 @@
-"""Prepares the embedded data once: python launch/prepare_data.py --data_dir=~/.cache/uni_moe_jax"""
+"""Prepares data once.
+
+The embedded data:  python launch/prepare_data.py
+Your own:           python launch/prepare_data.py --input=photos --name=pets
+A TFDS data set:    python launch/prepare_data.py --tfds=coco_captions
+
+Your own data is a folder [split/]class/*.jpg (or clips), a .jsonl file or a folder of them, a .npz of frames beside its .jsonl,
+or .txt files. README.md shows the formats. It becomes the source 'own:pets' of configs, and its folder has prepared.json:
+splits, statistics, and what was skipped and why. A TFDS data set is downloaded by TFDS, and becomes 'tfds:coco_captions'.
+"""
 
 import os
+import pathlib
 import time
 
 from absl import flags
@@ -8,11 +18,32 @@ from absl import flags
 from uni_moe_jax import cli
 
 _DATA_DIR = flags.DEFINE_string('data_dir', '~/.cache/uni_moe_jax', 'Where prepared data is kept.')
+_INPUT = flags.DEFINE_string('input', None, 'Folder or file of your own data; none: the embedded data.')
+_NAME = flags.DEFINE_string('name', None, 'What your data will be called: small letters, digits, underscores.')
+_TFDS = flags.DEFINE_string('tfds', None, 'TFDS data set, NAME[/CONFIG][:VERSION]: written where it can be read at random.')
+_VERSION = flags.DEFINE_string('version', '1.0.0', 'Of your data; the newest one is read.')
+_GIF = flags.DEFINE_enum('gif', 'image', ['image', 'video'], 'What a .gif in a folder by class is.')
+_HOLDOUT = flags.DEFINE_float('holdout', 0.1, 'Share that becomes the test split where the data names none.', 0, 1)
+_BAD = flags.DEFINE_float('max_bad_fraction', 0.1, 'More rows that must be skipped are an error.', 0, 1)
 
 
 def main() -> int:
+  directory = pathlib.Path(os.path.expanduser(_DATA_DIR.value))
+  if (_INPUT.value is None) != (_NAME.value is None):
+    raise cli.UsageError('--input and --name go together: where your data lies, and what to call it.')
+  if _TFDS.value is not None:
+    from uni_moe_jax.data import stored
+    builder = stored.tfds_builder(stored.TFDS + _TFDS.value, directory)
+    builder.download_and_prepare()
+    print(f'{builder.info.full_name}: {", ".join(f"{s} {of.num_examples}" for s, of in builder.info.splits.items())}')
+    return 0
+  if _INPUT.value is not None:
+    from uni_moe_jax.data import prepare
+    summary = prepare.prepare(pathlib.Path(_INPUT.value).expanduser(), directory, _NAME.value, _VERSION.value, _GIF.value,
+                              _HOLDOUT.value, _BAD.value)
+    print(prepare.describe(summary))
+    return 0
   from uni_moe_jax.data import clips, glyphs, texts
-  directory = os.path.expanduser(_DATA_DIR.value)
   for source in (glyphs, clips, texts):
     start = time.perf_counter()
     source.build(directory)

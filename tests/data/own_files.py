@@ -1,0 +1,99 @@
+"""Small folders of real files as people have them, good and bad, made for a test."""
+
+import io
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+SIDE = 24
+COLOURS = {'red': (200, 30, 30), 'green': (30, 200, 30), 'blue': (30, 30, 200)}
+
+
+def picture(colour: str, seed: int, size: tuple[int, int] = (SIDE, SIDE + 8)) -> Image.Image:
+  """A noisy picture of one colour, [H, W] = size."""
+  noise = np.random.default_rng(seed).integers(-25, 26, (*size, 3))
+  return Image.fromarray(np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, form: str = 'JPEG', **options) -> bytes:
+  out = io.BytesIO()
+  image.save(out, form, **options)
+  return out.getvalue()
+
+
+def captioned(root: pathlib.Path, count: int = 30) -> pathlib.Path:
+  """Pictures with two captions each, whose colour is a field, in a JSONL file."""
+  (root / 'pictures').mkdir(parents=True)
+  names, lines = list(COLOURS), []
+  for i in range(count):
+    colour = names[i % 3]
+    path = f'pictures/{i:03}.{("jpg", "png")[i % 2]}'
+    (root / path).write_bytes(encoded(picture(colour, i), ('JPEG', 'PNG')[i % 2]))
+    lines.append({'image': path, 'captions': [f'a {colour} square number {i}', f'number {i} is {colour}'], 'colour': colour,
+                  'split': ('train', 'train', 'train', 'train', 'test')[i % 5], 'group': f'roll {i}'})
+  (root / 'data.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  return root
+
+
+def odd_rows(root: pathlib.Path) -> dict[str, str]:
+  """Appends one row of each odd sort to `captioned`; returns {file or line: reason, or '' where the row is fine}."""
+  put = lambda name, data: (root / 'pictures' / name).write_bytes(data)
+  red = picture('red', 99)
+  put('cut.jpg', encoded(picture('red', 98, (200, 200)))[:3000])
+  put('UPPER.JPG', encoded(red))
+  put('dot.png', encoded(red.resize((1, 1)), 'PNG'))
+  alpha = red.convert('RGBA')
+  alpha.putalpha(0)
+  put('alpha.png', encoded(alpha, 'PNG'))
+  put('palette.png', encoded(red.convert('P'), 'PNG'))
+  put('grey.png', encoded(red.convert('L'), 'PNG'))
+  put('moving.gif', encoded(red, 'GIF', save_all=True, append_images=[picture('blue', 97)]))
+  put('words.png', b'no picture at all')
+  turned = Image.Exif()
+  turned[0x0112] = 6
+  put('turned.jpg', encoded(red, exif=turned))
+  put('print.jpg', encoded(red.convert('CMYK')))
+  put('web.webp', encoded(red, 'WEBP'))
+  rows = {
+      'missing.jpg': 'missing file', 'cut.jpg': 'broken picture', 'dot.png': 'smaller than 8 pixels',
+      'words.png': 'not a picture', 'UPPER.JPG': '', 'alpha.png': '', 'palette.png': '', 'grey.png': '', 'moving.gif': '',
+      'turned.jpg': '', 'print.jpg': '', 'web.webp': ''}
+  lines = [{'image': f'pictures/{name}', 'captions': [f'рыжий кот {name}'], 'split': 'train'} for name in rows]
+  good = {'image': 'pictures/000.jpg', 'captions': ['once more'], 'split': 'train'}
+  lines += [{**good, 'captions': ['', ' ']}, {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'},
+            {**good, 'split': 'nowhere'}, {**good, 'colour': {'r': 1}}]
+  with (root / 'data.jsonl').open('a') as file:
+    file.writelines(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
+    file.write('{"image": \n')
+  return rows
+
+
+def clips(root: pathlib.Path, form: str = 'mp4', count: int = 6) -> pathlib.Path:
+  """Clips of 12 frames by class, in which a bright bar moves to the right or stands."""
+  import av
+  for i in range(count):
+    name = ('moves', 'stands')[i % 2]
+    (root / name).mkdir(parents=True, exist_ok=True)
+    if form == 'gif':
+      frames = [Image.fromarray(f) for f in moving(i % 2 == 0)]
+      (root / name / f'{i}.gif').write_bytes(encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:]))
+      continue
+    with av.open(str(root / name / f'{i}.{form}'), 'w') as container:
+      stream = container.add_stream('mpeg4', rate=6)
+      stream.width, stream.height, stream.pix_fmt = 48, 32, 'yuv420p'
+      stream.bit_rate = 2_000_000
+      for frame in moving(i % 2 == 0):
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+      container.mux(stream.encode())
+  return root
+
+
+def moving(moves: bool, frames: int = 12) -> np.ndarray:
+  """uint8 [frames, 32, 48, 3]: a bar that starts at the left; frame t has it at column 4 t."""
+  out = np.zeros((frames, 32, 48, 3), np.uint8)
+  for t in range(frames):
+    left = 4 * t if moves else 0
+    out[t, :, left:left + 4] = 255
+  return out

@@ -1,0 +1,151 @@
+"""People's own data becomes a data set: what is taken, what is rewritten, what is skipped and why."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.data import own_files
+from uni_moe_jax.data import prepare, stored
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+  """(data directory, source folder, what prepare said, expectation per odd picture)."""
+  root = own_files.captioned(tmp_path_factory.mktemp('pictures') / 'in')
+  odd = own_files.odd_rows(root)
+  data = tmp_path_factory.mktemp('data')
+  return data, root, prepare.prepare(root, data, 'colours', max_bad_fraction=0.4), odd
+
+
+def _all(data, split='train', source='own:colours'):
+  records = stored.load(source, data, split)
+  return records, records.rows(np.arange(records.size))
+
+
+def test_splits_are_those_that_the_data_names(pictures):
+  # 30 rows, every fifth for the test; eight odd pictures that are fine and one repeated one more in training.
+  assert pictures[2]['splits'] == {'train': 24 + 8 + 1, 'test': 6}
+
+
+def test_every_skipped_row_has_its_reason_and_first_paths(pictures):
+  skipped = pictures[2]['skipped']
+  counts = {reason: found['count'] for reason, found in skipped.items()}
+  assert counts == {
+      'missing file': 1, 'broken picture': 1, 'smaller than 8 pixels': 1, 'not a picture': 1, 'empty caption': 1,
+      "wrong type of 'captions'": 1, 'duplicate': 1, 'not an object': 1, 'neither a picture, a clip nor a text': 1,
+      "split 'nowhere' is not train, validation or test": 1, "wrong type of 'colour'": 1, 'not JSON': 1}
+  # Line 31 is the first odd row.
+  assert skipped['missing file']['first'] == ['data.jsonl:31']
+  assert 'skipped, missing file: 1 (data.jsonl:31)' in prepare.describe(pictures[2])
+
+
+def test_odd_pictures_that_are_fine_are_there_with_their_captions(pictures):
+  data, _, _, odd = pictures
+  captions = [row['captions'] for row in _all(data)[1]]
+  for name, reason in odd.items():
+    assert ((f'рыжий кот {name}',) in captions) == (not reason), name
+
+
+def test_bytes_are_those_of_the_file_but_for_what_would_be_seen_wrongly(pictures):
+  data, root, said, odd = pictures
+  kept = {row['captions'][0].removeprefix('рыжий кот '): row['image'] for row in _all(data)[1]}
+  same = {name for name, reason in odd.items() if not reason and (root / 'pictures' / name).read_bytes() == kept[name]}
+  assert same == {'UPPER.JPG', 'palette.png', 'grey.png', 'web.webp'}
+  assert said['rewritten'] == {
+      'transparent: on white': 1, 'animated: first frame': 1, 'turned as its camera was': 1, 'colours CMYK': 1}
+  opened = {name: np.asarray(Image.open(io.BytesIO(kept[name]))) for name in ('alpha.png', 'turned.jpg', 'moving.gif')}
+  assert (opened['alpha.png'] == 255).all()
+  assert opened['turned.jpg'].shape == (own_files.SIDE + 8, own_files.SIDE, 3)
+  assert opened['moving.gif'].mean(axis=(0, 1)).argmax() == 0  # red, not blue
+
+
+def test_tensorflow_reads_every_stored_picture(pictures):
+  import tensorflow as tf
+  for row in _all(pictures[0])[1]:
+    assert tf.io.decode_image(row['image'], channels=3, expand_animations=False).shape[-1] == 3
+
+
+def test_a_field_whose_values_repeat_is_a_class_and_says_which_rows_have_none(pictures):
+  records, rows = _all(pictures[0])
+  assert records.classes == {'colour': ('blue', 'green', 'red')}
+  assert [r['colour'] for r in rows[:4]] == ['red', 'green', 'blue', 'red']
+  np.testing.assert_array_equal(records.labels['colour'], [('blue', 'green', 'red', '').index(r['colour']) if r['colour']
+                                                           else -1 for r in rows])
+  assert pictures[2]['classes']['colour']['counts']['test'] == [2, 2, 2]
+
+
+def test_statistics_say_sizes_and_captions(pictures):
+  assert pictures[2]['sizes']['median'] == [32, 24]
+  assert pictures[2]['captions_per_example'] == {'least': [1], 'median': [2], 'most': [2]}
+
+
+def test_a_version_is_written_once_and_the_newest_is_read(pictures, tmp_path):
+  data, root, said, _ = pictures
+  with pytest.raises(ValueError, match='is there already'):
+    prepare.prepare(root, data, 'colours', max_bad_fraction=0.4)
+  again = prepare.prepare(root, tmp_path, 'colours', max_bad_fraction=0.4)
+  assert again['fingerprints'] == said['fingerprints']
+  (root / 'data.jsonl').write_text(''.join((root / 'data.jsonl').read_text().splitlines(True)[:20]))
+  prepare.prepare(root, tmp_path, 'colours', '1.10.0')
+  assert stored.load('own:colours', tmp_path, 'train').size == 16
+  assert stored.load('own:colours/1.0.0', tmp_path, 'train').size == 33
+
+
+def test_too_many_bad_rows_stop_with_the_first(tmp_path):
+  (tmp_path / 'data.jsonl').write_text('{"image": "a.jpg", "captions": ["a"]}\n{"image": "b.jpg", "captions": ["b"]}\n')
+  with pytest.raises(ValueError, match="2 of 2 rows .* most are 'missing file' .* data.jsonl:1"):
+    prepare.prepare(tmp_path, tmp_path / 'out', 'none')
+  assert not list(tmp_path.glob('out/own/none/*'))
+
+
+def test_a_folder_by_class_with_splits(tmp_path):
+  for split, colour, i in (('train', 'red', 0), ('train', 'blue', 1), ('Val', 'red', 2), ('other', 'red', 3)):
+    place = tmp_path / 'in' / split / colour
+    place.mkdir(parents=True, exist_ok=True)
+    (place / f'{i}.JPEG').write_bytes(own_files.encoded(own_files.picture(colour, i)))
+  (tmp_path / 'in/train/red/notes.txt.bak').write_text('x')
+  said = prepare.prepare(tmp_path / 'in', tmp_path, 'folder', max_bad_fraction=0.5)
+  assert said['splits'] == {'train': 2, 'validation': 1}
+  assert said['classes']['label']['names'] == ['blue', 'red']
+  assert set(said['skipped']) == {'not a picture or clip', 'split folder is not train, validation or test'}
+
+
+def test_labelled_text_counts_whole_numbers_as_numbers(tmp_path):
+  lines = [{'text_a': f'one {i}', 'text_b': 'two', 'label': i % 11} for i in range(33)]
+  (tmp_path / 'train.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  (tmp_path / 'dev.jsonl').write_text(json.dumps({**lines[0], 'text_a': 'zero'}) + '\n')
+  said = prepare.prepare(tmp_path, tmp_path / 'out', 'pairs')
+  assert said['classes']['label']['names'] == [str(i) for i in range(11)]
+  assert said['splits'] == {'train': 33, 'validation': 1}
+  assert stored.load('own:pairs', tmp_path / 'out', 'validation').rows(np.array([0]))[0]['text_a'] == 'zero'
+
+
+def test_lines_of_text_stay_together_by_document_and_a_tenth_is_held_out(tmp_path):
+  (tmp_path / 'book.txt').write_text('\n'.join(f'line {i} of it\n' * 2 if i % 2 else f'line {i} of it' for i in range(400)))
+  said = prepare.prepare(tmp_path / 'book.txt', tmp_path, 'book')
+  assert said['columns'] == {'text': 'text'} and set(said['splits']) == {'train', 'test'}
+  assert 0.05 < said['splits']['test'] / sum(said['splits'].values()) < 0.2
+  lines = [row['where'] for row in _all(tmp_path, 'test', 'own:book')[1]]
+  assert not said['skipped'] and len(lines) == said['splits']['test']  # a line may occur twice
+  documents = [{row['text'] for row in _all(tmp_path, split, 'own:book')[1]} for split in ('train', 'test')]
+  assert not documents[0] & documents[1]
+
+
+def test_frames_in_an_array_have_a_line_each(tmp_path):
+  frames = np.stack([own_files.moving(True), own_files.moving(False)])
+  np.savez(tmp_path / 'clips.npz', frames=frames)
+  (tmp_path / 'clips.jsonl').write_text('{"label": "moves", "split": "train"}\n' * 2 + '{"label": "x", "split": "train"}\n')
+  said = prepare.prepare(tmp_path, tmp_path / 'out', 'arrays', max_bad_fraction=0.5)
+  assert said['skipped'] == {'a line more than the array has clips': {'count': 1, 'first': ['clips.jsonl:3']}}
+  _, rows = _all(tmp_path / 'out', source='own:arrays')
+  np.testing.assert_array_equal(np.load(io.BytesIO(rows[1]['video'])), frames[1])
+
+
+def test_unknown_names_say_the_nearest(pictures):
+  with pytest.raises(FileNotFoundError, match="did you mean 'colours'"):
+    stored.load('own:colors', pictures[0], 'train')
+  with pytest.raises(ValueError, match="did you mean 'train'"):
+    stored.load('own:colours', pictures[0], 'trains')

@@ -1,0 +1,123 @@
+"""Files of pictures and clips as they are stored: raw bytes where TensorFlow reads them as people see them, else rewritten.
+
+Decoding at training is fast and plain. What it would show wrongly (a turned photograph, transparency, CMYK) or not at all is
+settled here, once.
+"""
+
+import dataclasses
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MIN_SIDE = 8  # pixels: less is a mark that follows readers, or a leftover, and no picture
+_RAW = ('JPEG', 'PNG', 'BMP', 'WEBP')  # formats that tf.io.decode_image reads
+_MODES = ('L', 'RGB', '1', 'P')
+_ORIENTATION = 0x0112  # of EXIF
+
+
+class Broken(Exception):
+  """A file that gives no example; says why in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+  """What is stored of a file.
+
+  Attributes:
+    data: bytes.
+    size: (width, height) of a picture as it will be seen, (frames, width, height) of a clip.
+    note: why the bytes are not those of the file, or ''.
+  """
+  data: bytes
+  size: tuple[int, ...]
+  note: str = ''
+
+
+def picture(path: pathlib.Path) -> Media:
+  """A picture. An animated one counts as its first frame, and what is transparent as white.
+
+  Raises:
+    Broken: missing, not a picture, cut off, too small or too large.
+  """
+  data = _bytes(path)
+  try:
+    image = Image.open(io.BytesIO(data))
+    form, notes = image.format, []
+    if getattr(image, 'n_frames', 1) > 1:
+      notes.append('animated: first frame')
+    image.load()
+    turned = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
+  except UnidentifiedImageError:
+    raise Broken('not a picture') from None
+  except Image.DecompressionBombError:
+    raise Broken('too large') from None
+  except (OSError, SyntaxError, ValueError, EOFError):  # Pillow's, of files that are cut off or damaged
+    raise Broken('broken picture') from None
+  if min(turned.size) < MIN_SIDE:
+    raise Broken(f'smaller than {MIN_SIDE} pixels')
+  if turned is not image:
+    notes.append('turned as its camera was')
+  if turned.has_transparency_data:
+    notes.append('transparent: on white')
+    turned = turned.convert('RGBA')
+    turned = Image.alpha_composite(Image.new('RGBA', turned.size, 'white'), turned).convert('RGB')
+  elif turned.mode not in _MODES and not (form == 'PNG' and turned.mode.startswith('I')):  # 16 bits lose the lower 8
+    notes.append(f'colours {turned.mode}')
+    turned = turned.convert('RGB')
+  if not notes and form not in _RAW:
+    notes.append(f'format {form}')
+  return Media(_png(turned) if notes else data, turned.size, '; '.join(notes))
+
+
+def clip(path: pathlib.Path) -> Media:
+  """A video file, as it is; its first frame must decode. Raises Broken."""
+  from uni_moe_jax.data import video
+  data = _bytes(path)
+  try:
+    frames = video.sample(data, np.zeros(1))
+    count = video.length(data)
+  except video.Undecodable as e:
+    raise Broken('broken clip') from e
+  return Media(data, (count, frames.shape[2], frames.shape[1]))
+
+
+class FrameArrays:
+  """Clips of .npz files; an opened file is kept until another one is asked for."""
+
+  def __init__(self):
+    self._path, self._frames = None, None
+
+  def clip(self, path: pathlib.Path, index: int) -> Media:
+    """Clip `index` of the first array of a file, uint8 [N, T, H, W, 3] or grey [N, T, H, W], as .npy bytes. Raises Broken."""
+    if path != self._path:
+      try:
+        with np.load(path) as arrays:
+          self._path, self._frames = path, arrays[arrays.files[0]]
+      except (OSError, ValueError, IndexError) as e:
+        raise Broken('broken array') from e
+    frames = self._frames
+    if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[-1] != 3:
+      raise Broken('array is not uint8 [N, T, H, W, 3]')
+    if index >= len(frames):
+      raise Broken('a line more than the array has clips')
+    one = frames[index] if frames.ndim == 5 else np.repeat(frames[index][..., None], 3, -1)
+    out = io.BytesIO()
+    np.save(out, one)
+    return Media(out.getvalue(), (len(one), one.shape[2], one.shape[1]))
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except (FileNotFoundError, NotADirectoryError):
+    raise Broken('missing file') from None
+  except OSError:
+    raise Broken('unreadable file') from None
+
+
+def _png(image: Image.Image) -> bytes:
+  out = io.BytesIO()
+  image.convert('RGB').save(out, 'PNG')
+  return out.getvalue()
