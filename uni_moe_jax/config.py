@@ -22,12 +22,13 @@ def task(
     temperature: str = '',
     target_set: str = '', label: str = '', captions: tuple[str, ...] = (), template: str = '', length: int = 0,
     picks: int = 0, smoothing: float = 0.0, shift: int = 0, head: bool = False,
-    subset: float = 1.0, per_class: int = 0) -> ml_collections.ConfigDict:
+    subset: float = 1.0, per_class: int = 0, frames: int = 0, crop: str = 'short', flip: bool = False,
+    randaugment: float = 0.0, erasing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0) -> ml_collections.ConfigDict:
   """One task: an instance of a kind.
 
   Args:
     kind: row of `tasks.KINDS` or of `config.kinds`.
-    source: name of a data source (`data/sources.py`).
+    source: name of a data source (`data/sources.py`), 'own:NAME' for your own prepared data, or 'tfds:NAME[/CONFIG]'.
     batch: examples per step over all devices and micro-steps; 0: the task is evaluated only (zero-shot).
     split: of the source.
     weight: factor of the task's loss.
@@ -35,32 +36,45 @@ def task(
       A 'mixed' one takes every task in every step.
     temperature: temperature group; tasks that name one share a learnt scale. '' = the kind's name.
     target_set: entry of `config.sets`, for kinds with a target family.
-    label: column with the class name (kinds that choose among names, label words or answers).
+    label: column with the class name (kinds that choose among names, label words or answers); of files, a column with a list
+      of answers, too; for masked language modelling of files the column of texts ('' = 'text').
     captions: templates over the source's columns, e.g. '{name}', '{name} in {face}'; one is drawn per example.
     template: for kinds read at a slot: '{text} <eot> it is <spe> . <eot>'.
     length: text tokens per example, the final `eot` included (a caption has as many queries again).
-    picks: M, at most this many masked tokens per row (masked language modelling).
+    picks: M, at most this many masked tokens per row (masked language modelling), or answers per question.
     smoothing: label smoothing.
-    shift: random translation of pictures in training, pixels.
+    shift: random translation of pictures in training, pixels (sources in memory).
     subset: share of the training examples that are used, chosen by seed and example; of every class its share, where there
       are classes. A smaller share is part of a larger one.
     per_class: this many training examples of every class instead; 0: all.
     head: adds a linear head, which starts at zero, to the similarity with the target set's entries (one task at most).
+    frames: T, that the model sees of a clip (sources in files); one of each of T equal parts of the clip.
+    crop: how pictures and clips of files are cut: short (the short side gets the model's size, then a window) | area (a random
+      part of 8–100 % of the area; evaluated in the middle of 256/224 of the size) | jitter (short, of a side between 256/224
+      and 320/224; published for clips).
+    flip: mirror half of the pictures and clips of files in training.
+    randaugment: magnitude of RandAugment of pictures of files, 0…10; published: 9; 0 = off.
+    erasing: how often a rectangle of a picture of files becomes noise.
+    mixup, cutmix: α of the share with which neighbours of a batch are blended or cut into each other, their classes too; 0 = off;
+      with both on, each in half of the cases.
   """
   return _create(dict(
       kind=kind, source=source, split=split, batch=batch, weight=weight, sampling=sampling, temperature=temperature,
       target_set=target_set, label=label, captions=captions, template=template, length=length, picks=picks,
       smoothing=smoothing, shift=shift, head=head,
-      subset=subset, per_class=per_class))
+      subset=subset, per_class=per_class, frames=frames, crop=crop, flip=flip, randaugment=randaugment, erasing=erasing,
+      mixup=mixup, cutmix=cutmix))
 
 
 def target_set(
-    values: str | tuple[str, ...], *, family: str, scoring: str = 'exact', samples: int = 0,
+    values: str | tuple[str | tuple[str, ...], ...], *, family: str, scoring: str = 'exact', samples: int = 0,
     length: int = 16, label_prompts: bool = False) -> ml_collections.ConfigDict:
   """Texts that serve as the answer space of tasks.
 
   Args:
-    values: the texts themselves, 'source/column' (the classes of that column), or 'vocabulary' (every word id).
+    values: the texts themselves; 'SOURCE/column' (the classes of that column: 'glyphs/class', 'own:pets/breed'); 'file:PATH' (a
+      file of class names, data/class_names.py, relative to `data.dir`); or 'vocabulary' (every word id). An entry may be a
+      tuple instead of a text: what the source calls the class, then its name and synonyms.
     family: target family, 'names' or 'words' (or one of `config.families`).
     scoring: 'exact', or 'sampled' (vocabulary only): in training, the step's positives and a uniform sample.
     samples: K, size of the sampled vocabulary, positives included.
@@ -73,11 +87,11 @@ def target_set(
 
 def evaluator(
     kind: str, task_name: str, *, split: str, number: int = 0, batch: int = 128, beams: int = 1,
-    penalty: float = 0.0, answers: str = '') -> ml_collections.ConfigDict:
+    penalty: float = 0.0, answers: str = '', views: int = 1, crops: int = 1) -> ml_collections.ConfigDict:
   """One evaluation with a fixed protocol; see `eval/evaluators.py`.
 
   Args:
-    kind: classification | retrieval | mlm | caption.
+    kind: classification | retrieval | mlm | caption | glue | vqa.
     task_name: entry of `config.tasks`, trained or not (batch 0): what is asked, of which source.
     split: that is evaluated.
     number: retrieval: candidates, with distinct texts; others: examples, 0 = all.
@@ -86,9 +100,11 @@ def evaluator(
     penalty: caption: scores are divided by (words + 1)^penalty at the end.
     answers: caption: entry of `config.sets` whose texts are the only captions that may be given; '' = any words. No task
       needs to use the set.
+    views, crops: classification of clips of files: probabilities are averaged over so many views in time × crops along the
+      long side.
   """
   return _create(dict(kind=kind, task=task_name, split=split, number=number, batch=batch, beams=beams, penalty=penalty,
-                      answers=answers))
+                      answers=answers, views=views, crops=crops))
 
 
 def base() -> ml_collections.ConfigDict:
@@ -144,6 +160,7 @@ def base() -> ml_collections.ConfigDict:
   ))
   c.data = _create(dict(
       dir='~/.cache/uni_moe_jax',  # prepared data; see launch/prepare_data.py
+      max_bad_fraction=0.01,       # of the examples read from files; more that cannot be used stop the run
       mask_specials=False,         # random words of masked language modelling may be special tokens; published: True
   ))
   # What is known of data that is not here: launch/preflight.py reads it, training does not.

@@ -31,13 +31,25 @@ class TaskSpec:
   head: bool = False
   subset: float = 1.0
   per_class: int = 0
+  frames: int = 0
+  crop: str = 'short'
+  flip: bool = False
+  randaugment: float = 0.0
+  erasing: float = 0.0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+
+  @property
+  def mixes(self) -> bool:
+    """Whether neighbours of a batch are mixed, so that an example has two labels."""
+    return bool(self.mixup or self.cutmix)
 
 
 @dataclasses.dataclass(frozen=True)
 class SetSpec:
   """A checked target set; fields as in `config.target_set`."""
   name: str
-  values: str | tuple[str, ...]
+  values: str | tuple[str | tuple[str, ...], ...]
   condition: Condition
   scoring: str
   samples: int
@@ -61,6 +73,8 @@ class Evaluation:
   beams: int
   penalty: float
   answers: str
+  views: int = 1
+  crops: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

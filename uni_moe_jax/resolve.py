@@ -31,7 +31,10 @@ EVALUATIONS = {
     'retrieval': lambda kind: kind.target == 'pair',
     'mlm': lambda kind: kind.readout == 'picks',
     'caption': lambda kind: kind.readout == 'queries',
+    'glue': lambda kind: kind.readout == 'slot' and not kind.visual,
+    'vqa': lambda kind: kind.readout == 'slot' and kind.visual,
 }
+CROPS = ('short', 'area', 'jitter')
 
 
 def resolve(c: ml_collections.ConfigDict) -> Plan:
@@ -52,14 +55,14 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   if not trained and not (c.train.init and c.evaluators):
     raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…). To evaluate another run as it is, '
                      'name it in config.train.init and give config.evaluators.')
-  lengths: dict[str, set[tuple[int, int]]] = {}
+  shapes: dict[str, set[tuple[int, ...]]] = {}
   for name in trained:
-    lengths.setdefault(c.tasks[name].kind, set()).add((c.tasks[name].length, c.tasks[name].picks))
+    shapes.setdefault(c.tasks[name].kind, set()).add(_shape(c.tasks[name]))
   headed = [name for name, t in c.tasks.items() if t.head]
   if len(headed) > 1:
     raise ValueError(f'config.tasks: {" and ".join(headed)} both have head=True; one task at most has a linear head.')
   by_name = {s.name: s for s in sets}
-  resolved = tuple(_resolve_task(name, t, kinds, by_name, c, lengths) for name, t in c.tasks.items())
+  resolved = tuple(_resolve_task(name, t, kinds, by_name, c, shapes) for name, t in c.tasks.items())
   tasks = tuple(t for t in resolved if t.name in trained)
   probes = tuple(t for t in resolved if t.name not in trained)
   temperatures = tuple(sorted({t.temperature for t in tasks} | set(c.model.temperatures)))
@@ -218,11 +221,28 @@ def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
   if s.label_prompts and s['values'] == VOCABULARY:
     raise ValueError(f'config.sets.{name}.label_prompts=True is for sets of texts: the words of a vocabulary have a learnt '
                      'row each already; set it to False.')
-  values = s['values'] if isinstance(s['values'], str) else tuple(s['values'])
+  values = s['values'] if isinstance(s['values'], str) else tuple(v if isinstance(v, str) else tuple(v) for v in s['values'])
   return SetSpec(name, values, families[s.family], s.scoring, s.samples, s.length, s.label_prompts)
 
 
-def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec], c, lengths) -> TaskSpec:
+def _shape(t) -> tuple[int, ...]:
+  """What the arrays of a task's examples depend on, beside its kind: tokens, picks; frames and labels of pictures and clips."""
+  of_files = (t.frames, 2 if t.mixup or t.cutmix else 1) if t.frames or t.mixup or t.cutmix else ()
+  return t.length, t.picks, *of_files
+
+
+def _check_pictures(name: str, t, kind: Kind, c) -> None:
+  field = f'tasks.{name}'
+  _choose(f'{field}.crop', t.crop, CROPS)
+  for part, most in (('frames', c.model.max_frames), ('randaugment', 10), ('erasing', 1), ('mixup', math.inf), ('cutmix', math.inf)):
+    if not 0 <= t[part] <= most:
+      raise ValueError(f'config.{field}.{part}={t[part]} must be in 0…{most}.')
+  if (t.mixup or t.cutmix) and not (kind.visual and kind.readout == 'first' and kind.target != 'pair'):
+    raise ValueError(f'config.{field}: mixup={t.mixup}, cutmix={t.cutmix} mix pictures and their classes; kind {kind.name!r} has '
+                     'none. Set them to 0.')
+
+
+def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec], c, shapes) -> TaskSpec:
   field = f'tasks.{name}'
   _choose(f'{field}.kind', t.kind, kinds)
   kind = kinds[t.kind]
@@ -264,13 +284,15 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
                      f'target_set={t.target_set!r} does not.')
   if (kind.two_stream or kind.target == 'pair') and not t.captions:
     raise ValueError(f"config.{field}.captions is empty; give at least one template, for example ('{{caption}}',).")
+  _check_pictures(name, t, kind, c)
   # Tasks of one kind share a batch only if their arrays have one shape.
-  group = kind.name if len(lengths.get(t.kind, ())) <= 1 else f'{kind.name}/{t.length}/{t.picks}'
+  group = kind.name if len(shapes.get(t.kind, ())) <= 1 else '/'.join(map(str, (kind.name, *_shape(t))))
   return TaskSpec(
       name=name, kind=kind, group=group, source=t.source, split=t.split, batch=t.batch, weight=t.weight,
       sampling=t.sampling, temperature=t.temperature or kind.name, target_set=t.target_set, label=t.label,
       captions=tuple(t.captions), template=t.template, length=t.length, picks=t.picks, smoothing=t.smoothing,
-      shift=t.shift, head=t.head, subset=t.subset, per_class=t.per_class)
+      shift=t.shift, head=t.head, subset=t.subset, per_class=t.per_class,
+      frames=t.frames, crop=t.crop, flip=t.flip, randaugment=t.randaugment, erasing=t.erasing, mixup=t.mixup, cutmix=t.cutmix)
 
 
 def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[str, SetSpec]) -> Evaluation:
@@ -293,7 +315,10 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[st
     if sets[e.answers].is_vocabulary:
       raise ValueError(f"config.{field}={e.answers!r} is the vocabulary, so that any word may be said; set it to '', or to a "
                        'set of texts.')
-  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty, e.answers)
+  if min(e.views, e.crops) < 1 or e.views * e.crops > 1 and not (e.kind == 'classification' and task_spec.frames):
+    raise ValueError(f'config.evaluators.{name}: views={e.views}, crops={e.crops} must be at least 1, and are for the '
+                     "classification of clips of files (a task with frames); set them to 1.")
+  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty, e.answers, e.views, e.crops)
 
 
 def check_trains(plan: Plan) -> None:
@@ -324,6 +349,10 @@ def check_batches(plan: Plan, shards: int, accum: int) -> None:
       unit = shards * accum
       raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} ({shards} batch shards of '
                        f'the mesh × {accum} micro-steps); try {max(unit, t.batch - t.batch % unit)}.')
+    if t.mixes and micro // shards % 2:
+      unit = 2 * shards * accum
+      raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} for mixup or cutmix, which mix pairs '
+                       f'of a shard ({shards} batch shards × {accum} micro-steps × 2); try {max(unit, t.batch - t.batch % unit)}.')
 
 
 def check_halves(plan: Plan, shards: int, accum: int) -> None:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tests import tiny
 from uni_moe_jax import resolve
 from uni_moe_jax.data import hashing
-from uni_moe_jax.data.examples import Builder, set_classes
+from uni_moe_jax.data.examples import Builder
 from uni_moe_jax.data.sources import Records
 from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
 
@@ -237,13 +237,3 @@ def test_a_source_without_any_label_is_an_error_not_an_empty_task():
   empty = Records({**records.columns, 'package': np.full(24, '')}, records.classes, '')
   with pytest.raises(ValueError, match=r"no record of source 'paragraphs', split 'train', has a 'package'"):
     _build('package', records=empty)
-
-
-def test_set_classes_come_from_the_config_or_a_source():
-  def classes(values):
-    spec = resolve.resolve(tiny.config('shape')).sets[0]
-    return set_classes(dataclasses.replace(spec, values=values), lambda source, column: (source, column))
-
-  assert classes(('a', 'b')) == ('a', 'b')
-  assert classes('glyphs/class') == ('glyphs', 'class')
-  assert classes('vocabulary') == ()

@@ -25,8 +25,9 @@ class _Letters:
 
 
 def _build(texts, length=64, values=None):
+  """texts: or tuples of synonyms."""
   spec = SetSpec('things', tuple(texts) if values is None else values, tasks.families()['names'], 'exact', 0, length)
-  return sets.build_set(spec, tuple(texts), _Letters())
+  return sets.build_set(spec, tuple((t,) if isinstance(t, str) else t for t in texts), _Letters())
 
 
 def _rows(built):
@@ -97,9 +98,14 @@ def test_too_long_an_entry_is_named_with_the_length_it_needs():
     _build(['ab', 'abcde'], length=4)
 
 
-def test_an_entry_that_occurs_twice_is_named():
-  with pytest.raises(ValueError, match="config.sets.things: entry 'ab' occurs twice"):
-    _build(['ab', 'cd', 'ab'])
+def test_synonyms_lie_side_by_side_where_the_longest_does():
+  built = _build([('abc', 'd'), 'a'])
+  [bucket] = built.buckets
+  a, b, c, d = 101, 102, 103, 104
+  np.testing.assert_array_equal(bucket['text'], [[[a, b, c, EOT], [d, EOT, PAD, PAD]], [[a, EOT, PAD, PAD]] * 2])
+  np.testing.assert_array_equal(bucket['count'], [2, 1])
+  assert bucket['valid'].sum(-1).tolist() == [[4, 2], [2, 2]]
+  assert (built.texts, built.size) == (('abc', 'a'), 2)
 
 
 def test_a_set_without_entries_is_an_error():

@@ -10,8 +10,9 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax import resolve
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import evaluators
-from uni_moe_jax.eval.evaluators import EVALUATORS, Question
+from uni_moe_jax.eval.evaluators import Question
 from uni_moe_jax.eval.samples import Samples
+from uni_moe_jax.eval.suite import EVALUATORS
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +30,7 @@ def _question(data, entry: str, predictor, **changes) -> Question:
   e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
   texts = d.sets[e.task.target_set].texts if e.task.target_set else ()
   records = d.records(e.task.source, 'train')
-  return Question(e, predictor, d.examples(e.task), records, records, texts, d.tokenizer, Samples())
+  return Question(e, predictor, d.examples(e.task), records, records, texts, d.keys.get(e.task.target_set, ()), d.tokenizer, Samples())
 
 
 class _Oracle:

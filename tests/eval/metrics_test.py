@@ -9,6 +9,31 @@ import numpy as np
 from uni_moe_jax.eval import metrics
 
 
+class AnswerTest(parameterized.TestCase):
+
+  def test_f1_and_matthews_of_a_hand_worked_table(self):
+    # TP 3, FN 1, FP 2, TN 4.
+    labels = np.array([1] * 4 + [0] * 6)
+    predicted = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
+    self.assertAlmostEqual(metrics.f1(predicted, labels), 6 / 9)
+    # (3 · 4 - 2 · 1) / sqrt(5 · 4 · 6 · 5)
+    self.assertAlmostEqual(metrics.matthews(predicted, labels), 10 / math.sqrt(600))
+    self.assertEqual(metrics.f1(labels, labels), 1.0)
+    self.assertEqual(metrics.matthews(1 - labels, labels), -1.0)
+
+  def test_a_constant_answer_says_nothing(self):
+    labels = np.array([1, 0, 1, 0])
+    self.assertEqual(metrics.matthews(np.ones(4, int), labels), 0.0)
+    self.assertAlmostEqual(metrics.f1(np.ones(4, int), labels), 2 / 3)  # TP 2, FP 2
+    self.assertEqual(metrics.f1(np.zeros(4, int), np.zeros(4, int)), 0.0)
+
+  @parameterized.parameters((0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0))
+  def test_an_answer_scores_by_how_many_of_ten_gave_it(self, same, score):
+    people = ['yes'] * same + [f'other {i}' for i in range(10 - same)]
+    [found] = metrics.vqa_score(['yes'], [people])
+    self.assertAlmostEqual(found, score)
+
+
 class RecallTest(parameterized.TestCase):
 
   def test_rank_is_that_of_the_best_positive_and_ties_count_against_the_model(self):

@@ -8,14 +8,19 @@ import tempfile
 import ml_collections
 import numpy as np
 
-from uni_moe_jax.plan import Plan, TaskSpec
-from uni_moe_jax.data import sources
+from uni_moe_jax.plan import Plan, SetSpec, TaskSpec
+from uni_moe_jax.data import class_names, sources
 from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.examples import Builder, Examples, set_classes
+from uni_moe_jax.data.examples import Builder, Examples
 from uni_moe_jax.data.sets import TargetSet, build_set
 from uni_moe_jax.data.records import Records
+from uni_moe_jax.data.stored import Stored
+from uni_moe_jax.data.stored_examples import StoredBuilder
 from uni_moe_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.tasks import nearest
+
+# Records of a source in files whose texts teach a tokenizer; with a text comes its picture, which costs time to read.
+_SAMPLED, _SAMPLED_VISUAL = 100_000, 20_000
 
 
 class Data:
@@ -24,27 +29,33 @@ class Data:
   Attributes:
     tokenizer: trained on the training text of the plan's sources and cached by content, or the published one.
     tokenizer_file: its model file, or its merges.
-    sets: target sets by name.
+    sets: target sets by name. keys: of each, in order, what records call its entries.
     fingerprint: hex sha256 over the training records and the tokenizer.
   """
 
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
     """Raises FileNotFoundError for data that is not prepared, ValueError for a config that does not fit it."""
     self._dir, self._model, self._plan = config.data.dir, config.model, plan
-    self._records: dict[tuple[str, str], Records] = {}
+    self._records: dict[tuple[str, str], Records | Stored] = {}
     trained = [self.records(t.source, t.split) for t in plan.tasks]
     file = config.tokenizer.file
     if config.train.init and not file:  # the parameters of another run mean that run's words
       file = str(pathlib.Path(config.train.init) / 'tokenizer.model')
     self.tokenizer, self.tokenizer_file, tokenizer_print = self._make_tokenizer(config.tokenizer, file, trained)
     every = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
-    texts = {s.name: set_classes(s, self._classes_of) for s in every}
-    self.sets: dict[str, TargetSet] = {s.name: build_set(s, texts[s.name], self.tokenizer) for s in every}
+    entries = {s.name: self._entries(s) for s in every}
+    self.sets: dict[str, TargetSet] = {
+        s.name: build_set(s, tuple(names for _, names in entries[s.name]), self.tokenizer) for s in every}
+    self.keys = keys = {name: tuple(key for key, _ in found) for name, found in entries.items()}
     self._check_answers()
     prints = sorted({r.fingerprint for r in trained}) + [tokenizer_print]
     self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
     self._builders = {
-        training: Builder(self.tokenizer, texts, self._model.channels, training, config.data.mask_specials, config.seed)
+        training: Builder(self.tokenizer, keys, self._model.channels, training, config.data.mask_specials, config.seed)
+        for training in (True, False)}
+    self._stored_builders = {
+        training: StoredBuilder(self.tokenizer, keys, self._model.image_size, self._model.channels, training,
+                                config.data.mask_specials, config.seed, config.data.max_bad_fraction)
         for training in (True, False)}
 
   def _check_answers(self) -> None:
@@ -57,16 +68,18 @@ class Data:
               f'{e.name}.answers={e.answers!r}, which has {tokens} tokens, the end included; raise it to {tokens}, or leave '
               'the answer out.')
 
-  def records(self, source: str, split: str) -> Records:
+  def records(self, source: str, split: str) -> Records | Stored:
     """One split of a source."""
     if (source, split) not in self._records:
       self._records[source, split] = sources.load(source, self._dir, split)
     return self._records[source, split]
 
-  def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
-    """A task's examples over its own or another split."""
+  def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, views: int = 1, crops: int = 1) -> Examples:
+    """A task's examples over its own or another split; of clips of files as many views × crops at evaluation."""
     task = task if split is None else dataclasses.replace(task, split=split)
     records = self.records(task.source, task.split)
+    if isinstance(records, Stored):
+      return dataclasses.replace(self._stored_builders[training], views=views, crops=crops).build(task, records)
     if task.kind.visual and 'pixels' in records.columns:
       self._check_size(task, records.columns['pixels'].shape[1:])
     return self._builders[training].build(task, records)
@@ -80,15 +93,24 @@ class Data:
           f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model takes at most '
           f'config.model.max_frames={self._model.max_frames} of config.model.image_size={self._model.image_size} pixels a side.')
 
-  def _classes_of(self, source: str, column: str) -> tuple[str, ...]:
+  def _entries(self, spec: SetSpec) -> tuple[class_names.Entry, ...]:
+    """Entries of a target set: its own, those of a file, or the classes of 'source/column'; () for the vocabulary."""
+    field = f'sets.{spec.name}'
+    if spec.is_vocabulary:
+      return ()
+    if not isinstance(spec.values, str):
+      return class_names.entries(spec.values, field)
+    if spec.values.startswith(class_names.FILE):
+      return class_names.read(spec.values, self._dir, field)
+    source, _, column = spec.values.rpartition('/')
     split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
     classes = self.records(source, split).classes
     if column not in classes:
-      raise ValueError(f'config.sets: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
-    return classes[column]
+      raise ValueError(f'config.{field}: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
+    return class_names.entries(classes[column], field)
 
   def _make_tokenizer(
-      self, config: ml_collections.ConfigDict, file: str, trained: list[Records]) -> tuple[Tokenizer, pathlib.Path, str]:
+      self, config: ml_collections.ConfigDict, file: str, trained: list[Records | Stored]) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint of what that file says)."""
     if config.kind == 'clip':
       tokenizer = ClipTokenizer(config.merges)
@@ -101,10 +123,9 @@ class Data:
     path = self._train_tokenizer(trained, config.vocab_size)
     return SentencePieceTokenizer(path), path, path.stem
 
-  def _train_tokenizer(self, trained: list[Records], vocab_size: int) -> pathlib.Path:
+  def _train_tokenizer(self, trained: list[Records | Stored], vocab_size: int) -> pathlib.Path:
     """Model file for this text and size; trained once."""
-    texts = [np.unique(c) for r in trained for c in r.columns.values() if c.dtype.kind == 'U']
-    texts = np.unique(np.concatenate(texts)).tolist()
+    texts = np.unique([text for r in trained for text in _texts(r)]).tolist()
     digest = hashlib.sha256('\0'.join([str(vocab_size), *texts]).encode()).hexdigest()[:24]
     path = pathlib.Path(self._dir).expanduser() / 'tokenizers' / f'{digest}.model'
     if not path.exists():
@@ -117,3 +138,10 @@ class Data:
           raise ValueError(f'config.tokenizer.vocab_size={vocab_size}: {e}') from e
         unfinished.rename(path)
     return path
+
+
+def _texts(records: Records | Stored) -> list[str]:
+  """What a tokenizer learns from: every text in memory, or a sample of those in files."""
+  if isinstance(records, Stored):
+    return records.texts(_SAMPLED_VISUAL if records.media() else _SAMPLED)
+  return [text for c in records.columns.values() if c.dtype.kind == 'U' for text in np.unique(c).tolist()]

@@ -71,7 +71,7 @@ class DeclaredData:
     if task.label:
       columns[task.label] = np.array([_WORD])
     if task.kind.visual:
-      columns['pixels'] = np.zeros((1, self._frames.get(task.name, 1), side, side), np.uint8)
+      columns['pixels'] = np.zeros((1, self._frames.get(task.name, task.frames or 1), side, side), np.uint8)
     return Records(columns, {}, self.fingerprint)
 
 

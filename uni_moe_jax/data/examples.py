@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from uni_moe_jax.plan import SetSpec, TaskSpec
+from uni_moe_jax.plan import TaskSpec
 from uni_moe_jax.data import hashing, preprocess
+from uni_moe_jax.data.faults import Faults
 from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.templates import fill_template
 from uni_moe_jax.data.tokenizer import Tokenizer, pack
@@ -30,9 +31,17 @@ Fields = dict[str, tf.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """A task's examples. make(ids int64 [n], hashes uint64 [n]) → fields."""
+  """A task's examples.
+
+  Attributes:
+    size: N. make: (ids int64 [n], hashes uint64 [n]) → fields.
+    references: ids int [n] → the texts that are right for each; None: see the records' columns.
+    faults: counts examples that could not be used; None: all can.
+  """
   size: int
   make: Callable[[tf.Tensor, tf.Tensor], Fields]
+  references: Callable[[np.ndarray], list[tuple[str, ...]]] | None = None
+  faults: Faults | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +140,7 @@ class Builder:
 
   Attributes:
     tokenizer: of the run.
-    classes: texts of each named target set, in order.
+    classes: of each named target set, in order, what records call its entries.
     channels: of pictures. training: random phrases, masks and shifts; otherwise the first phrase, every pick masked.
     seed: of the run, by which subsets of the training examples are chosen.
     mask_specials: masked language modelling may put special tokens in the place of words (published).
@@ -253,9 +262,7 @@ class Builder:
     if not len(rows):
       raise ValueError(f'config.{field}.length={task.length}: source {task.source!r} has too little text for one row.')
     table = tf.constant(rows)
-    word_start, word_end = tf.constant(tokenizer.word_start), tf.constant(tokenizer.word_end)
-    excluded = set() if self.mask_specials else tokenizer.special_ids
-    ordinary = tf.constant(sorted(set(range(tokenizer.size)) - excluded), tf.int32)
+    word_start, word_end, ordinary = preprocess.word_tables(tokenizer, self.mask_specials)
 
     def make(ids, hashes):
       text = tf.gather(table, ids)
@@ -265,13 +272,3 @@ class Builder:
           picks=task.picks, always_mask=not self.training)
       return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
     return Examples(len(rows), make)
-
-
-def set_classes(spec: SetSpec, classes_of: Callable[[str, str], tuple[str, ...]]) -> tuple[str, ...]:
-  """Texts of a target set: its own, or the classes of 'source/column'; () for the vocabulary."""
-  if spec.is_vocabulary:
-    return ()
-  if isinstance(spec.values, tuple):
-    return spec.values
-  source, _, column = spec.values.partition('/')
-  return classes_of(source, column)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.plan import Plan, TaskSpec
-from uni_moe_jax.data import hashing
+from uni_moe_jax.data import hashing, mixing
 from uni_moe_jax.data.examples import Examples
 
 Batch = dict[str, dict[str, np.ndarray]]
@@ -68,7 +68,7 @@ class Mixture:
       steps = np.flatnonzero(drawn == t.name)
       counts = np.arange(len(steps))  # the k-th draw of a task reads its k-th batch
       wanted = steps >= start
-      streams[t.name] = iter(self._dataset((t,), steps[wanted], counts[wanted]))
+      streams[t.name] = self._dataset((t,), steps[wanted], counts[wanted])
     for name in drawn[start:]:
       yield str(name), next(streams[name])
 
@@ -76,7 +76,7 @@ class Mixture:
     dataset = tf.data.Dataset.from_tensor_slices((steps, counts))
     dataset = dataset.map(lambda step, count: self._batch(tasks, step, count), num_parallel_calls=2,
                           deterministic=True)
-    return dataset.prefetch(2).as_numpy_iterator()
+    return self._checked(dataset.prefetch(2).as_numpy_iterator())
 
   def _batch(self, tasks: tuple[TaskSpec, ...], step: tf.Tensor, count: tf.Tensor):
     """Fields of all tasks at a step; `count` says which batch of its order a task reads."""
@@ -95,6 +95,27 @@ class Mixture:
       batch[group] = fields
     return batch
 
+  def _mixed(self, t: TaskSpec, count: tf.Tensor, place: np.ndarray, hashes: tf.Tensor, fields: dict[str, tf.Tensor]):
+    """Rows 2k and 2k + 1 of the global batch mixed: both of them are rows of one shard, see `resolve.check_batches`."""
+    pair = place // 2
+    blended, boxed = (tf.gather(mixing.shares(alpha, t.batch // 2, self.seed, t.name, count), pair) if alpha else None
+                      for alpha in (t.mixup, t.cutmix))
+    h = tf.repeat(hashes[::2], 2)
+    box = tf.stack([hashing.uniform(hashing.mix_tensor(h, purpose)) for purpose in ('box down', 'box right')], 1)
+    return mixing.mix(fields, blended, boxed, box, h)
+
+  def bad_examples(self) -> int:
+    """How many examples of files could not be used and were replaced, up to now."""
+    return sum(e.faults.bad for e in self.examples.values() if e.faults)
+
+  def _checked(self, batches: Iterator) -> Iterator:
+    """The batches, as long as few enough examples are bad."""
+    for batch in batches:
+      for e in self.examples.values():
+        if e.faults:
+          e.faults.check()
+      yield batch
+
   def _task_fields(self, t: TaskSpec, count: tf.Tensor) -> dict[str, tf.Tensor]:
     feed, examples = self.feed, self.examples[t.name]
     per_shard = t.batch // (feed.accum * feed.shards)
@@ -102,7 +123,10 @@ class Mixture:
     # Position in the global batch: micro-step, then shard, then row; this process makes the rows of its shards.
     place = np.arange(t.batch).reshape(feed.accum, feed.shards, per_shard)[:, feed.first:feed.last].reshape(-1)
     ids, epoch = hashing.permuted(count * t.batch + place, examples.size, self.seed, t.name)
-    fields = examples.make(ids, hashing.example_hash(self.seed, t.name, epoch, ids))
+    hashes = hashing.example_hash(self.seed, t.name, epoch, ids)
+    fields = examples.make(ids, hashes)
+    if t.mixes:
+      fields = self._mixed(t, count, place, hashes, fields)
     fields['id'] = tf.cast(fields['id'] & 0xFFFFFFFF, tf.uint32)
     lead = [feed.accum, local, per_shard] if feed.accum > 1 else [local, per_shard]
     return {k: tf.reshape(v, lead + v.shape[1:].as_list()) for k, v in fields.items()}
@@ -125,4 +149,6 @@ def evaluation_batches(examples: Examples, ids: np.ndarray, batch: int) -> Itera
     rows = np.resize(part, batch)
     fields = examples.make(tf.constant(ids[rows], tf.int64), tf.gather(zero, rows))
     fields['id'] = tf.cast(fields['id'] & 0xFFFFFFFF, tf.uint32)
+    if examples.faults:
+      examples.faults.check()
     yield {k: v.numpy() for k, v in fields.items()}, len(part)

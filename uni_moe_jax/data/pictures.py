@@ -5,13 +5,66 @@ they are cropped, so these functions take one at a time. Every random choice is 
 purpose: `h` is that hash (`hashing.example_hash`), a uint64 scalar, and each function adds purposes of its own.
 """
 
+import math
+
 import tensorflow as tf
 
-from uni_moe_jax.data import hashing
+from uni_moe_jax.data import augment, hashing
+from uni_moe_jax.data.clip_pixels import AREA, RATIO, TRIES
 
-# Means and standard deviations per colour, for values in 0…1: what published checkpoints were trained with.
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-VIDEO_MEAN = VIDEO_STD = (0.5, 0.5, 0.5)
+def prepared(
+    picture: tf.Tensor, size: int, h: tf.Tensor | None, crop: str, flipped: bool, randaugment: float = 0.0,
+    erasing: float = 0.0) -> tf.Tensor:
+  """A decoded picture as a task wants it: uint8 [size, size, C].
+
+  Args:
+    picture: uint8 [H, W, C]. h: its hash in training; None at evaluation, where only the crop counts.
+    crop: 'short' (pairs and captions), 'area' (classification), 'jitter' (as clips).
+    flipped: mirrored in half of the cases. randaugment: magnitude, 0 = off. erasing: how often a part becomes noise.
+  """
+  if h is None:
+    return class_test(picture, size) if crop == 'area' else pair_test(picture, size)
+  if crop == 'area':
+    picture = random_area(picture, size, h)
+  else:
+    short = size if crop == 'short' else jittered(size, h)
+    picture = random_crop(resize_short(picture, short), size, h)
+  if flipped:
+    picture = flip(picture, h)
+  if randaugment:
+    picture = augment.randaugment(picture, h, randaugment)
+  return augment.erase(picture, h, erasing) if erasing else picture
+
+
+def jittered(size: int, h: tf.Tensor) -> tf.Tensor:
+  """A short side between 256/224 and 320/224 of `size`: int32."""
+  low, high = 256 * size // 224, 320 * size // 224
+  return low + hashing.below(hashing.mix_tensor(h, 'short side'), high - low + 1)
+
+
+def random_area(picture: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
+  """A part of 8 to 100 % of the area, 3/4 to 4/3 as wide as high, resized: uint8 [size, size, C] (Inception's crop).
+
+  The first of ten draws that fits counts; of a picture so long that none does, the middle, as wide as the ratios allow.
+  """
+  H, W = tf.unstack(tf.cast(tf.shape(picture)[:2], tf.float32))
+  draws = hashing.mix_tensor(h, tf.range(TRIES, dtype=tf.int64))
+  area = H * W * (AREA[0] + (AREA[1] - AREA[0]) * hashing.uniform(hashing.mix_tensor(draws, 'area')))
+  log = [math.log(r) for r in RATIO]
+  ratio = tf.exp(log[0] + (log[1] - log[0]) * hashing.uniform(hashing.mix_tensor(draws, 'ratio')))
+  height, width = tf.round(tf.sqrt(area / ratio)), tf.round(tf.sqrt(area * ratio))
+  fits = (height <= H) & (width <= W) & (height >= 1) & (width >= 1)
+  # The last resort stands behind the draws, and always fits.
+  height = tf.concat([height, [tf.minimum(H, tf.round(W / RATIO[0]))]], 0)
+  width = tf.concat([width, [tf.minimum(W, tf.round(H * RATIO[1]))]], 0)
+  first = tf.where(tf.concat([fits, [True]], 0))[0, 0]
+  sides = tf.cast(tf.stack([height[first], width[first]]), tf.int32)
+  places = tf.shape(picture)[:2] - sides
+  drawn = [hashing.below(hashing.mix_tensor(h, purpose), places[i] + 1) for i, purpose in enumerate(('crop down', 'crop right'))]
+  corner = tf.where(first < TRIES, tf.stack(drawn), places // 2)
+  part = tf.slice(picture, tf.pad(corner, [[0, 1]]), tf.concat([sides, [-1]], 0))[None]
+  part = _bicubic(_bicubic(part, tf.stack([sides[0], size])), tf.constant([size, size]))[0]
+  return tf.ensure_shape(part, [size, size, picture.shape[-1]])
 
 
 def class_test(picture: tf.Tensor, size: int) -> tf.Tensor:
@@ -19,17 +72,12 @@ def class_test(picture: tf.Tensor, size: int) -> tf.Tensor:
   return centre_crop(resize_short(picture, 256 * size // 224), size)
 
 
-def pair_train(picture: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
-  """Captions, retrieval, training: short side to `size`, random crop, mirrored or not: uint8 [..., size, size, C]."""
-  return flip(random_crop(resize_short(picture, size), size, h), h)
-
-
 def pair_test(picture: tf.Tensor, size: int) -> tf.Tensor:
   """Captions, retrieval, evaluation: the short side to `size`, then the middle: uint8 [..., size, size, C]."""
   return centre_crop(resize_short(picture, size), size)
 
 
-def resize_short(picture: tf.Tensor, size: int) -> tf.Tensor:
+def resize_short(picture: tf.Tensor, size: int | tf.Tensor) -> tf.Tensor:
   """The short side becomes `size` pixels, the long one keeps the ratio, rounded down.
 
   Bicubic (Keys' kernel, a = -1/2), widened where the picture shrinks, first across, then down, in whole grey levels

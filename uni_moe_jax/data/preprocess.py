@@ -7,6 +7,7 @@ what was read before it.
 import tensorflow as tf
 
 from uni_moe_jax.data import hashing
+from uni_moe_jax.data.tokenizer import Tokenizer
 
 MASK_RATE = 0.15  # of the tokens
 MASKED, RANDOM = 0.8, 0.1  # of the picked words: replaced by `spe`, by random words; the rest is kept (BERT)
@@ -59,6 +60,13 @@ def mask_words(
     replaced = tf.where(picked & (fate < MASKED), spe, text)
     replaced = tf.where(picked & (fate >= MASKED) & (fate < MASKED + RANDOM), stand_in, replaced)
   return dict(text=replaced, position=position, label=label, weight=weight)
+
+
+def word_tables(tokenizer: Tokenizer, specials: bool) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """(word_start, word_end bool [V], ids that may stand in as random words; special ones among them or not)."""
+  excluded = set() if specials else tokenizer.special_ids
+  ordinary = sorted(set(range(tokenizer.size)) - excluded)
+  return tf.constant(tokenizer.word_start), tf.constant(tokenizer.word_end), tf.constant(ordinary, tf.int32)
 
 
 def shift(pixels: tf.Tensor, hashes: tf.Tensor, most: int) -> tf.Tensor:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from uni_moe_jax.data import clips, digits, glyphs, storage, texts
+from uni_moe_jax.data import clips, digits, glyphs, storage, stored, texts
 from uni_moe_jax.data.records import Records
+from uni_moe_jax.data.stored import Stored
 from uni_moe_jax.tasks import nearest
 
 
@@ -29,12 +30,15 @@ SOURCES: dict[str, Callable[[str, str], Records]] = {
 }
 
 
-def load(name: str, directory: str, split: str) -> Records:
-  """Records of a named source.
+def load(name: str, directory: str, split: str) -> Records | Stored:
+  """Records of a named source: in memory, or in files for 'own:…' and 'tfds:…'.
 
   Raises:
     ValueError: unknown name or split. FileNotFoundError: the source is not prepared in the directory.
   """
+  if stored.is_stored(name):
+    return stored.load(name, directory, split)
   if name not in SOURCES:
-    raise ValueError(f'source {name!r} is unknown; {nearest(name, SOURCES)}.')
+    raise ValueError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is '{stored.OWN}NAME', a TFDS "
+                     f"data set '{stored.TFDS}NAME'.")
   return SOURCES[name](os.path.expanduser(directory), split)

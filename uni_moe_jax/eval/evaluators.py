@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from uni_moe_jax.plan import Evaluation
-from uni_moe_jax.data.examples import Examples, places
+from uni_moe_jax.data.examples import Examples, TextTable, places, text_rows
 from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.records import Records
+from uni_moe_jax.data.stored import Stored
 from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.eval import caption_metrics, floors, metrics
 from uni_moe_jax.eval.metrics import Score
@@ -20,6 +21,7 @@ from uni_moe_jax.eval.predictor import Predictor, seed_of
 from uni_moe_jax.eval.samples import Samples
 
 RECALLS = (1, 5, 10)
+_COUNTED = 20_000  # records in files whose words are counted for the unigram's floor
 DRAWS = 3  # of a retrieval's candidates; the mean is reported, with the error of a single draw
 
 
@@ -31,17 +33,19 @@ class Question:
     evaluation: its config entry.
     predictor: the model.
     examples: of the evaluated split, made for evaluation (first phrase, every pick masked).
-    asked, trained: records of the evaluated split, and of the train split of the same source (for floors).
-    texts: entries of the task's target set ('' for the vocabulary).
+    asked, trained: records of the evaluated split, and of the split that the task trains on (for floors, which records in
+      files have only where labels are known without reading them).
+    texts: entries of the task's target set ('' for the vocabulary), by their first names. keys: what records call them.
     tokenizer: of the run.
     samples: where to show some predictions.
   """
   evaluation: Evaluation
   predictor: Predictor
   examples: Examples
-  asked: Records
-  trained: Records
+  asked: Records | Stored
+  trained: Records | Stored
   texts: tuple[str, ...]
+  keys: tuple[str, ...]
   tokenizer: Tokenizer
   samples: Samples
 
@@ -56,6 +60,18 @@ class Question:
       return np.arange(size)
     return np.sort(np.random.default_rng(seed_of(self.evaluation.name)).choice(size, n, replace=False))
 
+  def pixels(self, ids: np.ndarray) -> np.ndarray:
+    """What some examples show: uint8 [n, T, H, W] or [n, T, H, W, C]."""
+    if isinstance(self.asked, Stored):
+      found = next(evaluation_batches(self.examples, ids, len(ids)))[0]['pixels']
+      return found[:, 0] if found.ndim == 6 else found
+    found = self.asked.columns['pixels'][places(self.asked, self.task)[ids]]
+    return found[:, None] if found.ndim == 3 else found
+
+  @property
+  def visual(self) -> bool:
+    return self.task.kind.visual
+
   def gather(self, ids: np.ndarray, function: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]):
     """Columns of `function(fields)` over the batches of `ids`, each example once."""
     parts = []
@@ -66,50 +82,71 @@ class Question:
 
 def classification(q: Question) -> list[Score]:
   """Top-1, top-5 and balanced accuracy among a target set; for pictures, clips and texts alike."""
-  def ask(fields):
-    features = q.predictor.inputs(q.task.kind, fields)
-    log_p = q.predictor.log_probabilities(features, q.task)
-    return log_p[:, 0], fields['label'][:, 0]
-
-  log_p, labels = q.gather(q.ids(), ask)
-  predicted = log_p.argmax(-1)
-  truth, test = _labelled(q, q.asked, q.ids())
-  names = np.array(q.texts)
-  assert (names[labels] == truth).all()
-  known, train = _labelled(q, q.trained)
-  answers = {'majority': floors.majority_predictions(known, len(truth)), **_class_floors(test, train, known)}
+  ids = q.ids()
+  log_p, labels = q.gather(ids, lambda fields: (_view_mean(q, fields), fields['label'][:, 0]))
+  predicted, names = log_p.argmax(-1), np.array(q.texts)
+  known, answers = known_answers(q, ids, labels)
   n, V = len(labels), log_p.shape[1]
-  top1 = {name: metrics.accuracy(a, truth) for name, a in answers.items()}
+  top1 = {name: metrics.accuracy(a, labels) for name, a in answers.items()}
   scores = [Score.proportion('top-1', metrics.accuracy(predicted, labels), n, 1 / V, top1)]
   if V > 10:
-    floor = {'majority': floors.majority_accuracy(known, truth, 5)}
+    floor = {'majority': floors.majority_accuracy(known, labels, 5)} if len(known) else {}
     scores.append(Score.proportion('top-5', metrics.top_k_accuracy(log_p, labels, 5), n, 5 / V, floor))
-  balanced = {name: metrics.balanced_accuracy(a, truth) for name, a in answers.items()}
+  balanced = {name: metrics.balanced_accuracy(a, labels) for name, a in answers.items()}
   scores.append(Score('balanced', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)), balanced))
-  q.samples.classes(q.evaluation, q.asked, test.index, truth, names[predicted])
+  if q.visual:
+    q.samples.add(q.evaluation.name, q.pixels, ids, names[labels], names[predicted])
   return scores
+
+
+def _view_mean(q: Question, fields: dict[str, np.ndarray]) -> np.ndarray:
+  """log p [B, V] over the target set: of several views of a clip [B, views, T, S, S, C], of the mean of their probabilities."""
+  def ask(part):
+    return q.predictor.log_probabilities(q.predictor.inputs(q.task.kind, part), q.task)[:, 0]
+
+  pixels = fields.get('pixels')
+  if pixels is None or pixels.ndim < 6:
+    return ask(fields)
+  views = [np.exp(ask({**fields, 'pixels': pixels[:, v]})) for v in range(pixels.shape[1])]
+  return np.log(np.maximum(np.mean(views, axis=0), np.finfo(np.float32).tiny))
+
+
+def known_answers(q: Question, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """(training labels [N], or none; labels that simple predictors give the asked examples, by name)."""
+  if isinstance(q.trained, Stored):
+    if q.task.label not in q.trained.labels:
+      return np.zeros(0, int), {}
+    place = {name: i for i, name in enumerate(q.keys)}
+    known = q.trained.labels[q.task.label]
+    known = np.array([place[name] for name in q.trained.classes[q.task.label]])[known[known >= 0]]
+    return known, {'majority': floors.majority_predictions(known, len(labels))}
+  truth, test = _labelled(q, q.asked, ids)
+  known, train = _labelled(q, q.trained)
+  assert (labels == truth).all()
+  return known, {'majority': floors.majority_predictions(known, len(truth)), **_class_floors(test, train, known)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
   """Input columns of some records: pixels, or texts."""
-  index: np.ndarray
   pixels: np.ndarray | None
   texts: tuple[np.ndarray, ...]
 
 
 def _labelled(q: Question, records: Records, ids: np.ndarray | None = None) -> tuple[np.ndarray, _Columns]:
-  """Class names and input columns of the labelled records (those that a task's example ids count), or some of them."""
+  """Labels and input columns of the labelled records (those that a task's example ids count), or some of them."""
   index = places(records, q.task)
   if ids is not None:
     index = index[ids]
   pixels = records.columns.get('pixels')
   texts = tuple(c[index] for name, c in records.columns.items() if name.startswith('text') and c.dtype.kind == 'U')
-  return records.columns[q.task.label][index], _Columns(index, None if pixels is None else pixels[index], texts)
+  place = {key: i for i, key in enumerate(q.keys)}
+  labels = np.array([place[name] for name in records.columns[q.task.label][index].tolist()])
+  return labels, _Columns(None if pixels is None else pixels[index], texts)
 
 
 def _class_floors(test: _Columns, train: _Columns, known: np.ndarray) -> dict[str, np.ndarray]:
-  """Predicted class names of the floors that fit the input."""
+  """Predicted labels of the floors that fit the input."""
   if test.pixels is None:
     return {'tf-idf': floors.tfidf_logistic(train.texts, known, test.texts)}
   if test.pixels.ndim == 3:
@@ -122,8 +159,11 @@ def retrieval(q: Question) -> list[Score]:
   """R@1, 5, 10 both ways among `number` examples of distinct texts, mean of three seeded draws.
 
   The floor copies the name of the nearest training picture (of a clip: of its middle frame) and takes the candidate that
-  shares most words with it.
+  shares most words with it. Of records in files every example and every text of it counts, as published: a text among those of
+  the picture is right, a picture is right if it is the text's.
   """
+  if q.examples.references:
+    return _retrieval_of_all(q)
   texts = np.array(_first_phrase(q, q.asked))
   number = q.evaluation.number or len(np.unique(texts))
   rng = np.random.default_rng(seed_of(q.evaluation.name))
@@ -148,6 +188,31 @@ def retrieval(q: Question) -> list[Score]:
   return [Score.proportion(name, float(np.mean(v)), number, _k_of(name) / number,
                            {'1-nn name': float(np.mean(values[f'floor {name}']))})
           for name, v in values.items() if not name.startswith('floor')]
+
+
+def _retrieval_of_all(q: Question) -> list[Score]:
+  ids = q.ids()
+  texts = q.examples.references(ids)
+  owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])  # picture of each text
+  rows = text_rows([t for several in texts for t in several], q.tokenizer, q.task.length)
+  table = TextTable.of(rows, q.task.length, q.tokenizer.pad)
+
+  def encode(rows):
+    batch = np.resize(rows, q.evaluation.batch)  # of one shape; what fills it up is dropped
+    return q.predictor.pairs(q.task.kind, {
+        'id': batch.astype(np.uint32), 'target': table.ids[batch], 'target_valid': table.valid[batch]})[:len(rows)]
+
+  [left] = q.gather(ids, lambda fields: (q.predictor.inputs(q.task.kind, fields)[:, 0],))
+  starts = range(0, len(owner), q.evaluation.batch)
+  right = np.concatenate([encode(np.arange(s, min(s + q.evaluation.batch, len(owner)))) for s in starts])
+  similarity, positives = q.predictor.similarities(left, right), owner[None] == np.arange(len(ids))[:, None]
+  scores = []
+  for k in RECALLS:
+    for way, s, p in (('→ text', similarity, positives), ('← text', similarity.T, positives.T)):
+      # By chance one of the m right texts is among k of n: 1 - C(n - m, k) / C(n, k), about m k / n.
+      chance = min(1.0, k * p.sum() / len(p) / p.shape[1])
+      scores.append(Score.proportion(f'R@{k} {way}', metrics.recall_at_k(s, p, k), len(p), chance))
+  return scores
 
 
 def _k_of(name: str) -> int:
@@ -190,17 +255,18 @@ def caption(q: Question) -> list[Score]:
     predicted += q.predictor.captions(q.task, fields['pixels'], e.beams, e.penalty, e.answers)[:count]
   # Both sides in the tokenizer's folded form: its case and spacing are no merit and no fault of a caption.
   fold = lambda texts: [q.tokenizer.decode(row) for row in q.tokenizer.encode_batch(list(texts))]
-  truth = fold(np.array(_first_phrase(q, q.asked))[ids])
-  copied = fold(_neighbour_names(q, ids))
-  n = len(ids)
+  if q.examples.references:
+    truth, copied = [fold(several) for several in q.examples.references(ids)], None
+  else:
+    truth, copied = fold(np.array(_first_phrase(q, q.asked))[ids]), fold(_neighbour_names(q, ids))
+  n, floor = len(ids), lambda metric: {} if copied is None else {'1-nn name': metric(copied, truth)}
 
   def score(name, metric):
-    return Score(name, metric(predicted, truth), n, floors={'1-nn name': metric(copied, truth)})
+    return Score(name, metric(predicted, truth), n, floors=floor(metric))
 
-  q.samples.captions(q.evaluation, q.asked, ids, truth, predicted)
+  q.samples.add(q.evaluation.name, q.pixels, ids, [t if isinstance(t, str) else ' | '.join(t) for t in truth], predicted)
   return [
-      Score.proportion('exact', metrics.exact_match(predicted, truth), n,
-                       floors={'1-nn name': metrics.exact_match(copied, truth)}),
+      Score.proportion('exact', metrics.exact_match(predicted, truth), n, floors=floor(metrics.exact_match)),
       score('BLEU-4', metrics.bleu4),
       score('ROUGE-L', caption_metrics.rouge_l),
       score('CIDEr-D', caption_metrics.cider_d),
@@ -217,7 +283,8 @@ def masked_language_modelling(q: Question) -> list[Score]:
     return nll, log_p.argmax(-1) == fields['label'], fields['label'], fields['weight'] > 0
 
   nll, hits, labels, counted = q.gather(q.ids(), ask)
-  tokens = q.tokenizer.encode_batch(q.trained.columns['text'].tolist())
+  texts = q.trained.texts(_COUNTED) if isinstance(q.trained, Stored) else q.trained.columns['text'].tolist()
+  tokens = q.tokenizer.encode_batch(texts)
   counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=q.tokenizer.size)
   counts[q.tokenizer.eot] += len(tokens)
   floor = floors.unigram(counts, labels[counted])
@@ -227,11 +294,3 @@ def masked_language_modelling(q: Question) -> list[Score]:
       Score('perplexity', metrics.perplexity(float(nll[counted].sum()), n), n, q.tokenizer.size,
             {'unigram': floor.perplexity}, higher_is_better=False),
   ]
-
-
-EVALUATORS: dict[str, Callable[[Question], list[Score]]] = {
-    'classification': classification,
-    'retrieval': retrieval,
-    'caption': caption,
-    'mlm': masked_language_modelling,
-}

@@ -105,6 +105,48 @@ def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
   return float(np.mean(np.bincount(group, weights=correct) / np.bincount(group)))
 
 
+def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Returns F1 of label 1 of two, 2 TP / (2 TP + FP + FN); 0 where label 1 neither occurs nor is predicted."""
+  predictions, labels = np.asarray(predictions), np.asarray(labels)
+  right = _pair_up(predictions, labels)
+  found = int((right & (labels == 1)).sum())
+  return 2 * found / max(int((predictions == 1).sum() + (labels == 1).sum()), 1)
+
+
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Returns Matthews' correlation of labels 0 and 1; 0 where one of the two sides is constant."""
+  from sklearn.metrics import matthews_corrcoef  # Costs time to load, and only GLUE needs it.
+
+  _pair_up(np.asarray(predictions), np.asarray(labels))
+  return float(matthews_corrcoef(labels, predictions))
+
+
+def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+  """Returns the soft score of each answer: the mean over the people asked of min(1, others who said the same / 3).
+
+  The official measure of VQA v2: of ten people, an answer that 1, 2, 3, 4 of them gave scores 0.3, 0.6, 0.9, 1.
+
+  Args:
+    predictions: N answers.
+    answers: for each what people said, written as the predictions are.
+
+  Raises:
+    ValueError: not as many of each, or a question that nobody answered.
+  """
+  scores = []
+  for said, people in with_references(predictions, answers):
+    same = sum(p == said for p in people)
+    # One who gave this answer sees one fewer of it among the others.
+    mine, others = min(1.0, (same - 1) / 3), min(1.0, same / 3)
+    scores.append((same * mine + (len(people) - same) * others) / len(people))
+  return scores
+
+
+def most_common(texts: Sequence[str]) -> str:
+  """Returns the most frequent text; of equally frequent ones the first."""
+  return collections.Counter(texts).most_common(1)[0][0]
+
+
 def perplexity(nll_sum: float, weight_sum: float) -> float:
   """Returns exp of the mean negative log-likelihood (in nats); infinite when it overflows."""
   if weight_sum <= 0:

@@ -39,15 +39,19 @@ class Predictor:
     return np.asarray(encode(self._model, self._params, inputs.pair_sequence(kind, wanted))[:, 0])
 
   def target_set(self, name: str) -> jax.Array:
-    """Normalised features [V, D] of a target set."""
+    """Normalised features [V, D] of a target set; of synonyms their mean."""
     if name not in self._features:
       spec, target = self._sets[name]
       if spec.is_vocabulary:
         parts = [inputs.word_sequence(name, spec.condition, ids, self._tokenizer.eot) for ids in
                  np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))]
       else:
-        parts = inputs.set_sequences(name, spec.condition, target.buckets, target.order, spec.label_prompts)
-      rows = normalise(jnp.concatenate([encode(self._model, self._params, p)[:, 0] for p in parts]))
+        parts = inputs.set_sequences(name, spec.condition, [_all_texts(b) for b in target.buckets], target.order,
+                                     spec.label_prompts)
+      rows = [encode(self._model, self._params, p)[:, 0] for p in parts]
+      if not spec.is_vocabulary:
+        rows = [_mean_of_synonyms(r, b) for r, b in zip(rows, target.buckets, strict=True)]
+      rows = normalise(jnp.concatenate(rows))
       self._features[name] = rows if spec.is_vocabulary else rows[target.order]
     return self._features[name]
 
@@ -79,6 +83,22 @@ class Predictor:
       rows = self._tokenizer.encode_batch(list(self._sets[name][1].texts))
       self._tries[name] = Trie.of([*row, self._tokenizer.eot] for row in rows)
     return self._tries[name]
+
+
+def _all_texts(bucket: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A bucket with every synonym as a row of its own."""
+  if 'count' not in bucket:
+    return bucket
+  return {k: bucket[k].reshape(-1, bucket[k].shape[-1]) for k in ('text', 'valid')}
+
+
+def _mean_of_synonyms(rows: jax.Array, bucket: dict[str, np.ndarray]) -> jax.Array:
+  """Features [n · Y, D] of a bucket's texts → [n, D]: the mean of the normalised ones of the synonyms that an entry has."""
+  if 'count' not in bucket:
+    return rows
+  n, Y = bucket['text'].shape[:2]
+  weight = jnp.asarray(np.arange(Y)[None] < bucket['count'][:, None], rows.dtype) / bucket['count'][:, None]
+  return jnp.einsum('nyd,ny->nd', normalise(rows).reshape(n, Y, -1), weight)
 
 
 def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,12 +5,10 @@ import io
 import json
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
-
-from uni_moe_jax.plan import Evaluation
-from uni_moe_jax.data.records import Records
 
 _SHOWN = 12  # per evaluator
 _ENLARGED = 64  # pixels a side
@@ -29,22 +27,23 @@ class Samples:
   def __init__(self):
     self._sections: dict[str, list[dict]] = {}
 
-  def captions(self, evaluation: Evaluation, records: Records, ids, truth, predicted) -> None:
-    """Pictures or clips with what they are called and what the model says."""
-    self._add(f'{evaluation.name}', records, ids, truth, predicted)
+  def add(
+      self, section: str, pixels: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, truth: Sequence[str],
+      predicted: Sequence[str]) -> None:
+    """Pictures or clips with what they are and what the model says.
 
-  def classes(self, evaluation: Evaluation, records: Records, ids, truth, predicted) -> None:
-    """Pictures or clips with their class and the most likely one; texts are left out."""
-    if 'pixels' in records.columns:
-      self._add(f'{evaluation.name}', records, ids, truth, predicted)
+    Args:
+      section: name of the evaluator.
+      pixels: ids → uint8 [n, T, H, W] or [n, T, H, W, C]; a picture is a clip of one frame.
+      ids: of the examples [N]. truth, predicted: [N] texts each.
+    """
+    chosen = np.unique(np.linspace(0, len(ids) - 1, _SHOWN).astype(int))
+    for i, clip in zip(chosen, pixels(ids[chosen])):
+      frames = [_png(f[..., 0] if f.ndim == 3 and f.shape[-1] == 1 else f) for f in clip]
+      shown = {'image': frames[0]} if len(frames) == 1 else {'frames': frames}
+      self._sections.setdefault(section, []).append(
+          {**shown, 'reference': str(truth[i]), 'prediction': str(predicted[i])})
 
   def write(self, path: str | os.PathLike[str]) -> None:
     """{section: [{'image' or 'frames', 'reference', 'prediction'}]}."""
     pathlib.Path(path).write_text(json.dumps(self._sections))
-
-  def _add(self, section: str, records: Records, ids, truth, predicted) -> None:
-    for i in np.unique(np.linspace(0, len(ids) - 1, _SHOWN).astype(int)):
-      pixels = records.columns['pixels'][ids[i]]
-      shown = {'image': _png(pixels)} if pixels.ndim == 2 else {'frames': [_png(f) for f in pixels]}
-      self._sections.setdefault(section, []).append(
-          {**shown, 'reference': str(truth[i]), 'prediction': str(predicted[i])})

@@ -4,14 +4,25 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 from uni_moe_jax.plan import Plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.eval.evaluators import EVALUATORS, Question
+from uni_moe_jax.eval import evaluators, slots
+from uni_moe_jax.eval.evaluators import Question
+from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.eval.samples import Samples
 
 EVALUATION_FILE = 'evaluation.json'
+EVALUATORS: dict[str, Callable[[Question], list[Score]]] = {
+    'classification': evaluators.classification,
+    'retrieval': evaluators.retrieval,
+    'caption': evaluators.caption,
+    'mlm': evaluators.masked_language_modelling,
+    'glue': slots.glue,
+    'vqa': slots.vqa,
+}
 
 
 def evaluate(plan: Plan, data: Data, predictor: Predictor, step: int, workdir: str | os.PathLike[str]) -> list[dict]:
@@ -20,9 +31,10 @@ def evaluate(plan: Plan, data: Data, predictor: Predictor, step: int, workdir: s
   for e in plan.evaluations:
     start = time.perf_counter()
     texts = data.sets[e.task.target_set].texts if e.task.target_set else ()
+    examples = data.examples(e.task, e.split, views=e.views, crops=e.crops)
     question = Question(
-        e, predictor, data.examples(e.task, e.split), data.records(e.task.source, e.split),
-        data.records(e.task.source, 'train'), texts, data.tokenizer, samples)
+        e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), texts,
+        data.keys.get(e.task.target_set, ()), data.tokenizer, samples)
     rows += [score.row(e.name, step) for score in EVALUATORS[e.kind](question)]
     print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
   samples.write(pathlib.Path(workdir) / 'samples.json')

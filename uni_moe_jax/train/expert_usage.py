@@ -13,7 +13,7 @@ import numpy as np
 
 from uni_moe_jax.data import hashing
 from uni_moe_jax.eval import usage, usage_files
-from uni_moe_jax.train import measure
+from uni_moe_jax.train import measure, synonyms
 from uni_moe_jax.train.setup import Run, build, conditions
 from uni_moe_jax.train.step import Batch, Sets, StepSpec, place, sample_sets, sequences
 
@@ -96,7 +96,7 @@ def step_sums(
     key: draws the sampled vocabulary; nothing else is random.
     of_task, rows: see `usage.rows_of_tokens`.
   """
-  found, names = sequences(spec, batch, sets, sample_sets(spec, batch, key))
+  found, names = sequences(spec, batch, synonyms.one_of_each(sets, key), sample_sets(spec, batch, key))
   by_name = {s.name: s for s in spec.plan.sets}
   pieces = usage.pieces(spec.plan.tasks, by_name, of_task, names, functools.partial(place, spec))
   encode = lambda model: model.encode(found, all_rows=True, taps=True).collected

@@ -129,7 +129,8 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started:
   else:
     state = first_state(run)
   sets, steps = run.sets(), {}
-  batches = run.mixture().iterate(first, last)
+  mixture = run.mixture()
+  batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
   with MetricsLog(workdir, first, last) as log:
@@ -144,6 +145,8 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started:
       placed = run.put(batch)
       # Before the step, which takes the buffers of the state.
       measured = metric(step, state.params, placed, sets) if metric else {}
+      if bad := mixture.bad_examples():
+        measured['bad_examples'] = bad  # of files, since this process began
       state, metrics = steps[task](state, placed, sets)
       if compiling:
         jax.block_until_ready(metrics)

@@ -18,11 +18,11 @@ from uni_moe_jax.losses import SampledWords, Tally
 from uni_moe_jax.model import inputs, similarity
 from uni_moe_jax.model.paths import path_of
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
-from uni_moe_jax.train import routing
+from uni_moe_jax.train import routing, synonyms
 from uni_moe_jax.train.touched import chosen_experts, touched
 
 Batch = dict[str, dict[str, jax.Array]]
-Sets = dict[str, dict[str, Any]]   # name → {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}
+Sets = dict[str, dict[str, Any]]   # name → {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}, see `data.sets.TargetSet`
 Sampled = dict[str, SampledWords]
 
 
@@ -223,7 +223,7 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
   Auxiliary losses of routers are those of what is encoded together: with accumulation, of every micro-step and of the target
   sets, averaged by how many tokens each has.
   """
-  sampled = sample_sets(spec, batch, key)
+  sampled, sets = sample_sets(spec, batch, key), synonyms.one_of_each(sets, key)
   norm = norms(spec, batch, sampled)
   if spec.accum == 1:
     def loss(p):

@@ -1,0 +1,215 @@
+"""Batches from files: the same on any layout, decoded as Pillow would, bad examples replaced in place and counted."""
+
+import dataclasses
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow as tf
+
+from tests import tiny
+from tests.data import own_files
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import resolve
+from uni_moe_jax.data import hashing, prepare, stored, stored_examples
+from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.mixtures import Feed, Mixture, evaluation_batches
+from uni_moe_jax.data.stored_examples import StoredBuilder
+
+SIDE = 16
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+  """Captioned pictures, clips and labelled pairs of texts, prepared."""
+  root, data = tmp_path_factory.mktemp('in'), tmp_path_factory.mktemp('data')
+  prepare.prepare(own_files.captioned(root / 'pictures'), data, 'colours')
+  prepare.prepare(own_files.clips(root / 'clips'), data, 'moves', holdout=0.0)
+  (root / 'pairs').mkdir()
+  lines = [{'text_a': f'the bar is {c}', 'text_b': f'it has colour {d}', 'label': 'yes' if c == d else 'no'}
+           for c in own_files.COLOURS for d in own_files.COLOURS]
+  (root / 'pairs/train.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  prepare.prepare(root / 'pairs', data, 'pairs')
+  (root / 'book.txt').write_text('\n'.join(f'the {c} bar has number {i}' for i in range(30) for c in own_files.COLOURS))
+  prepare.prepare(root / 'book.txt', data, 'book', holdout=0.0)
+  return data
+
+
+@pytest.fixture(scope='module')
+def run(data_dir):
+  """(plan, data) of tasks of every sort over them."""
+  c = tiny.config(data_dir=str(data_dir))
+  c.model.update(dict(channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3))
+  c.tokenizer.vocab_size = 60
+  c.sets.colours = config_lib.target_set(
+      (('green', 'grass'), ('red', 'blood', 'fire'), ('blue', 'sky')), family='names')
+  c.sets.moves = config_lib.target_set('own:moves/label', family='names')
+  c.sets.answers = config_lib.target_set('own:pairs/label', family='words')
+  c.sets.words = config_lib.target_set('vocabulary', family='words')
+  task = config_lib.task
+  c.tasks.colour = task('image_classification', 'own:colours', batch=8, target_set='colours', label='colour', crop='area',
+                        flip=True, randaugment=9.0, erasing=0.25, mixup=0.8, cutmix=1.0)
+  c.tasks.pair = task('image_retrieval', 'own:colours', batch=4, captions=('{captions}',), length=10)
+  c.tasks.caption = task('image_caption', 'own:colours', batch=4, captions=('{captions}', 'it is {colour}'), length=20,
+                         target_set='words')
+  c.tasks.moves = task('video_classification', 'own:moves', batch=4, target_set='moves', label='label', frames=3)
+  c.tasks.answer = task('text_classification', 'own:pairs', batch=4, target_set='answers', label='label',
+                        template='{text_a} <eot> <spe> , {text_b} <eot>', length=20)
+  c.tasks.book = task('text_mlm', 'own:book', batch=4, target_set='words', length=20, picks=3)
+  plan = resolve.resolve(c)
+  return plan, Data(c, plan)
+
+
+@pytest.fixture(scope='module')
+def examples(run):
+  plan, data = run
+  return {t.name: data.examples(t, training=True) for t in plan.tasks}
+
+
+def _mixture(run, examples, feed=Feed()):
+  return Mixture(run[0], examples, 0, 'mixed', 4, feed)
+
+
+def test_the_global_batch_is_the_same_on_any_layout_and_after_a_restart(run, examples):
+  whole = [batch for _, batch in _mixture(run, examples).iterate(0, 2)]
+  again = next(_mixture(run, examples).iterate(1, 2))[1]
+  halves = [next(_mixture(run, examples, Feed(1, 2, i, i + 1)).iterate(1, 2))[1] for i in range(2)]
+  for group, fields in whole[1].items():
+    for name, value in fields.items():
+      np.testing.assert_array_equal(value, again[group][name])
+      if name != 'temporal_offset':
+        np.testing.assert_array_equal(value.reshape(-1), np.concatenate([h[group][name] for h in halves]).reshape(-1))
+  assert not np.array_equal(whole[0]['image_retrieval']['id'], whole[1]['image_retrieval']['id'])
+
+
+def test_fields_have_the_shapes_of_their_kind(run, examples):
+  batch = next(_mixture(run, examples).iterate(0, 1))[1]
+  assert {g: f['pixels'].shape for g, f in batch.items() if 'pixels' in f} == {
+      'image_classification': (1, 8, 1, SIDE, SIDE, 3), 'image_retrieval': (1, 4, 1, SIDE, SIDE, 3),
+      'image_caption': (1, 4, 1, SIDE, SIDE, 3), 'video_classification': (1, 4, 3, SIDE, SIDE, 3)}
+  mixed = batch['image_classification']
+  assert mixed['label'].shape == mixed['weight'].shape == (1, 8, 2)
+  np.testing.assert_allclose(mixed['weight'].sum(-1), 1, rtol=1e-6)
+  assert batch['image_caption']['text'].shape == (1, 4, 40)
+  assert batch['text_mlm']['label'].shape == (1, 4, 3)
+
+
+def _asked(run, name, **changes):
+  plan, data = run
+  task = dataclasses.replace(next(t for t in plan.tasks if t.name == name), **changes)
+  examples = data.examples(task, 'test' if task.source == 'own:colours' else 'train')
+  return data, examples, next(evaluation_batches(examples, np.arange(examples.size), examples.size))[0]
+
+
+def test_a_picture_is_evaluated_on_the_middle_of_its_short_side(run, data_dir):
+  _, _, fields = _asked(run, 'pair')
+  records = stored.load('own:colours', data_dir, 'test')
+  import io
+  picture = Image.open(io.BytesIO(records.rows(np.array([0]))[0]['image'])).convert('RGB')  # 32 × 24
+  expected = picture.resize((21, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16))
+  difference = np.abs(fields['pixels'][0, 0].astype(int) - np.asarray(expected).astype(int))
+  assert difference.max() <= 16 and difference.mean() < 2  # TensorFlow's JPEG is a fast one
+
+
+def test_classes_are_found_by_what_the_source_calls_them(run):
+  _, _, fields = _asked(run, 'colour')
+  # Examples 4, 9, 14 … of red, green, blue in turn: green, red, blue; the set has green, red, blue.
+  assert fields['label'][:, 0].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_texts_are_the_records_own(run):
+  data, examples, fields = _asked(run, 'caption')
+  first = data.tokenizer.decode(fields['label'][0])
+  assert first == 'a green square number 4'
+  assert fields['text'][0, 20:].tolist() == [data.tokenizer.spe] * 20
+  assert examples.references(np.array([0])) == [('a green square number 4', 'number 4 is green')]
+  _, _, answer = _asked(run, 'answer')
+  row = answer['text'][0]
+  assert row[answer['position'][0, 0]] == data.tokenizer.spe
+  assert answer['label'][:, 0].tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 1]  # no, yes
+
+
+def test_running_text_goes_on_with_the_next_records(run):
+  data, _, fields = _asked(run, 'book')
+  text = np.where(fields['text'] == data.tokenizer.spe, -1, fields['text'])[0]
+  text[fields['position'][0][fields['weight'][0] > 0]] = fields['label'][0][fields['weight'][0] > 0]
+  expected = [t for c in list(own_files.COLOURS) * 2 for t in [*data.tokenizer.encode(f'the {c} bar has number 0'), data.tokenizer.eot]]
+  assert text.tolist() == expected[:20] and len(data.tokenizer.encode('the red bar has number 0')) < 19
+
+
+def test_clips_show_one_frame_of_each_third(run, data_dir):
+  _, _, fields = _asked(run, 'moves')
+  # Twelve frames of 48 × 32, the bar of 4 at column 4 t: of thirds the middles are 2, 6 and 10, so columns 8, 24, 40. The middle
+  # 32 columns are cut out: 0, 16 and 32 there, the last outside; 16 pixels of them are the model's.
+  moving = fields['pixels'][fields['label'][:, 0] == 0][0].astype(int).mean(axis=(1, 3))  # [T, W]
+  assert moving[0].argmax() in (0, 1) and moving[1].argmax() in (8, 9) and moving[2].max() < 60
+  still = fields['pixels'][fields['label'][:, 0] == 1][0]
+  assert np.abs(np.diff(still.astype(int), axis=0)).mean() < 8
+
+
+def _records(bad: set[int], size: int = 40) -> stored.Stored:
+  """Pictures of which some are no pictures; picture i has level i."""
+  def rows(ids):
+    encode = lambda i: own_files.encoded(Image.new('RGB', (20, 20), (i, i, i)), 'PNG')
+    return [{'image': b'bytes' if i in bad else encode(i), 'label': 'ab'[i % 2], 'where': f'file {i}'} for i in ids.tolist()]
+  columns = {'image': 'image', 'label': 'class', 'where': 'text'}
+  return stored.Stored('own:x', size, rows, columns, {'label': ('a', 'b')}, {}, '')
+
+
+def _examples(bad, training=True, fraction=0.5):
+  c = tiny.config(data_dir='')
+  c.sets.ab = config_lib.target_set(('a', 'b'), family='names')
+  c.tasks.x = config_lib.task('image_classification', 'own:x', batch=4, target_set='ab', label='label')
+  builder = StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, fraction)
+  return builder.build(resolve.resolve(c).tasks[0], _records(bad))
+
+
+def _make(examples, ids):
+  ids = tf.constant(ids, tf.int64)
+  return {k: v.numpy() for k, v in examples.make(ids, hashing.example_hash(0, 'x', tf.constant(0, tf.int64), ids)).items()}
+
+
+def test_a_bad_example_is_replaced_in_place_and_the_others_stay():
+  good, some = _make(_examples(set()), range(8)), _make(examples := _examples({2, 5}), range(8))
+  for i in range(8):
+    same = np.array_equal(good['pixels'][i], some['pixels'][i]) and good['label'][i] == some['label'][i]
+    assert same == (i not in (2, 5))
+  # What took its place is a whole example: its picture's level says its class.
+  for i in (2, 5):
+    level = some['pixels'][i].reshape(-1)[0]
+    assert level not in (2, 5) and some['label'][i, 0] == level % 2 and (some['pixels'][i] == level).all()
+  assert (examples.faults.bad, examples.faults.read) == (2, 10)  # and two in their place
+  np.testing.assert_array_equal(_make(_examples({2, 5}), range(8))['pixels'], some['pixels'])
+
+
+def test_too_many_bad_examples_stop_with_the_first_path():
+  examples = _examples(set(range(0, 40, 2)), fraction=0.3)
+  with pytest.raises(ValueError, match=r'config.tasks.x: \d+ of \d+ examples could not be used, more than config.data.'
+                                       r'max_bad_fraction=0.3; the first: file 0: broken picture'):
+    for start in range(0, 40, 8):
+      _make(examples, range(start, start + 8))
+      examples.faults.check()
+  examples = _examples(set(range(40)), fraction=1.0)
+  _make(examples, range(4))
+  with pytest.raises(ValueError, match='could not be used'):
+    examples.faults.check()  # nothing can take their place
+
+
+def test_evaluation_replaces_nothing_and_stops():
+  with pytest.raises(ValueError, match='1 of 4 examples could not be used.*file 3: broken picture'):
+    next(evaluation_batches(_examples({3}, training=False), np.arange(4), 4))
+  assert next(evaluation_batches(_examples({3}, training=False), np.arange(3), 3))[1] == 3
+
+
+def test_a_config_that_does_not_fit_the_source_is_told(run):
+  plan, data = run
+  tasks = {t.name: t for t in plan.tasks}
+  for name, changes, message in (
+      ('pair', dict(captions=('{caption}',)), "names column 'caption'.*did you mean 'captions'"),
+      ('colour', dict(label='color'), "label='color' is no column of classes.*did you mean 'colour'"),
+      ('colour', dict(target_set='moves'), "class 'blue' of source 'own:colours' is not in the target set"),
+      ('moves', dict(frames=0), 'frames=0: source .* has clips'),
+      ('book', dict(label='texts'), "no column of texts 'texts'")):
+    with pytest.raises(ValueError, match=message):
+      data.examples(dataclasses.replace(tasks[name], **changes), training=True)

@@ -1,0 +1,219 @@
+"""Records in files to the text fields of a task kind, one record at a time: labels, captions, templates, running text.
+
+A reader is made once for a task, which checks the config against the source's columns; then `read(row, h)` gives the fields of
+one record, without the leading axis of the batch, or raises `Unusable`. `h`, an int, is the example's hash.
+"""
+
+import collections
+import dataclasses
+import string
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.data import hashing
+from uni_moe_jax.data.stored import Stored
+from uni_moe_jax.data.templates import fill_template
+from uni_moe_jax.data.tokenizer import Tokenizer
+from uni_moe_jax.plan import TaskSpec
+from uni_moe_jax.tasks import nearest
+
+Row = Mapping[str, Any]
+Shapes = dict[str, tuple[type, tuple[int, ...]]]  # field → dtype, shape of one example
+
+
+class Unusable(Exception):
+  """A record that gives no example; says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """shapes: of the fields that `read` gives."""
+  shapes: Shapes
+  read: Callable[[Row, int], dict[str, Any]]
+
+
+def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
+  """label and weight: the class of a record among the entries of the target set; or of its answers, M at most, each with the
+  share of the answerers that gave it (answers outside of the set count nothing).
+
+  Raises:
+    ValueError: there is no such column, or a class of it is not in the set.
+  """
+  kind, place = records.columns.get(task.label), {key: i for i, key in enumerate(keys)}
+  if kind not in ('class', 'texts'):
+    fitting = [c for c, k in records.columns.items() if k in ('class', 'texts')]
+    raise ValueError(f'config.tasks.{task.name}.label={task.label!r} is no column of classes or answers of source '
+                     f'{task.source!r}; {nearest(task.label, fitting)}.')
+  if kind == 'class':
+    if unknown := [name for name in records.classes[task.label] if name not in place]:
+      raise ValueError(f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
+                       f'{nearest(unknown[0], keys)}.')
+
+    def read(row, _):
+      if not row[task.label]:
+        raise Unusable(f'no {task.label}')
+      return {'label': [place[row[task.label]]], 'weight': [1.0]}
+    return Reader(_label_shapes(1), read)
+  M = max(1, task.picks)
+
+  def read_answers(row, _):
+    if not row[task.label]:
+      raise Unusable(f'no {task.label}')
+    found = [(a, n) for a, n in collections.Counter(map(answer, row[task.label])).most_common() if a in place][:M]
+    pad = [0] * (M - len(found))
+    share = [n / len(row[task.label]) for _, n in found]
+    return {'label': [place[a] for a, _ in found] + pad, 'weight': share + pad}
+  return Reader(_label_shapes(M), read_answers)
+
+
+def answer(text: str) -> str:
+  """An answer as answers are compared: case and spacing do not count."""
+  return ' '.join(text.casefold().split())
+
+
+def _label_shapes(M: int) -> Shapes:
+  return {'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}
+
+
+def pair(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) -> Reader:
+  """target, target_valid, text_id, weight: a record's own text; equal texts have equal ids."""
+  choose, S = phrase_chooser(task, records, training), task.length
+
+  def read(row, h):
+    text = choose(row, h)
+    ids, valid = _padded(tokenizer, text, S)
+    return {'target': ids, 'target_valid': valid, 'text_id': zlib.crc32(text.encode()) & 0x7FFFFFFF, 'weight': [1.0]}
+  return Reader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
+                 'weight': (np.float32, (1,))}, read)
+
+
+def caption(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) -> Reader:
+  """text [words | queries], text_valid, label, weight."""
+  choose, S = phrase_chooser(task, records, training), task.length
+
+  def read(row, h):
+    words, valid = _padded(tokenizer, choose(row, h), S)
+    return {'text': np.concatenate([words, np.full(S, tokenizer.spe)]), 'text_valid': np.concatenate([valid, valid]),
+            'label': words, 'weight': valid}
+  return Reader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
+                 'weight': (np.float32, (S,))}, read)
+
+
+def slot(task: TaskSpec, records: Stored, tokenizer: Tokenizer) -> Reader:
+  """text, text_valid, position: a template around the answer's slot."""
+  fields, S = _fields(task.template), task.length
+  _check_columns(task, records, 'template', fields, ('text', 'class'))
+
+  def read(row, _):
+    ids, place = fill_template(tokenizer, task.template, {f: tokenizer.encode(row[f]) for f in fields}, S)
+    text, valid = np.full(S, tokenizer.pad), np.zeros(S, bool)
+    text[:len(ids)], valid[:len(ids)] = ids, True
+    return {'text': text, 'text_valid': valid, 'position': [place]}
+  return Reader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+  """Running text for masked language modelling: row i starts in record i, and takes those after it until it is full.
+
+  So a row is found without packing everything first, and every record begins one. Of a long record one of its windows is
+  taken, another in every epoch.
+
+  Attributes:
+    records: with the column `column`. length: S. hashes choose the window.
+  """
+  records: Stored
+  column: str
+  tokenizer: Tokenizer
+  length: int
+  training: bool
+
+  @classmethod
+  def of(cls, task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) -> 'Running':
+    column = task.label or 'text'
+    if records.columns.get(column) != 'text':
+      raise ValueError(f"config.tasks.{task.name}: source {task.source!r} has no column of texts {column!r} (label names it, 'text' "
+                       f'by default); {nearest(column, [c for c, k in records.columns.items() if k == "text"])}.')
+    return cls(records, column, tokenizer, task.length, training)
+
+  def rows(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """int32 [n, S]."""
+    out = np.zeros((len(ids), self.length), np.int32)
+    filled, nxt = np.zeros(len(ids), int), np.asarray(ids) % self.records.size
+    for turn in range(self.length):  # every record gives a token, its `eot`, at least
+      open_ = np.flatnonzero(filled < self.length)
+      if not len(open_):
+        break
+      for i, row in zip(open_, self.records.rows(nxt[open_])):
+        text = row[self.column]
+        if turn == 0:
+          text = self._window(text, int(hashes[i]))
+        tokens = [*self.tokenizer.encode(text), self.tokenizer.eot][:self.length - filled[i]]
+        out[i, filled[i]:filled[i] + len(tokens)] = tokens
+        filled[i] += len(tokens)
+      nxt[open_] = (nxt[open_] + 1) % self.records.size
+    return out
+
+  def _window(self, text: str, h: int) -> str:
+    """Of a text that is much longer than a row, some of it from the beginning of a word on."""
+    most = 12 * self.length  # characters: of any language more than S tokens
+    if len(text) <= 2 * most:
+      return text
+    start = hashing.mix(h, 'window') % (len(text) - most) if self.training else 0
+    start = text.find(' ', start) + 1 if start else 0
+    return text[start:start + most]
+
+
+def phrase_chooser(task: TaskSpec, records: Stored, training: bool) -> Callable[[Row, int], str]:
+  """(row, h) → one phrase: in training of a random template with random entries of lists, else the first of everything."""
+  names = [_fields(t) for t in task.captions]
+  for fields in names:
+    _check_columns(task, records, 'captions', fields, ('text', 'texts', 'class'))
+
+  def choose(row, h):
+    which = hashing.mix(h, 'phrase') % len(task.captions) if training else 0
+    values = {}
+    for f in names[which]:
+      value = row[f]
+      if not isinstance(value, str):
+        if not value:
+          raise Unusable(f'no {f}')
+        value = value[hashing.mix(h, f) % len(value) if training else 0]
+      values[f] = value
+    text = task.captions[which].format(**values)
+    if not text.strip():
+      raise Unusable('empty text')
+    return text
+  return choose
+
+
+def references(task: TaskSpec, row: Row) -> tuple[str, ...]:
+  """All texts that are right for a record under the task's first template: one per entry of its list of texts."""
+  template = task.captions[0]
+  lists = [f for f in _fields(template) if not isinstance(row[f], str)]
+  if not lists:
+    return (template.format(**{f: row[f] for f in _fields(template)}),)
+  return tuple(template.format(**{f: row[f] if f != lists[0] else entry for f in _fields(template)}) for entry in row[lists[0]])
+
+
+def _fields(template: str) -> list[str]:
+  return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
+
+
+def _check_columns(task: TaskSpec, records: Stored, where: str, names: Sequence[str], kinds: tuple[str, ...]) -> None:
+  fitting = [c for c, k in records.columns.items() if k in kinds]
+  for name in names:
+    if name not in fitting:
+      raise ValueError(f'config.tasks.{task.name}.{where} names column {name!r} of source {task.source!r}; '
+                       f'{nearest(name, fitting)}.')
+
+
+def _padded(tokenizer: Tokenizer, text: str, S: int) -> tuple[np.ndarray, np.ndarray]:
+  """(ids int [S], valid bool [S]) of a text with its `eot`, cut to S."""
+  row = tokenizer.encode(text)[:S - 1] + [tokenizer.eot]
+  ids, valid = np.full(S, tokenizer.pad), np.zeros(S, bool)
+  ids[:len(row)], valid[:len(row)] = row, True
+  return ids, valid
