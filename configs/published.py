@@ -17,8 +17,6 @@ import ml_collections
 
 from uni_moe_jax import config, recipes
 
-SIZES = {  # layers, width, heads, hidden
-    'tiny': (12, 192, 3, 768), 'small': (12, 384, 6, 1536), 'base': (12, 768, 12, 3072), 'large': (24, 1024, 16, 4096)}
 # Kind → temperature group. Published text classification shares that of masked language modelling.
 GROUPS = {
     'image_classification': 'img_cls', 'video_classification': 'video_cls', 'image_retrieval': 'retrieve',
@@ -28,13 +26,13 @@ GROUPS = {
 def get_config(arg: str = 'tiny-moe') -> ml_collections.ConfigDict:
   """Published: patches of 16, CLIP's vocabulary, one task a step, its optimizer."""
   size, _, experts = arg.partition('-')
-  if size not in SIZES or experts not in ('', 'moe'):
-    raise ValueError(f'configs/published.py:{arg} is unknown; give one of {", ".join(SIZES)}, with or without -moe.')
+  if size not in recipes.SIZES or experts not in ('', 'moe'):
+    raise ValueError(f'configs/published.py:{arg} is unknown; give one of {", ".join(recipes.SIZES)}, with or without -moe.')
   c = config.base()
   recipes.embedded(c)
   recipes.published(c, weight_decay=0.2 if size in ('base', 'large') else 0.05)
-  layers, width, heads, hidden = SIZES[size]
-  c.model.update(dict(layers=layers, width=width, heads=heads, hidden=hidden, patch=16, max_text=512, max_frames=8))
+  recipes.published_size(c, size)
+  c.model.update(dict(patch=16, max_text=512, max_frames=8))
   c.moe.router = 'attribute' if experts else 'dense'
   c.tokenizer.kind = 'clip'
   # Exact scoring of 49 thousand words takes most of a minute per step on two cores; exact: --config.sets.vocabulary.scoring.

@@ -21,6 +21,7 @@ _RULES = {
         'a config is checked against the tables, before any model or data exists',
     ),
     'recipes': (('config',), 'a recipe fills in a config, as a person would'),
+    'benchmarks': (('config',), 'a table of tasks fills in a config, as a recipe does'),
     'cli': (
         ('attributes', 'tasks', 'plan', 'config'),
         'a mistyped command is answered before anything slow is loaded',

@@ -1,5 +1,7 @@
 """What several configs share: the tasks of one body of data, and the choices of the published system."""
 
+from collections.abc import Collection, Mapping, Sequence
+
 import ml_collections
 
 from uni_moe_jax import config
@@ -10,6 +12,8 @@ TEXT_TOKENS = 64
 UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
 # Published normalisation of pictures; video has 0.5 for both.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZES = {  # layers, width, heads, hidden
+    'tiny': (12, 192, 3, 768), 'small': (12, 384, 6, 1536), 'base': (12, 768, 12, 3072), 'large': (24, 1024, 16, 4096)}
 
 
 def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
@@ -43,6 +47,11 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
   c.train.update(dict(mixture='sampled', encode_all_sets=True, contrastive='sum', twins='negatives'))
 
 
+def published_size(c: ml_collections.ConfigDict, size: str) -> None:
+  """Depth and widths of a published model, a key of `SIZES`."""
+  c.model.update(dict(zip(('layers', 'width', 'heads', 'hidden'), SIZES[size])))
+
+
 def prompt_tune(c: ml_collections.ConfigDict, prompts: int = 8, sides: str = 'shared') -> None:
   """Tunes prompts, norms, the bias of `spe` and a linear head, and freezes all else: experts, gates, temperatures.
 
@@ -58,6 +67,59 @@ def prompt_tune(c: ml_collections.ConfigDict, prompts: int = 8, sides: str = 'sh
   c.optim.rules = (
       (r'prompts/|spe_bias$|linear_head/|(block\d+/norm[12]|embed/norm|similarity/norm)/', 1.0, 0.0),
       (r'.*', config.FREEZE))
+
+
+def small(c: ml_collections.ConfigDict) -> None:
+  """A model that learns on a few CPU cores, of pictures of 64 pixels, and what suits short runs."""
+  c.model.update(dict(
+      layers=4, width=128, heads=2, hidden=512, image_size=64, patch=8, max_text=TEXT_TOKENS, layer_scale=0.5, remat=False,
+      position_init='sincos', position_std=0.06))
+  c.optim.update(dict(learning_rate=1e-3, warmup=60))
+  c.train.update(dict(steps=800, log_every=20, save_every=200))
+
+
+def own(
+    c: ml_collections.ConfigDict, name: str, columns: Mapping[str, str], classes: Mapping[str, Sequence[str]],
+    splits: Collection[str]) -> None:
+  """Tasks and evaluators of your own prepared data, by what it has.
+
+  Args:
+    c: config to add them to, with a model.
+    name: of the data; tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes.
+    columns: kind of each column. classes: names of each class column. splits: that there are. All as in prepared.json.
+  """
+  source, kinds = f'own:{name}', set(columns.values())
+  visual = 'image' if 'image' in kinds else 'video' if 'video' in kinds else ''
+  held_out = next((s for s in ('test', 'validation') if s in splits), None)
+  shown = dict(frames=min(8, c.model.max_frames), crop='jitter') if visual == 'video' else {}
+  texts = [f for f in ('text', 'text_a', 'text_b') if f in columns]
+
+  def add(task_name, evaluator, *args, **fields):
+    c.tasks[task_name] = config.task(*args, source, **fields)
+    if held_out:
+      c.evaluators[task_name.replace('_', ' ')] = config.evaluator(evaluator, task_name, split=held_out)
+
+  def words():
+    if 'vocabulary' not in c.sets:
+      c.sets.vocabulary = config.target_set('vocabulary', family='words', scoring='sampled', samples=512)
+    return 'vocabulary'
+
+  if visual and 'captions' in columns:
+    add(f'{name}_retrieval', 'retrieval', f'{visual}_retrieval', batch=32, captions=('{captions}',), length=32, **shown)
+    add(f'{name}_caption', 'caption', f'{visual}_caption', batch=16, target_set=words(), captions=('{captions}',), length=32, **shown)
+  for column, found in classes.items():
+    if len(found) > 1 and (visual or texts):
+      entries = f'{name}_{column}'
+      if visual:
+        c.sets[entries] = config.target_set(f'{source}/{column}', family='names', length=32)
+        add(entries, 'classification', f'{visual}_classification', batch=32, target_set=entries, label=column, **shown)
+      else:
+        c.sets[entries] = config.target_set(f'{source}/{column}', family='words', length=32)
+        template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in texts else f'{{{texts[0]}}} <eot> it is <spe> . <eot>'
+        add(entries, 'classification', 'text_classification', batch=32, target_set=entries, label=column, template=template,
+            length=TEXT_TOKENS)
+  if not visual and columns.get('text') == 'text':
+    add(f'{name}_words', 'mlm', 'text_mlm', batch=32, target_set=words(), length=TEXT_TOKENS, picks=12)
 
 
 def embedded(c: ml_collections.ConfigDict) -> None:

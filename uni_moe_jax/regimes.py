@@ -53,17 +53,14 @@ TRANSFER: dict[str, Fill] = {'digits': digits, 'clip_caption': clip_caption, 'cl
 def finetune(arg: str) -> ml_collections.ConfigDict:
   """Every parameter trains, lower layers more slowly. arg: 'RUN,TASK' or 'RUN,TASK,few'; all training examples by default."""
   c, _ = _start(arg, 'configs/finetune.py', TRANSFER, 'all')
-  c.optim.update(dict(learning_rate=5e-4, warmup=10, layer_decay=0.8))
-  c.train.update(dict(steps=200, log_every=10, save_every=100))
+  train_all(c)
   return c
 
 
 def prompt_tune(arg: str) -> ml_collections.ConfigDict:
   """Prompts, norms and a linear head train, all else stands still. arg: 'RUN,TASK' or 'RUN,TASK,all'; few by default."""
   c, t = _start(arg, 'configs/prompt_tune.py', TRANSFER, 'few')
-  c.optim.update(dict(learning_rate=5e-3, warmup=10))
-  c.train.update(dict(steps=200, log_every=10, save_every=100))
-  recipes.prompt_tune(c)
+  train_prompts(c)
   t.head = bool(t.label)
   return c
 
@@ -75,12 +72,34 @@ def zero_shot(arg: str, own: Mapping[str, Fill] | None = None) -> ml_collections
     arg: the run and the task.
     own: more tasks by name, as in `TRANSFER`. They may be of kinds that the run does not know: a row in `config.kinds`.
   """
-  c, t = _start(arg, 'configs/zero_shot.py', {**TRANSFER, **(own or {})}, '')
-  t.batch, t.head = 0, False
-  # Of a kind like none of the run's only the order of the answers means something, which needs no certain scale.
-  t.temperature = t.temperature or c.model.temperatures[0]
+  c, _ = _start(arg, 'configs/zero_shot.py', {**TRANSFER, **(own or {})}, '')
+  train_nothing(c)
   return c
 
+
+def train_all(c: ml_collections.ConfigDict) -> None:
+  """Every parameter of a run that `c` starts from goes on, lower layers more slowly."""
+  c.optim.update(dict(learning_rate=5e-4, warmup=10, layer_decay=0.8))
+  c.train.update(dict(steps=200, log_every=10, save_every=100))
+
+
+def train_prompts(c: ml_collections.ConfigDict) -> None:
+  """Prompts, norms and linear heads train, see `recipes.prompt_tune`."""
+  c.optim.update(dict(learning_rate=5e-3, warmup=10))
+  c.train.update(dict(steps=200, log_every=10, save_every=100))
+  recipes.prompt_tune(c)
+
+
+def train_nothing(c: ml_collections.ConfigDict) -> None:
+  """The run is asked the tasks as it is."""
+  for t in c.tasks.values():
+    t.batch, t.head = 0, False
+    # Of a kind like none of the run's only the order of the answers means something, which needs no certain scale.
+    t.temperature = t.temperature or c.model.temperatures[0]
+
+
+# What becomes of a run, by the word that configs take.
+MODES: dict[str, Fill] = {'': train_all, 'finetune': train_all, 'prompts': train_prompts, 'untuned': train_nothing}
 
 # What a study calls a regime → (its config file, its config).
 REGIMES: dict[str, tuple[str, Callable[[str], ml_collections.ConfigDict]]] = {
@@ -106,15 +125,8 @@ def _start(arg: str, file: str, transfer: Mapping[str, Fill], default: str) -> t
     more = f', or RUN,TASK,{"|".join(AMOUNTS)} ({default} by default)' if default else ''
     raise ValueError(f'{file}:{arg}: give RUN,TASK{more}: the workdir of a trained run, and one of its tasks or of '
                      f'{", ".join(transfer)}.')
-  if not (pathlib.Path(run) / workdir.CONFIG_FILE).is_file():
-    others = [p.parent.name for p in pathlib.Path(run).parent.glob(f'*/{workdir.CONFIG_FILE}')]
-    raise ValueError(f'{file}:{arg}: {run!r} holds no run ({workdir.CONFIG_FILE} is missing); '
-                     f'{nearest(pathlib.Path(run).name, others)}.')
-  c = workdir.load_config(run)
-  plan, known = resolve.resolve(c), c.copy_and_resolve_references()
-  for section in ('optim', 'train', 'declared', 'sets', 'tasks', 'evaluators'):
-    c[section] = config.base()[section]
-  c.seed, c.train.init, c.model.temperatures = 0, run, plan.temperatures
+  c, plan = start_from(run, f'{file}:{arg}')
+  known = workdir.load_config(run).copy_and_resolve_references()
   if name in transfer:
     transfer[name](c)
   elif name in known.tasks:
@@ -122,11 +134,35 @@ def _start(arg: str, file: str, transfer: Mapping[str, Fill], default: str) -> t
   else:
     raise ValueError(f'{file}:{arg}: task {name!r} is unknown; {nearest(name, [*transfer, *known.tasks])}.')
   t = c.tasks[name]
-  t.temperature = t.temperature or _temperature(plan, t.kind)
+  share_temperatures(c, plan)
   few = (amount or [default])[0] == 'few'
   t.per_class = PER_CLASS if few and t.label else 0
   t.subset = SHARE if few and not t.label else 1.0
   return c, t
+
+
+def start_from(run: str, named: str) -> tuple[ml_collections.ConfigDict, Plan]:
+  """(config that starts from a run and has no task yet, the run's plan). named: what was asked for, for the error.
+
+  Raises:
+    ValueError: there is no such run.
+  """
+  if not (pathlib.Path(run) / workdir.CONFIG_FILE).is_file():
+    others = [p.parent.name for p in pathlib.Path(run).parent.glob(f'*/{workdir.CONFIG_FILE}')]
+    raise ValueError(f'{named}: {run!r} holds no run ({workdir.CONFIG_FILE} is missing); '
+                     f'{nearest(pathlib.Path(run).name, others)}.')
+  c = workdir.load_config(run)
+  plan = resolve.resolve(c)
+  for section in ('optim', 'train', 'declared', 'sets', 'tasks', 'evaluators'):
+    c[section] = config.base()[section]
+  c.seed, c.train.init, c.model.temperatures = 0, run, plan.temperatures
+  return c, plan
+
+
+def share_temperatures(c: ml_collections.ConfigDict, plan: Plan) -> None:
+  """Tasks that name no temperature group get that which the run learnt for such a kind, or one of their own."""
+  for t in c.tasks.values():
+    t.temperature = t.temperature or _temperature(plan, t.kind)
 
 
 def _own_task(c: ml_collections.ConfigDict, known: ml_collections.ConfigDict, name: str) -> None:
