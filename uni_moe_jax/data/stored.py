@@ -163,7 +163,7 @@ def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
       columns[name] = 'image'
     elif isinstance(feature, f.ClassLabel) and not inside:
       columns[name], classes[name] = 'class', tuple(feature.names or map(str, range(feature.num_classes)))
-    elif isinstance(feature, f.Tensor) and feature.shape == () and dtype_utils.is_string(feature.dtype):
+    elif isinstance(feature, f.Tensor) and feature.shape == () and dtype_utils.is_string(feature.np_dtype):
       columns[name] = 'texts' if inside else 'text'
     elif isinstance(feature, f.Sequence) and not inside:
       put(name, feature.feature, True)

@@ -13,8 +13,7 @@ import numpy as np
 
 from uni_moe_jax.data import hashing
 from uni_moe_jax.eval import usage, usage_files
-from uni_moe_jax.train import synonyms
-from uni_moe_jax.train import measure
+from uni_moe_jax.train import measure, synonyms
 from uni_moe_jax.train.setup import Run, build, conditions
 from uni_moe_jax.train.step import Batch, Sets, StepSpec, place, sample_sets, sequences
 

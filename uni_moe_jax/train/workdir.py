@@ -22,8 +22,8 @@ TOKENIZER_STEM = 'tokenizer'
 VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
 MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'train.watchdog',
-              'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_bad_fraction', 'declared', 'mesh', 'evaluators',
-              'tokenizer.merges')  # its content is part of the data's fingerprint
+              'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_bad_fraction', 'declared', 'mesh',
+              'evaluators', 'tokenizer.merges')  # its content is part of the data's fingerprint
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
