@@ -115,6 +115,57 @@ class EveryConfigTest(parameterized.TestCase):
     self.assertEqual(shapes['embed']['word'], (c.tokenizer.vocab_size, c.model.width))
 
 
+class PretrainTest(parameterized.TestCase):
+  """Sixteen published tasks: the table of the base model's configs, by hand."""
+
+  def _get(self, arg: str) -> ml_collections.ConfigDict:
+    return _module(next(f for f in _FILES if f.stem == 'pretrain')).get_config(arg)
+
+  @parameterized.product(size=('tiny', 'small', 'base', 'large'), stage=('1', '2'), mixture=('', '-sampled'))
+  def test_every_size_and_stage_resolves_to_sixteen_tasks(self, size, stage, mixture):
+    c = self._get(f'{size}-attribute-{stage}{mixture}')
+    plan = resolve.resolve(c)
+    self.assertLen(plan.tasks, 16)
+    self.assertLen(plan.sets, 4)
+    resolve.check_batches(plan, 256, c.train.accum)
+    self.assertEqual(c.model.image_size, {'1': 160, '2': 224}[stage])
+
+  @parameterized.parameters('dense', 'attribute', 'task', 'modality', 'token', 'context')
+  def test_every_router_resolves(self, router):
+    c = self._get(f'base-{router}-1')
+    resolve.resolve(c)
+    self.assertEqual(c.moe.router, router)
+
+  def test_a_sampled_step_has_the_published_weights_and_the_batches_of_all_ranks(self):
+    tasks = self._get('base-attribute-1-sampled').tasks
+    table = {n: (t.batch // 64, t.weight, t.sampling) for n, t in tasks.items()}
+    self.assertEqual(table['imagenet21k'], (720, 1.0, 2.486))
+    self.assertEqual(table['kinetics700'], (64, 0.1, 0.76))
+    self.assertEqual(table['moments'], (112, 0.1, 0.44))
+    self.assertEqual(table['bookswiki'], (512, 0.5, 2.75))
+    self.assertEqual(table['cc12m_caption'], (300, 1.0, 0.5057))
+    self.assertEqual(table['cc12m_retrieval'], (512, 0.5, 0.5057))
+    second = self._get('base-attribute-2-sampled').tasks
+    self.assertEqual([second[n].batch // 64 for n in ('imagenet21k', 'kinetics700', 'moments', 'yfcc_caption', 'yfcc_retrieval')],
+                     [440, 12, 68, 200, 320])
+    self.assertEqual((second.kinetics700.sampling, second.moments.sampling), (1.0, 0.2))
+
+  def test_a_mixed_step_weighs_and_fills_by_how_often_tasks_would_be_drawn(self):
+    sampled, mixed = (self._get(f'base-attribute-1{m}').tasks for m in ('-sampled', ''))
+    total = 2.486 + 0.76 + 0.44 + 2.75 + 2 * (0.584 + 0.5057 + 0.26295 + 0.1766 + 0.1144 + 0.1383)
+    for name, t in mixed.items():
+      share = sampled[name].sampling / total
+      self.assertAlmostEqual(t.weight, sampled[name].weight * share)
+      self.assertLessEqual(abs(t.batch - sampled[name].batch * share), 256, name)
+      self.assertEqual(t.batch % (512 if name == 'imagenet21k' else 256), 0, name)  # mixed in pairs
+    self.assertEqual(mixed.bookswiki.batch, 8960)  # 0.275 · 512 · 64 = 9011
+
+  @parameterized.parameters('base', 'base-attribut-1', 'huge-dense-1', 'base-attribute-3', 'base-dense-1-x', 'base-dense-1-sampled-x')
+  def test_another_argument_is_told_what_it_may_be(self, arg):
+    with self.assertRaisesRegex(ValueError, f'configs/pretrain.py:{arg}: give SIZE-ROUTER-STAGE.* is unknown, .*choices: '):
+      self._get(arg)
+
+
 class TuningTest(parameterized.TestCase):
 
   @parameterized.parameters('digits', 'clip_caption', 'clip_name')

@@ -166,7 +166,7 @@ def base() -> ml_collections.ConfigDict:
   # What is known of data that is not here: launch/preflight.py reads it, training does not.
   c.declared = _create(dict(
       entries=_create({}),         # {set: ((tokens, entries), …)}: how many entries have how many tokens, `eot` included
-      frames=_create({}),          # {task: T}: frames of a clip; others have 1
+      frames=_create({}),          # {task: T}: frames of a clip of a source in memory; others have their task's, or 1
   ))
   c.kinds = _create({})            # own rows: {name: {inputs: (('visual', 'full'), …), target, readout, router_task}}
   c.families = _create({})         # own target families: {name: (four task bits)}

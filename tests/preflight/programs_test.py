@@ -110,6 +110,18 @@ def test_a_report_says_the_largest_batch():
           '  tried: 12 (1.00 GiB), 15 (too large)') in text
 
 
+def test_mixed_pictures_have_two_classes_and_clips_of_files_the_frames_of_their_task():
+  c = tiny.config('shape', 'motion')
+  c.declared.entries.update(dict(shapes=((4, 3),), motions=((4, 2),)))
+  c.tasks.shape.mixup, c.tasks.motion.frames = 0.8, 3
+  c.tasks.shape.batch = c.tasks.motion.batch = 8
+  prepared = programs.prepare(c, jax.devices()[:2])
+  batch = programs.batch_shapes(prepared, prepared.plan.tasks)
+  assert batch['image_classification']['label'].shape == batch['image_classification']['weight'].shape == (2, 4, 2)
+  assert batch['video_classification']['label'].shape == (2, 4, 1)
+  assert batch['video_classification']['pixels'].shape == (2, 4, 3, tiny.SIDE, tiny.SIDE, 1)
+
+
 def test_a_run_that_starts_from_another_is_refused():
   c = _config()
   c.train.init = 'runs/other'

@@ -159,6 +159,8 @@ def _fields(run: Run, task: TaskSpec, training: bool) -> Mapping[str, tuple[tupl
   make = run.data.examples(task, training=training).make
   traced = tf.function(make).get_concrete_function(tf.TensorSpec([2], tf.int64), tf.TensorSpec([2], tf.uint64))
   found = {k: (tuple(v.shape[1:]), np.dtype(v.dtype.as_numpy_dtype)) for k, v in traced.structured_outputs.items()}
+  if training and task.mixes or task.kind.readout == 'slot' and task.picks:  # two classes, or several answers
+    found |= {k: ((2 if task.mixes else task.picks,), found[k][1]) for k in ('label', 'weight')}
   return {**found, 'id': ((), np.dtype(np.uint32))}
 
 

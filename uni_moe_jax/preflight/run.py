@@ -89,7 +89,7 @@ def _mesh(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
 def _assumed(config: ml_collections.ConfigDict, plan: Plan, data: Any) -> tuple[str, ...]:
   """What stands for data that was not read."""
   found = [f'{s.name} {data.sets[s.name].size:,} entries' for s in plan.sets]
-  frames = {t.name: config.declared.frames.get(t.name, 1) for t in plan.tasks if t.kind.visual}
+  frames = {t.name: config.declared.frames.get(t.name, t.frames or 1) for t in plan.tasks if t.kind.visual}
   clips = [f'{name} {n} frames' for name, n in frames.items() if n > 1]
   grouped = [f'grouped products as {config.moe.grouped}'] if config.moe.router in resolve.DISPATCHED else []
   return tuple(found + clips + grouped)

@@ -1,0 +1,86 @@
+"""The published pretraining: sixteen tasks in two stages, in the published sizes, dense or with one of five routers.
+
+  python launch/preflight.py --config=configs/pretrain.py:base-attribute-1 --topology=v5e:16x16
+  python launch/train.py --config=configs/pretrain.py:base-attribute-1 --workdir=/shared/base-1 --distributed=auto
+  python launch/train.py --config=configs/pretrain.py:base-attribute-2 --workdir=/shared/base-2 --distributed=auto \
+      --config.train.init=/shared/base-1
+
+The argument is SIZE-ROUTER-STAGE: tiny, small, base or large; dense, attribute, task, modality, token or context; stage 1 (160
+pixels, 230 thousand steps) or 2 (224 pixels, 50 thousand, from stage 1). With -sampled behind it a step holds one task, drawn by
+its sampling weight, as published; without, every step holds every task in the proportion in which those would be drawn, and
+weighs its loss so: the same expectation. Batches are those of 64 published ranks, in multiples of 256 examples, for 256 devices.
+
+BENCHMARKS.md says how to obtain the data. CLIP's merges lie where you start, or where --config.tokenizer.merges says. Sizes, loss
+and sampling weights, rates and steps are those published for the base model; other sizes take them over. Not as published:
+bfloat16 instead of float16 with loss scaling; positions of pictures are computed, and not rescaled when stage 2 has more of them; a
+mixed step updates every parameter. It has not been run: no figures are promised. docs/preflight.md has what preflight says.
+"""
+
+import ml_collections
+
+from uni_moe_jax import benchmarks, config, recipes
+from uni_moe_jax.tasks import nearest
+
+ROUTERS = ('dense', 'attribute', 'task', 'modality', 'token', 'context')
+RANKS = 64  # of the published run; each draws a task of its own
+UNIT = 256  # examples: what batches of a mixed step are multiples of
+# Kind → published batch of a rank in stage 2, where pictures are larger.
+SECOND = {'image_classification': 440, 'text_mlm': 512, 'image_caption': 200, 'image_retrieval': 320}
+
+
+def get_config(arg: str = 'base-attribute-1') -> ml_collections.ConfigDict:
+  """arg: SIZE-ROUTER-STAGE, or SIZE-ROUTER-STAGE-sampled."""
+  size, router, stage, *mixture = arg.split('-') if arg.count('-') >= 2 else (arg, '', '')
+  for value, known in ((size, recipes.SIZES), (router, ROUTERS), (stage, ('1', '2')), ('-'.join(mixture), ('', 'sampled'))):
+    if value not in known:
+      raise ValueError(f'configs/pretrain.py:{arg}: give SIZE-ROUTER-STAGE, for example base-attribute-1; {value!r} is unknown, '
+                       f'{nearest(value, known)}.')
+  first = stage == '1'
+  c = config.base()
+  recipes.published(c, weight_decay=0.2 if first and size in ('base', 'large') else 0.05)
+  recipes.published_size(c, size)
+  c.optim.rules = tuple(rule for rule in c.optim.rules if rule[0] != 'embed/spatial$')  # computed, not stored
+  c.model.update(dict(
+      image_size=160 if first else 224, patch=16, max_text=512, max_frames=8, spatial='sincos', drop_path=0.1, dtype='bfloat16'))
+  c.moe.update(dict(router=router, placement='odd'))
+  if router in ('token', 'context'):
+    c.moe.update(dict(capacity=1.25, balance_loss=0.01))
+  c.tokenizer.update(dict(kind='clip', merges='bpe_simple_vocab_16e6.txt.gz'))
+  benchmarks.pretraining(c)
+  # Published numbers of classes; how long their names are is an assumption.
+  c.declared.entries.update(dict(
+      imagenet21k=((4, 9_000), (8, 12_000), (16, 842)), kinetics700=((4, 200), (8, 500)), moments=((4, 339),)))
+  c.evaluators['coco captions'] = config.evaluator('caption', 'coco_caption', split='val', number=5_000, beams=2)
+  c.evaluators['coco retrieval'] = config.evaluator('retrieval', 'coco_retrieval', split='val', number=5_000)
+  if not first:
+    _second_stage(c)
+  _weigh(c, sampled=bool(mixture))
+  peak = 1e-3 if first else 2e-5
+  c.optim.update(dict(learning_rate=peak, warmup=10_000 if first else 5_000, final=1e-6 / peak))
+  c.train.update(dict(steps=230_000 if first else 50_000, log_every=50, save_every=2_000))
+  c.mesh.fsdp = size == 'large'
+  return c
+
+
+def _second_stage(c: ml_collections.ConfigDict) -> None:
+  """Larger pictures in smaller batches, unmixed; more frames of Kinetics, more often."""
+  for t in c.tasks.values():
+    t.batch = SECOND.get(t.kind, t.batch)
+  c.tasks.imagenet21k.update(dict(mixup=0.0, cutmix=0.0))
+  c.tasks.kinetics700.update(dict(batch=12, frames=8, sampling=1.0))
+  c.tasks.moments.update(dict(batch=68, sampling=0.2))
+
+
+def _weigh(c: ml_collections.ConfigDict, sampled: bool) -> None:
+  """From what one rank draws to what a step of all devices holds."""
+  total = sum(t.sampling for t in c.tasks.values())
+  c.train.update(dict(mixture='sampled' if sampled else 'mixed', encode_all_sets=sampled))
+  c.optim.without_gradient = 'zerograd' if sampled else 'update'
+  for t in c.tasks.values():
+    if sampled:
+      t.batch *= RANKS
+      continue
+    share = t.sampling / total
+    unit = 2 * UNIT if t.mixup or t.cutmix else UNIT  # mixed are pairs of one device
+    t.batch = max(1, round(t.batch * RANKS * share / unit)) * unit
+    t.weight *= share
