@@ -13,7 +13,7 @@ weighs its loss so: the same expectation. Batches are those of 64 published rank
 BENCHMARKS.md says how to obtain the data. CLIP's merges lie where you start, or where --config.tokenizer.merges says. Sizes, loss
 and sampling weights, rates and steps are those published for the base model; other sizes take them over. Not as published:
 bfloat16 instead of float16 with loss scaling; positions of pictures are computed, and not rescaled when stage 2 has more of them; a
-mixed step updates every parameter. It has not been run: no figures are promised. docs/preflight.md has what preflight says.
+mixed step updates every parameter. It has not been run: no figures are promised.
 """
 
 import ml_collections
