@@ -1,0 +1,93 @@
+"""The README's walk-through on small real sets: prepared, trained together, evaluated, tuned; in one process."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import pytest
+
+from tests.data import own_files
+from uni_moe_jax.data import prepare
+from uni_moe_jax.eval import metrics, suite
+from uni_moe_jax.train import checkpoint, loop, setup
+
+pytestmark = pytest.mark.slow
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _own(arg: str):
+  spec = importlib.util.spec_from_file_location('own', _ROOT / 'configs/own.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  """Pictures with captions and odd rows, a folder by class, clips, and pairs of texts."""
+  root, data = tmp_path_factory.mktemp('in'), tmp_path_factory.mktemp('data')
+  own_files.odd_rows(own_files.captioned(root / 'photos', 60))
+  prepare.prepare(root / 'photos', data, 'photos', max_bad_fraction=0.5)
+  for split, count in (('train', 12), ('test', 3)):
+    for i in range(count):
+      place = root / 'folder' / split / list(own_files.COLOURS)[i % 3]
+      place.mkdir(parents=True, exist_ok=True)
+      (place / f'{i}.JPG').write_bytes(own_files.encoded(own_files.picture(place.name, i)))
+  prepare.prepare(root / 'folder', data, 'folder')
+  own_files.clips(root / 'clips', count=12)
+  prepare.prepare(root / 'clips', data, 'clips', holdout=0.3)
+  (root / 'pairs').mkdir()
+  rows = [{'text_a': f'the bar is {a}', 'text_b': f'number {i} is {b}', 'label': int(a == b), 'label_name': 'same' if a == b else
+           'other'} for i in range(4) for a in own_files.COLOURS for b in own_files.COLOURS]
+  (root / 'pairs/train.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows[9:]))
+  (root / 'pairs/test.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows[:9]))
+  prepare.prepare(root / 'pairs', data, 'pairs')
+  return data
+
+
+def _shrunken(c):
+  c.model.update(dict(layers=2, width=32, heads=2, hidden=32, image_size=16, patch=8))
+  c.moe.num_experts = 2
+  c.tokenizer.vocab_size = 60
+  c.train.update(dict(steps=30, log_every=10, save_every=100))
+  for t in c.tasks.values():
+    t.update(dict(batch=4, length=t.length and 16))
+  if 'photos_retrieval' in c.tasks:
+    c.tasks.photos_retrieval.batch = 16
+  return c
+
+
+def _evaluated(workdir, c):
+  run = setup.build(c, jax.devices()[:1])
+  with checkpoint.Checkpoints(workdir, 1) as checkpoints:
+    predictor, _ = setup.predictor(run, checkpoints)
+  return suite.evaluate(run.plan, run.data, predictor, 1, workdir)
+
+
+def test_several_sources_train_together_and_evaluation_prints_retrieval(data, tmp_path):
+  c = _shrunken(_own('+'.join(f'{data}/own/{name}' for name in ('photos', 'folder', 'clips', 'pairs'))))
+  assert set(c.tasks) == {
+      'photos_retrieval', 'photos_caption', 'photos_colour', 'folder_label', 'clips_label', 'pairs_label'}
+  assert loop.train(c, str(tmp_path / 'run'), jax.devices()[:1]) == loop.FINISHED
+  rows = _evaluated(tmp_path / 'run', c)
+  table = metrics.evaluation_table(rows)
+  print(table)
+  found = {(r['evaluator'], r['metric']): r for r in rows}
+  # Twelve test pictures with two captions each.
+  assert found['photos retrieval', 'R@1 → text']['count'] == 12
+  assert found['photos retrieval', 'R@1 ← text']['count'] == 24
+  assert found['photos retrieval', 'R@5 → text']['chance'] == pytest.approx(5 * 2 / 24)
+  assert {e for e, _ in found} == {'photos retrieval', 'photos caption', 'photos colour', 'folder label', 'clips label',
+                                   'pairs label'}
+  assert found['photos colour', 'top-1']['floors'].keys() == {'majority'}
+  samples = json.loads((tmp_path / 'run/samples.json').read_text())
+  assert samples['clips label'][0]['frames'] and samples['photos caption'][0]['image']
+
+  # The run goes on with one source, prompts alone; its words and model are the run's.
+  tuned = _own(f'{data}/own/folder,{tmp_path}/run,prompts')
+  tuned.train.update(dict(steps=2, log_every=1))
+  tuned.tasks.folder_label.batch = 4
+  assert loop.train(tuned, str(tmp_path / 'tuned'), jax.devices()[:1]) == loop.FINISHED
+  asked = _own(f'{data}/own/folder,{tmp_path}/run,untuned')
+  assert not [t for t in asked.tasks.values() if t.batch]
