@@ -47,7 +47,8 @@ def _files(tmp_path_factory):
   (folder / 'config.py').write_text(
       'import ml_collections, json, pathlib\n'
       'from uni_moe_jax.train.workdir import _completed\n'
-      f'def get_config():\n  return _completed(json.loads(pathlib.Path({str(folder / "config.json")!r}).read_text()))\n')
+      f'FILE = pathlib.Path({str(folder / "config.json")!r})\n'
+      'def get_config():\n  return _completed(json.loads(FILE.read_text()), FILE)\n')
   (folder / 'config.json').write_text(json.dumps(c.to_dict()))
   run = setup.build(c, jax.devices()[:1])
   state, _ = torch_layout.to_torch(init_params(run.spec.model, jax.random.key(5)), run.spec.model.spec)
