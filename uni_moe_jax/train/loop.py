@@ -14,7 +14,9 @@ import time
 import jax
 import numpy as np
 
+from uni_moe_jax import distributed
 from uni_moe_jax.resolve import check_trains
+from uni_moe_jax.train.agreement import AnyProcess, check_same_data
 from uni_moe_jax.train.checkpoint import Checkpoints, saved_step
 from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
@@ -84,10 +86,12 @@ def train(config, workdir: str, devices=None) -> int:
   with Stop() as stop:
     run = build(config, devices)
     check_trains(run.plan)
-    claim_workdir(workdir, config, run.data.fingerprint)
-    keep_tokenizer(workdir, run.data.tokenizer_file)
+    check_same_data(run.data.fingerprint)
+    claim_workdir(workdir, config, run.data.fingerprint, distributed.speaks())
+    if distributed.speaks():
+      keep_tokenizer(workdir, run.data.tokenizer_file)
+      pathlib.Path(workdir, 'run.json').write_text(json.dumps(run_facts(run), indent=1))
     print(describe(run), flush=True)
-    pathlib.Path(workdir, 'run.json').write_text(json.dumps(run_facts(run), indent=1))
     with Checkpoints(workdir, config.train.keep) as checkpoints:
       return _loop(run, workdir, checkpoints, stop, started)
 
@@ -132,10 +136,11 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, started:
   batches = run.mixture().iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
-  with MetricsLog(workdir, first, last) as log:
+  stops = AnyProcess(run.mesh)
+  with MetricsLog(workdir, first, last, distributed.speaks()) as log:
     pending = None  # metrics of the step that is running: read once the next one is queued
     for step in range(first, last):
-      if stop.requested:
+      if stops(stop.requested):
         break
       task, batch = next(batches)
       if task not in steps:
