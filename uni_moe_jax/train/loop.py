@@ -15,7 +15,9 @@ import time
 import jax
 import numpy as np
 
+from uni_moe_jax import distributed
 from uni_moe_jax.resolve import check_trains
+from uni_moe_jax.train.agreement import AnyProcess, check_same_data
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
@@ -86,11 +88,13 @@ def train(config, workdir: str, devices=None) -> int:
   with Stop() as stop:
     run = build(config, devices)
     check_trains(run.plan)
-    claim_workdir(workdir, config, run.data.fingerprint)
+    check_same_data(run.data.fingerprint)
+    claim_workdir(workdir, config, run.data.fingerprint, distributed.speaks())
     check_versions(workdir)
-    keep_tokenizer(workdir, run.data.tokenizer_file)
+    if distributed.speaks():
+      keep_tokenizer(workdir, run.data.tokenizer_file)
+      write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
     print(describe(run), flush=True)
-    write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
     with Checkpoints(workdir, config.train.keep, config.train.keep_best) as checkpoints:
       with Watchdog(config.train.watchdog) as watchdog:
         return _loop(run, workdir, checkpoints, stop, watchdog, started)
@@ -137,11 +141,12 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
   batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
-  with MetricsLog(workdir, first, last) as log:
+  stops = AnyProcess(run.mesh)
+  with MetricsLog(workdir, first, last, distributed.speaks()) as log:
     done, pending = first, None  # metrics of the step that is running: read once the next one is queued
     means = {}  # of the log at the step that is done, if there is one
     for step in range(first, last):
-      if stop.requested:
+      if stops(stop.requested):
         break
       checkpoints.check()
       with watchdog.phase(BATCH, step + 1):

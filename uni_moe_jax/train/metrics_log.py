@@ -13,8 +13,13 @@ import tqdm
 class MetricsLog:
   """Averages scalars over the steps between two logs and writes them; used as a context manager."""
 
-  def __init__(self, workdir: str | os.PathLike[str], first: int, last: int):
-    """first, last: the run goes from step `first` to `last`; lines of later steps (of a run that was cut off) go."""
+  def __init__(self, workdir: str | os.PathLike[str], first: int, last: int, writes: bool = True):
+    """first, last: the run goes from step `first` to `last`; lines of later steps (of a run that was cut off) go.
+    writes: of several processes, one does; the others only average."""
+    self._last, self._sums, self._count, self._since = last, {}, 0, time.perf_counter()
+    self._bar, self._writes = None, writes
+    if not writes:
+      return
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     if self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first]
@@ -24,14 +29,14 @@ class MetricsLog:
     self._file = self._path.open('a')
     self._board = tf.summary.create_file_writer(os.fspath(pathlib.Path(workdir) / 'tensorboard'))
     self._bar = tqdm.tqdm(total=last, initial=first, unit='step', dynamic_ncols=True) if sys.stderr.isatty() else None
-    self._last, self._sums, self._count, self._since = last, {}, 0, time.perf_counter()
 
   def __enter__(self) -> 'MetricsLog':
     return self
 
   def __exit__(self, *_) -> None:
-    self._file.close()
-    self._board.close()
+    if self._writes:
+      self._file.close()
+      self._board.close()
     if self._bar:
       self._bar.close()
 
@@ -63,6 +68,8 @@ class MetricsLog:
 
   def record(self, step: int, scalars: dict[str, float]) -> None:
     """Writes scalars as they are."""
+    if not self._writes:
+      return
     self._file.write(json.dumps({'step': step, **scalars}) + '\n')
     self._file.flush()
     with self._board.as_default(step=step):

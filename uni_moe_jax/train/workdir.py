@@ -69,13 +69,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def claim_workdir(
-    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None) -> None:
+    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
+    writes: bool = True) -> None:
   """Makes a work directory this run's, or checks that it already is.
 
   Args:
     workdir: folder of the run.
     config: of the run.
     fingerprint: of its data; None, before the data is read: only checks, and makes nothing.
+    writes: of several processes, one makes it.
 
   Raises:
     ValueError: it belongs to a run with another config or other data; names the fields.
@@ -92,7 +94,7 @@ def claim_workdir(
       raise ValueError(f'workdir {workdir} belongs to a run with another config ({"; ".join(changed[:3])}{more}); '
                        'give another --workdir, or the config that it was started with.')
     return
-  if fingerprint is None:
+  if fingerprint is None or not writes:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   write_json(path, {**new, 'versions': versions()})

@@ -1,0 +1,104 @@
+"""Two processes of four devices: the step of one device, and a run that is stopped, goes on, and ends as if it had not been."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import process_step, tiny
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_FLAGS = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+pytestmark = pytest.mark.slow
+
+
+def _environment(devices: int = 4) -> dict[str, str]:
+  flags = f'{_FLAGS} --xla_force_host_platform_device_count={devices}'
+  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(_ROOT), 'UNI_MOE_PYTHON': sys.executable}
+
+
+def _free_port() -> int:
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def test_loss_and_gradients_are_those_of_one_device(tmp_path):
+  port = _free_port()
+  processes = [subprocess.Popen(
+      [sys.executable, '-m', 'tests.process_step', f'127.0.0.1:{port},2,{i}', str(tmp_path / f'{i}.json'), *process_step.CASES],
+      cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+  said = [p.communicate()[0].decode() for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], '\n'.join(said)
+  for i in range(2):
+    out = json.loads((tmp_path / f'{i}.json').read_text())
+    assert out.pop('devices') == [4, 8]
+    for name, found in out.items():
+      assert found['loss'] <= 1e-5, name
+      assert found['gradients'] <= 2e-5, name
+      assert found['margin'] > 1e-5, name
+
+
+_CONFIG = '''
+import sys
+sys.path.insert(0, {root!r})
+from tests import tiny
+
+
+def get_config():
+  c = tiny.config('shape', 'pair', data_dir={data!r})
+  for task in c.tasks.values():
+    task.batch = 8
+  c.model.layers = 1
+  c.moe.router = {router!r}
+  c.mesh.update(dict(data=-1, expert=2))
+  c.train.update(dict(steps={steps}, save_every=1000, log_every=1))
+  return c
+'''
+
+
+def _lines(workdir: pathlib.Path) -> list[dict]:
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in lines]
+
+
+@pytest.mark.parametrize('router', ['attribute', 'token'])
+def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path, router):
+  config = tmp_path / 'config.py'
+  config.write_text(_CONFIG.format(root=str(_ROOT), data=tiny.data_dir(), router=router, steps=60))
+
+  def command(name):
+    return ['launch/local_processes.sh', '--processes', '2', '--devices', '4', '--', f'--config={config}',
+            f'--workdir={tmp_path / name}']
+
+  def run(arguments, devices=4):
+    done = subprocess.run(arguments, cwd=_ROOT, env=_environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout.decode()
+    return done.stdout.decode()
+
+  run(command('whole'))
+  with subprocess.Popen(command('stopped'), cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT) as process:
+    log = tmp_path / 'stopped/metrics.jsonl'
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 5):
+      time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0].decode()
+  assert process.returncode == 75, said
+  assert said.count('the same command continues') == 1, said  # process 0 alone speaks
+  assert 5 < len(_lines(tmp_path / 'stopped')) < 60
+  assert 'resumed from step' in run(command('stopped'))
+  assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')
+
+  # One process of eight devices reads the same batches, and its losses are the same but for rounding.
+  run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
+  one, two = _lines(tmp_path / 'one'), _lines(tmp_path / 'whole')
+  assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, 61))
+  for a, b in zip(one[:10], two[:10]):
+    assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-4)
