@@ -6,7 +6,7 @@
 The argument is BENCHMARK[,RUN[,finetune|prompts|untuned]]: imagenet1k, kinetics400, coco_caption, coco_retrieval, flickr30k_caption,
 flickr30k_retrieval, msvd_caption, msvd_retrieval, msrvtt_caption, msrvtt_retrieval, vqa, cola, sst2, mrpc, qqp, mnli, qnli or rte, and
 a trained or converted run to start from, which gives the model and the words. `untuned` is for launch/evaluate.py. Without a run the
-published tiny model starts afresh: that shows a pipeline, and scores little. BENCHMARKS.md says how to obtain each data set. What it
+published tiny model starts afresh: that shows a pipeline, and scores little. docs/benchmarks.md says how to obtain each data set. What it
 should score depends on the run: the papers' tables hold for the authors' checkpoints; none was run here to its end.
 """
 

@@ -1,6 +1,6 @@
 """Every benchmark and the pretraining mixture: shapes at full size, and a real step and evaluation when shrunken, on invented data.
 
-TFDS data sets are mocked by TFDS itself, with their own features and class names; own data has the columns that BENCHMARKS.md says.
+TFDS data sets are mocked by TFDS itself, with their own features and class names; own data has the columns that docs/benchmarks.md says.
 """
 
 import functools
