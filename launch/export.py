@@ -35,7 +35,7 @@ def main() -> int:
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents
   from uni_moe_jax.train import checkpoint, loop, setup
-  with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
+  with checkpoint.Checkpoints(workdir, keep=None) as checkpoints:
     step = checkpoints.latest() if resolve.resolve(config).tasks else 0
     if step is None:
       raise cli.UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')

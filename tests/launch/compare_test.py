@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests import tiny
+from tests import stand_in, tiny
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -23,15 +23,7 @@ root = pathlib.Path(sys.argv[0]).parents[1].absolute()
 where = pathlib.Path(next(a for a in sys.argv if a.startswith('--workdir=')).partition('=')[2])
 with open(root / 'log', 'a') as log:
   log.write(f'{name} {where.name}\\n')
-does = (root / name).read_text() if (root / name).exists() else '0'
-if does == 'wait':
-  received = []
-  signal.signal(signal.SIGINT, lambda *_: received.append(1))
-  (root / 'started').touch()
-  end = time.monotonic() + 20
-  while not received and time.monotonic() < end:
-    time.sleep(0.01)
-  sys.exit(75 if received else 1)
+''' + stand_in.ENDS + '''
 sys.exit(int(does))
 '''
 _CONFIG = '''

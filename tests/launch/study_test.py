@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import stand_in, tiny
 from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
@@ -26,16 +26,7 @@ name = pathlib.Path(sys.argv[0]).stem
 root = pathlib.Path(sys.argv[0]).parents[1].absolute()
 with open(root / 'log', 'a') as log:
   log.write(' '.join([name, *sys.argv[1:]]) + '\\n')
-does = (root / name).read_text() if (root / name).exists() else '0'
-if does == 'wait':
-  received = []
-  signal.signal(signal.SIGINT, lambda *_: received.append(1))
-  (root / 'started').touch()
-  end = time.monotonic() + 20
-  while not received and time.monotonic() < end:
-    time.sleep(0.01)
-  time.sleep(0.2)
-  sys.exit(75 if received == [1] else 1)
+''' + stand_in.ENDS + '''
 if name == 'evaluate' and does == '0':
   where = pathlib.Path(next(a for a in sys.argv if a.startswith('--workdir=')).partition('=')[2])
   where.mkdir(exist_ok=True)

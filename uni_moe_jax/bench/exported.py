@@ -7,12 +7,12 @@ import jax
 from uni_moe_jax.bench.problems import Context
 from uni_moe_jax.bench.table import Row
 from uni_moe_jax.bench.timing import estimate, interleaved, ratio
+from uni_moe_jax.eval import predictor
 from uni_moe_jax.export.merge import merged
 from uni_moe_jax.model import inputs
 from uni_moe_jax.model.params import init_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.routers import DENSE
-from uni_moe_jax.tasks import Kind
 
 
 def exported(context: Context) -> list[Row]:
@@ -23,18 +23,11 @@ def exported(context: Context) -> list[Row]:
   models['merged'] = merged(*models['attribute'], task.kind.conditions)
   shape = (s.batch, 1, s.image_size, s.image_size, runs[DENSE].config.model.channels)
   fields = {'pixels': jax.random.normal(jax.random.key(1), shape), 'id': jax.numpy.arange(s.batch, dtype='uint32')}
-  calls = {name: functools.partial(_features, UniPerceiver(spec), task.kind, jax.device_put(params), fields)
+  sequence = inputs.input_sequence(task.kind, fields)
+  calls = {name: functools.partial(predictor.encode, UniPerceiver(spec), jax.device_put(params), sequence)
            for name, (spec, params) in models.items()}
   seconds = interleaved(calls, s.rounds)
   note = f'B {s.batch}, {s.image_size} px, pictures only; information: their operations and FLOPs are equal'
   return [Row('exported', 'dense', estimate(seconds[DENSE]), 's', note=note)] + [
       Row('exported', f'{name} / dense', ratio(seconds[name], seconds[DENSE]), 'x', note=note)
       for name in ('merged', 'attribute')]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _features(model: UniPerceiver, kind: Kind, params, fields) -> jax.Array:
-  """[B, 1, D] of the readout."""
-  def run(m):
-    return m.features(m.encode((inputs.input_sequence(kind, fields),)).rows[0])
-  return model.apply({'params': params}, method=run)

@@ -5,7 +5,6 @@ by itself (how many classes a data set has, how many frames a clip) stands in `c
 """
 
 import dataclasses
-import string
 from collections.abc import Sequence
 
 import ml_collections
@@ -15,6 +14,7 @@ from uni_moe_jax.data.clip_tokenizer import MOST_MERGES, SPECIALS
 from uni_moe_jax.data.examples import Builder, Examples
 from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.sets import TargetSet, bucket_rows
+from uni_moe_jax.data.templates import columns_of
 from uni_moe_jax.plan import Plan, SetSpec, TaskSpec
 
 CLIP_WORDS = 2 * 256 + MOST_MERGES + len(SPECIALS)  # V of the published vocabulary
@@ -67,7 +67,7 @@ class DeclaredData:
     side = self._model.image_size
     columns = {'text': np.array([' '.join([_WORD] * max(1, task.length))])}
     for template in (*task.captions, task.template):
-      columns |= {name: columns['text'] for _, name, _, _ in string.Formatter().parse(template) if name}
+      columns |= {name: columns['text'] for name in columns_of(template) if name}
     if task.label:
       columns[task.label] = np.array([_WORD])
     if task.kind.visual:

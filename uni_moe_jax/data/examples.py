@@ -12,7 +12,6 @@ from ids to fields, made of TensorFlow ops on captured tensors. Fields, with the
 
 import dataclasses
 import math
-import string
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,7 +21,7 @@ from uni_moe_jax.plan import TaskSpec
 from uni_moe_jax.data import hashing, preprocess
 from uni_moe_jax.data.faults import Faults
 from uni_moe_jax.data.records import Records
-from uni_moe_jax.data.templates import fill_template
+from uni_moe_jax.data.templates import columns_of, fill_template
 from uni_moe_jax.data.tokenizer import Tokenizer, pack
 from uni_moe_jax.tasks import nearest
 
@@ -74,8 +73,8 @@ def phrases(records: Records, templates: tuple[str, ...], field: str) -> np.ndar
   """Every template filled with every record's columns: unicode [N, P]."""
   known = sorted(name for name, c in records.columns.items() if c.dtype.kind == 'U')
   for template in templates:
-    for _, name, _, _ in string.Formatter().parse(template):
-      if name is not None and name not in known:
+    for name in columns_of(template):
+      if name not in known:
         raise ValueError(f'config.{field}: template {template!r} names column {name!r}; {nearest(name, known)}.')
   n = len(next(iter(records.columns.values())))
   rows = [dict(zip(known, values)) for values in zip(*(records.columns[k].tolist() for k in known))] or [{}] * n
@@ -240,7 +239,7 @@ class Builder:
     return make
 
   def _template(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
-    names = [n for _, n, _, _ in string.Formatter().parse(task.template) if n is not None]
+    names = columns_of(task.template)
     for name in names:
       if name not in records.columns:
         raise ValueError(f'config.{field}.template names column {name!r}; {nearest(name, records.columns)}.')

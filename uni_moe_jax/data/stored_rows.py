@@ -6,7 +6,6 @@ one record, without the leading axis of the batch, or raises `Unusable`. `h`, an
 
 import collections
 import dataclasses
-import string
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.data import hashing
+from uni_moe_jax.data.examples import TextTable, text_rows
 from uni_moe_jax.data.stored import Stored
-from uni_moe_jax.data.templates import fill_template
+from uni_moe_jax.data.templates import columns_of, fill_template
 from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.plan import TaskSpec
 from uni_moe_jax.tasks import nearest
@@ -84,7 +84,7 @@ def pair(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) 
 
   def read(row, h):
     text = choose(row, h)
-    ids, valid = _padded(tokenizer, text, S)
+    ids, valid = _padded(tokenizer, *text_rows([text], tokenizer, S), S)
     return {'target': ids, 'target_valid': valid, 'text_id': zlib.crc32(text.encode()) & 0x7FFFFFFF, 'weight': [1.0]}
   return Reader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
                  'weight': (np.float32, (1,))}, read)
@@ -95,7 +95,7 @@ def caption(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: boo
   choose, S = phrase_chooser(task, records, training), task.length
 
   def read(row, h):
-    words, valid = _padded(tokenizer, choose(row, h), S)
+    words, valid = _padded(tokenizer, *text_rows([choose(row, h)], tokenizer, S), S)
     return {'text': np.concatenate([words, np.full(S, tokenizer.spe)]), 'text_valid': np.concatenate([valid, valid]),
             'label': words, 'weight': valid}
   return Reader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
@@ -104,13 +104,12 @@ def caption(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: boo
 
 def slot(task: TaskSpec, records: Stored, tokenizer: Tokenizer) -> Reader:
   """text, text_valid, position: a template around the answer's slot."""
-  fields, S = _fields(task.template), task.length
+  fields, S = columns_of(task.template), task.length
   _check_columns(task, records, 'template', fields, ('text', 'class'))
 
   def read(row, _):
     ids, place = fill_template(tokenizer, task.template, {f: tokenizer.encode(row[f]) for f in fields}, S)
-    text, valid = np.full(S, tokenizer.pad), np.zeros(S, bool)
-    text[:len(ids)], valid[:len(ids)] = ids, True
+    text, valid = _padded(tokenizer, ids, S)
     return {'text': text, 'text_valid': valid, 'position': [place]}
   return Reader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
 
@@ -169,7 +168,7 @@ class Running:
 
 def phrase_chooser(task: TaskSpec, records: Stored, training: bool) -> Callable[[Row, int], str]:
   """(row, h) → one phrase: in training of a random template with random entries of lists, else the first of everything."""
-  names = [_fields(t) for t in task.captions]
+  names = [columns_of(t) for t in task.captions]
   for fields in names:
     _check_columns(task, records, 'captions', fields, ('text', 'texts', 'class'))
 
@@ -193,14 +192,10 @@ def phrase_chooser(task: TaskSpec, records: Stored, training: bool) -> Callable[
 def references(task: TaskSpec, row: Row) -> tuple[str, ...]:
   """All texts that are right for a record under the task's first template: one per entry of its list of texts."""
   template = task.captions[0]
-  lists = [f for f in _fields(template) if not isinstance(row[f], str)]
+  lists = [f for f in columns_of(template) if not isinstance(row[f], str)]
   if not lists:
-    return (template.format(**{f: row[f] for f in _fields(template)}),)
-  return tuple(template.format(**{f: row[f] if f != lists[0] else entry for f in _fields(template)}) for entry in row[lists[0]])
-
-
-def _fields(template: str) -> list[str]:
-  return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
+    return (template.format(**{f: row[f] for f in columns_of(template)}),)
+  return tuple(template.format(**{f: row[f] if f != lists[0] else entry for f in columns_of(template)}) for entry in row[lists[0]])
 
 
 def _check_columns(task: TaskSpec, records: Stored, where: str, names: Sequence[str], kinds: tuple[str, ...]) -> None:
@@ -211,9 +206,7 @@ def _check_columns(task: TaskSpec, records: Stored, where: str, names: Sequence[
                        f'{nearest(name, fitting)}.')
 
 
-def _padded(tokenizer: Tokenizer, text: str, S: int) -> tuple[np.ndarray, np.ndarray]:
-  """(ids int [S], valid bool [S]) of a text with its `eot`, cut to S."""
-  row = tokenizer.encode(text)[:S - 1] + [tokenizer.eot]
-  ids, valid = np.full(S, tokenizer.pad), np.zeros(S, bool)
-  ids[:len(row)], valid[:len(row)] = row, True
-  return ids, valid
+def _padded(tokenizer: Tokenizer, row: list[int], S: int) -> tuple[np.ndarray, np.ndarray]:
+  """(ids int32 [S], valid bool [S]) of one text's tokens."""
+  table = TextTable.of([row], S, tokenizer.pad)
+  return table.ids[0], table.valid[0]

@@ -2,11 +2,17 @@
 
 import difflib
 import re
+import string
 from collections.abc import Mapping, Sequence
 
 from uni_moe_jax.data.tokenizer import Tokenizer
 
 _PART = re.compile(r'(<spe>|<eot>|\{\w*\})')
+
+
+def columns_of(template: str) -> list[str]:
+  """Columns that a template names, each once, in order: '{name} in {face}' → ['name', 'face']."""
+  return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
 
 
 def fill_template(

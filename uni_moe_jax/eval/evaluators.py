@@ -68,9 +68,9 @@ class Question:
     found = self.asked.columns['pixels'][places(self.asked, self.task)[ids]]
     return found[:, None] if found.ndim == 3 else found
 
-  @property
-  def visual(self) -> bool:
-    return self.task.kind.visual
+  def log_p(self, fields: dict[str, np.ndarray]) -> np.ndarray:
+    """log p [B, V] over the task's target set, for inputs that are read at one place."""
+    return self.predictor.log_probabilities(self.predictor.inputs(self.task.kind, fields), self.task)[:, 0]
 
   def gather(self, ids: np.ndarray, function: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]):
     """Columns of `function(fields)` over the batches of `ids`, each example once."""
@@ -94,20 +94,17 @@ def classification(q: Question) -> list[Score]:
     scores.append(Score.proportion('top-5', metrics.top_k_accuracy(log_p, labels, 5), n, 5 / V, floor))
   balanced = {name: metrics.balanced_accuracy(a, labels) for name, a in answers.items()}
   scores.append(Score('balanced', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)), balanced))
-  if q.visual:
+  if q.task.kind.visual:
     q.samples.add(q.evaluation.name, q.pixels, ids, names[labels], names[predicted])
   return scores
 
 
 def _view_mean(q: Question, fields: dict[str, np.ndarray]) -> np.ndarray:
   """log p [B, V] over the target set: of several views of a clip [B, views, T, S, S, C], of the mean of their probabilities."""
-  def ask(part):
-    return q.predictor.log_probabilities(q.predictor.inputs(q.task.kind, part), q.task)[:, 0]
-
   pixels = fields.get('pixels')
   if pixels is None or pixels.ndim < 6:
-    return ask(fields)
-  views = [np.exp(ask({**fields, 'pixels': pixels[:, v]})) for v in range(pixels.shape[1])]
+    return q.log_p(fields)
+  views = [np.exp(q.log_p({**fields, 'pixels': pixels[:, v]})) for v in range(pixels.shape[1])]
   return np.log(np.maximum(np.mean(views, axis=0), np.finfo(np.float32).tiny))
 
 

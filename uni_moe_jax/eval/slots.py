@@ -12,12 +12,7 @@ def glue(q: Question) -> list[Score]:
   """Accuracy, and of two classes F1 of the second and Matthews' correlation: GLUE reports accuracy for most of its tasks, F1 too
   for MRPC and QQP, Matthews for CoLA. Beside the most frequent answer of the training examples, where those are known."""
   ids = q.ids()
-
-  def ask(fields):
-    features = q.predictor.inputs(q.task.kind, fields)
-    return q.predictor.log_probabilities(features, q.task)[:, 0].argmax(-1), fields['label'][:, 0]
-
-  predicted, labels = q.gather(ids, ask)
+  predicted, labels = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1), fields['label'][:, 0]))
   known, answers = evaluators.known_answers(q, ids, labels)
   n, V = len(labels), len(q.texts)
   by = lambda metric: {name: metric(a, labels) for name, a in answers.items()}
@@ -31,12 +26,7 @@ def glue(q: Question) -> list[Score]:
 def vqa(q: Question) -> list[Score]:
   """The soft score of the most likely answer (`metrics.vqa_score`), and how often most answerers gave it."""
   ids = q.ids()
-
-  def ask(fields):
-    features = q.predictor.inputs(q.task.kind, fields)
-    return (q.predictor.log_probabilities(features, q.task)[:, 0].argmax(-1),)
-
-  [predicted] = q.gather(ids, ask)
+  [predicted] = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1),))
   said = [q.keys[i] for i in predicted]
   truth = [[answer(a) for a in several] for several in q.examples.references(ids)]
   values, first = metrics.vqa_score(said, truth), [metrics.most_common(t) for t in truth]

@@ -11,7 +11,7 @@ import numpy as np
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.sets import TargetSet
-from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
 from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.model.spec import ModelSpec, row_name
@@ -114,8 +114,8 @@ def _inputs(task: TaskSpec, plan: Plan, data: Data, number: int) -> dict[str, np
   examples = data.examples(task, split)
   number = min(number, examples.size)
   fields, _ = next(evaluation_batches(examples, np.arange(number), number))
-  names = ('pixels',) if task.kind.two_stream else ('pixels', 'text', 'text_valid', 'position')
-  return {name: fields[name] for name in names if name in fields}
+  names = ('pixels',) if task.kind.two_stream else INPUTS
+  return {name: fields[name] for name in names if name in fields and name != 'id'}
 
 
 def _answers(

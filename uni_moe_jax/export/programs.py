@@ -91,7 +91,7 @@ class _Programs:
     self._kind = asked.task.kind
 
   def _apply(self, params: Arrays, method, *args):
-    return self._model.apply({'params': traverse_util.unflatten_dict(params, sep='/')}, *args, method=method)
+    return self._model.apply({'params': _tree(params)}, *args, method=method)
 
   def _sizes(self, names: str, text: bool) -> dict[str, Any]:
     """Symbolic sizes by name; texts are at most as long as the position table."""
@@ -168,19 +168,18 @@ class _Programs:
 
   def captions(self, spe: int, eot: int) -> dict[str, Program]:
     kind, length, model = self._kind, self._task.length, self._model
-    tree = lambda params: traverse_util.unflatten_dict(params, sep='/')
     [b] = self._sizes('b', False).values()
     pixels = {'pixels': self._pixels(b)}
     words = {'targets': jax.ShapeDtypeStruct((self._asked.size, self._spec.width), jnp.float32)}
 
     def caption(params, x):
       found = decode.search(
-          model, tree(params), kind, x['pixels'], x['targets'], temperature=self._task.temperature, spe=spe, eot=eot,
+          model, _tree(params), kind, x['pixels'], x['targets'], temperature=self._task.temperature, spe=spe, eot=eot,
           length=length, beams=self._asked.beams, penalty=self._asked.penalty)
       return {'tokens': found.tokens[:, 0], 'score': found.scores[:, 0]}
 
     def past(params, x):
-      return decode.prefill(model, tree(params), kind, x['pixels'], length)
+      return decode.prefill(model, _tree(params), kind, x['pixels'], length)
 
     def prefill(params, x):
       return {'cache': tuple(jax.tree.leaves(past(params, x)))}
@@ -190,7 +189,7 @@ class _Programs:
 
     def step(params, x):
       features, new = decode.next_features(
-          model, tree(params), kind, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe, room=length)
+          model, _tree(params), kind, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe, room=length)
       logits = self._apply(params, 'scale', self._task.temperature) * features @ x['targets'].T
       return {'log_p': jax.nn.log_softmax(logits), 'cache': tuple(jax.tree.leaves(new))}
 
@@ -198,6 +197,11 @@ class _Programs:
     return {
         'caption': Program(caption, {**pixels, **words}), 'prefill': Program(prefill, pixels),
         'step': Program(step, {'cache': tuple(leaves), **asks, **words})}
+
+
+def _tree(params: Arrays) -> dict[str, Any]:
+  """Parameters by path as a model takes them."""
+  return traverse_util.unflatten_dict(params, sep='/')
 
 
 def _text(n: dict[str, Any]) -> Arrays:
