@@ -6,7 +6,8 @@ Or asks a run something that it was not trained for, untuned, and keeps the answ
 
 Runs the evaluators of its config on the newest checkpoint (averaged parameters where the run kept them), prints one table
 and writes evaluation.json, samples.json and, unless routers look at tokens, experts.json and experts.png. What is evaluated
-already is not evaluated again without --force.
+already is not evaluated again without --force. All devices take part; on several hosts the same command runs in every process,
+with --distributed.
 """
 
 import json
@@ -14,12 +15,13 @@ import pathlib
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax import cli, distributed
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote; with --config, one to write to.', required=True)
 _BEST = flags.DEFINE_bool('best', False, 'Ask the checkpoint with the lowest loss config.train.keep_best, not the newest.')
 _FORCE = flags.DEFINE_bool('force', False, 'Evaluate again what is evaluated already.')
+_DISTRIBUTED = flags.DEFINE_string('distributed', distributed.OFF, distributed.HELP)
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies, if not where training found it.')
 
 
@@ -27,13 +29,15 @@ def main() -> int:
   from uni_moe_jax import resolve
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = _WORKDIR.value
-  # Mistakes are told before the libraries below are loaded.
+  # Mistakes are told before the libraries below are loaded, and before other processes are waited for.
+  distributed.parse(_DISTRIBUTED.value)
   if _CONFIG.present:
     config = cli.config_of(_CONFIG)
     workdir_lib.claim_workdir(workdir, config)
   else:
     config = workdir_lib.load_config(workdir)
   plan = resolve.resolve(config)
+  writes = distributed.start(_DISTRIBUTED.value)
   from uni_moe_jax.eval import metrics, suite
   from uni_moe_jax.train import checkpoint
   if _DATA_DIR.value:
@@ -50,10 +54,10 @@ def main() -> int:
       from uni_moe_jax.train import expert_usage, setup
       run = setup.build(config)
       if _CONFIG.present:
-        workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
+        workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes)
       predictor, params = setup.predictor(run, checkpoints, step)
       expert_usage.beside_evaluation(run, params, step, workdir)
-      rows = suite.evaluate(run.plan, run.data, predictor, step, workdir)
+      rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
   print(metrics.evaluation_table(rows))
   return 0
 

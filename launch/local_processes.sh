@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-Usage: ./launch/local_processes.sh [--processes N] [--devices D] [--port P] [--dry_run] -- ARGUMENT...
+Usage: ./launch/local_processes.sh [--processes N] [--devices D] [--evaluate] [--port P] [--dry_run] -- ARGUMENT...
 
 Trains one run in N processes of this machine that find each other on 127.0.0.1: what several hosts
 do, to be tried on one. ARGUMENTs go to launch/train.py:
@@ -12,6 +12,7 @@ do, to be tried on one. ARGUMENTs go to launch/train.py:
   --processes N  how many (default 2)
   --devices D    virtual CPU devices of each (default 1); without CPUs alone (JAX_PLATFORMS=cpu) it is
                  left out, and process i sees accelerator i
+  --evaluate     ARGUMENTs go to launch/evaluate.py
   --port P       of process 0 (default: a free one)
   --dry_run      print the commands, run nothing
 
@@ -21,16 +22,17 @@ continues, or 0. UNI_MOE_PYTHON names the interpreter (default: .venv/bin/python
 HELP
 }
 
-processes=2 devices=1 port='' dry_run=''
+processes=2 devices=1 script=train.py port='' dry_run=''
 while (($#)); do
   case "$1" in
     --processes) processes="$2"; shift 2 ;;
     --devices) devices="$2"; shift 2 ;;
+    --evaluate) script=evaluate.py; shift ;;
     --port) port="$2"; shift 2 ;;
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "local_processes.sh: $1 is no option; arguments of train.py stand after --. See --help." >&2; exit 2 ;;
+    *) echo "local_processes.sh: $1 is no option; arguments of $script stand after --. See --help." >&2; exit 2 ;;
   esac
 done
 if ! [[ "$processes" =~ ^[1-9][0-9]*$ && "$devices" =~ ^[1-9][0-9]*$ ]]; then
@@ -38,7 +40,7 @@ if ! [[ "$processes" =~ ^[1-9][0-9]*$ && "$devices" =~ ^[1-9][0-9]*$ ]]; then
   exit 2
 fi
 if (($# == 0)); then
-  echo 'local_processes.sh: nothing to train; give --config=… and --workdir=… after --. See --help.' >&2
+  echo "local_processes.sh: nothing to do; give the arguments of $script after --. See --help." >&2
   exit 2
 fi
 
@@ -62,7 +64,7 @@ of_process() {
 }
 
 command_of() {
-  command=(env "$(of_process "$1")" "$python" launch/train.py "${@:2}" "--distributed=127.0.0.1:$port,$processes,$1")
+  command=(env "$(of_process "$1")" "$python" "launch/$script" "${@:2}" "--distributed=127.0.0.1:$port,$processes,$1")
 }
 
 if [[ -n "$dry_run" ]]; then

@@ -29,6 +29,7 @@ _RULES = {
         'a mistyped command is answered before anything slow is loaded',
     ),
     'distributed': ((), 'processes find each other before anything of the run is loaded'),
+    'files': ((), 'whole or not at all: what a file holds is not its business'),
     'sharding': ((), 'one table of axis names that knows no module'),
     'losses': ((), 'arrays in, numbers out: a loss knows neither the model nor the task'),
     'moe': (
@@ -44,11 +45,11 @@ _RULES = {
         'records become batches of declared kinds, and no model is needed for that',
     ),
     'eval': (
-        ('attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'moe', 'model', 'data'),
+        ('files', 'attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'moe', 'model', 'data'),
         'an evaluator is given functions, so that every model is measured alike',
     ),
     'train': (
-        ('failures', 'attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding', 'losses', 'model', 'data',
+        ('files', 'failures', 'attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding', 'losses', 'model', 'data',
          'eval'),
         'the trainer joins the other rooms; experts it knows only through the model',
     ),
@@ -62,7 +63,7 @@ _RULES = {
         'it reads what the commands wrote into work directories, and compares it',
     ),
     'compare': (
-        ('eval', 'train', 'study'),
+        ('files', 'eval', 'train', 'study'),
         'it reads what the commands wrote into work directories; how studies run and tabulate it shares with them',
     ),
     'export': (

@@ -52,7 +52,7 @@ def test_shellcheck_finds_nothing(script):
 @pytest.mark.parametrize('script, arguments, said', [
     ('local_processes.sh', ['--process', '2'], '--process is no option'),
     ('local_processes.sh', ['--processes', 'two', '--', 'a'], '--processes two and --devices 1 must be positive numbers'),
-    ('local_processes.sh', ['--processes', '2'], 'nothing to train'),
+    ('local_processes.sh', ['--processes', '2'], 'nothing to do; give the arguments of train.py'),
     ('tpu_pod.sh', ['--zone', 'z', '--', '--config=c.py'], '--name, --zone and, after --, arguments of train.py are needed'),
     ('tpu_pod.sh', ['--name', 'n', '--zone', 'z', '--create', 'v5litepod-16', '--', 'a'], 'needs --version'),
     ('slurm.sbatch', ['--dry_run'], 'nothing to train'),
@@ -72,6 +72,8 @@ def test_local_processes_differ_in_their_number_alone():
   assert lines == [
       ['env', 'XLA_FLAGS=--a=1 --xla_force_host_platform_device_count=4', '/bin/sh', 'launch/train.py', *_TRAIN,
        f'--distributed=127.0.0.1:7733,3,{i}'] for i in range(3)]
+  [first, _] = _dry('local_processes.sh', '--evaluate', '--port', '7733', '--dry_run', '--', '--workdir=w')
+  assert first[-3:] == ['launch/evaluate.py', '--workdir=w', '--distributed=127.0.0.1:7733,2,0']
 
 
 def test_local_processes_have_an_accelerator_each_where_there_are_some():

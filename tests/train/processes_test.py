@@ -1,4 +1,4 @@
-"""Two processes of four devices: the step of one device, and a run that is stopped, goes on, and ends as if it had not been."""
+"""Two processes of four devices: the step of one device; a run that is stopped, goes on, and ends as if it had not been; answers."""
 
 import json
 import os
@@ -45,10 +45,12 @@ def test_loss_and_gradients_are_those_of_one_device(tmp_path):
       assert found['margin'] > 1e-5, name
 
 
+_STEPS = 40
 _CONFIG = '''
 import sys
 sys.path.insert(0, {root!r})
 from tests import tiny
+from uni_moe_jax import config
 
 
 def get_config():
@@ -56,7 +58,9 @@ def get_config():
   for task in c.tasks.values():
     task.batch = 8
   c.model.layers = 1
-  c.moe.router = {router!r}
+  for kind, task in (('classification', 'shape'), ('retrieval', 'pair')):
+    c.evaluators[task] = config.evaluator(kind, task, split='train', batch=5, number=6)
+  c.moe.router = 'token'  # all that an attribute model sends, and tokens
   c.mesh.update(dict(data=-1, expert=2))
   c.train.update(dict(steps={steps}, save_every=1000, log_every=1))
   return c
@@ -68,14 +72,14 @@ def _lines(workdir: pathlib.Path) -> list[dict]:
   return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in lines]
 
 
-@pytest.mark.parametrize('router', ['attribute', 'token'])
-def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path, router):
+def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path):
   config = tmp_path / 'config.py'
-  config.write_text(_CONFIG.format(root=str(_ROOT), data=tiny.data_dir(), router=router, steps=60))
+  config.write_text(_CONFIG.format(root=str(_ROOT), data=tiny.data_dir(), steps=_STEPS))
+
+  processes = ['launch/local_processes.sh', '--processes', '2', '--devices', '4']
 
   def command(name):
-    return ['launch/local_processes.sh', '--processes', '2', '--devices', '4', '--', f'--config={config}',
-            f'--workdir={tmp_path / name}']
+    return [*processes, '--', f'--config={config}', f'--workdir={tmp_path / name}']
 
   def run(arguments, devices=4):
     done = subprocess.run(arguments, cwd=_ROOT, env=_environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -92,13 +96,20 @@ def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path, route
     said = process.communicate()[0].decode()
   assert process.returncode == 75, said
   assert said.count('the same command continues') == 1, said  # process 0 alone speaks
-  assert 5 < len(_lines(tmp_path / 'stopped')) < 60
+  assert 5 < len(_lines(tmp_path / 'stopped')) < _STEPS
   assert 'resumed from step' in run(command('stopped'))
   assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
   run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
   one, two = _lines(tmp_path / 'one'), _lines(tmp_path / 'whole')
-  assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, 61))
+  assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
   for a, b in zip(one[:10], two[:10]):
     assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-4)
+
+  # Two processes evaluate each example once, as one process does.
+  run([*processes, '--evaluate', '--', f'--workdir={tmp_path / "whole"}'])
+  evaluated = json.loads((tmp_path / 'whole/evaluation.json').read_text())
+  run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "whole"}', '--force'], devices=8)
+  assert json.loads((tmp_path / 'whole/evaluation.json').read_text()) == evaluated
+  assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}

@@ -15,7 +15,7 @@ import numpy as np
 
 from uni_moe_jax.compare import stages
 from uni_moe_jax.eval import interference_files, usage_files
-from uni_moe_jax.study import process
+from uni_moe_jax.study import cells, process
 from uni_moe_jax.study import results as study_results
 from uni_moe_jax.train import workdir
 
@@ -48,7 +48,7 @@ def _read(path: pathlib.Path, otherwise: Any) -> Any:
 def _run(where: pathlib.Path, router: str) -> dict[str, Any]:
   """{'router', 'status', 'steps', 'seconds_per_step' (median), 'seconds' {stage: of all tries}, 'tries' {stage: codes},
   'parameters', 'seed', 'commit', 'evaluation' (rows), 'interference' {'before', 'after'}, 'experts'}; None is unknown."""
-  log, facts = stages.log_of(where.parent, where.name), _read(where / 'run.json', {})
+  log, facts = stages.log_of(where.parent, where.name), _read(where / workdir.RUN_FILE, {})
   tries: dict[str, list[int]] = {}
   seconds: dict[str, float] = {}
   for t in log:
@@ -62,7 +62,7 @@ def _run(where: pathlib.Path, router: str) -> dict[str, Any]:
       'router': router, 'status': '; '.join(failed) or ('finished' if log else 'not started'),
       'steps': lines[-1]['step'] if lines else 0, 'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
       'seconds': seconds, 'tries': tries, 'parameters': facts.get('parameters'), 'seed': facts.get('seed'),
-      'commit': facts.get('commit'), 'evaluation': _read(where / 'evaluation.json', []),
+      'commit': facts.get('commit'), 'evaluation': _read(where / cells.EVALUATION, []),
       'interference': {when: _interference(_read(where / file, None)) for when, file in _MEASURED.items()},
       'experts': _experts(_read(where / usage_files.FILE, None))}
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from uni_moe_jax.files import write_json
 from uni_moe_jax.study import process
 
 LOG = 'stages.json'  # in the folder of a router
@@ -82,9 +83,7 @@ def run(
                 'seconds': round(time.perf_counter() - began, 1)})
     path = pathlib.Path(folder) / router / LOG
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(log, indent=1))
-    temporary.rename(path)
+    write_json(path, log)
     if code == process.PREEMPTED:
       return False
   return True

@@ -1,12 +1,13 @@
 """interference.json and its heat maps. Knows numbers and names only: the report reads it too, and needs no jax."""
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from uni_moe_jax.files import write_json
 
 FILE = 'interference.json'  # of the newest checkpoint; the report shows it
 _CELL = 0.95  # inches
@@ -25,9 +26,7 @@ def write(content: dict, workdir: str | os.PathLike[str], stem: str) -> list[pat
   columns = list(dict.fromkeys(p['projection'] for p in parts))
   grid = [[next((p for p in parts if (p['layer'], p['projection']) == (r, c)), None) for c in columns] for r in rows]
   draw(paths[2], grid, tasks, title)
-  temporary = paths[0].with_suffix('.tmp')
-  temporary.write_text(json.dumps(content, indent=1))
-  temporary.rename(paths[0])
+  write_json(paths[0], content)
   return paths
 
 

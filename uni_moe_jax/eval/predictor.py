@@ -1,4 +1,7 @@
-"""What evaluators ask of a model: features, target sets and captions, as jitted functions over one set of parameters."""
+"""What evaluators ask of a model: features, target sets and captions, as jitted functions over one set of parameters.
+
+On a mesh every batch shard computes its examples, in every process alike: all of them ask the same, and get the whole answer.
+"""
 
 import functools
 import zlib
@@ -7,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uni_moe_jax import sharding
 from uni_moe_jax.plan import SetSpec, TaskSpec
 from uni_moe_jax.data.sets import TargetSet
 from uni_moe_jax.data.tokenizer import Tokenizer
@@ -24,7 +28,7 @@ class Predictor:
   """A trained model as functions of evaluation batches (numpy in, numpy out). Target sets are encoded once and kept."""
 
   def __init__(self, model: UniPerceiver, params, sets: dict[str, tuple[SetSpec, TargetSet]], tokenizer: Tokenizer):
-    """model: with shards = 1. sets: every target set that is asked for, by name."""
+    """model, params: the model on the mesh where its parameters lie. sets: every target set that is asked for, by name."""
     self._model, self._params, self._sets, self._tokenizer = model, params, sets, tokenizer
     self._features: dict[str, jax.Array] = {}
     self._tries: dict[str, Trie] = {}
@@ -36,10 +40,10 @@ class Predictor:
   def pairs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, D] of the paired texts, not normalised."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
-    return np.asarray(encode(self._model, self._params, inputs.pair_sequence(kind, wanted))[:, 0])
+    return np.asarray(encode(self._model, self._params, inputs.pair_sequence(kind, wanted)))[:, 0]
 
   def target_set(self, name: str) -> jax.Array:
-    """Normalised features [V, D] of a target set; of synonyms their mean."""
+    """Normalised features [V, D] of a target set, on every device; of synonyms their mean."""
     if name not in self._features:
       spec, target = self._sets[name]
       if spec.is_vocabulary:
@@ -48,11 +52,12 @@ class Predictor:
       else:
         parts = inputs.set_sequences(name, spec.condition, [_all_texts(b) for b in target.buckets], target.order,
                                      spec.label_prompts)
-      rows = [encode(self._model, self._params, p)[:, 0] for p in parts]
+      rows = [np.asarray(encode(self._model, self._params, p))[:, 0] for p in parts]
       if not spec.is_vocabulary:
         rows = [_mean_of_synonyms(r, b) for r, b in zip(rows, target.buckets, strict=True)]
       rows = normalise(jnp.concatenate(rows))
-      self._features[name] = rows if spec.is_vocabulary else rows[target.order]
+      rows = rows if spec.is_vocabulary else rows[target.order]
+      self._features[name] = rows if self._model.mesh is None else jax.device_put(rows, sharding.replicated(self._model.mesh))
     return self._features[name]
 
   def log_probabilities(self, features: np.ndarray, task: TaskSpec) -> np.ndarray:
@@ -92,7 +97,7 @@ def _all_texts(bucket: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {k: bucket[k].reshape(-1, bucket[k].shape[-1]) for k in ('text', 'valid')}
 
 
-def _mean_of_synonyms(rows: jax.Array, bucket: dict[str, np.ndarray]) -> jax.Array:
+def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Array | np.ndarray:
   """Features [n · Y, D] of a bucket's texts → [n, D]: the mean of the normalised ones of the synonyms that an entry has."""
   if 'count' not in bucket:
     return rows
@@ -111,21 +116,23 @@ def encode(model: UniPerceiver, params, sequence) -> jax.Array:
   """Features [B, R, D] f32 of a sequence's readout, not normalised."""
   def run(m):
     return m.features(m.encode((sequence,)).rows[0])
-  return model.apply({'params': params}, method=run)
+  return sharding.everywhere(model.apply({'params': params}, method=run), model.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _log_p(model: UniPerceiver, params, features, targets, temperature: str, head: bool) -> jax.Array:
   scale = model.apply({'params': params}, temperature, method='scale')
+  features = sharding.over_batch(features, model.mesh)
   logits = similarity.logits(features, targets, scale)
   if head:
     logits = model.apply({'params': params}, features, logits, method='with_head')
-  return jax.nn.log_softmax(logits)
+  return sharding.everywhere(jax.nn.log_softmax(logits), model.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _captions(model: UniPerceiver, kind: Kind, ask: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
-  return decode.search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
+  tokens = decode.search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
+  return sharding.everywhere(tokens, model.mesh)
 
 
 def seed_of(name: str) -> int:

@@ -6,6 +6,7 @@ import pathlib
 import time
 from collections.abc import Callable
 
+from uni_moe_jax.files import write_json
 from uni_moe_jax.plan import Plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import evaluators, slots
@@ -25,8 +26,14 @@ EVALUATORS: dict[str, Callable[[Question], list[Score]]] = {
 }
 
 
-def evaluate(plan: Plan, data: Data, predictor: Predictor, step: int, workdir: str | os.PathLike[str]) -> list[dict]:
-  """Runs every evaluator; returns the rows of evaluation.json and writes them (last, so that they stand for all files)."""
+def evaluate(
+    plan: Plan, data: Data, predictor: Predictor, step: int, workdir: str | os.PathLike[str], writes: bool = True) -> list[dict]:
+  """Runs every evaluator; returns the rows of evaluation.json and writes them (last, so that they stand for all files).
+
+  Args:
+    plan, data: of the run. predictor: of its parameters. step: at which it has them. workdir: its folder.
+    writes: of several processes, which all take part, one does.
+  """
   samples, rows = Samples(), []
   for e in plan.evaluations:
     start = time.perf_counter()
@@ -37,11 +44,9 @@ def evaluate(plan: Plan, data: Data, predictor: Predictor, step: int, workdir: s
         data.keys.get(e.task.target_set, ()), data.tokenizer, samples)
     rows += [score.row(e.name, step) for score in EVALUATORS[e.kind](question)]
     print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
-  samples.write(pathlib.Path(workdir) / 'samples.json')
-  path = pathlib.Path(workdir) / EVALUATION_FILE
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(rows, indent=1))
-  temporary.rename(path)
+  if writes:
+    samples.write(pathlib.Path(workdir) / 'samples.json')
+    write_json(pathlib.Path(workdir) / EVALUATION_FILE, rows)
   return rows
 
 

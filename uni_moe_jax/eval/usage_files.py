@@ -1,12 +1,13 @@
 """experts.json and its picture. Knows numbers and names only: the report reads it too, and needs no jax."""
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from uni_moe_jax.files import write_json
 
 FILE = 'experts.json'  # of the newest checkpoint; the report shows it
 _CELL, _LETTER = 0.21, 0.07  # inches
@@ -20,9 +21,7 @@ def write(content: dict[str, Any], workdir: str | os.PathLike[str], stem: str) -
   folder.mkdir(parents=True, exist_ok=True)
   paths = [folder / f'{stem}{end}' for end in ('.json', '.png')]
   _draw(paths[1], content)
-  temporary = paths[0].with_suffix('.tmp')
-  temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
-  temporary.rename(paths[0])
+  write_json(paths[0], content, allow_nan=False)
   return paths
 
 

@@ -16,7 +16,6 @@ from uni_moe_jax.data.declared import DeclaredData
 from uni_moe_jax.data.mixtures import PER_BATCH
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import inputs
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.plan import Plan, TaskSpec
 from uni_moe_jax.preflight import cost, hlo
 from uni_moe_jax.train import setup
@@ -117,20 +116,20 @@ def steps(run: Run) -> list[str | None]:
 
 def evaluation(run: Run) -> Program:
   """Features of a batch of inputs, as evaluators ask for them: of the evaluator whose batch has most tokens; a run without
-  evaluators is asked a task that it trains, in its batch. Every device computes all of it."""
+  evaluators is asked a task that it trains, in its batch."""
   asked = [dataclasses.replace(e.task, batch=e.batch) for e in run.plan.evaluations] or run.plan.tasks
   task = max(asked, key=lambda t: _tokens(run, t))
   return _evaluation(run, task, task.batch)
 
 
 def _evaluation(run: Run, task: TaskSpec, batch: int) -> Program:
-  model, whole = UniPerceiver(run.spec.model.spec), sharding.replicated(run.mesh)
+  whole = sharding.replicated(run.mesh)
   fields = {k: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=whole)
             for k, (shape, dtype) in _fields(run, task, training=False).items() if k in predictor.INPUTS}
   sequence = jax.eval_shape(lambda f: inputs.input_sequence(task.kind, f), fields)
   sequence = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), sequence)
   params = run.like().params
-  lower = lambda: predictor.encode.lower(model, params, sequence)
+  lower = lambda: predictor.encode.lower(run.spec.model, params, sequence)
   return _compiled(f'evaluation, {task.kind.name}', batch, run, lower, state_bytes(run)[0], 0.0)
 
 

@@ -42,9 +42,9 @@ def experts(
 
 
 def beside_evaluation(run: Run, params: Any, step: int, workdir: str | os.PathLike[str]) -> None:
-  """Writes experts.json where it costs nothing, and says what to do where it does."""
+  """Writes experts.json where it costs nothing, and says what to do where it does, or where parameters lie in several processes."""
   spec = run.spec.model.spec
-  if usage.layers(spec) and usage.by_token(spec):
+  if usage.layers(spec) and (usage.by_token(spec) or jax.process_count() > 1):
     print(f'python launch/experts.py --workdir={workdir} measures which experts tokens use.', flush=True)
   elif usage.layers(spec):
     usage_files.write(measured(run, params, f'step {step}', 0, 0), workdir, measure.stem_of(usage_files.FILE, '', False))

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from uni_moe_jax import distributed
+from uni_moe_jax.files import write_json
 from uni_moe_jax.resolve import check_trains
 from uni_moe_jax.train.agreement import AnyProcess, check_same_data
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -23,7 +24,7 @@ from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.setup import Run, build, conditions, first_state
 from uni_moe_jax.train.watchdog import BATCH, SAVE, STEP, Watchdog
-from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, keep_tokenizer, saved_step, write_json
+from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, keep_tokenizer, saved_step
 
 FINISHED, ERROR, PREEMPTED = 0, 1, 75
 

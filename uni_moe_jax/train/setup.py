@@ -177,9 +177,8 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
     params = state.params if state.ema is None else state.ema
   else:
     params = jax.device_put(warm_params(run), run.shardings.params)
-  model = UniPerceiver(run.spec.model.spec)
   sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
-  return Predictor(model, params, sets, run.data.tokenizer), params
+  return Predictor(run.spec.model, params, sets, run.data.tokenizer), params
 
 
 def warm_params(run: Run) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.files import write_json
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
@@ -130,13 +131,6 @@ def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> Non
                      f"(config.train.init='{workdir}'), or go on all the same: launch/train.py --accept_versions.")
   print(f'note: workdir {workdir} was begun with other versions ({said}); its numbers may differ in their last digits.',
         file=sys.stderr, flush=True)
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes a file, whole or not at all."""
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(content, indent=1))
-  temporary.rename(path)
 
 
 def keep_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path) -> None:

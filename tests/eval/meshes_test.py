@@ -1,0 +1,89 @@
+"""Evaluation on eight devices is evaluation on one: features, captions, and every row of the table."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small_model, tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.eval import suite
+from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.train import setup
+
+_MESHES = {'one': {}, 'eight': dict(data=2, expert=2, model=2)}
+_ASKED = 6  # examples in batches of five: neither divides over four batch shards
+
+
+@functools.cache
+def _on(router: str, mesh: str) -> tuple[setup.Run, Predictor]:
+  c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
+  c.tokenizer.file = tiny.tokenizer_file()
+  for task in c.tasks.values():
+    task.batch = 8
+  for kind, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption')):
+    c.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch=5, number=_ASKED)
+  c.moe.update(dict(router=router, num_experts=8, top_k=2, grouped='buffers', capacity=0.5 if router == 'token' else 0.0))
+  c.mesh.update({**dict(replica=1, data=1, expert=1, model=1), **_MESHES[mesh]})
+  run = setup.build(c, jax.devices()[:8 if mesh == 'eight' else 1])
+  params = jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params)
+  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  return run, Predictor(run.spec.model, params, sets, run.data.tokenizer)
+
+
+def _asked(router: str, mesh: str) -> dict[str, np.ndarray]:
+  run, predictor = _on(router, mesh)
+  tasks = {t.name: t for t in run.plan.tasks}
+  batch = lambda name: next(evaluation_batches(run.data.examples(tasks[name], 'train'), np.arange(5), 5))[0]
+  shape, pair = batch('shape'), batch('pair')
+  features = predictor.inputs(tasks['shape'].kind, shape)
+  return {'inputs': features, 'pairs': predictor.pairs(tasks['pair'].kind, pair),
+          'set': np.asarray(predictor.target_set(tasks['shape'].target_set)),
+          'log_p': predictor.log_probabilities(features, tasks['shape'])}
+
+
+@pytest.mark.parametrize('router', ['attribute', 'token'])
+def test_features_and_probabilities_are_those_of_one_device(router):
+  one, eight = _asked(router, 'one'), _asked(router, 'eight')
+  for name, value in one.items():
+    assert eight[name].shape == value.shape
+    np.testing.assert_allclose(eight[name], value, rtol=0, atol=2e-5, err_msg=name)
+    assert np.abs(value[1] - value[0]).max() > 1e-3, name  # the control: examples do differ
+
+
+@pytest.mark.parametrize('router, beams', [('attribute', 2), ('token', 1)])
+def test_captions_are_those_of_one_device(router, beams):
+  said = []
+  for mesh in _MESHES:
+    run, predictor = _on(router, mesh)
+    [task] = [t for t in run.plan.tasks if t.name == 'caption']
+    fields = next(evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5))[0]
+    said.append(predictor.captions(task, fields['pixels'], beams=beams))
+  assert said[0] == said[1]
+  assert len(said[0]) == 5 and any(said[0])
+
+
+def test_every_row_of_the_table_is_that_of_one_device_and_counts_each_example_once(tmp_path):
+  tables = []
+  for mesh in _MESHES:
+    run, predictor = _on('attribute', mesh)
+    tables.append(suite.evaluate(run.plan, run.data, predictor, 1, tmp_path, writes=mesh == 'one'))
+  assert tables[0] == tables[1]
+  assert {r['count'] for r in tables[0] if r['evaluator'] == 'shape'} == {_ASKED}
+
+
+def test_one_device_in_the_mesh_computes_its_part_of_the_batch_alone():
+  """What each of four batch shards multiplies: two of five examples, with three filled in."""
+  from uni_moe_jax.eval import predictor as lib
+  from uni_moe_jax.model import inputs
+  run, predictor = _on('attribute', 'eight')
+  [task] = [t for t in run.plan.tasks if t.name == 'shape']
+  fields = next(evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5))[0]
+  sequence = inputs.input_sequence(task.kind, {k: v for k, v in fields.items() if k in lib.INPUTS})
+  hidden = run.spec.model.spec.hidden // 2  # over `model`
+  text = lib.encode.lower(run.spec.model, predictor._params, sequence).compile().as_text()
+  tokens = (tiny.SIDE // 8) ** 2 + 1
+  assert f'f32[2,{tokens},{hidden}]' in text or f'f32[{2 * tokens},{hidden}]' in text
+  assert f'f32[5,{tokens},' not in text.replace(' ', '').partition('ENTRY')[0]
