@@ -1,4 +1,4 @@
-"""The embedded data in about an hour on two CPU cores: the quickstart's tasks, for eight times its steps.
+"""The embedded data in about an hour on two CPU cores: the quickstart's tasks, for seven times its steps.
 
   python launch/prepare_data.py
   python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
@@ -28,7 +28,7 @@ def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   c.moe.router = arg
   c.sets.vocabulary.samples = 512
   for name, batch in dict(
-      glyph_class=48, glyph_name=96, glyph_caption=80, clip_motion=8, text=16, package=16).items():
+      glyph_class=32, glyph_name=96, glyph_caption=80, clip_motion=8, text=16, package=16).items():
     c.tasks[name].batch = batch
   c.tasks.glyph_name.weight, c.tasks.glyph_caption.weight = 2.5, 2.0
   # Lighter than one: clips of a motion and names of pictures ask the same features of a clip, see configs/quickstart.py.
@@ -36,5 +36,5 @@ def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   for name in ('glyph_class', 'glyph_name', 'glyph_caption'):
     c.tasks[name].shift = 2
   c.optim.update(dict(learning_rate=2e-3, warmup=100))
-  c.train.update(dict(steps=6000, log_every=20, save_every=200))
+  c.train.update(dict(steps=5500, log_every=20, save_every=200))
   return c

@@ -141,7 +141,7 @@ def _shapes(c):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['imagenet1k', 'kinetics400', 'coco_caption', 'coco_retrieval', 'msvd_caption', 'vqa', 'mnli'])
+@pytest.mark.parametrize('name', list(benchmarks.DOWNSTREAM))
 def test_shapes_of_a_step_at_full_size(name, invented):
   c = _config(name)
   c.data.dir = str(invented)

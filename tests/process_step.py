@@ -17,7 +17,7 @@ def main(place: str, file: str, *names: str) -> None:
   out = {'devices': [len(jax.local_devices()), len(jax.devices())]}
   for name in names:
     router, capacity = CASES[name]
-    case = meshes.Case(router, ('shape', 'pair'), capacity=capacity)
+    case = meshes.Case(router, ('shape', 'pair'), layers=1, capacity=capacity)
     expected = meshes.of_run(meshes.run(case, meshes.ONE, jax.local_devices()))
     found = meshes.of_run(meshes.run(case, 'mixed', jax.devices()))
     out[name] = {'loss': abs(found.loss - expected.loss), 'gradients': max(meshes.differences(found, expected).values()),

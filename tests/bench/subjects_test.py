@@ -77,9 +77,9 @@ class SubjectsTest(parameterized.TestCase):
     self.assertEqual({r.what: r.unit for r in _measure('input').values() if r.unit.endswith('/s')}, {
         'shape, batches of 8': 'pictures/s', 'motion, batches of 4': 'clips/s', 'pair, batches of 4': 'pictures/s'})
 
-  @pytest.mark.slow
   def test_products_in_bfloat16(self):
-    self.assertTrue(math.isfinite(_measure('routers', 'bfloat16')['attribute / dense, train'].figure.value))
+    for row in _measure('sets', 'bfloat16').values():
+      self.assertTrue(math.isfinite(row.figure.value), row)
 
   @pytest.mark.slow
   def test_the_compilation_cache_is_used_again_afterwards(self):

@@ -16,12 +16,14 @@ FAST = (
     (Case('context', ('pair',), layers=1), 'expert'),
 )
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')
-TASKS = ('shape', 'text', 'caption', 'pair')
+# A step of every task takes minutes to compile where tokens travel: one router has them all, each on every mesh has a loss with
+# negatives of all devices, and on one mesh causal words too.
+EVERY, CAUSAL, PAIR = ('shape', 'text', 'caption', 'pair'), ('caption', 'pair'), ('pair',)
 
 
-def _full(router: str, **changes) -> Case:
+def _full(router: str, tasks: tuple[str, ...] = CAUSAL, **changes) -> Case:
   capacity = meshes.ROOM_FOR_ALL if router in ('token', 'context') else 0.0
-  return Case(router, TASKS, **{**dict(layers=3, remat=True, capacity=capacity), **changes})
+  return Case(router, tasks, **{**dict(layers=3, remat=True, capacity=capacity), **changes})
 
 
 def _assert_equal(case: Case, mesh: str):
@@ -44,7 +46,7 @@ def test_loss_and_gradients_are_those_of_one_device(case, mesh):
 @pytest.mark.parametrize('mesh', [name for name in meshes.MESHES if name != meshes.ONE])
 @pytest.mark.parametrize('router', ROUTERS)
 def test_every_router_on_every_mesh(router, mesh):
-  _assert_equal(_full(router), mesh)
+  _assert_equal(_full(router, EVERY if router == 'attribute' else CAUSAL if mesh == 'expert' else PAIR), mesh)
 
 
 @pytest.mark.slow

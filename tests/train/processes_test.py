@@ -45,7 +45,7 @@ def test_loss_and_gradients_are_those_of_one_device(tmp_path):
       assert found['margin'] > 1e-5, name
 
 
-_STEPS = 40
+_STEPS = 14  # two seconds each, where two cores serve eight devices in two processes
 _CONFIG = '''
 import sys
 sys.path.insert(0, {root!r})
@@ -90,13 +90,13 @@ def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path):
   with subprocess.Popen(command('stopped'), cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT) as process:
     log = tmp_path / 'stopped/metrics.jsonl'
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 5):
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
       time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[0].decode()
   assert process.returncode == 75, said
   assert said.count('the same command continues') == 1, said  # process 0 alone speaks
-  assert 5 < len(_lines(tmp_path / 'stopped')) < _STEPS
+  assert 2 < len(_lines(tmp_path / 'stopped')) < _STEPS
   assert 'resumed from step' in run(command('stopped'))
   assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')
 
