@@ -68,10 +68,13 @@ def test_a_mistake_is_told_and_runs_nothing(script, arguments, said):
 
 def test_local_processes_differ_in_their_number_alone():
   lines = _dry('local_processes.sh', '--processes', '3', '--devices', '4', '--port', '7733', '--dry_run', '--', *_TRAIN,
-               JAX_PLATFORMS='cpu', XLA_FLAGS='--a=1', UNI_MOE_PYTHON='/bin/sh')
-  assert lines == [
-      ['env', 'XLA_FLAGS=--a=1 --xla_force_host_platform_device_count=4', '/bin/sh', 'launch/train.py', *_TRAIN,
+               XLA_FLAGS='--a=1', UNI_MOE_PYTHON='/bin/sh')
+  flags = '--xla_force_host_platform_device_count'
+  assert lines == [  # as they are, they can be typed where JAX_PLATFORMS is not set
+      ['env', 'JAX_PLATFORMS=cpu', f'XLA_FLAGS=--a=1 {flags}=4', '/bin/sh', 'launch/train.py', *_TRAIN,
        f'--distributed=127.0.0.1:7733,3,{i}'] for i in range(3)]
+  lines = _dry('local_processes.sh', '--dry_run', '--', *_TRAIN, JAX_PLATFORMS='cpu')
+  assert [line[2] for line in lines] == [f'XLA_FLAGS={flags}=1'] * 2
   [first, _] = _dry('local_processes.sh', '--evaluate', '--port', '7733', '--dry_run', '--', '--workdir=w')
   assert first[-3:] == ['launch/evaluate.py', '--workdir=w', '--distributed=127.0.0.1:7733,2,0']
 
@@ -93,16 +96,66 @@ def test_a_pod_is_made_filled_and_started_on_all_hosts():
   assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *where, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *where, '--worker=all', '--command']
-  assert "pip install -q -e '.[tpu]'" in install[-1]
+  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'" in install[-1] and '--python 3.11' in install[-1]
   assert before[-1] == 'cd ~/uni_moe_jax && mount it'
-  # The host's shell takes the command apart again: what was one argument here is one there.
-  assert shlex.split(train[-1]) == ['cd', '~/uni_moe_jax', '&&', '.venv/bin/python', 'launch/train.py', *_TRAIN,
-                                    '--distributed=auto']
+  assert 'launch/train.py' in train[-1]
+
+
+def _host(tmp_path) -> dict[str, str]:
+  """A host of a pod: gcloud's ssh is a shell in `tmp_path`, and its Python prints its arguments and waits where a file says so."""
+  python = tmp_path / 'uni_moe_jax/.venv/bin/python'
+  python.parent.mkdir(parents=True)
+  python.write_text("#!/usr/bin/env bash\nprintf '<%s>' \"$@\"\necho\n"
+                    "trap 'echo saved; exit 75' TERM\nwhile [[ -e ~/wait ]]; do sleep 0.05; done\nexit 3\n")
+  gcloud = tmp_path / 'bin/gcloud'
+  gcloud.parent.mkdir()
+  gcloud.write_text('#!/usr/bin/env bash\necho "$4" >>~/asked\n[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"\n'
+                    'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi\n')
+  for file in (python, gcloud):
+    file.chmod(0o755)
+  return {'HOME': str(tmp_path), 'PATH': f'{gcloud.parent}:{os.environ["PATH"]}'}
+
+
+_POD = ('--name', 'pod', '--zone', 'zone')
+
+
+def test_on_a_host_arguments_arrive_as_they_were_and_the_exit_code_comes_back(tmp_path):
+  done = _run('tpu_pod.sh', *_POD, '--skip_install', '--', *_TRAIN, **_host(tmp_path))
+  # The host's shells take the command apart again: what was one argument here is one there.
+  assert done.stdout == ''.join(f'<{a}>' for a in ('launch/train.py', *_TRAIN, '--distributed=auto')) + '\n'
+  assert done.returncode == 3
+
+
+def test_a_run_on_a_pod_outlives_its_connection_and_is_stopped_by_name(tmp_path):
+  host = _host(tmp_path)
+  (tmp_path / 'wait').touch()
+  first = subprocess.Popen([_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], env={**os.environ, **host},
+                           stdout=subprocess.PIPE, text=True, start_new_session=True)
+  assert first.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
+  os.killpg(first.pid, signal.SIGKILL)
+  second = subprocess.Popen([_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], env={**os.environ, **host},
+                            stdout=subprocess.PIPE, text=True)
+  assert second.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'  # shown again
+  assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
+  assert second.communicate(timeout=10) == ('saved\n', None)
+  assert second.returncode == 75
+  assert (tmp_path / 'run.log').read_text().count('launch/train.py') == 1  # one run, not two
+
+
+@pytest.mark.parametrize('missing', [False, True])
+def test_a_slice_is_made_only_where_there_is_none(tmp_path, missing):
+  host = _host(tmp_path)
+  (tmp_path / 'missing').write_text(str(int(missing)))
+  _run('tpu_pod.sh', *_POD, '--create', 'v5litepod-4', '--version', 'v', '--skip_install', '--', 'a', **host)
+  assert (tmp_path / 'asked').read_text().split() == ['describe', *['create'] * missing, 'ssh']
+
 
 
 def test_a_pod_that_is_ready_is_only_started():
   lines = _dry('tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--skip_install', '--dry_run', '--', *_TRAIN)
   assert len(lines) == 1 and '--distributed=auto' in lines[0][-1]
+  [line] = _dry('tpu_pod.sh', *_POD, '--skip_install', '--evaluate', '--dry_run', '--', '--workdir=w')
+  assert 'launch/evaluate.py --workdir=w --distributed=auto' in line[-1]
 
 
 def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
