@@ -16,6 +16,7 @@ ARGUMENTs go to launch/train.py:
   --version V        its software, as gcloud's --version (with --create)
   --before COMMAND   run this on every host before training, in the repository's folder: mount what is
                      shared, prepare data
+  --evaluate         ARGUMENTs go to launch/evaluate.py
   --skip_install     copy and install nothing: it was done before
   --dry_run          print the commands, run nothing
 
@@ -25,7 +26,7 @@ launch/train.py. The slice is not deleted: gcloud compute tpus tpu-vm delete NAM
 HELP
 }
 
-name='' zone='' project='' create='' version='' before='' install=yes dry_run=''
+name='' zone='' project='' create='' version='' before='' script=train.py install=yes dry_run=''
 while (($#)); do
   case "$1" in
     --name) name="$2"; shift 2 ;;
@@ -34,15 +35,16 @@ while (($#)); do
     --create) create="$2"; shift 2 ;;
     --version) version="$2"; shift 2 ;;
     --before) before="$2"; shift 2 ;;
+    --evaluate) script=evaluate.py; shift ;;
     --skip_install) install=''; shift ;;
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "tpu_pod.sh: $1 is no option; arguments of train.py stand after --. See --help." >&2; exit 2 ;;
+    *) echo "tpu_pod.sh: $1 is no option; arguments of $script stand after --. See --help." >&2; exit 2 ;;
   esac
 done
 if [[ -z "$name" || -z "$zone" ]] || (($# == 0)); then
-  echo 'tpu_pod.sh: --name, --zone and, after --, arguments of train.py are needed. See --help.' >&2
+  echo "tpu_pod.sh: --name, --zone and, after --, arguments of $script are needed. See --help." >&2
   exit 2
 fi
 if [[ -n "$create" && -z "$version" ]]; then
@@ -74,4 +76,4 @@ python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
 fi
 if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"
-on_all "cd ~/uni_moe_jax && .venv/bin/python launch/train.py ${arguments}--distributed=auto"
+on_all "cd ~/uni_moe_jax && .venv/bin/python launch/$script ${arguments}--distributed=auto"
