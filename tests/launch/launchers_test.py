@@ -5,6 +5,7 @@ Nothing is started but stand-ins for launch/train.py.
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -55,7 +56,8 @@ def test_shellcheck_finds_nothing(script):
     ('local_processes.sh', ['--processes', '2'], 'nothing to do; give the arguments of train.py'),
     ('tpu_pod.sh', ['--zone', 'z', '--', '--config=c.py'], '--name, --zone and, after --, arguments of train.py are needed'),
     ('tpu_pod.sh', ['--name', 'n', '--zone', 'z', '--create', 'v5litepod-16', '--', 'a'], 'needs --version'),
-    ('slurm.sbatch', ['--dry_run'], 'nothing to train'),
+    ('slurm.sbatch', ['--dry_run'], 'nothing to do; give the arguments of train.py'),
+    ('slurm.sbatch', ['--evaluate'], 'nothing to do; give the arguments of evaluate.py'),
     ('gke.sh', ['--name', 'n', '--', 'a'], '--name, --image, --claim and, after --, arguments of train.py are needed'),
     ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '4by4', '--', 'a'], 'must be like 4x4'),
     ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'], 'has 6 chips, no multiple of'),
@@ -158,6 +160,15 @@ def test_a_pod_that_is_ready_is_only_started():
   assert 'launch/evaluate.py --workdir=w --distributed=auto' in line[-1]
 
 
+def test_many_hosts_can_evaluate():
+  [pod] = _dry('tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--skip_install', '--evaluate', '--dry_run', '--', '--workdir=w')
+  assert 'launch/evaluate.py --workdir=w --distributed=auto' in pod[-1]
+  lines = _dry('slurm.sbatch', '--dry_run', '--evaluate', '--workdir=w')
+  assert lines[-2][-3:] == ['launch/evaluate.py', '--workdir=w', '--distributed=auto']
+  [job] = _job_set('--evaluate')['spec']['replicatedJobs']
+  assert job['template']['spec']['template']['spec']['containers'][0]['command'] == ['python', 'launch/evaluate.py']
+
+
 def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
   lines = _dry('slurm.sbatch', '--dry_run', *_TRAIN, SLURM_JOB_ID='17', SLURM_SUBMIT_DIR=str(_ROOT))
   asked = dict(line[1].removeprefix('--').partition('=')[::2] for line in lines if line[0] == '#SBATCH')
@@ -165,7 +176,41 @@ def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
   assert 'gpus-per-task' not in asked  # JAX chooses by the task's number on the node
   assert asked['signal'].startswith('B:TERM@') and 'requeue' in asked
   assert lines[-2] == ['srun', '--kill-on-bad-exit=1', '.venv/bin/python', 'launch/train.py', *_TRAIN, '--distributed=auto']
-  assert lines[-1] == ['after', 'exit', 'code', '75:', 'scontrol', 'requeue', '17']
+  assert lines[-1] == ['after', 'exit', 'code', '75', 'or', 'a', 'signal,', '50', 'times:', 'scontrol', 'requeue', '17']
+
+
+# In place of srun: ends by itself with a code, or on SIGTERM with another.
+_SRUN = """#!/usr/bin/env bash
+if [[ {code} == wait ]]; then
+  sleep 20 &
+  trap 'kill "$!"; exit {told}' TERM
+  touch started
+  wait "$!"
+fi
+exit {code}
+"""
+
+
+@pytest.mark.parametrize('code, told, count, requeued', [
+    ('75', '', '3', True), ('75', '', '50', False),  # the limit
+    ('wait', '75', '3', True), ('wait', '143', '3', True), ('wait', '137', '3', True),  # those that had not said 75 yet were ended
+    ('wait', '143', '50', False), ('wait', '0', '3', False), ('wait', '2', '3', False),
+    ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('143', '', '3', False)])
+def test_slurm_goes_back_into_the_queue_after_75_or_a_signal_and_not_for_ever(tmp_path, code, told, count, requeued):
+  for name, content in (('srun', _SRUN.format(code=code, told=told)), ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n')):
+    (tmp_path / name).write_text(content)
+    (tmp_path / name).chmod(0o755)
+  process = subprocess.Popen(
+      ['bash', str(_ROOT / 'launch/slurm.sbatch'), *_TRAIN], stderr=subprocess.PIPE, text=True, env={
+          'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17', 'SLURM_RESTART_COUNT': count})
+  if told:
+    _wait_for(tmp_path / 'started')
+    process.terminate()
+  said = process.communicate(timeout=20)[1]
+  assert process.returncode == int(told or code)
+  assert (tmp_path / 'requeued').exists() == requeued
+  assert ('UNI_MOE_REQUEUES=50 is the limit' in said) == (count == '50')
+  assert not requeued or (tmp_path / 'requeued').read_text() == 'requeue 17\n'
 
 
 def _job_set(*options: str) -> dict:
@@ -178,7 +223,7 @@ def test_a_job_set_has_what_its_controller_needs():
   found = _job_set('--topology', '16x16', '--restarts', '3')
   assert (found['apiVersion'], found['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
   assert found['metadata']['name'] == 'base'
-  assert found['spec']['failurePolicy'] == {'maxRestarts': 3}
+  assert found['spec']['failurePolicy']['maxRestarts'] == 3
   [job] = found['spec']['replicatedJobs']
   assert job['replicas'] == 1
   spec = job['template']['spec']
@@ -195,6 +240,30 @@ def test_a_job_set_has_what_its_controller_needs():
   [mount], [volume] = container['volumeMounts'], pod['volumes']
   assert mount['name'] == volume['name'] and mount['mountPath'] == '/runs'
   assert volume['persistentVolumeClaim'] == {'claimName': 'nfs'}
+
+
+def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:
+  """What becomes of a JobSet when a pod ends so, as the documents of Kubernetes and JobSet have it: the first rule that matches counts."""
+  [job] = job_set['spec']['replicatedJobs']
+  reason, message = 'BackoffLimitExceeded', 'Job has reached the specified backoff limit'
+  for i, rule in enumerate(job['template']['spec']['podFailurePolicy']['rules']):
+    codes, conditions = rule.get('onExitCodes'), rule.get('onPodConditions', [])
+    if disrupted and {'type': 'DisruptionTarget', 'status': 'True'} in conditions or codes and code in codes['values']:
+      assert rule['action'] == 'FailJob'
+      reason, message = 'PodFailurePolicy', f'Container train for pod default/base-0 failed with exit code {code} matching FailJob rule at index {i}'
+      break
+  for rule in job_set['spec']['failurePolicy']['rules']:
+    patterns = rule.get('onJobFailureMessagePatterns')
+    if reason in rule['onJobFailureReasons'] and (not patterns or any(re.search(p, message) for p in patterns)):
+      return rule['action']
+  return 'RestartJobSet'
+
+
+@pytest.mark.parametrize('ending, action', [
+    (dict(code=75), 'RestartJobSetAndIgnoreMaxRestarts'), (dict(code=137, disrupted=True), 'RestartJobSetAndIgnoreMaxRestarts'),
+    (dict(code=2), 'FailJobSet'), (dict(code=1), 'RestartJobSet'), (dict(code=137), 'RestartJobSet')])
+def test_a_job_set_counts_crashes_not_preemptions_and_ends_at_wrong_use(ending, action):
+  assert _after(_job_set(), **ending) == action
 
 
 @pytest.mark.parametrize('topology, hosts', [('2x2', 1), ('2x2x4', 4), ('4x8', 8)])
