@@ -19,8 +19,9 @@ kubectl. ARGUMENTs go to launch/train.py; --workdir lies below /runs:
   --evaluate           ARGUMENTs go to launch/evaluate.py
   --dry_run            print the JobSet, apply nothing
 
-Follow it with: kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME. A second run of the same command,
-after `kubectl delete jobset NAME`, continues.
+Follow process 0, which prints, with: kubectl logs -f -l \
+  jobset.sigs.k8s.io/jobset-name=NAME,batch.kubernetes.io/job-completion-index=0
+A second run of the same command, after `kubectl delete jobset NAME`, continues.
 HELP
 }
 

@@ -179,11 +179,14 @@ def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
   assert lines[-1] == ['after', 'exit', 'code', '75', 'or', 'a', 'signal,', '50', 'times:', 'scontrol', 'requeue', '17']
 
 
-# In place of srun: ends by itself with a code, or on SIGTERM with another.
+# In place of srun: ends by itself with a code, or, when scancel tells its tasks to, with another. srun itself answers SIGTERM by
+# killing them.
 _SRUN = """#!/usr/bin/env bash
 if [[ {code} == wait ]]; then
   sleep 20 &
-  trap 'kill "$!"; exit {told}' TERM
+  trap 'kill "$!"; exit {told}' USR1
+  trap 'kill "$!"; exit 9' TERM
+  echo "$$" >pid
   touch started
   wait "$!"
 fi
@@ -197,7 +200,8 @@ exit {code}
     ('wait', '143', '50', False), ('wait', '0', '3', False), ('wait', '2', '3', False),
     ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('143', '', '3', False)])
 def test_slurm_goes_back_into_the_queue_after_75_or_a_signal_and_not_for_ever(tmp_path, code, told, count, requeued):
-  for name, content in (('srun', _SRUN.format(code=code, told=told)), ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n')):
+  for name, content in (('srun', _SRUN.format(code=code, told=told)), ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n'),
+                        ('scancel', '#!/usr/bin/env bash\n[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"\n')):
     (tmp_path / name).write_text(content)
     (tmp_path / name).chmod(0o755)
   process = subprocess.Popen(
@@ -211,6 +215,13 @@ def test_slurm_goes_back_into_the_queue_after_75_or_a_signal_and_not_for_ever(tm
   assert (tmp_path / 'requeued').exists() == requeued
   assert ('UNI_MOE_REQUEUES=50 is the limit' in said) == (count == '50')
   assert not requeued or (tmp_path / 'requeued').read_text() == 'requeue 17\n'
+
+
+def test_slurms_tasks_have_the_processors_that_were_asked_for(tmp_path):
+  (tmp_path / 'srun').write_text('#!/usr/bin/env bash\necho "$SRUN_CPUS_PER_TASK"\n')
+  (tmp_path / 'srun').chmod(0o755)
+  done = _run('slurm.sbatch', 'a', PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_CPUS_PER_TASK='12')
+  assert done.stdout == '12\n'
 
 
 def _job_set(*options: str) -> dict:
