@@ -157,8 +157,12 @@ def test_an_evaluation_that_does_not_fit_is_told_a_smaller_batch():
   assert found.trials[-1].fits and found.trials[-1].changes[0].flags == '--config.evaluators.shape.batch=2048'
 
 
+def _environment() -> dict[str, str]:
+  return {**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}
+
+
 @pytest.mark.parametrize('name, chips', [('v4:2x2x1', 4), ('v5e:2x2', 4), ('v5p:2x2x1', 4), ('v6e:2x2', 4)])
-def test_a_chip_is_one_device_and_has_the_memory_of_its_row(name, chips):
+def test_libtpu_gives_a_chip_as_one_device_with_the_memory_of_its_row(name, chips):
   """libtpu names the memory where a program is too large."""
   pytest.importorskip('libtpu')
   script = f"""
@@ -177,7 +181,7 @@ except jax.errors.JaxRuntimeError as e:
   print(len(devices), str(e).replace(chr(10), ' '))
 """
   done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True, cwd=_ROOT,
-                        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])})
+                        env=_environment())
   devices, _, said = done.stdout.partition(' ')
   assert int(devices) == chips
   limit = topology.parse(name).chip.memory / topology.GIB
@@ -185,12 +189,11 @@ except jax.errors.JaxRuntimeError as e:
 
 
 @pytest.mark.slow
-def test_the_step_compiles_for_tpus_that_are_not_there(tmp_path):
+def test_libtpu_compiles_the_step_for_devices_that_are_not_there(tmp_path):
   pytest.importorskip('libtpu')
   done = subprocess.run(
-      [sys.executable, str(_ROOT / 'launch/preflight.py'), '--config=configs/quickstart.py', '--topology=v5e:2x2', '--nosearch',
-       f'--json={tmp_path}/found.json'], env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}, cwd=_ROOT,
-       capture_output=True, text=True)
+      [sys.executable, str(_ROOT / 'launch/preflight.py'), '--config=configs/small.py', '--topology=v5e:2x2', '--nosearch',
+       f'--json={tmp_path}/found.json'], env=_environment(), cwd=_ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'found.json').read_text())
   assert found['fits'] and found['devices'] == 4
