@@ -62,6 +62,8 @@ def odd_rows(root: pathlib.Path) -> dict[str, str]:
       'turned.jpg': '', 'print.jpg': '', 'web.webp': ''}
   lines = [{'image': f'pictures/{name}', 'captions': [f'рыжий кот {name}'], 'split': 'train'} for name in rows]
   good = {'image': 'pictures/000.jpg', 'captions': ['once more'], 'split': 'train'}
+  lines += [{'image': None, 'captions': ['y']}, {**good, 'image': None, 'video': 'pictures/000.jpg'}, {**good, 'colour': ['red']},
+            {**good, 'captions': None}]  # the last is a picture of no captions, which is fine
   lines += [{**good, 'captions': ['', ' ']}, {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'},
             {**good, 'split': 'nowhere'}, {**good, 'colour': {'r': 1}}]
   with (root / 'data.jsonl').open('a') as file:

@@ -26,8 +26,8 @@ def _all(data, split='train', source='own:colours'):
 
 
 def test_splits_are_those_that_the_data_names(pictures):
-  # 30 rows, every fifth for the test; eight odd pictures that are fine and one repeated one more in training.
-  assert pictures[2]['splits'] == {'train': 24 + 8 + 1, 'test': 6}
+  # 30 rows, every fifth for the test; in training eight odd pictures more that are fine, one repeated, and one without captions.
+  assert pictures[2]['splits'] == {'train': 24 + 8 + 2, 'test': 6}
 
 
 def test_every_skipped_row_has_its_reason_and_first_paths(pictures):
@@ -36,6 +36,7 @@ def test_every_skipped_row_has_its_reason_and_first_paths(pictures):
   assert counts == {
       'missing file': 1, 'broken picture': 1, 'smaller than 8 pixels': 1, 'not a picture': 1, 'empty caption': 1,
       "wrong type of 'captions'": 1, 'duplicate': 1, 'not an object': 1, 'neither a picture, a clip nor a text': 1,
+      'no picture': 1, 'a clip, and most rows have a picture': 1, "'colour' is a list, and in most rows a single value": 1,
       "split 'nowhere' is not train, validation or test": 1, "wrong type of 'colour'": 1, 'not JSON': 1}
   # Line 31 is the first odd row.
   assert skipped['missing file']['first'] == ['data.jsonl:31']
@@ -51,7 +52,7 @@ def test_odd_pictures_that_are_fine_are_there_with_their_captions(pictures):
 
 def test_bytes_are_those_of_the_file_but_for_what_would_be_seen_wrongly(pictures):
   data, root, said, odd = pictures
-  kept = {row['captions'][0].removeprefix('рыжий кот '): row['image'] for row in _all(data)[1]}
+  kept = {row['captions'][0].removeprefix('рыжий кот '): row['image'] for row in _all(data)[1] if row['captions']}
   same = {name for name, reason in odd.items() if not reason and (root / 'pictures' / name).read_bytes() == kept[name]}
   assert same == {'UPPER.JPG', 'palette.png', 'grey.png', 'web.webp'}
   assert said['rewritten'] == {
@@ -77,6 +78,27 @@ def test_a_field_whose_values_repeat_is_a_class_and_says_which_rows_have_none(pi
   assert pictures[2]['classes']['colour']['counts']['test'] == [2, 2, 2]
 
 
+def test_it_is_known_beforehand_which_rows_have_texts(pictures):
+  records, rows = _all(pictures[0])
+  assert records.present['captions'].tolist() == [bool(r['captions']) for r in rows]
+  assert records.present['captions'].sum() == records.size - 1
+
+
+def test_of_two_media_the_commoner_stays_and_of_texts_what_most_rows_have(tmp_path):
+  own_files.clips(tmp_path / 'in', count=2)
+  lines = [{'text_a': f'one {i}', 'text_b': f'two {i}'} for i in range(5)]
+  lines += [{'text_a': 'one'}, {'text_a': 'six', 'text_b': 'six', 'text_c': 'more'}]
+  (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  said = prepare.prepare(tmp_path / 'texts.jsonl', tmp_path, 'texts', holdout=0.0, max_bad_fraction=0.5)
+  assert said['skipped'] == {"no 'text_b'": {'count': 1, 'first': ['texts.jsonl:6']}} and said['splits'] == {'train': 6}
+  assert _all(tmp_path, source='own:texts')[0].present['text_c'].tolist() == [False] * 5 + [True]
+  for i in range(3):
+    (tmp_path / f'in/moves/{i}.png').write_bytes(own_files.encoded(own_files.picture('red', i), 'PNG'))
+  said = prepare.prepare(tmp_path / 'in', tmp_path, 'mixed', holdout=0.0, max_bad_fraction=0.5)
+  assert said['columns'] == {'image': 'image', 'label': 'class'} and said['splits'] == {'train': 3}
+  assert {reason: found['count'] for reason, found in said['skipped'].items()} == {'a clip, and most rows have a picture': 2}
+
+
 def test_statistics_say_sizes_and_captions(pictures):
   assert pictures[2]['sizes']['median'] == [32, 24]
   assert pictures[2]['captions_per_example'] == {'least': [1], 'median': [2], 'most': [2]}
@@ -91,7 +113,7 @@ def test_a_version_is_written_once_and_the_newest_is_read(pictures, tmp_path):
   (root / 'data.jsonl').write_text(''.join((root / 'data.jsonl').read_text().splitlines(True)[:20]))
   prepare.prepare(root, tmp_path, 'colours', '1.10.0')
   assert stored.load('own:colours', tmp_path, 'train').size == 16
-  assert stored.load('own:colours/1.0.0', tmp_path, 'train').size == 33
+  assert stored.load('own:colours/1.0.0', tmp_path, 'train').size == 34
 
 
 def test_too_many_bad_rows_stop_with_the_first(tmp_path):

@@ -202,6 +202,24 @@ def test_evaluation_replaces_nothing_and_stops():
   assert next(evaluation_batches(_examples({3}, training=False), np.arange(3), 3))[1] == 3
 
 
+def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
+  root = own_files.captioned(tmp_path / 'in', 10)
+  lines = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]
+  for name, i in (('captions', 5), ('colour', 7)):
+    del lines[i][name]
+  (root / 'data.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  prepare.prepare(root, tmp_path, 'some')
+  records = stored.load('own:some', tmp_path, 'train')  # eight: 0…3 and 5…8
+  c = tiny.config(data_dir='')
+  c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch=4, captions=('{captions}',), length=8)
+  [pair] = resolve.resolve(c).tasks
+  places = lambda *captions: StoredBuilder(None, {}, SIDE, 3, False, False, 0, 0.1)._places(
+      dataclasses.replace(pair, captions=captions), records).tolist()
+  assert places('a picture') == list(range(8))
+  assert places('{captions}') == [0, 1, 2, 3, 5, 6, 7]
+  assert places('{captions}', 'it is {colour}') == [0, 1, 2, 3, 5, 7]
+
+
 def test_a_config_that_does_not_fit_the_source_is_told(run):
   plan, data = run
   tasks = {t.name: t for t in plan.tasks}

@@ -2,7 +2,7 @@
 
   data_dir/own/NAME/VERSION/      features and shards, as TFDS lays them out: tfds.builder_from_directory(…) reads them
                     prepared.json splits, columns, classes, statistics, what was skipped (first paths), the fingerprint
-                    labels.npz    {split}/{column}: int32 [N], -1 for none
+                    labels.npz    {split}/{column}: int32 [N], -1 for none; of texts bool [N], whether a row has one
 
 Pictures and clips keep the bytes of their files, but for the few that `media.py` must rewrite. Every file is decoded once.
 """
@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ import numpy as np
 from absl import logging
 
 from uni_moe_jax.data import media, storage
+from uni_moe_jax.data.agreement import agreed
 from uni_moe_jax.data.formats import Row, Skipped, read
 
 FOLDER, SUMMARY, LABELS = 'own', 'prepared.json', 'labels.npz'
@@ -64,7 +66,10 @@ def prepare(
   if place.is_dir():
     raise ValueError(f'{place} is there already; give another --version or --name, or remove it.')
   skipped: dict[str, list[str]] = collections.defaultdict(list)
-  rows = list(_checked(_distinct(read(source, gif), skipped), skipped))
+  found, apart = agreed(list(_distinct(read(source, gif), skipped)))
+  for row in apart:
+    skipped[row.reason].append(row.where)
+  rows = list(_checked(found, skipped))
   bad, total = sum(map(len, skipped.values())), len(rows) + sum(map(len, skipped.values()))
   if not rows or bad > max_bad_fraction * total:
     worst = max(skipped, key=lambda reason: len(skipped[reason]), default='')
@@ -76,9 +81,10 @@ def prepare(
   with storage.building(place) as folder:
     prints = _write(folder, name, version, splits, classes)
     summary = _summary(name, version, splits, classes, skipped, prints)
+    known = {column: _present for column, kind in summary['columns'].items() if kind in ('text', 'texts')}
+    known |= {column: functools.partial(_labels, names=names) for column, names in classes.items()}
     np.savez_compressed(folder / LABELS, **{
-        f'{split}/{column}': _labels(members, column, names) for split, members in splits.items()
-        for column, names in classes.items()})
+        f'{split}/{column}': of(members, column) for split, members in splits.items() for column, of in known.items()})
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
   return summary
 
@@ -90,7 +96,7 @@ def _distinct(found: Iterable[Row | Skipped], skipped: dict[str, list[str]]) -> 
     if isinstance(row, Skipped):
       skipped[row.reason].append(row.where)
       continue
-    key = row.key or (str(row.path), row.frame_index, *sorted(row.texts.items()), *sorted(row.labels.items()))
+    key = row.key or (row.media, str(row.path), row.frame_index, *sorted(row.texts.items()), *sorted(row.labels.items()))
     key = hashlib.sha256(repr(key).encode()).digest()
     if key in seen:
       skipped['duplicate key' if row.key else 'duplicate'].append(row.where)
@@ -165,11 +171,15 @@ def _labels(members: list[Checked], column: str, names: tuple[str, ...]) -> np.n
   return np.array([place.get(c.row.labels.get(column), -1) for c in members], np.int32)
 
 
+def _present(members: list[Checked], column: str) -> np.ndarray:
+  return np.array([bool(c.row.texts.get(column) or c.row.labels.get(column)) for c in members], bool)
+
+
 def _columns(rows: list[Checked], classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
   """Column → 'image' | 'video' | 'texts' | 'text' | 'class'."""
   out = {c.row.media: c.row.media for c in rows if c.row.media}
   for c in rows:
-    out |= {name: 'texts' if isinstance(v, tuple) or out.get(name) == 'texts' else 'text' for name, v in c.row.texts.items()}
+    out |= {name: 'texts' if isinstance(v, tuple) else 'text' for name, v in c.row.texts.items()}
     out |= {name: 'class' if name in classes else 'text' for name in c.row.labels}
   return dict(sorted(out.items()))
 
@@ -225,7 +235,7 @@ def _examples(members: list[Checked], columns: dict[str, str], digest) -> Iterat
         example[column] = c.row.labels.get(column, -1)
       else:
         value = c.row.texts.get(column, c.row.labels.get(column, () if kind == 'texts' else ''))
-        example[column] = [value] if kind == 'texts' and isinstance(value, str) else list(value) if kind == 'texts' else value
+        example[column] = list(value) if kind == 'texts' else value
       part = example[column]
       digest.update(hashlib.sha256(data if kind in ('image', 'video') else repr(part).encode()).digest())
     yield i, example

@@ -35,6 +35,7 @@ class Stored:
     classes: class column → its names in order.
     labels: class column → int32 [N], -1 for none; only of own data: elsewhere a label is known when its record is read.
     fingerprint: hex sha256 of what the records are.
+    present: column of texts → bool [N], whether a record has one; of own data, as `labels`.
   """
   name: str
   size: int
@@ -43,6 +44,7 @@ class Stored:
   classes: dict[str, tuple[str, ...]]
   labels: dict[str, np.ndarray]
   fingerprint: str
+  present: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def media(self) -> str | None:
     """The column of pictures or clips."""
@@ -118,9 +120,12 @@ def _own(source: str, directory: pathlib.Path, split: str) -> Stored:
   classes = {column: tuple(of['names']) for column, of in facts['classes'].items()}
   with np.load(folder / prepare.LABELS) as stored:
     labels = {column: stored[f'{split}/{column}'] for column in classes}
+    present = {c: stored[f'{split}/{c}'] for c, kind in facts['columns'].items()
+               if kind in ('text', 'texts') and f'{split}/{c}' in stored}  # not of data that an earlier version prepared
   columns = {**facts['columns'], WHERE: 'text'}
   rows = functools.partial(_rows, _open(_builder(str(folder)), split, columns), columns, classes)
-  return Stored(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split])
+  return Stored(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split],
+                present)
 
 
 def tfds_builder(source: str, directory: str | os.PathLike[str]):

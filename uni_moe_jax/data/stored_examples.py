@@ -14,6 +14,7 @@ from uni_moe_jax.data import clip_pixels, hashing, pictures, preprocess, stored_
 from uni_moe_jax.data.examples import Examples, subset
 from uni_moe_jax.data.faults import Faults
 from uni_moe_jax.data.stored import Stored
+from uni_moe_jax.data.templates import columns_of
 from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.data.video import Undecodable
 from uni_moe_jax.plan import TaskSpec
@@ -74,17 +75,21 @@ class StoredBuilder:
     return readers
 
   def _places(self, task: TaskSpec, records: Stored) -> np.ndarray:
-    """Ids of the records that are examples: where labels are known beforehand, those that have one."""
+    """Ids of the records that are examples: where it is known beforehand, those that have a label and what templates name."""
+    named = {task.label, *(column for template in (*task.captions, task.template) for column in columns_of(template))}
+    has = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
+    wanted = sorted(named & has.keys())
     keep, labels = np.arange(records.size), None
+    for column in wanted:
+      keep = keep[has[column][keep]]
     if task.label in records.labels:
-      keep = np.flatnonzero(records.labels[task.label] >= 0)
       labels = records.labels[task.label][keep]
     elif task.per_class:
       raise ValueError(f'config.tasks.{task.name}.per_class={task.per_class}: the labels of source {task.source!r} are only known '
                        'when its records are read; prepare it as your own data, or give a subset.')
     if not len(keep):
-      raise ValueError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has a '
-                       f'{task.label!r}.')
+      raise ValueError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
+                       f'{" and ".join(map(repr, wanted)) or "anything"}.')
     return subset(keep, labels, task, self.seed) if self.training else keep
 
   def _masked(self, task: TaskSpec, running: stored_rows.Running):
