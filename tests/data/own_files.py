@@ -51,6 +51,8 @@ def odd_rows(root: pathlib.Path) -> dict[str, str]:
   put('grey.png', encoded(red.convert('L'), 'PNG'))
   put('moving.gif', encoded(red, 'GIF', save_all=True, append_images=[picture('blue', 97)]))
   put('words.png', b'no picture at all')
+  put('tags.png', b'II*\0\x08\0\0\0' + bytes(6))  # a TIFF file that does not say its size
+  put('camera.jpg', encoded(red, exif=b'Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0'))  # whose facts are cut off
   turned = Image.Exif()
   turned[0x0112] = 6
   put('turned.jpg', encoded(red, exif=turned))
@@ -58,17 +60,23 @@ def odd_rows(root: pathlib.Path) -> dict[str, str]:
   put('web.webp', encoded(red, 'WEBP'))
   rows = {
       'missing.jpg': 'missing file', 'cut.jpg': 'broken picture', 'dot.png': 'smaller than 8 pixels',
-      'words.png': 'not a picture', 'UPPER.JPG': '', 'alpha.png': '', 'palette.png': '', 'grey.png': '', 'moving.gif': '',
+      'words.png': 'not a picture', 'tags.png': 'not a picture', 'camera.jpg': '', 'UPPER.JPG': '', 'alpha.png': '', 'palette.png': '', 'grey.png': '', 'moving.gif': '',
       'turned.jpg': '', 'print.jpg': '', 'web.webp': ''}
   lines = [{'image': f'pictures/{name}', 'captions': [f'рыжий кот {name}'], 'split': 'train'} for name in rows]
   good = {'image': 'pictures/000.jpg', 'captions': ['once more'], 'split': 'train'}
   lines += [{'image': None, 'captions': ['y']}, {**good, 'image': None, 'video': 'pictures/000.jpg'}, {**good, 'colour': ['red']},
             {**good, 'captions': None}]  # the last is a picture of no captions, which is fine
+  lines += [{**good, 'image': 'pictures/\0.png'}, {**good, 'image': 'pictures'}, {**good, 'image': 'long' * 99}]
+  lines += [{**good, 'text_a': 5}, {**good, 'where': 'here'}]
   lines += [{**good, 'captions': ['', ' ']}, {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'},
             {**good, 'split': 'nowhere'}, {**good, 'colour': {'r': 1}}]
   with (root / 'data.jsonl').open('a') as file:
     file.writelines(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-    file.write('{"image": \n')
+    file.write('{"image": \n' + '[' * 100_000 + '\n')
+  with (root / 'data.jsonl').open('ab') as file:
+    file.write(json.dumps({**good, 'captions': ['café']}, ensure_ascii=False).encode('latin-1') + b'\n')
+    file.write(json.dumps({**good, 'captions': ['x \ud83d']}).encode() + b'\n')
+  (root / '._data.jsonl').write_bytes(b'\0\5\26\7')  # as macOS leaves them
   return rows
 
 

@@ -7,9 +7,8 @@ preparation that has run for hours, or a training that has.
 import collections
 from collections.abc import Sequence
 
-from uni_moe_jax.data.formats import MEDIA, Row, Skipped
+from uni_moe_jax.data.formats import MEDIA, Row, Skipped, is_text
 
-_REQUIRED = 'text'  # how a field begins that is an example's own text: without it there is no example
 _NOUNS = {'image': 'picture', 'video': 'clip'}
 _LIST, _ONE = 'a list', 'a single value'
 
@@ -25,7 +24,7 @@ def agreed(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:
       types[name][kind] += 1
   usual = {name: max((_LIST, _ONE), key=lambda kind: counts[kind]) for name, counts in types.items()}
   required = [name for name, counts in sorted(types.items())
-              if name.startswith(_REQUIRED) and counts.total() > len(alike) / 2]
+              if is_text(name) and counts.total() > len(alike) / 2]
   kept, skipped = [], []
   for row in rows:
     if reason := _apart(row, medium, usual, required):

@@ -25,7 +25,7 @@ from absl import logging
 
 from uni_moe_jax.data import media, storage
 from uni_moe_jax.data.agreement import agreed
-from uni_moe_jax.data.formats import Row, Skipped, read
+from uni_moe_jax.data.formats import WHERE, Row, Skipped, read
 
 FOLDER, SUMMARY, LABELS = 'own', 'prepared.json', 'labels.npz'
 VERSION = '1.0.0'
@@ -76,11 +76,11 @@ def prepare(
     first = f', the first of them {skipped[worst][0]}' if worst else ''
     raise ValueError(f'{bad} of {total} rows of {source} are bad; most are {worst!r} ({len(skipped[worst]) if worst else 0}'
                      f'{first}). Mend them, or raise --max_bad_fraction={max_bad_fraction}.')
-  splits = _split(rows, holdout)
+  splits = _split(rows, holdout, source if source.is_dir() else source.parent)
   classes = _classes(rows)
   with storage.building(place) as folder:
     prints = _write(folder, name, version, splits, classes)
-    summary = _summary(name, version, splits, classes, skipped, prints)
+    summary = _summary(name, version, splits, classes, skipped, prints, _warnings(splits, holdout))
     known = {column: _present for column, kind in summary['columns'].items() if kind in ('text', 'texts')}
     known |= {column: functools.partial(_labels, names=names) for column, names in classes.items()}
     np.savez_compressed(folder / LABELS, **{
@@ -138,17 +138,21 @@ def open_media(row: Row, arrays: media.FrameArrays) -> media.Media:
   return media.picture(row.path) if row.media == 'image' else media.clip(row.path)
 
 
-def _split(rows: list[Checked], holdout: float) -> dict[str, list[Checked]]:
+def _split(rows: list[Checked], holdout: float, folder: pathlib.Path) -> dict[str, list[Checked]]:
   """Rows by split; where none is named, whole groups are drawn by a hash of their name (of the file or text without group)."""
   named = any(c.row.split for c in rows)
   out: dict[str, list[Checked]] = {s: [] for s in SPLITS}
   for c in rows:
-    group = c.row.group or c.row.key or (f'{c.row.path}#{c.row.frame_index}' if c.row.path else c.row.where)
     if named:
       out[c.row.split or 'train'].append(c)
-    else:
-      drawn = int.from_bytes(hashlib.sha256(pathlib.Path(group).name.encode()).digest()[:8]) / 2**64
-      out['test' if drawn < holdout else 'train'].append(c)
+      continue
+    # Of a file all of its path below the input counts: many folders may each have an 'image.png'.
+    file = c.row.path and f'{os.path.relpath(c.row.path, folder)}#{c.row.frame_index}'
+    group = c.row.group or c.row.key or file or c.row.where
+    drawn = int.from_bytes(hashlib.sha256(group.encode(errors='backslashreplace')).digest()[:8]) / 2**64
+    out['test' if drawn < holdout else 'train'].append(c)
+  if not out['train'] and not named and holdout < 1:
+    out = {'train': out['test']}  # of so few groups none is left to train on
   return {s: members for s, members in out.items() if members}
 
 
@@ -196,7 +200,7 @@ def _write(
         'texts': lambda: features.Sequence(features.Text())}
   described = features.FeaturesDict({
       column: features.ClassLabel(names=list(classes[column])) if kind == 'class' else of[kind]()
-      for column, kind in {**columns, 'where': 'text'}.items()})
+      for column, kind in {**columns, WHERE: 'text'}.items()})
   digests = {split: hashlib.sha256() for split in splits}
   unfinished = folder / 'unfinished'
   with _quietly():
@@ -226,7 +230,7 @@ def _quietly() -> Iterator[None]:
 def _examples(members: list[Checked], columns: dict[str, str], digest) -> Iterator[tuple[int, dict]]:
   arrays = media.FrameArrays()
   for i, c in enumerate(members):
-    example = {'where': c.row.where}
+    example = {WHERE: c.row.where}
     for column, kind in columns.items():
       if kind in ('image', 'video'):
         data = (c.row.path.read_bytes() if not c.note and c.row.frame_index is None else open_media(c.row, arrays).data)
@@ -241,7 +245,16 @@ def _examples(members: list[Checked], columns: dict[str, str], digest) -> Iterat
     yield i, example
 
 
-def _summary(name, version, splits, classes, skipped, prints) -> dict:
+def _warnings(splits: dict[str, list[Checked]], holdout: float) -> list[str]:
+  """What a person should know of splits that came out empty."""
+  if 'train' not in splits:
+    return ['there is no split train, so that this data can only evaluate']
+  if holdout and 'test' not in splits and not any(c.row.split for members in splits.values() for c in members):
+    return [f'no group fell to the split test by --holdout={holdout}: the groups are too few; raise it, or give each row its split']
+  return []
+
+
+def _summary(name, version, splits, classes, skipped, prints, warnings) -> dict:
   rows = [c for members in splits.values() for c in members]
   groups = collections.defaultdict(set)
   for split, members in splits.items():
@@ -259,6 +272,7 @@ def _summary(name, version, splits, classes, skipped, prints) -> dict:
       'sizes': _spread([c.size for c in rows if c.size]),
       'captions_per_example': _spread([(len(c.row.texts['captions']),) for c in rows if 'captions' in c.row.texts]),
       'rewritten': dict(notes.most_common()),
+      'warnings': warnings,
       'groups_in_several_splits': sum(len(s) > 1 for s in groups.values()),
       'skipped': {reason: {'count': len(paths), 'first': paths[:_SHOWN]}
                   for reason, paths in sorted(skipped.items(), key=lambda item: -len(item[1]))}}
@@ -282,6 +296,7 @@ def describe(summary: dict) -> str:
   for title, spread in (('size', summary['sizes']), ('captions', summary['captions_per_example'])):
     if spread:
       lines.append(f'{title}: ' + ', '.join(f'{k} {" × ".join(map(str, v))}' for k, v in spread.items()))
+  lines += [f'warning: {warning}' for warning in summary['warnings']]
   lines += [f'rewritten, {note}: {count}' for note, count in summary['rewritten'].items()]
   if summary['groups_in_several_splits']:
     lines.append(f'groups in several splits: {summary["groups_in_several_splits"]}: a test may know them from training')

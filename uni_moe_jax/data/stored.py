@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.data import prepare
+from uni_moe_jax.data.formats import WHERE
 from uni_moe_jax.tasks import nearest
 
 OWN, TFDS = 'own:', 'tfds:'
 MEDIA = ('image', 'video')  # kinds of columns whose values are bytes
-WHERE = 'where'  # the column that says which file a record came from
 
 
 @dataclasses.dataclass(frozen=True)
