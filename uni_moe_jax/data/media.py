@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MIN_SIDE = 8  # pixels: less is a mark that follows readers, or a leftover, and no picture
-_RAW = ('JPEG', 'PNG', 'BMP', 'WEBP')  # formats that tf.io.decode_image reads
+_RAW = ('JPEG', 'PNG', 'WEBP')  # formats that tf.io.decode_image reads as Pillow does; of a BMP it takes a palette's numbers for levels
 _MODES = ('L', 'RGB', '1', 'P')
 _ORIENTATION = 0x0112  # of EXIF
 
@@ -78,15 +78,13 @@ def _as_seen(data: bytes) -> Media:
 
 
 def clip(path: pathlib.Path) -> Media:
-  """A video file, as it is; its first frame must decode. Raises Broken."""
+  """A video file, as it is; every frame of it must decode. Raises Broken."""
   from uni_moe_jax.data import video
   data = _bytes(path)
   try:
-    frames = video.sample(data, np.zeros(1))
-    count = video.length(data)
+    return Media(data, video.measure(data))
   except video.Undecodable as e:
     raise Broken('broken clip') from e
-  return Media(data, (count, frames.shape[2], frames.shape[1]))
 
 
 class FrameArrays:
