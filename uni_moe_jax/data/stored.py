@@ -16,12 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax import failures
 from uni_moe_jax.data import prepare
 from uni_moe_jax.data.formats import WHERE
 from uni_moe_jax.tasks import nearest
 
 OWN, TFDS = 'own:', 'tfds:'
 MEDIA = ('image', 'video')  # kinds of columns whose values are bytes
+_PROBES = 8  # records that are tried before a source is held to be out of reach
+
+
+class Unusable(Exception):
+  """A record that gives no example; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +56,51 @@ class Stored:
     """The column of pictures or clips."""
     return next((c for c, kind in self.columns.items() if kind in MEDIA), None)
 
+  def fetched(self, ids: np.ndarray) -> list[dict[str, Any] | Unusable]:
+    """As `rows`, but in the place of a record that cannot be read stands why.
+
+    Raises:
+      failures.Failure: no record can be read, neither these nor others.
+    """
+    try:
+      return self.rows(ids)
+    except Exception as e:  # array_record and TFDS document no closed set of what they raise of damaged files
+      first = e
+    found = [self._fetched_alone(i) for i in ids]
+    if all(isinstance(row, Unusable) for row in found):
+      probes = np.linspace(0, self.size - 1, min(_PROBES, self.size)).astype(np.int64)
+      if all(isinstance(self._fetched_alone(i), Unusable) for i in probes):
+        raise failures.Failure(f'source {self.name!r} cannot be read ({first}). Look whether its data directory is there and its disk '
+                               'can be reached; then the same command continues.') from first
+    return found
+
+  def whole_rows(self, ids: np.ndarray) -> list[dict[str, Any]]:
+    """As `rows`, where all must be read. Raises failures.Failure with the first record that cannot be."""
+    found = self.fetched(ids)
+    for i, row in zip(ids, found):
+      if isinstance(row, Unusable):
+        raise failures.Failure(f'{self.where(int(i))}: {row}. Prepare source {self.name!r} again.')
+    return found
+
+  def _fetched_alone(self, index: int) -> dict[str, Any] | Unusable:
+    try:
+      return self.rows(np.array([index]))[0]
+    except Exception as e:
+      return Unusable(f'a record that cannot be read ({e})')
+
   def where(self, index: int) -> str:
     """Which record this is, for a person."""
-    if WHERE in self.columns:
-      return self.rows(np.array([index]))[0][WHERE]
-    return f'{self.name}, record {index}'
+    row = self._fetched_alone(index) if WHERE in self.columns else None
+    return row[WHERE] if isinstance(row, dict) else f'{self.name}, record {index}'
 
   def texts(self, most: int) -> list[str]:
     """Texts of up to `most` records, evenly spread; class names."""
     ids = np.unique(np.linspace(0, self.size - 1, min(most, self.size)).astype(np.int64))
     found = [name for names in self.classes.values() for name in names]
     for part in np.array_split(ids, -(-len(ids) // 256)):
-      for row in self.rows(part):
+      for row in self.fetched(part):
         for column, kind in self.columns.items():
-          if kind in ('text', 'texts') and column != WHERE:
+          if kind in ('text', 'texts') and column != WHERE and not isinstance(row, Unusable):
             found += [row[column]] if kind == 'text' else row[column]
     return found
 
