@@ -64,13 +64,13 @@ def odd_rows(root: pathlib.Path) -> dict[str, str]:
   put('deep.png', encoded(Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 100), 'PNG'))
   rows = {
       'missing.jpg': 'missing file', 'cut.jpg': 'broken picture', 'dot.png': 'smaller than 8 pixels',
-      'words.png': 'not a picture', 'tags.png': 'not a picture', 'camera.jpg': '', 'UPPER.JPG': '', 'alpha.png': '', 'palette.png': '', 'grey.png': '', 'moving.gif': '',
-      'turned.jpg': '', 'print.jpg': '', 'web.webp': '', 'index.bmp': '',
-      'bits.bmp': '', 'bits.png': '', 'deep.png': ''}
+      'words.png': 'not a picture', 'tags.png': 'not a picture', 'UPPER.JPG': '', 'alpha.png': '', 'palette.png': '', 'grey.png': '',
+      'moving.gif': '', 'turned.jpg': '', 'print.jpg': '', 'web.webp': '', 'camera.jpg': '', 'index.bmp': '', 'bits.bmp': '',
+      'bits.png': '', 'deep.png': ''}
   lines = [{'image': f'pictures/{name}', 'captions': [f'рыжий кот {name}'], 'split': 'train'} for name in rows]
   good = {'image': 'pictures/000.jpg', 'captions': ['once more'], 'split': 'train'}
-  lines += [{'image': None, 'captions': ['y']}, {**good, 'image': None, 'video': 'pictures/000.jpg'}, {**good, 'colour': ['red']},
-            {**good, 'captions': None}]  # the last is a picture of no captions, which is fine
+  lines += [{'image': None, 'captions': ['y']}, {**good, 'image': None, 'video': 'pictures/000.jpg'},
+            {**good, 'colour': ['red']}, {**good, 'captions': None}]  # the last is a picture of no captions, which is fine
   lines += [{**good, 'image': 'pictures/\0.png'}, {**good, 'image': 'pictures'}, {**good, 'image': 'long' * 99}]
   lines += [{**good, 'text_a': 5}, {**good, 'where': 'here'}]
   lines += [{**good, 'captions': ['', ' ']}, {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'},

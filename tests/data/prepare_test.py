@@ -40,7 +40,8 @@ def test_every_skipped_row_has_its_reason_and_first_paths(pictures):
   assert counts == {
       'missing file': 1, 'broken picture': 1, 'smaller than 8 pixels': 1, 'not a picture': 2, 'empty caption': 1,
       "wrong type of 'captions'": 1, 'duplicate': 1, 'not an object': 1, 'neither a picture, a clip nor a text': 1,
-      'not UTF-8': 2, 'unreadable file': 3, "wrong type of 'text_a'": 1, "a field 'where', which is where the row itself is written": 1,
+      'not UTF-8': 2, 'unreadable file': 3, "wrong type of 'text_a'": 1,
+      "a field 'where', which is where the row itself is written": 1,
       'no picture': 1, 'a clip, and most rows have a picture': 1, "'colour' is a list, and in most rows a single value": 1,
       "split 'nowhere' is not train, validation or test": 1, "wrong type of 'colour'": 1, 'not JSON': 2}
   # Line 31 is the first odd row.

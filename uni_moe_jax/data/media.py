@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MIN_SIDE = 8  # pixels: less is a mark that follows readers, or a leftover, and no picture
-_RAW = ('JPEG', 'PNG', 'WEBP')  # formats that tf.io.decode_image reads as Pillow does; of a BMP it takes a palette's numbers for levels
+# Formats that tf.io.decode_image reads as Pillow does. Of a BMP it takes the numbers of a palette for levels.
+_RAW = ('JPEG', 'PNG', 'WEBP')
 _MODES = ('L', 'RGB', '1', 'P')
 _ORIENTATION = 0x0112  # of EXIF
 

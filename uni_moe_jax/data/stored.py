@@ -70,8 +70,8 @@ class Stored:
     if all(isinstance(row, Unusable) for row in found):
       probes = np.linspace(0, self.size - 1, min(_PROBES, self.size)).astype(np.int64)
       if all(isinstance(self._fetched_alone(i), Unusable) for i in probes):
-        raise failures.Failure(f'source {self.name!r} cannot be read ({first}). Look whether its data directory is there and its disk '
-                               'can be reached; then the same command continues.') from first
+        raise failures.Failure(f'source {self.name!r} cannot be read ({first}). Look whether its data directory is there and its '
+                               'disk can be reached; then the same command continues.') from first
     return found
 
   def whole_rows(self, ids: np.ndarray) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def load(source: str, directory: str | os.PathLike[str], split: str) -> Stored:
     FileNotFoundError: the source is not prepared there; says the command. ValueError: it has no such split.
   """
   if source.startswith(OWN):
-    return _own(source, pathlib.Path(directory).expanduser(), split)
+    return _own(source, pathlib.Path(os.path.expanduser(directory)), split)
   return _tfds(source, directory, split)
 
 
@@ -127,7 +127,7 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
   Raises:
     FileNotFoundError: there is none.
   """
-  root, (name, _, version) = pathlib.Path(directory).expanduser() / prepare.FOLDER, name.partition('/')
+  root, (name, _, version) = pathlib.Path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
   versions = sorted((p.parent for p in (root / name).glob(f'*/{prepare.SUMMARY}')),
                     key=lambda p: tuple(map(int, p.name.split('.'))))
   found = [p for p in versions if not version or p.name == version]
