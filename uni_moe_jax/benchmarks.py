@@ -217,8 +217,8 @@ def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTI
 
 
 def vqa(c: ml_collections.ConfigDict) -> None:
-  """Questions about pictures, ten answers each; the answers of the set are those that occur at least nine times in training. A
-  picture is not mirrored: published training mirrors it and swaps left and right in words."""
+  """Questions about pictures, ten answers each; the answers of the set are the commonest ones of at least nine questions. A picture
+  is not mirrored: published training mirrors it and swaps left and right in words."""
   c.sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', length=16)
   c.tasks.vqa = _task(
       'vqa', 'own:vqa', 'vqa', temperature='downstream', target_set='vqa_answers', label='answers', picks=10,

@@ -142,7 +142,7 @@ def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> l
 
   Args:
     predictions: N answers.
-    answers: for each what people said, written as the predictions are.
+    answers: for each what people said, written as the predictions are (`data/answers.py`).
 
   Raises:
     ValueError: not as many of each, or a question that nobody answered.
