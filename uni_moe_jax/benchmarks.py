@@ -1,7 +1,8 @@
 """The published pretraining tasks and downstream benchmarks as tables: sources, answer sets, batches, how each is evaluated.
 
-Sources are TFDS data sets where TFDS has them, and else own data under these names; docs/benchmarks.md says how to obtain each. Sizes,
-weights, lengths and augmentations are those of the published configs; batches are those of one process there. What is ours says so.
+Sources are TFDS data sets where TFDS has them, and else own data under these names; docs/benchmarks.md says how to obtain each.
+Sizes, weights, lengths and augmentations are those of the published configs; batches are those of one process there. What is ours
+says so.
 """
 
 import dataclasses
@@ -182,6 +183,7 @@ def glue(c: ml_collections.ConfigDict, name: str) -> None:
 def imagenet1k(c: ml_collections.ConfigDict) -> None:
   """Which of 1000 classes a picture shows."""
   c.sets.imagenet1k = config.target_set(IMAGENET_NAMES, family='names', length=32)
+  c.declared.entries.imagenet1k = ((4, 500), (8, 500))  # here and below, how long they are is an assumption
   c.tasks.imagenet1k = _task(
       'image_classification', 'tfds:imagenet2012', 'imagenet1k', temperature='img_cls', target_set='imagenet1k', label='label',
       smoothing=_SMOOTHING, **_CLASSIFIED)
@@ -191,6 +193,7 @@ def imagenet1k(c: ml_collections.ConfigDict) -> None:
 def kinetics400(c: ml_collections.ConfigDict) -> None:
   """Which of 400 actions a clip shows: eight frames, four views in time, three crops."""
   c.sets.kinetics400 = config.target_set('own:kinetics400/label', family='names', length=32)
+  c.declared.entries.kinetics400 = ((4, 200), (8, 200))
   c.tasks.kinetics400 = _task(
       'video_classification', 'own:kinetics400', 'kinetics400', temperature='video_cls', target_set='kinetics400', label='label',
       frames=8, **_CLIP)
@@ -220,6 +223,7 @@ def vqa(c: ml_collections.ConfigDict) -> None:
   """Questions about pictures, ten answers each; the answers of the set are the commonest ones of at least nine questions. A picture
   is not mirrored: published training mirrors it and swaps left and right in words."""
   c.sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', length=16)
+  c.declared.entries.vqa_answers = ((4, 3129),)
   c.tasks.vqa = _task(
       'vqa', 'own:vqa', 'vqa', temperature='downstream', target_set='vqa_answers', label='answers', picks=10,
       template='{question} <spe> <eot>', length=TUNING['vqa'].length)

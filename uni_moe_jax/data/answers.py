@@ -1,7 +1,7 @@
 """Answers as VQA's evaluation compares them.
 
-Its published rules (Antol et al., 2015, arXiv 1505.00468; visualqa.org/evaluation): small letters, no full stops but in decimals, no
-comma within a number, other marks become blanks, number words become digits, articles go, contractions get their apostrophe.
+Its published rules (Antol et al., 2015, arXiv 1505.00468; visualqa.org/evaluation): small letters, no full stops but in decimals,
+no comma within a number, other marks become blanks, number words become digits, articles go, contractions get their apostrophe.
 """
 
 import re
