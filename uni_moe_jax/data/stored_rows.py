@@ -14,6 +14,7 @@ import numpy as np
 
 from uni_moe_jax import failures
 from uni_moe_jax.data import hashing
+from uni_moe_jax.data.answers import answer
 from uni_moe_jax.data.examples import TextTable, text_rows
 from uni_moe_jax.data.faults import Faults
 from uni_moe_jax.data.stored import Stored, Unusable
@@ -58,6 +59,7 @@ def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
       return {'label': [place[row[task.label]]], 'weight': [1.0]}
     return Reader(_label_shapes(1), read)
   M = max(1, task.picks)
+  place = {answer(key): i for key, i in place.items()}
 
   def read_answers(row, _):
     if not row[task.label]:
@@ -67,11 +69,6 @@ def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
     share = [n / len(row[task.label]) for _, n in found]
     return {'label': [place[a] for a, _ in found] + pad, 'weight': share + pad}
   return Reader(_label_shapes(M), read_answers)
-
-
-def answer(text: str) -> str:
-  """An answer as answers are compared: case and spacing do not count."""
-  return ' '.join(text.casefold().split())
 
 
 def _label_shapes(M: int) -> Shapes:
