@@ -114,6 +114,7 @@ class Seen:
 
 def travel(journey: Journey, folder: pathlib.Path) -> Seen:
   """Moves the runs of a journey, two at a time, and judges them; faults are planted in the first of them."""
+  shutil.rmtree(folder, ignore_errors=True)
   (folder / 'data').mkdir(parents=True)
   moved_run.prepare(folder / 'data')
   seen = Seen()
