@@ -9,22 +9,23 @@ import time
 from collections.abc import Iterator, Sequence
 
 from uni_moe_jax import failures
-from uni_moe_jax.faults import damage, inputs, kills, planted, stops
+from uni_moe_jax.faults import damage, inputs, kills, moves, planted, stops
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS
 
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-  """How many kills, how many of them at least inside a save, inputs and commands; planted: which faults."""
+  """How many kills, how many of them at least inside a save, inputs and commands; planted: which faults; journey: of moves."""
   kills: int
   saves: int
   inputs: int
   commands: int
   planted: tuple[str, ...] = tuple(planted.FAULTS)
+  journey: moves.Journey = moves.FULL
 
 
-QUICK = Amounts(4, 2, 600, 6, ('one_bit', 'no_sums'))
+QUICK = Amounts(4, 2, 600, 6, ('one_bit', 'no_sums'), moves.SHORT)
 _PLANTED_KILLS, _PLANTED_SAVES = 3, 1
 
 
@@ -71,6 +72,12 @@ class _Work:
         say('\n'.join(f'  {line}' for line in seen))
       findings += found
     return findings
+
+  def moves(self) -> list[str]:
+    with _timed('moves') as say:
+      seen = moves.travel(self._amounts.journey, self._folder / 'moves')
+      say('\n'.join(f'  {line}' for line in seen.said))
+    return seen.findings
 
   def inputs(self) -> list[str]:
     findings = []
