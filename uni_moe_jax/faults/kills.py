@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,22 +36,26 @@ class Trainer:
   Attributes:
     folder: for work directories, compiled programs and the tokenizer.
     plant: fault of `planted.FAULTS`; '' is none.
-    overrides: fields of the config.
+    overrides: fields of the config. flags: more of launch/train.py.
   """
   folder: pathlib.Path
   plant: str = ''
   overrides: tuple[str, ...] = ()
+  flags: tuple[str, ...] = ()
+
+  def compile(self, log: pathlib.Path) -> int:
+    """Fills the cache of compiled programs; an exit code."""
+    return dataclasses.replace(self, flags=('--compile_only',)).run(self.folder / 'compiled', log)[0]
 
   def command(self, workdir: pathlib.Path) -> list[str]:
     """Program and arguments."""
     return [sys.executable, *(['-m', 'uni_moe_jax.faults.planted', self.plant] if self.plant else []),
                str(_ROOT / 'launch/train.py'), f'--config={_ROOT / CONFIG}', f'--workdir={workdir}',
-               f'--config.data.dir={self.folder}', *(f'--config.{o}' for o in self.overrides)]
+               f'--config.data.dir={self.folder}', *(f'--config.{o}' for o in self.overrides), *self.flags]
 
   def start(self, workdir: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
     """A process whose output is appended to `log`."""
-    with log.open('ab') as file:
-      return subprocess.Popen(self.command(workdir), stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment(self.folder))
+    return start(self.command(workdir), log, self.folder)
 
   def run(self, workdir: pathlib.Path, log: pathlib.Path) -> tuple[int, float]:
     """(exit code, seconds) of a run that is left alone, see `code_of`."""
@@ -58,8 +63,14 @@ class Trainer:
     return code_of(self.start(workdir, log)), time.monotonic() - began
 
 
+def start(command: Sequence[str], log: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
+  """A process, the first of its group, whose output is appended to `log`; its compiled programs lie in `folder`."""
+  with log.open('ab') as file:
+    return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment(folder))
+
+
 def code_of(process: subprocess.Popen) -> int:
-  """Waits for a process, the first of its group, to end, and not for ever: the group is killed after _LONGEST seconds. See `ending`."""
+  """Waits until a process that `start` made ends, and not for ever: its group is killed after _LONGEST seconds; see `ending`."""
   try:
     return process.wait(_LONGEST)
   except subprocess.TimeoutExpired:
