@@ -260,7 +260,7 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(trained, exported):
   folder, found = exported
   text = (folder / 'README.md').read_text()
   config = json.loads((trained[0] / 'config.json').read_text())
-  for said in ('merged for good', '4 kernels', '2 layers, width 16', '### shape', '### pair', '`classify`: pixels uint8[b, 1, 16, 16, 1]',
+  for said in ('merged for good', '4 kernels', '2 layers, width 16', 'float32 products are whole float32', '### shape', '### pair', '`classify`: pixels uint8[b, 1, 16, 16, 1]',
                'bar, disc, star', 'my shape', '0.625', config['data'], 'seed: 0', 'step: 2', 'trained by commit',
                hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
     assert said in text, said
@@ -317,6 +317,21 @@ def _operations(exported) -> collections.Counter:
 def _flops(exported, params) -> float:
   shapes = {'pixels': jax.ShapeDtypeStruct((3, 1, 16, 16, 1), jnp.uint8), 'targets': jax.ShapeDtypeStruct((3, 16), jnp.float32)}
   return jax.jit(exported.call).lower(params, shapes).compile().cost_analysis()['flops']
+
+
+def test_what_is_computed_at_export_has_whole_float32_products(trained, monkeypatch):
+  seen = []
+
+  def note(function):
+    def noted(*args, **kwargs):
+      seen.append((function.__name__, jax.config.jax_default_matmul_precision))
+      return function(*args, **kwargs)
+    return noted
+
+  monkeypatch.setattr(contents, 'merged', note(contents.merged))
+  monkeypatch.setattr(Predictor, 'target_set', note(Predictor.target_set))
+  _collect(trained, tasks=['shape'], fixed_sets=True)
+  assert set(seen) == {('target_set', 'highest'), ('merged', 'highest')}
 
 
 def test_one_condition_leaves_the_program_of_a_dense_model(trained, dense):

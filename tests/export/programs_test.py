@@ -1,6 +1,7 @@
 """Programs of every readout, and of models whose routers look at tokens, give what the model gives, at any batch."""
 
 import functools
+import re
 
 from absl.testing import absltest, parameterized
 import jax
@@ -15,6 +16,7 @@ from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.export import loader, programs
 from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.model import decode, inputs, similarity
+from uni_moe_jax.model.params import param_shapes
 from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.plan import TaskSpec
@@ -68,6 +70,28 @@ class ReadoutTest(parameterized.TestCase):
     want = np.asarray(expected(small_model.params(spec), fields, targets))
     self.assertEqual(found.shape, (3, V) if head else (3, 2, V))
     np.testing.assert_allclose(found, want[:, 0] if head else want, rtol=1e-5, atol=1e-5)
+
+
+class PrecisionTest(parameterized.TestCase):
+
+  @parameterized.parameters('classify', 'caption')
+  def test_float32_products_are_whole_on_every_platform(self, name):
+    # By default GPUs would multiply TF32 and TPUs bfloat16, and what a program was lowered with is fixed.
+    self.assertEqual(_products(jnp.float32, name), {('f32', True)})
+
+  def test_who_asks_for_bfloat16_asks_for_speed(self):
+    self.assertEqual(_products(jnp.bfloat16, 'classify'), {('bf16', False), ('f32', False)})
+
+
+def _products(dtype, name: str) -> set[tuple[str, bool]]:
+  """(type, whether they are whole) of the products in a program."""
+  spec = small_model.spec('dense', dtype=jnp.dtype(dtype))
+  asked = Asked(_task('image_caption' if name == 'caption' else 'image_classification'), 1, small_model.VOCABULARY)
+  program = programs.programs(UniPerceiver(spec), asked, small_model.SPE, small_model.EOT)[name]
+  lines = program.lowered(by_path(param_shapes(UniPerceiver(spec)))).mlir_module().splitlines()
+  found = [line for line in lines if 'stablehlo.dot_general' in line]
+  assert len(found) > 5
+  return {(re.search(r'tensor<[?\dx]*(\w+)>', line)[1], 'precision = [HIGHEST, HIGHEST]' in line) for line in found}
 
 
 class TokenRouterTest(parameterized.TestCase):

@@ -15,6 +15,11 @@ _LEFT = {
               'programs**, and every token costs what it cost in training.',
 }
 
+_PRODUCTS = {
+    'float32': 'Their float32 products are whole float32 on every platform; exported with `--dtype=bfloat16`, they are faster.',
+    'bfloat16': 'Products of layers are bfloat16, the fast choice; the few that stay float32 may be rounded by the platform.',
+}
+
 
 def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[str, tuple[str, int]]) -> str:
   """README.md of the folder.
@@ -34,8 +39,7 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '',
       '`load.py` is the loader; its first lines say how it is used. It checks every file of this folder against `SHA256SUMS`. '
       'Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. JAX reads programs of its own version for at least six '
-      f'months; these are by {origin["jax"]}. On TPU, JAX multiplies float32 with less precision unless '
-      '`jax.default_matmul_precision` says otherwise.',
+      f'months; these are by {origin["jax"]}. ' + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
       '',

@@ -13,7 +13,7 @@ from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.sets import TargetSet
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
-from uni_moe_jax.export.programs import Asked
+from uni_moe_jax.export.programs import WHOLE, Asked
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
@@ -74,17 +74,17 @@ def collect(
   by_name = {s.name: (s, data.sets[s.name]) for s in (*plan.sets, *plan.probe_sets)}
   asked = tuple(_asked(t, plan, data, by_name, fixed_sets) for t in chosen)
   sets = {t.target_set: by_name[t.target_set] for t in chosen if t.target_set}
-  predictor = Predictor(UniPerceiver(whole), params, sets, data.tokenizer)
   shown = {a.task.name: _inputs(a.task, plan, data, examples) for a in asked if examples and a.task.kind.target != 'pair'}
-  answers = {a.task.name: _answers(predictor, a, sets, shown[a.task.name]) for a in asked if a.task.name in shown}
+  with jax.default_matmul_precision(WHOLE):
+    predictor = Predictor(UniPerceiver(whole), params, sets, data.tokenizer)
+    features = {name: np.asarray(predictor.target_set(name)) for name in sets}
+    answers = {a.task.name: _answers(predictor, a, sets, shown[a.task.name]) for a in asked if a.task.name in shown}
+    if routers.looks_at_tokens(spec.router):
+      left, values = whole, params
+    else:
+      left, values = merged(whole, params, tuple(dict.fromkeys(c for a in asked for c in a.conditions)))
   answers = {name: words for name, words in answers.items() if words is not None}
-  if routers.looks_at_tokens(spec.router):
-    left, values = whole, params
-  else:
-    left, values = merged(whole, params, tuple(dict.fromkeys(c for a in asked for c in a.conditions)))
-  return Contents(
-      left, values, asked, sets, {name: np.asarray(predictor.target_set(name)) for name in sets}, data,
-      {name: shown[name] for name in answers}, answers)
+  return Contents(left, values, asked, sets, features, data, {name: shown[name] for name in answers}, answers)
 
 
 def portable(spec: ModelSpec, dtype: str) -> ModelSpec:
