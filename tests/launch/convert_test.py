@@ -20,7 +20,6 @@ from uni_moe_jax.train import loop, setup
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
-_GROUPS = {'image_classification': 'img_cls', 'image_retrieval': 'retrieve', 'image_caption': 'caption'}
 
 
 def _config(folder: pathlib.Path):
@@ -31,7 +30,7 @@ def _config(folder: pathlib.Path):
   c.tokenizer.update(dict(kind='clip', merges=str(folder / 'merges.txt')))
   c.sets.shapes.length = 32
   for t in c.tasks.values():
-    t.temperature, t.sampling = _GROUPS[t.kind], 1.0
+    t.temperature, t.sampling = config_lib.PUBLISHED_GROUPS[t.kind], 1.0
     t.length = 48 if t.length else 0
   c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')
   c.train.update(dict(steps=3, save_every=1))

@@ -18,13 +18,12 @@ import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
 from uni_moe_jax.data import storage
-from uni_moe_jax.export import card, loader, torch_file, torch_layout
+from uni_moe_jax.export import card, loader, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import Asked, Program, programs
 from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe import routers
 
 _SHIPPED = {'loader.py': 'load.py', 'example.py': 'example.py'}
 _SUMS, _CARD, _MANIFEST, _TORCH = 'SHA256SUMS', 'README.md', 'manifest.json', 'model.pth'
@@ -48,7 +47,7 @@ def write(
   folder = pathlib.Path(folder)
   if folder.exists():
     raise ValueError(f'--output={folder} is there already; give another, or remove it.')
-  state = torch_state(contents.spec, contents.params) if torch else None
+  state = torch_dense.state(contents.spec, contents.params, [a.task for a in contents.asked]) if torch else None
   with storage.building(folder) as here:
     files = _programs(here, contents)
     _parameters(here, contents.params)
@@ -65,21 +64,6 @@ def write(
     (here / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     (here / _CARD).write_text(card.card(manifest, evaluation, _sums(here)))
     (here / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _sums(here).items()))
-
-
-def torch_state(spec: ModelSpec, params: Any) -> dict[str, np.ndarray]:
-  """The published layout's arrays of a dense model.
-
-  Raises:
-    LayoutError: more than one condition is left, or the layout has no place for a parameter.
-  """
-  if spec.router != routers.DENSE:
-    many = f'{len(spec.kernels)} conditions ({", ".join(row_name(row) for row, _ in spec.kernels)})' if spec.kernels else (
-        f'a {spec.router} router')
-    raise torch_layout.LayoutError(
-        f'--torch: the published dense layout holds one kernel per projection, and this export has {many}; choose tasks of one '
-        'condition with --tasks, and --fixed_sets. `launch/convert.py --output` writes the layout with experts.')
-  return torch_layout.to_torch(params, spec)[0]
 
 
 def tokenizer_name(file: pathlib.Path) -> str:
