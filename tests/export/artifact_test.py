@@ -20,7 +20,7 @@ import pytest
 from tests import small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.export import artifact, contents, loader, programs, torch_file, torch_layout
+from uni_moe_jax.export import artifact, contents, loader, programs, texts, torch_file, torch_layout
 from uni_moe_jax.model import decode
 from uni_moe_jax.model.params import param_shapes
 from uni_moe_jax.model.paths import by_path
@@ -42,19 +42,20 @@ class Blocker:
       raise ImportError(f'{name} is not installed here')
 sys.meta_path.insert(0, Blocker())
 import jax, numpy as np
-import load, example
+import load, example, texts
 model = load.Model()
+words = texts.Texts(model)
 x = dict(np.load(sys.argv[1]))
 out = {}
 for n in %r:
   out[f'shape{n}'] = model.run('shape', 'classify', pixels=x['pixels'][:n])['log_p']
   out[f'tokens{n}'] = model.run('caption', 'caption', pixels=x['pixels'][:n])['tokens']
-text = model.tokens(['a red star of moves', 'green disc'], 8)
+text = words.tokens(['a red star of moves', 'green disc'], 8)
 out['image'] = model.run('pair', 'encode', pixels=x['pixels'][:3])['features']
 out['text'] = model.run('pair', 'encode_text', **text)['features']
 out['scores'] = model.run('pair', 'score', features=out['image'], texts=out['text'])['scores']
-out['names'] = model.run('shape', 'encode_text', **model.tokens(model.manifest['sets']['shapes']['texts'], 6))['features']
-out['captions'] = np.array(model.caption('caption', x['pixels'][:3]))
+out['names'] = model.run('shape', 'encode_text', **words.tokens(model.manifest['sets']['shapes']['texts'], 6))['features']
+out['captions'] = np.array(words.captions('caption', x['pixels'][:3]))
 out['words'] = np.stack(list(example.captions_word_by_word(model, 'caption', x['pixels'][:3])), axis=1)
 cache = model.run('caption', 'prefill', pixels=x['pixels'][:3])['cache']
 out['first'] = model.run('caption', 'step', cache=cache, word=np.zeros(3, np.int32), t=np.int32(0))['log_p']
@@ -247,12 +248,13 @@ def test_a_newer_format_is_refused(exported, tmp_path):
     _load(exported[0]).Model(tmp_path)
 
 
-def test_the_loader_is_short_and_needs_little():
-  source = pathlib.Path(loader.__file__).read_text()
+@pytest.mark.parametrize('module, needs', [(loader, {'jax', 'numpy'}), (texts, {'numpy', 'sentencepiece'})])
+def test_the_loader_is_short_and_needs_little(module, needs):
+  source = pathlib.Path(module.__file__).read_text()
   assert len(source.splitlines()) < 100
   imported = {(n.names[0].name if isinstance(n, ast.Import) else n.module).partition('.')[0]
               for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom))}
-  assert imported - set(sys.stdlib_module_names) == {'jax', 'numpy', 'sentencepiece'}
+  assert imported - set(sys.stdlib_module_names) == needs
 
 
 def test_the_card_says_what_it_is_and_where_it_comes_from(trained, exported):
@@ -264,7 +266,7 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(trained, exported):
                hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
     assert said in text, said
   listed = {line.partition('  ')[2] for line in (folder / 'SHA256SUMS').read_text().splitlines()}
-  assert listed >= {'README.md', 'manifest.json', 'load.py', 'example.py', 'params.safetensors', 'sets.safetensors', 'tokenizer.model'}
+  assert listed >= {'README.md', 'manifest.json', 'load.py', 'texts.py', 'example.py', 'params.safetensors', 'sets.safetensors', 'tokenizer.model'}
   assert all(name in text for name in listed - {'README.md'})
   # Pictures, texts of names and of pairs, captions' pictures, captions' words.
   assert found.spec.num_experts == 4 and found.spec.router == 'attribute'

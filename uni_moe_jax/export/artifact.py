@@ -2,7 +2,7 @@
 
 Every program takes the parameters as arguments. They lie once in params.safetensors, however many programs there are; a program
 is then small, the same for every checkpoint of a model, and its parameters stay on the device from call to call. `loader.py`,
-which goes into the folder as load.py, reads it all with jax, numpy and flatbuffers.
+which goes into the folder as load.py, reads it all with jax, numpy and flatbuffers; `texts.py` knows its texts.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
-_SHIPPED = {'loader.py': 'load.py', 'example.py': 'example.py'}
+_SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
 _SUMS, _CARD, _MANIFEST, _TORCH = 'SHA256SUMS', 'README.md', 'manifest.json', 'model.pth'
 
 

@@ -37,7 +37,7 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '    pip install jax flatbuffers sentencepiece',
       '    python example.py',
       '',
-      '`load.py` is the loader; its first lines say how it is used. It checks every file of this folder against `SHA256SUMS`. '
+      '`load.py` is the loader, `texts.py` knows its texts; their first lines say how they are used. `load.py` checks every file of this folder against `SHA256SUMS`. '
       'Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. JAX reads programs of its own version for at least six '
       f'months; these are by {origin["jax"]}. ' + _PRODUCTS[model['dtype']],
       '',

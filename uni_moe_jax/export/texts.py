@@ -1,0 +1,51 @@
+"""Texts of this exported model: captions that can be read, ids of texts. It needs numpy, and sentencepiece for texts.
+
+  words = texts.Texts(load.Model())
+  words.captions(TASK, pixels)                                  # pixels: uint8 [B, T, H, W, C]
+  model.run(TASK, 'encode_text', **words.tokens(NAMES, 16))     # 16 tokens each, the end included
+  model.run(TASK, 'classify', **words.fill(TASK, text=TEXT))    # a task with a template
+"""
+
+import re
+
+import numpy as np
+
+
+class Texts:
+  """Texts of a `load.Model`."""
+
+  def __init__(self, model):
+    self._model, self._tokenizer, self._facts = model, None, model.manifest['tokenizer']
+
+  def captions(self, task, pixels):
+    """Captions of pictures or clips."""
+    return [self.text(row) for row in np.asarray(self._model.run(task, 'caption', pixels=pixels)['tokens']).tolist()]
+
+  @property
+  def tokenizer(self):
+    """The SentencePiece model."""
+    if self._facts['kind'] != 'sentencepiece':
+      raise ValueError("this model's texts are byte pairs of CLIP's vocabulary: make and read their ids yourself.")
+    if self._tokenizer is None:
+      import sentencepiece
+      self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(self._model.folder / self._facts['file']))
+    return self._tokenizer
+
+  def text(self, ids):
+    """The text of token ids before the first end."""
+    ids = ids[:ids.index(self._facts['eot'])] if self._facts['eot'] in ids else ids
+    return self.tokenizer.decode([i for i in ids if i not in self._facts['special']])
+
+  def tokens(self, texts, length):
+    """{'text', 'text_valid'} of texts, each ended, cut and padded to a length."""
+    rows = [row[:length - 1] + [self._facts['eot']] for row in self.tokenizer.encode(list(texts))]
+    ids = np.array([row + [self._facts['pad']] * (length - len(row)) for row in rows], np.int32)
+    return {'text': ids, 'text_valid': np.arange(length)[None] < np.array([[len(row)] for row in rows])}
+
+  def fill(self, task, **texts):
+    """{'text', 'text_valid', 'position'} of one example of a task with a template, filled with texts."""
+    row, markers = [], {'<spe>': self._facts['spe'], '<eot>': self._facts['eot']}
+    for part in map(str.strip, re.split(r'(<spe>|<eot>|\{\w*\})', self._model.manifest['tasks'][task]['template'])):
+      row += [markers[part]] if part in markers else self.tokenizer.encode(texts[part[1:-1]] if part[:1] == '{' else part)
+    return {'text': np.array([row], np.int32), 'text_valid': np.ones((1, len(row)), bool),
+            'position': np.array([[row.index(self._facts['spe'])]], np.int32)}
