@@ -230,6 +230,19 @@ def test_a_changed_byte_in_any_file_is_detected(exported):
   load.verify(folder)
 
 
+def test_a_list_of_files_that_is_cut_off_is_refused(exported):
+  folder, _ = exported
+  load, sums = _load(folder), (folder / 'SHA256SUMS').read_bytes()
+  try:
+    for end in [0, *(i + 1 for i, byte in enumerate(sums[:-1]) if byte == ord('\n'))]:
+      (folder / 'SHA256SUMS').write_bytes(sums[:end])
+      with pytest.raises(ValueError, match=r'SHA256SUMS does not name \S+: it is empty, cut off or changed'):
+        load.verify(folder)
+  finally:
+    (folder / 'SHA256SUMS').write_bytes(sums)
+  assert load.verify(folder) == json.loads((folder / 'manifest.json').read_text())
+
+
 def test_an_artifact_that_lacks_a_file_is_refused(exported):
   folder, _ = exported
   (folder / 'config').write_text('')  # what was not exported does not matter

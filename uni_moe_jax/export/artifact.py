@@ -60,7 +60,7 @@ def write(
     (here / tokenizer_name(tokenizer)).write_bytes(tokenizer.read_bytes())
     for source, name in _SHIPPED.items():
       (here / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
-    manifest = _manifest(contents, files, provenance)
+    manifest = _manifest(contents, files, provenance) | {'files': sorted([_CARD, *_sums(here)])}
     (here / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     (here / _CARD).write_text(card.card(manifest, evaluation, _sums(here)))
     (here / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _sums(here).items()))

@@ -18,13 +18,19 @@ _TYPES = {'F32': np.float32, 'I32': np.int32, 'U8': np.uint8, 'BOOL': np.bool_}
 
 
 def verify(folder):
-  """Raises ValueError unless every file is what SHA256SUMS says."""
+  """The manifest. Raises ValueError unless every file is what SHA256SUMS says, and that names every file of the manifest."""
+  listed = set()
   *lines, last = (folder / 'SHA256SUMS').read_bytes().decode(errors='replace').split('\n')
   for line in [*lines, last] if last else lines:
     digest, _, name = line.partition('  ')
     file = folder / name
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
       raise ValueError(f'{file} is not what was exported (SHA256SUMS): it is damaged, changed or missing. Copy the folder again.')
+    listed.add(name)
+  manifest = json.loads((folder / 'manifest.json').read_bytes()) if 'manifest.json' in listed else {'files': ['manifest.json']}
+  if missing := sorted({*manifest['files']} - listed):
+    raise ValueError(f'{folder / "SHA256SUMS"} does not name {missing[0]}: it is empty, cut off or changed. Copy the folder again.')
+  return manifest
 
 
 def tensors(file):
@@ -41,13 +47,11 @@ class Model:
 
   def __init__(self, folder=pathlib.Path(__file__).parent):
     self.folder = pathlib.Path(folder)
-    text = (self.folder / 'manifest.json').read_bytes()
-    found = re.match(rb'\{\s*"format": (\d+)', text)
+    found = re.match(rb'\{\s*"format": (\d+)', (self.folder / 'manifest.json').read_bytes())
     if found and int(found[1]) > FORMAT:
       raise ValueError(f'{self.folder} has format {int(found[1])}, and this loader reads up to {FORMAT}: use the load.py that '
                        'lies in the folder, or export the model with a version of uni_moe_jax that fits.')
-    verify(self.folder)
-    self.manifest = json.loads(text)
+    self.manifest = verify(self.folder)
     self.params, self.sets = (jax.device_put(tensors(self.folder / f'{n}.safetensors')) for n in ('params', 'sets'))
     self._programs = {}
 
