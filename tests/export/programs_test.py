@@ -1,9 +1,7 @@
 """Programs of every readout, and of models whose routers look at tokens, give what the model gives, at any batch."""
 
 import functools
-import pathlib
 import re
-import types
 
 from absl.testing import absltest, parameterized
 import jax
@@ -11,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small_model, tiny
+from tests import small_model
 from uni_moe_jax import tasks
-from uni_moe_jax.data.templates import fill_template
-from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
-from uni_moe_jax.export import programs, texts
+from uni_moe_jax.export import programs
 from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.model import decode, inputs, similarity
 from uni_moe_jax.model.params import param_shapes
@@ -117,22 +113,6 @@ class TokenRouterTest(parameterized.TestCase):
     np.testing.assert_array_equal(found['tokens'], want.tokens[:, 0])
     np.testing.assert_allclose(found['score'], want.scores[:, 0], rtol=1e-5)
     np.testing.assert_array_equal(call(pixels=_pixels(3)[:1], targets=words)['tokens'], found['tokens'][:1])
-
-
-class TextsTest(absltest.TestCase):
-
-  def test_a_template_is_filled_as_in_training(self):
-    tokenizer = SentencePieceTokenizer(tiny.tokenizer_file())
-    template = '{text_a} <eot> <spe> , {text_b} <eot>'
-    manifest = {'tasks': {'answer': {'template': template}}, 'tokenizer': {
-        'kind': 'sentencepiece', 'file': pathlib.Path(tiny.tokenizer_file()).name, 'spe': tokenizer.spe, 'eot': tokenizer.eot}}
-    folder = pathlib.Path(tiny.tokenizer_file()).parent
-    found = texts.Texts(types.SimpleNamespace(manifest=manifest, folder=folder)).fill('answer', text_a='a small shape', text_b='moves over')
-    ids = {'text_a': tokenizer.encode('a small shape'), 'text_b': tokenizer.encode('moves over')}
-    row, slot = fill_template(tokenizer, template, ids, 60)
-    self.assertEqual(found['text'].tolist(), [row])
-    self.assertEqual(found['position'].tolist(), [[slot]])
-    self.assertEqual(found['text_valid'].tolist(), [[True] * len(row)])
 
 
 if __name__ == '__main__':

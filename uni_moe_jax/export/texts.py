@@ -43,9 +43,19 @@ class Texts:
     return {'text': ids, 'text_valid': np.arange(length)[None] < np.array([[len(row)] for row in rows])}
 
   def fill(self, task, **texts):
-    """{'text', 'text_valid', 'position'} of one example of a task with a template, filled with texts."""
-    row, markers = [], {'<spe>': self._facts['spe'], '<eot>': self._facts['eot']}
-    for part in map(str.strip, re.split(r'(<spe>|<eot>|\{\w*\})', self._model.manifest['tasks'][task]['template'])):
-      row += [markers[part]] if part in markers else self.tokenizer.encode(texts[part[1:-1]] if part[:1] == '{' else part)
+    """{'text', 'text_valid', 'position'} of one example of a task with a template, filled with texts.
+
+    Texts are cut to the task's length as in training: the last of n to at most 1/n of the room, and so on.
+    """
+    entry, markers = self._model.manifest['tasks'][task], {'<spe>': self._facts['spe'], '<eot>': self._facts['eot']}
+    parts = [part for part in map(str.strip, re.split(r'(<spe>|<eot>|\{\w*\})', entry['template'])) if part]
+    fields = [place for place, part in enumerate(parts) if part[0] == '{']
+    ids = [[] if part[0] == '{' else [markers[part]] if part in markers else self.tokenizer.encode(part) for part in parts]
+    room = entry['length'] - sum(map(len, ids))
+    for remaining in range(len(fields), 0, -1):
+      place = fields[remaining - 1]
+      ids[place] = self.tokenizer.encode(texts[parts[place][1:-1]])[:room // remaining]
+      room -= len(ids[place])
+    row = [token for part in ids for token in part]
     return {'text': np.array([row], np.int32), 'text_valid': np.ones((1, len(row)), bool),
             'position': np.array([[row.index(self._facts['spe'])]], np.int32)}
