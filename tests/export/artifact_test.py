@@ -4,7 +4,6 @@ import ast
 import collections
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import pathlib
 import re
@@ -17,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import small_model, tiny
+from tests import shipped, small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs, texts, torch_file, torch_layout
@@ -205,17 +204,9 @@ def test_examples_have_the_answers_that_they_had_at_export(elsewhere, exported):
   assert all(line.endswith('as at export') for line in lines)
 
 
-def _load(folder):
-  """load.py of a folder."""
-  spec = importlib.util.spec_from_file_location('load', folder / 'load.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 def test_a_changed_byte_in_any_file_is_detected(exported):
   folder, _ = exported
-  load, rng = _load(folder), np.random.default_rng(1)
+  load, rng = shipped.module(folder), np.random.default_rng(1)
   load.verify(folder)
   files = [p for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts]
   assert {p.name for p in files} >= {'manifest.json', 'SHA256SUMS', 'load.py', 'README.md', 'params.safetensors', 'tokenizer.model'}
@@ -232,7 +223,7 @@ def test_a_changed_byte_in_any_file_is_detected(exported):
 
 def test_a_list_of_files_that_is_cut_off_is_refused(exported):
   folder, _ = exported
-  load, sums = _load(folder), (folder / 'SHA256SUMS').read_bytes()
+  load, sums = shipped.module(folder), (folder / 'SHA256SUMS').read_bytes()
   try:
     for end in [0, *(i + 1 for i, byte in enumerate(sums[:-1]) if byte == ord('\n'))]:
       (folder / 'SHA256SUMS').write_bytes(sums[:end])
@@ -246,11 +237,11 @@ def test_a_list_of_files_that_is_cut_off_is_refused(exported):
 def test_an_artifact_that_lacks_a_file_is_refused(exported):
   folder, _ = exported
   (folder / 'config').write_text('')  # what was not exported does not matter
-  _load(folder).verify(folder)
+  shipped.module(folder).verify(folder)
   (folder / 'tokenizer.model').rename(folder / 'elsewhere')
   try:
     with pytest.raises(ValueError, match='tokenizer.model is not what was exported'):
-      _load(folder).Model(folder)
+      shipped.module(folder).Model(folder)
   finally:
     (folder / 'elsewhere').rename(folder / 'tokenizer.model')
 
@@ -258,7 +249,7 @@ def test_an_artifact_that_lacks_a_file_is_refused(exported):
 def test_a_newer_format_is_refused(exported, tmp_path):
   (tmp_path / 'manifest.json').write_text((exported[0] / 'manifest.json').read_text().replace('"format": 1', '"format": 2'))
   with pytest.raises(ValueError, match=r'has format 2, and this loader reads up to 1: use the load\.py that lies in the folder'):
-    _load(exported[0]).Model(tmp_path)
+    shipped.module(exported[0]).Model(tmp_path)
 
 
 @pytest.mark.parametrize('module, needs', [(loader, {'jax', 'numpy'}), (texts, {'numpy', 'sentencepiece'})])
@@ -274,12 +265,14 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(trained, exported):
   folder, found = exported
   text = (folder / 'README.md').read_text()
   config = json.loads((trained[0] / 'config.json').read_text())
-  for said in ('merged for good', '4 kernels', '2 layers, width 16', 'float32 products are whole float32', '### shape', '### pair', '`classify`: pixels uint8[b, 1, 16, 16, 1]',
+  for said in ('merged for good', '4 kernels', '2 layers, width 16', 'float32 products are whole float32', '### shape', '### pair',
+               '`classify`: pixels uint8[b, 1, 16, 16, 1]',
                'bar, disc, star', 'my shape', '0.625', config['data'], 'seed: 0', 'step: 2', 'trained by commit',
                hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
     assert said in text, said
   listed = {line.partition('  ')[2] for line in (folder / 'SHA256SUMS').read_text().splitlines()}
-  assert listed >= {'README.md', 'manifest.json', 'load.py', 'texts.py', 'example.py', 'params.safetensors', 'sets.safetensors', 'tokenizer.model'}
+  assert listed >= {'README.md', 'manifest.json', 'load.py', 'texts.py', 'example.py', 'params.safetensors', 'sets.safetensors',
+                    'tokenizer.model'}
   assert all(name in text for name in listed - {'README.md'})
   # Pictures, texts of names and of pairs, captions' pictures, captions' words.
   assert found.spec.num_experts == 4 and found.spec.router == 'attribute'
@@ -384,28 +377,3 @@ def test_an_unknown_task_is_answered_with_near_names(trained):
 def test_a_folder_that_is_there_is_not_overwritten(exported):
   with pytest.raises(ValueError, match='is there already'):
     artifact.write(exported[0], exported[1], {}, [])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('router, dtype, bound', [('context', 'float32', 1e-5), ('attribute', 'bfloat16', 0.05)])
-def test_routers_that_look_at_tokens_go_along_and_products_can_be_bfloat16(tmp_path, router, dtype, bound):
-  c = tiny.config('shape', data_dir=tiny.data_dir())
-  c.moe.router, c.model.dtype = router, dtype
-  run = setup.build(c, jax.devices()[:1])
-  shapes, rng = run.shapes.params, np.random.default_rng(0)
-  params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), shapes)
-  found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype=dtype)
-  artifact.write(tmp_path / 'model', found, {'name': 'mine', 'jax': 'any'}, [])
-  card = (tmp_path / 'model/README.md').read_text()
-  assert ('Its router (context) looks at tokens' in card) == (router == 'context')
-  assert f'products in {dtype}' in card and 'was not evaluated' in card
-
-  model = _load(tmp_path / 'model').Model(tmp_path / 'model')
-  pixels = np.random.default_rng(1).integers(0, 256, (5, 1, tiny.SIDE, tiny.SIDE, 1), dtype=np.uint8)
-  [task] = run.plan.tasks
-  expected = Predictor(UniPerceiver(contents.portable(run.spec.model.spec, 'float32')), params, found.sets, run.data.tokenizer)
-  features = expected.inputs(task.kind, {'pixels': pixels, 'id': np.zeros(5, np.uint32)})
-  want = expected.log_probabilities(features, task)[:, 0]
-  for batch in (5, 2):
-    got = np.asarray(model.run('shape', 'classify', pixels=pixels[:batch])['log_p'])
-    assert np.abs(got - want[:batch]).max() <= bound * np.abs(want).max()

@@ -46,7 +46,7 @@ def test_tasks_of_one_name_share_a_scale():
 @pytest.mark.parametrize('chosen, said', [
     ([_task('text_mlm'), _task('text_classification')],
      r"'text_mlm' \(1/τ = 2.718\) and 'text_classification' \(7.389\) would both be 'text_mlm'.*--tasks"),
-    ([_task('mine')], r"no temperature group for config.tasks.a_mine.kind='mine'; it has those of image_classification, .*--tasks")])
+    ([_task('mine')], r"no temperature group for config.tasks.a_mine.kind='mine'; it has those of image_.*--tasks")])
 def test_what_has_no_group_of_its_own_there_is_refused(chosen, said):
   with pytest.raises(LayoutError, match=said):
     _scales(chosen, {'text_mlm': 1.0, 'text_classification': 2.0, 'mine': 3.0})

@@ -18,6 +18,8 @@ import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
 from uni_moe_jax.data import storage
+from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.export import card, loader, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import Asked, Program, programs
@@ -27,6 +29,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 _SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
 _SUMS, _CARD, _MANIFEST, _TORCH = 'SHA256SUMS', 'README.md', 'manifest.json', 'model.pth'
+_PIECES = 'tokenizer_pieces.json'
 
 
 def write(
@@ -56,19 +59,25 @@ def write(
     save(here / 'sets.safetensors', contents.features)
     save(here / 'examples.safetensors', {
         f'{task}/{name}': x for task, fields in contents.examples.items() for name, x in fields.items()})
-    tokenizer = contents.data.tokenizer_file
-    (here / tokenizer_name(tokenizer)).write_bytes(tokenizer.read_bytes())
+    tokenizer = write_tokenizer(here, contents.data.tokenizer, contents.data.tokenizer_file)
     for source, name in _SHIPPED.items():
       (here / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
-    manifest = _manifest(contents, files, provenance) | {'files': sorted([_CARD, *_sums(here)])}
+    manifest = _manifest(contents, files, tokenizer, provenance) | {'files': sorted([_CARD, *_sums(here)])}
     (here / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     (here / _CARD).write_text(card.card(manifest, evaluation, _sums(here)))
     (here / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _sums(here).items()))
 
 
-def tokenizer_name(file: pathlib.Path) -> str:
-  """Name of the tokenizer's file in the folder."""
-  return 'tokenizer' + ''.join(file.suffixes[-2:] if file.suffix == '.gz' else file.suffixes[-1:])
+def write_tokenizer(here: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path) -> dict[str, Any]:
+  """Writes a tokenizer's file, and the pieces of one that only this package can read; returns what `texts.py` needs to know."""
+  name = 'tokenizer' + ''.join(file.suffixes[-2:] if file.suffix == '.gz' else file.suffixes[-1:])
+  (here / name).write_bytes(file.read_bytes())
+  facts = {'kind': 'sentencepiece', 'file': name, 'size': tokenizer.size, 'pad': tokenizer.pad, 'spe': tokenizer.spe,
+           'eot': tokenizer.eot, 'special': sorted(tokenizer.special_ids)}
+  if isinstance(tokenizer, ClipTokenizer):
+    (here / _PIECES).write_text(json.dumps([piece.hex() for piece in tokenizer.pieces]))
+    facts |= {'kind': 'clip', 'pieces': _PIECES}
+  return facts
 
 
 def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -120,12 +129,11 @@ def _parameters(here: pathlib.Path, params: Any) -> None:
     checkpointer.save((here / 'orbax').absolute(), params)
 
 
-def _manifest(contents: Contents, files, provenance: dict[str, Any]) -> dict[str, Any]:
+def _manifest(contents: Contents, files, tokenizer: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
   """manifest.json; `format` stands first, where a loader looks for it before it reads anything else."""
-  spec, tokenizer = contents.spec, contents.data.tokenizer
+  spec = contents.spec
   fields = dataclasses.asdict(spec)
   kernels = {row_name(row): k for row, k in spec.kernels}
-  file = contents.data.tokenizer_file
   return {
       'format': loader.FORMAT,
       'model': {**fields, 'dtype': np.dtype(spec.dtype).name, 'kernels': kernels,
@@ -133,9 +141,7 @@ def _manifest(contents: Contents, files, provenance: dict[str, Any]) -> dict[str
       'tasks': {a.task.name: _task(a, files[a.task.name], spec) for a in contents.asked},
       'sets': {name: {'size': target.size, 'texts': list(target.texts), 'condition': str(s.condition)}
                for name, (s, target) in contents.sets.items()},
-      'tokenizer': {'kind': 'sentencepiece' if file.suffix == '.model' else 'clip', 'file': tokenizer_name(file),
-                    'size': tokenizer.size, 'pad': tokenizer.pad, 'spe': tokenizer.spe, 'eot': tokenizer.eot,
-                    'special': sorted(tokenizer.special_ids)},
+      'tokenizer': tokenizer,
       'examples': contents.answers,
       'provenance': {**provenance, 'jax': jax.__version__},
   }

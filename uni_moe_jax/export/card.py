@@ -15,6 +15,8 @@ _LEFT = {
               'programs**, and every token costs what it cost in training.',
 }
 
+_CLIP = (' `texts.py` reads captions and makes no ids: make those of your texts yourself, by the merges of `{file}`, each '
+         'text ended by {eot}.')
 _PRODUCTS = {
     'float32': 'Their float32 products are whole float32 on every platform; exported with `--dtype=bfloat16`, they are faster.',
     'bfloat16': 'Products of layers are bfloat16, the fast choice; the few that stay float32 may be rounded by the platform.',
@@ -28,18 +30,18 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
     manifest: see `artifact`. evaluation: rows of evaluation.json, or [].
     sums: {file: (sha256, bytes)} of all other files.
   """
-  model, origin = manifest['model'], manifest['provenance']
+  model, origin, words = manifest['model'], manifest['provenance'], manifest['tokenizer']
   return '\n'.join([
       f'# {origin["name"]}',
       '',
       'A generalist model (Uni-Perceiver-MoE: arXiv 2206.04674), exported by uni_moe_jax. It runs without that package:',
       '',
-      '    pip install jax flatbuffers sentencepiece',
+      f'    pip install jax flatbuffers{" sentencepiece" * (words["kind"] == "sentencepiece")}',
       '    python example.py',
       '',
-      '`load.py` is the loader, `texts.py` knows its texts; their first lines say how they are used. `load.py` checks every file of this folder against `SHA256SUMS`. '
-      'Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. JAX reads programs of its own version for at least six '
-      f'months; these are by {origin["jax"]}. ' + _PRODUCTS[model['dtype']],
+      '`load.py` is the loader, `texts.py` knows its texts; their first lines say how they are used. `load.py` '
+      'checks every file of this folder against `SHA256SUMS`. Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. JAX reads '
+      f'programs of its own version for at least six months; these are by {origin["jax"]}. ' + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
       '',
@@ -50,7 +52,8 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       f'{model["image_size"]} × {model["channels"]}, patches of {model["patch"]}; the programs divide by 255 and normalise (mean '
       f'{_numbers(model["pixel_mean"])}, deviation {_numbers(model["pixel_std"])}; clips: '
       f'{_numbers(model["video_mean"]) or "the same"}, {_numbers(model["video_std"]) or "the same"}). Texts: '
-      f'{manifest["tokenizer"]["kind"]}, {manifest["tokenizer"]["size"]:,} pieces, at most {model["max_text"]} tokens.',
+      f'{words["kind"]}, {words["size"]:,} pieces, at most {model["max_text"]} tokens.'
+      + (_CLIP.format(**words) if words['kind'] == 'clip' else ''),
       '',
       '## Tasks',
       '',

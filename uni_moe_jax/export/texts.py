@@ -1,4 +1,5 @@
-"""Texts of this exported model: captions that can be read, ids of texts. It needs numpy, and sentencepiece for texts.
+"""Texts of this exported model: captions that can be read, ids of texts. It needs numpy; and sentencepiece, unless the model has
+CLIP's vocabulary: then captions can be read, and who has texts makes their ids himself.
 
   words = texts.Texts(load.Model())
   words.captions(TASK, pixels)                                  # pixels: uint8 [B, T, H, W, C]
@@ -6,6 +7,8 @@
   model.run(TASK, 'classify', **words.fill(TASK, text=TEXT))    # a task with a template
 """
 
+import functools
+import json
 import re
 
 import numpy as np
@@ -15,26 +18,33 @@ class Texts:
   """Texts of a `load.Model`."""
 
   def __init__(self, model):
-    self._model, self._tokenizer, self._facts = model, None, model.manifest['tokenizer']
+    self._model, self._facts = model, model.manifest['tokenizer']
 
   def captions(self, task, pixels):
     """Captions of pictures or clips."""
     return [self.text(row) for row in np.asarray(self._model.run(task, 'caption', pixels=pixels)['tokens']).tolist()]
 
-  @property
+  @functools.cached_property
   def tokenizer(self):
     """The SentencePiece model."""
     if self._facts['kind'] != 'sentencepiece':
-      raise ValueError("this model's texts are byte pairs of CLIP's vocabulary: make and read their ids yourself.")
-    if self._tokenizer is None:
-      import sentencepiece
-      self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(self._model.folder / self._facts['file']))
-    return self._tokenizer
+      raise ValueError("this model's texts are byte pairs of CLIP's vocabulary, which nothing here makes: make the ids of "
+                       f'your texts yourself ({self._facts["file"]} holds the merges), each text ended by {self._facts["eot"]}.')
+    import sentencepiece
+    return sentencepiece.SentencePieceProcessor(model_file=str(self._model.folder / self._facts['file']))
+
+  @functools.cached_property
+  def _pieces(self):
+    """Bytes of every id of CLIP's vocabulary that is not special."""
+    return [bytes.fromhex(piece) for piece in json.loads((self._model.folder / self._facts['pieces']).read_text())]
 
   def text(self, ids):
     """The text of token ids before the first end."""
     ids = ids[:ids.index(self._facts['eot'])] if self._facts['eot'] in ids else ids
-    return self.tokenizer.decode([i for i in ids if i not in self._facts['special']])
+    ids = [i for i in ids if i not in self._facts['special']]
+    if self._facts['kind'] == 'clip':
+      return b''.join(self._pieces[i] for i in ids).decode(errors='replace').strip()
+    return self.tokenizer.decode(ids)
 
   def tokens(self, texts, length):
     """{'text', 'text_valid'} of texts, each ended, cut and padded to a length."""
