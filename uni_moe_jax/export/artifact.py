@@ -5,7 +5,6 @@ is then small, the same for every checkpoint of a model, and its parameters stay
 which goes into the folder as load.py, reads it all with jax, numpy and flatbuffers; `texts.py` knows its texts.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,11 +19,11 @@ from safetensors.numpy import save_file
 from uni_moe_jax.data import storage
 from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.tokenizer import Tokenizer
-from uni_moe_jax.export import card, loader, torch_dense, torch_file
+from uni_moe_jax.export import card, torch_dense, torch_file
+from uni_moe_jax.export import manifest as manifest_lib
 from uni_moe_jax.export.contents import Contents
-from uni_moe_jax.export.programs import Asked, Program, programs
+from uni_moe_jax.export.programs import Program, programs
 from uni_moe_jax.model.paths import by_path
-from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 _SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
@@ -62,7 +61,7 @@ def write(
     tokenizer = write_tokenizer(here, contents.data.tokenizer, contents.data.tokenizer_file)
     for source, name in _SHIPPED.items():
       (here / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
-    manifest = _manifest(contents, files, tokenizer, provenance) | {'files': sorted([_CARD, *_sums(here)])}
+    manifest = manifest_lib.manifest(contents, files, tokenizer, provenance) | {'files': sorted([_CARD, *_sums(here)])}
     (here / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     (here / _CARD).write_text(card.card(manifest, evaluation, _sums(here)))
     (here / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _sums(here).items()))
@@ -127,33 +126,6 @@ def _parameters(here: pathlib.Path, params: Any) -> None:
   save(here / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(params).items()})
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save((here / 'orbax').absolute(), params)
-
-
-def _manifest(contents: Contents, files, tokenizer: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
-  """manifest.json; `format` stands first, where a loader looks for it before it reads anything else."""
-  spec = contents.spec
-  fields = dataclasses.asdict(spec)
-  kernels = {row_name(row): k for row, k in spec.kernels}
-  return {
-      'format': loader.FORMAT,
-      'model': {**fields, 'dtype': np.dtype(spec.dtype).name, 'kernels': kernels,
-                'parameters': sum(np.size(x) for x in jax.tree.leaves(contents.params))},
-      'tasks': {a.task.name: _task(a, files[a.task.name], spec) for a in contents.asked},
-      'sets': {name: {'size': target.size, 'texts': list(target.texts), 'condition': str(s.condition)}
-               for name, (s, target) in contents.sets.items()},
-      'tokenizer': tokenizer,
-      'examples': contents.answers,
-      'provenance': {**provenance, 'jax': jax.__version__},
-  }
-
-
-def _task(asked: Asked, files: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
-  task = asked.task
-  kernel = lambda c: spec.kernel_of(c) if spec.kernels else 0
-  return {
-      'kind': task.kind.name, 'set': task.target_set, 'length': task.length, 'template': task.template,
-      'temperature': task.temperature, 'beams': asked.beams, 'penalty': asked.penalty,
-      'conditions': {str(c): kernel(c) for c in asked.conditions}, 'programs': files}
 
 
 def _sums(here: pathlib.Path) -> dict[str, tuple[str, int]]:
