@@ -17,11 +17,6 @@ import ml_collections
 
 from uni_moe_jax import config, recipes
 
-# Kind → temperature group. Published text classification shares that of masked language modelling.
-GROUPS = {
-    'image_classification': 'img_cls', 'video_classification': 'video_cls', 'image_retrieval': 'retrieve',
-    'video_retrieval': 'retrieve', 'image_caption': 'caption', 'text_mlm': 'text_mlm', 'text_classification': 'text_mlm'}
-
 
 def get_config(arg: str = 'tiny-moe') -> ml_collections.ConfigDict:
   """Published: patches of 16, CLIP's vocabulary, one task a step, its optimizer."""
@@ -39,7 +34,7 @@ def get_config(arg: str = 'tiny-moe') -> ml_collections.ConfigDict:
   c.sets.vocabulary.samples = 2048
   weights = dict(image_classification=1.0, video_classification=0.1, text_mlm=0.5, image_caption=1.0, image_retrieval=0.5)
   for task in c.tasks.values():
-    task.temperature = GROUPS[task.kind]
+    task.temperature = config.PUBLISHED_GROUPS[task.kind]
     task.weight, task.sampling = weights.get(task.kind, 1.0), 1.0
   c.optim.update(dict(learning_rate=1e-3, warmup=100, final=1e-3))
   c.train.update(dict(steps=1000, log_every=20, save_every=200))

@@ -10,6 +10,7 @@ same config and workdir go on from there. The second writes the newest parameter
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -45,12 +46,14 @@ def _from_torch() -> int:
   workdir.keep_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
   with checkpoint.Checkpoints(_WORKDIR.value, config.train.keep) as checkpoints:
     checkpoints.save(0, run.start(params))
-  pathlib.Path(_WORKDIR.value, 'conversion.json').write_text(json.dumps(
-      {'checkpoint': _CHECKPOINT.value, 'names': remarks, **dataclasses.asdict(report)}, indent=1))
+  with open(_CHECKPOINT.value, 'rb') as file:
+    origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
+  pathlib.Path(_WORKDIR.value, workdir.CONVERSION_FILE).write_text(json.dumps(
+      {**origin, 'names': remarks, **dataclasses.asdict(report)}, indent=1))
   for remark in sorted({r for r in remarks.values() if not r.startswith('older name')}):
     print(remark)
   if remarks:
-    print(f'{len(remarks)} names of an older layout, see conversion.json')
+    print(f'{len(remarks)} names of an older layout, see {workdir.CONVERSION_FILE}')
   print(f'{report}\n{torch_layout.taken_from_config(run.spec.model.spec)}')
   return 0
 

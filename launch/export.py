@@ -18,10 +18,11 @@ from uni_moe_jax import cli
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write; must not exist.', required=True)
 _TASKS = flags.DEFINE_list('tasks', [], 'Tasks of the run; all by default.')
-_FIXED_SETS = flags.DEFINE_bool('fixed_sets', False, 'Answers are the entries of target sets alone: other texts cannot be encoded.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of products; parameters stay float32.')
-_EXAMPLES = flags.DEFINE_integer('examples', 0, 'Examples of each task that go along, with the answers. Is your data public?',
-                                 lower_bound=0)
+_FIXED_SETS = flags.DEFINE_bool('fixed_sets', False,
+                                 'Answers are the entries of target sets alone: only retrieval still encodes texts.')
+_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], "Of products; by default the run's. Parameters stay float32.")
+_EXAMPLES = flags.DEFINE_integer('examples', 0, 'Examples of each task that go along, with the answers; not of retrieval and masked '
+                                 'words. Is your data public?', lower_bound=0)
 _TORCH = flags.DEFINE_bool('torch', False, 'Adds model.pth, the layout of the published dense model (one condition only).')
 
 

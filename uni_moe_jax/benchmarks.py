@@ -42,6 +42,11 @@ PRETRAINING_PAIRS = {
 }
 
 
+def _task(kind: str, source: str, **fields) -> ml_collections.ConfigDict:
+  """A task in the temperature group that its kind has there."""
+  return config.task(kind, source, temperature=config.PUBLISHED_GROUPS[kind], **fields)
+
+
 def vocabulary(c: ml_collections.ConfigDict) -> str:
   """The set of all words, under its name."""
   c.sets.vocabulary = config.target_set('vocabulary', family='words')
@@ -56,22 +61,21 @@ def pretraining(c: ml_collections.ConfigDict) -> None:
   c.sets.kinetics700 = config.target_set('own:kinetics700/label', **names)
   c.sets.moments = config.target_set('own:moments/label', **names)
   words = vocabulary(c)
-  c.tasks.imagenet21k = config.task(
-      'image_classification', 'own:imagenet21k', batch=720, weight=1.0, sampling=2.486, temperature='img_cls',
-      target_set='imagenet21k', label='label', smoothing=_SMOOTHING, mixup=0.8, cutmix=1.0, **_CLASSIFIED)
+  c.tasks.imagenet21k = _task(
+      'image_classification', 'own:imagenet21k', batch=720, weight=1.0, sampling=2.486, target_set='imagenet21k', label='label',
+      smoothing=_SMOOTHING, mixup=0.8, cutmix=1.0, **_CLASSIFIED)
   for name, batch, frames, sampling in (('kinetics700', 64, 4, 0.76), ('moments', 112, 3, 0.44)):
-    c.tasks[name] = config.task(
-        'video_classification', f'own:{name}', batch=batch, weight=0.1, sampling=sampling, temperature='video_cls', target_set=name,
-        label='label', smoothing=_SMOOTHING, frames=frames, **_CLIP)
-  c.tasks.bookswiki = config.task(
-      'text_mlm', 'own:bookswiki', batch=512, weight=0.5, sampling=2.75, temperature='text_mlm', target_set=words, length=128,
-      picks=20)
+    c.tasks[name] = _task(
+        'video_classification', f'own:{name}', batch=batch, weight=0.1, sampling=sampling, target_set=name, label='label',
+        smoothing=_SMOOTHING, frames=frames, **_CLIP)
+  c.tasks.bookswiki = _task(
+      'text_mlm', 'own:bookswiki', batch=512, weight=0.5, sampling=2.75, target_set=words, length=128, picks=20)
   for name, p in PRETRAINING_PAIRS.items():
     text = dict(sampling=p.sampling, captions=(p.caption,), length=p.length, **_FLIPPED)
-    c.tasks[f'{name}_caption'] = config.task(
-        'image_caption', p.source, batch=300, weight=1.0, temperature='caption', target_set=words, **text)
-    c.tasks[f'{name}_retrieval'] = config.task(
-        'image_retrieval', p.source, batch=512, weight=0.5, temperature='retrieve', smoothing=_SMOOTHING, **text)
+    c.tasks[f'{name}_caption'] = _task(
+        'image_caption', p.source, batch=300, weight=1.0, target_set=words, **text)
+    c.tasks[f'{name}_retrieval'] = _task(
+        'image_retrieval', p.source, batch=512, weight=0.5, smoothing=_SMOOTHING, **text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +138,10 @@ def finetuning(c: ml_collections.ConfigDict, name: str) -> None:
   c.train.update(dict(steps=t.steps, log_every=50, save_every=1000))
 
 
-def _task(kind: str, source: str, name: str, **fields) -> ml_collections.ConfigDict:
+def _tuned(kind: str, source: str, name: str, **fields) -> ml_collections.ConfigDict:
   """The task of a benchmark, in the sizes of its row."""
   t = TUNING[name]
-  return config.task(kind, source, batch=t.batch, weight=t.weight, **fields)
+  return _task(kind, source, batch=t.batch, weight=t.weight, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +177,8 @@ def glue(c: ml_collections.ConfigDict, name: str) -> None:
   """One GLUE task; the hidden labels of the test splits are not evaluated."""
   g = GLUE[name]
   c.sets[name] = config.target_set(g.words, family='words')
-  c.tasks[name] = _task(
-      'text_classification', f'tfds:glue/{name}', name, temperature='text_mlm', target_set=name, label='label',
+  c.tasks[name] = _tuned(
+      'text_classification', f'tfds:glue/{name}', name, target_set=name, label='label',
       template=g.template, length=TUNING[name].length, smoothing=_SMOOTHING)
   for split in g.splits:
     c.evaluators[f'{name}, {split}'] = config.evaluator('glue', name, split=split)
@@ -184,8 +188,8 @@ def imagenet1k(c: ml_collections.ConfigDict) -> None:
   """Which of 1000 classes a picture shows."""
   c.sets.imagenet1k = config.target_set(IMAGENET_NAMES, family='names', length=32)
   c.declared.entries.imagenet1k = ((4, 500), (8, 500))  # here and below, how long they are is an assumption
-  c.tasks.imagenet1k = _task(
-      'image_classification', 'tfds:imagenet2012', 'imagenet1k', temperature='img_cls', target_set='imagenet1k', label='label',
+  c.tasks.imagenet1k = _tuned(
+      'image_classification', 'tfds:imagenet2012', 'imagenet1k', target_set='imagenet1k', label='label',
       smoothing=_SMOOTHING, **_CLASSIFIED)
   c.evaluators.imagenet1k = config.evaluator('classification', 'imagenet1k', split='validation')
 
@@ -194,16 +198,16 @@ def kinetics400(c: ml_collections.ConfigDict) -> None:
   """Which of 400 actions a clip shows: eight frames, four views in time, three crops."""
   c.sets.kinetics400 = config.target_set('own:kinetics400/label', family='names', length=32)
   c.declared.entries.kinetics400 = ((4, 200), (8, 200))
-  c.tasks.kinetics400 = _task(
-      'video_classification', 'own:kinetics400', 'kinetics400', temperature='video_cls', target_set='kinetics400', label='label',
+  c.tasks.kinetics400 = _tuned(
+      'video_classification', 'own:kinetics400', 'kinetics400', target_set='kinetics400', label='label',
       frames=8, **_CLIP)
   c.evaluators.kinetics400 = config.evaluator('classification', 'kinetics400', split='validation', batch=32, views=4, crops=3)
 
 
 def _caption(name: str, source: str, split: str = 'train', column: str = CAPTIONS, frames: int = 0):
   def fill(c: ml_collections.ConfigDict) -> None:
-    c.tasks[name] = _task(
-        'video_caption' if frames else 'image_caption', source, name, split=split, temperature='caption', frames=frames,
+    c.tasks[name] = _tuned(
+        'video_caption' if frames else 'image_caption', source, name, split=split, frames=frames,
         target_set=vocabulary(c), captions=(column,), length=TUNING[name].length, smoothing=_SMOOTHING,
         **(_CLIP if frames else _FLIPPED))
     c.evaluators[name] = config.evaluator('caption', name, split='test', batch=64, beams=2)
@@ -212,8 +216,8 @@ def _caption(name: str, source: str, split: str = 'train', column: str = CAPTION
 
 def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTIONS, frames: int = 0):
   def fill(c: ml_collections.ConfigDict) -> None:
-    c.tasks[name] = _task(
-        'video_retrieval' if frames else 'image_retrieval', source, name, split=split, temperature='retrieve', captions=(column,),
+    c.tasks[name] = _tuned(
+        'video_retrieval' if frames else 'image_retrieval', source, name, split=split, captions=(column,),
         length=TUNING[name].length, smoothing=_SMOOTHING, frames=frames, **(_CLIP if frames else _FLIPPED))
     c.evaluators[name] = config.evaluator('retrieval', name, split='test', batch=64)
   return fill
@@ -224,8 +228,8 @@ def vqa(c: ml_collections.ConfigDict) -> None:
   is not mirrored: published training mirrors it and swaps left and right in words."""
   c.sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', length=16)
   c.declared.entries.vqa_answers = ((4, 3129),)
-  c.tasks.vqa = _task(
-      'vqa', 'own:vqa', 'vqa', temperature='downstream', target_set='vqa_answers', label='answers', picks=10,
+  c.tasks.vqa = _tuned(
+      'vqa', 'own:vqa', 'vqa', target_set='vqa_answers', label='answers', picks=10,
       template='{question} <spe> <eot>', length=TUNING['vqa'].length)
   c.evaluators.vqa = config.evaluator('vqa', 'vqa', split='validation')
 

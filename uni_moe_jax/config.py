@@ -9,6 +9,11 @@ FREEZE = 'freeze'
 # Temperature groups of the published system; every checkpoint has all of them.
 PUBLISHED_TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm',
                           'tqa_caption', 'tqa_retrieve', 'downstream')
+# Kind → its group there. Text classification shares that of masked language modelling.
+PUBLISHED_GROUPS = {
+    'image_classification': 'img_cls', 'video_classification': 'video_cls', 'image_caption': 'caption', 'video_caption': 'caption',
+    'image_retrieval': 'retrieve', 'video_retrieval': 'retrieve', 'text_mlm': 'text_mlm', 'text_classification': 'text_mlm',
+    'vqa': 'downstream'}
 
 _PROMPTS_RULE = (r'prompts/|similarity_weight$', 1.0, 0.0)
 

@@ -1,6 +1,7 @@
 """Programs of every readout, and of models whose routers look at tokens, give what the model gives, at any batch."""
 
 import functools
+import re
 
 from absl.testing import absltest, parameterized
 import jax
@@ -8,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small_model, tiny
+from tests import small_model
 from uni_moe_jax import tasks
-from uni_moe_jax.data.templates import fill_template
-from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
-from uni_moe_jax.export import loader, programs
+from uni_moe_jax.export import programs
 from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.model import decode, inputs, similarity
+from uni_moe_jax.model.params import param_shapes
 from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.plan import TaskSpec
@@ -70,6 +70,28 @@ class ReadoutTest(parameterized.TestCase):
     np.testing.assert_allclose(found, want[:, 0] if head else want, rtol=1e-5, atol=1e-5)
 
 
+class PrecisionTest(parameterized.TestCase):
+
+  @parameterized.parameters('classify', 'caption')
+  def test_float32_products_are_whole_on_every_platform(self, name):
+    # By default GPUs would multiply TF32 and TPUs bfloat16, and what a program was lowered with is fixed.
+    self.assertEqual(_products(jnp.float32, name), {('f32', True)})
+
+  def test_who_asks_for_bfloat16_asks_for_speed(self):
+    self.assertEqual(_products(jnp.bfloat16, 'classify'), {('bf16', False), ('f32', False)})
+
+
+def _products(dtype, name: str) -> set[tuple[str, bool]]:
+  """(type, whether they are whole) of the products in a program."""
+  spec = small_model.spec('dense', dtype=jnp.dtype(dtype))
+  asked = Asked(_task('image_caption' if name == 'caption' else 'image_classification'), 1, small_model.VOCABULARY)
+  program = programs.programs(UniPerceiver(spec), asked, small_model.SPE, small_model.EOT)[name]
+  lines = program.lowered(by_path(param_shapes(UniPerceiver(spec)))).mlir_module().splitlines()
+  found = [line for line in lines if 'stablehlo.dot_general' in line]
+  assert len(found) > 5
+  return {(re.search(r'tensor<[?\dx]*(\w+)>', line)[1], 'precision = [HIGHEST, HIGHEST]' in line) for line in found}
+
+
 class TokenRouterTest(parameterized.TestCase):
 
   @parameterized.parameters('token', 'context')
@@ -91,23 +113,6 @@ class TokenRouterTest(parameterized.TestCase):
     np.testing.assert_array_equal(found['tokens'], want.tokens[:, 0])
     np.testing.assert_allclose(found['score'], want.scores[:, 0], rtol=1e-5)
     np.testing.assert_array_equal(call(pixels=_pixels(3)[:1], targets=words)['tokens'], found['tokens'][:1])
-
-
-class LoaderTest(absltest.TestCase):
-
-  def test_a_template_is_filled_as_in_training(self):
-    tokenizer = SentencePieceTokenizer(tiny.tokenizer_file())
-    template = '{text_a} <eot> <spe> , {text_b} <eot>'
-    model = object.__new__(loader.Model)
-    model.manifest = {'tasks': {'answer': {'template': template}}}
-    model._tokenizer = tokenizer._model
-    model._words = {'kind': 'sentencepiece', 'spe': tokenizer.spe, 'eot': tokenizer.eot}
-    found = model.fill('answer', text_a='a small shape', text_b='moves over')
-    texts = {'text_a': tokenizer.encode('a small shape'), 'text_b': tokenizer.encode('moves over')}
-    row, slot = fill_template(tokenizer, template, texts, 60)
-    self.assertEqual(found['text'].tolist(), [row])
-    self.assertEqual(found['position'].tolist(), [[slot]])
-    self.assertEqual(found['text_valid'].tolist(), [[True] * len(row)])
 
 
 if __name__ == '__main__':

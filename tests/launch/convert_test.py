@@ -1,5 +1,6 @@
 """launch/convert.py: a checkpoint of the authors' kind goes on in the normal commands, and comes back."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -17,10 +18,10 @@ from uni_moe_jax import recipes
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.model.params import init_params
 from uni_moe_jax.train import loop, setup
+from uni_moe_jax.train import workdir as workdir_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
-_GROUPS = {'image_classification': 'img_cls', 'image_retrieval': 'retrieve', 'image_caption': 'caption'}
 
 
 def _config(folder: pathlib.Path):
@@ -31,7 +32,7 @@ def _config(folder: pathlib.Path):
   c.tokenizer.update(dict(kind='clip', merges=str(folder / 'merges.txt')))
   c.sets.shapes.length = 32
   for t in c.tasks.values():
-    t.temperature, t.sampling = _GROUPS[t.kind], 1.0
+    t.temperature, t.sampling = config_lib.PUBLISHED_GROUPS[t.kind], 1.0
     t.length = 48 if t.length else 0
   c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')
   c.train.update(dict(steps=3, save_every=1))
@@ -76,6 +77,8 @@ def test_a_converted_checkpoint_evaluates_trains_and_comes_back(files, tmp_path)
   assert 'arrays have their place in both layouts' in done.stdout
   assert 'a gate that nothing evaluates' in done.stdout
   assert json.loads((workdir / 'conversion.json').read_text())['dropped']
+  checksum = hashlib.sha256((folder / 'theirs.pth').read_bytes()).hexdigest()
+  assert workdir_lib.provenance(workdir, 0)['converted from'] == f'theirs.pth (sha256 {checksum})'
 
   back = _run('convert.py', f'--workdir={workdir}', f'--output={tmp_path / "ours.pth"}')
   assert back.returncode == 0, back.stderr

@@ -38,6 +38,7 @@ class ClipTokenizer:
 
   Attributes:
     fingerprint: hex sha256 of the merges in use, however their file is packed.
+    pieces: bytes of every id that is not special; those that end a word have a blank at their end.
   """
 
   def __init__(self, merges_file: str | os.PathLike[str]):
@@ -64,7 +65,7 @@ class ClipTokenizer:
     self.word_end = np.array([p.endswith(_END) for p in pieces] + [True] * len(SPECIALS))
     self.fingerprint = hashlib.sha256('\n'.join(f'{a} {b}' for a, b in merges).encode()).hexdigest()
     byte = {symbol: bytes([b]) for b, symbol in self._symbol.items()}
-    self._bytes = [b''.join(map(byte.get, p.removesuffix(_END))) + b' ' * p.endswith(_END) for p in pieces]
+    self.pieces = [b''.join(map(byte.get, p.removesuffix(_END))) + b' ' * p.endswith(_END) for p in pieces]
     self._repaired = ftfy.fix_text
     # IGNORECASE matters though the text is lower-cased: the long s is its own lower case, and an s to the pattern.
     self._words = regex.compile(_WORD, regex.IGNORECASE).findall
@@ -86,7 +87,7 @@ class ClipTokenizer:
     if self.eot in ids:
       ids = ids[:ids.index(self.eot)]
     # A model may join bytes that are no character together: they become U+FFFD.
-    return b''.join(self._bytes[i] for i in ids if i not in self.special_ids).decode(errors='replace').strip()
+    return b''.join(self.pieces[i] for i in ids if i not in self.special_ids).decode(errors='replace').strip()
 
   def _ids_of_word(self, word: str) -> tuple[int, ...]:
     if word in self._special:  # never '<|mask|>': the split takes it apart

@@ -2,10 +2,9 @@
 
 Every program takes the parameters as arguments. They lie once in params.safetensors, however many programs there are; a program
 is then small, the same for every checkpoint of a model, and its parameters stay on the device from call to call. `loader.py`,
-which goes into the folder as load.py, reads it all with jax, numpy and flatbuffers.
+which goes into the folder as load.py, reads it all with jax, numpy and flatbuffers; `texts.py` knows its texts.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,16 +17,18 @@ import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
 from uni_moe_jax.data import storage
-from uni_moe_jax.export import card, loader, torch_file, torch_layout
+from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.tokenizer import Tokenizer
+from uni_moe_jax.export import card, torch_dense, torch_file
+from uni_moe_jax.export import manifest as manifest_lib
 from uni_moe_jax.export.contents import Contents
-from uni_moe_jax.export.programs import Asked, Program, programs
+from uni_moe_jax.export.programs import Program, programs
 from uni_moe_jax.model.paths import by_path
-from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe import routers
 
-_SHIPPED = {'loader.py': 'load.py', 'example.py': 'example.py'}
+_SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
 _SUMS, _CARD, _MANIFEST, _TORCH = 'SHA256SUMS', 'README.md', 'manifest.json', 'model.pth'
+_PIECES = 'tokenizer_pieces.json'
 
 
 def write(
@@ -48,7 +49,7 @@ def write(
   folder = pathlib.Path(folder)
   if folder.exists():
     raise ValueError(f'--output={folder} is there already; give another, or remove it.')
-  state = torch_state(contents.spec, contents.params) if torch else None
+  state = torch_dense.state(contents.spec, contents.params, [a.task for a in contents.asked]) if torch else None
   with storage.building(folder) as here:
     files = _programs(here, contents)
     _parameters(here, contents.params)
@@ -57,34 +58,25 @@ def write(
     save(here / 'sets.safetensors', contents.features)
     save(here / 'examples.safetensors', {
         f'{task}/{name}': x for task, fields in contents.examples.items() for name, x in fields.items()})
-    tokenizer = contents.data.tokenizer_file
-    (here / tokenizer_name(tokenizer)).write_bytes(tokenizer.read_bytes())
+    tokenizer = write_tokenizer(here, contents.data.tokenizer, contents.data.tokenizer_file)
     for source, name in _SHIPPED.items():
       (here / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
-    manifest = _manifest(contents, files, provenance)
+    manifest = manifest_lib.manifest(contents, files, tokenizer, provenance) | {'files': sorted([_CARD, *_sums(here)])}
     (here / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     (here / _CARD).write_text(card.card(manifest, evaluation, _sums(here)))
     (here / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _sums(here).items()))
 
 
-def torch_state(spec: ModelSpec, params: Any) -> dict[str, np.ndarray]:
-  """The published layout's arrays of a dense model.
-
-  Raises:
-    LayoutError: more than one condition is left, or the layout has no place for a parameter.
-  """
-  if spec.router != routers.DENSE:
-    many = f'{len(spec.kernels)} conditions ({", ".join(row_name(row) for row, _ in spec.kernels)})' if spec.kernels else (
-        f'a {spec.router} router')
-    raise torch_layout.LayoutError(
-        f'--torch: the published dense layout holds one kernel per projection, and this export has {many}; choose tasks of one '
-        'condition with --tasks, and --fixed_sets. `launch/convert.py --output` writes the layout with experts.')
-  return torch_layout.to_torch(params, spec)[0]
-
-
-def tokenizer_name(file: pathlib.Path) -> str:
-  """Name of the tokenizer's file in the folder."""
-  return 'tokenizer' + ''.join(file.suffixes[-2:] if file.suffix == '.gz' else file.suffixes[-1:])
+def write_tokenizer(here: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path) -> dict[str, Any]:
+  """Writes a tokenizer's file, and the pieces of one that only this package can read; returns what `texts.py` needs to know."""
+  name = 'tokenizer' + ''.join(file.suffixes[-2:] if file.suffix == '.gz' else file.suffixes[-1:])
+  (here / name).write_bytes(file.read_bytes())
+  facts = {'kind': 'sentencepiece', 'file': name, 'size': tokenizer.size, 'pad': tokenizer.pad, 'spe': tokenizer.spe,
+           'eot': tokenizer.eot, 'special': sorted(tokenizer.special_ids)}
+  if isinstance(tokenizer, ClipTokenizer):
+    (here / _PIECES).write_text(json.dumps([piece.hex() for piece in tokenizer.pieces]))
+    facts |= {'kind': 'clip', 'pieces': _PIECES}
+  return facts
 
 
 def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -134,36 +126,6 @@ def _parameters(here: pathlib.Path, params: Any) -> None:
   save(here / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(params).items()})
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save((here / 'orbax').absolute(), params)
-
-
-def _manifest(contents: Contents, files, provenance: dict[str, Any]) -> dict[str, Any]:
-  """manifest.json; `format` stands first, where a loader looks for it before it reads anything else."""
-  spec, tokenizer = contents.spec, contents.data.tokenizer
-  fields = dataclasses.asdict(spec)
-  kernels = {row_name(row): k for row, k in spec.kernels}
-  file = contents.data.tokenizer_file
-  return {
-      'format': loader.FORMAT,
-      'model': {**fields, 'dtype': np.dtype(spec.dtype).name, 'kernels': kernels,
-                'parameters': sum(np.size(x) for x in jax.tree.leaves(contents.params))},
-      'tasks': {a.task.name: _task(a, files[a.task.name], spec) for a in contents.asked},
-      'sets': {name: {'size': target.size, 'texts': list(target.texts), 'condition': str(s.condition)}
-               for name, (s, target) in contents.sets.items()},
-      'tokenizer': {'kind': 'sentencepiece' if file.suffix == '.model' else 'clip', 'file': tokenizer_name(file),
-                    'size': tokenizer.size, 'pad': tokenizer.pad, 'spe': tokenizer.spe, 'eot': tokenizer.eot,
-                    'special': sorted(tokenizer.special_ids)},
-      'examples': contents.answers,
-      'provenance': {**provenance, 'jax': jax.__version__},
-  }
-
-
-def _task(asked: Asked, files: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
-  task = asked.task
-  kernel = lambda c: spec.kernel_of(c) if spec.kernels else 0
-  return {
-      'kind': task.kind.name, 'set': task.target_set, 'length': task.length, 'template': task.template,
-      'temperature': task.temperature, 'beams': asked.beams, 'penalty': asked.penalty,
-      'conditions': {str(c): kernel(c) for c in asked.conditions}, 'programs': files}
 
 
 def _sums(here: pathlib.Path) -> dict[str, tuple[str, int]]:

@@ -8,11 +8,20 @@ from uni_moe_jax.moe import routers
 _MOST_SHOWN = 8  # entries of a set
 
 _LEFT = {
+    'never': 'A dense model: it never had experts.',
     'dense': 'Its experts are merged for good: what is left is a plain dense model, without routers and experts.',
-    'kernels': 'Its experts are merged for good: no routers and experts are left. Each projection has {n} kernels, one for each '
-               'kind of token that these tasks have; which one an array takes is fixed in the programs ("conditions" below).',
+    'kernels': 'Its experts are merged for good: no routers and experts are left. A projection that had experts has {n} kernels; '
+               'kinds of tokens that took the same of every expert share one. Which one an array takes is fixed in the programs '
+               '("conditions" below).',
     'router': 'Its router ({router}) looks at tokens, so that experts cannot be merged: **router and experts are in these '
               'programs**, and every token costs what it cost in training.',
+}
+
+_CLIP = (' `texts.py` reads captions and makes no ids: make those of your texts yourself, by the merges of `{file}`, each '
+         'text ended by {eot}.')
+_PRODUCTS = {
+    'float32': 'Their float32 products are whole float32 on every platform; exported with `--dtype=bfloat16`, they are faster.',
+    'bfloat16': 'Products of layers are bfloat16, the fast choice; the few that stay float32 may be rounded by the platform.',
 }
 
 
@@ -23,38 +32,37 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
     manifest: see `artifact`. evaluation: rows of evaluation.json, or [].
     sums: {file: (sha256, bytes)} of all other files.
   """
-  model, origin = manifest['model'], manifest['provenance']
+  model, origin, words = manifest['model'], manifest['provenance'], manifest['tokenizer']
   return '\n'.join([
       f'# {origin["name"]}',
       '',
       'A generalist model (Uni-Perceiver-MoE: arXiv 2206.04674), exported by uni_moe_jax. It runs without that package:',
       '',
-      '    pip install jax flatbuffers sentencepiece',
+      f'    pip install jax flatbuffers{" sentencepiece" * (words["kind"] == "sentencepiece")}',
       '    python example.py',
       '',
-      '`load.py` is the loader; its first lines say how it is used. It checks every file of this folder against `SHA256SUMS`. '
-      'Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. JAX reads programs of its own version for at least six '
-      f'months; these are by {origin["jax"]}. On TPU, JAX multiplies float32 with less precision unless '
-      '`jax.default_matmul_precision` says otherwise.',
+      '`load.py` is the loader, `texts.py` knows its texts; their first lines say how they are used. `load.py` '
+      'checks every file of this folder against `SHA256SUMS`. Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. '
+      f'JAX reads programs of its own version for at least six months; these are by {origin["jax"]}. ' + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
       '',
-      _left(model),
+      _left(model, manifest['trained']),
       '',
       f'Transformer encoder, {model["layers"]} layers, width {model["width"]}, {model["heads"]} heads, hidden {model["hidden"]}; '
       f'{model["parameters"]:,} parameters (float32); products in {model["dtype"]}. Pictures: uint8, {model["image_size"]} × '
       f'{model["image_size"]} × {model["channels"]}, patches of {model["patch"]}; the programs divide by 255 and normalise (mean '
       f'{_numbers(model["pixel_mean"])}, deviation {_numbers(model["pixel_std"])}; clips: '
       f'{_numbers(model["video_mean"]) or "the same"}, {_numbers(model["video_std"]) or "the same"}). Texts: '
-      f'{manifest["tokenizer"]["kind"]}, {manifest["tokenizer"]["size"]:,} pieces, at most {model["max_text"]} tokens.',
+      f'{words["kind"]}, {words["size"]:,} pieces, at most {model["max_text"]} tokens.'
+      + (_CLIP.format(**words) if words['kind'] == 'clip' else ''),
       '',
       '## Tasks',
       '',
       *[line for name, task in manifest['tasks'].items() for line in _task(name, task, manifest['sets'])],
       '## Metrics',
       '',
-      *(['Of the trained model at this step, by training\'s evaluators:', '', '```', evaluation_table(evaluation), '```']
-        if evaluation else ['This step was not evaluated.']),
+      *_metrics(manifest, evaluation),
       '',
       '## Provenance',
       '',
@@ -74,10 +82,32 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       ''])
 
 
-def _left(model: dict[str, Any]) -> str:
-  if model['kernels']:
-    return _LEFT['kernels'].format(n=model['num_experts'])
-  return _LEFT['router'].format(router=model['router']) if routers.looks_at_tokens(model['router']) else _LEFT['dense']
+def _left(model: dict[str, Any], trained: dict[str, Any]) -> str:
+  if not trained['layers']:
+    return _LEFT['never']
+  if routers.looks_at_tokens(model['router']):
+    left = _LEFT['router'].format(router=model['router'])
+  else:
+    left = _LEFT['dense'] if model['router'] == routers.DENSE else _LEFT['kernels'].format(n=model['num_experts'])
+  every = len(trained['layers']) == model['layers']
+  layers = 'all layers' if every else f'layers {", ".join(map(str, trained["layers"]))} (of 0…{model["layers"] - 1})'
+  return (f'Trained with router {trained["router"]}, {trained["num_experts"]} experts, {trained["top_k"]} per token, in {layers}: '
+          f'{" and ".join(trained["parts"])}. {left}')
+
+
+def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list[str]:
+  """What training's evaluators found, of those that ask the exported tasks."""
+  if not evaluation:
+    return ['This step was not evaluated.']
+  rows = [row for row in evaluation if row['evaluator'] in manifest['evaluators']]
+  if not rows:
+    return ['No evaluator asks these tasks.']
+  then, now = manifest['trained']['dtype'], manifest['model']['dtype']
+  other = '' if then == now else f' with products in {then} (here {now}, so that answers may differ)'
+  closed = [f'`{name}` lets the model give only captions that are texts of set `{answers}`; these programs give any words.'
+            for name, answers in manifest['evaluators'].items() if answers]
+  return [f"Of the trained model at this step{other}, by training's evaluators:", '', '```', evaluation_table(rows), '```',
+          *(['', *closed] if closed else [])]
 
 
 def _numbers(values: tuple[float, ...]) -> str:

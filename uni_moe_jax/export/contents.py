@@ -13,7 +13,7 @@ from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.sets import TargetSet
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
-from uni_moe_jax.export.programs import Asked
+from uni_moe_jax.export.programs import WHOLE, Asked
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
@@ -31,6 +31,8 @@ class Contents:
     sets: target sets of the tasks. features: f32 [V, D] of their entries, normalised, by the model as it was trained.
     data: of the run: its tokenizer, its fingerprint.
     examples: inputs of some examples per task. answers: what the model says to them, in words.
+    trained: the model as it was trained.
+    evaluators: of the tasks, by name: the target set that the captions are among that it lets the model give; '': any words.
   """
   spec: ModelSpec
   params: Any
@@ -40,6 +42,8 @@ class Contents:
   data: Data
   examples: dict[str, dict[str, np.ndarray]]
   answers: dict[str, list[str]]
+  trained: ModelSpec
+  evaluators: dict[str, str]
 
   def summary(self) -> str:
     """One line for the terminal."""
@@ -52,14 +56,14 @@ class Contents:
 
 def collect(
     spec: ModelSpec, params: Any, plan: Plan, data: Data, *, tasks: Sequence[str] = (), fixed_sets: bool = False,
-    dtype: str = 'float32', examples: int = 0) -> Contents:
+    dtype: str | None = None, examples: int = 0) -> Contents:
   """Contents of the export of a trained run.
 
   Args:
     spec, params, plan, data: of the run.
     tasks: names of those that are asked for; all by default.
     fixed_sets: only the entries of target sets can be answers: no program encodes other texts, and no kernel serves them.
-    dtype: of products; parameters stay float32.
+    dtype: of products; None: as in training. Parameters stay float32.
     examples: how many per task.
 
   Raises:
@@ -69,25 +73,26 @@ def collect(
   for name in tasks:
     if name not in known:
       raise ValueError(f'--tasks: the run has no task {name!r}; {nearest(name, known)}.')
-  whole = portable(spec, dtype)
+  whole = portable(spec, dtype or spec.dtype)
   chosen = [known[name] for name in dict.fromkeys(tasks or known)]
   by_name = {s.name: (s, data.sets[s.name]) for s in (*plan.sets, *plan.probe_sets)}
   asked = tuple(_asked(t, plan, data, by_name, fixed_sets) for t in chosen)
   sets = {t.target_set: by_name[t.target_set] for t in chosen if t.target_set}
-  predictor = Predictor(UniPerceiver(whole), params, sets, data.tokenizer)
   shown = {a.task.name: _inputs(a.task, plan, data, examples) for a in asked if examples and a.task.kind.target != 'pair'}
-  answers = {a.task.name: _answers(predictor, a, sets, shown[a.task.name]) for a in asked if a.task.name in shown}
+  with jax.default_matmul_precision(WHOLE):
+    predictor = Predictor(UniPerceiver(whole), params, sets, data.tokenizer)
+    features = {name: np.asarray(predictor.target_set(name)) for name in sets}
+    answers = {a.task.name: _answers(predictor, a, sets, shown[a.task.name]) for a in asked if a.task.name in shown}
+    if routers.looks_at_tokens(spec.router):
+      left, values = whole, params
+    else:
+      left, values = merged(whole, params, tuple(dict.fromkeys(c for a in asked for c in a.conditions)))
   answers = {name: words for name, words in answers.items() if words is not None}
-  if routers.looks_at_tokens(spec.router):
-    left, values = whole, params
-  else:
-    left, values = merged(whole, params, tuple(dict.fromkeys(c for a in asked for c in a.conditions)))
-  return Contents(
-      left, values, asked, sets, {name: np.asarray(predictor.target_set(name)) for name in sets}, data,
-      {name: shown[name] for name in answers}, answers)
+  evaluators = {e.name: e.answers for e in plan.evaluations if e.task in chosen}
+  return Contents(left, values, asked, sets, features, data, {name: shown[name] for name in answers}, answers, spec, evaluators)
 
 
-def portable(spec: ModelSpec, dtype: str) -> ModelSpec:
+def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
   """A model as it runs at inference on any platform: of the ways to group products, `loop` lowers for all of them."""
   return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, grouped='loop')
 

@@ -1,11 +1,13 @@
 """Shows this exported model at work: python example.py
 
-Runs it on the examples that were exported with it, or on noise, and says whether the answers are those of the exporter.
+Runs it on the examples that were exported with it, and says whether the answers are those of the exporter; without examples it
+lists what the model can be asked.
 `captions_word_by_word` is how a server would send captions while they are made.
 """
 
 import load
 import numpy as np
+import texts
 
 
 def captions_word_by_word(model, task, pixels):
@@ -25,7 +27,7 @@ def captions_word_by_word(model, task, pixels):
 def answers(model, task, inputs):
   """What the model says: captions, or the names that it chooses."""
   if 'caption' in model.manifest['tasks'][task]['programs']:
-    return model.caption(task, **inputs)
+    return texts.Texts(model).captions(task, **inputs)
   chosen = np.asarray(model.run(task, 'classify', **inputs)['log_p']).argmax(-1)
   names = model.manifest['sets'][model.manifest['tasks'][task]['set']]['texts']
   return [names[i] for i in chosen]

@@ -6,6 +6,7 @@ same, one word at a time. All go through the code that training and evaluation u
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.plan import TaskSpec
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
+# Of float32 products: by default NVIDIA GPUs multiply TF32 and TPUs bfloat16, so that a program would say something else there.
+WHOLE = 'highest'
 
 Arrays = dict[str, Any]
 
@@ -53,14 +56,22 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """run: (parameters by path, inputs) → outputs, all of them dictionaries. inputs: shapes and types, with symbolic sizes."""
+  """A function with its inputs.
+
+  Attributes:
+    run: (parameters by path, inputs) → outputs, all of them dictionaries.
+    inputs: shapes and types, with symbolic sizes.
+    precision: of float32 products, for `jax.default_matmul_precision`.
+  """
   run: Callable[[Arrays, Arrays], Arrays]
   inputs: Arrays
+  precision: str
 
   def lowered(self, params: Arrays) -> jax.export.Exported:
     """The program for every platform. params: arrays or shapes by path."""
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in params.items()}
-    return jax.export.export(jax.jit(self.run), platforms=PLATFORMS)(shapes, self.inputs)
+    with jax.default_matmul_precision(self.precision):  # a program keeps that of its lowering, whoever calls it
+      return jax.export.export(jax.jit(self.run), platforms=PLATFORMS)(shapes, self.inputs)
 
 
 def programs(model: UniPerceiver, asked: Asked, spe: int, eot: int) -> dict[str, Program]:
@@ -89,6 +100,9 @@ class _Programs:
   def __init__(self, model: UniPerceiver, asked: Asked):
     self._model, self._spec, self._asked, self._task = model, model.spec, asked, asked.task
     self._kind = asked.task.kind
+    # Who asks for bfloat16 asks for speed: the few float32 products that are left are then as fast as the platform has them.
+    fast = jnp.dtype(self._spec.dtype) != jnp.float32
+    self._program = functools.partial(Program, precision='default' if fast else WHOLE)
 
   def _apply(self, params: Arrays, method, *args):
     return self._model.apply({'params': _tree(params)}, *args, method=method)
@@ -130,7 +144,7 @@ class _Programs:
 
     def run(params, x):
       return {'features': self._read(similarity.normalise(self._features(params, x)))}
-    return Program(run, fields)
+    return self._program(run, fields)
 
   def classify(self) -> Program:
     fields, n = self._fields(' v')
@@ -144,7 +158,7 @@ class _Programs:
       if self._task.head:
         logits = self._apply(params, 'with_head', features, logits)
       return {'log_p': self._read(jax.nn.log_softmax(logits))}
-    return Program(run, {**fields, 'targets': targets})
+    return self._program(run, {**fields, 'targets': targets})
 
   def encode_text(self) -> Program:
     n = self._sizes('b s', True)
@@ -154,7 +168,7 @@ class _Programs:
       ids = jnp.zeros((x['text'].shape[0],), jnp.uint32)
       sequence = Sequence(layout=layout, ids=ids, text=x['text'], text_valid=x['text_valid'])
       return {'features': similarity.normalise(self._encoded(params, sequence)[:, 0])}
-    return Program(run, _text(n))
+    return self._program(run, _text(n))
 
   def score(self) -> Program:
     n = self._sizes('b c', False)
@@ -164,7 +178,7 @@ class _Programs:
     def run(params, x):
       scale = self._apply(params, 'scale', self._task.temperature) if known else jnp.float32(1)
       return {'scores': similarity.logits(x['features'], x['texts'], scale)}
-    return Program(run, {'features': rows(n['b']), 'texts': rows(n['c'])})
+    return self._program(run, {'features': rows(n['b']), 'texts': rows(n['c'])})
 
   def captions(self, spe: int, eot: int) -> dict[str, Program]:
     kind, length, model = self._kind, self._task.length, self._model
@@ -195,8 +209,8 @@ class _Programs:
 
     asks = {'word': jax.ShapeDtypeStruct((b,), jnp.int32), 't': jax.ShapeDtypeStruct((), jnp.int32)}
     return {
-        'caption': Program(caption, {**pixels, **words}), 'prefill': Program(prefill, pixels),
-        'step': Program(step, {'cache': tuple(leaves), **asks, **words})}
+        'caption': self._program(caption, {**pixels, **words}), 'prefill': self._program(prefill, pixels),
+        'step': self._program(step, {'cache': tuple(leaves), **asks, **words})}
 
 
 def _tree(params: Arrays) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from uni_moe_jax.files import write_json
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
+CONVERSION_FILE = 'conversion.json'  # of a converted checkpoint: what went where
 CHECKPOINTS = 'checkpoints'  # the folder in which each has one, named by its step
 TOKENIZER_STEM = 'tokenizer'
+PLACES = (('data', 'dir'), ('tokenizer', 'file'), ('tokenizer', 'merges'), ('train', 'init'))  # fields that are paths
 VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
 MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'train.watchdog',
@@ -143,13 +145,20 @@ def keep_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path) -> None:
 
 
 def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
-  """Where a run's parameters come from: what an export tells about them, as JSON."""
-  stored = json.loads((pathlib.Path(workdir) / CONFIG_FILE).read_text())
-  facts = pathlib.Path(workdir) / RUN_FILE
-  trained = json.loads(facts.read_text()) if facts.exists() else {}
-  return {'name': pathlib.Path(workdir).resolve().name, 'step': step, 'seed': stored['config']['seed'],
+  """Where a run's parameters come from: what an export tells about them, as JSON. Of files and folders only their name is told."""
+  stored, trained, converted = (json.loads(file.read_text()) if file.exists() else {} for file in (
+      pathlib.Path(workdir) / name for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE)))
+  config = stored['config']
+  for section, field in PLACES:
+    if field in config.get(section, {}):
+      config[section][field] = pathlib.Path(config[section][field]).name
+  init = config['train'].get('init')
+  origin = {'started from': init} if init else {}
+  if converted:
+    origin['converted from'] = f'{pathlib.Path(converted["checkpoint"]).name} (sha256 {converted.get("sha256", "unknown")})'
+  return {'name': pathlib.Path(workdir).resolve().name, **origin, 'step': step, 'seed': config['seed'],
           'trained by commit': trained.get('commit', 'unknown'), 'data (fingerprint)': stored['data'],
-          'versions in training': stored['versions'], 'config': stored['config']}
+          'versions in training': stored['versions'], 'config': config}
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:

@@ -1,0 +1,61 @@
+"""Texts of an exported model: templates filled, and captions written, as in training."""
+
+import gzip
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.templates import fill_template
+from uni_moe_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.export import artifact
+from uni_moe_jax.export.texts import Texts
+
+_LENGTH = 16
+_LONG = 'a small shape moves over every line and returns its value'
+
+
+def _texts(folder: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path, template: str = '', tokens=()) -> Texts:
+  """Texts of a model with one task, which answers with the same ids whatever it is asked."""
+  manifest = {'tasks': {'answer': {'template': template, 'length': _LENGTH}},
+              'tokenizer': artifact.write_tokenizer(folder, tokenizer, file)}
+  manifest = json.loads(json.dumps(manifest))  # as it comes out of its file
+  return Texts(types.SimpleNamespace(manifest=manifest, folder=folder, run=lambda *_, **__: {'tokens': np.array(tokens)}))
+
+
+@pytest.mark.parametrize('template', ['{text_a} <eot> <spe> , {text_b} <eot>', '{text_a} it is <spe> <eot>'])
+@pytest.mark.parametrize('a', ['a', _LONG])
+@pytest.mark.parametrize('b', ['a shape', _LONG])
+def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
+  file = pathlib.Path(tiny.tokenizer_file())
+  tokenizer = SentencePieceTokenizer(file)
+  words = _texts(tmp_path, tokenizer, file, template)
+  found = words.fill('answer', **{name: x for name, x in (('text_a', a), ('text_b', b)) if name in template})
+  row, slot = fill_template(tokenizer, template, {'text_a': tokenizer.encode(a), 'text_b': tokenizer.encode(b)}, _LENGTH)
+  assert found['text'].tolist() == [row] and found['position'].tolist() == [[slot]]
+  assert found['text_valid'].tolist() == [[True] * len(row)]
+  assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the room that the last leaves
+
+
+def test_captions_in_clips_vocabulary_are_read_without_a_library(tmp_path, monkeypatch):
+  file = tmp_path / 'merges.txt.gz'
+  file.write_bytes(gzip.compress('#version: a test\nt h\nth e</w>\n'.encode()))
+  tokenizer = ClipTokenizer(file)
+  # The first byte of the third is no character together with what follows; the last ends at once.
+  rows = [tokenizer.encode('The theatre, Анна!'), [tokenizer.spe, *tokenizer.encode('dé')], [132, 7, 0], [tokenizer.eot]]
+  tokens = [(row + [tokenizer.eot, 5, 5, 5] * 9)[:24] for row in rows]
+  folder = tmp_path / 'model'
+  folder.mkdir()
+  for library in ('sentencepiece', 'ftfy', 'regex', 'tokenizers'):
+    monkeypatch.setitem(sys.modules, library, None)  # an import of it fails
+  words = _texts(folder, tokenizer, file, tokens=tokens)
+  said = words.captions('answer', None)
+  assert said == [tokenizer.decode(row) for row in tokens] and said[0] == 'the theatre , анна !' and '\ufffd' in said[2]
+  assert (folder / 'tokenizer.txt.gz').read_bytes() == file.read_bytes()
+  with pytest.raises(ValueError, match=rf'make the ids of .* yourself \(tokenizer.txt.gz holds the merges\).* {tokenizer.eot}\.'):
+    words.tokens(['a text'], 8)

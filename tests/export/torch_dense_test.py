@@ -1,0 +1,58 @@
+"""Temperature groups of a run in the published layout: those of the exported tasks, under the names that their kinds have there."""
+
+import numpy as np
+import pytest
+
+from tests import small_model
+from uni_moe_jax import tasks
+from uni_moe_jax.config import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
+from uni_moe_jax.export import torch_dense
+from uni_moe_jax.export.torch_layout import LayoutError
+from uni_moe_jax.plan import TaskSpec
+
+
+def _task(kind: str, group: str = '') -> TaskSpec:
+  kind = tasks.KINDS.get(kind, tasks.Kind(kind, tasks.KINDS['vqa'].inputs, 'words', 'slot', 'vqa'))
+  return TaskSpec(
+      name=f'a_{kind.name}', kind=kind, group='', source='', split='', batch=1, weight=1.0, sampling=0.0,
+      temperature=group or kind.name, target_set='', label='', captions=(), template='', length=4, picks=2, smoothing=0.0, shift=0)
+
+
+def _scales(chosen: list[TaskSpec], scales: dict[str, float]) -> dict[str, float]:
+  """Groups of the published layout that are not at their initial value, as logarithms: of a dense model with these groups."""
+  spec = small_model.spec('dense', temperatures=tuple(scales))
+  params = {**small_model.params(spec), **{f'log_scale_{name}': np.float32(x) for name, x in scales.items()}}
+  state = torch_dense.state(spec, params, chosen)
+  found = {name: float(state[f'loss_prepare.logit_scale_{name}']) for name in PUBLISHED_TEMPERATURES}
+  return {name: x for name, x in found.items() if x != pytest.approx(np.log(1 / .07))}
+
+
+def test_every_kind_has_a_published_group():
+  assert set(PUBLISHED_GROUPS) == set(tasks.KINDS) and set(PUBLISHED_GROUPS.values()) <= set(PUBLISHED_TEMPERATURES)
+
+
+def test_a_group_gets_the_name_of_its_kind_unless_it_has_a_published_one():
+  chosen = [_task('image_classification'), _task('image_caption', 'words'), _task('video_classification', 'downstream')]
+  found = _scales(chosen, {'image_classification': 1.0, 'words': 2.0, 'downstream': 3.0, 'text_mlm': 4.0, 'mine': 5.0})
+  assert found == {'img_cls': 1.0, 'caption': 2.0, 'downstream': 3.0}  # no exported task has the others
+
+
+def test_tasks_of_one_name_share_a_scale():
+  assert _scales([_task('image_retrieval'), _task('video_retrieval')], {'image_retrieval': 2.0, 'video_retrieval': 2.0}) == {
+      'retrieve': 2.0}
+  assert _scales([_task('image_retrieval'), _task('video_retrieval')], {'image_retrieval': 2.0}) == {'retrieve': 2.0}
+
+
+@pytest.mark.parametrize('chosen, said', [
+    ([_task('text_mlm'), _task('text_classification')],
+     r"'text_mlm' \(1/τ = 2.718\) and 'text_classification' \(7.389\) would both be 'text_mlm'.*--tasks"),
+    ([_task('mine')], r"no temperature group for config.tasks.a_mine.kind='mine'; it has those of image_.*--tasks")])
+def test_what_has_no_group_of_its_own_there_is_refused(chosen, said):
+  with pytest.raises(LayoutError, match=said):
+    _scales(chosen, {'text_mlm': 1.0, 'text_classification': 2.0, 'mine': 3.0})
+
+
+def test_several_conditions_have_no_place():
+  spec = small_model.spec('modality', kernels=(('visual', 0), ('text', 1)))
+  with pytest.raises(LayoutError, match=r'--torch: .* this export has 2 conditions \(visual, text\); .*--fixed_sets'):
+    torch_dense.state(spec, {}, [])
