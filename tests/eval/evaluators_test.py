@@ -68,6 +68,26 @@ def _scores(data, name, predictor, **changes):
   return {s.name: s for s in EVALUATORS[question.evaluation.kind](question)}
 
 
+def test_views_of_a_clip_are_averaged_as_probabilities(data):
+  class Looks(_Oracle):
+    """Says class 0 with the brightness of a clip as its probability, in percent."""
+
+    def inputs(self, kind, fields):
+      return fields['pixels'].mean(axis=(1, 2, 3, 4), dtype=np.float32)[:, None, None]
+
+    def log_probabilities(self, features, task):
+      return np.log(np.concatenate([features, 100 - features], axis=-1) / 100)
+
+  question = _question(data, 'motion', Looks(2))
+  # Two clips of two views each, one frame of 1 × 1: (0.9 + 0.2) / 2 and (1.0 + 0.3) / 2; a mean of logarithms would say 0.6 and 1.
+  pixels = np.array([[90, 20], [100, 30]], np.uint8).reshape(2, 2, 1, 1, 1, 1)
+  with np.errstate(divide='ignore'):
+    found = np.exp(evaluators._view_mean(question, {'pixels': pixels}))
+    np.testing.assert_allclose(found, [[0.55, 0.45], [0.65, 0.35]], rtol=1e-6)
+    # A clip of one view is what it is.
+    np.testing.assert_allclose(np.exp(evaluators._view_mean(question, {'pixels': pixels[:, 0]}))[:, 0], [0.9, 1.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize('name, targets', [('shape', 3), ('motion', 2), ('package', 2)])
 def test_classification_counts_right_answers_and_wrong_ones(data, name, targets):
   right, wrong = (_scores(data, name, _Oracle(targets, r)) for r in (True, False))
