@@ -1,6 +1,7 @@
 """Generated mistakes in people's own data: rows, texts, pictures and clips as programs, disks and people leave them."""
 
 import functools
+import importlib.util
 import io
 import json
 import pathlib
@@ -22,7 +23,7 @@ _SIDE, _FRAMES = 24, 8
 _GOOD = 5  # rows beside the generated one, which it must not cost
 _WRITTEN = 10  # of so many inputs one is written and read again, too: it takes ten times as long
 _PICTURES = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'ICO')
-_CLIPS = {'mp4': 'mpeg4', 'avi': 'mpeg4', 'matroska': 'mpeg4'}
+_CLIPS = {'mp4': 'mpeg4', 'avi': 'mpeg4', 'matroska': 'mpeg4'}  # format → codec
 # Of a row: those that mean something, and one that may be a class or a text.
 _FIELDS = ('image', 'video', 'caption', 'captions', 'text', 'text_a', 'label', 'label_name', 'split', 'group', 'key', 'where', 'question')
 _PATHS = ('', '.', '..', '/', '/dev/zero', 'gone.png', '\0', '\udcff.png', 'data.jsonl', *UNREACHABLE)
@@ -128,7 +129,8 @@ def picture_case(rng: random.Random, folder: pathlib.Path) -> Case:
 
 def clip_case(rng: random.Random, folder: pathlib.Path) -> Case:
   """A clip of any format, damaged in its header or frames; what is taken must give frames in training."""
-  form = rng.choice((*_CLIPS, 'gif', 'npy', 'npz'))
+  forms = (*_CLIPS, 'gif') if importlib.util.find_spec('av') else ()
+  form = rng.choice((*forms, 'npy', 'npz'))
   good = _clip(form)
   # Half of the damage is where a header is.
   cut = len(good) if rng.random() < .5 else min(200, len(good))
