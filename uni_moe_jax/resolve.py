@@ -202,14 +202,16 @@ def _check_declared(c: ml_collections.ConfigDict) -> None:
   for name, entries in c.declared.entries.items():
     _choose(f'declared.entries.{name}', name, c.sets)
     longest = c.sets[name].length
-    if isinstance(entries, (int, str)) or not entries or any(
-        not isinstance(pair, tuple) or len(pair) != 2 or not 2 <= pair[0] <= longest or pair[1] < 1 for pair in entries):
+    whole = isinstance(entries, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in entries)
+    if not whole or not entries or any(not 2 <= tokens <= longest or number < 1 for tokens, number in entries):
       raise ValueError(f'config.declared.entries.{name}={entries!r} must hold (tokens, entries) pairs, tokens in 2…config.sets.'
                        f'{name}.length={longest}, entries at least 1; for example (({longest}, 1000),).')
   for name, frames in c.declared.frames.items():
     _choose(f'declared.frames.{name}', name, c.tasks)
-    if not 1 <= frames <= c.model.max_frames:
-      raise ValueError(f'config.declared.frames.{name}={frames} must be in 1…config.model.max_frames={c.model.max_frames}.')
+    if type(frames) is not int or not 1 <= frames <= c.model.max_frames:
+      raise ValueError(f'config.declared.frames.{name}={frames!r} must be in 1…config.model.max_frames={c.model.max_frames}, a '
+                       'whole number.')
 
 
 def _own_family(name: str, bits) -> Condition:

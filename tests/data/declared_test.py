@@ -70,12 +70,18 @@ def test_the_published_vocabulary_has_the_size_that_its_merges_give():
     ('entries.shapes', 1000, r'config.declared.entries.shapes=1000 must hold \(tokens, entries\) pairs'),
     ('entries.shapes', ((17, 3),), r'tokens in 2…config.sets.shapes.length=16'),
     ('entries.shapes', ((4, 0),), 'entries at least 1'),
+    ('entries.shapes', 2.5, r'config.declared.entries.shapes=2.5 must hold \(tokens, entries\) pairs'),
+    ('entries.shapes', ((4.5, 3),), r'config.declared.entries.shapes=\(\(4.5, 3\),\) must hold \(tokens, entries\) pairs'),
+    ('frames.motion', ({'a': 1},), r"config.declared.frames.motion=\({'a': 1},\) must be in 1…"),
+    ('frames.motion', 2.5, r'config.declared.frames.motion=2.5 must be in 1…config.model.max_frames=4, a whole number'),
     ('frames.motion', 9, r'config.declared.frames.motion=9 must be in 1…config.model.max_frames=4'),
     ('frames.nothing', 2, r"config.declared.frames.nothing='nothing' is unknown"),
 ])
 def test_a_wrong_declaration_is_told(field, value, said):
   c = _config()
   part, name = field.split('.')
+  if name in c.declared[part]:
+    del c.declared[part][name]  # a value of another type in its place would be refused before
   c.declared[part][name] = value
   with pytest.raises(ValueError, match=said):
     resolve.resolve(c)

@@ -264,6 +264,19 @@ def _zipped(names) -> bytes:
   return out.getvalue()
 
 
+@pytest.mark.parametrize('name, harm, said', [
+    ('prepared.json', lambda data: data[:100], 'prepared.json is damaged'),
+    ('labels.npz', lambda data: data[:100], 'labels.npz cannot be read'),
+    ('labels.npz', lambda data: b'', 'labels.npz cannot be read')])
+def test_damage_of_what_was_prepared_says_to_prepare_it_again(tmp_path, name, harm, said):
+  (tmp_path / 'one.txt').write_text('a line')
+  prepare.prepare(tmp_path / 'one.txt', tmp_path, 'one')
+  path = tmp_path / 'own/one/1.0.0' / name
+  path.write_bytes(harm(path.read_bytes()))
+  with pytest.raises(ValueError, match=f'{said} .*prepare the data again: python launch/prepare_data.py'):
+    stored.load('own:one', tmp_path, 'train')
+
+
 def test_unknown_names_say_the_nearest(pictures):
   with pytest.raises(FileNotFoundError, match="did you mean 'colours'"):
     stored.load('own:colors', pictures[0], 'train')

@@ -120,6 +120,16 @@ def _begun_with(tmp_path, **changed):
   path.write_text(json.dumps(content))
 
 
+@pytest.mark.parametrize('harm', [
+    {'versions': 3}, {'versions': {'jax': 3}}, {'versions': {'jax': None}}, {'versions': {'jax': '0.1'}, 'earlier_versions': 3}])
+def test_versions_that_are_no_texts_are_damage(tmp_path, harm):
+  _begun_with(tmp_path)
+  path = tmp_path / workdir.CONFIG_FILE
+  path.write_text(json.dumps({**json.loads(path.read_text()), **harm}))
+  with pytest.raises(ValueError, match=r'config.json is damaged \(its versions are no texts by package\)'):
+    workdir.check_versions(tmp_path, accept=True)
+
+
 def test_the_same_versions_go_on_without_a_word(tmp_path, capsys):
   workdir.check_versions(tmp_path)  # a new folder
   _begun_with(tmp_path)

@@ -6,6 +6,7 @@ Nothing is opened here but text: a row names its file, and `prepare.py` looks in
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ MEDIA = ('image', 'video')
 _TEXT = '.txt'
 _ABOUT, _NOT_UTF8 = 'text beside folders of classes', 'not UTF-8'
 _LISTS = ('captions',)  # lists of texts; so is any field whose value is one
+_NAME = re.compile(r'\w[\w .:-]{0,49}')  # of fields: files are called so
 _ONE = ('image', 'video', 'caption', 'label_name', 'split')
 WHERE = 'where'  # the column that says which file or line a row came from
 
@@ -193,6 +195,8 @@ def _row(
       return Skipped(where, f'wrong type of {_short(name)}')
     if (name in _ONE or is_text(name)) and not isinstance(v, str) or name in _LISTS and not isinstance(v, list):
       return Skipped(where, f'wrong type of {_short(name)}')
+    if not _NAME.fullmatch(name):
+      return Skipped(where, 'a field name of more than 50 characters, or of others than letters, digits, spaces and _ - . :')
     if name == WHERE:
       return Skipped(where, f'a field {WHERE!r}, which is where the row itself is written')
   named = [m for m in MEDIA if m in value]

@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -65,17 +66,7 @@ def prepare(
   place = pathlib.Path(data_dir) / FOLDER / name / version
   if place.is_dir():
     raise ValueError(f'{place} is there already; give another --version or --name, or remove it.')
-  skipped: dict[str, list[str]] = collections.defaultdict(list)
-  found, apart = agreed(list(_distinct(read(source, gif), skipped)))
-  for row in apart:
-    skipped[row.reason].append(row.where)
-  rows = list(_checked(found, skipped))
-  bad, total = sum(map(len, skipped.values())), len(rows) + sum(map(len, skipped.values()))
-  if not rows or bad > max_bad_fraction * total:
-    worst = max(skipped, key=lambda reason: len(skipped[reason]), default='')
-    first = f', the first of them {skipped[worst][0]}' if worst else ''
-    raise ValueError(f'{bad} of {total} rows of {source} are bad; most are {worst!r} ({len(skipped[worst]) if worst else 0}'
-                     f'{first}). Mend them, or raise --max_bad_fraction={max_bad_fraction}.')
+  rows, skipped = examined(source, gif, max_bad_fraction)
   splits = _split(rows, holdout, source if source.is_dir() else source.parent)
   classes = _classes(rows)
   with storage.building(place) as folder:
@@ -87,6 +78,28 @@ def prepare(
         f'{split}/{column}': of(members, column) for split, members in splits.items() for column, of in known.items()})
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
   return summary
+
+
+def examined(source: pathlib.Path, gif: str = 'image', max_bad_fraction: float = 0.1) -> tuple[list[Checked], dict[str, list[str]]]:
+  """The sound rows of a folder or file, in order, and what was skipped: reason → where.
+
+  Raises:
+    FileNotFoundError, ValueError: nothing to read, or too many bad rows.
+  """
+  skipped: dict[str, list[str]] = collections.defaultdict(list)
+  found, apart = agreed(list(_distinct(read(source, gif), skipped)))
+  for row in apart:
+    skipped[row.reason].append(row.where)
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', module='PIL')  # what is wrong with a picture is counted, not printed in between
+    rows = list(_checked(found, skipped))
+  bad, total = sum(map(len, skipped.values())), len(rows) + sum(map(len, skipped.values()))
+  if not rows or bad > max_bad_fraction * total:
+    worst = max(skipped, key=lambda reason: len(skipped[reason]), default='')
+    first = f', the first of them {skipped[worst][0]}' if worst else ''
+    raise ValueError(f'{bad} of {total} rows of {source} are bad; most are {worst!r} ({len(skipped[worst]) if worst else 0}'
+                     f'{first}). Mend them, or raise --max_bad_fraction={max_bad_fraction}.')
+  return rows, skipped
 
 
 def _distinct(found: Iterable[Row | Skipped], skipped: dict[str, list[str]]) -> Iterator[Row]:
@@ -254,7 +267,7 @@ def _warnings(splits: dict[str, list[Checked]], holdout: float) -> list[str]:
   return []
 
 
-def _summary(name, version, splits, classes, skipped, prints, warnings) -> dict:
+def _summary(name, version, splits, classes, skipped, prints, cautions) -> dict:
   rows = [c for members in splits.values() for c in members]
   groups = collections.defaultdict(set)
   for split, members in splits.items():
@@ -272,7 +285,7 @@ def _summary(name, version, splits, classes, skipped, prints, warnings) -> dict:
       'sizes': _spread([c.size for c in rows if c.size]),
       'captions_per_example': _spread([(len(c.row.texts['captions']),) for c in rows if 'captions' in c.row.texts]),
       'rewritten': dict(notes.most_common()),
-      'warnings': warnings,
+      'warnings': cautions,
       'groups_in_several_splits': sum(len(s) > 1 for s in groups.values()),
       'skipped': {reason: {'count': len(paths), 'first': paths[:_SHOWN]}
                   for reason, paths in sorted(skipped.items(), key=lambda item: -len(item[1]))}}

@@ -23,6 +23,7 @@ from uni_moe_jax.tasks import nearest
 
 OWN, TFDS = 'own:', 'tfds:'
 MEDIA = ('image', 'video')  # kinds of columns whose values are bytes
+_AGAIN = 'prepare the data again: python launch/prepare_data.py --input=… --name=… --version=…'
 _PROBES = 8  # records that are tried before a source is held to be out of reach
 
 
@@ -139,8 +140,12 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def summary(name: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
-  """What prepared.json of own data says. Raises FileNotFoundError."""
-  return json.loads((own_folder(name, directory) / prepare.SUMMARY).read_text())
+  """What prepared.json of own data says. Raises FileNotFoundError; ValueError where it is damaged."""
+  path = own_folder(name, directory) / prepare.SUMMARY
+  try:
+    return json.loads(path.read_text())
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f'{path} is damaged ({e}); {_AGAIN}') from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -150,15 +155,18 @@ def _builder(folder: str):
 
 
 def _own(source: str, directory: pathlib.Path, split: str) -> Stored:
-  folder = own_folder(source.removeprefix(OWN), directory)
-  facts = json.loads((folder / prepare.SUMMARY).read_text())
+  name = source.removeprefix(OWN)
+  folder, facts = own_folder(name, directory), summary(name, directory)
   if split not in facts['splits']:
     raise ValueError(f'split {split!r} is not in source {source!r}; {nearest(split, facts["splits"])}.')
   classes = {column: tuple(of['names']) for column, of in facts['classes'].items()}
-  with np.load(folder / prepare.LABELS) as stored:
-    labels = {column: stored[f'{split}/{column}'] for column in classes}
-    present = {c: stored[f'{split}/{c}'] for c, kind in facts['columns'].items()
-               if kind in ('text', 'texts') and f'{split}/{c}' in stored}  # not of data that an earlier version prepared
+  try:
+    with np.load(folder / prepare.LABELS) as stored:
+      labels = {column: stored[f'{split}/{column}'] for column in classes}
+      present = {c: stored[f'{split}/{c}'] for c, kind in facts['columns'].items()
+                 if kind in ('text', 'texts') and f'{split}/{c}' in stored}  # not of data that an earlier version prepared
+  except Exception as e:  # numpy, zipfile and zlib document no closed set of what they raise of a damaged file
+    raise ValueError(f'{folder / prepare.LABELS} cannot be read ({e}); {_AGAIN}') from e
   columns = {**facts['columns'], WHERE: 'text'}
   rows = functools.partial(_rows, _open(_builder(str(folder)), split, columns), columns, classes)
   return Stored(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split],

@@ -3,13 +3,15 @@
 import copy
 import dataclasses
 import json
+import os
 import pathlib
 import random
 import shutil
 from collections.abc import Callable
 from typing import Any
 
-from uni_moe_jax import config, failures, recipes, resolve
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import failures, recipes, resolve
 from uni_moe_jax.data import storage
 from uni_moe_jax.train import manifest, workdir
 
@@ -18,6 +20,9 @@ CODE = (f"__import__('pathlib').Path('{CANARY}').touch()", f'$(touch {CANARY})',
          f"!!python/object/apply:os.system ['touch {CANARY}']", '{0.__class__.__init__.__globals__}', '%(x)s%n', '{name.__class__}')
 ODD_TEXTS = (*CODE, '', ' ', '\0', 'a' * 100_000, '../' * 40 + 'etc/passwd', '~nobody_of_this_name/x', '\ud800', '‮מימין', '🙂' * 50,
               'line\nbreak', '{', '}', '{}', '{{name}', '{name!r:>9}', '{name:>99999999}', '[', '(?P<', '*', '-1', 'nan', 'None')
+# Paths of which the system says more than that nothing is there, or says that.
+UNREACHABLE = ('x' * 5000, 'x' * 300 + '/y', '/dev/null/x', '~nobody_of_this_name/x', '/proc/1/nothing/x',
+               *(() if os.geteuid() == 0 else ('/root/x', '/proc/1/root/x')))  # to root nothing is denied
 WRONG_TYPES: tuple[Any, ...] = (None, 'text', 3, 2.5, True, [], {}, [None], [{'a': 1}], {'a': 1}, [[[]]])
 _NOT_FINITE = (float('nan'), float('inf'), float('-inf'), 10**40, -10**40, 1e300)
 # Where a negative number is wrong. Elsewhere (means, seeds) it may be meant.
@@ -45,7 +50,7 @@ class Case:
 
 def base_config() -> dict[str, Any]:
   """A right one, with tasks of six kinds and evaluators, as JSON has it."""
-  c = config.base()
+  c = config_lib.base()
   recipes.embedded(c)
   return json.loads(json.dumps(c.to_dict()))
 
@@ -150,6 +155,7 @@ def config_case(rng: random.Random, folder: pathlib.Path) -> Case:
 def _read_config(folder: pathlib.Path) -> int:
   c = workdir.load_config(folder)
   workdir.claim_workdir(folder, c)
+  workdir.check_versions(folder)
   resolve.check_trains(resolve.resolve(c))
   storage.check_directory(c.data.dir)
   return 0
@@ -173,9 +179,31 @@ def mangled(rng: random.Random, content: bytes) -> bytes:
 
 def config_file_case(rng: random.Random, folder: pathlib.Path) -> Case:
   """A work directory whose config.json is damaged."""
-  content = mangled(rng, json.dumps({'config': _BASE, 'data': None, 'versions': {}}).encode())
+  content = json.dumps({'config': _BASE, 'data': None, 'versions': {}}).encode()
+  if rng.random() < .3:
+    odd = rng.choice((*WRONG_TYPES, *ODD_TEXTS))
+    content = json.dumps({'config': _BASE, **rng.choice((
+        {'versions': odd}, {'versions': {'jax': odd}}, {'versions': {'jax': '9.9'}, 'earlier_versions': odd}))}).encode()
+  else:
+    content = mangled(rng, content)
   (folder / workdir.CONFIG_FILE).write_bytes(content)
   return Case('config.json: damaged', repr(content[:60]), lambda: _read_config(folder), False)
+
+
+def path_case(rng: random.Random, folder: pathlib.Path) -> Case:
+  """A data directory or a work directory that cannot be reached."""
+  of_data = rng.random() < .5
+  # A work directory's name may begin with '~': it lies where the command runs, as the shell left it.
+  path = rng.choice([p for p in UNREACHABLE if of_data or not p.startswith('~')])
+  c = config_lib.base()
+  c.data.dir = path if of_data else str(folder)
+
+  def main() -> int:
+    storage.check_directory(c.data.dir)
+    workdir.claim_workdir(folder / 'run' if of_data else path, c)
+    workdir.claim_workdir(folder / 'run' if of_data else path, c, fingerprint='print')
+    return 0
+  return Case('path', f'{"data.dir" if of_data else "--workdir"}={path[:60]}', main, True)
 
 
 def metadata_case(rng: random.Random, folder: pathlib.Path) -> Case:
@@ -201,4 +229,4 @@ def _read_checkpoint(step: pathlib.Path) -> int:
   return 0
 
 
-KINDS = {'config': config_case, 'config.json': config_file_case, 'checkpoint': metadata_case}
+KINDS = {'config': config_case, 'config.json': config_file_case, 'checkpoint': metadata_case, 'path': path_case}

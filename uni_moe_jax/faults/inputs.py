@@ -15,9 +15,11 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 from uni_moe_jax import cli
-from uni_moe_jax.faults import bad_configs
-from uni_moe_jax.faults.bad_configs import CANARY, Case
+from uni_moe_jax.faults import bad_configs, bad_files
+from uni_moe_jax.faults.bad_configs import CANARY, UNREACHABLE, Case
+from uni_moe_jax.faults.bad_files import SKIPPED
 
+KINDS = {**bad_configs.KINDS, **bad_files.KINDS}
 _HANGS = 20  # seconds for one input
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -46,8 +48,21 @@ def _at_most(seconds: int) -> Iterator[None]:
     signal.signal(signal.SIGALRM, old)
 
 
+@contextlib.contextmanager
+def _libraries_silent() -> Iterator[None]:
+  """Without what libraries of C print of every damaged picture; what Python prints is looked at all the same."""
+  errors, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    yield
+  finally:
+    os.dup2(errors, 2)
+    os.close(errors)
+    os.close(nowhere)
+
+
 def through_boundary(number: int, seed: int, folder: pathlib.Path,
-                     kinds: Mapping[str, Callable[[random.Random, pathlib.Path], Case]] = bad_configs.KINDS) -> Result:
+                     kinds: Mapping[str, Callable[[random.Random, pathlib.Path], Case]] = KINDS) -> Result:
   """Runs generated inputs in this process.
 
   Args:
@@ -60,25 +75,25 @@ def through_boundary(number: int, seed: int, folder: pathlib.Path,
   folder.mkdir(parents=True, exist_ok=True)
   os.chdir(folder)  # where code that was executed would leave its mark
   try:
-    for i in range(number):
-      rng = random.Random(f'{seed} {i}')
-      place = folder / 'input'
-      shutil.rmtree(place, ignore_errors=True)
-      place.mkdir()
-      case = kinds[names[i % len(names)]](rng, place)
-      outcome = judged(case)
-      result.counts[f'{case.kind} → {outcome}'] += 1
-      if not outcome.startswith((REFUSED, FAILED, ACCEPTED, SKIPPED)) or outcome == ACCEPTED and case.bad:
-        result.findings.append(f'seed {seed}, input {i}, {case.kind}, {case.what}: {outcome}')
-      if pathlib.Path(CANARY).exists():
-        result.findings.append(f'seed {seed}, input {i}, {case.kind}, {case.what}: code was executed')
-        pathlib.Path(CANARY).unlink()
+    with _libraries_silent():
+      for i in range(number):
+        rng = random.Random(f'{seed} {i}')
+        place = folder / 'input'
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        case = kinds[names[i % len(names)]](rng, place)
+        outcome = judged(case)
+        result.counts[f'{case.kind} → {outcome}'] += 1
+        if not outcome.startswith((REFUSED, FAILED, ACCEPTED, SKIPPED)) or outcome == ACCEPTED and case.bad:
+          result.findings.append(f'seed {seed}, input {i}, {case.kind}, {case.what}: {outcome}')
+        if pathlib.Path(CANARY).exists():
+          result.findings.append(f'seed {seed}, input {i}, {case.kind}, {case.what}: code was executed')
+          pathlib.Path(CANARY).unlink()
   finally:
     os.chdir(here)
   return result
 
 
-SKIPPED = 'skipped: '  # and why
 REFUSED, FAILED, ACCEPTED = 'refused in one sentence (2)', 'failed in one sentence (1)', 'accepted (0)'
 
 
@@ -106,7 +121,8 @@ def _of_code(code: int, said: str) -> str:
 
 
 def through_command_line(number: int, seed: int, folder: pathlib.Path) -> Result:
-  """Runs generated mistakes as commands: overrides of a config, mistyped flags, damaged work directories."""
+  """Runs generated mistakes as commands: overrides of a config, mistyped flags, damaged work directories, paths that cannot be
+  reached, people's own data that is bad."""
   result = Result()
   for i in range(number):
     rng = random.Random(f'{seed} command {i}')
@@ -166,4 +182,29 @@ def _damaged_folder(rng: random.Random, place: pathlib.Path) -> tuple[str, list[
   return 'damaged work directory', [_script(script), f'--workdir={place}', *config]
 
 
-_COMMANDS = (_override, _mistyped_flag, _damaged_folder)
+def _unreachable(rng: random.Random, place: pathlib.Path) -> tuple[str, list[str]]:
+  path = rng.choice(UNREACHABLE)
+  train = [_script('train.py'), f'--config={_ROOT}/configs/quickstart.py']
+  source = place / 'train.txt'
+  source.write_text('one line\n')
+  return 'unreachable path', rng.choice((
+      [*train, f'--workdir={path}', f'--config.data.dir={place}'], [*train, f'--workdir={place}/run', f'--config.data.dir={path}'],
+      [_script('prepare_data.py'), f'--input={path}', '--name=x', f'--data_dir={place}'],
+      [_script('prepare_data.py'), f'--input={source}', '--name=x', f'--data_dir={path}']))
+
+
+def _own_data(rng: random.Random, place: pathlib.Path) -> tuple[str, list[str]]:
+  source = place / rng.choice(('data.jsonl', 'data.txt', 'data', 'data.csv'))
+  if source.suffix == '.jsonl':  # every row is bad
+    names = ('{"image": "gone.png"}', '{', '[]', '{"label": 3}', '\0', '{"captions": "a"}', '{"image": "data.jsonl"}', '[' * 9999)
+    source.write_text('\n'.join(rng.choice(names) for _ in range(5)))
+  elif source.suffix == '.txt':
+    source.write_bytes(rng.choice((b'', b'\n \n', b'\r' * 99)))
+  elif not source.suffix:
+    (source / rng.choice(('a', 'b/c/d/e'))).mkdir(parents=True)
+    (source / 'a.png').write_bytes(rng.randbytes(99))
+  more = rng.choice(([], [], ['--max_bad_fraction=1'], ['--holdout=2'], ['--version=1'], ['--gif=film'], ['--name=../x']))
+  return 'own data', [_script('prepare_data.py'), f'--input={source}', '--name=x', f'--data_dir={place}/out', *more]
+
+
+_COMMANDS = (_override, _mistyped_flag, _damaged_folder, _unreachable, _own_data)

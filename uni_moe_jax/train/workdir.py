@@ -178,8 +178,12 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   """What a work directory remembers. Raises ValueError where the file is damaged."""
   try:
     content = json.loads(path.read_text())
-    if not (isinstance(content, dict) and isinstance(content.get('config'), dict) and isinstance(content.get('versions', {}), dict)):
+    if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
       raise ValueError('it lacks the config')
+    began = content.get('versions', {})
+    if not (isinstance(began, dict) and all(isinstance(v, str) for v in began.values()) and
+            isinstance(content.get('earlier_versions', []), list)):
+      raise ValueError('its versions are no texts by package')
   except (ValueError, RecursionError) as e:
     raise ValueError(f'{path} is damaged ({e}); copy back one that is whole, or give another --workdir.') from None
   return {'data': None, **content}
