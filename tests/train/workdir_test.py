@@ -1,6 +1,10 @@
 """A work directory belongs to one config."""
 
+import contextlib
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -149,3 +153,35 @@ def test_versions_that_are_accepted_are_the_runs_from_then_on(tmp_path, capsys):
   content = json.loads((tmp_path / workdir.CONFIG_FILE).read_text())
   assert content['versions'] == workdir.versions() and content['earlier_versions'][0]['jax'] == '0.9.1'
   workdir.claim_workdir(tmp_path, tiny.config('shape', data_dir='/somewhere'), 'print')
+
+
+_HOLDS = '''
+import contextlib, pathlib, sys, time
+from uni_moe_jax.train import workdir
+with contextlib.ExitStack() as until:
+  print(workdir.lock(sys.argv[1], until), flush=True)
+  time.sleep(60)
+'''
+
+
+def test_a_work_directory_is_that_of_one_process_until_it_ends_or_dies(tmp_path):
+  def free():
+    with contextlib.ExitStack() as until:
+      return workdir.lock(tmp_path, until)
+
+  assert free() and free()  # who closes it gives it back
+  with subprocess.Popen([sys.executable, '-c', _HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == 'True\n'
+    assert not free()
+    process.kill()
+  assert free()
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(workdir.fcntl, 'flock', no_locks)
+  with contextlib.ExitStack() as until:
+    assert workdir.lock(tmp_path, until)
+  assert 'cannot be locked (No locks available); see to it that no other process trains there' in capsys.readouterr().err

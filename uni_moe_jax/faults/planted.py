@@ -60,6 +60,12 @@ def _one_batch() -> None:
   Mixture.iterate = iterate
 
 
+def _stalled_start() -> None:
+  """The data cannot be read."""
+  from uni_moe_jax.data.assemble import Data
+  Data.records = lambda *_: _a_disk_that_does_not_answer()
+
+
 def _stalled_input() -> None:
   """The sixth batch never comes."""
   from uni_moe_jax.data.mixtures import Mixture
@@ -104,9 +110,11 @@ FAULTS: dict[str, tuple[Callable[[], None], str]] = {
     'one_bit': (_one_bit, 'arrays differ'), 'skipped_batch': (_skipped_batch, 'arrays differ'),
     'lost_checkpoints': (_lost_checkpoints, 'resumed from nothing'), 'no_sums': (_no_sums, 'THE DAMAGED ONE WAS READ')}
 # name -> what the watchdog must say of it.
-HANGS = {'stalled_input': ('waiting for the batch of step 6', '_a_disk_that_does_not_answer'),
+HANGS = {'stalled_start': ('starting has taken', '_a_disk_that_does_not_answer'),
+         'stalled_input': ('waiting for the batch of step 6', '_a_disk_that_does_not_answer'),
          'hung_step': ('waiting for the result of step 6', '_a_device_that_does_not_answer')}
-_ALL = {**{name: plant for name, (plant, _) in FAULTS.items()}, 'one_batch': _one_batch, 'stalled_input': _stalled_input, 'hung_step': _hung_step}
+_ALL = {**{name: plant for name, (plant, _) in FAULTS.items()}, 'one_batch': _one_batch, 'stalled_start': _stalled_start,
+        'stalled_input': _stalled_input, 'hung_step': _hung_step}
 
 
 if __name__ == '__main__':

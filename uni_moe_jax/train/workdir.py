@@ -4,6 +4,8 @@ A second run of the same command resumes; another config is refused. Nothing slo
 told at once.
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -18,6 +20,7 @@ from uni_moe_jax.files import write_json
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
+LOCK_FILE = '.lock'
 CHECKPOINTS = 'checkpoints'  # the folder in which each has one, named by its step
 TOKENIZER_STEM = 'tokenizer'
 VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
@@ -131,6 +134,26 @@ def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> Non
                      f"(config.train.init='{workdir}'), or go on all the same: launch/train.py --accept_versions.")
   print(f'note: workdir {workdir} was begun with other versions ({said}); its numbers may differ in their last digits.',
         file=sys.stderr, flush=True)
+
+
+def lock(workdir: str | os.PathLike[str], until: contextlib.ExitStack) -> bool:
+  """Takes a work directory for this process; False where another one has it. Who dies gives it back.
+
+  Two trainers in one directory would delete each other's checkpoints. Where the file system has no locks, that is said, and nothing
+  is locked.
+
+  Args:
+    workdir: folder of the run.
+    until: when it is closed, the directory is given back.
+  """
+  file = until.enter_context(open(pathlib.Path(workdir) / LOCK_FILE, 'a'))
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as e:
+    print(f'note: {workdir} cannot be locked ({e.strerror}); see to it that no other process trains there.', file=sys.stderr, flush=True)
+  return True
 
 
 def keep_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path) -> None:
