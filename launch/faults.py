@@ -8,7 +8,8 @@ kills: SIGKILL at random moments, some inside a save; each run is started again,
 disturbed. damage: every file of a checkpoint cut off, with a bit flipped, full of zeros, deleted: for who reads it, and for the
 trainer. stops: a start and input that stall, a step that hangs, a full disk (where user namespaces are allowed), and a process that
 dies while another trains with it. inputs: generated mistakes in configs and damage of what runs keep, through the commands' error
-boundary and as commands. planted: trainers with faults in them, which the checks of kills and damage must find. It trains configs/small.py, and needs no prepared data.
+boundary and as commands. planted: trainers with faults in them, which the checks of kills and damage must find. It trains
+configs/small.py, and needs no prepared data.
 
 Exit codes: 0 nothing was found (and every planted fault was), 1 something was, 2 usage.
 """

@@ -1,4 +1,4 @@
-"""What is left of a run where one of its processes dies: one sentence and exit code 1, at once. Real ones: tests/faults/stops_test.py."""
+"""Where a process of a run dies, the others end at once, with one sentence and exit code 1. Real ones: tests/faults/stops_test.py."""
 
 import jax
 import pytest

@@ -23,7 +23,8 @@ with watchdog.Watchdog({limit}) as dog:
 
 
 def _run(phase, step=', 7', limit=.4):
-  return subprocess.run([sys.executable, '-c', _HANGS.format(limit=limit, phase=phase, step=step)], capture_output=True, text=True, timeout=30)
+  program = _HANGS.format(limit=limit, phase=phase, step=step)
+  return subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=30)
 
 
 def test_a_hanging_batch_ends_the_process_with_the_phase_the_seconds_and_the_stack():

@@ -51,6 +51,39 @@ def test_other_data_is_refused(tmp_path):
     workdir.claim_workdir(tmp_path, c, 'another print')
 
 
+def test_other_files_beside_the_data_are_refused_where_the_run_knew_them(tmp_path):
+  c = tiny.config('shape', data_dir='/somewhere')
+  workdir.claim_workdir(tmp_path, c, 'print', inputs='these')
+  for inputs in ('these', None):
+    workdir.claim_workdir(tmp_path, c, 'print', inputs=inputs)
+  with pytest.raises(ValueError, match='file of class names'):
+    workdir.claim_workdir(tmp_path, c, 'print', inputs='others')
+  path = tmp_path / workdir.CONFIG_FILE  # as an earlier version wrote it
+  path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != 'inputs'}))
+  workdir.claim_workdir(tmp_path, c, 'print', inputs='others')
+
+
+def test_another_tokenizer_than_the_runs_is_refused_by_every_process(tmp_path):
+  file = tmp_path / 'a.model'
+  file.write_bytes(b'pieces')
+  workdir.keep_tokenizer(tmp_path, file, writes=False)
+  assert not (tmp_path / 'tokenizer.model').exists()
+  for _ in range(2):
+    workdir.keep_tokenizer(tmp_path, file)
+  file.write_bytes(b'other pieces')
+  for writes in (True, False):
+    with pytest.raises(ValueError, match='was trained with another tokenizer than .*a.model'):
+      workdir.keep_tokenizer(tmp_path, file, writes)
+  assert (tmp_path / 'tokenizer.model').read_bytes() == b'pieces'
+
+
+def test_published_merges_may_be_packed_in_another_way(tmp_path):
+  file = tmp_path / 'merges.gz'
+  for content in (b'packed', b'packed again'):
+    file.write_bytes(content)
+    workdir.keep_tokenizer(tmp_path, file)
+
+
 def test_a_check_without_data_makes_nothing(tmp_path):
   workdir.claim_workdir(tmp_path / 'new', tiny.config('shape'))
   assert not (tmp_path / 'new').exists()

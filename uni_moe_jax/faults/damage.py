@@ -1,4 +1,4 @@
-"""Every file of a checkpoint cut off, with a bit flipped, full of zeros, and deleted: the one before is read, or nothing, never it."""
+"""Every file of a checkpoint cut off, with a bit flipped, full of zeros, deleted: the one before is read, or nothing, never it."""
 
 import collections
 import contextlib
@@ -45,8 +45,8 @@ _OF_EMPTY = ('deleted',)  # the harms that change an empty file
 _PARTLY_UNIMPORTANT = '_CHECKPOINT_METADATA'  # a bit of its time of day may be another without harm
 
 
-def every_file(
-    workdir: pathlib.Path, folder: pathlib.Path, seed: int, harms: Sequence[str] = tuple(HARMS)) -> tuple[dict[str, int], list[str]]:
+def every_file(workdir: pathlib.Path, folder: pathlib.Path, seed: int,
+               harms: Sequence[str] = tuple(HARMS)) -> tuple[dict[str, int], list[str]]:
   """Harms each file of the newest of two checkpoints, then of the only one.
 
   Args:

@@ -105,7 +105,7 @@ def _a_device_that_does_not_answer() -> None:
   time.sleep(3600)
 
 
-# What the checks of kills and damage must find, with words of the finding: a trainer that fails in another way has not been found out.
+# What the checks of kills and damage must find, with words of the finding: who fails in another way has not been found out.
 FAULTS: dict[str, tuple[Callable[[], None], str]] = {
     'one_bit': (_one_bit, 'arrays differ'), 'skipped_batch': (_skipped_batch, 'arrays differ'),
     'lost_checkpoints': (_lost_checkpoints, 'resumed from nothing'), 'no_sums': (_no_sums, 'THE DAMAGED ONE WAS READ')}

@@ -19,7 +19,8 @@ _SURVIVES = 150.0  # seconds, at most, without the other process
 # Room for some checkpoints of configs/small.py beside its metrics, and not for all that it writes.
 _KILOBYTES = 1100
 # A file system of its own for one process, which needs no rights where user namespaces are allowed.
-_SMALL_DISK = 'mount -t tmpfs -o size={size}k tmpfs {place} && cp -a {kept}/. {place} && {command}; code=$?; cp -a {place}/. {kept}; exit $code'
+_SMALL_DISK = ('mount -t tmpfs -o size={size}k tmpfs {place} && cp -a {kept}/. {place} && {command}; code=$?; '
+               'cp -a {place}/. {kept}; exit $code')
 
 
 class NotTried(Exception):
@@ -86,7 +87,7 @@ def dead_process(trainer: kills.Trainer, _: pathlib.Path) -> tuple[list[str], li
   code, seconds = kills.code_of(survivor), time.monotonic() - began
   said = _logs(workdir)[0].read_text(errors='replace')
   complaints = [line for line in said.splitlines() if line.startswith('error: ')]
-  seen = [f'a dead process: the other one ended {seconds:.0f} s later, {kills.ending(code)}; {complaints[-1] if complaints else ""}']
+  seen = [f'a dead process: the other ended {seconds:.0f} s later, {kills.ending(code)}; {complaints[-1] if complaints else ""}']
   findings = [f'a dead process: the other one: {kills.ending(code)} instead of exit code 1'] if code != 1 else []
   if seconds > _SURVIVES:
     findings.append(f'a dead process: the other one ended {seconds:.0f} s later, at most {_SURVIVES:.0f}')

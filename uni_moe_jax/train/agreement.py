@@ -1,4 +1,4 @@
-"""What the processes of a run must agree on, so that none takes a step that another does not take; and what is left where one dies."""
+"""What the processes of a run must agree on, so that none takes a step that another does not take; and how they end together."""
 
 import contextlib
 import os
@@ -16,7 +16,8 @@ from uni_moe_jax import failures, sharding
 
 _ERROR = 1  # exit code
 # What JAX, its collectives and its coordination service say where a process that they talk to is not there any more.
-_LOST = re.compile(r'\bGloo\b|\bNCCL\b|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|[Cc]oordination service|[Bb]arrier|Connection (reset|closed)')
+_LOST = re.compile(
+    r'\bGloo\b|\bNCCL\b|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|[Cc]oordination service|[Bb]arrier|Connection (reset|closed)')
 
 
 class AnyProcess:
@@ -61,8 +62,8 @@ def ends_with_the_others(end: Callable[[int], None] = os._exit) -> Iterator[None
     if jax.process_count() == 1 or isinstance(e, failures.Failure) or not (said := _LOST.search(_chain(e))):
       raise
     line = next(line for line in _chain(e).splitlines() if said.group() in line)
-    print(f'error: another process of this run has died or cannot be reached ({line.strip()[:200]}). Its own log says why; the same '
-          'command, given to all, continues from the newest checkpoint.', file=sys.stderr, flush=True)
+    print(f'error: another process of this run has died or cannot be reached ({line.strip()[:200]}). Its own log says why; the '
+          'same command, given to all, continues from the newest checkpoint.', file=sys.stderr, flush=True)
     sys.stdout.flush()
     end(_ERROR)
 
@@ -76,12 +77,13 @@ def _chain(e: BaseException | None) -> str:
   return '\n'.join(said)
 
 
-def check_same_data(fingerprint: str) -> None:
-  """Raises ValueError, in every process, where one reads other data or has another tokenizer. fingerprint: hex."""
+def check_same_data(inputs: str) -> None:
+  """Raises ValueError, in every process, where one reads other data or has another tokenizer. inputs: `Data.inputs`."""
   if jax.process_count() == 1:
     return
-  prints = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(fingerprint), np.uint8))
+  prints = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(inputs), np.uint8))
   others = [str(i) for i, p in enumerate(prints) if (p != prints[0]).any()]
   if others:
-    raise ValueError(f'process {", ".join(others)} of {len(prints)} reads other data than process 0, or another tokenizer: make '
-                     'config.data.dir the same prepared data for all, or build it anew there (launch/prepare_data.py).')
+    raise ValueError(f'process {", ".join(others)} of {len(prints)} reads other data than process 0, or has another tokenizer or '
+                     'file of class names: make config.data.dir the same prepared data for all, or build it anew there '
+                     '(launch/prepare_data.py).')

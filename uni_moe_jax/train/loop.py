@@ -92,13 +92,13 @@ def train(config, workdir: str, devices=None) -> int:
     with watchdog.phase(START), ends_with_the_others():
       run = build(config, devices)
       check_trains(run.plan)
-      check_same_data(run.data.fingerprint)
-      claim_workdir(workdir, config, run.data.fingerprint, distributed.speaks())
+      check_same_data(run.data.inputs)
+      claim_workdir(workdir, config, run.data.fingerprint, distributed.speaks(), run.data.inputs)
       if not first_says(not distributed.speaks() or lock(workdir, ending)):
         raise ValueError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)
+      keep_tokenizer(workdir, run.data.tokenizer_file, distributed.speaks())
       if distributed.speaks():
-        keep_tokenizer(workdir, run.data.tokenizer_file)
         write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
       print(describe(run), flush=True)
       checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_best)

@@ -55,7 +55,7 @@ class Watchdog:
 
   @contextlib.contextmanager
   def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-    """What the run is doing: one of START, BATCH, STEP, SAVE, and for which step. What is done outside of a phase may take any time."""
+    """What the run is doing: START, BATCH, STEP or SAVE, and for which step. What is done outside of a phase may take any time."""
     self._waited, self._phase = 0.0, (name, step)
     try:
       yield
