@@ -109,10 +109,10 @@ def _a_device_that_does_not_answer() -> None:
 FAULTS: dict[str, tuple[Callable[[], None], str]] = {
     'one_bit': (_one_bit, 'arrays differ'), 'skipped_batch': (_skipped_batch, 'arrays differ'),
     'lost_checkpoints': (_lost_checkpoints, 'resumed from nothing'), 'no_sums': (_no_sums, 'THE DAMAGED ONE WAS READ')}
-# name -> what the watchdog must say of it.
-HANGS = {'stalled_start': ('starting has taken', '_a_disk_that_does_not_answer'),
-         'stalled_input': ('waiting for the batch of step 6', '_a_disk_that_does_not_answer'),
-         'hung_step': ('waiting for the result of step 6', '_a_device_that_does_not_answer')}
+# name -> seconds of the watchdog, and what it must say. The first batch takes two seconds where much else runs.
+HANGS = {'stalled_start': (1., ('starting has taken', '_a_disk_that_does_not_answer')),
+         'stalled_input': (6., ('waiting for the batch of step 6', '_a_disk_that_does_not_answer')),
+         'hung_step': (6., ('waiting for the result of step 6', '_a_device_that_does_not_answer'))}
 _ALL = {**{name: plant for name, (plant, _) in FAULTS.items()}, 'one_batch': _one_batch, 'stalled_start': _stalled_start,
         'stalled_input': _stalled_input, 'hung_step': _hung_step}
 

@@ -14,7 +14,6 @@ import time
 from uni_moe_jax.faults import kills, planted
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_step
 
-_WATCHDOG = 6.0  # seconds: a loaded machine takes two for the first batch
 _SURVIVES = 150.0  # seconds, at most, without the other process
 # Room for some checkpoints of configs/small.py beside its metrics, and not for all that it writes.
 _KILOBYTES = 1100
@@ -30,17 +29,17 @@ class NotTried(Exception):
 def hangs(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], list[str]]:
   """Trainers that hang: (what was seen, findings)."""
   seen, findings = [], []
-  for name, sayings in planted.HANGS.items():
+  for name, (limit, sayings) in planted.HANGS.items():
     workdir, log = trainer.folder / name, trainer.folder / f'{name}.log'
     shutil.rmtree(workdir, ignore_errors=True)
     log.unlink(missing_ok=True)
     hanging = dataclasses.replace(trainer, plant=name, overrides=(
-        *trainer.overrides, f'train.watchdog={_WATCHDOG}', 'train.save_every=2'))
+        *trainer.overrides, f'train.watchdog={limit}', 'train.save_every=2'))
     code, seconds = hanging.run(workdir, log)
     said = log.read_text(errors='replace')
     seen.append(f'{name}: {kills.ending(code)} after {seconds:.0f} s')
     findings += [f'{name}: {kills.ending(code)} instead of exit code 1'] if code != 1 else []
-    findings += [f'{name}: does not say {s!r}' for s in (*sayings, f'config.train.watchdog={_WATCHDOG:g}') if s not in said]
+    findings += [f'{name}: does not say {s!r}' for s in (*sayings, f'config.train.watchdog={limit:g}') if s not in said]
     findings += _goes_on(trainer, whole, workdir, log)
   return seen, findings
 
