@@ -3,7 +3,9 @@
   python launch/soak.py --config=configs/embedded.py --minutes=40 --folder=runs/soak
 
 It wants a machine that does nothing else. It compiles first, in another process. The run on the data takes --minutes; before and
-after it the same loop runs on one batch, a tenth of that time each. Writes soak.json. Exit codes: 0 all passed, 1 something failed, 2 usage.
+after it the same loop runs on one batch, a tenth of that time each. Writes soak.json.
+
+Exit codes: 0 all passed, 1 something failed, 2 usage.
 """
 
 import json

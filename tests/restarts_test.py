@@ -11,7 +11,8 @@ import time
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Does what the next word of the file `script` says: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for SIGTERM, then 75).
+# Does what the next word of the file `script` says: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for SIGTERM,
+# then 75).
 _STAND_IN = '''
 import os, pathlib, signal, sys, time
 words = pathlib.Path('script').read_text().split()

@@ -97,7 +97,7 @@ class _Child:
 
 
 def _ask_to_stop_with(parent: int) -> Callable[[], None]:
-  """For a child: it is asked to stop when its parent dies, SIGKILL included. Else nobody would pass signals on to it. Linux only."""
+  """For a child: it is asked to stop when its parent dies, which passes signals on to it, even by SIGKILL. Linux only."""
   prctl = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None
 
   def ask() -> None:

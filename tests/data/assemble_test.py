@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import shutil
 
 import numpy as np
 import pytest
@@ -51,6 +52,24 @@ def test_the_fingerprint_covers_what_the_merges_say_and_not_where_they_lie(merge
   assert _data(packed).fingerprint == first
   assert _data(other).fingerprint != first
   assert _data().fingerprint != first
+
+
+def test_a_trained_tokenizer_and_a_file_of_class_names_are_inputs_by_what_they_hold(tmp_path):
+  folder = shutil.copytree(tiny.data_dir(), tmp_path / 'data')
+
+  def data(listed='bar\ndisc\nstar\n'):
+    (folder / 'names.tsv').write_text(listed)
+    config = tiny.config('shape', data_dir=str(folder))
+    config.sets.shapes.values = 'file:names.tsv'
+    return Data(config, resolve.resolve(config))
+
+  first, again, other = data(), data('# the same\nbar\ndisc\nstar\n'), data('bar\tpole\ndisc\nstar\n')
+  assert again.inputs == first.inputs != other.inputs
+  assert other.fingerprint == first.fingerprint  # by which runs of earlier versions go on
+  with first.tokenizer_file.open('ab') as file:
+    file.write(b'\xc0\x3e\x01')  # a field that no reader knows: another version of its library may write one
+  changed = data()
+  assert changed.inputs != first.inputs and changed.fingerprint == first.fingerprint
 
 
 def test_a_missing_merges_file_is_named_with_its_field(tmp_path):

@@ -29,8 +29,10 @@ def _watched(step, growth=0., checkpoints=3, code=75, minutes=60., kept=(40, 45)
 @pytest.mark.parametrize('data, after, failed', [
     (_watched(.101), .1, None), (_watched(.101, growth=-50.), .1, None), (_watched(.101, growth=25.), .1, 'resident memory'),
     (_watched(.12), .1, 'real-data step'), (_watched(.101), .104, 'before and 104.0 ms after'),
-    (_watched(.101, minutes=59.), .1, 'watched for 59.00 minutes'), (_watched(.101, code=0, minutes=59.), .1, 'watched for 59.00 minutes'),
-    (_watched(.101, kept=(30, 39)), .1, 'step 39 (at least 40'), (_watched(.101, checkpoints=0, kept=()), .1, 'step 0 (at least 40'),
+    (_watched(.101, minutes=59.), .1, 'watched for 59.00 minutes'),
+    (_watched(.101, code=0, minutes=59.), .1, 'watched for 59.00 minutes'),
+    (_watched(.101, kept=(30, 39)), .1, 'step 39 (at least 40'),
+    (_watched(.101, checkpoints=0, kept=()), .1, 'step 0 (at least 40'),
     (_watched(.101, checkpoints=4), .1, 'at most 4 checkpoints'), (_watched(.101, kept=(30, 40, 45)), .1, '3 checkpoints are left'),
     (_watched(.101, code=1), .1, 'exit code 1')])
 def test_each_figure_has_its_verdict(data, after, failed, capsys):

@@ -48,8 +48,8 @@ def test_a_planted_fault_that_kills_did_not_bring_to_light_is_tried_again(printe
 
 
 def test_what_was_not_tried_is_not_said_to_be_well(printed, monkeypatch):
-  monkeypatch.setattr(stops, 'hangs', lambda *_: (['all ended'], []))
-  monkeypatch.setattr(stops, 'full_disk', lambda *_: (['one sentence'], []))
+  for happen in ('hangs', 'full_disk', 'dead_process'):
+    monkeypatch.setattr(stops, happen, lambda *_: (['one sentence'], []))
   code, said = printed('stops')
   assert code == 0 and 'nothing was lost, read wrongly or left unsaid' in said and 'NOT TRIED' not in said
 

@@ -206,7 +206,8 @@ def test_slurm_goes_back_into_the_queue_after_75_or_a_signal_and_not_for_ever(tm
     (tmp_path / name).chmod(0o755)
   process = subprocess.Popen(
       ['bash', str(_ROOT / 'launch/slurm.sbatch'), *_TRAIN], stderr=subprocess.PIPE, text=True, env={
-          'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17', 'SLURM_RESTART_COUNT': count})
+          'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17',
+          'SLURM_RESTART_COUNT': count})
   if told:
     _wait_for(tmp_path / 'started')
     process.terminate()
@@ -254,14 +255,15 @@ def test_a_job_set_has_what_its_controller_needs():
 
 
 def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:
-  """What becomes of a JobSet when a pod ends so, as the documents of Kubernetes and JobSet have it: the first rule that matches counts."""
+  """What becomes of a JobSet when a pod ends so, as Kubernetes and JobSet say: the first rule that matches counts."""
   [job] = job_set['spec']['replicatedJobs']
   reason, message = 'BackoffLimitExceeded', 'Job has reached the specified backoff limit'
   for i, rule in enumerate(job['template']['spec']['podFailurePolicy']['rules']):
     codes, conditions = rule.get('onExitCodes'), rule.get('onPodConditions', [])
     if disrupted and {'type': 'DisruptionTarget', 'status': 'True'} in conditions or codes and code in codes['values']:
       assert rule['action'] == 'FailJob'
-      reason, message = 'PodFailurePolicy', f'Container train for pod default/base-0 failed with exit code {code} matching FailJob rule at index {i}'
+      reason = 'PodFailurePolicy'
+      message = f'Container train for pod default/base-0 failed with exit code {code} matching FailJob rule at index {i}'
       break
   for rule in job_set['spec']['failurePolicy']['rules']:
     patterns = rule.get('onJobFailureMessagePatterns')

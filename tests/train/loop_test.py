@@ -1,5 +1,6 @@
 """A run that is stopped and started again ends as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax.train import loop, setup
+from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -163,6 +165,14 @@ def test_a_signal_in_the_middle_stops_after_the_step_with_75(tmp_path, capsys):
     assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == 75
   assert 'stopped at step 2 of 6; the same command continues' in capsys.readouterr().out
   assert _state(tmp_path)[0] == 2
+
+
+def test_a_work_directory_in_which_another_process_trains_is_refused(tmp_path):
+  with contextlib.ExitStack() as until:
+    assert workdir_lib.lock(tmp_path, until)
+    with pytest.raises(ValueError, match='another process trains in .*: wait until it has ended, or give another --workdir'):
+      loop.train(_config(), str(tmp_path), jax.devices()[:1])
+  assert not (tmp_path / 'checkpoints').exists()
 
 
 def test_a_finished_run_says_so_and_does_nothing(whole, capsys):

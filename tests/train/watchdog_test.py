@@ -17,13 +17,14 @@ with watchdog.Watchdog({limit}) as dog:
   for step in range(3):
     with dog.phase(watchdog.BATCH, step):
       time.sleep(.05)
-  with dog.phase(watchdog.{phase}, 7):
+  with dog.phase(watchdog.{phase}{step}):
     a_disk_that_does_not_answer()
 '''
 
 
-def _run(phase):
-  return subprocess.run([sys.executable, '-c', _HANGS.format(limit=.4, phase=phase)], capture_output=True, text=True, timeout=30)
+def _run(phase, step=', 7', limit=.4):
+  program = _HANGS.format(limit=limit, phase=phase, step=step)
+  return subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=30)
 
 
 def test_a_hanging_batch_ends_the_process_with_the_phase_the_seconds_and_the_stack():
@@ -35,6 +36,12 @@ def test_a_hanging_batch_ends_the_process_with_the_phase_the_seconds_and_the_sta
 
 def test_a_hanging_step_points_at_devices_and_other_processes():
   assert 'waiting for the result of step 7' in (said := _run('STEP').stderr) and 'logs of the other processes' in said
+
+
+def test_a_hanging_start_is_told_with_its_longer_limit():
+  said = _run('START', step='', limit=.1).stderr
+  assert 'error: starting has taken 1 s, and 6 times config.train.watchdog=0.1 is the limit' in said
+  assert 'where the data and the work directory lie' in said and 'in a_disk_that_does_not_answer' in said
 
 
 def _watched(limit, body, monkeypatch):
@@ -59,6 +66,17 @@ def test_each_phase_has_the_whole_limit(monkeypatch):
 
   assert _watched(.3, short_ones, monkeypatch) == []
   assert _watched(.3, _wait_in_phase, monkeypatch) == [1]  # the positive control
+
+
+def test_a_start_may_take_six_times_as_long(monkeypatch):
+  def start(seconds):
+    def body(dog):
+      with dog.phase(watchdog.START):
+        time.sleep(seconds)
+    return body
+
+  assert _watched(.2, start(.6), monkeypatch) == []
+  assert _watched(.1, start(1.2), monkeypatch) == [1]
 
 
 def test_outside_of_phases_and_without_a_limit_nothing_is_watched(monkeypatch):

@@ -1,6 +1,10 @@
 """A work directory belongs to one config."""
 
+import contextlib
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -45,6 +49,39 @@ def test_other_data_is_refused(tmp_path):
   c = _claimed(tmp_path)
   with pytest.raises(ValueError, match='the data'):
     workdir.claim_workdir(tmp_path, c, 'another print')
+
+
+def test_other_files_beside_the_data_are_refused_where_the_run_knew_them(tmp_path):
+  c = tiny.config('shape', data_dir='/somewhere')
+  workdir.claim_workdir(tmp_path, c, 'print', inputs='these')
+  for inputs in ('these', None):
+    workdir.claim_workdir(tmp_path, c, 'print', inputs=inputs)
+  with pytest.raises(ValueError, match='file of class names'):
+    workdir.claim_workdir(tmp_path, c, 'print', inputs='others')
+  path = tmp_path / workdir.CONFIG_FILE  # as an earlier version wrote it
+  path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != 'inputs'}))
+  workdir.claim_workdir(tmp_path, c, 'print', inputs='others')
+
+
+def test_another_tokenizer_than_the_runs_is_refused_by_every_process(tmp_path):
+  file = tmp_path / 'a.model'
+  file.write_bytes(b'pieces')
+  workdir.keep_tokenizer(tmp_path, file, writes=False)
+  assert not (tmp_path / 'tokenizer.model').exists()
+  for _ in range(2):
+    workdir.keep_tokenizer(tmp_path, file)
+  file.write_bytes(b'other pieces')
+  for writes in (True, False):
+    with pytest.raises(ValueError, match='was trained with another tokenizer than .*a.model'):
+      workdir.keep_tokenizer(tmp_path, file, writes)
+  assert (tmp_path / 'tokenizer.model').read_bytes() == b'pieces'
+
+
+def test_published_merges_may_be_packed_in_another_way(tmp_path):
+  file = tmp_path / 'merges.gz'
+  for content in (b'packed', b'packed again'):
+    file.write_bytes(content)
+    workdir.keep_tokenizer(tmp_path, file)
 
 
 def test_a_check_without_data_makes_nothing(tmp_path):
@@ -159,3 +196,35 @@ def test_versions_that_are_accepted_are_the_runs_from_then_on(tmp_path, capsys):
   content = json.loads((tmp_path / workdir.CONFIG_FILE).read_text())
   assert content['versions'] == workdir.versions() and content['earlier_versions'][0]['jax'] == '0.9.1'
   workdir.claim_workdir(tmp_path, tiny.config('shape', data_dir='/somewhere'), 'print')
+
+
+_HOLDS = '''
+import contextlib, pathlib, sys, time
+from uni_moe_jax.train import workdir
+with contextlib.ExitStack() as until:
+  print(workdir.lock(sys.argv[1], until), flush=True)
+  time.sleep(60)
+'''
+
+
+def test_a_work_directory_is_that_of_one_process_until_it_ends_or_dies(tmp_path):
+  def free():
+    with contextlib.ExitStack() as until:
+      return workdir.lock(tmp_path, until)
+
+  assert free() and free()  # who closes it gives it back
+  with subprocess.Popen([sys.executable, '-c', _HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == 'True\n'
+    assert not free()
+    process.kill()
+  assert free()
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(workdir.fcntl, 'flock', no_locks)
+  with contextlib.ExitStack() as until:
+    assert workdir.lock(tmp_path, until)
+  assert 'cannot be locked (No locks available); see to it that no other process trains there' in capsys.readouterr().err

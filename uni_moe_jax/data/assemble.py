@@ -31,7 +31,8 @@ class Data:
     tokenizer: trained on the training text of the plan's sources and cached by content, or the published one.
     tokenizer_file: its model file, or its merges.
     sets: target sets by name. keys: of each, in order, what records call its entries.
-    fingerprint: hex sha256 over the training records and the tokenizer.
+    fingerprint: hex sha256 over the training records and the tokenizer; of one that was trained here, over the text that taught it.
+    inputs: hex sha256 over the fingerprint, what a trained tokenizer's file holds, and entries of training's sets that come from files.
   """
 
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
@@ -51,6 +52,9 @@ class Data:
     self._check_answers()
     prints = sorted({r.fingerprint for r in trained}) + [tokenizer_print]
     self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
+    model = tokenizer_print if config.tokenizer.kind == 'clip' else hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
+    listed = [(s.name, entries[s.name]) for s in plan.sets if isinstance(s.values, str) and s.values.startswith(class_names.FILE)]
+    self.inputs = hashlib.sha256(repr((self.fingerprint, model, listed)).encode()).hexdigest()
     self._builders = {
         training: Builder(self.tokenizer, keys, self._model.channels, training, config.data.mask_specials, config.seed)
         for training in (True, False)}

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint cut off, with a bit flipped, full of zeros, and deleted: the one before is read, or nothing, never it."""
+"""Every file of a checkpoint cut off, with a bit flipped, full of zeros, deleted: the one before is read, or nothing, never it."""
 
 import collections
 import contextlib
@@ -6,7 +6,7 @@ import io
 import pathlib
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,13 +45,15 @@ _OF_EMPTY = ('deleted',)  # the harms that change an empty file
 _PARTLY_UNIMPORTANT = '_CHECKPOINT_METADATA'  # a bit of its time of day may be another without harm
 
 
-def every_file(workdir: pathlib.Path, folder: pathlib.Path, seed: int) -> tuple[dict[str, int], list[str]]:
+def every_file(workdir: pathlib.Path, folder: pathlib.Path, seed: int,
+               harms: Sequence[str] = tuple(HARMS)) -> tuple[dict[str, int], list[str]]:
   """Harms each file of the newest of two checkpoints, then of the only one.
 
   Args:
     workdir: of a run with two checkpoints at least.
     folder: for copies.
     seed: draws where a file is harmed.
+    harms: names of those that are tried.
 
   Returns:
     (how often what came of it, by '<harm>: <outcome>'; sentences about what must not happen).
@@ -63,7 +65,7 @@ def every_file(workdir: pathlib.Path, folder: pathlib.Path, seed: int) -> tuple[
   there = workdir / CHECKPOINTS / str(newest)
   for alone in (False, True):
     for name in _files(there):
-      for harm in HARMS if (there / name).stat().st_size else _OF_EMPTY:
+      for harm in [h for h in harms if (there / name).stat().st_size or h in _OF_EMPTY]:
         copy = folder / 'damaged_copy'
         shutil.rmtree(copy, ignore_errors=True)
         for step in [newest] if alone else saved_steps(workdir)[-2:]:

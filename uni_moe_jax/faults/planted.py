@@ -60,6 +60,12 @@ def _one_batch() -> None:
   Mixture.iterate = iterate
 
 
+def _stalled_start() -> None:
+  """The data cannot be read."""
+  from uni_moe_jax.data.assemble import Data
+  Data.records = lambda *_: _a_disk_that_does_not_answer()
+
+
 def _stalled_input() -> None:
   """The sixth batch never comes."""
   from uni_moe_jax.data.mixtures import Mixture
@@ -99,14 +105,16 @@ def _a_device_that_does_not_answer() -> None:
   time.sleep(3600)
 
 
-# What the checks of kills and damage must find, with words of the finding: a trainer that fails in another way has not been found out.
+# What the checks of kills and damage must find, with words of the finding: who fails in another way has not been found out.
 FAULTS: dict[str, tuple[Callable[[], None], str]] = {
     'one_bit': (_one_bit, 'arrays differ'), 'skipped_batch': (_skipped_batch, 'arrays differ'),
     'lost_checkpoints': (_lost_checkpoints, 'resumed from nothing'), 'no_sums': (_no_sums, 'THE DAMAGED ONE WAS READ')}
-# name -> what the watchdog must say of it.
-HANGS = {'stalled_input': ('waiting for the batch of step 6', '_a_disk_that_does_not_answer'),
-         'hung_step': ('waiting for the result of step 6', '_a_device_that_does_not_answer')}
-_ALL = {**{name: plant for name, (plant, _) in FAULTS.items()}, 'one_batch': _one_batch, 'stalled_input': _stalled_input, 'hung_step': _hung_step}
+# name -> seconds of the watchdog, and what it must say. The first batch takes two seconds where much else runs.
+HANGS = {'stalled_start': (1., ('starting has taken', '_a_disk_that_does_not_answer')),
+         'stalled_input': (6., ('waiting for the batch of step 6', '_a_disk_that_does_not_answer')),
+         'hung_step': (6., ('waiting for the result of step 6', '_a_device_that_does_not_answer'))}
+_ALL = {**{name: plant for name, (plant, _) in FAULTS.items()}, 'one_batch': _one_batch, 'stalled_start': _stalled_start,
+        'stalled_input': _stalled_input, 'hung_step': _hung_step}
 
 
 if __name__ == '__main__':

@@ -119,8 +119,8 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
   script, seen = str(_ROOT / 'launch/train.py'), {}
   # A process that has compiled is slower afterwards: none of those that are compared does.
   environment = {**os.environ, 'PYTHONPATH': str(_ROOT), 'JAX_COMPILATION_CACHE_DIR': str(folder / 'jax')}
-  compiled = subprocess.run([sys.executable, script, *arguments, f'--workdir={folder / "compiled"}', '--compile_only'], env=environment,
-                            check=False)
+  command = [sys.executable, script, *arguments, f'--workdir={folder / "compiled"}', '--compile_only']
+  compiled = subprocess.run(command, env=environment, check=False)
   if compiled.returncode:
     raise failures.Failure(f'compiling ended with exit code {compiled.returncode}; see above.')
   for name, share in (('one_batch_before', _CONSTANT_SHARE), ('data', 1.), ('one_batch_after', _CONSTANT_SHARE)):
@@ -153,11 +153,13 @@ def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int)
   verdicts = {
       f'it was watched for {data.seconds[-1] / 60:.2f} minutes (at least {minutes:g}; else raise config.train.steps)':
           data.seconds[-1] >= 60 * minutes,
-      f'resident memory grows by {rate:.1f} ± {error:.1f} MB/h after warm-up (less than {SLOPE:g}); {data.megabytes[-1]:.0f} MB at the end':
+      (f'resident memory grows by {rate:.1f} ± {error:.1f} MB/h after warm-up (less than {SLOPE:g}); '
+       f'{data.megabytes[-1]:.0f} MB at the end'):
           rate < SLOPE,
       f'real-data step / constant-batch step {ratio:.3f} (at most {RATIO}), quartiles {quartiles[0]:.3f} … {quartiles[1]:.3f}':
           ratio <= RATIO,
-      f'the constant-batch step took {1e3 * np.median(before):.1f} ms before and {1e3 * np.median(after):.1f} ms after (within {_DRIFT:.0%})':
+      (f'the constant-batch step took {1e3 * np.median(before):.1f} ms before and {1e3 * np.median(after):.1f} ms after '
+       f'(within {_DRIFT:.0%})'):
           abs(drift) <= _DRIFT,
       f'its newest checkpoint is of step {newest} (at least {enough}, so that old ones had to go)': newest >= enough,
       # The new one is there before the old one goes.

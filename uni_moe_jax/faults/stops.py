@@ -1,19 +1,25 @@
-"""Runs that cannot go on: a full disk, input that stalls, a step that hangs. Each says so, and the same command continues."""
+"""Runs that cannot go on: a full disk, input that stalls, a step that hangs, a process that dies while another needs it.
+
+Each says so, and the same command continues.
+"""
 
 import dataclasses
 import pathlib
 import shlex
 import shutil
+import socket
 import subprocess
+import time
 
 from uni_moe_jax.faults import kills, planted
-from uni_moe_jax.train.workdir import CHECKPOINTS
+from uni_moe_jax.train.workdir import CHECKPOINTS, saved_step
 
-_WATCHDOG = 2.0  # seconds
+_SURVIVES = 150.0  # seconds, at most, without the other process
 # Room for some checkpoints of configs/small.py beside its metrics, and not for all that it writes.
 _KILOBYTES = 1100
 # A file system of its own for one process, which needs no rights where user namespaces are allowed.
-_SMALL_DISK = 'mount -t tmpfs -o size={size}k tmpfs {place} && cp -a {kept}/. {place} && {command}; code=$?; cp -a {place}/. {kept}; exit $code'
+_SMALL_DISK = ('mount -t tmpfs -o size={size}k tmpfs {place} && cp -a {kept}/. {place} && {command}; code=$?; '
+               'cp -a {place}/. {kept}; exit $code')
 
 
 class NotTried(Exception):
@@ -23,17 +29,17 @@ class NotTried(Exception):
 def hangs(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], list[str]]:
   """Trainers that hang: (what was seen, findings)."""
   seen, findings = [], []
-  for name, sayings in planted.HANGS.items():
+  for name, (limit, sayings) in planted.HANGS.items():
     workdir, log = trainer.folder / name, trainer.folder / f'{name}.log'
     shutil.rmtree(workdir, ignore_errors=True)
     log.unlink(missing_ok=True)
     hanging = dataclasses.replace(trainer, plant=name, overrides=(
-        *trainer.overrides, f'train.watchdog={_WATCHDOG}', 'train.save_every=2'))
+        *trainer.overrides, f'train.watchdog={limit}', 'train.save_every=2'))
     code, seconds = hanging.run(workdir, log)
     said = log.read_text(errors='replace')
     seen.append(f'{name}: {kills.ending(code)} after {seconds:.0f} s')
     findings += [f'{name}: {kills.ending(code)} instead of exit code 1'] if code != 1 else []
-    findings += [f'{name}: does not say {s!r}' for s in (*sayings, 'config.train.watchdog=2') if s not in said]
+    findings += [f'{name}: does not say {s!r}' for s in (*sayings, f'config.train.watchdog={limit:g}') if s not in said]
     findings += _goes_on(trainer, whole, workdir, log)
   return seen, findings
 
@@ -59,6 +65,49 @@ def full_disk(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], l
   if safe is None:
     findings.append(f'a full disk: no checkpoint of {sorted(p.name for p in (kept / "run" / CHECKPOINTS).glob("*"))} is whole')
   return seen, findings + _goes_on(trainer, whole, kept / 'run', log)
+
+
+def dead_process(trainer: kills.Trainer, _: pathlib.Path) -> tuple[list[str], list[str]]:
+  """SIGKILL for the second of two processes that train one run, which then goes on in two: (what was seen, findings)."""
+  whole, workdir = (trainer.folder / f'two_{name}' for name in ('whole', 'killed'))
+  for folder in (whole, workdir):
+    shutil.rmtree(folder, ignore_errors=True)
+    for log in _logs(folder):
+      log.unlink(missing_ok=True)
+  if any(codes := [kills.code_of(p) for p in _two(trainer, whole)]):
+    return [], [f'two processes: {" and ".join(map(kills.ending, codes))}, see {_logs(whole)[0]}']
+
+  survivor, other = _two(trainer, workdir)
+  while survivor.poll() is None and saved_step(workdir) is None:
+    time.sleep(.01)
+  other.kill()
+  other.wait()
+  began = time.monotonic()
+  code, seconds = kills.code_of(survivor), time.monotonic() - began
+  said = _logs(workdir)[0].read_text(errors='replace')
+  complaints = [line for line in said.splitlines() if line.startswith('error: ')]
+  seen = [f'a dead process: the other ended {seconds:.0f} s later, {kills.ending(code)}; {complaints[-1] if complaints else ""}']
+  findings = [f'a dead process: the other one: {kills.ending(code)} instead of exit code 1'] if code != 1 else []
+  if seconds > _SURVIVES:
+    findings.append(f'a dead process: the other one ended {seconds:.0f} s later, at most {_SURVIVES:.0f}')
+  if len(complaints) != 1 or 'another process of this run has died' not in complaints[0] or 'Traceback' in said:
+    findings.append(f'a dead process: the other one does not say so in one sentence, see {_logs(workdir)[0]}')
+  if any(codes := [kills.code_of(p) for p in _two(trainer, workdir)]):
+    return seen, [*findings, f'a dead process: the same command: {" and ".join(map(kills.ending, codes))}']
+  return seen, findings + kills.differences(whole, workdir)
+
+
+def _two(trainer: kills.Trainer, workdir: pathlib.Path) -> list[subprocess.Popen]:
+  """Starts two processes that train one run."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  return [dataclasses.replace(trainer, flags=(f'--distributed={address},2,{i}',)).start(workdir, log)
+          for i, log in enumerate(_logs(workdir))]
+
+
+def _logs(workdir: pathlib.Path) -> list[pathlib.Path]:
+  return [workdir.with_name(f'{workdir.name}_{i}.log') for i in range(2)]
 
 
 def _goes_on(trainer: kills.Trainer, whole: pathlib.Path, workdir: pathlib.Path, log: pathlib.Path) -> list[str]:

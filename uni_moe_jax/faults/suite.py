@@ -84,7 +84,7 @@ class _Work:
   def stops(self) -> list[str]:
     whole, _ = self._whole()
     findings = []
-    for name, happen in (('hangs', stops.hangs), ('full disk', stops.full_disk)):
+    for name, happen in (('hangs', stops.hangs), ('full disk', stops.full_disk), ('dead process', stops.dead_process)):
       with _timed(name) as say:
         try:
           seen, found = happen(self._trainer, whole)
@@ -138,7 +138,7 @@ class _Work:
     try:
       with (self._folder / 'no_sums.log').open('wb') as log:
         os.dup2(log.fileno(), 2)  # libraries say much of damaged files, from threads of C++, too
-        return damage.every_file(whole, self._folder, self._seed)[1]
+        return damage.every_file(whole, self._folder, self._seed, ('bit flipped',))[1]
     finally:
       os.dup2(errors, 2)
       manifest.damage = plain

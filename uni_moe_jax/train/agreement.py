@@ -1,4 +1,10 @@
-"""What the processes of a run must agree on, so that none takes a step that another does not take."""
+"""What the processes of a run must agree on, so that none takes a step that another does not take; and how they end together."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +12,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from uni_moe_jax import sharding
+from uni_moe_jax import failures, sharding
+
+_ERROR = 1  # exit code
+# What JAX, its collectives and its coordination service say where a process that they talk to is not there any more.
+_LOST = re.compile(
+    r'\bGloo\b|\bNCCL\b|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|[Cc]oordination service|[Bb]arrier|Connection (reset|closed)')
 
 
 class AnyProcess:
@@ -31,12 +42,48 @@ class AnyProcess:
     return before is not None and bool(before)
 
 
-def check_same_data(fingerprint: str) -> None:
-  """Raises ValueError, in every process, where one reads other data or has another tokenizer. fingerprint: hex."""
+def first_says(flag: bool) -> bool:
+  """What the first process says, told to all."""
+  return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+@contextlib.contextmanager
+def ends_with_the_others(end: Callable[[int], None] = os._exit) -> Iterator[None]:
+  """Ends the process, with one sentence, where an error says that another process of the run cannot be reached.
+
+  It ends at once: who waits for saves and for JAX's farewell to the others waits for the dead one, too.
+
+  Args:
+    end: is called with the exit code.
+  """
+  try:
+    yield
+  except Exception as e:
+    if jax.process_count() == 1 or isinstance(e, failures.Failure) or not (said := _LOST.search(_chain(e))):
+      raise
+    line = next(line for line in _chain(e).splitlines() if said.group() in line)
+    print(f'error: another process of this run has died or cannot be reached ({line.strip()[:200]}). Its own log says why; the '
+          'same command, given to all, continues from the newest checkpoint.', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    end(_ERROR)
+
+
+def _chain(e: BaseException | None) -> str:
+  """What an exception says, and those that it came from."""
+  said = []
+  while e is not None:
+    said.append(str(e))
+    e = e.__cause__ or e.__context__
+  return '\n'.join(said)
+
+
+def check_same_data(inputs: str) -> None:
+  """Raises ValueError, in every process, where one reads other data or has another tokenizer. inputs: `Data.inputs`."""
   if jax.process_count() == 1:
     return
-  prints = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(fingerprint), np.uint8))
+  prints = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(inputs), np.uint8))
   others = [str(i) for i, p in enumerate(prints) if (p != prints[0]).any()]
   if others:
-    raise ValueError(f'process {", ".join(others)} of {len(prints)} reads other data than process 0, or another tokenizer: make '
-                     'config.data.dir the same prepared data for all, or build it anew there (launch/prepare_data.py).')
+    raise ValueError(f'process {", ".join(others)} of {len(prints)} reads other data than process 0, or has another tokenizer or '
+                     'file of class names: make config.data.dir the same prepared data for all, or build it anew there '
+                     '(launch/prepare_data.py).')

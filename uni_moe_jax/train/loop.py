@@ -4,6 +4,7 @@ Exit codes: 0 finished, 75 stopped by a signal and resumable, 1 stopped because 
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -18,13 +19,13 @@ import numpy as np
 from uni_moe_jax import distributed
 from uni_moe_jax.files import write_json
 from uni_moe_jax.resolve import check_trains
-from uni_moe_jax.train.agreement import AnyProcess, check_same_data
+from uni_moe_jax.train.agreement import AnyProcess, check_same_data, ends_with_the_others, first_says
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.setup import Run, build, conditions, first_state
-from uni_moe_jax.train.watchdog import BATCH, SAVE, STEP, Watchdog
-from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, keep_tokenizer, saved_step
+from uni_moe_jax.train.watchdog import BATCH, SAVE, START, STEP, Watchdog
+from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, keep_tokenizer, lock, saved_step
 
 FINISHED, ERROR, PREEMPTED = 0, 1, 75
 
@@ -83,22 +84,33 @@ def train(config, workdir: str, devices=None) -> int:
   """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one, on all devices by default.
 
   Returns:
-    An exit code. Raises what `setup.build`, `claim_workdir`, `check_versions` and `Checkpoints` raise.
+    An exit code. Raises what `setup.build`, `claim_workdir`, `check_versions`, `keep_tokenizer` and `Checkpoints` raise, and
+    ValueError where another process trains in `workdir`.
   """
   started = time.perf_counter()
-  with Stop() as stop:
-    run = build(config, devices)
-    check_trains(run.plan)
-    check_same_data(run.data.fingerprint)
-    claim_workdir(workdir, config, run.data.fingerprint, distributed.speaks())
-    check_versions(workdir)
-    if distributed.speaks():
-      keep_tokenizer(workdir, run.data.tokenizer_file)
-      write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
-    print(describe(run), flush=True)
-    with Checkpoints(workdir, config.train.keep, config.train.keep_best) as checkpoints:
-      with Watchdog(config.train.watchdog) as watchdog:
-        return _loop(run, workdir, checkpoints, stop, watchdog, started)
+  with Stop() as stop, Watchdog(config.train.watchdog) as watchdog, contextlib.ExitStack() as ending:
+    with watchdog.phase(START), ends_with_the_others():
+      run = build(config, devices)
+      check_trains(run.plan)
+      check_same_data(run.data.inputs)
+      claim_workdir(workdir, config, run.data.fingerprint, distributed.speaks(), run.data.inputs)
+      if not first_says(not distributed.speaks() or lock(workdir, ending)):
+        raise ValueError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
+      check_versions(workdir)
+      keep_tokenizer(workdir, run.data.tokenizer_file, distributed.speaks())
+      if distributed.speaks():
+        write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
+      print(describe(run), flush=True)
+      checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_best)
+    ending.push(functools.partial(_close, checkpoints, watchdog))
+    with ends_with_the_others():
+      return _loop(run, workdir, checkpoints, stop, watchdog, started)
+
+
+def _close(checkpoints: Checkpoints, watchdog: Watchdog, *error) -> None:
+  """Saves under way can wait for the disk, and for other processes."""
+  with watchdog.phase(SAVE), ends_with_the_others():
+    checkpoints.__exit__(*error)
 
 
 def compile_steps(config, workdir: str, devices=None) -> int:
@@ -131,15 +143,16 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
   if first >= last:
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
-  metric = InterferenceMetric(run) if c.train.interference_every else None
-  if saved is not None:  # step 0: somebody put parameters there, launch/convert.py for example
-    state = checkpoints.restore(run.like())
-    print(f'resumed from step {first}', flush=True)
-  else:
-    state = first_state(run)
-  sets, steps = run.sets(), {}
-  mixture = run.mixture()
-  batches = mixture.iterate(first, last)
+  with watchdog.phase(START):
+    metric = InterferenceMetric(run) if c.train.interference_every else None
+    if saved is not None:  # step 0: somebody put parameters there, launch/convert.py for example
+      state = checkpoints.restore(run.like())
+      print(f'resumed from step {first}', flush=True)
+    else:
+      state = first_state(run)
+    sets, steps = run.sets(), {}
+    mixture = run.mixture()
+    batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
   stops = AnyProcess(run.mesh)
@@ -147,21 +160,24 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
     done, pending = first, None  # metrics of the step that is running: read once the next one is queued
     means = {}  # of the log at the step that is done, if there is one
     for step in range(first, last):
-      if stops(stop.requested):
-        break
-      checkpoints.check()
+      with watchdog.phase(STEP, step):
+        if stops(stop.requested):
+          break
+      with watchdog.phase(SAVE, step):
+        checkpoints.check()
       with watchdog.phase(BATCH, step + 1):
         task, batch = next(batches)
       compiling = task not in steps
       if compiling:
         steps[task] = run.step_fn(task)
-      placed = run.put(batch)
-      # Before the step, which takes the buffers of the state.
-      measured = metric(step, state.params, placed, sets) if metric else {}
+      with watchdog.phase(START, step + 1):  # it compiles, too
+        placed = run.put(batch)
+        # Before the step, which takes the buffers of the state.
+        measured = metric(step, state.params, placed, sets) if metric else {}
       if bad := mixture.bad_examples():
         measured['bad_examples'] = bad  # of files, since this process began
       # A step that is compiled may take long.
-      with contextlib.nullcontext() if compiling else watchdog.phase(STEP, step + 1):
+      with watchdog.phase(START if compiling else STEP, step + 1):
         state, metrics = steps[task](state, placed, sets)
         if compiling:
           jax.block_until_ready(metrics)

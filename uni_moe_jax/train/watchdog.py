@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator
 
 _HANGS = 1  # exit code
 _TICKS = 20  # per limit
+START = 'starting'
 BATCH = 'waiting for the batch'
 STEP = 'waiting for the result'
 SAVE = 'saving'
+_FACTORS = {START: 6}  # limits that a phase may take, if it is not one: data are read and programs compiled in it
 _LOOK_AT = {
+    START: 'Look at the disk or network where the data and the work directory lie, at the devices, and at the logs of the other '
+           'processes of this run.',
     BATCH: 'Look at the disk or network where the data lies, and at the memory that is free.',
     STEP: 'Look at the devices, and at the logs of the other processes of this run: one that has died is waited for in vain.',
     SAVE: 'Look at the disk or network where the work directory lies.',
@@ -32,9 +36,9 @@ class Watchdog:
   """Watches phases of a loop from a thread of its own; a context manager."""
 
   def __init__(self, limit: float, end: Callable[[int], None] = _end):
-    """limit: seconds that a phase may take; 0: nothing is watched. end: is called with the exit code."""
+    """limit: seconds that a phase may take, START six times as many; 0: nothing is watched. end: is called with the exit code."""
     self._limit, self._end = limit, end
-    self._phase: tuple[str, int] | None = None
+    self._phase: tuple[str, int | None] | None = None
     self._waited = 0.0
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
@@ -50,8 +54,8 @@ class Watchdog:
       self._thread.join()
 
   @contextlib.contextmanager
-  def phase(self, name: str, step: int) -> Iterator[None]:
-    """What the loop is doing: one of BATCH, STEP, SAVE. What is done outside of a phase may take any time (compiling)."""
+  def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+    """What the run is doing: START, BATCH, STEP or SAVE, and for which step. What is done outside of a phase may take any time."""
     self._waited, self._phase = 0.0, (name, step)
     try:
       yield
@@ -65,12 +69,13 @@ class Watchdog:
       # A process that was stopped and goes on has not waited: no tick counts for more than two.
       self._waited, last = self._waited + min(now - last, 2 * tick), now
       phase = self._phase
-      if phase is not None and self._waited > self._limit:
+      if phase is not None and self._waited > self._limit * _FACTORS.get(phase[0], 1):
         self._complain(*phase)
         return
 
-  def _complain(self, name: str, step: int) -> None:
-    print(f'\nerror: {name} of step {step} has taken {self._waited:.0f} s, and config.train.watchdog={self._limit:g} is the limit. '
+  def _complain(self, name: str, step: int | None) -> None:
+    what, times = name if step is None else f'{name} of step {step}', f'{_FACTORS[name]} times ' if name in _FACTORS else ''
+    print(f'\nerror: {what} has taken {self._waited:.0f} s, and {times}config.train.watchdog={self._limit:g} is the limit. '
           f'{_LOOK_AT[name]} If it is only slow, raise the limit; 0 switches it off. The same command continues from the newest '
           'checkpoint. Where every thread stands:', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

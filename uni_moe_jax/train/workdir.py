@@ -4,6 +4,8 @@ A second run of the same command resumes; another config is refused. Nothing slo
 told at once.
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -19,6 +21,7 @@ from uni_moe_jax.files import write_json
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
 CONVERSION_FILE = 'conversion.json'  # of a converted checkpoint: what went where
+LOCK_FILE = '.lock'
 CHECKPOINTS = 'checkpoints'  # the folder in which each has one, named by its step
 TOKENIZER_STEM = 'tokenizer'
 PLACES = (('data', 'dir'), ('tokenizer', 'file'), ('tokenizer', 'merges'), ('train', 'init'))  # fields that are paths
@@ -73,7 +76,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
-    writes: bool = True) -> None:
+    writes: bool = True, inputs: str | None = None) -> None:
   """Makes a work directory this run's, or checks that it already is.
 
   Args:
@@ -81,17 +84,20 @@ def claim_workdir(
     config: of the run.
     fingerprint: of its data; None, before the data is read: only checks, and makes nothing.
     writes: of several processes, one makes it.
+    inputs: of its data and of the files beside them, see `Data.inputs`; runs of earlier versions have not written it down.
 
   Raises:
     ValueError: it belongs to a run with another config or other data; names the fields.
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
-  new = {'config': _plain(config), 'data': fingerprint}
+  new = {'config': _plain(config), 'data': fingerprint, 'inputs': inputs}
   if path.exists():
     old = _read(path)
     changed = differences(_plain(_completed(old['config'], path)), new['config'])
     if fingerprint is not None and old['data'] != fingerprint and not changed:
       changed = ['the data (its fingerprint)']
+    if inputs is not None and old.get('inputs') not in (None, inputs) and not changed:
+      changed = ["the content of the tokenizer's file, or of a file of class names"]
     if changed:
       more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
       raise ValueError(f'workdir {workdir} belongs to a run with another config ({"; ".join(changed[:3])}{more}); '
@@ -135,10 +141,45 @@ def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> Non
         file=sys.stderr, flush=True)
 
 
-def keep_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path) -> None:
-  """Puts a copy of a run's tokenizer into its folder: who starts from the run needs the same ids."""
+def lock(workdir: str | os.PathLike[str], until: contextlib.ExitStack) -> bool:
+  """Takes a work directory for this process; False where another one has it. Who dies gives it back.
+
+  Two trainers in one directory would delete each other's checkpoints. Where the file system has no locks, that is said, and nothing
+  is locked.
+
+  Args:
+    workdir: folder of the run.
+    until: when it is closed, the directory is given back.
+  """
+  file = until.enter_context(open(pathlib.Path(workdir) / LOCK_FILE, 'a'))
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as e:
+    print(f'note: {workdir} cannot be locked ({e.strerror}); see to it that no other process trains there.',
+          file=sys.stderr, flush=True)
+  return True
+
+
+def keep_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: bool = True) -> None:
+  """Puts a copy of a run's tokenizer into its folder: who starts from the run needs the same ids.
+
+  Args:
+    workdir: folder of the run.
+    file: of its tokenizer.
+    writes: of several processes, one makes the copy.
+
+  Raises:
+    ValueError: the folder has another one, with which its parameters would mean other words.
+  """
   path = pathlib.Path(workdir) / (TOKENIZER_STEM + file.suffix)
-  if not path.exists():
+  if path.exists():
+    # Published merges may be packed in another way; what they say is part of the data's fingerprint.
+    if file.suffix == '.model' and path.read_bytes() != file.read_bytes():
+      raise ValueError(f'workdir {workdir} was trained with another tokenizer than {file}, though with the same text: another '
+                       f'version of sentencepiece makes another one. Copy {path} over it, or give another --workdir.')
+  elif writes:
     temporary = path.with_suffix('.tmp')
     temporary.write_bytes(file.read_bytes())
     temporary.rename(path)

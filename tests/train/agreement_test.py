@@ -1,0 +1,48 @@
+"""Where a process of a run dies, the others end at once, with one sentence and exit code 1. Real ones: tests/faults/stops_test.py."""
+
+import jax
+import pytest
+
+from uni_moe_jax import failures
+from uni_moe_jax.train import agreement
+
+_RESET = 'UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:20352: Connection reset by peer'
+
+
+def _ended(error: BaseException) -> list[int]:
+  """Exit codes with which a process ended that raised an error."""
+  codes = []
+  with agreement.ends_with_the_others(codes.append):
+    raise error
+  return codes
+
+
+@pytest.mark.parametrize('error', [
+    ValueError(_RESET), RuntimeError('INTERNAL: NCCL operation failed: remote process exited'),
+    RuntimeError('DEADLINE_EXCEEDED: Barrier timed out'), RuntimeError('UNAVAILABLE: Task 1 heartbeat timeout')])
+def test_an_error_of_the_others_ends_the_process_with_one_sentence(monkeypatch, capsys, error):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  assert _ended(error) == [1]
+  said = capsys.readouterr().err
+  assert said.count('\n') == 1 and str(error) in said
+  assert said.startswith('error: another process of this run has died or cannot be reached') and 'the same command' in said
+
+
+def test_what_an_error_came_from_counts(monkeypatch, capsys):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  error = RuntimeError('a save failed')
+  error.__cause__ = ValueError(_RESET)
+  assert _ended(error) == [1] and _RESET in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('processes, error', [
+    (1, ValueError(_RESET)), (2, ValueError('config.train.steps=0 must be at least 1.')), (2, KeyError('image')),
+    (2, failures.Failure('the disk is full (Connection reset)'))])
+def test_other_errors_go_on_their_way(monkeypatch, processes, error):
+  monkeypatch.setattr(jax, 'process_count', lambda: processes)
+  with pytest.raises(type(error)):
+    _ended(error)
+
+
+def test_one_process_says_what_it_says():
+  assert agreement.first_says(True) is True and agreement.first_says(False) is False
