@@ -112,6 +112,12 @@ def test_who_waits_for_a_process_that_failed_is_ended():
   assert moves._wait([fails, waits]) == [3, -9]
 
 
+@pytest.mark.parametrize('name', recorded.PLANTS)
+def test_plants_can_be_planted_and_say_what_must_be_found(name):
+  plant, words = recorded.PLANTS[name]
+  assert callable(plant) and words
+
+
 @pytest.mark.slow
 def test_a_moved_run_is_that_of_one_device_and_planted_faults_are_found(tmp_path, capsys):
   assert suite.run(('moves',), suite.QUICK, 0, tmp_path, keep=True) == 0, capsys.readouterr().out
