@@ -3,11 +3,12 @@
   python launch/train.py --config=configs/benchmark.py:coco_retrieval,runs/converted --workdir=runs/coco
   python launch/evaluate.py --workdir=runs/coco
 
-The argument is BENCHMARK[,RUN[,finetune|prompts|untuned]]: imagenet1k, kinetics400, coco_caption, coco_retrieval, flickr30k_caption,
-flickr30k_retrieval, msvd_caption, msvd_retrieval, msrvtt_caption, msrvtt_retrieval, vqa, cola, sst2, mrpc, qqp, mnli, qnli or rte, and
-a trained or converted run to start from, which gives the model and the words. `untuned` is for launch/evaluate.py. Without a run the
-published tiny model starts afresh: that shows a pipeline, and scores little. docs/benchmarks.md says how to obtain each data set. What it
-should score depends on the run: the papers' tables hold for the authors' checkpoints; none was run here to its end.
+The argument is BENCHMARK[,RUN[,finetune|prompts|untuned]]: imagenet1k, kinetics400, coco_caption, coco_retrieval,
+flickr30k_caption, flickr30k_retrieval, msvd_caption, msvd_retrieval, msrvtt_caption, msrvtt_retrieval, vqa, cola, sst2, mrpc, qqp,
+mnli, qnli or rte, and a trained or converted run to start from, which gives the model and the words. `prompts` tunes as
+configs/prompt_tune.py does, `untuned` is for launch/evaluate.py. Without a run the published tiny model starts afresh: that shows a
+pipeline, and scores little. docs/benchmarks.md says how to obtain each data set, and where a recipe is not the published one. What
+it should score depends on the run: the papers' tables hold for the authors' checkpoints; none was run here to its end.
 """
 
 import ml_collections
@@ -33,12 +34,14 @@ def get_config(arg: str = 'imagenet1k') -> ml_collections.ConfigDict:
     c.train.mixture, c.train.encode_all_sets = 'mixed', False  # one task
     c.tokenizer.kind = 'clip'
     c.model.max_text = 512
-  benchmarks.finetuning(c)
   benchmarks.DOWNSTREAM[name](c)
   if run:
-    for t in c.tasks.values():  # a run has its own groups
+    for t in c.tasks.values():  # a run has its own groups, and its own room for texts
       t.temperature = t.temperature if t.temperature in plan.temperatures else ''
+      t.length = min(t.length, c.model.max_text)
     regimes.share_temperatures(c, plan)
-    if mode in ('prompts', 'untuned'):
-      regimes.MODES[mode](c)
+  if run and mode in ('prompts', 'untuned'):
+    regimes.MODES[mode](c)
+  else:
+    benchmarks.finetuning(c, name)
   return c

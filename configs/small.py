@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.moe.num_experts = 4
   c.tokenizer.vocab_size = 25  # ten names have few letters
   c.sets.digits = config.target_set('digits/name', family='names')
+  c.declared.entries.digits = ((8, 10),)  # for launch/preflight.py
   c.tasks.digit = config.task('image_classification', 'digits', batch=8, target_set='digits', label='name', shift=1)
   c.optim.update(dict(learning_rate=1e-2, warmup=5))
   c.train.update(dict(steps=200, log_every=1, save_every=10, ema=0.9))

@@ -4,8 +4,8 @@
   python launch/benchmark.py --quick                           everything at reduced sizes, in minutes: does it run?
   python launch/benchmark.py --subjects=routers,decoding --output=benchmark.json
 
-Subjects: routers, mixed, published, sets, decoding, input, optimizer, compile. `mixed`, `input` and `compile` take tasks and
-data from --config (the quickstart's by default); the others make their own. One device is used: the first.
+Subjects: routers, mixed, published, sets, decoding, exported, input, files, optimizer, compile. `mixed`, `input` and `compile` take
+tasks and data from --config (the quickstart's by default); the others make their own. One device is used: the first.
 """
 
 import json

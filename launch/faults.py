@@ -5,10 +5,12 @@
   python launch/faults.py --subjects=kills --kills=100 --seed=7 --folder=runs/faults
 
 kills: SIGKILL at random moments, some inside a save; each run is started again, and must end bit for bit as one that was never
-disturbed. damage: every file of a checkpoint cut off, with a bit flipped, deleted. stops: input that stalls, a step that hangs,
-and a full disk (where user namespaces are allowed). inputs: generated mistakes in configs and damage of what runs keep, through
-the commands' error boundary and as commands. planted: trainers with faults in them, which the checks of kills and damage must
-find. It trains configs/small.py, and needs no prepared data.
+disturbed. damage: every file of a checkpoint cut off, with a bit flipped, full of zeros, deleted: for who reads it, and for the
+trainer. stops: input that stalls, a step that hangs, and a full disk (where user namespaces are allowed). moves: a run over every
+sort of source goes on at checkpoints with other numbers of (virtual) devices and processes, and must get the rows and losses of
+one device; faults are planted in it, too. inputs: generated mistakes in configs and damage of what runs keep, through the
+commands' error boundary and as commands. planted: trainers with faults in them, which the checks of kills and damage must find.
+It trains configs/small.py and uni_moe_jax/faults/moved_run.py, and needs no prepared data.
 
 Exit codes: 0 nothing was found (and every planted fault was), 1 something was, 2 usage.
 """
@@ -20,14 +22,15 @@ from absl import flags
 
 from uni_moe_jax import cli
 
-SUBJECTS = ('kills', 'damage', 'stops', 'inputs', 'planted')
+SUBJECTS = ('kills', 'damage', 'stops', 'moves', 'inputs', 'planted')
 _SUBJECTS = flags.DEFINE_list('subjects', [], f'Some of {", ".join(SUBJECTS)}; none: all.')
 _KILLS = flags.DEFINE_integer('kills', 30, 'SIGKILLs.', lower_bound=1)
 _SAVES = flags.DEFINE_integer('saves', 10, 'At least so many of them inside a save.', lower_bound=0)
 _INPUTS = flags.DEFINE_integer('inputs', 10_000, 'Generated inputs, in this process.', lower_bound=1)
 _COMMANDS = flags.DEFINE_integer('commands', 100, 'Generated commands.', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Draws moments, places and inputs.')
-_QUICK = flags.DEFINE_bool('quick', False, '4 kills, 2 inside a save; 600 inputs, 6 commands; one planted fault of each kind.')
+_QUICK = flags.DEFINE_bool(
+    'quick', False, '3 kills, one inside a save, of shorter runs; two moves; 600 inputs, 6 commands.')
 _FOLDER = flags.DEFINE_string('folder', None, 'Where to work; a temporary folder by default, which is kept if something is found.')
 
 

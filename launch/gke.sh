@@ -15,15 +15,17 @@ kubectl. ARGUMENTs go to launch/train.py; --workdir lies below /runs:
   --accelerator A      GKE's name of the TPU (default tpu-v5-lite-podslice)
   --topology T         of the slice, in chips (default 4x4)
   --chips C            of one host (default 4)
-  --restarts R         how often the run may start again (default 20)
+  --restarts R         how often the run may start again after failures (default 20); preemptions do not count
+  --evaluate           ARGUMENTs go to launch/evaluate.py
   --dry_run            print the JobSet, apply nothing
 
-Follow it with: kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME. A second run of the same command,
-after `kubectl delete jobset NAME`, continues.
+Follow process 0, which prints, with: kubectl logs -f -l \
+  jobset.sigs.k8s.io/jobset-name=NAME,batch.kubernetes.io/job-completion-index=0
+A second run of the same command, after `kubectl delete jobset NAME`, continues.
 HELP
 }
 
-name='' image='' claim='' accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 restarts=20 dry_run=''
+name='' image='' claim='' accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 restarts=20 script=train.py dry_run=''
 while (($#)); do
   case "$1" in
     --name) name="$2"; shift 2 ;;
@@ -33,14 +35,15 @@ while (($#)); do
     --topology) topology="$2"; shift 2 ;;
     --chips) chips="$2"; shift 2 ;;
     --restarts) restarts="$2"; shift 2 ;;
+    --evaluate) script=evaluate.py; shift ;;
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "gke.sh: $1 is no option; arguments of train.py stand after --. See --help." >&2; exit 2 ;;
+    *) echo "gke.sh: $1 is no option; arguments of $script stand after --. See --help." >&2; exit 2 ;;
   esac
 done
 if [[ -z "$name" || -z "$image" || -z "$claim" ]] || (($# == 0)); then
-  echo 'gke.sh: --name, --image, --claim and, after --, arguments of train.py are needed. See --help.' >&2
+  echo "gke.sh: --name, --image, --claim and, after --, arguments of $script are needed. See --help." >&2
   exit 2
 fi
 if ! [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ && "$chips" =~ ^[1-9][0-9]*$ ]]; then
@@ -71,6 +74,7 @@ fill TOPOLOGY "$(quoted "$topology")"
 fill HOSTS "$hosts"
 fill CHIPS "$chips"
 fill RESTARTS "$restarts"
+fill SCRIPT "$script"
 fill ARGUMENTS "[$arguments]"
 
 if [[ -n "$dry_run" ]]; then

@@ -3,8 +3,9 @@
   python launch/keep_running.py -- python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
 
 After exit code 75 (stopped by a signal; saved) and after crashes it starts the command again: after --wait seconds, and after
-crashes in a row later each time. It gives up after --limit starts in a row that brought no newer checkpoint, and never repeats a
-mistake in the command (exit code 2). A signal to this script goes to the command, whose end it waits for.
+crashes in a row later each time. It gives up after --limit starts in a row that brought no newer checkpoint, and does not repeat a
+mistake in the command (exit code 2), unless the command worked before: then something that it needs may only be late. A signal to
+this script goes to the command, whose end it waits for; where this script is killed, the command is asked to stop (on Linux).
 """
 
 import sys

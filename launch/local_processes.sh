@@ -10,8 +10,8 @@ do, to be tried on one. ARGUMENTs go to launch/train.py:
   ./launch/local_processes.sh --processes 2 --devices 4 -- --config=configs/quickstart.py --workdir=runs/two
 
   --processes N  how many (default 2)
-  --devices D    virtual CPU devices of each (default 1); without CPUs alone (JAX_PLATFORMS=cpu) it is
-                 left out, and process i sees accelerator i
+  --devices D    virtual CPU devices of each; without it process i sees accelerator i, or one CPU device
+                 where JAX_PLATFORMS=cpu
   --evaluate     ARGUMENTs go to launch/evaluate.py
   --port P       of process 0 (default: a free one)
   --dry_run      print the commands, run nothing
@@ -22,7 +22,7 @@ continues, or 0. UNI_MOE_PYTHON names the interpreter (default: .venv/bin/python
 HELP
 }
 
-processes=2 devices=1 script=train.py port='' dry_run=''
+processes=2 devices='' script=train.py port='' dry_run=''
 while (($#)); do
   case "$1" in
     --processes) processes="$2"; shift 2 ;;
@@ -35,8 +35,8 @@ while (($#)); do
     *) echo "local_processes.sh: $1 is no option; arguments of $script stand after --. See --help." >&2; exit 2 ;;
   esac
 done
-if ! [[ "$processes" =~ ^[1-9][0-9]*$ && "$devices" =~ ^[1-9][0-9]*$ ]]; then
-  echo "local_processes.sh: --processes $processes and --devices $devices must be positive numbers." >&2
+if ! [[ "$processes" =~ ^[1-9][0-9]*$ && "${devices:-1}" =~ ^[1-9][0-9]*$ ]]; then
+  echo "local_processes.sh: --processes $processes and --devices ${devices:-1} must be positive numbers." >&2
   exit 2
 fi
 if (($# == 0)); then
@@ -53,18 +53,14 @@ if [[ -z "$port" ]]; then
   port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 fi
 
-# of_process I: what is set in the environment of process I alone.
-of_process() {
-  if [[ "${JAX_PLATFORMS:-}" == cpu ]]; then
-    # The last of two equal flags counts.
-    echo "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
-  else
-    echo "JAX_LOCAL_DEVICE_IDS=$1"
-  fi
-}
-
+# command_of I ARGUMENT...: sets `command` to that of process I.
 command_of() {
-  command=(env "$(of_process "$1")" "$python" "launch/$script" "${@:2}" "--distributed=127.0.0.1:$port,$processes,$1")
+  local own=("JAX_LOCAL_DEVICE_IDS=$1")
+  if [[ -n "$devices" || "${JAX_PLATFORMS:-}" == cpu ]]; then
+    # The last of two equal flags counts.
+    own=(JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=${devices:-1}")
+  fi
+  command=(env "${own[@]}" "$python" "launch/$script" "${@:2}" "--distributed=127.0.0.1:$port,$processes,$1")
 }
 
 if [[ -n "$dry_run" ]]; then

@@ -20,6 +20,7 @@ _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'GENERATION:SHAPE in chips, or cpu:N virtual devices.', required=True)
 _MEMORY = flags.DEFINE_float('memory', None, 'GiB of a device that may be used; by default what its chip has.')
 _SEARCH = flags.DEFINE_bool('search', True, 'Look for the largest batch, and for a change that fits: more compiles.')
+_MINUTES = flags.DEFINE_float('minutes', 9., 'The search ends before a compile that would not end in time.', lower_bound=0.)
 _JSON = flags.DEFINE_string('json', None, 'File to write, too.')
 flags.mark_flag_as_required('config')
 
@@ -37,7 +38,8 @@ def main() -> int:
   from uni_moe_jax.preflight import report, run
   name = next(a for a in sys.argv[1:] if a.lstrip('-').startswith('config')).partition('=')[2]
   memory = None if _MEMORY.value is None else _MEMORY.value * topology.GIB
-  found = run.preflight(config, name, where, memory, _SEARCH.value, lambda words: print(f'{words} …', file=sys.stderr, flush=True))
+  say = lambda words: print(f'{words} …', file=sys.stderr, flush=True)
+  found = run.preflight(config, name, where, memory, _SEARCH.value, say, _MINUTES.value)
   print(report.render(found))
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps(report.as_json(found), indent=1) + '\n')

@@ -39,7 +39,7 @@ def main() -> int:
     return 0
   if _INPUT.value is not None:
     from uni_moe_jax.data import prepare
-    summary = prepare.prepare(pathlib.Path(_INPUT.value).expanduser(), directory, _NAME.value, _VERSION.value, _GIF.value,
+    summary = prepare.prepare(pathlib.Path(os.path.expanduser(_INPUT.value)), directory, _NAME.value, _VERSION.value, _GIF.value,
                               _HOLDOUT.value, _BAD.value)
     print(prepare.describe(summary))
     return 0

@@ -2,13 +2,12 @@
 
   python launch/soak.py --config=configs/embedded.py --minutes=40 --folder=runs/soak
 
-It wants a machine that does nothing else. The run on the data takes --minutes; before and after it the same loop runs on one batch,
-a tenth of that time each. Writes soak.json. Exit codes: 0 all passed, 1 something failed, 2 usage.
+It wants a machine that does nothing else. It compiles first, in another process. The run on the data takes --minutes; before and
+after it the same loop runs on one batch, a tenth of that time each. Writes soak.json. Exit codes: 0 all passed, 1 something failed, 2 usage.
 """
 
 import json
 import pathlib
-import sys
 
 from absl import flags
 
@@ -27,8 +26,7 @@ def main() -> int:
   from uni_moe_jax.faults import soak
   folder = pathlib.Path(_FOLDER.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  arguments = [a for a in sys.argv[1:] if a.startswith('--config')]
-  figures = soak.soak(arguments, config.train.keep + bool(config.train.keep_best), _MINUTES.value, folder)
+  figures = soak.soak(soak.arguments_of(flags.FLAGS[_CONFIG.name]), config.train, _MINUTES.value, folder)
   (folder / 'soak.json').write_text(json.dumps(figures, indent=1))
   return 0 if all(figures['verdicts'].values()) else 1
 

@@ -4,28 +4,32 @@ set -euo pipefail
 usage() {
   cat <<'HELP'
 Usage: ./launch/tpu_pod.sh --name NAME --zone ZONE [OPTION...] -- ARGUMENT...
+       ./launch/tpu_pod.sh --name NAME --zone ZONE --stop
 
 Trains on a Cloud TPU slice, one process per host, with gcloud: copies the committed files of this
-repository to every host, installs them there, and starts launch/train.py on all hosts at once.
+repository to every host, installs them there, starts launch/train.py on all hosts at once, and shows
+what they print. The run goes on where the connection ends: the same command shows it again.
 ARGUMENTs go to launch/train.py:
   ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
       -- --config=configs/pretrain.py:base-attribute-1 --workdir=/mnt/runs/base
 
   --project P        of Google Cloud (default: gcloud's)
-  --create TYPE      make the slice first; TYPE as gcloud's --accelerator-type
+  --create TYPE      make the slice first, where there is none; TYPE as gcloud's --accelerator-type
   --version V        its software, as gcloud's --version (with --create)
   --before COMMAND   run this on every host before training, in the repository's folder: mount what is
                      shared, prepare data
   --skip_install     copy and install nothing: it was done before
+  --evaluate         ARGUMENTs go to launch/evaluate.py
+  --stop             ask what runs there to save and stop
   --dry_run          print the commands, run nothing
 
 --workdir must be a folder that all hosts share (Filestore, or a bucket mounted with gcsfuse): every host
-writes its share of a checkpoint. A second run of the same command continues; exit codes are those of
-launch/train.py. The slice is not deleted: gcloud compute tpus tpu-vm delete NAME.
+writes its share of a checkpoint. The same command continues a stopped run; exit codes are those of
+launch/train.py. Python 3.11 comes by uv, as hosts may have an older one. The slice is not deleted: gcloud compute tpus tpu-vm delete NAME.
 HELP
 }
 
-name='' zone='' project='' create='' version='' before='' install=yes dry_run=''
+name='' zone='' project='' create='' version='' before='' install=yes script=train.py stop='' dry_run=''
 while (($#)); do
   case "$1" in
     --name) name="$2"; shift 2 ;;
@@ -35,14 +39,16 @@ while (($#)); do
     --version) version="$2"; shift 2 ;;
     --before) before="$2"; shift 2 ;;
     --skip_install) install=''; shift ;;
+    --evaluate) script=evaluate.py; shift ;;
+    --stop) stop=yes; shift ;;
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "tpu_pod.sh: $1 is no option; arguments of train.py stand after --. See --help." >&2; exit 2 ;;
+    *) echo "tpu_pod.sh: $1 is no option; arguments of $script stand after --. See --help." >&2; exit 2 ;;
   esac
 done
-if [[ -z "$name" || -z "$zone" ]] || (($# == 0)); then
-  echo 'tpu_pod.sh: --name, --zone and, after --, arguments of train.py are needed. See --help.' >&2
+if [[ -z "$name" || -z "$zone" ]] || { (($# == 0)) && [[ -z "$stop" ]]; }; then
+  echo "tpu_pod.sh: --name, --zone and, after --, arguments of $script are needed. See --help." >&2
   exit 2
 fi
 if [[ -n "$create" && -z "$version" ]]; then
@@ -62,16 +68,26 @@ run() {
 where=(--zone "$zone" ${project:+--project "$project"})
 on_all() { run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "$1"; }
 
+if [[ -n "$stop" ]]; then
+  on_all 'pkill -TERM -P "$(cat ~/run.pid)"'
+  exit
+fi
 if [[ -n "$create" ]]; then
-  run gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$create" --version "$version"
+  if [[ -n "$dry_run" ]] || ! gcloud compute tpus tpu-vm describe "$name" "${where[@]}" >/dev/null 2>&1; then
+    run gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$create" --version "$version"
+  fi
 fi
 if [[ -n "$install" ]]; then
   archive=/tmp/uni_moe_jax.tar.gz
   run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:$archive" "${where[@]}" --worker=all
   on_all "mkdir -p ~/uni_moe_jax && tar -xzf $archive -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
-python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
+~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'"
 fi
 if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"
-on_all "cd ~/uni_moe_jax && .venv/bin/python launch/train.py ${arguments}--distributed=auto"
+# The run is no child of the connection, which may end; its output and its exit code lie in files.
+on_all "cd ~/uni_moe_jax || exit; { kill -0 \"\$(cat ~/run.pid)\" 2>/dev/null || { rm -f ~/run.code; setsid nohup bash -c \
+'\"\$@\"; echo \$? >~/run.code' run .venv/bin/python launch/$script ${arguments}--distributed=auto \
+</dev/null >~/run.log 2>&1 & echo \$! >~/run.pid; }; }; tail --pid=\"\$(cat ~/run.pid)\" -n +1 -f ~/run.log; exit \"\$(cat ~/run.code)\""

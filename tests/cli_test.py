@@ -152,6 +152,8 @@ def test_an_error_of_another_library_is_a_defect(error):
 @pytest.mark.parametrize('error, said', [
     (failures.Failure('every checkpoint\n  is damaged.'), 'error: every checkpoint is damaged.\n'),
     (OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl'), 'error: the disk is full: metrics.jsonl could not be written'),
+    (PermissionError(errno.EACCES, 'Permission denied', '/data/own'), 'error: /data/own: Permission denied. Look whether'),
+    (OSError(errno.ENAMETOOLONG, 'File name too long', 'x' * 9999), f'error: {"x" * 200}: File name too long. Look'),
     (RuntimeError('RESOURCE_EXHAUSTED: writing: No space left on device [a C++ trace]'), 'error: the disk is full. Make room')])
 def test_what_befalls_a_run_is_one_sentence_and_exit_code_1(capsys, error, said):
   def main():

@@ -41,7 +41,7 @@ _RULES = {
         'a model knows neither where its batches come from nor what becomes of its outputs',
     ),
     'data': (
-        ('attributes', 'tasks', 'plan', 'config'),
+        ('failures', 'attributes', 'tasks', 'plan', 'config'),
         'records become batches of declared kinds, and no model is needed for that',
     ),
     'eval': (

@@ -11,7 +11,7 @@ import time
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Does what the next word of the file `script` says: an exit code, after `save:STEP`s; `kill`; `wait` (for SIGTERM, then 75).
+# Does what the next word of the file `script` says: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for SIGTERM, then 75).
 _STAND_IN = '''
 import os, pathlib, signal, sys, time
 words = pathlib.Path('script').read_text().split()
@@ -22,7 +22,9 @@ received = []
 signal.signal(signal.SIGTERM, lambda *_: received.append(1))
 *saves, last = words[0].split(',')
 for save in saves:
-  pathlib.Path('run/checkpoints', save.removeprefix('save:')).mkdir(parents=True)
+  what, _, step = save.partition(':')
+  folder = pathlib.Path('run/checkpoints', step)
+  folder.mkdir(parents=True) if what == 'save' else folder.rmdir()
 if last == 'kill':
   os.kill(os.getpid(), signal.SIGKILL)
 if last == 'wait':
@@ -53,11 +55,20 @@ def _run(folder, script, *flags, **options):
   return process.returncode, out + err, [float(line.split()[0]) for line in starts]
 
 
+def _wait_for(path):
+  end = time.monotonic() + 20
+  while not path.exists():
+    assert time.monotonic() < end, path
+    time.sleep(.01)
+
+
 @pytest.mark.parametrize('script, code, starts', [
     ('0', 0, 1),
     ('75 0', 0, 2),
     ('1 kill 0', 0, 3),
     ('2 0', 2, 1),  # a mistake in the command does not go away
+    ('1 2 0', 0, 3), ('save:7,75 2 2 0', 0, 4),  # but the command was right: a disk may not be mounted yet
+    ('75 2 2 0', 2, 3),
     ('1 1 1 0', 1, 3),  # the limit
     ('kill kill kill 0', 137, 3),
     ('75 75 75 0', 75, 3),  # preempted three times before it could save anything
@@ -72,9 +83,32 @@ def test_it_says_how_the_command_ended_and_how_far_it_had_come(tmp_path):
   _, said, _ = _run(tmp_path, 'save:7,kill save:9,75 1 1', '--limit=2', '--wait=0')
   lines = re.sub(r'after \d+ s', 'after 0 s', said).splitlines()
   assert 'killed by SIGKILL after 0 s, step 7 saved; starting it again in 0 s (0 of 2 starts in vain).' in lines[0]
-  assert 'stopped by a signal and saved after 0 s, step 9 saved' in lines[1]
-  assert 'exit code 1 after' in lines[2] and '(1 of 2 starts in vain)' in lines[2]
+  assert 'stopped by a signal after 0 s, step 9 saved' in lines[1]
+  assert 'exit code 1 after 0 s, no checkpoint after that of step 9; starting' in lines[2] and '(1 of 2 starts in vain)' in lines[2]
   assert '2 starts in a row brought no newer checkpoint: given up' in lines[3]
+
+
+def test_a_start_that_falls_back_to_an_older_checkpoint_brought_nothing(tmp_path):
+  _, said, _ = _run(tmp_path, 'save:7,save:9,1 drop:9,75 save:8,1 1 1', '--limit=3', '--wait=0')
+  assert re.findall(r'(\d) of 3 starts', said) == ['0', '1', '0', '1', '2']
+  assert 'stopped by a signal after 0 s, no checkpoint after that of step 7' in said
+
+
+def test_a_command_without_a_workdir_is_said_to_have_none(tmp_path):
+  code, said, starts = _run(tmp_path, '75 75 75', '--limit=2', '--wait=0', command=[sys.executable, 'stand_in.py'])
+  assert (code, len(starts)) == (75, 2)
+  assert said.count('no --workdir in the command that would say how far it came') == 2
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="it is Linux's prctl")
+def test_a_command_whose_keeper_is_killed_is_asked_to_stop(tmp_path):
+  process = _start(tmp_path, 'wait 0')
+  _wait_for(tmp_path / 'started')
+  process.kill()
+  _wait_for(tmp_path / 'received')
+  process.communicate(timeout=10)
+  assert (tmp_path / 'received').read_text() == '1'
+  assert len((tmp_path / 'log').read_text().splitlines()) == 1
 
 
 def test_pauses_double_with_crashes_in_a_row(tmp_path):
@@ -86,10 +120,7 @@ def test_pauses_double_with_crashes_in_a_row(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_the_command_once_and_nothing_is_started_again(tmp_path, number):
   process = _start(tmp_path, 'wait 0')
-  end = time.monotonic() + 20
-  while not (tmp_path / 'started').exists():
-    assert time.monotonic() < end
-    time.sleep(.01)
+  _wait_for(tmp_path / 'started')
   os.killpg(process.pid, number)  # as a terminal does
   process.communicate(timeout=30)
   assert process.returncode == 75

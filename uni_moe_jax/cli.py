@@ -15,6 +15,7 @@ from uni_moe_jax import failures
 from uni_moe_jax.tasks import nearest
 
 ERROR, USAGE = 1, 2
+_MOST = 200  # characters of a path that are shown
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
@@ -47,8 +48,8 @@ def run(main: Callable[[], int]) -> None:
   """Parses flags, runs `main` and exits with the code that it returns.
 
   Mistakes in flags and config, and the `ValueError` and `FileNotFoundError` that this package raises on purpose, are
-  printed as one sentence (exit code 2); so is what befell a run, such as a full disk (exit code 1). Anything else is a defect
-  and keeps its traceback (exit code 1).
+  printed as one sentence (exit code 2); so is what befell a run, such as a full disk or a path that cannot be reached (exit
+  code 1). Anything else is a defect and keeps its traceback (exit code 1).
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
@@ -82,6 +83,10 @@ def guarded(main: Callable[[], int]) -> int:
       file = getattr(e, 'filename', None)
       _complain(failures.Failure(f'the disk is full{f": {file} could not be written" if file else ""}. Make room, then the same '
                                  'command continues.'))
+      return ERROR
+    if isinstance(e, OSError) and e.filename is not None:
+      _complain(failures.Failure(f'{str(e.filename)[:_MOST]}: {e.strerror}. Look whether the path is the one that was meant, '
+                                 'whether its disk can be reached, and who may read and write it.'))
       return ERROR
     raise
 

@@ -14,7 +14,7 @@ from uni_moe_jax.moe import routers
 
 _SIZES = settings.Sizes(
     rounds=1, layers=1, width=16, heads=2, hidden=16, image_size=16, patch=8, experts=2, batch=4, small_batch=2, names=20,
-    name_tokens=4, vocabulary=30, words=3, gemm=16, compiled_layers=(1, 2), steps=1,
+    name_tokens=4, vocabulary=30, words=3, gemm=16, compiled_layers=(1, 2), steps=1, files=4,
     mixed_routers=('dense', 'task'), reduced=True)
 
 
@@ -31,7 +31,7 @@ def _measure(subject: str, dtype: str = 'float32'):
 
 class SubjectsTest(parameterized.TestCase):
 
-  @parameterized.parameters('sets', 'decoding', 'optimizer', 'input')
+  @parameterized.parameters('sets', 'decoding', 'optimizer', 'input', 'files')
   def test_every_figure_is_finite_and_has_a_unit(self, subject):
     self._check(subject)
 
@@ -76,6 +76,13 @@ class SubjectsTest(parameterized.TestCase):
   def test_pictures_and_clips_are_counted_apart(self):
     self.assertEqual({r.what: r.unit for r in _measure('input').values() if r.unit.endswith('/s')}, {
         'shape, batches of 8': 'pictures/s', 'motion, batches of 4': 'clips/s', 'pair, batches of 4': 'pictures/s'})
+
+  def test_files_are_counted_by_sort_beside_what_was_recorded(self):
+    rows = _measure('files')
+    self.assertEqual([(r.what.split()[0], r.unit) for r in rows.values()], [
+        ('JPEG', 'pictures/s'), ('PNG', 'pictures/s'), ('mp4', 'clips/s')])
+    for row, recorded in zip(rows.values(), ('1,000', '7,200', '90,000'), strict=True):
+      self.assertIn(recorded, row.note.partition('recorded')[2])
 
   def test_products_in_bfloat16(self):
     for row in _measure('sets', 'bfloat16').values():

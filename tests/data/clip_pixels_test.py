@@ -92,14 +92,30 @@ def test_random_areas_keep_their_bounds():
 def test_files_decode_to_their_frames(tmp_path, form):
   own_files.clips(tmp_path, form, 1)
   data = next(tmp_path.rglob(f'*.{form}')).read_bytes()
-  assert video.length(data) == 12
+  assert video.measure(data) == (12, 48, 32)
   made = video.sample(data, np.array([0.5, 0.5, 0.5])).astype(int)  # frames 2, 6, 10: the bar at 8, 24, 40
   assert made.shape == (3, 32, 48, 3)
   for frame, left in zip(made, (8, 24, 40)):
     assert frame[:, left:left + 4].mean() > 200 and np.delete(frame, range(left - 2, min(48, left + 6)), 1).mean() < 30
 
 
-def test_what_is_no_clip_is_told():
-  for data in (b'no clip', b'', b'\x93NUMPY' + b'x' * 20):
+@pytest.mark.parametrize('data', [
+    b'no clip', b'', b'\x93NUMPY' + b'x' * 20, _npy(np.zeros((3, 4, 4, 3), np.float32)), _npy(np.zeros((0, 4, 4, 3), np.uint8)),
+    _npy(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20], _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14),
+    _numbered(3).replace(b"'shape'", b"'shape ")],
+    ids=['text', 'nothing', 'header', 'floats', 'no frames', 'grey', 'cut off', 'larger than memory', 'no header'])
+def test_what_is_no_clip_is_told(data):
+  for read in (video.measure, lambda data: video.sample(data, np.array([0.5]))):
     with pytest.raises(video.Undecodable):
-      video.sample(data, np.array([0.5]))
+      read(data)
+
+
+@pytest.mark.parametrize('form', ['mp4', 'avi'])
+def test_a_clip_is_sound_only_if_its_frames_are_there_and_decode(form):
+  noise = np.random.default_rng(0).integers(0, 256, (20, 8, 12, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+  data = own_files.encoded_clip(noise, form)
+  assert video.measure(data) == (20, 96, 64)
+  third = len(data) // 3
+  for harmed in (data[:third] + bytes(third) + data[2 * third:], data[:len(data) // 2], data[:len(data) // 8]):
+    with pytest.raises(video.Undecodable):
+      video.measure(harmed)

@@ -51,43 +51,64 @@ def odd_rows(root: pathlib.Path) -> dict[str, str]:
   put('grey.png', encoded(red.convert('L'), 'PNG'))
   put('moving.gif', encoded(red, 'GIF', save_all=True, append_images=[picture('blue', 97)]))
   put('words.png', b'no picture at all')
+  put('tags.png', b'II*\0\x08\0\0\0' + bytes(6))  # a TIFF file that does not say its size
+  put('camera.jpg', encoded(red, exif=b'Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0'))  # whose facts are cut off
   turned = Image.Exif()
   turned[0x0112] = 6
   put('turned.jpg', encoded(red, exif=turned))
   put('print.jpg', encoded(red.convert('CMYK')))
   put('web.webp', encoded(red, 'WEBP'))
+  put('index.bmp', encoded(red.convert('P'), 'BMP'))
+  put('bits.bmp', encoded(red.convert('1'), 'BMP'))
+  put('bits.png', encoded(red.convert('1'), 'PNG'))
+  put('deep.png', encoded(Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 100), 'PNG'))
   rows = {
       'missing.jpg': 'missing file', 'cut.jpg': 'broken picture', 'dot.png': 'smaller than 8 pixels',
-      'words.png': 'not a picture', 'UPPER.JPG': '', 'alpha.png': '', 'palette.png': '', 'grey.png': '', 'moving.gif': '',
-      'turned.jpg': '', 'print.jpg': '', 'web.webp': ''}
+      'words.png': 'not a picture', 'tags.png': 'not a picture', 'UPPER.JPG': '', 'alpha.png': '', 'palette.png': '', 'grey.png': '',
+      'moving.gif': '', 'turned.jpg': '', 'print.jpg': '', 'web.webp': '', 'camera.jpg': '', 'index.bmp': '', 'bits.bmp': '',
+      'bits.png': '', 'deep.png': ''}
   lines = [{'image': f'pictures/{name}', 'captions': [f'рыжий кот {name}'], 'split': 'train'} for name in rows]
   good = {'image': 'pictures/000.jpg', 'captions': ['once more'], 'split': 'train'}
+  lines += [{'image': None, 'captions': ['y']}, {**good, 'image': None, 'video': 'pictures/000.jpg'},
+            {**good, 'colour': ['red']}, {**good, 'captions': None}]  # the last is a picture of no captions, which is fine
+  lines += [{**good, 'image': 'pictures/\0.png'}, {**good, 'image': 'pictures'}, {**good, 'image': 'long' * 99}]
+  lines += [{**good, 'text_a': 5}, {**good, 'where': 'here'}]
   lines += [{**good, 'captions': ['', ' ']}, {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'},
             {**good, 'split': 'nowhere'}, {**good, 'colour': {'r': 1}}]
   with (root / 'data.jsonl').open('a') as file:
     file.writelines(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-    file.write('{"image": \n')
+    file.write('{"image": \n' + '[' * 100_000 + '\n')
+  with (root / 'data.jsonl').open('ab') as file:
+    file.write(json.dumps({**good, 'captions': ['café']}, ensure_ascii=False).encode('latin-1') + b'\n')
+    file.write(json.dumps({**good, 'captions': ['x \ud83d']}).encode() + b'\n')
+  (root / '._data.jsonl').write_bytes(b'\0\5\26\7')  # as macOS leaves them
   return rows
 
 
 def clips(root: pathlib.Path, form: str = 'mp4', count: int = 6) -> pathlib.Path:
   """Clips of 12 frames by class, in which a bright bar moves to the right or stands."""
-  import av
   for i in range(count):
     name = ('moves', 'stands')[i % 2]
     (root / name).mkdir(parents=True, exist_ok=True)
-    if form == 'gif':
-      frames = [Image.fromarray(f) for f in moving(i % 2 == 0)]
-      (root / name / f'{i}.gif').write_bytes(encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:]))
-      continue
-    with av.open(str(root / name / f'{i}.{form}'), 'w') as container:
-      stream = container.add_stream('mpeg4', rate=6)
-      stream.width, stream.height, stream.pix_fmt = 48, 32, 'yuv420p'
-      stream.bit_rate = 2_000_000
-      for frame in moving(i % 2 == 0):
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
-      container.mux(stream.encode())
+    (root / name / f'{i}.{form}').write_bytes(encoded_clip(moving(i % 2 == 0), form))
   return root
+
+
+def encoded_clip(frames: np.ndarray, form: str = 'mp4') -> bytes:
+  """uint8 [T, H, W, 3] as the bytes of a file."""
+  if form == 'gif':
+    first, *others = map(Image.fromarray, frames)
+    return encoded(first, 'GIF', save_all=True, append_images=others)
+  import av
+  out = io.BytesIO()
+  with av.open(out, 'w', format={'mkv': 'matroska'}.get(form, form)) as container:
+    stream = container.add_stream('mpeg4', rate=6)
+    stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
+    stream.bit_rate = 2_000_000
+    for frame in frames:
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+    container.mux(stream.encode())
+  return out.getvalue()
 
 
 def moving(moves: bool, frames: int = 12) -> np.ndarray:

@@ -59,6 +59,13 @@ class TestBuilding:
     assert found == ['made', 'made/fast']
 
 
+class TestDirectory:
+
+  def test_one_of_an_unknown_user_is_not_there(self):
+    with pytest.raises(FileNotFoundError, match='Data directory ~nobody_of_this_name/x is not there'):
+      storage.check_directory('~nobody_of_this_name/x')
+
+
 class TestFiles:
 
   def test_records_come_back_as_they_were_saved(self, tmp_path):

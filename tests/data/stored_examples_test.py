@@ -11,9 +11,10 @@ import tensorflow as tf
 from tests import tiny
 from tests.data import own_files
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import resolve
-from uni_moe_jax.data import hashing, prepare, stored, stored_examples
+from uni_moe_jax import failures, resolve
+from uni_moe_jax.data import hashing, prepare, stored, stored_examples, stored_rows
 from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.faults import Faults
 from uni_moe_jax.data.mixtures import Feed, Mixture, evaluation_batches
 from uni_moe_jax.data.stored_examples import StoredBuilder
 
@@ -148,21 +149,23 @@ def test_clips_show_one_frame_of_each_third(run, data_dir):
   assert np.abs(np.diff(still.astype(int), axis=0)).mean() < 8
 
 
-def _records(bad: set[int], size: int = 40) -> stored.Stored:
-  """Pictures of which some are no pictures; picture i has level i."""
+def _records(bad: set[int], size: int = 40, unreadable=()) -> stored.Stored:
+  """Pictures of which some are no pictures, and some records raise what no one expects; picture i has level i."""
   def rows(ids):
+    if any(i in unreadable for i in ids.tolist()):
+      raise RuntimeError('chunk data hash mismatch')
     encode = lambda i: own_files.encoded(Image.new('RGB', (20, 20), (i, i, i)), 'PNG')
     return [{'image': b'bytes' if i in bad else encode(i), 'label': 'ab'[i % 2], 'where': f'file {i}'} for i in ids.tolist()]
   columns = {'image': 'image', 'label': 'class', 'where': 'text'}
   return stored.Stored('own:x', size, rows, columns, {'label': ('a', 'b')}, {}, '')
 
 
-def _examples(bad, training=True, fraction=0.5):
+def _examples(bad, training=True, fraction=0.5, unreadable=()):
   c = tiny.config(data_dir='')
   c.sets.ab = config_lib.target_set(('a', 'b'), family='names')
   c.tasks.x = config_lib.task('image_classification', 'own:x', batch=4, target_set='ab', label='label')
   builder = StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, fraction)
-  return builder.build(resolve.resolve(c).tasks[0], _records(bad))
+  return builder.build(resolve.resolve(c).tasks[0], _records(bad, unreadable=unreadable))
 
 
 def _make(examples, ids):
@@ -183,23 +186,97 @@ def test_a_bad_example_is_replaced_in_place_and_the_others_stay():
   np.testing.assert_array_equal(_make(_examples({2, 5}), range(8))['pixels'], some['pixels'])
 
 
+def test_a_record_that_cannot_be_read_costs_itself_alone():
+  good, some = _make(_examples(set()), range(8)), _make(examples := _examples(set(), unreadable={2}), range(8))
+  assert [np.array_equal(a, b) for a, b in zip(good['pixels'], some['pixels'])] == [i != 2 for i in range(8)]
+  assert examples.faults.bad == 1 and not examples.faults.stopped
+  _make(examples, [2])  # a batch of nothing else
+  assert examples.faults.bad == 2 and not examples.faults.stopped
+  with pytest.raises(failures.Failure, match=r'1 of 4 .* own:x, record 3: a record that cannot be read \(chunk data hash'):
+    next(evaluation_batches(_examples(set(), training=False, unreadable={3}), np.arange(4), 4))
+
+
+def test_a_source_out_of_reach_ends_the_run_in_one_sentence():
+  gone = set()
+  examples = _examples(set(), unreadable=gone)
+  _make(examples, range(4))
+  gone |= set(range(40))
+  _make(examples, range(4))
+  with pytest.raises(failures.Failure, match=r"source 'own:x' cannot be read \(chunk data hash mismatch\)\. Look whether"):
+    examples.faults.check()
+
+
+def test_running_text_passes_over_what_cannot_be_read(run):
+  data, rows = run[1], [{'text': f'the red bar has number {i}', 'where': f'line {i}'} for i in range(6)]
+
+  def reading(*unreadable):
+    def read(ids):
+      if any(i in unreadable for i in ids.tolist()):
+        raise RuntimeError('no')
+      return [rows[i] for i in ids]
+    records = stored.Stored('own:x', 6, read, {'text': 'text', 'where': 'text'}, {}, {}, '')
+    return stored_rows.Running(records, 'text', data.tokenizer, 24, True, Faults('tasks.x', 0.5))
+
+  ids, hashes = np.array([0, 3]), np.zeros(2, np.uint64)
+  tokens = lambda *records: [t for i in records for t in [*data.tokenizer.encode(rows[i]['text']), data.tokenizer.eot]][:24]
+  assert len(tokens(0)) < 24
+  assert reading().rows(ids, hashes).tolist() == [tokens(0, 1, 2), tokens(3, 4, 5)]
+  broken = reading(1, 3)
+  assert broken.rows(ids, hashes).tolist() == [tokens(0, 2, 4), tokens(4, 5, 0)]
+  assert broken.faults.bad == 2 + (len(tokens(0, 2)) < 24)  # a row that is not full yet asks record 3, too
+  away = reading(*range(6))
+  away.rows(ids, hashes)
+  with pytest.raises(failures.Failure, match="source 'own:x' cannot be read"):
+    away.faults.check()
+
+
+def test_damage_in_a_shard_costs_the_records_that_it_hits(tmp_path):
+  prepare.prepare(own_files.captioned(tmp_path / 'in', 40), tmp_path, 'some')
+  [shard] = (tmp_path / 'own/some/1.0.0').glob('*train.array_record*')
+  records = stored.load('own:some', tmp_path, 'train')
+  whole, bytes_ = records.rows(np.arange(records.size)), bytearray(shard.read_bytes())
+  at = bytes_.index(whole[9]['image'][100:120])
+  bytes_[at] ^= 1
+  shard.write_bytes(bytes_)
+  found = stored.load('own:some', tmp_path, 'train').fetched(np.arange(records.size))
+  assert [i for i, row in enumerate(found) if row != whole[i]] == [9] and isinstance(found[9], stored.Unusable)
+
+
 def test_too_many_bad_examples_stop_with_the_first_path():
   examples = _examples(set(range(0, 40, 2)), fraction=0.3)
-  with pytest.raises(ValueError, match=r'config.tasks.x: \d+ of \d+ examples could not be used, more than config.data.'
+  with pytest.raises(failures.Failure, match=r'config.tasks.x: \d+ of \d+ examples could not be used, more than config.data.'
                                        r'max_bad_fraction=0.3; the first: file 0: broken picture'):
     for start in range(0, 40, 8):
       _make(examples, range(start, start + 8))
       examples.faults.check()
   examples = _examples(set(range(40)), fraction=1.0)
   _make(examples, range(4))
-  with pytest.raises(ValueError, match='could not be used'):
+  with pytest.raises(failures.Failure, match='could not be used'):
     examples.faults.check()  # nothing can take their place
 
 
 def test_evaluation_replaces_nothing_and_stops():
-  with pytest.raises(ValueError, match='1 of 4 examples could not be used.*file 3: broken picture'):
+  with pytest.raises(failures.Failure, match='1 of 4 examples could not be used.*file 3: broken picture'):
     next(evaluation_batches(_examples({3}, training=False), np.arange(4), 4))
   assert next(evaluation_batches(_examples({3}, training=False), np.arange(3), 3))[1] == 3
+
+
+def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
+  root = own_files.captioned(tmp_path / 'in', 10)
+  lines = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]
+  for name, i in (('captions', 5), ('colour', 7)):
+    del lines[i][name]
+  (root / 'data.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  prepare.prepare(root, tmp_path, 'some')
+  records = stored.load('own:some', tmp_path, 'train')  # eight: 0…3 and 5…8
+  c = tiny.config(data_dir='')
+  c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch=4, captions=('{captions}',), length=8)
+  [pair] = resolve.resolve(c).tasks
+  places = lambda *captions: StoredBuilder(None, {}, SIDE, 3, False, False, 0, 0.1)._places(
+      dataclasses.replace(pair, captions=captions), records).tolist()
+  assert places('a picture') == list(range(8))
+  assert places('{captions}') == [0, 1, 2, 3, 5, 6, 7]
+  assert places('{captions}', 'it is {colour}') == [0, 1, 2, 3, 5, 7]
 
 
 def test_a_config_that_does_not_fit_the_source_is_told(run):

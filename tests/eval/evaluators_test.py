@@ -106,6 +106,55 @@ def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(d
   assert perfect['R@1 → text'].floors['1-nn name'] > 0.9  # the neighbour of a training picture is itself
 
 
+# Pictures 0 and 1 have a caption in common, in the tokenizer's eyes; four distinct texts.
+_SHARED = [('a red bar', 'a picture'), ('A  picture', 'a blue disc'), ('a star',)]
+
+
+class _Reader(_Oracle):
+  """Knows which pictures have a text: a text is the sum of its pictures. turned: every picture shows the next one."""
+
+  def __init__(self, tokenizer, turned: int = 0):
+    super().__init__(1)
+    self._tokenizer, self._turned, self.read = tokenizer, turned, []
+
+  def inputs(self, kind, fields):
+    return np.roll(np.eye(3, dtype=np.float32), self._turned, axis=1)[fields['id']][:, None]
+
+  def pairs(self, kind, fields):
+    said = [self._tokenizer.decode(row[:valid.sum()].tolist()) for row, valid in zip(fields['target'], fields['target_valid'])]
+    self.read += said
+    owners = np.array([[text in map(self._fold, texts) for texts in _SHARED] for text in said], np.float32)
+    return owners / np.linalg.norm(owners, axis=1, keepdims=True)
+
+  def _fold(self, text):
+    return self._tokenizer.decode(self._tokenizer.encode(text))
+
+
+def _of_all(data, **reader):
+  question = _question(data, 'pair', oracle := _Reader(data[1].tokenizer, **reader), number=0, batch=3)
+  examples = dataclasses.replace(question.examples, size=3, references=lambda ids: [_SHARED[i] for i in ids])
+  whole = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, length=30))
+  return {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=whole, examples=examples))}, oracle
+
+
+def test_pictures_that_share_a_caption_are_right_for_it_and_it_is_asked_once(data):
+  perfect, oracle = _of_all(data)
+  assert {name: s.value for name, s in perfect.items()} == {f'R@{k} {way} text': 1.0 for k in (1, 5, 10) for way in '→←'}
+  assert (perfect['R@1 → text'].count, perfect['R@1 ← text'].count) == (3, 4)
+  assert len(set(oracle.read)) == 4 and len(oracle.read) == 6  # two batches of three, the last filled up
+  # Two, two and one of four texts; one, two, one and one of three pictures.
+  assert perfect['R@1 → text'].chance == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
+  assert perfect['R@1 ← text'].chance == pytest.approx((1 / 3 + 2 / 3 + 1 / 3 + 1 / 3) / 4)
+
+
+def test_recall_of_files_of_a_model_that_takes_every_picture_for_the_next(data):
+  wrong, _ = _of_all(data, turned=1)
+  # 0 as 1: its blue disc is closest, which 0 has not; 1 as 2: the star; 2 as 0: the red bar.
+  assert wrong['R@1 → text'].value == 0.0
+  # The shared text: pictures 2 and 0 are as close as can be, and 0 has it, but a tie counts against the model.
+  assert wrong['R@1 ← text'].value == 0.0 and wrong['R@5 ← text'].value == wrong['R@5 → text'].value == 1.0
+
+
 def test_candidates_have_distinct_texts_and_too_many_are_refused():
   texts = np.array(['a', 'b', 'a', 'c', 'b'])
   chosen = evaluators._distinct(texts, 3, np.random.default_rng(0))

@@ -48,6 +48,13 @@ class RecallTest(parameterized.TestCase):
     for k, share in ((1, .25), (2, .5), (3, .75), (4, 1.)):
       self.assertEqual(metrics.recall_at_k(similarity, positives, k), share)
 
+  def test_chance_is_that_of_a_random_order(self):
+    positives = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]], bool)
+    self.assertAlmostEqual(metrics.recall_by_chance(positives, 1), (1 / 4 + 1 / 2 + 1) / 3)
+    # Two of four are drawn: one of C(4, 2) = 6 pairs has neither of two right ones, three have not the only one.
+    self.assertAlmostEqual(metrics.recall_by_chance(positives, 2), (1 / 2 + 5 / 6 + 1) / 3)
+    self.assertEqual(metrics.recall_by_chance(positives, 5), 1.0)  # more than there are
+
   @parameterized.parameters(([np.nan] * 3, 3), ([np.nan, .2, .1], 3), ([.5, np.nan, .1], 2))
   def test_nan_counts_against_the_model(self, similarity, rank):
     positives = np.array([[True, False, False]])

@@ -13,7 +13,7 @@ from uni_moe_jax.eval.samples import Samples
 from uni_moe_jax.eval.suite import EVALUATORS
 
 LABELS = np.array([1, 1, 0, 1, 0, 0, 1])  # seven, asked in batches of three
-ANSWERS = [('Cat',) * 4 + ('dog',) * 6, ('cat ',) * 10, ('bird',) * 10]
+ANSWERS = [('A cat',) * 4 + ('dog',) * 6, ('cat.',) * 10, ('bird',) * 10]
 
 
 class _Says:
@@ -75,7 +75,7 @@ def test_three_label_words_have_an_accuracy_alone():
 def test_questions_score_by_how_many_people_agree():
   task = config_lib.task('vqa', 'own:x', batch=1, target_set='s', label='answers', template='{q} <spe> <eot>', length=8, picks=10)
   examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
-  scores = _ask('vqa', task, ('cat', 'dog'), examples, _Says([0, 0, 1], 2))
+  scores = _ask('vqa', task, ('Cat', 'dog'), examples, _Says([0, 0, 1], 2))
   # Four of ten said cat: 1; ten: 1; nobody dog: 0. Most said dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
   assert scores['exact'].value == pytest.approx(1 / 3)

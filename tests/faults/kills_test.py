@@ -1,6 +1,9 @@
 """The kills subject: its judgements by hand, and a few real kills."""
 
 import json
+import random
+import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +38,47 @@ def test_a_start_goes_on_from_the_newest_whole_checkpoint(expected, said, found)
   tally = kills.Tally()
   kills._check_resumed(expected, said, tally)
   assert bool(tally.findings) == found
+
+
+class _StandIn(kills.Trainer):
+  """Runs `plant`, the text of a program, in place of the trainer."""
+
+  def command(self, workdir):
+    return [sys.executable, '-c', self.plant, str(workdir / 'checkpoints/10.orbax-checkpoint-tmp')]
+
+
+_IMPORTS_FOR_EVER = 'import time; time.sleep(60)'
+_SAVES_FOR_EVER = """
+import pathlib, shutil, sys, time
+path = pathlib.Path(sys.argv[1])
+if path.exists():
+  shutil.rmtree(path)
+  time.sleep(.1)
+path.mkdir(parents=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize('program, left_over, save, inside', [
+    (_IMPORTS_FOR_EVER, False, False, 0),
+    (_IMPORTS_FOR_EVER, True, False, 0),  # the kill before this one was inside a save; this one is not
+    (_SAVES_FOR_EVER, False, True, 1), (_SAVES_FOR_EVER, True, True, 1)])
+def test_a_kill_is_inside_a_save_of_the_process_that_is_killed(tmp_path, monkeypatch, program, left_over, save, inside):
+  monkeypatch.setattr(kills, '_SAVES_LET_PASS', 1)
+  if left_over:
+    (tmp_path / 'run/checkpoints/10.orbax-checkpoint-tmp').mkdir(parents=True)
+  tally = kills.Tally()
+  code = kills._until_killed(_StandIn(tmp_path, program), tmp_path / 'run', tmp_path / 'log', random.Random(0), save, 1., tally)
+  assert (code, tally.kills, tally.inside_saves) == (None, 1, inside)
+
+
+def test_a_run_that_does_not_end_is_killed_with_what_it_started_and_is_a_finding(tmp_path, monkeypatch):
+  monkeypatch.setattr(kills, '_LONGEST', .5)
+  child = 'import subprocess; subprocess.run(["sleep", "61.25"])'
+  tally = kills.series(_StandIn(tmp_path, child), tmp_path / 'whole', .1, kills=1, saves=0, seed=0)
+  [finding] = tally.findings
+  assert 'no end in 0.5 s' in finding and (tally.kills, tally.starts) == (1, 2)
+  assert not subprocess.run(['pgrep', '-f', 'sleep 61.25'], capture_output=True, check=False).stdout
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Nothing is started but stand-ins for launch/train.py.
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -55,7 +56,8 @@ def test_shellcheck_finds_nothing(script):
     ('local_processes.sh', ['--processes', '2'], 'nothing to do; give the arguments of train.py'),
     ('tpu_pod.sh', ['--zone', 'z', '--', '--config=c.py'], '--name, --zone and, after --, arguments of train.py are needed'),
     ('tpu_pod.sh', ['--name', 'n', '--zone', 'z', '--create', 'v5litepod-16', '--', 'a'], 'needs --version'),
-    ('slurm.sbatch', ['--dry_run'], 'nothing to train'),
+    ('slurm.sbatch', ['--dry_run'], 'nothing to do; give the arguments of train.py'),
+    ('slurm.sbatch', ['--evaluate'], 'nothing to do; give the arguments of evaluate.py'),
     ('gke.sh', ['--name', 'n', '--', 'a'], '--name, --image, --claim and, after --, arguments of train.py are needed'),
     ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '4by4', '--', 'a'], 'must be like 4x4'),
     ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'], 'has 6 chips, no multiple of'),
@@ -68,10 +70,13 @@ def test_a_mistake_is_told_and_runs_nothing(script, arguments, said):
 
 def test_local_processes_differ_in_their_number_alone():
   lines = _dry('local_processes.sh', '--processes', '3', '--devices', '4', '--port', '7733', '--dry_run', '--', *_TRAIN,
-               JAX_PLATFORMS='cpu', XLA_FLAGS='--a=1', UNI_MOE_PYTHON='/bin/sh')
-  assert lines == [
-      ['env', 'XLA_FLAGS=--a=1 --xla_force_host_platform_device_count=4', '/bin/sh', 'launch/train.py', *_TRAIN,
+               XLA_FLAGS='--a=1', UNI_MOE_PYTHON='/bin/sh')
+  flags = '--xla_force_host_platform_device_count'
+  assert lines == [  # as they are, they can be typed where JAX_PLATFORMS is not set
+      ['env', 'JAX_PLATFORMS=cpu', f'XLA_FLAGS=--a=1 {flags}=4', '/bin/sh', 'launch/train.py', *_TRAIN,
        f'--distributed=127.0.0.1:7733,3,{i}'] for i in range(3)]
+  lines = _dry('local_processes.sh', '--dry_run', '--', *_TRAIN, JAX_PLATFORMS='cpu')
+  assert [line[2] for line in lines] == [f'XLA_FLAGS={flags}=1'] * 2
   [first, _] = _dry('local_processes.sh', '--evaluate', '--port', '7733', '--dry_run', '--', '--workdir=w')
   assert first[-3:] == ['launch/evaluate.py', '--workdir=w', '--distributed=127.0.0.1:7733,2,0']
 
@@ -93,16 +98,75 @@ def test_a_pod_is_made_filled_and_started_on_all_hosts():
   assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *where, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *where, '--worker=all', '--command']
-  assert "pip install -q -e '.[tpu]'" in install[-1]
+  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'" in install[-1] and '--python 3.11' in install[-1]
   assert before[-1] == 'cd ~/uni_moe_jax && mount it'
-  # The host's shell takes the command apart again: what was one argument here is one there.
-  assert shlex.split(train[-1]) == ['cd', '~/uni_moe_jax', '&&', '.venv/bin/python', 'launch/train.py', *_TRAIN,
-                                    '--distributed=auto']
+  assert 'launch/train.py' in train[-1]
+
+
+def _host(tmp_path) -> dict[str, str]:
+  """A host of a pod: gcloud's ssh is a shell in `tmp_path`, and its Python prints its arguments and waits where a file says so."""
+  python = tmp_path / 'uni_moe_jax/.venv/bin/python'
+  python.parent.mkdir(parents=True)
+  python.write_text("#!/usr/bin/env bash\nprintf '<%s>' \"$@\"\necho\n"
+                    "trap 'echo saved; exit 75' TERM\nwhile [[ -e ~/wait ]]; do sleep 0.05; done\nexit 3\n")
+  gcloud = tmp_path / 'bin/gcloud'
+  gcloud.parent.mkdir()
+  gcloud.write_text('#!/usr/bin/env bash\necho "$4" >>~/asked\n[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"\n'
+                    'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi\n')
+  for file in (python, gcloud):
+    file.chmod(0o755)
+  return {'HOME': str(tmp_path), 'PATH': f'{gcloud.parent}:{os.environ["PATH"]}'}
+
+
+_POD = ('--name', 'pod', '--zone', 'zone')
+
+
+def test_on_a_host_arguments_arrive_as_they_were_and_the_exit_code_comes_back(tmp_path):
+  done = _run('tpu_pod.sh', *_POD, '--skip_install', '--', *_TRAIN, **_host(tmp_path))
+  # The host's shells take the command apart again: what was one argument here is one there.
+  assert done.stdout == ''.join(f'<{a}>' for a in ('launch/train.py', *_TRAIN, '--distributed=auto')) + '\n'
+  assert done.returncode == 3
+
+
+def test_a_run_on_a_pod_outlives_its_connection_and_is_stopped_by_name(tmp_path):
+  host = _host(tmp_path)
+  (tmp_path / 'wait').touch()
+  first = subprocess.Popen([_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], env={**os.environ, **host},
+                           stdout=subprocess.PIPE, text=True, start_new_session=True)
+  assert first.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
+  os.killpg(first.pid, signal.SIGKILL)
+  second = subprocess.Popen([_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], env={**os.environ, **host},
+                            stdout=subprocess.PIPE, text=True)
+  assert second.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'  # shown again
+  assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
+  assert second.communicate(timeout=10) == ('saved\n', None)
+  assert second.returncode == 75
+  assert (tmp_path / 'run.log').read_text().count('launch/train.py') == 1  # one run, not two
+
+
+@pytest.mark.parametrize('missing', [False, True])
+def test_a_slice_is_made_only_where_there_is_none(tmp_path, missing):
+  host = _host(tmp_path)
+  (tmp_path / 'missing').write_text(str(int(missing)))
+  _run('tpu_pod.sh', *_POD, '--create', 'v5litepod-4', '--version', 'v', '--skip_install', '--', 'a', **host)
+  assert (tmp_path / 'asked').read_text().split() == ['describe', *['create'] * missing, 'ssh']
+
 
 
 def test_a_pod_that_is_ready_is_only_started():
   lines = _dry('tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--skip_install', '--dry_run', '--', *_TRAIN)
   assert len(lines) == 1 and '--distributed=auto' in lines[0][-1]
+  [line] = _dry('tpu_pod.sh', *_POD, '--skip_install', '--evaluate', '--dry_run', '--', '--workdir=w')
+  assert 'launch/evaluate.py --workdir=w --distributed=auto' in line[-1]
+
+
+def test_many_hosts_can_evaluate():
+  [pod] = _dry('tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--skip_install', '--evaluate', '--dry_run', '--', '--workdir=w')
+  assert 'launch/evaluate.py --workdir=w --distributed=auto' in pod[-1]
+  lines = _dry('slurm.sbatch', '--dry_run', '--evaluate', '--workdir=w')
+  assert lines[-2][-3:] == ['launch/evaluate.py', '--workdir=w', '--distributed=auto']
+  [job] = _job_set('--evaluate')['spec']['replicatedJobs']
+  assert job['template']['spec']['template']['spec']['containers'][0]['command'] == ['python', 'launch/evaluate.py']
 
 
 def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
@@ -112,7 +176,52 @@ def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
   assert 'gpus-per-task' not in asked  # JAX chooses by the task's number on the node
   assert asked['signal'].startswith('B:TERM@') and 'requeue' in asked
   assert lines[-2] == ['srun', '--kill-on-bad-exit=1', '.venv/bin/python', 'launch/train.py', *_TRAIN, '--distributed=auto']
-  assert lines[-1] == ['after', 'exit', 'code', '75:', 'scontrol', 'requeue', '17']
+  assert lines[-1] == ['after', 'exit', 'code', '75', 'or', 'a', 'signal,', '50', 'times:', 'scontrol', 'requeue', '17']
+
+
+# In place of srun: ends by itself with a code, or, when scancel tells its tasks to, with another. srun itself answers SIGTERM by
+# killing them.
+_SRUN = """#!/usr/bin/env bash
+if [[ {code} == wait ]]; then
+  sleep 20 &
+  trap 'kill "$!"; exit {told}' USR1
+  trap 'kill "$!"; exit 9' TERM
+  echo "$$" >pid
+  touch started
+  wait "$!"
+fi
+exit {code}
+"""
+
+
+@pytest.mark.parametrize('code, told, count, requeued', [
+    ('75', '', '3', True), ('75', '', '50', False),  # the limit
+    ('wait', '75', '3', True), ('wait', '143', '3', True), ('wait', '137', '3', True),  # those that had not said 75 yet were ended
+    ('wait', '143', '50', False), ('wait', '0', '3', False), ('wait', '2', '3', False),
+    ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('143', '', '3', False)])
+def test_slurm_goes_back_into_the_queue_after_75_or_a_signal_and_not_for_ever(tmp_path, code, told, count, requeued):
+  for name, content in (('srun', _SRUN.format(code=code, told=told)), ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n'),
+                        ('scancel', '#!/usr/bin/env bash\n[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"\n')):
+    (tmp_path / name).write_text(content)
+    (tmp_path / name).chmod(0o755)
+  process = subprocess.Popen(
+      ['bash', str(_ROOT / 'launch/slurm.sbatch'), *_TRAIN], stderr=subprocess.PIPE, text=True, env={
+          'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17', 'SLURM_RESTART_COUNT': count})
+  if told:
+    _wait_for(tmp_path / 'started')
+    process.terminate()
+  said = process.communicate(timeout=20)[1]
+  assert process.returncode == int(told or code)
+  assert (tmp_path / 'requeued').exists() == requeued
+  assert ('UNI_MOE_REQUEUES=50 is the limit' in said) == (count == '50')
+  assert not requeued or (tmp_path / 'requeued').read_text() == 'requeue 17\n'
+
+
+def test_slurms_tasks_have_the_processors_that_were_asked_for(tmp_path):
+  (tmp_path / 'srun').write_text('#!/usr/bin/env bash\necho "$SRUN_CPUS_PER_TASK"\n')
+  (tmp_path / 'srun').chmod(0o755)
+  done = _run('slurm.sbatch', 'a', PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_CPUS_PER_TASK='12')
+  assert done.stdout == '12\n'
 
 
 def _job_set(*options: str) -> dict:
@@ -125,7 +234,7 @@ def test_a_job_set_has_what_its_controller_needs():
   found = _job_set('--topology', '16x16', '--restarts', '3')
   assert (found['apiVersion'], found['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
   assert found['metadata']['name'] == 'base'
-  assert found['spec']['failurePolicy'] == {'maxRestarts': 3}
+  assert found['spec']['failurePolicy']['maxRestarts'] == 3
   [job] = found['spec']['replicatedJobs']
   assert job['replicas'] == 1
   spec = job['template']['spec']
@@ -142,6 +251,30 @@ def test_a_job_set_has_what_its_controller_needs():
   [mount], [volume] = container['volumeMounts'], pod['volumes']
   assert mount['name'] == volume['name'] and mount['mountPath'] == '/runs'
   assert volume['persistentVolumeClaim'] == {'claimName': 'nfs'}
+
+
+def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:
+  """What becomes of a JobSet when a pod ends so, as the documents of Kubernetes and JobSet have it: the first rule that matches counts."""
+  [job] = job_set['spec']['replicatedJobs']
+  reason, message = 'BackoffLimitExceeded', 'Job has reached the specified backoff limit'
+  for i, rule in enumerate(job['template']['spec']['podFailurePolicy']['rules']):
+    codes, conditions = rule.get('onExitCodes'), rule.get('onPodConditions', [])
+    if disrupted and {'type': 'DisruptionTarget', 'status': 'True'} in conditions or codes and code in codes['values']:
+      assert rule['action'] == 'FailJob'
+      reason, message = 'PodFailurePolicy', f'Container train for pod default/base-0 failed with exit code {code} matching FailJob rule at index {i}'
+      break
+  for rule in job_set['spec']['failurePolicy']['rules']:
+    patterns = rule.get('onJobFailureMessagePatterns')
+    if reason in rule['onJobFailureReasons'] and (not patterns or any(re.search(p, message) for p in patterns)):
+      return rule['action']
+  return 'RestartJobSet'
+
+
+@pytest.mark.parametrize('ending, action', [
+    (dict(code=75), 'RestartJobSetAndIgnoreMaxRestarts'), (dict(code=137, disrupted=True), 'RestartJobSetAndIgnoreMaxRestarts'),
+    (dict(code=2), 'FailJobSet'), (dict(code=1), 'RestartJobSet'), (dict(code=137), 'RestartJobSet')])
+def test_a_job_set_counts_crashes_not_preemptions_and_ends_at_wrong_use(ending, action):
+  assert _after(_job_set(), **ending) == action
 
 
 @pytest.mark.parametrize('topology, hosts', [('2x2', 1), ('2x2x4', 4), ('4x8', 8)])

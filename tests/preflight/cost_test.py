@@ -178,3 +178,18 @@ def test_a_fusion_that_writes_a_slice_moves_the_slice():
 %i = s32[] parameter(2)
 ROOT %y = f32[7,8]{1,0} fusion(%w, %p, %i), kind=kLoop, calls=%update''', more=more)
   assert found.bytes == 32 + 4 + 32  # part and index in, part out: the rest stays where it is
+
+
+def test_a_collective_that_runs_beside_products_counts_once():
+  """It stands in the fusion that starts it, in the one that it runs through, and in the one that ends it, with one channel."""
+  def fused(name, channel):
+    return (f'%{name} (p: f32[8]) -> f32[32] {{\n  %p = f32[8] parameter(0)\n'
+            f'  ROOT %g = f32[32] all-gather(%p), channel_id={channel}, replica_groups=[2,4]<=[8], dimensions={{0}}\n}}\n')
+  more = fused('start', 3) + fused('during', 3) + fused('end', 3) + fused('other', 4)
+  found = _entry('''%x = f32[8] parameter(0)
+%a = f32[32] fusion(%x), kind=kCustom, calls=%start
+%b = f32[32] fusion(%x), kind=kCustom, calls=%during
+%c = f32[32] fusion(%x), kind=kCustom, calls=%end
+ROOT %d = f32[32] fusion(%x), kind=kCustom, calls=%other''', more=more)
+  assert found.calls == {'all-gather': 2}
+  assert found.payload == {'all-gather': 2 * 32 * 4}

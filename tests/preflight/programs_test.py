@@ -17,6 +17,7 @@ from uni_moe_jax.bench import flops
 from uni_moe_jax.preflight import changes, fit, programs, report, run, topology
 from uni_moe_jax.preflight.programs import Program
 
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _TOKENS = (tiny.SIDE // 8) ** 2 + 1  # of a picture, with its prefix
 
 
@@ -100,15 +101,16 @@ def test_a_report_says_what_to_change():
   change = changes.Change((('model.remat', True),), 'a third more work')
   trials = (changes.Trial((change,), True, 2.0**30),)
   text = report.render(dataclasses.replace(_found(), memory=1.0, trials=trials))
-  assert text.endswith('--config.model.remat=True: 1.00 GiB, fits (a third more work)\nChange this: --config.model.remat=True')
+  assert text.endswith('--config.model.remat=True: 1.00 GiB, fits (a third more work)\nChange this: --config.model.remat=True\n'
+                       'Evaluation did not fit either: look again with this change.')
   text = report.render(dataclasses.replace(_found(), memory=1.0, trials=(changes.Trial((change,), False, None),)))
   assert text.endswith('Nothing that was tried fits: use more devices.')
 
 
 def test_a_report_says_the_largest_batch():
-  largest = fit.Largest(unit=3, scale=4, too_large=5, estimate=4.4, tried=((4, 2.0**30), (5, None)))
+  largest = fit.Largest(examples=12, too_large=15, estimate=13.2, tried=((12, 2.0**30), (15, None)))
   text = report.render(dataclasses.replace(_found(), largest=largest))
-  assert ('largest batch of a device that was compiled and fits: 12 examples; 15 does not; memory would be full at about 13\n'
+  assert ('largest batch of a device, that was compiled and fits: 12 examples; 15 does not; memory would be full at about 13\n'
           '  tried: 12 (1.00 GiB), 15 (too large)') in text
 
 
@@ -135,20 +137,63 @@ def test_a_run_that_starts_from_another_is_refused():
 def test_the_search_finds_a_larger_batch_and_a_change():
   limit = 3 * _step().memory.total
   found = run.preflight(_config(), 'tiny', topology.parse('cpu:2'), limit, say=lambda _: None)
-  assert found.largest.scale > 16 and len(found.largest.tried) <= fit.COMPILES
-  assert all(b <= limit for s, b in found.largest.tried if s == found.largest.scale)
+  assert found.largest.examples > 16 and len(found.largest.tried) <= fit.COMPILES
+  assert all(b <= limit for n, b in found.largest.tried if n == found.largest.examples)
   tight = 0.9 * _step().memory.total
   found = run.preflight(_config(), 'tiny', topology.parse('cpu:2'), tight, say=lambda _: None)
   assert found.trials[-1].fits and found.trials[-1].needs <= tight
+  assert found.largest.examples >= 16  # of the config so changed
 
 
 @pytest.mark.slow
-def test_the_step_compiles_for_tpus_that_are_not_there(tmp_path):
+def test_an_evaluation_that_does_not_fit_is_told_a_smaller_batch():
+  c = _config()
+  c.tasks.shape.batch = 2
+  c.evaluators.shape = config.evaluator('classification', 'shape', split='test', batch=4096)
+  whole = run.preflight(c, 'tiny', topology.parse('cpu:2'), search=False, say=lambda _: None)
+  step, evaluation = (p.memory.total for p in whole.programs)
+  assert step < 0.9 * evaluation
+  found = run.preflight(c, 'tiny', topology.parse('cpu:2'), 0.9 * evaluation, say=lambda _: None)
+  assert found.trials[-1].fits and found.trials[-1].changes[0].flags == '--config.evaluators.shape.batch=2048'
+
+
+def _environment() -> dict[str, str]:
+  return {**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}
+
+
+@pytest.mark.parametrize('name, chips', [('v4:2x2x1', 4), ('v5e:2x2', 4), ('v5p:2x2x1', 4), ('v6e:2x2', 4)])
+def test_libtpu_gives_a_chip_as_one_device_with_the_memory_of_its_row(name, chips):
+  """libtpu names the memory where a program is too large."""
   pytest.importorskip('libtpu')
-  root = pathlib.Path(__file__).resolve().parents[2]
+  script = f"""
+import os
+from uni_moe_jax.preflight import topology
+where = topology.parse({name!r})
+topology.prepare_environment(where)
+import jax, numpy as np
+from uni_moe_jax import sharding
+devices = topology.devices(where)
+mesh = sharding.make_mesh(sharding.mesh_shape(dict(replica=1, data=-1, expert=1, model=1), len(devices)), devices)
+x = jax.ShapeDtypeStruct((1 << 20, 1 << 16), np.float32, sharding=sharding.replicated(mesh))
+try:
+  jax.jit(lambda x: (x @ x.T).sum()).lower(x).compile()
+except jax.errors.JaxRuntimeError as e:
+  print(len(devices), str(e).replace(chr(10), ' '))
+"""
+  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True, cwd=_ROOT,
+                        env=_environment())
+  devices, _, said = done.stdout.partition(' ')
+  assert int(devices) == chips
+  limit = topology.parse(name).chip.memory / topology.GIB
+  assert f'exceeds available HBM ({limit:.2f}G)' in said, said[:500]
+
+
+@pytest.mark.slow
+def test_libtpu_compiles_the_step_for_devices_that_are_not_there(tmp_path):
+  pytest.importorskip('libtpu')
   done = subprocess.run(
-      [sys.executable, str(root / 'launch/preflight.py'), '--config=configs/quickstart.py', '--topology=v5e:2x2', '--nosearch',
-       f'--json={tmp_path}/found.json'], env={**os.environ, 'PYTHONPATH': str(root)}, cwd=root, capture_output=True, text=True)
+      [sys.executable, str(_ROOT / 'launch/preflight.py'), '--config=configs/small.py', '--topology=v5e:2x2', '--nosearch',
+       f'--json={tmp_path}/found.json'], env=_environment(), cwd=_ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'found.json').read_text())
   assert found['fits'] and found['devices'] == 4

@@ -1,8 +1,12 @@
 """The search for the largest batch and for a change that fits, on memory that is a formula: nothing is compiled."""
 
+import importlib.util
+import pathlib
+
 import pytest
 
 from tests import small_config
+from uni_moe_jax import config, resolve, sharding
 from uni_moe_jax.preflight import changes, fit
 from uni_moe_jax.preflight.programs import Memory, Program
 from uni_moe_jax.preflight.roofline import Roofline, roofline
@@ -18,14 +22,14 @@ def _program(total: float, memory: float, says: bool = True) -> Program:
 
 
 def _largest(own: int, bytes_of, memory: float, says: bool = True, fixed: float = 0.0) -> fit.Largest:
-  at = lambda scale: _program(bytes_of(scale), memory, says)
-  return fit.largest((own, at(own)), 3, fixed, memory, at)
+  at = lambda examples: _program(bytes_of(examples), memory, says)
+  return fit.largest((own, at(own)), fixed, memory, lambda n: n, at)
 
 
 def test_on_a_straight_line_the_largest_batch_is_found_with_three_compiles():
   # 100 + 7 · 128 = 996 fits 1000, 129 do not.
   found = _largest(4, lambda s: 100 + 7 * s, 1000)
-  assert (found.scale, found.unit) == (128, 3)
+  assert found.examples == 128
   assert found.estimate == pytest.approx(900 / 7)
   assert len(found.tried) <= fit.COMPILES
 
@@ -33,42 +37,64 @@ def test_on_a_straight_line_the_largest_batch_is_found_with_three_compiles():
 def test_where_memory_bends_upwards_what_is_told_was_compiled_and_fits():
   bytes_of = lambda s: 100 + 7 * s + 0.05 * s * s
   found = _largest(4, bytes_of, 1000)
-  assert bytes_of(found.scale) <= 1000
+  assert bytes_of(found.examples) <= 1000
   assert found.too_large is None or bytes_of(found.too_large) > 1000
-  assert found.scale > 60  # of 75
+  assert found.examples > 60  # of 75
   assert len(found.tried) <= fit.COMPILES
 
 
 def test_a_config_that_is_too_large_is_searched_downwards():
   found = _largest(64, lambda s: 100 + 20 * s, 1000)
-  assert found.scale == 45
+  assert found.examples == 45
 
 
 def test_without_a_word_how_much_too_large_the_first_guess_is_half():
   found = _largest(64, lambda s: 100 + 20 * s, 1000, says=False)
   assert found.tried[:2] == ((64, None), (32, 740))
-  assert found.scale >= 43 and found.too_large > 45
+  assert found.examples >= 43 and found.too_large > 45
 
 
 def test_nothing_fits():
-  assert _largest(2, lambda s: 5000 + s, 1000).scale == 0
+  assert _largest(2, lambda s: 5000 + s, 1000).examples == 0
 
 
 def test_nobody_asks_beyond_many_times_the_batch():
-  assert _largest(4, lambda s: 100, 1000).scale <= 64 * 4
+  assert _largest(4, lambda s: 100, 1000).examples <= 64 * 4
 
 
 def test_at_most_four_programs_are_compiled():
   calls = []
-  fit.largest((4, _program(104, 1e9)), 1, 0.0, 1e9, lambda s: calls.append(s) or _program(100 + s**1.7, 1e9))
+  fit.largest((4, _program(104, 1e9)), 0.0, 1e9, lambda n: n, lambda n: calls.append(n) or _program(100 + n**1.7, 1e9))
   assert len(calls) <= fit.COMPILES - 1
 
 
-def test_scale_and_unit_of_a_mixture():
-  c = small_config.config()  # 8, 4, 4, 4 and 4 examples: on two shards 4, 2, 2, 2 and 2
-  assert fit.scale_of(c, 2) == (2, 6)
-  assert {n: t.batch for n, t in fit.scaled(c, 2, 3).tasks.items()} == dict(shape=12, text=6, name=6, pair=6, package=6)
-  assert c.tasks.shape.batch == 8
+def test_batches_come_in_steps_and_none_is_compiled_twice():
+  # 100 + 7 · 128 = 996 fits 1000; there are batches of 50, 100, 150.
+  tried = []
+  at = lambda n: tried.append(n) or _program(100 + 7 * (50 * round(n / 50)), 1000)
+  found = fit.largest((50, _program(450, 1000)), 0.0, 1000, lambda n: 50 * round(n / 50), at)
+  assert [n for n, _ in found.tried] == [50, 100, 150]
+  assert (found.examples, found.too_large) == (100, 150)
+  assert len(tried) == 2
+
+
+def test_the_search_ends_where_there_is_no_time():
+  found = fit.largest((4, _program(128, 1000)), 100.0, 1000, lambda n: n, lambda n: pytest.fail('compiled'), lambda: False)
+  assert found.examples == 4 and found.estimate == pytest.approx(900 / 7)
+
+
+def test_batches_of_another_size_are_near_it_and_such_as_the_mesh_takes():
+  c = small_config.config()  # 8, 4, 4, 4 and 4 examples, on two shards
+  sizes = lambda c: {n: t.batch for n, t in c.tasks.items()}
+  assert fit.examples(c, 2, c.tasks) == 12 and fit.examples(c, 2, ['shape']) == 4
+  assert sizes(fit.scaled(c, 2, 1.5)) == dict(shape=12, text=6, name=6, pair=6, package=6)
+  assert sizes(fit.scaled(c, 2, 0.2)) == dict(shape=2, text=2, name=2, pair=2, package=2)
+  c.tasks.shape.mixup = 0.8
+  assert fit.unit(c, 'shape', 2) == 4 and fit.unit(c, 'text', 2) == 2
+  assert sizes(fit.scaled(c, 2, 0.7)) == dict(shape=4, text=2, name=2, pair=2, package=2)
+  c.train.accum = 2
+  assert fit.unit(c, 'text', 2) == 4
+  assert c.tasks.text.batch == 4  # copies, all of them
 
 
 _MESH = dict(replica=1, data=8, expert=1, model=1)
@@ -94,12 +120,45 @@ def test_changes_come_from_cheap_to_dear_and_only_where_they_can_be_made():
   for t in c.tasks.values():
     t.batch = 8
   assert not list(changes.candidates(c, _MESH))
+  c.tasks.shape.batch = 16  # one that can be halved is halved
+  assert [x.flags for x in changes.candidates(c, _MESH)] == ['--config.tasks.shape.batch=8']
 
 
 def test_a_mesh_of_fixed_sizes_gives_up_some_of_its_data_axis():
   c = _config()
   c.mesh.data = 8
   assert '--config.mesh.data=-1 --config.mesh.expert=8' in [x.flags for x in changes.candidates(c, _MESH)]
+
+
+def test_where_another_axis_is_inferred_the_data_axis_gives_nothing():
+  c = _config()
+  c.mesh.update(dict(replica=-1, data=8))
+  assert not [x.flags for x in changes.candidates(c, _MESH) if 'mesh.data' in x.flags or 'mesh.expert' in x.flags]
+
+
+@pytest.mark.parametrize('arg', ['large-token-1', 'base-attribute-1', 'base-attribute-2-sampled'])
+def test_every_change_of_a_published_config_is_a_config(arg):
+  """Also those whose smallest tasks have one example a device: others can be fewer."""
+  spec = importlib.util.spec_from_file_location('pretrain', pathlib.Path(__file__).parents[2] / 'configs/pretrain.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  c = module.get_config(arg)
+  found = list(changes.candidates(c, dict(replica=1, data=256, expert=1, model=1)))
+  assert any('batch' in x.flags for x in found)
+  for change in found:
+    changed = change.apply(c)
+    mesh = sharding.mesh_shape({a: changed.mesh[a] for a in sharding.AXES}, 256)
+    shards = mesh['replica'] * mesh['data'] * mesh['expert']
+    resolve.check_batches(resolve.resolve(changed), shards, changed.train.accum)
+
+
+def test_an_evaluation_that_does_not_fit_is_asked_less_at_once():
+  c = _config()
+  c.evaluators.shape = config.evaluator('classification', 'shape', split='test', batch=64)
+  first = next(changes.candidates(c, _MESH, evaluation=True))
+  assert first.flags == '--config.evaluators.shape.batch=32'
+  assert not [x for x in changes.candidates(c, _MESH, evaluation=True) if 'remat' in x.flags or 'tasks' in x.flags]
+  assert not [x for x in changes.candidates(c, _MESH) if 'evaluators' in x.flags]
 
 
 def _need(c) -> float:
@@ -140,9 +199,9 @@ def test_that_nothing_fits_is_an_answer():
 
 
 def test_a_roofline_is_the_longest_of_three_times():
-  chip = Chip(memory=1, flops=100, hbm=10, links=2, cores=1, source='')
+  chip = Chip(memory=1, flops=100, hbm=10, links=2, source='')
   work = Cost(flops=300, bytes=50, sent={'all-reduce': 4, 'all-gather': 8})
   found = roofline(work, chip)
   assert found == Roofline(compute=3, memory=5, interconnect=6)
   assert (found.seconds, found.bound) == (6, 'interconnect')
-  assert roofline(work, Chip(None, None, None, None, 1, '')) is None
+  assert roofline(work, Chip(None, None, None, None, '')) is None

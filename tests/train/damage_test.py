@@ -162,6 +162,16 @@ def test_a_full_disk_is_told_with_the_step_that_is_safe(workdir, monkeypatch):
     assert checkpoints.steps() == [2, 3]
 
 
+def test_a_disk_that_refuses_is_not_called_full(workdir, monkeypatch):
+  def refuse(*_):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(workdir))
+
+  monkeypatch.setattr(manifest, 'write', refuse)
+  with pytest.raises(failures.Failure, match='Permission denied.*that of step 2 is safe. Look whether its disk can be reached'):
+    with Checkpoints(workdir, keep=1) as checkpoints:
+      checkpoints.save(3, _state(3))
+
+
 def test_the_last_save_is_not_lost_in_silence(workdir, monkeypatch):
   monkeypatch.setattr(manifest, 'write', _no_space)
   with pytest.raises(failures.Failure, match='step 3 could not be written'), Checkpoints(workdir, keep=1) as checkpoints:

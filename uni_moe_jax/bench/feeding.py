@@ -18,17 +18,18 @@ def feeding(context: Context) -> list[Row]:
   s, config = context.sizes, context.own_config()
   config.train.mixture = 'mixed'
   step = Repeated(context.build(config))
-  run, calls, counts = step.run, {}, {}
+  run, calls, before, counts = step.run, {}, {}, {}
   for t in run.plan.tasks:
     if t.kind.visual:
-      stream = _Stream(dataclasses.replace(run.mixture(), plan=run.plan.only(t.name)), s.steps)
+      stream = Stream(dataclasses.replace(run.mixture(), plan=run.plan.only(t.name)), s.steps)
       clip = stream.shape('pixels')[-4] > 1
       name = f'{t.name}, batches of {t.batch}'
-      calls[name], counts[name] = stream.drain, (t.batch * s.steps, 'clips/s' if clip else 'pictures/s')
-  alone = interleaved(calls, s.rounds)
+      calls[name], before[name] = stream.drain, stream.skip
+      counts[name] = t.batch * s.steps, 'clips/s' if clip else 'pictures/s'
+  alone = interleaved(calls, s.rounds, before=before)
   rows = [Row('input', name, per_second(count, alone[name]), unit, note='pipeline alone, on all cores')
           for name, (count, unit) in counts.items()]
-  real = _Stream(run.mixture(), s.steps)
+  real = Stream(run.mixture(), s.steps)
 
   def constant_steps():
     return [step() for _ in range(s.steps)][-1]
@@ -36,17 +37,14 @@ def feeding(context: Context) -> list[Row]:
   def real_steps():
     return [step.step(run.put(batch)) for batch in real.take(s.steps)][-1]
 
-  def throw_away():  # what waits ready when a round begins was made at no cost to it
-    list(real.take(_AHEAD))
-
-  seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': throw_away})
+  seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': real.skip})
   note = f'{s.steps} steps per round; {_AHEAD} batches are thrown away before each, so that none is ready'
   return rows + [
       Row('input', 'constant-batch step', estimate(seconds['constant'] / s.steps), 's', note=note),
       Row('input', 'real-data step / constant-batch step', ratio(seconds['real'], seconds['constant']), 'x', _BUDGET, note)]
 
 
-class _Stream:
+class Stream:
   """Batches of a mixture, on and on."""
 
   def __init__(self, mixture: Mixture, steps: int):
@@ -62,6 +60,11 @@ class _Stream:
     """The next `count` batches."""
     for _ in range(count):
       yield next(self._batches)[1]
+
+  def skip(self) -> None:
+    """Throws away what may wait ready when a round begins: it was made at no cost to the round."""
+    for _ in self.take(_AHEAD):
+      pass
 
   def drain(self) -> None:
     """Reads the batches of a round."""

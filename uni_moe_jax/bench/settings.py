@@ -14,6 +14,7 @@ SUBJECTS = {
     'decoding': 'captions per second, with and without cached keys and values',
     'exported': 'inference of a merged model against dense and against its experts',
     'input': 'pictures and clips per second of the input pipeline; real-data step against constant-batch step',
+    'files': 'pictures and clips per second out of JPEG, PNG and mp4 files',
     'optimizer': "AdamW's share of the step, with and without the clip",
     'compile': 'compile time of the step of all tasks, and how it grows with layers',
 }
@@ -33,7 +34,7 @@ class Sizes:
     vocabulary, words: word ids and length of captions.
     gemm: n of the n × n × n product whose rate is the peak.
     compiled_layers: L of the two compiled models.
-    steps: steps per round of `input`.
+    steps: batches per round of `input` and `files`. files: pictures of a sort in `files`, of clips an eighth.
     own_layers: L of the config's model in `mixed` and `input`; 0: the config's own.
     mixed_routers: of `mixed`, dense first; (): all that there are.
     reduced: figures are not to be compared with the budgets.
@@ -55,6 +56,7 @@ class Sizes:
   gemm: int = 2048
   compiled_layers: tuple[int, int] = (12, 24)
   steps: int = 10
+  files: int = 256
   own_layers: int = 0
   mixed_routers: tuple[str, ...] = ()
   reduced: bool = False
@@ -67,7 +69,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    rounds=3, layers=2, image_size=96, names=200, vocabulary=1024, words=6, gemm=1024, compiled_layers=(2, 4), steps=2,
+    rounds=3, layers=2, image_size=96, names=200, vocabulary=1024, words=6, gemm=1024, compiled_layers=(2, 4), steps=2, files=64,
     own_layers=2, mixed_routers=('dense', 'attribute'), reduced=True)
 
 

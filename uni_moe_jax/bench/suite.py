@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 
-from uni_moe_jax.bench import decoding, exported, feeding, machine, parts, steps
+from uni_moe_jax.bench import decoding, exported, feeding, files, machine, parts, steps
 from uni_moe_jax.bench.problems import Context
 from uni_moe_jax.bench.settings import Sizes
 from uni_moe_jax.bench.table import Row
@@ -15,7 +15,7 @@ from uni_moe_jax.bench.table import Row
 MEASURE = {
     'routers': steps.routers, 'mixed': steps.mixed, 'published': steps.published, 'sets': parts.sets,
     'decoding': decoding.decoding, 'exported': exported.exported, 'input': feeding.feeding,
-    'optimizer': parts.optimizer, 'compile': parts.compile_}
+    'files': files.files, 'optimizer': parts.optimizer, 'compile': parts.compile_}
 
 
 def measure(

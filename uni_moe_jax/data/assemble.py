@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import tempfile
 
@@ -114,9 +115,9 @@ class Data:
     """(tokenizer, its file, fingerprint of what that file says)."""
     if config.kind == 'clip':
       tokenizer = ClipTokenizer(config.merges)
-      return tokenizer, pathlib.Path(config.merges).expanduser(), tokenizer.fingerprint
+      return tokenizer, pathlib.Path(os.path.expanduser(config.merges)), tokenizer.fingerprint
     if file:
-      path = pathlib.Path(file).expanduser()
+      path = pathlib.Path(os.path.expanduser(file))
       if not path.is_file():
         raise FileNotFoundError(f'config.tokenizer.file={file!r} is not there; give the tokenizer.model of a run.')
       return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -127,7 +128,7 @@ class Data:
     """Model file for this text and size; trained once."""
     texts = np.unique([text for r in trained for text in _texts(r)]).tolist()
     digest = hashlib.sha256('\0'.join([str(vocab_size), *texts]).encode()).hexdigest()[:24]
-    path = pathlib.Path(self._dir).expanduser() / 'tokenizers' / f'{digest}.model'
+    path = pathlib.Path(os.path.expanduser(self._dir)) / 'tokenizers' / f'{digest}.model'
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(dir=path.parent) as folder:

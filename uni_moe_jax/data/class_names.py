@@ -38,7 +38,7 @@ def read(values: str, directory: str | os.PathLike[str], field: str) -> tuple[En
   Raises:
     FileNotFoundError: it is not there. ValueError: as of `entries`.
   """
-  path = pathlib.Path(directory).expanduser() / values.removeprefix(FILE)
+  path = pathlib.Path(os.path.expanduser(directory)) / values.removeprefix(FILE)
   if not path.is_file():
     raise FileNotFoundError(f'config.{field}: the file of class names {path} is not there; docs/benchmarks.md says how to make it.')
   lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]

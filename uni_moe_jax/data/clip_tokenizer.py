@@ -120,7 +120,7 @@ def _byte_symbols() -> dict[int, str]:
 def _read_merges(merges_file: str | os.PathLike[str], symbols: Sequence[str]) -> list[tuple[str, str]]:
   """The first `MOST_MERGES` merges of a file, each of two pieces that exist before it, none twice."""
   field = f'config.tokenizer.merges={os.fspath(merges_file)!r}'
-  path = pathlib.Path(merges_file).expanduser()
+  path = pathlib.Path(os.path.expanduser(merges_file))
   if not path.is_file():
     raise FileNotFoundError(f"{field} is no file; give the path of CLIP's bpe_simple_vocab_16e6.txt.gz.")
   content = path.read_bytes()

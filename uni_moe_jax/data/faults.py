@@ -2,6 +2,8 @@
 
 import threading
 
+from uni_moe_jax import failures
+
 _SURE = 10  # bad examples: of fewer, a share says little
 
 
@@ -14,6 +16,7 @@ class Faults:
     self._lock = threading.Lock()
     self.read = self.bad = 0
     self._first, self._stuck = '', False
+    self._failure: failures.Failure | None = None
 
   def count(self, read: int, bad: list[str]) -> None:
     """read: examples looked at. bad: where those that cannot be used are, and why."""
@@ -26,11 +29,22 @@ class Faults:
     """Nothing could take the place of a bad example."""
     self._stuck = True
 
+  def stop(self, failure: failures.Failure) -> None:
+    """No example can be read any more; the loop raises the failure."""
+    self._failure = failure
+
+  @property
+  def stopped(self) -> bool:
+    return self._failure is not None
+
   def check(self) -> None:
-    """Raises ValueError, with the first bad example, once there are too many."""
+    """Raises Failure, with the first bad example, once there are too many; and what `stop` was told."""
+    if self._failure:
+      raise self._failure
     with self._lock:
       many = self.bad > self._max * self.read and (self.bad >= _SURE or not self._max)
       if many or self._stuck:
-        raise ValueError(f'config.{self._field}: {self.bad} of {self.read} examples could not be used, more than '
-                         f'config.data.max_bad_fraction={self._max}; the first: {self._first}. Prepare the source again, or '
-                         'leave those examples out.')
+        raise failures.Failure(
+            f'config.{self._field}: {self.bad} of {self.read} examples could not be used, more than '
+            f'config.data.max_bad_fraction={self._max}; the first: {self._first}. Prepare the source again, or leave those examples '
+            'out.')

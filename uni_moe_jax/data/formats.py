@@ -15,8 +15,11 @@ VIDEOS = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation', 'validation': 'validation',
           'dev': 'validation', 'test': 'test', 'testing': 'test'}
 MEDIA = ('image', 'video')
+_TEXT = '.txt'
+_ABOUT, _NOT_UTF8 = 'text beside folders of classes', 'not UTF-8'
 _LISTS = ('captions',)  # lists of texts; so is any field whose value is one
-_ONE = ('image', 'video', 'caption', 'text', 'text_a', 'text_b', 'label_name', 'split', 'group', 'key')
+_ONE = ('image', 'video', 'caption', 'label_name', 'split')
+WHERE = 'where'  # the column that says which file or line a row came from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +68,14 @@ def read(root: pathlib.Path, media: str = 'image') -> Iterator[Row | Skipped]:
     files, folder = [root], root.parent
   else:
     folder = root
-    files = sorted(p for p in root.iterdir() if p.suffix.lower() == '.jsonl')
-    files = files or sorted(p for p in root.iterdir() if p.suffix.lower() == '.txt')
+    seen = sorted(p for p in root.iterdir() if not p.name.startswith('.'))  # some systems leave '._data.jsonl' beside a file
+    files = [p for p in seen if p.suffix.lower() == '.jsonl']
+    files = files or [p for p in seen if p.suffix.lower() == _TEXT and not _has_classes(root)]
   told = {f: SPLITS.get(f.stem.lower(), '') for f in files}
   if files and all(f.suffix.lower() == '.jsonl' for f in files):
     for file in files:
       yield from _jsonl(file, folder, told[file])
-  elif files and all(f.suffix.lower() == '.txt' for f in files):
+  elif files and all(f.suffix.lower() == _TEXT for f in files):
     for file in files:
       yield from _lines(file, folder, told[file])
   elif root.is_dir():
@@ -86,6 +90,12 @@ def read(root: pathlib.Path, media: str = 'image') -> Iterator[Row | Skipped]:
     raise ValueError(f'--input={root}: a file must end in .jsonl or .txt.')
 
 
+def _has_classes(root: pathlib.Path) -> bool:
+  """Whether a folder holds folders of pictures or clips: then its texts are about them, and no data."""
+  endings = {*PICTURES, *VIDEOS}
+  return any(p.suffix.lower() in endings for pattern in ('*/*', '*/*/*') for p in root.glob(pattern) if not p.name.startswith('.'))
+
+
 def _by_class(root: pathlib.Path, media: str) -> Iterator[Row | Skipped]:
   """[split/]class/file; upper-case endings count, and hidden files do not."""
   pictures, videos = set(PICTURES), set(VIDEOS)
@@ -94,18 +104,23 @@ def _by_class(root: pathlib.Path, media: str) -> Iterator[Row | Skipped]:
     name = path.relative_to(root)
     if any(part.startswith('.') for part in name.parts):
       continue
-    *folders, _ = name.parts
+    where, (*folders, _) = _shown(str(name)), name.parts
     suffix, kind = path.suffix.lower(), ''
     if suffix in pictures or suffix in videos:
       kind = 'image' if suffix in pictures else 'video'
     if not kind or len(folders) not in (1, 2):
-      yield Skipped(str(name), 'not a picture or clip' if not kind else 'not in a folder [split/]class')
+      about = suffix == _TEXT and not folders
+      yield Skipped(where, 'not in a folder [split/]class' if kind else _ABOUT if about else 'not a picture or clip')
       continue
     split = SPLITS.get(folders[0].lower(), '') if len(folders) == 2 else ''
     if len(folders) == 2 and not split:
-      yield Skipped(str(name), 'split folder is not train, validation or test')
-      continue
-    yield Row(str(name), split, kind, path, labels={'label': folders[-1]})
+      yield Skipped(where, 'split folder is not train, validation or test')
+    elif not _encodes(folders[-1]):
+      yield Skipped(where, _NOT_UTF8)
+    elif label := _spaced(folders[-1]):
+      yield Row(where, split, kind, path, labels={'label': label})
+    else:
+      yield Skipped(where, 'empty label')
 
 
 def _lines(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row | Skipped]:
@@ -113,26 +128,59 @@ def _lines(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row
   document = 0
   with file.open(encoding='utf-8-sig', errors='replace') as lines:
     for number, line in enumerate(lines, 1):
-      text = ' '.join(line.split())
+      text = _spaced(line)
       if not text:
         document += 1
         continue
-      yield Row(f'{file.relative_to(folder)}:{number}', split, texts={'text': text},
-                key=f'{file.name}:{number}', group=f'{file.stem}/{document}')  # a book may say a thing twice
+      yield Row(_shown(f'{file.relative_to(folder)}:{number}'), split, texts={'text': text},
+                key=f'{file.name}:{number}', group=f'{_shown(file.stem)}/{document}')  # a book may say a thing twice
 
 
 def _jsonl(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row | Skipped]:
   frames = file.with_suffix('.npz')
-  with file.open(encoding='utf-8-sig') as lines:
+  with file.open('rb') as lines:  # each is decoded alone, so that a byte of another encoding costs one line
     for number, line in enumerate(lines, 1):
       if line.strip():
-        where = f'{file.relative_to(folder)}:{number}'
+        where = _shown(f'{file.relative_to(folder)}:{number}')
         try:
-          value = json.loads(line)
-        except ValueError:
+          value = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
+          encodes = _encodes(json.dumps(value, ensure_ascii=False))
+        except UnicodeDecodeError:
+          yield Skipped(where, _NOT_UTF8)
+        except (ValueError, RecursionError):
           yield Skipped(where, 'not JSON')
-          continue
-        yield _row(value, where, folder, split, frames if frames.is_file() else None, number - 1)
+        else:
+          yield (_row(value, where, folder, split, frames if frames.is_file() else None, number - 1) if encodes
+                 else Skipped(where, _NOT_UTF8))
+
+
+def is_text(name: str) -> bool:
+  """Whether a field is an example's own text, without which it is none: 'text', 'text_a', 'text_b'."""
+  return name == 'text' or name.startswith('text_')
+
+
+def _short(text: str) -> str:
+  """Quoted, and cut where someone's file holds anything."""
+  return repr(text if len(text) <= 40 else f'{text[:40]}…')
+
+
+def _encodes(text: str) -> bool:
+  """Whether a text can be written as UTF-8: one half of a pair of surrogates cannot."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _shown(name: str) -> str:
+  """A file's name for a person; what is not UTF-8 in it is escaped."""
+  return name.encode(errors='backslashreplace').decode()
+
+
+def _spaced(text: str) -> str:
+  """A text in one line, with one space between words."""
+  return ' '.join(text.split())
 
 
 def _row(
@@ -142,9 +190,11 @@ def _row(
   value = {k: v for k, v in value.items() if v is not None}
   for name, v in value.items():
     if not isinstance(v, (str, int, float, list)) or isinstance(v, list) and not all(isinstance(x, str) for x in v):
-      return Skipped(where, f'wrong type of {name!r}')
-    if name in _ONE and not isinstance(v, str) and name not in ('group', 'key') or name in _LISTS and not isinstance(v, list):
-      return Skipped(where, f'wrong type of {name!r}')
+      return Skipped(where, f'wrong type of {_short(name)}')
+    if (name in _ONE or is_text(name)) and not isinstance(v, str) or name in _LISTS and not isinstance(v, list):
+      return Skipped(where, f'wrong type of {_short(name)}')
+    if name == WHERE:
+      return Skipped(where, f'a field {WHERE!r}, which is where the row itself is written')
   named = [m for m in MEDIA if m in value]
   if len(named) > 1:
     return Skipped(where, 'both a picture and a clip')
@@ -158,21 +208,21 @@ def _row(
   texts, labels = {}, {}
   split = str(value.pop('split', split))
   if split and split.lower() not in SPLITS:
-    return Skipped(where, f'split {split!r} is not train, validation or test')
+    return Skipped(where, f'split {_short(split)} is not train, validation or test')
   key, group = (str(value.pop(k, '')) for k in ('key', 'group'))
   if 'label_name' in value:
     value['label'] = value.pop('label_name')
   for name, v in value.items():
     if isinstance(v, list):
-      texts[name] = tuple(t for t in (' '.join(x.split()) for x in v) if t)
+      texts[name] = tuple(t for t in map(_spaced, v) if t)
       if name == 'captions' and not texts[name]:
         return Skipped(where, 'empty caption')
-    elif name.startswith('text'):
-      texts[name] = ' '.join(v.split())
+    elif is_text(name):
+      texts[name] = _spaced(v)
       if not texts[name]:
         return Skipped(where, f'empty {name}')
-    else:
-      labels[name] = str(v)
+    elif label := _spaced(str(v)):
+      labels[name] = label
   if not media and not texts:
     return Skipped(where, 'neither a picture, a clip nor a text')
   return Row(where, SPLITS.get(split.lower(), ''), media, path, frame_index, texts, labels, key, group)

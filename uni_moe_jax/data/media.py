@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MIN_SIDE = 8  # pixels: less is a mark that follows readers, or a leftover, and no picture
-_RAW = ('JPEG', 'PNG', 'BMP', 'WEBP')  # formats that tf.io.decode_image reads
+# Formats that tf.io.decode_image reads as Pillow does. Of a BMP it takes the numbers of a palette for levels.
+_RAW = ('JPEG', 'PNG', 'WEBP')
 _MODES = ('L', 'RGB', '1', 'P')
 _ORIENTATION = 0x0112  # of EXIF
 
@@ -43,18 +44,24 @@ def picture(path: pathlib.Path) -> Media:
   """
   data = _bytes(path)
   try:
-    image = Image.open(io.BytesIO(data))
-    form, notes = image.format, []
-    if getattr(image, 'n_frames', 1) > 1:
-      notes.append('animated: first frame')
-    image.load()
-    turned = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
+    return _as_seen(data)
+  except Broken:
+    raise
   except UnidentifiedImageError:
     raise Broken('not a picture') from None
   except Image.DecompressionBombError:
     raise Broken('too large') from None
-  except (OSError, SyntaxError, ValueError, EOFError):  # Pillow's, of files that are cut off or damaged
-    raise Broken('broken picture') from None
+  except Exception as e:  # Pillow's decoders document no closed set of what they raise of a damaged file
+    raise Broken('broken picture') from e
+
+
+def _as_seen(data: bytes) -> Media:
+  image = Image.open(io.BytesIO(data))
+  form, notes = image.format, []
+  if getattr(image, 'n_frames', 1) > 1:
+    notes.append('animated: first frame')
+  image.load()
+  turned = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
   if min(turned.size) < MIN_SIDE:
     raise Broken(f'smaller than {MIN_SIDE} pixels')
   if turned is not image:
@@ -72,15 +79,13 @@ def picture(path: pathlib.Path) -> Media:
 
 
 def clip(path: pathlib.Path) -> Media:
-  """A video file, as it is; its first frame must decode. Raises Broken."""
+  """A video file, as it is; every frame of it must decode. Raises Broken."""
   from uni_moe_jax.data import video
   data = _bytes(path)
   try:
-    frames = video.sample(data, np.zeros(1))
-    count = video.length(data)
+    return Media(data, video.measure(data))
   except video.Undecodable as e:
     raise Broken('broken clip') from e
-  return Media(data, (count, frames.shape[2], frames.shape[1]))
 
 
 class FrameArrays:
@@ -92,12 +97,15 @@ class FrameArrays:
   def clip(self, path: pathlib.Path, index: int) -> Media:
     """Clip `index` of the first array of a file, uint8 [N, T, H, W, 3] or grey [N, T, H, W], as .npy bytes. Raises Broken."""
     if path != self._path:
+      self._path, self._frames = path, None
       try:
         with np.load(path) as arrays:
-          self._path, self._frames = path, arrays[arrays.files[0]]
-      except (OSError, ValueError, IndexError) as e:
-        raise Broken('broken array') from e
+          self._frames = arrays[arrays.files[0]]
+      except Exception:  # numpy, zipfile and zlib document no closed set of what they raise of a damaged file
+        pass
     frames = self._frames
+    if not isinstance(frames, np.ndarray):
+      raise Broken('broken array')
     if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[-1] != 3:
       raise Broken('array is not uint8 [N, T, H, W, 3]')
     if index >= len(frames):
@@ -110,10 +118,12 @@ class FrameArrays:
 
 def _bytes(path: pathlib.Path) -> bytes:
   try:
+    if path.exists() and not path.is_file():
+      raise Broken('unreadable file')  # a folder, or a device or pipe, which may never end
     return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     raise Broken('missing file') from None
-  except OSError:
+  except (OSError, ValueError):  # the latter of a name with a null character
     raise Broken('unreadable file') from None
 
 

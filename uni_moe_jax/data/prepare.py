@@ -2,7 +2,7 @@
 
   data_dir/own/NAME/VERSION/      features and shards, as TFDS lays them out: tfds.builder_from_directory(…) reads them
                     prepared.json splits, columns, classes, statistics, what was skipped (first paths), the fingerprint
-                    labels.npz    {split}/{column}: int32 [N], -1 for none
+                    labels.npz    {split}/{column}: int32 [N], -1 for none; of texts bool [N], whether a row has one
 
 Pictures and clips keep the bytes of their files, but for the few that `media.py` must rewrite. Every file is decoded once.
 """
@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -23,7 +24,8 @@ import numpy as np
 from absl import logging
 
 from uni_moe_jax.data import media, storage
-from uni_moe_jax.data.formats import Row, Skipped, read
+from uni_moe_jax.data.agreement import agreed
+from uni_moe_jax.data.formats import WHERE, Row, Skipped, read
 
 FOLDER, SUMMARY, LABELS = 'own', 'prepared.json', 'labels.npz'
 VERSION = '1.0.0'
@@ -64,21 +66,25 @@ def prepare(
   if place.is_dir():
     raise ValueError(f'{place} is there already; give another --version or --name, or remove it.')
   skipped: dict[str, list[str]] = collections.defaultdict(list)
-  rows = list(_checked(_distinct(read(source, gif), skipped), skipped))
+  found, apart = agreed(list(_distinct(read(source, gif), skipped)))
+  for row in apart:
+    skipped[row.reason].append(row.where)
+  rows = list(_checked(found, skipped))
   bad, total = sum(map(len, skipped.values())), len(rows) + sum(map(len, skipped.values()))
   if not rows or bad > max_bad_fraction * total:
     worst = max(skipped, key=lambda reason: len(skipped[reason]), default='')
     first = f', the first of them {skipped[worst][0]}' if worst else ''
     raise ValueError(f'{bad} of {total} rows of {source} are bad; most are {worst!r} ({len(skipped[worst]) if worst else 0}'
                      f'{first}). Mend them, or raise --max_bad_fraction={max_bad_fraction}.')
-  splits = _split(rows, holdout)
+  splits = _split(rows, holdout, source if source.is_dir() else source.parent)
   classes = _classes(rows)
   with storage.building(place) as folder:
     prints = _write(folder, name, version, splits, classes)
-    summary = _summary(name, version, splits, classes, skipped, prints)
+    summary = _summary(name, version, splits, classes, skipped, prints, _warnings(splits, holdout))
+    known = {column: _present for column, kind in summary['columns'].items() if kind in ('text', 'texts')}
+    known |= {column: functools.partial(_labels, names=names) for column, names in classes.items()}
     np.savez_compressed(folder / LABELS, **{
-        f'{split}/{column}': _labels(members, column, names) for split, members in splits.items()
-        for column, names in classes.items()})
+        f'{split}/{column}': of(members, column) for split, members in splits.items() for column, of in known.items()})
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
   return summary
 
@@ -90,7 +96,7 @@ def _distinct(found: Iterable[Row | Skipped], skipped: dict[str, list[str]]) -> 
     if isinstance(row, Skipped):
       skipped[row.reason].append(row.where)
       continue
-    key = row.key or (str(row.path), row.frame_index, *sorted(row.texts.items()), *sorted(row.labels.items()))
+    key = row.key or (row.media, str(row.path), row.frame_index, *sorted(row.texts.items()), *sorted(row.labels.items()))
     key = hashlib.sha256(repr(key).encode()).digest()
     if key in seen:
       skipped['duplicate key' if row.key else 'duplicate'].append(row.where)
@@ -132,17 +138,21 @@ def open_media(row: Row, arrays: media.FrameArrays) -> media.Media:
   return media.picture(row.path) if row.media == 'image' else media.clip(row.path)
 
 
-def _split(rows: list[Checked], holdout: float) -> dict[str, list[Checked]]:
+def _split(rows: list[Checked], holdout: float, folder: pathlib.Path) -> dict[str, list[Checked]]:
   """Rows by split; where none is named, whole groups are drawn by a hash of their name (of the file or text without group)."""
   named = any(c.row.split for c in rows)
   out: dict[str, list[Checked]] = {s: [] for s in SPLITS}
   for c in rows:
-    group = c.row.group or c.row.key or (f'{c.row.path}#{c.row.frame_index}' if c.row.path else c.row.where)
     if named:
       out[c.row.split or 'train'].append(c)
-    else:
-      drawn = int.from_bytes(hashlib.sha256(pathlib.Path(group).name.encode()).digest()[:8]) / 2**64
-      out['test' if drawn < holdout else 'train'].append(c)
+      continue
+    # Of a file all of its path below the input counts: many folders may each have an 'image.png'.
+    file = c.row.path and f'{os.path.relpath(c.row.path, folder)}#{c.row.frame_index}'
+    group = c.row.group or c.row.key or file or c.row.where
+    drawn = int.from_bytes(hashlib.sha256(group.encode(errors='backslashreplace')).digest()[:8]) / 2**64
+    out['test' if drawn < holdout else 'train'].append(c)
+  if not out['train'] and not named and holdout < 1:
+    out = {'train': out['test']}  # of so few groups none is left to train on
   return {s: members for s, members in out.items() if members}
 
 
@@ -165,11 +175,15 @@ def _labels(members: list[Checked], column: str, names: tuple[str, ...]) -> np.n
   return np.array([place.get(c.row.labels.get(column), -1) for c in members], np.int32)
 
 
+def _present(members: list[Checked], column: str) -> np.ndarray:
+  return np.array([bool(c.row.texts.get(column) or c.row.labels.get(column)) for c in members], bool)
+
+
 def _columns(rows: list[Checked], classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
   """Column → 'image' | 'video' | 'texts' | 'text' | 'class'."""
   out = {c.row.media: c.row.media for c in rows if c.row.media}
   for c in rows:
-    out |= {name: 'texts' if isinstance(v, tuple) or out.get(name) == 'texts' else 'text' for name, v in c.row.texts.items()}
+    out |= {name: 'texts' if isinstance(v, tuple) else 'text' for name, v in c.row.texts.items()}
     out |= {name: 'class' if name in classes else 'text' for name in c.row.labels}
   return dict(sorted(out.items()))
 
@@ -186,7 +200,7 @@ def _write(
         'texts': lambda: features.Sequence(features.Text())}
   described = features.FeaturesDict({
       column: features.ClassLabel(names=list(classes[column])) if kind == 'class' else of[kind]()
-      for column, kind in {**columns, 'where': 'text'}.items()})
+      for column, kind in {**columns, WHERE: 'text'}.items()})
   digests = {split: hashlib.sha256() for split in splits}
   unfinished = folder / 'unfinished'
   with _quietly():
@@ -216,7 +230,7 @@ def _quietly() -> Iterator[None]:
 def _examples(members: list[Checked], columns: dict[str, str], digest) -> Iterator[tuple[int, dict]]:
   arrays = media.FrameArrays()
   for i, c in enumerate(members):
-    example = {'where': c.row.where}
+    example = {WHERE: c.row.where}
     for column, kind in columns.items():
       if kind in ('image', 'video'):
         data = (c.row.path.read_bytes() if not c.note and c.row.frame_index is None else open_media(c.row, arrays).data)
@@ -225,13 +239,22 @@ def _examples(members: list[Checked], columns: dict[str, str], digest) -> Iterat
         example[column] = c.row.labels.get(column, -1)
       else:
         value = c.row.texts.get(column, c.row.labels.get(column, () if kind == 'texts' else ''))
-        example[column] = [value] if kind == 'texts' and isinstance(value, str) else list(value) if kind == 'texts' else value
+        example[column] = list(value) if kind == 'texts' else value
       part = example[column]
       digest.update(hashlib.sha256(data if kind in ('image', 'video') else repr(part).encode()).digest())
     yield i, example
 
 
-def _summary(name, version, splits, classes, skipped, prints) -> dict:
+def _warnings(splits: dict[str, list[Checked]], holdout: float) -> list[str]:
+  """What a person should know of splits that came out empty."""
+  if 'train' not in splits:
+    return ['there is no split train, so that this data can only evaluate']
+  if holdout and 'test' not in splits and not any(c.row.split for members in splits.values() for c in members):
+    return [f'no group fell to the split test by --holdout={holdout}: the groups are too few; raise it, or give each row its split']
+  return []
+
+
+def _summary(name, version, splits, classes, skipped, prints, warnings) -> dict:
   rows = [c for members in splits.values() for c in members]
   groups = collections.defaultdict(set)
   for split, members in splits.items():
@@ -249,6 +272,7 @@ def _summary(name, version, splits, classes, skipped, prints) -> dict:
       'sizes': _spread([c.size for c in rows if c.size]),
       'captions_per_example': _spread([(len(c.row.texts['captions']),) for c in rows if 'captions' in c.row.texts]),
       'rewritten': dict(notes.most_common()),
+      'warnings': warnings,
       'groups_in_several_splits': sum(len(s) > 1 for s in groups.values()),
       'skipped': {reason: {'count': len(paths), 'first': paths[:_SHOWN]}
                   for reason, paths in sorted(skipped.items(), key=lambda item: -len(item[1]))}}
@@ -272,6 +296,7 @@ def describe(summary: dict) -> str:
   for title, spread in (('size', summary['sizes']), ('captions', summary['captions_per_example'])):
     if spread:
       lines.append(f'{title}: ' + ', '.join(f'{k} {" × ".join(map(str, v))}' for k, v in spread.items()))
+  lines += [f'warning: {warning}' for warning in summary['warnings']]
   lines += [f'rewritten, {note}: {count}' for note, count in summary['rewritten'].items()]
   if summary['groups_in_several_splits']:
     lines.append(f'groups in several splits: {summary["groups_in_several_splits"]}: a test may know them from training')

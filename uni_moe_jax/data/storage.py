@@ -80,7 +80,7 @@ def save(
 
 def check_directory(root: str | os.PathLike[str]) -> None:
   """Raises FileNotFoundError unless the data directory is there."""
-  if not pathlib.Path(root).expanduser().is_dir():
+  if not pathlib.Path(os.path.expanduser(root)).is_dir():
     raise FileNotFoundError(f'Data directory {root} is not there. Run: python launch/prepare_data.py --data_dir={root}')
 
 

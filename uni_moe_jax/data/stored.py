@@ -16,12 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax import failures
 from uni_moe_jax.data import prepare
+from uni_moe_jax.data.formats import WHERE
 from uni_moe_jax.tasks import nearest
 
 OWN, TFDS = 'own:', 'tfds:'
 MEDIA = ('image', 'video')  # kinds of columns whose values are bytes
-WHERE = 'where'  # the column that says which file a record came from
+_PROBES = 8  # records that are tried before a source is held to be out of reach
+
+
+class Unusable(Exception):
+  """A record that gives no example; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Stored:
     classes: class column → its names in order.
     labels: class column → int32 [N], -1 for none; only of own data: elsewhere a label is known when its record is read.
     fingerprint: hex sha256 of what the records are.
+    present: column of texts → bool [N], whether a record has one; of own data, as `labels`.
   """
   name: str
   size: int
@@ -43,25 +50,57 @@ class Stored:
   classes: dict[str, tuple[str, ...]]
   labels: dict[str, np.ndarray]
   fingerprint: str
+  present: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def media(self) -> str | None:
     """The column of pictures or clips."""
     return next((c for c, kind in self.columns.items() if kind in MEDIA), None)
 
+  def fetched(self, ids: np.ndarray) -> list[dict[str, Any] | Unusable]:
+    """As `rows`, but in the place of a record that cannot be read stands why.
+
+    Raises:
+      failures.Failure: no record can be read, neither these nor others.
+    """
+    try:
+      return self.rows(ids)
+    except Exception as e:  # array_record and TFDS document no closed set of what they raise of damaged files
+      first = e
+    found = [self._fetched_alone(i) for i in ids]
+    if all(isinstance(row, Unusable) for row in found):
+      probes = np.linspace(0, self.size - 1, min(_PROBES, self.size)).astype(np.int64)
+      if all(isinstance(self._fetched_alone(i), Unusable) for i in probes):
+        raise failures.Failure(f'source {self.name!r} cannot be read ({first}). Look whether its data directory is there and its '
+                               'disk can be reached; then the same command continues.') from first
+    return found
+
+  def whole_rows(self, ids: np.ndarray) -> list[dict[str, Any]]:
+    """As `rows`, where all must be read. Raises failures.Failure with the first record that cannot be."""
+    found = self.fetched(ids)
+    for i, row in zip(ids, found):
+      if isinstance(row, Unusable):
+        raise failures.Failure(f'{self.where(int(i))}: {row}. Prepare source {self.name!r} again.')
+    return found
+
+  def _fetched_alone(self, index: int) -> dict[str, Any] | Unusable:
+    try:
+      return self.rows(np.array([index]))[0]
+    except Exception as e:
+      return Unusable(f'a record that cannot be read ({e})')
+
   def where(self, index: int) -> str:
     """Which record this is, for a person."""
-    if WHERE in self.columns:
-      return self.rows(np.array([index]))[0][WHERE]
-    return f'{self.name}, record {index}'
+    row = self._fetched_alone(index) if WHERE in self.columns else None
+    return row[WHERE] if isinstance(row, dict) else f'{self.name}, record {index}'
 
   def texts(self, most: int) -> list[str]:
     """Texts of up to `most` records, evenly spread; class names."""
     ids = np.unique(np.linspace(0, self.size - 1, min(most, self.size)).astype(np.int64))
     found = [name for names in self.classes.values() for name in names]
     for part in np.array_split(ids, -(-len(ids) // 256)):
-      for row in self.rows(part):
+      for row in self.fetched(part):
         for column, kind in self.columns.items():
-          if kind in ('text', 'texts') and column != WHERE:
+          if kind in ('text', 'texts') and column != WHERE and not isinstance(row, Unusable):
             found += [row[column]] if kind == 'text' else row[column]
     return found
 
@@ -78,7 +117,7 @@ def load(source: str, directory: str | os.PathLike[str], split: str) -> Stored:
     FileNotFoundError: the source is not prepared there; says the command. ValueError: it has no such split.
   """
   if source.startswith(OWN):
-    return _own(source, pathlib.Path(directory).expanduser(), split)
+    return _own(source, pathlib.Path(os.path.expanduser(directory)), split)
   return _tfds(source, directory, split)
 
 
@@ -88,7 +127,7 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
   Raises:
     FileNotFoundError: there is none.
   """
-  root, (name, _, version) = pathlib.Path(directory).expanduser() / prepare.FOLDER, name.partition('/')
+  root, (name, _, version) = pathlib.Path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
   versions = sorted((p.parent for p in (root / name).glob(f'*/{prepare.SUMMARY}')),
                     key=lambda p: tuple(map(int, p.name.split('.'))))
   found = [p for p in versions if not version or p.name == version]
@@ -118,9 +157,12 @@ def _own(source: str, directory: pathlib.Path, split: str) -> Stored:
   classes = {column: tuple(of['names']) for column, of in facts['classes'].items()}
   with np.load(folder / prepare.LABELS) as stored:
     labels = {column: stored[f'{split}/{column}'] for column in classes}
+    present = {c: stored[f'{split}/{c}'] for c, kind in facts['columns'].items()
+               if kind in ('text', 'texts') and f'{split}/{c}' in stored}  # not of data that an earlier version prepared
   columns = {**facts['columns'], WHERE: 'text'}
   rows = functools.partial(_rows, _open(_builder(str(folder)), split, columns), columns, classes)
-  return Stored(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split])
+  return Stored(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split],
+                present)
 
 
 def tfds_builder(source: str, directory: str | os.PathLike[str]):

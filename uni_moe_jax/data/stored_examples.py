@@ -13,7 +13,8 @@ import tensorflow as tf
 from uni_moe_jax.data import clip_pixels, hashing, pictures, preprocess, stored_rows
 from uni_moe_jax.data.examples import Examples, subset
 from uni_moe_jax.data.faults import Faults
-from uni_moe_jax.data.stored import Stored
+from uni_moe_jax.data.stored import Stored, Unusable
+from uni_moe_jax.data.templates import columns_of
 from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.data.video import Undecodable
 from uni_moe_jax.plan import TaskSpec
@@ -50,15 +51,15 @@ class StoredBuilder:
     """Examples of a task over one split of its source. Raises ValueError where the config does not fit the source."""
     faults = Faults(f'tasks.{task.name}', self.max_bad_fraction if self.training else 0.0)
     if task.kind.readout == 'picks':
-      running = stored_rows.Running.of(task, records, self.tokenizer, self.training)
+      running = stored_rows.Running.of(task, records, self.tokenizer, self.training, faults)
       return Examples(records.size, self._masked(task, running), faults=faults)
     readers = self._readers(task, records)
     keep = self._places(task, records)
     batch = _Batch(self, task, records, tuple(readers), keep, faults)
     names = None if not task.captions else lambda ids: [
-        stored_rows.references(task, row) for row in records.rows(keep[ids])]
+        stored_rows.references(task, row) for row in records.whole_rows(keep[ids])]
     if records.columns.get(task.label) == 'texts':
-      names = lambda ids: [row[task.label] for row in records.rows(keep[ids])]
+      names = lambda ids: [row[task.label] for row in records.whole_rows(keep[ids])]
     return Examples(len(keep), batch.make, references=names, faults=faults)
 
   def _readers(self, task: TaskSpec, records: Stored) -> list[stored_rows.Reader]:
@@ -74,17 +75,21 @@ class StoredBuilder:
     return readers
 
   def _places(self, task: TaskSpec, records: Stored) -> np.ndarray:
-    """Ids of the records that are examples: where labels are known beforehand, those that have one."""
+    """Ids of the records that are examples: where it is known beforehand, those that have a label and what templates name."""
+    named = {task.label, *(column for template in (*task.captions, task.template) for column in columns_of(template))}
+    has = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
+    wanted = sorted(named & has.keys())
     keep, labels = np.arange(records.size), None
+    for column in wanted:
+      keep = keep[has[column][keep]]
     if task.label in records.labels:
-      keep = np.flatnonzero(records.labels[task.label] >= 0)
       labels = records.labels[task.label][keep]
     elif task.per_class:
       raise ValueError(f'config.tasks.{task.name}.per_class={task.per_class}: the labels of source {task.source!r} are only known '
                        'when its records are read; prepare it as your own data, or give a subset.')
     if not len(keep):
-      raise ValueError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has a '
-                       f'{task.label!r}.')
+      raise ValueError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
+                       f'{" and ".join(map(repr, wanted)) or "anything"}.')
     return subset(keep, labels, task, self.seed) if self.training else keep
 
   def _masked(self, task: TaskSpec, running: stored_rows.Running):
@@ -183,8 +188,11 @@ class _Batch:
     ok, data = np.ones(n, bool), np.full(n, b'', object)
     columns = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._shapes.items()}
     clips = np.zeros((n, *self._clips.shape), np.uint8) if self._is_clip else None
-    for i, (row, h) in enumerate(zip(self._records.rows(self._keep[ids]), hashes.tolist())):
+    rows = stored_rows.fetched(self._records, self._keep[ids], self._faults)
+    for i, (row, h) in enumerate(zip(rows, hashes.tolist())):
       try:
+        if isinstance(row, Unusable):
+          raise row
         for reader in self._readers:
           for name, value in reader.read(row, h).items():
             columns[name][i] = value
@@ -192,7 +200,7 @@ class _Batch:
           clips[i] = self._clips(row[self._media], h)
         elif self._media:
           data[i] = row[self._media]
-      except (stored_rows.Unusable, Undecodable) as e:
+      except (Unusable, Undecodable) as e:
         ok[i] = False
         if counted[i]:
           bad.append(f'{self._records.where(int(self._keep[ids[i]]))}: {e}')

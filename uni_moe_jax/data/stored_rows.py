@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax import failures
 from uni_moe_jax.data import hashing
+from uni_moe_jax.data.answers import answer
 from uni_moe_jax.data.examples import TextTable, text_rows
-from uni_moe_jax.data.stored import Stored
+from uni_moe_jax.data.faults import Faults
+from uni_moe_jax.data.stored import Stored, Unusable
 from uni_moe_jax.data.templates import columns_of, fill_template
 from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.plan import TaskSpec
 from uni_moe_jax.tasks import nearest
 
+_PATIENCE = 2  # times as many records as tokens are read for a row of running text, in case that some cannot be
+
 Row = Mapping[str, Any]
 Shapes = dict[str, tuple[type, tuple[int, ...]]]  # field → dtype, shape of one example
-
-
-class Unusable(Exception):
-  """A record that gives no example; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
       return {'label': [place[row[task.label]]], 'weight': [1.0]}
     return Reader(_label_shapes(1), read)
   M = max(1, task.picks)
+  place = {answer(key): i for key, i in place.items()}
 
   def read_answers(row, _):
     if not row[task.label]:
@@ -67,11 +69,6 @@ def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
     share = [n / len(row[task.label]) for _, n in found]
     return {'label': [place[a] for a, _ in found] + pad, 'weight': share + pad}
   return Reader(_label_shapes(M), read_answers)
-
-
-def answer(text: str) -> str:
-  """An answer as answers are compared: case and spacing do not count."""
-  return ' '.join(text.casefold().split())
 
 
 def _label_shapes(M: int) -> Shapes:
@@ -114,39 +111,58 @@ def slot(task: TaskSpec, records: Stored, tokenizer: Tokenizer) -> Reader:
   return Reader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
 
 
+def fetched(records: Stored, ids: np.ndarray, faults: Faults) -> list[Row | Unusable]:
+  """Records by id; once the source is out of reach, which the loop is told by `faults`, none can be used."""
+  out_of_reach = [Unusable('out of reach')] * len(ids)
+  if faults.stopped:
+    return out_of_reach
+  try:
+    return records.fetched(ids)
+  except failures.Failure as e:  # what is raised in a thread of TensorFlow would arrive as another's traceback
+    faults.stop(e)
+    return out_of_reach
+
+
 @dataclasses.dataclass(frozen=True)
 class Running:
   """Running text for masked language modelling: row i starts in record i, and takes those after it until it is full.
 
   So a row is found without packing everything first, and every record begins one. Of a long record one of its windows is
-  taken, another in every epoch.
+  taken, another in every epoch. A record that cannot be read is passed over for the one after it.
 
   Attributes:
     records: with the column `column`. length: S. hashes choose the window.
+    faults: counts the records that are read.
   """
   records: Stored
   column: str
   tokenizer: Tokenizer
   length: int
   training: bool
+  faults: Faults
 
   @classmethod
-  def of(cls, task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) -> 'Running':
+  def of(cls, task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool, faults: Faults) -> 'Running':
     column = task.label or 'text'
     if records.columns.get(column) != 'text':
       raise ValueError(f"config.tasks.{task.name}: source {task.source!r} has no column of texts {column!r} (label names it, 'text' "
                        f'by default); {nearest(column, [c for c, k in records.columns.items() if k == "text"])}.')
-    return cls(records, column, tokenizer, task.length, training)
+    return cls(records, column, tokenizer, task.length, training, faults)
 
   def rows(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """int32 [n, S]."""
     out = np.zeros((len(ids), self.length), np.int32)
     filled, nxt = np.zeros(len(ids), int), np.asarray(ids) % self.records.size
-    for turn in range(self.length):  # every record gives a token, its `eot`, at least
+    for turn in range(_PATIENCE * self.length):  # every record that can be read gives a token, its `eot`, at least
       open_ = np.flatnonzero(filled < self.length)
       if not len(open_):
-        break
-      for i, row in zip(open_, self.records.rows(nxt[open_])):
+        return out
+      found = fetched(self.records, nxt[open_], self.faults)
+      self.faults.count(len(found), [
+          f'{self.records.where(int(i))}: {row}' for i, row in zip(nxt[open_], found) if isinstance(row, Unusable)])
+      for i, row in zip(open_, found):
+        if isinstance(row, Unusable):
+          continue
         text = row[self.column]
         if turn == 0:
           text = self._window(text, int(hashes[i]))
@@ -154,6 +170,7 @@ class Running:
         out[i, filled[i]:filled[i] + len(tokens)] = tokens
         filled[i] += len(tokens)
       nxt[open_] = (nxt[open_] + 1) % self.records.size
+    self.faults.give_up()
     return out
 
   def _window(self, text: str, h: int) -> str:

@@ -5,11 +5,16 @@ taken of each, any one in training, the middle one at evaluation (Wang et al., T
 system takes neighbours at a fixed stride; segments show all of a clip with as few frames.
 """
 
+import contextlib
 import io
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 _NPY = b'\x93NUMPY'
+_WHOLE = 0.9  # of the frames that a file promises: containers count some that no decoder gives
+_SIZES = 'frames of several sizes'
 
 
 class Undecodable(Exception):
@@ -34,11 +39,23 @@ def views(number: int, T: int) -> np.ndarray:
   return np.broadcast_to(((np.arange(number) + 0.5) / number)[:, None], (number, T))
 
 
-def length(data: bytes) -> int:
-  """Frames of a clip: as its container says, or counted. Raises Undecodable."""
+def measure(data: bytes) -> tuple[int, int, int]:
+  """(frames, width, height) of a clip. Every frame is decoded: what is damaged in the middle shows nowhere else.
+
+  Raises:
+    Undecodable: see `sample`; or a frame is broken, or more than a tenth of those that the file promises is missing.
+  """
   if data.startswith(_NPY):
-    return len(_array(data))
-  return _decode(data, None)[1]
+    T, H, W, _ = _array(data).shape
+    return T, W, H
+  with _opened(data) as (container, stream):
+    sizes = [(frame.width, frame.height) for frame in container.decode(stream) if not frame.is_corrupt]
+    promised = stream.frames
+  if not sizes or len(sizes) < _WHOLE * promised:
+    raise Undecodable(f'{len(sizes)} frames of {promised}')
+  if len(set(sizes)) > 1:
+    raise Undecodable(_SIZES)
+  return len(sizes), *sizes[0]
 
 
 def sample(data: bytes, shifts: np.ndarray) -> np.ndarray:
@@ -50,18 +67,22 @@ def sample(data: bytes, shifts: np.ndarray) -> np.ndarray:
   if data.startswith(_NPY):
     frames = _array(data)
     return frames[segments(len(frames), shifts).reshape(-1)]
-  return _decode(data, shifts)[0]
+  return _decoded(data, shifts)
 
 
 def _array(data: bytes) -> np.ndarray:
   try:
-    return np.load(io.BytesIO(data))
-  except ValueError as e:
-    raise Undecodable(str(e)) from e
+    frames = np.load(io.BytesIO(data))
+  except Exception as e:  # numpy documents no closed set of what it raises of a damaged file
+    raise Undecodable(_said(e)) from e
+  if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+    raise Undecodable(f'an array {frames.dtype}{list(frames.shape)}, not uint8 [T, H, W, 3]')
+  return frames
 
 
-def _decode(data: bytes, shifts: np.ndarray | None) -> tuple[np.ndarray | None, int]:
-  """(the sampled frames or None, how many there are)."""
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+  """PyAV's container and its first stream of pictures; whatever they raise of the bytes becomes Undecodable."""
   try:
     import av
   except ModuleNotFoundError:
@@ -70,24 +91,36 @@ def _decode(data: bytes, shifts: np.ndarray | None) -> tuple[np.ndarray | None, 
     with av.open(io.BytesIO(data)) as container:
       stream = container.streams.video[0]
       stream.thread_type = 'AUTO'
-      total = stream.frames or sum(1 for _ in container.decode(stream))
-      if not total:
-        raise Undecodable('no frames')
-      if shifts is None:
-        return None, total
-      wanted = segments(total, shifts)
-      found: dict[int, np.ndarray] = {}
-      if not stream.frames:
-        container.seek(0)
-      last = None
-      for i, frame in enumerate(container.decode(stream)):
-        if i in wanted:
-          found[i] = last = frame.to_ndarray(format='rgb24')
-        if i >= wanted.max():
-          break
-      if last is None:
-        raise Undecodable('no frames')
-      # A container may promise more frames than it holds: the last one stands for those.
-      return np.stack([found.get(i, last) for i in wanted.reshape(-1)]), total
-  except (av.FFmpegError, IndexError) as e:
-    raise Undecodable(str(e)) from e
+      yield container, stream
+  except Undecodable:
+    raise
+  except Exception as e:  # PyAV documents no closed set either
+    raise Undecodable(_said(e)) from e
+
+
+def _said(e: Exception) -> str:
+  return str(e) or type(e).__name__
+
+
+def _decoded(data: bytes, shifts: np.ndarray) -> np.ndarray:
+  """The sampled frames."""
+  with _opened(data) as (container, stream):
+    total = stream.frames or sum(1 for _ in container.decode(stream))
+    if not total:
+      raise Undecodable('no frames')
+    wanted = segments(total, shifts)
+    found: dict[int, np.ndarray] = {}
+    if not stream.frames:
+      container.seek(0)
+    last = None
+    for i, frame in enumerate(container.decode(stream)):
+      if i in wanted:
+        found[i] = last = frame.to_ndarray(format='rgb24')
+      if i >= wanted.max():
+        break
+    if last is None:
+      raise Undecodable('no frames')
+    if len({frame.shape for frame in found.values()}) > 1:
+      raise Undecodable(_SIZES)
+    # A container may promise more frames than it holds: the last one stands for those.
+    return np.stack([found.get(i, last) for i in wanted.reshape(-1)])

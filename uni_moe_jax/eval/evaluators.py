@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from uni_moe_jax.plan import Evaluation
-from uni_moe_jax.data.examples import Examples, TextTable, places, text_rows
+from uni_moe_jax.data.examples import Examples, TextTable, places
 from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.stored import Stored
@@ -157,7 +157,7 @@ def retrieval(q: Question) -> list[Score]:
 
   The floor copies the name of the nearest training picture (of a clip: of its middle frame) and takes the candidate that
   shares most words with it. Of records in files every example and every text of it counts, as published: a text among those of
-  the picture is right, a picture is right if it is the text's.
+  the picture is right, a picture is right if the text is one of its own.
   """
   if q.examples.references:
     return _retrieval_of_all(q)
@@ -188,11 +188,16 @@ def retrieval(q: Question) -> list[Score]:
 
 
 def _retrieval_of_all(q: Question) -> list[Score]:
+  """R@k of every picture and every distinct text. Pictures that share a text are all right for it, and it for all of them."""
   ids = q.ids()
   texts = q.examples.references(ids)
-  owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])  # picture of each text
-  rows = text_rows([t for several in texts for t in several], q.tokenizer, q.task.length)
-  table = TextTable.of(rows, q.task.length, q.tokenizer.pad)
+  rows = q.tokenizer.encode_batch([t for several in texts for t in several])
+  codes = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}  # what the model reads alike is one text
+  owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])
+  positives = np.zeros((len(ids), len(codes)), bool)
+  positives[owner, [codes[tuple(row)] for row in rows]] = True
+  length = q.task.length
+  table = TextTable.of([[*row[:length - 1], q.tokenizer.eot] for row in codes], length, q.tokenizer.pad)
 
   def encode(rows):
     batch = np.resize(rows, q.evaluation.batch)  # of one shape; what fills it up is dropped
@@ -200,15 +205,12 @@ def _retrieval_of_all(q: Question) -> list[Score]:
         'id': batch.astype(np.uint32), 'target': table.ids[batch], 'target_valid': table.valid[batch]})[:len(rows)]
 
   [left] = q.gather(ids, lambda fields: (q.predictor.inputs(q.task.kind, fields)[:, 0],))
-  starts = range(0, len(owner), q.evaluation.batch)
-  right = np.concatenate([encode(np.arange(s, min(s + q.evaluation.batch, len(owner)))) for s in starts])
-  similarity, positives = q.predictor.similarities(left, right), owner[None] == np.arange(len(ids))[:, None]
-  scores = []
+  starts = range(0, len(codes), q.evaluation.batch)
+  right = np.concatenate([encode(np.arange(s, min(s + q.evaluation.batch, len(codes)))) for s in starts])
+  similarity, scores = q.predictor.similarities(left, right), []
   for k in RECALLS:
     for way, s, p in (('→ text', similarity, positives), ('← text', similarity.T, positives.T)):
-      # By chance one of the m right texts is among k of n: 1 - C(n - m, k) / C(n, k), about m k / n.
-      chance = min(1.0, k * p.sum() / len(p) / p.shape[1])
-      scores.append(Score.proportion(f'R@{k} {way}', metrics.recall_at_k(s, p, k), len(p), chance))
+      scores.append(Score.proportion(f'R@{k} {way}', metrics.recall_at_k(s, p, k), len(p), metrics.recall_by_chance(p, k)))
   return scores
 
 

@@ -59,6 +59,20 @@ def recall_at_k(similarity: np.ndarray, positives: np.ndarray, k: int) -> float:
   return _share_within(best_positive_rank(similarity, positives), k)
 
 
+def recall_by_chance(positives: np.ndarray, k: int) -> float:
+  """Returns the recall at k of a random order: with m right ones among V, C(V - m, k) of the C(V, k) first k hold none of them.
+
+  Args:
+    positives: bool [Q, V].
+    k: at least 1.
+  """
+  m, V = np.asarray(positives, bool).sum(axis=1), np.shape(positives)[1]
+  missed = np.ones(len(m))
+  for drawn in range(min(k, V)):
+    missed *= np.maximum(V - m - drawn, 0) / (V - drawn)
+  return mean(1 - missed)
+
+
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
   """Returns the share of examples whose label is among the k highest scores.
 
@@ -128,7 +142,7 @@ def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> l
 
   Args:
     predictions: N answers.
-    answers: for each what people said, written as the predictions are.
+    answers: for each what people said, written as the predictions are (`data/answers.py`).
 
   Raises:
     ValueError: not as many of each, or a question that nobody answered.

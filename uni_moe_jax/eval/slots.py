@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from uni_moe_jax.data.stored_rows import answer
+from uni_moe_jax.data.answers import answer
 from uni_moe_jax.eval import evaluators, metrics
 from uni_moe_jax.eval.evaluators import Question
 from uni_moe_jax.eval.metrics import Score
@@ -27,7 +27,7 @@ def vqa(q: Question) -> list[Score]:
   """The soft score of the most likely answer (`metrics.vqa_score`), and how often most answerers gave it."""
   ids = q.ids()
   [predicted] = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1),))
-  said = [q.keys[i] for i in predicted]
+  said = [answer(q.keys[i]) for i in predicted]
   truth = [[answer(a) for a in several] for several in q.examples.references(ids)]
   values, first = metrics.vqa_score(said, truth), [metrics.most_common(t) for t in truth]
   common = metrics.most_common(first)

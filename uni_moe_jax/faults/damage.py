@@ -1,4 +1,4 @@
-"""Every file of a checkpoint cut off, with a bit flipped, and deleted: the one before is read, or nothing, never the damaged one."""
+"""Every file of a checkpoint cut off, with a bit flipped, full of zeros, and deleted: the one before is read, or nothing, never it."""
 
 import collections
 import contextlib
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from uni_moe_jax import failures
+from uni_moe_jax.faults import kills
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
 
@@ -29,11 +30,19 @@ def _flip(path: pathlib.Path, rng: random.Random) -> None:
   path.write_bytes(content)
 
 
+def _zero(path: pathlib.Path, _: random.Random) -> None:
+  """What some file systems leave of a file that was written just before the power failed."""
+  path.write_bytes(bytes(path.stat().st_size))
+
+
 def _delete(path: pathlib.Path, _: random.Random) -> None:
   path.unlink()
 
 
-HARMS: dict[str, Callable[[pathlib.Path, random.Random], None]] = {'cut off': _cut, 'bit flipped': _flip, 'deleted': _delete}
+HARMS: dict[str, Callable[[pathlib.Path, random.Random], None]] = {
+    'cut off': _cut, 'bit flipped': _flip, 'zeros': _zero, 'deleted': _delete}
+_OF_EMPTY = ('deleted',)  # the harms that change an empty file
+_PARTLY_UNIMPORTANT = '_CHECKPOINT_METADATA'  # a bit of its time of day may be another without harm
 
 
 def every_file(workdir: pathlib.Path, folder: pathlib.Path, seed: int) -> tuple[dict[str, int], list[str]]:
@@ -52,20 +61,51 @@ def every_file(workdir: pathlib.Path, folder: pathlib.Path, seed: int) -> tuple[
   with Checkpoints(workdir, keep=None) as checkpoints:
     before = {s: _bytes(checkpoints.restore_host(s)) for s in checkpoints.steps()}
   there = workdir / CHECKPOINTS / str(newest)
-  files = sorted(str(p.relative_to(there)) for p in there.rglob('*') if p.is_file() and p.stat().st_size)
   for alone in (False, True):
-    for name in files:
-      for harm, apply in HARMS.items():
+    for name in _files(there):
+      for harm in HARMS if (there / name).stat().st_size else _OF_EMPTY:
         copy = folder / 'damaged_copy'
         shutil.rmtree(copy, ignore_errors=True)
         for step in [newest] if alone else saved_steps(workdir)[-2:]:
           shutil.copytree(workdir / CHECKPOINTS / str(step), copy / CHECKPOINTS / str(step))
-        apply(copy / CHECKPOINTS / str(newest) / name, rng)
+        HARMS[harm](copy / CHECKPOINTS / str(newest) / name, rng)
         outcome = _outcome(copy, newest, before)
         counts[f'{harm}: {outcome}'] += 1
         if outcome not in (REFUSED if alone else BEFORE, AS_IT_WAS):
           findings.append(f'{name} {harm}{", no other checkpoint" if alone else ""}: {outcome}')
   return dict(counts), findings
+
+
+def trained_on(trainer: kills.Trainer, whole: pathlib.Path, seed: int) -> tuple[list[str], list[str]]:
+  """Starts the trainer once per harm where the newest checkpoint of a finished run is damaged: (what was seen, findings).
+
+  Args:
+    trainer: of the run.
+    whole: its work directory.
+    seed: draws the files, and where they are harmed.
+  """
+  rng, seen, findings = random.Random(seed), [], []
+  before, newest = saved_steps(whole)[-2:]
+  for harm, apply in HARMS.items():
+    workdir, log = trainer.folder / f'damaged_{harm.replace(" ", "_")}', trainer.folder / f'damaged_{harm.replace(" ", "_")}.log'
+    shutil.rmtree(workdir, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    shutil.copytree(whole, workdir)
+    there = workdir / CHECKPOINTS / str(newest)
+    name = rng.choice([n for n in _files(there) if n != _PARTLY_UNIMPORTANT and (there / n).stat().st_size])
+    apply(there / name, rng)
+    code, _ = trainer.run(workdir, log)
+    said, what = log.read_text(errors='replace'), f'trained on, {name} {harm}'
+    resumed = f'resumed from step {before}' in said.splitlines()
+    seen.append(f'{what}: {kills.ending(code)}, {"resumed from the one before" if resumed else "NOT resumed from the one before"}')
+    findings += [f'{what}: {kills.ending(code)}, see {log}'] if code else kills.differences(whole, workdir)
+    findings += [] if resumed else [f'{what}: it did not resume from step {before}, see {log}']
+    findings += [] if f'the checkpoint of step {newest}' in said and 'is damaged' in said else [f'{what}: passed over in silence']
+  return seen, findings
+
+
+def _files(checkpoint: pathlib.Path) -> list[str]:
+  return sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob('*') if p.is_file())
 
 
 def _outcome(workdir: pathlib.Path, newest: int, before: dict[int, Any]) -> str:

@@ -1,5 +1,6 @@
 """SIGKILL at random moments, some inside a save: a run that is started again ends as if nothing had happened."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,9 +8,11 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'configs/small.py'
 _POLL = 0.001  # seconds
 _LONGEST = 600.0  # of a run that is not killed
+_ENDLESS = -signal.SIGKILL  # exit code of one that took longer
 _SAVES_LET_PASS = 4  # at most, before one is hit
 _UNFINISHED = '*.orbax-checkpoint-tmp'
 
@@ -32,27 +36,51 @@ class Trainer:
   Attributes:
     folder: for work directories, compiled programs and the tokenizer.
     plant: fault of `planted.FAULTS`; '' is none.
-    overrides: fields of the config.
+    overrides: fields of the config. flags: more of launch/train.py.
   """
   folder: pathlib.Path
   plant: str = ''
   overrides: tuple[str, ...] = ()
+  flags: tuple[str, ...] = ()
+
+  def compile(self, log: pathlib.Path) -> int:
+    """Fills the cache of compiled programs; an exit code."""
+    return dataclasses.replace(self, flags=('--compile_only',)).run(self.folder / 'compiled', log)[0]
 
   def command(self, workdir: pathlib.Path) -> list[str]:
     """Program and arguments."""
     return [sys.executable, *(['-m', 'uni_moe_jax.faults.planted', self.plant] if self.plant else []),
                str(_ROOT / 'launch/train.py'), f'--config={_ROOT / CONFIG}', f'--workdir={workdir}',
-               f'--config.data.dir={self.folder}', *(f'--config.{o}' for o in self.overrides)]
+               f'--config.data.dir={self.folder}', *(f'--config.{o}' for o in self.overrides), *self.flags]
 
   def start(self, workdir: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
     """A process whose output is appended to `log`."""
-    with log.open('ab') as file:
-      return subprocess.Popen(self.command(workdir), stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment(self.folder))
+    return start(self.command(workdir), log, self.folder)
 
   def run(self, workdir: pathlib.Path, log: pathlib.Path) -> tuple[int, float]:
-    """(exit code, seconds) of a run that is left alone."""
+    """(exit code, seconds) of a run that is left alone, see `code_of`."""
     began = time.monotonic()
-    return self.start(workdir, log).wait(_LONGEST), time.monotonic() - began
+    return code_of(self.start(workdir, log)), time.monotonic() - began
+
+
+def start(command: Sequence[str], log: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
+  """A process, the first of its group, whose output is appended to `log`; its compiled programs lie in `folder`."""
+  with log.open('ab') as file:
+    return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment(folder))
+
+
+def code_of(process: subprocess.Popen) -> int:
+  """Waits until a process that `start` made ends, and not for ever: its group is killed after _LONGEST seconds; see `ending`."""
+  try:
+    return process.wait(_LONGEST)
+  except subprocess.TimeoutExpired:
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def ending(code: int) -> str:
+  """What a finding calls an exit code."""
+  return f'no end in {_LONGEST:g} s' if code == _ENDLESS else f'exit code {code}'
 
 
 def environment(folder: pathlib.Path) -> dict[str, str]:
@@ -100,7 +128,7 @@ def series(trainer: Trainer, whole: pathlib.Path, seconds: float, kills: int, sa
         _check_nothing_lost(workdir, expected, tally)
     tally.finished += 1
     if code != 0:
-      tally.findings.append(f'{workdir.name} ended with exit code {code}: {log.read_text(errors="replace")[-300:]}')
+      tally.findings.append(f'{workdir.name}: {ending(code)}: {log.read_text(errors="replace")[-300:]}')
       break
     tally.findings += differences(whole, workdir)
     if tally.findings:
@@ -117,35 +145,54 @@ def newest_whole(workdir: pathlib.Path) -> int | None:
 
 def _until_killed(trainer, workdir, log, rng, save: bool | None, seconds: float, tally: Tally) -> int | None:
   """Starts a run and kills it: in a save, at a random moment, or not at all (None). Its exit code; None if it was killed."""
+  saves = _Saves(workdir)
   process = trainer.start(workdir, log)
   if save is None:
-    return process.wait(_LONGEST)
+    return code_of(process)
   if save:
-    _wait_for_a_save(process, workdir, rng.randrange(_SAVES_LET_PASS))
-    time.sleep(rng.uniform(0, .05))
-  else:
-    end = time.monotonic() + rng.uniform(0, seconds)
-    while time.monotonic() < end and process.poll() is None:
-      time.sleep(_POLL)
+    _wait_for_a_save(process, saves, rng.randrange(_SAVES_LET_PASS))
+  # Into a save the next moments are drawn from, else the whole run.
+  end = time.monotonic() + rng.uniform(0, .05 if save else seconds)
+  while time.monotonic() < end and process.poll() is None:
+    saves.under_way()
+    time.sleep(_POLL)
   if process.poll() is not None:
     return process.returncode
   process.kill()
-  if process.wait() != -9:  # it ended by itself in the same moment
+  if process.wait() != -signal.SIGKILL:  # it ended by itself in the same moment
     return process.returncode
   tally.kills += 1
-  tally.inside_saves += any(True for _ in (workdir / CHECKPOINTS).glob(_UNFINISHED))
+  tally.inside_saves += saves.under_way()
   return None
 
 
-def _wait_for_a_save(process: subprocess.Popen, workdir: pathlib.Path, pass_by: int) -> None:
+class _Saves:
+  """Whether a save of the process that runs now is under way. What others have left unfinished stays until it is ready to save."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self._folder = workdir / CHECKPOINTS
+    self._left_over = self._unfinished()
+
+  def under_way(self) -> bool:
+    """To be asked often: the place of a file that goes may be given to one that comes."""
+    now = self._unfinished()
+    self._left_over &= now
+    return bool(now - self._left_over)
+
+  def _unfinished(self) -> set[tuple[str, int]]:
+    found = set()
+    for path in self._folder.glob(_UNFINISHED):
+      with contextlib.suppress(FileNotFoundError):  # it has just got its name
+        found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def _wait_for_a_save(process: subprocess.Popen, saves: _Saves, pass_by: int) -> None:
   """Waits until a save is under way, after so many others of this process."""
-  left_over = {p.name for p in (workdir / CHECKPOINTS).glob(_UNFINISHED)}
   seen, running = 0, False
   end = time.monotonic() + _LONGEST
   while process.poll() is None and time.monotonic() < end:
-    now = {p.name for p in (workdir / CHECKPOINTS).glob(_UNFINISHED)}
-    left_over &= now
-    was, running = running, bool(now - left_over)
+    was, running = running, saves.under_way()
     seen += running and not was
     if seen > pass_by:
       return

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import ml_collections
 
+from uni_moe_jax import sharding
+from uni_moe_jax.preflight import fit
+
 Config = ml_collections.ConfigDict
 _SINGLES, _TOGETHER = 5, 4  # how often one change, and several together, are compiled at most
 _HOPE = 1.2  # times the memory: what savings add up to is not exact
@@ -40,32 +43,41 @@ class Change:
     return ' '.join(f'--config.{name}={value}' for name, value in self.fields)
 
 
-def candidates(config: Config, mesh: Mapping[str, int]) -> Iterator[Change]:
+def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False) -> Iterator[Change]:
   """Changes that a config admits, in the order in which to try them: first what costs some speed, last what trains differently.
 
   Args:
-    config: that does not fit. mesh: size per axis, as it is now.
+    config: that does not fit. mesh: size per axis, as it is now. evaluation: it is evaluation that does not fit, and not the step.
   """
   m, shards = config.model, mesh['replica'] * mesh['data'] * mesh['expert']
-  inferred = (('mesh.data', -1),) if config.mesh.data != -1 else ()  # the data axis gives what another axis takes
-  if not m.remat:
+  if evaluation:
+    fields = tuple((f'evaluators.{n}.batch', e.batch // 2) for n, e in config.evaluators.items() if e.batch > 1)
+    if fields:
+      yield Change(fields, 'evaluation in twice as many calls', again=True)
+  elif not m.remat:
     yield Change((('model.remat', True),), 'a third more work')
   if m.dtype == 'float32':
     yield Change((('model.dtype', 'bfloat16'),), 'products in bfloat16')
   if not config.mesh.fsdp and mesh['data'] > 1 and m.width % mesh['data'] == 0:
     yield Change((('mesh.fsdp', True),), 'parameters are gathered in every layer')
   axis = math.gcd(config.moe.num_experts, mesh['data'])
-  if config.moe.router != 'dense' and mesh['expert'] == 1 and axis > 1:
+  # The data axis gives what another axis takes; where a further one is inferred, both cannot be.
+  is_inferred = any(config.mesh[a] == -1 for a in sharding.AXES)
+  inferred = () if is_inferred else (('mesh.data', -1),)
+  gives = not is_inferred or config.mesh.data == -1
+  if config.moe.router != 'dense' and mesh['expert'] == 1 and axis > 1 and gives:
     yield Change((*inferred, ('mesh.expert', axis)), 'merged kernels, or tokens, cross the expert axis')
-  batches = [t.batch for t in config.tasks.values() if t.batch]
-  accum = 2 * config.train.accum
-  if config.train.mixture == 'mixed' and all(b % (accum * shards) == 0 for b in batches):
-    yield Change((('train.accum', accum),), 'twice as many micro-steps; negatives are those of a micro-step', again=True)
-  if mesh['model'] == 1 and m.heads % 2 == m.hidden % 2 == mesh['data'] % 2 == 0:
+  trained = [n for n, t in config.tasks.items() if t.batch]
+  if not evaluation and config.train.mixture == 'mixed' and all(
+      config.tasks[n].batch % (2 * fit.unit(config, n, shards)) == 0 for n in trained):
+    yield Change((('train.accum', 2 * config.train.accum),), 'twice as many micro-steps; negatives are those of a micro-step',
+                 again=True)
+  if mesh['model'] == 1 and m.heads % 2 == m.hidden % 2 == mesh['data'] % 2 == 0 and gives:
     yield Change((*inferred, ('mesh.model', 2)), 'activations are reduced twice in every layer')
-  if all(b % (2 * shards * config.train.accum) == 0 for b in batches):
-    fields = tuple((f'tasks.{n}.batch', t.batch // 2) for n, t in config.tasks.items() if t.batch)
-    yield Change(fields, 'half the batch: another training', again=True)
+  less = fit.scaled(config, shards, 0.5)
+  fields = tuple((f'tasks.{n}.batch', less.tasks[n].batch) for n in trained if less.tasks[n].batch < config.tasks[n].batch)
+  if fields and not evaluation:
+    yield Change(fields, 'half the batch, where it can be halved: another training', again=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +90,8 @@ class Trial:
 
 def cheapest(
     config: Config, needs: float | None, mesh_of: Callable[[Config], Mapping[str, int]], state_of: Callable[[Config], float],
-    memory: float, try_it: Callable[[Config], tuple[bool, float | None]]) -> list[Trial]:
+    memory: float, try_it: Callable[[Config], tuple[bool, float | None]], evaluation: bool = False,
+    may_go_on: Callable[[], bool] = lambda: True) -> list[Trial]:
   """Tries changes one by one, then together in their order, until something fits: the last trial says whether it did.
 
   Args:
@@ -86,17 +99,18 @@ def cheapest(
     mesh_of: config → size per axis. state_of: config → bytes of the train state on a device, computed and not compiled: where
       that alone is too large, nothing is compiled.
     memory: bytes of a device. try_it: config → (whether it fits, bytes that it needs).
+    evaluation: see `candidates`. may_go_on: asked before each try.
   """
   trials: list[Trial] = []
 
   def attempt(changes: tuple[Change, ...], changed: Config) -> bool:
-    if state_of(changed) >= memory:
+    if state_of(changed) >= memory or not may_go_on():
       return False
     trials.append(Trial(changes, *try_it(changed)))
     return trials[-1].fits
 
   saved: dict[str, float] = {}
-  for change in candidates(config, mesh_of(config)):
+  for change in candidates(config, mesh_of(config), evaluation):
     if len(trials) < _SINGLES and attempt((change,), change.apply(config)):
       return trials
     if trials and trials[-1].changes == (change,) and needs and trials[-1].needs:
@@ -104,7 +118,7 @@ def cheapest(
   together, changed, expected = (), config, needs or math.inf
   while len(trials) < _SINGLES + _TOGETHER:
     done = {c.name for c in together}
-    follow = next((c for c in candidates(changed, mesh_of(changed)) if c.name not in done or c.again), None)
+    follow = next((c for c in candidates(changed, mesh_of(changed), evaluation) if c.name not in done or c.again), None)
     if follow is None:
       break
     expected -= saved.get(follow.flags, 0.0)

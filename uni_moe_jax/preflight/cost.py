@@ -57,6 +57,9 @@ class _Counter:
   def __init__(self, module: Module):
     self._module = module
     self._known: dict[tuple[str, bool], Cost] = {}
+    # A collective that runs beside products stands, with one channel, in the fusion that starts it, in those it runs through, and in
+    # the one that ends it.
+    self._channels: set[str] = set()
 
   def of(self, name: str, fused: bool) -> Cost:
     """fused: what the computation's instructions pass among themselves stays in registers, and only products count."""
@@ -81,6 +84,10 @@ class _Counter:
     if op.opcode == 'call':
       return self.of(op.called('to_apply', 'calls')[0], fused)
     if kind in COLLECTIVES:
+      if fused and (channel := op.attribute('channel_id')):
+        if channel in self._channels:
+          return Cost()
+        self._channels.add(channel)
       return _collective(where, op, kind, self._module.devices).plus(Cost(bytes=0.0 if fused else _traffic(where, op)))
     if kind == 'async':
       return self.of(op.called('calls')[0], fused)

@@ -1,9 +1,8 @@
 """The largest batch of a device that fits, between two that were compiled."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import ml_collections
 
@@ -16,54 +15,58 @@ _LARGEST = 64  # times the config's own batch: beyond, nobody asks
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-  """What was found.
+  """What was found, in examples of a device per micro-step.
 
   Attributes:
-    unit: examples of a device per micro-step at scale 1: every task's batch in the smallest whole numbers that keep their
-      proportion. scale: of the largest batch that was compiled and fits; 0: none did.
-    too_large: the smallest scale that was compiled and does not fit, or None.
-    estimate: scale at which memory would be full, by a straight line through what was compiled; None where it is not known.
-    tried: (scale, bytes or None) in the order of compilation.
+    examples: of the largest batch that was compiled and fits; 0: none did.
+    too_large: of the smallest that was compiled and does not fit, or None.
+    estimate: where memory would be full, by a straight line through what was compiled; None where it is not known.
+    tried: (examples, bytes or None) in the order of compilation.
   """
-  unit: int
-  scale: int
+  examples: int
   too_large: int | None
   estimate: float | None
   tried: tuple[tuple[int, float | None], ...]
 
 
-def scale_of(config: ml_collections.ConfigDict, shards: int) -> tuple[int, int]:
-  """(scale, unit) of a config's batches: per-device micro-batches of all tasks are `scale` times the smallest ones."""
-  parts = shards * config.train.accum
-  local = [t.batch // parts for t in config.tasks.values() if t.batch]
-  scale = functools.reduce(math.gcd, local)
-  return scale, sum(local) // scale
+def unit(config: ml_collections.ConfigDict, task: str, shards: int) -> int:
+  """What a task's batch must be a multiple of: micro-steps × batch shards, × 2 where examples of a shard are mixed in pairs."""
+  t = config.tasks[task]
+  return shards * config.train.accum * (2 if t.mixup or t.cutmix else 1)
 
 
-def scaled(config: ml_collections.ConfigDict, scale: int, new: int) -> ml_collections.ConfigDict:
-  """A copy with batches of another scale."""
+def examples(config: ml_collections.ConfigDict, shards: int, tasks: Iterable[str]) -> int:
+  """Examples of these tasks that a device has in a micro-step."""
+  return sum(config.tasks[name].batch for name in tasks) // (shards * config.train.accum)
+
+
+def scaled(config: ml_collections.ConfigDict, shards: int, factor: float) -> ml_collections.ConfigDict:
+  """A copy whose batches are as near to `factor` times these as the mesh allows, and nowhere zero."""
   out = config.copy_and_resolve_references()
-  for t in out.tasks.values():
-    t.batch = t.batch // scale * new
+  for name, t in out.tasks.items():
+    if t.batch:
+      whole = unit(config, name, shards)
+      t.batch = max(1, round(t.batch * factor / whole)) * whole
   return out
 
 
 def largest(
-    own: tuple[int, Program], unit: int, fixed: float, memory: float, compile_at: Callable[[int], Program],
-    compiles: int = COMPILES) -> Largest:
-  """Brackets the largest scale that fits. A program's memory is nearly a straight line in the batch: fixed + slope · scale.
+    own: tuple[int, Program], fixed: float, memory: float, sized: Callable[[int], int], compile_at: Callable[[int], Program],
+    may_go_on: Callable[[], bool] = lambda: True) -> Largest:
+  """Brackets the largest batch that fits. A program's memory is nearly a straight line in the batch: fixed + slope · examples.
 
   Args:
-    own: the config's scale and its program, already compiled. unit: see `Largest`.
+    own: the config's examples and its program, already compiled.
     fixed: bytes that no batch changes (the train state): where the line starts, until two points are known.
-    memory: bytes of a device. compile_at: scale → program.
-    compiles: how many there may be, `own` included.
+    memory: bytes of a device.
+    sized: wanted examples → those of the nearest batch that there is. compile_at: wanted examples → the program of that batch.
+    may_go_on: asked before each compile.
   """
   tried = {own[0]: own[1]}
-  fits = lambda: max((s for s, p in tried.items() if p.fits(memory)), default=0)
-  fails = lambda: min((s for s, p in tried.items() if not p.fits(memory)), default=None)
+  fits = lambda: max((n for n, p in tried.items() if p.fits(memory)), default=0)
+  fails = lambda: min((n for n, p in tried.items() if not p.fits(memory)), default=None)
   estimate = _full(tried, fixed, memory)
-  while len(tried) < compiles:
+  while len(tried) < COMPILES:
     low, high = fits(), fails()
     if high is not None and (high - low <= 1 or low and high / low <= _CLOSE):
       break
@@ -76,18 +79,19 @@ def largest(
     if high is not None:
       wanted = min(wanted, high - 1)
     wanted = min(max(wanted, low + 1), _LARGEST * own[0])
-    if wanted in tried:
+    # Batches are coarse: the nearest one may be known, or lie outside of what is asked.
+    if not low < sized(wanted) < (high or math.inf) or not may_go_on():
       break
-    tried[wanted] = compile_at(wanted)
+    tried[sized(wanted)] = compile_at(wanted)
     estimate = _full(tried, fixed, memory)
-  return Largest(unit, fits(), fails(), estimate, tuple((s, p.needs) for s, p in tried.items()))
+  return Largest(fits(), fails(), estimate, tuple((n, p.needs) for n, p in tried.items()))
 
 
 def _full(tried: dict[int, Program], fixed: float, memory: float) -> float | None:
-  """The scale at which memory is full, by a line through the two points that are nearest to it, or one point and `fixed`."""
-  points = sorted(((s, p.needs) for s, p in tried.items() if p.needs is not None), key=lambda p: abs(p[1] - memory))[:2]
+  """The batch at which memory is full, by a line through the two points that are nearest to it, or one point and `fixed`."""
+  points = sorted(((n, p.needs) for n, p in tried.items() if p.needs is not None), key=lambda p: abs(p[1] - memory))[:2]
   if not points:
     return None
-  (s1, m1), (s0, m0) = points if len(points) == 2 else (points[0], (0, fixed))
-  slope = (m1 - m0) / (s1 - s0)
-  return s0 + (memory - m0) / slope if slope > 0 else None
+  (n1, m1), (n0, m0) = points if len(points) == 2 else (points[0], (0, fixed))
+  slope = (m1 - m0) / (n1 - n0)
+  return n0 + (memory - m0) / slope if slope > 0 else None

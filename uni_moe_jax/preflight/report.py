@@ -19,7 +19,8 @@ class Findings:
     config: what was looked at, in words. topology, mesh, devices: what it would run on. memory: bytes of a device, or None.
     parameters: {'total', 'used_per_token'}. assumed: what was taken for granted about data that was not read.
     programs: the training step first. largest: None where it was not asked for, or nothing is known of the device.
-    trials: what was tried because the training step does not fit.
+    trials: what was tried because a program does not fit; if the last one fits, `largest` is of the config so changed.
+    had_no_time: the search had no time for another compile.
   """
   config: str
   topology: Topology
@@ -31,6 +32,7 @@ class Findings:
   programs: tuple[Program, ...]
   largest: Largest | None = None
   trials: tuple[Trial, ...] = ()
+  had_no_time: bool = False
 
   @property
   def fits(self) -> bool | None:
@@ -45,10 +47,9 @@ def as_json(f: Findings) -> dict[str, Any]:
       'chip': dataclasses.asdict(f.topology.chip), 'device_memory': f.memory, 'parameters': f.parameters,
       'assumed': list(f.assumed), 'fits': f.fits, 'programs': [_program(f, p) for p in f.programs],
       'largest_batch': f.largest and {
-          'per_device': f.largest.scale * f.largest.unit, 'unit': f.largest.unit,
-          'does_not_fit': f.largest.too_large and f.largest.too_large * f.largest.unit,
-          'estimate': f.largest.estimate and f.largest.estimate * f.largest.unit,
-          'tried': [{'per_device': s * f.largest.unit, 'bytes': b} for s, b in f.largest.tried]},
+          'per_device': f.largest.examples, 'does_not_fit': f.largest.too_large, 'estimate': f.largest.estimate,
+          'tried': [{'per_device': n, 'bytes': b} for n, b in f.largest.tried]},
+      'had_no_time': f.had_no_time,
       'changes': [{'flags': _flags(t), 'costs': [c.costs for c in t.changes], 'fits': t.fits, 'bytes': t.needs}
                   for t in f.trials],
   }
@@ -68,7 +69,7 @@ def _program(f: Findings, p: Program) -> dict[str, Any]:
 
 
 def _roofline(f: Findings, p: Program) -> Roofline | None:
-  return roofline(p.cost, f.topology.chip.device) if p.cost else None
+  return roofline(p.cost, f.topology.chip) if p.cost else None
 
 
 def _flags(t: Trial) -> str:
@@ -83,10 +84,12 @@ def render(f: Findings) -> str:
   lines += [f'assumed: {"; ".join(f.assumed)}'] if f.assumed else []
   for p in f.programs:
     lines += ['', *_about(f, p)]
-  if f.largest:
-    lines += ['', *_about_largest(f)]
   if f.trials:
     lines += ['', *_about_trials(f)]
+  if f.largest:
+    lines += ['', *_about_largest(f)]
+  if f.had_no_time:
+    lines += ['The search ended here: another compile would not have ended in time (--minutes).']
   if f.topology.chip.source:
     lines += ['', f'Peaks of the chip: {f.topology.chip.source}']
   return '\n'.join(lines)
@@ -120,22 +123,30 @@ def _about(f: Findings, p: Program) -> Iterable[str]:
 
 def _about_largest(f: Findings) -> Iterable[str]:
   found = f.largest
-  tried = ', '.join(f'{s * found.unit} ({"too large" if b is None else _gib(b)})' for s, b in found.tried)
-  if not found.scale:
-    yield f'largest batch of a device: none that was tried fits; tried {tried}'
+  tried = ', '.join(f'{n} ({"too large" if b is None else _gib(b)})' for n, b in found.tried)
+  what = 'largest batch of a device, so changed' if f.trials and f.trials[-1].fits and not all(
+      p.fits(f.memory) for p in f.programs[:-1]) else 'largest batch of a device'
+  if not found.examples:
+    yield f'{what}: none that was tried fits; tried {tried}'
     return
-  then = f'; {found.too_large * found.unit} does not' if found.too_large else ''
-  full = f'; memory would be full at about {found.estimate * found.unit:.0f}' if found.estimate else ''
-  yield f'largest batch of a device that was compiled and fits: {found.scale * found.unit} examples{then}{full}'
+  then = f'; {found.too_large} does not' if found.too_large else ''
+  full = f'; memory would be full at about {found.estimate:.0f}' if found.estimate else ''
+  yield f'{what}, that was compiled and fits: {found.examples} examples{then}{full}'
   yield f'  tried: {tried}'
 
 
 def _about_trials(f: Findings) -> Iterable[str]:
-  yield 'tried, because the training step does not fit:'
+  yield 'tried, because it does not fit:'
   for t in f.trials:
     yield (f'  {_flags(t)}: {"unknown bytes" if t.needs is None else _gib(t.needs)}, {"fits" if t.fits else "does not fit"} '
            f'({"; ".join(c.costs for c in t.changes)})')
-  yield f'Change this: {_flags(f.trials[-1])}' if f.trials[-1].fits else 'Nothing that was tried fits: use more devices.'
+  if not f.trials[-1].fits:
+    yield 'Nothing that was tried fits: ' + ('give it more minutes, or more devices.' if f.had_no_time else 'use more devices.')
+    return
+  yield f'Change this: {_flags(f.trials[-1])}'
+  *steps, evaluation = (p.fits(f.memory) for p in f.programs)
+  if not evaluation and not all(steps):
+    yield 'Evaluation did not fit either: look again with this change.'
 
 
 def _gib(size: float) -> str:

@@ -25,7 +25,7 @@ class Roofline:
 
 
 def roofline(work: Cost, device: Chip) -> Roofline | None:
-  """Of a program's cost on one device (`Chip.device`); None where nothing is known of the device."""
+  """Of a program's cost on one device; None where nothing is known of the device."""
   if device.flops is None:
     return None
   return Roofline(work.flops / device.flops, work.bytes / device.hbm, sum(work.sent.values()) / device.links)

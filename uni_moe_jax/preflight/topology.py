@@ -22,36 +22,30 @@ class Chip:
       by default, so that it is the peak of both.
     hbm: bytes per second between memory and processor.
     links: bytes per second that a chip can send over all its links together (half of what they carry both ways).
-    cores: devices that JAX sees per chip; they share its memory and rates.
     source: where the figures stand.
   """
   memory: float | None
   flops: float | None
   hbm: float | None
   links: float | None
-  cores: int
   source: str
-
-  @property
-  def device(self) -> 'Chip':
-    """The share of one device."""
-    share = lambda x: None if x is None else x / self.cores
-    return Chip(share(self.memory), share(self.flops), share(self.hbm), share(self.links), 1, self.source)
 
 
 _DOCS = 'https://docs.cloud.google.com/tpu/docs/'
 CHIPS: Mapping[str, Chip] = {
     # Six links of 50 GB/s: Jouppi et al., 2023 (arXiv 2304.01433). Elsewhere half of the "bidirectional bandwidth per chip".
-    'v4': Chip(30.5 * GIB, 275e12, 1200e9, 300e9, 2, _DOCS + 'v4'),
-    'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9, 1, _DOCS + 'v5e'),
-    'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 1, _DOCS + 'v5p'),
-    'v6e': Chip(31.25 * GIB, 918e12, 1638e9, 400e9, 1, _DOCS + 'v6e'),
+    'v4': Chip(30.75 * GIB, 275e12, 1200e9, 300e9, _DOCS + 'v4'),
+    'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9, _DOCS + 'v5e'),
+    'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9, _DOCS + 'v5p'),
+    'v6e': Chip(31.25 * GIB, 918e12, 1638e9, 400e9, _DOCS + 'v6e'),
     # Virtual devices of this machine share what it has: nothing is known of one of them.
-    'cpu': Chip(None, None, None, None, 1, ''),
+    'cpu': Chip(None, None, None, None, ''),
 }
-# Without these, libtpu asks a metadata server that is not there, about hosts that are not there.
+# Without these, libtpu asks a metadata server that is not there, about hosts that are not there, and two cannot compile at once.
 _WITHOUT_TPU = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
-                'TPU_WORKER_HOSTNAMES': 'localhost'}
+                'TPU_WORKER_HOSTNAMES': 'localhost', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+# The two cores of a v4 chip are one device for JAX; asked for nothing, libtpu gives them apart.
+_MORE = {'v4': {'chip_config_name': 'megacore'}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +110,6 @@ def devices(topology: Topology) -> list[Any]:
     raise ValueError(f"--topology={topology.name!r} needs libtpu, the compiler for TPUs: pip install -c constraints.txt "
                      "-e '.[preflight]'.") from None
   try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=topology.name).devices
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology.name, **_MORE.get(topology.generation, {})).devices
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f'--topology={topology.name!r}: libtpu knows no such slice ({str(error).splitlines()[0]}).') from None

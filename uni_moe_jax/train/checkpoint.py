@@ -180,9 +180,11 @@ class Checkpoints:
       # Orbax has struck old steps off its list already, but deletes them only after a save that succeeds.
       kept = max(saved_steps(self._workdir), default=None)
       safe = 'nothing was saved before it' if kept is None else f'that of step {kept} is safe'
-      why = 'the disk is full' if failures.disk_is_full(e) else str(e)
+      full = failures.disk_is_full(e)
+      why = 'the disk is full' if full else str(e)
+      what = 'Make room' if full else 'Look whether its disk can be reached and who may write there'
       raise failures.Failure(
-          f'the checkpoint of step {step} could not be written: {why} ({failures.free_space(self._folder)}); {safe}. Make room, '
+          f'the checkpoint of step {step} could not be written: {why} ({failures.free_space(self._folder)}); {safe}. {what}, '
           'then the same command continues.') from e
 
 

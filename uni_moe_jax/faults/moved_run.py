@@ -1,0 +1,93 @@
+"""A run over every sort of source, so small that its steps cost nothing, and the invented data that it reads: what moves.py moves.
+
+  --config=uni_moe_jax/faults/moved_run.py:mixed            every task in every step
+  --config=uni_moe_jax/faults/moved_run.py:sampled,digit    one task a step; some of the tasks
+"""
+
+import json
+import os
+import pathlib
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from uni_moe_jax import config as config_lib
+
+INVENTED = 'invented'  # the texts in memory, and the TFDS data set
+_COLOURS = {'red': (200, 30, 30), 'green': (30, 200, 30), 'blue': (30, 30, 200)}
+_WORDS = 'a small shape moves over the line and returns its value when another one calls with two numbers or names'.split()
+_SIDE = 32
+
+
+def get_config(arg: str = 'mixed') -> ml_collections.ConfigDict:
+  """One layer, width 16, four experts; batches that eight devices can share."""
+  mixture, *chosen = arg.split(',')
+  c = config_lib.base()
+  c.model.update(dict(layers=1, width=16, heads=2, hidden=16, image_size=_SIDE, patch=16, max_frames=4, max_text=24,
+                      layer_scale=0.5, remat=False))
+  c.moe.num_experts = 4
+  c.tokenizer.vocab_size = 50
+  c.optim.warmup = 5
+  c.train.update(dict(mixture=mixture, log_every=1, save_every=1_000_000, ema=0.9))  # saved where it stops
+  c.data.max_bad_fraction = 0.5  # one of the 16 examples of the TFDS data set has no class
+  task, sets = config_lib.task, {
+      'digits': config_lib.target_set('digits/name', family='names'),
+      'colours': config_lib.target_set(tuple(_COLOURS), family='names'),
+      'words': config_lib.target_set('vocabulary', family='words', scoring='sampled', samples=32)}
+  tasks = {
+      # In memory, as the embedded data is.
+      'digit': task('image_classification', 'digits', batch=8, target_set='digits', label='name', shift=1),
+      'corpus': task('text_mlm', INVENTED, batch=8, target_set='words', length=12, picks=3),
+      # In files: prepared pictures, a data set of TFDS, running text.
+      'colour': task('image_classification', 'own:colours', batch=16, target_set='colours', label='colour', crop='area',
+                     flip=True, erasing=0.25, mixup=0.8, cutmix=1.0),
+      'pair': task('image_retrieval', 'own:colours', batch=8, captions=('{captions}',), length=8),
+      'tfds': task('image_classification', f'tfds:{INVENTED}', batch=8, target_set='colours', label='colour'),
+      'book': task('text_mlm', 'own:book', batch=8, target_set='words', length=12, picks=3)}
+  for name in chosen or tasks:
+    c.tasks[name] = tasks[name]
+    if tasks[name].target_set:
+      c.sets[tasks[name].target_set] = sets[tasks[name].target_set]
+  return c
+
+
+def register() -> None:
+  """Makes the texts in memory known to this process."""
+  from uni_moe_jax.data import sources, storage
+  sources.SOURCES[INVENTED] = lambda directory, split: storage.load(os.path.join(directory, INVENTED), split, directory)
+
+
+def prepare(folder: pathlib.Path) -> None:
+  """Writes what the run reads into a data directory."""
+  from uni_moe_jax.data import prepare as prepared, storage
+  rng = np.random.default_rng(0)
+  with storage.building(folder / INVENTED) as place:
+    storage.save(place, 'train', {'text': np.array([_sentence(rng) for _ in range(20)])}, {})
+  _prepare_pictures(folder, 'colours', 24, rng)
+  # What is written for own data is a data set of TFDS; there it has no labels beside it. One example has no class, so that
+  # another one takes its place.
+  _prepare_pictures(folder, INVENTED, 16, rng, without=5)
+  (folder / 'tfds').mkdir()
+  (folder / prepared.FOLDER / INVENTED).rename(folder / 'tfds' / INVENTED)
+  (folder / 'book.txt').write_text('\n'.join(f'{_sentence(rng)} {i}' for i in range(40)))
+  prepared.prepare(folder / 'book.txt', folder, 'book', holdout=0.0)
+
+
+def _prepare_pictures(folder: pathlib.Path, name: str, count: int, rng: np.random.Generator, without: int | None = None) -> None:
+  """Pictures with captions and a class, which one may lack."""
+  from uni_moe_jax.data import prepare as prepared
+  given, lines = folder / 'given' / name, []
+  given.mkdir(parents=True)
+  for i in range(count):
+    colour, file = list(_COLOURS)[i % 3], f'{i}.png'
+    noise = rng.integers(-25, 26, (_SIDE, _SIDE + 8, 3))
+    Image.fromarray(np.clip(np.array(_COLOURS[colour]) + noise, 0, 255).astype(np.uint8)).save(given / file)
+    line = {'image': file, 'captions': [f'a {colour} shape {i}', f'{i} is {colour}'], 'split': 'train'}
+    lines.append(line if i == without else {**line, 'colour': colour})
+  (given / 'data.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  prepared.prepare(given, folder, name)
+
+
+def _sentence(rng: np.random.Generator) -> str:
+  return ' '.join(rng.choice(_WORDS, 10)) + '.'
