@@ -118,7 +118,7 @@ def test_plants_can_be_planted_and_say_what_must_be_found(name):
   assert callable(plant) and words
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_moved_run_is_that_of_one_device_and_planted_faults_are_found(tmp_path, capsys):
   assert suite.run(('moves',), suite.QUICK, 0, tmp_path, keep=True) == 0, capsys.readouterr().out
   said = capsys.readouterr().out

@@ -42,9 +42,14 @@ def test_loss_and_gradients_are_those_of_one_device(case, mesh):
   _assert_equal(case, mesh)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('mesh', [name for name in meshes.MESHES if name != meshes.ONE])
-@pytest.mark.parametrize('router', ROUTERS)
+def _product():
+  """Every router on every mesh; the attribute router in all, and all where their kernels or tokens travel, come first."""
+  for router in ROUTERS:
+    for mesh in (name for name in meshes.MESHES if name != meshes.ONE):
+      yield pytest.param(router, mesh, marks=pytest.mark.slow if router == 'attribute' or mesh == 'expert' else pytest.mark.nightly)
+
+
+@pytest.mark.parametrize('router, mesh', _product())
 def test_every_router_on_every_mesh(router, mesh):
   _assert_equal(_full(router, EVERY if router == 'attribute' else CAUSAL if mesh == 'expert' else PAIR), mesh)
 
