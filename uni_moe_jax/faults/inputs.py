@@ -188,7 +188,8 @@ def _unreachable(rng: random.Random, place: pathlib.Path) -> tuple[str, list[str
   source = place / 'train.txt'
   source.write_text('one line\n')
   return 'unreachable path', rng.choice((
-      [*train, f'--workdir={path}', f'--config.data.dir={place}'], [*train, f'--workdir={place}/run', f'--config.data.dir={path}'],
+      # Both are wrong, so that the command ends before it loads what is slow.
+      [*train, f'--workdir={path}', f'--config.data.dir={place}/nowhere'], [*train, f'--workdir={place}/run', f'--config.data.dir={path}'],
       [_script('prepare_data.py'), f'--input={path}', '--name=x', f'--data_dir={place}'],
       [_script('prepare_data.py'), f'--input={source}', '--name=x', f'--data_dir={path}']))
 
