@@ -109,7 +109,7 @@ def _a_device_that_does_not_answer() -> None:
 FAULTS: dict[str, tuple[Callable[[], None], str]] = {
     'one_bit': (_one_bit, 'arrays differ'), 'skipped_batch': (_skipped_batch, 'arrays differ'),
     'lost_checkpoints': (_lost_checkpoints, 'resumed from nothing'), 'no_sums': (_no_sums, 'THE DAMAGED ONE WAS READ')}
-# name -> seconds of the watchdog, and what it must say. The first batch takes two seconds where much else runs.
+# name -> seconds of the watchdog, which are few, but enough where much else runs; and what it must say.
 HANGS = {'stalled_start': (1., ('starting has taken', '_a_disk_that_does_not_answer')),
          'stalled_input': (6., ('waiting for the batch of step 6', '_a_disk_that_does_not_answer')),
          'hung_step': (6., ('waiting for the result of step 6', '_a_device_that_does_not_answer'))}

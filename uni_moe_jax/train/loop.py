@@ -165,7 +165,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
           break
       with watchdog.phase(SAVE, step):
         checkpoints.check()
-      with watchdog.phase(BATCH, step + 1):
+      with watchdog.phase(START if step == first else BATCH, step + 1):  # the first one opens the files
         task, batch = next(batches)
       compiling = task not in steps
       if compiling:
