@@ -15,8 +15,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from uni_moe_jax.faults import planted
-
 
 def row_hashes(batch: dict[str, dict[str, np.ndarray]], per_batch: tuple[str, ...]) -> list[str]:
   """A hash of each row, sorted: of all its fields, its group and micro-step, and of what its micro-step shares.
@@ -76,10 +74,24 @@ def _shifted_shard() -> None:
   Mixture._task_fields = fields
 
 
+def _lost_average() -> None:
+  """A resumed run begins the averages of its parameters anew: no batch and no loss tells, only the state does."""
+  import jax
+  import jax.numpy as jnp
+  from uni_moe_jax.train.checkpoint import Checkpoints
+  plain = Checkpoints.restore
+
+  def restore(checkpoints, like, step=None):
+    state = plain(checkpoints, like, step)
+    return state.replace(ema=jax.tree.map(jnp.copy, state.params))
+
+  Checkpoints.restore = restore
+
+
 # name -> (what it plants, what must be said of it).
 PLANTS: dict[str, tuple[Callable[[], None], str]] = {
     'shifted_shard': (_shifted_shard, 'rows are not those of one device'),
-    'one_bit': planted.FAULTS['one_bit']}
+    'lost_average': (_lost_average, 'arrays differ')}
 
 
 if __name__ == '__main__':
