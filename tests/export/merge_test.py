@@ -91,6 +91,13 @@ class MergedModelTest(parameterized.TestCase):
     self.assertEqual(shapes, {path: s.shape for path, s in by_path(param_shapes(UniPerceiver(spec))).items()})
     self.assertFalse([path for path in shapes if 'router' in path])
 
+  def test_what_serves_no_texts_of_a_set_has_shapes_too(self):
+    # Captions among fixed words: a model has its parameters whichever conditions it was merged for.
+    conditions = tasks.KINDS['image_caption'].conditions
+    spec, values = merge.merged(_spec('attribute'), small_model.params(_spec('attribute')), conditions)
+    shapes = {path: leaf.shape for path, leaf in by_path(values).items()}
+    self.assertEqual({path: s.shape for path, s in by_path(param_shapes(UniPerceiver(spec))).items()}, shapes)
+
   def test_a_condition_that_was_not_asked_for_is_named(self):
     spec, values = merge.merged(_spec('attribute'), small_model.params(_spec('attribute')), _TARGETS)
     with self.assertRaisesRegex(ValueError, r'no kernel for 10011000 \(classification, visual\); it has 10010110, 11010110'):

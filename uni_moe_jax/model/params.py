@@ -1,5 +1,6 @@
 """Fresh parameters of a model, and their shapes."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 from uni_moe_jax import tasks
 from uni_moe_jax.model.streams import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.moe import routers
 
 
 def boxed_params(model: UniPerceiver, key: jax.Array) -> Any:
   """Parameters in boxes that name their logical axes. One text is enough to touch every one of them."""
-  condition = next(iter(tasks.families().values()))
+  condition, spec = next(iter(tasks.families().values())), model.spec
+  if spec.kernels:  # a merged model need not know this condition; its kernels are of one shape
+    model = model.clone(spec=dataclasses.replace(spec, kernels=((routers.row_of(spec.router, condition), 0),)))
   text = Sequence(layout=Layout.of_text(condition), ids=jnp.zeros((1,), jnp.uint32), text=jnp.zeros((1, 2), jnp.int32))
   return model.init(key, (text,))['params']
 
