@@ -88,6 +88,6 @@ fi
 if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"
 # The run is no child of the connection, which may end; its output and its exit code lie in files.
-on_all "cd ~/uni_moe_jax || exit; { kill -0 \"\$(cat ~/run.pid)\" 2>/dev/null || { rm -f ~/run.code; setsid nohup bash -c \
+on_all "cd ~/uni_moe_jax || exit; { kill -0 \"\$(cat ~/run.pid)\" 2>/dev/null || { rm -f ~/run.code; : >~/run.log; setsid nohup bash -c \
 '\"\$@\"; echo \$? >~/run.code' run .venv/bin/python launch/$script ${arguments}--distributed=auto \
-</dev/null >~/run.log 2>&1 & echo \$! >~/run.pid; }; }; tail --pid=\"\$(cat ~/run.pid)\" -n +1 -f ~/run.log; exit \"\$(cat ~/run.code)\""
+</dev/null >>~/run.log 2>&1 & echo \$! >~/run.pid; }; }; tail --pid=\"\$(cat ~/run.pid)\" -n +1 -f ~/run.log; exit \"\$(cat ~/run.code)\""

@@ -106,7 +106,8 @@ def _compare_norms(arrays: Arrays, model: str, ours) -> None:
     if theirs <= 0:  # -1: no gradient at all
       assert mine == 0, (key, mine, theirs)
     else:
-      # Some gradients are zero in exact arithmetic (a bias of keys): there both have rounding, and nothing else.
-      assert abs(mine - theirs) <= GRADIENT * theirs or max(mine, theirs) < 1e-6 * top, (key, mine, theirs)
+      # Some gradients are zero in exact arithmetic (a bias of keys): there both have rounding, and nothing else. Others are small
+      # differences of what is as large as the largest: two processors differ there by a few float32 steps of that.
+      assert abs(mine - theirs) <= GRADIENT * theirs + 2e-7 * top or max(mine, theirs) < 1e-6 * top, (key, mine, theirs)
   assert_close(np.sqrt(sum(np.linalg.norm(ours[k].astype(np.float64))**2 for k in names)), arrays['grad_global_norm'],
                GRADIENT, 'global norm')
