@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 from uni_moe_jax.faults import kills, moved_run, recorded
+from uni_moe_jax.train.workdir import saved_step
 
 MOST = 1e-5  # that a loss may differ
 LEG = 4  # steps
@@ -91,9 +92,9 @@ class Course:
       with _log(workdir, i).open('ab') as log:
         processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment))
     codes = _wait(processes)
-    if set(codes) != {0 if until == self.steps else _STOPPED}:
+    if set(codes) != {0 if until == self.steps else _STOPPED} or saved_step(workdir) != until:
       said = '; '.join(_log(workdir, i).read_text(errors='replace')[-300:] for i in range(place.processes))
-      raise Ended(f'{workdir.name} on {place}, to step {until}: exit codes {codes}: {said}')
+      raise Ended(f'{workdir.name} on {place}, to step {until}: exit codes {codes}, step {saved_step(workdir)}: {said}')
     return workdir
 
   def workdir(self, name: str) -> pathlib.Path:
