@@ -77,7 +77,8 @@ def test_several_sources_train_together_and_evaluation_prints_retrieval(data, tm
   # Twelve test pictures with two captions each.
   assert found['photos retrieval', 'R@1 → text']['count'] == 12
   assert found['photos retrieval', 'R@1 ← text']['count'] == 24
-  assert found['photos retrieval', 'R@5 → text']['chance'] == pytest.approx(5 * 2 / 24)
+  # None of two right ones among five of 24: 22 choose 5 of 24 choose 5.
+  assert found['photos retrieval', 'R@5 → text']['chance'] == pytest.approx(1 - 19 * 18 / (24 * 23))
   assert {e for e, _ in found} == {'photos retrieval', 'photos caption', 'photos colour', 'folder label', 'clips label',
                                    'pairs label'}
   assert found['photos colour', 'top-1']['floors'].keys() == {'majority'}
