@@ -69,6 +69,7 @@ def _convert(folder, workdir, checkpoint='theirs.pth'):
   return _run('convert.py', f'--checkpoint={folder / checkpoint}', f'--config={folder / "config.py"}', f'--workdir={workdir}')
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_evaluates_trains_and_comes_back(files, tmp_path):
   folder, state, _ = files
   workdir = tmp_path / 'run'
