@@ -54,7 +54,7 @@ class Journey:
 
 FULL = Journey(('mixed', 'sampled'), (Place(1, 1), Place(1, 2), Place(1, 4), Place(1, 8), Place(2, 4), Place(1, 1)),
                (Place(1, 8), Place(2, 4)))
-SHORT = Journey(('mixed,book',), (Place(1, 1), Place(1, 2), Place(2, 1)), (Place(1, 2),))
+SHORT = Journey(('mixed,book',), (Place(1, 1), Place(1, 2), Place(2, 1)), ())
 
 
 class Ended(Exception):
