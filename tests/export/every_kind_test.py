@@ -1,0 +1,126 @@
+"""Exported programs of every task kind say what the model with its experts says, in float32, also where it trains in bfloat16.
+
+Clips have three frames, which are normalised in their own way and come with their changes; texts are padded.
+"""
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from tests import shipped, tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax import tasks
+from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.export import artifact, contents
+from uni_moe_jax.model import decode
+from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.plan import TaskSpec
+from uni_moe_jax.train import setup
+
+_BOUND = 1e-5  # relative, float32
+_EXAMPLES = 3
+
+
+def _config(router: str) -> ml_collections.ConfigDict:
+  """A task of every kind, of a model that trains in bfloat16."""
+  c = tiny.config('shape', 'motion', 'text', 'caption', 'pair', 'package', data_dir=tiny.data_dir())
+  c.tasks.pair.length = 16
+  clips = dict(batch=4, captions=('{name}',), length=12)
+  c.tasks.clip_caption = config_lib.task('video_caption', 'clips', target_set='words', **clips)
+  c.tasks.clip_pair = config_lib.task('video_retrieval', 'clips', **clips)
+  c.sets.asked = config_lib.target_set('glyphs/class', family='words')
+  c.tasks.asked = config_lib.task(
+      'vqa', 'glyphs', batch=4, target_set='asked', label='class', template='{face} {name} ? <spe> <eot>', length=12)
+  c.model.update(dict(
+      dtype='bfloat16', video_mean=(0.4,), video_std=(0.3,), frame_differences=True))
+  c.moe.router = router
+  return c
+
+
+def _random(run: setup.Run):
+  """Parameters that are nowhere zero, biases and gates too."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), run.shapes.params)
+
+
+def _search(spec: ModelSpec, params, task: TaskSpec, found: contents.Contents, pixels: np.ndarray) -> decode.Captions:
+  """The evaluator's search with the experts."""
+  run = jax.jit(lambda values: decode.search(
+      UniPerceiver(spec), values, task.kind, pixels, found.features[task.target_set], temperature=task.temperature,
+      spe=found.data.tokenizer.spe, eot=found.data.tokenizer.eot, length=task.length))
+  return jax.device_get(run(params))
+
+
+def _close(found, expected, name: str) -> None:
+  assert found.shape == expected.shape, name
+  assert np.abs(found - expected).max() <= _BOUND * np.abs(expected).max(), name
+
+
+@pytest.fixture(name='compile_fast')
+def _compile_fast():
+  """More is compiled here than computed."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('compile_fast')
+@pytest.mark.parametrize('router', ['attribute', 'task', 'modality'])
+def test_every_kind_answers_as_the_model_with_experts(tmp_path, router):
+  run = setup.build(_config(router), jax.devices()[:1])
+  params = _random(run)
+  assert {t.kind.name for t in (*run.plan.tasks, *run.plan.probes)} == set(tasks.KINDS)
+  found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype='float32', fixed_sets=True)
+  artifact.write(tmp_path / 'model', found, {'name': 'mine'}, [])
+  model = shipped.module(tmp_path / 'model').Model(tmp_path / 'model')
+  whole = contents.portable(run.spec.model.spec, 'float32')
+  expected = Predictor(UniPerceiver(whole), params, found.sets, run.data.tokenizer)
+  for task in (*run.plan.tasks, *run.plan.probes):
+    [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(_EXAMPLES), _EXAMPLES)
+    frames = fields['pixels'].shape[1] if task.kind.visual else 0
+    assert frames == (tiny.FRAMES if task.source == 'clips' else task.kind.visual), task.name
+    if task.kind.readout == 'queries':
+      said, want = model.run(task.name, 'caption', pixels=fields['pixels']), _search(whole, params, task, found, fields['pixels'])
+      np.testing.assert_array_equal(said['tokens'], want.tokens[:, 0], task.name)
+      _close(np.asarray(said['score']), np.asarray(want.scores[:, 0]), task.name)
+      continue
+    inputs = {name: fields[name] for name in model.manifest['tasks'][task.name]['programs']['encode']['inputs']}
+    features = expected.inputs(task.kind, fields)
+    if task.kind.target == 'pair':
+      image = model.run(task.name, 'encode', **inputs)['features']
+      text = model.run(task.name, 'encode_text', text=fields['target'], text_valid=fields['target_valid'])['features']
+      targets = expected.pairs(task.kind, fields)
+      assert not fields['target_valid'].all()
+      _close(np.asarray(image), np.asarray(normalise(features[:, 0])), task.name)
+      _close(np.asarray(text), np.asarray(normalise(targets)), task.name)
+      scale = np.exp(params[f'log_scale_{task.temperature}'])
+      scores = model.run(task.name, 'score', features=image, texts=text)['scores']
+      _close(np.asarray(scores), scale * expected.similarities(features[:, 0], targets), task.name)
+    else:
+      want = expected.log_probabilities(features, task)
+      log_p = np.asarray(model.run(task.name, 'classify', **inputs)['log_p'])
+      _close(log_p, want if task.kind.readout == 'picks' else want[:, 0], task.name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('compile_fast')
+@pytest.mark.parametrize('router', ['task', 'modality'])  # artifact_test.py has the attribute router
+def test_what_is_left_after_training_in_bfloat16_has_the_features_of_the_experts(router):
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.model.dtype, c.moe.router = 'bfloat16', router
+  run = setup.build(c, jax.devices()[:1])
+  state, step, sets = run.start(_random(run)), run.step_fn(), run.sets()
+  for _, batch in run.mixture().iterate(0, 2):
+    state, _ = step(state, run.put(batch), sets)
+  params, [task] = jax.device_get(state.params), run.plan.tasks
+  found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype='float32')
+  [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(_EXAMPLES), _EXAMPLES)
+  models = (found.spec, found.params), (contents.portable(run.spec.model.spec, 'float32'), params)
+  left, whole = (Predictor(UniPerceiver(s), p, found.sets, run.data.tokenizer).inputs(task.kind, fields) for s, p in models)
+  assert found.spec.num_experts == 2 and not found.spec.router_names
+  _close(left, whole, router)
