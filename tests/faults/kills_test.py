@@ -3,8 +3,8 @@
 import json
 import random
 import subprocess
-import time
 import sys
+import time
 
 import pytest
 
@@ -74,11 +74,12 @@ def test_a_kill_is_inside_a_save_of_the_process_that_is_killed(tmp_path, monkeyp
 
 
 def test_a_run_that_does_not_end_is_killed_with_what_it_started_and_is_a_finding(tmp_path, monkeypatch):
-  monkeypatch.setattr(kills, '_LONGEST', .5)
-  child = 'import subprocess; subprocess.run(["sleep", "61.25"])'
+  monkeypatch.setattr(kills, '_LONGEST', 2.)
+  # The kill comes before it has a child, which would outlive it: only the run without end is killed with all that it started.
+  child = 'import subprocess, time; time.sleep(.5); subprocess.run(["sleep", "61.25"])'
   tally = kills.series(_StandIn(tmp_path, child), tmp_path / 'whole', .1, kills=1, saves=0, seed=0)
   [finding] = tally.findings
-  assert 'no end in 0.5 s' in finding and (tally.kills, tally.starts) == (1, 2)
+  assert 'no end in 2 s' in finding and (tally.kills, tally.starts) == (1, 2)
   end = time.monotonic() + 10  # the system takes a moment to end what was killed
   while subprocess.run(['pgrep', '-f', 'sleep 61.25'], capture_output=True, check=False).stdout:
     assert time.monotonic() < end
