@@ -23,6 +23,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies,
 
 
 def main() -> int:
+  from uni_moe_jax import resolve
   from uni_moe_jax.train import workdir as workdir_lib
   if _INIT.value and _STEP.value is not None:
     raise cli.UsageError('--init and --step name two sets of parameters; give one.')
@@ -32,6 +33,7 @@ def main() -> int:
   workdir_lib.claim_workdir(_WORKDIR.value, config)  # only checks
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
+  resolve.resolve(config)  # mistakes are told before slow libraries are loaded
   from uni_moe_jax.train import measure
   layers = None if _LAYERS.value is None else [int(i) for i in _LAYERS.value]
   for path in measure.interference(

@@ -2,6 +2,8 @@
 
   python launch/study.py --run=runs/quickstart --workdir=runs/study
 
+`prompt` and `finetune` train on ten examples of every class, or one in a hundred; `finetune-all` on all of them.
+
 Each cell is a work directory that launch/train.py and launch/evaluate.py make; a cell that is evaluated is skipped, so that the
 same command continues. Writes study.json and study.md. Seeds of one cell share a compiled step.
 
@@ -20,9 +22,8 @@ from uni_moe_jax import cli
 _RUN = flags.DEFINE_string('run', None, 'Workdir of the trained run.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; its cells are folders in it.', required=True)
 _TASKS = flags.DEFINE_list('tasks', 'digits,clip_caption,clip_name', "Of the run's tasks and those of regimes.py.")
-_REGIMES = flags.DEFINE_list('regimes', 'untuned,prompt,finetune', 'Which to compare.')
+_REGIMES = flags.DEFINE_list('regimes', 'untuned,prompt,finetune,finetune-all', 'Which to compare.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'How many, 0, 1, …: of which examples, their order, fresh parameters.', lower_bound=1)
-_AMOUNT = flags.DEFINE_enum('amount', 'few', ['few', 'all'], 'Training examples: ten a class or one in a hundred, or all.')
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20.')
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -30,19 +31,20 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def main() -> int:
   from uni_moe_jax import regimes, resolve
+  from uni_moe_jax.train import workdir
   if unknown := [r for r in _REGIMES.value if r not in regimes.REGIMES]:
     raise cli.UsageError(f'--regimes={unknown[0]} is unknown; choices: {", ".join(regimes.REGIMES)}.')
   run, folder = (os.path.abspath(os.path.expanduser(f)) for f in (_RUN.value, _WORKDIR.value))
   for task in _TASKS.value:  # mistakes are told before anything is trained
     for regime in _REGIMES.value:
-      resolve.resolve(regimes.REGIMES[regime][1](f'{run},{task}'))
+      resolve.resolve(regimes.REGIMES[regime].config(regimes.REGIMES[regime].argument(run, task)))
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   from uni_moe_jax.study import cells, process
   every = cells.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))
-  cells.claim(folder, {'run': run, 'amount': _AMOUNT.value, 'overrides': _OVERRIDE.value})
+  cells.claim(folder, {'run': run, 'step': workdir.saved_step(run), 'overrides': _OVERRIDE.value})
   for i, cell in enumerate(every, 1):
     print(f'{i}/{len(every)} {cell.folder}' + (': done' if cells.done(folder, cell) else ''), flush=True)
-    for command in [] if cells.done(folder, cell) else cells.commands(cell, run, _AMOUNT.value, folder, _OVERRIDE.value):
+    for command in [] if cells.done(folder, cell) else cells.commands(cell, run, folder, _OVERRIDE.value):
       if code := process.run(command, _ROOT):
         return code
   from uni_moe_jax.study import results

@@ -138,8 +138,12 @@ def _step(run):
   return state
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', list(benchmarks.DOWNSTREAM))
+def _slow(names, first):
+  """Of every kind of task `first` has one, which CI tries; it has no time for the others."""
+  return [pytest.param(n, marks=pytest.mark.slow if n in first else pytest.mark.nightly) for n in names]
+
+
+@pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM, ('imagenet1k', 'kinetics400', 'coco_caption', 'vqa', 'mrpc')))
 def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_path):
   run = _run(_small(_config(name), invented))
   rows = _rows(run, _step(run).params, tmp_path)
@@ -149,8 +153,7 @@ def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_
   assert counts == {_EXAMPLES}  # each once, although they do not divide into batches of four
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'])
+@pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'], ('mrpc', 'coco_retrieval')))
 def test_every_row_is_the_same_on_eight_devices(name, invented, tmp_path):
   """GLUE's metrics, soft scores, views × crops and texts of files, in batches of four of which none divides the six examples."""
   tables = []
@@ -176,8 +179,7 @@ _ENTRIES = {
     'imagenet1k': 1000, 'kinetics400': 400, 'vqa': 3129, 'cola': 2, 'sst2': 2, 'mrpc': 2, 'qqp': 2, 'mnli': 3, 'qnli': 2, 'rte': 2}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', list(benchmarks.DOWNSTREAM))
+@pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM, ('imagenet1k', 'msvd_caption', 'coco_retrieval', 'mnli')))
 def test_shapes_of_a_step_at_full_size(name):
   run, batch, state, metrics = _shapes(_config(name))
   assert run.spec.model.spec.layers == 12 and metrics['loss/total'].shape == ()

@@ -19,9 +19,10 @@ contrastive = jax.jit(losses.contrastive, static_argnames=('smoothing', 'both'))
 sample_words = jax.jit(losses.sample_words, static_argnames='size')
 
 
-def _cross_entropy(logits, labels, weights, smoothing=0.):
+def _cross_entropy(logits, labels, weights, smoothing=0., correction=None):
   return cross_entropy(
-      np.array(logits, np.float32), np.array(labels, np.int32), np.array(weights, np.float32), smoothing=smoothing)
+      np.array(logits, np.float32), np.array(labels, np.int32), np.array(weights, np.float32), smoothing=smoothing,
+      correction=None if correction is None else np.array(correction, np.float32))
 
 
 def test_cross_entropy_sums_weighted_nll_hits_and_weights():
@@ -141,8 +142,8 @@ def test_with_all_words_the_sampled_loss_is_the_exact_one():
   words = _sample(0, V)
   logits = np.random.default_rng(1).normal(size=(1, 3, V))
   labels, weights = np.array([POSITIVES]), np.ones((1, 3))
-  exact = _cross_entropy(logits, labels, weights)
-  sampled = _cross_entropy(logits[..., words.ids] + words.correction, words.index[labels], weights)
+  exact = _cross_entropy(logits, labels, weights, .1)
+  sampled = _cross_entropy(logits[..., words.ids], words.index[labels], weights, .1, words.correction)
   np.testing.assert_array_equal(words.correction, 0)
   np.testing.assert_allclose(sampled.loss, exact.loss, rtol=1e-6)
   assert sorted(words.ids.tolist()) == list(range(V))
@@ -171,6 +172,13 @@ def test_the_correction_makes_up_for_the_words_left_out():
   words = _sample(0, 7)
   is_positive = np.isin(words.ids, POSITIVES)
   np.testing.assert_allclose(words.correction, np.where(is_positive, 0, math.log(9 / 4)), rtol=1e-6)
+
+
+def test_a_word_that_was_drawn_stands_for_those_left_out_in_the_sum_and_in_smoothing():
+  # Values 2 and 1, the second drawn for three words: their sum is 2 + 3 · 1, so that log p is ln 2/5 and three times ln 1/5.
+  tally = _cross_entropy([[[math.log(2), 0.]]], [[0]], [[1.]], .1, [0., math.log(3)])
+  expected = .9 * math.log(5 / 2) + .1 * (math.log(5 / 2) + 3 * math.log(5)) / 4
+  np.testing.assert_allclose(tally.loss, expected, rtol=1e-6)
 
 
 def test_over_keys_the_corrected_partition_is_the_full_one():

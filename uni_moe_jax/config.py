@@ -49,8 +49,8 @@ def task(
     picks: M, at most this many masked tokens per row (masked language modelling), or answers per question.
     smoothing: label smoothing.
     shift: random translation of pictures in training, pixels (sources in memory).
-    subset: share of the training examples that are used, chosen by seed and example; of every class its share, where there
-      are classes. A smaller share is part of a larger one.
+    subset: share of the training examples that are used, chosen by seed and example; of every class its share, where classes
+      are known beforehand (not of TFDS's data). A smaller share is part of a larger one.
     per_class: this many training examples of every class instead; 0: all.
     head: adds a linear head, which starts at zero, to the similarity with the target set's entries (one task at most).
     frames: T, that the model sees of a clip (sources in files); one of each of T equal parts of the clip.

@@ -18,7 +18,8 @@ class Tally:
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array, smoothing: float = 0.0) -> Tally:
+    logits: jax.Array, labels: jax.Array, weights: jax.Array, smoothing: float = 0.0,
+    correction: jax.Array | None = None) -> Tally:
   """Weighted cross-entropy against integer targets.
 
   Args:
@@ -27,15 +28,22 @@ def cross_entropy(
     labels: int32 [B, M].
     weights: f32 [B, M]; 0 = not counted.
     smoothing: ε of (1 - ε) · nll + ε · mean over V of -log p.
+    correction: f32 [V], see `SampledWords`: the targets are a sample. The sum of the probabilities and the mean of smoothing
+      are then estimates of those over all.
 
   Returns:
     A `Tally`.
   """
+  if correction is not None:
+    correction = correction[None, None]
+    logits = logits + correction
   log_p = jax.nn.log_softmax(logits)
   log_p = jnp.broadcast_to(log_p, labels.shape + log_p.shape[-1:])
   nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
   if smoothing:
-    nll = (1 - smoothing) * nll - smoothing * log_p.mean(-1)
+    # A word that was drawn stands for exp(correction) of them.
+    mean = log_p.mean(-1) if correction is None else ((log_p - correction) * jax.nn.softmax(correction)).sum(-1)
+    nll = (1 - smoothing) * nll - smoothing * mean
   hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
   return Tally((weights * nll).sum(), (weights * hits).sum(), weights.sum())
 

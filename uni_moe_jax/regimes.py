@@ -7,6 +7,7 @@ A regime is config alone. Model, experts, tokenizer, data and kinds are those of
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import ml_collections
 
@@ -52,16 +53,15 @@ TRANSFER: dict[str, Fill] = {'digits': digits, 'clip_caption': clip_caption, 'cl
 
 def finetune(arg: str) -> ml_collections.ConfigDict:
   """Every parameter trains, lower layers more slowly. arg: 'RUN,TASK' or 'RUN,TASK,few'; all training examples by default."""
-  c, _ = _start(arg, 'configs/finetune.py', TRANSFER, 'all')
+  c = _start(arg, 'configs/finetune.py', TRANSFER, 'all')
   train_all(c)
   return c
 
 
 def prompt_tune(arg: str) -> ml_collections.ConfigDict:
   """Prompts, norms and a linear head train, all else stands still. arg: 'RUN,TASK' or 'RUN,TASK,all'; few by default."""
-  c, t = _start(arg, 'configs/prompt_tune.py', TRANSFER, 'few')
+  c = _start(arg, 'configs/prompt_tune.py', TRANSFER, 'few', head=True)
   train_prompts(c)
-  t.head = bool(t.label)
   return c
 
 
@@ -72,7 +72,7 @@ def zero_shot(arg: str, own: Mapping[str, Fill] | None = None) -> ml_collections
     arg: the run and the task.
     own: more tasks by name, as in `TRANSFER`. They may be of kinds that the run does not know: a row in `config.kinds`.
   """
-  c, _ = _start(arg, 'configs/zero_shot.py', {**TRANSFER, **(own or {})}, '')
+  c = _start(arg, 'configs/zero_shot.py', {**TRANSFER, **(own or {})}, '')
   train_nothing(c)
   return c
 
@@ -94,28 +94,43 @@ def train_nothing(c: ml_collections.ConfigDict) -> None:
   """The run is asked the tasks as it is."""
   for t in c.tasks.values():
     t.batch, t.head = 0, False
-    # Of a kind like none of the run's only the order of the answers means something, which needs no certain scale.
+    # A kind like none of the run's has no scale that was learnt for it: the order of single answers needs none, but sums of
+    # log-probabilities (beams, length penalty) and perplexities are at an arbitrary one.
     t.temperature = t.temperature or c.model.temperatures[0]
 
 
 # What becomes of a run, by the word that configs take.
 MODES: dict[str, Fill] = {'': train_all, 'finetune': train_all, 'prompts': train_prompts, 'untuned': train_nothing}
 
-# What a study calls a regime → (its config file, its config).
-REGIMES: dict[str, tuple[str, Callable[[str], ml_collections.ConfigDict]]] = {
-    'untuned': ('configs/zero_shot.py', zero_shot),
-    'prompt': ('configs/prompt_tune.py', prompt_tune),
-    'finetune': ('configs/finetune.py', finetune),
+
+class Regime(NamedTuple):
+  """What a study compares: a config file, its config as a function of the argument, and how many examples train ('' none)."""
+  file: str
+  config: Callable[[str], ml_collections.ConfigDict]
+  amount: str
+
+  def argument(self, run: str, task: str) -> str:
+    """Of the config."""
+    return ','.join([run, task, *([self.amount] if self.amount else [])])
+
+
+# By what a study calls them. The first three are asked the same few examples; the last says what all of them bring.
+REGIMES: dict[str, Regime] = {
+    'untuned': Regime('configs/zero_shot.py', zero_shot, ''),
+    'prompt': Regime('configs/prompt_tune.py', prompt_tune, 'few'),
+    'finetune': Regime('configs/finetune.py', finetune, 'few'),
+    'finetune-all': Regime('configs/finetune.py', finetune, 'all'),
 }
 
 
-def _start(arg: str, file: str, transfer: Mapping[str, Fill], default: str) -> tuple[
-    ml_collections.ConfigDict, ml_collections.ConfigDict]:
-  """(config that starts from a run and has one task, that task, which may read as many examples as `arg` says).
+def _start(
+    arg: str, file: str, transfer: Mapping[str, Fill], default: str, head: bool = False) -> ml_collections.ConfigDict:
+  """Config that starts from a run and has one task, which may read as many examples as `arg` says.
 
   Args:
-    arg, file: of whom is asked, and which config. transfer: tasks beside the run's own.
+    arg, file: of whom is asked, and which config. transfer: tasks beside those that the run has trained.
     default: how many examples where `arg` does not say; '' of a config that trains nothing: `arg` may not say.
+    head: a task that chooses among classes gets a linear head.
 
   Raises:
     ValueError: the argument is not RUN,TASK, or names no run, no task or no amount.
@@ -127,18 +142,20 @@ def _start(arg: str, file: str, transfer: Mapping[str, Fill], default: str) -> t
                      f'{", ".join(transfer)}.')
   c, plan = start_from(run, f'{file}:{arg}')
   known = workdir.load_config(run).copy_and_resolve_references()
-  if name in transfer:
-    transfer[name](c)
-  elif name in known.tasks:
+  if name in known.tasks and (known.tasks[name].batch or name not in transfer):  # what the run has trained is its own
     _own_task(c, known, name)
+  elif name in transfer:
+    transfer[name](c)
   else:
     raise ValueError(f'{file}:{arg}: task {name!r} is unknown; {nearest(name, [*transfer, *known.tasks])}.')
   t = c.tasks[name]
   share_temperatures(c, plan)
   few = (amount or [default])[0] == 'few'
-  t.per_class = PER_CLASS if few and t.label else 0
-  t.subset = SHARE if few and not t.label else 1.0
-  return c, t
+  classes = any(k.name == t.kind and k.has_classes for k in plan.kinds)
+  t.per_class = PER_CLASS if few and classes else 0
+  t.subset = SHARE if few and not classes else 1.0
+  t.head = head and classes
+  return c
 
 
 def start_from(run: str, named: str) -> tuple[ml_collections.ConfigDict, Plan]:

@@ -28,7 +28,7 @@ DISPATCHED = ('token', 'context')
 GROUPED = ('auto', 'loop', 'buffers', 'ragged', 'megablox')
 # Evaluator → whether it can ask a kind.
 EVALUATIONS = {
-    'classification': lambda kind: kind.readout in ('first', 'slot') and kind.target != 'pair',
+    'classification': lambda kind: kind.has_classes,
     'retrieval': lambda kind: kind.target == 'pair',
     'mlm': lambda kind: kind.readout == 'picks',
     'caption': lambda kind: kind.readout == 'queries',

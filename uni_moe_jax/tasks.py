@@ -68,6 +68,11 @@ class Kind:
     return Condition(row, self.router_task, 'text')
 
   @property
+  def has_classes(self) -> bool:
+    """Whether a sample has one of the entries of a target set as its label: classes, or answers."""
+    return self.readout in ('first', 'slot') and self.target != 'pair'
+
+  @property
   def visual(self) -> bool:
     return any(s.modality == 'visual' for s in self.inputs)
 

@@ -22,10 +22,10 @@ class RougeTest(parameterized.TestCase):
       ('a b', ['c d'], 0.), ('', ['a'], 0.),
   )
   def test_by_hand(self, prediction, references, expected):
-    self.assertAlmostEqual(caption_metrics.rouge_l([prediction], [references]), expected)
+    self.assertAlmostEqual(caption_metrics.rouge_l([prediction], [references])[0], expected)
 
-  def test_it_is_the_mean_over_examples(self):
-    self.assertAlmostEqual(caption_metrics.rouge_l(['a', 'b a'], ['a', 'a b']), .75)
+  def test_every_example_has_its_own(self):
+    self.assertEqual(caption_metrics.rouge_l(['a', 'b a'], ['a', 'a b']).tolist(), [1., .5])
 
 
 class CiderTest(parameterized.TestCase):
@@ -33,33 +33,33 @@ class CiderTest(parameterized.TestCase):
   def test_equal_texts_score_ten(self):
     # Every n-gram up to four words is there, and none is in every example.
     texts = ['a b c d', 'e f g h']
-    self.assertAlmostEqual(caption_metrics.cider_d(texts, texts), 10.)
+    self.assertAlmostEqual(caption_metrics.cider_d(texts, texts).mean(), 10.)
 
   def test_ngrams_that_a_text_is_too_short_for_score_nothing(self):
     # One word of two examples: cosine 1 for n = 1, none for 2, 3, 4: 10 · 1/4. "b" scores nothing.
-    self.assertAlmostEqual(caption_metrics.cider_d(['a', 'b'], ['a', 'c']), 10 / 4 / 2)
+    self.assertAlmostEqual(caption_metrics.cider_d(['a', 'b'], ['a', 'c']).mean(), 10 / 4 / 2)
 
   def test_rare_words_weigh_more_and_length_fades(self):
     # Three examples; a is in 2 of 3 references, b in 1, so with u = log(3/2), w = log 3, n = 1: prediction "a" = (u, 0),
     # reference "a b" = (u, w), cosine u / √(u² + w²); no longer n-gram. One word too short: exp(-1 / 72). The others: 0.
     u, w = math.log(3 / 2), math.log(3)
     expected = 10 * u / math.hypot(u, w) / 4 * math.exp(-1 / 72) / 3
-    self.assertAlmostEqual(caption_metrics.cider_d(['a', 'x', 'x'], ['a b', 'a', 'c']), expected)
+    self.assertAlmostEqual(caption_metrics.cider_d(['a', 'x', 'x'], ['a b', 'a', 'c']).mean(), expected)
 
   def test_repeating_a_word_is_clipped_at_the_reference(self):
     # n = 1: prediction 3w, reference w, clipped to w · w / (3w · w) = 1/3, where a cosine would be 1. n = 2: "a a" is in no
     # reference. Two words too long: exp(-4 / 72). Mean over n: / 4, over two examples: / 2.
     self.assertAlmostEqual(
-        caption_metrics.cider_d(['a a a', 'x'], ['a', 'b']), 10 / 3 / 4 * math.exp(-4 / 72) / 2)
+        caption_metrics.cider_d(['a a a', 'x'], ['a', 'b']).mean(), 10 / 3 / 4 * math.exp(-4 / 72) / 2)
 
   def test_several_references_are_averaged_and_count_an_ngram_once(self):
     # "a" is in both references of the first example: still one example of two, weight log 2 as "c" has. Reference "a": 10/4.
     # Reference "a c": cosine 1/√2 for n = 1, one word too short. Mean over references: / 2, over examples: / 2.
     expected = (10 / 4 + 10 / 4 / math.sqrt(2) * math.exp(-1 / 72)) / 2 / 2
-    self.assertAlmostEqual(caption_metrics.cider_d(['a', 'x'], [['a', 'a c'], ['b']]), expected)
+    self.assertAlmostEqual(caption_metrics.cider_d(['a', 'x'], [['a', 'a c'], ['b']]).mean(), expected)
 
   def test_words_of_every_example_tell_nothing(self):
-    self.assertEqual(caption_metrics.cider_d(['a', 'a'], ['a', 'a']), 0.)
+    self.assertEqual(caption_metrics.cider_d(['a', 'a'], ['a', 'a']).tolist(), [0., 0.])
 
 
 class BothTest(parameterized.TestCase):
@@ -69,18 +69,19 @@ class BothTest(parameterized.TestCase):
     predictions = ['a small red star on the left', 'two discs move to the right', 'a bar', 'the the the star of a']
     references = [['a red star on the left', 'one small star'], ['two discs go right', 'discs that move to the right'],
                   ['a long bar at the left'], ['the star', 'a star of the left', 'a big star']]
-    self.assertAlmostEqual(caption_metrics.cider_d(predictions, references), 2.652638653975, places=9)
-    self.assertAlmostEqual(caption_metrics.rouge_l(predictions, references), 0.694397720125, places=9)
+    self.assertAlmostEqual(caption_metrics.cider_d(predictions, references).mean(), 2.652638653975, places=9)
+    self.assertAlmostEqual(caption_metrics.rouge_l(predictions, references).mean(), 0.694397720125, places=9)
 
   @parameterized.named_parameters(*_BOTH)
   def test_case_and_punctuation_do_not_count_and_words_do(self, metric):
     plain, spoken, other = 'a red star , on the left', 'A red star on the LEFT.', 'A red disc on the LEFT.'
-    self.assertAlmostEqual(metric([spoken, 'x'], [plain, 'b']), metric(['a red star on the left', 'x'], [plain, 'b']))
-    self.assertLess(metric([other, 'x'], [plain, 'b']), metric([spoken, 'x'], [plain, 'b']) - .05)
+    of = lambda text: metric([text, 'x'], [plain, 'b']).mean()
+    self.assertAlmostEqual(of(spoken), of('a red star on the left'))
+    self.assertLess(of(other), of(spoken) - .05)
 
   @parameterized.named_parameters(*_BOTH)
   def test_letters_beyond_ascii_are_words(self, metric):
-    self.assertGreater(metric(['größe λ', 'x'], ['größe λ', 'b']), metric(['größe μ', 'x'], ['größe λ', 'b']))
+    self.assertGreater(metric(['größe λ', 'x'], ['größe λ', 'b'])[0], metric(['größe μ', 'x'], ['größe λ', 'b'])[0])
 
   @parameterized.named_parameters(*_BOTH)
   def test_nothing_to_score_is_an_error(self, metric):

@@ -82,7 +82,7 @@ class NamesTest(parameterized.TestCase):
   def test_similarity_is_the_word_f1_of_the_metrics(self):
     left = ['greek small letter', 'a a b', '', 'Full Block']
     right = ['greek letter alpha', 'a b b c', 'full block']
-    expected = [[metrics.word_f1([x], [y]) for y in right] for x in left]
+    expected = [[metrics.word_f1([x], [y])[0] for y in right] for x in left]
     np.testing.assert_allclose(floors.name_similarity(left, right), expected, atol=2e-7)
 
   def test_the_candidate_closest_to_the_neighbours_name_is_chosen(self):

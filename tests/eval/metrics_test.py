@@ -130,10 +130,23 @@ class TextTest(parameterized.TestCase):
       ('', 'full block', 0.), ('', '', 1.),
   )
   def test_word_f1_of_bags(self, prediction, reference, expected):
-    self.assertAlmostEqual(metrics.word_f1([prediction], [reference]), expected)
+    self.assertAlmostEqual(metrics.word_f1([prediction], [reference])[0], expected)
 
-  def test_word_f1_takes_the_closest_reference_and_the_mean_over_examples(self):
-    self.assertAlmostEqual(metrics.word_f1(['a b', 'c'], [['c d', 'a b'], 'd']), .5)
+  def test_word_f1_takes_the_closest_reference_of_each_example(self):
+    self.assertEqual(metrics.word_f1(['a b', 'c'], [['c d', 'a b'], 'd']).tolist(), [1., 0.])
+
+  def test_a_mean_has_the_standard_error_of_its_examples(self):
+    # Values 0, 1, 1, 0: squared deviations 4 · ¼ over 3, over 4 examples.
+    score = metrics.Score.mean('word F1', np.array([0., 1., 1., 0.]), {'copied': np.array([.5, 0.])})
+    self.assertEqual((score.value, score.count, score.floors), (.5, 4, {'copied': .25}))
+    self.assertAlmostEqual(score.standard_error, math.sqrt(1 / 3 / 4))
+    self.assertIsNone(metrics.Score.mean('word F1', np.array([.3]), {}).standard_error)
+
+  def test_balanced_accuracy_has_an_error_of_its_classes(self):
+    # Shares 1/2 of 4 and 2/3 of 3: sqrt(¼ / 4 + 2/9 / 3) / 2.
+    labels, said = np.array([0, 0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 1, 0])
+    self.assertAlmostEqual(metrics.balanced_accuracy(said, labels), 7 / 12)
+    self.assertAlmostEqual(metrics.balanced_accuracy_error(said, labels), math.sqrt(1 / 16 + 2 / 27) / 2)
 
   def test_bleu4_by_hand(self):
     # Precisions of 1- to 4-grams: 4/5, 3/4, 2/3, 1/2; product 1/5; equal lengths, so no penalty.

@@ -30,7 +30,8 @@ with open(root / 'log', 'a') as log:
 if name == 'evaluate' and does == '0':
   where = pathlib.Path(next(a for a in sys.argv if a.startswith('--workdir=')).partition('=')[2])
   where.mkdir(exist_ok=True)
-  row = dict(evaluator='e', metric='top-1', value=.5, standard_error=.1, chance=.1, floors={})
+  gained = .1 * (where.name.split('-')[1] == 'prompt')
+  row = dict(evaluator='e', metric='top-1', value=.5 + gained, standard_error=.1, chance=.1, floors={}, higher_is_better=True)
   (where / 'evaluation.json').write_text(json.dumps([row]))
 sys.exit(int(does))
 '''
@@ -43,7 +44,14 @@ def _root(tmp_path):
   for name in ('train', 'evaluate'):
     (tmp_path / 'launch' / f'{name}.py').write_text(_STAND_IN)
   workdir.claim_workdir(tmp_path / 'run', tiny.config('shape', data_dir=tiny.data_dir()), 'print')
+  _save(tmp_path / 'run', 0)
   return tmp_path
+
+
+def _save(folder, prompts, step=2):
+  with Checkpoints(folder, 1) as checkpoints:
+    params = {'prompts': {'a': np.full(1, prompts, np.float32)}, 'rest': np.zeros(99, np.float32)}
+    checkpoints.save(step, {'params': params, 'ema': None})
 
 
 def _start(root, *arguments):
@@ -69,22 +77,23 @@ def test_every_cell_is_made_once_and_a_failure_ends_the_study_until_it_is_starte
   assert (root / 'log').read_text().splitlines() == log
 
   (root / 'train').unlink()
-  (root / 'run' / 'checkpoints').mkdir()
   # What training would have left there, so that it can be compared with the run.
   for seed in (0, 1):
     config = _tuned(root, seed)
     workdir.claim_workdir(where / f'digits-prompt-{seed}', config, 'print')
-  for folder, value in (('run', 0), ('study/digits-prompt-0', 1), ('study/digits-prompt-1', 1)):
-    with Checkpoints(root / folder, 1) as checkpoints:
-      checkpoints.save(2, {'params': {'prompts': {'a': np.full(1, value, np.float32)}, 'rest': np.zeros(99, np.float32)}, 'ema': None})
+    _save(where / f'digits-prompt-{seed}', 1)
   code, output, errors = _run(root, *arguments)
   assert (code, errors) == (0, ''), errors
-  assert 'digits-untuned: done' in output and '| e | top-1 | 0.1 |  | 0.500 ± 0.196 | 0.500 ± 0.196 |' in output
+  assert 'digits-untuned: done' in output and '| e | top-1 | 0.1 |  | 0.500 ± 0.196 | 0.600 ± 0.196 |' in output
   assert '| digits | prompt | 2 | 2 | 100 | 64 | 1 | 1.00% | identical |' in output
   again = [line.split('=')[0] for line in (root / 'log').read_text().splitlines()[2:]]
   assert again == ['train --config', 'evaluate --workdir', 'train --config', 'evaluate --workdir']
   assert json.loads((where / 'study.json').read_text())['cells'][1]['identical'] is True
   assert (where / 'study.md').read_text() == output[output.index('| evaluator'):]
+
+  _save(root / 'run', 3, step=4)
+  code, _, errors = _run(root, *arguments)
+  assert code == 2 and 'step: 2 → 4' in errors  # cells of two checkpoints do not compare
 
 
 def _tuned(root, seed):
@@ -108,7 +117,7 @@ def test_a_signal_reaches_the_command_once_and_the_study_can_go_on(root, send):
 
 
 @pytest.mark.parametrize('arguments, said', [
-    (['--regimes=prompts'], '--regimes=prompts is unknown; choices: untuned, prompt, finetune'),
+    (['--regimes=prompts'], '--regimes=prompts is unknown; choices: untuned, prompt, finetune, finetune-all'),
     (['--tasks=digit'], "task 'digit' is unknown; did you mean 'digits'"),
     (['--run=/not/there'], "'/not/there' holds no run"),
     (['--seeds=0'], 'seeds')])

@@ -15,17 +15,21 @@ from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
-_KIND = tasks.KINDS['image_caption']
 _SPEC = small_model.spec()
+_CLIPS = small_model.spec(frame_differences=True)  # is asked clips of two frames, the others pictures
 _PROMPTED = small_model.spec(prompts=2, prefix_prompts=3, prompt_sides='separate', spe_bias=True)
-_TOKEN, _CONTEXT = small_model.spec('token'), small_model.spec('context')
+_TOKEN, _CONTEXT, _TASK = (small_model.spec(router) for router in ('token', 'context', 'task'))
 _B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
 _NEVER = -1  # an `eot` that no word is
 
 
+def _kind(spec):
+  return tasks.KINDS['video_caption' if spec is _CLIPS else 'image_caption']
+
+
 @functools.cache
-def _pixels():
-  return small_model.sequence(_KIND, _B, seed=1).pixels
+def _pixels(spec=_SPEC):
+  return small_model.sequence(_kind(spec), _B, seed=1).pixels
 
 
 @functools.cache
@@ -34,7 +38,7 @@ def _features(spec=_SPEC):
   @small_model.jit
   def run(values, pixels, words):
     text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
-    sequence = small_model.sequence(_KIND, len(pixels), pixels=pixels, text=text)
+    sequence = small_model.sequence(_kind(spec), len(pixels), pixels=pixels, text=text)
     return normalise(small_model.encode(spec, [sequence], values=values)[0][0])
   return lambda pixels, words: np.asarray(run(small_model.params(spec), pixels, words))
 
@@ -44,7 +48,7 @@ def _words(spec=_SPEC) -> jax.Array:
   """[V, D] normalised features of words, spread as those of queries are: captions of random ones would be dull."""
   rng = np.random.default_rng(3)
   texts = [rng.integers(0, _V, (_B, _N)).astype(np.int32) for _ in range(3)]
-  rows = np.concatenate([_features(spec)(_pixels(), t) for t in texts]).reshape(-1, 16)[:_V]
+  rows = np.concatenate([_features(spec)(_pixels(spec), t) for t in texts]).reshape(-1, 16)[:_V]
   return normalise(jnp.asarray(rows - rows.mean(0)))
 
 
@@ -54,9 +58,9 @@ def _search(beams: int, eot: int, penalty: float = 0.0, answers: tuple = (), spe
 
   @small_model.jit
   def run(values, pixels, words):
-    return decode.search(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
+    return decode.search(UniPerceiver(spec), values, _kind(spec), pixels, words, temperature='group', spe=small_model.SPE,
                          eot=eot, length=_N, beams=beams, penalty=penalty, trie=trie)
-  return jax.device_get(run(small_model.params(spec), _pixels(), _words(spec)))
+  return jax.device_get(run(small_model.params(spec), _pixels(spec), _words(spec)))
 
 
 @functools.cache
@@ -66,10 +70,11 @@ def _forward(spec=_SPEC):
   return lambda pixels, words: np.asarray(jax.nn.log_softmax(scale * _features(spec)(pixels, words) @ _words(spec).T))
 
 
-def _without_cache(beams: int, eot: int, spec=_SPEC):
+def _without_cache(beams: int, eot: int, spec=_SPEC, penalty: float = 0.0):
   """(tokens [B, k, n], sums [B, k]) of the same search, everything encoded anew at each step."""
   tokens, log_p = uncached.search(
-      lambda pictures, words, t: _forward(spec)(_pixels()[pictures], words)[:, t], _B, beams=beams, length=_N, eot=eot)
+      lambda pictures, words, t: _forward(spec)(_pixels(spec)[pictures], words)[:, t], _B, beams=beams, length=_N, eot=eot,
+      penalty=penalty)
   return tokens, log_p.sum(-1)
 
 
@@ -86,7 +91,8 @@ def _an_end(spec=_SPEC) -> int:
 
 class SearchTest(parameterized.TestCase):
 
-  @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT))
+  @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT), (_K, _TASK),
+                            (1, _CLIPS), (_K, _CLIPS))
   def test_it_equals_a_search_without_caches(self, beams, spec):
     found = _search(beams, _NEVER, spec=spec)
     tokens, sums = _without_cache(beams, _NEVER, spec)
@@ -94,7 +100,7 @@ class SearchTest(parameterized.TestCase):
     np.testing.assert_allclose(found.scores, sums, rtol=1e-5)
     np.testing.assert_allclose(found.log_p.sum(-1), sums, rtol=1e-5)
 
-  @parameterized.parameters(_SPEC, _PROMPTED)
+  @parameterized.parameters(_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _CLIPS)
   def test_hypotheses_that_end_early_equal_a_search_without_caches(self, spec):
     eot = _an_end(spec)
     found = _search(_K, eot, spec=spec)
@@ -125,6 +131,7 @@ class SearchTest(parameterized.TestCase):
       self.assertEqual([tuple(t) for t in divided.tokens[b].tolist()], order)
       np.testing.assert_allclose(divided.scores[b], [expected[h] for h in order], rtol=1e-5)
     self.assertTrue((plain.tokens != divided.tokens).any())  # some order changed
+    np.testing.assert_array_equal(divided.tokens, _without_cache(_K, _an_end(), penalty=2.0)[0])
 
   def test_candidates_are_the_best_sums_and_the_first_left_out(self):
     found = _search(_K, _NEVER)

@@ -22,12 +22,13 @@ def test_untuned_cells_know_no_seed_and_seeds_of_one_program_follow_each_other()
 
 
 def test_a_cell_is_what_a_person_would_type():
-  tuned, untuned = cells.Cell('digits', 'finetune', 2), cells.Cell('digits', 'untuned', 0)
-  where, seed = '--workdir=out/digits-finetune-2', '--config.seed=2'
-  assert cells.commands(tuned, 'runs/a', 'few', 'out', ['train.steps=3']) == [
-      ['launch/train.py', '--config=configs/finetune.py:runs/a,digits,few', where, seed, '--config.train.steps=3'],
-      ['launch/evaluate.py', where]]
-  assert cells.commands(untuned, 'runs/a', 'few', 'out', []) == [
+  untuned = cells.Cell('digits', 'untuned', 0)
+  for regime, argument in (('finetune', 'few'), ('finetune-all', 'all')):
+    where, seed = f'--workdir=out/digits-{regime}-2', '--config.seed=2'
+    assert cells.commands(cells.Cell('digits', regime, 2), 'runs/a', 'out', ['train.steps=3']) == [
+        ['launch/train.py', f'--config=configs/finetune.py:runs/a,digits,{argument}', where, seed, '--config.train.steps=3'],
+        ['launch/evaluate.py', where]]
+  assert cells.commands(untuned, 'runs/a', 'out', []) == [
       ['launch/evaluate.py', '--config=configs/zero_shot.py:runs/a,digits', '--workdir=out/digits-untuned', '--config.seed=0']]
 
 
@@ -41,10 +42,10 @@ def test_a_cell_is_done_when_it_is_evaluated(tmp_path):
 
 
 def test_a_folder_belongs_to_one_study(tmp_path):
-  cells.claim(tmp_path / 'new', {'run': 'a', 'amount': 'few'})
-  cells.claim(tmp_path / 'new', {'run': 'a', 'amount': 'few'})
-  with pytest.raises(ValueError, match="other settings .*amount: 'few' → 'all'.*another --workdir"):
-    cells.claim(tmp_path / 'new', {'run': 'a', 'amount': 'all'})
+  cells.claim(tmp_path / 'new', {'run': 'a', 'step': 200})
+  cells.claim(tmp_path / 'new', {'run': 'a', 'step': 200})
+  with pytest.raises(ValueError, match='other settings .*step: 200 → 400.*another --workdir'):
+    cells.claim(tmp_path / 'new', {'run': 'a', 'step': 400})  # the run has gone on
 
 
 def _row(value, seed, regime='prompt', metric='top-1', error=.03):
@@ -53,18 +54,18 @@ def _row(value, seed, regime='prompt', metric='top-1', error=.03):
 
 
 def test_the_interval_has_the_spread_of_seeds_and_an_error_that_seeds_do_not_shrink():
-  # Mean .5; deviations -.1, 0, .1: variance .02 / 2 = .01, spread .1. Error of the mean² = .01 / 3 + .03² = .00423….
+  # Mean .5; deviations -.1, 0, .1: variance .02 / 2 = .01, spread .1. 95 % of Student's t of two degrees of freedom lie within 4.303.
   [row] = results.summary([_row(v, i) for i, v in enumerate((.4, .5, .6))])
   assert (row['mean'], row['spread'], row['error'], row['seeds']) == pytest.approx((.5, .1, .03, 3))
-  assert row['interval'] == pytest.approx(1.96 * math.sqrt(.01 / 3 + .0009))
+  assert row['interval'] == pytest.approx(math.sqrt(4.3027 ** 2 * .01 / 3 + 1.96 ** 2 * .0009), rel=1e-4)
 
 
 @pytest.mark.parametrize('rows, interval', [
-    ([_row(.4, 0)], 1.96 * .03),  # one seed: the binomial error alone
-    ([_row(.4, 0, error=None), _row(.6, 1, error=None)], 1.96 * .1),  # spread sqrt(.02) over sqrt(2)
+    ([_row(.4, 0)], 1.96 * .03),  # one seed: the error of the test examples alone
+    ([_row(.4, 0, error=None), _row(.6, 1, error=None)], 12.706 * .1),  # spread sqrt(.02) over sqrt(2); t of one degree
     ([_row(.4, 0, error=None)], None)])
 def test_what_is_not_known_of_an_interval_is_left_out(rows, interval):
-  assert results.summary(rows)[0]['interval'] == (None if interval is None else pytest.approx(interval))
+  assert results.summary(rows)[0]['interval'] == (None if interval is None else pytest.approx(interval, rel=1e-4))
 
 
 def test_regimes_and_metrics_are_not_mixed():
@@ -106,11 +107,22 @@ def test_a_promise_that_is_broken_is_told(changes, said):
   assert found == [] if said is None else said in found[0]
 
 
+@pytest.mark.parametrize('metric, untuned, tuned, gains', [
+    ('top-1', .4, .5, True), ('top-1', .5, .5, False), ('top-1', .6, .5, False), ('perplexity', 9, 8, True), ('perplexity', 8, 9, False)])
+def test_prompt_tuning_must_gain_in_the_first_metric(metric, untuned, tuned, gains):
+  rows = [_row(v, 0, regime, m) for regime, v in (('untuned', untuned), ('prompt', tuned)) for m in (metric, 'second')]
+  rows[3]['value'] = 0.  # of the second metric nothing is promised
+  found = results.breaches({**_results(), 'scores': results.summary(rows)})
+  assert found == ([] if gains else [
+      f'digits, digits: prompt tuning has {metric} {tuned:.3f}, no gain over {untuned:.3f} untuned.'])
+
+
 def test_the_table_has_scores_beside_chance_and_floors_and_what_was_trained():
   lines = results.table(_results()).splitlines()
   assert lines[2] == '| digits | top-1 | 0.1 | 1-nn 0.900 | 0.500 ± 0.059 |'
   assert lines[-1] == '| digits | prompt | 1 | 5 | 100 | 160 | 19 | 1.90% | identical |'
   assert 'CHANGED' in results.table(_results(identical=False))
+  assert results.table(_results(trained=1000, share=1.)).endswith('| 1,000 | 100.00% | — |')  # nothing is frozen
 
 
 def test_facts_of_a_cell_come_from_its_work_directory(tmp_path):

@@ -43,22 +43,24 @@ def test_loss_and_gradients_are_those_of_one_device(case, mesh):
 
 
 def _product():
-  """Every router on every mesh; the attribute router in all, and all where their kernels or tokens travel, come first."""
+  """Every router on every mesh; CI has time for those where merged kernels and tokens travel, and for the one with all axes."""
   for router in ROUTERS:
     for mesh in (name for name in meshes.MESHES if name != meshes.ONE):
-      yield pytest.param(router, mesh, marks=pytest.mark.slow if router == 'attribute' or mesh == 'expert' else pytest.mark.nightly)
+      first = (router, mesh) in (('attribute', 'expert'), ('attribute', 'mixed'), ('token', 'expert'))
+      yield pytest.param(router, mesh, marks=pytest.mark.slow if first else pytest.mark.nightly)
 
 
-@pytest.mark.parametrize('router, mesh', _product())
+@pytest.mark.parametrize('router, mesh', list(_product()))
 def test_every_router_on_every_mesh(router, mesh):
   _assert_equal(_full(router, EVERY if router == 'attribute' else CAUSAL if mesh == 'expert' else PAIR), mesh)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('case, mesh', [
-    (_full('token', capacity=0.0), 'expert'), (_full('context', capacity=0.0), 'mixed'),
-    (_full('attribute', accum=2), 'mixed'), (_full('token', accum=2, capacity=0.0), 'mixed')],
-    ids=['token-exact', 'context-exact', 'attribute-accum', 'token-accum'])
+    pytest.param(_full('token', capacity=0.0), 'expert', marks=pytest.mark.slow),
+    pytest.param(_full('context', capacity=0.0), 'mixed', marks=pytest.mark.nightly),
+    pytest.param(_full('attribute', accum=2), 'mixed', marks=pytest.mark.slow),
+    pytest.param(_full('token', accum=2, capacity=0.0), 'mixed', marks=pytest.mark.nightly),
+], ids=['token-exact', 'context-exact', 'attribute-accum', 'token-accum'])
 def test_exact_routing_and_accumulation(case, mesh):
   _assert_equal(case, mesh)
 

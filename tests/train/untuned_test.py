@@ -10,7 +10,7 @@ import pytest
 
 from tests import small_model, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import regimes
+from uni_moe_jax import regimes, resolve
 from uni_moe_jax.eval import suite
 from uni_moe_jax.train import loop, setup, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -64,10 +64,13 @@ def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('task, kind', [
-    ('digits', 'image_classification'), ('digit_word', 'picture_word')])
+    ('digits', 'image_classification'), ('digit_question', 'vqa'), ('digit_word', 'picture_word')])
 def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   c = _zero_shot(f'{run[0]},{task}')
   assert c.tasks[task].kind == kind
+  # The gates have never seen the rows of what is asked: attribute routing reads their bits.
+  trained, asked = ([str(row)[:8] for row in setup.conditions(resolve.resolve(config))] for config in (run[1], c))
+  assert asked[0] not in trained
   c.evaluators[next(iter(c.evaluators))].number = 20
   made, predictor, _ = _predictor(c, tmp_path)
   rows = suite.evaluate(made.plan, made.data, predictor, 0, tmp_path)

@@ -18,13 +18,15 @@ from uni_moe_jax.tasks import Kind
 LogP = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
-def search(log_p_of: LogP, batch: int, *, beams: int, length: int, eot: int) -> tuple[np.ndarray, np.ndarray]:
+def search(log_p_of: LogP, batch: int, *, beams: int, length: int, eot: int, penalty: float = 0.0) -> tuple[
+    np.ndarray, np.ndarray]:
   """The `beams` likeliest hypotheses of each picture at every step, as lists of (words, log-probabilities).
 
   Args:
     log_p_of: (pictures int [R], words int32 [R, n], t) → log-probabilities [R, V] of word t of picture `pictures[r]` after
       the words before it; what stands from word t on is filling. R is always batch · beams.
     batch: B. beams: k. length: n. eot: id that ends a caption.
+    penalty: in the end, a hypothesis of w words before `eot` is judged by its sum over (w + 1)^penalty.
 
   Returns:
     (tokens int32 [B, k, n], log-probabilities f32 [B, k, n], 0 after `eot`), best first.
@@ -41,6 +43,7 @@ def search(log_p_of: LogP, batch: int, *, beams: int, length: int, eot: int) -> 
     for (b, _), hypothesis, p in zip(rows, (h for f in found for h in f), log_p):
       candidates[b] += _continued(hypothesis, p, beams, eot)
     found = [sorted(c, key=lambda h: -sum(h[1]))[:beams] for c in candidates]
+  found = [sorted(f, key=lambda h: -sum(h[1]) / (sum(w != eot for w in h[0]) + 1) ** penalty) for f in found]
   return (np.array([[h[0] for h in f] for f in found], np.int32), np.array([[h[1] for h in f] for f in found], np.float32))
 
 

@@ -122,15 +122,11 @@ def places(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndar
     records: of its split. seed: of a run that trains on them, and reads its subset; None: all.
   """
   keep, labels = np.arange(len(next(iter(records.columns.values())))), None
-  if _has_classes(task):
+  if task.kind.has_classes:
     column = records.columns[task.label]
     keep = np.flatnonzero(column != '')
     labels = column[keep]
   return keep if seed is None else subset(keep, labels, task, seed)
-
-
-def _has_classes(task: TaskSpec) -> bool:
-  return task.kind.readout in ('first', 'slot') and task.kind.target != 'pair'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +156,7 @@ class Builder:
       ValueError: the config names a column, class or template that the records do not have.
     """
     kind, field = task.kind, f'tasks.{task.name}'
-    labels = class_index(records, task.label, self.classes[task.target_set], field) if _has_classes(task) else None
+    labels = class_index(records, task.label, self.classes[task.target_set], field) if task.kind.has_classes else None
     keep = places(records, task, self.seed if self.training else None)
     makers = [] if labels is None else [self._labels(labels[keep])]
     if kind.readout == 'picks':

@@ -51,10 +51,13 @@ class StoredBuilder:
     """Examples of a task over one split of its source. Raises ValueError where the config does not fit the source."""
     faults = Faults(f'tasks.{task.name}', self.max_bad_fraction if self.training else 0.0)
     if task.kind.readout == 'picks':
+      if self.training and task.subset < 1:
+        raise ValueError(f'config.tasks.{task.name}.subset={task.subset}: text of files is read as a stream, of which there is no '
+                         'subset; give 1, or prepare a smaller file.')
       running = stored_rows.Running.of(task, records, self.tokenizer, self.training, faults)
       return Examples(records.size, self._masked(task, running), faults=faults)
     readers = self._readers(task, records)
-    keep = self._places(task, records)
+    keep = places(task, records, self.seed if self.training else None)
     batch = _Batch(self, task, records, tuple(readers), keep, faults)
     names = None if not task.captions else lambda ids: [
         stored_rows.references(task, row) for row in records.whole_rows(keep[ids])]
@@ -64,7 +67,7 @@ class StoredBuilder:
 
   def _readers(self, task: TaskSpec, records: Stored) -> list[stored_rows.Reader]:
     kind, readers = task.kind, []
-    if kind.readout in ('first', 'slot') and kind.target != 'pair':
+    if kind.has_classes:
       readers.append(stored_rows.labels(task, records, self.keys[task.target_set]))
     if kind.target == 'pair':
       readers.append(stored_rows.pair(task, records, self.tokenizer, self.training))
@@ -73,24 +76,6 @@ class StoredBuilder:
     if kind.readout == 'slot':
       readers.append(stored_rows.slot(task, records, self.tokenizer))
     return readers
-
-  def _places(self, task: TaskSpec, records: Stored) -> np.ndarray:
-    """Ids of the records that are examples: where it is known beforehand, those that have a label and what templates name."""
-    named = {task.label, *(column for template in (*task.captions, task.template) for column in columns_of(template))}
-    has = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
-    wanted = sorted(named & has.keys())
-    keep, labels = np.arange(records.size), None
-    for column in wanted:
-      keep = keep[has[column][keep]]
-    if task.label in records.labels:
-      labels = records.labels[task.label][keep]
-    elif task.per_class:
-      raise ValueError(f'config.tasks.{task.name}.per_class={task.per_class}: the labels of source {task.source!r} are only known '
-                       'when its records are read; prepare it as your own data, or give a subset.')
-    if not len(keep):
-      raise ValueError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
-                       f'{" and ".join(map(repr, wanted)) or "anything"}.')
-    return subset(keep, labels, task, self.seed) if self.training else keep
 
   def _masked(self, task: TaskSpec, running: stored_rows.Running):
     word_start, word_end, ordinary = preprocess.word_tables(self.tokenizer, self.mask_specials)
@@ -104,6 +89,33 @@ class StoredBuilder:
           picks=task.picks, always_mask=not self.training)
       return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
     return make
+
+
+def places(task: TaskSpec, records: Stored, seed: int | None = None) -> np.ndarray:
+  """Ids of the records that are examples: where it is known beforehand, those that have a label and what templates name.
+
+  Args:
+    task: with its subset. records: of its split. seed: of a run that trains on them, and reads the subset; None: all.
+
+  Raises:
+    ValueError: there are none, or a number per class is asked for and classes are not known beforehand.
+  """
+  named = {task.label, *(column for template in (*task.captions, task.template) for column in columns_of(template))}
+  has = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
+  wanted = sorted(named & has.keys())
+  keep, labels = np.arange(records.size), None
+  for column in wanted:
+    keep = keep[has[column][keep]]
+  if task.label in records.labels:
+    labels = records.labels[task.label][keep]
+  elif task.per_class and seed is not None:
+    raise ValueError(f'config.tasks.{task.name}.per_class={task.per_class}: the labels of source {task.source!r} are only known '
+                     f'when its records are read; give config.tasks.{task.name}.per_class=0 and a subset, or prepare it as your own data '
+                     'with one class a record.')
+  if not len(keep):
+    raise ValueError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
+                     f'{" and ".join(map(repr, wanted)) or "anything"}.')
+  return keep if seed is None else subset(keep, labels, task, seed)
 
 
 class _Batch:

@@ -34,8 +34,8 @@ class _Words:
     return [w for w in self._split(text.casefold()).split() if w not in _PUNCTUATION]
 
 
-def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-  """Returns the mean ROUGE-L in [0, 1] (Lin, 2004) with β = 1.2.
+def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
+  """Returns the ROUGE-L in [0, 1] (Lin, 2004) of each example with β = 1.2: float64 [N].
 
   P and R are the longest common subsequence over the words of the prediction and of the reference, each the best over the
   references on its own (so in the COCO toolkit); the score is (1 + β²) P R / (R + β² P).
@@ -56,11 +56,11 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]
     P, R = max(s.precision for s in found), max(s.recall for s in found)
     return (1 + _BETA ** 2) * P * R / (R + _BETA ** 2 * P) if P and R else 0.0
 
-  return metrics.mean([one(*pair) for pair in metrics.with_references(predictions, references)])
+  return metrics.each(one(*pair) for pair in metrics.with_references(predictions, references))
 
 
-def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-  """Returns the mean CIDEr-D in [0, 10] (Vedantam et al., CVPR 2015, section 4 and the variant D of section 7).
+def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
+  """Returns the CIDEr-D in [0, 10] (Vedantam et al., CVPR 2015, section 4 and variant D of section 7) of each example: float64 [N].
 
   For n = 1…4, a text is the vector of its n-grams' counts times log(N / number of examples with the n-gram in a reference).
   A pair scores the cosine, with each of the prediction's entries clipped at the reference's, times
@@ -78,8 +78,8 @@ def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]
   pairs = [(_counts(split(prediction)), [_counts(split(one)) for one in several])
            for prediction, several in metrics.with_references(predictions, references)]
   documents = collections.Counter(gram for _, several in pairs for gram in set().union(*several))
-  return metrics.mean([np.mean([_similarity(prediction, one, documents, len(pairs)) for one in several])
-                       for prediction, several in pairs])
+  return metrics.each(np.mean([_similarity(prediction, one, documents, len(pairs)) for one in several])
+                      for prediction, several in pairs)
 
 
 def _counts(words: list[str]) -> collections.Counter:

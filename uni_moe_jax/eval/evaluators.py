@@ -93,7 +93,8 @@ def classification(q: Question) -> list[Score]:
     floor = {'majority': floors.majority_accuracy(known, labels, 5)} if len(known) else {}
     scores.append(Score.proportion('top-5', metrics.top_k_accuracy(log_p, labels, 5), n, 5 / V, floor))
   balanced = {name: metrics.balanced_accuracy(a, labels) for name, a in answers.items()}
-  scores.append(Score('balanced', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)), balanced))
+  scores.append(Score('balanced', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)), balanced,
+                      metrics.balanced_accuracy_error(predicted, labels)))
   if q.task.kind.visual:
     q.samples.add(q.evaluation.name, q.pixels, ids, names[labels], names[predicted])
   return scores
@@ -261,12 +262,12 @@ def caption(q: Question) -> list[Score]:
   n, floor = len(ids), lambda metric: {} if copied is None else {'1-nn name': metric(copied, truth)}
 
   def score(name, metric):
-    return Score(name, metric(predicted, truth), n, floors=floor(metric))
+    return Score.mean(name, metric(predicted, truth), floor(metric))
 
   q.samples.add(q.evaluation.name, q.pixels, ids, [t if isinstance(t, str) else ' | '.join(t) for t in truth], predicted)
   return [
       Score.proportion('exact', metrics.exact_match(predicted, truth), n, floors=floor(metrics.exact_match)),
-      score('BLEU-4', metrics.bleu4),
+      Score('BLEU-4', metrics.bleu4(predicted, truth), n, floors=floor(metrics.bleu4)),  # of all together: no error is known
       score('ROUGE-L', caption_metrics.rouge_l),
       score('CIDEr-D', caption_metrics.cider_d),
       score('word F1', metrics.word_f1),

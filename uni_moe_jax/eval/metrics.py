@@ -70,7 +70,7 @@ def recall_by_chance(positives: np.ndarray, k: int) -> float:
   missed = np.ones(len(m))
   for drawn in range(min(k, V)):
     missed *= np.maximum(V - m - drawn, 0) / (V - drawn)
-  return mean(1 - missed)
+  return _mean(1 - missed)
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
@@ -97,12 +97,12 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
 def _share_within(ranks: np.ndarray, k: int) -> float:
   if k < 1:
     raise ValueError(f'k is {k}; it must be at least 1.')
-  return mean(ranks <= k)
+  return _mean(ranks <= k)
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Returns the share of equal entries of two arrays [N] of ints or strings."""
-  return mean(_pair_up(predictions, labels))
+  return _mean(_pair_up(predictions, labels))
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -112,11 +112,20 @@ def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     predictions: int or string [N].
     labels: int or string [N]. A class that is only predicted, never right, has no share to count.
   """
+  return _mean(_found(predictions, labels)[0])
+
+
+def balanced_accuracy_error(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Returns the standard error of the balanced accuracy: of C classes with shares p_c of n_c, sqrt(Σ p_c (1 - p_c) / n_c) / C."""
+  share, count = _found(predictions, labels)
+  return float(np.sqrt(np.sum(share * (1 - share) / count))) / len(share)
+
+
+def _found(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(share that was found [C], number [C]) of the classes present in labels."""
   correct = _pair_up(predictions, labels)
   _, group = np.unique(labels, return_inverse=True)
-  if not group.size:
-    raise ValueError('there are no examples to score.')
-  return float(np.mean(np.bincount(group, weights=correct) / np.bincount(group)))
+  return np.bincount(group, weights=correct) / np.maximum(np.bincount(group), 1), np.bincount(group)
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -179,17 +188,17 @@ def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[
     predictions: N texts.
     references: for each one text, or several of which any will do.
   """
-  return mean([any(_words(prediction) == _words(one) for one in several)
-                for prediction, several in with_references(predictions, references)])
+  return _mean(any(_words(prediction) == _words(one) for one in several)
+               for prediction, several in with_references(predictions, references))
 
 
-def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-  """Returns the mean F1 of the bags of words (against the closest of several references).
+def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
+  """Returns the F1 of the bags of words of each example (against the closest of several references): float64 [N].
 
   "greek small letter" against "greek letter alpha" shares 2 of 3 words both ways: 2/3.
   """
-  return mean([max(_bag_f1(_words(prediction), _words(one)) for one in several)
-                for prediction, several in with_references(predictions, references)])
+  return each(max(_bag_f1(_words(prediction), _words(one)) for one in several)
+              for prediction, several in with_references(predictions, references))
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
@@ -231,6 +240,13 @@ class Score:
                  floors: Mapping[str, float] | None = None) -> Score:
     """Returns a Score of a share of `count` examples, with its binomial standard error."""
     return cls(name, value, count, chance, floors or {}, binomial_standard_error(value, count))
+
+  @classmethod
+  def mean(cls, name: str, values: np.ndarray, floors: Mapping[str, np.ndarray]) -> Score:
+    """Returns a Score of the mean of a value per example, [N] each, with its standard error (none of one example)."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return cls(name, float(np.mean(values)), len(values), floors={k: float(np.mean(v)) for k, v in floors.items()},
+               standard_error=error)
 
   def row(self, evaluator: str, step: int) -> dict[str, Any]:
     """Returns the JSON object that evaluation.json holds for this score."""
@@ -318,12 +334,16 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
           ', '.join(f'{name} {marked(value)}' for name, value in row.get('floors', {}).items()))
 
 
-def mean(values: Iterable[float]) -> float:
-  """Returns the mean; raises ValueError where there are no values."""
+def each(values: Iterable[float]) -> np.ndarray:
+  """Returns the values as float64 [N]; raises ValueError where there are none."""
   values = np.asarray(list(values), np.float64)
   if not values.size:
     raise ValueError('there are no examples to score.')
-  return float(values.mean())
+  return values
+
+
+def _mean(values: Iterable[float]) -> float:
+  return float(each(values).mean())
 
 
 def _pair_up(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:

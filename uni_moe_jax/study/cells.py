@@ -61,10 +61,10 @@ def done(folder: str | os.PathLike[str], cell: Cell) -> bool:
   return (pathlib.Path(folder) / cell.folder / EVALUATION).exists()
 
 
-def commands(cell: Cell, run: str, amount: str, folder: str, overrides: Sequence[str]) -> list[list[str]]:
+def commands(cell: Cell, run: str, folder: str, overrides: Sequence[str]) -> list[list[str]]:
   """What makes a cell: arguments of the launch scripts, to be run from the repository's root."""
-  file, _ = regimes.REGIMES[cell.regime]
-  argument = f'{run},{cell.task}' + (f',{amount}' if cell.trains else '')
+  regime = regimes.REGIMES[cell.regime]
   where = f'--workdir={pathlib.Path(folder) / cell.folder}'
-  config = [f'--config={file}:{argument}', where, f'--config.seed={cell.seed}', *(f'--config.{o}' for o in overrides)]
+  config = [f'--config={regime.file}:{regime.argument(run, cell.task)}', where, f'--config.seed={cell.seed}',
+            *(f'--config.{o}' for o in overrides)]
   return [['launch/train.py', *config], ['launch/evaluate.py', where]] if cell.trains else [['launch/evaluate.py', *config]]

@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from uni_moe_jax import resolve
-from uni_moe_jax.data import sources
+from uni_moe_jax.data import sources, stored_examples
 from uni_moe_jax.data.examples import places
-from uni_moe_jax.study.cells import EVALUATION, Cell
+from uni_moe_jax.data.stored import Stored
+from uni_moe_jax.eval import metrics
+from uni_moe_jax.study.cells import EVALUATION, UNTUNED, Cell
 from uni_moe_jax.train import optim, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
 RESULTS, TABLE = 'study.json', 'study.md'
 PROMPT, PROMPT_SHARE = 'prompt', 0.02  # prompt tuning trains less than this share of the parameters
-_WITHIN = 1.96  # standard errors on both sides: 95 %
+_TAIL = 0.975  # of a distribution below the upper end of an interval of 95 %
 
 
 def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
     steps, after = checkpoints.latest(), checkpoints.restore_params()
   kept = warm_start.compared(_start(run), after, optim.frozen_paths(optim.match_rules(after, config.optim.rules)))
   task = resolve.resolve(config).tasks[0]
-  used = places(sources.load(task.source, config.data.dir, task.split), task, config.seed)
+  records = sources.load(task.source, config.data.dir, task.split)
+  used = stored_examples.places(task, records, config.seed) if isinstance(records, Stored) else places(records, task, config.seed)
   return {'steps': steps, 'examples': len(used), 'drawn': steps * task.batch, **kept,
           'share': kept['trained'] / kept['parameters']}
 
@@ -60,8 +64,8 @@ def collect(every: Sequence[Cell], run: str, folder: str) -> dict[str, Any]:
 def summary(rows: Sequence[dict[str, Any]], by: str = 'regime') -> list[dict[str, Any]]:
   """Scores over seeds.
 
-  The same test examples are asked with every seed, so that their binomial error does not shrink with the number n of seeds:
-  the interval is ± 1.96 · sqrt(spread² / n + error²).
+  The same test examples are asked with every seed, so that their error does not shrink with the number n of seeds. The interval
+  is ± sqrt((t · spread)² / n + (1.96 · error)²), t being Student's of n - 1 degrees of freedom (4.30 of three seeds).
 
   Args:
     rows: rows of evaluation.json, with the task, `by` and seed of their cell.
@@ -69,7 +73,8 @@ def summary(rows: Sequence[dict[str, Any]], by: str = 'regime') -> list[dict[str
 
   Returns:
     One row per task, evaluator, metric and `by`: its mean, 'spread' (standard deviation over seeds, None of one), 'error'
-    (binomial, None where the metric has none), 'interval' (None where nothing is known), 'seeds', 'chance', 'floors'.
+    (of the test examples, None where the metric has none), 'interval' (None where nothing is known), 'seeds', 'chance', 'floors',
+    'higher_is_better'.
   """
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
@@ -80,11 +85,13 @@ def summary(rows: Sequence[dict[str, Any]], by: str = 'regime') -> list[dict[str
     errors = [m['standard_error'] for m in members if m['standard_error'] is not None]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     error = float(np.mean(errors)) if errors else None
-    known = [e for e in (spread and spread / math.sqrt(len(values)), error) if e is not None]
+    known = [] if error is None else [stats.norm.ppf(_TAIL) * error]
+    if spread is not None:
+      known.append(stats.t.ppf(_TAIL, len(values) - 1) * spread / math.sqrt(len(values)))
     found.append({
         'task': task, 'evaluator': evaluator, 'metric': metric, by: which, 'mean': float(np.mean(values)),
-        'spread': spread, 'error': error, 'interval': _WITHIN * math.hypot(*known) if known else None, 'seeds': len(values),
-        'chance': members[0]['chance'], 'floors': members[0]['floors']})
+        'spread': spread, 'error': error, 'interval': math.hypot(*known) if known else None, 'seeds': len(values),
+        'chance': members[0]['chance'], 'floors': members[0]['floors'], 'higher_is_better': metrics.higher_is_better(members[0])})
   return found
 
 
@@ -99,6 +106,22 @@ def breaches(results: dict[str, Any]) -> list[str]:
       found.append(f'{name}: nothing was trained.')
     if cell['regime'] == PROMPT and cell['share'] >= PROMPT_SHARE:
       found.append(f'{name}: {cell["share"]:.2%} of the parameters train; prompt tuning trains less than {PROMPT_SHARE:.0%}.')
+  return found + _without_gain(results['scores'])
+
+
+def _without_gain(scores: Sequence[dict[str, Any]]) -> list[str]:
+  """Prompt tuning must gain over the untuned run: sentences for the evaluators whose first metric it does not better."""
+  asked: dict[tuple[str, str], dict[str, dict]] = {}
+  for s in scores:
+    first = asked.setdefault((s['task'], s['evaluator']), {})
+    if not first or s['metric'] == next(iter(first.values()))['metric']:
+      first[s['regime']] = s
+  found = []
+  for (task, evaluator), by in asked.items():
+    if {PROMPT, UNTUNED} <= by.keys():
+      tuned, before = by[PROMPT]['mean'], by[UNTUNED]['mean']
+      if not (tuned > before if by[PROMPT]['higher_is_better'] else tuned < before):
+        found.append(f'{task}, {evaluator}: prompt tuning has {by[PROMPT]["metric"]} {tuned:.3f}, no gain over {before:.3f} untuned.')
   return found
 
 
@@ -119,14 +142,16 @@ def scores_table(scores: Sequence[dict[str, Any]], names: Sequence[str], by: str
 def table(results: dict[str, Any]) -> str:
   """Markdown: the scores, a regime a column, and what each regime trained."""
   lines = scores_table(results['scores'], list(dict.fromkeys(c['regime'] for c in results['cells'])))
-  lines += ['', 'Mean over seeds ± 95 % (spread of the seeds and binomial error of the test examples).', '',
+  lines += ['', 'Mean over seeds ± 95 %: spread of the seeds, by Student’s t, and error of the test examples, unknown of BLEU-4. Floors '
+            'are fitted on all training examples.', '',
             '| task | regime | seeds | steps | examples | drawn | trained | share | frozen rest |', '| --- ' * 9 + '|']
   groups: dict[tuple[str, str], list[dict]] = {}
   for c in results['cells']:
     groups.setdefault((c['task'], c['regime']), []).append(c)
   for (task, regime), members in groups.items():
     c = members[0]
-    rest = 'all of it' if not c['steps'] else 'identical' if all(m['identical'] for m in members) else 'CHANGED'
+    rest = 'all of it' if not c['steps'] else '—' if c['trained'] == c['parameters'] else (
+        'identical' if all(m['identical'] for m in members) else 'CHANGED')
     lines.append(f'| {task} | {regime} | {len(members)} | {c["steps"]} | {c["examples"]} | {c["drawn"]} | {c["trained"]:,} | '
                  f'{c["share"]:.2%} | {rest} |')
   return '\n'.join(lines)

@@ -203,9 +203,8 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
       logits = similarity.logits(features, set_features[t.target_set], scale)
       if t.head:
         logits = spec.model.apply({'params': params}, features, logits, method='with_head')
-      if t.target_set in sampled:
-        logits = logits + sampled[t.target_set].correction[None, None]
-      tally = losses.cross_entropy(logits, *_targets(t, fields, sampled), t.smoothing)
+      correction = sampled[t.target_set].correction if t.target_set in sampled else None
+      tally = losses.cross_entropy(logits, *_targets(t, fields, sampled), t.smoothing, correction)
     tallies[t.name] = jax.tree.map(lambda x, n=norm[t.name]: x / n, tally)
     total = total + t.weight * tallies[t.name].loss
   return total, tallies
