@@ -282,3 +282,13 @@ def test_unknown_names_say_the_nearest(pictures):
     stored.load('own:colors', pictures[0], 'train')
   with pytest.raises(ValueError, match="did you mean 'train'"):
     stored.load('own:colours', pictures[0], 'trains')
+
+
+def test_of_rows_with_one_key_the_first_stays_whatever_they_say(tmp_path):
+  said = [('a', 'one'), ('b', 'two'), ('a', 'three'), ('c', 'one')]
+  (tmp_path / 'in').mkdir()
+  (tmp_path / 'in/train.jsonl').write_text(''.join(
+      json.dumps({'key': key, 'text_a': text, 'text_b': 'other', 'label_name': 'same'}) + '\n' for key, text in said))
+  found = prepare.prepare(tmp_path / 'in', tmp_path, 'keyed', max_bad_fraction=0.5)
+  assert {reason: s['first'] for reason, s in found['skipped'].items()} == {'duplicate key': ['train.jsonl:3']}
+  assert [row['text_a'] for row in _all(tmp_path, source='own:keyed')[1]] == ['one', 'two', 'one']
