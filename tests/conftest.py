@@ -14,7 +14,8 @@ if os.environ['JAX_PLATFORMS'] == 'cpu':
   os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # TensorFlow must not take a GPU that no test uses
 # Tests of meshes need several devices; others run on the first: more devices cost them nothing. Most of a test's time is
 # the compiler's, and programs this small run as well without its optimizations.
-for flag in ('--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0'):
+for flag in (
+    '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false'):
   if flag.partition('=')[0] not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')

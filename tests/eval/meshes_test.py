@@ -44,7 +44,7 @@ def _asked(router: str, mesh: str) -> dict[str, np.ndarray]:
           'log_p': predictor.log_probabilities(features, tasks['shape'])}
 
 
-@pytest.mark.parametrize('router', ['attribute', 'token'])
+@pytest.mark.parametrize('router', ['attribute', pytest.param('token', marks=pytest.mark.slow)])
 def test_features_and_probabilities_are_those_of_one_device(router):
   one, eight = _asked(router, 'one'), _asked(router, 'eight')
   for name, value in one.items():
@@ -53,7 +53,7 @@ def test_features_and_probabilities_are_those_of_one_device(router):
     assert np.abs(value[1] - value[0]).max() > 1e-3, name  # the control: examples do differ
 
 
-@pytest.mark.parametrize('router, beams', [('attribute', 2), ('token', 1)])
+@pytest.mark.parametrize('router, beams', [('attribute', 2), pytest.param('token', 1, marks=pytest.mark.slow)])
 def test_captions_are_those_of_one_device(router, beams):
   said = []
   for mesh in _MESHES:

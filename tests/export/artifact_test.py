@@ -151,10 +151,12 @@ def _close(found, expected, name=''):
   assert np.abs(found - expected).max() <= _BOUND * np.abs(expected).max(), name
 
 
+@pytest.mark.slow
 def test_there_is_no_package_there(elsewhere):
   assert 'uni_moe_jax is not installed here' in elsewhere[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch', _BATCHES)
 def test_classes_are_those_of_the_model_with_experts(trained, elsewhere, expected, batch):
   pixels, found, _ = elsewhere
@@ -163,17 +165,20 @@ def test_classes_are_those_of_the_model_with_experts(trained, elsewhere, expecte
   _close(found[f'shape{batch}'], expected.log_probabilities(features, task)[:batch, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch', _BATCHES)
 def test_captions_are_those_of_the_evaluator_token_for_token(elsewhere, searched, batch):
   np.testing.assert_array_equal(elsewhere[1][f'tokens{batch}'], searched[:batch])
 
 
+@pytest.mark.slow
 def test_captions_are_read_as_the_evaluator_reads_them(trained, elsewhere, searched, expected):
   pixels, found, _ = elsewhere
   said = expected.captions(_task(trained, 'caption'), pixels, beams=2, penalty=1.0)
   assert found['captions'].tolist() == said[:3] == [trained[1].data.tokenizer.decode(row) for row in searched[:3]]
 
 
+@pytest.mark.slow
 def test_words_one_by_one_are_the_greedy_captions(trained, elsewhere, exported):
   pixels, found, _ = elsewhere
   task, (_, run, params) = _task(trained, 'caption'), trained
@@ -186,6 +191,7 @@ def test_words_one_by_one_are_the_greedy_captions(trained, elsewhere, exported):
   _close(found['first'].max(-1), greedy.log_p[:, 0, 0])
 
 
+@pytest.mark.slow
 def test_pairs_are_scored_as_by_the_model_with_experts(trained, elsewhere, expected):
   pixels, found, _ = elsewhere
   task, data = _task(trained, 'pair'), trained[1].data
@@ -205,10 +211,12 @@ def _texts(tokenizer):
   return {'target': ids, 'target_valid': np.arange(8) < np.array([[len(r)] for r in rows])}
 
 
+@pytest.mark.slow
 def test_texts_of_a_set_encoded_there_are_the_features_that_lie_there(elsewhere, exported):
   _close(elsewhere[1]['names'], exported[1].features['shapes'])
 
 
+@pytest.mark.slow
 def test_examples_have_the_answers_that_they_had_at_export(elsewhere, exported):
   lines = [line for line in elsewhere[2].splitlines() if 'export' in line]
   assert len(lines) == len(exported[1].answers) == 2

@@ -19,6 +19,7 @@ def _workdir(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_every_file_is_harmed_in_every_way_and_nothing_gets_through(workdir, tmp_path):
   counts, findings = damage.every_file(workdir, tmp_path, seed=1)
   assert not findings

@@ -77,14 +77,14 @@ def _step_by_step(router: str, eot: int):
 
 class GreedyTest(parameterized.TestCase):
 
-  @parameterized.parameters('attribute', 'modality', 'dense', 'token', 'context')
+  @parameterized.parameters('attribute', 'dense')  # beam_test has the other routers
   def test_it_equals_decoding_step_by_step(self, router):
     tokens, log_p = _greedy(router)(_NEVER)
     expected_tokens, expected_log_p = _step_by_step(router, _NEVER)
     np.testing.assert_array_equal(tokens, expected_tokens)
     np.testing.assert_allclose(log_p, expected_log_p, atol=1e-5, rtol=1e-5)
 
-  @parameterized.parameters('attribute', 'modality', 'dense')
+  @parameterized.parameters('attribute', 'dense')
   def test_captions_that_end_early_equal_decoding_step_by_step(self, router):
     # The second word of the first caption ends captions; the others go on, or end elsewhere.
     eot = int(_greedy(router)(_NEVER)[0][0, 1])
@@ -106,7 +106,7 @@ class GreedyTest(parameterized.TestCase):
     ends = (_greedy('attribute')(eot)[0] == eot).argmax(1) + _LENGTH * (_greedy('attribute')(eot)[0] != eot).all(1)
     self.assertGreater(len(set(ends.tolist())), 1, ends)
 
-  @parameterized.parameters('attribute', 'modality', 'dense')
+  @parameterized.parameters('attribute', 'dense')
   def test_captions_of_these_pictures_differ_and_do_not_repeat_one_word(self, router):
     # Otherwise equality would prove little.
     tokens, _ = _greedy(router)(_NEVER)

@@ -6,6 +6,7 @@ from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import small_model
 from uni_moe_jax import tasks
@@ -45,13 +46,18 @@ def _expected(router: str):
 
 class OneResultTest(parameterized.TestCase):
 
-  @parameterized.parameters('attribute', 'token', 'context')
+  @parameterized.parameters('attribute', 'token')
   def test_all_rows_of_the_last_layer_change_nothing(self, router):
     _assert_close(_features(small_model.spec(router), _mix(), all_rows=True), _expected(router))
 
-  @parameterized.parameters('attribute', 'token', 'context')
+  @parameterized.parameters('attribute', 'token')
   def test_streams_that_stay_apart_give_what_joined_ones_give(self, router):
     _assert_close(_features(small_model.spec(router), _mix(), keys=True), _expected(router))
+
+  @parameterized.parameters('all_rows', 'keys')
+  @pytest.mark.slow
+  def test_so_it_is_with_a_context_router(self, option):
+    _assert_close(_features(small_model.spec('context'), _mix(), **{option: True}), _expected('context'))
 
   def test_streams_joined_within_two_shards_give_the_same(self):
     _assert_close(_features(small_model.spec(), _mix(), shards=2), self.expected)

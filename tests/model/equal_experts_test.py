@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from tests import small_model
 from uni_moe_jax import config, resolve
@@ -102,6 +103,7 @@ class EqualExpertsTest(parameterized.TestCase):
     np.testing.assert_allclose(self.moe[0], self.dense[0], rtol=1e-5)
 
   @parameterized.parameters('task', 'modality')
+  @pytest.mark.slow
   def test_the_loss_of_the_other_routers_is_the_dense_loss(self, router):
     np.testing.assert_allclose(_loss(router)(_equal_experts(router)), self.dense[0], rtol=1e-5)
 

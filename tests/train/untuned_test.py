@@ -64,7 +64,7 @@ def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('task, kind', [
-    ('digits', 'image_classification'), ('digit_question', 'vqa'), ('digit_word', 'picture_word')])
+    ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow), ('digit_word', 'picture_word')])
 def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   c = _zero_shot(f'{run[0]},{task}')
   assert c.tasks[task].kind == kind
