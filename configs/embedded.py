@@ -4,8 +4,8 @@
   python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
   python launch/evaluate.py --workdir=runs/embedded
 
-The argument is the router: --config=configs/embedded.py:dense (attribute by default). docs/embedded.md says what an
-earlier mixture of these tasks reached, and why this one is as it is; it has not been run to its end yet.
+The argument is the router: --config=configs/embedded.py:dense (attribute by default). docs/embedded.md says what it reaches, and
+why it is as it is.
 """
 
 import ml_collections

@@ -34,6 +34,14 @@ def test_prompts_heads_and_new_temperatures_start_fresh():
   np.testing.assert_array_equal(params['embed']['spe_bias'], small_model.params(new)['embed']['spe_bias'])
 
 
+def test_a_clip_can_be_asked_without_its_differences():
+  with_them, without = small_model.spec(frame_differences=True), small_model.spec()
+  params, fresh, left = _joined(without, with_them)
+  assert (fresh, left) == ([], ['embed/difference'])
+  assert _joined(with_them, without)[1:] == (['embed/difference'], [])
+  np.testing.assert_array_equal(params['embed']['patch'], small_model.params(with_them)['embed']['patch'])
+
+
 @pytest.mark.parametrize('changes, said', [
     (dict(router='dense'), r"runs/old has parameter 'encoder/.*_router/.*', this model has not"),
     (dict(spatial='stored'), r"this model has parameter 'embed/spatial', runs/old has not; config\.model and"),

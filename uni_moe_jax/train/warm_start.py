@@ -9,8 +9,8 @@ import numpy as np
 from uni_moe_jax.model.paths import by_path, path_of
 from uni_moe_jax.tasks import nearest
 
-# What a model may have that the other has not: prompts, heads, and temperatures of other tasks.
-ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type)$', r'^linear_head/', r'^log_scale_')
+# What a model may have that the other has not: prompts, heads, temperatures of other tasks, and what is added to a patch.
+ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference)$', r'^linear_head/', r'^log_scale_')
 
 
 def joined(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]]:
