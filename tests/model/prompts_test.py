@@ -248,7 +248,7 @@ class LinearHeadTest(absltest.TestCase):
   def test_a_fresh_head_changes_no_logit(self):
     model = UniPerceiver(small_model.spec(head=3))
     features, logits = jnp.ones((2, 1, 16)), jnp.arange(6.).reshape(2, 1, 3)
-    values = model.init(jax.random.key(0), (small_model.sequence('text_classification', batch=1),))
+    values = model.init(jax.random.key(0), features, logits, method='with_head')
     np.testing.assert_array_equal(model.apply(values, features, logits, method='with_head'), logits)
 
   def test_it_adds_to_weighted_similarity_by_hand(self):
