@@ -18,7 +18,7 @@ from tensorflow_datasets.testing import mocking
 from tests import small_model, tiny
 from tests.data import own_files
 from uni_moe_jax import benchmarks, config, regimes, resolve
-from uni_moe_jax.data import stored
+from uni_moe_jax.data import assemble, stored
 from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.stored import Stored
 from uni_moe_jax.data.templates import fill_template
@@ -83,8 +83,21 @@ def _own(source: str) -> Stored:
   return Stored(source, _EXAMPLES, rows, columns, classes, {}, source)
 
 
+@pytest.fixture(name='named', scope='module')
+def _named(tmp_path_factory):
+  """A folder of data with the files of class names, which no test changes."""
+  folder = tmp_path_factory.mktemp('data')
+  names = folder / 'class_names'
+  names.mkdir()
+  wnids = tfds.builder('imagenet2012', data_dir=folder).info.features['label'].names
+  (names / 'imagenet1k.tsv').write_text(''.join(f'{w}\tname {i}|other {i}\n' for i, w in enumerate(wnids)))
+  (names / 'imagenet21k.tsv').write_text('n01\tdog|hound\nn02\tcat\n')
+  (names / 'vqa_answers.tsv').write_text('yes\nno\n2\n3\n')
+  return folder
+
+
 @pytest.fixture
-def invented(monkeypatch, tmp_path):
+def invented(monkeypatch, named):
   """Data of every source, and the files of class names."""
   # As it is in TFDS 4.9.10, reading several records of a mocked source at once lacks an argument.
   monkeypatch.setattr(mocking, '_getitems', lambda keys, generator, **_: [generator[k] for k in keys])
@@ -93,14 +106,8 @@ def invented(monkeypatch, tmp_path):
   opened = stored._open
   monkeypatch.setattr(
       stored, '_open', lambda builder, *rest: _Coco() if builder.name == 'coco_captions' else opened(builder, *rest))
-  names = tmp_path / 'class_names'
-  names.mkdir()
-  wnids = tfds.builder('imagenet2012', data_dir=tmp_path).info.features['label'].names
-  (names / 'imagenet1k.tsv').write_text(''.join(f'{w}\tname {i}|other {i}\n' for i, w in enumerate(wnids)))
-  (names / 'imagenet21k.tsv').write_text('n01\tdog|hound\nn02\tcat\n')
-  (names / 'vqa_answers.tsv').write_text('yes\nno\n2\n3\n')
   with tfds.testing.mock_data(num_examples=_EXAMPLES):
-    yield tmp_path
+    yield named
 
 
 def _small(c, data_dir):
@@ -297,12 +304,13 @@ def test_glue_is_asked_in_the_published_words(name):
 
 @pytest.mark.parametrize('name', list(_GLUE))
 def test_records_of_glue_have_its_columns_and_classes(name, invented):
-  run = _run(_small(_config(name), invented))
-  [t] = run.plan.tasks
-  fields = next(evaluation_batches(run.data.examples(t, run.plan.evaluations[0].split), np.arange(4), 4))[0]
+  c = _small(_config(name), invented)
+  plan = resolve.resolve(c)
+  [t], data = plan.tasks, assemble.Data(c, plan)
+  fields = next(evaluation_batches(data.examples(t, plan.evaluations[0].split), np.arange(4), 4))[0]
   slot = np.take_along_axis(fields['text'], fields['position'], 1)
-  assert (slot == run.data.tokenizer.spe).all() and (fields['weight'] == 1).all()
-  assert set(run.data.records(t.source, 'train').classes['label']) == set(_GLUE[name][2])
+  assert (slot == data.tokenizer.spe).all() and (fields['weight'] == 1).all()
+  assert set(data.records(t.source, 'train').classes['label']) == set(_GLUE[name][2])
 
 
 def _written(data_dir, name: str, splits: dict) -> None:

@@ -32,11 +32,18 @@ def _features(spec):
 
 
 @functools.cache
+def _weighted_gradient(spec):
+  """(parameters, weights [sequences]) → gradient of a weighted sum over sequences: one program for whichever is asked for."""
+  def total(values, weights):
+    features = small_model.encode(spec, _sequences(), values=values)[0]
+    return sum(w * jnp.sin(3 * rows).sum() for w, rows in zip(weights, features, strict=True))
+  return small_model.jit(jax.grad(total))
+
+
+@functools.cache
 def _gradient(spec, stream: int):
-  """Gradient of one sequence's features with respect to all parameters, as paths."""
-  def total(values):
-    return (jnp.sin(3 * small_model.encode(spec, _sequences(), values=values)[0][stream])).sum()
-  gradient = small_model.jit(jax.grad(total))(small_model.params(spec))
+  """Gradient of one sequence's features with respect to all parameters, as paths; the others' are weighted by 0."""
+  gradient = _weighted_gradient(spec)(small_model.params(spec), np.eye(len(_sequences()), dtype=np.float32)[stream])
   return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
           for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
 
@@ -241,7 +248,7 @@ class LinearHeadTest(absltest.TestCase):
   def test_a_fresh_head_changes_no_logit(self):
     model = UniPerceiver(small_model.spec(head=3))
     features, logits = jnp.ones((2, 1, 16)), jnp.arange(6.).reshape(2, 1, 3)
-    values = model.init(jax.random.key(0), (small_model.sequence('text_classification', batch=1),))
+    values = model.init(jax.random.key(0), features, logits, method='with_head')
     np.testing.assert_array_equal(model.apply(values, features, logits, method='with_head'), logits)
 
   def test_it_adds_to_weighted_similarity_by_hand(self):

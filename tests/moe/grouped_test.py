@@ -1,5 +1,6 @@
 """Every backend of the grouped product computes the plain loop over experts, in values and gradients."""
 
+import functools
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -21,38 +22,37 @@ def _normal(seed: int, *shape: int) -> jax.Array:
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def _plain(x, kernel, sizes, starts):
-  y = jnp.zeros((x.shape[0], kernel.shape[2]))
-  for e, (start, n) in enumerate(zip(starts, sizes)):
-    y = y.at[start:start + n].set(x[start:start + n] @ kernel[e])
-  return y
+def _plain(x, kernel, member):
+  """member: bool [E, G], the rows of every group."""
+  return sum(jnp.where(rows[:, None], x @ w, 0) for rows, w in zip(member, kernel))
 
 
-def _counted(sizes, starts, rows: int) -> np.ndarray:
-  """bool [G]: rows that are in a group."""
-  counted = np.zeros(rows, bool)
-  for start, n in zip(starts, sizes):
-    counted[start:start + n] = True
-  return counted
+@functools.cache
+def _program(backend, rows: int):
+  """(x, kernel, member) → values, dx and dkernel of the rows in groups, by a backend, or by the plain loop where it is None.
+
+  Groups are data: one program serves all.
+  """
+  weight = _normal(2, rows, _F)
+
+  def loss(x, kernel, member):
+    y = _plain(x, kernel, member) if backend is None else grouped.grouped_matmul(x, kernel, member.sum(1), backend)
+    y = jnp.where(member.any(0)[:, None], y, 0)
+    return (y * weight).sum(), y
+
+  @small_model.jit
+  def run(x, kernel, member):
+    (_, y), (dx, dkernel) = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, kernel, member)
+    return y, jnp.where(member.any(0)[:, None], dx, 0), dkernel
+  return run
 
 
 def _compare(backend, sizes, starts, rows):
-  """Values, dx and dkernel of the rows in groups, of a backend and of the plain loop."""
-  x, kernel, weight = _normal(0, rows, _D), _normal(1, _E, _D, _F), _normal(2, rows, _F)
-  counted = _counted(sizes, starts, rows)
-
-  def loss(product):
-    def run(x, kernel):
-      y = jnp.where(counted[:, None], product(x, kernel), 0)
-      return (y * weight).sum(), y
-    return run
-
-  with mock.patch.object(grouped, '_TILE', _TILE):
-    run = loss(lambda x, k: grouped.grouped_matmul(x, k, jnp.asarray(sizes, jnp.int32), backend))
-    (_, found), (dx, dkernel) = small_model.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(x, kernel)
-  (_, expected), (dx_, dkernel_) = jax.value_and_grad(
-      loss(lambda x, k: _plain(x, k, sizes, starts)), (0, 1), has_aux=True)(x, kernel)
-  return (found, jnp.where(counted[:, None], dx, 0), dkernel), (expected, dx_, dkernel_)
+  """What the programs of a backend and of the plain loop give."""
+  row = np.arange(rows)
+  operands = _normal(0, rows, _D), _normal(1, _E, _D, _F), np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
+  with mock.patch.object(grouped, '_TILE', _TILE):  # read when a program is traced: by its first call
+    return tuple(_program(b, rows)(*operands) for b in (backend, None))
 
 
 class EveryBackendTest(parameterized.TestCase):

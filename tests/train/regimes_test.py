@@ -1,5 +1,7 @@
 """A regime is config alone: a run starts from another's parameters and tunes what its rules leave free."""
 
+import contextlib
+import io
 import json
 
 import jax
@@ -8,10 +10,11 @@ import pytest
 
 from tests import small_model, tiny
 from uni_moe_jax import recipes
-from uni_moe_jax.train import loop, setup, step
+from uni_moe_jax.train import loop, setup, step, workdir as workdir_lib
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.model.paths import path_of
+
 
 def _config(*tasks: str):
   c = tiny.config(*tasks, data_dir=tiny.data_dir())
@@ -27,12 +30,21 @@ def _params(config, workdir):
   return {path_of(p): np.asarray(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
 
 
+def _saved(config, workdir, change=lambda state: state):
+  """Makes a folder that of a run at its second step, with random parameters: to start from it, no one need train it."""
+  run = setup.build(config, jax.devices()[:1])
+  workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
+  workdir_lib.keep_tokenizer(workdir, run.data.tokenizer_file)
+  with Checkpoints(workdir, 1) as checkpoints:
+    checkpoints.save(2, change(run.start(small_model.params(run.spec.model.spec))))
+  return run
+
+
 @pytest.fixture(name='base', scope='module')
 def _base(tmp_path_factory):
-  """A trained run: (workdir, config)."""
-  workdir = tmp_path_factory.mktemp('base')
-  config = _config('shape', 'pair')
-  assert loop.train(config, str(workdir), jax.devices()[:1]) == loop.FINISHED
+  """A run to start from: (workdir, config)."""
+  workdir, config = tmp_path_factory.mktemp('base'), _config('shape', 'pair')
+  _saved(config, workdir)
   return workdir, config
 
 
@@ -47,29 +59,34 @@ def _prompt_tuning(base):
   return c
 
 
-def test_prompt_tuning_moves_what_it_adds_and_leaves_the_rest_bit_identical(base, tmp_path, capsys):
-  workdir, config = base
-  c = _prompt_tuning(workdir)
-  assert loop.train(c, str(tmp_path / 'tuned'), jax.devices()[:1]) == loop.FINISHED
-  said = capsys.readouterr().out
+@pytest.fixture(name='tuned', scope='module')
+def _tuned(base, tmp_path_factory):
+  """It, trained: (workdir, config, what it said)."""
+  workdir, c = tmp_path_factory.mktemp('tuned'), _prompt_tuning(base[0])
+  with contextlib.redirect_stdout(io.StringIO()) as said:
+    assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
+  return workdir, c, said.getvalue()
+
+
+def test_prompt_tuning_moves_what_it_adds_and_leaves_the_rest_bit_identical(base, tuned):
+  (workdir, config), (tuned_workdir, c, said) = base, tuned
   assert f'starts from {workdir}' in said and 'embed/spe_bias' in said
-  before, after = _params(config, workdir), _params(c, tmp_path / 'tuned')
-  tuned = {p for p in after if p.startswith('linear_head') or 'prompts/' in p or p == 'embed/spe_bias' or '/norm' in p
+  before, after = _params(config, workdir), _params(c, tuned_workdir)
+  moved = {p for p in after if p.startswith('linear_head') or 'prompts/' in p or p == 'embed/spe_bias' or '/norm' in p
            and '_router' not in p}
   for path in set(before) & set(after):
-    if path in tuned:
+    if path in moved:
       assert not np.array_equal(before[path], after[path]), path
     else:
       np.testing.assert_array_equal(before[path], after[path], path)
-  assert {'embed/prompts/input', 'embed/prompts/label_shapes', 'encoder/tail/block0/prompts/input'} <= tuned
-  assert set(after) - set(before) == {p for p in after if 'norm' not in p and p in tuned} | {'log_scale_downstream'}
+  assert {'embed/prompts/input', 'embed/prompts/label_shapes', 'encoder/tail/block0/prompts/input'} <= moved
+  assert set(after) - set(before) == {p for p in after if 'norm' not in p and p in moved} | {'log_scale_downstream'}
 
 
-def test_a_set_with_prompts_is_evaluated_as_it_is_trained(base, tmp_path):
-  c = _prompt_tuning(base[0])
-  assert loop.train(c, str(tmp_path / 'tuned'), jax.devices()[:1]) == loop.FINISHED
+def test_a_set_with_prompts_is_evaluated_as_it_is_trained(tuned):
+  workdir, c, _ = tuned
   run = setup.build(c, jax.devices()[:1])
-  with Checkpoints(tmp_path / 'tuned', 1) as checkpoints:
+  with Checkpoints(workdir, 1) as checkpoints:
     predictor, params = setup.predictor(run, checkpoints)
   assert np.abs(params['embed']['prompts']['label_shapes']).min() > 0  # no longer zero
 
@@ -91,14 +108,14 @@ def test_words_are_those_of_the_run_it_starts_from(base):
 
 
 def test_averaged_parameters_are_what_a_run_starts_from(tmp_path):
-  c = _config('shape')
-  c.train.ema = .5
-  assert loop.train(c, str(tmp_path / 'a'), jax.devices()[:1]) == loop.FINISHED
-  run = setup.build(c, jax.devices()[:1])
-  with Checkpoints(tmp_path / 'a', 1) as checkpoints:
+  c, other = _config('shape'), _config('shape')
+  c.train.ema, other.train.init = .5, str(tmp_path)
+  run = _saved(c, tmp_path, lambda state: state.replace(ema=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
+  with Checkpoints(tmp_path, 1) as checkpoints:
     state, averaged = checkpoints.restore(run.like()), checkpoints.restore_params()
   jax.tree.map(np.testing.assert_array_equal, averaged, state.ema)
-  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.ema, state.params)
+  jax.tree.map(np.testing.assert_array_equal, setup.warm_params(setup.build(other, jax.devices()[:1])), state.ema)
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *jax.device_get((state.ema, state.params)))
   assert max(jax.tree.leaves(moved)) > 0
 
 
