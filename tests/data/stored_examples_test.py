@@ -72,8 +72,13 @@ def _mixture(run, examples, feed=Feed()):
   return Mixture(run[0], examples, 0, 'mixed', 4, feed)
 
 
-def test_the_global_batch_is_the_same_on_any_layout_and_after_a_restart(run, examples):
-  whole = [batch for _, batch in _mixture(run, examples).iterate(0, 2)]
+@pytest.fixture(scope='module')
+def whole(run, examples):
+  """The first two batches, in one layout."""
+  return [batch for _, batch in _mixture(run, examples).iterate(0, 2)]
+
+
+def test_the_global_batch_is_the_same_on_any_layout_and_after_a_restart(run, examples, whole):
   again = next(_mixture(run, examples).iterate(1, 2))[1]
   halves = [next(_mixture(run, examples, Feed(1, 2, (i,))).iterate(1, 2))[1] for i in range(2)]
   for group, fields in whole[1].items():
@@ -84,8 +89,8 @@ def test_the_global_batch_is_the_same_on_any_layout_and_after_a_restart(run, exa
   assert not np.array_equal(whole[0]['image_retrieval']['id'], whole[1]['image_retrieval']['id'])
 
 
-def test_fields_have_the_shapes_of_their_kind(run, examples):
-  batch = next(_mixture(run, examples).iterate(0, 1))[1]
+def test_fields_have_the_shapes_of_their_kind(whole):
+  batch = whole[0]
   assert {g: f['pixels'].shape for g, f in batch.items() if 'pixels' in f} == {
       'image_classification': (1, 8, 1, SIDE, SIDE, 3), 'image_retrieval': (1, 4, 1, SIDE, SIDE, 3),
       'image_caption': (1, 4, 1, SIDE, SIDE, 3), 'video_classification': (1, 4, 3, SIDE, SIDE, 3)}

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests import stand_in, tiny
+from tests import in_process, stand_in, tiny
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -40,11 +40,15 @@ def get_config(router):
 '''
 
 
+def _command(root, script, *arguments):
+  return [script, f'--workdir={root / "out"}', f'--config={root / "c.py"}', *arguments]
+
+
 def _start(root, script, *arguments):
   # One device: the batches of these tasks do not divide by more.
   env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
   return subprocess.Popen(
-      [sys.executable, str(script), f'--workdir={root / "out"}', f'--config={root / "c.py"}', *arguments], cwd=root, env=env,
+      [sys.executable, *map(str, _command(root, script, *arguments))], cwd=root, env=env,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -64,11 +68,11 @@ def _root(tmp_path):
   return tmp_path
 
 
-def test_a_failure_is_reported_others_go_on_and_the_same_command_repairs_it(root):
+def test_a_failure_is_reported_others_go_on_and_the_same_command_repairs_it(root, capfd):
   (root / 'evaluate').write_text('3')
-  arguments = (root / 'launch/compare.py', '--routers=dense,task')
-  code, output, errors = _run(root, *arguments)
-  assert code == 1
+  command = _command(root, root / 'launch/compare.py', '--routers=dense,task')
+  assert in_process.run(*command) == 1
+  output, errors = capfd.readouterr()
   assert errors == ''.join(f'error: {r}: evaluate failed with exit code 3.\n' for r in ('dense', 'task'))
   steps = ['interference', 'compile', 'train', 'evaluate', 'interference', 'report']
   log = [*(f'{s} dense' for s in steps), *(f'{s} task' for s in (*steps[:5], 'experts', 'report'))]
@@ -76,11 +80,11 @@ def test_a_failure_is_reported_others_go_on_and_the_same_command_repairs_it(root
   assert '| task | 0 |' in output and 'evaluate failed with exit code 3' in output
 
   (root / 'evaluate').unlink()
-  code, _, errors = _run(root, *arguments)
-  assert (code, errors) == (0, '')
+  assert in_process.run(*command) == 0
+  assert capfd.readouterr().err == ''
   assert (root / 'log').read_text().splitlines() == [*log, 'evaluate dense', 'evaluate task']
-  code, _, errors = _run(root, *arguments, '--batches=3')
-  assert code == 2 and 'batches: 16 → 3' in errors
+  assert in_process.run(*command, '--batches=3') == 2
+  assert 'batches: 16 → 3' in capfd.readouterr().err
 
 
 def test_a_signal_reaches_the_command_and_the_comparison_can_go_on(root):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import tiny
+from tests import in_process, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax import recipes
 from uni_moe_jax.export import torch_layout
@@ -21,6 +21,7 @@ from uni_moe_jax.train import loop, setup
 from uni_moe_jax.train import workdir as workdir_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+_SCRIPT = _ROOT / 'launch/convert.py'
 _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
 
 
@@ -34,6 +35,7 @@ def _config(folder: pathlib.Path):
   for t in c.tasks.values():
     t.temperature, t.sampling = config_lib.PUBLISHED_GROUPS[t.kind], 1.0
     t.length = 48 if t.length else 0
+    t.batch = 8  # a test's process has as many devices, a process of its own has one
   c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')
   c.train.update(dict(steps=3, save_every=1))
   return c
@@ -58,22 +60,21 @@ def _files(tmp_path_factory):
 
 
 def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-  # One device: the batches of these tasks do not divide by more.
   env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
   return subprocess.run(
       [sys.executable, str(_ROOT / 'launch' / script), *arguments], env=env, capture_output=True, text=True, cwd=_ROOT,
       timeout=300)
 
 
-def _convert(folder, workdir, checkpoint='theirs.pth'):
-  return _run('convert.py', f'--checkpoint={folder / checkpoint}', f'--config={folder / "config.py"}', f'--workdir={workdir}')
+def _arguments(folder, workdir, checkpoint='theirs.pth'):
+  return f'--checkpoint={folder / checkpoint}', f'--config={folder / "config.py"}', f'--workdir={workdir}'
 
 
 @pytest.mark.slow
 def test_a_converted_checkpoint_evaluates_trains_and_comes_back(files, tmp_path):
   folder, state, _ = files
   workdir = tmp_path / 'run'
-  done = _convert(folder, workdir)
+  done = _run('convert.py', *_arguments(folder, workdir))
   assert done.returncode == 0, done.stderr
   assert 'arrays have their place in both layouts' in done.stdout
   assert 'a gate that nothing evaluates' in done.stdout
@@ -102,20 +103,21 @@ def test_a_converted_checkpoint_evaluates_trains_and_comes_back(files, tmp_path)
   np.testing.assert_array_equal(trained[spatial].numpy(), state[spatial])  # fixed, as published
 
 
-def test_mistakes_end_in_one_sentence(files, tmp_path):
+def test_mistakes_end_in_one_sentence(files, tmp_path, capfd):
   folder, state, spec = files
   cut = (folder / 'theirs.pth').read_bytes()[:-1000]
   (folder / 'cut.pth').write_bytes(cut)
   short = {k: torch.from_numpy(np.array(v)) for k, v in state.items() if k != 'loss_prepare.proj.bias'}
   torch.save({'model': short}, folder / 'short.pth')
-  for arguments, said in (
-      ((folder, tmp_path / 'a', 'cut.pth'), 'is no PyTorch checkpoint, or is cut off'),
-      ((folder, tmp_path / 'a', 'short.pth'), 'the checkpoint lacks loss_prepare.proj.bias'),
-      ((folder, tmp_path / 'a', 'none.pth'), 'none.pth is not there')):
-    done = _convert(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count('\n') == 1 and said in done.stderr, done.stderr
+  for checkpoint, said in (
+      ('cut.pth', 'is no PyTorch checkpoint, or is cut off'),
+      ('short.pth', 'the checkpoint lacks loss_prepare.proj.bias'),
+      ('none.pth', 'none.pth is not there')):
+    capfd.readouterr()
+    code, errors = in_process.run(_SCRIPT, *_arguments(folder, tmp_path / 'a', checkpoint)), capfd.readouterr().err
+    assert code == 2, errors
+    assert errors.count('\n') == 1 and said in errors, errors
   # A conversion that failed leaves nothing that could be trained from fresh parameters by mistake.
   assert not (tmp_path / 'a').exists()
-  done = _run('convert.py', f'--workdir={tmp_path / "a"}')
-  assert done.returncode == 2 and '--checkpoint=FILE --config=FILE' in done.stderr
+  assert in_process.run(_SCRIPT, f'--workdir={tmp_path / "a"}') == 2
+  assert '--checkpoint=FILE --config=FILE' in capfd.readouterr().err

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import stand_in, tiny
+from tests import in_process, stand_in, tiny
 from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
@@ -54,11 +54,14 @@ def _save(folder, prompts, step=2):
     checkpoints.save(step, {'params': params, 'ema': None})
 
 
+def _command(root, *arguments):
+  return [root / 'launch/study.py', f'--run={root / "run"}', f'--workdir={root / "study"}', '--tasks=digits', *arguments]
+
+
 def _start(root, *arguments):
   return subprocess.Popen(
-      [sys.executable, 'launch/study.py', f'--run={root / "run"}', f'--workdir={root / "study"}', '--tasks=digits', *arguments],
-      cwd=root, env={**os.environ, 'PYTHONPATH': str(_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      start_new_session=True)
+      [sys.executable, *map(str, _command(root, *arguments))], cwd=root, env={**os.environ, 'PYTHONPATH': str(_ROOT)},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def _run(root, *arguments):
@@ -67,10 +70,10 @@ def _run(root, *arguments):
   return process.returncode, output, errors
 
 
-def test_every_cell_is_made_once_and_a_failure_ends_the_study_until_it_is_started_again(root):
+def test_every_cell_is_made_once_and_a_failure_ends_the_study_until_it_is_started_again(root, capfd):
   (root / 'train').write_text('3')
-  arguments = ('--regimes=untuned,prompt', '--seeds=2')
-  assert _run(root, *arguments)[0] == 3
+  command = _command(root, '--regimes=untuned,prompt', '--seeds=2')
+  assert in_process.run(*command) == 3
   where = root / 'study'
   log = [f'evaluate --config=configs/zero_shot.py:{root}/run,digits --workdir={where}/digits-untuned --config.seed=0',
          f'train --config=configs/prompt_tune.py:{root}/run,digits,few --workdir={where}/digits-prompt-0 --config.seed=0']
@@ -82,8 +85,10 @@ def test_every_cell_is_made_once_and_a_failure_ends_the_study_until_it_is_starte
     config = _tuned(root, seed)
     workdir.claim_workdir(where / f'digits-prompt-{seed}', config, 'print')
     _save(where / f'digits-prompt-{seed}', 1)
-  code, output, errors = _run(root, *arguments)
-  assert (code, errors) == (0, ''), errors
+  capfd.readouterr()
+  assert in_process.run(*command) == 0
+  output, errors = capfd.readouterr()
+  assert errors == ''
   assert 'digits-untuned: done' in output and '| e | top-1 | 0.1 |  | 0.500 ± 0.196 | 0.600 ± 0.196 |' in output
   assert '| digits | prompt | 2 | 2 | 100 | 64 | 1 | 1.00% | identical |' in output
   again = [line.split('=')[0] for line in (root / 'log').read_text().splitlines()[2:]]
@@ -92,8 +97,8 @@ def test_every_cell_is_made_once_and_a_failure_ends_the_study_until_it_is_starte
   assert (where / 'study.md').read_text() == output[output.index('| evaluator'):]
 
   _save(root / 'run', 3, step=4)
-  code, _, errors = _run(root, *arguments)
-  assert code == 2 and 'step: 2 → 4' in errors  # cells of two checkpoints do not compare
+  assert in_process.run(*command) == 2
+  assert 'step: 2 → 4' in capfd.readouterr().err  # cells of two checkpoints do not compare
 
 
 def _tuned(root, seed):
