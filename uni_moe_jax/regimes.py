@@ -84,10 +84,13 @@ def train_all(c: ml_collections.ConfigDict) -> None:
 
 
 def train_prompts(c: ml_collections.ConfigDict) -> None:
-  """Prompts, norms and linear heads train, see `recipes.prompt_tune`."""
+  """Prompts, norms and linear heads train, see `recipes.prompt_tune`.
+
+  Targets have no prompts: what the run knows of names that few examples do not show stays what it is (docs/embedded.md).
+  """
   c.optim.update(dict(learning_rate=5e-3, warmup=10))
   c.train.update(dict(steps=200, log_every=10, save_every=100))
-  recipes.prompt_tune(c)
+  recipes.prompt_tune(c, sides='inputs')
 
 
 def train_nothing(c: ml_collections.ConfigDict) -> None:

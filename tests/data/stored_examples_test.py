@@ -16,7 +16,6 @@ from uni_moe_jax.data import hashing, prepare, stored, stored_examples, stored_r
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.faults import Faults
 from uni_moe_jax.data.mixtures import Feed, Mixture, evaluation_batches
-from uni_moe_jax.data.stored_examples import StoredBuilder
 
 SIDE = 16
 
@@ -277,8 +276,7 @@ def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
   c = tiny.config(data_dir='')
   c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch=4, captions=('{captions}',), length=8)
   [pair] = resolve.resolve(c).tasks
-  places = lambda *captions: StoredBuilder(None, {}, SIDE, 3, False, False, 0, 0.1)._places(
-      dataclasses.replace(pair, captions=captions), records).tolist()
+  places = lambda *captions: stored_examples.places(dataclasses.replace(pair, captions=captions), records).tolist()
   assert places('a picture') == list(range(8))
   assert places('{captions}') == [0, 1, 2, 3, 5, 6, 7]
   assert places('{captions}', 'it is {colour}') == [0, 1, 2, 3, 5, 7]

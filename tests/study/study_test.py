@@ -109,12 +109,17 @@ def test_a_promise_that_is_broken_is_told(changes, said):
 
 @pytest.mark.parametrize('metric, untuned, tuned, gains', [
     ('top-1', .4, .5, True), ('top-1', .5, .5, False), ('top-1', .6, .5, False), ('perplexity', 9, 8, True), ('perplexity', 8, 9, False)])
-def test_prompt_tuning_must_gain_in_the_first_metric(metric, untuned, tuned, gains):
+def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions(metric, untuned, tuned, gains):
   rows = [_row(v, 0, regime, m) for regime, v in (('untuned', untuned), ('prompt', tuned)) for m in (metric, 'second')]
   rows[3]['value'] = 0.  # of the second metric nothing is promised
   found = results.breaches({**_results(), 'scores': results.summary(rows)})
   assert found == ([] if gains else [
       f'digits, digits: prompt tuning has {metric} {tuned:.3f}, no gain over {untuned:.3f} untuned.'])
+  captions = [_row(v, 0, regime, m) for m, change in (('exact', -.1), ('word F1', .1))
+              for regime, v in (('untuned', .5), ('prompt', .5 + change))]
+  assert results.breaches({**_results(), 'scores': results.summary(captions)}) == []
+  captions[-1]['value'] = .4
+  assert 'has word F1 0.400' in results.breaches({**_results(), 'scores': results.summary(captions)})[0]
 
 
 def test_the_table_has_scores_beside_chance_and_floors_and_what_was_trained():
