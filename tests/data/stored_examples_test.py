@@ -168,7 +168,7 @@ def _examples(bad, training=True, fraction=0.5, unreadable=()):
   c = tiny.config(data_dir='')
   c.sets.ab = config_lib.target_set(('a', 'b'), family='names')
   c.tasks.x = config_lib.task('image_classification', 'own:x', batch=4, target_set='ab', label='label')
-  builder = StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, fraction)
+  builder = stored_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, fraction)
   return builder.build(resolve.resolve(c).tasks[0], _records(bad, unreadable=unreadable))
 
 
