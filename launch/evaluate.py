@@ -31,12 +31,9 @@ def main() -> int:
   workdir = _WORKDIR.value
   # Mistakes are told before the libraries below are loaded, and before other processes are waited for.
   distributed.parse(_DISTRIBUTED.value)
-  asks_as_before = True
   if _CONFIG.present:
     config = cli.config_of(_CONFIG)
     workdir_lib.claim_workdir(workdir, config)
-    if pathlib.Path(workdir, workdir_lib.CONFIG_FILE).exists():
-      asks_as_before = workdir_lib.load_config(workdir).evaluators == config.evaluators
   else:
     config = workdir_lib.load_config(workdir)
   plan = resolve.resolve(config)
@@ -46,13 +43,17 @@ def main() -> int:
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
   with checkpoint.Checkpoints(workdir, keep=None, best=config.train.keep_best) as checkpoints:
-    # What trains nothing answers with the run that it starts from, which may go on.
-    step = (checkpoints.best() if _BEST.value else checkpoints.latest()) if plan.tasks else workdir_lib.saved_step(config.train.init)
+    if not plan.tasks:  # it answers with the run that it starts from, which may go on
+      answers, step, lacks = config.train.init, workdir_lib.saved_step(config.train.init), 'checkpoint yet; train it first'
+    elif _BEST.value:
+      answers, step, lacks = workdir, checkpoints.best(), 'best checkpoint; train it with --config.train.keep_best=loss/total, for example'
+    else:
+      answers, step, lacks = workdir, checkpoints.latest(), 'checkpoint yet; train it first'
     if step is None:
-      raise cli.UsageError(f'workdir {workdir if plan.tasks else config.train.init} has no checkpoint yet; train it first.'
-                           if not (_BEST.value and plan.tasks) else
-                           f'workdir {workdir} has no best checkpoint; train it with --config.train.keep_best=loss/total, for example.')
-    if step == suite.evaluated_step(workdir) and not _FORCE.value and asks_as_before:
+      raise cli.UsageError(f'workdir {answers} has no {lacks}.')
+    # The folder has an evaluation, and so a config, of which claim_workdir lets the evaluators alone be others.
+    if (step == suite.evaluated_step(workdir) and not _FORCE.value
+        and config.evaluators.to_dict() == workdir_lib.load_config(workdir).evaluators.to_dict()):
       print(f'step {step} is evaluated already; --force does it again.')
       rows = json.loads(pathlib.Path(workdir, suite.EVALUATION_FILE).read_text())
     else:

@@ -3,19 +3,21 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from tests import small_model, tiny
+from tests import in_process, small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax import regimes, resolve
 from uni_moe_jax.eval import suite
 from uni_moe_jax.train import loop, setup, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
-_FILE = pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'zero_shot.py'
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_FILE = _ROOT / 'configs' / 'zero_shot.py'
 
 
 def _config(router):
@@ -76,6 +78,25 @@ def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   rows = suite.evaluate(made.plan, made.data, predictor, 0, tmp_path)
   assert rows[0]['chance'] == 0.1 and rows[0]['count'] == 20 and set(rows[0]['floors']) == {'majority', '1-nn'}
   assert json.loads((tmp_path / suite.EVALUATION_FILE).read_text()) == rows
+
+
+def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(run, tmp_path, monkeypatch, capfd):
+  folder, trained = tmp_path / 'run', setup.build(run[1], jax.devices()[:1])
+  shutil.copytree(run[0], folder)
+  build = setup.build
+  monkeypatch.setattr(setup, 'build', lambda c: build(c, jax.devices()[:1]))
+
+  def evaluated(*more):
+    arguments = f'--config={_FILE}:{folder},package', f'--workdir={tmp_path / "new"}', *more
+    assert in_process.run(_ROOT / 'launch/evaluate.py', *arguments) == 0
+    return 'is evaluated already' not in capfd.readouterr().out
+
+  assert evaluated() and not evaluated()
+  assert evaluated('--config.evaluators.package.number=3')
+  with Checkpoints(folder, 2) as checkpoints:
+    checkpoints.save(5, trained.start(run[2]))
+  assert evaluated('--config.evaluators.package.number=0')
+  assert suite.evaluated_step(tmp_path / 'new') == 5 and not evaluated()
 
 
 def test_the_new_kind_has_a_row_of_bits_by_rule_and_targets_of_a_known_family(run):
