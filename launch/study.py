@@ -36,8 +36,8 @@ def main() -> int:
     raise cli.UsageError(f'--regimes={unknown[0]} is unknown; choices: {", ".join(regimes.REGIMES)}.')
   run, folder = (os.path.abspath(os.path.expanduser(f)) for f in (_RUN.value, _WORKDIR.value))
   for task in _TASKS.value:  # mistakes are told before anything is trained
-    for regime in _REGIMES.value:
-      resolve.resolve(regimes.REGIMES[regime].config(regimes.REGIMES[regime].argument(run, task)))
+    for regime in map(regimes.REGIMES.get, _REGIMES.value):
+      resolve.resolve(regime.config(regime.argument(run, task)))
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   from uni_moe_jax.study import cells, process
   every = cells.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))

@@ -276,7 +276,7 @@ def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
   c = tiny.config(data_dir='')
   c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch=4, captions=('{captions}',), length=8)
   [pair] = resolve.resolve(c).tasks
-  places = lambda *captions: stored_examples.places(dataclasses.replace(pair, captions=captions), records).tolist()
+  places = lambda *captions: stored_examples.places(records, dataclasses.replace(pair, captions=captions)).tolist()
   assert places('a picture') == list(range(8))
   assert places('{captions}') == [0, 1, 2, 3, 5, 6, 7]
   assert places('{captions}', 'it is {colour}') == [0, 1, 2, 3, 5, 7]

@@ -57,7 +57,7 @@ class StoredBuilder:
       running = stored_rows.Running.of(task, records, self.tokenizer, self.training, faults)
       return Examples(records.size, self._masked(task, running), faults=faults)
     readers = self._readers(task, records)
-    keep = places(task, records, self.seed if self.training else None)
+    keep = places(records, task, self.seed if self.training else None)
     batch = _Batch(self, task, records, tuple(readers), keep, faults)
     names = None if not task.captions else lambda ids: [
         stored_rows.references(task, row) for row in records.whole_rows(keep[ids])]
@@ -91,11 +91,11 @@ class StoredBuilder:
     return make
 
 
-def places(task: TaskSpec, records: Stored, seed: int | None = None) -> np.ndarray:
+def places(records: Stored, task: TaskSpec, seed: int | None = None) -> np.ndarray:
   """Ids of the records that are examples: where it is known beforehand, those that have a label and what templates name.
 
   Args:
-    task: with its subset. records: of its split. seed: of a run that trains on them, and reads the subset; None: all.
+    records: of its split. task: with its subset. seed: of a run that trains on them, and reads the subset; None: all.
 
   Raises:
     ValueError: there are none, or a number per class is asked for and classes are not known beforehand.

@@ -12,8 +12,7 @@ import numpy as np
 from scipy import stats
 
 from uni_moe_jax import resolve
-from uni_moe_jax.data import sources, stored_examples
-from uni_moe_jax.data.examples import places
+from uni_moe_jax.data import examples, sources, stored_examples
 from uni_moe_jax.data.stored import Stored
 from uni_moe_jax.eval import metrics
 from uni_moe_jax.study.cells import EVALUATION, UNTUNED, Cell
@@ -43,8 +42,8 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
   kept = warm_start.compared(_start(run), after, optim.frozen_paths(optim.match_rules(after, config.optim.rules)))
   task = resolve.resolve(config).tasks[0]
   records = sources.load(task.source, config.data.dir, task.split)
-  used = stored_examples.places(task, records, config.seed) if isinstance(records, Stored) else places(records, task, config.seed)
-  return {'steps': steps, 'examples': len(used), 'drawn': steps * task.batch, **kept,
+  places = (stored_examples if isinstance(records, Stored) else examples).places
+  return {'steps': steps, 'examples': len(places(records, task, config.seed)), 'drawn': steps * task.batch, **kept,
           'share': kept['trained'] / kept['parameters']}
 
 
