@@ -74,6 +74,16 @@ def test_few_is_ten_of_every_class_or_one_in_a_hundred(run, regime, argument, am
   assert (task.per_class, task.subset) == amount
 
 
+def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(tmp_path):
+  c = tiny.config('shape', 'text', data_dir='/the data')
+  c.tasks.text.label = 'text'
+  c.tasks.digits = c.tasks.shape
+  workdir.claim_workdir(tmp_path, c, 'print')
+  text = regimes.prompt_tune(f'{tmp_path},text').tasks.text
+  assert (text.per_class, text.subset, text.head) == (0, 0.01, False)
+  assert regimes.finetune(f'{tmp_path},digits').tasks.digits.source == c.tasks.shape.source
+
+
 def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_has_neither(run):
   prompt, fine = regimes.prompt_tune(f'{run},digits'), regimes.finetune(f'{run},digits')
   assert prompt.optim.rules[-1] == (r'.*', FREEZE) and prompt.model.prompts > 0 and prompt.tasks.digits.head

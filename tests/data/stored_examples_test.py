@@ -290,6 +290,7 @@ def test_a_config_that_does_not_fit_the_source_is_told(run):
       ('colour', dict(label='color'), "label='color' is no column of classes.*did you mean 'colour'"),
       ('colour', dict(target_set='moves'), "class 'blue' of source 'own:colours' is not in the target set"),
       ('moves', dict(frames=0), 'frames=0: source .* has clips'),
-      ('book', dict(label='texts'), "no column of texts 'texts'")):
+      ('book', dict(label='texts'), "no column of texts 'texts'"),
+      ('book', dict(subset=0.5), 'subset=0.5: text of files is read as a stream')):
     with pytest.raises(ValueError, match=message):
       data.examples(dataclasses.replace(tasks[name], **changes), training=True)

@@ -9,6 +9,7 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.data import prepare
 from uni_moe_jax.eval import suite
 from uni_moe_jax.study import cells, results
 from uni_moe_jax.train import warm_start, workdir
@@ -130,8 +131,26 @@ def test_the_table_has_scores_beside_chance_and_floors_and_what_was_trained():
   assert results.table(_results(trained=1000, share=1.)).endswith('| 1,000 | 100.00% | — |')  # nothing is frozen
 
 
-def test_facts_of_a_cell_come_from_its_work_directory(tmp_path):
-  c = tiny.config('shape', data_dir=tiny.data_dir())
+def _shapes(folder):
+  return tiny.config('shape', data_dir=tiny.data_dir())
+
+
+def _files(folder):
+  """The same task of data in files: three classes of four texts."""
+  (folder / 'in').mkdir()
+  (folder / 'in/train.jsonl').write_text(''.join(
+      json.dumps({'text_a': f'text {i}', 'text_b': 'b', 'label': 'xyz'[i % 3]}) + '\n' for i in range(12)))
+  prepare.prepare(folder / 'in', folder, 'three', holdout=0.0)
+  c = tiny.config(data_dir=str(folder))
+  c.sets.three = config_lib.target_set('own:three/label', family='words')
+  c.tasks.shape = config_lib.task('text_classification', 'own:three', batch=8, target_set='three', label='label',
+                                  template='{text_a} <eot> <spe>', length=8)
+  return c
+
+
+@pytest.mark.parametrize('config', [_shapes, _files])
+def test_facts_of_a_cell_come_from_its_work_directory(tmp_path, config):
+  c = config(tmp_path)
   c.tasks.shape.per_class = 2
   c.optim.rules = (('b$', 'freeze'), ('.*', 1., 0.))
   c.evaluators.e = config_lib.evaluator('classification', 'shape', split='train')
