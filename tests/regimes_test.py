@@ -87,6 +87,7 @@ def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(t
 def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_has_neither(run):
   prompt, fine = regimes.prompt_tune(f'{run},digits'), regimes.finetune(f'{run},digits')
   assert prompt.optim.rules[-1] == (r'.*', FREEZE) and prompt.model.prompts > 0 and prompt.tasks.digits.head
+  assert prompt.model.prompt_sides == 'inputs'  # what the run knows of other answers stays
   assert not regimes.prompt_tune(f'{run},clip_name').tasks.clip_name.head
   assert not any(rule[1] == FREEZE for rule in fine.optim.rules)
   assert fine.model.prompts == 0 and not fine.tasks.digits.head
