@@ -69,7 +69,8 @@ def test_a_kill_is_inside_a_save_of_the_process_that_is_killed(tmp_path, monkeyp
   if left_over:
     (tmp_path / 'run/checkpoints/10.orbax-checkpoint-tmp').mkdir(parents=True)
   tally = kills.Tally()
-  code = kills._until_killed(_StandIn(tmp_path, program), tmp_path / 'run', tmp_path / 'log', random.Random(0), save, 1., tally)
+  code = kills._until_killed(_StandIn(tmp_path, program), tmp_path / 'run', tmp_path / 'log', random.Random(0), save,
+                             kills.Undisturbed(tmp_path, 1., .04), tally)
   assert (code, tally.kills, tally.inside_saves) == (None, 1, inside)
 
 
@@ -77,7 +78,7 @@ def test_a_run_that_does_not_end_is_killed_with_what_it_started_and_is_a_finding
   monkeypatch.setattr(kills, '_LONGEST', 2.)
   # The kill comes before it has a child, which would outlive it: only the run without end is killed with all that it started.
   child = 'import subprocess, time; time.sleep(.5); subprocess.run(["sleep", "61.25"])'
-  tally = kills.series(_StandIn(tmp_path, child), tmp_path / 'whole', .1, kills=1, saves=0, seed=0)
+  tally = kills.series(_StandIn(tmp_path, child), kills.Undisturbed(tmp_path / 'whole', .1, .1), kills=1, saves=0, seed=0)
   [finding] = tally.findings
   assert 'no end in 2 s' in finding and (tally.kills, tally.starts) == (1, 2)
   end = time.monotonic() + 10  # the system takes a moment to end what was killed
@@ -86,10 +87,48 @@ def test_a_run_that_does_not_end_is_killed_with_what_it_started_and_is_a_finding
     time.sleep(0.05)
 
 
+@pytest.mark.parametrize('files, saved, stage', [
+    ((), (10,), kills.EMPTY), (('_CHECKPOINT_METADATA',), (10,), kills.EMPTY), (('default/d/x', '_CHECKPOINT_METADATA'), (10,), kills.ARRAYS),
+    (('default/d/x', 'manifest.json'), (10,), kills.SEALED), (None, (10, 20), ''), (None, (10, 20, 30), kills.DELETING)])
+def test_how_far_a_save_was(tmp_path, files, saved, stage):
+  for step in saved:
+    (tmp_path / f'checkpoints/{step}').mkdir(parents=True)
+  (tmp_path / 'checkpoints/5.orbax-checkpoint-tmp').mkdir()  # of a process before this one
+  saves = kills._Saves(tmp_path)
+  for name in ('', *files) if files is not None else ():
+    path = tmp_path / 'checkpoints/40.orbax-checkpoint-tmp' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('') if name else path.mkdir()
+  assert saves.stage(keep=2) == stage
+
+
+def test_a_checkpoint_that_has_its_name_and_is_not_whole_is_found(tmp_path):
+  tally = kills.Tally()
+  kills._check_whole(tmp_path, None, tally)
+  for step in (10, 20):
+    (tmp_path / f'checkpoints/{step}').mkdir(parents=True)
+  kills._check_whole(tmp_path, 20, tally)
+  assert not tally.findings
+  kills._check_whole(tmp_path, 10, tally)
+  [finding] = tally.findings
+  assert 'step 20 was left damaged: manifest.json is missing' in finding
+  (tmp_path / 'damaged').mkdir()
+  kills._check_whole(tmp_path, 20, tally)
+  assert 'found to be damaged' in tally.findings[1]
+
+
+def test_how_long_a_save_takes_is_what_orbax_wrote_down(tmp_path):
+  for step, (begun, ended) in {10: (5, 8), 20: (20, 21)}.items():
+    (tmp_path / f'checkpoints/{step}').mkdir(parents=True)
+    said = {'init_timestamp_nsecs': begun * 10**9, 'commit_timestamp_nsecs': ended * 10**9}
+    (tmp_path / f'checkpoints/{step}/_CHECKPOINT_METADATA').write_text(json.dumps(said))
+  assert kills.save_seconds(tmp_path) == 3.
+
+
 @pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, capsys):
   assert suite.run(('kills',), suite.QUICK, 0, tmp_path, keep=True) == 0, capsys.readouterr().out
-  assert 'of them inside a save' in capsys.readouterr().out
+  assert ' inside a save (' in capsys.readouterr().out
 
 
 @pytest.mark.nightly

@@ -10,7 +10,7 @@ from uni_moe_jax.faults import kills, stops, suite
 @pytest.fixture(name='printed')
 def _printed(tmp_path, monkeypatch, capsys):
   """(exit code, what was printed) of subjects whose runs are not started."""
-  monkeypatch.setattr(suite._Work, '_whole', lambda work: (pathlib.Path(tmp_path), 1.))
+  monkeypatch.setattr(suite._Work, '_whole', lambda work: kills.Undisturbed(pathlib.Path(tmp_path), 1., .1))
 
   def printed(*subjects):
     return suite.run(subjects, suite.QUICK, 0, tmp_path, keep=True), capsys.readouterr().out
@@ -23,7 +23,8 @@ def _finds(*findings):
 
 
 @pytest.mark.parametrize('findings, code', [
-    (['killed_0: 2 of 30 arrays differ, .params first', 'a run with a checkpoint of step 10 resumed from nothing'], 0),
+    (['killed_0: 2 of 30 arrays differ, .params first', 'a run with a checkpoint of step 10 resumed from nothing',
+      'killed_0: the checkpoint of step 10 was left damaged: manifest.json is missing'], 0),
     (['killed_0: 2 of 30 arrays differ, .params first'], 1),  # it is not what 'lost_checkpoints' does
     (['killed_0: exit code 1: AttributeError'], 1), ([], 1)])
 def test_a_planted_fault_counts_as_found_by_what_is_said_of_it(printed, monkeypatch, findings, code):
@@ -37,14 +38,14 @@ def test_a_planted_fault_counts_as_found_by_what_is_said_of_it(printed, monkeypa
 def test_a_planted_fault_that_kills_did_not_bring_to_light_is_tried_again(printed, monkeypatch):
   seeds = []
 
-  def series(trainer, whole, seconds, number, saves, seed):
+  def series(trainer, whole, number, saves, seed):
     seeds.append((trainer.plant, seed))
-    return kills.Tally(findings=['3 arrays differ', 'resumed from nothing'] if seed else [])
+    return kills.Tally(findings=['3 arrays differ', 'resumed from nothing', 'was left damaged'] if seed else [])
 
   monkeypatch.setattr(kills, 'series', series)
   monkeypatch.setattr(suite._Work, '_found_without_sums', lambda *_: ['THE DAMAGED ONE WAS READ'])
   assert printed('planted')[0] == 0
-  assert seeds == [(name, seed) for name in ('one_bit', 'skipped_batch', 'lost_checkpoints') for seed in (0, 1)]
+  assert seeds == [(name, seed) for name in ('one_bit', 'skipped_batch', 'lost_checkpoints', 'late_manifest') for seed in (0, 1)]
 
 
 def test_what_was_not_tried_is_not_said_to_be_well(printed, monkeypatch):

@@ -1,5 +1,6 @@
 """SIGKILL at random moments, some inside a save: a run that is started again ends as if nothing had happened."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -12,13 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
+from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'configs/small.py'
@@ -26,7 +27,10 @@ _POLL = 0.001  # seconds
 _LONGEST = 600.0  # of a run that is not killed
 _ENDLESS = -signal.SIGKILL  # exit code of one that took longer
 _SAVES_LET_PASS = 4  # at most, before one is hit
+_BEYOND = 1.2  # kills inside a save are drawn from so much of the time that one takes: what comes after it is hit, too
 _UNFINISHED = '*.orbax-checkpoint-tmp'
+# How far a save was when it was hit.
+EMPTY, ARRAYS, SEALED, DELETING = 'nothing written', 'arrays under way', 'manifest written', 'old one being deleted'
 
 
 @dataclasses.dataclass
@@ -37,11 +41,13 @@ class Trainer:
     folder: for work directories, compiled programs and the tokenizer.
     plant: fault of `planted.FAULTS`; '' is none.
     overrides: fields of the config. flags: more of launch/train.py.
+    optimised: by XLA, as people's programs are; otherwise they compile sooner.
   """
   folder: pathlib.Path
   plant: str = ''
   overrides: tuple[str, ...] = ()
   flags: tuple[str, ...] = ()
+  optimised: bool = False
 
   def compile(self, log: pathlib.Path) -> int:
     """Fills the cache of compiled programs; an exit code."""
@@ -55,7 +61,7 @@ class Trainer:
 
   def start(self, workdir: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
     """A process whose output is appended to `log`."""
-    return start(self.command(workdir), log, self.folder)
+    return start(self.command(workdir), log, environment(self.folder, self.optimised))
 
   def run(self, workdir: pathlib.Path, log: pathlib.Path) -> tuple[int, float]:
     """(exit code, seconds) of a run that is left alone, see `code_of`."""
@@ -63,10 +69,10 @@ class Trainer:
     return code_of(self.start(workdir, log)), time.monotonic() - began
 
 
-def start(command: Sequence[str], log: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
-  """A process, the first of its group, whose output is appended to `log`; its compiled programs lie in `folder`."""
+def start(command: Sequence[str], log: pathlib.Path, env: Mapping[str, str]) -> subprocess.Popen:
+  """A process, the first of its group, whose output is appended to `log`."""
   with log.open('ab') as file:
-    return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment(folder))
+    return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=env)
 
 
 def code_of(process: subprocess.Popen) -> int:
@@ -83,29 +89,44 @@ def ending(code: int) -> str:
   return f'no end in {_LONGEST:g} s' if code == _ENDLESS else f'exit code {code}'
 
 
-def environment(folder: pathlib.Path) -> dict[str, str]:
-  """Of a child: this package, one device, and one cache of compiled programs for all."""
+def environment(folder: pathlib.Path, optimised: bool = False) -> dict[str, str]:
+  """Of a child: this package, one device, and one cache of compiled programs, in `folder`, for all."""
   return {**os.environ, 'PYTHONPATH': f'{_ROOT}:{os.environ.get("PYTHONPATH", "")}', 'PYTHONUNBUFFERED': '1', 'JAX_PLATFORMS': 'cpu',
-          'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_COMPILATION_CACHE_DIR': str(folder / 'jax'),
+          'XLA_FLAGS': '' if optimised else '--xla_backend_optimization_level=0', 'JAX_COMPILATION_CACHE_DIR': str(folder / 'jax'),
           'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}
 
 
 @dataclasses.dataclass
 class Tally:
-  """What a series of kills came to."""
+  """What a series of kills came to.
+
+  Attributes:
+    before_steps: kills that hit a process before its first step. stages: how far saves were, of which one was under way or had just
+      ended, see EMPTY and what follows it.
+  """
   kills: int = 0
   inside_saves: int = 0
+  before_steps: int = 0
+  stages: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   starts: int = 0
   finished: int = 0
   findings: list[str] = dataclasses.field(default_factory=list)
 
 
-def series(trainer: Trainer, whole: pathlib.Path, seconds: float, kills: int, saves: int, seed: int) -> Tally:
+@dataclasses.dataclass(frozen=True)
+class Undisturbed:
+  """A run that was left alone: its work directory, the seconds that it took, and those that one of its saves took."""
+  workdir: pathlib.Path
+  seconds: float
+  save_seconds: float
+
+
+def series(trainer: Trainer, whole: Undisturbed, kills: int, saves: int, seed: int) -> Tally:
   """Kills runs until there were enough kills, at least `saves` of them inside a save, and lets each run come to its end.
 
   Args:
     trainer: of the runs.
-    whole: work directory of the same run, never disturbed. seconds: that it took.
+    whole: the same run, never disturbed.
     kills, saves: how many.
     seed: draws the moments.
   """
@@ -120,17 +141,20 @@ def series(trainer: Trainer, whole: pathlib.Path, seconds: float, kills: int, sa
       enough = tally.kills >= kills and tally.inside_saves >= saves
       save = tally.inside_saves < saves and (kills - tally.kills <= saves - tally.inside_saves or rng.random() < .5)
       said_before = log.stat().st_size if log.exists() else 0
-      code = _until_killed(trainer, workdir, log, rng, None if enough else save, seconds, tally)
+      code = _until_killed(trainer, workdir, log, rng, None if enough else save, whole, tally)
       tally.starts += 1
-      _check_resumed(expected, log.read_text(errors='replace')[said_before:], tally)
+      said = log.read_text(errors='replace')[said_before:]
+      _check_resumed(expected, said, tally)
       expected = newest_whole(workdir)
       if code is None:
+        tally.before_steps += _STEPPED not in said
         _check_nothing_lost(workdir, expected, tally)
+        _check_whole(workdir, expected, tally)
     tally.finished += 1
     if code != 0:
       tally.findings.append(f'{workdir.name}: {ending(code)}: {log.read_text(errors="replace")[-300:]}')
       break
-    tally.findings += differences(whole, workdir)
+    tally.findings += differences(whole.workdir, workdir)
     if tally.findings:
       break
     shutil.rmtree(workdir)
@@ -143,7 +167,14 @@ def newest_whole(workdir: pathlib.Path) -> int | None:
   return next((s for s in reversed(saved_steps(workdir)) if not manifest.damage(folder / str(s))), None)
 
 
-def _until_killed(trainer, workdir, log, rng, save: bool | None, seconds: float, tally: Tally) -> int | None:
+def save_seconds(workdir: pathlib.Path) -> float:
+  """How long the slowest save took of those that are there: what Orbax wrote down of its beginning and end."""
+  said = [json.loads(path.read_text()) for path in (workdir / CHECKPOINTS).glob('*/_CHECKPOINT_METADATA')]
+  return max(m['commit_timestamp_nsecs'] - m['init_timestamp_nsecs'] for m in said) / 1e9
+
+
+def _until_killed(
+    trainer, workdir, log, rng, save: bool | None, whole: Undisturbed, tally: Tally) -> int | None:
   """Starts a run and kills it: in a save, at a random moment, or not at all (None). Its exit code; None if it was killed."""
   saves = _Saves(workdir)
   process = trainer.start(workdir, log)
@@ -152,7 +183,7 @@ def _until_killed(trainer, workdir, log, rng, save: bool | None, seconds: float,
   if save:
     _wait_for_a_save(process, saves, rng.randrange(_SAVES_LET_PASS))
   # Into a save the next moments are drawn from, else the whole run.
-  end = time.monotonic() + rng.uniform(0, .05 if save else seconds)
+  end = time.monotonic() + rng.uniform(0, _BEYOND * whole.save_seconds if save else whole.seconds)
   while time.monotonic() < end and process.poll() is None:
     saves.under_way()
     time.sleep(_POLL)
@@ -163,6 +194,8 @@ def _until_killed(trainer, workdir, log, rng, save: bool | None, seconds: float,
     return process.returncode
   tally.kills += 1
   tally.inside_saves += saves.under_way()
+  if stage := saves.stage(len(saved_steps(whole.workdir))):
+    tally.stages[stage] += 1
   return None
 
 
@@ -178,6 +211,14 @@ class _Saves:
     now = self._unfinished()
     self._left_over &= now
     return bool(now - self._left_over)
+
+  def stage(self, keep: int) -> str:
+    """How far the save is that is under way, or has just ended; '' where there is none. keep: checkpoints that stay."""
+    for name, _ in self._unfinished() - self._left_over:
+      files = {path.name for path in (self._folder / name).rglob('*') if path.is_file()} - {'_CHECKPOINT_METADATA'}
+      return SEALED if manifest.FILE in files else ARRAYS if files else EMPTY
+    # The new one has its name before the old one goes.
+    return DELETING if len(saved_steps(self._folder.parent)) > keep else ''
 
   def _unfinished(self) -> set[tuple[str, int]]:
     found = set()
@@ -199,6 +240,9 @@ def _wait_for_a_save(process: subprocess.Popen, saves: _Saves, pass_by: int) -> 
     time.sleep(_POLL)
 
 
+_STEPPED = 'first step after'
+
+
 def _check_resumed(expected: int | None, said: str, tally: Tally) -> None:
   """A start that got so far goes on from the newest whole checkpoint, or has none."""
   resumed = re.findall(r'^resumed from step (\d+)$', said, re.MULTILINE)
@@ -216,6 +260,16 @@ def _check_nothing_lost(workdir: pathlib.Path, saved: int | None, tally: Tally) 
   begun = (lines[-1]['step'] - 1) // every if lines else 0
   if (saved or 0) < (begun - 1) * every:
     tally.findings.append(f'step {lines[-1]["step"]} was logged, but the newest whole checkpoint is of step {saved}')
+
+
+def _check_whole(workdir: pathlib.Path, whole: int | None, tally: Tally) -> None:
+  """A checkpoint has its name when it is whole, and not before: a kill leaves none that is damaged."""
+  named = max(saved_steps(workdir), default=None)
+  if named != whole:
+    tally.findings.append(f'{workdir.name}: the checkpoint of step {named} was left damaged: '
+                          f'{manifest.damage(workdir / CHECKPOINTS / str(named))}')
+  if (workdir / DAMAGED).exists():
+    tally.findings.append(f'{workdir.name}: a checkpoint was found to be damaged')
 
 
 def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:

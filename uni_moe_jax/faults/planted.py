@@ -3,8 +3,10 @@
   python -m uni_moe_jax.faults.planted NAME launch/train.py --config=…
 """
 
+import contextlib
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -45,6 +47,25 @@ def _no_sums() -> None:
   """Checkpoints are read without a look at their sums."""
   from uni_moe_jax.train import manifest
   manifest.damage = lambda folder: ''
+
+
+_LATE = 1.5  # seconds
+
+
+def _late_manifest() -> None:
+  """A checkpoint gets its name before its manifest is written."""
+  from uni_moe_jax.train import manifest
+  plain = manifest.write
+
+  def write(folder, final, metrics):
+    del folder
+    def later():
+      time.sleep(_LATE)
+      with contextlib.suppress(FileNotFoundError):  # it has been deleted, for a newer one
+        plain(final, final, metrics)
+    threading.Thread(target=later).start()
+
+  manifest.write = write
 
 
 def _one_batch() -> None:
@@ -108,7 +129,8 @@ def _a_device_that_does_not_answer() -> None:
 # What the checks of kills and damage must find, with words of the finding: who fails in another way has not been found out.
 FAULTS: dict[str, tuple[Callable[[], None], str]] = {
     'one_bit': (_one_bit, 'arrays differ'), 'skipped_batch': (_skipped_batch, 'arrays differ'),
-    'lost_checkpoints': (_lost_checkpoints, 'resumed from nothing'), 'no_sums': (_no_sums, 'THE DAMAGED ONE WAS READ')}
+    'lost_checkpoints': (_lost_checkpoints, 'resumed from nothing'), 'late_manifest': (_late_manifest, 'was left damaged'),
+    'no_sums': (_no_sums, 'THE DAMAGED ONE WAS READ')}
 # name -> seconds of the watchdog, which are few, but enough where much else runs; and what it must say.
 HANGS = {'stalled_start': (1., ('starting has taken', '_a_disk_that_does_not_answer')),
          'stalled_input': (6., ('waiting for the batch of step 6', '_a_disk_that_does_not_answer')),

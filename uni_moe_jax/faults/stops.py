@@ -54,7 +54,8 @@ def full_disk(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], l
     folder.mkdir()
   command = _SMALL_DISK.format(size=_KILOBYTES, place=shlex.quote(str(place)), kept=shlex.quote(str(kept)),
                                command=shlex.join(trainer.command(place / 'run')))
-  code = kills.code_of(kills.start(['unshare', '-rm', 'bash', '-c', command], log, trainer.folder))
+  code = kills.code_of(kills.start(
+      ['unshare', '-rm', 'bash', '-c', command], log, kills.environment(trainer.folder, trainer.optimised)))
   said = log.read_text(errors='replace')
   complaints = [line for line in said.splitlines() if line.startswith('error: ')]
   findings = [] if code == 1 else [f'a full disk: {kills.ending(code)} instead of exit code 1']

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from uni_moe_jax import failures
 from uni_moe_jax.faults import damage, inputs, kills, moves, planted, stops
+from uni_moe_jax.faults.kills import Undisturbed
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS
 
@@ -20,6 +21,7 @@ class Amounts:
 
   Attributes:
     planted_kills: for each planted fault. steps: of each run. journey: of moves.
+    optimised: whether runs are compiled as people's are, see `kills.Trainer`; but for those of moves.
   """
   kills: int
   saves: int
@@ -28,9 +30,10 @@ class Amounts:
   planted_kills: int = 3
   steps: int = 200
   journey: moves.Journey = moves.FULL
+  optimised: bool = True
 
 
-QUICK = Amounts(3, 1, 600, 6, planted_kills=1, steps=60, journey=moves.SHORT)
+QUICK = Amounts(3, 1, 600, 6, planted_kills=1, steps=60, journey=moves.SHORT, optimised=False)
 _PLANTED_SAVES = 1
 _TRIES = 3  # kills may come too early to bring a planted fault to light
 
@@ -60,19 +63,19 @@ class _Work:
 
   def __init__(self, amounts: Amounts, seed: int, folder: pathlib.Path):
     self._amounts, self._seed, self._folder = amounts, seed, folder
-    self._trainer = kills.Trainer(folder, overrides=(f'train.steps={amounts.steps}',))
-    self._undisturbed: tuple[pathlib.Path, float] | None = None
+    self._trainer = kills.Trainer(folder, overrides=(f'train.steps={amounts.steps}',), optimised=amounts.optimised)
+    self._undisturbed: Undisturbed | None = None
     self.untried: list[str] = []
 
   def kills(self) -> list[str]:
-    whole, seconds = self._whole()
+    whole = self._whole()
     with _timed('kills') as say:
-      tally = kills.series(self._trainer, whole, seconds, self._amounts.kills, self._amounts.saves, self._seed)
+      tally = kills.series(self._trainer, whole, self._amounts.kills, self._amounts.saves, self._seed)
       say(_told(tally))
     return tally.findings
 
   def damage(self) -> list[str]:
-    whole, _ = self._whole()
+    whole = self._whole().workdir
     with _timed('damage') as say:
       counts, findings = damage.every_file(whole, self._folder, self._seed)
       say('\n'.join(f'  {n:6d}  {what}' for what, n in sorted(counts.items())))
@@ -82,7 +85,7 @@ class _Work:
     return findings + found
 
   def stops(self) -> list[str]:
-    whole, _ = self._whole()
+    whole = self._whole().workdir
     findings = []
     for name, happen in (('hangs', stops.hangs), ('full disk', stops.full_disk), ('dead process', stops.dead_process)):
       with _timed(name) as say:
@@ -126,11 +129,11 @@ class _Work:
 
   def _found(self, name: str, seed: int) -> list[str]:
     """What the checks say of a trainer with a planted fault."""
-    whole, seconds = self._whole()
+    whole = self._whole()
     if name == 'no_sums':
-      return self._found_without_sums(whole)
+      return self._found_without_sums(whole.workdir)
     trainer = dataclasses.replace(self._trainer, plant=name)
-    return kills.series(trainer, whole, seconds, self._amounts.planted_kills, _PLANTED_SAVES, seed).findings
+    return kills.series(trainer, whole, self._amounts.planted_kills, _PLANTED_SAVES, seed).findings
 
   def _found_without_sums(self, whole: pathlib.Path) -> list[str]:
     plain, errors = manifest.damage, os.dup(2)
@@ -143,8 +146,8 @@ class _Work:
       os.dup2(errors, 2)
       manifest.damage = plain
 
-  def _whole(self) -> tuple[pathlib.Path, float]:
-    """(work directory, seconds) of a run that is left alone; its programs are compiled by one before it."""
+  def _whole(self) -> Undisturbed:
+    """A run that is left alone; its programs are compiled by one before it."""
     if self._undisturbed is None:
       workdir, log = self._folder / 'whole', self._folder / 'whole.log'
       shutil.rmtree(workdir, ignore_errors=True)
@@ -154,14 +157,16 @@ class _Work:
       if code:
         raise failures.Failure(f'the undisturbed run: {kills.ending(code)}; see {log}.')
       kept = sorted((workdir / CHECKPOINTS).iterdir())
-      print(f'undisturbed: {seconds:.1f} s, checkpoints {", ".join(p.name for p in kept)}', flush=True)
-      self._undisturbed = workdir, seconds
+      self._undisturbed = Undisturbed(workdir, seconds, kills.save_seconds(workdir))
+      print(f'undisturbed: {seconds:.1f} s, checkpoints {", ".join(p.name for p in kept)}, a save takes '
+            f'{self._undisturbed.save_seconds:.2f} s', flush=True)
     return self._undisturbed
 
 
 def _told(tally: kills.Tally) -> str:
-  return (f'  {tally.kills} kills, {tally.inside_saves} of them inside a save; {tally.starts} starts, '
-          f'{tally.finished} runs came to their end')
+  stages = ', '.join(f'{what} {n}' for what, n in sorted(tally.stages.items()))
+  return (f'  {tally.kills} kills, {tally.before_steps} of them before the first step, {tally.inside_saves} inside a save'
+          f'{f" ({stages})" if stages else ""}; {tally.starts} starts, {tally.finished} runs came to their end')
 
 
 @contextlib.contextmanager

@@ -15,9 +15,8 @@ from jax.experimental import multihost_utils
 
 from uni_moe_jax import failures
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
+from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps
 
-_DAMAGED = 'damaged'
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step: there is no checkpoint; there is none that is whole
 
 
@@ -220,7 +219,7 @@ def _newest_whole(workdir: str | os.PathLike[str], folder: pathlib.Path, clean: 
 
 
 def _move_away(workdir: str | os.PathLike[str], folder: pathlib.Path, step: int) -> None:
-  place = pathlib.Path(workdir) / _DAMAGED / str(step)
+  place = pathlib.Path(workdir) / DAMAGED / str(step)
   shutil.rmtree(place, ignore_errors=True)
   place.parent.mkdir(exist_ok=True)
   (folder / str(step)).rename(place)

@@ -23,6 +23,7 @@ RUN_FILE = 'run.json'
 CONVERSION_FILE = 'conversion.json'  # of a converted checkpoint: what went where
 LOCK_FILE = '.lock'
 CHECKPOINTS = 'checkpoints'  # the folder in which each has one, named by its step
+DAMAGED = 'damaged'  # the folder into which those go that are found to be damaged
 TOKENIZER_STEM = 'tokenizer'
 PLACES = (('data', 'dir'), ('tokenizer', 'file'), ('tokenizer', 'merges'), ('train', 'init'))  # fields that are paths
 VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
