@@ -28,7 +28,7 @@ SUBJECTS = ('kills', 'damage', 'stops', 'moves', 'inputs', 'planted')
 _SUBJECTS = flags.DEFINE_list('subjects', [], f'Some of {", ".join(SUBJECTS)}; none: all.')
 _KILLS = flags.DEFINE_integer('kills', 30, 'SIGKILLs.', lower_bound=1)
 _SAVES = flags.DEFINE_integer('saves', 10, 'At least so many of them inside a save.', lower_bound=0)
-_INPUTS = flags.DEFINE_integer('inputs', 10_000, 'Generated inputs, in this process.', lower_bound=1)
+_INPUTS = flags.DEFINE_integer('inputs', 10_000, 'Generated inputs that are bad, in this process.', lower_bound=1)
 _COMMANDS = flags.DEFINE_integer('commands', 100, 'Generated commands.', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Draws moments, places and inputs.')
 _QUICK = flags.DEFINE_bool(

@@ -23,6 +23,7 @@ _SIDE, _FRAMES = 24, 8
 _GOOD = 5  # rows beside the generated one, which it must not cost
 _WRITTEN = 10  # of so many inputs one is written and read again, too: it takes ten times as long
 _PICTURES = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'ICO')
+HAVE_VIDEO = importlib.util.find_spec('av') is not None
 _CLIPS = {'mp4': 'mpeg4', 'avi': 'mpeg4', 'matroska': 'mpeg4'}  # format → codec
 # Of a row: those that mean something, and one that may be a class or a text.
 _FIELDS = ('image', 'video', 'caption', 'captions', 'text', 'text_a', 'label', 'label_name', 'split', 'group', 'key', 'where', 'question')
@@ -129,7 +130,7 @@ def picture_case(rng: random.Random, folder: pathlib.Path) -> Case:
 
 def clip_case(rng: random.Random, folder: pathlib.Path) -> Case:
   """A clip of any format, damaged in its header or frames; what is taken must give frames in training."""
-  forms = (*_CLIPS, 'gif') if importlib.util.find_spec('av') else ()
+  forms = (*_CLIPS, 'gif') if HAVE_VIDEO else ()
   form = rng.choice((*forms, 'npy', 'npz'))
   good = _clip(form)
   # Half of the damage is where a header is.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from uni_moe_jax import failures
-from uni_moe_jax.faults import damage, inputs, kills, moves, planted, stops
+from uni_moe_jax.faults import bad_files, damage, inputs, kills, moves, planted, stops
 from uni_moe_jax.faults.kills import Undisturbed
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS
@@ -106,6 +106,8 @@ class _Work:
 
   def inputs(self) -> list[str]:
     findings = []
+    if not bad_files.HAVE_VIDEO:
+      self.untried.append('clips but of arrays: the extra `video` is not installed')
     for name, judge, number in (('inputs', inputs.through_boundary, self._amounts.inputs),
                                 ('commands', inputs.through_command_line, self._amounts.commands)):
       with _timed(name) as say:
