@@ -85,7 +85,7 @@ def test_losses_are_compared_step_by_step():
 
 def _course(tmp_path, rows_of_two, loss_of_two):
   """Findings of four steps on one device and four on two."""
-  journey = moves.Journey(('mixed',), (moves.Place(1, 1), moves.Place(1, 2)), ())
+  journey = moves.Journey({'mixed': 4}, (moves.Place(1, 1), moves.Place(1, 2)), ())
   course = moves.Course(tmp_path, 'mixed', journey)
   whole, seen = course.workdir('whole'), moves.Seen()
   whole.mkdir()
@@ -105,6 +105,19 @@ def _course(tmp_path, rows_of_two, loss_of_two):
     (['a', 'b'], 2.5, ['mixed on 1 × 2, step 7: a loss is 0.5 away from that of one device'])])
 def test_a_leg_is_judged_by_its_rows_and_losses(tmp_path, rows, loss, found):
   assert _course(tmp_path, rows, loss) == found
+
+
+def test_a_leg_without_a_task_is_found(tmp_path):
+  course = moves.Course(tmp_path, 'sampled', moves.Journey({'sampled': 2}, (moves.Place(1, 1), moves.Place(1, 2)), ()))
+  course.workdir('whole').mkdir()
+  lines = [{'step': s, 'loss/total': 2.} for s in range(1, 5)]
+  for tasks, found in (('abba', []), ('abaa', ['sampled on 1 × 2, steps 3…4: none is of b'])):
+    seen, rows = moves.Seen(), {i: ([task], ['x']) for i, task in enumerate(tasks, start=1)}
+    (course.workdir('whole') / 'rows0.jsonl').unlink(missing_ok=True)
+    (course.workdir('whole') / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    _write(course.workdir('whole'), 0, *[(i, task, ['x']) for i, task in enumerate(tasks, start=1)])
+    moves._judge(course, rows, lines, seen)
+    assert seen.findings == found
 
 
 def test_who_waits_for_a_process_that_failed_is_ended():

@@ -17,7 +17,7 @@ from uni_moe_jax import config as config_lib
 INVENTED = 'invented'  # the texts in memory, and the TFDS data set
 _COLOURS = {'red': (200, 30, 30), 'green': (30, 200, 30), 'blue': (30, 30, 200)}
 _WORDS = 'a small shape moves over the line and returns its value when another one calls with two numbers or names'.split()
-_SIDE = 32
+_SIDE, _FRAMES = 32, 6  # pixels; frames of a clip, of which two are taken
 
 
 def get_config(arg: str = 'mixed') -> ml_collections.ConfigDict:
@@ -39,11 +39,12 @@ def get_config(arg: str = 'mixed') -> ml_collections.ConfigDict:
       # In memory, as the embedded data is.
       'digit': task('image_classification', 'digits', batch=8, target_set='digits', label='name', shift=1),
       'corpus': task('text_mlm', INVENTED, batch=8, target_set='words', length=12, picks=3),
-      # In files: prepared pictures, a data set of TFDS, running text.
+      # In files: prepared pictures and clips, a data set of TFDS, running text.
       'colour': task('image_classification', 'own:colours', batch=16, target_set='colours', label='colour', crop='area',
                      flip=True, erasing=0.25, mixup=0.8, cutmix=1.0),
       'pair': task('image_retrieval', 'own:colours', batch=8, captions=('{captions}',), length=8),
       'tfds': task('image_classification', f'tfds:{INVENTED}', batch=8, target_set='colours', label='colour'),
+      'film': task('video_classification', 'own:films', batch=8, frames=2, target_set='colours', label='colour'),
       'book': task('text_mlm', 'own:book', batch=8, target_set='words', length=12, picks=3)}
   for name in chosen or tasks:
     c.tasks[name] = tasks[name]
@@ -70,6 +71,7 @@ def prepare(folder: pathlib.Path) -> None:
   _prepare_pictures(folder, INVENTED, 16, rng, without=5)
   (folder / 'tfds').mkdir()
   (folder / prepared.FOLDER / INVENTED).rename(folder / 'tfds' / INVENTED)
+  _prepare_clips(folder, 'films', 16, rng)
   (folder / 'book.txt').write_text('\n'.join(f'{_sentence(rng)} {i}' for i in range(40)))
   prepared.prepare(folder / 'book.txt', folder, 'book', holdout=0.0)
 
@@ -86,6 +88,17 @@ def _prepare_pictures(folder: pathlib.Path, name: str, count: int, rng: np.rando
     line = {'image': file, 'captions': [f'a {colour} shape {i}', f'{i} is {colour}'], 'split': 'train'}
     lines.append(line if i == without else {**line, 'colour': colour})
   (given / 'data.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  prepared.prepare(given, folder, name)
+
+
+def _prepare_clips(folder: pathlib.Path, name: str, count: int, rng: np.random.Generator) -> None:
+  """Clips of noise with a class, as an array of frames."""
+  from uni_moe_jax.data import prepare as prepared
+  given = folder / 'given' / name
+  given.mkdir(parents=True)
+  np.savez(given / f'{name}.npz', frames=rng.integers(0, 256, (count, _FRAMES, _SIDE, _SIDE, 3), dtype=np.uint8))
+  lines = [{'colour': list(_COLOURS)[i % 3], 'split': 'train'} for i in range(count)]
+  (given / f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   prepared.prepare(given, folder, name)
 
 

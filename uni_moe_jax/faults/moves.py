@@ -13,13 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from uni_moe_jax.faults import kills, moved_run, recorded
 from uni_moe_jax.train.workdir import saved_step
 
 MOST = 1e-5  # that a loss may differ
-LEG = 4  # steps
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _LONGEST = 900.0  # seconds of one leg, in which every process compiles
 _STOPPED = 75
@@ -43,18 +42,18 @@ class Journey:
   """What is moved, and where to.
 
   Attributes:
-    settings: arguments of moved_run.py's config: each is a run.
-    route: `LEG` steps on each place.
+    settings: arguments of moved_run.py's config: each is a run; and the steps of its legs, enough that each has every task.
+    route: a leg on each place.
     again: places whose legs are taken again, with a stop in the middle; not the first leg.
   """
-  settings: tuple[str, ...]
+  settings: Mapping[str, int]
   route: tuple[Place, ...]
   again: tuple[Place, ...]
 
 
-FULL = Journey(('mixed', 'sampled'), (Place(1, 1), Place(1, 2), Place(1, 4), Place(1, 8), Place(2, 4), Place(1, 1)),
-               (Place(1, 8), Place(2, 4)))
-SHORT = Journey(('mixed,book',), (Place(1, 1), Place(1, 2), Place(2, 1)), ())
+FULL = Journey({'mixed': 4, 'sampled': 40}, (Place(1, 1), Place(1, 2), Place(1, 4), Place(1, 8), Place(2, 4), Place(1, 1)),
+               (Place(1, 2), Place(1, 4), Place(1, 8), Place(2, 4)))
+SHORT = Journey({'mixed,book': 4}, (Place(1, 1), Place(1, 2), Place(2, 1)), ())
 
 
 class Ended(Exception):
@@ -73,8 +72,13 @@ class Course:
   journey: Journey
 
   @property
+  def leg(self) -> int:
+    """Its steps on a place."""
+    return self.journey.settings[self.setting]
+
+  @property
   def steps(self) -> int:
-    return LEG * len(self.journey.route)
+    return self.leg * len(self.journey.route)
 
   def go(self, name: str, place: Place, until: int, plant: str = '') -> pathlib.Path:
     """Goes on with the run `name` on a place until a step. Returns its work directory. Raises Ended."""
@@ -132,7 +136,7 @@ def _take(course: Course, plants: Sequence[str]) -> Seen:
   try:
     whole = course.go('whole', Place(1, 1), course.steps)
     for i, place in enumerate(course.journey.route):
-      course.go('moved', place, LEG * (i + 1))
+      course.go('moved', place, course.leg * (i + 1))
       course.copy('moved', f'leg{i}')
     moved = course.workdir('moved')
     seen.said.append(f'{course.setting}: {course.steps} steps, {sum(len(rows) for _, rows in read_rows(whole).values())} rows')
@@ -145,15 +149,18 @@ def _take(course: Course, plants: Sequence[str]) -> Seen:
 
 
 def _judge(course: Course, rows: Rows, lines: list[dict], seen: Seen) -> None:
-  """Rows and losses of every leg against those of one device."""
+  """Rows and losses of every leg against those of one device; a leg must have steps of every task."""
   whole = course.workdir('whole')
   other_rows, apart = rows_apart(read_rows(whole), rows), losses_apart(kills.metric_lines(whole), lines)
   for i, place in enumerate(course.journey.route):
-    steps = range(LEG * i + 1, LEG * (i + 1) + 1)
+    steps = range(course.leg * i + 1, course.leg * (i + 1) + 1)
     worst = max(steps, key=lambda step: apart.get(step, 0.))
     wrong = [f'step {step}: {other_rows[step]}' for step in steps if step in other_rows]
     if apart.get(worst, 0.) > MOST:
       wrong.append(f'step {worst}: a loss is {apart[worst]:.2g} away from that of one device')
+    tasks = {step: set(rows.get(step, ((), ()))[0]) for step in rows}
+    if missing := set().union(*tasks.values()) - set().union(*(tasks.get(step, set()) for step in steps)):
+      wrong.append(f'steps {steps[0]}…{steps[-1]}: none is of {", ".join(sorted(missing))}')
     seen.said.append(f'  {place}: steps {steps[0]}…{steps[-1]}, losses within {apart.get(worst, 0.):.2g} of those of one device')
     seen.findings += [f'{course.setting} on {place}, {w}' for w in wrong]
 
@@ -164,15 +171,15 @@ def _take_again(course: Course, seen: Seen) -> None:
     if i == 0 or place not in course.journey.again:
       continue
     course.copy(f'leg{i - 1}', f'again{i}')
-    course.go(f'again{i}', place, LEG * i + LEG // 2)
-    again = course.go(f'again{i}', place, LEG * (i + 1))
+    course.go(f'again{i}', place, course.leg * i + course.leg // 2)
+    again = course.go(f'again{i}', place, course.leg * (i + 1))
     seen.findings += [f'stopped and gone on with on {place}: {d}' for d in kills.differences(course.workdir(f'leg{i}'), again)]
     seen.said.append(f'  {place}: taken again with a stop in the middle')
 
 
 def _plant(course: Course, plants: Sequence[str], seen: Seen) -> None:
   """The first move once more, with faults in it that must be found."""
-  place, end = course.journey.route[1], 2 * LEG
+  place, end = course.journey.route[1], 2 * course.leg
   for plant in plants:
     _, sentence = recorded.PLANTS[plant]
     course.copy('leg0', plant)
