@@ -7,7 +7,7 @@
 kills: SIGKILL at random moments, some inside a save; each run is started again, and must end bit for bit as one that was never
 disturbed. damage: every file of a checkpoint cut off, with a bit flipped, full of zeros, deleted: for who reads it, and for the
 trainer. stops: a start and input that stall, a step that hangs, a full disk (where user namespaces are allowed), and a process that
-dies while another trains with it. moves: a run over every sort of source goes on at checkpoints with other numbers of (virtual)
+dies or fails while another trains with it. moves: a run over every sort of source goes on at checkpoints with other numbers of (virtual)
 devices and processes, and must get the rows and losses of one device; faults are planted in it, too. inputs: generated mistakes in
 configs, damage of what runs keep, paths that cannot be reached, and rows, texts, pictures and clips as people have them, through
 the commands' error boundary and as commands; each must be refused in one sentence, or skipped and counted (clips need the extra

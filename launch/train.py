@@ -18,21 +18,25 @@ _DISTRIBUTED = flags.DEFINE_string('distributed', distributed.OFF, distributed.H
 _ACCEPT_VERSIONS = flags.DEFINE_bool(
     'accept_versions', False, 'Go on with a run although packages have other versions than when it began.')
 flags.mark_flag_as_required('config')
+_PREEMPTED = 75
 
 
 def main() -> int:
-  from uni_moe_jax import resolve
-  from uni_moe_jax.data import storage
-  from uni_moe_jax.train import workdir
-  # Mistakes are told before the slow libraries below are loaded.
-  config = cli.config_of(_CONFIG)
-  resolve.check_trains(resolve.resolve(config))
-  distributed.start(_DISTRIBUTED.value)
-  workdir.claim_workdir(_WORKDIR.value, config)
-  workdir.check_versions(_WORKDIR.value, _ACCEPT_VERSIONS.value)
-  storage.check_directory(config.data.dir)
-  from uni_moe_jax.train import loop
-  return loop.compile_steps(config, _WORKDIR.value) if _COMPILE_ONLY.value else loop.train(config, _WORKDIR.value)
+  with cli.ended_by_signals(_PREEMPTED):  # until the loop takes care of them
+    from uni_moe_jax import resolve
+    from uni_moe_jax.data import storage
+    from uni_moe_jax.train import workdir
+    from uni_moe_jax.train.watchdog import START, Watchdog
+    # Mistakes are told before the slow libraries below are loaded.
+    config = cli.config_of(_CONFIG)
+    resolve.check_trains(resolve.resolve(config))
+    distributed.start(_DISTRIBUTED.value)
+    with Watchdog(config.train.watchdog) as watchdog, watchdog.phase(START):  # a disk may hang at the first look
+      workdir.claim_workdir(_WORKDIR.value, config)
+      workdir.check_versions(_WORKDIR.value, _ACCEPT_VERSIONS.value)
+      storage.check_directory(config.data.dir)
+    from uni_moe_jax.train import loop
+    return loop.compile_steps(config, _WORKDIR.value) if _COMPILE_ONLY.value else loop.train(config, _WORKDIR.value)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -179,3 +180,28 @@ def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
 ])
 def test_the_benchmark_says_what_is_wrong(arguments, said):
   assert said in _complaint(_run('benchmark.py', *arguments))
+
+
+_SLOW_START = """
+import sys, time
+from uni_moe_jax import cli
+with cli.ended_by_signals(75):
+  print('importing', flush=True)
+  time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_begins_is_an_orderly_stop(number):
+  process = subprocess.Popen([sys.executable, '-c', _SLOW_START], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process.stdout.readline()
+  process.send_signal(number)
+  assert process.communicate(timeout=10)[1] == f'\n{number.name}: stopped; the same command continues.\n'
+  assert process.returncode == 75
+
+
+def test_signals_are_given_back():
+  old = signal.getsignal(signal.SIGTERM)
+  with cli.ended_by_signals(75):
+    assert signal.getsignal(signal.SIGTERM) != old
+  assert signal.getsignal(signal.SIGTERM) == old

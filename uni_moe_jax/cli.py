@@ -1,11 +1,13 @@
 """The boundary between the command line and the library: a person's mistake ends in one sentence and exit code 2."""
 
+import contextlib
 import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 from absl import app, flags, logging
@@ -56,6 +58,21 @@ def run(main: Callable[[], int]) -> None:
   logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
   _tell_once()
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def ended_by_signals(code: int) -> Iterator[None]:
+  """SIGINT and SIGTERM end the process at once with `code`, except where something inside handles them: nothing is begun there."""
+  def end(number, _) -> None:
+    os.write(2, f'\n{signal.Signals(number).name}: stopped; the same command continues.\n'.encode())
+    os._exit(code)
+
+  old = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield
+  finally:
+    for s, handler in old.items():
+      signal.signal(s, handler)
 
 
 def _tell_once() -> None:

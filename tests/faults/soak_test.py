@@ -26,21 +26,22 @@ def _watched(step, growth=0., checkpoints=3, code=75, minutes=60., kept=(40, 45)
   return soak.Watched(code, seconds, 500 + growth * seconds / 3600, 0 * seconds, checkpoints, 1, list(kept), np.full(10, step))
 
 
-@pytest.mark.parametrize('data, after, failed', [
-    (_watched(.101), .1, None), (_watched(.101, growth=-50.), .1, None), (_watched(.101, growth=25.), .1, 'resident memory'),
-    (_watched(.12), .1, 'real-data step'), (_watched(.101), .104, 'before and 104.0 ms after'),
-    (_watched(.101, minutes=59.), .1, 'watched for 59.00 minutes'),
-    (_watched(.101, code=0, minutes=59.), .1, 'watched for 59.00 minutes'),
-    (_watched(.101, kept=(30, 39)), .1, 'step 39 (at least 40'),
-    (_watched(.101, checkpoints=0, kept=()), .1, 'step 0 (at least 40'),
-    (_watched(.101, checkpoints=4), .1, 'at most 4 checkpoints'), (_watched(.101, kept=(30, 40, 45)), .1, '3 checkpoints are left'),
-    (_watched(.101, code=1), .1, 'exit code 1')])
-def test_each_figure_has_its_verdict(data, after, failed, capsys):
+@pytest.mark.parametrize('data, after, load, failed', [
+    (_watched(.101), .1, .4, None), (_watched(.101), .1, .6, 'the load average was 0.60'),
+    (_watched(.101, growth=-50.), .1, .4, None), (_watched(.101, growth=25.), .1, .4, 'resident memory'),
+    (_watched(.12), .1, .4, 'real-data step'), (_watched(.101), .104, .4, 'before and 104.0 ms after'),
+    (_watched(.101, minutes=59.), .1, .4, 'watched for 59.00 minutes'),
+    (_watched(.101, code=0, minutes=59.), .1, .4, 'watched for 59.00 minutes'),
+    (_watched(.101, kept=(30, 39)), .1, .4, 'step 39 (at least 40'),
+    (_watched(.101, checkpoints=0, kept=()), .1, .4, 'step 0 (at least 40'),
+    (_watched(.101, checkpoints=4), .1, .4, 'at most 4 checkpoints'), (_watched(.101, kept=(30, 40, 45)), .1, .4, '3 checkpoints are left'),
+    (_watched(.101, code=1), .1, .4, 'exit code 1')])
+def test_each_figure_has_its_verdict(data, after, load, failed, capsys):
   seen = {'one_batch_before': _watched(.1), 'data': data, 'one_batch_after': _watched(after)}
-  figures = soak.judged(seen, minutes=60., keep=2, save_every=10)
+  figures = soak.judged(seen, minutes=60., keep=2, save_every=10, load=load)
   wrong = [said for said, good in figures['verdicts'].items() if not good]
   assert len(wrong) == (failed is not None) and all(failed in said for said in wrong)
-  assert capsys.readouterr().out.count('PASS') == 8 - len(wrong)
+  assert capsys.readouterr().out.count('PASS') == 9 - len(wrong)
   assert len(figures['samples']['data']['load']) == 60
 
 

@@ -49,7 +49,7 @@ def test_a_planted_fault_that_kills_did_not_bring_to_light_is_tried_again(printe
 
 
 def test_what_was_not_tried_is_not_said_to_be_well(printed, monkeypatch):
-  for happen in ('hangs', 'full_disk', 'dead_process'):
+  for happen in ('hangs', 'full_disk', 'dead_process', 'failed_process'):
     monkeypatch.setattr(stops, happen, lambda *_: (['one sentence'], []))
   code, said = printed('stops')
   assert code == 0 and 'nothing was lost, read wrongly or left unsaid' in said and 'NOT TRIED' not in said

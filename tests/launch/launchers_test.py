@@ -176,7 +176,7 @@ def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
   assert 'gpus-per-task' not in asked  # JAX chooses by the task's number on the node
   assert asked['signal'].startswith('B:TERM@') and 'requeue' in asked
   assert lines[-2] == ['srun', '--kill-on-bad-exit=1', '.venv/bin/python', 'launch/train.py', *_TRAIN, '--distributed=auto']
-  assert lines[-1] == ['after', 'exit', 'code', '75', 'or', 'a', 'signal,', '50', 'times:', 'scontrol', 'requeue', '17']
+  assert lines[-1] == ['after', 'exit', 'code', '75', 'or', '143', 'or', 'a', 'signal,', '50', 'times:', 'scontrol', 'requeue', '17']
 
 
 # In place of srun: ends by itself with a code, or, when scancel tells its tasks to, with another. srun itself answers SIGTERM by
@@ -198,7 +198,8 @@ exit {code}
     ('75', '', '3', True), ('75', '', '50', False),  # the limit
     ('wait', '75', '3', True), ('wait', '143', '3', True), ('wait', '137', '3', True),  # those that had not said 75 yet were ended
     ('wait', '143', '50', False), ('wait', '0', '3', False), ('wait', '2', '3', False),
-    ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('143', '', '3', False)])
+    ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('137', '', '3', False),
+    ('143', '', '3', True), ('143', '', '50', False)])  # the tasks were told, and this shell was not
 def test_slurm_goes_back_into_the_queue_after_75_or_a_signal_and_not_for_ever(tmp_path, code, told, count, requeued):
   for name, content in (('srun', _SRUN.format(code=code, told=told)), ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n'),
                         ('scancel', '#!/usr/bin/env bash\n[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"\n')):

@@ -1,9 +1,12 @@
 """Where a process of a run dies, the others end at once, with one sentence and exit code 1. Real ones: tests/faults/stops_test.py."""
 
+import atexit
+import subprocess
+import sys
+
 import jax
 import pytest
 
-from uni_moe_jax import failures
 from uni_moe_jax.train import agreement
 
 _RESET = 'UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:20352: Connection reset by peer'
@@ -36,12 +39,36 @@ def test_what_an_error_came_from_counts(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('processes, error', [
-    (1, ValueError(_RESET)), (2, ValueError('config.train.steps=0 must be at least 1.')), (2, KeyError('image')),
-    (2, failures.Failure('the disk is full (Connection reset)'))])
-def test_other_errors_go_on_their_way(monkeypatch, processes, error):
+    (1, ValueError(_RESET)), (1, KeyError('image')), (2, ValueError('config.train.steps=0 must be at least 1.'))])
+def test_what_one_process_or_all_of_them_find_goes_on_its_way(monkeypatch, processes, error):
   monkeypatch.setattr(jax, 'process_count', lambda: processes)
+  monkeypatch.setattr(atexit, 'register', lambda *_: pytest.fail('the process takes a short way out'))
   with pytest.raises(type(error)):
     _ended(error)
+
+
+_FAILS_ALONE = """
+import atexit, os, sys
+import jax
+from uni_moe_jax import failures
+from uni_moe_jax.train import agreement
+atexit.register(lambda: print('farewell'))  # as JAX has it, which waits for the others
+jax.process_count = lambda: {processes}
+try:
+  with agreement.ends_with_the_others():
+    raise {error}
+except failures.Failure:
+  print('said')
+"""
+
+
+@pytest.mark.parametrize('processes, error, code, out', [
+    (2, 'failures.Failure("Connection reset")', 1, 'said\n'), (2, 'KeyError("image")', 1, ''),
+    (1, 'failures.Failure("Connection reset")', 0, 'said\nfarewell\n')])
+def test_a_process_that_fails_alone_tells_why_and_leaves_without_farewell(processes, error, code, out):
+  done = subprocess.run([sys.executable, '-c', _FAILS_ALONE.format(processes=processes, error=error)], capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (code, out)
+  assert ('KeyError' in done.stderr) == ('KeyError' in error)
 
 
 def test_one_process_says_what_it_says():

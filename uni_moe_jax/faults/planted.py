@@ -101,6 +101,25 @@ def _stalled_input() -> None:
   Mixture.iterate = iterate
 
 
+def _fails_alone() -> None:
+  """The second process cannot read its sixth batch."""
+  import jax
+  from uni_moe_jax import failures
+  from uni_moe_jax.data.mixtures import Mixture
+  plain = Mixture.iterate
+
+  def iterate(mixture, start, stop):
+    for i, batch in enumerate(plain(mixture, start, stop)):
+      if i == _GOOD_STEPS and jax.process_index() == 1:
+        raise failures.Failure(ALONE)
+      yield batch
+
+  Mixture.iterate = iterate
+
+
+ALONE = 'its disk is gone.'  # what that process says
+
+
 def _hung_step() -> None:
   """The sixth step never ends."""
   from uni_moe_jax.train.setup import Step
@@ -136,7 +155,7 @@ HANGS = {'stalled_start': (1., ('starting has taken', '_a_disk_that_does_not_ans
          'stalled_input': (6., ('waiting for the batch of step 6', '_a_disk_that_does_not_answer')),
          'hung_step': (6., ('waiting for the result of step 6', '_a_device_that_does_not_answer'))}
 _ALL = {**{name: plant for name, (plant, _) in FAULTS.items()}, 'one_batch': _one_batch, 'stalled_start': _stalled_start,
-        'stalled_input': _stalled_input, 'hung_step': _hung_step}
+        'stalled_input': _stalled_input, 'hung_step': _hung_step, 'fails_alone': _fails_alone}
 
 
 if __name__ == '__main__':

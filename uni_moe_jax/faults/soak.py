@@ -29,6 +29,7 @@ _CONSTANT_SHARE = 0.1  # of the time, before and after, for the same loop on one
 FINISHED, PREEMPTED = 0, 75
 SLOPE, RATIO = 20.0, 1.05  # MB per hour; real-data step / constant-batch step
 _DRIFT = 0.03  # between the medians before and after, with which a ratio of RATIO can still be told from 1
+IDLE = 0.5  # load average of a machine on which nothing else runs
 _SAVES_BEYOND = 2  # more saves than checkpoints stay, so that some had to be deleted
 _LAST_SAVE = 600  # seconds
 
@@ -119,7 +120,7 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
   script, seen = str(_ROOT / 'launch/train.py'), {}
   # A process that has compiled is slower afterwards: none of those that are compared does.
   environment = {**os.environ, 'PYTHONPATH': str(_ROOT), 'JAX_COMPILATION_CACHE_DIR': str(folder / 'jax')}
-  command = [sys.executable, script, *arguments, f'--workdir={folder / "compiled"}', '--compile_only']
+  command, load = [sys.executable, script, *arguments, f'--workdir={folder / "compiled"}', '--compile_only'], os.getloadavg()[0]
   compiled = subprocess.run(command, env=environment, check=False)
   if compiled.returncode:
     raise failures.Failure(f'compiling ended with exit code {compiled.returncode}; see above.')
@@ -130,10 +131,10 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
     print(f'== {name}: {minutes * share:.1f} minutes', flush=True)
     seen[name] = watch([sys.executable, *start, *arguments, f'--workdir={workdir}'], workdir, minutes * share * 60, environment)
   commit = json.loads((folder / 'data' / RUN_FILE).read_text())['commit']
-  return {'commit': commit, 'minutes': minutes, **judged(seen, minutes, train.keep + bool(train.keep_best), train.save_every)}
+  return {'commit': commit, 'minutes': minutes, **judged(seen, minutes, train.keep + bool(train.keep_best), train.save_every, load)}
 
 
-def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int) -> dict:
+def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int, load: float) -> dict:
   """Figures, and a verdict for each: {'verdicts': {sentence: bool}, …}.
 
   Args:
@@ -141,6 +142,7 @@ def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int)
     minutes: that the run on the data was to take.
     keep: checkpoints that may stay.
     save_every: steps.
+    load: average of the machine before the first run.
   """
   data = seen['data']
   rate, error = slope(data.seconds, data.megabytes)
@@ -151,6 +153,7 @@ def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int)
   drift = float(np.median(after) / np.median(before)) - 1
   enough, newest = (keep + _SAVES_BEYOND) * save_every, max(data.kept, default=0)
   verdicts = {
+      f'the load average was {load:.2f} before (at most {IDLE}: nothing else may run)': load <= IDLE,
       f'it was watched for {data.seconds[-1] / 60:.2f} minutes (at least {minutes:g}; else raise config.train.steps)':
           data.seconds[-1] >= 60 * minutes,
       (f'resident memory grows by {rate:.1f} ± {error:.1f} MB/h after warm-up (less than {SLOPE:g}); '

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 
 from uni_moe_jax.faults import kills, planted
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_step
@@ -70,7 +71,28 @@ def full_disk(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], l
 
 def dead_process(trainer: kills.Trainer, _: pathlib.Path) -> tuple[list[str], list[str]]:
   """SIGKILL for the second of two processes that train one run, which then goes on in two: (what was seen, findings)."""
-  whole, workdir = (trainer.folder / f'two_{name}' for name in ('whole', 'killed'))
+  def kill(other: subprocess.Popen, workdir: pathlib.Path) -> list[str]:
+    while other.poll() is None and saved_step(workdir) is None:
+      time.sleep(.01)
+    other.kill()
+    other.wait()
+    return []
+  return _one_of_two(trainer, trainer, 'killed', kill)
+
+
+def failed_process(trainer: kills.Trainer, _: pathlib.Path) -> tuple[list[str], list[str]]:
+  """The second of two processes cannot go on, and the first waits for it; as `dead_process`."""
+  def fail(other: subprocess.Popen, workdir: pathlib.Path) -> list[str]:
+    code, said = kills.code_of(other), _logs(workdir)[1].read_text(errors='replace')
+    return [] if code == 1 and planted.ALONE in said else [f'the process that fails: {kills.ending(code)}, says {said[-200:]!r}']
+  return _one_of_two(trainer, dataclasses.replace(trainer, plant='fails_alone'), 'failed', fail)
+
+
+def _one_of_two(
+    trainer: kills.Trainer, ended: kills.Trainer, how: str, end: Callable[[subprocess.Popen, pathlib.Path], list[str]]
+) -> tuple[list[str], list[str]]:
+  """Two processes train one run undisturbed; then two of `ended`, of which `end` sees the second to its end: its findings."""
+  whole, workdir = (trainer.folder / f'two_{name}' for name in (f'whole_{how}', how))
   for folder in (whole, workdir):
     shutil.rmtree(folder, ignore_errors=True)
     for log in _logs(folder):
@@ -78,23 +100,20 @@ def dead_process(trainer: kills.Trainer, _: pathlib.Path) -> tuple[list[str], li
   if any(codes := [kills.code_of(p) for p in _two(trainer, whole)]):
     return [], [f'two processes: {" and ".join(map(kills.ending, codes))}, see {_logs(whole)[0]}']
 
-  survivor, other = _two(trainer, workdir)
-  while survivor.poll() is None and saved_step(workdir) is None:
-    time.sleep(.01)
-  other.kill()
-  other.wait()
-  began = time.monotonic()
+  survivor, other = _two(ended, workdir)
+  findings, began = end(other, workdir), time.monotonic()
   code, seconds = kills.code_of(survivor), time.monotonic() - began
   said = _logs(workdir)[0].read_text(errors='replace')
   complaints = [line for line in said.splitlines() if line.startswith('error: ')]
-  seen = [f'a dead process: the other ended {seconds:.0f} s later, {kills.ending(code)}; {complaints[-1] if complaints else ""}']
-  findings = [f'a dead process: the other one: {kills.ending(code)} instead of exit code 1'] if code != 1 else []
+  seen = [f'one {how}: the other ended {seconds:.0f} s later, {kills.ending(code)}; {complaints[-1] if complaints else ""}']
+  if code != 1:
+    findings.append(f'one {how}: the other one: {kills.ending(code)} instead of exit code 1')
   if seconds > _SURVIVES:
-    findings.append(f'a dead process: the other one ended {seconds:.0f} s later, at most {_SURVIVES:.0f}')
+    findings.append(f'one {how}: the other one ended {seconds:.0f} s later, at most {_SURVIVES:.0f}')
   if len(complaints) != 1 or 'another process of this run has died' not in complaints[0] or 'Traceback' in said:
-    findings.append(f'a dead process: the other one does not say so in one sentence, see {_logs(workdir)[0]}')
+    findings.append(f'one {how}: the other one does not say so in one sentence, see {_logs(workdir)[0]}')
   if any(codes := [kills.code_of(p) for p in _two(trainer, workdir)]):
-    return seen, [*findings, f'a dead process: the same command: {" and ".join(map(kills.ending, codes))}']
+    return seen, [*findings, f'one {how}: the same command: {" and ".join(map(kills.ending, codes))}']
   return seen, findings + kills.differences(whole, workdir)
 
 

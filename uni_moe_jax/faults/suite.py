@@ -87,7 +87,8 @@ class _Work:
   def stops(self) -> list[str]:
     whole = self._whole().workdir
     findings = []
-    for name, happen in (('hangs', stops.hangs), ('full disk', stops.full_disk), ('dead process', stops.dead_process)):
+    for name, happen in (('hangs', stops.hangs), ('full disk', stops.full_disk), ('dead process', stops.dead_process),
+                         ('failed process', stops.failed_process)):
       with _timed(name) as say:
         try:
           seen, found = happen(self._trainer, whole)

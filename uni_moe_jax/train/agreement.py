@@ -1,5 +1,6 @@
 """What the processes of a run must agree on, so that none takes a step that another does not take; and how they end together."""
 
+import atexit
 import contextlib
 import os
 import re
@@ -47,11 +48,17 @@ def first_says(flag: bool) -> bool:
   return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
+def total(number: int) -> int:
+  """The sum over all processes, which must ask together."""
+  return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).sum())
+
+
 @contextlib.contextmanager
 def ends_with_the_others(end: Callable[[int], None] = os._exit) -> Iterator[None]:
   """Ends the process, with one sentence, where an error says that another process of the run cannot be reached.
 
-  It ends at once: who waits for saves and for JAX's farewell to the others waits for the dead one, too.
+  It ends at once: who waits for saves and for JAX's farewell to the others waits for the dead one, too. So, once its error is told,
+  does a process that fails by itself: the others wait for it elsewhere. What a person did wrong (ValueError) all find together.
 
   Args:
     end: is called with the exit code.
@@ -59,13 +66,23 @@ def ends_with_the_others(end: Callable[[int], None] = os._exit) -> Iterator[None
   try:
     yield
   except Exception as e:
-    if jax.process_count() == 1 or isinstance(e, failures.Failure) or not (said := _LOST.search(_chain(e))):
+    if jax.process_count() == 1:
+      raise
+    if isinstance(e, failures.Failure) or not (said := _LOST.search(_chain(e))):
+      if not isinstance(e, (ValueError, FileNotFoundError)):
+        atexit.register(_leave, end)  # before JAX's farewell: the last that was registered is the first that is called
       raise
     line = next(line for line in _chain(e).splitlines() if said.group() in line)
     print(f'error: another process of this run has died or cannot be reached ({line.strip()[:200]}). Its own log says why; the '
           'same command, given to all, continues from the newest checkpoint.', file=sys.stderr, flush=True)
     sys.stdout.flush()
     end(_ERROR)
+
+
+def _leave(end: Callable[[int], None]) -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  end(_ERROR)
 
 
 def _chain(e: BaseException | None) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from uni_moe_jax import distributed
 from uni_moe_jax.files import write_json
 from uni_moe_jax.resolve import check_trains
-from uni_moe_jax.train.agreement import AnyProcess, check_same_data, ends_with_the_others, first_says
+from uni_moe_jax.train.agreement import AnyProcess, check_same_data, ends_with_the_others, first_says, total
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
@@ -144,6 +144,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
   with watchdog.phase(START):
+    log = MetricsLog(workdir, first, last, distributed.speaks())
     metric = InterferenceMetric(run) if c.train.interference_every else None
     if saved is not None:  # step 0: somebody put parameters there, launch/convert.py for example
       state = checkpoints.restore(run.like())
@@ -156,7 +157,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
   stops = AnyProcess(run.mesh)
-  with MetricsLog(workdir, first, last, distributed.speaks()) as log:
+  with log:
     done, pending = first, None  # metrics of the step that is running: read once the next one is queued
     means = {}  # of the log at the step that is done, if there is one
     for step in range(first, last):
@@ -174,8 +175,6 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
         placed = run.put(batch)
         # Before the step, which takes the buffers of the state.
         measured = metric(step, state.params, placed, sets) if metric else {}
-      if bad := mixture.bad_examples():
-        measured['bad_examples'] = bad  # of files, since this process began
       # A step that is compiled may take long.
       with watchdog.phase(START if compiling else STEP, step + 1):
         state, metrics = steps[task](state, placed, sets)
@@ -192,7 +191,11 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
         with watchdog.phase(STEP, done):
           if not _take(log, pending, c, done):
             return ERROR
-        pending, means = None, log.write(done)
+          bad = total(mixture.bad_examples())  # of files, in all processes, since they began
+        if bad:
+          log.add({'bad_examples': bad}, step=False)
+        with watchdog.phase(SAVE, done):
+          pending, means = None, log.write(done)
       else:
         means = {}
       if done % c.train.save_every == 0 and done != last:

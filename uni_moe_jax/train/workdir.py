@@ -26,7 +26,9 @@ CHECKPOINTS = 'checkpoints'  # the folder in which each has one, named by its st
 DAMAGED = 'damaged'  # the folder into which those go that are found to be damaged
 TOKENIZER_STEM = 'tokenizer'
 PLACES = (('data', 'dir'), ('tokenizer', 'file'), ('tokenizer', 'merges'), ('train', 'init'))  # fields that are paths
-VERSIONED = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy')
+# What computes, and what reads data; `av` is an extra.
+VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy', 'tensorflow-datasets', 'array_record', 'av')
+_ABSENT = 'absent'
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
 MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'train.watchdog',
               'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_bad_fraction', 'declared', 'mesh',
@@ -50,7 +52,7 @@ def versions() -> dict[str, str]:
     try:
       out[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      out[name] = importlib.metadata.version('tensorflow-cpu') if name == 'tensorflow' else 'absent'
+      out[name] = importlib.metadata.version('tensorflow-cpu') if name == 'tensorflow' else _ABSENT
   return out
 
 
@@ -125,7 +127,8 @@ def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> Non
     return
   content, here = _read(path), versions()
   began = content.get('versions', {})
-  changed = {name: (began[name], here[name]) for name in VERSIONED if name in began and began[name] != here[name]}
+  changed = {name: (began[name], here[name]) for name in VERSIONED
+             if name in began and began[name] != here[name] and _ABSENT not in (began[name], here[name])}
   if not changed:
     return
   if accept:
