@@ -73,3 +73,4 @@ def test_a_process_that_fails_alone_tells_why_and_leaves_without_farewell(proces
 
 def test_one_process_says_what_it_says():
   assert agreement.first_says(True) is True and agreement.first_says(False) is False
+  assert agreement.total(3) == 3
