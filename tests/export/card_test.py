@@ -100,3 +100,8 @@ def test_it_asks_for_what_its_texts_need():
   assert 'pip install jax flatbuffers sentencepiece\n' in _card(*ask)
   said = _card(*ask, kind='clip', file='tokenizer.txt.gz')
   assert 'pip install jax flatbuffers\n' in said and 'by the merges of `tokenizer.txt.gz`, each text ended by 3.' in said
+
+
+def test_of_other_platforms_it_says_that_nobody_looked():
+  said = _card(small_model.spec('dense'), 'image_caption')
+  assert 'is lowered for CPU, NVIDIA GPU and TPU; its answers were compared with those of the trained model on CPU alone' in said

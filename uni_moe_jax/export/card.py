@@ -42,7 +42,8 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '    python example.py',
       '',
       '`load.py` is the loader, `texts.py` knows its texts; their first lines say how they are used. `load.py` '
-      'checks every file of this folder against `SHA256SUMS`. Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. '
+      'checks every file of this folder against `SHA256SUMS`. Each program takes any batch, and is lowered for CPU, NVIDIA GPU '
+      'and TPU; its answers were compared with those of the trained model on CPU alone. '
       f'JAX reads programs of its own version for at least six months; these are by {origin["jax"]}. ' + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
