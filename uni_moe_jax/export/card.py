@@ -105,10 +105,24 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
     return ['No evaluator asks these tasks.']
   then, now = manifest['trained']['dtype'], manifest['model']['dtype']
   other = '' if then == now else f' with products in {then} (here {now}, so that answers may differ)'
-  closed = [f'`{name}` lets the model give only captions that are texts of set `{answers}`; these programs give any words.'
-            for name, answers in manifest['evaluators'].items() if answers]
+  asked = [line for name, e in manifest['evaluators'].items() for line in _asked_otherwise(name, e, manifest['tasks'][e['task']])]
   return [f"Of the trained model at this step{other}, by training's evaluators:", '', '```', evaluation_table(rows), '```',
-          *(['', *closed] if closed else [])]
+          *(['', *asked] if asked else [])]
+
+
+def _asked_otherwise(name: str, evaluator: dict[str, Any], task: dict[str, Any]) -> list[str]:
+  """Where an evaluator asks its task for something that the task's programs do not do, so that its metrics are not theirs."""
+  said = []
+  if evaluator['answers']:
+    said.append(f'`{name}` lets the model give only captions that are texts of set `{evaluator["answers"]}`; these programs give '
+                'any words.')
+  ways = [f'beams {way["beams"]} and penalty {way["penalty"]}' for way in (evaluator, task)]
+  if evaluator['kind'] == 'caption' and ways[0] != ways[1]:
+    said.append(f'`{name}` searches captions with {ways[0]}; `caption` of `{evaluator["task"]}` with {ways[1]}.')
+  if evaluator['views'] * evaluator['crops'] > 1:
+    said.append(f'`{name}` averages the probabilities of {evaluator["views"]} views × {evaluator["crops"]} crops of a clip; '
+                '`classify` is given one.')
+  return said
 
 
 def _numbers(values: tuple[float, ...]) -> str:
