@@ -1,6 +1,7 @@
 """launch/export.py: from a trained run to captions in an environment that has never seen this package."""
 
 import functools
+import json
 import os
 import pathlib
 import subprocess
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.eval import suite
 from uni_moe_jax.train import checkpoint, loop, setup, workdir as workdir_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -67,9 +70,16 @@ def _here(tmp_path_factory):
   """A folder that holds a run of one step, where README's lines look for it."""
   folder = tmp_path_factory.mktemp('here')
   c = tiny.config('shape', 'caption', data_dir=tiny.data_dir())
+  c.evaluators.shapes = config_lib.evaluator('classification', 'shape', split='train')
   c.train.update(dict(steps=1))
   assert loop.train(c, str(folder / _RUN), jax.devices()[:1]) == loop.FINISHED
   return folder
+
+
+def _evaluated(here: pathlib.Path, step: int) -> None:
+  row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, floors={}, standard_error=0.1, count=24, step=step,
+             higher_is_better=True)
+  (here / _RUN / suite.EVALUATION_FILE).write_text(json.dumps([row]))
 
 
 def _whole(here: pathlib.Path):
@@ -84,6 +94,7 @@ def test_the_readmes_five_lines_print_captions_in_a_fresh_environment(here, tmp_
   assert _walk().count('\n') == 5
   if (why := _cannot_install(tmp_path / 'probe')) and not os.environ.get('CI'):
     pytest.skip(f'no packages can be installed here: {why[-300:]}')
+  _evaluated(here, step=2)
   # The lines run as they stand, in a folder that looks like the repository's; `python` is that which has the package.
   (here / 'launch').symlink_to(_ROOT / 'launch')
   (here / 'bin').mkdir()
@@ -99,6 +110,7 @@ def test_the_readmes_five_lines_print_captions_in_a_fresh_environment(here, tmp_
   assert 'exported: step 1, 4 kernels per projection for ' in first and first.endswith(' 2 tasks')
   assert sorted(line.partition(':')[0] for line in lines) == ['caption', 'shape'], lines
   assert all(line.endswith('; as at export') for line in lines), lines
+  assert 'This step was not evaluated.' in (here / 'exported/README.md').read_text()
 
   pixels = np.random.default_rng(0).integers(0, 256, (64, 1, tiny.SIDE, tiny.SIDE, 1), dtype=np.uint8)
   np.save(tmp_path / 'in.npy', pixels)
@@ -109,3 +121,15 @@ def test_the_readmes_five_lines_print_captions_in_a_fresh_environment(here, tmp_
   features = whole.inputs(shape.kind, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
   np.testing.assert_allclose(found['log_p'], whole.log_probabilities(features, shape)[:, 0], rtol=1e-5, atol=1e-6)
   assert found['said'].tolist() == whole.captions(caption, pixels) and len(set(found['said'])) > 1
+
+
+@pytest.mark.slow
+def test_less_is_exported_where_less_is_asked_for(here, tmp_path):
+  _evaluated(here, step=1)
+  done = _export(f'--workdir={here / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--fixed_sets', '--dtype=bfloat16', '--torch')
+  assert done.returncode == 0 and 'a dense model, ' in done.stdout and ', 1 tasks' in done.stdout, done.stderr
+  manifest, card = (json.loads((tmp_path / 'out/manifest.json').read_text()), (tmp_path / 'out/README.md').read_text())
+  assert {name: sorted(task['programs']) for name, task in manifest['tasks'].items()} == {'shape': ['classify', 'encode']}
+  assert manifest['model']['dtype'] == 'bfloat16' and manifest['trained']['dtype'] == 'float32'
+  assert not manifest['examples'] and (tmp_path / 'out/model.pth').stat().st_size > 0
+  assert 'shapes' in manifest['evaluators'] and '0.625' in card and 'was not evaluated' not in card
