@@ -186,6 +186,11 @@ def test_captions_are_read_as_the_evaluator_reads_them(trained, elsewhere, searc
 
 
 @pytest.mark.slow
+def test_beams_and_penalty_of_the_evaluator_find_other_captions_than_greedy_ones(searched, greedy):
+  assert (searched != greedy.tokens[:, 0]).any()  # else captions that forget them would pass
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('batch', _BATCHES)
 def test_words_one_by_one_are_the_greedy_captions(trained, elsewhere, greedy, batch):
   found, eot = elsewhere[1], trained[1].data.tokenizer.eot
