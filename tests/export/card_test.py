@@ -96,7 +96,8 @@ def test_what_was_asked_otherwise_in_training_is_said():
   said = _card(trained, 'image_caption', rows=[_row('named'), _row('open'), _row('wide')], evaluators=[
       _evaluation('named', answers='names'), _evaluation('open'), _evaluation('wide', beams=4, penalty=1.0)])
   assert '`named` lets the model give only captions that are texts of set `names`; these programs give any words.' in said
-  assert '`wide` searches captions with beams 4 and penalty 1.0; `caption` of `my_image_caption` with beams 1 and penalty 0.0.' in said
+  assert ('`wide` searches captions with beams 4 and penalty 1.0; `caption` of `my_image_caption` with beams 1 and penalty 0.0.'
+          in said)
   assert '`open`' not in said and said.count('`named`') == said.count('`wide`') == 1
   clips = 'video_classification'
   said = _card(trained, clips, rows=[_row('clips'), _row('once')], evaluators=[
@@ -122,5 +123,5 @@ def test_of_other_platforms_it_says_that_nobody_looked():
 
 def test_captions_that_are_the_same_token_for_token_are_promised_of_float32_alone():
   exact, fast = (_card(small_model.spec('dense', dtype=np.dtype(t)), 'image_caption') for t in ('float32', 'bfloat16'))
-  said = "captions may differ from those of training's evaluator; exported with `--dtype=float32`, they are those of the trained model"
+  said = "captions may differ from those of training's evaluator; exported with `--dtype=float32`, they are those of the"
   assert said in fast and said not in exact

@@ -126,7 +126,8 @@ def test_the_readmes_five_lines_print_captions_in_a_fresh_environment(here, tmp_
 @pytest.mark.slow
 def test_less_is_exported_where_less_is_asked_for(here, tmp_path):
   _evaluated(here, step=1)
-  done = _export(f'--workdir={here / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--fixed_sets', '--dtype=bfloat16', '--torch')
+  done = _export(f'--workdir={here / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--fixed_sets', '--dtype=bfloat16',
+                 '--torch')
   assert done.returncode == 0 and 'a dense model, ' in done.stdout and ', 1 tasks' in done.stdout, done.stderr
   manifest, card = (json.loads((tmp_path / 'out/manifest.json').read_text()), (tmp_path / 'out/README.md').read_text())
   assert {name: sorted(task['programs']) for name, task in manifest['tasks'].items()} == {'shape': ['classify', 'encode']}

@@ -21,9 +21,9 @@ _CLIP = (' `texts.py` reads captions and makes no ids: make those of your texts 
          'text ended by {eot}.')
 _PRODUCTS = {
     'float32': 'Their float32 products are whole float32 on every platform; exported with `--dtype=bfloat16`, they are faster.',
-    'bfloat16': 'Products of layers are bfloat16, the fast choice; the few that stay float32 may be rounded by the platform. Where two '
-                "words are nearly as likely, captions may differ from those of training's evaluator; exported with `--dtype=float32`, "
-                'they are those of the trained model in float32, token for token.',
+    'bfloat16': 'Products of layers are bfloat16, the fast choice; the few that stay float32 may be rounded by the platform. '
+                "Where two words are nearly as likely, captions may differ from those of training's evaluator; exported with "
+                '`--dtype=float32`, they are those of the trained model in float32, token for token.',
 }
 
 

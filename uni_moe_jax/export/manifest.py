@@ -33,7 +33,8 @@ def manifest(
       'tasks': {a.task.name: _task(a, files[a.task.name], contents.spec) for a in contents.asked},
       'sets': {name: {'size': target.size, 'texts': list(target.texts), 'condition': str(s.condition)}
                for name, (s, target) in contents.sets.items()},
-      'evaluators': {e.name: {'task': e.task.name, **{field: getattr(e, field) for field in _PROTOCOL}} for e in contents.evaluators},
+      'evaluators': {e.name: {'task': e.task.name, **{field: getattr(e, field) for field in _PROTOCOL}}
+                     for e in contents.evaluators},
       'tokenizer': tokenizer,
       'examples': contents.answers,
       'provenance': {**provenance, 'jax': jax.__version__},
