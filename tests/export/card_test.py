@@ -12,7 +12,7 @@ from uni_moe_jax.export import card, manifest, merge
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.plan import TaskSpec
+from uni_moe_jax.plan import Evaluation, TaskSpec
 
 _TOKENIZER = {'kind': 'sentencepiece', 'file': 'tokenizer.model', 'size': 40, 'eot': 3}
 
@@ -29,9 +29,14 @@ def _manifest(trained: ModelSpec, *kinds: str, left: ModelSpec | None = None, ev
   if left is None:
     left, _ = merge.merged(trained, small_model.params(trained), tuple(c for a in asked for c in a.conditions))
   contents = Contents(
-      left, {'x': np.zeros(7)}, asked, {}, {}, types.SimpleNamespace(), {}, {}, trained=trained, evaluators=dict(evaluators))
+      left, {'x': np.zeros(7)}, asked, {}, {}, types.SimpleNamespace(), {}, {}, trained=trained, evaluators=tuple(evaluators))
   found = manifest.manifest(contents, {a.task.name: {} for a in asked}, _TOKENIZER | tokenizer, {'name': 'mine'})
   return json.loads(json.dumps(found))
+
+
+def _evaluation(name: str, of: str = 'image_caption', **ways) -> Evaluation:
+  ways = dict(kind='caption', split='train', number=0, batch=4, beams=1, penalty=0.0, answers='') | ways
+  return Evaluation(name=name, task=_asked(of).task, **ways)
 
 
 def _card(*args, rows=(), **kwargs) -> str:
@@ -79,20 +84,29 @@ def test_a_model_that_never_had_experts_lost_none(trained):
 def test_metrics_are_those_of_the_exported_tasks():
   ask = small_model.spec('dense'), 'image_caption'
   rows = [_row('captions'), _row('classes')]
-  said = _card(*ask, rows=rows, evaluators={'captions': ''})
+  said = _card(*ask, rows=rows, evaluators=[_evaluation('captions')])
   assert "Of the trained model at this step, by training's evaluators:" in said
   assert 'captions   exact' in said and 'classes' not in said and 'lets the model' not in said
   assert 'No evaluator asks these tasks.' in _card(*ask, rows=rows)
-  assert 'This step was not evaluated.' in _card(*ask, evaluators={'captions': ''})
+  assert 'This step was not evaluated.' in _card(*ask, evaluators=[_evaluation('captions')])
 
 
 def test_what_was_asked_otherwise_in_training_is_said():
   trained = small_model.spec('dense')
-  said = _card(trained, 'image_caption', rows=[_row('named')], evaluators={'named': 'names'})
+  said = _card(trained, 'image_caption', rows=[_row('named'), _row('open'), _row('wide')], evaluators=[
+      _evaluation('named', answers='names'), _evaluation('open'), _evaluation('wide', beams=4, penalty=1.0)])
   assert '`named` lets the model give only captions that are texts of set `names`; these programs give any words.' in said
+  assert ('`wide` searches captions with beams 4 and penalty 1.0; `caption` of `my_image_caption` with beams 1 and penalty 0.0.'
+          in said)
+  assert '`open`' not in said and said.count('`named`') == said.count('`wide`') == 1
+  clips = 'video_classification'
+  said = _card(trained, clips, rows=[_row('clips'), _row('once')], evaluators=[
+      _evaluation('clips', clips, kind='classification', views=4, crops=3), _evaluation('once', clips, kind='classification')])
+  assert '`clips` averages the probabilities of 4 views × 3 crops of a clip; `classify` is given one.' in said
+  assert '`once`' not in said
   fast = small_model.spec('dense', dtype=np.dtype('bfloat16'))
   assert 'with products in bfloat16 (here float32, so that answers may differ)' in _card(
-      fast, 'image_caption', left=trained, rows=[_row('named')], evaluators={'named': ''})
+      fast, 'image_caption', left=trained, rows=[_row('named')], evaluators=[_evaluation('named')])
 
 
 def test_it_asks_for_what_its_texts_need():
@@ -100,3 +114,14 @@ def test_it_asks_for_what_its_texts_need():
   assert 'pip install jax flatbuffers sentencepiece\n' in _card(*ask)
   said = _card(*ask, kind='clip', file='tokenizer.txt.gz')
   assert 'pip install jax flatbuffers\n' in said and 'by the merges of `tokenizer.txt.gz`, each text ended by 3.' in said
+
+
+def test_of_other_platforms_it_says_that_nobody_looked():
+  said = _card(small_model.spec('dense'), 'image_caption')
+  assert 'is lowered for CPU, NVIDIA GPU and TPU; its answers were compared with those of the trained model on CPU alone' in said
+
+
+def test_captions_that_are_the_same_token_for_token_are_promised_of_float32_alone():
+  exact, fast = (_card(small_model.spec('dense', dtype=np.dtype(t)), 'image_caption') for t in ('float32', 'bfloat16'))
+  said = "captions may differ from those of training's evaluator; exported with `--dtype=float32`, they are those of the"
+  assert said in fast and said not in exact

@@ -3,6 +3,7 @@
 import json
 
 from tests import tiny
+from uni_moe_jax import config as config_lib
 from uni_moe_jax.train import workdir
 
 
@@ -35,6 +36,10 @@ def test_a_converted_checkpoint_is_named_with_its_checksum(tmp_path):
 
 def test_of_files_and_folders_only_their_name_is_told(tmp_path):
   told = _told(tmp_path, tokenizer={'merges': '/home/me/merges.txt.gz', 'file': '/home/me/tokenizer.model'},
-               train={'init': '/home/me/runs/quickstart'})
+               train={'init': '/home/me/runs/quickstart'}, sets={
+                   'shapes': config_lib.target_set('file:/home/me/names.tsv', family='names'),
+                   'colours': config_lib.target_set(('file:a/red', 'b/c'), family='names')})
+  assert {name: s['values'] for name, s in told['config']['sets'].items()} == {
+      'shapes': 'file:names.tsv', 'colours': ['file:a/red', 'b/c']}
   assert told['config']['data']['dir'] == 'prepared' and told['config']['tokenizer']['merges'] == 'merges.txt.gz'
   assert '/home/me' not in json.dumps(told)

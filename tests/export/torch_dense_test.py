@@ -1,5 +1,8 @@
-"""Temperature groups of a run in the published layout: those of the exported tasks, under the names that their kinds have there."""
+"""A run in the published dense layout: what the exported tasks need of it, temperature groups under the names of their kinds."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ from tests import small_model
 from uni_moe_jax import tasks
 from uni_moe_jax.config import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_dense
+from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.export.torch_layout import LayoutError
 from uni_moe_jax.plan import TaskSpec
 
@@ -22,7 +26,7 @@ def _scales(chosen: list[TaskSpec], scales: dict[str, float]) -> dict[str, float
   """Groups of the published layout that are not at their initial value, as logarithms: of a dense model with these groups."""
   spec = small_model.spec('dense', temperatures=tuple(scales))
   params = {**small_model.params(spec), **{f'log_scale_{name}': np.float32(x) for name, x in scales.items()}}
-  state = torch_dense.state(spec, params, chosen)
+  state = torch_dense.state(spec, params, list(map(Asked, chosen)))
   found = {name: float(state[f'loss_prepare.logit_scale_{name}']) for name in PUBLISHED_TEMPERATURES}
   return {name: x for name, x in found.items() if x != pytest.approx(np.log(1 / .07))}
 
@@ -56,3 +60,15 @@ def test_several_conditions_have_no_place():
   spec = small_model.spec('modality', kernels=(('visual', 0), ('text', 1)))
   with pytest.raises(LayoutError, match=r'--torch: .* this export has 2 conditions \(visual, text\); .*--fixed_sets'):
     torch_dense.state(spec, {}, [])
+
+
+def test_changes_of_frames_stay_behind_where_no_task_sees_clips():
+  spec = small_model.spec('dense', frame_differences=True, temperatures=('img_cls', 'downstream'))
+  pictures = Asked(_task('image_classification', 'img_cls'), frames=1)
+  plain = dataclasses.replace(spec, frame_differences=False)
+  jax.tree.map(np.testing.assert_array_equal, *(
+      torch_dense.state(s, small_model.params(s), [pictures]) for s in (spec, plain)))
+  clips = Asked(_task('video_classification', 'downstream'), frames=3)
+  with pytest.raises(LayoutError, match="config.model.frame_differences, and task 'a_video_classification' sees clips; .*--tasks"):
+    torch_dense.state(spec, small_model.params(spec), [pictures, clips])
+  assert torch_dense.state(plain, small_model.params(plain), [pictures, clips])

@@ -49,7 +49,7 @@ def write(
   folder = pathlib.Path(folder)
   if folder.exists():
     raise ValueError(f'--output={folder} is there already; give another, or remove it.')
-  state = torch_dense.state(contents.spec, contents.params, [a.task for a in contents.asked]) if torch else None
+  state = torch_dense.state(contents.spec, contents.params, contents.asked) if torch else None
   with storage.building(folder) as here:
     files = _programs(here, contents)
     _parameters(here, contents.params)

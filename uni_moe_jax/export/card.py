@@ -21,7 +21,9 @@ _CLIP = (' `texts.py` reads captions and makes no ids: make those of your texts 
          'text ended by {eot}.')
 _PRODUCTS = {
     'float32': 'Their float32 products are whole float32 on every platform; exported with `--dtype=bfloat16`, they are faster.',
-    'bfloat16': 'Products of layers are bfloat16, the fast choice; the few that stay float32 may be rounded by the platform.',
+    'bfloat16': 'Products of layers are bfloat16, the fast choice; the few that stay float32 may be rounded by the platform. '
+                "Where two words are nearly as likely, captions may differ from those of training's evaluator; exported with "
+                '`--dtype=float32`, they are those of the trained model in float32, token for token.',
 }
 
 
@@ -42,7 +44,8 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '    python example.py',
       '',
       '`load.py` is the loader, `texts.py` knows its texts; their first lines say how they are used. `load.py` '
-      'checks every file of this folder against `SHA256SUMS`. Each program takes any batch, and runs on CPU, NVIDIA GPU and TPU. '
+      'checks every file of this folder against `SHA256SUMS`. Each program takes any batch, and is lowered for CPU, NVIDIA GPU '
+      'and TPU; its answers were compared with those of the trained model on CPU alone. '
       f'JAX reads programs of its own version for at least six months; these are by {origin["jax"]}. ' + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
@@ -104,10 +107,24 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
     return ['No evaluator asks these tasks.']
   then, now = manifest['trained']['dtype'], manifest['model']['dtype']
   other = '' if then == now else f' with products in {then} (here {now}, so that answers may differ)'
-  closed = [f'`{name}` lets the model give only captions that are texts of set `{answers}`; these programs give any words.'
-            for name, answers in manifest['evaluators'].items() if answers]
+  asked = [line for name, e in manifest['evaluators'].items() for line in _asked_otherwise(name, e, manifest['tasks'][e['task']])]
   return [f"Of the trained model at this step{other}, by training's evaluators:", '', '```', evaluation_table(rows), '```',
-          *(['', *closed] if closed else [])]
+          *(['', *asked] if asked else [])]
+
+
+def _asked_otherwise(name: str, evaluator: dict[str, Any], task: dict[str, Any]) -> list[str]:
+  """Where an evaluator asks its task for something that the task's programs do not do, so that its metrics are not theirs."""
+  said = []
+  if evaluator['answers']:
+    said.append(f'`{name}` lets the model give only captions that are texts of set `{evaluator["answers"]}`; these programs give '
+                'any words.')
+  ways = [f'beams {way["beams"]} and penalty {way["penalty"]}' for way in (evaluator, task)]
+  if evaluator['kind'] == 'caption' and ways[0] != ways[1]:
+    said.append(f'`{name}` searches captions with {ways[0]}; `caption` of `{evaluator["task"]}` with {ways[1]}.')
+  if evaluator['views'] * evaluator['crops'] > 1:
+    said.append(f'`{name}` averages the probabilities of {evaluator["views"]} views × {evaluator["crops"]} crops of a clip; '
+                '`classify` is given one.')
+  return said
 
 
 def _numbers(values: tuple[float, ...]) -> str:

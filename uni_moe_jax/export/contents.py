@@ -17,7 +17,7 @@ from uni_moe_jax.export.programs import WHOLE, Asked
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
-from uni_moe_jax.plan import Plan, SetSpec, TaskSpec
+from uni_moe_jax.plan import Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.tasks import nearest
 
 
@@ -32,7 +32,7 @@ class Contents:
     data: of the run: its tokenizer, its fingerprint.
     examples: inputs of some examples per task. answers: what the model says to them, in words.
     trained: the model as it was trained.
-    evaluators: of the tasks, by name: the target set that the captions are among that it lets the model give; '': any words.
+    evaluators: of the tasks, as the run has them.
   """
   spec: ModelSpec
   params: Any
@@ -43,7 +43,7 @@ class Contents:
   examples: dict[str, dict[str, np.ndarray]]
   answers: dict[str, list[str]]
   trained: ModelSpec
-  evaluators: dict[str, str]
+  evaluators: tuple[Evaluation, ...]
 
   def summary(self) -> str:
     """One line for the terminal."""
@@ -88,7 +88,7 @@ def collect(
     else:
       left, values = merged(whole, params, tuple(dict.fromkeys(c for a in asked for c in a.conditions)))
   answers = {name: words for name, words in answers.items() if words is not None}
-  evaluators = {e.name: e.answers for e in plan.evaluations if e.task in chosen}
+  evaluators = tuple(e for e in plan.evaluations if e.task in chosen)
   return Contents(left, values, asked, sets, features, data, {name: shown[name] for name in answers}, answers, spec, evaluators)
 
 

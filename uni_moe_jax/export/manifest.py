@@ -14,6 +14,7 @@ from uni_moe_jax.moe import routers
 
 _EXPERTS = ('num_experts', 'top_k', 'placement', 'parts')
 _OF_EXPERTS = (*_EXPERTS, 'noise_std', 'capacity', 'grouped', 'router_names', 'kernels')  # fields that mean nothing without
+_PROTOCOL = ('kind', 'split', 'beams', 'penalty', 'answers', 'views', 'crops')  # of an evaluator: how it asks
 
 
 def manifest(
@@ -32,7 +33,8 @@ def manifest(
       'tasks': {a.task.name: _task(a, files[a.task.name], contents.spec) for a in contents.asked},
       'sets': {name: {'size': target.size, 'texts': list(target.texts), 'condition': str(s.condition)}
                for name, (s, target) in contents.sets.items()},
-      'evaluators': contents.evaluators,
+      'evaluators': {e.name: {'task': e.task.name, **{field: getattr(e, field) for field in _PROTOCOL}}
+                     for e in contents.evaluators},
       'tokenizer': tokenizer,
       'examples': contents.answers,
       'provenance': {**provenance, 'jax': jax.__version__},

@@ -8,6 +8,7 @@ import numpy as np
 
 from uni_moe_jax.config import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_layout
+from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.export.torch_layout import LayoutError
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.moe import routers
@@ -16,11 +17,12 @@ from uni_moe_jax.plan import TaskSpec
 _SCALE = 'log_scale_'  # path of a group's parameter, before its name
 
 
-def state(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str, np.ndarray]:
-  """The published layout's arrays of a dense model that serves some tasks: of its temperature groups only theirs go along.
+def state(spec: ModelSpec, params: Any, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
+  """The published layout's arrays of a dense model that serves some tasks: of its temperature groups only theirs go along, and
+  no kernel of the changes between frames, for pictures have none.
 
   Raises:
-    LayoutError: more than one condition is left, or the layout has no place for a parameter.
+    LayoutError: more than one condition is left, or the layout has no place for a parameter that the tasks need.
   """
   if spec.router != routers.DENSE:
     many = f'{len(spec.kernels)} conditions ({", ".join(row_name(row) for row, _ in spec.kernels)})' if spec.kernels else (
@@ -28,9 +30,13 @@ def state(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str, 
     raise LayoutError(
         f'--torch: the published dense layout holds one kernel per projection, and this export has {many}; choose tasks of one '
         'condition with --tasks, and --fixed_sets. `launch/convert.py --output` writes the layout with experts.')
-  groups = _groups(spec, params, tasks)
+  clips = [a.task.name for a in asked if a.frames > 1]
+  if spec.frame_differences and clips:
+    raise LayoutError(f'--torch: the published layout has no place for config.model.frame_differences, and task {clips[0]!r} sees '
+                      'clips; choose tasks of pictures with --tasks.')
+  groups = _groups(spec, params, [a.task for a in asked])
   renamed = params | {_SCALE + theirs: params[_SCALE + ours] for theirs, ours in groups.items()}
-  return torch_layout.to_torch(renamed, dataclasses.replace(spec, temperatures=tuple(groups)))[0]
+  return torch_layout.to_torch(renamed, dataclasses.replace(spec, temperatures=tuple(groups), frame_differences=False))[0]
 
 
 def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.data import class_names
 from uni_moe_jax.files import write_json
 
 CONFIG_FILE = 'config.json'
@@ -197,6 +198,10 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   for section, field in PLACES:
     if field in config.get(section, {}):
       config[section][field] = pathlib.Path(config[section][field]).name
+  for target_set in config['sets'].values():
+    values = target_set['values']
+    if isinstance(values, str) and values.startswith(class_names.FILE):
+      target_set['values'] = class_names.FILE + pathlib.Path(values.removeprefix(class_names.FILE)).name
   init = config['train'].get('init')
   origin = {'started from': init} if init else {}
   if converted:
