@@ -99,7 +99,7 @@ def evaluator(
     kind: classification | retrieval | mlm | caption | glue | vqa.
     task_name: entry of `config.tasks`, trained or not (batch 0): what is asked, of which source.
     split: that is evaluated.
-    number: retrieval: candidates, with distinct texts; others: examples, 0 = all.
+    number: retrieval in memory: candidates, with distinct texts; others, and of files: examples, 0 = all.
     batch: examples encoded at once.
     beams: caption: hypotheses that are kept of each picture; 1: greedy.
     penalty: caption: scores are divided by (words + 1)^penalty at the end.

@@ -265,6 +265,26 @@ def test_evaluation_replaces_nothing_and_stops():
   assert next(evaluation_batches(_examples({3}, training=False), np.arange(3), 3))[1] == 3
 
 
+def test_the_texts_of_a_whole_split_are_read_without_holding_its_pictures():
+  asked = []
+
+  def rows(ids):
+    asked.append(len(ids))
+    return [{'image': b'large', 'captions': (f'text {i}', 'a text'), 'q': 'what?', 'answers': ('yes', f'{i}')} for i in ids.tolist()]
+
+  columns = {'image': 'image', 'captions': 'texts', 'q': 'text', 'answers': 'texts'}
+  records = stored.Stored('own:x', 1000, rows, columns, {}, {}, '')
+  c = tiny.config(data_dir='')
+  c.sets.ab = config_lib.target_set(('a', 'b'), family='words')
+  c.tasks.pair = config_lib.task('image_retrieval', 'own:x', batch=4, captions=('{captions}',), length=8)
+  c.tasks.asked = config_lib.task('vqa', 'own:x', batch=4, target_set='ab', label='answers', template='{q} <spe>', length=8)
+  vqa, pair = resolve.resolve(c).tasks  # by name
+  builder = stored_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, False, False, 0, 0.0)
+  assert builder.build(pair, records).references(np.arange(1000)) == [(f'text {i}', 'a text') for i in range(1000)]
+  assert builder.build(vqa, records).references(np.arange(999, 0, -3)) == [('yes', f'{i}') for i in range(999, 0, -3)]
+  assert sum(asked) == 1000 + 333 and max(asked) <= 256
+
+
 def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
   root = own_files.captioned(tmp_path / 'in', 10)
   lines = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]

@@ -59,10 +59,9 @@ class StoredBuilder:
     readers = self._readers(task, records)
     keep = places(records, task, self.seed if self.training else None)
     batch = _Batch(self, task, records, tuple(readers), keep, faults)
-    names = None if not task.captions else lambda ids: [
-        stored_rows.references(task, row) for row in records.whole_rows(keep[ids])]
+    names = None if not task.captions else lambda ids: records.each(keep[ids], lambda row: stored_rows.references(task, row))
     if records.columns.get(task.label) == 'texts':
-      names = lambda ids: [row[task.label] for row in records.whole_rows(keep[ids])]
+      names = lambda ids: records.each(keep[ids], lambda row: row[task.label])
     return Examples(len(keep), batch.make, references=names, faults=faults)
 
   def _readers(self, task: TaskSpec, records: Stored) -> list[stored_rows.Reader]:
