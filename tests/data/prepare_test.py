@@ -193,7 +193,7 @@ def test_a_tenth_of_the_groups_is_held_out_however_their_files_are_named(tmp_pat
       (tmp_path / f'{i:04}').mkdir()
       (tmp_path / f'{i:04}/image.png').write_bytes(own_files.encoded(own_files.picture('red', i, (8, 8)), 'PNG'))
   if layout == 'a folder for each picture':
-    lines = [{'image': f'{i // 2:04}/image.png', 'captions': [f'number {i}']} for i in range(600)]
+    lines = [{'image': f'{i // 2:04}/image.png', 'captions': [f'number {i}'], 'key': f'row {i}'} for i in range(600)]
     (tmp_path / 'all.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   found = list(prepare._distinct(read(tmp_path), {}))
   checked = [prepare.Checked(row, (), '') for row in found]
@@ -204,6 +204,17 @@ def test_a_tenth_of_the_groups_is_held_out_however_their_files_are_named(tmp_pat
   moved = [dataclasses.replace(c, row=dataclasses.replace(c.row, path=c.row.path and pathlib.Path('/there', c.row.path.relative_to(
       tmp_path)))) for c in checked]
   assert [len(m) for m in prepare._split(moved, 0.1, pathlib.Path('/there')).values()] == [len(m) for m in splits.values()]
+
+
+def test_a_file_or_group_that_the_data_itself_puts_into_two_splits_is_told(tmp_path):
+  root = own_files.captioned(tmp_path / 'in', 5)
+  again = {'captions': ['asked again'], 'split': 'test'}
+  rows = [{**again, 'image': 'pictures/../pictures/000.jpg', 'key': 'new'}, {**again, 'image': 'pictures/001.png', 'group': 'roll 2'}]
+  lines = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]
+  del lines[0]['group']
+  (root / 'data.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines + rows))
+  said = prepare.prepare(root, tmp_path, 'leaky')  # the picture 0, and roll 2
+  assert 'groups or files in several splits: 2: a test may know them from training' in prepare.describe(said)
 
 
 def test_of_few_groups_some_stay_to_train_on_and_an_empty_split_is_told(tmp_path):
