@@ -33,6 +33,7 @@ VERSION = '1.0.0'
 SPLITS = ('train', 'validation', 'test')
 _SHOWN = 5  # paths per reason
 _MOST_CLASSES = 10_000  # of a field; of more values it is text
+_FIELDS = 20  # that are left out, by name
 _AT_ONCE = 256  # rows whose files are looked at together
 
 
@@ -283,6 +284,7 @@ def _warnings(splits: dict[str, list[Checked]], holdout: float) -> list[str]:
 def _summary(name, version, splits, classes, skipped, prints, cautions, shared) -> dict:
   rows = [c for members in splits.values() for c in members]
   notes = collections.Counter(c.note for c in rows if c.note)
+  left_out = collections.Counter(name for c in rows for name in c.row.left_out)
   return {
       'name': name, 'version': version, 'columns': _columns(rows, classes),
       'splits': {s: len(members) for s, members in splits.items()}, 'fingerprints': prints,
@@ -293,6 +295,7 @@ def _summary(name, version, splits, classes, skipped, prints, cautions, shared) 
       'sizes': _spread([c.size for c in rows if c.size]),
       'captions_per_example': _spread([(len(c.row.texts['captions']),) for c in rows if 'captions' in c.row.texts]),
       'rewritten': dict(notes.most_common()),
+      'left_out': dict(left_out.most_common(_FIELDS)),
       'warnings': cautions,
       'groups_in_several_splits': shared,
       'skipped': {reason: {'count': len(paths), 'first': paths[:_SHOWN]}
@@ -319,6 +322,7 @@ def describe(summary: dict) -> str:
       lines.append(f'{title}: ' + ', '.join(f'{k} {" × ".join(map(str, v))}' for k, v in spread.items()))
   lines += [f'warning: {warning}' for warning in summary['warnings']]
   lines += [f'rewritten, {note}: {count}' for note, count in summary['rewritten'].items()]
+  lines += [f'left out, field {name} of another type or name than can be used: {count}' for name, count in summary['left_out'].items()]
   if summary['groups_in_several_splits']:
     lines.append(f'groups or files in several splits: {summary["groups_in_several_splits"]}: a test may know them from training')
   for reason, found in summary['skipped'].items():
