@@ -160,6 +160,7 @@ def base() -> ml_collections.ConfigDict:
   c.tokenizer = _create(dict(
       kind='sentencepiece',        # sentencepiece (learnt from the run's text) | clip (published; extra `clip`)
       vocab_size=2000,             # V, special pieces included; clip: not used, V follows from the merges
+      fewer=False,                 # sentencepiece: take what pieces there are where texts give no vocab_size; False: an error
       file='',                     # sentencepiece: a trained model, such as a run's tokenizer.model; '' trains one
       merges='',                   # clip: path of bpe_simple_vocab_16e6.txt.gz, or of another file of that format
   ))
