@@ -98,8 +98,8 @@ def clips(root: pathlib.Path, form: str = 'mp4', count: int = 6) -> pathlib.Path
   return root
 
 
-def encoded_clip(frames: np.ndarray, form: str = 'mp4') -> bytes:
-  """uint8 [T, H, W, 3] as the bytes of a file."""
+def encoded_clip(frames: np.ndarray, form: str = 'mp4', turned: int = 0) -> bytes:
+  """uint8 [T, H, W, 3] as the bytes of a file. turned: degrees to the left by which it asks to be turned when it is shown."""
   if form == 'gif':
     first, *others = map(Image.fromarray, frames)
     return encoded(first, 'GIF', save_all=True, append_images=others)
@@ -109,6 +109,8 @@ def encoded_clip(frames: np.ndarray, form: str = 'mp4') -> bytes:
     stream = container.add_stream('mpeg4', rate=6)
     stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
     stream.bit_rate = 2_000_000
+    if turned:
+      stream.set_display_rotation(turned)
     for frame in frames:
       container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
     container.mux(stream.encode())
