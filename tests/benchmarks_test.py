@@ -51,9 +51,7 @@ def _picture(i: int) -> bytes:
 
 @functools.cache
 def _clip(i: int) -> bytes:
-  out = io.BytesIO()
-  np.save(out, own_files.moving(i % 2 == 0))
-  return out.getvalue()
+  return own_files.npy(own_files.moving(i % 2 == 0))
 
 
 class _Coco:

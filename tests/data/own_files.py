@@ -117,6 +117,13 @@ def encoded_clip(frames: np.ndarray, form: str = 'mp4', turned: int = 0) -> byte
   return out.getvalue()
 
 
+def npy(frames: np.ndarray) -> bytes:
+  """The bytes of a file of one array."""
+  out = io.BytesIO()
+  np.save(out, frames)
+  return out.getvalue()
+
+
 def moving(moves: bool, frames: int = 12) -> np.ndarray:
   """uint8 [frames, 32, 48, 3]: a bar that starts at the left; frame t has it at column 4 t."""
   out = np.zeros((frames, 32, 48, 3), np.uint8)
