@@ -1,4 +1,4 @@
-"""Every benchmark and the pretraining mixture: shapes at full size, and a real step and evaluation when shrunken, on invented data."""
+"""Every benchmark and the pretraining mixture on invented data: shapes at full size, a real step and evaluation when shrunken."""
 
 import importlib.util
 import io
@@ -100,7 +100,7 @@ def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_
 
 @pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'], ('mrpc', 'vqa', 'coco_retrieval')))
 def test_every_row_is_the_same_on_eight_devices(name, invented, tmp_path):
-  """GLUE's metrics, soft scores, views × crops and texts of files: six examples, in batches of five, which four shards do not divide."""
+  """GLUE's metrics, soft scores, views × crops, texts of files: six examples in batches of five, which four shards do not divide."""
   tables = []
   for devices in (1, 8):
     c = _small(_config(name), invented)

@@ -51,7 +51,8 @@ def test_training_says_what_is_wrong(tmp_path, arguments, said):
   assert said in _train(tmp_path, *arguments)
 
 
-@pytest.mark.parametrize('argument', ['--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x', '--config=configs/own.py:gs://b/x'])
+@pytest.mark.parametrize('argument', [
+    '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x', '--config=configs/own.py:gs://b/x'])
 @pytest.mark.parametrize('joined', [True, False])
 def test_an_address_where_a_path_belongs_says_to_mount_it(argument, joined, capsys):
   argv = [argument] if joined else argument.split('=', 1)

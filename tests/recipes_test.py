@@ -24,7 +24,8 @@ def test_a_column_may_be_called_as_anything_that_data_can_have():
 
 
 def test_two_sources_keep_their_tasks_whose_names_would_be_one():
-  tasks, _, _ = _own({'pets': {'image': 'image', 'old_label': 'class'}, 'pets_old': {'text': 'text', 'label': 'class', 'words': 'class'}})
+  tasks, _, _ = _own({
+      'pets': {'image': 'image', 'old_label': 'class'}, 'pets_old': {'text': 'text', 'label': 'class', 'words': 'class'}})
   assert tasks == {
       'pets_old_label': ('image_classification', 'old_label'), 'pets_old_label_2': ('text_classification', 'label'),
       'pets_old_words': ('text_mlm', ''), 'pets_old_words_2': ('text_classification', 'words')}

@@ -23,5 +23,5 @@ def check_local(path: str, name: str) -> None:
     ValueError: names the flag or field.
   """
   if '://' in path:
-    raise ValueError(f"{name}={path!r} is an address, and must be a path; mount the bucket (for example with gcsfuse) or copy what is "
-                     'there, and give that folder.')
+    raise ValueError(f'{name}={path!r} is an address, and must be a path; mount the bucket (for example with gcsfuse) or copy what '
+                     'is there, and give that folder.')

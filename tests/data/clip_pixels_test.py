@@ -91,8 +91,8 @@ def test_files_decode_to_their_frames(tmp_path, form):
     assert frame[:, left:left + 4].mean() > 200 and np.delete(frame, range(left - 2, min(48, left + 6)), 1).mean() < 30
 
 
-@pytest.mark.parametrize('turned, upright', [(90, lambda bar: bar[..., ::-1, :].swapaxes(1, 2)), (-90, lambda bar: bar.swapaxes(1, 2)),
-                                             (180, lambda bar: bar[..., ::-1, :])])
+@pytest.mark.parametrize('turned, upright', [
+    (90, lambda bar: bar[..., ::-1, :].swapaxes(1, 2)), (-90, lambda bar: bar.swapaxes(1, 2)), (180, lambda bar: bar[..., ::-1, :])])
 def test_a_phone_s_clip_is_seen_as_it_was_held(turned, upright):
   # The bar moves to the right: turned to the left it moves up, to the right down, and twice to the left.
   frames = own_files.moving(True)
@@ -103,9 +103,9 @@ def test_a_phone_s_clip_is_seen_as_it_was_held(turned, upright):
 
 
 @pytest.mark.parametrize('data', [
-    b'no clip', b'', b'\x93NUMPY' + b'x' * 20, own_files.npy(np.zeros((3, 4, 4, 3), np.float32)), own_files.npy(np.zeros((0, 4, 4, 3), np.uint8)),
-    own_files.npy(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20], _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14),
-    _numbered(3).replace(b"'shape'", b"'shape ")],
+    b'no clip', b'', b'\x93NUMPY' + b'x' * 20, own_files.npy(np.zeros((3, 4, 4, 3), np.float32)),
+    own_files.npy(np.zeros((0, 4, 4, 3), np.uint8)), own_files.npy(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20],
+    _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14), _numbered(3).replace(b"'shape'", b"'shape ")],
     ids=['text', 'nothing', 'header', 'floats', 'no frames', 'grey', 'cut off', 'larger than memory', 'no header'])
 def test_what_is_no_clip_is_told(data):
   for read in (video.measure, lambda data: video.sample(data, np.array([0.5]))):

@@ -204,7 +204,7 @@ def test_of_a_picture_too_long_for_any_draw_the_middle_is_taken_as_wide_as_the_r
 
 
 def test_the_jittered_side_is_any_between_256_and_320_of_224():
-  assert {int(pictures.jittered(16, _h(i))) for i in range(60)} == {18, 19, 20, 21, 22}  # 16 · 256 / 224 = 18.3, 16 · 320 / 224 = 22.9
+  assert {int(pictures.jittered(16, _h(i))) for i in range(60)} == {18, 19, 20, 21, 22}  # 16 · 256 / 224 to 16 · 320 / 224
   drawn = [int(pictures.jittered(224, _h(i))) for i in range(150)]
   assert 256 <= min(drawn) < 260 and 316 < max(drawn) <= 320
 

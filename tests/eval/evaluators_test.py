@@ -176,7 +176,7 @@ def test_recall_of_files_of_a_model_that_takes_every_picture_for_the_next(data):
 
 
 def test_texts_that_differ_after_their_cut_are_one_candidate(data):
-  # Cut to three words and the end, those of pictures 0 and 1 are alike, and right for both: two candidates, of two pictures and one.
+  # Cut to three words and the end, those of pictures 0 and 1 are alike: two candidates, right for two pictures and for one.
   first = data[1].tokenizer.encode('a red bar')
   long = [('a red bar and a disc',), ('a red bar and a star', 'a red bar'), ('a star',)]
   question = _question(data, 'pair', _Reader(data[1].tokenizer), number=0, batch=3)

@@ -1,4 +1,4 @@
-"""The README's walk-through, by its own commands; and on small real sets, which are prepared, trained together, evaluated, tuned."""
+"""The README's walk-through, by its own commands; and small real sets, prepared, trained together, evaluated, tuned."""
 
 import importlib.util
 import json

@@ -73,7 +73,8 @@ def prepare(
   classes = _classes(rows)
   with storage.building(place) as folder:
     prints = _write(folder, name, version, splits, classes)
-    summary = _summary(name, version, splits, classes, skipped, prints, _warnings(splits, holdout), _in_several_splits(splits, root))
+    summary = _summary(
+        name, version, splits, classes, skipped, prints, _warnings(splits, holdout), _in_several_splits(splits, root))
     known = {column: _present for column, kind in summary['columns'].items() if kind in ('text', 'texts')}
     known |= {column: functools.partial(_labels, names=names) for column, names in classes.items()}
     np.savez_compressed(folder / LABELS, **{
@@ -322,7 +323,8 @@ def describe(summary: dict) -> str:
       lines.append(f'{title}: ' + ', '.join(f'{k} {" × ".join(map(str, v))}' for k, v in spread.items()))
   lines += [f'warning: {warning}' for warning in summary['warnings']]
   lines += [f'rewritten, {note}: {count}' for note, count in summary['rewritten'].items()]
-  lines += [f'left out, field {name} of another type or name than can be used: {count}' for name, count in summary['left_out'].items()]
+  lines += [f'left out, field {name} of another type or name than can be used: {count}'
+            for name, count in summary['left_out'].items()]
   if summary['groups_in_several_splits']:
     lines.append(f'groups or files in several splits: {summary["groups_in_several_splits"]}: a test may know them from training')
   for reason, found in summary['skipped'].items():

@@ -49,7 +49,8 @@ def measure(data: bytes) -> tuple[int, int, int]:
     T, H, W, _ = _array(data).shape
     return T, W, H
   with _opened(data) as (container, stream):
-    sizes = [(frame.width, frame.height)[::-1 if _turns(frame) % 2 else 1] for frame in container.decode(stream) if not frame.is_corrupt]
+    sizes = [(frame.width, frame.height)[::-1 if _turns(frame) % 2 else 1]
+             for frame in container.decode(stream) if not frame.is_corrupt]
     promised = stream.frames
   if not sizes or len(sizes) < _WHOLE * promised:
     raise Undecodable(f'{len(sizes)} frames of {promised}')
