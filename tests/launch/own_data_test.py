@@ -80,7 +80,7 @@ def _shrunken(c):
   for t in c.tasks.values():
     t.update(dict(batch=4, length=t.length and 16))
   if 'photos_retrieval' in c.tasks:
-    c.tasks.photos_retrieval.batch = 16
+    c.tasks.photos_retrieval.update(dict(batch=16, length=32))  # of 16 tokens some captions would be cut to the same text
   return c
 
 
