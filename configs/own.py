@@ -43,6 +43,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   else:
     c, plan = config.base(), None
     recipes.small(c)
+    c.tokenizer.fewer = True  # how much text there is only its owner knows
   c.data.dir = directory
   for name, found in facts.items():
     recipes.own(c, name, found['columns'], {k: v['names'] for k, v in found['classes'].items()}, found['splits'])

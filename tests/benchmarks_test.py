@@ -1,35 +1,28 @@
-"""Every benchmark and the pretraining mixture: shapes at full size, and a real step and evaluation when shrunken, on invented data.
+"""Every benchmark and the pretraining mixture on invented data: shapes at full size, a real step and evaluation when shrunken."""
 
-TFDS data sets are mocked by TFDS itself, with their own features and class names; own data has the columns that docs/benchmarks.md
-says.
-"""
-
-import functools
 import importlib.util
 import io
+import itertools
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from tensorflow_datasets.testing import mocking
 
+from tests import invented as invented_data
 from tests import small_model, tiny
-from tests.data import own_files
-from uni_moe_jax import benchmarks, config, regimes, resolve
+from uni_moe_jax import benchmarks, config, recipes, regimes, resolve
 from uni_moe_jax.data import assemble, stored
 from uni_moe_jax.data.mixtures import evaluation_batches
-from uni_moe_jax.data.stored import Stored
 from uni_moe_jax.data.templates import fill_template
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.preflight import programs
-from uni_moe_jax.train import setup, workdir
+from uni_moe_jax.train import checkpoint, loop, setup, workdir
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-_EXAMPLES = 6
-_WORDS = tiny.WORDS
+_EXAMPLES = invented_data.EXAMPLES
 _V = 49411  # of CLIP's vocabulary with the published specials
 
 
@@ -40,73 +33,18 @@ def _config(arg: str, file: str = 'benchmark'):
   return module.get_config(arg)
 
 
-def _text(i: int, n: int = 6) -> str:
-  return ' '.join(np.random.default_rng(i).choice(_WORDS, n))
-
-
-@functools.cache
-def _picture(i: int) -> bytes:
-  return own_files.encoded(own_files.picture('red', i, (20 + i, 30)))
-
-
-@functools.cache
-def _clip(i: int) -> bytes:
-  out = io.BytesIO()
-  np.save(out, own_files.moving(i % 2 == 0))
-  return out.getvalue()
-
-
-class _Coco:
-  """COCO's captions: TFDS's own mock gives the parts of its list of objects different lengths."""
-
-  def __len__(self):
-    return _EXAMPLES
-
-  def __getitems__(self, keys):
-    return [{'image': _picture(i), 'image/filename': f'{i}.jpg', 'captions': {'text': [_text(i), _text(i + 100)]}} for i in keys]
-
-
-def _own(source: str) -> Stored:
-  """Records with the columns that a benchmark's own data has."""
-  name = source.removeprefix('own:')
-  by_class, clips = name in ('kinetics400', 'kinetics700', 'moments', 'imagenet21k'), name in (
-      'kinetics400', 'kinetics700', 'moments', 'msvd', 'msrvtt')
-  classes = {'label': ('n01', 'n02') if name == 'imagenet21k' else ('running fast', 'sitting')} if by_class else {}
-  columns = {'video' if clips else 'image': 'video' if clips else 'image'}
-  columns |= {'label': 'class'} if by_class else (
-      {'question': 'text', 'answers': 'texts'} if name == 'vqa' else {'captions': 'texts'})
-  columns = {'text': 'text'} if name == 'bookswiki' else columns
-  value = {
-      'image': _picture, 'video': _clip, 'label': lambda i: classes['label'][i % 2], 'question': _text, 'text': _text,
-      'answers': lambda i: ('yes', 'no', 'two') * 3 + ('red',), 'captions': lambda i: (_text(i), _text(i + 100))}
-  rows = lambda ids: [{c: value[c](i) for c in columns} for i in ids.tolist()]
-  return Stored(source, _EXAMPLES, rows, columns, classes, {}, source)
-
-
 @pytest.fixture(name='named', scope='module')
 def _named(tmp_path_factory):
   """A folder of data with the files of class names, which no test changes."""
   folder = tmp_path_factory.mktemp('data')
-  names = folder / 'class_names'
-  names.mkdir()
-  wnids = tfds.builder('imagenet2012', data_dir=folder).info.features['label'].names
-  (names / 'imagenet1k.tsv').write_text(''.join(f'{w}\tname {i}|other {i}\n' for i, w in enumerate(wnids)))
-  (names / 'imagenet21k.tsv').write_text('n01\tdog|hound\nn02\tcat\n')
-  (names / 'vqa_answers.tsv').write_text('yes\nno\n2\n3\n')
+  invented_data.write_class_names(folder)
   return folder
 
 
 @pytest.fixture
 def invented(monkeypatch, named):
   """Data of every source, and the files of class names."""
-  # As it is in TFDS 4.9.10, reading several records of a mocked source at once lacks an argument.
-  monkeypatch.setattr(mocking, '_getitems', lambda keys, generator, **_: [generator[k] for k in keys])
-  monkeypatch.setattr(stored, '_own', lambda source, *_: _own(source))
-  monkeypatch.setattr(stored, '_check_prepared', lambda *_: None)
-  opened = stored._open
-  monkeypatch.setattr(
-      stored, '_open', lambda builder, *rest: _Coco() if builder.name == 'coco_captions' else opened(builder, *rest))
-  with tfds.testing.mock_data(num_examples=_EXAMPLES):
+  with invented_data.records(monkeypatch):
     yield named
 
 
@@ -160,13 +98,15 @@ def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_
   assert counts == {_EXAMPLES}  # each once, although they do not divide into batches of four
 
 
-@pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'], ('mrpc', 'coco_retrieval')))
+@pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'], ('mrpc', 'vqa', 'coco_retrieval')))
 def test_every_row_is_the_same_on_eight_devices(name, invented, tmp_path):
-  """GLUE's metrics, soft scores, views × crops and texts of files, in batches of four of which none divides the six examples."""
+  """GLUE's metrics, soft scores, views × crops, texts of files: six examples in batches of five, which four shards do not divide."""
   tables = []
   for devices in (1, 8):
     c = _small(_config(name), invented)
     c.tasks[name].batch = 8
+    for e in c.evaluators.values():
+      e.batch = 5
     c.mesh.update(dict(replica=1, data=1, expert=1, model=1) if devices == 1 else dict(replica=1, data=2, expert=2, model=2))
     run = _run(c, devices)
     tables.append(_rows(run, jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params), tmp_path))
@@ -198,12 +138,23 @@ def test_shapes_of_a_step_at_full_size(name):
     assert fields['pixels'].shape == (1, t.batch, max(1, t.frames), 224, 224, 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('arg, task', [('base-attribute-1-sampled', 'cc12m_caption'), ('large-token-2-sampled', 'kinetics700')])
+def _every_pretraining():
+  """All arguments of configs/pretrain.py, each with one of the sixteen tasks in turn; two of them are for CI."""
+  tasks = list(_config('tiny-dense-1', 'pretrain').tasks)
+  first = {'base-attribute-1-sampled': 'cc12m_caption', 'large-token-2-sampled': 'kinetics700'}
+  routers = ('dense', 'attribute', 'task', 'modality', 'token', 'context')
+  args = ['-'.join(parts) for parts in itertools.product(recipes.SIZES, routers, '12')]
+  for i, arg in enumerate(args):
+    for each in (arg, f'{arg}-sampled'):
+      task = first.get(each, tasks[(i + i // 12) % 16])  # twelve of a size: the next has other tasks
+      yield pytest.param(each, task, marks=pytest.mark.slow if each in first else pytest.mark.nightly)
+
+
+@pytest.mark.parametrize('arg, task', list(_every_pretraining()))
 def test_shapes_of_a_step_of_pretraining_at_full_size(arg, task):
   run, batch, state, metrics = _shapes(_config(arg, 'pretrain'), task)
   assert metrics['loss/total'].shape == () and len(run.plan.tasks) == 16
-  assert state.params['embed']['word'].shape == (_V, 768 if arg.startswith('base') else 1024)
+  assert state.params['embed']['word'].shape == (_V, recipes.SIZES[arg.partition('-')[0]][1])
   assert {n: s.size for n, s in run.data.sets.items()} == {
       'imagenet21k': 21_842, 'kinetics700': 700, 'moments': 339, 'vocabulary': _V}
   [fields] = batch.values()
@@ -219,17 +170,27 @@ def test_the_sixteen_tasks_give_one_batch_of_their_groups():
       'image_caption/50/0': 20, 'image_caption/30/0': 4, 'image_retrieval/50/0': 20, 'image_retrieval/30/0': 4}
 
 
-@pytest.mark.slow
-def test_a_shrunken_pretraining_takes_a_step_of_every_kind_and_is_evaluated(invented, tmp_path):
-  c = _small(_config('tiny-attribute-1', 'pretrain'), invented)
-  for name in set(c.tasks) - {'imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'coco_retrieval'}:
-    del c.tasks[name]  # like one that stays, and sixteen pipelines take a minute to start
-  c.tasks.imagenet21k.randaugment = 0.0  # imagenet1k has it
+_OF_EVERY_KIND = ('imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'coco_retrieval')
+
+
+@pytest.mark.parametrize('arg, names', [
+    pytest.param('tiny-attribute-1', _OF_EVERY_KIND, marks=pytest.mark.slow),
+    pytest.param('tiny-attribute-2', ('moments', 'coco_retrieval'), marks=pytest.mark.slow),
+    pytest.param('tiny-token-2', (), marks=pytest.mark.nightly)])  # all sixteen, whose pipelines take a minute to start
+def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, invented, tmp_path):
+  c = _small(_config(arg, 'pretrain'), invented)
+  for name in set(c.tasks) - set(names or c.tasks):
+    del c.tasks[name]
+  for name in [name for name, e in c.evaluators.items() if e.task not in c.tasks]:
+    del c.evaluators[name]
+  c.tasks.get('imagenet21k', {}).update(randaugment=0.0)  # imagenet1k has it
   run = _run(c)
-  assert run.data.sets['imagenet21k'].buckets[0]['count'].tolist() == [2, 1]
+  assert len(run.plan.tasks) == (len(names) or 16)
+  if 'imagenet21k' in c.tasks:
+    assert run.data.sets['imagenet21k'].buckets[0]['count'].tolist() == [2, 1]
   rows = _rows(run, _step(run).params, tmp_path)
-  assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == {
-      ('coco captions', _EXAMPLES), ('coco retrieval', _EXAMPLES)}
+  asked = {'coco captions', 'coco retrieval'} if 'coco_caption' in c.tasks else {'coco retrieval'}
+  assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == {(name, _EXAMPLES) for name in asked}
 
 
 # Benchmark → batch, tokens, learning rate, decay, second moment's, warmup, steps: the published files, by hand.
@@ -326,7 +287,7 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
   with pytest.raises(FileNotFoundError, match="source 'tfds:coco_captions' is not in .*--tfds=coco_captions"):
     _run(_small(c, tmp_path))
   example = lambda i: {
-      'image': io.BytesIO(_picture(i)), 'image/filename': f'{i}.jpg', 'image/id': i, 'objects': [],
+      'image': io.BytesIO(invented_data.picture(i)), 'image/filename': f'{i}.jpg', 'image/id': i, 'objects': [],
       'captions': {'id': [2 * i, 2 * i + 1], 'text': [f'a picture {i}', f'the shape {i}']}}
   _written(tmp_path, 'coco_captions', {
       split: [(i, example(i)) for i in ids] for split, ids in {'train': (0, 1), 'restval': (2,), 'test': (3, 4, 5)}.items()})
@@ -342,9 +303,8 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
     run.data.records(t.source, 'tests')
 
 
-@pytest.fixture(name='trained', scope='module')
-def _trained(tmp_path_factory):
-  """The work directory of a run whose pictures are small and whose texts are short; it has no steps yet."""
+def _captioning():
+  """A run whose pictures are small and whose texts are short."""
   c = config.base()
   c.tokenizer.update(dict(kind='sentencepiece', file=tiny.tokenizer_file()))
   c.model.update(dict(layers=2, width=16, heads=2, hidden=16, image_size=16, patch=8, max_text=40, remat=False))
@@ -352,9 +312,39 @@ def _trained(tmp_path_factory):
   c.sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.coco_words = config.task(
       'image_caption', 'tfds:coco_captions', batch=4, target_set='vocabulary', captions=('{captions/text}',), length=20)
+  c.train.update(dict(steps=1, log_every=1))
+  return c
+
+
+@pytest.fixture(name='trained', scope='module')
+def _trained(tmp_path_factory):
+  """The work directory of such a run; it has no steps yet."""
   folder = tmp_path_factory.mktemp('runs') / 'trained'
-  workdir.claim_workdir(folder, c, 'print')
+  workdir.claim_workdir(folder, _captioning(), 'print')
   return str(folder)
+
+
+@pytest.mark.parametrize('name, mode', [
+    pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ('vqa', 'prompts') else pytest.mark.nightly)
+    for name in ('cola', 'coco_caption', 'vqa') for mode in ('finetune', 'prompts', 'untuned')])
+def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, mode, invented, tmp_path):
+  first = _captioning()
+  first.data.dir = str(invented)
+  assert loop.train(first, str(tmp_path / 'first'), jax.devices()[:1]) == loop.FINISHED
+  c = _config(f'{name},{tmp_path / "first"},{mode}')
+  c.train.update(dict(steps=1, log_every=1))
+  for t in c.tasks.values():
+    t.batch = 4 * bool(t.batch)
+  for e in c.evaluators.values():
+    e.batch = 4
+  if mode != 'untuned':
+    assert loop.train(c, str(tmp_path / 'then'), jax.devices()[:1]) == loop.FINISHED
+  run = _run(c)
+  with checkpoint.Checkpoints(tmp_path / ('first' if mode == 'untuned' else 'then'), keep=None) as checkpoints:
+    predictor, _ = setup.predictor(run, checkpoints)
+  rows = suite.evaluate(run.plan, run.data, predictor, 1, tmp_path)
+  assert {r['evaluator'] for r in rows} == set(c.evaluators) and all(np.isfinite(r['value']) for r in rows)
+  assert {r['count'] for r in rows if '←' not in r['metric']} == {_EXAMPLES}
 
 
 @pytest.mark.parametrize('mode', ['', ',finetune', ',prompts', ',untuned'])

@@ -52,6 +52,18 @@ def test_training_says_what_is_wrong(tmp_path, arguments, said):
   assert said in _train(tmp_path, *arguments)
 
 
+@pytest.mark.parametrize('argument', [
+    '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x', '--config=configs/own.py:gs://b/x'])
+@pytest.mark.parametrize('joined', [True, False])
+def test_an_address_where_a_path_belongs_says_to_mount_it(argument, joined, capsys):
+  argv = [argument] if joined else argument.split('=', 1)
+  with pytest.raises(SystemExit) as stopped:
+    cli._parse(['prepare_data.py', '--name=pets', *argv], remote=False)
+  assert stopped.value.code == 2
+  said = capsys.readouterr().err
+  assert said.startswith(f'error: {argument.partition("=")[0]}=') and 'gs://b/x' in said and 'gcsfuse' in said
+
+
 def test_a_config_file_that_is_not_there_names_the_nearest(tmp_path):
   said = _train(tmp_path, config='configs/quikstart.py')
   assert "config file 'configs/quikstart.py' is not there; did you mean 'quickstart.py'" in said  # or others, after it

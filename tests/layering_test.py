@@ -17,7 +17,8 @@ _RULES = {
     'tasks': (('attributes',), 'a task kind is a declaration from which attributes follow'),
     'plan': (('attributes', 'tasks'), 'the static facts of a run are made of kinds and conditions'),
     'config': ((), 'fields and defaults: plain values'),
-    'fields': (('tasks', 'config'), 'the type of a field is that of its default'),
+    'files': ((), 'whole or not at all: what a file holds is not its business'),
+    'fields': (('tasks', 'config', 'files'), 'the type of a field is that of its default; some are paths'),
     'resolve': (
         ('attributes', 'tasks', 'plan', 'config', 'fields'),
         'a config is checked against the tables, before any model or data exists',
@@ -25,11 +26,10 @@ _RULES = {
     'recipes': (('config',), 'a recipe fills in a config, as a person would'),
     'benchmarks': (('config',), 'a table of tasks fills in a config, as a recipe does'),
     'cli': (
-        ('failures', 'attributes', 'tasks', 'plan', 'config'),
+        ('failures', 'attributes', 'tasks', 'plan', 'config', 'files'),
         'a mistyped command is answered before anything slow is loaded',
     ),
     'distributed': ((), 'processes find each other before anything of the run is loaded'),
-    'files': ((), 'whole or not at all: what a file holds is not its business'),
     'sharding': ((), 'one table of axis names that knows no module'),
     'losses': ((), 'arrays in, numbers out: a loss knows neither the model nor the task'),
     'moe': (

@@ -13,7 +13,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from uni_moe_jax import failures
+from uni_moe_jax import failures, files
 from uni_moe_jax.tasks import nearest
 
 ERROR, USAGE = 1, 2
@@ -46,8 +46,8 @@ def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
     raise UsageError(f'config file {path!r} is not there; {near}.') from None
 
 
-def run(main: Callable[[], int]) -> None:
-  """Parses flags, runs `main` and exits with the code that it returns.
+def run(main: Callable[[], int], remote: bool = False) -> None:
+  """Parses flags, runs `main` and exits with the code that it returns. remote: its flags may be addresses such as gs://….
 
   Mistakes in flags and config, and the `ValueError` and `FileNotFoundError` that this package raises on purpose, are
   printed as one sentence (exit code 2); so is what befell a run, such as a full disk or a path that cannot be reached (exit
@@ -57,7 +57,7 @@ def run(main: Callable[[], int]) -> None:
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
   logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
   _tell_once()
-  app.run(lambda _: sys.exit(guarded(main)), flags_parser=_parse)
+  app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, remote))
 
 
 @contextlib.contextmanager
@@ -121,8 +121,12 @@ def _complain(e: BaseException) -> int:
   return USAGE
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], remote: bool) -> list[str]:
   try:
+    for before, argument in zip(argv, argv[1:]):
+      flag, _, value = argument.partition('=')
+      if not remote:
+        files.check_local(value or flag, flag if value else before)
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, ValueError, TypeError, FileNotFoundError, ImportError) as e:
     print(f'error: {_flag_error(e, argv)}', file=sys.stderr, flush=True)

@@ -99,7 +99,7 @@ def evaluator(
     kind: classification | retrieval | mlm | caption | glue | vqa.
     task_name: entry of `config.tasks`, trained or not (batch 0): what is asked, of which source.
     split: that is evaluated.
-    number: retrieval: candidates, with distinct texts; others: examples, 0 = all.
+    number: retrieval in memory: candidates, with distinct texts; others, and of files: examples, 0 = all.
     batch: examples encoded at once.
     beams: caption: hypotheses that are kept of each picture; 1: greedy.
     penalty: caption: scores are divided by (words + 1)^penalty at the end.
@@ -160,6 +160,7 @@ def base() -> ml_collections.ConfigDict:
   c.tokenizer = _create(dict(
       kind='sentencepiece',        # sentencepiece (learnt from the run's text) | clip (published; extra `clip`)
       vocab_size=2000,             # V, special pieces included; clip: not used, V follows from the merges
+      fewer=False,                 # sentencepiece: take what pieces there are where texts give no vocab_size; False: an error
       file='',                     # sentencepiece: a trained model, such as a run's tokenizer.model; '' trains one
       merges='',                   # clip: path of bpe_simple_vocab_16e6.txt.gz, or of another file of that format
   ))

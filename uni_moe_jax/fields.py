@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from uni_moe_jax import config
+from uni_moe_jax import config, files
 from uni_moe_jax.tasks import nearest
 
 # Entries of these sections have names of their own, and fields as the function of that name gives them.
@@ -16,6 +16,7 @@ _STRING, _NUMBER = (str,), (int, float)
 # What tuples hold, where the default does not show it.
 _ITEMS = {'model.video_mean': _NUMBER, 'model.video_std': _NUMBER, 'model.temperatures': _STRING, 'captions': _STRING,
           'optim.rules': (tuple,)}
+_PATHS = (('data', 'dir'), ('train', 'init'), ('tokenizer', 'file'), ('tokenizer', 'merges'))
 _LARGEST = 2**53  # beyond it, not every integer is a float
 
 
@@ -23,9 +24,11 @@ def check(c: ml_collections.ConfigDict) -> None:
   """Checks fields and types, not what they mean.
 
   Raises:
-    ValueError: the first field that is missing, unknown, of another type than its default, or not a finite number.
+    ValueError: the first field that is missing, unknown, of another type than its default, not a finite number, or an address.
   """
   _section('', c, config.base())
+  for section, field in _PATHS:
+    files.check_local(c[section][field], f'config.{section}.{field}')
 
 
 def _section(name: str, given: Any, known: ml_collections.ConfigDict) -> None:

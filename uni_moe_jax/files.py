@@ -1,4 +1,4 @@
-"""Files that a reader never sees half written."""
+"""Files that a reader never sees half written, and paths that are those of a file system."""
 
 import json
 import pathlib
@@ -14,3 +14,14 @@ def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(content, indent=1, allow_nan=allow_nan))
   temporary.rename(path)
+
+
+def check_local(path: str, name: str) -> None:
+  """Refuses an address: joined as a path, 'gs://bucket/x' would be the folder 'gs:' where one stands.
+
+  Raises:
+    ValueError: names the flag or field.
+  """
+  if '://' in path:
+    raise ValueError(f'{name}={path!r} is an address, and must be a path; mount the bucket (for example with gcsfuse) or copy what '
+                     'is there, and give that folder.')

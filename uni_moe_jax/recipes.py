@@ -8,6 +8,7 @@ from uni_moe_jax import config
 
 NAME_TOKENS = 16  # a name of a glyph with its `eot`: enough for 97 % of them
 TEXT_TOKENS = 64
+_CANDIDATES = 5000  # of a retrieval over own data, as published ones have at most: each stands beside each in memory
 # Splits of glyphs and clips that are evaluated, and what is new in them.
 UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
 # Published normalisation of pictures; video has 0.5 for both.
@@ -85,7 +86,8 @@ def own(
 
   Args:
     c: config to add them to, with a model.
-    name: of the data; tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes.
+    name: of the data; tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes: with '_'
+      for a dot, which no key of a config has, and '_2' behind it where another task is called so.
     columns: kind of each column. classes: names of each class column. splits: that there are. All as in prepared.json.
   """
   source, kinds = f'own:{name}', set(columns.values())
@@ -94,10 +96,18 @@ def own(
   shown = dict(frames=min(8, c.model.max_frames), crop='jitter') if visual == 'video' else {}
   texts = [f for f in ('text', 'text_a', 'text_b') if f in columns]
 
-  def add(task_name, evaluator, *args, **fields):
+  def add(what, evaluator, *args, **fields):
+    task_name = free(what)
     c.tasks[task_name] = config.task(*args, source, **fields)
+    number = _CANDIDATES if evaluator == 'retrieval' else 0
     if held_out:
-      c.evaluators[task_name.replace('_', ' ')] = config.evaluator(evaluator, task_name, split=held_out)
+      c.evaluators[task_name.replace('_', ' ')] = config.evaluator(evaluator, task_name, split=held_out, number=number)
+
+  def free(what):
+    task_name, taken = f'{name}_{what}'.replace('.', '_'), {t.replace('_', ' ') for t in c.tasks}
+    while task_name.replace('_', ' ') in taken:
+      task_name += '_2'
+    return task_name
 
   def words():
     if 'vocabulary' not in c.sets:
@@ -105,21 +115,21 @@ def own(
     return 'vocabulary'
 
   if visual and 'captions' in columns:
-    add(f'{name}_retrieval', 'retrieval', f'{visual}_retrieval', batch=32, captions=('{captions}',), length=32, **shown)
-    add(f'{name}_caption', 'caption', f'{visual}_caption', batch=16, target_set=words(), captions=('{captions}',), length=32, **shown)
+    add('retrieval', 'retrieval', f'{visual}_retrieval', batch=32, captions=('{captions}',), length=32, **shown)
+    add('caption', 'caption', f'{visual}_caption', batch=16, target_set=words(), captions=('{captions}',), length=32, **shown)
+  if not visual and columns.get('text') == 'text':
+    add('words', 'mlm', 'text_mlm', batch=32, target_set=words(), length=TEXT_TOKENS, picks=12)
   for column, found in classes.items():
     if len(found) > 1 and (visual or texts):
-      entries = f'{name}_{column}'
+      entries = free(column)
       if visual:
         c.sets[entries] = config.target_set(f'{source}/{column}', family='names', length=32)
-        add(entries, 'classification', f'{visual}_classification', batch=32, target_set=entries, label=column, **shown)
+        add(column, 'classification', f'{visual}_classification', batch=32, target_set=entries, label=column, **shown)
       else:
         c.sets[entries] = config.target_set(f'{source}/{column}', family='words', length=32)
         template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in texts else f'{{{texts[0]}}} <eot> it is <spe> . <eot>'
-        add(entries, 'classification', 'text_classification', batch=32, target_set=entries, label=column, template=template,
+        add(column, 'classification', 'text_classification', batch=32, target_set=entries, label=column, template=template,
             length=TEXT_TOKENS)
-  if not visual and columns.get('text') == 'text':
-    add(f'{name}_words', 'mlm', 'text_mlm', batch=32, target_set=words(), length=TEXT_TOKENS, picks=12)
 
 
 def embedded(c: ml_collections.ConfigDict) -> None:

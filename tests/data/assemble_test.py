@@ -128,3 +128,8 @@ def test_a_vocabulary_that_the_text_cannot_give_names_its_field(tmp_path):
   config.tokenizer.vocab_size = 100_000
   with pytest.raises(ValueError, match=r'config\.tokenizer\.vocab_size=100000: These texts cannot give'):
     Data(config, resolve.resolve(config))
+  config.tokenizer.fewer = True
+  assert 40 < Data(config, resolve.resolve(config)).tokenizer.size < 10_000
+  config.tokenizer.fewer = False  # what was learnt does not stand in for what cannot be
+  with pytest.raises(ValueError, match='These texts cannot give'):
+    Data(config, resolve.resolve(config))

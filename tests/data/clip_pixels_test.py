@@ -1,7 +1,5 @@
 """Which frames and which part of a clip a model sees, by hand; files of several formats."""
 
-import io
-
 import numpy as np
 import pytest
 
@@ -9,15 +7,9 @@ from tests.data import own_files
 from uni_moe_jax.data import clip_pixels, hashing, video
 
 
-def _npy(frames):
-  out = io.BytesIO()
-  np.save(out, frames)
-  return out.getvalue()
-
-
 def _numbered(N, H=4, W=4):
   """Frame i has level i everywhere."""
-  return _npy(np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, H, W, 3)))
+  return own_files.npy(np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, H, W, 3)))
 
 
 @pytest.mark.parametrize('frames, shifts, expected', [
@@ -44,11 +36,11 @@ def test_views_spread_evenly_within_the_segments():
 def test_three_crops_lie_along_the_long_side():
   # Columns of 4 × 12 pixels have the levels 0…11.
   frames = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None], (1, 4, 12, 3))
-  made = clip_pixels.ClipReader(4, 1, 'short', True, False, crops=3)(_npy(frames), 0)
+  made = clip_pixels.ClipReader(4, 1, 'short', True, False, crops=3)(own_files.npy(frames), 0)
   assert made[:, 0, 0, :, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-  middle = clip_pixels.ClipReader(4, 1, 'short', True, False)(_npy(frames), 0)
+  middle = clip_pixels.ClipReader(4, 1, 'short', True, False)(own_files.npy(frames), 0)
   assert middle[0, 0, :, 0].tolist() == [4, 5, 6, 7]
-  tall = clip_pixels.ClipReader(4, 1, 'short', True, False, crops=3)(_npy(frames.swapaxes(1, 2)), 0)
+  tall = clip_pixels.ClipReader(4, 1, 'short', True, False, crops=3)(own_files.npy(frames.swapaxes(1, 2)), 0)
   assert tall[:, 0, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
@@ -56,8 +48,8 @@ def test_training_draws_frames_places_and_mirrors_by_the_hash():
   frames = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None] * 10, (6, 4, 8, 3)).copy()
   frames[..., 1] = np.arange(6)[:, None, None]
   reader = clip_pixels.ClipReader(4, 3, 'short', True, True)
-  made = [reader(_npy(frames), hashing.mix(i)) for i in range(80)]
-  np.testing.assert_array_equal(reader(_npy(frames), hashing.mix(0)), made[0])
+  made = [reader(own_files.npy(frames), hashing.mix(i)) for i in range(80)]
+  np.testing.assert_array_equal(reader(own_files.npy(frames), hashing.mix(0)), made[0])
   seen = {tuple(m[:, 0, 0, 1]) for m in made}
   assert seen == {(a, b, c) for a in (0, 1) for b in (2, 3) for c in (4, 5)}
   mirrored = [m[0, 0, 0, 0] > m[0, 0, -1, 0] for m in made]
@@ -99,10 +91,21 @@ def test_files_decode_to_their_frames(tmp_path, form):
     assert frame[:, left:left + 4].mean() > 200 and np.delete(frame, range(left - 2, min(48, left + 6)), 1).mean() < 30
 
 
+@pytest.mark.parametrize('turned, upright', [
+    (90, lambda bar: bar[..., ::-1, :].swapaxes(1, 2)), (-90, lambda bar: bar.swapaxes(1, 2)), (180, lambda bar: bar[..., ::-1, :])])
+def test_a_phone_s_clip_is_seen_as_it_was_held(turned, upright):
+  # The bar moves to the right: turned to the left it moves up, to the right down, and twice to the left.
+  frames = own_files.moving(True)
+  data = own_files.encoded_clip(frames, turned=turned)
+  made, expected = video.sample(data, np.array([0.5, 0.5, 0.5])), upright(frames[[2, 6, 10]])
+  assert made.shape == expected.shape and np.abs(made.astype(int) - expected).mean() < 12
+  assert video.measure(data) == (12, *expected.shape[2:0:-1])
+
+
 @pytest.mark.parametrize('data', [
-    b'no clip', b'', b'\x93NUMPY' + b'x' * 20, _npy(np.zeros((3, 4, 4, 3), np.float32)), _npy(np.zeros((0, 4, 4, 3), np.uint8)),
-    _npy(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20], _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14),
-    _numbered(3).replace(b"'shape'", b"'shape ")],
+    b'no clip', b'', b'\x93NUMPY' + b'x' * 20, own_files.npy(np.zeros((3, 4, 4, 3), np.float32)),
+    own_files.npy(np.zeros((0, 4, 4, 3), np.uint8)), own_files.npy(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20],
+    _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14), _numbered(3).replace(b"'shape'", b"'shape ")],
     ids=['text', 'nothing', 'header', 'floats', 'no frames', 'grey', 'cut off', 'larger than memory', 'no header'])
 def test_what_is_no_clip_is_told(data):
   for read in (video.measure, lambda data: video.sample(data, np.array([0.5]))):

@@ -70,11 +70,15 @@ def odd_rows(root: pathlib.Path) -> dict[str, str]:
   lines = [{'image': f'pictures/{name}', 'captions': [f'рыжий кот {name}'], 'split': 'train'} for name in rows]
   good = {'image': 'pictures/000.jpg', 'captions': ['once more'], 'split': 'train'}
   lines += [{'image': None, 'captions': ['y']}, {**good, 'image': None, 'video': 'pictures/000.jpg'},
-            {**good, 'colour': ['red']}, {**good, 'captions': None}]  # the last is a picture of no captions, which is fine
+            {**good, 'captions': None}]  # the last is a picture of no captions, which is fine
   lines += [{**good, 'image': 'pictures/\0.png'}, {**good, 'image': 'pictures'}, {**good, 'image': 'long' * 99}]
-  lines += [{**good, 'text_a': 5}, {**good, 'where': 'here'}]
+  lines += [{**good, 'text_a': 5}, {**good, 'label': {'r': 1}}]
   lines += [{**good, 'captions': ['', ' ']}, {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'},
-            {**good, 'split': 'nowhere'}, {**good, 'colour': {'r': 1}}]
+            {**good, 'split': 'nowhere'}]
+  # Fields that no one asked for cost no row.
+  lines += [{**good, 'captions': [f'extra {i}'], name: value} for i, (name, value) in enumerate((
+      ('colour', {'r': 1}), ('colour', ['red']), ('sentids', [0, 1, 2]), ('where', 'here'), ('what / where', 'a name of no column'),
+      ('text_length', [14]), ('sentids', [[]])))]
   with (root / 'data.jsonl').open('a') as file:
     file.writelines(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
     file.write('{"image": \n' + '[' * 100_000 + '\n')
@@ -94,8 +98,8 @@ def clips(root: pathlib.Path, form: str = 'mp4', count: int = 6) -> pathlib.Path
   return root
 
 
-def encoded_clip(frames: np.ndarray, form: str = 'mp4') -> bytes:
-  """uint8 [T, H, W, 3] as the bytes of a file."""
+def encoded_clip(frames: np.ndarray, form: str = 'mp4', turned: int = 0) -> bytes:
+  """uint8 [T, H, W, 3] as the bytes of a file. turned: degrees to the left by which it asks to be turned when it is shown."""
   if form == 'gif':
     first, *others = map(Image.fromarray, frames)
     return encoded(first, 'GIF', save_all=True, append_images=others)
@@ -105,9 +109,18 @@ def encoded_clip(frames: np.ndarray, form: str = 'mp4') -> bytes:
     stream = container.add_stream('mpeg4', rate=6)
     stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
     stream.bit_rate = 2_000_000
+    if turned:
+      stream.set_display_rotation(turned)
     for frame in frames:
       container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
     container.mux(stream.encode())
+  return out.getvalue()
+
+
+def npy(frames: np.ndarray) -> bytes:
+  """The bytes of a file of one array."""
+  out = io.BytesIO()
+  np.save(out, frames)
   return out.getvalue()
 
 

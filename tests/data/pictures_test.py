@@ -164,6 +164,51 @@ def test_random_choices_are_those_of_the_example():
   assert len({made.tobytes() for made in once}) > 5
 
 
+def _coordinates(H, W):
+  """Level of red: how far right a pixel lies, of green: how far down; in 256ths of the picture."""
+  down, right = np.mgrid[:H, :W]
+  return np.stack([right * 256 // W, down * 256 // H, 0 * down], -1).astype(np.uint8)
+
+
+def _part(made, H, W):
+  """(height, width, first row, first column) in pixels of the part of `_coordinates(H, W)` that was resized to `made`, to within
+  two pixels: levels of the outermost of S pixels lie half a pixel of the S within it."""
+  S = len(made)
+  across, down = made[..., 0].astype(float).mean(0) * W / 256, made[..., 1].astype(float).mean(1) * H / 256
+  height, width = ((c[-2] - c[1]) / (S - 3) * S for c in (down, across))
+  return height, width, down[1] - 1.5 * height / S, across[1] - 1.5 * width / S
+
+
+def test_a_random_area_keeps_the_published_bounds_and_lies_anywhere():
+  H, W = 240, 320
+  found = np.array([_part(pictures.random_area(_coordinates(H, W), 64, _h(i)).numpy(), H, W) for i in range(60)])
+  height, width, top, left = found.T
+  share, ratio = height * width / (H * W), width / height
+  # From 8 to 100 % of the area, from 3/4 to 4/3 as wide as high; within two pixels' error. Of 60 draws some come near each bound.
+  assert 0.07 < share.min() < 0.15 and 0.75 < share.max() < 1.05
+  assert 0.72 < ratio.min() < 0.82 and 1.24 < ratio.max() < 1.39
+  assert (top > -3).all() and (left > -3).all() and (top + height < H + 3).all() and (left + width < W + 3).all()
+  free = share < 0.5  # these can lie in many places
+  for corner, margin in ((top, H - height), (left, W - width)):
+    place = (corner / np.maximum(margin, 1))[free]
+    assert place.min() < 0.1 and place.max() > 0.9 and 0.35 < place.mean() < 0.65
+
+
+@pytest.mark.parametrize('down', [False, True])
+def test_of_a_picture_too_long_for_any_draw_the_middle_is_taken_as_wide_as_the_ratios_allow(down):
+  # 10 × 1000: 4/3 of 10 is 13, of which 493 lie before; of the 987 others nothing may be seen.
+  picture = np.zeros((10, 1000, 1), np.uint8)
+  picture[:, 493:493 + 13] = 200
+  picture = picture.swapaxes(0, 1) if down else picture
+  assert all((pictures.random_area(picture, 8, _h(i)).numpy() == 200).all() for i in range(3))
+
+
+def test_the_jittered_side_is_any_between_256_and_320_of_224():
+  assert {int(pictures.jittered(16, _h(i))) for i in range(60)} == {18, 19, 20, 21, 22}  # 16 · 256 / 224 to 16 · 320 / 224
+  drawn = [int(pictures.jittered(224, _h(i))) for i in range(150)]
+  assert 256 <= min(drawn) < 260 and 316 < max(drawn) <= 320
+
+
 def test_classes_are_evaluated_on_the_middle_of_a_larger_picture():
   # 256/224 · 7 = 8: a picture of 8 pixels is not resized, and of its margin of one, half is 0.
   picture = _noise(8, 8)

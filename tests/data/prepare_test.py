@@ -30,8 +30,9 @@ def _all(data, split='train', source='own:colours'):
 
 
 def test_splits_are_those_that_the_data_names(pictures):
-  # 30 rows, every fifth for the test; in training thirteen odd pictures more that are fine, one repeated, and one without captions.
-  assert pictures[2]['splits'] == {'train': 24 + 13 + 2, 'test': 6}
+  # 30 rows, every fifth for the test; in training thirteen odd pictures more that are fine, one repeated, one without captions, and
+  # seven with fields of which nothing can be made.
+  assert pictures[2]['splits'] == {'train': 24 + 13 + 2 + 7, 'test': 6}
 
 
 def test_every_skipped_row_has_its_reason_and_first_paths(pictures):
@@ -40,13 +41,29 @@ def test_every_skipped_row_has_its_reason_and_first_paths(pictures):
   assert counts == {
       'missing file': 1, 'broken picture': 1, 'smaller than 8 pixels': 1, 'not a picture': 2, 'empty caption': 1,
       "wrong type of 'captions'": 1, 'duplicate': 1, 'not an object': 1, 'neither a picture, a clip nor a text': 1,
-      'not UTF-8': 2, 'unreadable file': 3, "wrong type of 'text_a'": 1,
-      "a field 'where', which is where the row itself is written": 1,
-      'no picture': 1, 'a clip, and most rows have a picture': 1, "'colour' is a list, and in most rows a single value": 1,
-      "split 'nowhere' is not train, validation or test": 1, "wrong type of 'colour'": 1, 'not JSON': 2}
+      'not UTF-8': 2, 'unreadable file': 3, "wrong type of 'text_a'": 1, "wrong type of 'label'": 1,
+      'no picture': 1, 'a clip, and most rows have a picture': 1,
+      "split 'nowhere' is not train, validation or test": 1, 'not JSON': 2}
   # Line 31 is the first odd row.
   assert skipped['missing file']['first'] == ['data.jsonl:31']
   assert 'skipped, missing file: 1 (data.jsonl:31)' in prepare.describe(pictures[2])
+
+
+def test_a_field_of_which_nothing_can_be_made_costs_no_row_and_is_told(pictures):
+  data, _, said, _ = pictures
+  assert said['left_out'] == {"'colour'": 2, "'sentids'": 2, "'where'": 1, "'what / where'": 1, "'text_length'": 1}
+  assert "left out, field 'sentids' of another type or name than can be used: 2" in prepare.describe(said)
+  assert set(said['columns']) == {'image', 'captions', 'colour'}
+  extra = [row for row in _all(data)[1] if row['captions'] and row['captions'][0].startswith('extra')]
+  assert [row['captions'] for row in extra] == [(f'extra {i}',) for i in range(7)]
+  assert not any(row['colour'] for row in extra) and all(row['where'].startswith('data.jsonl:') for row in extra)
+
+
+def test_a_text_without_anything_else_of_use_is_no_row(tmp_path):
+  lines = [{'tags': ['one', 'two']}, {'text': 'a text', 'tags': 'three'}, {'text': 'a text', 'tags': 'four'}]
+  (tmp_path / 'train.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  said = prepare.prepare(tmp_path, tmp_path / 'out', 'texts', max_bad_fraction=0.5)
+  assert said['splits'] == {'train': 2} and set(said['skipped']) == {'neither a picture, a clip nor a text'}
 
 
 def test_odd_pictures_that_are_fine_are_there_with_their_captions(pictures):
@@ -132,7 +149,7 @@ def test_a_version_is_written_once_and_the_newest_is_read(pictures, tmp_path):
   (root / 'data.jsonl').write_text(''.join((root / 'data.jsonl').read_text(errors='replace').splitlines(True)[:20]))
   prepare.prepare(root, tmp_path, 'colours', '1.10.0')
   assert stored.load('own:colours', tmp_path, 'train').size == 16
-  assert stored.load('own:colours/1.0.0', tmp_path, 'train').size == 39
+  assert stored.load('own:colours/1.0.0', tmp_path, 'train').size == 46
 
 
 def test_too_many_bad_rows_stop_with_the_first(tmp_path):
@@ -193,7 +210,7 @@ def test_a_tenth_of_the_groups_is_held_out_however_their_files_are_named(tmp_pat
       (tmp_path / f'{i:04}').mkdir()
       (tmp_path / f'{i:04}/image.png').write_bytes(own_files.encoded(own_files.picture('red', i, (8, 8)), 'PNG'))
   if layout == 'a folder for each picture':
-    lines = [{'image': f'{i // 2:04}/image.png', 'captions': [f'number {i}']} for i in range(600)]
+    lines = [{'image': f'{i // 2:04}/image.png', 'captions': [f'number {i}'], 'key': f'row {i}'} for i in range(600)]
     (tmp_path / 'all.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   found = list(prepare._distinct(read(tmp_path), {}))
   checked = [prepare.Checked(row, (), '') for row in found]
@@ -204,6 +221,17 @@ def test_a_tenth_of_the_groups_is_held_out_however_their_files_are_named(tmp_pat
   moved = [dataclasses.replace(c, row=dataclasses.replace(c.row, path=c.row.path and pathlib.Path('/there', c.row.path.relative_to(
       tmp_path)))) for c in checked]
   assert [len(m) for m in prepare._split(moved, 0.1, pathlib.Path('/there')).values()] == [len(m) for m in splits.values()]
+
+
+def test_a_file_or_group_that_the_data_itself_puts_into_two_splits_is_told(tmp_path):
+  root = own_files.captioned(tmp_path / 'in', 5)
+  again = {'captions': ['asked again'], 'split': 'test'}
+  rows = [{**again, 'image': 'pictures/../pictures/000.jpg', 'key': 'new'}, {**again, 'image': 'pictures/001.png', 'group': 'roll 2'}]
+  lines = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]
+  del lines[0]['group']
+  (root / 'data.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines + rows))
+  said = prepare.prepare(root, tmp_path, 'leaky')  # the picture 0, and roll 2
+  assert 'groups or files in several splits: 2: a test may know them from training' in prepare.describe(said)
 
 
 def test_of_few_groups_some_stay_to_train_on_and_an_empty_split_is_told(tmp_path):

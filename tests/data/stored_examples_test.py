@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,7 @@ from tests import tiny
 from tests.data import own_files
 from uni_moe_jax import config as config_lib
 from uni_moe_jax import failures, resolve
-from uni_moe_jax.data import hashing, prepare, stored, stored_examples, stored_rows
+from uni_moe_jax.data import clip_pixels, hashing, prepare, stored, stored_examples, stored_rows
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.faults import Faults
 from uni_moe_jax.data.mixtures import Feed, Mixture, evaluation_batches
@@ -190,6 +191,25 @@ def test_a_bad_example_is_replaced_in_place_and_the_others_stay():
   np.testing.assert_array_equal(_make(_examples({2, 5}), range(8))['pixels'], some['pixels'])
 
 
+def test_clips_of_a_batch_are_decoded_at_once_each_in_its_place(monkeypatch):
+  def rows(ids):
+    level = lambda i: np.full((3, 20, 20, 3), i, np.uint8)
+    return [{'video': b'bytes' if i == 2 else own_files.npy(level(i)), 'label': 'ab'[i % 2]} for i in ids.tolist()]
+
+  two, read = threading.Barrier(2, timeout=60), clip_pixels.ClipReader.__call__
+  monkeypatch.setattr(clip_pixels.ClipReader, '__call__', lambda *args: [two.wait(), read(*args)][1])
+  monkeypatch.setattr('os.cpu_count', lambda: 2)
+  c = tiny.config(data_dir='')
+  c.sets.ab = config_lib.target_set(('a', 'b'), family='names')
+  c.tasks.x = config_lib.task('video_classification', 'own:x', batch=4, target_set='ab', label='label', frames=2)
+  builder = stored_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, True, False, 0, 0.5)
+  records = stored.Stored('own:x', 40, rows, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
+  made = _make(builder.build(resolve.resolve(c).tasks[0], records), range(4))
+  levels = made['pixels'].reshape(4, -1)
+  assert (levels == levels[:, :1]).all() and (levels[:, 0] % 2 == made['label'][:, 0]).all()
+  assert levels[[0, 1, 3], 0].tolist() == [0, 1, 3] and levels[2, 0] != 2  # which is no clip
+
+
 def test_a_record_that_cannot_be_read_costs_itself_alone():
   good, some = _make(_examples(set()), range(8)), _make(examples := _examples(set(), unreadable={2}), range(8))
   assert [np.array_equal(a, b) for a, b in zip(good['pixels'], some['pixels'])] == [i != 2 for i in range(8)]
@@ -263,6 +283,26 @@ def test_evaluation_replaces_nothing_and_stops():
   with pytest.raises(failures.Failure, match='1 of 4 examples could not be used.*file 3: broken picture'):
     next(evaluation_batches(_examples({3}, training=False), np.arange(4), 4))
   assert next(evaluation_batches(_examples({3}, training=False), np.arange(3), 3))[1] == 3
+
+
+def test_the_texts_of_a_whole_split_are_read_without_holding_its_pictures():
+  asked = []
+
+  def rows(ids):
+    asked.append(len(ids))
+    return [{'image': b'large', 'captions': (f'text {i}', 'a text'), 'q': 'what?', 'answers': ('yes', f'{i}')} for i in ids.tolist()]
+
+  columns = {'image': 'image', 'captions': 'texts', 'q': 'text', 'answers': 'texts'}
+  records = stored.Stored('own:x', 1000, rows, columns, {}, {}, '')
+  c = tiny.config(data_dir='')
+  c.sets.ab = config_lib.target_set(('a', 'b'), family='words')
+  c.tasks.pair = config_lib.task('image_retrieval', 'own:x', batch=4, captions=('{captions}',), length=8)
+  c.tasks.asked = config_lib.task('vqa', 'own:x', batch=4, target_set='ab', label='answers', template='{q} <spe>', length=8)
+  vqa, pair = resolve.resolve(c).tasks  # by name
+  builder = stored_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, False, False, 0, 0.0)
+  assert builder.build(pair, records).references(np.arange(1000)) == [(f'text {i}', 'a text') for i in range(1000)]
+  assert builder.build(vqa, records).references(np.arange(999, 0, -3)) == [('yes', f'{i}') for i in range(999, 0, -3)]
+  assert sum(asked) == 1000 + 333 and max(asked) <= 256
 
 
 def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):

@@ -102,6 +102,13 @@ class SentencePieceTokenizerTest(parameterized.TestCase):
       SentencePieceTokenizer.train(['a few words', 'and a few more'], file, 5000)
     self.assertFalse(file.exists())
 
+  def test_fewer_pieces_will_do_where_asked_and_of_enough_text_none_are_missing(self):
+    few = SentencePieceTokenizer.train(['a few words', 'and a few more'], self.file.with_name('few.model'), 5000, fewer=True)
+    self.assertLess(few.size, 50)
+    self.assertEqual(few.decode(few.encode('a few words')), 'a few words')
+    enough = SentencePieceTokenizer.train(_TEXTS, self.file.with_name('enough.model'), _SIZE, fewer=True)
+    self.assertEqual([enough.encode(t) for t in _TEXTS], [self.tokenizer.encode(t) for t in _TEXTS])
+
 
 class PackTest(parameterized.TestCase):
 

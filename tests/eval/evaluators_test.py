@@ -175,6 +175,18 @@ def test_recall_of_files_of_a_model_that_takes_every_picture_for_the_next(data):
   assert wrong['R@1 ← text'].value == 0.0 and wrong['R@5 ← text'].value == wrong['R@5 → text'].value == 1.0
 
 
+def test_texts_that_differ_after_their_cut_are_one_candidate(data):
+  # Cut to three words and the end, those of pictures 0 and 1 are alike: two candidates, right for two pictures and for one.
+  first = data[1].tokenizer.encode('a red bar')
+  long = [('a red bar and a disc',), ('a red bar and a star', 'a red bar'), ('a star',)]
+  question = _question(data, 'pair', _Reader(data[1].tokenizer), number=0, batch=3)
+  examples = dataclasses.replace(question.examples, size=3, references=lambda ids: [long[i] for i in ids])
+  cut = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, length=len(first) + 1))
+  scores = {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=cut, examples=examples))}
+  assert (scores['R@1 → text'].count, scores['R@1 ← text'].count) == (3, 2)
+  assert scores['R@1 ← text'].chance == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
 def test_candidates_have_distinct_texts_and_too_many_are_refused():
   texts = np.array(['a', 'b', 'a', 'c', 'b'])
   chosen = evaluators._distinct(texts, 3, np.random.default_rng(0))

@@ -1,12 +1,14 @@
-"""The README's walk-through on small real sets: prepared, trained together, evaluated, tuned; in one process."""
+"""The README's walk-through, by its own commands; and small real sets, prepared, trained together, evaluated, tuned."""
 
 import importlib.util
 import json
 import pathlib
+import shlex
 
 import jax
 import pytest
 
+from tests import in_process
 from tests.data import own_files
 from uni_moe_jax.data import prepare
 from uni_moe_jax.eval import metrics, suite
@@ -14,6 +16,30 @@ from uni_moe_jax.train import checkpoint, loop, setup
 
 pytestmark = pytest.mark.slow
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+# What makes a small model of the walk-through's, and few steps; the commands are the README's, and so are all other fields.
+_SMALL = ('model.layers=1', 'model.width=16', 'model.heads=2', 'model.hidden=16', 'model.image_size=16', 'moe.num_experts=2',
+          'train.steps=2', 'train.log_every=1')
+
+
+def test_the_commands_of_the_readme_end_in_a_retrieval_result(tmp_path, monkeypatch, capfd):
+  _, walk = (_ROOT / 'README.md').read_text().split('## Your own data')
+  commands = [shlex.split(line)[1:] for line in walk.split('```bash\n')[1].split('```')[0].splitlines()]
+  assert [script for script, *_ in commands] == [f'launch/{name}.py' for name in ('prepare_data', 'train', 'evaluate')]
+  own_files.captioned(tmp_path / 'photos', 40)
+  (tmp_path / 'configs').symlink_to(_ROOT / 'configs')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path))  # where data goes that no flag sends elsewhere
+  said = []
+  for script, *arguments in commands:
+    small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
+    assert in_process.run(_ROOT / script, *arguments, *small) == 0, capfd.readouterr().err
+    said.append(capfd.readouterr().out)
+  # Forty pictures, every fifth of them for the test, with two captions each.
+  assert 'pets 1.0.0: train 32, test 8' in said[0] and 'captions (texts)' in said[0]
+  [row] = [line for line in said[2].splitlines() if 'R@1 → text' in line]
+  assert row.split()[:2] == ['pets', 'retrieval'] and (tmp_path / 'runs/pets/evaluation.json').exists()
 
 
 def _own(arg: str):
@@ -54,7 +80,7 @@ def _shrunken(c):
   for t in c.tasks.values():
     t.update(dict(batch=4, length=t.length and 16))
   if 'photos_retrieval' in c.tasks:
-    c.tasks.photos_retrieval.batch = 16
+    c.tasks.photos_retrieval.update(dict(batch=16, length=32))  # of 16 tokens some captions would be cut to the same text
   return c
 
 

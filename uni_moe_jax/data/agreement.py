@@ -1,13 +1,14 @@
 """Rows against each other: a data set has one medium and one type per field, those that most rows have.
 
 A row is checked alone where it is read. That it is another sort than the rest shows only beside them, and could otherwise stop a
-preparation that has run for hours, or a training that has.
+preparation that has run for hours, or a training that has. Of an extra field that alone is left out.
 """
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 
-from uni_moe_jax.data.formats import MEDIA, Row, Skipped, is_text
+from uni_moe_jax.data.formats import MEDIA, Row, Skipped, is_known, is_text, short
 
 _NOUNS = {'image': 'picture', 'video': 'clip'}
 _LIST, _ONE = 'a list', 'a single value'
@@ -27,6 +28,7 @@ def agreed(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:
               if is_text(name) and counts.total() > len(alike) / 2]
   kept, skipped = [], []
   for row in rows:
+    row = _fitting(row, usual)
     if reason := _apart(row, medium, usual, required):
       skipped.append(Skipped(row.where, reason))
     else:
@@ -39,10 +41,21 @@ def _types(row: Row) -> dict[str, str]:
           **{name: _ONE for name in row.labels}}
 
 
+def _fitting(row: Row, usual: dict[str, str]) -> Row:
+  """A row without those of its extra fields that are of another type than in most rows."""
+  odd = [name for name, kind in _types(row).items() if not is_known(name) and kind != usual.get(name, kind)]
+  if not odd:
+    return row
+  texts, labels = ({name: v for name, v in of.items() if name not in odd} for of in (row.texts, row.labels))
+  return dataclasses.replace(row, texts=texts, labels=labels, left_out=(*row.left_out, *map(short, odd)))
+
+
 def _apart(row: Row, medium: str, usual: dict[str, str], required: list[str]) -> str:
   """Why a row is none of this data set, or ''."""
   if row.media != medium:
     return f'no {_NOUNS[medium]}' if not row.media else f'a {_NOUNS[row.media]}, and most rows have {_having(medium)}'
+  if not medium and not row.texts:
+    return 'neither a picture, a clip nor a text'
   found = _types(row)
   for name, kind in found.items():
     if kind != usual[name]:

@@ -125,20 +125,21 @@ class Data:
       if not path.is_file():
         raise FileNotFoundError(f'config.tokenizer.file={file!r} is not there; give the tokenizer.model of a run.')
       return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
-    path = self._train_tokenizer(trained, config.vocab_size)
+    path = self._train_tokenizer(trained, config.vocab_size, config.fewer)
     return SentencePieceTokenizer(path), path, path.stem
 
-  def _train_tokenizer(self, trained: list[Records | Stored], vocab_size: int) -> pathlib.Path:
+  def _train_tokenizer(self, trained: list[Records | Stored], vocab_size: int, fewer: bool) -> pathlib.Path:
     """Model file for this text and size; trained once."""
     texts = np.unique([text for r in trained for text in _texts(r)]).tolist()
-    digest = hashlib.sha256('\0'.join([str(vocab_size), *texts]).encode()).hexdigest()[:24]
+    size = f'{vocab_size} or fewer' if fewer else str(vocab_size)
+    digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]
     path = pathlib.Path(os.path.expanduser(self._dir)) / 'tokenizers' / f'{digest}.model'
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = pathlib.Path(folder) / path.name
         try:
-          SentencePieceTokenizer.train(texts, unfinished, vocab_size)
+          SentencePieceTokenizer.train(texts, unfinished, vocab_size, fewer)
         except ValueError as e:
           raise ValueError(f'config.tokenizer.vocab_size={vocab_size}: {e}') from e
         unfinished.rename(path)

@@ -18,9 +18,10 @@ SPLITS = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': '
 MEDIA = ('image', 'video')
 _TEXT = '.txt'
 _ABOUT, _NOT_UTF8 = 'text beside folders of classes', 'not UTF-8'
-_LISTS = ('captions',)  # lists of texts; so is any field whose value is one
+_TEXTS = ('text', 'text_a', 'text_b')
+_KNOWN = ('image', 'video', 'caption', 'captions', 'label', 'label_name', 'split', 'key', 'group', *_TEXTS)
 _NAME = re.compile(r'\w[\w .:-]{0,49}')  # of fields: files are called so
-_ONE = ('image', 'video', 'caption', 'label_name', 'split')
+_ONE = ('image', 'video', 'caption', 'label_name', 'split', *_TEXTS)
 WHERE = 'where'  # the column that says which file or line a row came from
 
 
@@ -35,6 +36,7 @@ class Row:
     texts: field → text, or texts.
     labels: field → a value that may turn out to be a class.
     key: what makes the row one of its kind, where it says so, or ''. group: rows that must share a split, or ''.
+    left_out: fields of it, quoted, of which nothing can be made.
   """
   where: str
   split: str = ''
@@ -45,6 +47,7 @@ class Row:
   labels: dict[str, str] = dataclasses.field(default_factory=dict)
   key: str = ''
   group: str = ''
+  left_out: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +160,16 @@ def _jsonl(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row
 
 
 def is_text(name: str) -> bool:
-  """Whether a field is an example's own text, without which it is none: 'text', 'text_a', 'text_b'."""
-  return name == 'text' or name.startswith('text_')
+  """Whether a field is an example's own text, without which it is none."""
+  return name in _TEXTS
 
 
-def _short(text: str) -> str:
+def is_known(name: str) -> bool:
+  """Whether a row that has a field of this name means what README.md says of it; others are extra, and cost no row."""
+  return name in _KNOWN
+
+
+def short(text: str) -> str:
   """Quoted, and cut where someone's file holds anything."""
   return repr(text if len(text) <= 40 else f'{text[:40]}…')
 
@@ -190,15 +198,10 @@ def _row(
   if not isinstance(value, dict):
     return Skipped(where, 'not an object')
   value = {k: v for k, v in value.items() if v is not None}
-  for name, v in value.items():
-    if not isinstance(v, (str, int, float, list)) or isinstance(v, list) and not all(isinstance(x, str) for x in v):
-      return Skipped(where, f'wrong type of {_short(name)}')
-    if (name in _ONE or is_text(name)) and not isinstance(v, str) or name in _LISTS and not isinstance(v, list):
-      return Skipped(where, f'wrong type of {_short(name)}')
-    if not _NAME.fullmatch(name):
-      return Skipped(where, 'a field name of more than 50 characters, or of others than letters, digits, spaces and _ - . :')
-    if name == WHERE:
-      return Skipped(where, f'a field {WHERE!r}, which is where the row itself is written')
+  unusable = [name for name, v in value.items() if not _usable(name, v)]
+  for name in filter(is_known, unusable):
+    return Skipped(where, f'wrong type of {short(name)}')
+  value = {k: v for k, v in value.items() if k not in unusable}
   named = [m for m in MEDIA if m in value]
   if len(named) > 1:
     return Skipped(where, 'both a picture and a clip')
@@ -212,7 +215,7 @@ def _row(
   texts, labels = {}, {}
   split = str(value.pop('split', split))
   if split and split.lower() not in SPLITS:
-    return Skipped(where, f'split {_short(split)} is not train, validation or test')
+    return Skipped(where, f'split {short(split)} is not train, validation or test')
   key, group = (str(value.pop(k, '')) for k in ('key', 'group'))
   if 'label_name' in value:
     value['label'] = value.pop('label_name')
@@ -229,4 +232,14 @@ def _row(
       labels[name] = label
   if not media and not texts:
     return Skipped(where, 'neither a picture, a clip nor a text')
-  return Row(where, SPLITS.get(split.lower(), ''), media, path, frame_index, texts, labels, key, group)
+  return Row(where, SPLITS.get(split.lower(), ''), media, path, frame_index, texts, labels, key, group, tuple(map(short, unusable)))
+
+
+def _usable(name: str, value: Any) -> bool:
+  """Whether a field can be a column: of texts, a list of texts, or values that may be classes."""
+  if name == 'captions':
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+  if name in _ONE:
+    return isinstance(value, str)
+  texts = isinstance(value, list) and all(isinstance(x, str) for x in value)
+  return (texts or isinstance(value, (str, int, float))) and bool(_NAME.fullmatch(name)) and name != WHERE

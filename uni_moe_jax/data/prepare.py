@@ -33,6 +33,7 @@ VERSION = '1.0.0'
 SPLITS = ('train', 'validation', 'test')
 _SHOWN = 5  # paths per reason
 _MOST_CLASSES = 10_000  # of a field; of more values it is text
+_FIELDS = 20  # that are left out, by name
 _AT_ONCE = 256  # rows whose files are looked at together
 
 
@@ -67,11 +68,13 @@ def prepare(
   if place.is_dir():
     raise ValueError(f'{place} is there already; give another --version or --name, or remove it.')
   rows, skipped = examined(source, gif, max_bad_fraction)
-  splits = _split(rows, holdout, source if source.is_dir() else source.parent)
+  root = source if source.is_dir() else source.parent
+  splits = _split(rows, holdout, root)
   classes = _classes(rows)
   with storage.building(place) as folder:
     prints = _write(folder, name, version, splits, classes)
-    summary = _summary(name, version, splits, classes, skipped, prints, _warnings(splits, holdout))
+    summary = _summary(
+        name, version, splits, classes, skipped, prints, _warnings(splits, holdout), _in_several_splits(splits, root))
     known = {column: _present for column, kind in summary['columns'].items() if kind in ('text', 'texts')}
     known |= {column: functools.partial(_labels, names=names) for column, names in classes.items()}
     np.savez_compressed(folder / LABELS, **{
@@ -152,21 +155,33 @@ def open_media(row: Row, arrays: media.FrameArrays) -> media.Media:
 
 
 def _split(rows: list[Checked], holdout: float, folder: pathlib.Path) -> dict[str, list[Checked]]:
-  """Rows by split; where none is named, whole groups are drawn by a hash of their name (of the file or text without group)."""
+  """Rows by split; where none is named, whole groups are drawn by a hash of their name."""
   named = any(c.row.split for c in rows)
   out: dict[str, list[Checked]] = {s: [] for s in SPLITS}
   for c in rows:
     if named:
       out[c.row.split or 'train'].append(c)
       continue
-    # Of a file all of its path below the input counts: many folders may each have an 'image.png'.
-    file = c.row.path and f'{os.path.relpath(c.row.path, folder)}#{c.row.frame_index}'
-    group = c.row.group or c.row.key or file or c.row.where
-    drawn = int.from_bytes(hashlib.sha256(group.encode(errors='backslashreplace')).digest()[:8]) / 2**64
+    group = _group(c.row, folder).encode(errors='backslashreplace')
+    drawn = int.from_bytes(hashlib.sha256(group).digest()[:8]) / 2**64
     out['test' if drawn < holdout else 'train'].append(c)
   if not out['train'] and not named and holdout < 1:
     out = {'train': out['test']}  # of so few groups none is left to train on
   return {s: members for s, members in out.items() if members}
+
+
+def _group(row: Row, folder: pathlib.Path) -> str:
+  """What must not be in two splits: a group, else the file, of which many rows may ask, else the row itself."""
+  # Of a file all of its path below the input counts: many folders may each have an 'image.png'.
+  file = row.path and f'{os.path.relpath(row.path, folder)}#{row.frame_index}'
+  return row.group or file or row.key or row.where
+
+
+def _in_several_splits(splits: dict[str, list[Checked]], folder: pathlib.Path) -> int:
+  """How many groups are: only rows that name their splits themselves can say so."""
+  first: dict[str, str] = {}
+  return len({group for split, members in splits.items() for group in (_group(c.row, folder) for c in members)
+              if first.setdefault(group, split) != split})
 
 
 def _classes(rows: list[Checked]) -> dict[str, tuple[str, ...]]:
@@ -267,14 +282,10 @@ def _warnings(splits: dict[str, list[Checked]], holdout: float) -> list[str]:
   return []
 
 
-def _summary(name, version, splits, classes, skipped, prints, cautions) -> dict:
+def _summary(name, version, splits, classes, skipped, prints, cautions, shared) -> dict:
   rows = [c for members in splits.values() for c in members]
-  groups = collections.defaultdict(set)
-  for split, members in splits.items():
-    for c in members:
-      if c.row.group:
-        groups[c.row.group].add(split)
   notes = collections.Counter(c.note for c in rows if c.note)
+  left_out = collections.Counter(name for c in rows for name in c.row.left_out)
   return {
       'name': name, 'version': version, 'columns': _columns(rows, classes),
       'splits': {s: len(members) for s, members in splits.items()}, 'fingerprints': prints,
@@ -285,8 +296,9 @@ def _summary(name, version, splits, classes, skipped, prints, cautions) -> dict:
       'sizes': _spread([c.size for c in rows if c.size]),
       'captions_per_example': _spread([(len(c.row.texts['captions']),) for c in rows if 'captions' in c.row.texts]),
       'rewritten': dict(notes.most_common()),
+      'left_out': dict(left_out.most_common(_FIELDS)),
       'warnings': cautions,
-      'groups_in_several_splits': sum(len(s) > 1 for s in groups.values()),
+      'groups_in_several_splits': shared,
       'skipped': {reason: {'count': len(paths), 'first': paths[:_SHOWN]}
                   for reason, paths in sorted(skipped.items(), key=lambda item: -len(item[1]))}}
 
@@ -311,8 +323,10 @@ def describe(summary: dict) -> str:
       lines.append(f'{title}: ' + ', '.join(f'{k} {" × ".join(map(str, v))}' for k, v in spread.items()))
   lines += [f'warning: {warning}' for warning in summary['warnings']]
   lines += [f'rewritten, {note}: {count}' for note, count in summary['rewritten'].items()]
+  lines += [f'left out, field {name} of another type or name than can be used: {count}'
+            for name, count in summary['left_out'].items()]
   if summary['groups_in_several_splits']:
-    lines.append(f'groups in several splits: {summary["groups_in_several_splits"]}: a test may know them from training')
+    lines.append(f'groups or files in several splits: {summary["groups_in_several_splits"]}: a test may know them from training')
   for reason, found in summary['skipped'].items():
     more = ', …' if found['count'] > len(found['first']) else ''
     lines.append(f'skipped, {reason}: {found["count"]} ({", ".join(found["first"])}{more})')

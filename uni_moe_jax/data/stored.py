@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ OWN, TFDS = 'own:', 'tfds:'
 MEDIA = ('image', 'video')  # kinds of columns whose values are bytes
 _AGAIN = 'prepare the data again: python launch/prepare_data.py --input=… --name=… --version=…'
 _PROBES = 8  # records that are tried before a source is held to be out of reach
+_AT_ONCE = 256  # records that are in memory together where all of a split are asked for their texts
 
 
 class Unusable(Exception):
@@ -75,13 +76,23 @@ class Stored:
                                'disk can be reached; then the same command continues.') from first
     return found
 
-  def whole_rows(self, ids: np.ndarray) -> list[dict[str, Any]]:
-    """As `rows`, where all must be read. Raises failures.Failure with the first record that cannot be."""
-    found = self.fetched(ids)
-    for i, row in zip(ids, found):
+  def each(self, ids: np.ndarray, take: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """`take(row)` of every record: with a text comes its picture, and those of a whole split do not fit into memory.
+
+    Raises:
+      failures.Failure: names the first record that cannot be read.
+    """
+    out = []
+    for i, row in self._in_parts(ids):
       if isinstance(row, Unusable):
         raise failures.Failure(f'{self.where(int(i))}: {row}. Prepare source {self.name!r} again.')
-    return found
+      out.append(take(row))
+    return out
+
+  def _in_parts(self, ids: np.ndarray) -> Iterator[tuple[int, dict[str, Any] | Unusable]]:
+    for start in range(0, len(ids), _AT_ONCE):
+      part = ids[start:start + _AT_ONCE]
+      yield from zip(part, self.fetched(part))
 
   def _fetched_alone(self, index: int) -> dict[str, Any] | Unusable:
     try:
@@ -98,11 +109,10 @@ class Stored:
     """Texts of up to `most` records, evenly spread; class names."""
     ids = np.unique(np.linspace(0, self.size - 1, min(most, self.size)).astype(np.int64))
     found = [name for names in self.classes.values() for name in names]
-    for part in np.array_split(ids, -(-len(ids) // 256)):
-      for row in self.fetched(part):
-        for column, kind in self.columns.items():
-          if kind in ('text', 'texts') and column != WHERE and not isinstance(row, Unusable):
-            found += [row[column]] if kind == 'text' else row[column]
+    for _, row in self._in_parts(ids):
+      for column, kind in self.columns.items():
+        if kind in ('text', 'texts') and column != WHERE and not isinstance(row, Unusable):
+          found += [row[column]] if kind == 'text' else row[column]
     return found
 
 

@@ -5,7 +5,9 @@ cannot be used, the batch is made once more with the id `hash(seed, id, attempt)
 stays a function of (seed, step). Evaluation never replaces: there a bad example is an error, as it would be counted wrongly.
 """
 
+import concurrent.futures
 import dataclasses
+import os
 
 import numpy as np
 import tensorflow as tf
@@ -59,10 +61,9 @@ class StoredBuilder:
     readers = self._readers(task, records)
     keep = places(records, task, self.seed if self.training else None)
     batch = _Batch(self, task, records, tuple(readers), keep, faults)
-    names = None if not task.captions else lambda ids: [
-        stored_rows.references(task, row) for row in records.whole_rows(keep[ids])]
+    names = None if not task.captions else lambda ids: records.each(keep[ids], lambda row: stored_rows.references(task, row))
     if records.columns.get(task.label) == 'texts':
-      names = lambda ids: [row[task.label] for row in records.whole_rows(keep[ids])]
+      names = lambda ids: records.each(keep[ids], lambda row: row[task.label])
     return Examples(len(keep), batch.make, references=names, faults=faults)
 
   def _readers(self, task: TaskSpec, records: Stored) -> list[stored_rows.Reader]:
@@ -135,6 +136,7 @@ class _Batch:
                        'model sees of each, for example 8.')
     self._clips = clip_pixels.ClipReader(
         builder.size, task.frames, task.crop, task.flip, builder.training, builder.views, builder.crops)
+    self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts no thread before there is a clip
     self._shapes = {name: shape for r in readers for name, shape in r.shapes.items()}
     # Traced once: an evaluation calls it eagerly, a training pipeline inlines it.
     self.make = tf.function(self._make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
@@ -201,7 +203,9 @@ class _Batch:
     columns = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._shapes.items()}
     clips = np.zeros((n, *self._clips.shape), np.uint8) if self._is_clip else None
     rows = stored_rows.fetched(self._records, self._keep[ids], self._faults)
-    for i, (row, h) in enumerate(zip(rows, hashes.tolist())):
+    # At once, since decoders and Pillow leave Python to others meanwhile.
+    decoded = self._pool.map(self._clip, rows, hashes.tolist()) if self._is_clip else [None] * n
+    for i, (row, h, clip) in enumerate(zip(rows, hashes.tolist(), decoded)):
       try:
         if isinstance(row, Unusable):
           raise row
@@ -209,7 +213,9 @@ class _Batch:
           for name, value in reader.read(row, h).items():
             columns[name][i] = value
         if self._is_clip:
-          clips[i] = self._clips(row[self._media], h)
+          if isinstance(clip, Undecodable):
+            raise clip
+          clips[i] = clip
         elif self._media:
           data[i] = row[self._media]
       except (Unusable, Undecodable) as e:
@@ -218,6 +224,12 @@ class _Batch:
           bad.append(f'{self._records.where(int(self._keep[ids[i]]))}: {e}')
     self._faults.count(int(counted.sum()), bad)
     return ok, data, *columns.values(), *([clips] if self._is_clip else [])
+
+  def _clip(self, row: stored_rows.Row | Unusable, h: int) -> np.ndarray | Undecodable | None:
+    try:
+      return None if isinstance(row, Unusable) else self._clips(row[self._media], h)
+    except Undecodable as e:
+      return e
 
   def _count(self, ids: np.ndarray, ok: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     """Counts the pictures that no op could decode."""

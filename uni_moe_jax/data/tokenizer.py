@@ -87,17 +87,17 @@ class SentencePieceTokenizer:
 
   @staticmethod
   def train(
-      texts: Iterable[str], model_file: str | os.PathLike[str], vocab_size: int,
+      texts: Iterable[str], model_file: str | os.PathLike[str], vocab_size: int, fewer: bool = False,
   ) -> 'SentencePieceTokenizer':
     """Learns pieces from texts, writes `model_file` (whole or not at all) and reads it.
 
     Raises:
-      ValueError: these texts cannot give `vocab_size` pieces; says the bound.
+      ValueError: these texts cannot give `vocab_size` pieces, and fewer will not do, or they need more; says the bound.
     """
-    model = io.BytesIO()
+    model, soft = io.BytesIO(), {'hard_vocab_limit': False} if fewer else {}
     try:
       sentencepiece.SentencePieceTrainer.train(
-          sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **_TRAINER)
+          sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **_TRAINER, **soft)
     except RuntimeError as error:
       raise ValueError(
           f'These texts cannot give a vocabulary of {vocab_size} pieces: {error}') from error

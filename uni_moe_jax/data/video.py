@@ -40,7 +40,7 @@ def views(number: int, T: int) -> np.ndarray:
 
 
 def measure(data: bytes) -> tuple[int, int, int]:
-  """(frames, width, height) of a clip. Every frame is decoded: what is damaged in the middle shows nowhere else.
+  """(frames, width, height) of a clip, as it is seen. Every frame is decoded: what is damaged in the middle shows nowhere else.
 
   Raises:
     Undecodable: see `sample`; or a frame is broken, or more than a tenth of those that the file promises is missing.
@@ -49,7 +49,8 @@ def measure(data: bytes) -> tuple[int, int, int]:
     T, H, W, _ = _array(data).shape
     return T, W, H
   with _opened(data) as (container, stream):
-    sizes = [(frame.width, frame.height) for frame in container.decode(stream) if not frame.is_corrupt]
+    sizes = [(frame.width, frame.height)[::-1 if _turns(frame) % 2 else 1]
+             for frame in container.decode(stream) if not frame.is_corrupt]
     promised = stream.frames
   if not sizes or len(sizes) < _WHOLE * promised:
     raise Undecodable(f'{len(sizes)} frames of {promised}')
@@ -98,6 +99,11 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
     raise Undecodable(_said(e)) from e
 
 
+def _turns(frame: Any) -> int:
+  """Quarter turns to the left until a frame stands upright: a phone writes down how it was held, and turns nothing."""
+  return round(frame.rotation / 90)
+
+
 def _said(e: Exception) -> str:
   return str(e) or type(e).__name__
 
@@ -115,7 +121,7 @@ def _decoded(data: bytes, shifts: np.ndarray) -> np.ndarray:
     last = None
     for i, frame in enumerate(container.decode(stream)):
       if i in wanted:
-        found[i] = last = frame.to_ndarray(format='rgb24')
+        found[i] = last = np.rot90(frame.to_ndarray(format='rgb24'), _turns(frame))
       if i >= wanted.max():
         break
     if last is None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from uni_moe_jax.plan import Evaluation
-from uni_moe_jax.data.examples import Examples, TextTable, places
+from uni_moe_jax.data.examples import Examples, TextTable, places, text_rows
 from uni_moe_jax.data.mixtures import evaluation_batches
 from uni_moe_jax.data.records import Records
 from uni_moe_jax.data.stored import Stored
@@ -192,13 +192,13 @@ def _retrieval_of_all(q: Question) -> list[Score]:
   """R@k of every picture and every distinct text. Pictures that share a text are all right for it, and it for all of them."""
   ids = q.ids()
   texts = q.examples.references(ids)
-  rows = q.tokenizer.encode_batch([t for several in texts for t in several])
-  codes = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}  # what the model reads alike is one text
+  length = q.task.length
+  rows = [tuple(row) for row in text_rows([t for several in texts for t in several], q.tokenizer, length)]
+  codes = {row: i for i, row in enumerate(dict.fromkeys(rows))}  # what the model reads alike, cut as it reads it, is one text
   owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])
   positives = np.zeros((len(ids), len(codes)), bool)
-  positives[owner, [codes[tuple(row)] for row in rows]] = True
-  length = q.task.length
-  table = TextTable.of([[*row[:length - 1], q.tokenizer.eot] for row in codes], length, q.tokenizer.pad)
+  positives[owner, [codes[row] for row in rows]] = True
+  table = TextTable.of(list(codes), length, q.tokenizer.pad)
 
   def encode(rows):
     batch = np.resize(rows, q.evaluation.batch)  # of one shape; what fills it up is dropped
