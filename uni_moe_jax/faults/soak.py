@@ -170,6 +170,7 @@ def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int,
           data.checkpoints <= keep + 1 and data.unfinished <= 1,
       f'{len(data.kept)} checkpoints are left (at most {keep})': len(data.kept) <= keep,
       f'it ended with exit code {data.code}': data.code in (FINISHED, PREEMPTED)}
+  verdicts = {said: bool(good) for said, good in verdicts.items()}  # what NumPy compares is no JSON
   for said, good in verdicts.items():
     print(f'{"PASS" if good else "FAIL"} {said}', flush=True)
   samples = {name: {'seconds': w.seconds.tolist(), 'megabytes': w.megabytes.tolist(), 'load': w.load.tolist()}
