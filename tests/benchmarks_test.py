@@ -325,7 +325,7 @@ def _trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name, mode', [
-    pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ('vqa', 'prompts') else pytest.mark.nightly)
+    pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ('cola', 'prompts') else pytest.mark.nightly)
     for name in ('cola', 'coco_caption', 'vqa') for mode in ('finetune', 'prompts', 'untuned')])
 def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, mode, invented, tmp_path):
   first = _captioning()

@@ -16,7 +16,7 @@ from uni_moe_jax.data.stored import Stored
 EXAMPLES = 6
 
 
-def _answers(i: int) -> tuple[str, ...]:
+def answers(i: int) -> tuple[str, ...]:
   """Ten answers of which every example has others, or others in number: a score tells which examples were counted."""
   first, second = np.roll(('yes', 'no', 'two', 'three'), i)[:2].tolist()
   return (first,) * (2 + i) + (second,) * (8 - i)
@@ -58,7 +58,7 @@ def _own(source: str) -> Stored:
   columns = {'text': 'text'} if name == 'bookswiki' else columns
   value = {
       'image': picture, 'video': _clip, 'label': lambda i: classes['label'][i % 2], 'question': _text, 'text': _text,
-      'answers': _answers, 'captions': lambda i: (_text(i), _text(i + 100))}
+      'answers': answers, 'captions': lambda i: (_text(i), _text(i + 100))}
   rows = lambda ids: [{c: value[c](i) for c in columns} for i in ids.tolist()]
   return Stored(source, EXAMPLES, rows, columns, classes, {}, source)
 

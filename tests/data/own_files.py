@@ -89,6 +89,16 @@ def odd_rows(root: pathlib.Path) -> dict[str, str]:
   return rows
 
 
+def pairs(root: pathlib.Path, asked: int = 9) -> pathlib.Path:
+  """Thirty-six pairs of texts that are about the same colour or not, by split in JSONL files; `asked` of them are the test's."""
+  root.mkdir()
+  rows = [{'text_a': f'the bar is {a}', 'text_b': f'number {i} is {b}', 'label': int(a == b), 'label_name': 'same' if a == b else
+           'other'} for i in range(4) for a in COLOURS for b in COLOURS]
+  for name, part in (('train', rows[asked:]), ('test', rows[:asked])):
+    (root / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in part))
+  return root
+
+
 def clips(root: pathlib.Path, form: str = 'mp4', count: int = 6) -> pathlib.Path:
   """Clips of 12 frames by class, in which a bright bar moves to the right or stands."""
   for i in range(count):

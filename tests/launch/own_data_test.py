@@ -8,11 +8,11 @@ import shlex
 import jax
 import pytest
 
-from tests import in_process
+from tests import in_process, saved_run
 from tests.data import own_files
 from uni_moe_jax.data import prepare
 from uni_moe_jax.eval import metrics, suite
-from uni_moe_jax.train import checkpoint, loop, setup
+from uni_moe_jax.train import loop
 
 pytestmark = pytest.mark.slow
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -63,12 +63,7 @@ def data(tmp_path_factory):
   prepare.prepare(root / 'folder', data, 'folder')
   own_files.clips(root / 'clips', count=12)
   prepare.prepare(root / 'clips', data, 'clips', holdout=0.3)
-  (root / 'pairs').mkdir()
-  rows = [{'text_a': f'the bar is {a}', 'text_b': f'number {i} is {b}', 'label': int(a == b), 'label_name': 'same' if a == b else
-           'other'} for i in range(4) for a in own_files.COLOURS for b in own_files.COLOURS]
-  (root / 'pairs/train.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows[9:]))
-  (root / 'pairs/test.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows[:9]))
-  prepare.prepare(root / 'pairs', data, 'pairs')
+  prepare.prepare(own_files.pairs(root / 'pairs'), data, 'pairs')
   return data
 
 
@@ -85,9 +80,7 @@ def _shrunken(c):
 
 
 def _evaluated(workdir, c):
-  run = setup.build(c, jax.devices()[:1])
-  with checkpoint.Checkpoints(workdir, 1) as checkpoints:
-    predictor, _ = setup.predictor(run, checkpoints)
+  run, predictor, _ = saved_run.asked(c, workdir)
   return suite.evaluate(run.plan, run.data, predictor, 1, workdir)
 
 

@@ -1,7 +1,6 @@
-"""Two processes of four devices: the step of one device; a run that is stopped, goes on, and ends as if it had not been; answers."""
+"""Two processes of four devices: the step of one; a run that is stopped, goes on, and ends as if it had not been; its answers."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -11,16 +10,9 @@ import time
 
 import pytest
 
-from tests import process_step, tiny
+from tests import process_step, processes, tiny
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_FLAGS = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 pytestmark = pytest.mark.slow
-
-
-def _environment(devices: int = 4) -> dict[str, str]:
-  flags = f'{_FLAGS} --xla_force_host_platform_device_count={devices}'
-  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(_ROOT), 'UNI_MOE_PYTHON': sys.executable}
 
 
 def _free_port() -> int:
@@ -31,11 +23,11 @@ def _free_port() -> int:
 
 def test_loss_and_gradients_are_those_of_one_device(tmp_path):
   port = _free_port()
-  processes = [subprocess.Popen(
+  started = [subprocess.Popen(
       [sys.executable, '-m', 'tests.process_step', f'127.0.0.1:{port},2,{i}', str(tmp_path / f'{i}.json'), *process_step.CASES],
-      cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
-  said = [p.communicate()[0].decode() for p in processes]
-  assert [p.returncode for p in processes] == [0, 0], '\n'.join(said)
+      cwd=processes.ROOT, env=processes.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+  said = [p.communicate()[0].decode() for p in started]
+  assert [p.returncode for p in started] == [0, 0], '\n'.join(said)
   for i in range(2):
     out = json.loads((tmp_path / f'{i}.json').read_text())
     assert out.pop('devices') == [4, 8]
@@ -74,20 +66,13 @@ def _lines(workdir: pathlib.Path) -> list[dict]:
 
 def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path):
   config = tmp_path / 'config.py'
-  config.write_text(_CONFIG.format(root=str(_ROOT), data=tiny.data_dir(), steps=_STEPS))
-
-  processes = ['launch/local_processes.sh', '--processes', '2', '--devices', '4']
+  config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=_STEPS))
 
   def command(name):
-    return [*processes, '--', f'--config={config}', f'--workdir={tmp_path / name}']
+    return [*processes.TWO, '--', f'--config={config}', f'--workdir={tmp_path / name}']
 
-  def run(arguments, devices=4):
-    done = subprocess.run(arguments, cwd=_ROOT, env=_environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout.decode()
-    return done.stdout.decode()
-
-  run(command('whole'))
-  with subprocess.Popen(command('stopped'), cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE,
+  processes.run(command('whole'))
+  with subprocess.Popen(command('stopped'), cwd=processes.ROOT, env=processes.environment(), stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT) as process:
     log = tmp_path / 'stopped/metrics.jsonl'
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
@@ -97,19 +82,19 @@ def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path):
   assert process.returncode == 75, said
   assert said.count('the same command continues') == 1, said  # process 0 alone speaks
   assert 2 < len(_lines(tmp_path / 'stopped')) < _STEPS
-  assert 'resumed from step' in run(command('stopped'))
+  assert 'resumed from step' in processes.run(command('stopped'))
   assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
-  run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
+  processes.run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
   one, two = _lines(tmp_path / 'one'), _lines(tmp_path / 'whole')
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
   for a, b in zip(one[:10], two[:10]):
     assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-5)
 
   # Two processes evaluate each example once, as one process does.
-  run([*processes, '--evaluate', '--', f'--workdir={tmp_path / "whole"}'])
+  processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "whole"}'])
   evaluated = json.loads((tmp_path / 'whole/evaluation.json').read_text())
-  run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "whole"}', '--force'], devices=8)
+  processes.run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "whole"}', '--force'], devices=8)
   assert json.loads((tmp_path / 'whole/evaluation.json').read_text()) == evaluated
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}

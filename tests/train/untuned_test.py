@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import in_process, small_model, tiny
+from tests import in_process, saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax import regimes, resolve
 from uni_moe_jax.eval import suite
@@ -34,13 +34,7 @@ def _config(router):
 def _run(tmp_path_factory):
   """(workdir, config, parameters) of a run that was at its second step."""
   folder, c = tmp_path_factory.mktemp('attribute'), _config('attribute')
-  run = setup.build(c, jax.devices()[:1])
-  params = small_model.params(run.spec.model.spec)
-  workdir.claim_workdir(folder, c, run.data.fingerprint)
-  workdir.keep_tokenizer(folder, run.data.tokenizer_file)
-  with Checkpoints(folder, 1) as checkpoints:
-    checkpoints.save(2, run.start(params))
-  return folder, c, params
+  return folder, c, saved_run.save(folder, c, step=2)
 
 
 def _zero_shot(argument):
@@ -51,16 +45,9 @@ def _zero_shot(argument):
   return module.get_config(argument)
 
 
-def _predictor(config, folder):
-  """(run, predictor, parameters) of a config whose work directory is the folder."""
-  run = setup.build(config, jax.devices()[:1])
-  with Checkpoints(folder, 1) as checkpoints:
-    return run, *setup.predictor(run, checkpoints)
-
-
 def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
   folder, _, trained = run
-  params = _predictor(regimes.zero_shot(f'{folder},package'), tmp_path)[2]
+  params = saved_run.asked(regimes.zero_shot(f'{folder},package'), tmp_path)[2]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), trained)
   assert f'starts from {folder}; fresh: nothing; left behind: nothing' in capsys.readouterr().out
 
@@ -74,7 +61,7 @@ def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   trained, asked = ([str(row)[:8] for row in setup.conditions(resolve.resolve(config))] for config in (run[1], c))
   assert asked[0] not in trained
   c.evaluators[next(iter(c.evaluators))].number = 20
-  made, predictor, _ = _predictor(c, tmp_path)
+  made, predictor, _ = saved_run.asked(c, tmp_path)
   rows = suite.evaluate(made.plan, made.data, predictor, 0, tmp_path)
   assert rows[0]['chance'] == 0.1 and rows[0]['count'] == 20 and set(rows[0]['floors']) == {'majority', '1-nn'}
   assert json.loads((tmp_path / suite.EVALUATION_FILE).read_text()) == rows

@@ -1,0 +1,96 @@
+"""Two processes of four devices evaluate data in files as one device does, in batches that divide over no devices."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests import invented, processes, saved_run, tiny
+from tests.data import own_files
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.data import prepare
+from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.eval import suite
+
+pytestmark = pytest.mark.slow
+_BATCH, _STEP = 5, 3
+_ASKED = {'photos': 7, 'pairs': 11, 'clips': 6}  # batches of five leave a remainder of each
+# Task → its source, its evaluator, whose kinds are all that there are.
+_TASKS = {
+    'colour': ('photos', 'classification'), 'caption': ('photos', 'caption'), 'match': ('photos', 'retrieval'),
+    'question': ('photos', 'vqa'), 'same': ('pairs', 'glue'), 'words': ('pairs', 'mlm'), 'moves': ('clips', 'classification')}
+
+
+def _prepare(root, data):
+  """Pictures with captions, a question and its answers; pairs of texts; clips."""
+  own_files.captioned(root / 'photos', 5 * _ASKED['photos'])  # every fifth is for the test
+  file = root / 'photos/data.jsonl'
+  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  asked = [{'question': f'which {row["colour"]} has number {i}', 'answers': invented.answers(i // 5)} for i, row in enumerate(rows)]
+  file.write_text(''.join(json.dumps({**row, **more}) + '\n' for row, more in zip(rows, asked)))
+  prepare.prepare(root / 'photos', data, 'photos')
+  prepare.prepare(own_files.pairs(root / 'pairs', _ASKED['pairs']), data, 'pairs')
+  prepare.prepare(own_files.clips(root / 'clips', count=_ASKED['clips']), data, 'clips', holdout=0.0)
+
+
+def _config(data):
+  c = tiny.config(data_dir=str(data))
+  c.model.update(dict(layers=1, channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3, max_text=32))
+  c.tokenizer.update(dict(vocab_size=100, fewer=True))
+  c.mesh.update(dict(data=-1, expert=2))
+  # What the records call an entry, and its name: one by which parameters that nothing has taught give examples different answers.
+  for name, values, family in (
+      ('colours', 'own:photos/colour', 'names'), ('moves', (('moves', 'bar'), ('stands', 'small')), 'names'),
+      ('same', (('other', 'big'), ('same', 'same')), 'words'), ('answers', (('yes', 'alike'), 'no', 'two', 'three'), 'words'),
+      ('vocabulary', 'vocabulary', 'words')):
+    c.sets[name] = config_lib.target_set(values, family=family)
+  captions = dict(captions=('{captions}',), length=12)
+  fields = {
+      'colour': dict(kind='image_classification', target_set='colours', label='colour'),
+      'caption': dict(kind='image_caption', target_set='vocabulary', **captions),
+      'match': dict(kind='image_retrieval', **captions),
+      'question': dict(kind='vqa', target_set='answers', label='answers', picks=10, length=32,
+                       template='{question} <spe> <eot>'),
+      'same': dict(kind='text_classification', target_set='same', label='label', length=32,
+                   template='{text_a} <eot> <spe> , {text_b} <eot>'),
+      'words': dict(kind='text_mlm', target_set='vocabulary', label='text_b', length=32, picks=3),
+      'moves': dict(kind='video_classification', target_set='moves', label='label', frames=3)}
+  more = {'caption': dict(beams=2), 'moves': dict(split='train', views=2, crops=3)}
+  for name, (source, evaluator) in _TASKS.items():
+    c.tasks[name] = config_lib.task(source=f'own:{source}', batch=8, **fields[name])
+    c.evaluators[name] = config_lib.evaluator(evaluator, name, **{'split': 'test', 'batch': _BATCH, **more.get(name, {})})
+  return c
+
+
+def _picks(run, examples):
+  """How many words are masked in the examples of 'words', which have a few each."""
+  [task] = [t for t in run.plan.tasks if t.name == 'words']
+  fields, _ = next(evaluation_batches(run.data.examples(task, 'test'), np.arange(examples), examples))
+  return int((fields['weight'] > 0).sum())
+
+
+def _found(folder):
+  """(rows, what was said of pictures and clips) of an evaluation."""
+  return tuple(json.loads((folder / name).read_text()) for name in (suite.EVALUATION_FILE, 'samples.json'))
+
+
+def test_every_row_and_every_answer_is_that_of_one_device_and_counts_each_example_once(tmp_path):
+  _prepare(tmp_path / 'in', tmp_path / 'data')
+  c, one, two = _config(tmp_path / 'data'), tmp_path / 'one', tmp_path / 'two'
+  saved_run.save(two, c, _STEP, devices=8)
+
+  c.mesh.expert = 1
+  run, predictor, _ = saved_run.asked(c, two)
+  one.mkdir()
+  suite.evaluate(run.plan, run.data, predictor, _STEP, one)
+  rows, said = _found(one)
+  counts = {name: _ASKED[source] for name, (source, _) in _TASKS.items()} | {'words': _picks(run, _ASKED['pairs'])}
+  assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == set(counts.items())  # '←' counts texts
+  # The control: one example in the place of another would tell, since answers differ.
+  assert next(r['value'] for r in rows if r['metric'] == 'Matthews') != 0
+  assert all(len({shown['prediction'] for shown in said[name]}) > 1 for name in ('colour', 'caption', 'question', 'moves'))
+
+  processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={two}'])
+  # What follows from the greatest of some numbers, or from their order, is the same to the bit; a mean of logarithms is rounded.
+  rounded = [{**r, 'value': pytest.approx(r['value'], rel=1e-5)} if r['metric'] == 'perplexity' else r for r in rows]
+  assert _found(two) == (rounded, said)

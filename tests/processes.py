@@ -1,0 +1,25 @@
+"""Processes of several virtual devices on this machine: what starts them, and what they say."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TWO = ('launch/local_processes.sh', '--processes', '2', '--devices', '4')  # arguments of a launch script stand behind '--'
+_FLAGS = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+
+
+def environment(devices: int = 4) -> dict[str, str]:
+  """Of a process that has so many devices."""
+  flags = f'{_FLAGS} --xla_force_host_platform_device_count={devices}'
+  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT), 'UNI_MOE_PYTHON': sys.executable}
+
+
+def run(command: Sequence[str], devices: int = 4) -> str:
+  """What a command says, which succeeds."""
+  done = subprocess.run(command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  said = done.stdout.decode()
+  assert done.returncode == 0, said
+  return said

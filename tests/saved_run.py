@@ -1,0 +1,32 @@
+"""A work directory with a run that was at some step although nothing was trained, and what it answers."""
+
+import os
+from typing import Any
+
+import jax
+import ml_collections
+
+from tests import small_model
+from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.train import setup, workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
+
+Folder = str | os.PathLike[str]
+
+
+def save(folder: Folder, config: ml_collections.ConfigDict, step: int, devices: int = 1) -> Any:
+  """The parameters of a step that a folder has from now on: they are nowhere zero."""
+  run = setup.build(config, jax.devices()[:devices])
+  params = small_model.params(run.spec.model.spec)
+  workdir.claim_workdir(folder, config, run.data.fingerprint)
+  workdir.keep_tokenizer(folder, run.data.tokenizer_file)
+  with Checkpoints(folder, 1) as checkpoints:
+    checkpoints.save(step, run.start(params))
+  return params
+
+
+def asked(config: ml_collections.ConfigDict, folder: Folder) -> tuple[setup.Run, Predictor, Any]:
+  """(run, predictor, parameters), on one device, of a config whose work directory is the folder."""
+  run = setup.build(config, jax.devices()[:1])
+  with Checkpoints(folder, 1) as checkpoints:
+    return run, *setup.predictor(run, checkpoints)
