@@ -1,8 +1,10 @@
 """A step on any mesh is the step on one device: loss and gradients, noise on, for all routers."""
 
 import dataclasses
+import math
 import re
 
+import numpy as np
 import pytest
 
 from tests import hlo, meshes
@@ -91,6 +93,17 @@ def test_examples_or_noise_that_differ_are_told_apart():
     found = meshes.evaluate(compiled, changed)
     assert abs(found.loss - expected.loss) > 1e-4
     assert {path for path, apart in meshes.differences(found, expected).items() if apart < 1e-4} == same
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_equals_nothing(value):
+  sound = meshes.Found(1.0, {'a': np.ones(2), 'b': np.ones(2)}, math.inf)
+  # Not the first leaf: max() would return a NaN there.
+  broken = dataclasses.replace(sound, gradients={**sound.gradients, 'b': np.array([1.0, value])})
+  for pair in ((broken, sound), (sound, broken), (broken, broken)):
+    with pytest.raises(AssertionError, match="not finite: \\['b'\\]"):
+      meshes.differences(*pair)
+  assert meshes.differences(sound, sound) == {'a': 0, 'b': 0}
 
 
 def _program() -> str:
