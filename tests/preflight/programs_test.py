@@ -126,6 +126,17 @@ def test_mixed_pictures_have_two_classes_and_clips_of_files_the_frames_of_their_
   assert batch['video_classification']['pixels'].shape == (2, 4, 3, tiny.SIDE, tiny.SIDE, 1)
 
 
+@pytest.mark.parametrize('router, capacity, grouped, becomes', [
+    ('token', 1.25, 'auto', 'xla'), ('context', 0.0, 'megablox', 'xla'), ('token', 1.25, 'loop', 'loop'),
+    ('attribute', 0.0, 'auto', 'auto')])
+def test_for_a_tpu_xlas_products_stand_for_its_kernel(router, capacity, grouped, becomes):
+  """With a capacity or without: which of them is meant differs between training and evaluation."""
+  c = _config()
+  c.moe.update(dict(router=router, capacity=capacity, grouped=grouped))
+  assert run.for_tpu(c).moe.grouped == becomes
+  assert c.moe.grouped == grouped  # a copy
+
+
 def test_a_run_that_starts_from_another_is_refused():
   c = _config()
   c.train.init = 'runs/other'

@@ -126,12 +126,12 @@ def _largest(compiler: _Compiler, config: Config, task: str | None, step: Progra
 def for_tpu(config: Config) -> Config:
   """A config whose `moe.grouped` does not depend on the devices of this process, which are none of the topology's.
 
-  On a TPU 'auto' takes the megablox kernel, which is compiled where there is one. Here buffers stand for it, or, without a
-  capacity, XLA's own ragged product: the same products on as many rows.
+  On a TPU 'auto' takes the megablox kernel, which is compiled where there is one. Here XLA's own products stand for it: the same
+  products on as many rows. Which ones is said where tokens are dispatched: training may have a capacity, evaluation has none.
   """
   out = config.copy_and_resolve_references()
   if config.moe.router in resolve.DISPATCHED and config.moe.grouped in ('auto', 'megablox'):
-    out.moe.grouped = 'buffers' if config.moe.capacity else 'ragged'
+    out.moe.grouped = 'xla'
   return out
 
 
