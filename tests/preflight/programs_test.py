@@ -99,12 +99,11 @@ def test_a_report_of_a_chip_has_times_and_a_verdict():
 
 def test_a_report_says_what_to_change():
   change = changes.Change((('model.remat', True),), 'a third more work')
-  trials = (changes.Trial((change,), True, 2.0**30),)
-  text = report.render(dataclasses.replace(_found(), memory=1.0, trials=trials))
-  assert text.endswith('--config.model.remat=True: 1.00 GiB, fits (a third more work)\nChange this: --config.model.remat=True\n'
-                       'Evaluation did not fit either: look again with this change.')
-  text = report.render(dataclasses.replace(_found(), memory=1.0, trials=(changes.Trial((change,), False, None),)))
-  assert text.endswith('Nothing that was tried fits: use more devices.')
+  text = report.render(dataclasses.replace(_found(), memory=1.0, trials=(changes.Trial((change,), 2.0**30),)))
+  assert text.endswith('--config.model.remat=True: 1.00 GiB, fits (a third more work)\nChange this: --config.model.remat=True')
+  text = report.render(dataclasses.replace(_found(), memory=1.0, trials=(changes.Trial((change,), None, 'evaluation, mlm'),)))
+  assert text.endswith('--config.model.remat=True: unknown bytes, evaluation, mlm does not fit (a third more work)\n'
+                       'Nothing that was tried fits: use more devices.')
 
 
 def test_a_report_says_the_largest_batch():

@@ -82,31 +82,41 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """A change, or several together, that was tried. needs: bytes of a device, None where the compiler did not say."""
+  """A change, or several together, that was tried.
+
+  Attributes:
+    changes: made to the config.
+    needs: bytes of a device, of the program that needed most before; None where the compiler did not say.
+    lacks: name of a program that does not fit, '' where all do that must.
+  """
   changes: tuple[Change, ...]
-  fits: bool
   needs: float | None
+  lacks: str = ''
+
+  @property
+  def fits(self) -> bool:
+    return not self.lacks
 
 
 def cheapest(
     config: Config, needs: float | None, mesh_of: Callable[[Config], Mapping[str, int]], state_of: Callable[[Config], float],
-    memory: float, try_it: Callable[[Config], tuple[bool, float | None]], evaluation: bool = False,
-    may_go_on: Callable[[], bool] = lambda: True) -> list[Trial]:
+    memory: float, try_it: Callable[[Config], tuple[float | None, str] | None], evaluation: bool = False) -> list[Trial]:
   """Tries changes one by one, then together in their order, until something fits: the last trial says whether it did.
 
   Args:
     config: that does not fit. needs: bytes that it needs on a device, or None.
     mesh_of: config → size per axis. state_of: config → bytes of the train state on a device, computed and not compiled: where
       that alone is too large, nothing is compiled.
-    memory: bytes of a device. try_it: config → (whether it fits, bytes that it needs).
-    evaluation: see `candidates`. may_go_on: asked before each try.
+    memory: bytes of a device. try_it: config → `needs` and `lacks` of a `Trial`, or None: there is no time.
+    evaluation: see `candidates`.
   """
   trials: list[Trial] = []
 
   def attempt(changes: tuple[Change, ...], changed: Config) -> bool:
-    if state_of(changed) >= memory or not may_go_on():
+    found = None if state_of(changed) >= memory else try_it(changed)
+    if found is None:
       return False
-    trials.append(Trial(changes, *try_it(changed)))
+    trials.append(Trial(changes, *found))
     return trials[-1].fits
 
   saved: dict[str, float] = {}
@@ -126,6 +136,6 @@ def cheapest(
     together = (*(c for c in together if c.name != follow.name), follow)
     changed = follow.apply(changed)
     hopeful = needs is None or expected <= _HOPE * memory or follow.flags not in saved
-    if len(together) > 1 and hopeful and attempt(together, changed):
+    if hopeful and together not in [t.changes for t in trials] and attempt(together, changed):
       break
   return trials

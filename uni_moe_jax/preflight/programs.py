@@ -21,6 +21,9 @@ from uni_moe_jax.preflight import cost, hlo
 from uni_moe_jax.train import setup
 from uni_moe_jax.train.setup import Run
 
+# Which program: of a training step, None or the task of a sampled mixture; or this one.
+EVALUATION = ('evaluation',)
+Which = str | None | tuple[str]
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 

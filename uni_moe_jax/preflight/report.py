@@ -18,8 +18,8 @@ class Findings:
   Attributes:
     config: what was looked at, in words. topology, mesh, devices: what it would run on. memory: bytes of a device, or None.
     parameters: {'total', 'used_per_token'}. assumed: what was taken for granted about data that was not read.
-    programs: the training step first. largest: None where it was not asked for, or nothing is known of the device.
-    trials: what was tried because a program does not fit; if the last one fits, `largest` is of the config so changed.
+    programs: the training steps, and evaluation last. largest: None where it was not asked for, or nothing is known of the device.
+    trials: what was tried because a program does not fit; if the last one fits, all do, and `largest` is of the config so changed.
     had_no_time: the search had no time for another compile.
   """
   config: str
@@ -50,7 +50,7 @@ def as_json(f: Findings) -> dict[str, Any]:
           'per_device': f.largest.examples, 'does_not_fit': f.largest.too_large, 'estimate': f.largest.estimate,
           'tried': [{'per_device': n, 'bytes': b} for n, b in f.largest.tried]},
       'had_no_time': f.had_no_time,
-      'changes': [{'flags': _flags(t), 'costs': [c.costs for c in t.changes], 'fits': t.fits, 'bytes': t.needs}
+      'changes': [{'flags': _flags(t), 'costs': [c.costs for c in t.changes], 'fits': t.fits, 'lacks': t.lacks, 'bytes': t.needs}
                   for t in f.trials],
   }
 
@@ -124,8 +124,7 @@ def _about(f: Findings, p: Program) -> Iterable[str]:
 def _about_largest(f: Findings) -> Iterable[str]:
   found = f.largest
   tried = ', '.join(f'{n} ({"too large" if b is None else _gib(b)})' for n, b in found.tried)
-  what = 'largest batch of a device, so changed' if f.trials and f.trials[-1].fits and not all(
-      p.fits(f.memory) for p in f.programs[:-1]) else 'largest batch of a device'
+  what = 'largest batch of a device, so changed' if f.trials and f.trials[-1].fits else 'largest batch of a device'
   if not found.examples:
     yield f'{what}: none that was tried fits; tried {tried}'
     return
@@ -138,15 +137,13 @@ def _about_largest(f: Findings) -> Iterable[str]:
 def _about_trials(f: Findings) -> Iterable[str]:
   yield 'tried, because it does not fit:'
   for t in f.trials:
-    yield (f'  {_flags(t)}: {"unknown bytes" if t.needs is None else _gib(t.needs)}, {"fits" if t.fits else "does not fit"} '
+    verdict = 'fits' if t.fits else f'{t.lacks} does not fit'
+    yield (f'  {_flags(t)}: {"unknown bytes" if t.needs is None else _gib(t.needs)}, {verdict} '
            f'({"; ".join(c.costs for c in t.changes)})')
   if not f.trials[-1].fits:
     yield 'Nothing that was tried fits: ' + ('give it more minutes, or more devices.' if f.had_no_time else 'use more devices.')
     return
   yield f'Change this: {_flags(f.trials[-1])}'
-  *steps, evaluation = (p.fits(f.memory) for p in f.programs)
-  if not evaluation and not all(steps):
-    yield 'Evaluation did not fit either: look again with this change.'
 
 
 def _gib(size: float) -> str:
