@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import ml_collections
 
@@ -39,8 +39,21 @@ class Change:
 
   @property
   def flags(self) -> str:
-    """As on the command line."""
-    return ' '.join(f'--config.{name}={value}' for name, value in self.fields)
+    """See `typed`."""
+    return typed(self.fields)
+
+
+def typed(fields: Iterable[tuple[str, object]]) -> str:
+  """Fields and their values as on the command line; those with a name that no flag can have (an evaluator may be 'masked words'),
+  as lines of the config file."""
+  flags, lines = [], []
+  for name, value in fields:
+    parts = name.split('.')
+    if all(p.isidentifier() for p in parts):
+      flags.append(f'--config.{name}={value}')
+    else:
+      lines.append('config' + ''.join(f'.{p}' if p.isidentifier() else f'[{p!r}]' for p in parts) + f' = {value!r}')
+  return ', '.join([' '.join(flags)] * bool(flags) + [f'in the config file: {"; ".join(lines)}'] * bool(lines))
 
 
 def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False) -> Iterator[Change]:

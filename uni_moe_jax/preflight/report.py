@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from uni_moe_jax.preflight import changes
 from uni_moe_jax.preflight.changes import Trial
 from uni_moe_jax.preflight.fit import Largest
 from uni_moe_jax.preflight.programs import Program
@@ -73,7 +74,7 @@ def _roofline(f: Findings, p: Program) -> Roofline | None:
 
 
 def _flags(t: Trial) -> str:
-  return ' '.join(c.flags for c in t.changes)
+  return changes.typed(field for c in t.changes for field in c.fields)
 
 
 def render(f: Findings) -> str:
