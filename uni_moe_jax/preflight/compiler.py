@@ -17,8 +17,9 @@ Config = ml_collections.ConfigDict
 class Compiler:
   """Compiles programs of configs for the devices, says so, and knows whether there is time for another one."""
 
-  def __init__(self, devices: Sequence[Any], say: Callable[[str], None], minutes: float):
-    self._devices, self._say, self._end = devices, say, time.monotonic() + 60 * minutes
+  def __init__(self, devices: Sequence[Any], say: Callable[[str], None], end: float):
+    """devices: to compile for. say: told what is compiled. end: by `time.monotonic`, when the last compile must be done."""
+    self._devices, self._say, self._end = devices, say, end
     self._seconds: dict[Which, float] = {}
     self.had_no_time = False
 

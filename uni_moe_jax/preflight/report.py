@@ -19,7 +19,8 @@ class Findings:
   Attributes:
     config: what was looked at, in words. topology, mesh, devices: what it would run on. memory: bytes of a device, or None.
     parameters: {'total', 'used_per_token'}. assumed: what was taken for granted about data that was not read.
-    programs: the training steps, and evaluation last. largest: None where it was not asked for, or nothing is known of the device.
+    programs: the training steps, and evaluation last. seconds: that all of it took.
+    largest: None where it was not asked for, or nothing is known of the device.
     trials: what was tried because a program does not fit; if the last one fits, all do, and `largest` is of the config so changed.
     had_no_time: the search had no time for another compile.
   """
@@ -31,6 +32,7 @@ class Findings:
   parameters: dict[str, int]
   assumed: tuple[str, ...]
   programs: tuple[Program, ...]
+  seconds: float
   largest: Largest | None = None
   trials: tuple[Trial, ...] = ()
   had_no_time: bool = False
@@ -50,7 +52,7 @@ def as_json(f: Findings) -> dict[str, Any]:
       'largest_batch': f.largest and {
           'per_device': f.largest.examples, 'does_not_fit': f.largest.too_large, 'estimate': f.largest.estimate,
           'tried': [{'per_device': n, 'bytes': b} for n, b in f.largest.tried]},
-      'had_no_time': f.had_no_time,
+      'had_no_time': f.had_no_time, 'seconds': f.seconds,
       'changes': [{'flags': _flags(t), 'costs': [c.costs for c in t.changes], 'fits': t.fits, 'lacks': t.lacks, 'bytes': t.needs}
                   for t in f.trials],
   }
@@ -91,6 +93,7 @@ def render(f: Findings) -> str:
     lines += ['', *_about_largest(f)]
   if f.had_no_time:
     lines += ['The search ended here: another compile would not have ended in time (--minutes).']
+  lines += ['', f'It took {f.seconds:.0f} s.']
   if f.topology.chip.source:
     lines += ['', f'Peaks of the chip: {f.topology.chip.source}']
   return '\n'.join(lines)

@@ -1,6 +1,7 @@
 """Preflight of a config on a topology, start to end."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ Config = ml_collections.ConfigDict
 
 def preflight(
     config: Config, name: str, where: Topology, memory: float | None = None, search: bool = True,
-    say: Callable[[str], None] = print, minutes: float = math.inf) -> Findings:
+    say: Callable[[str], None] = print, minutes: float = math.inf, started: float | None = None) -> Findings:
   """Compiles a config's programs for a topology and looks at them.
 
   Args:
@@ -29,12 +30,15 @@ def preflight(
     search: also look for a change that fits, where the config does not, and for the largest batch: more compiles.
     say: told what is being compiled.
     minutes: the search ends before compiles that would not end in time. The config's own programs are always compiled.
+    started: by `time.monotonic`, from when these minutes and the seconds that are reported count: a command began before its
+      libraries were loaded. None: now.
 
   Raises:
     ValueError: see `programs.prepare` and `topology.devices`.
   """
+  started = time.monotonic() if started is None else started
   there = topology.devices(where)
-  compiler = Compiler(there, say, minutes)
+  compiler = Compiler(there, say, started + 60 * minutes)
   config = for_tpu(config) if where.is_tpu else config
   memory = where.chip.memory if memory is None else memory
   run = compiler.prepare(config)
@@ -48,7 +52,7 @@ def preflight(
   return Findings(
       config=name, topology=where, mesh=dict(run.mesh.shape), devices=len(there), memory=memory,
       parameters=run.parameter_counts(), assumed=_assumed(config, run.plan, run.data), programs=tuple(made.values()),
-      largest=largest, trials=found.trials, had_no_time=compiler.had_no_time)
+      seconds=time.monotonic() - started, largest=largest, trials=found.trials, had_no_time=compiler.had_no_time)
 
 
 def _largest(compiler: Compiler, config: Config, task: str | None, step: Program, memory: float) -> fit.Largest:
