@@ -89,6 +89,48 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told():
   assert (found.flops, found.unknown_loops) == (1024, 1)
 
 
+def _flops(*changes: tuple[str, str]) -> tuple[float, int]:
+  """FLOPs and unknown loops of the loop, with some of its text replaced."""
+  text = _LOOP
+  for old, new in changes:
+    assert text.count(old) == 1, old
+    text = text.replace(old, new)
+  found = cost.of_module(hlo.parse(text))
+  return found.flops, found.unknown_loops
+
+
+def test_a_loop_whose_counter_does_not_go_up_by_one_is_of_unknown_length():
+  one = '%one = s32[] constant(1)'
+  assert _flops((one, one)) == (7 * 1024, 0)
+  assert _flops((one, one.replace('1)', '2)'))) == (1024, 1)
+  assert _flops(('tuple(%next, %x, %w)', 'tuple(%i, %x, %w)')) == (1024, 1)
+  assert _flops(('add(%i, %one)', 'multiply(%i, %one)')) == (1024, 1)
+
+
+def test_a_counter_may_go_up_inside_a_fusion():
+  count = '''%count (c: s32[]) -> (s32[], s32[]) {
+  %c = s32[] parameter(0)
+  %by = s32[] constant(1)
+  %more = s32[] add(%by, %c)
+  ROOT %pair = (s32[], s32[]) tuple(%c, %more)
+}
+
+%body (s:'''
+  add = '%next = s32[] add(%i, %one)'
+  fused = '%both = (s32[], s32[]) fusion(%i), kind=kLoop, calls=%count\n  %next = s32[] get-tuple-element(%both), index=INDEX'
+  assert _flops(('%body (s:', count), (add, fused.replace('INDEX', '1'))) == (7 * 1024, 0)
+  assert _flops(('%body (s:', count), (add, fused.replace('INDEX', '0'))) == (1024, 1)
+
+
+def test_the_limit_of_a_loop_may_stand_in_its_state_if_it_stays():
+  limit = '%n = s32[] get-tuple-element(%s), index=3'
+  state = [('%n = s32[] constant(7)', limit), ('tuple(%start, %x, %w)', 'tuple(%start, %x, %w, %limit)'),
+           ('%start = s32[] constant(0)', '%start = s32[] constant(0)\n  %limit = s32[] constant(5)'),
+           ('%one = s32[] constant(1)', f'%one = s32[] constant(1)\n  {limit}')]
+  assert _flops(*state, ('tuple(%next, %x, %w)', 'tuple(%next, %x, %w, %n)')) == (5 * 1024, 0)
+  assert _flops(*state, ('tuple(%next, %x, %w)', 'tuple(%next, %x, %w, %next)')) == (1024, 1)
+
+
 def test_of_two_branches_the_dearer_counts():
   more = '''%dear (p: f32[8,8]) -> f32[8,8] {
   %p = f32[8,8]{1,0} parameter(0)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -200,14 +201,40 @@ except jax.errors.JaxRuntimeError as e:
   assert f'exceeds available HBM ({limit:.2f}G)' in said, said[:500]
 
 
+_SCANNED = dict(model=dict(layers=6, width=128, heads=2, hidden=256), moe=dict(router='dense'))
+
+
+def _small(changes):
+  """configs/small.py with fields changed: section → field → value."""
+  c = runpy.run_path(str(_ROOT / 'configs/small.py'))['get_config']()
+  for section, fields in changes.items():
+    c[section].update(fields)
+  return c
+
+
+def _typed(changes) -> list[str]:
+  """The same on the command line."""
+  return [f'--config.{section}.{name}={value}' for section, fields in changes.items() for name, value in fields.items()]
+
+
+def _preflight(folder, topology_name: str, *arguments: str) -> dict:
+  """What the command finds out about configs/small.py."""
+  done = subprocess.run(
+      [sys.executable, str(_ROOT / 'launch/preflight.py'), '--config=configs/small.py', f'--topology={topology_name}', '--nosearch',
+       f'--json={folder}/found.json', *arguments], env=_environment(), cwd=_ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return json.loads((folder / 'found.json').read_text())
+
+
 @pytest.mark.slow
 def test_libtpu_compiles_the_step_for_devices_that_are_not_there(tmp_path):
   pytest.importorskip('libtpu')
-  done = subprocess.run(
-      [sys.executable, str(_ROOT / 'launch/preflight.py'), '--config=configs/small.py', '--topology=v5e:2x2', '--nosearch',
-       f'--json={tmp_path}/found.json'], env=_environment(), cwd=_ROOT, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  found = json.loads((tmp_path / 'found.json').read_text())
+  found = _preflight(tmp_path, 'v5e:2x2', *_typed(_SCANNED))
   assert found['fits'] and found['devices'] == 4
-  assert found['programs'][0]['roofline']['bound'] in ('compute', 'memory', 'interconnect')
-  assert found['programs'][0]['unknown_loops'] == 0
+  step = found['programs'][0]
+  assert step['roofline']['bound'] in ('compute', 'memory', 'interconnect')
+  assert step['unknown_loops'] == 0
+  # A device has two of eight pictures of 32 pixels, and three of ten names. Five of six layers are scanned.
+  spec = programs.prepare(_small(_SCANNED), jax.devices()[:4]).spec.model.spec
+  formula = flops.TRAIN * (2 * flops.sequence(spec, 4 + 1, visual=True) + 3 * flops.sequence(spec, 8 + 1, visual=False))
+  assert step['flops_per_device'] == pytest.approx(formula, rel=0.1)

@@ -148,43 +148,79 @@ def _balanced(text: str) -> str:
 def trip_count(module: Module, where: Computation, loop: Op) -> int | None:
   """How often the body of a `while` runs; None where its text does not say.
 
-  XLA says it itself on CPU. Else the condition is read: it compares a counter, which starts at a constant and goes up by one,
-  with a constant, as every `lax.scan` does.
+  XLA says it itself on CPU. Else condition and body are read: a counter, which starts at a constant and to which the body adds
+  one, is compared with a constant, as every `lax.scan` does.
   """
   if found := re.search(r'known_trip_count[^\d]*(\d+)', loop.attributes):
     return int(found[1])
-  condition = module[loop.called('condition')[0]]
-  root = condition.ops[condition.root]
-  inner, arguments = condition, None
+  condition, body = (module[loop.called(name)[0]] for name in ('condition', 'body'))
+  inner, root, outside = condition, condition.ops[condition.root], ()
   if root.opcode == 'fusion':  # compare stands inside
-    arguments = [condition.ops[n] for n in root.operands]
-    inner = module[root.called('calls')[0]]
+    inner, outside = _inside(module, condition, root, ())
     root = inner.ops[inner.root]
   if root.opcode != 'compare' or root.attribute('direction') not in ('LT', 'GT'):
     return None
-  sides = [_outside(inner, inner.ops[n], arguments) for n in root.operands]
+  sides = [_number(module, inner, inner.ops[n], outside) for n in root.operands]
   if root.attribute('direction') == 'GT':
     sides.reverse()
-  init = where.ops[loop.operands[0]]
-  values = [_value(where, condition, side, init) for side in sides]
-  return None if None in values else max(0, values[1] - values[0])
+  if None in sides:
+    return None
+  (counter, ahead), (limit, more) = sides
+  start, end = _start(module, where, loop, counter), _start(module, where, loop, limit)
+  # What the body makes of the two: one more, and the same.
+  grows = counter is not None and _element(module, body, body.ops[body.root], counter, ()) == (counter, 1)
+  stays = limit is None or _element(module, body, body.ops[body.root], limit, ()) == (limit, 0)
+  return max(0, end + more - start - ahead) if grows and stays and None not in (start, end) else None
 
 
-def _outside(inner: Computation, op: Op, arguments: list[Op] | None) -> Op:
-  """What an instruction in a fusion stands for outside of it, where it is a parameter."""
-  if arguments is not None and op.opcode == 'parameter':
-    return arguments[inner.parameters.index(op)]
-  return op
+# An integer of a program as (element, plus): an element of the state that a loop's body or condition is given, None for none, and
+# what is added to it.
+_Number = tuple[int | None, int]
 
 
-def _value(where: Computation, condition: Computation, op: Op, init: Op) -> int | None:
-  """A constant, or the constant with which an element of the loop's state starts."""
-  while op.opcode in ('copy', 'bitcast', 'convert') and op.operands[0] in condition.ops:
-    op = condition.ops[op.operands[0]]
+def _start(module: Module, where: Computation, loop: Op, element: int | None) -> int | None:
+  """The constant with which an element of a loop's state starts (of none: 0), or None."""
+  if element is None:
+    return 0
+  found = _element(module, where, where.ops[loop.operands[0]], element, ())
+  return found[1] if found and found[0] is None else None
+
+
+def _inside(module: Module, where: Computation, fusion: Op, outside) -> tuple[Computation, tuple]:
+  """The computation of a fusion, and what its parameters stand for: each a function, asked when it is needed."""
+  ask = lambda name: lambda: _number(module, where, where.ops[name], outside)
+  return module[fusion.called('calls')[0]], tuple(ask(name) for name in fusion.operands)
+
+
+def _number(module: Module, where: Computation, op: Op, outside) -> _Number | None:
+  """What an instruction makes, if its text says so. outside: of what a fusion's parameters stand for; () elsewhere."""
+  if op.opcode == 'constant':
+    return (None, int(op.literal)) if re.fullmatch(r'-?\d+', op.literal) else None
+  if op.opcode == 'parameter':
+    return outside[int(op.literal)]() if outside else None
+  if op.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done', 'opt-barrier'):
+    return _number(module, where, where.ops[op.operands[0]], outside)
   if op.opcode == 'get-tuple-element':
-    if init.opcode != 'tuple':
-      return None
-    op = where.ops[init.operands[int(op.attribute('index'))]]
-    while op.opcode in ('copy', 'bitcast', 'convert', 'copy-done', 'copy-start') and op.operands[0] in where.ops:
-      op = where.ops[op.operands[0]]
-  return int(op.literal) if op.opcode == 'constant' and re.fullmatch(r'-?\d+', op.literal) else None
+    return _element(module, where, where.ops[op.operands[0]], int(op.attribute('index')), outside)
+  if op.opcode == 'fusion':
+    inner, given = _inside(module, where, op, outside)
+    return _number(module, inner, inner.ops[inner.root], given)
+  if op.opcode == 'add':
+    both = [_number(module, where, where.ops[name], outside) for name in op.operands]
+    if None not in both and None in (both[0][0], both[1][0]):
+      return (both[0][0] if both[1][0] is None else both[1][0]), both[0][1] + both[1][1]
+  return None
+
+
+def _element(module: Module, where: Computation, op: Op, index: int, outside) -> _Number | None:
+  """An element of the tuple that an instruction makes."""
+  if op.opcode == 'parameter' and not outside:  # the state of the loop
+    return index, 0
+  if op.opcode == 'tuple':
+    return _number(module, where, where.ops[op.operands[index]], outside)
+  if op.opcode in ('copy', 'opt-barrier'):
+    return _element(module, where, where.ops[op.operands[0]], index, outside)
+  if op.opcode == 'fusion':
+    inner, given = _inside(module, where, op, outside)
+    return _element(module, inner, inner.ops[inner.root], index, given)
+  return None
