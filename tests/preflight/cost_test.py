@@ -179,6 +179,19 @@ ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, u
   assert found.sent['all-reduce'] == pytest.approx(2 * 400 * (size - 1) / size)
 
 
+@pytest.mark.parametrize('notation, groups', [
+    ('{{0,2},{1,3}}', [(0, 2), (1, 3)]), ('[2,2]<=[4]', [(0, 1), (2, 3)]), ('[2,2]<=[2,2]T(1,0)', [(0, 2), (1, 3)]),
+    ("mesh['a'=2,'b'=2] {'b'}", [(0, 1), (2, 3)]), ("mesh['a'=2,'b'=2] {'a'}", [(0, 2), (1, 3)]), ('{}', [(0, 1, 2, 3)])])
+def test_who_works_together_is_read_in_every_notation(notation, groups):
+  module = hlo.parse(f'''HloModule one, num_partitions=4
+ENTRY %main () -> f32[] {{
+  %x = f32[100]{{0}} parameter(0)
+  ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={notation}, use_global_device_ids=true, to_apply=%add
+}}
+''')
+  assert hlo.groups(module['main'].ops['y'], module.devices) == groups
+
+
 @pytest.mark.parametrize('kind, result, payload, sent', [
     # 400 bytes on each of four devices.
     ('all-gather', '400', 1600, 1200), ('reduce-scatter', '25', 400, 300), ('all-to-all', '100', 400, 300),

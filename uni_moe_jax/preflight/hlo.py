@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Mapping
 
+import numpy as np
+
 _BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
           'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
 _SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
@@ -24,9 +26,14 @@ class Shape:
   in_memory: bool = True
 
   @property
+  def size(self) -> int:
+    """Elements."""
+    return math.prod(self.dims)
+
+  @property
   def bytes(self) -> float:
     """Without padding. fp8 types and tokens, which are in no table, count one byte and none."""
-    return math.prod(self.dims) * _BYTES.get(self.dtype, 1 if self.dtype.startswith('f8') else 0)
+    return self.size * _BYTES.get(self.dtype, 1 if self.dtype.startswith('f8') else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +150,23 @@ def _balanced(text: str) -> str:
     if letter == ',' and depth <= 0:
       return text[:i]
   return text
+
+
+def groups(op: Op, devices: int) -> list[tuple[int, ...]]:
+  """Which devices work together in a collective, in any of XLA's notations; where it names none, all of them."""
+  text = op.attribute('replica_groups')
+  numbers = lambda part: [int(n) for n in re.findall(r'\d+', part)]
+  if found := re.match(r'(\[[\d,]+\])<=(\[[\d,]+\])(?:T(\([\d,]+\)))?', text):
+    grid = np.arange(math.prod(numbers(found[2]))).reshape(numbers(found[2]))
+    grid = grid.transpose(numbers(found[3])) if found[3] else grid
+    return list(map(tuple, grid.reshape(numbers(found[1])).tolist()))
+  if found := re.match(r'mesh\[(.*?)\]\s*\{(.*?)\}', text):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
+    over = re.findall(r"'([^']*)'", found[2])
+    order = [name for name in sizes if name not in over] + over
+    grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose([list(sizes).index(name) for name in order])
+    return list(map(tuple, grid.reshape(-1, math.prod(sizes[name] for name in over)).tolist()))
+  return [tuple(numbers(group)) for group in re.findall(r'\{([\d,]+)\}', text)] or [tuple(range(devices))]
 
 
 def trip_count(module: Module, where: Computation, loop: Op) -> int | None:

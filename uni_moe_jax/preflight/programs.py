@@ -103,7 +103,7 @@ def train_step(run: Run, task: str | None) -> Program:
   """
   tasks = run.plan.tasks if task is None else run.plan.only(task).tasks
   name = 'train step' if task is None else f'train step, {task}'
-  args = (run.like(), batch_shapes(run, tasks), _set_shapes(run))
+  args = (run.like(), batch_shapes(run, tasks), set_shapes(run))
   return _compiled(name, sum(t.batch for t in tasks), run, lambda: run.step_fn(task).lower(*args), *state_bytes(run))
 
 
@@ -174,7 +174,7 @@ def _tokens(run: Run, task: TaskSpec) -> int:
   return task.batch * (1 + frames * spec.patches + words)
 
 
-def _set_shapes(run: Run):
+def set_shapes(run: Run):
   """Shapes and shardings of the target sets, as `Run.sets` places them."""
   whole = sharding.replicated(run.mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), setup.set_arrays(run.data, run.plan))
