@@ -77,6 +77,25 @@ def test_evaluation_encodes_a_batch_and_needs_no_optimizer():
   assert evaluation.cost.flops < _step().cost.flops
 
 
+def test_what_is_evaluated_is_what_has_most_tokens_at_once():
+  def evaluated(c):
+    what, rows, sequence = programs.evaluated(programs.prepare(c, jax.devices()[:2]))
+    return what, rows, sequence.text if sequence.pixels is None else sequence.pixels
+  c = _config()
+  what, rows, pixels = evaluated(c)
+  assert (what, rows, pixels.shape) == ('image_classification', 32, (32, 1, tiny.SIDE, tiny.SIDE, 1))
+  # 32 pictures have 160 tokens; 50 names of 3 tokens have less, 300 of 8 more.
+  c.sets.shapes = config.target_set('glyphs/class', family='names', length=8)
+  c.declared.entries.shapes = ((3, 50), (8, 300))
+  what, rows, text = evaluated(c)
+  assert (what, rows, text.shape) == ('target set shapes', 300, (300, 8))
+  # A vocabulary is encoded in parts of at most 4,096 words.
+  c = tiny.config('text')
+  c.tokenizer.vocab_size = 9_000
+  what, rows, text = evaluated(c)
+  assert (what, rows, text.shape) == ('target set words', 3_000, (3_000, 2))
+
+
 def test_the_report_says_it_all():
   text = report.render(_found())
   assert text.startswith('tiny on cpu:2: 2 devices (data 2)\nparameters: ')

@@ -92,6 +92,14 @@ def test_a_batch_of_an_evaluator_is_halved_as_often_as_it_needs():
   assert found.programs[_STEP].needs == 100  # and not that of a change that was not made
 
 
+def test_what_saves_nothing_is_no_part_of_several_changes():
+  """The batch of evaluators, where a target set needs more memory."""
+  needs = lambda which, c: 100 if which == _STEP else 2000 / (2 if c.mesh.fsdp else 1) / (2 if c.mesh.expert > 1 else 1)
+  _, _, trials = _find(needs, _config(remat=True))
+  assert trials[0] == ('--config.evaluators.shape.batch=64', 'evaluation')
+  assert trials[-1] == ('--config.mesh.fsdp=True --config.mesh.expert=8', '')
+
+
 def test_every_step_that_did_not_fit_has_to_fit():
   def needs(which, c):
     if which == EVALUATION:

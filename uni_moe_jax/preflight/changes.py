@@ -133,15 +133,18 @@ def cheapest(
     return trials[-1].fits
 
   saved: dict[str, float] = {}
+  useless: set[str] = set()  # what saves nothing: a batch of evaluators, where a target set needs more
   for change in candidates(config, mesh_of(config), evaluation):
     if len(trials) < _SINGLES and attempt((change,), change.apply(config)):
       return trials
     if trials and trials[-1].changes == (change,) and needs and trials[-1].needs:
       saved[change.flags] = needs - trials[-1].needs
+      useless |= {change.name} if saved[change.flags] <= 0 else set()
   together, changed, expected = (), config, needs or math.inf
   while len(trials) < _SINGLES + _TOGETHER:
     done = {c.name for c in together}
-    follow = next((c for c in candidates(changed, mesh_of(changed), evaluation) if c.name not in done or c.again), None)
+    follow = next((c for c in candidates(changed, mesh_of(changed), evaluation)
+                   if c.name not in useless and (c.name not in done or c.again)), None)
     if follow is None:
       break
     expected -= saved.get(follow.flags, 0.0)

@@ -86,4 +86,5 @@ def _assumed(config: Config, plan: Plan, data: Any) -> tuple[str, ...]:
   frames = {t.name: config.declared.frames.get(t.name, t.frames or 1) for t in plan.tasks if t.kind.visual}
   clips = [f'{name} {n} frames' for name, n in frames.items() if n > 1]
   grouped = [f'grouped products as {config.moe.grouped}'] if config.moe.router in resolve.DISPATCHED else []
-  return tuple(found + clips + grouped)
+  captions = ['the search for captions is not compiled'] if any(e.kind == 'caption' for e in plan.evaluations) else []
+  return tuple(found + clips + grouped + captions)
