@@ -13,8 +13,10 @@ from tests.meshes import Case
 FAST = {
     'attribute-mixed': (Case('attribute', ('shape', 'pair')), 'mixed'),
     'task-replica': (Case('task', ('pair',), layers=1), 'replica'),
+    'task-data': (Case('task', ('pair',), layers=1), 'data'),
     'modality-fsdp': (Case('modality', ('pair',), layers=1), 'fsdp'),
     'token-mixed': (Case('token', ('caption', 'pair'), layers=1, capacity=meshes.ROOM_FOR_ALL), 'mixed'),
+    'token-fsdp': (Case('token', ('caption', 'pair'), layers=1, capacity=meshes.ROOM_FOR_ALL), 'fsdp'),
     'context-expert': (Case('context', ('pair',), layers=1), 'expert'),
 }
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')
