@@ -3,8 +3,8 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,23 +23,29 @@ def _environment(devices: int = 4) -> dict[str, str]:
   return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(_ROOT), 'UNI_MOE_PYTHON': sys.executable}
 
 
-def _free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
+def _run(arguments, folder: pathlib.Path = _ROOT, devices: int = 4) -> str:
+  """What a command says, in the root of a tree."""
+  done = subprocess.run(arguments, cwd=folder, env=_environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  assert done.returncode == 0, done.stdout.decode()
+  return done.stdout.decode()
+
+
+_LAUNCHER = ('launch/local_processes.sh', '--processes', '2', '--devices', '4')
 
 
 def test_loss_and_gradients_are_those_of_one_device(tmp_path):
-  port = _free_port()
-  processes = [subprocess.Popen(
-      [sys.executable, '-m', 'tests.process_step', f'127.0.0.1:{port},2,{i}', str(tmp_path / f'{i}.json'), *process_step.CASES],
-      cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
-  said = [p.communicate()[0].decode() for p in processes]
-  assert [p.returncode for p in processes] == [0, 0], '\n'.join(said)
+  """The launcher starts them, in a tree whose launch/train.py takes one step."""
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(_ROOT / _LAUNCHER[0], tmp_path / 'launch')
+  (tmp_path / 'launch/train.py').write_text('import sys\nfrom tests import process_step\nprocess_step.main(*sys.argv[1:])\n')
+  _run([*_LAUNCHER, '--', str(tmp_path), *process_step.CASES], tmp_path)
   for i in range(2):
     out = json.loads((tmp_path / f'{i}.json').read_text())
-    assert out.pop('devices') == [4, 8]
-    for name, found in out.items():
+    assert out['devices'] == [4, 8]
+    # Batch shards of process i; where `model` spans both, each has the only one.
+    assert out['shards'] == {'data': [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3], 'halves': [i], 'model': [0]}
+    assert set(out['cases']) == set(process_step.CASES)
+    for name, found in out['cases'].items():
       assert found['loss'] <= 1e-5, name
       assert found['gradients'] <= 2e-5, name
       assert found['margin'] > 1e-5, name
@@ -76,17 +82,10 @@ def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path):
   config = tmp_path / 'config.py'
   config.write_text(_CONFIG.format(root=str(_ROOT), data=tiny.data_dir(), steps=_STEPS))
 
-  processes = ['launch/local_processes.sh', '--processes', '2', '--devices', '4']
-
   def command(name):
-    return [*processes, '--', f'--config={config}', f'--workdir={tmp_path / name}']
+    return [*_LAUNCHER, '--', f'--config={config}', f'--workdir={tmp_path / name}']
 
-  def run(arguments, devices=4):
-    done = subprocess.run(arguments, cwd=_ROOT, env=_environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout.decode()
-    return done.stdout.decode()
-
-  run(command('whole'))
+  _run(command('whole'))
   with subprocess.Popen(command('stopped'), cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT) as process:
     log = tmp_path / 'stopped/metrics.jsonl'
@@ -97,19 +96,19 @@ def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path):
   assert process.returncode == 75, said
   assert said.count('the same command continues') == 1, said  # process 0 alone speaks
   assert 2 < len(_lines(tmp_path / 'stopped')) < _STEPS
-  assert 'resumed from step' in run(command('stopped'))
+  assert 'resumed from step' in _run(command('stopped'))
   assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
-  run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
+  _run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
   one, two = _lines(tmp_path / 'one'), _lines(tmp_path / 'whole')
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
   for a, b in zip(one[:10], two[:10]):
     assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-5)
 
   # Two processes evaluate each example once, as one process does.
-  run([*processes, '--evaluate', '--', f'--workdir={tmp_path / "whole"}'])
+  _run([*_LAUNCHER, '--evaluate', '--', f'--workdir={tmp_path / "whole"}'])
   evaluated = json.loads((tmp_path / 'whole/evaluation.json').read_text())
-  run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "whole"}', '--force'], devices=8)
+  _run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "whole"}', '--force'], devices=8)
   assert json.loads((tmp_path / 'whole/evaluation.json').read_text()) == evaluated
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
