@@ -103,8 +103,13 @@ def train_step(run: Run, task: str | None) -> Program:
   """
   tasks = run.plan.tasks if task is None else run.plan.only(task).tasks
   name = 'train step' if task is None else f'train step, {task}'
-  args = (run.like(), batch_shapes(run, tasks), set_shapes(run))
-  return _compiled(name, sum(t.batch for t in tasks), run, lambda: run.step_fn(task).lower(*args), *state_bytes(run))
+  return _compiled(name, sum(t.batch for t in tasks), run, lambda: lowered_step(run, task), *state_bytes(run))
+
+
+def lowered_step(run: Run, task: str | None = None) -> jax.stages.Lowered:
+  """The training step before it is compiled; see `train_step`."""
+  tasks = run.plan.tasks if task is None else run.plan.only(task).tasks
+  return run.step_fn(task).lower(run.like(), batch_shapes(run, tasks), set_shapes(run))
 
 
 def steps(run: Run) -> list[str | None]:
