@@ -181,7 +181,8 @@ ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, u
 
 @pytest.mark.parametrize('notation, groups', [
     ('{{0,2},{1,3}}', [(0, 2), (1, 3)]), ('[2,2]<=[4]', [(0, 1), (2, 3)]), ('[2,2]<=[2,2]T(1,0)', [(0, 2), (1, 3)]),
-    ("mesh['a'=2,'b'=2] {'b'}", [(0, 1), (2, 3)]), ("mesh['a'=2,'b'=2] {'a'}", [(0, 2), (1, 3)]), ('{}', [(0, 1, 2, 3)])])
+    ("mesh['a'=2,'b'=2] {'b'}", [(0, 1), (2, 3)]), ("mesh['a'=2,'b'=2] {'a'}", [(0, 2), (1, 3)]),
+    ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [(0, 2), (1, 3)]), ('{}', [(0, 1, 2, 3)])])
 def test_who_works_together_is_read_in_every_notation(notation, groups):
   module = hlo.parse(f'''HloModule one, num_partitions=4
 ENTRY %main () -> f32[] {{

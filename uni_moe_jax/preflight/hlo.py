@@ -16,6 +16,7 @@ _SPACE = re.compile(r'S\((\d+)\)')
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _LINE = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = ')
 _NAME = re.compile(r'%([\w.\-]+)')
+_ORDER = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # of devices: [8,8]T(1,0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,18 +156,26 @@ def _balanced(text: str) -> str:
 def groups(op: Op, devices: int) -> list[tuple[int, ...]]:
   """Which devices work together in a collective, in any of XLA's notations; where it names none, all of them."""
   text = op.attribute('replica_groups')
-  numbers = lambda part: [int(n) for n in re.findall(r'\d+', part)]
-  if found := re.match(r'(\[[\d,]+\])<=(\[[\d,]+\])(?:T(\([\d,]+\)))?', text):
-    grid = np.arange(math.prod(numbers(found[2]))).reshape(numbers(found[2]))
-    grid = grid.transpose(numbers(found[3])) if found[3] else grid
-    return list(map(tuple, grid.reshape(numbers(found[1])).tolist()))
-  if found := re.match(r'mesh\[(.*?)\]\s*\{(.*?)\}', text):
+  if found := re.match(rf'\[([\d,]+)\]<={_ORDER}', text):
+    return list(map(tuple, _ordered(found[2], found[3]).reshape(_numbers(found[1])).tolist()))
+  # Not the attribute: it has a comma of its own before device_ids, the order in which devices lie in the mesh.
+  if found := re.search(rf'replica_groups=mesh\[(.*?)\](?:, device_ids=\({_ORDER}\))?\s*\{{(.*?)\}}', op.attributes):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
-    over = re.findall(r"'([^']*)'", found[2])
-    order = [name for name in sizes if name not in over] + over
-    grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose([list(sizes).index(name) for name in order])
+    over = re.findall(r"'([^']*)'", found[4])
+    axes = [list(sizes).index(name) for name in [name for name in sizes if name not in over] + over]
+    grid = _ordered(found[2] or str(math.prod(sizes.values())), found[3]).reshape(list(sizes.values())).transpose(axes)
     return list(map(tuple, grid.reshape(-1, math.prod(sizes[name] for name in over)).tolist()))
-  return [tuple(numbers(group)) for group in re.findall(r'\{([\d,]+)\}', text)] or [tuple(range(devices))]
+  return [tuple(_numbers(group)) for group in re.findall(r'\{([\d,]+)\}', text)] or [tuple(range(devices))]
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(n) for n in text.split(',')]
+
+
+def _ordered(shape: str, axes: str | None) -> np.ndarray:
+  """Device numbers in a shape, its axes in another order."""
+  grid = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+  return grid.transpose(_numbers(axes)) if axes else grid
 
 
 def trip_count(module: Module, where: Computation, loop: Op) -> int | None:
