@@ -218,6 +218,7 @@ def test_a_kernel_counts_what_it_says_and_one_that_says_nothing_is_told():
   assert _entry(one + line.replace('SAID', ',"cost_estimate":{"flops":"1200","bytes_accessed":"64"}')).flops == 1200
   silent = _entry(one + line.replace('SAID', ''))
   assert (silent.flops, silent.unknown_kernels) == (0, 1)
+  assert _entry(one + line.replace('SAID', '').replace('f32[8]{0} custom', '(s32[9]{0}, s32[1]{0}) custom')).unknown_kernels == 0
 
 
 def test_a_fusion_that_writes_a_slice_moves_the_slice():

@@ -246,6 +246,30 @@ def _preflight(folder, topology_name: str, *arguments: str) -> dict:
 
 
 @pytest.mark.slow
+def test_libtpu_evaluates_a_token_model_with_as_many_rows_as_are_chosen():
+  """Two of eight experts for every token, although training has a capacity."""
+  pytest.importorskip('libtpu')
+  script = """
+from uni_moe_jax.preflight import topology
+where = topology.parse('v5e:2x2')
+topology.prepare_environment(where)
+from tests.preflight import programs_test
+from uni_moe_jax.bench import flops
+from uni_moe_jax.preflight import programs, run
+config = programs_test._small(dict(
+    model=dict(layers=4, width=128, heads=2, hidden=256, image_size=128), moe=dict(router='token', num_experts=8, capacity=1.25)))
+config.tasks.digit.batch = 64
+prepared = programs.prepare(run.for_tpu(config), topology.devices(where))
+spec, found = prepared.spec.model.spec, programs.evaluation(prepared)
+print(found.cost.flops / (64 // 4 * flops.sequence(spec, spec.patches + 1, visual=True)), found.cost.unknown_kernels)
+"""
+  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True, cwd=_ROOT,
+                        env=_environment())
+  ratio, unknown = map(float, done.stdout.split())
+  assert 1.6 < ratio < 2 and unknown == 0  # of a dense model; every expert for every token would be more than six times as much
+
+
+@pytest.mark.slow
 def test_libtpu_compiles_the_step_for_devices_that_are_not_there(tmp_path):
   pytest.importorskip('libtpu')
   found = _preflight(tmp_path, 'v5e:2x2', *_typed(_SCANNED))

@@ -194,7 +194,10 @@ def _kernel(op: Op) -> Cost:
   if 'tpu_custom_call' not in op.attribute('custom_call_target'):
     return Cost()
   said = re.search(r'"cost_estimate":\{"flops":"?(\d+)', op.attributes)
-  return Cost(flops=float(said[1])) if said else Cost(unknown_kernels=1)
+  if said:
+    return Cost(flops=float(said[1]))
+  # What makes integers alone counts or sorts, as the kernel before a ragged product does.
+  return Cost(unknown_kernels=int(any(s.dtype[0] not in 'su' for s in op.shapes)))
 
 
 def _collective(where: Computation, op: Op, kind: str, devices: int) -> Cost:
