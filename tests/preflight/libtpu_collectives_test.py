@@ -1,4 +1,4 @@
-"""What the step of a merged model sends between TPU chips: compiled by libtpu, in bfloat16, every other layer with experts, FSDP."""
+"""What libtpu lets a merged model's step send between chips: in bfloat16, with FSDP, every other layer with experts."""
 
 import functools
 import os
@@ -32,7 +32,7 @@ def _sent() -> list[hlo.Sent]:
 
 
 def test_libtpu_sums_merged_kernels_in_bfloat16():
-  """Over the expert axis; every device has a part of the width. It rounds to the dtype of the products before the sum, not after."""
+  """Over the expert axis; every device has a part of the width. It rounds to the dtype of products before it sums."""
   merged = {tpu_step.ROWS * n // tpu_step.MESH['data'] for n in _KERNELS.values()}
   sums = [s for s in _sent() if s.kind == 'all-reduce' and s.groups == _EXPERT and s.size >= min(merged)]
   assert {s.size for s in sums} >= merged

@@ -132,13 +132,13 @@ def _forward(name: str) -> list[hlo.Sent]:
   return [s for s in hlo.collectives(_program(name)) if 'transpose' not in s.name]
 
 
-# Of the two below: one layer, which is the last, D = F = 16. Pictures have 5 tokens, texts of pairs 9. All are sent for keys and values, and
-# those that are read for queries, after attention, and through the FFN.
+# Of the two below: one layer, which is the last, D = F = 16. Pictures have 5 tokens, texts of pairs 9. All are sent for keys and
+# values, and those that are read for queries, after attention, and through the FFN.
 
 @pytest.mark.slow
 def test_over_a_model_axis_half_of_what_experts_make_is_sent():
-  """Four shards with two pairs each, two captions of 6 words and as many queries, and [spe, word, end] of 8 sampled words. Room for all
-  is C = T tokens at each of 8 experts."""
+  """Four shards with two pairs each, two captions of 6 words and as many queries, and [spe, word, end] of 8 sampled words.
+  Room for all is C = T tokens at each of 8 experts."""
   tokens, read = 2 * (5 + 9) + 2 * (5 + 6 + 6) + 8 * 3, 2 * (1 + 1) + 2 * 6 + 8
   elements = 8 * tokens * (16 + 2 * 16 // 2) + 8 * read * (4 * 16 + (2 * 16 + 2 * 16) // 2)
   assert sum(s.bytes for s in _forward('token-mixed') if s.kind == 'all-to-all') == 4 * elements

@@ -16,7 +16,7 @@ from uni_moe_jax.data.declared import DeclaredData
 from uni_moe_jax.data.mixtures import PER_BATCH
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import inputs
-from uni_moe_jax.plan import Plan, TaskSpec
+from uni_moe_jax.plan import TaskSpec
 from uni_moe_jax.preflight import cost, hlo
 from uni_moe_jax.train import setup
 from uni_moe_jax.train.setup import Run
