@@ -50,8 +50,8 @@ def get_config(arg: str = 'base-attribute-1') -> ml_collections.ConfigDict:
   # Published numbers of classes; how long their names are is an assumption.
   c.declared.entries.update(dict(
       imagenet21k=((4, 9_000), (8, 12_000), (16, 842)), kinetics700=((4, 200), (8, 500)), moments=((4, 339),)))
-  c.evaluators['coco captions'] = config.evaluator('caption', 'coco_caption', split='val', number=5_000, beams=2)
-  c.evaluators['coco retrieval'] = config.evaluator('retrieval', 'coco_retrieval', split='val', number=5_000)
+  c.evaluators.coco_captions = config.evaluator('caption', 'coco_caption', split='val', number=5_000, beams=2)
+  c.evaluators.coco_retrieval = config.evaluator('retrieval', 'coco_retrieval', split='val', number=5_000)
   if not first:
     _second_stage(c)
   _weigh(c, sampled=bool(mixture))

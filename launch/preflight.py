@@ -11,6 +11,7 @@ Exit codes: 0 it fits, or nothing is known of the devices, 1 it does not fit, 2 
 import json
 import pathlib
 import sys
+import time
 
 from absl import flags
 
@@ -26,9 +27,10 @@ flags.mark_flag_as_required('config')
 
 
 def main() -> int:
+  started = time.monotonic()  # before the slow libraries below are loaded: --minutes are those of a person who waits
   from uni_moe_jax import resolve
   from uni_moe_jax.preflight import topology
-  # Mistakes are told before the slow libraries below are loaded.
+  # Mistakes are told before them.
   where = topology.parse(_TOPOLOGY.value)
   config = cli.config_of(_CONFIG)
   resolve.resolve(config)
@@ -39,7 +41,7 @@ def main() -> int:
   name = next(a for a in sys.argv[1:] if a.lstrip('-').startswith('config')).partition('=')[2]
   memory = None if _MEMORY.value is None else _MEMORY.value * topology.GIB
   say = lambda words: print(f'{words} …', file=sys.stderr, flush=True)
-  found = run.preflight(config, name, where, memory, _SEARCH.value, say, _MINUTES.value)
+  found = run.preflight(config, name, where, memory, _SEARCH.value, say, _MINUTES.value, started)
   print(report.render(found))
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps(report.as_json(found), indent=1) + '\n')

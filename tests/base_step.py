@@ -7,30 +7,37 @@ import pathlib
 import sys
 
 MESH = dict(data=8, expert=8)
-WIDTH, HIDDEN, EXPERTS, KEPT = 768, 3072, 8, 2
-# Tokens of the arrays that a layer sees, on one device: two pictures, a paired text, an entry of the names. `spe` is one each.
-TOKENS = {'pictures': 2 * 197, 'text': 9, 'names': 5}
-ROWS = 2  # distinct router inputs: pictures, and texts on the target side
+WIDTH, HIDDEN, EXPERTS, KEPT, WORDS = 768, 3072, 8, 2, 2000
+# Of a merged model, which classifies pictures and pairs them with texts: distinct router inputs (pictures, texts on the target
+# side), and arrays of tokens (pictures, texts, names).
+ROWS, PRODUCTS = 2, 3
+# Of a token model, which classifies pictures and captions them: tokens of every array on one device, words and queries apart, and
+# how many of them are read. `spe` is one of a sequence's first array; [spe, word, end] are the rows of 512 sampled words.
+ARRAYS = {'pictures': ((197,), 1), 'names': ((5,), 1), 'captioned pictures': ((197,), 0), 'words and queries': ((9, 9), 9),
+          'vocabulary': ((8 * 3,), 8)}
 
 
 def main(router: str, capacity: str, file: str) -> None:
-  from uni_moe_jax import config, resolve
-  from uni_moe_jax.bench.synthetic import SyntheticData
-  from uni_moe_jax.train import setup
+  import jax
+  from uni_moe_jax import config
+  from uni_moe_jax.preflight import programs
 
   c = config.base()
+  c.tokenizer.vocab_size = WORDS
   c.model.update(dict(layers=12, width=WIDTH, heads=12, hidden=HIDDEN))
   c.moe.update(dict(router=router, num_experts=EXPERTS, top_k=KEPT, capacity=float(capacity)))
   c.mesh.update(MESH)
   devices = MESH['data'] * MESH['expert']
   c.sets.names = config.target_set('glyphs/class', family='names')
+  c.declared.entries.names = ((4, devices),)
   c.tasks.picture = config.task('image_classification', 'glyphs', batch=devices, target_set='names', label='class')
-  c.tasks.pair = config.task('image_retrieval', 'glyphs', batch=devices, captions=('{name}',), length=8)
-  data = SyntheticData(resolve.resolve(c), (c.model.image_size, 3), 2000, devices, {4: 1.0})
-  run = setup.build(c, data=data)
-  batch = run.put(next(run.mixture().iterate(0, 1))[1])
-  compiled = run.step_fn().lower(run.like(), batch, run.sets()).compile()
-  pathlib.Path(file).write_text(compiled.as_text())
+  if router == 'token':
+    c.sets.words = config.target_set('vocabulary', family='words', scoring='sampled', samples=512)
+    c.tasks.caption = config.task('image_caption', 'glyphs', batch=devices, target_set='words', captions=('{name}',), length=9)
+  else:
+    c.tasks.pair = config.task('image_retrieval', 'glyphs', batch=devices, captions=('{name}',), length=8)
+  run = programs.prepare(c, jax.devices())
+  pathlib.Path(file).write_text(programs.lowered_step(run).compile().as_text())
 
 
 if __name__ == '__main__':

@@ -189,7 +189,7 @@ def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, invent
   if 'imagenet21k' in c.tasks:
     assert run.data.sets['imagenet21k'].buckets[0]['count'].tolist() == [2, 1]
   rows = _rows(run, _step(run).params, tmp_path)
-  asked = {'coco captions', 'coco retrieval'} if 'coco_caption' in c.tasks else {'coco retrieval'}
+  asked = {'coco_captions', 'coco_retrieval'} if 'coco_caption' in c.tasks else {'coco_retrieval'}
   assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == {(name, _EXAMPLES) for name in asked}
 
 

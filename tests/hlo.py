@@ -1,13 +1,10 @@
 """What a compiled program sends between devices: collectives, read from XLA's text."""
 
 import dataclasses
-import math
 import re
 
-_KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-_LINE = re.compile(rf'^\s*(?:ROOT )?\S+ = (?P<type>.+?) (?P<kind>{"|".join(_KINDS)})(?:-start)?\((?P<rest>.*)$')
-_ARRAY = re.compile(r'([a-z]+\d*)\[([\d,]*)\]')
-_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 's32': 4, 'u32': 4, 's64': 8, 'f64': 8}
+from uni_moe_jax.preflight import hlo
+from uni_moe_jax.preflight.cost import COLLECTIVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,28 +13,24 @@ class Sent:
 
   Attributes:
     kind: of the collective. dtype, shape: of the array. name: where in the program it comes from (XLA's op_name).
+    size: elements. bytes: of them. groups: which devices work together.
   """
   kind: str
   dtype: str
   shape: tuple[int, ...]
   name: str
-
-  @property
-  def size(self) -> int:
-    return math.prod(self.shape)
-
-  @property
-  def bytes(self) -> int:
-    return self.size * _BYTES[self.dtype]
+  size: int
+  bytes: float
+  groups: frozenset[frozenset[int]]
 
 
 def collectives(text: str) -> list[Sent]:
   """Every array that some collective of a compiled module makes, once for each place in the text."""
-  found = []
-  for line in text.splitlines():
-    if m := _LINE.match(line):
-      name = re.search(r'op_name="([^"]*)"', m['rest'])
-      for dtype, dims in _ARRAY.findall(m['type']):
-        shape = tuple(int(d) for d in dims.split(',') if d)
-        found.append(Sent(m['kind'], dtype, shape, name[1] if name else ''))
+  found, module = [], hlo.parse(text)
+  for op in (op for computation in module.computations.values() for op in computation.ops.values()):
+    kind = op.opcode.removesuffix('-start')
+    if kind in COLLECTIVES:
+      name = re.search(r'op_name="([^"]*)"', op.attributes)
+      groups = frozenset(map(frozenset, hlo.groups(op, module.devices)))
+      found += [Sent(kind, s.dtype, s.dims, name[1] if name else '', s.size, s.bytes, groups) for s in op.shapes]
   return found

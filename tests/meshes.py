@@ -89,10 +89,14 @@ def of_run(r: setup.Run) -> Found:
 
 
 def differences(a: Found, b: Found) -> dict[str, float]:
-  """‖a - b‖ / ‖b‖ of the gradient of every parameter."""
+  """‖a - b‖ / ‖b‖ of the gradient of every parameter; both sides must be finite."""
   assert a.gradients.keys() == b.gradients.keys()
   norm = np.linalg.norm
-  return {path: float(norm(a.gradients[path] - g) / max(norm(g), 1e-30)) for path, g in b.gradients.items()}
+  apart = {path: float(norm(a.gradients[path] - g) / max(norm(g), 1e-30)) for path, g in b.gradients.items()}
+  # Slots without a choice may hold NaN. If one gets out it must not pass: max() does not see it.
+  broken = sorted(path for path, x in apart.items() if not math.isfinite(x))
+  assert not broken, f'not finite: {broken}'
+  return apart
 
 
 def _compile(r: setup.Run):

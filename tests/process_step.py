@@ -1,29 +1,33 @@
-"""One of several processes that compute a step together, and compare it with one device of their own:
-python -m tests.process_step HOST:PORT,PROCESSES,PROCESS FILE CASE…"""
+"""One of several processes that compute a step together, and compare it with one device of their own: what stands in for
+launch/train.py where local_processes.sh starts it with the arguments FOLDER CASE… --distributed=HOST:PORT,PROCESSES,PROCESS."""
 
 import json
 import pathlib
-import sys
 
-CASES = {'attribute': ('attribute', 0.0), 'token': ('token', 4.0)}  # name → router, capacity (here: room for all)
+# Router → capacity (here: room for all). On this mesh merged kernels and tokens cross processes.
+CASES = {'attribute': 0.0, 'token': 4.0}
+MESH = 'expert'
+# Meshes whose batch shards are asked for: every process's own, half a process's, and of all processes together.
+SHARDS = {'data': dict(data=8), 'halves': dict(data=2, model=4), 'model': dict(model=8)}
 
 
-def main(place: str, file: str, *names: str) -> None:
+def main(folder: str, *arguments: str) -> None:
+  """Writes what process i found to FOLDER/i.json."""
+  *names, place = arguments
   from uni_moe_jax import distributed
-  distributed.start(place)
+  distributed.start(place.removeprefix('--distributed='))
   import jax
   from tests import meshes
+  from uni_moe_jax import sharding
 
-  out = {'devices': [len(jax.local_devices()), len(jax.devices())]}
+  mesh = lambda axes: sharding.make_mesh({**dict.fromkeys(sharding.AXES, 1), **axes})
+  out = {'devices': [len(jax.local_devices()), len(jax.devices())],
+         'shards': {name: sharding.local_shards(mesh(axes)) for name, axes in SHARDS.items()}, 'cases': {}}
   for name in names:
-    router, capacity = CASES[name]
-    case = meshes.Case(router, ('shape', 'pair'), layers=1, capacity=capacity)
+    case = meshes.Case(name, ('shape', 'pair'), layers=1, capacity=CASES[name])
     expected = meshes.of_run(meshes.run(case, meshes.ONE, jax.local_devices()))
-    found = meshes.of_run(meshes.run(case, 'mixed', jax.devices()))
-    out[name] = {'loss': abs(found.loss - expected.loss), 'gradients': max(meshes.differences(found, expected).values()),
-                 'margin': expected.margin}
-  pathlib.Path(file).write_text(json.dumps(out))
-
-
-if __name__ == '__main__':
-  main(*sys.argv[1:])
+    found = meshes.of_run(meshes.run(case, MESH, jax.devices()))
+    out['cases'][name] = {
+        'loss': abs(found.loss - expected.loss), 'gradients': max(meshes.differences(found, expected).values()),
+        'margin': expected.margin}
+  (pathlib.Path(folder) / f'{jax.process_index()}.json').write_text(json.dumps(out))

@@ -17,9 +17,9 @@ def environment(devices: int = 4) -> dict[str, str]:
   return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT), 'UNI_MOE_PYTHON': sys.executable}
 
 
-def run(command: Sequence[str], devices: int = 4) -> str:
-  """What a command says, which succeeds."""
-  done = subprocess.run(command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def run(command: Sequence[str], devices: int = 4, folder: pathlib.Path = ROOT) -> str:
+  """What a command says, which succeeds, in the root of a tree."""
+  done = subprocess.run(command, cwd=folder, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
   said = done.stdout.decode()
   assert done.returncode == 0, said
   return said

@@ -143,6 +143,10 @@ class BatchTest(absltest.TestCase):
   def test_all_axes_but_model_carry_the_batch(self):
     self.assertEqual(sharding.batch_shards(_mesh(replica=1, data=2, expert=2, model=2)), 4)
 
+  def test_in_one_process_all_parts_are_here(self):
+    self.assertEqual(sharding.local_shards(_mesh(data=2, expert=2, model=2)), (0, 1, 2, 3))
+    self.assertEqual(sharding.local_shards(_mesh(model=8)), (0,))
+
   def test_a_batch_is_split_over_its_shard_axis(self):
     mesh = _mesh(data=2, expert=2, model=2)
     self.assertEqual(sharding.batch_sharding(mesh, 0).shard_shape((4, 3, 5)), (1, 3, 5))

@@ -1,7 +1,9 @@
 """Every subject runs at the smallest sizes and says what it should; no time is judged here."""
 
+import dataclasses
 import functools
 import math
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from uni_moe_jax.bench import decoding, problems, settings, steps, suite
+from uni_moe_jax.bench import decoding, parts, problems, settings, steps, suite
 from uni_moe_jax.moe import routers
 
 _SIZES = settings.Sizes(
@@ -93,6 +95,20 @@ class SubjectsTest(parameterized.TestCase):
     before = jax.config.jax_enable_compilation_cache
     _measure('compile')
     self.assertEqual(jax.config.jax_enable_compilation_cache, before)
+
+
+class CompileTest(absltest.TestCase):
+
+  def test_both_depths_are_compiled_twice_in_turn_after_one_that_does_not_count(self):
+    depths, seconds = [], iter((99., 10., 12., 14., 11.))
+    sizes = dataclasses.replace(_SIZES, rounds=11, compiled_layers=(12, 24))
+    context = problems.Context(sizes, _config(), 'float32', 1e9, jax.devices()[:1])
+    with mock.patch.object(parts, '_compile_seconds', lambda _, layers: depths.append(layers) or next(seconds)):
+      small, large, growth = parts.compile_(context)
+    self.assertEqual(depths, [12, 12, 24, 24, 12])
+    self.assertEqual((small.figure.value, large.figure.value), (10.5, 13.))
+    self.assertAlmostEqual(growth.figure.value, 13 / 10.5)
+    self.assertIn('at D 16 on 1 cpu device;', growth.note)
 
 
 class RepeatedTest(absltest.TestCase):

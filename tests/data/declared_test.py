@@ -39,7 +39,7 @@ def test_batches_have_the_shapes_and_the_places_of_real_ones(accum):
   _, batch = next(real.mixture().iterate(0, 1))
   stand_in = programs.prepare(c, jax.devices()[:4])
   assert _described(programs.batch_shapes(stand_in, stand_in.plan.tasks)) == _described(real.put(batch))
-  assert _described(programs._set_shapes(stand_in)) == _described(real.sets())
+  assert _described(programs.set_shapes(stand_in)) == _described(real.sets())
   assert _described(stand_in.like()) == _described(real.like())
 
 

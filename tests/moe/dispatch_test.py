@@ -32,7 +32,7 @@ class NamesTest(absltest.TestCase):
   def test_a_config_is_checked_against_the_names_that_exist(self):
     self.assertEqual(set(resolve.DISPATCHED), {r for r in routers.ROUTERS if routers.looks_at_tokens(r)})
     self.assertEqual({*resolve.MERGED, *resolve.DISPATCHED}, {routers.DENSE, *routers.ROUTERS})
-    self.assertEqual(set(resolve.GROUPED), {grouped.AUTO, *grouped.BACKENDS})
+    self.assertEqual(set(resolve.GROUPED), {grouped.AUTO, grouped.XLA, *grouped.BACKENDS})
 
 
 class CapacityTest(parameterized.TestCase):

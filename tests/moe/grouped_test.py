@@ -87,6 +87,11 @@ class DoorTest(parameterized.TestCase):
     with mock.patch.object(jax, 'default_backend', lambda: device):
       self.assertEqual(grouped.choose('auto', capacity), backend)
 
+  @parameterized.parameters(('cpu', False, 'loop'), ('tpu', False, 'ragged'), ('tpu', True, 'buffers'), ('gpu', True, 'buffers'),
+                            ('gpu', False, 'ragged'))
+  def test_xla_is_auto_without_the_kernel(self, device, capacity, backend):
+    self.assertEqual(grouped.choose('xla', capacity, device), backend)
+
   @parameterized.parameters(*grouped.BACKENDS)
   def test_a_named_backend_is_taken(self, backend):
     self.assertEqual(grouped.choose(backend, True), backend)

@@ -89,6 +89,48 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told():
   assert (found.flops, found.unknown_loops) == (1024, 1)
 
 
+def _flops(*changes: tuple[str, str]) -> tuple[float, int]:
+  """FLOPs and unknown loops of the loop, with some of its text replaced."""
+  text = _LOOP
+  for old, new in changes:
+    assert text.count(old) == 1, old
+    text = text.replace(old, new)
+  found = cost.of_module(hlo.parse(text))
+  return found.flops, found.unknown_loops
+
+
+def test_a_loop_whose_counter_does_not_go_up_by_one_is_of_unknown_length():
+  one = '%one = s32[] constant(1)'
+  assert _flops((one, one)) == (7 * 1024, 0)
+  assert _flops((one, one.replace('1)', '2)'))) == (1024, 1)
+  assert _flops(('tuple(%next, %x, %w)', 'tuple(%i, %x, %w)')) == (1024, 1)
+  assert _flops(('add(%i, %one)', 'multiply(%i, %one)')) == (1024, 1)
+
+
+def test_a_counter_may_go_up_inside_a_fusion():
+  count = '''%count (c: s32[]) -> (s32[], s32[]) {
+  %c = s32[] parameter(0)
+  %by = s32[] constant(1)
+  %more = s32[] add(%by, %c)
+  ROOT %pair = (s32[], s32[]) tuple(%c, %more)
+}
+
+%body (s:'''
+  add = '%next = s32[] add(%i, %one)'
+  fused = '%both = (s32[], s32[]) fusion(%i), kind=kLoop, calls=%count\n  %next = s32[] get-tuple-element(%both), index=INDEX'
+  assert _flops(('%body (s:', count), (add, fused.replace('INDEX', '1'))) == (7 * 1024, 0)
+  assert _flops(('%body (s:', count), (add, fused.replace('INDEX', '0'))) == (1024, 1)
+
+
+def test_the_limit_of_a_loop_may_stand_in_its_state_if_it_stays():
+  limit = '%n = s32[] get-tuple-element(%s), index=3'
+  state = [('%n = s32[] constant(7)', limit), ('tuple(%start, %x, %w)', 'tuple(%start, %x, %w, %limit)'),
+           ('%start = s32[] constant(0)', '%start = s32[] constant(0)\n  %limit = s32[] constant(5)'),
+           ('%one = s32[] constant(1)', f'%one = s32[] constant(1)\n  {limit}')]
+  assert _flops(*state, ('tuple(%next, %x, %w)', 'tuple(%next, %x, %w, %n)')) == (5 * 1024, 0)
+  assert _flops(*state, ('tuple(%next, %x, %w)', 'tuple(%next, %x, %w, %next)')) == (1024, 1)
+
+
 def test_of_two_branches_the_dearer_counts():
   more = '''%dear (p: f32[8,8]) -> f32[8,8] {
   %p = f32[8,8]{1,0} parameter(0)
@@ -137,6 +179,20 @@ ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, u
   assert found.sent['all-reduce'] == pytest.approx(2 * 400 * (size - 1) / size)
 
 
+@pytest.mark.parametrize('notation, groups', [
+    ('{{0,2},{1,3}}', [(0, 2), (1, 3)]), ('[2,2]<=[4]', [(0, 1), (2, 3)]), ('[2,2]<=[2,2]T(1,0)', [(0, 2), (1, 3)]),
+    ("mesh['a'=2,'b'=2] {'b'}", [(0, 1), (2, 3)]), ("mesh['a'=2,'b'=2] {'a'}", [(0, 2), (1, 3)]),
+    ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [(0, 2), (1, 3)]), ('{}', [(0, 1, 2, 3)])])
+def test_who_works_together_is_read_in_every_notation(notation, groups):
+  module = hlo.parse(f'''HloModule one, num_partitions=4
+ENTRY %main () -> f32[] {{
+  %x = f32[100]{{0}} parameter(0)
+  ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={notation}, use_global_device_ids=true, to_apply=%add
+}}
+''')
+  assert hlo.groups(module['main'].ops['y'], module.devices) == groups
+
+
 @pytest.mark.parametrize('kind, result, payload, sent', [
     # 400 bytes on each of four devices.
     ('all-gather', '400', 1600, 1200), ('reduce-scatter', '25', 400, 300), ('all-to-all', '100', 400, 300),
@@ -162,6 +218,7 @@ def test_a_kernel_counts_what_it_says_and_one_that_says_nothing_is_told():
   assert _entry(one + line.replace('SAID', ',"cost_estimate":{"flops":"1200","bytes_accessed":"64"}')).flops == 1200
   silent = _entry(one + line.replace('SAID', ''))
   assert (silent.flops, silent.unknown_kernels) == (0, 1)
+  assert _entry(one + line.replace('SAID', '').replace('f32[8]{0} custom', '(s32[9]{0}, s32[1]{0}) custom')).unknown_kernels == 0
 
 
 def test_a_fusion_that_writes_a_slice_moves_the_slice():

@@ -1,9 +1,10 @@
 """The search for the largest batch and for a change that fits, on memory that is a formula: nothing is compiled."""
 
-import importlib.util
 import pathlib
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from tests import small_config
 from uni_moe_jax import config, resolve, sharding
@@ -136,17 +137,25 @@ def test_where_another_axis_is_inferred_the_data_axis_gives_nothing():
   assert not [x.flags for x in changes.candidates(c, _MESH) if 'mesh.data' in x.flags or 'mesh.expert' in x.flags]
 
 
+def _typed(file: str, *arguments: str):
+  """The config of a command line."""
+  argv, values = ['launch/train.py', f'--config={file}', *arguments], flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv, lock_config=False)
+  values(argv)
+  return values.config
+
+
 @pytest.mark.parametrize('arg', ['large-token-1', 'base-attribute-1', 'base-attribute-2-sampled'])
-def test_every_change_of_a_published_config_is_a_config(arg):
+def test_every_change_of_a_published_config_is_a_config_that_can_be_typed(arg):
   """Also those whose smallest tasks have one example a device: others can be fewer."""
-  spec = importlib.util.spec_from_file_location('pretrain', pathlib.Path(__file__).parents[2] / 'configs/pretrain.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  c = module.get_config(arg)
-  found = list(changes.candidates(c, dict(replica=1, data=256, expert=1, model=1)))
-  assert any('batch' in x.flags for x in found)
+  file = f'{pathlib.Path(__file__).parents[2]}/configs/pretrain.py:{arg}'
+  c = _typed(file)
+  mesh = dict(replica=1, data=256, expert=1, model=1)
+  found = [x for evaluation in (False, True) for x in changes.candidates(c, mesh, evaluation)]
+  assert {'tasks', 'evaluators'} <= {name.split('.')[0] for x in found for name, _ in x.fields}
   for change in found:
     changed = change.apply(c)
+    assert _typed(file, *change.flags.split(' ')) == changed
     mesh = sharding.mesh_shape({a: changed.mesh[a] for a in sharding.AXES}, 256)
     shards = mesh['replica'] * mesh['data'] * mesh['expert']
     resolve.check_batches(resolve.resolve(changed), shards, changed.train.accum)
@@ -161,6 +170,16 @@ def test_an_evaluation_that_does_not_fit_is_asked_less_at_once():
   assert not [x for x in changes.candidates(c, _MESH) if 'evaluators' in x.flags]
 
 
+def test_an_evaluator_that_no_flag_can_name_is_changed_in_the_config_file():
+  c = _config()
+  for name in ('shape', 'class, held out', 'masked words'):
+    c.evaluators[name] = config.evaluator('classification', 'shape', split='test', batch=64)
+  first = next(changes.candidates(c, _MESH, evaluation=True))
+  assert first.flags == ("--config.evaluators.shape.batch=32, in the config file: config.evaluators['class, held out'].batch = 32; "
+                         "config.evaluators['masked words'].batch = 32")
+  assert {e.batch for e in first.apply(c).evaluators.values()} == {32}
+
+
 def _need(c) -> float:
   """State 400, activations 1000 at 64 examples."""
   state = 400 / (8 if c.mesh.fsdp else 1)
@@ -171,7 +190,7 @@ def _need(c) -> float:
 def _cheapest(memory: float) -> list[changes.Trial]:
   state = lambda c: 400 / (8 if c.mesh.fsdp else 1)
   return changes.cheapest(_config(), _need(_config()), lambda c: _MESH, state, memory,
-                          lambda c: (_need(c) <= memory, _need(c)))
+                          lambda c: (_need(c), '' if _need(c) <= memory else 'train step'))
 
 
 def test_the_first_change_that_fits_ends_the_search():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import pytest
 
 from tests import base_step, hlo
@@ -16,6 +17,11 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _D, _F = base_step.WIDTH, base_step.HIDDEN
 _KERNELS = {'qkv': 3 * _D * _D, 'attention_out': _D * _D, 'ffn_in': _D * _F, 'ffn_out': _F * _D}
 pytestmark = pytest.mark.slow
+
+
+_GRID = np.arange(64).reshape(base_step.MESH['data'], base_step.MESH['expert'])
+_GROUPS = {name: frozenset(map(frozenset, grid.tolist())) for name, grid in (
+    ('expert', _GRID), ('data', _GRID.T), ('all', _GRID.reshape(1, 64)))}
 
 
 @functools.cache
@@ -28,27 +34,37 @@ def _sent(router: str, capacity: float) -> list[hlo.Sent]:
     return hlo.collectives(pathlib.Path(file).read_text())
 
 
-def _in_body(sent, backward: bool) -> list[hlo.Sent]:
-  """What the scanned layers send: once in the text, for eleven layers."""
-  return [s for s in sent if '/while/body' in s.name and ('transpose' in s.name) == backward]
+def _of_layer(sent, backward: bool, tail: bool = False) -> list[hlo.Sent]:
+  """What a scanned layer sends (once in the text, for eleven of them), or the last one, which stands by itself."""
+  place = '/tail/' if tail else '/while/body'
+  return [s for s in sent if place in s.name and ('transpose' in s.name) == backward]
+
+
+def _merges(sent: list[hlo.Sent]) -> list[int]:
+  """Sizes of what is reduced over the expert axis, but for biases."""
+  reduced = [s for s in sent if s.kind == 'all-reduce' and s.groups == _GROUPS['expert']]
+  return sorted(s.size for s in reduced if s.size >= min(_KERNELS.values()))
 
 
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'recomputed'])
-def test_merged_kernels_of_a_layer_are_reduced_once(backward):
-  sizes = [s.size for s in _in_body(_sent('attribute', 0.0), backward) if s.kind == 'all-reduce']
-  for size in set(_KERNELS.values()):
-    alike = [name for name, n in _KERNELS.items() if n == size]
-    assert sizes.count(base_step.ROWS * size) == len(alike), alike
+def test_merged_kernels_of_a_layer_are_reduced_once_over_the_expert_axis(backward):
+  assert _merges(_of_layer(_sent('attribute', 0.0), backward)) == sorted(base_step.ROWS * n for n in _KERNELS.values())
 
 
-def test_gradients_of_a_layer_are_reduced_as_merged_kernels():
+def test_merged_kernels_of_the_last_layer_are_reduced_once_and_recomputed_once():
+  """XLA joins the reductions of both passes."""
+  sent = [s for backward in (False, True) for s in _of_layer(_sent('attribute', 0.0), backward, tail=True)]
+  assert _merges(sent) == sorted(2 * [base_step.ROWS * n for n in _KERNELS.values()])
+
+
+def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
   """One reduction for every product with a merged kernel: there are three arrays, of two rows."""
-  sizes = [s.size for s in _in_body(_sent('attribute', 0.0), True) if s.kind == 'all-reduce']
+  sizes = [s.size for s in _of_layer(_sent('attribute', 0.0), True) if s.kind == 'all-reduce' and s.groups == _GROUPS['all']]
   # In elements: the fused projection may come in its three parts, each as large as the kernel after attention.
   for alike in (('qkv', 'attention_out'), ('ffn_in', 'ffn_out')):
     elements = {_KERNELS[name] for name in alike}
     reduced = sum(size for size in sizes if size in elements) / sum(_KERNELS[name] for name in alike)
-    assert base_step.ROWS <= reduced <= len(base_step.TOKENS), alike
+    assert base_step.ROWS <= reduced <= base_step.PRODUCTS, alike
 
 
 def test_no_kernel_of_an_expert_travels():
@@ -58,14 +74,37 @@ def test_no_kernel_of_an_expert_travels():
   assert max(s.size for s in sent) <= base_step.ROWS * max(_KERNELS.values())
 
 
-def test_tokens_travel_by_all_to_alls_of_the_bytes_of_the_formula():
-  capacity = 1.0
-  sent = _sent('token', capacity)
-  slots = sum(base_step.EXPERTS * math.ceil(capacity * base_step.KEPT * tokens / base_step.EXPERTS)
-              for tokens in base_step.TOKENS.values())
-  forward = slots * (8 * _D + 2 * _F) * 4
-  total = lambda backward: sum(s.bytes for s in _in_body(sent, backward) if s.kind == 'all-to-all')
-  assert total(False) == forward
-  assert total(True) == 2 * forward  # recomputed, and the gradients' way
-  # Kernels stay: their gradients are summed over `data`, each expert's where it lies.
+_CAPACITY = 1.0
+
+
+def _slots(*tokens: int) -> int:
+  """On a device, of an array whose parts have so many tokens there: E · C each."""
+  return sum(base_step.EXPERTS * math.ceil(_CAPACITY * base_step.KEPT * n / base_step.EXPERTS) for n in tokens)
+
+
+@pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
+def test_tokens_travel_over_the_expert_axis_by_all_to_alls_of_the_bytes_of_the_formula(tail):
+  sent = _sent('token', _CAPACITY)
+  if tail:  # keys and values of all, and the rest of the rows that are read
+    elements = sum(_slots(*parts) * 3 * _D + (_slots(read) * (6 * _D + 2 * _F) if read else 0)
+                   for parts, read in base_step.ARRAYS.values())
+  else:
+    elements = sum(_slots(*parts) * (8 * _D + 2 * _F) for parts, _ in base_step.ARRAYS.values())
+  for backward, times in ((False, 1), (True, 2)):  # recomputed, and the gradients' way
+    found = [s for s in _of_layer(sent, backward, tail) if s.kind == 'all-to-all']
+    assert {s.groups for s in found} == {_GROUPS['expert']}
+    assert sum(s.bytes for s in found) == 4 * times * elements
+
+
+@pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
+def test_kernels_of_experts_stay_and_their_gradients_are_summed_over_data(tail):
+  sent = _sent('token', _CAPACITY)
+  assert {s.kind for s in sent} <= {'all-reduce', 'all-gather', 'all-to-all'}
   assert max(s.size for s in sent if s.kind == 'all-gather') < min(_KERNELS.values())
+  # Of eight experts a device has one.
+  assert max(s.size for s in sent if s.kind == 'all-reduce') <= max(_KERNELS.values())
+  large = [s for s in _of_layer(sent, True, tail) if s.kind == 'all-reduce' and s.size >= min(_KERNELS.values())]
+  of_experts = [s for s in large if s.groups == _GROUPS['data']]
+  assert 1 <= sum(s.size for s in of_experts) / sum(_KERNELS.values()) <= len(base_step.ARRAYS)
+  # Behind the layers come the tables of patches and words, which every device has.
+  assert {s.shape for s in large if s not in of_experts} == ({(16 * 16 * 3, _D), (base_step.WORDS, _D)} if tail else set())

@@ -1,20 +1,24 @@
 """A step on any mesh is the step on one device: loss and gradients, noise on, for all routers."""
 
 import dataclasses
+import math
 import re
 
+import numpy as np
 import pytest
 
 from tests import hlo, meshes
 from tests.meshes import Case
 
-FAST = (
-    (Case('attribute', ('shape', 'pair')), 'mixed'),
-    (Case('task', ('pair',), layers=1), 'replica'),
-    (Case('modality', ('pair',), layers=1), 'fsdp'),
-    (Case('token', ('pair',), layers=1, capacity=meshes.ROOM_FOR_ALL), 'mixed'),
-    (Case('context', ('pair',), layers=1), 'expert'),
-)
+FAST = {
+    'attribute-mixed': (Case('attribute', ('shape', 'pair')), 'mixed'),
+    'task-replica': (Case('task', ('pair',), layers=1), 'replica'),
+    'task-data': (Case('task', ('pair',), layers=1), 'data'),
+    'modality-fsdp': (Case('modality', ('pair',), layers=1), 'fsdp'),
+    'token-mixed': (Case('token', ('caption', 'pair'), layers=1, capacity=meshes.ROOM_FOR_ALL), 'mixed'),
+    'token-fsdp': (Case('token', ('caption', 'pair'), layers=1, capacity=meshes.ROOM_FOR_ALL), 'fsdp'),
+    'context-expert': (Case('context', ('pair',), layers=1), 'expert'),
+}
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')
 # A step of every task takes minutes to compile where tokens travel: one router has them all, each on every mesh has a loss with
 # negatives of all devices, and on one mesh causal words too.
@@ -37,8 +41,12 @@ def _assert_equal(case: Case, mesh: str):
   assert max(apart.values()) <= 2e-5, sorted(apart.items(), key=lambda item: -item[1])[:5]
 
 
-@pytest.mark.parametrize(
-    'case, mesh', [pytest.param(*f, marks=[] if f is FAST[0] else pytest.mark.slow, id=f'{f[0].router}-{f[1]}') for f in FAST])
+def _fast(*names: str):
+  """Parameters of a test: the first case is that of the default suite."""
+  return [pytest.param(*FAST[n], id=n, marks=[] if n == 'attribute-mixed' else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize('case, mesh', _fast(*FAST))
 def test_loss_and_gradients_are_those_of_one_device(case, mesh):
   _assert_equal(case, mesh)
 
@@ -78,23 +86,35 @@ def test_bfloat16_is_as_near_to_float32_on_a_mesh_as_on_one_device():
     assert sorted(apart.values())[len(apart) // 2] < 0.05, mesh
 
 
-def test_examples_or_noise_that_differ_are_told_apart():
+@pytest.mark.parametrize('case, mesh', _fast('attribute-mixed', 'token-mixed'))
+def test_examples_or_noise_that_differ_are_told_apart(case, mesh):
   """The positive control: what is compared above does depend on the step's key and on every example."""
-  case, mesh = FAST[0]
   compiled, (params, batch, sets, key) = meshes.lowered(case, mesh)
   expected = meshes.found(case, meshes.ONE)
   [(group, fields)] = [(g, f) for g, f in batch.items() if 'target' in f]
   less = {**fields, 'weight': fields['weight'].at[-1].set(0.5)}
   # Of the last pair the temperature of the other task knows nothing.
-  for changed, same in (((params, batch, sets, key + 1), set()),
-                        ((params, {**batch, group: less}, sets, key), {'log_scale_image_classification'})):
+  other = {path for path in expected.gradients if path.startswith('log_scale') and 'retrieval' not in path}
+  assert len(other) == 1
+  for changed, same in (((params, batch, sets, key + 1), set()), ((params, {**batch, group: less}, sets, key), other)):
     found = meshes.evaluate(compiled, changed)
     assert abs(found.loss - expected.loss) > 1e-4
     assert {path for path, apart in meshes.differences(found, expected).items() if apart < 1e-4} == same
 
 
-def _program() -> str:
-  return meshes.lowered(*FAST[0])[0].as_text()
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_equals_nothing(value):
+  sound = meshes.Found(1.0, {'a': np.ones(2), 'b': np.ones(2)}, math.inf)
+  # Not the first leaf: max() would return a NaN there.
+  broken = dataclasses.replace(sound, gradients={**sound.gradients, 'b': np.array([1.0, value])})
+  for pair in ((broken, sound), (sound, broken), (broken, broken)):
+    with pytest.raises(AssertionError, match="not finite: \\['b'\\]"):
+      meshes.differences(*pair)
+  assert meshes.differences(sound, sound) == {'a': 0, 'b': 0}
+
+
+def _program(name: str = 'attribute-mixed') -> str:
+  return meshes.lowered(*FAST[name])[0].as_text()
 
 
 def test_merged_kernels_are_reduced_once_and_no_expert_travels():
@@ -106,6 +126,35 @@ def test_merged_kernels_are_reduced_once_and_no_expert_travels():
   assert [forward.count(shape) for shape in kernels] == [2, 2, 2, 2], forward  # two layers
   # The smallest kernel of all experts has 8 · 16 · 8 elements; features of the pairs, which travel, 8 · 16.
   assert max(s.size for s in sent if s.kind == 'all-gather') == 8 * 16
+
+
+def _forward(name: str) -> list[hlo.Sent]:
+  return [s for s in hlo.collectives(_program(name)) if 'transpose' not in s.name]
+
+
+# Of the two below: one layer, which is the last, D = F = 16. Pictures have 5 tokens, texts of pairs 9. All are sent for keys and
+# values, and those that are read for queries, after attention, and through the FFN.
+
+@pytest.mark.slow
+def test_over_a_model_axis_half_of_what_experts_make_is_sent():
+  """Four shards with two pairs each, two captions of 6 words and as many queries, and [spe, word, end] of 8 sampled words.
+  Room for all is C = T tokens at each of 8 experts."""
+  tokens, read = 2 * (5 + 9) + 2 * (5 + 6 + 6) + 8 * 3, 2 * (1 + 1) + 2 * 6 + 8
+  elements = 8 * tokens * (16 + 2 * 16 // 2) + 8 * read * (4 * 16 + (2 * 16 + 2 * 16) // 2)
+  assert sum(s.bytes for s in _forward('token-mixed') if s.kind == 'all-to-all') == 4 * elements
+
+
+@pytest.mark.slow
+def test_tokens_that_are_routed_exactly_are_gathered_and_their_sums_scattered():
+  """Eight devices with a pair each, all of which compute something for all tokens."""
+  sent = _forward('context-expert')
+  elements = lambda kind, dtype: sum(s.size for s in sent if s.kind == kind and s.dtype == dtype and 'shard_map' in s.name)
+  # A decision of attention for all tokens, and one for those that are read; one of the FFN for those. Two experts each.
+  decided = (5 + 9) + 2 + 2
+  assert elements('all-gather', 's32') == 8 * 2 * decided
+  assert elements('all-gather', 'pred') == 8 * (9 + 1 + 1)  # a picture has no padding
+  assert elements('all-gather', 'f32') == 8 * ((5 + 9) * 16 + 2 * 4 * 16 + 2 * decided)
+  assert elements('reduce-scatter', 'f32') == (5 + 9) * 2 * 16 + 2 * 4 * 16
 
 
 def test_a_device_holds_the_logits_of_its_own_rows_alone():

@@ -2,8 +2,8 @@
 
 import json
 import pathlib
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,23 +15,19 @@ from tests import process_step, processes, tiny
 pytestmark = pytest.mark.slow
 
 
-def _free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
 def test_loss_and_gradients_are_those_of_one_device(tmp_path):
-  port = _free_port()
-  started = [subprocess.Popen(
-      [sys.executable, '-m', 'tests.process_step', f'127.0.0.1:{port},2,{i}', str(tmp_path / f'{i}.json'), *process_step.CASES],
-      cwd=processes.ROOT, env=processes.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
-  said = [p.communicate()[0].decode() for p in started]
-  assert [p.returncode for p in started] == [0, 0], '\n'.join(said)
+  """The launcher starts them, in a tree whose launch/train.py takes one step."""
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(processes.ROOT / processes.TWO[0], tmp_path / 'launch')
+  (tmp_path / 'launch/train.py').write_text('import sys\nfrom tests import process_step\nprocess_step.main(*sys.argv[1:])\n')
+  processes.run([*processes.TWO, '--', str(tmp_path), *process_step.CASES], folder=tmp_path)
   for i in range(2):
     out = json.loads((tmp_path / f'{i}.json').read_text())
-    assert out.pop('devices') == [4, 8]
-    for name, found in out.items():
+    assert out['devices'] == [4, 8]
+    # Batch shards of process i; where `model` spans both, each has the only one.
+    assert out['shards'] == {'data': [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3], 'halves': [i], 'model': [0]}
+    assert set(out['cases']) == set(process_step.CASES)
+    for name, found in out['cases'].items():
       assert found['loss'] <= 1e-5, name
       assert found['gradients'] <= 2e-5, name
       assert found['margin'] > 1e-5, name

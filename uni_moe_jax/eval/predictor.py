@@ -17,7 +17,7 @@ from uni_moe_jax.data.tokenizer import Tokenizer
 from uni_moe_jax.model import decode, inputs, similarity
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.trie import Trie
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.tasks import Kind
 
 INPUTS = ('id', 'pixels', 'text', 'text_valid', 'position')  # fields of a batch that are no targets
@@ -46,12 +46,7 @@ class Predictor:
     """Normalised features [V, D] of a target set, on every device; of synonyms their mean."""
     if name not in self._features:
       spec, target = self._sets[name]
-      if spec.is_vocabulary:
-        parts = [inputs.word_sequence(name, spec.condition, ids, self._tokenizer.eot) for ids in
-                 np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))]
-      else:
-        parts = inputs.set_sequences(name, spec.condition, [_all_texts(b) for b in target.buckets], target.order,
-                                     spec.label_prompts)
+      parts = set_sequences(spec, target, self._tokenizer.eot)
       rows = [np.asarray(encode(self._model, self._params, p))[:, 0] for p in parts]
       if not spec.is_vocabulary:
         rows = [_mean_of_synonyms(r, b) for r, b in zip(rows, target.buckets, strict=True)]
@@ -88,6 +83,15 @@ class Predictor:
       rows = self._tokenizer.encode_batch(list(self._sets[name][1].texts))
       self._tries[name] = Trie.of([*row, self._tokenizer.eot] for row in rows)
     return self._tries[name]
+
+
+def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence, ...]:
+  """What is encoded for a target set, each at once: the texts of a length, or a part of a vocabulary."""
+  if spec.is_vocabulary:
+    words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))
+    return tuple(inputs.word_sequence(spec.name, spec.condition, ids, eot) for ids in words)
+  return inputs.set_sequences(
+      spec.name, spec.condition, tuple(_all_texts(b) for b in target.buckets), target.order, spec.label_prompts)
 
 
 def _all_texts(bucket: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ def routes(choice: Choice, valid: jax.Array | None, capacity: float, parts: int,
     capacity: factor f, or 0 for exact routing. Slots are given position by position over the batch, so that a later position
       never takes a slot from an earlier one of any sample; at one position first choices come first.
     parts: into how many equal runs of positions S falls, each with a capacity of its own (2 for [words | queries]).
-    backend: one of `grouped.BACKENDS` or 'auto'.
+    backend: one of `grouped.BACKENDS`, 'auto' or 'xla'.
   """
   B, S, K = choice.expert.shape
   E = choice.logits.shape[-1]

@@ -11,23 +11,24 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 BACKENDS = ('loop', 'buffers', 'ragged', 'megablox')
-AUTO = 'auto'
+AUTO, XLA = 'auto', 'xla'
 _TILE = 128        # rows of a product on CPU: larger ones compute more of their neighbours, smaller ones read kernels more often
 _MEGABLOX_ROWS = 128
 
 
 def choose(backend: str, capacity: bool, platform: str | None = None) -> str:
-  """The backend that 'auto' means; others mean themselves.
+  """The backend that 'auto' means, or 'xla': the same without a kernel that is compiled on its device alone. Others mean
+  themselves.
 
   Args:
-    backend: one of `BACKENDS` or 'auto'.
+    backend: one of `BACKENDS`, 'auto' or 'xla'.
     capacity: whether groups are bounded. Without a bound, equal groups would have room for every token.
     platform: that computes, 'cpu', 'gpu' or 'tpu'; by default that of the first device.
   """
-  if backend != AUTO:
+  if backend not in (AUTO, XLA):
     return backend
   platform = platform or jax.default_backend()
-  if platform == 'tpu':
+  if platform == 'tpu' and backend == AUTO:
     return 'megablox'
   return 'buffers' if capacity else {'cpu': 'loop'}.get(platform, 'ragged')
 

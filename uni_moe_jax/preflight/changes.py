@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import ml_collections
 
@@ -39,8 +39,21 @@ class Change:
 
   @property
   def flags(self) -> str:
-    """As on the command line."""
-    return ' '.join(f'--config.{name}={value}' for name, value in self.fields)
+    """See `typed`."""
+    return typed(self.fields)
+
+
+def typed(fields: Iterable[tuple[str, object]]) -> str:
+  """Fields and their values as on the command line; those with a name that no flag can have (an evaluator may be 'masked words'),
+  as lines of the config file."""
+  flags, lines = [], []
+  for name, value in fields:
+    parts = name.split('.')
+    if all(p.isidentifier() for p in parts):
+      flags.append(f'--config.{name}={value}')
+    else:
+      lines.append('config' + ''.join(f'.{p}' if p.isidentifier() else f'[{p!r}]' for p in parts) + f' = {value!r}')
+  return ', '.join([' '.join(flags)] * bool(flags) + [f'in the config file: {"; ".join(lines)}'] * bool(lines))
 
 
 def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False) -> Iterator[Change]:
@@ -82,43 +95,56 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """A change, or several together, that was tried. needs: bytes of a device, None where the compiler did not say."""
+  """A change, or several together, that was tried.
+
+  Attributes:
+    changes: made to the config.
+    needs: bytes of a device, of the program that needed most before; None where the compiler did not say.
+    lacks: name of a program that does not fit, '' where all do that must.
+  """
   changes: tuple[Change, ...]
-  fits: bool
   needs: float | None
+  lacks: str = ''
+
+  @property
+  def fits(self) -> bool:
+    return not self.lacks
 
 
 def cheapest(
     config: Config, needs: float | None, mesh_of: Callable[[Config], Mapping[str, int]], state_of: Callable[[Config], float],
-    memory: float, try_it: Callable[[Config], tuple[bool, float | None]], evaluation: bool = False,
-    may_go_on: Callable[[], bool] = lambda: True) -> list[Trial]:
+    memory: float, try_it: Callable[[Config], tuple[float | None, str] | None], evaluation: bool = False) -> list[Trial]:
   """Tries changes one by one, then together in their order, until something fits: the last trial says whether it did.
 
   Args:
     config: that does not fit. needs: bytes that it needs on a device, or None.
     mesh_of: config → size per axis. state_of: config → bytes of the train state on a device, computed and not compiled: where
       that alone is too large, nothing is compiled.
-    memory: bytes of a device. try_it: config → (whether it fits, bytes that it needs).
-    evaluation: see `candidates`. may_go_on: asked before each try.
+    memory: bytes of a device. try_it: config → `needs` and `lacks` of a `Trial`, or None: there is no time.
+    evaluation: see `candidates`.
   """
   trials: list[Trial] = []
 
   def attempt(changes: tuple[Change, ...], changed: Config) -> bool:
-    if state_of(changed) >= memory or not may_go_on():
+    found = None if state_of(changed) >= memory else try_it(changed)
+    if found is None:
       return False
-    trials.append(Trial(changes, *try_it(changed)))
+    trials.append(Trial(changes, *found))
     return trials[-1].fits
 
   saved: dict[str, float] = {}
+  useless: set[str] = set()  # what saves nothing: a batch of evaluators, where a target set needs more
   for change in candidates(config, mesh_of(config), evaluation):
     if len(trials) < _SINGLES and attempt((change,), change.apply(config)):
       return trials
     if trials and trials[-1].changes == (change,) and needs and trials[-1].needs:
       saved[change.flags] = needs - trials[-1].needs
+      useless |= {change.name} if saved[change.flags] <= 0 else set()
   together, changed, expected = (), config, needs or math.inf
   while len(trials) < _SINGLES + _TOGETHER:
     done = {c.name for c in together}
-    follow = next((c for c in candidates(changed, mesh_of(changed), evaluation) if c.name not in done or c.again), None)
+    follow = next((c for c in candidates(changed, mesh_of(changed), evaluation)
+                   if c.name not in useless and (c.name not in done or c.again)), None)
     if follow is None:
       break
     expected -= saved.get(follow.flags, 0.0)
@@ -126,6 +152,6 @@ def cheapest(
     together = (*(c for c in together if c.name != follow.name), follow)
     changed = follow.apply(changed)
     hopeful = needs is None or expected <= _HOPE * memory or follow.flags not in saved
-    if len(together) > 1 and hopeful and attempt(together, changed):
+    if hopeful and together not in [t.changes for t in trials] and attempt(together, changed):
       break
   return trials

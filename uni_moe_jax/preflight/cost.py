@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from uni_moe_jax.preflight.hlo import Computation, Module, Op, Shape, trip_count
+from uni_moe_jax.preflight.hlo import Computation, Module, Op, Shape, groups, trip_count
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all',
                'collective-broadcast')
@@ -194,25 +194,15 @@ def _kernel(op: Op) -> Cost:
   if 'tpu_custom_call' not in op.attribute('custom_call_target'):
     return Cost()
   said = re.search(r'"cost_estimate":\{"flops":"?(\d+)', op.attributes)
-  return Cost(flops=float(said[1])) if said else Cost(unknown_kernels=1)
-
-
-def group_size(op: Op, devices: int) -> int:
-  """How many devices take part in one group of a collective."""
-  groups = op.attribute('replica_groups')
-  if found := re.match(r'\[\d+,(\d+)\]', groups):
-    return int(found[1])
-  if found := re.match(r'mesh\[(.*?)\]\s*\{(.*?)\}', groups):
-    sizes = dict((name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1]))
-    return math.prod(sizes[name] for name in re.findall(r"'([^']*)'", found[2]))
-  if found := re.match(r'\{\{([\d,]+)\}', groups):
-    return found[1].count(',') + 1
-  return devices
+  if said:
+    return Cost(flops=float(said[1]))
+  # What makes integers alone counts or sorts, as the kernel before a ragged product does.
+  return Cost(unknown_kernels=int(any(s.dtype[0] not in 'su' for s in op.shapes)))
 
 
 def _collective(where: Computation, op: Op, kind: str, devices: int) -> Cost:
   """Payload: what is reduced, the gathered whole, what is exchanged. Sent: what every device must send at least, as rings do."""
-  n = group_size(op, devices)
+  n = len(groups(op, devices)[0])
   operands = sum(s.bytes for s in where.shapes_of(op))
   payload = operands * n if kind == 'all-gather' else operands
   others = (n - 1) / n

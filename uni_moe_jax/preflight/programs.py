@@ -16,11 +16,14 @@ from uni_moe_jax.data.declared import DeclaredData
 from uni_moe_jax.data.mixtures import PER_BATCH
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import inputs
-from uni_moe_jax.plan import Plan, TaskSpec
+from uni_moe_jax.plan import TaskSpec
 from uni_moe_jax.preflight import cost, hlo
 from uni_moe_jax.train import setup
 from uni_moe_jax.train.setup import Run
 
+# Which program: of a training step, None or the task of a sampled mixture; or this one.
+EVALUATION = ('evaluation',)
+Which = str | None | tuple[str]
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -100,8 +103,13 @@ def train_step(run: Run, task: str | None) -> Program:
   """
   tasks = run.plan.tasks if task is None else run.plan.only(task).tasks
   name = 'train step' if task is None else f'train step, {task}'
-  args = (run.like(), batch_shapes(run, tasks), _set_shapes(run))
-  return _compiled(name, sum(t.batch for t in tasks), run, lambda: run.step_fn(task).lower(*args), *state_bytes(run))
+  return _compiled(name, sum(t.batch for t in tasks), run, lambda: lowered_step(run, task), *state_bytes(run))
+
+
+def lowered_step(run: Run, task: str | None = None) -> jax.stages.Lowered:
+  """The training step before it is compiled; see `train_step`."""
+  tasks = run.plan.tasks if task is None else run.plan.only(task).tasks
+  return run.step_fn(task).lower(run.like(), batch_shapes(run, tasks), set_shapes(run))
 
 
 def steps(run: Run) -> list[str | None]:
@@ -115,22 +123,32 @@ def steps(run: Run) -> list[str | None]:
 
 
 def evaluation(run: Run) -> Program:
-  """Features of a batch of inputs, as evaluators ask for them: of the evaluator whose batch has most tokens; a run without
-  evaluators is asked a task that it trains, in its batch."""
-  asked = [dataclasses.replace(e.task, batch=e.batch) for e in run.plan.evaluations] or run.plan.tasks
-  task = max(asked, key=lambda t: _tokens(run, t))
-  return _evaluation(run, task, task.batch)
-
-
-def _evaluation(run: Run, task: TaskSpec, batch: int) -> Program:
+  """Features of what evaluation encodes at once, see `evaluated`."""
+  name, examples, sequence = evaluated(run)
   whole = sharding.replicated(run.mesh)
-  fields = {k: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=whole)
-            for k, (shape, dtype) in _fields(run, task, training=False).items() if k in predictor.INPUTS}
-  sequence = jax.eval_shape(lambda f: inputs.input_sequence(task.kind, f), fields)
   sequence = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), sequence)
   params = run.like().params
   lower = lambda: predictor.encode.lower(run.spec.model, params, sequence)
-  return _compiled(f'evaluation, {task.kind.name}', batch, run, lower, state_bytes(run)[0], 0.0)
+  return _compiled(f'evaluation, {name}', examples, run, lower, state_bytes(run)[0], 0.0)
+
+
+def evaluated(run: Run) -> tuple[str, int, Any]:
+  """(what, how many rows, the shapes of the sequence) of what evaluators encode at once and has most tokens: the inputs of a
+  batch, or texts of a target set. A run without evaluators is asked the tasks that it trains, in their batches."""
+  asked = [dataclasses.replace(e.task, batch=e.batch) for e in run.plan.evaluations] or run.plan.tasks
+  task = max(asked, key=lambda t: _tokens(run, t))
+  fields = {k: jax.ShapeDtypeStruct((task.batch, *shape), dtype)
+            for k, (shape, dtype) in _fields(run, task, training=False).items() if k in predictor.INPUTS}
+  of_inputs = jax.eval_shape(lambda f: inputs.input_sequence(task.kind, f), fields)
+  found = [(_tokens(run, task), task.kind.name, task.batch, of_inputs)]
+  specs = {s.name: s for s in (*run.plan.sets, *run.plan.probe_sets)}
+  for name in sorted({t.target_set for t in asked if t.target_set}):
+    texts = lambda: predictor.set_sequences(specs[name], run.data.sets[name], run.data.tokenizer.eot)
+    for sequence in jax.eval_shape(texts):
+      rows, length = sequence.text.shape
+      found.append((rows * (1 + length), f'target set {name}', rows, sequence))
+  _, what, rows, sequence = max(found, key=lambda one: one[0])
+  return what, rows, sequence
 
 
 def batch_shapes(run: Run, tasks: Sequence[TaskSpec]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -171,7 +189,7 @@ def _tokens(run: Run, task: TaskSpec) -> int:
   return task.batch * (1 + frames * spec.patches + words)
 
 
-def _set_shapes(run: Run):
+def set_shapes(run: Run):
   """Shapes and shardings of the target sets, as `Run.sets` places them."""
   whole = sharding.replicated(run.mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), setup.set_arrays(run.data, run.plan))

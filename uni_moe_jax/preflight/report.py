@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from uni_moe_jax.preflight import changes
 from uni_moe_jax.preflight.changes import Trial
 from uni_moe_jax.preflight.fit import Largest
 from uni_moe_jax.preflight.programs import Program
@@ -18,8 +19,9 @@ class Findings:
   Attributes:
     config: what was looked at, in words. topology, mesh, devices: what it would run on. memory: bytes of a device, or None.
     parameters: {'total', 'used_per_token'}. assumed: what was taken for granted about data that was not read.
-    programs: the training step first. largest: None where it was not asked for, or nothing is known of the device.
-    trials: what was tried because a program does not fit; if the last one fits, `largest` is of the config so changed.
+    programs: the training steps, and evaluation last. seconds: that all of it took.
+    largest: None where it was not asked for, or nothing is known of the device.
+    trials: what was tried because a program does not fit; if the last one fits, all do, and `largest` is of the config so changed.
     had_no_time: the search had no time for another compile.
   """
   config: str
@@ -30,6 +32,7 @@ class Findings:
   parameters: dict[str, int]
   assumed: tuple[str, ...]
   programs: tuple[Program, ...]
+  seconds: float
   largest: Largest | None = None
   trials: tuple[Trial, ...] = ()
   had_no_time: bool = False
@@ -49,8 +52,8 @@ def as_json(f: Findings) -> dict[str, Any]:
       'largest_batch': f.largest and {
           'per_device': f.largest.examples, 'does_not_fit': f.largest.too_large, 'estimate': f.largest.estimate,
           'tried': [{'per_device': n, 'bytes': b} for n, b in f.largest.tried]},
-      'had_no_time': f.had_no_time,
-      'changes': [{'flags': _flags(t), 'costs': [c.costs for c in t.changes], 'fits': t.fits, 'bytes': t.needs}
+      'had_no_time': f.had_no_time, 'seconds': f.seconds,
+      'changes': [{'flags': _flags(t), 'costs': [c.costs for c in t.changes], 'fits': t.fits, 'lacks': t.lacks, 'bytes': t.needs}
                   for t in f.trials],
   }
 
@@ -73,7 +76,7 @@ def _roofline(f: Findings, p: Program) -> Roofline | None:
 
 
 def _flags(t: Trial) -> str:
-  return ' '.join(c.flags for c in t.changes)
+  return changes.typed(field for c in t.changes for field in c.fields)
 
 
 def render(f: Findings) -> str:
@@ -90,6 +93,7 @@ def render(f: Findings) -> str:
     lines += ['', *_about_largest(f)]
   if f.had_no_time:
     lines += ['The search ended here: another compile would not have ended in time (--minutes).']
+  lines += ['', f'It took {f.seconds:.0f} s.']
   if f.topology.chip.source:
     lines += ['', f'Peaks of the chip: {f.topology.chip.source}']
   return '\n'.join(lines)
@@ -124,8 +128,7 @@ def _about(f: Findings, p: Program) -> Iterable[str]:
 def _about_largest(f: Findings) -> Iterable[str]:
   found = f.largest
   tried = ', '.join(f'{n} ({"too large" if b is None else _gib(b)})' for n, b in found.tried)
-  what = 'largest batch of a device, so changed' if f.trials and f.trials[-1].fits and not all(
-      p.fits(f.memory) for p in f.programs[:-1]) else 'largest batch of a device'
+  what = 'largest batch of a device, so changed' if f.trials and f.trials[-1].fits else 'largest batch of a device'
   if not found.examples:
     yield f'{what}: none that was tried fits; tried {tried}'
     return
@@ -138,15 +141,13 @@ def _about_largest(f: Findings) -> Iterable[str]:
 def _about_trials(f: Findings) -> Iterable[str]:
   yield 'tried, because it does not fit:'
   for t in f.trials:
-    yield (f'  {_flags(t)}: {"unknown bytes" if t.needs is None else _gib(t.needs)}, {"fits" if t.fits else "does not fit"} '
+    verdict = 'fits' if t.fits else f'{t.lacks} does not fit'
+    yield (f'  {_flags(t)}: {"unknown bytes" if t.needs is None else _gib(t.needs)}, {verdict} '
            f'({"; ".join(c.costs for c in t.changes)})')
   if not f.trials[-1].fits:
     yield 'Nothing that was tried fits: ' + ('give it more minutes, or more devices.' if f.had_no_time else 'use more devices.')
     return
   yield f'Change this: {_flags(f.trials[-1])}'
-  *steps, evaluation = (p.fits(f.memory) for p in f.programs)
-  if not evaluation and not all(steps):
-    yield 'Evaluation did not fit either: look again with this change.'
 
 
 def _gib(size: float) -> str:

@@ -1,0 +1,28 @@
+"""Writes the compiled training step of a small model for four TPU chips that are not there: python -m tests.tpu_step FILE."""
+
+import pathlib
+import sys
+
+MESH = dict(data=2, expert=2)
+WIDTH, HIDDEN, EXPERTS = 128, 256, 16
+ROWS = 2  # distinct router inputs: pictures, and names
+
+
+def main(file: str) -> None:
+  from uni_moe_jax.preflight import topology
+  where = topology.parse('v5e:2x2')
+  topology.prepare_environment(where)
+  from tests import tiny
+  from uni_moe_jax.preflight import programs
+
+  c = tiny.config('shape')
+  c.model.update(dict(layers=6, width=WIDTH, heads=2, hidden=HIDDEN, dtype='bfloat16', remat=True))
+  c.moe.update(dict(num_experts=EXPERTS, placement='odd'))
+  c.declared.entries.shapes = ((8, 16),)
+  c.mesh.update(dict(MESH, fsdp=True))
+  run = programs.prepare(c, topology.devices(where))
+  pathlib.Path(file).write_text(programs.lowered_step(run).compile().as_text())
+
+
+if __name__ == '__main__':
+  main(sys.argv[1])
