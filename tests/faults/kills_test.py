@@ -125,7 +125,7 @@ def test_how_long_a_save_takes_is_what_orbax_wrote_down(tmp_path):
   assert kills.save_seconds(tmp_path) == 3.
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, capsys):
   assert suite.run(('kills',), suite.QUICK, 0, tmp_path, keep=True) == 0, capsys.readouterr().out
   assert ' inside a save (' in capsys.readouterr().out
