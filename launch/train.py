@@ -9,6 +9,7 @@ Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 e
 from absl import flags
 
 from uni_moe_jax import cli, distributed
+from uni_moe_jax.exit_codes import PREEMPTED
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and the report.', required=True)
@@ -18,11 +19,10 @@ _DISTRIBUTED = flags.DEFINE_string('distributed', distributed.OFF, distributed.H
 _ACCEPT_VERSIONS = flags.DEFINE_bool(
     'accept_versions', False, 'Go on with a run although packages have other versions than when it began.')
 flags.mark_flag_as_required('config')
-_PREEMPTED = 75
 
 
 def main() -> int:
-  with cli.ended_by_signals(_PREEMPTED):  # until the loop takes care of them
+  with cli.ended_by_signals(PREEMPTED):  # until the loop takes care of them
     from uni_moe_jax import resolve
     from uni_moe_jax.data import storage
     from uni_moe_jax.train import workdir

@@ -13,6 +13,7 @@ _MAX_MAIN_LINES = 80
 # room -> (the rooms it may import besides itself, why)
 _RULES = {
     'failures': ((), 'what befalls a run can befall every room'),
+    'exit_codes': ((), 'numbers that the shell knows, too'),
     'attributes': ((), 'the bits of a token follow from plain values; all others read them'),
     'tasks': (('attributes',), 'a task kind is a declaration from which attributes follow'),
     'plan': (('attributes', 'tasks'), 'the static facts of a run are made of kinds and conditions'),
@@ -26,7 +27,7 @@ _RULES = {
     'recipes': (('config',), 'a recipe fills in a config, as a person would'),
     'benchmarks': (('config',), 'a table of tasks fills in a config, as a recipe does'),
     'cli': (
-        ('failures', 'attributes', 'tasks', 'plan', 'config', 'files'),
+        ('failures', 'exit_codes', 'attributes', 'tasks', 'plan', 'config', 'files'),
         'a mistyped command is answered before anything slow is loaded',
     ),
     'distributed': ((), 'processes find each other before anything of the run is loaded'),
@@ -49,17 +50,17 @@ _RULES = {
         'an evaluator is given functions, so that every model is measured alike',
     ),
     'train': (
-        ('files', 'failures', 'attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding', 'losses', 'model', 'data',
-         'eval'),
+        ('files', 'failures', 'exit_codes', 'attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding', 'losses',
+         'model', 'data', 'eval'),
         'the trainer joins the other rooms; experts it knows only through the model',
     ),
-    'restarts': (('train',), 'it reads from a work directory how far the command that it starts has come'),
+    'restarts': (('exit_codes', 'train'), 'it reads from a work directory how far the command that it starts has come'),
     'regimes': (
         ('tasks', 'plan', 'config', 'resolve', 'recipes', 'train'),
         'a regime makes a config from that of a run, which lies in its work directory',
     ),
     'study': (
-        ('plan', 'config', 'resolve', 'recipes', 'data', 'eval', 'train', 'regimes'),
+        ('exit_codes', 'plan', 'config', 'resolve', 'recipes', 'data', 'eval', 'train', 'regimes'),
         'it reads what the commands wrote into work directories, and compares it',
     ),
     'compare': (
@@ -81,7 +82,7 @@ _RULES = {
         'it times the real step, the real decoder and the merged model, and nothing that is timed knows of it',
     ),
     'faults': (
-        ('failures', 'config', 'resolve', 'recipes', 'cli', 'data', 'train', 'restarts'),
+        ('failures', 'exit_codes', 'config', 'resolve', 'recipes', 'cli', 'data', 'train', 'restarts'),
         'it breaks what the commands make, and nothing that is broken knows of it',
     ),
     'figures': ((), 'numbers in, pictures out: a figure does not know what its numbers mean'),

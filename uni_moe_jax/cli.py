@@ -14,9 +14,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from uni_moe_jax import failures, files
+from uni_moe_jax.exit_codes import ERROR, USAGE
 from uni_moe_jax.tasks import nearest
 
-ERROR, USAGE = 1, 2
 _MOST = 200  # characters of a path that are shown
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 

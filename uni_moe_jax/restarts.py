@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from uni_moe_jax.exit_codes import FINISHED, PREEMPTED, USAGE
 from uni_moe_jax.train.workdir import saved_step
 
-FINISHED, USAGE, PREEMPTED = 0, 2, 75
 LONGEST_WAIT = 600.0  # seconds
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _ENDED_BY_IT = 128 + signal.SIGTERM  # it was asked to stop before it could save

@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from uni_moe_jax.exit_codes import FINISHED, PREEMPTED
 from uni_moe_jax.faults import kills, moved_run, recorded
 from uni_moe_jax.train.workdir import saved_step
 
 MOST = 1e-5  # that a loss may differ
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _LONGEST = 900.0  # seconds of one leg, in which every process compiles
-_STOPPED = 75
 
 # step -> (tasks that its processes name, hashes of its rows), both sorted
 Rows = dict[int, tuple[list[str], list[str]]]
@@ -96,7 +96,7 @@ class Course:
       with _log(workdir, i).open('ab') as log:
         processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment))
     codes = _wait(processes)
-    if set(codes) != {0 if until == self.steps else _STOPPED} or saved_step(workdir) != until:
+    if set(codes) != {FINISHED if until == self.steps else PREEMPTED} or saved_step(workdir) != until:
       said = '; '.join(_log(workdir, i).read_text(errors='replace')[-300:] for i in range(place.processes))
       raise Ended(f'{workdir.name} on {place}, to step {until}: exit codes {codes}, step {saved_step(workdir)}: {said}')
     return workdir
@@ -244,7 +244,7 @@ def _wait(processes: Sequence[subprocess.Popen]) -> list[int]:
   """Exit codes; once one has failed or the time is up, the others are killed, which would wait for it."""
   end = time.monotonic() + _LONGEST
   while any(p.poll() is None for p in processes):
-    if time.monotonic() > end or any(p.poll() not in (None, 0, _STOPPED) for p in processes):
+    if time.monotonic() > end or any(p.poll() not in (None, FINISHED, PREEMPTED) for p in processes):
       for p in processes:
         p.kill()
     time.sleep(.05)

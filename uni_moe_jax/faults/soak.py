@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from uni_moe_jax import failures
+from uni_moe_jax.exit_codes import FINISHED, PREEMPTED
 from uni_moe_jax.faults.kills import metric_lines
 from uni_moe_jax.train.workdir import CHECKPOINTS, RUN_FILE, saved_steps
 
@@ -26,7 +27,6 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _EVERY = 5.0  # seconds between samples
 _WARM_UP = 0.25  # share of the time whose samples do not count
 _CONSTANT_SHARE = 0.1  # of the time, before and after, for the same loop on one batch
-FINISHED, PREEMPTED = 0, 75
 SLOPE, RATIO = 20.0, 1.05  # MB per hour; real-data step / constant-batch step
 _DRIFT = 0.03  # between the medians before and after, with which a ratio of RATIO can still be told from 1
 IDLE = 0.5  # load average of a machine on which nothing else runs

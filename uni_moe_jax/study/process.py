@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-FINISHED, PREEMPTED = 0, 75
+from uni_moe_jax.exit_codes import FINISHED, PREEMPTED
 
 
 def run(command: Sequence[str], root: pathlib.Path) -> int:

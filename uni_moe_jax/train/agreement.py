@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uni_moe_jax import failures, sharding
+from uni_moe_jax.exit_codes import ERROR
 
-_ERROR = 1  # exit code
 # What JAX, its collectives and its coordination service say where a process that they talk to is not there any more.
 _LOST = re.compile(
     r'\bGloo\b|\bNCCL\b|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|[Cc]oordination service|[Bb]arrier|Connection (reset|closed)')
@@ -76,13 +76,13 @@ def ends_with_the_others(end: Callable[[int], None] = os._exit) -> Iterator[None
     print(f'error: another process of this run has died or cannot be reached ({line.strip()[:200]}). Its own log says why; the '
           'same command, given to all, continues from the newest checkpoint.', file=sys.stderr, flush=True)
     sys.stdout.flush()
-    end(_ERROR)
+    end(ERROR)
 
 
 def _leave(end: Callable[[int], None]) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
-  end(_ERROR)
+  end(ERROR)
 
 
 def _chain(e: BaseException | None) -> str:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from uni_moe_jax import distributed
+from uni_moe_jax.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.files import write_json
 from uni_moe_jax.resolve import check_trains
 from uni_moe_jax.train.agreement import AnyProcess, check_same_data, ends_with_the_others, first_says, total
@@ -26,8 +27,6 @@ from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.setup import Run, build, conditions, first_state
 from uni_moe_jax.train.watchdog import BATCH, SAVE, START, STEP, Watchdog
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, keep_tokenizer, lock, saved_step
-
-FINISHED, ERROR, PREEMPTED = 0, 1, 75
 
 
 class Stop:

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-_HANGS = 1  # exit code
+from uni_moe_jax.exit_codes import ERROR
+
 _TICKS = 20  # per limit
 START = 'starting'
 BATCH = 'waiting for the batch'
@@ -79,4 +80,4 @@ class Watchdog:
           f'{_LOOK_AT[name]} If it is only slow, raise the limit; 0 switches it off. The same command continues from the newest '
           'checkpoint. Where every thread stands:', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    self._end(_HANGS)
+    self._end(ERROR)
