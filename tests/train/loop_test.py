@@ -203,6 +203,7 @@ def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, cap
     return put(run, batch)
 
   monkeypatch.setattr(setup.Run, 'put', spoil)
+  monkeypatch.setattr(setup.Mixture, 'bad_examples', lambda _: len(calls) // 2)
   c = _config()
   c.train.max_bad_steps = 3
   assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code
@@ -215,6 +216,7 @@ def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, cap
     assert not said
     assert [line['skipped'] for line in _lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
     assert ['loss/shape' in line for line in _lines(tmp_path)] == [True, False, False, True, False, False]
+    assert [line.get('bad_examples') for line in _lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
 
 
 @pytest.mark.slow

@@ -35,16 +35,6 @@ def test_a_number_that_was_missing_in_some_steps_is_averaged_over_the_others(tmp
   assert _lines(tmp_path)[0]['loss/a'] == 2
 
 
-def test_more_of_a_step_is_no_step(tmp_path):
-  with mock.patch('time.perf_counter', side_effect=[0., 2.]), MetricsLog(tmp_path, 0, 2) as log:
-    log.add({'loss/a': 1.})
-    log.add({'loss/a': 3.})
-    log.add({'bad_examples': 5}, step=False)
-    log.write(2)
-  [line] = _lines(tmp_path)
-  assert (line['loss/a'], line['bad_examples'], line['steps_per_second']) == (2, 5, 1)
-
-
 def test_lines_after_the_step_that_is_resumed_are_dropped(tmp_path):
   with MetricsLog(tmp_path, 0, 6) as log:
     for step in (2, 4, 6):

@@ -188,11 +188,10 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
       pending = {**metrics, **measured}
       if done % c.train.log_every == 0 or done == last:
         with watchdog.phase(STEP, done):
+          if bad := total(mixture.bad_examples()):  # of files, in all processes, since they began
+            pending['bad_examples'] = bad
           if not _take(log, pending, c, done):
             return ERROR
-          bad = total(mixture.bad_examples())  # of files, in all processes, since they began
-        if bad:
-          log.add({'bad_examples': bad}, step=False)
         with watchdog.phase(SAVE, done):
           pending, means = None, log.write(done)
       else:

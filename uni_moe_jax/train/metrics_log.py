@@ -40,13 +40,13 @@ class MetricsLog:
     if self._bar:
       self._bar.close()
 
-  def add(self, metrics: dict[str, float], step: bool = True) -> None:
-    """One step's scalars; step: False for more of the same step."""
+  def add(self, metrics: dict[str, float]) -> None:
+    """One step's scalars."""
     for k, v in metrics.items():
       total, n = self._sums.get(k, (0.0, 0))
       self._sums[k] = total + float(v), n + 1
-    self._count += step
-    if self._bar and step:
+    self._count += 1
+    if self._bar:
       self._bar.update(1)
 
   def write(self, step: int) -> dict[str, float]:
