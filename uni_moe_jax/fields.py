@@ -16,7 +16,6 @@ _STRING, _NUMBER = (str,), (int, float)
 # What tuples hold, where the default does not show it.
 _ITEMS = {'model.video_mean': _NUMBER, 'model.video_std': _NUMBER, 'model.temperatures': _STRING, 'captions': _STRING,
           'optim.rules': (tuple,)}
-_PATHS = (('data', 'dir'), ('train', 'init'), ('tokenizer', 'file'), ('tokenizer', 'merges'))
 _LARGEST = 2**53  # beyond it, not every integer is a float
 
 
@@ -27,7 +26,7 @@ def check(c: ml_collections.ConfigDict) -> None:
     ValueError: the first field that is missing, unknown, of another type than its default, not a finite number, or an address.
   """
   _section('', c, config.base())
-  for section, field in _PATHS:
+  for section, field in config.PATHS:
     files.check_local(c[section][field], f'config.{section}.{field}')
 
 

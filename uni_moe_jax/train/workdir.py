@@ -26,7 +26,6 @@ LOCK_FILE = '.lock'
 CHECKPOINTS = 'checkpoints'  # the folder in which each has one, named by its step
 DAMAGED = 'damaged'  # the folder into which those go that are found to be damaged
 TOKENIZER_STEM = 'tokenizer'
-PLACES = (('data', 'dir'), ('tokenizer', 'file'), ('tokenizer', 'merges'), ('train', 'init'))  # fields that are paths
 # What computes, and what reads data; `av` is an extra.
 VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy', 'tensorflow-datasets', 'array_record', 'av')
 _ABSENT = 'absent'
@@ -195,7 +194,7 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   stored, trained, converted = (json.loads(file.read_text()) if file.exists() else {} for file in (
       pathlib.Path(workdir) / name for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE)))
   config = stored['config']
-  for section, field in PLACES:
+  for section, field in config_lib.PATHS:
     if field in config.get(section, {}):
       config[section][field] = pathlib.Path(config[section][field]).name
   for target_set in config['sets'].values():
