@@ -237,9 +237,9 @@ def _row(
 
 def _usable(name: str, value: Any) -> bool:
   """Whether a field can be a column: of texts, a list of texts, or values that may be classes."""
+  texts = isinstance(value, list) and all(isinstance(x, str) for x in value)
   if name == 'captions':
-    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+    return texts
   if name in _ONE:
     return isinstance(value, str)
-  texts = isinstance(value, list) and all(isinstance(x, str) for x in value)
   return (texts or isinstance(value, (str, int, float))) and bool(_NAME.fullmatch(name)) and name != WHERE

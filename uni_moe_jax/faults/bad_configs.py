@@ -23,7 +23,7 @@ ODD_TEXTS = (*CODE, '', ' ', '\0', 'a' * 100_000, '../' * 40 + 'etc/passwd', '~n
               'line\nbreak', '{', '}', '{}', '{{name}', '{name!r:>9}', '{name:>99999999}', '[', '(?P<', '*', '-1', 'nan', 'None')
 # Paths of which the system says more than that nothing is there, or says that.
 UNREACHABLE = ('x' * 5000, 'x' * 300 + '/y', '/dev/null/x', '~nobody_of_this_name/x', '/proc/1/nothing/x',
-               *(() if os.geteuid() == 0 else ('/root/x', '/proc/1/root/x')))  # to root nothing is denied
+               *(() if os.geteuid() == 0 else ('/proc/1/fd/x', '/proc/1/root/x')))  # to root nothing is denied
 WRONG_TYPES: tuple[Any, ...] = (None, 'text', 3, 2.5, True, [], {}, [None], [{'a': 1}], {'a': 1}, [[[]]])
 _NOT_FINITE = (float('nan'), float('inf'), float('-inf'), 10**40, -10**40, 1e300)
 # Where a negative number is wrong. Elsewhere (means, seeds) it may be meant.

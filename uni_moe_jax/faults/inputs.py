@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import io
-import itertools
 import os
 import pathlib
 import random
@@ -78,7 +77,9 @@ def through_boundary(number: int, seed: int, folder: pathlib.Path,
   os.chdir(folder)  # where code that was executed would leave its mark
   try:
     with _libraries_silent():
-      for i in itertools.takewhile(lambda _: bad < number, range(10 * number)):
+      for i in range(10 * number):
+        if bad == number:
+          break
         rng = random.Random(f'{seed} {i}')
         place = folder / 'input'
         shutil.rmtree(place, ignore_errors=True)

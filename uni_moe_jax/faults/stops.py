@@ -15,6 +15,7 @@ from collections.abc import Callable
 from uni_moe_jax.faults import kills, planted
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_step
 
+WHOLE_OF_TWO = 'two_whole'  # trained by the first who needs it
 _SURVIVES = 150.0  # seconds, at most, without the other process
 # Room for some checkpoints of configs/small.py beside its metrics, and not for all that it writes.
 _KILOBYTES = 1100
@@ -91,13 +92,13 @@ def failed_process(trainer: kills.Trainer, _: pathlib.Path) -> tuple[list[str], 
 def _one_of_two(
     trainer: kills.Trainer, ended: kills.Trainer, how: str, end: Callable[[subprocess.Popen, pathlib.Path], list[str]]
 ) -> tuple[list[str], list[str]]:
-  """Two processes train one run undisturbed; then two of `ended`, of which `end` sees the second to its end: its findings."""
-  whole, workdir = (trainer.folder / f'two_{name}' for name in (f'whole_{how}', how))
-  for folder in (whole, workdir):
-    shutil.rmtree(folder, ignore_errors=True)
-    for log in _logs(folder):
-      log.unlink(missing_ok=True)
-  if any(codes := [kills.code_of(p) for p in _two(trainer, whole)]):
+  """Two processes of `ended` train one run, of which `end` sees the second to its end: its findings; then two of `trainer` go on, to
+  the end of two that were not disturbed."""
+  whole, workdir = trainer.folder / WHOLE_OF_TWO, trainer.folder / f'two_{how}'
+  shutil.rmtree(workdir, ignore_errors=True)
+  for log in _logs(workdir):
+    log.unlink(missing_ok=True)
+  if not whole.exists() and any(codes := [kills.code_of(p) for p in _two(trainer, whole)]):
     return [], [f'two processes: {" and ".join(map(kills.ending, codes))}, see {_logs(whole)[0]}']
 
   survivor, other = _two(ended, workdir)

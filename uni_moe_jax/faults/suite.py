@@ -86,6 +86,7 @@ class _Work:
 
   def stops(self) -> list[str]:
     whole = self._whole().workdir
+    shutil.rmtree(self._folder / stops.WHOLE_OF_TWO, ignore_errors=True)  # an earlier suite's
     findings = []
     for name, happen in (('hangs', stops.hangs), ('full disk', stops.full_disk), ('dead process', stops.dead_process),
                          ('failed process', stops.failed_process)):
