@@ -2,8 +2,8 @@
 
   python launch/soak.py --config=configs/embedded.py --minutes=40 --folder=runs/soak
 
-It wants a machine that does nothing else. It compiles first, in another process. The run on the data takes --minutes; before and
-after it the same loop runs on one batch, a tenth of that time each. Writes soak.json.
+It wants a machine that does nothing else. It compiles first, in another process. The run on the data takes --minutes; every now and
+then it is stopped, and the same loop on one batch has a turn, in a process of its own. Writes soak.json.
 
 Exit codes: 0 all passed, 1 something failed, 2 usage.
 """

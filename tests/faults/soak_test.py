@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -22,28 +23,38 @@ def test_slope_is_that_of_a_line_after_the_warm_up():
   assert rate == pytest.approx(36) and error == pytest.approx(0, abs=1e-6)
 
 
+def test_a_turn_is_compared_with_those_around_it():
+  constant = [[.1, .1, .4], [.2], [.4, .4], []]  # a machine that becomes slower
+  data = [[.15, .3, .15], [.36], [], [.4]]
+  np.testing.assert_allclose(soak.ratios(data, constant), [.15 / .15, .36 / .3])
+
+
 def _watched(step, growth=0., checkpoints=3, code=75, minutes=60., kept=(40, 45)):
   seconds = np.linspace(0, 60 * minutes, 60)
-  return soak.Watched(code, seconds, 500 + growth * seconds / 3600, 0 * seconds, checkpoints, 1, list(kept), np.full(10, step))
+  turns = [[s] * 3 for s in np.broadcast_to(step, 4).tolist()]
+  return soak.Watched(seconds.tolist(), (500 + growth * seconds / 3600).tolist(), [0.] * 60, turns, checkpoints, 1, list(kept), code)
 
 
-@pytest.mark.parametrize('data, after, load, failed', [
-    (_watched(.101), .1, .4, None), (_watched(.101), .1, .6, 'the load average was 0.60'),
-    (_watched(.101, growth=-50.), .1, .4, None), (_watched(.101, growth=25.), .1, .4, 'resident memory'),
-    (_watched(.12), .1, .4, 'real-data step'), (_watched(.101), .104, .4, 'before and 104.0 ms after'),
-    (_watched(.101, minutes=59.), .1, .4, 'watched for 59.00 minutes'),
-    (_watched(.101, code=0, minutes=59.), .1, .4, 'watched for 59.00 minutes'),
-    (_watched(.101, kept=(30, 39)), .1, .4, 'step 39 (at least 40'),
-    (_watched(.101, checkpoints=0, kept=()), .1, .4, 'step 0 (at least 40'),
-    (_watched(.101, checkpoints=4), .1, .4, 'at most 4 checkpoints'), (_watched(.101, kept=(30, 40, 45)), .1, .4, '3 checkpoints are left'),
-    (_watched(.101, code=1), .1, .4, 'exit code 1')])
-def test_each_figure_has_its_verdict(data, after, load, failed, capsys):
-  seen = {'one_batch_before': _watched(.1), 'data': data, 'one_batch_after': _watched(after)}
-  figures = soak.judged(seen, minutes=60., keep=2, save_every=10, load=load)
+@pytest.mark.parametrize('data, load, failed', [
+    (_watched(.101), .4, None), (_watched(.101), .6, 'the load average was 0.60'),
+    (_watched(.101, growth=-50.), .4, None), (_watched(.101, growth=25.), .4, 'resident memory'),
+    (_watched(.106), .4, 'real-data step'), (_watched([.08, .103, .18, .1]), .4, 'quartiles'),
+    (_watched(.101, minutes=59.), .4, 'watched for 59.00 minutes'), (_watched(.101, code=0, minutes=59.), .4, 'watched for 59.00 minutes'),
+    (_watched(.101, kept=(30, 39)), .4, 'step 39 (at least 40'),
+    (_watched(.101, checkpoints=0, kept=()), .4, 'step 0 (at least 40'),
+    (_watched(.101, checkpoints=4), .4, 'at most 4 checkpoints'), (_watched(.101, kept=(30, 40, 45)), .4, '3 checkpoints are left'),
+    (_watched(.101, code=1), .4, 'exit code 1')])
+def test_each_figure_has_its_verdict(data, load, failed, capsys):
+  figures = soak.judged(data, _watched(.1), minutes=60., keep=2, save_every=10, load=load)
   wrong = [said for said, good in figures['verdicts'].items() if not good]
   assert len(wrong) == (failed is not None) and all(failed in said for said in wrong)
   assert capsys.readouterr().out.count('PASS') == 9 - len(wrong)
-  assert len(json.loads(json.dumps(figures))['samples']['data']['load']) == 60
+  assert len(json.loads(json.dumps(figures))['seen']['data']['load']) == 60
+
+
+def test_what_cannot_be_compared_is_a_failure():
+  with pytest.raises(failures.Failure, match=r'\(exit code 75\).*\(exit code 1\) ended before they could be compared'):
+    soak.judged(_watched(.1), soak.Watched(turns=[[.1]], code=1), 60., 2, 10, 0.)
 
 
 _SMALL = str(pathlib.Path(__file__).resolve().parents[2] / 'configs/small.py')
@@ -74,24 +85,44 @@ folder = pathlib.Path(sys.argv[1])
 (folder / 'checkpoints/4').mkdir(parents=True)
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-for step in range(1, 500):
-  with open(folder / 'metrics.jsonl', 'a') as file:
-    file.write(json.dumps({'step': step, 'steps_per_second': 1. if step == 1 else 50.}) + '\\n')
+last = time.monotonic()
+for step in range(int(sys.argv[2])):
   time.sleep(.02)
+  now = time.monotonic()
+  with open(folder / 'metrics.jsonl', 'a') as file:
+    file.write(json.dumps({'step': step, 'steps_per_second': 1 / (now - last)}) + '\\n')
+  last = now
   if stop:
     sys.exit(75)
 '''
 
 
-def test_a_run_is_watched_from_its_first_line_and_asked_to_stop(tmp_path, monkeypatch):
-  monkeypatch.setattr(soak, '_EVERY', .02)
-  seen = soak.watch([sys.executable, '-c', _STAND_IN, str(tmp_path)], tmp_path, seconds=1., environment=os.environ)
+def _stand_in(folder, monkeypatch, steps):
+  monkeypatch.setattr(soak, '_EVERY', .01)
+  return soak.Turns([sys.executable, '-c', _STAND_IN, str(folder), str(steps)], folder, os.environ)
+
+
+def test_a_run_has_its_turns_and_is_asked_to_stop(tmp_path, monkeypatch):
+  with _stand_in(tmp_path, monkeypatch, 5000) as run:
+    assert run.turn(.3)
+    lines = (tmp_path / 'metrics.jsonl').read_text()
+    time.sleep(.5)
+    assert (tmp_path / 'metrics.jsonl').read_text() == lines  # of others' turns it sees nothing
+    assert run.turn(.3) and run.turn(9., until=.8)
+    seen = run.end()
   assert (seen.code, seen.checkpoints, seen.unfinished, seen.kept) == (75, 1, 0, [4])
-  assert 8 < len(seen.seconds) and 1 < seen.seconds[-1] < 5 and np.all(seen.megabytes > 3) and np.all(seen.load >= 0)
-  np.testing.assert_allclose(seen.step_seconds, .02)  # the line of the step that compiles does not count
+  assert len(seen.turns) == 3 and all(len(turn) >= 3 and max(turn) < .3 for turn in seen.turns[:2])  # no pause among them
+  assert .8 <= seen.seconds[-1] < 5 and seen.seconds == sorted(seen.seconds)
+  assert len(seen.seconds) == len(seen.megabytes) > 8 and min(seen.megabytes) > 3 and min(seen.load) >= 0
+
+
+def test_a_turn_ends_with_the_run(tmp_path, monkeypatch):
+  with _stand_in(tmp_path, monkeypatch, 10) as run:
+    assert not run.turn(60.)
+    seen = run.end()
+  assert seen.code == 0 and len(seen.turns) == 1
 
 
 def test_a_run_that_ends_at_once_is_a_failure(tmp_path, monkeypatch):
-  monkeypatch.setattr(soak, '_EVERY', .02)
-  with pytest.raises(failures.Failure, match='ended with exit code 2 before it could be watched'):
-    soak.watch([sys.executable, '-c', 'raise SystemExit(2)'], tmp_path, seconds=1., environment=os.environ)
+  with pytest.raises(failures.Failure, match='ended with exit code 1 before it could be watched'):
+    _stand_in(tmp_path, monkeypatch, 'none')

@@ -272,15 +272,20 @@ def _check_whole(workdir: pathlib.Path, whole: int | None, tally: Tally) -> None
     tally.findings.append(f'{workdir.name}: a checkpoint was found to be damaged')
 
 
-def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Lines of metrics.jsonl, without how fast it was; the last one may be cut off."""
+def log_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Lines of metrics.jsonl; the last one may be cut off."""
   path, lines = workdir / 'metrics.jsonl', []
   for line in path.read_text().splitlines() if path.exists() else ():
     try:
-      lines.append({k: v for k, v in json.loads(line).items() if k != 'steps_per_second'})
+      lines.append(json.loads(line))
     except ValueError:
       break
   return lines
+
+
+def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Lines of metrics.jsonl, without how fast it was."""
+  return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in log_lines(workdir)]
 
 
 def differences(whole: pathlib.Path, other: pathlib.Path) -> list[str]:

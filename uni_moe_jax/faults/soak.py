@@ -20,15 +20,17 @@ from ml_collections import config_flags
 
 from uni_moe_jax import failures
 from uni_moe_jax.exit_codes import FINISHED, PREEMPTED
-from uni_moe_jax.faults.kills import metric_lines
+from uni_moe_jax.faults.kills import log_lines
 from uni_moe_jax.train.workdir import CHECKPOINTS, RUN_FILE, saved_steps
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _EVERY = 5.0  # seconds between samples
 _WARM_UP = 0.25  # share of the time whose samples do not count
-_CONSTANT_SHARE = 0.1  # of the time, before and after, for the same loop on one batch
+DATA, ONE_BATCH = 'data', 'one_batch'
+_TURN = {DATA: 150., ONE_BATCH: 40.}  # seconds, at least
+_LINES = 3  # that count, of a turn, at least
 SLOPE, RATIO = 20.0, 1.05  # MB per hour; real-data step / constant-batch step
-_DRIFT = 0.03  # between the medians before and after, with which a ratio of RATIO can still be told from 1
+_SPREAD = 0.06  # between the quartiles of the turns' ratios, with which a ratio of RATIO can still be told from 1
 IDLE = 0.5  # load average of a machine on which nothing else runs
 _SAVES_BEYOND = 2  # more saves than checkpoints stay, so that some had to be deleted
 _LAST_SAVE = 600  # seconds
@@ -36,50 +38,93 @@ _LAST_SAVE = 600  # seconds
 
 @dataclasses.dataclass
 class Watched:
-  """What was seen of a process.
+  """What was seen of a process that ran in turns.
 
   Attributes:
-    code: its exit code.
-    seconds, megabytes, load: resident memory and the machine's load average after so long, float [N].
+    seconds, megabytes, load: that it had run, resident memory and the machine's load average then, each [N].
+    turns: seconds per step of the log lines that count, by turn.
     checkpoints: the most that lay there at once. unfinished: the most that were being written. kept: their steps, in the end.
-    step_seconds: of every log line, float [L].
+    code: its exit code.
   """
-  code: int
-  seconds: np.ndarray
-  megabytes: np.ndarray
-  load: np.ndarray
-  checkpoints: int
-  unfinished: int
-  kept: list[int]
-  step_seconds: np.ndarray
+  seconds: list[float] = dataclasses.field(default_factory=list)
+  megabytes: list[float] = dataclasses.field(default_factory=list)
+  load: list[float] = dataclasses.field(default_factory=list)
+  turns: list[list[float]] = dataclasses.field(default_factory=list)
+  checkpoints: int = 0
+  unfinished: int = 0
+  kept: list[int] = dataclasses.field(default_factory=list)
+  code: int | None = None
 
 
-def watch(command: Sequence[str], workdir: pathlib.Path, seconds: float, environment: Mapping[str, str]) -> Watched:
-  """Runs a training command for so long, from its first log line on, and asks it to stop."""
-  process = subprocess.Popen(command, start_new_session=True, env=environment)
-  samples, most, unfinished, began = [], 0, 0, None
-  try:
-    while process.poll() is None:
-      if began is None and (workdir / 'metrics.jsonl').exists() and metric_lines(workdir):
-        began = time.monotonic()
-      if began is not None:
-        samples.append((time.monotonic() - began, resident_megabytes(process.pid), os.getloadavg()[0]))
-        most = max(most, len(saved_steps(workdir)))
-        unfinished = max(unfinished, len(list((workdir / CHECKPOINTS).glob('*.orbax-checkpoint-tmp'))))
-        if samples[-1][0] >= seconds:
-          process.send_signal(signal.SIGTERM)
-          with contextlib.suppress(subprocess.TimeoutExpired):  # then it is killed, which its exit code says
-            process.wait(_LAST_SAVE)
-          break
+class Turns:
+  """A training command that is stopped (SIGSTOP) while another has its turn; a context manager. The time in between is not its own."""
+
+  def __init__(self, command: Sequence[str], workdir: pathlib.Path, environment: Mapping[str, str]):
+    """Starts it, and stops it at its first log line, before which it compiles.
+
+    Raises:
+      Failure: it ended before.
+    """
+    self.seen, self._workdir, self._ran = Watched(), workdir, 0.
+    self._process = subprocess.Popen(command, start_new_session=True, env=environment)
+    try:
+      while not log_lines(workdir):
+        if self._ended():
+          raise failures.Failure(f'the run in {workdir} ended with exit code {self.seen.code} before it could be watched.')
+        time.sleep(min(_EVERY, 1.))
+      self._process.send_signal(signal.SIGSTOP)
+    except BaseException:
+      self._process.kill()
+      raise
+
+  def __enter__(self) -> 'Turns':
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._process.poll() is None:
+      self._process.kill()
+    self._process.wait()
+
+  def turn(self, least: float, until: float = float('inf')) -> bool:
+    """Lets it run for `least` seconds and some log lines, or until it has run for so long in all; False once it has ended.
+
+    Its first line does not count: the pause lies in it.
+    """
+    before, began, already = len(log_lines(self._workdir)), time.monotonic(), self._ran
+    self._process.send_signal(signal.SIGCONT)
+    while not self._ended():
+      self._ran = already + time.monotonic() - began
+      self._sample()
+      if self._ran >= until or self._ran - already >= least and len(log_lines(self._workdir)) - before > _LINES:
+        break
       time.sleep(_EVERY)
-  finally:
-    if process.poll() is None:
-      process.kill()
-  code = process.wait()
-  if len(samples) < 8:
-    raise failures.Failure(f'the run in {workdir} ended with exit code {code} before it could be watched.')
-  rates = [json.loads(line)['steps_per_second'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()[1:]]
-  return Watched(code, *np.array(samples).T, most, unfinished, saved_steps(workdir), 1 / np.array(rates))
+    if not self._ended():
+      self._process.send_signal(signal.SIGSTOP)
+    self.seen.turns.append([1 / line['steps_per_second'] for line in log_lines(self._workdir)[before + 1:]])
+    return not self._ended()
+
+  def end(self) -> Watched:
+    """Asks it to stop, and waits for its last save; one that takes too long is killed, which its exit code says."""
+    if not self._ended():
+      self._process.send_signal(signal.SIGCONT)
+      self._process.send_signal(signal.SIGTERM)
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        self._process.wait(_LAST_SAVE)
+    self.__exit__()
+    self.seen.code, self.seen.kept = self._process.returncode, saved_steps(self._workdir)
+    return self.seen
+
+  def _ended(self) -> bool:
+    self.seen.code = self._process.poll()
+    return self.seen.code is not None
+
+  def _sample(self) -> None:
+    seen = self.seen
+    for values, value in ((seen.seconds, self._ran), (seen.megabytes, resident_megabytes(self._process.pid)),
+                          (seen.load, os.getloadavg()[0])):
+      values.append(value)
+    seen.checkpoints = max(seen.checkpoints, len(saved_steps(self._workdir)))
+    seen.unfinished = max(seen.unfinished, len(list((self._workdir / CHECKPOINTS).glob('*.orbax-checkpoint-tmp'))))
 
 
 def resident_megabytes(pid: int) -> float:
@@ -106,51 +151,74 @@ def arguments_of(config: flags.Flag) -> list[str]:
 
 
 def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: float, folder: pathlib.Path) -> dict:
-  """Trains on one batch, on the data, and on one batch again; returns figures and verdicts, and prints them.
+  """Trains on the data, in turns with the same loop on one batch; returns figures and verdicts, and prints them.
+
+  The speed of a machine drifts by more than data may cost. So a turn on the data is compared with the turns before and after it.
 
   Args:
     arguments: of launch/train.py, without its --workdir.
     train: config.train.
-    minutes: of the run on the data.
+    minutes: that the run on the data has, its turns taken together.
     folder: for work directories, and compiled programs.
 
   Raises:
     Failure: a run cannot be started, or ends before it could be watched.
   """
-  script, seen = str(_ROOT / 'launch/train.py'), {}
+  script, load = str(_ROOT / 'launch/train.py'), os.getloadavg()[0]
   # A process that has compiled is slower afterwards: none of those that are compared does.
   environment = {**os.environ, 'PYTHONPATH': str(_ROOT), 'JAX_COMPILATION_CACHE_DIR': str(folder / 'jax')}
-  command, load = [sys.executable, script, *arguments, f'--workdir={folder / "compiled"}', '--compile_only'], os.getloadavg()[0]
+  command = [sys.executable, script, *arguments, f'--workdir={folder / "compiled"}', '--compile_only']
   compiled = subprocess.run(command, env=environment, check=False)
   if compiled.returncode:
     raise failures.Failure(f'compiling ended with exit code {compiled.returncode}; see above.')
-  for name, share in (('one_batch_before', _CONSTANT_SHARE), ('data', 1.), ('one_batch_after', _CONSTANT_SHARE)):
-    workdir = folder / name
-    shutil.rmtree(workdir, ignore_errors=True)
-    start = [script] if name == 'data' else ['-m', 'uni_moe_jax.faults.planted', 'one_batch', script]
-    print(f'== {name}: {minutes * share:.1f} minutes', flush=True)
-    seen[name] = watch([sys.executable, *start, *arguments, f'--workdir={workdir}'], workdir, minutes * share * 60, environment)
-  commit = json.loads((folder / 'data' / RUN_FILE).read_text())['commit']
-  return {'commit': commit, 'minutes': minutes, **judged(seen, minutes, train.keep + bool(train.keep_best), train.save_every, load)}
+  with contextlib.ExitStack() as running:
+    run = {}
+    for name, start in ((DATA, [script]), (ONE_BATCH, ['-m', 'uni_moe_jax.faults.planted', 'one_batch', script])):
+      workdir = folder / name
+      shutil.rmtree(workdir, ignore_errors=True)
+      run[name] = running.enter_context(Turns([sys.executable, *start, *arguments, f'--workdir={workdir}'], workdir, environment))
+    goes_on = run[ONE_BATCH].turn(_TURN[ONE_BATCH])
+    while goes_on and run[DATA].turn(_TURN[DATA], 60 * minutes):
+      goes_on = run[ONE_BATCH].turn(_TURN[ONE_BATCH]) and run[DATA].seen.seconds[-1] < 60 * minutes
+    seen = {name: process.end() for name, process in run.items()}
+  commit = json.loads((folder / DATA / RUN_FILE).read_text())['commit']
+  return {'commit': commit, 'minutes': minutes,
+          **judged(seen[DATA], seen[ONE_BATCH], minutes, train.keep + bool(train.keep_best), train.save_every, load)}
 
 
-def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int, load: float) -> dict:
+def ratios(data: Sequence[Sequence[float]], one_batch: Sequence[Sequence[float]]) -> np.ndarray:
+  """Median step of every turn on the data / mean of the medians of the turns on one batch before and after it.
+
+  Args:
+    data: seconds per step of log lines, by turn.
+    one_batch: the same; its first turn came before the first on the data.
+
+  Returns:
+    float [R]: one for each turn that has lines, between two that have some.
+  """
+  return np.array([np.median(turn) / np.mean([np.median(before), np.median(after)])
+                   for before, turn, after in zip(one_batch, data, one_batch[1:]) if before and turn and after])
+
+
+def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_every: int, load: float) -> dict:
   """Figures, and a verdict for each: {'verdicts': {sentence: bool}, …}.
 
   Args:
-    seen: of the three runs.
+    data, one_batch: what was seen of the two runs.
     minutes: that the run on the data was to take.
     keep: checkpoints that may stay.
     save_every: steps.
     load: average of the machine before the first run.
+
+  Raises:
+    Failure: they were not watched for long enough to tell anything.
   """
-  data = seen['data']
-  rate, error = slope(data.seconds, data.megabytes)
-  before, after = (seen[f'one_batch_{when}'].step_seconds for when in ('before', 'after'))
-  constant = np.median(np.concatenate([before, after]))
-  ratio = float(np.median(data.step_seconds) / constant)
-  quartiles = np.quantile(data.step_seconds, (.25, .75)) / constant
-  drift = float(np.median(after) / np.median(before)) - 1
+  found = ratios(data.turns, one_batch.turns)
+  if not len(found) or len(data.seconds) < 8:
+    raise failures.Failure(f'the run on the data (exit code {data.code}) or the one on one batch (exit code {one_batch.code}) ended '
+                           'before they could be compared: raise --minutes or config.train.steps.')
+  rate, error = slope(np.array(data.seconds), np.array(data.megabytes))
+  low, ratio, high = (float(q) for q in np.quantile(found, (.25, .5, .75)))
   enough, newest = (keep + _SAVES_BEYOND) * save_every, max(data.kept, default=0)
   verdicts = {
       f'the load average was {load:.2f} before (at most {IDLE}: nothing else may run)': load <= IDLE,
@@ -159,11 +227,8 @@ def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int,
       (f'resident memory grows by {rate:.1f} ± {error:.1f} MB/h after warm-up (less than {SLOPE:g}); '
        f'{data.megabytes[-1]:.0f} MB at the end'):
           rate < SLOPE,
-      f'real-data step / constant-batch step {ratio:.3f} (at most {RATIO}), quartiles {quartiles[0]:.3f} … {quartiles[1]:.3f}':
-          ratio <= RATIO,
-      (f'the constant-batch step took {1e3 * np.median(before):.1f} ms before and {1e3 * np.median(after):.1f} ms after '
-       f'(within {_DRIFT:.0%})'):
-          abs(drift) <= _DRIFT,
+      f'real-data step / constant-batch step {ratio:.3f} (at most {RATIO}), the median of {len(found)} turns': ratio <= RATIO,
+      f'the quartiles of these turns are {low:.3f} and {high:.3f} (within {_SPREAD} of each other)': high - low <= _SPREAD,
       f'its newest checkpoint is of step {newest} (at least {enough}, so that old ones had to go)': newest >= enough,
       # The new one is there before the old one goes.
       f'at most {data.checkpoints} checkpoints lay there at once, {data.unfinished} being written ({keep} stay)':
@@ -173,7 +238,5 @@ def judged(seen: dict[str, Watched], minutes: float, keep: int, save_every: int,
   verdicts = {said: bool(good) for said, good in verdicts.items()}  # what NumPy compares is no JSON
   for said, good in verdicts.items():
     print(f'{"PASS" if good else "FAIL"} {said}', flush=True)
-  samples = {name: {'seconds': w.seconds.tolist(), 'megabytes': w.megabytes.tolist(), 'load': w.load.tolist()}
-             for name, w in seen.items()}
-  return {'slope_mb_per_hour': rate, 'slope_error': error, 'ratio': ratio, 'drift': drift, 'checkpoints': data.checkpoints,
-          'kept': data.kept, 'code': data.code, 'verdicts': verdicts, 'samples': samples}
+  return {'slope_mb_per_hour': rate, 'slope_error': error, 'ratio': ratio, 'ratios': found.tolist(), 'verdicts': verdicts,
+          'seen': {DATA: dataclasses.asdict(data), ONE_BATCH: dataclasses.asdict(one_batch)}}
