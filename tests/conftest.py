@@ -15,7 +15,8 @@ if os.environ['JAX_PLATFORMS'] == 'cpu':
 # Tests of meshes need several devices; others run on the first: more devices cost them nothing. Most of a test's time is
 # the compiler's, and programs this small run as well without its optimizations.
 for flag in (
-    '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false'):
+    '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false',
+    '--xla_cpu_parallel_codegen_split_count=1'):
   if flag.partition('=')[0] not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')

@@ -33,13 +33,17 @@ def _measure(subject: str, dtype: str = 'float32'):
 
 class SubjectsTest(parameterized.TestCase):
 
-  @parameterized.parameters('sets', 'decoding', 'optimizer', 'input', 'files')
+  @parameterized.parameters('sets', 'decoding', 'files')
   def test_every_figure_is_finite_and_has_a_unit(self, subject):
     self._check(subject)
 
-  @parameterized.parameters('mixed', 'published', 'exported', 'compile')
   @pytest.mark.slow
-  def test_every_figure_of_the_larger_subjects_is_finite_and_has_a_unit(self, subject):
+  def test_every_figure_of_an_exported_model_is_finite_and_has_a_unit(self):
+    self._check('exported')
+
+  @parameterized.parameters('optimizer', 'input', 'mixed', 'published', 'compile')
+  @pytest.mark.nightly
+  def test_every_figure_of_the_others_is_finite_and_has_a_unit(self, subject):
     self._check(subject)
 
   def _check(self, subject):
@@ -63,11 +67,11 @@ class SubjectsTest(parameterized.TestCase):
   def test_every_router_is_a_case(self):
     self.assertLessEqual({routers.DENSE, *routers.ROUTERS}, set(steps.cases()))
 
-  @pytest.mark.slow
+  @pytest.mark.nightly
   def test_a_mixed_step_has_a_budget_too(self):
     self.assertEqual(str(_measure('mixed')['task / dense'].budget), '<= 1.15 (1.05)')
 
-  @pytest.mark.slow
+  @pytest.mark.nightly
   def test_the_recorded_seconds_are_scaled_by_the_peak(self):
     # At twice the recorded rate the published code would take half: 1.6 s.
     context = problems.Context(_SIZES, None, 'float32', 2 * 195e9, jax.devices()[:1])
@@ -75,6 +79,7 @@ class SubjectsTest(parameterized.TestCase):
     seconds = rows['train step, all names 4 tokens'].figure.value
     self.assertAlmostEqual(rows["all names 4 tokens / the published code's"].figure.value, seconds / 1.6)
 
+  @pytest.mark.nightly
   def test_pictures_and_clips_are_counted_apart(self):
     self.assertEqual({r.what: r.unit for r in _measure('input').values() if r.unit.endswith('/s')}, {
         'shape, batches of 8': 'pictures/s', 'motion, batches of 4': 'clips/s', 'pair, batches of 4': 'pictures/s'})
@@ -90,7 +95,7 @@ class SubjectsTest(parameterized.TestCase):
     for row in _measure('sets', 'bfloat16').values():
       self.assertTrue(math.isfinite(row.figure.value), row)
 
-  @pytest.mark.slow
+  @pytest.mark.nightly
   def test_the_compilation_cache_is_used_again_afterwards(self):
     before = jax.config.jax_enable_compilation_cache
     _measure('compile')

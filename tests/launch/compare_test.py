@@ -108,7 +108,7 @@ def test_mistakes_are_told_before_anything_runs(root, arguments, said):
   assert not (root / 'log').exists() and not (root / 'out').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_whole_comparison(root):
   code, output, errors = _run(root, _ROOT / 'launch/compare.py', '--routers=dense,token', '--batches=2')
   assert code == 0, errors[-3000:] + output[-3000:]

@@ -14,7 +14,6 @@ from uni_moe_jax.data import prepare
 from uni_moe_jax.eval import metrics, suite
 from uni_moe_jax.train import loop
 
-pytestmark = pytest.mark.slow
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -23,6 +22,7 @@ _SMALL = ('model.layers=1', 'model.width=16', 'model.heads=2', 'model.hidden=16'
           'train.steps=2', 'train.log_every=1')
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_end_in_a_retrieval_result(tmp_path, monkeypatch, capfd):
   _, walk = (_ROOT / 'README.md').read_text().split('## Your own data')
   commands = [shlex.split(line)[1:] for line in walk.split('```bash\n')[1].split('```')[0].splitlines()]
@@ -84,6 +84,7 @@ def _evaluated(workdir, c):
   return suite.evaluate(run.plan, run.data, predictor, 1, workdir)
 
 
+@pytest.mark.nightly
 def test_several_sources_train_together_and_evaluation_prints_retrieval(data, tmp_path):
   c = _shrunken(_own('+'.join(f'{data}/own/{name}' for name in ('photos', 'folder', 'clips', 'pairs'))))
   assert set(c.tasks) == {

@@ -50,6 +50,12 @@ def _root(tmp_path):
   return tmp_path
 
 
+def _hear_signals():
+  """A shell cannot trap what was ignored when it started, as nohup and background jobs of scripts ignore it: here, the tests."""
+  for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+
+
 def _start(root, *arguments, **environment):
   inherited = {k: v for k, v in os.environ.items() if k not in ('UNI_MOE_DATA', 'WORKDIR')}
   return subprocess.Popen(
@@ -60,6 +66,7 @@ def _start(root, *arguments, **environment):
       stderr=subprocess.PIPE,
       text=True,
       start_new_session=True,
+      preexec_fn=_hear_signals,
   )
 
 

@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import small_model
 from uni_moe_jax.model import ways
@@ -37,8 +38,14 @@ def _without_gates(spec: ModelSpec):
 
 class MergeTest(parameterized.TestCase):
 
-  @parameterized.parameters(*_BOTH)
-  def test_constant_gates_equal_the_merge(self, router):
+  def test_constant_gates_equal_the_merge(self):
+    self._check('token')
+
+  @pytest.mark.nightly
+  def test_so_do_those_of_a_context_router(self):
+    self._check('context')
+
+  def _check(self, router):
     merged, dispatched = small_model.spec('attribute', layers=2), small_model.spec(router, layers=2)
     expected, _ = _forward(merged)(_without_gates(merged), _mix(), None)
     found, _ = _forward(dispatched)(_without_gates(dispatched), _mix(), None)
@@ -85,8 +92,16 @@ class NoLeakTest(parameterized.TestCase):
   def test_later_words_change_no_bit_of_earlier_states(self, router):
     self._assert_no_leak(small_model.spec(router, layers=2), None)
 
-  @parameterized.product(router=_BOTH, grouped=('loop', 'buffers'))
-  def test_nor_do_they_at_half_the_capacity(self, router, grouped):
+  @parameterized.parameters(*_BOTH)
+  def test_nor_do_they_at_half_the_capacity(self, router):
+    self._check_at_half_the_capacity(router, 'buffers')
+
+  @parameterized.parameters(*_BOTH)
+  @pytest.mark.nightly
+  def test_nor_do_they_where_experts_are_looped_over(self, router):
+    self._check_at_half_the_capacity(router, 'loop')
+
+  def _check_at_half_the_capacity(self, router, grouped):
     spec = small_model.spec(router, layers=2, capacity=.5, grouped=grouped)
     self._assert_no_leak(spec, jax.random.key(0))
     # Capacity was at work: an exact model has other states.
@@ -154,6 +169,7 @@ class NoiseTest(parameterized.TestCase):
     for other in (run(moved.replace(ids=sequence.ids), key), run(moved, None)):
       self.assertGreater(np.abs(other - straight[order]).max(), 1e-2)
 
+  @pytest.mark.slow
   def test_readout_rows_draw_what_they_draw_among_all_rows(self):
     spec, key = small_model.spec('token', layers=1, noise_std=8.0), jax.random.key(2)
     few, every = (_forward(spec, all_rows=a)(small_model.params(spec), _mix(), key)[0] for a in (False, True))

@@ -165,7 +165,7 @@ def test_a_run_that_starts_from_another_is_refused():
     run.preflight(c, 'tiny', topology.parse('cpu:2'))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_search_finds_a_larger_batch_and_a_change():
   limit = 3 * _step().memory.total
   found = run.preflight(_config(), 'tiny', topology.parse('cpu:2'), limit, say=lambda _: None)
@@ -245,7 +245,7 @@ def _preflight(folder, topology_name: str, *arguments: str) -> dict:
   return json.loads((folder / 'found.json').read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_libtpu_evaluates_a_token_model_with_as_many_rows_as_are_chosen():
   """Two of eight experts for every token, although training has a capacity."""
   pytest.importorskip('libtpu')

@@ -16,7 +16,7 @@ from tests import base_step, hlo
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _D, _F = base_step.WIDTH, base_step.HIDDEN
 _KERNELS = {'qkv': 3 * _D * _D, 'attention_out': _D * _D, 'ffn_in': _D * _F, 'ffn_out': _F * _D}
-pytestmark = pytest.mark.slow
+slow, nightly = pytest.mark.slow, pytest.mark.nightly  # CI has no time for both models
 
 
 _GRID = np.arange(64).reshape(base_step.MESH['data'], base_step.MESH['expert'])
@@ -46,17 +46,20 @@ def _merges(sent: list[hlo.Sent]) -> list[int]:
   return sorted(s.size for s in reduced if s.size >= min(_KERNELS.values()))
 
 
+@slow
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'recomputed'])
 def test_merged_kernels_of_a_layer_are_reduced_once_over_the_expert_axis(backward):
   assert _merges(_of_layer(_sent('attribute', 0.0), backward)) == sorted(base_step.ROWS * n for n in _KERNELS.values())
 
 
+@slow
 def test_merged_kernels_of_the_last_layer_are_reduced_once_and_recomputed_once():
   """XLA joins the reductions of both passes."""
   sent = [s for backward in (False, True) for s in _of_layer(_sent('attribute', 0.0), backward, tail=True)]
   assert _merges(sent) == sorted(2 * [base_step.ROWS * n for n in _KERNELS.values()])
 
 
+@slow
 def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
   """One reduction for every product with a merged kernel: there are three arrays, of two rows."""
   sizes = [s.size for s in _of_layer(_sent('attribute', 0.0), True) if s.kind == 'all-reduce' and s.groups == _GROUPS['all']]
@@ -67,6 +70,7 @@ def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
     assert base_step.ROWS <= reduced <= base_step.PRODUCTS, alike
 
 
+@slow
 def test_no_kernel_of_an_expert_travels():
   sent = _sent('attribute', 0.0)
   assert {s.kind for s in sent} <= {'all-reduce', 'all-gather'}
@@ -82,6 +86,7 @@ def _slots(*tokens: int) -> int:
   return sum(base_step.EXPERTS * math.ceil(_CAPACITY * base_step.KEPT * n / base_step.EXPERTS) for n in tokens)
 
 
+@nightly
 @pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
 def test_tokens_travel_over_the_expert_axis_by_all_to_alls_of_the_bytes_of_the_formula(tail):
   sent = _sent('token', _CAPACITY)
@@ -96,6 +101,7 @@ def test_tokens_travel_over_the_expert_axis_by_all_to_alls_of_the_bytes_of_the_f
     assert sum(s.bytes for s in found) == 4 * times * elements
 
 
+@nightly
 @pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
 def test_kernels_of_experts_stay_and_their_gradients_are_summed_over_data(tail):
   sent = _sent('token', _CAPACITY)

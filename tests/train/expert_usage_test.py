@@ -42,6 +42,7 @@ def test_routers_that_look_at_tokens_are_asked_about_batches_task_by_task():
   assert (np.array(found['entropy']) >= np.array(found['gate_entropy']) - 1e-5).all()  # of a mean: never below the mean
 
 
+@pytest.mark.nightly
 def test_the_layout_of_the_batch_changes_nothing():
   """package and answer share a group: on two devices their examples lie in other places. Micro-steps are added up."""
   one, two = (_measured('token', ('package', 'answer'), devices) for devices in (1, 2))

@@ -42,8 +42,9 @@ def _assert_equal(case: Case, mesh: str):
 
 
 def _fast(*names: str):
-  """Parameters of a test: the first case is that of the default suite."""
-  return [pytest.param(*FAST[n], id=n, marks=[] if n == 'attribute-mixed' else pytest.mark.slow) for n in names]
+  """Parameters of a test: one is that of the default suite, and for one CI has no time."""
+  marks = {'attribute-mixed': [], 'token-fsdp': pytest.mark.nightly}
+  return [pytest.param(*FAST[n], id=n, marks=marks.get(n, pytest.mark.slow)) for n in names]
 
 
 @pytest.mark.parametrize('case, mesh', _fast(*FAST))
@@ -52,10 +53,10 @@ def test_loss_and_gradients_are_those_of_one_device(case, mesh):
 
 
 def _product():
-  """Every router on every mesh; CI has time for those where merged kernels and tokens travel, and for the one with all axes."""
+  """Every router on every mesh; CI has time for the one where merged kernels travel, and for FAST."""
   for router in ROUTERS:
     for mesh in (name for name in meshes.MESHES if name != meshes.ONE):
-      first = (router, mesh) in (('attribute', 'expert'), ('attribute', 'mixed'), ('token', 'expert'))
+      first = (router, mesh) == ('attribute', 'expert')
       yield pytest.param(router, mesh, marks=pytest.mark.slow if first else pytest.mark.nightly)
 
 
@@ -65,7 +66,7 @@ def test_every_router_on_every_mesh(router, mesh):
 
 
 @pytest.mark.parametrize('case, mesh', [
-    pytest.param(_full('token', capacity=0.0), 'expert', marks=pytest.mark.slow),
+    pytest.param(_full('token', capacity=0.0), 'expert', marks=pytest.mark.nightly),
     pytest.param(_full('context', capacity=0.0), 'mixed', marks=pytest.mark.nightly),
     pytest.param(_full('attribute', accum=2), 'mixed', marks=pytest.mark.slow),
     pytest.param(_full('token', accum=2, capacity=0.0), 'mixed', marks=pytest.mark.nightly),
@@ -74,7 +75,7 @@ def test_exact_routing_and_accumulation(case, mesh):
   _assert_equal(case, mesh)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bfloat16_is_as_near_to_float32_on_a_mesh_as_on_one_device():
   case = _full('attribute')
   half = dataclasses.replace(case, dtype='bfloat16')

@@ -72,6 +72,7 @@ def _plain(spec, params, batch, sets, key):
   return small_model.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow
 def test_accumulation_carries_them_through_micro_steps_and_target_sets():
   total, gradients = _plain(*_problem(2))
   found, loss, *_ = _gradients(2)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import pytest
 
 from tests import small_model, tiny
 from uni_moe_jax.train import setup, step
@@ -16,6 +17,7 @@ def _with(run, **changes):
   return dataclasses.replace(run, config=config)
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_their_seed_alone_share_a_compiled_program_and_draw_their_own_noise():
   c = tiny.config('shape', data_dir=tiny.data_dir())
   c.moe.noise_std, c.tokenizer.file = 8.0, tiny.tokenizer_file()

@@ -202,6 +202,7 @@ def _lines(workdir):
     return [{k: v for k, v in json.loads(line).items() if k != 'steps_per_second'} for line in file]
 
 
+@pytest.mark.slow
 def test_the_metric_changes_nothing_else_and_survives_a_restart(runs):
   off, on, stopped = (_lines(runs[k]) for k in ('off', 'on', 'stopped'))
   assert on == stopped
@@ -210,6 +211,7 @@ def test_the_metric_changes_nothing_else_and_survives_a_restart(runs):
   assert [{k: v for k, v in line.items() if not k.startswith('interference/')} for line in on] == off
 
 
+@pytest.mark.slow
 def test_any_checkpoint_and_the_start_can_be_measured(runs):
   c = _config(interference_every=2, steps=5)
   found = {}
