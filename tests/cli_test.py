@@ -64,6 +64,12 @@ def test_an_address_where_a_path_belongs_says_to_mount_it(argument, joined, caps
   assert said.startswith(f'error: {argument.partition("=")[0]}=') and 'gs://b/x' in said and 'gcsfuse' in said
 
 
+def test_a_template_may_have_an_address_in_it():
+  argv = ['train.py', '--config.tasks.text.template=a photo of http://pets.org/{name}']
+  with mock.patch.object(cli.flags, 'FLAGS', lambda argv: argv[:1]):
+    assert cli._parse(argv, remote=False) == argv[:1]
+
+
 def test_a_config_file_that_is_not_there_names_the_nearest(tmp_path):
   said = _train(tmp_path, config='configs/quikstart.py')
   assert "config file 'configs/quikstart.py' is not there; did you mean 'quickstart.py'" in said  # or others, after it

@@ -1,5 +1,10 @@
 """Checkpoints give back what was saved, bit for bit, while the run goes on."""
 
+import ctypes
+import pathlib
+import resource
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +161,35 @@ def test_reading_makes_and_deletes_nothing(tmp_path):
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     checkpoints.save(4, _state(4))
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']
+
+
+def test_holes_in_the_heap_go_back_to_the_system_after_each_save(tmp_path):
+  libc = ctypes.CDLL(None)
+  if not hasattr(libc, 'malloc_trim'):
+    pytest.skip('another C library than glibc')
+  libc.malloc.restype, libc.free.argtypes, libc.memset.argtypes = (
+      ctypes.c_void_p, [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t])
+  blocks = [libc.malloc(100_000) for _ in range(2000)]
+  for block in blocks:
+    libc.memset(block, 1, 100_000)
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(1, _state(1))
+    while checkpoints._manager.is_saving_in_progress():
+      time.sleep(.01)
+    for block in blocks[::2]:
+      libc.free(block)
+    full = _resident()
+    checkpoints.check()
+    assert full - _resident() > 50e6
+    for block in blocks[1::4]:
+      libc.free(block)
+    full = _resident()
+    checkpoints.check()  # nothing was saved since
+    assert full - _resident() < 5e6
+  for block in blocks[3::4]:
+    libc.free(block)
+
+
+def _resident() -> float:
+  """Bytes of this process."""
+  return resource.getpagesize() * int(pathlib.Path('/proc/self/statm').read_text().split()[1])
