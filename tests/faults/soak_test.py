@@ -20,7 +20,19 @@ def test_slope_is_that_of_a_line_after_the_warm_up():
   sizes = np.where(seconds < 1800, 10 * seconds, 500 + 36 * seconds / 3600)  # 36 MB/h, once it is warm
   sizes[60] = np.nan
   rate, error = soak.slope(seconds, sizes)
-  assert rate == pytest.approx(36) and error == pytest.approx(0, abs=1e-6)
+  assert rate == pytest.approx(36, abs=.1) and error < .1
+
+
+def test_the_buffers_of_a_step_and_saves_hide_no_growth():
+  rng, seconds = np.random.default_rng(0), np.arange(0, 2400, 5.)
+  level = 2800 + 36 * seconds / 3600
+  sizes = level - 400 * (rng.random(len(seconds)) < .15) + 90 * (rng.random(len(seconds)) < .03)
+  rate, error = soak.slope(seconds, sizes)
+  assert abs(rate - 36) < 10 and error < 10
+  # Samples as they are would not tell.
+  late = seconds > 600
+  (_, _), covariance = np.polyfit(seconds[late] / 3600, sizes[late], 1, cov=True)
+  assert covariance[0, 0]**.5 > 30
 
 
 def test_a_turn_is_compared_with_those_around_it():
@@ -38,7 +50,7 @@ def _watched(step, growth=0., checkpoints=3, code=75, minutes=60., kept=(40, 45)
 @pytest.mark.parametrize('data, load, failed', [
     (_watched(.101), .4, None), (_watched(.101), .6, 'the load average was 0.60'),
     (_watched(.101, growth=-50.), .4, None), (_watched(.101, growth=25.), .4, 'resident memory'),
-    (_watched(.106), .4, 'real-data step'), (_watched([.08, .103, .18, .1]), .4, 'quartiles'),
+    (_watched(.106), .4, 'real-data step'), (_watched([.08, .103, .18, .1]), .4, 'its standard error'),
     (_watched(.101, minutes=59.), .4, 'watched for 59.00 minutes'), (_watched(.101, code=0, minutes=59.), .4, 'watched for 59.00 minutes'),
     (_watched(.101, kept=(30, 39)), .4, 'step 39 (at least 40'),
     (_watched(.101, checkpoints=0, kept=()), .4, 'step 0 (at least 40'),
@@ -50,6 +62,12 @@ def test_each_figure_has_its_verdict(data, load, failed, capsys):
   assert len(wrong) == (failed is not None) and all(failed in said for said in wrong)
   assert capsys.readouterr().out.count('PASS') == 9 - len(wrong)
   assert len(json.loads(json.dumps(figures))['seen']['data']['load']) == 60
+
+
+def test_the_error_of_the_ratio_is_that_of_a_median_by_hand():
+  # Ratios 1, 1.01, 1.02: quartiles 1.005 and 1.015, a deviation of .01 / 1.349; √(π / 2 / 3) = 0.7236.
+  figures = soak.judged(_watched([.1, .101, .102, .1]), _watched(.1), 60., 2, 10, 0.)
+  assert figures['ratio'] == pytest.approx(1.01) and figures['ratio_error'] == pytest.approx(.7236 * .01 / 1.349, rel=1e-3)
 
 
 def test_what_cannot_be_compared_is_a_failure():

@@ -26,11 +26,12 @@ from uni_moe_jax.train.workdir import CHECKPOINTS, RUN_FILE, saved_steps
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _EVERY = 5.0  # seconds between samples
 _WARM_UP = 0.25  # share of the time whose samples do not count
+_STRETCHES = 15  # of the time afterwards
 DATA, ONE_BATCH = 'data', 'one_batch'
 _TURN = {DATA: 150., ONE_BATCH: 40.}  # seconds, at least
 _LINES = 3  # that count, of a turn, at least
 SLOPE, RATIO = 20.0, 1.05  # MB per hour; real-data step / constant-batch step
-_SPREAD = 0.06  # between the quartiles of the turns' ratios, with which a ratio of RATIO can still be told from 1
+_ERROR = (RATIO - 1) / 2  # of the median of the turns' ratios, at most: RATIO lies two of them from 1
 IDLE = 0.5  # load average of a machine on which nothing else runs
 _SAVES_BEYOND = 2  # more saves than checkpoints stay, so that some had to be deleted
 _LAST_SAVE = 600  # seconds
@@ -136,9 +137,14 @@ def resident_megabytes(pid: int) -> float:
 
 
 def slope(seconds: np.ndarray, megabytes: np.ndarray) -> tuple[float, float]:
-  """(MB per hour by least squares, after the warm-up; its standard error as if samples were independent)."""
-  kept = (seconds >= _WARM_UP * seconds[-1]) & np.isfinite(megabytes)
-  hours, sizes = seconds[kept] / 3600, megabytes[kept]
+  """(MB per hour after the warm-up; its standard error), by least squares through the upper quartiles of stretches of time.
+
+  Between two steps a process is smaller by the buffers of one, and while it saves larger by what it saves: samples that catch it so say
+  nothing of whether it grows, and would be most of the error.
+  """
+  kept = np.flatnonzero((seconds >= _WARM_UP * seconds[-1]) & np.isfinite(megabytes))
+  parts = np.array_split(kept, min(_STRETCHES, len(kept)))
+  hours, sizes = [seconds[p].mean() / 3600 for p in parts], [np.quantile(megabytes[p], .75) for p in parts]
   (rate, _), covariance = np.polyfit(hours, sizes, 1, cov=True)
   return float(rate), float(np.sqrt(covariance[0, 0]))
 
@@ -219,6 +225,8 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
                            'before they could be compared: raise --minutes or config.train.steps.')
   rate, error = slope(np.array(data.seconds), np.array(data.megabytes))
   low, ratio, high = (float(q) for q in np.quantile(found, (.25, .5, .75)))
+  # Of a median, were the ratios normal; their deviation from the quartiles, which single turns do not move.
+  uncertain = float(np.sqrt(np.pi / 2 / len(found)) * (high - low) / 1.349)
   enough, newest = (keep + _SAVES_BEYOND) * save_every, max(data.kept, default=0)
   verdicts = {
       f'the load average was {load:.2f} before (at most {IDLE}: nothing else may run)': load <= IDLE,
@@ -228,7 +236,7 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
        f'{data.megabytes[-1]:.0f} MB at the end'):
           rate < SLOPE,
       f'real-data step / constant-batch step {ratio:.3f} (at most {RATIO}), the median of {len(found)} turns': ratio <= RATIO,
-      f'the quartiles of these turns are {low:.3f} and {high:.3f} (within {_SPREAD} of each other)': high - low <= _SPREAD,
+      f'its standard error is {uncertain:.3f} (at most {_ERROR:.3f}), the quartiles {low:.3f} and {high:.3f}': uncertain <= _ERROR,
       f'its newest checkpoint is of step {newest} (at least {enough}, so that old ones had to go)': newest >= enough,
       # The new one is there before the old one goes.
       f'at most {data.checkpoints} checkpoints lay there at once, {data.unfinished} being written ({keep} stay)':
@@ -238,5 +246,5 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
   verdicts = {said: bool(good) for said, good in verdicts.items()}  # what NumPy compares is no JSON
   for said, good in verdicts.items():
     print(f'{"PASS" if good else "FAIL"} {said}', flush=True)
-  return {'slope_mb_per_hour': rate, 'slope_error': error, 'ratio': ratio, 'ratios': found.tolist(), 'verdicts': verdicts,
-          'seen': {DATA: dataclasses.asdict(data), ONE_BATCH: dataclasses.asdict(one_batch)}}
+  return {'slope_mb_per_hour': rate, 'slope_error': error, 'ratio': ratio, 'ratio_error': uncertain, 'ratios': found.tolist(),
+          'verdicts': verdicts, 'seen': {DATA: dataclasses.asdict(data), ONE_BATCH: dataclasses.asdict(one_batch)}}
