@@ -50,23 +50,25 @@ def _root(tmp_path):
   return tmp_path
 
 
-def _hear_signals():
-  """A shell cannot trap what was ignored when it started, as nohup and background jobs of scripts ignore it: here, the tests."""
-  for number in (signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)
+# A shell cannot trap what was ignored when it started, as nohup and background jobs of scripts ignore it: here, the tests.
+_HEARING = '''
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+  signal.signal(number, signal.SIG_DFL)
+os.execvp('bash', ['bash', *sys.argv[1:]])
+'''
 
 
 def _start(root, *arguments, **environment):
   inherited = {k: v for k, v in os.environ.items() if k not in ('UNI_MOE_DATA', 'WORKDIR')}
   return subprocess.Popen(
-      ['bash', 'launch/quickstart.sh', *arguments],
+      [sys.executable, '-S', '-c', _HEARING, 'launch/quickstart.sh', *arguments],
       cwd=root,
       env=inherited | {'UNI_MOE_PYTHON': sys.executable, 'HOME': str(root)} | environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
       start_new_session=True,
-      preexec_fn=_hear_signals,
   )
 
 
