@@ -64,8 +64,10 @@ def test_an_address_where_a_path_belongs_says_to_mount_it(argument, joined, caps
   assert said.startswith(f'error: {argument.partition("=")[0]}=') and 'gs://b/x' in said and 'gcsfuse' in said
 
 
-def test_a_template_may_have_an_address_in_it():
-  argv = ['train.py', '--config.tasks.text.template=a photo of http://pets.org/{name}']
+@pytest.mark.parametrize('argv', [
+    ['--config.tasks.text.template=a photo of http://pets.org/{name}'], ['--config.tasks.text.template', 'http://pets.org/{name}']])
+def test_a_template_may_have_an_address_in_it(argv):
+  argv = ['train.py', *argv]
   with mock.patch.object(cli.flags, 'FLAGS', lambda argv: argv[:1]):
     assert cli._parse(argv, remote=False) == argv[:1]
 

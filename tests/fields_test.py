@@ -50,6 +50,8 @@ def test_right_ones_pass():
     ('sets.classes.values', 3, r'config\.sets\.classes\.values=3 must be a name or a tuple of texts'),
     ('sets.classes.values', [[3]], r'config\.sets\.classes\.values\[0\]\[0\]=3 must be a text'),
     ('data.dir', 'gs://b/data', r"config\.data\.dir='gs://b/data' is an address, and must be a path; mount the bucket"),
+    ('tasks.shape.source', 'gs://b/x', r"config\.tasks\.shape\.source='gs://b/x' is an address"),
+    ('sets.classes.values', 'file:gs://b/x', r"config\.sets\.classes\.values='file:gs://b/x' is an address"),
     ('train', 'fast', r"config\.train='fast' must be a section with the fields "),
     ('train.stpes', 3, r"config\.train\.stpes: the config has no such field; did you mean 'steps'"),
     ('tasks.shape.bacth', 3, r"config\.tasks\.shape\.bacth: the config has no such field; did you mean 'batch'"),

@@ -125,8 +125,9 @@ def _parse(argv: Sequence[str], remote: bool) -> list[str]:
   try:
     for before, argument in zip(argv, argv[1:]):
       flag, _, value = argument.partition('=')
-      if not remote:
-        files.check_local(value or flag, flag if value else before)
+      path, name = (value, flag) if value else (flag, before)
+      if not remote and not re.match(r'--?\w+\.', name):  # a field of a config is checked with it: not every one is a path
+        files.check_local(path, name)
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, ValueError, TypeError, FileNotFoundError, ImportError) as e:
     print(f'error: {_flag_error(e, argv)}', file=sys.stderr, flush=True)

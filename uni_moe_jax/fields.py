@@ -26,8 +26,12 @@ def check(c: ml_collections.ConfigDict) -> None:
     ValueError: the first field that is missing, unknown, of another type than its default, not a finite number, or an address.
   """
   _section('', c, config.base())
-  for section, field in config.PATHS:
-    files.check_local(c[section][field], f'config.{section}.{field}')
+  # Files, and what may name some; a template of texts may have an address in it.
+  named = {f'{section}.{field}': c[section][field] for section, field in config.PATHS}
+  named |= {f'tasks.{name}.source': task.source for name, task in c.tasks.items()}
+  named |= {f'sets.{name}.values': s['values'] for name, s in c.sets.items() if isinstance(s['values'], str)}
+  for field, path in named.items():
+    files.check_local(path, f'config.{field}')
 
 
 def _section(name: str, given: Any, known: ml_collections.ConfigDict) -> None:

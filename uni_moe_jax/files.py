@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import re
 from typing import Any
 
 
@@ -23,6 +22,6 @@ def check_local(path: str, name: str) -> None:
   Raises:
     ValueError: names the flag or field.
   """
-  if re.match(r'\S*://', path):  # a template of texts may have one further on
+  if '://' in path:
     raise ValueError(f'{name}={path!r} is an address, and must be a path; mount the bucket (for example with gcsfuse) or copy what '
                      'is there, and give that folder.')
