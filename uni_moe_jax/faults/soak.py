@@ -58,7 +58,10 @@ class Watched:
 
 
 class Turns:
-  """A training command that is stopped (SIGSTOP) while another has its turn; a context manager. The time in between is not its own."""
+  """A training command that is stopped (SIGSTOP) while another has its turn; a context manager.
+
+  `ran`: seconds that it has had, since its first log line. `seen`: what was seen of it.
+  """
 
   def __init__(self, command: Sequence[str], workdir: pathlib.Path, environment: Mapping[str, str]):
     """Starts it, and stops it at its first log line, before which it compiles.
@@ -66,7 +69,7 @@ class Turns:
     Raises:
       Failure: it ended before.
     """
-    self.seen, self._workdir, self._ran = Watched(), workdir, 0.
+    self.seen, self.ran, self._workdir = Watched(), 0., workdir
     self._process = subprocess.Popen(command, start_new_session=True, env=environment)
     try:
       while not log_lines(workdir):
@@ -91,12 +94,12 @@ class Turns:
 
     Its first line does not count: the pause lies in it.
     """
-    before, began, already = len(log_lines(self._workdir)), time.monotonic(), self._ran
+    before, began, already = len(log_lines(self._workdir)), time.monotonic(), self.ran
     self._process.send_signal(signal.SIGCONT)
     while not self._ended():
-      self._ran = already + time.monotonic() - began
+      self.ran = already + time.monotonic() - began
       self._sample()
-      if self._ran >= until or self._ran - already >= least and len(log_lines(self._workdir)) - before > _LINES:
+      if self.ran >= until or self.ran - already >= least and len(log_lines(self._workdir)) - before > _LINES:
         break
       time.sleep(_EVERY)
     if not self._ended():
@@ -121,9 +124,9 @@ class Turns:
 
   def _sample(self) -> None:
     seen = self.seen
-    for values, value in ((seen.seconds, self._ran), (seen.megabytes, resident_megabytes(self._process.pid)),
-                          (seen.load, os.getloadavg()[0])):
-      values.append(value)
+    seen.seconds.append(self.ran)
+    seen.megabytes.append(resident_megabytes(self._process.pid))
+    seen.load.append(os.getloadavg()[0])
     seen.checkpoints = max(seen.checkpoints, len(saved_steps(self._workdir)))
     seen.unfinished = max(seen.unfinished, len(list((self._workdir / CHECKPOINTS).glob('*.orbax-checkpoint-tmp'))))
 
@@ -183,9 +186,9 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
       workdir = folder / name
       shutil.rmtree(workdir, ignore_errors=True)
       run[name] = running.enter_context(Turns([sys.executable, *start, *arguments, f'--workdir={workdir}'], workdir, environment))
-    goes_on = run[ONE_BATCH].turn(_TURN[ONE_BATCH])
-    while goes_on and run[DATA].turn(_TURN[DATA], 60 * minutes):
-      goes_on = run[ONE_BATCH].turn(_TURN[ONE_BATCH]) and run[DATA].seen.seconds[-1] < 60 * minutes
+    go_on = run[ONE_BATCH].turn(_TURN[ONE_BATCH])
+    while go_on and run[DATA].ran < 60 * minutes:
+      go_on = run[DATA].turn(_TURN[DATA], 60 * minutes) and run[ONE_BATCH].turn(_TURN[ONE_BATCH])
     seen = {name: process.end() for name, process in run.items()}
   commit = json.loads((folder / DATA / RUN_FILE).read_text())['commit']
   return {'commit': commit, 'minutes': minutes,
