@@ -16,7 +16,7 @@ import sys
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax import cli, exit_codes
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the comparison; every router is a folder in it.', required=True)
 _CONFIG = flags.DEFINE_string('config', 'configs/ablation.py', 'Config file whose argument is the router.')
@@ -52,13 +52,13 @@ def main() -> int:
     print(f'{i}/{len(routers)} {router}', flush=True)
     every = stages.stages(router, str(file), folder, _BATCHES.value, _OVERRIDE.value, dense[router])
     if not stages.run(folder, router, every, lambda command: process.run(command, _ROOT)):
-      return process.PREEMPTED
+      return exit_codes.PREEMPTED
   from uni_moe_jax.compare import results
   found = results.collect(folder, routers, _CONFIG.value, ' '.join(['python', *sys.argv]))
   print(results.write(found, folder))
   for sentence in found['breaches']:
     print(f'error: {sentence}', file=sys.stderr)
-  return cli.ERROR if found['breaches'] else process.FINISHED
+  return exit_codes.ERROR if found['breaches'] else exit_codes.FINISHED
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ import sys
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax import cli, exit_codes
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of the trained run.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; its cells are folders in it.', required=True)
@@ -55,7 +55,7 @@ def main() -> int:
   broken = results.breaches(found)
   for sentence in broken:
     print(f'error: {sentence}', file=sys.stderr)
-  return cli.ERROR if broken else process.FINISHED
+  return exit_codes.ERROR if broken else exit_codes.FINISHED
 
 
 if __name__ == '__main__':

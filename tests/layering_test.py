@@ -64,7 +64,7 @@ _RULES = {
         'it reads what the commands wrote into work directories, and compares it',
     ),
     'compare': (
-        ('files', 'eval', 'train', 'study'),
+        ('files', 'exit_codes', 'eval', 'train', 'study'),
         'it reads what the commands wrote into work directories; how studies run and tabulate it shares with them',
     ),
     'export': (

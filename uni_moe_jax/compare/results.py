@@ -15,7 +15,8 @@ import numpy as np
 
 from uni_moe_jax.compare import stages
 from uni_moe_jax.eval import interference_files, usage_files
-from uni_moe_jax.study import cells, process
+from uni_moe_jax.exit_codes import FINISHED
+from uni_moe_jax.study import cells
 from uni_moe_jax.study import results as study_results
 from uni_moe_jax.train import workdir
 
@@ -54,7 +55,7 @@ def _run(where: pathlib.Path, router: str) -> dict[str, Any]:
   for t in log:
     tries.setdefault(t['stage'], []).append(t['code'])
     seconds[t['stage']] = round(seconds.get(t['stage'], 0) + t['seconds'], 1)
-  failed = [f'{stage} failed with exit code {codes[-1]}' for stage, codes in tries.items() if process.FINISHED not in codes]
+  failed = [f'{stage} failed with exit code {codes[-1]}' for stage, codes in tries.items() if FINISHED not in codes]
   metrics = where / 'metrics.jsonl'
   lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
   rates = [line['steps_per_second'] for line in lines if 'steps_per_second' in line]

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from uni_moe_jax.exit_codes import FINISHED, PREEMPTED
 from uni_moe_jax.files import write_json
-from uni_moe_jax.study import process
 
 LOG = 'stages.json'  # in the folder of a router
 BEFORE, COMPILE, TRAIN, EVALUATE, AFTER, EXPERTS, REPORT = (
@@ -60,7 +60,7 @@ def log_of(folder: str | os.PathLike[str], router: str) -> list[dict[str, Any]]:
 
 def finished(log: Sequence[dict[str, Any]], stage: str) -> bool:
   """Whether a try of a stage ended well."""
-  return any(t['stage'] == stage and t['code'] == process.FINISHED for t in log)
+  return any(t['stage'] == stage and t['code'] == FINISHED for t in log)
 
 
 def run(
@@ -84,6 +84,6 @@ def run(
     path = pathlib.Path(folder) / router / LOG
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, log)
-    if code == process.PREEMPTED:
+    if code == PREEMPTED:
       return False
   return True

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 
-from uni_moe_jax import cli
+from uni_moe_jax import cli, exit_codes
 from uni_moe_jax.faults import bad_configs, bad_files
 from uni_moe_jax.faults.bad_configs import CANARY, UNREACHABLE, Case
 from uni_moe_jax.faults.bad_files import SKIPPED
@@ -117,11 +117,11 @@ def judged(case: Case) -> str:
 
 def _of_code(code: int, said: str) -> str:
   lines = [line for line in said.splitlines() if line and not line.startswith(('note: ', 'warning: '))]
-  if code == 0:
+  if code == exit_codes.FINISHED:
     return ACCEPTED
   if len(lines) != 1 or not lines[0].startswith('error: '):
     return f'exit code {code} WITHOUT ONE SENTENCE: {said[-200:]!r}'
-  return REFUSED if code == cli.USAGE else FAILED if code == cli.ERROR else f'EXIT CODE {code}'
+  return REFUSED if code == exit_codes.USAGE else FAILED if code == exit_codes.ERROR else f'EXIT CODE {code}'
 
 
 def through_command_line(number: int, seed: int, folder: pathlib.Path) -> Result:
