@@ -39,7 +39,7 @@ def test_a_process_whose_other_dies_ends_soon_with_a_sentence(tmp_path, monkeypa
   with Checkpoints(tmp_path / 'done', keep=2) as checkpoints:
     checkpoints.save(1, {'params': jnp.arange(3.)})
   program = _STAND_IN.format(said=said, code=code, seconds=seconds)
-  seen, findings = stops.dead_process(_StandIn(tmp_path, program), tmp_path)
+  seen, findings = stops.dead_process(_StandIn(tmp_path, program), tmp_path / 'done')
   assert len(seen) == 1 and len(findings) == (found is not None) and all(found in f for f in findings)
 
 
@@ -50,8 +50,17 @@ def test_the_same_command_must_end_as_the_undisturbed_run(tmp_path):
   # Process 0 alone: the other may start when the first has made the folder.
   trained = "if again and index == '0':\n  shutil.copytree(workdir.parent / 'other', workdir, dirs_exist_ok=True)\n"
   program = _STAND_IN.format(said=_SAID, code=1, seconds=.1) + trained
-  _, findings = stops.dead_process(_StandIn(tmp_path, program), tmp_path)
+  _, findings = stops.dead_process(_StandIn(tmp_path, program), tmp_path / 'done')
   assert len(findings) == 1 and 'arrays differ' in findings[0]
+
+
+@pytest.mark.parametrize('code, found', [(0, None), (3, 'two processes: exit code 3 and exit code 3, see')])
+def test_two_undisturbed_begin_anew_and_must_end_well(tmp_path, code, found):
+  (tmp_path / 'two_whole').mkdir()
+  (tmp_path / 'two_whole/earlier').write_text('')
+  workdir, findings = stops.two_undisturbed(_StandIn(tmp_path, f'import sys; sys.exit({code})'))
+  assert workdir == tmp_path / 'two_whole' and not workdir.exists()  # a stand-in makes none
+  assert len(findings) == (found is not None) and all(found in f for f in findings)
 
 
 @pytest.mark.nightly

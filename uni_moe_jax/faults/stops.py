@@ -15,7 +15,6 @@ from collections.abc import Callable
 from uni_moe_jax.faults import kills, planted
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_step
 
-WHOLE_OF_TWO = 'two_whole'  # trained by the first who needs it
 _SURVIVES = 150.0  # seconds, at most, without the other process
 # Room for some checkpoints of configs/small.py beside its metrics, and not for all that it writes.
 _KILOBYTES = 1100
@@ -70,38 +69,39 @@ def full_disk(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], l
   return seen, findings + _goes_on(trainer, whole, kept / 'run', log)
 
 
-def dead_process(trainer: kills.Trainer, _: pathlib.Path) -> tuple[list[str], list[str]]:
-  """SIGKILL for the second of two processes that train one run, which then goes on in two: (what was seen, findings)."""
+def two_undisturbed(trainer: kills.Trainer) -> tuple[pathlib.Path, list[str]]:
+  """Two processes train one run to its end: (its work directory, findings)."""
+  workdir = trainer.folder / 'two_whole'
+  codes = [kills.code_of(p) for p in _two_anew(trainer, workdir)]
+  return workdir, [f'two processes: {" and ".join(map(kills.ending, codes))}, see {_logs(workdir)[0]}'] if any(codes) else []
+
+
+def dead_process(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], list[str]]:
+  """SIGKILL for the second of two processes that train one run, which then goes on in two, to the end of those of `whole`, see
+  `two_undisturbed`: (what was seen, findings)."""
   def kill(other: subprocess.Popen, workdir: pathlib.Path) -> list[str]:
     while other.poll() is None and saved_step(workdir) is None:
       time.sleep(.01)
     other.kill()
     other.wait()
     return []
-  return _one_of_two(trainer, trainer, 'killed', kill)
+  return _one_of_two(trainer, whole, trainer, 'killed', kill)
 
 
-def failed_process(trainer: kills.Trainer, _: pathlib.Path) -> tuple[list[str], list[str]]:
+def failed_process(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], list[str]]:
   """The second of two processes cannot go on, and the first waits for it; as `dead_process`."""
   def fail(other: subprocess.Popen, workdir: pathlib.Path) -> list[str]:
     code, said = kills.code_of(other), _logs(workdir)[1].read_text(errors='replace')
     return [] if code == 1 and planted.ALONE in said else [f'the process that fails: {kills.ending(code)}, says {said[-200:]!r}']
-  return _one_of_two(trainer, dataclasses.replace(trainer, plant='fails_alone'), 'failed', fail)
+  return _one_of_two(trainer, whole, dataclasses.replace(trainer, plant='fails_alone'), 'failed', fail)
 
 
 def _one_of_two(
-    trainer: kills.Trainer, ended: kills.Trainer, how: str, end: Callable[[subprocess.Popen, pathlib.Path], list[str]]
-) -> tuple[list[str], list[str]]:
-  """Two processes of `ended` train one run, of which `end` sees the second to its end: its findings; then two of `trainer` go on, to
-  the end of two that were not disturbed."""
-  whole, workdir = trainer.folder / WHOLE_OF_TWO, trainer.folder / f'two_{how}'
-  shutil.rmtree(workdir, ignore_errors=True)
-  for log in _logs(workdir):
-    log.unlink(missing_ok=True)
-  if not whole.exists() and any(codes := [kills.code_of(p) for p in _two(trainer, whole)]):
-    return [], [f'two processes: {" and ".join(map(kills.ending, codes))}, see {_logs(whole)[0]}']
-
-  survivor, other = _two(ended, workdir)
+    trainer: kills.Trainer, whole: pathlib.Path, ended: kills.Trainer, how: str,
+    end: Callable[[subprocess.Popen, pathlib.Path], list[str]]) -> tuple[list[str], list[str]]:
+  """Two processes of `ended` train one run, of which `end` sees the second to its end: its findings; then two of `trainer` go on."""
+  workdir = trainer.folder / f'two_{how}'
+  survivor, other = _two_anew(ended, workdir)
   findings, began = end(other, workdir), time.monotonic()
   code, seconds = kills.code_of(survivor), time.monotonic() - began
   said = _logs(workdir)[0].read_text(errors='replace')
@@ -116,6 +116,14 @@ def _one_of_two(
   if any(codes := [kills.code_of(p) for p in _two(trainer, workdir)]):
     return seen, [*findings, f'one {how}: the same command: {" and ".join(map(kills.ending, codes))}']
   return seen, findings + kills.differences(whole, workdir)
+
+
+def _two_anew(trainer: kills.Trainer, workdir: pathlib.Path) -> list[subprocess.Popen]:
+  """As `_two`, where nothing of an earlier run is left."""
+  shutil.rmtree(workdir, ignore_errors=True)
+  for log in _logs(workdir):
+    log.unlink(missing_ok=True)
+  return _two(trainer, workdir)
 
 
 def _two(trainer: kills.Trainer, workdir: pathlib.Path) -> list[subprocess.Popen]:

@@ -85,11 +85,12 @@ class _Work:
     return findings + found
 
   def stops(self) -> list[str]:
-    whole = self._whole().workdir
-    shutil.rmtree(self._folder / stops.WHOLE_OF_TWO, ignore_errors=True)  # an earlier suite's
-    findings = []
-    for name, happen in (('hangs', stops.hangs), ('full disk', stops.full_disk), ('dead process', stops.dead_process),
-                         ('failed process', stops.failed_process)):
+    one = self._whole().workdir
+    two, findings = stops.two_undisturbed(self._trainer)
+    tried = [('hangs', stops.hangs, one), ('full disk', stops.full_disk, one)]
+    if not findings:
+      tried += [('dead process', stops.dead_process, two), ('failed process', stops.failed_process, two)]
+    for name, happen, whole in tried:
       with _timed(name) as say:
         try:
           seen, found = happen(self._trainer, whole)
