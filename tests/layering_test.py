@@ -14,6 +14,7 @@ _MAX_MAIN_LINES = 80
 _RULES = {
     'failures': ((), 'what befalls a run can befall every room'),
     'exit_codes': ((), 'numbers that the shell knows, too'),
+    'heap': ((), 'the C library knows nothing of models'),
     'attributes': ((), 'the bits of a token follow from plain values; all others read them'),
     'tasks': (('attributes',), 'a task kind is a declaration from which attributes follow'),
     'plan': (('attributes', 'tasks'), 'the static facts of a run are made of kinds and conditions'),
@@ -27,7 +28,7 @@ _RULES = {
     'recipes': (('config',), 'a recipe fills in a config, as a person would'),
     'benchmarks': (('config',), 'a table of tasks fills in a config, as a recipe does'),
     'cli': (
-        ('failures', 'exit_codes', 'attributes', 'tasks', 'plan', 'config', 'files'),
+        ('failures', 'exit_codes', 'heap', 'attributes', 'tasks', 'plan', 'config', 'files'),
         'a mistyped command is answered before anything slow is loaded',
     ),
     'distributed': ((), 'processes find each other before anything of the run is loaded'),
@@ -50,8 +51,8 @@ _RULES = {
         'an evaluator is given functions, so that every model is measured alike',
     ),
     'train': (
-        ('files', 'failures', 'exit_codes', 'attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding', 'losses',
-         'model', 'data', 'eval'),
+        ('files', 'failures', 'exit_codes', 'heap', 'attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding',
+         'losses', 'model', 'data', 'eval'),
         'the trainer joins the other rooms; experts it knows only through the model',
     ),
     'restarts': (('exit_codes', 'train'), 'it reads from a work directory how far the command that it starts has come'),

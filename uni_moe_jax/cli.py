@@ -13,7 +13,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from uni_moe_jax import failures, files
+from uni_moe_jax import failures, files, heap
 from uni_moe_jax.exit_codes import ERROR, USAGE
 from uni_moe_jax.tasks import nearest
 
@@ -55,6 +55,7 @@ def run(main: Callable[[], int], remote: bool = False) -> None:
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
+  heap.share_one()
   logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
   _tell_once()
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, remote))

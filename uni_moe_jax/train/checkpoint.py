@@ -1,7 +1,6 @@
 """Checkpoints: Orbax, atomic, verified before they are read; the newest k are kept, and the best."""
 
 import contextlib
-import ctypes
 import math
 import os
 import pathlib
@@ -14,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from uni_moe_jax import failures
+from uni_moe_jax import failures, heap
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps
 
@@ -85,7 +84,7 @@ class Checkpoints:
     with self._explained():
       self._manager.wait_until_finished()
     if self._pending is not None:
-      _give_back_memory()
+      heap.give_back()  # arrays of a save lie between those of steps
     self._pending = None
 
   def restore(self, like: Any, step: int | None = None) -> Any:
@@ -201,14 +200,6 @@ class _Retention:
     steps = [c.step for c in checkpoints]
     stay = {self._best_of(steps), *(steps if self._keep is None else sorted(steps)[-self._keep:])}
     return [s in stay for s in steps]
-
-
-def _give_back_memory() -> None:
-  """Arrays of a save lie between those of steps in glibc's heaps, which have more holes after each: without this a run grows by
-  megabytes per save, for days. Other C libraries have no such function."""
-  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-  if trim is not None:
-    trim(0)
 
 
 def _newest_whole(workdir: str | os.PathLike[str], folder: pathlib.Path, clean: bool) -> int:
