@@ -64,11 +64,6 @@ class AttentionMaskTest(absltest.TestCase):
     mask = self._rows(_CAPTION, 1, (1, 4), (None, valid))
     np.testing.assert_array_equal(mask[0, 0], _drawn('11000/11000/10010/11000').astype(int))
 
-  def test_cached_keys_come_first_where_they_are_valid(self):
-    past = jnp.array([[True, True, False]])
-    mask = self._rows(('causal',), 0, (2,), (None,), past, 3)
-    np.testing.assert_array_equal(mask[0, 0], _drawn('11010/11011').astype(int))
-
 
 @functools.cache
 def _influence_of(layout: Layout):

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from uni_moe_jax.attributes import Condition
-from uni_moe_jax.model import decisions
-from uni_moe_jax.model.spec import PROJECTIONS, ModelSpec, Stack
+from uni_moe_jax.model import decisions, merging
+from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.moe import routers
 
 
@@ -63,16 +63,10 @@ def _groups(found: dict[int, dict[str, np.ndarray]], rows: int) -> tuple[list[in
 
 def _layer(tree: Any, coefficients: dict[str, np.ndarray], chosen: list[int]) -> Any:
   """A layer's parameters without its routers, and with merged kernels and biases."""
-  out = {}
-  for name, sub in tree.items():
-    part = PROJECTIONS.get(name)
-    if part in coefficients:
-      coef = coefficients[part][chosen]
-      mix = lambda experts, coef=coef: np.tensordot(coef, experts, axes=1)
-      out[name] = jax.tree.map(mix if len(chosen) > 1 else lambda experts, mix=mix: mix(experts)[0], sub)
-    elif not name.endswith('_router'):
-      out[name] = sub
-  return out
+  def mix(part, kernels):
+    found = np.tensordot(coefficients[part][chosen], kernels, axes=1)
+    return found if len(chosen) > 1 else found[0]
+  return merging.merged_block(tree, tuple(coefficients), mix)
 
 
 def _stacked(layers: list[Any], stack: Stack) -> Any:

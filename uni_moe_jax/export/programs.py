@@ -203,7 +203,7 @@ class _Programs:
 
     def step(params, x):
       features, new = decode.next_features(
-          model, _tree(params), kind, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe, room=length)
+          model, _tree(params), kind, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe)
       logits = self._apply(params, 'scale', self._task.temperature) * features @ x['targets'].T
       return {'log_p': jax.nn.log_softmax(logits), 'cache': tuple(jax.tree.leaves(new))}
 

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from uni_moe_jax import sharding
 from uni_moe_jax.model import masks
-from uni_moe_jax.model.prompts import DeepPrompts, put_before, table_of
+from uni_moe_jax.model.attention import Part, attend, heads_first
+from uni_moe_jax.model.prompts import DeepPrompts, table_of
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.streams import Stream, take_rows
 from uni_moe_jax.model.ways import SALTS, FixedWays, TokenWays, Ways
@@ -32,7 +33,7 @@ class Context:
 
   Attributes:
     streams: the streams with `arrays` emptied.
-    past_valid: bool [B, P] per stream, or None.
+    past_valid: bool [B, room] per stream, which words of its past are there, or None.
     key: random key of this step, or None at evaluation.
     rows: distinct router inputs of the streams.
     all_rows: compute every row in the last block too.
@@ -80,7 +81,7 @@ class Block(nn.Module):
     Args:
       arrays: per stream, per segment: [B, S, D].
       layer: scalar int32, the layer's index (it keys noise; a scanned input).
-      past: per stream (k, v, pools) or None: k, v [B, P, N, H]; pools {part: [B, D]} or None.
+      past: per stream a `Past` of this layer alone, without `valid`, or None.
       context: see `Context`.
 
     Returns:
@@ -117,14 +118,15 @@ class Block(nn.Module):
 
     new_arrays, all_kv, all_pools = [], [], []
     for stream, xs, before, past_valid in zip(context.streams, arrays, past, context.past_valid, strict=True):
-      layout, cached, pools = stream.layout, *((None, None) if before is None else (before[:2], before[2]))
+      layout = stream.layout
       normed = [norm1(x) for x in xs]
-      all_pools.append(ways.enter(stream, normed, pools))
+      all_pools.append(ways.enter(stream, normed, None if before is None else before.pools))
+      apart: list[Part] = [] if before is None else before.parts(past_valid)
       table = table_of(spec, layout.is_target)
       if table in prompts:
         h, way = ways.of_prompts(norm1(prompts[table].astype(spec.dtype)), layout.prompt_condition)
         y = way(h, only_kv)
-        cached, past_valid = put_before((y[:, :, 0], y[:, :, 1]), cached, past_valid, xs[0].shape[0])
+        apart.append((heads_first(y[:, :, 0]), heads_first(y[:, :, 1]), None))
       only_readout = self.last and not context.all_rows
       asks = [i for i in range(len(xs)) if not only_readout or i == layout.readout_array]
       q, kv, way = {}, [], {}
@@ -145,7 +147,7 @@ class Block(nn.Module):
       results: list[jax.Array | None] = [None] * len(xs)
       for i in asks:
         x = take_rows(xs[i], layout.readout, stream.positions) if only_readout else xs[i]
-        y = self._attend(i, q[i], kv, xs, stream, cached, past_valid, only_readout)
+        y = self._attend(i, q[i], kv, stream, apart, only_readout)
         y = way[i](y, out)
         path = None if key is None else jax.random.fold_in(key, ATTENTION_PATH)
         x = x + scale['scale1'] * drop_path(y, path, stream.ids, spec.drop_path)
@@ -179,16 +181,15 @@ class Block(nn.Module):
       decisions[p] = routers.Router(spec.router, *sizes, spec.router_names, name=f'{p}_router')(context.rows, salted)
     return Ways(spec, context.rows, decisions), decisions
 
-  def _attend(self, index, q, kv, xs, stream: Stream, cached, past_valid, only_readout) -> jax.Array:
-    """Attention of one array's queries [B, Q, N, H] over the keys it may see → [B, Q, N, H]."""
+  def _attend(self, index, q, kv, stream: Stream, apart: list[Part], only_readout) -> jax.Array:
+    """Attention of one array's queries [B, Q, N, H] over the keys it may see, and over those `apart` → [B, Q, N, H]."""
     layout = stream.layout
     seen = masks.sees(layout.masks, index)
-    keys = ([cached[0]] if cached is not None else []) + [kv[i][0] for i in seen]
-    values = ([cached[1]] if cached is not None else []) + [kv[i][1] for i in seen]
+    k, v = (kv[seen[0]] if len(seen) == 1 else
+            tuple(jnp.concatenate([kv[i][which] for i in seen], axis=1) for which in (0, 1)))
     mask = masks.attention_mask(
-        layout.masks, index, tuple(x.shape[1] for x in xs), stream.valid, past_valid,
-        0 if cached is None else cached[0].shape[1],
+        layout.masks, index, tuple(k.shape[1] for k, _ in kv), stream.valid,
         queries_only=only_readout and layout.readout == 'queries')
-    k = keys[0] if len(keys) == 1 else jnp.concatenate(keys, axis=1)
-    v = values[0] if len(values) == 1 else jnp.concatenate(values, axis=1)
+    if apart:
+      return attend(q, [*apart, (heads_first(k), heads_first(v), mask)])
     return jax.nn.dot_product_attention(q, k, v, mask=mask)

@@ -17,6 +17,11 @@ def layer_params(spec: ModelSpec, params: Any, layer: int, names: tuple[str, ...
   return tree if period is None else jax.tree.map(lambda x: x[period], tree)
 
 
+def router_of(spec: ModelSpec) -> routers.Router:
+  """The module of a router that does not look at tokens."""
+  return routers.Router(spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
+
+
 def coefficients(spec: ModelSpec, params: Any, rows: tuple[routers.Row, ...]) -> dict[int, dict[str, np.ndarray]]:
   """{layer: {part: f32 [A, E]}} of every router, without noise; rows: A router inputs.
 
@@ -24,8 +29,7 @@ def coefficients(spec: ModelSpec, params: Any, rows: tuple[routers.Row, ...]) ->
   """
   if routers.looks_at_tokens(spec.router):
     return {}
-  router = routers.Router(spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
-  decide = jax.jit(lambda values: router.apply({'params': values}, rows, None).coef)
+  decide = jax.jit(lambda values: router_of(spec).apply({'params': values}, rows, None).coef)
   found = {}
   for layer, parts in enumerate(spec.pattern):
     if parts:

@@ -5,10 +5,14 @@ tokens through the layers: the word just chosen, whose keys and values are kept,
 Equal, token for token, to the two-stream forward of training on the words chosen so far.
 """
 
+from typing import Any
+
 import flax
 import jax
 import jax.numpy as jnp
 
+from uni_moe_jax.model import merging
+from uni_moe_jax.model.attention import heads_first
 from uni_moe_jax.model.similarity import normalise
 from uni_moe_jax.model.streams import READ_NOTHING, Layout, Past
 from uni_moe_jax.model.trie import Trie, allowed, follow
@@ -30,43 +34,35 @@ def pass_layout(kind: Kind) -> Layout:
   return Layout((whole.conditions[text],), ('causal',), 'queries', prefixed=False, prompted=whole.conditions[0])
 
 
-def collected_past(collected, stream: int, valid: jax.Array, room: int) -> Past:
-  """Keys and values of a stream's arrays, joined along tokens, with `room` empty slots after them."""
-
-  def joined(out, which):
-    parts = [kv[which] for kv in out['kv'][stream]]
-    axis = parts[0].ndim - 3
-    padding = jnp.zeros(parts[0].shape[:axis] + (room,) + parts[0].shape[axis + 1:], parts[0].dtype)
-    return jnp.concatenate([*parts, padding], axis=axis)
-
-  kv = {sub: tuple((joined(out, 0), joined(out, 1)) for out in collected[sub]) for sub in ('blocks', 'tail')}
-  empty = jnp.zeros((valid.shape[0], room), bool)
-  pools = {sub: tuple(out['pools'][stream] for out in collected[sub]) for sub in ('blocks', 'tail')}
-  return Past(kv, jnp.concatenate([valid, empty], axis=1), pools)
-
-
 def prefill(model: UniPerceiver, params, kind: Kind, pixels: jax.Array, room: int) -> Past:
   """What a caption looks back at: keys and values of pictures [B, T, H, W, C], and `room` empty slots for its words."""
   B = pixels.shape[0]
   picture = Sequence(layout=prefill_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), pixels=pixels)
   collected = model.apply({'params': params}, (picture,), keys=True, method='encode').collected
-  seen = sum(k.shape[-3] for k, _ in collected['tail'][0]['kv'][0])
-  return collected_past(collected, 0, jnp.ones((B, seen), bool), room)
+
+  def joined(out, which):  # the segments of a picture, along tokens
+    return heads_first(jnp.concatenate([kv[which] for kv in out['kv'][0]], axis=-3))
+
+  blocks = {sub: collected[sub] for sub in ('blocks', 'tail')}
+  seen = {sub: tuple((joined(out, 0), joined(out, 1)) for out in outs) for sub, outs in blocks.items()}
+  empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], room, x.shape[-1]), x.dtype), seen)
+  pools = {sub: tuple(out['pools'][0] for out in outs) for sub, outs in blocks.items()}
+  return Past(seen, empty, jnp.zeros((B, room), bool), pools)
 
 
 def next_features(
-    model: UniPerceiver, params, kind: Kind, past: Past, word: jax.Array, t: jax.Array, *, spe: int, room: int
+    model: UniPerceiver, params, kind: Kind, past: Past, word: jax.Array, t: jax.Array, *, spe: int
 ) -> tuple[jax.Array, Past]:
   """One decoding pass: reads the word at position t - 1, asks for the one at t.
 
   Args:
     past: see `prefill`. word: int32 [B], any where t is 0: the first query follows no word. t: int32 scalar.
-    spe: id of the query. room: slots for words in `past`.
+    spe: id of the query.
 
   Returns:
     (features [B, D] of the query, normalised; past with the word's keys and values).
   """
-  B, seen, slot = word.shape[0], past.valid.shape[1] - room, jnp.maximum(t - 1, 0)
+  B, slot = word.shape[0], jnp.maximum(t - 1, 0)
   there = jnp.broadcast_to(t > 0, (B, 1))
   sequence = Sequence(
       layout=pass_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), text=jnp.stack([word, jnp.full_like(word, spe)], axis=1),
@@ -79,15 +75,12 @@ def next_features(
   features, new = model.apply({'params': params}, method=run)
 
   def keep(old, out, which):
-    fresh = out['kv'][0][0][which]
-    axis = fresh.ndim - 3
-    fresh = jax.lax.slice_in_dim(fresh, 0, 1, axis=axis)
-    return jax.lax.dynamic_update_slice_in_dim(old, fresh, seen + slot, axis=axis)
+    fresh = heads_first(jax.lax.slice_in_dim(out['kv'][0][0][which], 0, 1, axis=-3))
+    return jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=-2)
 
-  kv = {sub: tuple((keep(k, out, 0), keep(v, out, 1)) for (k, v), out in zip(past.kv[sub], new[sub]))
-        for sub in ('blocks', 'tail')}
-  valid = jax.lax.dynamic_update_slice_in_dim(past.valid, there, seen + slot, axis=1)
-  return features, past.replace(kv=kv, valid=valid)
+  words = {sub: tuple((keep(k, out, 0), keep(v, out, 1)) for (k, v), out in zip(past.words[sub], new[sub]))
+           for sub in ('blocks', 'tail')}
+  return features, past.replace(words=words, valid=jax.lax.dynamic_update_slice_in_dim(past.valid, there, slot, axis=1))
 
 
 @flax.struct.dataclass
@@ -109,12 +102,13 @@ class Captions:
 
 @flax.struct.dataclass
 class _Carry:
-  """t: position of the next query. word, done [B, k]: chosen last. score [B, k]. Others as in `Captions`."""
+  """t: position of the next query. word, done [B, k]: chosen last. score [B, k]. words, valid: as in `Past`; others as in `Captions`."""
   t: jax.Array
   word: jax.Array
   done: jax.Array
   score: jax.Array
-  past: Past
+  words: Any
+  valid: jax.Array
   tokens: jax.Array
   log_p: jax.Array
   candidates: jax.Array
@@ -137,14 +131,15 @@ def search(
     trie: only its sequences are answers; None: every sequence.
   """
   B, V = pixels.shape[0], words.shape[0]
-  past = prefill(model, params, kind, pixels, length)
-  seen = past.valid.shape[1] - length
-  past = _repeat(past, beams)
+  past = _repeat(prefill(model, params, kind, pixels, length), beams)
+  passes = pass_layout(kind)
+  spec, merged = merging.for_conditions(model.spec, params, (*passes.conditions, passes.prompt_condition))
+  reader = model.clone(spec=spec)
   scale = model.apply({'params': params}, temperature, method='scale')
 
   def next_words(past: Past, word: jax.Array, t: jax.Array):
     """(logits [B, k, V], past with the word's keys and values) of the query at position t after `word` at t - 1."""
-    features, past = next_features(model, params, kind, past, word, t, spe=spe, room=length)
+    features, past = next_features(reader, merged, kind, past, word, t, spe=spe)
     return (scale * features @ words.T).reshape(B, beams, V), past
 
   def go_on(carry: tuple[_Carry, jax.Array]):
@@ -152,7 +147,7 @@ def search(
 
   def step(carry: tuple[_Carry, jax.Array]):
     c, node = carry
-    logits, past = next_words(c.past, c.word.reshape(-1), c.t)
+    logits, new = next_words(past.replace(words=c.words, valid=c.valid), c.word.reshape(-1), c.t)
     log_p = jax.nn.log_softmax(logits)
     if trie is not None:
       log_p = jnp.where(allowed(trie, node, V), log_p, -jnp.inf)
@@ -169,17 +164,18 @@ def search(
     def put(rows, value):
       return jax.lax.dynamic_update_slice_in_dim(_take(rows, parent), value[..., None], c.t, axis=2)
 
-    new = _Carry(
+    going_on = _Carry(
         # Where answers run out, a hypothesis that is none ends, too.
-        c.t + 1, word, done | (word == eot) | jnp.isneginf(best[:, :beams]), best[:, :beams], _reorder(past, parent, seen), put(c.tokens, word),
-        put(c.log_p, chosen), c.candidates.at[c.t, :, :best.shape[1]].set(best))
-    return new, (node if trie is None else follow(trie, _take(node, parent), word, done))
+        c.t + 1, word, done | (word == eot) | jnp.isneginf(best[:, :beams]), best[:, :beams],
+        _reorder(new.words, parent), new.valid, put(c.tokens, word), put(c.log_p, chosen),
+        c.candidates.at[c.t, :, :best.shape[1]].set(best))
+    return going_on, (node if trie is None else follow(trie, _take(node, parent), word, done))
 
   empty = jnp.zeros((B, beams), jnp.int32)
   start = _Carry(
       t=jnp.int32(0), word=jnp.full_like(empty, eot), done=jnp.zeros((B, beams), bool),
       # All hypotheses of a picture are one until the first word is chosen.
-      score=jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (B, beams)), past=past,
+      score=jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (B, beams)), words=past.words, valid=past.valid,
       tokens=jnp.full((B, beams, length), eot, jnp.int32), log_p=jnp.zeros((B, beams, length)),
       candidates=jnp.full((length, B, beams + 1), -jnp.inf))
   end, _ = jax.lax.while_loop(go_on, step, (start, empty))
@@ -195,23 +191,15 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _repeat(past: Past, beams: int) -> Past:
-  """Every row of the batch `beams` times in a row."""
-  if beams == 1:
-    return past
-  kv = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 4), past.kv)
-  pools = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 2), past.pools)
-  return Past(kv, jnp.repeat(past.valid, beams, axis=0), pools)
+  """Words of every row of the batch `beams` times in a row; what they look back at is the same for all hypotheses of a picture."""
+  repeated = lambda tree, axis: jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim + axis), tree)
+  return past.replace(words=repeated(past.words, -4), valid=repeated(past.valid, -2), pools=repeated(past.pools, -2))
 
 
-def _reorder(past: Past, parent: jax.Array, seen: int) -> Past:
-  """Each hypothesis takes over its parent's words; what was seen before them is the same for all of a picture."""
+def _reorder(words, parent: jax.Array):
+  """Each hypothesis takes over its parent's words."""
   B, beams = parent.shape
   if beams == 1:
-    return past
+    return words
   rows = (parent + beams * jnp.arange(B)[:, None]).reshape(-1)
-
-  def one(x):
-    text = jax.lax.slice_in_dim(x, seen, x.shape[-3], axis=x.ndim - 3)
-    text = jnp.take(text, rows, axis=x.ndim - 4)
-    return jax.lax.dynamic_update_slice_in_dim(x, text, seen, axis=x.ndim - 3)
-  return past.replace(kv=jax.tree.map(one, past.kv))
+  return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), words)

@@ -77,9 +77,8 @@ class Encoder(nn.Module):
     arrays = tuple(tuple(a.astype(spec.dtype) for a in s.arrays) for s in streams)
 
     def past_of(subtree, blocks):
-      """Per block, per stream: (k, v, pools) or None."""
-      of = lambda p, j: (*p.kv[subtree][j], None if p.pools is None else p.pools[subtree][j])
-      return tuple(tuple(None if p is None else of(p, j) for p in past) for j in range(blocks))
+      """Per block, per stream: a `Past` of the layer, or None."""
+      return tuple(tuple(None if p is None else p.of_layer(subtree, j) for p in past) for j in range(blocks))
 
     collected: Collected = {'blocks': (), **({'streams': streams} if taps else {})}
     scanned = len(stack.period) * stack.periods

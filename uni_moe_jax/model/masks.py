@@ -2,7 +2,7 @@
 
 Segments with mask 'full' see every full segment. A 'two_stream' segment is a caption [words | queries] of 2n tokens:
 word i sees words ≤ i; query i sees words < i and itself; both see every full segment, none of which looks back.
-Keys are joined in the order: past (cached keys), then the arrays that `sees` lists.
+Keys are joined in the order of the arrays that `sees` lists.
 """
 
 import jax
@@ -33,8 +33,6 @@ def attention_mask(
     index: int,
     lengths: tuple[int, ...],
     valid: tuple[jax.Array | None, ...],
-    past_valid: jax.Array | None = None,
-    past_length: int = 0,
     queries_only: bool = False,
 ) -> jax.Array | None:
   """Mask of the queries of one array over its joined keys.
@@ -44,8 +42,6 @@ def attention_mask(
     index: the array that asks.
     lengths: S per array.
     valid: bool [B, S] per array, or None where nothing is padded.
-    past_valid: bool [B, P] of cached keys, None when all are valid.
-    past_length: P; 0 without cached keys.
     queries_only: only the rows of the second half (of a two-stream or causal array).
 
   Returns:
@@ -58,9 +54,8 @@ def attention_mask(
     if queries_only:
       own = own[lengths[index] // 2:]
     blocks = [own if i == index else np.ones((len(own), lengths[i]), bool) for i in seen]
-    structure = np.concatenate([np.ones((len(own), past_length), bool), *blocks], axis=1)[None, None]
-  keys = ([past_valid] if past_length else []) + [valid[i] for i in seen]
-  sizes = ([past_length] if past_length else []) + [lengths[i] for i in seen]
+    structure = np.concatenate(blocks, axis=1)[None, None]
+  keys, sizes = [valid[i] for i in seen], [lengths[i] for i in seen]
   if all(k is None for k in keys):
     return None if structure is None else jnp.asarray(structure)
   batch = next(k.shape[0] for k in keys if k is not None)

@@ -1,7 +1,7 @@
 """Prompts: what tuning adds to a finished model. Few parameters, all of them beside the model's own.
 
 Deep prompts are P rows per layer that every token may look at: they go through the layer's own norm and its projection to
-keys and values, are put before the other keys, and never become tokens themselves (published; the condition is that of the
+keys and values, are seen beside the other keys, and never become tokens themselves (published; the condition is that of the
 sequence's first segment). Prefix and label prompts are tokens between `spe` and the data: raw rows without LayerNorm, position
 or type (published), under the condition of the first segment. The linear head adds its logits to those of similarity.
 """
@@ -66,28 +66,6 @@ class TokenPrompts(nn.Module):
     if table in self.prefix:
       found.append(jnp.broadcast_to(self.prefix[table], (batch, *self.prefix[table].shape[1:])))
     return [x.astype(self.spec.dtype) for x in found]
-
-
-def put_before(
-    prompt: tuple[jax.Array, jax.Array], cached: tuple[jax.Array, jax.Array] | None, past_valid: jax.Array | None,
-    batch: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
-  """Prompts as keys and values before those of a cache.
-
-  Args:
-    prompt: keys and values [1, P, N, H]. cached: the same of earlier tokens [B, S, N, H], or None.
-    past_valid: bool [B, S] of the cache, or None.
-    batch: B.
-
-  Returns:
-    (keys and values [B, P + S, N, H], bool [B, P + S] or None where all are valid).
-  """
-  wide = tuple(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in prompt)
-  if cached is None:
-    return wide, None
-  joined = tuple(jnp.concatenate([p, c.astype(p.dtype)], axis=1) for p, c in zip(wide, cached))
-  if past_valid is not None:
-    past_valid = jnp.concatenate([jnp.ones((batch, prompt[0].shape[1]), bool), past_valid], axis=1)
-  return joined, past_valid
 
 
 class LinearHead(nn.Module):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.attributes import Condition
+from uni_moe_jax.model.attention import Part
 from uni_moe_jax.tasks import Kind
 
 READ_NOTHING = 'nothing'  # prefill: only keys and values of the last layer are wanted
@@ -94,14 +95,25 @@ class Stream:
 class Past:
   """Keys and values of earlier tokens, visible to every token of the stream.
 
+  Per layer, in the tree that the encoder collects, ((k, v), …); with a leading axis of periods where it has one.
+
   Attributes:
-    kv: per layer, in the tree that the encoder collects: ((k, v), …) with [periods, B, P, N, H] or [B, P, N, H].
-    valid: bool [B, P].
-    pools: per layer, in the same tree, what context routers pooled: {part: [periods, B, D] or [B, D]}; {} or None without them.
+    seen: [b, N, P, H], of what no word changes; each row serves B / b rows of the stream in a row.
+    words: [B, N, room, H]. valid: bool [B, room], which of them are there.
+    pools: what context routers pooled: {part: [B, D]}; {} without them.
   """
-  kv: Any
-  valid: jax.Array
-  pools: Any = None
+  seen: Any
+  words: Any
+  valid: jax.Array | None
+  pools: Any
+
+  def of_layer(self, subtree: str, block: int) -> 'Past':
+    """Of one block of the pattern, without `valid`, which is that of all."""
+    return Past(self.seen[subtree][block], self.words[subtree][block], None, self.pools[subtree][block])
+
+  def parts(self, valid: jax.Array) -> list[Part]:
+    """Of one layer: what attention looks at, apart."""
+    return [(*self.seen, None), (*self.words, valid[:, None, None])]
 
 
 def take_rows(x: jax.Array, readout: str, positions: jax.Array | None) -> jax.Array:

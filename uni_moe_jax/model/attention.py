@@ -1,0 +1,46 @@
+"""Attention over keys that lie apart: of a cache, of prompts, of the tokens themselves.
+
+Joining them would copy a cache for every word that is decoded. Instead each part has scores of its own; the softmax is over all of them.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# (keys, values [b, N, S, H], as products read them, mask bool [B or 1, 1, Q or 1, S] or None: all may be seen); b divides B, and each row of a part serves
+# the B / b rows in a row that share it: the hypotheses about one picture share its keys, all rows those of the prompts.
+Part = tuple[jax.Array, jax.Array, jax.Array | None]
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+  """[…, S, N, H] → […, N, S, H]."""
+  return x.swapaxes(-3, -2)
+
+
+def attend(q: jax.Array, parts: Sequence[Part]) -> jax.Array:
+  """softmax(q kᵀ / √H) v over the keys of all parts together, scores and sums in float32.
+
+  Args:
+    q: [B, Q, N, H].
+    parts: see `Part`; every query sees a key of some part.
+
+  Returns:
+    [B, Q, N, H] of q's type.
+  """
+  B, Q, N, H = q.shape
+  scores = []
+  for k, _, mask in parts:
+    b, _, S, _ = k.shape
+    s = jnp.einsum('bqnh,bnsh->bnqs', q.reshape(b, -1, N, H), k, preferred_element_type=jnp.float32) / H**0.5
+    s = s.reshape(b, N, B // b, Q, S).swapaxes(1, 2).reshape(B, N, Q, S)
+    scores.append(s if mask is None else jnp.where(mask, s, -jnp.inf))
+  top = jax.lax.stop_gradient(jnp.stack([s.max(-1) for s in scores]).max(0))[..., None]
+  weights = [jnp.exp(s - top) for s in scores]
+  out = 0.
+  for w, (_, v, _) in zip(weights, parts, strict=True):
+    b, _, S, _ = v.shape
+    w = w.astype(v.dtype).reshape(b, B // b, N, Q, S).swapaxes(1, 2).reshape(b, N, -1, S)
+    out += jnp.einsum('bnqs,bnsh->bqnh', w, v, preferred_element_type=jnp.float32).reshape(B, Q, N, H)
+  total = sum(w.sum(-1) for w in weights)  # [B, N, Q]
+  return (out / total.swapaxes(1, 2)[..., None]).astype(q.dtype)
