@@ -1,0 +1,61 @@
+"""A model merged inside a program is the model with experts, and a loop that runs it reads no experts."""
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import small_model
+from uni_moe_jax import tasks
+from uni_moe_jax.model import decode, merging
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+
+_KIND = tasks.KINDS['image_caption']
+_VQA = tasks.KINDS['vqa'].conditions
+_EXPERTS = 13  # as no other axis
+
+
+def _spec(router: str, **changes):
+  return small_model.spec(router, num_experts=_EXPERTS, **changes)
+
+
+class ForConditionsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('attribute', {}, _VQA[::-1]), ('task', {'placement': 'odd', 'layers': 5}, _KIND.conditions),
+      ('modality', {'parts': ('ffn',), 'prompts': 2}, _VQA[::-1]))
+  def test_features_are_those_of_the_model_with_experts(self, router, changes, others):
+    spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
+
+    def run(values):
+      found = merging.for_conditions(spec, values, _VQA)  # prompts have the condition of the first array
+      wrong = found[0], merging.for_conditions(spec, values, others)[1]
+      return [small_model.encode(s, [sequence], values=v)[0][0] for s, v in ((spec, values), found, wrong)]
+
+    experts, merged, wrong = small_model.jit(run)(small_model.params(spec))
+    np.testing.assert_allclose(merged, experts, rtol=2e-5, atol=2e-5)
+    self.assertGreater(float(jnp.abs(wrong - experts).max()), 1e-2)  # each condition has its own kernel
+
+  @parameterized.parameters('dense', 'token', 'context')
+  def test_where_there_is_nothing_to_merge_all_stays(self, router):
+    spec = _spec(router)
+    values = small_model.params(spec)
+    found = merging.for_conditions(spec, values, _KIND.conditions)
+    self.assertIs(found[0], spec)
+    self.assertIs(found[1], values)
+
+  @parameterized.parameters(('attribute', False), ('token', True))
+  def test_the_loop_over_words_reads_experts_only_where_tokens_choose_them(self, router, reads):
+    spec = _spec(router)
+    pixels = jnp.zeros((2, 1, small_model.SIDE, small_model.SIDE, 1))
+
+    def search(values):
+      return decode.search(UniPerceiver(spec), values, _KIND, pixels, jnp.zeros((7, spec.width)), temperature='group',
+                           spe=small_model.SPE, eot=small_model.EOT, length=3, beams=2)
+
+    [loop] = [e for e in jax.make_jaxpr(search)(small_model.params(spec)).eqns if e.primitive.name == 'while']
+    self.assertEqual(any(_EXPERTS in v.aval.shape for v in loop.invars), reads)
+
+
+if __name__ == '__main__':
+  absltest.main()
