@@ -41,6 +41,7 @@ class Case:
   capacity: float = 0.0
   accum: int = 1
   dtype: str = 'float32'
+  drop_path: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def run(case: Case, mesh: str, devices=None) -> setup.Run:
   c.tokenizer.file = tiny.tokenizer_file()
   for task in c.tasks.values():
     task.batch = BATCH * case.accum
-  c.model.update(dict(layers=case.layers, remat=case.remat, dtype=case.dtype))
+  c.model.update(dict(layers=case.layers, remat=case.remat, dtype=case.dtype, drop_path=case.drop_path))
   # Much noise: each expert is chosen by something.
   c.moe.update(dict(router=case.router, num_experts=EXPERTS, top_k=KEPT, noise_std=8.0, capacity=case.capacity, grouped='buffers'))
   c.train.accum = case.accum

@@ -119,8 +119,8 @@ def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def encode(model: UniPerceiver, params, sequence) -> jax.Array:
   """Features [B, R, D] f32 of a sequence's readout, not normalised."""
   def run(m):
-    return m.features(m.encode((sequence,)).rows[0])
-  return sharding.everywhere(model.apply({'params': params}, method=run), model.mesh)
+    return m.features(m.encode((sequence.filled(m.shards),)).rows[0])
+  return sharding.everywhere(model.apply({'params': params}, method=run), model.mesh)[:sequence.ids.shape[0]]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

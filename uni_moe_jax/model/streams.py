@@ -145,7 +145,7 @@ def join_equal(streams: tuple[Stream, ...], keys: tuple[Any, ...], shards: int):
     shapes = tuple(a.shape[1:] for a in s.arrays)
     padded = tuple(v is not None for v in s.valid)
     picks = None if s.positions is None else s.positions.shape[1:]
-    # The batch must divide: target sets of odd sizes stay alone.
+    # The batch must divide: the last one of an evaluation, of pictures, stays alone.
     whole = s.ids.shape[0] % shards == 0
     groups.setdefault((key, shapes, padded, picks) if whole else i, []).append(i)
 

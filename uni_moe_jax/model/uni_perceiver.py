@@ -45,6 +45,20 @@ class Sequence:
   past: Past | None = None
   classes: jax.Array | None = None
 
+  def filled(self, multiple: int) -> 'Sequence':
+    """With rows of padding, in which no token is valid, up to a multiple, so that every device has equally many.
+
+    A partitioner moves what lies unevenly, drawn numbers and all, at every turn. Texts alone: pictures come in batches that divide,
+    but for the last one of an evaluation.
+    """
+    missing = -self.ids.shape[0] % multiple
+    if not missing or self.pixels is not None:
+      return self
+    fill = lambda x: None if x is None else jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
+    rows = ('ids', 'text', 'positions', 'classes') + ('text_positions',) * (self.text_positions is not None and self.text_positions.ndim == 2)
+    valid = jnp.ones(self.text.shape, bool) if self.text_valid is None else self.text_valid
+    return self.replace(text_valid=fill(valid), **{name: fill(getattr(self, name)) for name in rows})
+
 
 @flax.struct.dataclass
 class Encoded:
@@ -137,7 +151,8 @@ class UniPerceiver(nn.Module):
       front = self.embed.front(batch, layout.is_target, layout.label_set, s.classes)
       arrays[0] = jnp.concatenate([front, arrays[0]], axis=1)
       if valid[0] is not None:
-        valid[0] = jnp.concatenate([jnp.ones(front.shape[:2], bool), valid[0]], axis=1)
+        there = jnp.broadcast_to(valid[0].any(axis=1, keepdims=True), front.shape[:2])  # not of rows that only fill up
+        valid[0] = jnp.concatenate([there, valid[0]], axis=1)
       if positions is not None and layout.readout_array == 0:
         positions = positions + front.shape[1]
     if layout.readout not in ('picks', 'slot', READ_NOTHING):

@@ -61,7 +61,9 @@ class TokenRouter(nn.Module):
       tokens: [B, S, D] per array. valid: bool [B, S] per array, None where nothing is padded.
     """
     tokens = [x.astype(jnp.float32) for x in tokens]
-    scores = [x @ self.query if v is None else jnp.where(v, x @ self.query, -jnp.inf) for x, v in zip(tokens, valid)]
+    # Not -inf: rows that only fill a batch up have no token at all, and would be NaN.
+    least = jnp.finfo(jnp.float32).min
+    scores = [x @ self.query if v is None else jnp.where(v, x @ self.query, least) for x, v in zip(tokens, valid)]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=1), axis=1)
     total, start = 0.0, 0
     for x in tokens:

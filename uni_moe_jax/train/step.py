@@ -143,19 +143,20 @@ def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None,
   encode, names = sequences(spec, batch, sets, sampled)
 
   def run(model):
-    encoded = model.encode(encode, key=key)
+    encoded = model.encode(tuple(s.filled(model.shards) for s in encode), key=key)
     return [model.features(r) for r in encoded.rows], encoded.collected
 
   features, collected = spec.model.apply({'params': params}, method=run)
   by_name: dict[tuple[str, str], list[jax.Array]] = {}
-  for name, f in zip(names, features, strict=True):
+  for name, f, sequence in zip(names, features, encode, strict=True):
+    if name[0] == 'set':  # each device has encoded its rows; all score against all
+      f = sharding.everywhere(f[:, 0], spec.model.mesh)[:sequence.ids.shape[0]]
     by_name.setdefault(name, []).append(f)
   groups = {g: (by_name['input', g][0], by_name['pair', g][0][:, 0] if ('pair', g) in by_name else None)
             for g in (spec.plan.groups if batch is not None else ())}
   set_features = {}
   for s in spec.plan.sets if sets is not None else ():
-    # Each device has encoded its rows; all score against all.
-    rows = jnp.concatenate([sharding.everywhere(f[:, 0], spec.model.mesh) for f in by_name['set', s.name]])
+    rows = jnp.concatenate(by_name['set', s.name])
     set_features[s.name] = rows if s.is_vocabulary else rows[sets[s.name]['order']]
   return groups, set_features, collected
 
