@@ -37,7 +37,7 @@ def main(router: str, capacity: str, file: str) -> None:
   else:
     c.tasks.pair = config.task('image_retrieval', 'glyphs', batch=devices, captions=('{name}',), length=8)
   run = programs.prepare(c, jax.devices())
-  pathlib.Path(file).write_text(programs.lowered_step(run).compile().as_text())
+  pathlib.Path(file).write_text(programs.lowered(run, None).compile().as_text())
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ def main(file: str) -> None:
   c.declared.entries.shapes = ((8, 16),)
   c.mesh.update(dict(MESH, fsdp=True))
   run = programs.prepare(c, topology.devices(where))
-  pathlib.Path(file).write_text(programs.lowered_step(run).compile().as_text())
+  pathlib.Path(file).write_text(programs.lowered(run, None).compile().as_text())
 
 
 if __name__ == '__main__':

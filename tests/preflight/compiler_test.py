@@ -17,7 +17,7 @@ def compiler():
   """With a minute left; it has compiled a step in 40 seconds, then an evaluation in 5."""
   took = lambda seconds: lambda *_: Program('', 8, None, None, None, seconds)
   with mock.patch.multiple(programs, train_step=took(40), evaluation=took(5)):
-    made = Compiler((), lambda _: None, time.monotonic() + 60)
+    made = Compiler(None, (), lambda _: None, time.monotonic() + 60)
     made.program(None, _STEP)
     made.program(None, EVALUATION)
     yield made
@@ -36,7 +36,7 @@ def test_there_is_none_for_two_steps_though_the_last_compile_was_short(compiler)
 
 def test_it_says_what_it_compiles():
   said = []
-  made = Compiler((), said.append, 0.0)
+  made = Compiler(None, (), said.append, 0.0)
   took = lambda *_: Program('', 8, None, None, None, 1.0)
   with mock.patch.multiple(programs, train_step=took, evaluation=took):
     for which in (_STEP, 'coco', EVALUATION):

@@ -250,3 +250,32 @@ def test_a_collective_that_runs_beside_products_counts_once():
 ROOT %d = f32[32] fusion(%x), kind=kCustom, calls=%other''', more=more)
   assert found.calls == {'all-gather': 2}
   assert found.payload == {'all-gather': 2 * 32 * 4}
+
+
+# A third of an array comes into the faster memory, as libtpu writes it before and after it has made code.
+_PLANNED = '''HloModule sliced, is_scheduled=true
+
+%taken (p: f32[8,3,4]) -> f32[8,1,4] {
+  %p = f32[8,3,4]{2,1,0:T(8,128)} parameter(0)
+  ROOT %slice = f32[8,1,4]{2,1,0:T(8,128)S(1)} slice(%p), slice={[0:8], [1:2], [0:4]}
+}
+
+ENTRY %main (x: f32[8,3,4]) -> f32[8,1,4] {
+  %x = f32[8,3,4]{2,1,0:T(8,128)} parameter(0)
+  %start = ((f32[8,3,4]{2,1,0:T(8,128)}), f32[8,1,4]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) START
+  ROOT %done = f32[8,1,4]{2,1,0:T(8,128)S(1)} DONE
+}
+'''
+
+
+@pytest.mark.parametrize('start, done', [
+    ('async-start(%x), calls=%taken', 'async-done(%start)'),
+    ('slice-start(%x), slice={[0:8], [1:2], [0:4]}', 'slice-done(%start)')])
+def test_a_slice_that_is_brought_near_is_read_once(start, done):
+  module = hlo.parse(_PLANNED.replace('START', start).replace('DONE', done))
+  assert cost.of_module(module).bytes == 8 * 4 * 4
+
+
+def test_a_slice_in_main_memory_is_read_and_written():
+  text = _PLANNED.replace('START', 'slice-start(%x), slice={[0:8], [1:2], [0:4]}').replace('DONE', 'slice-done(%start)')
+  assert cost.of_module(hlo.parse(text.replace('S(1)', ''))).bytes == 2 * 8 * 4 * 4

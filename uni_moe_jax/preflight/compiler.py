@@ -9,6 +9,7 @@ import ml_collections
 from uni_moe_jax import sharding
 from uni_moe_jax.preflight import programs
 from uni_moe_jax.preflight.programs import EVALUATION, Program, Which
+from uni_moe_jax.preflight.topology import Topology
 from uni_moe_jax.train.setup import Run
 
 Config = ml_collections.ConfigDict
@@ -17,9 +18,9 @@ Config = ml_collections.ConfigDict
 class Compiler:
   """Compiles programs of configs for the devices, says so, and knows whether there is time for another one."""
 
-  def __init__(self, devices: Sequence[Any], say: Callable[[str], None], end: float):
-    """devices: to compile for. say: told what is compiled. end: by `time.monotonic`, when the last compile must be done."""
-    self._devices, self._say, self._end = devices, say, end
+  def __init__(self, where: Topology | None, devices: Sequence[Any], say: Callable[[str], None], end: float):
+    """where, devices: to compile for. say: told what is compiled. end: by `time.monotonic`, when the last compile must be done."""
+    self._where, self._devices, self._say, self._end = where, devices, say, end
     self._seconds: dict[Which, float] = {}
     self.had_no_time = False
 
@@ -31,7 +32,7 @@ class Compiler:
     """Compiles a program of a run. words: what is told of it besides."""
     what = 'evaluation' if which == EVALUATION else 'the training step' + (f' of {which}' if which else '')
     self._say(f'compiling {what}{words}')
-    program = programs.evaluation(run) if which == EVALUATION else programs.train_step(run, which)
+    program = programs.evaluation(run, self._where) if which == EVALUATION else programs.train_step(run, which, self._where)
     self._seconds[which] = program.seconds
     return program
 

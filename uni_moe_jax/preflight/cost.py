@@ -113,7 +113,9 @@ def _traffic(where: Computation, op: Op) -> float:
   """Bytes that an instruction by itself reads and writes."""
   kind = op.opcode.removesuffix('-start')
   if kind in _SLICES:
-    return 2 * _in_memory(op.shapes[:1])
+    source, result = where.shapes_of(op)[:1], op.shapes[1:2] if op.opcode.endswith('-start') and len(op.shapes) > 1 else op.shapes[:1]
+    ends = (not source or source[0].in_memory) + result[0].in_memory  # of a copy into another memory one end counts
+    return ends * result[0].bytes
   if kind == 'dynamic-update-slice':
     return 2 * _in_memory(where.ops[op.operands[1]].shapes)
   if kind == 'scatter':

@@ -17,13 +17,16 @@ from uni_moe_jax.data.mixtures import PER_BATCH
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import inputs
 from uni_moe_jax.plan import TaskSpec
-from uni_moe_jax.preflight import cost, hlo
+from uni_moe_jax.preflight import cost, hlo, planned
+from uni_moe_jax.preflight.topology import Topology
 from uni_moe_jax.train import setup
 from uni_moe_jax.train.setup import Run
 
 # Which program: of a training step, None or the task of a sampled mixture; or this one.
 EVALUATION = ('evaluation',)
 Which = str | None | tuple[str]
+# Bytes of program for each of its fusions: the most that was seen of models of 768 channels and more.
+_OF_A_FUSION = 0.11 * 2**20
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -35,7 +38,7 @@ class Memory:
     params, optimizer: of the train state (averaged parameters count as the optimizer's).
     inputs: the rest of what goes in: batch, target sets, what padding adds.
     results: what comes out and does not take the place of something that went in.
-    temporaries: activations, gradients and all else that lives inside. code: the program.
+    temporaries: activations, gradients and all else that lives inside. code: the program; of a TPU an estimate, see `_OF_A_FUSION`.
   """
   params: float
   optimizer: float
@@ -58,7 +61,7 @@ class Program:
     examples: over all devices, that one call serves.
     memory: None where the compiler gave up because the program is too large.
     needs: bytes that it says it needs, or None. cost: of one device, None where there is no program.
-    seconds: tracing, lowering and compiling.
+    seconds: tracing, lowering and compiling; for a TPU up to its plan, see `planned`.
   """
   name: str
   examples: int
@@ -95,21 +98,27 @@ def state_bytes(run: Run) -> tuple[float, float]:
   return params, all_of_it - params
 
 
-def train_step(run: Run, task: str | None) -> Program:
+def train_step(run: Run, task: str | None, where: Topology | None = None) -> Program:
   """The training step of the whole mixture, or of one task.
 
   Args:
-    run: see `prepare`. task: of a 'sampled' mixture; None: all of them.
+    run: see `prepare`. task: of a 'sampled' mixture; None: all of them. where: TPUs; None: what this process has.
   """
-  tasks = run.plan.tasks if task is None else run.plan.only(task).tasks
   name = 'train step' if task is None else f'train step, {task}'
-  return _compiled(name, sum(t.batch for t in tasks), run, lambda: lowered_step(run, task), *state_bytes(run))
+  return _program(name, sum(t.batch for t in _trained(run, task)), run, task, where, *state_bytes(run))
 
 
-def lowered_step(run: Run, task: str | None = None) -> jax.stages.Lowered:
-  """The training step before it is compiled; see `train_step`."""
-  tasks = run.plan.tasks if task is None else run.plan.only(task).tasks
-  return run.step_fn(task).lower(run.like(), batch_shapes(run, tasks), set_shapes(run))
+def lowered(run: Run, which: Which) -> jax.stages.Lowered:
+  """A training step or the evaluation before it is compiled; see `train_step`, `evaluation`."""
+  if which != EVALUATION:
+    return run.step_fn(which).lower(run.like(), batch_shapes(run, _trained(run, which)), set_shapes(run))
+  whole = sharding.replicated(run.mesh)
+  sequence = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), evaluated(run)[-1])
+  return predictor.encode.lower(run.spec.model, run.like().params, sequence)
+
+
+def _trained(run: Run, task: str | None) -> Sequence[TaskSpec]:
+  return run.plan.tasks if task is None else run.plan.only(task).tasks
 
 
 def steps(run: Run) -> list[str | None]:
@@ -122,14 +131,10 @@ def steps(run: Run) -> list[str | None]:
   return [t.name for t in heaviest.values()]
 
 
-def evaluation(run: Run) -> Program:
-  """Features of what evaluation encodes at once, see `evaluated`."""
-  name, examples, sequence = evaluated(run)
-  whole = sharding.replicated(run.mesh)
-  sequence = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), sequence)
-  params = run.like().params
-  lower = lambda: predictor.encode.lower(run.spec.model, params, sequence)
-  return _compiled(f'evaluation, {name}', examples, run, lower, state_bytes(run)[0], 0.0)
+def evaluation(run: Run, where: Topology | None = None) -> Program:
+  """Features of what evaluation encodes at once, see `evaluated`; `where` as in `train_step`."""
+  name, examples, _ = evaluated(run)
+  return _program(f'evaluation, {name}', examples, run, EVALUATION, where, state_bytes(run)[0], 0.0)
 
 
 def evaluated(run: Run) -> tuple[str, int, Any]:
@@ -195,21 +200,35 @@ def set_shapes(run: Run):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), setup.set_arrays(run.data, run.plan))
 
 
-def _compiled(name: str, examples: int, run: Run, lower, params: float, optimizer: float) -> Program:
+def _program(
+    name: str, examples: int, run: Run, which: Which, where: Topology | None, params: float, optimizer: float) -> Program:
   started = time.perf_counter()
   try:
-    compiled = lower().compile()
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if where is not None and where.is_tpu:
+      found = planned.plan(run.config, which, where)
+      module = hlo.parse(found.text)
+      arguments, results, temporaries, code = found.arguments, found.results, found.temporaries, _OF_A_FUSION * _fusions(module)
+    else:
+      compiled = lowered(run, which).compile()
+      sizes, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+      arguments, temporaries, code = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
+      results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  except (jax.errors.JaxRuntimeError, planned.Refused) as error:
+    if not is_too_large(error):
       raise
     return Program(name, examples, None, _needs(str(error)), None, time.perf_counter() - started)
-  found = compiled.memory_analysis()
-  memory = Memory(
-      params=params, optimizer=optimizer, inputs=found.argument_size_in_bytes - params - optimizer,
-      results=found.output_size_in_bytes - found.alias_size_in_bytes, temporaries=found.temp_size_in_bytes,
-      code=found.generated_code_size_in_bytes)
-  work = cost.of_module(hlo.parse(compiled.as_text()))
-  return Program(name, examples, memory, memory.total, work, time.perf_counter() - started)
+  memory = Memory(params=params, optimizer=optimizer, inputs=arguments - params - optimizer, results=results, temporaries=temporaries,
+                  code=code)
+  return Program(name, examples, memory, memory.total, cost.of_module(module), time.perf_counter() - started)
+
+
+def is_too_large(error: Exception) -> bool:
+  """Whether a compiler refused a program because no device has so much memory."""
+  return 'RESOURCE_EXHAUSTED' in str(error)
+
+
+def _fusions(module: hlo.Module) -> int:
+  return sum(op.opcode == 'fusion' for c in module.computations.values() for op in c.ops.values())
 
 
 def _needs(message: str) -> float | None:

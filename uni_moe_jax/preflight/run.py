@@ -38,7 +38,7 @@ def preflight(
   """
   started = time.monotonic() if started is None else started
   there = topology.devices(where)
-  compiler = Compiler(there, say, started + 60 * minutes)
+  compiler = Compiler(where, there, say, started + 60 * minutes)
   config = for_tpu(config) if where.is_tpu else config
   memory = where.chip.memory if memory is None else memory
   run = compiler.prepare(config)
