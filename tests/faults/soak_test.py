@@ -19,6 +19,8 @@ def test_slope_is_that_of_a_line_after_the_warm_up():
   seconds = np.arange(0, 7200, 60.)
   sizes = np.where(seconds < 1800, 10 * seconds, 500 + 36 * seconds / 3600)  # 36 MB/h, once it is warm
   sizes[60] = np.nan
+  rate, error = soak.slope(seconds, sizes, 15)
+  assert rate == pytest.approx(36, abs=.1) and error < .1
   rate, error = soak.slope(seconds, sizes)
   assert rate == pytest.approx(36, abs=.1) and error < .1
 
@@ -27,12 +29,10 @@ def test_the_buffers_of_a_step_and_saves_hide_no_growth():
   rng, seconds = np.random.default_rng(0), np.arange(0, 2400, 5.)
   level = 2800 + 36 * seconds / 3600
   sizes = level - 400 * (rng.random(len(seconds)) < .15) + 90 * (rng.random(len(seconds)) < .03)
-  rate, error = soak.slope(seconds, sizes)
+  rate, error = soak.slope(seconds, sizes, 15)
   assert abs(rate - 36) < 10 and error < 10
   # Samples as they are would not tell.
-  late = seconds > 600
-  (_, _), covariance = np.polyfit(seconds[late] / 3600, sizes[late], 1, cov=True)
-  assert covariance[0, 0]**.5 > 30
+  assert soak.slope(seconds, sizes)[1] > 30
 
 
 def test_a_turn_is_compared_with_those_around_it():
@@ -41,15 +41,19 @@ def test_a_turn_is_compared_with_those_around_it():
   np.testing.assert_allclose(soak.ratios(data, constant), [.15 / .15, .36 / .3])
 
 
-def _watched(step, growth=0., checkpoints=3, code=75, minutes=60., kept=(40, 45)):
+def _watched(step, growth=0., stays=0., noise=0., checkpoints=3, code=75, minutes=60., kept=(40, 45)):
   seconds = np.linspace(0, 60 * minutes, 60)
   turns = [[s] * 3 for s in np.broadcast_to(step, 4).tolist()]
-  return soak.Watched(seconds.tolist(), (500 + growth * seconds / 3600).tolist(), [0.] * 60, turns, checkpoints, 1, list(kept), code)
+  saved = seconds[::3]
+  sizes = 300 + stays * saved / 3600 + noise * np.resize([1, -1], len(saved))
+  return soak.Watched(seconds.tolist(), (500 + growth * seconds / 3600).tolist(), [0.] * 60, list(zip(saved.tolist(), sizes.tolist())), turns,
+                      checkpoints, 1, list(kept), code)
 
 
 @pytest.mark.parametrize('data, load, failed', [
     (_watched(.101), .4, None), (_watched(.101), .6, 'the load average was 0.60'),
-    (_watched(.101, growth=-50.), .4, None), (_watched(.101, growth=25.), .4, 'resident memory'),
+    (_watched(.101, growth=-50.), .4, None), (_watched(.101, growth=25.), .4, 'its upper quartiles between saves'),
+    (_watched(.101, stays=25.), .4, 'resident memory after saves'), (_watched(.101, noise=20.), .4, 'its standard error is at most 10'),
     (_watched(.106), .4, 'real-data step'), (_watched([.08, .103, .18, .1]), .4, 'its standard error'),
     (_watched(.101, minutes=59.), .4, 'watched for 59.00 minutes'), (_watched(.101, code=0, minutes=59.), .4, 'watched for 59.00 minutes'),
     (_watched(.101, kept=(30, 39)), .4, 'step 39 (at least 40'),
@@ -60,7 +64,7 @@ def test_each_figure_has_its_verdict(data, load, failed, capsys):
   figures = soak.judged(data, _watched(.1), minutes=60., keep=2, save_every=10, load=load)
   wrong = [said for said, good in figures['verdicts'].items() if not good]
   assert len(wrong) == (failed is not None) and all(failed in said for said in wrong)
-  assert capsys.readouterr().out.count('PASS') == 9 - len(wrong)
+  assert capsys.readouterr().out.count('PASS') == 11 - len(wrong)
   assert len(json.loads(json.dumps(figures))['seen']['data']['load']) == 60
 
 
@@ -117,6 +121,7 @@ for step in range(int(sys.argv[2])):
 
 def _stand_in(folder, monkeypatch, steps):
   monkeypatch.setattr(soak, '_EVERY', .01)
+  soak.after_saves_file(folder).write_text('281.5\n281.')  # the second line is not whole yet
   return soak.Turns([sys.executable, '-c', _STAND_IN, str(folder), str(steps)], folder, os.environ)
 
 
@@ -129,6 +134,8 @@ def test_a_run_has_its_turns_and_is_asked_to_stop(tmp_path, monkeypatch):
     assert run.turn(.3) and run.turn(9., until=.8)
     seen = run.end()
   assert (seen.code, seen.checkpoints, seen.unfinished, seen.kept) == (75, 1, 0, [4])
+  [(when, size)] = seen.after_saves
+  assert size == 281.5 and when < .3
   assert len(seen.turns) == 3 and all(len(turn) >= 3 and max(turn) < .3 for turn in seen.turns[:2])  # no pause among them
   assert .8 <= seen.seconds[-1] < 5 and seen.seconds == sorted(seen.seconds)
   assert len(seen.seconds) == len(seen.megabytes) > 8 and min(seen.megabytes) > 3 and min(seen.load) >= 0

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 import runpy
 import sys
 import threading
@@ -81,6 +82,21 @@ def _one_batch() -> None:
   Mixture.iterate = iterate
 
 
+def _after_saves() -> None:
+  """Resident memory is written down after every save, when the heap's holes have been given back: no fault either (soak.py)."""
+  from uni_moe_jax import heap
+  from uni_moe_jax.faults import soak
+  [workdir] = [a.partition('=')[2] for a in sys.argv if a.startswith('--workdir=')]
+  plain = heap.give_back
+
+  def give_back():
+    plain()
+    with open(soak.after_saves_file(workdir), 'a') as file:
+      file.write(f'{soak.resident_megabytes(os.getpid())}\n')
+
+  heap.give_back = give_back
+
+
 def _stalled_start() -> None:
   """The data cannot be read."""
   from uni_moe_jax.data.assemble import Data
@@ -154,8 +170,8 @@ FAULTS: dict[str, tuple[Callable[[], None], str]] = {
 HANGS = {'stalled_start': (1., ('starting has taken', '_a_disk_that_does_not_answer')),
          'stalled_input': (6., ('waiting for the batch of step 6', '_a_disk_that_does_not_answer')),
          'hung_step': (6., ('waiting for the result of step 6', '_a_device_that_does_not_answer'))}
-_ALL = {**{name: plant for name, (plant, _) in FAULTS.items()}, 'one_batch': _one_batch, 'stalled_start': _stalled_start,
-        'stalled_input': _stalled_input, 'hung_step': _hung_step, 'fails_alone': _fails_alone}
+_ALL = {**{name: plant for name, (plant, _) in FAULTS.items()}, 'one_batch': _one_batch, 'after_saves': _after_saves,
+        'stalled_start': _stalled_start, 'stalled_input': _stalled_input, 'hung_step': _hung_step, 'fails_alone': _fails_alone}
 
 
 if __name__ == '__main__':

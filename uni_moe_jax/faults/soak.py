@@ -31,6 +31,7 @@ DATA, ONE_BATCH = 'data', 'one_batch'
 _TURN = {DATA: 150., ONE_BATCH: 40.}  # seconds, at least
 _LINES = 3  # that count, of a turn, at least
 SLOPE, RATIO = 20.0, 1.05  # MB per hour; real-data step / constant-batch step
+_SLOPE_ERROR = SLOPE / 2  # at most, of the memory that stays: SLOPE lies two of them from 0
 _ERROR = (RATIO - 1) / 2  # of the median of the turns' ratios, at most: RATIO lies two of them from 1
 IDLE = 0.5  # load average of a machine on which nothing else runs
 _SAVES_BEYOND = 2  # more saves than checkpoints stay, so that some had to be deleted
@@ -43,6 +44,7 @@ class Watched:
 
   Attributes:
     seconds, megabytes, load: that it had run, resident memory and the machine's load average then, each [N].
+    after_saves: (seconds, megabytes) of resident memory when a save has ended and free pages went back to the system.
     turns: seconds per step of the log lines that count, by turn.
     checkpoints: the most that lay there at once. unfinished: the most that were being written. kept: their steps, in the end.
     code: its exit code.
@@ -50,6 +52,7 @@ class Watched:
   seconds: list[float] = dataclasses.field(default_factory=list)
   megabytes: list[float] = dataclasses.field(default_factory=list)
   load: list[float] = dataclasses.field(default_factory=list)
+  after_saves: list[tuple[float, float]] = dataclasses.field(default_factory=list)
   turns: list[list[float]] = dataclasses.field(default_factory=list)
   checkpoints: int = 0
   unfinished: int = 0
@@ -127,8 +130,16 @@ class Turns:
     seen.seconds.append(self.ran)
     seen.megabytes.append(resident_megabytes(self._process.pid))
     seen.load.append(os.getloadavg()[0])
+    file = after_saves_file(self._workdir)
+    written = file.read_text().split('\n')[:-1] if file.exists() else []
+    seen.after_saves += [(self.ran, float(size)) for size in written[len(seen.after_saves):]]
     seen.checkpoints = max(seen.checkpoints, len(saved_steps(self._workdir)))
     seen.unfinished = max(seen.unfinished, len(list((self._workdir / CHECKPOINTS).glob('*.orbax-checkpoint-tmp'))))
+
+
+def after_saves_file(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Where a run that is watched writes its resident memory after every save."""
+  return pathlib.Path(workdir) / 'after_saves.txt'
 
 
 def resident_megabytes(pid: int) -> float:
@@ -139,14 +150,14 @@ def resident_megabytes(pid: int) -> float:
     return float('nan')
 
 
-def slope(seconds: np.ndarray, megabytes: np.ndarray) -> tuple[float, float]:
-  """(MB per hour after the warm-up; its standard error), by least squares through the upper quartiles of stretches of time.
+def slope(seconds: np.ndarray, megabytes: np.ndarray, stretches: int | None = None) -> tuple[float, float]:
+  """(MB per hour after the warm-up; its standard error), by least squares.
 
-  Between two steps a process is smaller by the buffers of one, and while it saves larger by what it saves: samples that catch it so say
-  nothing of whether it grows, and would be most of the error.
+  stretches: through the upper quartiles of so many stretches of time: samples that catch a process while it saves, or with its buffers
+  just given back, would be most of the error. None: through the samples.
   """
   kept = np.flatnonzero((seconds >= _WARM_UP * seconds[-1]) & np.isfinite(megabytes))
-  parts = np.array_split(kept, min(_STRETCHES, len(kept)))
+  parts = np.array_split(kept, len(kept) if stretches is None else min(stretches, len(kept)))
   hours, sizes = [seconds[p].mean() / 3600 for p in parts], [np.quantile(megabytes[p], .75) for p in parts]
   (rate, _), covariance = np.polyfit(hours, sizes, 1, cov=True)
   return float(rate), float(np.sqrt(covariance[0, 0]))
@@ -182,10 +193,11 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
     raise failures.Failure(f'compiling ended with exit code {compiled.returncode}; see above.')
   with contextlib.ExitStack() as running:
     run = {}
-    for name, start in ((DATA, [script]), (ONE_BATCH, ['-m', 'uni_moe_jax.faults.planted', 'one_batch', script])):
+    for name, plant in ((DATA, 'after_saves'), (ONE_BATCH, 'one_batch')):
       workdir = folder / name
       shutil.rmtree(workdir, ignore_errors=True)
-      run[name] = running.enter_context(Turns([sys.executable, *start, *arguments, f'--workdir={workdir}'], workdir, environment))
+      run[name] = running.enter_context(Turns(
+          [sys.executable, '-m', 'uni_moe_jax.faults.planted', plant, script, *arguments, f'--workdir={workdir}'], workdir, environment))
     go_on = run[ONE_BATCH].turn(_TURN[ONE_BATCH])
     while go_on and run[DATA].ran < 60 * minutes:
       go_on = run[DATA].turn(_TURN[DATA], 60 * minutes) and run[ONE_BATCH].turn(_TURN[ONE_BATCH])
@@ -223,10 +235,13 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
     Failure: they were not watched for long enough to tell anything.
   """
   found = ratios(data.turns, one_batch.turns)
-  if not len(found) or len(data.seconds) < 8:
+  if not len(found) or len(data.seconds) < 8 or len(data.after_saves) < 8:
     raise failures.Failure(f'the run on the data (exit code {data.code}) or the one on one batch (exit code {one_batch.code}) ended '
-                           'before they could be compared: raise --minutes or config.train.steps.')
-  rate, error = slope(np.array(data.seconds), np.array(data.megabytes))
+                           'before they could be compared, or saved too rarely: raise --minutes or config.train.steps, or lower config.train.save_every.')
+  # What stays is seen best when nothing else is there; between saves, buffers come and go that are larger than what may be added in
+  # an hour, so that their growth can only be told from none where it is several times as much.
+  rate, error = slope(*np.array(data.after_saves).T)
+  between, doubt = slope(np.array(data.seconds), np.array(data.megabytes), _STRETCHES)
   low, ratio, high = (float(q) for q in np.quantile(found, (.25, .5, .75)))
   # Of a median, were the ratios normal; their deviation from the quartiles, which single turns do not move.
   uncertain = float(np.sqrt(np.pi / 2 / len(found)) * (high - low) / 1.349)
@@ -235,9 +250,12 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
       f'the load average was {load:.2f} before (at most {IDLE}: nothing else may run)': load <= IDLE,
       f'it was watched for {data.seconds[-1] / 60:.2f} minutes (at least {minutes:g}; else raise config.train.steps)':
           data.seconds[-1] >= 60 * minutes,
-      (f'resident memory grows by {rate:.1f} ± {error:.1f} MB/h after warm-up (less than {SLOPE:g}); '
-       f'{data.megabytes[-1]:.0f} MB at the end'):
+      (f'resident memory after saves grows by {rate:.1f} ± {error:.1f} MB/h after warm-up (less than {SLOPE:g}); '
+       f'{data.after_saves[-1][1]:.0f} MB at the end'):
           rate < SLOPE,
+      f'its standard error is at most {_SLOPE_ERROR:g}': error <= _SLOPE_ERROR,
+      f'its upper quartiles between saves grow by {between:.1f} ± {doubt:.1f} MB/h (not surely more than {SLOPE:g})':
+          between - 2 * doubt < SLOPE,
       f'real-data step / constant-batch step {ratio:.3f} (at most {RATIO}), the median of {len(found)} turns': ratio <= RATIO,
       f'its standard error is {uncertain:.3f} (at most {_ERROR:.3f}), the quartiles {low:.3f} and {high:.3f}': uncertain <= _ERROR,
       f'its newest checkpoint is of step {newest} (at least {enough}, so that old ones had to go)': newest >= enough,
@@ -249,5 +267,6 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
   verdicts = {said: bool(good) for said, good in verdicts.items()}  # what NumPy compares is no JSON
   for said, good in verdicts.items():
     print(f'{"PASS" if good else "FAIL"} {said}', flush=True)
-  return {'slope_mb_per_hour': rate, 'slope_error': error, 'ratio': ratio, 'ratio_error': uncertain, 'ratios': found.tolist(),
+  return {'slope_mb_per_hour': rate, 'slope_error': error, 'between_saves': between, 'between_saves_error': doubt,
+          'ratio': ratio, 'ratio_error': uncertain, 'ratios': found.tolist(),
           'verdicts': verdicts, 'seen': {DATA: dataclasses.asdict(data), ONE_BATCH: dataclasses.asdict(one_batch)}}
