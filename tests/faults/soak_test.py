@@ -46,8 +46,9 @@ def _watched(step, growth=0., stays=0., noise=0., checkpoints=3, code=75, minute
   turns = [[s] * 3 for s in np.broadcast_to(step, 4).tolist()]
   saved = seconds[::3]
   sizes = 300 + stays * saved / 3600 + noise * np.resize([1, -1], len(saved))
-  return soak.Watched(seconds.tolist(), (500 + growth * seconds / 3600).tolist(), [0.] * 60, list(zip(saved.tolist(), sizes.tolist())), turns,
-                      checkpoints, 1, list(kept), code)
+  return soak.Watched(
+      seconds.tolist(), (500 + growth * seconds / 3600).tolist(), [0.] * 60, list(zip(saved.tolist(), sizes.tolist())), turns, checkpoints, 1,
+      list(kept), code)
 
 
 @pytest.mark.parametrize('data, load, failed', [

@@ -237,7 +237,8 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
   found = ratios(data.turns, one_batch.turns)
   if not len(found) or len(data.seconds) < 8 or len(data.after_saves) < 8:
     raise failures.Failure(f'the run on the data (exit code {data.code}) or the one on one batch (exit code {one_batch.code}) ended '
-                           'before they could be compared, or saved too rarely: raise --minutes or config.train.steps, or lower config.train.save_every.')
+                           'before they could be compared, or saved too rarely: raise --minutes or config.train.steps, or lower '
+                           'config.train.save_every.')
   # What stays is seen best when nothing else is there; between saves, buffers come and go that are larger than what may be added in
   # an hour, so that their growth can only be told from none where it is several times as much.
   rate, error = slope(*np.array(data.after_saves).T)

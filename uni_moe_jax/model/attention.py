@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-# (keys, values [b, N, S, H], as products read them, mask bool [B or 1, 1, Q or 1, S] or None: all may be seen); b divides B, and each row of a part serves
-# the B / b rows in a row that share it: the hypotheses about one picture share its keys, all rows those of the prompts.
+# (keys, values [b, N, S, H], as products read them, mask bool [B or 1, 1, Q or 1, S] or None: all may be seen). b divides B, and each
+# row of a part serves the B / b rows in a row that share it: the hypotheses about one picture share its keys, all rows those of prompts.
 Part = tuple[jax.Array, jax.Array, jax.Array | None]
 
 

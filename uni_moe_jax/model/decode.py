@@ -102,7 +102,7 @@ class Captions:
 
 @flax.struct.dataclass
 class _Carry:
-  """t: position of the next query. word, done [B, k]: chosen last. score [B, k]. words, valid: as in `Past`; others as in `Captions`."""
+  """t: position of the next query. word, done [B, k]: chosen last. score [B, k]. words, valid as in `Past`, others as in `Captions`."""
   t: jax.Array
   word: jax.Array
   done: jax.Array

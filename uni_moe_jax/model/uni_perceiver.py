@@ -55,7 +55,9 @@ class Sequence:
     if not missing or self.pixels is not None:
       return self
     fill = lambda x: None if x is None else jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
-    rows = ('ids', 'text', 'positions', 'classes') + ('text_positions',) * (self.text_positions is not None and self.text_positions.ndim == 2)
+    rows = ['ids', 'text', 'positions', 'classes']
+    if self.text_positions is not None and self.text_positions.ndim == 2:  # otherwise those of all rows
+      rows.append('text_positions')
     valid = jnp.ones(self.text.shape, bool) if self.text_valid is None else self.text_valid
     return self.replace(text_valid=fill(valid), **{name: fill(getattr(self, name)) for name in rows})
 

@@ -71,7 +71,8 @@ def plan(config: ml_collections.ConfigDict, which: Any, where: Topology) -> Plan
     if (folder / REFUSED).exists():
       raise Refused((folder / REFUSED).read_text())
     if not _whole(folder):
-      raise RuntimeError(f'compiling ended with exit code {child.returncode} and no plan: {said.read_text(errors="replace")[-_LAST_WORDS:]}')
+      last = said.read_text(errors='replace')[-_LAST_WORDS:]
+      raise RuntimeError(f'compiling ended with exit code {child.returncode} and no plan: {last}')
     [text], [places] = folder.glob(_PLAN), folder.glob(_PLACES)
     return Plan(text.read_text(), **places_of(places.read_text()))
 
