@@ -77,8 +77,7 @@ where = topology.parse('v5e:2x2')
 topology.prepare_environment(where)
 from tests.preflight import programs_test
 from uni_moe_jax.preflight import programs
-config = programs_test._small(dict(model=dict(layers=6, width=1024, heads=8, hidden=4096, remat=False)))
-config.tasks.digit.batch = 65536
+config = programs_test._small(dict(model=dict(layers=2, width=1024, heads=8, hidden=2**20), moe=dict(router='dense')))  # 51 GB with its moments
 program = programs.train_step(programs.prepare(config, topology.devices(where)), None, where)
 print(program.memory, program.needs)
 """
