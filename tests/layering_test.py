@@ -83,7 +83,7 @@ _RULES = {
         'it times the real step, the real decoder and the merged model, and nothing that is timed knows of it',
     ),
     'faults': (
-        ('failures', 'exit_codes', 'config', 'resolve', 'recipes', 'cli', 'data', 'train', 'restarts'),
+        ('failures', 'exit_codes', 'heap', 'config', 'resolve', 'recipes', 'cli', 'data', 'train', 'restarts'),
         'it breaks what the commands make, and nothing that is broken knows of it',
     ),
     'figures': ((), 'numbers in, pictures out: a figure does not know what its numbers mean'),

@@ -131,7 +131,7 @@ def search(
     trie: only its sequences are answers; None: every sequence.
   """
   B, V = pixels.shape[0], words.shape[0]
-  past = _repeat(prefill(model, params, kind, pixels, length), beams)
+  past = _repeat(prefill(model, params, kind, pixels, length), beams, shared=model.mesh is None)
   passes = pass_layout(kind)
   spec, merged = merging.for_conditions(model.spec, params, (*passes.conditions, passes.prompt_condition))
   reader = model.clone(spec=spec)
@@ -190,10 +190,15 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _repeat(past: Past, beams: int) -> Past:
-  """Words of every row of the batch `beams` times in a row; what they look back at is the same for all hypotheses of a picture."""
+def _repeat(past: Past, beams: int, shared: bool) -> Past:
+  """Words of every row of the batch `beams` times in a row.
+
+  shared: all hypotheses of a picture look back at one copy of it. On a mesh each has its own: XLA's partitioner (jaxlib 0.10.2) crashes
+  where unevenly laid rows are joined for that.
+  """
   repeated = lambda tree, axis: jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim + axis), tree)
-  return past.replace(words=repeated(past.words, -4), valid=repeated(past.valid, -2), pools=repeated(past.pools, -2))
+  past = past.replace(words=repeated(past.words, -4), valid=repeated(past.valid, -2), pools=repeated(past.pools, -2))
+  return past if shared else past.replace(seen=repeated(past.seen, -4))
 
 
 def _reorder(words, parent: jax.Array):
