@@ -55,4 +55,4 @@ def _weighted(w: jax.Array, v: jax.Array) -> jax.Array:
 
 def _for_each(x: jax.Array, batch: int) -> jax.Array:
   """A part that serves all rows, once for each: on a mesh, rows that lie unevenly must not be joined (see `decode._repeat`)."""
-  return jnp.broadcast_to(x, (batch, *x.shape[1:])) if len(x) == 1 else x
+  return jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.shape[0] == 1 else x
