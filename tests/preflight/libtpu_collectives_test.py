@@ -1,18 +1,14 @@
 """What libtpu lets a merged model's step send between chips: in bfloat16, with FSDP, every other layer with experts."""
 
 import functools
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
 import pytest
 
-from tests import hlo, tpu_step
+from tests import beside_libtpu, hlo, tpu_step
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _D, _F = tpu_step.WIDTH, tpu_step.HIDDEN
 _KERNELS = {'qkv': 3 * _D * _D, 'attention_out': _D * _D, 'ffn_in': _D * _F, 'ffn_out': _F * _D}
 _GRID = np.arange(4).reshape(tpu_step.MESH['data'], tpu_step.MESH['expert'])
@@ -25,9 +21,7 @@ def _sent() -> list[hlo.Sent]:
   pytest.importorskip('libtpu')
   with tempfile.TemporaryDirectory() as folder:
     file = f'{folder}/step.hlo'
-    path = os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])
-    subprocess.run([sys.executable, '-m', 'tests.tpu_step', file], check=True, cwd=_ROOT,
-                   env={**os.environ, 'PYTHONPATH': path})
+    beside_libtpu.run('-m', 'tests.tpu_step', file).check_returncode()
     return hlo.collectives(pathlib.Path(file).read_text())
 
 

@@ -1,17 +1,13 @@
 """Plans of programs for TPUs: read by hand, and against what a whole compile says."""
 
 import dataclasses
-import os
-import pathlib
-import subprocess
-import sys
+import json
 
 import pytest
 
+from tests import beside_libtpu
 from tests.preflight import programs_test
 from uni_moe_jax.preflight import planned, topology
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _PLACES = """BufferAssignment:
 allocation 0: size 512, thread-local:
@@ -60,10 +56,7 @@ for which in (None, programs.EVALUATION):
 @pytest.mark.slow
 def test_libtpu_plans_what_it_compiles():
   pytest.importorskip('libtpu')
-  done = subprocess.run([sys.executable, '-c', _BOTH_WAYS], capture_output=True, text=True, cwd=_ROOT,
-                        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])})
-  assert done.returncode == 0, done.stderr[-2000:]
-  lines = [list(map(float, line.strip('[]').split(','))) for line in done.stdout.splitlines()]
+  lines = [json.loads(line) for line in beside_libtpu.printed(_BOTH_WAYS).splitlines()]
   for whole, plan in zip(lines[::2], lines[1::2], strict=True):
     assert plan[:6] == pytest.approx(whole[:6])
     # libtpu's account of a compiled program has more temporaries than what it holds against the device's memory when it refuses one.
@@ -86,8 +79,5 @@ print(program.memory, program.needs)
 @pytest.mark.slow
 def test_libtpu_says_what_a_program_needs_that_is_too_large():
   pytest.importorskip('libtpu')
-  done = subprocess.run([sys.executable, '-c', _TOO_LARGE], capture_output=True, text=True, cwd=_ROOT,
-                        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])})
-  assert done.returncode == 0, done.stderr[-2000:]
-  memory, needs = done.stdout.split()
+  memory, needs = beside_libtpu.printed(_TOO_LARGE).split()
   assert memory == 'None' and float(needs) > 15.75 * topology.GIB

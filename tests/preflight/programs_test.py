@@ -3,16 +3,13 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import runpy
-import subprocess
-import sys
 
 import jax
 import pytest
 
-from tests import tiny
+from tests import beside_libtpu, tiny
 from uni_moe_jax import config
 from uni_moe_jax.bench import flops
 from uni_moe_jax.preflight import changes, fit, programs, report, run, topology
@@ -189,10 +186,6 @@ def test_an_evaluation_that_does_not_fit_is_told_a_smaller_batch():
   assert found.trials[-1].fits and found.trials[-1].changes[0].flags == '--config.evaluators.shape.batch=2048'
 
 
-def _environment() -> dict[str, str]:
-  return {**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}
-
-
 @pytest.mark.parametrize('name, chips', [('v4:2x2x1', 4), ('v5e:2x2', 4), ('v5p:2x2x1', 4), ('v6e:2x2', 4)])
 def test_libtpu_gives_a_chip_as_one_device_with_the_memory_of_its_row(name, chips):
   """libtpu names the memory where a program is too large."""
@@ -212,9 +205,7 @@ try:
 except jax.errors.JaxRuntimeError as e:
   print(len(devices), str(e).replace(chr(10), ' '))
 """
-  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True, cwd=_ROOT,
-                        env=_environment())
-  devices, _, said = done.stdout.partition(' ')
+  devices, _, said = beside_libtpu.printed(script).partition(' ')
   assert int(devices) == chips
   limit = topology.parse(name).chip.memory / topology.GIB
   assert f'exceeds available HBM ({limit:.2f}G)' in said, said[:500]
@@ -238,9 +229,8 @@ def _typed(changes) -> list[str]:
 
 def _preflight(folder, topology_name: str, *arguments: str) -> dict:
   """What the command finds out about configs/small.py."""
-  done = subprocess.run(
-      [sys.executable, str(_ROOT / 'launch/preflight.py'), '--config=configs/small.py', f'--topology={topology_name}', '--nosearch',
-       f'--json={folder}/found.json', *arguments], env=_environment(), cwd=_ROOT, capture_output=True, text=True)
+  done = beside_libtpu.run('launch/preflight.py', '--config=configs/small.py', f'--topology={topology_name}', '--nosearch',
+                           f'--json={folder}/found.json', *arguments)
   assert done.returncode == 0, done.stderr
   return json.loads((folder / 'found.json').read_text())
 
@@ -263,9 +253,7 @@ prepared = programs.prepare(run.for_tpu(config), topology.devices(where))
 spec, found = prepared.spec.model.spec, programs.evaluation(prepared)
 print(found.cost.flops / (64 // 4 * flops.sequence(spec, spec.patches + 1, visual=True)), found.cost.unknown_kernels)
 """
-  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True, cwd=_ROOT,
-                        env=_environment())
-  ratio, unknown = map(float, done.stdout.split())
+  ratio, unknown = map(float, beside_libtpu.printed(script).split())
   assert 1.6 < ratio < 2 and unknown == 0  # of a dense model; every expert for every token would be more than six times as much
 
 

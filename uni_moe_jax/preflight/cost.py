@@ -113,16 +113,20 @@ def _traffic(where: Computation, op: Op) -> float:
   """Bytes that an instruction by itself reads and writes."""
   kind = op.opcode.removesuffix('-start')
   if kind in _SLICES:
-    source, result = where.shapes_of(op)[:1], op.shapes[1:2] if op.opcode.endswith('-start') and len(op.shapes) > 1 else op.shapes[:1]
-    ends = (not source or source[0].in_memory) + result[0].in_memory  # of a copy into another memory one end counts
-    return ends * result[0].bytes
+    [source, *_], [result, *_] = where.shapes_of(op), _results(op)
+    return (source.in_memory + result.in_memory) * result.bytes  # into another memory, or from one, one end counts
   if kind == 'dynamic-update-slice':
     return 2 * _in_memory(where.ops[op.operands[1]].shapes)
   if kind == 'scatter':
     return 3 * _in_memory(where.ops[op.operands[-1]].shapes)
-  # The result of a start is (operand, result, …): the operand is no second array.
-  results = op.shapes[:1] if kind == 'copy' else op.shapes[1:2] if op.opcode.endswith('-start') and len(op.shapes) > 1 else op.shapes
-  return _in_memory(results) + _in_memory(where.shapes_of(op))
+  return _in_memory(_results(op)) + _in_memory(where.shapes_of(op))
+
+
+def _results(op: Op) -> tuple[Shape, ...]:
+  """Arrays that an instruction makes. The result of a start is (operand, result, …), of a copy's (result, operand, …)."""
+  if not op.opcode.endswith('-start') or len(op.shapes) == 1:
+    return op.shapes
+  return op.shapes[:1] if op.opcode == 'copy-start' else op.shapes[1:2]
 
 
 def _fusion_traffic(where: Computation, op: Op, inner: Computation) -> float:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from typing import Any
 
+import jax
 import ml_collections
 
 from uni_moe_jax.preflight.topology import Topology
@@ -34,11 +35,13 @@ class Plan:
   Attributes:
     text: the scheduled module.
     arguments, results, temporaries: bytes in the device's main memory; of results those that take no argument's place.
+    code: of the program; None where it was not made.
   """
   text: str
   arguments: float
   results: float
   temporaries: float
+  code: float | None = None
 
 
 class Refused(Exception):
@@ -75,6 +78,13 @@ def plan(config: ml_collections.ConfigDict, which: Any, where: Topology) -> Plan
       raise RuntimeError(f'compiling ended with exit code {child.returncode} and no plan: {last}')
     [text], [places] = folder.glob(_PLAN), folder.glob(_PLACES)
     return Plan(text.read_text(), **places_of(places.read_text()))
+
+
+def of_compiled(compiled: jax.stages.Compiled) -> Plan:
+  """The plan of a program that was compiled to its end."""
+  sizes = compiled.memory_analysis()
+  return Plan(compiled.as_text(), sizes.argument_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+              sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
 
 
 def places_of(text: str) -> dict[str, float]:

@@ -17,9 +17,7 @@ def main(folder: pathlib.Path) -> None:
   except jax.errors.JaxRuntimeError as error:
     if not programs.is_too_large(error):
       raise
-    whole = folder / f'{planned.REFUSED}.part'
-    whole.write_text(str(error))
-    whole.rename(folder / planned.REFUSED)
+    (folder / planned.REFUSED).write_text(str(error))
 
 
 if __name__ == '__main__':

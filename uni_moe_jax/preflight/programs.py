@@ -205,20 +205,17 @@ def _program(
   started = time.perf_counter()
   try:
     if where is not None and where.is_tpu:
-      found = planned.plan(run.config, which, where)
-      module = hlo.parse(found.text)
-      arguments, results, temporaries, code = found.arguments, found.results, found.temporaries, _OF_A_FUSION * _fusions(module)
+      plan = planned.plan(run.config, which, where)
     else:
-      compiled = lowered(run, which).compile()
-      sizes, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
-      arguments, temporaries, code = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
-      results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+      plan = planned.of_compiled(lowered(run, which).compile())
   except (jax.errors.JaxRuntimeError, planned.Refused) as error:
     if not is_too_large(error):
       raise
     return Program(name, examples, None, _needs(str(error)), None, time.perf_counter() - started)
-  memory = Memory(params=params, optimizer=optimizer, inputs=arguments - params - optimizer, results=results, temporaries=temporaries,
-                  code=code)
+  module = hlo.parse(plan.text)
+  memory = Memory(
+      params=params, optimizer=optimizer, inputs=plan.arguments - params - optimizer, results=plan.results,
+      temporaries=plan.temporaries, code=_OF_A_FUSION * _fusions(module) if plan.code is None else plan.code)
   return Program(name, examples, memory, memory.total, cost.of_module(module), time.perf_counter() - started)
 
 

@@ -51,7 +51,7 @@ def preflight(
     largest = _largest(compiler, found.config, worst, found.programs[worst], memory)
   return Findings(
       config=name, topology=where, mesh=dict(run.mesh.shape), devices=len(there), memory=memory,
-      parameters=run.parameter_counts(), assumed=_assumed(config, run.plan, run.data), programs=tuple(made.values()),
+      parameters=run.parameter_counts(), assumed=_assumed(config, run.plan, run.data, where), programs=tuple(made.values()),
       seconds=time.monotonic() - started, largest=largest, trials=found.trials, had_no_time=compiler.had_no_time)
 
 
@@ -80,11 +80,12 @@ def for_tpu(config: Config) -> Config:
   return out
 
 
-def _assumed(config: Config, plan: Plan, data: Any) -> tuple[str, ...]:
-  """What stands for data that was not read."""
+def _assumed(config: Config, plan: Plan, data: Any, where: Topology) -> tuple[str, ...]:
+  """What stands for data that was not read, and for programs that were not made."""
   found = [f'{s.name} {data.sets[s.name].size:,} entries' for s in plan.sets]
   frames = {t.name: config.declared.frames.get(t.name, t.frames or 1) for t in plan.tasks if t.kind.visual}
   clips = [f'{name} {n} frames' for name, n in frames.items() if n > 1]
   grouped = [f'grouped products as {config.moe.grouped}'] if config.moe.router in resolve.DISPATCHED else []
   captions = ['the search for captions is not compiled'] if any(e.kind == 'caption' for e in plan.evaluations) else []
-  return tuple(found + clips + grouped + captions)
+  sizes = ['sizes of programs by their fusions'] if where.is_tpu else []
+  return tuple(found + clips + grouped + captions + sizes)
