@@ -1,5 +1,6 @@
 """The soak's figures by hand, and how it watches a stand-in."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -78,6 +79,13 @@ def test_the_error_of_the_ratio_is_that_of_a_median_by_hand():
 def test_what_cannot_be_compared_is_a_failure():
   with pytest.raises(failures.Failure, match=r'\(exit code 75\).*\(exit code 1\) ended before they could be compared'):
     soak.judged(_watched(.1), soak.Watched(turns=[[.1]], code=1), 60., 2, 10, 0.)
+
+
+def test_a_run_that_saved_too_rarely_tells_nothing_of_what_stays():
+  data = _watched(.1)
+  with pytest.raises(failures.Failure, match='saved too rarely: .*lower config.train.save_every'):
+    soak.judged(dataclasses.replace(data, after_saves=data.after_saves[:7]), _watched(.1), 60., 2, 10, 0.)
+  soak.judged(dataclasses.replace(data, after_saves=data.after_saves[:8]), _watched(.1), 60., 2, 10, 0.)
 
 
 _SMALL = str(pathlib.Path(__file__).resolve().parents[2] / 'configs/small.py')

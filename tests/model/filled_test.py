@@ -1,14 +1,20 @@
 """Rows that fill a batch up: they change nothing for the others, and nothing counts them."""
 
+import functools
+from unittest import mock
+
 from absl.testing import absltest, parameterized
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import small_model
+from tests import meshes, small_model
 from uni_moe_jax import tasks
-from uni_moe_jax.train import routing
+from uni_moe_jax.eval import predictor
+from uni_moe_jax.model import uni_perceiver
+from uni_moe_jax.model.streams import join_equal
+from uni_moe_jax.train import routing, step
 
 _N, _MULTIPLE = 3, 4
 
@@ -46,8 +52,8 @@ class FilledTest(parameterized.TestCase):
       balance = routing.auxiliary((('balance', 1.),), collected) if looks_at_tokens else 0.
       return (rows[0][:_N] * weights).sum() + balance, (rows[0][:_N], _counts(collected))
 
-    step = small_model.jit(jax.value_and_grad(run, has_aux=True))
-    found = lambda sequence: step(small_model.params(spec), sequence)
+    grads_of = small_model.jit(jax.value_and_grad(run, has_aux=True))
+    found = lambda sequence: grads_of(small_model.params(spec), sequence)
     filled = texts.filled(_MULTIPLE)
     (_, (rows, counts)), grads = found(texts)
     (_, (rows_filled, counts_filled)), grads_filled = found(filled)
@@ -58,6 +64,25 @@ class FilledTest(parameterized.TestCase):
     if looks_at_tokens:  # the control: rows that are valid are counted
       (_, (_, more)), _ = found(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
       self.assertGreater(float(more[0]['ffn'].tokens.sum()), float(counts[0]['ffn'].tokens.sum()))
+
+
+  def test_on_a_mesh_every_device_encodes_as_many_entries_of_a_set(self):
+    run = meshes.run(meshes.Case('attribute', ('shape',)), 'data')
+    name, [of_set] = run.plan.sets[0].name, run.plan.sets
+    shards, entries, encoded = run.spec.model.shards, run.data.sets[name].size, []
+
+    def join(streams, keys, shards):
+      encoded.append([len(s.ids) for s in streams])
+      return join_equal(streams, keys, shards)
+
+    with mock.patch.object(uni_perceiver, 'join_equal', join):
+      features = jax.eval_shape(
+          lambda params: step.forward(run.spec, params, None, run.sets(), {}, jax.random.key(0))[1][name], run.shapes.params)
+      [sequence] = predictor.set_sequences(of_set, run.data.sets[name], run.data.tokenizer.eot)
+      evaluated = jax.eval_shape(functools.partial(predictor.encode, run.spec.model), run.shapes.params, sequence)
+    self.assertTrue(entries % shards)
+    self.assertEqual(encoded, [[entries + -entries % shards]] * 2)
+    self.assertEqual((len(features), len(evaluated)), (entries, entries))  # and padding has no feature
 
 
 def _counts(collected):
