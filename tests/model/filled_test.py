@@ -66,8 +66,9 @@ class FilledTest(parameterized.TestCase):
       self.assertGreater(float(more[0]['ffn'].tokens.sum()), float(counts[0]['ffn'].tokens.sum()))
 
 
-  def test_on_a_mesh_every_device_encodes_as_many_entries_of_a_set(self):
-    run = meshes.run(meshes.Case('attribute', ('shape',)), 'data')
+  @parameterized.parameters('shape', 'text')  # names in the order of their set, and words as they are
+  def test_on_a_mesh_every_device_encodes_as_many_entries_of_a_set(self, task):
+    run = meshes.run(meshes.Case('attribute', (task,)), 'data')
     name, [of_set] = run.plan.sets[0].name, run.plan.sets
     shards, entries, encoded = run.spec.model.shards, run.data.sets[name].size, []
 
