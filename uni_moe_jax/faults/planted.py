@@ -83,13 +83,17 @@ def _one_batch() -> None:
 
 
 def _after_saves() -> None:
-  """Resident memory is written down after every save, when the heap's holes have been given back: no fault either (soak.py)."""
+  """Resident memory is written down after every save, when no step runs and the heap's holes have been given back: no fault either
+  (soak.py)."""
   from uni_moe_jax import heap
   from uni_moe_jax.faults import soak
   [workdir] = [a.partition('=')[2] for a in sys.argv if a.startswith('--workdir=')]
   plain = heap.give_back
 
   def give_back():
+    import jax  # not before the command has said where it runs
+    jax.block_until_ready(jax.live_arrays())  # a step that runs has buffers of its own: more or less of them, by chance
+    time.sleep(.5)  # they go a moment after its results have come
     plain()
     with open(soak.after_saves_file(workdir), 'a') as file:
       file.write(f'{soak.resident_megabytes(os.getpid())}\n')

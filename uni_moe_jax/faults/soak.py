@@ -44,7 +44,7 @@ class Watched:
 
   Attributes:
     seconds, megabytes, load: that it had run, resident memory and the machine's load average then, each [N].
-    after_saves: (seconds, megabytes) of resident memory when a save has ended and free pages went back to the system.
+    after_saves: (seconds, megabytes) of resident memory when a save has ended, no step runs and free pages went back to the system.
     turns: seconds per step of the log lines that count, by turn.
     checkpoints: the most that lay there at once. unfinished: the most that were being written. kept: their steps, in the end.
     code: its exit code.
