@@ -155,7 +155,7 @@ def base() -> ml_collections.ConfigDict:
       parts=('attention', 'ffn'),  # projections with experts
       # Of routers that look at tokens:
       capacity=0.0,                # factor f: in training an expert takes ⌈f · K · tokens / E⌉ tokens of an array; 0 = exact
-      # how experts multiply: auto (by backend) | xla (auto without the TPU kernel) | loop | buffers | ragged | megablox
+      # how experts multiply: auto (by device) | xla (auto without its kernels) | loop | buffers | ragged | megablox | triton
       grouped='auto',
       balance_loss=0.0, importance_loss=0.0, z_loss=0.0,  # factors of auxiliary losses (moe/token_routers.py)
   ))

@@ -25,7 +25,7 @@ WITHOUT_GRADIENT = ('update', 'settonone', 'zerograd')
 # The names of routers and of grouped products live in moe/; here they are data, so that a config is checked without jax.
 MERGED = ('dense', 'attribute', 'task', 'modality')
 DISPATCHED = ('token', 'context')
-GROUPED = ('auto', 'xla', 'loop', 'buffers', 'ragged', 'megablox')
+GROUPED = ('auto', 'xla', 'loop', 'buffers', 'ragged', 'megablox', 'triton')
 # Evaluator → whether it can ask a kind.
 EVALUATIONS = {
     'classification': lambda kind: kind.has_classes,

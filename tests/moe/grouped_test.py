@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import small_model
-from uni_moe_jax.moe import grouped
+from uni_moe_jax.moe import grouped, grouped_triton
 
 _E, _D, _F, _G = 4, 6, 5, 16
 _TILE = 4
+_TRITON_TILES = {'_ROWS': 4, '_COLUMNS': 2, '_CONTRACTED': 4}  # of an odd width and depth the last ones are cut off
 # Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one.
 _SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)), ('first_only', (16, 0, 0, 0)),
           ('none', (0, 0, 0, 0)))
@@ -51,14 +52,15 @@ def _compare(backend, sizes, starts, rows):
   """What the programs of a backend and of the plain loop give."""
   row = np.arange(rows)
   operands = _normal(0, rows, _D), _normal(1, _E, _D, _F), np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
-  with mock.patch.object(grouped, '_TILE', _TILE):  # read when a program is traced: by its first call
+  # Read when a program is traced: by its first call.
+  with mock.patch.object(grouped, '_TILE', _TILE), mock.patch.multiple(grouped_triton, **_TRITON_TILES):
     return tuple(_program(b, rows)(*operands) for b in (backend, None))
 
 
 class EveryBackendTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
-      (f'{name}_{backend}', sizes, backend) for name, sizes in _SIZES for backend in ('loop', 'ragged', 'megablox'))
+      (f'{name}_{backend}', sizes, backend) for name, sizes in _SIZES for backend in ('loop', 'ragged', 'megablox', 'triton'))
   def test_it_equals_the_plain_loop(self, sizes, backend):
     starts = np.cumsum(sizes) - sizes
     found, expected = _compare(backend, sizes, starts, _G)
@@ -79,10 +81,34 @@ class EveryBackendTest(parameterized.TestCase):
     self.assertGreater(gaps.min(), .5)
 
 
+class TritonTest(parameterized.TestCase):
+
+  @parameterized.parameters(('float32', 'cuda'), ('bfloat16', 'cuda'), ('float32', 'rocm'))
+  def test_a_gpus_program_has_three_kernels_of_whole_tiles(self, dtype, platform):
+    # The product, and both of its gradients; compiled by Triton for tiles as they are, where interpreting asks nothing of them.
+    x, kernel = jnp.ones((200, 48), dtype), jnp.ones((_E, 48, 96), dtype)
+
+    def loss(x, kernel, sizes):
+      return grouped.grouped_matmul(x, kernel, sizes, 'triton').astype(jnp.float32).sum()
+    sizes = jax.ShapeDtypeStruct((_E,), jnp.int32)
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(x, kernel, sizes)
+    kernels = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text().count('__gpu$xla.gpu.triton')
+    self.assertEqual((kernels(platform), kernels('cpu')), (3, 0))
+
+  @parameterized.parameters(((0, 1, 4, 0, 130, 65),), ((0, 0, 0, 0, 0, 0),), ((200, 0, 0, 0, 0, 0),), ((64, 64, 0, 64, 0, 8),))
+  def test_items_cover_every_row_of_every_group_once(self, sizes):
+    sizes, rows = np.array(sizes), 200
+    group, first, start, end = (np.asarray(a) for a in grouped_triton._items(jnp.asarray(sizes), rows))
+    covered = [(e, r) for e, f, a, b in zip(group, first, start, end) for r in range(f, f + grouped_triton._ROWS) if a <= r < b]
+    expected = list(zip(np.repeat(np.arange(6), sizes), range(rows)))
+    self.assertEqual([(int(e), r) for e, r in covered], [(int(e), r) for e, r in expected])
+    np.testing.assert_array_equal(first % grouped_triton._ROWS, 0)
+
+
 class DoorTest(parameterized.TestCase):
 
   @parameterized.parameters(('cpu', False, 'loop'), ('cpu', True, 'buffers'), ('tpu', False, 'megablox'),
-                            ('tpu', True, 'megablox'), ('gpu', True, 'buffers'), ('gpu', False, 'ragged'))
+                            ('tpu', True, 'megablox'), ('gpu', True, 'buffers'), ('gpu', False, 'triton'))
   def test_auto_follows_the_device(self, device, capacity, backend):
     with mock.patch.object(jax, 'default_backend', lambda: device):
       self.assertEqual(grouped.choose('auto', capacity), backend)
@@ -97,7 +123,7 @@ class DoorTest(parameterized.TestCase):
     self.assertEqual(grouped.choose(backend, True), backend)
 
   def test_an_unknown_backend_names_the_known_ones(self):
-    with self.assertRaisesRegex(ValueError, "backend 'loops' is not one of loop, buffers, ragged, megablox"):
+    with self.assertRaisesRegex(ValueError, "backend 'loops' is not one of loop, buffers, ragged, megablox, triton"):
       grouped.grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), 'loops')
 
 

@@ -1,8 +1,8 @@
 """Grouped matrix products behind one door: rows that are sorted by expert, each times its expert's kernel.
 
 What is fast differs: with a capacity equal groups, as one batched product; without, on CPU a loop over tiles, each of one
-expert, elsewhere `ragged_dot` (a dense product on GPU: slow, and exact). On TPU the megablox kernel that JAX ships serves
-both. All of them compute the same.
+expert, on GPU a kernel of our own (`grouped_triton.py`: XLA's `ragged_dot` is a dense product there, E times as much work). On TPU the
+megablox kernel that JAX ships serves both. All of them compute the same.
 """
 
 import chex
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-BACKENDS = ('loop', 'buffers', 'ragged', 'megablox')
+from uni_moe_jax.moe import grouped_triton
+
+BACKENDS = ('loop', 'buffers', 'ragged', 'megablox', 'triton')
 AUTO, XLA = 'auto', 'xla'
 _TILE = 128        # rows of a product on CPU: larger ones compute more of their neighbours, smaller ones read kernels more often
 _MEGABLOX_ROWS = 128
@@ -28,8 +30,10 @@ def choose(backend: str, capacity: bool, platform: str | None = None) -> str:
   if backend not in (AUTO, XLA):
     return backend
   platform = platform or jax.default_backend()
-  if platform == 'tpu' and backend == AUTO:
+  if backend == AUTO and platform == 'tpu':
     return 'megablox'
+  if backend == AUTO and platform == 'gpu' and not capacity:
+    return 'triton'
   return 'buffers' if capacity else {'cpu': 'loop'}.get(platform, 'ragged')
 
 
@@ -60,6 +64,8 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     run = lambda interpret: lambda *operands: gmm(*operands, x.dtype, tiling, None, None, False, interpret)
     # By where it is compiled for, not by where: a TPU's program may be made without one. Interpreting is how it is tested.
     return jax.lax.platform_dependent(padded, kernel, sizes, tpu=run(False), default=run(True))[:x.shape[0]]
+  if backend == 'triton':
+    return grouped_triton.grouped_matmul(x, kernel, sizes)
   raise ValueError(f'backend {backend!r} is not one of {", ".join(BACKENDS)}.')
 
 
