@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-from uni_moe_jax.moe import grouped_triton
+from uni_moe_jax.moe import grouped_triton, kernels
 
 BACKENDS = ('loop', 'buffers', 'ragged', 'megablox', 'triton')
 AUTO, XLA = 'auto', 'xla'
@@ -61,9 +61,8 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
   if backend == 'megablox':
     padded = jnp.pad(x, ((0, -x.shape[0] % _MEGABLOX_ROWS), (0, 0)))
     tiling = (_MEGABLOX_ROWS, 128, 128)
-    run = lambda interpret: lambda *operands: gmm(*operands, x.dtype, tiling, None, None, False, interpret)
-    # By where it is compiled for, not by where: a TPU's program may be made without one. Interpreting is how it is tested.
-    return jax.lax.platform_dependent(padded, kernel, sizes, tpu=run(False), default=run(True))[:x.shape[0]]
+    run = lambda *operands, interpret: gmm(*operands, x.dtype, tiling, None, None, False, interpret)
+    return kernels.compiled_on(('tpu',), run, padded, kernel, sizes)[:x.shape[0]]
   if backend == 'triton':
     return grouped_triton.grouped_matmul(x, kernel, sizes)
   raise ValueError(f'backend {backend!r} is not one of {", ".join(BACKENDS)}.')

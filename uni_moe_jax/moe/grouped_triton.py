@@ -12,15 +12,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from uni_moe_jax.moe import kernels
+
 # Of an output: rows and columns; of what is contracted at once. A float32 tile of each operand is 8 kB, twice that in flight.
 _ROWS, _COLUMNS, _CONTRACTED = 64, 64, 32
+_GPUS = 'cuda', 'rocm'
 _PARAMS = triton.CompilerParams(num_warps=4, num_stages=2)
 
 
 @jax.custom_vjp
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
-  """x [G, D], kernel [E, D, F], sizes int32 [E] → [G, F]; as `grouped.grouped_matmul`. On other devices kernels are interpreted."""
-  return _compiled_on_gpu(functools.partial(_products, contract=0), x, kernel, sizes)
+  """x [G, D], kernel [E, D, F], sizes int32 [E] → [G, F]; as `grouped.grouped_matmul`."""
+  return kernels.compiled_on(_GPUS, functools.partial(_products, contract=0), x, kernel, sizes)
 
 
 def _forward(x, kernel, sizes):
@@ -29,17 +32,11 @@ def _forward(x, kernel, sizes):
 
 def _backward(saved, dy):
   x, kernel, sizes = saved
-  dx = _compiled_on_gpu(functools.partial(_products, contract=1), dy, kernel, sizes)
-  return dx, _compiled_on_gpu(functools.partial(_kernels, dtype=kernel.dtype), x, dy, sizes), None
+  dx = kernels.compiled_on(_GPUS, functools.partial(_products, contract=1), dy, kernel, sizes)
+  return dx, kernels.compiled_on(_GPUS, functools.partial(_gradients, dtype=kernel.dtype), x, dy, sizes), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
-
-
-def _compiled_on_gpu(run, *operands):
-  """By where a program is compiled for, not by where."""
-  compiled = functools.partial(run, interpret=False)
-  return jax.lax.platform_dependent(*operands, cuda=compiled, rocm=compiled, default=functools.partial(run, interpret=True))
 
 
 def _products(x: jax.Array, kernel: jax.Array, sizes: jax.Array, *, contract: int, interpret: bool) -> jax.Array:
@@ -83,16 +80,16 @@ def _product(group, first, start, end, x, kernel, out, *, contract: int):
   triton.store(out.at[row[:, None], column[None]], total.astype(out.dtype), mask=mine[:, None] & there[None])
 
 
-def _kernels(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtype, interpret: bool) -> jax.Array:
+def _gradients(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtype, interpret: bool) -> jax.Array:
   """x^T dy of every group's rows: [E, D, F]."""
   end = jnp.cumsum(sizes)
   shape = sizes.shape[0], x.shape[1], dy.shape[1]
   return pl.pallas_call(
-      _kernel, out_shape=jax.ShapeDtypeStruct(shape, dtype), compiler_params=_PARAMS, interpret=interpret,
+      _gradient, out_shape=jax.ShapeDtypeStruct(shape, dtype), compiler_params=_PARAMS, interpret=interpret,
       grid=(pl.cdiv(shape[1], _ROWS), pl.cdiv(shape[2], _COLUMNS), shape[0]))(end - sizes, end, x, dy)
 
 
-def _kernel(start, end, x, dy, out):
+def _gradient(start, end, x, dy, out):
   inner, column = pl.program_id(0) * _ROWS + jnp.arange(_ROWS), pl.program_id(1) * _COLUMNS + jnp.arange(_COLUMNS)
   g = pl.program_id(2)
   inside, there = inner < x.shape[1], column < dy.shape[1]
