@@ -114,6 +114,13 @@ def test_gradients_are_clipped_to_their_global_norm():
   np.testing.assert_allclose(params['block']['bias'], 1 - .1 * .8 / 1.8, rtol=1e-6)
 
 
+def test_a_clip_leaves_what_is_short_and_what_is_zero():
+  for gradient in ([.3, .4], [0., 0.]):
+    clipped, plain = (_update(_config(clip=clip), _gradient(gradient))[0] for clip in (1., 0.))
+    np.testing.assert_array_equal(clipped['block']['kernel'], plain['block']['kernel'])
+    assert np.isfinite(clipped['block']['kernel']).all()
+
+
 FROZEN = (('word', 'freeze'), ('.*', 1., .5))
 
 

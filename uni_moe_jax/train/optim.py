@@ -122,6 +122,15 @@ def _scale_by(tree) -> optax.GradientTransformation:
   return optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, tree))
 
 
+def _clip(most: float) -> optax.GradientTransformation:
+  """Bounds the norm over all updates together, as `optax.clip_by_global_norm` does. That divides every one of them by the norm, which is
+  too dear to be fused into what Adam does with them: clipped gradients would be written and read again."""
+  def update(updates, _):
+    factor = jnp.minimum(1, most / optax.tree.norm(updates))
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+  return optax.stateless(update)
+
+
 def _decay(tree) -> optax.GradientTransformation:
   """Adds each parameter's own weight decay (decoupled)."""
   return optax.stateless(lambda updates, params: jax.tree.map(
@@ -149,7 +158,7 @@ def make_optimizer(
   def masked(field):  # optax.masked replaces frozen leaves by nodes without leaves
     return jax.tree.map(lambda r: optax.MaskedNode() if r.frozen else getattr(r, field), rules)
 
-  steps = [optax.clip_by_global_norm(c.optim.clip)] if c.optim.clip else []
+  steps = [_clip(c.optim.clip)] if c.optim.clip else []
   if c.optim.without_gradient == 'update':
     steps += [optax.scale_by_adam(b1=c.optim.b1, b2=c.optim.b2, eps=c.optim.eps), _decay(masked('weight_decay'))]
   else:
