@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: collectives, read from XLA's text."""
+"""What a compiled program computes and sends between devices, read from XLA's text."""
 
 import dataclasses
 import re
@@ -34,3 +34,9 @@ def collectives(text: str) -> list[Sent]:
       groups = frozenset(map(frozenset, hlo.groups(op, module.devices)))
       found += [Sent(kind, s.dtype, s.dims, name[1] if name else '', s.size, s.bytes, groups) for s in op.shapes]
   return found
+
+
+def products(text: str) -> int:
+  """How many matrix products stand in a compiled module, those of loops once."""
+  module = hlo.parse(text)
+  return sum(op.opcode == 'dot' for computation in module.computations.values() for op in computation.ops.values())

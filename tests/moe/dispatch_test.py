@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import small_model
+from tests import hlo, small_model
 from uni_moe_jax import resolve
 from uni_moe_jax.moe import dispatch, experts, grouped, routers
 
@@ -54,7 +54,7 @@ class TableTest(parameterized.TestCase):
     to = _routes(_choice(self._EXPERT), None, 0.0, 1, 'loop')
     self.assertEqual(to.sizes.tolist(), [4, 1, 1])
     # Tokens are numbered 00 01 02 10 11 12. Expert 0: position 0 of both samples, then 01, then 12.
-    self.assertEqual(to.source.tolist(), [0, 3, 1, 5, 2, 4])
+    self.assertEqual(to.source.tolist()[:6], [0, 3, 1, 5, 2, 4])
     self.assertEqual(to.slot[:, 0].tolist(), [0, 2, 4, 1, 5, 3])
     self.assertTrue(bool(to.kept.all()))
 
@@ -63,7 +63,7 @@ class TableTest(parameterized.TestCase):
     to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'loop')
     self.assertEqual(_kept(to, 2, 3), [[1, 0, 1], [1, 1, 0]])
     self.assertEqual((to.sizes.tolist(), int(to.asked)), ([2, 1, 1], 6))
-    self.assertEqual(to.source.tolist(), [0, 3, 2, 4, -1, -1])
+    self.assertEqual(to.source.tolist()[:6], [0, 3, 2, 4, -1, -1])
 
   def test_buffers_have_equal_room(self):
     to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'buffers')
@@ -188,6 +188,23 @@ class ExactTest(parameterized.TestCase):
     run = small_model.jit(functools.partial(_dispatched, capacity=_E / _K, backend=backend))  # room for every token at every expert
     found = run(*_inputs())
     np.testing.assert_allclose(found, _expected()[0], atol=2e-5)
+
+  @parameterized.parameters((True, 3), (False, 4))
+  def test_a_rematerialised_product_is_not_computed_again(self, at_once, products):
+    # Forward, and the gradients of x and of the kernels; the fourth is what experts gave, for the gradient of the gates.
+    def block(x, kernel, bias, logits):
+      choice = routers.Choice(logits, *routers.keep(logits, _K))
+      to = dispatch.routes(choice, None, 1., 1, 'buffers')
+      if at_once:
+        return dispatch.project(x, kernel, bias, to)
+      rows = dispatch.spread(x.reshape(_B * _S, -1), to)
+      return dispatch.collect(grouped.grouped_matmul(rows, kernel.reshape(_E, -1, 5), to.sizes, 'buffers'), to)
+
+    def loss(x, kernel, bias, logits):
+      return jnp.sin(jax.checkpoint(block)(x, kernel, 0 * bias, logits)).sum()
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 3))).lower(*_inputs()).compile()
+    # coef · bias is one more, with its gradient by coef.
+    self.assertEqual(hlo.products(program.as_text()), products + (2 if at_once else 0))
 
   def test_constant_gates_equal_the_merge(self):
     x, kernel, bias, _ = _inputs()

@@ -12,7 +12,7 @@ from tests import small_model
 from uni_moe_jax.moe import grouped, grouped_triton
 
 _E, _D, _F, _G = 4, 6, 5, 16
-_TILE = 4
+_TILES = (8, 7), (4, 3), (2, 1)
 _TRITON_TILES = {'_ROWS': 4, '_COLUMNS': 2, '_CONTRACTED': 4}  # of an odd width and depth the last ones are cut off
 # Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one.
 _SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)), ('first_only', (16, 0, 0, 0)),
@@ -28,6 +28,12 @@ def _plain(x, kernel, member):
   return sum(jnp.where(rows[:, None], x @ w, 0) for rows, w in zip(member, kernel))
 
 
+def _grouped(x, kernel, sizes, backend):
+  """With as many rows as the backend wants."""
+  more = grouped.rows_for(backend, x.shape[0]) - x.shape[0]
+  return grouped.grouped_matmul(jnp.pad(x, ((0, more), (0, 0))), kernel, sizes, backend)[:x.shape[0]]
+
+
 @functools.cache
 def _program(backend, rows: int):
   """(x, kernel, member) → values, dx and dkernel of the rows in groups, by a backend, or by the plain loop where it is None.
@@ -37,7 +43,7 @@ def _program(backend, rows: int):
   weight = _normal(2, rows, _F)
 
   def loss(x, kernel, member):
-    y = _plain(x, kernel, member) if backend is None else grouped.grouped_matmul(x, kernel, member.sum(1), backend)
+    y = _plain(x, kernel, member) if backend is None else _grouped(x, kernel, member.sum(1), backend)
     y = jnp.where(member.any(0)[:, None], y, 0)
     return (y * weight).sum(), y
 
@@ -53,7 +59,7 @@ def _compare(backend, sizes, starts, rows):
   row = np.arange(rows)
   operands = _normal(0, rows, _D), _normal(1, _E, _D, _F), np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
   # Read when a program is traced: by its first call.
-  with mock.patch.object(grouped, '_TILE', _TILE), mock.patch.multiple(grouped_triton, **_TRITON_TILES):
+  with mock.patch.object(grouped, '_TILES', _TILES), mock.patch.multiple(grouped_triton, **_TRITON_TILES):
     return tuple(_program(b, rows)(*operands) for b in (backend, None))
 
 
@@ -79,6 +85,20 @@ class EveryBackendTest(parameterized.TestCase):
     kernel = _normal(1, _E, _D, _F)
     gaps = np.abs(kernel[:, None] - kernel[None]).max((-1, -2)) + 9 * np.eye(_E)
     self.assertGreater(gaps.min(), .5)
+
+
+class TilesTest(parameterized.TestCase):
+
+  # Large ones while they are well filled, then smaller ones; the last one of 32 for a single row.
+  @parameterized.parameters(
+      (0, 900, 2000, ((0, 512), (512, 512))), (10, 910, 1000, ((10, 512), (522, 512))), (0, 898, 2000, ((0, 512), (512, 512))),
+      (0, 896, 2000, ((0, 512), (512, 128), (640, 128), (768, 128))), (0, 385, 2000, ((0, 512),)), (0, 385, 500, ((0, 128), (128, 128), (256, 128), (384, 32))),
+      (5, 69, 300, ((5, 32), (37, 32))), (5, 70, 300, ((5, 128),)), (3, 3, 300, ()))
+  def test_by_hand(self, start, end, most, tiles):
+    found = []
+    with jax.disable_jit():
+      grouped._tiles(jnp.int32(start), jnp.int32(end), most, lambda row, rows, n: (found.append((int(row), rows)), n)[1], 0)
+    self.assertEqual(tuple(found), tiles)
 
 
 class TritonTest(parameterized.TestCase):
@@ -117,6 +137,11 @@ class DoorTest(parameterized.TestCase):
                             ('gpu', False, 'ragged'))
   def test_xla_is_auto_without_the_kernel(self, device, capacity, backend):
     self.assertEqual(grouped.choose('xla', capacity, device), backend)
+
+  @parameterized.parameters(('loop', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200))
+  def test_a_backend_wants_rows(self, backend, most, rows):
+    # A tile of 512 rows has 385 of its group, and one of 128 has 65: up to 127 others.
+    self.assertEqual(grouped.rows_for(backend, most), rows)
 
   @parameterized.parameters(*grouped.BACKENDS)
   def test_a_named_backend_is_taken(self, backend):

@@ -4,6 +4,7 @@ y_t = Σ_k g_{t,k} (x_t W_{e(t,k)} + b_{e(t,k)}), over the choices that are kept
 place of a choice among the rows that the experts multiply. Two projections that share a decision share its slots.
 """
 
+import functools
 import math
 
 import flax
@@ -85,7 +86,7 @@ def routes(choice: Choice, valid: jax.Array | None, capacity: float, parts: int,
   if backend == 'buffers':
     start, slots = jnp.arange(E, dtype=jnp.int32) * (parts * room), E * parts * room
   else:
-    start, slots = jnp.cumsum(sizes) - sizes, min(B * S * K, E * parts * room)
+    start, slots = jnp.cumsum(sizes) - sizes, grouped.rows_for(backend, min(B * S * K, E * parts * room))
   start = start[None] + jnp.cumsum(count, axis=0) - count  # [parts, E]
   slot = back(jnp.take_along_axis(start, expert, axis=1) + rank)
   kept = back(kept)
@@ -106,9 +107,8 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, to: Routes) -> jax
   contracted = x.ndim - 2
   out = kernel.shape[1 + contracted:]
   E, width = kernel.shape[0], math.prod(out)
-  rows = spread(x.reshape(B * S, -1), to)
-  y = grouped.grouped_matmul(rows, kernel.reshape(E, -1, width), to.sizes, to.backend)
-  y = collect(y, to)
+  operands = x.reshape(B * S, -1), kernel.reshape(E, -1, width), to.gates
+  y = _through(to.backend, *operands, to.source, to.slot, to.kept, to.sizes)
   y = y + to.coef.astype(x.dtype) @ bias.reshape(E, width)
   return y.reshape(B, S, *out)
 
@@ -123,11 +123,41 @@ def collect(y: jax.Array, to: Routes) -> jax.Array:
   return _collect(y, to.gates, to.source, to.slot, to.kept)
 
 
-# Both ways are gathers, forward and backward: a scatter of rows is slow on every backend.
+# All ways there and back are gathers, forward and backward: a scatter of rows is slow on every backend.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _through(backend, x, kernel, gates, source, slot, kept, sizes):
+  """Σ_k gate · x W_e over a token's kept choices: [T, D], [E, D, F] → [T, F].
+
+  A gate's gradient, x W_e · dy, is x · (dy W_eᵀ) here, of which the right side makes dx anyway: what experts gave is not asked for, and a
+  rematerialised block need not compute it again.
+  """
+  y = grouped.grouped_matmul(_tokens(x, source, slot), kernel, sizes, backend)
+  return _sum_of_choices(y, slot, kept, gates)
+
+
+def _through_forward(backend, x, kernel, gates, source, slot, kept, sizes):
+  saved = x, kernel, gates, source, slot, kept, sizes
+  return _through(backend, *saved), saved
+
+
+def _through_backward(backend, saved, dy):
+  x, kernel, gates, source, slot, kept, sizes = saved
+  gate = jnp.where(source >= 0, gates.reshape(-1)[jnp.maximum(source, 0)], 0)[:, None]
+  rows = (gate * _tokens(x, source, slot)).astype(x.dtype)
+  dys = jnp.where(source[:, None] >= 0, _tokens(dy, source, slot), 0)
+  _, back = jax.vjp(lambda rows, kernel: grouped.grouped_matmul(rows, kernel, sizes, backend), rows, kernel)
+  dxs, dkernel = back(dys)
+  along = [(_at(dxs, slot[:, k]).astype(jnp.float32) * x).sum(-1) for k in range(slot.shape[1])]
+  return (_sum_of_choices(dxs, slot, kept, gates), dkernel, jnp.where(kept, jnp.stack(along, axis=1), 0), None, None, None, None)
+
+
+_through.defvjp(_through_forward, _through_backward)
+
+
 @jax.custom_vjp
 def _spread(x, source, slot, kept):
   """Rows of tokens [T, D] in slots: [G, D]."""
-  return _at(x, jnp.maximum(source, 0) // slot.shape[1])
+  return _tokens(x, source, slot)
 
 
 def _spread_forward(x, source, slot, kept):
@@ -162,6 +192,11 @@ def _collect_backward(saved, dy):
 
 
 _collect.defvjp(_collect_forward, _collect_backward)
+
+
+def _tokens(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
+  """The token [D] of x [T, D] in every slot, any where there is none: [G, D]."""
+  return _at(x, jnp.maximum(source, 0) // slot.shape[1])
 
 
 def _at(x: jax.Array, rows: jax.Array) -> jax.Array:

@@ -5,6 +5,9 @@ expert, on GPU a kernel of our own (`grouped_triton.py`: XLA's `ragged_dot` is a
 megablox kernel that JAX ships serves both. All of them compute the same.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,9 @@ from uni_moe_jax.moe import grouped_triton, kernels
 
 BACKENDS = ('loop', 'buffers', 'ragged', 'megablox', 'triton')
 AUTO, XLA = 'auto', 'xla'
-_TILE = 128        # rows of a product on CPU: larger ones compute more of their neighbours, smaller ones read kernels more often
+# Of a product on CPU: its rows, and how many of them must be a group's. Of the others it computes for nothing; but a small product reads
+# its kernel for few rows.
+_TILES = (512, 385), (128, 65), (32, 1)
 _MEGABLOX_ROWS = 128
 
 
@@ -37,6 +42,14 @@ def choose(backend: str, capacity: bool, platform: str | None = None) -> str:
   return 'buffers' if capacity else {'cpu': 'loop'}.get(platform, 'ragged')
 
 
+def rows_for(backend: str, most: int) -> int:
+  """How many rows a backend wants, of which at most `most` are in groups: a loop's last tile reaches beyond its group's rows, and
+  megablox takes whole tiles. ('buffers' has rows of its own.)"""
+  if backend == 'loop':
+    return most + max(rows - least for rows, least in _TILES)
+  return most + -most % _MEGABLOX_ROWS if backend == 'megablox' else most
+
+
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: str) -> jax.Array:
   """Multiplies each row by the kernel of its group.
 
@@ -44,7 +57,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     x: [G, D]. Groups follow each other, the first `sizes[0]` rows being of group 0, and so on. For 'buffers' groups are equal:
       group e is rows e · G/E to (e + 1) · G/E, of which the first `sizes[e]` count.
     kernel: [E, D, F].
-    sizes: int32 [E], rows of every group; Σ ≤ G.
+    sizes: int32 [E], rows of every group; `rows_for(backend, Σ)` ≤ G.
     backend: one of `BACKENDS`.
 
   Returns:
@@ -59,33 +72,42 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
   if backend == 'ragged':
     return jax.lax.ragged_dot(x, kernel, sizes)
   if backend == 'megablox':
-    padded = jnp.pad(x, ((0, -x.shape[0] % _MEGABLOX_ROWS), (0, 0)))
     tiling = (_MEGABLOX_ROWS, 128, 128)
     run = lambda *operands, interpret: gmm(*operands, x.dtype, tiling, None, None, False, interpret)
-    return kernels.compiled_on(('tpu',), run, padded, kernel, sizes)[:x.shape[0]]
+    return kernels.compiled_on(('tpu',), run, x, kernel, sizes)
   if backend == 'triton':
     return grouped_triton.grouped_matmul(x, kernel, sizes)
   raise ValueError(f'backend {backend!r} is not one of {", ".join(BACKENDS)}.')
 
 
+def _tiles(start: jax.Array, end: jax.Array, most: int, step: Callable[[jax.Array, int, Any], Any], state: Any) -> Any:
+  """Runs state = step(row, rows, state) over the tiles of a group's rows, the largest first.
+
+  Args:
+    start, end: of the group. most: rows of the array.
+  """
+  row = start
+  for rows, least in _TILES:
+    if rows <= most:
+      row, state = jax.lax.while_loop(
+          lambda at, least=least: at[0] + least <= end, lambda at, rows=rows: (at[0] + rows, step(at[0], rows, at[1])), (row, state))
+  return state
+
+
 def _products(x: jax.Array, kernel: jax.Array, sizes: jax.Array, contract: int) -> jax.Array:
   """x [G, ·] times kernel [E, …], contracted over axis `contract` (0 or 1) of a group's kernel, tile by tile."""
-  G, padded = x.shape[0], jnp.pad(x, ((0, _TILE), (0, 0)))
   end = jnp.cumsum(sizes)
 
   def group(e, out):
     w = jax.lax.dynamic_index_in_dim(kernel, e, keepdims=False)
 
-    def tile(state):
-      row, out = state
-      y = jax.lax.dot_general(
-          jax.lax.dynamic_slice_in_dim(padded, row, _TILE), w, (((1,), (contract,)), ((), ())))
+    def tile(row, rows, out):
+      y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, row, rows), w, (((1,), (contract,)), ((), ())))
       # A tile may reach into the next group's rows: that group's own tiles overwrite them.
-      return row + _TILE, jax.lax.dynamic_update_slice_in_dim(out, y, row, axis=0)
-    return jax.lax.while_loop(lambda state: state[0] < end[e], tile, (end[e] - sizes[e], out))[1]
+      return jax.lax.dynamic_update_slice_in_dim(out, y, row, axis=0)
+    return _tiles(end[e] - sizes[e], end[e], x.shape[0], tile, out)
 
-  out = jnp.zeros((G + _TILE, kernel.shape[2 - contract]), x.dtype)
-  return jax.lax.fori_loop(0, kernel.shape[0], group, out)[:G]
+  return jax.lax.fori_loop(0, kernel.shape[0], group, jnp.zeros((x.shape[0], kernel.shape[2 - contract]), x.dtype))
 
 
 @jax.custom_vjp
@@ -100,19 +122,15 @@ def _loop_forward(x, kernel, sizes):
 def _loop_backward(saved, dy):
   """dx by the transposed kernels; the gradient of a group's kernel is the sum over its tiles of x^T dy."""
   x, kernel, sizes = saved
-  xs, dys = (jnp.pad(a, ((0, _TILE), (0, 0))) for a in (x, dy))
   end = jnp.cumsum(sizes)
 
   def group(e, kernels):
-    def tile(state):
-      row, dw = state
-      mine = (row + jnp.arange(_TILE) < end[e])[:, None]  # not the rows of the next group
-      rows = jax.lax.dynamic_slice_in_dim(xs, row, _TILE)
-      to = jnp.where(mine, jax.lax.dynamic_slice_in_dim(dys, row, _TILE), 0)
-      dw = dw + jax.lax.dot_general(rows, to, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-      return row + _TILE, dw
-    zero = jnp.zeros(kernel.shape[1:], jnp.float32)
-    _, dw = jax.lax.while_loop(lambda state: state[0] < end[e], tile, (end[e] - sizes[e], zero))
+    def tile(row, rows, dw):
+      mine = (row + jnp.arange(rows) < end[e])[:, None]  # not the rows of the next group
+      to = jnp.where(mine, jax.lax.dynamic_slice_in_dim(dy, row, rows), 0)
+      return dw + jax.lax.dot_general(
+          jax.lax.dynamic_slice_in_dim(x, row, rows), to, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    dw = _tiles(end[e] - sizes[e], end[e], x.shape[0], tile, jnp.zeros(kernel.shape[1:], jnp.float32))
     return jax.lax.dynamic_update_index_in_dim(kernels, dw.astype(kernel.dtype), e, 0)
 
   dkernel = jax.lax.fori_loop(0, kernel.shape[0], group, jnp.zeros_like(kernel))
