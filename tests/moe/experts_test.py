@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import hlo
 from uni_moe_jax.moe import experts
 from uni_moe_jax.moe.routers import decide
 
@@ -155,6 +156,37 @@ class ProjectTest(absltest.TestCase):
     x, kernel, bias = _normal(0, 2, 4, 3, 5), _normal(1, 3, 5, 6), _normal(2, 6)
     expected = np.einsum('bsnh,nhd->bsd', x, kernel) + np.asarray(bias)
     np.testing.assert_allclose(experts.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
+
+
+class ScaledTest(parameterized.TestCase):
+
+  def _linear(self, dtype=jnp.float32) -> experts.Linear:
+    return experts.Linear(_normal(0, 2, 4, 6).astype(dtype), _normal(1, 2, 6).astype(dtype), ('mlp',), ('embed',))
+
+  def test_what_it_makes_is_multiplied(self):
+    x, by, plain = _normal(2, 3, 5, 4), _normal(3, 6), self._linear()
+    scaled = plain.scaled(by)
+    for row in (0, 1):
+      y, expected = (experts.project(x, of.kernel[row], of.bias[row]) for of in (scaled, plain))
+      np.testing.assert_allclose(y, expected * by[None, None], rtol=1e-5, atol=1e-6)
+
+  def test_the_dtype_stays(self):
+    scaled = self._linear(jnp.bfloat16).scaled(_normal(3, 6))
+    self.assertEqual({scaled.kernel.dtype, scaled.bias.dtype}, {jnp.dtype('bfloat16')})
+
+  @parameterized.parameters((True, 3), (False, 4))
+  def test_a_rematerialised_product_is_not_computed_again(self, weights, products):
+    # Forward, and the gradients of x and of the kernel; the fourth is what was made, for the gradient of `by`.
+    def block(x, linear, by):
+      of = linear.scaled(by) if weights else linear
+      y = experts.project(jnp.sin(x), of.kernel[0], of.bias[0])
+      return y if weights else y * by[None, None]
+
+    def loss(*operands):
+      return jnp.sin(jax.checkpoint(block)(*operands)).sum()
+    operands = _normal(2, 30, 50, 4), self._linear(), _normal(3, 6)
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
+    self.assertEqual(hlo.products(program.as_text()), products)
 
 
 if __name__ == '__main__':

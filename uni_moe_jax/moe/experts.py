@@ -18,6 +18,7 @@ from uni_moe_jax import sharding
 from uni_moe_jax.moe.routers import Decision
 
 
+@jax.custom_vjp
 def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
   """Contracts experts: kernel [E, …], coef [A, E] → [A, …].
 
@@ -25,6 +26,20 @@ def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
   reduction of the merged kernel, a gather moves every kernel.
   """
   return jnp.tensordot(coef, kernel, axes=1)
+
+
+def _merge_forward(kernel, coef):
+  return merge(kernel, coef), (kernel, coef)
+
+
+def _merge_backward(saved, d):
+  """The derivative's own rules would contract with E last, and turn all kernels, and all of their gradients, around for that."""
+  kernel, coef = saved
+  rest = tuple(range(1, kernel.ndim))
+  return jnp.tensordot(coef.T, d, axes=1), jnp.tensordot(kernel, d, axes=(rest, rest)).T
+
+
+merge.defvjp(_merge_forward, _merge_backward)
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
@@ -62,6 +77,15 @@ class Linear:
     """Of the first axis that it makes, a slice alone."""
     before = (slice(None),) * (1 + len(self.in_axes))
     return self.replace(kernel=self.kernel[(*before, which)], bias=self.bias[:, which])
+
+  def scaled(self, by: jax.Array) -> 'Linear':
+    """With everything that it makes multiplied by `by` f32 [last axis it makes].
+
+    Weights are multiplied and not what they make: no gradient asks for the outputs then, which a rematerialised block would have to
+    compute again.
+    """
+    times = lambda x: (x.astype(jnp.float32) * by.reshape((1,) * (x.ndim - 1) + by.shape)).astype(x.dtype)
+    return self.replace(kernel=times(self.kernel), bias=times(self.bias))
 
 
 class ConditionalDense(nn.Module):
