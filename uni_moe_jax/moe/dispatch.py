@@ -128,7 +128,7 @@ def collect(y: jax.Array, to: Routes) -> jax.Array:
 def _through(backend, x, kernel, gates, source, slot, kept, sizes):
   """Σ_k gate · x W_e over a token's kept choices: [T, D], [E, D, F] → [T, F].
 
-  A gate's gradient, x W_e · dy, is x · (dy W_eᵀ) here, of which the right side makes dx anyway: what experts gave is not asked for, and a
+  A gate's gradient, x W_e · dy, is x · (dy W_eᵀ) here, whose right side makes dx anyway: what experts gave is not asked for, and a
   rematerialised block need not compute it again.
   """
   y = grouped.grouped_matmul(_tokens(x, source, slot), kernel, sizes, backend)
