@@ -88,10 +88,18 @@ def _tiles(start: jax.Array, end: jax.Array, most: int, step: Callable[[jax.Arra
   """
   row = start
   for rows, least in _TILES:
-    if rows <= most:
+    if _surely(rows, most):
       row, state = jax.lax.while_loop(
           lambda at, least=least: at[0] + least <= end, lambda at, rows=rows: (at[0] + rows, step(at[0], rows, at[1])), (row, state))
   return state
+
+
+def _surely(rows: int, most: int) -> bool:
+  """Whether an array has `rows` rows; of one in a program that is exported for any batch, whether it always has."""
+  try:
+    return rows <= most
+  except jax.errors.InconclusiveDimensionOperation:
+    return False
 
 
 def _products(x: jax.Array, kernel: jax.Array, sizes: jax.Array, contract: int) -> jax.Array:
