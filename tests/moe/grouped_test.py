@@ -15,7 +15,7 @@ _E, _D, _F, _G = 4, 6, 5, 16
 _TILES = (8, 7), (4, 3), (2, 1)
 _TRITON_TILES = {'_ROWS': 4, '_COLUMNS': 2, '_CONTRACTED': 4}  # of an odd width and depth the last ones are cut off
 # Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one.
-_SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)), ('first_only', (16, 0, 0, 0)),
+_SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)), ('first_only', (16, 0, 0, 0)), ('beyond', (3, 0, 6, 7)),
           ('none', (0, 0, 0, 0)))
 
 

@@ -36,7 +36,8 @@ def _merge_backward(saved, d):
   """The derivative's own rules would contract with E last, and turn all kernels, and all of their gradients, around for that."""
   kernel, coef = saved
   rest = tuple(range(1, kernel.ndim))
-  return jnp.tensordot(coef.T, d, axes=1), jnp.tensordot(kernel, d, axes=(rest, rest)).T
+  dcoef = jnp.tensordot(kernel, d, axes=(rest, rest)).T
+  return jnp.tensordot(coef.T, d, axes=1).astype(kernel.dtype), dcoef.astype(coef.dtype)
 
 
 merge.defvjp(_merge_forward, _merge_backward)
@@ -79,12 +80,12 @@ class Linear:
     return self.replace(kernel=self.kernel[(*before, which)], bias=self.bias[:, which])
 
   def scaled(self, by: jax.Array) -> 'Linear':
-    """With everything that it makes multiplied by `by` f32 [last axis it makes].
+    """With everything that it makes multiplied by `by` [last axis it makes].
 
-    Weights are multiplied and not what they make: no gradient asks for the outputs then, which a rematerialised block would have to
-    compute again.
+    Weights are multiplied and not what they make: for `by`, no gradient asks for the outputs then, which a rematerialised block would
+    have to compute again.
     """
-    times = lambda x: (x.astype(jnp.float32) * by.reshape((1,) * (x.ndim - 1) + by.shape)).astype(x.dtype)
+    times = lambda x: x * by.astype(x.dtype).reshape((1,) * (x.ndim - 1) + by.shape)
     return self.replace(kernel=times(self.kernel), bias=times(self.bias))
 
 

@@ -57,7 +57,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     x: [G, D]. Groups follow each other, the first `sizes[0]` rows being of group 0, and so on. For 'buffers' groups are equal:
       group e is rows e · G/E to (e + 1) · G/E, of which the first `sizes[e]` count.
     kernel: [E, D, F].
-    sizes: int32 [E], rows of every group; `rows_for(backend, Σ)` ≤ G.
+    sizes: int32 [E], rows of every group; G is `rows_for(backend, most)`, and Σ at most `most`.
     backend: one of `BACKENDS`.
 
   Returns:
@@ -88,7 +88,7 @@ def _tiles(start: jax.Array, end: jax.Array, most: int, step: Callable[[jax.Arra
   """
   row = start
   for rows, least in _TILES:
-    if _surely(rows, most):
+    if rows == _TILES[-1][0] or _surely(rows, most):
       row, state = jax.lax.while_loop(
           lambda at, least=least: at[0] + least <= end, lambda at, rows=rows: (at[0] + rows, step(at[0], rows, at[1])), (row, state))
   return state
