@@ -5,9 +5,6 @@ expert, on GPU a kernel of our own (`grouped_triton.py`: XLA's `ragged_dot` is a
 megablox kernel that JAX ships serves both. All of them compute the same.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,9 +14,7 @@ from uni_moe_jax.moe import grouped_triton, kernels
 
 BACKENDS = ('loop', 'buffers', 'ragged', 'megablox', 'triton')
 AUTO, XLA = 'auto', 'xla'
-# Of a product on CPU: its rows, and how many of them must be a group's. Of the others it computes for nothing; but a small product reads
-# its kernel for few rows.
-_TILES = (512, 385), (128, 65), (32, 1)
+_TILES = 128, 64, 32  # rows of a product on CPU
 _MEGABLOX_ROWS = 128
 
 
@@ -46,7 +41,7 @@ def rows_for(backend: str, most: int) -> int:
   """How many rows a backend wants, of which at most `most` are in groups: a loop's last tile reaches beyond its group's rows, and
   megablox takes whole tiles. ('buffers' has rows of its own.)"""
   if backend == 'loop':
-    return most + max(rows - least for rows, least in _TILES)
+    return most + _TILES[0] - 1
   return most + -most % _MEGABLOX_ROWS if backend == 'megablox' else most
 
 
@@ -80,40 +75,28 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
   raise ValueError(f'backend {backend!r} is not one of {", ".join(BACKENDS)}.')
 
 
-def _tiles(start: jax.Array, end: jax.Array, most: int, step: Callable[[jax.Array, int, Any], Any], state: Any) -> Any:
-  """Runs state = step(row, rows, state) over the tiles of a group's rows, the largest first.
-
-  Args:
-    start, end: of the group. most: rows of the array.
-  """
-  row = start
-  for rows, least in _TILES:
-    if rows == _TILES[-1][0] or _surely(rows, most):
-      row, state = jax.lax.while_loop(
-          lambda at, least=least: at[0] + least <= end, lambda at, rows=rows: (at[0] + rows, step(at[0], rows, at[1])), (row, state))
-  return state
-
-
-def _surely(rows: int, most: int) -> bool:
-  """Whether an array has `rows` rows; of one in a program that is exported for any batch, whether it always has."""
+def _tile(rows: int, groups: int) -> int:
+  """Rows of a product on CPU: at most as many as a group has on average, as half of a group's last product is computed for nothing;
+  small ones read the kernel more often."""
   try:
-    return rows <= most
-  except jax.errors.InconclusiveDimensionOperation:
-    return False
+    return next((tile for tile in _TILES if tile * groups <= rows), _TILES[-1])
+  except jax.errors.InconclusiveDimensionOperation:  # a program that is exported for any batch
+    return _TILES[0]
 
 
 def _products(x: jax.Array, kernel: jax.Array, sizes: jax.Array, contract: int) -> jax.Array:
   """x [G, ·] times kernel [E, …], contracted over axis `contract` (0 or 1) of a group's kernel, tile by tile."""
-  end = jnp.cumsum(sizes)
+  end, rows = jnp.cumsum(sizes), _tile(x.shape[0], kernel.shape[0])
 
   def group(e, out):
     w = jax.lax.dynamic_index_in_dim(kernel, e, keepdims=False)
 
-    def tile(row, rows, out):
+    def tile(state):
+      row, out = state
       y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, row, rows), w, (((1,), (contract,)), ((), ())))
       # A tile may reach into the next group's rows: that group's own tiles overwrite them.
-      return jax.lax.dynamic_update_slice_in_dim(out, y, row, axis=0)
-    return _tiles(end[e] - sizes[e], end[e], x.shape[0], tile, out)
+      return row + rows, jax.lax.dynamic_update_slice_in_dim(out, y, row, axis=0)
+    return jax.lax.while_loop(lambda state: state[0] < end[e], tile, (end[e] - sizes[e], out))[1]
 
   return jax.lax.fori_loop(0, kernel.shape[0], group, jnp.zeros((x.shape[0], kernel.shape[2 - contract]), x.dtype))
 
@@ -130,15 +113,17 @@ def _loop_forward(x, kernel, sizes):
 def _loop_backward(saved, dy):
   """dx by the transposed kernels; the gradient of a group's kernel is the sum over its tiles of x^T dy."""
   x, kernel, sizes = saved
-  end = jnp.cumsum(sizes)
+  end, rows = jnp.cumsum(sizes), _tile(x.shape[0], kernel.shape[0])
 
   def group(e, kernels):
-    def tile(row, rows, dw):
+    def tile(state):
+      row, dw = state
       mine = (row + jnp.arange(rows) < end[e])[:, None]  # not the rows of the next group
       to = jnp.where(mine, jax.lax.dynamic_slice_in_dim(dy, row, rows), 0)
-      return dw + jax.lax.dot_general(
+      return row + rows, dw + jax.lax.dot_general(
           jax.lax.dynamic_slice_in_dim(x, row, rows), to, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    dw = _tiles(end[e] - sizes[e], end[e], x.shape[0], tile, jnp.zeros(kernel.shape[1:], jnp.float32))
+    zero = jnp.zeros(kernel.shape[1:], jnp.float32)
+    dw = jax.lax.while_loop(lambda state: state[0] < end[e], tile, (end[e] - sizes[e], zero))[1]
     return jax.lax.dynamic_update_index_in_dim(kernels, dw.astype(kernel.dtype), e, 0)
 
   dkernel = jax.lax.fori_loop(0, kernel.shape[0], group, jnp.zeros_like(kernel))
