@@ -1,13 +1,13 @@
-"""Routers compared: model and tasks of configs/embedded.py for a number of steps that all six models finish in 100 minutes.
+"""Routers compared: model and tasks of configs/embedded.py for a tenth of its steps.
 
   python launch/prepare_data.py
   python launch/compare.py --workdir=runs/compare     # all six, see there; or one of them:
   python launch/train.py --config=configs/ablation.py:dense --workdir=runs/dense
 
 The argument is the router (attribute by default). Seed and data order are the same for all. 600 steps, fixed beforehand for
-two CPU cores: a step of dense, attribute, task and modality takes about 0.63 s, one of token and context 2 to 2.5 times that,
-so that one step of all six takes 5.4 s, and 600 take 54 minutes. Compiling, evaluating and measuring interference and experts
-take about 45 more. No figures are promised.
+two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s there, one of token and context 2.4 s, so that 600
+of all six take 80 minutes. Compiling, evaluating and measuring interference and experts take about 45 more. No figures are
+promised.
 """
 
 import pathlib
