@@ -12,11 +12,11 @@ from tests import small_model
 from uni_moe_jax.moe import grouped, grouped_triton
 
 _E, _D, _F, _G = 4, 6, 5, 16
-_TILES = 4, 2
+_TILES = (4,)
 _TRITON_TILES = {'_ROWS': 4, '_COLUMNS': 2, '_CONTRACTED': 4}  # of an odd width and depth the last ones are cut off
-# Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one.
-_SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)), ('first_only', (16, 0, 0, 0)), ('beyond', (3, 0, 6, 7)),
-          ('none', (0, 0, 0, 0)))
+# Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one; and one whose last tile reaches behind all rows.
+_SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)), ('first_only', (16, 0, 0, 0)),
+          ('none', (0, 0, 0, 0)), ('beyond', (3, 0, 6, 7)))
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
