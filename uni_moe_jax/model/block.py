@@ -108,12 +108,14 @@ class Block(nn.Module):
     ffn_in = linear('ffn_in', 'ffn', {'embed': D}, {'mlp': F}, experts.xavier_uniform(D, F))
     ffn_out = linear('ffn_out', 'ffn', {'mlp': F}, {'embed': D}, experts.xavier_uniform(F, D))
     norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
-    scale = {name: sharding.as_used(self.param(
-        name, nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale), ('embed',)), (D,)), ('embed',), context.mesh)
-             for name in ('scale1', 'scale2')}
-    times = {name: s.astype(spec.dtype)[None, None] for name, s in scale.items()}
+    scale1, scale2 = (
+        sharding.as_used(self.param(
+            name, nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale), ('embed',)), (D,)), ('embed',), context.mesh)
+        for name in ('scale1', 'scale2'))
     if key is not None:  # training; elsewhere few tokens may pass, for which weights would be multiplied again and again
-      out, ffn_out, times = out.scaled(scale['scale1']), ffn_out.scaled(scale['scale2']), dict.fromkeys(scale, 1)
+      out, ffn_out, scale1, scale2 = out.scaled(scale1), ffn_out.scaled(scale2), 1, 1
+    else:
+      scale1, scale2 = (s.astype(spec.dtype)[None, None] for s in (scale1, scale2))
 
     only_q, only_kv = qkv.part(slice(0, 1)), qkv.part(slice(1, None))
 
@@ -153,12 +155,12 @@ class Block(nn.Module):
         y = self._attend(i, q[i], kv, stream, apart, only_readout)
         y = way[i](y, out)
         path = None if key is None else jax.random.fold_in(key, ATTENTION_PATH)
-        x = x + times['scale1'] * drop_path(y, path, stream.ids, spec.drop_path)
+        x = x + scale1 * drop_path(y, path, stream.ids, spec.drop_path)
         h = norm2(x)
         through = ways.of('ffn', layout.conditions[i], h, i, only_readout)
         y = through(nn.gelu(through(h, ffn_in), approximate=False), ffn_out)
         path = None if key is None else jax.random.fold_in(key, FFN_PATH)
-        x = x + times['scale2'] * drop_path(y, path, stream.ids, spec.drop_path)
+        x = x + scale2 * drop_path(y, path, stream.ids, spec.drop_path)
         results[i] = sharding.over_batch(x, context.mesh)
       new_arrays.append(tuple(results))
     taken = {'decisions': ways.taken()}

@@ -142,13 +142,11 @@ def _through_forward(backend, x, kernel, gates, source, slot, kept, sizes):
 
 def _through_backward(backend, saved, dy):
   x, kernel, gates, source, slot, kept, sizes = saved
-  gate = jnp.where(source >= 0, gates.reshape(-1)[jnp.maximum(source, 0)], 0)[:, None]
-  rows = (gate * _tokens(x, source, slot)).astype(x.dtype)
+  rows = (_in_slots(gates, source) * _tokens(x, source, slot)).astype(x.dtype)
   dys = jnp.where(source[:, None] >= 0, _tokens(dy, source, slot), 0)
   _, back = jax.vjp(lambda rows, kernel: grouped.grouped_matmul(rows, kernel, sizes, backend), rows, kernel)
   dxs, dkernel = back(dys)
-  along = [(_at(dxs, slot[:, k]).astype(jnp.float32) * x).sum(-1) for k in range(slot.shape[1])]
-  return (_sum_of_choices(dxs, slot, kept, gates), dkernel, jnp.where(kept, jnp.stack(along, axis=1), 0), None, None, None, None)
+  return _sum_of_choices(dxs, slot, kept, gates), dkernel, _along(dxs, x, slot, kept), None, None, None, None
 
 
 _through.defvjp(_through_forward, _through_backward)
@@ -184,11 +182,8 @@ def _collect_forward(y, gates, source, slot, kept):
 
 def _collect_backward(saved, dy):
   y, gates, source, slot, kept = saved
-  choice = jnp.maximum(source, 0)
-  gate = jnp.where(source >= 0, gates.reshape(-1)[choice], 0)[:, None]
-  dys = (gate * _at(dy, choice // slot.shape[1])).astype(y.dtype)
-  along = [(_at(y, slot[:, k]).astype(jnp.float32) * dy).sum(-1) for k in range(slot.shape[1])]
-  return dys, jnp.where(kept, jnp.stack(along, axis=1), 0), None, None, None
+  dys = (_in_slots(gates, source) * _tokens(dy, source, slot)).astype(y.dtype)
+  return dys, _along(y, dy, slot, kept), None, None, None
 
 
 _collect.defvjp(_collect_forward, _collect_backward)
@@ -197,6 +192,17 @@ _collect.defvjp(_collect_forward, _collect_backward)
 def _tokens(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
   """The token [D] of x [T, D] in every slot, any where there is none: [G, D]."""
   return _at(x, jnp.maximum(source, 0) // slot.shape[1])
+
+
+def _in_slots(gates: jax.Array, source: jax.Array) -> jax.Array:
+  """The gate of the choice in every slot, 0 where there is none: [T, K] → [G, 1]."""
+  return jnp.where(source >= 0, gates.reshape(-1)[jnp.maximum(source, 0)], 0)[:, None]
+
+
+def _along(y: jax.Array, z: jax.Array, slot: jax.Array, kept: jax.Array) -> jax.Array:
+  """y[slot_k] · z of every token, of y [G, D] and z [T, D], 0 for choices that are not kept: f32 [T, K]."""
+  along = [(_at(y, slot[:, k]).astype(jnp.float32) * z).sum(-1) for k in range(slot.shape[1])]
+  return jnp.where(kept, jnp.stack(along, axis=1), 0)
 
 
 def _at(x: jax.Array, rows: jax.Array) -> jax.Array:
