@@ -5,9 +5,9 @@
   python launch/train.py --config=configs/ablation.py:dense --workdir=runs/dense
 
 The argument is the router (attribute by default). Seed and data order are the same for all. 600 steps, fixed beforehand for
-two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s there, one of token and context 2.4 s, so that 600
-of all six take 80 minutes. Compiling, evaluating and measuring interference and experts take about 45 more. No figures are
-promised.
+two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s there, one of token and context 2.3 s. Training
+all six took 84 minutes; compiling, evaluating and measuring interference and experts 56 more (docs/results/routers). No figures
+are promised.
 """
 
 import pathlib

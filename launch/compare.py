@@ -1,6 +1,6 @@
 """Compares routers: trains each on the same data in the same order, evaluates it, measures interference and use of experts.
 
-  python launch/compare.py --workdir=runs/compare                       # all six, about two hours on two CPU cores
+  python launch/compare.py --workdir=runs/compare                       # all six, 2 h 20 min on two CPU cores
   python launch/compare.py --workdir=runs/compare --routers=dense,task  # some of them
 
 Every router is a work directory that the other commands make (uni_moe_jax/compare/stages.py). The same command continues;
