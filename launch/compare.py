@@ -11,7 +11,6 @@ Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 a
 
 import os
 import pathlib
-import runpy
 import sys
 
 from absl import flags
@@ -35,13 +34,9 @@ def main() -> int:
   file = (_ROOT / os.path.expanduser(_CONFIG.value)).resolve()
   if not file.is_file():
     raise cli.UsageError(f'--config={_CONFIG.value}: there is no such file.')
-  get_config = runpy.run_path(str(file))['get_config']
   dense = {}
   for router in routers:  # mistakes are told before anything is trained
-    try:
-      config = get_config(router)
-    except ValueError as e:
-      raise cli.UsageError(str(e)) from None
+    config = cli.config_from(f'{file}:{router}', _OVERRIDE.value)
     resolve.resolve(config)
     dense[router] = config.moe.router == 'dense'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')

@@ -18,6 +18,7 @@ from uni_moe_jax.exit_codes import ERROR, USAGE
 from uni_moe_jax.tasks import nearest
 
 _MOST = 200  # characters of a path that are shown
+_MISTAKES = flags.Error, AttributeError, KeyError, ValueError, TypeError, FileNotFoundError, ImportError  # of flags, when parsed
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
@@ -44,6 +45,21 @@ def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
     folder = pathlib.Path(path).parent
     near = nearest(pathlib.Path(path).name, [f.name for f in folder.glob('*.py')])
     raise UsageError(f'config file {path!r} is not there; {near}.') from None
+
+
+def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+  """The config that --config=`file` would be with --config.field=value for each of `overrides`, 'field=value'.
+
+  Raises:
+    UsageError: the file raises, or an override names no field, or is no value of it.
+  """
+  argv, values = ['', f'--config={file}', *(f'--config.{o}' for o in overrides)], flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+    return config_of(holder)
+  except _MISTAKES as e:
+    raise UsageError(_flag_error(e, argv)) from None
 
 
 def run(main: Callable[[], int], remote: bool = False) -> None:
@@ -130,7 +146,7 @@ def _parse(argv: Sequence[str], remote: bool) -> list[str]:
       if not remote and not re.match(r'--?\w+\.', name):  # a field of a config is checked with it: not every one is a path
         files.check_local(path, name)
     rest = flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, FileNotFoundError, ImportError) as e:
+  except _MISTAKES as e:
     print(f'error: {_flag_error(e, argv)}', file=sys.stderr, flush=True)
     sys.exit(USAGE)
   if len(rest) > 1:

@@ -101,7 +101,8 @@ def test_a_signal_reaches_the_command_and_the_comparison_can_go_on(root):
 
 @pytest.mark.parametrize('arguments, said', [
     (['--routers=dense,tokens'], 'error: c.py:tokens is unknown.'), (['--routers='], '--routers is empty'),
-    (['--config=configs/none.py'], '--config=configs/none.py: there is no such file')])
+    (['--config=configs/none.py'], '--config=configs/none.py: there is no such file'),
+    (['--override=train.stps=20'], 'error: --config.train.stps: the config has no field \'stps\'. Did you mean "steps"')])
 def test_mistakes_are_told_before_anything_runs(root, arguments, said):
   code, _, errors = _run(root, root / 'launch/compare.py', *arguments)
   assert code == 2 and said in errors and errors.count('\n') == 1, errors
