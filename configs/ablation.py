@@ -15,7 +15,7 @@ import runpy
 
 import ml_collections
 
-from uni_moe_jax.tasks import nearest
+from uni_moe_jax.utils.suggest import nearest
 
 _EMBEDDED = runpy.run_path(str(pathlib.Path(__file__).with_name('embedded.py')))  # a config is read by path
 ROUTERS = _EMBEDDED['ROUTERS']

@@ -13,8 +13,10 @@ it should score depends on the run: the papers' tables hold for the authors' che
 
 import ml_collections
 
-from uni_moe_jax import benchmarks, config, recipes, regimes
-from uni_moe_jax.tasks import nearest
+from uni_moe_jax import config
+from uni_moe_jax.config import benchmarks, presets
+from uni_moe_jax.train import finetuning
+from uni_moe_jax.utils.suggest import nearest
 
 
 def get_config(arg: str = 'imagenet1k') -> ml_collections.ConfigDict:
@@ -23,14 +25,14 @@ def get_config(arg: str = 'imagenet1k') -> ml_collections.ConfigDict:
   run, _, mode = rest.partition(',')
   if name not in benchmarks.DOWNSTREAM:
     raise ValueError(f'configs/benchmark.py:{arg}: benchmark {name!r} is unknown; {nearest(name, benchmarks.DOWNSTREAM)}.')
-  if mode not in regimes.MODES:
-    raise ValueError(f'configs/benchmark.py:{arg}: mode {mode!r} is unknown; {nearest(mode, regimes.MODES)}.')
+  if mode not in finetuning.MODES:
+    raise ValueError(f'configs/benchmark.py:{arg}: mode {mode!r} is unknown; {nearest(mode, finetuning.MODES)}.')
   if run:
-    c, plan = regimes.start_from(run, f'configs/benchmark.py:{arg}')
+    c, plan = finetuning.start_from(run, f'configs/benchmark.py:{arg}')
   else:
     c, plan = config.base(), None
-    recipes.published(c)
-    recipes.published_size(c, 'tiny')
+    presets.published(c)
+    presets.published_size(c, 'tiny')
     c.train.mixture, c.train.encode_all_sets = 'mixed', False  # one task
     c.tokenizer.kind = 'clip'
     c.model.max_text = 512
@@ -39,9 +41,9 @@ def get_config(arg: str = 'imagenet1k') -> ml_collections.ConfigDict:
     for t in c.tasks.values():  # a run has its own groups, and its own room for texts
       t.temperature = t.temperature if t.temperature in plan.temperatures else ''
       t.length = min(t.length, c.model.max_text)
-    regimes.share_temperatures(c, plan)
+    finetuning.share_temperatures(c, plan)
   if run and mode in ('prompts', 'untuned'):
-    regimes.MODES[mode](c)
+    finetuning.MODES[mode](c)
   else:
     benchmarks.finetuning(c, name)
   return c

@@ -10,8 +10,9 @@ why it is as it is.
 
 import ml_collections
 
-from uni_moe_jax import config, recipes
-from uni_moe_jax.tasks import nearest
+from uni_moe_jax import config
+from uni_moe_jax.config import presets
+from uni_moe_jax.utils.suggest import nearest
 
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 
@@ -21,7 +22,7 @@ def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   if arg not in ROUTERS:
     raise ValueError(f'configs/embedded.py:{arg} is unknown; {nearest(arg, ROUTERS)}.')
   c = config.base()
-  recipes.embedded(c)
+  presets.embedded(c)
   # Small, so that an hour holds many examples. Queries and keys start apart: where they are equal, `spe` first looks at itself
   # alone, and what a picture or clip shows reaches it late (motions stay at chance for hundreds of steps).
   c.model.update(dict(layers=4, width=128, heads=2, hidden=512, query_key_init='independent', frame_differences=True))

@@ -10,9 +10,9 @@ clip_name or one of the run's own. `few` reads ten examples of every class, or o
 
 import ml_collections
 
-from uni_moe_jax import regimes
+from uni_moe_jax.train import finetuning
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Model, tokenizer and data are the run's."""
-  return regimes.finetune(arg)
+  return finetuning.finetune(arg)

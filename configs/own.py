@@ -20,15 +20,17 @@ import pathlib
 
 import ml_collections
 
-from uni_moe_jax import config, recipes, regimes
-from uni_moe_jax.data import stored
+from uni_moe_jax import config
+from uni_moe_jax.config import presets
+from uni_moe_jax.data.files import file_dataset
+from uni_moe_jax.train import finetuning
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Own: 4 layers, width 128, 8 experts, pictures of 64 pixels in patches of 8; or the model of the run."""
   names, _, rest = arg.partition(',')
   run, _, mode = rest.partition(',')
-  if not names or mode not in regimes.MODES:
+  if not names or mode not in finetuning.MODES:
     raise ValueError(f'configs/own.py:{arg}: give SOURCE[+SOURCE…][,RUN[,finetune|prompts|untuned]]: names of data that '
                      'launch/prepare_data.py prepared, and the workdir of a trained run.')
   paths = [pathlib.Path(name) for name in names.split('+')]
@@ -37,17 +39,17 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     raise ValueError(f'configs/own.py:{arg}: the sources lie in several data directories ({", ".join(sorted(directories))}); a run '
                      'reads one.')
   [directory] = directories
-  facts = {p.name: stored.summary(p.name, directory) for p in paths}
+  facts = {p.name: file_dataset.summary(p.name, directory) for p in paths}
   if run:
-    c, plan = regimes.start_from(run, f'configs/own.py:{arg}')
+    c, plan = finetuning.start_from(run, f'configs/own.py:{arg}')
   else:
     c, plan = config.base(), None
-    recipes.small(c)
+    presets.small(c)
     c.tokenizer.fewer = True  # how much text there is only its owner knows
   c.data.dir = directory
   for name, found in facts.items():
-    recipes.own(c, name, found['columns'], {k: v['names'] for k, v in found['classes'].items()}, found['splits'])
+    presets.own(c, name, found['columns'], {k: v['names'] for k, v in found['classes'].items()}, found['splits'])
   if run:
-    regimes.share_temperatures(c, plan)
-    regimes.MODES[mode](c)
+    finetuning.share_temperatures(c, plan)
+    finetuning.MODES[mode](c)
   return c

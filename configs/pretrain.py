@@ -18,8 +18,9 @@ mixed step updates every parameter. It has not been run: no figures are promised
 
 import ml_collections
 
-from uni_moe_jax import benchmarks, config, recipes
-from uni_moe_jax.tasks import nearest
+from uni_moe_jax import config
+from uni_moe_jax.config import benchmarks, presets
+from uni_moe_jax.utils.suggest import nearest
 
 ROUTERS = ('dense', 'attribute', 'task', 'modality', 'token', 'context')
 RANKS = 64  # of the published run; each draws a task of its own
@@ -31,14 +32,14 @@ SECOND = {'image_classification': 440, 'text_mlm': 512, 'image_caption': 200, 'i
 def get_config(arg: str = 'base-attribute-1') -> ml_collections.ConfigDict:
   """arg: SIZE-ROUTER-STAGE, or SIZE-ROUTER-STAGE-sampled."""
   size, router, stage, *mixture = arg.split('-') if arg.count('-') >= 2 else (arg, '', '')
-  for value, known in ((size, recipes.SIZES), (router, ROUTERS), (stage, ('1', '2')), ('-'.join(mixture), ('', 'sampled'))):
+  for value, known in ((size, presets.SIZES), (router, ROUTERS), (stage, ('1', '2')), ('-'.join(mixture), ('', 'sampled'))):
     if value not in known:
       raise ValueError(f'configs/pretrain.py:{arg}: give SIZE-ROUTER-STAGE, for example base-attribute-1; {value!r} is unknown, '
                        f'{nearest(value, known)}.')
   first = stage == '1'
   c = config.base()
-  recipes.published(c, weight_decay=0.2 if first and size in ('base', 'large') else 0.05)
-  recipes.published_size(c, size)
+  presets.published(c, weight_decay=0.2 if first and size in ('base', 'large') else 0.05)
+  presets.published_size(c, size)
   c.optim.rules = tuple(rule for rule in c.optim.rules if rule[0] != 'embed/spatial$')  # computed, not stored
   c.model.update(dict(
       image_size=160 if first else 224, patch=16, max_text=512, max_frames=8, spatial='sincos', drop_path=0.1, dtype='bfloat16'))

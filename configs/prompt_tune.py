@@ -9,9 +9,9 @@ clip_name or one of the run's own. By default it reads few examples: ten of ever
 
 import ml_collections
 
-from uni_moe_jax import regimes
+from uni_moe_jax.train import finetuning
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Model, tokenizer and data are the run's; the prompts are new."""
-  return regimes.prompt_tune(arg)
+  return finetuning.prompt_tune(arg)

@@ -15,18 +15,19 @@ load again, convert with --config.model.image_size=224. What it should score dep
 
 import ml_collections
 
-from uni_moe_jax import config, recipes
+from uni_moe_jax import config
+from uni_moe_jax.config import presets, schema
 
 
 def get_config(arg: str = 'tiny-moe') -> ml_collections.ConfigDict:
   """Published: patches of 16, CLIP's vocabulary, one task a step, its optimizer."""
   size, _, experts = arg.partition('-')
-  if size not in recipes.SIZES or experts not in ('', 'moe'):
-    raise ValueError(f'configs/published.py:{arg} is unknown; give one of {", ".join(recipes.SIZES)}, with or without -moe.')
+  if size not in presets.SIZES or experts not in ('', 'moe'):
+    raise ValueError(f'configs/published.py:{arg} is unknown; give one of {", ".join(presets.SIZES)}, with or without -moe.')
   c = config.base()
-  recipes.embedded(c)
-  recipes.published(c, weight_decay=0.2 if size in ('base', 'large') else 0.05)
-  recipes.published_size(c, size)
+  presets.embedded(c)
+  presets.published(c, weight_decay=0.2 if size in ('base', 'large') else 0.05)
+  presets.published_size(c, size)
   c.model.update(dict(patch=16, max_text=512, max_frames=8))
   c.moe.router = 'attribute' if experts else 'dense'
   c.tokenizer.kind = 'clip'
@@ -34,7 +35,7 @@ def get_config(arg: str = 'tiny-moe') -> ml_collections.ConfigDict:
   c.sets.vocabulary.samples = 2048
   weights = dict(image_classification=1.0, video_classification=0.1, text_mlm=0.5, image_caption=1.0, image_retrieval=0.5)
   for task in c.tasks.values():
-    task.temperature = config.PUBLISHED_GROUPS[task.kind]
+    task.temperature = schema.PUBLISHED_GROUPS[task.kind]
     task.weight, task.sampling = weights.get(task.kind, 1.0), 1.0
   c.optim.update(dict(learning_rate=1e-3, warmup=100, final=1e-3))
   c.train.update(dict(steps=1000, log_every=20, save_every=200))

@@ -10,13 +10,14 @@
 
 import ml_collections
 
-from uni_moe_jax import config, recipes
+from uni_moe_jax import config
+from uni_moe_jax.config import presets
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Quickstart: 4 layers, width 128, 8 experts, pictures of 32 pixels in patches of 8."""
   c = config.base()
-  recipes.embedded(c)
+  presets.embedded(c)
   c.model.update(dict(layers=4, width=128, heads=2, hidden=512))
   for name, batch in dict(clip_motion=8, glyph_class=48, text=32, package=16).items():
     c.tasks[name].batch = batch

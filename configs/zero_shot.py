@@ -9,7 +9,8 @@ No figures are promised.
 
 import ml_collections
 
-from uni_moe_jax import config, regimes
+from uni_moe_jax import config
+from uni_moe_jax.train import finetuning
 
 
 def digit_question(c: ml_collections.ConfigDict) -> None:
@@ -35,4 +36,4 @@ def _words(c: ml_collections.ConfigDict) -> None:
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Model, tokenizer and data are the run's."""
-  return regimes.zero_shot(arg, {'digit_question': digit_question, 'digit_word': digit_word})
+  return finetuning.zero_shot(arg, {'digit_question': digit_question, 'digit_word': digit_word})

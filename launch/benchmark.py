@@ -13,8 +13,8 @@ import pathlib
 
 from absl import flags
 
-from uni_moe_jax import cli
-from uni_moe_jax.bench import settings
+from uni_moe_jax.tools.bench import settings
+from uni_moe_jax.utils import cli
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CONFIG = cli.define_config(default=str(_ROOT / 'configs/quickstart.py'))
@@ -25,24 +25,24 @@ _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 
 
 def main() -> int:
-  from uni_moe_jax import resolve
-  from uni_moe_jax.data import storage
+  from uni_moe_jax.config import validate
+  from uni_moe_jax.data.pipeline import npz_records
   # Mistakes are told before the slow libraries below are loaded.
   subjects = settings.choose(_SUBJECTS.value)
   if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
     raise cli.UsageError(f'--output={_OUTPUT.value}: its folder is not there; make it first.')
   config = cli.config_of(_CONFIG)
-  resolve.resolve(config)
+  validate.resolve(config)
   if set(subjects) & set(settings.FROM_DATA):
-    storage.check_directory(config.data.dir)
+    npz_records.check_directory(config.data.dir)
   if _QUICK.value:
     settings.compile_quickly()
-  from uni_moe_jax.bench import suite, table
+  from uni_moe_jax.tools.bench import results_table, suites
   sizes = settings.QUICK if _QUICK.value else settings.FULL
-  header, rows = suite.measure(subjects, sizes, config, _DTYPE.value)
-  print(table.render(rows, header, sizes.reduced))
+  header, rows = suites.measure(subjects, sizes, config, _DTYPE.value)
+  print(results_table.render(rows, header, sizes.reduced))
   if _OUTPUT.value:
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(table.as_json(rows, header, sizes.reduced), indent=1) + '\n')
+    pathlib.Path(_OUTPUT.value).write_text(json.dumps(results_table.as_json(rows, header, sizes.reduced), indent=1) + '\n')
   return 0
 
 

@@ -3,7 +3,7 @@
   python launch/compare.py --workdir=runs/compare                       # all six, 2 h 20 min on two CPU cores
   python launch/compare.py --workdir=runs/compare --routers=dense,task  # some of them
 
-Every router is a work directory that the other commands make (uni_moe_jax/compare/stages.py). The same command continues;
+Every router is a work directory that the other commands make (uni_moe_jax/analysis/compare_stages.py). The same command continues;
 what failed is tried again. Writes results.json, results.md and pictures into the folder `results`.
 
 Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 a run failed, or is not comparable, 2 usage.
@@ -15,7 +15,7 @@ import sys
 
 from absl import flags
 
-from uni_moe_jax import cli, exit_codes
+from uni_moe_jax.utils import cli, exit_codes
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the comparison; every router is a folder in it.', required=True)
 _CONFIG = flags.DEFINE_string('config', 'configs/ablation.py', 'Config file whose argument is the router.')
@@ -27,7 +27,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-  from uni_moe_jax import resolve
+  from uni_moe_jax.config import validate
   routers, folder = list(dict.fromkeys(_ROUTERS.value)), os.path.abspath(os.path.expanduser(_WORKDIR.value))
   if not routers:
     raise cli.UsageError('--routers is empty: name at least one.')
@@ -37,20 +37,19 @@ def main() -> int:
   dense = {}
   for router in routers:  # mistakes are told before anything is trained
     config = cli.config_from(f'{file}:{router}', _OVERRIDE.value)
-    resolve.resolve(config)
+    validate.resolve(config)
     dense[router] = config.moe.router == 'dense'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
-  from uni_moe_jax.compare import stages
-  from uni_moe_jax.study import cells, process
-  cells.claim(folder, {'config': _CONFIG.value, 'batches': _BATCHES.value, 'overrides': _OVERRIDE.value})
+  from uni_moe_jax.analysis import compare_stages, study_cells, study_process
+  study_cells.claim(folder, {'config': _CONFIG.value, 'batches': _BATCHES.value, 'overrides': _OVERRIDE.value})
   for i, router in enumerate(routers, 1):
     print(f'{i}/{len(routers)} {router}', flush=True)
-    every = stages.stages(router, str(file), folder, _BATCHES.value, _OVERRIDE.value, dense[router])
-    if not stages.run(folder, router, every, lambda command: process.run(command, _ROOT)):
+    every = compare_stages.stages(router, str(file), folder, _BATCHES.value, _OVERRIDE.value, dense[router])
+    if not compare_stages.run(folder, router, every, lambda command: study_process.run(command, _ROOT)):
       return exit_codes.PREEMPTED
-  from uni_moe_jax.compare import results
-  found = results.collect(folder, routers, _CONFIG.value, ' '.join(['python', *sys.argv]))
-  print(results.write(found, folder))
+  from uni_moe_jax.analysis import compare_results
+  found = compare_results.collect(folder, routers, _CONFIG.value, ' '.join(['python', *sys.argv]))
+  print(compare_results.write(found, folder))
   for sentence in found['breaches']:
     print(f'error: {sentence}', file=sys.stderr)
   return exit_codes.ERROR if found['breaches'] else exit_codes.FINISHED

@@ -16,7 +16,7 @@ import pathlib
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax.utils import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
@@ -32,14 +32,15 @@ def main() -> int:
 
 def _from_torch() -> int:
   from uni_moe_jax.export import torch_file, torch_layout
-  from uni_moe_jax.train import checkpoint, setup, workdir
+  from uni_moe_jax.train import checkpoint, workdir
+  from uni_moe_jax.train import run as train_run
   config = cli.config_of(_CONFIG)
   step = workdir.saved_step(_WORKDIR.value)
   if step is not None:
     raise cli.UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {step} already; give another.')
   workdir.claim_workdir(_WORKDIR.value, config)
   state, remarks = torch_file.read(_CHECKPOINT.value, config.model.visual_type)
-  run = setup.build(config)
+  run = train_run.build(config)
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
   # Only now is the folder this run's: after a failed conversion nobody can train from fresh parameters by mistake.
   workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
@@ -60,13 +61,14 @@ def _from_torch() -> int:
 
 def _to_torch() -> int:
   from uni_moe_jax.export import torch_file, torch_layout
-  from uni_moe_jax.train import checkpoint, setup, workdir
+  from uni_moe_jax.train import checkpoint, workdir
+  from uni_moe_jax.train import run as train_run
   config = workdir.load_config(_WORKDIR.value)
   with checkpoint.Checkpoints(_WORKDIR.value, keep=None) as checkpoints:
     if checkpoints.latest() is None:
       raise cli.UsageError(f'workdir {_WORKDIR.value} has no checkpoint yet; train it first.')
-    run = setup.build(config)
-    _, params = setup.predictor(run, checkpoints)
+    run = train_run.build(config)
+    _, params = train_run.predictor(run, checkpoints)
   state, report = torch_layout.to_torch(params, run.spec.model.spec)
   torch_file.write(_OUTPUT.value, state)
   print(report)

@@ -15,7 +15,8 @@ import pathlib
 
 from absl import flags
 
-from uni_moe_jax import cli, distributed
+from uni_moe_jax.parallel import distributed
+from uni_moe_jax.utils import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote; with --config, one to write to.', required=True)
@@ -26,7 +27,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies,
 
 
 def main() -> int:
-  from uni_moe_jax import resolve
+  from uni_moe_jax.config import validate
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = _WORKDIR.value
   # Mistakes are told before the libraries below are loaded, and before other processes are waited for.
@@ -36,7 +37,7 @@ def main() -> int:
     workdir_lib.claim_workdir(workdir, config)
   else:
     config = workdir_lib.load_config(workdir)
-  plan = resolve.resolve(config)
+  plan = validate.resolve(config)
   writes = distributed.start(_DISTRIBUTED.value)
   from uni_moe_jax.eval import metrics, suite
   from uni_moe_jax.train import checkpoint
@@ -57,12 +58,13 @@ def main() -> int:
       print(f'step {step} is evaluated already; --force does it again.')
       rows = json.loads(pathlib.Path(workdir, suite.EVALUATION_FILE).read_text())
     else:
-      from uni_moe_jax.train import expert_usage, setup
-      run = setup.build(config)
+      from uni_moe_jax.analysis import run_expert_usage
+      from uni_moe_jax.train import run as train_run
+      run = train_run.build(config)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes)
-      predictor, params = setup.predictor(run, checkpoints, step)
-      expert_usage.beside_evaluation(run, params, step, workdir)
+      predictor, params = train_run.predictor(run, checkpoints, step)
+      run_expert_usage.beside_evaluation(run, params, step, workdir)
       rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
   print(metrics.evaluation_table(rows))
   return 0

@@ -1,6 +1,6 @@
 """Measures which experts the tasks of a checkpoint use: python launch/experts.py --workdir=runs/quickstart
 
-Per layer and router (eval/usage.py): what every row takes of each expert, how many experts that is in effect, and how much
+Per layer and router (analysis/expert_usage.py): what every row takes of each expert, how many experts that is in effect, and how much
 two tasks' use overlaps. Writes experts.json and experts.png; another --step, or --init, gets names of its own. Before training:
 
   python launch/experts.py --init --config=configs/quickstart.py --workdir=runs/quickstart
@@ -8,7 +8,7 @@ two tasks' use overlaps. Writes experts.json and experts.png; another --step, or
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax.utils import cli
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote.', required=True)
 _CONFIG = cli.define_config()
@@ -20,7 +20,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies,
 
 
 def main() -> int:
-  from uni_moe_jax import resolve
+  from uni_moe_jax.config import validate
   from uni_moe_jax.train import workdir as workdir_lib
   if _INIT.value and _STEP.value is not None:
     raise cli.UsageError('--init and --step name two sets of parameters; give one.')
@@ -28,9 +28,9 @@ def main() -> int:
   workdir_lib.claim_workdir(_WORKDIR.value, config)  # only checks
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
-  resolve.resolve(config)  # mistakes are told before slow libraries are loaded
-  from uni_moe_jax.train import expert_usage
-  for path in expert_usage.experts(config, _WORKDIR.value, _STEP.value, _INIT.value, _BATCHES.value, _SEED.value):
+  validate.resolve(config)  # mistakes are told before slow libraries are loaded
+  from uni_moe_jax.analysis import run_expert_usage
+  for path in run_expert_usage.experts(config, _WORKDIR.value, _STEP.value, _INIT.value, _BATCHES.value, _SEED.value):
     print(path)
   return 0
 

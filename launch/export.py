@@ -13,7 +13,7 @@ import pathlib
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax.utils import cli
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write; must not exist.', required=True)
@@ -27,7 +27,7 @@ _TORCH = flags.DEFINE_bool('torch', False, 'Adds model.pth, the layout of the pu
 
 
 def main() -> int:
-  from uni_moe_jax import resolve
+  from uni_moe_jax.config import validate
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = pathlib.Path(_WORKDIR.value)
   config = workdir_lib.load_config(workdir)  # mistakes are told before the libraries below are loaded
@@ -35,13 +35,14 @@ def main() -> int:
     raise cli.UsageError(f'--output={_OUTPUT.value} is there already; give another, or remove it.')
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents
-  from uni_moe_jax.train import checkpoint, loop, setup
+  from uni_moe_jax.train import checkpoint, loop
+  from uni_moe_jax.train import run as train_run
   with checkpoint.Checkpoints(workdir, keep=None) as checkpoints:
-    step = checkpoints.latest() if resolve.resolve(config).tasks else 0
+    step = checkpoints.latest() if validate.resolve(config).tasks else 0
     if step is None:
       raise cli.UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')
-    run = setup.build(config)
-    _, params = setup.predictor(run, checkpoints)
+    run = train_run.build(config)
+    _, params = train_run.predictor(run, checkpoints)
   found = contents.collect(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, fixed_sets=_FIXED_SETS.value, dtype=_DTYPE.value,
       examples=_EXAMPLES.value)

@@ -1,6 +1,6 @@
 """Measures task interference at a checkpoint: python launch/interference.py --workdir=runs/quickstart
 
-How much a step on one task changes the loss of another (eval/interference.py), over a set of parameters and for each layer and
+How much a step on one task changes the loss of another (analysis/interference.py), over a set of parameters and for each layer and
 projection of it. Writes interference.json and two heat maps; another --step, or --init, gets names of its own. Before training:
 
   python launch/interference.py --init --config=configs/quickstart.py --workdir=runs/quickstart
@@ -8,7 +8,7 @@ projection of it. Writes interference.json and two heat maps; another --step, or
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax.utils import cli
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote.', required=True)
 _CONFIG = cli.define_config()
@@ -23,7 +23,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies,
 
 
 def main() -> int:
-  from uni_moe_jax import resolve
+  from uni_moe_jax.config import validate
   from uni_moe_jax.train import workdir as workdir_lib
   if _INIT.value and _STEP.value is not None:
     raise cli.UsageError('--init and --step name two sets of parameters; give one.')
@@ -33,10 +33,10 @@ def main() -> int:
   workdir_lib.claim_workdir(_WORKDIR.value, config)  # only checks
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
-  resolve.resolve(config)  # mistakes are told before slow libraries are loaded
-  from uni_moe_jax.train import measure
+  validate.resolve(config)  # mistakes are told before slow libraries are loaded
+  from uni_moe_jax.analysis import run_interference
   layers = None if _LAYERS.value is None else [int(i) for i in _LAYERS.value]
-  for path in measure.interference(
+  for path in run_interference.interference(
       config, _WORKDIR.value, _STEP.value, _INIT.value, _PARAMETERS.value, layers, _BATCHES.value, _SEED.value):
     print(path)
   return 0

@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags
 
-from uni_moe_jax import restarts
+from uni_moe_jax.train import restarts
 
 _LIMIT = flags.DEFINE_integer('limit', 5, 'Starts in a row without a newer checkpoint, before it gives up.', lower_bound=1)
 _WAIT = flags.DEFINE_float('wait', 10., 'Seconds before a start; doubled with every crash in a row, up to ten minutes.', lower_bound=0.)

@@ -16,7 +16,7 @@ import time
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax.utils import cli
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'GENERATION:SHAPE in chips, or cpu:N virtual devices.', required=True)
@@ -29,23 +29,23 @@ flags.mark_flag_as_required('config')
 
 def main() -> int:
   started = time.monotonic()  # before the slow libraries below are loaded: --minutes are those of a person who waits
-  from uni_moe_jax import resolve
-  from uni_moe_jax.preflight import topology
+  from uni_moe_jax.config import validate
+  from uni_moe_jax.tools.preflight import topology
   # Mistakes are told before them.
   where = topology.parse(_TOPOLOGY.value)
   config = cli.config_of(_CONFIG)
-  resolve.resolve(config)
+  validate.resolve(config)
   if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
     raise cli.UsageError(f'--json={_JSON.value}: its folder is not there; make it first.')
   topology.prepare_environment(where)
-  from uni_moe_jax.preflight import report, run
+  from uni_moe_jax.tools.preflight import findings, preflight
   name = next(a for a in sys.argv[1:] if a.lstrip('-').startswith('config')).partition('=')[2]
   memory = None if _MEMORY.value is None else _MEMORY.value * topology.GIB
   say = lambda words: print(f'{words} …', file=sys.stderr, flush=True)
-  found = run.preflight(config, name, where, memory, _SEARCH.value, say, _MINUTES.value, started)
-  print(report.render(found))
+  found = preflight.preflight(config, name, where, memory, _SEARCH.value, say, _MINUTES.value, started)
+  print(findings.render(found))
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(report.as_json(found), indent=1) + '\n')
+    pathlib.Path(_JSON.value).write_text(json.dumps(findings.as_json(found), indent=1) + '\n')
   return 1 if found.fits is False else 0
 
 

@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax.utils import cli
 
 _DATA_DIR = flags.DEFINE_string('data_dir', '~/.cache/uni_moe_jax', 'Where prepared data is kept.')
 _INPUT = flags.DEFINE_string('input', None, 'Folder or file of your own data; none: the embedded data.')
@@ -32,19 +32,19 @@ def main() -> int:
   if (_INPUT.value is None) != (_NAME.value is None):
     raise cli.UsageError('--input and --name go together: where your data lies, and what to call it.')
   if _TFDS.value is not None:
-    from uni_moe_jax.data import stored
-    builder = stored.tfds_builder(stored.TFDS + _TFDS.value, directory)
+    from uni_moe_jax.data.files import file_dataset
+    builder = file_dataset.tfds_builder(file_dataset.TFDS + _TFDS.value, directory)
     builder.download_and_prepare()
     print(f'{builder.info.full_name}: {", ".join(f"{s} {of.num_examples}" for s, of in builder.info.splits.items())}')
     return 0
   if _INPUT.value is not None:
-    from uni_moe_jax.data import prepare
+    from uni_moe_jax.data.files import prepare
     summary = prepare.prepare(pathlib.Path(os.path.expanduser(_INPUT.value)), directory, _NAME.value, _VERSION.value, _GIF.value,
                               _HOLDOUT.value, _BAD.value)
     print(prepare.describe(summary))
     return 0
-  from uni_moe_jax.data import clips, glyphs, texts
-  for source in (glyphs, clips, texts):
+  from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
+  for source in (glyphs, glyph_videos, docstring_texts):
     start = time.perf_counter()
     source.build(directory)
     print(f'{source.__name__.rpartition(".")[2]}: {time.perf_counter() - start:.0f} s', flush=True)

@@ -8,19 +8,20 @@ import pathlib
 
 from absl import flags
 
-from uni_moe_jax import cli, report, training_curves
+from uni_moe_jax.reporting import curves, html
+from uni_moe_jax.utils import cli
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that training or evaluation wrote to.', required=True)
 _CURVES = flags.DEFINE_string('curves', None, 'Picture to draw losses and accuracies into: a path that ends with .png or .svg.')
 
 
 def main() -> int:
-  print(report.write_report(_WORKDIR.value))
+  print(html.write_report(_WORKDIR.value))
   if _CURVES.value:
     metrics = pathlib.Path(_WORKDIR.value, 'metrics.jsonl')
     if not metrics.exists():
       raise cli.UsageError(f'{metrics} is not there: this run has logged nothing yet.')
-    training_curves.draw(_CURVES.value, training_curves.read(metrics.read_text())[0], ('loss', 'accuracy'), _WORKDIR.value)
+    curves.draw(_CURVES.value, curves.read(metrics.read_text())[0], ('loss', 'accuracy'), _WORKDIR.value)
     print(_CURVES.value)
   return 0
 

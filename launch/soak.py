@@ -13,7 +13,7 @@ import pathlib
 
 from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax.utils import cli
 
 _CONFIG = cli.define_config()
 _MINUTES = flags.DEFINE_float('minutes', 40., 'Of the run on the data.', lower_bound=.1)
@@ -22,9 +22,9 @@ flags.mark_flag_as_required('config')
 
 
 def main() -> int:
-  from uni_moe_jax import resolve
+  from uni_moe_jax.config import validate
   config = cli.config_of(_CONFIG)
-  resolve.check_trains(resolve.resolve(config))
+  validate.check_trains(validate.resolve(config))
   from uni_moe_jax.faults import soak
   folder = pathlib.Path(_FOLDER.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)

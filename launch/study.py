@@ -17,7 +17,7 @@ import sys
 
 from absl import flags
 
-from uni_moe_jax import cli, exit_codes
+from uni_moe_jax.utils import cli, exit_codes
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of the trained run.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; its cells are folders in it.', required=True)
@@ -30,29 +30,29 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-  from uni_moe_jax import regimes, resolve
-  from uni_moe_jax.train import workdir
-  if unknown := [r for r in _REGIMES.value if r not in regimes.REGIMES]:
-    raise cli.UsageError(f'--regimes={unknown[0]} is unknown; choices: {", ".join(regimes.REGIMES)}.')
+  from uni_moe_jax.config import validate
+  from uni_moe_jax.train import finetuning, workdir
+  if unknown := [r for r in _REGIMES.value if r not in finetuning.REGIMES]:
+    raise cli.UsageError(f'--regimes={unknown[0]} is unknown; choices: {", ".join(finetuning.REGIMES)}.')
   run, folder = (os.path.abspath(os.path.expanduser(f)) for f in (_RUN.value, _WORKDIR.value))
   for task in _TASKS.value:  # mistakes are told before anything is trained
-    for regime in map(regimes.REGIMES.get, _REGIMES.value):
-      resolve.resolve(regime.config(regime.argument(run, task)))
+    for regime in map(finetuning.REGIMES.get, _REGIMES.value):
+      validate.resolve(regime.config(regime.argument(run, task)))
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
-  from uni_moe_jax.study import cells, process
-  every = cells.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))
-  cells.claim(folder, {'run': run, 'step': workdir.saved_step(run), 'overrides': _OVERRIDE.value})
+  from uni_moe_jax.analysis import study_cells, study_process
+  every = study_cells.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))
+  study_cells.claim(folder, {'run': run, 'step': workdir.saved_step(run), 'overrides': _OVERRIDE.value})
   for i, cell in enumerate(every, 1):
-    print(f'{i}/{len(every)} {cell.folder}' + (': done' if cells.done(folder, cell) else ''), flush=True)
-    for command in [] if cells.done(folder, cell) else cells.commands(cell, run, folder, _OVERRIDE.value):
-      if code := process.run(command, _ROOT):
+    print(f'{i}/{len(every)} {cell.folder}' + (': done' if study_cells.done(folder, cell) else ''), flush=True)
+    for command in [] if study_cells.done(folder, cell) else study_cells.commands(cell, run, folder, _OVERRIDE.value):
+      if code := study_process.run(command, _ROOT):
         return code
-  from uni_moe_jax.study import results
-  found = results.collect(every, run, folder)
-  pathlib.Path(folder, results.RESULTS).write_text(json.dumps(found, indent=1))
-  pathlib.Path(folder, results.TABLE).write_text(results.table(found) + '\n')
-  print(results.table(found))
-  broken = results.breaches(found)
+  from uni_moe_jax.analysis import study_results
+  found = study_results.collect(every, run, folder)
+  pathlib.Path(folder, study_results.RESULTS).write_text(json.dumps(found, indent=1))
+  pathlib.Path(folder, study_results.TABLE).write_text(study_results.table(found) + '\n')
+  print(study_results.table(found))
+  broken = study_results.breaches(found)
   for sentence in broken:
     print(f'error: {sentence}', file=sys.stderr)
   return exit_codes.ERROR if broken else exit_codes.FINISHED

@@ -8,8 +8,9 @@ Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 e
 
 from absl import flags
 
-from uni_moe_jax import cli, distributed
-from uni_moe_jax.exit_codes import PREEMPTED
+from uni_moe_jax.parallel import distributed
+from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.exit_codes import PREEMPTED
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and the report.', required=True)
@@ -23,20 +24,23 @@ flags.mark_flag_as_required('config')
 
 def main() -> int:
   with cli.ended_by_signals(PREEMPTED):  # until the loop takes care of them
-    from uni_moe_jax import resolve
-    from uni_moe_jax.data import storage
+    from uni_moe_jax.config import validate
+    from uni_moe_jax.data.pipeline import npz_records
     from uni_moe_jax.train import workdir
     from uni_moe_jax.train.watchdog import START, Watchdog
     # Mistakes are told before the slow libraries below are loaded.
     config = cli.config_of(_CONFIG)
-    resolve.check_trains(resolve.resolve(config))
+    validate.check_trains(validate.resolve(config))
     distributed.start(_DISTRIBUTED.value)
     with Watchdog(config.train.watchdog) as watchdog, watchdog.phase(START):  # a disk may hang at the first look
       workdir.claim_workdir(_WORKDIR.value, config)
       workdir.check_versions(_WORKDIR.value, _ACCEPT_VERSIONS.value)
-      storage.check_directory(config.data.dir)
+      npz_records.check_directory(config.data.dir)
+    from uni_moe_jax.analysis.interference_hook import interference_hook
     from uni_moe_jax.train import loop
-    return loop.compile_steps(config, _WORKDIR.value) if _COMPILE_ONLY.value else loop.train(config, _WORKDIR.value)
+    if _COMPILE_ONLY.value:
+      return loop.compile_steps(config, _WORKDIR.value)
+    return loop.train(config, _WORKDIR.value, hooks=(interference_hook,))
 
 
 if __name__ == '__main__':

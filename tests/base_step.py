@@ -19,8 +19,9 @@ ARRAYS = {'pictures': ((197,), 1), 'names': ((5,), 1), 'captioned pictures': ((1
 
 def main(router: str, capacity: str, file: str) -> None:
   import jax
+
   from uni_moe_jax import config
-  from uni_moe_jax.preflight import programs
+  from uni_moe_jax.tools.preflight import compiled_programs
 
   c = config.base()
   c.tokenizer.vocab_size = WORDS
@@ -36,8 +37,8 @@ def main(router: str, capacity: str, file: str) -> None:
     c.tasks.caption = config.task('image_caption', 'glyphs', batch=devices, target_set='words', captions=('{name}',), length=9)
   else:
     c.tasks.pair = config.task('image_retrieval', 'glyphs', batch=devices, captions=('{name}',), length=8)
-  run = programs.prepare(c, jax.devices())
-  pathlib.Path(file).write_text(programs.lowered(run, None).compile().as_text())
+  run = compiled_programs.prepare(c, jax.devices())
+  pathlib.Path(file).write_text(compiled_programs.lowered(run, None).compile().as_text())
 
 
 if __name__ == '__main__':

@@ -9,14 +9,16 @@ import math
 import pathlib
 import tempfile
 
-from absl.testing import absltest, parameterized
-from flax import traverse_util
 import jax
 import ml_collections
+from absl.testing import absltest, parameterized
+from flax import traverse_util
 
 from tests import small_model
-from uni_moe_jax import config, resolve, tasks
+from uni_moe_jax import config
+from uni_moe_jax.config import validate
 from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train import optim, workdir
 
 _FILES = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
@@ -76,7 +78,7 @@ def _spec(c: ml_collections.ConfigDict) -> ModelSpec:
   """The model of a config, without its data."""
   return ModelSpec.from_config(
       c, vocab_size=c.tokenizer.vocab_size, spe_id=1, prefix_word=None,
-      temperatures=resolve.resolve(c).temperatures, router_tasks=tasks.router_tasks())
+      temperatures=validate.resolve(c).temperatures, router_tasks=task_types.router_tasks())
 
 
 @functools.cache
@@ -95,7 +97,7 @@ class EveryConfigTest(parameterized.TestCase):
 
   @parameterized.parameters(*_FILES)
   def test_it_resolves(self, path):
-    plan = resolve.resolve(_get(path))
+    plan = validate.resolve(_get(path))
     self.assertNotEmpty(plan.probes if path.stem == 'zero_shot' else plan.tasks)
 
   @parameterized.parameters(*_FILES)
@@ -124,16 +126,16 @@ class PretrainTest(parameterized.TestCase):
   @parameterized.product(size=('tiny', 'small', 'base', 'large'), stage=('1', '2'), mixture=('', '-sampled'))
   def test_every_size_and_stage_resolves_to_sixteen_tasks(self, size, stage, mixture):
     c = self._get(f'{size}-attribute-{stage}{mixture}')
-    plan = resolve.resolve(c)
+    plan = validate.resolve(c)
     self.assertLen(plan.tasks, 16)
     self.assertLen(plan.sets, 4)
-    resolve.check_batches(plan, 256, c.train.accum)
+    validate.check_batches(plan, 256, c.train.accum)
     self.assertEqual(c.model.image_size, {'1': 160, '2': 224}[stage])
 
   @parameterized.parameters('dense', 'attribute', 'task', 'modality', 'token', 'context')
   def test_every_router_resolves(self, router):
     c = self._get(f'base-{router}-1')
-    resolve.resolve(c)
+    validate.resolve(c)
     self.assertEqual(c.moe.router, router)
 
   def test_a_sampled_step_has_the_published_weights_and_the_batches_of_all_ranks(self):

@@ -3,10 +3,10 @@
 import pathlib
 import runpy
 
-from absl import flags
 import pytest
+from absl import flags
 
-from uni_moe_jax import cli
+from uni_moe_jax.utils import cli
 
 
 def run(script: pathlib.Path, *arguments: str) -> int:

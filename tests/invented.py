@@ -10,8 +10,8 @@ from tensorflow_datasets.testing import mocking
 
 from tests import tiny
 from tests.data import own_files
-from uni_moe_jax.data import stored
-from uni_moe_jax.data.stored import Stored
+from uni_moe_jax.data.files import file_dataset
+from uni_moe_jax.data.files.file_dataset import Stored
 
 EXAMPLES = 6
 
@@ -78,10 +78,10 @@ def records(monkeypatch):
   """Every source has `EXAMPLES` records, whatever lies on the disk."""
   # As it is in TFDS 4.9.10, reading several records of a mocked source at once lacks an argument.
   monkeypatch.setattr(mocking, '_getitems', lambda keys, generator, **_: [generator[k] for k in keys])
-  monkeypatch.setattr(stored, '_own', lambda source, *_: _own(source))
-  monkeypatch.setattr(stored, '_check_prepared', lambda *_: None)
-  opened = stored._open
+  monkeypatch.setattr(file_dataset, '_own', lambda source, *_: _own(source))
+  monkeypatch.setattr(file_dataset, '_check_prepared', lambda *_: None)
+  opened = file_dataset._open
   monkeypatch.setattr(
-      stored, '_open', lambda builder, *rest: _Coco() if builder.name == 'coco_captions' else opened(builder, *rest))
+      file_dataset, '_open', lambda builder, *rest: _Coco() if builder.name == 'coco_captions' else opened(builder, *rest))
   with tfds.testing.mock_data(num_examples=EXAMPLES):
     yield

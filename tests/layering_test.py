@@ -10,88 +10,40 @@ _PACKAGE = 'uni_moe_jax'
 _MAX_LINES = 400
 _MAX_MAIN_LINES = 80
 
-# room -> (the rooms it may import besides itself, why)
+# package -> (the packages it may import besides itself, why)
 _RULES = {
-    'failures': ((), 'what befalls a run can befall every room'),
-    'exit_codes': ((), 'numbers that the shell knows, too'),
-    'heap': ((), 'the C library knows nothing of models'),
-    'attributes': ((), 'the bits of a token follow from plain values; all others read them'),
-    'tasks': (('attributes',), 'a task kind is a declaration from which attributes follow'),
-    'plan': (('attributes', 'tasks'), 'the static facts of a run are made of kinds and conditions'),
-    'config': ((), 'fields and defaults: plain values'),
-    'files': ((), 'whole or not at all: what a file holds is not its business'),
-    'fields': (('tasks', 'config', 'files'), 'the type of a field is that of its default; some are paths'),
-    'resolve': (
-        ('attributes', 'tasks', 'plan', 'config', 'fields'),
-        'a config is checked against the tables, before any model or data exists',
-    ),
-    'recipes': (('config',), 'a recipe fills in a config, as a person would'),
-    'benchmarks': (('config',), 'a table of tasks fills in a config, as a recipe does'),
-    'cli': (
-        ('failures', 'exit_codes', 'heap', 'attributes', 'tasks', 'plan', 'config', 'files'),
-        'a mistyped command is answered before anything slow is loaded',
-    ),
-    'distributed': ((), 'processes find each other before anything of the run is loaded'),
-    'sharding': ((), 'one table of axis names that knows no module'),
-    'losses': ((), 'arrays in, numbers out: a loss knows neither the model nor the task'),
-    'moe': (
-        ('attributes', 'tasks', 'sharding'),
-        'routers and experts are parts of a model and know no model',
-    ),
+    'utils': ((), 'helpers that know nothing of models, data or tasks'),
+    'tasks': (('utils',), 'a task type is a declaration from which attributes follow'),
+    'config': (('utils', 'tasks'), 'a config is checked against the tables, before any model or data exists'),
+    'parallel': (('utils',), 'one table of axis names that knows no module'),
+    'moe': (('utils', 'tasks', 'parallel'), 'routers and experts are parts of a model and know no model'),
     'model': (
-        ('attributes', 'tasks', 'sharding', 'moe'),
-        'a model knows neither where its batches come from nor what becomes of its outputs',
-    ),
+        ('utils', 'tasks', 'config', 'parallel', 'moe'),
+        'a model knows neither where its batches come from nor what becomes of its outputs'),
     'data': (
-        ('failures', 'attributes', 'tasks', 'plan', 'config'),
-        'records become batches of declared kinds, and no model is needed for that',
-    ),
+        ('utils', 'tasks', 'config'),
+        'records become batches of declared task types, and no model is needed for that'),
     'eval': (
-        ('files', 'attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'moe', 'model', 'data'),
-        'an evaluator is given functions, so that every model is measured alike',
-    ),
+        ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data'),
+        'an evaluator is given functions, so that every model is measured the same way'),
     'train': (
-        ('files', 'failures', 'exit_codes', 'heap', 'attributes', 'tasks', 'plan', 'config', 'resolve', 'distributed', 'sharding',
-         'losses', 'model', 'data', 'eval'),
-        'the trainer joins the other rooms; experts it knows only through the model',
-    ),
-    'restarts': (('exit_codes', 'train'), 'it reads from a work directory how far the command that it starts has come'),
-    'regimes': (
-        ('tasks', 'plan', 'config', 'resolve', 'recipes', 'train'),
-        'a regime makes a config from that of a run, which lies in its work directory',
-    ),
-    'study': (
-        ('exit_codes', 'plan', 'config', 'resolve', 'recipes', 'data', 'eval', 'train', 'regimes'),
-        'it reads what the commands wrote into work directories, and compares it',
-    ),
-    'compare': (
-        ('files', 'exit_codes', 'eval', 'train', 'study'),
-        'it reads what the commands wrote into work directories; how studies run and tabulate it shares with them',
-    ),
+        ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data', 'eval'),
+        'the trainer joins the other packages; analysis reaches the loop as hooks'),
+    'analysis': (
+        ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data', 'eval', 'train'),
+        'it measures trained models and runs, and nothing that is measured depends on it'),
     'export': (
-        ('attributes', 'tasks', 'plan', 'config', 'sharding', 'losses', 'moe', 'model', 'data', 'eval'),
-        'a finished model is exported without the machinery that trained it',
-    ),
-    'preflight': (
-        ('attributes', 'tasks', 'plan', 'config', 'resolve', 'sharding', 'losses', 'moe', 'model', 'data', 'eval',
-         'train'),
-        'it compiles the real training step, so it sees what the trainer sees',
-    ),
-    'bench': (
-        ('attributes', 'tasks', 'plan', 'config', 'resolve', 'recipes', 'sharding', 'losses', 'moe', 'model', 'data',
-         'eval', 'train', 'export'),
-        'it times the real step, the real decoder and the merged model, and nothing that is timed knows of it',
-    ),
+        ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data', 'eval'),
+        'a finished model is exported without the machinery that trained it'),
+    'tools': (
+        ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data', 'eval', 'train', 'export'),
+        'preflight and benchmarks run the real step, decoder and merged model'),
     'faults': (
-        ('failures', 'exit_codes', 'heap', 'config', 'resolve', 'recipes', 'cli', 'data', 'train', 'restarts'),
-        'it breaks what the commands make, and nothing that is broken knows of it',
-    ),
-    'figures': ((), 'numbers in, pictures out: a figure does not know what its numbers mean'),
-    'training_curves': (('figures',), 'reads a file of metrics, whoever wrote it'),
-    'report': (
-        ('attributes', 'tasks', 'plan', 'config', 'data', 'eval', 'figures', 'training_curves'),
-        'it draws what the commands wrote into the workdir and needs no model',
-    ),
+        ('utils', 'config', 'data', 'train'),
+        'it breaks what the commands make, and nothing that is broken knows of it'),
+    'reporting': (
+        ('utils', 'tasks', 'config', 'data', 'eval', 'analysis'),
+        'it draws what the commands wrote into the work directory and needs no model'),
 }
 _NOT_IMPORTED = {
     'launch': 'the commands are the root: what two of them share belongs to the package',
@@ -115,8 +67,8 @@ def _imports(path: pathlib.Path) -> list[tuple[int, str]]:
   return found
 
 
-def _room(parts: tuple[str, ...]) -> str:
-  """Returns the room of a dotted name or path below the package; '' is the package itself."""
+def _package_of(parts: tuple[str, ...]) -> str:
+  """Returns the package of a dotted name or path below the package; '' is the package itself."""
   first = parts[0].removesuffix('.py') if parts else ''
   return '' if first == '__init__' else first
 
@@ -130,11 +82,11 @@ def violations(root: pathlib.Path) -> list[str]:
     lines = len(path.read_text().splitlines())
     limit = _MAX_MAIN_LINES - 1 if name.parts[0] == 'launch' else _MAX_LINES
     if lines > limit:
-      found.append(f'{name}: {lines} lines, at most {limit}: which room is missing?')
+      found.append(f'{name}: {lines} lines, at most {limit}: split it')
     in_package = name.parts[0] == _PACKAGE
-    room = _room(name.parts[1:]) if in_package else None
-    if room and room not in _RULES:
-      found.append(f'{name}: {room!r} is no known room ({", ".join(_RULES)})')
+    package = _package_of(name.parts[1:]) if in_package else None
+    if package and package not in _RULES:
+      found.append(f'{name}: {package!r} is no known package ({", ".join(_RULES)})')
       continue
     for line, target in _imports(path):
       top, *below = target.split('.')
@@ -143,12 +95,12 @@ def violations(root: pathlib.Path) -> list[str]:
       elif top in _NOT_IMPORTED and name.parts[0] != 'tests':
         found.append(f'{name}:{line}: imports {target}, but {_NOT_IMPORTED[top]}')
       elif in_package and top == _PACKAGE:
-        other = _room(tuple(below))
-        # `from uni_moe_jax import __version__` and `import uni_moe_jax` name no room.
-        if other and not other.startswith('__') and other != room:
-          allowed, why = _RULES.get(room, ((), 'importing the package must cost nothing'))
+        other = _package_of(tuple(below))
+        # `from uni_moe_jax import __version__` and `import uni_moe_jax` name no package.
+        if other and not other.startswith('__') and other != package:
+          allowed, why = _RULES.get(package, ((), 'importing the package must cost nothing'))
           if other not in allowed:
-            found.append(f'{name}:{line}: {room or "__init__"} imports {other}, but {why}')
+            found.append(f'{name}:{line}: {package or "__init__"} imports {other}, but {why}')
   return found
 
 
@@ -159,8 +111,8 @@ def test_the_repository_keeps_its_rules():
 
 def test_the_rules_allow_no_circle():
   order = list(_RULES)
-  for room, (allowed, _) in _RULES.items():
-    assert all(order.index(other) < order.index(room) for other in allowed), room
+  for package, (allowed, _) in _RULES.items():
+    assert all(order.index(other) < order.index(package) for other in allowed), package
 
 
 @pytest.mark.parametrize('file, source, message', [
@@ -173,18 +125,19 @@ def test_the_rules_allow_no_circle():
     ('uni_moe_jax/moe/bad.py', 'from uni_moe_jax.model import block', 'moe imports model'),
     ('uni_moe_jax/model/bad.py', 'from uni_moe_jax.data import texts', 'model imports data'),
     ('uni_moe_jax/export/bad.py', 'from uni_moe_jax.train import step', 'export imports train'),
-    ('uni_moe_jax/train/bad.py', 'from uni_moe_jax.bench import timing', 'train imports bench'),
-    ('uni_moe_jax/export/bad.py', 'from uni_moe_jax.bench import timing', 'export imports bench'),
-    ('uni_moe_jax/tasks.py', 'from uni_moe_jax import config', 'tasks imports config'),
-    ('uni_moe_jax/config.py', 'from uni_moe_jax import resolve', 'config imports resolve'),
-    ('uni_moe_jax/attributes.py', 'from uni_moe_jax import tasks', 'attributes imports tasks'),
-    ('uni_moe_jax/losses.py', 'from uni_moe_jax import sharding', 'losses imports sharding'),
+    ('uni_moe_jax/train/bad.py', 'from uni_moe_jax.tools.bench import timing', 'train imports tools'),
+    ('uni_moe_jax/train/bad.py', 'from uni_moe_jax.analysis import interference', 'train imports analysis'),
+    ('uni_moe_jax/export/bad.py', 'from uni_moe_jax.tools import bench', 'export imports tools'),
+    ('uni_moe_jax/tasks/task_types.py', 'from uni_moe_jax import config', 'tasks imports config'),
+    ('uni_moe_jax/config/schema.py', 'from uni_moe_jax.train import run', 'config imports train'),
+    ('uni_moe_jax/utils/cli.py', 'from uni_moe_jax import tasks', 'utils imports tasks'),
+    ('uni_moe_jax/parallel/sharding.py', 'from uni_moe_jax import model', 'parallel imports model'),
     ('uni_moe_jax/__init__.py', 'from uni_moe_jax import tasks', '__init__ imports tasks'),
     ('uni_moe_jax/train/bad.py', 'from launch import train', 'imports launch.train'),
     ('launch/bad.py', 'from configs import quickstart', 'imports configs.quickstart'),
     ('uni_moe_jax/train/bad.py', 'from . import step', "relative import '..step'"),
     ('uni_moe_jax/data/bad.py', 'from ..model import masks', "relative import '..model.masks'"),
-    ('uni_moe_jax/utils.py', '', "'utils' is no known room"),
+    ('uni_moe_jax/helpers.py', '', "'helpers' is no known package"),
     ('uni_moe_jax/data/long.py', '\n' * 401, '401 lines, at most 400'),
     ('launch/long.py', '\n' * 80, '80 lines, at most 79'),
 ])

@@ -13,10 +13,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tests import small_model, tiny
-from uni_moe_jax import sharding
-from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.moe import routers
-from uni_moe_jax.train import setup, step
+from uni_moe_jax.parallel import sharding
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import step
+from uni_moe_jax.utils.tree_paths import by_path
 
 ONE = 'one'
 MESHES = {
@@ -52,7 +53,7 @@ class Found:
   margin: float
 
 
-def run(case: Case, mesh: str, devices=None) -> setup.Run:
+def run(case: Case, mesh: str, devices=None) -> train_run.Run:
   """A run of the tiny data on a mesh of these devices, by default the first that there are."""
   c = tiny.config(*case.tasks, data_dir=tiny.data_dir())
   c.tokenizer.file = tiny.tokenizer_file()
@@ -64,7 +65,7 @@ def run(case: Case, mesh: str, devices=None) -> setup.Run:
   c.train.accum = case.accum
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1, fsdp=False), **MESHES[mesh]})
   needed = math.prod(c.mesh[axis] for axis in sharding.AXES)
-  return setup.build(c, (jax.devices() if devices is None else devices)[:needed])
+  return train_run.build(c, (jax.devices() if devices is None else devices)[:needed])
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def found(case: Case, mesh: str) -> Found:
   return of_run(run(case, mesh)) if mesh == ONE else evaluate(*lowered(case, mesh))
 
 
-def of_run(r: setup.Run) -> Found:
+def of_run(r: train_run.Run) -> Found:
   """What a run computes, with the margins of its routers where it has one device."""
   margins = [math.inf]
   with _watched(margins) if r.mesh.size == 1 else contextlib.nullcontext():
@@ -100,7 +101,7 @@ def differences(a: Found, b: Found) -> dict[str, float]:
   return apart
 
 
-def _compile(r: setup.Run):
+def _compile(r: train_run.Run):
   def gradients(params, batch, sets, key):
     grads, loss, *_ = step.gradients(r.spec, params, batch, sets, jax.random.wrap_key_data(key))
     return grads, loss

@@ -14,11 +14,12 @@ SHARDS = {'data': dict(data=8), 'halves': dict(data=2, model=4), 'model': dict(m
 def main(folder: str, *arguments: str) -> None:
   """Writes what process i found to FOLDER/i.json."""
   *names, place = arguments
-  from uni_moe_jax import distributed
+  from uni_moe_jax.parallel import distributed
   distributed.start(place.removeprefix('--distributed='))
   import jax
+
   from tests import meshes
-  from uni_moe_jax import sharding
+  from uni_moe_jax.parallel import sharding
 
   mesh = lambda axes: sharding.make_mesh({**dict.fromkeys(sharding.AXES, 1), **axes})
   out = {'devices': [len(jax.local_devices()), len(jax.devices())],

@@ -8,7 +8,8 @@ import ml_collections
 
 from tests import small_model
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.train import setup, workdir
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
 Folder = str | os.PathLike[str]
@@ -16,7 +17,7 @@ Folder = str | os.PathLike[str]
 
 def save(folder: Folder, config: ml_collections.ConfigDict, step: int, devices: int = 1) -> Any:
   """The parameters of a step that a folder has from now on: they are nowhere zero."""
-  run = setup.build(config, jax.devices()[:devices])
+  run = train_run.build(config, jax.devices()[:devices])
   params = small_model.params(run.spec.model.spec)
   workdir.claim_workdir(folder, config, run.data.fingerprint)
   workdir.keep_tokenizer(folder, run.data.tokenizer_file)
@@ -25,8 +26,8 @@ def save(folder: Folder, config: ml_collections.ConfigDict, step: int, devices: 
   return params
 
 
-def asked(config: ml_collections.ConfigDict, folder: Folder) -> tuple[setup.Run, Predictor, Any]:
+def asked(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.Run, Predictor, Any]:
   """(run, predictor, parameters), on one device, of a config whose work directory is the folder."""
-  run = setup.build(config, jax.devices()[:1])
+  run = train_run.build(config, jax.devices()[:1])
   with Checkpoints(folder, 1) as checkpoints:
-    return run, *setup.predictor(run, checkpoints)
+    return run, *train_run.predictor(run, checkpoints)

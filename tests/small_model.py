@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uni_moe_jax import tasks
+from uni_moe_jax.model.sequences import Layout
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.streams import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.moe import routers
+from uni_moe_jax.tasks import task_types
 
 # Tests compile far more than they compute: without these optimisations a program is ready in a fifth of the time.
 jit = functools.partial(
@@ -33,7 +33,7 @@ def spec(router: str = 'attribute', **changes: Any) -> ModelSpec:
       layers=3, width=16, heads=2, hidden=24, vocab_size=VOCABULARY, spe_id=SPE, image_size=SIDE,
       patch=4, channels=1, max_frames=3, max_text=12, pixel_mean=(0.5,), pixel_std=(0.25,),
       layer_scale=0.8, remat=False, router=router, num_experts=4, top_k=2,
-      router_names=routers.table_names(router, tasks.router_tasks(), tasks.MODALITIES),
+      router_names=routers.table_names(router, task_types.router_tasks(), task_types.MODALITIES),
       temperatures=('group',), grouped='buffers')  # it compiles fastest; backends are compared in tests/moe
   return dataclasses.replace(small, **changes)
 
@@ -63,9 +63,9 @@ def params(model_spec: ModelSpec) -> Any:
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def sequence(kind: str | tasks.Kind, batch: int = 2, seed: int = 0, words: int = WORDS, **fields) -> Sequence:
+def sequence(kind: str | task_types.Kind, batch: int = 2, seed: int = 0, words: int = WORDS, **fields) -> Sequence:
   """The input side of a kind; `fields` replace the random ones."""
-  kind = tasks.KINDS[kind] if isinstance(kind, str) else kind
+  kind = task_types.KINDS[kind] if isinstance(kind, str) else kind
   rng = np.random.default_rng(seed)
   made = {'ids': jnp.arange(10, 10 + batch, dtype=jnp.uint32)}
   if kind.visual:

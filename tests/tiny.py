@@ -89,23 +89,24 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
 
 def records(source: str):
   """A source's records, in memory."""
-  from uni_moe_jax.data import storage
-  from uni_moe_jax.data.records import Records
+  from uni_moe_jax.data.pipeline import npz_records
+  from uni_moe_jax.data.pipeline.records import Records
   values, classes = columns()[source]
-  return Records(dict(values), dict(classes), storage.fingerprint(values, classes))
+  return Records(dict(values), dict(classes), npz_records.fingerprint(values, classes))
 
 
 @functools.cache
 def data_dir() -> str:
   """A folder of prepared data, one for the process; it goes with it."""
-  from uni_moe_jax.data import clips, glyphs, storage, texts
+  from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
+  from uni_moe_jax.data.pipeline import npz_records
   folder = _folder().name
   places = {
-      'glyphs': (glyphs._FOLDER,), 'clips': (clips._FOLDER,), 'paragraphs': (texts._FOLDER, 'paragraphs'),
-      'pairs': (texts._FOLDER, 'pairs')}
+      'glyphs': (glyphs._FOLDER,), 'clips': (glyph_videos._FOLDER,), 'paragraphs': (docstring_texts._FOLDER, 'paragraphs'),
+      'pairs': (docstring_texts._FOLDER, 'pairs')}
   for source, parts in places.items():
-    with storage.building('/'.join((folder, *parts))) as place:
-      storage.save(place, 'train', *columns()[source])
+    with npz_records.building('/'.join((folder, *parts))) as place:
+      npz_records.save(place, 'train', *columns()[source])
   return folder
 
 
@@ -117,7 +118,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 @functools.cache
 def tokenizer_file() -> str:
   """A tokenizer of all the text, trained once for the process."""
-  from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
+  from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
   texts = [t for values, _ in columns().values() for c in values.values() if c.dtype.kind == 'U' for t in c.tolist()]
   path = f'{_folder().name}/tiny.model'
   SentencePieceTokenizer.train(texts, path, 60)

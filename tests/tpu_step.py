@@ -9,19 +9,19 @@ ROWS = 2  # distinct router inputs: pictures, and names
 
 
 def main(file: str) -> None:
-  from uni_moe_jax.preflight import topology
+  from uni_moe_jax.tools.preflight import topology
   where = topology.parse('v5e:2x2')
   topology.prepare_environment(where)
   from tests import tiny
-  from uni_moe_jax.preflight import programs
+  from uni_moe_jax.tools.preflight import compiled_programs
 
   c = tiny.config('shape')
   c.model.update(dict(layers=6, width=WIDTH, heads=2, hidden=HIDDEN, dtype='bfloat16', remat=True))
   c.moe.update(dict(num_experts=EXPERTS, placement='odd'))
   c.declared.entries.shapes = ((8, 16),)
   c.mesh.update(dict(MESH, fsdp=True))
-  run = programs.prepare(c, topology.devices(where))
-  pathlib.Path(file).write_text(programs.lowered(run, None).compile().as_text())
+  run = compiled_programs.prepare(c, topology.devices(where))
+  pathlib.Path(file).write_text(compiled_programs.lowered(run, None).compile().as_text())
 
 
 if __name__ == '__main__':

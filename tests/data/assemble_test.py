@@ -9,11 +9,11 @@ import pytest
 import tensorflow as tf
 
 from tests import tiny
-from uni_moe_jax import resolve
-from uni_moe_jax.data import hashing
+from uni_moe_jax.config import validate
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 
 _MERGES = '#version: 0.2\nt h\nth e</w>\n'
 
@@ -23,7 +23,7 @@ def _data(merges=None, **fields):
   if merges is not None:
     config.tokenizer.update(kind='clip', merges=str(merges))
   config.data.update(fields)
-  return Data(config, resolve.resolve(config))
+  return Data(config, validate.resolve(config))
 
 
 @pytest.fixture(name='merges')
@@ -61,7 +61,7 @@ def test_a_trained_tokenizer_and_a_file_of_class_names_are_inputs_by_what_they_h
     (folder / 'names.tsv').write_text(listed)
     config = tiny.config('shape', data_dir=str(folder))
     config.sets.shapes.values = 'file:names.tsv'
-    return Data(config, resolve.resolve(config))
+    return Data(config, validate.resolve(config))
 
   first, again, other = data(), data('# the same\nbar\ndisc\nstar\n'), data('bar\tpole\ndisc\nstar\n')
   assert again.inputs == first.inputs != other.inputs
@@ -115,7 +115,7 @@ def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):
 ])
 def test_pictures_that_the_model_does_not_take_are_named(task, changes, said):
   config = tiny.config(task, 'text', data_dir=tiny.data_dir())
-  plan = resolve.resolve(config)
+  plan = validate.resolve(config)
   asked = next(t for t in plan.tasks if t.name == task)
   Data(config, plan).examples(asked)  # as they are, they fit
   config.model.update(changes)
@@ -127,9 +127,9 @@ def test_a_vocabulary_that_the_text_cannot_give_names_its_field(tmp_path):
   config = tiny.config('text', data_dir=tiny.data_dir())
   config.tokenizer.vocab_size = 100_000
   with pytest.raises(ValueError, match=r'config\.tokenizer\.vocab_size=100000: These texts cannot give'):
-    Data(config, resolve.resolve(config))
+    Data(config, validate.resolve(config))
   config.tokenizer.fewer = True
-  assert 40 < Data(config, resolve.resolve(config)).tokenizer.size < 10_000
+  assert 40 < Data(config, validate.resolve(config)).tokenizer.size < 10_000
   config.tokenizer.fewer = False  # what was learnt does not stand in for what cannot be
   with pytest.raises(ValueError, match='These texts cannot give'):
-    Data(config, resolve.resolve(config))
+    Data(config, validate.resolve(config))

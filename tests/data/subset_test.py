@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from uni_moe_jax import resolve
+from uni_moe_jax.config import validate
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.examples import subset
+from uni_moe_jax.data.pipeline.examples import subset
 
 _PLACES = np.arange(100, 130)
 _LABELS = np.array([0] * 20 + [1] * 8 + [2] * 2)
 
 
 def _task(**changes):
-  return dataclasses.replace(resolve.resolve(tiny.config('shape')).tasks[0], **changes)
+  return dataclasses.replace(validate.resolve(tiny.config('shape')).tasks[0], **changes)
 
 
 def _counts(places):
@@ -51,10 +51,10 @@ def test_the_seed_chooses_and_nothing_else():
 @pytest.mark.parametrize('name', ['shape', 'caption', 'pair', 'package', 'text'])
 def test_training_reads_the_subset_and_evaluation_everything(name):
   config = tiny.config(name, data_dir=tiny.data_dir())
-  whole = Data(config, resolve.resolve(config))
+  whole = Data(config, validate.resolve(config))
   task = whole._plan.tasks[0]
   config.tasks[name].subset = .5
-  part = Data(config, resolve.resolve(config))
+  part = Data(config, validate.resolve(config))
   less = part._plan.tasks[0]
   assert part.examples(less, training=True).size < whole.examples(task, training=True).size
   assert part.examples(less).size == whole.examples(task).size
@@ -63,9 +63,9 @@ def test_training_reads_the_subset_and_evaluation_everything(name):
 def test_a_subset_holds_the_same_examples_as_the_whole():
   """Pictures, labels and captions of one record stay together."""
   config = tiny.config('caption', data_dir=tiny.data_dir())
-  whole = Data(config, resolve.resolve(config))
+  whole = Data(config, validate.resolve(config))
   config.tasks.caption.subset = .4
-  part = Data(config, resolve.resolve(config))
+  part = Data(config, validate.resolve(config))
 
   def rows(data):
     task = data._plan.tasks[0]

@@ -10,13 +10,13 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import resolve
+from uni_moe_jax.config import validate
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import setup
+from uni_moe_jax.train import run as train_run
 
 ANSWERS = ('a', 'or')
 BEAMS = 3  # more than answers
@@ -38,7 +38,7 @@ def _config(answers=ANSWERS):
 
 @functools.cache
 def _run():
-  run = setup.build(_config(), jax.devices()[:1])
+  run = train_run.build(_config(), jax.devices()[:1])
   return run, run.init().params
 
 
@@ -103,11 +103,11 @@ def test_clips_need_a_scale_that_some_trained_task_has():
   config = _config()
   config.tasks.clip.temperature = ''
   with pytest.raises(ValueError, match="config.tasks.clip.temperature='video_caption': no trained task has this group"):
-    resolve.resolve(config)
+    validate.resolve(config)
 
 
 def test_an_answer_that_is_longer_than_a_caption_is_named_before_anything_runs():
   config = _config((*ANSWERS, 'small shape'))
   with pytest.raises(ValueError, match="config.tasks.clip.length=5 is too short for answer 'small shape' of "
                                        "config.evaluators.closed clips.answers='closed', which has [0-9]+ tokens"):
-    Data(config, resolve.resolve(config))
+    Data(config, validate.resolve(config))

@@ -2,8 +2,7 @@
 
 import math
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from uni_moe_jax.eval import caption_metrics
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import resolve
+from uni_moe_jax.config import validate
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import evaluators
 from uni_moe_jax.eval.evaluators import Question
@@ -21,7 +21,7 @@ def data():
   for kind, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
                      ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
     config.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch=5)
-  plan = resolve.resolve(config)
+  plan = validate.resolve(config)
   return plan, Data(config, plan)
 
 

@@ -8,17 +8,17 @@ import pytest
 
 from tests import small_model, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.train import setup
+from uni_moe_jax.train import run as train_run
 
 _MESHES = {'one': {}, 'eight': dict(data=2, expert=2, model=2)}
 _ASKED = 6  # examples in batches of five: neither divides over four batch shards
 
 
 @functools.cache
-def _on(router: str, mesh: str) -> tuple[setup.Run, Predictor]:
+def _on(router: str, mesh: str) -> tuple[train_run.Run, Predictor]:
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
   c.tokenizer.file = tiny.tokenizer_file()
   for task in c.tasks.values():
@@ -27,7 +27,7 @@ def _on(router: str, mesh: str) -> tuple[setup.Run, Predictor]:
     c.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch=5, number=_ASKED)
   c.moe.update(dict(router=router, num_experts=8, top_k=2, grouped='buffers', capacity=0.5 if router == 'token' else 0.0))
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1), **_MESHES[mesh]})
-  run = setup.build(c, jax.devices()[:8 if mesh == 'eight' else 1])
+  run = train_run.build(c, jax.devices()[:8 if mesh == 'eight' else 1])
   params = jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params)
   sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   return run, Predictor(run.spec.model, params, sets, run.data.tokenizer)
@@ -77,11 +77,11 @@ def test_every_row_of_the_table_is_that_of_one_device_and_counts_each_example_on
 def test_one_device_in_the_mesh_computes_its_part_of_the_batch_alone():
   """What each of four batch shards multiplies: two of five examples, with three filled in."""
   from uni_moe_jax.eval import predictor as lib
-  from uni_moe_jax.model import inputs
+  from uni_moe_jax.model import batching
   run, predictor = _on('attribute', 'eight')
   [task] = [t for t in run.plan.tasks if t.name == 'shape']
   fields = next(evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5))[0]
-  sequence = inputs.input_sequence(task.kind, {k: v for k, v in fields.items() if k in lib.INPUTS})
+  sequence = batching.input_sequence(task.kind, {k: v for k, v in fields.items() if k in lib.INPUTS})
   hidden = run.spec.model.spec.hidden // 2  # over `model`
   text = lib.encode.lower(run.spec.model, predictor._params, sequence).compile().as_text()
   tokens = (tiny.SIDE // 8) ** 2 + 1

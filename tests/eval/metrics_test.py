@@ -2,9 +2,8 @@
 
 import math
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from uni_moe_jax.eval import metrics
 

@@ -8,8 +8,8 @@ import pytest
 from tests import invented, processes, saved_run, tiny
 from tests.data import own_files
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data import prepare
-from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite
 
 pytestmark = pytest.mark.slow

@@ -7,9 +7,11 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import report
+from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.eval import suite
-from uni_moe_jax.train import checkpoint, expert_usage, loop, setup
+from uni_moe_jax.reporting import html
+from uni_moe_jax.train import checkpoint, loop
+from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.workdir import load_config
 
 
@@ -24,9 +26,9 @@ def finished(tmp_path_factory):
     c.evaluators[f'my {task}'] = config_lib.evaluator(kind, task, split='train', batch=6)
   assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
-    run = setup.build(load_config(workdir), jax.devices()[:1])
-    predictor, params = setup.predictor(run, checkpoints)
-  expert_usage.beside_evaluation(run, params, 3, workdir)
+    run = train_run.build(load_config(workdir), jax.devices()[:1])
+    predictor, params = train_run.predictor(run, checkpoints)
+  run_expert_usage.beside_evaluation(run, params, 3, workdir)
   return workdir, suite.evaluate(run.plan, run.data, predictor, 3, workdir)
 
 
@@ -59,6 +61,6 @@ def test_experts_hold_two_coefficients_per_layer_router_and_row(finished):
 
 
 def test_the_report_shows_the_run(finished):
-  page = report.write_report(finished[0]).read_text()
+  page = html.write_report(finished[0]).read_text()
   for shown in ('my caption', 'loss', 'Experts', '<svg', 'data:image/png'):
     assert shown in page

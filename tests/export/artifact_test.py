@@ -19,12 +19,14 @@ from tests import shipped, small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs, torch_file, torch_layout
-from uni_moe_jax.model import decode
-from uni_moe_jax.model.params import param_shapes
-from uni_moe_jax.model.paths import by_path
-from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model import decoding
+from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import checkpoint, loop, setup, workdir as workdir_lib
+from uni_moe_jax.train import checkpoint, loop
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.utils.tree_paths import by_path
 
 _BOUND = 1e-5  # relative, float32
 _BATCHES = (1, 3, 64)
@@ -84,7 +86,7 @@ def _trained(tmp_path_factory):
   """(workdir, run, parameters) after two steps."""
   workdir = tmp_path_factory.mktemp('run')
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
-  run = setup.build(workdir_lib.load_config(workdir), jax.devices()[:1])
+  run = train_run.build(workdir_lib.load_config(workdir), jax.devices()[:1])
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     return workdir, run, jax.device_get(checkpoints.restore_params())
 
@@ -138,11 +140,11 @@ def _greedy(trained, elsewhere, exported):
   return _found(trained, elsewhere[0], exported[1].features['words'])
 
 
-def _found(trained, pixels, words, **ways) -> decode.Captions:
+def _found(trained, pixels, words, **ways) -> decoding.Captions:
   """Captions by the model with its experts."""
   task, (_, run, params), model = _task(trained, 'caption'), trained, UniPerceiver(_with_experts(trained))
   ask = dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, length=task.length, **ways)
-  return jax.device_get(small_model.jit(lambda values: decode.search(model, values, task.kind, pixels, words, **ask))(params))
+  return jax.device_get(small_model.jit(lambda values: decoding.search(model, values, task.kind, pixels, words, **ask))(params))
 
 
 def _with_experts(trained):

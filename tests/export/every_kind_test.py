@@ -10,16 +10,16 @@ import pytest
 
 from tests import shipped, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import tasks
-from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.config.plan import TaskSpec
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents
-from uni_moe_jax.model import decode
-from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model import decoding
+from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.plan import TaskSpec
-from uni_moe_jax.train import setup
+from uni_moe_jax.tasks import task_types
+from uni_moe_jax.train import run as train_run
 
 _BOUND = 1e-5  # relative, float32
 _EXAMPLES = 3
@@ -48,7 +48,7 @@ def _config(router: str, some: bool) -> ml_collections.ConfigDict:
   return c
 
 
-def _trained(run: setup.Run):
+def _trained(run: train_run.Run):
   """Parameters that are nowhere zero, biases and gates too, and two steps later."""
   rng = np.random.default_rng(0)
   start = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), run.shapes.params)
@@ -58,9 +58,9 @@ def _trained(run: setup.Run):
   return jax.device_get(state.params)
 
 
-def _search(spec: ModelSpec, params, task: TaskSpec, found: contents.Contents, pixels: np.ndarray) -> decode.Captions:
+def _search(spec: ModelSpec, params, task: TaskSpec, found: contents.Contents, pixels: np.ndarray) -> decoding.Captions:
   """The evaluator's search with the experts."""
-  run = jax.jit(lambda values: decode.search(
+  run = jax.jit(lambda values: decoding.search(
       UniPerceiver(spec), values, task.kind, pixels, found.features[task.target_set], temperature=task.temperature,
       spe=found.data.tokenizer.spe, eot=found.data.tokenizer.eot, length=task.length))
   return jax.device_get(run(params))
@@ -84,9 +84,9 @@ def _compile_fast():
     pytest.param('attribute', False, marks=pytest.mark.slow), pytest.param('modality', True, marks=pytest.mark.slow),
     *(pytest.param(router, False, marks=pytest.mark.nightly) for router in ('task', 'modality'))])
 def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
-  run = setup.build(_config(router, some), jax.devices()[:1])
+  run = train_run.build(_config(router, some), jax.devices()[:1])
   params = _trained(run)
-  assert some or {t.kind.name for t in (*run.plan.tasks, *run.plan.probes)} == set(tasks.KINDS)
+  assert some or {t.kind.name for t in (*run.plan.tasks, *run.plan.probes)} == set(task_types.KINDS)
   found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype='float32', fixed_sets=True)
   assert not found.spec.router_names  # no router is left
   artifact.write(tmp_path / 'model', found, {'name': 'mine'}, [])

@@ -3,30 +3,30 @@
 import dataclasses
 import functools
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax import tasks
 from uni_moe_jax.export import merge
-from uni_moe_jax.model.params import param_shapes
-from uni_moe_jax.model.paths import by_path
+from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks import task_types
+from uni_moe_jax.utils.tree_paths import by_path
 
 _BOUND = 1e-5  # relative, float32
-_KINDS = tuple(tasks.KINDS)
-_PAIR = tasks.KINDS['image_retrieval'].pair_condition
-_TARGETS = (_PAIR, *tasks.families().values())
+_KINDS = tuple(task_types.KINDS)
+_PAIR = task_types.KINDS['image_retrieval'].pair_condition
+_TARGETS = (_PAIR, *task_types.families().values())
 
 
 @functools.cache
 def _sequences():
   """Inputs of every kind, paired texts and both families of sets. Clips have one frame: fewer shapes to compile."""
   pixels = {'pixels': small_model.sequence('image_caption').pixels}
-  inputs = [small_model.sequence(k, **(pixels if k.visual else {})) for k in tasks.KINDS.values()]
+  inputs = [small_model.sequence(k, **(pixels if k.visual else {})) for k in task_types.KINDS.values()]
   return tuple(inputs + [small_model.target(c) for c in _TARGETS])
 
 
@@ -70,7 +70,7 @@ class MergedModelTest(parameterized.TestCase):
 
   def _compare(self, router):
     found, expected = _features(_spec(router), _conditions()), _features(_spec(router))
-    for name, a, b in zip((*_KINDS, 'pair', *tasks.families()), found, expected, strict=True):
+    for name, a, b in zip((*_KINDS, 'pair', *task_types.families()), found, expected, strict=True):
       self.assertLess(_distance(a, b), _BOUND, name)
 
   def test_the_kernels_of_other_conditions_give_something_else(self):
@@ -93,7 +93,7 @@ class MergedModelTest(parameterized.TestCase):
 
   def test_what_serves_no_texts_of_a_set_has_shapes_too(self):
     # Captions among fixed words: a model has its parameters whichever conditions it was merged for.
-    conditions = tasks.KINDS['image_caption'].conditions
+    conditions = task_types.KINDS['image_caption'].conditions
     spec, values = merge.merged(_spec('attribute'), small_model.params(_spec('attribute')), conditions)
     shapes = {path: leaf.shape for path, leaf in by_path(values).items()}
     self.assertEqual({path: s.shape for path, s in by_path(param_shapes(UniPerceiver(spec))).items()}, shapes)
@@ -110,7 +110,7 @@ class DenseTest(parameterized.TestCase):
       ('attribute', 'all'), ('attribute', 'odd'), ('task', 'all'), ('modality', (0, 1)))
   def test_one_condition_leaves_a_dense_model(self, router, placement):
     trained = small_model.spec(router, placement=placement)
-    conditions = tasks.KINDS['image_classification'].conditions
+    conditions = task_types.KINDS['image_classification'].conditions
     spec, values = merge.merged(trained, small_model.params(trained), conditions)
     self.assertEqual((spec.router, spec.kernels), ('dense', ()))
     dense = param_shapes(UniPerceiver(small_model.spec('dense')))
@@ -125,7 +125,7 @@ class DenseTest(parameterized.TestCase):
 
   def test_kinds_of_one_row_are_one_condition(self):
     # Attribute bits of pictures to be classified and to be retrieved are the same; the task router tells them apart.
-    kinds = tasks.KINDS['image_classification'], tasks.KINDS['image_retrieval']
+    kinds = task_types.KINDS['image_classification'], task_types.KINDS['image_retrieval']
     conditions = tuple(c for k in kinds for c in k.conditions)
     for router, kernels in (('attribute', ()), ('modality', ()), ('task', (('classification', 0), ('retrieval', 1)))):
       spec = small_model.spec(router)
@@ -141,7 +141,7 @@ class DenseTest(parameterized.TestCase):
     block['ffn_router']['gate'] = block['ffn_router']['gate'].at[1, 0].set(np.log(3))
     block['ffn_in']['kernel'] = jnp.stack([jnp.full((16, 24), 1.0), jnp.full((16, 24), 5.0)])
     block['ffn_in']['bias'] = jnp.stack([jnp.full(24, 8.0), jnp.full(24, 0.0)])
-    _, found = merge.merged(spec, values, tasks.KINDS['image_classification'].conditions)
+    _, found = merge.merged(spec, values, task_types.KINDS['image_classification'].conditions)
     np.testing.assert_allclose(found['encoder']['tail']['block0']['ffn_in']['kernel'], np.full((16, 24), 2.0), rtol=1e-5)
     np.testing.assert_allclose(found['encoder']['tail']['block0']['ffn_in']['bias'], np.full(24, 6.0), rtol=1e-5)
 

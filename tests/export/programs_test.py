@@ -3,28 +3,28 @@
 import functools
 import re
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax import tasks
+from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.export import programs
 from uni_moe_jax.export.programs import Asked
-from uni_moe_jax.model import decode, inputs, similarity
-from uni_moe_jax.model.params import param_shapes
-from uni_moe_jax.model.paths import by_path
+from uni_moe_jax.model import batching, decoding, heads
+from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.plan import TaskSpec
+from uni_moe_jax.tasks import task_types
+from uni_moe_jax.utils.tree_paths import by_path
 
 _RNG = np.random.default_rng(0)
 
 
 def _task(kind: str, head: bool = False) -> TaskSpec:
   return TaskSpec(
-      name='task', kind=tasks.KINDS[kind], group='', source='', split='', batch=1, weight=1.0, sampling=0.0,
+      name='task', kind=task_types.KINDS[kind], group='', source='', split='', batch=1, weight=1.0, sampling=0.0,
       temperature='group', target_set='set', label='', captions=(), template='', length=4, picks=2, smoothing=0.0, shift=0,
       head=head)
 
@@ -59,9 +59,9 @@ class ReadoutTest(parameterized.TestCase):
     @small_model.jit
     def expected(values, fields, targets):
       def run(m):
-        [rows] = m.encode((inputs.input_sequence(task.kind, {**fields, 'id': jnp.zeros(3, jnp.uint32)}),)).rows
+        [rows] = m.encode((batching.input_sequence(task.kind, {**fields, 'id': jnp.zeros(3, jnp.uint32)}),)).rows
         features = m.features(rows)
-        logits = similarity.logits(features, targets, m.scale('group'))
+        logits = heads.logits(features, targets, m.scale('group'))
         return jax.nn.log_softmax(m.with_head(features, logits) if head else logits)
       return UniPerceiver(spec).apply({'params': values}, method=run)
 
@@ -103,9 +103,9 @@ class TokenRouterTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_captions_of_a_context_model_are_its_own_at_any_batch(self):
     spec, task = small_model.spec('context', grouped='loop'), _task('image_caption')
-    words = similarity.normalise(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
+    words = heads.normalise(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
     call = _program(spec, Asked(task, 1, small_model.VOCABULARY, beams=2), 'caption')
-    run = small_model.jit(lambda values, pixels: decode.search(
+    run = small_model.jit(lambda values, pixels: decoding.search(
         UniPerceiver(spec), values, task.kind, pixels, words, temperature='group', spe=small_model.SPE, eot=small_model.EOT,
         length=4, beams=2))
     want = jax.device_get(run(small_model.params(spec), _pixels(3)))

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from tests import shipped, tiny
-from uni_moe_jax.data.mixtures import evaluation_batches
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents
-from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import setup
+from uni_moe_jax.train import run as train_run
 
 
 @pytest.mark.parametrize('router, dtype, bound', [
@@ -22,7 +22,7 @@ from uni_moe_jax.train import setup
 def test_routers_that_look_at_tokens_go_along_and_products_can_be_bfloat16(tmp_path, router, dtype, bound):
   c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
   c.moe.router, c.model.dtype = router, dtype
-  run = setup.build(c, jax.devices()[:1])
+  run = train_run.build(c, jax.devices()[:1])
   shapes, rng = run.shapes.params, np.random.default_rng(0)
   params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), shapes)
   found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype=dtype)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.templates import fill_template
-from uni_moe_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.pipeline.templates import fill_template
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.export import artifact
 from uni_moe_jax.export.texts import Texts
 
@@ -44,7 +44,7 @@ def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
 
 def test_captions_in_clips_vocabulary_are_read_without_a_library(tmp_path, monkeypatch):
   file = tmp_path / 'merges.txt.gz'
-  file.write_bytes(gzip.compress('#version: a test\nt h\nth e</w>\n'.encode()))
+  file.write_bytes(gzip.compress(b'#version: a test\nt h\nth e</w>\n'))
   tokenizer = ClipTokenizer(file)
   # The first byte of the third is no character together with what follows; the last ends at once.
   rows = [tokenizer.encode('The theatre, Анна!'), [tokenizer.spe, *tokenizer.encode('dé')], [132, 7, 0], [tokenizer.eot]]

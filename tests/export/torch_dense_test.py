@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from tests import small_model
-from uni_moe_jax import tasks
-from uni_moe_jax.config import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
+from uni_moe_jax.config.plan import TaskSpec
+from uni_moe_jax.config.schema import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_dense
 from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.export.torch_layout import LayoutError
-from uni_moe_jax.plan import TaskSpec
+from uni_moe_jax.tasks import task_types
 
 
 def _task(kind: str, group: str = '') -> TaskSpec:
-  kind = tasks.KINDS.get(kind, tasks.Kind(kind, tasks.KINDS['vqa'].inputs, 'words', 'slot', 'vqa'))
+  kind = task_types.KINDS.get(kind, task_types.Kind(kind, task_types.KINDS['vqa'].inputs, 'words', 'slot', 'vqa'))
   return TaskSpec(
       name=f'a_{kind.name}', kind=kind, group='', source='', split='', batch=1, weight=1.0, sampling=0.0,
       temperature=group or kind.name, target_set='', label='', captions=(), template='', length=4, picks=2, smoothing=0.0, shift=0)
@@ -32,7 +32,7 @@ def _scales(chosen: list[TaskSpec], scales: dict[str, float]) -> dict[str, float
 
 
 def test_every_kind_has_a_published_group():
-  assert set(PUBLISHED_GROUPS) == set(tasks.KINDS) and set(PUBLISHED_GROUPS.values()) <= set(PUBLISHED_TEMPERATURES)
+  assert set(PUBLISHED_GROUPS) == set(task_types.KINDS) and set(PUBLISHED_GROUPS.values()) <= set(PUBLISHED_TEMPERATURES)
 
 
 def test_a_group_gets_the_name_of_its_kind_unless_it_has_a_published_one():

@@ -10,7 +10,7 @@ from tests import small_model
 from tests.parity import fixtures
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.export.torch_layout import LayoutError
-from uni_moe_jax.model.embed import sincos_table
+from uni_moe_jax.model.embedders import sincos_table
 
 _MODELS = [name.removeprefix('weights_') for name in fixtures.cases('state_dict')]
 

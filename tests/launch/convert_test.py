@@ -14,10 +14,11 @@ import torch
 
 from tests import in_process, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import recipes
+from uni_moe_jax.config import presets
 from uni_moe_jax.export import torch_layout
-from uni_moe_jax.model.params import init_params
-from uni_moe_jax.train import loop, setup
+from uni_moe_jax.model.initialization import init_params
+from uni_moe_jax.train import loop
+from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
 def _config(folder: pathlib.Path):
   """Three published kinds with the published choices and vocabulary, on the invented data."""
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
-  recipes.published(c)
+  presets.published(c)
   c.model.update(dict(channels=3, max_text=64, layer_scale=0.5))
   c.tokenizer.update(dict(kind='clip', merges=str(folder / 'merges.txt')))
   c.sets.shapes.length = 32
@@ -53,7 +54,7 @@ def _files(tmp_path_factory):
       f'FILE = pathlib.Path({str(folder / "config.json")!r})\n'
       'def get_config():\n  return _completed(json.loads(FILE.read_text()), FILE)\n')
   (folder / 'config.json').write_text(json.dumps(c.to_dict()))
-  run = setup.build(c, jax.devices()[:1])
+  run = train_run.build(c, jax.devices()[:1])
   state, _ = torch_layout.to_torch(init_params(run.spec.model, jax.random.key(5)), run.spec.model.spec)
   torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, 'iteration': 3}, folder / 'theirs.pth')
   return folder, state, run.spec.model.spec

@@ -14,7 +14,9 @@ import pytest
 from tests import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval import suite
-from uni_moe_jax.train import checkpoint, loop, setup, workdir as workdir_lib
+from uni_moe_jax.train import checkpoint, loop
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import workdir as workdir_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _RUN = 'runs/quickstart'
@@ -84,9 +86,9 @@ def _evaluated(here: pathlib.Path, step: int) -> None:
 
 def _whole(here: pathlib.Path):
   """(run, predictor) of the model with its experts."""
-  run = setup.build(workdir_lib.load_config(here / _RUN), jax.devices()[:1])
+  run = train_run.build(workdir_lib.load_config(here / _RUN), jax.devices()[:1])
   with checkpoint.Checkpoints(here / _RUN, keep=None) as checkpoints:
-    return run, setup.predictor(run, checkpoints)[0]
+    return run, train_run.predictor(run, checkpoints)[0]
 
 
 @pytest.mark.slow

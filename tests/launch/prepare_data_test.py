@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests import in_process
-from uni_moe_jax.data import stored
+from uni_moe_jax.data.files import file_dataset
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SIZES = {'train': 7, 'test': 3}
@@ -34,7 +34,7 @@ class TinyReviews(tfds.core.GeneratorBasedBuilder):
 
 def test_the_command_that_a_source_asks_for_prepares_it(tmp_path, capsys):
   with pytest.raises(FileNotFoundError) as missing:
-    stored.load('tfds:tiny_reviews', tmp_path, 'train')
+    file_dataset.load('tfds:tiny_reviews', tmp_path, 'train')
   _, command = str(missing.value).split('prepare it: python ')
   script, *arguments = shlex.split(command)
   assert (script, arguments) == ('launch/prepare_data.py', ['--tfds=tiny_reviews', f'--data_dir={tmp_path}'])
@@ -44,7 +44,7 @@ def test_the_command_that_a_source_asks_for_prepares_it(tmp_path, capsys):
   assert set(said.removeprefix('tiny_reviews/1.2.0: ').split(', ')) == {f'{split} {size}' for split, size in _SIZES.items()}
 
   for split, size in _SIZES.items():
-    records = stored.load('tfds:tiny_reviews', tmp_path, split)
+    records = file_dataset.load('tfds:tiny_reviews', tmp_path, split)
     assert (records.size, records.classes) == (size, {'label': _CLASSES})
     rows = records.rows(np.arange(size))
     assert {row['text'] for row in rows} == {f'{split} {i}' for i in range(size)}

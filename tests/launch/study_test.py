@@ -102,8 +102,8 @@ def test_every_cell_is_made_once_and_a_failure_ends_the_study_until_it_is_starte
 
 
 def _tuned(root, seed):
-  from uni_moe_jax import regimes
-  config = regimes.prompt_tune(f'{root}/run,digits')
+  from uni_moe_jax.train import finetuning
+  config = finetuning.prompt_tune(f'{root}/run,digits')
   config.seed = seed
   return config
 

@@ -1,10 +1,10 @@
 """Attention over keys that lie apart, against the same over keys that were joined."""
 
-from absl.testing import absltest, parameterized
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from uni_moe_jax.model.attention import attend, heads_first
 

@@ -2,18 +2,18 @@
 
 import functools
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax import tasks
-from uni_moe_jax.bench import uncached
-from uni_moe_jax.model import decode
-from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model import decoding
+from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks import task_types
+from uni_moe_jax.tools.bench import uncached_search
 
 _SPEC = small_model.spec()
 _CLIPS = small_model.spec(frame_differences=True)  # is asked clips of two frames, the others pictures
@@ -25,7 +25,7 @@ _ROWS = 12  # as many as any test asks features of: all pad to them, so that one
 
 
 def _kind(spec):
-  return tasks.KINDS['video_caption' if spec is _CLIPS else 'image_caption']
+  return task_types.KINDS['video_caption' if spec is _CLIPS else 'image_caption']
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def _program(beams: int, answers: tuple, spec):
 
   @small_model.jit
   def run(values, pixels, words, eot, penalty):
-    return decode.search(UniPerceiver(spec), values, _kind(spec), pixels, words, temperature='group', spe=small_model.SPE,
+    return decoding.search(UniPerceiver(spec), values, _kind(spec), pixels, words, temperature='group', spe=small_model.SPE,
                          eot=eot, length=_N, beams=beams, penalty=penalty, trie=trie)
   return run
 
@@ -83,7 +83,7 @@ def _forward(spec=_SPEC):
 
 def _without_cache(beams: int, eot: int, spec=_SPEC, penalty: float = 0.0):
   """(tokens [B, k, n], sums [B, k]) of the same search, everything encoded anew at each step."""
-  tokens, log_p = uncached.search(
+  tokens, log_p = uncached_search.search(
       lambda pictures, words, t: _forward(spec)(_pixels(spec)[pictures], words)[:, t], _B, beams=beams, length=_N, eot=eot,
       penalty=penalty)
   return tokens, log_p.sum(-1)

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 from unittest import mock
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax.model import ways
+from uni_moe_jax.model import routing
 from uni_moe_jax.model.spec import PARTS, ModelSpec
 from uni_moe_jax.moe import dispatch, routers
 
@@ -128,7 +128,7 @@ class NoLeakTest(parameterized.TestCase):
       self._assert_no_leak(spec, jax.random.key(0))
 
   def test_a_pool_over_the_caption_would_leak(self):
-    enter = ways.TokenWays.enter
+    enter = routing.TokenWays.enter
 
     def over_all(self, stream, normed, pools):
       layout = dataclasses.replace(stream.layout, masks=('full',) * len(normed))
@@ -137,7 +137,7 @@ class NoLeakTest(parameterized.TestCase):
       return out
 
     spec = small_model.spec('context', layers=2, drop_path=2e-9)
-    with mock.patch.object(ways.TokenWays, 'enter', over_all), self.assertRaisesRegex(AssertionError, 'not equal'):
+    with mock.patch.object(routing.TokenWays, 'enter', over_all), self.assertRaisesRegex(AssertionError, 'not equal'):
       self._assert_no_leak(spec, None)
 
 

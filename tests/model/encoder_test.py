@@ -2,19 +2,19 @@
 
 import functools
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax import tasks
 from uni_moe_jax.model.block import drop_path
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.moe import routers
+from uni_moe_jax.tasks import task_types
 
-_NAMES = tasks.families()['names']
+_NAMES = task_types.families()['names']
 
 
 @functools.cache
@@ -278,7 +278,7 @@ class SettingsTest(absltest.TestCase):
       _ = jnp.ones((2, 3)) + jnp.ones(3)
 
   def test_an_unknown_task_is_refused_by_the_task_router_alone(self):
-    kind = tasks.Kind('search', (tasks.Segment('text'),), 'pair', 'first', 'search')
+    kind = task_types.Kind('search', (task_types.Segment('text'),), 'pair', 'first', 'search')
     for router in small_model.ROUTERS:
       run = lambda r=router: jax.eval_shape(
           lambda: small_model.encode(small_model.spec(r), (small_model.sequence(kind),))[0])
@@ -288,9 +288,9 @@ class SettingsTest(absltest.TestCase):
         self.assertEqual(run()[0].shape, (2, 1, 16))
 
   def test_the_router_table_holds_every_built_in_condition(self):
-    conditions = [c for k in tasks.KINDS.values() for c in (*k.conditions, k.pair_condition)]
+    conditions = [c for k in task_types.KINDS.values() for c in (*k.conditions, k.pair_condition)]
     for router in ('task', 'modality'):
-      rows = routers.distinct_rows(router, (*conditions, *tasks.families().values()))
+      rows = routers.distinct_rows(router, (*conditions, *task_types.families().values()))
       self.assertLessEqual(set(rows), set(small_model.spec(router).router_names))
 
 

@@ -2,16 +2,17 @@
 
 import functools
 
-from absl.testing import absltest, parameterized
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl.testing import absltest, parameterized
+from flax import traverse_util
 
 from tests import small_model
-from uni_moe_jax import config, resolve
+from uni_moe_jax import config
+from uni_moe_jax.config import validate
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import step
 
@@ -26,7 +27,7 @@ def _plan():
   c.sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.caption = config.task(
       'image_caption', 'glyphs', batch=_BATCH, target_set='vocabulary', captions=('{name}',), length=_WORDS)
-  return resolve.resolve(c)
+  return validate.resolve(c)
 
 
 def _spec(router: str):

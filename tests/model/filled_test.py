@@ -3,24 +3,24 @@
 import functools
 from unittest import mock
 
-from absl.testing import absltest, parameterized
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from tests import meshes, small_model
-from uni_moe_jax import tasks
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import uni_perceiver
-from uni_moe_jax.model.streams import join_equal
-from uni_moe_jax.train import routing, step
+from uni_moe_jax.model.sequences import join_equal
+from uni_moe_jax.tasks import task_types
+from uni_moe_jax.train import router_metrics, step
 
 _N, _MULTIPLE = 3, 4
 
 
 def _texts(valid=True):
-  texts = small_model.target(tasks.families()['names'], batch=_N)
+  texts = small_model.target(task_types.families()['names'], batch=_N)
   mask = jnp.array([[True, True, True], [True, True, False], [True, False, False]])
   return texts.replace(text_valid=mask if valid else None)
 
@@ -49,7 +49,7 @@ class FilledTest(parameterized.TestCase):
 
     def run(values, sequence):
       rows, collected = small_model.encode(spec, (sequence,), values=values, key=jax.random.key(0))
-      balance = routing.auxiliary((('balance', 1.),), collected) if looks_at_tokens else 0.
+      balance = router_metrics.auxiliary((('balance', 1.),), collected) if looks_at_tokens else 0.
       return (rows[0][:_N] * weights).sum() + balance, (rows[0][:_N], _counts(collected))
 
     grads_of = small_model.jit(jax.value_and_grad(run, has_aux=True))

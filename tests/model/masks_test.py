@@ -2,16 +2,16 @@
 
 import functools
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax import tasks
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.encoder import Encoder
-from uni_moe_jax.model.streams import Layout, Stream
+from uni_moe_jax.model.sequences import Layout, Stream
+from uni_moe_jax.tasks import task_types
 
 _CAPTION, _VQA = ('full', 'two_stream'), ('full', 'full')
 
@@ -97,7 +97,7 @@ def _influence(kind: str, lengths: tuple[int, ...], padded: tuple[int, ...] = ()
   rng = np.random.default_rng(0)
   arrays = tuple(jnp.asarray(rng.normal(size=(1, n, 16)), jnp.float32) for n in lengths)
   last = jnp.asarray([[i not in padded for i in range(lengths[-1])]])
-  layout = Layout.of_kind(tasks.KINDS[kind])
+  layout = Layout.of_kind(task_types.KINDS[kind])
   return np.asarray(_influence_of(layout)(arrays, (None,) * (len(lengths) - 1) + (last,)))
 
 

@@ -1,17 +1,17 @@
 """A model merged inside a program is the model with experts, and a loop that runs it reads no experts."""
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax import tasks
-from uni_moe_jax.model import decode, merging
+from uni_moe_jax.model import decoding, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks import task_types
 
-_KIND = tasks.KINDS['image_caption']
-_VQA = tasks.KINDS['vqa'].conditions
+_KIND = task_types.KINDS['image_caption']
+_VQA = task_types.KINDS['vqa'].conditions
 _EXPERTS = 13  # as no other axis
 
 
@@ -50,7 +50,7 @@ class ForConditionsTest(parameterized.TestCase):
     pixels = jnp.zeros((2, 1, small_model.SIDE, small_model.SIDE, 1))
 
     def search(values):
-      return decode.search(UniPerceiver(spec), values, _KIND, pixels, jnp.zeros((7, spec.width)), temperature='group',
+      return decoding.search(UniPerceiver(spec), values, _KIND, pixels, jnp.zeros((7, spec.width)), temperature='group',
                            spe=small_model.SPE, eot=small_model.EOT, length=3, beams=2)
 
     [loop] = [e for e in jax.make_jaxpr(search)(small_model.params(spec)).eqns if e.primitive.name == 'while']

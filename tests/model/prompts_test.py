@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax import tasks
-from uni_moe_jax.model import decode, inputs, params as params_lib
-from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model import batching, decoding
+from uni_moe_jax.model import initialization as params_lib
+from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks import task_types
 
 _P = 2
 _KINDS = ('image_classification', 'image_caption', 'text_mlm')
@@ -24,7 +25,7 @@ def _spec(**changes):
 
 
 def _sequences():
-  return (*(small_model.sequence(k, seed=i) for i, k in enumerate(_KINDS)), small_model.target(tasks.families()['names']))
+  return (*(small_model.sequence(k, seed=i) for i, k in enumerate(_KINDS)), small_model.target(task_types.families()['names']))
 
 
 @functools.cache
@@ -65,7 +66,7 @@ class DeepPromptsTest(parameterized.TestCase):
   @parameterized.parameters(('shared', True), ('separate', False), ('inputs', False))
   def test_texts_of_both_sides_share_their_products_only_where_they_share_prompts(self, sides, same):
     # A dense model knows no conditions: only the side of a text says which prompts it sees.
-    search = tasks.Kind('search', (tasks.Segment('text'),), 'pair', 'first', 'search')
+    search = task_types.Kind('search', (task_types.Segment('text'),), 'pair', 'first', 'search')
     text = small_model.sequence(search)
     sequences = (text, text.replace(layout=small_model.target(search.pair_condition).layout))
     spec = small_model.spec('dense', prompts=_P, prompt_sides=sides)
@@ -93,7 +94,7 @@ class DeepPromptsTest(parameterized.TestCase):
     # Of a caption's two conditions, prompts take the picture's: with it alone in the experts' choice they still move it.
     layout = small_model.sequence('image_caption').layout
     self.assertEqual(layout.prompt_condition, layout.conditions[0])
-    self.assertEqual(decode.pass_layout(tasks.KINDS['image_caption']).prompt_condition, layout.conditions[0])
+    self.assertEqual(decoding.pass_layout(task_types.KINDS['image_caption']).prompt_condition, layout.conditions[0])
     self.assertNotEqual(layout.conditions[0], layout.conditions[1])
 
 
@@ -120,7 +121,7 @@ class PrefixPromptsTest(parameterized.TestCase):
       np.testing.assert_array_equal(a, b)  # the second segment has none
 
   def test_they_are_valid_keys_and_padding_moves_with_its_text(self):
-    text = small_model.target(tasks.families()['names']).replace(text_valid=jnp.array([[1, 1, 0], [1, 0, 0]], bool))
+    text = small_model.target(task_types.families()['names']).replace(text_valid=jnp.array([[1, 1, 0], [1, 0, 0]], bool))
     spec = small_model.spec(prefix_prompts=2)
     _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(small_model.params(spec))
     np.testing.assert_array_equal(
@@ -175,7 +176,7 @@ def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):
 @functools.cache
 def _entries(spec, labelled: bool = True):
   """parameters → features [V, D] of the set's entries, in their order."""
-  found = inputs.set_sequences('names', tasks.families()['names'], _buckets(), _ORDER, labelled)
+  found = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
   return small_model.jit(lambda v: jnp.concatenate(
       [f[:, 0] for f in small_model.encode(spec, found, values=v)[0]])[_ORDER])
 
@@ -199,7 +200,7 @@ class LabelPromptsTest(parameterized.TestCase):
 
   def test_it_stands_raw_after_spe_in_every_row_of_its_entry(self):
     spec, values = _label_spec(), small_model.params(_label_spec())
-    found = inputs.set_sequences('names', tasks.families()['names'], _buckets(), _ORDER, True)
+    found = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, True)
     _, collected = small_model.jit(lambda v: small_model.encode(spec, found, values=v, taps=True))(values)
     table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
     for stream, entries in zip(collected['streams'], ([1, 3], [4, 0, 2]), strict=True):
@@ -220,7 +221,7 @@ class LabelPromptsTest(parameterized.TestCase):
   def test_entries_of_one_text_have_one_feature_until_their_prompts_differ(self):
     texts = ({'text': np.array([[5, 6, 7]] * 3, np.int32), 'valid': np.ones((3, 3), bool)},)
     spec = _label_spec(3)
-    found = inputs.set_sequences('names', tasks.families()['names'], texts, np.arange(3), True)
+    found = batching.set_sequences('names', task_types.families()['names'], texts, np.arange(3), True)
     run = small_model.jit(lambda v: small_model.encode(spec, found, values=v)[0][0][:, 0])
     values, zero = small_model.params(spec), np.zeros((3, 16), np.float32)
     same = np.asarray(run(_with_labels(values, zero)))
@@ -263,14 +264,14 @@ class LinearHeadTest(absltest.TestCase):
 class DecodingTest(absltest.TestCase):
 
   def test_cached_decoding_with_prompts_is_the_forward_of_training(self):
-    spec, kind = _spec(), tasks.KINDS['image_caption']
+    spec, kind = _spec(), task_types.KINDS['image_caption']
     values, length = small_model.params(spec), 4
     pixels = small_model.sequence(kind, 2, seed=1).pixels
     words = normalise(jnp.asarray(np.random.default_rng(0).normal(size=(small_model.VOCABULARY, 16)), jnp.float32))
 
     @small_model.jit
     def both(values):
-      found = decode.search(UniPerceiver(spec), values, kind, pixels, words, temperature='group',
+      found = decoding.search(UniPerceiver(spec), values, kind, pixels, words, temperature='group',
                             spe=small_model.SPE, eot=-1, length=length)
       tokens, log_p = found.tokens[:, 0], found.log_p[:, 0]
       text = jnp.concatenate([tokens, jnp.full_like(tokens, small_model.SPE)], axis=1)

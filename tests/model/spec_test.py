@@ -1,11 +1,12 @@
 """Which layers have experts, how layers lie in the parameter tree, and how a config becomes a spec."""
 
-from absl.testing import absltest, parameterized
 import jax.numpy as jnp
+from absl.testing import absltest, parameterized
 
 from tests import small_model
-from uni_moe_jax import attributes, config, tasks
+from uni_moe_jax import config
 from uni_moe_jax.model.spec import ModelSpec, Stack
+from uni_moe_jax.tasks import attributes, task_types
 
 _BOTH = ('attention', 'ffn')
 
@@ -102,7 +103,7 @@ class SizesTest(absltest.TestCase):
 
 class RowNamesTest(absltest.TestCase):
 
-  _CONDITIONS = (*tasks.KINDS['image_caption'].conditions, tasks.families()['words'])
+  _CONDITIONS = (*task_types.KINDS['image_caption'].conditions, task_types.families()['words'])
 
   def test_rows_read_as_bits_or_names(self):
     names = {r: small_model.spec(r).row_names(self._CONDITIONS) for r in small_model.ROUTERS}
@@ -121,7 +122,7 @@ class FromConfigTest(absltest.TestCase):
 
   def _spec(self, c) -> ModelSpec:
     return ModelSpec.from_config(
-        c, vocab_size=50, spe_id=3, prefix_word=None, temperatures=('a', 'b'), router_tasks=tasks.router_tasks())
+        c, vocab_size=50, spe_id=3, prefix_word=None, temperatures=('a', 'b'), router_tasks=task_types.router_tasks())
 
   def test_sizes_and_choices_come_from_the_config(self):
     c = config.base()
@@ -146,7 +147,7 @@ class FromConfigTest(absltest.TestCase):
       names[router] = self._spec(c).router_names
     self.assertEqual(names, {
         'attribute': (), 'dense': (), 'token': (), 'context': (), 'modality': ('visual', 'text'),
-        'task': tasks.router_tasks()})
+        'task': task_types.router_tasks()})
 
   def test_a_spec_can_be_a_static_argument(self):
     c = config.base()

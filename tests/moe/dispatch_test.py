@@ -2,14 +2,14 @@
 
 import functools
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from tests import hlo, small_model
-from uni_moe_jax import resolve
-from uni_moe_jax.moe import dispatch, experts, grouped, routers
+from uni_moe_jax.config import validate
+from uni_moe_jax.moe import dispatch, gmm, layers, routers
 
 
 def _choice(expert, gates=None) -> routers.Choice:
@@ -30,9 +30,9 @@ def _kept(to: dispatch.Routes, *shape: int) -> list:
 class NamesTest(absltest.TestCase):
 
   def test_a_config_is_checked_against_the_names_that_exist(self):
-    self.assertEqual(set(resolve.DISPATCHED), {r for r in routers.ROUTERS if routers.looks_at_tokens(r)})
-    self.assertEqual({*resolve.MERGED, *resolve.DISPATCHED}, {routers.DENSE, *routers.ROUTERS})
-    self.assertEqual(set(resolve.GROUPED), {grouped.AUTO, grouped.XLA, *grouped.BACKENDS})
+    self.assertEqual(set(validate.DISPATCHED), {r for r in routers.ROUTERS if routers.looks_at_tokens(r)})
+    self.assertEqual({*validate.MERGED, *validate.DISPATCHED}, {routers.DENSE, *routers.ROUTERS})
+    self.assertEqual(set(validate.GROUPED), {gmm.AUTO, gmm.XLA, *gmm.BACKENDS})
 
 
 class CapacityTest(parameterized.TestCase):
@@ -97,7 +97,7 @@ class TableTest(parameterized.TestCase):
     together = _routes(_choice(expert), None, .5, 1, 'loop')  # C = ⌈.5 · 8 / 3⌉ = 2
     self.assertEqual(_kept(together, 2, 4), [[1, 0, 0, 0], [1, 0, 0, 0]])
 
-  @parameterized.parameters(*grouped.BACKENDS)
+  @parameterized.parameters(*gmm.BACKENDS)
   def test_tokens_are_conserved(self, backend):
     # Every kept choice lies in one slot, and that slot holds it; no slot holds anything else.
     expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
@@ -168,14 +168,14 @@ def _expected(kept=None):
 
 class ExactTest(parameterized.TestCase):
 
-  @parameterized.parameters(*grouped.BACKENDS)
+  @parameterized.parameters(*gmm.BACKENDS)
   def test_it_equals_the_loop_in_values_and_gradients(self, backend):
     found = _value_and_gradients(functools.partial(_dispatched, backend=backend))
     for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), found, _expected(), strict=True):
       np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
       self.assertGreater(np.abs(b).max(), .1, name)
 
-  @parameterized.parameters(*grouped.BACKENDS)
+  @parameterized.parameters(*gmm.BACKENDS)
   def test_with_capacity_it_equals_the_loop_over_what_is_kept(self, backend):
     logits = _inputs()[-1]
     valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
@@ -186,7 +186,7 @@ class ExactTest(parameterized.TestCase):
     for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), found, _expected(kept.tobytes()), strict=True):
       np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
-  @parameterized.parameters(*grouped.BACKENDS)
+  @parameterized.parameters(*gmm.BACKENDS)
   def test_enough_capacity_drops_nothing(self, backend):
     run = small_model.jit(functools.partial(_dispatched, capacity=_E / _K, backend=backend))  # room for every token at every expert
     found = run(*_inputs())
@@ -201,7 +201,7 @@ class ExactTest(parameterized.TestCase):
       if at_once:
         return dispatch.project(x, kernel, bias, to)
       rows = dispatch.spread(x.reshape(_B * _S, -1), to)
-      return dispatch.collect(grouped.grouped_matmul(rows, kernel.reshape(_E, -1, 5), to.sizes, backend), to)
+      return dispatch.collect(gmm.grouped_matmul(rows, kernel.reshape(_E, -1, 5), to.sizes, backend), to)
 
     def loss(x, kernel, bias, logits):
       return jnp.sin(jax.checkpoint(block)(x, kernel, 0 * bias, logits)).sum()
@@ -213,7 +213,7 @@ class ExactTest(parameterized.TestCase):
     x, kernel, bias, _ = _inputs()
     logits = jnp.array([.3, -1., .9, .1])
     decision = routers.decide(logits[None], _K)
-    merged = experts.project(x, *(experts.merge(w, decision.coef)[0] for w in (kernel, bias)))
+    merged = layers.project(x, *(layers.merge(w, decision.coef)[0] for w in (kernel, bias)))
     found = small_model.jit(_dispatched)(x, kernel, bias, jnp.broadcast_to(logits, (_B, _S, _E)))
     np.testing.assert_allclose(found, merged, atol=2e-5)
 

@@ -2,14 +2,14 @@
 
 import zlib
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest, parameterized
 
-from uni_moe_jax import attributes, tasks
-from uni_moe_jax.attributes import Condition
 from uni_moe_jax.moe import routers
+from uni_moe_jax.tasks import attributes, task_types
+from uni_moe_jax.tasks.attributes import Condition
 
 _LOGITS = np.log([[1., 2., 3., 4.]])  # probabilities .1 .2 .3 .4
 
@@ -52,14 +52,14 @@ class DecideTest(parameterized.TestCase):
 
 
 def _conditions(*kinds: str) -> tuple[Condition, ...]:
-  return tuple(c for k in kinds for c in tasks.KINDS[k].conditions)
+  return tuple(c for k in kinds for c in task_types.KINDS[k].conditions)
 
 
 class RowsTest(parameterized.TestCase):
 
   # image_classification, image_retrieval, text_mlm, image_caption (picture, text), words
   _CONDITIONS = (*_conditions('image_classification', 'image_retrieval', 'text_mlm', 'image_caption'),
-                 tasks.families()['words'])
+                 task_types.families()['words'])
 
   @parameterized.parameters(
       ('modality', ('visual', 'text')),

@@ -2,10 +2,10 @@
 
 import math
 
-from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from tests import small_model
 from uni_moe_jax.moe import dispatch, routers

@@ -10,7 +10,7 @@ from tests import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import Problem, problem
-from uni_moe_jax.model import inputs, similarity
+from uni_moe_jax.model import heads
 from uni_moe_jax.moe import routers
 from uni_moe_jax.train import step
 
@@ -26,7 +26,7 @@ def _scored(spec, params, batch, sets):
   features, pair = groups[task.group]
   targets = pair if task.kind.target == 'pair' else set_features[task.target_set]
   scale = spec.model.apply({'params': params}, task.temperature, method='scale')
-  logits = similarity.logits(features, targets, scale)
+  logits = heads.logits(features, targets, scale)
   if task.head:
     logits = spec.model.apply({'params': params}, features, logits, method='with_head')
   return features, targets, logits
@@ -72,7 +72,7 @@ def _compare_outputs(arrays: Arrays, case: Problem, features, targets, logits) -
     theirs = arrays[key]
     assert_close(ours[:len(theirs)], theirs, BOUND, key)
   ours = {'out.logits0': _counted(case, logits), 'out.output': _counted(case, logits),
-          'out.input_feats': np.asarray(similarity.normalise(left)), 'out.tgt_feats': np.asarray(similarity.normalise(targets))}
+          'out.input_feats': np.asarray(heads.normalise(left)), 'out.tgt_feats': np.asarray(heads.normalise(targets))}
   if case.task.kind.target == 'pair':
     ours['out.logits1'] = ours['out.logits0'].T
   for key in arrays.keys('out.'):

@@ -11,8 +11,8 @@ from tests import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import step_spec, target_sets, task_spec
-from uni_moe_jax.model import decode
-from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.model import decoding
+from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.train import step
 
 BOUND = 1e-5
@@ -22,7 +22,7 @@ _NONE = -999.0  # what the published search calls a candidate that is none
 @functools.partial(small_model.jit, static_argnums=(0, 1, 2))
 def _searched(spec, task, options, params, pixels, sets):
   _, set_features, _ = step.forward(spec, params, None, sets, {}, None)
-  return decode.search(
+  return decoding.search(
       spec.model, params, task.kind, pixels, normalise(set_features[task.target_set]), temperature=task.temperature,
       spe=spec.model.spec.spe_id, **dict(options))
 

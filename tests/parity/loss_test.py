@@ -11,7 +11,7 @@ from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import Problem, problem
 from uni_moe_jax.export import torch_layout
-from uni_moe_jax.model import similarity
+from uni_moe_jax.model import heads
 from uni_moe_jax.train import step
 
 LOSS, GRADIENT = 1e-5, 1e-4
@@ -65,7 +65,7 @@ def _compare_losses(arrays: Arrays, case: Problem, tally, features, targets) -> 
   # Accuracy carries no gradient, yet the published trainer logs and adds it.
   if total is not None:
     assert_close(loss + sum(accuracy.values()), total, LOSS, 'total')
-  logits = np.asarray(similarity.logits(features[:, 0], targets, np.float32(1)))  # but for the scale
+  logits = np.asarray(heads.logits(features[:, 0], targets, np.float32(1)))  # but for the scale
   soft = case.batch[case.task.group]['weight'][0]
   for key, theirs in accuracy.items():
     if 't2i' in key:

@@ -6,9 +6,9 @@ import pytest
 
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
-from uni_moe_jax.export import resize, torch_layout
-from uni_moe_jax.model.embed import sincos_table
-from uni_moe_jax.model.params import init_params
+from uni_moe_jax.export import resize_positions, torch_layout
+from uni_moe_jax.model.embedders import sincos_table
+from uni_moe_jax.model.initialization import init_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 BOUND = 1e-5
@@ -22,7 +22,7 @@ def test_tables_and_their_resizing(name):
   assert_close(sincos_table(side, width), arrays['sincos_spatial'], BOUND, 'spatial table')
   assert_close(sincos_table(side, width, 160 / 224), arrays['sincos_spatial_scale160over224'], BOUND, 'scaled table')
   for key in [k for k in arrays.keys('resize') if k.endswith('_in')]:
-    function = resize.spatial if '.spatial' in key else resize.temporal
+    function = resize_positions.spatial if '.spatial' in key else resize_positions.temporal
     theirs = arrays[key.replace('_in', '_out')]
     assert_close(function(arrays[key], len(theirs)), theirs, BOUND, key)
   assert not arrays.unread, sorted(arrays.unread)

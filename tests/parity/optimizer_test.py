@@ -13,12 +13,12 @@ from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import fields, sized, step_spec, target_sets, task_spec
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import recipes
+from uni_moe_jax.config import presets
 from uni_moe_jax.export import torch_layout
-from uni_moe_jax.model.params import param_shapes
+from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import optim, step
-from uni_moe_jax.train.touched import unit_axes
+from uni_moe_jax.train.used_params import unit_axes
 
 BOUND = 1e-5
 EMA = 'final_ema'
@@ -27,7 +27,7 @@ EMA = 'final_ema'
 def _config(hyper, convention: str):
   """The published preset with the hyperparameters of a case."""
   c = config_lib.base()
-  recipes.published(c, weight_decay=hyper['weight_decay'])
+  presets.published(c, weight_decay=hyper['weight_decay'])
   b1, b2 = hyper['betas']
   c.optim.update(dict(
       learning_rate=hyper['base_lr'], warmup=hyper['warmup'], final=hyper['min_lr'] / hyper['base_lr'], b1=b1, b2=b2,

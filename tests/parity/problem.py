@@ -7,10 +7,10 @@ import numpy as np
 
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays
-from uni_moe_jax import tasks
-from uni_moe_jax.data.sets import bucket_rows
+from uni_moe_jax.config.plan import VOCABULARY, Plan, SetSpec, TaskSpec
+from uni_moe_jax.data.pipeline.target_sets import bucket_rows
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.plan import VOCABULARY, Plan, SetSpec, TaskSpec
+from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train.step import StepSpec
 
 _SMOOTHED = {'label_smoothing_cross_entropy'}
@@ -31,7 +31,7 @@ def task_spec(name: str) -> TaskSpec:
   """A task from the manifest's table."""
   t = fixtures.manifest()['tasks'][name]
   assert t['loss'] in _LOSSES, t['loss']
-  kind = tasks.KINDS[t['task_type']]
+  kind = task_types.KINDS[t['task_type']]
   smoothing = t['smoothing'] if t['loss'] in _SMOOTHED else 0.0
   return TaskSpec(
       name=name, kind=kind, group=kind.name, source='', split='', batch=0, weight=t['loss_weight'], sampling=1.0,
@@ -46,11 +46,11 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     name = key.split('.')[2]
     data, invalid = arrays[key].astype(np.int32), arrays.get(f'in.set.{name}.invalid_mask')
     valid = np.ones(data.shape, bool) if invalid is None else invalid == 0
-    families = {tasks.KINDS[t['task_type']].target for t in fixtures.manifest()['tasks'].values() if t['target_set'] == name}
+    families = {task_types.KINDS[t['task_type']].target for t in fixtures.manifest()['tasks'].values() if t['target_set'] == name}
     attributes = arrays.get(f'in.set.{name}.moe_embedding')
     if len(families) != 1 and attributes is not None:  # a set that no task of the table names, or tasks of two families
-      families = {f for f, c in tasks.families().items() if np.array_equal(attributes[0], c.bits)}
-    condition = tasks.families()[min(families, default='names')]
+      families = {f for f, c in task_types.families().items() if np.array_equal(attributes[0], c.bits)}
+    condition = task_types.families()[min(families, default='names')]
     _check_attributes(attributes, [condition])
     words = np.arange(fixtures.sizes(model)['vocab'], dtype=np.int32)
     everything = np.stack([words, np.full_like(words, fixtures.end_of_text(model))], axis=1)
@@ -123,7 +123,7 @@ def _check_attributes(found: np.ndarray | None, conditions) -> None:
 
 def step_spec(name: str, tasks_: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...], **changes: Any) -> StepSpec:
   """Static arguments of the step, with the published choices."""
-  plan = Plan(kinds=tuple(tasks.KINDS.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
+  plan = Plan(kinds=tuple(task_types.KINDS.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
               temperatures=fixtures.model_spec(name).temperatures, encode_all_sets=True)
   spec = StepSpec(
       model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, rate=None, accum=1, ema=0.0,

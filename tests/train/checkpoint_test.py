@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uni_moe_jax import sharding
+from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import TrainState
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from uni_moe_jax.train import loop, setup
+from uni_moe_jax.train import loop
+from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
 
@@ -42,7 +43,7 @@ class _StopAfter(loop.Stop):
 
 
 def _state(workdir):
-  run = setup.build(_config(), jax.devices()[:1])
+  run = train_run.build(_config(), jax.devices()[:1])
   with Checkpoints(workdir, 2) as checkpoints:
     return checkpoints.latest(), checkpoints.restore(run.like())
 
@@ -87,7 +88,7 @@ def test_three_steps_restart_and_three_steps_are_six_steps_bit_for_bit(whole, re
   assert step == other_step == 6
   compared = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), expected, got)
   assert all(jax.tree.leaves(compared))
-  fresh = setup.build(_config(), jax.devices()[:1]).init()  # the positive control: six steps did move parameters
+  fresh = train_run.build(_config(), jax.devices()[:1]).init()  # the positive control: six steps did move parameters
   moved = jax.tree.map(lambda a, b: not np.array_equal(np.asarray(a), np.asarray(b)), expected.params, fresh.params)
   assert sum(jax.tree.leaves(moved)) > 20
 
@@ -185,7 +186,7 @@ def test_a_finished_run_says_so_and_does_nothing(whole, capsys):
 def test_the_log_states_parameters_and_condition_rows(whole, capsys):
   loop.train(_config(), str(whole), jax.devices()[:1])
   out = capsys.readouterr().out
-  counts = setup.build(_config(), jax.devices()[:1]).parameter_counts()
+  counts = train_run.build(_config(), jax.devices()[:1]).parameter_counts()
   assert counts['used_per_token'] < counts['total']
   assert f'{counts["total"]:,} total, {counts["used_per_token"]:,} used per token' in out
   # package: text; shape: pictures; then label words and class names.
@@ -194,7 +195,7 @@ def test_the_log_states_parameters_and_condition_rows(whole, capsys):
 
 @pytest.mark.parametrize('bad, code', [((1, 2, 3), loop.ERROR), ((1, 2, 4, 5), loop.FINISHED)])
 def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, capsys, monkeypatch, bad, code):
-  put, calls = setup.Run.put, []
+  put, calls = train_run.Run.put, []
 
   def spoil(run, batch):
     calls.append(len(calls))
@@ -202,8 +203,8 @@ def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, cap
       batch['image_classification']['weight'] = batch['image_classification']['weight'] * np.nan
     return put(run, batch)
 
-  monkeypatch.setattr(setup.Run, 'put', spoil)
-  monkeypatch.setattr(setup.Mixture, 'bad_examples', lambda _: len(calls) // 2)
+  monkeypatch.setattr(train_run.Run, 'put', spoil)
+  monkeypatch.setattr(train_run.Mixture, 'bad_examples', lambda _: len(calls) // 2)
   c = _config()
   c.train.max_bad_steps = 3
   assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code

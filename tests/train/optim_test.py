@@ -9,8 +9,8 @@ import pytest
 
 from tests import small_model
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import recipes
-from uni_moe_jax.model.params import param_shapes
+from uni_moe_jax.config import presets
+from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import optim
@@ -150,7 +150,7 @@ def test_the_paths_of_frozen_parameters_are_known():
 @pytest.mark.parametrize('sides', ['shared', 'separate', 'inputs'])
 def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
   c = config_lib.base()
-  recipes.prompt_tune(c, prompts=3, sides=sides)
+  presets.prompt_tune(c, prompts=3, sides=sides)
   assert (c.model.prompts, c.model.prompt_sides, c.model.spe_bias) == (3, sides, True)
   spec = small_model.spec(prompts=3, prompt_sides=sides, spe_bias=True, prefix_prompts=1, label_prompts=(('names', 2),), head=2)
   rules = optim.match_rules(small_model.params(spec), c.optim.rules)

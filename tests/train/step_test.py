@@ -11,9 +11,10 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import resolve
-from uni_moe_jax.data.mixtures import Feed
-from uni_moe_jax.train import optim, setup, step
+from uni_moe_jax.config import validate
+from uni_moe_jax.data.pipeline.mixtures import Feed
+from uni_moe_jax.train import optim, step
+from uni_moe_jax.train import run as train_run
 
 TASKS = ('shape', 'text', 'pair')
 FROZEN = ('blocks/block0/qkv/', 'tail/block0/ffn_router/gate', 'embed/patch$')
@@ -26,7 +27,7 @@ def _one_device():
 
 
 @functools.cache
-def _run() -> setup.Run:
+def _run() -> train_run.Run:
   """Every trainable parameter has weight decay 0, so that only gradients move it; strong noise reaches every expert."""
   c = tiny.config(*TASKS, data_dir=tiny.data_dir())
   c.optim.rules = (*((pattern, 'freeze') for pattern in FROZEN), ('.*', 1., 0.))
@@ -34,7 +35,7 @@ def _run() -> setup.Run:
   c.train.ema = EMA
   for name, weight in WEIGHTS.items():
     c.tasks[name].weight = weight
-  return setup.build(c, _one_device())
+  return train_run.build(c, _one_device())
 
 
 @functools.cache
@@ -221,7 +222,7 @@ def _set_run():
   c = tiny.config('text', data_dir=tiny.data_dir())
   c.model.layers = 1
   c.train.accum = 2
-  return setup.build(c, _one_device())
+  return train_run.build(c, _one_device())
 
 
 def _global_batch(run, accum):
@@ -280,7 +281,7 @@ def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
   # `answer`, then one of `package`; rows are numbered.
   c = tiny.config('package', 'answer')
   c.tasks.answer.batch = 8
-  plan = resolve.resolve(c)
+  plan = validate.resolve(c)
   model = dataclasses.replace(_set_run().spec.model, shards=2)
   spec = dataclasses.replace(_set_run().spec, plan=plan, model=model, accum=2)
   numbers = np.arange(6).reshape(2, 3, 1)
@@ -338,7 +339,7 @@ def _shapes(accum):
   c.sets.shapes = config_lib.target_set(tiny.CLASSES + tiny.COLOURS, family='names')
   c.model.layers = 1
   c.train.accum = accum
-  run = setup.build(c, _one_device())
+  run = train_run.build(c, _one_device())
   traced = jax.make_jaxpr(functools.partial(step.gradients, run.spec))(
       run.shapes.params, _global_batch(run, accum), run.sets(), jax.random.key(0))
   inside, outside = set(), set()
@@ -370,7 +371,7 @@ def _sampled_run():
   c.train.mixture = 'sampled'
   c.tasks.shape.weight = 3.
   c.optim.rules = (('.*', 1., 0.),)
-  return setup.build(c, _one_device())
+  return train_run.build(c, _one_device())
 
 
 @functools.cache

@@ -12,19 +12,20 @@ import optax
 import pytest
 
 from tests import small_model, tiny
-from uni_moe_jax.train import adam, optim, setup, step, touched
+from uni_moe_jax.train import adam, optim, step, used_params
+from uni_moe_jax.train import run as train_run
 
 FROZEN = {'similarity/kernel', 'encoder/tail/block0/ffn_in/kernel'}
 
 
 @functools.cache
-def _run() -> setup.Run:
+def _run() -> train_run.Run:
   """A scanned layer and a tail. Decay moves whatever an update reaches, even where the gradient is zero."""
   c = tiny.config('shape', 'text', data_dir=tiny.data_dir())
   c.train.update(mixture='sampled', encode_all_sets=True)
   c.optim.update(without_gradient='settonone', warmup=0)
   c.optim.rules = (*((f'{path}$', 'freeze') for path in sorted(FROZEN)), ('.*', 1., .5))
-  return setup.build(c, jax.devices()[:1])
+  return train_run.build(c, jax.devices()[:1])
 
 
 @functools.cache
@@ -65,7 +66,7 @@ def _step():
 def _touched():
   """{path: bool or bools}: texts are all that is encoded, the target sets included."""
   chosen = _step()[3]
-  return _by_path(touched.touched(_run().spec.model.spec, _params(), chosen, ('text',), ('text_mlm',)))
+  return _by_path(used_params.touched(_run().spec.model.spec, _params(), chosen, ('text',), ('text_mlm',)))
 
 
 def _by_path(tree):
@@ -86,7 +87,7 @@ def test_exactly_what_was_touched_and_trains_moves():
 
 def test_the_step_leaves_experts_embedders_and_scales_alone():
   untouched = {path for path, here in _touched().items() if not here.all()}
-  experts = {path for path in untouched if touched.expert_part(_run().spec.model.spec, path)}
+  experts = {path for path in untouched if used_params.expert_part(_run().spec.model.spec, path)}
   assert untouched - experts == {'embed/patch', 'embed/patch_bias', 'embed/temporal', 'log_scale_image_classification'}
   for part in ('blocks/block0/qkv', 'blocks/block0/ffn_out', 'tail/block0/attention_out', 'tail/block0/ffn_out'):
     here = _touched()[f'encoder/{part}/kernel']

@@ -11,9 +11,10 @@ import pytest
 
 from tests import in_process, saved_run, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import regimes, resolve
+from uni_moe_jax.config import validate
 from uni_moe_jax.eval import suite
-from uni_moe_jax.train import loop, setup, workdir
+from uni_moe_jax.train import finetuning, loop, workdir
+from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def _zero_shot(argument):
 
 def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
   folder, _, trained = run
-  params = saved_run.asked(regimes.zero_shot(f'{folder},package'), tmp_path)[2]
+  params = saved_run.asked(finetuning.zero_shot(f'{folder},package'), tmp_path)[2]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), trained)
   assert f'starts from {folder}; fresh: nothing; left behind: nothing' in capsys.readouterr().out
 
@@ -58,7 +59,7 @@ def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   c = _zero_shot(f'{run[0]},{task}')
   assert c.tasks[task].kind == kind
   # The gates have never seen the rows of what is asked: attribute routing reads their bits.
-  trained, asked = ([str(row)[:8] for row in setup.conditions(resolve.resolve(config))] for config in (run[1], c))
+  trained, asked = ([str(row)[:8] for row in train_run.conditions(validate.resolve(config))] for config in (run[1], c))
   assert asked[0] not in trained
   c.evaluators[next(iter(c.evaluators))].number = 20
   made, predictor, _ = saved_run.asked(c, tmp_path)
@@ -68,10 +69,10 @@ def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
 
 
 def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(run, tmp_path, monkeypatch, capfd):
-  folder, trained = tmp_path / 'run', setup.build(run[1], jax.devices()[:1])
+  folder, trained = tmp_path / 'run', train_run.build(run[1], jax.devices()[:1])
   shutil.copytree(run[0], folder)
-  build = setup.build
-  monkeypatch.setattr(setup, 'build', lambda c: build(c, jax.devices()[:1]))
+  build = train_run.build
+  monkeypatch.setattr(train_run, 'build', lambda c: build(c, jax.devices()[:1]))
 
   def evaluated(*more):
     arguments = f'--config={_FILE}:{folder},package', f'--workdir={tmp_path / "new"}', *more
@@ -87,25 +88,25 @@ def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(r
 
 
 def test_the_new_kind_has_a_row_of_bits_by_rule_and_targets_of_a_known_family(run):
-  plan = setup.build(_zero_shot(f'{run[0]},digit_word'), jax.devices()[:1]).plan
+  plan = train_run.build(_zero_shot(f'{run[0]},digit_word'), jax.devices()[:1]).plan
   # Pictures in, text out; a visual input token. Words: 11 (both inputs), 01 (text), 01 (text), 1 (target), 0.
-  assert [str(c)[:8] for c in setup.conditions(plan)] == ['10011000', '11010110']
+  assert [str(c)[:8] for c in train_run.conditions(plan)] == ['10011000', '11010110']
 
 
 def test_a_task_router_takes_known_names_and_says_which_it_has_not(tmp_path):
   workdir.claim_workdir(tmp_path, _config('task'), 'print')
   workdir.keep_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
   for task in ('digits', 'digit_question'):
-    assert setup.build(_zero_shot(f'{tmp_path},{task}'), jax.devices()[:1]).plan.probes
+    assert train_run.build(_zero_shot(f'{tmp_path},{task}'), jax.devices()[:1]).plan.probes
   with pytest.raises(ValueError, match="router='task': .* has no embedding for picture_word; it has .*Give the kind one of"):
-    setup.build(_zero_shot(f'{tmp_path},digit_word'), jax.devices()[:1])
+    train_run.build(_zero_shot(f'{tmp_path},digit_word'), jax.devices()[:1])
   known = _zero_shot(f'{tmp_path},digit_word')
   known.kinds.picture_word.router_task = 'classification'
-  assert setup.build(known, jax.devices()[:1]).plan.probes
+  assert train_run.build(known, jax.devices()[:1]).plan.probes
 
 
 def test_what_trains_nothing_is_not_trained(run, tmp_path):
   with pytest.raises(ValueError, match='nothing to train'):
-    loop.train(regimes.zero_shot(f'{run[0]},package'), str(tmp_path / 'new'), jax.devices()[:1])
+    loop.train(finetuning.zero_shot(f'{run[0]},package'), str(tmp_path / 'new'), jax.devices()[:1])
   assert not (tmp_path / 'new').exists()
   assert workdir.load_config(run[0]).tasks.package.batch > 0

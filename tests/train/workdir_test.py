@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import resolve
+from uni_moe_jax.config import validate
 from uni_moe_jax.train import workdir
 
 
@@ -118,7 +118,7 @@ def test_a_config_of_an_earlier_version_gets_the_defaults_of_younger_fields(tmp_
   loaded = workdir.load_config(tmp_path)
   assert (loaded.model.video_mean, loaded.train.twins, loaded.tasks.pair.sampling) == ((), 'masked', 0.)
   assert loaded.to_dict() == c.to_dict()
-  assert resolve.resolve(loaded) == resolve.resolve(c)
+  assert validate.resolve(loaded) == validate.resolve(c)
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path):

@@ -9,16 +9,17 @@ import tempfile
 import ml_collections
 import numpy as np
 
-from uni_moe_jax.plan import Plan, SetSpec, TaskSpec
-from uni_moe_jax.data import class_names, sources
-from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.examples import Builder, Examples
-from uni_moe_jax.data.sets import TargetSet, build_set
-from uni_moe_jax.data.records import Records
-from uni_moe_jax.data.stored import Stored
-from uni_moe_jax.data.stored_examples import StoredBuilder
-from uni_moe_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
-from uni_moe_jax.tasks import nearest
+from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
+from uni_moe_jax.data import sources
+from uni_moe_jax.data.files.file_dataset import Stored
+from uni_moe_jax.data.files.file_dataset_examples import StoredBuilder
+from uni_moe_jax.data.pipeline import class_names
+from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.pipeline.examples import Builder, Examples
+from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.pipeline.target_sets import TargetSet, build_set
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.utils.suggest import nearest
 
 # Records of a source in files whose texts teach a tokenizer; with a text comes its picture, which costs time to read.
 _SAMPLED, _SAMPLED_VISUAL = 100_000, 20_000

@@ -8,8 +8,8 @@ folded case), and the toolkit's list of punctuation is dropped after that, as th
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
 import math
+from collections.abc import Sequence
 
 import numpy as np
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from uni_moe_jax.plan import Evaluation
-from uni_moe_jax.data.examples import Examples, TextTable, places, text_rows
-from uni_moe_jax.data.mixtures import evaluation_batches
-from uni_moe_jax.data.records import Records
-from uni_moe_jax.data.stored import Stored
-from uni_moe_jax.data.tokenizer import Tokenizer
-from uni_moe_jax.eval import caption_metrics, floors, metrics
+from uni_moe_jax.config.plan import Evaluation
+from uni_moe_jax.data.files.file_dataset import Stored
+from uni_moe_jax.data.pipeline.examples import Examples, TextTable, places, text_rows
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.eval import baselines, caption_metrics, metrics
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor, seed_of
 from uni_moe_jax.eval.samples import Samples
@@ -90,7 +90,7 @@ def classification(q: Question) -> list[Score]:
   top1 = {name: metrics.accuracy(a, labels) for name, a in answers.items()}
   scores = [Score.proportion('top-1', metrics.accuracy(predicted, labels), n, 1 / V, top1)]
   if V > 10:
-    floor = {'majority': floors.majority_accuracy(known, labels, 5)} if len(known) else {}
+    floor = {'majority': baselines.majority_accuracy(known, labels, 5)} if len(known) else {}
     scores.append(Score.proportion('top-5', metrics.top_k_accuracy(log_p, labels, 5), n, 5 / V, floor))
   balanced = {name: metrics.balanced_accuracy(a, labels) for name, a in answers.items()}
   scores.append(Score('balanced', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)), balanced,
@@ -117,11 +117,11 @@ def known_answers(q: Question, ids: np.ndarray, labels: np.ndarray) -> tuple[np.
     place = {name: i for i, name in enumerate(q.keys)}
     known = q.trained.labels[q.task.label]
     known = np.array([place[name] for name in q.trained.classes[q.task.label]])[known[known >= 0]]
-    return known, {'majority': floors.majority_predictions(known, len(labels))}
+    return known, {'majority': baselines.majority_predictions(known, len(labels))}
   truth, test = _labelled(q, q.asked, ids)
   known, train = _labelled(q, q.trained)
   assert (labels == truth).all()
-  return known, {'majority': floors.majority_predictions(known, len(truth)), **_class_floors(test, train, known)}
+  return known, {'majority': baselines.majority_predictions(known, len(truth)), **_class_floors(test, train, known)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +146,10 @@ def _labelled(q: Question, records: Records, ids: np.ndarray | None = None) -> t
 def _class_floors(test: _Columns, train: _Columns, known: np.ndarray) -> dict[str, np.ndarray]:
   """Predicted labels of the floors that fit the input."""
   if test.pixels is None:
-    return {'tf-idf': floors.tfidf_logistic(train.texts, known, test.texts)}
+    return {'tf-idf': baselines.tfidf_logistic(train.texts, known, test.texts)}
   if test.pixels.ndim == 3:
-    return {'1-nn': known[floors.nearest_neighbour(train.pixels, test.pixels)]}
-  return {name: floors.frame_logistic(train.pixels, known, test.pixels, frames)
+    return {'1-nn': known[baselines.nearest_neighbour(train.pixels, test.pixels)]}
+  return {name: baselines.frame_logistic(train.pixels, known, test.pixels, frames)
           for name, frames in (('one frame', 'middle'), ('all frames', 'all'))}
 
 
@@ -178,7 +178,7 @@ def retrieval(q: Question) -> list[Score]:
     place = np.searchsorted(union, draw)
     positives = np.eye(len(draw), dtype=bool)
     model = q.predictor.similarities(left[place], right[place])
-    floor = floors.name_similarity(copied[place].tolist(), texts[draw].tolist())
+    floor = baselines.name_similarity(copied[place].tolist(), texts[draw].tolist())
     for k in RECALLS:
       for way, of in (('→ text', lambda m: m), ('← text', lambda m: m.T)):
         values.setdefault(f'R@{k} {way}', []).append(metrics.recall_at_k(of(model), positives, k))
@@ -240,7 +240,7 @@ def _neighbour_names(q: Question, ids: np.ndarray) -> np.ndarray:
   """Text of the nearest training picture of each example; clips by their middle frames."""
   def still(pixels):
     return pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2]
-  near = floors.nearest_neighbour(still(q.trained.columns['pixels']), still(q.asked.columns['pixels'])[ids])
+  near = baselines.nearest_neighbour(still(q.trained.columns['pixels']), still(q.asked.columns['pixels'])[ids])
   return np.array(_first_phrase(q, q.trained))[near]
 
 
@@ -287,7 +287,7 @@ def masked_language_modelling(q: Question) -> list[Score]:
   tokens = q.tokenizer.encode_batch(texts)
   counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=q.tokenizer.size)
   counts[q.tokenizer.eot] += len(tokens)
-  floor = floors.unigram(counts, labels[counted])
+  floor = baselines.unigram(counts, labels[counted])
   n = int(counted.sum())
   return [
       Score.proportion('accuracy', float(hits[counted].mean()), n, 1 / q.tokenizer.size, {'unigram': floor.accuracy}),

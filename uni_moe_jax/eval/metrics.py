@@ -10,9 +10,9 @@ Axis letters: Q queries, V targets, N examples.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> l
 
   Args:
     predictions: N answers.
-    answers: for each what people said, written as the predictions are (`data/answers.py`).
+    answers: for each what people said, written as the predictions are (`data/pipeline/vqa_answers.py`).
 
   Raises:
     ValueError: not as many of each, or a question that nobody answered.

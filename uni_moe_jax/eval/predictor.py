@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uni_moe_jax import sharding
-from uni_moe_jax.plan import SetSpec, TaskSpec
-from uni_moe_jax.data.sets import TargetSet
-from uni_moe_jax.data.tokenizer import Tokenizer
-from uni_moe_jax.model import decode, inputs, similarity
-from uni_moe_jax.model.similarity import normalise
+from uni_moe_jax.config.plan import SetSpec, TaskSpec
+from uni_moe_jax.data.pipeline.target_sets import TargetSet
+from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.model import batching, decoding, heads
+from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.trie import Trie
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
-from uni_moe_jax.tasks import Kind
+from uni_moe_jax.parallel import sharding
+from uni_moe_jax.tasks.task_types import Kind
 
 INPUTS = ('id', 'pixels', 'text', 'text_valid', 'position')  # fields of a batch that are no targets
 _WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
@@ -35,12 +35,12 @@ class Predictor:
 
   def inputs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, R, D] of the readout of a kind's input, not normalised."""
-    return np.asarray(encode(self._model, self._params, inputs.input_sequence(kind, _without_targets(fields))))
+    return np.asarray(encode(self._model, self._params, batching.input_sequence(kind, _without_targets(fields))))
 
   def pairs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, D] of the paired texts, not normalised."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
-    return np.asarray(encode(self._model, self._params, inputs.pair_sequence(kind, wanted)))[:, 0]
+    return np.asarray(encode(self._model, self._params, batching.pair_sequence(kind, wanted)))[:, 0]
 
   def target_set(self, name: str) -> jax.Array:
     """Normalised features [V, D] of a target set, on every device; of synonyms their mean."""
@@ -63,7 +63,7 @@ class Predictor:
   @staticmethod
   def similarities(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Cosines of features [B, D] and [C, D]: [B, C]."""
-    return np.asarray(similarity.logits(left, right, np.float32(1)))
+    return np.asarray(heads.logits(left, right, np.float32(1)))
 
   def captions(
       self, task: TaskSpec, pixels: np.ndarray, beams: int = 1, penalty: float = 0.0, answers: str = '') -> list[str]:
@@ -89,8 +89,8 @@ def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence,
   """What is encoded for a target set, each at once: the texts of a length, or a part of a vocabulary."""
   if spec.is_vocabulary:
     words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))
-    return tuple(inputs.word_sequence(spec.name, spec.condition, ids, eot) for ids in words)
-  return inputs.set_sequences(
+    return tuple(batching.word_sequence(spec.name, spec.condition, ids, eot) for ids in words)
+  return batching.set_sequences(
       spec.name, spec.condition, tuple(_all_texts(b) for b in target.buckets), target.order, spec.label_prompts)
 
 
@@ -127,7 +127,7 @@ def encode(model: UniPerceiver, params, sequence) -> jax.Array:
 def _log_p(model: UniPerceiver, params, features, targets, temperature: str, head: bool) -> jax.Array:
   scale = model.apply({'params': params}, temperature, method='scale')
   features = sharding.over_batch(features, model.mesh)
-  logits = similarity.logits(features, targets, scale)
+  logits = heads.logits(features, targets, scale)
   if head:
     logits = model.apply({'params': params}, features, logits, method='with_head')
   return sharding.everywhere(jax.nn.log_softmax(logits), model.mesh)
@@ -135,7 +135,7 @@ def _log_p(model: UniPerceiver, params, features, targets, temperature: str, hea
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _captions(model: UniPerceiver, kind: Kind, ask: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
-  tokens = decode.search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
+  tokens = decoding.search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
   return sharding.everywhere(tokens, model.mesh)
 
 

@@ -6,14 +6,14 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from uni_moe_jax.files import write_json
-from uni_moe_jax.plan import Plan
+from uni_moe_jax.config.plan import Plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.eval import evaluators, slots
+from uni_moe_jax.eval import evaluators, glue_vqa
 from uni_moe_jax.eval.evaluators import Question
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.eval.samples import Samples
+from uni_moe_jax.utils.files import write_json
 
 EVALUATION_FILE = 'evaluation.json'
 EVALUATORS: dict[str, Callable[[Question], list[Score]]] = {
@@ -21,8 +21,8 @@ EVALUATORS: dict[str, Callable[[Question], list[Score]]] = {
     'retrieval': evaluators.retrieval,
     'caption': evaluators.caption,
     'mlm': evaluators.masked_language_modelling,
-    'glue': slots.glue,
-    'vqa': slots.vqa,
+    'glue': glue_vqa.glue,
+    'vqa': glue_vqa.vqa,
 }
 
 

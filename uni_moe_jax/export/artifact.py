@@ -16,15 +16,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
-from uni_moe_jax.data import storage
-from uni_moe_jax.data.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.tokenizer import Tokenizer
-from uni_moe_jax.export import card, torch_dense, torch_file
-from uni_moe_jax.export import manifest as manifest_lib
+from uni_moe_jax.data.pipeline import npz_records
+from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.export import description as manifest_lib
+from uni_moe_jax.export import model_card, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import Program, programs
-from uni_moe_jax.model.paths import by_path
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.utils.tree_paths import by_path
 
 _SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
 _SUMS, _CARD, _MANIFEST, _TORCH = 'SHA256SUMS', 'README.md', 'manifest.json', 'model.pth'
@@ -50,7 +50,7 @@ def write(
   if folder.exists():
     raise ValueError(f'--output={folder} is there already; give another, or remove it.')
   state = torch_dense.state(contents.spec, contents.params, contents.asked) if torch else None
-  with storage.building(folder) as here:
+  with npz_records.building(folder) as here:
     files = _programs(here, contents)
     _parameters(here, contents.params)
     if state is not None:
@@ -63,7 +63,7 @@ def write(
       (here / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
     manifest = manifest_lib.manifest(contents, files, tokenizer, provenance) | {'files': sorted([_CARD, *_sums(here)])}
     (here / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    (here / _CARD).write_text(card.card(manifest, evaluation, _sums(here)))
+    (here / _CARD).write_text(model_card.card(manifest, evaluation, _sums(here)))
     (here / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _sums(here).items()))
 
 

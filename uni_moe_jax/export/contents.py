@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uni_moe_jax.config.plan import Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.mixtures import evaluation_batches
-from uni_moe_jax.data.sets import TargetSet
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
 from uni_moe_jax.export.programs import WHOLE, Asked
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
-from uni_moe_jax.plan import Evaluation, Plan, SetSpec, TaskSpec
-from uni_moe_jax.tasks import nearest
+from uni_moe_jax.utils.suggest import nearest
 
 
 @dataclasses.dataclass(frozen=True)

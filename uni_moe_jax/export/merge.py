@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.attributes import Condition
-from uni_moe_jax.model import decisions, merging
+from uni_moe_jax.model import merging, router_outputs
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.moe import routers
+from uni_moe_jax.tasks.attributes import Condition
 
 
 def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
@@ -35,13 +35,13 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
     raise ValueError('a model is merged for conditions; name at least one task.')
   params = jax.device_get(params)
   rows = routers.distinct_rows(spec.router, conditions)
-  found = decisions.coefficients(spec, params, rows)
+  found = router_outputs.coefficients(spec, params, rows)
   kernel, chosen = _groups(found, len(rows))
   if len(chosen) == 1:
     new = dataclasses.replace(spec, router=routers.DENSE, router_names=(), kernels=())
   else:
     new = dataclasses.replace(spec, num_experts=len(chosen), router_names=(), kernels=tuple(zip(rows, kernel)))
-  layers = [_layer(decisions.layer_params(spec, params, i), found.get(i, {}), chosen) for i in range(spec.layers)]
+  layers = [_layer(router_outputs.layer_params(spec, params, i), found.get(i, {}), chosen) for i in range(spec.layers)]
   return new, {**params, 'encoder': _stacked(layers, new.stack)}
 
 

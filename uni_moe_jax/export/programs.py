@@ -15,13 +15,13 @@ import jax.export
 import jax.numpy as jnp
 from flax import traverse_util
 
-from uni_moe_jax.attributes import Condition
-from uni_moe_jax.model import decode, inputs, similarity
-from uni_moe_jax.model.params import param_shapes
-from uni_moe_jax.model.paths import by_path
-from uni_moe_jax.model.streams import Layout
+from uni_moe_jax.config.plan import TaskSpec
+from uni_moe_jax.model import batching, decoding, heads
+from uni_moe_jax.model.initialization import param_shapes
+from uni_moe_jax.model.sequences import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
-from uni_moe_jax.plan import TaskSpec
+from uni_moe_jax.tasks.attributes import Condition
+from uni_moe_jax.utils.tree_paths import by_path
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # Of float32 products: by default NVIDIA GPUs multiply TF32 and TPUs bfloat16, so that a program would say something else there.
@@ -129,7 +129,7 @@ class _Programs:
   def _features(self, params: Arrays, fields: Arrays) -> jax.Array:
     """[b, R, D], not normalised."""
     batch = next(iter(fields.values())).shape[0]
-    sequence = inputs.input_sequence(self._kind, {**fields, 'id': jnp.zeros((batch,), jnp.uint32)})
+    sequence = batching.input_sequence(self._kind, {**fields, 'id': jnp.zeros((batch,), jnp.uint32)})
     return self._encoded(params, sequence)
 
   def _encoded(self, params: Arrays, sequence: Sequence) -> jax.Array:
@@ -143,7 +143,7 @@ class _Programs:
     fields, _ = self._fields()
 
     def run(params, x):
-      return {'features': self._read(similarity.normalise(self._features(params, x)))}
+      return {'features': self._read(heads.normalise(self._features(params, x)))}
     return self._program(run, fields)
 
   def classify(self) -> Program:
@@ -154,7 +154,7 @@ class _Programs:
     def run(params, x):
       features = self._features(params, {name: a for name, a in x.items() if name != 'targets'})
       scale = self._apply(params, 'scale', self._task.temperature)
-      logits = similarity.logits(features, x['targets'], scale)
+      logits = heads.logits(features, x['targets'], scale)
       if self._task.head:
         logits = self._apply(params, 'with_head', features, logits)
       return {'log_p': self._read(jax.nn.log_softmax(logits))}
@@ -167,7 +167,7 @@ class _Programs:
     def run(params, x):
       ids = jnp.zeros((x['text'].shape[0],), jnp.uint32)
       sequence = Sequence(layout=layout, ids=ids, text=x['text'], text_valid=x['text_valid'])
-      return {'features': similarity.normalise(self._encoded(params, sequence)[:, 0])}
+      return {'features': heads.normalise(self._encoded(params, sequence)[:, 0])}
     return self._program(run, _text(n))
 
   def score(self) -> Program:
@@ -177,7 +177,7 @@ class _Programs:
 
     def run(params, x):
       scale = self._apply(params, 'scale', self._task.temperature) if known else jnp.float32(1)
-      return {'scores': similarity.logits(x['features'], x['texts'], scale)}
+      return {'scores': heads.logits(x['features'], x['texts'], scale)}
     return self._program(run, {'features': rows(n['b']), 'texts': rows(n['c'])})
 
   def captions(self, spe: int, eot: int) -> dict[str, Program]:
@@ -187,13 +187,13 @@ class _Programs:
     words = {'targets': jax.ShapeDtypeStruct((self._asked.size, self._spec.width), jnp.float32)}
 
     def caption(params, x):
-      found = decode.search(
+      found = decoding.search(
           model, _tree(params), kind, x['pixels'], x['targets'], temperature=self._task.temperature, spe=spe, eot=eot,
           length=length, beams=self._asked.beams, penalty=self._asked.penalty)
       return {'tokens': found.tokens[:, 0], 'score': found.scores[:, 0]}
 
     def past(params, x):
-      return decode.prefill(model, _tree(params), kind, x['pixels'], length)
+      return decoding.prefill(model, _tree(params), kind, x['pixels'], length)
 
     def prefill(params, x):
       return {'cache': tuple(jax.tree.leaves(past(params, x)))}
@@ -202,7 +202,7 @@ class _Programs:
     leaves, structure = jax.tree.flatten(shapes)
 
     def step(params, x):
-      features, new = decode.next_features(
+      features, new = decoding.next_features(
           model, _tree(params), kind, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe)
       logits = self._apply(params, 'scale', self._task.temperature) * features @ x['targets'].T
       return {'log_p': jax.nn.log_softmax(logits), 'cache': tuple(jax.tree.leaves(new))}

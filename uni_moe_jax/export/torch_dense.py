@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.config import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
+from uni_moe_jax.config.plan import TaskSpec
+from uni_moe_jax.config.schema import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.export.torch_layout import LayoutError
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.moe import routers
-from uni_moe_jax.plan import TaskSpec
 
 _SCALE = 'log_scale_'  # path of a group's parameter, before its name
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.config import PUBLISHED_TEMPERATURES
-from uni_moe_jax.export import resize
-from uni_moe_jax.model.embed import sincos_table
-from uni_moe_jax.model.params import param_shapes
+from uni_moe_jax.config.schema import PUBLISHED_TEMPERATURES
+from uni_moe_jax.export import resize_positions
+from uni_moe_jax.model.embedders import sincos_table
+from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.tasks import nearest
+from uni_moe_jax.utils.suggest import nearest
 
 State = Mapping[str, np.ndarray]
 TEMPERATURES = PUBLISHED_TEMPERATURES
@@ -332,7 +332,7 @@ def _which_size(key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> st
 
 def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
   """Position tables of another size, interpolated; every other array as it is."""
-  function = {'embed/spatial': resize.spatial, 'embed/temporal': resize.temporal}.get('/'.join(entry.path))
+  function = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.temporal}.get('/'.join(entry.path))
   if function is None or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
     return value
   report.resized[entry.key] = f'from {value.shape[0]} to {shape[0]} rows'

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax import recipes, resolve
-from uni_moe_jax.data import storage
+from uni_moe_jax.config import presets, validate
+from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
@@ -52,7 +52,7 @@ class Case:
 def base_config() -> dict[str, Any]:
   """A right one, with tasks of six kinds and evaluators, as JSON has it."""
   c = config_lib.base()
-  recipes.embedded(c)
+  presets.embedded(c)
   return json.loads(json.dumps(c.to_dict()))
 
 
@@ -157,8 +157,8 @@ def _read_config(folder: pathlib.Path) -> int:
   c = workdir.load_config(folder)
   workdir.claim_workdir(folder, c)
   workdir.check_versions(folder)
-  resolve.check_trains(resolve.resolve(c))
-  storage.check_directory(c.data.dir)
+  validate.check_trains(validate.resolve(c))
+  npz_records.check_directory(c.data.dir)
   return 0
 
 
@@ -200,7 +200,7 @@ def path_case(rng: random.Random, folder: pathlib.Path) -> Case:
   c.data.dir = path if of_data else str(folder)
 
   def main() -> int:
-    storage.check_directory(c.data.dir)
+    npz_records.check_directory(c.data.dir)
     workdir.claim_workdir(folder / 'run' if of_data else path, c)
     workdir.claim_workdir(folder / 'run' if of_data else path, c, fingerprint='print')
     return 0

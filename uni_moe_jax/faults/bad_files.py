@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from uni_moe_jax.data import media, prepare, stored, video
-from uni_moe_jax.data.formats import MEDIA
+from uni_moe_jax.data.files import file_dataset, media, prepare, video
+from uni_moe_jax.data.files.formats import MEDIA
 from uni_moe_jax.faults.bad_configs import ODD_TEXTS, UNREACHABLE, WRONG_TYPES, Case, mangled
 
 SKIPPED = 'skipped: '  # and why
@@ -73,7 +73,7 @@ def _prepared(kind: str, what: str, rng: random.Random, folder: pathlib.Path, so
     rows, skipped = prepare.examined(source, max_bad_fraction=limit)
     if written:
       said = prepare.prepare(source, folder / 'data', name, holdout=0.0, max_bad_fraction=limit)
-      kept = sum(len(stored.load(f'own:{name}', folder / 'data', split).rows(np.arange(size)))
+      kept = sum(len(file_dataset.load(f'own:{name}', folder / 'data', split).rows(np.arange(size)))
                  for split, size in said['splits'].items())
       if kept != len(rows):
         raise AssertionError(f'{len(rows)} rows were sound, {kept} were written')
@@ -83,14 +83,14 @@ def _prepared(kind: str, what: str, rng: random.Random, folder: pathlib.Path, so
   return Case(kind, what, main, False)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load_libraries() -> None:
   """TFDS loads much of itself at the first use: no input shall take that long."""
   with tempfile.TemporaryDirectory() as folder:
     source = pathlib.Path(folder, 'one.txt')
     source.write_text('line')
     prepare.prepare(source, pathlib.Path(folder), 'one')
-    stored.load('own:one', folder, 'train').rows(np.array([0]))
+    file_dataset.load('own:one', folder, 'train').rows(np.array([0]))
 
 
 def _skipped(*reasons: str) -> str:
@@ -151,7 +151,7 @@ def clip_case(rng: random.Random, folder: pathlib.Path) -> Case:
   return Case('clip', f'{form}, {len(data)} bytes', main, False)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _picture(form: str, seed: int) -> bytes:
   pixels = np.random.default_rng(seed).integers(0, 256, (_SIDE, _SIDE + 8, 3), dtype=np.uint8)
   out = io.BytesIO()
@@ -159,7 +159,7 @@ def _picture(form: str, seed: int) -> bytes:
   return out.getvalue()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _clip(form: str) -> bytes:
   frames, out = np.random.default_rng(0).integers(0, 256, (_FRAMES, _SIDE, _SIDE, 3), dtype=np.uint8), io.BytesIO()
   if form == 'npy':

@@ -14,10 +14,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 
-from uni_moe_jax import cli, exit_codes
 from uni_moe_jax.faults import bad_configs, bad_files
 from uni_moe_jax.faults.bad_configs import CANARY, UNREACHABLE, Case
 from uni_moe_jax.faults.bad_files import SKIPPED
+from uni_moe_jax.utils import cli, exit_codes
 
 KINDS = {**bad_configs.KINDS, **bad_files.KINDS}
 _HANGS = 20  # seconds for one input

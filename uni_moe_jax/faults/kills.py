@@ -291,6 +291,7 @@ def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
 def differences(whole: pathlib.Path, other: pathlib.Path) -> list[str]:
   """How a finished run differs from one that was never disturbed: the whole state bit for bit, and every line of the log."""
   import jax
+
   from uni_moe_jax.train.checkpoint import Checkpoints
   found = []
   steps, states = [], []

@@ -55,16 +55,18 @@ def get_config(arg: str = 'mixed') -> ml_collections.ConfigDict:
 
 def register() -> None:
   """Makes the texts in memory known to this process."""
-  from uni_moe_jax.data import sources, storage
-  sources.SOURCES[INVENTED] = lambda directory, split: storage.load(os.path.join(directory, INVENTED), split, directory)
+  from uni_moe_jax.data import sources
+  from uni_moe_jax.data.pipeline import npz_records
+  sources.SOURCES[INVENTED] = lambda directory, split: npz_records.load(os.path.join(directory, INVENTED), split, directory)
 
 
 def prepare(folder: pathlib.Path) -> None:
   """Writes what the run reads into a data directory."""
-  from uni_moe_jax.data import prepare as prepared, storage
+  from uni_moe_jax.data.files import prepare as prepared
+  from uni_moe_jax.data.pipeline import npz_records
   rng = np.random.default_rng(0)
-  with storage.building(folder / INVENTED) as place:
-    storage.save(place, 'train', {'text': np.array([_sentence(rng) for _ in range(20)])}, {})
+  with npz_records.building(folder / INVENTED) as place:
+    npz_records.save(place, 'train', {'text': np.array([_sentence(rng) for _ in range(20)])}, {})
   _prepare_pictures(folder, 'colours', 24, rng)
   # What is written for own data is a data set of TFDS; there it has no labels beside it. One example has no class, so that
   # another one takes its place.
@@ -78,7 +80,7 @@ def prepare(folder: pathlib.Path) -> None:
 
 def _prepare_pictures(folder: pathlib.Path, name: str, count: int, rng: np.random.Generator, without: int | None = None) -> None:
   """Pictures with captions and a class, which one may lack."""
-  from uni_moe_jax.data import prepare as prepared
+  from uni_moe_jax.data.files import prepare as prepared
   given, lines = folder / 'given' / name, []
   given.mkdir(parents=True)
   for i in range(count):
@@ -93,7 +95,7 @@ def _prepare_pictures(folder: pathlib.Path, name: str, count: int, rng: np.rando
 
 def _prepare_clips(folder: pathlib.Path, name: str, count: int, rng: np.random.Generator) -> None:
   """Clips of noise with a class, as an array of frames."""
-  from uni_moe_jax.data import prepare as prepared
+  from uni_moe_jax.data.files import prepare as prepared
   given = folder / 'given' / name
   given.mkdir(parents=True)
   np.savez(given / f'{name}.npz', frames=rng.integers(0, 256, (count, _FRAMES, _SIDE, _SIDE, 3), dtype=np.uint8))

@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from uni_moe_jax.exit_codes import FINISHED, PREEMPTED
 from uni_moe_jax.faults import kills, moved_run, recorded
 from uni_moe_jax.train.workdir import saved_step
+from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 
 MOST = 1e-5  # that a loss may differ
 _ROOT = pathlib.Path(__file__).resolve().parents[2]

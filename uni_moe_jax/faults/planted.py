@@ -16,6 +16,7 @@ def _one_bit() -> None:
   """A resumed run has one bit of one parameter changed."""
   import jax
   import numpy as np
+
   from uni_moe_jax.train.checkpoint import Checkpoints
   plain = Checkpoints.restore
 
@@ -32,7 +33,7 @@ def _one_bit() -> None:
 
 def _skipped_batch() -> None:
   """A resumed run leaves one batch out."""
-  from uni_moe_jax.data.mixtures import Mixture
+  from uni_moe_jax.data.pipeline.mixtures import Mixture
   plain = Mixture.iterate
   Mixture.iterate = lambda mixture, start, stop: plain(mixture, start + (start > 0), stop + (start > 0))
 
@@ -71,7 +72,7 @@ def _late_manifest() -> None:
 
 def _one_batch() -> None:
   """Every step gets the first batch: no fault, but what the speed of the data is measured by (soak.py)."""
-  from uni_moe_jax.data.mixtures import Mixture
+  from uni_moe_jax.data.pipeline.mixtures import Mixture
   plain = Mixture.iterate
 
   def iterate(mixture, start, stop):
@@ -85,8 +86,8 @@ def _one_batch() -> None:
 def _after_saves() -> None:
   """Resident memory is written down after every save, when no step runs and the heap's holes have been given back: no fault either
   (soak.py)."""
-  from uni_moe_jax import heap
   from uni_moe_jax.faults import soak
+  from uni_moe_jax.utils import heap
   [workdir] = [a.partition('=')[2] for a in sys.argv if a.startswith('--workdir=')]
   plain = heap.give_back
 
@@ -109,7 +110,7 @@ def _stalled_start() -> None:
 
 def _stalled_input() -> None:
   """The sixth batch never comes."""
-  from uni_moe_jax.data.mixtures import Mixture
+  from uni_moe_jax.data.pipeline.mixtures import Mixture
   plain = Mixture.iterate
 
   def iterate(mixture, start, stop):
@@ -124,14 +125,15 @@ def _stalled_input() -> None:
 def _fails_alone() -> None:
   """The second process cannot read its sixth batch."""
   import jax
-  from uni_moe_jax import failures
-  from uni_moe_jax.data.mixtures import Mixture
+
+  from uni_moe_jax.data.pipeline.mixtures import Mixture
+  from uni_moe_jax.utils import errors
   plain = Mixture.iterate
 
   def iterate(mixture, start, stop):
     for i, batch in enumerate(plain(mixture, start, stop)):
       if i == _GOOD_STEPS and jax.process_index() == 1:
-        raise failures.Failure(ALONE)
+        raise errors.Failure(ALONE)
       yield batch
 
   Mixture.iterate = iterate
@@ -142,7 +144,7 @@ ALONE = 'its disk is gone.'  # what that process says
 
 def _hung_step() -> None:
   """The sixth step never ends."""
-  from uni_moe_jax.train.setup import Step
+  from uni_moe_jax.train.run import Step
   plain, calls = Step.__call__, []
 
   def call(step, *arguments):

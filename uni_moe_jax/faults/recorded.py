@@ -37,11 +37,12 @@ def row_hashes(batch: dict[str, dict[str, np.ndarray]], per_batch: tuple[str, ..
 def _record(path: str, last: int) -> None:
   """Batches are written down as the loop takes them."""
   import jax
-  from uni_moe_jax.data.mixtures import PER_BATCH, Mixture
+
+  from uni_moe_jax.data.pipeline.mixtures import PER_BATCH, Mixture
   plain = Mixture.iterate
 
   def iterate(mixture, start, stop):
-    # Of several processes, each learns one step later that one was asked (train/agreement.py).
+    # Of several processes, each learns one step later that one was asked (parallel/multihost.py).
     asked = last - (1 if jax.process_count() == 1 else 2)
     with open(path, 'a') as file:
       for step, (task, batch) in enumerate(plain(mixture, start, stop), start):
@@ -59,7 +60,8 @@ def _record(path: str, last: int) -> None:
 def _shifted_shard() -> None:
   """Where a batch is laid out in several shards, the last of them reads what is its turn one batch later."""
   import tensorflow as tf
-  from uni_moe_jax.data.mixtures import Mixture
+
+  from uni_moe_jax.data.pipeline.mixtures import Mixture
   plain = Mixture._task_fields
 
   def fields(mixture, task, count):
@@ -78,6 +80,7 @@ def _lost_average() -> None:
   """A resumed run begins the averages of its parameters anew: no batch and no loss tells, only the state does."""
   import jax
   import jax.numpy as jnp
+
   from uni_moe_jax.train.checkpoint import Checkpoints
   plain = Checkpoints.restore
 

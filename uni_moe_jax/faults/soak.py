@@ -18,10 +18,10 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from uni_moe_jax import failures
-from uni_moe_jax.exit_codes import FINISHED, PREEMPTED
 from uni_moe_jax.faults.kills import log_lines
 from uni_moe_jax.train.workdir import CHECKPOINTS, RUN_FILE, saved_steps
+from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _EVERY = 5.0  # seconds between samples
@@ -77,7 +77,7 @@ class Turns:
     try:
       while not log_lines(workdir):
         if self._ended():
-          raise failures.Failure(f'the run in {workdir} ended with exit code {self.seen.code} before it could be watched.')
+          raise errors.Failure(f'the run in {workdir} ended with exit code {self.seen.code} before it could be watched.')
         time.sleep(min(_EVERY, 1.))
       self._process.send_signal(signal.SIGSTOP)
     except BaseException:
@@ -190,7 +190,7 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
   command = [sys.executable, script, *arguments, f'--workdir={folder / "compiled"}', '--compile_only']
   compiled = subprocess.run(command, env=environment, check=False)
   if compiled.returncode:
-    raise failures.Failure(f'compiling ended with exit code {compiled.returncode}; see above.')
+    raise errors.Failure(f'compiling ended with exit code {compiled.returncode}; see above.')
   with contextlib.ExitStack() as running:
     run = {}
     for name, plant in ((DATA, 'after_saves'), (ONE_BATCH, 'one_batch')):
@@ -236,7 +236,7 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
   """
   found = ratios(data.turns, one_batch.turns)
   if not len(found) or len(data.seconds) < 8 or len(data.after_saves) < 8:
-    raise failures.Failure(f'the run on the data (exit code {data.code}) or the one on one batch (exit code {one_batch.code}) ended '
+    raise errors.Failure(f'the run on the data (exit code {data.code}) or the one on one batch (exit code {one_batch.code}) ended '
                            'before they could be compared, or saved too rarely: raise --minutes or config.train.steps, or lower '
                            'config.train.save_every.')
   # What stays is seen best when nothing else is there; between saves, buffers come and go that are larger than what may be added in

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax import sharding
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.attention import Part, attend, heads_first
 from uni_moe_jax.model.prompts import DeepPrompts, table_of
+from uni_moe_jax.model.routing import SALTS, FixedWays, TokenWays, Ways
+from uni_moe_jax.model.sequences import Stream, take_rows
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.streams import Stream, take_rows
-from uni_moe_jax.model.ways import SALTS, FixedWays, TokenWays, Ways
-from uni_moe_jax.moe import experts, routers
+from uni_moe_jax.moe import layers, routers
 from uni_moe_jax.moe.token_routers import TokenRouter
+from uni_moe_jax.parallel import sharding
 
 NORM_EPSILON = 1e-5
 # Salts that separate the uses of one (step, layer) key, beside those of the routers.
@@ -95,18 +95,18 @@ class Block(nn.Module):
     D, N, H, F = spec.width, spec.heads, spec.head_dim, spec.hidden
 
     def linear(name, part, in_, out, init):
-      dense = experts.ConditionalDense(
+      dense = layers.ConditionalDense(
           tuple(in_.values()), tuple(out.values()), tuple(in_), tuple(out), init, conditional[part], spec.dtype,
           context.mesh, name=name)
-      return experts.Linear(*dense(decisions.get(part)), tuple(in_), tuple(out))
+      return layers.Linear(*dense(decisions.get(part)), tuple(in_), tuple(out))
 
-    square = experts.xavier_uniform(D, D)
-    qkv_init = experts.equal_query_key(square) if spec.query_key_init == 'equal' else square
+    square = layers.xavier_uniform(D, D)
+    qkv_init = layers.equal_query_key(square) if spec.query_key_init == 'equal' else square
     heads = {'heads': N, 'head_dim': H}
     qkv = linear('qkv', 'attention', {'embed': D}, {'qkv': 3, **heads}, qkv_init)
     out = linear('attention_out', 'attention', heads, {'embed': D}, square)
-    ffn_in = linear('ffn_in', 'ffn', {'embed': D}, {'mlp': F}, experts.xavier_uniform(D, F))
-    ffn_out = linear('ffn_out', 'ffn', {'mlp': F}, {'embed': D}, experts.xavier_uniform(F, D))
+    ffn_in = linear('ffn_in', 'ffn', {'embed': D}, {'mlp': F}, layers.xavier_uniform(D, F))
+    ffn_out = linear('ffn_out', 'ffn', {'mlp': F}, {'embed': D}, layers.xavier_uniform(F, D))
     norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
     scale1, scale2 = (
         sharding.as_used(self.param(

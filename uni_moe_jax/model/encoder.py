@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from uni_moe_jax.model.block import Block, Context
+from uni_moe_jax.model.sequences import Past, Stream, take_rows
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.streams import Past, Stream, take_rows
 from uni_moe_jax.moe import routers
 
 Collected = dict[str, Any]

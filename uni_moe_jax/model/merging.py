@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
-from uni_moe_jax.attributes import Condition
-from uni_moe_jax.model import decisions
+from uni_moe_jax.model import router_outputs
 from uni_moe_jax.model.spec import PROJECTIONS, ModelSpec
-from uni_moe_jax.moe import experts, routers
+from uni_moe_jax.moe import layers, routers
+from uni_moe_jax.tasks.attributes import Condition
 
 
 def for_conditions(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
@@ -26,8 +26,8 @@ def for_conditions(spec: ModelSpec, params: Any, conditions: tuple[Condition, ..
   if spec.router == routers.DENSE or spec.kernels or routers.looks_at_tokens(spec.router):
     return spec, params
   rows = routers.distinct_rows(spec.router, conditions)
-  decide = lambda values: decisions.router_of(spec).apply({'params': values}, rows, None).coef
-  merge = lambda kernels, coef: experts.merge(kernels, coef).astype(spec.dtype)
+  decide = lambda values: router_outputs.router_of(spec).apply({'params': values}, rows, None).coef
+  merge = lambda kernels, coef: layers.merge(kernels, coef).astype(spec.dtype)
 
   def block(tree, parts, over):
     coef = {p: over(decide)(tree[f'{p}_router']) for p in parts}

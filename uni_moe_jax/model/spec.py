@@ -9,9 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from uni_moe_jax.attributes import Condition, to_string
 from uni_moe_jax.moe import routers
-from uni_moe_jax.tasks import MODALITIES
+from uni_moe_jax.tasks.attributes import Condition, to_string
+from uni_moe_jax.tasks.task_types import MODALITIES
 
 PARTS = ('attention', 'ffn')
 # Projection → the part whose router decides for it.
@@ -60,7 +60,7 @@ class ModelSpec:
   top_k: int = 2                     # K
   noise_std: float = 1.0             # of the gate's training noise, times E
   capacity: float = 0.0              # factor f of dispatch in training; 0 = exact
-  grouped: str = 'auto'              # backend of grouped products, see moe/grouped.py
+  grouped: str = 'auto'              # backend of grouped products, see moe/gmm.py
   placement: str | tuple[int, ...] = 'all'
   parts: tuple[str, ...] = PARTS     # which projections have experts
   router_names: tuple[str, ...] = () # embedding table of the router, in order

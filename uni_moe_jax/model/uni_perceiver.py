@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax import sharding
-from uni_moe_jax.model.embed import Embed
+from uni_moe_jax.model.embedders import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
+from uni_moe_jax.model.heads import SimilarityHead, scale_of
 from uni_moe_jax.model.prompts import LinearHead, table_of
-from uni_moe_jax.model.similarity import SimilarityHead, scale_of
+from uni_moe_jax.model.sequences import READ_NOTHING, Layout, Past, Stream, join_equal
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.streams import READ_NOTHING, Layout, Past, Stream, join_equal
 from uni_moe_jax.moe import routers
+from uni_moe_jax.parallel import sharding
 
 
 @flax.struct.dataclass

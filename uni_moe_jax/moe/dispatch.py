@@ -11,7 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.moe import grouped
+from uni_moe_jax.moe import gmm
 from uni_moe_jax.moe.routers import Choice
 
 
@@ -68,7 +68,7 @@ def routes(choice: Choice, valid: jax.Array | None, capacity: float, parts: int,
   """
   B, S, K = choice.expert.shape
   E = choice.logits.shape[-1]
-  backend = grouped.choose(backend, bool(capacity))
+  backend = gmm.choose(backend, bool(capacity))
   n = S // parts
   room = capacity_of(capacity, B * n, K, E)
   in_order = lambda x: x.reshape(B, parts, n, K).transpose(1, 2, 3, 0).reshape(parts, n * K * B)
@@ -86,7 +86,7 @@ def routes(choice: Choice, valid: jax.Array | None, capacity: float, parts: int,
   if backend == 'buffers':
     start, slots = jnp.arange(E, dtype=jnp.int32) * (parts * room), E * parts * room
   else:
-    start, slots = jnp.cumsum(sizes) - sizes, grouped.rows_for(backend, min(B * S * K, E * parts * room))
+    start, slots = jnp.cumsum(sizes) - sizes, gmm.rows_for(backend, min(B * S * K, E * parts * room))
   start = start[None] + jnp.cumsum(count, axis=0) - count  # [parts, E]
   slot = back(jnp.take_along_axis(start, expert, axis=1) + rank)
   kept = back(kept)
@@ -131,7 +131,7 @@ def _through(backend, x, kernel, gates, source, slot, kept, sizes):
   A gate's gradient, x W_e · dy, is x · (dy W_eᵀ) here, whose right side makes dx anyway: what experts gave is not asked for, and a
   rematerialised block need not compute it again.
   """
-  y = grouped.grouped_matmul(_tokens(x, source, slot), kernel, sizes, backend)
+  y = gmm.grouped_matmul(_tokens(x, source, slot), kernel, sizes, backend)
   return _sum_of_choices(y, slot, kept, gates)
 
 
@@ -144,7 +144,7 @@ def _through_backward(backend, saved, dy):
   x, kernel, gates, source, slot, kept, sizes = saved
   rows = (_in_slots(gates, source) * _tokens(x, source, slot)).astype(x.dtype)
   dys = jnp.where(source[:, None] >= 0, _tokens(dy, source, slot), 0)
-  _, back = jax.vjp(lambda rows, kernel: grouped.grouped_matmul(rows, kernel, sizes, backend), rows, kernel)
+  _, back = jax.vjp(lambda rows, kernel: gmm.grouped_matmul(rows, kernel, sizes, backend), rows, kernel)
   dxs, dkernel = back(dys)
   return _sum_of_choices(dxs, slot, kept, gates), dkernel, _along(dxs, x, slot, kept), None, None, None, None
 

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.attributes import NUM_ATTRIBUTES, Condition
+from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
 
 Row = Hashable
 NORM_EPSILON = 1e-5
@@ -68,6 +68,16 @@ class Choice:
 def entropy(shares: jax.Array) -> jax.Array:
   """[..., E] that sum to 1 → [...], -Σ p ln p in nats. Its exponential is how many experts are used, in effect."""
   return -(shares * jnp.log(jnp.maximum(shares, 1e-20))).sum(-1)
+
+
+def overlap(shares: jax.Array) -> jax.Array:
+  """[..., A, E] that sum to 1 over experts → [..., A, A]: Σ_e min(p_e, q_e). 1: the same use; 0: no expert in common."""
+  return jnp.minimum(shares[..., :, None, :], shares[..., None, :, :]).sum(-1)
+
+
+def effective(shares: jax.Array) -> jax.Array:
+  """[..., E] that sum to 1 → [...]: the exponential of their entropy, how many experts are used in effect: 1 to E."""
+  return jnp.exp(entropy(shares))
 
 
 def keep(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.moe import travel
+from uni_moe_jax.moe import expert_parallel
 from uni_moe_jax.moe.dispatch import Routes
 from uni_moe_jax.moe.routers import Choice, entropy
 
@@ -84,7 +84,7 @@ class TokenRouter(nn.Module):
       logits = logits + (pool @ self.context_gate)[:, None]
     if noise_key is not None and self.noise_std > 0:
       logits = logits + token_noise(noise_key, ids, positions, self.num_experts, self.noise_std)
-    return travel.choose(logits, self.top_k, self.mesh)
+    return expert_parallel.choose(logits, self.top_k, self.mesh)
 
 
 @flax.struct.dataclass

@@ -13,9 +13,9 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from uni_moe_jax import failures, heap
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps
+from uni_moe_jax.utils import errors, heap
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step: there is no checkpoint; there is none that is whole
 
@@ -121,7 +121,7 @@ class Checkpoints:
     """Waits for saves under way."""
     try:
       self.finish()
-    except failures.Failure:
+    except errors.Failure:
       if kind is None:  # another error is on its way already
         raise
     finally:
@@ -133,7 +133,7 @@ class Checkpoints:
     if jax.process_count() > 1:
       found = int(multihost_utils.broadcast_one_to_all(found))
     if found == _ALL_DAMAGED:
-      raise failures.Failure(
+      raise errors.Failure(
           f'every checkpoint in {self._folder} is damaged (see above), so that nothing of this run can be trusted. Copy one that '
           f'is whole back, or delete {self._folder} to train from the start.')
     return None if found == _NONE else found
@@ -143,7 +143,7 @@ class Checkpoints:
     self.finish()
     step = self.latest() if step is None else step
     if step != self._opened and step not in self._own and (wrong := manifest.damage(self._folder / str(step))):
-      raise failures.Failure(f'the checkpoint of step {step} in {self._workdir} is damaged: {wrong}; ask another step.')
+      raise errors.Failure(f'the checkpoint of step {step} in {self._workdir} is damaged: {wrong}; ask another step.')
     return step
 
   def _check_fits(self, step: int, like: Any) -> None:
@@ -175,17 +175,17 @@ class Checkpoints:
     try:
       yield
     except Exception as e:
-      if not isinstance(e, OSError) and not failures.disk_is_full(e):
+      if not isinstance(e, OSError) and not errors.disk_is_full(e):
         raise
       step, self._pending = self._pending, None
       # Orbax has struck old steps off its list already, but deletes them only after a save that succeeds.
       kept = max(saved_steps(self._workdir), default=None)
       safe = 'nothing was saved before it' if kept is None else f'that of step {kept} is safe'
-      full = failures.disk_is_full(e)
+      full = errors.disk_is_full(e)
       why = 'the disk is full' if full else str(e)
       what = 'Make room' if full else 'Look whether its disk can be reached and who may write there'
-      raise failures.Failure(
-          f'the checkpoint of step {step} could not be written: {why} ({failures.free_space(self._folder)}); {safe}. {what}, '
+      raise errors.Failure(
+          f'the checkpoint of step {step} could not be written: {why} ({errors.free_space(self._folder)}); {safe}. {what}, '
           'then the same command continues.') from e
 
 

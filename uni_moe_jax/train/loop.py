@@ -12,21 +12,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from uni_moe_jax import distributed
-from uni_moe_jax.exit_codes import ERROR, FINISHED, PREEMPTED
-from uni_moe_jax.files import write_json
-from uni_moe_jax.resolve import check_trains
-from uni_moe_jax.train.agreement import AnyProcess, check_same_data, ends_with_the_others, first_says, total
+from uni_moe_jax.config.validate import check_trains
+from uni_moe_jax.parallel import distributed
+from uni_moe_jax.parallel.multihost import AnyProcess, check_same_data, ends_with_the_others, first_says, total
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.interference_metric import InterferenceMetric
 from uni_moe_jax.train.metrics_log import MetricsLog
-from uni_moe_jax.train.setup import Run, build, conditions, first_state
+from uni_moe_jax.train.run import Run, build, conditions, first_state
 from uni_moe_jax.train.watchdog import BATCH, SAVE, START, STEP, Watchdog
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, keep_tokenizer, lock, saved_step
+from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
+from uni_moe_jax.utils.files import write_json
 
 
 class Stop:
@@ -79,8 +80,18 @@ def run_facts(run: Run) -> dict:
           'command': ' '.join(['python', *sys.argv])}
 
 
-def train(config, workdir: str, devices=None) -> int:
+# (step about to be taken, its parameters, its batch, target sets) → scalars to log with that step.
+StepHook = Callable[[int, Any, Any, Any], dict[str, jax.Array]]
+
+
+def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], StepHook | None]] = ()) -> int:
   """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one, on all devices by default.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    devices: to train on; None: all.
+    hooks: called with the run before the first step; each returns a `StepHook`, or None if the config turns it off.
 
   Returns:
     An exit code. Raises what `setup.build`, `claim_workdir`, `check_versions`, `keep_tokenizer` and `Checkpoints` raise, and
@@ -103,7 +114,7 @@ def train(config, workdir: str, devices=None) -> int:
       checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_best)
     ending.push(functools.partial(_close, checkpoints, watchdog))
     with ends_with_the_others():
-      return _loop(run, workdir, checkpoints, stop, watchdog, started)
+      return _loop(run, workdir, checkpoints, stop, watchdog, started, hooks)
 
 
 def _close(checkpoints: Checkpoints, watchdog: Watchdog, *error) -> None:
@@ -135,7 +146,7 @@ def compile_steps(config, workdir: str, devices=None) -> int:
   return FINISHED
 
 
-def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog: Watchdog, started: float) -> int:
+def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog: Watchdog, started: float, hooks) -> int:
   c, last = run.config, run.config.train.steps
   saved = checkpoints.latest()
   first = saved or 0
@@ -144,7 +155,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
     return FINISHED
   with watchdog.phase(START):
     log = MetricsLog(workdir, first, last, distributed.speaks())
-    metric = InterferenceMetric(run) if c.train.interference_every else None
+    active = [hook for make in hooks if (hook := make(run))]
     if saved is not None:  # step 0: somebody put parameters there, launch/convert.py for example
       state = checkpoints.restore(run.like())
       print(f'resumed from step {first}', flush=True)
@@ -173,7 +184,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
       with watchdog.phase(START, step + 1):  # it compiles, too
         placed = run.put(batch)
         # Before the step, which takes the buffers of the state.
-        measured = metric(step, state.params, placed, sets) if metric else {}
+        measured = {k: v for hook in active for k, v in hook(step, state.params, placed, sets).items()}
       # A step that is compiled may take long.
       with watchdog.phase(START if compiling else STEP, step + 1):
         state, metrics = steps[task](state, placed, sets)

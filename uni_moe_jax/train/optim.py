@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from uni_moe_jax.config import FREEZE
-from uni_moe_jax.model.paths import by_path, path_of
+from uni_moe_jax.config.schema import FREEZE
 from uni_moe_jax.model.spec import Stack
 from uni_moe_jax.train import adam
+from uni_moe_jax.utils.tree_paths import by_path, path_of
 
 
 @dataclasses.dataclass(frozen=True)

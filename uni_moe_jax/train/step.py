@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from uni_moe_jax import losses, sharding
-from uni_moe_jax.plan import Plan, TaskSpec
-from uni_moe_jax.losses import SampledWords, Tally
-from uni_moe_jax.model import inputs, similarity
-from uni_moe_jax.model.paths import path_of
+from uni_moe_jax.config.plan import Plan, TaskSpec
+from uni_moe_jax.model import batching, heads
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
-from uni_moe_jax.train import routing, synonyms
-from uni_moe_jax.train.touched import chosen_experts, touched
+from uni_moe_jax.parallel import sharding
+from uni_moe_jax.train import losses, router_metrics, synonyms
+from uni_moe_jax.train.losses import SampledWords, Tally
+from uni_moe_jax.train.used_params import chosen_experts, touched
+from uni_moe_jax.utils.tree_paths import path_of
 
 Batch = dict[str, dict[str, jax.Array]]
 Sets = dict[str, dict[str, Any]]   # name → {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}, see `data.sets.TargetSet`
@@ -67,7 +67,7 @@ class StepSpec:
   twins: str = 'masked'
   without_gradient: str = 'update'
   frozen: frozenset[str] = frozenset()
-  auxiliary: routing.Factors = ()
+  auxiliary: router_metrics.Factors = ()
 
 
 def init_state(spec: StepSpec, params: Any) -> TrainState:
@@ -80,8 +80,8 @@ def init_state(spec: StepSpec, params: Any) -> TrainState:
 def task_fields(spec: StepSpec, batch: Batch, task: TaskSpec) -> dict[str, jax.Array]:
   """One task's part of a (micro-)batch, flat: {'label' [B, M], 'weight' [B, M], 'text_id' [B], …}."""
   start, stop = place(spec, task)
-  fields = inputs.flat_fields(batch[task.group])
-  return {k: fields[k] if k == 'temporal_offset' else inputs.task_rows(fields[k], start, stop, spec.model.shards)
+  fields = batching.flat_fields(batch[task.group])
+  return {k: fields[k] if k == 'temporal_offset' else batching.task_rows(fields[k], start, stop, spec.model.shards)
           for k in fields if k in ('label', 'weight', 'text_id')}
 
 
@@ -116,18 +116,18 @@ def sequences(spec: StepSpec, batch: Batch | None, sets: Sets | None, sampled: S
   """What a step encodes, and the name of each: ('input' | 'pair', group) or ('set', set)."""
   found, names = [], []
   for group, tasks in spec.plan.groups.items() if batch is not None else ():
-    kind, fields = tasks[0].kind, inputs.flat_fields(batch[group])
-    found.append(inputs.input_sequence(kind, fields))
+    kind, fields = tasks[0].kind, batching.flat_fields(batch[group])
+    found.append(batching.input_sequence(kind, fields))
     names.append(('input', group))
     if kind.target == 'pair':
-      found.append(inputs.pair_sequence(kind, fields))
+      found.append(batching.pair_sequence(kind, fields))
       names.append(('pair', group))
   for s in spec.plan.sets if sets is not None else ():
     if s.is_vocabulary:
       ids = sampled[s.name].ids if s.name in sampled else jnp.arange(spec.vocab_size, dtype=jnp.int32)
-      rows = (inputs.word_sequence(s.name, s.condition, ids, spec.eot),)
+      rows = (batching.word_sequence(s.name, s.condition, ids, spec.eot),)
     else:
-      rows = inputs.set_sequences(s.name, s.condition, sets[s.name]['buckets'], sets[s.name]['order'], s.label_prompts)
+      rows = batching.set_sequences(s.name, s.condition, sets[s.name]['buckets'], sets[s.name]['order'], s.label_prompts)
     found += rows
     names += [('set', s.name)] * len(rows)
   return tuple(found), names
@@ -192,16 +192,16 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
     fields = task_fields(spec, batch, t)
     start, stop = place(spec, t)
     features, pair = groups[t.group]
-    features = inputs.task_rows(features, start, stop, spec.model.shards)
+    features = batching.task_rows(features, start, stop, spec.model.shards)
     scale = spec.model.apply({'params': params}, t.temperature, method='scale')
     if t.kind.target == 'pair':
       # The pairs of the whole batch, for the inputs that lie here: [B, B] is nowhere whole.
-      pairs = sharding.everywhere(inputs.task_rows(pair, start, stop, spec.model.shards), spec.model.mesh)
-      logits = sharding.over_batch(similarity.logits(features[:, 0], pairs, scale), spec.model.mesh)
+      pairs = sharding.everywhere(batching.task_rows(pair, start, stop, spec.model.shards), spec.model.mesh)
+      logits = sharding.over_batch(heads.logits(features[:, 0], pairs, scale), spec.model.mesh)
       text_ids = fields['text_id'] if spec.twins == 'masked' else None
       tally = losses.contrastive(logits, text_ids, fields['weight'][:, 0], t.smoothing, spec.contrastive)
     else:
-      logits = similarity.logits(features, set_features[t.target_set], scale)
+      logits = heads.logits(features, set_features[t.target_set], scale)
       if t.head:
         logits = spec.model.apply({'params': params}, features, logits, method='with_head')
       correction = sampled[t.target_set].correction if t.target_set in sampled else None
@@ -232,9 +232,9 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
     def loss(p):
       groups, set_features, collected = forward(spec, p, batch, sets, sampled, key)
       total, tallies = score(spec, p, batch, groups, set_features, sampled, norm)
-      return total + routing.auxiliary(spec.auxiliary, collected), (tallies, collected)
+      return total + router_metrics.auxiliary(spec.auxiliary, collected), (tallies, collected)
     (total, (tallies, collected)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    chosen, extra = chosen_experts(collected), routing.metrics(collected)
+    chosen, extra = chosen_experts(collected), router_metrics.metrics(collected)
   else:
     of_sets = _tokens(spec, sequences(spec, None, sets, sampled)[0])
     of_micro = _tokens(spec, sequences(spec, jax.tree.map(lambda x: x[0], batch), None, sampled)[0])
@@ -242,7 +242,7 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
 
     def encode_sets(p):
       _, set_features, collected = forward(spec, p, None, sets, sampled, key)
-      auxiliary = (1 - spec.accum * share) * routing.auxiliary(spec.auxiliary, collected)
+      auxiliary = (1 - spec.accum * share) * router_metrics.auxiliary(spec.auxiliary, collected)
       return (set_features, auxiliary), collected
     set_features = {}
     if spec.plan.sets:  # pairs alone have none
@@ -251,8 +251,8 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
     def loss(p, set_features, micro):
       groups, _, collected = forward(spec, p, micro, None, sampled, key)
       total, tallies = score(spec, p, micro, groups, set_features, sampled, norm)
-      total = total + share * routing.auxiliary(spec.auxiliary, collected)
-      scaled = jax.tree.map(lambda x: share * x, routing.metrics(collected))
+      total = total + share * router_metrics.auxiliary(spec.auxiliary, collected)
+      scaled = jax.tree.map(lambda x: share * x, router_metrics.metrics(collected))
       return total, (tallies, chosen_experts(collected), scaled)
 
     def one(micro):
@@ -267,7 +267,7 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
     if spec.plan.sets:
       total = total + auxiliary
       chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
-      extra = jax.tree.map(lambda x, y: x + (1 - spec.accum * share) * y, extra, routing.metrics(collected))
+      extra = jax.tree.map(lambda x, y: x + (1 - spec.accum * share) * y, extra, router_metrics.metrics(collected))
       grads = jax.tree.map(jnp.add, grads, pull_back((d_features, jnp.ones(())))[0])
   if sampled:
     extra['dropped_words'] = sum(s.dropped for s in sampled.values())

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.model.paths import by_path, path_of
-from uni_moe_jax.tasks import nearest
+from uni_moe_jax.utils.suggest import nearest
+from uni_moe_jax.utils.tree_paths import by_path, path_of
 
 # What a model may have that the other has not: prompts, heads, temperatures of other tasks, and what is added to a patch.
 ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference)$', r'^linear_head/', r'^log_scale_')

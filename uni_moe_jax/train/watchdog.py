@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from uni_moe_jax.exit_codes import ERROR
+from uni_moe_jax.utils.exit_codes import ERROR
 
 _TICKS = 20  # per limit
 START = 'starting'

@@ -16,8 +16,8 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data import class_names
-from uni_moe_jax.files import write_json
+from uni_moe_jax.data.pipeline import class_names
+from uni_moe_jax.utils.files import write_json
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'

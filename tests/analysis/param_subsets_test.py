@@ -1,0 +1,58 @@
+"""Which parameters a pattern and layers name, and how they are cut."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small_model
+from uni_moe_jax.analysis import param_subsets
+
+
+def _tree(**changes):
+  spec = small_model.spec(**changes)
+  return spec.stack, small_model.params(spec)
+
+
+def test_few_layers_are_all_looked_at_and_of_many_every_fourth():
+  assert param_subsets.default_layers(3) == (0, 1, 2)
+  assert param_subsets.default_layers(8) == (3, 7)
+  assert param_subsets.default_layers(12) == (3, 7, 11)
+
+
+def test_layers_of_the_stack_and_of_the_tail_are_cut_apart():
+  stack, params = _tree()  # layers 0 and 1 are stacked, 2 is the tail
+  pieces = param_subsets.choose(params, stack, r'ffn_out/kernel$')
+  assert [(p.part, p.layer, p.projection) for p in pieces] == [(f'layer {i} ffn_out', i, 'ffn_out') for i in range(3)]
+  taken = param_subsets.take(pieces, params)
+  stacked = params['encoder']['blocks']['block0']['ffn_out']['kernel']
+  for layer, expected in enumerate((stacked[0], stacked[1], params['encoder']['tail']['block0']['ffn_out']['kernel'])):
+    [array] = taken[f'layer {layer} ffn_out'].values()
+    np.testing.assert_array_equal(array, expected)
+  assert not np.array_equal(stacked[0], stacked[1])
+
+
+def test_periods_of_two_blocks_keep_the_order_of_the_layers():
+  stack, params = _tree(layers=6, placement='odd')
+  assert len(stack.period) == 2
+  taken = param_subsets.take(param_subsets.choose(params, stack, r'ffn_out/kernel$', [1, 2]), params)
+  blocks = params['encoder']['blocks']
+  np.testing.assert_array_equal(*taken['layer 1 ffn_out'].values(), blocks['block1']['ffn_out']['kernel'][0])
+  np.testing.assert_array_equal(*taken['layer 2 ffn_out'].values(), blocks['block0']['ffn_out']['kernel'][1])
+
+
+def test_projections_hold_their_arrays_together_and_others_stand_alone():
+  stack, params = _tree()
+  taken = param_subsets.take(param_subsets.choose(params, stack, r'/qkv/|embed/word$', [1]), params)
+  assert {part: len(arrays) for part, arrays in taken.items()} == {'layer 1 qkv': 2, 'embed/word': 1}
+  assert sum(x.size for x in jax.tree.leaves(taken['embed/word'])) == small_model.VOCABULARY * 16
+
+
+@pytest.mark.parametrize('pattern, layers, said', [
+    ('ffn_uot', None, r"parameters='ffn_uot' finds nothing in the layers 0, 1, 2 .*choices: .*encoder/tail/block0/ffn_out/kernel"),
+    ('ffn_out', [1, 3], r'layers 3: the model has the layers 0…2'),
+    ('ffn_out(', None, r"parameters='ffn_out\(' is not a regular expression"),
+])
+def test_mistakes_are_named(pattern, layers, said):
+  stack, params = _tree()
+  with pytest.raises(ValueError, match=said):
+    param_subsets.choose(params, stack, pattern, layers)

@@ -1,0 +1,232 @@
+"""Gradients of single tasks, and what they say about steps: against losses after real steps of a tiny model."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.small_model import jit
+from uni_moe_jax.analysis import interference, param_subsets, run_interference
+from uni_moe_jax.analysis.interference_hook import InterferenceMetric, interference_hook
+from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient
+from uni_moe_jax.train import loop
+from uni_moe_jax.train import run as train_run
+
+TASKS = ('answer', 'package')  # of one kind, so that they go through the same experts
+PATTERN = r'ffn_out/kernel$'
+
+
+def _one_device():
+  return jax.devices()[:1]
+
+
+def _config(*tasks, **train):
+  c = tiny.config(*(tasks or TASKS), data_dir=tiny.data_dir())
+  c.moe.noise_std = 8.
+  c.model.layers = 1  # a small program compiles sooner
+  for t in c.tasks.values():
+    t.weight = 3.0  # does not count here
+  c.train.update(train)
+  return c
+
+
+@functools.cache
+def _run():
+  return train_run.build(_config(), _one_device())
+
+
+@functools.cache
+def _params():
+  return _run().init().params
+
+
+@functools.cache
+def _pieces():
+  return param_subsets.choose(_run().shapes.params, _run().spec.model.spec.stack, PATTERN)
+
+
+def _spread(tree, pieces, like):
+  """Parts, put back into a tree of the parameters' form; zero elsewhere."""
+  flat = {'/'.join(str(k.key) for k in path): np.zeros(leaf.shape, np.float32)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+  for p in pieces:
+    place = flat[p.path] if p.period is None else flat[p.path][p.period]
+    place[...] = np.asarray(tree[p.part][p.path])
+  return jax.tree.unflatten(jax.tree.structure(like), list(flat.values()))
+
+
+@functools.cache
+def _gradients():
+  return TaskGradients(_run(), _params(), _pieces(), 2, 0)
+
+
+@functools.cache
+def _batches():
+  """{task: ((batch 0, key), (batch 1, key))}: what a measurement asks its functions."""
+  gradients, out = TaskGradients(_run(), _params(), _pieces(), 2, 0), {}
+  for name in TASKS:
+    out[name] = []
+    gradients._functions[name] = lambda params, batch, sets, key, n=name: (out[n].append((batch, key)), None)
+    for b in range(2):
+      gradients(name, b)
+  return out
+
+
+def test_delta_is_what_a_short_step_takes_from_the_loss():
+  """L_i(θ) - L_i(θ - λ d) ≈ λ Δ_{j→i}, d the mean unit gradient of j (for i = j, of its other batch)."""
+  pieces, params, sets, length = _pieces(), _params(), _run().sets(), 2e-3
+  held = {(t, b): jax.device_get(_gradients()(t, b)) for t in TASKS for b in range(2)}
+  measured = interference.products(lambda t, b: held[t, b], TASKS, 2)
+  unit = {}
+  for key, g in held.items():
+    norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(g)))
+    unit[key] = _spread(jax.tree.map(lambda x, n=norm: x / n, g), pieces, params)
+  got = np.array(measured[interference.WHOLE].rows)
+  taken = np.zeros_like(got)
+  for i, harmed in enumerate(TASKS):
+    for j, stepped in enumerate(TASKS):
+      for a, (batch, key) in enumerate(_batches()[harmed]):
+        others = [b for b in range(2) if (i, a) != (j, b)]
+        direction = jax.tree.map(lambda *x, n=len(others): sum(x) / n, *(unit[stepped, b] for b in others))
+        before, after = (
+            _gradients()._functions[harmed](
+                jax.tree.map(lambda p, d, s=s: p - s * length * d, params, direction), batch, sets, key)[1]
+            for s in (0., 1.))
+        taken[i, j, a] = (before - after) / length
+  scale = np.abs(got).max()
+  assert scale > 0.05
+  np.testing.assert_allclose(taken, got, atol=0.02 * scale)
+  assert np.abs(taken - got.swapaxes(0, 1)).max() > 0.1 * scale  # who is harmed and who steps is not the same
+
+
+def test_gradients_are_those_of_the_unweighted_loss_without_noise():
+  run, (batch, _) = _run(), _batches()['package'][0]
+  spec = quiet_spec(run.spec, 'package')
+  assert spec.plan.tasks[0].weight == 1 and [s.name for s in spec.plan.sets] == ['packages']
+  noisy = jit(functools.partial(task_gradient, spec=dataclasses.replace(spec, model=run.spec.model), pieces=_pieces()))
+  for ask, same in ((_gradients()._functions['package'], True), (noisy, False)):
+    one, other = (ask(_params(), batch, run.sets(), jax.random.key(seed))[0] for seed in (1, 2))
+    assert same == all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
+
+
+def test_batches_repeat_with_their_seed_and_are_not_those_of_training():
+  def ids(seed, order=(0, 1, 2)):
+    seen, gradients = [], TaskGradients(_run(), _params(), _pieces(), 3, seed)
+    gradients._functions['package'] = lambda params, batch, sets, key: (seen.append(batch['text_classification']['id']), None)
+    for b in order:
+      gradients('package', b)
+    return {b: np.asarray(x).tolist() for b, x in zip(order, seen)}
+  assert ids(0) == ids(0) == ids(0, (2, 0, 1))
+  assert ids(0) != ids(1)
+  trained = [np.asarray(b['text_classification']['id']).tolist() for _, b in _run().mixture().iterate(0, 3)]
+  assert list(ids(0).values()) != trained
+  assert len({x for batch in ids(0).values() for row in batch for x in row}) == 12  # 3 batches of 4, no example twice
+
+
+@pytest.mark.parametrize('accum', [1, 2])
+def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
+  """Rows of 'pair', which lies behind 'other' in their group; the halves are not the same."""
+  c = _config('shape', 'pair', accum=accum)
+  c.tasks.other, c.tasks.pair.batch = c.tasks.pair.copy_and_resolve_references(), 8
+  c.tasks = type(c.tasks)({name: c.tasks[name] for name in ('shape', 'other', 'pair')})
+  run = train_run.build(c, _one_device())
+  pieces = param_subsets.choose(run.shapes.params, run.spec.model.spec.stack, PATTERN)
+  params, sets = run.init().params, run.sets()
+  _, batch = next(run.mixture().iterate(0, 1))
+  names = [t.name for t in run.plan.tasks]
+  start, size = (4 // accum if names.index('other') < names.index('pair') else 0), 4 // accum
+  whole = jit(functools.partial(half_gradient, spec=run.spec, task='pair', pieces=pieces))
+  alone = jit(functools.partial(task_gradient, spec=quiet_spec(run.spec, 'pair', 2), pieces=pieces))
+  results = []
+  for half in (0, 1):
+    first = start + half * size
+    rows = {k: v if k == 'temporal_offset' else (v[:, first:first + size] if accum == 1 else v[:, :, first:first + size])
+            for k, v in batch['image_retrieval'].items()}
+    expected = alone(params, {'image_retrieval': rows}, sets, jax.random.key(0))[0]
+    got = whole(params, run.put(batch), sets, jax.random.key(0), half)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    results.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(got)]))
+  assert np.abs(results[0] - results[1]).max() > 1e-3
+
+
+def test_the_metric_is_delta_of_the_two_halves_and_due_at_every_nth_step():
+  run = train_run.build(_config(interference_every=3), _one_device())
+  metric, params, sets = InterferenceMetric(run), _params(), run.sets()
+  _, batch = next(run.mixture().iterate(0, 1))
+  placed = run.put(batch)
+  assert metric(0, params, placed, sets) == metric(1, params, placed, sets) == metric(3, params, placed, sets) == {}
+  got = metric(2, params, placed, sets)
+  g = {(t, h): np.concatenate([np.ravel(x) for x in jax.tree.leaves(
+      metric._functions[t](params, placed, sets, jax.random.key(0), h))]) for t in TASKS for h in (0, 1)}
+  u = {k: v / np.linalg.norm(v) for k, v in g.items()}
+  own = (g['answer', 0] @ u['answer', 1] + g['answer', 1] @ u['answer', 0]) / 2
+  cross = (g['answer', 0] + g['answer', 1]) @ (u['package', 0] + u['package', 1]) / 4
+  assert set(got) == {f'interference/{i}<-{j}' for i in TASKS for j in TASKS}
+  np.testing.assert_allclose(got['interference/answer<-answer'], own, rtol=1e-4)
+  np.testing.assert_allclose(got['interference/answer<-package'], cross, rtol=1e-4, atol=1e-6)
+  assert not np.isclose(got['interference/package<-answer'], got['interference/answer<-package'], rtol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """The same run without the metric, with it, and with it and a stop after three of its five steps."""
+  out = {}
+  for name, every in (('off', 0), ('on', 2), ('stopped', 2)):
+    out[name] = str(tmp_path_factory.mktemp(name))
+    c = _config(interference_every=every, steps=5)
+    if name == 'stopped':
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, 'Stop', _StopAfterThree)
+        assert loop.train(c, out[name], _one_device(), hooks=(interference_hook,)) == loop.PREEMPTED
+    assert loop.train(c, out[name], _one_device(), hooks=(interference_hook,)) == loop.FINISHED
+  return out
+
+
+class _StopAfterThree(loop.Stop):
+
+  def __init__(self):
+    self.asked = 0
+
+  @property
+  def requested(self):
+    self.asked += 1
+    return self.asked > 3
+
+
+def _lines(workdir):
+  with open(f'{workdir}/metrics.jsonl') as file:
+    return [{k: v for k, v in json.loads(line).items() if k != 'steps_per_second'} for line in file]
+
+
+@pytest.mark.slow
+def test_the_metric_changes_nothing_else_and_survives_a_restart(runs):
+  off, on, stopped = (_lines(runs[k]) for k in ('off', 'on', 'stopped'))
+  assert on == stopped
+  assert [any(k.startswith('interference/') for k in line) for line in on] == [False, True, False, True, False]
+  assert all(np.isfinite(v) for line in on for v in line.values())
+  assert [{k: v for k, v in line.items() if not k.startswith('interference/')} for line in on] == off
+
+
+@pytest.mark.slow
+def test_any_checkpoint_and_the_start_can_be_measured(runs):
+  c = _config(interference_every=2, steps=5)
+  found = {}
+  for step, init in ((None, False), (5, False), (None, True)):
+    paths = run_interference.interference(c, runs['stopped'], step, init, PATTERN, None, 2, 0, _one_device())
+    assert all(p.stat().st_size > 100 for p in paths)
+    found[paths[0].name] = json.loads(paths[0].read_text())
+  assert set(found) == {'interference.json', 'interference_step_5.json', 'interference_init.json'}
+  newest, named, fresh = (found[k]['parts'] for k in sorted(found, key=('interference.json', 'interference_step_5.json',
+                                                                       'interference_init.json').index))
+  assert newest == named != fresh
+  whole, part = newest
+  assert (whole['part'], part['part'], part['layer'], part['projection']) == ('all', 'layer 0 ffn_out', 0, 'ffn_out')
+  assert whole['ratio_of_means'] == part['ratio_of_means']  # there is one part
+  assert np.shape(whole['delta']['value']) == (2, 2)
+  with pytest.raises(ValueError, match='has no checkpoint of step 4; it has those of 3, 5'):
+    run_interference.interference(c, runs['stopped'], 4, False, PATTERN, None, 2, 0, _one_device())

@@ -1,0 +1,379 @@
+"""Every benchmark and the pretraining mixture on invented data: shapes at full size, a real step and evaluation when shrunken."""
+
+import importlib.util
+import io
+import itertools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from tests import invented as invented_data
+from tests import small_model, tiny
+from uni_moe_jax import config
+from uni_moe_jax.config import benchmarks, presets, schema, validate
+from uni_moe_jax.data import assemble
+from uni_moe_jax.data.files import file_dataset
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.pipeline.templates import fill_template
+from uni_moe_jax.eval import suite
+from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.tools.preflight import compiled_programs
+from uni_moe_jax.train import checkpoint, finetuning, loop, workdir
+from uni_moe_jax.train import run as train_run
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_EXAMPLES = invented_data.EXAMPLES
+_V = 49411  # of CLIP's vocabulary with the published specials
+
+
+def _config(arg: str, file: str = 'benchmark'):
+  spec = importlib.util.spec_from_file_location(file, _ROOT / f'configs/{file}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+@pytest.fixture(name='named', scope='module')
+def _named(tmp_path_factory):
+  """A folder of data with the files of class names, which no test changes."""
+  folder = tmp_path_factory.mktemp('data')
+  invented_data.write_class_names(folder)
+  return folder
+
+
+@pytest.fixture
+def invented(monkeypatch, named):
+  """Data of every source, and the files of class names."""
+  with invented_data.records(monkeypatch):
+    yield named
+
+
+def _small(c, data_dir):
+  """As the config is, but for sizes and words."""
+  c.data.dir = str(data_dir)
+  c.tokenizer.update(dict(kind='sentencepiece', file=tiny.tokenizer_file()))
+  c.model.update(dict(layers=1, width=16, heads=2, hidden=16, image_size=16, patch=8, drop_path=0.0, remat=False))
+  c.moe.num_experts = 2
+  for t in c.tasks.values():
+    t.batch = 4 * bool(t.batch)
+  for e in c.evaluators.values():
+    e.batch = 4
+  return c
+
+
+def _run(c, devices: int = 1):
+  return train_run.build(c, jax.devices()[:devices])
+
+
+def _predictor(run, params):
+  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  return Predictor(run.spec.model, params, sets, run.data.tokenizer)
+
+
+def _rows(run, params, folder):
+  return suite.evaluate(run.plan, run.data, _predictor(run, params), 1, folder)
+
+
+def _step(run):
+  """The state after a step of every task, which is finite."""
+  task, batch = next(run.mixture().iterate(0, 1))
+  assert task is None
+  state, metrics = run.step_fn()(train_run.first_state(run), run.put(batch), run.sets())
+  assert np.isfinite(float(metrics['loss/total'])) and float(metrics['skipped']) == 0
+  return state
+
+
+def _slow(names, first):
+  """Of every kind of task `first` has one, which CI tries; it has no time for the others."""
+  return [pytest.param(n, marks=pytest.mark.slow if n in first else pytest.mark.nightly) for n in names]
+
+
+@pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM, ('imagenet1k', 'kinetics400', 'coco_caption', 'vqa', 'mrpc')))
+def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_path):
+  run = _run(_small(_config(name), invented))
+  rows = _rows(run, _step(run).params, tmp_path)
+  assert {r['evaluator'] for r in rows} == set(run.config.evaluators)
+  assert all(np.isfinite(r['value']) for r in rows)
+  counts = {r['count'] for r in rows if '←' not in r['metric']}
+  assert counts == {_EXAMPLES}  # each once, although they do not divide into batches of four
+
+
+@pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'], ('mrpc', 'vqa', 'coco_retrieval')))
+def test_every_row_is_the_same_on_eight_devices(name, invented, tmp_path):
+  """GLUE's metrics, soft scores, views × crops, texts of files: six examples in batches of five, which four shards do not divide."""
+  tables = []
+  for devices in (1, 8):
+    c = _small(_config(name), invented)
+    c.tasks[name].batch = 8
+    for e in c.evaluators.values():
+      e.batch = 5
+    c.mesh.update(dict(replica=1, data=1, expert=1, model=1) if devices == 1 else dict(replica=1, data=2, expert=2, model=2))
+    run = _run(c, devices)
+    tables.append(_rows(run, jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params), tmp_path))
+  assert tables[0] == tables[1] and all(0 <= r['value'] for r in tables[0] if r['metric'] != 'Matthews')
+  assert {r['count'] for r in tables[0] if '←' not in r['metric']} == {_EXAMPLES}
+
+
+def _shapes(c, task: str | None = None):
+  """(run, batch, state, metrics) of a training step at the config's own sizes, by shape inference alone."""
+  c.tokenizer.merges = 'a file that only its user has'
+  run = compiled_programs.prepare(c, jax.devices()[:1])
+  batch = compiled_programs.batch_shapes(run, run.plan.tasks if task is None else run.plan.only(task).tasks)
+  return run, batch, *jax.eval_shape(run.step_fn(task), run.like(), batch, train_run.set_arrays(run.data, run.plan))
+
+
+_ENTRIES = {
+    'imagenet1k': 1000, 'kinetics400': 400, 'vqa': 3129, 'cola': 2, 'sst2': 2, 'mrpc': 2, 'qqp': 2, 'mnli': 3, 'qnli': 2, 'rte': 2}
+
+
+@pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM, ('imagenet1k', 'msvd_caption', 'coco_retrieval', 'mnli')))
+def test_shapes_of_a_step_at_full_size(name):
+  run, batch, state, metrics = _shapes(_config(name))
+  assert run.spec.model.spec.layers == 12 and metrics['loss/total'].shape == ()
+  assert state.params['embed']['word'].shape == (_V, 192)
+  [fields], [t] = batch.values(), run.plan.tasks
+  assert fields['id'].shape == (1, t.batch)
+  assert {s.size for s in run.data.sets.values()} == ({_ENTRIES[name]} if name in _ENTRIES else {_V} if t.target_set else set())
+  if t.kind.visual:
+    assert fields['pixels'].shape == (1, t.batch, max(1, t.frames), 224, 224, 3)
+
+
+def _every_pretraining():
+  """All arguments of configs/pretrain.py, each with one of the sixteen tasks in turn; two of them are for CI."""
+  tasks = list(_config('tiny-dense-1', 'pretrain').tasks)
+  first = {'base-attribute-1-sampled': 'cc12m_caption', 'large-token-2-sampled': 'kinetics700'}
+  routers = ('dense', 'attribute', 'task', 'modality', 'token', 'context')
+  args = ['-'.join(parts) for parts in itertools.product(presets.SIZES, routers, '12')]
+  for i, arg in enumerate(args):
+    for each in (arg, f'{arg}-sampled'):
+      task = first.get(each, tasks[(i + i // 12) % 16])  # twelve of a size: the next has other tasks
+      yield pytest.param(each, task, marks=pytest.mark.slow if each in first else pytest.mark.nightly)
+
+
+@pytest.mark.parametrize('arg, task', list(_every_pretraining()))
+def test_shapes_of_a_step_of_pretraining_at_full_size(arg, task):
+  run, batch, state, metrics = _shapes(_config(arg, 'pretrain'), task)
+  assert metrics['loss/total'].shape == () and len(run.plan.tasks) == 16
+  assert state.params['embed']['word'].shape == (_V, presets.SIZES[arg.partition('-')[0]][1])
+  assert {n: s.size for n, s in run.data.sets.items()} == {
+      'imagenet21k': 21_842, 'kinetics700': 700, 'moments': 339, 'vocabulary': _V}
+  [fields] = batch.values()
+  assert fields['id'].shape == (1, run.config.tasks[task].batch)
+
+
+@pytest.mark.slow
+def test_the_sixteen_tasks_give_one_batch_of_their_groups():
+  run = compiled_programs.prepare(_small(_config('tiny-attribute-1', 'pretrain'), 'nowhere'), jax.devices()[:1])
+  assert len(run.plan.tasks) == 16
+  assert {g: f['id'].shape[1] for g, f in compiled_programs.batch_shapes(run, run.plan.tasks).items()} == {
+      'text_mlm': 4, 'image_classification': 4, 'video_classification/0/0/4/1': 4, 'video_classification/0/0/3/1': 4,
+      'image_caption/50/0': 20, 'image_caption/30/0': 4, 'image_retrieval/50/0': 20, 'image_retrieval/30/0': 4}
+
+
+_OF_EVERY_KIND = ('imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'coco_retrieval')
+
+
+@pytest.mark.parametrize('arg, names', [
+    pytest.param('tiny-attribute-1', _OF_EVERY_KIND, marks=pytest.mark.slow),
+    pytest.param('tiny-attribute-2', ('moments', 'coco_retrieval'), marks=pytest.mark.slow),
+    pytest.param('tiny-token-2', (), marks=pytest.mark.nightly)])  # all sixteen, whose pipelines take a minute to start
+def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, invented, tmp_path):
+  c = _small(_config(arg, 'pretrain'), invented)
+  for name in set(c.tasks) - set(names or c.tasks):
+    del c.tasks[name]
+  for name in [name for name, e in c.evaluators.items() if e.task not in c.tasks]:
+    del c.evaluators[name]
+  c.tasks.get('imagenet21k', {}).update(randaugment=0.0)  # imagenet1k has it
+  run = _run(c)
+  assert len(run.plan.tasks) == (len(names) or 16)
+  if 'imagenet21k' in c.tasks:
+    assert run.data.sets['imagenet21k'].buckets[0]['count'].tolist() == [2, 1]
+  rows = _rows(run, _step(run).params, tmp_path)
+  asked = {'coco_captions', 'coco_retrieval'} if 'coco_caption' in c.tasks else {'coco_retrieval'}
+  assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == {(name, _EXAMPLES) for name in asked}
+
+
+# Benchmark → batch, tokens, learning rate, decay, second moment's, warmup, steps: the published files, by hand.
+_PUBLISHED = {
+    'imagenet1k': (128, 0, 2e-5, 1e-8, 0.999, 2000, 20_000),
+    'kinetics400': (8, 0, 5e-6, 1e-4, 0.95, 2000, 40_000),
+    'coco_caption': (32, 30, 2e-5, 1e-4, 0.95, 500, 10_000),
+    'coco_retrieval': (256, 30, 5e-6, 1e-4, 0.95, 500, 10_000),
+    'flickr30k_caption': (32, 30, 2e-6, 1e-4, 0.95, 500, 4_000),
+    'flickr30k_retrieval': (256, 30, 5e-6, 1e-4, 0.95, 200, 5_000),
+    'msvd_caption': (2, 30, 2e-5, 1e-4, 0.95, 100, 1_000),
+    'msvd_retrieval': (16, 30, 5e-6, 1e-4, 0.95, 200, 2_000),
+    'vqa': (64, 23, 4e-5, 0.05, 0.999, 1000, 20_000),
+    'cola': (16, 256, 1e-5, 0.1, 0.98, 400, 5_600),
+    'sst2': (32, 256, 1e-5, 0.1, 0.98, 1500, 22_000),
+    'mrpc': (16, 256, 1e-5, 0.1, 0.98, 150, 2_500),
+    'qqp': (32, 256, 1e-5, 0.1, 0.98, 28_000, 115_000),
+    'mnli': (32, 256, 1e-5, 0.1, 0.98, 7500, 125_000),
+    'qnli': (16, 256, 1e-5, 0.1, 0.98, 2000, 34_000),
+    'rte': (16, 256, 2e-5, 0.1, 0.98, 150, 2_500),
+}
+
+
+@pytest.mark.parametrize('name', list(_PUBLISHED))
+def test_a_benchmark_is_tuned_as_published(name):
+  c = _config(name)
+  t, o = c.tasks[name], c.optim
+  assert o.rules[-1][0] == '.*'
+  assert (t.batch, t.length, o.learning_rate, o.rules[-1][2], o.b2, o.warmup, c.train.steps) == _PUBLISHED[name]
+  others = {'vqa': (1e-8, 0.0, 1e-8), 'imagenet1k': (1e-6, 0.1, 1e-8)} | dict.fromkeys(_GLUE, (1e-8, 0.5, 1e-8))
+  expected = others.get(name, (1e-6, 0.1, 1e-6))
+  assert (o.eps, o.clip, o.final * o.learning_rate) == pytest.approx(expected)  # the rate falls no lower than the last
+
+
+# Task → its record, what the model reads of it, and the word of every class as TFDS calls them.
+_GLUE = {
+    'cola': (dict(sentence='they left'), 'they left This is <spe> . <eot>', {'unacceptable': 'incorrect', 'acceptable': 'correct'}),
+    'sst2': (dict(sentence='a joy'), 'a joy <eot> It is <spe> . <eot>', {'negative': 'bad', 'positive': 'wonderful'}),
+    'mrpc': (dict(sentence1='it rained .', sentence2='rain fell .'), 'it rained . <spe> , rain fell . <eot>',
+             {'not_equivalent': 'no', 'equivalent': 'yes'}),
+    'qqp': (dict(question1='who ?', question2='which ?'), 'who ? <eot> <spe> , which ? <eot>',
+            {'not_duplicate': 'no', 'duplicate': 'yes'}),
+    'mnli': (dict(premise='it rained .', hypothesis='it is wet .'), 'it rained . <spe> , it is wet . <eot>',
+             {'entailment': 'yes', 'neutral': 'maybe', 'contradiction': 'no'}),
+    'qnli': (dict(question='who left ?', sentence='they left'), 'who left ? <eot> it is <spe> , they left <eot>',
+             {'entailment': 'yes', 'not_entailment': 'no'}),
+    'rte': (dict(sentence1='it rained', sentence2='it is wet'), 'it rained ? <eot> it is <spe> , it is wet <eot>',
+            {'entailment': 'yes', 'not_entailment': 'no'}),
+}
+
+
+class _Whole:
+  """A tokenizer whose tokens are words."""
+  spe, eot = '<spe>', '<eot>'
+
+  @staticmethod
+  def encode(text):
+    return text.split()
+
+
+@pytest.mark.parametrize('name', list(_GLUE))
+def test_glue_is_asked_in_the_published_words(name):
+  row, read, words = _GLUE[name]
+  c = _config(name)
+  t = c.tasks[name]
+  tokens, slot = fill_template(_Whole, t.template, {column: text.split() for column, text in row.items()}, t.length)
+  assert ' '.join(tokens) == read and tokens[slot] == '<spe>'
+  assert dict(c.sets[name]['values']) == words
+  # Of two, F1 is of the second.
+  assert len(words) == 3 or c.sets[name]['values'][1][1] in ('correct', 'wonderful', 'yes')
+
+
+@pytest.mark.parametrize('name', list(_GLUE))
+def test_records_of_glue_have_its_columns_and_classes(name, invented):
+  c = _small(_config(name), invented)
+  plan = validate.resolve(c)
+  [t], data = plan.tasks, assemble.Data(c, plan)
+  fields = next(evaluation_batches(data.examples(t, plan.evaluations[0].split), np.arange(4), 4))[0]
+  slot = np.take_along_axis(fields['text'], fields['position'], 1)
+  assert (slot == data.tokenizer.spe).all() and (fields['weight'] == 1).all()
+  assert set(data.records(t.source, 'train').classes['label']) == set(_GLUE[name][2])
+
+
+def _written(data_dir, name: str, splits: dict) -> None:
+  """Some examples of a TFDS data set, where and as TFDS would prepare it."""
+  builder = file_dataset.tfds_builder(f'tfds:{name}', data_dir)
+  tfds.dataset_builders.store_as_tfds_dataset(
+      builder.name, builder.version, builder.info.features, splits, config=builder.builder_config.name, data_dir=data_dir / 'tfds',
+      file_format='array_record', disable_shuffling=True)
+
+
+def test_coco_is_read_as_tfds_prepares_it(tmp_path):
+  c = _config('coco_retrieval')
+  with pytest.raises(FileNotFoundError, match="source 'tfds:coco_captions' is not in .*--tfds=coco_captions"):
+    _run(_small(c, tmp_path))
+  example = lambda i: {
+      'image': io.BytesIO(invented_data.picture(i)), 'image/filename': f'{i}.jpg', 'image/id': i, 'objects': [],
+      'captions': {'id': [2 * i, 2 * i + 1], 'text': [f'a picture {i}', f'the shape {i}']}}
+  _written(tmp_path, 'coco_captions', {
+      split: [(i, example(i)) for i in ids] for split, ids in {'train': (0, 1), 'restval': (2,), 'test': (3, 4, 5)}.items()})
+  run = _run(_small(_config('coco_retrieval'), tmp_path))
+  [t] = run.plan.tasks
+  assert run.data.examples(t, training=True).size == 3  # train and restval
+  asked = run.data.examples(t, 'test')
+  assert asked.references(np.arange(3)) == [(f'a picture {i}', f'the shape {i}') for i in (3, 4, 5)]
+  fields = next(evaluation_batches(asked, np.arange(3), 3))[0]
+  red = fields['pixels'][:, 0].mean(axis=(1, 2))
+  assert fields['pixels'].shape == (3, 1, 16, 16, 3) and (red[:, 0] > 150).all() and (red[:, 1:] < 60).all()
+  with pytest.raises(ValueError, match="split 'tests' of source 'tfds:coco_captions'.*did you mean 'test'"):
+    run.data.records(t.source, 'tests')
+
+
+def _captioning():
+  """A run whose pictures are small and whose texts are short."""
+  c = config.base()
+  c.tokenizer.update(dict(kind='sentencepiece', file=tiny.tokenizer_file()))
+  c.model.update(dict(layers=2, width=16, heads=2, hidden=16, image_size=16, patch=8, max_text=40, remat=False))
+  c.moe.num_experts = 2
+  c.sets.vocabulary = config.target_set('vocabulary', family='words')
+  c.tasks.coco_words = config.task(
+      'image_caption', 'tfds:coco_captions', batch=4, target_set='vocabulary', captions=('{captions/text}',), length=20)
+  c.train.update(dict(steps=1, log_every=1))
+  return c
+
+
+@pytest.fixture(name='trained', scope='module')
+def _trained(tmp_path_factory):
+  """The work directory of such a run; it has no steps yet."""
+  folder = tmp_path_factory.mktemp('runs') / 'trained'
+  workdir.claim_workdir(folder, _captioning(), 'print')
+  return str(folder)
+
+
+@pytest.mark.parametrize('name, mode', [
+    pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ('cola', 'prompts') else pytest.mark.nightly)
+    for name in ('cola', 'coco_caption', 'vqa') for mode in ('finetune', 'prompts', 'untuned')])
+def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, mode, invented, tmp_path):
+  first = _captioning()
+  first.data.dir = str(invented)
+  assert loop.train(first, str(tmp_path / 'first'), jax.devices()[:1]) == loop.FINISHED
+  c = _config(f'{name},{tmp_path / "first"},{mode}')
+  c.train.update(dict(steps=1, log_every=1))
+  for t in c.tasks.values():
+    t.batch = 4 * bool(t.batch)
+  for e in c.evaluators.values():
+    e.batch = 4
+  if mode != 'untuned':
+    assert loop.train(c, str(tmp_path / 'then'), jax.devices()[:1]) == loop.FINISHED
+  run = _run(c)
+  with checkpoint.Checkpoints(tmp_path / ('first' if mode == 'untuned' else 'then'), keep=None) as checkpoints:
+    predictor, _ = train_run.predictor(run, checkpoints)
+  rows = suite.evaluate(run.plan, run.data, predictor, 1, tmp_path)
+  assert {r['evaluator'] for r in rows} == set(c.evaluators) and all(np.isfinite(r['value']) for r in rows)
+  assert {r['count'] for r in rows if '←' not in r['metric']} == {_EXAMPLES}
+
+
+@pytest.mark.parametrize('mode', ['', ',finetune', ',prompts', ',untuned'])
+@pytest.mark.parametrize('name', ['cola', 'coco_caption', 'vqa'])
+def test_a_benchmark_starts_from_a_run(trained, name, mode):
+  c = _config(f'{name},{trained}{mode}')
+  plan, t = validate.resolve(c), c.tasks[name]
+  assert (c.train.init, c.model.width, c.model.max_text) == (trained, 16, 40)
+  assert t.length == min(40, _PUBLISHED[name][1])  # the model has room for so many
+  assert {e.task.name for e in plan.evaluations} == {name}
+  trains = {'': '.*', ',finetune': '.*', ',prompts': schema.FREEZE, ',untuned': ''}[mode]
+  assert [t.name for t in plan.tasks] == ([name] if trains else [])
+  if trains == '.*':
+    _, _, rate, decay, *_, steps = _PUBLISHED[name]
+    assert (c.optim.learning_rate, c.optim.rules[-1][2], c.train.steps) == (rate, decay, steps)
+  elif trains:
+    expected = config.base()
+    finetuning.train_prompts(expected)
+    assert (c.optim, c.train.steps, c.model.prompts) == (expected.optim, expected.train.steps, expected.model.prompts)
+  # A run has its own scales: the captions' is the only one here.
+  assert t.temperature == ('image_caption' if name == 'coco_caption' or mode == ',untuned' else '')
+
+
+@pytest.mark.parametrize('arg, message', [
+    ('imagenet', "benchmark 'imagenet' is unknown; did you mean 'imagenet1k'"), ('cola,,prompt', "mode 'prompt' is unknown"),
+    ('cola,nowhere', "'nowhere' holds no run")])
+def test_a_wrong_argument_is_named(arg, message):
+  with pytest.raises(ValueError, match=message):
+    _config(arg)

@@ -1,0 +1,80 @@
+"""Fields and types of a config: what a file by hand can get wrong, and the sentence for each."""
+
+import json
+
+import ml_collections
+import pytest
+
+from tests import small_config
+from uni_moe_jax import config
+from uni_moe_jax.config import field_types, presets
+from uni_moe_jax.train import workdir
+
+
+def _plain() -> dict:
+  return json.loads(json.dumps(small_config.config().to_dict()))
+
+
+def _check(tree: dict) -> None:
+  field_types.check(ml_collections.ConfigDict(workdir._tuples(tree)))
+
+
+def test_right_ones_pass():
+  _check(_plain())
+  c = config.base()
+  presets.embedded(c)
+  presets.published(c)
+  presets.prompt_tune(c)
+  c.moe.placement = (0, 2)
+  c.sets.own = config.target_set((('a dog', 'a hound'), 'a cat'), family='names')
+  field_types.check(c)
+
+
+@pytest.mark.parametrize('path, value, said', [
+    ('model.width', '16', r"config\.model\.width='16' must be a whole number"),
+    ('model.width', 16.5, r'config\.model\.width=16\.5 must be a whole number'),
+    ('model.width', True, r'config\.model\.width=True must be a whole number'),
+    ('model.width', 10**40, r'config\.model\.width=1000.* must be a whole number'),
+    ('optim.learning_rate', None, r'config\.optim\.learning_rate=None must be a finite number'),
+    ('optim.learning_rate', float('nan'), r'config\.optim\.learning_rate=nan must be a finite number'),
+    ('optim.learning_rate', float('inf'), r'config\.optim\.learning_rate=inf must be a finite number'),
+    ('train.encode_all_sets', 1, r'config\.train\.encode_all_sets=1 must be True or False'),
+    ('moe.router', ['token'], r"config\.moe\.router=\('token',\) must be a text"),
+    ('moe.placement', 3, r'config\.moe\.placement=3 must be a name or a tuple of layer indices'),
+    ('moe.placement', ['first'], r"config\.moe\.placement\[0\]='first' must be a finite number"),
+    ('model.pixel_mean', .5, r'config\.model\.pixel_mean=0\.5 must be a tuple'),
+    ('model.pixel_mean', [.5, None, .5], r'config\.model\.pixel_mean\[1\]=None must be a finite number'),
+    ('optim.rules', ['.*'], r"config\.optim\.rules\[0\]='\.\*' must be a tuple"),
+    ('tasks.name.captions', [3], r'config\.tasks\.name\.captions\[0\]=3 must be a text'),
+    ('tasks.shape', None, r'config\.tasks\.shape=None must be a section with the fields '),
+    ('tasks', [], r'config\.tasks=\(\) must be a section of named entries'),
+    ('sets.classes.values', 3, r'config\.sets\.classes\.values=3 must be a name or a tuple of texts'),
+    ('sets.classes.values', [[3]], r'config\.sets\.classes\.values\[0\]\[0\]=3 must be a text'),
+    ('data.dir', 'gs://b/data', r"config\.data\.dir='gs://b/data' is an address, and must be a path; mount the bucket"),
+    ('tasks.shape.source', 'gs://b/x', r"config\.tasks\.shape\.source='gs://b/x' is an address"),
+    ('sets.classes.values', 'file:gs://b/x', r"config\.sets\.classes\.values='file:gs://b/x' is an address"),
+    ('train', 'fast', r"config\.train='fast' must be a section with the fields "),
+    ('train.stpes', 3, r"config\.train\.stpes: the config has no such field; did you mean 'steps'"),
+    ('tasks.shape.bacth', 3, r"config\.tasks\.shape\.bacth: the config has no such field; did you mean 'batch'"),
+])
+def test_the_field_is_named(path, value, said):
+  tree = _plain()
+  *sections, name = path.split('.')
+  section = tree
+  for key in sections:
+    section = section[key]
+  section[name] = value
+  with pytest.raises(ValueError, match=said):
+    _check(tree)
+
+
+def test_a_missing_field_is_named_with_its_default():
+  tree = _plain()
+  del tree['train']['accum']
+  with pytest.raises(ValueError, match=r'config\.train\.accum is missing; its default is 1\.'):
+    _check(tree)
+
+
+def test_a_number_that_is_too_long_to_print_is_still_an_error():
+  with pytest.raises(ValueError, match=r'config\.seed=a number with thousands of digits must be'):
+    _check(_plain() | {'seed': 10**6000})

@@ -1,0 +1,32 @@
+"""Tasks of own data: what they and their evaluators are called."""
+
+from uni_moe_jax import config
+from uni_moe_jax.config import presets, validate
+
+
+def _own(sources):
+  c = config.base()
+  for name, columns in sources.items():
+    classes = {column: ('a', 'b') for column, kind in columns.items() if kind == 'class'}
+    presets.own(c, name, columns, classes, ('train', 'test'))
+  validate.resolve(c)
+  return {name: (t.kind, t.label) for name, t in c.tasks.items()}, {name: e.task for name, e in c.evaluators.items()}, set(c.sets)
+
+
+def test_a_column_may_be_called_as_anything_that_data_can_have():
+  tasks, evaluators, sets = _own({'pets': {
+      'image': 'image', 'captions': 'texts', **dict.fromkeys(('exif.model', 'exif_model', 'exif model', 'retrieval'), 'class')}})
+  assert tasks == {
+      'pets_retrieval': ('image_retrieval', ''), 'pets_caption': ('image_caption', ''),
+      'pets_exif_model': ('image_classification', 'exif.model'), 'pets_exif_model_2': ('image_classification', 'exif_model'),
+      'pets_exif model_2_2': ('image_classification', 'exif model'), 'pets_retrieval_2': ('image_classification', 'retrieval')}
+  assert evaluators == {name.replace('_', ' '): name for name in tasks}
+  assert sets == {'vocabulary', *(name for name, (kind, _) in tasks.items() if kind == 'image_classification')}
+
+
+def test_two_sources_keep_their_tasks_whose_names_would_be_one():
+  tasks, _, _ = _own({
+      'pets': {'image': 'image', 'old_label': 'class'}, 'pets_old': {'text': 'text', 'label': 'class', 'words': 'class'}})
+  assert tasks == {
+      'pets_old_label': ('image_classification', 'old_label'), 'pets_old_label_2': ('text_classification', 'label'),
+      'pets_old_words': ('text_mlm', ''), 'pets_old_words_2': ('text_classification', 'words')}

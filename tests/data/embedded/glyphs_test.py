@@ -1,0 +1,270 @@
+"""Glyph pictures: what is drawn, what it is called, and what tests may not share with training."""
+
+import collections
+
+import numpy as np
+import pytest
+from fontTools import ttLib
+from PIL import ImageFont
+
+from uni_moe_jax.data.embedded import glyph_classes, glyphs
+from uni_moe_jax.data.pipeline.records import Records
+
+_TRAIN = 'train'
+_SEEN_FACE_SPLITS = ('train', 'validation', 'test_characters')
+
+
+@pytest.fixture(scope='module')
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Records]:
+  directory = tmp_path_factory.mktemp('glyphs')
+  glyphs.build(directory, report=lambda line: None)
+  return {split: glyphs.load(directory, split) for split in glyphs.SPLITS}
+
+
+def _names(records: Records) -> set[str]:
+  return set(records.columns['name'].tolist())
+
+
+def _pictures(records: Records) -> set[bytes]:
+  return {pixels.tobytes() for pixels in records.columns['pixels']}
+
+
+class TestContent:
+
+  def test_columns_are_pixels_name_face_and_class_of_one_length(self, records):
+    for split in glyphs.SPLITS:
+      columns = records[split].columns
+      count = len(columns['name'])
+      assert set(columns) == {'pixels', 'name', 'face', 'class'}
+      assert columns['pixels'].shape == (count, 32, 32)
+      assert columns['pixels'].dtype == np.uint8
+      assert columns['face'].shape == columns['class'].shape == (count,)
+
+  def test_splits_are_large_enough_to_train_and_to_tell_three_standard_errors(self, records):
+    sizes = {split: len(records[split].columns['name']) for split in glyphs.SPLITS}
+    assert sizes['train'] > 25_000
+    assert sizes['validation'] > 1_000
+    assert sizes['test_characters'] > 2_500
+    assert sizes['test_fonts'] > 2_000
+
+  def test_tests_have_more_than_500_distinct_names(self, records):
+    assert len(_names(records['test_characters'])) > 500
+    assert len(_names(records['test_fonts'])) > 500
+
+  def test_about_a_tenth_of_the_characters_is_tested_and_a_twentieth_validated(self, records):
+    count = {split: len(_names(records[split])) for split in _SEEN_FACE_SPLITS}
+    total = sum(count.values())
+    assert count['test_characters'] / total == pytest.approx(0.10, abs=0.01)
+    assert count['validation'] / total == pytest.approx(0.05, abs=0.01)
+
+  def test_names_are_lower_cased_unicode_names(self, records):
+    names = _names(records[_TRAIN])
+    assert 'greek small letter alpha with tonos' in names
+    assert all(name == name.lower() for name in names)
+
+  def test_no_mark_that_combines_with_other_characters_is_shown(self, records):
+    for split in glyphs.SPLITS:
+      assert not [name for name in _names(records[split]) if name.startswith('combining ')]
+
+  def test_every_picture_shows_something(self, records):
+    for split in glyphs.SPLITS:
+      assert records[split].columns['pixels'].any((1, 2)).all()
+
+  def test_pictures_are_centred_from_left_to_right(self, records):
+    inked = records[_TRAIN].columns['pixels'].any(1)  # [N, W]
+    left = inked.argmax(1)
+    right = inked[:, ::-1].argmax(1)
+    assert (np.abs(left - right) <= 3).mean() > 0.95
+
+  def test_fingerprints_of_splits_differ(self, records):
+    assert len({records[split].fingerprint for split in glyphs.SPLITS}) == len(glyphs.SPLITS)
+
+
+class TestLeaks:
+
+  def test_no_character_is_in_two_of_the_splits_by_character(self, records):
+    counts = collections.Counter(
+        name for split in _SEEN_FACE_SPLITS for name in _names(records[split]))
+    assert [name for name, count in counts.items() if count > 1] == []
+
+  @pytest.mark.parametrize('alike', [
+      ('latin capital letter h', 'greek capital letter eta', 'cyrillic capital letter en'),
+      ('latin small letter o', 'greek small letter omicron', 'cyrillic small letter o'),
+      ('greek capital letter phi', 'cyrillic capital letter ef'),  # drawn anew, not copied
+  ])
+  def test_look_alikes_are_in_one_split(self, records, alike):
+    splits = {split for split in _SEEN_FACE_SPLITS if _names(records[split]) & set(alike)}
+    assert len(splits) == 1
+
+  def test_no_picture_occurs_twice_in_or_across_splits(self, records):
+    pictures = [_pictures(records[split]) for split in glyphs.SPLITS]
+    total = sum(len(records[split].columns['pixels']) for split in glyphs.SPLITS)
+    assert len(set().union(*pictures)) == total
+
+  def test_unseen_faces_occur_in_their_own_test_only(self, records):
+    for split in _SEEN_FACE_SPLITS:
+      assert not set(records[split].columns['face'].tolist()) & set(glyphs.UNSEEN_FACES)
+    assert set(records['test_fonts'].columns['face'].tolist()) == set(glyphs.UNSEEN_FACES)
+
+  def test_characters_of_the_test_of_faces_were_trained_on(self, records):
+    assert _names(records['test_fonts']) <= _names(records[_TRAIN])
+
+  def test_every_word_of_an_unseen_face_is_trained_on(self, records):
+    seen = {word for face in set(records[_TRAIN].columns['face'].tolist()) for word in face.split()}
+    assert {word for face in glyphs.UNSEEN_FACES for word in face.split()} <= seen
+
+
+class TestClasses:
+
+  def test_every_class_of_a_test_is_trained_on(self, records):
+    trained = set(records[_TRAIN].columns['class'].tolist())
+    for split in glyphs.SPLITS:
+      assert set(records[split].columns['class'].tolist()) <= trained
+
+  def test_every_class_has_at_least_twenty_characters(self, records):
+    characters = collections.defaultdict(set)
+    for split in _SEEN_FACE_SPLITS:
+      columns = records[split].columns
+      for name, label in zip(columns['name'].tolist(), columns['class'].tolist(), strict=True):
+        characters[label].add(name)
+    few = {label: len(characters[label]) for label in glyph_classes.CLASSES
+           if len(characters[label]) < 20}
+    assert few == {}
+
+  def test_class_names_are_in_the_order_of_the_rules(self, records):
+    assert records[_TRAIN].classes == {'class': glyph_classes.CLASSES}
+
+  @pytest.mark.parametrize(('name', 'label'), [
+      ('latin small letter a', 'latin small letter'),
+      ('latin small letter a with acute', 'accented latin small letter'),
+      ('latin small letter d with hook', 'latin small letter'),  # a hook makes another letter
+      ('greek capital letter omega with tonos', 'greek capital letter'),
+      ('long rightwards arrow from bar', 'rightwards arrow'),
+      ('left right double arrow', 'two-way arrow'),
+      ('north west arrow', 'diagonal arrow'),
+      ('leftwards harpoon with barb up above rightwards harpoon with barb up', 'harpoon'),
+      ('left square bracket', 'bracket'),
+      ('black square', 'square'),
+      ('square root', ''),
+      ('circled latin small letter l', 'circled letter'),
+      ('white circle', 'circle'),
+      ('playing card queen of hearts', 'playing card'),
+      ('smiling face with sunglasses', 'face'),
+      ('die face-1', ''),
+      ('double-struck capital r', 'double-struck letter'),
+      ('mathematical bold capital a', ''),  # an A in a bold face
+      ('roman numeral one', ''),
+      ('modifier letter small h', ''),
+  ])
+  def test_class_follows_from_the_name(self, name, label):
+    assert glyph_classes.class_of(name) == label
+
+
+class TestRender:
+
+  def _font(self) -> ImageFont.FreeTypeFont:
+    path = glyphs.font_path('DejaVuSans')
+    return ImageFont.truetype(path, 22, layout_engine=ImageFont.Layout.BASIC)
+
+  def test_capital_and_small_letter_keep_their_sizes(self):
+    rows = [glyphs.render(self._font(), letter).any(1).sum() for letter in 'Oo']
+    assert rows[0] > rows[1] + 2
+
+  def test_letters_stand_on_one_baseline(self):
+    lowest = {32 - glyphs.render(self._font(), letter).any(1)[::-1].argmax() for letter in 'EXx'}
+    assert lowest == {24}
+
+  def test_a_dot_on_the_left_of_its_space_stays_on_the_left(self):
+    left, right = (glyphs.render(self._font(), dot) for dot in '\u2801\u2808')  # braille dots 1, 4
+    assert left.any(0).argmax() < right.any(0).argmax()
+
+  def test_blank_and_too_wide_characters_are_not_drawn(self):
+    assert glyphs.render(self._font(), ' ') is None
+    assert glyphs.render(self._font(), '\N{PER TEN THOUSAND SIGN}') is None
+
+
+class TestSplits:
+
+  def test_a_group_is_never_divided(self):
+    groups = [(65 + 2 * i, 66 + 2 * i) for i in range(40)]
+    splits = glyphs.assign_splits(groups)
+    assert all(splits[one] == splits[other] for one, other in groups)
+
+  def test_forty_groups_give_four_to_the_test_and_two_to_validation(self):
+    braille = [(code,) for code in range(0x2801, 0x2801 + 40)]
+    counts = collections.Counter(glyphs.assign_splits(braille).values())
+    assert counts == {'test_characters': 4, 'validation': 2, 'train': 34}
+
+  def test_another_class_moves_no_character(self):
+    braille = [(code,) for code in range(0x2801, 0x2801 + 40)]
+    hexagrams = [(code,) for code in range(0x4DC0, 0x4DC0 + 40)]
+    alone = glyphs.assign_splits(braille)
+    assert {code: glyphs.assign_splits(hexagrams + braille)[code] for code in alone} == alone
+
+
+class TestChoice:
+
+  def _chosen(self, splits: dict[int, str], **fonts: dict[int, int]) -> dict[str, list[tuple]]:
+    """(name, face) of each split, for fonts that draw each character as an even grey."""
+    made = [
+        glyphs.Font(face.replace('_', ' '), dict.fromkeys(greys, b''), {
+            code: np.full((32, 32), grey, np.uint8) for code, grey in greys.items()})
+        for face, greys in fonts.items()
+    ]
+    rows, _ = glyphs.choose(made, splits)
+    return {split: [(name[-1], face) for _, name, face, _ in rows[split]] for split in rows}
+
+  def test_of_twins_in_a_seen_and_an_unseen_face_the_seen_one_stays(self):
+    chosen = self._chosen({65: 'train'}, bold_times={65: 1}, regular_sans={65: 1})
+    assert chosen['train'] == [('a', 'regular sans')]
+    assert chosen['test_fonts'] == []
+
+  def test_an_unseen_character_is_tested_in_seen_faces_only(self):
+    splits = {65: 'test_characters', 66: 'train'}
+    chosen = self._chosen(splits, regular_sans={65: 1, 66: 2}, bold_times={65: 3, 66: 4})
+    assert chosen['test_characters'] == [('a', 'regular sans')]
+    assert chosen['test_fonts'] == [('b', 'bold times')]
+
+  def test_a_character_that_was_never_shown_is_no_test_of_an_unseen_face(self):
+    # B is drawn as A is in the seen face: that picture stays A's, so nothing taught B.
+    splits = {65: 'train', 66: 'train'}
+    chosen = self._chosen(splits, regular_sans={65: 1, 66: 1}, bold_times={65: 2, 66: 3})
+    assert chosen['train'] == [('a', 'regular sans')]
+    assert chosen['test_fonts'] == [('a', 'bold times')]
+
+
+class TestBuild:
+
+  @pytest.fixture
+  def few_faces(self, monkeypatch):
+    names = ('STIXGeneralItalic', 'STIXGeneralBolIta', 'STIXGeneralBol')
+    monkeypatch.setattr(glyphs, 'FACES', {name: glyphs.FACES[name] for name in names})
+
+  def test_two_builds_hold_the_same(self, few_faces, tmp_path):
+    prints = []
+    for folder in ('one', 'other'):
+      glyphs.build(tmp_path / folder, report=lambda line: None)
+      prints.append([glyphs.load(tmp_path / folder, split).fingerprint for split in glyphs.SPLITS])
+    assert prints[0] == prints[1]
+
+  def test_a_second_build_does_nothing(self, few_faces, tmp_path, monkeypatch):
+    glyphs.build(tmp_path, report=lambda line: None)
+    monkeypatch.setattr(ttLib, 'TTFont', None)  # would raise if a font were read
+    lines = []
+    glyphs.build(tmp_path, report=lines.append)
+    assert lines == []
+
+  def test_a_missing_font_is_named(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(glyphs, 'FACES', {'NoSuchFont': 'regular sans'})
+    with pytest.raises(FileNotFoundError, match='NoSuchFont.ttf is missing.*constraints.txt'):
+      glyphs.build(tmp_path, report=lambda line: None)
+
+  def test_missing_data_names_the_directory_and_the_command(self, tmp_path):
+    command = f'{tmp_path}. Run: python launch/prepare_data.py --data_dir={tmp_path}'
+    with pytest.raises(FileNotFoundError, match=command):
+      glyphs.load(tmp_path, 'train')
+
+  def test_an_unknown_split_lists_those_there_are(self, few_faces, tmp_path):
+    glyphs.build(tmp_path, report=lambda line: None)
+    with pytest.raises(ValueError, match="'test'.*test_characters, test_fonts, train, validation"):
+      glyphs.load(tmp_path, 'test')

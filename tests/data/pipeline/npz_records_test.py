@@ -1,0 +1,94 @@
+"""Prepared records on disk: whole or absent, and fingerprints of what they say."""
+
+import numpy as np
+import pytest
+
+from uni_moe_jax.data.pipeline import npz_records
+
+_COLUMNS = {
+    'pixels': np.arange(12, dtype=np.uint8).reshape(3, 2, 2),
+    'name': np.array(['a', 'b', '']),
+}
+_CLASSES = {'name': ('b', 'a')}
+
+
+class TestFingerprint:
+
+  def test_equal_content_has_one_fingerprint_however_it_is_stored(self):
+    other = {
+        'name': _COLUMNS['name'].astype('<U40'),
+        'pixels': np.asfortranarray(_COLUMNS['pixels']),
+    }
+    assert npz_records.fingerprint(other, _CLASSES) == npz_records.fingerprint(_COLUMNS, _CLASSES)
+
+  @pytest.mark.parametrize('change', [
+      {'pixels': _COLUMNS['pixels'] + 1},
+      {'pixels': _COLUMNS['pixels'].reshape(3, 4)},
+      {'pixels': _COLUMNS['pixels'].astype(np.int16)},
+      {'name': np.array(['ab', '', ''])},
+  ], ids=['values', 'shape', 'type', 'where a text ends'])
+  def test_another_column_has_another_fingerprint(self, change):
+    changed = npz_records.fingerprint(_COLUMNS | change, _CLASSES)
+    assert changed != npz_records.fingerprint(_COLUMNS, _CLASSES)
+
+  def test_another_order_of_classes_has_another_fingerprint(self):
+    changed = npz_records.fingerprint(_COLUMNS, {'name': ('a', 'b')})
+    assert changed != npz_records.fingerprint(_COLUMNS, _CLASSES)
+
+
+class TestBuilding:
+
+  def test_a_block_that_raises_leaves_nothing(self, tmp_path):
+    with pytest.raises(RuntimeError), npz_records.building(tmp_path / 'made') as folder:
+      (folder / 'half').touch()
+      raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+  def test_nothing_is_there_before_the_block_ends(self, tmp_path):
+    with npz_records.building(tmp_path / 'made') as folder:
+      (folder / 'part').touch()
+      assert not (tmp_path / 'made').exists()
+    assert [file.name for file in (tmp_path / 'made').iterdir()] == ['part']
+
+  def test_of_two_builds_at_once_the_first_to_finish_stays(self, tmp_path):
+    with npz_records.building(tmp_path / 'made') as slow:
+      with npz_records.building(tmp_path / 'made') as fast:
+        (fast / 'fast').touch()
+      (slow / 'slow').touch()
+    found = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*'))
+    assert found == ['made', 'made/fast']
+
+
+class TestDirectory:
+
+  def test_one_of_an_unknown_user_is_not_there(self):
+    with pytest.raises(FileNotFoundError, match='Data directory ~nobody_of_this_name/x is not there'):
+      npz_records.check_directory('~nobody_of_this_name/x')
+
+
+class TestFiles:
+
+  def test_records_come_back_as_they_were_saved(self, tmp_path):
+    npz_records.save(tmp_path, 'train', _COLUMNS, _CLASSES)
+    records = npz_records.load(tmp_path, 'train', tmp_path)
+    np.testing.assert_array_equal(records.columns['pixels'], _COLUMNS['pixels'])
+    assert records.columns['name'].tolist() == ['a', 'b', '']
+    assert records.classes == _CLASSES
+    assert records.fingerprint == npz_records.fingerprint(_COLUMNS, _CLASSES)
+
+  def test_columns_of_different_lengths_are_refused(self, tmp_path):
+    with pytest.raises(ValueError, match="'train'.*one length.*'pixels': 3, 'name': 2"):
+      npz_records.save(tmp_path, 'train', _COLUMNS | {'name': np.array(['a', 'b'])}, {})
+
+  @pytest.mark.parametrize('harm', [
+      lambda path: path.write_bytes(path.read_bytes()[:-40]),
+      lambda path: path.write_bytes(path.read_bytes().replace(b'PK', b'KP')),
+      lambda path: path.write_bytes(b''),
+      lambda path: (path.unlink(), path.mkdir()),
+      lambda path: np.savez(path, name=np.array([{'code': 1}], object)),
+  ], ids=['cut off', 'altered', 'empty', 'a folder', 'pickled objects'])
+  def test_a_file_that_cannot_be_read_is_named_with_what_to_do(self, tmp_path, harm):
+    npz_records.save(tmp_path, 'train', _COLUMNS, _CLASSES)
+    harm(tmp_path / 'train.npz')
+    with pytest.raises(ValueError, match=r'train\.npz cannot be read \(.*damaged: delete .* and run: python launch/prepare_data'):
+      npz_records.load(tmp_path, 'train', '/data')

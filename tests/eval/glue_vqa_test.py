@@ -1,0 +1,82 @@
+"""Answers at a slot: GLUE's metrics and VQA's soft score, of predictors that always say the same."""
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.config import validate
+from uni_moe_jax.data.files.file_dataset import Stored
+from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.eval.evaluators import Question
+from uni_moe_jax.eval.samples import Samples
+from uni_moe_jax.eval.suite import EVALUATORS
+
+LABELS = np.array([1, 1, 0, 1, 0, 0, 1])  # seven, asked in batches of three
+ANSWERS = [('A cat',) * 4 + ('dog',) * 6, ('cat.',) * 10, ('bird',) * 10]
+
+
+class _Says:
+  """The answers of a predictor by example id, as log p; remembers who was asked."""
+
+  def __init__(self, answers, V):
+    self.answers, self.V, self.seen = np.asarray(answers), V, []
+
+  def inputs(self, kind, fields):
+    self.seen += fields['id'].tolist()
+    return fields['id'].astype(int)
+
+  def log_probabilities(self, ids, task):
+    return np.log(np.eye(self.V)[self.answers[ids]] * 0.8 + 0.1)[:, None]
+
+
+def _ask(kind, task, keys, examples, says, labels=None):
+  c = tiny.config(data_dir='')
+  c.sets.s = config_lib.target_set(keys, family='words')
+  c.tasks.t = task
+  c.evaluators.e = config_lib.evaluator(kind, 't', split='test', batch=3)
+  [e] = validate.resolve(c).evaluations
+  records = Stored('own:x', examples.size, None, {}, {'label': keys}, {} if labels is None else {'label': labels}, '')
+  question = Question(e, says, examples, records, records, keys, keys, None, Samples())
+  return {s.name: s for s in EVALUATORS[kind](question)}
+
+
+def _text(**fields):
+  return config_lib.task('text_classification', 'own:x', batch=1, target_set='s', label='label', template='{a} <spe> <eot>',
+                         length=8, **fields)
+
+
+def _examples(size, references=None):
+  def make(ids, hashes):
+    import tensorflow as tf
+    pixels = {} if references is None else {'pixels': tf.zeros([tf.size(ids), 1, 4, 4, 3], tf.uint8)}
+    return {'id': ids, 'label': tf.gather(tf.constant(np.resize(LABELS, size)), ids)[:, None], **pixels}
+  return Examples(size, make, references)
+
+
+def test_glue_counts_every_example_once_and_scores_by_hand():
+  # Always 1: of seven, four are 1. F1 = 2 · 4 / (7 + 4).
+  says = _Says(np.ones(7, int), 2)
+  scores = _ask('glue', _text(), ('no', 'yes'), _examples(7), says, labels=np.array([0, 0, 1, -1]))
+  assert sorted(set(says.seen)) == list(range(7)) and scores['accuracy'].count == 7
+  assert scores['accuracy'].value == pytest.approx(4 / 7)
+  assert scores['F1'].value == pytest.approx(8 / 11)
+  assert scores['Matthews'].value == 0
+  assert scores['accuracy'].floors == {'majority': pytest.approx(3 / 7)}  # no, the most frequent in training
+  right = _ask('glue', _text(), ('no', 'yes'), _examples(7), _Says(LABELS, 2))
+  assert {name: s.value for name, s in right.items()} == {'accuracy': 1, 'F1': 1, 'Matthews': 1}
+  assert right['accuracy'].floors == {}  # nothing is known of the training labels
+
+
+def test_three_label_words_have_an_accuracy_alone():
+  assert set(_ask('glue', _text(), ('no', 'maybe', 'yes'), _examples(7), _Says(LABELS, 3))) == {'accuracy'}
+
+
+def test_questions_score_by_how_many_people_agree():
+  task = config_lib.task('vqa', 'own:x', batch=1, target_set='s', label='answers', template='{q} <spe> <eot>', length=8, picks=10)
+  examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
+  scores = _ask('vqa', task, ('Cat', 'dog'), examples, _Says([0, 0, 1], 2))
+  # Four of ten said cat: 1; ten: 1; nobody dog: 0. Most said dog, cat, bird.
+  assert scores['soft score'].value == pytest.approx(2 / 3)
+  assert scores['exact'].value == pytest.approx(1 / 3)
+  assert scores['soft score'].floors == {"always 'dog'": pytest.approx(1 / 3)}

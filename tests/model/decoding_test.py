@@ -1,0 +1,138 @@
+"""Decoding with cached keys and values is the two-stream forward of training, one word at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from tests import small_model
+from uni_moe_jax.model import decoding
+from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks import task_types
+from uni_moe_jax.tools.bench import uncached_search
+
+_KIND = task_types.KINDS['image_caption']
+_BATCH, _LENGTH = 4, 5
+_NEVER = -1  # an `eot` that no word is
+
+
+@functools.cache
+def _pixels() -> jax.Array:
+  return small_model.sequence(_KIND, _BATCH, seed=1).pixels
+
+
+@functools.cache
+def _query_features(router: str):
+  """words [B, n] → normalised features [B, n, D] of every query, by the forward of training."""
+  spec = small_model.spec(router)
+
+  @small_model.jit
+  def run(values, pixels, words):
+    text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
+    sequence = small_model.sequence(_KIND, _BATCH, pixels=pixels, text=text)
+    return normalise(small_model.encode(spec, [sequence], values=values)[0][0])
+
+  return lambda words: run(small_model.params(spec), _pixels(), jnp.asarray(words, jnp.int32))
+
+
+@functools.cache
+def _vocabulary(router: str) -> np.ndarray:
+  """[V, D] normalised features of words, spread as those of queries are: captions of random ones would be dull."""
+  rng = np.random.default_rng(3)
+  rows = [_query_features(router)(rng.integers(0, small_model.VOCABULARY, (_BATCH, _LENGTH))) for _ in range(2)]
+  rows = np.concatenate(rows).reshape(-1, 16)[:small_model.VOCABULARY]
+  rows = rows - rows.mean(0)
+  return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+@functools.cache
+def _greedy(router: str):
+  """eot → (tokens, log-probabilities), cached."""
+  spec = small_model.spec(router)
+
+  @small_model.jit
+  def run(values, pixels, words, eot):
+    found = decoding.search(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
+                          eot=eot, length=_LENGTH)
+    return found.tokens[:, 0], found.log_p[:, 0]
+
+  return lambda eot: jax.tree.map(
+      np.asarray, run(small_model.params(spec), _pixels(), _vocabulary(router), jnp.int32(eot)))
+
+
+def _all_queries(router: str, words: np.ndarray) -> np.ndarray:
+  """Log-probabilities [B, n, V] of every query."""
+  scale = np.exp(small_model.params(small_model.spec(router))['log_scale_group'])
+  return np.asarray(jax.nn.log_softmax(scale * _query_features(router)(words) @ _vocabulary(router).T))
+
+
+def _step_by_step(router: str, eot: int):
+  """The same caption without a cache: each word is chosen from a whole forward over the words so far."""
+  tokens, log_p = uncached_search.search(lambda _, words, t: _all_queries(router, words)[:, t], _BATCH, beams=1, length=_LENGTH, eot=eot)
+  return tokens[:, 0], log_p[:, 0]
+
+
+class GreedyTest(parameterized.TestCase):
+
+  @parameterized.parameters('attribute', 'dense')  # beam_test has the other routers
+  def test_it_equals_decoding_step_by_step(self, router):
+    tokens, log_p = _greedy(router)(_NEVER)
+    expected_tokens, expected_log_p = _step_by_step(router, _NEVER)
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    np.testing.assert_allclose(log_p, expected_log_p, atol=1e-5, rtol=1e-5)
+
+  @parameterized.parameters('attribute', 'dense')
+  def test_captions_that_end_early_equal_decoding_step_by_step(self, router):
+    # The second word of the first caption ends captions; the others go on, or end elsewhere.
+    eot = int(_greedy(router)(_NEVER)[0][0, 1])
+    tokens, log_p = _greedy(router)(eot)
+    expected_tokens, expected_log_p = _step_by_step(router, eot)
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    np.testing.assert_allclose(log_p, expected_log_p, atol=1e-5, rtol=1e-5)
+
+  def test_after_its_end_a_caption_is_eot_with_log_probability_zero(self):
+    eot = int(_greedy('attribute')(_NEVER)[0][0, 1])
+    tokens, log_p = _greedy('attribute')(eot)
+    first = int(np.argmax(tokens[0] == eot))
+    np.testing.assert_array_equal(tokens[0, first:], eot)
+    np.testing.assert_array_equal(log_p[0, first + 1:], 0)
+    self.assertTrue((log_p[0, :first + 1] < 0).all())
+
+  def test_a_caption_that_ends_does_not_end_the_others(self):
+    eot = int(_greedy('attribute')(_NEVER)[0][0, 1])
+    ends = (_greedy('attribute')(eot)[0] == eot).argmax(1) + _LENGTH * (_greedy('attribute')(eot)[0] != eot).all(1)
+    self.assertGreater(len(set(ends.tolist())), 1, ends)
+
+  @parameterized.parameters('attribute', 'dense')
+  def test_captions_of_these_pictures_differ_and_do_not_repeat_one_word(self, router):
+    # Otherwise equality would prove little.
+    tokens, _ = _greedy(router)(_NEVER)
+    self.assertGreater(len({tuple(row) for row in tokens}), 2, tokens)
+    self.assertGreater(np.mean([len(set(row)) for row in tokens.tolist()]), 2, tokens)
+
+  def test_words_to_come_do_not_matter_step_by_step(self):
+    tokens, _ = _greedy('attribute')(_NEVER)
+    for t in range(_LENGTH):
+      other = tokens.copy()
+      other[:, t:] = (other[:, t:] + 7) % small_model.VOCABULARY
+      np.testing.assert_array_equal(
+          _all_queries('attribute', other)[:, t], _all_queries('attribute', tokens)[:, t])
+
+
+class LayoutTest(absltest.TestCase):
+
+  def test_a_prefill_is_the_picture_alone(self):
+    layout = decoding.prefill_layout(_KIND)
+    self.assertEqual((layout.conditions, layout.masks, layout.readout), (_KIND.conditions[:1], ('full',), 'nothing'))
+
+  def test_a_pass_is_a_word_and_a_query_under_the_captions_condition(self):
+    layout = decoding.pass_layout(_KIND)
+    self.assertEqual((layout.conditions, layout.masks, layout.readout, layout.prefixed),
+                     (_KIND.conditions[1:], ('causal',), 'queries', False))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,144 @@
+"""Dispatch on a mesh: equal to the loop over tokens on one device, however they travel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from tests import hlo, small_model
+from uni_moe_jax.moe import dispatch, expert_parallel
+from uni_moe_jax.moe.layers import Linear
+from uni_moe_jax.parallel import sharding
+
+_B, _S, _D, _N, _H, _E, _K = 8, 5, 6, 2, 3, 4, 2
+_NAMES = ('x', 'logits', 'kernel in', 'bias in', 'kernel out', 'bias out')
+_ENOUGH = _E / _K  # a capacity with room for every token at every expert
+
+
+@functools.cache
+def _operands():
+  rng = np.random.default_rng(0)
+  shapes = (_B, _S, _D), (_B, _S, _E), (_E, _D, _N, _H), (_E, _N, _H), (_E, _N, _H, _D), (_E, _D)
+  return tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+
+
+@functools.cache
+def _mesh(**axes):
+  shape = {**dict(replica=1, data=1, expert=1, model=1), **axes}
+  return sharding.make_mesh(shape, jax.devices()[:int(np.prod(list(shape.values())))])
+
+
+def _choose(logits, mesh=None):
+  return expert_parallel.choose(logits, _K, mesh)
+
+
+def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='buffers'):
+  """Two projections that share a decision: to heads and back, as attention has them. ([B, S, D], routes)."""
+  to = expert_parallel.routes(_choose(logits, mesh), valid, 1, capacity, backend, mesh)
+  first = Linear(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
+  second = Linear(weights[2], weights[3], ('heads', 'head_dim'), ('embed',))
+  return expert_parallel.project(jnp.sin(expert_parallel.project(x, first, to, mesh)), second, to, mesh), to
+
+
+def _looped(x, logits, *weights, kept=None):
+  """The same, every token through every expert."""
+  choice = _choose(logits)
+  gates = choice.gates if kept is None else choice.gates * kept
+  coef = (gates[..., None] * jax.nn.one_hot(choice.expert, _E)).sum(2)
+  def project(x, kernel, bias, letters):
+    return jnp.einsum(f'bs{letters[0]},e{letters},bse->bs{letters[1:]}' if letters == 'dnh' else 'bsnh,enhd,bse->bsd',
+                      x, kernel, coef) + jnp.tensordot(coef, bias, axes=1)
+  return project(jnp.sin(project(x, weights[0], weights[1], 'dnh')), weights[2], weights[3], 'nhd')
+
+
+def _with_gradients(run, operands=None):
+  """(y and what else `run` gives, gradients of Σ sin y by every operand)."""
+  def loss(*operands):
+    found = run(*operands)
+    return jnp.sum(jnp.sin(found[0])), found
+  grad = jax.value_and_grad(loss, argnums=range(len(_NAMES)), has_aux=True)
+  (_, found), gradients = small_model.jit(grad)(*(operands or _operands()))
+  return found, gradients
+
+
+@functools.cache
+def _expected(kept=None):
+  """As `_with_gradients`, of the loop. kept: bytes of a bool array [B, S, K], or None."""
+  kept = None if kept is None else np.frombuffer(kept, bool).reshape(_B, _S, _K)
+  return _with_gradients(lambda *operands: (_looped(*operands, kept=kept),))
+
+
+def _assert_equal(found, gradients, kept=None):
+  expected, wanted = _expected(kept)
+  np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
+  for name, a, b in zip(_NAMES, gradients, wanted, strict=True):
+    np.testing.assert_allclose(a, b, atol=3e-5, err_msg=name)
+    assert np.abs(b).max() > .1, name
+
+
+def _margin() -> float:
+  """By how much the last expert that is kept is ahead of the first that is not, at least."""
+  order = np.sort(np.asarray(_operands()[1]), axis=-1)
+  return (order[..., -_K] - order[..., -_K - 1]).min()
+
+
+class EqualTest(parameterized.TestCase):
+
+  def test_no_decision_hangs_by_a_rounding_error(self):
+    self.assertGreater(_margin(), 1e-4)
+
+  @parameterized.named_parameters(
+      ('stay', dict(replica=2, data=4), 0.0, expert_parallel.STAY),
+      ('gather', dict(data=2, expert=4), 0.0, expert_parallel.GATHER),
+      ('gather_and_model', dict(data=2, expert=2, model=2), 0.0, expert_parallel.GATHER),
+      ('exchange', dict(expert=4), _ENOUGH, expert_parallel.EXCHANGE),
+      ('exchange_and_model', dict(data=2, expert=2, model=2), _ENOUGH, expert_parallel.EXCHANGE))
+  def test_values_and_gradients_are_those_of_one_device(self, axes, capacity, way):
+    found, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=_mesh(**axes)))
+    self.assertEqual(found[1].way, way)
+    _assert_equal(found, gradients)
+    chosen = np.bincount(np.asarray(_choose(_operands()[1]).expert).reshape(-1), minlength=_E)
+    np.testing.assert_array_equal(found[1].given, chosen)
+    self.assertEqual(int(found[1].asked.sum()), _B * _S * _K)
+
+  def test_examples_that_do_not_divide_are_filled_up_and_padding_is_not_routed(self):
+    x, logits, *weights = _operands()
+    valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
+    run = small_model.jit(functools.partial(_block, valid=valid, mesh=_mesh(data=2, expert=4), backend='loop'))
+    y, to = run(x[:3], logits[:3], *weights)
+    expected = np.asarray(_expected()[0][0][:3])
+    np.testing.assert_allclose(y, np.where(valid[..., None], expected, 0), atol=2e-5)
+    self.assertEqual(to.given.sum(), 12 * _K)
+
+
+class CapacityTest(absltest.TestCase):
+
+  def test_every_device_bounds_its_own_tokens_and_earlier_positions_go_first(self):
+    mesh, capacity = _mesh(data=2, expert=2), .5
+    found, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=mesh))
+    of_shard = small_model.jit(dispatch.routes, static_argnums=(1, 2, 3, 4))
+    choice = _choose(_operands()[1])
+    here = [of_shard(jax.tree.map(lambda c, i=i: c[2 * i:2 * i + 2], choice), None, capacity, 1, 'buffers') for i in range(4)]
+    kept = np.concatenate([np.asarray(to.kept) for to in here])
+    np.testing.assert_array_equal(found[1].kept, kept)
+    self.assertBetween(kept.mean(), .3, .7)  # C = ⌈.5 · 2 · 2 · 5 / 4⌉ = 3 of 5 on average
+    np.testing.assert_array_equal(found[1].given, sum(np.asarray(to.sizes) for to in here))
+    _assert_equal(found, gradients, kept.tobytes())
+
+
+class BytesTest(absltest.TestCase):
+
+  def test_an_all_to_all_carries_the_slots_of_a_device(self):
+    mesh, capacity = _mesh(data=2, expert=4), 1.0
+    run = small_model.jit(lambda *operands: _block(*operands, capacity=capacity, mesh=mesh)[0])
+    sent = hlo.collectives(run.lower(*_operands()).compile().as_text())
+    # C = ⌈1 · 2 · 5 / 4⌉ = 3 of the five tokens of a device, E · C = 12 slots; widths there and back: D → N · H → D.
+    expected = sum(12 * width * 4 for width in (_D, _N * _H, _N * _H, _D))
+    self.assertEqual(sum(s.bytes for s in sent if s.kind == 'all-to-all'), expected)
+    self.assertEqual([s for s in sent if s.kind in ('all-gather', 'reduce-scatter')], [])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,193 @@
+"""Merging kernels is mixing expert outputs, in values and gradients; projections by hand."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from tests import hlo
+from uni_moe_jax.moe import layers
+from uni_moe_jax.moe.routers import decide
+
+_GATES = (('all_to_one', (0., 0., 1., 0.)), ('even', (.5, 0., .5, 0.)), ('skewed', (.75, 0., 0., .25)),
+          ('all_four', (.1, .2, .3, .4)))
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+class MergeTest(parameterized.TestCase):
+
+  def test_by_hand(self):
+    # Kernels [[1, 2]] and [[10, 20]]; rows (1/4, 3/4) and (1, 0).
+    kernel = jnp.array([[[1., 2.]], [[10., 20.]]])
+    coef = jnp.array([[.25, .75], [1., 0.]])
+    np.testing.assert_allclose(layers.merge(kernel, coef), [[[7.75, 15.5]], [[1., 2.]]])
+
+  def test_the_two_best_of_four_by_hand(self):
+    # Logits log 1, 2, 3, 4 keep 3/7 and 4/7 of the kernels 7 and 70: 3 + 40.
+    coef = decide(jnp.log(jnp.array([[1., 2., 3., 4.]])), 2).coef
+    merged = layers.merge(jnp.array([[-9.], [-9.], [7.], [70.]]), coef)
+    np.testing.assert_allclose(merged, [[43.]], rtol=1e-6)
+
+  def test_equal_experts_merge_to_one_of_them(self):
+    kernel = _normal(0, 3, 5)
+    merged = layers.merge(jnp.stack([kernel] * 4), jnp.array([g for _, g in _GATES]))
+    np.testing.assert_allclose(merged, np.stack([kernel] * 4), rtol=1e-6)
+
+
+def _merged(kernel, bias, coef, x):
+  """[A, B, S, F]: add the kernels, then multiply."""
+  kernels, biases = layers.merge(kernel, coef), layers.merge(bias, coef)
+  return jnp.stack([layers.project(x, k, b) for k, b in zip(kernels, biases)])
+
+
+def _mixed(kernel, bias, coef, x):
+  """[A, B, S, F]: every expert multiplies, then the outputs are added."""
+  outputs = jnp.einsum('bsd,edf->ebsf', x, kernel) + bias[:, None, None]
+  return jnp.einsum('ae,ebsf->absf', coef, outputs)
+
+
+@functools.cache
+def _value_and_gradients(compute):
+  def loss(*operands):
+    y = compute(*operands)
+    return jnp.sum(jnp.sin(y)), y
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+
+
+class MergingEqualsMixingTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.kernel, self.bias, self.x = _normal(1, 4, 6, 5), _normal(2, 4, 5), _normal(3, 2, 3, 6)
+
+  def _both(self, gates):
+    operands = self.kernel, self.bias, jnp.array(gates), self.x
+    return _value_and_gradients(_merged)(*operands), _value_and_gradients(_mixed)(*operands)
+
+  @parameterized.named_parameters(*_GATES)
+  def test_values(self, gate):
+    ((_, merged), _), ((_, mixed), _) = self._both([gate, gate])
+    np.testing.assert_allclose(merged, mixed, rtol=1e-5, atol=1e-5)
+
+  @parameterized.named_parameters(*_GATES)
+  def test_gradients_of_kernels_biases_gates_and_inputs(self, gate):
+    (_, merged), (_, mixed) = self._both([gate, (0., 1., 0., 0.)])
+    for name, a, b in zip(('kernel', 'bias', 'coef', 'x'), merged, mixed, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
+
+  def test_an_expert_that_was_not_kept_has_no_gradient(self):
+    (_, (kernel, *_)), _ = self._both([(.75, 0., 0., .25), (1., 0., 0., 0.)])
+    moved = np.abs(np.asarray(kernel)).max(axis=(1, 2)) > 0
+    np.testing.assert_array_equal(moved, [True, False, False, True])
+
+
+class ConditionalDenseTest(absltest.TestCase):
+
+  def _dense(self, num_experts: int, dtype=jnp.float32) -> layers.ConditionalDense:
+    return layers.ConditionalDense(
+        (40,), (3, 5, 8), ('embed',), ('qkv', 'heads', 'head_dim'), layers.xavier_uniform(40, 40), num_experts, dtype)
+
+  def test_one_kernel_and_bias_per_row(self):
+    decision = decide(_normal(0, 3, 4), 2)
+    (kernel, bias), _ = self._dense(4).init_with_output(jax.random.key(0), decision)
+    self.assertEqual((kernel.shape, bias.shape), ((3, 40, 3, 5, 8), (3, 3, 5, 8)))
+
+  def test_kernels_and_biases_are_merged_by_the_same_coefficients(self):
+    decision = decide(_normal(0, 3, 4), 2)
+    values = {'kernel': _normal(1, 4, 40, 3, 5, 8), 'bias': _normal(2, 4, 3, 5, 8)}
+    kernel, bias = self._dense(4).apply({'params': values}, decision)
+    for found, name in ((kernel, 'kernel'), (bias, 'bias')):
+      expected = np.einsum('ae,e...->a...', decision.coef, values[name])
+      np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+  def test_without_experts_there_is_one_row(self):
+    (kernel, _), variables = self._dense(0).init_with_output(jax.random.key(0), None)
+    np.testing.assert_array_equal(kernel, nn.unbox(variables)['params']['kernel'][None])
+
+  def test_products_have_the_dtype_asked_for_and_parameters_float32(self):
+    (kernel, bias), variables = self._dense(0, jnp.bfloat16).init_with_output(jax.random.key(0), None)
+    self.assertEqual({kernel.dtype, bias.dtype}, {jnp.dtype('bfloat16')})
+    self.assertEqual({x.dtype for x in jax.tree.leaves(variables)}, {jnp.dtype('float32')})
+
+  def test_initial_kernels_are_uniform_within_the_bound_of_the_fans(self):
+    # Fans (40, 40): ±√(6/80) = ±.274, whatever the axes of the shape; 4800 draws a kernel.
+    _, variables = self._dense(4).init_with_output(jax.random.key(0), decide(_normal(0, 1, 4), 2))
+    kernel = np.asarray(nn.unbox(variables)['params']['kernel'])
+    bound = math.sqrt(6 / 80)
+    self.assertLessEqual(np.abs(kernel).max(), bound)
+    np.testing.assert_allclose(kernel.std(axis=(1, 2, 3, 4)), bound / math.sqrt(3), rtol=.05)
+
+  def test_experts_start_different_from_each_other(self):
+    _, variables = self._dense(4).init_with_output(jax.random.key(0), decide(_normal(0, 1, 4), 2))
+    kernel = np.asarray(nn.unbox(variables)['params']['kernel'])
+    self.assertLen(np.unique(kernel[:, 0, 0, 0, 0]), 4)
+
+  def test_keys_may_start_as_a_copy_of_the_queries(self):
+    plain = layers.xavier_uniform(40, 40)
+    kernel = layers.equal_query_key(plain)(jax.random.key(0), (4, 40, 3, 5, 8))
+    drawn = plain(jax.random.key(0), (4, 40, 3, 5, 8))
+    query, key, value = (kernel[:, :, i] for i in range(3))
+    np.testing.assert_array_equal(key, query)
+    np.testing.assert_array_equal(query, drawn[:, :, 0])
+    np.testing.assert_array_equal(value, drawn[:, :, 2])
+    self.assertGreater(float(jnp.abs(drawn[:, :, 1] - key).max()), .01)  # control: without it they differ
+
+
+class ProjectTest(absltest.TestCase):
+
+  def test_by_hand(self):
+    # Token (1, 2): (1·1 + 2·10 + .5, 1·3 + 2·30).
+    y = layers.project(jnp.array([[[1., 2.]]]), jnp.array([[1., 3.], [10., 30.]]), jnp.array([.5, 0.]))
+    np.testing.assert_allclose(y, [[[21.5, 63.]]])
+
+  def test_one_axis_becomes_three(self):
+    x, kernel, bias = _normal(0, 2, 4, 6), _normal(1, 6, 3, 2, 5), _normal(2, 3, 2, 5)
+    expected = np.einsum('bsd,dqnh->bsqnh', x, kernel) + np.asarray(bias)
+    np.testing.assert_allclose(layers.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
+
+  def test_two_axes_become_one(self):
+    x, kernel, bias = _normal(0, 2, 4, 3, 5), _normal(1, 3, 5, 6), _normal(2, 6)
+    expected = np.einsum('bsnh,nhd->bsd', x, kernel) + np.asarray(bias)
+    np.testing.assert_allclose(layers.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
+
+
+class ScaledTest(parameterized.TestCase):
+
+  def _linear(self, dtype=jnp.float32) -> layers.Linear:
+    return layers.Linear(_normal(0, 2, 4, 6).astype(dtype), _normal(1, 2, 6).astype(dtype), ('mlp',), ('embed',))
+
+  def test_what_it_makes_is_multiplied(self):
+    x, by, plain = _normal(2, 3, 5, 4), _normal(3, 6), self._linear()
+    scaled = plain.scaled(by)
+    for row in (0, 1):
+      y, expected = (layers.project(x, of.kernel[row], of.bias[row]) for of in (scaled, plain))
+      np.testing.assert_allclose(y, expected * by[None, None], rtol=1e-5, atol=1e-6)
+
+  def test_the_dtype_stays(self):
+    scaled = self._linear(jnp.bfloat16).scaled(_normal(3, 6))
+    self.assertEqual({scaled.kernel.dtype, scaled.bias.dtype}, {jnp.dtype('bfloat16')})
+
+  @parameterized.parameters((True, 3), (False, 4))
+  def test_a_rematerialised_product_is_not_computed_again(self, weights, products):
+    # Forward, and the gradients of x and of the kernel; the fourth is what was made, for the gradient of `by`.
+    def block(x, linear, by):
+      of = linear.scaled(by) if weights else linear
+      y = layers.project(jnp.sin(x), of.kernel[0], of.bias[0])
+      return y if weights else y * by[None, None]
+
+    def loss(*operands):
+      return jnp.sin(jax.checkpoint(block)(*operands)).sum()
+    operands = _normal(2, 30, 50, 4), self._linear(), _normal(3, 6)
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
+    self.assertEqual(hlo.products(program.as_text()), products)
+
+
+if __name__ == '__main__':
+  absltest.main()

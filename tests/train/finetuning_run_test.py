@@ -1,0 +1,135 @@
+"""A regime is config alone: a run starts from another's parameters and tunes what its rules leave free."""
+
+import contextlib
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small_model, tiny
+from uni_moe_jax.config import presets
+from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.train import loop, step
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils.tree_paths import path_of
+
+
+def _config(*tasks: str):
+  c = tiny.config(*tasks, data_dir=tiny.data_dir())
+  c.model.layers = 2
+  c.train.update(dict(steps=3, save_every=100))
+  return c
+
+
+def _params(config, workdir):
+  run = train_run.build(config, jax.devices()[:1])
+  with Checkpoints(workdir, 2) as checkpoints:
+    state = checkpoints.restore(run.like())
+  return {path_of(p): np.asarray(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+
+
+def _saved(config, workdir, change=lambda state: state):
+  """Makes a folder that of a run at its second step, with random parameters: to start from it, no one need train it."""
+  run = train_run.build(config, jax.devices()[:1])
+  workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
+  workdir_lib.keep_tokenizer(workdir, run.data.tokenizer_file)
+  with Checkpoints(workdir, 1) as checkpoints:
+    checkpoints.save(2, change(run.start(small_model.params(run.spec.model.spec))))
+  return run
+
+
+@pytest.fixture(name='base', scope='module')
+def _base(tmp_path_factory):
+  """A run to start from: (workdir, config)."""
+  workdir, config = tmp_path_factory.mktemp('base'), _config('shape', 'pair')
+  _saved(config, workdir)
+  return workdir, config
+
+
+def _prompt_tuning(base):
+  """Another task of the same pictures, with every kind of prompt and a head; all else stands still."""
+  c = _config('shape')
+  c.train.init = str(base)
+  c.model.prefix_prompts = 2
+  c.sets.shapes.label_prompts = True
+  c.tasks.shape.update(dict(head=True, per_class=2, temperature='downstream'))
+  presets.prompt_tune(c, prompts=2)
+  return c
+
+
+@pytest.fixture(name='tuned', scope='module')
+def _tuned(base, tmp_path_factory):
+  """It, trained: (workdir, config, what it said)."""
+  workdir, c = tmp_path_factory.mktemp('tuned'), _prompt_tuning(base[0])
+  with contextlib.redirect_stdout(io.StringIO()) as said:
+    assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
+  return workdir, c, said.getvalue()
+
+
+def test_prompt_tuning_moves_what_it_adds_and_leaves_the_rest_bit_identical(base, tuned):
+  (workdir, config), (tuned_workdir, c, said) = base, tuned
+  assert f'starts from {workdir}' in said and 'embed/spe_bias' in said
+  before, after = _params(config, workdir), _params(c, tuned_workdir)
+  moved = {p for p in after if p.startswith('linear_head') or 'prompts/' in p or p == 'embed/spe_bias' or '/norm' in p
+           and '_router' not in p}
+  for path in set(before) & set(after):
+    if path in moved:
+      assert not np.array_equal(before[path], after[path]), path
+    else:
+      np.testing.assert_array_equal(before[path], after[path], path)
+  assert {'embed/prompts/input', 'embed/prompts/label_shapes', 'encoder/tail/block0/prompts/input'} <= moved
+  assert set(after) - set(before) == {p for p in after if 'norm' not in p and p in moved} | {'log_scale_downstream'}
+
+
+def test_a_set_with_prompts_is_evaluated_as_it_is_trained(tuned):
+  workdir, c, _ = tuned
+  run = train_run.build(c, jax.devices()[:1])
+  with Checkpoints(workdir, 1) as checkpoints:
+    predictor, params = train_run.predictor(run, checkpoints)
+  assert np.abs(params['embed']['prompts']['label_shapes']).min() > 0  # no longer zero
+
+  @small_model.jit
+  def trained(params, sets):
+    return normalise(step.forward(run.spec, params, None, sets, {}, None)[1]['shapes'])
+  np.testing.assert_allclose(predictor.target_set('shapes'), trained(params, run.sets()), rtol=1e-4, atol=1e-5)
+  others = {**params, 'embed': {**params['embed'], 'prompts': {
+      **params['embed']['prompts'], 'label_shapes': params['embed']['prompts']['label_shapes'][::-1]}}}
+  assert np.abs(trained(others, run.sets()) - trained(params, run.sets())).max() > 1e-3
+
+
+def test_words_are_those_of_the_run_it_starts_from(base):
+  workdir, config = base
+  one, other = (train_run.build(c, jax.devices()[:1]) for c in (config, _prompt_tuning(workdir)))
+  assert (workdir / 'tokenizer.model').read_bytes() == one.data.tokenizer_file.read_bytes()
+  texts = tiny.columns()['glyphs'][0]['name'].tolist()
+  assert one.data.tokenizer.encode_batch(texts) == other.data.tokenizer.encode_batch(texts)
+
+
+def test_averaged_parameters_are_what_a_run_starts_from(tmp_path):
+  c, other = _config('shape'), _config('shape')
+  c.train.ema, other.train.init = .5, str(tmp_path)
+  run = _saved(c, tmp_path, lambda state: state.replace(ema=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    state, averaged = checkpoints.restore(run.like()), checkpoints.restore_params()
+  jax.tree.map(np.testing.assert_array_equal, averaged, state.ema)
+  jax.tree.map(np.testing.assert_array_equal, train_run.warm_params(train_run.build(other, jax.devices()[:1])), state.ema)
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *jax.device_get((state.ema, state.params)))
+  assert max(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.parametrize('made, said', [
+    (None, r'holds no run'), ('config', r'has no checkpoint yet')])
+def test_a_folder_to_start_from_that_is_none_is_named(base, tmp_path, made, said):
+  workdir, _ = base
+  if made:
+    (tmp_path / 'none').mkdir()
+    for name in ('config.json', 'tokenizer.model'):
+      (tmp_path / 'none' / name).write_bytes((workdir / name).read_bytes())
+    assert json.loads((tmp_path / 'none' / 'config.json').read_text())
+  c = _prompt_tuning(tmp_path / 'none')
+  with pytest.raises((ValueError, FileNotFoundError), match=said):
+    loop.train(c, str(tmp_path / 'run'), jax.devices()[:1])

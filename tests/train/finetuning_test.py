@@ -1,0 +1,127 @@
+"""Regimes: a config made from that of a run and the name of a task."""
+
+import pytest
+
+from tests import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.config import validate
+from uni_moe_jax.config.schema import FREEZE
+from uni_moe_jax.train import finetuning, workdir
+
+
+@pytest.fixture(name='run', scope='module')
+def _run(tmp_path_factory):
+  """A work directory with a config of its own in every section."""
+  c = tiny.config('shape', 'caption', 'pair', data_dir='/the data')
+  c.moe.num_experts, c.tokenizer.vocab_size, c.seed = 6, 50, 7
+  c.tasks.shape.temperature, c.tasks.pair.weight, c.train.ema = 'pictures', 3.0, 0.5
+  c.tasks.look = config_lib.task('image_retrieval', 'glyphs', batch=0, captions=('{face}',), length=8)
+  for name, task in (('first', 'shape'), ('second', 'shape'), ('other', 'pair')):
+    kind = 'retrieval' if task == 'pair' else 'classification'
+    c.evaluators[name] = config_lib.evaluator(kind, task, split='train')
+  folder = tmp_path_factory.mktemp('runs') / 'trained'
+  workdir.claim_workdir(folder, c, 'print')
+  return str(folder)
+
+
+ALL = (finetuning.finetune, finetuning.prompt_tune, finetuning.zero_shot)
+
+
+@pytest.mark.parametrize('regime', ALL)
+@pytest.mark.parametrize('task', ['digits', 'clip_caption', 'clip_name', 'shape', 'caption'])
+def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, regime, task):
+  c, old = regime(f'{run},{task}'), workdir.load_config(run)
+  for section in ('moe', 'tokenizer', 'data', 'kinds'):
+    assert c[section].to_dict() == old[section].to_dict()
+  added = ('prompts', 'prompt_sides', 'spe_bias', 'temperatures')
+  assert all(c.model[k] == v for k, v in old.model.items() if k not in added)
+  assert (c.train.init, list(c.tasks), c.train.ema, c.seed) == (run, [task], 0.0, 0)
+  if task != 'caption':  # the run does not evaluate it
+    plan = validate.resolve(c)
+    assert {e.task.name for e in plan.evaluations} == {task}
+    assert [t.name for t in plan.tasks] == ([] if regime is finetuning.zero_shot else [task])
+
+
+def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run):
+  c = finetuning.finetune(f'{run},shape')
+  assert (list(c.sets), list(c.evaluators)) == (['shapes'], ['first', 'second'])
+  assert finetuning.finetune(f'{run},pair').tasks.pair.weight == 1
+  assert finetuning.finetune(f'{run},look').tasks.look.batch == finetuning.BATCH
+  assert (c.tasks.shape.batch, finetuning.zero_shot(f'{run},shape').tasks.shape.batch) == (8, 0)
+
+
+@pytest.mark.parametrize('task, group', [
+    ('digits', 'pictures'), ('clip_caption', 'image_caption'), ('clip_name', 'image_retrieval'), ('shape', 'pictures')])
+def test_the_scale_is_that_of_the_kind_or_of_one_that_reads_and_answers_alike(run, task, group):
+  assert all(regime(f'{run},{task}').tasks[task].temperature == group for regime in ALL)
+
+
+def test_the_kind_itself_comes_before_one_that_is_alike(tmp_path):
+  c = tiny.config('motion', 'shape', data_dir='/the data')  # rows of one content; the clips' comes first
+  workdir.claim_workdir(tmp_path, c, 'print')
+  assert finetuning.finetune(f'{tmp_path},digits').tasks.digits.temperature == 'image_classification'
+  del c.tasks['shape']
+  workdir.claim_workdir(tmp_path / 'clips', c, 'print')
+  assert finetuning.finetune(f'{tmp_path}/clips,digits').tasks.digits.temperature == 'video_classification'
+
+
+@pytest.mark.parametrize('regime, argument, amount', [
+    (finetuning.finetune, 'digits', (0, 1.0)), (finetuning.finetune, 'digits,few', (10, 1.0)),
+    (finetuning.prompt_tune, 'digits', (10, 1.0)), (finetuning.prompt_tune, 'digits,all', (0, 1.0)),
+    (finetuning.prompt_tune, 'clip_name', (0, 0.01)), (finetuning.finetune, 'clip_caption,few', (0, 0.01))])
+def test_few_is_ten_of_every_class_or_one_in_a_hundred(run, regime, argument, amount):
+  task = regime(f'{run},{argument}').tasks[argument.split(',')[0]]
+  assert (task.per_class, task.subset) == amount
+
+
+def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(tmp_path):
+  c = tiny.config('shape', 'text', data_dir='/the data')
+  c.tasks.text.label = 'text'
+  c.tasks.digits = c.tasks.shape
+  workdir.claim_workdir(tmp_path, c, 'print')
+  text = finetuning.prompt_tune(f'{tmp_path},text').tasks.text
+  assert (text.per_class, text.subset, text.head) == (0, 0.01, False)
+  assert finetuning.finetune(f'{tmp_path},digits').tasks.digits.source == c.tasks.shape.source
+
+
+def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_has_neither(run):
+  prompt, fine = finetuning.prompt_tune(f'{run},digits'), finetuning.finetune(f'{run},digits')
+  assert prompt.optim.rules[-1] == (r'.*', FREEZE) and prompt.model.prompts > 0 and prompt.tasks.digits.head
+  assert prompt.model.prompt_sides == 'inputs'  # what the run knows of other answers stays
+  assert not finetuning.prompt_tune(f'{run},clip_name').tasks.clip_name.head
+  assert not any(rule[1] == FREEZE for rule in fine.optim.rules)
+  assert fine.model.prompts == 0 and not fine.tasks.digits.head
+
+
+@pytest.mark.parametrize('argument, said', [
+    ('', r'configs/finetune.py:: give RUN,TASK, or RUN,TASK,few\|all \(all by default\)'),
+    ('{run}', 'give RUN,TASK'),
+    ('{run},', 'give RUN,TASK'),
+    ('{run},digits,some', 'give RUN,TASK'),
+    ('{run},digits,few,all', 'give RUN,TASK'),
+    ('{run}x,digits', "trainedx' holds no run .*did you mean 'trained'"),
+    ('{run},digit', "task 'digit' is unknown; did you mean 'digits'"),
+    ('{run},shapes', "task 'shapes' is unknown; did you mean 'shape'")])
+def test_a_wrong_argument_is_told(run, argument, said):
+  with pytest.raises(ValueError, match=said):
+    finetuning.finetune(argument.format(run=run))
+
+
+def test_untuned_there_is_no_amount(run):
+  with pytest.raises(ValueError, match=r'configs/zero_shot.py:.*give RUN,TASK: the workdir'):
+    finetuning.zero_shot(f'{run},digits,few')
+
+
+def test_a_config_that_trains_nothing_needs_a_run_and_a_question(run):
+  c = finetuning.zero_shot(f'{run},digits')
+  with pytest.raises(ValueError, match='nothing to train; .*launch/evaluate.py'):
+    validate.check_trains(validate.resolve(c))
+  validate.check_trains(validate.resolve(finetuning.finetune(f'{run},digits')))
+  for section, field in (('train', 'init'), (None, 'evaluators')):
+    broken = finetuning.zero_shot(f'{run},digits')
+    if section:
+      broken[section][field] = ''
+    else:
+      broken[field] = {}
+    with pytest.raises(ValueError, match='no task with batch > 0'):
+      validate.resolve(broken)

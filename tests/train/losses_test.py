@@ -1,0 +1,202 @@
+"""Losses against numbers worked out by hand, in the comments; and what the sampled vocabulary promises."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uni_moe_jax.train import losses
+
+# Probabilities that are easy to read: logits are their logarithms.
+HALF = np.log([.5, .25, .25]).astype(np.float32)
+MOST = np.log([.8, .1, .1]).astype(np.float32)
+
+# One compilation instead of dozens of operations.
+cross_entropy = jax.jit(losses.cross_entropy, static_argnames='smoothing')
+contrastive = jax.jit(losses.contrastive, static_argnames=('smoothing', 'both'))
+sample_words = jax.jit(losses.sample_words, static_argnames='size')
+
+
+def _cross_entropy(logits, labels, weights, smoothing=0., correction=None):
+  return cross_entropy(
+      np.array(logits, np.float32), np.array(labels, np.int32), np.array(weights, np.float32), smoothing=smoothing,
+      correction=None if correction is None else np.array(correction, np.float32))
+
+
+def test_cross_entropy_sums_weighted_nll_hits_and_weights():
+  # Sample 0 reads two rows: label 0 of HALF (p = 1/2, a hit, weight 1) and label 1 of MOST (p = 1/10, a miss,
+  # weight 2); sample 1: label 2 of HALF (p = 1/4, a miss, weight 3), and a pick of weight 0 that counts nothing.
+  tally = _cross_entropy([[HALF, MOST], [HALF, MOST]], [[0, 1], [2, 0]], [[1., 2.], [3., 0.]])
+  np.testing.assert_allclose(tally.loss, math.log(2) + 2 * math.log(10) + 3 * math.log(4), rtol=1e-6)
+  assert float(tally.hits) == 1
+  assert float(tally.weight) == 6
+
+
+def test_smoothing_mixes_in_the_mean_over_all_targets():
+  # nll = ln 2; mean of -log p = (ln 2 + 2 ln 4) / 3 = 5/3 ln 2; 0.9 · ln 2 + 0.1 · 5/3 ln 2 = (0.9 + 1/6) ln 2.
+  tally = _cross_entropy([[HALF]], [[0]], [[1.]], smoothing=.1)
+  np.testing.assert_allclose(tally.loss, (.9 + 1 / 6) * math.log(2), rtol=1e-6)
+
+
+def test_mixed_labels_read_one_row_twice():
+  # Mixup of classes 0 and 1 with shares 0.75 and 0.25: -0.75 ln 1/2 - 0.25 ln 1/4 = 1.25 ln 2. The most likely
+  # target is class 0: a hit of its share.
+  tally = _cross_entropy([[HALF]], [[0, 1]], [[.75, .25]])
+  np.testing.assert_allclose(tally.loss, 1.25 * math.log(2), rtol=1e-6)
+  np.testing.assert_allclose(tally.hits, .75)
+  np.testing.assert_allclose(tally.weight, 1.)
+
+
+def test_mixed_labels_equal_the_soft_target_loss_in_value_and_gradient():
+  logits = np.random.default_rng(0).normal(size=(3, 1, 5)).astype(np.float32)
+  labels, shares = np.array([[0, 1], [2, 2], [4, 3]]), np.array([[.7, .3], [.5, .5], [.2, .8]], np.float32)
+  soft = np.einsum('bm,bmv->bv', shares, np.eye(5, dtype=np.float32)[labels])
+
+  def by_labels(x):
+    return losses.cross_entropy(x, labels, shares, .1).loss
+
+  def by_distribution(x):
+    return -((.9 * soft + .1 / 5) * jax.nn.log_softmax(x[:, 0])).sum()
+
+  (a, da), (b, db) = (jax.jit(jax.value_and_grad(f))(logits) for f in (by_labels, by_distribution))
+  np.testing.assert_allclose(a, b, rtol=1e-6)
+  np.testing.assert_allclose(da, db, atol=1e-6)
+
+
+# Three pairs; texts 0 and 2 are the same. Row i is what sample i says to texts 0, 1, 2.
+LEFT = np.log([[4., 2., 9.], [1., 3., 1.], [9., 2., 6.]])
+TEXT_IDS = [7, 5, 7]
+
+
+def _contrastive(left=LEFT, text_ids=TEXT_IDS, weights=(1., 1., 1.), **kw):
+  text_ids = None if text_ids is None else np.array(text_ids)
+  return contrastive(jnp.asarray(left, jnp.float32), text_ids, np.array(weights, np.float32), **kw)
+
+
+# Left → right: sample 0 has 4 against 2 (the 9 is its own text): ln 6/4; sample 1: 3 of 5: ln 5/3; sample 2: 6
+# against 2: ln 8/6. Right → left: text 0 has 4 against 1: ln 5/4; text 1: 3 of 7: ln 7/3; text 2: 6 against 1: ln 7/6.
+FORWARD = [math.log(6 / 4), math.log(5 / 3), math.log(8 / 6)]
+BACKWARD = [math.log(5 / 4), math.log(7 / 3), math.log(7 / 6)]
+
+
+@pytest.mark.parametrize('both, factor', [('mean', .5), ('sum', 1.)])
+def test_contrastive_goes_both_ways_and_masks_the_duplicate_text(both, factor):
+  tally = _contrastive(both=both)
+  np.testing.assert_allclose(tally.loss, factor * (sum(FORWARD) + sum(BACKWARD)), rtol=1e-5)
+  assert float(tally.hits) == 3  # the larger similarities of 0 and 2 are to their own text
+  assert float(tally.weight) == 3
+
+
+def test_without_duplicates_every_other_text_is_a_negative():
+  forward = [math.log(15 / 4), math.log(5 / 3), math.log(17 / 6)]
+  backward = [math.log(14 / 4), math.log(7 / 3), math.log(16 / 6)]
+  tally = _contrastive(text_ids=[0, 1, 2])
+  np.testing.assert_allclose(tally.loss, .5 * (sum(forward) + sum(backward)), rtol=1e-5)
+  assert float(tally.hits) == 1
+
+
+def test_contrastive_weights_count_samples_and_leave_them_as_negatives():
+  tally = _contrastive(weights=[2., 0., 1.])
+  expected = 2 * (FORWARD[0] + BACKWARD[0]) + FORWARD[2] + BACKWARD[2]
+  np.testing.assert_allclose(tally.loss, .5 * expected, rtol=1e-5)
+  assert float(tally.hits) == 3
+  assert float(tally.weight) == 3
+
+
+def test_without_text_ids_equal_texts_are_negatives_as_published():
+  np.testing.assert_array_equal(_contrastive(text_ids=None).loss, _contrastive(text_ids=[0, 1, 2]).loss)
+  assert float(_contrastive(text_ids=None).loss) > float(_contrastive().loss) + .1  # the twin's 9 counts against 4
+
+
+def test_smoothing_of_pairs_spreads_over_the_allowed_texts_only():
+  # Sample 0 may have texts 0 and 1, p = 4/6 and 2/6: the mean of -log p is (ln 6/4 + ln 6/2) / 2, and so on.
+  ln = math.log
+  spread_forward = [(ln(6 / 4) + ln(3)) / 2, (ln(5) + ln(5 / 3) + ln(5)) / 3, (ln(8 / 2) + ln(8 / 6)) / 2]
+  spread_backward = [(ln(5 / 4) + ln(5)) / 2, (ln(7 / 2) + ln(7 / 3) + ln(7 / 2)) / 3, (ln(7) + ln(7 / 6)) / 2]
+  expected = .8 * (sum(FORWARD) + sum(BACKWARD)) + .2 * (sum(spread_forward) + sum(spread_backward))
+  np.testing.assert_allclose(_contrastive(smoothing=.2).loss, .5 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('smoothing', [0., .1])
+def test_masked_duplicates_have_finite_gradients_and_none_of_their_own(smoothing):
+  gradient = np.array(jax.jit(jax.grad(lambda x: _contrastive(x, smoothing=smoothing).loss))(LEFT.astype(np.float32)))
+  assert np.isfinite(gradient).all()
+  assert gradient[0, 2] == gradient[2, 0] == 0
+  assert (np.abs(gradient[[0, 0, 1], [0, 1, 2]]) > 1e-3).all()
+
+
+# The sampled vocabulary.
+V, POSITIVES = 12, (2, 7, 11)
+
+
+IS_POSITIVE = np.isin(np.arange(V), POSITIVES)
+
+
+def _sample(seed, size):
+  return jax.device_get(sample_words(jax.random.key(seed), IS_POSITIVE, size=size))
+
+
+def test_with_all_words_the_sampled_loss_is_the_exact_one():
+  words = _sample(0, V)
+  logits = np.random.default_rng(1).normal(size=(1, 3, V))
+  labels, weights = np.array([POSITIVES]), np.ones((1, 3))
+  exact = _cross_entropy(logits, labels, weights, .1)
+  sampled = _cross_entropy(logits[..., words.ids], words.index[labels], weights, .1, words.correction)
+  np.testing.assert_array_equal(words.correction, 0)
+  np.testing.assert_allclose(sampled.loss, exact.loss, rtol=1e-6)
+  assert sorted(words.ids.tolist()) == list(range(V))
+
+
+@pytest.mark.parametrize('size', [3, 4, 8])
+def test_positives_are_always_in_and_words_are_distinct(size):
+  drawn = np.stack([_sample(seed, size).ids for seed in range(50)])
+  for ids in drawn.tolist():
+    assert set(POSITIVES) <= set(ids)
+    assert len(set(ids)) == size
+  if size > 3:
+    assert set(np.unique(drawn)) == set(range(V))  # every other word comes up
+
+
+def test_the_index_finds_words_and_says_what_is_absent():
+  words = _sample(3, 6)
+  index = np.asarray(words.index)
+  np.testing.assert_array_equal(index[np.asarray(words.ids)], np.arange(6))
+  absent = sorted(set(range(V)) - set(words.ids.tolist()))
+  assert index[absent].tolist() == [6] * 6
+
+
+def test_the_correction_makes_up_for_the_words_left_out():
+  # 3 positives in 7 places leave 4 draws for 9 others: each stands for 9/4 words.
+  words = _sample(0, 7)
+  is_positive = np.isin(words.ids, POSITIVES)
+  np.testing.assert_allclose(words.correction, np.where(is_positive, 0, math.log(9 / 4)), rtol=1e-6)
+
+
+def test_a_word_that_was_drawn_stands_for_those_left_out_in_the_sum_and_in_smoothing():
+  # Values 2 and 1, the second drawn for three words: their sum is 2 + 3 · 1, so that log p is ln 2/5 and three times ln 1/5.
+  tally = _cross_entropy([[[math.log(2), 0.]]], [[0]], [[1.]], .1, [0., math.log(3)])
+  expected = .9 * math.log(5 / 2) + .1 * (math.log(5 / 2) + 3 * math.log(5)) / 4
+  np.testing.assert_allclose(tally.loss, expected, rtol=1e-6)
+
+
+def test_over_keys_the_corrected_partition_is_the_full_one():
+  logits = np.random.default_rng(5).normal(size=V) * 2
+  draws = 4000
+  keys = jax.random.split(jax.random.key(6), draws)
+  words = jax.device_get(jax.jit(jax.vmap(lambda k: losses.sample_words(k, jnp.asarray(IS_POSITIVE), 6)))(keys))
+  sums = np.exp(logits[words.ids] + words.correction).sum(-1)
+  error = sums.std() / math.sqrt(draws)
+  full = np.exp(logits).sum()
+  assert abs(sums.mean() - full) < 4 * error
+  assert 4 * error < .05 * full  # the bound is tight enough to see a missing correction
+
+
+def test_positives_without_room_are_counted_and_absent():
+  words = _sample(0, 2)
+  assert float(words.dropped) == 1
+  absent = [p for p in POSITIVES if int(words.index[p]) == 2]
+  assert len(absent) == 1
+  np.testing.assert_array_equal(words.correction, 0)
+  assert float(_sample(0, 3).dropped) == 0

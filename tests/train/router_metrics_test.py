@@ -1,0 +1,145 @@
+"""Auxiliary losses of routers reach the step's loss and gradients, also through accumulation; what a step says of routing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import small_model, tiny
+from uni_moe_jax.data.pipeline.mixtures import Feed
+from uni_moe_jax.moe.routers import Decision
+from uni_moe_jax.moe.token_routers import Usage
+from uni_moe_jax.train import optim, router_metrics, step
+from uni_moe_jax.train import run as train_run
+
+FACTORS = {'balance': .5, 'importance': .25, 'z': .125}
+
+
+@functools.cache
+def _run() -> train_run.Run:
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.model.layers = 1
+  c.moe.update(dict(router='token', grouped='buffers', capacity=.75, **{f'{n}_loss': f for n, f in FACTORS.items()}))
+  return train_run.build(c, jax.devices()[:1])
+
+
+@functools.cache
+def _problem(accum: int):
+  """(spec, parameters, batch, sets, key)."""
+  run = _run()
+  spec = dataclasses.replace(run.spec, accum=accum)
+  batch = next(dataclasses.replace(run.mixture(), feed=Feed(accum)).iterate(0, 1))[1]
+  return spec, run.init().params, batch, run.sets(), jax.random.key(7)
+
+
+@functools.cache
+def _gradients(accum: int, factors: tuple = tuple(FACTORS.items())):
+  spec, params, batch, sets, key = _problem(accum)
+  return small_model.jit(functools.partial(step.gradients, dataclasses.replace(spec, auxiliary=factors)))(params, batch, sets, key)
+
+
+def test_the_factors_come_from_the_config():
+  assert dict(_run().spec.auxiliary) == FACTORS
+
+
+def test_the_total_is_that_of_the_tasks_and_of_the_routers():
+  _, total, tallies, extra, _ = _gradients(1)
+  routed = sum(f * extra[f'router/{n}'] for n, f in FACTORS.items())
+  np.testing.assert_allclose(total, tallies['shape'].loss + routed, rtol=1e-5)
+  assert float(routed) > .1
+
+
+def _plain(spec, params, batch, sets, key):
+  """The loss of an accumulated step, written down: sets and micro-steps weigh as their tokens do.
+
+  8 pictures of 4 patches in 2 micro-steps of 16 tokens each; 3 names as texts."""
+  def auxiliary(collected):
+    usages = [d for out in collected['tail'] for d in out['decisions'].values()]
+    return sum(f * jnp.stack([u.losses[n] for u in usages]).mean() for n, f in FACTORS.items())
+
+  def loss(params):
+    _, features, collected = step.forward(spec, params, None, sets, {}, key)
+    names = sum(b['text'].size for b in sets['shapes']['buckets'])
+    total = names * auxiliary(collected) / (names + 32)
+    for i in range(2):
+      micro = jax.tree.map(lambda x: x[i], batch)
+      groups, _, collected = step.forward(spec, params, micro, None, {}, key)
+      scores = step.score(spec, params, micro, groups, features, {}, step.norms(spec, batch, {}))[0]
+      total = total + scores + 16 * auxiliary(collected) / (names + 32)
+    return total
+  return small_model.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.slow
+def test_accumulation_carries_them_through_micro_steps_and_target_sets():
+  total, gradients = _plain(*_problem(2))
+  found, loss, *_ = _gradients(2)
+  np.testing.assert_allclose(loss, total, rtol=1e-5)
+  without = _gradients(2, ())[0]
+  moved = 0
+  for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(gradients), jax.tree.leaves(without)):
+    np.testing.assert_allclose(a, b, atol=2e-5, err_msg=optim.path_of(path))
+    moved += np.abs(np.asarray(a) - c).max() > 1e-3
+  assert moved > 3  # the comparison sees them
+
+
+def test_a_step_says_what_was_dropped_and_how_even_experts_are():
+  for accum in (1, 2):
+    extra = _gradients(accum)[3]
+    assert set(extra) == {'gate_entropy', 'drop_rate', 'router/effective_experts', 'router/row_overlap', 'router/balance',
+                          'router/importance', 'router/z'}
+    assert 1 < extra['router/effective_experts'] <= 4 and 0 < extra['router/row_overlap'] <= 1
+    assert 0 < extra['drop_rate'] < 1 and 0 < extra['gate_entropy'] <= np.log(2) + 1e-6
+    assert extra['router/balance'] > 0
+
+
+def test_experts_that_gave_a_slot_were_used():
+  chosen = _gradients(1)[4]
+  for part in ('attention', 'ffn'):
+    assert chosen['tail'][0][part].shape == (4,) and chosen['tail'][0][part].sum() > 8
+
+
+def _usage(asked, kept) -> Usage:
+  none = Usage.none(2)
+  one = none.replace(asked=jnp.float32(asked), kept=jnp.asarray(kept, jnp.float32))
+  return jax.tree.map(lambda x: x[None], one)
+
+
+def test_metrics_are_means_over_layers_and_routers():
+  # Drop rates 1/4 and 0 of two stacked layers, 1/2 of the tail.
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), _usage(4, [2, 1]), _usage(4, [2, 2]))
+  collected = {'blocks': ({'decisions': {'ffn': stacked}},), 'tail': ({'decisions': {'ffn': _usage(4, [1, 1])}},)}
+  assert float(router_metrics.metrics(collected)['drop_rate']) == pytest.approx(1 / 4)
+
+
+def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
+  # Rows share half an expert; together they take .75 and .25: exp(.75 ln 4/3 + .25 ln 4) experts.
+  decision = Decision(logits=None, expert=None, coef=jnp.array([[.5, .5], [1., 0.]]))
+  collected = {'blocks': (), 'tail': ({'decisions': {'ffn': decision}},)}
+  assert {k: float(v) for k, v in router_metrics.metrics(collected).items()} == {
+      'gate_entropy': pytest.approx(np.log(2) / 2), 'router/row_overlap': pytest.approx(.5),
+      'router/effective_experts': pytest.approx(4 / 3 ** .75)}
+  assert router_metrics.metrics({'blocks': (), 'tail': ({'decisions': {}},)}) == {}
+  assert float(router_metrics.auxiliary((), collected)) == 0
+
+
+def test_use_is_a_mean_over_layers_and_of_one_row_nothing_is_compared():
+  # Two stacked layers of three rows: all the same expert; three different ones.
+  coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
+  collected = {'blocks': ({'decisions': {'ffn': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
+  found = router_metrics.metrics(collected)
+  assert float(found['router/effective_experts']) == pytest.approx(2) and float(found['router/row_overlap']) == pytest.approx(.5)
+  one = {'blocks': (), 'tail': ({'decisions': {'ffn': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
+  assert float(router_metrics.metrics(one)['router/row_overlap']) == 1
+
+
+def test_tokens_of_a_row_count_alike():
+  # Row 0: 3 tokens on expert 0 and 1 on expert 1; row 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1) have .25 in common.
+  usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.none(2)).replace(
+      tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
+  found = router_metrics.metrics({'blocks': (), 'tail': ({'decisions': {'ffn': usage}},)})
+  assert float(found['router/row_overlap']) == pytest.approx(.25)
+  assert float(found['router/effective_experts']) == pytest.approx(np.exp(-.375 * np.log(.375) - .625 * np.log(.625)))

@@ -1,0 +1,206 @@
+"""What a step gave a gradient: which experts its rows chose, which tables its modalities read, whose scales it used."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import small_model, tiny
+from uni_moe_jax.config import validate
+from uni_moe_jax.model.heads import MAX_SCALE
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.moe import routers
+from uni_moe_jax.tasks import task_types
+from uni_moe_jax.train import optim, step, used_params
+
+PARTS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
+VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/difference', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
+TEXT = {'embed/position', 'embed/type'}
+
+
+@functools.cache
+def _spec(**changes):
+  """Four experts; layers 0 and 1 are scanned, layer 2 is the tail. Every table there is, two temperatures."""
+  return small_model.spec(
+      spatial='learnt', visual_type=True, frame_differences=True, temperatures=('group', 'other'), **changes)
+
+
+def _paths(tree):
+  return {optim.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _shapes(spec):
+  return {path: leaf.shape for path, leaf in _paths(small_model.params(spec)).items()}
+
+
+# What layers 0, 1 and 2 chose: rows per expert. No two are alike.
+CHOSEN = {
+    'blocks': ({'attention': jnp.array([[3, 3, 0, 0], [0, 1, 5, 0]]), 'ffn': jnp.array([[0, 0, 2, 4], [6, 0, 0, 0]])},),
+    'tail': ({'attention': jnp.array([0, 2, 0, 4]), 'ffn': jnp.array([1, 1, 1, 0])},)}
+
+
+def _touched(holds=('head', 'target', 'text', 'visual'), temperatures=('group', 'other'), spec=None, params=None,
+             chosen=CHOSEN):
+  """{path: bool or bools}, on the host."""
+  spec = spec or _spec()
+  params = small_model.params(spec) if params is None else params
+  here = jax.device_get(used_params.touched(spec, params, chosen, holds, temperatures))
+  assert jax.tree.structure(here) == jax.tree.structure(params)
+  return _paths(here)
+
+
+def _left_alone(**kw):
+  """Paths of the parameters without experts that are not touched."""
+  return {path for path, here in _touched(**kw).items() if here.ndim == 0 and not here}
+
+
+def test_rows_that_chose_an_expert_are_counted_per_layer():
+  # Two scanned layers and a tail, two rows of condition, two of four experts kept; a coefficient says which.
+  scanned = np.array([[[.6, .4, 0, 0], [0, .9, .1, 0]], [[0, 0, .5, .5], [0, 0, .2, .8]]])
+  tail = np.array([[.7, 0, 0, .3], [.7, .3, 0, 0]])
+  decision = lambda coef: routers.Decision(logits=None, expert=None, coef=jnp.asarray(coef))
+  found = used_params.chosen_experts({
+      'blocks': ({'decisions': {'attention': decision(scanned), 'ffn': decision(scanned[::-1])}},),
+      'tail': ({'decisions': {'attention': decision(tail)}}, {'decisions': {}})})
+  assert jax.tree.map(lambda x: x.tolist(), found) == {
+      'blocks': ({'attention': [[1, 2, 1, 0], [0, 0, 2, 2]], 'ffn': [[0, 0, 2, 2], [1, 2, 1, 0]]},),
+      'tail': ({'attention': [2, 1, 0, 1]}, {})}
+
+
+def test_an_encoder_says_which_experts_it_used():
+  spec = _spec()
+  sequences = (small_model.sequence('image_classification'), small_model.target(task_types.families()['names']))
+  _, collected = small_model.jit(functools.partial(small_model.encode, spec, sequences))()
+  found = used_params.chosen_experts(collected)
+  assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, CHOSEN)
+  for counts in jax.tree.leaves(found):
+    assert (counts.sum(-1) == 2 * 2).all()  # two rows, two experts each
+
+
+@pytest.mark.parametrize('changes, experts', [
+    (dict(), set(PARTS.values())), (dict(parts=('ffn',)), {'ffn'}), (dict(router='dense', router_names=()), set())])
+def test_parameters_with_an_expert_axis_are_those_of_their_part(changes, experts):
+  spec = _spec(**changes)
+  for path, shape in _shapes(spec).items():
+    names = path.split('/')
+    part = PARTS.get(names[3]) if len(names) == 5 else None
+    if part in experts:
+      assert used_params.expert_part(spec, path) == (names[1], 0, part)
+      assert shape[used_params.unit_axes(spec, path) - 1] == spec.num_experts
+    else:
+      assert used_params.expert_part(spec, path) is None
+      assert used_params.unit_axes(spec, path) == 0
+
+
+def test_slices_are_counted_over_periods_and_experts_or_experts_alone():
+  spec = _spec()
+  units = {path: shape[:used_params.unit_axes(spec, path)] for path, shape in _shapes(spec).items()}
+  assert units['encoder/blocks/block0/ffn_in/kernel'] == units['encoder/blocks/block0/qkv/bias'] == (2, 4)
+  assert units['encoder/tail/block0/ffn_in/kernel'] == units['encoder/tail/block0/qkv/bias'] == (4,)
+  for path in ('encoder/blocks/block0/scale1', 'encoder/blocks/block0/ffn_router/gate', 'embed/word'):
+    assert units[path] == ()
+
+
+def test_a_block_without_experts_has_no_slices():
+  # Experts in layers 0 and 2 of 4: a period of two blocks, and a tail of two.
+  spec = _spec(layers=4, placement='odd')
+  for subtree, leading in (('blocks', 2), ('tail', 1)):
+    assert used_params.unit_axes(spec, f'encoder/{subtree}/block0/ffn_in/kernel') == leading
+    assert used_params.unit_axes(spec, f'encoder/{subtree}/block1/ffn_in/kernel') == 0
+
+
+def test_a_tail_of_an_irregular_placement_has_a_pattern_of_its_own():
+  # Experts in layers 0 and 5 of 6 repeat no period of up to four blocks: all six are the tail.
+  spec = _spec(layers=6, placement=(0, 5))
+  axes = [used_params.unit_axes(spec, f'encoder/tail/block{i}/qkv/kernel') for i in range(6)]
+  assert axes == [1, 0, 0, 0, 0, 1]
+
+
+def test_experts_of_scanned_and_tail_layers_are_those_that_were_chosen():
+  here = _touched()
+  expected = {
+      'blocks': {'attention': [[1, 1, 0, 0], [0, 1, 1, 0]], 'ffn': [[0, 0, 1, 1], [1, 0, 0, 0]]},
+      'tail': {'attention': [0, 1, 0, 1], 'ffn': [1, 1, 1, 0]}}
+  for subtree, parts in expected.items():
+    for name, part in PARTS.items():
+      for leaf in ('kernel', 'bias'):
+        assert here[f'encoder/{subtree}/block0/{name}/{leaf}'].tolist() == parts[part], (subtree, name, leaf)
+
+
+def test_a_step_of_everything_touches_all_but_the_experts_that_no_row_chose():
+  assert _left_alone() == set()
+  idle = {path for path, here in _touched().items() if not here.all()}
+  assert idle == {path for path in _shapes(_spec()) if used_params.expert_part(_spec(), path)}
+
+
+@pytest.mark.parametrize('modalities, alone', [(('text',), VISUAL), (('visual',), TEXT), (('text', 'visual'), set())])
+def test_tables_of_a_modality_that_is_not_encoded_are_left_alone(modalities, alone):
+  assert _left_alone(holds=modalities) == alone
+
+
+@pytest.mark.parametrize('holds, alone', [
+    (('text',), {'embed/prompts/target', 'embed/prompts/label_names', 'embed/prompts/label_target'}),
+    (('text', 'target'), {'embed/prompts/label_names', 'embed/prompts/label_target'}),
+    (('text', 'target', 'label_names'), {'embed/prompts/label_target'}),
+    (('text', 'target', 'label_target'), {'embed/prompts/label_names'})])
+def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(holds, alone):
+  spec = small_model.spec(prefix_prompts=2, prompt_sides='separate', label_prompts=(('names', 3), ('target', 2)), temperatures=())
+  assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
+
+
+@pytest.mark.parametrize('holds, alone', [
+    (('text', 'head', 'target'), set()),
+    (('text', 'target'), {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}),
+    (('text', 'head'), {f'encoder/{place}/prompts/target' for place in ('blocks/block0', 'tail/block0')})])
+def test_a_head_and_prompts_of_targets_are_left_alone_without_them(holds, alone):
+  spec = small_model.spec(prompts=2, prompt_sides='separate', head=3, temperatures=())
+  assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
+
+
+def test_a_step_holds_the_label_prompts_of_the_sets_that_it_encodes():
+  c = tiny.config('shape', 'package')
+  c.sets.shapes.label_prompts = c.sets.packages.label_prompts = True
+  plan = validate.resolve(c)
+  assert step.holds(plan) == ('label_packages', 'label_shapes', 'target', 'text', 'visual')
+  assert step.holds(plan.only('package')) == ('label_packages', 'target', 'text')
+  c.sets.shapes.label_prompts = False
+  assert 'label_shapes' not in step.holds(validate.resolve(c))
+
+
+def test_a_word_as_prefix_has_a_position_in_every_sequence():
+  assert _left_alone(holds=('visual',), spec=small_model.spec(prefix_word=5)) == set()
+  assert _left_alone(holds=('visual',), spec=small_model.spec()) == TEXT
+
+
+def test_the_word_table_and_the_norm_serve_both_modalities():
+  for modalities in (('text',), ('visual',)):
+    here = _touched(holds=modalities)
+    assert here['embed/word'] and here['embed/norm/scale'] and here['similarity/kernel']
+
+
+@pytest.mark.parametrize('temperatures, alone', [
+    (('group',), {'log_scale_other'}), (('other',), {'log_scale_group'}), ((), {'log_scale_group', 'log_scale_other'}),
+    (('group', 'other'), set())])
+def test_scales_of_other_temperature_groups_are_left_alone(temperatures, alone):
+  assert _left_alone(temperatures=temperatures) == alone
+
+
+@pytest.mark.parametrize('scale, alone', [(MAX_SCALE - 1, set()), (MAX_SCALE + 1, {'log_scale_group'})])
+def test_a_scale_above_its_clamp_is_left_alone(scale, alone):
+  params = {**small_model.params(_spec()), 'log_scale_group': jnp.float32(math.log(scale))}
+  assert _left_alone(params=params) == alone
+  gradient = jax.grad(lambda x: _scale(params, x))(params['log_scale_group'])
+  assert (gradient == 0) == bool(alone)  # what the model itself says
+
+
+def _scale(params, log_scale):
+  return UniPerceiver(_spec()).apply({'params': {**params, 'log_scale_group': log_scale}}, 'group', method='scale')
+
+
+def test_a_dense_model_has_no_experts_to_leave_alone():
+  spec = _spec(router='dense', router_names=())
+  here = _touched(spec=spec, chosen={'blocks': ({},), 'tail': ({},)})
+  assert all(x.shape == () and x for x in here.values())

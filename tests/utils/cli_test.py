@@ -1,0 +1,228 @@
+"""Mistakes at the command line: one sentence, no traceback, exit code 2, and at once."""
+
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import pytest
+
+from tests import tiny
+from uni_moe_jax.tasks import attributes
+from uni_moe_jax.train import loop
+from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.utils import cli, errors
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+      [sys.executable, str(_ROOT / 'launch' / script), *arguments], env={**os.environ, 'PYTHONPATH': str(_ROOT)},
+      capture_output=True, text=True, cwd=_ROOT, timeout=60)
+
+
+def _complaint(done: subprocess.CompletedProcess) -> str:
+  """What was said, once it is sure that it is one sentence on stderr and exit code 2."""
+  assert done.returncode == 2, done.stderr
+  lines = [line for line in done.stderr.splitlines() if line]
+  assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
+  return lines[0]
+
+
+def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> str:
+  return _complaint(_run('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}', *arguments))
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['--config.model.widht=3'], "--config.model.widht: the config has no field 'widht'. Did you mean \"width\""),
+    (['--config.modle.width=3'], "the config has no field 'modle'. Did you mean \"model\""),
+    (['--config.model.width=wide'], 'invalid literal for int'),
+    (['--config.moe.router=atribute'], "config.moe.router='atribute' is unknown; did you mean 'attribute'?"),
+    (['--config.tasks.text.batch=33', '--config.train.accum=2'], 'batch=33 must be a positive multiple of config.train.accum=2; try 32'),
+    (['--config.model.heads=3'], 'config.model.width=128 must be a multiple of config.model.heads=3; try 126'),
+    (['--config.data.dir=/not/there'], 'Data directory /not/there is not there. Run: python launch/prepare_data.py'),
+    (['--stpes=3'], 'stpes'),
+    (['steps=3'], "unexpected argument 'steps=3'"),
+])
+def test_training_says_what_is_wrong(tmp_path, arguments, said):
+  assert said in _train(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize('argument', [
+    '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x', '--config=configs/own.py:gs://b/x'])
+@pytest.mark.parametrize('joined', [True, False])
+def test_an_address_where_a_path_belongs_says_to_mount_it(argument, joined, capsys):
+  argv = [argument] if joined else argument.split('=', 1)
+  with pytest.raises(SystemExit) as stopped:
+    cli._parse(['prepare_data.py', '--name=pets', *argv], remote=False)
+  assert stopped.value.code == 2
+  said = capsys.readouterr().err
+  assert said.startswith(f'error: {argument.partition("=")[0]}=') and 'gs://b/x' in said and 'gcsfuse' in said
+
+
+@pytest.mark.parametrize('argv', [
+    ['--config.tasks.text.template=a photo of http://pets.org/{name}'], ['--config.tasks.text.template', 'http://pets.org/{name}']])
+def test_a_template_may_have_an_address_in_it(argv):
+  argv = ['train.py', *argv]
+  with mock.patch.object(cli.flags, 'FLAGS', lambda argv: argv[:1]):
+    assert cli._parse(argv, remote=False) == argv[:1]
+
+
+def test_a_config_file_that_is_not_there_names_the_nearest(tmp_path):
+  said = _train(tmp_path, config='configs/quikstart.py')
+  assert "config file 'configs/quikstart.py' is not there; did you mean 'quickstart.py'" in said  # or others, after it
+
+
+def test_an_argument_that_a_config_refuses_is_told_in_its_own_words(tmp_path):
+  assert "embedded.py:attribut is unknown; did you mean 'attribute'?" in _train(tmp_path, config='configs/embedded.py:attribut')
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+  workdir_lib.claim_workdir(tmp_path / 'run', tiny.config('shape'), 'print')
+  assert 'belongs to a run with another config' in _train(tmp_path, f'--config.data.dir={tmp_path}')
+
+
+def test_evaluating_a_folder_without_a_run_says_how_to_train(tmp_path):
+  said = _complaint(_run('evaluate.py', f'--workdir={tmp_path}'))
+  assert 'holds no run' in said and 'launch/train.py' in said
+
+
+def _zero_shot(tmp_path, script: str, argument: str) -> str:
+  config = f'--config=configs/zero_shot.py:{argument.format(run=tmp_path / "trained")}'
+  return _complaint(_run(script, config, f'--workdir={tmp_path / "new"}'))
+
+
+@pytest.mark.parametrize('script, argument, said', [
+    ('evaluate.py', '{run}', 'give RUN,TASK: the workdir of a trained run'),
+    ('evaluate.py', '{run}x,digits', "trainedx' holds no run (config.json is missing); did you mean 'trained'"),
+    ('evaluate.py', '{run},digit', "task 'digit' is unknown; did you mean 'digits'"),
+    ('train.py', '{run},digits', 'every task has batch=0, so that there is nothing to train; evaluate')])
+def test_a_run_or_a_task_that_is_mistyped_is_told(tmp_path, script, argument, said):
+  workdir_lib.claim_workdir(tmp_path / 'trained', tiny.config('shape'), 'print')
+  assert said in _zero_shot(tmp_path, script, argument)
+  assert not (tmp_path / 'new').exists()
+
+
+def test_evaluating_into_a_folder_of_another_run_is_refused(tmp_path):
+  for name in ('trained', 'new'):
+    workdir_lib.claim_workdir(tmp_path / name, tiny.config('shape'), 'print')
+  assert 'belongs to a run with another config' in _zero_shot(tmp_path, 'evaluate.py', '{run},digits')
+
+
+def test_a_missing_workdir_flag_is_named():
+  assert '--workdir' in _complaint(_run('train.py', '--config=configs/quickstart.py'))
+
+
+def test_a_defect_keeps_its_traceback(tmp_path):
+  config = tmp_path / 'broken.py'
+  config.write_text('def get_config():\n  return 3\n')
+  done = _run('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}')
+  assert done.returncode == 1 and 'Traceback' in done.stderr
+
+
+# What is found only with data and devices at hand: in this process, which has loaded the libraries.
+def _refused(capsys, config, workdir, devices=None) -> str:
+  with mock.patch.object(loop, '_loop', side_effect=AssertionError('it was trained')):
+    assert cli.guarded(lambda: loop.train(config, str(workdir), devices)) == 2
+  said = capsys.readouterr().err
+  assert said.startswith('error: ') and said.count('\n') == 1
+  return said
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_says_what_would(tmp_path, capsys):
+  config = tiny.config('shape', data_dir=tiny.data_dir())
+  config.tasks.shape.batch = 12
+  assert ('config.tasks.shape.batch=12 must be a multiple of 8 (8 batch shards of the mesh × 1 micro-steps); try 8'
+          in _refused(capsys, config, tmp_path))
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused(tmp_path, capsys):
+  config = tiny.config('shape', data_dir=tiny.data_dir())
+  config.mesh.data = 3
+  assert 'asks for 3 devices, there are 1; set one axis to -1' in _refused(capsys, config, tmp_path, jax.devices()[:1])
+
+
+def test_a_source_that_is_not_prepared_says_how(tmp_path, capsys):
+  said = _refused(capsys, tiny.config('shape', data_dir=tmp_path), tmp_path / 'run', jax.devices()[:1])
+  assert f'Run: python launch/prepare_data.py --data_dir={tmp_path}' in said
+
+
+@pytest.mark.parametrize('code', [0, 1, 75])
+def test_the_exit_code_is_what_the_command_returns(code):
+  assert cli.guarded(lambda: code) == code
+
+
+def test_an_error_that_python_raises_inside_the_package_is_a_defect():
+  with pytest.raises(ValueError, match='zip'):  # rows of unequal length: no person's mistake has a sentence for that
+    cli.guarded(lambda: attributes.union((1, 2), (1,)))
+
+
+@pytest.mark.parametrize('error', [ValueError, FileNotFoundError, KeyError])
+def test_an_error_of_another_library_is_a_defect(error):
+  def main():
+    raise error('from elsewhere')
+
+  with pytest.raises(error):
+    cli.guarded(main)
+
+
+@pytest.mark.parametrize('error, said', [
+    (errors.Failure('every checkpoint\n  is damaged.'), 'error: every checkpoint is damaged.\n'),
+    (OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl'), 'error: the disk is full: metrics.jsonl could not be written'),
+    (PermissionError(errno.EACCES, 'Permission denied', '/data/own'), 'error: /data/own: Permission denied. Look whether'),
+    (OSError(errno.ENAMETOOLONG, 'File name too long', 'x' * 9999), f'error: {"x" * 200}: File name too long. Look'),
+    (RuntimeError('RESOURCE_EXHAUSTED: writing: No space left on device [a C++ trace]'), 'error: the disk is full. Make room')])
+def test_what_befalls_a_run_is_one_sentence_and_exit_code_1(capsys, error, said):
+  def main():
+    raise error
+
+  assert cli.guarded(main) == 1
+  assert (got := capsys.readouterr().err).startswith(said) and got.count('\n') == 1
+
+
+def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
+  def main():
+    raise cli.UsageError('--a and --b\n  exclude each other')
+
+  assert cli.guarded(main) == 2
+  assert capsys.readouterr().err == 'error: --a and --b exclude each other\n'
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['--subjects=routers,decodin'], "--subjects: 'decodin' is unknown; did you mean 'decoding'?"),
+    (['--config.data.dir=/not/there'], 'Data directory /not/there is not there'),
+    (['--output=/not/there/file.json'], '--output=/not/there/file.json: its folder is not there'),
+    (['--dtype=float16'], 'float16'),
+])
+def test_the_benchmark_says_what_is_wrong(arguments, said):
+  assert said in _complaint(_run('benchmark.py', *arguments))
+
+
+_SLOW_START = """
+import sys, time
+from uni_moe_jax.utils import cli
+with cli.ended_by_signals(75):
+  print('importing', flush=True)
+  time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_begins_is_an_orderly_stop(number):
+  process = subprocess.Popen([sys.executable, '-c', _SLOW_START], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process.stdout.readline()
+  process.send_signal(number)
+  assert process.communicate(timeout=10)[1] == f'\n{number.name}: stopped; the same command continues.\n'
+  assert process.returncode == 75
+
+
+def test_signals_are_given_back():
+  old = signal.getsignal(signal.SIGTERM)
+  with cli.ended_by_signals(75):
+    assert signal.getsignal(signal.SIGTERM) != old
+  assert signal.getsignal(signal.SIGTERM) == old

@@ -1,0 +1,42 @@
+"""glibc's heaps, counted by itself (malloc_info) in processes of their own: the limit is looked at once."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+_COUNTED = """
+import ctypes, sys, threading
+from uni_moe_jax.utils import heap
+exec(sys.argv[1])
+libc, here, go_on = ctypes.CDLL(None), threading.Barrier(5), threading.Event()
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+libc.malloc_info.argtypes, libc.fclose.argtypes = (ctypes.c_int, ctypes.c_void_p), (ctypes.c_void_p,)
+def take():
+  libc.malloc(100_000)
+  here.wait()
+  go_on.wait()
+threads = [threading.Thread(target=take) for _ in range(4)]
+for t in threads: t.start()
+here.wait()
+out = libc.fopen(b'/dev/stdout', b'w')
+libc.malloc_info(0, out)
+libc.fclose(ctypes.c_void_p(out))
+go_on.set()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_info'), reason='another C library than glibc')
+@pytest.mark.parametrize('environment, call, heaps', [
+    ({}, '', 5),  # the control: one of the main thread, one of each other
+    ({}, 'heap.share_one()', 1),
+    ({'JAX_PLATFORMS': 'cpu'}, 'heap._ACCELERATORS = ("sys",); heap.share_one()', 1),
+    ({}, 'heap._ACCELERATORS = ("no_such_package", "sys"); heap.share_one()', 5),  # JAX would find an accelerator
+    ({'JAX_PLATFORMS': 'cuda'}, 'heap.share_one()', 5),
+    ({'MALLOC_ARENA_MAX': '2'}, 'heap.share_one()', 2),
+])
+def test_threads_share_one_heap_where_jax_can_only_use_the_cpu(environment, call, heaps):
+  said = subprocess.run([sys.executable, '-c', _COUNTED, call], env={'PYTHONPATH': ':'.join(p for p in sys.path if p), **environment},
+                        capture_output=True, text=True, check=True)
+  assert said.stdout.count('<heap nr=') == heaps

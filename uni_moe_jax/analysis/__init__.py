@@ -1,0 +1,1 @@
+"""Interference, expert usage, router ablation and adaptation study."""

@@ -1,1 +1,0 @@
-"""Routers compared: what each run goes through, and what came of it."""

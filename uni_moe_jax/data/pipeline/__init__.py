@@ -1,0 +1,1 @@
+"""Examples, mixtures and tokenizers."""

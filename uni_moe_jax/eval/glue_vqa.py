@@ -1,0 +1,37 @@
+"""Evaluators of answers at a slot: the GLUE tasks with their own metrics, and questions about pictures."""
+
+import numpy as np
+
+from uni_moe_jax.data.pipeline.vqa_answers import answer
+from uni_moe_jax.eval import evaluators, metrics
+from uni_moe_jax.eval.evaluators import Question
+from uni_moe_jax.eval.metrics import Score
+
+
+def glue(q: Question) -> list[Score]:
+  """Accuracy, and of two classes F1 of the second and Matthews' correlation: GLUE reports accuracy for most of its tasks, F1 too
+  for MRPC and QQP, Matthews for CoLA. Beside the most frequent answer of the training examples, where those are known."""
+  ids = q.ids()
+  predicted, labels = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1), fields['label'][:, 0]))
+  known, answers = evaluators.known_answers(q, ids, labels)
+  n, V = len(labels), len(q.texts)
+  by = lambda metric: {name: metric(a, labels) for name, a in answers.items()}
+  scores = [Score.proportion('accuracy', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
+  if V == 2:
+    scores += [Score('F1', metrics.f1(predicted, labels), n, floors=by(metrics.f1)),
+               Score('Matthews', metrics.matthews(predicted, labels), n, 0.0, by(metrics.matthews))]
+  return scores
+
+
+def vqa(q: Question) -> list[Score]:
+  """The soft score of the most likely answer (`metrics.vqa_score`), and how often most answerers gave it."""
+  ids = q.ids()
+  [predicted] = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1),))
+  said = [answer(q.keys[i]) for i in predicted]
+  truth = [[answer(a) for a in several] for several in q.examples.references(ids)]
+  values, first = metrics.vqa_score(said, truth), [metrics.most_common(t) for t in truth]
+  common = metrics.most_common(first)
+  floor = float(np.mean(metrics.vqa_score([common] * len(truth), truth)))
+  q.samples.add(q.evaluation.name, q.pixels, ids, first, said)
+  return [Score('soft score', float(np.mean(values)), len(ids), 1 / len(q.texts), {f'always {common!r}': floor}),
+          Score.proportion('exact', metrics.accuracy(np.array(said), np.array(first)), len(ids), 1 / len(q.texts))]

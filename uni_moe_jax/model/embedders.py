@@ -1,0 +1,149 @@
+"""Embedders: words and patches to arrays of width D, and what stands before them: the prefix `spe`, then prompts.
+
+Text: word + position + type, summed, then LayerNorm. Visual: patch projection + spatial + temporal, then the *same*
+LayerNorm. An image is a video of one frame. Patches are reshaped and multiplied, not convolved: on CPU the gradient of
+a convolution is an order slower.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from uni_moe_jax.model.block import layer_norm
+from uni_moe_jax.model.prompts import TokenPrompts
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.moe.layers import xavier_uniform
+from uni_moe_jax.parallel import sharding
+
+EMBED_STD = 0.02
+
+
+def _waves(x: np.ndarray, n: int) -> np.ndarray:
+  """[sin(x w), cos(x w)], w_k = 10000^(-k/n): coordinates [S] → [S, 2n]."""
+  angle = x[:, None] * 10000.0 ** (-np.arange(n) / n)[None]
+  return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
+  """Fixed 2-D table [side², D]: [sin(r w), cos(r w), sin(c w), cos(c w)], w_k = 10000^(-k/(D/4)), r row, c column.
+
+  Args:
+    side: patches a side. width: D, divisible by 4.
+    scale: multiplies coordinates (160/224 when a 160-px model goes on at 224).
+  """
+  quarter = width // 4
+  r, c = np.divmod(np.arange(side * side), side)
+  return np.concatenate([_waves(r * scale, quarter), _waves(c * scale, quarter)], axis=1).astype(np.float32)
+
+
+def sincos_rows(std: float):
+  """An initialisation of 1-D positions [S, D]: [sin(i w), cos(i w)], w_k = 10000^(-k/(D/2)), of a standard deviation."""
+  def init(key, shape, dtype=jnp.float32):
+    del key
+    length, width = shape
+    return jnp.asarray(std * math.sqrt(2) * _waves(np.arange(length), width // 2), dtype)
+  return init
+
+
+def patchify(pixels: jax.Array, patch: int) -> jax.Array:
+  """[B, T, H, W, C] → [B, T · (H/p)(W/p), p · p · C]: frame-major, then row-major; in a patch row, column, channel."""
+  B, T, H, W, C = pixels.shape
+  x = pixels.reshape(B, T, H // patch, patch, W // patch, patch, C)
+  return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T * (H // patch) * (W // patch), patch * patch * C)
+
+
+class Embed(nn.Module):
+  """Word, position, type, patch, spatial and temporal tables under one LayerNorm. mesh: on which they lie, or None."""
+  spec: ModelSpec
+  mesh: Mesh | None = None
+
+  def setup(self):
+    s = self.spec
+    normal = nn.initializers.normal(EMBED_STD)
+
+    def table(name, rows, axis, init=normal):
+      values = self.param(name, nn.with_logical_partitioning(init, (axis, 'embed')), (rows, s.width))
+      return sharding.as_used(values, (axis, 'embed'), self.mesh)
+
+    self.word = table('word', s.vocab_size, 'vocab')
+    position = sincos_rows if s.position_init == 'sincos' else nn.initializers.normal
+    self.position = table('position', s.max_text, 'position', position(s.position_std))
+    # Two rows as published, of which only row 0 is used: a checkpoint's table survives the round trip.
+    self.type = table('type', 2, 'type')
+    patch_dim = s.patch * s.patch * s.channels
+    self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
+    self.patch_bias = self.param(
+        'patch_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
+    if s.frame_differences:
+      self.difference = table('difference', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
+    self.temporal = table('temporal', s.max_frames, 'frame', nn.initializers.normal(s.temporal_std))
+    waves = sincos_table(s.image_size // s.patch, s.width)
+    if s.spatial == 'sincos':
+      self.spatial = jnp.asarray(waves)
+    else:
+      start = normal if s.spatial == 'learnt' else lambda key, shape: jnp.asarray(waves)
+      self.spatial = table('spatial', s.patches, 'space', start)
+    if s.visual_type:
+      self.visual_type = table('visual_type', 1, 'type')
+    if s.spe_bias:
+      self.spe_bias = self.param('spe_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
+    self.norm = layer_norm(None, s.dtype)
+    self.prompts = TokenPrompts(s)
+
+  def words(self, ids: jax.Array) -> jax.Array:
+    """Rows of the word table, [...] → [..., D]; `spe` with its learnt bias where the model has one."""
+    x = self.word[ids]
+    if self.spec.spe_bias:
+      x = x + jnp.where(ids == self.spec.spe_id, 1, 0)[..., None] * self.spe_bias.reshape((1,) * ids.ndim + (-1,))
+    return x
+
+  def text(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """ids [B, S] and positions [S] or [B, S] → [B, S, D]."""
+    if positions.ndim == 1:
+      positions = positions[None]
+    return self.norm(self.words(ids) + self.position[positions] + self.type[0][None, None])
+
+  def prefix(self, batch: int) -> jax.Array:
+    """The prefix `spe` → [B, 1, D]: LN(Word[spe]) without position and type, or a word as a text of length 1."""
+    s = self.spec
+    if s.prefix_word is None:
+      token = self.norm(self.words(jnp.full((1, 1), s.spe_id)))
+    else:
+      token = self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1,), jnp.int32))
+    return jnp.broadcast_to(token, (batch, 1, s.width))
+
+  def front(
+      self, batch: int, is_target: bool, label_set: str | None = None, classes: jax.Array | None = None) -> jax.Array:
+    """What stands before the data, [B, n, D]: the prefix `spe`, then prompts; arguments as in `TokenPrompts`."""
+    return jnp.concatenate([self.prefix(batch), *self.prompts(batch, is_target, label_set, classes)], axis=1)
+
+  def visual(self, pixels: jax.Array, temporal_offset: jax.Array) -> jax.Array:
+    """Frames → [B, T · patches, D].
+
+    Args:
+      pixels: [B, T, H, W, C], uint8 (scaled to 0…1 and normalised here, so that bytes travel) or already normalised.
+        Clips (T > 1) may have constants of their own. With `frame_differences` a patch of a clip is projected with its change
+        since the frame before, by a kernel of its own; the first frame, and a picture, has none.
+      temporal_offset: int32 scalar: first row of the temporal table (random per batch in training, 0 otherwise).
+    """
+    s = self.spec
+    B, T = pixels.shape[:2]
+    if pixels.dtype == jnp.uint8:
+      shape = (1, 1, 1, 1, s.channels)
+      clip = T > 1
+      mean = np.reshape(s.video_mean if clip and s.video_mean else s.pixel_mean, shape)
+      std = np.reshape(s.video_std if clip and s.video_std else s.pixel_std, shape)
+      pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
+    x = patchify(pixels.astype(s.dtype), s.patch) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
+    if s.frame_differences and T > 1:
+      change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
+      x = x + patchify(change.astype(s.dtype), s.patch) @ self.difference.astype(s.dtype)
+    frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
+    place = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
+    if s.visual_type:
+      place = place + self.visual_type[None]
+    return self.norm(x + place)

@@ -1,0 +1,49 @@
+"""The similarity head: p(x, y) ∝ exp(cos(f(x), f(y)) / τ) with f = proj(LN(hidden)).
+
+Uni-Perceiver, eq. 1-2; float32 throughout, because it decides.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from uni_moe_jax.model.block import layer_norm
+from uni_moe_jax.moe.layers import xavier_uniform
+from uni_moe_jax.parallel import sharding
+
+MAX_SCALE = 100.0
+MIN_SQUARE = 1e-24  # (1e-12)²; its power -3/2, which the gradient holds, is still finite in float32
+
+
+def normalise(features: jax.Array) -> jax.Array:
+  """L2-normalises the last axis; the zero vector keeps a finite gradient."""
+  square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+  return features * jax.lax.rsqrt(jnp.maximum(square, MIN_SQUARE))
+
+
+def logits(features: jax.Array, targets: jax.Array, scale: jax.Array) -> jax.Array:
+  """cos / τ: features [..., D] against targets [V, D], neither normalised → [..., V]."""
+  return scale * normalise(features) @ normalise(targets).T
+
+
+def scale_of(log_scale: jax.Array) -> jax.Array:
+  """1/τ, clamped at 100; a clamped scale has no gradient (published)."""
+  scale = jnp.exp(log_scale)
+  return jnp.where(scale > MAX_SCALE, MAX_SCALE, scale)
+
+
+class SimilarityHead(nn.Module):
+  """LN → projection D × D: hidden [..., D] → features [..., D] f32, not yet normalised. mesh: on which it lies, or None."""
+  width: int
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    x = layer_norm('norm', jnp.float32)(hidden)
+    kernel = self.param(
+        'kernel', nn.with_logical_partitioning(xavier_uniform(self.width, self.width), ('embed', 'feature')),
+        (self.width, self.width))
+    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('feature',)), (self.width,))
+    kernel = sharding.as_used(kernel, ('embed', 'feature'), self.mesh)
+    return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,0 +1,71 @@
+"""Curves of a run: metrics.jsonl as numbers, and as a picture for a page that shows one run. Knows names and numbers only."""
+
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from uni_moe_jax.reporting import figures
+
+Curves = dict[str, tuple[list[int], list[float]]]  # metric name -> steps, values
+
+_COLUMNS, _PANEL = 4, (3.0, 2.1)  # panels in a row; inches
+
+
+def read(text: str) -> tuple[Curves, int]:
+  """Every metric's curve in the text of a metrics.jsonl, and how many lines were unreadable.
+
+  After a restart from an older checkpoint a step stands in the file twice: the later line counts.
+
+  Raises:
+    ValueError: no line holds a metric.
+  """
+  points, bad = {}, 0
+  for line in text.splitlines():
+    try:
+      row = json.loads(line)
+      step = int(row.pop('step'))
+    except (ValueError, KeyError, TypeError, AttributeError):
+      bad += bool(line.strip())
+      continue
+    for name, value in row.items():
+      if isinstance(value, (int, float)):
+        points.setdefault(name, {})[step] = float(value)
+  if not points:
+    raise ValueError(f'no line of it holds a metric, {bad} are unreadable')
+  return {name: tuple(map(list, zip(*sorted(of_step.items())))) for name, of_step in points.items()}, bad
+
+
+def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], title: str) -> None:
+  """Draws every curve of some groups, a panel each: every point faint, smoothed strong.
+
+  Args:
+    path: of the picture; its ending names the format.
+    curves: see `read`.
+    groups: prefixes of names, such as 'loss', in the order of the panels.
+    title: above all panels.
+
+  Raises:
+    ValueError: no curve belongs to one of the groups.
+  """
+  from matplotlib import figure  # slow, and only pictures need it
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  names = [name for group in groups for name in sorted(curves) if name.startswith(f'{group}/')]
+  if not names:
+    raise ValueError(f'no curve is called {" or ".join(f"{g}/…" for g in groups)}; there are {", ".join(sorted(curves))}')
+  rows = -(-len(names) // _COLUMNS)
+  sheet = figure.Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * rows + 0.4), layout='constrained')
+  FigureCanvasAgg(sheet)
+  sheet.suptitle(title, fontsize=9)
+  panels = sheet.subplots(rows, _COLUMNS, squeeze=False).flat
+  for name, axes in zip(names, panels):  # names first: what is left of the panels is not drawn
+    steps, values = curves[name]
+    axes.plot(steps, values, color='#9db8cc', linewidth=0.6)
+    axes.plot(steps, figures.smooth(np.asarray(values)), color='#28608f', linewidth=1.5)
+    axes.set_title(f'{name}  {values[-1]:.3g}', fontsize=8, loc='left')
+    axes.tick_params(labelsize=7, length=2)
+    axes.spines[['top', 'right']].set_visible(False)
+  for axes in list(panels):
+    axes.set_axis_off()
+  sheet.savefig(path, dpi=110)

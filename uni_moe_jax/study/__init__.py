@@ -1,1 +1,0 @@
-"""The study of regimes: what it runs, and what came of it."""

@@ -1,0 +1,1 @@
+"""Task types and the attribute bits that follow from them."""

@@ -1,0 +1,69 @@
+"""Random pictures and texts of chosen lengths, in the place of a run's data: what is timed does not depend on what they show."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from uni_moe_jax.config.plan import Plan, TaskSpec
+from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_rows
+
+_EXAMPLES = 64
+# Share of names per length in tokens, `eot` included: an assumption about class names, two to three pieces each.
+REALISTIC = {2: 0.15, 3: 0.30, 4: 0.25, 5: 0.15, 6: 0.08, 7: 0.04, 8: 0.03}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+  """What a step asks of a tokenizer; ids from `first` on are words."""
+  size: int
+  pad: int = 0
+  spe: int = 1
+  eot: int = 2
+  first: int = 3
+
+
+class SyntheticData:
+  """Stands for `data.assemble.Data`; see there. Tasks of pictures with a class or a paired text."""
+  fingerprint, tokenizer_file = 'synthetic', None
+
+  def __init__(self, plan: Plan, sizes: tuple[int, int], vocabulary: int, entries: int, lengths: Mapping[int, float]):
+    """sizes: pixels a side, channels. vocabulary: V. entries: of every set that is no vocabulary. lengths: shares."""
+    self._pixels, self.tokenizer = sizes, Ids(vocabulary)
+    self.sets = {s.name: self._vocabulary() if s.is_vocabulary else self._names(entries, lengths) for s in plan.sets}
+
+  def _vocabulary(self) -> TargetSet:
+    size = self.tokenizer.size
+    return TargetSet((), np.arange(size, dtype=np.int32), (), size)
+
+  def _names(self, entries: int, lengths: Mapping[int, float]) -> TargetSet:
+    rng = np.random.default_rng(0)
+    rows = [[*rng.integers(self.tokenizer.first, self.tokenizer.size, n - 1).tolist(), self.tokenizer.eot]
+            for n in rng.permutation(spread_lengths(entries, lengths))]
+    buckets, order = bucket_rows(rows, self.tokenizer.pad)
+    return TargetSet(buckets, order, ('',) * entries, entries)
+
+  def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
+    """Random examples; every text has all of the task's tokens."""
+    rng, (side, channels) = np.random.default_rng(1), self._pixels
+    pixels = tf.constant(rng.integers(0, 256, (_EXAMPLES, 1, side, side, channels), dtype=np.uint8))
+    texts = rng.integers(self.tokenizer.first, self.tokenizer.size, (_EXAMPLES, max(1, task.length)))
+    texts[:, -1] = self.tokenizer.eot
+    texts = tf.constant(texts.astype(np.int32))
+
+    def make(ids, hashes):
+      fields = {'id': ids, 'pixels': tf.gather(pixels, ids), 'weight': tf.ones([tf.size(ids), 1])}
+      if task.kind.target == 'pair':
+        target = tf.gather(texts, ids)
+        return {**fields, 'target': target, 'target_valid': tf.ones_like(target, tf.bool), 'text_id': tf.cast(ids, tf.int32)}
+      return {**fields, 'label': tf.cast(ids % self.sets[task.target_set].size, tf.int32)[:, None]}
+
+    return Examples(_EXAMPLES, make)
+
+
+def spread_lengths(entries: int, lengths: Mapping[int, float]) -> np.ndarray:
+  """int [entries], ascending: each length in its share, by rounding the cumulated shares."""
+  edges = np.round(np.cumsum(list(lengths.values())) / sum(lengths.values()) * entries).astype(int)
+  return np.repeat(list(lengths), np.diff(edges, prepend=0))

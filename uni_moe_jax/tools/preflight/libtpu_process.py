@@ -1,0 +1,25 @@
+"""The process that `planned` starts: python -m uni_moe_jax.preflight.planner FOLDER. It is stopped before it ends."""
+
+import pathlib
+import pickle
+import sys
+
+
+def main(folder: pathlib.Path) -> None:
+  """Compiles the program that standard input names; libtpu writes its plan into the folder."""
+  config, which, name = pickle.load(sys.stdin.buffer)
+  import jax  # pylint: disable=g-import-not-at-top
+  import ml_collections  # pylint: disable=g-import-not-at-top
+
+  from uni_moe_jax.tools.preflight import compiled_programs, libtpu_plan, topology
+  run = compiled_programs.prepare(ml_collections.ConfigDict(config), topology.devices(topology.parse(name)))
+  try:
+    compiled_programs.lowered(run, which).compile(compiler_options={'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True})
+  except jax.errors.JaxRuntimeError as error:
+    if not compiled_programs.is_too_large(error):
+      raise
+    (folder / libtpu_plan.REFUSED).write_text(str(error))
+
+
+if __name__ == '__main__':
+  main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,168 @@
+"""The boundary between the command line and the library: a person's mistake ends in one sentence and exit code 2."""
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from uni_moe_jax.utils import errors, files, heap
+from uni_moe_jax.utils.exit_codes import ERROR, USAGE
+from uni_moe_jax.utils.suggest import nearest
+
+_MOST = 200  # characters of a path that are shown
+_MISTAKES = flags.Error, AttributeError, KeyError, ValueError, TypeError, FileNotFoundError, ImportError  # of flags, when parsed
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+class UsageError(ValueError):
+  """A mistake that a launch script itself finds."""
+
+
+def define_config(name: str = 'config', default: str | None = None) -> flags.FlagHolder:
+  """--config=FILE.py[:argument], with --config.field=value overrides."""
+  return config_flags.DEFINE_config_file(name, default, help_string='config file, for example configs/quickstart.py')
+
+
+def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+  """The config that a flag names.
+
+  Raises:
+    UsageError: there is no such file.
+  """
+  try:
+    holder.value.keys()
+    return holder.value
+  except OSError as e:  # raised at the first look into the config, not when flags are parsed
+    path = str(e).split()[-1].strip("'")
+    folder = pathlib.Path(path).parent
+    near = nearest(pathlib.Path(path).name, [f.name for f in folder.glob('*.py')])
+    raise UsageError(f'config file {path!r} is not there; {near}.') from None
+
+
+def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+  """The config that --config=`file` would be with --config.field=value for each of `overrides`, 'field=value'.
+
+  Raises:
+    UsageError: the file raises, or an override names no field, or is no value of it.
+  """
+  argv, values = ['', f'--config={file}', *(f'--config.{o}' for o in overrides)], flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+    return config_of(holder)
+  except _MISTAKES as e:
+    raise UsageError(_flag_error(e, argv)) from None
+
+
+def run(main: Callable[[], int], remote: bool = False) -> None:
+  """Parses flags, runs `main` and exits with the code that it returns. remote: its flags may be addresses such as gs://….
+
+  Mistakes in flags and config, and the `ValueError` and `FileNotFoundError` that this package raises on purpose, are
+  printed as one sentence (exit code 2); so is what befell a run, such as a full disk or a path that cannot be reached (exit
+  code 1). Anything else is a defect and keeps its traceback (exit code 1).
+  """
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
+  heap.share_one()
+  logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
+  _tell_once()
+  app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, remote))
+
+
+@contextlib.contextmanager
+def ended_by_signals(code: int) -> Iterator[None]:
+  """SIGINT and SIGTERM end the process at once with `code`, except where something inside handles them: nothing is begun there."""
+  def end(number, _) -> None:
+    os.write(2, f'\n{signal.Signals(number).name}: stopped; the same command continues.\n'.encode())
+    os._exit(code)
+
+  old = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield
+  finally:
+    for s, handler in old.items():
+      signal.signal(s, handler)
+
+
+def _tell_once() -> None:
+  """What fails in a thread of Orbax is raised again in ours, and told there; its own accounts of it would bury that sentence."""
+  logging.get_absl_handler().addFilter(lambda record: not (record.exc_info and ('orbax' in record.pathname or record.name == 'asyncio')))
+
+  def unraisable(unraised) -> None:  # reads and writes that were under way when one of them failed
+    if str(unraised.exc_value) != 'Event loop is closed':
+      sys.__unraisablehook__(unraised)
+
+  sys.unraisablehook = unraisable
+
+
+def guarded(main: Callable[[], int]) -> int:
+  """The exit code of `main`; mistakes and failures are printed as one sentence, see `run`."""
+  try:
+    return main()
+  except errors.Failure as e:
+    _complain(e)
+    return ERROR
+  except Exception as e:
+    if isinstance(e, UsageError) or isinstance(e, (ValueError, FileNotFoundError)) and _is_ours(e):
+      return _complain(e)
+    if errors.disk_is_full(e):
+      file = getattr(e, 'filename', None)
+      _complain(errors.Failure(f'the disk is full{f": {file} could not be written" if file else ""}. Make room, then the same '
+                                 'command continues.'))
+      return ERROR
+    if isinstance(e, OSError) and e.filename is not None:
+      _complain(errors.Failure(f'{str(e.filename)[:_MOST]}: {e.strerror}. Look whether the path is the one that was meant, '
+                                 'whether its disk can be reached, and who may read and write it.'))
+      return ERROR
+    raise
+
+
+def _is_ours(e: BaseException) -> bool:
+  """Whether a `raise` of this package raised the exception, not a library or a built-in function that it called."""
+  frames = traceback.extract_tb(e.__traceback__)
+  if not frames or _PACKAGE not in pathlib.Path(frames[-1].filename).resolve().parents:
+    return False
+  return frames[-1].line.startswith('raise ')
+
+
+def _complain(e: BaseException) -> int:
+  print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
+  return USAGE
+
+
+def _parse(argv: Sequence[str], remote: bool) -> list[str]:
+  try:
+    for before, argument in zip(argv, argv[1:]):
+      flag, _, value = argument.partition('=')
+      path, name = (value, flag) if value else (flag, before)
+      if not remote and not re.match(r'--?\w+\.', name):  # a field of a config is checked with it: not every one is a path
+        files.check_local(path, name)
+    rest = flags.FLAGS(argv)
+  except _MISTAKES as e:
+    print(f'error: {_flag_error(e, argv)}', file=sys.stderr, flush=True)
+    sys.exit(USAGE)
+  if len(rest) > 1:
+    print(f'error: unexpected argument {rest[1]!r}; flags look like --name=value.', file=sys.stderr, flush=True)
+    sys.exit(USAGE)
+  return rest
+
+
+def _flag_error(e: BaseException, argv: Sequence[str]) -> str:
+  """One sentence for what the flag parser said."""
+  said = ' '.join(str(e.args[0] if e.args else e).split())
+  if isinstance(e, (KeyError, AttributeError)):  # ml_collections: 'widht' Did you mean "width" instead of "widht"?
+    field, hint = re.search(r"\w+", said).group(), re.search(r'Did you mean [^?]*\?|$', said).group()
+    named = [a for a in argv[1:] if field in a.lstrip('-').partition('=')[0].split('.')]
+    flag = named[0].partition('=')[0] if named else field
+    return f'{flag}: the config has no field {field!r}. {hint}'.strip()
+  # A config file that raised: ml_collections prints its traceback into the message.
+  raised = re.search(r'Error whilst parsing config file: .*Error: (.*)', said)
+  return raised.group(1) if raised else said
