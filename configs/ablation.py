@@ -26,6 +26,6 @@ def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   if arg not in ROUTERS:
     raise ValueError(f'configs/ablation.py:{arg} is unknown; {nearest(arg, ROUTERS)}.')
   c = _EMBEDDED['get_config'](arg)
-  c.optim.warmup = 60
+  c.optim.warmup_steps = 60
   c.train.steps = 600
   return c

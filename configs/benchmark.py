@@ -33,14 +33,14 @@ def get_config(arg: str = 'imagenet1k') -> ml_collections.ConfigDict:
     c, plan = config.base(), None
     presets.published(c)
     presets.published_size(c, 'tiny')
-    c.train.mixture, c.train.encode_all_sets = 'mixed', False  # one task
-    c.tokenizer.kind = 'clip'
-    c.model.max_text = 512
+    c.train.mixture, c.train.encode_all_sets = 'all_tasks', False  # one task
+    c.tokenizer.type = 'clip'
+    c.model.max_text_len = 512
   benchmarks.DOWNSTREAM[name](c)
   if run:
     for t in c.tasks.values():  # a run has its own groups, and its own room for texts
       t.temperature = t.temperature if t.temperature in plan.temperatures else ''
-      t.length = min(t.length, c.model.max_text)
+      t.max_len = min(t.max_len, c.model.max_text_len)
     finetuning.share_temperatures(c, plan)
   if run and mode in ('prompts', 'untuned'):
     finetuning.MODES[mode](c)

@@ -25,17 +25,17 @@ def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   presets.embedded(c)
   # Small, so that an hour holds many examples. Queries and keys start apart: where they are equal, `spe` first looks at itself
   # alone, and what a picture or clip shows reaches it late (motions stay at chance for hundreds of steps).
-  c.model.update(dict(layers=4, width=128, heads=2, hidden=512, query_key_init='independent', frame_differences=True))
+  c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512, mimetic_init=False, frame_differences=True))
   c.moe.router = arg
-  c.sets.vocabulary.samples = 512
+  c.target_sets.vocabulary.num_sampled = 512
   for name, batch in dict(
       glyph_class=32, glyph_name=96, glyph_caption=80, clip_motion=8, text=16, package=16).items():
-    c.tasks[name].batch = batch
-  c.tasks.glyph_name.weight, c.tasks.glyph_caption.weight = 2.5, 2.0
+    c.tasks[name].batch_size = batch
+  c.tasks.glyph_name.loss_weight, c.tasks.glyph_caption.loss_weight = 2.5, 2.0
   # Lighter than one: clips of a motion and names of pictures ask the same features of a clip, see configs/quickstart.py.
-  c.tasks.clip_motion.weight = 0.3
+  c.tasks.clip_motion.loss_weight = 0.3
   for name in ('glyph_class', 'glyph_name', 'glyph_caption'):
-    c.tasks[name].shift = 2
-  c.optim.update(dict(learning_rate=2e-3, warmup=100))
-  c.train.update(dict(steps=5500, log_every=20, save_every=200))
+    c.tasks[name].max_shift = 2
+  c.optim.update(dict(learning_rate=2e-3, warmup_steps=100))
+  c.train.update(dict(steps=5500, log_every=20, checkpoint_every=200))
   return c

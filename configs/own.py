@@ -11,7 +11,7 @@ Several sources are joined by '+', of whatever kinds: pets+reviews+clips. A trai
   --config=configs/own.py:pets,runs/quickstart,untuned     nothing trains; for launch/evaluate.py
 
 Tasks follow from what the data has: captions give retrieval and captioning; classes, classification; texts, masked words or
-classification. Print them with launch/train.py; change them by --config.tasks.pets_retrieval.batch=32, or in a config of your own
+classification. Print them with launch/train.py; change them by --config.tasks.pets_retrieval.batch_size=32, or in a config of your own
 (recipes.own). Of a data directory other than the default, give the folders: /data/own/pets+/data/own/reviews. What it should score
 depends on the data: every row of the evaluation stands beside chance.
 """
@@ -45,7 +45,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   else:
     c, plan = config.base(), None
     presets.small(c)
-    c.tokenizer.fewer = True  # how much text there is only its owner knows
+    c.tokenizer.allow_smaller_vocab = True  # how much text there is only its owner knows
   c.data.dir = directory
   for name, found in facts.items():
     presets.own(c, name, found['columns'], {k: v['names'] for k, v in found['classes'].items()}, found['splits'])

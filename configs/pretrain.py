@@ -10,7 +10,7 @@ pixels, 230 thousand steps) or 2 (224 pixels, 50 thousand, from stage 1). With -
 its sampling weight, as published; without, every step holds every task in the proportion in which those would be drawn, and
 weighs its loss so: the same expectation. Batches are those of 64 published ranks, in multiples of 256 examples, for 256 devices.
 
-docs/benchmarks.md says how to obtain the data. CLIP's merges lie where you start, or where --config.tokenizer.merges says. Sizes, loss
+docs/benchmarks.md says how to obtain the data. CLIP's merges lie where you start, or where --config.tokenizer.merges_path says. Sizes, loss
 and sampling weights, rates and steps are those published for the base model; other sizes take them over. Not as published:
 bfloat16 instead of float16 with loss scaling; positions of pictures are computed, and not rescaled when stage 2 has more of them; a
 mixed step updates every parameter. It has not been run: no figures are promised.
@@ -25,7 +25,7 @@ from uni_moe_jax.utils.suggest import nearest
 ROUTERS = ('dense', 'attribute', 'task', 'modality', 'token', 'context')
 RANKS = 64  # of the published run; each draws a task of its own
 UNIT = 256  # examples: what batches of a mixed step are multiples of
-# Kind → published batch of a rank in stage 2, where pictures are larger.
+# TaskType → published batch of a rank in stage 2, where pictures are larger.
 SECOND = {'image_classification': 440, 'text_mlm': 512, 'image_caption': 200, 'image_retrieval': 320}
 
 
@@ -40,25 +40,25 @@ def get_config(arg: str = 'base-attribute-1') -> ml_collections.ConfigDict:
   c = config.base()
   presets.published(c, weight_decay=0.2 if first and size in ('base', 'large') else 0.05)
   presets.published_size(c, size)
-  c.optim.rules = tuple(rule for rule in c.optim.rules if rule[0] != 'embed/spatial$')  # computed, not stored
+  c.optim.param_groups = tuple(rule for rule in c.optim.param_groups if rule[0] != 'embed/spatial$')  # computed, not stored
   c.model.update(dict(
-      image_size=160 if first else 224, patch=16, max_text=512, max_frames=8, spatial='sincos', drop_path=0.1, dtype='bfloat16'))
-  c.moe.update(dict(router=router, placement='odd'))
+      image_size=160 if first else 224, patch_size=16, max_text_len=512, max_num_frames=8, posemb='sincos2d', drop_path=0.1, dtype='bfloat16'))
+  c.moe.update(dict(router=router, placement='every_2'))
   if router in ('token', 'context'):
-    c.moe.update(dict(capacity=1.25, balance_loss=0.01))
-  c.tokenizer.update(dict(kind='clip', merges='bpe_simple_vocab_16e6.txt.gz'))
+    c.moe.update(dict(capacity_factor=1.25, balance_loss_weight=0.01))
+  c.tokenizer.update(dict(type='clip', merges_path='bpe_simple_vocab_16e6.txt.gz'))
   benchmarks.pretraining(c)
   # Published numbers of classes; how long their names are is an assumption.
-  c.declared.entries.update(dict(
+  c.preflight.target_lengths.update(dict(
       imagenet21k=((4, 9_000), (8, 12_000), (16, 842)), kinetics700=((4, 200), (8, 500)), moments=((4, 339),)))
-  c.evaluators.coco_captions = config.evaluator('caption', 'coco_caption', split='val', number=5_000, beams=2)
-  c.evaluators.coco_retrieval = config.evaluator('retrieval', 'coco_retrieval', split='val', number=5_000)
+  c.evaluators.coco_captions = config.evaluator('caption', 'coco_caption', split='val', num_examples=5_000, beam_size=2)
+  c.evaluators.coco_retrieval = config.evaluator('retrieval', 'coco_retrieval', split='val', num_examples=5_000)
   if not first:
     _second_stage(c)
   _weigh(c, sampled=bool(mixture))
   peak = 1e-3 if first else 2e-5
-  c.optim.update(dict(learning_rate=peak, warmup=10_000 if first else 5_000, final=1e-6 / peak))
-  c.train.update(dict(steps=230_000 if first else 50_000, log_every=50, save_every=2_000))
+  c.optim.update(dict(learning_rate=peak, warmup_steps=10_000 if first else 5_000, final_lr_fraction=1e-6 / peak))
+  c.train.update(dict(steps=230_000 if first else 50_000, log_every=50, checkpoint_every=2_000))
   c.mesh.fsdp = size == 'large'
   return c
 
@@ -66,22 +66,22 @@ def get_config(arg: str = 'base-attribute-1') -> ml_collections.ConfigDict:
 def _second_stage(c: ml_collections.ConfigDict) -> None:
   """Larger pictures in smaller batches, unmixed; more frames of Kinetics, more often."""
   for t in c.tasks.values():
-    t.batch = SECOND.get(t.kind, t.batch)
-  c.tasks.imagenet21k.update(dict(mixup=0.0, cutmix=0.0))
-  c.tasks.kinetics700.update(dict(batch=12, frames=8, sampling=1.0))
-  c.tasks.moments.update(dict(batch=68, sampling=0.2))
+    t.batch_size = SECOND.get(t.type, t.batch_size)
+  c.tasks.imagenet21k.update(dict(mixup_alpha=0.0, cutmix_alpha=0.0))
+  c.tasks.kinetics700.update(dict(batch_size=12, num_frames=8, sampling_weight=1.0))
+  c.tasks.moments.update(dict(batch_size=68, sampling_weight=0.2))
 
 
 def _weigh(c: ml_collections.ConfigDict, sampled: bool) -> None:
   """From what one rank draws to what a step of all devices holds."""
-  total = sum(t.sampling for t in c.tasks.values())
-  c.train.update(dict(mixture='sampled' if sampled else 'mixed', encode_all_sets=sampled))
-  c.optim.without_gradient = 'zerograd' if sampled else 'update'
+  total = sum(t.sampling_weight for t in c.tasks.values())
+  c.train.update(dict(mixture='one_task' if sampled else 'all_tasks', encode_all_sets=sampled))
+  c.optim.unused_params = 'zerograd' if sampled else 'update'
   for t in c.tasks.values():
     if sampled:
-      t.batch *= RANKS
+      t.batch_size *= RANKS
       continue
-    share = t.sampling / total
-    unit = 2 * UNIT if t.mixup or t.cutmix else UNIT  # mixed are pairs of one device
-    t.batch = max(1, round(t.batch * RANKS * share / unit)) * unit
-    t.weight *= share
+    share = t.sampling_weight / total
+    unit = 2 * UNIT if t.mixup_alpha or t.cutmix_alpha else UNIT  # mixed are pairs of one device
+    t.batch_size = max(1, round(t.batch_size * RANKS * share / unit)) * unit
+    t.loss_weight *= share

@@ -18,14 +18,14 @@ def get_config() -> ml_collections.ConfigDict:
   """Quickstart: 4 layers, width 128, 8 experts, pictures of 32 pixels in patches of 8."""
   c = config.base()
   presets.embedded(c)
-  c.model.update(dict(layers=4, width=128, heads=2, hidden=512))
+  c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512))
   for name, batch in dict(clip_motion=8, glyph_class=48, text=32, package=16).items():
-    c.tasks[name].batch = batch
-  c.tasks.text.weight = c.tasks.glyph_name.weight = 2.5
+    c.tasks[name].batch_size = batch
+  c.tasks.text.loss_weight = c.tasks.glyph_name.loss_weight = 2.5
   # Clips of a motion and names of pictures ask the same features of a clip: a heavy motion task takes them away from names.
-  c.tasks.clip_motion.weight = 0.15
-  c.tasks.glyph_name.shift = 1
-  c.sets.vocabulary.samples = 512
-  c.optim.update(dict(learning_rate=2e-3, warmup=60))
-  c.train.update(dict(steps=800, log_every=20, save_every=200))
+  c.tasks.clip_motion.loss_weight = 0.15
+  c.tasks.glyph_name.max_shift = 1
+  c.target_sets.vocabulary.num_sampled = 512
+  c.optim.update(dict(learning_rate=2e-3, warmup_steps=60))
+  c.train.update(dict(steps=800, log_every=20, checkpoint_every=200))
   return c

@@ -17,21 +17,21 @@ def digit_question(c: ml_collections.ConfigDict) -> None:
   """A kind that no embedded task trains (vqa): a picture and a question, answered at the question's slot."""
   _words(c)
   c.tasks.digit_question = config.task(
-      'vqa', 'digits', batch=0, target_set='digit_words', label='name', template='the picture is <spe> . <eot>', length=16)
+      'vqa', 'digits', batch_size=0, target_set='digit_words', label_column='name', template='the picture is <spe> . <eot>', max_len=16)
   c.evaluators['digit question'] = config.evaluator('classification', 'digit_question', split='test')
 
 
 def digit_word(c: ml_collections.ConfigDict) -> None:
   """A new kind: a picture read at its prefix, as in classification, and answered among words, as in captions."""
   _words(c)
-  c.kinds.picture_word = dict(
-      inputs=(('visual', 'full'),), target='words', readout='first', router_task='picture_word')
-  c.tasks.digit_word = config.task('picture_word', 'digits', batch=0, target_set='digit_words', label='name')
+  c.task_types.picture_word = dict(
+      inputs=(('visual', 'full'),), target='words', readout='cls', router_task='picture_word')
+  c.tasks.digit_word = config.task('picture_word', 'digits', batch_size=0, target_set='digit_words', label_column='name')
   c.evaluators['digit word'] = config.evaluator('classification', 'digit_word', split='test')
 
 
 def _words(c: ml_collections.ConfigDict) -> None:
-  c.sets.digit_words = config.target_set('digits/name', family='words')
+  c.target_sets.digit_words = config.target_set('digits/name', family='words')
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:

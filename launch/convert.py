@@ -1,7 +1,7 @@
 """Converts the authors' PyTorch checkpoints, both ways.
 
   python launch/convert.py --checkpoint=model.pth --config=configs/published.py --workdir=runs/converted \
-      --config.tokenizer.merges=bpe_simple_vocab_16e6.txt.gz
+      --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
   python launch/convert.py --workdir=runs/converted --output=model.pth
 
 The first makes a work directory whose step 0 has the checkpoint's parameters: launch/train.py and launch/evaluate.py with the
@@ -39,13 +39,13 @@ def _from_torch() -> int:
   if step is not None:
     raise cli.UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {step} already; give another.')
   workdir.claim_workdir(_WORKDIR.value, config)
-  state, remarks = torch_file.read(_CHECKPOINT.value, config.model.visual_type)
+  state, remarks = torch_file.read(_CHECKPOINT.value, config.model.modality_embedding)
   run = train_run.build(config)
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
   # Only now is the folder this run's: after a failed conversion nobody can train from fresh parameters by mistake.
   workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
   workdir.keep_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
-  with checkpoint.Checkpoints(_WORKDIR.value, config.train.keep) as checkpoints:
+  with checkpoint.Checkpoints(_WORKDIR.value, config.train.max_to_keep) as checkpoints:
     checkpoints.save(0, run.start(params))
   with open(_CHECKPOINT.value, 'rb') as file:
     origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}

@@ -20,7 +20,7 @@ from uni_moe_jax.utils import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote; with --config, one to write to.', required=True)
-_BEST = flags.DEFINE_bool('best', False, 'Ask the checkpoint with the lowest loss config.train.keep_best, not the newest.')
+_BEST = flags.DEFINE_bool('best', False, 'Ask the checkpoint with the lowest loss config.train.best_metric, not the newest.')
 _FORCE = flags.DEFINE_bool('force', False, 'Evaluate again what is evaluated already.')
 _DISTRIBUTED = flags.DEFINE_string('distributed', distributed.OFF, distributed.HELP)
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies, if not where training found it.')
@@ -43,11 +43,11 @@ def main() -> int:
   from uni_moe_jax.train import checkpoint
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
-  with checkpoint.Checkpoints(workdir, keep=None, best=config.train.keep_best) as checkpoints:
+  with checkpoint.Checkpoints(workdir, keep=None, best=config.train.best_metric) as checkpoints:
     if not plan.tasks:  # it answers with the run that it starts from, which may go on
       answers, step, lacks = config.train.init, workdir_lib.saved_step(config.train.init), 'checkpoint yet; train it first'
     elif _BEST.value:
-      answers, step, lacks = workdir, checkpoints.best(), 'best checkpoint; train it with --config.train.keep_best=loss/total, for example'
+      answers, step, lacks = workdir, checkpoints.best(), 'best checkpoint; train it with --config.train.best_metric=loss/total, for example'
     else:
       answers, step, lacks = workdir, checkpoints.latest(), 'checkpoint yet; train it first'
     if step is None:

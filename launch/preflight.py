@@ -5,7 +5,7 @@
 
 Compiles the real training step and evaluation, without the devices and without the data; for TPUs as far as the compiler's plan.
 TPUs (v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, in chips) need the extra `preflight`. Sizes of data that no config can say by itself
-stand in config.declared.
+stand in config.preflight.
 Exit codes: 0 it fits, or nothing is known of the devices, 1 it does not fit, 2 usage.
 """
 

@@ -32,7 +32,7 @@ def main() -> int:
     config = cli.config_of(_CONFIG)
     validate.check_trains(validate.resolve(config))
     distributed.start(_DISTRIBUTED.value)
-    with Watchdog(config.train.watchdog) as watchdog, watchdog.phase(START):  # a disk may hang at the first look
+    with Watchdog(config.train.hang_timeout) as watchdog, watchdog.phase(START):  # a disk may hang at the first look
       workdir.claim_workdir(_WORKDIR.value, config)
       workdir.check_versions(_WORKDIR.value, _ACCEPT_VERSIONS.value)
       npz_records.check_directory(config.data.dir)

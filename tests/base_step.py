@@ -25,18 +25,18 @@ def main(router: str, capacity: str, file: str) -> None:
 
   c = config.base()
   c.tokenizer.vocab_size = WORDS
-  c.model.update(dict(layers=12, width=WIDTH, heads=12, hidden=HIDDEN))
-  c.moe.update(dict(router=router, num_experts=EXPERTS, top_k=KEPT, capacity=float(capacity)))
+  c.model.update(dict(num_layers=12, width=WIDTH, num_heads=12, mlp_dim=HIDDEN))
+  c.moe.update(dict(router=router, num_experts=EXPERTS, top_k=KEPT, capacity_factor=float(capacity)))
   c.mesh.update(MESH)
   devices = MESH['data'] * MESH['expert']
-  c.sets.names = config.target_set('glyphs/class', family='names')
-  c.declared.entries.names = ((4, devices),)
-  c.tasks.picture = config.task('image_classification', 'glyphs', batch=devices, target_set='names', label='class')
+  c.target_sets.names = config.target_set('glyphs/class', family='names')
+  c.preflight.target_lengths.names = ((4, devices),)
+  c.tasks.picture = config.task('image_classification', 'glyphs', batch_size=devices, target_set='names', label_column='class')
   if router == 'token':
-    c.sets.words = config.target_set('vocabulary', family='words', scoring='sampled', samples=512)
-    c.tasks.caption = config.task('image_caption', 'glyphs', batch=devices, target_set='words', captions=('{name}',), length=9)
+    c.target_sets.words = config.target_set('vocabulary', family='words', softmax='sampled', num_sampled=512)
+    c.tasks.caption = config.task('image_caption', 'glyphs', batch_size=devices, target_set='words', caption_templates=('{name}',), max_len=9)
   else:
-    c.tasks.pair = config.task('image_retrieval', 'glyphs', batch=devices, captions=('{name}',), length=8)
+    c.tasks.pair = config.task('image_retrieval', 'glyphs', batch_size=devices, caption_templates=('{name}',), max_len=8)
   run = compiled_programs.prepare(c, jax.devices())
   pathlib.Path(file).write_text(compiled_programs.lowered(run, None).compile().as_text())
 

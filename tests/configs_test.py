@@ -37,8 +37,8 @@ def _module(path: pathlib.Path):
 def _get(path: pathlib.Path) -> ml_collections.ConfigDict:
   arguments = [f'{_run()},digits'] if path.stem in _FROM_A_RUN else [_own()] if path.stem == 'own' else []
   c = _module(path).get_config(*arguments)
-  if c.tokenizer.kind == 'clip':
-    c.tokenizer.merges = 'a file that only its user has'
+  if c.tokenizer.type == 'clip':
+    c.tokenizer.merges_path = 'a file that only its user has'
   return c
 
 
@@ -129,7 +129,7 @@ class PretrainTest(parameterized.TestCase):
     plan = validate.resolve(c)
     self.assertLen(plan.tasks, 16)
     self.assertLen(plan.sets, 4)
-    validate.check_batches(plan, 256, c.train.accum)
+    validate.check_batches(plan, 256, c.train.grad_accum_steps)
     self.assertEqual(c.model.image_size, {'1': 160, '2': 224}[stage])
 
   @parameterized.parameters('dense', 'attribute', 'task', 'modality', 'token', 'context')
@@ -140,7 +140,7 @@ class PretrainTest(parameterized.TestCase):
 
   def test_a_sampled_step_has_the_published_weights_and_the_batches_of_all_ranks(self):
     tasks = self._get('base-attribute-1-sampled').tasks
-    table = {n: (t.batch // 64, t.weight, t.sampling) for n, t in tasks.items()}
+    table = {n: (t.batch_size // 64, t.loss_weight, t.sampling_weight) for n, t in tasks.items()}
     self.assertEqual(table['imagenet21k'], (720, 1.0, 2.486))
     self.assertEqual(table['kinetics700'], (64, 0.1, 0.76))
     self.assertEqual(table['moments'], (112, 0.1, 0.44))
@@ -157,10 +157,10 @@ class PretrainTest(parameterized.TestCase):
     total = 2.486 + 0.76 + 0.44 + 2.75 + 2 * (0.584 + 0.5057 + 0.26295 + 0.1766 + 0.1144 + 0.1383)
     for name, t in mixed.items():
       share = sampled[name].sampling / total
-      self.assertAlmostEqual(t.weight, sampled[name].weight * share)
-      self.assertLessEqual(abs(t.batch - sampled[name].batch * share), 256, name)
-      self.assertEqual(t.batch % (512 if name == 'imagenet21k' else 256), 0, name)  # mixed in pairs
-    self.assertEqual(mixed.bookswiki.batch, 8960)  # 0.275 · 512 · 64 = 9011
+      self.assertAlmostEqual(t.loss_weight, sampled[name].weight * share)
+      self.assertLessEqual(abs(t.batch_size - sampled[name].batch * share), 256, name)
+      self.assertEqual(t.batch_size % (512 if name == 'imagenet21k' else 256), 0, name)  # mixed in pairs
+    self.assertEqual(mixed.bookswiki.batch_size, 8960)  # 0.275 · 512 · 64 = 9011
 
   @parameterized.parameters('base', 'base-attribut-1', 'huge-dense-1', 'base-attribute-3', 'base-dense-1-x', 'base-dense-1-sampled-x')
   def test_another_argument_is_told_what_it_may_be(self, arg):
@@ -174,9 +174,9 @@ class TuningTest(parameterized.TestCase):
   def test_prompt_tuning_of_the_quickstart_trains_less_than_two_percent(self, task):
     path = next(f for f in _FILES if f.stem == 'prompt_tune')
     c = _module(path).get_config(f'{_run()},{task}')
-    head = 10 if c.tasks[task].head else 0
+    head = 10 if c.tasks[task].linear_head else 0
     params = small_model.nn.unbox(small_model.boxed(dataclasses.replace(_spec(c), head=head)))
-    rules = jax.tree.leaves(optim.match_rules(params, c.optim.rules))
+    rules = jax.tree.leaves(optim.match_rules(params, c.optim.param_groups))
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     trained = sum(size for size, rule in zip(sizes, rules, strict=True) if not rule.frozen)
     self.assertBetween(trained / sum(sizes), 1e-4, 0.02)
@@ -187,7 +187,7 @@ class AblationTest(parameterized.TestCase):
   @parameterized.parameters('dense', 'context')
   def test_it_is_the_embedded_run_with_a_shorter_schedule(self, router):
     one, other = (_flat(_module(_QUICKSTART.with_name(f'{name}.py')).get_config(router)) for name in ('embedded', 'ablation'))
-    self.assertEqual({k for k in one if one[k] != other[k]}, {'train.steps', 'optim.warmup'})
+    self.assertEqual({k for k in one if one[k] != other[k]}, {'train.steps', 'optim.warmup_steps'})
     self.assertEqual((other['moe.router'], set(one)), (router, set(other)))
 
   def test_a_router_that_is_not_there_is_named(self):

@@ -56,13 +56,13 @@ class Found:
 def run(case: Case, mesh: str, devices=None) -> train_run.Run:
   """A run of the tiny data on a mesh of these devices, by default the first that there are."""
   c = tiny.config(*case.tasks, data_dir=tiny.data_dir())
-  c.tokenizer.file = tiny.tokenizer_file()
+  c.tokenizer.path = tiny.tokenizer_file()
   for task in c.tasks.values():
-    task.batch = BATCH * case.accum
-  c.model.update(dict(layers=case.layers, remat=case.remat, dtype=case.dtype, drop_path=case.drop_path))
+    task.batch_size = BATCH * case.grad_accum_steps
+  c.model.update(dict(num_layers=case.num_layers, remat=case.remat, dtype=case.dtype, drop_path=case.drop_path))
   # Much noise: each expert is chosen by something.
-  c.moe.update(dict(router=case.router, num_experts=EXPERTS, top_k=KEPT, noise_std=8.0, capacity=case.capacity, grouped='buffers'))
-  c.train.accum = case.accum
+  c.moe.update(dict(router=case.router, num_experts=EXPERTS, top_k=KEPT, noise_std=8.0, capacity_factor=case.capacity_factor, gmm='batched'))
+  c.train.grad_accum_steps = case.grad_accum_steps
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1, fsdp=False), **MESHES[mesh]})
   needed = math.prod(c.mesh[axis] for axis in sharding.AXES)
   return train_run.build(c, (jax.devices() if devices is None else devices)[:needed])

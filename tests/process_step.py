@@ -25,7 +25,7 @@ def main(folder: str, *arguments: str) -> None:
   out = {'devices': [len(jax.local_devices()), len(jax.devices())],
          'shards': {name: sharding.local_shards(mesh(axes)) for name, axes in SHARDS.items()}, 'cases': {}}
   for name in names:
-    case = meshes.Case(name, ('shape', 'pair'), layers=1, capacity=CASES[name])
+    case = meshes.Case(name, ('shape', 'pair'), num_layers=1, capacity_factor=CASES[name])
     expected = meshes.of_run(meshes.run(case, meshes.ONE, jax.local_devices()))
     found = meshes.of_run(meshes.run(case, MESH, jax.devices()))
     out['cases'][name] = {

@@ -30,11 +30,11 @@ WORDS = 3  # tokens of a text; a caption has as many queries again
 def spec(router: str = 'attribute', **changes: Any) -> ModelSpec:
   """Three layers of width 16: two are scanned, one is the tail."""
   small = ModelSpec(
-      layers=3, width=16, heads=2, hidden=24, vocab_size=VOCABULARY, spe_id=SPE, image_size=SIDE,
-      patch=4, channels=1, max_frames=3, max_text=12, pixel_mean=(0.5,), pixel_std=(0.25,),
-      layer_scale=0.8, remat=False, router=router, num_experts=4, top_k=2,
+      num_layers=3, width=16, num_heads=2, mlp_dim=24, vocab_size=VOCABULARY, spe_id=SPE, image_size=SIDE,
+      patch_size=4, channels=1, max_num_frames=3, max_text_len=12, pixel_mean=(0.5,), pixel_std=(0.25,),
+      layer_scale_init=0.8, remat=False, router=router, num_experts=4, top_k=2,
       router_names=routers.table_names(router, task_types.router_tasks(), task_types.MODALITIES),
-      temperatures=('group',), grouped='buffers')  # it compiles fastest; backends are compared in tests/moe
+      temperature_groups=('group',), gmm='batched')  # it compiles fastest; backends are compared in tests/moe
   return dataclasses.replace(small, **changes)
 
 
@@ -63,9 +63,9 @@ def params(model_spec: ModelSpec) -> Any:
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def sequence(kind: str | task_types.Kind, batch: int = 2, seed: int = 0, words: int = WORDS, **fields) -> Sequence:
+def sequence(kind: str | task_types.TaskType, batch: int = 2, seed: int = 0, words: int = WORDS, **fields) -> Sequence:
   """The input side of a kind; `fields` replace the random ones."""
-  kind = task_types.KINDS[kind] if isinstance(kind, str) else kind
+  kind = task_types.TASK_TYPES[kind] if isinstance(kind, str) else kind
   rng = np.random.default_rng(seed)
   made = {'ids': jnp.arange(10, 10 + batch, dtype=jnp.uint32)}
   if kind.visual:
@@ -75,11 +75,11 @@ def sequence(kind: str | task_types.Kind, batch: int = 2, seed: int = 0, words: 
     text = jnp.asarray(rng.integers(2, VOCABULARY, (batch, words)), jnp.int32)
     made['text'] = jnp.concatenate([text, jnp.full_like(text, SPE)], axis=1) if kind.two_stream else text
     made['text_valid'] = None if kind.two_stream else jnp.ones((batch, words), bool)
-  if kind.readout in ('picks', 'slot'):
-    picks = 2 if kind.readout == 'picks' else 1
+  if kind.readout in ('masked', 'slot'):
+    picks = 2 if kind.readout == 'masked' else 1
     shuffled = rng.permuted(np.tile(np.arange(words), (batch, 1)), axis=1)
     made['positions'] = jnp.asarray(shuffled[:, :picks], jnp.int32)
-  return Sequence(layout=Layout.of_kind(kind), **{**made, **fields})
+  return Sequence(layout=Layout.of_task_type(kind), **{**made, **fields})
 
 
 def target(condition, batch: int = 2, seed: int = 0, words: int = WORDS) -> Sequence:

@@ -28,37 +28,37 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
   c.data.dir = str(data_dir)
   c.tokenizer.vocab_size = 40
   c.model.update(dict(
-      layers=2, width=16, heads=2, hidden=16, image_size=SIDE, patch=8, channels=1, pixel_mean=(0.5,),
-      pixel_std=(0.5,), max_frames=4, max_text=20, layer_scale=0.5, remat=False))
+      num_layers=2, width=16, num_heads=2, mlp_dim=16, image_size=SIDE, patch_size=8, channels=1, pixel_mean=(0.5,),
+      pixel_std=(0.5,), max_num_frames=4, max_text_len=20, layer_scale_init=0.5, remat=False))
   c.moe.update(dict(num_experts=4))
-  c.optim.update(dict(learning_rate=1e-2, warmup=2))
-  c.train.update(dict(steps=6, log_every=1, save_every=100))
+  c.optim.update(dict(learning_rate=1e-2, warmup_steps=2))
+  c.train.update(dict(steps=6, log_every=1, checkpoint_every=100))
   sets = {
       'shapes': config_lib.target_set('glyphs/class', family='names'),
       'motions': config_lib.target_set('clips/motion', family='names'),
-      'words': config_lib.target_set('vocabulary', family='words', scoring='sampled', samples=32),
+      'words': config_lib.target_set('vocabulary', family='words', softmax='sampled', num_sampled=32),
       'packages': config_lib.target_set('paragraphs/package', family='words'),
       'answers': config_lib.target_set('pairs/label', family='words'),
   }
   every = {
-      'shape': config_lib.task('image_classification', 'glyphs', batch=8, target_set='shapes', label='class'),
-      'motion': config_lib.task('video_classification', 'clips', batch=4, target_set='motions', label='motion'),
-      'text': config_lib.task('text_mlm', 'paragraphs', batch=4, target_set='words', length=16, picks=3),
+      'shape': config_lib.task('image_classification', 'glyphs', batch_size=8, target_set='shapes', label_column='class'),
+      'motion': config_lib.task('video_classification', 'clips', batch_size=4, target_set='motions', label_column='motion'),
+      'text': config_lib.task('text_mlm', 'paragraphs', batch_size=4, target_set='words', max_len=16, max_predictions=3),
       'caption': config_lib.task(
-          'image_caption', 'glyphs', batch=4, target_set='words', captions=('{name}',), length=6),
+          'image_caption', 'glyphs', batch_size=4, target_set='words', caption_templates=('{name}',), max_len=6),
       'pair': config_lib.task(
-          'image_retrieval', 'glyphs', batch=4, captions=('{name}', '{name} in {face}'), length=8),
+          'image_retrieval', 'glyphs', batch_size=4, caption_templates=('{name}', '{name} in {face}'), max_len=8),
       'package': config_lib.task(
-          'text_classification', 'paragraphs', batch=4, target_set='packages', label='package',
-          template='{text} <eot> it is <spe> . <eot>', length=16),
+          'text_classification', 'paragraphs', batch_size=4, target_set='packages', label_column='package',
+          template='{text} <eot> it is <spe> . <eot>', max_len=16),
       'answer': config_lib.task(
-          'text_classification', 'pairs', batch=2, target_set='answers', label='label',
-          template='{text_a} <eot> <spe> , {text_b} <eot>', length=16),
+          'text_classification', 'pairs', batch_size=2, target_set='answers', label_column='label',
+          template='{text_a} <eot> <spe> , {text_b} <eot>', max_len=16),
   }
   for name in tasks:
     c.tasks[name] = every[name]
     if every[name].target_set:
-      c.sets[every[name].target_set] = sets[every[name].target_set]
+      c.target_sets[every[name].target_set] = sets[every[name].target_set]
   return c
 
 
@@ -82,7 +82,7 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
           face=rng.choice(['serif', 'round'], 10), motion=rng.choice(MOTIONS, 10)), {'motion': MOTIONS}),
       'paragraphs': (dict(text=_sentences(rng, 24, 14), package=packages), {'package': PACKAGES}),
       'pairs': (dict(
-          text_a=_sentences(rng, 12, 4), text_b=_sentences(rng, 12, 12), label=rng.choice(['no', 'yes'], 12)),
+          text_a=_sentences(rng, 12, 4), text_b=_sentences(rng, 12, 12), label_column=rng.choice(['no', 'yes'], 12)),
           {'label': ('no', 'yes')}),
   }
 

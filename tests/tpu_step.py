@@ -16,9 +16,9 @@ def main(file: str) -> None:
   from uni_moe_jax.tools.preflight import compiled_programs
 
   c = tiny.config('shape')
-  c.model.update(dict(layers=6, width=WIDTH, heads=2, hidden=HIDDEN, dtype='bfloat16', remat=True))
-  c.moe.update(dict(num_experts=EXPERTS, placement='odd'))
-  c.declared.entries.shapes = ((8, 16),)
+  c.model.update(dict(num_layers=6, width=WIDTH, num_heads=2, mlp_dim=HIDDEN, dtype='bfloat16', remat=True))
+  c.moe.update(dict(num_experts=EXPERTS, placement='every_2'))
+  c.preflight.target_lengths.shapes = ((8, 16),)
   c.mesh.update(dict(MESH, fsdp=True))
   run = compiled_programs.prepare(c, topology.devices(where))
   pathlib.Path(file).write_text(compiled_programs.lowered(run, None).compile().as_text())

@@ -24,7 +24,7 @@ def _interference(sign, name):
 
 
 def _experts():
-  return {'routers': ['attention', 'ffn'], 'effective_experts': [[[1., 2.], [2., 2.]], [[2., 2.], [2., 2.]]],
+  return {'routers': ['attention', 'mlp'], 'effective_experts': [[[1., 2.], [2., 2.]], [[2., 2.], [2., 2.]]],
           'tasks': {'names': {}, 'motion': {}}, 'mean_task_overlap': [[1, .25], [.25, 1]]}
 
 
@@ -74,7 +74,7 @@ def test_every_run_is_there_with_what_it_left(found):
   assert (dense['status'], dense['steps'], dense['seconds_per_step']) == ('finished', 6, .5)  # the median of 1, 2 and 4 steps/s
   assert dense['seconds'][compare_stages.TRAIN] == 12.5 and dense['tries'][compare_stages.TRAIN] == [75, 0]
   assert dense['experts'] is None
-  assert task['experts']['effective'] == {'attention': pytest.approx(1.75), 'ffn': pytest.approx(2)}
+  assert task['experts']['effective'] == {'attention': pytest.approx(1.75), 'mlp': pytest.approx(2)}
   assert task['experts']['overlap'] == pytest.approx(.25)
   assert token['status'] == 'train failed with exit code 1' and token['seconds'] == {'train': 6}
   assert token['evaluation'] == [] and token['interference'] == {'before': None, 'after': None}

@@ -15,7 +15,7 @@ def content(**changes):
   shares = [[[[1., 0, 0], [.5, .5, 0], [0, 0, 1]]], [[[0., 0, 1], [1, 0, 0], [0, 1, 0]]]]
   return {
       'checkpoint': 'step <7>', 'batches': 0, 'seed': 0, 'router': 'attribute', 'experts': 3, 'top_k': 2, 'layers': [0, 4],
-      'routers': ['ffn'], 'rows': ['1001', 'visual one', '1100'], 'tokens': None,
+      'routers': ['mlp'], 'rows': ['1001', 'visual one', '1100'], 'tokens': None,
       'tasks': {'names <a>': {'visual': 0, 'classes': 1}, 'motion': {'visual': 0, 'words': 2, 'queries': 2}},
       'coefficients': shares, 'gate_entropy': [[[0, .69, 0]], [[0, 0, 0]]], 'entropy': [[[0, .69, 0]], [[0, 0, 0]]],
       'effective_experts': [[[1, 2, 1]], [[1, 1, 1]]], 'task_overlap': [[[[1, .5], [.5, 1]]], [[[1, 0], [0, 1]]]],

@@ -50,7 +50,7 @@ def test_every_token_of_a_row_is_found_once():
   rows, of = expert_usage.rows_of_tokens(_PLAN.tasks, _SETS)
   group = {t.name: t.group for t in _PLAN.tasks}
   sequences = [('input', group['text']), ('set', 'vocabulary'), ('input', group['name']), ('set', 'vocabulary')]
-  found = expert_usage.pieces(_PLAN.tasks, _SETS, of, sequences, lambda t: (0, t.batch))
+  found = expert_usage.pieces(_PLAN.tasks, _SETS, of, sequences, lambda t: (0, t.batch_size))
   place = rows.index
   assert found == (
       Piece(place('name visual'), 2, 0, None, (0, 4)), Piece(place('name words'), 2, 1, 0, (0, 4)),
@@ -78,13 +78,13 @@ def test_a_task_takes_the_mean_of_its_rows_and_a_row_named_twice_counts_twice():
 
 
 def test_the_record_holds_overlaps_by_layer_and_their_mean():
-  spec = dataclasses.replace(small_model.spec('token'), layers=2, parts=('ffn',))
+  spec = dataclasses.replace(small_model.spec('token'), num_layers=2, sublayers=('mlp',))
   shares = np.asarray([[[[1., 0, 0, 0], [1, 0, 0, 0]]], [[[1., 0, 0, 0], [0, 1, 0, 0]]]])  # [2 layers, 1 router, 2 rows, 4]
   found = expert_usage.record({'checkpoint': 'init'}, spec, ('a', 'b'), {'one': {'text': 0}, 'two': {'text': 1}}, shares,
                        np.array([8., 4.]), np.full((2, 1, 2), .5))
   assert found['task_overlap'] == [[[[1, 1], [1, 1]]], [[[1, 0], [0, 1]]]]
   assert found['mean_task_overlap'] == [[1, .5], [.5, 1]]
-  assert (found['checkpoint'], found['layers'], found['routers'], found['tokens']) == ('init', [0, 1], ['ffn'], [8, 4])
+  assert (found['checkpoint'], found['layers'], found['routers'], found['tokens']) == ('init', [0, 1], ['mlp'], [8, 4])
   assert found['entropy'] == [[[0, 0]]] * 2 and found['gate_entropy'] == [[[.5, .5]]] * 2
   assert found['effective_experts'] == [[[1, 1]]] * 2
 
@@ -119,7 +119,7 @@ def test_gates_add_up_to_what_the_encoder_says_of_its_own_routing(by_token):
   assert found.gates.shape == (3, 2, 4, 4)
   for layer in range(3):
     subtree, period, block = spec.stack.locate(layer)
-    for r, part in enumerate(spec.parts):
+    for r, part in enumerate(spec.sublayers):
       own = collected[subtree][0]['decisions'][part]
       own = own if period is None else jax.tree.map(lambda x, p=period: x[p], own)
       np.testing.assert_allclose(found.gates[layer, r], own.importance, rtol=1e-5)
@@ -135,7 +135,7 @@ def test_words_queries_and_examples_are_told_apart(by_token):
   pieces = (Piece(0, 0, 1, 0), Piece(1, 0, 1, 1), Piece(2, 1, 0, None, (0, 1)), Piece(3, 1, 0, None, (1, 3)))
   found = expert_usage.gate_sums(spec, collected, pieces, 4, 1)
   np.testing.assert_allclose(found.tokens, [4, 4, 5, 10])
-  choice = collected['tail'][0]['choices'][1]['ffn'][0]  # of three pictures, in the last layer
+  choice = collected['tail'][0]['choices'][1]['mlp'][0]  # of three pictures, in the last layer
   by_hand = np.zeros((3, 4))
   for example in range(3):
     for token in range(5):
@@ -159,14 +159,14 @@ def test_coefficients_of_a_router_that_merges_are_those_that_the_encoder_decides
   rows = routers.distinct_rows('attribute', tuple(c for s in sequences for c in s.layout.conditions))
   found = expert_usage.coefficients(spec, small_model.params(spec), rows)
   assert found.shape == (3, 2, 4, 4)
-  for r, part in enumerate(spec.parts):
+  for r, part in enumerate(spec.sublayers):
     stacked, tail = (collected[sub][0]['decisions'][part].coef for sub in ('blocks', 'tail'))
     np.testing.assert_allclose(found[:, r], np.concatenate([stacked, tail[None]]), rtol=1e-5)
   assert np.ptp(found, axis=(0, 1)).max() > .1
 
 
 def test_only_layers_with_experts_are_asked():
-  spec = small_model.spec('modality', layers=5, placement='odd')
+  spec = small_model.spec('modality', num_layers=5, placement='every_2')
   assert expert_usage.layers(spec) == (0, 2, 4)
   assert expert_usage.coefficients(spec, small_model.params(spec), ('text',)).shape == (3, 2, 1, 4)
   assert expert_usage.layers(small_model.spec('dense')) == ()

@@ -32,7 +32,7 @@ def test_layers_of_the_stack_and_of_the_tail_are_cut_apart():
 
 
 def test_periods_of_two_blocks_keep_the_order_of_the_layers():
-  stack, params = _tree(layers=6, placement='odd')
+  stack, params = _tree(num_layers=6, placement='every_2')
   assert len(stack.period) == 2
   taken = param_subsets.take(param_subsets.choose(params, stack, r'ffn_out/kernel$', [1, 2]), params)
   blocks = params['encoder']['blocks']

@@ -14,8 +14,8 @@ from uni_moe_jax.train import run as train_run
 
 def _config(router, *tasks, **changes):
   c = tiny.config(*tasks, data_dir=tiny.data_dir())
-  c.model.layers = 1
-  c.moe.update(dict(router=router, grouped='buffers'))
+  c.model.num_layers = 1
+  c.moe.update(dict(router=router, gmm='batched'))
   c.train.update(changes)
   return c
 

@@ -142,17 +142,17 @@ def _files(folder):
       json.dumps({'text_a': f'text {i}', 'text_b': 'b', 'label': 'xyz'[i % 3]}) + '\n' for i in range(12)))
   prepare.prepare(folder / 'in', folder, 'three', holdout=0.0)
   c = tiny.config(data_dir=str(folder))
-  c.sets.three = config_lib.target_set('own:three/label', family='words')
-  c.tasks.shape = config_lib.task('text_classification', 'own:three', batch=8, target_set='three', label='label',
-                                  template='{text_a} <eot> <spe>', length=8)
+  c.target_sets.three = config_lib.target_set('own:three/label', family='words')
+  c.tasks.shape = config_lib.task('text_classification', 'own:three', batch_size=8, target_set='three', label_column='label',
+                                  template='{text_a} <eot> <spe>', max_len=8)
   return c
 
 
 @pytest.mark.parametrize('config', [_shapes, _files])
 def test_facts_of_a_cell_come_from_its_work_directory(tmp_path, config):
   c = config(tmp_path)
-  c.tasks.shape.per_class = 2
-  c.optim.rules = (('b$', 'freeze'), ('.*', 1., 0.))
+  c.tasks.shape.shots = 2
+  c.optim.param_groups = (('b$', 'freeze'), ('.*', 1., 0.))
   c.evaluators.e = config_lib.evaluator('classification', 'shape', split='train')
   cell = study_cells.Cell('shape', 'prompt', 0)
   for folder, values, step in ((tmp_path / 'run', _BEFORE, 9), (tmp_path / cell.folder, {**_BEFORE, 'a': np.ones(3)}, 4)):

@@ -27,9 +27,9 @@ def _one_device():
 def _config(*tasks, **train):
   c = tiny.config(*(tasks or TASKS), data_dir=tiny.data_dir())
   c.moe.noise_std = 8.
-  c.model.layers = 1  # a small program compiles sooner
+  c.model.num_layers = 1  # a small program compiles sooner
   for t in c.tasks.values():
-    t.weight = 3.0  # does not count here
+    t.loss_weight = 3.0  # does not count here
   c.train.update(train)
   return c
 
@@ -106,7 +106,7 @@ def test_delta_is_what_a_short_step_takes_from_the_loss():
 def test_gradients_are_those_of_the_unweighted_loss_without_noise():
   run, (batch, _) = _run(), _batches()['package'][0]
   spec = quiet_spec(run.spec, 'package')
-  assert spec.plan.tasks[0].weight == 1 and [s.name for s in spec.plan.sets] == ['packages']
+  assert spec.plan.tasks[0].loss_weight == 1 and [s.name for s in spec.plan.sets] == ['packages']
   noisy = jit(functools.partial(task_gradient, spec=dataclasses.replace(spec, model=run.spec.model), pieces=_pieces()))
   for ask, same in ((_gradients()._functions['package'], True), (noisy, False)):
     one, other = (ask(_params(), batch, run.sets(), jax.random.key(seed))[0] for seed in (1, 2))
@@ -131,7 +131,7 @@ def test_batches_repeat_with_their_seed_and_are_not_those_of_training():
 def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
   """Rows of 'pair', which lies behind 'other' in their group; the halves are not the same."""
   c = _config('shape', 'pair', accum=accum)
-  c.tasks.other, c.tasks.pair.batch = c.tasks.pair.copy_and_resolve_references(), 8
+  c.tasks.other, c.tasks.pair.batch_size = c.tasks.pair.copy_and_resolve_references(), 8
   c.tasks = type(c.tasks)({name: c.tasks[name] for name in ('shape', 'other', 'pair')})
   run = train_run.build(c, _one_device())
   pieces = param_subsets.choose(run.shapes.params, run.spec.model.spec.stack, PATTERN)

@@ -54,13 +54,13 @@ def invented(monkeypatch, named):
 def _small(c, data_dir):
   """As the config is, but for sizes and words."""
   c.data.dir = str(data_dir)
-  c.tokenizer.update(dict(kind='sentencepiece', file=tiny.tokenizer_file()))
-  c.model.update(dict(layers=1, width=16, heads=2, hidden=16, image_size=16, patch=8, drop_path=0.0, remat=False))
+  c.tokenizer.update(dict(type='sentencepiece', path=tiny.tokenizer_file()))
+  c.model.update(dict(num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, drop_path=0.0, remat=False))
   c.moe.num_experts = 2
   for t in c.tasks.values():
-    t.batch = 4 * bool(t.batch)
+    t.batch_size = 4 * bool(t.batch_size)
   for e in c.evaluators.values():
-    e.batch = 4
+    e.batch_size = 4
   return c
 
 
@@ -107,9 +107,9 @@ def test_every_row_is_the_same_on_eight_devices(name, invented, tmp_path):
   tables = []
   for devices in (1, 8):
     c = _small(_config(name), invented)
-    c.tasks[name].batch = 8
+    c.tasks[name].batch_size = 8
     for e in c.evaluators.values():
-      e.batch = 5
+      e.batch_size = 5
     c.mesh.update(dict(replica=1, data=1, expert=1, model=1) if devices == 1 else dict(replica=1, data=2, expert=2, model=2))
     run = _run(c, devices)
     tables.append(_rows(run, jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params), tmp_path))
@@ -119,7 +119,7 @@ def test_every_row_is_the_same_on_eight_devices(name, invented, tmp_path):
 
 def _shapes(c, task: str | None = None):
   """(run, batch, state, metrics) of a training step at the config's own sizes, by shape inference alone."""
-  c.tokenizer.merges = 'a file that only its user has'
+  c.tokenizer.merges_path = 'a file that only its user has'
   run = compiled_programs.prepare(c, jax.devices()[:1])
   batch = compiled_programs.batch_shapes(run, run.plan.tasks if task is None else run.plan.only(task).tasks)
   return run, batch, *jax.eval_shape(run.step_fn(task), run.like(), batch, train_run.set_arrays(run.data, run.plan))
@@ -132,13 +132,13 @@ _ENTRIES = {
 @pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM, ('imagenet1k', 'msvd_caption', 'coco_retrieval', 'mnli')))
 def test_shapes_of_a_step_at_full_size(name):
   run, batch, state, metrics = _shapes(_config(name))
-  assert run.spec.model.spec.layers == 12 and metrics['loss/total'].shape == ()
+  assert run.spec.model.spec.num_layers == 12 and metrics['loss/total'].shape == ()
   assert state.params['embed']['word'].shape == (_V, 192)
   [fields], [t] = batch.values(), run.plan.tasks
-  assert fields['id'].shape == (1, t.batch)
+  assert fields['id'].shape == (1, t.batch_size)
   assert {s.size for s in run.data.sets.values()} == ({_ENTRIES[name]} if name in _ENTRIES else {_V} if t.target_set else set())
-  if t.kind.visual:
-    assert fields['pixels'].shape == (1, t.batch, max(1, t.frames), 224, 224, 3)
+  if t.type.visual:
+    assert fields['pixels'].shape == (1, t.batch_size, max(1, t.num_frames), 224, 224, 3)
 
 
 def _every_pretraining():
@@ -161,7 +161,7 @@ def test_shapes_of_a_step_of_pretraining_at_full_size(arg, task):
   assert {n: s.size for n, s in run.data.sets.items()} == {
       'imagenet21k': 21_842, 'kinetics700': 700, 'moments': 339, 'vocabulary': _V}
   [fields] = batch.values()
-  assert fields['id'].shape == (1, run.config.tasks[task].batch)
+  assert fields['id'].shape == (1, run.config.tasks[task].batch_size)
 
 
 @pytest.mark.slow
@@ -221,11 +221,11 @@ _PUBLISHED = {
 def test_a_benchmark_is_tuned_as_published(name):
   c = _config(name)
   t, o = c.tasks[name], c.optim
-  assert o.rules[-1][0] == '.*'
-  assert (t.batch, t.length, o.learning_rate, o.rules[-1][2], o.b2, o.warmup, c.train.steps) == _PUBLISHED[name]
+  assert o.param_groups[-1][0] == '.*'
+  assert (t.batch_size, t.max_len, o.learning_rate, o.param_groups[-1][2], o.b2, o.warmup_steps, c.train.steps) == _PUBLISHED[name]
   others = {'vqa': (1e-8, 0.0, 1e-8), 'imagenet1k': (1e-6, 0.1, 1e-8)} | dict.fromkeys(_GLUE, (1e-8, 0.5, 1e-8))
   expected = others.get(name, (1e-6, 0.1, 1e-6))
-  assert (o.eps, o.clip, o.final * o.learning_rate) == pytest.approx(expected)  # the rate falls no lower than the last
+  assert (o.eps, o.grad_clip_norm, o.final_lr_fraction * o.learning_rate) == pytest.approx(expected)  # the rate falls no lower than the last
 
 
 # Task → its record, what the model reads of it, and the word of every class as TFDS calls them.
@@ -259,11 +259,11 @@ def test_glue_is_asked_in_the_published_words(name):
   row, read, words = _GLUE[name]
   c = _config(name)
   t = c.tasks[name]
-  tokens, slot = fill_template(_Whole, t.template, {column: text.split() for column, text in row.items()}, t.length)
+  tokens, slot = fill_template(_Whole, t.template, {column: text.split() for column, text in row.items()}, t.max_len)
   assert ' '.join(tokens) == read and tokens[slot] == '<spe>'
-  assert dict(c.sets[name]['values']) == words
+  assert dict(c.target_sets[name].entries) == words
   # Of two, F1 is of the second.
-  assert len(words) == 3 or c.sets[name]['values'][1][1] in ('correct', 'wonderful', 'yes')
+  assert len(words) == 3 or c.target_sets[name].entries[1][1] in ('correct', 'wonderful', 'yes')
 
 
 @pytest.mark.parametrize('name', list(_GLUE))
@@ -309,12 +309,12 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
 def _captioning():
   """A run whose pictures are small and whose texts are short."""
   c = config.base()
-  c.tokenizer.update(dict(kind='sentencepiece', file=tiny.tokenizer_file()))
-  c.model.update(dict(layers=2, width=16, heads=2, hidden=16, image_size=16, patch=8, max_text=40, remat=False))
+  c.tokenizer.update(dict(type='sentencepiece', path=tiny.tokenizer_file()))
+  c.model.update(dict(num_layers=2, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, max_text_len=40, remat=False))
   c.moe.num_experts = 2
-  c.sets.vocabulary = config.target_set('vocabulary', family='words')
+  c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.coco_words = config.task(
-      'image_caption', 'tfds:coco_captions', batch=4, target_set='vocabulary', captions=('{captions/text}',), length=20)
+      'image_caption', 'tfds:coco_captions', batch_size=4, target_set='vocabulary', caption_templates=('{captions/text}',), max_len=20)
   c.train.update(dict(steps=1, log_every=1))
   return c
 
@@ -337,9 +337,9 @@ def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, m
   c = _config(f'{name},{tmp_path / "first"},{mode}')
   c.train.update(dict(steps=1, log_every=1))
   for t in c.tasks.values():
-    t.batch = 4 * bool(t.batch)
+    t.batch_size = 4 * bool(t.batch_size)
   for e in c.evaluators.values():
-    e.batch = 4
+    e.batch_size = 4
   if mode != 'untuned':
     assert loop.train(c, str(tmp_path / 'then'), jax.devices()[:1]) == loop.FINISHED
   run = _run(c)
@@ -355,18 +355,18 @@ def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, m
 def test_a_benchmark_starts_from_a_run(trained, name, mode):
   c = _config(f'{name},{trained}{mode}')
   plan, t = validate.resolve(c), c.tasks[name]
-  assert (c.train.init, c.model.width, c.model.max_text) == (trained, 16, 40)
-  assert t.length == min(40, _PUBLISHED[name][1])  # the model has room for so many
+  assert (c.train.init, c.model.width, c.model.max_text_len) == (trained, 16, 40)
+  assert t.max_len == min(40, _PUBLISHED[name][1])  # the model has room for so many
   assert {e.task.name for e in plan.evaluations} == {name}
   trains = {'': '.*', ',finetune': '.*', ',prompts': schema.FREEZE, ',untuned': ''}[mode]
   assert [t.name for t in plan.tasks] == ([name] if trains else [])
   if trains == '.*':
     _, _, rate, decay, *_, steps = _PUBLISHED[name]
-    assert (c.optim.learning_rate, c.optim.rules[-1][2], c.train.steps) == (rate, decay, steps)
+    assert (c.optim.learning_rate, c.optim.param_groups[-1][2], c.train.steps) == (rate, decay, steps)
   elif trains:
     expected = config.base()
     finetuning.train_prompts(expected)
-    assert (c.optim, c.train.steps, c.model.prompts) == (expected.optim, expected.train.steps, expected.model.prompts)
+    assert (c.optim, c.train.steps, c.model.num_deep_prompts) == (expected.optim, expected.train.steps, expected.model.num_deep_prompts)
   # A run has its own scales: the captions' is the only one here.
   assert t.temperature == ('image_caption' if name == 'coco_caption' or mode == ',untuned' else '')
 

@@ -26,7 +26,7 @@ def test_right_ones_pass():
   presets.published(c)
   presets.prompt_tune(c)
   c.moe.placement = (0, 2)
-  c.sets.own = config.target_set((('a dog', 'a hound'), 'a cat'), family='names')
+  c.target_sets.own = config.target_set((('a dog', 'a hound'), 'a cat'), family='names')
   field_types.check(c)
 
 
@@ -44,15 +44,15 @@ def test_right_ones_pass():
     ('moe.placement', ['first'], r"config\.moe\.placement\[0\]='first' must be a finite number"),
     ('model.pixel_mean', .5, r'config\.model\.pixel_mean=0\.5 must be a tuple'),
     ('model.pixel_mean', [.5, None, .5], r'config\.model\.pixel_mean\[1\]=None must be a finite number'),
-    ('optim.rules', ['.*'], r"config\.optim\.rules\[0\]='\.\*' must be a tuple"),
-    ('tasks.name.captions', [3], r'config\.tasks\.name\.captions\[0\]=3 must be a text'),
+    ('optim.param_groups', ['.*'], r"config\.optim\.param_groups\[0\]='\.\*' must be a tuple"),
+    ('tasks.name.caption_templates', [3], r'config\.tasks\.name\.caption_templates\[0\]=3 must be a text'),
     ('tasks.shape', None, r'config\.tasks\.shape=None must be a section with the fields '),
     ('tasks', [], r'config\.tasks=\(\) must be a section of named entries'),
-    ('sets.classes.values', 3, r'config\.sets\.classes\.values=3 must be a name or a tuple of texts'),
-    ('sets.classes.values', [[3]], r'config\.sets\.classes\.values\[0\]\[0\]=3 must be a text'),
+    ('sets.classes.entries', 3, r'config\.target_sets\.classes\.entries=3 must be a name or a tuple of texts'),
+    ('sets.classes.entries', [[3]], r'config\.target_sets\.classes\.entries\[0\]\[0\]=3 must be a text'),
     ('data.dir', 'gs://b/data', r"config\.data\.dir='gs://b/data' is an address, and must be a path; mount the bucket"),
     ('tasks.shape.source', 'gs://b/x', r"config\.tasks\.shape\.source='gs://b/x' is an address"),
-    ('sets.classes.values', 'file:gs://b/x', r"config\.sets\.classes\.values='file:gs://b/x' is an address"),
+    ('sets.classes.entries', 'file:gs://b/x', r"config\.target_sets\.classes\.entries='file:gs://b/x' is an address"),
     ('train', 'fast', r"config\.train='fast' must be a section with the fields "),
     ('train.stpes', 3, r"config\.train\.stpes: the config has no such field; did you mean 'steps'"),
     ('tasks.shape.bacth', 3, r"config\.tasks\.shape\.bacth: the config has no such field; did you mean 'batch'"),
@@ -71,7 +71,7 @@ def test_the_field_is_named(path, value, said):
 def test_a_missing_field_is_named_with_its_default():
   tree = _plain()
   del tree['train']['accum']
-  with pytest.raises(ValueError, match=r'config\.train\.accum is missing; its default is 1\.'):
+  with pytest.raises(ValueError, match=r'config\.train\.grad_accum_steps is missing; its default is 1\.'):
     _check(tree)
 
 

@@ -10,7 +10,7 @@ def _own(sources):
     classes = {column: ('a', 'b') for column, kind in columns.items() if kind == 'class'}
     presets.own(c, name, columns, classes, ('train', 'test'))
   validate.resolve(c)
-  return {name: (t.kind, t.label) for name, t in c.tasks.items()}, {name: e.task for name, e in c.evaluators.items()}, set(c.sets)
+  return {name: (t.type, t.label_column) for name, t in c.tasks.items()}, {name: e.task for name, e in c.evaluators.items()}, set(c.target_sets)
 
 
 def test_a_column_may_be_called_as_anything_that_data_can_have():

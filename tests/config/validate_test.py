@@ -10,17 +10,17 @@ class BatchesTest(absltest.TestCase):
 
   def test_a_micro_batch_must_divide_over_the_shards(self):
     c = small_config.config()
-    c.train.accum = 2
+    c.train.grad_accum_steps = 2
     # shape: 8 / 2 = 4 rows a micro-step, whole on 4 shards; name: 4 / 2 = 2 rows are not.
     with self.assertRaisesRegex(ValueError, (
-        r'config\.tasks\.name\.batch=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\);'
+        r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\);'
         ' try 8')):
       validate.check_batches(validate.resolve(c), shards=4, accum=2)
 
   def test_the_interference_metric_needs_halves(self):
     validate.check_halves(validate.resolve(small_config.config()), shards=2, accum=1)
     with self.assertRaisesRegex(ValueError, (
-        r'config\.tasks\.name\.batch=4 must be a multiple of 8 for config\.train\.interference_every > 0, which halves it '
+        r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 for config\.train\.interference_every > 0, which halves it '
         r'\(4 batch shards × 1 micro-steps × 2\); try 8, or interference_every=0')):
       validate.check_halves(validate.resolve(small_config.config()), shards=4, accum=1)
 
@@ -36,7 +36,7 @@ class BatchesTest(absltest.TestCase):
 class MeshTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      (dict(model=3), r'config\.mesh\.model=3 must divide config\.model\.heads=2, which it splits; try 1'),
+      (dict(model=3), r'config\.mesh\.model=3 must divide config\.model\.num_heads=2, which it splits; try 1'),
       (dict(expert=3), r'config\.mesh\.expert=3 must divide config\.moe\.num_experts=8, which it splits; try 1'),
       (dict(data=3), r'config\.mesh\.data=3 must divide config\.model\.width=16, which it splits; try 1'))
   def test_an_axis_must_divide_what_it_splits(self, sizes, message):

@@ -21,7 +21,7 @@ _MERGES = '#version: 0.2\nt h\nth e</w>\n'
 def _data(merges=None, **fields):
   config = tiny.config('text', 'package', data_dir=tiny.data_dir())
   if merges is not None:
-    config.tokenizer.update(kind='clip', merges=str(merges))
+    config.tokenizer.update(type='clip', merges_path=str(merges))
   config.data.update(fields)
   return Data(config, validate.resolve(config))
 
@@ -60,7 +60,7 @@ def test_a_trained_tokenizer_and_a_file_of_class_names_are_inputs_by_what_they_h
   def data(listed='bar\ndisc\nstar\n'):
     (folder / 'names.tsv').write_text(listed)
     config = tiny.config('shape', data_dir=str(folder))
-    config.sets.shapes.values = 'file:names.tsv'
+    config.target_sets.shapes.entries = 'file:names.tsv'
     return Data(config, validate.resolve(config))
 
   first, again, other = data(), data('# the same\nbar\ndisc\nstar\n'), data('bar\tpole\ndisc\nstar\n')
@@ -73,7 +73,7 @@ def test_a_trained_tokenizer_and_a_file_of_class_names_are_inputs_by_what_they_h
 
 
 def test_a_missing_merges_file_is_named_with_its_field(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges='.*gone\.txt' is no file"):
+  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*gone\.txt' is no file"):
     _data(tmp_path / 'gone.txt')
 
 
@@ -93,7 +93,7 @@ def test_the_config_says_whether_random_words_may_be_special(merges, mask_specia
 def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):
   data = _data(merges)
   task = next(t for t in data._plan.tasks if t.name == 'text')
-  examples = data.examples(dataclasses.replace(task, picks=8, length=60))  # 15 % of 60: 9; evaluation shows every pick
+  examples = data.examples(dataclasses.replace(task, max_predictions=8, max_len=60))  # 15 % of 60: 9; evaluation shows every pick
   epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:20, :examples.size])
   made = {k: v.numpy() for k, v in examples.make(ids, hashing.example_hash(0, 'text', epochs, ids)).items()}
   longest = 0
@@ -111,7 +111,7 @@ def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):
 
 @pytest.mark.parametrize('task, changes, said', [
     ('shape', dict(image_size=8), r'1 frame\(s\) of 16 × 16 pixels; .*config\.model\.image_size=8'),
-    ('motion', dict(max_frames=2), r'3 frame\(s\) of 16 × 16 pixels; .*config\.model\.max_frames=2'),
+    ('motion', dict(max_num_frames=2), r'3 frame\(s\) of 16 × 16 pixels; .*config\.model\.max_num_frames=2'),
 ])
 def test_pictures_that_the_model_does_not_take_are_named(task, changes, said):
   config = tiny.config(task, 'text', data_dir=tiny.data_dir())
@@ -128,8 +128,8 @@ def test_a_vocabulary_that_the_text_cannot_give_names_its_field(tmp_path):
   config.tokenizer.vocab_size = 100_000
   with pytest.raises(ValueError, match=r'config\.tokenizer\.vocab_size=100000: These texts cannot give'):
     Data(config, validate.resolve(config))
-  config.tokenizer.fewer = True
+  config.tokenizer.allow_smaller_vocab = True
   assert 40 < Data(config, validate.resolve(config)).tokenizer.size < 10_000
-  config.tokenizer.fewer = False  # what was learnt does not stand in for what cannot be
+  config.tokenizer.allow_smaller_vocab = False  # what was learnt does not stand in for what cannot be
   with pytest.raises(ValueError, match='These texts cannot give'):
     Data(config, validate.resolve(config))

@@ -23,9 +23,9 @@ def _counts(places):
 
 
 @pytest.mark.parametrize('changes, counts', [
-    (dict(subset=.25), [5, 2, 1]),  # of 20, 8, 2: rounded up, so that no class is lost
-    (dict(subset=.01), [1, 1, 1]),
-    (dict(per_class=4), [4, 4, 2]),
+    (dict(train_fraction=.25), [5, 2, 1]),  # of 20, 8, 2: rounded up, so that no class is lost
+    (dict(train_fraction=.01), [1, 1, 1]),
+    (dict(shots=4), [4, 4, 2]),
     (dict(), [20, 8, 2])])
 def test_every_class_gives_its_share(changes, counts):
   chosen = subset(_PLACES, _LABELS, _task(**changes), seed=3)
@@ -34,16 +34,16 @@ def test_every_class_gives_its_share(changes, counts):
 
 
 def test_without_classes_it_is_a_share_of_all():
-  assert len(subset(_PLACES, None, _task(subset=.1), seed=3)) == 3
+  assert len(subset(_PLACES, None, _task(train_fraction=.1), seed=3)) == 3
 
 
 def test_a_smaller_share_is_part_of_a_larger_one():
-  small, large = (set(subset(_PLACES, _LABELS, _task(subset=s), seed=3)) for s in (.2, .6))
+  small, large = (set(subset(_PLACES, _LABELS, _task(train_fraction=s), seed=3)) for s in (.2, .6))
   assert small < large
 
 
 def test_the_seed_chooses_and_nothing_else():
-  first, again, other = (subset(_PLACES, _LABELS, _task(subset=.3), seed) for seed in (3, 3, 4))
+  first, again, other = (subset(_PLACES, _LABELS, _task(train_fraction=.3), seed) for seed in (3, 3, 4))
   np.testing.assert_array_equal(first, again)
   assert set(first) != set(other)
 
@@ -53,7 +53,7 @@ def test_training_reads_the_subset_and_evaluation_everything(name):
   config = tiny.config(name, data_dir=tiny.data_dir())
   whole = Data(config, validate.resolve(config))
   task = whole._plan.tasks[0]
-  config.tasks[name].subset = .5
+  config.tasks[name].train_fraction = .5
   part = Data(config, validate.resolve(config))
   less = part._plan.tasks[0]
   assert part.examples(less, training=True).size < whole.examples(task, training=True).size
@@ -64,7 +64,7 @@ def test_a_subset_holds_the_same_examples_as_the_whole():
   """Pictures, labels and captions of one record stay together."""
   config = tiny.config('caption', data_dir=tiny.data_dir())
   whole = Data(config, validate.resolve(config))
-  config.tasks.caption.subset = .4
+  config.tasks.caption.train_fraction = .4
   part = Data(config, validate.resolve(config))
 
   def rows(data):

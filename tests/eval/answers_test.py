@@ -25,14 +25,14 @@ LENGTH = 5  # of captions, in tokens
 
 def _config(answers=ANSWERS):
   c = tiny.config('caption', data_dir=tiny.data_dir())
-  c.tasks.caption.length = LENGTH
-  c.model.layers = 1
-  c.sets.closed = config_lib.target_set(answers, family='names')
+  c.tasks.caption.max_len = LENGTH
+  c.model.num_layers = 1
+  c.target_sets.closed = config_lib.target_set(answers, family='names')
   # What a clip is called was never asked in training; its scale is that of pictures.
   c.tasks.clip = config_lib.task(
-      'video_caption', 'clips', batch=0, target_set='words', captions=('{name}',), length=LENGTH, temperature='image_caption')
+      'video_caption', 'clips', batch_size=0, target_set='words', caption_templates=('{name}',), max_len=LENGTH, temperature='image_caption')
   for name, chosen in (('clips', ''), ('closed clips', 'closed')):
-    c.evaluators[name] = config_lib.evaluator('caption', 'clip', split='train', batch=8, answers=chosen)
+    c.evaluators[name] = config_lib.evaluator('caption', 'clip', split='train', batch_size=8, constrain_to=chosen)
   return c
 
 
@@ -89,7 +89,7 @@ def test_a_set_that_holds_what_is_said_anyway_changes_nothing():
 
 def test_clips_are_captioned_by_a_model_that_learnt_pictures_alone(tmp_path):
   run, _ = _run()
-  assert [t.kind.name for t in run.plan.tasks] == ['image_caption']
+  assert [t.type.name for t in run.plan.tasks] == ['image_caption']
   rows = suite.evaluate(run.plan, run.data, _predictor(), 0, tmp_path)
   found = {(r['evaluator'], r['metric']): r for r in rows}
   assert {m for e, m in found if e == 'clips'} == {'exact', 'BLEU-4', 'ROUGE-L', 'CIDEr-D', 'word F1'}
@@ -108,6 +108,6 @@ def test_clips_need_a_scale_that_some_trained_task_has():
 
 def test_an_answer_that_is_longer_than_a_caption_is_named_before_anything_runs():
   config = _config((*ANSWERS, 'small shape'))
-  with pytest.raises(ValueError, match="config.tasks.clip.length=5 is too short for answer 'small shape' of "
+  with pytest.raises(ValueError, match="config.tasks.clip.max_len=5 is too short for answer 'small shape' of "
                                        "config.evaluators.closed clips.answers='closed', which has [0-9]+ tokens"):
     Data(config, validate.resolve(config))

@@ -20,7 +20,7 @@ def data():
   config = tiny.config(*tiny.TASKS, data_dir=tiny.data_dir())
   for kind, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
                      ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
-    config.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch=5)
+    config.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch_size=5)
   plan = validate.resolve(config)
   return plan, Data(config, plan)
 
@@ -65,7 +65,7 @@ class _Oracle:
 
 def _scores(data, name, predictor, **changes):
   question = _question(data, name, predictor, **changes)
-  return {s.name: s for s in EVALUATORS[question.evaluation.kind](question)}
+  return {s.name: s for s in EVALUATORS[question.evaluation.type](question)}
 
 
 def test_views_of_a_clip_are_averaged_as_probabilities(data):
@@ -118,8 +118,8 @@ def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(d
     def inputs(self, kind, fields):
       return _Oracle.pairs(self, kind, fields)[:, None]
 
-  perfect = _scores(data, 'pair', _Oracle(1), number=12)
-  shifted = _scores(data, 'pair', Shifted(1), number=12)
+  perfect = _scores(data, 'pair', _Oracle(1), num_examples=12)
+  shifted = _scores(data, 'pair', Shifted(1), num_examples=12)
   assert perfect['R@1 → text'].value == perfect['R@1 ← text'].value == 1.0
   assert shifted['R@1 → text'].value == 0.0
   assert perfect['R@1 → text'].chance == 1 / 12 and perfect['R@5 ← text'].chance == 5 / 12
@@ -151,9 +151,9 @@ class _Reader(_Oracle):
 
 
 def _of_all(data, **reader):
-  question = _question(data, 'pair', oracle := _Reader(data[1].tokenizer, **reader), number=0, batch=3)
+  question = _question(data, 'pair', oracle := _Reader(data[1].tokenizer, **reader), num_examples=0, batch_size=3)
   examples = dataclasses.replace(question.examples, size=3, references=lambda ids: [_SHARED[i] for i in ids])
-  whole = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, length=30))
+  whole = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, max_len=30))
   return {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=whole, examples=examples))}, oracle
 
 
@@ -179,9 +179,9 @@ def test_texts_that_differ_after_their_cut_are_one_candidate(data):
   # Cut to three words and the end, those of pictures 0 and 1 are alike: two candidates, right for two pictures and for one.
   first = data[1].tokenizer.encode('a red bar')
   long = [('a red bar and a disc',), ('a red bar and a star', 'a red bar'), ('a star',)]
-  question = _question(data, 'pair', _Reader(data[1].tokenizer), number=0, batch=3)
+  question = _question(data, 'pair', _Reader(data[1].tokenizer), num_examples=0, batch_size=3)
   examples = dataclasses.replace(question.examples, size=3, references=lambda ids: [long[i] for i in ids])
-  cut = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, length=len(first) + 1))
+  cut = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, max_len=len(first) + 1))
   scores = {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=cut, examples=examples))}
   assert (scores['R@1 → text'].count, scores['R@1 ← text'].count) == (3, 2)
   assert scores['R@1 ← text'].chance == pytest.approx((2 / 3 + 1 / 3) / 2)
@@ -198,8 +198,8 @@ def test_candidates_have_distinct_texts_and_too_many_are_refused():
 def test_captions_are_compared_with_the_first_phrase(data):
   names = tiny.columns()['glyphs'][0]['name'].tolist()
   fold = lambda t: data[1].tokenizer.decode(data[1].tokenizer.encode(t))
-  right = _scores(data, 'caption', _Oracle(1, captions=[fold(n) for n in names]), batch=24)
-  wrong = _scores(data, 'caption', _Oracle(1), batch=24)
+  right = _scores(data, 'caption', _Oracle(1, captions=[fold(n) for n in names]), batch_size=24)
+  wrong = _scores(data, 'caption', _Oracle(1), batch_size=24)
   assert (right['exact'].value, right['word F1'].value) == (1.0, 1.0)
   assert right['BLEU-4'].value == pytest.approx(1.0)
   assert right['ROUGE-L'].value == pytest.approx(1.0) and right['CIDEr-D'].value > 5
@@ -219,5 +219,5 @@ def test_perplexity_is_the_inverse_of_a_constant_probability(data):
 
 
 def test_a_subset_is_seeded_by_the_evaluators_name(data):
-  ids = [_question(data, 'shape', None, name=name, number=6).ids().tolist() for name in ('x', 'x', 'y')]
+  ids = [_question(data, 'shape', None, name=name, num_examples=6).ids().tolist() for name in ('x', 'x', 'y')]
   assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 6

@@ -32,9 +32,9 @@ class _Says:
 
 def _ask(kind, task, keys, examples, says, labels=None):
   c = tiny.config(data_dir='')
-  c.sets.s = config_lib.target_set(keys, family='words')
+  c.target_sets.s = config_lib.target_set(keys, family='words')
   c.tasks.t = task
-  c.evaluators.e = config_lib.evaluator(kind, 't', split='test', batch=3)
+  c.evaluators.e = config_lib.evaluator(kind, 't', split='test', batch_size=3)
   [e] = validate.resolve(c).evaluations
   records = Stored('own:x', examples.size, None, {}, {'label': keys}, {} if labels is None else {'label': labels}, '')
   question = Question(e, says, examples, records, records, keys, keys, None, Samples())
@@ -42,8 +42,8 @@ def _ask(kind, task, keys, examples, says, labels=None):
 
 
 def _text(**fields):
-  return config_lib.task('text_classification', 'own:x', batch=1, target_set='s', label='label', template='{a} <spe> <eot>',
-                         length=8, **fields)
+  return config_lib.task('text_classification', 'own:x', batch_size=1, target_set='s', label_column='label', template='{a} <spe> <eot>',
+                         max_len=8, **fields)
 
 
 def _examples(size, references=None):
@@ -73,7 +73,7 @@ def test_three_label_words_have_an_accuracy_alone():
 
 
 def test_questions_score_by_how_many_people_agree():
-  task = config_lib.task('vqa', 'own:x', batch=1, target_set='s', label='answers', template='{q} <spe> <eot>', length=8, picks=10)
+  task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers', template='{q} <spe> <eot>', max_len=8, max_predictions=10)
   examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
   scores = _ask('vqa', task, ('Cat', 'dog'), examples, _Says([0, 0, 1], 2))
   # Four of ten said cat: 1; ten: 1; nobody dog: 0. Most said dog, cat, bird.

@@ -20,12 +20,12 @@ _ASKED = 6  # examples in batches of five: neither divides over four batch shard
 @functools.cache
 def _on(router: str, mesh: str) -> tuple[train_run.Run, Predictor]:
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
-  c.tokenizer.file = tiny.tokenizer_file()
+  c.tokenizer.path = tiny.tokenizer_file()
   for task in c.tasks.values():
-    task.batch = 8
+    task.batch_size = 8
   for kind, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption')):
-    c.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch=5, number=_ASKED)
-  c.moe.update(dict(router=router, num_experts=8, top_k=2, grouped='buffers', capacity=0.5 if router == 'token' else 0.0))
+    c.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch_size=5, num_examples=_ASKED)
+  c.moe.update(dict(router=router, num_experts=8, top_k=2, gmm='batched', capacity_factor=0.5 if router == 'token' else 0.0))
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1), **_MESHES[mesh]})
   run = train_run.build(c, jax.devices()[:8 if mesh == 'eight' else 1])
   params = jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params)
@@ -38,8 +38,8 @@ def _asked(router: str, mesh: str) -> dict[str, np.ndarray]:
   tasks = {t.name: t for t in run.plan.tasks}
   batch = lambda name: next(evaluation_batches(run.data.examples(tasks[name], 'train'), np.arange(5), 5))[0]
   shape, pair = batch('shape'), batch('pair')
-  features = predictor.inputs(tasks['shape'].kind, shape)
-  return {'inputs': features, 'pairs': predictor.pairs(tasks['pair'].kind, pair),
+  features = predictor.inputs(tasks['shape'].type, shape)
+  return {'inputs': features, 'pairs': predictor.pairs(tasks['pair'].type, pair),
           'set': np.asarray(predictor.target_set(tasks['shape'].target_set)),
           'log_p': predictor.log_probabilities(features, tasks['shape'])}
 
@@ -81,8 +81,8 @@ def test_one_device_in_the_mesh_computes_its_part_of_the_batch_alone():
   run, predictor = _on('attribute', 'eight')
   [task] = [t for t in run.plan.tasks if t.name == 'shape']
   fields = next(evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5))[0]
-  sequence = batching.input_sequence(task.kind, {k: v for k, v in fields.items() if k in lib.INPUTS})
-  hidden = run.spec.model.spec.hidden // 2  # over `model`
+  sequence = batching.input_sequence(task.type, {k: v for k, v in fields.items() if k in lib.INPUTS})
+  hidden = run.spec.model.spec.mlp_dim // 2  # over `model`
   text = lib.encode.lower(run.spec.model, predictor._params, sequence).compile().as_text()
   tokens = (tiny.SIDE // 8) ** 2 + 1
   assert f'f32[2,{tokens},{hidden}]' in text or f'f32[{2 * tokens},{hidden}]' in text

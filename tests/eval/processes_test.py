@@ -35,29 +35,29 @@ def _prepare(root, data):
 
 def _config(data):
   c = tiny.config(data_dir=str(data))
-  c.model.update(dict(layers=1, channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3, max_text=32))
-  c.tokenizer.update(dict(vocab_size=100, fewer=True))
+  c.model.update(dict(num_layers=1, channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3, max_text_len=32))
+  c.tokenizer.update(dict(vocab_size=100, allow_smaller_vocab=True))
   c.mesh.update(dict(data=-1, expert=2))
   # What the records call an entry, and its name: one by which parameters that nothing has taught give examples different answers.
   for name, values, family in (
       ('colours', 'own:photos/colour', 'names'), ('moves', (('moves', 'bar'), ('stands', 'small')), 'names'),
       ('same', (('other', 'big'), ('same', 'same')), 'words'), ('answers', (('yes', 'alike'), 'no', 'two', 'three'), 'words'),
       ('vocabulary', 'vocabulary', 'words')):
-    c.sets[name] = config_lib.target_set(values, family=family)
-  captions = dict(captions=('{captions}',), length=12)
+    c.target_sets[name] = config_lib.target_set(values, family=family)
+  captions = dict(caption_templates=('{captions}',), max_len=12)
   fields = {
-      'colour': dict(kind='image_classification', target_set='colours', label='colour'),
-      'caption': dict(kind='image_caption', target_set='vocabulary', **captions),
-      'match': dict(kind='image_retrieval', **captions),
-      'question': dict(kind='vqa', target_set='answers', label='answers', picks=10, length=32,
+      'colour': dict(type='image_classification', target_set='colours', label_column='colour'),
+      'caption': dict(type='image_caption', target_set='vocabulary', **captions),
+      'match': dict(type='image_retrieval', **captions),
+      'question': dict(type='vqa', target_set='answers', label_column='answers', max_predictions=10, max_len=32,
                        template='{question} <spe> <eot>'),
-      'same': dict(kind='text_classification', target_set='same', label='label', length=32,
+      'same': dict(type='text_classification', target_set='same', label_column='label', max_len=32,
                    template='{text_a} <eot> <spe> , {text_b} <eot>'),
-      'words': dict(kind='text_mlm', target_set='vocabulary', label='text_b', length=32, picks=3),
-      'moves': dict(kind='video_classification', target_set='moves', label='label', frames=3)}
-  more = {'caption': dict(beams=2), 'moves': dict(split='train', views=2, crops=3)}
+      'words': dict(type='text_mlm', target_set='vocabulary', label_column='text_b', max_len=32, max_predictions=3),
+      'moves': dict(type='video_classification', target_set='moves', label_column='label', num_frames=3)}
+  more = {'caption': dict(beam_size=2), 'moves': dict(split='train', num_views=2, num_crops=3)}
   for name, (source, evaluator) in _TASKS.items():
-    c.tasks[name] = config_lib.task(source=f'own:{source}', batch=8, **fields[name])
+    c.tasks[name] = config_lib.task(source=f'own:{source}', batch_size=8, **fields[name])
     c.evaluators[name] = config_lib.evaluator(evaluator, name, **{'split': 'test', 'batch': _BATCH, **more.get(name, {})})
   return c
 

@@ -21,9 +21,9 @@ def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run')
   c = tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir())
   c.moe.router = 'task'
-  c.train.update(dict(steps=3, ema=0.5))
+  c.train.update(dict(steps=3, ema_decay=0.5))
   for kind, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
-    c.evaluators[f'my {task}'] = config_lib.evaluator(kind, task, split='train', batch=6)
+    c.evaluators[f'my {task}'] = config_lib.evaluator(kind, task, split='train', batch_size=6)
   assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     run = train_run.build(load_config(workdir), jax.devices()[:1])

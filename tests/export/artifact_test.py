@@ -73,10 +73,10 @@ def _config():
   """One task that sees pictures, trained in bfloat16, and two that are only asked: one program less to compile."""
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
   c.model.dtype = 'bfloat16'
-  c.tasks.caption.batch = 0
-  c.tasks.pair.batch = 0
-  c.model.temperatures = ('image_caption', 'image_retrieval')
-  c.evaluators.captions = config_lib.evaluator('caption', 'caption', split='train', beams=2, penalty=1.0)
+  c.tasks.caption.batch_size = 0
+  c.tasks.pair.batch_size = 0
+  c.model.extra_temperature_groups = ('image_caption', 'image_retrieval')
+  c.evaluators.captions = config_lib.evaluator('caption', 'caption', split='train', beam_size=2, length_penalty=1.0)
   c.train.update(dict(steps=2))
   return c
 
@@ -143,8 +143,8 @@ def _greedy(trained, elsewhere, exported):
 def _found(trained, pixels, words, **ways) -> decoding.Captions:
   """Captions by the model with its experts."""
   task, (_, run, params), model = _task(trained, 'caption'), trained, UniPerceiver(_with_experts(trained))
-  ask = dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, length=task.length, **ways)
-  return jax.device_get(small_model.jit(lambda values: decoding.search(model, values, task.kind, pixels, words, **ask))(params))
+  ask = dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, length=task.max_len, **ways)
+  return jax.device_get(small_model.jit(lambda values: decoding.search(model, values, task.type, pixels, words, **ask))(params))
 
 
 def _with_experts(trained):
@@ -170,7 +170,7 @@ def test_there_is_no_package_there(elsewhere):
 def test_classes_are_those_of_the_model_with_experts(trained, elsewhere, expected, batch):
   pixels, found, _ = elsewhere
   task = _task(trained, 'shape')
-  features = expected.inputs(task.kind, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
+  features = expected.inputs(task.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
   _close(found[f'shape{batch}'], expected.log_probabilities(features, task)[:batch, 0])
 
 
@@ -207,8 +207,8 @@ def test_words_one_by_one_are_the_greedy_captions(trained, elsewhere, greedy, ba
 def test_pairs_are_scored_as_by_the_model_with_experts(trained, elsewhere, expected, batch):
   pixels, found, _ = elsewhere
   task, tokenizer = _task(trained, 'pair'), trained[1].data.tokenizer
-  image = expected.inputs(task.kind, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})[:batch, 0]
-  text = np.resize(expected.pairs(task.kind, {**_texts(tokenizer), 'id': np.zeros(2, np.uint32)}), (batch, image.shape[-1]))
+  image = expected.inputs(task.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})[:batch, 0]
+  text = np.resize(expected.pairs(task.type, {**_texts(tokenizer), 'id': np.zeros(2, np.uint32)}), (batch, image.shape[-1]))
   np.testing.assert_array_equal(found['text_valid'], np.resize(_texts(tokenizer)['target_valid'], found['text_valid'].shape))
   _close(found[f'image{batch}'], np.asarray(normalise(image)), 'image')
   _close(found[f'text{batch}'], np.asarray(normalise(text)), 'text')
@@ -387,7 +387,7 @@ def test_one_condition_has_its_place_in_the_published_dense_layout(dense, tmp_pa
   artifact.write(tmp_path / 'model', dense, {'name': 'mine'}, [], torch=True)
   state, _ = torch_file.read(tmp_path / 'model/model.pth')
   assert 'fused_encoder.layers.1.self_attn.in_proj_weight' in state and not any('expert' in k or 'gate' in k for k in state)
-  back, _ = torch_layout.from_torch(state, dataclasses.replace(dense.spec, temperatures=('img_cls',)))
+  back, _ = torch_layout.from_torch(state, dataclasses.replace(dense.spec, temperature_groups=('img_cls',)))
   kept = {k: x for k, x in dense.params.items() if not k.startswith('log_scale_')}
   jax.tree.map(np.testing.assert_array_equal, back, {**kept, 'log_scale_img_cls': dense.params['log_scale_image_classification']})
 

@@ -30,18 +30,18 @@ _SOME = (*_TRAINED, 'caption')
 def _config(router: str, some: bool) -> ml_collections.ConfigDict:
   """A task of every kind, or of some, of a model that trains in bfloat16; most are only asked."""
   c = tiny.config('shape', 'motion', 'text', 'caption', 'pair', 'package', data_dir=tiny.data_dir())
-  c.tasks.pair.length = 16
-  clips = dict(batch=4, captions=('{name}',), length=12)
+  c.tasks.pair.max_len = 16
+  clips = dict(batch_size=4, caption_templates=('{name}',), max_len=12)
   c.tasks.clip_caption = config_lib.task('video_caption', 'clips', target_set='words', **clips)
   c.tasks.clip_pair = config_lib.task('video_retrieval', 'clips', **clips)
-  c.sets.asked = config_lib.target_set('glyphs/class', family='words')
+  c.target_sets.asked = config_lib.target_set('glyphs/class', family='words')
   c.tasks.asked = config_lib.task(
-      'vqa', 'glyphs', batch=4, target_set='asked', label='class', template='{face} {name} ? <spe> <eot>', length=12)
+      'vqa', 'glyphs', batch_size=4, target_set='asked', label_column='class', template='{face} {name} ? <spe> <eot>', max_len=12)
   c.model.update(dict(
       dtype='bfloat16', video_mean=(0.4,), video_std=(0.3,), frame_differences=True))
-  c.model.temperatures = tuple({t.kind for t in c.tasks.values()})
+  c.model.extra_temperature_groups = tuple({t.type for t in c.tasks.values()})
   for name in {*c.tasks} - _TRAINED:
-    c.tasks[name].batch = 0  # a training step of every kind compiles for half a minute
+    c.tasks[name].batch_size = 0  # a training step of every kind compiles for half a minute
     if some and name not in _SOME:
       del c.tasks[name]
   c.moe.router = router
@@ -61,8 +61,8 @@ def _trained(run: train_run.Run):
 def _search(spec: ModelSpec, params, task: TaskSpec, found: contents.Contents, pixels: np.ndarray) -> decoding.Captions:
   """The evaluator's search with the experts."""
   run = jax.jit(lambda values: decoding.search(
-      UniPerceiver(spec), values, task.kind, pixels, found.features[task.target_set], temperature=task.temperature,
-      spe=found.data.tokenizer.spe, eot=found.data.tokenizer.eot, length=task.length))
+      UniPerceiver(spec), values, task.type, pixels, found.features[task.target_set], temperature=task.temperature,
+      spe=found.data.tokenizer.spe, eot=found.data.tokenizer.eot, length=task.max_len))
   return jax.device_get(run(params))
 
 
@@ -86,7 +86,7 @@ def _compile_fast():
 def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
   run = train_run.build(_config(router, some), jax.devices()[:1])
   params = _trained(run)
-  assert some or {t.kind.name for t in (*run.plan.tasks, *run.plan.probes)} == set(task_types.KINDS)
+  assert some or {t.type.name for t in (*run.plan.tasks, *run.plan.probes)} == set(task_types.TASK_TYPES)
   found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype='float32', fixed_sets=True)
   assert not found.spec.router_names  # no router is left
   artifact.write(tmp_path / 'model', found, {'name': 'mine'}, [])
@@ -95,19 +95,19 @@ def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
   expected = Predictor(UniPerceiver(whole), params, found.sets, run.data.tokenizer)
   for task in (*run.plan.tasks, *run.plan.probes):
     [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(_EXAMPLES), _EXAMPLES)
-    frames = fields['pixels'].shape[1] if task.kind.visual else 0
-    assert frames == (tiny.FRAMES if task.source == 'clips' else task.kind.visual), task.name
-    if task.kind.readout == 'queries':
+    frames = fields['pixels'].shape[1] if task.type.visual else 0
+    assert frames == (tiny.FRAMES if task.source == 'clips' else task.type.visual), task.name
+    if task.type.readout == 'queries':
       said, want = model.run(task.name, 'caption', pixels=fields['pixels']), _search(whole, params, task, found, fields['pixels'])
       np.testing.assert_array_equal(said['tokens'], want.tokens[:, 0], task.name)
       _close(np.asarray(said['score']), np.asarray(want.scores[:, 0]), task.name)
       continue
     inputs = {name: fields[name] for name in model.manifest['tasks'][task.name]['programs']['encode']['inputs']}
-    features = expected.inputs(task.kind, fields)
-    if task.kind.target == 'pair':
+    features = expected.inputs(task.type, fields)
+    if task.type.target == 'pair':
       image = model.run(task.name, 'encode', **inputs)['features']
       text = model.run(task.name, 'encode_text', text=fields['target'], text_valid=fields['target_valid'])['features']
-      targets = expected.pairs(task.kind, fields)
+      targets = expected.pairs(task.type, fields)
       assert not fields['target_valid'].all()
       _close(np.asarray(image), np.asarray(normalise(features[:, 0])), task.name)
       _close(np.asarray(text), np.asarray(normalise(targets)), task.name)
@@ -117,4 +117,4 @@ def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
     else:
       want = expected.log_probabilities(features, task)
       log_p = np.asarray(model.run(task.name, 'classify', **inputs)['log_p'])
-      _close(log_p, want if task.kind.readout == 'picks' else want[:, 0], task.name)
+      _close(log_p, want if task.type.readout == 'masked' else want[:, 0], task.name)

@@ -17,8 +17,8 @@ from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path
 
 _BOUND = 1e-5  # relative, float32
-_KINDS = tuple(task_types.KINDS)
-_PAIR = task_types.KINDS['image_retrieval'].pair_condition
+_KINDS = tuple(task_types.TASK_TYPES)
+_PAIR = task_types.TASK_TYPES['image_retrieval'].pair_condition
 _TARGETS = (_PAIR, *task_types.families().values())
 
 
@@ -26,7 +26,7 @@ _TARGETS = (_PAIR, *task_types.families().values())
 def _sequences():
   """Inputs of every kind, paired texts and both families of sets. Clips have one frame: fewer shapes to compile."""
   pixels = {'pixels': small_model.sequence('image_caption').pixels}
-  inputs = [small_model.sequence(k, **(pixels if k.visual else {})) for k in task_types.KINDS.values()]
+  inputs = [small_model.sequence(k, **(pixels if k.visual else {})) for k in task_types.TASK_TYPES.values()]
   return tuple(inputs + [small_model.target(c) for c in _TARGETS])
 
 
@@ -37,7 +37,7 @@ def _conditions():
 @functools.cache
 def _spec(router: str, **changes):
   """Prompts take the condition of their sequence; one router is enough to see that."""
-  return small_model.spec(router, prompts=2 if router == 'attribute' else 0, **changes)
+  return small_model.spec(router, num_deep_prompts=2 if router == 'attribute' else 0, **changes)
 
 
 @functools.cache
@@ -93,7 +93,7 @@ class MergedModelTest(parameterized.TestCase):
 
   def test_what_serves_no_texts_of_a_set_has_shapes_too(self):
     # Captions among fixed words: a model has its parameters whichever conditions it was merged for.
-    conditions = task_types.KINDS['image_caption'].conditions
+    conditions = task_types.TASK_TYPES['image_caption'].conditions
     spec, values = merge.merged(_spec('attribute'), small_model.params(_spec('attribute')), conditions)
     shapes = {path: leaf.shape for path, leaf in by_path(values).items()}
     self.assertEqual({path: s.shape for path, s in by_path(param_shapes(UniPerceiver(spec))).items()}, shapes)
@@ -107,10 +107,10 @@ class MergedModelTest(parameterized.TestCase):
 class DenseTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      ('attribute', 'all'), ('attribute', 'odd'), ('task', 'all'), ('modality', (0, 1)))
+      ('attribute', 'all'), ('attribute', 'every_2'), ('task', 'all'), ('modality', (0, 1)))
   def test_one_condition_leaves_a_dense_model(self, router, placement):
     trained = small_model.spec(router, placement=placement)
-    conditions = task_types.KINDS['image_classification'].conditions
+    conditions = task_types.TASK_TYPES['image_classification'].conditions
     spec, values = merge.merged(trained, small_model.params(trained), conditions)
     self.assertEqual((spec.router, spec.kernels), ('dense', ()))
     dense = param_shapes(UniPerceiver(small_model.spec('dense')))
@@ -118,14 +118,14 @@ class DenseTest(parameterized.TestCase):
 
   def test_it_has_the_features_of_the_model_with_experts(self):
     # Layers lie otherwise in a model with experts in every other layer: two of them are a period.
-    trained = small_model.spec('attribute', placement='odd', layers=4)
+    trained = small_model.spec('attribute', placement='every_2', num_layers=4)
     sequence = (small_model.sequence('image_classification'),)
     found = _encoded(*merge.merged(trained, small_model.params(trained), sequence[0].layout.conditions), sequence)
     self.assertLess(_distance(found[0], _encoded(trained, small_model.params(trained), sequence)[0]), _BOUND)
 
   def test_kinds_of_one_row_are_one_condition(self):
     # Attribute bits of pictures to be classified and to be retrieved are the same; the task router tells them apart.
-    kinds = task_types.KINDS['image_classification'], task_types.KINDS['image_retrieval']
+    kinds = task_types.TASK_TYPES['image_classification'], task_types.TASK_TYPES['image_retrieval']
     conditions = tuple(c for k in kinds for c in k.conditions)
     for router, kernels in (('attribute', ()), ('modality', ()), ('task', (('classification', 0), ('retrieval', 1)))):
       spec = small_model.spec(router)
@@ -133,7 +133,7 @@ class DenseTest(parameterized.TestCase):
 
   def test_a_merged_kernel_is_the_weighted_sum_of_its_experts(self):
     # Gates of one layer whose logits are log 3 apart: coefficients 3/4 and 1/4 of kernels 1 and 5 give 2.
-    spec = small_model.spec('modality', num_experts=2, layers=1)
+    spec = small_model.spec('modality', num_experts=2, num_layers=1)
     values = jax.tree.map(jnp.zeros_like, small_model.params(spec))
     block = values['encoder']['tail']['block0']
     block['ffn_router']['embed']['embedding'] = jnp.tile(jnp.asarray([-1.0, 1.0]), 8)[None].repeat(2, 0)
@@ -141,7 +141,7 @@ class DenseTest(parameterized.TestCase):
     block['ffn_router']['gate'] = block['ffn_router']['gate'].at[1, 0].set(np.log(3))
     block['ffn_in']['kernel'] = jnp.stack([jnp.full((16, 24), 1.0), jnp.full((16, 24), 5.0)])
     block['ffn_in']['bias'] = jnp.stack([jnp.full(24, 8.0), jnp.full(24, 0.0)])
-    _, found = merge.merged(spec, values, task_types.KINDS['image_classification'].conditions)
+    _, found = merge.merged(spec, values, task_types.TASK_TYPES['image_classification'].conditions)
     np.testing.assert_allclose(found['encoder']['tail']['block0']['ffn_in']['kernel'], np.full((16, 24), 2.0), rtol=1e-5)
     np.testing.assert_allclose(found['encoder']['tail']['block0']['ffn_in']['bias'], np.full(24, 6.0), rtol=1e-5)
 
@@ -150,7 +150,7 @@ class GroupsTest(absltest.TestCase):
 
   def test_rows_whose_coefficients_coincide_share_a_kernel(self):
     # With K = 1 a coefficient is 1 whatever the gate's value, so that rows which choose the same experts coincide.
-    spec = small_model.spec('task', top_k=1, num_experts=2, layers=1)
+    spec = small_model.spec('task', top_k=1, num_experts=2, num_layers=1)
     values = jax.tree.map(jnp.zeros_like, small_model.params(spec))
     block = values['encoder']['tail']['block0']
     names = spec.router_names

@@ -19,8 +19,8 @@ _TOKENIZER = {'kind': 'sentencepiece', 'file': 'tokenizer.model', 'size': 40, 'e
 
 def _asked(kind: str) -> Asked:
   return Asked(TaskSpec(
-      name=f'my_{kind}', kind=task_types.KINDS[kind], group='', source='', split='', batch=1, weight=1.0, sampling=0.0,
-      temperature='group', target_set='', label='', captions=(), template='', length=4, picks=2, smoothing=0.0, shift=0))
+      name=f'my_{kind}', type=task_types.TASK_TYPES[kind], group='', source='', split='', batch_size=1, loss_weight=1.0, sampling_weight=0.0,
+      temperature='group', target_set='', label_column='', caption_templates=(), template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0))
 
 
 def _manifest(trained: ModelSpec, *kinds: str, left: ModelSpec | None = None, evaluators=(), **tokenizer):
@@ -35,7 +35,7 @@ def _manifest(trained: ModelSpec, *kinds: str, left: ModelSpec | None = None, ev
 
 
 def _evaluation(name: str, of: str = 'image_caption', **ways) -> Evaluation:
-  ways = dict(kind='caption', split='train', number=0, batch=4, beams=1, penalty=0.0, answers='') | ways
+  ways = dict(type='caption', split='train', num_examples=0, batch_size=4, beam_size=1, length_penalty=0.0, constrain_to='') | ways
   return Evaluation(name=name, task=_asked(of).task, **ways)
 
 
@@ -49,20 +49,20 @@ def _row(evaluator: str) -> dict:
 
 
 def test_experts_of_one_condition_are_merged_into_a_dense_model():
-  trained = small_model.spec('attribute', placement='odd')
+  trained = small_model.spec('attribute', placement='every_2')
   said = _card(trained, 'image_classification')
   assert 'Trained with router attribute, 4 experts, 2 per token, in layers 0, 2 (of 0…2): attention and ffn. Its exp' in said
   assert 'what is left is a plain dense model' in said and 'never' not in said
   found = _manifest(trained, 'image_classification')
   assert found['trained'] == {'dtype': 'float32', 'router': 'attribute', 'layers': [0, 2], 'num_experts': 4, 'top_k': 2,
-                              'placement': 'odd', 'parts': ['attention', 'ffn']}
+                              'placement': 'every_2', 'parts': ['attention', 'mlp']}
   # A dense model has none of these.
   assert not {'num_experts', 'top_k', 'placement', 'parts', 'kernels', 'router_names'} & set(found['model'])
   assert found['model']['router'] == 'dense'
 
 
 def test_several_conditions_have_several_kernels():
-  trained = small_model.spec('modality', parts=('ffn',))
+  trained = small_model.spec('modality', sublayers=('mlp',))
   said = _card(trained, 'image_classification', 'text_mlm')
   assert 'Trained with router modality, 4 experts, 2 per token, in all layers: ffn. Its experts are merged for good' in said
   assert 'A projection that had experts has 2 kernels; ' in said
@@ -94,14 +94,14 @@ def test_metrics_are_those_of_the_exported_tasks():
 def test_what_was_asked_otherwise_in_training_is_said():
   trained = small_model.spec('dense')
   said = _card(trained, 'image_caption', rows=[_row('named'), _row('open'), _row('wide')], evaluators=[
-      _evaluation('named', answers='names'), _evaluation('open'), _evaluation('wide', beams=4, penalty=1.0)])
+      _evaluation('named', constrain_to='names'), _evaluation('open'), _evaluation('wide', beam_size=4, length_penalty=1.0)])
   assert '`named` lets the model give only captions that are texts of set `names`; these programs give any words.' in said
   assert ('`wide` searches captions with beams 4 and penalty 1.0; `caption` of `my_image_caption` with beams 1 and penalty 0.0.'
           in said)
   assert '`open`' not in said and said.count('`named`') == said.count('`wide`') == 1
   clips = 'video_classification'
   said = _card(trained, clips, rows=[_row('clips'), _row('once')], evaluators=[
-      _evaluation('clips', clips, kind='classification', views=4, crops=3), _evaluation('once', clips, kind='classification')])
+      _evaluation('clips', clips, type='classification', num_views=4, num_crops=3), _evaluation('once', clips, type='classification')])
   assert '`clips` averages the probabilities of 4 views × 3 crops of a clip; `classify` is given one.' in said
   assert '`once`' not in said
   fast = small_model.spec('dense', dtype=np.dtype('bfloat16'))

@@ -24,9 +24,9 @@ _RNG = np.random.default_rng(0)
 
 def _task(kind: str, head: bool = False) -> TaskSpec:
   return TaskSpec(
-      name='task', kind=task_types.KINDS[kind], group='', source='', split='', batch=1, weight=1.0, sampling=0.0,
-      temperature='group', target_set='set', label='', captions=(), template='', length=4, picks=2, smoothing=0.0, shift=0,
-      head=head)
+      name='task', type=task_types.TASK_TYPES[kind], group='', source='', split='', batch_size=1, loss_weight=1.0, sampling_weight=0.0,
+      temperature='group', target_set='set', label_column='', caption_templates=(), template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0,
+      linear_head=head)
 
 
 def _pixels(batch: int) -> np.ndarray:
@@ -50,7 +50,7 @@ class ReadoutTest(parameterized.TestCase):
   def test_classify_is_the_models_own(self, kind, head):
     spec = small_model.spec('dense', head=5 if head else 0)
     task, V = _task(kind, head), 5 if head else small_model.VOCABULARY
-    fields = {'pixels': _pixels(3)} if task.kind.visual else {}
+    fields = {'pixels': _pixels(3)} if task.type.visual else {}
     fields |= {'text': _RNG.integers(2, small_model.VOCABULARY, (3, 4)).astype(np.int32), 'text_valid': np.ones((3, 4), bool),
                'position': _RNG.integers(0, 4, (3, 1 if head else 2)).astype(np.int32)}
     targets = _RNG.normal(size=(V, 16)).astype(np.float32)
@@ -59,7 +59,7 @@ class ReadoutTest(parameterized.TestCase):
     @small_model.jit
     def expected(values, fields, targets):
       def run(m):
-        [rows] = m.encode((batching.input_sequence(task.kind, {**fields, 'id': jnp.zeros(3, jnp.uint32)}),)).rows
+        [rows] = m.encode((batching.input_sequence(task.type, {**fields, 'id': jnp.zeros(3, jnp.uint32)}),)).rows
         features = m.features(rows)
         logits = heads.logits(features, targets, m.scale('group'))
         return jax.nn.log_softmax(m.with_head(features, logits) if head else logits)
@@ -96,17 +96,17 @@ class TokenRouterTest(parameterized.TestCase):
 
   @parameterized.parameters('token', 'context')
   def test_decoding_lowers_for_every_platform(self, router):
-    spec = small_model.spec(router, grouped='loop')
+    spec = small_model.spec(router, gmm='tiled')
     found = programs.programs(UniPerceiver(spec), Asked(_task('image_caption'), 1, 23), small_model.SPE, small_model.EOT)
     self.assertEqual(found['step'].lowered(by_path(small_model.params(spec))).platforms, programs.PLATFORMS)
 
   @pytest.mark.slow
   def test_captions_of_a_context_model_are_its_own_at_any_batch(self):
-    spec, task = small_model.spec('context', grouped='loop'), _task('image_caption')
+    spec, task = small_model.spec('context', gmm='tiled'), _task('image_caption')
     words = heads.normalise(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
     call = _program(spec, Asked(task, 1, small_model.VOCABULARY, beams=2), 'caption')
     run = small_model.jit(lambda values, pixels: decoding.search(
-        UniPerceiver(spec), values, task.kind, pixels, words, temperature='group', spe=small_model.SPE, eot=small_model.EOT,
+        UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE, eot=small_model.EOT,
         length=4, beams=2))
     want = jax.device_get(run(small_model.params(spec), _pixels(3)))
     found = call(pixels=_pixels(3), targets=words)

@@ -39,7 +39,7 @@ def test_of_files_and_folders_only_their_name_is_told(tmp_path):
                train={'init': '/home/me/runs/quickstart'}, sets={
                    'shapes': config_lib.target_set('file:/home/me/names.tsv', family='names'),
                    'colours': config_lib.target_set(('file:a/red', 'b/c'), family='names')})
-  assert {name: s['values'] for name, s in told['config']['sets'].items()} == {
+  assert {name: s['entries'] for name, s in told['config']['target_sets'].items()} == {
       'shapes': 'file:names.tsv', 'colours': ['file:a/red', 'b/c']}
   assert told['config']['data']['dir'] == 'prepared' and told['config']['tokenizer']['merges'] == 'merges.txt.gz'
   assert '/home/me' not in json.dumps(told)

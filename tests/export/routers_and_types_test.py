@@ -35,10 +35,10 @@ def test_routers_that_look_at_tokens_go_along_and_products_can_be_bfloat16(tmp_p
   expected = Predictor(UniPerceiver(contents.portable(run.spec.model.spec, 'float32')), params, found.sets, run.data.tokenizer)
   for task in run.plan.tasks:
     [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5)
-    features = expected.inputs(task.kind, fields)
+    features = expected.inputs(task.type, fields)
     wanted = {'encode': ('features', normalise(features)), 'classify': ('log_p', expected.log_probabilities(features, task))}
     inputs = {name: fields[name] for name in model.manifest['tasks'][task.name]['programs']['encode']['inputs']}
-    if not task.kind.visual:  # what is no word says nothing, whatever stands there
+    if not task.type.visual:  # what is no word says nothing, whatever stands there
       more = ('text', 7), ('text_valid', False)
       inputs |= {name: np.pad(inputs[name], ((0, 0), (0, 2)), constant_values=x) for name, x in more}
     for batch, (program, (output, want)) in itertools.product((5, 2), wanted.items()):

@@ -14,7 +14,7 @@ from uni_moe_jax.export.torch_layout import LayoutError
 
 
 def _state(router: str = 'attribute', **changes):
-  spec = small_model.spec(router, temperatures=(), spatial='stored', **changes)
+  spec = small_model.spec(router, temperature_groups=(), posemb='frozen', **changes)
   return torch_layout.to_torch(small_model.params(spec), spec)[0]
 
 
@@ -75,7 +75,7 @@ def _aged(state):
   return {**out, 'visual_embed.weight': np.ones(3, np.float32)}
 
 
-@pytest.mark.parametrize('router, changes', [('attribute', {}), ('attribute', {'placement': 'odd'}), ('dense', {})])
+@pytest.mark.parametrize('router, changes', [('attribute', {}), ('attribute', {'placement': 'every_2'}), ('dense', {})])
 def test_older_names_are_todays_in_models_with_and_without_experts(tmp_path, router, changes):
   state = _state(router, **changes)
   assert not set(_aged(state)) & {k for k in state if k.startswith(('fused', 'loss'))}

@@ -40,32 +40,32 @@ def test_every_parameter_is_filled_and_every_key_accounted_for(model):
   assert not set(report.consumed) & set(report.dropped)
 
 
-@pytest.mark.parametrize('changes', [dict(prefix_prompts=2), dict(label_prompts=(('names', 3),)), dict(frame_differences=True)])
+@pytest.mark.parametrize('changes', [dict(num_prefix_prompts=2), dict(label_prompts=(('names', 3),)), dict(frame_differences=True)])
 def test_prompts_that_are_tokens_and_changes_of_frames_have_no_place_there(changes):
-  spec = small_model.spec(temperatures=(), **changes)
+  spec = small_model.spec(temperature_groups=(), **changes)
   with pytest.raises(LayoutError, match='prefix_prompts, frame_differences and label_prompts of a set have no place'):
     torch_layout.to_torch(small_model.params(spec), spec)
 
 
 def test_a_side_without_prompts_has_no_key_there():
-  keys = {sides: {e.key for e in torch_layout.entries(small_model.spec(prompts=2, prompt_sides=sides, temperatures=()))
+  keys = {sides: {e.key for e in torch_layout.entries(small_model.spec(num_deep_prompts=2, prompt_sharing=sides, temperature_groups=()))
                   if 'prompt' in e.key} for sides in ('shared', 'inputs', 'separate')}
   assert keys['inputs'] == keys['shared'] == {f'fused_encoder.layers.{i}.deep_prompt_embedding.embedding.weight' for i in range(3)}
   assert len(keys['separate']) == 6
 
 
 def test_plain_layers_of_a_model_with_experts_have_names_of_their_own():
-  keys = {e.key for e in torch_layout.entries(small_model.spec(placement='odd', temperatures=()))}
+  keys = {e.key for e in torch_layout.entries(small_model.spec(placement='every_2', temperature_groups=()))}
   assert 'fused_encoder.layers.0.self_attn.qkv_proj.experts.deepspeed_experts.3.weight' in keys
   assert {'fused_encoder.layers.1.self_attn.qkv_proj.weight', 'fused_encoder.layers.1.linear2.bias'} <= keys
   assert not any('in_proj' in k or 'out_proj' in k for k in keys)
-  dense = {e.key for e in torch_layout.entries(small_model.spec('dense', temperatures=()))}
+  dense = {e.key for e in torch_layout.entries(small_model.spec('dense', temperature_groups=()))}
   assert {'fused_encoder.layers.1.self_attn.in_proj_weight', 'fused_encoder.layers.1.self_attn.out_proj.bias'} <= dense
 
 
 def test_a_packed_qkv_is_cut_into_queries_keys_values_then_heads():
   # D = 4, two heads of 2: row 5 of the packed matrix is keys' row 1, head 0, dimension 1.
-  spec = small_model.spec('dense', width=4, heads=2)
+  spec = small_model.spec('dense', width=4, num_heads=2)
   packed = np.arange(48, dtype=np.float32).reshape(12, 4)
   ours = torch_layout.QKV.ours(packed, spec)
   assert ours.shape == (4, 3, 2, 2)
@@ -75,7 +75,7 @@ def test_a_packed_qkv_is_cut_into_queries_keys_values_then_heads():
 
 
 def test_a_convolution_becomes_rows_by_row_column_and_colour():
-  spec = small_model.spec('dense', width=4, patch=2, channels=3)
+  spec = small_model.spec('dense', width=4, patch_size=2, channels=3)
   convolution = np.arange(48, dtype=np.float32).reshape(4, 3, 2, 2)
   ours = torch_layout.PATCH.ours(convolution, spec)
   np.testing.assert_array_equal(ours[(1 * 2 + 0) * 3 + 2], convolution[:, 2, 1, 0])
@@ -89,8 +89,8 @@ def _small(router: str = 'attribute', **changes):
 
 
 @pytest.mark.parametrize('router, changes', [
-    ('attribute', {}), ('attribute', {'placement': 'odd'}), ('attribute', {'placement': (1,)}), ('dense', {}),
-    ('attribute', {'parts': ('ffn',)}), ('attribute', {'visual_type': True}), ('attribute', {'spatial': 'sincos'})])
+    ('attribute', {}), ('attribute', {'placement': 'every_2'}), ('attribute', {'placement': (1,)}), ('dense', {}),
+    ('attribute', {'parts': ('mlp',)}), ('attribute', {'visual_type': True}), ('attribute', {'spatial': 'sincos'})])
 def test_our_tree_survives_the_way_there_and_back(router, changes):
   spec, state = _small(router, **changes)
   params, _ = torch_layout.from_torch(state, spec)
@@ -107,7 +107,7 @@ _KEY = 'fused_encoder.layers.2.linear1.experts.deepspeed_experts.1.weight'
 @pytest.mark.parametrize('change, message', [
     (lambda s: _without(s, _KEY), f'the checkpoint lacks {_KEY}: the model is attribute, 3 layers, 4 experts'),
     (lambda s: {**s, 'head.weight': np.zeros(3)}, 'it has head.weight, which the model has no place for'),
-    (lambda s: {**s, _KEY: np.zeros((25, 16))}, f'{_KEY} has shape (25, 16), the model wants (24, 16): set config.model.hidden'),
+    (lambda s: {**s, _KEY: np.zeros((25, 16))}, f'{_KEY} has shape (25, 16), the model wants (24, 16): set config.model.mlp_dim'),
     (lambda s: {**s, 'token_embed.embeddings.weight': np.zeros((9, 16))}, 'another vocabulary (config.tokenizer)'),
     (lambda s: {**s, 'token_embed.embeddings.weight': np.zeros((23, 8))}, 'the model wants (23, 16): set config.model.width'),
     (lambda s: {**s, 'fused_encoder.layers.0.self_attn.dense.experts.deepspeed_experts.0.weight': np.zeros((32, 8))},
@@ -132,24 +132,24 @@ def test_a_checkpoint_of_another_architecture_is_refused():
 
 
 def test_a_table_that_is_not_the_fixed_one_needs_a_parameter():
-  spec, state = _small(spatial='sincos')
+  spec, state = _small(posemb='sincos2d')
   key = 'video_embed.embeddings_st_pos.spatial_pos_embed.weight'
   np.testing.assert_array_equal(state[key], sincos_table(2, 16))
-  with pytest.raises(LayoutError, match="set config.model.spatial='stored'"):
+  with pytest.raises(LayoutError, match="set config.model.posemb='frozen'"):
     torch_layout.from_torch({**state, key: state[key] + .1}, spec)
 
 
 def test_temperatures_that_nobody_uses_are_dropped_by_name_and_made_anew():
   spec, state = _small()
   params, report = torch_layout.from_torch({**state, 'loss_prepare.logit_scale_img_cls': np.float32(1)}, spec)
-  assert 'config.model.temperatures' in report.dropped['loss_prepare.logit_scale_img_cls']
+  assert 'config.model.extra_temperature_groups' in report.dropped['loss_prepare.logit_scale_img_cls']
   assert 'log_scale_img_cls' not in params
   assert state['loss_prepare.logit_scale_img_cls'] == np.float32(np.log(1 / .07))
 
 
 def test_position_tables_of_another_size_are_interpolated():
-  spec, state = _small(max_frames=4)
-  smaller, _ = _small(max_frames=2)
+  spec, state = _small(max_num_frames=4)
+  smaller, _ = _small(max_num_frames=2)
   params, report = torch_layout.from_torch(state, smaller)
   old = state['video_embed.embeddings_st_pos.temporal_pos_embed.weight']
   # Two rows from four: each is the middle of two.

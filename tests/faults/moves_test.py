@@ -85,8 +85,8 @@ def test_losses_are_compared_step_by_step():
 
 def _course(tmp_path, rows_of_two, loss_of_two):
   """Findings of four steps on one device and four on two."""
-  journey = moves.Journey({'mixed': 4}, (moves.Place(1, 1), moves.Place(1, 2)), ())
-  course = moves.Course(tmp_path, 'mixed', journey)
+  journey = moves.Journey({'all_tasks': 4}, (moves.Place(1, 1), moves.Place(1, 2)), ())
+  course = moves.Course(tmp_path, 'all_tasks', journey)
   whole, seen = course.workdir('whole'), moves.Seen()
   whole.mkdir()
   lines = [{'step': s, 'loss/total': 2.} for s in range(1, 9)]
@@ -108,7 +108,7 @@ def test_a_leg_is_judged_by_its_rows_and_losses(tmp_path, rows, loss, found):
 
 
 def test_a_leg_without_a_task_is_found(tmp_path):
-  course = moves.Course(tmp_path, 'sampled', moves.Journey({'sampled': 2}, (moves.Place(1, 1), moves.Place(1, 2)), ()))
+  course = moves.Course(tmp_path, 'one_task', moves.Journey({'one_task': 2}, (moves.Place(1, 1), moves.Place(1, 2)), ()))
   course.workdir('whole').mkdir()
   lines = [{'step': s, 'loss/total': 2.} for s in range(1, 5)]
   for tasks, found in (('abba', []), ('abaa', ['sampled on 1 × 2, steps 3…4: none is of b'])):

@@ -83,7 +83,7 @@ def test_what_cannot_be_compared_is_a_failure():
 
 def test_a_run_that_saved_too_rarely_tells_nothing_of_what_stays():
   data = _watched(.1)
-  with pytest.raises(errors.Failure, match='saved too rarely: .*lower config.train.save_every'):
+  with pytest.raises(errors.Failure, match='saved too rarely: .*lower config.train.checkpoint_every'):
     soak.judged(dataclasses.replace(data, after_saves=data.after_saves[:7]), _watched(.1), 60., 2, 10, 0.)
   soak.judged(dataclasses.replace(data, after_saves=data.after_saves[:8]), _watched(.1), 60., 2, 10, 0.)
 

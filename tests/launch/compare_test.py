@@ -124,7 +124,7 @@ def test_a_whole_comparison(root):
     assert [m['checkpoint'] for m in r['interference'].values()] == ['init', 'step 3']
     assert r['interference']['before']['part'] != r['interference']['after']['part']
     assert {row['evaluator'] for row in r['evaluation']} == {'shape'}
-  assert dense['experts'] is None and 1 < token['experts']['effective']['ffn'] <= 4
+  assert dense['experts'] is None and 1 < token['experts']['effective']['mlp'] <= 4
   typed = (found['command'], found['config'])  # here they hold the folder: a person types shorter ones
   text = (out / 'results.md').read_text()
   assert str(root) not in text.replace(typed[0], '').replace(typed[1], '')

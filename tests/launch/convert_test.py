@@ -30,15 +30,15 @@ def _config(folder: pathlib.Path):
   """Three published kinds with the published choices and vocabulary, on the invented data."""
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
   presets.published(c)
-  c.model.update(dict(channels=3, max_text=64, layer_scale=0.5))
-  c.tokenizer.update(dict(kind='clip', merges=str(folder / 'merges.txt')))
-  c.sets.shapes.length = 32
+  c.model.update(dict(channels=3, max_text_len=64, layer_scale_init=0.5))
+  c.tokenizer.update(dict(type='clip', merges_path=str(folder / 'merges.txt')))
+  c.target_sets.shapes.max_len = 32
   for t in c.tasks.values():
-    t.temperature, t.sampling = config_lib.PUBLISHED_GROUPS[t.kind], 1.0
-    t.length = 48 if t.length else 0
-    t.batch = 8  # a test's process has as many devices, a process of its own has one
+    t.temperature, t.sampling_weight = config_lib.PUBLISHED_GROUPS[t.type], 1.0
+    t.max_len = 48 if t.max_len else 0
+    t.batch_size = 8  # a test's process has as many devices, a process of its own has one
   c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')
-  c.train.update(dict(steps=3, save_every=1))
+  c.train.update(dict(steps=3, checkpoint_every=1))
   return c
 
 

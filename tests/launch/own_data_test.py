@@ -18,7 +18,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 # What makes a small model of the walk-through's, and few steps; the commands are the README's, and so are all other fields.
-_SMALL = ('model.layers=1', 'model.width=16', 'model.heads=2', 'model.hidden=16', 'model.image_size=16', 'moe.num_experts=2',
+_SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.mlp_dim=16', 'model.image_size=16', 'moe.num_experts=2',
           'train.steps=2', 'train.log_every=1')
 
 
@@ -68,14 +68,14 @@ def data(tmp_path_factory):
 
 
 def _shrunken(c):
-  c.model.update(dict(layers=2, width=32, heads=2, hidden=32, image_size=16, patch=8))
+  c.model.update(dict(num_layers=2, width=32, num_heads=2, mlp_dim=32, image_size=16, patch_size=8))
   c.moe.num_experts = 2
   c.tokenizer.vocab_size = 60
-  c.train.update(dict(steps=30, log_every=10, save_every=100))
+  c.train.update(dict(steps=30, log_every=10, checkpoint_every=100))
   for t in c.tasks.values():
-    t.update(dict(batch=4, length=t.length and 16))
+    t.update(dict(batch_size=4, max_len=t.max_len and 16))
   if 'photos_retrieval' in c.tasks:
-    c.tasks.photos_retrieval.update(dict(batch=16, length=32))  # of 16 tokens some captions would be cut to the same text
+    c.tasks.photos_retrieval.update(dict(batch_size=16, max_len=32))  # of 16 tokens some captions would be cut to the same text
   return c
 
 
@@ -108,7 +108,7 @@ def test_several_sources_train_together_and_evaluation_prints_retrieval(data, tm
   # The run goes on with one source, prompts alone; its words and model are the run's.
   tuned = _own(f'{data}/own/folder,{tmp_path}/run,prompts')
   tuned.train.update(dict(steps=2, log_every=1))
-  tuned.tasks.folder_label.batch = 4
+  tuned.tasks.folder_label.batch_size = 4
   assert loop.train(tuned, str(tmp_path / 'tuned'), jax.devices()[:1]) == loop.FINISHED
   asked = _own(f'{data}/own/folder,{tmp_path}/run,untuned')
-  assert not [t for t in asked.tasks.values() if t.batch]
+  assert not [t for t in asked.tasks.values() if t.batch_size]

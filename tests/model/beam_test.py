@@ -17,7 +17,7 @@ from uni_moe_jax.tools.bench import uncached_search
 
 _SPEC = small_model.spec()
 _CLIPS = small_model.spec(frame_differences=True)  # is asked clips of two frames, the others pictures
-_PROMPTED = small_model.spec(prompts=2, prefix_prompts=3, prompt_sides='separate', spe_bias=True)
+_PROMPTED = small_model.spec(num_deep_prompts=2, num_prefix_prompts=3, prompt_sharing='separate', spe_bias=True)
 _TOKEN, _CONTEXT, _TASK = (small_model.spec(router) for router in ('token', 'context', 'task'))
 _B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
 _NEVER = -1  # an `eot` that no word is
@@ -25,7 +25,7 @@ _ROWS = 12  # as many as any test asks features of: all pad to them, so that one
 
 
 def _kind(spec):
-  return task_types.KINDS['video_caption' if spec is _CLIPS else 'image_caption']
+  return task_types.TASK_TYPES['video_caption' if spec is _CLIPS else 'image_caption']
 
 
 @functools.cache

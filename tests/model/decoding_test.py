@@ -14,7 +14,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tools.bench import uncached_search
 
-_KIND = task_types.KINDS['image_caption']
+_KIND = task_types.TASK_TYPES['image_caption']
 _BATCH, _LENGTH = 4, 5
 _NEVER = -1  # an `eot` that no word is
 

@@ -46,7 +46,7 @@ class MergeTest(parameterized.TestCase):
     self._check('context')
 
   def _check(self, router):
-    merged, dispatched = small_model.spec('attribute', layers=2), small_model.spec(router, layers=2)
+    merged, dispatched = small_model.spec('attribute', num_layers=2), small_model.spec(router, num_layers=2)
     expected, _ = _forward(merged)(_without_gates(merged), _mix(), None)
     found, _ = _forward(dispatched)(_without_gates(dispatched), _mix(), None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, expected)
@@ -90,23 +90,23 @@ class NoLeakTest(parameterized.TestCase):
 
   @parameterized.parameters('attribute', 'task', 'modality', 'token', 'context')
   def test_later_words_change_no_bit_of_earlier_states(self, router):
-    self._assert_no_leak(small_model.spec(router, layers=2), None)
+    self._assert_no_leak(small_model.spec(router, num_layers=2), None)
 
   @parameterized.parameters(*_BOTH)
   def test_nor_do_they_at_half_the_capacity(self, router):
-    self._check_at_half_the_capacity(router, 'buffers')
+    self._check_at_half_the_capacity(router, 'batched')
 
   @parameterized.parameters(*_BOTH)
   @pytest.mark.nightly
   def test_nor_do_they_where_experts_are_looped_over(self, router):
-    self._check_at_half_the_capacity(router, 'loop')
+    self._check_at_half_the_capacity(router, 'tiled')
 
   def _check_at_half_the_capacity(self, router, grouped):
-    spec = small_model.spec(router, layers=2, capacity=.5, grouped=grouped)
+    spec = small_model.spec(router, num_layers=2, capacity_factor=.5, gmm=grouped)
     self._assert_no_leak(spec, jax.random.key(0))
     # Capacity was at work: an exact model has other states.
     dropping, _ = _states(spec, _captions(1, _CHANGED), jax.random.key(0))
-    exact, _ = _states(small_model.spec(router, layers=2), _captions(1, _CHANGED), jax.random.key(0))
+    exact, _ = _states(small_model.spec(router, num_layers=2), _captions(1, _CHANGED), jax.random.key(0))
     self.assertGreater(np.abs(dropping - exact)[:, :, self._EARLIER].max(), 1e-2)
 
   def test_slots_given_sample_by_sample_would_leak(self):
@@ -123,7 +123,7 @@ class NoLeakTest(parameterized.TestCase):
       source = jnp.where(to.source >= 0, here[jnp.maximum(to.source, 0)], -1).astype(jnp.int32)
       return to.replace(slot=back(to.slot), kept=back(to.kept), gates=back(to.gates), coef=back(to.coef), source=source)
 
-    spec = small_model.spec('token', layers=2, capacity=.5, drop_path=1e-9)  # a value of its own: nothing is cached
+    spec = small_model.spec('token', num_layers=2, capacity_factor=.5, drop_path=1e-9)  # a value of its own: nothing is cached
     with mock.patch.object(dispatch, 'routes', sample_major), self.assertRaisesRegex(AssertionError, 'not equal'):
       self._assert_no_leak(spec, jax.random.key(0))
 
@@ -136,7 +136,7 @@ class NoLeakTest(parameterized.TestCase):
       self._stream = stream
       return out
 
-    spec = small_model.spec('context', layers=2, drop_path=2e-9)
+    spec = small_model.spec('context', num_layers=2, drop_path=2e-9)
     with mock.patch.object(routing.TokenWays, 'enter', over_all), self.assertRaisesRegex(AssertionError, 'not equal'):
       self._assert_no_leak(spec, None)
 
@@ -144,7 +144,7 @@ class NoLeakTest(parameterized.TestCase):
 class ContextTest(absltest.TestCase):
 
   def test_the_question_of_a_picture_reaches_its_pool_and_padding_does_not(self):
-    spec = small_model.spec('context', layers=2)
+    spec = small_model.spec('context', num_layers=2)
     valid = jnp.array([[True, True, False]] * 2)
     one = small_model.sequence('vqa', text_valid=valid, positions=jnp.zeros((2, 1), jnp.int32))
     padded = one.replace(text=one.text.at[:, 2].set(5 + (one.text[:, 2] == 5)))
@@ -160,7 +160,7 @@ class NoiseTest(parameterized.TestCase):
 
   @parameterized.parameters(*_BOTH)
   def test_a_permuted_batch_has_the_permuted_result(self, router):
-    spec, order = small_model.spec(router, layers=1, noise_std=8.0), np.array([3, 0, 2, 1])
+    spec, order = small_model.spec(router, num_layers=1, noise_std=8.0), np.array([3, 0, 2, 1])
     sequence, key = small_model.sequence('image_caption', 4), jax.random.key(2)
     moved = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, sequence)
     run = lambda s, k: np.asarray(_forward(spec)(small_model.params(spec), (s,), k)[0][0])
@@ -171,17 +171,17 @@ class NoiseTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_readout_rows_draw_what_they_draw_among_all_rows(self):
-    spec, key = small_model.spec('token', layers=1, noise_std=8.0), jax.random.key(2)
+    spec, key = small_model.spec('token', num_layers=1, noise_std=8.0), jax.random.key(2)
     few, every = (_forward(spec, all_rows=a)(small_model.params(spec), _mix(), key)[0] for a in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), few, every)
 
 
 class PlacementTest(parameterized.TestCase):
 
-  @parameterized.product(router=tuple(routers.ROUTERS), parts=(('attention',), ('ffn',), PARTS))
+  @parameterized.product(router=tuple(routers.ROUTERS), parts=(('attention',), ('mlp',), PARTS))
   def test_every_router_goes_with_every_part_and_placement(self, router, parts):
-    for placement in ('odd', (1,)):
-      spec = small_model.spec(router, parts=parts, placement=placement, prompts=1)
+    for placement in ('every_2', (1,)):
+      spec = small_model.spec(router, sublayers=parts, placement=placement, num_deep_prompts=1)
       shapes = small_model.nn.unbox(small_model.boxed(spec))
       run = lambda values, s=spec: small_model.encode(
           s, [small_model.sequence('image_caption')], values=values, key=jax.random.key(0))[0]
@@ -195,7 +195,7 @@ class UsageTest(absltest.TestCase):
 
   def test_tokens_are_counted_by_kind_of_array_and_padding_is_not(self):
     # Rows: picture of a caption, its text, a text. Prefix and 4 patches, 6 words and queries; prefix and 3 words, 1 padded.
-    spec = small_model.spec('token', layers=2)
+    spec = small_model.spec('token', num_layers=2)
     text = small_model.sequence('text_mlm', text_valid=jnp.array([[True, True, False]] * 2),
                                 positions=jnp.zeros((2, 1), jnp.int32))
     _, collected = _forward(spec)(small_model.params(spec), (small_model.sequence('image_caption'), text), None)
@@ -206,7 +206,7 @@ class UsageTest(absltest.TestCase):
       self.assertEqual(usage.chosen.sum(-1).tolist(), [20, 24, 12])
     # The last block asks anew for the queries of the readout, and sends them alone through the FFN: 3 queries, 1 pick.
     self.assertEqual(last['attention'].asked.tolist(), [20, 24 + 12, 12 + 4])
-    self.assertEqual(last['ffn'].tokens.tolist(), [0, 6, 2])
+    self.assertEqual(last['mlp'].tokens.tolist(), [0, 6, 2])
 
 
 if __name__ == '__main__':

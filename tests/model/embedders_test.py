@@ -69,7 +69,7 @@ class SincosTest(absltest.TestCase):
 
   def test_a_model_starts_as_its_spec_says(self):
     for position_init, query_key_init in (('sincos', 'equal'), ('normal', 'independent')):
-      spec = small_model.spec(position_init=position_init, position_std=.06, query_key_init=query_key_init)
+      spec = small_model.spec(text_posemb_init=position_init, text_posemb_std=.06, mimetic_init=query_key_init)
       text = small_model.sequence('text_classification', batch=1)
       init = small_model.jit(UniPerceiver(spec).init)
       params = nn.unbox(init(jax.random.key(0), (text,)))['params']
@@ -176,12 +176,12 @@ class VisualTest(parameterized.TestCase):
 
   def test_a_type_of_visual_tokens_is_added_to_each_of_them(self):
     row = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
-    found = _jitted('visual', small_model.spec(visual_type=True))(dict(_tables(), visual_type=row), _pixels(2), 1)
+    found = _jitted('visual', small_model.spec(modality_embedding=True))(dict(_tables(), visual_type=row), _pixels(2), 1)
     _assert_close(found, self._expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row))
     self.assertGreater(np.abs(found - self._expected(_pixels(2), 1)).max(), .1)
 
   def test_a_type_of_visual_tokens_leaves_texts_and_the_prefix_alone(self):
-    spec = small_model.spec(visual_type=True)
+    spec = small_model.spec(modality_embedding=True)
     for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
       np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
 
@@ -208,7 +208,7 @@ class VisualTest(parameterized.TestCase):
   @parameterized.parameters('learnt', 'stored')
   def test_a_spatial_table_of_parameters_replaces_the_computed_one(self, spatial):
     table = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
-    found = _jitted('visual', small_model.spec(spatial=spatial))(dict(_tables(), spatial=table), _pixels(), 0)
+    found = _jitted('visual', small_model.spec(posemb=spatial))(dict(_tables(), spatial=table), _pixels(), 0)
     _assert_close(found, self._expected(_pixels(), 0, table))
 
   def test_the_computed_table_is_no_parameter(self):
@@ -219,7 +219,7 @@ class StartTest(parameterized.TestCase):
 
   @parameterized.parameters(('stored', True), ('learnt', False))
   def test_a_stored_spatial_table_starts_as_the_computed_one(self, spatial, computed):
-    module = embedders.Embed(small_model.spec(spatial=spatial))
+    module = embedders.Embed(small_model.spec(posemb=spatial))
     init = small_model.jit(functools.partial(module.init, method='prefix'), static_argnums=1)
     table = nn.unbox(init(jax.random.key(0), 1))['params']['spatial']
     self.assertEqual(table.shape, (4, 16))
@@ -234,7 +234,7 @@ class ParametersTest(absltest.TestCase):
 
   def test_optional_tables_are_parameters_where_they_are_asked_for(self):
     plain = set(small_model.boxed(small_model.spec())['embed'])
-    both = set(small_model.boxed(small_model.spec(spatial='stored', visual_type=True, frame_differences=True))['embed'])
+    both = set(small_model.boxed(small_model.spec(posemb='frozen', modality_embedding=True, frame_differences=True))['embed'])
     self.assertEqual(both - plain, {'spatial', 'visual_type', 'difference'})
 
 

@@ -118,7 +118,7 @@ class RematTest(absltest.TestCase):
   def test_recomputed_blocks_have_the_gradients_of_those_that_are_kept(self):
     sequence, gradients = small_model.sequence('image_classification'), []
     for remat in (False, True):
-      spec = small_model.spec('dense', layers=2, remat=remat)
+      spec = small_model.spec('dense', num_layers=2, remat=remat)
       loss = lambda values, s=spec: jnp.sin(small_model.encode(s, [sequence], values=values)[0][0]).sum()
       gradients.append(small_model.jit(jax.grad(loss))(small_model.params(spec)))
     _assert_close(*gradients)
@@ -169,7 +169,7 @@ class CollectedTest(absltest.TestCase):
 
   def test_decisions_are_one_row_per_condition(self):
     taken = self._collected()
-    for part in ('attention', 'ffn'):  # caption picture, caption text, names
+    for part in ('attention', 'mlp'):  # caption picture, caption text, names
       self.assertEqual(taken['blocks'][0]['decisions'][part].coef.shape, (2, 3, 4))
       self.assertEqual(taken['tail'][0]['decisions'][part].coef.shape, (3, 4))
 
@@ -247,7 +247,7 @@ class NoiseTest(absltest.TestCase):
     spec = small_model.spec()
     _, collected = _forward(spec)(small_model.params(spec), sequences, key)
     found = {}
-    for layer in range(spec.layers):
+    for layer in range(spec.num_layers):
       subtree, index, block = spec.stack.locate(layer)
       decisions = collected[subtree][int(block.removeprefix('block'))]['decisions']
       for part, decision in decisions.items():
@@ -278,7 +278,7 @@ class SettingsTest(absltest.TestCase):
       _ = jnp.ones((2, 3)) + jnp.ones(3)
 
   def test_an_unknown_task_is_refused_by_the_task_router_alone(self):
-    kind = task_types.Kind('search', (task_types.Segment('text'),), 'pair', 'first', 'search')
+    kind = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
     for router in small_model.ROUTERS:
       run = lambda r=router: jax.eval_shape(
           lambda: small_model.encode(small_model.spec(r), (small_model.sequence(kind),))[0])
@@ -288,7 +288,7 @@ class SettingsTest(absltest.TestCase):
         self.assertEqual(run()[0].shape, (2, 1, 16))
 
   def test_the_router_table_holds_every_built_in_condition(self):
-    conditions = [c for k in task_types.KINDS.values() for c in (*k.conditions, k.pair_condition)]
+    conditions = [c for k in task_types.TASK_TYPES.values() for c in (*k.conditions, k.pair_condition)]
     for router in ('task', 'modality'):
       rows = routers.distinct_rows(router, (*conditions, *task_types.families().values()))
       self.assertLessEqual(set(rows), set(small_model.spec(router).router_names))

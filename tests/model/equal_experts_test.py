@@ -24,14 +24,14 @@ _PROJECTIONS = ('qkv', 'attention_out', 'ffn_in', 'ffn_out')
 def _plan():
   """Captions among the vocabulary: three condition rows, arrays that join keys and values, two streams."""
   c = config.base()
-  c.sets.vocabulary = config.target_set('vocabulary', family='words')
+  c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.caption = config.task(
-      'image_caption', 'glyphs', batch=_BATCH, target_set='vocabulary', captions=('{name}',), length=_WORDS)
+      'image_caption', 'glyphs', batch_size=_BATCH, target_set='vocabulary', caption_templates=('{name}',), max_len=_WORDS)
   return validate.resolve(c)
 
 
 def _spec(router: str):
-  return small_model.spec(router, layers=2, temperatures=_plan().temperatures)
+  return small_model.spec(router, num_layers=2, temperature_groups=_plan().temperatures)
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def _data():
 def _loss(router: str, gradient: bool = False):
   """parameters → the total loss of a training step, noise of the routers included, and its gradient if asked for."""
   spec = step.StepSpec(
-      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), rate=None, accum=1, ema=0.0,
+      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), rate=None, grad_accum_steps=1, ema_decay=0.0,
       eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
 
   def loss(values, batch, sets):

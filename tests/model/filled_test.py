@@ -63,7 +63,7 @@ class FilledTest(parameterized.TestCase):
     chex.assert_trees_all_close(counts_filled, counts, rtol=1e-5)
     if looks_at_tokens:  # the control: rows that are valid are counted
       (_, (_, more)), _ = found(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
-      self.assertGreater(float(more[0]['ffn'].tokens.sum()), float(counts[0]['ffn'].tokens.sum()))
+      self.assertGreater(float(more[0]['mlp'].tokens.sum()), float(counts[0]['mlp'].tokens.sum()))
 
 
   @parameterized.parameters('shape', 'text')  # names in the order of their set, and words as they are

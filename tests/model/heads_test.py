@@ -40,13 +40,13 @@ class ScaleTest(parameterized.TestCase):
     np.testing.assert_allclose(found, (scale, gradient), rtol=1e-5)
 
   def test_a_group_starts_at_its_temperature(self):
-    spec = small_model.spec(temperatures=('one', 'two'), temperature=.25)
+    spec = small_model.spec(temperature_groups=('one', 'two'), temperature_init=.25)
     values = UniPerceiver(spec).bind({'params': {
         'log_scale_one': jnp.float32(math.log(4.0)), 'log_scale_two': jnp.float32(math.log(7.0))}})
     np.testing.assert_allclose([values.scale('one'), values.scale('two')], [4, 7], rtol=1e-6)
 
   def test_every_group_has_a_scale_of_its_own(self):
-    names = set(small_model.boxed(small_model.spec(temperatures=('one', 'two'))))
+    names = set(small_model.boxed(small_model.spec(temperature_groups=('one', 'two'))))
     self.assertLessEqual({'log_scale_one', 'log_scale_two'}, names)
     self.assertNotIn('log_scale_group', names)
 

@@ -97,7 +97,7 @@ def _influence(kind: str, lengths: tuple[int, ...], padded: tuple[int, ...] = ()
   rng = np.random.default_rng(0)
   arrays = tuple(jnp.asarray(rng.normal(size=(1, n, 16)), jnp.float32) for n in lengths)
   last = jnp.asarray([[i not in padded for i in range(lengths[-1])]])
-  layout = Layout.of_kind(task_types.KINDS[kind])
+  layout = Layout.of_task_type(task_types.TASK_TYPES[kind])
   return np.asarray(_influence_of(layout)(arrays, (None,) * (len(lengths) - 1) + (last,)))
 
 

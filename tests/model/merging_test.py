@@ -10,8 +10,8 @@ from uni_moe_jax.model import decoding, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 
-_KIND = task_types.KINDS['image_caption']
-_VQA = task_types.KINDS['vqa'].conditions
+_KIND = task_types.TASK_TYPES['image_caption']
+_VQA = task_types.TASK_TYPES['vqa'].conditions
 _EXPERTS = 13  # as no other axis
 
 
@@ -22,8 +22,8 @@ def _spec(router: str, **changes):
 class ForConditionsTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      ('attribute', {}, _VQA[::-1]), ('task', {'placement': 'odd', 'layers': 5}, _KIND.conditions),
-      ('modality', {'parts': ('ffn',), 'prompts': 2}, _VQA[::-1]))
+      ('attribute', {}, _VQA[::-1]), ('task', {'placement': 'every_2', 'layers': 5}, _KIND.conditions),
+      ('modality', {'parts': ('mlp',), 'prompts': 2}, _VQA[::-1]))
   def test_features_are_those_of_the_model_with_experts(self, router, changes, others):
     spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
 

@@ -21,7 +21,7 @@ _KINDS = ('image_classification', 'image_caption', 'text_mlm')
 
 
 def _spec(**changes):
-  return small_model.spec(prompts=_P, spe_bias=True, **changes)
+  return small_model.spec(num_deep_prompts=_P, spe_bias=True, **changes)
 
 
 def _sequences():
@@ -57,7 +57,7 @@ class DeepPromptsTest(parameterized.TestCase):
     self.assertEqual([f.shape for f in with_], [f.shape for f in without])
 
   def test_prompts_of_inputs_alone_leave_targets_as_they_are(self):
-    spec, plain = small_model.spec(prompts=_P, prompt_sides='inputs'), small_model.spec()
+    spec, plain = small_model.spec(num_deep_prompts=_P, prompt_sharing='inputs'), small_model.spec()
     with_, without = _features(spec)(small_model.params(spec)), _features(plain)(small_model.params(plain))
     np.testing.assert_array_equal(with_[3], without[3])
     for i in range(len(_KINDS)):
@@ -66,10 +66,10 @@ class DeepPromptsTest(parameterized.TestCase):
   @parameterized.parameters(('shared', True), ('separate', False), ('inputs', False))
   def test_texts_of_both_sides_share_their_products_only_where_they_share_prompts(self, sides, same):
     # A dense model knows no conditions: only the side of a text says which prompts it sees.
-    search = task_types.Kind('search', (task_types.Segment('text'),), 'pair', 'first', 'search')
+    search = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
     text = small_model.sequence(search)
     sequences = (text, text.replace(layout=small_model.target(search.pair_condition).layout))
-    spec = small_model.spec('dense', prompts=_P, prompt_sides=sides)
+    spec = small_model.spec('dense', num_deep_prompts=_P, prompt_sharing=sides)
     one, other = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
     self.assertEqual(np.allclose(one, other, atol=1e-5), same)
 
@@ -81,7 +81,7 @@ class DeepPromptsTest(parameterized.TestCase):
       self.assertGreater(np.abs(g).max(-1).min(), 1e-6)
 
   def test_separate_prompts_serve_one_side_each(self):
-    spec = _spec(prompt_sides='separate')
+    spec = _spec(prompt_sharing='separate')
     for stream, own, other in ((0, 'input', 'target'), (3, 'target', 'input')):
       gradient = _gradient(spec, stream)
       for path, g in gradient.items():
@@ -94,14 +94,14 @@ class DeepPromptsTest(parameterized.TestCase):
     # Of a caption's two conditions, prompts take the picture's: with it alone in the experts' choice they still move it.
     layout = small_model.sequence('image_caption').layout
     self.assertEqual(layout.prompt_condition, layout.conditions[0])
-    self.assertEqual(decoding.pass_layout(task_types.KINDS['image_caption']).prompt_condition, layout.conditions[0])
+    self.assertEqual(decoding.pass_layout(task_types.TASK_TYPES['image_caption']).prompt_condition, layout.conditions[0])
     self.assertNotEqual(layout.conditions[0], layout.conditions[1])
 
 
 @functools.cache
 def _streams(prefix: int, sides: str = 'separate'):
   """Streams as they come into the encoder, of `_sequences` and of a question about a picture."""
-  spec = small_model.spec(prefix_prompts=prefix, prompt_sides=sides)
+  spec = small_model.spec(num_prefix_prompts=prefix, prompt_sharing=sides)
   sequences = (*_sequences(), small_model.sequence('vqa'))
   run = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, taps=True)[1]['streams'])
   return jax.device_get(run(small_model.params(spec))), small_model.params(spec)
@@ -122,7 +122,7 @@ class PrefixPromptsTest(parameterized.TestCase):
 
   def test_they_are_valid_keys_and_padding_moves_with_its_text(self):
     text = small_model.target(task_types.families()['names']).replace(text_valid=jnp.array([[1, 1, 0], [1, 0, 0]], bool))
-    spec = small_model.spec(prefix_prompts=2)
+    spec = small_model.spec(num_prefix_prompts=2)
     _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(small_model.params(spec))
     np.testing.assert_array_equal(
         collected['streams'][0].valid[0], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
@@ -146,7 +146,7 @@ class PrefixPromptsTest(parameterized.TestCase):
 
   @pytest.mark.nightly
   def test_the_rows_that_are_read_are_the_same_when_all_are_computed(self):
-    spec = small_model.spec(prompts=_P, prefix_prompts=3, spe_bias=True)
+    spec = small_model.spec(num_deep_prompts=_P, num_prefix_prompts=3, spe_bias=True)
     sequences = (*_sequences(), small_model.sequence('vqa'))
     every = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, all_rows=True)[0])(small_model.params(spec))
     some = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
@@ -155,7 +155,7 @@ class PrefixPromptsTest(parameterized.TestCase):
 
   @parameterized.parameters(*range(len(_KINDS) + 1))
   def test_every_row_moves_every_readout(self, stream):
-    rows = _gradient(small_model.spec(prefix_prompts=3), stream)['embed/prompts/input']
+    rows = _gradient(small_model.spec(num_prefix_prompts=3), stream)['embed/prompts/input']
     self.assertGreater(np.abs(rows).max(-1).min(), 1e-6)
 
 
@@ -164,7 +164,7 @@ _ENTRIES, _ORDER = 5, np.array([3, 0, 4, 1, 2], np.int32)
 
 
 def _label_spec(entries: int = _ENTRIES):
-  return small_model.spec(label_prompts=(('names', entries), ('others', 2)), prefix_prompts=1)
+  return small_model.spec(label_prompts=(('names', entries), ('others', 2)), num_prefix_prompts=1)
 
 
 def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):
@@ -210,7 +210,7 @@ class LabelPromptsTest(parameterized.TestCase):
 
   def test_fresh_ones_are_zero_and_hardly_move_a_feature(self):
     # LayerScale as published: what one key more changes in attention is small beside the words themselves.
-    spec = dataclasses.replace(_label_spec(), layer_scale=1e-3)
+    spec = dataclasses.replace(_label_spec(), layer_scale_init=1e-3)
     values = small_model.jit(lambda: params_lib.init_params(UniPerceiver(spec), jax.random.key(0)))()
     self.assertFalse(np.asarray(values['embed']['prompts']['label_names']).any())
     fresh, plain = _entries(spec)(values), _entries(spec, False)(values)
@@ -256,7 +256,7 @@ class LinearHeadTest(absltest.TestCase):
   def test_it_adds_to_weighted_similarity_by_hand(self):
     # 2 · 5 + (1, 2) · (10, 100) + 7
     head = {'kernel': jnp.array([[10.], [100.]]), 'bias': jnp.array([7.]), 'similarity_weight': jnp.float32(2.)}
-    model = UniPerceiver(small_model.spec(head=1, width=2, heads=1, temperatures=()))
+    model = UniPerceiver(small_model.spec(head=1, width=2, num_heads=1, temperature_groups=()))
     found = model.apply({'params': {'linear_head': head}}, jnp.array([[[1., 2.]]]), jnp.array([[[5.]]]), method='with_head')
     np.testing.assert_allclose(found, [[[227.]]])
 
@@ -264,7 +264,7 @@ class LinearHeadTest(absltest.TestCase):
 class DecodingTest(absltest.TestCase):
 
   def test_cached_decoding_with_prompts_is_the_forward_of_training(self):
-    spec, kind = _spec(), task_types.KINDS['image_caption']
+    spec, kind = _spec(), task_types.TASK_TYPES['image_caption']
     values, length = small_model.params(spec), 4
     pixels = small_model.sequence(kind, 2, seed=1).pixels
     words = normalise(jnp.asarray(np.random.default_rng(0).normal(size=(small_model.VOCABULARY, 16)), jnp.float32))

@@ -9,9 +9,9 @@ from tests import small_model
 from uni_moe_jax.model import uni_perceiver
 from uni_moe_jax.model.sequences import READ_NOTHING, Layout, Stream, join_equal, take_rows
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.tasks.task_types import Kind, Segment
+from uni_moe_jax.tasks.task_types import TaskType, Segment
 
-_TEXT = Layout.of_kind(task_types.KINDS['text_mlm'])
+_TEXT = Layout.of_task_type(task_types.TASK_TYPES['text_mlm'])
 
 
 class LayoutTest(parameterized.TestCase):
@@ -20,15 +20,15 @@ class LayoutTest(parameterized.TestCase):
       ('image_classification', ('visual',), 0), ('text_mlm', ('text',), 0), ('text_classification', ('text',), 0),
       ('image_caption', ('visual', 'text'), 1), ('vqa', ('visual', 'text'), 1))
   def test_of_a_kind(self, name, modalities, readout_array):
-    layout = Layout.of_kind(task_types.KINDS[name])
+    layout = Layout.of_task_type(task_types.TASK_TYPES[name])
     self.assertEqual(layout.modalities, modalities)
     self.assertEqual(layout.readout_array, readout_array)
-    self.assertEqual(layout.conditions, task_types.KINDS[name].conditions)
+    self.assertEqual(layout.conditions, task_types.TASK_TYPES[name].conditions)
     self.assertTrue(layout.prefixed)
 
   def test_a_target_text_is_read_at_its_prefix(self):
     layout = Layout.of_text(task_types.families()['words'])
-    self.assertEqual((layout.masks, layout.readout, layout.readout_array), (('full',), 'first', 0))
+    self.assertEqual((layout.masks, layout.readout, layout.readout_array), (('full',), 'cls', 0))
 
   def test_a_prefill_reads_nothing(self):
     self.assertIsNone(Layout((), (), READ_NOTHING).readout_array)
@@ -40,14 +40,14 @@ class TakeRowsTest(absltest.TestCase):
   _X = jnp.arange(2)[:, None, None] * 10 + jnp.arange(6)[None, :, None]
 
   def test_first_is_token_zero(self):
-    np.testing.assert_array_equal(take_rows(self._X, 'first', None)[..., 0], [[0], [10]])
+    np.testing.assert_array_equal(take_rows(self._X, 'cls', None)[..., 0], [[0], [10]])
 
   def test_queries_are_the_second_half(self):
     np.testing.assert_array_equal(take_rows(self._X, 'queries', None)[..., 0], [[3, 4, 5], [13, 14, 15]])
 
   def test_picks_are_each_samples_own_positions(self):
     positions = jnp.array([[5, 1, 1], [0, 2, 4]])
-    np.testing.assert_array_equal(take_rows(self._X, 'picks', positions)[..., 0], [[5, 1, 1], [10, 12, 14]])
+    np.testing.assert_array_equal(take_rows(self._X, 'masked', positions)[..., 0], [[5, 1, 1], [10, 12, 14]])
 
   def test_a_slot_is_one_position(self):
     np.testing.assert_array_equal(take_rows(self._X, 'slot', jnp.array([[2], [3]]))[..., 0], [[2], [13]])
@@ -97,7 +97,7 @@ class JoinTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
       ('key', {}, {}, 'b'), ('length', {}, dict(tokens=3), 'a'), ('padding', {}, dict(padded=True), 'a'),
-      ('picks', dict(picks=1), dict(picks=2), 'a'), ('readout', {}, dict(picks=2), 'a'))
+      ('masked', dict(picks=1), dict(picks=2), 'a'), ('readout', {}, dict(picks=2), 'a'))
   def test_streams_that_differ_stay_apart(self, one, other, key):
     joined, _ = join_equal((_stream(0, 2, **one), _stream(10, 2, **other)), ('a', key), shards=1)
     self.assertEqual([_numbers(s) for s in joined], [[0, 1], [10, 11]])
@@ -144,7 +144,7 @@ class ModelJoinsTest(parameterized.TestCase):
 
   def test_sequences_that_are_read_in_different_arrays_stay_apart(self):
     # [spe, picture] [question] and [spe, question] [picture], of equal shapes.
-    swapped = Kind('swapped', (Segment('text'), Segment('visual')), 'words', 'slot', 'vqa')
+    swapped = TaskType('swapped', (Segment('text'), Segment('visual')), 'words', 'slot', 'vqa')
     sequences = [small_model.sequence(k, words=4, text_valid=None) for k in ('vqa', swapped)]
     self.assertEqual(self._streams('dense', *sequences), 2)
 

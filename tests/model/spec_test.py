@@ -8,7 +8,7 @@ from uni_moe_jax import config
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.tasks import attributes, task_types
 
-_BOTH = ('attention', 'ffn')
+_BOTH = ('attention', 'mlp')
 
 
 def _chosen(spec: ModelSpec) -> list[int]:
@@ -19,20 +19,20 @@ class PatternTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('all', 5, [0, 1, 2, 3, 4]),
-      ('odd', 5, [0, 2, 4]),  # published name: the first layer is number one
-      ('odd', 4, [0, 2]),
-      ('four', 9, [0, 4, 8]),
+      ('every_2', 5, [0, 2, 4]),  # published name: the first layer is number one
+      ('every_2', 4, [0, 2]),
+      ('every_4', 9, [0, 4, 8]),
       ('none', 5, []),
       ((1, 4), 5, [1, 4]),
       ((), 5, []))
   def test_placement_chooses_layers(self, placement, layers, expected):
-    self.assertEqual(_chosen(small_model.spec(layers=layers, placement=placement)), expected)
+    self.assertEqual(_chosen(small_model.spec(num_layers=layers, placement=placement)), expected)
 
   def test_a_dense_model_has_experts_nowhere(self):
     self.assertEqual(_chosen(small_model.spec('dense', placement='all')), [])
 
   def test_only_the_named_parts_have_experts(self):
-    self.assertEqual(small_model.spec(layers=3, placement='odd', parts=('ffn',)).pattern, (('ffn',), (), ('ffn',)))
+    self.assertEqual(small_model.spec(num_layers=3, placement='every_2', sublayers=('mlp',)).pattern, (('mlp',), (), ('mlp',)))
 
 
 class StackTest(parameterized.TestCase):
@@ -42,34 +42,34 @@ class StackTest(parameterized.TestCase):
       ('all', 1, 1, 0, 1),
       ('all', 5, 1, 4, 1),
       ('none', 5, 1, 4, 1),
-      ('odd', 5, 2, 1, 3),
-      ('odd', 6, 2, 2, 2),
-      ('odd', 2, 2, 0, 2),
-      ('four', 9, 4, 1, 5),
-      ('four', 8, 4, 1, 4))
+      ('every_2', 5, 2, 1, 3),
+      ('every_2', 6, 2, 2, 2),
+      ('every_2', 2, 2, 0, 2),
+      ('every_4', 9, 4, 1, 5),
+      ('every_4', 8, 4, 1, 4))
   def test_whole_periods_are_scanned_but_for_the_last(self, placement, layers, period, periods, tail):
-    stack = small_model.spec(layers=layers, placement=placement).stack
+    stack = small_model.spec(num_layers=layers, placement=placement).stack
     self.assertEqual((len(stack.period), stack.periods, len(stack.tail)), (period, periods, tail))
 
   @parameterized.parameters(((0, 1, 4), 6), ((1, 2), 6), ((0, 1, 2, 3, 4), 9))
   def test_an_irregular_placement_is_unrolled(self, placement, layers):
-    stack = small_model.spec(layers=layers, placement=placement).stack
+    stack = small_model.spec(num_layers=layers, placement=placement).stack
     self.assertEqual((stack.period, stack.periods, len(stack.tail)), ((), 0, layers))
 
   def test_indices_that_are_regular_are_scanned(self):
-    self.assertEqual(small_model.spec(layers=6, placement=(0, 2, 4)).stack,
-                     small_model.spec(layers=6, placement='odd').stack)
+    self.assertEqual(small_model.spec(num_layers=6, placement=(0, 2, 4)).stack,
+                     small_model.spec(num_layers=6, placement='every_2').stack)
 
   def test_locate_by_hand(self):
-    # 'odd' with five layers: one scanned period (0, 1), then 2, 3, 4 in the tail.
-    stack = small_model.spec(layers=5, placement='odd').stack
+    # 'every_2' with five layers: one scanned period (0, 1), then 2, 3, 4 in the tail.
+    stack = small_model.spec(num_layers=5, placement='every_2').stack
     self.assertEqual([stack.locate(i) for i in range(5)], [
         ('blocks', 0, 'block0'), ('blocks', 0, 'block1'), ('tail', None, 'block0'), ('tail', None, 'block1'),
         ('tail', None, 'block2')])
 
-  @parameterized.parameters(('all', 5), ('odd', 5), ('odd', 6), ('four', 9), ('none', 3), ((0, 1, 4), 6), ((1, 2), 4))
+  @parameterized.parameters(('all', 5), ('every_2', 5), ('every_2', 6), ('every_4', 9), ('none', 3), ((0, 1, 4), 6), ((1, 2), 4))
   def test_locate_finds_every_block_of_the_tree_once(self, placement, layers):
-    spec = small_model.spec(layers=layers, placement=placement)
+    spec = small_model.spec(num_layers=layers, placement=placement)
     encoder = small_model.nn.unbox(small_model.boxed(spec))['encoder']
     found = []
     for layer in range(layers):
@@ -90,20 +90,20 @@ class StackTest(parameterized.TestCase):
 
   def test_the_stack_has_as_many_layers_as_the_pattern(self):
     for layers in range(1, 12):
-      for placement in ('all', 'odd', 'four'):
-        self.assertEqual(small_model.spec(layers=layers, placement=placement).stack.layers, layers)
+      for placement in ('all', 'every_2', 'every_4'):
+        self.assertEqual(small_model.spec(num_layers=layers, placement=placement).stack.layers, layers)
 
 
 class SizesTest(absltest.TestCase):
 
   def test_by_hand(self):
-    spec = small_model.spec(width=24, heads=3, image_size=32, patch=8)
+    spec = small_model.spec(width=24, num_heads=3, image_size=32, patch_size=8)
     self.assertEqual((spec.head_dim, spec.patches), (8, 16))
 
 
 class RowNamesTest(absltest.TestCase):
 
-  _CONDITIONS = (*task_types.KINDS['image_caption'].conditions, task_types.families()['words'])
+  _CONDITIONS = (*task_types.TASK_TYPES['image_caption'].conditions, task_types.families()['words'])
 
   def test_rows_read_as_bits_or_names(self):
     names = {r: small_model.spec(r).row_names(self._CONDITIONS) for r in small_model.ROUTERS}
@@ -126,18 +126,18 @@ class FromConfigTest(absltest.TestCase):
 
   def test_sizes_and_choices_come_from_the_config(self):
     c = config.base()
-    c.model.update(dict(layers=5, width=64, heads=4, hidden=96, layer_scale=.25, drop_path=.1, dtype='bfloat16'))
-    c.moe.update(dict(num_experts=6, top_k=3, placement='odd', parts=('ffn',), capacity=1.5, grouped='ragged'))
+    c.model.update(dict(num_layers=5, width=64, num_heads=4, mlp_dim=96, layer_scale_init=.25, drop_path=.1, dtype='bfloat16'))
+    c.moe.update(dict(num_experts=6, top_k=3, placement='every_2', sublayers=('mlp',), capacity_factor=1.5, gmm='ragged'))
     spec = self._spec(c)
-    self.assertEqual((spec.layers, spec.width, spec.heads, spec.hidden), (5, 64, 4, 96))
-    self.assertEqual((spec.layer_scale, spec.drop_path, spec.dtype), (.25, .1, jnp.bfloat16))
-    self.assertEqual((spec.num_experts, spec.top_k, spec.parts), (6, 3, ('ffn',)))
-    self.assertEqual((spec.capacity, spec.grouped), (1.5, 'ragged'))
+    self.assertEqual((spec.num_layers, spec.width, spec.num_heads, spec.mlp_dim), (5, 64, 4, 96))
+    self.assertEqual((spec.layer_scale_init, spec.drop_path, spec.dtype), (.25, .1, jnp.bfloat16))
+    self.assertEqual((spec.num_experts, spec.top_k, spec.sublayers), (6, 3, ('mlp',)))
+    self.assertEqual((spec.capacity_factor, spec.gmm), (1.5, 'ragged'))
     self.assertEqual(_chosen(spec), [0, 2, 4])
 
   def test_sizes_of_data_and_plan_are_arguments(self):
     spec = self._spec(config.base())
-    self.assertEqual((spec.vocab_size, spec.spe_id, spec.temperatures), (50, 3, ('a', 'b')))
+    self.assertEqual((spec.vocab_size, spec.spe_id, spec.temperature_groups), (50, 3, ('a', 'b')))
 
   def test_a_router_by_name_gets_its_table(self):
     names = {}

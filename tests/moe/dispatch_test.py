@@ -54,7 +54,7 @@ class TableTest(parameterized.TestCase):
   _EXPERT = [[[0], [0], [1]], [[0], [2], [0]]]
 
   def test_exact_routing_sorts_by_expert_and_position(self):
-    to = _routes(_choice(self._EXPERT), None, 0.0, 1, 'loop')
+    to = _routes(_choice(self._EXPERT), None, 0.0, 1, 'tiled')
     self.assertEqual(to.sizes.tolist(), [4, 1, 1])
     # Tokens are numbered 00 01 02 10 11 12. Expert 0: position 0 of both samples, then 01, then 12.
     self.assertEqual(to.source.tolist(), [0, 3, 1, 5, 2, 4] + _BEHIND)
@@ -63,38 +63,38 @@ class TableTest(parameterized.TestCase):
 
   def test_capacity_is_given_to_earlier_positions_of_any_sample(self):
     # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both samples; 01 and 12 find no room.
-    to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'loop')
+    to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'tiled')
     self.assertEqual(_kept(to, 2, 3), [[1, 0, 1], [1, 1, 0]])
     self.assertEqual((to.sizes.tolist(), int(to.asked)), ([2, 1, 1], 6))
     self.assertEqual(to.source.tolist(), [0, 3, 2, 4, -1, -1] + _BEHIND)
 
   def test_buffers_have_equal_room(self):
-    to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'buffers')
+    to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'batched')
     self.assertEqual(to.source.tolist(), [0, 3, 2, -1, 4, -1])
     self.assertEqual(np.asarray(to.slot)[np.asarray(to.kept)].tolist(), [0, 2, 1, 4])
 
   def test_padding_is_neither_routed_nor_counted(self):
     # Position 0 of sample 1 is padding: its slot goes to 01.
     valid = jnp.array([[True, True, True], [False, True, True]])
-    to = _routes(_choice(self._EXPERT), valid, 1.0, 1, 'loop')
+    to = _routes(_choice(self._EXPERT), valid, 1.0, 1, 'tiled')
     self.assertEqual(_kept(to, 2, 3), [[1, 1, 1], [0, 1, 0]])
     self.assertEqual((to.sizes.tolist(), int(to.asked)), ([2, 1, 1], 5))
 
   def test_at_one_position_first_choices_come_first(self):
     # One position, two samples, experts (0, 1) and (2, 0): C = ⌈.75 · 2 · 2 / 3⌉ = 1. Expert 0 takes the first choice.
-    to = _routes(_choice([[[1, 0]], [[0, 2]]]), None, .75, 1, 'loop')
+    to = _routes(_choice([[[1, 0]], [[0, 2]]]), None, .75, 1, 'tiled')
     self.assertEqual(_kept(to, 2, 2), [[1, 0], [1, 1]])
 
   def test_an_earlier_second_choice_is_never_evicted_by_a_later_first_choice(self):
-    to = _routes(_choice([[[1, 0], [0, 2]]]), None, .75, 1, 'loop')
+    to = _routes(_choice([[[1, 0], [0, 2]]]), None, .75, 1, 'tiled')
     self.assertEqual(_kept(to, 2, 2), [[1, 1], [0, 1]])
 
   def test_words_and_queries_have_separate_capacities(self):
     # [words | queries], all asking for expert 0: C = ⌈.5 · 1 · 4 / 3⌉ = 1 each, of sample 0's first.
     expert = [[[0], [0], [0], [0]], [[0], [0], [0], [0]]]
-    apart = _routes(_choice(expert), None, .5, 2, 'loop')
+    apart = _routes(_choice(expert), None, .5, 2, 'tiled')
     self.assertEqual(_kept(apart, 2, 4), [[1, 0, 1, 0], [0, 0, 0, 0]])
-    together = _routes(_choice(expert), None, .5, 1, 'loop')  # C = ⌈.5 · 8 / 3⌉ = 2
+    together = _routes(_choice(expert), None, .5, 1, 'tiled')  # C = ⌈.5 · 8 / 3⌉ = 2
     self.assertEqual(_kept(together, 2, 4), [[1, 0, 0, 0], [1, 0, 0, 0]])
 
   @parameterized.parameters(*gmm.BACKENDS)
@@ -116,7 +116,7 @@ class TableTest(parameterized.TestCase):
         self.assertLess(len(slots), 2 * int(valid.sum()))
 
   def test_coefficients_are_the_kept_gates(self):
-    to = _routes(_choice([[[1, 0], [0, 2]]], [[[.7, .3], [.6, .4]]]), None, .75, 1, 'loop')
+    to = _routes(_choice([[[1, 0], [0, 2]]], [[[.7, .3], [.6, .4]]]), None, .75, 1, 'tiled')
     np.testing.assert_allclose(to.coef, [[.3, .7, 0], [0, 0, .4]], rtol=1e-6)
 
 
@@ -131,7 +131,7 @@ def _inputs():
   return _normal(0, _B, _S, 2, 3), _normal(1, _E, 2, 3, 5), _normal(2, _E, 5), _normal(3, _B, _S, _E)
 
 
-def _dispatched(x, kernel, bias, logits, valid=None, capacity=0.0, parts=1, backend='loop'):
+def _dispatched(x, kernel, bias, logits, valid=None, capacity=0.0, parts=1, backend='tiled'):
   choice = routers.Choice(logits, *routers.keep(logits, _K))
   return dispatch.project(x, kernel, bias, dispatch.routes(choice, valid, capacity, parts, backend))
 
@@ -192,7 +192,7 @@ class ExactTest(parameterized.TestCase):
     found = run(*_inputs())
     np.testing.assert_allclose(found, _expected()[0], atol=2e-5)
 
-  @parameterized.product(backend=('buffers', 'loop'), at_once=(True, False))
+  @parameterized.product(backend=('batched', 'tiled'), at_once=(True, False))
   def test_a_rematerialised_product_is_not_computed_again(self, backend, at_once):
     # Forward, and the gradients of x and of the kernels; the fourth is what experts gave, for the gradient of the gates.
     def block(x, kernel, bias, logits):

@@ -34,7 +34,7 @@ def _choose(logits, mesh=None):
   return expert_parallel.choose(logits, _K, mesh)
 
 
-def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='buffers'):
+def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='batched'):
   """Two projections that share a decision: to heads and back, as attention has them. ([B, S, D], routes)."""
   to = expert_parallel.routes(_choose(logits, mesh), valid, 1, capacity, backend, mesh)
   first = Linear(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
@@ -106,7 +106,7 @@ class EqualTest(parameterized.TestCase):
   def test_examples_that_do_not_divide_are_filled_up_and_padding_is_not_routed(self):
     x, logits, *weights = _operands()
     valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
-    run = small_model.jit(functools.partial(_block, valid=valid, mesh=_mesh(data=2, expert=4), backend='loop'))
+    run = small_model.jit(functools.partial(_block, valid=valid, mesh=_mesh(data=2, expert=4), backend='tiled'))
     y, to = run(x[:3], logits[:3], *weights)
     expected = np.asarray(_expected()[0][0][:3])
     np.testing.assert_allclose(y, np.where(valid[..., None], expected, 0), atol=2e-5)
@@ -120,7 +120,7 @@ class CapacityTest(absltest.TestCase):
     found, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=mesh))
     of_shard = small_model.jit(dispatch.routes, static_argnums=(1, 2, 3, 4))
     choice = _choose(_operands()[1])
-    here = [of_shard(jax.tree.map(lambda c, i=i: c[2 * i:2 * i + 2], choice), None, capacity, 1, 'buffers') for i in range(4)]
+    here = [of_shard(jax.tree.map(lambda c, i=i: c[2 * i:2 * i + 2], choice), None, capacity, 1, 'batched') for i in range(4)]
     kept = np.concatenate([np.asarray(to.kept) for to in here])
     np.testing.assert_array_equal(found[1].kept, kept)
     self.assertBetween(kept.mean(), .3, .7)  # C = ⌈.5 · 2 · 2 · 5 / 4⌉ = 3 of 5 on average

@@ -66,7 +66,7 @@ def _compare(backend, sizes, starts, rows):
 class EveryBackendTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
-      (f'{name}_{backend}', sizes, backend) for name, sizes in _SIZES for backend in ('loop', 'ragged', 'megablox', 'triton'))
+      (f'{name}_{backend}', sizes, backend) for name, sizes in _SIZES for backend in ('tiled', 'ragged', 'megablox', 'triton'))
   def test_it_equals_the_plain_loop(self, sizes, backend):
     starts = np.cumsum(sizes) - sizes
     found, expected = _compare(backend, sizes, starts, _G)
@@ -76,7 +76,7 @@ class EveryBackendTest(parameterized.TestCase):
   @parameterized.named_parameters(*_SIZES[:1], ('full', (4, 4, 4, 4)), *_SIZES[4:])
   def test_buffers_equal_the_plain_loop_over_equal_groups(self, sizes):
     room = max(4, *sizes)
-    found, expected = _compare('buffers', sizes, room * np.arange(_E), room * _E)
+    found, expected = _compare('batched', sizes, room * np.arange(_E), room * _E)
     for name, a, b in zip(('y', 'dx', 'dkernel'), found, expected):
       np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
@@ -121,18 +121,18 @@ class TritonTest(parameterized.TestCase):
 
 class DoorTest(parameterized.TestCase):
 
-  @parameterized.parameters(('cpu', False, 'loop'), ('cpu', True, 'buffers'), ('tpu', False, 'megablox'),
-                            ('tpu', True, 'megablox'), ('gpu', True, 'buffers'), ('gpu', False, 'triton'))
+  @parameterized.parameters(('cpu', False, 'tiled'), ('cpu', True, 'batched'), ('tpu', False, 'megablox'),
+                            ('tpu', True, 'megablox'), ('gpu', True, 'batched'), ('gpu', False, 'triton'))
   def test_auto_follows_the_device(self, device, capacity, backend):
     with mock.patch.object(jax, 'default_backend', lambda: device):
       self.assertEqual(gmm.choose('auto', capacity), backend)
 
-  @parameterized.parameters(('cpu', False, 'loop'), ('tpu', False, 'ragged'), ('tpu', True, 'buffers'), ('gpu', True, 'buffers'),
+  @parameterized.parameters(('cpu', False, 'tiled'), ('tpu', False, 'ragged'), ('tpu', True, 'batched'), ('gpu', True, 'batched'),
                             ('gpu', False, 'ragged'))
   def test_xla_is_auto_without_the_kernel(self, device, capacity, backend):
     self.assertEqual(gmm.choose('xla', capacity, device), backend)
 
-  @parameterized.parameters(('loop', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200))
+  @parameterized.parameters(('tiled', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200))
   def test_a_backend_wants_rows(self, backend, most, rows):
     # A tile of 128 rows has at least one of its group.
     self.assertEqual(gmm.rows_for(backend, most), rows)

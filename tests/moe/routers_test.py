@@ -52,7 +52,7 @@ class DecideTest(parameterized.TestCase):
 
 
 def _conditions(*kinds: str) -> tuple[Condition, ...]:
-  return tuple(c for k in kinds for c in task_types.KINDS[k].conditions)
+  return tuple(c for k in kinds for c in task_types.TASK_TYPES[k].conditions)
 
 
 class RowsTest(parameterized.TestCase):

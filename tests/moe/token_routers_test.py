@@ -112,7 +112,7 @@ def _usage(expert, logits=None, valid=None, capacity=0.0) -> Usage:
   expert = jnp.asarray(expert, jnp.int32)
   logits = jnp.zeros((*expert.shape[:2], 3)) if logits is None else jnp.asarray(logits, jnp.float32)
   choice = routers.Choice(logits, expert, jnp.full(expert.shape, 1 / expert.shape[2]))
-  return small_model.jit(_of)(choice, _routes(choice, valid, capacity, 1, 'loop'), valid)
+  return small_model.jit(_of)(choice, _routes(choice, valid, capacity, 1, 'tiled'), valid)
 
 
 class UsageTest(absltest.TestCase):
@@ -136,7 +136,7 @@ class UsageTest(absltest.TestCase):
   def test_rows_that_are_dispatched_again_ask_again(self):
     usage = _usage([[[0], [0]]])
     choice = routers.Choice(jnp.zeros((1, 1, 3)), jnp.array([[[0]]]), jnp.ones((1, 1, 1)))
-    again = jax.tree.map(lambda x: x[0], usage).again(_routes(choice, None, 0.0, 1, 'loop'))
+    again = jax.tree.map(lambda x: x[0], usage).again(_routes(choice, None, 0.0, 1, 'tiled'))
     self.assertEqual((float(again.tokens), float(again.asked), again.kept.tolist()), (2, 3, [3, 0, 0]))
 
 
@@ -177,7 +177,7 @@ class LossesTest(absltest.TestCase):
   def test_a_step_down_the_balance_loss_moves_probability_to_idle_experts(self):
     def loss(logits):
       choice = routers.Choice(logits, *routers.keep(logits, 1))
-      return _of(choice, dispatch.routes(choice, None, 0.0, 1, 'loop'), None).losses['balance']
+      return _of(choice, dispatch.routes(choice, None, 0.0, 1, 'tiled'), None).losses['balance']
     gradient = small_model.jit(jax.grad(loss))(jnp.array([[[1., .5, 0.], [2., 0., 1.]]]))
     self.assertGreater(float(gradient[..., 0].min()), 1e-3)
     self.assertLess(float(gradient[..., 1:].max()), -1e-3)

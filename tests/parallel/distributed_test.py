@@ -17,7 +17,7 @@ import sys
 from uni_moe_jax.parallel import distributed
 spoke = distributed.start(sys.argv[1])
 import jax
-said = f'{spoke} {distributed.speaks()} {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices'
+said = f'{spoke} {distributed.is_primary()} {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices'
 print('out', said)
 print('err', said, file=sys.stderr)
 '''

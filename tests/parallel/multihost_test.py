@@ -72,5 +72,5 @@ def test_a_process_that_fails_alone_tells_why_and_leaves_without_farewell(proces
 
 
 def test_one_process_says_what_it_says():
-  assert multihost.first_says(True) is True and multihost.first_says(False) is False
+  assert multihost.broadcast_from_primary(True) is True and multihost.broadcast_from_primary(False) is False
   assert multihost.total(3) == 3

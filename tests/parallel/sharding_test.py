@@ -25,8 +25,8 @@ def _is_box(x) -> bool:
 @functools.cache
 def _boxed(router: str):
   """Boxed shapes of a model with a learnt spatial table, prompts and a head: all parameters that exist are there."""
-  model = UniPerceiver(small_model.spec(router, spatial='learnt', prompts=2, prompt_sides='separate', prefix_prompts=2,
-                                         label_prompts=(('names', 3),), spe_bias=True, head=3, visual_type=True,
+  model = UniPerceiver(small_model.spec(router, posemb='learned', num_deep_prompts=2, prompt_sharing='separate', num_prefix_prompts=2,
+                                         label_prompts=(('names', 3),), spe_bias=True, head=3, modality_embedding=True,
                                          frame_differences=True))
   return jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
 

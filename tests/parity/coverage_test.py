@@ -8,7 +8,7 @@ from tests.parity.fixtures import Arrays, relative
 
 
 def test_every_case_is_compared_or_excluded_by_name():
-  compared = set(fixtures.cases(*fixtures.KINDS, *fixtures.WEIGHTS))
+  compared = set(fixtures.cases(*fixtures.TASK_TYPES, *fixtures.WEIGHTS))
   left_out = fixtures.excluded()
   everything = set(fixtures.manifest()['files'])
   assert compared | set(left_out) == everything, sorted(everything - compared - set(left_out))
@@ -25,7 +25,7 @@ def test_only_what_is_said_to_be_left_out_is_left_out():
 
 
 def test_an_array_that_nothing_read_is_seen():
-  arrays = Arrays(fixtures.cases(*fixtures.KINDS)[0])
+  arrays = Arrays(fixtures.cases(*fixtures.TASK_TYPES)[0])
   first, *rest = arrays.keys()
   assert first in arrays  # asking whether it is there is no reading
   assert arrays[first] is not None

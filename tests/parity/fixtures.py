@@ -20,7 +20,7 @@ FOLDER = pathlib.Path(os.environ.get('UNI_MOE_FIXTURES') or _DEFAULT).expanduser
 _SPE_WORD = 'spe word (used when OLD_CHECKPONT False)'
 
 WEIGHTS = ('state_dict', 'state_dict_overlay')
-KINDS = ('forward', 'train_loss_and_grad', 'optimizer', 'misc', 'generation')  # that this suite compares
+TASK_TYPES = ('forward', 'train_loss_and_grad', 'optimizer', 'misc', 'generation')  # that this suite compares
 
 
 @functools.cache
@@ -99,15 +99,15 @@ def model_spec(model: str, prefix_is_word: bool = False, **changes: Any) -> Mode
   moe, special, prompt = m['moe'], m['special_ids'], m['prompt']
   assert m['share_layernorm'] and m['layer_scale'] and m['output_proj'] and m['ln_eps'] == 1e-5, m
   spec = ModelSpec(
-      layers=m['layers'], width=m['hidden'], heads=m['heads'], hidden=m['ffn'], vocab_size=m['vocab'],
-      spe_id=special['<|spe|>'], image_size=m['image'], patch=m['patch'], max_frames=m['max_frames'],
-      max_text=m['text_pos_max_len'], spatial='stored',
+      num_layers=m['layers'], width=m['hidden'], num_heads=m['heads'], mlp_dim=m['mlp'], vocab_size=m['vocab'],
+      spe_id=special['<|spe|>'], image_size=m['image'], patch_size=m['patch'], max_num_frames=m['max_frames'],
+      max_text_len=m['text_pos_max_len'], posemb='frozen',
       prefix_word=special[_SPE_WORD] if prefix_is_word or not m['OLD_CHECKPONT'] else None,
       router='attribute' if moe else 'dense', num_experts=moe['experts'] if moe else 8, top_k=moe['top_k'] if moe else 2,
-      placement=moe['location'] if moe else 'none', noise_std=0.0, temperatures=torch_layout.TEMPERATURES)
+      placement=moe['location'] if moe else 'none', noise_std=0.0, temperature_groups=torch_layout.TEMPERATURES)
   if prompt:
     spec = dataclasses.replace(
-        spec, prompts=prompt['length'], prompt_sides='shared' if prompt['share'] else 'separate', spe_bias=True,
+        spec, num_deep_prompts=prompt['length'], prompt_sharing='shared' if prompt['share'] else 'separate', spe_bias=True,
         head=prompt['fc_out'] if prompt['fc'] else 0)
   return dataclasses.replace(spec, **changes)
 

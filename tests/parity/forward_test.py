@@ -15,7 +15,7 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.train import step
 
 BOUND = 1e-5
-_PART = {'self_attn.qkv_proj': 'attention', 'linear1': 'ffn'}
+_PART = {'self_attn.qkv_proj': 'attention', 'linear1': 'mlp'}
 
 
 @functools.partial(small_model.jit, static_argnums=0)
@@ -24,10 +24,10 @@ def _scored(spec, params, batch, sets):
   task, = spec.plan.tasks
   groups, set_features, _ = step.forward(spec, params, batch, sets, {}, jax.random.key(0))
   features, pair = groups[task.group]
-  targets = pair if task.kind.target == 'pair' else set_features[task.target_set]
+  targets = pair if task.type.target == 'pair' else set_features[task.target_set]
   scale = spec.model.apply({'params': params}, task.temperature, method='scale')
   logits = heads.logits(features, targets, scale)
-  if task.head:
+  if task.linear_head:
     logits = spec.model.apply({'params': params}, features, logits, method='with_head')
   return features, targets, logits
 
@@ -57,11 +57,11 @@ def test_forward(name):
 
 def _counted(case: Problem, rows: np.ndarray) -> np.ndarray:
   """Rows of the readout that have a target, in row-major order."""
-  if case.task.kind.readout not in ('picks', 'queries'):
+  if case.task.type.readout not in ('masked', 'queries'):
     return rows[:, 0]
   weight = case.batch[case.task.group]['weight'][0]
   order = np.ones(weight.shape, bool)
-  if case.task.kind.readout == 'picks':  # picks come in the order of the text
+  if case.task.type.readout == 'masked':  # picks come in the order of the text
     assert (np.diff(case.batch[case.task.group]['position'][0], axis=1)[weight[:, 1:] > 0] > 0).all()
   return rows[order & (weight > 0)]
 
@@ -73,7 +73,7 @@ def _compare_outputs(arrays: Arrays, case: Problem, features, targets, logits) -
     assert_close(ours[:len(theirs)], theirs, BOUND, key)
   ours = {'out.logits0': _counted(case, logits), 'out.output': _counted(case, logits),
           'out.input_feats': np.asarray(heads.normalise(left)), 'out.tgt_feats': np.asarray(heads.normalise(targets))}
-  if case.task.kind.target == 'pair':
+  if case.task.type.target == 'pair':
     ours['out.logits1'] = ours['out.logits0'].T
   for key in arrays.keys('out.'):
     if key.startswith('out.targets'):
@@ -84,7 +84,7 @@ def _compare_outputs(arrays: Arrays, case: Problem, features, targets, logits) -
 
 def _target_indices(case: Problem) -> np.ndarray:
   batch = case.batch[case.task.group]
-  if case.task.kind.target == 'pair':
+  if case.task.type.target == 'pair':
     return np.arange(len(batch['id'][0]))
   return batch['label'][0][batch['weight'][0] > 0]
 
@@ -114,7 +114,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
                for a, v in zip(parts, stream.valid)]
     _compare(arrays, f'enc{n}.fused_in', np.concatenate(parts, 1))
     _compare(arrays, f'enc{n}.fused_invalid_mask', np.concatenate(invalid, 1))
-    for layer in range(stack.layers):
+    for layer in range(stack.num_layers):
       hidden = np.concatenate([np.asarray(a) for a in after(layer, 'taps')[n]], 1)
       _compare(arrays, f'enc{n}.hidden{layer}', hidden)
       for projection, part in _PART.items():
@@ -126,7 +126,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
           np.testing.assert_array_equal(decision.expert[index], arrays[at + 'top2'])
           weight = np.take_along_axis(decision.coef[index], decision.expert[index], axis=1)
           assert_close(weight, arrays[at + 'weight'], BOUND, at)
-    _compare(arrays, f'enc{n}.spe_out_all', np.asarray(after(stack.layers - 1, 'taps')[n][0][:, 0]))
+    _compare(arrays, f'enc{n}.spe_out_all', np.asarray(after(stack.num_layers - 1, 'taps')[n][0][:, 0]))
 
 
 def _compare(arrays: Arrays, key: str, ours: np.ndarray) -> None:

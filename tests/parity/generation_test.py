@@ -23,7 +23,7 @@ _NONE = -999.0  # what the published search calls a candidate that is none
 def _searched(spec, task, options, params, pixels, sets):
   _, set_features, _ = step.forward(spec, params, None, sets, {}, None)
   return decoding.search(
-      spec.model, params, task.kind, pixels, normalise(set_features[task.target_set]), temperature=task.temperature,
+      spec.model, params, task.type, pixels, normalise(set_features[task.target_set]), temperature=task.temperature,
       spe=spec.model.spec.spe_id, **dict(options))
 
 
@@ -37,7 +37,7 @@ def test_generation(name):
   frames = arrays[key] if '.video.' in key else arrays[key][:, None]
   attributes = arrays.get(key.replace('.data', '.moe_embedding'))
   if attributes is not None:
-    np.testing.assert_array_equal(attributes, np.array([c.bits for c in task.kind.conditions], np.float32))
+    np.testing.assert_array_equal(attributes, np.array([c.bits for c in task.type.conditions], np.float32))
   options = tuple(dict(eot=entry['eos_token_id'], length=entry['max_seq_len'], beams=entry['beam_size'],
                        penalty=entry['len_penalty']).items())
   found = jax.device_get(_searched(

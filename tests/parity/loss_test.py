@@ -26,7 +26,7 @@ def _step(spec, params, batch, sets):
   grads, _, tallies, _, _ = step.gradients(spec, params, batch, sets, jax.random.key(0))
   groups, set_features, _ = step.forward(spec, params, batch, sets, {}, jax.random.key(0))
   features, pair = groups[task.group]
-  return grads, tallies[task.name], features, pair if task.kind.target == 'pair' else set_features[task.target_set]
+  return grads, tallies[task.name], features, pair if task.type.target == 'pair' else set_features[task.target_set]
 
 
 @pytest.mark.parametrize('name', fixtures.cases('train_loss_and_grad'))
@@ -42,7 +42,7 @@ def test_loss_and_gradients(name):
 
 
 def _rows(case: Problem, x: np.ndarray) -> np.ndarray:
-  if case.task.kind.readout not in ('picks', 'queries'):
+  if case.task.type.readout not in ('masked', 'queries'):
     return x[:, 0]
   return x[case.batch[case.task.group]['weight'][0] > 0]
 
@@ -60,7 +60,7 @@ def _compare_losses(arrays: Arrays, case: Problem, tally, features, targets) -> 
   total, null = said.pop('loss.total_backpropagated', None), said.pop('loss.null_loss', 0)
   assert null == 0
   accuracy = {k: said.pop(k) for k in list(said) if 'Accuracy' in k}
-  loss = case.task.weight * float(tally.loss)
+  loss = case.task.loss_weight * float(tally.loss)
   assert_close(loss, sum(said.values()), LOSS, 'loss')
   # Accuracy carries no gradient, yet the published trainer logs and adds it.
   if total is not None:
@@ -70,7 +70,7 @@ def _compare_losses(arrays: Arrays, case: Problem, tally, features, targets) -> 
   for key, theirs in accuracy.items():
     if 't2i' in key:
       ours = (logits.argmax(0) == np.arange(len(logits))).mean()
-    elif soft.shape[1] == logits.shape[1] and soft.shape[1] > 1 and case.task.kind.readout in ('first', 'slot'):
+    elif soft.shape[1] == logits.shape[1] and soft.shape[1] > 1 and case.task.type.readout in ('cls', 'slot'):
       ours = (logits.argmax(1) == soft.argmax(1)).mean()  # of a mixed label, the larger part counts there
     else:
       ours = tally.hits

@@ -30,8 +30,8 @@ def _config(hyper, convention: str):
   presets.published(c, weight_decay=hyper['weight_decay'])
   b1, b2 = hyper['betas']
   c.optim.update(dict(
-      learning_rate=hyper['base_lr'], warmup=hyper['warmup'], final=hyper['min_lr'] / hyper['base_lr'], b1=b1, b2=b2,
-      eps=hyper['eps'], clip=hyper['grad_clip'], without_gradient=convention))
+      learning_rate=hyper['base_lr'], warmup_steps=hyper['warmup'], final_lr_fraction=hyper['min_lr'] / hyper['base_lr'], b1=b1, b2=b2,
+      eps=hyper['eps'], grad_clip_norm=hyper['grad_clip'], unused_params=convention))
   c.train.steps = hyper['max_iter']
   return c
 
@@ -58,8 +58,8 @@ def test_optimizer_steps(name):
   tx, rate, rules = optim.make_optimizer(
       c, param_shapes(UniPerceiver(fixtures.model_spec(model))), functools.partial(unit_axes, fixtures.model_spec(model)))
   spec = step_spec(
-      model, (), specs, tx=tx, rate=rate, ema=float(ema_key.removeprefix(EMA)), contrastive=c.train.contrastive,
-      twins=c.train.twins, without_gradient=c.optim.without_gradient, frozen=optim.frozen_paths(rules))
+      model, (), specs, tx=tx, rate=rate, ema=float(ema_key.removeprefix(EMA)), contrastive=c.train.contrastive_reduction,
+      twins=c.train.mask_duplicate_texts, without_gradient=c.optim.unused_params, frozen=optim.frozen_paths(rules))
   _compare_groups(entry, spec, rules)
   for key in arrays.keys('lr_schedule'):
     np.testing.assert_allclose([rate(i) for i in range(len(arrays[key]))], arrays[key], rtol=BOUND, atol=1e-12)

@@ -31,12 +31,12 @@ def task_spec(name: str) -> TaskSpec:
   """A task from the manifest's table."""
   t = fixtures.manifest()['tasks'][name]
   assert t['loss'] in _LOSSES, t['loss']
-  kind = task_types.KINDS[t['task_type']]
+  kind = task_types.TASK_TYPES[t['task_type']]
   smoothing = t['smoothing'] if t['loss'] in _SMOOTHED else 0.0
   return TaskSpec(
-      name=name, kind=kind, group=kind.name, source='', split='', batch=0, weight=t['loss_weight'], sampling=1.0,
-      temperature=t['temperature'].removeprefix('logit_scale_'), target_set=t['target_set'] or '', label='', captions=(),
-      template='', length=0, picks=0, smoothing=smoothing, shift=0)
+      name=name, type=kind, group=kind.name, source='', split='', batch_size=0, loss_weight=t['loss_weight'], sampling_weight=1.0,
+      temperature=t['temperature'].removeprefix('logit_scale_'), target_set=t['target_set'] or '', label_column='', caption_templates=(),
+      template='', max_len=0, max_predictions=0, label_smoothing=smoothing, max_shift=0)
 
 
 def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[str, Any], dict[str, Any]]:
@@ -46,7 +46,7 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     name = key.split('.')[2]
     data, invalid = arrays[key].astype(np.int32), arrays.get(f'in.set.{name}.invalid_mask')
     valid = np.ones(data.shape, bool) if invalid is None else invalid == 0
-    families = {task_types.KINDS[t['task_type']].target for t in fixtures.manifest()['tasks'].values() if t['target_set'] == name}
+    families = {task_types.TASK_TYPES[t['task_type']].target for t in fixtures.manifest()['tasks'].values() if t['target_set'] == name}
     attributes = arrays.get(f'in.set.{name}.moe_embedding')
     if len(families) != 1 and attributes is not None:  # a set that no task of the table names, or tasks of two families
       families = {f for f, c in task_types.families().items() if np.array_equal(attributes[0], c.bits)}
@@ -56,7 +56,7 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     everything = np.stack([words, np.full_like(words, fixtures.end_of_text(model))], axis=1)
     is_vocabulary = np.array_equal(data, everything) and valid.all()
     values = VOCABULARY if is_vocabulary else tuple(map(str, range(len(data))))
-    specs.append(SetSpec(name, values, condition, 'exact', 0, data.shape[1]))
+    specs.append(SetSpec(name, values, condition, 'full', 0, data.shape[1]))
     if not is_vocabulary:
       buckets, order = bucket_rows([row[ok].tolist() for row, ok in zip(data, valid)], 0)
       bucketed[name] = {'buckets': buckets, 'order': order}
@@ -69,12 +69,12 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
 def fields(task: TaskSpec, arrays: Arrays, prefix: str, temporal_offset: int) -> dict[str, np.ndarray]:
   """Batch fields of one task, [shards = 1, B, …]."""
   out: dict[str, np.ndarray] = {}
-  for index, segment in enumerate(task.kind.inputs):
+  for index, segment in enumerate(task.type.inputs):
     name, = {k.split('.')[-2] for k in arrays.keys(f'{prefix}in.input{index}.') if k.endswith('.data')}
     at = f'{prefix}in.input{index}.{name}.'
     data = arrays[at + 'data']
     assert name in {'visual': ('image', 'video'), 'text': ('text',)}[segment.modality], name
-    conditions = task.kind.conditions
+    conditions = task.type.conditions
     attributes = arrays.get(at + 'moe_embedding')
     _check_attributes(attributes, conditions if attributes is None or len(attributes) > 1 else conditions[index:index + 1])
     if segment.modality == 'visual':
@@ -88,12 +88,12 @@ def fields(task: TaskSpec, arrays: Arrays, prefix: str, temporal_offset: int) ->
       if at + 'spe_index' in arrays:
         out['position'] = arrays[at + 'spe_index'].astype(np.int32)[:, None]
   out['id'] = np.arange(len(next(iter(v for v in out.values() if v.ndim))), dtype=np.uint32)
-  if task.kind.target == 'pair':
+  if task.type.target == 'pair':
     at = f'{prefix}in.target0.text.'
     out['target'] = arrays[at + 'data'].astype(np.int32)
     invalid = arrays.get(at + 'invalid_mask')
     out['target_valid'] = np.ones(out['target'].shape, bool) if invalid is None else invalid == 0
-    _check_attributes(arrays.get(at + 'moe_embedding'), [task.kind.pair_condition])
+    _check_attributes(arrays.get(at + 'moe_embedding'), [task.type.pair_condition])
     out |= {'text_id': np.zeros(len(out['id']), np.int32), 'weight': np.ones((len(out['id']), 1), np.float32)}
   else:
     out |= _labels(task, arrays[f'{prefix}in.target_idx0'])
@@ -107,7 +107,7 @@ def _labels(task: TaskSpec, target: np.ndarray) -> dict[str, np.ndarray]:
   if target.ndim == 1:
     return {'label': target.astype(np.int32)[:, None], 'weight': np.ones((len(target), 1), np.float32)}
   label, weight = np.maximum(target, 0).astype(np.int32), (target >= 0).astype(np.float32)
-  if task.kind.readout != 'picks':
+  if task.type.readout != 'masked':
     return {'label': label, 'weight': weight}
   most = int(weight.sum(1).max())
   place = np.argsort(-weight, axis=1, kind='stable')[:, :most]
@@ -123,18 +123,18 @@ def _check_attributes(found: np.ndarray | None, conditions) -> None:
 
 def step_spec(name: str, tasks_: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...], **changes: Any) -> StepSpec:
   """Static arguments of the step, with the published choices."""
-  plan = Plan(kinds=tuple(task_types.KINDS.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
+  plan = Plan(task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
               temperatures=fixtures.model_spec(name).temperatures, encode_all_sets=True)
   spec = StepSpec(
-      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, rate=None, accum=1, ema=0.0,
-      eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'], contrastive='sum',
-      twins='negatives')
+      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, rate=None, grad_accum_steps=1, ema_decay=0.0,
+      eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'], contrastive_reduction='sum',
+      mask_duplicate_texts=False)
   return dataclasses.replace(spec, **changes)
 
 
 def sized(task: TaskSpec, batch: dict[str, np.ndarray]) -> TaskSpec:
   """The task with the batch size of its fields."""
-  return dataclasses.replace(task, batch=batch['id'].shape[1])
+  return dataclasses.replace(task, batch_size=batch['id'].shape[1])
 
 
 def problem(name: str, arrays: Arrays, **changes: Any) -> Problem:
@@ -142,13 +142,13 @@ def problem(name: str, arrays: Arrays, **changes: Any) -> Problem:
   entry = fixtures.manifest()['files'][name]
   model = fixtures.model_of(entry['weights'])
   task = task_spec(entry['task_name'])
-  assert task.kind.name == entry['task_type']
+  assert task.type.name == entry['task_type']
   specs, bucketed, whole = target_sets(model, arrays)
   batch = fields(task, arrays, '', entry.get('temporal_pos_offset', 0))
   head = fixtures.model_spec(model).head
-  task = dataclasses.replace(sized(task, batch), head=bool(head))
-  if task.kind.readout == 'slot' and 'position' not in batch:  # without an index of its slot a text is read at token 0
-    task = dataclasses.replace(task, kind=dataclasses.replace(task.kind, readout='first'))
+  task = dataclasses.replace(sized(task, batch), linear_head=bool(head))
+  if task.type.readout == 'slot' and 'position' not in batch:  # without an index of its slot a text is read at token 0
+    task = dataclasses.replace(task, type=dataclasses.replace(task.type, readout='cls'))
   # The prefix of the older code is an ordinary word; only the case's name says so.
   changed = UniPerceiver(fixtures.model_spec(model, prefix_is_word='newspe' in name, **changes))
   spec = step_spec(model, (task,), specs, model=changed)

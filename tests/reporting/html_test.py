@@ -36,7 +36,7 @@ def _write_all(workdir):
       'clips': [{'frames': [_DOT] * 8, 'reference': 'turn', 'prediction': 'move'}]}))
   (workdir / 'experts.json').write_text(json.dumps({
       'rows': ['image 10011000', 'words 11010110'], 'layers': [0, 2],
-      'routers': ['attention', 'ffn'],
+      'routers': ['attention', 'mlp'],
       'coefficients': [[[[.25, .75, 0], [0, .5, .5]]] * 2] * 2}))
   (workdir / 'run.json').write_text(json.dumps({
       'config': {'model': {'width': 128}, 'tasks': {}},

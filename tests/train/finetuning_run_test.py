@@ -20,8 +20,8 @@ from uni_moe_jax.utils.tree_paths import path_of
 
 def _config(*tasks: str):
   c = tiny.config(*tasks, data_dir=tiny.data_dir())
-  c.model.layers = 2
-  c.train.update(dict(steps=3, save_every=100))
+  c.model.num_layers = 2
+  c.train.update(dict(steps=3, checkpoint_every=100))
   return c
 
 
@@ -54,9 +54,9 @@ def _prompt_tuning(base):
   """Another task of the same pictures, with every kind of prompt and a head; all else stands still."""
   c = _config('shape')
   c.train.init = str(base)
-  c.model.prefix_prompts = 2
-  c.sets.shapes.label_prompts = True
-  c.tasks.shape.update(dict(head=True, per_class=2, temperature='downstream'))
+  c.model.num_prefix_prompts = 2
+  c.target_sets.shapes.label_prompts = True
+  c.tasks.shape.update(dict(linear_head=True, shots=2, temperature='downstream'))
   presets.prompt_tune(c, prompts=2)
   return c
 
@@ -111,7 +111,7 @@ def test_words_are_those_of_the_run_it_starts_from(base):
 
 def test_averaged_parameters_are_what_a_run_starts_from(tmp_path):
   c, other = _config('shape'), _config('shape')
-  c.train.ema, other.train.init = .5, str(tmp_path)
+  c.train.ema_decay, other.train.init = .5, str(tmp_path)
   run = _saved(c, tmp_path, lambda state: state.replace(ema=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
   with Checkpoints(tmp_path, 1) as checkpoints:
     state, averaged = checkpoints.restore(run.like()), checkpoints.restore_params()

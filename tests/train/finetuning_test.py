@@ -14,8 +14,8 @@ def _run(tmp_path_factory):
   """A work directory with a config of its own in every section."""
   c = tiny.config('shape', 'caption', 'pair', data_dir='/the data')
   c.moe.num_experts, c.tokenizer.vocab_size, c.seed = 6, 50, 7
-  c.tasks.shape.temperature, c.tasks.pair.weight, c.train.ema = 'pictures', 3.0, 0.5
-  c.tasks.look = config_lib.task('image_retrieval', 'glyphs', batch=0, captions=('{face}',), length=8)
+  c.tasks.shape.temperature, c.tasks.pair.loss_weight, c.train.ema_decay = 'pictures', 3.0, 0.5
+  c.tasks.look = config_lib.task('image_retrieval', 'glyphs', batch_size=0, caption_templates=('{face}',), max_len=8)
   for name, task in (('first', 'shape'), ('second', 'shape'), ('other', 'pair')):
     kind = 'retrieval' if task == 'pair' else 'classification'
     c.evaluators[name] = config_lib.evaluator(kind, task, split='train')
@@ -35,7 +35,7 @@ def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, regime, task
     assert c[section].to_dict() == old[section].to_dict()
   added = ('prompts', 'prompt_sides', 'spe_bias', 'temperatures')
   assert all(c.model[k] == v for k, v in old.model.items() if k not in added)
-  assert (c.train.init, list(c.tasks), c.train.ema, c.seed) == (run, [task], 0.0, 0)
+  assert (c.train.init, list(c.tasks), c.train.ema_decay, c.seed) == (run, [task], 0.0, 0)
   if task != 'caption':  # the run does not evaluate it
     plan = validate.resolve(c)
     assert {e.task.name for e in plan.evaluations} == {task}
@@ -44,10 +44,10 @@ def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, regime, task
 
 def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run):
   c = finetuning.finetune(f'{run},shape')
-  assert (list(c.sets), list(c.evaluators)) == (['shapes'], ['first', 'second'])
-  assert finetuning.finetune(f'{run},pair').tasks.pair.weight == 1
-  assert finetuning.finetune(f'{run},look').tasks.look.batch == finetuning.BATCH
-  assert (c.tasks.shape.batch, finetuning.zero_shot(f'{run},shape').tasks.shape.batch) == (8, 0)
+  assert (list(c.target_sets), list(c.evaluators)) == (['shapes'], ['first', 'second'])
+  assert finetuning.finetune(f'{run},pair').tasks.pair.loss_weight == 1
+  assert finetuning.finetune(f'{run},look').tasks.look.batch_size == finetuning.BATCH
+  assert (c.tasks.shape.batch_size, finetuning.zero_shot(f'{run},shape').tasks.shape.batch_size) == (8, 0)
 
 
 @pytest.mark.parametrize('task, group', [
@@ -71,12 +71,12 @@ def test_the_kind_itself_comes_before_one_that_is_alike(tmp_path):
     (finetuning.prompt_tune, 'clip_name', (0, 0.01)), (finetuning.finetune, 'clip_caption,few', (0, 0.01))])
 def test_few_is_ten_of_every_class_or_one_in_a_hundred(run, regime, argument, amount):
   task = regime(f'{run},{argument}').tasks[argument.split(',')[0]]
-  assert (task.per_class, task.subset) == amount
+  assert (task.shots, task.train_fraction) == amount
 
 
 def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(tmp_path):
   c = tiny.config('shape', 'text', data_dir='/the data')
-  c.tasks.text.label = 'text'
+  c.tasks.text.label_column = 'text'
   c.tasks.digits = c.tasks.shape
   workdir.claim_workdir(tmp_path, c, 'print')
   text = finetuning.prompt_tune(f'{tmp_path},text').tasks.text
@@ -86,11 +86,11 @@ def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(t
 
 def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_has_neither(run):
   prompt, fine = finetuning.prompt_tune(f'{run},digits'), finetuning.finetune(f'{run},digits')
-  assert prompt.optim.rules[-1] == (r'.*', FREEZE) and prompt.model.prompts > 0 and prompt.tasks.digits.head
-  assert prompt.model.prompt_sides == 'inputs'  # what the run knows of other answers stays
-  assert not finetuning.prompt_tune(f'{run},clip_name').tasks.clip_name.head
-  assert not any(rule[1] == FREEZE for rule in fine.optim.rules)
-  assert fine.model.prompts == 0 and not fine.tasks.digits.head
+  assert prompt.optim.param_groups[-1] == (r'.*', FREEZE) and prompt.model.num_deep_prompts > 0 and prompt.tasks.digits.linear_head
+  assert prompt.model.prompt_sharing == 'inputs'  # what the run knows of other answers stays
+  assert not finetuning.prompt_tune(f'{run},clip_name').tasks.clip_name.linear_head
+  assert not any(rule[1] == FREEZE for rule in fine.optim.param_groups)
+  assert fine.model.num_deep_prompts == 0 and not fine.tasks.digits.linear_head
 
 
 @pytest.mark.parametrize('argument, said', [

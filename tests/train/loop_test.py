@@ -24,8 +24,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def _config():
   c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
-  c.model.layers = 1  # what is tested is the loop: a small program compiles sooner
-  c.train.update(dict(steps=6, ema=0.9, save_every=4))
+  c.model.num_layers = 1  # what is tested is the loop: a small program compiles sooner
+  c.train.update(dict(steps=6, ema_decay=0.9, checkpoint_every=4))
   return c
 
 
@@ -206,7 +206,7 @@ def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, cap
   monkeypatch.setattr(train_run.Run, 'put', spoil)
   monkeypatch.setattr(train_run.Mixture, 'bad_examples', lambda _: len(calls) // 2)
   c = _config()
-  c.train.max_bad_steps = 3
+  c.train.max_nonfinite_steps = 3
   assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code
   said = capsys.readouterr().err
   if code == loop.ERROR:

@@ -12,12 +12,12 @@ from tests.meshes import Case
 
 FAST = {
     'attribute-mixed': (Case('attribute', ('shape', 'pair'), drop_path=0.2), 'mixed'),
-    'task-replica': (Case('task', ('pair',), layers=1), 'replica'),
-    'task-data': (Case('task', ('pair',), layers=1), 'data'),
-    'modality-fsdp': (Case('modality', ('pair',), layers=1), 'fsdp'),
-    'token-mixed': (Case('token', ('caption', 'pair'), layers=1, capacity=meshes.ROOM_FOR_ALL), 'mixed'),
-    'token-fsdp': (Case('token', ('caption', 'pair'), layers=1, capacity=meshes.ROOM_FOR_ALL), 'fsdp'),
-    'context-expert': (Case('context', ('pair',), layers=1), 'expert'),
+    'task-replica': (Case('task', ('pair',), num_layers=1), 'replica'),
+    'task-data': (Case('task', ('pair',), num_layers=1), 'data'),
+    'modality-fsdp': (Case('modality', ('pair',), num_layers=1), 'fsdp'),
+    'token-mixed': (Case('token', ('caption', 'pair'), num_layers=1, capacity_factor=meshes.ROOM_FOR_ALL), 'mixed'),
+    'token-fsdp': (Case('token', ('caption', 'pair'), num_layers=1, capacity_factor=meshes.ROOM_FOR_ALL), 'fsdp'),
+    'context-expert': (Case('context', ('pair',), num_layers=1), 'expert'),
 }
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')
 # A step of every task takes minutes to compile where tokens travel: one router has them all, each on every mesh has a loss with
@@ -27,7 +27,7 @@ EVERY, CAUSAL, PAIR = ('shape', 'text', 'caption', 'pair'), ('caption', 'pair'),
 
 def _full(router: str, tasks: tuple[str, ...] = CAUSAL, **changes) -> Case:
   capacity = meshes.ROOM_FOR_ALL if router in ('token', 'context') else 0.0
-  return Case(router, tasks, **{**dict(layers=3, remat=True, capacity=capacity), **changes})
+  return Case(router, tasks, **{**dict(num_layers=3, remat=True, capacity=capacity), **changes})
 
 
 def _assert_equal(case: Case, mesh: str):
@@ -66,10 +66,10 @@ def test_every_router_on_every_mesh(router, mesh):
 
 
 @pytest.mark.parametrize('case, mesh', [
-    pytest.param(_full('token', capacity=0.0), 'expert', marks=pytest.mark.nightly),
-    pytest.param(_full('context', capacity=0.0), 'mixed', marks=pytest.mark.nightly),
-    pytest.param(_full('attribute', accum=2), 'mixed', marks=pytest.mark.slow),
-    pytest.param(_full('token', accum=2, capacity=0.0), 'mixed', marks=pytest.mark.nightly),
+    pytest.param(_full('token', capacity_factor=0.0), 'expert', marks=pytest.mark.nightly),
+    pytest.param(_full('context', capacity_factor=0.0), 'mixed', marks=pytest.mark.nightly),
+    pytest.param(_full('attribute', grad_accum_steps=2), 'mixed', marks=pytest.mark.slow),
+    pytest.param(_full('token', grad_accum_steps=2, capacity_factor=0.0), 'mixed', marks=pytest.mark.nightly),
 ], ids=['token-exact', 'context-exact', 'attribute-accum', 'token-accum'])
 def test_exact_routing_and_accumulation(case, mesh):
   _assert_equal(case, mesh)

@@ -19,9 +19,9 @@ from uni_moe_jax.train.optim import Rule
 
 def _config(rules=(('.*', 1., 0.),), **changes):
   c = config_lib.base()
-  c.optim.update(dict(learning_rate=.1, warmup=0, schedule='constant', clip=0., b1=.9, b2=.95, eps=1.))
+  c.optim.update(dict(learning_rate=.1, warmup_steps=0, schedule='constant', grad_clip_norm=0., b1=.9, b2=.95, eps=1.))
   c.optim.update(changes)
-  c.optim.rules = rules
+  c.optim.param_groups = rules
   return c
 
 
@@ -54,11 +54,11 @@ def test_a_pattern_that_only_scales_may_match_nothing():
 @pytest.mark.parametrize('router', ['attribute', 'task', 'dense'])
 def test_the_default_rules_decay_kernels_and_nothing_else(router):
   spec = ModelSpec(
-      layers=3, width=8, heads=2, hidden=8, vocab_size=9, spe_id=2, image_size=4, patch=2, router=router, num_experts=2,
-      spatial='learnt', router_names=('names',) if router == 'task' else (), temperatures=('a',), prompts=2,
-      prompt_sides='separate', prefix_prompts=2, label_prompts=(('names', 3),), spe_bias=True, head=3)
+      num_layers=3, width=8, num_heads=2, mlp_dim=8, vocab_size=9, spe_id=2, image_size=4, patch_size=2, router=router, num_experts=2,
+      posemb='learned', router_names=('names',) if router == 'task' else (), temperature_groups=('a',), num_deep_prompts=2,
+      prompt_sharing='separate', num_prefix_prompts=2, label_prompts=(('names', 3),), spe_bias=True, head=3)
   shapes = param_shapes(UniPerceiver(spec))
-  rules = optim.match_rules(shapes, config_lib.base().optim.rules)
+  rules = optim.match_rules(shapes, config_lib.base().optim.param_groups)
   decays = {optim.path_of(path): rule.weight_decay for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
   decayed = {path.split('/')[-2] + '/' + path.split('/')[-1] for path, decay in decays.items() if decay}
   assert decayed == {
@@ -109,14 +109,14 @@ def test_decay_does_not_depend_on_the_gradient():
 
 def test_gradients_are_clipped_to_their_global_norm():
   # Norm 5 over kernel (3, 0) and bias 4: clipped to 1 they are 0.6 and 0.8.
-  params, _ = _update(_config(clip=1.), _gradient([3., 0.], bias=4.))
+  params, _ = _update(_config(grad_clip_norm=1.), _gradient([3., 0.], bias=4.))
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * .6 / 1.6, rtol=1e-6)
   np.testing.assert_allclose(params['block']['bias'], 1 - .1 * .8 / 1.8, rtol=1e-6)
 
 
 def test_a_clip_leaves_what_is_short_and_what_is_zero():
   for gradient in ([.3, .4], [0., 0.]):
-    clipped, plain = (_update(_config(clip=clip), _gradient(gradient))[0] for clip in (1., 0.))
+    clipped, plain = (_update(_config(grad_clip_norm=clip), _gradient(gradient))[0] for clip in (1., 0.))
     np.testing.assert_array_equal(clipped['block']['kernel'], plain['block']['kernel'])
     assert np.isfinite(clipped['block']['kernel']).all()
 
@@ -136,7 +136,7 @@ def test_frozen_parameters_have_no_moments():
 
 
 def test_frozen_gradients_do_not_count_in_the_clip():
-  params, _ = _update(_config(FROZEN, clip=1.), _gradient([.6, .8], 0., 100.))  # of norm 1 without the frozen one
+  params, _ = _update(_config(FROZEN, grad_clip_norm=1.), _gradient([.6, .8], 0., 100.))  # of norm 1 without the frozen one
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * (.6 / 1.6 + .5 * 2), rtol=1e-6)
 
 
@@ -151,9 +151,9 @@ def test_the_paths_of_frozen_parameters_are_known():
 def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
   c = config_lib.base()
   presets.prompt_tune(c, prompts=3, sides=sides)
-  assert (c.model.prompts, c.model.prompt_sides, c.model.spe_bias) == (3, sides, True)
-  spec = small_model.spec(prompts=3, prompt_sides=sides, spe_bias=True, prefix_prompts=1, label_prompts=(('names', 2),), head=2)
-  rules = optim.match_rules(small_model.params(spec), c.optim.rules)
+  assert (c.model.num_deep_prompts, c.model.prompt_sharing, c.model.spe_bias) == (3, sides, True)
+  spec = small_model.spec(num_deep_prompts=3, prompt_sharing=sides, spe_bias=True, num_prefix_prompts=1, label_prompts=(('names', 2),), head=2)
+  rules = optim.match_rules(small_model.params(spec), c.optim.param_groups)
   found = {optim.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules) if not rule.frozen}
   tables = {'input', 'target'} if sides == 'separate' else {'input'}
   layers = ('encoder/blocks/block0', 'encoder/tail/block0')
@@ -167,7 +167,7 @@ def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
 
 def test_the_factor_of_gates_multiplies_the_rule_of_routers_and_no_other():
   params = {'ffn_router': {'gate': jnp.array([2.])}, 'router_of_old': jnp.array([2.]), 'kernel': jnp.array([2.])}
-  c = _config((('kernel', 1., 0.), ('.*', .5, .2)), gate_factor=.1)
+  c = _config((('kernel', 1., 0.), ('.*', .5, .2)), router_lr_multiplier=.1)
   rules = optim.make_optimizer(c, params)[2]
   assert rules == {'ffn_router': {'gate': Rule(.05, .2)}, 'router_of_old': Rule(.5, .2), 'kernel': Rule(1., 0.)}
   # First directions 3 / (3 + 1); the decay .2 · 2 has the same factor as in every group.
@@ -177,13 +177,13 @@ def test_the_factor_of_gates_multiplies_the_rule_of_routers_and_no_other():
 
 
 def test_the_factor_of_gates_leaves_frozen_ones_frozen():
-  rules = optim.make_optimizer(_config((('gate', 'freeze'), ('.*', 1., 0.)), gate_factor=.1), {
+  rules = optim.make_optimizer(_config((('gate', 'freeze'), ('.*', 1., 0.)), router_lr_multiplier=.1), {
       'ffn_router': {'gate': jnp.ones(1)}, 'kernel': jnp.ones(1)})[2]
   assert rules['ffn_router']['gate'].frozen
 
 
 def _rate(t, schedule='cosine', final=.2, warmup=4):
-  c = _config(schedule=schedule, final=final, warmup=warmup)
+  c = _config(schedule=schedule, final_lr_fraction=final, warmup_steps=warmup)
   c.train.steps = 12
   return float(optim.schedule(c)(t))
 
@@ -208,7 +208,7 @@ def test_the_published_schedule_starts_at_zero_and_rises_again_past_the_end(t, r
 @pytest.mark.parametrize('final, rate', [(0., .05 * (1 - math.sqrt(.5))), (.1, .05 * (1 - math.sqrt(.5))), (.2, .02)])
 def test_the_published_end_is_a_floor_and_no_aim(final, rate):
   # At 10 of 12 the cosine is (1 - √½) / 2 = .146 of the peak, whatever the end is, unless that is more.
-  assert _rate(10, schedule='published', final=final) == pytest.approx(rate, rel=1e-5)
+  assert _rate(10, schedule='published', final_lr_fraction=final) == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.parametrize('t, rate', [(0, .025), (3, .1), (4, .1), (12, .1), (100, .1)])
@@ -218,32 +218,32 @@ def test_a_constant_schedule_warms_up_too(t, rate):
 
 @pytest.mark.parametrize('warmup, t, rate', [(0, 0, .1), (12, 11, .1), (20, 9, .05)])
 def test_warm_up_may_be_nothing_or_longer_than_the_run(warmup, t, rate):
-  assert _rate(t, warmup=warmup) == pytest.approx(rate, rel=1e-5)
+  assert _rate(t, warmup_steps=warmup) == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.parametrize('warmup, t, rate', [(0, 0, .1), (12, 11, .1 * 11 / 12), (20, 9, .045)])
 def test_published_warm_up_may_be_nothing_or_longer_than_the_run(warmup, t, rate):
-  assert _rate(t, schedule='published', warmup=warmup) == pytest.approx(rate, rel=1e-5)
+  assert _rate(t, schedule='published', warmup_steps=warmup) == pytest.approx(rate, rel=1e-5)
 
 
 def test_updates_follow_the_schedule():
   # Updates 0 and 1 of a warm-up of 4 have a quarter and a half of the peak; constant gradients keep |update| = 3/4.
-  params, _ = _update(_config(warmup=4), _gradient([3., 3.]), _gradient([3., 3.]))
+  params, _ = _update(_config(warmup_steps=4), _gradient([3., 3.]), _gradient([3., 3.]))
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - (.025 + .05) * .75, rtol=1e-6)
 
 
 def test_the_first_published_update_only_fills_the_moments():
   # Rate 0, then a quarter of the peak. Constant gradients keep |update| = 3/4.
-  once, (masked, _) = _update(_config(schedule='published', warmup=4), _gradient([3., 3.]))
+  once, (masked, _) = _update(_config(schedule='published', warmup_steps=4), _gradient([3., 3.]))
   np.testing.assert_array_equal(once['block']['kernel'], PARAMS['block']['kernel'])
   np.testing.assert_allclose(masked.inner_state[0].mu['block']['kernel'], .1 * 3, rtol=1e-6)
-  twice, _ = _update(_config(schedule='published', warmup=4), _gradient([3., 3.]), _gradient([3., 3.]))
+  twice, _ = _update(_config(schedule='published', warmup_steps=4), _gradient([3., 3.]), _gradient([3., 3.]))
   np.testing.assert_allclose(twice['block']['kernel'][0], 2 - .025 * .75, rtol=1e-6)
 
 
 def test_layers_above_count_from_the_output():
   # Five layers in periods of two (a block with experts, one without): one period is scanned, three blocks are the tail.
-  stack = ModelSpec(layers=5, width=8, heads=2, hidden=8, vocab_size=9, spe_id=2, image_size=4, patch=2, placement='odd').stack
+  stack = ModelSpec(num_layers=5, width=8, num_heads=2, mlp_dim=8, vocab_size=9, spe_id=2, image_size=4, patch_size=2, placement='every_2').stack
   above = lambda path: optim.layers_above(stack, path).tolist()
   assert (stack.periods, len(stack.tail)) == (1, 3)
   assert above('embed/word') == 5
@@ -257,7 +257,7 @@ def test_lower_layers_learn_more_slowly_by_the_decay():
   # Adam's first direction is 3 / (3 + 1) = .75; the rate .1 is multiplied by .5^2 and .5^1 in a stack, by .5^3 below it.
   params = {'stacked': jnp.zeros((2, 1)), 'low': jnp.zeros((1,)), 'top': jnp.zeros((1,))}
   depth = {'stacked': np.array([2, 1]), 'low': np.array(3), 'top': np.array(0)}
-  c = _config(layer_decay=.5)
+  c = _config(layerwise_lr_decay=.5)
   tx, _, _ = optim.make_optimizer(c, params, depth=depth.get)
   updates, _ = tx.update(jax.tree.map(lambda p: jnp.full_like(p, 3.), params), tx.init(params), params)
   np.testing.assert_allclose(updates['stacked'], -.1 * .75 * np.array([[.25], [.5]]), rtol=1e-6)

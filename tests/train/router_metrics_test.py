@@ -21,8 +21,8 @@ FACTORS = {'balance': .5, 'importance': .25, 'z': .125}
 @functools.cache
 def _run() -> train_run.Run:
   c = tiny.config('shape', data_dir=tiny.data_dir())
-  c.model.layers = 1
-  c.moe.update(dict(router='token', grouped='buffers', capacity=.75, **{f'{n}_loss': f for n, f in FACTORS.items()}))
+  c.model.num_layers = 1
+  c.moe.update(dict(router='token', gmm='batched', capacity_factor=.75, **{f'{n}_loss': f for n, f in FACTORS.items()}))
   return train_run.build(c, jax.devices()[:1])
 
 
@@ -30,7 +30,7 @@ def _run() -> train_run.Run:
 def _problem(accum: int):
   """(spec, parameters, batch, sets, key)."""
   run = _run()
-  spec = dataclasses.replace(run.spec, accum=accum)
+  spec = dataclasses.replace(run.spec, grad_accum_steps=accum)
   batch = next(dataclasses.replace(run.mixture(), feed=Feed(accum)).iterate(0, 1))[1]
   return spec, run.init().params, batch, run.sets(), jax.random.key(7)
 
@@ -98,7 +98,7 @@ def test_a_step_says_what_was_dropped_and_how_even_experts_are():
 
 def test_experts_that_gave_a_slot_were_used():
   chosen = _gradients(1)[4]
-  for part in ('attention', 'ffn'):
+  for part in ('attention', 'mlp'):
     assert chosen['tail'][0][part].shape == (4,) and chosen['tail'][0][part].sum() > 8
 
 
@@ -111,14 +111,14 @@ def _usage(asked, kept) -> Usage:
 def test_metrics_are_means_over_layers_and_routers():
   # Drop rates 1/4 and 0 of two stacked layers, 1/2 of the tail.
   stacked = jax.tree.map(lambda *x: jnp.stack(x), _usage(4, [2, 1]), _usage(4, [2, 2]))
-  collected = {'blocks': ({'decisions': {'ffn': stacked}},), 'tail': ({'decisions': {'ffn': _usage(4, [1, 1])}},)}
+  collected = {'blocks': ({'decisions': {'mlp': stacked}},), 'tail': ({'decisions': {'mlp': _usage(4, [1, 1])}},)}
   assert float(router_metrics.metrics(collected)['drop_rate']) == pytest.approx(1 / 4)
 
 
 def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
   # Rows share half an expert; together they take .75 and .25: exp(.75 ln 4/3 + .25 ln 4) experts.
   decision = Decision(logits=None, expert=None, coef=jnp.array([[.5, .5], [1., 0.]]))
-  collected = {'blocks': (), 'tail': ({'decisions': {'ffn': decision}},)}
+  collected = {'blocks': (), 'tail': ({'decisions': {'mlp': decision}},)}
   assert {k: float(v) for k, v in router_metrics.metrics(collected).items()} == {
       'gate_entropy': pytest.approx(np.log(2) / 2), 'router/row_overlap': pytest.approx(.5),
       'router/effective_experts': pytest.approx(4 / 3 ** .75)}
@@ -129,10 +129,10 @@ def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
 def test_use_is_a_mean_over_layers_and_of_one_row_nothing_is_compared():
   # Two stacked layers of three rows: all the same expert; three different ones.
   coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
-  collected = {'blocks': ({'decisions': {'ffn': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
+  collected = {'blocks': ({'decisions': {'mlp': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
   found = router_metrics.metrics(collected)
   assert float(found['router/effective_experts']) == pytest.approx(2) and float(found['router/row_overlap']) == pytest.approx(.5)
-  one = {'blocks': (), 'tail': ({'decisions': {'ffn': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
+  one = {'blocks': (), 'tail': ({'decisions': {'mlp': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
   assert float(router_metrics.metrics(one)['router/row_overlap']) == 1
 
 
@@ -140,6 +140,6 @@ def test_tokens_of_a_row_count_alike():
   # Row 0: 3 tokens on expert 0 and 1 on expert 1; row 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1) have .25 in common.
   usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.none(2)).replace(
       tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
-  found = router_metrics.metrics({'blocks': (), 'tail': ({'decisions': {'ffn': usage}},)})
+  found = router_metrics.metrics({'blocks': (), 'tail': ({'decisions': {'mlp': usage}},)})
   assert float(found['router/row_overlap']) == pytest.approx(.25)
   assert float(found['router/effective_experts']) == pytest.approx(np.exp(-.375 * np.log(.375) - .625 * np.log(.625)))

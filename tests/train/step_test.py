@@ -30,11 +30,11 @@ def _one_device():
 def _run() -> train_run.Run:
   """Every trainable parameter has weight decay 0, so that only gradients move it; strong noise reaches every expert."""
   c = tiny.config(*TASKS, data_dir=tiny.data_dir())
-  c.optim.rules = (*((pattern, 'freeze') for pattern in FROZEN), ('.*', 1., 0.))
+  c.optim.param_groups = (*((pattern, 'freeze') for pattern in FROZEN), ('.*', 1., 0.))
   c.moe.noise_std = 8.  # over 4 experts: a standard deviation of 2
-  c.train.ema = EMA
+  c.train.ema_decay = EMA
   for name, weight in WEIGHTS.items():
-    c.tasks[name].weight = weight
+    c.tasks[name].loss_weight = weight
   return train_run.build(c, _one_device())
 
 
@@ -220,8 +220,8 @@ def test_the_guard_sees_what_a_step_would_be_given_from_the_host():
 @functools.cache
 def _set_run():
   c = tiny.config('text', data_dir=tiny.data_dir())
-  c.model.layers = 1
-  c.train.accum = 2
+  c.model.num_layers = 1
+  c.train.grad_accum_steps = 2
   return train_run.build(c, _one_device())
 
 
@@ -234,7 +234,7 @@ def _global_batch(run, accum):
 def _gradients(accum):
   """(gradients, loss, tallies, chosen experts) of one step from the same parameters."""
   run = _set_run()
-  spec = dataclasses.replace(run.spec, accum=accum)
+  spec = dataclasses.replace(run.spec, grad_accum_steps=accum)
   params = run.init().params
   grads, total, tallies, _, chosen = jax.jit(functools.partial(step.gradients, spec))(
       params, _global_batch(run, accum), run.sets(), jax.random.key(7))
@@ -261,7 +261,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch():
 def test_micro_steps_and_sets_choose_the_experts_of_one_big_batch():
   # Rows of the texts and of their words choose two experts each; the texts' row does so in both micro-steps.
   [ones], [twos] = (_gradients(accum)[3]['tail'] for accum in (1, 2))
-  for part in ('attention', 'ffn'):
+  for part in ('attention', 'mlp'):
     np.testing.assert_array_equal(ones[part] > 0, twos[part] > 0)
     assert (ones[part].sum(), twos[part].sum()) == (4, 6) and ones[part].shape == (4,)
 
@@ -280,10 +280,10 @@ def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
   # Package (batch 4) and answer (batch 8) over 2 shards and 2 micro-steps: a shard of a micro-step holds two rows of
   # `answer`, then one of `package`; rows are numbered.
   c = tiny.config('package', 'answer')
-  c.tasks.answer.batch = 8
+  c.tasks.answer.batch_size = 8
   plan = validate.resolve(c)
   model = dataclasses.replace(_set_run().spec.model, shards=2)
-  spec = dataclasses.replace(_set_run().spec, plan=plan, model=model, accum=2)
+  spec = dataclasses.replace(_set_run().spec, plan=plan, model=model, grad_accum_steps=2)
   numbers = np.arange(6).reshape(2, 3, 1)
   micro = {'text_classification': {'label': numbers, 'weight': numbers / 2, 'text': numbers}}
   rows = {t.name: step.task_fields(spec, micro, t) for t in plan.tasks}
@@ -295,8 +295,8 @@ def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
 def _mlm(labels, weights, samples):
   """(spec, batch) of a masked-language task whose vocabulary has room for `samples` words."""
   plan = _set_run().plan.only('text')
-  plan = dataclasses.replace(plan, sets=(dataclasses.replace(plan.sets[0], samples=samples),))
-  spec = dataclasses.replace(_set_run().spec, plan=plan, accum=1)
+  plan = dataclasses.replace(plan, sets=(dataclasses.replace(plan.sets[0], num_sampled=samples),))
+  spec = dataclasses.replace(_set_run().spec, plan=plan, grad_accum_steps=1)
   fields = {'label': np.array(labels)[None], 'weight': np.array(weights, np.float32)[None]}
   return spec, {'text_mlm': fields}
 
@@ -307,7 +307,7 @@ def _four_rows():
 
 
 def test_positives_are_the_counted_labels_of_the_step():
-  spec, batch = _mlm(*_four_rows(), samples=8)  # 5, 6, 7, 9, 10, 11, 12, 13; the pick of 8 counts nothing
+  spec, batch = _mlm(*_four_rows(), num_sampled=8)  # 5, 6, 7, 9, 10, 11, 12, 13; the pick of 8 counts nothing
   words = step.sample_sets(spec, batch, jax.random.key(0))['words']
   assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
   assert float(words.dropped) == 0
@@ -315,16 +315,16 @@ def test_positives_are_the_counted_labels_of_the_step():
 
 def test_positives_of_all_micro_steps_are_sampled_together():
   labels, weights = _four_rows()
-  spec, batch = _mlm(labels, weights, samples=8)
+  spec, batch = _mlm(labels, weights, num_sampled=8)
   batch = {'text_mlm': {k: v.reshape(2, 1, 2, 3) for k, v in batch['text_mlm'].items()}}
-  words = step.sample_sets(dataclasses.replace(spec, accum=2), batch, jax.random.key(0))['words']
+  words = step.sample_sets(dataclasses.replace(spec, grad_accum_steps=2), batch, jax.random.key(0))['words']
   assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
 
 
 def test_dropped_positives_weigh_nothing():
   # Room for 6 of 8 positives: the two that find none are in the norm no more. Label 5 occurs four times.
   labels, weights = _four_rows()
-  spec, batch = _mlm(labels, weights, samples=6)
+  spec, batch = _mlm(labels, weights, num_sampled=6)
   sampled = step.sample_sets(spec, batch, jax.random.key(0))
   kept = np.isin(labels, sampled['words'].ids) * np.array(weights)
   assert float(sampled['words'].dropped) == 2
@@ -336,9 +336,9 @@ def test_dropped_positives_weigh_nothing():
 def _shapes(accum):
   """(shapes inside the scan over micro-steps, shapes outside) of the traced gradient."""
   c = tiny.config('shape', data_dir=tiny.data_dir())
-  c.sets.shapes = config_lib.target_set(tiny.CLASSES + tiny.COLOURS, family='names')
-  c.model.layers = 1
-  c.train.accum = accum
+  c.target_sets.shapes = config_lib.target_set(tiny.CLASSES + tiny.COLOURS, family='names')
+  c.model.num_layers = 1
+  c.train.grad_accum_steps = accum
   run = train_run.build(c, _one_device())
   traced = jax.make_jaxpr(functools.partial(step.gradients, run.spec))(
       run.shapes.params, _global_batch(run, accum), run.sets(), jax.random.key(0))
@@ -367,10 +367,10 @@ def test_target_sets_are_encoded_once_for_all_micro_steps():
 @functools.cache
 def _sampled_run():
   c = tiny.config('shape', 'pair', data_dir=tiny.data_dir())
-  c.model.layers = 1
-  c.train.mixture = 'sampled'
-  c.tasks.shape.weight = 3.
-  c.optim.rules = (('.*', 1., 0.),)
+  c.model.num_layers = 1
+  c.train.mixture = 'one_task'
+  c.tasks.shape.loss_weight = 3.
+  c.optim.param_groups = (('.*', 1., 0.),)
   return train_run.build(c, _one_device())
 
 

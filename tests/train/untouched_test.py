@@ -22,9 +22,9 @@ FROZEN = {'similarity/kernel', 'encoder/tail/block0/ffn_in/kernel'}
 def _run() -> train_run.Run:
   """A scanned layer and a tail. Decay moves whatever an update reaches, even where the gradient is zero."""
   c = tiny.config('shape', 'text', data_dir=tiny.data_dir())
-  c.train.update(mixture='sampled', encode_all_sets=True)
-  c.optim.update(without_gradient='settonone', warmup=0)
-  c.optim.rules = (*((f'{path}$', 'freeze') for path in sorted(FROZEN)), ('.*', 1., .5))
+  c.train.update(mixture='one_task', encode_all_sets=True)
+  c.optim.update(unused_params='settonone', warmup_steps=0)
+  c.optim.param_groups = (*((f'{path}$', 'freeze') for path in sorted(FROZEN)), ('.*', 1., .5))
   return train_run.build(c, jax.devices()[:1])
 
 
@@ -141,7 +141,7 @@ def test_the_norm_of_the_gradient_is_that_of_what_trains():
 def test_a_frozen_gradient_is_no_part_of_the_norm(frozen, norm):
   # Gradients 3 and 4, and 12 or nothing.
   spec = dataclasses.replace(
-      _run().spec, tx=optax.identity(), rate=lambda t: t, without_gradient='update', frozen=frozenset(frozen))
+      _run().spec, tx=optax.identity(), rate=lambda t: t, unused_params='update', frozen=frozenset(frozen))
   grads = {'a': jnp.array([3., 4.]), 'b': {'c': jnp.array(12.)}}
   state = step.init_state(spec, jax.tree.map(jnp.ones_like, grads))
   with mock.patch.object(step, 'gradients', return_value=(grads, jnp.array(1.), {}, {}, None)):

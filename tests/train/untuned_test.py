@@ -24,9 +24,9 @@ _FILE = _ROOT / 'configs' / 'zero_shot.py'
 def _config(router):
   """Text alone; pictures of 32 pixels, as digits have."""
   c = tiny.config('package', data_dir=tiny.data_dir())
-  c.model.update(dict(image_size=32, patch=16, layers=1))
+  c.model.update(dict(image_size=32, patch_size=16, num_layers=1))
   c.moe.router = router
-  c.tokenizer.file = tiny.tokenizer_file()
+  c.tokenizer.path = tiny.tokenizer_file()
   c.evaluators.package = config_lib.evaluator('classification', 'package', split='train')
   return c
 
@@ -57,11 +57,11 @@ def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
     ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow), ('digit_word', 'picture_word')])
 def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   c = _zero_shot(f'{run[0]},{task}')
-  assert c.tasks[task].kind == kind
+  assert c.tasks[task].type == kind
   # The gates have never seen the rows of what is asked: attribute routing reads their bits.
   trained, asked = ([str(row)[:8] for row in train_run.conditions(validate.resolve(config))] for config in (run[1], c))
   assert asked[0] not in trained
-  c.evaluators[next(iter(c.evaluators))].number = 20
+  c.evaluators[next(iter(c.evaluators))].num_examples = 20
   made, predictor, _ = saved_run.asked(c, tmp_path)
   rows = suite.evaluate(made.plan, made.data, predictor, 0, tmp_path)
   assert rows[0]['chance'] == 0.1 and rows[0]['count'] == 20 and set(rows[0]['floors']) == {'majority', '1-nn'}
@@ -80,10 +80,10 @@ def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(r
     return 'is evaluated already' not in capfd.readouterr().out
 
   assert evaluated() and not evaluated()
-  assert evaluated('--config.evaluators.package.number=3')
+  assert evaluated('--config.evaluators.package.num_examples=3')
   with Checkpoints(folder, 2) as checkpoints:
     checkpoints.save(5, trained.start(run[2]))
-  assert evaluated('--config.evaluators.package.number=0')
+  assert evaluated('--config.evaluators.package.num_examples=0')
   assert suite.evaluated_step(tmp_path / 'new') == 5 and not evaluated()
 
 
@@ -101,7 +101,7 @@ def test_a_task_router_takes_known_names_and_says_which_it_has_not(tmp_path):
   with pytest.raises(ValueError, match="router='task': .* has no embedding for picture_word; it has .*Give the kind one of"):
     train_run.build(_zero_shot(f'{tmp_path},digit_word'), jax.devices()[:1])
   known = _zero_shot(f'{tmp_path},digit_word')
-  known.kinds.picture_word.router_task = 'classification'
+  known.task_types.picture_word.router_task = 'classification'
   assert train_run.build(known, jax.devices()[:1]).plan.probes
 
 
@@ -109,4 +109,4 @@ def test_what_trains_nothing_is_not_trained(run, tmp_path):
   with pytest.raises(ValueError, match='nothing to train'):
     loop.train(finetuning.zero_shot(f'{run[0]},package'), str(tmp_path / 'new'), jax.devices()[:1])
   assert not (tmp_path / 'new').exists()
-  assert workdir.load_config(run[0]).tasks.package.batch > 0
+  assert workdir.load_config(run[0]).tasks.package.batch_size > 0

@@ -16,7 +16,7 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train import optim, step, used_params
 
-PARTS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
+PARTS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/difference', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
 TEXT = {'embed/position', 'embed/type'}
 
@@ -25,7 +25,7 @@ TEXT = {'embed/position', 'embed/type'}
 def _spec(**changes):
   """Four experts; layers 0 and 1 are scanned, layer 2 is the tail. Every table there is, two temperatures."""
   return small_model.spec(
-      spatial='learnt', visual_type=True, frame_differences=True, temperatures=('group', 'other'), **changes)
+      posemb='learned', modality_embedding=True, frame_differences=True, temperature_groups=('group', 'other'), **changes)
 
 
 def _paths(tree):
@@ -38,8 +38,8 @@ def _shapes(spec):
 
 # What layers 0, 1 and 2 chose: rows per expert. No two are alike.
 CHOSEN = {
-    'blocks': ({'attention': jnp.array([[3, 3, 0, 0], [0, 1, 5, 0]]), 'ffn': jnp.array([[0, 0, 2, 4], [6, 0, 0, 0]])},),
-    'tail': ({'attention': jnp.array([0, 2, 0, 4]), 'ffn': jnp.array([1, 1, 1, 0])},)}
+    'blocks': ({'attention': jnp.array([[3, 3, 0, 0], [0, 1, 5, 0]]), 'mlp': jnp.array([[0, 0, 2, 4], [6, 0, 0, 0]])},),
+    'tail': ({'attention': jnp.array([0, 2, 0, 4]), 'mlp': jnp.array([1, 1, 1, 0])},)}
 
 
 def _touched(holds=('head', 'target', 'text', 'visual'), temperatures=('group', 'other'), spec=None, params=None,
@@ -63,10 +63,10 @@ def test_rows_that_chose_an_expert_are_counted_per_layer():
   tail = np.array([[.7, 0, 0, .3], [.7, .3, 0, 0]])
   decision = lambda coef: routers.Decision(logits=None, expert=None, coef=jnp.asarray(coef))
   found = used_params.chosen_experts({
-      'blocks': ({'decisions': {'attention': decision(scanned), 'ffn': decision(scanned[::-1])}},),
+      'blocks': ({'decisions': {'attention': decision(scanned), 'mlp': decision(scanned[::-1])}},),
       'tail': ({'decisions': {'attention': decision(tail)}}, {'decisions': {}})})
   assert jax.tree.map(lambda x: x.tolist(), found) == {
-      'blocks': ({'attention': [[1, 2, 1, 0], [0, 0, 2, 2]], 'ffn': [[0, 0, 2, 2], [1, 2, 1, 0]]},),
+      'blocks': ({'attention': [[1, 2, 1, 0], [0, 0, 2, 2]], 'mlp': [[0, 0, 2, 2], [1, 2, 1, 0]]},),
       'tail': ({'attention': [2, 1, 0, 1]}, {})}
 
 
@@ -81,7 +81,7 @@ def test_an_encoder_says_which_experts_it_used():
 
 
 @pytest.mark.parametrize('changes, experts', [
-    (dict(), set(PARTS.values())), (dict(parts=('ffn',)), {'ffn'}), (dict(router='dense', router_names=()), set())])
+    (dict(), set(PARTS.values())), (dict(sublayers=('mlp',)), {'mlp'}), (dict(router='dense', router_names=()), set())])
 def test_parameters_with_an_expert_axis_are_those_of_their_part(changes, experts):
   spec = _spec(**changes)
   for path, shape in _shapes(spec).items():
@@ -106,7 +106,7 @@ def test_slices_are_counted_over_periods_and_experts_or_experts_alone():
 
 def test_a_block_without_experts_has_no_slices():
   # Experts in layers 0 and 2 of 4: a period of two blocks, and a tail of two.
-  spec = _spec(layers=4, placement='odd')
+  spec = _spec(num_layers=4, placement='every_2')
   for subtree, leading in (('blocks', 2), ('tail', 1)):
     assert used_params.unit_axes(spec, f'encoder/{subtree}/block0/ffn_in/kernel') == leading
     assert used_params.unit_axes(spec, f'encoder/{subtree}/block1/ffn_in/kernel') == 0
@@ -114,7 +114,7 @@ def test_a_block_without_experts_has_no_slices():
 
 def test_a_tail_of_an_irregular_placement_has_a_pattern_of_its_own():
   # Experts in layers 0 and 5 of 6 repeat no period of up to four blocks: all six are the tail.
-  spec = _spec(layers=6, placement=(0, 5))
+  spec = _spec(num_layers=6, placement=(0, 5))
   axes = [used_params.unit_axes(spec, f'encoder/tail/block{i}/qkv/kernel') for i in range(6)]
   assert axes == [1, 0, 0, 0, 0, 1]
 
@@ -122,8 +122,8 @@ def test_a_tail_of_an_irregular_placement_has_a_pattern_of_its_own():
 def test_experts_of_scanned_and_tail_layers_are_those_that_were_chosen():
   here = _touched()
   expected = {
-      'blocks': {'attention': [[1, 1, 0, 0], [0, 1, 1, 0]], 'ffn': [[0, 0, 1, 1], [1, 0, 0, 0]]},
-      'tail': {'attention': [0, 1, 0, 1], 'ffn': [1, 1, 1, 0]}}
+      'blocks': {'attention': [[1, 1, 0, 0], [0, 1, 1, 0]], 'mlp': [[0, 0, 1, 1], [1, 0, 0, 0]]},
+      'tail': {'attention': [0, 1, 0, 1], 'mlp': [1, 1, 1, 0]}}
   for subtree, parts in expected.items():
     for name, part in PARTS.items():
       for leaf in ('kernel', 'bias'):
@@ -147,7 +147,7 @@ def test_tables_of_a_modality_that_is_not_encoded_are_left_alone(modalities, alo
     (('text', 'target', 'label_names'), {'embed/prompts/label_target'}),
     (('text', 'target', 'label_target'), {'embed/prompts/label_names'})])
 def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(holds, alone):
-  spec = small_model.spec(prefix_prompts=2, prompt_sides='separate', label_prompts=(('names', 3), ('target', 2)), temperatures=())
+  spec = small_model.spec(num_prefix_prompts=2, prompt_sharing='separate', label_prompts=(('names', 3), ('target', 2)), temperature_groups=())
   assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
 
 
@@ -156,17 +156,17 @@ def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(holds, 
     (('text', 'target'), {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}),
     (('text', 'head'), {f'encoder/{place}/prompts/target' for place in ('blocks/block0', 'tail/block0')})])
 def test_a_head_and_prompts_of_targets_are_left_alone_without_them(holds, alone):
-  spec = small_model.spec(prompts=2, prompt_sides='separate', head=3, temperatures=())
+  spec = small_model.spec(num_deep_prompts=2, prompt_sharing='separate', head=3, temperature_groups=())
   assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
 
 
 def test_a_step_holds_the_label_prompts_of_the_sets_that_it_encodes():
   c = tiny.config('shape', 'package')
-  c.sets.shapes.label_prompts = c.sets.packages.label_prompts = True
+  c.target_sets.shapes.label_prompts = c.target_sets.packages.label_prompts = True
   plan = validate.resolve(c)
   assert step.holds(plan) == ('label_packages', 'label_shapes', 'target', 'text', 'visual')
   assert step.holds(plan.only('package')) == ('label_packages', 'target', 'text')
-  c.sets.shapes.label_prompts = False
+  c.target_sets.shapes.label_prompts = False
   assert 'label_shapes' not in step.holds(validate.resolve(c))
 
 

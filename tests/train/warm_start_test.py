@@ -23,7 +23,7 @@ def test_equal_models_give_everything():
 
 def test_prompts_heads_and_new_temperatures_start_fresh():
   old, new = small_model.spec(), small_model.spec(
-      prompts=2, spe_bias=True, head=3, prefix_prompts=2, label_prompts=(('names', 3),), temperatures=('other',))
+      num_deep_prompts=2, spe_bias=True, head=3, num_prefix_prompts=2, label_prompts=(('names', 3),), temperature_groups=('other',))
   params, fresh, left = _joined(new, old)
   assert left == ['log_scale_group']
   assert set(fresh) == {
@@ -44,9 +44,9 @@ def test_a_clip_can_be_asked_without_its_differences():
 
 @pytest.mark.parametrize('changes, said', [
     (dict(router='dense'), r"runs/old has parameter 'encoder/.*_router/.*', this model has not"),
-    (dict(spatial='stored'), r"this model has parameter 'embed/spatial', runs/old has not; config\.model and"),
+    (dict(posemb='frozen'), r"this model has parameter 'embed/spatial', runs/old has not; config\.model and"),
     (dict(vocab_size=9), r"parameter 'embed/word' has shape \(23, 16\) there and \(9, 16\) here; .* the tokenizer"),
-    (dict(hidden=8), r"'encoder/blocks/block0/ffn_in/bias' has shape")])
+    (dict(mlp_dim=8), r"'encoder/blocks/block0/ffn_in/bias' has shape")])
 def test_another_model_is_refused_by_name(changes, said):
   with pytest.raises(ValueError, match=rf"config\.train\.init='runs/old'.*{said}"):
     _joined(small_model.spec(**changes), small_model.spec())

@@ -30,7 +30,7 @@ def _run(phase, step=', 7', limit=.4):
 def test_a_hanging_batch_ends_the_process_with_the_phase_the_seconds_and_the_stack():
   done = _run('BATCH')
   assert done.returncode == 1
-  assert 'error: waiting for the batch of step 7 has taken 0 s, and config.train.watchdog=0.4 is the limit' in done.stderr
+  assert 'error: waiting for the batch of step 7 has taken 0 s, and config.train.hang_timeout=0.4 is the limit' in done.stderr
   assert 'where the data lies' in done.stderr and 'in a_disk_that_does_not_answer' in done.stderr
 
 
@@ -40,7 +40,7 @@ def test_a_hanging_step_points_at_devices_and_other_processes():
 
 def test_a_hanging_start_is_told_with_its_longer_limit():
   said = _run('START', step='', limit=.1).stderr
-  assert 'error: starting has taken 1 s, and 6 times config.train.watchdog=0.1 is the limit' in said
+  assert 'error: starting has taken 1 s, and 6 times config.train.hang_timeout=0.1 is the limit' in said
   assert 'where the data and the work directory lie' in said and 'in a_disk_that_does_not_answer' in said
 
 

@@ -28,7 +28,7 @@ def test_the_same_config_comes_back(tmp_path):
 
 @pytest.mark.parametrize('section, field, value', [
     ('train', 'log_every', 7), ('data', 'dir', '/elsewhere'), ('train', 'interference_every', 5),
-    ('train', 'interference_parameters', 'qkv'), ('train', 'watchdog', 9.), ('train', 'keep_best', 'loss/total')])
+    ('train', 'interference_parameters', 'qkv'), ('train', 'hang_timeout', 9.), ('train', 'best_metric', 'loss/total')])
 def test_fields_that_may_change_may(tmp_path, section, field, value):
   c = _claimed(tmp_path)
   c[section][field] = value
@@ -116,7 +116,7 @@ def _written_before(tmp_path):
 def test_a_config_of_an_earlier_version_gets_the_defaults_of_younger_fields(tmp_path):
   c = _written_before(tmp_path)
   loaded = workdir.load_config(tmp_path)
-  assert (loaded.model.video_mean, loaded.train.twins, loaded.tasks.pair.sampling) == ((), 'masked', 0.)
+  assert (loaded.model.video_mean, loaded.train.mask_duplicate_texts, loaded.tasks.pair.sampling_weight) == ((), 'masked', 0.)
   assert loaded.to_dict() == c.to_dict()
   assert validate.resolve(loaded) == validate.resolve(c)
 
@@ -134,12 +134,12 @@ def test_rules_of_an_earlier_run_with_a_head_stay_as_they_were(tmp_path):
   written = json.loads(path.read_text())
   written['config']['tasks']['shape']['head'] = True
   path.write_text(json.dumps(written))
-  assert len(workdir.load_config(tmp_path).optim.rules) == len(c.optim.rules) - 1
+  assert len(workdir.load_config(tmp_path).optim.param_groups) == len(c.optim.param_groups) - 1
 
 
 @pytest.mark.parametrize('change, said', [
-    (lambda c: c.train.update(twins='negatives'), "train.twins: 'masked' → 'negatives'"),
-    (lambda c: c.tasks.pair.update(sampling=2.), 'tasks.pair.sampling: 0.0 → 2.0'),
+    (lambda c: c.train.update(mask_duplicate_texts=False), "train.mask_duplicate_texts: 'masked' → 'negatives'"),
+    (lambda c: c.tasks.pair.update(sampling_weight=2.), 'tasks.pair.sampling_weight: 0.0 → 2.0'),
     (lambda c: c.model.update(video_mean=(.5,)), r'model.video_mean: \[\] → \[0.5\]')
 ], ids=['section', 'task', 'tuple'])
 def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_only(tmp_path, change, said):

@@ -43,8 +43,8 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--config.modle.width=3'], "the config has no field 'modle'. Did you mean \"model\""),
     (['--config.model.width=wide'], 'invalid literal for int'),
     (['--config.moe.router=atribute'], "config.moe.router='atribute' is unknown; did you mean 'attribute'?"),
-    (['--config.tasks.text.batch=33', '--config.train.accum=2'], 'batch=33 must be a positive multiple of config.train.accum=2; try 32'),
-    (['--config.model.heads=3'], 'config.model.width=128 must be a multiple of config.model.heads=3; try 126'),
+    (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'], 'batch=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
+    (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 126'),
     (['--config.data.dir=/not/there'], 'Data directory /not/there is not there. Run: python launch/prepare_data.py'),
     (['--stpes=3'], 'stpes'),
     (['steps=3'], "unexpected argument 'steps=3'"),
@@ -136,8 +136,8 @@ def _refused(capsys, config, workdir, devices=None) -> str:
 
 def test_a_batch_that_does_not_divide_over_the_devices_says_what_would(tmp_path, capsys):
   config = tiny.config('shape', data_dir=tiny.data_dir())
-  config.tasks.shape.batch = 12
-  assert ('config.tasks.shape.batch=12 must be a multiple of 8 (8 batch shards of the mesh × 1 micro-steps); try 8'
+  config.tasks.shape.batch_size = 12
+  assert ('config.tasks.shape.batch_size=12 must be a multiple of 8 (8 batch shards of the mesh × 1 micro-steps); try 8'
           in _refused(capsys, config, tmp_path))
 
 

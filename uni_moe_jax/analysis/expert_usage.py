@@ -77,13 +77,13 @@ class Sums:
 def spans(task: TaskSpec, sets: Mapping[str, SetSpec]) -> tuple[Span, ...]:
   """What a task's tokens are: each array of its input, words and queries apart, then its targets."""
   found = []
-  for i, (segment, condition) in enumerate(zip(task.kind.inputs, task.kind.conditions, strict=True)):
+  for i, (segment, condition) in enumerate(zip(task.type.inputs, task.type.conditions, strict=True)):
     if segment.mask == 'two_stream':
       found += [Span(name, INPUT, i, half, condition) for half, name in enumerate(_HALVES)]
     else:
       found.append(Span(segment.modality, INPUT, i, None, condition))
-  if task.kind.target == 'pair':
-    return (*found, Span(PAIRED_TEXT, PAIR, 0, None, task.kind.pair_condition))
+  if task.type.target == 'pair':
+    return (*found, Span(PAIRED_TEXT, PAIR, 0, None, task.type.pair_condition))
   return (*found, Span(f'set {task.target_set}', SET, 0, None, sets[task.target_set].condition))
 
 
@@ -194,7 +194,7 @@ def gate_sums(spec: ModelSpec, collected: Any, pieces: Sequence[Piece], rows: in
     subtree, period, block = spec.stack.locate(layer)
     return found[subtree, block, part][which][period or 0]
 
-  gates, entropy = (jnp.stack([jnp.stack([at(layer, part, i) for part in spec.parts]) for layer in layers(spec)])
+  gates, entropy = (jnp.stack([jnp.stack([at(layer, part, i) for part in spec.sublayers]) for layer in layers(spec)])
                     for i in (0, 1))
   count = jnp.zeros((rows,))
   for piece in pieces:
@@ -231,7 +231,7 @@ def record(
   plain = lambda x: np.round(np.asarray(x, np.float64), 6).tolist()
   return {
       **facts, 'router': spec.router, 'experts': spec.num_experts, 'top_k': spec.top_k, 'layers': list(layers(spec)),
-      'routers': list(spec.parts), 'rows': list(rows), 'tokens': None if tokens is None else [int(n) for n in tokens],
+      'routers': list(spec.sublayers), 'rows': list(rows), 'tokens': None if tokens is None else [int(n) for n in tokens],
       'tasks': {task: dict(found) for task, found in tasks.items()}, 'coefficients': plain(shares),
       'gate_entropy': plain(gate_entropy), 'entropy': plain(entropy), 'effective_experts': plain(routers.effective(shares)),
       'task_overlap': plain(between), 'mean_task_overlap': plain(between.mean((0, 1)))}

@@ -52,9 +52,9 @@ def choose(
   Raises:
     ValueError: no regular expression, a layer that is not there, nothing that matches.
   """
-  layers = default_layers(stack.layers) if layers is None else layers
-  if wrong := [i for i in layers if not 0 <= i < stack.layers]:
-    raise ValueError(f'layers {", ".join(map(str, wrong))}: the model has the layers 0…{stack.layers - 1}.')
+  layers = default_layers(stack.num_layers) if layers is None else layers
+  if wrong := [i for i in layers if not 0 <= i < stack.num_layers]:
+    raise ValueError(f'layers {", ".join(map(str, wrong))}: the model has the layers 0…{stack.num_layers - 1}.')
   try:
     found = re.compile(pattern)
   except re.error as e:

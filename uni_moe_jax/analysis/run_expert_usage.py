@@ -75,13 +75,13 @@ def measured(run: Run, params: Any, name: str, batches: int, seed: int) -> dict[
 def _sums(run: Run, params: Any, of_task: dict[str, dict[str, int]], rows: int, batches: int, seed: int) -> expert_usage.Sums:
   """Over batches that the training mixture would draw with another seed; routing is exact and without noise."""
   seed = hashing.mix(run.config.seed, 'experts', seed)
-  mixture = dataclasses.replace(run.mixture(), seed=seed, kind='mixed')
+  mixture = dataclasses.replace(run.mixture(), seed=seed, kind='all_tasks')
   function = jax.jit(functools.partial(step_sums, spec=run.spec, of_task=of_task, rows=rows))
   sets, total = run.sets(), None
   for number, (_, batch) in enumerate(mixture.iterate(0, batches)):
     batch = run.put(batch)
-    for i in range(run.spec.accum):
-      micro = batch if run.spec.accum == 1 else jax.tree.map(lambda x, i=i: x[i], batch)
+    for i in range(run.spec.grad_accum_steps):
+      micro = batch if run.spec.grad_accum_steps == 1 else jax.tree.map(lambda x, i=i: x[i], batch)
       found = function(params, micro, sets, jax.random.key(hashing.mix(seed, number, i) & 0x7FFFFFFF))
       total = found if total is None else jax.tree.map(jnp.add, total, found)
   return total

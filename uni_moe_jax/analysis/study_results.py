@@ -41,11 +41,11 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
   config = workdir.load_config(where)
   with Checkpoints(where, keep=None) as checkpoints:
     steps, after = checkpoints.latest(), checkpoints.restore_params()
-  kept = warm_start.compared(_start(run), after, optim.frozen_paths(optim.match_rules(after, config.optim.rules)))
+  kept = warm_start.compared(_start(run), after, optim.frozen_paths(optim.match_rules(after, config.optim.param_groups)))
   task = validate.resolve(config).tasks[0]
   records = sources.load(task.source, config.data.dir, task.split)
   places = (file_dataset_examples if isinstance(records, Stored) else examples).places
-  return {'steps': steps, 'examples': len(places(records, task, config.seed)), 'drawn': steps * task.batch, **kept,
+  return {'steps': steps, 'examples': len(places(records, task, config.seed)), 'drawn': steps * task.batch_size, **kept,
           'share': kept['trained'] / kept['parameters']}
 
 

@@ -23,7 +23,7 @@ from uni_moe_jax.train.step import Batch, Sets, StepSpec, gradients, place
 def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
   """The step of one task alone on 1/share of its batch, its loss counted once, without noise."""
   plan = spec.plan.only(task)
-  alone = dataclasses.replace(plan.tasks[0], weight=1.0, batch=plan.tasks[0].batch // share)
+  alone = dataclasses.replace(plan.tasks[0], loss_weight=1.0, batch_size=plan.tasks[0].batch_size // share)
   model = spec.model.clone(spec=dataclasses.replace(spec.model.spec, noise_std=0.0, drop_path=0.0))
   return dataclasses.replace(spec, plan=dataclasses.replace(plan, tasks=(alone,)), model=model)
 
@@ -50,7 +50,7 @@ class TaskGradients:
     """seed: of the batches; their order has nothing to do with that of training, whatever it is."""
     self._run, self._params, self._batches, self._sets = run, params, batches, run.sets()
     self._seed = hashing.mix(run.config.seed, 'interference', seed)
-    self._mixture = dataclasses.replace(run.mixture(), seed=self._seed, kind='mixed')
+    self._mixture = dataclasses.replace(run.mixture(), seed=self._seed, kind='all_tasks')
     self._functions = {t.name: jax.jit(functools.partial(
         task_gradient, spec=quiet_spec(run.spec, t.name), pieces=tuple(pieces))) for t in run.plan.tasks}
     self._open: dict[str, tuple[int, Iterator]] = {}
@@ -69,7 +69,7 @@ class TaskGradients:
 
   def epochs(self) -> dict[str, float]:
     """How often the batches of a task go through its examples; above 1 they are not independent."""
-    return {t.name: self._batches * t.batch / self._mixture.examples[t.name].size for t in self._run.plan.tasks}
+    return {t.name: self._batches * t.batch_size / self._mixture.examples[t.name].size for t in self._run.plan.tasks}
 
 
 def half_gradient(
@@ -81,7 +81,7 @@ def half_gradient(
   """
   chosen = next(t for t in spec.plan.tasks if t.name == task)
   start, stop = place(spec, chosen)
-  size, axis = (stop - start) // 2, 1 if spec.accum == 1 else 2
+  size, axis = (stop - start) // 2, 1 if spec.grad_accum_steps == 1 else 2
   mine = {k: v if k in PER_BATCH else jax.lax.dynamic_slice_in_dim(v, start + half * size, size, axis)
           for k, v in batch[chosen.group].items()}
   return task_gradient(params, {chosen.group: mine}, sets, key, spec=quiet_spec(spec, task, 2), pieces=pieces)[0]

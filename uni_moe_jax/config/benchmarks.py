@@ -19,17 +19,17 @@ VQA_ANSWERS = 'file:class_names/vqa_answers.tsv'
 CAPTIONS = '{captions}'
 _SMOOTHING = 0.1
 # As ImageNet's classifiers are trained; and what captions and clips get.
-_CLASSIFIED = dict(crop='area', flip=True, randaugment=9.0, erasing=0.25)
-_FLIPPED, _CLIP = dict(flip=True), dict(crop='jitter', flip=True)
+_CLASSIFIED = dict(crop='random_resized_crop', random_flip=True, randaugment=9.0, random_erasing=0.25)
+_FLIPPED, _CLIP = dict(random_flip=True), dict(crop='jittered_crop', random_flip=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """A source of pictures with captions in pretraining. sampling: of its caption and of its retrieval task. length: of texts."""
+  """A source of pictures with captions in pretraining. sampling_weight: of its caption and of its retrieval task. max_len: of texts."""
   source: str
-  sampling: float
+  sampling_weight: float
   caption: str = CAPTIONS
-  length: int = 50
+  max_len: int = 50
 
 
 # In the published order.
@@ -37,7 +37,7 @@ PRETRAINING_PAIRS = {
     'yfcc': Pairs('own:yfcc', 0.584),
     'cc12m': Pairs('own:cc12m', 0.5057),
     'cc3m': Pairs('own:cc3m', 0.26295),
-    'visual_genome': Pairs('own:visual_genome', 0.1766, length=30),
+    'visual_genome': Pairs('own:visual_genome', 0.1766, max_len=30),
     'coco': Pairs('tfds:coco_captions', 0.1144, '{captions/text}'),
     'sbu': Pairs('own:sbu', 0.1383),
 }
@@ -50,33 +50,33 @@ def _task(kind: str, source: str, **fields) -> ml_collections.ConfigDict:
 
 def vocabulary(c: ml_collections.ConfigDict) -> str:
   """The set of all words, under its name."""
-  c.sets.vocabulary = config.target_set('vocabulary', family='words')
+  c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
   return 'vocabulary'
 
 
 def pretraining(c: ml_collections.ConfigDict) -> None:
   """Adds the sixteen tasks: one of pictures and two of clips by class, running text, and six sources of captions, each described
   and matched. Moments in Time has three frames and Kinetics four, so that they are two groups of clips."""
-  names = dict(family='names', length=32)
-  c.sets.imagenet21k = config.target_set(IMAGENET21K_NAMES, **names)
-  c.sets.kinetics700 = config.target_set('own:kinetics700/label', **names)
-  c.sets.moments = config.target_set('own:moments/label', **names)
+  names = dict(family='names', max_len=32)
+  c.target_sets.imagenet21k = config.target_set(IMAGENET21K_NAMES, **names)
+  c.target_sets.kinetics700 = config.target_set('own:kinetics700/label', **names)
+  c.target_sets.moments = config.target_set('own:moments/label', **names)
   words = vocabulary(c)
   c.tasks.imagenet21k = _task(
-      'image_classification', 'own:imagenet21k', batch=720, weight=1.0, sampling=2.486, target_set='imagenet21k', label='label',
-      smoothing=_SMOOTHING, mixup=0.8, cutmix=1.0, **_CLASSIFIED)
+      'image_classification', 'own:imagenet21k', batch_size=720, loss_weight=1.0, sampling_weight=2.486, target_set='imagenet21k', label_column='label',
+      label_smoothing=_SMOOTHING, mixup_alpha=0.8, cutmix_alpha=1.0, **_CLASSIFIED)
   for name, batch, frames, sampling in (('kinetics700', 64, 4, 0.76), ('moments', 112, 3, 0.44)):
     c.tasks[name] = _task(
-        'video_classification', f'own:{name}', batch=batch, weight=0.1, sampling=sampling, target_set=name, label='label',
-        smoothing=_SMOOTHING, frames=frames, **_CLIP)
+        'video_classification', f'own:{name}', batch_size=batch, loss_weight=0.1, sampling_weight=sampling, target_set=name, label_column='label',
+        label_smoothing=_SMOOTHING, num_frames=num_frames, **_CLIP)
   c.tasks.bookswiki = _task(
-      'text_mlm', 'own:bookswiki', batch=512, weight=0.5, sampling=2.75, target_set=words, length=128, picks=20)
+      'text_mlm', 'own:bookswiki', batch_size=512, loss_weight=0.5, sampling_weight=2.75, target_set=words, max_len=128, max_predictions=20)
   for name, p in PRETRAINING_PAIRS.items():
-    text = dict(sampling=p.sampling, captions=(p.caption,), length=p.length, **_FLIPPED)
+    text = dict(sampling_weight=p.sampling_weight, caption_templates=(p.caption,), max_len=p.max_len, **_FLIPPED)
     c.tasks[f'{name}_caption'] = _task(
-        'image_caption', p.source, batch=300, weight=1.0, target_set=words, **text)
+        'image_caption', p.source, batch_size=300, loss_weight=1.0, target_set=words, **text)
     c.tasks[f'{name}_retrieval'] = _task(
-        'image_retrieval', p.source, batch=512, weight=0.5, smoothing=_SMOOTHING, **text)
+        'image_retrieval', p.source, batch_size=512, loss_weight=0.5, label_smoothing=_SMOOTHING, **text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,39 +84,39 @@ class Tuning:
   """How one benchmark is fine-tuned.
 
   Attributes:
-    batch: of one process. steps, warmup: of the run. learning_rate: at its height. lowest: the rate that it never falls below.
-    length: of texts in tokens. weight: of the loss. drop_path: stochastic depth. weight_decay, b2, eps, clip: of the optimizer.
+    batch_size: of one process. steps, warmup_steps: of the run. learning_rate: at its height. min_learning_rate: the rate that it never falls below.
+    max_len: of texts in tokens. loss_weight: of the loss. drop_path: stochastic depth. weight_decay, b2, eps, grad_clip_norm: of the optimizer.
   """
-  batch: int
+  batch_size: int
   learning_rate: float
-  warmup: int
+  warmup_steps: int
   steps: int
-  length: int = 30
-  weight: float = 1.0
+  max_len: int = 30
+  loss_weight: float = 1.0
   drop_path: float = 0.1
   weight_decay: float = 1e-4
   b2: float = 0.95
   eps: float = 1e-6
-  clip: float = 0.1
-  lowest: float = 1e-6
+  grad_clip_norm: float = 0.1
+  min_learning_rate: float = 1e-6
 
 
 def _glue_tuning(batch: int, warmup: int, steps: int, learning_rate: float = 1e-5) -> Tuning:
-  return Tuning(batch, learning_rate, warmup, steps, length=256, weight_decay=0.1, b2=0.98, eps=1e-8, clip=0.5, lowest=1e-8)
+  return Tuning(batch, learning_rate, warmup, steps, max_len=256, weight_decay=0.1, b2=0.98, eps=1e-8, grad_clip_norm=0.5, min_learning_rate=1e-8)
 
 
 # As published for the base size.
 TUNING = {
-    'imagenet1k': Tuning(128, 2e-5, 2_000, 20_000, weight_decay=1e-8, b2=0.999, lowest=1e-8),
+    'imagenet1k': Tuning(128, 2e-5, 2_000, 20_000, weight_decay=1e-8, b2=0.999, min_learning_rate=1e-8),
     'kinetics400': Tuning(8, 5e-6, 2_000, 40_000),
-    'coco_caption': Tuning(32, 2e-5, 500, 10_000, weight=2.0),
+    'coco_caption': Tuning(32, 2e-5, 500, 10_000, loss_weight=2.0),
     'coco_retrieval': Tuning(256, 5e-6, 500, 10_000),
     'flickr30k_caption': Tuning(32, 2e-6, 500, 4_000, drop_path=0.2),  # 0.1 without experts
     'flickr30k_retrieval': Tuning(256, 5e-6, 200, 5_000),
     'msvd_caption': Tuning(2, 2e-5, 100, 1_000, drop_path=0.2),
     'msvd_retrieval': Tuning(16, 5e-6, 200, 2_000, drop_path=0.2),
     # A config for debugging is all that was published.
-    'vqa': Tuning(64, 4e-5, 1_000, 20_000, length=23, weight=0.1, weight_decay=0.05, b2=0.999, eps=1e-8, clip=0.0, lowest=1e-8),
+    'vqa': Tuning(64, 4e-5, 1_000, 20_000, max_len=23, loss_weight=0.1, weight_decay=0.05, b2=0.999, eps=1e-8, grad_clip_norm=0.0, min_learning_rate=1e-8),
     'cola': _glue_tuning(16, 400, 5_600),
     'sst2': _glue_tuning(32, 1_500, 22_000),
     'mrpc': _glue_tuning(16, 150, 2_500),
@@ -133,16 +133,16 @@ def finetuning(c: ml_collections.ConfigDict, name: str) -> None:
   """Optimizer and steps of one benchmark, every parameter trained; the benchmark itself fills in its task."""
   t = TUNING[name]
   c.optim.update(dict(
-      schedule='published', learning_rate=t.learning_rate, final=t.lowest / t.learning_rate, warmup=t.warmup,
-      b1=0.9, b2=t.b2, eps=t.eps, clip=t.clip, rules=(*c.optim.rules[:-1], (r'.*', 1.0, t.weight_decay))))
+      schedule='published', learning_rate=t.learning_rate, final_lr_fraction=t.min_learning_rate / t.learning_rate, warmup_steps=t.warmup_steps,
+      b1=0.9, b2=t.b2, eps=t.eps, grad_clip_norm=t.grad_clip_norm, param_groups=(*c.optim.param_groups[:-1], (r'.*', 1.0, t.weight_decay))))
   c.model.drop_path = t.drop_path
-  c.train.update(dict(steps=t.steps, log_every=50, save_every=1000))
+  c.train.update(dict(steps=t.steps, log_every=50, checkpoint_every=1000))
 
 
 def _tuned(kind: str, source: str, name: str, **fields) -> ml_collections.ConfigDict:
   """The task of a benchmark, in the sizes of its row."""
   t = TUNING[name]
-  return _task(kind, source, batch=t.batch, weight=t.weight, **fields)
+  return _task(kind, source, batch_size=t.batch_size, loss_weight=t.loss_weight, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,61 +177,61 @@ GLUE = {
 def glue(c: ml_collections.ConfigDict, name: str) -> None:
   """One GLUE task; the hidden labels of the test splits are not evaluated."""
   g = GLUE[name]
-  c.sets[name] = config.target_set(g.words, family='words')
+  c.target_sets[name] = config.target_set(g.words, family='words')
   c.tasks[name] = _tuned(
-      'text_classification', f'tfds:glue/{name}', name, target_set=name, label='label',
-      template=g.template, length=TUNING[name].length, smoothing=_SMOOTHING)
+      'text_classification', f'tfds:glue/{name}', name, target_set=name, label_column='label',
+      template=g.template, max_len=TUNING[name].max_len, label_smoothing=_SMOOTHING)
   for split in g.splits:
     c.evaluators[f'{name}, {split}'] = config.evaluator('glue', name, split=split)
 
 
 def imagenet1k(c: ml_collections.ConfigDict) -> None:
   """Which of 1000 classes a picture shows."""
-  c.sets.imagenet1k = config.target_set(IMAGENET_NAMES, family='names', length=32)
-  c.declared.entries.imagenet1k = ((4, 500), (8, 500))  # here and below, how long they are is an assumption
+  c.target_sets.imagenet1k = config.target_set(IMAGENET_NAMES, family='names', max_len=32)
+  c.preflight.target_lengths.imagenet1k = ((4, 500), (8, 500))  # here and below, how long they are is an assumption
   c.tasks.imagenet1k = _tuned(
-      'image_classification', 'tfds:imagenet2012', 'imagenet1k', target_set='imagenet1k', label='label',
-      smoothing=_SMOOTHING, **_CLASSIFIED)
+      'image_classification', 'tfds:imagenet2012', 'imagenet1k', target_set='imagenet1k', label_column='label',
+      label_smoothing=_SMOOTHING, **_CLASSIFIED)
   c.evaluators.imagenet1k = config.evaluator('classification', 'imagenet1k', split='validation')
 
 
 def kinetics400(c: ml_collections.ConfigDict) -> None:
   """Which of 400 actions a clip shows: eight frames, four views in time, three crops."""
-  c.sets.kinetics400 = config.target_set('own:kinetics400/label', family='names', length=32)
-  c.declared.entries.kinetics400 = ((4, 200), (8, 200))
+  c.target_sets.kinetics400 = config.target_set('own:kinetics400/label', family='names', max_len=32)
+  c.preflight.target_lengths.kinetics400 = ((4, 200), (8, 200))
   c.tasks.kinetics400 = _tuned(
-      'video_classification', 'own:kinetics400', 'kinetics400', target_set='kinetics400', label='label',
-      frames=8, **_CLIP)
-  c.evaluators.kinetics400 = config.evaluator('classification', 'kinetics400', split='validation', batch=32, views=4, crops=3)
+      'video_classification', 'own:kinetics400', 'kinetics400', target_set='kinetics400', label_column='label',
+      num_frames=8, **_CLIP)
+  c.evaluators.kinetics400 = config.evaluator('classification', 'kinetics400', split='validation', batch_size=32, num_views=4, num_crops=3)
 
 
-def _caption(name: str, source: str, split: str = 'train', column: str = CAPTIONS, frames: int = 0):
+def _caption(name: str, source: str, split: str = 'train', column: str = CAPTIONS, num_frames: int = 0):
   def fill(c: ml_collections.ConfigDict) -> None:
     c.tasks[name] = _tuned(
-        'video_caption' if frames else 'image_caption', source, name, split=split, frames=frames,
-        target_set=vocabulary(c), captions=(column,), length=TUNING[name].length, smoothing=_SMOOTHING,
-        **(_CLIP if frames else _FLIPPED))
-    c.evaluators[name] = config.evaluator('caption', name, split='test', batch=64, beams=2)
+        'video_caption' if num_frames else 'image_caption', source, name, split=split, num_frames=num_frames,
+        target_set=vocabulary(c), caption_templates=(column,), max_len=TUNING[name].max_len, label_smoothing=_SMOOTHING,
+        **(_CLIP if num_frames else _FLIPPED))
+    c.evaluators[name] = config.evaluator('caption', name, split='test', batch_size=64, beam_size=2)
   return fill
 
 
-def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTIONS, frames: int = 0):
+def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTIONS, num_frames: int = 0):
   def fill(c: ml_collections.ConfigDict) -> None:
     c.tasks[name] = _tuned(
-        'video_retrieval' if frames else 'image_retrieval', source, name, split=split, captions=(column,),
-        length=TUNING[name].length, smoothing=_SMOOTHING, frames=frames, **(_CLIP if frames else _FLIPPED))
-    c.evaluators[name] = config.evaluator('retrieval', name, split='test', batch=64)
+        'video_retrieval' if num_frames else 'image_retrieval', source, name, split=split, caption_templates=(column,),
+        max_len=TUNING[name].max_len, label_smoothing=_SMOOTHING, num_frames=num_frames, **(_CLIP if num_frames else _FLIPPED))
+    c.evaluators[name] = config.evaluator('retrieval', name, split='test', batch_size=64)
   return fill
 
 
 def vqa(c: ml_collections.ConfigDict) -> None:
   """Questions about pictures, ten answers each; the answers of the set are the commonest ones of at least nine questions. A picture
   is not mirrored: published training mirrors it and swaps left and right in words."""
-  c.sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', length=16)
-  c.declared.entries.vqa_answers = ((4, 3129),)
+  c.target_sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', max_len=16)
+  c.preflight.target_lengths.vqa_answers = ((4, 3129),)
   c.tasks.vqa = _tuned(
-      'vqa', 'own:vqa', 'vqa', target_set='vqa_answers', label='answers', picks=10,
-      template='{question} <spe> <eot>', length=TUNING['vqa'].length)
+      'vqa', 'own:vqa', 'vqa', target_set='vqa_answers', label_column='answers', max_predictions=10,
+      template='{question} <spe> <eot>', max_len=TUNING['vqa'].max_len)
   c.evaluators.vqa = config.evaluator('vqa', 'vqa', split='validation')
 
 
@@ -244,10 +244,10 @@ DOWNSTREAM: dict[str, Callable[[ml_collections.ConfigDict], None]] = {
     'coco_retrieval': _retrieval('coco_retrieval', **_COCO),
     'flickr30k_caption': _caption('flickr30k_caption', 'own:flickr30k'),
     'flickr30k_retrieval': _retrieval('flickr30k_retrieval', 'own:flickr30k'),
-    'msvd_caption': _caption('msvd_caption', 'own:msvd', frames=4),
-    'msvd_retrieval': _retrieval('msvd_retrieval', 'own:msvd', frames=4),
-    'msrvtt_caption': _caption('msrvtt_caption', 'own:msrvtt', frames=4),
-    'msrvtt_retrieval': _retrieval('msrvtt_retrieval', 'own:msrvtt', frames=4),
+    'msvd_caption': _caption('msvd_caption', 'own:msvd', num_frames=4),
+    'msvd_retrieval': _retrieval('msvd_retrieval', 'own:msvd', num_frames=4),
+    'msrvtt_caption': _caption('msrvtt_caption', 'own:msrvtt', num_frames=4),
+    'msrvtt_retrieval': _retrieval('msrvtt_retrieval', 'own:msrvtt', num_frames=4),
     'vqa': vqa,
     **{name: (lambda c, name=name: glue(c, name)) for name in GLUE},
 }

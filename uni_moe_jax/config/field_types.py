@@ -11,13 +11,13 @@ from uni_moe_jax.utils import files
 from uni_moe_jax.utils.suggest import nearest
 
 # Entries of these sections have names of their own, and fields as the function of that name gives them.
-_ENTRIES = {'tasks': config.task('', '', batch=0), 'sets': config.target_set('', family=''),
+_ENTRIES = {'tasks': config.task('', '', batch_size=0), 'target_sets': config.target_set('', family=''),
             'evaluators': config.evaluator('', '', split='')}
-_FREE = ('kinds', 'families', 'declared.entries', 'declared.frames')  # rows of their own, checked where they are read
+_FREE = ('task_types', 'target_families', 'preflight.target_lengths', 'preflight.num_frames')  # rows of their own, checked where they are read
 _STRING, _NUMBER = (str,), (int, float)
 # What tuples hold, where the default does not show it.
-_ITEMS = {'model.video_mean': _NUMBER, 'model.video_std': _NUMBER, 'model.temperatures': _STRING, 'captions': _STRING,
-          'optim.rules': (tuple,)}
+_ITEMS = {'model.video_mean': _NUMBER, 'model.video_std': _NUMBER, 'model.extra_temperature_groups': _STRING, 'caption_templates': _STRING,
+          'optim.param_groups': (tuple,)}
 _LARGEST = 2**53  # beyond it, not every integer is a float
 
 
@@ -31,7 +31,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   # Files, and what may name some; a template of texts may have an address in it.
   named = {f'{section}.{field}': c[section][field] for section, field in schema.PATHS}
   named |= {f'tasks.{name}.source': task.source for name, task in c.tasks.items()}
-  named |= {f'sets.{name}.values': s['values'] for name, s in c.sets.items() if isinstance(s['values'], str)}
+  named |= {f'target_sets.{name}.entries': s.entries for name, s in c.target_sets.items() if isinstance(s.entries, str)}
   for field, path in named.items():
     files.check_local(path, f'config.{field}')
 
@@ -60,7 +60,7 @@ def _field(name: str, value: Any, default: Any) -> None:
   elif name == 'moe.placement':
     _one_of(name, value, _STRING if isinstance(value, str) else (tuple,), 'a name or a tuple of layer indices')
     _items(name, value, (int,))
-  elif name.startswith('sets.') and name.endswith('.values'):
+  elif name.startswith('target_sets.') and name.endswith('.entries'):
     _one_of(name, value, (str, tuple), 'a name or a tuple of texts')
     _items(name, value, (str, tuple))
     for i, synonyms in enumerate(value if isinstance(value, tuple) else ()):

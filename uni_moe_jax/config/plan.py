@@ -3,78 +3,78 @@
 import dataclasses
 
 from uni_moe_jax.tasks.attributes import Condition
-from uni_moe_jax.tasks.task_types import Kind
+from uni_moe_jax.tasks.task_types import TaskType
 
 VOCABULARY = 'vocabulary'  # as a set's values: every word id
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-  """A checked task; fields as in `config.task`. `group` is the batch it is encoded with."""
+  """A checked task; fields as in `config.task`. `group` is the batch_size it is encoded with."""
   name: str
-  kind: Kind
+  type: TaskType
   group: str
   source: str
   split: str
-  batch: int
-  weight: float
-  sampling: float
+  batch_size: int
+  loss_weight: float
+  sampling_weight: float
   temperature: str
   target_set: str
-  label: str
-  captions: tuple[str, ...]
+  label_column: str
+  caption_templates: tuple[str, ...]
   template: str
-  length: int
-  picks: int
-  smoothing: float
-  shift: int
-  head: bool = False
-  subset: float = 1.0
-  per_class: int = 0
-  frames: int = 0
-  crop: str = 'short'
-  flip: bool = False
+  max_len: int
+  max_predictions: int
+  label_smoothing: float
+  max_shift: int
+  linear_head: bool = False
+  train_fraction: float = 1.0
+  shots: int = 0
+  num_frames: int = 0
+  crop: str = 'resize_crop'
+  random_flip: bool = False
   randaugment: float = 0.0
-  erasing: float = 0.0
-  mixup: float = 0.0
-  cutmix: float = 0.0
+  random_erasing: float = 0.0
+  mixup_alpha: float = 0.0
+  cutmix_alpha: float = 0.0
 
   @property
   def mixes(self) -> bool:
-    """Whether neighbours of a batch are mixed, so that an example has two labels."""
-    return bool(self.mixup or self.cutmix)
+    """Whether neighbours of a batch_size are mixed, so that an example has two labels."""
+    return bool(self.mixup_alpha or self.cutmix_alpha)
 
 
 @dataclasses.dataclass(frozen=True)
 class SetSpec:
   """A checked target set; fields as in `config.target_set`."""
   name: str
-  values: str | tuple[str | tuple[str, ...], ...]
+  entries: str | tuple[str | tuple[str, ...], ...]
   condition: Condition
-  scoring: str
-  samples: int
-  length: int
+  softmax: str
+  num_sampled: int
+  max_len: int
   label_prompts: bool = False
 
   @property
   def is_vocabulary(self) -> bool:
-    return self.values == VOCABULARY
+    return self.entries == VOCABULARY
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   """A checked evaluator; fields as in `config.evaluator`."""
   name: str
-  kind: str
+  type: str
   task: TaskSpec
   split: str
-  number: int
-  batch: int
-  beams: int
-  penalty: float
-  answers: str
-  views: int = 1
-  crops: int = 1
+  num_examples: int
+  batch_size: int
+  beam_size: int
+  length_penalty: float
+  constrain_to: str
+  num_views: int = 1
+  num_crops: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Plan:
   """Static facts of a run.
 
   Attributes:
-    kinds: every known row, those of the config last.
+    task_types: every known row, those of the config last.
     tasks: that are trained. Tasks of a group lie in the group's batch in this order.
     sets: target sets of trained tasks; with `encode_all_sets` every set.
     probes: tasks that are only evaluated. probe_sets: sets that only they use.
@@ -91,7 +91,7 @@ class Plan:
     encode_all_sets: whether a step of one task encodes every set.
     answer_sets: sets whose texts only evaluators need, as the captions that may be given; the model never encodes them.
   """
-  kinds: tuple[Kind, ...]
+  task_types: tuple[TaskType, ...]
   tasks: tuple[TaskSpec, ...]
   sets: tuple[SetSpec, ...]
   probes: tuple[TaskSpec, ...]
@@ -113,6 +113,6 @@ class Plan:
     """The plan of a step that holds one task, with the sets that it needs."""
     chosen = next(t for t in self.tasks if t.name == task_name)
     if not chosen.sampling:  # its weight is how often it is drawn: it counts once
-      chosen = dataclasses.replace(chosen, weight=1.0)
+      chosen = dataclasses.replace(chosen, loss_weight=1.0)
     sets = tuple(s for s in self.sets if self.encode_all_sets or s.name == chosen.target_set)
     return dataclasses.replace(self, tasks=(chosen,), sets=sets)

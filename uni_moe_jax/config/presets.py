@@ -29,14 +29,14 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
     weight_decay: of kernels; 0.2 for the published base size, 0.05 for tiny and fine-tuning.
   """
   c.model.update(dict(
-      prefix='<spe>', pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD, video_mean=(0.5,) * 3, video_std=(0.5,) * 3,
-      spatial='stored', position_init='normal', position_std=0.02, query_key_init='independent',
-      frame_differences=False, temporal_std=0.02, layer_scale=1e-3, temperatures=schema.PUBLISHED_TEMPERATURES))
-  c.data.mask_specials = True
+      readout_token='<spe>', pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD, video_mean=(0.5,) * 3, video_std=(0.5,) * 3,
+      posemb='frozen', text_posemb_init='normal', text_posemb_std=0.02, mimetic_init=False,
+      frame_differences=False, temporal_posemb_std=0.02, layer_scale_init=1e-3, extra_temperature_groups=schema.PUBLISHED_TEMPERATURES))
+  c.data.random_special_tokens = True
   c.optim.update(dict(
-      schedule='published', b1=0.9, b2=0.95, eps=1e-6, clip=0.1,
-      without_gradient='zerograd',  # PyTorch of its time; 'settonone' is what PyTorch 2 does with the same code
-      rules=(
+      schedule='published', b1=0.9, b2=0.95, eps=1e-6, grad_clip_norm=0.1,
+      unused_params='zerograd',  # PyTorch of its time; 'settonone' is what PyTorch 2 does with the same code
+      param_groups=(
           (r'embed/spatial$', schema.FREEZE),
           (r'scale[12]$|log_scale', 1.0, 0.0),
           (r'_router/', 1.0, 0.0),
@@ -46,7 +46,7 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
           (r'norm\d?/|bias$', 1.0, 0.0),
           (r'.*', 1.0, weight_decay),
       )))
-  c.train.update(dict(mixture='sampled', encode_all_sets=True, contrastive='sum', twins='negatives'))
+  c.train.update(dict(mixture='one_task', encode_all_sets=True, contrastive_reduction='sum', mask_duplicate_texts=False))
 
 
 def published_size(c: ml_collections.ConfigDict, size: str) -> None:
@@ -58,15 +58,15 @@ def prompt_tune(c: ml_collections.ConfigDict, prompts: int = 8, sides: str = 'sh
   """Tunes prompts, norms, the bias of `spe` and a linear head, and freezes all else: experts, gates, temperatures.
 
   The published list of what trains. Where a run starts is another field, `train.init`; a task gets a head by `head=True`.
-  Prefix prompts (`model.prefix_prompts`) and label prompts of a set train, too, where the config has them.
+  Prefix prompts (`model.num_prefix_prompts`) and label prompts of a set train, too, where the config has them.
 
   Args:
     c: config to change.
     prompts: deep prompts per layer.
-    sides: of them, as `model.prompt_sides`.
+    sides: of them, as `model.prompt_sharing`.
   """
-  c.model.update(dict(prompts=prompts, prompt_sides=sides, spe_bias=True))
-  c.optim.rules = (
+  c.model.update(dict(num_deep_prompts=prompts, prompt_sharing=sides, spe_bias=True))
+  c.optim.param_groups = (
       (r'prompts/|spe_bias$|linear_head/|(block\d+/norm[12]|embed/norm|similarity/norm)/', 1.0, 0.0),
       (r'.*', schema.FREEZE))
 
@@ -74,10 +74,10 @@ def prompt_tune(c: ml_collections.ConfigDict, prompts: int = 8, sides: str = 'sh
 def small(c: ml_collections.ConfigDict) -> None:
   """A model that learns on a few CPU cores, of pictures of 64 pixels, and what suits short runs."""
   c.model.update(dict(
-      layers=4, width=128, heads=2, hidden=512, image_size=64, patch=8, max_text=TEXT_TOKENS, layer_scale=0.5, remat=False,
-      position_init='sincos', position_std=0.06))
-  c.optim.update(dict(learning_rate=1e-3, warmup=60))
-  c.train.update(dict(steps=800, log_every=20, save_every=200))
+      num_layers=4, width=128, num_heads=2, mlp_dim=512, image_size=64, patch_size=8, max_text_len=TEXT_TOKENS, layer_scale_init=0.5, remat=False,
+      text_posemb_init='sincos', text_posemb_std=0.06))
+  c.optim.update(dict(learning_rate=1e-3, warmup_steps=60))
+  c.train.update(dict(steps=800, log_every=20, checkpoint_every=200))
 
 
 def own(
@@ -94,7 +94,7 @@ def own(
   source, kinds = f'own:{name}', set(columns.values())
   visual = 'image' if 'image' in kinds else 'video' if 'video' in kinds else ''
   held_out = next((s for s in ('test', 'validation') if s in splits), None)
-  shown = dict(frames=min(8, c.model.max_frames), crop='jitter') if visual == 'video' else {}
+  shown = dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop') if visual == 'video' else {}
   texts = [f for f in ('text', 'text_a', 'text_b') if f in columns]
 
   def add(what, evaluator, *args, **fields):
@@ -102,7 +102,7 @@ def own(
     c.tasks[task_name] = config.task(*args, source, **fields)
     number = _CANDIDATES if evaluator == 'retrieval' else 0
     if held_out:
-      c.evaluators[task_name.replace('_', ' ')] = config.evaluator(evaluator, task_name, split=held_out, number=number)
+      c.evaluators[task_name.replace('_', ' ')] = config.evaluator(evaluator, task_name, split=held_out, num_examples=number)
 
   def free(what):
     task_name, taken = f'{name}_{what}'.replace('.', '_'), {t.replace('_', ' ') for t in c.tasks}
@@ -111,26 +111,26 @@ def own(
     return task_name
 
   def words():
-    if 'vocabulary' not in c.sets:
-      c.sets.vocabulary = config.target_set('vocabulary', family='words', scoring='sampled', samples=512)
+    if 'vocabulary' not in c.target_sets:
+      c.target_sets.vocabulary = config.target_set('vocabulary', family='words', softmax='sampled', num_sampled=512)
     return 'vocabulary'
 
   if visual and 'captions' in columns:
-    add('retrieval', 'retrieval', f'{visual}_retrieval', batch=32, captions=('{captions}',), length=32, **shown)
-    add('caption', 'caption', f'{visual}_caption', batch=16, target_set=words(), captions=('{captions}',), length=32, **shown)
+    add('retrieval', 'retrieval', f'{visual}_retrieval', batch_size=32, caption_templates=('{captions}',), max_len=32, **shown)
+    add('caption', 'caption', f'{visual}_caption', batch_size=16, target_set=words(), caption_templates=('{captions}',), max_len=32, **shown)
   if not visual and columns.get('text') == 'text':
-    add('words', 'mlm', 'text_mlm', batch=32, target_set=words(), length=TEXT_TOKENS, picks=12)
+    add('words', 'mlm', 'text_mlm', batch_size=32, target_set=words(), max_len=TEXT_TOKENS, max_predictions=12)
   for column, found in classes.items():
     if len(found) > 1 and (visual or texts):
       entries = free(column)
       if visual:
-        c.sets[entries] = config.target_set(f'{source}/{column}', family='names', length=32)
-        add(column, 'classification', f'{visual}_classification', batch=32, target_set=entries, label=column, **shown)
+        c.target_sets[entries] = config.target_set(f'{source}/{column}', family='names', max_len=32)
+        add(column, 'classification', f'{visual}_classification', batch_size=32, target_set=entries, label_column=column, **shown)
       else:
-        c.sets[entries] = config.target_set(f'{source}/{column}', family='words', length=32)
+        c.target_sets[entries] = config.target_set(f'{source}/{column}', family='words', max_len=32)
         template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in texts else f'{{{texts[0]}}} <eot> it is <spe> . <eot>'
-        add(column, 'classification', 'text_classification', batch=32, target_set=entries, label=column, template=template,
-            length=TEXT_TOKENS)
+        add(column, 'classification', 'text_classification', batch_size=32, target_set=entries, label_column=column, template=template,
+            max_len=TEXT_TOKENS)
 
 
 def embedded(c: ml_collections.ConfigDict) -> None:
@@ -141,42 +141,42 @@ def embedded(c: ml_collections.ConfigDict) -> None:
   """
   # Mean and deviation of the training pictures: most of a glyph's picture is background.
   c.model.update(dict(
-      image_size=32, patch=8, max_text=TEXT_TOKENS, pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3, layer_scale=0.5,
+      image_size=32, patch_size=8, max_text_len=TEXT_TOKENS, pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3, layer_scale_init=0.5,
       remat=False,
       # Without these, masked words stay at the unigram's perplexity for hundreds of steps: attention has to find
       # out first what a neighbour is.
-      position_init='sincos', position_std=0.06, query_key_init='equal'))
-  c.sets.glyph_classes = config.target_set('glyphs/class', family='names')
-  c.sets.motions = config.target_set('clips/motion', family='names')
-  c.sets.vocabulary = config.target_set('vocabulary', family='words', scoring='sampled', samples=768)
-  c.sets.packages = config.target_set('paragraphs/package', family='words')
+      text_posemb_init='sincos', text_posemb_std=0.06, mimetic_init=True))
+  c.target_sets.glyph_classes = config.target_set('glyphs/class', family='names')
+  c.target_sets.motions = config.target_set('clips/motion', family='names')
+  c.target_sets.vocabulary = config.target_set('vocabulary', family='words', softmax='sampled', num_sampled=768)
+  c.target_sets.packages = config.target_set('paragraphs/package', family='words')
 
   c.tasks.glyph_class = config.task(
-      'image_classification', 'glyphs', batch=64, target_set='glyph_classes', label='class')
+      'image_classification', 'glyphs', batch_size=64, target_set='glyph_classes', label_column='class')
   c.tasks.glyph_name = config.task(
-      'image_retrieval', 'glyphs', batch=96, captions=('{name}',), length=NAME_TOKENS)
+      'image_retrieval', 'glyphs', batch_size=96, caption_templates=('{name}',), max_len=NAME_TOKENS)
   c.tasks.glyph_caption = config.task(
-      'image_caption', 'glyphs', batch=32, target_set='vocabulary', captions=('{name}',), length=NAME_TOKENS)
+      'image_caption', 'glyphs', batch_size=32, target_set='vocabulary', caption_templates=('{name}',), max_len=NAME_TOKENS)
   c.tasks.clip_motion = config.task(
-      'video_classification', 'clips', batch=16, target_set='motions', label='motion')
+      'video_classification', 'clips', batch_size=16, target_set='motions', label_column='motion')
   c.tasks.text = config.task(
-      'text_mlm', 'corpus', batch=24, target_set='vocabulary', length=TEXT_TOKENS, picks=12)
+      'text_mlm', 'corpus', batch_size=24, target_set='vocabulary', max_len=TEXT_TOKENS, max_predictions=12)
   c.tasks.package = config.task(
-      'text_classification', 'paragraphs', batch=24, target_set='packages', label='package',
-      template='{text} <eot> it is from <spe> . <eot>', length=TEXT_TOKENS)
-  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch=0, captions=('{name}',), length=NAME_TOKENS)
+      'text_classification', 'paragraphs', batch_size=24, target_set='packages', label_column='package',
+      template='{text} <eot> it is from <spe> . <eot>', max_len=TEXT_TOKENS)
+  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch_size=0, caption_templates=('{name}',), max_len=NAME_TOKENS)
 
   # Tokens as the tokenizer of the quickstart counts them.
-  c.declared.entries.update(dict(
+  c.preflight.target_lengths.update(dict(
       glyph_classes=((4, 28), (9, 24)), motions=((5, 12),), packages=((6, 10),)))
-  c.declared.frames.update(dict(clip_motion=8, clip_name=8))
+  c.preflight.num_frames.update(dict(clip_motion=8, clip_name=8))
 
   for split, where in UNSEEN:
     c.evaluators[f'class, {where}'] = config.evaluator('classification', 'glyph_class', split=split)
-    c.evaluators[f'name, {where}'] = config.evaluator('retrieval', 'glyph_name', split=split, number=500)
-    c.evaluators[f'caption, {where}'] = config.evaluator('caption', 'glyph_caption', split=split, number=1000)
+    c.evaluators[f'name, {where}'] = config.evaluator('retrieval', 'glyph_name', split=split, num_examples=500)
+    c.evaluators[f'caption, {where}'] = config.evaluator('caption', 'glyph_caption', split=split, num_examples=1000)
     c.evaluators[f'motion, {where}'] = config.evaluator('classification', 'clip_motion', split=split)
     c.evaluators[f'zero-shot clip name, {where}'] = config.evaluator(
-        'retrieval', 'clip_name', split=split, number=400)
+        'retrieval', 'clip_name', split=split, num_examples=400)
   c.evaluators['masked words'] = config.evaluator('mlm', 'text', split='test')
   c.evaluators['package'] = config.evaluator('classification', 'package', split='test')

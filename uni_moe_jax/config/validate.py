@@ -14,29 +14,29 @@ import ml_collections
 from uni_moe_jax.config import field_types
 from uni_moe_jax.config.plan import VOCABULARY, Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.config.schema import FREEZE
-from uni_moe_jax.tasks import task_types as kinds_lib
+from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
-from uni_moe_jax.tasks.task_types import Kind
+from uni_moe_jax.tasks.task_types import TaskType
 from uni_moe_jax.utils.suggest import nearest
 
-MIXTURES = ('mixed', 'sampled')
-SCORINGS = ('exact', 'sampled')
+MIXTURES = ('all_tasks', 'one_task')
+SOFTMAXES = ('full', 'sampled')
 SCHEDULES = ('cosine', 'constant', 'published')
 WITHOUT_GRADIENT = ('update', 'settonone', 'zerograd')
 # The names of routers and of grouped products live in moe/; here they are data, so that a config is checked without jax.
 MERGED = ('dense', 'attribute', 'task', 'modality')
 DISPATCHED = ('token', 'context')
-GROUPED = ('auto', 'xla', 'loop', 'buffers', 'ragged', 'megablox', 'triton')
+GROUPED = ('auto', 'xla', 'tiled', 'batched', 'ragged', 'megablox', 'triton')
 # Evaluator → whether it can ask a kind.
 EVALUATIONS = {
     'classification': lambda kind: kind.has_classes,
     'retrieval': lambda kind: kind.target == 'pair',
-    'mlm': lambda kind: kind.readout == 'picks',
+    'mlm': lambda kind: kind.readout == 'masked',
     'caption': lambda kind: kind.readout == 'queries',
     'glue': lambda kind: kind.readout == 'slot' and not kind.visual,
     'vqa': lambda kind: kind.readout == 'slot' and kind.visual,
 }
-CROPS = ('short', 'area', 'jitter')
+CROPS = ('resize_crop', 'random_resized_crop', 'jittered_crop')
 
 
 def resolve(c: ml_collections.ConfigDict) -> Plan:
@@ -49,43 +49,43 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   _check_model(c)
   _check_tokenizer(c)
   _check_train(c)
-  families = {**kinds_lib.families(), **{name: _own_family(name, bits) for name, bits in c.families.items()}}
-  kinds = {**kinds_lib.KINDS, **{name: _own_kind(name, row) for name, row in c.kinds.items()}}
-  for name in c.kinds:
-    kinds_lib.check_kind(kinds[name], families)
-  sets = tuple(_resolve_set(name, s, families) for name, s in c.sets.items())
-  trained = {name for name, t in c.tasks.items() if t.batch != 0}
+  families = {**task_types.families(), **{name: _own_family(name, bits) for name, bits in c.target_families.items()}}
+  kinds = {**task_types.TASK_TYPES, **{name: _own_kind(name, row) for name, row in c.task_types.items()}}
+  for name in c.task_types:
+    task_types.check_task_type(kinds[name], families)
+  sets = tuple(_resolve_set(name, s, families) for name, s in c.target_sets.items())
+  trained = {name for name, t in c.tasks.items() if t.batch_size != 0}
   if not trained and not (c.train.init and c.evaluators):
     raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…). To evaluate another run as it is, '
                      'name it in config.train.init and give config.evaluators.')
   shapes: dict[str, set[tuple[int, ...]]] = {}
   for name in trained:
-    shapes.setdefault(c.tasks[name].kind, set()).add(_shape(c.tasks[name]))
-  headed = [name for name, t in c.tasks.items() if t.head]
+    shapes.setdefault(c.tasks[name].type, set()).add(_shape(c.tasks[name]))
+  headed = [name for name, t in c.tasks.items() if t.linear_head]
   if len(headed) > 1:
     raise ValueError(f'config.tasks: {" and ".join(headed)} both have head=True; one task at most has a linear head.')
   by_name = {s.name: s for s in sets}
   resolved = tuple(_resolve_task(name, t, kinds, by_name, c, shapes) for name, t in c.tasks.items())
   tasks = tuple(t for t in resolved if t.name in trained)
   probes = tuple(t for t in resolved if t.name not in trained)
-  temperatures = tuple(sorted({t.temperature for t in tasks} | set(c.model.temperatures)))
+  temperatures = tuple(sorted({t.temperature for t in tasks} | set(c.model.extra_temperature_groups)))
   for t in probes:  # of pairs only the order matters, which needs no scale
-    if t.temperature not in temperatures and t.kind.target != 'pair':
+    if t.temperature not in temperatures and t.type.target != 'pair':
       raise ValueError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its '
                        f'scale would be unknown; {nearest(t.temperature, temperatures)}.')
   _check_declared(c)
   used = {name for name in by_name if c.train.encode_all_sets} | {t.target_set for t in tasks}
   for t in probes:
     if t.target_set and t.target_set not in used and by_name[t.target_set].label_prompts:
-      raise ValueError(f'config.sets.{t.target_set}.label_prompts=True: no trained task names this set, so that they would '
+      raise ValueError(f'config.target_sets.{t.target_set}.label_prompts=True: no trained task names this set, so that they would '
                        f'stay zero; train a task with it, or set it to False.')
   evaluations = tuple(_resolve_evaluation(name, e, resolved, by_name) for name, e in c.evaluators.items())
   probed = {t.target_set for t in probes} - used
   return Plan(
-      kinds=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
+      task_types=tuple(kinds.values()), tasks=tasks, sets=tuple(s for s in sets if s.name in used), probes=probes,
       probe_sets=tuple(s for s in sets if s.name in probed),
       evaluations=evaluations, temperatures=temperatures, encode_all_sets=c.train.encode_all_sets,
-      answer_sets=tuple(s for s in sets if s.name in {e.answers for e in evaluations} - used - probed))
+      answer_sets=tuple(s for s in sets if s.name in {e.constrain_to for e in evaluations} - used - probed))
 
 
 def _choose(field: str, value, choices) -> None:
@@ -112,11 +112,11 @@ def _divides(part: str, b: int, whole: str, a: int) -> None:
 
 def _check_model(c: ml_collections.ConfigDict) -> None:
   m, moe = c.model, c.moe
-  _at_least(c, 'model', dict(layers=1, width=4, heads=1, hidden=1, image_size=1, patch=1, channels=1, max_frames=1,
-                             max_text=1, layer_scale=0.0, drop_path=0.0, prompts=0, prefix_prompts=0, position_std=0.0, temporal_std=0.0))
-  _above_zero(c, 'model', 'temperature')
-  _divides('model.heads', m.heads, 'model.width', m.width)
-  _divides('model.patch', m.patch, 'model.image_size', m.image_size)
+  _at_least(c, 'model', dict(num_layers=1, width=4, num_heads=1, mlp_dim=1, image_size=1, patch_size=1, channels=1, max_num_frames=1,
+                             max_text_len=1, layer_scale_init=0.0, drop_path=0.0, num_deep_prompts=0, num_prefix_prompts=0, text_posemb_std=0.0, temporal_posemb_std=0.0))
+  _above_zero(c, 'model', 'temperature_init')
+  _divides('model.num_heads', m.num_heads, 'model.width', m.width)
+  _divides('model.patch_size', m.patch_size, 'model.image_size', m.image_size)
   if m.width % 4:
     raise ValueError(f'config.model.width={m.width} must be a multiple of 4 (the spatial table); try {m.width // 4 * 4}.')
   if not 0 <= m.drop_path < 1:
@@ -126,13 +126,12 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
       raise ValueError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
     if name.endswith('std') and any(v <= 0 for v in m[name]):
       raise ValueError(f'config.model.{name}={m[name]} must hold numbers above 0.')
-  _choose('model.spatial', m.spatial, ('sincos', 'stored', 'learnt'))
-  _choose('model.prompt_sides', m.prompt_sides, ('shared', 'separate', 'inputs'))
-  _choose('model.position_init', m.position_init, ('normal', 'sincos'))
-  _choose('model.query_key_init', m.query_key_init, ('independent', 'equal'))
+  _choose('model.posemb', m.posemb, ('sincos2d', 'frozen', 'learned'))
+  _choose('model.prompt_sharing', m.prompt_sharing, ('shared', 'separate', 'inputs'))
+  _choose('model.text_posemb_init', m.text_posemb_init, ('normal', 'sincos'))
   _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
   _choose('moe.router', moe.router, (*MERGED, *DISPATCHED))
-  _choose('moe.grouped', moe.grouped, GROUPED)
+  _choose('moe.gmm', moe.gmm, GROUPED)
   of_tokens = dict(capacity=0.0, balance_loss=0.0, importance_loss=0.0, z_loss=0.0)
   _at_least(c, 'moe', dict(num_experts=1, noise_std=0.0, **of_tokens))
   for name in of_tokens if moe.router in MERGED else ():
@@ -142,18 +141,18 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   if not 1 <= moe.top_k <= moe.num_experts:
     raise ValueError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
   if isinstance(moe.placement, str):
-    _choose('moe.placement', moe.placement, ('all', 'odd', 'four', 'none'))
-  elif any(not 0 <= i < m.layers for i in moe.placement):
-    raise ValueError(f'config.moe.placement={moe.placement} has an index outside 0…{m.layers - 1}.')
-  for part in moe.parts:
-    _choose('moe.parts', part, ('attention', 'ffn'))
+    _choose('moe.placement', moe.placement, ('all', 'every_2', 'every_4', 'none'))
+  elif any(not 0 <= i < m.num_layers for i in moe.placement):
+    raise ValueError(f'config.moe.placement={moe.placement} has an index outside 0…{m.num_layers - 1}.')
+  for part in moe.sublayers:
+    _choose('moe.sublayers', part, ('attention', 'mlp'))
 
 
 def _check_tokenizer(c: ml_collections.ConfigDict) -> None:
-  _choose('tokenizer.kind', c.tokenizer.kind, ('sentencepiece', 'clip'))
+  _choose('tokenizer.type', c.tokenizer.type, ('sentencepiece', 'clip'))
   _at_least(c, 'tokenizer', dict(vocab_size=1))
-  if c.tokenizer.kind == 'clip' and not c.tokenizer.merges:
-    raise ValueError("config.tokenizer.merges='' must be a path when config.tokenizer.kind='clip'; give that of CLIP's "
+  if c.tokenizer.type == 'clip' and not c.tokenizer.merges_path:
+    raise ValueError("config.tokenizer.merges_path='' must be a path when config.tokenizer.type='clip'; give that of CLIP's "
                      'bpe_simple_vocab_16e6.txt.gz.')
 
 
@@ -168,124 +167,123 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
     if axis != 'fsdp' and size < 1 and size != -1:
       raise ValueError(f'config.mesh.{axis}={size} must be at least 1, or -1 (what the other axes leave).')
   _choose('train.mixture', c.train.mixture, MIXTURES)
-  if c.train.keep_best:
-    _choose('train.keep_best', c.train.keep_best, ('loss/total', *(f'loss/{name}' for name, t in c.tasks.items() if t.batch)))
-    _divides('train.log_every', c.train.log_every, 'train.save_every', c.train.save_every)  # a checkpoint needs a logged loss
-  _choose('train.contrastive', c.train.contrastive, ('mean', 'sum'))
-  _choose('train.twins', c.train.twins, ('masked', 'negatives'))
+  if c.train.best_metric:
+    _choose('train.best_metric', c.train.best_metric, ('loss/total', *(f'loss/{name}' for name, t in c.tasks.items() if t.batch_size)))
+    _divides('train.log_every', c.train.log_every, 'train.checkpoint_every', c.train.checkpoint_every)  # a checkpoint needs a logged loss
+  _choose('train.contrastive_reduction', c.train.contrastive_reduction, ('mean', 'sum'))
   _choose('optim.schedule', c.optim.schedule, SCHEDULES)
-  _choose('optim.without_gradient', c.optim.without_gradient, WITHOUT_GRADIENT)
-  if not 0 < c.optim.layer_decay <= 1:
-    raise ValueError(f'config.optim.layer_decay={c.optim.layer_decay} must be in (0, 1]; 1 is off.')
-  if not 0 <= c.train.ema < 1:
-    raise ValueError(f'config.train.ema={c.train.ema} must be in [0, 1); 0 is off.')
-  if c.train.mixture == 'sampled' and c.train.accum > 1:
-    raise ValueError(f"config.train.accum={c.train.accum} needs config.train.mixture='mixed', not 'sampled'.")
-  if c.train.mixture == 'sampled' and c.train.interference_every:
-    raise ValueError(f"config.train.interference_every={c.train.interference_every} needs config.train.mixture='mixed': it "
+  _choose('optim.unused_params', c.optim.unused_params, WITHOUT_GRADIENT)
+  if not 0 < c.optim.layerwise_lr_decay <= 1:
+    raise ValueError(f'config.optim.layerwise_lr_decay={c.optim.layerwise_lr_decay} must be in (0, 1]; 1 is off.')
+  if not 0 <= c.train.ema_decay < 1:
+    raise ValueError(f'config.train.ema_decay={c.train.ema_decay} must be in [0, 1); 0 is off.')
+  if c.train.mixture == 'one_task' and c.train.grad_accum_steps > 1:
+    raise ValueError(f"config.train.grad_accum_steps={c.train.grad_accum_steps} needs config.train.mixture='all_tasks', not 'one_task'.")
+  if c.train.mixture == 'one_task' and c.train.interference_every:
+    raise ValueError(f"config.train.interference_every={c.train.interference_every} needs config.train.mixture='all_tasks': it "
                      'compares the tasks of one step. Set it to 0, and ask launch/interference.py.')
   try:
     re.compile(c.train.interference_parameters)
   except re.error as e:
     raise ValueError(f'config.train.interference_parameters={c.train.interference_parameters!r} is not a regular '
                      f'expression: {e}.') from None
-  for rule in c.optim.rules:
+  for rule in c.optim.param_groups:
     frozen = len(rule) == 2 and rule[1] == FREEZE
     if not frozen and len(rule) != 3:
-      raise ValueError(f"config.optim.rules: {rule!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
+      raise ValueError(f"config.optim.param_groups: {rule!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
     try:
       re.compile(rule[0])
     except re.error as e:
-      raise ValueError(f'config.optim.rules: {rule[0]!r} is not a regular expression: {e}.') from None
+      raise ValueError(f'config.optim.param_groups: {rule[0]!r} is not a regular expression: {e}.') from None
 
 
 def _check_declared(c: ml_collections.ConfigDict) -> None:
-  for name, entries in c.declared.entries.items():
-    _choose(f'declared.entries.{name}', name, c.sets)
-    longest = c.sets[name].length
+  for name, entries in c.preflight.target_lengths.items():
+    _choose(f'preflight.target_lengths.{name}', name, c.target_sets)
+    longest = c.target_sets[name].max_len
     whole = isinstance(entries, tuple) and all(
         isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in entries)
     if not whole or not entries or any(not 2 <= tokens <= longest or number < 1 for tokens, number in entries):
-      raise ValueError(f'config.declared.entries.{name}={entries!r} must hold (tokens, entries) pairs, tokens in 2…config.sets.'
+      raise ValueError(f'config.preflight.target_lengths.{name}={entries!r} must hold (tokens, entries) pairs, tokens in 2…config.target_sets.'
                        f'{name}.length={longest}, entries at least 1; for example (({longest}, 1000),).')
-  for name, frames in c.declared.frames.items():
-    _choose(f'declared.frames.{name}', name, c.tasks)
-    if type(frames) is not int or not 1 <= frames <= c.model.max_frames:
-      raise ValueError(f'config.declared.frames.{name}={frames!r} must be in 1…config.model.max_frames={c.model.max_frames}, a '
+  for name, frames in c.preflight.num_frames.items():
+    _choose(f'preflight.num_frames.{name}', name, c.tasks)
+    if type(frames) is not int or not 1 <= frames <= c.model.max_num_frames:
+      raise ValueError(f'config.preflight.num_frames.{name}={frames!r} must be in 1…config.model.max_num_frames={c.model.max_num_frames}, a '
                        'whole number.')
 
 
 def _own_family(name: str, bits) -> Condition:
-  if name in kinds_lib.families():
-    raise ValueError(f'config.families.{name}: a built-in family has this name, and its row is frozen; choose another.')
+  if name in task_types.families():
+    raise ValueError(f'config.target_families.{name}: a built-in family has this name, and its row is frozen; choose another.')
   if isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits):
-    raise ValueError(f'config.families.{name}={bits!r} must be four bits: input visual, input text, target visual, '
+    raise ValueError(f'config.target_families.{name}={bits!r} must be four bits: input visual, input text, target visual, '
                      'target text; for example (1, 0, 0, 1).')
-  return kinds_lib.family_condition(name, tuple(bits))
+  return task_types.family_condition(name, tuple(bits))
 
 
-def _own_kind(name: str, row) -> Kind:
-  if name in kinds_lib.KINDS:
-    raise ValueError(f'config.kinds.{name}: a built-in kind has this name; choose another.')
-  fields = {f.name for f in dataclasses.fields(Kind)} - {'name'}
+def _own_kind(name: str, row) -> TaskType:
+  if name in task_types.TASK_TYPES:
+    raise ValueError(f'config.task_types.{name}: a built-in kind has this name; choose another.')
+  fields = {f.name for f in dataclasses.fields(TaskType)} - {'name'}
   if set(row) != fields:
     wrong = sorted(set(row) ^ fields)
-    raise ValueError(f'config.kinds.{name}: {", ".join(wrong)} missing or unknown; give {", ".join(sorted(fields))}.')
+    raise ValueError(f'config.task_types.{name}: {", ".join(wrong)} missing or unknown; give {", ".join(sorted(fields))}.')
   if any(isinstance(s, str) or len(s) not in (1, 2) for s in row.inputs):
-    raise ValueError(f"config.kinds.{name}.inputs={row.inputs!r} must hold (modality, mask) pairs, for example "
+    raise ValueError(f"config.task_types.{name}.inputs={row.inputs!r} must hold (modality, mask) pairs, for example "
                      "(('visual', 'full'),).")
-  return Kind(name, tuple(kinds_lib.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
+  return TaskType(name, tuple(task_types.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
 
 
 def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
-  _choose(f'sets.{name}.family', s.family, families)
-  _choose(f'sets.{name}.scoring', s.scoring, SCORINGS)
-  if s.length < 2 or s.samples < 0:
-    raise ValueError(f'config.sets.{name}: length={s.length} must be at least 2 tokens, samples={s.samples} at least 0.')
-  if s.scoring == 'sampled' and (s['values'] != VOCABULARY or s.samples < 1):
-    raise ValueError(f"config.sets.{name}: scoring 'sampled' needs values='{VOCABULARY}' and samples ≥ 1, not "
-                     f'values={s["values"]!r}, samples={s.samples}.')
-  if s.label_prompts and s['values'] == VOCABULARY:
-    raise ValueError(f'config.sets.{name}.label_prompts=True is for sets of texts: the words of a vocabulary have a learnt '
+  _choose(f'target_sets.{name}.family', s.family, families)
+  _choose(f'target_sets.{name}.softmax', s.softmax, SOFTMAXES)
+  if s.max_len < 2 or s.num_sampled < 0:
+    raise ValueError(f'config.target_sets.{name}: length={s.max_len} must be at least 2 tokens, num_sampled={s.num_sampled} at least 0.')
+  if s.softmax == 'sampled' and (s.entries != VOCABULARY or s.num_sampled < 1):
+    raise ValueError(f"config.target_sets.{name}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not "
+                     f'values={s["values"]!r}, num_sampled={s.num_sampled}.')
+  if s.label_prompts and s.entries == VOCABULARY:
+    raise ValueError(f'config.target_sets.{name}.label_prompts=True is for sets of texts: the words of a vocabulary have a learnt '
                      'row each already; set it to False.')
-  values = s['values'] if isinstance(s['values'], str) else tuple(v if isinstance(v, str) else tuple(v) for v in s['values'])
-  return SetSpec(name, values, families[s.family], s.scoring, s.samples, s.length, s.label_prompts)
+  entries = s.entries if isinstance(s.entries, str) else tuple(v if isinstance(v, str) else tuple(v) for v in s.entries)
+  return SetSpec(name, entries, families[s.family], s.softmax, s.num_sampled, s.max_len, s.label_prompts)
 
 
 def _shape(t) -> tuple[int, ...]:
   """What the arrays of a task's examples depend on, beside its kind: tokens, picks; frames and labels of pictures and clips."""
-  of_files = (t.frames, 2 if t.mixup or t.cutmix else 1) if t.frames or t.mixup or t.cutmix else ()
-  return t.length, t.picks, *of_files
+  of_files = (t.num_frames, 2 if t.mixup_alpha or t.cutmix_alpha else 1) if t.num_frames or t.mixup_alpha or t.cutmix_alpha else ()
+  return t.max_len, t.max_predictions, *of_files
 
 
-def _check_pictures(name: str, t, kind: Kind, c) -> None:
+def _check_pictures(name: str, t, kind: TaskType, c) -> None:
   field = f'tasks.{name}'
   _choose(f'{field}.crop', t.crop, CROPS)
-  for part, most in (('frames', c.model.max_frames), ('randaugment', 10), ('erasing', 1), ('mixup', math.inf), ('cutmix', math.inf)):
+  for part, most in (('frames', c.model.max_num_frames), ('randaugment', 10), ('erasing', 1), ('mixup', math.inf), ('cutmix', math.inf)):
     if not 0 <= t[part] <= most:
       raise ValueError(f'config.{field}.{part}={t[part]} must be in 0…{most}.')
-  if (t.mixup or t.cutmix) and not (kind.visual and kind.readout == 'first' and kind.target != 'pair'):
-    raise ValueError(f'config.{field}: mixup={t.mixup}, cutmix={t.cutmix} mix pictures and their classes; kind {kind.name!r} has '
+  if (t.mixup_alpha or t.cutmix_alpha) and not (kind.visual and kind.readout == 'cls' and kind.target != 'pair'):
+    raise ValueError(f'config.{field}: mixup={t.mixup_alpha}, cutmix={t.cutmix_alpha} mix pictures and their classes; kind {kind.name!r} has '
                      'none. Set them to 0.')
 
 
-def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec], c, shapes) -> TaskSpec:
+def _resolve_task(name: str, t, kinds: dict[str, TaskType], sets: dict[str, SetSpec], c, shapes) -> TaskSpec:
   field = f'tasks.{name}'
-  _choose(f'{field}.kind', t.kind, kinds)
-  kind = kinds[t.kind]
-  if t.batch < 0 or t.batch % c.train.accum:
-    raise ValueError(f'config.{field}.batch={t.batch} must be a positive multiple of config.train.accum='
-                     f'{c.train.accum}; try {max(c.train.accum, t.batch - t.batch % c.train.accum)}.')
-  if t.length < 0 or t.picks < 0:
-    raise ValueError(f'config.{field}: length={t.length} and picks={t.picks} must be at least 0.')
-  if t.weight < 0 or not 0 <= t.smoothing < 1 or t.shift < 0:
-    raise ValueError(f'config.{field}: weight={t.weight} must be at least 0, smoothing={t.smoothing} in [0, 1), shift='
-                     f'{t.shift} at least 0.')
-  if not 0 < t.subset <= 1 or t.per_class < 0 or t.per_class and not t.label:
-    raise ValueError(f'config.{field}: subset={t.subset} must be in (0, 1], per_class={t.per_class} at least 0, and above 0 '
+  _choose(f'{field}.type', t.type, kinds)
+  kind = kinds[t.type]
+  if t.batch_size < 0 or t.batch_size % c.train.grad_accum_steps:
+    raise ValueError(f'config.{field}.batch={t.batch_size} must be a positive multiple of config.train.grad_accum_steps='
+                     f'{c.train.grad_accum_steps}; try {max(c.train.grad_accum_steps, t.batch_size - t.batch_size % c.train.grad_accum_steps)}.')
+  if t.max_len < 0 or t.max_predictions < 0:
+    raise ValueError(f'config.{field}: length={t.max_len} and picks={t.max_predictions} must be at least 0.')
+  if t.loss_weight < 0 or not 0 <= t.label_smoothing < 1 or t.max_shift < 0:
+    raise ValueError(f'config.{field}: weight={t.loss_weight} must be at least 0, smoothing={t.label_smoothing} in [0, 1), shift='
+                     f'{t.max_shift} at least 0.')
+  if not 0 < t.train_fraction <= 1 or t.shots < 0 or t.shots and not t.label_column:
+    raise ValueError(f'config.{field}: subset={t.train_fraction} must be in (0, 1], per_class={t.shots} at least 0, and above 0 '
                      'only with a label.')
-  if t.sampling < 0 or c.train.mixture == 'sampled' and t.batch and (t.sampling or t.weight) <= 0:
-    raise ValueError(f"config.{field}: sampling={t.sampling}, weight={t.weight}: a sampled mixture draws tasks by sampling, or "
+  if t.sampling_weight < 0 or c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0:
+    raise ValueError(f"config.{field}: sampling={t.sampling_weight}, weight={t.loss_weight}: a sampled mixture draws tasks by sampling, or "
                      'by weight where that is 0; give one that is above 0, or batch=0 to leave the task out.')
   if kind.target == 'pair':
     if t.target_set:
@@ -297,57 +295,57 @@ def _resolve_task(name: str, t, kinds: dict[str, Kind], sets: dict[str, SetSpec]
     if family != kind.target:
       raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but kind {kind.name!r} '
                        f'chooses among {kind.target!r}.')
-    if kind.readout in ('picks', 'queries') and not sets[t.target_set].is_vocabulary:
+    if kind.readout in ('masked', 'queries') and not sets[t.target_set].is_vocabulary:
       raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} predicts words; its set must '
-                       f"have values='{VOCABULARY}'.")
-  if (kind.text_index is not None or kind.target == 'pair') and t.length < 2:
-    raise ValueError(f'config.{field}.length={t.length} must be at least 2 tokens.')
-  if t.length > c.model.max_text:
-    raise ValueError(f'config.{field}.length={t.length} is above config.model.max_text={c.model.max_text}.')
-  if kind.readout == 'picks' and not 1 <= t.picks <= t.length:
-    raise ValueError(f'config.{field}.picks={t.picks} must be in 1…length={t.length}.')
+                       f"have entries='{VOCABULARY}'.")
+  if (kind.text_index is not None or kind.target == 'pair') and t.max_len < 2:
+    raise ValueError(f'config.{field}.length={t.max_len} must be at least 2 tokens.')
+  if t.max_len > c.model.max_text_len:
+    raise ValueError(f'config.{field}.length={t.max_len} is above config.model.max_text_len={c.model.max_text_len}.')
+  if kind.readout == 'masked' and not 1 <= t.max_predictions <= t.max_len:
+    raise ValueError(f'config.{field}.picks={t.max_predictions} must be in 1…length={t.max_len}.')
   if kind.readout == 'slot' and t.template.count('<spe>') != 1:
     raise ValueError(f"config.{field}.template={t.template!r} must hold exactly one '<spe>' slot.")
-  if t.head and (kind.readout not in ('first', 'slot') or not t.target_set or sets[t.target_set].is_vocabulary):
+  if t.linear_head and (kind.readout not in ('cls', 'slot') or not t.target_set or sets[t.target_set].is_vocabulary):
     raise ValueError(f'config.{field}.head=True needs a kind that chooses among the entries of a set; {kind.name!r} with '
                      f'target_set={t.target_set!r} does not.')
-  if (kind.two_stream or kind.target == 'pair') and not t.captions:
+  if (kind.two_stream or kind.target == 'pair') and not t.caption_templates:
     raise ValueError(f"config.{field}.captions is empty; give at least one template, for example ('{{caption}}',).")
   _check_pictures(name, t, kind, c)
   # Tasks of one kind share a batch only if their arrays have one shape.
-  group = kind.name if len(shapes.get(t.kind, ())) <= 1 else '/'.join(map(str, (kind.name, *_shape(t))))
+  group = kind.name if len(shapes.get(t.type, ())) <= 1 else '/'.join(map(str, (kind.name, *_shape(t))))
   return TaskSpec(
-      name=name, kind=kind, group=group, source=t.source, split=t.split, batch=t.batch, weight=t.weight,
-      sampling=t.sampling, temperature=t.temperature or kind.name, target_set=t.target_set, label=t.label,
-      captions=tuple(t.captions), template=t.template, length=t.length, picks=t.picks, smoothing=t.smoothing,
-      shift=t.shift, head=t.head, subset=t.subset, per_class=t.per_class,
-      frames=t.frames, crop=t.crop, flip=t.flip, randaugment=t.randaugment, erasing=t.erasing, mixup=t.mixup, cutmix=t.cutmix)
+      name=name, type=kind, group=group, source=t.source, split=t.split, batch_size=t.batch_size, loss_weight=t.loss_weight,
+      sampling_weight=t.sampling_weight, temperature=t.temperature or kind.name, target_set=t.target_set, label_column=t.label_column,
+      caption_templates=tuple(t.caption_templates), template=t.template, max_len=t.max_len, max_predictions=t.max_predictions, label_smoothing=t.label_smoothing,
+      max_shift=t.max_shift, linear_head=t.linear_head, train_fraction=t.train_fraction, shots=t.shots,
+      num_frames=t.num_frames, crop=t.crop, random_flip=t.random_flip, randaugment=t.randaugment, random_erasing=t.random_erasing, mixup_alpha=t.mixup_alpha, cutmix_alpha=t.cutmix_alpha)
 
 
 def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[str, SetSpec]) -> Evaluation:
-  _choose(f'evaluators.{name}.kind', e.kind, EVALUATIONS)
+  _choose(f'evaluators.{name}.type', e.type, EVALUATIONS)
   by_name = {t.name: t for t in tasks}
   _choose(f'evaluators.{name}.task', e.task, by_name)
-  task_spec, wanted = by_name[e.task], EVALUATIONS[e.kind]
-  if not wanted(task_spec.kind):
-    fitting = [t.name for t in tasks if wanted(t.kind)]
-    raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of kind {task_spec.kind.name!r}, which evaluator '
-                     f'{e.kind!r} cannot ask; choices: {", ".join(fitting) or "none"}.')
-  if e.number < 0 or e.batch < 1 or e.beams < 1 or e.penalty < 0:
-    raise ValueError(f'config.evaluators.{name}: number={e.number} must be at least 0, batch={e.batch} at least 1, beams='
-                     f'{e.beams} at least 1, penalty={e.penalty} at least 0.')
-  if e.answers:
-    field = f'evaluators.{name}.answers'
-    if e.kind != 'caption':
-      raise ValueError(f"config.{field}={e.answers!r} is for evaluators of kind 'caption', not {e.kind!r}; set it to ''.")
-    _choose(field, e.answers, sets)
-    if sets[e.answers].is_vocabulary:
-      raise ValueError(f"config.{field}={e.answers!r} is the vocabulary, so that any word may be said; set it to '', or to a "
+  task_spec, wanted = by_name[e.task], EVALUATIONS[e.type]
+  if not wanted(task_spec.type):
+    fitting = [t.name for t in tasks if wanted(t.type)]
+    raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of kind {task_spec.type.name!r}, which evaluator '
+                     f'{e.type!r} cannot ask; choices: {", ".join(fitting) or "none"}.')
+  if e.num_examples < 0 or e.batch_size < 1 or e.beam_size < 1 or e.length_penalty < 0:
+    raise ValueError(f'config.evaluators.{name}: number={e.num_examples} must be at least 0, batch={e.batch_size} at least 1, beams='
+                     f'{e.beam_size} at least 1, penalty={e.length_penalty} at least 0.')
+  if e.constrain_to:
+    field = f'evaluators.{name}.constrain_to'
+    if e.type != 'caption':
+      raise ValueError(f"config.{field}={e.constrain_to!r} is for evaluators of kind 'caption', not {e.type!r}; set it to ''.")
+    _choose(field, e.constrain_to, sets)
+    if sets[e.constrain_to].is_vocabulary:
+      raise ValueError(f"config.{field}={e.constrain_to!r} is the vocabulary, so that any word may be said; set it to '', or to a "
                        'set of texts.')
-  if min(e.views, e.crops) < 1 or e.views * e.crops > 1 and not (e.kind == 'classification' and task_spec.frames):
-    raise ValueError(f'config.evaluators.{name}: views={e.views}, crops={e.crops} must be at least 1, and are for the '
+  if min(e.num_views, e.num_crops) < 1 or e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task_spec.num_frames):
+    raise ValueError(f'config.evaluators.{name}: views={e.num_views}, crops={e.num_crops} must be at least 1, and are for the '
                      "classification of clips of files (a task with frames); set them to 1.")
-  return Evaluation(name, e.kind, task_spec, e.split, e.number, e.batch, e.beams, e.penalty, e.answers, e.views, e.crops)
+  return Evaluation(name, e.type, task_spec, e.split, e.num_examples, e.batch_size, e.beam_size, e.length_penalty, e.constrain_to, e.num_views, e.num_crops)
 
 
 def check_trains(plan: Plan) -> None:
@@ -359,7 +357,7 @@ def check_trains(plan: Plan) -> None:
 
 def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:
   """Raises ValueError where an axis of the mesh does not divide what it splits. mesh: size per axis."""
-  split = [('model', 'model.heads', c.model.heads), ('model', 'model.hidden', c.model.hidden)]
+  split = [('model', 'model.num_heads', c.model.num_heads), ('model', 'model.mlp_dim', c.model.mlp_dim)]
   if c.moe.router != 'dense':
     split.append(('expert', 'moe.num_experts', c.moe.num_experts))
   if c.mesh.fsdp:
@@ -373,22 +371,22 @@ def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:
 def check_batches(plan: Plan, shards: int, accum: int) -> None:
   """Raises ValueError where a task's micro-batch does not divide over the batch shards of the mesh."""
   for t in plan.tasks:
-    micro = t.batch // accum
+    micro = t.batch_size // accum
     if micro % shards:
       unit = shards * accum
-      raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} ({shards} batch shards of '
-                       f'the mesh × {accum} micro-steps); try {max(unit, t.batch - t.batch % unit)}.')
+      raise ValueError(f'config.tasks.{t.name}.batch={t.batch_size} must be a multiple of {unit} ({shards} batch shards of '
+                       f'the mesh × {accum} micro-steps); try {max(unit, t.batch_size - t.batch_size % unit)}.')
     if t.mixes and micro // shards % 2:
       unit = 2 * shards * accum
-      raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} for mixup or cutmix, which mix pairs '
-                       f'of a shard ({shards} batch shards × {accum} micro-steps × 2); try {max(unit, t.batch - t.batch % unit)}.')
+      raise ValueError(f'config.tasks.{t.name}.batch={t.batch_size} must be a multiple of {unit} for mixup or cutmix, which mix pairs '
+                       f'of a shard ({shards} batch shards × {accum} micro-steps × 2); try {max(unit, t.batch_size - t.batch_size % unit)}.')
 
 
 def check_halves(plan: Plan, shards: int, accum: int) -> None:
   """Raises ValueError where a task's micro-batch on a shard has no halves, which the interference metric compares."""
   unit = 2 * shards * accum
   for t in plan.tasks:
-    if t.batch % unit:
-      raise ValueError(f'config.tasks.{t.name}.batch={t.batch} must be a multiple of {unit} for config.train.'
+    if t.batch_size % unit:
+      raise ValueError(f'config.tasks.{t.name}.batch={t.batch_size} must be a multiple of {unit} for config.train.'
                        f'interference_every > 0, which halves it ({shards} batch shards × {accum} micro-steps × 2); try '
-                       f'{max(unit, t.batch - t.batch % unit)}, or interference_every=0.')
+                       f'{max(unit, t.batch_size - t.batch_size % unit)}, or interference_every=0.')

@@ -41,7 +41,7 @@ class Data:
     self._dir, self._model, self._plan = config.data.dir, config.model, plan
     self._records: dict[tuple[str, str], Records | Stored] = {}
     trained = [self.records(t.source, t.split) for t in plan.tasks]
-    file = config.tokenizer.file
+    file = config.tokenizer.path
     if config.train.init and not file:  # the parameters of another run mean that run's words
       file = str(pathlib.Path(config.train.init) / 'tokenizer.model')
     self.tokenizer, self.tokenizer_file, tokenizer_print = self._make_tokenizer(config.tokenizer, file, trained)
@@ -53,25 +53,25 @@ class Data:
     self._check_answers()
     prints = sorted({r.fingerprint for r in trained}) + [tokenizer_print]
     self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
-    model = tokenizer_print if config.tokenizer.kind == 'clip' else hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
-    listed = [(s.name, entries[s.name]) for s in plan.sets if isinstance(s.values, str) and s.values.startswith(class_names.FILE)]
+    model = tokenizer_print if config.tokenizer.type == 'clip' else hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
+    listed = [(s.name, entries[s.name]) for s in plan.sets if isinstance(s.entries, str) and s.entries.startswith(class_names.FILE)]
     self.inputs = hashlib.sha256(repr((self.fingerprint, model, listed)).encode()).hexdigest()
     self._builders = {
-        training: Builder(self.tokenizer, keys, self._model.channels, training, config.data.mask_specials, config.seed)
+        training: Builder(self.tokenizer, keys, self._model.channels, training, config.data.random_special_tokens, config.seed)
         for training in (True, False)}
     self._stored_builders = {
         training: StoredBuilder(self.tokenizer, keys, self._model.image_size, self._model.channels, training,
-                                config.data.mask_specials, config.seed, config.data.max_bad_fraction)
+                                config.data.random_special_tokens, config.seed, config.data.max_corrupt_fraction)
         for training in (True, False)}
 
   def _check_answers(self) -> None:
     """Raises ValueError for an answer that is longer than the captions among which it is asked for."""
     for e in self._plan.evaluations:
-      for text in self.sets[e.answers].texts if e.answers else ():
-        if (tokens := len(self.tokenizer.encode(text)) + 1) > e.task.length:
+      for text in self.sets[e.constrain_to].texts if e.constrain_to else ():
+        if (tokens := len(self.tokenizer.encode(text)) + 1) > e.task.max_len:
           raise ValueError(
-              f'config.tasks.{e.task.name}.length={e.task.length} is too short for answer {text!r} of config.evaluators.'
-              f'{e.name}.answers={e.answers!r}, which has {tokens} tokens, the end included; raise it to {tokens}, or leave '
+              f'config.tasks.{e.task.name}.length={e.task.max_len} is too short for answer {text!r} of config.evaluators.'
+              f'{e.name}.answers={e.constrain_to!r}, which has {tokens} tokens, the end included; raise it to {tokens}, or leave '
               'the answer out.')
 
   def records(self, source: str, split: str) -> Records | Stored:
@@ -86,7 +86,7 @@ class Data:
     records = self.records(task.source, task.split)
     if isinstance(records, Stored):
       return dataclasses.replace(self._stored_builders[training], views=views, crops=crops).build(task, records)
-    if task.kind.visual and 'pixels' in records.columns:
+    if task.type.visual and 'pixels' in records.columns:
       self._check_size(task, records.columns['pixels'].shape[1:])
     return self._builders[training].build(task, records)
 
@@ -97,18 +97,18 @@ class Data:
     if (H, W) != (self._model.image_size,) * 2 or T > self._model.max_frames:
       raise ValueError(
           f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model takes at most '
-          f'config.model.max_frames={self._model.max_frames} of config.model.image_size={self._model.image_size} pixels a side.')
+          f'config.model.max_num_frames={self._model.max_frames} of config.model.image_size={self._model.image_size} pixels a side.')
 
   def _entries(self, spec: SetSpec) -> tuple[class_names.Entry, ...]:
     """Entries of a target set: its own, those of a file, or the classes of 'source/column'; () for the vocabulary."""
     field = f'sets.{spec.name}'
     if spec.is_vocabulary:
       return ()
-    if not isinstance(spec.values, str):
-      return class_names.entries(spec.values, field)
-    if spec.values.startswith(class_names.FILE):
-      return class_names.read(spec.values, self._dir, field)
-    source, _, column = spec.values.rpartition('/')
+    if not isinstance(spec.entries, str):
+      return class_names.entries(spec.entries, field)
+    if spec.entries.startswith(class_names.FILE):
+      return class_names.read(spec.entries, self._dir, field)
+    source, _, column = spec.entries.rpartition('/')
     split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
     classes = self.records(source, split).classes
     if column not in classes:
@@ -124,7 +124,7 @@ class Data:
     if file:
       path = pathlib.Path(os.path.expanduser(file))
       if not path.is_file():
-        raise FileNotFoundError(f'config.tokenizer.file={file!r} is not there; give the tokenizer.model of a run.')
+        raise FileNotFoundError(f'config.tokenizer.path={file!r} is not there; give the tokenizer.model of a run.')
       return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
     path = self._train_tokenizer(trained, config.vocab_size, config.fewer)
     return SentencePieceTokenizer(path), path, path.stem

@@ -55,7 +55,7 @@ class Question:
 
   def ids(self) -> np.ndarray:
     """Example ids that are asked: all, or a seeded subset of `number`, in order."""
-    n, size = self.evaluation.number, self.examples.size
+    n, size = self.evaluation.num_examples, self.examples.size
     if not n or n >= size:
       return np.arange(size)
     return np.sort(np.random.default_rng(seed_of(self.evaluation.name)).choice(size, n, replace=False))
@@ -70,12 +70,12 @@ class Question:
 
   def log_p(self, fields: dict[str, np.ndarray]) -> np.ndarray:
     """log p [B, V] over the task's target set, for inputs that are read at one place."""
-    return self.predictor.log_probabilities(self.predictor.inputs(self.task.kind, fields), self.task)[:, 0]
+    return self.predictor.log_probabilities(self.predictor.inputs(self.task.type, fields), self.task)[:, 0]
 
   def gather(self, ids: np.ndarray, function: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]):
     """Columns of `function(fields)` over the batches of `ids`, each example once."""
     parts = []
-    for fields, count in evaluation_batches(self.examples, ids, self.evaluation.batch):
+    for fields, count in evaluation_batches(self.examples, ids, self.evaluation.batch_size):
       parts.append(tuple(x[:count] for x in function(fields)))
     return tuple(np.concatenate(column) for column in zip(*parts))
 
@@ -95,7 +95,7 @@ def classification(q: Question) -> list[Score]:
   balanced = {name: metrics.balanced_accuracy(a, labels) for name, a in answers.items()}
   scores.append(Score('balanced', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)), balanced,
                       metrics.balanced_accuracy_error(predicted, labels)))
-  if q.task.kind.visual:
+  if q.task.type.visual:
     q.samples.add(q.evaluation.name, q.pixels, ids, names[labels], names[predicted])
   return scores
 
@@ -112,11 +112,11 @@ def _view_mean(q: Question, fields: dict[str, np.ndarray]) -> np.ndarray:
 def known_answers(q: Question, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """(training labels [N], or none; labels that simple predictors give the asked examples, by name)."""
   if isinstance(q.trained, Stored):
-    if q.task.label not in q.trained.labels:
+    if q.task.label_column not in q.trained.labels:
       return np.zeros(0, int), {}
     place = {name: i for i, name in enumerate(q.keys)}
-    known = q.trained.labels[q.task.label]
-    known = np.array([place[name] for name in q.trained.classes[q.task.label]])[known[known >= 0]]
+    known = q.trained.labels[q.task.label_column]
+    known = np.array([place[name] for name in q.trained.classes[q.task.label_column]])[known[known >= 0]]
     return known, {'majority': baselines.majority_predictions(known, len(labels))}
   truth, test = _labelled(q, q.asked, ids)
   known, train = _labelled(q, q.trained)
@@ -139,7 +139,7 @@ def _labelled(q: Question, records: Records, ids: np.ndarray | None = None) -> t
   pixels = records.columns.get('pixels')
   texts = tuple(c[index] for name, c in records.columns.items() if name.startswith('text') and c.dtype.kind == 'U')
   place = {key: i for i, key in enumerate(q.keys)}
-  labels = np.array([place[name] for name in records.columns[q.task.label][index].tolist()])
+  labels = np.array([place[name] for name in records.columns[q.task.label_column][index].tolist()])
   return labels, _Columns(None if pixels is None else pixels[index], texts)
 
 
@@ -163,13 +163,13 @@ def retrieval(q: Question) -> list[Score]:
   if q.examples.references:
     return _retrieval_of_all(q)
   texts = np.array(_first_phrase(q, q.asked))
-  number = q.evaluation.number or len(np.unique(texts))
+  number = q.evaluation.num_examples or len(np.unique(texts))
   rng = np.random.default_rng(seed_of(q.evaluation.name))
   draws = [_distinct(texts, number, rng) for _ in range(DRAWS)]
   union = np.unique(np.concatenate(draws))
 
   def ask(fields):
-    return q.predictor.inputs(q.task.kind, fields)[:, 0], q.predictor.pairs(q.task.kind, fields)
+    return q.predictor.inputs(q.task.type, fields)[:, 0], q.predictor.pairs(q.task.type, fields)
 
   left, right = q.gather(union, ask)
   copied = _neighbour_names(q, union)
@@ -192,7 +192,7 @@ def _retrieval_of_all(q: Question) -> list[Score]:
   """R@k of every picture and every distinct text. Pictures that share a text are all right for it, and it for all of them."""
   ids = q.ids()
   texts = q.examples.references(ids)
-  length = q.task.length
+  length = q.task.max_len
   rows = [tuple(row) for row in text_rows([t for several in texts for t in several], q.tokenizer, length)]
   codes = {row: i for i, row in enumerate(dict.fromkeys(rows))}  # what the model reads alike, cut as it reads it, is one text
   owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])
@@ -201,13 +201,13 @@ def _retrieval_of_all(q: Question) -> list[Score]:
   table = TextTable.of(list(codes), length, q.tokenizer.pad)
 
   def encode(rows):
-    batch = np.resize(rows, q.evaluation.batch)  # of one shape; what fills it up is dropped
-    return q.predictor.pairs(q.task.kind, {
+    batch = np.resize(rows, q.evaluation.batch_size)  # of one shape; what fills it up is dropped
+    return q.predictor.pairs(q.task.type, {
         'id': batch.astype(np.uint32), 'target': table.ids[batch], 'target_valid': table.valid[batch]})[:len(rows)]
 
-  [left] = q.gather(ids, lambda fields: (q.predictor.inputs(q.task.kind, fields)[:, 0],))
-  starts = range(0, len(codes), q.evaluation.batch)
-  right = np.concatenate([encode(np.arange(s, min(s + q.evaluation.batch, len(codes)))) for s in starts])
+  [left] = q.gather(ids, lambda fields: (q.predictor.inputs(q.task.type, fields)[:, 0],))
+  starts = range(0, len(codes), q.evaluation.batch_size)
+  right = np.concatenate([encode(np.arange(s, min(s + q.evaluation.batch_size, len(codes)))) for s in starts])
   similarity, scores = q.predictor.similarities(left, right), []
   for k in RECALLS:
     for way, s, p in (('→ text', similarity, positives), ('← text', similarity.T, positives.T)):
@@ -221,7 +221,7 @@ def _k_of(name: str) -> int:
 
 def _first_phrase(q: Question, records: Records) -> list[str]:
   """The evaluated phrasing: the task's first template."""
-  template = q.task.captions[0]
+  template = q.task.caption_templates[0]
   text = {k: c.tolist() for k, c in records.columns.items() if c.dtype.kind == 'U'}
   n = len(next(iter(records.columns.values())))
   return [template.format(**{k: v[i] for k, v in text.items()}) for i in range(n)]
@@ -251,8 +251,8 @@ def caption(q: Question) -> list[Score]:
   """
   ids, e = q.ids(), q.evaluation
   predicted = []
-  for fields, count in evaluation_batches(q.examples, ids, e.batch):
-    predicted += q.predictor.captions(q.task, fields['pixels'], e.beams, e.penalty, e.answers)[:count]
+  for fields, count in evaluation_batches(q.examples, ids, e.batch_size):
+    predicted += q.predictor.captions(q.task, fields['pixels'], e.beam_size, e.length_penalty, e.constrain_to)[:count]
   # Both sides in the tokenizer's folded form: its case and spacing are no merit and no fault of a caption.
   fold = lambda texts: [q.tokenizer.decode(row) for row in q.tokenizer.encode_batch(list(texts))]
   if q.examples.references:
@@ -277,7 +277,7 @@ def caption(q: Question) -> list[Score]:
 def masked_language_modelling(q: Question) -> list[Score]:
   """Accuracy and perplexity over the whole vocabulary, every pick replaced by `spe`, beside the unigram's."""
   def ask(fields):
-    features = q.predictor.inputs(q.task.kind, fields)
+    features = q.predictor.inputs(q.task.type, fields)
     log_p = q.predictor.log_probabilities(features, q.task)
     nll = -np.take_along_axis(log_p, fields['label'][..., None], axis=-1)[..., 0]
     return nll, log_p.argmax(-1) == fields['label'], fields['label'], fields['weight'] > 0

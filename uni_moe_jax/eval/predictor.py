@@ -18,7 +18,7 @@ from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.trie import Trie
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.parallel import sharding
-from uni_moe_jax.tasks.task_types import Kind
+from uni_moe_jax.tasks.task_types import TaskType
 
 INPUTS = ('id', 'pixels', 'text', 'text_valid', 'position')  # fields of a batch that are no targets
 _WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
@@ -33,11 +33,11 @@ class Predictor:
     self._features: dict[str, jax.Array] = {}
     self._tries: dict[str, Trie] = {}
 
-  def inputs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
+  def inputs(self, kind: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, R, D] of the readout of a kind's input, not normalised."""
     return np.asarray(encode(self._model, self._params, batching.input_sequence(kind, _without_targets(fields))))
 
-  def pairs(self, kind: Kind, fields: dict[str, np.ndarray]) -> np.ndarray:
+  def pairs(self, kind: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, D] of the paired texts, not normalised."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
     return np.asarray(encode(self._model, self._params, batching.pair_sequence(kind, wanted)))[:, 0]
@@ -58,7 +58,7 @@ class Predictor:
   def log_probabilities(self, features: np.ndarray, task: TaskSpec) -> np.ndarray:
     """log p over a task's target set: features of its inputs [B, R, D] → [B, R, V] f32."""
     targets = self.target_set(task.target_set)
-    return np.asarray(_log_p(self._model, self._params, features, targets, task.temperature, task.head))
+    return np.asarray(_log_p(self._model, self._params, features, targets, task.temperature, task.linear_head))
 
   @staticmethod
   def similarities(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -71,10 +71,10 @@ class Predictor:
 
     answers: a target set of texts; every caption is one of them. '': any words.
     """
-    ask = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, length=task.length,
+    ask = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, length=task.max_len,
                beams=beams, penalty=penalty)
     words, trie = self.target_set(task.target_set), self._trie(answers) if answers else None
-    tokens = _captions(self._model, task.kind, tuple(ask.items()), self._params, pixels, words, trie)
+    tokens = _captions(self._model, task.type, tuple(ask.items()), self._params, pixels, words, trie)
     return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
 
   def _trie(self, name: str) -> Trie:
@@ -120,23 +120,23 @@ def encode(model: UniPerceiver, params, sequence) -> jax.Array:
   """Features [B, R, D] f32 of a sequence's readout, not normalised."""
   def run(m):
     return m.features(m.encode((sequence.filled(m.shards),)).rows[0])
-  return sharding.everywhere(model.apply({'params': params}, method=run), model.mesh)[:sequence.ids.shape[0]]
+  return sharding.replicate(model.apply({'params': params}, method=run), model.mesh)[:sequence.ids.shape[0]]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _log_p(model: UniPerceiver, params, features, targets, temperature: str, head: bool) -> jax.Array:
   scale = model.apply({'params': params}, temperature, method='scale')
-  features = sharding.over_batch(features, model.mesh)
+  features = sharding.shard_batch(features, model.mesh)
   logits = heads.logits(features, targets, scale)
   if head:
     logits = model.apply({'params': params}, features, logits, method='with_head')
-  return sharding.everywhere(jax.nn.log_softmax(logits), model.mesh)
+  return sharding.replicate(jax.nn.log_softmax(logits), model.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _captions(model: UniPerceiver, kind: Kind, ask: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
+def _captions(model: UniPerceiver, kind: TaskType, ask: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
   tokens = decoding.search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
-  return sharding.everywhere(tokens, model.mesh)
+  return sharding.replicate(tokens, model.mesh)
 
 
 def seed_of(name: str) -> int:

@@ -38,11 +38,11 @@ def evaluate(
   for e in plan.evaluations:
     start = time.perf_counter()
     texts = data.sets[e.task.target_set].texts if e.task.target_set else ()
-    examples = data.examples(e.task, e.split, views=e.views, crops=e.crops)
+    examples = data.examples(e.task, e.split, views=e.num_views, crops=e.num_crops)
     question = Question(
         e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), texts,
         data.keys.get(e.task.target_set, ()), data.tokenizer, samples)
-    rows += [score.row(e.name, step) for score in EVALUATORS[e.kind](question)]
+    rows += [score.row(e.name, step) for score in EVALUATORS[e.type](question)]
     print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
   if writes:
     samples.write(pathlib.Path(workdir) / 'samples.json')

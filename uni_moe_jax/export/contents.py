@@ -94,12 +94,12 @@ def collect(
 
 def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
   """A model as it runs at inference on any platform: of the ways to group products, `loop` lowers for all of them."""
-  return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, grouped='loop')
+  return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, gmm='tiled')
 
 
 def _asked(
     task: TaskSpec, plan: Plan, data: Data, sets: dict[str, tuple[SetSpec, TargetSet]], fixed_sets: bool) -> Asked:
-  kind, texts, size = task.kind, None, 0
+  kind, texts, size = task.type, None, 0
   if kind.target == 'pair':
     texts = kind.pair_condition
   else:
@@ -109,7 +109,7 @@ def _asked(
     if not (fixed_sets or spec.is_vocabulary or spec.label_prompts):
       texts = spec.condition
   frames = _inputs(task, plan, data, 1)['pixels'].shape[1] if kind.visual else 0
-  beams, penalty = next(((e.beams, e.penalty) for e in plan.evaluations if e.task == task and e.kind == 'caption'), (1, 0.0))
+  beams, penalty = next(((e.beam_size, e.length_penalty) for e in plan.evaluations if e.task == task and e.type == 'caption'), (1, 0.0))
   return Asked(task, frames, size, texts, beams, penalty)
 
 
@@ -119,7 +119,7 @@ def _inputs(task: TaskSpec, plan: Plan, data: Data, number: int) -> dict[str, np
   examples = data.examples(task, split)
   number = min(number, examples.size)
   fields, _ = next(evaluation_batches(examples, np.arange(number), number))
-  names = ('pixels',) if task.kind.two_stream else INPUTS
+  names = ('pixels',) if task.type.two_stream else INPUTS
   return {name: fields[name] for name in names if name in fields and name != 'id'}
 
 
@@ -128,11 +128,11 @@ def _answers(
 ) -> list[str] | None:
   """In words: captions, or the most likely entries; None of a task whose answers are single words."""
   task = asked.task
-  if task.kind.readout == 'queries':
+  if task.type.readout == 'queries':
     return predictor.captions(task, fields['pixels'], asked.beams, asked.penalty)
   texts = sets[task.target_set][1].texts
   if not texts:
     return None
   ids = {'id': np.zeros(len(next(iter(fields.values()))), np.uint32)}
-  best = predictor.log_probabilities(predictor.inputs(task.kind, {**fields, **ids}), task)[:, 0].argmax(-1)
+  best = predictor.log_probabilities(predictor.inputs(task.type, {**fields, **ids}), task)[:, 0].argmax(-1)
   return [texts[i] for i in best]

@@ -59,6 +59,6 @@ def _task(asked: Asked, files: dict[str, Any], spec: ModelSpec) -> dict[str, Any
   task = asked.task
   kernel = lambda c: spec.kernel_of(c) if spec.kernels else 0
   return {
-      'kind': task.kind.name, 'set': task.target_set, 'length': task.length, 'template': task.template,
+      'kind': task.type.name, 'set': task.target_set, 'length': task.max_len, 'template': task.template,
       'temperature': task.temperature, 'beams': asked.beams, 'penalty': asked.penalty,
       'conditions': {str(c): kernel(c) for c in asked.conditions}, 'programs': files}

@@ -41,7 +41,7 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
     new = dataclasses.replace(spec, router=routers.DENSE, router_names=(), kernels=())
   else:
     new = dataclasses.replace(spec, num_experts=len(chosen), router_names=(), kernels=tuple(zip(rows, kernel)))
-  layers = [_layer(router_outputs.layer_params(spec, params, i), found.get(i, {}), chosen) for i in range(spec.layers)]
+  layers = [_layer(router_outputs.layer_params(spec, params, i), found.get(i, {}), chosen) for i in range(spec.num_layers)]
   return new, {**params, 'encoder': _stacked(layers, new.stack)}
 
 

@@ -51,7 +51,7 @@ class Asked:
   @property
   def conditions(self) -> tuple[Condition, ...]:
     """Of every array that its programs encode."""
-    return (*self.task.kind.conditions, *([] if self.texts is None else [self.texts]))
+    return (*self.task.type.conditions, *([] if self.texts is None else [self.texts]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def programs(model: UniPerceiver, asked: Asked, spe: int, eot: int) -> dict[str,
   texts int32 [b, s], each ended by `eot`, with bool [b, s], which of them are no padding; features f32 [b, D], normalised.
   """
   made = _Programs(model, asked)
-  kind = asked.task.kind
+  kind = asked.task.type
   if kind.readout == 'queries':
     return made.captions(spe, eot)
   found = {'encode': made.encode()}
@@ -99,7 +99,7 @@ class _Programs:
 
   def __init__(self, model: UniPerceiver, asked: Asked):
     self._model, self._spec, self._asked, self._task = model, model.spec, asked, asked.task
-    self._kind = asked.task.kind
+    self._kind = asked.task.type
     # Who asks for bfloat16 asks for speed: the few float32 products that are left are then as fast as the platform has them.
     fast = jnp.dtype(self._spec.dtype) != jnp.float32
     self._program = functools.partial(Program, precision='default' if fast else WHOLE)
@@ -109,12 +109,12 @@ class _Programs:
 
   def _sizes(self, names: str, text: bool) -> dict[str, Any]:
     """Symbolic sizes by name; texts are at most as long as the position table."""
-    bounds = (f's <= {self._spec.max_text}',) if text else ()
+    bounds = (f's <= {self._spec.max_text_len}',) if text else ()
     return dict(zip(names.split(), jax.export.symbolic_shape(names.replace(' ', ', '), constraints=bounds)))
 
   def _fields(self, more: str = '') -> tuple[Arrays, dict[str, Any]]:
     """(shapes of the task's input arrays, sizes)."""
-    text, picks = self._kind.text_index is not None, self._kind.readout == 'picks'
+    text, picks = self._kind.text_index is not None, self._kind.readout == 'masked'
     n = self._sizes(f'b{" s" * text}{" m" * picks}{more}', text)
     fields = {'pixels': self._pixels(n['b'])} if self._kind.visual else {}
     if text:
@@ -137,7 +137,7 @@ class _Programs:
 
   def _read(self, x: jax.Array) -> jax.Array:
     """Only picks are read at several positions."""
-    return x if self._kind.readout == 'picks' else x[:, 0]
+    return x if self._kind.readout == 'masked' else x[:, 0]
 
   def encode(self) -> Program:
     fields, _ = self._fields()
@@ -148,14 +148,14 @@ class _Programs:
 
   def classify(self) -> Program:
     fields, n = self._fields(' v')
-    size = self._asked.size if self._task.head else n['v']  # a linear head has its classes
+    size = self._asked.size if self._task.linear_head else n['v']  # a linear head has its classes
     targets = jax.ShapeDtypeStruct((size, self._spec.width), jnp.float32)
 
     def run(params, x):
       features = self._features(params, {name: a for name, a in x.items() if name != 'targets'})
       scale = self._apply(params, 'scale', self._task.temperature)
       logits = heads.logits(features, x['targets'], scale)
-      if self._task.head:
+      if self._task.linear_head:
         logits = self._apply(params, 'with_head', features, logits)
       return {'log_p': self._read(jax.nn.log_softmax(logits))}
     return self._program(run, {**fields, 'targets': targets})
@@ -172,7 +172,7 @@ class _Programs:
 
   def score(self) -> Program:
     n = self._sizes('b c', False)
-    known = self._task.temperature in self._spec.temperatures  # of pairs only the order matters, which needs no scale
+    known = self._task.temperature in self._spec.temperature_groups  # of pairs only the order matters, which needs no scale
     rows = lambda size: jax.ShapeDtypeStruct((size, self._spec.width), jnp.float32)
 
     def run(params, x):
@@ -181,7 +181,7 @@ class _Programs:
     return self._program(run, {'features': rows(n['b']), 'texts': rows(n['c'])})
 
   def captions(self, spe: int, eot: int) -> dict[str, Program]:
-    kind, length, model = self._kind, self._task.length, self._model
+    kind, length, model = self._kind, self._task.max_len, self._model
     [b] = self._sizes('b', False).values()
     pixels = {'pixels': self._pixels(b)}
     words = {'targets': jax.ShapeDtypeStruct((self._asked.size, self._spec.width), jnp.float32)}

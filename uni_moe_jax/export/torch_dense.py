@@ -36,7 +36,7 @@ def state(spec: ModelSpec, params: Any, asked: Sequence[Asked]) -> dict[str, np.
                       'clips; choose tasks of pictures with --tasks.')
   groups = _groups(spec, params, [a.task for a in asked])
   renamed = params | {_SCALE + theirs: params[_SCALE + ours] for theirs, ours in groups.items()}
-  return torch_layout.to_torch(renamed, dataclasses.replace(spec, temperatures=tuple(groups), frame_differences=False))[0]
+  return torch_layout.to_torch(renamed, dataclasses.replace(spec, temperature_groups=tuple(groups), frame_differences=False))[0]
 
 
 def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str, str]:
@@ -44,12 +44,12 @@ def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str
   found: dict[str, str] = {}
   for task in tasks:
     ours = task.temperature
-    if ours not in spec.temperatures:  # of pairs that were never trained only the order matters
+    if ours not in spec.temperature_groups:  # of pairs that were never trained only the order matters
       continue
-    theirs = ours if ours in PUBLISHED_TEMPERATURES else PUBLISHED_GROUPS.get(task.kind.name)
+    theirs = ours if ours in PUBLISHED_TEMPERATURES else PUBLISHED_GROUPS.get(task.type.name)
     if theirs is None:
       raise LayoutError(f'--torch: the published layout has no temperature group for config.tasks.{task.name}.kind='
-                        f'{task.kind.name!r}; it has those of {", ".join(PUBLISHED_GROUPS)}. Leave the task out with --tasks.')
+                        f'{task.type.name!r}; it has those of {", ".join(PUBLISHED_GROUPS)}. Leave the task out with --tasks.')
     other = found.setdefault(theirs, ours)
     scales = [float(np.exp(params[_SCALE + name])) for name in (other, ours)]
     if scales[0] != scales[1]:

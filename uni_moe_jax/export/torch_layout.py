@@ -42,13 +42,13 @@ class Turn:
 SAME = Turn(lambda w, s: w, lambda w, s: w)
 LINEAR = Turn(lambda w, s: w.T, lambda w, s: w.T)  # [out, in] ⇄ [in, out]
 # Rows of a packed qkv are [q; k; v], each of them head-major.
-QKV = Turn(lambda w, s: w.T.reshape(s.width, 3, s.heads, s.head_dim), lambda w, s: w.reshape(s.width, 3 * s.width).T)
-QKV_BIAS = Turn(lambda w, s: w.reshape(3, s.heads, s.head_dim), lambda w, s: w.reshape(3 * s.width))
-OUT = Turn(lambda w, s: w.T.reshape(s.heads, s.head_dim, s.width), lambda w, s: w.reshape(s.width, s.width).T)
+QKV = Turn(lambda w, s: w.T.reshape(s.width, 3, s.num_heads, s.head_dim), lambda w, s: w.reshape(s.width, 3 * s.width).T)
+QKV_BIAS = Turn(lambda w, s: w.reshape(3, s.num_heads, s.head_dim), lambda w, s: w.reshape(3 * s.width))
+OUT = Turn(lambda w, s: w.T.reshape(s.num_heads, s.head_dim, s.width), lambda w, s: w.reshape(s.width, s.width).T)
 ROW = Turn(lambda w, s: w[0], lambda w, s: w[None])
 # A convolution's [D, C, p, p] ⇄ rows in the order of a patch: row, column, colour.
 PATCH = Turn(lambda w, s: w.transpose(2, 3, 1, 0).reshape(-1, s.width),
-             lambda w, s: w.reshape(s.patch, s.patch, s.channels, s.width).transpose(3, 2, 0, 1))
+             lambda w, s: w.reshape(s.patch_size, s.patch_size, s.channels, s.width).transpose(3, 2, 0, 1))
 
 # Published name, our path, turn. First what a model has once …
 _ONCE = (
@@ -82,17 +82,17 @@ _PROMPTS = {'shared': (('embedding', 'input'),), 'inputs': (('embedding', 'input
 _PROJECTIONS = (
     ('self_attn.in_proj_', 'self_attn.qkv_proj.', 'qkv', 'attention', QKV, QKV_BIAS),
     ('self_attn.out_proj.', 'self_attn.dense.', 'attention_out', 'attention', OUT, SAME),
-    ('linear1.', 'linear1.', 'ffn_in', 'ffn', LINEAR, SAME),
-    ('linear2.', 'linear2.', 'ffn_out', 'ffn', LINEAR, SAME),
+    ('linear1.', 'linear1.', 'ffn_in', 'mlp', LINEAR, SAME),
+    ('linear2.', 'linear2.', 'ffn_out', 'mlp', LINEAR, SAME),
 )
 # … and the gate of each of its routers. The first projection of a part decides for the second, too.
-_GATES = {'attention': 'self_attn.qkv_proj.gate.', 'ffn': 'linear1.gate.'}
+_GATES = {'attention': 'self_attn.qkv_proj.gate.', 'mlp': 'linear1.gate.'}
 _GATE = (
     ('tag_transform.0.weight', 'embed/kernel', LINEAR), ('tag_transform.0.bias', 'embed/bias', SAME),
     ('tag_transform.1.weight', 'norm/scale', SAME), ('tag_transform.1.bias', 'norm/bias', SAME),
     ('wg.weight', 'gate', LINEAR),
 )
-_DEAD_GATES = {'attention': 'self_attn.dense.gate.', 'ffn': 'linear2.gate.'}
+_DEAD_GATES = {'attention': 'self_attn.dense.gate.', 'mlp': 'linear2.gate.'}
 
 _ALIASES = {  # one tensor under two names
     'video_embed.embeddings_norm.weight': 'token_embed.embeddings_norm.weight',
@@ -143,10 +143,10 @@ def check_convertible(spec: ModelSpec) -> None:
   if spec.router not in ('attribute', 'dense'):
     raise LayoutError(f'config.moe.router={spec.router!r} has no place in the published layout, which knows attribute gates; '
                       "convert a model with router 'attribute' or 'dense'.")
-  if spec.prefix_prompts or spec.label_prompts or spec.frame_differences:
-    raise LayoutError('config.model.prefix_prompts, frame_differences and label_prompts of a set have no place in the published '
+  if spec.num_prefix_prompts or spec.label_prompts or spec.frame_differences:
+    raise LayoutError('config.model.num_prefix_prompts, frame_differences and label_prompts of a set have no place in the published '
                       'layout; convert a model without them.')
-  unknown = [t for t in spec.temperatures if t not in TEMPERATURES]
+  unknown = [t for t in spec.temperature_groups if t not in TEMPERATURES]
   if unknown:
     raise LayoutError(f'temperature group {unknown[0]!r} has no place in the published layout; '
                       f'{nearest(unknown[0], TEMPERATURES)}. Set `temperature` of the tasks that use it.')
@@ -155,11 +155,11 @@ def check_convertible(spec: ModelSpec) -> None:
 def entries(spec: ModelSpec) -> list[Entry]:
   """Every array of the published layout that has a place in a model's parameter tree, in order."""
   check_convertible(spec)
-  absent = {'embed/spatial': spec.spatial == 'sincos', 'embed/visual_type': not spec.visual_type,
+  absent = {'embed/spatial': spec.posemb == 'sincos2d', 'embed/visual_type': not spec.modality_embedding,
             'embed/spe_bias': not spec.spe_bias}
   absent |= {path: not spec.head for _, path, _ in _ONCE if path.startswith('linear_head/')}
   out = [Entry(key, tuple(path.split('/')), (), turn) for key, path, turn in _ONCE if not absent.get(path)]
-  out += [Entry(f'loss_prepare.logit_scale_{t}', (f'log_scale_{t}',), (), SAME) for t in spec.temperatures]
+  out += [Entry(f'loss_prepare.logit_scale_{t}', (f'log_scale_{t}',), (), SAME) for t in spec.temperature_groups]
   for layer, parts in enumerate(spec.pattern):
     subtree, period, block = spec.stack.locate(layer)
     index = () if period is None else (period,)
@@ -170,7 +170,7 @@ def entries(spec: ModelSpec) -> list[Entry]:
 
     for row in _LAYER:
       place(*row)
-    for theirs, ours in _PROMPTS[spec.prompt_sides] if spec.prompts else ():
+    for theirs, ours in _PROMPTS[spec.prompt_sharing] if spec.num_deep_prompts else ():
       place(f'deep_prompt_embedding.{theirs}.weight', f'prompts/{ours}', SAME)
     for dense, plain, path, part, turn, bias_turn in _PROJECTIONS:
       for leaf, ours, how in (('weight', 'kernel', turn), ('bias', 'bias', bias_turn)):
@@ -188,7 +188,7 @@ def entries(spec: ModelSpec) -> list[Entry]:
 def taken_from_config(spec: ModelSpec) -> str:
   """What no checkpoint says, for the person who converts: wrong, it gives another model without an error."""
   prefix = '<spe>' if spec.prefix_word is None else f'word {spec.prefix_word}'
-  return (f'not in the file, taken from the config: heads {spec.heads}, top_k {spec.top_k}, prefix {prefix} '
+  return (f'not in the file, taken from the config: heads {spec.num_heads}, top_k {spec.top_k}, prefix {prefix} '
           '(the published sizes have 64 per head, top_k 2, prefix <spe>)')
 
 
@@ -254,10 +254,10 @@ def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Repor
   made = {alias: (out[key], f'the same tensor as {key}') for alias, key in _ALIASES.items() if key in out}
   made |= {key: (np.zeros(shape, np.float32), 'zeros: a gate that nothing evaluates') for key, shape in dead_gates(spec).items()}
   made |= {f'loss_prepare.logit_scale_{t}': (np.float32(_INITIAL_SCALE), 'the initial value: the model has no such group')
-           for t in TEMPERATURES if t not in spec.temperatures}
-  if not spec.visual_type:
+           for t in TEMPERATURES if t not in spec.temperature_groups}
+  if not spec.modality_embedding:
     made[_VISUAL_TYPE] = np.zeros((1, spec.width), np.float32), 'zeros: the model adds no type to visual tokens'
-  if spec.spatial == 'sincos':
+  if spec.posemb == 'sincos2d':
     made[_SPATIAL] = _table(spec), 'the fixed sin-cos table'
   for key, (value, why) in made.items():
     out[key], report.made[key] = np.asarray(value), why
@@ -265,7 +265,7 @@ def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Repor
 
 
 def _table(spec: ModelSpec) -> np.ndarray:
-  return sincos_table(spec.image_size // spec.patch, spec.width)
+  return sincos_table(spec.image_size // spec.patch_size, spec.width)
 
 
 def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], report: Report) -> None:
@@ -287,12 +287,12 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
       report.dropped[key] = 'state of a memory bank'
     elif key == _VISUAL_TYPE:
       report.dropped[key] = 'unused in the published code' + (
-          '' if not np.any(state[key]) else ', but not zero: a file for ADD_TYPE_EMBED needs config.model.visual_type=True')
+          '' if not np.any(state[key]) else ', but not zero: a file for ADD_TYPE_EMBED needs config.model.modality_embedding=True')
     elif key.startswith('loss_prepare.logit_scale_') and key.rpartition('logit_scale_')[2] in TEMPERATURES:
-      report.dropped[key] = 'no task of the config has this temperature group (config.model.temperatures adds groups)'
+      report.dropped[key] = 'no task of the config has this temperature group (config.model.extra_temperature_groups adds groups)'
     elif key == _SPATIAL:
       if np.shape(state[key]) != _table(spec).shape or not np.allclose(state[key], _table(spec), atol=1e-4):
-        raise LayoutError(f"{key} is not the fixed sin-cos table of {spec.image_size} px: set config.model.spatial='stored'.")
+        raise LayoutError(f"{key} is not the fixed sin-cos table of {spec.image_size} px: set config.model.posemb='frozen'.")
       report.dropped[key] = 'the fixed sin-cos table, computed anew'
   for key in report.dropped:
     state.pop(key)
@@ -305,19 +305,19 @@ def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
   if unknown:
     said.append(f'it has {unknown[0]}' + (f' and {len(unknown) - 1} more' if unknown[1:] else '') + ', which the model has no '
                 'place for')
-  return (f'{"; ".join(said)}: the model is {spec.router}, {spec.layers} layers, {spec.num_experts} experts, placement '
-          f'{spec.placement!r} (config.moe.router, config.model.layers, config.moe.num_experts, config.moe.placement), with '
-          f'{spec.prompts} prompts a layer (config.model.prompts, prompt_sides, spe_bias; a task with head=True).')
+  return (f'{"; ".join(said)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, placement '
+          f'{spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, config.moe.placement), with '
+          f'{spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, prompt_sides, spe_bias; a task with head=True).')
 
 
 _SIZES = (
     (r'token_embed\.embeddings\.weight', 'the tokenizer has another vocabulary (config.tokenizer)'),
-    (r'position_embeddings', 'set config.model.max_text to the number of its rows'),
+    (r'position_embeddings', 'set config.model.max_text_len to the number of its rows'),
     (r'spatial|video_embed\.embeddings\.weight', 'set config.model.image_size, patch and channels'),
-    (r'temporal', 'set config.model.max_frames'),
+    (r'temporal', 'set config.model.max_num_frames'),
     (r'gate', 'set config.moe.num_experts'),
-    (r'linear[12]\.', 'set config.model.hidden'),
-    (r'prompt_embedding', 'set config.model.prompts to the number of its rows'),
+    (r'linear[12]\.', 'set config.model.mlp_dim'),
+    (r'prompt_embedding', 'set config.model.num_deep_prompts to the number of its rows'),
     (r'fc_prompt', 'the task with head=True has another number of classes'),
 )
 

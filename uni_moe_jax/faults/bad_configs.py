@@ -28,9 +28,9 @@ WRONG_TYPES: tuple[Any, ...] = (None, 'text', 3, 2.5, True, [], {}, [None], [{'a
 _NOT_FINITE = (float('nan'), float('inf'), float('-inf'), 10**40, -10**40, 1e300)
 # Where a negative number is wrong. Elsewhere (means, seeds) it may be meant.
 _NOT_NEGATIVE = ('model.', 'moe.', 'tokenizer.', 'optim.', 'train.', 'tasks.', 'sets.', 'evaluators.', 'mesh.')
-_NAMES = ('model.spatial', 'model.prompt_sides', 'model.position_init', 'model.query_key_init', 'model.dtype', 'moe.router', 'moe.grouped',
-          'moe.placement', 'tokenizer.kind', 'train.mixture', 'train.contrastive', 'train.twins', 'optim.schedule',
-          'optim.without_gradient', 'kind', 'family', 'scoring', 'target_set')
+_NAMES = ('model.posemb', 'model.prompt_sharing', 'model.text_posemb_init', 'model.mimetic_init', 'model.dtype', 'moe.router', 'moe.gmm',
+          'moe.placement', 'tokenizer.type', 'train.mixture', 'train.contrastive_reduction', 'train.mask_duplicate_texts', 'optim.schedule',
+          'optim.unused_params', 'kind', 'family', 'scoring', 'target_set')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def wrong_type(rng: random.Random) -> tuple[dict, str, bool]:
 
 
 def _set_values() -> list[str]:
-  return [f'sets.{name}.values' for name in _BASE['sets']]
+  return [f'sets.{name}.entries' for name in _BASE['sets']]
 
 
 def not_finite(rng: random.Random) -> tuple[dict, str, bool]:

@@ -20,36 +20,36 @@ _WORDS = 'a small shape moves over the line and returns its value when another o
 _SIDE, _FRAMES = 32, 6  # pixels; frames of a clip, of which two are taken
 
 
-def get_config(arg: str = 'mixed') -> ml_collections.ConfigDict:
+def get_config(arg: str = 'all_tasks') -> ml_collections.ConfigDict:
   """One layer, width 16, four experts; batches that eight devices can share."""
   mixture, *chosen = arg.split(',')
   c = config_lib.base()
-  c.model.update(dict(layers=1, width=16, heads=2, hidden=16, image_size=_SIDE, patch=16, max_frames=4, max_text=24,
-                      layer_scale=0.5, remat=False))
+  c.model.update(dict(num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=_SIDE, patch_size=16, max_num_frames=4, max_text_len=24,
+                      layer_scale_init=0.5, remat=False))
   c.moe.num_experts = 4
   c.tokenizer.vocab_size = 50
-  c.optim.warmup = 5
-  c.train.update(dict(mixture=mixture, log_every=1, save_every=1_000_000, ema=0.9))  # saved where it stops
-  c.data.max_bad_fraction = 0.5  # one of the 16 examples of the TFDS data set has no class
+  c.optim.warmup_steps = 5
+  c.train.update(dict(mixture=mixture, log_every=1, checkpoint_every=1_000_000, ema_decay=0.9))  # saved where it stops
+  c.data.max_corrupt_fraction = 0.5  # one of the 16 examples of the TFDS data set has no class
   task, sets = config_lib.task, {
       'digits': config_lib.target_set('digits/name', family='names'),
       'colours': config_lib.target_set(tuple(_COLOURS), family='names'),
-      'words': config_lib.target_set('vocabulary', family='words', scoring='sampled', samples=32)}
+      'words': config_lib.target_set('vocabulary', family='words', softmax='sampled', num_sampled=32)}
   tasks = {
       # In memory, as the embedded data is.
-      'digit': task('image_classification', 'digits', batch=8, target_set='digits', label='name', shift=1),
-      'corpus': task('text_mlm', INVENTED, batch=8, target_set='words', length=12, picks=3),
+      'digit': task('image_classification', 'digits', batch_size=8, target_set='digits', label_column='name', max_shift=1),
+      'corpus': task('text_mlm', INVENTED, batch_size=8, target_set='words', max_len=12, max_predictions=3),
       # In files: prepared pictures and clips, a data set of TFDS, running text.
-      'colour': task('image_classification', 'own:colours', batch=16, target_set='colours', label='colour', crop='area',
-                     flip=True, erasing=0.25, mixup=0.8, cutmix=1.0),
-      'pair': task('image_retrieval', 'own:colours', batch=8, captions=('{captions}',), length=8),
-      'tfds': task('image_classification', f'tfds:{INVENTED}', batch=8, target_set='colours', label='colour'),
-      'film': task('video_classification', 'own:films', batch=8, frames=2, target_set='colours', label='colour'),
-      'book': task('text_mlm', 'own:book', batch=8, target_set='words', length=12, picks=3)}
+      'colour': task('image_classification', 'own:colours', batch_size=16, target_set='colours', label_column='colour', crop='random_resized_crop',
+                     random_flip=True, random_erasing=0.25, mixup_alpha=0.8, cutmix_alpha=1.0),
+      'pair': task('image_retrieval', 'own:colours', batch_size=8, caption_templates=('{captions}',), max_len=8),
+      'tfds': task('image_classification', f'tfds:{INVENTED}', batch_size=8, target_set='colours', label_column='colour'),
+      'film': task('video_classification', 'own:films', batch_size=8, num_frames=2, target_set='colours', label_column='colour'),
+      'book': task('text_mlm', 'own:book', batch_size=8, target_set='words', max_len=12, max_predictions=3)}
   for name in chosen or tasks:
     c.tasks[name] = tasks[name]
     if tasks[name].target_set:
-      c.sets[tasks[name].target_set] = sets[tasks[name].target_set]
+      c.target_sets[tasks[name].target_set] = sets[tasks[name].target_set]
   return c
 
 

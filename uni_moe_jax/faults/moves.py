@@ -51,7 +51,7 @@ class Journey:
   again: tuple[Place, ...]
 
 
-FULL = Journey({'mixed': 4, 'sampled': 40}, (Place(1, 1), Place(1, 2), Place(1, 4), Place(1, 8), Place(2, 4), Place(1, 1)),
+FULL = Journey({'all_tasks': 4, 'one_task': 40}, (Place(1, 1), Place(1, 2), Place(1, 4), Place(1, 8), Place(2, 4), Place(1, 1)),
                (Place(1, 2), Place(1, 4), Place(1, 8), Place(2, 4)))
 SHORT = Journey({'mixed,book': 4}, (Place(1, 1), Place(1, 2), Place(2, 1)), ())
 

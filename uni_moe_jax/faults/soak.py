@@ -204,7 +204,7 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
     seen = {name: process.end() for name, process in run.items()}
   commit = json.loads((folder / DATA / RUN_FILE).read_text())['commit']
   return {'commit': commit, 'minutes': minutes,
-          **judged(seen[DATA], seen[ONE_BATCH], minutes, train.keep + bool(train.keep_best), train.save_every, load)}
+          **judged(seen[DATA], seen[ONE_BATCH], minutes, train.max_to_keep + bool(train.best_metric), train.checkpoint_every, load)}
 
 
 def ratios(data: Sequence[Sequence[float]], one_batch: Sequence[Sequence[float]]) -> np.ndarray:
@@ -238,7 +238,7 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
   if not len(found) or len(data.seconds) < 8 or len(data.after_saves) < 8:
     raise errors.Failure(f'the run on the data (exit code {data.code}) or the one on one batch (exit code {one_batch.code}) ended '
                            'before they could be compared, or saved too rarely: raise --minutes or config.train.steps, or lower '
-                           'config.train.save_every.')
+                           'config.train.checkpoint_every.')
   # What stays is seen best when nothing else is there; between saves, buffers come and go that are larger than what may be added in
   # an hour, so that their growth can only be told from none where it is several times as much.
   rate, error = slope(*np.array(data.after_saves).T)

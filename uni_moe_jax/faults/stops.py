@@ -35,12 +35,12 @@ def hangs(trainer: kills.Trainer, whole: pathlib.Path) -> tuple[list[str], list[
     shutil.rmtree(workdir, ignore_errors=True)
     log.unlink(missing_ok=True)
     hanging = dataclasses.replace(trainer, plant=name, overrides=(
-        *trainer.overrides, f'train.watchdog={limit}', 'train.save_every=2'))
+        *trainer.overrides, f'train.hang_timeout={limit}', 'train.checkpoint_every=2'))
     code, seconds = hanging.run(workdir, log)
     said = log.read_text(errors='replace')
     seen.append(f'{name}: {kills.ending(code)} after {seconds:.0f} s')
     findings += [f'{name}: {kills.ending(code)} instead of exit code 1'] if code != 1 else []
-    findings += [f'{name}: does not say {s!r}' for s in (*sayings, f'config.train.watchdog={limit:g}') if s not in said]
+    findings += [f'{name}: does not say {s!r}' for s in (*sayings, f'config.train.hang_timeout={limit:g}') if s not in said]
     findings += _goes_on(trainer, whole, workdir, log)
   return seen, findings
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from uni_moe_jax.model.sequences import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence
 from uni_moe_jax.tasks.attributes import Condition
-from uni_moe_jax.tasks.task_types import Kind
+from uni_moe_jax.tasks.task_types import TaskType
 
 Fields = dict[str, jax.Array]
 
@@ -28,15 +28,15 @@ def task_rows(x: jax.Array, start: int, stop: int, shards: int) -> jax.Array:
   return flatten(x.reshape(shards, -1, *x.shape[1:])[:, start:stop])
 
 
-def input_sequence(kind: Kind, fields: Fields) -> Sequence:
+def input_sequence(kind: TaskType, fields: Fields) -> Sequence:
   """The input side of a batch; fields are flat ([B, …])."""
   return Sequence(
-      layout=Layout.of_kind(kind), ids=fields['id'], pixels=fields.get('pixels'),
+      layout=Layout.of_task_type(kind), ids=fields['id'], pixels=fields.get('pixels'),
       temporal_offset=fields.get('temporal_offset', 0), text=fields.get('text'),
       text_valid=fields.get('text_valid'), positions=fields.get('position'))
 
 
-def pair_sequence(kind: Kind, fields: Fields) -> Sequence:
+def pair_sequence(kind: TaskType, fields: Fields) -> Sequence:
   """The paired text of a batch, on the target side."""
   return Sequence(layout=Layout.of_text(kind.pair_condition), ids=fields['id'], text=fields['target'],
                   text_valid=fields['target_valid'])

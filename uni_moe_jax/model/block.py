@@ -17,7 +17,7 @@ from uni_moe_jax.model.attention import Part, attend, heads_first
 from uni_moe_jax.model.prompts import DeepPrompts, table_of
 from uni_moe_jax.model.routing import SALTS, FixedWays, TokenWays, Ways
 from uni_moe_jax.model.sequences import Stream, take_rows
-from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import layers, routers
 from uni_moe_jax.moe.token_routers import TokenRouter
 from uni_moe_jax.parallel import sharding
@@ -91,8 +91,8 @@ class Block(nn.Module):
     spec = self.spec
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
     ways, decisions = self._ways(key, context)
-    conditional = {p: spec.num_experts if p in self.parts else 0 for p in ('attention', 'ffn')}
-    D, N, H, F = spec.width, spec.heads, spec.head_dim, spec.hidden
+    conditional = {p: spec.num_experts if p in self.parts else 0 for p in ('attention', 'mlp')}
+    D, N, H, F = spec.width, spec.num_heads, spec.head_dim, spec.mlp_dim
 
     def linear(name, part, in_, out, init):
       dense = layers.ConditionalDense(
@@ -101,16 +101,16 @@ class Block(nn.Module):
       return layers.Linear(*dense(decisions.get(part)), tuple(in_), tuple(out))
 
     square = layers.xavier_uniform(D, D)
-    qkv_init = layers.equal_query_key(square) if spec.query_key_init == 'equal' else square
+    qkv_init = layers.equal_query_key(square) if spec.mimetic_init else square
     heads = {'heads': N, 'head_dim': H}
     qkv = linear('qkv', 'attention', {'embed': D}, {'qkv': 3, **heads}, qkv_init)
     out = linear('attention_out', 'attention', heads, {'embed': D}, square)
-    ffn_in = linear('ffn_in', 'ffn', {'embed': D}, {'mlp': F}, layers.xavier_uniform(D, F))
-    ffn_out = linear('ffn_out', 'ffn', {'mlp': F}, {'embed': D}, layers.xavier_uniform(F, D))
+    ffn_in = linear('ffn_in', 'mlp', {'embed': D}, {'mlp': F}, layers.xavier_uniform(D, F))
+    ffn_out = linear('ffn_out', 'mlp', {'mlp': F}, {'embed': D}, layers.xavier_uniform(F, D))
     norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
     scale1, scale2 = (
         sharding.as_used(self.param(
-            name, nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale), ('embed',)), (D,)), ('embed',), context.mesh)
+            name, nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale_init), ('embed',)), (D,)), ('embed',), context.mesh)
         for name in ('scale1', 'scale2'))
     if key is not None:  # training; elsewhere few tokens may pass, for which weights would be multiplied again and again
       out, ffn_out, scale1, scale2 = out.scaled(scale1), ffn_out.scaled(scale2), 1, 1
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
     only_q, only_kv = qkv.part(slice(0, 1)), qkv.part(slice(1, None))
 
-    prompts = DeepPrompts(spec, name='prompts')() if spec.prompts else {}
+    prompts = DeepPrompts(spec, name='prompts')() if spec.num_deep_prompts else {}
 
     new_arrays, all_kv, all_pools = [], [], []
     for stream, xs, before, past_valid in zip(context.streams, arrays, past, context.past_valid, strict=True):
@@ -157,11 +157,11 @@ class Block(nn.Module):
         path = None if key is None else jax.random.fold_in(key, ATTENTION_PATH)
         x = x + scale1 * drop_path(y, path, stream.ids, spec.drop_path)
         h = norm2(x)
-        through = ways.of('ffn', layout.conditions[i], h, i, only_readout)
+        through = ways.of('mlp', layout.conditions[i], h, i, only_readout)
         y = through(nn.gelu(through(h, ffn_in), approximate=False), ffn_out)
         path = None if key is None else jax.random.fold_in(key, FFN_PATH)
         x = x + scale2 * drop_path(y, path, stream.ids, spec.drop_path)
-        results[i] = sharding.over_batch(x, context.mesh)
+        results[i] = sharding.shard_batch(x, context.mesh)
       new_arrays.append(tuple(results))
     taken = {'decisions': ways.taken()}
     if context.taps:
@@ -178,12 +178,12 @@ class Block(nn.Module):
       return FixedWays(spec, self.parts), {}
     sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
     if routers.looks_at_tokens(spec.router):
-      made = {p: TokenRouter(spec.router == 'context', *sizes, context.mesh, name=f'{p}_router') for p in self.parts}
+      made = {p: TokenRouter(spec.router == 'context', *sizes, context.mesh, name=ROUTER_PARAMS[p]) for p in self.parts}
       return TokenWays(spec, context.rows, made, key, context.mesh), {}
     decisions = {}
     for p in self.parts:
       salted = None if key is None else jax.random.fold_in(key, SALTS[p])
-      decisions[p] = routers.Router(spec.router, *sizes, spec.router_names, name=f'{p}_router')(context.rows, salted)
+      decisions[p] = routers.Router(spec.router, *sizes, spec.router_names, name=ROUTER_PARAMS[p])(context.rows, salted)
     return Ways(spec, context.rows, decisions), decisions
 
   def _attend(self, index, q, kv, stream: Stream, apart: list[Part], only_readout) -> jax.Array:

@@ -17,24 +17,24 @@ from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.sequences import READ_NOTHING, Layout, Past
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
-from uni_moe_jax.tasks.task_types import Kind
+from uni_moe_jax.tasks.task_types import TaskType
 
 
-def prefill_layout(kind: Kind) -> Layout:
+def prefill_layout(kind: TaskType) -> Layout:
   """The segments that a two-stream caption sees from outside: encoded once, only their keys and values matter."""
-  whole = Layout.of_kind(kind)
+  whole = Layout.of_task_type(kind)
   full = [i for i, m in enumerate(whole.masks) if m == 'full']
   return Layout(tuple(whole.conditions[i] for i in full), tuple(whole.masks[i] for i in full), READ_NOTHING)
 
 
-def pass_layout(kind: Kind) -> Layout:
+def pass_layout(kind: TaskType) -> Layout:
   """One decoding pass, [word | query]: both under the caption's condition, the query sees the word."""
-  whole = Layout.of_kind(kind)
+  whole = Layout.of_task_type(kind)
   text = whole.masks.index('two_stream')
   return Layout((whole.conditions[text],), ('causal',), 'queries', prefixed=False, prompted=whole.conditions[0])
 
 
-def prefill(model: UniPerceiver, params, kind: Kind, pixels: jax.Array, room: int) -> Past:
+def prefill(model: UniPerceiver, params, kind: TaskType, pixels: jax.Array, room: int) -> Past:
   """What a caption looks back at: keys and values of pictures [B, T, H, W, C], and `room` empty slots for its words."""
   B = pixels.shape[0]
   picture = Sequence(layout=prefill_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), pixels=pixels)
@@ -51,7 +51,7 @@ def prefill(model: UniPerceiver, params, kind: Kind, pixels: jax.Array, room: in
 
 
 def next_features(
-    model: UniPerceiver, params, kind: Kind, past: Past, word: jax.Array, t: jax.Array, *, spe: int
+    model: UniPerceiver, params, kind: TaskType, past: Past, word: jax.Array, t: jax.Array, *, spe: int
 ) -> tuple[jax.Array, Past]:
   """One decoding pass: reads the word at position t - 1, asks for the one at t.
 
@@ -115,7 +115,7 @@ class _Carry:
 
 
 def search(
-    model: UniPerceiver, params, kind: Kind, pixels: jax.Array, words: jax.Array, *, temperature: str, spe: int,
+    model: UniPerceiver, params, kind: TaskType, pixels: jax.Array, words: jax.Array, *, temperature: str, spe: int,
     eot: int, length: int, beams: int = 1, penalty: float = 0.0, trie: Trie | None = None) -> Captions:
   """The most likely captions that a beam of hypotheses finds; with one beam, the greedy caption.
 

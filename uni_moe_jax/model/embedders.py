@@ -70,24 +70,24 @@ class Embed(nn.Module):
       return sharding.as_used(values, (axis, 'embed'), self.mesh)
 
     self.word = table('word', s.vocab_size, 'vocab')
-    position = sincos_rows if s.position_init == 'sincos' else nn.initializers.normal
-    self.position = table('position', s.max_text, 'position', position(s.position_std))
+    position = sincos_rows if s.text_posemb_init == 'sincos' else nn.initializers.normal
+    self.position = table('position', s.max_text_len, 'position', position(s.text_posemb_std))
     # Two rows as published, of which only row 0 is used: a checkpoint's table survives the round trip.
     self.type = table('type', 2, 'type')
-    patch_dim = s.patch * s.patch * s.channels
+    patch_dim = s.patch_size * s.patch_size * s.channels
     self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
     self.patch_bias = self.param(
         'patch_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
     if s.frame_differences:
       self.difference = table('difference', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
-    self.temporal = table('temporal', s.max_frames, 'frame', nn.initializers.normal(s.temporal_std))
-    waves = sincos_table(s.image_size // s.patch, s.width)
-    if s.spatial == 'sincos':
+    self.temporal = table('temporal', s.max_num_frames, 'frame', nn.initializers.normal(s.temporal_posemb_std))
+    waves = sincos_table(s.image_size // s.patch_size, s.width)
+    if s.posemb == 'sincos2d':
       self.spatial = jnp.asarray(waves)
     else:
-      start = normal if s.spatial == 'learnt' else lambda key, shape: jnp.asarray(waves)
+      start = normal if s.posemb == 'learned' else lambda key, shape: jnp.asarray(waves)
       self.spatial = table('spatial', s.patches, 'space', start)
-    if s.visual_type:
+    if s.modality_embedding:
       self.visual_type = table('visual_type', 1, 'type')
     if s.spe_bias:
       self.spe_bias = self.param('spe_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
@@ -138,12 +138,12 @@ class Embed(nn.Module):
       mean = np.reshape(s.video_mean if clip and s.video_mean else s.pixel_mean, shape)
       std = np.reshape(s.video_std if clip and s.video_std else s.pixel_std, shape)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
-    x = patchify(pixels.astype(s.dtype), s.patch) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
+    x = patchify(pixels.astype(s.dtype), s.patch_size) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:
       change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
-      x = x + patchify(change.astype(s.dtype), s.patch) @ self.difference.astype(s.dtype)
+      x = x + patchify(change.astype(s.dtype), s.patch_size) @ self.difference.astype(s.dtype)
     frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
     place = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
-    if s.visual_type:
+    if s.modality_embedding:
       place = place + self.visual_type[None]
     return self.norm(x + place)

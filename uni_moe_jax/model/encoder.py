@@ -67,7 +67,7 @@ class Encoder(nn.Module):
     """
     spec, stack = self.spec, self.spec.stack
     conditions = tuple(c for s in streams for c in s.layout.conditions)
-    if spec.prompts:
+    if spec.num_deep_prompts:
       conditions += tuple(s.layout.prompt_condition for s in streams)
     context = Context(
         streams=tuple(s.replace(arrays=()) for s in streams),

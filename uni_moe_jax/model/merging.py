@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from uni_moe_jax.model import router_outputs
-from uni_moe_jax.model.spec import PROJECTIONS, ModelSpec
+from uni_moe_jax.model.spec import PROJECTIONS, ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import layers, routers
 from uni_moe_jax.tasks.attributes import Condition
 
@@ -30,7 +30,7 @@ def for_conditions(spec: ModelSpec, params: Any, conditions: tuple[Condition, ..
   merge = lambda kernels, coef: layers.merge(kernels, coef).astype(spec.dtype)
 
   def block(tree, parts, over):
-    coef = {p: over(decide)(tree[f'{p}_router']) for p in parts}
+    coef = {p: over(decide)(tree[ROUTER_PARAMS[p]]) for p in parts}
     return merged_block(tree, parts, lambda part, kernels: over(merge)(kernels, coef[part]))
 
   stack, encoder = spec.stack, dict(params['encoder'])

@@ -19,7 +19,7 @@ _STD = 0.02
 
 def table_of(spec: ModelSpec, is_target: bool) -> str | None:
   """Name of the table of deep and prefix prompts that a side reads, or None."""
-  return TABLES[spec.prompt_sides][is_target]
+  return TABLES[spec.prompt_sharing][is_target]
 
 
 def _tables(module: nn.Module, rows: int) -> dict[str, jax.Array]:
@@ -27,7 +27,7 @@ def _tables(module: nn.Module, rows: int) -> dict[str, jax.Array]:
   spec = module.spec
   return {name: module.param(name, nn.with_logical_partitioning(nn.initializers.normal(_STD), ('prompt', 'embed')),
                              (rows, spec.width))[None]
-          for name in dict.fromkeys(TABLES[spec.prompt_sides]) if name}
+          for name in dict.fromkeys(TABLES[spec.prompt_sharing]) if name}
 
 
 class DeepPrompts(nn.Module):
@@ -37,7 +37,7 @@ class DeepPrompts(nn.Module):
   @nn.compact
   def __call__(self) -> dict[str, jax.Array]:
     """{table: [1, P, D]}."""
-    return _tables(self, self.spec.prompts)
+    return _tables(self, self.spec.num_deep_prompts)
 
 
 class TokenPrompts(nn.Module):
@@ -46,7 +46,7 @@ class TokenPrompts(nn.Module):
 
   def setup(self):
     spec = self.spec
-    self.prefix = _tables(self, spec.prefix_prompts) if spec.prefix_prompts else {}
+    self.prefix = _tables(self, spec.num_prefix_prompts) if spec.num_prefix_prompts else {}
     self.labels = {
         name: self.param(f'label_{name}', nn.with_logical_partitioning(nn.initializers.zeros, ('class', 'embed')),
                          (size, spec.width))

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import routers
 
 
@@ -33,6 +33,6 @@ def coefficients(spec: ModelSpec, params: Any, rows: tuple[routers.Row, ...]) ->
   found = {}
   for layer, parts in enumerate(spec.pattern):
     if parts:
-      tree = layer_params(spec, params, layer, tuple(f'{p}_router' for p in parts))
-      found[layer] = {p: np.asarray(decide(tree[f'{p}_router'])) for p in parts}
+      tree = layer_params(spec, params, layer, tuple(ROUTER_PARAMS[p] for p in parts))
+      found[layer] = {p: np.asarray(decide(tree[ROUTER_PARAMS[p]])) for p in parts}
   return found

@@ -17,7 +17,7 @@ from uni_moe_jax.moe import expert_parallel, layers, routers
 from uni_moe_jax.moe.layers import Linear
 from uni_moe_jax.moe.token_routers import TokenRouter, Usage
 
-SALTS = {'attention': 0, 'ffn': 1}  # they separate the uses of one (step, layer) key
+SALTS = {'attention': 0, 'mlp': 1}  # they separate the uses of one (step, layer) key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class TokenWays(Ways):
     key = None if self._key is None else jax.random.fold_in(self._key, SALTS[part])
     choice = self._routers[part](x, self._pools.get(part), key, self._stream.ids, positions)
     # Capacity is a means of training; evaluation is exact.
-    capacity = 0.0 if self._key is None else self._spec.capacity
-    way = Dispatched(choice, valid, streams, capacity, self._spec.grouped, self._mesh)
+    capacity = 0.0 if self._key is None else self._spec.capacity_factor
+    way = Dispatched(choice, valid, streams, capacity, self._spec.gmm, self._mesh)
     self._ways.append((part, self._rows.index(routers.row_of(self._spec.router, condition)), way))
     return way

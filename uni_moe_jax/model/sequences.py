@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model.attention import Part
 from uni_moe_jax.tasks.attributes import Condition
-from uni_moe_jax.tasks.task_types import Kind
+from uni_moe_jax.tasks.task_types import TaskType
 
 READ_NOTHING = 'nothing'  # prefill: only keys and values of the last layer are wanted
 
@@ -26,7 +26,7 @@ class Layout:
     conditions: one per array.
     modalities: 'visual' or 'text' per array. The prefix is token 0 of array 0 unless `prefixed` is False.
     masks: mask kind per array (see `masks.py`).
-    readout: 'first' | 'picks' | 'queries' | 'slot' | 'nothing'.
+    readout: 'cls' | 'masked' | 'queries' | 'slot' | 'nothing'.
     prefixed: False for a decoding pass, whose prefix is among the cached keys.
     prompted: the condition of deep prompts; None: that of the first segment.
     label_set: the target set whose entries the sequences are, where it has label prompts.
@@ -39,14 +39,14 @@ class Layout:
   label_set: str | None = None
 
   @classmethod
-  def of_kind(cls, kind: Kind) -> 'Layout':
+  def of_task_type(cls, kind: TaskType) -> 'Layout':
     """Input side of a task kind."""
     return cls(kind.conditions, tuple(s.mask for s in kind.inputs), kind.readout)
 
   @classmethod
   def of_text(cls, condition: Condition, label_set: str | None = None) -> 'Layout':
     """One text read at its prefix: the target side, target sets."""
-    return cls((condition,), ('full',), 'first', label_set=label_set)
+    return cls((condition,), ('full',), 'cls', label_set=label_set)
 
   @property
   def prompt_condition(self) -> Condition:
@@ -66,7 +66,7 @@ class Layout:
     """Index of the array that holds the rows to read."""
     if self.readout == READ_NOTHING:
       return None
-    if self.readout == 'first':
+    if self.readout == 'cls':
       return 0
     if self.readout == 'queries':
       return next(i for i, m in enumerate(self.masks) if m != 'full')
@@ -80,7 +80,7 @@ class Stream:
   Attributes:
     arrays: [B, S, D] per segment.
     valid: bool [B, S] per segment, None where nothing is padded: which tokens may serve as keys.
-    positions: int32 [B, M] token positions to read ('picks', 'slot'), else None.
+    positions: int32 [B, M] token positions to read ('masked', 'slot'), else None.
     ids: uint32 [B] example ids: what stochastic depth is keyed by.
     layout: static.
   """
@@ -118,7 +118,7 @@ class Past:
 
 def take_rows(x: jax.Array, readout: str, positions: jax.Array | None) -> jax.Array:
   """Rows of [B, S, D] that a readout wants: [B, R, D]."""
-  if readout == 'first':
+  if readout == 'cls':
     return x[:, :1]
   if readout == 'queries':
     return x[:, x.shape[1] // 2:]

@@ -13,10 +13,12 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.tasks.task_types import MODALITIES
 
-PARTS = ('attention', 'ffn')
+PARTS = ('attention', 'mlp')
 # Projection → the part whose router decides for it.
-PROJECTIONS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'ffn', 'ffn_out': 'ffn'}
-PLACEMENTS = ('all', 'odd', 'four', 'none')
+PROJECTIONS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
+# The parameter names of the routers, by sublayer: part of the checkpoint format.
+ROUTER_PARAMS = {'attention': 'attention_router', 'mlp': 'ffn_router'}
+PLACEMENTS = ('all', 'every_2', 'every_4', 'none')
 MAX_PERIOD = 4
 
 
@@ -28,30 +30,30 @@ def row_name(row: routers.Row) -> str:
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
   """Sizes and choices of one model; every field is documented in `config.py`."""
-  layers: int                        # L
+  num_layers: int                        # L
   width: int                         # D
-  heads: int                         # N
-  hidden: int                        # F
+  num_heads: int                         # N
+  mlp_dim: int                        # F
   vocab_size: int                    # V of the word table
   spe_id: int                        # word id of the prefix, mask, query and slot token
   image_size: int                    # pixels a side
-  patch: int                         # pixels a side
+  patch_size: int                         # pixels a side
   channels: int = 3
-  max_frames: int = 8                # rows of the temporal table
-  max_text: int = 512                # rows of the position table
+  max_num_frames: int = 8                # rows of the temporal table
+  max_text_len: int = 512                # rows of the position table
   pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
   prefix_word: int | None = None     # None: LN(Word[spe]); an id: that word as a text of length 1
   video_mean: tuple[float, ...] = ()  # of clips, that is of more than one frame; () = as pictures
   video_std: tuple[float, ...] = ()
-  spatial: str = 'sincos'            # 'sincos' (computed), 'stored' (a parameter that starts so) or 'learnt'
-  visual_type: bool = False          # a learnt row added to every visual token
-  position_init: str = 'normal'      # 'normal' or 'sincos': the text positions' initial table
-  position_std: float = 0.02         # its standard deviation
-  query_key_init: str = 'independent'  # or 'equal': keys start as a copy of the queries
+  posemb: str = 'sincos2d'            # 'sincos2d' (computed), 'frozen' (a parameter that starts so) or 'learned'
+  modality_embedding: bool = False          # a learnt row added to every visual token
+  text_posemb_init: str = 'normal'      # 'normal' or 'sincos': the text positions' initial table
+  text_posemb_std: float = 0.02         # its standard deviation
+  mimetic_init: bool = False  # or 'equal': keys start as a copy of the queries
   frame_differences: bool = False    # patches of clips bring their change since the frame before
-  temporal_std: float = 0.02         # initial standard deviation of the temporal rows
-  layer_scale: float = 1e-3          # initial value of both LayerScale vectors
+  temporal_posemb_std: float = 0.02         # initial standard deviation of the temporal rows
+  layer_scale_init: float = 1e-3          # initial value of both LayerScale vectors
   drop_path: float = 0.0             # stochastic depth, same rate in every layer
   dtype: Any = jnp.float32           # of products; parameters and decisions stay float32
   remat: bool = True                 # recompute blocks in the backward pass
@@ -59,16 +61,16 @@ class ModelSpec:
   num_experts: int = 8               # E
   top_k: int = 2                     # K
   noise_std: float = 1.0             # of the gate's training noise, times E
-  capacity: float = 0.0              # factor f of dispatch in training; 0 = exact
-  grouped: str = 'auto'              # backend of grouped products, see moe/gmm.py
+  capacity_factor: float = 0.0              # factor f of dispatch in training; 0 = exact
+  gmm: str = 'auto'              # backend of gmm products, see moe/gmm.py
   placement: str | tuple[int, ...] = 'all'
-  parts: tuple[str, ...] = PARTS     # which projections have experts
+  sublayers: tuple[str, ...] = PARTS     # which projections have experts
   router_names: tuple[str, ...] = () # embedding table of the router, in order
-  temperatures: tuple[str, ...] = () # groups, one learnt scale each
-  temperature: float = 0.07          # initial τ
-  prompts: int = 0                   # P, deep prompts per layer
-  prompt_sides: str = 'shared'       # by inputs and targets, 'separate', or of 'inputs' alone
-  prefix_prompts: int = 0            # learnt tokens after the prefix, of the same sides
+  temperature_groups: tuple[str, ...] = () # groups, one learnt scale each
+  temperature_init: float = 0.07          # initial τ
+  num_deep_prompts: int = 0                   # P, deep num_deep_prompts per layer
+  prompt_sharing: str = 'shared'       # by inputs and targets, 'separate', or of 'inputs' alone
+  num_prefix_prompts: int = 0            # learnt tokens after the prefix, of the same sides
   label_prompts: tuple[tuple[str, int], ...] = ()  # target sets with a learnt token per entry, and their sizes
   spe_bias: bool = False             # a learnt row added to every `spe`
   head: int = 0                      # K, classes of a linear head; 0: none
@@ -90,39 +92,39 @@ class ModelSpec:
     m, moe = config.model, config.moe
     placement = moe.placement if isinstance(moe.placement, str) else tuple(moe.placement)
     return cls(
-        layers=m.layers, width=m.width, heads=m.heads, hidden=m.hidden, vocab_size=vocab_size, spe_id=spe_id,
-        image_size=m.image_size, patch=m.patch, channels=m.channels, max_frames=m.max_frames, max_text=m.max_text,
+        num_layers=m.num_layers, width=m.width, num_heads=m.num_heads, mlp_dim=m.mlp_dim, vocab_size=vocab_size, spe_id=spe_id,
+        image_size=m.image_size, patch_size=m.patch_size, channels=m.channels, max_num_frames=m.max_num_frames, max_text_len=m.max_text_len,
         pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), video_mean=tuple(m.video_mean),
-        video_std=tuple(m.video_std), prefix_word=prefix_word, spatial=m.spatial, visual_type=m.visual_type,
-        position_init=m.position_init, position_std=m.position_std, query_key_init=m.query_key_init,
-        frame_differences=m.frame_differences, temporal_std=m.temporal_std, layer_scale=m.layer_scale,
+        video_std=tuple(m.video_std), prefix_word=prefix_word, posemb=m.posemb, modality_embedding=m.modality_embedding,
+        text_posemb_init=m.text_posemb_init, text_posemb_std=m.text_posemb_std, mimetic_init=m.mimetic_init,
+        frame_differences=m.frame_differences, temporal_posemb_std=m.temporal_posemb_std, layer_scale_init=m.layer_scale_init,
         drop_path=m.drop_path, dtype=jnp.dtype(m.dtype), remat=m.remat, router=moe.router,
-        num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std, capacity=moe.capacity, grouped=moe.grouped,
-        placement=placement, parts=tuple(moe.parts),
-        router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperatures=temperatures,
-        temperature=m.temperature, prompts=m.prompts, prompt_sides=m.prompt_sides, prefix_prompts=m.prefix_prompts,
+        num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std, capacity_factor=moe.capacity_factor, gmm=moe.gmm,
+        placement=placement, sublayers=tuple(moe.sublayers),
+        router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperature_groups=temperatures,
+        temperature_init=m.temperature_init, num_deep_prompts=m.num_deep_prompts, prompt_sharing=m.prompt_sharing, num_prefix_prompts=m.num_prefix_prompts,
         label_prompts=label_prompts, spe_bias=m.spe_bias, head=head)
 
   @property
   def head_dim(self) -> int:
-    return self.width // self.heads
+    return self.width // self.num_heads
 
   @property
   def patches(self) -> int:
     """Visual tokens of one frame."""
-    return (self.image_size // self.patch) ** 2
+    return (self.image_size // self.patch_size) ** 2
 
   @property
   def pattern(self) -> tuple[tuple[str, ...], ...]:
-    """Per layer, the parts that have experts. 'odd' is the published name for indices 0, 2, 4, …"""
-    step = {'all': 1, 'odd': 2, 'four': 4, 'none': self.layers + 1}
+    """Per layer, the parts that have experts. 'every_2' is the published name for indices 0, 2, 4, …"""
+    step = {'all': 1, 'every_2': 2, 'every_4': 4, 'none': self.num_layers + 1}
     if self.router == 'dense' or self.placement == 'none':
       chosen = ()
     elif isinstance(self.placement, str):
-      chosen = range(0, self.layers, step[self.placement])
+      chosen = range(0, self.num_layers, step[self.placement])
     else:
       chosen = self.placement
-    return tuple(self.parts if i in set(chosen) else () for i in range(self.layers))
+    return tuple(self.sublayers if i in set(chosen) else () for i in range(self.num_layers))
 
   def kernel_of(self, condition: Condition) -> int:
     """Which kernel of a merged model an array of a condition takes.
@@ -174,13 +176,13 @@ class Stack:
     return cls((), 0, pattern)
 
   @property
-  def layers(self) -> int:
+  def num_layers(self) -> int:
     return len(self.period) * self.periods + len(self.tail)
 
   def locate(self, layer: int) -> tuple[str, int | None, str]:
     """(subtree, index on its stacked axis or None, block name) of a layer: the one way to address layers."""
-    if not 0 <= layer < self.layers:
-      raise IndexError(f'layer {layer} is outside 0…{self.layers - 1}.')
+    if not 0 <= layer < self.num_layers:
+      raise IndexError(f'layer {layer} is outside 0…{self.num_layers - 1}.')
     scanned = len(self.period) * self.periods
     if layer < scanned:
       return 'blocks', layer // len(self.period), f'block{layer % len(self.period)}'

@@ -29,7 +29,7 @@ class Sequence:
     temporal_offset: int32 scalar.
     text: int32 [B, S] for a text segment; a two-stream segment holds [words | queries].
     text_valid: bool [B, S] or None: which tokens are not padding.
-    positions: int32 [B, M] positions to read, counted in the text segment; for 'picks' and 'slot'.
+    positions: int32 [B, M] positions to read, counted in the text segment; for 'masked' and 'slot'.
     text_positions: int32 [S] or [B, S] rows of the position table, or None for the layout's own.
     past: cached keys and values, or None.
     classes: int32 [B], which entry of `layout.label_set` each sequence is.
@@ -87,17 +87,17 @@ class UniPerceiver(nn.Module):
     self.similarity = SimilarityHead(self.spec.width, self.mesh)
     if self.spec.head:
       self.linear_head = LinearHead(self.spec.head)
-    start = math.log(1 / self.spec.temperature)
+    start = math.log(1 / self.spec.temperature_init)
     self.log_scales = {
         name: self.param(f'log_scale_{name}', nn.with_logical_partitioning(nn.initializers.constant(start), ()), ())
-        for name in self.spec.temperatures}
+        for name in self.spec.temperature_groups}
 
   def __call__(self, sequences: tuple[Sequence, ...]):
     """Touches every parameter; for `init`."""
     encoded = self.encode(sequences)
     if self.spec.head:
       self.with_head(self.features(encoded.rows[0]), jnp.zeros((1,) * (encoded.rows[0].ndim - 1) + (self.spec.head,)))
-    return tuple(self.features(r) for r in encoded.rows), {n: self.scale(n) for n in self.spec.temperatures}
+    return tuple(self.features(r) for r in encoded.rows), {n: self.scale(n) for n in self.spec.temperature_groups}
 
   def encode(
       self, sequences: tuple[Sequence, ...], *, key: jax.Array | None = None, all_rows: bool = False,
@@ -114,7 +114,7 @@ class UniPerceiver(nn.Module):
       return Encoded(rows, collected)
     router_rows = [
         (tuple(routers.row_of(self.spec.router, c) for c in s.layout.conditions), s.layout.masks, s.layout.readout,
-         s.layout.readout_array, self.spec.prompts and table_of(self.spec, s.layout.is_target))
+         s.layout.readout_array, self.spec.num_deep_prompts and table_of(self.spec, s.layout.is_target))
         for s in streams]
     joined, split = join_equal(streams, tuple(router_rows), self.shards)
     rows, collected = self.encoder(joined, (None,) * len(joined), key=key, all_rows=all_rows)
@@ -157,8 +157,8 @@ class UniPerceiver(nn.Module):
         valid[0] = jnp.concatenate([there, valid[0]], axis=1)
       if positions is not None and layout.readout_array == 0:
         positions = positions + front.shape[1]
-    if layout.readout not in ('picks', 'slot', READ_NOTHING):
+    if layout.readout not in ('masked', 'slot', READ_NOTHING):
       positions = None
     # Entries of a target set come from every device whole; from here on, each encodes its own.
-    lies = lambda x: sharding.over_batch(x, self.mesh)
+    lies = lambda x: sharding.shard_batch(x, self.mesh)
     return jax.tree.map(lies, Stream(tuple(arrays), tuple(valid), positions, s.ids, layout))

@@ -83,7 +83,7 @@ def routes(choice: Choice, valid: jax.Array | None, capacity: float, parts: int,
   kept = (asked.sum(-1) > 0) & (rank < room)
   count = jnp.minimum(asked.sum(1), room)  # [parts, E]
   sizes = count.sum(0)
-  if backend == 'buffers':
+  if backend == 'batched':
     start, slots = jnp.arange(E, dtype=jnp.int32) * (parts * room), E * parts * room
   else:
     start, slots = jnp.cumsum(sizes) - sizes, gmm.rows_for(backend, min(B * S * K, E * parts * room))

@@ -51,7 +51,7 @@ def routes(
     return dispatch.routes(choice, valid, capacity, parts, backend)
   owners = mesh.shape['expert']
   way = STAY if owners == 1 else EXCHANGE if capacity else GATHER
-  backend = 'buffers' if way == EXCHANGE else gmm.choose(backend, bool(capacity), mesh.devices.flat[0].platform)
+  backend = 'batched' if way == EXCHANGE else gmm.choose(backend, bool(capacity), mesh.devices.flat[0].platform)
   E = choice.logits.shape[-1] // (owners if way == GATHER else 1)
   if valid is None:
     valid = jnp.ones(choice.expert.shape[:2], bool)
@@ -102,7 +102,7 @@ def _exchanged(x: jax.Array, kernel: jax.Array, bias: jax.Array, to: Routes) -> 
   rows = there(rows.reshape(-1, here, rows.shape[0] // to.sizes.shape[0], D))  # [devices, experts here, slots, D]
   n, _, slots, _ = rows.shape
   rows = rows.transpose(1, 0, 2, 3).reshape(here * n * slots, D)
-  y = gmm.grouped_matmul(rows, kernel.reshape(here, D, -1), to.sizes, 'buffers')
+  y = gmm.grouped_matmul(rows, kernel.reshape(here, D, -1), to.sizes, 'batched')
   y = y.reshape(here, n, slots, -1) + bias.reshape(here, 1, 1, -1)
   y = there(y.transpose(1, 0, 2, 3))
   return dispatch.collect(y.reshape(-1, y.shape[-1]), to).reshape(B, S, *out)

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from uni_moe_jax.moe import gmm_triton, pallas_kernels
 
-BACKENDS = ('loop', 'buffers', 'ragged', 'megablox', 'triton')
+BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton')
 AUTO, XLA = 'auto', 'xla'
 _TILES = 128, 64, 32  # rows of a product on CPU
 _MEGABLOX_ROWS = 128
@@ -34,13 +34,13 @@ def choose(backend: str, capacity: bool, platform: str | None = None) -> str:
     return 'megablox'
   if backend == AUTO and platform == 'gpu' and not capacity:
     return 'triton'
-  return 'buffers' if capacity else {'cpu': 'loop'}.get(platform, 'ragged')
+  return 'batched' if capacity else {'cpu': 'tiled'}.get(platform, 'ragged')
 
 
 def rows_for(backend: str, most: int) -> int:
   """How many rows a backend wants, of which at most `most` are in groups: a loop's last tile reaches beyond its group's rows, and
-  megablox takes whole tiles. ('buffers' has rows of its own.)"""
-  if backend == 'loop':
+  megablox takes whole tiles. ('batched' has rows of its own.)"""
+  if backend == 'tiled':
     return most + _TILES[0] - 1
   return most + -most % _MEGABLOX_ROWS if backend == 'megablox' else most
 
@@ -49,7 +49,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
   """Multiplies each row by the kernel of its group.
 
   Args:
-    x: [G, D]. Groups follow each other, the first `sizes[0]` rows being of group 0, and so on. For 'buffers' groups are equal:
+    x: [G, D]. Groups follow each other, the first `sizes[0]` rows being of group 0, and so on. For 'batched' groups are equal:
       group e is rows e · G/E to (e + 1) · G/E, of which the first `sizes[e]` count.
     kernel: [E, D, F].
     sizes: int32 [E], rows of every group; G is `rows_for(backend, most)`, and Σ at most `most`.
@@ -59,9 +59,9 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     [G, F]. Rows that are in no group hold anything, NaN included; what they are given as a gradient must be 0.
   """
   chex.assert_rank((x, kernel, sizes), (2, 3, 1))
-  if backend == 'loop':
+  if backend == 'tiled':
     return _loop(x, kernel, sizes)
-  if backend == 'buffers':
+  if backend == 'batched':
     rows = x.reshape(kernel.shape[0], -1, x.shape[1])
     return jnp.einsum('ecd,edf->ecf', rows, kernel).reshape(x.shape[0], -1)
   if backend == 'ragged':

@@ -67,12 +67,12 @@ def start(value: str) -> bool:
                        'on GKE or on a TPU VM, or give HOST:PORT,PROCESSES,PROCESS.') from error
   else:
     jax.distributed.initialize(place.address, place.count, place.index, cluster_detection_method='deactivate')
-  if not speaks():
+  if not is_primary():
     sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # pylint: disable=consider-using-with
-  return speaks()
+  return is_primary()
 
 
-def speaks() -> bool:
+def is_primary() -> bool:
   """Whether this process is the first: the one that prints, and writes what there is only one of."""
   import jax  # pylint: disable=g-import-not-at-top
   return jax.process_index() == 0

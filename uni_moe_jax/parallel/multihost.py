@@ -44,7 +44,7 @@ class AnyProcess:
     return before is not None and bool(before)
 
 
-def first_says(flag: bool) -> bool:
+def broadcast_from_primary(flag: bool) -> bool:
   """What the first process says, told to all."""
   return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 

@@ -89,7 +89,7 @@ def as_used(x: jax.Array, names: tuple[str | None, ...], mesh: Mesh | None) -> j
   return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, named_spec(names)))
 
 
-def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def shard_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Lays examples [B, …] over the batch axes. B need not divide: XLA fills up."""
   if mesh is None:
     return x
@@ -97,7 +97,7 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def everywhere(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def replicate(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Gathers an array to every device."""
   return x if mesh is None else jax.lax.with_sharding_constraint(x, replicated(mesh))
 

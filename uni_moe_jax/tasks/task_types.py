@@ -1,6 +1,6 @@
 """Task kinds: one declarative row each. Layout, attributes, targets, readout and loss follow from it.
 
-A *kind* is a row of `KINDS` (or of a config's `kinds`); a *task* is a named instance of a kind in a config. A
+A *kind* is a row of `TASK_TYPES` (or of a config's `kinds`); a *task* is a named instance of a kind in a config. A
 new kind is a new row: neither the model nor the trainer names any of them.
 """
 
@@ -13,7 +13,7 @@ from uni_moe_jax.utils.suggest import nearest
 
 MODALITIES = ('visual', 'text')
 MASKS = ('full', 'two_stream')
-READOUTS = ('first', 'picks', 'queries', 'slot')
+READOUTS = ('cls', 'masked', 'queries', 'slot')
 TARGETS = ('names', 'words', 'pair')
 
 
@@ -31,7 +31,7 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class TaskType:
   """One row of the table of task kinds.
 
   Attributes:
@@ -39,7 +39,7 @@ class Kind:
     inputs: input segments in order. The prefix `spe` is token 0 of the first.
     target: a target family ('names', 'words' or one that a config declares) or 'pair': the sample's own text,
       encoded as target, against the texts of the batch.
-    readout: which hidden states are matched with targets. 'first': token 0; 'picks': given positions of the
+    readout: which hidden states are matched with targets. 'cls': token 0; 'masked': given positions of the
       text segment; 'queries': the second half of the two-stream segment; 'slot': one given position per sample.
     router_task: the embedding that the task router looks up.
   """
@@ -70,7 +70,7 @@ class Kind:
   @property
   def has_classes(self) -> bool:
     """Whether a sample has one of the entries of a target set as its label: classes, or answers."""
-    return self.readout in ('first', 'slot') and self.target != 'pair'
+    return self.readout in ('cls', 'slot') and self.target != 'pair'
 
   @property
   def visual(self) -> bool:
@@ -90,16 +90,16 @@ _IMAGE = (Segment('visual'),)
 _TEXT = (Segment('text'),)
 _CAPTION = (Segment('visual'), Segment('text', 'two_stream'))
 
-KINDS: dict[str, Kind] = {k.name: k for k in (
-    Kind('image_classification', _IMAGE, 'names', 'first', 'classification'),
-    Kind('video_classification', _IMAGE, 'names', 'first', 'classification'),
-    Kind('text_mlm', _TEXT, 'words', 'picks', 'mlm'),
-    Kind('image_caption', _CAPTION, 'words', 'queries', 'caption'),
-    Kind('video_caption', _CAPTION, 'words', 'queries', 'caption'),
-    Kind('image_retrieval', _IMAGE, 'pair', 'first', 'retrieval'),
-    Kind('video_retrieval', _IMAGE, 'pair', 'first', 'retrieval'),
-    Kind('text_classification', _TEXT, 'words', 'slot', 'text_classification'),
-    Kind('vqa', (Segment('visual'), Segment('text')), 'words', 'slot', 'vqa'),
+TASK_TYPES: dict[str, TaskType] = {k.name: k for k in (
+    TaskType('image_classification', _IMAGE, 'names', 'cls', 'classification'),
+    TaskType('video_classification', _IMAGE, 'names', 'cls', 'classification'),
+    TaskType('text_mlm', _TEXT, 'words', 'masked', 'mlm'),
+    TaskType('image_caption', _CAPTION, 'words', 'queries', 'caption'),
+    TaskType('video_caption', _CAPTION, 'words', 'queries', 'caption'),
+    TaskType('image_retrieval', _IMAGE, 'pair', 'cls', 'retrieval'),
+    TaskType('video_retrieval', _IMAGE, 'pair', 'cls', 'retrieval'),
+    TaskType('text_classification', _TEXT, 'words', 'slot', 'text_classification'),
+    TaskType('vqa', (Segment('visual'), Segment('text')), 'words', 'slot', 'vqa'),
 )}
 
 
@@ -107,11 +107,11 @@ KINDS: dict[str, Kind] = {k.name: k for k in (
 def families() -> dict[str, Condition]:
   """Condition of each built-in target family: bits 0-3 are the OR over the built-in kinds that use it.
 
-  They are frozen here, over `KINDS` alone: a kind that a config adds must never move an existing row, because
-  a trained router has learnt it. See `check_kind`.
+  They are frozen here, over `TASK_TYPES` alone: a kind that a config adds must never move an existing row, because
+  a trained router has learnt it. See `check_task_type`.
   """
   rows: dict[str, tuple[int, ...]] = {}
-  for kind in KINDS.values():
+  for kind in TASK_TYPES.values():
     if kind.target != 'pair':
       rows[kind.target] = attributes.union(rows.get(kind.target, kind.task_bits), kind.task_bits)
   return {name: family_condition(name, row) for name, row in rows.items()}
@@ -125,10 +125,10 @@ def family_condition(name: str, task_bits: tuple[int, int, int, int]) -> Conditi
 
 def router_tasks() -> tuple[str, ...]:
   """Names that the task router has an embedding for, in the order of its table (video equals image)."""
-  return tuple(dict.fromkeys([k.router_task for k in KINDS.values()] + list(families())))
+  return tuple(dict.fromkeys([k.router_task for k in TASK_TYPES.values()] + list(families())))
 
 
-def check_kind(kind: Kind, known_families: dict[str, Condition]) -> None:
+def check_task_type(kind: TaskType, known_families: dict[str, Condition]) -> None:
   """Raises ValueError if a row is malformed or would change the frozen bits of a family."""
   if not kind.inputs:
     raise ValueError(f'kind {kind.name!r} has no input segment; give at least one.')
@@ -148,14 +148,14 @@ def check_kind(kind: Kind, known_families: dict[str, Condition]) -> None:
     raise ValueError(f"kind {kind.name!r}: the first segment holds the prefix and must have mask 'full'.")
   if kind.readout == 'queries' and not kind.two_stream:
     raise ValueError(f"kind {kind.name!r}: readout 'queries' needs a segment with mask 'two_stream'.")
-  if kind.readout in ('picks', 'slot') and kind.text_index is None:
+  if kind.readout in ('masked', 'slot') and kind.text_index is None:
     raise ValueError(f'kind {kind.name!r}: readout {kind.readout!r} needs a text segment.')
-  if kind.readout in ('picks', 'slot') and kind.two_stream:
+  if kind.readout in ('masked', 'slot') and kind.two_stream:
     raise ValueError(f"kind {kind.name!r}: readout {kind.readout!r} needs a text segment with mask 'full'; a two-stream "
                      "one is read at its queries.")
   if kind.target == 'pair':
-    if kind.readout != 'first':
-      raise ValueError(f"kind {kind.name!r}: target 'pair' needs readout 'first', not {kind.readout!r}.")
+    if kind.readout != 'cls':
+      raise ValueError(f"kind {kind.name!r}: target 'pair' needs readout 'cls', not {kind.readout!r}.")
     return
   if kind.target not in known_families:
     raise ValueError(f'kind {kind.name!r}: target family {kind.target!r} is not declared;'

@@ -26,26 +26,26 @@ Fill = Callable[[ml_collections.ConfigDict], None]
 
 def digits(c: ml_collections.ConfigDict) -> None:
   """Which digit a handwritten one is."""
-  c.sets.digits = config.target_set('digits/name', family='names')
-  c.tasks.digits = config.task('image_classification', 'digits', batch=BATCH, target_set='digits', label='name', smoothing=0.1)
+  c.target_sets.digits = config.target_set('digits/name', family='names')
+  c.tasks.digits = config.task('image_classification', 'digits', batch_size=BATCH, target_set='digits', label_column='name', label_smoothing=0.1)
   c.evaluators.digits = config.evaluator('classification', 'digits', split='test')
 
 
 def clip_caption(c: ml_collections.ConfigDict) -> None:
   """What a clip shows, in words."""
-  c.sets.vocabulary = config.target_set(VOCABULARY, family='words', scoring='sampled', samples=512)
+  c.target_sets.vocabulary = config.target_set(VOCABULARY, family='words', softmax='sampled', num_sampled=512)
   c.tasks.clip_caption = config.task(
-      'video_caption', 'clips', batch=BATCH, target_set='vocabulary', captions=('{name}',), length=presets.NAME_TOKENS,
-      smoothing=0.1)
+      'video_caption', 'clips', batch_size=BATCH, target_set='vocabulary', caption_templates=('{name}',), max_len=presets.NAME_TOKENS,
+      label_smoothing=0.1)
   for split, where in presets.UNSEEN:
-    c.evaluators[f'clip caption, {where}'] = config.evaluator('caption', 'clip_caption', split=split, number=400)
+    c.evaluators[f'clip caption, {where}'] = config.evaluator('caption', 'clip_caption', split=split, num_examples=400)
 
 
 def clip_name(c: ml_collections.ConfigDict) -> None:
   """Which of 400 names a clip has."""
-  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch=BATCH, captions=('{name}',), length=presets.NAME_TOKENS)
+  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch_size=BATCH, caption_templates=('{name}',), max_len=presets.NAME_TOKENS)
   for split, where in presets.UNSEEN:
-    c.evaluators[f'clip name, {where}'] = config.evaluator('retrieval', 'clip_name', split=split, number=400)
+    c.evaluators[f'clip name, {where}'] = config.evaluator('retrieval', 'clip_name', split=split, num_examples=400)
 
 
 # Tasks that no config trains on: what a run is adapted to.
@@ -61,7 +61,7 @@ def finetune(arg: str) -> ml_collections.ConfigDict:
 
 def prompt_tune(arg: str) -> ml_collections.ConfigDict:
   """Prompts, norms and a linear head train, all else stands still. arg: 'RUN,TASK' or 'RUN,TASK,all'; few by default."""
-  c = _start(arg, 'configs/prompt_tune.py', TRANSFER, 'few', head=True)
+  c = _start(arg, 'configs/prompt_tune.py', TRANSFER, 'few', linear_head=True)
   train_prompts(c)
   return c
 
@@ -71,7 +71,7 @@ def zero_shot(arg: str, own: Mapping[str, Fill] | None = None) -> ml_collections
 
   Args:
     arg: the run and the task.
-    own: more tasks by name, as in `TRANSFER`. They may be of kinds that the run does not know: a row in `config.kinds`.
+    own: more tasks by name, as in `TRANSFER`. They may be of kinds that the run does not know: a row in `config.task_types`.
   """
   c = _start(arg, 'configs/zero_shot.py', {**TRANSFER, **(own or {})}, '')
   train_nothing(c)
@@ -80,8 +80,8 @@ def zero_shot(arg: str, own: Mapping[str, Fill] | None = None) -> ml_collections
 
 def train_all(c: ml_collections.ConfigDict) -> None:
   """Every parameter of a run that `c` starts from goes on, lower layers more slowly."""
-  c.optim.update(dict(learning_rate=5e-4, warmup=10, layer_decay=0.8))
-  c.train.update(dict(steps=200, log_every=10, save_every=100))
+  c.optim.update(dict(learning_rate=5e-4, warmup_steps=10, layerwise_lr_decay=0.8))
+  c.train.update(dict(steps=200, log_every=10, checkpoint_every=100))
 
 
 def train_prompts(c: ml_collections.ConfigDict) -> None:
@@ -89,18 +89,18 @@ def train_prompts(c: ml_collections.ConfigDict) -> None:
 
   Targets have no prompts: what the run knows of names that few examples do not show stays what it is (docs/embedded.md).
   """
-  c.optim.update(dict(learning_rate=5e-3, warmup=10))
-  c.train.update(dict(steps=200, log_every=10, save_every=100))
+  c.optim.update(dict(learning_rate=5e-3, warmup_steps=10))
+  c.train.update(dict(steps=200, log_every=10, checkpoint_every=100))
   presets.prompt_tune(c, sides='inputs')
 
 
 def train_nothing(c: ml_collections.ConfigDict) -> None:
   """The run is asked the tasks as it is."""
   for t in c.tasks.values():
-    t.batch, t.head = 0, False
+    t.batch_size, t.linear_head = 0, False
     # A kind like none of the run's has no scale that was learnt for it: the order of single answers needs none, but sums of
     # log-probabilities (beams, length penalty) and perplexities are at an arbitrary one.
-    t.temperature = t.temperature or c.model.temperatures[0]
+    t.temperature = t.temperature or c.model.extra_temperature_groups[0]
 
 
 # What becomes of a run, by the word that configs take.
@@ -146,7 +146,7 @@ def _start(
                      f'{", ".join(transfer)}.')
   c, plan = start_from(run, f'{file}:{arg}')
   known = workdir.load_config(run).copy_and_resolve_references()
-  if name in known.tasks and (known.tasks[name].batch or name not in transfer):  # what the run has trained is its own
+  if name in known.tasks and (known.tasks[name].batch_size or name not in transfer):  # what the run has trained is its own
     _own_task(c, known, name)
   elif name in transfer:
     transfer[name](c)
@@ -155,10 +155,10 @@ def _start(
   t = c.tasks[name]
   share_temperatures(c, plan)
   few = (amount or [default])[0] == 'few'
-  classes = any(k.name == t.kind and k.has_classes for k in plan.kinds)
-  t.per_class = PER_CLASS if few and classes else 0
-  t.subset = SHARE if few and not classes else 1.0
-  t.head = head and classes
+  classes = any(k.name == t.type and k.has_classes for k in plan.task_types)
+  t.shots = PER_CLASS if few and classes else 0
+  t.train_fraction = SHARE if few and not classes else 1.0
+  t.linear_head = head and classes
   return c
 
 
@@ -176,23 +176,23 @@ def start_from(run: str, named: str) -> tuple[ml_collections.ConfigDict, Plan]:
   plan = validate.resolve(c)
   for section in ('optim', 'train', 'declared', 'sets', 'tasks', 'evaluators'):
     c[section] = config.base()[section]
-  c.seed, c.train.init, c.model.temperatures = 0, run, plan.temperatures
+  c.seed, c.train.init, c.model.extra_temperature_groups = 0, run, plan.temperatures
   return c, plan
 
 
 def share_temperatures(c: ml_collections.ConfigDict, plan: Plan) -> None:
   """Tasks that name no temperature group get that which the run learnt for such a kind, or one of their own."""
   for t in c.tasks.values():
-    t.temperature = t.temperature or _temperature(plan, t.kind)
+    t.temperature = t.temperature or _temperature(plan, t.type)
 
 
 def _own_task(c: ml_collections.ConfigDict, known: ml_collections.ConfigDict, name: str) -> None:
   """A task of the run, with its set and its evaluators."""
   t = known.tasks[name]
-  t.update(dict(batch=t.batch or BATCH, weight=1.0, sampling=0.0))
+  t.update(dict(batch_size=t.batch_size or BATCH, loss_weight=1.0, sampling_weight=0.0))
   c.tasks[name] = t
   if t.target_set:
-    c.sets[t.target_set] = known.sets[t.target_set]
+    c.target_sets[t.target_set] = known.target_sets[t.target_set]
   for evaluator, e in known.evaluators.items():
     if e.task == name:
       c.evaluators[evaluator] = e
@@ -200,6 +200,6 @@ def _own_task(c: ml_collections.ConfigDict, known: ml_collections.ConfigDict, na
 
 def _temperature(plan: Plan, kind: str) -> str:
   """The scale that the run learnt for a kind, or for one that reads and answers alike (video as images); '' if for none."""
-  rows = {k.name: dataclasses.replace(k, name='') for k in plan.kinds}
-  alike = [t for t in plan.tasks if rows[t.kind.name] == rows.get(kind)]
-  return min(alike, key=lambda t: t.kind.name != kind).temperature if alike else ''
+  rows = {k.name: dataclasses.replace(k, name='') for k in plan.task_types}
+  alike = [t for t in plan.tasks if rows[t.type.name] == rows.get(kind)]
+  return min(alike, key=lambda t: t.type.name != kind).temperature if alike else ''

@@ -20,7 +20,7 @@ import numpy as np
 
 from uni_moe_jax.config.validate import check_trains
 from uni_moe_jax.parallel import distributed
-from uni_moe_jax.parallel.multihost import AnyProcess, check_same_data, ends_with_the_others, first_says, total
+from uni_moe_jax.parallel.multihost import AnyProcess, check_same_data, ends_with_the_others, broadcast_from_primary, total
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, first_state
@@ -59,7 +59,7 @@ def describe(run: Run) -> str:
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.sets.items())
   return (f'parameters: {counts["total"]:,} total, {counts["used_per_token"]:,} used per token\n'
           f'router: {router}; {len(names)} condition rows: {", ".join(names)}\n'
-          f'tasks: {", ".join(f"{t.name} ({t.kind.name}, {t.batch})" for t in run.plan.tasks)}\n'
+          f'tasks: {", ".join(f"{t.name} ({t.type.name}, {t.batch_size})" for t in run.plan.tasks)}\n'
           f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}')
 
 
@@ -98,20 +98,20 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
     ValueError where another process trains in `workdir`.
   """
   started = time.perf_counter()
-  with Stop() as stop, Watchdog(config.train.watchdog) as watchdog, contextlib.ExitStack() as ending:
+  with Stop() as stop, Watchdog(config.train.hang_timeout) as watchdog, contextlib.ExitStack() as ending:
     with watchdog.phase(START), ends_with_the_others():
       run = build(config, devices)
       check_trains(run.plan)
       check_same_data(run.data.inputs)
-      claim_workdir(workdir, config, run.data.fingerprint, distributed.speaks(), run.data.inputs)
-      if not first_says(not distributed.speaks() or lock(workdir, ending)):
+      claim_workdir(workdir, config, run.data.fingerprint, distributed.is_primary(), run.data.inputs)
+      if not broadcast_from_primary(not distributed.is_primary() or lock(workdir, ending)):
         raise ValueError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)
-      keep_tokenizer(workdir, run.data.tokenizer_file, distributed.speaks())
-      if distributed.speaks():
+      keep_tokenizer(workdir, run.data.tokenizer_file, distributed.is_primary())
+      if distributed.is_primary():
         write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
       print(describe(run), flush=True)
-      checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_best)
+      checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric)
     ending.push(functools.partial(_close, checkpoints, watchdog))
     with ends_with_the_others():
       return _loop(run, workdir, checkpoints, stop, watchdog, started, hooks)
@@ -135,7 +135,7 @@ def compile_steps(config, workdir: str, devices=None) -> int:
     return FINISHED
   run = build(config, devices)
   sets, batches = run.sets(), run.mixture().iterate(0, config.train.steps)
-  wanted = {t.name for t in run.plan.tasks} if config.train.mixture == 'sampled' else {None}
+  wanted = {t.name for t in run.plan.tasks} if config.train.mixture == 'one_task' else {None}
   for task, batch in batches:
     if task in wanted:
       run.step_fn(task).lower(run.like(), run.put(batch), sets).compile()
@@ -154,7 +154,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
   with watchdog.phase(START):
-    log = MetricsLog(workdir, first, last, distributed.speaks())
+    log = MetricsLog(workdir, first, last, distributed.is_primary())
     active = [hook for make in hooks if (hook := make(run))]
     if saved is not None:  # step 0: somebody put parameters there, launch/convert.py for example
       state = checkpoints.restore(run.like())
@@ -207,7 +207,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
           pending, means = None, log.write(done)
       else:
         means = {}
-      if done % c.train.save_every == 0 and done != last:
+      if done % c.train.checkpoint_every == 0 and done != last:
         with watchdog.phase(SAVE, done):
           checkpoints.save(done, state, means)
     with watchdog.phase(STEP, done):
@@ -225,7 +225,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
 def _take(log: MetricsLog, metrics, c, step: int) -> bool:
   """Reads a step's metrics; False when too many steps in a row were not finite."""
   values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-  if values['bad'] >= c.train.max_bad_steps:
+  if values['bad'] >= c.train.max_nonfinite_steps:
     broken = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
     print(f'error: {int(values["bad"])} steps in a row up to step {step} were not finite '
           f'({", ".join(broken) or "the gradient norm"}); parameters are those of step {step - int(values["bad"])}. '

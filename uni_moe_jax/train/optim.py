@@ -41,13 +41,13 @@ def match_rules(params: Any, rules) -> Any:
       if re.search(rule[0], path):
         used.add(i)
         return Rule(0.0, 0.0, True) if rule[1] == FREEZE else Rule(float(rule[1]), float(rule[2]))
-    raise ValueError(f"config.optim.rules: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
+    raise ValueError(f"config.optim.param_groups: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
                      f"('.*', '{FREEZE}').")
 
   tree = jax.tree_util.tree_map_with_path(one, params)
   for i, rule in enumerate(rules):
     if rule[1] == FREEZE and i not in used:
-      raise ValueError(f'config.optim.rules: {rule[0]!r} freezes nothing: no parameter matches it, or an earlier pattern '
+      raise ValueError(f'config.optim.param_groups: {rule[0]!r} freezes nothing: no parameter matches it, or an earlier pattern '
                        'does; correct it, move it up or leave it out.')
   return tree
 
@@ -69,12 +69,12 @@ def schedule(c) -> optax.Schedule:
   'published': t / warmup, so that the first update only fills the moments; then the larger of `final` and the cosine, which
   is not clamped and rises again past the end.
   """
-  peak, warmup, steps = c.optim.learning_rate, c.optim.warmup, c.train.steps
+  peak, warmup, steps = c.optim.learning_rate, c.optim.warmup_steps, c.train.steps
 
   def published(count):
     t = jnp.asarray(count, jnp.float32)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * (t - warmup) / max(1, steps - warmup)))
-    return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(c.optim.final, cosine))
+    return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(c.optim.final_lr_fraction, cosine))
 
   if c.optim.schedule == 'published':
     return published
@@ -83,7 +83,7 @@ def schedule(c) -> optax.Schedule:
     t = jnp.asarray(count, jnp.float32)
     rise = (t + 1) / max(1, warmup)
     progress = jnp.clip((t - warmup) / max(1, steps - warmup), 0.0, 1.0)
-    fall = c.optim.final + (1 - c.optim.final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    fall = c.optim.final_lr_fraction + (1 - c.optim.final_lr_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return peak * jnp.where(t < warmup, rise, 1.0 if c.optim.schedule == 'constant' else fall)
   return rate
 
@@ -106,13 +106,13 @@ def layers_above(stack: Stack, path: str) -> np.ndarray:
   """
   names = path.split('/')
   if names[0] == 'embed':
-    return np.array(stack.layers)
+    return np.array(stack.num_layers)
   if names[0] != 'encoder':
     return np.array(0)
   block = int(names[2].removeprefix('block'))
   if names[1] == 'tail':
     return np.array(len(stack.tail) - 1 - block)
-  return stack.layers - 1 - (np.arange(stack.periods) * len(stack.period) + block)
+  return stack.num_layers - 1 - (np.arange(stack.periods) * len(stack.period) + block)
 
 
 def _scale_by(tree) -> optax.GradientTransformation:
@@ -149,26 +149,26 @@ def make_optimizer(
     units: of a parameter's path, how many leading axes are updated on their own (see `touched.unit_axes`). Only the
       published conventions for parameters without a gradient ask; then the update takes `touched`.
     depth: of a parameter's path, how many layers lie above it: a number, or one per period [periods] for stacked ones (see
-      `layers_above`). Only `optim.layer_decay` asks.
+      `layers_above`). Only `optim.layerwise_lr_decay` asks.
   """
-  rules = _with_gate_factor(match_rules(params, c.optim.rules), c.optim.gate_factor)
+  rules = _with_gate_factor(match_rules(params, c.optim.param_groups), c.optim.router_lr_multiplier)
   trained = jax.tree.map(lambda r: not r.frozen, rules)
   rate = schedule(c)
 
   def masked(field):  # optax.masked replaces frozen leaves by nodes without leaves
     return jax.tree.map(lambda r: optax.MaskedNode() if r.frozen else getattr(r, field), rules)
 
-  steps = [_clip(c.optim.clip)] if c.optim.clip else []
-  if c.optim.without_gradient == 'update':
+  steps = [_clip(c.optim.grad_clip_norm)] if c.optim.grad_clip_norm else []
+  if c.optim.unused_params == 'update':
     steps += [optax.scale_by_adam(b1=c.optim.b1, b2=c.optim.b2, eps=c.optim.eps), _decay(masked('weight_decay'))]
   else:
     shapes = jax.tree_util.tree_map_with_path(
         lambda path, p, rule: optax.MaskedNode() if rule.frozen else p.shape[:units(path_of(path))], params, rules)
     steps.append(adam.adamw(
-        c.optim.b1, c.optim.b2, c.optim.eps, masked('weight_decay'), shapes, c.optim.without_gradient))
+        c.optim.b1, c.optim.b2, c.optim.eps, masked('weight_decay'), shapes, c.optim.unused_params))
   steps += [
       _scale_by(masked('lr_factor')),
-      *([_scale_by(_layer_factors(c.optim.layer_decay, rules, params, depth))] if c.optim.layer_decay != 1 else []),
+      *([_scale_by(_layer_factors(c.optim.layerwise_lr_decay, rules, params, depth))] if c.optim.layerwise_lr_decay != 1 else []),
       optax.scale_by_learning_rate(rate),
   ]
   frozen = jax.tree.map(lambda r: r.frozen, rules)

@@ -66,9 +66,9 @@ class Run:
   def mixture(self) -> Mixture:
     """Training batches of this process."""
     c = self.config
-    feed = Feed(c.train.accum, self.spec.model.shards, sharding.local_shards(self.mesh))
+    feed = Feed(c.train.grad_accum_steps, self.spec.model.shards, sharding.local_shards(self.mesh))
     examples = {t.name: self.data.examples(t, training=True) for t in self.plan.tasks}
-    return Mixture(self.plan, examples, c.seed, c.train.mixture, c.model.max_frames, feed)
+    return Mixture(self.plan, examples, c.seed, c.train.mixture, c.model.max_num_frames, feed)
 
   def step_fn(self, task: str | None = None) -> 'Step':
     """The jitted step of the whole mixture, or of a step that holds one task."""
@@ -82,7 +82,7 @@ class Run:
 
   def put(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Places a host batch on the mesh: every process gives its own shards."""
-    axis = 0 if self.config.train.accum == 1 else 1
+    axis = 0 if self.config.train.grad_accum_steps == 1 else 1
     split, whole = sharding.batch_sharding(self.mesh, axis), sharding.replicated(self.mesh)
 
     def place(name, value):
@@ -132,21 +132,21 @@ class Step:
 def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> ModelSpec:
   """The model of a run."""
   prefix = None
-  if config.model.prefix != '<spe>':
-    ids = data.tokenizer.encode(config.model.prefix)
+  if config.model.readout_token != '<spe>':
+    ids = data.tokenizer.encode(config.model.readout_token)
     if len(ids) != 1:
-      raise ValueError(f'config.model.prefix={config.model.prefix!r} is {len(ids)} tokens; it must be one word, or \'<spe>\'.')
+      raise ValueError(f'config.model.readout_token={config.model.readout_token!r} is {len(ids)} tokens; it must be one word, or \'<spe>\'.')
     prefix = ids[0]
   return ModelSpec.from_config(
       config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
       temperatures=plan.temperatures, router_tasks=router_tasks(plan),
-      head=sum(data.sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.head),
+      head=sum(data.sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.linear_head),
       label_prompts=tuple((s.name, data.sets[s.name].size) for s in plan.sets if s.label_prompts))
 
 
 def router_tasks(plan: Plan) -> tuple[str, ...]:
   """Names of the task router's table: the built-in ones, then those of the config's own kinds and their families."""
-  own = [k.router_task for k in plan.kinds] + [k.target for k in plan.kinds if k.target != 'pair']
+  own = [k.router_task for k in plan.task_types] + [k.target for k in plan.task_types if k.target != 'pair']
   own += [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
   return tuple(dict.fromkeys([*task_types.router_tasks(), *own]))
 
@@ -165,7 +165,7 @@ def conditions(plan: Plan) -> tuple[Condition, ...]:
   """Conditions that a plan's arrays have: its kinds' segments, paired texts and target sets, probes included."""
   found = []
   for t in (*plan.tasks, *plan.probes):
-    found += [*t.kind.conditions, *([t.kind.pair_condition] if t.kind.target == 'pair' else [])]
+    found += [*t.type.conditions, *([t.type.pair_condition] if t.type.target == 'pair' else [])]
   return tuple(dict.fromkeys(found + [s.condition for s in (*plan.sets, *plan.probe_sets)]))
 
 
@@ -216,7 +216,7 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
                      f"{', '.join(learnt)}. Give the kind one of these as router_task, or start from a run with another "
                      'router.')
   if asked != learnt:
-    raise ValueError(f'config.kinds: the task router of {config.train.init!r} has embeddings for {", ".join(learnt)}; declare '
+    raise ValueError(f'config.task_types: the task router of {config.train.init!r} has embeddings for {", ".join(learnt)}; declare '
                      "that run's kinds, in its order.")
 
 
@@ -238,19 +238,19 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   mesh = sharding.make_mesh(mesh_fields, devices)
   validate.check_mesh(config, mesh.shape)
   shards = sharding.batch_shards(mesh)
-  validate.check_batches(plan, shards, config.train.accum)
+  validate.check_batches(plan, shards, config.train.grad_accum_steps)
   if config.train.interference_every:
-    validate.check_halves(plan, shards, config.train.accum)
+    validate.check_halves(plan, shards, config.train.grad_accum_steps)
   data = Data(config, plan) if data is None else data
   model = UniPerceiver(model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
   tx, rate, rules = optim.make_optimizer(
       config, params, functools.partial(unit_axes, model.spec), functools.partial(optim.layers_above, model.spec.stack))
-  spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, accum=config.train.accum,
-                  ema=config.train.ema, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
-                  contrastive=config.train.contrastive, twins=config.train.twins,
-                  without_gradient=config.optim.without_gradient, frozen=optim.frozen_paths(rules),
+  spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, grad_accum_steps=config.train.grad_accum_steps,
+                  ema_decay=config.train.ema_decay, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
+                  contrastive_reduction=config.train.contrastive_reduction, mask_duplicate_texts=config.train.mask_duplicate_texts,
+                  unused_params=config.optim.unused_params, frozen=optim.frozen_paths(rules),
                   auxiliary=tuple((n, config.moe[f'{n}_loss']) for n in ('balance', 'importance', 'z') if config.moe[f'{n}_loss']))
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
@@ -264,5 +264,5 @@ def state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh)
   opt_state = optax.tree.map_params(
       spec.tx, lambda moment, s: moment if isinstance(moment, optax.MaskedNode) else s, shapes.opt_state, params,
       transform_non_params=lambda _: whole, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-  return TrainState(step=whole, params=params, opt_state=opt_state, ema=params if spec.ema else None, bad=whole,
+  return TrainState(step=whole, params=params, opt_state=opt_state, ema=params if spec.ema_decay else None, bad=whole,
                     skipped=whole)

@@ -64,7 +64,7 @@ class StepSpec:
   eot: int
   vocab_size: int
   contrastive: str = 'mean'
-  twins: str = 'masked'
+  mask_duplicate_texts: bool = True
   without_gradient: str = 'update'
   frozen: frozenset[str] = frozenset()
   auxiliary: router_metrics.Factors = ()
@@ -72,7 +72,7 @@ class StepSpec:
 
 def init_state(spec: StepSpec, params: Any) -> TrainState:
   """The state before the first step; to be called under jit, so that no two leaves are one buffer (it is donated)."""
-  ema = jax.tree.map(jnp.copy, params) if spec.ema else None
+  ema = jax.tree.map(jnp.copy, params) if spec.ema_decay else None
   step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
   return TrainState(step, params, spec.tx.init(params), ema, bad, skipped)
 
@@ -89,7 +89,7 @@ def place(spec: StepSpec, task: TaskSpec) -> tuple[int, int]:
   """Rows of a task on axis b of its group."""
   start = 0
   for t in spec.plan.groups[task.group]:
-    size = t.batch // (spec.accum * spec.model.shards)
+    size = t.batch_size // (spec.grad_accum_steps * spec.model.shards)
     if t.name == task.name:
       return start, start + size
     start += size
@@ -100,14 +100,14 @@ def sample_sets(spec: StepSpec, batch: Batch, key: jax.Array) -> Sampled:
   """Sampled words of every set that is scored so: positives of all micro-steps, and a uniform sample."""
   out = {}
   for s in spec.plan.sets:
-    if s.scoring == 'sampled':
+    if s.softmax == 'sampled':
       positive = jnp.zeros((spec.vocab_size,), bool)
       for t in spec.plan.tasks:
         if t.target_set == s.name:
           fields = batch[t.group]
           # All tasks of the group may be marked: a word more among the positives is still a word with correction 0.
           positive = positive.at[fields['label']].max(fields['weight'] > 0)
-      out[s.name] = losses.sample_words(key, positive, min(s.samples, spec.vocab_size))
+      out[s.name] = losses.sample_words(key, positive, min(s.num_sampled, spec.vocab_size))
   return out
 
 
@@ -116,7 +116,7 @@ def sequences(spec: StepSpec, batch: Batch | None, sets: Sets | None, sampled: S
   """What a step encodes, and the name of each: ('input' | 'pair', group) or ('set', set)."""
   found, names = [], []
   for group, tasks in spec.plan.groups.items() if batch is not None else ():
-    kind, fields = tasks[0].kind, batching.flat_fields(batch[group])
+    kind, fields = tasks[0].type, batching.flat_fields(batch[group])
     found.append(batching.input_sequence(kind, fields))
     names.append(('input', group))
     if kind.target == 'pair':
@@ -150,7 +150,7 @@ def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None,
   by_name: dict[tuple[str, str], list[jax.Array]] = {}
   for name, f, sequence in zip(names, features, encode, strict=True):
     if name[0] == 'set':  # each device has encoded its rows; all score against all
-      f = sharding.everywhere(f[:, 0], spec.model.mesh)[:sequence.ids.shape[0]]
+      f = sharding.replicate(f[:, 0], spec.model.mesh)[:sequence.ids.shape[0]]
     by_name.setdefault(name, []).append(f)
   groups = {g: (by_name['input', g][0], by_name['pair', g][0][:, 0] if ('pair', g) in by_name else None)
             for g in (spec.plan.groups if batch is not None else ())}
@@ -179,7 +179,7 @@ def norms(spec: StepSpec, batch: Batch, sampled: Sampled) -> dict[str, jax.Array
     def weight_of(micro, t=t):
       fields = task_fields(spec, micro, t)
       return (_targets(t, fields, sampled)[1] if t.target_set else fields['weight']).sum()
-    total = weight_of(batch) if spec.accum == 1 else jax.vmap(weight_of)(batch).sum()
+    total = weight_of(batch) if spec.grad_accum_steps == 1 else jax.vmap(weight_of)(batch).sum()
     out[t.name] = jnp.maximum(total, 1e-6)
   return out
 
@@ -194,20 +194,20 @@ def score(spec: StepSpec, params: Any, batch: Batch, groups, set_features, sampl
     features, pair = groups[t.group]
     features = batching.task_rows(features, start, stop, spec.model.shards)
     scale = spec.model.apply({'params': params}, t.temperature, method='scale')
-    if t.kind.target == 'pair':
+    if t.type.target == 'pair':
       # The pairs of the whole batch, for the inputs that lie here: [B, B] is nowhere whole.
-      pairs = sharding.everywhere(batching.task_rows(pair, start, stop, spec.model.shards), spec.model.mesh)
-      logits = sharding.over_batch(heads.logits(features[:, 0], pairs, scale), spec.model.mesh)
-      text_ids = fields['text_id'] if spec.twins == 'masked' else None
-      tally = losses.contrastive(logits, text_ids, fields['weight'][:, 0], t.smoothing, spec.contrastive)
+      pairs = sharding.replicate(batching.task_rows(pair, start, stop, spec.model.shards), spec.model.mesh)
+      logits = sharding.shard_batch(heads.logits(features[:, 0], pairs, scale), spec.model.mesh)
+      text_ids = fields['text_id'] if spec.mask_duplicate_texts else None
+      tally = losses.contrastive(logits, text_ids, fields['weight'][:, 0], t.label_smoothing, spec.contrastive_reduction)
     else:
       logits = heads.logits(features, set_features[t.target_set], scale)
-      if t.head:
+      if t.linear_head:
         logits = spec.model.apply({'params': params}, features, logits, method='with_head')
       correction = sampled[t.target_set].correction if t.target_set in sampled else None
-      tally = losses.cross_entropy(logits, *_targets(t, fields, sampled), t.smoothing, correction)
+      tally = losses.cross_entropy(logits, *_targets(t, fields, sampled), t.label_smoothing, correction)
     tallies[t.name] = jax.tree.map(lambda x, n=norm[t.name]: x / n, tally)
-    total = total + t.weight * tallies[t.name].loss
+    total = total + t.loss_weight * tallies[t.name].loss
   return total, tallies
 
 
@@ -228,7 +228,7 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
   """
   sampled, sets = sample_sets(spec, batch, key), synonyms.one_of_each(sets, key)
   norm = norms(spec, batch, sampled)
-  if spec.accum == 1:
+  if spec.grad_accum_steps == 1:
     def loss(p):
       groups, set_features, collected = forward(spec, p, batch, sets, sampled, key)
       total, tallies = score(spec, p, batch, groups, set_features, sampled, norm)
@@ -238,11 +238,11 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
   else:
     of_sets = _tokens(spec, sequences(spec, None, sets, sampled)[0])
     of_micro = _tokens(spec, sequences(spec, jax.tree.map(lambda x: x[0], batch), None, sampled)[0])
-    share = of_micro / (of_sets + spec.accum * of_micro)
+    share = of_micro / (of_sets + spec.grad_accum_steps * of_micro)
 
     def encode_sets(p):
       _, set_features, collected = forward(spec, p, None, sets, sampled, key)
-      auxiliary = (1 - spec.accum * share) * router_metrics.auxiliary(spec.auxiliary, collected)
+      auxiliary = (1 - spec.grad_accum_steps * share) * router_metrics.auxiliary(spec.auxiliary, collected)
       return (set_features, auxiliary), collected
     set_features = {}
     if spec.plan.sets:  # pairs alone have none
@@ -267,7 +267,7 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
     if spec.plan.sets:
       total = total + auxiliary
       chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
-      extra = jax.tree.map(lambda x, y: x + (1 - spec.accum * share) * y, extra, router_metrics.metrics(collected))
+      extra = jax.tree.map(lambda x, y: x + (1 - spec.grad_accum_steps * share) * y, extra, router_metrics.metrics(collected))
       grads = jax.tree.map(jnp.add, grads, pull_back((d_features, jnp.ones(())))[0])
   if sampled:
     extra['dropped_words'] = sum(s.dropped for s in sampled.values())
@@ -276,10 +276,10 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
 
 def holds(plan: Plan) -> tuple[str, ...]:
   """What a step of the plan holds, in the words of `touched`."""
-  found = {s.modality for t in plan.tasks for s in t.kind.inputs}
-  if plan.sets or any(t.kind.target == 'pair' for t in plan.tasks):
+  found = {s.modality for t in plan.tasks for s in t.type.inputs}
+  if plan.sets or any(t.type.target == 'pair' for t in plan.tasks):
     found |= {'text', 'target'}
-  if any(t.head for t in plan.tasks):
+  if any(t.linear_head for t in plan.tasks):
     found.add('head')
   found |= {f'label_{s.name}' for s in plan.sets if s.label_prompts}
   return tuple(sorted(found))
@@ -309,7 +309,7 @@ def train_step(
   finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
   def apply(_):
-    if spec.without_gradient == 'update':
+    if spec.unused_params == 'update':
       updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
     else:
       here = touched(spec.model.spec, state.params, chosen, holds(spec.plan),
@@ -317,8 +317,8 @@ def train_step(
       updates, opt_state = spec.tx.update(grads, state.opt_state, state.params, touched=here)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
-    if spec.ema:
-      ema = jax.tree.map(lambda e, p: spec.ema * e + (1 - spec.ema) * p, state.ema, params)
+    if spec.ema_decay:
+      ema = jax.tree.map(lambda e, p: spec.ema_decay * e + (1 - spec.ema_decay) * p, state.ema, params)
     return params, opt_state, ema
 
   params, opt_state, ema = jax.lax.cond(

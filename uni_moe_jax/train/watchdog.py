@@ -76,7 +76,7 @@ class Watchdog:
 
   def _complain(self, name: str, step: int | None) -> None:
     what, times = name if step is None else f'{name} of step {step}', f'{_FACTORS[name]} times ' if name in _FACTORS else ''
-    print(f'\nerror: {what} has taken {self._waited:.0f} s, and {times}config.train.watchdog={self._limit:g} is the limit. '
+    print(f'\nerror: {what} has taken {self._waited:.0f} s, and {times}config.train.hang_timeout={self._limit:g} is the limit. '
           f'{_LOOK_AT[name]} If it is only slow, raise the limit; 0 switches it off. The same command continues from the newest '
           'checkpoint. Where every thread stands:', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

@@ -15,7 +15,8 @@ from typing import Any
 
 import ml_collections
 
-from uni_moe_jax import config as config_lib
+from uni_moe_jax import __version__
+from uni_moe_jax.config.schema import PATHS
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.utils.files import write_json
 
@@ -28,11 +29,12 @@ DAMAGED = 'damaged'  # the folder into which those go that are found to be damag
 TOKENIZER_STEM = 'tokenizer'
 # What computes, and what reads data; `av` is an extra.
 VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy', 'tensorflow-datasets', 'array_record', 'av')
+_PACKAGE = 'uni_moe_jax'  # the key of the version that wrote the work directory
 _ABSENT = 'absent'
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
-MAY_CHANGE = ('train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'train.watchdog',
-              'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_bad_fraction', 'declared', 'mesh',
-              'evaluators', 'tokenizer.merges')  # its content is part of the data's fingerprint
+MAY_CHANGE = ('train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.max_nonfinite_steps', 'train.hang_timeout',
+              'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_corrupt_fraction', 'preflight', 'mesh',
+              'evaluators', 'tokenizer.merges_path')  # its content is part of the data's fingerprint
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
@@ -96,7 +98,7 @@ def claim_workdir(
   new = {'config': _plain(config), 'data': fingerprint, 'inputs': inputs}
   if path.exists():
     old = _read(path)
-    changed = differences(_plain(_completed(old['config'], path)), new['config'])
+    changed = differences(old['config'], new['config'])
     if fingerprint is not None and old['data'] != fingerprint and not changed:
       changed = ['the data (its fingerprint)']
     if inputs is not None and old.get('inputs') not in (None, inputs) and not changed:
@@ -109,7 +111,7 @@ def claim_workdir(
   if fingerprint is None or not writes:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  write_json(path, {**new, 'versions': versions()})
+  write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
 
 
 def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> None:
@@ -194,13 +196,13 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   stored, trained, converted = (json.loads(file.read_text()) if file.exists() else {} for file in (
       pathlib.Path(workdir) / name for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE)))
   config = stored['config']
-  for section, field in config_lib.PATHS:
+  for section, field in PATHS:
     if field in config.get(section, {}):
       config[section][field] = pathlib.Path(config[section][field]).name
-  for target_set in config['sets'].values():
-    values = target_set['values']
+  for target_set in config['target_sets'].values():
+    values = target_set['entries']
     if isinstance(values, str) and values.startswith(class_names.FILE):
-      target_set['values'] = class_names.FILE + pathlib.Path(values.removeprefix(class_names.FILE)).name
+      target_set['entries'] = class_names.FILE + pathlib.Path(values.removeprefix(class_names.FILE)).name
   init = config['train'].get('init')
   origin = {'started from': init} if init else {}
   if converted:
@@ -211,7 +213,7 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-  """The config that a work directory was started with; fields that the package has got since then take their defaults.
+  """The config that a work directory was started with.
 
   Raises:
     FileNotFoundError: nothing was trained there.
@@ -220,7 +222,7 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   if not path.exists():
     raise FileNotFoundError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
                             f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
-  return _completed(_read(path)['config'], path)
+  return ml_collections.ConfigDict(_tuples(_read(path)['config']))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -235,15 +237,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
       raise ValueError('its versions are no texts by package')
   except (ValueError, RecursionError) as e:
     raise ValueError(f'{path} is damaged ({e}); copy back one that is whole, or give another --workdir.') from None
+  if content.get(_PACKAGE, '').split('.')[:2] != __version__.split('.')[:2]:
+    raise ValueError(f'{path.parent} was written by uni_moe_jax {content.get(_PACKAGE) or "0.1"}, and this is {__version__}, which cannot '
+                     'read its config: give another --workdir, or install the version that wrote it.')
   return {'data': None, **content}
-
-
-def _completed(config: dict[str, Any], path: pathlib.Path) -> ml_collections.ConfigDict:
-  try:
-    return config_lib.completed(ml_collections.ConfigDict(_tuples(config)))
-  except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
-    raise ValueError(f'{path} holds no config of this package ({e}); copy back one that is whole, or give another '
-                     '--workdir.') from None
 
 
 def _tuples(value: Any) -> Any:

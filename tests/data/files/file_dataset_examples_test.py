@@ -45,21 +45,21 @@ def run(data_dir):
   c = tiny.config(data_dir=str(data_dir))
   c.model.update(dict(channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3))
   c.tokenizer.vocab_size = 60
-  c.sets.colours = config_lib.target_set(
+  c.target_sets.colours = config_lib.target_set(
       (('green', 'grass'), ('red', 'blood', 'fire'), ('blue', 'sky')), family='names')
-  c.sets.moves = config_lib.target_set('own:moves/label', family='names')
-  c.sets.answers = config_lib.target_set('own:pairs/label', family='words')
-  c.sets.words = config_lib.target_set('vocabulary', family='words')
+  c.target_sets.moves = config_lib.target_set('own:moves/label', family='names')
+  c.target_sets.answers = config_lib.target_set('own:pairs/label', family='words')
+  c.target_sets.words = config_lib.target_set('vocabulary', family='words')
   task = config_lib.task
-  c.tasks.colour = task('image_classification', 'own:colours', batch=8, target_set='colours', label='colour', crop='area',
-                        flip=True, randaugment=9.0, erasing=0.25, mixup=0.8, cutmix=1.0)
-  c.tasks.pair = task('image_retrieval', 'own:colours', batch=4, captions=('{captions}',), length=10)
-  c.tasks.caption = task('image_caption', 'own:colours', batch=4, captions=('{captions}', 'it is {colour}'), length=20,
+  c.tasks.colour = task('image_classification', 'own:colours', batch_size=8, target_set='colours', label_column='colour', crop='random_resized_crop',
+                        random_flip=True, randaugment=9.0, random_erasing=0.25, mixup_alpha=0.8, cutmix_alpha=1.0)
+  c.tasks.pair = task('image_retrieval', 'own:colours', batch_size=4, caption_templates=('{captions}',), max_len=10)
+  c.tasks.caption = task('image_caption', 'own:colours', batch_size=4, caption_templates=('{captions}', 'it is {colour}'), max_len=20,
                          target_set='words')
-  c.tasks.moves = task('video_classification', 'own:moves', batch=4, target_set='moves', label='label', frames=3)
-  c.tasks.answer = task('text_classification', 'own:pairs', batch=4, target_set='answers', label='label',
-                        template='{text_a} <eot> <spe> , {text_b} <eot>', length=20)
-  c.tasks.book = task('text_mlm', 'own:book', batch=4, target_set='words', length=20, picks=3)
+  c.tasks.moves = task('video_classification', 'own:moves', batch_size=4, target_set='moves', label_column='label', num_frames=3)
+  c.tasks.answer = task('text_classification', 'own:pairs', batch_size=4, target_set='answers', label_column='label',
+                        template='{text_a} <eot> <spe> , {text_b} <eot>', max_len=20)
+  c.tasks.book = task('text_mlm', 'own:book', batch_size=4, target_set='words', max_len=20, max_predictions=3)
   plan = validate.resolve(c)
   return plan, Data(c, plan)
 
@@ -71,7 +71,7 @@ def examples(run):
 
 
 def _mixture(run, examples, feed=Feed()):
-  return Mixture(run[0], examples, 0, 'mixed', 4, feed)
+  return Mixture(run[0], examples, 0, 'all_tasks', 4, feed)
 
 
 @pytest.fixture(scope='module')
@@ -169,8 +169,8 @@ def _records(bad: set[int], size: int = 40, unreadable=()) -> file_dataset.Store
 
 def _examples(bad, training=True, fraction=0.5, unreadable=()):
   c = tiny.config(data_dir='')
-  c.sets.ab = config_lib.target_set(('a', 'b'), family='names')
-  c.tasks.x = config_lib.task('image_classification', 'own:x', batch=4, target_set='ab', label='label')
+  c.target_sets.ab = config_lib.target_set(('a', 'b'), family='names')
+  c.tasks.x = config_lib.task('image_classification', 'own:x', batch_size=4, target_set='ab', label_column='label')
   builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, fraction)
   return builder.build(validate.resolve(c).tasks[0], _records(bad, unreadable=unreadable))
 
@@ -202,8 +202,8 @@ def test_clips_of_a_batch_are_decoded_at_once_each_in_its_place(monkeypatch):
   monkeypatch.setattr(video_pixels.ClipReader, '__call__', lambda *args: [two.wait(), read(*args)][1])
   monkeypatch.setattr('os.cpu_count', lambda: 2)
   c = tiny.config(data_dir='')
-  c.sets.ab = config_lib.target_set(('a', 'b'), family='names')
-  c.tasks.x = config_lib.task('video_classification', 'own:x', batch=4, target_set='ab', label='label', frames=2)
+  c.target_sets.ab = config_lib.target_set(('a', 'b'), family='names')
+  c.tasks.x = config_lib.task('video_classification', 'own:x', batch_size=4, target_set='ab', label_column='label', num_frames=2)
   builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, True, False, 0, 0.5)
   records = file_dataset.Stored('own:x', 40, rows, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
   made = _make(builder.build(validate.resolve(c).tasks[0], records), range(4))
@@ -297,9 +297,9 @@ def test_the_texts_of_a_whole_split_are_read_without_holding_its_pictures():
   columns = {'image': 'image', 'captions': 'texts', 'q': 'text', 'answers': 'texts'}
   records = file_dataset.Stored('own:x', 1000, rows, columns, {}, {}, '')
   c = tiny.config(data_dir='')
-  c.sets.ab = config_lib.target_set(('a', 'b'), family='words')
-  c.tasks.pair = config_lib.task('image_retrieval', 'own:x', batch=4, captions=('{captions}',), length=8)
-  c.tasks.asked = config_lib.task('vqa', 'own:x', batch=4, target_set='ab', label='answers', template='{q} <spe>', length=8)
+  c.target_sets.ab = config_lib.target_set(('a', 'b'), family='words')
+  c.tasks.pair = config_lib.task('image_retrieval', 'own:x', batch_size=4, caption_templates=('{captions}',), max_len=8)
+  c.tasks.asked = config_lib.task('vqa', 'own:x', batch_size=4, target_set='ab', label_column='answers', template='{q} <spe>', max_len=8)
   vqa, pair = validate.resolve(c).tasks  # by name
   builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, False, False, 0, 0.0)
   assert builder.build(pair, records).references(np.arange(1000)) == [(f'text {i}', 'a text') for i in range(1000)]
@@ -316,9 +316,9 @@ def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
   prepare.prepare(root, tmp_path, 'some')
   records = file_dataset.load('own:some', tmp_path, 'train')  # eight: 0…3 and 5…8
   c = tiny.config(data_dir='')
-  c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch=4, captions=('{captions}',), length=8)
+  c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch_size=4, caption_templates=('{captions}',), max_len=8)
   [pair] = validate.resolve(c).tasks
-  places = lambda *captions: file_dataset_examples.places(records, dataclasses.replace(pair, captions=captions)).tolist()
+  places = lambda *captions: file_dataset_examples.places(records, dataclasses.replace(pair, caption_templates=captions)).tolist()
   assert places('a picture') == list(range(8))
   assert places('{captions}') == [0, 1, 2, 3, 5, 6, 7]
   assert places('{captions}', 'it is {colour}') == [0, 1, 2, 3, 5, 7]
@@ -328,11 +328,11 @@ def test_a_config_that_does_not_fit_the_source_is_told(run):
   plan, data = run
   tasks = {t.name: t for t in plan.tasks}
   for name, changes, message in (
-      ('pair', dict(captions=('{caption}',)), "names column 'caption'.*did you mean 'captions'"),
-      ('colour', dict(label='color'), "label='color' is no column of classes.*did you mean 'colour'"),
+      ('pair', dict(caption_templates=('{caption}',)), "names column 'caption'.*did you mean 'captions'"),
+      ('colour', dict(label_column='color'), "label='color' is no column of classes.*did you mean 'colour'"),
       ('colour', dict(target_set='moves'), "class 'blue' of source 'own:colours' is not in the target set"),
-      ('moves', dict(frames=0), 'frames=0: source .* has clips'),
-      ('book', dict(label='texts'), "no column of texts 'texts'"),
-      ('book', dict(subset=0.5), 'subset=0.5: text of files is read as a stream')):
+      ('moves', dict(num_frames=0), 'frames=0: source .* has clips'),
+      ('book', dict(label_column='texts'), "no column of texts 'texts'"),
+      ('book', dict(train_fraction=0.5), 'subset=0.5: text of files is read as a stream')):
     with pytest.raises(ValueError, match=message):
       data.examples(dataclasses.replace(tasks[name], **changes), training=True)

@@ -144,7 +144,7 @@ def test_frames_of_a_clip_are_cropped_and_mirrored_alike():
   frame = _numbered(4, 6)
   clip, seen = np.stack([frame, frame + 100]), set()
   for i in range(20):
-    made = image_transforms.prepared(clip, 4, _h(i), 'short', True).numpy()
+    made = image_transforms.prepared(clip, 4, _h(i), 'resize_crop', True).numpy()
     np.testing.assert_array_equal(made[1], made[0] + 100)
     seen.update(_places(made[0], frame, 4))
   assert len(seen) > 3
@@ -160,7 +160,7 @@ def test_whether_a_picture_is_mirrored_says_nothing_of_its_crop():
 
 def test_random_choices_are_those_of_the_example():
   picture = _numbered(5, 9)
-  once, again = ([image_transforms.prepared(picture, 4, _h(i), 'short', True).numpy() for i in range(30)] for _ in range(2))
+  once, again = ([image_transforms.prepared(picture, 4, _h(i), 'resize_crop', True).numpy() for i in range(30)] for _ in range(2))
   np.testing.assert_array_equal(once, again)
   assert len({made.tobytes() for made in once}) > 5
 
@@ -232,12 +232,12 @@ def test_pairs_are_evaluated_on_the_middle_of_the_short_side():
 
 def test_pairs_are_trained_on_any_part_of_the_short_side():
   picture = _numbered(4, 6)
-  made = {_places(image_transforms.prepared(picture, 4, _h(i), 'short', True).numpy(), picture, 4)[0] for i in range(60)}
+  made = {_places(image_transforms.prepared(picture, 4, _h(i), 'resize_crop', True).numpy(), picture, 4)[0] for i in range(60)}
   assert made == {(0, right, mirrored) for right in range(3) for mirrored in (False, True)}
 
 
 @pytest.mark.parametrize('view', [
-    image_transforms.class_test, image_transforms.pair_test, lambda picture, size: image_transforms.prepared(picture, size, _h(), 'short', True)])
+    image_transforms.class_test, image_transforms.pair_test, lambda picture, size: image_transforms.prepared(picture, size, _h(), 'resize_crop', True)])
 def test_a_single_pixel_becomes_a_picture_of_its_colour(view):
   pixel = np.array([[[10, 200, 30]]], np.uint8)
   np.testing.assert_array_equal(view(pixel, 7), np.broadcast_to(pixel, (7, 7, 3)))
@@ -252,7 +252,7 @@ def test_a_picture_that_is_smaller_than_its_crop_is_refused(crop, sides):
 
 
 def _train_view(picture, h):
-  return image_transforms.prepared(picture, 4, h, 'short', True)
+  return image_transforms.prepared(picture, 4, h, 'resize_crop', True)
 
 
 def _class_view(picture, _):

@@ -29,7 +29,7 @@ def test_views_spread_evenly_within_the_segments():
   np.testing.assert_allclose(video.views(1, 2), [[0.5, 0.5]])
   np.testing.assert_allclose(video.views(2, 2), [[0.25, 0.25], [0.75, 0.75]])
   # Eight frames, halves of four: 1 and 5, then 3 and 7.
-  made = video_pixels.ClipReader(4, 2, 'short', False, False, views=2)(_numbered(8), 0)
+  made = video_pixels.ClipReader(4, 2, 'resize_crop', False, False, views=2)(_numbered(8), 0)
   assert made.shape == (2, 2, 4, 4, 3)
   assert made[..., 0, 0, 0].tolist() == [[1, 5], [3, 7]]
 
@@ -37,18 +37,18 @@ def test_views_spread_evenly_within_the_segments():
 def test_three_crops_lie_along_the_long_side():
   # Columns of 4 × 12 pixels have the levels 0…11.
   frames = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None], (1, 4, 12, 3))
-  made = video_pixels.ClipReader(4, 1, 'short', True, False, crops=3)(own_files.npy(frames), 0)
+  made = video_pixels.ClipReader(4, 1, 'resize_crop', True, False, crops=3)(own_files.npy(frames), 0)
   assert made[:, 0, 0, :, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-  middle = video_pixels.ClipReader(4, 1, 'short', True, False)(own_files.npy(frames), 0)
+  middle = video_pixels.ClipReader(4, 1, 'resize_crop', True, False)(own_files.npy(frames), 0)
   assert middle[0, 0, :, 0].tolist() == [4, 5, 6, 7]
-  tall = video_pixels.ClipReader(4, 1, 'short', True, False, crops=3)(own_files.npy(frames.swapaxes(1, 2)), 0)
+  tall = video_pixels.ClipReader(4, 1, 'resize_crop', True, False, crops=3)(own_files.npy(frames.swapaxes(1, 2)), 0)
   assert tall[:, 0, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_training_draws_frames_places_and_mirrors_by_the_hash():
   frames = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None] * 10, (6, 4, 8, 3)).copy()
   frames[..., 1] = np.arange(6)[:, None, None]
-  reader = video_pixels.ClipReader(4, 3, 'short', True, True)
+  reader = video_pixels.ClipReader(4, 3, 'resize_crop', True, True)
   made = [reader(own_files.npy(frames), hashing.mix(i)) for i in range(80)]
   np.testing.assert_array_equal(reader(own_files.npy(frames), hashing.mix(0)), made[0])
   seen = {tuple(m[:, 0, 0, 1]) for m in made}
@@ -60,7 +60,7 @@ def test_training_draws_frames_places_and_mirrors_by_the_hash():
 
 
 def test_a_jittered_short_side_shows_between_a_seventh_and_less_of_it_cut_off():
-  reader = video_pixels.ClipReader(224, 1, 'jitter', False, True)
+  reader = video_pixels.ClipReader(224, 1, 'jittered_crop', False, True)
   widths = []
   for i in range(200):
     left, top, right, bottom = reader._random_box(hashing.mix(i), 320, 400)
@@ -71,7 +71,7 @@ def test_a_jittered_short_side_shows_between_a_seventh_and_less_of_it_cut_off():
 
 
 def test_random_areas_keep_their_bounds():
-  reader = video_pixels.ClipReader(8, 1, 'area', False, True)
+  reader = video_pixels.ClipReader(8, 1, 'random_resized_crop', False, True)
   for i in range(200):
     left, top, right, bottom = reader._random_box(hashing.mix(i), 60, 80)
     share, ratio = (right - left) * (bottom - top) / 4800, (right - left) / (bottom - top)

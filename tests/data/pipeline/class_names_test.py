@@ -17,7 +17,7 @@ def test_a_file_has_a_line_per_class(tmp_path):
 
 
 @pytest.mark.parametrize('values, message', [
-    (('a', 'b', 'a'), "config.sets.x: entry 'a' occurs twice"), ((('k',),), "entry 'k' has no name"),
+    (('a', 'b', 'a'), "config.target_sets.x: entry 'a' occurs twice"), ((('k',),), "entry 'k' has no name"),
     ((('k', 'a', ''),), "entry 'k' has no name or an empty one")])
 def test_what_is_wrong_is_named(values, message):
   with pytest.raises(ValueError, match=message):
@@ -25,5 +25,5 @@ def test_what_is_wrong_is_named(values, message):
 
 
 def test_a_missing_file_is_named_with_where_to_read_on(tmp_path):
-  with pytest.raises(FileNotFoundError, match='config.sets.x: the file of class names .*gone.tsv is not there; docs/benchmarks.md'):
+  with pytest.raises(FileNotFoundError, match='config.target_sets.x: the file of class names .*gone.tsv is not there; docs/benchmarks.md'):
     class_names.read('file:gone.tsv', tmp_path, 'sets.x')

@@ -205,7 +205,7 @@ def test_the_published_size_is_that_of_48894_merges():
 
 
 def test_a_missing_file_is_named_with_its_field(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges='.*no\.txt' is no file; give the path"):
+  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*no\.txt' is no file; give the path"):
     ClipTokenizer(tmp_path / 'no.txt')
 
 
@@ -225,13 +225,13 @@ def test_a_missing_file_is_named_with_its_field(tmp_path):
     (_PACKED[:-8] + b'checksum', r'is neither gzipped nor plain UTF-8 text \(CRC'),
 ])
 def test_a_garbled_file_is_named_with_field_and_line(tmp_path, content, message):
-  with pytest.raises(ValueError, match=r'config\.tokenizer\.merges=.*merges\.txt.*' + message):
+  with pytest.raises(ValueError, match=r'config\.tokenizer\.merges_path=.*merges\.txt.*' + message):
     ClipTokenizer(_written(tmp_path, content))
 
 
 @pytest.mark.parametrize('library', ['ftfy', 'regex', 'tokenizers'])
 def test_an_absent_library_says_what_to_install(path, library):
   with mock.patch.dict(sys.modules, {library: None}):
-    message = r"config\.tokenizer\.kind='clip' needs pip install '\.\[clip\]': .*" + library
+    message = r"config\.tokenizer\.type='clip' needs pip install '\.\[clip\]': .*" + library
     with pytest.raises(ValueError, match=message):
       ClipTokenizer(path)

@@ -16,11 +16,11 @@ from uni_moe_jax.train import run
 def _config(accum: int = 1):
   c = tiny.config(*tiny.TASKS, data_dir=tiny.data_dir())
   for t in c.tasks.values():
-    t.batch = 8
-  c.train.accum = accum
-  c.tokenizer.file = tiny.tokenizer_file()
+    t.batch_size = 8
+  c.train.grad_accum_steps = accum
+  c.tokenizer.path = tiny.tokenizer_file()
   c.tokenizer.vocab_size = 60  # what that file has
-  c.declared.frames.motion = tiny.FRAMES
+  c.preflight.num_frames.motion = tiny.FRAMES
   return c
 
 
@@ -36,7 +36,7 @@ def test_batches_have_the_shapes_and_the_places_of_real_ones(accum):
   for s in real.plan.sets:
     if not s.is_vocabulary:
       rows = [int(n) for b in real.data.sets[s.name].buckets for n in b['valid'].sum(1)]
-      c.declared.entries[s.name] = tuple((n, rows.count(n)) for n in sorted(set(rows)))
+      c.preflight.target_lengths[s.name] = tuple((n, rows.count(n)) for n in sorted(set(rows)))
   _, batch = next(real.mixture().iterate(0, 1))
   stand_in = compiled_programs.prepare(c, jax.devices()[:4])
   assert _described(compiled_programs.batch_shapes(stand_in, stand_in.plan.tasks)) == _described(real.put(batch))
@@ -48,14 +48,14 @@ def test_a_set_of_which_nothing_is_known_is_told():
   c = _config()
   with pytest.raises(ValueError) as raised:
     DeclaredData(c, validate.resolve(c))
-  assert 'config.declared.entries.answers is missing: ' in str(raised.value)
+  assert 'config.preflight.target_lengths.answers is missing: ' in str(raised.value)
   assert 'give ((tokens, entries), …), for example ((16, 1000),).' in str(raised.value)
 
 
 def test_texts_that_the_config_lists_take_the_length_of_their_set():
   c = _config()
   for name in ('shapes', 'motions', 'packages', 'answers'):
-    c.sets[name] = config.target_set(('a', 'b', 'c'), family=c.sets[name].family)
+    c.target_sets[name] = config.target_set(('a', 'b', 'c'), family=c.target_sets[name].family)
   data = DeclaredData(c, validate.resolve(c))
   [bucket] = data.sets['shapes'].buckets
   assert bucket['text'].shape == (3, 16) and bucket['valid'].all()
@@ -67,23 +67,23 @@ def test_the_published_vocabulary_has_the_size_that_its_merges_give():
 
 
 @pytest.mark.parametrize('field, value, said', [
-    ('entries.nothing', ((4, 3),), r"config.declared.entries.nothing='nothing' is unknown"),
-    ('entries.shapes', 1000, r'config.declared.entries.shapes=1000 must hold \(tokens, entries\) pairs'),
-    ('entries.shapes', ((17, 3),), r'tokens in 2…config.sets.shapes.length=16'),
+    ('entries.nothing', ((4, 3),), r"config.preflight.target_lengths.nothing='nothing' is unknown"),
+    ('entries.shapes', 1000, r'config.preflight.target_lengths.shapes=1000 must hold \(tokens, entries\) pairs'),
+    ('entries.shapes', ((17, 3),), r'tokens in 2…config.target_sets.shapes.max_len=16'),
     ('entries.shapes', ((4, 0),), 'entries at least 1'),
-    ('entries.shapes', 2.5, r'config.declared.entries.shapes=2.5 must hold \(tokens, entries\) pairs'),
-    ('entries.shapes', ((4.5, 3),), r'config.declared.entries.shapes=\(\(4.5, 3\),\) must hold \(tokens, entries\) pairs'),
-    ('frames.motion', ({'a': 1},), r"config.declared.frames.motion=\({'a': 1},\) must be in 1…"),
-    ('frames.motion', 2.5, r'config.declared.frames.motion=2.5 must be in 1…config.model.max_frames=4, a whole number'),
-    ('frames.motion', 9, r'config.declared.frames.motion=9 must be in 1…config.model.max_frames=4'),
-    ('frames.nothing', 2, r"config.declared.frames.nothing='nothing' is unknown"),
+    ('entries.shapes', 2.5, r'config.preflight.target_lengths.shapes=2.5 must hold \(tokens, entries\) pairs'),
+    ('entries.shapes', ((4.5, 3),), r'config.preflight.target_lengths.shapes=\(\(4.5, 3\),\) must hold \(tokens, entries\) pairs'),
+    ('frames.motion', ({'a': 1},), r"config.preflight.num_frames.motion=\({'a': 1},\) must be in 1…"),
+    ('frames.motion', 2.5, r'config.preflight.num_frames.motion=2.5 must be in 1…config.model.max_num_frames=4, a whole number'),
+    ('frames.motion', 9, r'config.preflight.num_frames.motion=9 must be in 1…config.model.max_num_frames=4'),
+    ('frames.nothing', 2, r"config.preflight.num_frames.nothing='nothing' is unknown"),
 ])
 def test_a_wrong_declaration_is_told(field, value, said):
   c = _config()
   part, name = field.split('.')
-  if name in c.declared[part]:
-    del c.declared[part][name]  # a value of another type in its place would be refused before
-  c.declared[part][name] = value
+  if name in c.preflight[part]:
+    del c.preflight[part][name]  # a value of another type in its place would be refused before
+  c.preflight[part][name] = value
   with pytest.raises(ValueError, match=said):
     validate.resolve(c)
 

@@ -107,7 +107,7 @@ def test_pictures_and_labels_stay_together_when_records_are_left_out():
 
 
 def test_a_caption_is_its_words_and_as_many_queries():
-  tokenizer, fields = _tokenizer(), _make(_build('caption', length=20))
+  tokenizer, fields = _tokenizer(), _make(_build('caption', max_len=20))
   for i in range(N):
     words = [*tokenizer.encode(tiny.records('glyphs').columns['name'][i]), tokenizer.eot]
     n = len(words)
@@ -120,14 +120,14 @@ def test_a_caption_is_its_words_and_as_many_queries():
 
 
 def test_a_long_caption_is_cut_and_still_ends():
-  tokenizer, fields = _tokenizer(), _make(_build('caption', length=4))
+  tokenizer, fields = _tokenizer(), _make(_build('caption', max_len=4))
   for i in range(N):
     words = tokenizer.encode(tiny.records('glyphs').columns['name'][i])
     assert fields['label'][i].tolist() == [*words[:3], tokenizer.eot]
 
 
 def test_equal_texts_of_pairs_have_equal_ids():
-  fields = _make(_build('pair', captions=('{class}',)), ids=range(24))
+  fields = _make(_build('pair', caption_templates=('{class}',)), ids=range(24))
   texts = [_tokenizer().decode(row) for row in fields['target']]
   assert texts == tiny.records('glyphs').columns['class'].tolist()
   assert len(set(zip(texts, fields['text_id'].tolist()))) == len(set(texts)) == 3
@@ -135,7 +135,7 @@ def test_equal_texts_of_pairs_have_equal_ids():
 
 def test_phrases_change_between_epochs_in_training_only():
   def texts(training):
-    examples = _build('pair', training, captions=('{class}', '{class} of {face}'))
+    examples = _build('pair', training, caption_templates=('{class}', '{class} of {face}'))
     return [[_tokenizer().decode(r) for r in _make(examples, range(24), epoch)['target']] for epoch in range(2)]
 
   shapes, faces = (tiny.records('glyphs').columns[k].tolist() for k in ('class', 'face'))
@@ -156,7 +156,7 @@ def test_the_slot_is_where_the_answer_is_read():
 
 def test_a_template_holds_both_texts_around_the_slot():
   tokenizer, columns = _tokenizer(), tiny.records('pairs').columns
-  fields = _make(_build('answer', length=100), ids=[4])
+  fields = _make(_build('answer', max_len=100), ids=[4])
   a, b = (tokenizer.encode(columns[k][4]) for k in ('text_a', 'text_b'))
   expected = [*a, tokenizer.eot, tokenizer.spe, *tokenizer.encode(','), *b, tokenizer.eot]
   n = len(expected)
@@ -202,8 +202,8 @@ def test_random_words_are_special_tokens_only_where_the_config_says_so(mask_spec
 
 def test_pictures_move_in_training_only():
   still = _make(_build('shape'))['pixels']
-  np.testing.assert_array_equal(_make(_build('shape', training=False, shift=2))['pixels'], still)
-  assert (_make(_build('shape', shift=2))['pixels'] != still).any()
+  np.testing.assert_array_equal(_make(_build('shape', training=False, max_shift=2))['pixels'], still)
+  assert (_make(_build('shape', max_shift=2))['pixels'] != still).any()
 
 
 def test_two_tasks_of_one_source_hold_its_pictures_once():
@@ -215,12 +215,12 @@ def test_two_tasks_of_one_source_hold_its_pictures_once():
 
 
 @pytest.mark.parametrize('name, changes, message', [
-    ('shape', dict(label='clas'), r"config.tasks.shape.label='clas' is no column; did you mean 'class'"),
-    ('pair', dict(captions=('{nme}',)), r"captions: template '\{nme\}' names column 'nme'; did you mean 'name'"),
+    ('shape', dict(label_column='clas'), r"config.tasks.shape.label_column='clas' is no column; did you mean 'class'"),
+    ('pair', dict(caption_templates=('{nme}',)), r"captions: template '\{nme\}' names column 'nme'; did you mean 'name'"),
     ('answer', dict(template='{text_c} <spe> <eot>'), r"config.tasks.answer.template names column 'text_c'; did you"),
     ('text', dict(source='glyphs'), r"config.tasks.text: source 'glyphs' has no column 'text'; it has class, face"),
-    ('shape', dict(source='paragraphs', label='package', target_set='packages'), "source 'paragraphs' has no pixels"),
-    ('text', dict(length=4000), r'tokens do not fill a row of length 4000'),
+    ('shape', dict(source='paragraphs', label_column='package', target_set='packages'), "source 'paragraphs' has no pixels"),
+    ('text', dict(max_len=4000), r'tokens do not fill a row of length 4000'),
 ])
 def test_what_the_records_do_not_have_is_named(name, changes, message):
   with pytest.raises(ValueError, match=message):

@@ -27,12 +27,12 @@ def _examples(name):
   return Examples(SIZES[name], make)
 
 
-def _mixture(seed=0, kind='mixed', feed=Feed(), weights=None, sampling=None, batch=None, max_frames=5):
+def _mixture(seed=0, kind='all_tasks', feed=Feed(), weights=None, sampling=None, batch=None, max_frames=5):
   config = tiny.config(*SIZES)
   for name in SIZES:
-    config.tasks[name].batch = (batch or BATCH)[name]
-    config.tasks[name].weight = (weights or {}).get(name, 1.)
-    config.tasks[name].sampling = (sampling or {}).get(name, 0.)
+    config.tasks[name].batch_size = (batch or BATCH)[name]
+    config.tasks[name].loss_weight = (weights or {}).get(name, 1.)
+    config.tasks[name].sampling_weight = (sampling or {}).get(name, 0.)
   plan = validate.resolve(config)
   return Mixture(plan, {n: _examples(n) for n in SIZES}, seed, kind, max_frames, feed)
 
@@ -63,7 +63,7 @@ def _column(batches, field):
   return np.stack([batch['image_classification'][field] for _, batch in batches])
 
 
-@pytest.mark.parametrize('kind', ['mixed', 'sampled'])
+@pytest.mark.parametrize('kind', ['all_tasks', 'one_task'])
 def test_a_run_that_starts_at_step_3_reads_what_it_would_have_read(kind):
   _assert_equal(_read(0, 20, kind=kind)[3:6], _read(3, 6, kind=kind))
 
@@ -201,7 +201,7 @@ def test_the_task_of_a_step_depends_on_seed_and_step_alone():
 
 
 def test_a_sampled_step_holds_one_task_and_its_kth_draw_reads_its_kth_batch():
-  sampled = _read(0, 20, kind='sampled')
+  sampled = _read(0, 20, kind='one_task')
   mixed = [batch for _, batch in _first(20)]
   rows = {'shape': slice(0, 8), 'answer': slice(0, 16), 'package': slice(16, 24)}
   drawn = dict.fromkeys(SIZES, 0)
@@ -242,7 +242,7 @@ def test_the_randomness_of_evaluation_does_not_depend_on_the_batch():
 def test_only_one_task_is_planned_for_a_sampled_step():
   plan = _mixture(weights=WEIGHTS).plan
   chosen = plan.only('answer')
-  assert [t.weight for t in chosen.tasks] == [1]  # its weight says how often it is drawn
+  assert [t.loss_weight for t in chosen.tasks] == [1]  # its weight says how often it is drawn
   assert [t.name for t in chosen.tasks] == ['answer']
   assert [s.name for s in chosen.sets] == ['answers']
   assert dataclasses.replace(chosen, tasks=plan.tasks, sets=plan.sets) == plan
@@ -251,8 +251,8 @@ def test_only_one_task_is_planned_for_a_sampled_step():
 def test_the_weight_of_a_task_with_a_sampling_stays_the_factor_of_its_loss():
   plan = _mixture(weights=WEIGHTS, sampling={'answer': .25}).plan
   kept, counted_once = plan.only('answer'), plan.only('shape')
-  assert [t.weight for t in kept.tasks] == [4]
-  assert [t.weight for t in counted_once.tasks] == [1]  # of 3
+  assert [t.loss_weight for t in kept.tasks] == [4]
+  assert [t.loss_weight for t in counted_once.tasks] == [1]  # of 3
 
 
 @pytest.mark.parametrize('every, sets', [(False, ['answers']), (True, ['shapes', 'packages', 'answers'])])

@@ -26,7 +26,7 @@ class _Letters:
 
 def _build(texts, length=64, values=None):
   """texts: or tuples of synonyms."""
-  spec = SetSpec('things', tuple(texts) if values is None else values, task_types.families()['names'], 'exact', 0, length)
+  spec = SetSpec('things', tuple(texts) if values is None else values, task_types.families()['names'], 'full', 0, length)
   return target_sets.build_set(spec, tuple((t,) if isinstance(t, str) else t for t in texts), _Letters())
 
 
@@ -82,20 +82,20 @@ def test_few_entries_of_every_length_join_up_to_the_longest():
 
 
 def test_the_vocabulary_has_no_rows_of_its_own():
-  built = _build((), values='vocabulary')
+  built = _build((), entries='vocabulary')
   assert built.buckets == ()
   assert built.size == 130
   np.testing.assert_array_equal(built.order, np.arange(130))
 
 
 def test_a_text_of_exactly_the_length_fits():
-  assert _build(['abc', 'a'], length=4).buckets[0]['text'].shape == (2, 4)
+  assert _build(['abc', 'a'], max_len=4).buckets[0]['text'].shape == (2, 4)
 
 
 def test_too_long_an_entry_is_named_with_the_length_it_needs():
-  with pytest.raises(ValueError, match=r"config.sets.things.length=4 is too short for 'abcde', which has 6 tokens; "
+  with pytest.raises(ValueError, match=r"config.target_sets.things.max_len=4 is too short for 'abcde', which has 6 tokens; "
                                        'raise it to 6'):
-    _build(['ab', 'abcde'], length=4)
+    _build(['ab', 'abcde'], max_len=4)
 
 
 def test_synonyms_lie_side_by_side_where_the_longest_does():
@@ -109,5 +109,5 @@ def test_synonyms_lie_side_by_side_where_the_longest_does():
 
 
 def test_a_set_without_entries_is_an_error():
-  with pytest.raises(ValueError, match='config.sets.things has no entries'):
+  with pytest.raises(ValueError, match='config.target_sets.things has no entries'):
     _build([])

@@ -7,14 +7,14 @@ from tests import small_model
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tools.bench import flops
 
-_TINY = small_model.spec('dense', layers=12, width=192, heads=3, hidden=768, image_size=224, patch=16, channels=3)
+_TINY = small_model.spec('dense', num_layers=12, width=192, num_heads=3, mlp_dim=768, image_size=224, patch_size=16, channels=3)
 
 
 class FlopsTest(absltest.TestCase):
 
   def test_a_layer_by_hand(self):
     # D 2, F 3, S 5: qkv and out 2·5·2·8 = 160, ffn 2·5·2·3·2 = 120, scores and values 2·5·5·2·2 = 200.
-    spec = small_model.spec('dense', width=2, hidden=3)
+    spec = small_model.spec('dense', width=2, mlp_dim=3)
     self.assertEqual(flops.layer(spec, 5), 480)
     # One row of it: keys and values of all five 80, query and out 16, ffn 24, attention 40.
     self.assertEqual(flops.layer(spec, 5, read=1), 160)
@@ -26,7 +26,7 @@ class FlopsTest(absltest.TestCase):
 
   def test_it_is_what_the_compiler_counts(self):
     # One layer is not scanned, so that XLA's count is whole; it adds elementwise work, little at this width.
-    spec = small_model.spec('dense', layers=1, width=64, hidden=256, image_size=16, patch=4, channels=1)
+    spec = small_model.spec('dense', num_layers=1, width=64, mlp_dim=256, image_size=16, patch_size=4, channels=1)
     model, batch = UniPerceiver(spec), 2
     sequence = small_model.sequence('image_classification', batch)
     sequence = sequence.replace(pixels=jax.ShapeDtypeStruct((batch, 1, 16, 16, 1), 'float32'))

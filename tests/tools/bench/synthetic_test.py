@@ -10,8 +10,8 @@ from uni_moe_jax.tools.bench import synthetic
 
 def _data(lengths, entries=20):
   c = config_lib.base()
-  c.sets.names = config_lib.target_set('synthetic/names', family='names')
-  c.tasks.classes = config_lib.task('image_classification', 'synthetic', batch=2, target_set='names', label='class')
+  c.target_sets.names = config_lib.target_set('synthetic/names', family='names')
+  c.tasks.classes = config_lib.task('image_classification', 'synthetic', batch_size=2, target_set='names', label_column='class')
   plan = validate.resolve(c)
   return synthetic.SyntheticData(plan, (4, 1), 50, entries, lengths), plan
 

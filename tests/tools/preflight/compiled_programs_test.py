@@ -22,10 +22,10 @@ _TOKENS = (tiny.SIDE // 8) ** 2 + 1  # of a picture, with its prefix
 def _config():
   """Pictures against three names, a dense model without recomputation."""
   c = tiny.config('shape')
-  c.model.update(dict(layers=4, width=32, hidden=64))
+  c.model.update(dict(num_layers=4, width=32, mlp_dim=64))
   c.moe.router = 'dense'
-  c.sets.shapes = config.target_set(('a', 'b', 'c'), family='names', length=8)
-  c.tasks.shape.batch = 32
+  c.target_sets.shapes = config.target_set(('a', 'b', 'c'), family='names', max_len=8)
+  c.tasks.shape.batch_size = 32
   c.data.dir = '/nowhere'  # nothing is read
   return c
 
@@ -82,8 +82,8 @@ def test_what_is_evaluated_is_what_has_most_tokens_at_once():
   what, rows, pixels = evaluated(c)
   assert (what, rows, pixels.shape) == ('image_classification', 32, (32, 1, tiny.SIDE, tiny.SIDE, 1))
   # 32 pictures have 160 tokens; 50 names of 3 tokens have less, 300 of 8 more.
-  c.sets.shapes = config.target_set('glyphs/class', family='names', length=8)
-  c.declared.entries.shapes = ((3, 50), (8, 300))
+  c.target_sets.shapes = config.target_set('glyphs/class', family='names', max_len=8)
+  c.preflight.target_lengths.shapes = ((3, 50), (8, 300))
   what, rows, text = evaluated(c)
   assert (what, rows, text.shape) == ('target set shapes', 300, (300, 8))
   # A vocabulary is encoded in parts of at most 4,096 words.
@@ -134,9 +134,9 @@ def test_a_report_says_the_largest_batch():
 
 def test_mixed_pictures_have_two_classes_and_clips_of_files_the_frames_of_their_task():
   c = tiny.config('shape', 'motion')
-  c.declared.entries.update(dict(shapes=((4, 3),), motions=((4, 2),)))
-  c.tasks.shape.mixup, c.tasks.motion.frames = 0.8, 3
-  c.tasks.shape.batch = c.tasks.motion.batch = 8
+  c.preflight.target_lengths.update(dict(shapes=((4, 3),), motions=((4, 2),)))
+  c.tasks.shape.mixup_alpha, c.tasks.motion.num_frames = 0.8, 3
+  c.tasks.shape.batch_size = c.tasks.motion.batch_size = 8
   prepared = compiled_programs.prepare(c, jax.devices()[:2])
   batch = compiled_programs.batch_shapes(prepared, prepared.plan.tasks)
   assert batch['image_classification']['label'].shape == batch['image_classification']['weight'].shape == (2, 4, 2)
@@ -145,14 +145,14 @@ def test_mixed_pictures_have_two_classes_and_clips_of_files_the_frames_of_their_
 
 
 @pytest.mark.parametrize('router, capacity, grouped, becomes', [
-    ('token', 1.25, 'auto', 'xla'), ('context', 0.0, 'megablox', 'xla'), ('token', 1.25, 'loop', 'loop'),
+    ('token', 1.25, 'auto', 'xla'), ('context', 0.0, 'megablox', 'xla'), ('token', 1.25, 'tiled', 'tiled'),
     ('attribute', 0.0, 'auto', 'auto')])
 def test_for_a_tpu_xlas_products_stand_for_its_kernel(router, capacity, grouped, becomes):
   """With a capacity or without: which of them is meant differs between training and evaluation."""
   c = _config()
-  c.moe.update(dict(router=router, capacity=capacity, grouped=grouped))
-  assert preflight.for_tpu(c).moe.grouped == becomes
-  assert c.moe.grouped == grouped  # a copy
+  c.moe.update(dict(router=router, capacity_factor=capacity, gmm=grouped))
+  assert preflight.for_tpu(c).moe.gmm == becomes
+  assert c.moe.gmm == grouped  # a copy
 
 
 def test_a_run_that_starts_from_another_is_refused():
@@ -177,13 +177,13 @@ def test_the_search_finds_a_larger_batch_and_a_change():
 @pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_told_a_smaller_batch():
   c = _config()
-  c.tasks.shape.batch = 2
-  c.evaluators.shape = config.evaluator('classification', 'shape', split='test', batch=4096)
+  c.tasks.shape.batch_size = 2
+  c.evaluators.shape = config.evaluator('classification', 'shape', split='test', batch_size=4096)
   whole = preflight.preflight(c, 'tiny', topology.parse('cpu:2'), search=False, say=lambda _: None)
   step, evaluation = (p.memory.total for p in whole.programs)
   assert step < 0.9 * evaluation
   found = preflight.preflight(c, 'tiny', topology.parse('cpu:2'), 0.9 * evaluation, say=lambda _: None)
-  assert found.trials[-1].fits and found.trials[-1].changes[0].flags == '--config.evaluators.shape.batch=2048'
+  assert found.trials[-1].fits and found.trials[-1].changes[0].flags == '--config.evaluators.shape.batch_size=2048'
 
 
 @pytest.mark.parametrize('name, chips', [('v4:2x2x1', 4), ('v5e:2x2', 4), ('v5p:2x2x1', 4), ('v6e:2x2', 4)])
@@ -211,7 +211,7 @@ except jax.errors.JaxRuntimeError as e:
   assert f'exceeds available HBM ({limit:.2f}G)' in said, said[:500]
 
 
-_SCANNED = dict(model=dict(layers=6, width=128, heads=2, hidden=256), moe=dict(router='dense'))
+_SCANNED = dict(model=dict(num_layers=6, width=128, num_heads=2, mlp_dim=256), moe=dict(router='dense'))
 
 
 def _small(changes):
@@ -248,7 +248,7 @@ from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, preflight
 config = compiled_programs_test._small(dict(
     model=dict(layers=4, width=128, heads=2, hidden=256, image_size=128), moe=dict(router='token', num_experts=8, capacity=1.25)))
-config.tasks.digit.batch = 64
+config.tasks.digit.batch_size = 64
 prepared = compiled_programs.prepare(preflight.for_tpu(config), topology.devices(where))
 spec, found = prepared.spec.model.spec, compiled_programs.evaluation(prepared)
 print(found.cost.flops / (64 // 4 * flops.sequence(spec, spec.patches + 1, visual=True)), found.cost.unknown_kernels)

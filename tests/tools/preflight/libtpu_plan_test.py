@@ -42,7 +42,7 @@ topology.prepare_environment(where)
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import compiled_programs, cost, hlo
 config = compiled_programs_test._small(dict(model=dict(layers=6, width=256, heads=4, hidden=1024, remat=True), moe=dict(num_experts=8)))
-config.tasks.digit.batch = 64
+config.tasks.digit.batch_size = 64
 run = compiled_programs.prepare(config, topology.devices(where))
 for which in (None, compiled_programs.EVALUATION):
   make = compiled_programs.evaluation if which else lambda *a: compiled_programs.train_step(a[0], None, *a[1:])

@@ -46,9 +46,9 @@ def _config(remat: bool = False, evaluator: bool = True):
   c = small_config.config()
   c.model.update(dict(remat=remat, dtype='bfloat16'))
   for t in c.tasks.values():
-    t.batch = 64
+    t.batch_size = 64
   if evaluator:
-    c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='test', batch=128)
+    c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='test', batch_size=128)
   return c
 
 
@@ -70,25 +70,25 @@ def test_evaluation_is_compiled_with_the_change_that_a_step_needs():
 def test_an_evaluation_that_the_change_makes_too_large_is_changed_too():
   def needs(which, c):
     if which == EVALUATION:
-      return (1000 if c.mesh.fsdp else 500) * c.evaluators.shape.batch / 128
+      return (1000 if c.mesh.fsdp else 500) * c.evaluators.shape.batch_size / 128
     return 500 if c.mesh.fsdp else 1000
   found, compiled, trials = _find(needs, _config(remat=True))
   fsdp = '--config.mesh.fsdp=True'
-  assert trials == [(fsdp, 'evaluation'), (f'{fsdp} --config.evaluators.shape.batch=64', '')]
+  assert trials == [(fsdp, 'evaluation'), (f'{fsdp} --config.evaluators.shape.batch_size=64', '')]
   assert compiled == [_STEP, EVALUATION, EVALUATION]  # of an evaluator a step knows nothing
-  assert found.config.mesh.fsdp and found.config.evaluators.shape.batch == 64
+  assert found.config.mesh.fsdp and found.config.evaluators.shape.batch_size == 64
   assert (found.programs[_STEP].needs, found.programs[EVALUATION].needs) == (500, 500)
 
 
 def test_a_batch_of_an_evaluator_is_halved_as_often_as_it_needs():
   def needs(which, c):
     if which == EVALUATION:
-      return 500 if c.mesh.fsdp else 4000 * c.evaluators.shape.batch / 128
+      return 500 if c.mesh.fsdp else 4000 * c.evaluators.shape.batch_size / 128
     return 700 if c.mesh.fsdp else 100
   found, _, trials = _find(needs, _config(remat=True))
   assert ('--config.mesh.fsdp=True', 'train step') in trials
-  assert trials[-1] == ('--config.evaluators.shape.batch=16', '')
-  assert found.config.evaluators.shape.batch == 16
+  assert trials[-1] == ('--config.evaluators.shape.batch_size=16', '')
+  assert found.config.evaluators.shape.batch_size == 16
   assert found.programs[_STEP].needs == 100  # and not that of a change that was not made
 
 
@@ -96,7 +96,7 @@ def test_what_saves_nothing_is_no_part_of_several_changes():
   """The batch of evaluators, where a target set needs more memory."""
   needs = lambda which, c: 100 if which == _STEP else 2000 / (2 if c.mesh.fsdp else 1) / (2 if c.mesh.expert > 1 else 1)
   _, _, trials = _find(needs, _config(remat=True))
-  assert trials[0] == ('--config.evaluators.shape.batch=64', 'evaluation')
+  assert trials[0] == ('--config.evaluators.shape.batch_size=64', 'evaluation')
   assert trials[-1] == ('--config.mesh.fsdp=True --config.mesh.expert=8', '')
 
 

@@ -88,16 +88,16 @@ def test_the_search_ends_where_there_is_no_time():
 
 def test_batches_of_another_size_are_near_it_and_such_as_the_mesh_takes():
   c = small_config.config()  # 8, 4, 4, 4 and 4 examples, on two shards
-  sizes = lambda c: {n: t.batch for n, t in c.tasks.items()}
+  sizes = lambda c: {n: t.batch_size for n, t in c.tasks.items()}
   assert fit.examples(c, 2, c.tasks) == 12 and fit.examples(c, 2, ['shape']) == 4
   assert sizes(fit.scaled(c, 2, 1.5)) == dict(shape=12, text=6, name=6, pair=6, package=6)
   assert sizes(fit.scaled(c, 2, 0.2)) == dict(shape=2, text=2, name=2, pair=2, package=2)
-  c.tasks.shape.mixup = 0.8
+  c.tasks.shape.mixup_alpha = 0.8
   assert fit.unit(c, 'shape', 2) == 4 and fit.unit(c, 'text', 2) == 2
   assert sizes(fit.scaled(c, 2, 0.7)) == dict(shape=4, text=2, name=2, pair=2, package=2)
-  c.train.accum = 2
+  c.train.grad_accum_steps = 2
   assert fit.unit(c, 'text', 2) == 4
-  assert c.tasks.text.batch == 4  # copies, all of them
+  assert c.tasks.text.batch_size == 4  # copies, all of them
 
 
 _MESH = dict(replica=1, data=8, expert=1, model=1)
@@ -107,7 +107,7 @@ def _config():
   c = small_config.config()
   c.model.update(dict(remat=False))
   for t in c.tasks.values():
-    t.batch = 64
+    t.batch_size = 64
   return c
 
 
@@ -115,16 +115,16 @@ def test_changes_come_from_cheap_to_dear_and_only_where_they_can_be_made():
   flags = [c.flags for c in changes.candidates(_config(), _MESH)]
   assert flags == [
       '--config.model.remat=True', '--config.model.dtype=bfloat16', '--config.mesh.fsdp=True', '--config.mesh.expert=8',
-      '--config.train.accum=2', '--config.mesh.model=2',
-      ' '.join(f'--config.tasks.{n}.batch=32' for n in ('name', 'package', 'pair', 'shape', 'text'))]
+      '--config.train.grad_accum_steps=2', '--config.mesh.model=2',
+      ' '.join(f'--config.tasks.{n}.batch_size=32' for n in ('name', 'package', 'pair', 'shape', 'text'))]
   c = _config()
-  c.model.update(dict(remat=True, dtype='bfloat16', heads=3))
+  c.model.update(dict(remat=True, dtype='bfloat16', num_heads=3))
   c.mesh.fsdp, c.moe.router = True, 'dense'
   for t in c.tasks.values():
-    t.batch = 8
+    t.batch_size = 8
   assert not list(changes.candidates(c, _MESH))
-  c.tasks.shape.batch = 16  # one that can be halved is halved
-  assert [x.flags for x in changes.candidates(c, _MESH)] == ['--config.tasks.shape.batch=8']
+  c.tasks.shape.batch_size = 16  # one that can be halved is halved
+  assert [x.flags for x in changes.candidates(c, _MESH)] == ['--config.tasks.shape.batch_size=8']
 
 
 def test_a_mesh_of_fixed_sizes_gives_up_some_of_its_data_axis():
@@ -160,14 +160,14 @@ def test_every_change_of_a_published_config_is_a_config_that_can_be_typed(arg):
     assert _typed(file, *change.flags.split(' ')) == changed
     mesh = sharding.mesh_shape({a: changed.mesh[a] for a in sharding.AXES}, 256)
     shards = mesh['replica'] * mesh['data'] * mesh['expert']
-    validate.check_batches(validate.resolve(changed), shards, changed.train.accum)
+    validate.check_batches(validate.resolve(changed), shards, changed.train.grad_accum_steps)
 
 
 def test_an_evaluation_that_does_not_fit_is_asked_less_at_once():
   c = _config()
-  c.evaluators.shape = config.evaluator('classification', 'shape', split='test', batch=64)
+  c.evaluators.shape = config.evaluator('classification', 'shape', split='test', batch_size=64)
   first = next(changes.candidates(c, _MESH, evaluation=True))
-  assert first.flags == '--config.evaluators.shape.batch=32'
+  assert first.flags == '--config.evaluators.shape.batch_size=32'
   assert not [x for x in changes.candidates(c, _MESH, evaluation=True) if 'remat' in x.flags or 'tasks' in x.flags]
   assert not [x for x in changes.candidates(c, _MESH) if 'evaluators' in x.flags]
 
@@ -175,18 +175,18 @@ def test_an_evaluation_that_does_not_fit_is_asked_less_at_once():
 def test_an_evaluator_that_no_flag_can_name_is_changed_in_the_config_file():
   c = _config()
   for name in ('shape', 'class, held out', 'masked words'):
-    c.evaluators[name] = config.evaluator('classification', 'shape', split='test', batch=64)
+    c.evaluators[name] = config.evaluator('classification', 'shape', split='test', batch_size=64)
   first = next(changes.candidates(c, _MESH, evaluation=True))
-  assert first.flags == ("--config.evaluators.shape.batch=32, in the config file: config.evaluators['class, held out'].batch = 32; "
+  assert first.flags == ("--config.evaluators.shape.batch_size=32, in the config file: config.evaluators['class, held out'].batch = 32; "
                          "config.evaluators['masked words'].batch = 32")
-  assert {e.batch for e in first.apply(c).evaluators.values()} == {32}
+  assert {e.batch_size for e in first.apply(c).evaluators.values()} == {32}
 
 
 def _need(c) -> float:
   """State 400, activations 1000 at 64 examples."""
   state = 400 / (8 if c.mesh.fsdp else 1)
   activations = 1000 * (0.5 if c.model.remat else 1) * (0.6 if c.model.dtype == 'bfloat16' else 1)
-  return state + activations / c.train.accum * c.tasks.shape.batch / 64
+  return state + activations / c.train.grad_accum_steps * c.tasks.shape.batch_size / 64
 
 
 def _cheapest(memory: float) -> list[changes.Trial]:

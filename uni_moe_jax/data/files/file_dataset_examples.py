@@ -53,22 +53,22 @@ class StoredBuilder:
   def build(self, task: TaskSpec, records: Stored) -> Examples:
     """Examples of a task over one split of its source. Raises ValueError where the config does not fit the source."""
     faults = Faults(f'tasks.{task.name}', self.max_bad_fraction if self.training else 0.0)
-    if task.kind.readout == 'picks':
-      if self.training and task.subset < 1:
-        raise ValueError(f'config.tasks.{task.name}.subset={task.subset}: text of files is read as a stream, of which there is no '
+    if task.type.readout == 'masked':
+      if self.training and task.train_fraction < 1:
+        raise ValueError(f'config.tasks.{task.name}.subset={task.train_fraction}: text of files is read as a stream, of which there is no '
                          'subset; give 1, or prepare a smaller file.')
       running = file_dataset_rows.Running.of(task, records, self.tokenizer, self.training, faults)
       return Examples(records.size, self._masked(task, running), faults=faults)
     readers = self._readers(task, records)
     keep = places(records, task, self.seed if self.training else None)
     batch = _Batch(self, task, records, tuple(readers), keep, faults)
-    names = None if not task.captions else lambda ids: records.each(keep[ids], lambda row: file_dataset_rows.references(task, row))
-    if records.columns.get(task.label) == 'texts':
-      names = lambda ids: records.each(keep[ids], lambda row: row[task.label])
+    names = None if not task.caption_templates else lambda ids: records.each(keep[ids], lambda row: file_dataset_rows.references(task, row))
+    if records.columns.get(task.label_column) == 'texts':
+      names = lambda ids: records.each(keep[ids], lambda row: row[task.label_column])
     return Examples(len(keep), batch.make, references=names, faults=faults)
 
   def _readers(self, task: TaskSpec, records: Stored) -> list[file_dataset_rows.Reader]:
-    kind, readers = task.kind, []
+    kind, readers = task.type, []
     if kind.has_classes:
       readers.append(file_dataset_rows.labels(task, records, self.keys[task.target_set]))
     if kind.target == 'pair':
@@ -84,11 +84,11 @@ class StoredBuilder:
 
     def make(ids, hashes):
       text = tf.numpy_function(running.rows, [ids, hashes], tf.int32, stateful=False)
-      text = tf.ensure_shape(text, [None, task.length])
+      text = tf.ensure_shape(text, [None, task.max_len])
       valid = tf.ones_like(text, tf.bool)
       masked = preprocess.mask_words(
           text, valid, hashes, word_start=word_start, word_end=word_end, ordinary=ordinary, spe=self.tokenizer.spe,
-          picks=task.picks, always_mask=not self.training)
+          picks=task.max_predictions, always_mask=not self.training)
       return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
     return make
 
@@ -102,16 +102,16 @@ def places(records: Stored, task: TaskSpec, seed: int | None = None) -> np.ndarr
   Raises:
     ValueError: there are none, or a number per class is asked for and classes are not known beforehand.
   """
-  named = {task.label, *(column for template in (*task.captions, task.template) for column in columns_of(template))}
+  named = {task.label_column, *(column for template in (*task.caption_templates, task.template) for column in columns_of(template))}
   has = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
   wanted = sorted(named & has.keys())
   keep, labels = np.arange(records.size), None
   for column in wanted:
     keep = keep[has[column][keep]]
-  if task.label in records.labels:
-    labels = records.labels[task.label][keep]
-  elif task.per_class and seed is not None:
-    raise ValueError(f'config.tasks.{task.name}.per_class={task.per_class}: the labels of source {task.source!r} are only known '
+  if task.label_column in records.labels:
+    labels = records.labels[task.label_column][keep]
+  elif task.shots and seed is not None:
+    raise ValueError(f'config.tasks.{task.name}.per_class={task.shots}: the labels of source {task.source!r} are only known '
                      f'when its records are read; give config.tasks.{task.name}.per_class=0 and a subset, or prepare it as your own data '
                      'with one class a record.')
   if not len(keep):
@@ -127,16 +127,16 @@ class _Batch:
                keep: np.ndarray, faults: Faults):
     self._builder, self._task, self._records = builder, task, records
     self._readers, self._keep, self._faults = readers, keep, faults
-    self._media = records.media() if task.kind.visual else None
-    if task.kind.visual and self._media is None:
+    self._media = records.media() if task.type.visual else None
+    if task.type.visual and self._media is None:
       raise ValueError(f'config.tasks.{task.name}: source {task.source!r} has neither pictures nor clips; kind '
-                       f'{task.kind.name!r} needs them.')
+                       f'{task.type.name!r} needs them.')
     self._is_clip = self._media is not None and records.columns[self._media] == 'video'
-    if self._is_clip and task.frames < 1:
-      raise ValueError(f'config.tasks.{task.name}.frames={task.frames}: source {task.source!r} has clips; say how many frames the '
+    if self._is_clip and task.num_frames < 1:
+      raise ValueError(f'config.tasks.{task.name}.frames={task.num_frames}: source {task.source!r} has clips; say how many frames the '
                        'model sees of each, for example 8.')
     self._clips = video_pixels.ClipReader(
-        builder.size, task.frames, task.crop, task.flip, builder.training, builder.views, builder.crops)
+        builder.size, task.num_frames, task.crop, task.random_flip, builder.training, builder.views, builder.crops)
     self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts no thread before there is a clip
     self._shapes = {name: shape for r in readers for name, shape in r.shapes.items()}
     # Traced once: an evaluation calls it eagerly, a training pipeline inlines it.
@@ -195,7 +195,7 @@ class _Batch:
     """uint8 [1, S, S, C] of one encoded picture: an image is a clip of one frame."""
     b, t = self._builder, self._task
     picture = tf.io.decode_image(data, channels=b.channels, expand_animations=False)
-    return image_transforms.prepared(picture, b.size, h if b.training else None, t.crop, t.flip, t.randaugment, t.erasing)[None]
+    return image_transforms.prepared(picture, b.size, h if b.training else None, t.crop, t.random_flip, t.randaugment, t.random_erasing)[None]
 
   def _read(self, ids: np.ndarray, hashes: np.ndarray, counted: np.ndarray):
     """ok, encoded pictures, fields in the order of their shapes, and pixels of clips."""

@@ -43,30 +43,30 @@ def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
   Raises:
     ValueError: there is no such column, or a class of it is not in the set.
   """
-  kind, place = records.columns.get(task.label), {key: i for i, key in enumerate(keys)}
+  kind, place = records.columns.get(task.label_column), {key: i for i, key in enumerate(keys)}
   if kind not in ('class', 'texts'):
     fitting = [c for c, k in records.columns.items() if k in ('class', 'texts')]
-    raise ValueError(f'config.tasks.{task.name}.label={task.label!r} is no column of classes or answers of source '
-                     f'{task.source!r}; {nearest(task.label, fitting)}.')
+    raise ValueError(f'config.tasks.{task.name}.label={task.label_column!r} is no column of classes or answers of source '
+                     f'{task.source!r}; {nearest(task.label_column, fitting)}.')
   if kind == 'class':
-    if unknown := [name for name in records.classes[task.label] if name not in place]:
+    if unknown := [name for name in records.classes[task.label_column] if name not in place]:
       raise ValueError(f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
                        f'{nearest(unknown[0], keys)}.')
 
     def read(row, _):
-      if not row[task.label]:
-        raise Unusable(f'no {task.label}')
-      return {'label': [place[row[task.label]]], 'weight': [1.0]}
+      if not row[task.label_column]:
+        raise Unusable(f'no {task.label_column}')
+      return {'label': [place[row[task.label_column]]], 'weight': [1.0]}
     return Reader(_label_shapes(1), read)
-  M = max(1, task.picks)
+  M = max(1, task.max_predictions)
   place = {answer(key): i for key, i in place.items()}
 
   def read_answers(row, _):
-    if not row[task.label]:
-      raise Unusable(f'no {task.label}')
-    found = [(a, n) for a, n in collections.Counter(map(answer, row[task.label])).most_common() if a in place][:M]
+    if not row[task.label_column]:
+      raise Unusable(f'no {task.label_column}')
+    found = [(a, n) for a, n in collections.Counter(map(answer, row[task.label_column])).most_common() if a in place][:M]
     pad = [0] * (M - len(found))
-    share = [n / len(row[task.label]) for _, n in found]
+    share = [n / len(row[task.label_column]) for _, n in found]
     return {'label': [place[a] for a, _ in found] + pad, 'weight': share + pad}
   return Reader(_label_shapes(M), read_answers)
 
@@ -77,7 +77,7 @@ def _label_shapes(M: int) -> Shapes:
 
 def pair(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) -> Reader:
   """target, target_valid, text_id, weight: a record's own text; equal texts have equal ids."""
-  choose, S = phrase_chooser(task, records, training), task.length
+  choose, S = phrase_chooser(task, records, training), task.max_len
 
   def read(row, h):
     text = choose(row, h)
@@ -89,7 +89,7 @@ def pair(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) 
 
 def caption(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) -> Reader:
   """text [words | queries], text_valid, label, weight."""
-  choose, S = phrase_chooser(task, records, training), task.length
+  choose, S = phrase_chooser(task, records, training), task.max_len
 
   def read(row, h):
     words, valid = _padded(tokenizer, *text_rows([choose(row, h)], tokenizer, S), S)
@@ -101,7 +101,7 @@ def caption(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: boo
 
 def slot(task: TaskSpec, records: Stored, tokenizer: Tokenizer) -> Reader:
   """text, text_valid, position: a template around the answer's slot."""
-  fields, S = columns_of(task.template), task.length
+  fields, S = columns_of(task.template), task.max_len
   _check_columns(task, records, 'template', fields, ('text', 'class'))
 
   def read(row, _):
@@ -143,11 +143,11 @@ class Running:
 
   @classmethod
   def of(cls, task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool, faults: Faults) -> 'Running':
-    column = task.label or 'text'
+    column = task.label_column or 'text'
     if records.columns.get(column) != 'text':
       raise ValueError(f"config.tasks.{task.name}: source {task.source!r} has no column of texts {column!r} (label names it, 'text' "
                        f'by default); {nearest(column, [c for c, k in records.columns.items() if k == "text"])}.')
-    return cls(records, column, tokenizer, task.length, training, faults)
+    return cls(records, column, tokenizer, task.max_len, training, faults)
 
   def rows(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """int32 [n, S]."""
@@ -185,12 +185,12 @@ class Running:
 
 def phrase_chooser(task: TaskSpec, records: Stored, training: bool) -> Callable[[Row, int], str]:
   """(row, h) → one phrase: in training of a random template with random entries of lists, else the first of everything."""
-  names = [columns_of(t) for t in task.captions]
+  names = [columns_of(t) for t in task.caption_templates]
   for fields in names:
     _check_columns(task, records, 'captions', fields, ('text', 'texts', 'class'))
 
   def choose(row, h):
-    which = hashing.mix(h, 'phrase') % len(task.captions) if training else 0
+    which = hashing.mix(h, 'phrase') % len(task.caption_templates) if training else 0
     values = {}
     for f in names[which]:
       value = row[f]
@@ -199,7 +199,7 @@ def phrase_chooser(task: TaskSpec, records: Stored, training: bool) -> Callable[
           raise Unusable(f'no {f}')
         value = value[hashing.mix(h, f) % len(value) if training else 0]
       values[f] = value
-    text = task.captions[which].format(**values)
+    text = task.caption_templates[which].format(**values)
     if not text.strip():
       raise Unusable('empty text')
     return text
@@ -208,7 +208,7 @@ def phrase_chooser(task: TaskSpec, records: Stored, training: bool) -> Callable[
 
 def references(task: TaskSpec, row: Row) -> tuple[str, ...]:
   """All texts that are right for a record under the task's first template: one per entry of its list of texts."""
-  template = task.captions[0]
+  template = task.caption_templates[0]
   lists = [f for f in columns_of(template) if not isinstance(row[f], str)]
   if not lists:
     return (template.format(**{f: row[f] for f in columns_of(template)}),)

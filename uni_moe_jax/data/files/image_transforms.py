@@ -21,15 +21,15 @@ def prepared(
 
   Args:
     picture: uint8 [H, W, C]. h: its hash in training; None at evaluation, where only the crop counts.
-    crop: 'short' (pairs and captions), 'area' (classification), 'jitter' (as clips).
+    crop: 'resize_crop' (pairs and captions), 'random_resized_crop' (classification), 'jittered_crop' (as videos).
     flipped: mirrored in half of the cases. randaugment: magnitude, 0 = off. erasing: how often a part becomes noise.
   """
   if h is None:
-    return class_test(picture, size) if crop == 'area' else pair_test(picture, size)
-  if crop == 'area':
+    return class_test(picture, size) if crop == 'random_resized_crop' else pair_test(picture, size)
+  if crop == 'random_resized_crop':
     picture = random_area(picture, size, h)
   else:
-    short = size if crop == 'short' else jittered(size, h)
+    short = size if crop == 'resize_crop' else jittered(size, h)
     picture = random_crop(resize_short(picture, short), size, h)
   if flipped:
     picture = flip(picture, h)

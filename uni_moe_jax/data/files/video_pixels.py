@@ -1,6 +1,6 @@
 """From the bytes of a clip to the pixels that a model sees: which frames, which part of them, mirrored or not.
 
-As published: in training the short side is drawn between 256/224 and 320/224 of the size ('jitter'), a random place is cut out,
+As published: in training the short side is drawn between 256/224 and 320/224 of the size ('jittered_crop'), a random place is cut out,
 and half of the clips are mirrored, all frames alike. At evaluation the short side has the size; several views in time and
 several crops along the long side may be taken. Resizing is bilinear.
 """
@@ -21,7 +21,7 @@ class ClipReader:
   """bytes and hash → uint8 [T, S, S, 3]; with several views or crops [views · crops, T, S, S, 3], views outermost."""
 
   def __init__(self, size: int, frames: int, crop: str, flip: bool, training: bool, views: int = 1, crops: int = 1):
-    """size: S. frames: T. crop: 'short' | 'jitter' | 'area'. views, crops: at evaluation."""
+    """size: S. frames: T. crop: 'resize_crop' | 'jittered_crop' | 'random_resized_crop'. views, crops: at evaluation."""
     self._size, self._crop, self._flip, self._training, self._crops = size, crop, flip, training, crops
     self._views, self._frames = (1 if training else views), frames
     many = self._views * crops > 1 and not training
@@ -42,11 +42,11 @@ class ClipReader:
 
   def _random_box(self, h: int, H: int, W: int) -> tuple[float, float, float, float]:
     """left, top, right, bottom of the part of an [H, W] frame that becomes [S, S]."""
-    if self._crop == 'area':
+    if self._crop == 'random_resized_crop':
       height, width = _area(h, H, W)
     else:
       # Of a frame resized to a short side of r · S, a window of S: of the original, 1 / r of its short side.
-      r = 1.0 if self._crop == 'short' else JITTER[0] + (JITTER[1] - JITTER[0]) * _uniform(h, 'short side')
+      r = 1.0 if self._crop == 'resize_crop' else JITTER[0] + (JITTER[1] - JITTER[0]) * _uniform(h, 'short side')
       height = width = min(H, W) / r
     left, top = (W - width) * _uniform(h, 'crop right'), (H - height) * _uniform(h, 'crop down')
     return left, top, left + width, top + height

@@ -103,7 +103,7 @@ def _libraries():
     from tokenizers import models
   except ModuleNotFoundError as error:
     raise ValueError(
-        f"config.tokenizer.kind='clip' needs pip install '.[clip]': there is no {error.name}.") from error
+        f"config.tokenizer.type='clip' needs pip install '.[clip]': there is no {error.name}.") from error
   return ftfy, regex, models
 
 
@@ -119,7 +119,7 @@ def _byte_symbols() -> dict[int, str]:
 
 def _read_merges(merges_file: str | os.PathLike[str], symbols: Sequence[str]) -> list[tuple[str, str]]:
   """The first `MOST_MERGES` merges of a file, each of two pieces that exist before it, none twice."""
-  field = f'config.tokenizer.merges={os.fspath(merges_file)!r}'
+  field = f'config.tokenizer.merges_path={os.fspath(merges_file)!r}'
   path = pathlib.Path(os.path.expanduser(merges_file))
   if not path.is_file():
     raise FileNotFoundError(f"{field} is no file; give the path of CLIP's bpe_simple_vocab_16e6.txt.gz.")

@@ -46,5 +46,5 @@ class Faults:
       if many or self._stuck:
         raise errors.Failure(
             f'config.{self._field}: {self.bad} of {self.read} examples could not be used, more than '
-            f'config.data.max_bad_fraction={self._max}; the first: {self._first}. Prepare the source again, or leave those examples '
+            f'config.data.max_corrupt_fraction={self._max}; the first: {self._first}. Prepare the source again, or leave those examples '
             'out.')

@@ -1,7 +1,7 @@
 """Data that is not here: a stand-in with the shapes that a config declares, for programs that are compiled and not run.
 
 Batches have the shapes of real ones because the same builder makes them, from a few invented records. What no config can say
-by itself (how many classes a data set has, how many frames a clip) stands in `config.declared`.
+by itself (how many classes a data set has, how many frames a clip) stands in `config.preflight`.
 """
 
 import dataclasses
@@ -47,31 +47,31 @@ class DeclaredData:
 
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
     """Raises ValueError for a set of which nobody says how many entries it has."""
-    self._model, self._frames = config.model, dict(config.declared.frames)
+    self._model, self._frames = config.model, dict(config.preflight.num_frames)
     # A prefix that is a word has to be one.
-    self.tokenizer = Words(CLIP_WORDS if config.tokenizer.kind == 'clip' else config.tokenizer.vocab_size)
+    self.tokenizer = Words(CLIP_WORDS if config.tokenizer.type == 'clip' else config.tokenizer.vocab_size)
     every = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
-    self.sets = {s.name: _declared_set(s, config.declared.entries.get(s.name), self.tokenizer) for s in every}
+    self.sets = {s.name: _declared_set(s, config.preflight.target_lengths.get(s.name), self.tokenizer) for s in every}
     classes = {name: (_WORD,) for name in self.sets}
     self._builders = {
-        training: Builder(self.tokenizer, classes, config.model.channels, training, config.data.mask_specials, config.seed)
+        training: Builder(self.tokenizer, classes, config.model.channels, training, config.data.random_special_tokens, config.seed)
         for training in (True, False)}
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
     """Examples with the shapes of a task's; what they show means nothing."""
     # Their source is their own: two tasks of one source may declare clips of different lengths.
-    task = dataclasses.replace(task, source=task.name, subset=1.0, per_class=0)
+    task = dataclasses.replace(task, source=task.name, train_fraction=1.0, shots=0)
     return self._builders[training].build(task, self._records(task))
 
   def _records(self, task: TaskSpec) -> Records:
     side = self._model.image_size
-    columns = {'text': np.array([' '.join([_WORD] * max(1, task.length))])}
-    for template in (*task.captions, task.template):
+    columns = {'text': np.array([' '.join([_WORD] * max(1, task.max_len))])}
+    for template in (*task.caption_templates, task.template):
       columns |= {name: columns['text'] for name in columns_of(template) if name}
-    if task.label:
-      columns[task.label] = np.array([_WORD])
-    if task.kind.visual:
-      columns['pixels'] = np.zeros((1, self._frames.get(task.name, task.frames or 1), side, side), np.uint8)
+    if task.label_column:
+      columns[task.label_column] = np.array([_WORD])
+    if task.type.visual:
+      columns['pixels'] = np.zeros((1, self._frames.get(task.name, task.num_frames or 1), side, side), np.uint8)
     return Records(columns, {}, self.fingerprint)
 
 
@@ -79,10 +79,10 @@ def _declared_set(spec: SetSpec, declared: tuple[tuple[int, int], ...] | None, t
   """A target set of the declared size; texts that the config itself lists take its `length`."""
   if spec.is_vocabulary:
     return TargetSet((), np.arange(tokenizer.size, dtype=np.int32), (), tokenizer.size)
-  if declared is None and isinstance(spec.values, str):
-    raise ValueError(f'config.declared.entries.{spec.name} is missing: without data nobody knows how many entries of which '
-                     f'length {spec.values!r} has; give ((tokens, entries), …), for example (({spec.length}, 1000),).')
-  declared = declared or ((spec.length, len(spec.values)),)
+  if declared is None and isinstance(spec.entries, str):
+    raise ValueError(f'config.preflight.target_lengths.{spec.name} is missing: without data nobody knows how many entries of which '
+                     f'length {spec.entries!r} has; give ((tokens, entries), …), for example (({spec.max_len}, 1000),).')
+  declared = declared or ((spec.max_len, len(spec.entries)),)
   rows = [[tokenizer.word] * (tokens - 1) + [tokenizer.eot] for tokens, entries in declared for _ in range(entries)]
   buckets, order = bucket_rows(rows, tokenizer.pad)
   return TargetSet(buckets, order, ('',) * len(rows), len(rows))

@@ -104,13 +104,13 @@ def subset(keep: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: in
     task: its `subset` and `per_class`.
     seed: of the run.
   """
-  if task.subset == 1 and not task.per_class:
+  if task.train_fraction == 1 and not task.shots:
     return keep
   hashes = np.array([hashing.mix(seed, task.source, task.split, 'subset', int(i)) for i in keep], np.uint64)
   chosen = []
   for value in [None] if labels is None else np.unique(labels):
     members = np.arange(len(keep)) if value is None else np.flatnonzero(labels == value)
-    number = task.per_class or math.ceil(task.subset * len(members))
+    number = task.shots or math.ceil(task.train_fraction * len(members))
     chosen.append(members[np.argsort(hashes[members], kind='stable')[:number]])
   return keep[np.sort(np.concatenate(chosen))]
 
@@ -122,8 +122,8 @@ def places(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndar
     records: of its split. seed: of a run that trains on them, and reads its subset; None: all.
   """
   keep, labels = np.arange(len(next(iter(records.columns.values())))), None
-  if task.kind.has_classes:
-    column = records.columns[task.label]
+  if task.type.has_classes:
+    column = records.columns[task.label_column]
     keep = np.flatnonzero(column != '')
     labels = column[keep]
   return keep if seed is None else subset(keep, labels, task, seed)
@@ -155,11 +155,11 @@ class Builder:
     Raises:
       ValueError: the config names a column, class or template that the records do not have.
     """
-    kind, field = task.kind, f'tasks.{task.name}'
-    labels = class_index(records, task.label, self.classes[task.target_set], field) if task.kind.has_classes else None
+    kind, field = task.type, f'tasks.{task.name}'
+    labels = class_index(records, task.label_column, self.classes[task.target_set], field) if task.type.has_classes else None
     keep = places(records, task, self.seed if self.training else None)
     makers = [] if labels is None else [self._labels(labels[keep])]
-    if kind.readout == 'picks':
+    if kind.readout == 'masked':
       return self._masked(task, records, keep, field)
     if kind.visual:
       makers.append(self._pixels(task, records, keep, field))
@@ -170,7 +170,7 @@ class Builder:
     if kind.readout == 'slot':
       makers.append(self._template(task, records, keep, field))
     if not len(keep):
-      raise ValueError(f'config.{field}: no record of source {task.source!r}, split {task.split!r}, has a {task.label!r}.')
+      raise ValueError(f'config.{field}: no record of source {task.source!r}, split {task.split!r}, has a {task.label_column!r}.')
 
     def make(ids, hashes):
       fields = {'id': tf.cast(ids, tf.int64)}
@@ -187,14 +187,14 @@ class Builder:
 
   def _pixels(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
     if 'pixels' not in records.columns:
-      raise ValueError(f'config.{field}: source {task.source!r} has no pixels, kind {task.kind.name!r} needs them.')
+      raise ValueError(f'config.{field}: source {task.source!r} has no pixels, kind {task.type.name!r} needs them.')
     source = (task.source, task.split)
     if source not in self.pixels:
       pixels = records.columns['pixels']
       # An image is a clip of one frame.
       self.pixels[source] = tf.constant(pixels[:, None] if pixels.ndim == 3 else pixels)
     pixels, kept = self.pixels[source], tf.constant(keep)
-    most = task.shift if self.training else 0
+    most = task.max_shift if self.training else 0
 
     def make(ids, hashes):
       frames = preprocess.colours(tf.gather(pixels, tf.gather(kept, ids)), self.channels)
@@ -203,8 +203,8 @@ class Builder:
 
   def _phrase_table(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
     """(table of distinct texts, index [N, P])."""
-    texts, index = unique_texts(phrases(records, task.captions, f'{field}.captions')[keep])
-    table = TextTable.of(text_rows(texts, self.tokenizer, task.length), task.length, self.tokenizer.pad)
+    texts, index = unique_texts(phrases(records, task.caption_templates, f'{field}.captions')[keep])
+    table = TextTable.of(text_rows(texts, self.tokenizer, task.max_len), task.max_len, self.tokenizer.pad)
     return tf.constant(table.ids), tf.constant(table.valid), tf.constant(index)
 
   def _choice(self, index: tf.Tensor, ids: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
@@ -241,9 +241,9 @@ class Builder:
         raise ValueError(f'config.{field}.template names column {name!r}; {nearest(name, records.columns)}.')
     tokens = {n: self.tokenizer.encode_batch(records.columns[n][keep].tolist()) for n in names}
     filled = [
-        fill_template(self.tokenizer, task.template, {n: tokens[n][i] for n in names}, task.length)
+        fill_template(self.tokenizer, task.template, {n: tokens[n][i] for n in names}, task.max_len)
         for i in range(len(keep))]
-    table = TextTable.of([row for row, _ in filled], task.length, self.tokenizer.pad)
+    table = TextTable.of([row for row, _ in filled], task.max_len, self.tokenizer.pad)
     ids_table, valid, slot = tf.constant(table.ids), tf.constant(table.valid), tf.constant([s for _, s in filled])
     return lambda ids, _: {'text': tf.gather(ids_table, ids), 'text_valid': tf.gather(valid, ids),
                            'position': tf.cast(tf.gather(slot, ids), tf.int32)[:, None]}
@@ -253,9 +253,9 @@ class Builder:
       raise ValueError(f"config.{field}: source {task.source!r} has no column 'text'; it has "
                        f'{", ".join(sorted(records.columns))}.')
     tokenizer = self.tokenizer
-    rows = pack(tokenizer.encode_batch(records.columns['text'][keep].tolist()), task.length, tokenizer.eot)
+    rows = pack(tokenizer.encode_batch(records.columns['text'][keep].tolist()), task.max_len, tokenizer.eot)
     if not len(rows):
-      raise ValueError(f'config.{field}.length={task.length}: source {task.source!r} has too little text for one row.')
+      raise ValueError(f'config.{field}.length={task.max_len}: source {task.source!r} has too little text for one row.')
     table = tf.constant(rows)
     word_start, word_end, ordinary = preprocess.word_tables(tokenizer, self.mask_specials)
 
@@ -264,6 +264,6 @@ class Builder:
       valid = tf.ones_like(text, tf.bool)
       masked = preprocess.mask_words(
           text, valid, hashes, word_start=word_start, word_end=word_end, ordinary=ordinary, spe=tokenizer.spe,
-          picks=task.picks, always_mask=not self.training)
+          picks=task.max_predictions, always_mask=not self.training)
       return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
     return Examples(len(rows), make)

@@ -43,7 +43,7 @@ class Mixture:
     plan: tasks and groups.
     examples: per task name.
     seed: of the run.
-    kind: 'mixed' (every task in every step) or 'sampled' (one task a step, drawn by weight).
+    kind: 'all_tasks' (every task in every step) or 'one_task' (one task a step, drawn by weight).
     max_frames: rows of the temporal table: visual groups get one random offset per micro-step.
     feed: layout.
   """
@@ -56,7 +56,7 @@ class Mixture:
 
   def iterate(self, start: int, stop: int) -> Iterator[tuple[str | None, Batch]]:
     """(task name or None, batch) of the steps start…stop-1; the name is given when the step holds one task."""
-    if self.kind == 'mixed':
+    if self.kind == 'all_tasks':
       steps = np.arange(start, stop, dtype=np.int64)
       for batch in self._dataset(self.plan.tasks, steps, steps):
         yield None, batch
@@ -97,8 +97,8 @@ class Mixture:
   def _mixed(self, t: TaskSpec, count: tf.Tensor, place: np.ndarray, hashes: tf.Tensor, fields: dict[str, tf.Tensor]):
     """Rows 2k and 2k + 1 of the global batch mixed: both of them are rows of one shard, see `resolve.check_batches`."""
     pair = place // 2
-    blended, boxed = (tf.gather(mixup.shares(alpha, t.batch // 2, self.seed, t.name, count), pair) if alpha else None
-                      for alpha in (t.mixup, t.cutmix))
+    blended, boxed = (tf.gather(mixup.shares(alpha, t.batch_size // 2, self.seed, t.name, count), pair) if alpha else None
+                      for alpha in (t.mixup_alpha, t.cutmix_alpha))
     h = tf.repeat(hashes[::2], 2)
     box = tf.stack([hashing.uniform(hashing.mix_tensor(h, purpose)) for purpose in ('box down', 'box right')], 1)
     return mixup.mix(fields, blended, boxed, box, h)
@@ -117,10 +117,10 @@ class Mixture:
 
   def _task_fields(self, t: TaskSpec, count: tf.Tensor) -> dict[str, tf.Tensor]:
     feed, examples = self.feed, self.examples[t.name]
-    per_shard = t.batch // (feed.accum * feed.shards)
+    per_shard = t.batch_size // (feed.accum * feed.shards)
     # Position in the global batch: micro-step, then shard, then row; this process makes the rows of its shards.
-    place = np.arange(t.batch).reshape(feed.accum, feed.shards, per_shard)[:, list(feed.mine)].reshape(-1)
-    ids, epoch = hashing.permuted(count * t.batch + place, examples.size, self.seed, t.name)
+    place = np.arange(t.batch_size).reshape(feed.accum, feed.shards, per_shard)[:, list(feed.mine)].reshape(-1)
+    ids, epoch = hashing.permuted(count * t.batch_size + place, examples.size, self.seed, t.name)
     hashes = hashing.example_hash(self.seed, t.name, epoch, ids)
     fields = examples.make(ids, hashes)
     if t.mixes:
@@ -132,7 +132,7 @@ class Mixture:
 
 def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
   """Task name of each step 0…steps-1 of a sampled mixture: unicode [steps], by sampling weight."""
-  weights = np.array([t.sampling or t.weight for t in plan.tasks])
+  weights = np.array([t.sampling_weight or t.loss_weight for t in plan.tasks])
   edges = np.cumsum(weights / weights.sum())
   u = np.array([hashing.mix(seed, step, 'task') / 2**64 for step in range(steps)])
   names = np.array([t.name for t in plan.tasks])

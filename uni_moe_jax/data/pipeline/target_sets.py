@@ -47,21 +47,21 @@ def build_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: To
   if spec.is_vocabulary:
     return TargetSet((), np.arange(tokenizer.size, dtype=np.int32), (), tokenizer.size)
   if not entries:
-    raise ValueError(f'config.sets.{spec.name} has no entries; give its values at least one text.')
+    raise ValueError(f'config.target_sets.{spec.name} has no entries; give its values at least one text.')
   names = tuple(e[0] for e in entries)
   flat = [text for entry in entries for text in entry]
   whole = [tokenizer.encode(t) + [tokenizer.eot] for t in flat]
   longest = max(whole, key=len)
-  if len(longest) > spec.length:
-    raise ValueError(f'config.sets.{spec.name}.length={spec.length} is too short for {tokenizer.decode(longest)!r}, '
+  if len(longest) > spec.max_len:
+    raise ValueError(f'config.target_sets.{spec.name}.max_len={spec.max_len} is too short for {tokenizer.decode(longest)!r}, '
                      f'which has {len(longest)} tokens; raise it to {len(longest)}.')
   if len(flat) > len(entries) and spec.label_prompts:
-    raise ValueError(f'config.sets.{spec.name}.label_prompts=True is for entries of one text each; set it to False, or leave the '
+    raise ValueError(f'config.target_sets.{spec.name}.label_prompts=True is for entries of one text each; set it to False, or leave the '
                      'synonyms out.')
   if len(flat) == len(entries):
-    buckets, order = bucket_rows(text_rows(flat, tokenizer, spec.length), tokenizer.pad)
+    buckets, order = bucket_rows(text_rows(flat, tokenizer, spec.max_len), tokenizer.pad)
   else:
-    rows = iter(text_rows(flat, tokenizer, spec.length))
+    rows = iter(text_rows(flat, tokenizer, spec.max_len))
     buckets, order = bucket_synonyms([[next(rows) for _ in entry] for entry in entries], tokenizer.pad)
   return TargetSet(buckets, order, names, len(names))
 

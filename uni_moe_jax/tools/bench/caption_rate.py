@@ -11,7 +11,7 @@ from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.initialization import init_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.routers import DENSE
-from uni_moe_jax.tasks.task_types import Kind
+from uni_moe_jax.tasks.task_types import TaskType
 from uni_moe_jax.tools.bench import machine, uncached_search
 from uni_moe_jax.tools.bench.problems import Context
 from uni_moe_jax.tools.bench.results_table import Budget, Row
@@ -55,7 +55,7 @@ class Captioner:
   def __init__(self, context: Context, router: str):
     s, run = context.sizes, context.synthetic(context.captions(router))
     self._model, [task], self._spe = UniPerceiver(run.spec.model.spec), run.plan.tasks, run.data.tokenizer.spe
-    self._kind, self._temperature, self._length = task.kind, task.temperature, task.length
+    self._kind, self._temperature, self._length = task.type, task.temperature, task.max_len
     self._params = jax.jit(functools.partial(init_params, self._model))(jax.random.key(run.config.seed))
     rng = np.random.default_rng(0)
     shape = (s.small_batch, 1, s.image_size, s.image_size, run.config.model.channels)
@@ -76,6 +76,6 @@ class Captioner:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=('temperature', 'spe', 'length', 'beams'))
-def _search(model: UniPerceiver, kind: Kind, params, pixels, words, *, temperature, spe, length, beams) -> jax.Array:
+def _search(model: UniPerceiver, kind: TaskType, params, pixels, words, *, temperature, spe, length, beams) -> jax.Array:
   return decoding.search(model, params, kind, pixels, words, temperature=temperature, spe=spe, eot=_NEVER, length=length,
                        beams=beams).tokens

@@ -63,10 +63,10 @@ def _clip(path: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 _SORTS = {
-    'jpeg': Sort('JPEG of 500 × 375, a part of the area', 'jpg', _picture(375, 500), 224, 'area', 0, 1.0,
+    'jpeg': Sort('JPEG of 500 × 375, a part of the area', 'jpg', _picture(375, 500), 224, 'random_resized_crop', 0, 1.0,
                  '1,000 with a crop of one size; in memory, undecoded, 14,000'),
-    'png': Sort('PNG of 32 × 32', 'png', _picture(32, 32), 32, 'short', 0, 1.0, '7,200'),
-    'clip': Sort('mp4 of {2} × {1}, {0} frames: {3} of them, jittered'.format(*_CLIP, _FRAMES), 'mp4', _clip, 96, 'jitter', _FRAMES,
+    'png': Sort('PNG of 32 × 32', 'png', _picture(32, 32), 32, 'resize_crop', 0, 1.0, '7,200'),
+    'clip': Sort('mp4 of {2} × {1}, {0} frames: {3} of them, jittered'.format(*_CLIP, _FRAMES), 'mp4', _clip, 96, 'jittered_crop', _FRAMES,
                  0.125, 'nothing of clips in files; 90,000 frames in memory'),
 }
 
@@ -96,11 +96,11 @@ def _stream(folder: pathlib.Path, name: str, sort: Sort, count: int, steps: int)
   prepare.prepare(folder / name, folder, name, holdout=0.0)
   c = config_lib.base()
   c.model.image_size = sort.pixels
-  c.sets.classes = config_lib.target_set(_CLASSES, family='names')
+  c.target_sets.classes = config_lib.target_set(_CLASSES, family='names')
   kind, batch = 'video_classification' if sort.frames else 'image_classification', min(_BATCH, count)
   c.tasks[name] = config_lib.task(
-      kind, f'own:{name}', batch=batch, target_set='classes', label='label', frames=sort.frames, crop=sort.crop, flip=True)
+      kind, f'own:{name}', batch_size=batch, target_set='classes', label_column='label', num_frames=sort.frames, crop=sort.crop, random_flip=True)
   plan = validate.resolve(c)
   builder = StoredBuilder(None, {'classes': _CLASSES}, sort.pixels, 3, True, False, 0, 0.0)  # no text, so no tokenizer
   examples = builder.build(plan.tasks[0], file_dataset.load(f'own:{name}', folder, 'train'))
-  return Stream(Mixture(plan, {name: examples}, 0, 'mixed', c.model.max_frames, Feed()), steps), batch
+  return Stream(Mixture(plan, {name: examples}, 0, 'all_tasks', c.model.max_num_frames, Feed()), steps), batch

@@ -17,16 +17,16 @@ _RECORDED = {'pictures/s': '14,000', 'clips/s': '90,000 frames a second'}  # fro
 def feeding(context: Context) -> list[Row]:
   """Pictures and clips per second, and the step on real batches against the step on one batch."""
   s, config = context.sizes, context.own_config()
-  config.train.mixture = 'mixed'
+  config.train.mixture = 'all_tasks'
   step = Repeated(context.build(config))
   run, calls, before, counts = step.run, {}, {}, {}
   for t in run.plan.tasks:
-    if t.kind.visual:
+    if t.type.visual:
       stream = Stream(dataclasses.replace(run.mixture(), plan=run.plan.only(t.name)), s.steps)
       clip = stream.shape('pixels')[-4] > 1
-      name = f'{t.name}, batches of {t.batch}'
+      name = f'{t.name}, batches of {t.batch_size}'
       calls[name], before[name] = stream.drain, stream.skip
-      counts[name] = t.batch * s.steps, 'clips/s' if clip else 'pictures/s'
+      counts[name] = t.batch_size * s.steps, 'clips/s' if clip else 'pictures/s'
   alone = interleaved(calls, s.rounds, before=before)
   rows = [Row('input', name, per_second(count, alone[name]), unit,
               note=f'pipeline alone, on all cores; recorded on two cores: {_RECORDED[unit]}')

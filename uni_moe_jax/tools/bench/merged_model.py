@@ -20,10 +20,10 @@ def exported(context: Context) -> list[Row]:
   s, runs = context.sizes, {r: context.synthetic(context.pictures_and_names(router=r)) for r in (DENSE, 'attribute')}
   models = {r: (run.spec.model.spec, init_params(run.spec.model, jax.random.key(0))) for r, run in runs.items()}
   [task] = runs[DENSE].plan.tasks
-  models['merged'] = merged(*models['attribute'], task.kind.conditions)
+  models['merged'] = merged(*models['attribute'], task.type.conditions)
   shape = (s.batch, 1, s.image_size, s.image_size, runs[DENSE].config.model.channels)
   fields = {'pixels': jax.random.normal(jax.random.key(1), shape), 'id': jax.numpy.arange(s.batch, dtype='uint32')}
-  sequence = batching.input_sequence(task.kind, fields)
+  sequence = batching.input_sequence(task.type, fields)
   calls = {name: functools.partial(predictor.encode, UniPerceiver(spec), jax.device_put(params), sequence)
            for name, (spec, params) in models.items()}
   seconds = interleaved(calls, s.rounds)

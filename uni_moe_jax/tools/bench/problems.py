@@ -36,7 +36,7 @@ class Context:
     """A copy of the named config, with fields of config.model changed."""
     c = self.config.copy_and_resolve_references()
     if self.sizes.own_layers:
-      c.model.layers = self.sizes.own_layers
+      c.model.num_layers = self.sizes.own_layers
     c.model.update({'dtype': self.dtype, **model})
     return c
 
@@ -50,8 +50,8 @@ class Context:
   def pictures_and_names(self, **moe: Any) -> ml_collections.ConfigDict:
     """Pictures against their own names: both sides in every step; `moe` as in `tiny`."""
     c = self.tiny(**moe)
-    c.tasks.pair = config_lib.task('image_retrieval', 'synthetic', batch=self.sizes.batch, captions=('name',),
-                                   length=self.sizes.name_tokens)
+    c.tasks.pair = config_lib.task('image_retrieval', 'synthetic', batch_size=self.sizes.batch, caption_templates=('name',),
+                                   max_len=self.sizes.name_tokens)
     return c
 
   def classification(self, published: bool = False) -> ml_collections.ConfigDict:
@@ -59,17 +59,17 @@ class Context:
     c = self.tiny()
     if published:
       presets.published(c)
-    c.sets.names = config_lib.target_set('synthetic/names', family='names', length=self.sizes.name_tokens)
-    c.tasks.classes = config_lib.task('image_classification', 'synthetic', batch=self.sizes.small_batch, target_set='names',
-                                      label='class', smoothing=0.1)
+    c.target_sets.names = config_lib.target_set('synthetic/names', family='names', max_len=self.sizes.name_tokens)
+    c.tasks.classes = config_lib.task('image_classification', 'synthetic', batch_size=self.sizes.small_batch, target_set='names',
+                                      label_column='class', label_smoothing=0.1)
     return c
 
   def captions(self, router: str) -> ml_collections.ConfigDict:
     """A caption model; its vocabulary is only sized here."""
     c = self.tiny(router)
-    c.sets.vocabulary = config_lib.target_set('vocabulary', family='words')
-    c.tasks.caption = config_lib.task('image_caption', 'synthetic', batch=self.sizes.small_batch, target_set='vocabulary',
-                                      captions=('name',), length=self.sizes.words)
+    c.target_sets.vocabulary = config_lib.target_set('vocabulary', family='words')
+    c.tasks.caption = config_lib.task('image_caption', 'synthetic', batch_size=self.sizes.small_batch, target_set='vocabulary',
+                                      caption_templates=('name',), max_len=self.sizes.words)
     return c
 
   def synthetic(self, config: ml_collections.ConfigDict, lengths: Mapping[int, float] | None = None) -> Run:

@@ -90,7 +90,7 @@ class _Update:
 
   def __init__(self, run: Run, clip: float):
     config = run.config.copy_and_resolve_references()
-    config.optim.clip = clip
+    config.optim.grad_clip_norm = clip
     tx = optim.make_optimizer(config, run.shapes.params)[0]
 
     def update(params, moments, gradients):
@@ -116,7 +116,7 @@ def compile_(context: Context) -> list[Row]:
   for i in range(min(s.rounds, _COMPILES)):  # one that has compiled much is slower: neither depth always comes later
     for layers in (small, large) if i % 2 == 0 else (large, small):
       seconds[layers].append(_compile_seconds(context, layers))
-  kinds = sorted({t.kind.name for t in validate.resolve(context.own_config()).tasks})
+  kinds = sorted({t.type.name for t in validate.resolve(context.own_config()).tasks})
   where = f'{len(context.devices)} {context.devices[0].platform} device{"s" * (len(context.devices) > 1)}'
   note = (f"the config's step at D {s.width} on {where}; tracing, lowering and compiling, after one compile that is not counted; "
           f'kinds: {", ".join(kinds)}')
@@ -129,7 +129,7 @@ def compile_(context: Context) -> list[Row]:
 def _compile_seconds(context: Context, layers: int) -> float:
   s = context.sizes
   config = context.own_config(layers=layers, width=s.width, heads=s.heads, hidden=s.hidden)
-  config.train.mixture = 'mixed'
+  config.train.mixture = 'all_tasks'
   run = context.build(config)
   _, batch = next(run.mixture().iterate(0, 1))
   batch, sets = run.put(batch), run.sets()

@@ -49,13 +49,13 @@ class SyntheticData:
     """Random examples; every text has all of the task's tokens."""
     rng, (side, channels) = np.random.default_rng(1), self._pixels
     pixels = tf.constant(rng.integers(0, 256, (_EXAMPLES, 1, side, side, channels), dtype=np.uint8))
-    texts = rng.integers(self.tokenizer.first, self.tokenizer.size, (_EXAMPLES, max(1, task.length)))
+    texts = rng.integers(self.tokenizer.first, self.tokenizer.size, (_EXAMPLES, max(1, task.max_len)))
     texts[:, -1] = self.tokenizer.eot
     texts = tf.constant(texts.astype(np.int32))
 
     def make(ids, hashes):
       fields = {'id': ids, 'pixels': tf.gather(pixels, ids), 'weight': tf.ones([tf.size(ids), 1])}
-      if task.kind.target == 'pair':
+      if task.type.target == 'pair':
         target = tf.gather(texts, ids)
         return {**fields, 'target': target, 'target_valid': tf.ones_like(target, tf.bool), 'text_id': tf.cast(ids, tf.int32)}
       return {**fields, 'label': tf.cast(ids % self.sets[task.target_set].size, tf.int32)[:, None]}

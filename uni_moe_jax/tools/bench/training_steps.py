@@ -61,12 +61,12 @@ def mixed(context: Context) -> list[Row]:
   """The mixed step of the config's tasks, every router against dense."""
   def step(router: str) -> Repeated:
     c = context.own_config()
-    c.moe.router, c.train.mixture = router, 'mixed'
+    c.moe.router, c.train.mixture = router, 'all_tasks'
     return Repeated(context.build(c))
 
   steps = {r: step(r) for r in context.sizes.mixed_routers or (DENSE, *ROUTERS)}
   seconds = interleaved(steps, context.sizes.rounds)
-  note = 'tasks: ' + ', '.join(f'{t.name} {t.batch}' for t in steps[DENSE].run.plan.tasks)
+  note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in steps[DENSE].run.plan.tasks)
   return [Row('mixed', 'dense step', estimate(seconds[DENSE]), 's', note=note)] + [
       Row('mixed', f'{r} / dense', ratio(seconds[r], seconds[DENSE]), 'x', _MIXED.get(r), note)
       for r in steps if r != DENSE]

@@ -13,7 +13,7 @@ import numpy as np
 from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.model.sequences import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
-from uni_moe_jax.tasks.task_types import Kind
+from uni_moe_jax.tasks.task_types import TaskType
 
 LogP = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
@@ -58,7 +58,7 @@ def _continued(hypothesis, log_p: np.ndarray, beams: int, eot: int):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=('temperature', 'spe'))
 def next_word(
-    model: UniPerceiver, kind: Kind, params, pixels: jax.Array, vocabulary: jax.Array, words: jax.Array, t: jax.Array, *,
+    model: UniPerceiver, kind: TaskType, params, pixels: jax.Array, vocabulary: jax.Array, words: jax.Array, t: jax.Array, *,
     temperature: str, spe: int) -> jax.Array:
   """log-probabilities [R, V] of word t, by the forward of training on pixels [R, T, H, W, C] and words int32 [R, n].
 
@@ -66,7 +66,7 @@ def next_word(
     vocabulary: [V, D] normalised features. t: int32 scalar. temperature: its group. spe: id of queries.
   """
   sequence = Sequence(
-      layout=Layout.of_kind(kind), ids=jnp.arange(words.shape[0], dtype=jnp.uint32), pixels=pixels,
+      layout=Layout.of_task_type(kind), ids=jnp.arange(words.shape[0], dtype=jnp.uint32), pixels=pixels,
       text=jnp.concatenate([words, jnp.full_like(words, spe)], axis=1))
 
   def run(m):

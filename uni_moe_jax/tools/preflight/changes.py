@@ -64,7 +64,7 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
   """
   m, shards = config.model, mesh['replica'] * mesh['data'] * mesh['expert']
   if evaluation:
-    fields = tuple((f'evaluators.{n}.batch', e.batch // 2) for n, e in config.evaluators.items() if e.batch > 1)
+    fields = tuple((f'evaluators.{n}.batch_size', e.batch_size // 2) for n, e in config.evaluators.items() if e.batch_size > 1)
     if fields:
       yield Change(fields, 'evaluation in twice as many calls', again=True)
   elif not m.remat:
@@ -80,15 +80,15 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
   gives = not is_inferred or config.mesh.data == -1
   if config.moe.router != 'dense' and mesh['expert'] == 1 and axis > 1 and gives:
     yield Change((*inferred, ('mesh.expert', axis)), 'merged kernels, or tokens, cross the expert axis')
-  trained = [n for n, t in config.tasks.items() if t.batch]
-  if not evaluation and config.train.mixture == 'mixed' and all(
-      config.tasks[n].batch % (2 * fit.unit(config, n, shards)) == 0 for n in trained):
-    yield Change((('train.accum', 2 * config.train.accum),), 'twice as many micro-steps; negatives are those of a micro-step',
+  trained = [n for n, t in config.tasks.items() if t.batch_size]
+  if not evaluation and config.train.mixture == 'all_tasks' and all(
+      config.tasks[n].batch_size % (2 * fit.unit(config, n, shards)) == 0 for n in trained):
+    yield Change((('train.grad_accum_steps', 2 * config.train.grad_accum_steps),), 'twice as many micro-steps; negatives are those of a micro-step',
                  again=True)
-  if mesh['model'] == 1 and m.heads % 2 == m.hidden % 2 == mesh['data'] % 2 == 0 and gives:
+  if mesh['model'] == 1 and m.num_heads % 2 == m.mlp_dim % 2 == mesh['data'] % 2 == 0 and gives:
     yield Change((*inferred, ('mesh.model', 2)), 'activations are reduced twice in every layer')
   less = fit.scaled(config, shards, 0.5)
-  fields = tuple((f'tasks.{n}.batch', less.tasks[n].batch) for n in trained if less.tasks[n].batch < config.tasks[n].batch)
+  fields = tuple((f'tasks.{n}.batch_size', less.tasks[n].batch_size) for n in trained if less.tasks[n].batch_size < config.tasks[n].batch_size)
   if fields and not evaluation:
     yield Change(fields, 'half the batch, where it can be halved: another training', again=True)
 

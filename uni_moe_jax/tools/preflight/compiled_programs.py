@@ -103,10 +103,10 @@ def train_step(run: Run, task: str | None, where: Topology | None = None) -> Pro
   """The training step of the whole mixture, or of one task.
 
   Args:
-    run: see `prepare`. task: of a 'sampled' mixture; None: all of them. where: TPUs; None: what this process has.
+    run: see `prepare`. task: of a 'one_task' mixture; None: all of them. where: TPUs; None: what this process has.
   """
   name = 'train step' if task is None else f'train step, {task}'
-  return _program(name, sum(t.batch for t in _trained(run, task)), run, task, where, *state_bytes(run))
+  return _program(name, sum(t.batch_size for t in _trained(run, task)), run, task, where, *state_bytes(run))
 
 
 def lowered(run: Run, which: Which) -> jax.stages.Lowered:
@@ -124,11 +124,11 @@ def _trained(run: Run, task: str | None) -> Sequence[TaskSpec]:
 
 def steps(run: Run) -> list[str | None]:
   """What one program each is compiled for: None of a mixed step; of a sampled mixture, per kind, the task with most tokens."""
-  if run.config.train.mixture == 'mixed':
+  if run.config.train.mixture == 'all_tasks':
     return [None]
   heaviest: dict[str, TaskSpec] = {}
   for t in sorted(run.plan.tasks, key=lambda t: _tokens(run, t)):
-    heaviest[t.kind.name] = t
+    heaviest[t.type.name] = t
   return [t.name for t in heaviest.values()]
 
 
@@ -141,12 +141,12 @@ def evaluation(run: Run, where: Topology | None = None) -> Program:
 def evaluated(run: Run) -> tuple[str, int, Any]:
   """(what, how many rows, the shapes of the sequence) of what evaluators encode at once and has most tokens: the inputs of a
   batch, or texts of a target set. A run without evaluators is asked the tasks that it trains, in their batches."""
-  asked = [dataclasses.replace(e.task, batch=e.batch) for e in run.plan.evaluations] or run.plan.tasks
+  asked = [dataclasses.replace(e.task, batch_size=e.batch_size) for e in run.plan.evaluations] or run.plan.tasks
   task = max(asked, key=lambda t: _tokens(run, t))
-  fields = {k: jax.ShapeDtypeStruct((task.batch, *shape), dtype)
+  fields = {k: jax.ShapeDtypeStruct((task.batch_size, *shape), dtype)
             for k, (shape, dtype) in _fields(run, task, training=False).items() if k in predictor.INPUTS}
-  of_inputs = jax.eval_shape(lambda f: batching.input_sequence(task.kind, f), fields)
-  found = [(_tokens(run, task), task.kind.name, task.batch, of_inputs)]
+  of_inputs = jax.eval_shape(lambda f: batching.input_sequence(task.type, f), fields)
+  found = [(_tokens(run, task), task.type.name, task.batch_size, of_inputs)]
   specs = {s.name: s for s in (*run.plan.sets, *run.plan.probe_sets)}
   for name in sorted({t.target_set for t in asked if t.target_set}):
     texts = lambda: predictor.set_sequences(specs[name], run.data.sets[name], run.data.tokenizer.eot)
@@ -159,7 +159,7 @@ def evaluated(run: Run) -> tuple[str, int, Any]:
 
 def batch_shapes(run: Run, tasks: Sequence[TaskSpec]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
   """Shapes and shardings of a batch, as `Run.put` places it: {group: {field: [accum,] shards, b, …}}."""
-  accum, shards = run.config.train.accum, run.spec.model.shards
+  accum, shards = run.config.train.grad_accum_steps, run.spec.model.shards
   axis = 0 if accum == 1 else 1
   groups: dict[str, list[TaskSpec]] = {}
   for t in tasks:
@@ -167,7 +167,7 @@ def batch_shapes(run: Run, tasks: Sequence[TaskSpec]) -> dict[str, dict[str, jax
   batch = {}
   for group, members in groups.items():
     lead = (accum,) * axis
-    rows = sum(t.batch for t in members) // (accum * shards)
+    rows = sum(t.batch_size for t in members) // (accum * shards)
     fields = {k: jax.ShapeDtypeStruct((*lead, shards, rows, *shape), dtype, sharding=sharding.batch_sharding(run.mesh, axis))
               for k, (shape, dtype) in _fields(run, members[0], training=True).items()}
     if 'pixels' in fields:
@@ -182,8 +182,8 @@ def _fields(run: Run, task: TaskSpec, training: bool) -> Mapping[str, tuple[tupl
   make = run.data.examples(task, training=training).make
   traced = tf.function(make).get_concrete_function(tf.TensorSpec([2], tf.int64), tf.TensorSpec([2], tf.uint64))
   found = {k: (tuple(v.shape[1:]), np.dtype(v.dtype.as_numpy_dtype)) for k, v in traced.structured_outputs.items()}
-  if training and task.mixes or task.kind.readout == 'slot' and task.picks:  # two classes, or several answers
-    found |= {k: ((2 if task.mixes else task.picks,), found[k][1]) for k in ('label', 'weight')}
+  if training and task.mixes or task.type.readout == 'slot' and task.max_predictions:  # two classes, or several answers
+    found |= {k: ((2 if task.mixes else task.max_predictions,), found[k][1]) for k in ('label', 'weight')}
   return {**found, 'id': ((), np.dtype(np.uint32))}
 
 
@@ -192,7 +192,7 @@ def _tokens(run: Run, task: TaskSpec) -> int:
   fields, spec = _fields(run, task, training=True), run.spec.model.spec
   frames = fields['pixels'][0][0] if 'pixels' in fields else 0
   words = sum(fields[k][0][0] for k in ('text', 'target') if k in fields)
-  return task.batch * (1 + frames * spec.patches + words)
+  return task.batch_size * (1 + frames * spec.patches + words)
 
 
 def set_shapes(run: Run):

@@ -32,21 +32,21 @@ class Largest:
 def unit(config: ml_collections.ConfigDict, task: str, shards: int) -> int:
   """What a task's batch must be a multiple of: micro-steps × batch shards, × 2 where examples of a shard are mixed in pairs."""
   t = config.tasks[task]
-  return shards * config.train.accum * (2 if t.mixup or t.cutmix else 1)
+  return shards * config.train.grad_accum_steps * (2 if t.mixup_alpha or t.cutmix_alpha else 1)
 
 
 def examples(config: ml_collections.ConfigDict, shards: int, tasks: Iterable[str]) -> int:
   """Examples of these tasks that a device has in a micro-step."""
-  return sum(config.tasks[name].batch for name in tasks) // (shards * config.train.accum)
+  return sum(config.tasks[name].batch_size for name in tasks) // (shards * config.train.grad_accum_steps)
 
 
 def scaled(config: ml_collections.ConfigDict, shards: int, factor: float) -> ml_collections.ConfigDict:
   """A copy whose batches are as near to `factor` times these as the mesh allows, and nowhere zero."""
   out = config.copy_and_resolve_references()
   for name, t in out.tasks.items():
-    if t.batch:
+    if t.batch_size:
       whole = unit(config, name, shards)
-      t.batch = max(1, round(t.batch * factor / whole)) * whole
+      t.batch_size = max(1, round(t.batch_size * factor / whole)) * whole
   return out
 
 

@@ -60,7 +60,7 @@ def _largest(compiler: Compiler, config: Config, task: str | None, step: Program
   """The largest batch of a mixed step, or of the step of one task of a sampled mixture, with all others in proportion."""
   mesh = compiler.mesh(config)
   shards = math.prod(mesh[axis] for axis in sharding.BATCH_AXES)
-  counted = [name for name, t in config.tasks.items() if t.batch and task in (None, name)]
+  counted = [name for name, t in config.tasks.items() if t.batch_size and task in (None, name)]
   own = fit.examples(config, shards, counted)
   at = lambda n: fit.scaled(config, shards, n / own)
   return fit.largest(
@@ -70,23 +70,23 @@ def _largest(compiler: Compiler, config: Config, task: str | None, step: Program
 
 
 def for_tpu(config: Config) -> Config:
-  """A config whose `moe.grouped` does not depend on the devices of this process, which are none of the topology's.
+  """A config whose `moe.gmm` does not depend on the devices of this process, which are none of the topology's.
 
   On a TPU 'auto' takes the megablox kernel, which is compiled where there is one. Here XLA's own products stand for it: the same
   products on as many rows. Which ones is said where tokens are dispatched: training may have a capacity, evaluation has none.
   """
   out = config.copy_and_resolve_references()
-  if config.moe.router in validate.DISPATCHED and config.moe.grouped in ('auto', 'megablox'):
-    out.moe.grouped = 'xla'
+  if config.moe.router in validate.DISPATCHED and config.moe.gmm in ('auto', 'megablox'):
+    out.moe.gmm = 'xla'
   return out
 
 
 def _assumed(config: Config, plan: Plan, data: Any, where: Topology) -> tuple[str, ...]:
   """What stands for data that was not read, and for programs that were not made."""
   found = [f'{s.name} {data.sets[s.name].size:,} entries' for s in plan.sets]
-  frames = {t.name: config.declared.frames.get(t.name, t.frames or 1) for t in plan.tasks if t.kind.visual}
+  frames = {t.name: config.preflight.num_frames.get(t.name, t.num_frames or 1) for t in plan.tasks if t.type.visual}
   clips = [f'{name} {n} frames' for name, n in frames.items() if n > 1]
-  grouped = [f'grouped products as {config.moe.grouped}'] if config.moe.router in validate.DISPATCHED else []
-  captions = ['the search for captions is not compiled'] if any(e.kind == 'caption' for e in plan.evaluations) else []
+  grouped = [f'grouped products as {config.moe.gmm}'] if config.moe.router in validate.DISPATCHED else []
+  captions = ['the search for captions is not compiled'] if any(e.type == 'caption' for e in plan.evaluations) else []
   sizes = ['sizes of programs by their fusions'] if where.is_tpu else []
   return tuple(found + clips + grouped + captions + sizes)
