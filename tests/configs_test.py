@@ -102,7 +102,7 @@ class EveryConfigTest(parameterized.TestCase):
 
   @parameterized.parameters(*_FILES)
   def test_it_has_no_field_that_the_base_lacks(self, path):
-    open_ended = ('declared', 'kinds', 'families', 'sets', 'tasks', 'evaluators')  # the config's own names
+    open_ended = ('preflight', 'task_types', 'target_families', 'target_sets', 'tasks', 'evaluators')  # the config's own names
     own = {k for k in _flat(_get(path)) if not k.startswith(tuple(f'{s}.' for s in open_ended))}
     self.assertEqual(own - set(_flat(config.base())), set())
 
@@ -148,17 +148,17 @@ class PretrainTest(parameterized.TestCase):
     self.assertEqual(table['cc12m_caption'], (300, 1.0, 0.5057))
     self.assertEqual(table['cc12m_retrieval'], (512, 0.5, 0.5057))
     second = self._get('base-attribute-2-sampled').tasks
-    self.assertEqual([second[n].batch // 64 for n in ('imagenet21k', 'kinetics700', 'moments', 'yfcc_caption', 'yfcc_retrieval')],
+    self.assertEqual([second[n].batch_size // 64 for n in ('imagenet21k', 'kinetics700', 'moments', 'yfcc_caption', 'yfcc_retrieval')],
                      [440, 12, 68, 200, 320])
-    self.assertEqual((second.kinetics700.sampling, second.moments.sampling), (1.0, 0.2))
+    self.assertEqual((second.kinetics700.sampling_weight, second.moments.sampling_weight), (1.0, 0.2))
 
   def test_a_mixed_step_weighs_and_fills_by_how_often_tasks_would_be_drawn(self):
     sampled, mixed = (self._get(f'base-attribute-1{m}').tasks for m in ('-sampled', ''))
     total = 2.486 + 0.76 + 0.44 + 2.75 + 2 * (0.584 + 0.5057 + 0.26295 + 0.1766 + 0.1144 + 0.1383)
     for name, t in mixed.items():
-      share = sampled[name].sampling / total
-      self.assertAlmostEqual(t.loss_weight, sampled[name].weight * share)
-      self.assertLessEqual(abs(t.batch_size - sampled[name].batch * share), 256, name)
+      share = sampled[name].sampling_weight / total
+      self.assertAlmostEqual(t.loss_weight, sampled[name].loss_weight * share)
+      self.assertLessEqual(abs(t.batch_size - sampled[name].batch_size * share), 256, name)
       self.assertEqual(t.batch_size % (512 if name == 'imagenet21k' else 256), 0, name)  # mixed in pairs
     self.assertEqual(mixed.bookswiki.batch_size, 8960)  # 0.275 · 512 · 64 = 9011
 

@@ -37,10 +37,10 @@ class Case:
   """What is computed: the router, the tasks of the step, and fields of the config that differ."""
   router: str
   tasks: tuple[str, ...]
-  layers: int = 2
+  num_layers: int = 2
   remat: bool = False
-  capacity: float = 0.0
-  accum: int = 1
+  capacity_factor: float = 0.0
+  grad_accum_steps: int = 1
   dtype: str = 'float32'
   drop_path: float = 0.0
 

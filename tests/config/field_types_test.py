@@ -48,11 +48,11 @@ def test_right_ones_pass():
     ('tasks.name.caption_templates', [3], r'config\.tasks\.name\.caption_templates\[0\]=3 must be a text'),
     ('tasks.shape', None, r'config\.tasks\.shape=None must be a section with the fields '),
     ('tasks', [], r'config\.tasks=\(\) must be a section of named entries'),
-    ('sets.classes.entries', 3, r'config\.target_sets\.classes\.entries=3 must be a name or a tuple of texts'),
-    ('sets.classes.entries', [[3]], r'config\.target_sets\.classes\.entries\[0\]\[0\]=3 must be a text'),
+    ('target_sets.classes.entries', 3, r'config\.target_sets\.classes\.entries=3 must be a name or a tuple of texts'),
+    ('target_sets.classes.entries', [[3]], r'config\.target_sets\.classes\.entries\[0\]\[0\]=3 must be a text'),
     ('data.dir', 'gs://b/data', r"config\.data\.dir='gs://b/data' is an address, and must be a path; mount the bucket"),
     ('tasks.shape.source', 'gs://b/x', r"config\.tasks\.shape\.source='gs://b/x' is an address"),
-    ('sets.classes.entries', 'file:gs://b/x', r"config\.target_sets\.classes\.entries='file:gs://b/x' is an address"),
+    ('target_sets.classes.entries', 'file:gs://b/x', r"config\.target_sets\.classes\.entries='file:gs://b/x' is an address"),
     ('train', 'fast', r"config\.train='fast' must be a section with the fields "),
     ('train.stpes', 3, r"config\.train\.stpes: the config has no such field; did you mean 'steps'"),
     ('tasks.shape.bacth', 3, r"config\.tasks\.shape\.bacth: the config has no such field; did you mean 'batch'"),
@@ -70,7 +70,7 @@ def test_the_field_is_named(path, value, said):
 
 def test_a_missing_field_is_named_with_its_default():
   tree = _plain()
-  del tree['train']['accum']
+  del tree['train']['grad_accum_steps']
   with pytest.raises(ValueError, match=r'config\.train\.grad_accum_steps is missing; its default is 1\.'):
     _check(tree)
 

@@ -51,13 +51,13 @@ def _row(evaluator: str) -> dict:
 def test_experts_of_one_condition_are_merged_into_a_dense_model():
   trained = small_model.spec('attribute', placement='every_2')
   said = _card(trained, 'image_classification')
-  assert 'Trained with router attribute, 4 experts, 2 per token, in layers 0, 2 (of 0…2): attention and ffn. Its exp' in said
+  assert 'Trained with router attribute, 4 experts, 2 per token, in layers 0, 2 (of 0…2): attention and mlp. Its exp' in said
   assert 'what is left is a plain dense model' in said and 'never' not in said
   found = _manifest(trained, 'image_classification')
   assert found['trained'] == {'dtype': 'float32', 'router': 'attribute', 'layers': [0, 2], 'num_experts': 4, 'top_k': 2,
-                              'placement': 'every_2', 'parts': ['attention', 'mlp']}
+                              'placement': 'every_2', 'sublayers': ['attention', 'mlp']}
   # A dense model has none of these.
-  assert not {'num_experts', 'top_k', 'placement', 'parts', 'kernels', 'router_names'} & set(found['model'])
+  assert not {'num_experts', 'top_k', 'placement', 'sublayers', 'kernels', 'router_names'} & set(found['model'])
   assert found['model']['router'] == 'dense'
 
 
@@ -72,7 +72,7 @@ def test_several_conditions_have_several_kernels():
 def test_a_router_that_looks_at_tokens_is_still_there():
   trained = small_model.spec('context')
   said = _card(trained, 'image_classification', left=trained)
-  assert 'Trained with router context, 4 experts, 2 per token, in all layers: attention and ffn. Its router (context) looks' in said
+  assert 'Trained with router context, 4 experts, 2 per token, in all layers: attention and mlp. Its router (context) looks' in said
 
 
 @pytest.mark.parametrize('trained', [small_model.spec('dense'), small_model.spec('attribute', placement='none')])

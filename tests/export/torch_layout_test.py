@@ -84,7 +84,7 @@ def test_a_convolution_becomes_rows_by_row_column_and_colour():
 
 def _small(router: str = 'attribute', **changes):
   """(spec, its published state dict) of a small model."""
-  spec = small_model.spec(router, **{'temperatures': ('caption',), 'spatial': 'stored', **changes})
+  spec = small_model.spec(router, **{'temperature_groups': ('caption',), 'posemb': 'frozen', **changes})
   return spec, torch_layout.to_torch(small_model.params(spec), spec)[0]
 
 
@@ -158,7 +158,7 @@ def test_position_tables_of_another_size_are_interpolated():
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'router': 'task', 'router_names': ('a',)}, "router='task' has no place"), ({'temperatures': ('mine',)}, "'mine' has no place")])
+    ({'router': 'task', 'router_names': ('a',)}, "router='task' has no place"), ({'temperature_groups': ('mine',)}, "'mine' has no place")])
 def test_what_the_published_layout_cannot_hold_is_refused(changes, message):
   with pytest.raises(LayoutError, match=message):
     torch_layout.entries(small_model.spec(**changes))

@@ -39,7 +39,7 @@ def test_no_generated_file_of_data_gets_past_the_boundary(tmp_path):
 ], ids=['a picture that TensorFlow cannot read', 'a clip without frames', 'a good row that is lost'])
 def test_what_data_may_not_do_is_found(tmp_path, monkeypatch, kind, planted, said):
   name, stand_in = planted
-  monkeypatch.setattr(f'uni_moe_jax.data.{name}', stand_in)
+  monkeypatch.setattr(f'uni_moe_jax.data.files.{name}', stand_in)
   result = inputs.through_boundary(60, 0, tmp_path, {kind: bad_files.KINDS[kind]})
   assert any(said in finding for finding in result.findings)
 

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from tests import small_model
 from uni_moe_jax.model import routing
-from uni_moe_jax.model.spec import PARTS, ModelSpec
+from uni_moe_jax.model.spec import PARTS, ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import dispatch, routers
 
 _BOTH = ('token', 'context')
@@ -188,7 +188,7 @@ class PlacementTest(parameterized.TestCase):
       self.assertEqual([f.shape for f in jax.eval_shape(run, shapes)], [(2, 3, 16)])
       for layer, here in enumerate(spec.pattern):
         subtree, _, block = spec.stack.locate(layer)
-        self.assertEqual({p for p in PARTS if f'{p}_router' in shapes['encoder'][subtree][block]}, set(here))
+        self.assertEqual({p for p in PARTS if ROUTER_PARAMS[p] in shapes['encoder'][subtree][block]}, set(here))
 
 
 class UsageTest(absltest.TestCase):

@@ -22,8 +22,8 @@ def _spec(router: str, **changes):
 class ForConditionsTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      ('attribute', {}, _VQA[::-1]), ('task', {'placement': 'every_2', 'layers': 5}, _KIND.conditions),
-      ('modality', {'parts': ('mlp',), 'prompts': 2}, _VQA[::-1]))
+      ('attribute', {}, _VQA[::-1]), ('task', {'placement': 'every_2', 'num_layers': 5}, _KIND.conditions),
+      ('modality', {'sublayers': ('mlp',), 'prompts': 2}, _VQA[::-1]))
   def test_features_are_those_of_the_model_with_experts(self, router, changes, others):
     spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
 

@@ -9,7 +9,7 @@ from tests import small_model
 from uni_moe_jax.model import uni_perceiver
 from uni_moe_jax.model.sequences import READ_NOTHING, Layout, Stream, join_equal, take_rows
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.tasks.task_types import TaskType, Segment
+from uni_moe_jax.tasks.task_types import Segment, TaskType
 
 _TEXT = Layout.of_task_type(task_types.TASK_TYPES['text_mlm'])
 

@@ -91,7 +91,7 @@ class StackTest(parameterized.TestCase):
   def test_the_stack_has_as_many_layers_as_the_pattern(self):
     for layers in range(1, 12):
       for placement in ('all', 'every_2', 'every_4'):
-        self.assertEqual(small_model.spec(num_layers=layers, placement=placement).stack.layers, layers)
+        self.assertEqual(small_model.spec(num_layers=layers, placement=placement).stack.num_layers, layers)
 
 
 class SizesTest(absltest.TestCase):

@@ -99,7 +99,7 @@ def model_spec(model: str, prefix_is_word: bool = False, **changes: Any) -> Mode
   moe, special, prompt = m['moe'], m['special_ids'], m['prompt']
   assert m['share_layernorm'] and m['layer_scale'] and m['output_proj'] and m['ln_eps'] == 1e-5, m
   spec = ModelSpec(
-      num_layers=m['layers'], width=m['hidden'], num_heads=m['heads'], mlp_dim=m['mlp'], vocab_size=m['vocab'],
+      num_layers=m['layers'], width=m['hidden'], num_heads=m['heads'], mlp_dim=m['ffn'], vocab_size=m['vocab'],
       spe_id=special['<|spe|>'], image_size=m['image'], patch_size=m['patch'], max_num_frames=m['max_frames'],
       max_text_len=m['text_pos_max_len'], posemb='frozen',
       prefix_word=special[_SPE_WORD] if prefix_is_word or not m['OLD_CHECKPONT'] else None,

@@ -124,7 +124,7 @@ def _check_attributes(found: np.ndarray | None, conditions) -> None:
 def step_spec(name: str, tasks_: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...], **changes: Any) -> StepSpec:
   """Static arguments of the step, with the published choices."""
   plan = Plan(task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
-              temperatures=fixtures.model_spec(name).temperatures, encode_all_sets=True)
+              temperatures=fixtures.model_spec(name).temperature_groups, encode_all_sets=True)
   spec = StepSpec(
       model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, rate=None, grad_accum_steps=1, ema_decay=0.0,
       eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'], contrastive_reduction='sum',

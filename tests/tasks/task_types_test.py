@@ -5,7 +5,7 @@ import dataclasses
 from absl.testing import absltest, parameterized
 
 from uni_moe_jax.tasks import attributes, task_types
-from uni_moe_jax.tasks.task_types import TaskType, Segment
+from uni_moe_jax.tasks.task_types import Segment, TaskType
 from uni_moe_jax.utils import suggest
 
 _VISUAL, _TEXT, _WORDS = Segment('visual'), Segment('text'), Segment('text', 'two_stream')

@@ -31,9 +31,9 @@ ALL = (finetuning.finetune, finetuning.prompt_tune, finetuning.zero_shot)
 @pytest.mark.parametrize('task', ['digits', 'clip_caption', 'clip_name', 'shape', 'caption'])
 def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, regime, task):
   c, old = regime(f'{run},{task}'), workdir.load_config(run)
-  for section in ('moe', 'tokenizer', 'data', 'kinds'):
+  for section in ('moe', 'tokenizer', 'data', 'task_types'):
     assert c[section].to_dict() == old[section].to_dict()
-  added = ('prompts', 'prompt_sides', 'spe_bias', 'temperatures')
+  added = ('num_deep_prompts', 'prompt_sharing', 'spe_bias', 'extra_temperature_groups')
   assert all(c.model[k] == v for k, v in old.model.items() if k not in added)
   assert (c.train.init, list(c.tasks), c.train.ema_decay, c.seed) == (run, [task], 0.0, 0)
   if task != 'caption':  # the run does not evaluate it

@@ -27,7 +27,7 @@ EVERY, CAUSAL, PAIR = ('shape', 'text', 'caption', 'pair'), ('caption', 'pair'),
 
 def _full(router: str, tasks: tuple[str, ...] = CAUSAL, **changes) -> Case:
   capacity = meshes.ROOM_FOR_ALL if router in ('token', 'context') else 0.0
-  return Case(router, tasks, **{**dict(num_layers=3, remat=True, capacity=capacity), **changes})
+  return Case(router, tasks, **{**dict(num_layers=3, remat=True, capacity_factor=capacity), **changes})
 
 
 def _assert_equal(case: Case, mesh: str):

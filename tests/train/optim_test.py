@@ -182,8 +182,8 @@ def test_the_factor_of_gates_leaves_frozen_ones_frozen():
   assert rules['ffn_router']['gate'].frozen
 
 
-def _rate(t, schedule='cosine', final=.2, warmup=4):
-  c = _config(schedule=schedule, final_lr_fraction=final, warmup_steps=warmup)
+def _rate(t, schedule='cosine', final_lr_fraction=.2, warmup_steps=4):
+  c = _config(schedule=schedule, final_lr_fraction=final_lr_fraction, warmup_steps=warmup_steps)
   c.train.steps = 12
   return float(optim.schedule(c)(t))
 

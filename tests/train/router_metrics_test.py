@@ -22,7 +22,7 @@ FACTORS = {'balance': .5, 'importance': .25, 'z': .125}
 def _run() -> train_run.Run:
   c = tiny.config('shape', data_dir=tiny.data_dir())
   c.model.num_layers = 1
-  c.moe.update(dict(router='token', gmm='batched', capacity_factor=.75, **{f'{n}_loss': f for n, f in FACTORS.items()}))
+  c.moe.update(dict(router='token', gmm='batched', capacity_factor=.75, **{f'{n}_loss_weight': f for n, f in FACTORS.items()}))
   return train_run.build(c, jax.devices()[:1])
 
 

@@ -292,10 +292,10 @@ def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
   assert rows['package']['weight'].tolist() == [[1.], [2.5]]
 
 
-def _mlm(labels, weights, samples):
+def _mlm(labels, weights, num_sampled):
   """(spec, batch) of a masked-language task whose vocabulary has room for `samples` words."""
   plan = _set_run().plan.only('text')
-  plan = dataclasses.replace(plan, sets=(dataclasses.replace(plan.sets[0], num_sampled=samples),))
+  plan = dataclasses.replace(plan, sets=(dataclasses.replace(plan.sets[0], num_sampled=num_sampled),))
   spec = dataclasses.replace(_set_run().spec, plan=plan, grad_accum_steps=1)
   fields = {'label': np.array(labels)[None], 'weight': np.array(weights, np.float32)[None]}
   return spec, {'text_mlm': fields}

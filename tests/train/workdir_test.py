@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
+import uni_moe_jax
 from tests import tiny
-from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
 from uni_moe_jax.train import workdir
 
 
@@ -94,59 +93,25 @@ def test_a_folder_without_a_run_names_the_command(tmp_path):
     workdir.load_config(tmp_path)
 
 
-def _written_before(tmp_path):
-  """A config whose file lacks fields of a section, of every task, of a set and of an evaluator: they are younger."""
-  c = tiny.config('shape', 'pair', data_dir='/somewhere')
-  c.evaluators.top = config_lib.evaluator('classification', 'shape', split='test')
-  workdir.claim_workdir(tmp_path, c, 'print')
+@pytest.mark.parametrize('version, name', [(None, '0.1'), ('0.1.9', '0.1.9'), ('0.3.0', '0.3.0')])
+@pytest.mark.parametrize('read', [
+    workdir.load_config, lambda path: workdir.claim_workdir(path, tiny.config('shape', data_dir='/somewhere'), 'print'),
+    workdir.check_versions])
+def test_a_work_directory_of_another_version_is_refused(tmp_path, version, name, read):
+  _claimed(tmp_path)
   path = tmp_path / workdir.CONFIG_FILE
   written = json.loads(path.read_text())
-  fields = written['config']
-  for task in fields['tasks'].values():
-    del task['sampling']
-  del fields['model']['video_mean'], fields['train']['twins'], fields['mesh']
-  del fields['sets']['shapes']['samples'], fields['evaluators']['top']['number']
-  del fields['model']['prompts'], fields['model']['prefix_prompts'], fields['sets']['shapes']['label_prompts']
-  fields['optim']['rules'] = [r for r in fields['optim']['rules'] if 'prompts/' not in r[0]]
-  fields['model']['prefix'] = 'spe'  # as it was called before a word could have this name
-  path.write_text(json.dumps(written))
-  return c
+  del written['uni_moe_jax']
+  path.write_text(json.dumps(written if version is None else {**written, 'uni_moe_jax': version}))
+  with pytest.raises(ValueError, match=f'was written by uni_moe_jax {name}, and this is {uni_moe_jax.__version__}'):
+    read(tmp_path)
 
 
-def test_a_config_of_an_earlier_version_gets_the_defaults_of_younger_fields(tmp_path):
-  c = _written_before(tmp_path)
-  loaded = workdir.load_config(tmp_path)
-  assert (loaded.model.video_mean, loaded.train.mask_duplicate_texts, loaded.tasks.pair.sampling_weight) == ((), 'masked', 0.)
-  assert loaded.to_dict() == c.to_dict()
-  assert validate.resolve(loaded) == validate.resolve(c)
-
-
-def test_a_run_of_an_earlier_version_goes_on(tmp_path):
-  c = _written_before(tmp_path)
-  for fingerprint in ('print', None):
-    workdir.claim_workdir(tmp_path, c, fingerprint)
-
-
-def test_rules_of_an_earlier_run_with_a_head_stay_as_they_were(tmp_path):
-  # There the rule that prompts and heads have got since then would change what trains.
-  c = _written_before(tmp_path)
+def test_a_work_directory_of_a_release_with_the_same_format_is_read(tmp_path):
+  _claimed(tmp_path)
   path = tmp_path / workdir.CONFIG_FILE
-  written = json.loads(path.read_text())
-  written['config']['tasks']['shape']['head'] = True
-  path.write_text(json.dumps(written))
-  assert len(workdir.load_config(tmp_path).optim.param_groups) == len(c.optim.param_groups) - 1
-
-
-@pytest.mark.parametrize('change, said', [
-    (lambda c: c.train.update(mask_duplicate_texts=False), "train.mask_duplicate_texts: 'masked' → 'negatives'"),
-    (lambda c: c.tasks.pair.update(sampling_weight=2.), 'tasks.pair.sampling_weight: 0.0 → 2.0'),
-    (lambda c: c.model.update(video_mean=(.5,)), r'model.video_mean: \[\] → \[0.5\]')
-], ids=['section', 'task', 'tuple'])
-def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_only(tmp_path, change, said):
-  c = _written_before(tmp_path)
-  change(c)
-  with pytest.raises(ValueError, match=f'belongs to a run with another config .*{said}'):
-    workdir.claim_workdir(tmp_path, c, 'print')
+  path.write_text(json.dumps({**json.loads(path.read_text()), 'uni_moe_jax': '0.2.99'}))
+  workdir.load_config(tmp_path)
 
 
 def _begun_with(tmp_path, **changed):

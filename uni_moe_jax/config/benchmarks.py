@@ -68,7 +68,7 @@ def pretraining(c: ml_collections.ConfigDict) -> None:
   for name, batch, frames, sampling in (('kinetics700', 64, 4, 0.76), ('moments', 112, 3, 0.44)):
     c.tasks[name] = _task(
         'video_classification', f'own:{name}', batch_size=batch, loss_weight=0.1, sampling_weight=sampling, target_set=name, label_column='label',
-        label_smoothing=_SMOOTHING, num_frames=num_frames, **_CLIP)
+        label_smoothing=_SMOOTHING, num_frames=frames, **_CLIP)
   c.tasks.bookswiki = _task(
       'text_mlm', 'own:bookswiki', batch_size=512, loss_weight=0.5, sampling_weight=2.75, target_set=words, max_len=128, max_predictions=20)
   for name, p in PRETRAINING_PAIRS.items():

@@ -112,7 +112,7 @@ class Plan:
   def only(self, task_name: str) -> 'Plan':
     """The plan of a step that holds one task, with the sets that it needs."""
     chosen = next(t for t in self.tasks if t.name == task_name)
-    if not chosen.sampling:  # its weight is how often it is drawn: it counts once
+    if not chosen.sampling_weight:  # its weight is how often it is drawn: it counts once
       chosen = dataclasses.replace(chosen, loss_weight=1.0)
     sets = tuple(s for s in self.sets if self.encode_all_sets or s.name == chosen.target_set)
     return dataclasses.replace(self, tasks=(chosen,), sets=sets)

@@ -14,7 +14,7 @@ _CANDIDATES = 5000  # of a retrieval over own data, as published ones have at mo
 UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
 # Published normalisation of pictures; video has 0.5 for both.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZES = {  # layers, width, heads, hidden
+SIZES = {  # num_layers, width, num_heads, mlp_dim
     'tiny': (12, 192, 3, 768), 'small': (12, 384, 6, 1536), 'base': (12, 768, 12, 3072), 'large': (24, 1024, 16, 4096)}
 
 
@@ -51,7 +51,7 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
 
 def published_size(c: ml_collections.ConfigDict, size: str) -> None:
   """Depth and widths of a published model, a key of `SIZES`."""
-  c.model.update(dict(zip(('layers', 'width', 'heads', 'hidden'), SIZES[size])))
+  c.model.update(dict(zip(('num_layers', 'width', 'num_heads', 'mlp_dim'), SIZES[size])))
 
 
 def prompt_tune(c: ml_collections.ConfigDict, prompts: int = 8, sides: str = 'shared') -> None:

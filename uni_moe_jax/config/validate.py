@@ -56,14 +56,14 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   sets = tuple(_resolve_set(name, s, families) for name, s in c.target_sets.items())
   trained = {name for name, t in c.tasks.items() if t.batch_size != 0}
   if not trained and not (c.train.init and c.evaluators):
-    raise ValueError('config.tasks has no task with batch > 0; add one with config.task(…). To evaluate another run as it is, '
+    raise ValueError('config.tasks has no task with batch_size > 0; add one with config.task(…). To evaluate another run as it is, '
                      'name it in config.train.init and give config.evaluators.')
   shapes: dict[str, set[tuple[int, ...]]] = {}
   for name in trained:
     shapes.setdefault(c.tasks[name].type, set()).add(_shape(c.tasks[name]))
   headed = [name for name, t in c.tasks.items() if t.linear_head]
   if len(headed) > 1:
-    raise ValueError(f'config.tasks: {" and ".join(headed)} both have head=True; one task at most has a linear head.')
+    raise ValueError(f'config.tasks: {" and ".join(headed)} both have linear_head=True; one task at most has a linear head.')
   by_name = {s.name: s for s in sets}
   resolved = tuple(_resolve_task(name, t, kinds, by_name, c, shapes) for name, t in c.tasks.items())
   tasks = tuple(t for t in resolved if t.name in trained)
@@ -132,7 +132,7 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   _choose('model.dtype', m.dtype, ('float32', 'bfloat16'))
   _choose('moe.router', moe.router, (*MERGED, *DISPATCHED))
   _choose('moe.gmm', moe.gmm, GROUPED)
-  of_tokens = dict(capacity=0.0, balance_loss=0.0, importance_loss=0.0, z_loss=0.0)
+  of_tokens = dict(capacity_factor=0.0, balance_loss_weight=0.0, importance_loss_weight=0.0, z_loss_weight=0.0)
   _at_least(c, 'moe', dict(num_experts=1, noise_std=0.0, **of_tokens))
   for name in of_tokens if moe.router in MERGED else ():
     if moe[name]:
@@ -157,8 +157,11 @@ def _check_tokenizer(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_train(c: ml_collections.ConfigDict) -> None:
-  _at_least(c, 'train', dict(steps=1, accum=1, log_every=1, save_every=1, keep=1, max_bad_steps=1, interference_every=0, watchdog=0.0))
-  _at_least(c, 'optim', dict(learning_rate=0.0, warmup=0, clip=0.0, final=0.0, gate_factor=0.0, b1=0.0, b2=0.0))
+  _at_least(c, 'train', dict(
+      steps=1, grad_accum_steps=1, log_every=1, checkpoint_every=1, max_to_keep=1, max_nonfinite_steps=1, interference_every=0,
+      hang_timeout=0.0))
+  _at_least(c, 'optim', dict(
+      learning_rate=0.0, warmup_steps=0, grad_clip_norm=0.0, final_lr_fraction=0.0, router_lr_multiplier=0.0, b1=0.0, b2=0.0))
   _above_zero(c, 'optim', 'eps')
   for name in ('b1', 'b2'):
     if c.optim[name] >= 1:
@@ -205,7 +208,7 @@ def _check_declared(c: ml_collections.ConfigDict) -> None:
         isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in entries)
     if not whole or not entries or any(not 2 <= tokens <= longest or number < 1 for tokens, number in entries):
       raise ValueError(f'config.preflight.target_lengths.{name}={entries!r} must hold (tokens, entries) pairs, tokens in 2…config.target_sets.'
-                       f'{name}.length={longest}, entries at least 1; for example (({longest}, 1000),).')
+                       f'{name}.max_len={longest}, entries at least 1; for example (({longest}, 1000),).')
   for name, frames in c.preflight.num_frames.items():
     _choose(f'preflight.num_frames.{name}', name, c.tasks)
     if type(frames) is not int or not 1 <= frames <= c.model.max_num_frames:
@@ -239,10 +242,10 @@ def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
   _choose(f'target_sets.{name}.family', s.family, families)
   _choose(f'target_sets.{name}.softmax', s.softmax, SOFTMAXES)
   if s.max_len < 2 or s.num_sampled < 0:
-    raise ValueError(f'config.target_sets.{name}: length={s.max_len} must be at least 2 tokens, num_sampled={s.num_sampled} at least 0.')
+    raise ValueError(f'config.target_sets.{name}: max_len={s.max_len} must be at least 2 tokens, num_sampled={s.num_sampled} at least 0.')
   if s.softmax == 'sampled' and (s.entries != VOCABULARY or s.num_sampled < 1):
     raise ValueError(f"config.target_sets.{name}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not "
-                     f'values={s["values"]!r}, num_sampled={s.num_sampled}.')
+                     f'entries={s.entries!r}, num_sampled={s.num_sampled}.')
   if s.label_prompts and s.entries == VOCABULARY:
     raise ValueError(f'config.target_sets.{name}.label_prompts=True is for sets of texts: the words of a vocabulary have a learnt '
                      'row each already; set it to False.')
@@ -259,11 +262,11 @@ def _shape(t) -> tuple[int, ...]:
 def _check_pictures(name: str, t, kind: TaskType, c) -> None:
   field = f'tasks.{name}'
   _choose(f'{field}.crop', t.crop, CROPS)
-  for part, most in (('frames', c.model.max_num_frames), ('randaugment', 10), ('erasing', 1), ('mixup', math.inf), ('cutmix', math.inf)):
+  for part, most in (('num_frames', c.model.max_num_frames), ('randaugment', 10), ('random_erasing', 1), ('mixup_alpha', math.inf), ('cutmix_alpha', math.inf)):
     if not 0 <= t[part] <= most:
       raise ValueError(f'config.{field}.{part}={t[part]} must be in 0…{most}.')
   if (t.mixup_alpha or t.cutmix_alpha) and not (kind.visual and kind.readout == 'cls' and kind.target != 'pair'):
-    raise ValueError(f'config.{field}: mixup={t.mixup_alpha}, cutmix={t.cutmix_alpha} mix pictures and their classes; kind {kind.name!r} has '
+    raise ValueError(f'config.{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix pictures and their classes; task type {kind.name!r} has '
                      'none. Set them to 0.')
 
 
@@ -272,7 +275,7 @@ def _resolve_task(name: str, t, kinds: dict[str, TaskType], sets: dict[str, SetS
   _choose(f'{field}.type', t.type, kinds)
   kind = kinds[t.type]
   if t.batch_size < 0 or t.batch_size % c.train.grad_accum_steps:
-    raise ValueError(f'config.{field}.batch={t.batch_size} must be a positive multiple of config.train.grad_accum_steps='
+    raise ValueError(f'config.{field}.batch_size={t.batch_size} must be a positive multiple of config.train.grad_accum_steps='
                      f'{c.train.grad_accum_steps}; try {max(c.train.grad_accum_steps, t.batch_size - t.batch_size % c.train.grad_accum_steps)}.')
   if t.max_len < 0 or t.max_predictions < 0:
     raise ValueError(f'config.{field}: length={t.max_len} and picks={t.max_predictions} must be at least 0.')
@@ -284,33 +287,33 @@ def _resolve_task(name: str, t, kinds: dict[str, TaskType], sets: dict[str, SetS
                      'only with a label.')
   if t.sampling_weight < 0 or c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0:
     raise ValueError(f"config.{field}: sampling={t.sampling_weight}, weight={t.loss_weight}: a sampled mixture draws tasks by sampling, or "
-                     'by weight where that is 0; give one that is above 0, or batch=0 to leave the task out.')
+                     'by weight where that is 0; give one that is above 0, or batch_size=0 to leave the task out.')
   if kind.target == 'pair':
     if t.target_set:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} is matched with its own texts; '
+      raise ValueError(f'config.{field}.target_set={t.target_set!r}: task type {kind.name!r} is matched with its own texts; '
                        "set it to ''.")
   else:
     _choose(f'{field}.target_set', t.target_set, sets)
     family = sets[t.target_set].condition.task
     if family != kind.target:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but kind {kind.name!r} '
+      raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but task type {kind.name!r} '
                        f'chooses among {kind.target!r}.')
     if kind.readout in ('masked', 'queries') and not sets[t.target_set].is_vocabulary:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r}: kind {kind.name!r} predicts words; its set must '
+      raise ValueError(f'config.{field}.target_set={t.target_set!r}: task type {kind.name!r} predicts words; its set must '
                        f"have entries='{VOCABULARY}'.")
   if (kind.text_index is not None or kind.target == 'pair') and t.max_len < 2:
-    raise ValueError(f'config.{field}.length={t.max_len} must be at least 2 tokens.')
+    raise ValueError(f'config.{field}.max_len={t.max_len} must be at least 2 tokens.')
   if t.max_len > c.model.max_text_len:
-    raise ValueError(f'config.{field}.length={t.max_len} is above config.model.max_text_len={c.model.max_text_len}.')
+    raise ValueError(f'config.{field}.max_len={t.max_len} is above config.model.max_text_len={c.model.max_text_len}.')
   if kind.readout == 'masked' and not 1 <= t.max_predictions <= t.max_len:
-    raise ValueError(f'config.{field}.picks={t.max_predictions} must be in 1…length={t.max_len}.')
+    raise ValueError(f'config.{field}.max_predictions={t.max_predictions} must be in 1…max_len={t.max_len}.')
   if kind.readout == 'slot' and t.template.count('<spe>') != 1:
     raise ValueError(f"config.{field}.template={t.template!r} must hold exactly one '<spe>' slot.")
   if t.linear_head and (kind.readout not in ('cls', 'slot') or not t.target_set or sets[t.target_set].is_vocabulary):
-    raise ValueError(f'config.{field}.head=True needs a kind that chooses among the entries of a set; {kind.name!r} with '
+    raise ValueError(f'config.{field}.linear_head=True needs a kind that chooses among the entries of a set; {kind.name!r} with '
                      f'target_set={t.target_set!r} does not.')
   if (kind.two_stream or kind.target == 'pair') and not t.caption_templates:
-    raise ValueError(f"config.{field}.captions is empty; give at least one template, for example ('{{caption}}',).")
+    raise ValueError(f"config.{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
   _check_pictures(name, t, kind, c)
   # Tasks of one kind share a batch only if their arrays have one shape.
   group = kind.name if len(shapes.get(t.type, ())) <= 1 else '/'.join(map(str, (kind.name, *_shape(t))))
@@ -329,21 +332,21 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[st
   task_spec, wanted = by_name[e.task], EVALUATIONS[e.type]
   if not wanted(task_spec.type):
     fitting = [t.name for t in tasks if wanted(t.type)]
-    raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of kind {task_spec.type.name!r}, which evaluator '
+    raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of task type {task_spec.type.name!r}, which evaluator '
                      f'{e.type!r} cannot ask; choices: {", ".join(fitting) or "none"}.')
   if e.num_examples < 0 or e.batch_size < 1 or e.beam_size < 1 or e.length_penalty < 0:
-    raise ValueError(f'config.evaluators.{name}: number={e.num_examples} must be at least 0, batch={e.batch_size} at least 1, beams='
-                     f'{e.beam_size} at least 1, penalty={e.length_penalty} at least 0.')
+    raise ValueError(f'config.evaluators.{name}: num_examples={e.num_examples} must be at least 0, batch_size={e.batch_size} at least 1, beam_size='
+                     f'{e.beam_size} at least 1, length_penalty={e.length_penalty} at least 0.')
   if e.constrain_to:
     field = f'evaluators.{name}.constrain_to'
     if e.type != 'caption':
-      raise ValueError(f"config.{field}={e.constrain_to!r} is for evaluators of kind 'caption', not {e.type!r}; set it to ''.")
+      raise ValueError(f"config.{field}={e.constrain_to!r} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
     _choose(field, e.constrain_to, sets)
     if sets[e.constrain_to].is_vocabulary:
       raise ValueError(f"config.{field}={e.constrain_to!r} is the vocabulary, so that any word may be said; set it to '', or to a "
                        'set of texts.')
   if min(e.num_views, e.num_crops) < 1 or e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task_spec.num_frames):
-    raise ValueError(f'config.evaluators.{name}: views={e.num_views}, crops={e.num_crops} must be at least 1, and are for the '
+    raise ValueError(f'config.evaluators.{name}: num_views={e.num_views}, num_crops={e.num_crops} must be at least 1, and are for the '
                      "classification of clips of files (a task with frames); set them to 1.")
   return Evaluation(name, e.type, task_spec, e.split, e.num_examples, e.batch_size, e.beam_size, e.length_penalty, e.constrain_to, e.num_views, e.num_crops)
 
@@ -351,7 +354,7 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[st
 def check_trains(plan: Plan) -> None:
   """Raises ValueError where a plan only evaluates."""
   if not plan.tasks:
-    raise ValueError('config.tasks: every task has batch=0, so that there is nothing to train; evaluate what '
+    raise ValueError('config.tasks: every task has batch_size=0, so that there is nothing to train; evaluate what '
                      'config.train.init names: python launch/evaluate.py --config=… --workdir=….')
 
 
@@ -374,11 +377,11 @@ def check_batches(plan: Plan, shards: int, accum: int) -> None:
     micro = t.batch_size // accum
     if micro % shards:
       unit = shards * accum
-      raise ValueError(f'config.tasks.{t.name}.batch={t.batch_size} must be a multiple of {unit} ({shards} batch shards of '
+      raise ValueError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} ({shards} batch shards of '
                        f'the mesh × {accum} micro-steps); try {max(unit, t.batch_size - t.batch_size % unit)}.')
     if t.mixes and micro // shards % 2:
       unit = 2 * shards * accum
-      raise ValueError(f'config.tasks.{t.name}.batch={t.batch_size} must be a multiple of {unit} for mixup or cutmix, which mix pairs '
+      raise ValueError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} for mixup or cutmix, which mix pairs '
                        f'of a shard ({shards} batch shards × {accum} micro-steps × 2); try {max(unit, t.batch_size - t.batch_size % unit)}.')
 
 
@@ -387,6 +390,6 @@ def check_halves(plan: Plan, shards: int, accum: int) -> None:
   unit = 2 * shards * accum
   for t in plan.tasks:
     if t.batch_size % unit:
-      raise ValueError(f'config.tasks.{t.name}.batch={t.batch_size} must be a multiple of {unit} for config.train.'
+      raise ValueError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} for config.train.'
                        f'interference_every > 0, which halves it ({shards} batch shards × {accum} micro-steps × 2); try '
                        f'{max(unit, t.batch_size - t.batch_size % unit)}, or interference_every=0.')

@@ -101,7 +101,7 @@ class Data:
 
   def _entries(self, spec: SetSpec) -> tuple[class_names.Entry, ...]:
     """Entries of a target set: its own, those of a file, or the classes of 'source/column'; () for the vocabulary."""
-    field = f'sets.{spec.name}'
+    field = f'target_sets.{spec.name}'
     if spec.is_vocabulary:
       return ()
     if not isinstance(spec.entries, str):
@@ -118,15 +118,15 @@ class Data:
   def _make_tokenizer(
       self, config: ml_collections.ConfigDict, file: str, trained: list[Records | Stored]) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint of what that file says)."""
-    if config.kind == 'clip':
-      tokenizer = ClipTokenizer(config.merges)
-      return tokenizer, pathlib.Path(os.path.expanduser(config.merges)), tokenizer.fingerprint
+    if config.type == 'clip':
+      tokenizer = ClipTokenizer(config.merges_path)
+      return tokenizer, pathlib.Path(os.path.expanduser(config.merges_path)), tokenizer.fingerprint
     if file:
       path = pathlib.Path(os.path.expanduser(file))
       if not path.is_file():
         raise FileNotFoundError(f'config.tokenizer.path={file!r} is not there; give the tokenizer.model of a run.')
       return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
-    path = self._train_tokenizer(trained, config.vocab_size, config.fewer)
+    path = self._train_tokenizer(trained, config.vocab_size, config.allow_smaller_vocab)
     return SentencePieceTokenizer(path), path, path.stem
 
   def _train_tokenizer(self, trained: list[Records | Stored], vocab_size: int, fewer: bool) -> pathlib.Path:

@@ -12,9 +12,9 @@ from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.moe import routers
 
-_EXPERTS = ('num_experts', 'top_k', 'placement', 'parts')
-_OF_EXPERTS = (*_EXPERTS, 'noise_std', 'capacity', 'grouped', 'router_names', 'kernels')  # fields that mean nothing without
-_PROTOCOL = ('kind', 'split', 'beams', 'penalty', 'answers', 'views', 'crops')  # of an evaluator: how it asks
+_EXPERTS = ('num_experts', 'top_k', 'placement', 'sublayers')
+_OF_EXPERTS = (*_EXPERTS, 'noise_std', 'capacity_factor', 'gmm', 'router_names', 'kernels')  # fields that mean nothing without
+_PROTOCOL = ('type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'num_views', 'num_crops')  # of an evaluator: how it asks
 
 
 def manifest(
@@ -59,6 +59,6 @@ def _task(asked: Asked, files: dict[str, Any], spec: ModelSpec) -> dict[str, Any
   task = asked.task
   kernel = lambda c: spec.kernel_of(c) if spec.kernels else 0
   return {
-      'kind': task.type.name, 'set': task.target_set, 'length': task.max_len, 'template': task.template,
-      'temperature': task.temperature, 'beams': asked.beams, 'penalty': asked.penalty,
+      'type': task.type.name, 'set': task.target_set, 'max_len': task.max_len, 'template': task.template,
+      'temperature': task.temperature, 'beam_size': asked.beams, 'length_penalty': asked.penalty,
       'conditions': {str(c): kernel(c) for c in asked.conditions}, 'programs': files}

@@ -15,7 +15,7 @@ def captions_word_by_word(model, task, pixels):
   cache = model.run(task, 'prefill', pixels=pixels)['cache']
   word, eot = np.zeros(len(pixels), np.int32), model.manifest['tokenizer']['eot']
   ended = np.zeros(len(pixels), bool)
-  for t in range(model.manifest['tasks'][task]['length']):
+  for t in range(model.manifest['tasks'][task]['max_len']):
     out = model.run(task, 'step', cache=cache, word=word, t=np.int32(t))
     cache, word = out['cache'], np.where(ended, eot, np.asarray(out['log_p']).argmax(-1)).astype(np.int32)
     ended |= word == eot

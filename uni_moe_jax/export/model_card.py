@@ -52,12 +52,12 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '',
       _left(model, manifest['trained']),
       '',
-      f'Transformer encoder, {model["layers"]} layers, width {model["width"]}, {model["heads"]} heads, hidden {model["hidden"]}; '
+      f'Transformer encoder, {model["num_layers"]} layers, width {model["width"]}, {model["num_heads"]} heads, MLP {model["mlp_dim"]}; '
       f'{model["parameters"]:,} parameters (float32); products in {model["dtype"]}. Pictures: uint8, {model["image_size"]} × '
-      f'{model["image_size"]} × {model["channels"]}, patches of {model["patch"]}; the programs divide by 255 and normalise (mean '
+      f'{model["image_size"]} × {model["channels"]}, patches of {model["patch_size"]}; the programs divide by 255 and normalise (mean '
       f'{_numbers(model["pixel_mean"])}, deviation {_numbers(model["pixel_std"])}; clips: '
       f'{_numbers(model["video_mean"]) or "the same"}, {_numbers(model["video_std"]) or "the same"}). Texts: '
-      f'{words["kind"]}, {words["size"]:,} pieces, at most {model["max_text"]} tokens.'
+      f'{words["kind"]}, {words["size"]:,} pieces, at most {model["max_text_len"]} tokens.'
       + (_CLIP.format(**words) if words['kind'] == 'clip' else ''),
       '',
       '## Tasks',
@@ -93,9 +93,9 @@ def _left(model: dict[str, Any], trained: dict[str, Any]) -> str:
   else:
     left = _LEFT['dense'] if model['router'] == routers.DENSE else _LEFT['kernels'].format(n=model['num_experts'])
   every = len(trained['layers']) == model['layers']
-  layers = 'all layers' if every else f'layers {", ".join(map(str, trained["layers"]))} (of 0…{model["layers"] - 1})'
+  layers = 'all layers' if every else f'layers {", ".join(map(str, trained["layers"]))} (of 0…{model["num_layers"] - 1})'
   return (f'Trained with router {trained["router"]}, {trained["num_experts"]} experts, {trained["top_k"]} per token, in {layers}: '
-          f'{" and ".join(trained["parts"])}. {left}')
+          f'{" and ".join(trained["sublayers"])}. {left}')
 
 
 def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list[str]:
@@ -115,14 +115,14 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
 def _asked_otherwise(name: str, evaluator: dict[str, Any], task: dict[str, Any]) -> list[str]:
   """Where an evaluator asks its task for something that the task's programs do not do, so that its metrics are not theirs."""
   said = []
-  if evaluator['answers']:
-    said.append(f'`{name}` lets the model give only captions that are texts of set `{evaluator["answers"]}`; these programs give '
+  if evaluator['constrain_to']:
+    said.append(f'`{name}` lets the model give only captions that are texts of set `{evaluator["constrain_to"]}`; these programs give '
                 'any words.')
-  ways = [f'beams {way["beams"]} and penalty {way["penalty"]}' for way in (evaluator, task)]
-  if evaluator['kind'] == 'caption' and ways[0] != ways[1]:
+  ways = [f'beam size {way["beam_size"]} and length penalty {way["length_penalty"]}' for way in (evaluator, task)]
+  if evaluator['type'] == 'caption' and ways[0] != ways[1]:
     said.append(f'`{name}` searches captions with {ways[0]}; `caption` of `{evaluator["task"]}` with {ways[1]}.')
-  if evaluator['views'] * evaluator['crops'] > 1:
-    said.append(f'`{name}` averages the probabilities of {evaluator["views"]} views × {evaluator["crops"]} crops of a clip; '
+  if evaluator['num_views'] * evaluator['num_crops'] > 1:
+    said.append(f'`{name}` averages the probabilities of {evaluator["num_views"]} views × {evaluator["num_crops"]} crops of a clip; '
                 '`classify` is given one.')
   return said
 
@@ -132,7 +132,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _task(name: str, task: dict[str, Any], sets: dict[str, Any]) -> list[str]:
-  lines = [f'### {name}', '', f'* kind: {task["kind"]}; conditions and their kernels: '
+  lines = [f'### {name}', '', f'* task type: {task["type"]}; conditions and their kernels: '
            + ', '.join(f'{c}: {k}' for c, k in task['conditions'].items())]
   if task['set']:
     texts = sets[task['set']]['texts']
@@ -140,7 +140,7 @@ def _task(name: str, task: dict[str, Any], sets: dict[str, Any]) -> list[str]:
     lines.append(f'* answers: set `{task["set"]}`, {sets[task["set"]]["size"]} entries' + (f': {shown}' if texts else ''))
   if task['template']:
     lines.append(f'* template of its texts: `{task["template"]}`; `position` is the place of `<spe>`')
-  if task['length']:
-    lines.append(f'* text tokens in training: {task["length"]}')
+  if task['max_len']:
+    lines.append(f'* text tokens in training: {task["max_len"]}')
   lines += [f'* `{program}`: {", ".join(f"{k} {v}" for k, v in p["inputs"].items())}' for program, p in task['programs'].items()]
   return [*lines, '']

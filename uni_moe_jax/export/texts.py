@@ -61,7 +61,7 @@ class Texts:
     parts = [part for part in map(str.strip, re.split(r'(<spe>|<eot>|\{\w*\})', entry['template'])) if part]
     fields = [place for place, part in enumerate(parts) if part[0] == '{']
     ids = [[] if part[0] == '{' else [markers[part]] if part in markers else self.tokenizer.encode(part) for part in parts]
-    room = entry['length'] - sum(map(len, ids))
+    room = entry['max_len'] - sum(map(len, ids))
     for remaining in range(len(fields), 0, -1):
       place = fields[remaining - 1]
       ids[place] = self.tokenizer.encode(texts[parts[place][1:-1]])[:room // remaining]

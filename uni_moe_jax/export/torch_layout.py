@@ -17,7 +17,7 @@ from uni_moe_jax.config.schema import PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import resize_positions
 from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.model.initialization import param_shapes
-from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.utils.suggest import nearest
 
@@ -181,7 +181,7 @@ def entries(spec: ModelSpec) -> list[Entry]:
           place((dense if spec.router == 'dense' else plain) + leaf, f'{path}/{ours}', how)
     for part in parts:
       for key, path, turn in _GATE:
-        place(_GATES[part] + key, f'{part}_router/{path}', turn)
+        place(_GATES[part] + key, f'{ROUTER_PARAMS[part]}/{path}', turn)
   return out
 
 

@@ -27,7 +27,7 @@ UNREACHABLE = ('x' * 5000, 'x' * 300 + '/y', '/dev/null/x', '~nobody_of_this_nam
 WRONG_TYPES: tuple[Any, ...] = (None, 'text', 3, 2.5, True, [], {}, [None], [{'a': 1}], {'a': 1}, [[[]]])
 _NOT_FINITE = (float('nan'), float('inf'), float('-inf'), 10**40, -10**40, 1e300)
 # Where a negative number is wrong. Elsewhere (means, seeds) it may be meant.
-_NOT_NEGATIVE = ('model.', 'moe.', 'tokenizer.', 'optim.', 'train.', 'tasks.', 'sets.', 'evaluators.', 'mesh.')
+_NOT_NEGATIVE = ('model.', 'moe.', 'tokenizer.', 'optim.', 'train.', 'tasks.', 'target_sets.', 'evaluators.', 'mesh.')
 _NAMES = ('model.posemb', 'model.prompt_sharing', 'model.text_posemb_init', 'model.mimetic_init', 'model.dtype', 'moe.router', 'moe.gmm',
           'moe.placement', 'tokenizer.type', 'train.mixture', 'train.contrastive_reduction', 'train.mask_duplicate_texts', 'optim.schedule',
           'optim.unused_params', 'kind', 'family', 'scoring', 'target_set')
@@ -104,7 +104,7 @@ def wrong_type(rng: random.Random) -> tuple[dict, str, bool]:
 
 
 def _set_values() -> list[str]:
-  return [f'sets.{name}.entries' for name in _BASE['sets']]
+  return [f'target_sets.{name}.entries' for name in _BASE['target_sets']]
 
 
 def not_finite(rng: random.Random) -> tuple[dict, str, bool]:

@@ -128,13 +128,13 @@ REGIMES: dict[str, Regime] = {
 
 
 def _start(
-    arg: str, file: str, transfer: Mapping[str, Fill], default: str, head: bool = False) -> ml_collections.ConfigDict:
+    arg: str, file: str, transfer: Mapping[str, Fill], default: str, linear_head: bool = False) -> ml_collections.ConfigDict:
   """Config that starts from a run and has one task, which may read as many examples as `arg` says.
 
   Args:
     arg, file: of whom is asked, and which config. transfer: tasks beside those that the run has trained.
     default: how many examples where `arg` does not say; '' of a config that trains nothing: `arg` may not say.
-    head: a task that chooses among classes gets a linear head.
+    linear_head: a task that chooses among classes gets a linear head.
 
   Raises:
     ValueError: the argument is not RUN,TASK, or names no run, no task or no amount.
@@ -158,7 +158,7 @@ def _start(
   classes = any(k.name == t.type and k.has_classes for k in plan.task_types)
   t.shots = PER_CLASS if few and classes else 0
   t.train_fraction = SHARE if few and not classes else 1.0
-  t.linear_head = head and classes
+  t.linear_head = linear_head and classes
   return c
 
 
@@ -174,7 +174,7 @@ def start_from(run: str, named: str) -> tuple[ml_collections.ConfigDict, Plan]:
                      f'{nearest(pathlib.Path(run).name, others)}.')
   c = workdir.load_config(run)
   plan = validate.resolve(c)
-  for section in ('optim', 'train', 'declared', 'sets', 'tasks', 'evaluators'):
+  for section in ('optim', 'train', 'preflight', 'target_sets', 'tasks', 'evaluators'):
     c[section] = config.base()[section]
   c.seed, c.train.init, c.model.extra_temperature_groups = 0, run, plan.temperatures
   return c, plan

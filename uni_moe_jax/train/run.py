@@ -251,7 +251,7 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
                   ema_decay=config.train.ema_decay, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
                   contrastive_reduction=config.train.contrastive_reduction, mask_duplicate_texts=config.train.mask_duplicate_texts,
                   unused_params=config.optim.unused_params, frozen=optim.frozen_paths(rules),
-                  auxiliary=tuple((n, config.moe[f'{n}_loss']) for n in ('balance', 'importance', 'z') if config.moe[f'{n}_loss']))
+                  auxiliary=tuple((n, config.moe[f'{n}_loss_weight']) for n in ('balance', 'importance', 'z') if config.moe[f'{n}_loss_weight']))
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
   return Run(config, plan, data, mesh, spec, rules, shapes, shardings)

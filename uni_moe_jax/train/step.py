@@ -49,9 +49,9 @@ class StepSpec:
 
   Attributes:
     model, plan: see their classes. tx, rate: optimizer and its learning rate.
-    accum: micro-steps. ema: decay, 0 = off.
+    grad_accum_steps: micro-steps. ema_decay: of averaged parameters, 0 = off.
     eot: id of the last token of every text. vocab_size: V.
-    contrastive, twins, without_gradient: fields of config.train and config.optim with these names.
+    contrastive_reduction, mask_duplicate_texts, unused_params: fields of config.train and config.optim with these names.
     frozen: paths of parameters that do not train.
     auxiliary: (loss of the routers, factor) for every factor that is not 0.
   """
@@ -59,13 +59,13 @@ class StepSpec:
   plan: Plan
   tx: optax.GradientTransformation
   rate: Any
-  accum: int
-  ema: float
+  grad_accum_steps: int
+  ema_decay: float
   eot: int
   vocab_size: int
-  contrastive: str = 'mean'
+  contrastive_reduction: str = 'mean'
   mask_duplicate_texts: bool = True
-  without_gradient: str = 'update'
+  unused_params: str = 'update'
   frozen: frozenset[str] = frozenset()
   auxiliary: router_metrics.Factors = ()
 

@@ -19,7 +19,7 @@ from uni_moe_jax.utils.suggest import nearest
 
 _MOST = 200  # characters of a path that are shown
 _MISTAKES = flags.Error, AttributeError, KeyError, ValueError, TypeError, FileNotFoundError, ImportError  # of flags, when parsed
-_PACKAGE = pathlib.Path(__file__).resolve().parent
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 class UsageError(ValueError):

@@ -24,9 +24,9 @@ class _Letters:
     return ''.join(chr(int(i) - 100 + ord('`')) for i in ids if i > 100)
 
 
-def _build(texts, length=64, values=None):
+def _build(texts, max_len=64, entries=None):
   """texts: or tuples of synonyms."""
-  spec = SetSpec('things', tuple(texts) if values is None else values, task_types.families()['names'], 'full', 0, length)
+  spec = SetSpec('things', tuple(texts) if entries is None else entries, task_types.families()['names'], 'full', 0, max_len)
   return target_sets.build_set(spec, tuple((t,) if isinstance(t, str) else t for t in texts), _Letters())
 
 

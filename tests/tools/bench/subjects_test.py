@@ -15,7 +15,7 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.tools.bench import caption_rate, problems, settings, step_parts, suites, training_steps
 
 _SIZES = settings.Sizes(
-    rounds=1, layers=1, width=16, heads=2, hidden=16, image_size=16, patch=8, experts=2, batch=4, small_batch=2, names=20,
+    rounds=1, num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, experts=2, batch_size=4, small_batch=2, names=20,
     name_tokens=4, vocabulary=30, words=3, gemm=16, compiled_layers=(1, 2), steps=1, files=4,
     mixed_routers=('dense', 'task'), reduced=True)
 

@@ -133,7 +133,7 @@ class _Batch:
                        f'{task.type.name!r} needs them.')
     self._is_clip = self._media is not None and records.columns[self._media] == 'video'
     if self._is_clip and task.num_frames < 1:
-      raise ValueError(f'config.tasks.{task.name}.frames={task.num_frames}: source {task.source!r} has clips; say how many frames the '
+      raise ValueError(f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has clips; say how many frames the '
                        'model sees of each, for example 8.')
     self._clips = video_pixels.ClipReader(
         builder.size, task.num_frames, task.crop, task.random_flip, builder.training, builder.views, builder.crops)

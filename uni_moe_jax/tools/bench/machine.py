@@ -49,8 +49,8 @@ def gemm(sizes: Sizes, device: jax.Device) -> tuple[float, list[Row]]:
   Returns:
     The fastest round of the n x n x n product in FLOP/s, and all rates.
   """
-  tokens = sizes.batch * ((sizes.image_size // sizes.patch) ** 2 + 1)
-  n, D, F = sizes.gemm, sizes.width, sizes.hidden
+  tokens = sizes.batch_size * ((sizes.image_size // sizes.patch_size) ** 2 + 1)
+  n, D, F = sizes.gemm, sizes.width, sizes.mlp_dim
   shapes = [(n, n, n), (tokens, D, 3 * D), (tokens, D, D), (tokens, D, F), (tokens, F, D)]
   rng = np.random.default_rng(0)
   product, calls, work = jax.jit(jnp.matmul), {}, {}

@@ -21,13 +21,13 @@ def exported(context: Context) -> list[Row]:
   models = {r: (run.spec.model.spec, init_params(run.spec.model, jax.random.key(0))) for r, run in runs.items()}
   [task] = runs[DENSE].plan.tasks
   models['merged'] = merged(*models['attribute'], task.type.conditions)
-  shape = (s.batch, 1, s.image_size, s.image_size, runs[DENSE].config.model.channels)
-  fields = {'pixels': jax.random.normal(jax.random.key(1), shape), 'id': jax.numpy.arange(s.batch, dtype='uint32')}
+  shape = (s.batch_size, 1, s.image_size, s.image_size, runs[DENSE].config.model.channels)
+  fields = {'pixels': jax.random.normal(jax.random.key(1), shape), 'id': jax.numpy.arange(s.batch_size, dtype='uint32')}
   sequence = batching.input_sequence(task.type, fields)
   calls = {name: functools.partial(predictor.encode, UniPerceiver(spec), jax.device_put(params), sequence)
            for name, (spec, params) in models.items()}
   seconds = interleaved(calls, s.rounds)
-  note = f'B {s.batch}, {s.image_size} px, pictures only; information: their operations and FLOPs are equal'
+  note = f'B {s.batch_size}, {s.image_size} px, pictures only; information: their operations and FLOPs are equal'
   return [Row('exported', 'dense', estimate(seconds[DENSE]), 's', note=note)] + [
       Row('exported', f'{name} / dense', ratio(seconds[name], seconds[DENSE]), 'x', note=note)
       for name in ('merged', 'attribute')]

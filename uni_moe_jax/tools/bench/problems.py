@@ -43,14 +43,14 @@ class Context:
   def tiny(self, router: str = 'attribute', **moe: Any) -> ml_collections.ConfigDict:
     """The benchmark's model, without tasks; `moe` are more fields of config.moe."""
     c = config_lib.base()
-    c.model.update({**self.sizes.model, 'dtype': self.dtype, 'layer_scale': 0.1})
+    c.model.update({**self.sizes.model, 'dtype': self.dtype, 'layer_scale_init': 0.1})
     c.moe.update(dict(router=router, num_experts=self.sizes.experts, **moe))
     return c
 
   def pictures_and_names(self, **moe: Any) -> ml_collections.ConfigDict:
     """Pictures against their own names: both sides in every step; `moe` as in `tiny`."""
     c = self.tiny(**moe)
-    c.tasks.pair = config_lib.task('image_retrieval', 'synthetic', batch_size=self.sizes.batch, caption_templates=('name',),
+    c.tasks.pair = config_lib.task('image_retrieval', 'synthetic', batch_size=self.sizes.batch_size, caption_templates=('name',),
                                    max_len=self.sizes.name_tokens)
     return c
 

@@ -28,7 +28,7 @@ class Sizes:
 
   Attributes:
     rounds: interleaved rounds, each candidate once per round.
-    layers, width, heads, hidden, image_size, patch: of the model (L, D, N, F, pixels, pixels a side).
+    num_layers, width, num_heads, mlp_dim, image_size, patch_size: of the model (L, D, N, F, pixels, pixels a side).
     experts: E. batch: B of `routers` and `optimizer`. small_batch: B of `published`, `sets` and `decoding`.
     names, name_tokens: entries of the target set, tokens of the longest.
     vocabulary, words: word ids and length of captions.
@@ -40,14 +40,14 @@ class Sizes:
     reduced: figures are not to be compared with the budgets.
   """
   rounds: int = 11
-  layers: int = 12
+  num_layers: int = 12
   width: int = 192
-  heads: int = 3
-  hidden: int = 768
+  num_heads: int = 3
+  mlp_dim: int = 768
   image_size: int = 224
-  patch: int = 16
+  patch_size: int = 16
   experts: int = 8
-  batch: int = 16
+  batch_size: int = 16
   small_batch: int = 8
   names: int = 1000
   name_tokens: int = 8
@@ -64,12 +64,12 @@ class Sizes:
   @property
   def model(self) -> dict[str, int]:
     """Fields of config.model."""
-    return {k: getattr(self, k) for k in ('layers', 'width', 'heads', 'hidden', 'image_size', 'patch')}
+    return {k: getattr(self, k) for k in ('num_layers', 'width', 'num_heads', 'mlp_dim', 'image_size', 'patch_size')}
 
 
 FULL = Sizes()
 QUICK = Sizes(
-    rounds=3, layers=2, image_size=96, names=200, vocabulary=1024, words=6, gemm=1024, compiled_layers=(2, 4), steps=2, files=64,
+    rounds=3, num_layers=2, image_size=96, names=200, vocabulary=1024, words=6, gemm=1024, compiled_layers=(2, 4), steps=2, files=64,
     own_layers=2, mixed_routers=('dense', 'attribute'), reduced=True)
 
 

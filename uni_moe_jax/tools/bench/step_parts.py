@@ -75,7 +75,7 @@ def optimizer(context: Context) -> list[Row]:
   calls = {'step': step, 'AdamW with clip': _Update(step.run, 1.0), 'AdamW without clip': _Update(step.run, 0.0)}
   seconds = interleaved(calls, context.sizes.rounds)
   total = step.run.parameter_counts()['total']
-  note = f'{total:,} parameters, attribute routing; step: B {context.sizes.batch} of `routers`, with clip'
+  note = f'{total:,} parameters, attribute routing; step: B {context.sizes.batch_size} of `routers`, with clip'
   rows = [Row('optimizer', 'train step', estimate(seconds['step']), 's', note=note)]
   for name in calls:
     if name != 'step':
@@ -128,7 +128,7 @@ def compile_(context: Context) -> list[Row]:
 
 def _compile_seconds(context: Context, layers: int) -> float:
   s = context.sizes
-  config = context.own_config(layers=layers, width=s.width, heads=s.heads, hidden=s.hidden)
+  config = context.own_config(num_layers=layers, width=s.width, num_heads=s.num_heads, mlp_dim=s.mlp_dim)
   config.train.mixture = 'all_tasks'
   run = context.build(config)
   _, batch = next(run.mixture().iterate(0, 1))

@@ -34,7 +34,7 @@ def routers(context: Context) -> list[Row]:
   train = interleaved(steps, s.rounds)
   # Capacity is for training: at inference that case is the exact one.
   inference = interleaved({name: step.infer for name, step in steps.items() if name != _CAPACITY}, s.rounds)
-  note = f'B {s.batch}, {s.image_size} px, one name of {s.name_tokens} tokens per picture; train: with the optimizer'
+  note = f'B {s.batch_size}, {s.image_size} px, one name of {s.name_tokens} tokens per picture; train: with the optimizer'
   rows = []
   for mode, seconds, budgets in (('train', train, _TRAIN), ('inference', inference, _INFERENCE)):
     rows.append(Row('routers', f'dense {mode} step', estimate(seconds[DENSE]), 's', note=note))
@@ -52,7 +52,7 @@ def _share(context: Context, dense: Repeated, seconds) -> Row:
   """Useful FLOPs of the dense train step as a share of the peak."""
   s, spec = context.sizes, dense.run.spec.model.spec
   per_sample = flops.sequence(spec, spec.patches + 1, visual=True) + flops.sequence(spec, s.name_tokens + 1, visual=False)
-  work = flops.TRAIN * s.batch * per_sample
+  work = flops.TRAIN * s.batch_size * per_sample
   return Row('routers', 'dense train, share of GEMM peak', per_second(100 * work / context.peak, seconds), '%', _SHARE,
              'FLOPs by formula: matrix products, 3 forwards, without what is rematerialised; peak: fastest round, float32')
 
