@@ -14,7 +14,7 @@ import ml_collections
 from absl.testing import absltest, parameterized
 from flax import traverse_util
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax import config
 from uni_moe_jax.config import validate
 from uni_moe_jax.model.spec import ModelSpec

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.analysis import compare_results, compare_stages
 from uni_moe_jax.train import workdir
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small_config, small_model
+from tests.helpers import small_config, small_model
 from uni_moe_jax.analysis import expert_usage
 from uni_moe_jax.analysis.expert_usage import Piece
 from uni_moe_jax.config import validate

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.analysis import param_subsets
 
 

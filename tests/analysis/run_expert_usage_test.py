@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.train import run as train_run
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis import study_cells, study_results
 from uni_moe_jax.data.files import prepare

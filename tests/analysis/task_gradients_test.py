@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
-from tests.small_model import jit
+from tests.helpers import tiny
+from tests.helpers.small_model import jit
 from uni_moe_jax.analysis import interference, param_subsets, run_interference
 from uni_moe_jax.analysis.interference_hook import InterferenceMetric, interference_hook
 from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient

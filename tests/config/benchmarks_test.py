@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests import invented as invented_data
-from tests import small_model, tiny
+from tests.helpers import invented as invented_data
+from tests.helpers import small_model, tiny
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets, schema, validate
 from uni_moe_jax.data import assemble

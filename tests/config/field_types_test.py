@@ -5,7 +5,7 @@ import json
 import ml_collections
 import pytest
 
-from tests import small_config
+from tests.helpers import small_config
 from uni_moe_jax import config
 from uni_moe_jax.config import field_types, presets
 from uni_moe_jax.train import workdir

@@ -4,7 +4,7 @@ import json
 
 from absl.testing import absltest, parameterized
 
-from tests.small_config import config as _config
+from tests.helpers.small_config import config as _config
 from uni_moe_jax import config
 from uni_moe_jax.config import validate
 from uni_moe_jax.tasks import task_types

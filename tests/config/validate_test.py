@@ -2,7 +2,7 @@
 
 from absl.testing import absltest, parameterized
 
-from tests import small_config
+from tests.helpers import small_config
 from uni_moe_jax.config import plan, validate
 
 

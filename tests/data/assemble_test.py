@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.config import validate
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline import hashing

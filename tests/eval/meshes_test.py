@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small_model, tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tests import invented, processes, saved_run, tiny
 from tests.data import own_files
+from tests.helpers import invented, processes, saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches

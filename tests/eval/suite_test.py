@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.eval import suite

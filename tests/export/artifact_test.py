@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import shipped, small_model, tiny
+from tests.helpers import shipped, small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs, torch_file, torch_layout

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from tests import shipped, tiny
+from tests.helpers import shipped, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.export import merge
 from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.config.plan import Evaluation, TaskSpec
 from uni_moe_jax.export import description, merge, model_card
 from uni_moe_jax.export.contents import Contents

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.export import programs
 from uni_moe_jax.export.programs import Asked

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import shipped, tiny
+from tests.helpers import shipped, tiny
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer

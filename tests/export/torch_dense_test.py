@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.config.schema import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_dense

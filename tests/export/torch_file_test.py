@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.export import torch_file, torch_layout
 from uni_moe_jax.export.torch_layout import LayoutError
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small_model
+from tests.helpers import small_model
 from tests.parity import fixtures
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.export.torch_layout import LayoutError

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests import in_process, stand_in, tiny
+from tests.helpers import in_process, stand_in, tiny
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,7 @@ with open(root / 'log', 'a') as log:
 sys.exit(int(does))
 '''
 _CONFIG = '''
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax import config
 def get_config(router):
   if router not in ('dense', 'task', 'token'):

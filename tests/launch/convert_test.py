@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import in_process, tiny
+from tests.helpers import in_process, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets
 from uni_moe_jax.export import torch_layout

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval import suite
 from uni_moe_jax.train import checkpoint, loop

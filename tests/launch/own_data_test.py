@@ -8,8 +8,8 @@ import shlex
 import jax
 import pytest
 
-from tests import in_process, saved_run
 from tests.data import own_files
+from tests.helpers import in_process, saved_run
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import metrics, suite
 from uni_moe_jax.train import loop

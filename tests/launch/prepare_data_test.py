@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests import in_process
+from tests.helpers import in_process
 from uni_moe_jax.data.files import file_dataset
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import in_process, stand_in, tiny
+from tests.helpers import in_process, stand_in, tiny
 from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 

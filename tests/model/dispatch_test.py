@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model import routing
 from uni_moe_jax.model.spec import PARTS, ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import dispatch, routers

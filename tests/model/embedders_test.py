@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model import embedders
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver

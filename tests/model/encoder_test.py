@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model.block import drop_path
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.moe import routers

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import meshes, small_model
+from tests.helpers import meshes, small_model
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import uni_perceiver
 from uni_moe_jax.model.sequences import join_equal

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.encoder import Encoder
 from uni_moe_jax.model.sequences import Layout, Stream

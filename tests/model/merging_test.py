@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model import decoding, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types

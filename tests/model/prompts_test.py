@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model import batching, decoding
 from uni_moe_jax.model import initialization as params_lib
 from uni_moe_jax.model.heads import normalise

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model import uni_perceiver
 from uni_moe_jax.model.sequences import READ_NOTHING, Layout, Stream, join_equal, take_rows
 from uni_moe_jax.tasks import task_types

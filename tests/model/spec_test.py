@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax import config
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.tasks import attributes, task_types

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import hlo, small_model
+from tests.helpers import hlo, small_model
 from uni_moe_jax.config import validate
 from uni_moe_jax.moe import dispatch, gmm, layers, routers
 

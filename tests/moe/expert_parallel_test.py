@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import hlo, small_model
+from tests.helpers import hlo, small_model
 from uni_moe_jax.moe import dispatch, expert_parallel
 from uni_moe_jax.moe.layers import Linear
 from uni_moe_jax.parallel import sharding

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.moe import gmm, gmm_triton
 
 _E, _D, _F, _G = 4, 6, 5, 16

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import hlo
+from tests.helpers import hlo
 from uni_moe_jax.moe import layers
 from uni_moe_jax.moe.routers import decide
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.moe import dispatch, routers
 from uni_moe_jax.moe.token_routers import TokenRouter, Usage, token_noise
 

@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model.initialization import boxed_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small_model
+from tests.helpers import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import Problem, problem

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small_model, tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax.config import presets
 from uni_moe_jax.model.heads import normalise
 from uni_moe_jax.train import loop, step

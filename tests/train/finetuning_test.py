@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import validate
 from uni_moe_jax.config.schema import FREEZE

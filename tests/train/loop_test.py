@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
@@ -224,7 +224,7 @@ def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, cap
 def test_a_real_signal_exits_75_and_the_same_command_ends_like_the_undisturbed_run(tmp_path):
   config = tmp_path / 'signalled.py'
   config.write_text(
-      f'import sys\nsys.path.insert(0, {str(_ROOT)!r})\nfrom tests import tiny\n\n\ndef get_config():\n'
+      f'import sys\nsys.path.insert(0, {str(_ROOT)!r})\nfrom tests.helpers import tiny\n\n\ndef get_config():\n'
       f"  c = tiny.config('shape', data_dir={tiny.data_dir()!r})\n  c.train.steps = 400\n  return c\n")
 
   def command(name):

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from tests import hlo, meshes
-from tests.meshes import Case
+from tests.helpers import hlo, meshes
+from tests.helpers.meshes import Case
 
 FAST = {
     'attribute-mixed': (Case('attribute', ('shape', 'pair'), drop_path=0.2), 'mixed'),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets
 from uni_moe_jax.model.initialization import param_shapes

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests import process_step, processes, tiny
+from tests.helpers import process_step, processes, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def test_loss_and_gradients_are_those_of_one_device(tmp_path):
   """The launcher starts them, in a tree whose launch/train.py takes one step."""
   (tmp_path / 'launch').mkdir()
   shutil.copy(processes.ROOT / processes.TWO[0], tmp_path / 'launch')
-  (tmp_path / 'launch/train.py').write_text('import sys\nfrom tests import process_step\nprocess_step.main(*sys.argv[1:])\n')
+  (tmp_path / 'launch/train.py').write_text('import sys\nfrom tests.helpers import process_step\nprocess_step.main(*sys.argv[1:])\n')
   processes.run([*processes.TWO, '--', str(tmp_path), *process_step.CASES], folder=tmp_path)
   for i in range(2):
     out = json.loads((tmp_path / f'{i}.json').read_text())
@@ -37,7 +37,7 @@ _STEPS = 14  # two seconds each, where two cores serve eight devices in two proc
 _CONFIG = '''
 import sys
 sys.path.insert(0, {root!r})
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax import config
 
 

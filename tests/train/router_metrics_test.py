@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small_model, tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax.data.pipeline.mixtures import Feed
 from uni_moe_jax.moe.routers import Decision
 from uni_moe_jax.moe.token_routers import Usage

@@ -6,7 +6,7 @@ import functools
 import jax
 import pytest
 
-from tests import small_model, tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import step
 

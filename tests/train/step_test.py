@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import validate
 from uni_moe_jax.data.pipeline.mixtures import Feed

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests import small_model, tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax.train import adam, optim, step, used_params
 from uni_moe_jax.train import run as train_run
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import in_process, saved_run, tiny
+from tests.helpers import in_process, saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import validate
 from uni_moe_jax.eval import suite

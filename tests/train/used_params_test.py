@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small_model, tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax.config import validate
 from uni_moe_jax.model.heads import MAX_SCALE
 from uni_moe_jax.model.uni_perceiver import UniPerceiver

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.train import warm_start
 
 

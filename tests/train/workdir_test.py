@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import uni_moe_jax
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.train import workdir
 
 

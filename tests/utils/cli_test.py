@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.tasks import attributes
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import workdir as workdir_lib

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from tests import tiny
 from tests.data import own_files
+from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import validate
 from uni_moe_jax.data.assemble import Data

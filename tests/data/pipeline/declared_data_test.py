@@ -4,7 +4,7 @@ import jax
 import pytest
 import tensorflow as tf
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax import config
 from uni_moe_jax.config import presets, validate
 from uni_moe_jax.data.pipeline import declared_data

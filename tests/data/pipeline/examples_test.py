@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.config import validate
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.examples import Builder

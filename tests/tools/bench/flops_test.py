@@ -3,7 +3,7 @@
 import jax
 from absl.testing import absltest
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tools.bench import flops
 

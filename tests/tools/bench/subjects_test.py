@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from tests import tiny
+from tests.helpers import tiny
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tools.bench import caption_rate, problems, settings, step_parts, suites, training_steps
 

@@ -9,7 +9,7 @@ import runpy
 import jax
 import pytest
 
-from tests import beside_libtpu, tiny
+from tests.helpers import beside_libtpu, tiny
 from uni_moe_jax import config
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import changes, compiled_programs, findings, fit, preflight, topology

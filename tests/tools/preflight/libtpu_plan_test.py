@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests import beside_libtpu
+from tests.helpers import beside_libtpu
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import libtpu_plan, topology
 

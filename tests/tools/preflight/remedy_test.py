@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import small_config
+from tests.helpers import small_config
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.tools.preflight import remedy
 from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Memory, Program

@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from tests import small_config
+from tests.helpers import small_config
 from uni_moe_jax import config
 from uni_moe_jax.config import validate
 from uni_moe_jax.parallel import sharding

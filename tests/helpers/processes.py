@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TWO = ('launch/local_processes.sh', '--processes', '2', '--devices', '4')  # arguments of a launch script stand behind '--'
 _FLAGS = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 

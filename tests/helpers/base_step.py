@@ -1,4 +1,4 @@
-"""Writes the compiled training step of the base model on data 8 × expert 8: python -m tests.base_step ROUTER CAPACITY FILE.
+"""Writes the compiled training step of the base model on data 8 × expert 8: python -m tests.helpers.base_step ROUTER CAPACITY FILE.
 
 Nothing is computed, so that 64 virtual devices and 0.6 billion parameters fit on a laptop.
 """

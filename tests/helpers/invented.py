@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.testing import mocking
 
-from tests import tiny
 from tests.data import own_files
+from tests.helpers import tiny
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.data.files.file_dataset import Stored
 

@@ -1,4 +1,4 @@
-"""Writes the compiled training step of a small model for four TPU chips that are not there: python -m tests.tpu_step FILE."""
+"""Writes the compiled training step of a small model for four TPU chips that are not there: python -m tests.helpers.tpu_step FILE."""
 
 import pathlib
 import sys
@@ -12,7 +12,7 @@ def main(file: str) -> None:
   from uni_moe_jax.tools.preflight import topology
   where = topology.parse('v5e:2x2')
   topology.prepare_environment(where)
-  from tests import tiny
+  from tests.helpers import tiny
   from uni_moe_jax.tools.preflight import compiled_programs
 
   c = tiny.config('shape')

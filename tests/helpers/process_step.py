@@ -18,7 +18,7 @@ def main(folder: str, *arguments: str) -> None:
   distributed.start(place.removeprefix('--distributed='))
   import jax
 
-  from tests import meshes
+  from tests.helpers import meshes
   from uni_moe_jax.parallel import sharding
 
   mesh = lambda axes: sharding.make_mesh({**dict.fromkeys(sharding.AXES, 1), **axes})

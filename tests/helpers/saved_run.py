@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from tests import small_model
+from tests.helpers import small_model
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir

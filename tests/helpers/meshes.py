@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tests import small_model, tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax.moe import routers
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import run as train_run
