@@ -105,7 +105,7 @@ def devices(topology: Topology) -> list[Any]:
                        f'XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips} before JAX is loaded.')
     return found[:topology.chips]
   try:
-    import libtpu  # pylint: disable=g-import-not-at-top,unused-import
+    import libtpu  # noqa: F401  # pylint: disable=g-import-not-at-top
   except ModuleNotFoundError:
     raise ValueError(f"--topology={topology.name!r} needs libtpu, the compiler for TPUs: pip install -c constraints.txt "
                      "-e '.[preflight]'.") from None
