@@ -41,12 +41,10 @@ class Blocker:
     if name.partition('.')[0] in ('uni_moe_jax', 'flax', 'optax', 'orbax', 'tensorflow', 'safetensors', 'torch', 'ml_collections'):
       raise ImportError(f'{name} is not installed here')
 sys.meta_path.insert(0, Blocker())
-import jax, numpy as np
-import load, example, texts
+import jax, numpy as np, load, example, texts
 model = load.Model()
 words = texts.Texts(model)
-x = dict(np.load(sys.argv[1]))
-out = {}
+x, out = dict(np.load(sys.argv[1])), {}
 for n in %r:
   out[f'shape{n}'] = model.run('shape', 'classify', pixels=x['pixels'][:n])['log_p']
   out[f'tokens{n}'] = model.run('caption', 'caption', pixels=x['pixels'][:n])['tokens']
