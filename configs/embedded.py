@@ -29,11 +29,11 @@ def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   c.moe.router = arg
   c.target_sets.vocabulary.num_sampled = 512
   for name, batch in dict(
-      glyph_class=32, glyph_name=96, glyph_caption=80, clip_motion=8, text=16, package=16).items():
+      glyph_class=32, glyph_name=96, glyph_caption=80, video_motion=8, text=16, package=16).items():
     c.tasks[name].batch_size = batch
   c.tasks.glyph_name.loss_weight, c.tasks.glyph_caption.loss_weight = 2.5, 2.0
   # Lighter than one: clips of a motion and names of pictures ask the same features of a clip, see configs/quickstart.py.
-  c.tasks.clip_motion.loss_weight = 0.3
+  c.tasks.video_motion.loss_weight = 0.3
   for name in ('glyph_class', 'glyph_name', 'glyph_caption'):
     c.tasks[name].max_shift = 2
   c.optim.update(dict(learning_rate=2e-3, warmup_steps=100))

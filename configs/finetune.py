@@ -3,8 +3,8 @@
   python launch/train.py --config=configs/finetune.py:runs/quickstart,digits --workdir=runs/digits-finetuned
   python launch/evaluate.py --workdir=runs/digits-finetuned
 
-The argument is RUN,TASK or RUN,TASK,few: the workdir of the run, and a task: digits (handwritten ones), clip_caption,
-clip_name or one of the run's own. `few` reads ten examples of every class, or one example in a hundred. `launch/study.py` compares it with
+The argument is RUN,TASK or RUN,TASK,few: the workdir of the run, and a task: digits (handwritten ones), video_caption,
+video_name or one of the run's own. `few` reads ten examples of every class, or one example in a hundred. `launch/study.py` compares it with
 `prompt_tune.py` and `zero_shot.py`; no figures are promised.
 """
 

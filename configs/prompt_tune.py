@@ -3,8 +3,8 @@
   python launch/train.py --config=configs/prompt_tune.py:runs/quickstart,digits --workdir=runs/digits-prompts
   python launch/evaluate.py --workdir=runs/digits-prompts
 
-The argument is RUN,TASK or RUN,TASK,all: the workdir of the run, and a task: digits (handwritten ones), clip_caption,
-clip_name or one of the run's own. By default it reads few examples: ten of every class, or one in a hundred. No figures are promised.
+The argument is RUN,TASK or RUN,TASK,all: the workdir of the run, and a task: digits (handwritten ones), video_caption,
+video_name or one of the run's own. By default it reads few examples: ten of every class, or one in a hundred. No figures are promised.
 """
 
 import ml_collections

@@ -19,11 +19,11 @@ def get_config() -> ml_collections.ConfigDict:
   c = config.base()
   presets.embedded(c)
   c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512))
-  for name, batch in dict(clip_motion=8, glyph_class=48, text=32, package=16).items():
+  for name, batch in dict(video_motion=8, glyph_class=48, text=32, package=16).items():
     c.tasks[name].batch_size = batch
   c.tasks.text.loss_weight = c.tasks.glyph_name.loss_weight = 2.5
   # Clips of a motion and names of pictures ask the same features of a clip: a heavy motion task takes them away from names.
-  c.tasks.clip_motion.loss_weight = 0.15
+  c.tasks.video_motion.loss_weight = 0.15
   c.tasks.glyph_name.max_shift = 1
   c.target_sets.vocabulary.num_sampled = 512
   c.optim.update(dict(learning_rate=2e-3, warmup_steps=60))

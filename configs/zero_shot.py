@@ -2,7 +2,7 @@
 
   python launch/evaluate.py --config=configs/zero_shot.py:runs/quickstart,digits --workdir=runs/digits-untuned
 
-The argument is RUN,TASK: the workdir of the run, and a task: digits (handwritten ones), clip_caption, clip_name, one of the
+The argument is RUN,TASK: the workdir of the run, and a task: digits (handwritten ones), video_caption, video_name, one of the
 run's own, or one of the two below. They show that a task, and a kind, are config: nothing in the package knows them.
 No figures are promised.
 """

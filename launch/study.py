@@ -21,7 +21,7 @@ from uni_moe_jax.utils import cli, exit_codes
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of the trained run.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; its cells are folders in it.', required=True)
-_TASKS = flags.DEFINE_list('tasks', 'digits,clip_caption,clip_name', "Of the run's tasks and those of regimes.py.")
+_TASKS = flags.DEFINE_list('tasks', 'digits,video_caption,video_name', "Of the run's tasks and those of regimes.py.")
 _REGIMES = flags.DEFINE_list('regimes', 'untuned,prompt,finetune,finetune-all', 'Which to compare.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'How many, 0, 1, …: of which examples, their order, fresh parameters.', lower_bound=1)
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20.')

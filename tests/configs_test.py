@@ -170,7 +170,7 @@ class PretrainTest(parameterized.TestCase):
 
 class TuningTest(parameterized.TestCase):
 
-  @parameterized.parameters('digits', 'clip_caption', 'clip_name')
+  @parameterized.parameters('digits', 'video_caption', 'video_name')
   def test_prompt_tuning_of_the_quickstart_trains_less_than_two_percent(self, task):
     path = next(f for f in _FILES if f.stem == 'prompt_tune')
     c = _module(path).get_config(f'{_run()},{task}')

@@ -30,7 +30,7 @@ def _config(answers=ANSWERS):
   c.target_sets.closed = config_lib.target_set(answers, family='names')
   # What a clip is called was never asked in training; its scale is that of pictures.
   c.tasks.clip = config_lib.task(
-      'video_caption', 'clips', batch_size=0, target_set='words', caption_templates=('{name}',), max_len=LENGTH, temperature='image_caption')
+      'video_caption', 'videos', batch_size=0, target_set='words', caption_templates=('{name}',), max_len=LENGTH, temperature='image_caption')
   for name, chosen in (('clips', ''), ('closed clips', 'closed')):
     c.evaluators[name] = config_lib.evaluator('caption', 'clip', split='train', batch_size=8, constrain_to=chosen)
   return c

@@ -32,8 +32,8 @@ def _config(router: str, some: bool) -> ml_collections.ConfigDict:
   c = tiny.config('shape', 'motion', 'text', 'caption', 'pair', 'package', data_dir=tiny.data_dir())
   c.tasks.pair.max_len = 16
   clips = dict(batch_size=4, caption_templates=('{name}',), max_len=12)
-  c.tasks.clip_caption = config_lib.task('video_caption', 'clips', target_set='words', **clips)
-  c.tasks.clip_pair = config_lib.task('video_retrieval', 'clips', **clips)
+  c.tasks.video_caption = config_lib.task('video_caption', 'videos', target_set='words', **clips)
+  c.tasks.video_pair = config_lib.task('video_retrieval', 'videos', **clips)
   c.target_sets.asked = config_lib.target_set('glyphs/class', family='words')
   c.tasks.asked = config_lib.task(
       'vqa', 'glyphs', batch_size=4, target_set='asked', label_column='class', template='{face} {name} ? <spe> <eot>', max_len=12)
@@ -96,7 +96,7 @@ def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
   for task in (*run.plan.tasks, *run.plan.probes):
     [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(_EXAMPLES), _EXAMPLES)
     frames = fields['pixels'].shape[1] if task.type.visual else 0
-    assert frames == (tiny.FRAMES if task.source == 'clips' else task.type.visual), task.name
+    assert frames == (tiny.FRAMES if task.source == 'videos' else task.type.visual), task.name
     if task.type.readout == 'queries':
       said, want = model.run(task.name, 'caption', pixels=fields['pixels']), _search(whole, params, task, found, fields['pixels'])
       np.testing.assert_array_equal(said['tokens'], want.tokens[:, 0], task.name)

@@ -35,14 +35,14 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
   c.train.update(dict(steps=6, log_every=1, checkpoint_every=100))
   sets = {
       'shapes': config_lib.target_set('glyphs/class', family='names'),
-      'motions': config_lib.target_set('clips/motion', family='names'),
+      'motions': config_lib.target_set('videos/motion', family='names'),
       'words': config_lib.target_set('vocabulary', family='words', softmax='sampled', num_sampled=32),
       'packages': config_lib.target_set('paragraphs/package', family='words'),
       'answers': config_lib.target_set('pairs/label', family='words'),
   }
   every = {
       'shape': config_lib.task('image_classification', 'glyphs', batch_size=8, target_set='shapes', label_column='class'),
-      'motion': config_lib.task('video_classification', 'clips', batch_size=4, target_set='motions', label_column='motion'),
+      'motion': config_lib.task('video_classification', 'videos', batch_size=4, target_set='motions', label_column='motion'),
       'text': config_lib.task('text_mlm', 'paragraphs', batch_size=4, target_set='words', max_len=16, max_predictions=3),
       'caption': config_lib.task(
           'image_caption', 'glyphs', batch_size=4, target_set='words', caption_templates=('{name}',), max_len=6),
@@ -77,7 +77,7 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
           pixels=rng.integers(0, 256, (24, SIDE, SIDE), dtype=np.uint8), face=rng.choice(['serif', 'round'], 24),
           name=np.array([f'{c} {s} of {w}' for c, s, w in zip(colours, shapes, WORDS)]), **{'class': shapes}),
           {'class': CLASSES}),
-      'clips': (dict(
+      'videos': (dict(
           pixels=rng.integers(0, 256, (10, FRAMES, SIDE, SIDE), dtype=np.uint8), name=np.array(WORDS[-10:]),
           face=rng.choice(['serif', 'round'], 10), motion=rng.choice(MOTIONS, 10)), {'motion': MOTIONS}),
       'paragraphs': (dict(text=_sentences(rng, 24, 14), package=packages), {'package': PACKAGES}),
@@ -102,7 +102,7 @@ def data_dir() -> str:
   from uni_moe_jax.data.pipeline import npz_records
   folder = _folder().name
   places = {
-      'glyphs': (glyphs._FOLDER,), 'clips': (glyph_videos._FOLDER,), 'paragraphs': (docstring_texts._FOLDER, 'paragraphs'),
+      'glyphs': (glyphs._FOLDER,), 'videos': (glyph_videos._FOLDER,), 'paragraphs': (docstring_texts._FOLDER, 'paragraphs'),
       'pairs': (docstring_texts._FOLDER, 'pairs')}
   for source, parts in places.items():
     with npz_records.building('/'.join((folder, *parts))) as place:

@@ -28,7 +28,7 @@ ALL = (finetuning.finetune, finetuning.prompt_tune, finetuning.zero_shot)
 
 
 @pytest.mark.parametrize('regime', ALL)
-@pytest.mark.parametrize('task', ['digits', 'clip_caption', 'clip_name', 'shape', 'caption'])
+@pytest.mark.parametrize('task', ['digits', 'video_caption', 'video_name', 'shape', 'caption'])
 def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, regime, task):
   c, old = regime(f'{run},{task}'), workdir.load_config(run)
   for section in ('moe', 'tokenizer', 'data', 'task_types'):
@@ -51,7 +51,7 @@ def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run)
 
 
 @pytest.mark.parametrize('task, group', [
-    ('digits', 'pictures'), ('clip_caption', 'image_caption'), ('clip_name', 'image_retrieval'), ('shape', 'pictures')])
+    ('digits', 'pictures'), ('video_caption', 'image_caption'), ('video_name', 'image_retrieval'), ('shape', 'pictures')])
 def test_the_scale_is_that_of_the_kind_or_of_one_that_reads_and_answers_alike(run, task, group):
   assert all(regime(f'{run},{task}').tasks[task].temperature == group for regime in ALL)
 
@@ -68,7 +68,7 @@ def test_the_kind_itself_comes_before_one_that_is_alike(tmp_path):
 @pytest.mark.parametrize('regime, argument, amount', [
     (finetuning.finetune, 'digits', (0, 1.0)), (finetuning.finetune, 'digits,few', (10, 1.0)),
     (finetuning.prompt_tune, 'digits', (10, 1.0)), (finetuning.prompt_tune, 'digits,all', (0, 1.0)),
-    (finetuning.prompt_tune, 'clip_name', (0, 0.01)), (finetuning.finetune, 'clip_caption,few', (0, 0.01))])
+    (finetuning.prompt_tune, 'video_name', (0, 0.01)), (finetuning.finetune, 'video_caption,few', (0, 0.01))])
 def test_few_is_ten_of_every_class_or_one_in_a_hundred(run, regime, argument, amount):
   task = regime(f'{run},{argument}').tasks[argument.split(',')[0]]
   assert (task.shots, task.train_fraction) == amount
@@ -88,7 +88,7 @@ def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_has_ne
   prompt, fine = finetuning.prompt_tune(f'{run},digits'), finetuning.finetune(f'{run},digits')
   assert prompt.optim.param_groups[-1] == (r'.*', FREEZE) and prompt.model.num_deep_prompts > 0 and prompt.tasks.digits.linear_head
   assert prompt.model.prompt_sharing == 'inputs'  # what the run knows of other answers stays
-  assert not finetuning.prompt_tune(f'{run},clip_name').tasks.clip_name.linear_head
+  assert not finetuning.prompt_tune(f'{run},video_name').tasks.video_name.linear_head
   assert not any(rule[1] == FREEZE for rule in fine.optim.param_groups)
   assert fine.model.num_deep_prompts == 0 and not fine.tasks.digits.linear_head
 

@@ -136,7 +136,7 @@ def own(
 def embedded(c: ml_collections.ConfigDict) -> None:
   """The embedded data: six tasks of six kinds on glyphs, clips and text, and their evaluators.
 
-  Names of clips are never trained on: `clip_name` is a known kind on new data, evaluated zero-shot. The source `pairs` (does a
+  Names of clips are never trained on: `video_name` is a known kind on new data, evaluated zero-shot. The source `pairs` (does a
   paragraph continue a summary?) has no task here: an hour of training leaves it at chance.
   """
   # Mean and deviation of the training pictures: most of a glyph's picture is background.
@@ -147,7 +147,7 @@ def embedded(c: ml_collections.ConfigDict) -> None:
       # out first what a neighbour is.
       text_posemb_init='sincos', text_posemb_std=0.06, mimetic_init=True))
   c.target_sets.glyph_classes = config.target_set('glyphs/class', family='names')
-  c.target_sets.motions = config.target_set('clips/motion', family='names')
+  c.target_sets.motions = config.target_set('videos/motion', family='names')
   c.target_sets.vocabulary = config.target_set('vocabulary', family='words', softmax='sampled', num_sampled=768)
   c.target_sets.packages = config.target_set('paragraphs/package', family='words')
 
@@ -157,26 +157,26 @@ def embedded(c: ml_collections.ConfigDict) -> None:
       'image_retrieval', 'glyphs', batch_size=96, caption_templates=('{name}',), max_len=NAME_TOKENS)
   c.tasks.glyph_caption = config.task(
       'image_caption', 'glyphs', batch_size=32, target_set='vocabulary', caption_templates=('{name}',), max_len=NAME_TOKENS)
-  c.tasks.clip_motion = config.task(
-      'video_classification', 'clips', batch_size=16, target_set='motions', label_column='motion')
+  c.tasks.video_motion = config.task(
+      'video_classification', 'videos', batch_size=16, target_set='motions', label_column='motion')
   c.tasks.text = config.task(
       'text_mlm', 'corpus', batch_size=24, target_set='vocabulary', max_len=TEXT_TOKENS, max_predictions=12)
   c.tasks.package = config.task(
       'text_classification', 'paragraphs', batch_size=24, target_set='packages', label_column='package',
       template='{text} <eot> it is from <spe> . <eot>', max_len=TEXT_TOKENS)
-  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch_size=0, caption_templates=('{name}',), max_len=NAME_TOKENS)
+  c.tasks.video_name = config.task('video_retrieval', 'videos', batch_size=0, caption_templates=('{name}',), max_len=NAME_TOKENS)
 
   # Tokens as the tokenizer of the quickstart counts them.
   c.preflight.target_lengths.update(dict(
       glyph_classes=((4, 28), (9, 24)), motions=((5, 12),), packages=((6, 10),)))
-  c.preflight.num_frames.update(dict(clip_motion=8, clip_name=8))
+  c.preflight.num_frames.update(dict(video_motion=8, video_name=8))
 
   for split, where in UNSEEN:
     c.evaluators[f'class, {where}'] = config.evaluator('classification', 'glyph_class', split=split)
     c.evaluators[f'name, {where}'] = config.evaluator('retrieval', 'glyph_name', split=split, num_examples=500)
     c.evaluators[f'caption, {where}'] = config.evaluator('caption', 'glyph_caption', split=split, num_examples=1000)
-    c.evaluators[f'motion, {where}'] = config.evaluator('classification', 'clip_motion', split=split)
-    c.evaluators[f'zero-shot clip name, {where}'] = config.evaluator(
-        'retrieval', 'clip_name', split=split, num_examples=400)
+    c.evaluators[f'motion, {where}'] = config.evaluator('classification', 'video_motion', split=split)
+    c.evaluators[f'zero-shot video name, {where}'] = config.evaluator(
+        'retrieval', 'video_name', split=split, num_examples=400)
   c.evaluators['masked words'] = config.evaluator('mlm', 'text', split='test')
   c.evaluators['package'] = config.evaluator('classification', 'package', split='test')

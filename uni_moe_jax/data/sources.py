@@ -24,7 +24,7 @@ def load_corpus(directory: str | os.PathLike[str], split: str) -> Records:
 
 SOURCES: dict[str, Callable[[str, str], Records]] = {
     'glyphs': glyphs.load,
-    'clips': glyph_videos.load,
+    'videos': glyph_videos.load,
     'paragraphs': docstring_texts.load_paragraphs,
     'pairs': docstring_texts.load_pairs,
     'corpus': load_corpus,

@@ -31,25 +31,25 @@ def digits(c: ml_collections.ConfigDict) -> None:
   c.evaluators.digits = config.evaluator('classification', 'digits', split='test')
 
 
-def clip_caption(c: ml_collections.ConfigDict) -> None:
+def video_caption(c: ml_collections.ConfigDict) -> None:
   """What a clip shows, in words."""
   c.target_sets.vocabulary = config.target_set(VOCABULARY, family='words', softmax='sampled', num_sampled=512)
-  c.tasks.clip_caption = config.task(
-      'video_caption', 'clips', batch_size=BATCH, target_set='vocabulary', caption_templates=('{name}',), max_len=presets.NAME_TOKENS,
+  c.tasks.video_caption = config.task(
+      'video_caption', 'videos', batch_size=BATCH, target_set='vocabulary', caption_templates=('{name}',), max_len=presets.NAME_TOKENS,
       label_smoothing=0.1)
   for split, where in presets.UNSEEN:
-    c.evaluators[f'clip caption, {where}'] = config.evaluator('caption', 'clip_caption', split=split, num_examples=400)
+    c.evaluators[f'video caption, {where}'] = config.evaluator('caption', 'video_caption', split=split, num_examples=400)
 
 
-def clip_name(c: ml_collections.ConfigDict) -> None:
+def video_name(c: ml_collections.ConfigDict) -> None:
   """Which of 400 names a clip has."""
-  c.tasks.clip_name = config.task('video_retrieval', 'clips', batch_size=BATCH, caption_templates=('{name}',), max_len=presets.NAME_TOKENS)
+  c.tasks.video_name = config.task('video_retrieval', 'videos', batch_size=BATCH, caption_templates=('{name}',), max_len=presets.NAME_TOKENS)
   for split, where in presets.UNSEEN:
-    c.evaluators[f'clip name, {where}'] = config.evaluator('retrieval', 'clip_name', split=split, num_examples=400)
+    c.evaluators[f'video name, {where}'] = config.evaluator('retrieval', 'video_name', split=split, num_examples=400)
 
 
 # Tasks that no config trains on: what a run is adapted to.
-TRANSFER: dict[str, Fill] = {'digits': digits, 'clip_caption': clip_caption, 'clip_name': clip_name}
+TRANSFER: dict[str, Fill] = {'digits': digits, 'video_caption': video_caption, 'video_name': video_name}
 
 
 def finetune(arg: str) -> ml_collections.ConfigDict:

@@ -73,7 +73,7 @@ def test_classes_are_numbered_in_their_order_and_none_is_minus_one(tmp_path):
 
 
 def test_clip_i_of_the_source_is_record_i(tmp_path):
-  source = _prepared(tmp_path, 'embedded_clips').as_data_source('validation')
+  source = _prepared(tmp_path, 'embedded_videos').as_data_source('validation')
   columns = glyph_videos.load(tmp_path, 'validation').columns
   np.testing.assert_array_equal(np.stack(source[5]['pixels'])[..., 0], columns['pixels'][5])
   assert glyph_videos.MOTIONS[source[5]['motion']] == columns['motion'][5]
@@ -92,7 +92,7 @@ def test_pairs_come_back(tmp_path):
 
 
 def test_tfrecords_are_a_stream_in_the_order_of_the_records(tmp_path):
-  data = _prepared(tmp_path, 'embedded_clips', 'tfrecord').as_dataset('train', shuffle_files=False)
+  data = _prepared(tmp_path, 'embedded_videos', 'tfrecord').as_dataset('train', shuffle_files=False)
   columns = glyph_videos.load(tmp_path, 'train').columns
   examples = list(data.as_numpy_iterator())
   assert [example['name'].decode() for example in examples] == columns['name'].tolist()

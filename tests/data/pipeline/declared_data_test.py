@@ -95,7 +95,7 @@ def test_what_recipes_declare_of_the_embedded_data_is_what_their_configs_use():
   data = DeclaredData(c, plan)
   assert {s.name: data.sets[s.name].size for s in plan.sets if not s.is_vocabulary} == {
       'glyph_classes': 52, 'motions': 12, 'packages': 10}
-  make = data.examples(next(t for t in plan.tasks if t.name == 'clip_motion')).make
+  make = data.examples(next(t for t in plan.tasks if t.name == 'video_motion')).make
   shape = tf.function(make).get_concrete_function(
       tf.TensorSpec([5], tf.int64), tf.TensorSpec([5], tf.uint64)).structured_outputs['pixels'].shape
   assert shape == (5, 8, 32, 32, 3)

@@ -47,7 +47,7 @@ _DIM = 0.35  # light between blinks: darkness would say "blink" in a single fram
 _LEAST_LIGHT = 0.05
 
 _CLIPS = {'train': 16_008, 'validation': 1_008, 'test_characters': 2_004, 'test_fonts': 2_004}
-_FOLDER = 'clips-2'  # the number changes with the content: an older folder is not read
+_FOLDER = 'videos-2'  # the number changes with the content: an older folder is not read
 
 
 def _draws(split: str, index: int) -> np.ndarray:
@@ -143,9 +143,9 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
     for split in SPLITS:
       columns = _make(split, glyphs.load(directory, split))
       npz_records.save(temporary, split, columns, {'motion': MOTIONS})
-      report(f'clips: {split} has {len(columns["name"])} clips of '
+      report(f'videos: {split} has {len(columns["name"])} videos of '
              f'{len(np.unique(columns["name"]))} characters')
-  report(f'clips: took {time.monotonic() - start:.1f} s')
+  report(f'videos: took {time.monotonic() - start:.1f} s')
 
 
 def load(directory: str | os.PathLike[str], split: str) -> Records:

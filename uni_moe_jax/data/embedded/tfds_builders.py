@@ -1,7 +1,7 @@
 """The embedded data as TFDS data sets, so that it is prepared, versioned and loaded like any other.
 
     import tensorflow_datasets as tfds
-    from uni_moe_jax.data.embedded import tfds_builders  # registers embedded_glyphs, _clips and _text
+    from uni_moe_jax.data.embedded import tfds_builders  # registers embedded_glyphs, _videos and _text
 
     builder = tfds.builder('embedded_glyphs', data_dir=..., file_format='array_record')
     builder.download_and_prepare(download_dir=DATA_DIR)
