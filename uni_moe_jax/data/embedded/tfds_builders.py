@@ -114,7 +114,7 @@ class EmbeddedGlyphs(_EmbeddedBuilder):
     return glyphs.load(directory, split)
 
 
-class EmbeddedClips(_EmbeddedBuilder):
+class EmbeddedVideos(_EmbeddedBuilder):
   """Clips of characters in motion with their names, faces and motions: see `data/embedded/glyph_videos.py`."""
 
   BUILDER_CONFIGS = [SubsetConfig('full')]
