@@ -44,9 +44,9 @@ def _from_torch() -> int:
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
   # Only now is the folder this run's: after a failed conversion nobody can train from fresh parameters by mistake.
   workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
-  workdir.keep_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
+  workdir.copy_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
   with checkpoint.Checkpoints(_WORKDIR.value, config.train.max_to_keep) as checkpoints:
-    checkpoints.save(0, run.start(params))
+    checkpoints.save(0, run.state_from(params))
   with open(_CHECKPOINT.value, 'rb') as file:
     origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
   pathlib.Path(_WORKDIR.value, workdir.CONVERSION_FILE).write_text(json.dumps(
@@ -64,7 +64,7 @@ def _to_torch() -> int:
   from uni_moe_jax.train import checkpoint, workdir
   from uni_moe_jax.train import run as train_run
   config = workdir.load_config(_WORKDIR.value)
-  with checkpoint.Checkpoints(_WORKDIR.value, keep=None) as checkpoints:
+  with checkpoint.Checkpoints(_WORKDIR.value, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
       raise cli.UsageError(f'workdir {_WORKDIR.value} has no checkpoint yet; train it first.')
     run = train_run.build(config)

@@ -43,7 +43,7 @@ def main() -> int:
   from uni_moe_jax.train import checkpoint
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
-  with checkpoint.Checkpoints(workdir, keep=None, best=config.train.best_metric) as checkpoints:
+  with checkpoint.Checkpoints(workdir, max_to_keep=None, best_metric=config.train.best_metric) as checkpoints:
     if not plan.tasks:  # it answers with the run that it starts from, which may go on
       answers, step, lacks = config.train.init, workdir_lib.saved_step(config.train.init), 'checkpoint yet; train it first'
     elif _BEST.value:

@@ -37,7 +37,7 @@ def main() -> int:
   from uni_moe_jax.export import artifact, contents
   from uni_moe_jax.train import checkpoint, loop
   from uni_moe_jax.train import run as train_run
-  with checkpoint.Checkpoints(workdir, keep=None) as checkpoints:
+  with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
     step = checkpoints.latest() if validate.resolve(config).tasks else 0
     if step is None:
       raise cli.UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')

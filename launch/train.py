@@ -27,12 +27,12 @@ def main() -> int:
     from uni_moe_jax.config import validate
     from uni_moe_jax.data.pipeline import npz_records
     from uni_moe_jax.train import workdir
-    from uni_moe_jax.train.watchdog import START, Watchdog
+    from uni_moe_jax.train.hang_detection import START, HangDetector
     # Mistakes are told before the slow libraries below are loaded.
     config = cli.config_of(_CONFIG)
     validate.check_trains(validate.resolve(config))
     distributed.start(_DISTRIBUTED.value)
-    with Watchdog(config.train.hang_timeout) as watchdog, watchdog.phase(START):  # a disk may hang at the first look
+    with HangDetector(config.train.hang_timeout) as watchdog, watchdog.phase(START):  # a disk may hang at the first look
       workdir.claim_workdir(_WORKDIR.value, config)
       workdir.check_versions(_WORKDIR.value, _ACCEPT_VERSIONS.value)
       npz_records.check_directory(config.data.dir)

@@ -19,7 +19,7 @@ from uni_moe_jax import config
 from uni_moe_jax.config import validate
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.train import optim, workdir
+from uni_moe_jax.train import optimizer, workdir
 
 _FILES = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
 _QUICKSTART = next(f for f in _FILES if f.stem == 'quickstart')
@@ -176,7 +176,7 @@ class TuningTest(parameterized.TestCase):
     c = _module(path).get_config(f'{_run()},{task}')
     head = 10 if c.tasks[task].linear_head else 0
     params = small_model.nn.unbox(small_model.boxed(dataclasses.replace(_spec(c), head=head)))
-    rules = jax.tree.leaves(optim.match_rules(params, c.optim.param_groups))
+    rules = jax.tree.leaves(optimizer.match_param_groups(params, c.optim.param_groups))
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     trained = sum(size for size, rule in zip(sizes, rules, strict=True) if not rule.frozen)
     self.assertBetween(trained / sum(sizes), 1e-4, 0.02)

@@ -41,7 +41,7 @@ def _finish(folder, router, steps=6, data='print', **changes):
   workdir.claim_workdir(where, config, data)
   log = [{'stage': s.name, 'command': '', 'code': 0, 'seconds': 10.} for s in compare_stages.stages(router, 'c', 'f', 4, [], False)]
   _write(where / compare_stages.LOG, [{'stage': compare_stages.TRAIN, 'command': '', 'code': 75, 'seconds': 2.5}, *log])
-  _write(where / 'run.json', {'parameters': {'total': 3200, 'used_per_token': 1600}, 'seed': 0, 'commit': 'c' * 40})
+  _write(where / 'run.json', {'parameters': {'total': 3200, 'active': 1600}, 'seed': 0, 'commit': 'c' * 40})
   lines = [{'step': s, 'steps_per_second': r} for s, r in ((2, 1.), (4, 2.), (steps, 4.))]
   (where / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
   row = dict(evaluator='class', metric='top-1', value=.5, standard_error=.1, chance=.1, floors={'1-nn': .7})

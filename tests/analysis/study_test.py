@@ -88,7 +88,7 @@ _BEFORE = {'a': np.zeros(3, np.float32), 'b': np.float32(1)}
     ({'a': -np.zeros(3, np.float32), 'c': None}, dict(identical=True, moved=True))])  # -0: other bits
 def test_what_is_frozen_is_compared_bit_by_bit(changes, expected):
   after = {k: v for k, v in {**_BEFORE, 'c': np.zeros(2, np.float32), **changes}.items() if v is not None}
-  found = warm_start.compared(_BEFORE, after, frozenset('bd'))
+  found = warm_start.compare_params(_BEFORE, after, frozenset('bd'))
   assert {k: found[k] for k in expected} == expected
   assert found['parameters'] - found['trained'] == (3 if 'd' in after else 1)
 
@@ -158,7 +158,7 @@ def test_facts_of_a_cell_come_from_its_work_directory(tmp_path, config):
   for folder, values, step in ((tmp_path / 'run', _BEFORE, 9), (tmp_path / cell.folder, {**_BEFORE, 'a': np.ones(3)}, 4)):
     workdir.claim_workdir(folder, c, 'print')
     with Checkpoints(folder, 1) as checkpoints:
-      checkpoints.save(step, {'params': {k: np.asarray(v, np.float32) for k, v in values.items()}, 'ema': None})
+      checkpoints.save(step, {'params': {k: np.asarray(v, np.float32) for k, v in values.items()}, 'ema_params': None})
   assert study_results.facts(cell, str(tmp_path / 'run'), str(tmp_path)) == {
       'steps': 4, 'examples': 6, 'drawn': 32, 'parameters': 4, 'trained': 3, 'share': .75, 'identical': True, 'moved': True}
   (tmp_path / cell.folder / 'evaluation.json').write_text(json.dumps([_row(.5, 0)]))

@@ -78,7 +78,7 @@ def _batches():
 
 def test_delta_is_what_a_short_step_takes_from_the_loss():
   """L_i(θ) - L_i(θ - λ d) ≈ λ Δ_{j→i}, d the mean unit gradient of j (for i = j, of its other batch)."""
-  pieces, params, sets, length = _pieces(), _params(), _run().sets(), 2e-3
+  pieces, params, sets, length = _pieces(), _params(), _run().target_sets(), 2e-3
   held = {(t, b): jax.device_get(_gradients()(t, b)) for t in TASKS for b in range(2)}
   measured = interference.products(lambda t, b: held[t, b], TASKS, 2)
   unit = {}
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_unweighted_loss_without_noise():
   assert spec.plan.tasks[0].loss_weight == 1 and [s.name for s in spec.plan.sets] == ['packages']
   noisy = jit(functools.partial(task_gradient, spec=dataclasses.replace(spec, model=run.spec.model), pieces=_pieces()))
   for ask, same in ((_gradients()._functions['package'], True), (noisy, False)):
-    one, other = (ask(_params(), batch, run.sets(), jax.random.key(seed))[0] for seed in (1, 2))
+    one, other = (ask(_params(), batch, run.target_sets(), jax.random.key(seed))[0] for seed in (1, 2))
     assert same == all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
@@ -135,7 +135,7 @@ def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
   c.tasks = type(c.tasks)({name: c.tasks[name] for name in ('shape', 'other', 'pair')})
   run = train_run.build(c, _one_device())
   pieces = param_subsets.choose(run.shapes.params, run.spec.model.spec.stack, PATTERN)
-  params, sets = run.init().params, run.sets()
+  params, sets = run.init().params, run.target_sets()
   _, batch = next(run.mixture().iterate(0, 1))
   names = [t.name for t in run.plan.tasks]
   start, size = (4 // accum if names.index('other') < names.index('pair') else 0), 4 // accum
@@ -147,7 +147,7 @@ def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
     rows = {k: v if k == 'temporal_offset' else (v[:, first:first + size] if accum == 1 else v[:, :, first:first + size])
             for k, v in batch['image_retrieval'].items()}
     expected = alone(params, {'image_retrieval': rows}, sets, jax.random.key(0))[0]
-    got = whole(params, run.put(batch), sets, jax.random.key(0), half)
+    got = whole(params, run.put_batch(batch), sets, jax.random.key(0), half)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     results.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(got)]))
@@ -156,9 +156,9 @@ def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
 
 def test_the_metric_is_delta_of_the_two_halves_and_due_at_every_nth_step():
   run = train_run.build(_config(interference_every=3), _one_device())
-  metric, params, sets = InterferenceMetric(run), _params(), run.sets()
+  metric, params, sets = InterferenceMetric(run), _params(), run.target_sets()
   _, batch = next(run.mixture().iterate(0, 1))
-  placed = run.put(batch)
+  placed = run.put_batch(batch)
   assert metric(0, params, placed, sets) == metric(1, params, placed, sets) == metric(3, params, placed, sets) == {}
   got = metric(2, params, placed, sets)
   g = {(t, h): np.concatenate([np.ravel(x) for x in jax.tree.leaves(

@@ -81,8 +81,8 @@ def _step(run):
   """The state after a step of every task, which is finite."""
   task, batch = next(run.mixture().iterate(0, 1))
   assert task is None
-  state, metrics = run.step_fn()(train_run.first_state(run), run.put(batch), run.sets())
-  assert np.isfinite(float(metrics['loss/total'])) and float(metrics['skipped']) == 0
+  state, metrics = run.step_fn()(train_run.initial_state(run), run.put_batch(batch), run.target_sets())
+  assert np.isfinite(float(metrics['loss/total'])) and float(metrics['skipped_steps']) == 0
   return state
 
 
@@ -122,7 +122,7 @@ def _shapes(c, task: str | None = None):
   c.tokenizer.merges_path = 'a file that only its user has'
   run = compiled_programs.prepare(c, jax.devices()[:1])
   batch = compiled_programs.batch_shapes(run, run.plan.tasks if task is None else run.plan.only(task).tasks)
-  return run, batch, *jax.eval_shape(run.step_fn(task), run.like(), batch, train_run.set_arrays(run.data, run.plan))
+  return run, batch, *jax.eval_shape(run.step_fn(task), run.abstract_state(), batch, train_run.target_set_arrays(run.data, run.plan))
 
 
 _ENTRIES = {
@@ -343,7 +343,7 @@ def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, m
   if mode != 'untuned':
     assert loop.train(c, str(tmp_path / 'then'), jax.devices()[:1]) == loop.FINISHED
   run = _run(c)
-  with checkpoint.Checkpoints(tmp_path / ('first' if mode == 'untuned' else 'then'), keep=None) as checkpoints:
+  with checkpoint.Checkpoints(tmp_path / ('first' if mode == 'untuned' else 'then'), max_to_keep=None) as checkpoints:
     predictor, _ = train_run.predictor(run, checkpoints)
   rows = suite.evaluate(run.plan, run.data, predictor, 1, tmp_path)
   assert {r['evaluator'] for r in rows} == set(c.evaluators) and all(np.isfinite(r['value']) for r in rows)

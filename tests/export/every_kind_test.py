@@ -52,9 +52,9 @@ def _trained(run: train_run.Run):
   """Parameters that are nowhere zero, biases and gates too, and two steps later."""
   rng = np.random.default_rng(0)
   start = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), run.shapes.params)
-  state, step, sets = run.start(start), run.step_fn(), run.sets()
+  state, step, sets = run.state_from(start), run.step_fn(), run.target_sets()
   for _, batch in run.mixture().iterate(0, 2):
-    state, _ = step(state, run.put(batch), sets)
+    state, _ = step(state, run.put_batch(batch), sets)
   return jax.device_get(state.params)
 
 

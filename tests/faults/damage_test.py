@@ -12,9 +12,9 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 @pytest.fixture(name='workdir', scope='module')
 def _workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
-  with Checkpoints(folder, keep=3) as checkpoints:
+  with Checkpoints(folder, max_to_keep=3) as checkpoints:
     for step in (1, 2, 3):
-      checkpoints.save(step, {'params': jnp.arange(600.) + step, 'ema': None})
+      checkpoints.save(step, {'params': jnp.arange(600.) + step, 'ema_params': None})
   (folder / 'checkpoints/3/empty').touch()  # nothing needs it, and nothing can be cut off of it
   return folder
 
@@ -50,8 +50,8 @@ def test_a_trainer_goes_on_from_the_one_before_whatever_the_harm(workdir, tmp_pa
   whole = shutil.copytree(workdir, tmp_path / 'whole')
   if ends_with == '2':  # a whole one, but not what the undisturbed run ended with
     shutil.rmtree(tmp_path / 'whole/checkpoints/2')
-    with Checkpoints(tmp_path / 'other', keep=1) as checkpoints:
-      checkpoints.save(2, {'params': jnp.arange(600.), 'ema': None})
+    with Checkpoints(tmp_path / 'other', max_to_keep=1) as checkpoints:
+      checkpoints.save(2, {'params': jnp.arange(600.), 'ema_params': None})
     shutil.copytree(tmp_path / 'other/checkpoints/2', tmp_path / 'whole/checkpoints/2')
   seen, findings = damage.trained_on(_StandIn(tmp_path, said, (ends_with,)), whole, seed=0)
   assert len(seen) == len(damage.HARMS) == 4

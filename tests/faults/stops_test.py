@@ -36,7 +36,7 @@ class _StandIn(kills.Trainer):
     ('', 1, .1, 'does not say so in one sentence')])
 def test_a_process_whose_other_dies_ends_soon_with_a_sentence(tmp_path, monkeypatch, said, code, seconds, found):
   monkeypatch.setattr(stops, '_SURVIVES', 1.)
-  with Checkpoints(tmp_path / 'done', keep=2) as checkpoints:
+  with Checkpoints(tmp_path / 'done', max_to_keep=2) as checkpoints:
     checkpoints.save(1, {'params': jnp.arange(3.)})
   program = _STAND_IN.format(said=said, code=code, seconds=seconds)
   seen, findings = stops.dead_process(_StandIn(tmp_path, program), tmp_path / 'done')
@@ -45,7 +45,7 @@ def test_a_process_whose_other_dies_ends_soon_with_a_sentence(tmp_path, monkeypa
 
 def test_the_same_command_must_end_as_the_undisturbed_run(tmp_path):
   for name, value in (('done', 1.), ('other', 2.)):
-    with Checkpoints(tmp_path / name, keep=2) as checkpoints:
+    with Checkpoints(tmp_path / name, max_to_keep=2) as checkpoints:
       checkpoints.save(1, {'params': jnp.full(3, value)})
   # Process 0 alone: the other may start when the first has made the folder.
   trained = "if again and index == '0':\n  shutil.copytree(workdir.parent / 'other', workdir, dirs_exist_ok=True)\n"

@@ -111,7 +111,7 @@ def _compile(r: train_run.Run):
       lambda path, v, where: jax.make_array_from_callback(v.shape, where, _sharper(path, np.asarray(v)).__getitem__),
       small_model.params(r.spec.model.spec), r.shardings.params)
   key = jax.device_put(np.asarray(jax.random.key_data(jax.random.key(3))), whole)
-  arguments = params, r.put(next(r.mixture().iterate(0, 1))[1]), r.sets(), key
+  arguments = params, r.put_batch(next(r.mixture().iterate(0, 1))[1]), r.target_sets(), key
   jitted = small_model.jit(gradients, out_shardings=(r.shardings.params, whole))
   return jitted.lower(*arguments).compile(), arguments
 

@@ -20,9 +20,9 @@ def save(folder: Folder, config: ml_collections.ConfigDict, step: int, devices: 
   run = train_run.build(config, jax.devices()[:devices])
   params = small_model.params(run.spec.model.spec)
   workdir.claim_workdir(folder, config, run.data.fingerprint)
-  workdir.keep_tokenizer(folder, run.data.tokenizer_file)
+  workdir.copy_tokenizer(folder, run.data.tokenizer_file)
   with Checkpoints(folder, 1) as checkpoints:
-    checkpoints.save(step, run.start(params))
+    checkpoints.save(step, run.state_from(params))
   return params
 
 

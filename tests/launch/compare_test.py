@@ -119,7 +119,7 @@ def test_a_whole_comparison(root):
   found = json.loads((out / 'results.json').read_text())
   dense, token = found['runs']
   assert [r['steps'] for r in found['runs']] == [3, 3] and not found['breaches']
-  assert dense['parameters']['total'] < token['parameters']['used_per_token'] < token['parameters']['total']
+  assert dense['parameters']['total'] < token['parameters']['active'] < token['parameters']['total']
   for r in found['runs']:
     assert [m['checkpoint'] for m in r['interference'].values()] == ['init', 'step 3']
     assert r['interference']['before']['part'] != r['interference']['after']['part']

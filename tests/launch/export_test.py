@@ -87,7 +87,7 @@ def _evaluated(here: pathlib.Path, step: int) -> None:
 def _whole(here: pathlib.Path):
   """(run, predictor) of the model with its experts."""
   run = train_run.build(workdir_lib.load_config(here / _RUN), jax.devices()[:1])
-  with checkpoint.Checkpoints(here / _RUN, keep=None) as checkpoints:
+  with checkpoint.Checkpoints(here / _RUN, max_to_keep=None) as checkpoints:
     return run, train_run.predictor(run, checkpoints)[0]
 
 

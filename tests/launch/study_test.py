@@ -51,7 +51,7 @@ def _root(tmp_path):
 def _save(folder, prompts, step=2):
   with Checkpoints(folder, 1) as checkpoints:
     params = {'prompts': {'a': np.full(1, prompts, np.float32)}, 'rest': np.zeros(99, np.float32)}
-    checkpoints.save(step, {'params': params, 'ema': None})
+    checkpoints.save(step, {'params': params, 'ema_params': None})
 
 
 def _command(root, *arguments):

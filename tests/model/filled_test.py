@@ -78,7 +78,7 @@ class FilledTest(parameterized.TestCase):
 
     with mock.patch.object(uni_perceiver, 'join_equal', join):
       features = jax.eval_shape(
-          lambda params: step.forward(run.spec, params, None, run.sets(), {}, jax.random.key(0))[1][name], run.shapes.params)
+          lambda params: step.forward(run.spec, params, None, run.target_sets(), {}, jax.random.key(0))[1][name], run.shapes.params)
       [sequence] = predictor.set_sequences(of_set, run.data.sets[name], run.data.tokenizer.eot)
       evaluated = jax.eval_shape(functools.partial(predictor.encode, run.spec.model), run.shapes.params, sequence)
     self.assertTrue(entries % shards)

@@ -17,7 +17,7 @@ from uni_moe_jax.config import presets
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import optim, step
+from uni_moe_jax.train import optimizer, step
 from uni_moe_jax.train.used_params import unit_axes
 
 BOUND = 1e-5
@@ -55,11 +55,11 @@ def test_optimizer_steps(name):
   batches = [fields(task_spec(t), given, f'step{i}.', entry.get('temporal_pos_offset', 0)) for i, t in enumerate(entry['tasks'])]
   ema_key = {k.split('.loss_prepare')[0].split('.fused')[0].split('.token')[0].split('.video')[0] for k in arrays.keys(EMA)}
   ema_key = min(ema_key, default=f'{EMA}0')
-  tx, rate, rules = optim.make_optimizer(
+  tx, rate, rules = optimizer.make_optimizer(
       c, param_shapes(UniPerceiver(fixtures.model_spec(model))), functools.partial(unit_axes, fixtures.model_spec(model)))
   spec = step_spec(
-      model, (), specs, tx=tx, rate=rate, ema=float(ema_key.removeprefix(EMA)), contrastive=c.train.contrastive_reduction,
-      twins=c.train.mask_duplicate_texts, without_gradient=c.optim.unused_params, frozen=optim.frozen_paths(rules))
+      model, (), specs, tx=tx, rate=rate, ema_decay=float(ema_key.removeprefix(EMA)), contrastive_reduction=c.train.contrastive_reduction,
+      mask_duplicate_texts=c.train.mask_duplicate_texts, unused_params=c.optim.unused_params, frozen=optimizer.frozen_paths(rules))
   _compare_groups(entry, spec, rules)
   for key in arrays.keys('lr_schedule'):
     np.testing.assert_allclose([rate(i) for i in range(len(arrays[key]))], arrays[key], rtol=BOUND, atol=1e-12)
@@ -79,7 +79,7 @@ def test_optimizer_steps(name):
     ours = _state_dict(model, state.params, spec)
     for key, theirs in zip(names, arrays[at + 'param_norms'], strict=True):
       assert_close(np.linalg.norm(ours[key].astype(np.float64)), theirs, BOUND, f'{at}norm of {key}')
-  for prefix, found in (('final.', ours), (ema_key + '.', _state_dict(model, state.ema, spec) if state.ema else {})):
+  for prefix, found in (('final.', ours), (ema_key + '.', _state_dict(model, state.ema_params, spec) if state.ema_params else {})):
     for key in arrays.keys(prefix):
       _compare_final(found[key.removeprefix(prefix)], arrays[key], key, entry)
   assert not arrays.unread, sorted(arrays.unread)
@@ -111,7 +111,7 @@ _ALIASES = ('video_embed.embeddings_norm.weight', 'video_embed.embeddings_norm.b
 
 def _compare_groups(entry, spec, rules) -> None:
   """Learning rate and weight decay of every published parameter that lives on."""
-  flat = {optim.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
+  flat = {optimizer.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
   path_of = {e.key: '/'.join(e.path) for e in torch_layout.entries(spec.model.spec)}
   theirs = {g['name']: g for g in _groups(entry)}
   for key, path in path_of.items():

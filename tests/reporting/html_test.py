@@ -40,7 +40,7 @@ def _write_all(workdir):
       'coefficients': [[[[.25, .75, 0], [0, .5, .5]]] * 2] * 2}))
   (workdir / 'run.json').write_text(json.dumps({
       'config': {'model': {'width': 128}, 'tasks': {}},
-      'parameters': {'total': 3214592, 'used_per_token': 1450240}, 'rows': ['image 10011000'],
+      'parameters': {'total': 3214592, 'active': 1450240}, 'rows': ['image 10011000'],
       'seed': 0, 'commit': '1f2e3d4', 'command': 'python launch/train.py --config="a&b"'}))
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.train import adam, optim
+from uni_moe_jax.train import adam, optimizer
 
 B1 = B2 = .5  # a moment is the mean of what it was and what comes
 DECAY = .25
@@ -115,7 +115,7 @@ def _optimizer(convention, rules=RULES):
   c = config_lib.base()
   c.optim.update(dict(learning_rate=.1, warmup_steps=2, grad_clip_norm=1., b1=.9, b2=.95, eps=1e-6, unused_params=convention))
   c.optim.param_groups = rules
-  return optim.make_optimizer(c, PARAMS, lambda path: int(path == 'block/kernel'))[0]
+  return optimizer.make_optimizer(c, PARAMS, lambda path: int(path == 'block/kernel'))[0]
 
 
 def _train(tx, **more):

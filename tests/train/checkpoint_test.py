@@ -21,7 +21,7 @@ def _state(step=3, ema=True):
   params = {'kernel': kernel, 'scale': jnp.float32(1 / 3)}
   return TrainState(
       step=jnp.int32(step), params=params, opt_state=({'mu': params, 'frozen': ()}, jnp.int32(step)),
-      ema=jax.tree.map(lambda x: x / 7, params) if ema else None, bad=jnp.int32(0), skipped=jnp.int32(2))
+      ema_params=jax.tree.map(lambda x: x / 7, params) if ema else None, nonfinite_streak=jnp.int32(0), skipped_steps=jnp.int32(2))
 
 
 def _like(state, where=None):
@@ -39,33 +39,33 @@ def _assert_identical(got, expected):
 @pytest.mark.parametrize('ema', [True, False])
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path, ema):
   state = _state(ema=ema)
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(3, state)
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     assert checkpoints.latest() == 3
     _assert_identical(checkpoints.restore(_like(state)), state)
 
 
 def test_a_new_folder_holds_nothing(tmp_path):
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     assert checkpoints.latest() is None
 
 
 def test_the_newest_are_kept_and_restored(tmp_path):
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     for step in (1, 2, 4):
       checkpoints.save(step, _state(step))
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '4']
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     _assert_identical(checkpoints.restore(_like(_state())), _state(4))
     _assert_identical(checkpoints.restore(_like(_state()), step=2), _state(2))
 
 
 def test_a_step_that_is_saved_is_left_alone(tmp_path):
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(3, _state(3))
     checkpoints.save(3, _state(5))
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     _assert_identical(checkpoints.restore(_like(_state())), _state(3))
 
 
@@ -74,12 +74,12 @@ def test_a_step_that_takes_the_buffers_does_not_change_what_is_being_saved(tmp_p
   size = 1 << 20
   advance = jax.jit(lambda x: x + 1, donate_argnums=0)
   x = advance(jnp.zeros(size))
-  with Checkpoints(tmp_path, keep=1) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
     checkpoints.save(1, {'x': x})
     for _ in range(5):
       x = advance(x)
     jax.block_until_ready(x)
-  with Checkpoints(tmp_path, keep=1) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
     np.testing.assert_array_equal(checkpoints.restore(_like({'x': x}))['x'], 1)
 
 
@@ -109,9 +109,9 @@ def test_a_checkpoint_is_restored_onto_any_mesh_from_any(tmp_path, there):
     return _onto(_state(), mesh, jax.sharding.PartitionSpec(*spec))
 
   state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), _state(), place(there))
-  with Checkpoints(tmp_path, keep=1) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
     checkpoints.save(3, state)
-  with Checkpoints(tmp_path, keep=None) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=None) as checkpoints:
     for here in range(len(_MESHES)):
       like = place(here)
       restored = checkpoints.restore(like)
@@ -121,23 +121,23 @@ def test_a_checkpoint_is_restored_onto_any_mesh_from_any(tmp_path, there):
 
 def test_the_best_stays_beside_the_newest(tmp_path):
   losses = {1: 5.0, 2: 1.0, 3: 9.0, 4: float('nan'), 5: 2.0}
-  with Checkpoints(tmp_path, keep=2, best='loss/total') as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2, best_metric='loss/total') as checkpoints:
     for step, loss in losses.items():
       checkpoints.save(step, _state(step), {'loss/total': loss})
     checkpoints.finish()
     assert (checkpoints.steps(), checkpoints.best()) == ([2, 4, 5], 2)
-  with Checkpoints(tmp_path, keep=2, best='loss/total') as checkpoints:  # what is known of them lies with them
+  with Checkpoints(tmp_path, max_to_keep=2, best_metric='loss/total') as checkpoints:  # what is known of them lies with them
     assert checkpoints.best() == 2
     checkpoints.save(6, _state(6), {'loss/total': 0.5})
     checkpoints.save(7, _state(7))  # nothing was logged
     checkpoints.finish()
     assert (checkpoints.steps(), checkpoints.best()) == ([6, 7], 6)
-  with Checkpoints(tmp_path, keep=None) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=None) as checkpoints:
     assert (checkpoints.steps(), checkpoints.best()) == ([6, 7], None)
 
 
 def test_another_model_is_refused_with_the_arrays_that_differ(tmp_path):
-  with Checkpoints(tmp_path, keep=1) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state())
     other = _state()
     other = other.replace(params=other.params | {'kernel': jnp.zeros((8, 4)), 'extra': jnp.zeros(2)})
@@ -148,17 +148,17 @@ def test_another_model_is_refused_with_the_arrays_that_differ(tmp_path):
 
 
 def test_reading_makes_and_deletes_nothing(tmp_path):
-  with Checkpoints(tmp_path / 'none', keep=None) as checkpoints:
+  with Checkpoints(tmp_path / 'none', max_to_keep=None) as checkpoints:
     assert checkpoints.latest() is None
   assert not (tmp_path / 'none').exists()
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(3, _state())
   unfinished = tmp_path / 'checkpoints' / '4.orbax-checkpoint-tmp'
   unfinished.mkdir()
-  with Checkpoints(tmp_path, keep=None) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=None) as checkpoints:
     assert checkpoints.latest() == 3
   assert unfinished.exists()  # somebody may be writing it
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(4, _state(4))
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']
 
@@ -172,7 +172,7 @@ def test_holes_in_the_heap_go_back_to_the_system_after_each_save(tmp_path):
   blocks = [libc.malloc(100_000) for _ in range(2000)]
   for block in blocks:
     libc.memset(block, 1, 100_000)
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(1, _state(1))
     while checkpoints._manager.is_saving_in_progress():
       time.sleep(.01)

@@ -17,7 +17,7 @@ from uni_moe_jax.utils import errors
 
 
 def _state(step):
-  return {'params': {'kernel': jnp.arange(2048.) ** 2 + step}, 'step': jnp.int32(step), 'ema': None}
+  return {'params': {'kernel': jnp.arange(2048.) ** 2 + step}, 'step': jnp.int32(step), 'ema_params': None}
 
 
 _LIKE = jax.eval_shape(_state, 0)
@@ -27,7 +27,7 @@ _LIKE = jax.eval_shape(_state, 0)
 def _two(tmp_path_factory):
   """Steps 1 and 2 are saved there."""
   folder = tmp_path_factory.mktemp('two')
-  with Checkpoints(folder, keep=3) as checkpoints:
+  with Checkpoints(folder, max_to_keep=3) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, _state(step))
   return folder
@@ -54,7 +54,7 @@ def _names(workdir, step) -> list[str]:
 
 
 def test_an_undamaged_one_is_the_newest_and_nothing_is_said(workdir, capfd):
-  with Checkpoints(workdir, keep=3) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=3) as checkpoints:
     assert checkpoints.latest() == 2
     np.testing.assert_array_equal(checkpoints.restore(_LIKE)['params']['kernel'], _state(2)['params']['kernel'])
   assert capfd.readouterr().err == ''
@@ -67,7 +67,7 @@ def test_whatever_file_is_damaged_the_one_before_is_read(two, tmp_path, capfd, h
   for i, name in enumerate(names):
     workdir = shutil.copytree(two, tmp_path / str(i))
     harm(workdir / 'checkpoints/2' / name)
-    with Checkpoints(workdir, keep=None) as checkpoints:
+    with Checkpoints(workdir, max_to_keep=None) as checkpoints:
       assert checkpoints.latest() == 1, name
     said = capfd.readouterr().err
     assert 'warning: the checkpoint of step 2 in' in said and name in said, (name, said)
@@ -76,7 +76,7 @@ def test_whatever_file_is_damaged_the_one_before_is_read(two, tmp_path, capfd, h
 
 def test_a_folder_that_is_missing_is_damage(workdir, capfd):
   shutil.rmtree(workdir / 'checkpoints/2/default')
-  with Checkpoints(workdir, keep=None) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     assert checkpoints.restore(_LIKE)['step'] == 1
   assert 'is missing; falling back' in capfd.readouterr().err
 
@@ -89,7 +89,7 @@ def test_without_the_sums_a_flipped_bit_would_be_trained_on(workdir, monkeypatch
   for place in range(0, len(whole), len(whole) // 40 + 1):
     largest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
     try:
-      with Checkpoints(workdir, keep=None) as checkpoints:
+      with Checkpoints(workdir, max_to_keep=None) as checkpoints:
         got = checkpoints.restore(_LIKE)
     except Exception:  # TensorStore noticed; Orbax raises whatever
       continue
@@ -111,18 +111,18 @@ def test_when_all_are_damaged_it_is_refused(workdir, capfd):
 
 def test_a_damaged_one_goes_out_of_the_way_of_who_saves_that_step_again(workdir, capfd):
   _flip(workdir / 'checkpoints/2/default/_METADATA')
-  with Checkpoints(workdir, keep=3) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=3) as checkpoints:
     assert checkpoints.steps() == [1]
     checkpoints.save(2, _state(5))
   assert f'moved to {workdir / "damaged/2"}' in capfd.readouterr().err
-  with Checkpoints(workdir, keep=3) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=3) as checkpoints:
     np.testing.assert_array_equal(checkpoints.restore(_LIKE)['params']['kernel'], _state(5)['params']['kernel'])
   assert (workdir / 'damaged/2/manifest.json').exists()
 
 
 def test_who_only_reads_moves_nothing_and_can_ask_for_any_whole_step(workdir):
   _truncate(workdir / 'checkpoints/1/default/_METADATA')
-  with Checkpoints(workdir, keep=None) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     assert checkpoints.steps() == [1, 2]  # older ones are verified when they are asked for
     for read in (lambda: checkpoints.restore(_LIKE, 1), lambda: checkpoints.restore_params(1)):
       with pytest.raises(errors.Failure, match='the checkpoint of step 1 in .* is damaged: default/_METADATA has'):
@@ -136,7 +136,7 @@ def test_one_of_an_earlier_version_has_no_sums_and_is_read_with_a_note(workdir, 
   (folder / manifest.FILE).unlink()
   metadata = json.loads((folder / '_CHECKPOINT_METADATA').read_text())
   (folder / '_CHECKPOINT_METADATA').write_text(json.dumps(metadata | {'custom_metadata': {}}))
-  with Checkpoints(workdir, keep=None) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     assert checkpoints.restore(_LIKE)['step'] == 2
   assert 'note: the checkpoint of step 2' in capfd.readouterr().err
 
@@ -147,7 +147,7 @@ def _no_space(*_):
 
 def test_a_full_disk_is_told_with_the_step_that_is_safe(workdir, monkeypatch):
   monkeypatch.setattr(manifest, 'write', _no_space)
-  with Checkpoints(workdir, keep=1) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))
     end = time.monotonic() + 20
     with pytest.raises(errors.Failure, match=r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'):
@@ -155,7 +155,7 @@ def test_a_full_disk_is_told_with_the_step_that_is_safe(workdir, monkeypatch):
         checkpoints.check()
         time.sleep(.01)
   monkeypatch.undo()
-  with Checkpoints(workdir, keep=2) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=2) as checkpoints:
     assert checkpoints.restore(_LIKE)['step'] == 2
     checkpoints.save(3, _state(3))
     checkpoints.finish()
@@ -168,11 +168,11 @@ def test_a_disk_that_refuses_is_not_called_full(workdir, monkeypatch):
 
   monkeypatch.setattr(manifest, 'write', refuse)
   with pytest.raises(errors.Failure, match='Permission denied.*that of step 2 is safe. Look whether its disk can be reached'):
-    with Checkpoints(workdir, keep=1) as checkpoints:
+    with Checkpoints(workdir, max_to_keep=1) as checkpoints:
       checkpoints.save(3, _state(3))
 
 
 def test_the_last_save_is_not_lost_in_silence(workdir, monkeypatch):
   monkeypatch.setattr(manifest, 'write', _no_space)
-  with pytest.raises(errors.Failure, match='step 3 could not be written'), Checkpoints(workdir, keep=1) as checkpoints:
+  with pytest.raises(errors.Failure, match='step 3 could not be written'), Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))

@@ -28,7 +28,7 @@ def _config(*tasks: str):
 def _params(config, workdir):
   run = train_run.build(config, jax.devices()[:1])
   with Checkpoints(workdir, 2) as checkpoints:
-    state = checkpoints.restore(run.like())
+    state = checkpoints.restore(run.abstract_state())
   return {path_of(p): np.asarray(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
 
 
@@ -36,9 +36,9 @@ def _saved(config, workdir, change=lambda state: state):
   """Makes a folder that of a run at its second step, with random parameters: to start from it, no one need train it."""
   run = train_run.build(config, jax.devices()[:1])
   workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
-  workdir_lib.keep_tokenizer(workdir, run.data.tokenizer_file)
+  workdir_lib.copy_tokenizer(workdir, run.data.tokenizer_file)
   with Checkpoints(workdir, 1) as checkpoints:
-    checkpoints.save(2, change(run.start(small_model.params(run.spec.model.spec))))
+    checkpoints.save(2, change(run.state_from(small_model.params(run.spec.model.spec))))
   return run
 
 
@@ -95,10 +95,10 @@ def test_a_set_with_prompts_is_evaluated_as_it_is_trained(tuned):
   @small_model.jit
   def trained(params, sets):
     return normalise(step.forward(run.spec, params, None, sets, {}, None)[1]['shapes'])
-  np.testing.assert_allclose(predictor.target_set('shapes'), trained(params, run.sets()), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(predictor.target_set('shapes'), trained(params, run.target_sets()), rtol=1e-4, atol=1e-5)
   others = {**params, 'embed': {**params['embed'], 'prompts': {
       **params['embed']['prompts'], 'label_shapes': params['embed']['prompts']['label_shapes'][::-1]}}}
-  assert np.abs(trained(others, run.sets()) - trained(params, run.sets())).max() > 1e-3
+  assert np.abs(trained(others, run.target_sets()) - trained(params, run.target_sets())).max() > 1e-3
 
 
 def test_words_are_those_of_the_run_it_starts_from(base):
@@ -112,12 +112,12 @@ def test_words_are_those_of_the_run_it_starts_from(base):
 def test_averaged_parameters_are_what_a_run_starts_from(tmp_path):
   c, other = _config('shape'), _config('shape')
   c.train.ema_decay, other.train.init = .5, str(tmp_path)
-  run = _saved(c, tmp_path, lambda state: state.replace(ema=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
+  run = _saved(c, tmp_path, lambda state: state.replace(ema_params=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
   with Checkpoints(tmp_path, 1) as checkpoints:
-    state, averaged = checkpoints.restore(run.like()), checkpoints.restore_params()
-  jax.tree.map(np.testing.assert_array_equal, averaged, state.ema)
-  jax.tree.map(np.testing.assert_array_equal, train_run.warm_params(train_run.build(other, jax.devices()[:1])), state.ema)
-  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *jax.device_get((state.ema, state.params)))
+    state, averaged = checkpoints.restore(run.abstract_state()), checkpoints.restore_params()
+  jax.tree.map(np.testing.assert_array_equal, averaged, state.ema_params)
+  jax.tree.map(np.testing.assert_array_equal, train_run.load_init_params(train_run.build(other, jax.devices()[:1])), state.ema_params)
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *jax.device_get((state.ema_params, state.params)))
   assert max(jax.tree.leaves(moved)) > 0
 
 

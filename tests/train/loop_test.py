@@ -45,7 +45,7 @@ class _StopAfter(loop.Stop):
 def _state(workdir):
   run = train_run.build(_config(), jax.devices()[:1])
   with Checkpoints(workdir, 2) as checkpoints:
-    return checkpoints.latest(), checkpoints.restore(run.like())
+    return checkpoints.latest(), checkpoints.restore(run.abstract_state())
 
 
 def _lines(workdir) -> list[dict]:
@@ -187,8 +187,8 @@ def test_the_log_states_parameters_and_condition_rows(whole, capsys):
   loop.train(_config(), str(whole), jax.devices()[:1])
   out = capsys.readouterr().out
   counts = train_run.build(_config(), jax.devices()[:1]).parameter_counts()
-  assert counts['used_per_token'] < counts['total']
-  assert f'{counts["total"]:,} total, {counts["used_per_token"]:,} used per token' in out
+  assert counts['active'] < counts['total']
+  assert f'{counts["total"]:,} total, {counts["active"]:,} used per token' in out
   # package: text; shape: pictures; then label words and class names.
   assert 'router: attribute; 4 condition rows: 01010100, 10011000, 11010110, 10010110' in out
 
@@ -204,7 +204,7 @@ def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, cap
     return put(run, batch)
 
   monkeypatch.setattr(train_run.Run, 'put', spoil)
-  monkeypatch.setattr(train_run.Mixture, 'bad_examples', lambda _: len(calls) // 2)
+  monkeypatch.setattr(train_run.Mixture, 'corrupt_examples', lambda _: len(calls) // 2)
   c = _config()
   c.train.max_nonfinite_steps = 3
   assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code
@@ -215,9 +215,9 @@ def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, cap
     assert 'Lower config.optim.learning_rate' in said
   else:
     assert not said
-    assert [line['skipped'] for line in _lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
+    assert [line['skipped_steps'] for line in _lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
     assert ['loss/shape' in line for line in _lines(tmp_path)] == [True, False, False, True, False, False]
-    assert [line.get('bad_examples') for line in _lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
+    assert [line.get('corrupt_examples') for line in _lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
 
 
 @pytest.mark.slow

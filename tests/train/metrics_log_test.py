@@ -29,7 +29,7 @@ def test_a_line_holds_the_means_since_the_last(tmp_path):
 
 def test_a_number_that_was_missing_in_some_steps_is_averaged_over_the_others(tmp_path):
   with MetricsLog(tmp_path, 0, 3) as log:
-    for metrics in ({'loss/a': 1., 'bad': 0.}, {'bad': 1.}, {'loss/a': 3., 'bad': 0.}):
+    for metrics in ({'loss/a': 1., 'nonfinite_streak': 0.}, {'nonfinite_streak': 1.}, {'loss/a': 3., 'nonfinite_streak': 0.}):
       log.add(metrics)
     log.write(3)
   assert _lines(tmp_path)[0]['loss/a'] == 2
@@ -83,6 +83,6 @@ def test_a_terminal_gets_a_progress_bar_instead(tmp_path, capsys):
 
 def test_steps_without_a_finite_loss_do_not_break_the_progress_bar(tmp_path):
   with _terminal() as tqdm, MetricsLog(tmp_path, 0, 9) as log:
-    log.add({'bad': 1.})
+    log.add({'nonfinite_streak': 1.})
     log.write(1)
   tqdm.return_value.set_postfix_str.assert_called_once_with('loss nan')

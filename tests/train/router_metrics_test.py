@@ -12,7 +12,7 @@ from tests.helpers import small_model, tiny
 from uni_moe_jax.data.pipeline.mixtures import Feed
 from uni_moe_jax.moe.routers import Decision
 from uni_moe_jax.moe.token_routers import Usage
-from uni_moe_jax.train import optim, router_metrics, step
+from uni_moe_jax.train import optimizer, router_metrics, step
 from uni_moe_jax.train import run as train_run
 
 FACTORS = {'balance': .5, 'importance': .25, 'z': .125}
@@ -32,7 +32,7 @@ def _problem(accum: int):
   run = _run()
   spec = dataclasses.replace(run.spec, grad_accum_steps=accum)
   batch = next(dataclasses.replace(run.mixture(), feed=Feed(accum)).iterate(0, 1))[1]
-  return spec, run.init().params, batch, run.sets(), jax.random.key(7)
+  return spec, run.init().params, batch, run.target_sets(), jax.random.key(7)
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def test_accumulation_carries_them_through_micro_steps_and_target_sets():
   without = _gradients(2, ())[0]
   moved = 0
   for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(gradients), jax.tree.leaves(without)):
-    np.testing.assert_allclose(a, b, atol=2e-5, err_msg=optim.path_of(path))
+    np.testing.assert_allclose(a, b, atol=2e-5, err_msg=optimizer.path_of(path))
     moved += np.abs(np.asarray(a) - c).max() > 1e-3
   assert moved > 3  # the comparison sees them
 
@@ -89,10 +89,10 @@ def test_accumulation_carries_them_through_micro_steps_and_target_sets():
 def test_a_step_says_what_was_dropped_and_how_even_experts_are():
   for accum in (1, 2):
     extra = _gradients(accum)[3]
-    assert set(extra) == {'gate_entropy', 'drop_rate', 'router/effective_experts', 'router/row_overlap', 'router/balance',
+    assert set(extra) == {'router/entropy', 'router/drop_rate', 'router/effective_experts', 'router/condition_overlap', 'router/balance',
                           'router/importance', 'router/z'}
-    assert 1 < extra['router/effective_experts'] <= 4 and 0 < extra['router/row_overlap'] <= 1
-    assert 0 < extra['drop_rate'] < 1 and 0 < extra['gate_entropy'] <= np.log(2) + 1e-6
+    assert 1 < extra['router/effective_experts'] <= 4 and 0 < extra['router/condition_overlap'] <= 1
+    assert 0 < extra['router/drop_rate'] < 1 and 0 < extra['router/entropy'] <= np.log(2) + 1e-6
     assert extra['router/balance'] > 0
 
 
@@ -112,7 +112,7 @@ def test_metrics_are_means_over_layers_and_routers():
   # Drop rates 1/4 and 0 of two stacked layers, 1/2 of the tail.
   stacked = jax.tree.map(lambda *x: jnp.stack(x), _usage(4, [2, 1]), _usage(4, [2, 2]))
   collected = {'blocks': ({'decisions': {'mlp': stacked}},), 'tail': ({'decisions': {'mlp': _usage(4, [1, 1])}},)}
-  assert float(router_metrics.metrics(collected)['drop_rate']) == pytest.approx(1 / 4)
+  assert float(router_metrics.metrics(collected)['router/drop_rate']) == pytest.approx(1 / 4)
 
 
 def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
@@ -120,7 +120,7 @@ def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
   decision = Decision(logits=None, expert=None, coef=jnp.array([[.5, .5], [1., 0.]]))
   collected = {'blocks': (), 'tail': ({'decisions': {'mlp': decision}},)}
   assert {k: float(v) for k, v in router_metrics.metrics(collected).items()} == {
-      'gate_entropy': pytest.approx(np.log(2) / 2), 'router/row_overlap': pytest.approx(.5),
+      'router/entropy': pytest.approx(np.log(2) / 2), 'router/condition_overlap': pytest.approx(.5),
       'router/effective_experts': pytest.approx(4 / 3 ** .75)}
   assert router_metrics.metrics({'blocks': (), 'tail': ({'decisions': {}},)}) == {}
   assert float(router_metrics.auxiliary((), collected)) == 0
@@ -131,9 +131,9 @@ def test_use_is_a_mean_over_layers_and_of_one_row_nothing_is_compared():
   coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
   collected = {'blocks': ({'decisions': {'mlp': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
   found = router_metrics.metrics(collected)
-  assert float(found['router/effective_experts']) == pytest.approx(2) and float(found['router/row_overlap']) == pytest.approx(.5)
+  assert float(found['router/effective_experts']) == pytest.approx(2) and float(found['router/condition_overlap']) == pytest.approx(.5)
   one = {'blocks': (), 'tail': ({'decisions': {'mlp': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
-  assert float(router_metrics.metrics(one)['router/row_overlap']) == 1
+  assert float(router_metrics.metrics(one)['router/condition_overlap']) == 1
 
 
 def test_tokens_of_a_row_count_alike():
@@ -141,5 +141,5 @@ def test_tokens_of_a_row_count_alike():
   usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.none(2)).replace(
       tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
   found = router_metrics.metrics({'blocks': (), 'tail': ({'decisions': {'mlp': usage}},)})
-  assert float(found['router/row_overlap']) == pytest.approx(.25)
+  assert float(found['router/condition_overlap']) == pytest.approx(.25)
   assert float(found['router/effective_experts']) == pytest.approx(np.exp(-.375 * np.log(.375) - .625 * np.log(.625)))

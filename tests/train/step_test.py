@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import validate
 from uni_moe_jax.data.pipeline.mixtures import Feed
-from uni_moe_jax.train import optim, step
+from uni_moe_jax.train import optimizer, step
 from uni_moe_jax.train import run as train_run
 
 TASKS = ('shape', 'text', 'pair')
@@ -56,12 +56,12 @@ def _initial():
 @functools.cache
 def _batches():
   run = _run()
-  return tuple(run.put(batch) for _, batch in run.mixture().iterate(0, 5))
+  return tuple(run.put_batch(batch) for _, batch in run.mixture().iterate(0, 5))
 
 
 @functools.cache
 def _sets():
-  return _run().sets()
+  return _run().target_sets()
 
 
 def _take(state, batch):
@@ -81,7 +81,7 @@ def _states():
 
 
 def _by_path(tree):
-  return {optim.path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {optimizer.path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _assert_identical(a, b):
@@ -97,7 +97,7 @@ def _equal(a, b):
 
 def _frozen_paths():
   return {path for path, rule in (
-      (optim.path_of(p), r) for p, r in jax.tree_util.tree_leaves_with_path(_run().rules)) if rule.frozen}
+      (optimizer.path_of(p), r) for p, r in jax.tree_util.tree_leaves_with_path(_run().rules)) if rule.frozen}
 
 
 def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
@@ -110,7 +110,7 @@ def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
 
 
 def test_a_run_with_frozen_parameters_can_be_resumed():
-  like, shapes = _run().like(), _run().shapes
+  like, shapes = _run().abstract_state(), _run().shapes
   assert jax.tree.structure(like) == jax.tree.structure(shapes)
   assert [x.shape for x in jax.tree.leaves(like)] == [x.shape for x in jax.tree.leaves(shapes)]
 
@@ -137,22 +137,22 @@ def test_the_total_is_the_weighted_sum_of_the_tasks():
 def test_metrics_say_what_a_step_did():
   first = _states()[1][0]
   assert set(first) == {
-      'grad_norm', 'learning_rate', 'bad', 'skipped', 'gate_entropy', 'router/effective_experts', 'router/row_overlap',
-      'dropped_words', 'loss/total',
+      'grad_norm', 'learning_rate', 'nonfinite_streak', 'skipped_steps', 'router/entropy', 'router/effective_experts', 'router/condition_overlap',
+      'sampled_softmax/dropped_labels', 'loss/total',
       *(f'{kind}/{name}' for kind in ('loss', 'accuracy') for name in TASKS)}
   assert first['learning_rate'] == np.float32(.005)  # half of the peak: a warm-up of two steps
-  assert 0 < first['gate_entropy'] < np.log(2)  # of two kept experts
+  assert 0 < first['router/entropy'] < np.log(2)  # of two kept experts
   assert all(0 <= first[f'accuracy/{n}'] <= 1 for n in TASKS)
 
 
 def test_the_average_follows_the_parameters_by_hand():
   states, _ = _states()
   expected = _by_path(states[0].params)
-  _assert_identical(states[0].ema, states[0].params)
+  _assert_identical(states[0].ema_params, states[0].params)
   for state in states[1:]:
     params = _by_path(state.params)
     expected = {path: EMA * e + (1 - EMA) * params[path] for path, e in expected.items()}
-    for path, value in _by_path(state.ema).items():
+    for path, value in _by_path(state.ema_params).items():
       np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
 
 
@@ -167,16 +167,16 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
   after, metrics = _take(before, _spoilt(_batches()[2]))
   _assert_identical(after.params, before.params)
   _assert_identical(after.opt_state, before.opt_state)
-  _assert_identical(after.ema, before.ema)
-  assert (int(after.step), int(after.bad), int(after.skipped)) == (3, 1, 1)
+  _assert_identical(after.ema_params, before.ema_params)
+  assert (int(after.step), int(after.nonfinite_streak), int(after.skipped_steps)) == (3, 1, 1)
   assert np.isnan(metrics['loss/shape']) and np.isfinite(metrics['loss/text'])
 
 
 def test_the_same_step_on_good_data_changes_all_of_them():
   before, after = _states()[0][2:4]
-  for name in ('params', 'opt_state', 'ema'):
+  for name in ('params', 'opt_state', 'ema_params'):
     assert not _equal(getattr(before, name), getattr(after, name))
-  assert (int(after.step), int(after.bad), int(after.skipped)) == (3, 0, 0)
+  assert (int(after.step), int(after.nonfinite_streak), int(after.skipped_steps)) == (3, 0, 0)
 
 
 def test_bad_steps_are_counted_in_a_row_and_in_all():
@@ -184,7 +184,7 @@ def test_bad_steps_are_counted_in_a_row_and_in_all():
   for spoil in (True, True, False, True):
     batch = _batches()[0]
     state, metrics = _take(state, _spoilt(batch) if spoil else batch)
-    counts.append((int(metrics['bad']), int(metrics['skipped'])))
+    counts.append((int(metrics['nonfinite_streak']), int(metrics['skipped_steps'])))
   assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
 
 
@@ -204,9 +204,9 @@ def test_noise_belongs_to_the_step():
 def test_a_step_transfers_nothing_implicitly():
   run = _run()
   state, host = _copy()(_states()[0][1]), next(run.mixture().iterate(1, 2))[1]
-  _take(state, run.put(host))  # compiled
+  _take(state, run.put_batch(host))  # compiled
   with jax.transfer_guard('disallow'):
-    state, metrics = _step()(state, run.put(host), _sets())
+    state, metrics = _step()(state, run.put_batch(host), _sets())
     jax.block_until_ready(metrics)
     jax.device_get(metrics)
 
@@ -237,7 +237,7 @@ def _gradients(accum):
   spec = dataclasses.replace(run.spec, grad_accum_steps=accum)
   params = run.init().params
   grads, total, tallies, _, chosen = jax.jit(functools.partial(step.gradients, spec))(
-      params, _global_batch(run, accum), run.sets(), jax.random.key(7))
+      params, _global_batch(run, accum), run.target_sets(), jax.random.key(7))
   return _by_path(grads), float(total), jax.device_get(tallies), jax.device_get(chosen)
 
 
@@ -341,7 +341,7 @@ def _shapes(accum):
   c.train.grad_accum_steps = accum
   run = train_run.build(c, _one_device())
   traced = jax.make_jaxpr(functools.partial(step.gradients, run.spec))(
-      run.shapes.params, _global_batch(run, accum), run.sets(), jax.random.key(0))
+      run.shapes.params, _global_batch(run, accum), run.target_sets(), jax.random.key(0))
   inside, outside = set(), set()
   _collect(traced.jaxpr, accum, False, inside, outside)
   return inside, outside
@@ -381,7 +381,7 @@ def _sampled_step():
   name, batch = next((name, b) for name, b in run.mixture().iterate(0, 20) if name == 'shape')
   state = run.init()
   before = _by_path(jax.device_get(state.params))
-  state, metrics = run.step_fn(name)(state, run.put(batch), run.sets())
+  state, metrics = run.step_fn(name)(state, run.put_batch(batch), run.target_sets())
   return before, _by_path(state.params), jax.device_get(metrics)
 
 

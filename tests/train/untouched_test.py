@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from tests.helpers import small_model, tiny
-from uni_moe_jax.train import adam, optim, step, used_params
+from uni_moe_jax.train import adam, optimizer, step, used_params
 from uni_moe_jax.train import run as train_run
 
 FROZEN = {'similarity/kernel', 'encoder/tail/block0/ffn_in/kernel'}
@@ -39,7 +39,7 @@ def _params():
 
 @functools.cache
 def _batch():
-  return _run().put(next(batch for name, batch in _run().mixture().iterate(0, 20) if name == 'text'))
+  return _run().put_batch(next(batch for name, batch in _run().mixture().iterate(0, 20) if name == 'text'))
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def _step():
     grads, *_, chosen = seen.pop()
     return state, metrics, grads, chosen
 
-  state, metrics, grads, chosen = small_model.jit(showing_its_gradients)(run.start(_params()), _batch(), run.sets())
+  state, metrics, grads, chosen = small_model.jit(showing_its_gradients)(run.state_from(_params()), _batch(), run.target_sets())
   return state, metrics, _by_path(grads), chosen
 
 
@@ -70,7 +70,7 @@ def _touched():
 
 
 def _by_path(tree):
-  return {optim.path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {optimizer.path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _any(x, like):
@@ -123,7 +123,7 @@ def _is_adam(x):
 
 
 def test_a_run_that_counts_updates_can_be_resumed():
-  like = _run().like()
+  like = _run().abstract_state()
   assert jax.tree.structure(like) == jax.tree.structure(_step()[0])
   assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, _step()[0])
 

@@ -82,7 +82,7 @@ def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(r
   assert evaluated() and not evaluated()
   assert evaluated('--config.evaluators.package.num_examples=3')
   with Checkpoints(folder, 2) as checkpoints:
-    checkpoints.save(5, trained.start(run[2]))
+    checkpoints.save(5, trained.state_from(run[2]))
   assert evaluated('--config.evaluators.package.num_examples=0')
   assert suite.evaluated_step(tmp_path / 'new') == 5 and not evaluated()
 
@@ -95,7 +95,7 @@ def test_the_new_kind_has_a_row_of_bits_by_rule_and_targets_of_a_known_family(ru
 
 def test_a_task_router_takes_known_names_and_says_which_it_has_not(tmp_path):
   workdir.claim_workdir(tmp_path, _config('task'), 'print')
-  workdir.keep_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
+  workdir.copy_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
   for task in ('digits', 'digit_question'):
     assert train_run.build(_zero_shot(f'{tmp_path},{task}'), jax.devices()[:1]).plan.probes
   with pytest.raises(ValueError, match="router='task': .* has no embedding for picture_word; it has .*Give the kind one of"):

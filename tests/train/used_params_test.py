@@ -14,7 +14,7 @@ from uni_moe_jax.model.heads import MAX_SCALE
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.train import optim, step, used_params
+from uni_moe_jax.train import optimizer, step, used_params
 
 PARTS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/difference', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
@@ -29,7 +29,7 @@ def _spec(**changes):
 
 
 def _paths(tree):
-  return {optim.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {optimizer.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _shapes(spec):
@@ -62,7 +62,7 @@ def test_rows_that_chose_an_expert_are_counted_per_layer():
   scanned = np.array([[[.6, .4, 0, 0], [0, .9, .1, 0]], [[0, 0, .5, .5], [0, 0, .2, .8]]])
   tail = np.array([[.7, 0, 0, .3], [.7, .3, 0, 0]])
   decision = lambda coef: routers.Decision(logits=None, expert=None, coef=jnp.asarray(coef))
-  found = used_params.chosen_experts({
+  found = used_params.used_experts({
       'blocks': ({'decisions': {'attention': decision(scanned), 'mlp': decision(scanned[::-1])}},),
       'tail': ({'decisions': {'attention': decision(tail)}}, {'decisions': {}})})
   assert jax.tree.map(lambda x: x.tolist(), found) == {
@@ -74,7 +74,7 @@ def test_an_encoder_says_which_experts_it_used():
   spec = _spec()
   sequences = (small_model.sequence('image_classification'), small_model.target(task_types.families()['names']))
   _, collected = small_model.jit(functools.partial(small_model.encode, spec, sequences))()
-  found = used_params.chosen_experts(collected)
+  found = used_params.used_experts(collected)
   assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, CHOSEN)
   for counts in jax.tree.leaves(found):
     assert (counts.sum(-1) == 2 * 2).all()  # two rows, two experts each

@@ -10,13 +10,13 @@ from uni_moe_jax.train import warm_start
 
 
 def _joined(fresh, old):
-  return warm_start.joined(small_model.params(fresh), small_model.params(old), 'runs/old')
+  return warm_start.merge_params(small_model.params(fresh), small_model.params(old), 'runs/old')
 
 
 def test_equal_models_give_everything():
   spec = small_model.spec()
   ones = jax.tree.map(jnp.ones_like, small_model.params(spec))
-  params, fresh, left = warm_start.joined(ones, small_model.params(spec), 'runs/old')
+  params, fresh, left = warm_start.merge_params(ones, small_model.params(spec), 'runs/old')
   jax.tree.map(np.testing.assert_array_equal, params, small_model.params(spec))
   assert (fresh, left) == ([], [])
 

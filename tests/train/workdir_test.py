@@ -65,14 +65,14 @@ def test_other_files_beside_the_data_are_refused_where_the_run_knew_them(tmp_pat
 def test_another_tokenizer_than_the_runs_is_refused_by_every_process(tmp_path):
   file = tmp_path / 'a.model'
   file.write_bytes(b'pieces')
-  workdir.keep_tokenizer(tmp_path, file, writes=False)
+  workdir.copy_tokenizer(tmp_path, file, writes=False)
   assert not (tmp_path / 'tokenizer.model').exists()
   for _ in range(2):
-    workdir.keep_tokenizer(tmp_path, file)
+    workdir.copy_tokenizer(tmp_path, file)
   file.write_bytes(b'other pieces')
   for writes in (True, False):
     with pytest.raises(ValueError, match='was trained with another tokenizer than .*a.model'):
-      workdir.keep_tokenizer(tmp_path, file, writes)
+      workdir.copy_tokenizer(tmp_path, file, writes)
   assert (tmp_path / 'tokenizer.model').read_bytes() == b'pieces'
 
 
@@ -80,7 +80,7 @@ def test_published_merges_may_be_packed_in_another_way(tmp_path):
   file = tmp_path / 'merges.gz'
   for content in (b'packed', b'packed again'):
     file.write_bytes(content)
-    workdir.keep_tokenizer(tmp_path, file)
+    workdir.copy_tokenizer(tmp_path, file)
 
 
 def test_a_check_without_data_makes_nothing(tmp_path):

@@ -128,7 +128,7 @@ def table(found: Mapping[str, Any], pictures: Mapping[tuple[str, str], str]) -> 
            '| router | steps | parameters | used per token | s / step | training s | everything s | status |',
            '| --- ' * 8 + '|']
   for r in runs:
-    counts = [f'{r["parameters"][k]:,}' if r['parameters'] else '' for k in ('total', 'used_per_token')]
+    counts = [f'{r["parameters"][k]:,}' if r['parameters'] else '' for k in ('total', 'active')]
     lines.append(
         f'| {r["router"]} | {r["steps"]} | {counts[0]} | {counts[1]} | {_number(r["seconds_per_step"])} | '
         f'{r["seconds"].get(compare_stages.TRAIN, 0):.0f} | {sum(r["seconds"].values()):.0f} | {r["status"]} |')

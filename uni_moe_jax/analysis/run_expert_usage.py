@@ -37,7 +37,7 @@ def experts(
     raise ValueError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: such a model has no '
                      'experts.')
   state, name = run_interference.state_of(run, workdir, step, init)
-  content = measured(run, state.params if state.ema is None else state.ema, name, batches, seed)
+  content = measured(run, state.params if state.ema_params is None else state.ema_params, name, batches, seed)
   return expert_usage_file.write(content, workdir, run_interference.stem_of(expert_usage_file.FILE, name, step is not None or init))
 
 
@@ -77,9 +77,9 @@ def _sums(run: Run, params: Any, of_task: dict[str, dict[str, int]], rows: int, 
   seed = hashing.mix(run.config.seed, 'experts', seed)
   mixture = dataclasses.replace(run.mixture(), seed=seed, kind='all_tasks')
   function = jax.jit(functools.partial(step_sums, spec=run.spec, of_task=of_task, rows=rows))
-  sets, total = run.sets(), None
+  sets, total = run.target_sets(), None
   for number, (_, batch) in enumerate(mixture.iterate(0, batches)):
-    batch = run.put(batch)
+    batch = run.put_batch(batch)
     for i in range(run.spec.grad_accum_steps):
       micro = batch if run.spec.grad_accum_steps == 1 else jax.tree.map(lambda x, i=i: x[i], batch)
       found = function(params, micro, sets, jax.random.key(hashing.mix(seed, number, i) & 0x7FFFFFFF))
@@ -96,7 +96,7 @@ def step_sums(
     key: draws the sampled vocabulary; nothing else is random.
     of_task, rows: see `usage.rows_of_tokens`.
   """
-  found, names = sequences(spec, batch, synonyms.one_of_each(sets, key), sample_sets(spec, batch, key))
+  found, names = sequences(spec, batch, synonyms.sample_synonyms(sets, key), sample_sets(spec, batch, key))
   by_name = {s.name: s for s in spec.plan.sets}
   pieces = expert_usage.pieces(spec.plan.tasks, by_name, of_task, names, functools.partial(place, spec))
   encode = lambda model: model.encode(found, all_rows=True, taps=True).collected

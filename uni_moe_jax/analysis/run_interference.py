@@ -14,7 +14,7 @@ from uni_moe_jax.analysis import interference as estimator
 from uni_moe_jax.analysis import interference_file, param_subsets
 from uni_moe_jax.analysis.task_gradients import TaskGradients
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.run import Run, build, first_state
+from uni_moe_jax.train.run import Run, build, initial_state
 from uni_moe_jax.train.step import TrainState
 
 
@@ -93,15 +93,15 @@ def state_of(run: Run, workdir: str | os.PathLike[str], step: int | None, init: 
     ValueError: there is no checkpoint, or none of this step.
   """
   if init:
-    return first_state(run), 'init'
-  with Checkpoints(workdir, keep=None) as checkpoints:
+    return initial_state(run), 'init'
+  with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     saved = checkpoints.steps()
     if not saved:
       raise ValueError(f'workdir {workdir} has no checkpoint yet; train it first, or ask its --init.')
     step = saved[-1] if step is None else step
     if step not in saved:
       raise ValueError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, saved))}.')
-    return checkpoints.restore(run.like(), step), f'step {step}'
+    return checkpoints.restore(run.abstract_state(), step), f'step {step}'
 
 
 def _plain(values: np.ndarray) -> Any:

@@ -18,7 +18,7 @@ from uni_moe_jax.data.files import file_dataset_examples
 from uni_moe_jax.data.files.file_dataset import Stored
 from uni_moe_jax.data.pipeline import examples
 from uni_moe_jax.eval import metrics
-from uni_moe_jax.train import optim, warm_start, workdir
+from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
 RESULTS, TABLE = 'study.json', 'study.md'
@@ -39,9 +39,9 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
     return {'steps': 0, 'examples': 0, 'drawn': 0, 'trained': 0, 'share': 0.0}
   where = pathlib.Path(folder) / cell.folder
   config = workdir.load_config(where)
-  with Checkpoints(where, keep=None) as checkpoints:
+  with Checkpoints(where, max_to_keep=None) as checkpoints:
     steps, after = checkpoints.latest(), checkpoints.restore_params()
-  kept = warm_start.compared(_start(run), after, optim.frozen_paths(optim.match_rules(after, config.optim.param_groups)))
+  kept = warm_start.compare_params(_start(run), after, optimizer.frozen_paths(optimizer.match_param_groups(after, config.optim.param_groups)))
   task = validate.resolve(config).tasks[0]
   records = sources.load(task.source, config.data.dir, task.split)
   places = (file_dataset_examples if isinstance(records, Stored) else examples).places
@@ -51,7 +51,7 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _start(run: str) -> Any:
-  with Checkpoints(run, keep=None) as checkpoints:
+  with Checkpoints(run, max_to_keep=None) as checkpoints:
     return checkpoints.restore_params()
 
 

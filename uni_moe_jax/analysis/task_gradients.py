@@ -48,7 +48,7 @@ class TaskGradients:
 
   def __init__(self, run: Run, params: Any, pieces: Sequence[Piece], batches: int, seed: int):
     """seed: of the batches; their order has nothing to do with that of training, whatever it is."""
-    self._run, self._params, self._batches, self._sets = run, params, batches, run.sets()
+    self._run, self._params, self._batches, self._sets = run, params, batches, run.target_sets()
     self._seed = hashing.mix(run.config.seed, 'interference', seed)
     self._mixture = dataclasses.replace(run.mixture(), seed=self._seed, kind='all_tasks')
     self._functions = {t.name: jax.jit(functools.partial(
@@ -65,7 +65,7 @@ class TaskGradients:
     if batch + 1 < self._batches:
       self._open[task] = batch + 1, batches
     key = jax.random.key(hashing.mix(self._seed, task, batch) & 0x7FFFFFFF)
-    return self._functions[task](self._params, self._run.put(fields), self._sets, key)[0]
+    return self._functions[task](self._params, self._run.put_batch(fields), self._sets, key)[0]
 
   def epochs(self) -> dict[str, float]:
     """How often the batches of a task go through its examples; above 1 they are not independent."""

@@ -224,7 +224,7 @@ def metadata_case(rng: random.Random, folder: pathlib.Path) -> Case:
 
 
 def _open_checkpoints(folder: pathlib.Path) -> int:
-  with Checkpoints(folder, keep=None) as checkpoints:
+  with Checkpoints(folder, max_to_keep=None) as checkpoints:
     checkpoints.latest()
   return 0
 

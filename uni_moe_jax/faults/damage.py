@@ -60,7 +60,7 @@ def every_file(workdir: pathlib.Path, folder: pathlib.Path, seed: int,
   """
   rng, counts, findings = random.Random(seed), collections.Counter(), []
   newest = saved_steps(workdir)[-1]
-  with Checkpoints(workdir, keep=None) as checkpoints:
+  with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     before = {s: _bytes(checkpoints.restore_host(s)) for s in checkpoints.steps()}
   there = workdir / CHECKPOINTS / str(newest)
   for alone in (False, True):
@@ -114,7 +114,7 @@ def _outcome(workdir: pathlib.Path, newest: int, before: dict[int, Any]) -> str:
   """What a reader makes of a work directory whose newest checkpoint is damaged."""
   said = io.StringIO()
   try:
-    with contextlib.redirect_stderr(said), Checkpoints(workdir, keep=None) as checkpoints:
+    with contextlib.redirect_stderr(said), Checkpoints(workdir, max_to_keep=None) as checkpoints:
       step, state = checkpoints.latest(), _bytes(checkpoints.restore_host())
   except errors.Failure:
     return REFUSED

@@ -296,7 +296,7 @@ def differences(whole: pathlib.Path, other: pathlib.Path) -> list[str]:
   found = []
   steps, states = [], []
   for workdir in (whole, other):
-    with Checkpoints(workdir, keep=None) as checkpoints:
+    with Checkpoints(workdir, max_to_keep=None) as checkpoints:
       steps.append(checkpoints.latest())
       states.append({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in
                      jax.tree_util.tree_leaves_with_path(checkpoints.restore_host())})

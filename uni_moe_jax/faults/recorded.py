@@ -54,7 +54,7 @@ def _record(path: str, last: int) -> None:
 
   Mixture.iterate = iterate
   # How many were bad is counted by each process since it began, and it reads ahead: no two runs say the same.
-  Mixture.bad_examples = lambda mixture: 0
+  Mixture.corrupt_examples = lambda mixture: 0
 
 
 def _shifted_shard() -> None:
@@ -86,7 +86,7 @@ def _lost_average() -> None:
 
   def restore(checkpoints, like, step=None):
     state = plain(checkpoints, like, step)
-    return state.replace(ema=jax.tree.map(jnp.copy, state.params))
+    return state.replace(ema_params=jax.tree.map(jnp.copy, state.params))
 
   Checkpoints.restore = restore
 

@@ -26,21 +26,21 @@ class Checkpoints:
   A checkpoint of which a file is missing, cut off or altered is passed over for the one before it, and that is said.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], keep: int | None, best: str = ''):
-    """keep: newest checkpoints that stay when others are saved; None: for reading only, nothing is saved, moved or deleted.
-    best: the checkpoint with the lowest value of this metric stays, too; '' is none.
+  def __init__(self, workdir: str | os.PathLike[str], max_to_keep: int | None, best_metric: str = ''):
+    """max_to_keep: newest checkpoints that stay when others are saved; None: for reading only, nothing is saved, moved or deleted.
+    best_metric: the checkpoint with the lowest value of this metric stays, too; '' is none.
 
     Raises Failure where there are checkpoints and none is whole.
     """
     self._workdir, self._folder = workdir, pathlib.Path(workdir).absolute() / CHECKPOINTS
     # The newest step that was whole when this was opened; later ones were saved by this process.
-    self._opened = self._agreed(keep is not None)
+    self._opened = self._agreed(max_to_keep is not None)
     self._own, self._pending = set(), None
-    self._best, self._metrics = best, {step: manifest.metrics(self._folder / str(step)) for step in saved_steps(workdir)}
+    self._best, self._metrics = best_metric, {step: manifest.metrics(self._folder / str(step)) for step in saved_steps(workdir)}
     self._manager = ocp.CheckpointManager(
         self._folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=_Retention(keep, self._best_of), create=keep is not None, cleanup_tmp_directories=keep is not None,
+            preservation_policy=_Retention(max_to_keep, self._best_of), create=max_to_keep is not None, cleanup_tmp_directories=max_to_keep is not None,
             enable_async_checkpointing=True, async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             # Orbax's own metadata of a step are not read before the step is verified.
             lightweight_initialize=True))
@@ -104,7 +104,7 @@ class Checkpoints:
     Raises Failure where the step that is asked for is damaged.
     """
     state = self.restore_host(step)
-    return state['ema'] or state['params']
+    return state['ema_params'] or state['params']
 
   def restore_host(self, step: int | None = None) -> Any:
     """All of a step (the newest by default), on the host, as dictionaries and lists. Raises Failure where it is damaged."""

@@ -23,9 +23,9 @@ from uni_moe_jax.parallel import distributed
 from uni_moe_jax.parallel.multihost import AnyProcess, check_same_data, ends_with_the_others, broadcast_from_primary, total
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.metrics_log import MetricsLog
-from uni_moe_jax.train.run import Run, build, conditions, first_state
-from uni_moe_jax.train.watchdog import BATCH, SAVE, START, STEP, Watchdog
-from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, keep_tokenizer, lock, saved_step
+from uni_moe_jax.train.run import Run, build, conditions, initial_state
+from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
+from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, lock, saved_step
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import write_json
 
@@ -57,7 +57,7 @@ def describe(run: Run) -> str:
   counts, router = run.parameter_counts(), run.config.moe.router
   names = run.spec.model.spec.row_names(conditions(run.plan))
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.sets.items())
-  return (f'parameters: {counts["total"]:,} total, {counts["used_per_token"]:,} used per token\n'
+  return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} used per token\n'
           f'router: {router}; {len(names)} condition rows: {", ".join(names)}\n'
           f'tasks: {", ".join(f"{t.name} ({t.type.name}, {t.batch_size})" for t in run.plan.tasks)}\n'
           f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}')
@@ -94,11 +94,11 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
     hooks: called with the run before the first step; each returns a `StepHook`, or None if the config turns it off.
 
   Returns:
-    An exit code. Raises what `setup.build`, `claim_workdir`, `check_versions`, `keep_tokenizer` and `Checkpoints` raise, and
+    An exit code. Raises what `setup.build`, `claim_workdir`, `check_versions`, `copy_tokenizer` and `Checkpoints` raise, and
     ValueError where another process trains in `workdir`.
   """
   started = time.perf_counter()
-  with Stop() as stop, Watchdog(config.train.hang_timeout) as watchdog, contextlib.ExitStack() as ending:
+  with Stop() as stop, HangDetector(config.train.hang_timeout) as watchdog, contextlib.ExitStack() as ending:
     with watchdog.phase(START), ends_with_the_others():
       run = build(config, devices)
       check_trains(run.plan)
@@ -107,7 +107,7 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       if not broadcast_from_primary(not distributed.is_primary() or lock(workdir, ending)):
         raise ValueError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)
-      keep_tokenizer(workdir, run.data.tokenizer_file, distributed.is_primary())
+      copy_tokenizer(workdir, run.data.tokenizer_file, distributed.is_primary())
       if distributed.is_primary():
         write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
       print(describe(run), flush=True)
@@ -117,7 +117,7 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       return _loop(run, workdir, checkpoints, stop, watchdog, started, hooks)
 
 
-def _close(checkpoints: Checkpoints, watchdog: Watchdog, *error) -> None:
+def _close(checkpoints: Checkpoints, watchdog: HangDetector, *error) -> None:
   """Saves under way can wait for the disk, and for other processes."""
   with watchdog.phase(SAVE), ends_with_the_others():
     checkpoints.__exit__(*error)
@@ -134,11 +134,11 @@ def compile_steps(config, workdir: str, devices=None) -> int:
     print(f'{workdir} is finished: nothing to compile.')
     return FINISHED
   run = build(config, devices)
-  sets, batches = run.sets(), run.mixture().iterate(0, config.train.steps)
+  sets, batches = run.target_sets(), run.mixture().iterate(0, config.train.steps)
   wanted = {t.name for t in run.plan.tasks} if config.train.mixture == 'one_task' else {None}
   for task, batch in batches:
     if task in wanted:
-      run.step_fn(task).lower(run.like(), run.put(batch), sets).compile()
+      run.step_fn(task).lower(run.abstract_state(), run.put_batch(batch), sets).compile()
       wanted.remove(task)
     if not wanted:
       break
@@ -146,7 +146,7 @@ def compile_steps(config, workdir: str, devices=None) -> int:
   return FINISHED
 
 
-def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog: Watchdog, started: float, hooks) -> int:
+def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog: HangDetector, started: float, hooks) -> int:
   c, last = run.config, run.config.train.steps
   saved = checkpoints.latest()
   first = saved or 0
@@ -157,11 +157,11 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
     log = MetricsLog(workdir, first, last, distributed.is_primary())
     active = [hook for make in hooks if (hook := make(run))]
     if saved is not None:  # step 0: somebody put parameters there, launch/convert.py for example
-      state = checkpoints.restore(run.like())
+      state = checkpoints.restore(run.abstract_state())
       print(f'resumed from step {first}', flush=True)
     else:
-      state = first_state(run)
-    sets, steps = run.sets(), {}
+      state = initial_state(run)
+    sets, steps = run.target_sets(), {}
     mixture = run.mixture()
     batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
@@ -182,7 +182,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
       if compiling:
         steps[task] = run.step_fn(task)
       with watchdog.phase(START, step + 1):  # it compiles, too
-        placed = run.put(batch)
+        placed = run.put_batch(batch)
         # Before the step, which takes the buffers of the state.
         measured = {k: v for hook in active for k, v in hook(step, state.params, placed, sets).items()}
       # A step that is compiled may take long.
@@ -199,8 +199,8 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
       pending = {**metrics, **measured}
       if done % c.train.log_every == 0 or done == last:
         with watchdog.phase(STEP, done):
-          if bad := total(mixture.bad_examples()):  # of files, in all processes, since they began
-            pending['bad_examples'] = bad
+          if bad := total(mixture.corrupt_examples()):  # of files, in all processes, since they began
+            pending['corrupt_examples'] = bad
           if not _take(log, pending, c, done):
             return ERROR
         with watchdog.phase(SAVE, done):
@@ -225,10 +225,10 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
 def _take(log: MetricsLog, metrics, c, step: int) -> bool:
   """Reads a step's metrics; False when too many steps in a row were not finite."""
   values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-  if values['bad'] >= c.train.max_nonfinite_steps:
+  if values['nonfinite_streak'] >= c.train.max_nonfinite_steps:
     broken = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
-    print(f'error: {int(values["bad"])} steps in a row up to step {step} were not finite '
-          f'({", ".join(broken) or "the gradient norm"}); parameters are those of step {step - int(values["bad"])}. '
+    print(f'error: {int(values["nonfinite_streak"])} steps in a row up to step {step} were not finite '
+          f'({", ".join(broken) or "the gradient norm"}); parameters are those of step {step - int(values["nonfinite_streak"])}. '
           'Lower config.optim.learning_rate, or look at the data of those tasks.', file=sys.stderr, flush=True)
     return False
   log.add({k: v for k, v in values.items() if np.isfinite(v)})

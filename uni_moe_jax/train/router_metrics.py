@@ -42,19 +42,19 @@ def _row_overlap(shares: jax.Array) -> jax.Array:
 def metrics(collected) -> dict[str, jax.Array]:
   """What routers did, as scalars; {} if dense.
 
-  'gate_entropy' (nats, of single decisions); 'router/effective_experts', 1 where all rows take the same expert, E where all
-  experts are used alike; 'router/row_overlap', 1 where all rows take the same, 0 where no two share an expert (both as in
-  `analysis.expert_usage`, over the rows of this step); of routers that look at tokens also 'drop_rate' and 'router/<auxiliary loss>'.
+  'router/entropy' (nats, of single decisions); 'router/effective_experts', 1 where all rows take the same expert, E where all
+  experts are used alike; 'router/condition_overlap', 1 where all rows take the same, 0 where no two share an expert (both as in
+  `analysis.expert_usage`, over the rows of this step); of routers that look at tokens also 'router/drop_rate' and 'router/<auxiliary loss>'.
   All are means over layers and routers. Those of several encodings may be averaged: with accumulation, rows of target sets and of
   micro-steps are not compared.
   """
   found = _decisions(collected)
   if not found:
     return {}
-  out = {'gate_entropy': _mean([d.entropy for d in found]),
+  out = {'router/entropy': _mean([d.entropy for d in found]),
          'router/effective_experts': _mean([_effective_experts(d.shares) for d in found]),
-         'router/row_overlap': _mean([_row_overlap(d.shares) for d in found])}
+         'router/condition_overlap': _mean([_row_overlap(d.shares) for d in found])}
   if hasattr(found[0], 'losses'):
-    out['drop_rate'] = _mean([d.drop_rate for d in found])
+    out['router/drop_rate'] = _mean([d.drop_rate for d in found])
     out |= {f'router/{name}': _mean([d.losses[name] for d in found]) for name in found[0].losses}
   return out

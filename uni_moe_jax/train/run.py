@@ -22,7 +22,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
-from uni_moe_jax.train import optim, warm_start, workdir
+from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import Sets, StepSpec, TrainState, init_state, train_step
 from uni_moe_jax.train.used_params import expert_part, unit_axes
@@ -54,11 +54,11 @@ class Run:
       return init_state(self.spec, init_params(self.spec.model, key))
     return jax.jit(fresh, out_shardings=self.shardings)(jax.random.key(self.config.seed))
 
-  def start(self, params: Any) -> TrainState:
+  def state_from(self, params: Any) -> TrainState:
     """The state before the first step of given parameters."""
     return jax.jit(functools.partial(init_state, self.spec), out_shardings=self.shardings)(params)
 
-  def like(self) -> TrainState:
+  def abstract_state(self) -> TrainState:
     """Shapes and shardings of the state: what a checkpoint is restored onto."""
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), self.shapes, self.shardings)
@@ -95,10 +95,10 @@ class Run:
 
   def sets(self) -> Sets:
     """Target sets on the devices."""
-    return place_sets(self.data, self.plan, self.mesh)
+    return put_target_sets(self.data, self.plan, self.mesh)
 
   def parameter_counts(self) -> dict[str, int]:
-    """{'total', 'used_per_token'}: of E experts, K serve a token: its kernels are merged from theirs, or it goes to them."""
+    """{'total', 'active'}: of E experts, K serve a token: its kernels are merged from theirs, or it goes to them."""
     total = used = 0
     for path, leaf in by_path(self.shapes.params).items():
       total += leaf.size
@@ -106,7 +106,7 @@ class Run:
       if expert_part(self.spec.model.spec, path) is not None:
         kept = leaf.size // self.spec.model.spec.num_experts * self.spec.model.spec.top_k
       used += kept
-    return {'total': total, 'used_per_token': used}
+    return {'total': total, 'active': used}
 
 
 class Step:
@@ -151,12 +151,12 @@ def router_tasks(plan: Plan) -> tuple[str, ...]:
   return tuple(dict.fromkeys([*task_types.router_tasks(), *own]))
 
 
-def place_sets(data: Data, plan: Plan, mesh: Mesh) -> Sets:
+def put_target_sets(data: Data, plan: Plan, mesh: Mesh) -> Sets:
   """Target sets as device arrays, as the step takes them."""
-  return jax.device_put(set_arrays(data, plan), sharding.replicated(mesh))
+  return jax.device_put(target_set_arrays(data, plan), sharding.replicated(mesh))
 
 
-def set_arrays(data: Data, plan: Plan) -> dict[str, dict[str, Any]]:
+def target_set_arrays(data: Data, plan: Plan) -> dict[str, dict[str, Any]]:
   """Target sets as host arrays: {name: {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}}."""
   return {s.name: {'buckets': data.sets[s.name].buckets, 'order': data.sets[s.name].order} for s in plan.sets}
 
@@ -175,35 +175,35 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
   A run that trains nothing has none: it is what it starts from.
   """
   if run.plan.tasks:
-    state = checkpoints.restore(run.like(), step)
-    params = state.params if state.ema is None else state.ema
+    state = checkpoints.restore(run.abstract_state(), step)
+    params = state.params if state.ema_params is None else state.ema_params
   else:
-    params = jax.device_put(warm_params(run), run.shardings.params)
+    params = jax.device_put(load_init_params(run), run.shardings.params)
   sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   return Predictor(run.spec.model, params, sets, run.data.tokenizer), params
 
 
-def warm_params(run: Run) -> Any:
+def load_init_params(run: Run) -> Any:
   """Parameters that start from those of the run in `config.train.init`; says what starts fresh.
 
   Raises:
-    ValueError: nothing was trained there, or the models do not fit, see `warm_start.joined`.
+    ValueError: nothing was trained there, or the models do not fit, see `warm_start.merge_params`.
   """
   init = run.config.train.init
-  with Checkpoints(init, keep=None) as checkpoints:
+  with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
       raise ValueError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
     old = checkpoints.restore_params()
-  params, added, left = warm_start.joined(run.shapes.params, old, init)
+  params, added, left = warm_start.merge_params(run.shapes.params, old, init)
   if added:  # only then are fresh ones worth their seconds
-    params, _, _ = warm_start.joined(init_params(run.spec.model, jax.random.key(run.config.seed)), old, init)
+    params, _, _ = warm_start.merge_params(init_params(run.spec.model, jax.random.key(run.config.seed)), old, init)
   print(f'starts from {init}; fresh: {", ".join(added) or "nothing"}; left behind: {", ".join(left) or "nothing"}', flush=True)
   return params
 
 
-def first_state(run: Run) -> TrainState:
-  """The state that training starts from: fresh parameters, or those of another run. Raises what `warm_params` raises."""
-  return run.start(warm_params(run)) if run.config.train.init else run.init()
+def initial_state(run: Run) -> TrainState:
+  """The state that training starts from: fresh parameters, or those of another run. Raises what `load_init_params` raises."""
+  return run.state_from(load_init_params(run)) if run.config.train.init else run.init()
 
 
 def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collections.ConfigDict) -> None:
@@ -245,12 +245,12 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   model = UniPerceiver(model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
-  tx, rate, rules = optim.make_optimizer(
-      config, params, functools.partial(unit_axes, model.spec), functools.partial(optim.layers_above, model.spec.stack))
+  tx, rate, rules = optimizer.make_optimizer(
+      config, params, functools.partial(unit_axes, model.spec), functools.partial(optimizer.layers_above, model.spec.stack))
   spec = StepSpec(model=model, plan=plan, tx=tx, rate=rate, grad_accum_steps=config.train.grad_accum_steps,
                   ema_decay=config.train.ema_decay, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
                   contrastive_reduction=config.train.contrastive_reduction, mask_duplicate_texts=config.train.mask_duplicate_texts,
-                  unused_params=config.optim.unused_params, frozen=optim.frozen_paths(rules),
+                  unused_params=config.optim.unused_params, frozen=optimizer.frozen_paths(rules),
                   auxiliary=tuple((n, config.moe[f'{n}_loss_weight']) for n in ('balance', 'importance', 'z') if config.moe[f'{n}_loss_weight']))
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
@@ -264,5 +264,5 @@ def state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh)
   opt_state = optax.tree.map_params(
       spec.tx, lambda moment, s: moment if isinstance(moment, optax.MaskedNode) else s, shapes.opt_state, params,
       transform_non_params=lambda _: whole, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-  return TrainState(step=whole, params=params, opt_state=opt_state, ema=params if spec.ema_decay else None, bad=whole,
-                    skipped=whole)
+  return TrainState(step=whole, params=params, opt_state=opt_state, ema_params=params if spec.ema_decay else None, nonfinite_streak=whole,
+                    skipped_steps=whole)

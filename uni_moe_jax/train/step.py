@@ -18,7 +18,7 @@ from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import losses, router_metrics, synonyms
 from uni_moe_jax.train.losses import SampledWords, Tally
-from uni_moe_jax.train.used_params import chosen_experts, touched
+from uni_moe_jax.train.used_params import touched, used_experts
 from uni_moe_jax.utils.tree_paths import path_of
 
 Batch = dict[str, dict[str, jax.Array]]
@@ -38,9 +38,9 @@ class TrainState:
   step: jax.Array
   params: Any
   opt_state: Any
-  ema: Any
-  bad: jax.Array
-  skipped: jax.Array
+  ema_params: Any
+  nonfinite_streak: jax.Array
+  skipped_steps: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
   Auxiliary losses of routers are those of what is encoded together: with accumulation, of every micro-step and of the target
   sets, averaged by how many tokens each has.
   """
-  sampled, sets = sample_sets(spec, batch, key), synonyms.one_of_each(sets, key)
+  sampled, sets = sample_sets(spec, batch, key), synonyms.sample_synonyms(sets, key)
   norm = norms(spec, batch, sampled)
   if spec.grad_accum_steps == 1:
     def loss(p):
@@ -234,7 +234,7 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
       total, tallies = score(spec, p, batch, groups, set_features, sampled, norm)
       return total + router_metrics.auxiliary(spec.auxiliary, collected), (tallies, collected)
     (total, (tallies, collected)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    chosen, extra = chosen_experts(collected), router_metrics.metrics(collected)
+    chosen, extra = used_experts(collected), router_metrics.metrics(collected)
   else:
     of_sets = _tokens(spec, sequences(spec, None, sets, sampled)[0])
     of_micro = _tokens(spec, sequences(spec, jax.tree.map(lambda x: x[0], batch), None, sampled)[0])
@@ -253,7 +253,7 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
       total, tallies = score(spec, p, micro, groups, set_features, sampled, norm)
       total = total + share * router_metrics.auxiliary(spec.auxiliary, collected)
       scaled = jax.tree.map(lambda x: share * x, router_metrics.metrics(collected))
-      return total, (tallies, chosen_experts(collected), scaled)
+      return total, (tallies, used_experts(collected), scaled)
 
     def one(micro):
       (total, aux), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, set_features, micro)
@@ -266,11 +266,11 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, sets: Sets, key: jax.Ar
     ((grads, d_features), total, (tallies, chosen, extra)), _ = jax.lax.scan(micro_step, zeros, batch)
     if spec.plan.sets:
       total = total + auxiliary
-      chosen = jax.tree.map(jnp.add, chosen, chosen_experts(collected))
+      chosen = jax.tree.map(jnp.add, chosen, used_experts(collected))
       extra = jax.tree.map(lambda x, y: x + (1 - spec.grad_accum_steps * share) * y, extra, router_metrics.metrics(collected))
       grads = jax.tree.map(jnp.add, grads, pull_back((d_features, jnp.ones(())))[0])
   if sampled:
-    extra['dropped_words'] = sum(s.dropped for s in sampled.values())
+    extra['sampled_softmax/dropped_labels'] = sum(s.dropped for s in sampled.values())
   return grads, total, tallies, extra, chosen
 
 
@@ -316,17 +316,17 @@ def train_step(
                      tuple(t.temperature for t in spec.plan.tasks))
       updates, opt_state = spec.tx.update(grads, state.opt_state, state.params, touched=here)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    ema = state.ema_params
     if spec.ema_decay:
-      ema = jax.tree.map(lambda e, p: spec.ema_decay * e + (1 - spec.ema_decay) * p, state.ema, params)
+      ema = jax.tree.map(lambda e, p: spec.ema_decay * e + (1 - spec.ema_decay) * p, state.ema_params, params)
     return params, opt_state, ema
 
   params, opt_state, ema = jax.lax.cond(
-      finite, apply, lambda _: (state.params, state.opt_state, state.ema), None)
+      finite, apply, lambda _: (state.params, state.opt_state, state.ema_params), None)
   skipped = (~finite).astype(jnp.int32)
-  new = TrainState(state.step + 1, params, opt_state, ema, (state.bad + 1) * skipped, state.skipped + skipped)
-  metrics = {'loss/total': total, 'grad_norm': grad_norm, 'learning_rate': spec.rate(state.step - state.skipped), 'bad': new.bad,
-             'skipped': new.skipped, **extra}
+  new = TrainState(state.step + 1, params, opt_state, ema, (state.nonfinite_streak + 1) * skipped, state.skipped_steps + skipped)
+  metrics = {'loss/total': total, 'grad_norm': grad_norm, 'learning_rate': spec.rate(state.step - state.skipped_steps), 'nonfinite_streak': new.nonfinite_streak,
+             'skipped_steps': new.skipped_steps, **extra}
   for name, tally in tallies.items():
     metrics[f'loss/{name}'] = tally.loss
     metrics[f'accuracy/{name}'] = tally.hits

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-def one_of_each(sets: dict[str, dict[str, Any]], key: jax.Array) -> dict[str, dict[str, Any]]:
+def sample_synonyms(sets: dict[str, dict[str, Any]], key: jax.Array) -> dict[str, dict[str, Any]]:
   """Target sets with one text per entry: buckets {'text' [n, Y, S], 'valid', 'count' [n]} become {'text' [n, S], 'valid'}.
 
   Every micro-step and device of a step draws the same, as the key is the step's.

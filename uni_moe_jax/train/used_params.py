@@ -29,7 +29,7 @@ _SCALE = 'log_scale_'
 Chosen = dict[str, tuple[dict[str, jax.Array], ...]]
 
 
-def chosen_experts(collected) -> Chosen:
+def used_experts(collected) -> Chosen:
   """{'blocks': ({part: int32 [periods, E]}, …), 'tail': ({part: int32 [E]}, …)}: how many encoded rows (of tokens:
   slots) chose an expert."""
   return {subtree: tuple(
@@ -60,7 +60,7 @@ def touched(
   Args:
     spec: of the model.
     params: its parameters.
-    chosen: see `chosen_experts`; over all encoded rows, those of sets whose loss has weight 0 included.
+    chosen: see `used_experts`; over all encoded rows, those of sets whose loss has weight 0 included.
     holds: what the step holds: 'visual' or 'text' segments, a 'target' side, a task with a linear 'head', 'label_<set>' for
       each set with label prompts.
     temperatures: groups of its tasks.

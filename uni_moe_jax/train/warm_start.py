@@ -13,7 +13,7 @@ from uni_moe_jax.utils.tree_paths import by_path, path_of
 ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference)$', r'^linear_head/', r'^log_scale_')
 
 
-def joined(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]]:
+def merge_params(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]]:
   """Parameters of a new run.
 
   Args:
@@ -39,7 +39,7 @@ def joined(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]
   return params, sorted({*here} - {*there}), sorted({*there} - {*here})
 
 
-def compared(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:
+def compare_params(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:
   """What tuning did to parameters.
 
   Args:

@@ -32,7 +32,7 @@ VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow',
 _PACKAGE = 'uni_moe_jax'  # the key of the version that wrote the work directory
 _ABSENT = 'absent'
 # Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
-MAY_CHANGE = ('train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.max_nonfinite_steps', 'train.hang_timeout',
+MAY_CHANGE = ('train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.best_metric', 'train.max_nonfinite_steps', 'train.hang_timeout',
               'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_corrupt_fraction', 'preflight', 'mesh',
               'evaluators', 'tokenizer.merges_path')  # its content is part of the data's fingerprint
 
@@ -168,7 +168,7 @@ def lock(workdir: str | os.PathLike[str], until: contextlib.ExitStack) -> bool:
   return True
 
 
-def keep_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: bool = True) -> None:
+def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: bool = True) -> None:
   """Puts a copy of a run's tokenizer into its folder: who starts from the run needs the same ids.
 
   Args:

@@ -39,9 +39,9 @@ def test_batches_have_the_shapes_and_the_places_of_real_ones(accum):
       c.preflight.target_lengths[s.name] = tuple((n, rows.count(n)) for n in sorted(set(rows)))
   _, batch = next(real.mixture().iterate(0, 1))
   stand_in = compiled_programs.prepare(c, jax.devices()[:4])
-  assert _described(compiled_programs.batch_shapes(stand_in, stand_in.plan.tasks)) == _described(real.put(batch))
-  assert _described(compiled_programs.set_shapes(stand_in)) == _described(real.sets())
-  assert _described(stand_in.like()) == _described(real.like())
+  assert _described(compiled_programs.batch_shapes(stand_in, stand_in.plan.tasks)) == _described(real.put_batch(batch))
+  assert _described(compiled_programs.set_shapes(stand_in)) == _described(real.target_sets())
+  assert _described(stand_in.abstract_state()) == _described(real.abstract_state())
 
 
 def test_a_set_of_which_nothing_is_known_is_told():

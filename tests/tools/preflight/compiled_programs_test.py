@@ -45,7 +45,7 @@ def test_parameters_lie_whole_on_every_device_and_the_optimizer_keeps_two_more_o
   # Two moments, and a few counters.
   assert 0 <= _step().memory.optimizer - 8 * total < 100
   assert _step().memory.temporaries > 4 * total  # gradients at least
-  assert _found().parameters['used_per_token'] == total
+  assert _found().parameters['active'] == total
 
 
 def test_products_are_those_of_the_formula():

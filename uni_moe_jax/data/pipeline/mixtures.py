@@ -103,7 +103,7 @@ class Mixture:
     box = tf.stack([hashing.uniform(hashing.mix_tensor(h, purpose)) for purpose in ('box down', 'box right')], 1)
     return mixup.mix(fields, blended, boxed, box, h)
 
-  def bad_examples(self) -> int:
+  def corrupt_examples(self) -> int:
     """How many examples of files could not be used and were replaced, up to now."""
     return sum(e.faults.bad for e in self.examples.values() if e.faults)
 

@@ -37,7 +37,7 @@ def feeding(context: Context) -> list[Row]:
     return [step() for _ in range(s.steps)][-1]
 
   def real_steps():
-    return [step.step(run.put(batch)) for batch in real.take(s.steps)][-1]
+    return [step.step(run.put_batch(batch)) for batch in real.take(s.steps)][-1]
 
   seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': real.skip})
   note = f'{s.steps} steps per round; {_AHEAD} batches are thrown away before each, so that none is ready'

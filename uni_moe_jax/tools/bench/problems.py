@@ -90,7 +90,7 @@ class Repeated:
   def __init__(self, run: Run):
     self.run = run
     task, batch = next(run.mixture().iterate(0, 1))
-    self.batch, self.sets, self.state = run.put(batch), run.sets(), run.init()
+    self.batch, self.sets, self.state = run.put_batch(batch), run.target_sets(), run.init()
     self._step = run.step_fn(task)
     self.metrics: dict[str, jax.Array] = {}
 

@@ -14,7 +14,7 @@ from uni_moe_jax.tools.bench.problems import Context, Repeated
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.synthetic import REALISTIC
 from uni_moe_jax.tools.bench.timing import estimate, interleaved, ratio
-from uni_moe_jax.train import optim
+from uni_moe_jax.train.optimizer import make_optimizer
 from uni_moe_jax.train.run import Run
 from uni_moe_jax.train.step import StepSpec
 
@@ -27,7 +27,7 @@ def sets(context: Context) -> list[Row]:
   s = context.sizes
   run = context.synthetic(context.classification(), REALISTIC)
   params, (name,) = run.init().params, run.data.sets
-  bucketed, padded = run.sets()[name]['buckets'], _one_bucket(run.sets()[name]['buckets'])
+  bucketed, padded = run.target_sets()[name]['buckets'], _one_bucket(run.target_sets()[name]['buckets'])
   calls = {
       'padded, all rows': (padded, True), 'padded, read rows only': (padded, False),
       'length buckets, read rows only': (bucketed, False)}
@@ -91,7 +91,7 @@ class _Update:
   def __init__(self, run: Run, clip: float):
     config = run.config.copy_and_resolve_references()
     config.optim.grad_clip_norm = clip
-    tx = optim.make_optimizer(config, run.shapes.params)[0]
+    tx = make_optimizer(config, run.shapes.params)[0]
 
     def update(params, moments, gradients):
       updates, moments = tx.update(gradients, moments, params)
@@ -132,14 +132,14 @@ def _compile_seconds(context: Context, layers: int) -> float:
   config.train.mixture = 'all_tasks'
   run = context.build(config)
   _, batch = next(run.mixture().iterate(0, 1))
-  batch, sets = run.put(batch), run.sets()
+  batch, sets = run.put_batch(batch), run.target_sets()
   enabled = jax.config.jax_enable_compilation_cache
   jax.config.update('jax_enable_compilation_cache', False)
   compilation_cache.reset_cache()  # whether there is a cache is looked up once, else
   jax.clear_caches()
   try:
     start = time.perf_counter()
-    run.step_fn().lower(run.like(), batch, sets).compile()
+    run.step_fn().lower(run.abstract_state(), batch, sets).compile()
     return time.perf_counter() - start
   finally:
     jax.config.update('jax_enable_compilation_cache', enabled)

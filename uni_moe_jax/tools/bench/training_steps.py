@@ -43,8 +43,8 @@ def routers(context: Context) -> list[Row]:
     if 'token' in seconds and 'context' in seconds:
       above = ratio(seconds['context'], seconds[DENSE]).value - ratio(seconds['token'], seconds[DENSE]).value
       rows.append(Row('routers', f'context - token, {mode}', Estimate(above), 'x dense', _CONTEXT, note))
-  rows += [Row('routers', f'{name}: drop rate', Estimate(100 * float(step.metrics['drop_rate'])), '%', note=note)
-           for name, step in steps.items() if 'drop_rate' in step.metrics]
+  rows += [Row('routers', f'{name}: drop rate', Estimate(100 * float(step.metrics['router/drop_rate'])), '%', note=note)
+           for name, step in steps.items() if 'router/drop_rate' in step.metrics]
   return rows + [_share(context, steps[DENSE], train[DENSE])]
 
 

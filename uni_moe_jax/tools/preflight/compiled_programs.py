@@ -112,10 +112,10 @@ def train_step(run: Run, task: str | None, where: Topology | None = None) -> Pro
 def lowered(run: Run, which: Which) -> jax.stages.Lowered:
   """A training step or the evaluation before it is compiled; see `train_step`, `evaluation`."""
   if which != EVALUATION:
-    return run.step_fn(which).lower(run.like(), batch_shapes(run, _trained(run, which)), set_shapes(run))
+    return run.step_fn(which).lower(run.abstract_state(), batch_shapes(run, _trained(run, which)), set_shapes(run))
   whole = sharding.replicated(run.mesh)
   sequence = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), evaluated(run)[-1])
-  return predictor.encode.lower(run.spec.model, run.like().params, sequence)
+  return predictor.encode.lower(run.spec.model, run.abstract_state().params, sequence)
 
 
 def _trained(run: Run, task: str | None) -> Sequence[TaskSpec]:
@@ -198,7 +198,7 @@ def _tokens(run: Run, task: TaskSpec) -> int:
 def set_shapes(run: Run):
   """Shapes and shardings of the target sets, as `Run.sets` places them."""
   whole = sharding.replicated(run.mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), train_run.set_arrays(run.data, run.plan))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), train_run.target_set_arrays(run.data, run.plan))
 
 
 def _program(

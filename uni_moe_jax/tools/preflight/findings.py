@@ -18,7 +18,7 @@ class Findings:
 
   Attributes:
     config: what was looked at, in words. topology, mesh, devices: what it would run on. memory: bytes of a device, or None.
-    parameters: {'total', 'used_per_token'}. assumed: what was taken for granted about data that was not read.
+    parameters: {'total', 'active'}. assumed: what was taken for granted about data that was not read.
     programs: the training steps, and evaluation last. seconds: that all of it took.
     largest: None where it was not asked for, or nothing is known of the device.
     trials: what was tried because a program does not fit; if the last one fits, all do, and `largest` is of the config so changed.
@@ -83,7 +83,7 @@ def render(f: Findings) -> str:
   """For a person."""
   mesh = ', '.join(f'{a} {n}' for a, n in f.mesh.items() if n > 1) or 'one device'
   lines = [f'{f.config} on {f.topology.name}: {f.devices} devices ({mesh})',
-           f'parameters: {f.parameters["total"]:,} total, {f.parameters["used_per_token"]:,} used per token']
+           f'parameters: {f.parameters["total"]:,} total, {f.parameters["active"]:,} used per token']
   lines += [f'assumed: {"; ".join(f.assumed)}'] if f.assumed else []
   for p in f.programs:
     lines += ['', *_about(f, p)]

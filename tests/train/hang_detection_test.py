@@ -1,23 +1,23 @@
-"""The watchdog ends a phase that hangs, says which and where, and nothing else."""
+"""The hang_detection ends a phase that hangs, says which and where, and nothing else."""
 
 import subprocess
 import sys
 import time
 
-from uni_moe_jax.train import watchdog
+from uni_moe_jax.train import hang_detection
 
 _HANGS = '''
 import time
-from uni_moe_jax.train import watchdog
+from uni_moe_jax.train import hang_detection
 
 def a_disk_that_does_not_answer():
   time.sleep(60)
 
-with watchdog.Watchdog({limit}) as dog:
+with hang_detection.HangDetector({limit}) as dog:
   for step in range(3):
-    with dog.phase(watchdog.BATCH, step):
+    with dog.phase(hang_detection.BATCH, step):
       time.sleep(.05)
-  with dog.phase(watchdog.{phase}{step}):
+  with dog.phase(hang_detection.{phase}{step}):
     a_disk_that_does_not_answer()
 '''
 
@@ -45,23 +45,23 @@ def test_a_hanging_start_is_told_with_its_longer_limit():
 
 
 def _watched(limit, body, monkeypatch):
-  """Exit codes that a watchdog gave while `body(dog)` ran."""
+  """Exit codes that a hang_detection gave while `body(dog)` ran."""
   codes = []
-  monkeypatch.setattr(watchdog.Watchdog, '_complain', lambda dog, *_: codes.append(1))
-  with watchdog.Watchdog(limit) as dog:
+  monkeypatch.setattr(hang_detection.HangDetector, '_complain', lambda dog, *_: codes.append(1))
+  with hang_detection.HangDetector(limit) as dog:
     body(dog)
   return codes
 
 
 def _wait_in_phase(dog):
-  with dog.phase(watchdog.STEP, 1):
+  with dog.phase(hang_detection.STEP, 1):
     time.sleep(.5)
 
 
 def test_each_phase_has_the_whole_limit(monkeypatch):
   def short_ones(dog):
     for step in range(10):
-      with dog.phase(watchdog.STEP, step):
+      with dog.phase(hang_detection.STEP, step):
         time.sleep(.05)
 
   assert _watched(.3, short_ones, monkeypatch) == []
@@ -71,7 +71,7 @@ def test_each_phase_has_the_whole_limit(monkeypatch):
 def test_a_start_may_take_six_times_as_long(monkeypatch):
   def start(seconds):
     def body(dog):
-      with dog.phase(watchdog.START):
+      with dog.phase(hang_detection.START):
         time.sleep(seconds)
     return body
 
@@ -86,10 +86,10 @@ def test_outside_of_phases_and_without_a_limit_nothing_is_watched(monkeypatch):
 
 def test_a_process_that_was_stopped_and_goes_on_did_not_hang(monkeypatch):
   plain, leap = time.monotonic, [0.]
-  monkeypatch.setattr(watchdog.time, 'monotonic', lambda: plain() + leap[0])
+  monkeypatch.setattr(hang_detection.time, 'monotonic', lambda: plain() + leap[0])
 
   def sleep_of_the_machine(dog):
-    with dog.phase(watchdog.STEP, 1):
+    with dog.phase(hang_detection.STEP, 1):
       time.sleep(.1)
       leap[0] = 1000.
       time.sleep(.1)

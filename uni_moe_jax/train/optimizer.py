@@ -27,7 +27,7 @@ class Rule:
   frozen: bool = False
 
 
-def match_rules(params: Any, rules) -> Any:
+def match_param_groups(params: Any, rules) -> Any:
   """A tree of `Rule` for a parameter tree.
 
   Raises:
@@ -151,7 +151,7 @@ def make_optimizer(
     depth: of a parameter's path, how many layers lie above it: a number, or one per period [periods] for stacked ones (see
       `layers_above`). Only `optim.layerwise_lr_decay` asks.
   """
-  rules = _with_gate_factor(match_rules(params, c.optim.param_groups), c.optim.router_lr_multiplier)
+  rules = _with_gate_factor(match_param_groups(params, c.optim.param_groups), c.optim.router_lr_multiplier)
   trained = jax.tree.map(lambda r: not r.frozen, rules)
   rate = schedule(c)
 

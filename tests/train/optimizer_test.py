@@ -13,8 +13,8 @@ from uni_moe_jax.config import presets
 from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import optim
-from uni_moe_jax.train.optim import Rule
+from uni_moe_jax.train import optimizer
+from uni_moe_jax.train.optimizer import Rule
 
 
 def _config(rules=(('.*', 1., 0.),), **changes):
@@ -30,25 +30,25 @@ PARAMS = {'block': {'kernel': jnp.array([2., -2.]), 'bias': jnp.array([1.])}, 'w
 
 def test_the_first_pattern_that_matches_wins():
   rules = (('bias$', 1., 0.), ('block/', .5, .1), ('block/kernel', 9., 9.), ('.*', 2., .2))
-  assert optim.match_rules(PARAMS, rules) == {
+  assert optimizer.match_param_groups(PARAMS, rules) == {
       'block': {'kernel': Rule(.5, .1), 'bias': Rule(1., 0.)}, 'word': Rule(2., .2)}
 
 
 def test_a_parameter_without_a_rule_is_named_with_the_fix():
   with pytest.raises(ValueError, match=r"no pattern matches parameter 'word'; end with \('\.\*', 1\.0, 0\.0\) or "
                                        r"\('\.\*', 'freeze'\)"):
-    optim.match_rules(PARAMS, (('block/', 1., 0.),))
+    optimizer.match_param_groups(PARAMS, (('block/', 1., 0.),))
 
 
 @pytest.mark.parametrize('rules', [(('blok/', 'freeze'), ('.*', 1., 0.)), (('.*', 1., 0.), ('block/', 'freeze'))])
 def test_a_pattern_that_freezes_nothing_is_an_error(rules):
   with pytest.raises(ValueError, match="'blo.*/' freezes nothing"):
-    optim.match_rules(PARAMS, rules)
+    optimizer.match_param_groups(PARAMS, rules)
 
 
 def test_a_pattern_that_only_scales_may_match_nothing():
   # The default rules serve dense models, too, which have no routers.
-  assert optim.match_rules(PARAMS, (('_router/', 1., 0.), ('.*', 2., 0.)))['word'] == Rule(2., 0.)
+  assert optimizer.match_param_groups(PARAMS, (('_router/', 1., 0.), ('.*', 2., 0.)))['word'] == Rule(2., 0.)
 
 
 @pytest.mark.parametrize('router', ['attribute', 'task', 'dense'])
@@ -58,8 +58,8 @@ def test_the_default_rules_decay_kernels_and_nothing_else(router):
       posemb='learned', router_names=('names',) if router == 'task' else (), temperature_groups=('a',), num_deep_prompts=2,
       prompt_sharing='separate', num_prefix_prompts=2, label_prompts=(('names', 3),), spe_bias=True, head=3)
   shapes = param_shapes(UniPerceiver(spec))
-  rules = optim.match_rules(shapes, config_lib.base().optim.param_groups)
-  decays = {optim.path_of(path): rule.weight_decay for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
+  rules = optimizer.match_param_groups(shapes, config_lib.base().optim.param_groups)
+  decays = {optimizer.path_of(path): rule.weight_decay for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
   decayed = {path.split('/')[-2] + '/' + path.split('/')[-1] for path, decay in decays.items() if decay}
   assert decayed == {
       'qkv/kernel', 'attention_out/kernel', 'ffn_in/kernel', 'ffn_out/kernel', 'similarity/kernel', 'embed/patch',
@@ -70,7 +70,7 @@ def test_the_default_rules_decay_kernels_and_nothing_else(router):
 def _update(config, *gradients, params=None):
   """(parameters after an update per gradient, optimizer state)."""
   params = PARAMS if params is None else params
-  tx, _, _ = optim.make_optimizer(config, params)
+  tx, _, _ = optimizer.make_optimizer(config, params)
   state = tx.init(params)
   for g in gradients:
     updates, state = tx.update(g, state, params)
@@ -141,10 +141,10 @@ def test_frozen_gradients_do_not_count_in_the_clip():
 
 
 def test_the_paths_of_frozen_parameters_are_known():
-  assert optim.frozen_paths(optim.match_rules(PARAMS, FROZEN)) == {'word'}
-  assert optim.frozen_paths(optim.match_rules(PARAMS, (('block/', 'freeze'), ('.*', 1., 0.)))) == {
+  assert optimizer.frozen_paths(optimizer.match_param_groups(PARAMS, FROZEN)) == {'word'}
+  assert optimizer.frozen_paths(optimizer.match_param_groups(PARAMS, (('block/', 'freeze'), ('.*', 1., 0.)))) == {
       'block/kernel', 'block/bias'}
-  assert optim.frozen_paths(optim.match_rules(PARAMS, (('.*', 1., 0.),))) == set()
+  assert optimizer.frozen_paths(optimizer.match_param_groups(PARAMS, (('.*', 1., 0.),))) == set()
 
 
 @pytest.mark.parametrize('sides', ['shared', 'separate', 'inputs'])
@@ -153,8 +153,8 @@ def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
   presets.prompt_tune(c, prompts=3, sides=sides)
   assert (c.model.num_deep_prompts, c.model.prompt_sharing, c.model.spe_bias) == (3, sides, True)
   spec = small_model.spec(num_deep_prompts=3, prompt_sharing=sides, spe_bias=True, num_prefix_prompts=1, label_prompts=(('names', 2),), head=2)
-  rules = optim.match_rules(small_model.params(spec), c.optim.param_groups)
-  found = {optim.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules) if not rule.frozen}
+  rules = optimizer.match_param_groups(small_model.params(spec), c.optim.param_groups)
+  found = {optimizer.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules) if not rule.frozen}
   tables = {'input', 'target'} if sides == 'separate' else {'input'}
   layers = ('encoder/blocks/block0', 'encoder/tail/block0')
   assert set(found) == {
@@ -168,7 +168,7 @@ def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
 def test_the_factor_of_gates_multiplies_the_rule_of_routers_and_no_other():
   params = {'ffn_router': {'gate': jnp.array([2.])}, 'router_of_old': jnp.array([2.]), 'kernel': jnp.array([2.])}
   c = _config((('kernel', 1., 0.), ('.*', .5, .2)), router_lr_multiplier=.1)
-  rules = optim.make_optimizer(c, params)[2]
+  rules = optimizer.make_optimizer(c, params)[2]
   assert rules == {'ffn_router': {'gate': Rule(.05, .2)}, 'router_of_old': Rule(.5, .2), 'kernel': Rule(1., 0.)}
   # First directions 3 / (3 + 1); the decay .2 · 2 has the same factor as in every group.
   params, _ = _update(c, jax.tree.map(lambda p: jnp.full_like(p, 3.), params), params=params)
@@ -177,7 +177,7 @@ def test_the_factor_of_gates_multiplies_the_rule_of_routers_and_no_other():
 
 
 def test_the_factor_of_gates_leaves_frozen_ones_frozen():
-  rules = optim.make_optimizer(_config((('gate', 'freeze'), ('.*', 1., 0.)), router_lr_multiplier=.1), {
+  rules = optimizer.make_optimizer(_config((('gate', 'freeze'), ('.*', 1., 0.)), router_lr_multiplier=.1), {
       'ffn_router': {'gate': jnp.ones(1)}, 'kernel': jnp.ones(1)})[2]
   assert rules['ffn_router']['gate'].frozen
 
@@ -185,7 +185,7 @@ def test_the_factor_of_gates_leaves_frozen_ones_frozen():
 def _rate(t, schedule='cosine', final_lr_fraction=.2, warmup_steps=4):
   c = _config(schedule=schedule, final_lr_fraction=final_lr_fraction, warmup_steps=warmup_steps)
   c.train.steps = 12
-  return float(optim.schedule(c)(t))
+  return float(optimizer.schedule(c)(t))
 
 
 # Peak 0.1, four warm-up updates, then half a cosine over 8 to a fifth of the peak; after the end it stays there.
@@ -244,7 +244,7 @@ def test_the_first_published_update_only_fills_the_moments():
 def test_layers_above_count_from_the_output():
   # Five layers in periods of two (a block with experts, one without): one period is scanned, three blocks are the tail.
   stack = ModelSpec(num_layers=5, width=8, num_heads=2, mlp_dim=8, vocab_size=9, spe_id=2, image_size=4, patch_size=2, placement='every_2').stack
-  above = lambda path: optim.layers_above(stack, path).tolist()
+  above = lambda path: optimizer.layers_above(stack, path).tolist()
   assert (stack.periods, len(stack.tail)) == (1, 3)
   assert above('embed/word') == 5
   assert above('encoder/blocks/block0/norm1/scale') == [4]
@@ -258,7 +258,7 @@ def test_lower_layers_learn_more_slowly_by_the_decay():
   params = {'stacked': jnp.zeros((2, 1)), 'low': jnp.zeros((1,)), 'top': jnp.zeros((1,))}
   depth = {'stacked': np.array([2, 1]), 'low': np.array(3), 'top': np.array(0)}
   c = _config(layerwise_lr_decay=.5)
-  tx, _, _ = optim.make_optimizer(c, params, depth=depth.get)
+  tx, _, _ = optimizer.make_optimizer(c, params, depth=depth.get)
   updates, _ = tx.update(jax.tree.map(lambda p: jnp.full_like(p, 3.), params), tx.init(params), params)
   np.testing.assert_allclose(updates['stacked'], -.1 * .75 * np.array([[.25], [.5]]), rtol=1e-6)
   np.testing.assert_allclose(updates['low'], [-.1 * .75 * .125], rtol=1e-6)

@@ -33,7 +33,7 @@ def _end(code: int) -> None:
   os._exit(code)  # threads that hang would keep sys.exit waiting
 
 
-class Watchdog:
+class HangDetector:
   """Watches phases of a loop from a thread of its own; a context manager."""
 
   def __init__(self, limit: float, end: Callable[[int], None] = _end):
@@ -44,7 +44,7 @@ class Watchdog:
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
-  def __enter__(self) -> 'Watchdog':
+  def __enter__(self) -> 'HangDetector':
     if self._limit:
       self._thread.start()
     return self
