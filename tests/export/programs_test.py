@@ -59,8 +59,8 @@ class ReadoutTest(parameterized.TestCase):
     @small_model.jit
     def expected(values, fields, targets):
       def run(m):
-        [rows] = m.encode((batching.input_sequence(task.type, {**fields, 'id': jnp.zeros(3, jnp.uint32)}),)).rows
-        features = m.features(rows)
+        sequence = batching.input_sequence(task.type, {**fields, 'id': jnp.zeros(3, jnp.uint32)})
+        features = m.features(m.encode(sequence).hidden)
         logits = heads.logits(features, targets, m.scale('group'))
         return jax.nn.log_softmax(m.with_head(features, logits) if head else logits)
       return UniPerceiver(spec).apply({'params': values}, method=run)

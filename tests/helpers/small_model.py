@@ -41,7 +41,7 @@ def spec(router: str = 'attribute', **changes: Any) -> ModelSpec:
 def boxed(model_spec: ModelSpec) -> Any:
   """Shapes of the parameters, in boxes that name their axes."""
   text = sequence('text_classification', batch=1)
-  init = jax.eval_shape(UniPerceiver(model_spec).init, jax.random.key(0), (text,))
+  init = jax.eval_shape(UniPerceiver(model_spec).init, jax.random.key(0), text)
   return init['params']
 
 
@@ -95,6 +95,6 @@ def encode(model_spec: ModelSpec, sequences, *, values=None, shards: int = 1, **
   """Features [B, R, D] per sequence, and what the encoder collected."""
   def run(model):
     encoded = model.encode(tuple(sequences), **options)
-    return tuple(None if r is None else model.features(r) for r in encoded.rows), encoded.collected
+    return jax.tree.map(model.features, encoded.hidden), encoded.collected
   values = params(model_spec) if values is None else values
   return UniPerceiver(model_spec, shards).apply({'params': values}, method=run)

@@ -91,7 +91,7 @@ class _Unrolled(ModelSpec):
 def _rearranged(values, source: Stack, destination: Stack):
   """Parameters of one stack as those of an unrolled one."""
   encoder = {'tail': {}}
-  for layer in range(source.layers):
+  for layer in range(source.num_layers):
     subtree, index, block = source.locate(layer)
     _, _, name = destination.locate(layer)
     there = values['encoder'][subtree][block]

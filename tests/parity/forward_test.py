@@ -37,7 +37,7 @@ def _encoded(spec, params, batch, sets):
   """(features, what the encoder collected) with all rows and taps; streams in published order."""
   def run(model):
     encoded = model.encode(step.sequences(spec, batch, sets, {})[0], all_rows=True, taps=True)
-    return [model.features(r) for r in encoded.rows], encoded.collected
+    return [model.features(r) for r in encoded.hidden], encoded.collected
   return spec.model.apply({'params': params}, method=run)
 
 

@@ -119,7 +119,7 @@ def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def encode(model: UniPerceiver, params, sequence) -> jax.Array:
   """Features [B, R, D] f32 of a sequence's readout, not normalised."""
   def run(m):
-    return m.features(m.encode((sequence.filled(m.shards),)).rows[0])
+    return m.features(m.encode(sequence.filled(m.shards)).hidden)
   return sharding.replicate(model.apply({'params': params}, method=run), model.mesh)[:sequence.ids.shape[0]]
 
 

@@ -133,7 +133,7 @@ class _Programs:
     return self._encoded(params, sequence)
 
   def _encoded(self, params: Arrays, sequence: Sequence) -> jax.Array:
-    return self._apply(params, lambda m: m.features(m.encode((sequence,)).rows[0]))
+    return self._apply(params, lambda m: m.features(m.encode(sequence).hidden))
 
   def _read(self, x: jax.Array) -> jax.Array:
     """Only picks are read at several positions."""

@@ -38,7 +38,7 @@ def prefill(model: UniPerceiver, params, kind: TaskType, pixels: jax.Array, room
   """What a caption looks back at: keys and values of pictures [B, T, H, W, C], and `room` empty slots for its words."""
   B = pixels.shape[0]
   picture = Sequence(layout=prefill_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), pixels=pixels)
-  collected = model.apply({'params': params}, (picture,), keys=True, method='encode').collected
+  collected = model.apply({'params': params}, picture, keys=True, method='encode').collected
 
   def joined(out, which):  # the segments of a picture, along tokens
     return heads_first(jnp.concatenate([kv[which] for kv in out['kv'][0]], axis=-3))
@@ -69,8 +69,8 @@ def next_features(
       text_valid=jnp.concatenate([there, jnp.ones((B, 1), bool)], axis=1), text_positions=jnp.stack([slot, t]), past=past)
 
   def run(m):
-    encoded = m.encode((sequence,), keys=True)
-    return normalise(m.features(encoded.rows[0][:, 0])), encoded.collected
+    encoded = m.encode(sequence, keys=True)
+    return normalise(m.features(encoded.hidden[:, 0])), encoded.collected
 
   features, new = model.apply({'params': params}, method=run)
 

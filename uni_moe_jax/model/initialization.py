@@ -19,7 +19,7 @@ def boxed_params(model: UniPerceiver, key: jax.Array) -> Any:
   if spec.kernels:  # a merged model need not know this condition; its kernels are of one shape
     model = model.clone(spec=dataclasses.replace(spec, kernels=((routers.row_of(spec.router, condition), 0),)))
   text = Sequence(layout=Layout.of_text(condition), ids=jnp.zeros((1,), jnp.uint32), text=jnp.zeros((1, 2), jnp.int32))
-  return model.init(key, (text,))['params']
+  return model.init(key, text)['params']
 
 
 def init_params(model: UniPerceiver, key: jax.Array) -> Any:

@@ -1,6 +1,7 @@
 """UniPerceiver: embed → encode → features, for any list of sequences, kinds and target sets alike."""
 
 import math
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -64,8 +65,13 @@ class Sequence:
 
 @flax.struct.dataclass
 class Encoded:
-  """rows: per sequence hidden states [B, R, D] of its readout. collected: see `Encoder`."""
-  rows: tuple[jax.Array | None, ...]
+  """Result of `UniPerceiver.encode`.
+
+  Attributes:
+    hidden: the structure of the input with, for each sequence, hidden states [B, R, D] of its readout, or None where it reads nothing.
+    collected: see `Encoder`; sequences are in the order of `jax.tree.leaves`.
+  """
+  hidden: Any
   collected: Collected
 
 
@@ -92,33 +98,38 @@ class UniPerceiver(nn.Module):
         name: self.param(f'log_scale_{name}', nn.with_logical_partitioning(nn.initializers.constant(start), ()), ())
         for name in self.spec.temperature_groups}
 
-  def __call__(self, sequences: tuple[Sequence, ...]):
-    """Touches every parameter; for `init`."""
-    encoded = self.encode(sequences)
+  def __call__(self, sequence: Sequence):
+    """Uses every parameter; for `init`."""
+    features = self.features(self.encode(sequence).hidden)
     if self.spec.head:
-      self.with_head(self.features(encoded.rows[0]), jnp.zeros((1,) * (encoded.rows[0].ndim - 1) + (self.spec.head,)))
-    return tuple(self.features(r) for r in encoded.rows), {n: self.scale(n) for n in self.spec.temperature_groups}
+      features = self.with_head(features, jnp.zeros((1,) * (features.ndim - 1) + (self.spec.head,)))
+    return features, {n: self.scale(n) for n in self.spec.temperature_groups}
 
   def encode(
-      self, sequences: tuple[Sequence, ...], *, key: jax.Array | None = None, all_rows: bool = False,
-      taps: bool = False, keys: bool = False) -> Encoded:
-    """Encodes sequences of any kinds in one pass over the layers; arguments as in `Encoder`.
+      self, sequences: Any, *, key: jax.Array | None = None, all_rows: bool = False, taps: bool = False,
+      keys: bool = False) -> Encoded:
+    """Encodes sequences of any task types in one pass over the layers.
 
-    Sequences of equal router rows, prompts, masks and shapes are joined along the batch, unless keys or taps are asked for
-    (then results stay in the order of `sequences`) or there is a cache.
+    Sequences of equal router inputs, prompts, masks and shapes are joined along the batch, unless keys or taps are collected or
+    there is a cache.
+
+    Args:
+      sequences: any pytree of `Sequence`s.
+      key, all_rows, taps, keys: see `Encoder`.
     """
+    sequences, structure = jax.tree.flatten(sequences, is_leaf=lambda x: isinstance(x, Sequence))
     streams = tuple(self._stream(s) for s in sequences)
     past = tuple(s.past for s in sequences)
     if keys or taps or any(p is not None for p in past):
-      rows, collected = self.encoder(streams, past, key=key, all_rows=all_rows, taps=taps, keys=keys)
-      return Encoded(rows, collected)
+      hidden, collected = self.encoder(streams, past, key=key, all_rows=all_rows, taps=taps, keys=keys)
+      return Encoded(structure.unflatten(hidden), collected)
     router_rows = [
         (tuple(routers.row_of(self.spec.router, c) for c in s.layout.conditions), s.layout.masks, s.layout.readout,
          s.layout.readout_array, self.spec.num_deep_prompts and table_of(self.spec, s.layout.is_target))
         for s in streams]
     joined, split = join_equal(streams, tuple(router_rows), self.shards)
-    rows, collected = self.encoder(joined, (None,) * len(joined), key=key, all_rows=all_rows)
-    return Encoded(split(rows), collected)
+    hidden, collected = self.encoder(joined, (None,) * len(joined), key=key, all_rows=all_rows)
+    return Encoded(structure.unflatten(split(hidden)), collected)
 
   def features(self, rows: jax.Array) -> jax.Array:
     """[..., D] hidden → [..., D] f32 features, not normalised."""

@@ -144,7 +144,7 @@ def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None,
 
   def run(model):
     encoded = model.encode(tuple(s.filled(model.shards) for s in encode), key=key)
-    return [model.features(r) for r in encoded.rows], encoded.collected
+    return [model.features(r) for r in encoded.hidden], encoded.collected
 
   features, collected = spec.model.apply({'params': params}, method=run)
   by_name: dict[tuple[str, str], list[jax.Array]] = {}

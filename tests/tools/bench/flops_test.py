@@ -33,7 +33,7 @@ class FlopsTest(absltest.TestCase):
     params = jax.eval_shape(lambda: small_model.params(spec))
 
     def run(params, sequence):
-      return model.apply({'params': params}, method=lambda m: m.features(m.encode((sequence,)).rows[0]))
+      return model.apply({'params': params}, method=lambda m: m.features(m.encode(sequence).hidden))
 
     counted = jax.jit(run).lower(params, sequence).cost_analysis()['flops']
     expected = batch * flops.sequence(spec, 17, visual=True)

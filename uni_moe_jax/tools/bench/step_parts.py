@@ -57,7 +57,7 @@ def _set_features(spec: StepSpec, params, buckets, all_rows: bool) -> jax.Array:
 
   def run(model):
     in_place = jnp.arange(sum(b['text'].shape[0] for b in buckets))
-    rows = model.encode(batching.set_sequences(s.name, s.condition, buckets, in_place), all_rows=all_rows).rows
+    rows = model.encode(batching.set_sequences(s.name, s.condition, buckets, in_place), all_rows=all_rows).hidden
     return jnp.concatenate([model.features(r[:, 0]) for r in rows])
   return spec.model.apply({'params': params}, method=run)
 

@@ -70,6 +70,6 @@ def next_word(
       text=jnp.concatenate([words, jnp.full_like(words, spe)], axis=1))
 
   def run(m):
-    query = jax.lax.dynamic_index_in_dim(m.encode((sequence,)).rows[0], t, axis=1, keepdims=False)
+    query = jax.lax.dynamic_index_in_dim(m.encode(sequence).hidden, t, axis=1, keepdims=False)
     return m.scale(temperature) * normalise(m.features(query)) @ vocabulary.T
   return jax.nn.log_softmax(model.apply({'params': params}, method=run))
