@@ -15,6 +15,7 @@ import runpy
 
 import ml_collections
 
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 _EMBEDDED = runpy.run_path(str(pathlib.Path(__file__).with_name('embedded.py')))  # a config is read by path
@@ -24,7 +25,7 @@ ROUTERS = _EMBEDDED['ROUTERS']
 def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   """Ablation: configs/embedded.py with its schedule shrunk to a tenth."""
   if arg not in ROUTERS:
-    raise ValueError(f'configs/ablation.py:{arg} is unknown; {nearest(arg, ROUTERS)}.')
+    raise UsageError(f'configs/ablation.py:{arg} is unknown; {nearest(arg, ROUTERS)}.')
   c = _EMBEDDED['get_config'](arg)
   c.optim.warmup_steps = 60
   c.train.steps = 600

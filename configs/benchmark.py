@@ -16,6 +16,7 @@ import ml_collections
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets
 from uni_moe_jax.train import finetuning
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 
@@ -24,9 +25,9 @@ def get_config(arg: str = 'imagenet1k') -> ml_collections.ConfigDict:
   name, _, rest = arg.partition(',')
   run, _, mode = rest.partition(',')
   if name not in benchmarks.DOWNSTREAM:
-    raise ValueError(f'configs/benchmark.py:{arg}: benchmark {name!r} is unknown; {nearest(name, benchmarks.DOWNSTREAM)}.')
+    raise UsageError(f'configs/benchmark.py:{arg}: benchmark {name!r} is unknown; {nearest(name, benchmarks.DOWNSTREAM)}.')
   if mode not in finetuning.MODES:
-    raise ValueError(f'configs/benchmark.py:{arg}: mode {mode!r} is unknown; {nearest(mode, finetuning.MODES)}.')
+    raise UsageError(f'configs/benchmark.py:{arg}: mode {mode!r} is unknown; {nearest(mode, finetuning.MODES)}.')
   if run:
     c, plan = finetuning.start_from(run, f'configs/benchmark.py:{arg}')
   else:

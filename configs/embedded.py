@@ -12,6 +12,7 @@ import ml_collections
 
 from uni_moe_jax import config
 from uni_moe_jax.config import presets
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
@@ -20,7 +21,7 @@ ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 def get_config(arg: str = 'attribute') -> ml_collections.ConfigDict:
   """Embedded: 4 layers, width 128, 8 experts, pictures of 32 pixels in patches of 8."""
   if arg not in ROUTERS:
-    raise ValueError(f'configs/embedded.py:{arg} is unknown; {nearest(arg, ROUTERS)}.')
+    raise UsageError(f'configs/embedded.py:{arg} is unknown; {nearest(arg, ROUTERS)}.')
   c = config.base()
   presets.embedded(c)
   # Small, so that an hour holds many examples. Queries and keys start apart: where they are equal, `spe` first looks at itself

@@ -24,6 +24,7 @@ from uni_moe_jax import config
 from uni_moe_jax.config import presets
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.train import finetuning
+from uni_moe_jax.utils.errors import UsageError
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -31,12 +32,12 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   names, _, rest = arg.partition(',')
   run, _, mode = rest.partition(',')
   if not names or mode not in finetuning.MODES:
-    raise ValueError(f'configs/own.py:{arg}: give SOURCE[+SOURCE…][,RUN[,finetune|prompts|untuned]]: names of data that '
+    raise UsageError(f'configs/own.py:{arg}: give SOURCE[+SOURCE…][,RUN[,finetune|prompts|untuned]]: names of data that '
                      'launch/prepare_data.py prepared, and the workdir of a trained run.')
   paths = [pathlib.Path(name) for name in names.split('+')]
   directories = {str(p.parent.parent) if p.parent.name else config.base().data.dir for p in paths}
   if len(directories) > 1:
-    raise ValueError(f'configs/own.py:{arg}: the sources lie in several data directories ({", ".join(sorted(directories))}); a run '
+    raise UsageError(f'configs/own.py:{arg}: the sources lie in several data directories ({", ".join(sorted(directories))}); a run '
                      'reads one.')
   [directory] = directories
   facts = {p.name: file_dataset.summary(p.name, directory) for p in paths}

@@ -20,6 +20,7 @@ import ml_collections
 
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 ROUTERS = ('dense', 'attribute', 'task', 'modality', 'token', 'context')
@@ -34,7 +35,7 @@ def get_config(arg: str = 'base-attribute-1') -> ml_collections.ConfigDict:
   size, router, stage, *mixture = arg.split('-') if arg.count('-') >= 2 else (arg, '', '')
   for value, known in ((size, presets.SIZES), (router, ROUTERS), (stage, ('1', '2')), ('-'.join(mixture), ('', 'sampled'))):
     if value not in known:
-      raise ValueError(f'configs/pretrain.py:{arg}: give SIZE-ROUTER-STAGE, for example base-attribute-1; {value!r} is unknown, '
+      raise UsageError(f'configs/pretrain.py:{arg}: give SIZE-ROUTER-STAGE, for example base-attribute-1; {value!r} is unknown, '
                        f'{nearest(value, known)}.')
   first = stage == '1'
   c = config.base()

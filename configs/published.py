@@ -17,13 +17,14 @@ import ml_collections
 
 from uni_moe_jax import config
 from uni_moe_jax.config import presets, schema
+from uni_moe_jax.utils.errors import UsageError
 
 
 def get_config(arg: str = 'tiny-moe') -> ml_collections.ConfigDict:
   """Published: patches of 16, CLIP's vocabulary, one task a step, its optimizer."""
   size, _, experts = arg.partition('-')
   if size not in presets.SIZES or experts not in ('', 'moe'):
-    raise ValueError(f'configs/published.py:{arg} is unknown; give one of {", ".join(presets.SIZES)}, with or without -moe.')
+    raise UsageError(f'configs/published.py:{arg} is unknown; give one of {", ".join(presets.SIZES)}, with or without -moe.')
   c = config.base()
   presets.embedded(c)
   presets.published(c, weight_decay=0.2 if size in ('base', 'large') else 0.05)

@@ -15,6 +15,7 @@ from absl import flags
 
 from uni_moe_jax.tools.bench import settings
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CONFIG = cli.define_config(default=str(_ROOT / 'configs/quickstart.py'))
@@ -30,7 +31,7 @@ def main() -> int:
   # Mistakes are told before the slow libraries below are loaded.
   subjects = settings.choose(_SUBJECTS.value)
   if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
-    raise cli.UsageError(f'--output={_OUTPUT.value}: its folder is not there; make it first.')
+    raise UsageError(f'--output={_OUTPUT.value}: its folder is not there; make it first.')
   config = cli.config_of(_CONFIG)
   validate.resolve(config)
   if set(subjects) & set(settings.FROM_DATA):

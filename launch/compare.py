@@ -16,6 +16,7 @@ import sys
 from absl import flags
 
 from uni_moe_jax.utils import cli, exit_codes
+from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the comparison; every router is a folder in it.', required=True)
 _CONFIG = flags.DEFINE_string('config', 'configs/ablation.py', 'Config file whose argument is the router.')
@@ -30,10 +31,10 @@ def main() -> int:
   from uni_moe_jax.config import validate
   routers, folder = list(dict.fromkeys(_ROUTERS.value)), os.path.abspath(os.path.expanduser(_WORKDIR.value))
   if not routers:
-    raise cli.UsageError('--routers is empty: name at least one.')
+    raise UsageError('--routers is empty: name at least one.')
   file = (_ROOT / os.path.expanduser(_CONFIG.value)).resolve()
   if not file.is_file():
-    raise cli.UsageError(f'--config={_CONFIG.value}: there is no such file.')
+    raise UsageError(f'--config={_CONFIG.value}: there is no such file.')
   dense = {}
   for router in routers:  # mistakes are told before anything is trained
     config = cli.config_from(f'{file}:{router}', _OVERRIDE.value)

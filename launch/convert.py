@@ -17,6 +17,7 @@ import pathlib
 from absl import flags
 
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
@@ -26,7 +27,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write.')
 
 def main() -> int:
   if (_CHECKPOINT.value is None) != (_CONFIG.value is None) or (_CHECKPOINT.value is None) == (_OUTPUT.value is None):
-    raise cli.UsageError('give either --checkpoint=FILE --config=FILE (PyTorch to here) or --output=FILE (here to PyTorch).')
+    raise UsageError('give either --checkpoint=FILE --config=FILE (PyTorch to here) or --output=FILE (here to PyTorch).')
   return _from_torch() if _CHECKPOINT.value else _to_torch()
 
 
@@ -35,9 +36,8 @@ def _from_torch() -> int:
   from uni_moe_jax.train import checkpoint, workdir
   from uni_moe_jax.train import run as train_run
   config = cli.config_of(_CONFIG)
-  step = workdir.saved_step(_WORKDIR.value)
-  if step is not None:
-    raise cli.UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {step} already; give another.')
+  if (step := workdir.saved_step(_WORKDIR.value)) is not None:
+    raise UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {step} already; give another.')
   workdir.claim_workdir(_WORKDIR.value, config)
   state, remarks = torch_file.read(_CHECKPOINT.value, config.model.modality_embedding)
   run = train_run.build(config)
@@ -66,7 +66,7 @@ def _to_torch() -> int:
   config = workdir.load_config(_WORKDIR.value)
   with checkpoint.Checkpoints(_WORKDIR.value, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
-      raise cli.UsageError(f'workdir {_WORKDIR.value} has no checkpoint yet; train it first.')
+      raise UsageError(f'workdir {_WORKDIR.value} has no checkpoint yet; train it first.')
     run = train_run.build(config)
     _, params = train_run.predictor(run, checkpoints)
   state, report = torch_layout.to_torch(params, run.spec.model.spec)

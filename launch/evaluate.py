@@ -17,6 +17,7 @@ from absl import flags
 
 from uni_moe_jax.parallel import distributed
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote; with --config, one to write to.', required=True)
@@ -51,7 +52,7 @@ def main() -> int:
     else:
       answers, step, lacks = workdir, checkpoints.latest(), 'checkpoint yet; train it first'
     if step is None:
-      raise cli.UsageError(f'workdir {answers} has no {lacks}.')
+      raise UsageError(f'workdir {answers} has no {lacks}.')
     # The folder has an evaluation, and so a config, of which claim_workdir lets the evaluators alone be others.
     if (step == suite.evaluated_step(workdir) and not _FORCE.value
         and config.evaluators.to_dict() == workdir_lib.load_config(workdir).evaluators.to_dict()):

@@ -14,6 +14,7 @@ import pathlib
 from absl import flags
 
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write; must not exist.', required=True)
@@ -32,7 +33,7 @@ def main() -> int:
   workdir = pathlib.Path(_WORKDIR.value)
   config = workdir_lib.load_config(workdir)  # mistakes are told before the libraries below are loaded
   if pathlib.Path(_OUTPUT.value).exists():
-    raise cli.UsageError(f'--output={_OUTPUT.value} is there already; give another, or remove it.')
+    raise UsageError(f'--output={_OUTPUT.value} is there already; give another, or remove it.')
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents
   from uni_moe_jax.train import checkpoint, loop
@@ -40,7 +41,7 @@ def main() -> int:
   with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
     step = checkpoints.latest() if validate.resolve(config).tasks else 0
     if step is None:
-      raise cli.UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')
+      raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')
     run = train_run.build(config)
     _, params = train_run.predictor(run, checkpoints)
   found = contents.collect(

@@ -23,6 +23,7 @@ import tempfile
 from absl import flags
 
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 SUBJECTS = ('kills', 'damage', 'stops', 'moves', 'inputs', 'planted')
 _SUBJECTS = flags.DEFINE_list('subjects', [], f'Some of {", ".join(SUBJECTS)}; none: all.')
@@ -39,7 +40,7 @@ _FOLDER = flags.DEFINE_string('folder', None, 'Where to work; a temporary folder
 def main() -> int:
   from uni_moe_jax.utils.suggest import nearest
   if unknown := [s for s in _SUBJECTS.value if s not in SUBJECTS]:
-    raise cli.UsageError(f'--subjects: {unknown[0]!r} is unknown; {nearest(unknown[0], SUBJECTS)}.')
+    raise UsageError(f'--subjects: {unknown[0]!r} is unknown; {nearest(unknown[0], SUBJECTS)}.')
   from uni_moe_jax.faults import suite
   folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix='faults_')).absolute()
   folder.mkdir(parents=True, exist_ok=True)

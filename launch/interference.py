@@ -9,6 +9,7 @@ projection of it. Writes interference.json and two heat maps; another --step, or
 from absl import flags
 
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote.', required=True)
 _CONFIG = cli.define_config()
@@ -26,9 +27,9 @@ def main() -> int:
   from uni_moe_jax.config import validate
   from uni_moe_jax.train import workdir as workdir_lib
   if _INIT.value and _STEP.value is not None:
-    raise cli.UsageError('--init and --step name two sets of parameters; give one.')
+    raise UsageError('--init and --step name two sets of parameters; give one.')
   if wrong := [i for i in _LAYERS.value or () if not i.isdecimal()]:
-    raise cli.UsageError(f'--layers={",".join(_LAYERS.value)}: {wrong[0]!r} is no index; write --layers=3,7,11.')
+    raise UsageError(f'--layers={",".join(_LAYERS.value)}: {wrong[0]!r} is no index; write --layers=3,7,11.')
   config = workdir_lib.load_config(_WORKDIR.value) if _CONFIG.value is None else cli.config_of(_CONFIG)
   workdir_lib.claim_workdir(_WORKDIR.value, config)  # only checks
   if _DATA_DIR.value:

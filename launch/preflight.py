@@ -17,6 +17,7 @@ import time
 from absl import flags
 
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'GENERATION:SHAPE in chips, or cpu:N virtual devices.', required=True)
@@ -36,7 +37,7 @@ def main() -> int:
   config = cli.config_of(_CONFIG)
   validate.resolve(config)
   if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
-    raise cli.UsageError(f'--json={_JSON.value}: its folder is not there; make it first.')
+    raise UsageError(f'--json={_JSON.value}: its folder is not there; make it first.')
   topology.prepare_environment(where)
   from uni_moe_jax.tools.preflight import findings, preflight
   name = next(a for a in sys.argv[1:] if a.lstrip('-').startswith('config')).partition('=')[2]

@@ -16,6 +16,7 @@ import time
 from absl import flags
 
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _DATA_DIR = flags.DEFINE_string('data_dir', '~/.cache/uni_moe_jax', 'Where prepared data is kept.')
 _INPUT = flags.DEFINE_string('input', None, 'Folder or file of your own data; none: the embedded data.')
@@ -30,7 +31,7 @@ _BAD = flags.DEFINE_float('max_bad_fraction', 0.1, 'More rows that must be skipp
 def main() -> int:
   directory = pathlib.Path(os.path.expanduser(_DATA_DIR.value))
   if (_INPUT.value is None) != (_NAME.value is None):
-    raise cli.UsageError('--input and --name go together: where your data lies, and what to call it.')
+    raise UsageError('--input and --name go together: where your data lies, and what to call it.')
   if _TFDS.value is not None:
     from uni_moe_jax.data.files import file_dataset
     builder = file_dataset.tfds_builder(file_dataset.TFDS + _TFDS.value, directory)

@@ -10,6 +10,7 @@ from absl import flags
 
 from uni_moe_jax.reporting import curves, html
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that training or evaluation wrote to.', required=True)
 _CURVES = flags.DEFINE_string('curves', None, 'Picture to draw losses and accuracies into: a path that ends with .png or .svg.')
@@ -20,7 +21,7 @@ def main() -> int:
   if _CURVES.value:
     metrics = pathlib.Path(_WORKDIR.value, 'metrics.jsonl')
     if not metrics.exists():
-      raise cli.UsageError(f'{metrics} is not there: this run has logged nothing yet.')
+      raise UsageError(f'{metrics} is not there: this run has logged nothing yet.')
     curves.draw(_CURVES.value, curves.read(metrics.read_text())[0], ('loss', 'accuracy'), _WORKDIR.value)
     print(_CURVES.value)
   return 0

@@ -18,6 +18,7 @@ import sys
 from absl import flags
 
 from uni_moe_jax.utils import cli, exit_codes
+from uni_moe_jax.utils.errors import UsageError
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of the trained run.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; its cells are folders in it.', required=True)
@@ -33,7 +34,7 @@ def main() -> int:
   from uni_moe_jax.config import validate
   from uni_moe_jax.train import finetuning, workdir
   if unknown := [r for r in _REGIMES.value if r not in finetuning.REGIMES]:
-    raise cli.UsageError(f'--regimes={unknown[0]} is unknown; choices: {", ".join(finetuning.REGIMES)}.')
+    raise UsageError(f'--regimes={unknown[0]} is unknown; choices: {", ".join(finetuning.REGIMES)}.')
   run, folder = (os.path.abspath(os.path.expanduser(f)) for f in (_RUN.value, _WORKDIR.value))
   for task in _TASKS.value:  # mistakes are told before anything is trained
     for regime in map(finetuning.REGIMES.get, _REGIMES.value):

@@ -29,7 +29,7 @@ class BatchesTest(absltest.TestCase):
 
   def test_the_next_smaller_batch_is_proposed_where_there_is_one(self):
     resolved: plan.Plan = validate.resolve(small_config.config()).only('shape')
-    with self.assertRaisesRegex(ValueError, 'batch=8 must be a multiple of 3 .*; try 6'):
+    with self.assertRaisesRegex(ValueError, 'batch_size=8 must be a multiple of 3 .*; try 6'):
       validate.check_batches(resolved, shards=3, accum=1)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from uni_moe_jax.data.files import media
 from uni_moe_jax.faults import bad_configs, bad_files, inputs
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError
 
 
 def _tried(result, number) -> set[str]:
@@ -72,7 +72,7 @@ def test_what_no_input_may_do_is_found(tmp_path, monkeypatch, main, bad, said):
 
 
 @pytest.mark.parametrize('main, outcome', [
-    (lambda: 0, inputs.ACCEPTED), (lambda: 'skipped: no picture', 'skipped: no picture'), (lambda: _raise(errors.Failure('full')), inputs.FAILED)])
+    (lambda: 0, inputs.ACCEPTED), (lambda: 'skipped: no picture', 'skipped: no picture'), (lambda: _raise(RunError('full')), inputs.FAILED)])
 def test_what_an_input_may_do_is_counted(tmp_path, main, outcome):
   result = inputs.through_boundary(2, 0, tmp_path, {'fine': lambda *_: bad_configs.Case('fine', 'it', main, False)})
   # What is accepted was not bad: others are made in its place, and not for ever.

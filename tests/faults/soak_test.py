@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from uni_moe_jax.faults import soak
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError
 
 
 def test_slope_is_that_of_a_line_after_the_warm_up():
@@ -77,13 +77,13 @@ def test_the_error_of_the_ratio_is_that_of_a_median_by_hand():
 
 
 def test_what_cannot_be_compared_is_a_failure():
-  with pytest.raises(errors.Failure, match=r'\(exit code 75\).*\(exit code 1\) ended before they could be compared'):
+  with pytest.raises(RunError, match=r'\(exit code 75\).*\(exit code 1\) ended before they could be compared'):
     soak.judged(_watched(.1), soak.Watched(turns=[[.1]], code=1), 60., 2, 10, 0.)
 
 
 def test_a_run_that_saved_too_rarely_tells_nothing_of_what_stays():
   data = _watched(.1)
-  with pytest.raises(errors.Failure, match='saved too rarely: .*lower config.train.checkpoint_every'):
+  with pytest.raises(RunError, match='saved too rarely: .*lower config.train.checkpoint_every'):
     soak.judged(dataclasses.replace(data, after_saves=data.after_saves[:7]), _watched(.1), 60., 2, 10, 0.)
   soak.judged(dataclasses.replace(data, after_saves=data.after_saves[:8]), _watched(.1), 60., 2, 10, 0.)
 
@@ -158,5 +158,5 @@ def test_a_turn_ends_with_the_run(tmp_path, monkeypatch):
 
 
 def test_a_run_that_ends_at_once_is_a_failure(tmp_path, monkeypatch):
-  with pytest.raises(errors.Failure, match='ended with exit code 1 before it could be watched'):
+  with pytest.raises(RunError, match='ended with exit code 1 before it could be watched'):
     _stand_in(tmp_path, monkeypatch, 'none')

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from uni_moe_jax.parallel import multihost
+from uni_moe_jax.utils.errors import UsageError
 
 _RESET = 'UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:20352: Connection reset by peer'
 
@@ -39,7 +40,7 @@ def test_what_an_error_came_from_counts(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('processes, error', [
-    (1, ValueError(_RESET)), (1, KeyError('image')), (2, ValueError('config.train.steps=0 must be at least 1.'))])
+    (1, ValueError(_RESET)), (1, KeyError('image')), (2, UsageError('config.train.steps=0 must be at least 1.'))])
 def test_what_one_process_or_all_of_them_find_goes_on_its_way(monkeypatch, processes, error):
   monkeypatch.setattr(jax, 'process_count', lambda: processes)
   monkeypatch.setattr(atexit, 'register', lambda *_: pytest.fail('the process takes a short way out'))
@@ -50,21 +51,21 @@ def test_what_one_process_or_all_of_them_find_goes_on_its_way(monkeypatch, proce
 _FAILS_ALONE = """
 import atexit, os, sys
 import jax
-from uni_moe_jax.utils import errors
 from uni_moe_jax.parallel import multihost
+from uni_moe_jax.utils.errors import RunError
 atexit.register(lambda: print('farewell'))  # as JAX has it, which waits for the others
 jax.process_count = lambda: {processes}
 try:
   with multihost.ends_with_the_others():
     raise {error}
-except errors.Failure:
+except RunError:
   print('said')
 """
 
 
 @pytest.mark.parametrize('processes, error, code, out', [
-    (2, 'errors.Failure("Connection reset")', 1, 'said\n'), (2, 'KeyError("image")', 1, ''),
-    (1, 'errors.Failure("Connection reset")', 0, 'said\nfarewell\n')])
+    (2, 'RunError("Connection reset")', 1, 'said\n'), (2, 'KeyError("image")', 1, ''),
+    (1, 'RunError("Connection reset")', 0, 'said\nfarewell\n')])
 def test_a_process_that_fails_alone_tells_why_and_leaves_without_farewell(processes, error, code, out):
   done = subprocess.run([sys.executable, '-c', _FAILS_ALONE.format(processes=processes, error=error)], capture_output=True, text=True)
   assert (done.returncode, done.stdout) == (code, out)

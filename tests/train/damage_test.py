@@ -13,7 +13,7 @@ import pytest
 
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError
 
 
 def _state(step):
@@ -103,7 +103,7 @@ def test_when_all_are_damaged_it_is_refused(workdir, capfd):
   for step in (1, 2):
     _truncate(workdir / 'checkpoints' / str(step) / 'default/manifest.ocdbt')
   for keep in (3, None):
-    with pytest.raises(errors.Failure, match='every checkpoint in .* is damaged .* delete .* to train from the start'):
+    with pytest.raises(RunError, match='every checkpoint in .* is damaged .* delete .* to train from the start'):
       Checkpoints(workdir, keep)
   assert 'there is none before it' in capfd.readouterr().err
   assert _names(workdir, 2)  # evidence stays where it is
@@ -125,7 +125,7 @@ def test_who_only_reads_moves_nothing_and_can_ask_for_any_whole_step(workdir):
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     assert checkpoints.steps() == [1, 2]  # older ones are verified when they are asked for
     for read in (lambda: checkpoints.restore(_LIKE, 1), lambda: checkpoints.restore_params(1)):
-      with pytest.raises(errors.Failure, match='the checkpoint of step 1 in .* is damaged: default/_METADATA has'):
+      with pytest.raises(RunError, match='the checkpoint of step 1 in .* is damaged: default/_METADATA has'):
         read()
     np.testing.assert_array_equal(checkpoints.restore_params(2)['kernel'], _state(2)['params']['kernel'])
   assert not (workdir / 'damaged').exists()
@@ -150,7 +150,7 @@ def test_a_full_disk_is_told_with_the_step_that_is_safe(workdir, monkeypatch):
   with Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))
     end = time.monotonic() + 20
-    with pytest.raises(errors.Failure, match=r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'):
+    with pytest.raises(RunError, match=r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'):
       while time.monotonic() < end:  # a look between two steps finds it, without waiting
         checkpoints.check()
         time.sleep(.01)
@@ -167,12 +167,12 @@ def test_a_disk_that_refuses_is_not_called_full(workdir, monkeypatch):
     raise PermissionError(errno.EACCES, 'Permission denied', str(workdir))
 
   monkeypatch.setattr(manifest, 'write', refuse)
-  with pytest.raises(errors.Failure, match='Permission denied.*that of step 2 is safe. Look whether its disk can be reached'):
+  with pytest.raises(RunError, match='Permission denied.*that of step 2 is safe. Look whether its disk can be reached'):
     with Checkpoints(workdir, max_to_keep=1) as checkpoints:
       checkpoints.save(3, _state(3))
 
 
 def test_the_last_save_is_not_lost_in_silence(workdir, monkeypatch):
   monkeypatch.setattr(manifest, 'write', _no_space)
-  with pytest.raises(errors.Failure, match='step 3 could not be written'), Checkpoints(workdir, max_to_keep=1) as checkpoints:
+  with pytest.raises(RunError, match='step 3 could not be written'), Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))

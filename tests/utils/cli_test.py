@@ -15,7 +15,8 @@ from tests.helpers import tiny
 from uni_moe_jax.tasks import attributes
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import workdir as workdir_lib
-from uni_moe_jax.utils import cli, errors
+from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import RunError, UsageError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -43,7 +44,7 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--config.modle.width=3'], "the config has no field 'modle'. Did you mean \"model\""),
     (['--config.model.width=wide'], 'invalid literal for int'),
     (['--config.moe.router=atribute'], "config.moe.router='atribute' is unknown; did you mean 'attribute'?"),
-    (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'], 'batch=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
+    (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'], 'batch_size=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
     (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 126'),
     (['--config.data.dir=/not/there'], 'Data directory /not/there is not there. Run: python launch/prepare_data.py'),
     (['--stpes=3'], 'stpes'),
@@ -101,7 +102,7 @@ def _zero_shot(tmp_path, script: str, argument: str) -> str:
     ('evaluate.py', '{run}', 'give RUN,TASK: the workdir of a trained run'),
     ('evaluate.py', '{run}x,digits', "trainedx' holds no run (config.json is missing); did you mean 'trained'"),
     ('evaluate.py', '{run},digit', "task 'digit' is unknown; did you mean 'digits'"),
-    ('train.py', '{run},digits', 'every task has batch=0, so that there is nothing to train; evaluate')])
+    ('train.py', '{run},digits', 'every task has batch_size=0, so that there is nothing to train; evaluate')])
 def test_a_run_or_a_task_that_is_mistyped_is_told(tmp_path, script, argument, said):
   workdir_lib.claim_workdir(tmp_path / 'trained', tiny.config('shape'), 'print')
   assert said in _zero_shot(tmp_path, script, argument)
@@ -172,11 +173,11 @@ def test_an_error_of_another_library_is_a_defect(error):
 
 
 @pytest.mark.parametrize('error, said', [
-    (errors.Failure('every checkpoint\n  is damaged.'), 'error: every checkpoint is damaged.\n'),
+    (RunError('every checkpoint\n  is damaged.'), 'error: every checkpoint is damaged.\n'),
     (OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl'), 'error: the disk is full: metrics.jsonl could not be written'),
-    (PermissionError(errno.EACCES, 'Permission denied', '/data/own'), 'error: /data/own: Permission denied. Look whether'),
-    (OSError(errno.ENAMETOOLONG, 'File name too long', 'x' * 9999), f'error: {"x" * 200}: File name too long. Look'),
-    (RuntimeError('RESOURCE_EXHAUSTED: writing: No space left on device [a C++ trace]'), 'error: the disk is full. Make room')])
+    (PermissionError(errno.EACCES, 'Permission denied', '/data/own'), 'error: /data/own: Permission denied. Check that'),
+    (OSError(errno.ENAMETOOLONG, 'File name too long', 'x' * 9999), f'error: {"x" * 200}: File name too long. Check'),
+    (RuntimeError('RESOURCE_EXHAUSTED: writing: No space left on device [a C++ trace]'), 'error: the disk is full. Free some space')])
 def test_what_befalls_a_run_is_one_sentence_and_exit_code_1(capsys, error, said):
   def main():
     raise error
@@ -187,7 +188,7 @@ def test_what_befalls_a_run_is_one_sentence_and_exit_code_1(capsys, error, said)
 
 def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
   def main():
-    raise cli.UsageError('--a and --b\n  exclude each other')
+    raise UsageError('--a and --b\n  exclude each other')
 
   assert cli.guarded(main) == 2
   assert capsys.readouterr().err == 'error: --a and --b exclude each other\n'

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from uni_moe_jax.analysis import interference_file
+from uni_moe_jax.utils.errors import UsageError
 
 WHOLE = 'all'  # the part that holds every parameter that was asked about
 CONFIDENCE = 0.95
@@ -90,10 +91,10 @@ def products(
     {part: Products}, `WHOLE` first. They stay on the device: nothing here waits for them.
 
   Raises:
-    ValueError: too few batches.
+    UsageError: too few batches.
   """
   if batches < 2:
-    raise ValueError(f'batches={batches} must be at least 2: a task is compared with itself on another batch.')
+    raise UsageError(f'batches={batches} must be at least 2: a task is compared with itself on another batch.')
   streams = list(streams or tasks)
   units, sums = [], []  # per task: Σ_b ĝ^b, Σ_a g^a
   for task in tasks:

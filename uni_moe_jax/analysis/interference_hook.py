@@ -24,7 +24,7 @@ class InterferenceMetric:
   """Estimates of a run's own steps; see `config.train.interference_every`."""
 
   def __init__(self, run: Run):
-    """Raises ValueError for parameters that are not there."""
+    """Raises UsageError for parameters that are not there."""
     c = run.config.train
     self._every, self._seed = c.interference_every, run.config.seed
     pieces = param_subsets.choose(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from uni_moe_jax.model.spec import Stack
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 from uni_moe_jax.utils.tree_paths import by_path
 
@@ -50,15 +51,15 @@ def choose(
     field: what the pattern is called where a person wrote it.
 
   Raises:
-    ValueError: no regular expression, a layer that is not there, nothing that matches.
+    UsageError: no regular expression, a layer that is not there, nothing that matches.
   """
   layers = default_layers(stack.num_layers) if layers is None else layers
   if wrong := [i for i in layers if not 0 <= i < stack.num_layers]:
-    raise ValueError(f'layers {", ".join(map(str, wrong))}: the model has the layers 0…{stack.num_layers - 1}.')
+    raise UsageError(f'layers {", ".join(map(str, wrong))}: the model has the layers 0…{stack.num_layers - 1}.')
   try:
     found = re.compile(pattern)
   except re.error as e:
-    raise ValueError(f'{field}={pattern!r} is not a regular expression: {e}.') from None
+    raise UsageError(f'{field}={pattern!r} is not a regular expression: {e}.') from None
   pieces, paths = [], list(by_path(params))
   wanted = [path for path in paths if found.search(path)]
   for layer in sorted(set(layers)):
@@ -71,7 +72,7 @@ def choose(
         pieces.append(Piece(f'layer {layer} {projection}', layer, projection, path, period))
   pieces += [Piece(path, None, path, path, None) for path in wanted if not re.match('encoder/(blocks|tail)/', path)]
   if not pieces:
-    raise ValueError(f'{field}={pattern!r} finds nothing in the layers {", ".join(map(str, layers))} and outside of layers; '
+    raise UsageError(f'{field}={pattern!r} finds nothing in the layers {", ".join(map(str, layers))} and outside of layers; '
                      f'{nearest(pattern, paths)}.')
   return tuple(pieces)
 

@@ -16,6 +16,7 @@ from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.train import synonyms
 from uni_moe_jax.train.run import Run, build, conditions
 from uni_moe_jax.train.step import Batch, Sets, StepSpec, place, sample_sets, sequences
+from uni_moe_jax.utils.errors import UsageError
 
 
 def experts(
@@ -30,11 +31,11 @@ def experts(
     devices: all of them by default.
 
   Raises:
-    ValueError: the model has no experts, a step that is not saved, a run that trains no task.
+    UsageError: the model has no experts, a step that is not saved, a run that trains no task.
   """
   run = build(config, devices)
   if not expert_usage.layers(run.spec.model.spec):
-    raise ValueError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: such a model has no '
+    raise UsageError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: such a model has no '
                      'experts.')
   state, name = run_interference.state_of(run, workdir, step, init)
   content = measured(run, state.params if state.ema_params is None else state.ema_params, name, batches, seed)
@@ -63,7 +64,7 @@ def measured(run: Run, params: Any, name: str, batches: int, seed: int) -> dict[
     rows, of_task = expert_usage.rows_of_conditions(spec, conditions(plan), plan.tasks or plan.probes, sets)
     return expert_usage.record(facts, spec, spec.row_names(conditions(plan)), of_task, expert_usage.coefficients(spec, params, rows))
   if not plan.tasks:
-    raise ValueError(f'this run trains no task, so that there are no batches to ask the {spec.router} router about.')
+    raise UsageError(f'this run trains no task, so that there are no batches to ask the {spec.router} router about.')
   rows, of_task = expert_usage.rows_of_tokens(plan.tasks, sets)
   found = _sums(run, params, of_task, len(rows), batches, seed)
   tokens = np.asarray(found.tokens, np.float64)

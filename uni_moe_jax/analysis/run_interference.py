@@ -16,6 +16,7 @@ from uni_moe_jax.analysis.task_gradients import TaskGradients
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.run import Run, build, initial_state
 from uni_moe_jax.train.step import TrainState
+from uni_moe_jax.utils.errors import UsageError
 
 
 def interference(
@@ -35,7 +36,7 @@ def interference(
     devices: all of them by default.
 
   Raises:
-    ValueError: a step that is not saved, parameters that are not there, a task whose gradient is not finite.
+    UsageError: a step that is not saved, parameters that are not there, a task whose gradient is not finite.
   """
   run = build(config, devices)
   pieces = param_subsets.choose(run.shapes.params, run.spec.model.spec.stack, pattern, layers, '--parameters')
@@ -56,7 +57,7 @@ def interference(
     measured = estimator.products(gradient, tasks, batches)
   own = np.asarray(measured[estimator.WHOLE].rows)
   if broken := [task for i, task in enumerate(tasks) if not np.isfinite(own[i, i]).all()]:
-    raise ValueError(f'the gradient of {", ".join(broken)} is not finite at {name}: nothing can be said about it; measure an '
+    raise UsageError(f'the gradient of {", ".join(broken)} is not finite at {name}: nothing can be said about it; measure an '
                      'earlier --step.')
   estimates = {part: estimator.estimate(p, tasks, seed=seed) for part, p in measured.items()}
   facts = dict(
@@ -90,17 +91,17 @@ def state_of(run: Run, workdir: str | os.PathLike[str], step: int | None, init: 
   """(state, what to call it): of a checkpoint, the newest by default, or the one that the run starts from.
 
   Raises:
-    ValueError: there is no checkpoint, or none of this step.
+    UsageError: there is no checkpoint, or none of this step.
   """
   if init:
     return initial_state(run), 'init'
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     saved = checkpoints.steps()
     if not saved:
-      raise ValueError(f'workdir {workdir} has no checkpoint yet; train it first, or ask its --init.')
+      raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first, or ask its --init.')
     step = saved[-1] if step is None else step
     if step not in saved:
-      raise ValueError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, saved))}.')
+      raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, saved))}.')
     return checkpoints.restore(run.abstract_state(), step), f'step {step}'
 
 

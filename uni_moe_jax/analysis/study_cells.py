@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from uni_moe_jax.train import finetuning
+from uni_moe_jax.utils.errors import UsageError
 
 SETTINGS = 'settings.json'
 EVALUATION = 'evaluation.json'  # `eval.suite` writes it last
@@ -44,13 +45,13 @@ def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
   """Makes a folder this study's, or checks that it already is: cells that are done there must be of the same settings.
 
   Raises:
-    ValueError: they are of others.
+    UsageError: they are of others.
   """
   path = pathlib.Path(folder) / SETTINGS
   if path.exists():
     if (old := json.loads(path.read_text())) != settings:
       changed = ', '.join(f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v)
-      raise ValueError(f'{folder} holds a study with other settings ({changed}); give another --workdir.')
+      raise UsageError(f'{folder} holds a study with other settings ({changed}); give another --workdir.')
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(settings, indent=1))

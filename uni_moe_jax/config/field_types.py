@@ -8,6 +8,7 @@ import ml_collections
 from uni_moe_jax import config
 from uni_moe_jax.config import schema
 from uni_moe_jax.utils import files
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 # Entries of these sections have names of their own, and fields as the function of that name gives them.
@@ -25,7 +26,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   """Checks fields and types, not what they mean.
 
   Raises:
-    ValueError: the first field that is missing, unknown, of another type than its default, not a finite number, or an address.
+    UsageError: the first field that is missing, unknown, of another type than its default, not a finite number, or an address.
   """
   _section('', c, config.base())
   # Files, and what may name some; a template of texts may have an address in it.
@@ -38,21 +39,21 @@ def check(c: ml_collections.ConfigDict) -> None:
 
 def _section(name: str, given: Any, known: ml_collections.ConfigDict) -> None:
   if not isinstance(given, ml_collections.ConfigDict):
-    raise ValueError(f'config.{name}={_short(given)} must be a section with the fields {", ".join(known)}.')
+    raise UsageError(f'config.{name}={_short(given)} must be a section with the fields {", ".join(known)}.')
   prefix = f'{name}.' if name else ''
   for field in given:
     if field not in known:
-      raise ValueError(f'config.{prefix}{field}: the config has no such field; {nearest(field, known)}.')
+      raise UsageError(f'config.{prefix}{field}: the config has no such field; {nearest(field, known)}.')
   for field, default in known.items():
     if field not in given:
-      raise ValueError(f'config.{prefix}{field} is missing; its default is {_short(default)}.')
+      raise UsageError(f'config.{prefix}{field} is missing; its default is {_short(default)}.')
     _field(f'{prefix}{field}', given[field], default)
 
 
 def _field(name: str, value: Any, default: Any) -> None:
   if name in _ENTRIES or name in _FREE:
     if not isinstance(value, ml_collections.ConfigDict):
-      raise ValueError(f'config.{name}={_short(value)} must be a section of named entries.')
+      raise UsageError(f'config.{name}={_short(value)} must be a section of named entries.')
     for entry, fields in value.items() if name in _ENTRIES else ():
       _section(f'{name}.{entry}', fields, _ENTRIES[name])
   elif isinstance(default, ml_collections.ConfigDict):
@@ -82,7 +83,7 @@ def _one_of(name: str, value: Any, types: tuple[type, ...], what: str) -> None:
   numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
   if not isinstance(value, types) or isinstance(value, bool) and bool not in types or (
       numeric and not abs(value) <= _LARGEST):  # NaN is not, either
-    raise ValueError(f'config.{name}={_short(value)} must be {what}.')
+    raise UsageError(f'config.{name}={_short(value)} must be {what}.')
 
 
 def _items(name: str, value: Any, types: tuple[type, ...]) -> None:

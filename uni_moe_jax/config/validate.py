@@ -17,6 +17,7 @@ from uni_moe_jax.config.schema import FREEZE
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.tasks.task_types import TaskType
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 MIXTURES = ('all_tasks', 'one_task')
@@ -43,7 +44,7 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   """Checks the whole config; returns the plan.
 
   Raises:
-    ValueError: the first field that is wrong: its name, its value, the bound and the fix.
+    UsageError: the first field that is wrong: its name, its value, the bound and the fix.
   """
   field_types.check(c)
   _check_model(c)
@@ -56,14 +57,14 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   sets = tuple(_resolve_set(name, s, families) for name, s in c.target_sets.items())
   trained = {name for name, t in c.tasks.items() if t.batch_size != 0}
   if not trained and not (c.train.init and c.evaluators):
-    raise ValueError('config.tasks has no task with batch_size > 0; add one with config.task(…). To evaluate another run as it is, '
+    raise UsageError('config.tasks has no task with batch_size > 0; add one with config.task(…). To evaluate another run as it is, '
                      'name it in config.train.init and give config.evaluators.')
   shapes: dict[str, set[tuple[int, ...]]] = {}
   for name in trained:
     shapes.setdefault(c.tasks[name].type, set()).add(_shape(c.tasks[name]))
   headed = [name for name, t in c.tasks.items() if t.linear_head]
   if len(headed) > 1:
-    raise ValueError(f'config.tasks: {" and ".join(headed)} both have linear_head=True; one task at most has a linear head.')
+    raise UsageError(f'config.tasks: {" and ".join(headed)} both have linear_head=True; one task at most has a linear head.')
   by_name = {s.name: s for s in sets}
   resolved = tuple(_resolve_task(name, t, kinds, by_name, c, shapes) for name, t in c.tasks.items())
   tasks = tuple(t for t in resolved if t.name in trained)
@@ -71,13 +72,13 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
   temperatures = tuple(sorted({t.temperature for t in tasks} | set(c.model.extra_temperature_groups)))
   for t in probes:  # of pairs only the order matters, which needs no scale
     if t.temperature not in temperatures and t.type.target != 'pair':
-      raise ValueError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its '
+      raise UsageError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its '
                        f'scale would be unknown; {nearest(t.temperature, temperatures)}.')
   _check_declared(c)
   used = {name for name in by_name if c.train.encode_all_sets} | {t.target_set for t in tasks}
   for t in probes:
     if t.target_set and t.target_set not in used and by_name[t.target_set].label_prompts:
-      raise ValueError(f'config.target_sets.{t.target_set}.label_prompts=True: no trained task names this set, so that they would '
+      raise UsageError(f'config.target_sets.{t.target_set}.label_prompts=True: no trained task names this set, so that they would '
                        f'stay zero; train a task with it, or set it to False.')
   evaluations = tuple(_resolve_evaluation(name, e, resolved, by_name) for name, e in c.evaluators.items())
   probed = {t.target_set for t in probes} - used
@@ -90,24 +91,24 @@ def resolve(c: ml_collections.ConfigDict) -> Plan:
 
 def _choose(field: str, value, choices) -> None:
   if value not in choices:
-    raise ValueError(f'config.{field}={value!r} is unknown; {nearest(value, choices)}.')
+    raise UsageError(f'config.{field}={value!r} is unknown; {nearest(value, choices)}.')
 
 
 def _at_least(c: ml_collections.ConfigDict, section: str, bounds: dict[str, float]) -> None:
   for name, bound in bounds.items():
     if c[section][name] < bound:
-      raise ValueError(f'config.{section}.{name}={c[section][name]} must be at least {bound}.')
+      raise UsageError(f'config.{section}.{name}={c[section][name]} must be at least {bound}.')
 
 
 def _above_zero(c: ml_collections.ConfigDict, section: str, *names: str) -> None:
   for name in names:
     if c[section][name] <= 0:
-      raise ValueError(f'config.{section}.{name}={c[section][name]} must be above 0.')
+      raise UsageError(f'config.{section}.{name}={c[section][name]} must be above 0.')
 
 
 def _divides(part: str, b: int, whole: str, a: int) -> None:
   if a % b:
-    raise ValueError(f'config.{whole}={a} must be a multiple of config.{part}={b}; try {max(b, a - a % b)}.')
+    raise UsageError(f'config.{whole}={a} must be a multiple of config.{part}={b}; try {max(b, a - a % b)}.')
 
 
 def _check_model(c: ml_collections.ConfigDict) -> None:
@@ -118,14 +119,14 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   _divides('model.num_heads', m.num_heads, 'model.width', m.width)
   _divides('model.patch_size', m.patch_size, 'model.image_size', m.image_size)
   if m.width % 4:
-    raise ValueError(f'config.model.width={m.width} must be a multiple of 4 (the spatial table); try {m.width // 4 * 4}.')
+    raise UsageError(f'config.model.width={m.width} must be a multiple of 4 (the spatial table); try {m.width // 4 * 4}.')
   if not 0 <= m.drop_path < 1:
-    raise ValueError(f'config.model.drop_path={m.drop_path} must be in [0, 1).')
+    raise UsageError(f'config.model.drop_path={m.drop_path} must be in [0, 1).')
   for name in ('pixel_mean', 'pixel_std', 'video_mean', 'video_std'):
     if len(m[name]) != m.channels and not (name.startswith('video') and not m[name]):
-      raise ValueError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
+      raise UsageError(f'config.model.{name} has {len(m[name])} values for config.model.channels={m.channels}.')
     if name.endswith('std') and any(v <= 0 for v in m[name]):
-      raise ValueError(f'config.model.{name}={m[name]} must hold numbers above 0.')
+      raise UsageError(f'config.model.{name}={m[name]} must hold numbers above 0.')
   _choose('model.posemb', m.posemb, ('sincos2d', 'frozen', 'learned'))
   _choose('model.prompt_sharing', m.prompt_sharing, ('shared', 'separate', 'inputs'))
   _choose('model.text_posemb_init', m.text_posemb_init, ('normal', 'sincos'))
@@ -136,14 +137,14 @@ def _check_model(c: ml_collections.ConfigDict) -> None:
   _at_least(c, 'moe', dict(num_experts=1, noise_std=0.0, **of_tokens))
   for name in of_tokens if moe.router in MERGED else ():
     if moe[name]:
-      raise ValueError(f"config.moe.{name}={moe[name]} needs config.moe.router='token' or 'context'; kernels of "
+      raise UsageError(f"config.moe.{name}={moe[name]} needs config.moe.router='token' or 'context'; kernels of "
                        f'{moe.router!r} merge. Set it to 0.')
   if not 1 <= moe.top_k <= moe.num_experts:
-    raise ValueError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
+    raise UsageError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
   if isinstance(moe.placement, str):
     _choose('moe.placement', moe.placement, ('all', 'every_2', 'every_4', 'none'))
   elif any(not 0 <= i < m.num_layers for i in moe.placement):
-    raise ValueError(f'config.moe.placement={moe.placement} has an index outside 0…{m.num_layers - 1}.')
+    raise UsageError(f'config.moe.placement={moe.placement} has an index outside 0…{m.num_layers - 1}.')
   for part in moe.sublayers:
     _choose('moe.sublayers', part, ('attention', 'mlp'))
 
@@ -152,7 +153,7 @@ def _check_tokenizer(c: ml_collections.ConfigDict) -> None:
   _choose('tokenizer.type', c.tokenizer.type, ('sentencepiece', 'clip'))
   _at_least(c, 'tokenizer', dict(vocab_size=1))
   if c.tokenizer.type == 'clip' and not c.tokenizer.merges_path:
-    raise ValueError("config.tokenizer.merges_path='' must be a path when config.tokenizer.type='clip'; give that of CLIP's "
+    raise UsageError("config.tokenizer.merges_path='' must be a path when config.tokenizer.type='clip'; give that of CLIP's "
                      'bpe_simple_vocab_16e6.txt.gz.')
 
 
@@ -165,10 +166,10 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
   _above_zero(c, 'optim', 'eps')
   for name in ('b1', 'b2'):
     if c.optim[name] >= 1:
-      raise ValueError(f'config.optim.{name}={c.optim[name]} must be in [0, 1).')
+      raise UsageError(f'config.optim.{name}={c.optim[name]} must be in [0, 1).')
   for axis, size in c.mesh.items():
     if axis != 'fsdp' and size < 1 and size != -1:
-      raise ValueError(f'config.mesh.{axis}={size} must be at least 1, or -1 (what the other axes leave).')
+      raise UsageError(f'config.mesh.{axis}={size} must be at least 1, or -1 (what the other axes leave).')
   _choose('train.mixture', c.train.mixture, MIXTURES)
   if c.train.best_metric:
     _choose('train.best_metric', c.train.best_metric, ('loss/total', *(f'loss/{name}' for name, t in c.tasks.items() if t.batch_size)))
@@ -177,27 +178,27 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
   _choose('optim.schedule', c.optim.schedule, SCHEDULES)
   _choose('optim.unused_params', c.optim.unused_params, WITHOUT_GRADIENT)
   if not 0 < c.optim.layerwise_lr_decay <= 1:
-    raise ValueError(f'config.optim.layerwise_lr_decay={c.optim.layerwise_lr_decay} must be in (0, 1]; 1 is off.')
+    raise UsageError(f'config.optim.layerwise_lr_decay={c.optim.layerwise_lr_decay} must be in (0, 1]; 1 is off.')
   if not 0 <= c.train.ema_decay < 1:
-    raise ValueError(f'config.train.ema_decay={c.train.ema_decay} must be in [0, 1); 0 is off.')
+    raise UsageError(f'config.train.ema_decay={c.train.ema_decay} must be in [0, 1); 0 is off.')
   if c.train.mixture == 'one_task' and c.train.grad_accum_steps > 1:
-    raise ValueError(f"config.train.grad_accum_steps={c.train.grad_accum_steps} needs config.train.mixture='all_tasks', not 'one_task'.")
+    raise UsageError(f"config.train.grad_accum_steps={c.train.grad_accum_steps} needs config.train.mixture='all_tasks', not 'one_task'.")
   if c.train.mixture == 'one_task' and c.train.interference_every:
-    raise ValueError(f"config.train.interference_every={c.train.interference_every} needs config.train.mixture='all_tasks': it "
+    raise UsageError(f"config.train.interference_every={c.train.interference_every} needs config.train.mixture='all_tasks': it "
                      'compares the tasks of one step. Set it to 0, and ask launch/interference.py.')
   try:
     re.compile(c.train.interference_parameters)
   except re.error as e:
-    raise ValueError(f'config.train.interference_parameters={c.train.interference_parameters!r} is not a regular '
+    raise UsageError(f'config.train.interference_parameters={c.train.interference_parameters!r} is not a regular '
                      f'expression: {e}.') from None
   for rule in c.optim.param_groups:
     frozen = len(rule) == 2 and rule[1] == FREEZE
     if not frozen and len(rule) != 3:
-      raise ValueError(f"config.optim.param_groups: {rule!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
+      raise UsageError(f"config.optim.param_groups: {rule!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
     try:
       re.compile(rule[0])
     except re.error as e:
-      raise ValueError(f'config.optim.param_groups: {rule[0]!r} is not a regular expression: {e}.') from None
+      raise UsageError(f'config.optim.param_groups: {rule[0]!r} is not a regular expression: {e}.') from None
 
 
 def _check_declared(c: ml_collections.ConfigDict) -> None:
@@ -207,33 +208,33 @@ def _check_declared(c: ml_collections.ConfigDict) -> None:
     whole = isinstance(entries, tuple) and all(
         isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in entries)
     if not whole or not entries or any(not 2 <= tokens <= longest or number < 1 for tokens, number in entries):
-      raise ValueError(f'config.preflight.target_lengths.{name}={entries!r} must hold (tokens, entries) pairs, tokens in 2…config.target_sets.'
+      raise UsageError(f'config.preflight.target_lengths.{name}={entries!r} must hold (tokens, entries) pairs, tokens in 2…config.target_sets.'
                        f'{name}.max_len={longest}, entries at least 1; for example (({longest}, 1000),).')
   for name, frames in c.preflight.num_frames.items():
     _choose(f'preflight.num_frames.{name}', name, c.tasks)
     if type(frames) is not int or not 1 <= frames <= c.model.max_num_frames:
-      raise ValueError(f'config.preflight.num_frames.{name}={frames!r} must be in 1…config.model.max_num_frames={c.model.max_num_frames}, a '
+      raise UsageError(f'config.preflight.num_frames.{name}={frames!r} must be in 1…config.model.max_num_frames={c.model.max_num_frames}, a '
                        'whole number.')
 
 
 def _own_family(name: str, bits) -> Condition:
   if name in task_types.families():
-    raise ValueError(f'config.target_families.{name}: a built-in family has this name, and its row is frozen; choose another.')
+    raise UsageError(f'config.target_families.{name}: a built-in family has this name, and its row is frozen; choose another.')
   if isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits):
-    raise ValueError(f'config.target_families.{name}={bits!r} must be four bits: input visual, input text, target visual, '
+    raise UsageError(f'config.target_families.{name}={bits!r} must be four bits: input visual, input text, target visual, '
                      'target text; for example (1, 0, 0, 1).')
   return task_types.family_condition(name, tuple(bits))
 
 
 def _own_kind(name: str, row) -> TaskType:
   if name in task_types.TASK_TYPES:
-    raise ValueError(f'config.task_types.{name}: a built-in kind has this name; choose another.')
+    raise UsageError(f'config.task_types.{name}: a built-in kind has this name; choose another.')
   fields = {f.name for f in dataclasses.fields(TaskType)} - {'name'}
   if set(row) != fields:
     wrong = sorted(set(row) ^ fields)
-    raise ValueError(f'config.task_types.{name}: {", ".join(wrong)} missing or unknown; give {", ".join(sorted(fields))}.')
+    raise UsageError(f'config.task_types.{name}: {", ".join(wrong)} missing or unknown; give {", ".join(sorted(fields))}.')
   if any(isinstance(s, str) or len(s) not in (1, 2) for s in row.inputs):
-    raise ValueError(f"config.task_types.{name}.inputs={row.inputs!r} must hold (modality, mask) pairs, for example "
+    raise UsageError(f"config.task_types.{name}.inputs={row.inputs!r} must hold (modality, mask) pairs, for example "
                      "(('visual', 'full'),).")
   return TaskType(name, tuple(task_types.Segment(*s) for s in row.inputs), row.target, row.readout, row.router_task)
 
@@ -242,12 +243,12 @@ def _resolve_set(name: str, s, families: dict[str, Condition]) -> SetSpec:
   _choose(f'target_sets.{name}.family', s.family, families)
   _choose(f'target_sets.{name}.softmax', s.softmax, SOFTMAXES)
   if s.max_len < 2 or s.num_sampled < 0:
-    raise ValueError(f'config.target_sets.{name}: max_len={s.max_len} must be at least 2 tokens, num_sampled={s.num_sampled} at least 0.')
+    raise UsageError(f'config.target_sets.{name}: max_len={s.max_len} must be at least 2 tokens, num_sampled={s.num_sampled} at least 0.')
   if s.softmax == 'sampled' and (s.entries != VOCABULARY or s.num_sampled < 1):
-    raise ValueError(f"config.target_sets.{name}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not "
+    raise UsageError(f"config.target_sets.{name}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not "
                      f'entries={s.entries!r}, num_sampled={s.num_sampled}.')
   if s.label_prompts and s.entries == VOCABULARY:
-    raise ValueError(f'config.target_sets.{name}.label_prompts=True is for sets of texts: the words of a vocabulary have a learnt '
+    raise UsageError(f'config.target_sets.{name}.label_prompts=True is for sets of texts: the words of a vocabulary have a learnt '
                      'row each already; set it to False.')
   entries = s.entries if isinstance(s.entries, str) else tuple(v if isinstance(v, str) else tuple(v) for v in s.entries)
   return SetSpec(name, entries, families[s.family], s.softmax, s.num_sampled, s.max_len, s.label_prompts)
@@ -264,9 +265,9 @@ def _check_pictures(name: str, t, kind: TaskType, c) -> None:
   _choose(f'{field}.crop', t.crop, CROPS)
   for part, most in (('num_frames', c.model.max_num_frames), ('randaugment', 10), ('random_erasing', 1), ('mixup_alpha', math.inf), ('cutmix_alpha', math.inf)):
     if not 0 <= t[part] <= most:
-      raise ValueError(f'config.{field}.{part}={t[part]} must be in 0…{most}.')
+      raise UsageError(f'config.{field}.{part}={t[part]} must be in 0…{most}.')
   if (t.mixup_alpha or t.cutmix_alpha) and not (kind.visual and kind.readout == 'cls' and kind.target != 'pair'):
-    raise ValueError(f'config.{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix pictures and their classes; task type {kind.name!r} has '
+    raise UsageError(f'config.{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix pictures and their classes; task type {kind.name!r} has '
                      'none. Set them to 0.')
 
 
@@ -275,45 +276,45 @@ def _resolve_task(name: str, t, kinds: dict[str, TaskType], sets: dict[str, SetS
   _choose(f'{field}.type', t.type, kinds)
   kind = kinds[t.type]
   if t.batch_size < 0 or t.batch_size % c.train.grad_accum_steps:
-    raise ValueError(f'config.{field}.batch_size={t.batch_size} must be a positive multiple of config.train.grad_accum_steps='
+    raise UsageError(f'config.{field}.batch_size={t.batch_size} must be a positive multiple of config.train.grad_accum_steps='
                      f'{c.train.grad_accum_steps}; try {max(c.train.grad_accum_steps, t.batch_size - t.batch_size % c.train.grad_accum_steps)}.')
   if t.max_len < 0 or t.max_predictions < 0:
-    raise ValueError(f'config.{field}: length={t.max_len} and picks={t.max_predictions} must be at least 0.')
+    raise UsageError(f'config.{field}: length={t.max_len} and picks={t.max_predictions} must be at least 0.')
   if t.loss_weight < 0 or not 0 <= t.label_smoothing < 1 or t.max_shift < 0:
-    raise ValueError(f'config.{field}: weight={t.loss_weight} must be at least 0, smoothing={t.label_smoothing} in [0, 1), shift='
+    raise UsageError(f'config.{field}: weight={t.loss_weight} must be at least 0, smoothing={t.label_smoothing} in [0, 1), shift='
                      f'{t.max_shift} at least 0.')
   if not 0 < t.train_fraction <= 1 or t.shots < 0 or t.shots and not t.label_column:
-    raise ValueError(f'config.{field}: subset={t.train_fraction} must be in (0, 1], per_class={t.shots} at least 0, and above 0 '
+    raise UsageError(f'config.{field}: subset={t.train_fraction} must be in (0, 1], per_class={t.shots} at least 0, and above 0 '
                      'only with a label.')
   if t.sampling_weight < 0 or c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0:
-    raise ValueError(f"config.{field}: sampling={t.sampling_weight}, weight={t.loss_weight}: a sampled mixture draws tasks by sampling, or "
+    raise UsageError(f"config.{field}: sampling={t.sampling_weight}, weight={t.loss_weight}: a sampled mixture draws tasks by sampling, or "
                      'by weight where that is 0; give one that is above 0, or batch_size=0 to leave the task out.')
   if kind.target == 'pair':
     if t.target_set:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r}: task type {kind.name!r} is matched with its own texts; '
+      raise UsageError(f'config.{field}.target_set={t.target_set!r}: task type {kind.name!r} is matched with its own texts; '
                        "set it to ''.")
   else:
     _choose(f'{field}.target_set', t.target_set, sets)
     family = sets[t.target_set].condition.task
     if family != kind.target:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but task type {kind.name!r} '
+      raise UsageError(f'config.{field}.target_set={t.target_set!r} is of family {family!r}, but task type {kind.name!r} '
                        f'chooses among {kind.target!r}.')
     if kind.readout in ('masked', 'queries') and not sets[t.target_set].is_vocabulary:
-      raise ValueError(f'config.{field}.target_set={t.target_set!r}: task type {kind.name!r} predicts words; its set must '
+      raise UsageError(f'config.{field}.target_set={t.target_set!r}: task type {kind.name!r} predicts words; its set must '
                        f"have entries='{VOCABULARY}'.")
   if (kind.text_index is not None or kind.target == 'pair') and t.max_len < 2:
-    raise ValueError(f'config.{field}.max_len={t.max_len} must be at least 2 tokens.')
+    raise UsageError(f'config.{field}.max_len={t.max_len} must be at least 2 tokens.')
   if t.max_len > c.model.max_text_len:
-    raise ValueError(f'config.{field}.max_len={t.max_len} is above config.model.max_text_len={c.model.max_text_len}.')
+    raise UsageError(f'config.{field}.max_len={t.max_len} is above config.model.max_text_len={c.model.max_text_len}.')
   if kind.readout == 'masked' and not 1 <= t.max_predictions <= t.max_len:
-    raise ValueError(f'config.{field}.max_predictions={t.max_predictions} must be in 1…max_len={t.max_len}.')
+    raise UsageError(f'config.{field}.max_predictions={t.max_predictions} must be in 1…max_len={t.max_len}.')
   if kind.readout == 'slot' and t.template.count('<spe>') != 1:
-    raise ValueError(f"config.{field}.template={t.template!r} must hold exactly one '<spe>' slot.")
+    raise UsageError(f"config.{field}.template={t.template!r} must hold exactly one '<spe>' slot.")
   if t.linear_head and (kind.readout not in ('cls', 'slot') or not t.target_set or sets[t.target_set].is_vocabulary):
-    raise ValueError(f'config.{field}.linear_head=True needs a kind that chooses among the entries of a set; {kind.name!r} with '
+    raise UsageError(f'config.{field}.linear_head=True needs a kind that chooses among the entries of a set; {kind.name!r} with '
                      f'target_set={t.target_set!r} does not.')
   if (kind.two_stream or kind.target == 'pair') and not t.caption_templates:
-    raise ValueError(f"config.{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
+    raise UsageError(f"config.{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
   _check_pictures(name, t, kind, c)
   # Tasks of one kind share a batch only if their arrays have one shape.
   group = kind.name if len(shapes.get(t.type, ())) <= 1 else '/'.join(map(str, (kind.name, *_shape(t))))
@@ -332,34 +333,34 @@ def _resolve_evaluation(name: str, e, tasks: tuple[TaskSpec, ...], sets: dict[st
   task_spec, wanted = by_name[e.task], EVALUATIONS[e.type]
   if not wanted(task_spec.type):
     fitting = [t.name for t in tasks if wanted(t.type)]
-    raise ValueError(f'config.evaluators.{name}.task={e.task!r} is of task type {task_spec.type.name!r}, which evaluator '
+    raise UsageError(f'config.evaluators.{name}.task={e.task!r} is of task type {task_spec.type.name!r}, which evaluator '
                      f'{e.type!r} cannot ask; choices: {", ".join(fitting) or "none"}.')
   if e.num_examples < 0 or e.batch_size < 1 or e.beam_size < 1 or e.length_penalty < 0:
-    raise ValueError(f'config.evaluators.{name}: num_examples={e.num_examples} must be at least 0, batch_size={e.batch_size} at least 1, beam_size='
+    raise UsageError(f'config.evaluators.{name}: num_examples={e.num_examples} must be at least 0, batch_size={e.batch_size} at least 1, beam_size='
                      f'{e.beam_size} at least 1, length_penalty={e.length_penalty} at least 0.')
   if e.constrain_to:
     field = f'evaluators.{name}.constrain_to'
     if e.type != 'caption':
-      raise ValueError(f"config.{field}={e.constrain_to!r} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
+      raise UsageError(f"config.{field}={e.constrain_to!r} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
     _choose(field, e.constrain_to, sets)
     if sets[e.constrain_to].is_vocabulary:
-      raise ValueError(f"config.{field}={e.constrain_to!r} is the vocabulary, so that any word may be said; set it to '', or to a "
+      raise UsageError(f"config.{field}={e.constrain_to!r} is the vocabulary, so that any word may be said; set it to '', or to a "
                        'set of texts.')
   if min(e.num_views, e.num_crops) < 1 or e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task_spec.num_frames):
-    raise ValueError(f'config.evaluators.{name}: num_views={e.num_views}, num_crops={e.num_crops} must be at least 1, and are for the '
+    raise UsageError(f'config.evaluators.{name}: num_views={e.num_views}, num_crops={e.num_crops} must be at least 1, and are for the '
                      "classification of clips of files (a task with frames); set them to 1.")
   return Evaluation(name, e.type, task_spec, e.split, e.num_examples, e.batch_size, e.beam_size, e.length_penalty, e.constrain_to, e.num_views, e.num_crops)
 
 
 def check_trains(plan: Plan) -> None:
-  """Raises ValueError where a plan only evaluates."""
+  """Raises UsageError where a plan only evaluates."""
   if not plan.tasks:
-    raise ValueError('config.tasks: every task has batch_size=0, so that there is nothing to train; evaluate what '
+    raise UsageError('config.tasks: every task has batch_size=0, so that there is nothing to train; evaluate what '
                      'config.train.init names: python launch/evaluate.py --config=… --workdir=….')
 
 
 def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:
-  """Raises ValueError where an axis of the mesh does not divide what it splits. mesh: size per axis."""
+  """Raises UsageError where an axis of the mesh does not divide what it splits. mesh: size per axis."""
   split = [('model', 'model.num_heads', c.model.num_heads), ('model', 'model.mlp_dim', c.model.mlp_dim)]
   if c.moe.router != 'dense':
     split.append(('expert', 'moe.num_experts', c.moe.num_experts))
@@ -367,29 +368,29 @@ def check_mesh(c: ml_collections.ConfigDict, mesh: Mapping[str, int]) -> None:
     split.append(('data', 'model.width', c.model.width))
   for axis, field, size in split:
     if size % mesh[axis]:
-      raise ValueError(f'config.mesh.{axis}={mesh[axis]} must divide config.{field}={size}, which it splits; try '
+      raise UsageError(f'config.mesh.{axis}={mesh[axis]} must divide config.{field}={size}, which it splits; try '
                        f'{math.gcd(size, mesh[axis])}.')
 
 
 def check_batches(plan: Plan, shards: int, accum: int) -> None:
-  """Raises ValueError where a task's micro-batch does not divide over the batch shards of the mesh."""
+  """Raises UsageError where a task's micro-batch does not divide over the batch shards of the mesh."""
   for t in plan.tasks:
     micro = t.batch_size // accum
     if micro % shards:
       unit = shards * accum
-      raise ValueError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} ({shards} batch shards of '
+      raise UsageError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} ({shards} batch shards of '
                        f'the mesh × {accum} micro-steps); try {max(unit, t.batch_size - t.batch_size % unit)}.')
     if t.mixes and micro // shards % 2:
       unit = 2 * shards * accum
-      raise ValueError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} for mixup or cutmix, which mix pairs '
+      raise UsageError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} for mixup or cutmix, which mix pairs '
                        f'of a shard ({shards} batch shards × {accum} micro-steps × 2); try {max(unit, t.batch_size - t.batch_size % unit)}.')
 
 
 def check_halves(plan: Plan, shards: int, accum: int) -> None:
-  """Raises ValueError where a task's micro-batch on a shard has no halves, which the interference metric compares."""
+  """Raises UsageError where a task's micro-batch on a shard has no halves, which the interference metric compares."""
   unit = 2 * shards * accum
   for t in plan.tasks:
     if t.batch_size % unit:
-      raise ValueError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} for config.train.'
+      raise UsageError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} for config.train.'
                        f'interference_every > 0, which halves it ({shards} batch shards × {accum} micro-steps × 2); try '
                        f'{max(unit, t.batch_size - t.batch_size % unit)}, or interference_every=0.')

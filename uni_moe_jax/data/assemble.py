@@ -19,6 +19,7 @@ from uni_moe_jax.data.pipeline.examples import Builder, Examples
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, build_set
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 # Records of a source in files whose texts teach a tokenizer; with a text comes its picture, which costs time to read.
@@ -37,7 +38,7 @@ class Data:
   """
 
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
-    """Raises FileNotFoundError for data that is not prepared, ValueError for a config that does not fit it."""
+    """Raises MissingFileError for data that is not prepared, UsageError for a config that does not fit it."""
     self._dir, self._model, self._plan = config.data.dir, config.model, plan
     self._records: dict[tuple[str, str], Records | Stored] = {}
     trained = [self.records(t.source, t.split) for t in plan.tasks]
@@ -65,11 +66,11 @@ class Data:
         for training in (True, False)}
 
   def _check_answers(self) -> None:
-    """Raises ValueError for an answer that is longer than the captions among which it is asked for."""
+    """Raises UsageError for an answer that is longer than the captions among which it is asked for."""
     for e in self._plan.evaluations:
       for text in self.sets[e.constrain_to].texts if e.constrain_to else ():
         if (tokens := len(self.tokenizer.encode(text)) + 1) > e.task.max_len:
-          raise ValueError(
+          raise UsageError(
               f'config.tasks.{e.task.name}.length={e.task.max_len} is too short for answer {text!r} of config.evaluators.'
               f'{e.name}.answers={e.constrain_to!r}, which has {tokens} tokens, the end included; raise it to {tokens}, or leave '
               'the answer out.')
@@ -91,11 +92,11 @@ class Data:
     return self._builders[training].build(task, records)
 
   def _check_size(self, task: TaskSpec, shape: tuple[int, ...]) -> None:
-    """Raises ValueError for pictures [H, W] or clips [T, H, W] that the model does not take."""
+    """Raises UsageError for pictures [H, W] or clips [T, H, W] that the model does not take."""
     *frames, H, W = shape
     T = frames[0] if frames else 1
     if (H, W) != (self._model.image_size,) * 2 or T > self._model.max_frames:
-      raise ValueError(
+      raise UsageError(
           f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model takes at most '
           f'config.model.max_num_frames={self._model.max_frames} of config.model.image_size={self._model.image_size} pixels a side.')
 
@@ -112,7 +113,7 @@ class Data:
     split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
     classes = self.records(source, split).classes
     if column not in classes:
-      raise ValueError(f'config.{field}: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
+      raise UsageError(f'config.{field}: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
     return class_names.entries(classes[column], field)
 
   def _make_tokenizer(
@@ -124,7 +125,7 @@ class Data:
     if file:
       path = pathlib.Path(os.path.expanduser(file))
       if not path.is_file():
-        raise FileNotFoundError(f'config.tokenizer.path={file!r} is not there; give the tokenizer.model of a run.')
+        raise MissingFileError(f'config.tokenizer.path={file!r} is not there; give the tokenizer.model of a run.')
       return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
     path = self._train_tokenizer(trained, config.vocab_size, config.allow_smaller_vocab)
     return SentencePieceTokenizer(path), path, path.stem
@@ -142,7 +143,7 @@ class Data:
         try:
           SentencePieceTokenizer.train(texts, unfinished, vocab_size, fewer)
         except ValueError as e:
-          raise ValueError(f'config.tokenizer.vocab_size={vocab_size}: {e}') from e
+          raise UsageError(f'config.tokenizer.vocab_size={vocab_size}: {e}') from e
         unfinished.rename(path)
     return path
 

@@ -10,6 +10,7 @@ from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.data.files.file_dataset import Stored
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 
@@ -36,11 +37,11 @@ def load(name: str, directory: str, split: str) -> Records | Stored:
   """Records of a named source: in memory, or in files for 'own:…' and 'tfds:…'.
 
   Raises:
-    ValueError: unknown name or split. FileNotFoundError: the source is not prepared in the directory.
+    UsageError: unknown name or split. MissingFileError: the source is not prepared in the directory.
   """
   if file_dataset.is_stored(name):
     return file_dataset.load(name, directory, split)
   if name not in SOURCES:
-    raise ValueError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is '{file_dataset.OWN}NAME', a TFDS "
+    raise UsageError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is '{file_dataset.OWN}NAME', a TFDS "
                      f"data set '{file_dataset.TFDS}NAME'.")
   return SOURCES[name](os.path.expanduser(directory), split)

@@ -20,6 +20,7 @@ import scipy.sparse
 from sklearn import exceptions, feature_extraction, linear_model, preprocessing
 
 from uni_moe_jax.eval import metrics
+from uni_moe_jax.utils.errors import UsageError
 
 _QUERY_BLOCK, _TRAIN_BLOCK = 512, 4096  # pictures in one product: 8 MB of distances
 _CANDIDATES = 4  # float32 distances pick this many, exact integers choose among them
@@ -48,7 +49,7 @@ def most_frequent(labels: np.ndarray, k: int) -> np.ndarray:
   """Returns the (at most) k most frequent entries of labels [N], the smaller of equals first."""
   values, counts = np.unique(labels, return_counts=True)
   if not values.size or k < 1:
-    raise ValueError(f'the {k} most frequent of {values.size} labels: both must be at least 1.')
+    raise UsageError(f'the {k} most frequent of {values.size} labels: both must be at least 1.')
   return values[np.argsort(-counts, kind='stable')[:k]]
 
 
@@ -69,11 +70,11 @@ def unigram(train_counts: np.ndarray, test_picks: np.ndarray) -> Unigram:
     test_picks: int [M] in [0, V), the true tokens at the picked positions.
 
   Raises:
-    ValueError: there are no picks, or one is outside [0, V).
+    UsageError: there are no picks, or one is outside [0, V).
   """
   counts, picks = np.asarray(train_counts, np.float64), np.asarray(test_picks).ravel()
   if not picks.size or picks.min() < 0 or picks.max() >= counts.size:
-    raise ValueError(f'the unigram floor needs picks in [0, {counts.size}) and at least one; got '
+    raise UsageError(f'the unigram floor needs picks in [0, {counts.size}) and at least one; got '
                      + (f'{picks.size} from {picks.min()} to {picks.max()}.' if picks.size
                         else 'none.'))
   log_p = np.log(counts + 1) - math.log(counts.sum() + counts.size)
@@ -96,14 +97,14 @@ def nearest_neighbour(train_pixels: np.ndarray, test_pixels: np.ndarray, limit: 
     seed: of the draw.
 
   Raises:
-    ValueError: trailing axes differ, pixels are not uint8, or there are no train pictures.
+    UsageError: trailing axes differ, pixels are not uint8, or there are no train pictures.
   """
   train, test = np.asarray(train_pixels), np.asarray(test_pixels)
   if train.shape[1:] != test.shape[1:] or train.dtype != np.uint8 or test.dtype != np.uint8:
-    raise ValueError(f'train pixels {train.dtype}{list(train.shape)} and test pixels '
+    raise UsageError(f'train pixels {train.dtype}{list(train.shape)} and test pixels '
                      f'{test.dtype}{list(test.shape)} must be uint8 and agree after axis 0.')
   if not len(train) or limit < 1:
-    raise ValueError(f'{len(train)} train pictures and limit {limit}: both must be at least 1.')
+    raise UsageError(f'{len(train)} train pictures and limit {limit}: both must be at least 1.')
   kept = _subset(len(train), limit, seed)
   queries = test.reshape(len(test), -1)
   best = np.zeros((len(test), 0), np.int64)  # [Q, up to _CANDIDATES] train indices
@@ -191,10 +192,10 @@ def tfidf_logistic(train_texts: Sequence[np.ndarray], train_labels: np.ndarray,
     seed: of the draw.
 
   Raises:
-    ValueError: not one or two columns, or not as many of each.
+    UsageError: not one or two columns, or not as many of each.
   """
   if len(train_texts) not in (1, 2) or len(train_texts) != len(test_texts):
-    raise ValueError(f'{len(train_texts)} train and {len(test_texts)} test text columns: there '
+    raise UsageError(f'{len(train_texts)} train and {len(test_texts)} test text columns: there '
                      'must be one of each, or two of each.')
   kept = _subset(len(train_labels), limit, seed)
   train_texts = [np.asarray(column)[kept] for column in train_texts]
@@ -234,10 +235,10 @@ def frame_logistic(train_clips: np.ndarray, train_labels: np.ndarray, test_clips
     seed: of the draw.
 
   Raises:
-    ValueError: `frames` is another word.
+    UsageError: `frames` is another word.
   """
   if frames not in ('all', 'middle'):
-    raise ValueError(f"frames is {frames!r}; it must be 'all' or 'middle'.")
+    raise UsageError(f"frames is {frames!r}; it must be 'all' or 'middle'.")
   kept = _subset(len(train_clips), limit, seed)
   scaler = preprocessing.StandardScaler(with_std=False)
   train = scaler.fit_transform(_frame_features(np.asarray(train_clips)[kept], frames))

@@ -45,7 +45,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]
     references: for each one text, or several.
 
   Raises:
-    ValueError: there are no examples, an example has no reference, or lengths differ.
+    UsageError: there are no examples, an example has no reference, or lengths differ.
   """
   from rouge_score import rouge_scorer  # Costs time to load, and only captioning needs it.
 
@@ -72,7 +72,7 @@ def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]
     references: for each one text, or several.
 
   Raises:
-    ValueError: there are no examples, an example has no reference, or lengths differ.
+    UsageError: there are no examples, an example has no reference, or lengths differ.
   """
   split = _Words().tokenize
   pairs = [(_counts(split(prediction)), [_counts(split(one)) for one in several])

@@ -19,6 +19,7 @@ from uni_moe_jax.eval import baselines, caption_metrics, metrics
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor, seed_of
 from uni_moe_jax.eval.samples import Samples
+from uni_moe_jax.utils.errors import UsageError
 
 RECALLS = (1, 5, 10)
 _COUNTED = 20_000  # records in files whose words are counted for the unigram's floor
@@ -232,7 +233,7 @@ def _distinct(texts: np.ndarray, number: int, rng: np.random.Generator) -> np.nd
   order = rng.permutation(len(texts))
   _, first = np.unique(texts[order], return_index=True)
   if len(first) < number:
-    raise ValueError(f'evaluator asks for {number} distinct texts, the split has {len(first)}; lower its number.')
+    raise UsageError(f'evaluator asks for {number} distinct texts, the split has {len(first)}; lower its number.')
   return np.sort(order[rng.permutation(first)[:number]])
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.utils.errors import UsageError
+
 # A value counts as different from a reference when it is at least this many standard errors away.
 SIGNIFICANT = 3.0
 
@@ -33,15 +35,15 @@ def best_positive_rank(similarity: np.ndarray, positives: np.ndarray) -> np.ndar
       positives of the same query never push its rank down.
 
   Raises:
-    ValueError: shapes differ, or a query has no positive.
+    UsageError: shapes differ, or a query has no positive.
   """
   similarity, positives = np.asarray(similarity), np.asarray(positives, bool)
   if similarity.ndim != 2 or similarity.shape != positives.shape:
-    raise ValueError(f'similarity {similarity.shape} and positives {positives.shape} must have the '
+    raise UsageError(f'similarity {similarity.shape} and positives {positives.shape} must have the '
                      'same shape [queries, targets].')
   empty = np.flatnonzero(~positives.any(axis=1))
   if empty.size:
-    raise ValueError(f'query {empty[0]} has no positive target ({empty.size} of {len(positives)} '
+    raise UsageError(f'query {empty[0]} has no positive target ({empty.size} of {len(positives)} '
                      'have none): drop such queries before scoring.')
   best = np.where(positives, similarity, -np.inf).max(axis=1, keepdims=True)  # [Q, 1]
   # "not lower" rather than "higher": ties count against the model, and so does any NaN.
@@ -82,21 +84,21 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
     k: at least 1.
 
   Raises:
-    ValueError: shapes do not fit, a label is outside [0, V), or there are no examples.
+    UsageError: shapes do not fit, a label is outside [0, V), or there are no examples.
   """
   scores, labels = np.asarray(scores), np.asarray(labels)
   if scores.ndim != 2 or labels.shape != scores.shape[:1]:
-    raise ValueError(f'scores {scores.shape} must be [examples, targets] and labels '
+    raise UsageError(f'scores {scores.shape} must be [examples, targets] and labels '
                      f'{labels.shape} [examples].')
   if labels.size and not 0 <= labels.min() <= labels.max() < scores.shape[1]:
-    raise ValueError(f'labels reach from {labels.min()} to {labels.max()}, but there are '
+    raise UsageError(f'labels reach from {labels.min()} to {labels.max()}, but there are '
                      f'{scores.shape[1]} targets: labels must be in [0, {scores.shape[1]}).')
   return _share_within(best_positive_rank(scores, labels[:, None] == np.arange(scores.shape[1])), k)
 
 
 def _share_within(ranks: np.ndarray, k: int) -> float:
   if k < 1:
-    raise ValueError(f'k is {k}; it must be at least 1.')
+    raise UsageError(f'k is {k}; it must be at least 1.')
   return _mean(ranks <= k)
 
 
@@ -154,7 +156,7 @@ def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> l
     answers: for each what people said, written as the predictions are (`data/pipeline/vqa_answers.py`).
 
   Raises:
-    ValueError: not as many of each, or a question that nobody answered.
+    UsageError: not as many of each, or a question that nobody answered.
   """
   scores = []
   for said, people in with_references(predictions, answers):
@@ -173,7 +175,7 @@ def most_common(texts: Sequence[str]) -> str:
 def perplexity(nll_sum: float, weight_sum: float) -> float:
   """Returns exp of the mean negative log-likelihood (in nats); infinite when it overflows."""
   if weight_sum <= 0:
-    raise ValueError(f'the weights sum to {weight_sum}; perplexity needs at least one weighted '
+    raise UsageError(f'the weights sum to {weight_sum}; perplexity needs at least one weighted '
                      'position.')
   try:
     return math.exp(nll_sum / weight_sum)
@@ -207,7 +209,7 @@ def bleu4(predictions: Sequence[str], references: Sequence[str | Sequence[str]])
 
   pairs = with_references(predictions, references)
   if not pairs:
-    raise ValueError('there are no examples to score.')
+    raise UsageError('there are no examples to score.')
   most = max(len(several) for _, several in pairs)
   # sacrebleu wants one list per reference number; None fills up examples that have fewer.
   streams = [[several[i] if i < len(several) else None for _, several in pairs]
@@ -218,7 +220,7 @@ def bleu4(predictions: Sequence[str], references: Sequence[str | Sequence[str]])
 def binomial_standard_error(proportion: float, count: int) -> float:
   """Returns sqrt(p (1 - p) / n), the standard error of a share p of n independent examples."""
   if count < 1 or not 0 <= proportion <= 1:
-    raise ValueError(f'{proportion} of {count} examples is not a proportion: it must be in [0, 1] '
+    raise UsageError(f'{proportion} of {count} examples is not a proportion: it must be in [0, 1] '
                      'of at least 1 example.')
   return math.sqrt(proportion * (1 - proportion) / count)
 
@@ -335,10 +337,10 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def each(values: Iterable[float]) -> np.ndarray:
-  """Returns the values as float64 [N]; raises ValueError where there are none."""
+  """Returns the values as float64 [N]; raises UsageError where there are none."""
   values = np.asarray(list(values), np.float64)
   if not values.size:
-    raise ValueError('there are no examples to score.')
+    raise UsageError('there are no examples to score.')
   return values
 
 
@@ -349,20 +351,20 @@ def _mean(values: Iterable[float]) -> float:
 def _pair_up(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
   predictions, labels = np.asarray(predictions), np.asarray(labels)
   if predictions.shape != labels.shape or labels.ndim != 1:
-    raise ValueError(f'predictions {predictions.shape} and labels {labels.shape} must both be '
+    raise UsageError(f'predictions {predictions.shape} and labels {labels.shape} must both be '
                      '[examples].')
   return predictions == labels
 
 
 def with_references(predictions: Sequence[str], references: Sequence[str | Sequence[str]]
                     ) -> list[tuple[str, Sequence[str]]]:
-  """Returns (prediction, its references) of each example; raises ValueError where one has none."""
+  """Returns (prediction, its references) of each example; raises UsageError where one has none."""
   if len(predictions) != len(references):
-    raise ValueError(f'{len(predictions)} predictions for {len(references)} references: there must '
+    raise UsageError(f'{len(predictions)} predictions for {len(references)} references: there must '
                      'be as many of each.')
   several = [[one] if isinstance(one, str) else list(one) for one in references]
   if not all(several):
-    raise ValueError(f'example {several.index([])} has no reference: drop it before scoring.')
+    raise UsageError(f'example {several.index([])} has no reference: drop it before scoring.')
   return list(zip(predictions, several))
 
 

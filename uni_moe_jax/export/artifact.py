@@ -24,6 +24,7 @@ from uni_moe_jax.export import model_card, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import Program, programs
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
@@ -44,11 +45,11 @@ def write(
     torch: adds model.pth, in the layout of the published dense model.
 
   Raises:
-    ValueError: the folder is there, or the published layout has no place for the model.
+    UsageError: the folder is there, or the published layout has no place for the model.
   """
   folder = pathlib.Path(folder)
   if folder.exists():
-    raise ValueError(f'--output={folder} is there already; give another, or remove it.')
+    raise UsageError(f'--output={folder} is there already; give another, or remove it.')
   state = torch_dense.state(contents.spec, contents.params, contents.asked) if torch else None
   with npz_records.building(folder) as here:
     files = _programs(here, contents)

@@ -18,6 +18,7 @@ from uni_moe_jax.export.programs import WHOLE, Asked
 from uni_moe_jax.model.spec import ModelSpec, row_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 
@@ -67,12 +68,12 @@ def collect(
     examples: how many per task.
 
   Raises:
-    ValueError: a task that the run does not have.
+    UsageError: a task that the run does not have.
   """
   known = {t.name: t for t in (*plan.tasks, *plan.probes)}
   for name in tasks:
     if name not in known:
-      raise ValueError(f'--tasks: the run has no task {name!r}; {nearest(name, known)}.')
+      raise UsageError(f'--tasks: the run has no task {name!r}; {nearest(name, known)}.')
   whole = portable(spec, dtype or spec.dtype)
   chosen = [known[name] for name in dict.fromkeys(tasks or known)]
   by_name = {s.name: (s, data.sets[s.name]) for s in (*plan.sets, *plan.probe_sets)}

@@ -16,6 +16,7 @@ from uni_moe_jax.model import merging, router_outputs
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition
+from uni_moe_jax.utils.errors import UsageError
 
 
 def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
@@ -26,13 +27,13 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
     conditions: of every array that the merged model will be given.
 
   Raises:
-    ValueError: its router looks at tokens, so that its kernels cannot be merged, or there is no condition.
+    UsageError: its router looks at tokens, so that its kernels cannot be merged, or there is no condition.
   """
   if routers.looks_at_tokens(spec.router):
-    raise ValueError(f'a model with config.moe.router={spec.router!r} cannot be merged: every token has experts of its own. '
+    raise UsageError(f'a model with config.moe.router={spec.router!r} cannot be merged: every token has experts of its own. '
                      'It is exported with its router.')
   if not conditions:
-    raise ValueError('a model is merged for conditions; name at least one task.')
+    raise UsageError('a model is merged for conditions; name at least one task.')
   params = jax.device_get(params)
   rows = routers.distinct_rows(spec.router, conditions)
   found = router_outputs.coefficients(spec, params, rows)

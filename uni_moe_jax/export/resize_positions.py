@@ -6,16 +6,18 @@ import math
 import jax
 import numpy as np
 
+from uni_moe_jax.utils.errors import UsageError
+
 
 def spatial(table: np.ndarray, rows: int) -> np.ndarray:
   """Spatial rows [side², D] → [rows, D].
 
   Raises:
-    ValueError: either number of rows is no square.
+    UsageError: either number of rows is no square.
   """
   old, new = math.isqrt(len(table)), math.isqrt(rows)
   if old * old != len(table) or new * new != rows:
-    raise ValueError(f'spatial tables of {len(table)} and {rows} rows: both must be squares to be resized.')
+    raise UsageError(f'spatial tables of {len(table)} and {rows} rows: both must be squares to be resized.')
   width = table.shape[1]
   grid = jax.image.resize(table.reshape(old, old, width), (new, new, width), 'linear', antialias=False)
   return np.asarray(grid).reshape(rows, width)

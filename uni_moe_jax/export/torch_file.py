@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.export.torch_layout import LayoutError
+from uni_moe_jax.utils.errors import MissingFileError
 
 _STATES = ('model', 'module', 'state_dict')  # where a file keeps its parameters; else it is a state dict itself
 _WRAPPER = 'module.'  # of a model that was saved inside DistributedDataParallel
@@ -66,14 +67,14 @@ def read(path: str | os.PathLike[str], keep_visual_type: bool = False) -> tuple[
     (arrays f32 by published name, what was done to the file's own names: name → remark).
 
   Raises:
-    FileNotFoundError: there is no such file.
+    MissingFileError: there is no such file.
     LayoutError: it is no checkpoint, is cut off, holds no parameters, or needs code to be read; then nothing was executed.
   """
   path = pathlib.Path(path)
   if path.is_dir():
     raise LayoutError(f'{path} is a folder; give the file in it, such as mp_rank_00_model_states.pt.')
   if not path.is_file():
-    raise FileNotFoundError(f'checkpoint {path} is not there.')
+    raise MissingFileError(f'checkpoint {path} is not there.')
   tensors = _state_of(_load(path), path)
   wrapped = bool(tensors) and all(k.startswith(_WRAPPER) for k in tensors)
   tensors = {k.removeprefix(_WRAPPER) if wrapped else k: v for k, v in tensors.items()}

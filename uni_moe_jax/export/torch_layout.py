@@ -19,6 +19,7 @@ from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 State = Mapping[str, np.ndarray]
@@ -28,7 +29,7 @@ _SPATIAL = 'video_embed.embeddings_st_pos.spatial_pos_embed.weight'
 _VISUAL_TYPE = 'video_embed.embeddings_type.weight'
 
 
-class LayoutError(ValueError):
+class LayoutError(UsageError):
   """A checkpoint that does not fit the model."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from uni_moe_jax.faults import kills
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError
 
 BEFORE, REFUSED, AS_IT_WAS = 'the one before was read', 'refused', 'read, and bit for bit what was saved'
 
@@ -116,7 +116,7 @@ def _outcome(workdir: pathlib.Path, newest: int, before: dict[int, Any]) -> str:
   try:
     with contextlib.redirect_stderr(said), Checkpoints(workdir, max_to_keep=None) as checkpoints:
       step, state = checkpoints.latest(), _bytes(checkpoints.restore_host())
-  except errors.Failure:
+  except RunError:
     return REFUSED
   except Exception as e:  # whatever it is: a person sees a traceback
     return f'{type(e).__name__} with a traceback'

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from uni_moe_jax.utils.errors import RunError
+
 
 def _one_bit() -> None:
   """A resumed run has one bit of one parameter changed."""
@@ -127,13 +129,12 @@ def _fails_alone() -> None:
   import jax
 
   from uni_moe_jax.data.pipeline.mixtures import Mixture
-  from uni_moe_jax.utils import errors
   plain = Mixture.iterate
 
   def iterate(mixture, start, stop):
     for i, batch in enumerate(plain(mixture, start, stop)):
       if i == _GOOD_STEPS and jax.process_index() == 1:
-        raise errors.Failure(ALONE)
+        raise RunError(ALONE)
       yield batch
 
   Mixture.iterate = iterate

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from uni_moe_jax.faults.kills import log_lines
 from uni_moe_jax.train.workdir import CHECKPOINTS, RUN_FILE, saved_steps
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -70,14 +70,14 @@ class Turns:
     """Starts it, and stops it at its first log line, before which it compiles.
 
     Raises:
-      Failure: it ended before.
+      RunError: it ended before.
     """
     self.seen, self.ran, self._workdir = Watched(), 0., workdir
     self._process = subprocess.Popen(command, start_new_session=True, env=environment)
     try:
       while not log_lines(workdir):
         if self._ended():
-          raise errors.Failure(f'the run in {workdir} ended with exit code {self.seen.code} before it could be watched.')
+          raise RunError(f'the run in {workdir} ended with exit code {self.seen.code} before it could be watched.')
         time.sleep(min(_EVERY, 1.))
       self._process.send_signal(signal.SIGSTOP)
     except BaseException:
@@ -182,7 +182,7 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
     folder: for work directories, and compiled programs.
 
   Raises:
-    Failure: a run cannot be started, or ends before it could be watched.
+    RunError: a run cannot be started, or ends before it could be watched.
   """
   script, load = str(_ROOT / 'launch/train.py'), os.getloadavg()[0]
   # A process that has compiled is slower afterwards: none of those that are compared does.
@@ -190,7 +190,7 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
   command = [sys.executable, script, *arguments, f'--workdir={folder / "compiled"}', '--compile_only']
   compiled = subprocess.run(command, env=environment, check=False)
   if compiled.returncode:
-    raise errors.Failure(f'compiling ended with exit code {compiled.returncode}; see above.')
+    raise RunError(f'compiling ended with exit code {compiled.returncode}; see above.')
   with contextlib.ExitStack() as running:
     run = {}
     for name, plant in ((DATA, 'after_saves'), (ONE_BATCH, 'one_batch')):
@@ -232,11 +232,11 @@ def judged(data: Watched, one_batch: Watched, minutes: float, keep: int, save_ev
     load: average of the machine before the first run.
 
   Raises:
-    Failure: they were not watched for long enough to tell anything.
+    RunError: they were not watched for long enough to tell anything.
   """
   found = ratios(data.turns, one_batch.turns)
   if not len(found) or len(data.seconds) < 8 or len(data.after_saves) < 8:
-    raise errors.Failure(f'the run on the data (exit code {data.code}) or the one on one batch (exit code {one_batch.code}) ended '
+    raise RunError(f'the run on the data (exit code {data.code}) or the one on one batch (exit code {one_batch.code}) ended '
                            'before they could be compared, or saved too rarely: raise --minutes or config.train.steps, or lower '
                            'config.train.checkpoint_every.')
   # What stays is seen best when nothing else is there; between saves, buffers come and go that are larger than what may be added in

@@ -12,7 +12,7 @@ from uni_moe_jax.faults import bad_files, damage, inputs, kills, moves, planted,
 from uni_moe_jax.faults.kills import Undisturbed
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS
-from uni_moe_jax.utils import errors as utils_errors
+from uni_moe_jax.utils.errors import RunError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +157,10 @@ class _Work:
       workdir, log = self._folder / 'whole', self._folder / 'whole.log'
       shutil.rmtree(workdir, ignore_errors=True)
       if code := self._trainer.compile(log):
-        raise utils_errors.Failure(f'compiling: {kills.ending(code)}; see {log}.')
+        raise RunError(f'compiling: {kills.ending(code)}; see {log}.')
       code, seconds = self._trainer.run(workdir, log)
       if code:
-        raise utils_errors.Failure(f'the undisturbed run: {kills.ending(code)}; see {log}.')
+        raise RunError(f'the undisturbed run: {kills.ending(code)}; see {log}.')
       kept = sorted((workdir / CHECKPOINTS).iterdir())
       self._undisturbed = Undisturbed(workdir, seconds, kills.save_seconds(workdir))
       print(f'undisturbed: {seconds:.1f} s, checkpoints {", ".join(p.name for p in kept)}, a save takes '

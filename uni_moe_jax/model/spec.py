@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.tasks.task_types import MODALITIES
+from uni_moe_jax.utils.errors import UsageError
 
 PARTS = ('attention', 'mlp')
 # Projection → the part whose router decides for it.
@@ -130,11 +131,11 @@ class ModelSpec:
     """Which kernel of a merged model an array of a condition takes.
 
     Raises:
-      ValueError: the model was merged without this condition.
+      UsageError: the model was merged without this condition.
     """
     row, known = routers.row_of(self.router, condition), dict(self.kernels)
     if row not in known:
-      raise ValueError(f'the merged model has no kernel for {condition}; it has {", ".join(map(row_name, known))}. Merge the '
+      raise UsageError(f'the merged model has no kernel for {condition}; it has {", ".join(map(row_name, known))}. Merge the '
                        'trained model again, for the tasks that need it.')
     return known[row]
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uni_moe_jax.utils.errors import UsageError
+
 ROOT = 0
 
 
@@ -26,7 +28,7 @@ class Trie:
     """The tree of token sequences, each with its `eot`.
 
     Raises:
-      ValueError: there is no answer.
+      UsageError: there is no answer.
     """
     nodes: list[dict[int, int]] = [{}]
     for answer in answers:
@@ -37,7 +39,7 @@ class Trie:
           nodes[at][token] = len(nodes) - 1
         at = nodes[at][token]
     if not nodes[ROOT]:
-      raise ValueError('a trie needs at least one answer.')
+      raise UsageError('a trie needs at least one answer.')
     most = max(map(len, nodes))
     tokens, children = np.full((len(nodes), most), -1, np.int32), np.zeros((len(nodes), most), np.int32)
     for i, node in enumerate(nodes):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from uni_moe_jax.moe import gmm_triton, pallas_kernels
+from uni_moe_jax.utils.errors import UsageError
 
 BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton')
 AUTO, XLA = 'auto', 'xla'
@@ -72,7 +73,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     return pallas_kernels.compiled_on(('tpu',), run, x, kernel, sizes)
   if backend == 'triton':
     return gmm_triton.grouped_matmul(x, kernel, sizes)
-  raise ValueError(f'backend {backend!r} is not one of {", ".join(BACKENDS)}.')
+  raise UsageError(f'backend {backend!r} is not one of {", ".join(BACKENDS)}.')
 
 
 def _tile(rows: int, groups: int) -> int:

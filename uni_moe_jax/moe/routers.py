@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
+from uni_moe_jax.utils.errors import UsageError
 
 Row = Hashable
 NORM_EPSILON = 1e-5
@@ -132,7 +133,7 @@ class NameEmbedding(nn.Module):
   def __call__(self, rows: tuple[Row, ...]) -> jax.Array:
     missing = [r for r in rows if r not in self.names]
     if missing:
-      raise ValueError(
+      raise UsageError(
           f'the router has no embedding for {missing[0]!r}; it knows {", ".join(self.names)}. A kind that was added '
           'after training needs attribute or modality routing, or a dense model.')
     table = self.param(

@@ -10,6 +10,8 @@ import os
 import re
 import sys
 
+from uni_moe_jax.utils.errors import UsageError
+
 OFF, AUTO = 'off', 'auto'
 HELP = (f"How this process finds the others of the run: '{OFF}' (there are none), '{AUTO}' (Slurm, Open MPI, GKE or a TPU VM "
         'says), or HOST:PORT,PROCESSES,PROCESS, where HOST:PORT is a free port of process 0.')
@@ -28,17 +30,17 @@ def parse(value: str) -> Place | str:
   """What --distributed says: 'off', 'auto', or a place.
 
   Raises:
-    ValueError: it says none of these.
+    UsageError: it says none of these.
   """
   if value in (OFF, AUTO):
     return value
   found = _PLACE.fullmatch(value)
   if not found:
-    raise ValueError(f"--distributed={value!r} must be '{OFF}', '{AUTO}', or HOST:PORT,PROCESSES,PROCESS, for example "
+    raise UsageError(f"--distributed={value!r} must be '{OFF}', '{AUTO}', or HOST:PORT,PROCESSES,PROCESS, for example "
                      '127.0.0.1:7733,2,0 for the first of two.')
   place = Place(found['address'], int(found['count']), int(found['index']))
   if place.index >= place.count:
-    raise ValueError(f'--distributed={value!r}: there is no process {place.index} of {place.count}; they are counted from 0.')
+    raise UsageError(f'--distributed={value!r}: there is no process {place.index} of {place.count}; they are counted from 0.')
   return place
 
 
@@ -53,7 +55,7 @@ def start(value: str) -> bool:
     Whether this process speaks. The others' standard output goes nowhere; their errors are heard.
 
   Raises:
-    ValueError: see `parse`, or 'auto' finds no cluster.
+    UsageError: see `parse`, or 'auto' finds no cluster.
   """
   place = parse(value)
   if place == OFF:
@@ -63,7 +65,7 @@ def start(value: str) -> bool:
     try:
       jax.distributed.initialize()
     except ValueError as error:
-      raise ValueError(f"--distributed='{AUTO}': nothing says here who takes part ({error}); start it with srun, mpirun, "
+      raise UsageError(f"--distributed='{AUTO}': nothing says here who takes part ({error}); start it with srun, mpirun, "
                        'on GKE or on a TPU VM, or give HOST:PORT,PROCESSES,PROCESS.') from error
   else:
     jax.distributed.initialize(place.address, place.count, place.index, cluster_detection_method='deactivate')

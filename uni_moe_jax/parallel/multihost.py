@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uni_moe_jax.parallel import sharding
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.exit_codes import ERROR
 
 # What JAX, its collectives and its coordination service say where a process that they talk to is not there any more.
@@ -59,7 +59,7 @@ def ends_with_the_others(end: Callable[[int], None] = os._exit) -> Iterator[None
   """Ends the process, with one sentence, where an error says that another process of the run cannot be reached.
 
   It ends at once: who waits for saves and for JAX's farewell to the others waits for the dead one, too. So, once its error is told,
-  does a process that fails by itself: the others wait for it elsewhere. What a person did wrong (ValueError) all find together.
+  does a process that fails by itself: the others wait for it elsewhere. All processes detect a `UsageError` together.
 
   Args:
     end: is called with the exit code.
@@ -69,8 +69,8 @@ def ends_with_the_others(end: Callable[[int], None] = os._exit) -> Iterator[None
   except Exception as e:
     if jax.process_count() == 1:
       raise
-    if isinstance(e, errors.Failure) or not (said := _LOST.search(_chain(e))):
-      if not isinstance(e, (ValueError, FileNotFoundError)):
+    if isinstance(e, RunError) or not (said := _LOST.search(_chain(e))):
+      if not isinstance(e, UsageError):
         atexit.register(_leave, end)  # before JAX's farewell: the last that was registered is the first that is called
       raise
     line = next(line for line in _chain(e).splitlines() if said.group() in line)
@@ -96,12 +96,12 @@ def _chain(e: BaseException | None) -> str:
 
 
 def check_same_data(inputs: str) -> None:
-  """Raises ValueError, in every process, where one reads other data or has another tokenizer. inputs: `Data.inputs`."""
+  """Raises UsageError, in every process, where one reads other data or has another tokenizer. inputs: `Data.inputs`."""
   if jax.process_count() == 1:
     return
   prints = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(inputs), np.uint8))
   others = [str(i) for i, p in enumerate(prints) if (p != prints[0]).any()]
   if others:
-    raise ValueError(f'process {", ".join(others)} of {len(prints)} reads other data than process 0, or has another tokenizer or '
+    raise UsageError(f'process {", ".join(others)} of {len(prints)} reads other data than process 0, or has another tokenizer or '
                      'file of class names: make config.data.dir the same prepared data for all, or build it anew there '
                      '(launch/prepare_data.py).')

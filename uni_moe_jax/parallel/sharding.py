@@ -11,6 +11,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from uni_moe_jax.utils.errors import UsageError
+
 AXES = ('replica', 'data', 'expert', 'model')
 BATCH_AXES = ('replica', 'data', 'expert')
 
@@ -30,22 +32,22 @@ def mesh_shape(requested: dict[str, int], devices: int) -> dict[str, int]:
     devices: how many there are.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    UsageError: the sizes do not multiply to the number of devices.
   """
   shape = {axis: int(requested[axis]) for axis in AXES}
   free = [a for a, n in shape.items() if n == -1]
   if len(free) > 1:
-    raise ValueError(f'config.mesh: {" and ".join(free)} are both -1; at most one axis can be inferred.')
+    raise UsageError(f'config.mesh: {" and ".join(free)} are both -1; at most one axis can be inferred.')
   bad = {a: n for a, n in shape.items() if n < 1 and n != -1}
   if bad:
-    raise ValueError(f'config.mesh: {bad} must be positive, or -1 for one inferred axis.')
+    raise UsageError(f'config.mesh: {bad} must be positive, or -1 for one inferred axis.')
   known = math.prod(n for n in shape.values() if n != -1)
   if free:
     if devices % known:
-      raise ValueError(f'config.mesh: {known} (the fixed axes of {shape}) does not divide {devices} devices.')
+      raise UsageError(f'config.mesh: {known} (the fixed axes of {shape}) does not divide {devices} devices.')
     shape[free[0]] = devices // known
   elif known != devices:
-    raise ValueError(f'config.mesh={shape} asks for {known} devices, there are {devices}; set one axis to -1.')
+    raise UsageError(f'config.mesh={shape} asks for {known} devices, there are {devices}; set one axis to -1.')
   return shape
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from uni_moe_jax.reporting import figures
+from uni_moe_jax.utils.errors import UsageError
 
 Curves = dict[str, tuple[list[int], list[float]]]  # metric name -> steps, values
 
@@ -19,7 +20,7 @@ def read(text: str) -> tuple[Curves, int]:
   After a restart from an older checkpoint a step stands in the file twice: the later line counts.
 
   Raises:
-    ValueError: no line holds a metric.
+    UsageError: no line holds a metric.
   """
   points, bad = {}, 0
   for line in text.splitlines():
@@ -33,7 +34,7 @@ def read(text: str) -> tuple[Curves, int]:
       if isinstance(value, (int, float)):
         points.setdefault(name, {})[step] = float(value)
   if not points:
-    raise ValueError(f'no line of it holds a metric, {bad} are unreadable')
+    raise UsageError(f'no line of it holds a metric, {bad} are unreadable')
   return {name: tuple(map(list, zip(*sorted(of_step.items())))) for name, of_step in points.items()}, bad
 
 
@@ -47,13 +48,13 @@ def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], ti
     title: above all panels.
 
   Raises:
-    ValueError: no curve belongs to one of the groups.
+    UsageError: no curve belongs to one of the groups.
   """
   from matplotlib import figure  # slow, and only pictures need it
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   names = [name for group in groups for name in sorted(curves) if name.startswith(f'{group}/')]
   if not names:
-    raise ValueError(f'no curve is called {" or ".join(f"{g}/…" for g in groups)}; there are {", ".join(sorted(curves))}')
+    raise UsageError(f'no curve is called {" or ".join(f"{g}/…" for g in groups)}; there are {", ".join(sorted(curves))}')
   rows = -(-len(names) // _COLUMNS)
   sheet = figure.Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * rows + 0.4), layout='constrained')
   FigureCanvasAgg(sheet)

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from uni_moe_jax.utils.errors import UsageError
+
 STYLE = """
 svg text { font: 10px var(--sans); fill: var(--muted); font-variant-numeric: tabular-nums; }
 svg .name { font-size: 11px; font-weight: 600; fill: var(--ink); }
@@ -150,7 +152,7 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
   """
   coefficients = np.asarray(coefficients, np.float64)
   if coefficients.ndim != 3 or coefficients.shape[:2] != (len(layers), len(rows)):
-    raise ValueError(f'coefficients {coefficients.shape} must be [{len(layers)} layers, '
+    raise UsageError(f'coefficients {coefficients.shape} must be [{len(layers)} layers, '
                      f'{len(rows)} rows, experts].')
   experts, cell, gap = coefficients.shape[2], 16, 10
   per_line = max(1, _MOST_COLUMNS // max(experts, 1))
@@ -186,7 +188,7 @@ def signed_map(
   """
   values = np.asarray(values, np.float64)
   if values.shape != (len(names),) * 2:
-    raise ValueError(f'values {values.shape} must be [{len(names)}, {len(names)}].')
+    raise UsageError(f'values {values.shape} must be [{len(names)}, {len(names)}].')
   cell, letter = 44, 6.4
   left, top = 12 + letter * max(map(len, names)), 14 + 0.6 * letter * max(map(len, names))
   parts = []

@@ -20,6 +20,7 @@ from uni_moe_jax.analysis import expert_usage_file, interference_file
 from uni_moe_jax.eval import metrics
 from uni_moe_jax.reporting import curves as reporting_curves
 from uni_moe_jax.reporting import figures
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 _OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second')
 _GROUP_TITLES = {'run': 'The run', 'loss': 'Loss by task', 'accuracy': 'Accuracy by task',
@@ -87,11 +88,11 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
     workdir: local or remote (gs://) folder of a run.
 
   Raises:
-    FileNotFoundError: the folder does not exist.
+    MissingFileError: the folder does not exist.
   """
   workdir = epath.Path(workdir)
   if not workdir.is_dir():
-    raise FileNotFoundError(f'workdir {os.fspath(workdir)!r} is not a folder: give the one that '
+    raise MissingFileError(f'workdir {os.fspath(workdir)!r} is not a folder: give the one that '
                             'training or evaluation wrote to.')
   evaluation = _Source(workdir / 'evaluation.json', _read_json, 'written by an evaluation')
   curves = _Source(workdir / 'metrics.jsonl', reporting_curves.read, 'written by training')
@@ -148,7 +149,7 @@ class _Source:
 def _read_json(text: str) -> Any:
   content = json.loads(text)
   if not content:
-    raise ValueError('it is empty')
+    raise UsageError('it is empty')
   return content
 
 
@@ -263,7 +264,7 @@ def _samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                  f'<div class="cards{" clips" if moving else ""}">'
                  f'{"".join(_card(card) for card in cards)}</div>')
   if not parts:
-    raise ValueError('no samples')
+    raise UsageError('no samples')
   return ''.join(parts)
 
 
@@ -286,7 +287,7 @@ def _card(card: Mapping[str, Any]) -> str:
 def _experts(experts: Mapping[str, Any]) -> str:
   coefficients = np.asarray(experts['coefficients'], np.float64)  # [L, router, A, E]
   if coefficients.ndim != 4 or coefficients.shape[1] != len(experts['routers']):
-    raise ValueError(f'coefficients {coefficients.shape} must be [layer, router, row, expert]')
+    raise UsageError(f'coefficients {coefficients.shape} must be [layer, router, row, expert]')
   parts = ['<p class="quiet">What each row takes of each expert of a layer (no noise, exact routing); columns are experts, '
            'the fuller the colour the more. Hover for numbers.</p>']
   for index, router in enumerate(experts['routers']):

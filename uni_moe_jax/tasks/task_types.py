@@ -9,6 +9,7 @@ import functools
 
 from uni_moe_jax.tasks import attributes
 from uni_moe_jax.tasks.attributes import Condition
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 MODALITIES = ('visual', 'text')
@@ -129,39 +130,39 @@ def router_tasks() -> tuple[str, ...]:
 
 
 def check_task_type(kind: TaskType, known_families: dict[str, Condition]) -> None:
-  """Raises ValueError if a row is malformed or would change the frozen bits of a family."""
+  """Raises UsageError if a row is malformed or would change the frozen bits of a family."""
   if not kind.inputs:
-    raise ValueError(f'kind {kind.name!r} has no input segment; give at least one.')
+    raise UsageError(f'kind {kind.name!r} has no input segment; give at least one.')
   if kind.readout not in READOUTS:
-    raise ValueError(f'kind {kind.name!r}: readout {kind.readout!r} is not one of {READOUTS}.')
+    raise UsageError(f'kind {kind.name!r}: readout {kind.readout!r} is not one of {READOUTS}.')
   for s in kind.inputs:
     if s.modality not in MODALITIES:
-      raise ValueError(f'kind {kind.name!r}: modality {s.modality!r} is not one of {MODALITIES}.')
+      raise UsageError(f'kind {kind.name!r}: modality {s.modality!r} is not one of {MODALITIES}.')
     if s.mask not in MASKS:
-      raise ValueError(f'kind {kind.name!r}: mask {s.mask!r} is not one of {MASKS}.')
+      raise UsageError(f'kind {kind.name!r}: mask {s.mask!r} is not one of {MASKS}.')
     if s.mask == 'two_stream' and s.modality != 'text':
-      raise ValueError(f"kind {kind.name!r}: mask 'two_stream' is for words; a {s.modality} segment must have mask "
+      raise UsageError(f"kind {kind.name!r}: mask 'two_stream' is for words; a {s.modality} segment must have mask "
                        "'full'.")
   if sum(s.modality == 'text' for s in kind.inputs) > 1:
-    raise ValueError(f'kind {kind.name!r} has two text segments; join them by a template into one.')
+    raise UsageError(f'kind {kind.name!r} has two text segments; join them by a template into one.')
   if kind.inputs[0].mask != 'full':
-    raise ValueError(f"kind {kind.name!r}: the first segment holds the prefix and must have mask 'full'.")
+    raise UsageError(f"kind {kind.name!r}: the first segment holds the prefix and must have mask 'full'.")
   if kind.readout == 'queries' and not kind.two_stream:
-    raise ValueError(f"kind {kind.name!r}: readout 'queries' needs a segment with mask 'two_stream'.")
+    raise UsageError(f"kind {kind.name!r}: readout 'queries' needs a segment with mask 'two_stream'.")
   if kind.readout in ('masked', 'slot') and kind.text_index is None:
-    raise ValueError(f'kind {kind.name!r}: readout {kind.readout!r} needs a text segment.')
+    raise UsageError(f'kind {kind.name!r}: readout {kind.readout!r} needs a text segment.')
   if kind.readout in ('masked', 'slot') and kind.two_stream:
-    raise ValueError(f"kind {kind.name!r}: readout {kind.readout!r} needs a text segment with mask 'full'; a two-stream "
+    raise UsageError(f"kind {kind.name!r}: readout {kind.readout!r} needs a text segment with mask 'full'; a two-stream "
                      "one is read at its queries.")
   if kind.target == 'pair':
     if kind.readout != 'cls':
-      raise ValueError(f"kind {kind.name!r}: target 'pair' needs readout 'cls', not {kind.readout!r}.")
+      raise UsageError(f"kind {kind.name!r}: target 'pair' needs readout 'cls', not {kind.readout!r}.")
     return
   if kind.target not in known_families:
-    raise ValueError(f'kind {kind.name!r}: target family {kind.target!r} is not declared;'
+    raise UsageError(f'kind {kind.name!r}: target family {kind.target!r} is not declared;'
                      f' {nearest(kind.target, [*known_families, "pair"])}.')
   frozen = known_families[kind.target].bits[:4]
   if attributes.union(frozen, kind.task_bits) != frozen:
-    raise ValueError(
+    raise UsageError(
         f'kind {kind.name!r} with task bits {kind.task_bits} would change the frozen bits {frozen} of target '
         f'family {kind.target!r}: declare a new family for it, so that trained rows never move.')

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps
 from uni_moe_jax.utils import errors, heap
+from uni_moe_jax.utils.errors import RunError, UsageError
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step: there is no checkpoint; there is none that is whole
 
@@ -30,7 +31,7 @@ class Checkpoints:
     """max_to_keep: newest checkpoints that stay when others are saved; None: for reading only, nothing is saved, moved or deleted.
     best_metric: the checkpoint with the lowest value of this metric stays, too; '' is none.
 
-    Raises Failure where there are checkpoints and none is whole.
+    Raises RunError where there are checkpoints and none is whole.
     """
     self._workdir, self._folder = workdir, pathlib.Path(workdir).absolute() / CHECKPOINTS
     # The newest step that was whole when this was opened; later ones were saved by this process.
@@ -58,7 +59,7 @@ class Checkpoints:
     return [s for s in sorted(self._manager.all_steps()) if s in self._own or self._opened is not None and s <= self._opened]
 
   def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-    """Starts an asynchronous save; a step that is already saved is left alone. Raises Failure where the last save failed.
+    """Starts an asynchronous save; a step that is already saved is left alone. Raises RunError where the last save failed.
 
     Args:
       step: of the state.
@@ -75,12 +76,12 @@ class Checkpoints:
       self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=manifest.MARK)
 
   def check(self) -> None:
-    """Raises Failure if a save has failed since the last look. Does not wait."""
+    """Raises RunError if a save has failed since the last look. Does not wait."""
     if self._pending is not None and not self._manager.is_saving_in_progress():
       self.finish()
 
   def finish(self) -> None:
-    """Waits until a save under way is on disk. Raises Failure if it failed."""
+    """Waits until a save under way is on disk. Raises RunError if it failed."""
     with self._explained():
       self._manager.wait_until_finished()
     if self._pending is not None:
@@ -91,7 +92,7 @@ class Checkpoints:
     """Restores a step (the newest by default) onto the shardings of `like`, a tree of shapes or arrays.
 
     Raises:
-      Failure: the step that is asked for is damaged. ValueError: it holds another model than `like`.
+      RunError: the step that is asked for is damaged. UsageError: it holds another model than `like`.
     """
     step = self._verified(step)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -101,13 +102,13 @@ class Checkpoints:
   def restore_params(self, step: int | None = None) -> Any:
     """The parameters of a step (the newest by default), averaged ones where they were kept, on the host.
 
-    Raises Failure where the step that is asked for is damaged.
+    Raises RunError where the step that is asked for is damaged.
     """
     state = self.restore_host(step)
     return state['ema_params'] or state['params']
 
   def restore_host(self, step: int | None = None) -> Any:
-    """All of a step (the newest by default), on the host, as dictionaries and lists. Raises Failure where it is damaged."""
+    """All of a step (the newest by default), on the host, as dictionaries and lists. Raises RunError where it is damaged."""
     step = self._verified(step)
     saved = self._manager.item_metadata(step)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -121,7 +122,7 @@ class Checkpoints:
     """Waits for saves under way."""
     try:
       self.finish()
-    except errors.Failure:
+    except RunError:
       if kind is None:  # another error is on its way already
         raise
     finally:
@@ -133,27 +134,27 @@ class Checkpoints:
     if jax.process_count() > 1:
       found = int(multihost_utils.broadcast_one_to_all(found))
     if found == _ALL_DAMAGED:
-      raise errors.Failure(
+      raise RunError(
           f'every checkpoint in {self._folder} is damaged (see above), so that nothing of this run can be trusted. Copy one that '
           f'is whole back, or delete {self._folder} to train from the start.')
     return None if found == _NONE else found
 
   def _verified(self, step: int | None) -> int:
-    """The step that is meant, on disk. Raises Failure where it is damaged."""
+    """The step that is meant, on disk. Raises RunError where it is damaged."""
     self.finish()
     step = self.latest() if step is None else step
     if step != self._opened and step not in self._own and (wrong := manifest.damage(self._folder / str(step))):
-      raise errors.Failure(f'the checkpoint of step {step} in {self._workdir} is damaged: {wrong}; ask another step.')
+      raise RunError(f'the checkpoint of step {step} in {self._workdir} is damaged: {wrong}; ask another step.')
     return step
 
   def _check_fits(self, step: int, like: Any) -> None:
-    """Raises ValueError with the arrays that a checkpoint and `like` do not share."""
+    """Raises UsageError with the arrays that a checkpoint and `like` do not share."""
     saved, wanted = _arrays(self._manager.item_metadata(step).tree), _arrays(like)
     wrong = [f'{name}: {saved.get(name, "absent")} → {wanted.get(name, "absent")}'
              for name in sorted({*saved, *wanted}) if saved.get(name) != wanted.get(name)]
     if wrong:
       more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-      raise ValueError(
+      raise UsageError(
           f'the checkpoint of step {step} in {self._workdir} holds other arrays than this model ({"; ".join(wrong[:3])}{more}): '
           'another version of this package wrote it, or its config was changed by hand. Go on with the version that wrote it, '
           'or start a new run from its parameters with config.train.init.')
@@ -171,7 +172,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _explained(self) -> Iterator[None]:
-    """Turns an error of the disk in a save into a Failure that says what is safe."""
+    """Turns an error of the disk in a save into a RunError that says what is safe."""
     try:
       yield
     except Exception as e:
@@ -184,7 +185,7 @@ class Checkpoints:
       full = errors.disk_is_full(e)
       why = 'the disk is full' if full else str(e)
       what = 'Make room' if full else 'Look whether its disk can be reached and who may write there'
-      raise errors.Failure(
+      raise RunError(
           f'the checkpoint of step {step} could not be written: {why} ({errors.free_space(self._folder)}); {safe}. {what}, '
           'then the same command continues.') from e
 

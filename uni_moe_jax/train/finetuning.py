@@ -15,6 +15,7 @@ from uni_moe_jax import config
 from uni_moe_jax.config import presets, validate
 from uni_moe_jax.config.plan import VOCABULARY, Plan
 from uni_moe_jax.train import workdir
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 AMOUNTS = ('few', 'all')
@@ -137,12 +138,12 @@ def _start(
     linear_head: a task that chooses among classes gets a linear head.
 
   Raises:
-    ValueError: the argument is not RUN,TASK, or names no run, no task or no amount.
+    UsageError: the argument is not RUN,TASK, or names no run, no task or no amount.
   """
   run, name, *amount = arg.split(',') if arg.count(',') else (arg, '')
   if not run or not name or len(amount) > bool(default) or not set(amount) <= set(AMOUNTS):
     more = f', or RUN,TASK,{"|".join(AMOUNTS)} ({default} by default)' if default else ''
-    raise ValueError(f'{file}:{arg}: give RUN,TASK{more}: the workdir of a trained run, and one of its tasks or of '
+    raise UsageError(f'{file}:{arg}: give RUN,TASK{more}: the workdir of a trained run, and one of its tasks or of '
                      f'{", ".join(transfer)}.')
   c, plan = start_from(run, f'{file}:{arg}')
   known = workdir.load_config(run).copy_and_resolve_references()
@@ -151,7 +152,7 @@ def _start(
   elif name in transfer:
     transfer[name](c)
   else:
-    raise ValueError(f'{file}:{arg}: task {name!r} is unknown; {nearest(name, [*transfer, *known.tasks])}.')
+    raise UsageError(f'{file}:{arg}: task {name!r} is unknown; {nearest(name, [*transfer, *known.tasks])}.')
   t = c.tasks[name]
   share_temperatures(c, plan)
   few = (amount or [default])[0] == 'few'
@@ -166,11 +167,11 @@ def start_from(run: str, named: str) -> tuple[ml_collections.ConfigDict, Plan]:
   """(config that starts from a run and has no task yet, the run's plan). named: what was asked for, for the error.
 
   Raises:
-    ValueError: there is no such run.
+    UsageError: there is no such run.
   """
   if not (pathlib.Path(run) / workdir.CONFIG_FILE).is_file():
     others = [p.parent.name for p in pathlib.Path(run).parent.glob(f'*/{workdir.CONFIG_FILE}')]
-    raise ValueError(f'{named}: {run!r} holds no run ({workdir.CONFIG_FILE} is missing); '
+    raise UsageError(f'{named}: {run!r} holds no run ({workdir.CONFIG_FILE} is missing); '
                      f'{nearest(pathlib.Path(run).name, others)}.')
   c = workdir.load_config(run)
   plan = validate.resolve(c)

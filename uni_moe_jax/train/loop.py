@@ -20,12 +20,19 @@ import numpy as np
 
 from uni_moe_jax.config.validate import check_trains
 from uni_moe_jax.parallel import distributed
-from uni_moe_jax.parallel.multihost import AnyProcess, check_same_data, ends_with_the_others, broadcast_from_primary, total
+from uni_moe_jax.parallel.multihost import (
+  AnyProcess,
+  broadcast_from_primary,
+  check_same_data,
+  ends_with_the_others,
+  total,
+)
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, initial_state
-from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, lock, saved_step
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import write_json
 
@@ -95,7 +102,7 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
 
   Returns:
     An exit code. Raises what `setup.build`, `claim_workdir`, `check_versions`, `copy_tokenizer` and `Checkpoints` raise, and
-    ValueError where another process trains in `workdir`.
+    UsageError where another process trains in `workdir`.
   """
   started = time.perf_counter()
   with Stop() as stop, HangDetector(config.train.hang_timeout) as watchdog, contextlib.ExitStack() as ending:
@@ -105,7 +112,7 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       check_same_data(run.data.inputs)
       claim_workdir(workdir, config, run.data.fingerprint, distributed.is_primary(), run.data.inputs)
       if not broadcast_from_primary(not distributed.is_primary() or lock(workdir, ending)):
-        raise ValueError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
+        raise UsageError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)
       copy_tokenizer(workdir, run.data.tokenizer_file, distributed.is_primary())
       if distributed.is_primary():

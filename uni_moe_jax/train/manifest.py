@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from concurrent import futures
 from typing import Any
 
+from uni_moe_jax.utils.errors import UsageError
+
 FILE = 'manifest.json'
 MARK = {'manifest': FILE}  # in Orbax's metadata of every checkpoint that has a manifest
 _METADATA, _COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
@@ -83,14 +85,14 @@ def metrics(folder: pathlib.Path) -> dict[str, float]:
 
 
 def _read(folder: pathlib.Path) -> dict[str, Any]:
-  """The content of a manifest. Raises ValueError for one that is damaged."""
+  """The content of a manifest. Raises UsageError for one that is damaged."""
   try:
     content = json.loads((folder / FILE).read_text())
     said = content.pop('sha256')
   except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-    raise ValueError(f'{FILE} cannot be read') from None
+    raise UsageError(f'{FILE} cannot be read') from None
   if said != _own_sum(content):
-    raise ValueError(f'{FILE} does not hold what was saved')
+    raise UsageError(f'{FILE} does not hold what was saved')
   return content
 
 
@@ -109,9 +111,9 @@ def _own_sum(content: Mapping[str, Any]) -> str:
 
 
 def _metadata(folder: pathlib.Path) -> dict[str, Any]:
-  """Orbax's metadata of a checkpoint, but for what it completes later. Raises ValueError where they are damaged."""
+  """Orbax's metadata of a checkpoint, but for what it completes later. Raises UsageError where they are damaged."""
   try:
     content = json.loads((folder / _METADATA).read_text())
     return {k: v for k, v in content.items() if k != _COMPLETED_LATER}
   except (ValueError, AttributeError, RecursionError):
-    raise ValueError(f'{_METADATA} cannot be read') from None
+    raise UsageError(f'{_METADATA} cannot be read') from None

@@ -16,6 +16,7 @@ import optax
 from uni_moe_jax.config.schema import FREEZE
 from uni_moe_jax.model.spec import Stack
 from uni_moe_jax.train import adam
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 
 
@@ -31,7 +32,7 @@ def match_param_groups(params: Any, rules) -> Any:
   """A tree of `Rule` for a parameter tree.
 
   Raises:
-    ValueError: a parameter that no pattern matches, or a pattern that should freeze and freezes nothing.
+    UsageError: a parameter that no pattern matches, or a pattern that should freeze and freezes nothing.
   """
   used = set()
 
@@ -41,13 +42,13 @@ def match_param_groups(params: Any, rules) -> Any:
       if re.search(rule[0], path):
         used.add(i)
         return Rule(0.0, 0.0, True) if rule[1] == FREEZE else Rule(float(rule[1]), float(rule[2]))
-    raise ValueError(f"config.optim.param_groups: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
+    raise UsageError(f"config.optim.param_groups: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
                      f"('.*', '{FREEZE}').")
 
   tree = jax.tree_util.tree_map_with_path(one, params)
   for i, rule in enumerate(rules):
     if rule[1] == FREEZE and i not in used:
-      raise ValueError(f'config.optim.param_groups: {rule[0]!r} freezes nothing: no parameter matches it, or an earlier pattern '
+      raise UsageError(f'config.optim.param_groups: {rule[0]!r} freezes nothing: no parameter matches it, or an earlier pattern '
                        'does; correct it, move it up or leave it out.')
   return tree
 

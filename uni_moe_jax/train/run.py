@@ -26,6 +26,7 @@ from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import Sets, StepSpec, TrainState, init_state, train_step
 from uni_moe_jax.train.used_params import expert_part, unit_axes
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 
@@ -135,7 +136,7 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
   if config.model.readout_token != '<spe>':
     ids = data.tokenizer.encode(config.model.readout_token)
     if len(ids) != 1:
-      raise ValueError(f'config.model.readout_token={config.model.readout_token!r} is {len(ids)} tokens; it must be one word, or \'<spe>\'.')
+      raise UsageError(f'config.model.readout_token={config.model.readout_token!r} is {len(ids)} tokens; it must be one word, or \'<spe>\'.')
     prefix = ids[0]
   return ModelSpec.from_config(
       config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
@@ -187,12 +188,12 @@ def load_init_params(run: Run) -> Any:
   """Parameters that start from those of the run in `config.train.init`; says what starts fresh.
 
   Raises:
-    ValueError: nothing was trained there, or the models do not fit, see `warm_start.merge_params`.
+    UsageError: nothing was trained there, or the models do not fit, see `warm_start.merge_params`.
   """
   init = run.config.train.init
   with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
-      raise ValueError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
+      raise UsageError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
     old = checkpoints.restore_params()
   params, added, left = warm_start.merge_params(run.shapes.params, old, init)
   if added:  # only then are fresh ones worth their seconds
@@ -207,16 +208,16 @@ def initial_state(run: Run) -> TrainState:
 
 
 def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collections.ConfigDict) -> None:
-  """Raises ValueError unless a task router has the names that the run to start from has learnt, and no other."""
+  """Raises UsageError unless a task router has the names that the run to start from has learnt, and no other."""
   if config.moe.router != 'task' or old.moe.router != 'task':
     return
   learnt, asked = router_tasks(validate.resolve(old)), router_tasks(plan)
   if new := [name for name in asked if name not in learnt]:
-    raise ValueError(f"config.moe.router='task': {config.train.init!r} has no embedding for {', '.join(new)}; it has "
+    raise UsageError(f"config.moe.router='task': {config.train.init!r} has no embedding for {', '.join(new)}; it has "
                      f"{', '.join(learnt)}. Give the kind one of these as router_task, or start from a run with another "
                      'router.')
   if asked != learnt:
-    raise ValueError(f'config.task_types: the task router of {config.train.init!r} has embeddings for {", ".join(learnt)}; declare '
+    raise UsageError(f'config.task_types: the task router of {config.train.init!r} has embeddings for {", ".join(learnt)}; declare '
                      "that run's kinds, in its order.")
 
 
@@ -229,7 +230,7 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
     data: what the run reads; by default what the config names.
 
   Raises:
-    ValueError, FileNotFoundError: a field that is wrong, data that is not there; see `resolve.resolve` and `Data`.
+    UsageError, MissingFileError: a field that is wrong, data that is not there; see `resolve.resolve` and `Data`.
   """
   plan = validate.resolve(config)
   if config.train.init:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 
@@ -23,17 +24,17 @@ def merge_params(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], lis
     (parameters, paths that start fresh, paths of `old` that have no place here).
 
   Raises:
-    ValueError: a parameter has another shape, or is in one of the models alone and is not among `ADDED`.
+    UsageError: a parameter has another shape, or is in one of the models alone and is not among `ADDED`.
   """
   here, there = by_path(fresh), by_path(old)
   for path in sorted({*here} ^ {*there}):
     if not any(re.search(pattern, path) for pattern in ADDED):
       alone, other = ('this model', source) if path in here else (source, 'this model')
-      raise ValueError(f'config.train.init={source!r}: {alone} has parameter {path!r}, {other} has not; config.model and '
+      raise UsageError(f'config.train.init={source!r}: {alone} has parameter {path!r}, {other} has not; config.model and '
                        f'config.moe must be those of that run. {nearest(path, there if path in here else here)[:200]}')
   for path in here:
     if path in there and here[path].shape != there[path].shape:
-      raise ValueError(f'config.train.init={source!r}: parameter {path!r} has shape {there[path].shape} there and '
+      raise UsageError(f'config.train.init={source!r}: parameter {path!r} has shape {there[path].shape} there and '
                        f'{here[path].shape} here; config.model, config.moe and the tokenizer must be those of that run.')
   params = jax.tree_util.tree_map_with_path(lambda p, leaf: there.get(path_of(p), leaf), fresh)
   return params, sorted({*here} - {*there}), sorted({*there} - {*here})

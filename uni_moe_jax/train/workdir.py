@@ -18,6 +18,7 @@ import ml_collections
 from uni_moe_jax import __version__
 from uni_moe_jax.config.schema import PATHS
 from uni_moe_jax.data.pipeline import class_names
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
 from uni_moe_jax.utils.files import write_json
 
 CONFIG_FILE = 'config.json'
@@ -92,7 +93,7 @@ def claim_workdir(
     inputs: of its data and of the files beside them, see `Data.inputs`; runs of earlier versions have not written it down.
 
   Raises:
-    ValueError: it belongs to a run with another config or other data; names the fields.
+    UsageError: it belongs to a run with another config or other data; names the fields.
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
   new = {'config': _plain(config), 'data': fingerprint, 'inputs': inputs}
@@ -105,7 +106,7 @@ def claim_workdir(
       changed = ["the content of the tokenizer's file, or of a file of class names"]
     if changed:
       more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
-      raise ValueError(f'workdir {workdir} belongs to a run with another config ({"; ".join(changed[:3])}{more}); '
+      raise UsageError(f'workdir {workdir} belongs to a run with another config ({"; ".join(changed[:3])}{more}); '
                        'give another --workdir, or the config that it was started with.')
     return
   if fingerprint is None or not writes:
@@ -122,7 +123,7 @@ def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> Non
     accept: write down the installed versions instead, from which on the run goes on with them.
 
   Raises:
-    ValueError: a package of another release (its first two numbers differ): the rest of the run would not be what it began as.
+    UsageError: a package of another release (its first two numbers differ): the rest of the run would not be what it began as.
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
   if not path.exists():
@@ -140,7 +141,7 @@ def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> Non
   breaking = {name: old for name, (old, new) in changed.items() if old.split('.')[:2] != new.split('.')[:2]}
   if breaking:
     wanted = ' '.join(f"'{name}=={old}'" for name, old in breaking.items())
-    raise ValueError(f'workdir {workdir} was begun with other versions ({said}), with which its numbers and its data order may '
+    raise UsageError(f'workdir {workdir} was begun with other versions ({said}), with which its numbers and its data order may '
                      f'be others. Install them (pip install {wanted}), start a new run from its parameters '
                      f"(config.train.init='{workdir}'), or go on all the same: launch/train.py --accept_versions.")
   print(f'note: workdir {workdir} was begun with other versions ({said}); its numbers may differ in their last digits.',
@@ -177,13 +178,13 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: 
     writes: of several processes, one makes the copy.
 
   Raises:
-    ValueError: the folder has another one, with which its parameters would mean other words.
+    UsageError: the folder has another one, with which its parameters would mean other words.
   """
   path = pathlib.Path(workdir) / (TOKENIZER_STEM + file.suffix)
   if path.exists():
     # Published merges may be packed in another way; what they say is part of the data's fingerprint.
     if file.suffix == '.model' and path.read_bytes() != file.read_bytes():
-      raise ValueError(f'workdir {workdir} was trained with another tokenizer than {file}, though with the same text: another '
+      raise UsageError(f'workdir {workdir} was trained with another tokenizer than {file}, though with the same text: another '
                        f'version of sentencepiece makes another one. Copy {path} over it, or give another --workdir.')
   elif writes:
     temporary = path.with_suffix('.tmp')
@@ -216,29 +217,29 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   """The config that a work directory was started with.
 
   Raises:
-    FileNotFoundError: nothing was trained there.
+    MissingFileError: nothing was trained there.
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
   if not path.exists():
-    raise FileNotFoundError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
+    raise MissingFileError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
                             f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
   return ml_collections.ConfigDict(_tuples(_read(path)['config']))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  """What a work directory remembers. Raises ValueError where the file is damaged."""
+  """What a work directory remembers. Raises UsageError where the file is damaged."""
   try:
     content = json.loads(path.read_text())
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
-      raise ValueError('it lacks the config')
+      raise UsageError('it lacks the config')
     began = content.get('versions', {})
     if not (isinstance(began, dict) and all(isinstance(v, str) for v in began.values()) and
             isinstance(content.get('earlier_versions', []), list)):
-      raise ValueError('its versions are no texts by package')
+      raise UsageError('its versions are no texts by package')
   except (ValueError, RecursionError) as e:
-    raise ValueError(f'{path} is damaged ({e}); copy back one that is whole, or give another --workdir.') from None
+    raise UsageError(f'{path} is damaged ({e}); copy back one that is whole, or give another --workdir.') from None
   if content.get(_PACKAGE, '').split('.')[:2] != __version__.split('.')[:2]:
-    raise ValueError(f'{path.parent} was written by uni_moe_jax {content.get(_PACKAGE) or "0.1"}, and this is {__version__}, which cannot '
+    raise UsageError(f'{path.parent} was written by uni_moe_jax {content.get(_PACKAGE) or "0.1"}, and this is {__version__}, which cannot '
                      'read its config: give another --workdir, or install the version that wrote it.')
   return {'data': None, **content}
 

@@ -6,7 +6,6 @@ import pathlib
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
@@ -14,16 +13,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from uni_moe_jax.utils import errors, files, heap
+from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, USAGE
 from uni_moe_jax.utils.suggest import nearest
 
 _MOST = 200  # characters of a path that are shown
 _MISTAKES = flags.Error, AttributeError, KeyError, ValueError, TypeError, FileNotFoundError, ImportError  # of flags, when parsed
-_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
-
-
-class UsageError(ValueError):
-  """A mistake that a launch script itself finds."""
 
 
 def define_config(name: str = 'config', default: str | None = None) -> flags.FlagHolder:
@@ -65,9 +60,8 @@ def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
 def run(main: Callable[[], int], remote: bool = False) -> None:
   """Parses flags, runs `main` and exits with the code that it returns. remote: its flags may be addresses such as gs://….
 
-  Mistakes in flags and config, and the `ValueError` and `FileNotFoundError` that this package raises on purpose, are
-  printed as one sentence (exit code 2); so is what befell a run, such as a full disk or a path that cannot be reached (exit
-  code 1). Anything else is a defect and keeps its traceback (exit code 1).
+  Mistakes in flags, and every `UsageError`, are printed as one sentence (exit code 2); so are `RunError`, a full disk and
+  a path that cannot be accessed (exit code 1). Any other exception is a defect and keeps its traceback (exit code 1).
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
@@ -107,35 +101,25 @@ def guarded(main: Callable[[], int]) -> int:
   """The exit code of `main`; mistakes and failures are printed as one sentence, see `run`."""
   try:
     return main()
-  except errors.Failure as e:
-    _complain(e)
-    return ERROR
+  except UsageError as e:
+    return _report(str(e), USAGE)
+  except RunError as e:
+    return _report(str(e), ERROR)
   except Exception as e:
-    if isinstance(e, UsageError) or isinstance(e, (ValueError, FileNotFoundError)) and _is_ours(e):
-      return _complain(e)
     if errors.disk_is_full(e):
       file = getattr(e, 'filename', None)
-      _complain(errors.Failure(f'the disk is full{f": {file} could not be written" if file else ""}. Make room, then the same '
-                                 'command continues.'))
-      return ERROR
+      return _report(f'the disk is full{f": {file} could not be written" if file else ""}. Free some space and repeat the '
+                     'same command; it continues.', ERROR)
     if isinstance(e, OSError) and e.filename is not None:
-      _complain(errors.Failure(f'{str(e.filename)[:_MOST]}: {e.strerror}. Look whether the path is the one that was meant, '
-                                 'whether its disk can be reached, and who may read and write it.'))
-      return ERROR
+      return _report(f'{str(e.filename)[:_MOST]}: {e.strerror}. Check that the path is correct, that its disk is reachable '
+                     'and that you have permission to read and write it.', ERROR)
     raise
 
 
-def _is_ours(e: BaseException) -> bool:
-  """Whether a `raise` of this package raised the exception, not a library or a built-in function that it called."""
-  frames = traceback.extract_tb(e.__traceback__)
-  if not frames or _PACKAGE not in pathlib.Path(frames[-1].filename).resolve().parents:
-    return False
-  return frames[-1].line.startswith('raise ')
-
-
-def _complain(e: BaseException) -> int:
-  print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
-  return USAGE
+def _report(message: str, code: int) -> int:
+  """Prints an error as one line; returns the exit code."""
+  print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
+  return code
 
 
 def _parse(argv: Sequence[str], remote: bool) -> list[str]:
@@ -147,11 +131,9 @@ def _parse(argv: Sequence[str], remote: bool) -> list[str]:
         files.check_local(path, name)
     rest = flags.FLAGS(argv)
   except _MISTAKES as e:
-    print(f'error: {_flag_error(e, argv)}', file=sys.stderr, flush=True)
-    sys.exit(USAGE)
+    sys.exit(_report(_flag_error(e, argv), USAGE))
   if len(rest) > 1:
-    print(f'error: unexpected argument {rest[1]!r}; flags look like --name=value.', file=sys.stderr, flush=True)
-    sys.exit(USAGE)
+    sys.exit(_report(f'unexpected argument {rest[1]!r}; flags look like --name=value.', USAGE))
   return rest
 
 

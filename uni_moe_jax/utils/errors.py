@@ -1,4 +1,4 @@
-"""What ends a run and is nobody's mistake in its command: a full disk, damaged files, a step that hangs. One sentence, exit code 1."""
+"""Errors that a command reports as one sentence. Any other exception is a defect and keeps its traceback."""
 
 import errno
 import os
@@ -10,8 +10,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = tuple(os.strerror(number) for number in _FULL)
 
 
-class Failure(Exception):
-  """Says what happened, what is safe, and what to do."""
+class UsageError(ValueError):
+  """A mistake of the user in a flag, a config or data. The message names the field, the value and the fix; exit code 2."""
+
+
+class MissingFileError(UsageError, FileNotFoundError):
+  """A file or folder of the user that does not exist; exit code 2."""
+
+
+class RunError(Exception):
+  """A failure that no change of the command would avoid, such as a full disk or a damaged checkpoint; exit code 1.
+
+  The message states what happened, which results are safe, and what to do.
+  """
 
 
 def disk_is_full(e: BaseException | None) -> bool:

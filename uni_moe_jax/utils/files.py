@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+from uni_moe_jax.utils.errors import UsageError
+
 
 def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None:
   """Writes content as JSON, whole or not at all: a process that is killed leaves what was there before.
@@ -20,8 +22,8 @@ def check_local(path: str, name: str) -> None:
   """Refuses an address: joined as a path, 'gs://bucket/x' would be the folder 'gs:' where one stands.
 
   Raises:
-    ValueError: names the flag or field.
+    UsageError: names the flag or field.
   """
   if '://' in path:
-    raise ValueError(f'{name}={path!r} is an address, and must be a path; mount the bucket (for example with gcsfuse) or copy what '
+    raise UsageError(f'{name}={path!r} is an address, and must be a path; mount the bucket (for example with gcsfuse) or copy what '
                      'is there, and give that folder.')

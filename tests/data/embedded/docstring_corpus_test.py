@@ -5,6 +5,7 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 
 from uni_moe_jax.data.embedded import docstring_corpus
+from uni_moe_jax.utils.errors import UsageError
 
 _CODE = b'''
 """Says what the module is for."""
@@ -91,7 +92,7 @@ class FoldersTest(parameterized.TestCase):
   def test_packages_that_are_not_installed_are_named(self):
     with mock.patch.dict(docstring_corpus.PACKAGES, {'x': ('no_such_a', 'numpy'), 'y': ('no_such_b',)}):
       with self.assertRaisesRegex(
-          ModuleNotFoundError, r'not installed: no_such_a, no_such_b\. .*constraints\.txt'):
+          UsageError, r'not installed: no_such_a, no_such_b\. .*constraints\.txt'):
         docstring_corpus.documents()
 
   def test_help_topics_and_licences_are_read_too(self):

@@ -18,7 +18,7 @@ from uni_moe_jax.data.files import file_dataset, file_dataset_examples, file_dat
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import Faults
 from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture, evaluation_batches
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError
 
 SIDE = 16
 
@@ -218,7 +218,7 @@ def test_a_record_that_cannot_be_read_costs_itself_alone():
   assert examples.faults.bad == 1 and not examples.faults.stopped
   _make(examples, [2])  # a batch of nothing else
   assert examples.faults.bad == 2 and not examples.faults.stopped
-  with pytest.raises(errors.Failure, match=r'1 of 4 .* own:x, record 3: a record that cannot be read \(chunk data hash'):
+  with pytest.raises(RunError, match=r'1 of 4 .* own:x, record 3: a record that cannot be read \(chunk data hash'):
     next(evaluation_batches(_examples(set(), training=False, unreadable={3}), np.arange(4), 4))
 
 
@@ -228,7 +228,7 @@ def test_a_source_out_of_reach_ends_the_run_in_one_sentence():
   _make(examples, range(4))
   gone |= set(range(40))
   _make(examples, range(4))
-  with pytest.raises(errors.Failure, match=r"source 'own:x' cannot be read \(chunk data hash mismatch\)\. Look whether"):
+  with pytest.raises(RunError, match=r"source 'own:x' cannot be read \(chunk data hash mismatch\)\. Look whether"):
     examples.faults.check()
 
 
@@ -252,7 +252,7 @@ def test_running_text_passes_over_what_cannot_be_read(run):
   assert broken.faults.bad == 2 + (len(tokens(0, 2)) < 24)  # a row that is not full yet asks record 3, too
   away = reading(*range(6))
   away.rows(ids, hashes)
-  with pytest.raises(errors.Failure, match="source 'own:x' cannot be read"):
+  with pytest.raises(RunError, match="source 'own:x' cannot be read"):
     away.faults.check()
 
 
@@ -270,19 +270,19 @@ def test_damage_in_a_shard_costs_the_records_that_it_hits(tmp_path):
 
 def test_too_many_bad_examples_stop_with_the_first_path():
   examples = _examples(set(range(0, 40, 2)), fraction=0.3)
-  with pytest.raises(errors.Failure, match=r'config.tasks.x: \d+ of \d+ examples could not be used, more than config.data.'
+  with pytest.raises(RunError, match=r'config.tasks.x: \d+ of \d+ examples could not be used, more than config.data.'
                                        r'max_bad_fraction=0.3; the first: file 0: broken picture'):
     for start in range(0, 40, 8):
       _make(examples, range(start, start + 8))
       examples.faults.check()
   examples = _examples(set(range(40)), fraction=1.0)
   _make(examples, range(4))
-  with pytest.raises(errors.Failure, match='could not be used'):
+  with pytest.raises(RunError, match='could not be used'):
     examples.faults.check()  # nothing can take their place
 
 
 def test_evaluation_replaces_nothing_and_stops():
-  with pytest.raises(errors.Failure, match='1 of 4 examples could not be used.*file 3: broken picture'):
+  with pytest.raises(RunError, match='1 of 4 examples could not be used.*file 3: broken picture'):
     next(evaluation_batches(_examples({3}, training=False), np.arange(4), 4))
   assert next(evaluation_batches(_examples({3}, training=False), np.arange(3), 3))[1] == 3
 

@@ -12,6 +12,7 @@ from PIL import Image
 from uni_moe_jax.data.embedded.glyphs import SIZE
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.utils.errors import UsageError
 
 SPLITS = ('train', 'validation', 'test')
 # As the Unicode Standard names the glyphs of these digits.
@@ -55,11 +56,11 @@ def load(split: str) -> Records:
   """One of SPLITS: pixels uint8 [N, 32, 32], and name as text [N], with its classes.
 
   Raises:
-    ValueError: there is no such split.
+    UsageError: there is no such split.
   """
   from sklearn import datasets  # a second that only runs on digits should wait
   if split not in SPLITS:
-    raise ValueError(f'split {split!r} is not in digits; choose from {", ".join(SPLITS)}.')
+    raise UsageError(f'split {split!r} is not in digits; choose from {", ".join(SPLITS)}.')
   digits = datasets.load_digits()
   chosen = np.flatnonzero(assign_splits(digits.target) == split)
   columns = {'pixels': np.stack([draw(digits.images[i]) for i in chosen]), 'name': np.array(NAMES)[digits.target[chosen]]}

@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from uni_moe_jax.utils.errors import UsageError
+
 # Source name -> the import packages it is read from. Left out: packages with fewer than about 300
 # paragraphs, and those that a platform or an extra may leave uninstalled.
 PACKAGES = {
@@ -82,13 +84,13 @@ def documents() -> list[Document]:
   """All documents, in an order that depends on names only.
 
   Raises:
-    ModuleNotFoundError: a package of the fixed list is not installed; names all that are missing.
+    UsageError: a package of the fixed list is not installed; names all that are missing.
   """
   roots = [(LIBRARY, LIBRARY, [sysconfig.get_path('stdlib')])]
   for source, packages in PACKAGES.items():
     roots += [(source, package, _folders(package)) for package in packages]
   if missing := [package for _, package, folders in roots if not folders]:
-    raise ModuleNotFoundError(
+    raise UsageError(
         f'The embedded text is read from packages that are not installed: {", ".join(missing)}. '
         'Install the project with its constraints file: pip install -c constraints.txt -e .')
   found = []

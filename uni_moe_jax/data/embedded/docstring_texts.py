@@ -194,8 +194,8 @@ def load_paragraphs(directory: str | os.PathLike[str], split: str) -> Records:
   """One of SPLITS as Records: text, package ('' where it is not one of PACKAGES).
 
   Raises:
-    FileNotFoundError: if `build` has not made them in `directory`.
-    ValueError: if there is no such split.
+    MissingFileError: if `build` has not made them in `directory`.
+    UsageError: if there is no such split.
   """
   return npz_records.load(pathlib.Path(directory) / _FOLDER / 'paragraphs', split, directory)
 
@@ -204,7 +204,7 @@ def load_pairs(directory: str | os.PathLike[str], split: str) -> Records:
   """One of SPLITS as Records: text_a (summary), text_b (paragraph), label ('yes': b continues a).
 
   Raises:
-    FileNotFoundError: if `build` has not made them in `directory`.
-    ValueError: if there is no such split.
+    MissingFileError: if `build` has not made them in `directory`.
+    UsageError: if there is no such split.
   """
   return npz_records.load(pathlib.Path(directory) / _FOLDER / 'pairs', split, directory)

@@ -152,7 +152,7 @@ def load(directory: str | os.PathLike[str], split: str) -> Records:
   """One of SPLITS: pixels uint8 [N, 8, 32, 32], and name, face, motion as text [N].
 
   Raises:
-    FileNotFoundError: if `build` has not made them in `directory`.
-    ValueError: if there is no such split.
+    MissingFileError: if `build` has not made them in `directory`.
+    UsageError: if there is no such split.
   """
   return npz_records.load(pathlib.Path(directory) / _FOLDER, split, directory)

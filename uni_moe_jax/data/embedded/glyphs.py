@@ -23,6 +23,7 @@ from uni_moe_jax.data.embedded import homoglyphs
 from uni_moe_jax.data.embedded.glyph_classes import CLASSES, class_of
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 SPLITS = ('train', 'validation', 'test_characters', 'test_fonts')
 
@@ -98,10 +99,10 @@ def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
 
 
 def font_path(file_name: str) -> pathlib.Path:
-  """Where matplotlib keeps a font of FACES; raises FileNotFoundError if it does not."""
+  """Where matplotlib keeps a font of FACES; raises MissingFileError if it does not."""
   path = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf', f'{file_name}.ttf')
   if not path.exists():
-    raise FileNotFoundError(
+    raise MissingFileError(
         f'font {path} is missing: install the matplotlib version of constraints.txt.')
   return path
 
@@ -195,8 +196,8 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
   """Makes the glyph pictures in `directory`, unless they are there; reports sizes and seconds.
 
   Raises:
-    FileNotFoundError: if the installed matplotlib lacks one of the fonts.
-    ValueError: if a class of a test or validation picture has no picture in train.
+    MissingFileError: if the installed matplotlib lacks one of the fonts.
+    UsageError: if a class of a test or validation picture has no picture in train.
   """
   folder = pathlib.Path(directory) / _FOLDER
   if folder.is_dir():
@@ -208,7 +209,7 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
   for split in SPLITS:
     missing = {label for *_, label in rows[split]} - trained
     if missing:
-      raise ValueError(f'split {split!r} has classes that train lacks: {sorted(missing)}.')
+      raise UsageError(f'split {split!r} has classes that train lacks: {sorted(missing)}.')
   with npz_records.building(folder) as temporary:
     for split in SPLITS:
       pixels, names, faces, labels = zip(*rows[split], strict=True)
@@ -228,7 +229,7 @@ def load(directory: str | os.PathLike[str], split: str) -> Records:
   """One of SPLITS: pixels uint8 [N, 32, 32], and name, face, class ('' for no class) as text [N].
 
   Raises:
-    FileNotFoundError: if `build` has not made them in `directory`.
-    ValueError: if there is no such split.
+    MissingFileError: if `build` has not made them in `directory`.
+    UsageError: if there is no such split.
   """
   return npz_records.load(pathlib.Path(directory) / _FOLDER, split, directory)

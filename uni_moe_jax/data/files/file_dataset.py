@@ -18,7 +18,7 @@ import numpy as np
 
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.files.formats import WHERE
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 OWN, TFDS = 'own:', 'tfds:'
@@ -62,7 +62,7 @@ class Stored:
     """As `rows`, but in the place of a record that cannot be read stands why.
 
     Raises:
-      failures.Failure: no record can be read, neither these nor others.
+      RunError: no record can be read, neither these nor others.
     """
     try:
       return self.rows(ids)
@@ -72,7 +72,7 @@ class Stored:
     if all(isinstance(row, Unusable) for row in found):
       probes = np.linspace(0, self.size - 1, min(_PROBES, self.size)).astype(np.int64)
       if all(isinstance(self._fetched_alone(i), Unusable) for i in probes):
-        raise errors.Failure(f'source {self.name!r} cannot be read ({first}). Look whether its data directory is there and its '
+        raise RunError(f'source {self.name!r} cannot be read ({first}). Look whether its data directory is there and its '
                                'disk can be reached; then the same command continues.') from first
     return found
 
@@ -80,12 +80,12 @@ class Stored:
     """`take(row)` of every record: with a text comes its picture, and those of a whole split do not fit into memory.
 
     Raises:
-      failures.Failure: names the first record that cannot be read.
+      RunError: names the first record that cannot be read.
     """
     out = []
     for i, row in self._in_parts(ids):
       if isinstance(row, Unusable):
-        raise errors.Failure(f'{self.where(int(i))}: {row}. Prepare source {self.name!r} again.')
+        raise RunError(f'{self.where(int(i))}: {row}. Prepare source {self.name!r} again.')
       out.append(take(row))
     return out
 
@@ -125,7 +125,7 @@ def load(source: str, directory: str | os.PathLike[str], split: str) -> Stored:
   """One split of a source in a data directory.
 
   Raises:
-    FileNotFoundError: the source is not prepared there; says the command. ValueError: it has no such split.
+    MissingFileError: the source is not prepared there; says the command. UsageError: it has no such split.
   """
   if source.startswith(OWN):
     return _own(source, pathlib.Path(os.path.expanduser(directory)), split)
@@ -136,7 +136,7 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
   """The folder of the newest version of own data, or of the named one ('pets/1.0.0').
 
   Raises:
-    FileNotFoundError: there is none.
+    MissingFileError: there is none.
   """
   root, (name, _, version) = pathlib.Path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
   versions = sorted((p.parent for p in (root / name).glob(f'*/{prepare.SUMMARY}')),
@@ -144,18 +144,18 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
   found = [p for p in versions if not version or p.name == version]
   if not found:
     known = [p.name for p in root.glob('*')] if not versions else [f'{name}/{p.name}' for p in versions]
-    raise FileNotFoundError(f'source {OWN}{name}{"/" * bool(version)}{version} is not in {root}; {nearest(name, known)}. '
+    raise MissingFileError(f'source {OWN}{name}{"/" * bool(version)}{version} is not in {root}; {nearest(name, known)}. '
                             f'Prepare it: python launch/prepare_data.py --input=FOLDER --name={name} --data_dir={directory}')
   return found[-1]
 
 
 def summary(name: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
-  """What prepared.json of own data says. Raises FileNotFoundError; ValueError where it is damaged."""
+  """What prepared.json of own data says. Raises MissingFileError; UsageError where it is damaged."""
   path = own_folder(name, directory) / prepare.SUMMARY
   try:
     return json.loads(path.read_text())
   except (ValueError, RecursionError) as e:
-    raise ValueError(f'{path} is damaged ({e}); {_AGAIN}') from None
+    raise UsageError(f'{path} is damaged ({e}); {_AGAIN}') from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,7 +168,7 @@ def _own(source: str, directory: pathlib.Path, split: str) -> Stored:
   name = source.removeprefix(OWN)
   folder, facts = own_folder(name, directory), summary(name, directory)
   if split not in facts['splits']:
-    raise ValueError(f'split {split!r} is not in source {source!r}; {nearest(split, facts["splits"])}.')
+    raise UsageError(f'split {split!r} is not in source {source!r}; {nearest(split, facts["splits"])}.')
   classes = {column: tuple(of['names']) for column, of in facts['classes'].items()}
   try:
     with np.load(folder / prepare.LABELS) as stored:
@@ -176,7 +176,7 @@ def _own(source: str, directory: pathlib.Path, split: str) -> Stored:
       present = {c: stored[f'{split}/{c}'] for c, kind in facts['columns'].items()
                  if kind in ('text', 'texts') and f'{split}/{c}' in stored}  # not of data that an earlier version prepared
   except Exception as e:  # numpy, zipfile and zlib document no closed set of what they raise of a damaged file
-    raise ValueError(f'{folder / prepare.LABELS} cannot be read ({e}); {_AGAIN}') from e
+    raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_AGAIN}') from e
   columns = {**facts['columns'], WHERE: 'text'}
   rows = functools.partial(_rows, _open(_builder(str(folder)), split, columns), columns, classes)
   return Stored(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split],
@@ -184,13 +184,13 @@ def _own(source: str, directory: pathlib.Path, split: str) -> Stored:
 
 
 def tfds_builder(source: str, directory: str | os.PathLike[str]):
-  """The TFDS builder of 'tfds:…', whose data lies or will lie in `directory`/tfds as array records. Raises ValueError."""
+  """The TFDS builder of 'tfds:…', whose data lies or will lie in `directory`/tfds as array records. Raises UsageError."""
   import tensorflow_datasets as tfds
   name = source.removeprefix(TFDS)
   try:
     return tfds.builder(name, data_dir=os.path.join(os.path.expanduser(directory), 'tfds'), file_format='array_record')
   except tfds.core.registered.DatasetNotFoundError:
-    raise ValueError(f'source {source!r}: {nearest(name, tfds.list_builders())}.') from None
+    raise UsageError(f'source {source!r}: {nearest(name, tfds.list_builders())}.') from None
 
 
 def _tfds(source: str, directory: str | os.PathLike[str], split: str) -> Stored:
@@ -206,10 +206,10 @@ def _tfds(source: str, directory: str | os.PathLike[str], split: str) -> Stored:
 
 def _check_prepared(builder, source: str, directory: str | os.PathLike[str], split: str) -> None:
   if not builder.info.splits:
-    raise FileNotFoundError(f'source {source!r} is not in {builder.data_dir}; prepare it: python launch/prepare_data.py '
+    raise MissingFileError(f'source {source!r} is not in {builder.data_dir}; prepare it: python launch/prepare_data.py '
                             f'--tfds={source.removeprefix(TFDS)} --data_dir={directory}')
   if missing := [part for part in split.split('+') if part.partition('[')[0] not in builder.info.splits]:
-    raise ValueError(f'split {split!r} of source {source!r}: {nearest(missing[0], builder.info.splits)}.')
+    raise UsageError(f'split {split!r} of source {source!r}: {nearest(missing[0], builder.info.splits)}.')
 
 
 def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:

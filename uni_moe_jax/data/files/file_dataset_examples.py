@@ -21,6 +21,7 @@ from uni_moe_jax.data.pipeline.corrupt_examples import Faults
 from uni_moe_jax.data.pipeline.examples import Examples, subset
 from uni_moe_jax.data.pipeline.templates import columns_of
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.utils.errors import UsageError
 
 _ATTEMPTS = 8  # until nothing takes the place of a bad example; of a source with one in ten bad, 1e-8 of them
 
@@ -51,11 +52,11 @@ class StoredBuilder:
   crops: int = 1
 
   def build(self, task: TaskSpec, records: Stored) -> Examples:
-    """Examples of a task over one split of its source. Raises ValueError where the config does not fit the source."""
+    """Examples of a task over one split of its source. Raises UsageError where the config does not fit the source."""
     faults = Faults(f'tasks.{task.name}', self.max_bad_fraction if self.training else 0.0)
     if task.type.readout == 'masked':
       if self.training and task.train_fraction < 1:
-        raise ValueError(f'config.tasks.{task.name}.subset={task.train_fraction}: text of files is read as a stream, of which there is no '
+        raise UsageError(f'config.tasks.{task.name}.subset={task.train_fraction}: text of files is read as a stream, of which there is no '
                          'subset; give 1, or prepare a smaller file.')
       running = file_dataset_rows.Running.of(task, records, self.tokenizer, self.training, faults)
       return Examples(records.size, self._masked(task, running), faults=faults)
@@ -100,7 +101,7 @@ def places(records: Stored, task: TaskSpec, seed: int | None = None) -> np.ndarr
     records: of its split. task: with its subset. seed: of a run that trains on them, and reads the subset; None: all.
 
   Raises:
-    ValueError: there are none, or a number per class is asked for and classes are not known beforehand.
+    UsageError: there are none, or a number per class is asked for and classes are not known beforehand.
   """
   named = {task.label_column, *(column for template in (*task.caption_templates, task.template) for column in columns_of(template))}
   has = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
@@ -111,11 +112,11 @@ def places(records: Stored, task: TaskSpec, seed: int | None = None) -> np.ndarr
   if task.label_column in records.labels:
     labels = records.labels[task.label_column][keep]
   elif task.shots and seed is not None:
-    raise ValueError(f'config.tasks.{task.name}.per_class={task.shots}: the labels of source {task.source!r} are only known '
+    raise UsageError(f'config.tasks.{task.name}.per_class={task.shots}: the labels of source {task.source!r} are only known '
                      f'when its records are read; give config.tasks.{task.name}.per_class=0 and a subset, or prepare it as your own data '
                      'with one class a record.')
   if not len(keep):
-    raise ValueError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
+    raise UsageError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
                      f'{" and ".join(map(repr, wanted)) or "anything"}.')
   return keep if seed is None else subset(keep, labels, task, seed)
 
@@ -129,11 +130,11 @@ class _Batch:
     self._readers, self._keep, self._faults = readers, keep, faults
     self._media = records.media() if task.type.visual else None
     if task.type.visual and self._media is None:
-      raise ValueError(f'config.tasks.{task.name}: source {task.source!r} has neither pictures nor clips; kind '
+      raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has neither pictures nor clips; kind '
                        f'{task.type.name!r} needs them.')
     self._is_clip = self._media is not None and records.columns[self._media] == 'video'
     if self._is_clip and task.num_frames < 1:
-      raise ValueError(f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has clips; say how many frames the '
+      raise UsageError(f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has clips; say how many frames the '
                        'model sees of each, for example 8.')
     self._clips = video_pixels.ClipReader(
         builder.size, task.num_frames, task.crop, task.random_flip, builder.training, builder.views, builder.crops)

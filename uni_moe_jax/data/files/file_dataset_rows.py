@@ -20,7 +20,7 @@ from uni_moe_jax.data.pipeline.examples import TextTable, text_rows
 from uni_moe_jax.data.pipeline.templates import columns_of, fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.pipeline.vqa_answers import answer
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 _PATIENCE = 2  # times as many records as tokens are read for a row of running text, in case that some cannot be
@@ -41,16 +41,16 @@ def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
   share of the answerers that gave it (answers outside of the set count nothing).
 
   Raises:
-    ValueError: there is no such column, or a class of it is not in the set.
+    UsageError: there is no such column, or a class of it is not in the set.
   """
   kind, place = records.columns.get(task.label_column), {key: i for i, key in enumerate(keys)}
   if kind not in ('class', 'texts'):
     fitting = [c for c, k in records.columns.items() if k in ('class', 'texts')]
-    raise ValueError(f'config.tasks.{task.name}.label={task.label_column!r} is no column of classes or answers of source '
+    raise UsageError(f'config.tasks.{task.name}.label={task.label_column!r} is no column of classes or answers of source '
                      f'{task.source!r}; {nearest(task.label_column, fitting)}.')
   if kind == 'class':
     if unknown := [name for name in records.classes[task.label_column] if name not in place]:
-      raise ValueError(f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
+      raise UsageError(f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
                        f'{nearest(unknown[0], keys)}.')
 
     def read(row, _):
@@ -118,7 +118,7 @@ def fetched(records: Stored, ids: np.ndarray, faults: Faults) -> list[Row | Unus
     return out_of_reach
   try:
     return records.fetched(ids)
-  except errors.Failure as e:  # what is raised in a thread of TensorFlow would arrive as another's traceback
+  except RunError as e:  # what is raised in a thread of TensorFlow would arrive as another's traceback
     faults.stop(e)
     return out_of_reach
 
@@ -145,7 +145,7 @@ class Running:
   def of(cls, task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool, faults: Faults) -> 'Running':
     column = task.label_column or 'text'
     if records.columns.get(column) != 'text':
-      raise ValueError(f"config.tasks.{task.name}: source {task.source!r} has no column of texts {column!r} (label names it, 'text' "
+      raise UsageError(f"config.tasks.{task.name}: source {task.source!r} has no column of texts {column!r} (label names it, 'text' "
                        f'by default); {nearest(column, [c for c, k in records.columns.items() if k == "text"])}.')
     return cls(records, column, tokenizer, task.max_len, training, faults)
 
@@ -219,7 +219,7 @@ def _check_columns(task: TaskSpec, records: Stored, where: str, names: Sequence[
   fitting = [c for c, k in records.columns.items() if k in kinds]
   for name in names:
     if name not in fitting:
-      raise ValueError(f'config.tasks.{task.name}.{where} names column {name!r} of source {task.source!r}; '
+      raise UsageError(f'config.tasks.{task.name}.{where} names column {name!r} of source {task.source!r}; '
                        f'{nearest(name, fitting)}.')
 
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
+
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
 VIDEOS = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')
 # Names of folders and files that say a split → what it is called here.
@@ -65,10 +67,10 @@ def read(root: pathlib.Path, media: str = 'image') -> Iterator[Row | Skipped]:
     media: what a .gif of a folder by class is: 'image' or 'video'.
 
   Raises:
-    FileNotFoundError: it is not there. ValueError: nothing in it is of a known format.
+    MissingFileError: it is not there. UsageError: nothing in it is of a known format.
   """
   if not root.exists():
-    raise FileNotFoundError(f'--input={root} is not there.')
+    raise MissingFileError(f'--input={root} is not there.')
   if root.is_file():
     files, folder = [root], root.parent
   else:
@@ -89,10 +91,10 @@ def read(root: pathlib.Path, media: str = 'image') -> Iterator[Row | Skipped]:
       found = True
       yield row
     if not found:
-      raise ValueError(f'--input={root} has no .jsonl file, no .txt file and no folder of pictures or clips per class '
+      raise UsageError(f'--input={root} has no .jsonl file, no .txt file and no folder of pictures or clips per class '
                        f'({", ".join(sorted({*PICTURES, *VIDEOS}))}).')
   else:
-    raise ValueError(f'--input={root}: a file must end in .jsonl or .txt.')
+    raise UsageError(f'--input={root}: a file must end in .jsonl or .txt.')
 
 
 def _has_classes(root: pathlib.Path) -> bool:

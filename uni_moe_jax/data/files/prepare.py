@@ -28,6 +28,7 @@ from uni_moe_jax.data.files import media
 from uni_moe_jax.data.files.consistency import agreed
 from uni_moe_jax.data.files.formats import WHERE, Row, Skipped, read
 from uni_moe_jax.data.pipeline import npz_records
+from uni_moe_jax.utils.errors import UsageError
 
 FOLDER, SUMMARY, LABELS = 'own', 'prepared.json', 'labels.npz'
 VERSION = '1.0.0'
@@ -59,15 +60,15 @@ def prepare(
     max_bad_fraction: more skipped rows than this share are an error.
 
   Raises:
-    FileNotFoundError, ValueError: nothing to read, a bad name, a version that is there, too many bad rows.
+    MissingFileError, UsageError: nothing to read, a bad name, a version that is there, too many bad rows.
   """
   if not re.fullmatch('[a-z][a-z0-9_]*', name):
-    raise ValueError(f'--name={name!r} must be small letters, digits and underscores, a letter first.')
+    raise UsageError(f'--name={name!r} must be small letters, digits and underscores, a letter first.')
   if not re.fullmatch(r'\d+\.\d+\.\d+', version):
-    raise ValueError(f'--version={version!r} must look like {VERSION}.')
+    raise UsageError(f'--version={version!r} must look like {VERSION}.')
   place = pathlib.Path(data_dir) / FOLDER / name / version
   if place.is_dir():
-    raise ValueError(f'{place} is there already; give another --version or --name, or remove it.')
+    raise UsageError(f'{place} is there already; give another --version or --name, or remove it.')
   rows, skipped = examined(source, gif, max_bad_fraction)
   root = source if source.is_dir() else source.parent
   splits = _split(rows, holdout, root)
@@ -88,7 +89,7 @@ def examined(source: pathlib.Path, gif: str = 'image', max_bad_fraction: float =
   """The sound rows of a folder or file, in order, and what was skipped: reason → where.
 
   Raises:
-    FileNotFoundError, ValueError: nothing to read, or too many bad rows.
+    MissingFileError, UsageError: nothing to read, or too many bad rows.
   """
   skipped: dict[str, list[str]] = collections.defaultdict(list)
   found, apart = agreed(list(_distinct(read(source, gif), skipped)))
@@ -101,7 +102,7 @@ def examined(source: pathlib.Path, gif: str = 'image', max_bad_fraction: float =
   if not rows or bad > max_bad_fraction * total:
     worst = max(skipped, key=lambda reason: len(skipped[reason]), default='')
     first = f', the first of them {skipped[worst][0]}' if worst else ''
-    raise ValueError(f'{bad} of {total} rows of {source} are bad; most are {worst!r} ({len(skipped[worst]) if worst else 0}'
+    raise UsageError(f'{bad} of {total} rows of {source} are bad; most are {worst!r} ({len(skipped[worst]) if worst else 0}'
                      f'{first}). Mend them, or raise --max_bad_fraction={max_bad_fraction}.')
   return rows, skipped
 

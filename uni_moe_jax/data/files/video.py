@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.utils.errors import UsageError
+
 _NPY = b'\x93NUMPY'
 _WHOLE = 0.9  # of the frames that a file promises: containers count some that no decoder gives
 _SIZES = 'frames of several sizes'
@@ -87,7 +89,7 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
   try:
     import av
   except ModuleNotFoundError:
-    raise ModuleNotFoundError("Clips need PyAV; run: pip install 'uni-moe-jax[video]'") from None
+    raise UsageError("Clips need PyAV; run: pip install 'uni-moe-jax[video]'") from None
   try:
     with av.open(io.BytesIO(data)) as container:
       stream = container.streams.video[0]

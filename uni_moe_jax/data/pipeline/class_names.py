@@ -12,6 +12,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
+
 FILE = 'file:'
 Entry = tuple[str, tuple[str, ...]]  # what the source calls a class; its name, then its synonyms
 
@@ -20,15 +22,15 @@ def entries(values: Sequence[str | tuple[str, ...]], field: str) -> tuple[Entry,
   """Entries of a set: a text is key and name at once, a tuple is (key, name, synonyms …).
 
   Raises:
-    ValueError: a tuple without a name, or two entries with one key.
+    UsageError: a tuple without a name, or two entries with one key.
   """
   out = tuple((v, (v,)) if isinstance(v, str) else (v[0], tuple(v[1:])) for v in values)
   for key, names in out:
     if not names or not all(names):
-      raise ValueError(f'config.{field}: entry {key!r} has no name or an empty one; give (key, name, synonyms …).')
+      raise UsageError(f'config.{field}: entry {key!r} has no name or an empty one; give (key, name, synonyms …).')
   keys = [key for key, _ in out]
   if len(set(keys)) < len(keys):
-    raise ValueError(f'config.{field}: entry {next(k for k in keys if keys.count(k) > 1)!r} occurs twice.')
+    raise UsageError(f'config.{field}: entry {next(k for k in keys if keys.count(k) > 1)!r} occurs twice.')
   return out
 
 
@@ -36,11 +38,11 @@ def read(values: str, directory: str | os.PathLike[str], field: str) -> tuple[En
   """Entries of 'file:PATH', relative to the data directory.
 
   Raises:
-    FileNotFoundError: it is not there. ValueError: as of `entries`.
+    MissingFileError: it is not there. UsageError: as of `entries`.
   """
   path = pathlib.Path(os.path.expanduser(directory)) / values.removeprefix(FILE)
   if not path.is_file():
-    raise FileNotFoundError(f'config.{field}: the file of class names {path} is not there; docs/benchmarks.md says how to make it.')
+    raise MissingFileError(f'config.{field}: the file of class names {path} is not there; docs/benchmarks.md says how to make it.')
   lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
   found = []
   for line in lines:

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
+
 MOST_MERGES = 48894  # of the published vocabulary; the published file goes on, and the rest is not used
 SPECIALS = ('<|startoftext|>', '<|endoftext|>', '<|mask|>', '<|gen|>', '<|spe|>')  # in the order of their ids
 _END = '</w>'  # suffix of pieces that end a word
@@ -49,8 +51,8 @@ class ClipTokenizer:
         The published one is CLIP's bpe_simple_vocab_16e6.txt.gz. A shorter file gives a smaller vocabulary.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no merges file (names the line), or a library of the extra `clip` is absent.
+      MissingFileError: there is no such file.
+      UsageError: it is no merges file (names the line), or a library of the extra `clip` is absent.
     """
     ftfy, regex, models = _libraries()
     self._symbol = _byte_symbols()
@@ -102,7 +104,7 @@ def _libraries():
     import regex
     from tokenizers import models
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise UsageError(
         f"config.tokenizer.type='clip' needs pip install '.[clip]': there is no {error.name}.") from error
   return ftfy, regex, models
 
@@ -122,20 +124,20 @@ def _read_merges(merges_file: str | os.PathLike[str], symbols: Sequence[str]) ->
   field = f'config.tokenizer.merges_path={os.fspath(merges_file)!r}'
   path = pathlib.Path(os.path.expanduser(merges_file))
   if not path.is_file():
-    raise FileNotFoundError(f"{field} is no file; give the path of CLIP's bpe_simple_vocab_16e6.txt.gz.")
+    raise MissingFileError(f"{field} is no file; give the path of CLIP's bpe_simple_vocab_16e6.txt.gz.")
   content = path.read_bytes()
   try:
     lines = (gzip.decompress(content) if content[:2] == b'\x1f\x8b' else content).decode().splitlines()
   except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-    raise ValueError(f'{field} is neither gzipped nor plain UTF-8 text ({error}); download it again.') from error
+    raise UsageError(f'{field} is neither gzipped nor plain UTF-8 text ({error}); download it again.') from error
   # Without this look, a file that lacks the comment would lose a merge, and every later id would be one too small.
   if not lines or '#version' not in lines[0]:
-    raise ValueError(f"{field}: line 1 must be the version comment, such as '#version: 0.2', not {lines[:1]}.")
+    raise UsageError(f"{field}: line 1 must be the version comment, such as '#version: 0.2', not {lines[:1]}.")
   known, merges = {*symbols, *(s + _END for s in symbols)}, []
   for number, line in enumerate(lines[1:MOST_MERGES + 1], start=2):
     pair = tuple(line.split(' '))
     if len(pair) != 2 or not known.issuperset(pair) or pair[0].endswith(_END) or ''.join(pair) in known:
-      raise ValueError(f'{field}: line {number}, {line!r}, must be two pieces that were made before it, the first not '
+      raise UsageError(f'{field}: line {number}, {line!r}, must be two pieces that were made before it, the first not '
                        'the end of a word, and make a new one.')
     known.add(''.join(pair))
     merges.append(pair)

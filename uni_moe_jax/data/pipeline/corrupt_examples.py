@@ -2,7 +2,7 @@
 
 import threading
 
-from uni_moe_jax.utils import errors
+from uni_moe_jax.utils.errors import RunError
 
 _SURE = 10  # bad examples: of fewer, a share says little
 
@@ -16,7 +16,7 @@ class Faults:
     self._lock = threading.Lock()
     self.read = self.bad = 0
     self._first, self._stuck = '', False
-    self._failure: errors.Failure | None = None
+    self._failure: RunError | None = None
 
   def count(self, read: int, bad: list[str]) -> None:
     """read: examples looked at. bad: where those that cannot be used are, and why."""
@@ -29,7 +29,7 @@ class Faults:
     """Nothing could take the place of a bad example."""
     self._stuck = True
 
-  def stop(self, failure: errors.Failure) -> None:
+  def stop(self, failure: RunError) -> None:
     """No example can be read any more; the loop raises the failure."""
     self._failure = failure
 
@@ -38,13 +38,13 @@ class Faults:
     return self._failure is not None
 
   def check(self) -> None:
-    """Raises Failure, with the first bad example, once there are too many; and what `stop` was told."""
+    """Raises RunError, with the first bad example, once there are too many; and what `stop` was told."""
     if self._failure:
       raise self._failure
     with self._lock:
       many = self.bad > self._max * self.read and (self.bad >= _SURE or not self._max)
       if many or self._stuck:
-        raise errors.Failure(
+        raise RunError(
             f'config.{self._field}: {self.bad} of {self.read} examples could not be used, more than '
             f'config.data.max_corrupt_fraction={self._max}; the first: {self._first}. Prepare the source again, or leave those examples '
             'out.')

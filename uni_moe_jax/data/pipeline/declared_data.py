@@ -16,6 +16,7 @@ from uni_moe_jax.data.pipeline.examples import Builder, Examples
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_rows
 from uni_moe_jax.data.pipeline.templates import columns_of
+from uni_moe_jax.utils.errors import UsageError
 
 CLIP_WORDS = 2 * 256 + MOST_MERGES + len(SPECIALS)  # V of the published vocabulary
 _WORD = 'word'
@@ -46,7 +47,7 @@ class DeclaredData:
   fingerprint, tokenizer_file = 'declared', None
 
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
-    """Raises ValueError for a set of which nobody says how many entries it has."""
+    """Raises UsageError for a set of which nobody says how many entries it has."""
     self._model, self._frames = config.model, dict(config.preflight.num_frames)
     # A prefix that is a word has to be one.
     self.tokenizer = Words(CLIP_WORDS if config.tokenizer.type == 'clip' else config.tokenizer.vocab_size)
@@ -80,7 +81,7 @@ def _declared_set(spec: SetSpec, declared: tuple[tuple[int, int], ...] | None, t
   if spec.is_vocabulary:
     return TargetSet((), np.arange(tokenizer.size, dtype=np.int32), (), tokenizer.size)
   if declared is None and isinstance(spec.entries, str):
-    raise ValueError(f'config.preflight.target_lengths.{spec.name} is missing: without data nobody knows how many entries of which '
+    raise UsageError(f'config.preflight.target_lengths.{spec.name} is missing: without data nobody knows how many entries of which '
                      f'length {spec.entries!r} has; give ((tokens, entries), …), for example (({spec.max_len}, 1000),).')
   declared = declared or ((spec.max_len, len(spec.entries)),)
   rows = [[tokenizer.word] * (tokens - 1) + [tokenizer.eot] for tokens, entries in declared for _ in range(entries)]

@@ -23,6 +23,7 @@ from uni_moe_jax.data.pipeline.corrupt_examples import Faults
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.templates import columns_of, fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, pack
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 Fields = dict[str, tf.Tensor]
@@ -75,7 +76,7 @@ def phrases(records: Records, templates: tuple[str, ...], field: str) -> np.ndar
   for template in templates:
     for name in columns_of(template):
       if name not in known:
-        raise ValueError(f'config.{field}: template {template!r} names column {name!r}; {nearest(name, known)}.')
+        raise UsageError(f'config.{field}: template {template!r} names column {name!r}; {nearest(name, known)}.')
   n = len(next(iter(records.columns.values())))
   rows = [dict(zip(known, values)) for values in zip(*(records.columns[k].tolist() for k in known))] or [{}] * n
   return np.array([[t.format(**row) for t in templates] for row in rows])
@@ -84,12 +85,12 @@ def phrases(records: Records, templates: tuple[str, ...], field: str) -> np.ndar
 def class_index(records: Records, column: str, classes: Sequence[str], field: str) -> np.ndarray:
   """int32 [N]: place of each record's class among the target set's texts, -1 for records without one."""
   if column not in records.columns:
-    raise ValueError(f'config.{field}.label={column!r} is no column; {nearest(column, records.columns)}.')
+    raise UsageError(f'config.{field}.label={column!r} is no column; {nearest(column, records.columns)}.')
   place = {name: i for i, name in enumerate(classes)} | {'': -1}
   values = records.columns[column]
   unknown = sorted({v for v in np.unique(values).tolist()} - set(place))
   if unknown:
-    raise ValueError(f'config.{field}: class {unknown[0]!r} is not in the target set; {nearest(unknown[0], classes)}.')
+    raise UsageError(f'config.{field}: class {unknown[0]!r} is not in the target set; {nearest(unknown[0], classes)}.')
   return np.array([place[v] for v in values.tolist()], np.int32)
 
 
@@ -153,7 +154,7 @@ class Builder:
     """Examples of a task over one split of its source.
 
     Raises:
-      ValueError: the config names a column, class or template that the records do not have.
+      UsageError: the config names a column, class or template that the records do not have.
     """
     kind, field = task.type, f'tasks.{task.name}'
     labels = class_index(records, task.label_column, self.classes[task.target_set], field) if task.type.has_classes else None
@@ -170,7 +171,7 @@ class Builder:
     if kind.readout == 'slot':
       makers.append(self._template(task, records, keep, field))
     if not len(keep):
-      raise ValueError(f'config.{field}: no record of source {task.source!r}, split {task.split!r}, has a {task.label_column!r}.')
+      raise UsageError(f'config.{field}: no record of source {task.source!r}, split {task.split!r}, has a {task.label_column!r}.')
 
     def make(ids, hashes):
       fields = {'id': tf.cast(ids, tf.int64)}
@@ -187,7 +188,7 @@ class Builder:
 
   def _pixels(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
     if 'pixels' not in records.columns:
-      raise ValueError(f'config.{field}: source {task.source!r} has no pixels, kind {task.type.name!r} needs them.')
+      raise UsageError(f'config.{field}: source {task.source!r} has no pixels, kind {task.type.name!r} needs them.')
     source = (task.source, task.split)
     if source not in self.pixels:
       pixels = records.columns['pixels']
@@ -238,7 +239,7 @@ class Builder:
     names = columns_of(task.template)
     for name in names:
       if name not in records.columns:
-        raise ValueError(f'config.{field}.template names column {name!r}; {nearest(name, records.columns)}.')
+        raise UsageError(f'config.{field}.template names column {name!r}; {nearest(name, records.columns)}.')
     tokens = {n: self.tokenizer.encode_batch(records.columns[n][keep].tolist()) for n in names}
     filled = [
         fill_template(self.tokenizer, task.template, {n: tokens[n][i] for n in names}, task.max_len)
@@ -250,12 +251,12 @@ class Builder:
 
   def _masked(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str) -> Examples:
     if 'text' not in records.columns:
-      raise ValueError(f"config.{field}: source {task.source!r} has no column 'text'; it has "
+      raise UsageError(f"config.{field}: source {task.source!r} has no column 'text'; it has "
                        f'{", ".join(sorted(records.columns))}.')
     tokenizer = self.tokenizer
     rows = pack(tokenizer.encode_batch(records.columns['text'][keep].tolist()), task.max_len, tokenizer.eot)
     if not len(rows):
-      raise ValueError(f'config.{field}.length={task.max_len}: source {task.source!r} has too little text for one row.')
+      raise UsageError(f'config.{field}.length={task.max_len}: source {task.source!r} has too little text for one row.')
     table = tf.constant(rows)
     word_start, word_end, ordinary = preprocess.word_tables(tokenizer, self.mask_specials)
 

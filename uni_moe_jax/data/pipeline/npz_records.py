@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 _CLASSES = 'classes of '
 
@@ -69,19 +70,19 @@ def save(
   """Writes a split: columns of one leading axis N, and the ordered classes of its label columns.
 
   Raises:
-    ValueError: if the columns differ in length.
+    UsageError: if the columns differ in length.
   """
   sizes = {name: len(column) for name, column in columns.items()}
   if len(set(sizes.values())) > 1:
-    raise ValueError(f'split {split!r}: columns must have one length, got {sizes}.')
+    raise UsageError(f'split {split!r}: columns must have one length, got {sizes}.')
   stored = {_CLASSES + name: np.array(labels) for name, labels in classes.items()}
   np.savez_compressed(pathlib.Path(directory) / f'{split}.npz', **columns, **stored)
 
 
 def check_directory(root: str | os.PathLike[str]) -> None:
-  """Raises FileNotFoundError unless the data directory is there."""
+  """Raises MissingFileError unless the data directory is there."""
   if not pathlib.Path(os.path.expanduser(root)).is_dir():
-    raise FileNotFoundError(f'Data directory {root} is not there. Run: python launch/prepare_data.py --data_dir={root}')
+    raise MissingFileError(f'Data directory {root} is not there. Run: python launch/prepare_data.py --data_dir={root}')
 
 
 def load(directory: str | os.PathLike[str], split: str, root: str | os.PathLike[str]) -> Records:
@@ -93,23 +94,23 @@ def load(directory: str | os.PathLike[str], split: str, root: str | os.PathLike[
     root: the data directory that the user named: the error speaks of it.
 
   Raises:
-    FileNotFoundError: if nothing was prepared there; names the command that does.
-    ValueError: if the folder is there and has no such split (lists those that it has), or the file cannot be read.
+    MissingFileError: if nothing was prepared there; names the command that does.
+    UsageError: if the folder is there and has no such split (lists those that it has), or the file cannot be read.
   """
   directory = pathlib.Path(directory)
   if not directory.is_dir():
-    raise FileNotFoundError(
+    raise MissingFileError(
         f'No prepared data {directory.name!r} in {root}. '
         f'Run: python launch/prepare_data.py --data_dir={root}')
   path = directory / f'{split}.npz'
   if not path.exists():
     known = sorted(file.stem for file in directory.glob('*.npz'))
-    raise ValueError(f'split {split!r} is not in {directory}; choose from {", ".join(known)}.')
+    raise UsageError(f'split {split!r} is not in {directory}; choose from {", ".join(known)}.')
   try:
     with np.load(path) as stored:
       arrays = {name: stored[name] for name in stored.files}
   except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-    raise ValueError(f'{path} cannot be read ({e}). If its disk can be reached, the file is damaged: delete {directory} and run: '
+    raise UsageError(f'{path} cannot be read ({e}). If its disk can be reached, the file is damaged: delete {directory} and run: '
                      f'python launch/prepare_data.py --data_dir={root}') from e
   classes = {
       name.removeprefix(_CLASSES): tuple(array.tolist())

@@ -12,6 +12,7 @@ import numpy as np
 from uni_moe_jax.config.plan import SetSpec
 from uni_moe_jax.data.pipeline.examples import TextTable, text_rows
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.utils.errors import UsageError
 
 BUCKETS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens; an entry lies in the smallest that holds it
 MERGE_BELOW = 16  # entries: a smaller bucket is not worth a shape of its own and joins the next longer one
@@ -42,21 +43,21 @@ def build_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: To
     spec: of the set. entries: name and synonyms of each. tokenizer: of the run.
 
   Raises:
-    ValueError: there is no entry, or one is longer than the set's length.
+    UsageError: there is no entry, or one is longer than the set's length.
   """
   if spec.is_vocabulary:
     return TargetSet((), np.arange(tokenizer.size, dtype=np.int32), (), tokenizer.size)
   if not entries:
-    raise ValueError(f'config.target_sets.{spec.name} has no entries; give its values at least one text.')
+    raise UsageError(f'config.target_sets.{spec.name} has no entries; give its values at least one text.')
   names = tuple(e[0] for e in entries)
   flat = [text for entry in entries for text in entry]
   whole = [tokenizer.encode(t) + [tokenizer.eot] for t in flat]
   longest = max(whole, key=len)
   if len(longest) > spec.max_len:
-    raise ValueError(f'config.target_sets.{spec.name}.max_len={spec.max_len} is too short for {tokenizer.decode(longest)!r}, '
+    raise UsageError(f'config.target_sets.{spec.name}.max_len={spec.max_len} is too short for {tokenizer.decode(longest)!r}, '
                      f'which has {len(longest)} tokens; raise it to {len(longest)}.')
   if len(flat) > len(entries) and spec.label_prompts:
-    raise ValueError(f'config.target_sets.{spec.name}.label_prompts=True is for entries of one text each; set it to False, or leave the '
+    raise UsageError(f'config.target_sets.{spec.name}.label_prompts=True is for entries of one text each; set it to False, or leave the '
                      'synonyms out.')
   if len(flat) == len(entries):
     buckets, order = bucket_rows(text_rows(flat, tokenizer, spec.max_len), tokenizer.pad)

@@ -6,6 +6,7 @@ import string
 from collections.abc import Mapping, Sequence
 
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.utils.errors import UsageError
 
 _PART = re.compile(r'(<spe>|<eot>|\{\w*\})')
 
@@ -35,15 +36,15 @@ def fill_template(
     (ids, slot): at most `length` ids, the last of them `eot`, and the index of `spe` in them.
 
   Raises:
-    ValueError: the template has not exactly one slot, does not end in `<eot>`, has a field that
+    UsageError: the template has not exactly one slot, does not end in `<eot>`, has a field that
       `texts` lacks or a brace that is no field; or `length` has no room for one token per field.
   """
   parts = [part.strip() for part in _PART.split(template)]
   parts = [part for part in parts if part]
   if (slots := parts.count('<spe>')) != 1:
-    raise ValueError(f'Template {template!r} has {slots} slots <spe>; it needs exactly one.')
+    raise UsageError(f'Template {template!r} has {slots} slots <spe>; it needs exactly one.')
   if parts[-1] != '<eot>':
-    raise ValueError(f'Template {template!r} must end in <eot>.')
+    raise UsageError(f'Template {template!r} must end in <eot>.')
   fields = [place for place, part in enumerate(parts) if _PART.fullmatch(part) and part[0] == '{']
   ids = [
       () if place in fields else _fixed(tokenizer, template, part)
@@ -51,7 +52,7 @@ def fill_template(
   ]
   room = length - sum(map(len, ids))
   if room < len(fields):
-    raise ValueError(
+    raise UsageError(
         f'length {length} is too small for template {template!r}: '
         f'it needs at least {length - room + len(fields)}.')
   for remaining in range(len(fields), 0, -1):
@@ -68,7 +69,7 @@ def _fixed(tokenizer: Tokenizer, template: str, part: str) -> Sequence[int]:
   if part == '<eot>':
     return [tokenizer.eot]
   if '{' in part or '}' in part:
-    raise ValueError(
+    raise UsageError(
         f'Template {template!r} has a brace that encloses no field name; fields look like {{a}}.')
   return tokenizer.encode(part)
 
@@ -76,7 +77,7 @@ def _fixed(tokenizer: Tokenizer, template: str, part: str) -> Sequence[int]:
 def _text(template: str, field: str, texts: Mapping[str, Sequence[int]]) -> Sequence[int]:
   if field not in texts:
     near = difflib.get_close_matches(field, texts, n=3, cutoff=0) or ['none']
-    raise ValueError(
+    raise UsageError(
         f'Template {template!r} names the field {field!r}, which the texts lack; '
         f'nearest: {", ".join(near)}.')
   return texts[field]

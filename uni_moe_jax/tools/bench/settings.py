@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 # Subject → what it measures. `compile` comes last: a CPU process that has compiled much is slower afterwards.
@@ -86,9 +87,9 @@ def choose(names: list[str]) -> tuple[str, ...]:
   """The named subjects in their order; all of them where none is named.
 
   Raises:
-    ValueError: a name that is none.
+    UsageError: a name that is none.
   """
   for name in names:
     if name not in SUBJECTS:
-      raise ValueError(f'--subjects: {name!r} is unknown; {nearest(name, SUBJECTS)}.')
+      raise UsageError(f'--subjects: {name!r} is unknown; {nearest(name, SUBJECTS)}.')
   return tuple(s for s in SUBJECTS if s in names or not names)

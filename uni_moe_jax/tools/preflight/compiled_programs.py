@@ -22,6 +22,7 @@ from uni_moe_jax.tools.preflight import cost, hlo, libtpu_plan
 from uni_moe_jax.tools.preflight.topology import Topology
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.run import Run
+from uni_moe_jax.utils.errors import UsageError
 
 # Which program: of a training step, None or the task of a sampled mixture; or this one.
 EVALUATION = ('evaluation',)
@@ -80,11 +81,11 @@ def prepare(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Run:
   """The run of a config on devices that may not be there, and on data that is not there.
 
   Raises:
-    ValueError: see `setup.build` and `DeclaredData`.
+    UsageError: see `setup.build` and `DeclaredData`.
   """
   plan = validate.resolve(config)
   if config.train.init:
-    raise ValueError(f'config.train.init={config.train.init!r}: preflight looks at runs that start fresh; set it to \'\', the '
+    raise UsageError(f'config.train.init={config.train.init!r}: preflight looks at runs that start fresh; set it to \'\', the '
                      'step is the same.')
   validate.check_trains(plan)
   return train_run.build(config, devices, DeclaredData(config, plan))

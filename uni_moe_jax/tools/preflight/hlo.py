@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from uni_moe_jax.utils.errors import UsageError
+
 _BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
           'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
 _SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
@@ -140,7 +142,7 @@ def _closing(text: str, opened: int) -> int:
     depth += (text[i] == '(') - (text[i] == ')')
     if not depth:
       return i
-  raise ValueError(f'parenthesis is not closed in {text[:80]!r}.')
+  raise UsageError(f'parenthesis is not closed in {text[:80]!r}.')
 
 
 def _balanced(text: str) -> str:

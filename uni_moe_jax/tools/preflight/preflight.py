@@ -35,7 +35,7 @@ def preflight(
       libraries were loaded. None: now.
 
   Raises:
-    ValueError: see `programs.prepare` and `topology.devices`.
+    UsageError: see `programs.prepare` and `topology.devices`.
   """
   started = time.monotonic() if started is None else started
   there = topology.devices(where)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 GIB = 2**30
@@ -65,19 +66,19 @@ def parse(name: str) -> Topology:
   """The topology of a name.
 
   Raises:
-    ValueError: unknown generation, or a shape that it cannot have.
+    UsageError: unknown generation, or a shape that it cannot have.
   """
   generation, _, shape = name.partition(':')
   if generation not in CHIPS:
-    raise ValueError(f'--topology={name!r}: {generation!r} is unknown; {nearest(generation, CHIPS)}.')
+    raise UsageError(f'--topology={name!r}: {generation!r} is unknown; {nearest(generation, CHIPS)}.')
   axes = {'cpu': 1, 'v5e': 2, 'v6e': 2}.get(generation, 3)
   example = {1: '64', 2: '16x16', 3: '4x4x4'}[axes]
   if not re.fullmatch('x'.join([r'[1-9]\d*'] * axes), shape):
-    raise ValueError(f'--topology={name!r} must give {axes} size{"s" * (axes > 1)} of chips, for example '
+    raise UsageError(f'--topology={name!r} must give {axes} size{"s" * (axes > 1)} of chips, for example '
                      f'{generation}:{example}.')
   sizes = [int(n) for n in shape.split('x')]
   if generation != 'cpu' and (sizes[0] % 2 or sizes[1] % 2):
-    raise ValueError(f'--topology={name!r}: a host has 2 × 2 chips, so that the first two sizes must be even.')
+    raise UsageError(f'--topology={name!r}: a host has 2 × 2 chips, so that the first two sizes must be even.')
   return Topology(name, generation, math.prod(sizes), CHIPS[generation])
 
 
@@ -94,22 +95,22 @@ def devices(topology: Topology) -> list[Any]:
   """The devices, to compile for; TPUs cannot hold an array.
 
   Raises:
-    ValueError: libtpu is not installed, or it knows no such topology.
+    UsageError: libtpu is not installed, or it knows no such topology.
   """
   import jax  # pylint: disable=g-import-not-at-top
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
   if not topology.is_tpu:
     found = jax.devices('cpu')
     if len(found) < topology.chips:
-      raise ValueError(f'--topology={topology.name!r}: this process was started with {len(found)} virtual devices; set '
+      raise UsageError(f'--topology={topology.name!r}: this process was started with {len(found)} virtual devices; set '
                        f'XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips} before JAX is loaded.')
     return found[:topology.chips]
   try:
     import libtpu  # noqa: F401  # pylint: disable=g-import-not-at-top
   except ModuleNotFoundError:
-    raise ValueError(f"--topology={topology.name!r} needs libtpu, the compiler for TPUs: pip install -c constraints.txt "
+    raise UsageError(f"--topology={topology.name!r} needs libtpu, the compiler for TPUs: pip install -c constraints.txt "
                      "-e '.[preflight]'.") from None
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=topology.name, **_MORE.get(topology.generation, {})).devices
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(f'--topology={topology.name!r}: libtpu knows no such slice ({str(error).splitlines()[0]}).') from None
+    raise UsageError(f'--topology={topology.name!r}: libtpu knows no such slice ({str(error).splitlines()[0]}).') from None
