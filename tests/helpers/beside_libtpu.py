@@ -1,4 +1,4 @@
-"""Processes of their own for what compiles for TPUs: libtpu, where it is on the path, is loaded once and for one topology."""
+"""Subprocesses that compile for TPUs: a process can load libtpu only once, and for one topology."""
 
 import os
 import pathlib
@@ -9,13 +9,14 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-  """Runs Python with these arguments at the repository's root, with all of this process's path."""
+  """Run Python with these arguments in the repository's root, with all of this process's path."""
   path = os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])
-  return subprocess.run([sys.executable, *arguments], env={**os.environ, 'PYTHONPATH': path}, cwd=_ROOT, capture_output=True, text=True)
+  environment = {**os.environ, 'PYTHONPATH': path}
+  return subprocess.run([sys.executable, *arguments], env=environment, cwd=_ROOT, capture_output=True, text=True)
 
 
 def printed(script: str) -> str:
-  """What a script prints, which must end well."""
-  done = run('-c', script)
-  assert done.returncode == 0, done.stderr[-2000:]
-  return done.stdout
+  """Return the output of a script, which must exit with 0."""
+  process = run('-c', script)
+  assert process.returncode == 0, process.stderr[-2000:]
+  return process.stdout

@@ -1,4 +1,4 @@
-"""What a compiled program computes and sends between devices, read from XLA's text."""
+"""The matrix products and collectives of a compiled program, read from its HLO text."""
 
 import dataclasses
 import re
@@ -8,35 +8,35 @@ from uni_moe_jax.tools.preflight.cost import COLLECTIVES
 
 
 @dataclasses.dataclass(frozen=True)
-class Sent:
-  """One array that a collective makes on a device. XLA joins several into one operation; here each is its own.
+class CollectiveArray:
+  """One array that a collective makes on a device. XLA fuses several into one operation; each is listed separately here.
 
   Attributes:
-    kind: of the collective. dtype, shape: of the array. name: where in the program it comes from (XLA's op_name).
-    size: elements. bytes: of them. groups: which devices work together.
+    opcode: of the collective. dtype, shape: of the array. op_name: XLA's metadata, the position in the traced program.
+    size: number of elements. bytes: their size. groups: sets of devices that communicate with each other.
   """
-  kind: str
+  opcode: str
   dtype: str
   shape: tuple[int, ...]
-  name: str
+  op_name: str
   size: int
   bytes: float
   groups: frozenset[frozenset[int]]
 
 
-def collectives(text: str) -> list[Sent]:
-  """Every array that some collective of a compiled module makes, once for each place in the text."""
-  found, module = [], hlo.parse(text)
+def collectives(text: str) -> list[CollectiveArray]:
+  """List the arrays that collectives of a compiled module make, once per occurrence in the text."""
+  arrays, module = [], hlo.parse(text)
   for op in (op for computation in module.computations.values() for op in computation.ops.values()):
-    kind = op.opcode.removesuffix('-start')
-    if kind in COLLECTIVES:
+    opcode = op.opcode.removesuffix('-start')
+    if opcode in COLLECTIVES:
       name = re.search(r'op_name="([^"]*)"', op.attributes)
       groups = frozenset(map(frozenset, hlo.groups(op, module.devices)))
-      found += [Sent(kind, s.dtype, s.dims, name[1] if name else '', s.size, s.bytes, groups) for s in op.shapes]
-  return found
+      arrays += [CollectiveArray(opcode, s.dtype, s.dims, name[1] if name else '', s.size, s.bytes, groups) for s in op.shapes]
+  return arrays
 
 
-def products(text: str) -> int:
-  """How many matrix products stand in a compiled module, those of loops once."""
+def count_matmuls(text: str) -> int:
+  """Count the matrix products in a compiled module; the body of a loop counts once."""
   module = hlo.parse(text)
   return sum(op.opcode == 'dot' for computation in module.computations.values() for op in computation.ops.values())

@@ -13,7 +13,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize('arguments, said', [
     (['--topology=v5e:16'], "--topology='v5e:16' must give 2 sizes of chips, for example v5e:16x16."),
     (['--topology=cpu:2', '--config.model.num_heads=5'], 'config.model.width=128 must be a multiple of config.model.num_heads=5'),
-    (['--topology=cpu:2', '--json=/no/where.json'], '--json=/no/where.json: its folder is not there'),
+    (['--topology=cpu:2', '--output=/no/where.json'], '--output=/no/where.json: its folder does not exist'),
 ])
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, said):
   done = subprocess.run(

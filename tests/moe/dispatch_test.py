@@ -207,7 +207,7 @@ class ExactTest(parameterized.TestCase):
       return jnp.sin(jax.checkpoint(block)(x, kernel, 0 * bias, logits)).sum()
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 3))).lower(*_inputs()).compile()
     # At once: coef · bias is one more, with its gradient by coef.
-    self.assertEqual(hlo.products(program.as_text()), 3 + 2 if at_once else 4)
+    self.assertEqual(hlo.count_matmuls(program.as_text()), 3 + 2 if at_once else 4)
 
   def test_constant_gates_equal_the_merge(self):
     x, kernel, bias, _ = _inputs()

@@ -136,8 +136,8 @@ class BytesTest(absltest.TestCase):
     sent = hlo.collectives(run.lower(*_operands()).compile().as_text())
     # C = ⌈1 · 2 · 5 / 4⌉ = 3 of the five tokens of a device, E · C = 12 slots; widths there and back: D → N · H → D.
     expected = sum(12 * width * 4 for width in (_D, _N * _H, _N * _H, _D))
-    self.assertEqual(sum(s.bytes for s in sent if s.kind == 'all-to-all'), expected)
-    self.assertEqual([s for s in sent if s.kind in ('all-gather', 'reduce-scatter')], [])
+    self.assertEqual(sum(s.bytes for s in sent if s.opcode == 'all-to-all'), expected)
+    self.assertEqual([s for s in sent if s.opcode in ('all-gather', 'reduce-scatter')], [])
 
 
 if __name__ == '__main__':

@@ -186,7 +186,7 @@ class ScaledTest(parameterized.TestCase):
       return jnp.sin(jax.checkpoint(block)(*operands)).sum()
     operands = _normal(2, 30, 50, 4), self._linear(), _normal(3, 6)
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
-    self.assertEqual(hlo.products(program.as_text()), products)
+    self.assertEqual(hlo.count_matmuls(program.as_text()), products)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers import base_step, hlo
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_D, _F = base_step.WIDTH, base_step.HIDDEN
+_D, _F = base_step.WIDTH, base_step.MLP_DIM
 _KERNELS = {'qkv': 3 * _D * _D, 'attention_out': _D * _D, 'ffn_in': _D * _F, 'ffn_out': _F * _D}
 slow, nightly = pytest.mark.slow, pytest.mark.nightly  # CI has no time for both models
 
@@ -25,7 +25,7 @@ _GROUPS = {name: frozenset(map(frozenset, grid.tolist())) for name, grid in (
 
 
 @functools.cache
-def _sent(router: str, capacity: float) -> list[hlo.Sent]:
+def _sent(router: str, capacity: float) -> list[hlo.CollectiveArray]:
   with tempfile.TemporaryDirectory() as folder:
     file = f'{folder}/step.hlo'
     flags = '--xla_force_host_platform_device_count=64 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
@@ -34,48 +34,48 @@ def _sent(router: str, capacity: float) -> list[hlo.Sent]:
     return hlo.collectives(pathlib.Path(file).read_text())
 
 
-def _of_layer(sent, backward: bool, tail: bool = False) -> list[hlo.Sent]:
+def _of_layer(sent, backward: bool, tail: bool = False) -> list[hlo.CollectiveArray]:
   """What a scanned layer sends (once in the text, for eleven of them), or the last one, which stands by itself."""
   place = '/tail/' if tail else '/while/body'
-  return [s for s in sent if place in s.name and ('transpose' in s.name) == backward]
+  return [s for s in sent if place in s.op_name and ('transpose' in s.op_name) == backward]
 
 
-def _merges(sent: list[hlo.Sent]) -> list[int]:
+def _merges(sent: list[hlo.CollectiveArray]) -> list[int]:
   """Sizes of what is reduced over the expert axis, but for biases."""
-  reduced = [s for s in sent if s.kind == 'all-reduce' and s.groups == _GROUPS['expert']]
+  reduced = [s for s in sent if s.opcode == 'all-reduce' and s.groups == _GROUPS['expert']]
   return sorted(s.size for s in reduced if s.size >= min(_KERNELS.values()))
 
 
 @slow
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'recomputed'])
 def test_merged_kernels_of_a_layer_are_reduced_once_over_the_expert_axis(backward):
-  assert _merges(_of_layer(_sent('attribute', 0.0), backward)) == sorted(base_step.ROWS * n for n in _KERNELS.values())
+  assert _merges(_of_layer(_sent('attribute', 0.0), backward)) == sorted(base_step.CONDITIONS * n for n in _KERNELS.values())
 
 
 @slow
 def test_merged_kernels_of_the_last_layer_are_reduced_once_and_recomputed_once():
   """XLA joins the reductions of both passes."""
   sent = [s for backward in (False, True) for s in _of_layer(_sent('attribute', 0.0), backward, tail=True)]
-  assert _merges(sent) == sorted(2 * [base_step.ROWS * n for n in _KERNELS.values()])
+  assert _merges(sent) == sorted(2 * [base_step.CONDITIONS * n for n in _KERNELS.values()])
 
 
 @slow
 def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
   """One reduction for every product with a merged kernel: there are three arrays, of two rows."""
-  sizes = [s.size for s in _of_layer(_sent('attribute', 0.0), True) if s.kind == 'all-reduce' and s.groups == _GROUPS['all']]
+  sizes = [s.size for s in _of_layer(_sent('attribute', 0.0), True) if s.opcode == 'all-reduce' and s.groups == _GROUPS['all']]
   # In elements: the fused projection may come in its three parts, each as large as the kernel after attention.
   for alike in (('qkv', 'attention_out'), ('ffn_in', 'ffn_out')):
     elements = {_KERNELS[name] for name in alike}
     reduced = sum(size for size in sizes if size in elements) / sum(_KERNELS[name] for name in alike)
-    assert base_step.ROWS <= reduced <= base_step.PRODUCTS, alike
+    assert base_step.CONDITIONS <= reduced <= base_step.NUM_ARRAYS, alike
 
 
 @slow
 def test_no_kernel_of_an_expert_travels():
   sent = _sent('attribute', 0.0)
-  assert {s.kind for s in sent} <= {'all-reduce', 'all-gather'}
-  assert max(s.size for s in sent if s.kind == 'all-gather') < min(_KERNELS.values())
-  assert max(s.size for s in sent) <= base_step.ROWS * max(_KERNELS.values())
+  assert {s.opcode for s in sent} <= {'all-reduce', 'all-gather'}
+  assert max(s.size for s in sent if s.opcode == 'all-gather') < min(_KERNELS.values())
+  assert max(s.size for s in sent) <= base_step.CONDITIONS * max(_KERNELS.values())
 
 
 _CAPACITY = 1.0
@@ -83,7 +83,7 @@ _CAPACITY = 1.0
 
 def _slots(*tokens: int) -> int:
   """On a device, of an array whose parts have so many tokens there: E · C each."""
-  return sum(base_step.EXPERTS * math.ceil(_CAPACITY * base_step.KEPT * n / base_step.EXPERTS) for n in tokens)
+  return sum(base_step.NUM_EXPERTS * math.ceil(_CAPACITY * base_step.TOP_K * n / base_step.NUM_EXPERTS) for n in tokens)
 
 
 @nightly
@@ -92,11 +92,11 @@ def test_tokens_travel_over_the_expert_axis_by_all_to_alls_of_the_bytes_of_the_f
   sent = _sent('token', _CAPACITY)
   if tail:  # keys and values of all, and the rest of the rows that are read
     elements = sum(_slots(*parts) * 3 * _D + (_slots(read) * (6 * _D + 2 * _F) if read else 0)
-                   for parts, read in base_step.ARRAYS.values())
+                   for parts, read in base_step.TOKENS.values())
   else:
-    elements = sum(_slots(*parts) * (8 * _D + 2 * _F) for parts, _ in base_step.ARRAYS.values())
+    elements = sum(_slots(*parts) * (8 * _D + 2 * _F) for parts, _ in base_step.TOKENS.values())
   for backward, times in ((False, 1), (True, 2)):  # recomputed, and the gradients' way
-    found = [s for s in _of_layer(sent, backward, tail) if s.kind == 'all-to-all']
+    found = [s for s in _of_layer(sent, backward, tail) if s.opcode == 'all-to-all']
     assert {s.groups for s in found} == {_GROUPS['expert']}
     assert sum(s.bytes for s in found) == 4 * times * elements
 
@@ -105,12 +105,12 @@ def test_tokens_travel_over_the_expert_axis_by_all_to_alls_of_the_bytes_of_the_f
 @pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
 def test_kernels_of_experts_stay_and_their_gradients_are_summed_over_data(tail):
   sent = _sent('token', _CAPACITY)
-  assert {s.kind for s in sent} <= {'all-reduce', 'all-gather', 'all-to-all'}
-  assert max(s.size for s in sent if s.kind == 'all-gather') < min(_KERNELS.values())
+  assert {s.opcode for s in sent} <= {'all-reduce', 'all-gather', 'all-to-all'}
+  assert max(s.size for s in sent if s.opcode == 'all-gather') < min(_KERNELS.values())
   # Of eight experts a device has one.
-  assert max(s.size for s in sent if s.kind == 'all-reduce') <= max(_KERNELS.values())
-  large = [s for s in _of_layer(sent, True, tail) if s.kind == 'all-reduce' and s.size >= min(_KERNELS.values())]
+  assert max(s.size for s in sent if s.opcode == 'all-reduce') <= max(_KERNELS.values())
+  large = [s for s in _of_layer(sent, True, tail) if s.opcode == 'all-reduce' and s.size >= min(_KERNELS.values())]
   of_experts = [s for s in large if s.groups == _GROUPS['data']]
-  assert 1 <= sum(s.size for s in of_experts) / sum(_KERNELS.values()) <= len(base_step.ARRAYS)
+  assert 1 <= sum(s.size for s in of_experts) / sum(_KERNELS.values()) <= len(base_step.TOKENS)
   # Behind the layers come the tables of patches and words, which every device has.
-  assert {s.shape for s in large if s not in of_experts} == ({(16 * 16 * 3, _D), (base_step.WORDS, _D)} if tail else set())
+  assert {s.shape for s in large if s not in of_experts} == ({(16 * 16 * 3, _D), (base_step.VOCAB_SIZE, _D)} if tail else set())

@@ -120,17 +120,17 @@ def _program(name: str = 'attribute-mixed') -> str:
 
 def test_merged_kernels_are_reduced_once_and_no_expert_travels():
   sent = hlo.collectives(_program())
-  assert {s.kind for s in sent} == {'all-reduce', 'all-gather'}
+  assert {s.opcode for s in sent} == {'all-reduce', 'all-gather'}
   # Of two rows (pictures, texts on the target side); half of heads and hidden: qkv, attention out, FFN in, FFN out.
   kernels = [(2, 16, 3, 1, 8), (2, 1, 8, 16), (2, 16, 8), (2, 8, 16)]
-  forward = [s.shape for s in sent if s.kind == 'all-reduce' and 'transpose' not in s.name]
+  forward = [s.shape for s in sent if s.opcode == 'all-reduce' and 'transpose' not in s.op_name]
   assert [forward.count(shape) for shape in kernels] == [2, 2, 2, 2], forward  # two layers
   # The smallest kernel of all experts has 8 · 16 · 8 elements; features of the pairs, which travel, 8 · 16.
-  assert max(s.size for s in sent if s.kind == 'all-gather') == 8 * 16
+  assert max(s.size for s in sent if s.opcode == 'all-gather') == 8 * 16
 
 
-def _forward(name: str) -> list[hlo.Sent]:
-  return [s for s in hlo.collectives(_program(name)) if 'transpose' not in s.name]
+def _forward(name: str) -> list[hlo.CollectiveArray]:
+  return [s for s in hlo.collectives(_program(name)) if 'transpose' not in s.op_name]
 
 
 # Of the two below: one layer, which is the last, D = F = 16. Pictures have 5 tokens, texts of pairs 9. All are sent for keys and
@@ -142,14 +142,14 @@ def test_over_a_model_axis_half_of_what_experts_make_is_sent():
   Room for all is C = T tokens at each of 8 experts."""
   tokens, read = 2 * (5 + 9) + 2 * (5 + 6 + 6) + 8 * 3, 2 * (1 + 1) + 2 * 6 + 8
   elements = 8 * tokens * (16 + 2 * 16 // 2) + 8 * read * (4 * 16 + (2 * 16 + 2 * 16) // 2)
-  assert sum(s.bytes for s in _forward('token-mixed') if s.kind == 'all-to-all') == 4 * elements
+  assert sum(s.bytes for s in _forward('token-mixed') if s.opcode == 'all-to-all') == 4 * elements
 
 
 @pytest.mark.slow
 def test_tokens_that_are_routed_exactly_are_gathered_and_their_sums_scattered():
   """Eight devices with a pair each, all of which compute something for all tokens."""
   sent = _forward('context-expert')
-  elements = lambda kind, dtype: sum(s.size for s in sent if s.kind == kind and s.dtype == dtype and 'shard_map' in s.name)
+  elements = lambda opcode, dtype: sum(s.size for s in sent if s.opcode == opcode and s.dtype == dtype and 'shard_map' in s.op_name)
   # A decision of attention for all tokens, and one for those that are read; one of the FFN for those. Two experts each.
   decided = (5 + 9) + 2 + 2
   assert elements('all-gather', 's32') == 8 * 2 * decided

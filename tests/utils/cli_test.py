@@ -195,9 +195,9 @@ def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
 
 
 @pytest.mark.parametrize('arguments, said', [
-    (['--subjects=routers,decodin'], "--subjects: 'decodin' is unknown; did you mean 'decoding'?"),
+    (['--suites=routers,decodin'], "--suites: 'decodin' is unknown; did you mean 'decoding'?"),
     (['--config.data.dir=/not/there'], 'Data directory /not/there is not there'),
-    (['--output=/not/there/file.json'], '--output=/not/there/file.json: its folder is not there'),
+    (['--output=/not/there/file.json'], '--output=/not/there/file.json: its folder does not exist'),
     (['--dtype=float16'], 'float16'),
 ])
 def test_the_benchmark_says_what_is_wrong(arguments, said):

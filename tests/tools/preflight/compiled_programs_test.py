@@ -230,7 +230,7 @@ def _typed(changes) -> list[str]:
 def _preflight(folder, topology_name: str, *arguments: str) -> dict:
   """What the command finds out about configs/small.py."""
   done = beside_libtpu.run('launch/preflight.py', '--config=configs/small.py', f'--topology={topology_name}', '--nosearch',
-                           f'--json={folder}/found.json', *arguments)
+                           f'--output={folder}/found.json', *arguments)
   assert done.returncode == 0, done.stderr
   return json.loads((folder / 'found.json').read_text())
 
@@ -247,7 +247,7 @@ from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, preflight
 config = compiled_programs_test._small(dict(
-    model=dict(layers=4, width=128, heads=2, hidden=256, image_size=128), moe=dict(router='token', num_experts=8, capacity=1.25)))
+    model=dict(num_layers=4, width=128, num_heads=2, mlp_dim=256, image_size=128), moe=dict(router='token', num_experts=8, capacity_factor=1.25)))
 config.tasks.digit.batch_size = 64
 prepared = compiled_programs.prepare(preflight.for_tpu(config), topology.devices(where))
 spec, found = prepared.spec.model.spec, compiled_programs.evaluation(prepared)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import beside_libtpu, hlo, tpu_step
 
-_D, _F = tpu_step.WIDTH, tpu_step.HIDDEN
+_D, _F = tpu_step.WIDTH, tpu_step.MLP_DIM
 _KERNELS = {'qkv': 3 * _D * _D, 'attention_out': _D * _D, 'ffn_in': _D * _F, 'ffn_out': _F * _D}
 _GRID = np.arange(4).reshape(tpu_step.MESH['data'], tpu_step.MESH['expert'])
 _EXPERT, _DATA = (frozenset(map(frozenset, grid.tolist())) for grid in (_GRID, _GRID.T))
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.nightly
 
 
 @functools.cache
-def _sent() -> list[hlo.Sent]:
+def _sent() -> list[hlo.CollectiveArray]:
   pytest.importorskip('libtpu')
   with tempfile.TemporaryDirectory() as folder:
     file = f'{folder}/step.hlo'
@@ -27,15 +27,15 @@ def _sent() -> list[hlo.Sent]:
 
 def test_libtpu_sums_merged_kernels_in_bfloat16():
   """Over the expert axis; every device has a part of the width. It rounds to the dtype of products before it sums."""
-  merged = {tpu_step.ROWS * n // tpu_step.MESH['data'] for n in _KERNELS.values()}
-  sums = [s for s in _sent() if s.kind == 'all-reduce' and s.groups == _EXPERT and s.size >= min(merged)]
+  merged = {tpu_step.CONDITIONS * n // tpu_step.MESH['data'] for n in _KERNELS.values()}
+  sums = [s for s in _sent() if s.opcode == 'all-reduce' and s.groups == _EXPERT and s.size >= min(merged)]
   assert {s.size for s in sums} >= merged
   assert {s.dtype for s in sums} == {'bf16'}
 
 
 def test_libtpu_gathers_merged_kernels_over_data_and_no_experts():
-  gathered = [s for s in _sent() if s.kind == 'all-gather']
-  merged = {tpu_step.ROWS * n for n in _KERNELS.values()}
+  gathered = [s for s in _sent() if s.opcode == 'all-gather']
+  merged = {tpu_step.CONDITIONS * n for n in _KERNELS.values()}
   assert {s.size for s in gathered if s.groups == _DATA and s.dtype == 'bf16'} >= merged
   # Experts that lie on a device would be eight kernels.
-  assert max(s.bytes for s in gathered) < tpu_step.EXPERTS // 2 * min(_KERNELS.values()) * 2
+  assert max(s.bytes for s in gathered) < tpu_step.NUM_EXPERTS // 2 * min(_KERNELS.values()) * 2

@@ -41,7 +41,7 @@ where = topology.parse('v5e:2x2')
 topology.prepare_environment(where)
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import compiled_programs, cost, hlo
-config = compiled_programs_test._small(dict(model=dict(layers=6, width=256, heads=4, hidden=1024, remat=True), moe=dict(num_experts=8)))
+config = compiled_programs_test._small(dict(model=dict(num_layers=6, width=256, num_heads=4, mlp_dim=1024, remat=True), moe=dict(num_experts=8)))
 config.tasks.digit.batch_size = 64
 run = compiled_programs.prepare(config, topology.devices(where))
 for which in (None, compiled_programs.EVALUATION):
@@ -70,7 +70,7 @@ where = topology.parse('v5e:2x2')
 topology.prepare_environment(where)
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import compiled_programs
-config = compiled_programs_test._small(dict(model=dict(layers=2, width=1024, heads=8, hidden=2**20), moe=dict(router='dense')))  # 51 GB with its moments
+config = compiled_programs_test._small(dict(model=dict(num_layers=2, width=1024, num_heads=8, mlp_dim=2**20), moe=dict(router='dense')))  # 51 GB with its moments
 program = compiled_programs.train_step(compiled_programs.prepare(config, topology.devices(where)), None, where)
 print(program.memory, program.needs)
 """

@@ -177,8 +177,8 @@ def test_an_evaluator_that_no_flag_can_name_is_changed_in_the_config_file():
   for name in ('shape', 'class, held out', 'masked words'):
     c.evaluators[name] = config.evaluator('classification', 'shape', split='test', batch_size=64)
   first = next(changes.candidates(c, _MESH, evaluation=True))
-  assert first.flags == ("--config.evaluators.shape.batch_size=32, in the config file: config.evaluators['class, held out'].batch = 32; "
-                         "config.evaluators['masked words'].batch = 32")
+  assert first.flags == ("--config.evaluators.shape.batch_size=32, in the config file: config.evaluators['class, held out'].batch_size = 32; "
+                         "config.evaluators['masked words'].batch_size = 32")
   assert {e.batch_size for e in first.apply(c).evaluators.values()} == {32}
 
 

@@ -13,7 +13,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.routers import DENSE
 from uni_moe_jax.tasks.task_types import TaskType
 from uni_moe_jax.tools.bench import machine, uncached_search
-from uni_moe_jax.tools.bench.problems import Context
+from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.timing import estimate, interleaved, per_second, ratio
 

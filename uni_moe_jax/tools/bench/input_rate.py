@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 
 from uni_moe_jax.data.pipeline.mixtures import Batch, Mixture
-from uni_moe_jax.tools.bench.problems import Context, Repeated
+from uni_moe_jax.tools.bench.cases import Context, Repeated
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.timing import estimate, interleaved, per_second, ratio
 
 _BUDGET = Budget(1.05, 1.02)
 _AHEAD = 4  # batches that the pipeline may have ready: two that wait, two that are being made
 _FOR_EVER = 100_000  # steps
-_RECORDED = {'pictures/s': '14,000', 'clips/s': '90,000 frames a second'}  # from memory; as tools/bench/file_input.py has those of files
+_RECORDED = {'pictures/s': '14,000', 'clips/s': '90,000 frames a second'}  # from memory; as tools/bench/file_rate.py has those of files
 
 
 def feeding(context: Context) -> list[Row]:

@@ -10,7 +10,7 @@ from uni_moe_jax.model import batching
 from uni_moe_jax.model.initialization import init_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.routers import DENSE
-from uni_moe_jax.tools.bench.problems import Context
+from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.timing import estimate, interleaved, ratio
 

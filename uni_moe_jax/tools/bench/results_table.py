@@ -37,7 +37,7 @@ class Row:
   """One figure.
 
   Attributes:
-    subject: of `settings.SUBJECTS`. what: is measured.
+    subject: of `settings.SUITES`. what: is measured.
     figure: value and quartiles. unit: of them.
     budget: in that unit, or None: information.
     note: what a reader has to know.

@@ -7,7 +7,7 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 # Subject → what it measures. `compile` comes last: a CPU process that has compiled much is slower afterwards.
-SUBJECTS = {
+SUITES = {
     'routers': 'train and inference step of every router against dense, pictures and their names',
     'mixed': 'the mixed step of all tasks of the config, every router against dense',
     'published': "the published setting's train step against the published code's",
@@ -20,7 +20,7 @@ SUBJECTS = {
     'compile': 'compile time of the step of all tasks, and how it grows with layers',
 }
 # They read the config's own data.
-FROM_DATA = ('mixed', 'input', 'compile')
+FROM_CONFIG = ('mixed', 'input', 'compile')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ QUICK = Sizes(
 _QUICK_FLAGS = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 
 
-def compile_quickly() -> None:
+def set_quick_xla_flags() -> None:
   """Makes programs ready sooner and slower; to be called before JAX is imported."""
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_QUICK_FLAGS}'.strip()
 
@@ -90,6 +90,6 @@ def choose(names: list[str]) -> tuple[str, ...]:
     UsageError: a name that is none.
   """
   for name in names:
-    if name not in SUBJECTS:
-      raise UsageError(f'--subjects: {name!r} is unknown; {nearest(name, SUBJECTS)}.')
-  return tuple(s for s in SUBJECTS if s in names or not names)
+    if name not in SUITES:
+      raise UsageError(f'--suites: {name!r} is unknown; {nearest(name, SUITES)}.')
+  return tuple(s for s in SUITES if s in names or not names)

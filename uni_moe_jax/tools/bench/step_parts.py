@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from uni_moe_jax.config import validate
 from uni_moe_jax.model import batching
-from uni_moe_jax.tools.bench.problems import Context, Repeated
+from uni_moe_jax.tools.bench.cases import Context, Repeated
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.synthetic import REALISTIC
 from uni_moe_jax.tools.bench.timing import estimate, interleaved, ratio

@@ -9,21 +9,21 @@ import ml_collections
 
 from uni_moe_jax.tools.bench import (
   caption_rate,
-  file_input,
+  file_rate,
   input_rate,
   machine,
   merged_model,
   step_parts,
   training_steps,
 )
-from uni_moe_jax.tools.bench.problems import Context
+from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.settings import Sizes
 
 MEASURE = {
     'routers': training_steps.routers, 'mixed': training_steps.mixed, 'published': training_steps.published, 'sets': step_parts.sets,
     'decoding': caption_rate.caption_rate, 'exported': merged_model.exported, 'input': input_rate.feeding,
-    'files': file_input.files, 'optimizer': step_parts.optimizer, 'compile': step_parts.compile_}
+    'files': file_rate.files, 'optimizer': step_parts.optimizer, 'compile': step_parts.compile_}
 
 
 def measure(
@@ -32,7 +32,7 @@ def measure(
   """(header, rows) of the subjects, in their order; what runs is said on stderr.
 
   Args:
-    subjects: keys of `settings.SUBJECTS`. sizes: of the problems. config: whose tasks and data some subjects take.
+    subjects: keys of `settings.SUITES`. sizes: of the cases. config: whose tasks and data some subjects take.
     dtype: of products. devices: to run on; the first one by default, for which the budgets are set.
   """
   devices = jax.devices()[:1] if devices is None else devices

@@ -4,7 +4,7 @@ from typing import Any
 
 from uni_moe_jax.moe.routers import DENSE, ROUTERS
 from uni_moe_jax.tools.bench import flops, machine
-from uni_moe_jax.tools.bench.problems import Context, Repeated
+from uni_moe_jax.tools.bench.cases import Context, Repeated
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.synthetic import REALISTIC
 from uni_moe_jax.tools.bench.timing import Estimate, estimate, interleaved, per_second, ratio
@@ -23,7 +23,7 @@ _PUBLISHED_SECONDS = 3.2  # B 8, 1000 names of 8 tokens, dense and MoE alike
 def cases() -> dict[str, dict[str, Any]]:
   """Case → fields of config.moe: dense, every router that there is, and token routing with capacity."""
   found = {r: {'router': r} for r in (DENSE, *ROUTERS)}
-  found[_CAPACITY] = {'router': 'token', 'capacity': 1.0}
+  found[_CAPACITY] = {'router': 'token', 'capacity_factor': 1.0}
   return found
 
 

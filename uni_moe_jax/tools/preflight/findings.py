@@ -92,7 +92,7 @@ def render(f: Findings) -> str:
   if f.largest:
     lines += ['', *_about_largest(f)]
   if f.had_no_time:
-    lines += ['The search ended here: another compile would not have ended in time (--minutes).']
+    lines += ['The search ended here: another compile would not have ended in time (--time_budget).']
   lines += ['', f'It took {f.seconds:.0f} s.']
   if f.topology.chip.source:
     lines += ['', f'Peaks of the chip: {f.topology.chip.source}']

@@ -61,7 +61,7 @@ def plan(config: ml_collections.ConfigDict, which: Any, where: Topology) -> Plan
     folder, said = pathlib.Path(name), pathlib.Path(name) / 'said.txt'
     with said.open('wb') as out:
       environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}
-      child = subprocess.Popen([sys.executable, '-m', 'uni_moe_jax.preflight.planner', name], stdin=subprocess.PIPE, stdout=out,
+      child = subprocess.Popen([sys.executable, '-m', 'uni_moe_jax.tools.preflight.libtpu_process', name], stdin=subprocess.PIPE, stdout=out,
                                stderr=out, env=environment)
     try:
       with child.stdin as pipe:

@@ -1,4 +1,4 @@
-"""The process that `planned` starts: python -m uni_moe_jax.preflight.planner FOLDER. It is stopped before it ends."""
+"""The process that `planned` starts: python -m uni_moe_jax.tools.preflight.libtpu_process FOLDER. It is stopped before it ends."""
 
 import pathlib
 import pickle

@@ -22,7 +22,7 @@ class Context:
   """What every subject is given.
 
   Attributes:
-    sizes: of the benchmark's own problems. config: the one that was named; `mixed`, `input` and `compile` take their tasks,
+    sizes: of the benchmark's own cases. config: the one that was named; `mixed`, `input` and `compile` take their tasks,
       data and model from it.
     dtype: of products. peak: FLOP/s of float32 products, measured in this run. devices: to run on.
   """

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import tiny
 from uni_moe_jax.moe import routers
-from uni_moe_jax.tools.bench import caption_rate, problems, settings, step_parts, suites, training_steps
+from uni_moe_jax.tools.bench import caption_rate, cases, settings, step_parts, suites, training_steps
 
 _SIZES = settings.Sizes(
     rounds=1, num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, experts=2, batch_size=4, small_batch=2, names=20,
@@ -74,7 +74,7 @@ class SubjectsTest(parameterized.TestCase):
   @pytest.mark.nightly
   def test_the_recorded_seconds_are_scaled_by_the_peak(self):
     # At twice the recorded rate the published code would take half: 1.6 s.
-    context = problems.Context(_SIZES, None, 'float32', 2 * 195e9, jax.devices()[:1])
+    context = cases.Context(_SIZES, None, 'float32', 2 * 195e9, jax.devices()[:1])
     rows = {r.what: r for r in training_steps.published(context)}
     seconds = rows['train step, all names 4 tokens'].figure.value
     self.assertAlmostEqual(rows["all names 4 tokens / the published code's"].figure.value, seconds / 1.6)
@@ -107,7 +107,7 @@ class CompileTest(absltest.TestCase):
   def test_both_depths_are_compiled_twice_in_turn_after_one_that_does_not_count(self):
     depths, seconds = [], iter((99., 10., 12., 14., 11.))
     sizes = dataclasses.replace(_SIZES, rounds=11, compiled_layers=(12, 24))
-    context = problems.Context(sizes, _config(), 'float32', 1e9, jax.devices()[:1])
+    context = cases.Context(sizes, _config(), 'float32', 1e9, jax.devices()[:1])
     with mock.patch.object(step_parts, '_compile_seconds', lambda _, layers: depths.append(layers) or next(seconds)):
       small, large, growth = step_parts.compile_(context)
     self.assertEqual(depths, [12, 12, 24, 24, 12])
@@ -119,8 +119,8 @@ class CompileTest(absltest.TestCase):
 class RepeatedTest(absltest.TestCase):
 
   def test_the_state_goes_from_step_to_step(self):
-    context = problems.Context(_SIZES, None, 'float32', 1e9, jax.devices()[:1])
-    step = problems.Repeated(context.synthetic(context.pictures_and_names()))
+    context = cases.Context(_SIZES, None, 'float32', 1e9, jax.devices()[:1])
+    step = cases.Repeated(context.synthetic(context.pictures_and_names()))
     losses = [float(step()['loss/total']) for _ in range(3)]
     self.assertEqual(int(step.state.step), 3)
     self.assertLen(set(losses), 3)
@@ -129,7 +129,7 @@ class RepeatedTest(absltest.TestCase):
 class CaptionerTest(absltest.TestCase):
 
   def test_both_ways_find_the_same_captions(self):
-    context = problems.Context(_SIZES, None, 'float32', 1e9, jax.devices()[:1])
+    context = cases.Context(_SIZES, None, 'float32', 1e9, jax.devices()[:1])
     captioner = caption_rate.Captioner(context, 'attribute')
     for beams in (1, 2):
       found = np.asarray(captioner.cached(beams))

@@ -14,8 +14,8 @@ from uni_moe_jax.config import validate
 from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.files.file_dataset_examples import StoredBuilder
 from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture
+from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.input_rate import Stream
-from uni_moe_jax.tools.bench.problems import Context
 from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.timing import interleaved, per_second
 
