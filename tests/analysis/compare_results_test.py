@@ -94,7 +94,7 @@ def test_the_folder_holds_all_that_is_said_and_no_path_of_the_machine(found, fol
       '* context: not started.', '| evaluator | metric | chance | floors | dense | task | token | context |',
       '| class | top-1 | 0.1 | 1-nn 0.700 | 0.500 ± 0.196 | 0.500 ± 0.196 |  |  |',
       '| task | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) | -0.25 (-0.35 … -0.15) | 1.00 (0.00 … 1.00) |', '| token |  |  |  |  |',
-      '| router | attention experts | ffn experts | overlap |', '| task | 1.75 | 2.00 | 0.25 |', 'task, after (step 6):',
+      '| router | attention experts | mlp experts | overlap |', '| task | 1.75 | 2.00 | 0.25 |', 'task, after (step 6):',
       '| names | 1.00 | -0.25 |', '| motion ° | 6.00 | 1.00 |', '![experts, task](experts_task.png)', 'commit cccccccccccc,'):
     assert said in text, said
   assert str(folder) not in text + (out / 'results.json').read_text()

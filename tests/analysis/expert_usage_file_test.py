@@ -58,7 +58,7 @@ def test_the_report_shows_rows_their_users_and_the_overlap_of_tasks(tmp_path):
   (tmp_path / expert_usage_file.FILE).write_text(json.dumps(content()))
   page = html.write_report(tmp_path).read_text()
   section = page[page.index('id="experts"'):page.index('id="run"')]
-  for said in ('ffn router', '1001 (visual)', 'names &lt;a&gt;: visual; motion: visual', '>1.50<', 'at step &lt;7&gt;',
+  for said in ('mlp router', '1001 (visual)', 'names &lt;a&gt;: visual; motion: visual', '>1.50<', 'at step &lt;7&gt;',
                'names &lt;a&gt; and motion; layer 0: 0.50, layer 4: 0.00', '>0.25<'):
     assert said in section, said
   assert section.count('signed matrix') == 1

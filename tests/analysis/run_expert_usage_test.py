@@ -22,7 +22,7 @@ def _config(router, *tasks, **changes):
 
 @functools.cache
 def _measured(router, tasks, devices=1, accum=1):
-  run = train_run.build(_config(router, *tasks, accum=accum), jax.devices()[:devices])
+  run = train_run.build(_config(router, *tasks, grad_accum_steps=accum), jax.devices()[:devices])
   return run_expert_usage.measured(run, run.init().params, 'init', 2, 0)
 
 

@@ -130,7 +130,7 @@ def test_batches_repeat_with_their_seed_and_are_not_those_of_training():
 @pytest.mark.parametrize('accum', [1, 2])
 def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
   """Rows of 'pair', which lies behind 'other' in their group; the halves are not the same."""
-  c = _config('shape', 'pair', accum=accum)
+  c = _config('shape', 'pair', grad_accum_steps=accum)
   c.tasks.other, c.tasks.pair.batch_size = c.tasks.pair.copy_and_resolve_references(), 8
   c.tasks = type(c.tasks)({name: c.tasks[name] for name in ('shape', 'other', 'pair')})
   run = train_run.build(c, _one_device())

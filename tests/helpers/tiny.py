@@ -82,7 +82,7 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
           face=rng.choice(['serif', 'round'], 10), motion=rng.choice(MOTIONS, 10)), {'motion': MOTIONS}),
       'paragraphs': (dict(text=_sentences(rng, 24, 14), package=packages), {'package': PACKAGES}),
       'pairs': (dict(
-          text_a=_sentences(rng, 12, 4), text_b=_sentences(rng, 12, 12), label_column=rng.choice(['no', 'yes'], 12)),
+          text_a=_sentences(rng, 12, 4), text_b=_sentences(rng, 12, 12), label=rng.choice(['no', 'yes'], 12)),
           {'label': ('no', 'yes')}),
   }
 
