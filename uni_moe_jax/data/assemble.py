@@ -95,10 +95,10 @@ class Data:
     """Raises UsageError for pictures [H, W] or clips [T, H, W] that the model does not take."""
     *frames, H, W = shape
     T = frames[0] if frames else 1
-    if (H, W) != (self._model.image_size,) * 2 or T > self._model.max_frames:
+    if (H, W) != (self._model.image_size,) * 2 or T > self._model.max_num_frames:
       raise UsageError(
           f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model takes at most '
-          f'config.model.max_num_frames={self._model.max_frames} of config.model.image_size={self._model.image_size} pixels a side.')
+          f'config.model.max_num_frames={self._model.max_num_frames} of config.model.image_size={self._model.image_size} pixels a side.')
 
   def _entries(self, spec: SetSpec) -> tuple[class_names.Entry, ...]:
     """Entries of a target set: its own, those of a file, or the classes of 'source/column'; () for the vocabulary."""

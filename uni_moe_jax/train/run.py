@@ -81,7 +81,7 @@ class Run:
     key = np.asarray(jax.random.key_data(jax.random.key(self.config.seed)))
     return Step(jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None)), key, sharding.replicated(self.mesh))
 
-  def put(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+  def put_batch(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Places a host batch on the mesh: every process gives its own shards."""
     axis = 0 if self.config.train.grad_accum_steps == 1 else 1
     split, whole = sharding.batch_sharding(self.mesh, axis), sharding.replicated(self.mesh)
@@ -94,7 +94,7 @@ class Run:
 
     return {group: {k: place(k, v) for k, v in fields.items()} for group, fields in batch.items()}
 
-  def sets(self) -> Sets:
+  def target_sets(self) -> Sets:
     """Target sets on the devices."""
     return put_target_sets(self.data, self.plan, self.mesh)
 
