@@ -26,14 +26,14 @@ _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 
 
 def main() -> int:
-  from uni_moe_jax.config import validate
+  from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.data.pipeline import npz_records
   # Usage errors come before the slow imports below.
   names = settings.choose(_SUITES.value)
   if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
     raise UsageError(f'--output={_OUTPUT.value}: its folder does not exist; create it first.')
   config = cli.config_of(_CONFIG)
-  validate.resolve(config)
+  make_plan(config)
   if set(names) & set(settings.FROM_CONFIG):
     npz_records.check_directory(config.data.dir)
   if _QUICK.value:

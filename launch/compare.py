@@ -28,7 +28,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-  from uni_moe_jax.config import validate
+  from uni_moe_jax.config.plan import make_plan
   routers, folder = list(dict.fromkeys(_ROUTERS.value)), os.path.abspath(os.path.expanduser(_WORKDIR.value))
   if not routers:
     raise UsageError('--routers is empty: name at least one.')
@@ -38,7 +38,7 @@ def main() -> int:
   dense = {}
   for router in routers:  # mistakes are told before anything is trained
     config = cli.config_from(f'{file}:{router}', _OVERRIDE.value)
-    validate.resolve(config)
+    make_plan(config)
     dense[router] = config.moe.router == 'dense'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   from uni_moe_jax.analysis import compare_stages, study_cells, study_process

@@ -28,7 +28,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies,
 
 
 def main() -> int:
-  from uni_moe_jax.config import validate
+  from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = _WORKDIR.value
   # Mistakes are told before the libraries below are loaded, and before other processes are waited for.
@@ -38,7 +38,7 @@ def main() -> int:
     workdir_lib.claim_workdir(workdir, config)
   else:
     config = workdir_lib.load_config(workdir)
-  plan = validate.resolve(config)
+  plan = make_plan(config)
   writes = distributed.start(_DISTRIBUTED.value)
   from uni_moe_jax.eval import metrics, suite
   from uni_moe_jax.train import checkpoint

@@ -21,7 +21,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies,
 
 
 def main() -> int:
-  from uni_moe_jax.config import validate
+  from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.train import workdir as workdir_lib
   if _INIT.value and _STEP.value is not None:
     raise UsageError('--init and --step name two sets of parameters; give one.')
@@ -29,7 +29,7 @@ def main() -> int:
   workdir_lib.claim_workdir(_WORKDIR.value, config)  # only checks
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
-  validate.resolve(config)  # mistakes are told before slow libraries are loaded
+  make_plan(config)  # mistakes are told before slow libraries are loaded
   from uni_moe_jax.analysis import run_expert_usage
   for path in run_expert_usage.experts(config, _WORKDIR.value, _STEP.value, _INIT.value, _BATCHES.value, _SEED.value):
     print(path)

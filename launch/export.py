@@ -28,7 +28,7 @@ _TORCH = flags.DEFINE_bool('torch', False, 'Adds model.pth, the layout of the pu
 
 
 def main() -> int:
-  from uni_moe_jax.config import validate
+  from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = pathlib.Path(_WORKDIR.value)
   config = workdir_lib.load_config(workdir)  # mistakes are told before the libraries below are loaded
@@ -39,7 +39,7 @@ def main() -> int:
   from uni_moe_jax.train import checkpoint, loop
   from uni_moe_jax.train import run as train_run
   with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    step = checkpoints.latest() if validate.resolve(config).tasks else 0
+    step = checkpoints.latest() if make_plan(config).tasks else 0
     if step is None:
       raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')
     run = train_run.build(config)

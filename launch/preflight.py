@@ -30,12 +30,12 @@ flags.mark_flag_as_required('config')
 
 def main() -> int:
   started = time.monotonic()  # before the slow imports below: --time_budget is the wall time of the command
-  from uni_moe_jax.config import validate
+  from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.tools.preflight import topology
   # Usage errors come before the slow imports.
   target = topology.parse(_TOPOLOGY.value)
   config = cli.config_of(_CONFIG)
-  validate.resolve(config)
+  make_plan(config)
   if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
     raise UsageError(f'--output={_OUTPUT.value}: its folder does not exist; create it first.')
   topology.prepare_environment(target)

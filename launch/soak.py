@@ -22,9 +22,9 @@ flags.mark_flag_as_required('config')
 
 
 def main() -> int:
-  from uni_moe_jax.config import validate
+  from uni_moe_jax.config.plan import make_plan
   config = cli.config_of(_CONFIG)
-  validate.check_trains(validate.resolve(config))
+  make_plan(config).check_trains()
   from uni_moe_jax.faults import soak
   folder = pathlib.Path(_FOLDER.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)

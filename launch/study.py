@@ -31,14 +31,14 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-  from uni_moe_jax.config import validate
+  from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.train import finetuning, workdir
   if unknown := [r for r in _REGIMES.value if r not in finetuning.REGIMES]:
     raise UsageError(f'--regimes={unknown[0]} is unknown; choices: {", ".join(finetuning.REGIMES)}.')
   run, folder = (os.path.abspath(os.path.expanduser(f)) for f in (_RUN.value, _WORKDIR.value))
   for task in _TASKS.value:  # mistakes are told before anything is trained
     for regime in map(finetuning.REGIMES.get, _REGIMES.value):
-      validate.resolve(regime.config(regime.argument(run, task)))
+      make_plan(regime.config(regime.argument(run, task)))
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   from uni_moe_jax.analysis import study_cells, study_process
   every = study_cells.cells(_TASKS.value, _REGIMES.value, range(_SEEDS.value))

@@ -24,13 +24,13 @@ flags.mark_flag_as_required('config')
 
 def main() -> int:
   with cli.ended_by_signals(PREEMPTED):  # until the loop takes care of them
-    from uni_moe_jax.config import validate
+    from uni_moe_jax.config.plan import make_plan
     from uni_moe_jax.data.pipeline import npz_records
     from uni_moe_jax.train import workdir
     from uni_moe_jax.train.hang_detection import START, HangDetector
     # Mistakes are told before the slow libraries below are loaded.
     config = cli.config_of(_CONFIG)
-    validate.check_trains(validate.resolve(config))
+    make_plan(config).check_trains()
     distributed.start(_DISTRIBUTED.value)
     with HangDetector(config.train.hang_timeout) as watchdog, watchdog.phase(START):  # a disk may hang at the first look
       workdir.claim_workdir(_WORKDIR.value, config)

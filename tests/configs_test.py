@@ -16,7 +16,7 @@ from flax import traverse_util
 
 from tests.helpers import small_model
 from uni_moe_jax import config
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train import optimizer, workdir
@@ -78,7 +78,7 @@ def _spec(c: ml_collections.ConfigDict) -> ModelSpec:
   """The model of a config, without its data."""
   return ModelSpec.from_config(
       c, vocab_size=c.tokenizer.vocab_size, spe_id=1, prefix_word=None,
-      temperatures=validate.resolve(c).temperatures, router_tasks=task_types.router_tasks())
+      temperatures=make_plan(c).temperatures, router_tasks=task_types.router_tasks())
 
 
 @functools.cache
@@ -97,7 +97,7 @@ class EveryConfigTest(parameterized.TestCase):
 
   @parameterized.parameters(*_FILES)
   def test_it_resolves(self, path):
-    plan = validate.resolve(_get(path))
+    plan = make_plan(_get(path))
     self.assertNotEmpty(plan.probes if path.stem == 'zero_shot' else plan.tasks)
 
   @parameterized.parameters(*_FILES)
@@ -126,16 +126,16 @@ class PretrainTest(parameterized.TestCase):
   @parameterized.product(size=('tiny', 'small', 'base', 'large'), stage=('1', '2'), mixture=('', '-sampled'))
   def test_every_size_and_stage_resolves_to_sixteen_tasks(self, size, stage, mixture):
     c = self._get(f'{size}-attribute-{stage}{mixture}')
-    plan = validate.resolve(c)
+    plan = make_plan(c)
     self.assertLen(plan.tasks, 16)
     self.assertLen(plan.sets, 4)
-    validate.check_batches(plan, 256, c.train.grad_accum_steps)
+    plan.check_batches(256, c.train.grad_accum_steps)
     self.assertEqual(c.model.image_size, {'1': 160, '2': 224}[stage])
 
   @parameterized.parameters('dense', 'attribute', 'task', 'modality', 'token', 'context')
   def test_every_router_resolves(self, router):
     c = self._get(f'base-{router}-1')
-    validate.resolve(c)
+    make_plan(c)
     self.assertEqual(c.moe.router, router)
 
   def test_a_sampled_step_has_the_published_weights_and_the_batches_of_all_ranks(self):

@@ -10,10 +10,10 @@ import pytest
 from tests.helpers import small_config, small_model
 from uni_moe_jax.analysis import expert_usage
 from uni_moe_jax.analysis.expert_usage import Piece
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.moe import routers
 
-_PLAN = validate.resolve(small_config.config())
+_PLAN = make_plan(small_config.config())
 _SETS = {s.name: s for s in _PLAN.sets}
 
 

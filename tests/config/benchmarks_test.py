@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 from tests.helpers import invented as invented_data
 from tests.helpers import small_model, tiny
 from uni_moe_jax import config
-from uni_moe_jax.config import benchmarks, presets, schema, validate
+from uni_moe_jax.config import benchmarks, presets, schema
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import assemble
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
@@ -269,7 +270,7 @@ def test_glue_is_asked_in_the_published_words(name):
 @pytest.mark.parametrize('name', list(_GLUE))
 def test_records_of_glue_have_its_columns_and_classes(name, invented):
   c = _small(_config(name), invented)
-  plan = validate.resolve(c)
+  plan = make_plan(c)
   [t], data = plan.tasks, assemble.Data(c, plan)
   fields = next(evaluation_batches(data.examples(t, plan.evaluations[0].split), np.arange(4), 4))[0]
   slot = np.take_along_axis(fields['text'], fields['position'], 1)
@@ -354,7 +355,7 @@ def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, m
 @pytest.mark.parametrize('name', ['cola', 'coco_caption', 'vqa'])
 def test_a_benchmark_starts_from_a_run(trained, name, mode):
   c = _config(f'{name},{trained}{mode}')
-  plan, t = validate.resolve(c), c.tasks[name]
+  plan, t = make_plan(c), c.tasks[name]
   assert (c.train.init, c.model.width, c.model.max_text_len) == (trained, 16, 40)
   assert t.max_len == min(40, _PUBLISHED[name][1])  # the model has room for so many
   assert {e.task.name for e in plan.evaluations} == {name}

@@ -39,6 +39,7 @@ def test_right_ones_pass():
     ('optim.learning_rate', float('nan'), r'config\.optim\.learning_rate=nan must be a finite number'),
     ('optim.learning_rate', float('inf'), r'config\.optim\.learning_rate=inf must be a finite number'),
     ('train.encode_all_sets', 1, r'config\.train\.encode_all_sets=1 must be True or False'),
+    ('train.mask_duplicate_texts', 'masked', r"config\.train\.mask_duplicate_texts='masked' must be True or False"),
     ('moe.router', ['token'], r"config\.moe\.router=\('token',\) must be a text"),
     ('moe.placement', 3, r'config\.moe\.placement=3 must be a name or a tuple of layer indices'),
     ('moe.placement', ['first'], r"config\.moe\.placement\[0\]='first' must be a finite number"),
@@ -55,7 +56,7 @@ def test_right_ones_pass():
     ('target_sets.classes.entries', 'file:gs://b/x', r"config\.target_sets\.classes\.entries='file:gs://b/x' is an address"),
     ('train', 'fast', r"config\.train='fast' must be a section with the fields "),
     ('train.stpes', 3, r"config\.train\.stpes: the config has no such field; did you mean 'steps'"),
-    ('tasks.shape.bacth', 3, r"config\.tasks\.shape\.bacth: the config has no such field; did you mean 'batch'"),
+    ('tasks.shape.bacth', 3, r"config\.tasks\.shape\.bacth: the config has no such field; did you mean 'batch_size'"),
 ])
 def test_the_field_is_named(path, value, said):
   tree = _plain()

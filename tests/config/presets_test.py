@@ -1,7 +1,8 @@
 """Tasks of own data: what they and their evaluators are called."""
 
 from uni_moe_jax import config
-from uni_moe_jax.config import presets, validate
+from uni_moe_jax.config import presets
+from uni_moe_jax.config.plan import make_plan
 
 
 def _own(sources):
@@ -9,7 +10,7 @@ def _own(sources):
   for name, columns in sources.items():
     classes = {column: ('a', 'b') for column, kind in columns.items() if kind == 'class'}
     presets.own(c, name, columns, classes, ('train', 'test'))
-  validate.resolve(c)
+  make_plan(c)
   return {name: (t.type, t.label_column) for name, t in c.tasks.items()}, {name: e.task for name, e in c.evaluators.items()}, set(c.target_sets)
 
 

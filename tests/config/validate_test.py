@@ -3,7 +3,8 @@
 from absl.testing import absltest, parameterized
 
 from tests.helpers import small_config
-from uni_moe_jax.config import plan, validate
+from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import Plan, make_plan
 
 
 class BatchesTest(absltest.TestCase):
@@ -15,22 +16,22 @@ class BatchesTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, (
         r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\);'
         ' try 8')):
-      validate.check_batches(validate.resolve(c), shards=4, accum=2)
+      make_plan(c).check_batches(shards=4, accum=2)
 
   def test_the_interference_metric_needs_halves(self):
-    validate.check_halves(validate.resolve(small_config.config()), shards=2, accum=1)
+    make_plan(small_config.config()).check_halves(shards=2, accum=1)
     with self.assertRaisesRegex(ValueError, (
         r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 for config\.train\.interference_every > 0, which halves it '
         r'\(4 batch shards × 1 micro-steps × 2\); try 8, or interference_every=0')):
-      validate.check_halves(validate.resolve(small_config.config()), shards=4, accum=1)
+      make_plan(small_config.config()).check_halves(shards=4, accum=1)
 
   def test_batches_that_divide_pass(self):
-    validate.check_batches(validate.resolve(small_config.config()), shards=4, accum=1)
+    make_plan(small_config.config()).check_batches(shards=4, accum=1)
 
   def test_the_next_smaller_batch_is_proposed_where_there_is_one(self):
-    resolved: plan.Plan = validate.resolve(small_config.config()).only('shape')
+    resolved: Plan = make_plan(small_config.config()).only('shape')
     with self.assertRaisesRegex(ValueError, 'batch_size=8 must be a multiple of 3 .*; try 6'):
-      validate.check_batches(resolved, shards=3, accum=1)
+      resolved.check_batches(shards=3, accum=1)
 
 
 class MeshTest(parameterized.TestCase):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tests.helpers import tiny
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
@@ -23,7 +23,7 @@ def _data(merges=None, **fields):
   if merges is not None:
     config.tokenizer.update(type='clip', merges_path=str(merges))
   config.data.update(fields)
-  return Data(config, validate.resolve(config))
+  return Data(config, make_plan(config))
 
 
 @pytest.fixture(name='merges')
@@ -61,7 +61,7 @@ def test_a_trained_tokenizer_and_a_file_of_class_names_are_inputs_by_what_they_h
     (folder / 'names.tsv').write_text(listed)
     config = tiny.config('shape', data_dir=str(folder))
     config.target_sets.shapes.entries = 'file:names.tsv'
-    return Data(config, validate.resolve(config))
+    return Data(config, make_plan(config))
 
   first, again, other = data(), data('# the same\nbar\ndisc\nstar\n'), data('bar\tpole\ndisc\nstar\n')
   assert again.inputs == first.inputs != other.inputs
@@ -115,7 +115,7 @@ def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):
 ])
 def test_pictures_that_the_model_does_not_take_are_named(task, changes, said):
   config = tiny.config(task, 'text', data_dir=tiny.data_dir())
-  plan = validate.resolve(config)
+  plan = make_plan(config)
   asked = next(t for t in plan.tasks if t.name == task)
   Data(config, plan).examples(asked)  # as they are, they fit
   config.model.update(changes)
@@ -127,9 +127,9 @@ def test_a_vocabulary_that_the_text_cannot_give_names_its_field(tmp_path):
   config = tiny.config('text', data_dir=tiny.data_dir())
   config.tokenizer.vocab_size = 100_000
   with pytest.raises(ValueError, match=r'config\.tokenizer\.vocab_size=100000: These texts cannot give'):
-    Data(config, validate.resolve(config))
+    Data(config, make_plan(config))
   config.tokenizer.allow_smaller_vocab = True
-  assert 40 < Data(config, validate.resolve(config)).tokenizer.size < 10_000
+  assert 40 < Data(config, make_plan(config)).tokenizer.size < 10_000
   config.tokenizer.allow_smaller_vocab = False  # what was learnt does not stand in for what cannot be
   with pytest.raises(ValueError, match='These texts cannot give'):
-    Data(config, validate.resolve(config))
+    Data(config, make_plan(config))

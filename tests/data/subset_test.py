@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.examples import subset
 
@@ -15,7 +15,7 @@ _LABELS = np.array([0] * 20 + [1] * 8 + [2] * 2)
 
 
 def _task(**changes):
-  return dataclasses.replace(validate.resolve(tiny.config('shape')).tasks[0], **changes)
+  return dataclasses.replace(make_plan(tiny.config('shape')).tasks[0], **changes)
 
 
 def _counts(places):
@@ -51,10 +51,10 @@ def test_the_seed_chooses_and_nothing_else():
 @pytest.mark.parametrize('name', ['shape', 'caption', 'pair', 'package', 'text'])
 def test_training_reads_the_subset_and_evaluation_everything(name):
   config = tiny.config(name, data_dir=tiny.data_dir())
-  whole = Data(config, validate.resolve(config))
+  whole = Data(config, make_plan(config))
   task = whole._plan.tasks[0]
   config.tasks[name].train_fraction = .5
-  part = Data(config, validate.resolve(config))
+  part = Data(config, make_plan(config))
   less = part._plan.tasks[0]
   assert part.examples(less, training=True).size < whole.examples(task, training=True).size
   assert part.examples(less).size == whole.examples(task).size
@@ -63,9 +63,9 @@ def test_training_reads_the_subset_and_evaluation_everything(name):
 def test_a_subset_holds_the_same_examples_as_the_whole():
   """Pictures, labels and captions of one record stay together."""
   config = tiny.config('caption', data_dir=tiny.data_dir())
-  whole = Data(config, validate.resolve(config))
+  whole = Data(config, make_plan(config))
   config.tasks.caption.train_fraction = .4
-  part = Data(config, validate.resolve(config))
+  part = Data(config, make_plan(config))
 
   def rows(data):
     task = data._plan.tasks[0]

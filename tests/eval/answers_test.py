@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite
@@ -103,11 +103,11 @@ def test_clips_need_a_scale_that_some_trained_task_has():
   config = _config()
   config.tasks.clip.temperature = ''
   with pytest.raises(ValueError, match="config.tasks.clip.temperature='video_caption': no trained task has this group"):
-    validate.resolve(config)
+    make_plan(config)
 
 
 def test_an_answer_that_is_longer_than_a_caption_is_named_before_anything_runs():
   config = _config((*ANSWERS, 'small shape'))
   with pytest.raises(ValueError, match="config.tasks.clip.max_len=5 is too short for answer 'small shape' of "
                                        "config.evaluators.closed clips.answers='closed', which has [0-9]+ tokens"):
-    Data(config, validate.resolve(config))
+    Data(config, make_plan(config))

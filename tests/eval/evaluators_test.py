@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import evaluators
 from uni_moe_jax.eval.evaluators import Question
@@ -21,7 +21,7 @@ def data():
   for kind, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
                      ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
     config.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch_size=5)
-  plan = validate.resolve(config)
+  plan = make_plan(config)
   return plan, Data(config, plan)
 
 

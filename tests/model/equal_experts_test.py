@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from tests.helpers import small_model
 from uni_moe_jax import config
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import step
 
@@ -27,7 +27,7 @@ def _plan():
   c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.caption = config.task(
       'image_caption', 'glyphs', batch_size=_BATCH, target_set='vocabulary', caption_templates=('{name}',), max_len=_WORDS)
-  return validate.resolve(c)
+  return make_plan(c)
 
 
 def _spec(router: str):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.config.schema import FREEZE
 from uni_moe_jax.train import finetuning, workdir
 
@@ -37,7 +37,7 @@ def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, regime, task
   assert all(c.model[k] == v for k, v in old.model.items() if k not in added)
   assert (c.train.init, list(c.tasks), c.train.ema_decay, c.seed) == (run, [task], 0.0, 0)
   if task != 'caption':  # the run does not evaluate it
-    plan = validate.resolve(c)
+    plan = make_plan(c)
     assert {e.task.name for e in plan.evaluations} == {task}
     assert [t.name for t in plan.tasks] == ([] if regime is finetuning.zero_shot else [task])
 
@@ -80,7 +80,7 @@ def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(t
   c.tasks.digits = c.tasks.shape
   workdir.claim_workdir(tmp_path, c, 'print')
   text = finetuning.prompt_tune(f'{tmp_path},text').tasks.text
-  assert (text.per_class, text.subset, text.head) == (0, 0.01, False)
+  assert (text.shots, text.train_fraction, text.linear_head) == (0, 0.01, False)
   assert finetuning.finetune(f'{tmp_path},digits').tasks.digits.source == c.tasks.shape.source
 
 
@@ -115,13 +115,13 @@ def test_untuned_there_is_no_amount(run):
 def test_a_config_that_trains_nothing_needs_a_run_and_a_question(run):
   c = finetuning.zero_shot(f'{run},digits')
   with pytest.raises(ValueError, match='nothing to train; .*launch/evaluate.py'):
-    validate.check_trains(validate.resolve(c))
-  validate.check_trains(validate.resolve(finetuning.finetune(f'{run},digits')))
+    make_plan(c).check_trains()
+  make_plan(finetuning.finetune(f'{run},digits')).check_trains()
   for section, field in (('train', 'init'), (None, 'evaluators')):
     broken = finetuning.zero_shot(f'{run},digits')
     if section:
       broken[section][field] = ''
     else:
       broken[field] = {}
-    with pytest.raises(ValueError, match='no task with batch > 0'):
-      validate.resolve(broken)
+    with pytest.raises(ValueError, match='no task with batch_size > 0'):
+      make_plan(broken)

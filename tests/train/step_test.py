@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline.mixtures import Feed
 from uni_moe_jax.train import optimizer, step
 from uni_moe_jax.train import run as train_run
@@ -281,7 +281,7 @@ def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
   # `answer`, then one of `package`; rows are numbered.
   c = tiny.config('package', 'answer')
   c.tasks.answer.batch_size = 8
-  plan = validate.resolve(c)
+  plan = make_plan(c)
   model = dataclasses.replace(_set_run().spec.model, shards=2)
   spec = dataclasses.replace(_set_run().spec, plan=plan, model=model, grad_accum_steps=2)
   numbers = np.arange(6).reshape(2, 3, 1)

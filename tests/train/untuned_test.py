@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import in_process, saved_run, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.eval import suite
 from uni_moe_jax.train import finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
@@ -59,7 +59,7 @@ def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   c = _zero_shot(f'{run[0]},{task}')
   assert c.tasks[task].type == kind
   # The gates have never seen the rows of what is asked: attribute routing reads their bits.
-  trained, asked = ([str(row)[:8] for row in train_run.conditions(validate.resolve(config))] for config in (run[1], c))
+  trained, asked = ([str(row)[:8] for row in train_run.conditions(make_plan(config))] for config in (run[1], c))
   assert asked[0] not in trained
   c.evaluators[next(iter(c.evaluators))].num_examples = 20
   made, predictor, _ = saved_run.asked(c, tmp_path)

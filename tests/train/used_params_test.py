@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model, tiny
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.model.heads import MAX_SCALE
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
@@ -163,11 +163,11 @@ def test_a_head_and_prompts_of_targets_are_left_alone_without_them(holds, alone)
 def test_a_step_holds_the_label_prompts_of_the_sets_that_it_encodes():
   c = tiny.config('shape', 'package')
   c.target_sets.shapes.label_prompts = c.target_sets.packages.label_prompts = True
-  plan = validate.resolve(c)
+  plan = make_plan(c)
   assert step.holds(plan) == ('label_packages', 'label_shapes', 'target', 'text', 'visual')
   assert step.holds(plan.only('package')) == ('label_packages', 'target', 'text')
   c.target_sets.shapes.label_prompts = False
-  assert 'label_shapes' not in step.holds(validate.resolve(c))
+  assert 'label_shapes' not in step.holds(make_plan(c))
 
 
 def test_a_word_as_prefix_has_a_position_in_every_sequence():

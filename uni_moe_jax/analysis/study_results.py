@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from uni_moe_jax.analysis.study_cells import EVALUATION, UNTUNED, Cell
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import sources
 from uni_moe_jax.data.files import file_dataset_examples
 from uni_moe_jax.data.files.file_dataset import Stored
@@ -42,7 +42,7 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
   with Checkpoints(where, max_to_keep=None) as checkpoints:
     steps, after = checkpoints.latest(), checkpoints.restore_params()
   kept = warm_start.compare_params(_start(run), after, optimizer.frozen_paths(optimizer.match_param_groups(after, config.optim.param_groups)))
-  task = validate.resolve(config).tasks[0]
+  task = make_plan(config).tasks[0]
   records = sources.load(task.source, config.data.dir, task.split)
   places = (file_dataset_examples if isinstance(records, Stored) else examples).places
   return {'steps': steps, 'examples': len(places(records, task, config.seed)), 'drawn': steps * task.batch_size, **kept,

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import presets, validate
+from uni_moe_jax.config import presets
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -157,7 +158,7 @@ def _read_config(folder: pathlib.Path) -> int:
   c = workdir.load_config(folder)
   workdir.claim_workdir(folder, c)
   workdir.check_versions(folder)
-  validate.check_trains(validate.resolve(c))
+  make_plan(c).check_trains()
   npz_records.check_directory(c.data.dir)
   return 0
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import ml_collections
 
 from uni_moe_jax import config
-from uni_moe_jax.config import presets, validate
-from uni_moe_jax.config.plan import VOCABULARY, Plan
+from uni_moe_jax.config import presets
+from uni_moe_jax.config.plan import VOCABULARY, Plan, make_plan
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
@@ -174,7 +174,7 @@ def start_from(run: str, named: str) -> tuple[ml_collections.ConfigDict, Plan]:
     raise UsageError(f'{named}: {run!r} holds no run ({workdir.CONFIG_FILE} is missing); '
                      f'{nearest(pathlib.Path(run).name, others)}.')
   c = workdir.load_config(run)
-  plan = validate.resolve(c)
+  plan = make_plan(c)
   for section in ('optim', 'train', 'preflight', 'target_sets', 'tasks', 'evaluators'):
     c[section] = config.base()[section]
   c.seed, c.train.init, c.model.extra_temperature_groups = 0, run, plan.temperatures

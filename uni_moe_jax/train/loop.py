@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.config.validate import check_trains
 from uni_moe_jax.parallel import distributed
 from uni_moe_jax.parallel.multihost import (
   AnyProcess,
@@ -108,7 +107,7 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
   with Stop() as stop, HangDetector(config.train.hang_timeout) as watchdog, contextlib.ExitStack() as ending:
     with watchdog.phase(START), ends_with_the_others():
       run = build(config, devices)
-      check_trains(run.plan)
+      run.plan.check_trains()
       check_same_data(run.data.inputs)
       claim_workdir(workdir, config, run.data.fingerprint, distributed.is_primary(), run.data.inputs)
       if not broadcast_from_primary(not distributed.is_primary() or lock(workdir, ending)):

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from uni_moe_jax.config import validate
-from uni_moe_jax.config.plan import Plan
+from uni_moe_jax.config.plan import Plan, make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.mixtures import PER_BATCH, Batch, Feed, Mixture
 from uni_moe_jax.eval.predictor import Predictor
@@ -211,7 +211,7 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
   """Raises UsageError unless a task router has the names that the run to start from has learnt, and no other."""
   if config.moe.router != 'task' or old.moe.router != 'task':
     return
-  learnt, asked = router_tasks(validate.resolve(old)), router_tasks(plan)
+  learnt, asked = router_tasks(make_plan(old)), router_tasks(plan)
   if new := [name for name in asked if name not in learnt]:
     raise UsageError(f"config.moe.router='task': {config.train.init!r} has no embedding for {', '.join(new)}; it has "
                      f"{', '.join(learnt)}. Give the kind one of these as router_task, or start from a run with another "
@@ -230,18 +230,18 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
     data: what the run reads; by default what the config names.
 
   Raises:
-    UsageError, MissingFileError: a field that is wrong, data that is not there; see `resolve.resolve` and `Data`.
+    UsageError, MissingFileError: a field that is wrong, data that is not there; see `make_plan` and `Data`.
   """
-  plan = validate.resolve(config)
+  plan = make_plan(config)
   if config.train.init:
     _check_router(config, plan, workdir.load_config(config.train.init))
   mesh_fields = {axis: config.mesh[axis] for axis in sharding.AXES}
   mesh = sharding.make_mesh(mesh_fields, devices)
   validate.check_mesh(config, mesh.shape)
   shards = sharding.batch_shards(mesh)
-  validate.check_batches(plan, shards, config.train.grad_accum_steps)
+  plan.check_batches(shards, config.train.grad_accum_steps)
   if config.train.interference_every:
-    validate.check_halves(plan, shards, config.train.grad_accum_steps)
+    plan.check_halves(shards, config.train.grad_accum_steps)
   data = Data(config, plan) if data is None else data
   model = UniPerceiver(model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))

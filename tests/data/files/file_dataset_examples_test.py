@@ -12,7 +12,7 @@ from PIL import Image
 from tests.data import own_files
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.files import file_dataset, file_dataset_examples, file_dataset_rows, prepare, video_pixels
 from uni_moe_jax.data.pipeline import hashing
@@ -60,7 +60,7 @@ def run(data_dir):
   c.tasks.answer = task('text_classification', 'own:pairs', batch_size=4, target_set='answers', label_column='label',
                         template='{text_a} <eot> <spe> , {text_b} <eot>', max_len=20)
   c.tasks.book = task('text_mlm', 'own:book', batch_size=4, target_set='words', max_len=20, max_predictions=3)
-  plan = validate.resolve(c)
+  plan = make_plan(c)
   return plan, Data(c, plan)
 
 
@@ -172,7 +172,7 @@ def _examples(bad, training=True, fraction=0.5, unreadable=()):
   c.target_sets.ab = config_lib.target_set(('a', 'b'), family='names')
   c.tasks.x = config_lib.task('image_classification', 'own:x', batch_size=4, target_set='ab', label_column='label')
   builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, fraction)
-  return builder.build(validate.resolve(c).tasks[0], _records(bad, unreadable=unreadable))
+  return builder.build(make_plan(c).tasks[0], _records(bad, unreadable=unreadable))
 
 
 def _make(examples, ids):
@@ -206,7 +206,7 @@ def test_clips_of_a_batch_are_decoded_at_once_each_in_its_place(monkeypatch):
   c.tasks.x = config_lib.task('video_classification', 'own:x', batch_size=4, target_set='ab', label_column='label', num_frames=2)
   builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, True, False, 0, 0.5)
   records = file_dataset.Stored('own:x', 40, rows, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
-  made = _make(builder.build(validate.resolve(c).tasks[0], records), range(4))
+  made = _make(builder.build(make_plan(c).tasks[0], records), range(4))
   levels = made['pixels'].reshape(4, -1)
   assert (levels == levels[:, :1]).all() and (levels[:, 0] % 2 == made['label'][:, 0]).all()
   assert levels[[0, 1, 3], 0].tolist() == [0, 1, 3] and levels[2, 0] != 2  # which is no clip
@@ -300,7 +300,7 @@ def test_the_texts_of_a_whole_split_are_read_without_holding_its_pictures():
   c.target_sets.ab = config_lib.target_set(('a', 'b'), family='words')
   c.tasks.pair = config_lib.task('image_retrieval', 'own:x', batch_size=4, caption_templates=('{captions}',), max_len=8)
   c.tasks.asked = config_lib.task('vqa', 'own:x', batch_size=4, target_set='ab', label_column='answers', template='{q} <spe>', max_len=8)
-  vqa, pair = validate.resolve(c).tasks  # by name
+  vqa, pair = make_plan(c).tasks  # by name
   builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, False, False, 0, 0.0)
   assert builder.build(pair, records).references(np.arange(1000)) == [(f'text {i}', 'a text') for i in range(1000)]
   assert builder.build(vqa, records).references(np.arange(999, 0, -3)) == [('yes', f'{i}') for i in range(999, 0, -3)]
@@ -317,7 +317,7 @@ def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
   records = file_dataset.load('own:some', tmp_path, 'train')  # eight: 0…3 and 5…8
   c = tiny.config(data_dir='')
   c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch_size=4, caption_templates=('{captions}',), max_len=8)
-  [pair] = validate.resolve(c).tasks
+  [pair] = make_plan(c).tasks
   places = lambda *captions: file_dataset_examples.places(records, dataclasses.replace(pair, caption_templates=captions)).tolist()
   assert places('a picture') == list(range(8))
   assert places('{captions}') == [0, 1, 2, 3, 5, 6, 7]

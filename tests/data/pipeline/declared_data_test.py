@@ -6,7 +6,8 @@ import tensorflow as tf
 
 from tests.helpers import tiny
 from uni_moe_jax import config
-from uni_moe_jax.config import presets, validate
+from uni_moe_jax.config import presets
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline import declared_data
 from uni_moe_jax.data.pipeline.declared_data import DeclaredData
 from uni_moe_jax.tools.preflight import compiled_programs
@@ -47,7 +48,7 @@ def test_batches_have_the_shapes_and_the_places_of_real_ones(accum):
 def test_a_set_of_which_nothing_is_known_is_told():
   c = _config()
   with pytest.raises(ValueError) as raised:
-    DeclaredData(c, validate.resolve(c))
+    DeclaredData(c, make_plan(c))
   assert 'config.preflight.target_lengths.answers is missing: ' in str(raised.value)
   assert 'give ((tokens, entries), …), for example ((16, 1000),).' in str(raised.value)
 
@@ -56,7 +57,7 @@ def test_texts_that_the_config_lists_take_the_length_of_their_set():
   c = _config()
   for name in ('shapes', 'motions', 'packages', 'answers'):
     c.target_sets[name] = config.target_set(('a', 'b', 'c'), family=c.target_sets[name].family)
-  data = DeclaredData(c, validate.resolve(c))
+  data = DeclaredData(c, make_plan(c))
   [bucket] = data.sets['shapes'].buckets
   assert bucket['text'].shape == (3, 16) and bucket['valid'].all()
   assert data.sets['words'].size == 60
@@ -85,13 +86,13 @@ def test_a_wrong_declaration_is_told(field, value, said):
     del c.preflight[part][name]  # a value of another type in its place would be refused before
   c.preflight[part][name] = value
   with pytest.raises(ValueError, match=said):
-    validate.resolve(c)
+    make_plan(c)
 
 
 def test_what_recipes_declare_of_the_embedded_data_is_what_their_configs_use():
   c = config.base()
   presets.embedded(c)
-  plan = validate.resolve(c)
+  plan = make_plan(c)
   data = DeclaredData(c, plan)
   assert {s.name: data.sets[s.name].size for s in plan.sets if not s.is_vocabulary} == {
       'glyph_classes': 52, 'motions': 12, 'packages': 10}

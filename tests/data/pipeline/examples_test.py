@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tests.helpers import tiny
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.examples import Builder
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
@@ -25,7 +25,7 @@ def _tokenizer() -> SentencePieceTokenizer:
 
 
 def _task(name, **changes):
-  return dataclasses.replace(validate.resolve(tiny.config(name)).tasks[0], **changes)
+  return dataclasses.replace(make_plan(tiny.config(name)).tasks[0], **changes)
 
 
 def _build(name, training=True, classes=None, records=None, channels=1, **changes):

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tests.helpers import tiny
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline import hashing, mixtures
 from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture
@@ -33,7 +33,7 @@ def _mixture(seed=0, kind='all_tasks', feed=Feed(), weights=None, sampling=None,
     config.tasks[name].batch_size = (batch or BATCH)[name]
     config.tasks[name].loss_weight = (weights or {}).get(name, 1.)
     config.tasks[name].sampling_weight = (sampling or {}).get(name, 0.)
-  plan = validate.resolve(config)
+  plan = make_plan(config)
   return Mixture(plan, {n: _examples(n) for n in SIZES}, seed, kind, max_frames, feed)
 
 

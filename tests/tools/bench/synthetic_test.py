@@ -4,7 +4,7 @@ import numpy as np
 from absl.testing import absltest
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.tools.bench import synthetic
 
 
@@ -12,7 +12,7 @@ def _data(lengths, entries=20):
   c = config_lib.base()
   c.target_sets.names = config_lib.target_set('synthetic/names', family='names')
   c.tasks.classes = config_lib.task('image_classification', 'synthetic', batch_size=2, target_set='names', label_column='class')
-  plan = validate.resolve(c)
+  plan = make_plan(c)
   return synthetic.SyntheticData(plan, (4, 1), 50, entries, lengths), plan
 
 

@@ -8,7 +8,7 @@ from ml_collections import config_flags
 
 from tests.helpers import small_config
 from uni_moe_jax import config
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tools.preflight import changes, fit
 from uni_moe_jax.tools.preflight.compiled_programs import Memory, Program
@@ -160,7 +160,7 @@ def test_every_change_of_a_published_config_is_a_config_that_can_be_typed(arg):
     assert _typed(file, *change.flags.split(' ')) == changed
     mesh = sharding.mesh_shape({a: changed.mesh[a] for a in sharding.AXES}, 256)
     shards = mesh['replica'] * mesh['data'] * mesh['expert']
-    validate.check_batches(validate.resolve(changed), shards, changed.train.grad_accum_steps)
+    make_plan(changed).check_batches(shards, changed.train.grad_accum_steps)
 
 
 def test_an_evaluation_that_does_not_fit_is_asked_less_at_once():

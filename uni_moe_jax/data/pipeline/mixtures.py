@@ -95,7 +95,7 @@ class Mixture:
     return batch
 
   def _mixed(self, t: TaskSpec, count: tf.Tensor, place: np.ndarray, hashes: tf.Tensor, fields: dict[str, tf.Tensor]):
-    """Rows 2k and 2k + 1 of the global batch mixed: both of them are rows of one shard, see `resolve.check_batches`."""
+    """Rows 2k and 2k + 1 of the global batch mixed: both of them are rows of one shard, see `Plan.check_batches`."""
     pair = place // 2
     blended, boxed = (tf.gather(mixup.shares(alpha, t.batch_size // 2, self.seed, t.name, count), pair) if alpha else None
                       for alpha in (t.mixup_alpha, t.cutmix_alpha))

@@ -9,7 +9,8 @@ import jax
 import ml_collections
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import presets, validate
+from uni_moe_jax.config import presets
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.tools.bench.synthetic import SyntheticData
 from uni_moe_jax.train import run as train_run
@@ -75,7 +76,7 @@ class Context:
   def synthetic(self, config: ml_collections.ConfigDict, lengths: Mapping[int, float] | None = None) -> Run:
     """A run on random data; `lengths` of names, by default all have `sizes.name_tokens`."""
     s = self.sizes
-    data = SyntheticData(validate.resolve(config), (config.model.image_size, config.model.channels), s.vocabulary, s.names,
+    data = SyntheticData(make_plan(config), (config.model.image_size, config.model.channels), s.vocabulary, s.names,
                          lengths or {s.name_tokens: 1.0})
     return train_run.build(config, self.devices, data)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.files.file_dataset_examples import StoredBuilder
 from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture
@@ -100,7 +100,7 @@ def _stream(folder: pathlib.Path, name: str, sort: Sort, count: int, steps: int)
   kind, batch = 'video_classification' if sort.frames else 'image_classification', min(_BATCH, count)
   c.tasks[name] = config_lib.task(
       kind, f'own:{name}', batch_size=batch, target_set='classes', label_column='label', num_frames=sort.frames, crop=sort.crop, random_flip=True)
-  plan = validate.resolve(c)
+  plan = make_plan(c)
   builder = StoredBuilder(None, {'classes': _CLASSES}, sort.pixels, 3, True, False, 0, 0.0)  # no text, so no tokenizer
   examples = builder.build(plan.tasks[0], file_dataset.load(f'own:{name}', folder, 'train'))
   return Stream(Mixture(plan, {name: examples}, 0, 'all_tasks', c.model.max_num_frames, Feed()), steps), batch

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.compilation_cache import compilation_cache
 
-from uni_moe_jax.config import validate
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.model import batching
 from uni_moe_jax.tools.bench.cases import Context, Repeated
 from uni_moe_jax.tools.bench.results_table import Budget, Row
@@ -116,7 +116,7 @@ def compile_(context: Context) -> list[Row]:
   for i in range(min(s.rounds, _COMPILES)):  # one that has compiled much is slower: neither depth always comes later
     for layers in (small, large) if i % 2 == 0 else (large, small):
       seconds[layers].append(_compile_seconds(context, layers))
-  kinds = sorted({t.type.name for t in validate.resolve(context.own_config()).tasks})
+  kinds = sorted({t.type.name for t in make_plan(context.own_config()).tasks})
   where = f'{len(context.devices)} {context.devices[0].platform} device{"s" * (len(context.devices) > 1)}'
   note = (f"the config's step at D {s.width} on {where}; tracing, lowering and compiling, after one compile that is not counted; "
           f'kinds: {", ".join(kinds)}')

@@ -11,8 +11,7 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from uni_moe_jax.config import validate
-from uni_moe_jax.config.plan import TaskSpec
+from uni_moe_jax.config.plan import TaskSpec, make_plan
 from uni_moe_jax.data.pipeline.declared_data import DeclaredData
 from uni_moe_jax.data.pipeline.mixtures import PER_BATCH
 from uni_moe_jax.eval import predictor
@@ -83,11 +82,11 @@ def prepare(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Run:
   Raises:
     UsageError: see `setup.build` and `DeclaredData`.
   """
-  plan = validate.resolve(config)
+  plan = make_plan(config)
   if config.train.init:
     raise UsageError(f'config.train.init={config.train.init!r}: preflight looks at runs that start fresh; set it to \'\', the '
                      'step is the same.')
-  validate.check_trains(plan)
+  plan.check_trains()
   return train_run.build(config, devices, DeclaredData(config, plan))
 
 
