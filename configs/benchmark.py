@@ -7,7 +7,7 @@ The argument is BENCHMARK[,RUN[,finetune|prompts|untuned]]: imagenet1k, kinetics
 flickr30k_caption, flickr30k_retrieval, msvd_caption, msvd_retrieval, msrvtt_caption, msrvtt_retrieval, vqa, cola, sst2, mrpc, qqp,
 mnli, qnli or rte, and a trained or converted run to start from, which gives the model and the words. `prompts` tunes as
 configs/prompt_tune.py does, `untuned` is for launch/evaluate.py. Without a run the published tiny model starts afresh: that shows a
-pipeline, and scores little. docs/benchmarks.md says how to obtain each data set, and where a recipe is not the published one. What
+pipeline, and scores little. docs/guides/benchmarks.md says how to obtain each data set, and where a recipe is not the published one. What
 it should score depends on the run: the papers' tables hold for the authors' checkpoints; none was run here to its end.
 """
 

@@ -4,7 +4,7 @@
   python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
   python launch/evaluate.py --workdir=runs/embedded
 
-The argument is the router: --config=configs/embedded.py:dense (attribute by default). docs/embedded.md says what it reaches, and
+The argument is the router: --config=configs/embedded.py:dense (attribute by default). docs/results/embedded.md says what it reaches, and
 why it is as it is.
 """
 

@@ -10,7 +10,7 @@ pixels, 230 thousand steps) or 2 (224 pixels, 50 thousand, from stage 1). With -
 its sampling weight, as published; without, every step holds every task in the proportion in which those would be drawn, and
 weighs its loss so: the same expectation. Batches are those of 64 published ranks, in multiples of 256 examples, for 256 devices.
 
-docs/benchmarks.md says how to obtain the data. CLIP's merges lie where you start, or where --config.tokenizer.merges_path says. Sizes, loss
+docs/guides/benchmarks.md says how to obtain the data. CLIP's merges lie where you start, or where --config.tokenizer.merges_path says. Sizes, loss
 and sampling weights, rates and steps are those published for the base model; other sizes take them over. Not as published:
 bfloat16 instead of float16 with loss scaling; positions of pictures are computed, and not rescaled when stage 2 has more of them; a
 mixed step updates every parameter. It has not been run: no figures are promised.

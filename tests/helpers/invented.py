@@ -1,4 +1,4 @@
-"""Invented records of the benchmarks' sources: TFDS mocks its own, and own data has the columns that docs/benchmarks.md says."""
+"""Invented records of the benchmarks' sources: TFDS mocks its own, and own data has the columns that docs/guides/benchmarks.md says."""
 
 import contextlib
 import functools

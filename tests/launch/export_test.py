@@ -57,7 +57,7 @@ np.savez(sys.argv[2], log_p=log_p[64], said=said[64])
 
 def _walk() -> str:
   """README's lines from a trained run to a caption."""
-  return (_ROOT / 'README.md').read_text().partition('\n## Export\n')[2].partition('```bash\n')[2].partition('```')[0]
+  return (_ROOT / 'docs/guides/export.md').read_text().partition('```bash\n')[2].partition('```')[0]
 
 
 def _cannot_install(folder: pathlib.Path) -> str:

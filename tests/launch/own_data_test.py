@@ -24,7 +24,7 @@ _SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.ml
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_end_in_a_retrieval_result(tmp_path, monkeypatch, capfd):
-  _, walk = (_ROOT / 'README.md').read_text().split('## Your own data')
+  walk = (_ROOT / 'docs/guides/data.md').read_text()
   commands = [shlex.split(line)[1:] for line in walk.split('```bash\n')[1].split('```')[0].splitlines()]
   assert [script for script, *_ in commands] == [f'launch/{name}.py' for name in ('prepare_data', 'train', 'evaluate')]
   own_files.captioned(tmp_path / 'photos', 40)

@@ -1,4 +1,4 @@
-"""What the step of the base model sends between 64 devices, data 8 × expert 8: the formulas of docs/parallelism.md."""
+"""What the step of the base model sends between 64 devices, data 8 × expert 8: the formulas of docs/guides/multi_device.md."""
 
 import functools
 import math

@@ -1,6 +1,6 @@
 """The published pretraining tasks and downstream benchmarks as tables: sources, answer sets, batches, how each is evaluated.
 
-Sources are TFDS data sets where TFDS has them, and else own data under these names; docs/benchmarks.md says how to obtain each.
+Sources are TFDS data sets where TFDS has them, and else own data under these names; docs/guides/benchmarks.md says how to obtain each.
 Sizes, weights, lengths and augmentations are those of the published configs; batches are those of one process there. What is ours
 says so.
 """

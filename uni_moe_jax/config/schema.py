@@ -130,7 +130,7 @@ def base() -> ml_collections.ConfigDict:
       text_posemb_std=0.02,           # initial std of the position rows
       mimetic_init=False,  # independent | equal (attention starts among neighbours: short runs)
       # A patch of a clip comes with its change since the frame before, through a kernel of its own. Without it the direction of
-      # a motion is a product of time, place and light, which an hour of training did not find (docs/embedded.md).
+      # a motion is a product of time, place and light, which an hour of training did not find (docs/results/embedded.md).
       frame_differences=False,
       temporal_posemb_std=0.02,           # initial std of the temporal rows
       readout_token='<spe>',              # <spe>: LN(Word[spe]) | a word, embedded as a text of length 1

@@ -88,7 +88,7 @@ def train_all(c: ml_collections.ConfigDict) -> None:
 def train_prompts(c: ml_collections.ConfigDict) -> None:
   """Prompts, norms and linear heads train, see `recipes.prompt_tune`.
 
-  Targets have no prompts: what the run knows of names that few examples do not show stays what it is (docs/embedded.md).
+  Targets have no prompts: what the run knows of names that few examples do not show stays what it is (docs/results/embedded.md).
   """
   c.optim.update(dict(learning_rate=5e-3, warmup_steps=10))
   c.train.update(dict(steps=200, log_every=10, checkpoint_every=100))

@@ -25,5 +25,5 @@ def test_what_is_wrong_is_named(values, message):
 
 
 def test_a_missing_file_is_named_with_where_to_read_on(tmp_path):
-  with pytest.raises(FileNotFoundError, match='config.target_sets.x: the file of class names .*gone.tsv is not there; docs/benchmarks.md'):
+  with pytest.raises(FileNotFoundError, match='config.target_sets.x: the file of class names .*gone.tsv is not there; docs/guides/benchmarks.md'):
     class_names.read('file:gone.tsv', tmp_path, 'target_sets.x')

@@ -42,7 +42,7 @@ def read(values: str, directory: str | os.PathLike[str], field: str) -> tuple[En
   """
   path = pathlib.Path(os.path.expanduser(directory)) / values.removeprefix(FILE)
   if not path.is_file():
-    raise MissingFileError(f'config.{field}: the file of class names {path} is not there; docs/benchmarks.md says how to make it.')
+    raise MissingFileError(f'config.{field}: the file of class names {path} is not there; docs/guides/benchmarks.md says how to make it.')
   lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
   found = []
   for line in lines:
