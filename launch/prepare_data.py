@@ -24,8 +24,8 @@ _NAME = flags.DEFINE_string('name', None, 'What your data will be called: small 
 _TFDS = flags.DEFINE_string('tfds', None, 'TFDS data set, NAME[/CONFIG][:VERSION]: written where it can be read at random.')
 _VERSION = flags.DEFINE_string('version', '1.0.0', 'Of your data; the newest one is read.')
 _GIF = flags.DEFINE_enum('gif', 'image', ['image', 'video'], 'What a .gif in a folder by class is.')
-_HOLDOUT = flags.DEFINE_float('holdout', 0.1, 'Share that becomes the test split where the data names none.', 0, 1)
-_BAD = flags.DEFINE_float('max_bad_fraction', 0.1, 'More rows that must be skipped are an error.', 0, 1)
+_HOLDOUT = flags.DEFINE_float('test_fraction', 0.1, 'Share that becomes the test split where the data names none.', 0, 1)
+_BAD = flags.DEFINE_float('max_corrupt_fraction', 0.1, 'More rows that must be skipped are an error.', 0, 1)
 
 
 def main() -> int:

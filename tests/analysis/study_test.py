@@ -140,7 +140,7 @@ def _files(folder):
   (folder / 'in').mkdir()
   (folder / 'in/train.jsonl').write_text(''.join(
       json.dumps({'text_a': f'text {i}', 'text_b': 'b', 'label': 'xyz'[i % 3]}) + '\n' for i in range(12)))
-  prepare.prepare(folder / 'in', folder, 'three', holdout=0.0)
+  prepare.prepare(folder / 'in', folder, 'three', test_fraction=0.0)
   c = tiny.config(data_dir=str(folder))
   c.target_sets.three = config_lib.target_set('own:three/label', family='words')
   c.tasks.shape = config_lib.task('text_classification', 'own:three', batch_size=8, target_set='three', label_column='label',

@@ -77,9 +77,9 @@ def test_a_missing_merges_file_is_named_with_its_field(tmp_path):
     _data(tmp_path / 'gone.txt')
 
 
-@pytest.mark.parametrize('mask_specials', [False, True])
-def test_the_config_says_whether_random_words_may_be_special(merges, mask_specials):
-  data = _data(merges, mask_specials=mask_specials)
+@pytest.mark.parametrize('random_special_tokens', [False, True])
+def test_the_config_says_whether_random_words_may_be_special(merges, random_special_tokens):
+  data = _data(merges, random_special_tokens=random_special_tokens)
   task = next(t for t in data._plan.tasks if t.name == 'text')
   examples = data.examples(task, training=True)
   epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:400, :examples.size])
@@ -87,7 +87,7 @@ def test_the_config_says_whether_random_words_may_be_special(merges, mask_specia
   drawn = set(made['text'].numpy().ravel().tolist())
   # Texts hold `eot`, masks `spe`: the other three come as random words or not at all.
   others = data.tokenizer.special_ids - {data.tokenizer.eot, data.tokenizer.spe}
-  assert others & drawn == (others if mask_specials else set())
+  assert others & drawn == (others if random_special_tokens else set())
 
 
 def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):

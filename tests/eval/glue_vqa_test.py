@@ -6,7 +6,7 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.files.file_dataset import Stored
+from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.eval.evaluators import Question
 from uni_moe_jax.eval.samples import Samples
@@ -36,7 +36,7 @@ def _ask(kind, task, keys, examples, says, labels=None):
   c.tasks.t = task
   c.evaluators.e = config_lib.evaluator(kind, 't', split='test', batch_size=3)
   [e] = make_plan(c).evaluations
-  records = Stored('own:x', examples.size, None, {}, {'label': keys}, {} if labels is None else {'label': labels}, '')
+  records = FileDataset('own:x', examples.size, None, {}, {'label': keys}, {} if labels is None else {'label': labels}, '')
   question = Question(e, says, examples, records, records, keys, keys, None, Samples())
   return {s.name: s for s in EVALUATORS[kind](question)}
 

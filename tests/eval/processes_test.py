@@ -23,14 +23,14 @@ _TASKS = {
 
 def _prepare(root, data):
   """Pictures with captions, a question and its answers; pairs of texts; clips."""
-  own_files.captioned(root / 'photos', 5 * _ASKED['photos'])  # every fifth is for the test
+  own_files.write_captioned_images(root / 'photos', 5 * _ASKED['photos'])  # every fifth is for the test
   file = root / 'photos/data.jsonl'
   rows = [json.loads(line) for line in file.read_text().splitlines()]
   asked = [{'question': f'which {row["colour"]} has number {i}', 'answers': invented.answers(i // 5)} for i, row in enumerate(rows)]
   file.write_text(''.join(json.dumps({**row, **more}) + '\n' for row, more in zip(rows, asked)))
   prepare.prepare(root / 'photos', data, 'photos')
-  prepare.prepare(own_files.pairs(root / 'pairs', _ASKED['pairs']), data, 'pairs')
-  prepare.prepare(own_files.clips(root / 'clips', count=_ASKED['clips']), data, 'clips', holdout=0.0)
+  prepare.prepare(own_files.write_text_pairs(root / 'pairs', _ASKED['pairs']), data, 'pairs')
+  prepare.prepare(own_files.write_videos(root / 'clips', count=_ASKED['clips']), data, 'clips', test_fraction=0.0)
 
 
 def _config(data):

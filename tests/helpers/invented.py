@@ -11,7 +11,7 @@ from tensorflow_datasets.testing import mocking
 from tests.data import own_files
 from tests.helpers import tiny
 from uni_moe_jax.data.files import file_dataset
-from uni_moe_jax.data.files.file_dataset import Stored
+from uni_moe_jax.data.files.file_dataset import FileDataset
 
 EXAMPLES = 6
 
@@ -28,12 +28,12 @@ def _text(i: int, n: int = 6) -> str:
 
 @functools.cache
 def picture(i: int) -> bytes:
-  return own_files.encoded(own_files.picture('red', i, (20 + i, 30)))
+  return own_files.encode_image(own_files.color_image('red', i, (20 + i, 30)))
 
 
 @functools.cache
 def _clip(i: int) -> bytes:
-  return own_files.npy(own_files.moving(i % 2 == 0))
+  return own_files.npy_bytes(own_files.moving_bar(i % 2 == 0))
 
 
 class _Coco:
@@ -46,7 +46,7 @@ class _Coco:
     return [{'image': picture(i), 'image/filename': f'{i}.jpg', 'captions': {'text': [_text(i), _text(i + 100)]}} for i in keys]
 
 
-def _own(source: str) -> Stored:
+def _own(source: str) -> FileDataset:
   """Records with the columns that a benchmark's own data has."""
   name = source.removeprefix('own:')
   by_class, clips = name in ('kinetics400', 'kinetics700', 'moments', 'imagenet21k'), name in (
@@ -60,7 +60,7 @@ def _own(source: str) -> Stored:
       'image': picture, 'video': _clip, 'label': lambda i: classes['label'][i % 2], 'question': _text, 'text': _text,
       'answers': answers, 'captions': lambda i: (_text(i), _text(i + 100))}
   rows = lambda ids: [{c: value[c](i) for c in columns} for i in ids.tolist()]
-  return Stored(source, EXAMPLES, rows, columns, classes, {}, source)
+  return FileDataset(source, EXAMPLES, rows, columns, classes, {}, source)
 
 
 def write_class_names(folder: pathlib.Path) -> None:

@@ -27,7 +27,7 @@ def test_the_commands_of_the_readme_end_in_a_retrieval_result(tmp_path, monkeypa
   walk = (_ROOT / 'docs/guides/data.md').read_text()
   commands = [shlex.split(line)[1:] for line in walk.split('```bash\n')[1].split('```')[0].splitlines()]
   assert [script for script, *_ in commands] == [f'launch/{name}.py' for name in ('prepare_data', 'train', 'evaluate')]
-  own_files.captioned(tmp_path / 'photos', 40)
+  own_files.write_captioned_images(tmp_path / 'photos', 40)
   (tmp_path / 'configs').symlink_to(_ROOT / 'configs')
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', str(tmp_path))  # where data goes that no flag sends elsewhere
@@ -53,17 +53,17 @@ def _own(arg: str):
 def data(tmp_path_factory):
   """Pictures with captions and odd rows, a folder by class, clips, and pairs of texts."""
   root, data = tmp_path_factory.mktemp('in'), tmp_path_factory.mktemp('data')
-  own_files.odd_rows(own_files.captioned(root / 'photos', 60))
-  prepare.prepare(root / 'photos', data, 'photos', max_bad_fraction=0.5)
+  own_files.append_odd_rows(own_files.write_captioned_images(root / 'photos', 60))
+  prepare.prepare(root / 'photos', data, 'photos', max_corrupt_fraction=0.5)
   for split, count in (('train', 12), ('test', 3)):
     for i in range(count):
-      place = root / 'folder' / split / list(own_files.COLOURS)[i % 3]
+      place = root / 'folder' / split / list(own_files.COLORS)[i % 3]
       place.mkdir(parents=True, exist_ok=True)
-      (place / f'{i}.JPG').write_bytes(own_files.encoded(own_files.picture(place.name, i)))
+      (place / f'{i}.JPG').write_bytes(own_files.encode_image(own_files.color_image(place.name, i)))
   prepare.prepare(root / 'folder', data, 'folder')
-  own_files.clips(root / 'clips', count=12)
-  prepare.prepare(root / 'clips', data, 'clips', holdout=0.3)
-  prepare.prepare(own_files.pairs(root / 'pairs'), data, 'pairs')
+  own_files.write_videos(root / 'clips', count=12)
+  prepare.prepare(root / 'clips', data, 'clips', test_fraction=0.3)
+  prepare.prepare(own_files.write_text_pairs(root / 'pairs'), data, 'pairs')
   return data
 
 

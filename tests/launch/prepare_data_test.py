@@ -46,9 +46,9 @@ def test_the_command_that_a_source_asks_for_prepares_it(tmp_path, capsys):
   for split, size in _SIZES.items():
     records = file_dataset.load('tfds:tiny_reviews', tmp_path, split)
     assert (records.size, records.classes) == (size, {'label': _CLASSES})
-    rows = records.rows(np.arange(size))
+    rows = records.read(np.arange(size))
     assert {row['text'] for row in rows} == {f'{split} {i}' for i in range(size)}
     assert all(row['label'] == _CLASSES[int(row['text'].split()[1]) % 2] for row in rows)
-    assert records.rows(np.array([2, 0])) == [rows[2], rows[0]]
+    assert records.read(np.array([2, 0])) == [rows[2], rows[0]]
 
   assert in_process.run(_ROOT / script, *arguments) == 0  # once more does no harm

@@ -15,7 +15,7 @@ from uni_moe_jax.analysis.study_cells import EVALUATION, UNTUNED, Cell
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import sources
 from uni_moe_jax.data.files import file_dataset_examples
-from uni_moe_jax.data.files.file_dataset import Stored
+from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import examples
 from uni_moe_jax.eval import metrics
 from uni_moe_jax.train import optimizer, warm_start, workdir
@@ -44,8 +44,8 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
   kept = warm_start.compare_params(_start(run), after, optimizer.frozen_paths(optimizer.match_param_groups(after, config.optim.param_groups)))
   task = make_plan(config).tasks[0]
   records = sources.load(task.source, config.data.dir, task.split)
-  places = (file_dataset_examples if isinstance(records, Stored) else examples).places
-  return {'steps': steps, 'examples': len(places(records, task, config.seed)), 'drawn': steps * task.batch_size, **kept,
+  example_ids = file_dataset_examples.example_ids if isinstance(records, FileDataset) else examples.places
+  return {'steps': steps, 'examples': len(example_ids(records, task, config.seed)), 'drawn': steps * task.batch_size, **kept,
           'share': kept['trained'] / kept['parameters']}
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
 from uni_moe_jax.data import sources
-from uni_moe_jax.data.files.file_dataset import Stored
-from uni_moe_jax.data.files.file_dataset_examples import StoredBuilder
+from uni_moe_jax.data.files.file_dataset import FileDataset
+from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.examples import Builder, Examples
@@ -40,7 +40,7 @@ class Data:
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
     """Raises MissingFileError for data that is not prepared, UsageError for a config that does not fit it."""
     self._dir, self._model, self._plan = config.data.dir, config.model, plan
-    self._records: dict[tuple[str, str], Records | Stored] = {}
+    self._records: dict[tuple[str, str], Records | FileDataset] = {}
     trained = [self.records(t.source, t.split) for t in plan.tasks]
     file = config.tokenizer.path
     if config.train.init and not file:  # the parameters of another run mean that run's words
@@ -60,8 +60,8 @@ class Data:
     self._builders = {
         training: Builder(self.tokenizer, keys, self._model.channels, training, config.data.random_special_tokens, config.seed)
         for training in (True, False)}
-    self._stored_builders = {
-        training: StoredBuilder(self.tokenizer, keys, self._model.image_size, self._model.channels, training,
+    self._file_builders = {
+        training: FileExampleBuilder(self.tokenizer, keys, self._model.image_size, self._model.channels, training,
                                 config.data.random_special_tokens, config.seed, config.data.max_corrupt_fraction)
         for training in (True, False)}
 
@@ -71,22 +71,22 @@ class Data:
       for text in self.sets[e.constrain_to].texts if e.constrain_to else ():
         if (tokens := len(self.tokenizer.encode(text)) + 1) > e.task.max_len:
           raise UsageError(
-              f'config.tasks.{e.task.name}.length={e.task.max_len} is too short for answer {text!r} of config.evaluators.'
-              f'{e.name}.answers={e.constrain_to!r}, which has {tokens} tokens, the end included; raise it to {tokens}, or leave '
+              f'config.tasks.{e.task.name}.max_len={e.task.max_len} is too short for answer {text!r} of config.evaluators.'
+              f'{e.name}.constrain_to={e.constrain_to!r}, which has {tokens} tokens, the end included; raise it to {tokens}, or leave '
               'the answer out.')
 
-  def records(self, source: str, split: str) -> Records | Stored:
+  def records(self, source: str, split: str) -> Records | FileDataset:
     """One split of a source."""
     if (source, split) not in self._records:
       self._records[source, split] = sources.load(source, self._dir, split)
     return self._records[source, split]
 
-  def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, views: int = 1, crops: int = 1) -> Examples:
-    """A task's examples over its own or another split; of clips of files as many views × crops at evaluation."""
+  def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, num_views: int = 1, num_crops: int = 1) -> Examples:
+    """A task's examples over its own or another split; of clips of files num_views × num_crops at evaluation."""
     task = task if split is None else dataclasses.replace(task, split=split)
     records = self.records(task.source, task.split)
-    if isinstance(records, Stored):
-      return dataclasses.replace(self._stored_builders[training], views=views, crops=crops).build(task, records)
+    if isinstance(records, FileDataset):
+      return dataclasses.replace(self._file_builders[training], num_views=num_views, num_crops=num_crops).build(task, records)
     if task.type.visual and 'pixels' in records.columns:
       self._check_size(task, records.columns['pixels'].shape[1:])
     return self._builders[training].build(task, records)
@@ -117,7 +117,7 @@ class Data:
     return class_names.entries(classes[column], field)
 
   def _make_tokenizer(
-      self, config: ml_collections.ConfigDict, file: str, trained: list[Records | Stored]) -> tuple[Tokenizer, pathlib.Path, str]:
+      self, config: ml_collections.ConfigDict, file: str, trained: list[Records | FileDataset]) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint of what that file says)."""
     if config.type == 'clip':
       tokenizer = ClipTokenizer(config.merges_path)
@@ -130,7 +130,7 @@ class Data:
     path = self._train_tokenizer(trained, config.vocab_size, config.allow_smaller_vocab)
     return SentencePieceTokenizer(path), path, path.stem
 
-  def _train_tokenizer(self, trained: list[Records | Stored], vocab_size: int, fewer: bool) -> pathlib.Path:
+  def _train_tokenizer(self, trained: list[Records | FileDataset], vocab_size: int, fewer: bool) -> pathlib.Path:
     """Model file for this text and size; trained once."""
     texts = np.unique([text for r in trained for text in _texts(r)]).tolist()
     size = f'{vocab_size} or fewer' if fewer else str(vocab_size)
@@ -148,8 +148,8 @@ class Data:
     return path
 
 
-def _texts(records: Records | Stored) -> list[str]:
+def _texts(records: Records | FileDataset) -> list[str]:
   """What a tokenizer learns from: every text in memory, or a sample of those in files."""
-  if isinstance(records, Stored):
-    return records.texts(_SAMPLED_VISUAL if records.media() else _SAMPLED)
+  if isinstance(records, FileDataset):
+    return records.sample_texts(_SAMPLED_VISUAL if records.media() else _SAMPLED)
   return [text for c in records.columns.values() if c.dtype.kind == 'U' for text in np.unique(c).tolist()]

@@ -7,7 +7,7 @@ import numpy as np
 
 from uni_moe_jax.data.embedded import digits, docstring_texts, glyph_videos, glyphs
 from uni_moe_jax.data.files import file_dataset
-from uni_moe_jax.data.files.file_dataset import Stored
+from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.utils.errors import UsageError
@@ -33,13 +33,13 @@ SOURCES: dict[str, Callable[[str, str], Records]] = {
 }
 
 
-def load(name: str, directory: str, split: str) -> Records | Stored:
+def load(name: str, directory: str, split: str) -> Records | FileDataset:
   """Records of a named source: in memory, or in files for 'own:…' and 'tfds:…'.
 
   Raises:
     UsageError: unknown name or split. MissingFileError: the source is not prepared in the directory.
   """
-  if file_dataset.is_stored(name):
+  if file_dataset.is_file_source(name):
     return file_dataset.load(name, directory, split)
   if name not in SOURCES:
     raise UsageError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is '{file_dataset.OWN}NAME', a TFDS "

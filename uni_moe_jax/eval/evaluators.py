@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation
-from uni_moe_jax.data.files.file_dataset import Stored
+from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline.examples import Examples, TextTable, places, text_rows
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.records import Records
@@ -43,8 +43,8 @@ class Question:
   evaluation: Evaluation
   predictor: Predictor
   examples: Examples
-  asked: Records | Stored
-  trained: Records | Stored
+  asked: Records | FileDataset
+  trained: Records | FileDataset
   texts: tuple[str, ...]
   keys: tuple[str, ...]
   tokenizer: Tokenizer
@@ -63,7 +63,7 @@ class Question:
 
   def pixels(self, ids: np.ndarray) -> np.ndarray:
     """What some examples show: uint8 [n, T, H, W] or [n, T, H, W, C]."""
-    if isinstance(self.asked, Stored):
+    if isinstance(self.asked, FileDataset):
       found = next(evaluation_batches(self.examples, ids, len(ids)))[0]['pixels']
       return found[:, 0] if found.ndim == 6 else found
     found = self.asked.columns['pixels'][places(self.asked, self.task)[ids]]
@@ -112,7 +112,7 @@ def _view_mean(q: Question, fields: dict[str, np.ndarray]) -> np.ndarray:
 
 def known_answers(q: Question, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """(training labels [N], or none; labels that simple predictors give the asked examples, by name)."""
-  if isinstance(q.trained, Stored):
+  if isinstance(q.trained, FileDataset):
     if q.task.label_column not in q.trained.labels:
       return np.zeros(0, int), {}
     place = {name: i for i, name in enumerate(q.keys)}
@@ -284,7 +284,7 @@ def masked_language_modelling(q: Question) -> list[Score]:
     return nll, log_p.argmax(-1) == fields['label'], fields['label'], fields['weight'] > 0
 
   nll, hits, labels, counted = q.gather(q.ids(), ask)
-  texts = q.trained.texts(_COUNTED) if isinstance(q.trained, Stored) else q.trained.columns['text'].tolist()
+  texts = q.trained.sample_texts(_COUNTED) if isinstance(q.trained, FileDataset) else q.trained.columns['text'].tolist()
   tokens = q.tokenizer.encode_batch(texts)
   counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=q.tokenizer.size)
   counts[q.tokenizer.eot] += len(tokens)

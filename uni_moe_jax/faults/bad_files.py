@@ -70,10 +70,10 @@ def _prepared(kind: str, what: str, rng: random.Random, folder: pathlib.Path, so
     _load_libraries()
 
   def main() -> int | str:
-    rows, skipped = prepare.examined(source, max_bad_fraction=limit)
+    rows, skipped = prepare.read_checked_rows(source, max_corrupt_fraction=limit)
     if written:
-      said = prepare.prepare(source, folder / 'data', name, holdout=0.0, max_bad_fraction=limit)
-      kept = sum(len(file_dataset.load(f'own:{name}', folder / 'data', split).rows(np.arange(size)))
+      said = prepare.prepare(source, folder / 'data', name, test_fraction=0.0, max_corrupt_fraction=limit)
+      kept = sum(len(file_dataset.load(f'own:{name}', folder / 'data', split).read(np.arange(size)))
                  for split, size in said['splits'].items())
       if kept != len(rows):
         raise AssertionError(f'{len(rows)} rows were sound, {kept} were written')
@@ -90,7 +90,7 @@ def _load_libraries() -> None:
     source = pathlib.Path(folder, 'one.txt')
     source.write_text('line')
     prepare.prepare(source, pathlib.Path(folder), 'one')
-    file_dataset.load('own:one', folder, 'train').rows(np.array([0]))
+    file_dataset.load('own:one', folder, 'train').read(np.array([0]))
 
 
 def _skipped(*reasons: str) -> str:
@@ -118,8 +118,8 @@ def picture_case(rng: random.Random, folder: pathlib.Path) -> Case:
 
   def main() -> int | str:
     try:
-      found = media.picture(path)
-    except media.Broken as e:
+      found = media.read_image(path)
+    except media.CorruptFile as e:
       return _skipped(str(e))
     pixels = tf.io.decode_image(found.data, channels=3, expand_animations=False).numpy()
     if pixels.shape != (*found.size[::-1], 3):
@@ -141,10 +141,10 @@ def clip_case(rng: random.Random, folder: pathlib.Path) -> Case:
 
   def main() -> int | str:
     try:
-      found = media.FrameArrays().clip(path, 0) if form == 'npz' else media.clip(path)
-    except media.Broken as e:
+      found = media.FrameArrays().read_video(path, 0) if form == 'npz' else media.read_video(path)
+    except media.CorruptFile as e:
       return _skipped(str(e))
-    frames = video.sample(found.data, np.array([0.1, 0.5, 0.9]))
+    frames = video.sample_frames(found.data, np.array([0.1, 0.5, 0.9]))
     if frames.shape != (3, *found.size[:0:-1], 3) or frames.dtype != np.uint8:
       raise AssertionError(f'a clip of size {found.size} gives frames {frames.dtype}{frames.shape}')
     return 0

@@ -208,7 +208,7 @@ def _own_data(rng: random.Random, place: pathlib.Path) -> tuple[str, list[str]]:
   elif not source.suffix:
     (source / rng.choice(('a', 'b/c/d/e'))).mkdir(parents=True)
     (source / 'a.png').write_bytes(rng.randbytes(99))
-  more = rng.choice(([], [], ['--max_bad_fraction=1'], ['--holdout=2'], ['--version=1'], ['--gif=film'], ['--name=../x']))
+  more = rng.choice(([], [], ['--max_corrupt_fraction=1'], ['--test_fraction=2'], ['--version=1'], ['--gif=film'], ['--name=../x']))
   return 'own data', [_script('prepare_data.py'), f'--input={source}', '--name=x', f'--data_dir={place}/out', *more]
 
 

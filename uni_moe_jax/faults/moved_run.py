@@ -75,7 +75,7 @@ def prepare(folder: pathlib.Path) -> None:
   (folder / prepared.FOLDER / INVENTED).rename(folder / 'tfds' / INVENTED)
   _prepare_clips(folder, 'films', 16, rng)
   (folder / 'book.txt').write_text('\n'.join(f'{_sentence(rng)} {i}' for i in range(40)))
-  prepared.prepare(folder / 'book.txt', folder, 'book', holdout=0.0)
+  prepared.prepare(folder / 'book.txt', folder, 'book', test_fraction=0.0)
 
 
 def _prepare_pictures(folder: pathlib.Path, name: str, count: int, rng: np.random.Generator, without: int | None = None) -> None:

@@ -14,7 +14,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.files import file_dataset, file_dataset_examples, file_dataset_rows, prepare, video_pixels
+from uni_moe_jax.data.files import file_dataset, file_dataset_examples, file_dataset_fields, prepare, video_pixels
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import Faults
 from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture, evaluation_batches
@@ -27,15 +27,15 @@ SIDE = 16
 def data_dir(tmp_path_factory):
   """Captioned pictures, clips and labelled pairs of texts, prepared."""
   root, data = tmp_path_factory.mktemp('in'), tmp_path_factory.mktemp('data')
-  prepare.prepare(own_files.captioned(root / 'pictures'), data, 'colours')
-  prepare.prepare(own_files.clips(root / 'clips'), data, 'moves', holdout=0.0)
+  prepare.prepare(own_files.write_captioned_images(root / 'pictures'), data, 'colours')
+  prepare.prepare(own_files.write_videos(root / 'clips'), data, 'moves', test_fraction=0.0)
   (root / 'pairs').mkdir()
   lines = [{'text_a': f'the bar is {c}', 'text_b': f'it has colour {d}', 'label': 'yes' if c == d else 'no'}
-           for c in own_files.COLOURS for d in own_files.COLOURS]
+           for c in own_files.COLORS for d in own_files.COLORS]
   (root / 'pairs/train.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   prepare.prepare(root / 'pairs', data, 'pairs')
-  (root / 'book.txt').write_text('\n'.join(f'the {c} bar has number {i}' for i in range(30) for c in own_files.COLOURS))
-  prepare.prepare(root / 'book.txt', data, 'book', holdout=0.0)
+  (root / 'book.txt').write_text('\n'.join(f'the {c} bar has number {i}' for i in range(30) for c in own_files.COLORS))
+  prepare.prepare(root / 'book.txt', data, 'book', test_fraction=0.0)
   return data
 
 
@@ -114,7 +114,7 @@ def test_a_picture_is_evaluated_on_the_middle_of_its_short_side(run, data_dir):
   _, _, fields = _asked(run, 'pair')
   records = file_dataset.load('own:colours', data_dir, 'test')
   import io
-  picture = Image.open(io.BytesIO(records.rows(np.array([0]))[0]['image'])).convert('RGB')  # 32 × 24
+  picture = Image.open(io.BytesIO(records.read(np.array([0]))[0]['image'])).convert('RGB')  # 32 × 24
   expected = picture.resize((21, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16))
   difference = np.abs(fields['pixels'][0, 0].astype(int) - np.asarray(expected).astype(int))
   assert difference.max() <= 16 and difference.mean() < 2  # TensorFlow's JPEG is a fast one
@@ -142,7 +142,7 @@ def test_running_text_goes_on_with_the_next_records(run):
   data, _, fields = _asked(run, 'book')
   text = np.where(fields['text'] == data.tokenizer.spe, -1, fields['text'])[0]
   text[fields['position'][0][fields['weight'][0] > 0]] = fields['label'][0][fields['weight'][0] > 0]
-  expected = [t for c in list(own_files.COLOURS) * 2 for t in [*data.tokenizer.encode(f'the {c} bar has number 0'), data.tokenizer.eot]]
+  expected = [t for c in list(own_files.COLORS) * 2 for t in [*data.tokenizer.encode(f'the {c} bar has number 0'), data.tokenizer.eot]]
   assert text.tolist() == expected[:20] and len(data.tokenizer.encode('the red bar has number 0')) < 19
 
 
@@ -156,22 +156,22 @@ def test_clips_show_one_frame_of_each_third(run, data_dir):
   assert np.abs(np.diff(still.astype(int), axis=0)).mean() < 8
 
 
-def _records(bad: set[int], size: int = 40, unreadable=()) -> file_dataset.Stored:
+def _records(bad: set[int], size: int = 40, unreadable=()) -> file_dataset.FileDataset:
   """Pictures of which some are no pictures, and some records raise what no one expects; picture i has level i."""
   def rows(ids):
     if any(i in unreadable for i in ids.tolist()):
       raise RuntimeError('chunk data hash mismatch')
-    encode = lambda i: own_files.encoded(Image.new('RGB', (20, 20), (i, i, i)), 'PNG')
+    encode = lambda i: own_files.encode_image(Image.new('RGB', (20, 20), (i, i, i)), 'PNG')
     return [{'image': b'bytes' if i in bad else encode(i), 'label': 'ab'[i % 2], 'where': f'file {i}'} for i in ids.tolist()]
   columns = {'image': 'image', 'label': 'class', 'where': 'text'}
-  return file_dataset.Stored('own:x', size, rows, columns, {'label': ('a', 'b')}, {}, '')
+  return file_dataset.FileDataset('own:x', size, rows, columns, {'label': ('a', 'b')}, {}, '')
 
 
 def _examples(bad, training=True, fraction=0.5, unreadable=()):
   c = tiny.config(data_dir='')
   c.target_sets.ab = config_lib.target_set(('a', 'b'), family='names')
   c.tasks.x = config_lib.task('image_classification', 'own:x', batch_size=4, target_set='ab', label_column='label')
-  builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, fraction)
+  builder = file_dataset_examples.FileExampleBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, fraction)
   return builder.build(make_plan(c).tasks[0], _records(bad, unreadable=unreadable))
 
 
@@ -196,16 +196,16 @@ def test_a_bad_example_is_replaced_in_place_and_the_others_stay():
 def test_clips_of_a_batch_are_decoded_at_once_each_in_its_place(monkeypatch):
   def rows(ids):
     level = lambda i: np.full((3, 20, 20, 3), i, np.uint8)
-    return [{'video': b'bytes' if i == 2 else own_files.npy(level(i)), 'label': 'ab'[i % 2]} for i in ids.tolist()]
+    return [{'video': b'bytes' if i == 2 else own_files.npy_bytes(level(i)), 'label': 'ab'[i % 2]} for i in ids.tolist()]
 
-  two, read = threading.Barrier(2, timeout=60), video_pixels.ClipReader.__call__
-  monkeypatch.setattr(video_pixels.ClipReader, '__call__', lambda *args: [two.wait(), read(*args)][1])
+  two, read = threading.Barrier(2, timeout=60), video_pixels.VideoReader.__call__
+  monkeypatch.setattr(video_pixels.VideoReader, '__call__', lambda *args: [two.wait(), read(*args)][1])
   monkeypatch.setattr('os.cpu_count', lambda: 2)
   c = tiny.config(data_dir='')
   c.target_sets.ab = config_lib.target_set(('a', 'b'), family='names')
   c.tasks.x = config_lib.task('video_classification', 'own:x', batch_size=4, target_set='ab', label_column='label', num_frames=2)
-  builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, True, False, 0, 0.5)
-  records = file_dataset.Stored('own:x', 40, rows, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
+  builder = file_dataset_examples.FileExampleBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, True, False, 0, 0.5)
+  records = file_dataset.FileDataset('own:x', 40, rows, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
   made = _make(builder.build(make_plan(c).tasks[0], records), range(4))
   levels = made['pixels'].reshape(4, -1)
   assert (levels == levels[:, :1]).all() and (levels[:, 0] % 2 == made['label'][:, 0]).all()
@@ -240,8 +240,8 @@ def test_running_text_passes_over_what_cannot_be_read(run):
       if any(i in unreadable for i in ids.tolist()):
         raise RuntimeError('no')
       return [rows[i] for i in ids]
-    records = file_dataset.Stored('own:x', 6, read, {'text': 'text', 'where': 'text'}, {}, {}, '')
-    return file_dataset_rows.Running(records, 'text', data.tokenizer, 24, True, Faults('tasks.x', 0.5))
+    records = file_dataset.FileDataset('own:x', 6, read, {'text': 'text', 'where': 'text'}, {}, {}, '')
+    return file_dataset_fields.Running(records, 'text', data.tokenizer, 24, True, Faults('tasks.x', 0.5))
 
   ids, hashes = np.array([0, 3]), np.zeros(2, np.uint64)
   tokens = lambda *records: [t for i in records for t in [*data.tokenizer.encode(rows[i]['text']), data.tokenizer.eot]][:24]
@@ -257,21 +257,21 @@ def test_running_text_passes_over_what_cannot_be_read(run):
 
 
 def test_damage_in_a_shard_costs_the_records_that_it_hits(tmp_path):
-  prepare.prepare(own_files.captioned(tmp_path / 'in', 40), tmp_path, 'some')
+  prepare.prepare(own_files.write_captioned_images(tmp_path / 'in', 40), tmp_path, 'some')
   [shard] = (tmp_path / 'own/some/1.0.0').glob('*train.array_record*')
   records = file_dataset.load('own:some', tmp_path, 'train')
-  whole, bytes_ = records.rows(np.arange(records.size)), bytearray(shard.read_bytes())
+  whole, bytes_ = records.read(np.arange(records.size)), bytearray(shard.read_bytes())
   at = bytes_.index(whole[9]['image'][100:120])
   bytes_[at] ^= 1
   shard.write_bytes(bytes_)
   found = file_dataset.load('own:some', tmp_path, 'train').fetched(np.arange(records.size))
-  assert [i for i, row in enumerate(found) if row != whole[i]] == [9] and isinstance(found[9], file_dataset.Unusable)
+  assert [i for i, row in enumerate(found) if row != whole[i]] == [9] and isinstance(found[9], file_dataset.CorruptExample)
 
 
 def test_too_many_bad_examples_stop_with_the_first_path():
   examples = _examples(set(range(0, 40, 2)), fraction=0.3)
   with pytest.raises(RunError, match=r'config.tasks.x: \d+ of \d+ examples could not be used, more than config.data.'
-                                       r'max_bad_fraction=0.3; the first: file 0: broken picture'):
+                                       r'max_corrupt_fraction=0.3; the first: file 0: broken picture'):
     for start in range(0, 40, 8):
       _make(examples, range(start, start + 8))
       examples.faults.check()
@@ -295,20 +295,20 @@ def test_the_texts_of_a_whole_split_are_read_without_holding_its_pictures():
     return [{'image': b'large', 'captions': (f'text {i}', 'a text'), 'q': 'what?', 'answers': ('yes', f'{i}')} for i in ids.tolist()]
 
   columns = {'image': 'image', 'captions': 'texts', 'q': 'text', 'answers': 'texts'}
-  records = file_dataset.Stored('own:x', 1000, rows, columns, {}, {}, '')
+  records = file_dataset.FileDataset('own:x', 1000, rows, columns, {}, {}, '')
   c = tiny.config(data_dir='')
   c.target_sets.ab = config_lib.target_set(('a', 'b'), family='words')
   c.tasks.pair = config_lib.task('image_retrieval', 'own:x', batch_size=4, caption_templates=('{captions}',), max_len=8)
   c.tasks.asked = config_lib.task('vqa', 'own:x', batch_size=4, target_set='ab', label_column='answers', template='{q} <spe>', max_len=8)
   vqa, pair = make_plan(c).tasks  # by name
-  builder = file_dataset_examples.StoredBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, False, False, 0, 0.0)
+  builder = file_dataset_examples.FileExampleBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, False, False, 0, 0.0)
   assert builder.build(pair, records).references(np.arange(1000)) == [(f'text {i}', 'a text') for i in range(1000)]
   assert builder.build(vqa, records).references(np.arange(999, 0, -3)) == [('yes', f'{i}') for i in range(999, 0, -3)]
   assert sum(asked) == 1000 + 333 and max(asked) <= 256
 
 
 def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
-  root = own_files.captioned(tmp_path / 'in', 10)
+  root = own_files.write_captioned_images(tmp_path / 'in', 10)
   lines = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]
   for name, i in (('captions', 5), ('colour', 7)):
     del lines[i][name]
@@ -318,7 +318,7 @@ def test_tasks_take_the_records_that_have_what_their_templates_name(tmp_path):
   c = tiny.config(data_dir='')
   c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch_size=4, caption_templates=('{captions}',), max_len=8)
   [pair] = make_plan(c).tasks
-  places = lambda *captions: file_dataset_examples.places(records, dataclasses.replace(pair, caption_templates=captions)).tolist()
+  places = lambda *captions: file_dataset_examples.example_ids(records, dataclasses.replace(pair, caption_templates=captions)).tolist()
   assert places('a picture') == list(range(8))
   assert places('{captions}') == [0, 1, 2, 3, 5, 6, 7]
   assert places('{captions}', 'it is {colour}') == [0, 1, 2, 3, 5, 7]

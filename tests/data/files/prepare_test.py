@@ -18,15 +18,15 @@ from uni_moe_jax.data.files.formats import read
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
   """(data directory, source folder, what prepare said, expectation per odd picture)."""
-  root = own_files.captioned(tmp_path_factory.mktemp('pictures') / 'in')
-  odd = own_files.odd_rows(root)
+  root = own_files.write_captioned_images(tmp_path_factory.mktemp('pictures') / 'in')
+  odd = own_files.append_odd_rows(root)
   data = tmp_path_factory.mktemp('data')
-  return data, root, prepare.prepare(root, data, 'colours', max_bad_fraction=0.4), odd
+  return data, root, prepare.prepare(root, data, 'colours', max_corrupt_fraction=0.4), odd
 
 
 def _all(data, split='train', source='own:colours'):
   records = file_dataset.load(source, data, split)
-  return records, records.rows(np.arange(records.size))
+  return records, records.read(np.arange(records.size))
 
 
 def test_splits_are_those_that_the_data_names(pictures):
@@ -62,7 +62,7 @@ def test_a_field_of_which_nothing_can_be_made_costs_no_row_and_is_told(pictures)
 def test_a_text_without_anything_else_of_use_is_no_row(tmp_path):
   lines = [{'tags': ['one', 'two']}, {'text': 'a text', 'tags': 'three'}, {'text': 'a text', 'tags': 'four'}]
   (tmp_path / 'train.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-  said = prepare.prepare(tmp_path, tmp_path / 'out', 'texts', max_bad_fraction=0.5)
+  said = prepare.prepare(tmp_path, tmp_path / 'out', 'texts', max_corrupt_fraction=0.5)
   assert said['splits'] == {'train': 2} and set(said['skipped']) == {'neither a picture, a clip nor a text'}
 
 
@@ -102,7 +102,7 @@ def test_tensorflow_reads_every_stored_picture_as_pillow_does(pictures):
 def test_a_bmp_shows_its_colours(pictures, name, form):
   [stored_bytes] = [row['image'] for row in _all(pictures[0])[1] if row['captions'] == (f'рыжий кот {name}.bmp',)]
   seen = np.asarray(Image.open(io.BytesIO(stored_bytes)))
-  np.testing.assert_array_equal(seen, own_files.picture('red', 99).convert(form).convert('RGB'))
+  np.testing.assert_array_equal(seen, own_files.color_image('red', 99).convert(form).convert('RGB'))
 
 
 def test_a_field_whose_values_repeat_is_a_class_and_says_which_rows_have_none(pictures):
@@ -121,16 +121,16 @@ def test_it_is_known_beforehand_which_rows_have_texts(pictures):
 
 
 def test_of_two_media_the_commoner_stays_and_of_texts_what_most_rows_have(tmp_path):
-  own_files.clips(tmp_path / 'in', count=2)
+  own_files.write_videos(tmp_path / 'in', count=2)
   lines = [{'text_a': f'one {i}', 'text_b': f'two {i}'} for i in range(5)]
   lines += [{'text_a': 'one'}, {'text_a': 'six', 'text_b': 'six', 'text_c': 'more'}]
   (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-  said = prepare.prepare(tmp_path / 'texts.jsonl', tmp_path, 'texts', holdout=0.0, max_bad_fraction=0.5)
+  said = prepare.prepare(tmp_path / 'texts.jsonl', tmp_path, 'texts', test_fraction=0.0, max_corrupt_fraction=0.5)
   assert said['skipped'] == {"no 'text_b'": {'count': 1, 'first': ['texts.jsonl:6']}} and said['splits'] == {'train': 6}
   assert _all(tmp_path, source='own:texts')[0].present['text_c'].tolist() == [False] * 5 + [True]
   for i in range(3):
-    (tmp_path / f'in/moves/{i}.png').write_bytes(own_files.encoded(own_files.picture('red', i), 'PNG'))
-  said = prepare.prepare(tmp_path / 'in', tmp_path, 'mixed', holdout=0.0, max_bad_fraction=0.5)
+    (tmp_path / f'in/moves/{i}.png').write_bytes(own_files.encode_image(own_files.color_image('red', i), 'PNG'))
+  said = prepare.prepare(tmp_path / 'in', tmp_path, 'mixed', test_fraction=0.0, max_corrupt_fraction=0.5)
   assert said['columns'] == {'image': 'image', 'label': 'class'} and said['splits'] == {'train': 3}
   assert {reason: found['count'] for reason, found in said['skipped'].items()} == {'a clip, and most rows have a picture': 2}
 
@@ -143,8 +143,8 @@ def test_statistics_say_sizes_and_captions(pictures):
 def test_a_version_is_written_once_and_the_newest_is_read(pictures, tmp_path):
   data, root, said, _ = pictures
   with pytest.raises(ValueError, match='is there already'):
-    prepare.prepare(root, data, 'colours', max_bad_fraction=0.4)
-  again = prepare.prepare(root, tmp_path, 'colours', max_bad_fraction=0.4)
+    prepare.prepare(root, data, 'colours', max_corrupt_fraction=0.4)
+  again = prepare.prepare(root, tmp_path, 'colours', max_corrupt_fraction=0.4)
   assert again['fingerprints'] == said['fingerprints']
   (root / 'data.jsonl').write_text(''.join((root / 'data.jsonl').read_text(errors='replace').splitlines(True)[:20]))
   prepare.prepare(root, tmp_path, 'colours', '1.10.0')
@@ -163,9 +163,9 @@ def test_a_folder_by_class_with_splits(tmp_path):
   for split, colour, i in (('train', 'red', 0), ('train', 'blue', 1), ('Val', 'red', 2), ('other', 'red', 3)):
     place = tmp_path / 'in' / split / colour
     place.mkdir(parents=True, exist_ok=True)
-    (place / f'{i}.JPEG').write_bytes(own_files.encoded(own_files.picture(colour, i)))
+    (place / f'{i}.JPEG').write_bytes(own_files.encode_image(own_files.color_image(colour, i)))
   (tmp_path / 'in/train/red/notes.txt.bak').write_text('x')
-  said = prepare.prepare(tmp_path / 'in', tmp_path, 'folder', max_bad_fraction=0.5)
+  said = prepare.prepare(tmp_path / 'in', tmp_path, 'folder', max_corrupt_fraction=0.5)
   assert said['splits'] == {'train': 2, 'validation': 1}
   assert said['classes']['label']['names'] == ['blue', 'red']
   assert set(said['skipped']) == {'not a picture or clip', 'split folder is not train, validation or test'}
@@ -178,7 +178,7 @@ def test_labelled_text_counts_whole_numbers_as_numbers(tmp_path):
   said = prepare.prepare(tmp_path, tmp_path / 'out', 'pairs')
   assert said['classes']['label']['names'] == [str(i) for i in range(11)]
   assert said['splits'] == {'train': 33, 'validation': 1}
-  assert file_dataset.load('own:pairs', tmp_path / 'out', 'validation').rows(np.array([0]))[0]['text_a'] == 'zero'
+  assert file_dataset.load('own:pairs', tmp_path / 'out', 'validation').read(np.array([0]))[0]['text_a'] == 'zero'
 
 
 def test_labels_are_read_back_with_one_space_between_words_and_an_empty_one_is_none(tmp_path):
@@ -193,9 +193,9 @@ def test_labels_are_read_back_with_one_space_between_words_and_an_empty_one_is_n
 def test_text_beside_folders_of_classes_is_no_data(tmp_path):
   for i, place in enumerate(('red', 'blue ', ' ')):
     (tmp_path / 'in' / place).mkdir(parents=True)
-    (tmp_path / 'in' / place / f'{i}.png').write_bytes(own_files.encoded(own_files.picture('red', i), 'PNG'))
+    (tmp_path / 'in' / place / f'{i}.png').write_bytes(own_files.encode_image(own_files.color_image('red', i), 'PNG'))
   (tmp_path / 'in/README.txt').write_text('About\nthese\npictures')
-  said = prepare.prepare(tmp_path / 'in', tmp_path, 'folder', max_bad_fraction=0.5)
+  said = prepare.prepare(tmp_path / 'in', tmp_path, 'folder', max_corrupt_fraction=0.5)
   assert said['columns'] == {'image': 'image', 'label': 'class'} and said['classes']['label']['names'] == ['blue', 'red']
   assert said['skipped'] == {'text beside folders of classes': {'count': 1, 'first': ['README.txt']},
                              'empty label': {'count': 1, 'first': [' /2.png']}}
@@ -208,7 +208,7 @@ def test_a_tenth_of_the_groups_is_held_out_however_their_files_are_named(tmp_pat
       (tmp_path / f'{i:04}.txt').write_text(f'the text number {i}')
     else:
       (tmp_path / f'{i:04}').mkdir()
-      (tmp_path / f'{i:04}/image.png').write_bytes(own_files.encoded(own_files.picture('red', i, (8, 8)), 'PNG'))
+      (tmp_path / f'{i:04}/image.png').write_bytes(own_files.encode_image(own_files.color_image('red', i, (8, 8)), 'PNG'))
   if layout == 'a folder for each picture':
     lines = [{'image': f'{i // 2:04}/image.png', 'captions': [f'number {i}'], 'key': f'row {i}'} for i in range(600)]
     (tmp_path / 'all.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
@@ -224,7 +224,7 @@ def test_a_tenth_of_the_groups_is_held_out_however_their_files_are_named(tmp_pat
 
 
 def test_a_file_or_group_that_the_data_itself_puts_into_two_splits_is_told(tmp_path):
-  root = own_files.captioned(tmp_path / 'in', 5)
+  root = own_files.write_captioned_images(tmp_path / 'in', 5)
   again = {'captions': ['asked again'], 'split': 'test'}
   rows = [{**again, 'image': 'pictures/../pictures/000.jpg', 'key': 'new'}, {**again, 'image': 'pictures/001.png', 'group': 'roll 2'}]
   lines = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]
@@ -236,10 +236,10 @@ def test_a_file_or_group_that_the_data_itself_puts_into_two_splits_is_told(tmp_p
 
 def test_of_few_groups_some_stay_to_train_on_and_an_empty_split_is_told(tmp_path):
   (tmp_path / 'one.txt').write_text('a document\nof two lines')
-  for i, holdout in enumerate((0.001, 0.999)):
-    said = prepare.prepare(tmp_path / 'one.txt', tmp_path, f'few{i}', holdout=holdout)
+  for i, test_fraction in enumerate((0.001, 0.999)):
+    said = prepare.prepare(tmp_path / 'one.txt', tmp_path, f'few{i}', test_fraction=test_fraction)
     assert said['splits'] == {'train': 2}
-    assert f'warning: no group fell to the split test by --holdout={holdout}' in prepare.describe(said)
+    assert f'warning: no group fell to the split test by --test_fraction={test_fraction}' in prepare.describe(said)
   (tmp_path / 'test.txt').write_text('a document')
   said = prepare.prepare(tmp_path / 'test.txt', tmp_path, 'asked')
   assert 'warning: there is no split train' in prepare.describe(said)
@@ -257,10 +257,10 @@ def test_lines_of_text_stay_together_by_document_and_a_tenth_is_held_out(tmp_pat
 
 
 def test_frames_in_an_array_have_a_line_each(tmp_path):
-  frames = np.stack([own_files.moving(True), own_files.moving(False)])
+  frames = np.stack([own_files.moving_bar(True), own_files.moving_bar(False)])
   np.savez(tmp_path / 'clips.npz', frames=frames)
   (tmp_path / 'clips.jsonl').write_text('{"label": "moves", "split": "train"}\n' * 2 + '{"label": "x", "split": "train"}\n')
-  said = prepare.prepare(tmp_path, tmp_path / 'out', 'arrays', max_bad_fraction=0.5)
+  said = prepare.prepare(tmp_path, tmp_path / 'out', 'arrays', max_corrupt_fraction=0.5)
   assert said['skipped'] == {'a line more than the array has clips': {'count': 1, 'first': ['clips.jsonl:3']}}
   _, rows = _all(tmp_path / 'out', source='own:arrays')
   np.testing.assert_array_equal(np.load(io.BytesIO(rows[1]['video'])), frames[1])
@@ -275,12 +275,12 @@ def test_frames_in_an_array_have_a_line_each(tmp_path):
     lambda data: _zipped(('frames.txt',)),
 ], ids=['cut off', 'empty', 'zeros', 'directory', 'nothing in it', 'no array in it'])
 def test_a_damaged_array_costs_its_rows_alone(tmp_path, harm):
-  np.savez_compressed(tmp_path / 'bad.npz', frames=np.stack([own_files.moving(True)] * 2))
+  np.savez_compressed(tmp_path / 'bad.npz', frames=np.stack([own_files.moving_bar(True)] * 2))
   (tmp_path / 'bad.npz').write_bytes(harm((tmp_path / 'bad.npz').read_bytes()))
-  np.savez(tmp_path / 'good.npz', frames=own_files.moving(False)[None])
+  np.savez(tmp_path / 'good.npz', frames=own_files.moving_bar(False)[None])
   for name, count in (('bad', 2), ('good', 1)):
     (tmp_path / f'{name}.jsonl').write_text('{"label": "bar"}\n' * count)
-  said = prepare.prepare(tmp_path, tmp_path / 'out', 'arrays', holdout=0.0, max_bad_fraction=0.7)
+  said = prepare.prepare(tmp_path, tmp_path / 'out', 'arrays', test_fraction=0.0, max_corrupt_fraction=0.7)
   assert said['splits'] == {'train': 1} and said['skipped']['broken array']['first'] == ['bad.jsonl:1', 'bad.jsonl:2']
 
 
@@ -317,6 +317,6 @@ def test_of_rows_with_one_key_the_first_stays_whatever_they_say(tmp_path):
   (tmp_path / 'in').mkdir()
   (tmp_path / 'in/train.jsonl').write_text(''.join(
       json.dumps({'key': key, 'text_a': text, 'text_b': 'other', 'label_name': 'same'}) + '\n' for key, text in said))
-  found = prepare.prepare(tmp_path / 'in', tmp_path, 'keyed', max_bad_fraction=0.5)
+  found = prepare.prepare(tmp_path / 'in', tmp_path, 'keyed', max_corrupt_fraction=0.5)
   assert {reason: s['first'] for reason, s in found['skipped'].items()} == {'duplicate key': ['train.jsonl:3']}
   assert [row['text_a'] for row in _all(tmp_path, source='own:keyed')[1]] == ['one', 'two', 'one']

@@ -10,7 +10,7 @@ from uni_moe_jax.data.pipeline import hashing
 
 def _numbered(N, H=4, W=4):
   """Frame i has level i everywhere."""
-  return own_files.npy(np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, H, W, 3)))
+  return own_files.npy_bytes(np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, H, W, 3)))
 
 
 @pytest.mark.parametrize('frames, shifts, expected', [
@@ -29,7 +29,7 @@ def test_views_spread_evenly_within_the_segments():
   np.testing.assert_allclose(video.views(1, 2), [[0.5, 0.5]])
   np.testing.assert_allclose(video.views(2, 2), [[0.25, 0.25], [0.75, 0.75]])
   # Eight frames, halves of four: 1 and 5, then 3 and 7.
-  made = video_pixels.ClipReader(4, 2, 'resize_crop', False, False, views=2)(_numbered(8), 0)
+  made = video_pixels.VideoReader(4, 2, 'resize_crop', False, False, views=2)(_numbered(8), 0)
   assert made.shape == (2, 2, 4, 4, 3)
   assert made[..., 0, 0, 0].tolist() == [[1, 5], [3, 7]]
 
@@ -37,20 +37,20 @@ def test_views_spread_evenly_within_the_segments():
 def test_three_crops_lie_along_the_long_side():
   # Columns of 4 × 12 pixels have the levels 0…11.
   frames = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None], (1, 4, 12, 3))
-  made = video_pixels.ClipReader(4, 1, 'resize_crop', True, False, crops=3)(own_files.npy(frames), 0)
+  made = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, crops=3)(own_files.npy_bytes(frames), 0)
   assert made[:, 0, 0, :, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-  middle = video_pixels.ClipReader(4, 1, 'resize_crop', True, False)(own_files.npy(frames), 0)
+  middle = video_pixels.VideoReader(4, 1, 'resize_crop', True, False)(own_files.npy_bytes(frames), 0)
   assert middle[0, 0, :, 0].tolist() == [4, 5, 6, 7]
-  tall = video_pixels.ClipReader(4, 1, 'resize_crop', True, False, crops=3)(own_files.npy(frames.swapaxes(1, 2)), 0)
+  tall = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, crops=3)(own_files.npy_bytes(frames.swapaxes(1, 2)), 0)
   assert tall[:, 0, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_training_draws_frames_places_and_mirrors_by_the_hash():
   frames = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None] * 10, (6, 4, 8, 3)).copy()
   frames[..., 1] = np.arange(6)[:, None, None]
-  reader = video_pixels.ClipReader(4, 3, 'resize_crop', True, True)
-  made = [reader(own_files.npy(frames), hashing.mix(i)) for i in range(80)]
-  np.testing.assert_array_equal(reader(own_files.npy(frames), hashing.mix(0)), made[0])
+  reader = video_pixels.VideoReader(4, 3, 'resize_crop', True, True)
+  made = [reader(own_files.npy_bytes(frames), hashing.mix(i)) for i in range(80)]
+  np.testing.assert_array_equal(reader(own_files.npy_bytes(frames), hashing.mix(0)), made[0])
   seen = {tuple(m[:, 0, 0, 1]) for m in made}
   assert seen == {(a, b, c) for a in (0, 1) for b in (2, 3) for c in (4, 5)}
   mirrored = [m[0, 0, 0, 0] > m[0, 0, -1, 0] for m in made]
@@ -60,7 +60,7 @@ def test_training_draws_frames_places_and_mirrors_by_the_hash():
 
 
 def test_a_jittered_short_side_shows_between_a_seventh_and_less_of_it_cut_off():
-  reader = video_pixels.ClipReader(224, 1, 'jittered_crop', False, True)
+  reader = video_pixels.VideoReader(224, 1, 'jittered_crop', False, True)
   widths = []
   for i in range(200):
     left, top, right, bottom = reader._random_box(hashing.mix(i), 320, 400)
@@ -71,7 +71,7 @@ def test_a_jittered_short_side_shows_between_a_seventh_and_less_of_it_cut_off():
 
 
 def test_random_areas_keep_their_bounds():
-  reader = video_pixels.ClipReader(8, 1, 'random_resized_crop', False, True)
+  reader = video_pixels.VideoReader(8, 1, 'random_resized_crop', False, True)
   for i in range(200):
     left, top, right, bottom = reader._random_box(hashing.mix(i), 60, 80)
     share, ratio = (right - left) * (bottom - top) / 4800, (right - left) / (bottom - top)
@@ -83,10 +83,10 @@ def test_random_areas_keep_their_bounds():
 
 @pytest.mark.parametrize('form', ['mp4', 'mkv', 'gif'])
 def test_files_decode_to_their_frames(tmp_path, form):
-  own_files.clips(tmp_path, form, 1)
+  own_files.write_videos(tmp_path, form, 1)
   data = next(tmp_path.rglob(f'*.{form}')).read_bytes()
-  assert video.measure(data) == (12, 48, 32)
-  made = video.sample(data, np.array([0.5, 0.5, 0.5])).astype(int)  # frames 2, 6, 10: the bar at 8, 24, 40
+  assert video.probe(data) == (12, 48, 32)
+  made = video.sample_frames(data, np.array([0.5, 0.5, 0.5])).astype(int)  # frames 2, 6, 10: the bar at 8, 24, 40
   assert made.shape == (3, 32, 48, 3)
   for frame, left in zip(made, (8, 24, 40)):
     assert frame[:, left:left + 4].mean() > 200 and np.delete(frame, range(left - 2, min(48, left + 6)), 1).mean() < 30
@@ -96,30 +96,30 @@ def test_files_decode_to_their_frames(tmp_path, form):
     (90, lambda bar: bar[..., ::-1, :].swapaxes(1, 2)), (-90, lambda bar: bar.swapaxes(1, 2)), (180, lambda bar: bar[..., ::-1, :])])
 def test_a_phone_s_clip_is_seen_as_it_was_held(turned, upright):
   # The bar moves to the right: turned to the left it moves up, to the right down, and twice to the left.
-  frames = own_files.moving(True)
-  data = own_files.encoded_clip(frames, turned=turned)
-  made, expected = video.sample(data, np.array([0.5, 0.5, 0.5])), upright(frames[[2, 6, 10]])
+  frames = own_files.moving_bar(True)
+  data = own_files.encode_video(frames, turned=turned)
+  made, expected = video.sample_frames(data, np.array([0.5, 0.5, 0.5])), upright(frames[[2, 6, 10]])
   assert made.shape == expected.shape and np.abs(made.astype(int) - expected).mean() < 12
-  assert video.measure(data) == (12, *expected.shape[2:0:-1])
+  assert video.probe(data) == (12, *expected.shape[2:0:-1])
 
 
 @pytest.mark.parametrize('data', [
-    b'no clip', b'', b'\x93NUMPY' + b'x' * 20, own_files.npy(np.zeros((3, 4, 4, 3), np.float32)),
-    own_files.npy(np.zeros((0, 4, 4, 3), np.uint8)), own_files.npy(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20],
+    b'no clip', b'', b'\x93NUMPY' + b'x' * 20, own_files.npy_bytes(np.zeros((3, 4, 4, 3), np.float32)),
+    own_files.npy_bytes(np.zeros((0, 4, 4, 3), np.uint8)), own_files.npy_bytes(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20],
     _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14), _numbered(3).replace(b"'shape'", b"'shape ")],
     ids=['text', 'nothing', 'header', 'floats', 'no frames', 'grey', 'cut off', 'larger than memory', 'no header'])
 def test_what_is_no_clip_is_told(data):
-  for read in (video.measure, lambda data: video.sample(data, np.array([0.5]))):
-    with pytest.raises(video.Undecodable):
+  for read in (video.probe, lambda data: video.sample_frames(data, np.array([0.5]))):
+    with pytest.raises(video.CorruptVideo):
       read(data)
 
 
 @pytest.mark.parametrize('form', ['mp4', 'avi'])
 def test_a_clip_is_sound_only_if_its_frames_are_there_and_decode(form):
   noise = np.random.default_rng(0).integers(0, 256, (20, 8, 12, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-  data = own_files.encoded_clip(noise, form)
-  assert video.measure(data) == (20, 96, 64)
+  data = own_files.encode_video(noise, form)
+  assert video.probe(data) == (20, 96, 64)
   third = len(data) // 3
   for harmed in (data[:third] + bytes(third) + data[2 * third:], data[:len(data) // 2], data[:len(data) // 8]):
-    with pytest.raises(video.Undecodable):
-      video.measure(harmed)
+    with pytest.raises(video.CorruptVideo):
+      video.probe(harmed)

@@ -14,7 +14,7 @@ _NOUNS = {'image': 'picture', 'video': 'clip'}
 _LIST, _ONE = 'a list', 'a single value'
 
 
-def agreed(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:
+def keep_consistent(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:
   """The rows that are of the sort that most are, in order; the others with what sets them apart."""
   media = collections.Counter(row.media for row in rows)
   medium = max((*MEDIA, ''), key=lambda m: media[m])  # of equally many, pictures before clips before neither

@@ -28,17 +28,17 @@ _PROBES = 8  # records that are tried before a source is held to be out of reach
 _AT_ONCE = 256  # records that are in memory together where all of a split are asked for their texts
 
 
-class Unusable(Exception):
+class CorruptExample(Exception):
   """A record that gives no example; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class FileDataset:
   """Records of one split.
 
   Attributes:
     name: of the source. size: N.
-    rows: ids int [n] → n records: bytes of a picture or clip, str, a tuple of str, or the name of a class ('' for none).
+    read: ids int [n] → n records: bytes of a picture or clip, str, a tuple of str, or the name of a class ('' for none).
     columns: name → 'image' | 'video' | 'text' | 'texts' | 'class'.
     classes: class column → its names in order.
     labels: class column → int32 [N], -1 for none; only of own data: elsewhere a label is known when its record is read.
@@ -47,7 +47,7 @@ class Stored:
   """
   name: str
   size: int
-  rows: Callable[[np.ndarray], list[dict[str, Any]]]
+  read: Callable[[np.ndarray], list[dict[str, Any]]]
   columns: dict[str, str]
   classes: dict[str, tuple[str, ...]]
   labels: dict[str, np.ndarray]
@@ -58,20 +58,20 @@ class Stored:
     """The column of pictures or clips."""
     return next((c for c, kind in self.columns.items() if kind in MEDIA), None)
 
-  def fetched(self, ids: np.ndarray) -> list[dict[str, Any] | Unusable]:
-    """As `rows`, but in the place of a record that cannot be read stands why.
+  def fetched(self, ids: np.ndarray) -> list[dict[str, Any] | CorruptExample]:
+    """As `read`, but in the place of a record that cannot be read stands why.
 
     Raises:
       RunError: no record can be read, neither these nor others.
     """
     try:
-      return self.rows(ids)
+      return self.read(ids)
     except Exception as e:  # array_record and TFDS document no closed set of what they raise of damaged files
       first = e
     found = [self._fetched_alone(i) for i in ids]
-    if all(isinstance(row, Unusable) for row in found):
+    if all(isinstance(row, CorruptExample) for row in found):
       probes = np.linspace(0, self.size - 1, min(_PROBES, self.size)).astype(np.int64)
-      if all(isinstance(self._fetched_alone(i), Unusable) for i in probes):
+      if all(isinstance(self._fetched_alone(i), CorruptExample) for i in probes):
         raise RunError(f'source {self.name!r} cannot be read ({first}). Look whether its data directory is there and its '
                                'disk can be reached; then the same command continues.') from first
     return found
@@ -84,44 +84,44 @@ class Stored:
     """
     out = []
     for i, row in self._in_parts(ids):
-      if isinstance(row, Unusable):
+      if isinstance(row, CorruptExample):
         raise RunError(f'{self.where(int(i))}: {row}. Prepare source {self.name!r} again.')
       out.append(take(row))
     return out
 
-  def _in_parts(self, ids: np.ndarray) -> Iterator[tuple[int, dict[str, Any] | Unusable]]:
+  def _in_parts(self, ids: np.ndarray) -> Iterator[tuple[int, dict[str, Any] | CorruptExample]]:
     for start in range(0, len(ids), _AT_ONCE):
       part = ids[start:start + _AT_ONCE]
       yield from zip(part, self.fetched(part))
 
-  def _fetched_alone(self, index: int) -> dict[str, Any] | Unusable:
+  def _fetched_alone(self, index: int) -> dict[str, Any] | CorruptExample:
     try:
-      return self.rows(np.array([index]))[0]
+      return self.read(np.array([index]))[0]
     except Exception as e:
-      return Unusable(f'a record that cannot be read ({e})')
+      return CorruptExample(f'a record that cannot be read ({e})')
 
   def where(self, index: int) -> str:
     """Which record this is, for a person."""
     row = self._fetched_alone(index) if WHERE in self.columns else None
     return row[WHERE] if isinstance(row, dict) else f'{self.name}, record {index}'
 
-  def texts(self, most: int) -> list[str]:
+  def sample_texts(self, most: int) -> list[str]:
     """Texts of up to `most` records, evenly spread; class names."""
     ids = np.unique(np.linspace(0, self.size - 1, min(most, self.size)).astype(np.int64))
     found = [name for names in self.classes.values() for name in names]
     for _, row in self._in_parts(ids):
       for column, kind in self.columns.items():
-        if kind in ('text', 'texts') and column != WHERE and not isinstance(row, Unusable):
+        if kind in ('text', 'texts') and column != WHERE and not isinstance(row, CorruptExample):
           found += [row[column]] if kind == 'text' else row[column]
     return found
 
 
-def is_stored(source: str) -> bool:
+def is_file_source(source: str) -> bool:
   """Whether a source's name is that of records in files."""
   return source.startswith((OWN, TFDS))
 
 
-def load(source: str, directory: str | os.PathLike[str], split: str) -> Stored:
+def load(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
   """One split of a source in a data directory.
 
   Raises:
@@ -164,7 +164,7 @@ def _builder(folder: str):
   return tfds.builder_from_directory(folder)
 
 
-def _own(source: str, directory: pathlib.Path, split: str) -> Stored:
+def _own(source: str, directory: pathlib.Path, split: str) -> FileDataset:
   name = source.removeprefix(OWN)
   folder, facts = own_folder(name, directory), summary(name, directory)
   if split not in facts['splits']:
@@ -179,7 +179,7 @@ def _own(source: str, directory: pathlib.Path, split: str) -> Stored:
     raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_AGAIN}') from e
   columns = {**facts['columns'], WHERE: 'text'}
   rows = functools.partial(_rows, _open(_builder(str(folder)), split, columns), columns, classes)
-  return Stored(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split],
+  return FileDataset(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split],
                 present)
 
 
@@ -193,14 +193,14 @@ def tfds_builder(source: str, directory: str | os.PathLike[str]):
     raise UsageError(f'source {source!r}: {nearest(name, tfds.list_builders())}.') from None
 
 
-def _tfds(source: str, directory: str | os.PathLike[str], split: str) -> Stored:
+def _tfds(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
   builder = tfds_builder(source, directory)
   _check_prepared(builder, source, directory, split)
   columns, classes = tfds_columns(builder.info.features)
   reader = _open(builder, split, columns)
   # A name and version of TFDS stand for one content.
   described = f'{builder.info.full_name} {split} {len(reader)}'
-  return Stored(source, len(reader), functools.partial(_rows, reader, columns, classes), columns, classes, {},
+  return FileDataset(source, len(reader), functools.partial(_rows, reader, columns, classes), columns, classes, {},
                 hashlib.sha256(described.encode()).hexdigest())
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.files import file_dataset_rows, image_transforms, video_pixels
-from uni_moe_jax.data.files.file_dataset import Stored, Unusable
-from uni_moe_jax.data.files.video import Undecodable
+from uni_moe_jax.data.files import file_dataset_fields, image_transforms, video_pixels
+from uni_moe_jax.data.files.file_dataset import FileDataset, CorruptExample
+from uni_moe_jax.data.files.video import CorruptVideo
 from uni_moe_jax.data.pipeline import hashing, preprocess
 from uni_moe_jax.data.pipeline.corrupt_examples import Faults
 from uni_moe_jax.data.pipeline.examples import Examples, subset
@@ -29,59 +29,59 @@ _Fetched = dict[str, tf.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredBuilder:
+class FileExampleBuilder:
   """What all tasks share.
 
   Attributes:
     tokenizer: of the run. keys: of each named target set, in order, what a record calls its classes.
     size, channels: pixels a side, colours.
     training: random phrases, crops and masks; otherwise the first phrase, the middle crop, every pick masked.
-    mask_specials, seed: as of `examples.Builder`.
-    max_bad_fraction: of the examples that are read, before the run stops.
-    views, crops: at evaluation, of every clip.
+    random_special_tokens, seed: as of `examples.Builder`.
+    max_corrupt_fraction: of the examples that are read, before the run stops.
+    num_views, num_crops: at evaluation, of every clip.
   """
   tokenizer: Tokenizer
   keys: dict[str, tuple[str, ...]]
   size: int
   channels: int
   training: bool
-  mask_specials: bool
+  random_special_tokens: bool
   seed: int
-  max_bad_fraction: float
-  views: int = 1
-  crops: int = 1
+  max_corrupt_fraction: float
+  num_views: int = 1
+  num_crops: int = 1
 
-  def build(self, task: TaskSpec, records: Stored) -> Examples:
+  def build(self, task: TaskSpec, records: FileDataset) -> Examples:
     """Examples of a task over one split of its source. Raises UsageError where the config does not fit the source."""
-    faults = Faults(f'tasks.{task.name}', self.max_bad_fraction if self.training else 0.0)
+    faults = Faults(f'tasks.{task.name}', self.max_corrupt_fraction if self.training else 0.0)
     if task.type.readout == 'masked':
       if self.training and task.train_fraction < 1:
         raise UsageError(f'config.tasks.{task.name}.subset={task.train_fraction}: text of files is read as a stream, of which there is no '
                          'subset; give 1, or prepare a smaller file.')
-      running = file_dataset_rows.Running.of(task, records, self.tokenizer, self.training, faults)
+      running = file_dataset_fields.Running.of(task, records, self.tokenizer, self.training, faults)
       return Examples(records.size, self._masked(task, running), faults=faults)
     readers = self._readers(task, records)
-    keep = places(records, task, self.seed if self.training else None)
+    keep = example_ids(records, task, self.seed if self.training else None)
     batch = _Batch(self, task, records, tuple(readers), keep, faults)
-    names = None if not task.caption_templates else lambda ids: records.each(keep[ids], lambda row: file_dataset_rows.references(task, row))
+    names = None if not task.caption_templates else lambda ids: records.each(keep[ids], lambda row: file_dataset_fields.references(task, row))
     if records.columns.get(task.label_column) == 'texts':
       names = lambda ids: records.each(keep[ids], lambda row: row[task.label_column])
     return Examples(len(keep), batch.make, references=names, faults=faults)
 
-  def _readers(self, task: TaskSpec, records: Stored) -> list[file_dataset_rows.Reader]:
+  def _readers(self, task: TaskSpec, records: FileDataset) -> list[file_dataset_fields.Reader]:
     kind, readers = task.type, []
     if kind.has_classes:
-      readers.append(file_dataset_rows.labels(task, records, self.keys[task.target_set]))
+      readers.append(file_dataset_fields.labels(task, records, self.keys[task.target_set]))
     if kind.target == 'pair':
-      readers.append(file_dataset_rows.pair(task, records, self.tokenizer, self.training))
+      readers.append(file_dataset_fields.pair(task, records, self.tokenizer, self.training))
     if kind.readout == 'queries':
-      readers.append(file_dataset_rows.caption(task, records, self.tokenizer, self.training))
+      readers.append(file_dataset_fields.caption(task, records, self.tokenizer, self.training))
     if kind.readout == 'slot':
-      readers.append(file_dataset_rows.slot(task, records, self.tokenizer))
+      readers.append(file_dataset_fields.slot(task, records, self.tokenizer))
     return readers
 
-  def _masked(self, task: TaskSpec, running: file_dataset_rows.Running):
-    word_start, word_end, ordinary = preprocess.word_tables(self.tokenizer, self.mask_specials)
+  def _masked(self, task: TaskSpec, running: file_dataset_fields.Running):
+    word_start, word_end, ordinary = preprocess.word_tables(self.tokenizer, self.random_special_tokens)
 
     def make(ids, hashes):
       text = tf.numpy_function(running.rows, [ids, hashes], tf.int32, stateful=False)
@@ -94,7 +94,7 @@ class StoredBuilder:
     return make
 
 
-def places(records: Stored, task: TaskSpec, seed: int | None = None) -> np.ndarray:
+def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:
   """Ids of the records that are examples: where it is known beforehand, those that have a label and what templates name.
 
   Args:
@@ -124,7 +124,7 @@ def places(records: Stored, task: TaskSpec, seed: int | None = None) -> np.ndarr
 class _Batch:
   """Makes batches of one task."""
 
-  def __init__(self, builder: StoredBuilder, task: TaskSpec, records: Stored, readers: tuple[file_dataset_rows.Reader, ...],
+  def __init__(self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, readers: tuple[file_dataset_fields.Reader, ...],
                keep: np.ndarray, faults: Faults):
     self._builder, self._task, self._records = builder, task, records
     self._readers, self._keep, self._faults = readers, keep, faults
@@ -136,8 +136,8 @@ class _Batch:
     if self._is_clip and task.num_frames < 1:
       raise UsageError(f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has clips; say how many frames the '
                        'model sees of each, for example 8.')
-    self._clips = video_pixels.ClipReader(
-        builder.size, task.num_frames, task.crop, task.random_flip, builder.training, builder.views, builder.crops)
+    self._clips = video_pixels.VideoReader(
+        builder.size, task.num_frames, task.crop, task.random_flip, builder.training, builder.num_views, builder.num_crops)
     self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts no thread before there is a clip
     self._shapes = {name: shape for r in readers for name, shape in r.shapes.items()}
     # Traced once: an evaluation calls it eagerly, a training pipeline inlines it.
@@ -204,33 +204,33 @@ class _Batch:
     ok, data = np.ones(n, bool), np.full(n, b'', object)
     columns = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._shapes.items()}
     clips = np.zeros((n, *self._clips.shape), np.uint8) if self._is_clip else None
-    rows = file_dataset_rows.fetched(self._records, self._keep[ids], self._faults)
+    rows = file_dataset_fields.fetched(self._records, self._keep[ids], self._faults)
     # At once, since decoders and Pillow leave Python to others meanwhile.
     decoded = self._pool.map(self._clip, rows, hashes.tolist()) if self._is_clip else [None] * n
     for i, (row, h, clip) in enumerate(zip(rows, hashes.tolist(), decoded)):
       try:
-        if isinstance(row, Unusable):
+        if isinstance(row, CorruptExample):
           raise row
         for reader in self._readers:
           for name, value in reader.read(row, h).items():
             columns[name][i] = value
         if self._is_clip:
-          if isinstance(clip, Undecodable):
+          if isinstance(clip, CorruptVideo):
             raise clip
           clips[i] = clip
         elif self._media:
           data[i] = row[self._media]
-      except (Unusable, Undecodable) as e:
+      except (CorruptExample, CorruptVideo) as e:
         ok[i] = False
         if counted[i]:
           bad.append(f'{self._records.where(int(self._keep[ids[i]]))}: {e}')
     self._faults.count(int(counted.sum()), bad)
     return ok, data, *columns.values(), *([clips] if self._is_clip else [])
 
-  def _clip(self, row: file_dataset_rows.Row | Unusable, h: int) -> np.ndarray | Undecodable | None:
+  def _clip(self, row: file_dataset_fields.Row | CorruptExample, h: int) -> np.ndarray | CorruptVideo | None:
     try:
-      return None if isinstance(row, Unusable) else self._clips(row[self._media], h)
-    except Undecodable as e:
+      return None if isinstance(row, CorruptExample) else self._clips(row[self._media], h)
+    except CorruptVideo as e:
       return e
 
   def _count(self, ids: np.ndarray, ok: np.ndarray, decoded: np.ndarray) -> np.ndarray:

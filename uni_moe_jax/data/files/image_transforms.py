@@ -9,7 +9,7 @@ import math
 
 import tensorflow as tf
 
-from uni_moe_jax.data.files import randaugment as files_randaugment
+from uni_moe_jax.data.files import augmentations
 from uni_moe_jax.data.files.video_pixels import AREA, RATIO, TRIES
 from uni_moe_jax.data.pipeline import hashing
 
@@ -34,8 +34,8 @@ def prepared(
   if flipped:
     picture = flip(picture, h)
   if randaugment:
-    picture = files_randaugment.randaugment(picture, h, randaugment)
-  return files_randaugment.erase(picture, h, erasing) if erasing else picture
+    picture = augmentations.randaugment(picture, h, randaugment)
+  return augmentations.erase(picture, h, erasing) if erasing else picture
 
 
 def jittered(size: int, h: tf.Tensor) -> tf.Tensor:

@@ -18,7 +18,7 @@ _MODES = ('L', 'RGB', '1', 'P')
 _ORIENTATION = 0x0112  # of EXIF
 
 
-class Broken(Exception):
+class CorruptFile(Exception):
   """A file that gives no example; says why in a few words."""
 
 
@@ -36,23 +36,23 @@ class Media:
   note: str = ''
 
 
-def picture(path: pathlib.Path) -> Media:
+def read_image(path: pathlib.Path) -> Media:
   """A picture. An animated one counts as its first frame, and what is transparent as white.
 
   Raises:
-    Broken: missing, not a picture, cut off, too small or too large.
+    CorruptFile: missing, not a picture, cut off, too small or too large.
   """
   data = _bytes(path)
   try:
     return _as_seen(data)
-  except Broken:
+  except CorruptFile:
     raise
   except UnidentifiedImageError:
-    raise Broken('not a picture') from None
+    raise CorruptFile('not a picture') from None
   except Image.DecompressionBombError:
-    raise Broken('too large') from None
+    raise CorruptFile('too large') from None
   except Exception as e:  # Pillow's decoders document no closed set of what they raise of a damaged file
-    raise Broken('broken picture') from e
+    raise CorruptFile('broken picture') from e
 
 
 def _as_seen(data: bytes) -> Media:
@@ -63,7 +63,7 @@ def _as_seen(data: bytes) -> Media:
   image.load()
   turned = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
   if min(turned.size) < MIN_SIDE:
-    raise Broken(f'smaller than {MIN_SIDE} pixels')
+    raise CorruptFile(f'smaller than {MIN_SIDE} pixels')
   if turned is not image:
     notes.append('turned as its camera was')
   if turned.has_transparency_data:
@@ -78,14 +78,14 @@ def _as_seen(data: bytes) -> Media:
   return Media(_png(turned) if notes else data, turned.size, '; '.join(notes))
 
 
-def clip(path: pathlib.Path) -> Media:
-  """A video file, as it is; every frame of it must decode. Raises Broken."""
+def read_video(path: pathlib.Path) -> Media:
+  """A video file, as it is; every frame of it must decode. Raises CorruptFile."""
   from uni_moe_jax.data.files import video
   data = _bytes(path)
   try:
-    return Media(data, video.measure(data))
-  except video.Undecodable as e:
-    raise Broken('broken clip') from e
+    return Media(data, video.probe(data))
+  except video.CorruptVideo as e:
+    raise CorruptFile('broken clip') from e
 
 
 class FrameArrays:
@@ -94,8 +94,8 @@ class FrameArrays:
   def __init__(self):
     self._path, self._frames = None, None
 
-  def clip(self, path: pathlib.Path, index: int) -> Media:
-    """Clip `index` of the first array of a file, uint8 [N, T, H, W, 3] or grey [N, T, H, W], as .npy bytes. Raises Broken."""
+  def read_video(self, path: pathlib.Path, index: int) -> Media:
+    """Clip `index` of the first array of a file, uint8 [N, T, H, W, 3] or grey [N, T, H, W], as .npy bytes. Raises CorruptFile."""
     if path != self._path:
       self._path, self._frames = path, None
       try:
@@ -105,11 +105,11 @@ class FrameArrays:
         pass
     frames = self._frames
     if not isinstance(frames, np.ndarray):
-      raise Broken('broken array')
+      raise CorruptFile('broken array')
     if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[-1] != 3:
-      raise Broken('array is not uint8 [N, T, H, W, 3]')
+      raise CorruptFile('array is not uint8 [N, T, H, W, 3]')
     if index >= len(frames):
-      raise Broken('a line more than the array has clips')
+      raise CorruptFile('a line more than the array has clips')
     one = frames[index] if frames.ndim == 5 else np.repeat(frames[index][..., None], 3, -1)
     out = io.BytesIO()
     np.save(out, one)
@@ -119,12 +119,12 @@ class FrameArrays:
 def _bytes(path: pathlib.Path) -> bytes:
   try:
     if path.exists() and not path.is_file():
-      raise Broken('unreadable file')  # a folder, or a device or pipe, which may never end
+      raise CorruptFile('unreadable file')  # a folder, or a device or pipe, which may never end
     return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
-    raise Broken('missing file') from None
+    raise CorruptFile('missing file') from None
   except (OSError, ValueError):  # the latter of a name with a null character
-    raise Broken('unreadable file') from None
+    raise CorruptFile('unreadable file') from None
 
 
 def _png(image: Image.Image) -> bytes:

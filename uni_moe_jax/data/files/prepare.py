@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 
 from uni_moe_jax.data.files import media
-from uni_moe_jax.data.files.consistency import agreed
+from uni_moe_jax.data.files.consistency import keep_consistent
 from uni_moe_jax.data.files.formats import WHERE, Row, Skipped, read
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.utils.errors import UsageError
@@ -49,15 +49,15 @@ class Checked:
 
 def prepare(
     source: pathlib.Path, data_dir: pathlib.Path, name: str, version: str = VERSION, gif: str = 'image',
-    holdout: float = 0.1, max_bad_fraction: float = 0.1) -> dict:
+    test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1) -> dict:
   """Prepares a folder or file; returns what prepared.json holds.
 
   Args:
     source: see `formats.read`.
     data_dir: of prepared data. name, version: of the data set; letters, digits and '_'; 'x.y.z'.
     gif: what a .gif in a folder by class is: 'image' (its first frame) or 'video'.
-    holdout: share of the groups that becomes the split 'test' where the data names no split itself.
-    max_bad_fraction: more skipped rows than this share are an error.
+    test_fraction: share of the groups that becomes the split 'test' where the data names no split itself.
+    max_corrupt_fraction: more skipped rows than this share are an error.
 
   Raises:
     MissingFileError, UsageError: nothing to read, a bad name, a version that is there, too many bad rows.
@@ -69,14 +69,14 @@ def prepare(
   place = pathlib.Path(data_dir) / FOLDER / name / version
   if place.is_dir():
     raise UsageError(f'{place} is there already; give another --version or --name, or remove it.')
-  rows, skipped = examined(source, gif, max_bad_fraction)
+  rows, skipped = read_checked_rows(source, gif, max_corrupt_fraction)
   root = source if source.is_dir() else source.parent
-  splits = _split(rows, holdout, root)
+  splits = _split(rows, test_fraction, root)
   classes = _classes(rows)
   with npz_records.building(place) as folder:
     prints = _write(folder, name, version, splits, classes)
     summary = _summary(
-        name, version, splits, classes, skipped, prints, _warnings(splits, holdout), _in_several_splits(splits, root))
+        name, version, splits, classes, skipped, prints, _warnings(splits, test_fraction), _in_several_splits(splits, root))
     known = {column: _present for column, kind in summary['columns'].items() if kind in ('text', 'texts')}
     known |= {column: functools.partial(_labels, names=names) for column, names in classes.items()}
     np.savez_compressed(folder / LABELS, **{
@@ -85,25 +85,25 @@ def prepare(
   return summary
 
 
-def examined(source: pathlib.Path, gif: str = 'image', max_bad_fraction: float = 0.1) -> tuple[list[Checked], dict[str, list[str]]]:
+def read_checked_rows(source: pathlib.Path, gif: str = 'image', max_corrupt_fraction: float = 0.1) -> tuple[list[Checked], dict[str, list[str]]]:
   """The sound rows of a folder or file, in order, and what was skipped: reason → where.
 
   Raises:
     MissingFileError, UsageError: nothing to read, or too many bad rows.
   """
   skipped: dict[str, list[str]] = collections.defaultdict(list)
-  found, apart = agreed(list(_distinct(read(source, gif), skipped)))
+  found, apart = keep_consistent(list(_distinct(read(source, gif), skipped)))
   for row in apart:
     skipped[row.reason].append(row.where)
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', module='PIL')  # what is wrong with a picture is counted, not printed in between
     rows = list(_checked(found, skipped))
   bad, total = sum(map(len, skipped.values())), len(rows) + sum(map(len, skipped.values()))
-  if not rows or bad > max_bad_fraction * total:
+  if not rows or bad > max_corrupt_fraction * total:
     worst = max(skipped, key=lambda reason: len(skipped[reason]), default='')
     first = f', the first of them {skipped[worst][0]}' if worst else ''
     raise UsageError(f'{bad} of {total} rows of {source} are bad; most are {worst!r} ({len(skipped[worst]) if worst else 0}'
-                     f'{first}). Mend them, or raise --max_bad_fraction={max_bad_fraction}.')
+                     f'{first}). Mend them, or raise --max_corrupt_fraction={max_corrupt_fraction}.')
   return rows, skipped
 
 
@@ -130,7 +130,7 @@ def _checked(rows: Iterable[Row], skipped: dict[str, list[str]]) -> Iterator[Che
   def look(row: Row) -> media.Media | str:
     try:
       return open_media(row, arrays)
-    except media.Broken as e:
+    except media.CorruptFile as e:
       return str(e)
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -148,15 +148,15 @@ def _checked(rows: Iterable[Row], skipped: dict[str, list[str]]) -> Iterator[Che
 
 
 def open_media(row: Row, arrays: media.FrameArrays) -> media.Media:
-  """The picture or clip of a row; of a text nothing. Raises media.Broken."""
+  """The picture or clip of a row; of a text nothing. Raises media.CorruptFile."""
   if not row.media:
     return media.Media(b'', ())
   if row.frame_index is not None:
-    return arrays.clip(row.path, row.frame_index)
-  return media.picture(row.path) if row.media == 'image' else media.clip(row.path)
+    return arrays.read_video(row.path, row.frame_index)
+  return media.read_image(row.path) if row.media == 'image' else media.read_video(row.path)
 
 
-def _split(rows: list[Checked], holdout: float, folder: pathlib.Path) -> dict[str, list[Checked]]:
+def _split(rows: list[Checked], test_fraction: float, folder: pathlib.Path) -> dict[str, list[Checked]]:
   """Rows by split; where none is named, whole groups are drawn by a hash of their name."""
   named = any(c.row.split for c in rows)
   out: dict[str, list[Checked]] = {s: [] for s in SPLITS}
@@ -166,8 +166,8 @@ def _split(rows: list[Checked], holdout: float, folder: pathlib.Path) -> dict[st
       continue
     group = _group(c.row, folder).encode(errors='backslashreplace')
     drawn = int.from_bytes(hashlib.sha256(group).digest()[:8]) / 2**64
-    out['test' if drawn < holdout else 'train'].append(c)
-  if not out['train'] and not named and holdout < 1:
+    out['test' if drawn < test_fraction else 'train'].append(c)
+  if not out['train'] and not named and test_fraction < 1:
     out = {'train': out['test']}  # of so few groups none is left to train on
   return {s: members for s, members in out.items() if members}
 
@@ -275,12 +275,12 @@ def _examples(members: list[Checked], columns: dict[str, str], digest) -> Iterat
     yield i, example
 
 
-def _warnings(splits: dict[str, list[Checked]], holdout: float) -> list[str]:
+def _warnings(splits: dict[str, list[Checked]], test_fraction: float) -> list[str]:
   """What a person should know of splits that came out empty."""
   if 'train' not in splits:
     return ['there is no split train, so that this data can only evaluate']
-  if holdout and 'test' not in splits and not any(c.row.split for members in splits.values() for c in members):
-    return [f'no group fell to the split test by --holdout={holdout}: the groups are too few; raise it, or give each row its split']
+  if test_fraction and 'test' not in splits and not any(c.row.split for members in splits.values() for c in members):
+    return [f'no group fell to the split test by --test_fraction={test_fraction}: the groups are too few; raise it, or give each row its split']
   return []
 
 

@@ -19,7 +19,7 @@ _WHOLE = 0.9  # of the frames that a file promises: containers count some that n
 _SIZES = 'frames of several sizes'
 
 
-class Undecodable(Exception):
+class CorruptVideo(Exception):
   """Bytes that are no clip."""
 
 
@@ -41,11 +41,11 @@ def views(number: int, T: int) -> np.ndarray:
   return np.broadcast_to(((np.arange(number) + 0.5) / number)[:, None], (number, T))
 
 
-def measure(data: bytes) -> tuple[int, int, int]:
+def probe(data: bytes) -> tuple[int, int, int]:
   """(frames, width, height) of a clip, as it is seen. Every frame is decoded: what is damaged in the middle shows nowhere else.
 
   Raises:
-    Undecodable: see `sample`; or a frame is broken, or more than a tenth of those that the file promises is missing.
+    CorruptVideo: see `sample`; or a frame is broken, or more than a tenth of those that the file promises is missing.
   """
   if data.startswith(_NPY):
     T, H, W, _ = _array(data).shape
@@ -55,17 +55,17 @@ def measure(data: bytes) -> tuple[int, int, int]:
              for frame in container.decode(stream) if not frame.is_corrupt]
     promised = stream.frames
   if not sizes or len(sizes) < _WHOLE * promised:
-    raise Undecodable(f'{len(sizes)} frames of {promised}')
+    raise CorruptVideo(f'{len(sizes)} frames of {promised}')
   if len(set(sizes)) > 1:
-    raise Undecodable(_SIZES)
+    raise CorruptVideo(_SIZES)
   return len(sizes), *sizes[0]
 
 
-def sample(data: bytes, shifts: np.ndarray) -> np.ndarray:
+def sample_frames(data: bytes, shifts: np.ndarray) -> np.ndarray:
   """uint8 [T, H, W, 3]: the frames of a clip that `segments` chooses for shifts [T]; or [V · T, …] for shifts [V, T].
 
   Raises:
-    Undecodable: the bytes are no clip, or one without frames.
+    CorruptVideo: the bytes are no clip, or one without frames.
   """
   if data.startswith(_NPY):
     frames = _array(data)
@@ -77,15 +77,15 @@ def _array(data: bytes) -> np.ndarray:
   try:
     frames = np.load(io.BytesIO(data))
   except Exception as e:  # numpy documents no closed set of what it raises of a damaged file
-    raise Undecodable(_said(e)) from e
+    raise CorruptVideo(_said(e)) from e
   if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-    raise Undecodable(f'an array {frames.dtype}{list(frames.shape)}, not uint8 [T, H, W, 3]')
+    raise CorruptVideo(f'an array {frames.dtype}{list(frames.shape)}, not uint8 [T, H, W, 3]')
   return frames
 
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
-  """PyAV's container and its first stream of pictures; whatever they raise of the bytes becomes Undecodable."""
+  """PyAV's container and its first stream of pictures; whatever they raise of the bytes becomes CorruptVideo."""
   try:
     import av
   except ModuleNotFoundError:
@@ -95,10 +95,10 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
       stream = container.streams.video[0]
       stream.thread_type = 'AUTO'
       yield container, stream
-  except Undecodable:
+  except CorruptVideo:
     raise
   except Exception as e:  # PyAV documents no closed set either
-    raise Undecodable(_said(e)) from e
+    raise CorruptVideo(_said(e)) from e
 
 
 def _turns(frame: Any) -> int:
@@ -115,7 +115,7 @@ def _decoded(data: bytes, shifts: np.ndarray) -> np.ndarray:
   with _opened(data) as (container, stream):
     total = stream.frames or sum(1 for _ in container.decode(stream))
     if not total:
-      raise Undecodable('no frames')
+      raise CorruptVideo('no frames')
     wanted = segments(total, shifts)
     found: dict[int, np.ndarray] = {}
     if not stream.frames:
@@ -127,8 +127,8 @@ def _decoded(data: bytes, shifts: np.ndarray) -> np.ndarray:
       if i >= wanted.max():
         break
     if last is None:
-      raise Undecodable('no frames')
+      raise CorruptVideo('no frames')
     if len({frame.shape for frame in found.values()}) > 1:
-      raise Undecodable(_SIZES)
+      raise CorruptVideo(_SIZES)
     # A container may promise more frames than it holds: the last one stands for those.
     return np.stack([found.get(i, last) for i in wanted.reshape(-1)])

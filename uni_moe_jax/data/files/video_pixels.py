@@ -17,7 +17,7 @@ JITTER = (256 / 224, 320 / 224)  # of the size, the short side
 AREA, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a random part: its share of the area, width / height; draws
 
 
-class ClipReader:
+class VideoReader:
   """bytes and hash → uint8 [T, S, S, 3]; with several views or crops [views · crops, T, S, S, 3], views outermost."""
 
   def __init__(self, size: int, frames: int, crop: str, flip: bool, training: bool, views: int = 1, crops: int = 1):
@@ -28,12 +28,12 @@ class ClipReader:
     self.shape = (*([self._views * crops] if many else []), frames, size, size, 3)
 
   def __call__(self, data: bytes, h: int) -> np.ndarray:
-    """Raises video.Undecodable."""
+    """Raises video.CorruptVideo."""
     if self._training:
       shifts = np.array([_uniform(h, 'frame', t) for t in range(self._frames)])
     else:
       shifts = video.views(self._views, self._frames)
-    frames = video.sample(data, shifts)
+    frames = video.sample_frames(data, shifts)
     boxes = [self._random_box(h, *frames.shape[1:3])] if self._training else _boxes(*frames.shape[1:3], self._crops)
     mirrored = self._training and self._flip and _uniform(h, 'flip') < 0.5
     out = np.stack([[_cut(f, box, self._size, mirrored) for f in frames] for box in boxes])  # [crops, views · T, S, S, 3]

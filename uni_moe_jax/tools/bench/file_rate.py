@@ -12,7 +12,7 @@ from PIL import Image
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files import file_dataset, prepare
-from uni_moe_jax.data.files.file_dataset_examples import StoredBuilder
+from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
 from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.input_rate import Stream
@@ -93,7 +93,7 @@ def _stream(folder: pathlib.Path, name: str, sort: Sort, count: int, steps: int)
     (folder / name / c).mkdir(parents=True)
   for i in range(count):
     sort.write(folder / name / _CLASSES[i % 2] / f'{i}.{sort.suffix}', rng)
-  prepare.prepare(folder / name, folder, name, holdout=0.0)
+  prepare.prepare(folder / name, folder, name, test_fraction=0.0)
   c = config_lib.base()
   c.model.image_size = sort.pixels
   c.target_sets.classes = config_lib.target_set(_CLASSES, family='names')
@@ -101,6 +101,6 @@ def _stream(folder: pathlib.Path, name: str, sort: Sort, count: int, steps: int)
   c.tasks[name] = config_lib.task(
       kind, f'own:{name}', batch_size=batch, target_set='classes', label_column='label', num_frames=sort.frames, crop=sort.crop, random_flip=True)
   plan = make_plan(c)
-  builder = StoredBuilder(None, {'classes': _CLASSES}, sort.pixels, 3, True, False, 0, 0.0)  # no text, so no tokenizer
+  builder = FileExampleBuilder(None, {'classes': _CLASSES}, sort.pixels, 3, True, False, 0, 0.0)  # no text, so no tokenizer
   examples = builder.build(plan.tasks[0], file_dataset.load(f'own:{name}', folder, 'train'))
   return Stream(Mixture(plan, {name: examples}, 0, 'all_tasks', c.model.max_num_frames, Feed()), steps), batch

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from uni_moe_jax.data.files import randaugment
+from uni_moe_jax.data.files import augmentations
 from uni_moe_jax.data.pipeline import hashing
 
 
@@ -14,7 +14,7 @@ def _h(i):
 
 
 def _act(name, picture, level=1.0, sign=1.0):
-  return randaugment.OPERATIONS[name](tf.constant(picture), tf.constant(float(level)), tf.constant(float(sign))).numpy()
+  return augmentations.OPERATIONS[name](tf.constant(picture), tf.constant(float(level)), tf.constant(float(sign))).numpy()
 
 
 def _row(*levels):
@@ -72,26 +72,26 @@ def test_equalize_and_autocontrast_are_pillows(seed):
 
 
 def test_shapes_move_as_they_should():
-  picture = np.full((11, 11, 3), randaugment._FILL, np.uint8)
+  picture = np.full((11, 11, 3), augmentations._FILL, np.uint8)
   picture[5, 5] = 255
   where = lambda p: tuple(np.unravel_index(p[..., 0].argmax(), p.shape[:2]))
   assert where(_act('translate_x', picture, 4 / 4.95)) == (5, 1)  # 4 to the left
   assert where(_act('translate_y', picture, 4 / 4.95, -1.0)) == (9, 5)
   assert where(_act('shear_x', picture, 2 / 3)) == (5, 4)  # row 5: 0.2 · 5 = 1
   assert where(_act('rotate', picture)) == (5, 5)
-  picture[5, 5], picture[5, 9] = randaugment._FILL, 255
+  picture[5, 5], picture[5, 9] = augmentations._FILL, 255
   assert where(_act('rotate', picture)) in ((3, 8), (7, 8))  # a distance of 4 turned by 30°: (2, 3.46)
 
 
 def test_nothing_happens_to_a_picture_at_level_zero_but_for_what_has_no_level():
   picture = _noise()
-  for name in set(randaugment.OPERATIONS) - {'autocontrast', 'equalize', 'invert', 'posterize', 'solarize', 'solarize_add'}:
+  for name in set(augmentations.OPERATIONS) - {'autocontrast', 'equalize', 'invert', 'posterize', 'solarize', 'solarize_add'}:
     np.testing.assert_array_equal(_act(name, picture, 0.0), picture, name)
 
 
 def test_randaugment_is_the_examples_own_and_two_operations_act_in_half_of_the_cases():
   picture = _noise()
-  function = tf.function(lambda h: randaugment.randaugment(tf.constant(picture), h, 9.0))
+  function = tf.function(lambda h: augmentations.randaugment(tf.constant(picture), h, 9.0))
   made = [function(_h(i)).numpy() for i in range(120)]
   np.testing.assert_array_equal(function(_h(3)), made[3])
   untouched = np.mean([np.array_equal(m, picture) for m in made])
@@ -101,7 +101,7 @@ def test_randaugment_is_the_examples_own_and_two_operations_act_in_half_of_the_c
 
 def test_a_rectangle_becomes_noise_as_often_as_asked():
   picture = np.zeros((20, 24, 3), np.uint8)
-  function = tf.function(lambda h: randaugment.erase(tf.constant(picture), h, 0.25))
+  function = tf.function(lambda h: augmentations.erase(tf.constant(picture), h, 0.25))
   made = [function(_h(i)).numpy() for i in range(160)]
   erased = [m for m in made if m.any()]
   assert abs(len(erased) / 160 - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 160)

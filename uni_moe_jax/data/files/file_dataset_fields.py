@@ -1,7 +1,7 @@
 """Records in files to the text fields of a task kind, one record at a time: labels, captions, templates, running text.
 
 A reader is made once for a task, which checks the config against the source's columns; then `read(row, h)` gives the fields of
-one record, without the leading axis of the batch, or raises `Unusable`. `h`, an int, is the example's hash.
+one record, without the leading axis of the batch, or raises `CorruptExample`. `h`, an int, is the example's hash.
 """
 
 import collections
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.files.file_dataset import Stored, Unusable
+from uni_moe_jax.data.files.file_dataset import FileDataset, CorruptExample
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import Faults
 from uni_moe_jax.data.pipeline.examples import TextTable, text_rows
@@ -36,7 +36,7 @@ class Reader:
   read: Callable[[Row, int], dict[str, Any]]
 
 
-def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
+def labels(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> Reader:
   """label and weight: the class of a record among the entries of the target set; or of its answers, M at most, each with the
   share of the answerers that gave it (answers outside of the set count nothing).
 
@@ -55,7 +55,7 @@ def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
 
     def read(row, _):
       if not row[task.label_column]:
-        raise Unusable(f'no {task.label_column}')
+        raise CorruptExample(f'no {task.label_column}')
       return {'label': [place[row[task.label_column]]], 'weight': [1.0]}
     return Reader(_label_shapes(1), read)
   M = max(1, task.max_predictions)
@@ -63,7 +63,7 @@ def labels(task: TaskSpec, records: Stored, keys: Sequence[str]) -> Reader:
 
   def read_answers(row, _):
     if not row[task.label_column]:
-      raise Unusable(f'no {task.label_column}')
+      raise CorruptExample(f'no {task.label_column}')
     found = [(a, n) for a, n in collections.Counter(map(answer, row[task.label_column])).most_common() if a in place][:M]
     pad = [0] * (M - len(found))
     share = [n / len(row[task.label_column]) for _, n in found]
@@ -75,7 +75,7 @@ def _label_shapes(M: int) -> Shapes:
   return {'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}
 
 
-def pair(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) -> Reader:
+def pair(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> Reader:
   """target, target_valid, text_id, weight: a record's own text; equal texts have equal ids."""
   choose, S = phrase_chooser(task, records, training), task.max_len
 
@@ -87,7 +87,7 @@ def pair(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) 
                  'weight': (np.float32, (1,))}, read)
 
 
-def caption(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool) -> Reader:
+def caption(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> Reader:
   """text [words | queries], text_valid, label, weight."""
   choose, S = phrase_chooser(task, records, training), task.max_len
 
@@ -99,7 +99,7 @@ def caption(task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: boo
                  'weight': (np.float32, (S,))}, read)
 
 
-def slot(task: TaskSpec, records: Stored, tokenizer: Tokenizer) -> Reader:
+def slot(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> Reader:
   """text, text_valid, position: a template around the answer's slot."""
   fields, S = columns_of(task.template), task.max_len
   _check_columns(task, records, 'template', fields, ('text', 'class'))
@@ -111,9 +111,9 @@ def slot(task: TaskSpec, records: Stored, tokenizer: Tokenizer) -> Reader:
   return Reader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
 
 
-def fetched(records: Stored, ids: np.ndarray, faults: Faults) -> list[Row | Unusable]:
+def fetched(records: FileDataset, ids: np.ndarray, faults: Faults) -> list[Row | CorruptExample]:
   """Records by id; once the source is out of reach, which the loop is told by `faults`, none can be used."""
-  out_of_reach = [Unusable('out of reach')] * len(ids)
+  out_of_reach = [CorruptExample('out of reach')] * len(ids)
   if faults.stopped:
     return out_of_reach
   try:
@@ -134,7 +134,7 @@ class Running:
     records: with the column `column`. length: S. hashes choose the window.
     faults: counts the records that are read.
   """
-  records: Stored
+  records: FileDataset
   column: str
   tokenizer: Tokenizer
   length: int
@@ -142,7 +142,7 @@ class Running:
   faults: Faults
 
   @classmethod
-  def of(cls, task: TaskSpec, records: Stored, tokenizer: Tokenizer, training: bool, faults: Faults) -> 'Running':
+  def of(cls, task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool, faults: Faults) -> 'Running':
     column = task.label_column or 'text'
     if records.columns.get(column) != 'text':
       raise UsageError(f"config.tasks.{task.name}: source {task.source!r} has no column of texts {column!r} (label names it, 'text' "
@@ -159,9 +159,9 @@ class Running:
         return out
       found = fetched(self.records, nxt[open_], self.faults)
       self.faults.count(len(found), [
-          f'{self.records.where(int(i))}: {row}' for i, row in zip(nxt[open_], found) if isinstance(row, Unusable)])
+          f'{self.records.where(int(i))}: {row}' for i, row in zip(nxt[open_], found) if isinstance(row, CorruptExample)])
       for i, row in zip(open_, found):
-        if isinstance(row, Unusable):
+        if isinstance(row, CorruptExample):
           continue
         text = row[self.column]
         if turn == 0:
@@ -183,7 +183,7 @@ class Running:
     return text[start:start + most]
 
 
-def phrase_chooser(task: TaskSpec, records: Stored, training: bool) -> Callable[[Row, int], str]:
+def phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Row, int], str]:
   """(row, h) → one phrase: in training of a random template with random entries of lists, else the first of everything."""
   names = [columns_of(t) for t in task.caption_templates]
   for fields in names:
@@ -196,12 +196,12 @@ def phrase_chooser(task: TaskSpec, records: Stored, training: bool) -> Callable[
       value = row[f]
       if not isinstance(value, str):
         if not value:
-          raise Unusable(f'no {f}')
+          raise CorruptExample(f'no {f}')
         value = value[hashing.mix(h, f) % len(value) if training else 0]
       values[f] = value
     text = task.caption_templates[which].format(**values)
     if not text.strip():
-      raise Unusable('empty text')
+      raise CorruptExample('empty text')
     return text
   return choose
 
@@ -215,7 +215,7 @@ def references(task: TaskSpec, row: Row) -> tuple[str, ...]:
   return tuple(template.format(**{f: row[f] if f != lists[0] else entry for f in columns_of(template)}) for entry in row[lists[0]])
 
 
-def _check_columns(task: TaskSpec, records: Stored, where: str, names: Sequence[str], kinds: tuple[str, ...]) -> None:
+def _check_columns(task: TaskSpec, records: FileDataset, where: str, names: Sequence[str], kinds: tuple[str, ...]) -> None:
   fitting = [c for c, k in records.columns.items() if k in kinds]
   for name in names:
     if name not in fitting:
