@@ -63,7 +63,7 @@ setuptools.setup(
         'tqdm>=4.70,<5',
     ],
     extras_require={
-        'test': ['pytest>=9.2,<10', 'pytest-xdist>=3.8,<4', *_CLIP, *_TORCH, *_VIDEO],
+        'test': ['hypothesis>=6.170,<7', 'pytest>=9.2,<10', 'pytest-xdist>=3.8,<4', *_CLIP, *_TORCH, *_VIDEO],
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': ['jax[tpu]>=0.10.2,<0.11'],
         'preflight': ['libtpu>=0.0.42,<0.0.43'],  # JAX's own: compiles for TPUs, where there is none

@@ -6,15 +6,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from tests.helpers import fast_compile
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TWO = ('launch/local_processes.sh', '--processes', '2', '--devices', '4')  # arguments of a launch script stand behind '--'
-_FLAGS = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 
 
 def environment(devices: int = 4) -> dict[str, str]:
   """Of a process that has so many devices."""
-  flags = f'{_FLAGS} --xla_force_host_platform_device_count={devices}'
-  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT), 'UNI_MOE_PYTHON': sys.executable}
+  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': fast_compile.environment_flags(devices),
+          'PYTHONPATH': str(ROOT), 'UNI_MOE_PYTHON': sys.executable}
 
 
 def run(command: Sequence[str], devices: int = 4, folder: pathlib.Path = ROOT) -> str:

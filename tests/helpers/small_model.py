@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.helpers import fast_compile
 from uni_moe_jax.model.sequences import Layout
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import task_types
 
-# Tests compile far more than they compute: without these optimisations a program is ready in a fifth of the time.
-jit = functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False})
+jit = functools.partial(jax.jit, compiler_options=fast_compile.OPTIONS)
 
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 VOCABULARY, SPE, EOT = 23, 0, 1

@@ -158,7 +158,7 @@ def test_a_signal_ends_a_phase_that_cannot_save(root):
 def test_an_unusable_interpreter_is_named(root):
   code, _, errors = _run(root, UNI_MOE_PYTHON='/no/python')
   assert code == 1
-  assert errors.startswith('UNI_MOE_PYTHON=/no/python is not a program.')
+  assert errors.startswith('UNI_MOE_PYTHON=/no/python is not an executable program.')
 
 
 def test_help_runs_nothing(root):

@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from tests.helpers import base_step, hlo
+from tests.helpers import base_step, fast_compile, hlo
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _D, _F = base_step.WIDTH, base_step.MLP_DIM
@@ -28,7 +28,7 @@ _GROUPS = {name: frozenset(map(frozenset, grid.tolist())) for name, grid in (
 def _sent(router: str, capacity: float) -> list[hlo.CollectiveArray]:
   with tempfile.TemporaryDirectory() as folder:
     file = f'{folder}/step.hlo'
-    flags = '--xla_force_host_platform_device_count=64 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+    flags = fast_compile.environment_flags(64)
     subprocess.run([sys.executable, '-m', 'tests.helpers.base_step', router, str(capacity), file], check=True, cwd=_ROOT,
                    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags})
     return hlo.collectives(pathlib.Path(file).read_text())
