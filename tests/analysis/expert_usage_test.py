@@ -67,7 +67,7 @@ def test_overlap_is_what_two_rows_have_in_common():
 
 
 def test_the_effective_number_counts_even_experts():
-  found = routers.effective(_SHARES)
+  found = routers.effective_experts(_SHARES)
   np.testing.assert_allclose(found[jnp.array([0, 2, 3])], [2, 4, 1], rtol=1e-6)
   assert float(found[1]) == pytest.approx(np.exp(-.25 * np.log(.25) - .75 * np.log(.75)))
 
@@ -109,18 +109,18 @@ def test_gates_add_up_to_what_the_encoder_says_of_its_own_routing(by_token):
   """One row per kind of array: the encoder's own rows, computed another way."""
   spec, sequences, collected = by_token
   conditions = [c for s in sequences for c in s.layout.conditions]
-  rows = routers.distinct_rows('token', tuple(conditions))
+  rows = routers.distinct_inputs('token', tuple(conditions))
   pieces = []
   for i, s in enumerate(sequences):
     for j, condition in enumerate(s.layout.conditions):
       halves = (0, 1) if s.layout.masks[j] == 'two_stream' else (None,)
-      pieces += [Piece(rows.index(routers.row_of('token', condition)), i, j, half) for half in halves]
+      pieces += [Piece(rows.index(routers.router_input('token', condition)), i, j, half) for half in halves]
   found = expert_usage.gate_sums(spec, collected, pieces, len(rows), 1)
   assert found.gates.shape == (3, 2, 4, 4)
   for layer in range(3):
     subtree, period, block = spec.stack.locate(layer)
     for r, part in enumerate(spec.sublayers):
-      own = collected[subtree][0]['decisions'][part]
+      own = collected[subtree][0]['router_stats'][part]
       own = own if period is None else jax.tree.map(lambda x, p=period: x[p], own)
       np.testing.assert_allclose(found.gates[layer, r], own.importance, rtol=1e-5)
       np.testing.assert_allclose(found.entropy[layer, r].sum(), own.entropies.sum(), rtol=1e-5)
@@ -135,7 +135,7 @@ def test_words_queries_and_examples_are_told_apart(by_token):
   pieces = (Piece(0, 0, 1, 0), Piece(1, 0, 1, 1), Piece(2, 1, 0, None, (0, 1)), Piece(3, 1, 0, None, (1, 3)))
   found = expert_usage.gate_sums(spec, collected, pieces, 4, 1)
   np.testing.assert_allclose(found.tokens, [4, 4, 5, 10])
-  choice = collected['tail'][0]['choices'][1]['mlp'][0]  # of three pictures, in the last layer
+  choice = collected['tail'][0]['token_routing'][1]['mlp'][0]  # of three pictures, in the last layer
   by_hand = np.zeros((3, 4))
   for example in range(3):
     for token in range(5):
@@ -156,11 +156,11 @@ def test_examples_are_counted_in_every_shard(by_token):
 
 def test_coefficients_of_a_router_that_merges_are_those_that_the_encoder_decides():
   spec, sequences, collected = _encoded('attribute')
-  rows = routers.distinct_rows('attribute', tuple(c for s in sequences for c in s.layout.conditions))
+  rows = routers.distinct_inputs('attribute', tuple(c for s in sequences for c in s.layout.conditions))
   found = expert_usage.coefficients(spec, small_model.params(spec), rows)
   assert found.shape == (3, 2, 4, 4)
   for r, part in enumerate(spec.sublayers):
-    stacked, tail = (collected[sub][0]['decisions'][part].coef for sub in ('blocks', 'tail'))
+    stacked, tail = (collected[sub][0]['router_stats'][part].coef for sub in ('blocks', 'tail'))
     np.testing.assert_allclose(found[:, r], np.concatenate([stacked, tail[None]]), rtol=1e-5)
   assert np.ptp(found, axis=(0, 1)).max() > .1
 

@@ -20,7 +20,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs, torch_file, torch_layout
 from uni_moe_jax.model import decoding
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import checkpoint, loop
@@ -128,7 +128,7 @@ def _expected(trained, exported):
 @pytest.fixture(name='searched', scope='module')
 def _searched(trained, elsewhere, exported):
   """Ids [64, n] that the evaluator's search finds with the experts."""
-  found = _found(trained, elsewhere[0], exported[1].features['words'], beams=2, penalty=1.0).tokens[:, 0]
+  found = _found(trained, elsewhere[0], exported[1].features['words'], beam_size=2, length_penalty=1.0).tokens[:, 0]
   assert len(set(map(tuple, found))) > 1  # else equality would prove little
   return found
 
@@ -141,8 +141,8 @@ def _greedy(trained, elsewhere, exported):
 def _found(trained, pixels, words, **ways) -> decoding.Captions:
   """Captions by the model with its experts."""
   task, (_, run, params), model = _task(trained, 'caption'), trained, UniPerceiver(_with_experts(trained))
-  ask = dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, length=task.max_len, **ways)
-  return jax.device_get(small_model.jit(lambda values: decoding.search(model, values, task.type, pixels, words, **ask))(params))
+  ask = dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, max_len=task.max_len, **ways)
+  return jax.device_get(small_model.jit(lambda values: decoding.beam_search(model, values, task.type, pixels, words, **ask))(params))
 
 
 def _with_experts(trained):
@@ -208,8 +208,8 @@ def test_pairs_are_scored_as_by_the_model_with_experts(trained, elsewhere, expec
   image = expected.inputs(task.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})[:batch, 0]
   text = np.resize(expected.pairs(task.type, {**_texts(tokenizer), 'id': np.zeros(2, np.uint32)}), (batch, image.shape[-1]))
   np.testing.assert_array_equal(found['text_valid'], np.resize(_texts(tokenizer)['target_valid'], found['text_valid'].shape))
-  _close(found[f'image{batch}'], np.asarray(normalise(image)), 'image')
-  _close(found[f'text{batch}'], np.asarray(normalise(text)), 'text')
+  _close(found[f'image{batch}'], np.asarray(normalize(image)), 'image')
+  _close(found[f'text{batch}'], np.asarray(normalize(text)), 'text')
   scale = np.exp(trained[2]['log_scale_image_retrieval'])
   _close(found[f'scores{batch}'], scale * expected.similarities(image, text), 'scores')
 

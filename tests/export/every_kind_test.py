@@ -15,7 +15,7 @@ from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents
 from uni_moe_jax.model import decoding
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
@@ -60,9 +60,9 @@ def _trained(run: train_run.Run):
 
 def _search(spec: ModelSpec, params, task: TaskSpec, found: contents.Contents, pixels: np.ndarray) -> decoding.Captions:
   """The evaluator's search with the experts."""
-  run = jax.jit(lambda values: decoding.search(
+  run = jax.jit(lambda values: decoding.beam_search(
       UniPerceiver(spec), values, task.type, pixels, found.features[task.target_set], temperature=task.temperature,
-      spe=found.data.tokenizer.spe, eot=found.data.tokenizer.eot, length=task.max_len))
+      spe=found.data.tokenizer.spe, eot=found.data.tokenizer.eot, max_len=task.max_len))
   return jax.device_get(run(params))
 
 
@@ -109,8 +109,8 @@ def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
       text = model.run(task.name, 'encode_text', text=fields['target'], text_valid=fields['target_valid'])['features']
       targets = expected.pairs(task.type, fields)
       assert not fields['target_valid'].all()
-      _close(np.asarray(image), np.asarray(normalise(features[:, 0])), task.name)
-      _close(np.asarray(text), np.asarray(normalise(targets)), task.name)
+      _close(np.asarray(image), np.asarray(normalize(features[:, 0])), task.name)
+      _close(np.asarray(text), np.asarray(normalize(targets)), task.name)
       scale = np.exp(params[f'log_scale_{task.temperature}'])
       scores = model.run(task.name, 'score', features=image, texts=text)['scores']
       _close(np.asarray(scores), scale * expected.similarities(features[:, 0], targets), task.name)

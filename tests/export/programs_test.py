@@ -103,11 +103,11 @@ class TokenRouterTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_captions_of_a_context_model_are_its_own_at_any_batch(self):
     spec, task = small_model.spec('context', gmm='tiled'), _task('image_caption')
-    words = heads.normalise(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
+    words = heads.normalize(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
     call = _program(spec, Asked(task, 1, small_model.VOCABULARY, beams=2), 'caption')
-    run = small_model.jit(lambda values, pixels: decoding.search(
+    run = small_model.jit(lambda values, pixels: decoding.beam_search(
         UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE, eot=small_model.EOT,
-        length=4, beams=2))
+        max_len=4, beam_size=2))
     want = jax.device_get(run(small_model.params(spec), _pixels(3)))
     found = call(pixels=_pixels(3), targets=words)
     np.testing.assert_array_equal(found['tokens'], want.tokens[:, 0])

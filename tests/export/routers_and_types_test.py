@@ -10,7 +10,7 @@ from tests.helpers import shipped, tiny
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import run as train_run
 
@@ -36,7 +36,7 @@ def test_routers_that_look_at_tokens_go_along_and_products_can_be_bfloat16(tmp_p
   for task in run.plan.tasks:
     [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5)
     features = expected.inputs(task.type, fields)
-    wanted = {'encode': ('features', normalise(features)), 'classify': ('log_p', expected.log_probabilities(features, task))}
+    wanted = {'encode': ('features', normalize(features)), 'classify': ('log_p', expected.log_probabilities(features, task))}
     inputs = {name: fields[name] for name in model.manifest['tasks'][task.name]['programs']['encode']['inputs']}
     if not task.type.visual:  # what is no word says nothing, whatever stands there
       more = ('text', 7), ('text_valid', False)

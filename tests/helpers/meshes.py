@@ -132,7 +132,7 @@ def evaluate(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> Found
 @contextlib.contextmanager
 def _watched(margins: list[float]):
   """Everything that is traced inside notes, when it runs, how close its routers' decisions were."""
-  keep = routers.keep
+  keep = routers.keep_top_k
 
   def watched(logits, top_k):
     order = jnp.sort(logits, axis=-1)

@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.model import decoding
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
@@ -40,7 +40,7 @@ def _features(spec=_SPEC):
   def run(values, pixels, words):
     text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
     sequence = small_model.sequence(_kind(spec), len(pixels), pixels=pixels, text=text)
-    return normalise(small_model.encode(spec, [sequence], values=values)[0][0])
+    return normalize(small_model.encode(spec, [sequence], values=values)[0][0])
 
   def cut(pixels, words):
     padded = [np.pad(x, [(0, _ROWS - len(x)), *[(0, 0)] * (x.ndim - 1)]) for x in (pixels, words)]
@@ -54,7 +54,7 @@ def _words(spec=_SPEC) -> jax.Array:
   rng = np.random.default_rng(3)
   texts = [rng.integers(0, _V, (_B, _N)).astype(np.int32) for _ in range(3)]
   rows = np.concatenate([_features(spec)(_pixels(spec), t) for t in texts]).reshape(-1, 16)[:_V]
-  return normalise(jnp.asarray(rows - rows.mean(0)))
+  return normalize(jnp.asarray(rows - rows.mean(0)))
 
 
 @functools.cache
@@ -64,8 +64,8 @@ def _program(beams: int, answers: tuple, spec):
 
   @small_model.jit
   def run(values, pixels, words, eot, penalty):
-    return decoding.search(UniPerceiver(spec), values, _kind(spec), pixels, words, temperature='group', spe=small_model.SPE,
-                         eot=eot, length=_N, beams=beams, penalty=penalty, trie=trie)
+    return decoding.beam_search(UniPerceiver(spec), values, _kind(spec), pixels, words, temperature='group', spe=small_model.SPE,
+                         eot=eot, max_len=_N, beam_size=beams, length_penalty=penalty, trie=trie)
   return run
 
 

@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.model import decoding
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tools.bench import uncached_search
@@ -33,7 +33,7 @@ def _query_features(router: str):
   def run(values, pixels, words):
     text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
     sequence = small_model.sequence(_KIND, _BATCH, pixels=pixels, text=text)
-    return normalise(small_model.encode(spec, [sequence], values=values)[0][0])
+    return normalize(small_model.encode(spec, [sequence], values=values)[0][0])
 
   return lambda words: run(small_model.params(spec), _pixels(), jnp.asarray(words, jnp.int32))
 
@@ -55,8 +55,8 @@ def _greedy(router: str):
 
   @small_model.jit
   def run(values, pixels, words, eot):
-    found = decoding.search(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
-                          eot=eot, length=_LENGTH)
+    found = decoding.beam_search(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
+                          eot=eot, max_len=_LENGTH)
     return found.tokens[:, 0], found.log_p[:, 0]
 
   return lambda eot: jax.tree.map(
@@ -129,7 +129,7 @@ class LayoutTest(absltest.TestCase):
     self.assertEqual((layout.conditions, layout.masks, layout.readout), (_KIND.conditions[:1], ('full',), 'nothing'))
 
   def test_a_pass_is_a_word_and_a_query_under_the_captions_condition(self):
-    layout = decoding.pass_layout(_KIND)
+    layout = decoding.step_layout(_KIND)
     self.assertEqual((layout.conditions, layout.masks, layout.readout, layout.prefixed),
                      (_KIND.conditions[1:], ('causal',), 'queries', False))
 

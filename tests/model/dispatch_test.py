@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.model import routing
-from uni_moe_jax.model.spec import PARTS, ROUTER_PARAMS, ModelSpec
+from uni_moe_jax.model.spec import SUBLAYERS, ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import dispatch, routers
 
 _BOTH = ('token', 'context')
@@ -151,7 +151,7 @@ class ContextTest(absltest.TestCase):
     asked = one.replace(text=one.text.at[:, 1].set(5 + (one.text[:, 1] == 5)))
     pools = [_forward(spec, keys=True)(small_model.params(spec), (s,), None)[1]['tail'][0]['pools'][0]
              for s in (one, padded, asked)]
-    for part in PARTS:
+    for part in SUBLAYERS:
       np.testing.assert_allclose(pools[1][part], pools[0][part], atol=1e-5)
       self.assertGreater(np.abs(pools[2][part] - pools[0][part]).max(), 1e-3)
 
@@ -178,7 +178,7 @@ class NoiseTest(parameterized.TestCase):
 
 class PlacementTest(parameterized.TestCase):
 
-  @parameterized.product(router=tuple(routers.ROUTERS), parts=(('attention',), ('mlp',), PARTS))
+  @parameterized.product(router=tuple(routers.ROUTERS), parts=(('attention',), ('mlp',), SUBLAYERS))
   def test_every_router_goes_with_every_part_and_placement(self, router, parts):
     for placement in ('every_2', (1,)):
       spec = small_model.spec(router, sublayers=parts, placement=placement, num_deep_prompts=1)
@@ -188,7 +188,7 @@ class PlacementTest(parameterized.TestCase):
       self.assertEqual([f.shape for f in jax.eval_shape(run, shapes)], [(2, 3, 16)])
       for layer, here in enumerate(spec.pattern):
         subtree, _, block = spec.stack.locate(layer)
-        self.assertEqual({p for p in PARTS if ROUTER_PARAMS[p] in shapes['encoder'][subtree][block]}, set(here))
+        self.assertEqual({p for p in SUBLAYERS if ROUTER_PARAMS[p] in shapes['encoder'][subtree][block]}, set(here))
 
 
 class UsageTest(absltest.TestCase):
@@ -199,8 +199,8 @@ class UsageTest(absltest.TestCase):
     text = small_model.sequence('text_mlm', text_valid=jnp.array([[True, True, False]] * 2),
                                 positions=jnp.zeros((2, 1), jnp.int32))
     _, collected = _forward(spec)(small_model.params(spec), (small_model.sequence('image_caption'), text), None)
-    first = jax.tree.map(lambda x: x[0], collected['blocks'][0]['decisions'])
-    last = collected['tail'][0]['decisions']
+    first = jax.tree.map(lambda x: x[0], collected['blocks'][0]['router_stats'])
+    last = collected['tail'][0]['router_stats']
     for usage in (*first.values(), last['attention']):
       self.assertEqual(usage.tokens.tolist(), [10, 12, 6])
       self.assertEqual(usage.chosen.sum(-1).tolist(), [20, 24, 12])

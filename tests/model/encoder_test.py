@@ -170,8 +170,8 @@ class CollectedTest(absltest.TestCase):
   def test_decisions_are_one_row_per_condition(self):
     taken = self._collected()
     for part in ('attention', 'mlp'):  # caption picture, caption text, names
-      self.assertEqual(taken['blocks'][0]['decisions'][part].coef.shape, (2, 3, 4))
-      self.assertEqual(taken['tail'][0]['decisions'][part].coef.shape, (3, 4))
+      self.assertEqual(taken['blocks'][0]['router_stats'][part].coef.shape, (2, 3, 4))
+      self.assertEqual(taken['tail'][0]['router_stats'][part].coef.shape, (3, 4))
 
   def test_nothing_is_collected_that_was_not_asked_for(self):
     self.assertEqual(set(self._collected()['tail'][0]), {'decisions'})
@@ -249,7 +249,7 @@ class NoiseTest(absltest.TestCase):
     found = {}
     for layer in range(spec.num_layers):
       subtree, index, block = spec.stack.locate(layer)
-      decisions = collected[subtree][int(block.removeprefix('block'))]['decisions']
+      decisions = collected[subtree][int(block.removeprefix('block'))]['router_stats']
       for part, decision in decisions.items():
         found[layer, part] = np.asarray(decision.logits if index is None else decision.logits[index])[row]
     return found
@@ -290,7 +290,7 @@ class SettingsTest(absltest.TestCase):
   def test_the_router_table_holds_every_built_in_condition(self):
     conditions = [c for k in task_types.TASK_TYPES.values() for c in (*k.conditions, k.pair_condition)]
     for router in ('task', 'modality'):
-      rows = routers.distinct_rows(router, (*conditions, *task_types.families().values()))
+      rows = routers.distinct_inputs(router, (*conditions, *task_types.families().values()))
       self.assertLessEqual(set(rows), set(small_model.spec(router).router_names))
 
 

@@ -15,10 +15,10 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 class NormaliseTest(absltest.TestCase):
 
   def test_a_feature_gets_length_one(self):
-    np.testing.assert_allclose(heads.normalise(jnp.array([[3., 4.], [0., -2.]])), [[.6, .8], [0., -1.]], rtol=1e-6)
+    np.testing.assert_allclose(heads.normalize(jnp.array([[3., 4.], [0., -2.]])), [[.6, .8], [0., -1.]], rtol=1e-6)
 
   def test_zero_stays_zero_with_a_finite_gradient(self):
-    value, gradient = jax.value_and_grad(lambda x: heads.normalise(x).sum())(jnp.zeros((1, 2)))
+    value, gradient = jax.value_and_grad(lambda x: heads.normalize(x).sum())(jnp.zeros((1, 2)))
     self.assertEqual(value, 0)
     self.assertTrue(np.isfinite(gradient).all())
 

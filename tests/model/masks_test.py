@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from tests.helpers import small_model
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.encoder import Encoder
-from uni_moe_jax.model.sequences import Layout, Stream
+from uni_moe_jax.model.sequences import Layout, EmbeddedSequence
 from uni_moe_jax.tasks import task_types
 
 _CAPTION, _VQA = ('full', 'two_stream'), ('full', 'full')
@@ -77,7 +77,7 @@ def _influence_of(layout: Layout):
 
     def outputs(joined):
       tokens, positions = tuple(jnp.split(joined, splits, axis=1)), jnp.zeros((1, 1), jnp.int32)
-      stream = Stream(tokens, valid, positions, jnp.zeros(1, jnp.uint32), layout)
+      stream = EmbeddedSequence(tokens, valid, positions, jnp.zeros(1, jnp.uint32), layout)
       _, collected = Encoder(spec).apply({'params': values}, (stream,), (None,), all_rows=True, taps=True)
       return jnp.concatenate(collected['tail'][-1]['taps'][0], axis=1)[0] @ weights  # [S]
 

@@ -23,7 +23,7 @@ class ForConditionsTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('attribute', {}, _VQA[::-1]), ('task', {'placement': 'every_2', 'num_layers': 5}, _KIND.conditions),
-      ('modality', {'sublayers': ('mlp',), 'prompts': 2}, _VQA[::-1]))
+      ('modality', {'sublayers': ('mlp',), 'num_deep_prompts': 2}, _VQA[::-1]))
   def test_features_are_those_of_the_model_with_experts(self, router, changes, others):
     spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
 
@@ -50,8 +50,8 @@ class ForConditionsTest(parameterized.TestCase):
     pixels = jnp.zeros((2, 1, small_model.SIDE, small_model.SIDE, 1))
 
     def search(values):
-      return decoding.search(UniPerceiver(spec), values, _KIND, pixels, jnp.zeros((7, spec.width)), temperature='group',
-                           spe=small_model.SPE, eot=small_model.EOT, length=3, beams=2)
+      return decoding.beam_search(UniPerceiver(spec), values, _KIND, pixels, jnp.zeros((7, spec.width)), temperature='group',
+                           spe=small_model.SPE, eot=small_model.EOT, max_len=3, beam_size=2)
 
     [loop] = [e for e in jax.make_jaxpr(search)(small_model.params(spec)).eqns if e.primitive.name == 'while']
     self.assertEqual(any(_EXPERTS in v.aval.shape for v in loop.invars), reads)

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from tests.helpers import small_model
 from uni_moe_jax.model import batching, decoding
 from uni_moe_jax.model import initialization as params_lib
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 
@@ -94,7 +94,7 @@ class DeepPromptsTest(parameterized.TestCase):
     # Of a caption's two conditions, prompts take the picture's: with it alone in the experts' choice they still move it.
     layout = small_model.sequence('image_caption').layout
     self.assertEqual(layout.prompt_condition, layout.conditions[0])
-    self.assertEqual(decoding.pass_layout(task_types.TASK_TYPES['image_caption']).prompt_condition, layout.conditions[0])
+    self.assertEqual(decoding.step_layout(task_types.TASK_TYPES['image_caption']).prompt_condition, layout.conditions[0])
     self.assertNotEqual(layout.conditions[0], layout.conditions[1])
 
 
@@ -125,7 +125,7 @@ class PrefixPromptsTest(parameterized.TestCase):
     spec = small_model.spec(num_prefix_prompts=2)
     _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(small_model.params(spec))
     np.testing.assert_array_equal(
-        collected['streams'][0].valid[0], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
+        collected['sequences'][0].valid[0], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
 
   def test_picks_of_the_first_segment_count_from_them_and_those_of_the_second_do_not(self):
     (with_, _), (without, _) = _streams(3), _streams(0)
@@ -203,7 +203,7 @@ class LabelPromptsTest(parameterized.TestCase):
     found = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, True)
     _, collected = small_model.jit(lambda v: small_model.encode(spec, found, values=v, taps=True))(values)
     table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
-    for stream, entries in zip(collected['streams'], ([1, 3], [4, 0, 2]), strict=True):
+    for stream, entries in zip(collected['sequences'], ([1, 3], [4, 0, 2]), strict=True):
       np.testing.assert_array_equal(stream.arrays[0][:, 1], table[jnp.array(entries)])
       np.testing.assert_array_equal(stream.arrays[0][:, 2], jnp.broadcast_to(prefix, (len(entries), 16)))
       self.assertTrue(np.asarray(stream.valid[0]).all())
@@ -214,7 +214,7 @@ class LabelPromptsTest(parameterized.TestCase):
     values = small_model.jit(lambda: params_lib.init_params(UniPerceiver(spec), jax.random.key(0)))()
     self.assertFalse(np.asarray(values['embed']['prompts']['label_names']).any())
     fresh, plain = _entries(spec)(values), _entries(spec, False)(values)
-    cosine = np.asarray((normalise(fresh) * normalise(plain)).sum(-1))
+    cosine = np.asarray((normalize(fresh) * normalize(plain)).sum(-1))
     self.assertGreater(cosine.min(), 1 - 1e-5)
     self.assertGreater(np.abs(fresh - plain).max(), 0)  # but it is a key
 
@@ -267,17 +267,17 @@ class DecodingTest(absltest.TestCase):
     spec, kind = _spec(), task_types.TASK_TYPES['image_caption']
     values, length = small_model.params(spec), 4
     pixels = small_model.sequence(kind, 2, seed=1).pixels
-    words = normalise(jnp.asarray(np.random.default_rng(0).normal(size=(small_model.VOCABULARY, 16)), jnp.float32))
+    words = normalize(jnp.asarray(np.random.default_rng(0).normal(size=(small_model.VOCABULARY, 16)), jnp.float32))
 
     @small_model.jit
     def both(values):
-      found = decoding.search(UniPerceiver(spec), values, kind, pixels, words, temperature='group',
-                            spe=small_model.SPE, eot=-1, length=length)
+      found = decoding.beam_search(UniPerceiver(spec), values, kind, pixels, words, temperature='group',
+                            spe=small_model.SPE, eot=-1, max_len=length)
       tokens, log_p = found.tokens[:, 0], found.log_p[:, 0]
       text = jnp.concatenate([tokens, jnp.full_like(tokens, small_model.SPE)], axis=1)
       features, = small_model.encode(spec, [small_model.sequence(kind, 2, pixels=pixels, text=text)], values=values)[0]
       scale = UniPerceiver(spec).apply({'params': values}, 'group', method='scale')
-      all_p = jax.nn.log_softmax(scale * normalise(features) @ words.T)
+      all_p = jax.nn.log_softmax(scale * normalize(features) @ words.T)
       return log_p, jnp.take_along_axis(all_p, tokens[..., None], axis=-1)[..., 0], all_p.argmax(-1) == tokens
     cached, whole, same = both(values)
     self.assertTrue(np.asarray(same).all())

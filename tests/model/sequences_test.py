@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.model import uni_perceiver
-from uni_moe_jax.model.sequences import READ_NOTHING, Layout, Stream, join_equal, take_rows
+from uni_moe_jax.model.sequences import READ_NOTHING, Layout, EmbeddedSequence, join_equal, take_rows
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.task_types import Segment, TaskType
 
@@ -19,19 +19,19 @@ class LayoutTest(parameterized.TestCase):
   @parameterized.parameters(
       ('image_classification', ('visual',), 0), ('text_mlm', ('text',), 0), ('text_classification', ('text',), 0),
       ('image_caption', ('visual', 'text'), 1), ('vqa', ('visual', 'text'), 1))
-  def test_of_a_kind(self, name, modalities, readout_array):
+  def test_of_a_kind(self, name, modalities, readout_segment):
     layout = Layout.of_task_type(task_types.TASK_TYPES[name])
     self.assertEqual(layout.modalities, modalities)
-    self.assertEqual(layout.readout_array, readout_array)
+    self.assertEqual(layout.readout_segment, readout_segment)
     self.assertEqual(layout.conditions, task_types.TASK_TYPES[name].conditions)
     self.assertTrue(layout.prefixed)
 
   def test_a_target_text_is_read_at_its_prefix(self):
     layout = Layout.of_text(task_types.families()['words'])
-    self.assertEqual((layout.masks, layout.readout, layout.readout_array), (('full',), 'cls', 0))
+    self.assertEqual((layout.masks, layout.readout, layout.readout_segment), (('full',), 'cls', 0))
 
   def test_a_prefill_reads_nothing(self):
-    self.assertIsNone(Layout((), (), READ_NOTHING).readout_array)
+    self.assertIsNone(Layout((), (), READ_NOTHING).readout_segment)
 
 
 class TakeRowsTest(absltest.TestCase):
@@ -53,16 +53,16 @@ class TakeRowsTest(absltest.TestCase):
     np.testing.assert_array_equal(take_rows(self._X, 'slot', jnp.array([[2], [3]]))[..., 0], [[2], [13]])
 
 
-def _stream(start: int, batch: int, tokens: int = 2, padded: bool = False, picks: int = 0) -> Stream:
+def _stream(start: int, batch: int, tokens: int = 2, padded: bool = False, picks: int = 0) -> EmbeddedSequence:
   """Sample i holds the number start + i everywhere."""
   number = start + jnp.arange(batch)
-  return Stream(
+  return EmbeddedSequence(
       arrays=(number[:, None, None] * jnp.ones((1, tokens, 3)),),
       valid=(jnp.ones((batch, tokens), bool) if padded else None,),
       positions=jnp.zeros((batch, picks), jnp.int32) if picks else None, ids=number.astype(jnp.uint32), layout=_TEXT)
 
 
-def _numbers(stream: Stream) -> list[int]:
+def _numbers(stream: EmbeddedSequence) -> list[int]:
   return [int(i) for i in stream.ids]
 
 

@@ -106,7 +106,7 @@ class RowNamesTest(absltest.TestCase):
   _CONDITIONS = (*task_types.TASK_TYPES['image_caption'].conditions, task_types.families()['words'])
 
   def test_rows_read_as_bits_or_names(self):
-    names = {r: small_model.spec(r).row_names(self._CONDITIONS) for r in small_model.ROUTERS}
+    names = {r: small_model.spec(r).router_input_names(self._CONDITIONS) for r in small_model.ROUTERS}
     self.assertEqual(names, {
         'attribute': ('11011000', '11010101', '11010110'), 'task': ('caption', 'words'),
         'modality': ('visual', 'text'), 'dense': ('all tokens',),
@@ -115,7 +115,7 @@ class RowNamesTest(absltest.TestCase):
 
   def test_bits_are_those_of_the_condition(self):
     bits = attributes.to_string(self._CONDITIONS[0].bits)
-    self.assertEqual(small_model.spec().row_names(self._CONDITIONS[:1]), (bits,))
+    self.assertEqual(small_model.spec().router_input_names(self._CONDITIONS[:1]), (bits,))
 
 
 class FromConfigTest(absltest.TestCase):

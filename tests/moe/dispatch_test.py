@@ -30,7 +30,7 @@ def _kept(to: dispatch.Routes, *shape: int) -> list:
 class NamesTest(absltest.TestCase):
 
   def test_a_config_is_checked_against_the_names_that_exist(self):
-    self.assertEqual(set(validate.DISPATCHED), {r for r in routers.ROUTERS if routers.looks_at_tokens(r)})
+    self.assertEqual(set(validate.DISPATCHED), {r for r in routers.ROUTERS if routers.routes_tokens(r)})
     self.assertEqual({*validate.MERGED, *validate.DISPATCHED}, {routers.DENSE, *routers.ROUTERS})
     self.assertEqual(set(validate.GROUPED), {gmm.AUTO, gmm.XLA, *gmm.BACKENDS})
 
@@ -132,13 +132,13 @@ def _inputs():
 
 
 def _dispatched(x, kernel, bias, logits, valid=None, capacity=0.0, parts=1, backend='tiled'):
-  choice = routers.Choice(logits, *routers.keep(logits, _K))
+  choice = routers.Choice(logits, *routers.keep_top_k(logits, _K))
   return dispatch.project(x, kernel, bias, dispatch.routes(choice, valid, capacity, parts, backend))
 
 
 def _looped(x, kernel, bias, logits, kept=None):
   """For every token, the sum over its experts."""
-  expert, gates = routers.keep(logits, _K)
+  expert, gates = routers.keep_top_k(logits, _K)
   rows = []
   for b in range(_B):
     for s in range(_S):
@@ -179,7 +179,7 @@ class ExactTest(parameterized.TestCase):
   def test_with_capacity_it_equals_the_loop_over_what_is_kept(self, backend):
     logits = _inputs()[-1]
     valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
-    choice = routers.Choice(logits, *routers.keep(logits, _K))
+    choice = routers.Choice(logits, *routers.keep_top_k(logits, _K))
     kept = np.asarray(_routes(choice, valid, .5, 1, backend).kept).reshape(_B, _S, _K)
     self.assertTrue(kept.any() and not kept[np.asarray(valid)].all())
     found = _value_and_gradients(functools.partial(_dispatched, valid=valid, capacity=.5, backend=backend))
@@ -196,7 +196,7 @@ class ExactTest(parameterized.TestCase):
   def test_a_rematerialised_product_is_not_computed_again(self, backend, at_once):
     # Forward, and the gradients of x and of the kernels; the fourth is what experts gave, for the gradient of the gates.
     def block(x, kernel, bias, logits):
-      choice = routers.Choice(logits, *routers.keep(logits, _K))
+      choice = routers.Choice(logits, *routers.keep_top_k(logits, _K))
       to = dispatch.routes(choice, None, 1., 1, backend)
       if at_once:
         return dispatch.project(x, kernel, bias, to)

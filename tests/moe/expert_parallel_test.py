@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import hlo, small_model
 from uni_moe_jax.moe import dispatch, expert_parallel
-from uni_moe_jax.moe.layers import Linear
+from uni_moe_jax.moe.layers import Projection
 from uni_moe_jax.parallel import sharding
 
 _B, _S, _D, _N, _H, _E, _K = 8, 5, 6, 2, 3, 4, 2
@@ -37,8 +37,8 @@ def _choose(logits, mesh=None):
 def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='batched'):
   """Two projections that share a decision: to heads and back, as attention has them. ([B, S, D], routes)."""
   to = expert_parallel.routes(_choose(logits, mesh), valid, 1, capacity, backend, mesh)
-  first = Linear(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
-  second = Linear(weights[2], weights[3], ('heads', 'head_dim'), ('embed',))
+  first = Projection(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
+  second = Projection(weights[2], weights[3], ('heads', 'head_dim'), ('embed',))
   return expert_parallel.project(jnp.sin(expert_parallel.project(x, first, to, mesh)), second, to, mesh), to
 
 

@@ -90,8 +90,8 @@ class MergingEqualsMixingTest(parameterized.TestCase):
 
 class ConditionalDenseTest(absltest.TestCase):
 
-  def _dense(self, num_experts: int, dtype=jnp.float32) -> layers.ConditionalDense:
-    return layers.ConditionalDense(
+  def _dense(self, num_experts: int, dtype=jnp.float32) -> layers.MoeDense:
+    return layers.MoeDense(
         (40,), (3, 5, 8), ('embed',), ('qkv', 'heads', 'head_dim'), layers.xavier_uniform(40, 40), num_experts, dtype)
 
   def test_one_kernel_and_bias_per_row(self):
@@ -131,7 +131,7 @@ class ConditionalDenseTest(absltest.TestCase):
 
   def test_keys_may_start_as_a_copy_of_the_queries(self):
     plain = layers.xavier_uniform(40, 40)
-    kernel = layers.equal_query_key(plain)(jax.random.key(0), (4, 40, 3, 5, 8))
+    kernel = layers.mimetic_query_key(plain)(jax.random.key(0), (4, 40, 3, 5, 8))
     drawn = plain(jax.random.key(0), (4, 40, 3, 5, 8))
     query, key, value = (kernel[:, :, i] for i in range(3))
     np.testing.assert_array_equal(key, query)
@@ -160,8 +160,8 @@ class ProjectTest(absltest.TestCase):
 
 class ScaledTest(parameterized.TestCase):
 
-  def _linear(self, dtype=jnp.float32) -> layers.Linear:
-    return layers.Linear(_normal(0, 2, 4, 6).astype(dtype), _normal(1, 2, 6).astype(dtype), ('mlp',), ('embed',))
+  def _linear(self, dtype=jnp.float32) -> layers.Projection:
+    return layers.Projection(_normal(0, 2, 4, 6).astype(dtype), _normal(1, 2, 6).astype(dtype), ('mlp',), ('embed',))
 
   def test_what_it_makes_is_multiplied(self):
     x, by, plain = _normal(2, 3, 5, 4), _normal(3, 6), self._linear()

@@ -66,16 +66,16 @@ class RowsTest(parameterized.TestCase):
       ('task', ('classification', 'retrieval', 'mlm', 'caption', 'words')),
       ('dense', (None,)))
   def test_rows_are_the_distinct_inputs_in_order(self, router, rows):
-    self.assertEqual(routers.distinct_rows(router, self._CONDITIONS), rows)
+    self.assertEqual(routers.distinct_inputs(router, self._CONDITIONS), rows)
 
   def test_attribute_rows_are_shared_by_classification_and_retrieval(self):
-    rows = [attributes.to_string(r) for r in routers.distinct_rows('attribute', self._CONDITIONS)]
+    rows = [attributes.to_string(r) for r in routers.distinct_inputs('attribute', self._CONDITIONS)]
     self.assertEqual(rows, ['10011000', '01010100', '11011000', '11010101', '11010110'])
 
   @parameterized.parameters(*routers.ROUTERS, routers.DENSE)
   def test_the_row_of_each_condition_is_among_them(self, router):
-    rows = routers.distinct_rows(router, self._CONDITIONS)
-    self.assertEqual({routers.row_of(router, c) for c in self._CONDITIONS}, set(rows))
+    rows = routers.distinct_inputs(router, self._CONDITIONS)
+    self.assertEqual({routers.router_input(router, c) for c in self._CONDITIONS}, set(rows))
 
   def test_only_routers_by_name_have_a_table(self):
     tables = {r: routers.table_names(r, ('mlm', 'words'), ('visual', 'text')) for r in (*routers.ROUTERS, 'dense')}
@@ -136,7 +136,7 @@ class RouterTest(absltest.TestCase):
     key, rows = jax.random.key(3), ('visual', 'text')
     calm = _router().apply({'params': _NAMED}, rows, None)
     noisy = _router().apply({'params': _NAMED}, rows, key)
-    np.testing.assert_allclose(noisy.logits - calm.logits, routers.row_noise(key, rows, 4, 1.0), atol=1e-5)
+    np.testing.assert_allclose(noisy.logits - calm.logits, routers.input_noise(key, rows, 4, 1.0), atol=1e-5)
 
   def test_evaluation_has_no_noise(self):
     rows = ('visual', 'text')
@@ -150,7 +150,7 @@ class NoiseTest(absltest.TestCase):
   _KEY = jax.random.key(7)
 
   def _noise(self, *rows, key=None):
-    return np.asarray(routers.row_noise(self._KEY if key is None else key, rows, 4, 1.0))
+    return np.asarray(routers.input_noise(self._KEY if key is None else key, rows, 4, 1.0))
 
   def test_the_noise_of_a_row_does_not_depend_on_the_others(self):
     alone, among, last = self._noise('words'), self._noise('words', 'mlm'), self._noise('vqa', 'mlm', 'words')
@@ -166,14 +166,14 @@ class NoiseTest(absltest.TestCase):
 
   def test_its_standard_deviation_is_that_of_the_config_over_the_experts(self):
     # 8000 draws of N(0, (2/4)²): the estimate of .5 has a standard error of .004.
-    noise = np.asarray(routers.row_noise(self._KEY, tuple(range(2000)), 4, 2.0))
+    noise = np.asarray(routers.input_noise(self._KEY, tuple(range(2000)), 4, 2.0))
     np.testing.assert_allclose(noise.std(), .5, atol=.016)
     np.testing.assert_allclose(noise.mean(), 0, atol=.023)
 
   def test_the_hash_of_a_row_is_that_of_every_process(self):
     # Python's own hash() of a string differs from run to run. CRC-32 of mlm with its quotes, and its value.
-    self.assertEqual(routers.row_hash('mlm'), zlib.crc32(b"'mlm'"))
-    self.assertEqual(routers.row_hash('mlm'), 1209776402)
+    self.assertEqual(routers.input_hash('mlm'), zlib.crc32(b"'mlm'"))
+    self.assertEqual(routers.input_hash('mlm'), 1209776402)
 
 
 if __name__ == '__main__':

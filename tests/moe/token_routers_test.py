@@ -176,7 +176,7 @@ class LossesTest(absltest.TestCase):
 
   def test_a_step_down_the_balance_loss_moves_probability_to_idle_experts(self):
     def loss(logits):
-      choice = routers.Choice(logits, *routers.keep(logits, 1))
+      choice = routers.Choice(logits, *routers.keep_top_k(logits, 1))
       return _of(choice, dispatch.routes(choice, None, 0.0, 1, 'tiled'), None).losses['balance']
     gradient = small_model.jit(jax.grad(loss))(jnp.array([[[1., .5, 0.], [2., 0., 1.]]]))
     self.assertGreater(float(gradient[..., 0].min()), 1e-3)

@@ -72,7 +72,7 @@ def _compare_outputs(arrays: Arrays, case: Problem, features, targets, logits) -
     theirs = arrays[key]
     assert_close(ours[:len(theirs)], theirs, BOUND, key)
   ours = {'out.logits0': _counted(case, logits), 'out.output': _counted(case, logits),
-          'out.input_feats': np.asarray(heads.normalise(left)), 'out.tgt_feats': np.asarray(heads.normalise(targets))}
+          'out.input_feats': np.asarray(heads.normalize(left)), 'out.tgt_feats': np.asarray(heads.normalize(targets))}
   if case.task.type.target == 'pair':
     ours['out.logits1'] = ours['out.logits0'].T
   for key in arrays.keys('out.'):
@@ -97,9 +97,9 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
     out = collected[subtree][int(block.removeprefix('block'))][what]
     return out if period is None else jax.tree.map(lambda x: x[period], out)
 
-  conditions = tuple(c for s in collected['streams'] for c in s.layout.conditions)
-  rows = routers.distinct_rows(case.spec.model.spec.router, conditions)
-  for n, stream in enumerate(collected['streams']):
+  conditions = tuple(c for s in collected['sequences'] for c in s.layout.conditions)
+  rows = routers.distinct_inputs(case.spec.model.spec.router, conditions)
+  for n, stream in enumerate(collected['sequences']):
     # A token's own embedder comes first, then the prefix.
     parts = [np.asarray(a) for a in stream.arrays]
     tokens = [parts[0][:, 1:], *parts[1:]]
@@ -121,7 +121,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
         at = f'enc{n}.gate.L{layer}.{projection}.'
         if at + 'logits' in arrays:
           decision = after(layer, 'decisions')[part]
-          index = [rows.index(routers.row_of(case.spec.model.spec.router, c)) for c in stream.layout.conditions]
+          index = [rows.index(routers.router_input(case.spec.model.spec.router, c)) for c in stream.layout.conditions]
           assert_close(decision.logits[index], arrays[at + 'logits'], BOUND, at)
           np.testing.assert_array_equal(decision.expert[index], arrays[at + 'top2'])
           weight = np.take_along_axis(decision.coef[index], decision.expert[index], axis=1)

@@ -12,7 +12,7 @@ from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import step_spec, target_sets, task_spec
 from uni_moe_jax.model import decoding
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import step
 
 BOUND = 1e-5
@@ -22,8 +22,8 @@ _NONE = -999.0  # what the published search calls a candidate that is none
 @functools.partial(small_model.jit, static_argnums=(0, 1, 2))
 def _searched(spec, task, options, params, pixels, sets):
   _, set_features, _ = step.forward(spec, params, None, sets, {}, None)
-  return decoding.search(
-      spec.model, params, task.type, pixels, normalise(set_features[task.target_set]), temperature=task.temperature,
+  return decoding.beam_search(
+      spec.model, params, task.type, pixels, normalize(set_features[task.target_set]), temperature=task.temperature,
       spe=spec.model.spec.spe_id, **dict(options))
 
 
@@ -38,8 +38,8 @@ def test_generation(name):
   attributes = arrays.get(key.replace('.data', '.moe_embedding'))
   if attributes is not None:
     np.testing.assert_array_equal(attributes, np.array([c.bits for c in task.type.conditions], np.float32))
-  options = tuple(dict(eot=entry['eos_token_id'], length=entry['max_seq_len'], beams=entry['beam_size'],
-                       penalty=entry['len_penalty']).items())
+  options = tuple(dict(eot=entry['eos_token_id'], max_len=entry['max_seq_len'], beam_size=entry['beam_size'],
+                       length_penalty=entry['len_penalty']).items())
   found = jax.device_get(_searched(
       spec, task, options, fixtures.params(model), frames.transpose(0, 1, 3, 4, 2), sets))
 

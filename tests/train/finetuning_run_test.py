@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import small_model, tiny
 from uni_moe_jax.config import presets
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import loop, step
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
@@ -94,7 +94,7 @@ def test_a_set_with_prompts_is_evaluated_as_it_is_trained(tuned):
 
   @small_model.jit
   def trained(params, sets):
-    return normalise(step.forward(run.spec, params, None, sets, {}, None)[1]['shapes'])
+    return normalize(step.forward(run.spec, params, None, sets, {}, None)[1]['shapes'])
   np.testing.assert_allclose(predictor.target_set('shapes'), trained(params, run.target_sets()), rtol=1e-4, atol=1e-5)
   others = {**params, 'embed': {**params['embed'], 'prompts': {
       **params['embed']['prompts'], 'label_shapes': params['embed']['prompts']['label_shapes'][::-1]}}}

@@ -57,7 +57,7 @@ def _plain(spec, params, batch, sets, key):
 
   8 pictures of 4 patches in 2 micro-steps of 16 tokens each; 3 names as texts."""
   def auxiliary(collected):
-    usages = [d for out in collected['tail'] for d in out['decisions'].values()]
+    usages = [d for out in collected['tail'] for d in out['router_stats'].values()]
     return sum(f * jnp.stack([u.losses[n] for u in usages]).mean() for n, f in FACTORS.items())
 
   def loss(params):
@@ -111,28 +111,28 @@ def _usage(asked, kept) -> Usage:
 def test_metrics_are_means_over_layers_and_routers():
   # Drop rates 1/4 and 0 of two stacked layers, 1/2 of the tail.
   stacked = jax.tree.map(lambda *x: jnp.stack(x), _usage(4, [2, 1]), _usage(4, [2, 2]))
-  collected = {'blocks': ({'decisions': {'mlp': stacked}},), 'tail': ({'decisions': {'mlp': _usage(4, [1, 1])}},)}
+  collected = {'blocks': ({'router_stats': {'mlp': stacked}},), 'tail': ({'router_stats': {'mlp': _usage(4, [1, 1])}},)}
   assert float(router_metrics.metrics(collected)['router/drop_rate']) == pytest.approx(1 / 4)
 
 
 def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
   # Rows share half an expert; together they take .75 and .25: exp(.75 ln 4/3 + .25 ln 4) experts.
   decision = Decision(logits=None, expert=None, coef=jnp.array([[.5, .5], [1., 0.]]))
-  collected = {'blocks': (), 'tail': ({'decisions': {'mlp': decision}},)}
+  collected = {'blocks': (), 'tail': ({'router_stats': {'mlp': decision}},)}
   assert {k: float(v) for k, v in router_metrics.metrics(collected).items()} == {
       'router/entropy': pytest.approx(np.log(2) / 2), 'router/condition_overlap': pytest.approx(.5),
       'router/effective_experts': pytest.approx(4 / 3 ** .75)}
-  assert router_metrics.metrics({'blocks': (), 'tail': ({'decisions': {}},)}) == {}
+  assert router_metrics.metrics({'blocks': (), 'tail': ({'router_stats': {}},)}) == {}
   assert float(router_metrics.auxiliary((), collected)) == 0
 
 
 def test_use_is_a_mean_over_layers_and_of_one_row_nothing_is_compared():
   # Two stacked layers of three rows: all the same expert; three different ones.
   coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
-  collected = {'blocks': ({'decisions': {'mlp': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
+  collected = {'blocks': ({'router_stats': {'mlp': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
   found = router_metrics.metrics(collected)
   assert float(found['router/effective_experts']) == pytest.approx(2) and float(found['router/condition_overlap']) == pytest.approx(.5)
-  one = {'blocks': (), 'tail': ({'decisions': {'mlp': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
+  one = {'blocks': (), 'tail': ({'router_stats': {'mlp': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
   assert float(router_metrics.metrics(one)['router/condition_overlap']) == 1
 
 
@@ -140,6 +140,6 @@ def test_tokens_of_a_row_count_alike():
   # Row 0: 3 tokens on expert 0 and 1 on expert 1; row 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1) have .25 in common.
   usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.none(2)).replace(
       tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
-  found = router_metrics.metrics({'blocks': (), 'tail': ({'decisions': {'mlp': usage}},)})
+  found = router_metrics.metrics({'blocks': (), 'tail': ({'router_stats': {'mlp': usage}},)})
   assert float(found['router/condition_overlap']) == pytest.approx(.25)
   assert float(found['router/effective_experts']) == pytest.approx(np.exp(-.375 * np.log(.375) - .625 * np.log(.625)))

@@ -63,8 +63,8 @@ def test_rows_that_chose_an_expert_are_counted_per_layer():
   tail = np.array([[.7, 0, 0, .3], [.7, .3, 0, 0]])
   decision = lambda coef: routers.Decision(logits=None, expert=None, coef=jnp.asarray(coef))
   found = used_params.used_experts({
-      'blocks': ({'decisions': {'attention': decision(scanned), 'mlp': decision(scanned[::-1])}},),
-      'tail': ({'decisions': {'attention': decision(tail)}}, {'decisions': {}})})
+      'blocks': ({'router_stats': {'attention': decision(scanned), 'mlp': decision(scanned[::-1])}},),
+      'tail': ({'router_stats': {'attention': decision(tail)}}, {'router_stats': {}})})
   assert jax.tree.map(lambda x: x.tolist(), found) == {
       'blocks': ({'attention': [[1, 2, 1, 0], [0, 0, 2, 2]], 'mlp': [[0, 0, 2, 2], [1, 2, 1, 0]]},),
       'tail': ({'attention': [2, 1, 0, 1]}, {})}

@@ -89,7 +89,7 @@ def spans(task: TaskSpec, sets: Mapping[str, SetSpec]) -> tuple[Span, ...]:
 
 def by_token(spec: ModelSpec) -> bool:
   """Whether use can only be measured on batches; else it follows from the parameters."""
-  return routers.looks_at_tokens(spec.router)
+  return routers.routes_tokens(spec.router)
 
 
 def layers(spec: ModelSpec) -> tuple[int, ...]:
@@ -99,14 +99,14 @@ def layers(spec: ModelSpec) -> tuple[int, ...]:
 
 def rows_of_conditions(
     spec: ModelSpec, conditions: Sequence[Condition], tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec]) -> tuple[
-        tuple[routers.Row, ...], dict[str, dict[str, int]]]:
+        tuple[routers.RouterInput, ...], dict[str, dict[str, int]]]:
   """(rows of a router that merges, {task: {span: its row}}).
 
   Args:
     conditions: whose rows are wanted, those of the tasks among them.
   """
-  rows = routers.distinct_rows(spec.router, tuple(conditions))
-  place = lambda condition: rows.index(routers.row_of(spec.router, condition))
+  rows = routers.distinct_inputs(spec.router, tuple(conditions))
+  place = lambda condition: rows.index(routers.router_input(spec.router, condition))
   return rows, {t.name: {s.name: place(s.condition) for s in spans(t, sets)} for t in tasks}
 
 
@@ -138,7 +138,7 @@ def pieces(
   return tuple(dict.fromkeys(found))
 
 
-def coefficients(spec: ModelSpec, params: Any, rows: Sequence[routers.Row]) -> np.ndarray:
+def coefficients(spec: ModelSpec, params: Any, rows: Sequence[routers.RouterInput]) -> np.ndarray:
   """f32 [L, R, A, E] of routers that merge, without noise."""
   found = router_outputs.coefficients(spec, params, tuple(rows))
   return np.array([list(parts.values()) for parts in found.values()], np.float32)
@@ -152,7 +152,7 @@ def gate_sums(spec: ModelSpec, collected: Any, pieces: Sequence[Piece], rows: in
     pieces: may be several for a row. rows: A.
     shards: into how many parts batches are laid out.
   """
-  streams = collected['streams']
+  streams = collected['sequences']
 
   def tokens(x, piece):
     """The piece's part of [B, S, …]."""
@@ -183,8 +183,8 @@ def gate_sums(spec: ModelSpec, collected: Any, pieces: Sequence[Piece], rows: in
   found = {}  # (subtree, block, part) → sums with an axis of periods: a program of few parts, however many layers there are
   for subtree in ('blocks', 'tail'):
     for j, out in enumerate(collected[subtree]):
-      for part in out['decisions']:
-        choices = [out['choices'][piece.stream][part][piece.array] for piece in pieces]
+      for part in out['router_stats']:
+        choices = [out['token_routing'][piece.stream][part][piece.array] for piece in pieces]
         choices = [(c.gates, c.expert) for c in choices]
         if subtree == 'tail':
           choices = jax.tree.map(lambda x: x[None], choices)
@@ -233,5 +233,5 @@ def record(
       **facts, 'router': spec.router, 'experts': spec.num_experts, 'top_k': spec.top_k, 'layers': list(layers(spec)),
       'routers': list(spec.sublayers), 'rows': list(rows), 'tokens': None if tokens is None else [int(n) for n in tokens],
       'tasks': {task: dict(found) for task, found in tasks.items()}, 'coefficients': plain(shares),
-      'gate_entropy': plain(gate_entropy), 'entropy': plain(entropy), 'effective_experts': plain(routers.effective(shares)),
+      'gate_entropy': plain(gate_entropy), 'entropy': plain(entropy), 'effective_experts': plain(routers.effective_experts(shares)),
       'task_overlap': plain(between), 'mean_task_overlap': plain(between.mean((0, 1)))}

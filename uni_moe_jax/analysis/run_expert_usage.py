@@ -62,7 +62,7 @@ def measured(run: Run, params: Any, name: str, batches: int, seed: int) -> dict[
   facts = {'checkpoint': name, 'batches': 0, 'seed': seed}
   if not expert_usage.by_token(spec):
     rows, of_task = expert_usage.rows_of_conditions(spec, conditions(plan), plan.tasks or plan.probes, sets)
-    return expert_usage.record(facts, spec, spec.row_names(conditions(plan)), of_task, expert_usage.coefficients(spec, params, rows))
+    return expert_usage.record(facts, spec, spec.router_input_names(conditions(plan)), of_task, expert_usage.coefficients(spec, params, rows))
   if not plan.tasks:
     raise UsageError(f'this run trains no task, so that there are no batches to ask the {spec.router} router about.')
   rows, of_task = expert_usage.rows_of_tokens(plan.tasks, sets)

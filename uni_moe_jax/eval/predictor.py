@@ -14,7 +14,7 @@ from uni_moe_jax.config.plan import SetSpec, TaskSpec
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.model import batching, decoding, heads
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.trie import Trie
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.parallel import sharding
@@ -50,7 +50,7 @@ class Predictor:
       rows = [np.asarray(encode(self._model, self._params, p))[:, 0] for p in parts]
       if not spec.is_vocabulary:
         rows = [_mean_of_synonyms(r, b) for r, b in zip(rows, target.buckets, strict=True)]
-      rows = normalise(jnp.concatenate(rows))
+      rows = normalize(jnp.concatenate(rows))
       rows = rows if spec.is_vocabulary else rows[target.order]
       self._features[name] = rows if self._model.mesh is None else jax.device_put(rows, sharding.replicated(self._model.mesh))
     return self._features[name]
@@ -71,8 +71,8 @@ class Predictor:
 
     answers: a target set of texts; every caption is one of them. '': any words.
     """
-    ask = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, length=task.max_len,
-               beams=beams, penalty=penalty)
+    ask = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, max_len=task.max_len,
+               beam_size=beams, length_penalty=penalty)
     words, trie = self.target_set(task.target_set), self._trie(answers) if answers else None
     tokens = _captions(self._model, task.type, tuple(ask.items()), self._params, pixels, words, trie)
     return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
@@ -89,7 +89,7 @@ def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence,
   """What is encoded for a target set, each at once: the texts of a length, or a part of a vocabulary."""
   if spec.is_vocabulary:
     words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))
-    return tuple(batching.word_sequence(spec.name, spec.condition, ids, eot) for ids in words)
+    return tuple(batching.vocabulary_sequence(spec.name, spec.condition, ids, eot) for ids in words)
   return batching.set_sequences(
       spec.name, spec.condition, tuple(_all_texts(b) for b in target.buckets), target.order, spec.label_prompts)
 
@@ -107,7 +107,7 @@ def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Ar
     return rows
   n, Y = bucket['text'].shape[:2]
   weight = jnp.asarray(np.arange(Y)[None] < bucket['count'][:, None], rows.dtype) / bucket['count'][:, None]
-  return jnp.einsum('nyd,ny->nd', normalise(rows).reshape(n, Y, -1), weight)
+  return jnp.einsum('nyd,ny->nd', normalize(rows).reshape(n, Y, -1), weight)
 
 
 def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -119,7 +119,7 @@ def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def encode(model: UniPerceiver, params, sequence) -> jax.Array:
   """Features [B, R, D] f32 of a sequence's readout, not normalised."""
   def run(m):
-    return m.features(m.encode(sequence.filled(m.shards)).hidden)
+    return m.features(m.encode(sequence.pad_batch(m.shards)).hidden)
   return sharding.replicate(model.apply({'params': params}, method=run), model.mesh)[:sequence.ids.shape[0]]
 
 
@@ -135,7 +135,7 @@ def _log_p(model: UniPerceiver, params, features, targets, temperature: str, hea
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _captions(model: UniPerceiver, kind: TaskType, ask: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
-  tokens = decoding.search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
+  tokens = decoding.beam_search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
   return sharding.replicate(tokens, model.mesh)
 
 

@@ -15,7 +15,7 @@ from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
 from uni_moe_jax.export.programs import WHOLE, Asked
-from uni_moe_jax.model.spec import ModelSpec, row_name
+from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
 from uni_moe_jax.utils.errors import UsageError
@@ -49,7 +49,7 @@ class Contents:
   def summary(self) -> str:
     """One line for the terminal."""
     if self.spec.kernels:
-      left = f'{self.spec.num_experts} kernels per projection for {", ".join(row_name(row) for row, _ in self.spec.kernels)}'
+      left = f'{self.spec.num_experts} kernels per projection for {", ".join(router_input_name(row) for row, _ in self.spec.kernels)}'
     else:
       left = 'a dense model' if self.spec.router == routers.DENSE else f'with its {self.spec.router} router and its experts'
     return f'{left}, {sum(np.size(x) for x in jax.tree.leaves(self.params)):,} parameters, {len(self.asked)} tasks'
@@ -84,7 +84,7 @@ def collect(
     predictor = Predictor(UniPerceiver(whole), params, sets, data.tokenizer)
     features = {name: np.asarray(predictor.target_set(name)) for name in sets}
     answers = {a.task.name: _answers(predictor, a, sets, shown[a.task.name]) for a in asked if a.task.name in shown}
-    if routers.looks_at_tokens(spec.router):
+    if routers.routes_tokens(spec.router):
       left, values = whole, params
     else:
       left, values = merged(whole, params, tuple(dict.fromkeys(c for a in asked for c in a.conditions)))

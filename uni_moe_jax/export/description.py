@@ -9,7 +9,7 @@ import numpy as np
 from uni_moe_jax.export import loader
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import Asked
-from uni_moe_jax.model.spec import ModelSpec, row_name
+from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.moe import routers
 
 _EXPERTS = ('num_experts', 'top_k', 'placement', 'sublayers')
@@ -43,7 +43,7 @@ def manifest(
 
 def _model(spec: ModelSpec, params: Any) -> dict[str, Any]:
   fields = {**dataclasses.asdict(spec), 'dtype': np.dtype(spec.dtype).name,
-            'kernels': {row_name(row): k for row, k in spec.kernels},
+            'kernels': {router_input_name(row): k for row, k in spec.kernels},
             'parameters': sum(np.size(x) for x in jax.tree.leaves(params))}
   return {name: x for name, x in fields.items() if spec.router != routers.DENSE or name not in _OF_EXPERTS}
 

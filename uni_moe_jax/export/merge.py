@@ -29,13 +29,13 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
   Raises:
     UsageError: its router looks at tokens, so that its kernels cannot be merged, or there is no condition.
   """
-  if routers.looks_at_tokens(spec.router):
+  if routers.routes_tokens(spec.router):
     raise UsageError(f'a model with config.moe.router={spec.router!r} cannot be merged: every token has experts of its own. '
                      'It is exported with its router.')
   if not conditions:
     raise UsageError('a model is merged for conditions; name at least one task.')
   params = jax.device_get(params)
-  rows = routers.distinct_rows(spec.router, conditions)
+  rows = routers.distinct_inputs(spec.router, conditions)
   found = router_outputs.coefficients(spec, params, rows)
   kernel, chosen = _groups(found, len(rows))
   if len(chosen) == 1:

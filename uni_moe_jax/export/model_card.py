@@ -88,7 +88,7 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
 def _left(model: dict[str, Any], trained: dict[str, Any]) -> str:
   if not trained['layers']:
     return _LEFT['never']
-  if routers.looks_at_tokens(model['router']):
+  if routers.routes_tokens(model['router']):
     left = _LEFT['router'].format(router=model['router'])
   else:
     left = _LEFT['dense'] if model['router'] == routers.DENSE else _LEFT['kernels'].format(n=model['num_experts'])

@@ -143,7 +143,7 @@ class _Programs:
     fields, _ = self._fields()
 
     def run(params, x):
-      return {'features': self._read(heads.normalise(self._features(params, x)))}
+      return {'features': self._read(heads.normalize(self._features(params, x)))}
     return self._program(run, fields)
 
   def classify(self) -> Program:
@@ -167,7 +167,7 @@ class _Programs:
     def run(params, x):
       ids = jnp.zeros((x['text'].shape[0],), jnp.uint32)
       sequence = Sequence(layout=layout, ids=ids, text=x['text'], text_valid=x['text_valid'])
-      return {'features': heads.normalise(self._encoded(params, sequence)[:, 0])}
+      return {'features': heads.normalize(self._encoded(params, sequence)[:, 0])}
     return self._program(run, _text(n))
 
   def score(self) -> Program:
@@ -187,9 +187,9 @@ class _Programs:
     words = {'targets': jax.ShapeDtypeStruct((self._asked.size, self._spec.width), jnp.float32)}
 
     def caption(params, x):
-      found = decoding.search(
+      found = decoding.beam_search(
           model, _tree(params), kind, x['pixels'], x['targets'], temperature=self._task.temperature, spe=spe, eot=eot,
-          length=length, beams=self._asked.beams, penalty=self._asked.penalty)
+          max_len=length, beam_size=self._asked.beams, length_penalty=self._asked.penalty)
       return {'tokens': found.tokens[:, 0], 'score': found.scores[:, 0]}
 
     def past(params, x):
@@ -202,7 +202,7 @@ class _Programs:
     leaves, structure = jax.tree.flatten(shapes)
 
     def step(params, x):
-      features, new = decoding.next_features(
+      features, new = decoding.decode_step(
           model, _tree(params), kind, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe)
       logits = self._apply(params, 'scale', self._task.temperature) * features @ x['targets'].T
       return {'log_p': jax.nn.log_softmax(logits), 'cache': tuple(jax.tree.leaves(new))}

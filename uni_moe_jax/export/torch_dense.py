@@ -11,7 +11,7 @@ from uni_moe_jax.config.schema import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.export.programs import Asked
 from uni_moe_jax.export.torch_layout import LayoutError
-from uni_moe_jax.model.spec import ModelSpec, row_name
+from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.moe import routers
 
 _SCALE = 'log_scale_'  # path of a group's parameter, before its name
@@ -25,7 +25,7 @@ def state(spec: ModelSpec, params: Any, asked: Sequence[Asked]) -> dict[str, np.
     LayoutError: more than one condition is left, or the layout has no place for a parameter that the tasks need.
   """
   if spec.router != routers.DENSE:
-    many = f'{len(spec.kernels)} conditions ({", ".join(row_name(row) for row, _ in spec.kernels)})' if spec.kernels else (
+    many = f'{len(spec.kernels)} conditions ({", ".join(router_input_name(row) for row, _ in spec.kernels)})' if spec.kernels else (
         f'a {spec.router} router')
     raise LayoutError(
         f'--torch: the published dense layout holds one kernel per projection, and this export has {many}; choose tasks of one '

@@ -67,7 +67,7 @@ def set_sequences(
   return tuple(out)
 
 
-def word_sequence(name: str, condition: Condition, ids: jax.Array, eot: int) -> Sequence:
+def vocabulary_sequence(name: str, condition: Condition, ids: jax.Array, eot: int) -> Sequence:
   """Rows [spe, v, eot] of a vocabulary set for the word ids [K]."""
   text = jnp.stack([ids, jnp.full_like(ids, eot)], axis=1)
   return Sequence(layout=Layout.of_text(condition), ids=_row_ids(name, ids), text=text)

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.attention import Part, attend, heads_first
-from uni_moe_jax.model.prompts import DeepPrompts, table_of
+from uni_moe_jax.model.prompts import DeepPrompts, prompt_table
 from uni_moe_jax.model.routing import SALTS, FixedWays, TokenWays, Ways
-from uni_moe_jax.model.sequences import Stream, take_rows
+from uni_moe_jax.model.sequences import EmbeddedSequence, take_rows
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import layers, routers
 from uni_moe_jax.moe.token_routers import TokenRouter
@@ -41,7 +41,7 @@ class Context:
     keys: return keys, values and context pools of the streams' arrays.
     mesh: on which all of it lies; None: on one device.
   """
-  streams: tuple[Stream, ...]
+  streams: tuple[EmbeddedSequence, ...]
   past_valid: tuple[jax.Array | None, ...]
   key: jax.Array | None
   rows: tuple[Any, ...] = flax.struct.field(pytree_node=False)
@@ -81,7 +81,7 @@ class Block(nn.Module):
     Args:
       arrays: per stream, per segment: [B, S, D].
       layer: scalar int32, the layer's index (it keys noise; a scanned input).
-      past: per stream a `Past` of this layer alone, without `valid`, or None.
+      past: per stream a `KVCache` of this layer alone, without `valid`, or None.
       context: see `Context`.
 
     Returns:
@@ -95,13 +95,13 @@ class Block(nn.Module):
     D, N, H, F = spec.width, spec.num_heads, spec.head_dim, spec.mlp_dim
 
     def linear(name, part, in_, out, init):
-      dense = layers.ConditionalDense(
+      dense = layers.MoeDense(
           tuple(in_.values()), tuple(out.values()), tuple(in_), tuple(out), init, conditional[part], spec.dtype,
           context.mesh, name=name)
-      return layers.Linear(*dense(decisions.get(part)), tuple(in_), tuple(out))
+      return layers.Projection(*dense(decisions.get(part)), tuple(in_), tuple(out))
 
     square = layers.xavier_uniform(D, D)
-    qkv_init = layers.equal_query_key(square) if spec.mimetic_init else square
+    qkv_init = layers.mimetic_query_key(square) if spec.mimetic_init else square
     heads = {'heads': N, 'head_dim': H}
     qkv = linear('qkv', 'attention', {'embed': D}, {'qkv': 3, **heads}, qkv_init)
     out = linear('attention_out', 'attention', heads, {'embed': D}, square)
@@ -127,13 +127,13 @@ class Block(nn.Module):
       normed = [norm1(x) for x in xs]
       all_pools.append(ways.enter(stream, normed, None if before is None else before.pools))
       apart: list[Part] = [] if before is None else before.parts(past_valid)
-      table = table_of(spec, layout.is_target)
+      table = prompt_table(spec, layout.is_target)
       if table in prompts:
         h, way = ways.of_prompts(norm1(prompts[table].astype(spec.dtype)), layout.prompt_condition)
         y = way(h, only_kv)
         apart.append((heads_first(y[:, :, 0]), heads_first(y[:, :, 1]), None))
       only_readout = self.last and not context.all_rows
-      asks = [i for i in range(len(xs)) if not only_readout or i == layout.readout_array]
+      asks = [i for i in range(len(xs)) if not only_readout or i == layout.readout_segment]
       q, kv, way = {}, [], {}
       for i, (h, condition) in enumerate(zip(normed, layout.conditions, strict=True)):
         way[i] = ways.of('attention', condition, h, i)
@@ -163,9 +163,9 @@ class Block(nn.Module):
         x = x + scale2 * drop_path(y, path, stream.ids, spec.drop_path)
         results[i] = sharding.shard_batch(x, context.mesh)
       new_arrays.append(tuple(results))
-    taken = {'decisions': ways.taken()}
+    taken = {'router_stats': ways.taken()}
     if context.taps:
-      taken['taps'], taken['choices'] = tuple(new_arrays), ways.choices()
+      taken['taps'], taken['token_routing'] = tuple(new_arrays), ways.choices()
     if context.keys:
       taken['kv'], taken['pools'] = tuple(all_kv), tuple(all_pools)
     return tuple(new_arrays), taken
@@ -177,7 +177,7 @@ class Block(nn.Module):
     if spec.kernels:
       return FixedWays(spec, self.parts), {}
     sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
-    if routers.looks_at_tokens(spec.router):
+    if routers.routes_tokens(spec.router):
       made = {p: TokenRouter(spec.router == 'context', *sizes, context.mesh, name=ROUTER_PARAMS[p]) for p in self.parts}
       return TokenWays(spec, context.rows, made, key, context.mesh), {}
     decisions = {}
@@ -186,7 +186,7 @@ class Block(nn.Module):
       decisions[p] = routers.Router(spec.router, *sizes, spec.router_names, name=ROUTER_PARAMS[p])(context.rows, salted)
     return Ways(spec, context.rows, decisions), decisions
 
-  def _attend(self, index, q, kv, stream: Stream, apart: list[Part], only_readout) -> jax.Array:
+  def _attend(self, index, q, kv, stream: EmbeddedSequence, apart: list[Part], only_readout) -> jax.Array:
     """Attention of one array's queries [B, Q, N, H] over the keys it may see, and over those `apart` → [B, Q, N, H]."""
     layout = stream.layout
     seen = masks.sees(layout.masks, index)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.attention import heads_first
-from uni_moe_jax.model.heads import normalise
-from uni_moe_jax.model.sequences import READ_NOTHING, Layout, Past
+from uni_moe_jax.model.heads import normalize
+from uni_moe_jax.model.sequences import READ_NOTHING, Layout, KVCache
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.tasks.task_types import TaskType
@@ -27,14 +27,14 @@ def prefill_layout(kind: TaskType) -> Layout:
   return Layout(tuple(whole.conditions[i] for i in full), tuple(whole.masks[i] for i in full), READ_NOTHING)
 
 
-def pass_layout(kind: TaskType) -> Layout:
+def step_layout(kind: TaskType) -> Layout:
   """One decoding pass, [word | query]: both under the caption's condition, the query sees the word."""
   whole = Layout.of_task_type(kind)
   text = whole.masks.index('two_stream')
   return Layout((whole.conditions[text],), ('causal',), 'queries', prefixed=False, prompted=whole.conditions[0])
 
 
-def prefill(model: UniPerceiver, params, kind: TaskType, pixels: jax.Array, room: int) -> Past:
+def prefill(model: UniPerceiver, params, kind: TaskType, pixels: jax.Array, room: int) -> KVCache:
   """What a caption looks back at: keys and values of pictures [B, T, H, W, C], and `room` empty slots for its words."""
   B = pixels.shape[0]
   picture = Sequence(layout=prefill_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), pixels=pixels)
@@ -47,12 +47,12 @@ def prefill(model: UniPerceiver, params, kind: TaskType, pixels: jax.Array, room
   seen = {sub: tuple((joined(out, 0), joined(out, 1)) for out in outs) for sub, outs in blocks.items()}
   empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], room, x.shape[-1]), x.dtype), seen)
   pools = {sub: tuple(out['pools'][0] for out in outs) for sub, outs in blocks.items()}
-  return Past(seen, empty, jnp.zeros((B, room), bool), pools)
+  return KVCache(seen, empty, jnp.zeros((B, room), bool), pools)
 
 
-def next_features(
-    model: UniPerceiver, params, kind: TaskType, past: Past, word: jax.Array, t: jax.Array, *, spe: int
-) -> tuple[jax.Array, Past]:
+def decode_step(
+    model: UniPerceiver, params, kind: TaskType, past: KVCache, word: jax.Array, t: jax.Array, *, spe: int
+) -> tuple[jax.Array, KVCache]:
   """One decoding pass: reads the word at position t - 1, asks for the one at t.
 
   Args:
@@ -65,12 +65,12 @@ def next_features(
   B, slot = word.shape[0], jnp.maximum(t - 1, 0)
   there = jnp.broadcast_to(t > 0, (B, 1))
   sequence = Sequence(
-      layout=pass_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), text=jnp.stack([word, jnp.full_like(word, spe)], axis=1),
+      layout=step_layout(kind), ids=jnp.arange(B, dtype=jnp.uint32), text=jnp.stack([word, jnp.full_like(word, spe)], axis=1),
       text_valid=jnp.concatenate([there, jnp.ones((B, 1), bool)], axis=1), text_positions=jnp.stack([slot, t]), past=past)
 
   def run(m):
     encoded = m.encode(sequence, keys=True)
-    return normalise(m.features(encoded.hidden[:, 0])), encoded.collected
+    return normalize(m.features(encoded.hidden[:, 0])), encoded.collected
 
   features, new = model.apply({'params': params}, method=run)
 
@@ -90,7 +90,7 @@ class Captions:
   Attributes:
     tokens: int32 [B, k, n], `eot` from the first `eot` on.
     log_p: f32 [B, k, n] of each token, 0 after `eot`.
-    scores: f32 [B, k], Σ log_p, divided by (words + 1)^penalty.
+    scores: f32 [B, k], Σ log_p, divided by (words + 1)^length_penalty.
     candidates: f32 [n, B, k + 1], the best sums of log-probabilities at each step, the first that was left out included;
       -inf where there are not as many, and after the end.
   """
@@ -102,7 +102,7 @@ class Captions:
 
 @flax.struct.dataclass
 class _Carry:
-  """t: position of the next query. word, done [B, k]: chosen last. score [B, k]. words, valid as in `Past`, others as in `Captions`."""
+  """t: position of the next query. word, done [B, k]: chosen last. score [B, k]. words, valid as in `KVCache`, others as in `Captions`."""
   t: jax.Array
   word: jax.Array
   done: jax.Array
@@ -114,9 +114,9 @@ class _Carry:
   candidates: jax.Array
 
 
-def search(
+def beam_search(
     model: UniPerceiver, params, kind: TaskType, pixels: jax.Array, words: jax.Array, *, temperature: str, spe: int,
-    eot: int, length: int, beams: int = 1, penalty: float = 0.0, trie: Trie | None = None) -> Captions:
+    eot: int, max_len: int, beam_size: int = 1, length_penalty: float = 0.0, trie: Trie | None = None) -> Captions:
   """The most likely captions that a beam of hypotheses finds; with one beam, the greedy caption.
 
   A hypothesis that has ended keeps its place and its score. The loop stops when all have ended.
@@ -125,25 +125,25 @@ def search(
     model, params: of a trained model. kind: a caption kind.
     pixels: [B, T, H, W, C].
     words: [V, D] normalised features of the vocabulary.
-    temperature: its group. spe, eot: ids. length: n, words at most, `eot` included.
-    beams: k, hypotheses that are kept of each picture.
-    penalty: at the end, scores are divided by (number of words without `eot` + 1)^penalty.
+    temperature: its group. spe, eot: ids. max_len: n, words at most, `eot` included.
+    beam_size: k, hypotheses that are kept of each picture.
+    length_penalty: at the end, scores are divided by (number of words without `eot` + 1)^length_penalty.
     trie: only its sequences are answers; None: every sequence.
   """
   B, V = pixels.shape[0], words.shape[0]
-  past = _repeat(prefill(model, params, kind, pixels, length), beams, shared=model.mesh is None)
-  passes = pass_layout(kind)
+  past = _repeat(prefill(model, params, kind, pixels, max_len), beam_size, shared=model.mesh is None)
+  passes = step_layout(kind)
   spec, merged = merging.for_conditions(model.spec, params, (*passes.conditions, passes.prompt_condition))
   reader = model.clone(spec=spec)
   scale = model.apply({'params': params}, temperature, method='scale')
 
-  def next_words(past: Past, word: jax.Array, t: jax.Array):
+  def next_words(past: KVCache, word: jax.Array, t: jax.Array):
     """(logits [B, k, V], past with the word's keys and values) of the query at position t after `word` at t - 1."""
-    features, past = next_features(reader, merged, kind, past, word, t, spe=spe)
-    return (scale * features @ words.T).reshape(B, beams, V), past
+    features, past = decode_step(reader, merged, kind, past, word, t, spe=spe)
+    return (scale * features @ words.T).reshape(B, beam_size, V), past
 
   def go_on(carry: tuple[_Carry, jax.Array]):
-    return (carry[0].t < length) & ~carry[0].done.all()
+    return (carry[0].t < max_len) & ~carry[0].done.all()
 
   def step(carry: tuple[_Carry, jax.Array]):
     c, node = carry
@@ -154,11 +154,11 @@ def search(
     # A hypothesis that has ended goes on in one way alone: `eot`, at no cost.
     ended = jnp.where(jnp.arange(V) == eot, 0.0, -jnp.inf)[None, None]
     log_p = jnp.where(c.done[..., None], ended, log_p)
-    sums = (c.score[..., None] + log_p).reshape(B, beams * V)
-    best, index = jax.lax.top_k(sums, min(beams + 1, beams * V))
-    index = index[:, :beams]
+    sums = (c.score[..., None] + log_p).reshape(B, beam_size * V)
+    best, index = jax.lax.top_k(sums, min(beam_size + 1, beam_size * V))
+    index = index[:, :beam_size]
     parent, word = index // V, (index % V).astype(jnp.int32)
-    chosen = jnp.take_along_axis(log_p.reshape(B, beams * V), index, axis=1)
+    chosen = jnp.take_along_axis(log_p.reshape(B, beam_size * V), index, axis=1)
     done = _take(c.done, parent)
 
     def put(rows, value):
@@ -166,21 +166,21 @@ def search(
 
     going_on = _Carry(
         # Where answers run out, a hypothesis that is none ends, too.
-        c.t + 1, word, done | (word == eot) | jnp.isneginf(best[:, :beams]), best[:, :beams],
+        c.t + 1, word, done | (word == eot) | jnp.isneginf(best[:, :beam_size]), best[:, :beam_size],
         _reorder(new.words, parent), new.valid, put(c.tokens, word), put(c.log_p, chosen),
         c.candidates.at[c.t, :, :best.shape[1]].set(best))
     return going_on, (node if trie is None else follow(trie, _take(node, parent), word, done))
 
-  empty = jnp.zeros((B, beams), jnp.int32)
+  empty = jnp.zeros((B, beam_size), jnp.int32)
   start = _Carry(
-      t=jnp.int32(0), word=jnp.full_like(empty, eot), done=jnp.zeros((B, beams), bool),
+      t=jnp.int32(0), word=jnp.full_like(empty, eot), done=jnp.zeros((B, beam_size), bool),
       # All hypotheses of a picture are one until the first word is chosen.
-      score=jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (B, beams)), words=past.words, valid=past.valid,
-      tokens=jnp.full((B, beams, length), eot, jnp.int32), log_p=jnp.zeros((B, beams, length)),
-      candidates=jnp.full((length, B, beams + 1), -jnp.inf))
+      score=jnp.broadcast_to(jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf), (B, beam_size)), words=past.words, valid=past.valid,
+      tokens=jnp.full((B, beam_size, max_len), eot, jnp.int32), log_p=jnp.zeros((B, beam_size, max_len)),
+      candidates=jnp.full((max_len, B, beam_size + 1), -jnp.inf))
   end, _ = jax.lax.while_loop(go_on, step, (start, empty))
   count = (end.tokens != eot).sum(-1)
-  scores = end.score / (count + 1.0) ** penalty
+  scores = end.score / (count + 1.0) ** length_penalty
   order = jnp.argsort(-scores, axis=1, stable=True)
   return Captions(_take(end.tokens, order), _take(end.log_p, order), _take(scores, order), end.candidates)
 
@@ -190,21 +190,21 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _repeat(past: Past, beams: int, shared: bool) -> Past:
-  """Words of every row of the batch `beams` times in a row.
+def _repeat(past: KVCache, beam_size: int, shared: bool) -> KVCache:
+  """Words of every row of the batch `beam_size` times in a row.
 
   shared: all hypotheses of a picture look back at one copy of it. On a mesh each has its own: XLA's partitioner (jaxlib 0.10.2) crashes
   where unevenly laid rows are joined for that.
   """
-  repeated = lambda tree, axis: jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim + axis), tree)
+  repeated = lambda tree, axis: jax.tree.map(lambda x: jnp.repeat(x, beam_size, axis=x.ndim + axis), tree)
   past = past.replace(words=repeated(past.words, -4), valid=repeated(past.valid, -2), pools=repeated(past.pools, -2))
   return past if shared else past.replace(seen=repeated(past.seen, -4))
 
 
 def _reorder(words, parent: jax.Array):
   """Each hypothesis takes over its parent's words."""
-  B, beams = parent.shape
-  if beams == 1:
+  B, beam_size = parent.shape
+  if beam_size == 1:
     return words
-  rows = (parent + beams * jnp.arange(B)[:, None]).reshape(-1)
+  rows = (parent + beam_size * jnp.arange(B)[:, None]).reshape(-1)
   return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), words)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from uni_moe_jax.model.block import Block, Context
-from uni_moe_jax.model.sequences import Past, Stream, take_rows
+from uni_moe_jax.model.sequences import KVCache, EmbeddedSequence, take_rows
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 
@@ -47,13 +47,13 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self, streams: tuple[Stream, ...], past: tuple[Past | None, ...], *, key: jax.Array | None = None,
+      self, streams: tuple[EmbeddedSequence, ...], past: tuple[KVCache | None, ...], *, key: jax.Array | None = None,
       all_rows: bool = False, taps: bool = False, keys: bool = False,
   ) -> tuple[tuple[jax.Array | None, ...], Collected]:
     """Encodes streams.
 
     Args:
-      streams: see `Stream`.
+      streams: see `EmbeddedSequence`.
       past: cached keys and values per stream, or None.
       key: random key of the step (noise, stochastic depth); None at evaluation.
       all_rows: compute all rows in the last layer; the result is the same.
@@ -62,8 +62,8 @@ class Encoder(nn.Module):
 
     Returns:
       (rows, collected). rows: per stream the hidden states [B, R, D] of its readout (None for 'nothing').
-      collected: {'blocks': …, 'tail': …}, each a tuple per block of {'decisions', 'taps', 'choices', 'kv', 'pools'}; leaves
-      of 'blocks' have a leading axis of periods. With taps also 'streams'.
+      collected: {'blocks': …, 'tail': …}, each a tuple per block of {'router_stats', 'taps', 'token_routing', 'kv', 'pools'}; leaves
+      of 'blocks' have a leading axis of periods. With taps also 'sequences'.
     """
     spec, stack = self.spec, self.spec.stack
     conditions = tuple(c for s in streams for c in s.layout.conditions)
@@ -72,15 +72,15 @@ class Encoder(nn.Module):
     context = Context(
         streams=tuple(s.replace(arrays=()) for s in streams),
         past_valid=tuple(None if p is None else p.valid for p in past),
-        key=key, rows=routers.distinct_rows(spec.router, conditions), all_rows=all_rows, taps=taps, keys=keys,
+        key=key, rows=routers.distinct_inputs(spec.router, conditions), all_rows=all_rows, taps=taps, keys=keys,
         mesh=self.mesh)
     arrays = tuple(tuple(a.astype(spec.dtype) for a in s.arrays) for s in streams)
 
     def past_of(subtree, blocks):
-      """Per block, per stream: a `Past` of the layer, or None."""
+      """Per block, per stream: a `KVCache` of the layer, or None."""
       return tuple(tuple(None if p is None else p.of_layer(subtree, j) for p in past) for j in range(blocks))
 
-    collected: Collected = {'blocks': (), **({'streams': streams} if taps else {})}
+    collected: Collected = {'blocks': (), **({'sequences': streams} if taps else {})}
     scanned = len(stack.period) * stack.periods
     if stack.periods:
       period = nn.remat(Period, prevent_cse=False) if spec.remat else Period
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
 
     rows = []
     for stream, xs in zip(streams, arrays):
-      i = stream.layout.readout_array
+      i = stream.layout.readout_segment
       if i is None:
         rows.append(None)
       else:

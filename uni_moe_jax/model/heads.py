@@ -16,7 +16,7 @@ MAX_SCALE = 100.0
 MIN_SQUARE = 1e-24  # (1e-12)²; its power -3/2, which the gradient holds, is still finite in float32
 
 
-def normalise(features: jax.Array) -> jax.Array:
+def normalize(features: jax.Array) -> jax.Array:
   """L2-normalises the last axis; the zero vector keeps a finite gradient."""
   square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
   return features * jax.lax.rsqrt(jnp.maximum(square, MIN_SQUARE))
@@ -24,7 +24,7 @@ def normalise(features: jax.Array) -> jax.Array:
 
 def logits(features: jax.Array, targets: jax.Array, scale: jax.Array) -> jax.Array:
   """cos / τ: features [..., D] against targets [V, D], neither normalised → [..., V]."""
-  return scale * normalise(features) @ normalise(targets).T
+  return scale * normalize(features) @ normalize(targets).T
 
 
 def scale_of(log_scale: jax.Array) -> jax.Array:

@@ -23,9 +23,9 @@ def for_conditions(spec: ModelSpec, params: Any, conditions: tuple[Condition, ..
     spec, params: of a model; parameters may be traced.
     conditions: of every array that it will be given, and of its prompts.
   """
-  if spec.router == routers.DENSE or spec.kernels or routers.looks_at_tokens(spec.router):
+  if spec.router == routers.DENSE or spec.kernels or routers.routes_tokens(spec.router):
     return spec, params
-  rows = routers.distinct_rows(spec.router, conditions)
+  rows = routers.distinct_inputs(spec.router, conditions)
   decide = lambda values: router_outputs.router_of(spec).apply({'params': values}, rows, None).coef
   merge = lambda kernels, coef: layers.merge(kernels, coef).astype(spec.dtype)
 

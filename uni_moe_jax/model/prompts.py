@@ -17,7 +17,7 @@ TABLES = {'shared': ('input', 'input'), 'separate': ('input', 'target'), 'inputs
 _STD = 0.02
 
 
-def table_of(spec: ModelSpec, is_target: bool) -> str | None:
+def prompt_table(spec: ModelSpec, is_target: bool) -> str | None:
   """Name of the table of deep and prefix prompts that a side reads, or None."""
   return TABLES[spec.prompt_sharing][is_target]
 
@@ -62,7 +62,7 @@ class TokenPrompts(nn.Module):
       classes: int32 [B], which entry each of them is.
     """
     found = [] if label_set is None else [self.labels[label_set][classes][:, None]]
-    table = table_of(self.spec, is_target)
+    table = prompt_table(self.spec, is_target)
     if table in self.prefix:
       found.append(jnp.broadcast_to(self.prefix[table], (batch, *self.prefix[table].shape[1:])))
     return [x.astype(self.spec.dtype) for x in found]

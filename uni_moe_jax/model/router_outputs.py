@@ -22,12 +22,12 @@ def router_of(spec: ModelSpec) -> routers.Router:
   return routers.Router(spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
 
 
-def coefficients(spec: ModelSpec, params: Any, rows: tuple[routers.Row, ...]) -> dict[int, dict[str, np.ndarray]]:
+def coefficients(spec: ModelSpec, params: Any, rows: tuple[routers.RouterInput, ...]) -> dict[int, dict[str, np.ndarray]]:
   """{layer: {part: f32 [A, E]}} of every router, without noise; rows: A router inputs.
 
   Empty where there is no router, or where it looks at tokens.
   """
-  if routers.looks_at_tokens(spec.router):
+  if routers.routes_tokens(spec.router):
     return {}
   decide = jax.jit(lambda values: router_of(spec).apply({'params': values}, rows, None).coef)
   found = {}

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.model.sequences import Stream, take_rows
+from uni_moe_jax.model.sequences import EmbeddedSequence, take_rows
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import expert_parallel, layers, routers
-from uni_moe_jax.moe.layers import Linear
+from uni_moe_jax.moe.layers import Projection
 from uni_moe_jax.moe.token_routers import TokenRouter, Usage
 
 SALTS = {'attention': 0, 'mlp': 1}  # they separate the uses of one (step, layer) key
@@ -25,11 +25,11 @@ class Merged:
   """All tokens through the kernel of one condition row."""
   row: int
 
-  def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
+  def __call__(self, x: jax.Array, linear: Projection) -> jax.Array:
     """x [B, S, *in] → [B, S, *out], by one of the rows of a projection."""
     return layers.project(x, linear.kernel[self.row], linear.bias[self.row])
 
-  def rows(self, stream: Stream) -> 'Merged':
+  def rows(self, stream: EmbeddedSequence) -> 'Merged':
     """The way of the stream's readout rows."""
     return self
 
@@ -40,7 +40,7 @@ class Ways:
   def __init__(self, spec: ModelSpec, rows: tuple[Any, ...], decisions: dict[str, routers.Decision]):
     self._spec, self._rows, self._decisions = spec, rows, decisions
 
-  def enter(self, stream: Stream, normed: list[jax.Array], pools: dict[str, jax.Array] | None) -> dict[str, jax.Array]:
+  def enter(self, stream: EmbeddedSequence, normed: list[jax.Array], pools: dict[str, jax.Array] | None) -> dict[str, jax.Array]:
     """Turns to a stream; returns its context pools, by part.
 
     Args:
@@ -52,7 +52,7 @@ class Ways:
 
   def of(self, part: str, condition: routers.Condition, x: jax.Array, array: int, only_readout: bool = False):
     """The way of array number `array` through a part. x: [B, S, D], or its readout rows."""
-    return Merged(self._rows.index(routers.row_of(self._spec.router, condition)) if part in self._decisions else 0)
+    return Merged(self._rows.index(routers.router_input(self._spec.router, condition)) if part in self._decisions else 0)
 
   def of_prompts(self, prompts: jax.Array, condition: routers.Condition):
     """(prompts [1 or B, P, D], their way to keys and values)."""
@@ -87,11 +87,11 @@ class Dispatched:
     self._routes = expert_parallel.routes(choice, valid, parts, *self._how)
     self.usage = Usage.of(choice, self._routes, valid)
 
-  def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
+  def __call__(self, x: jax.Array, linear: Projection) -> jax.Array:
     """x [B, S, *in] → [B, S, *out], by the experts of a projection."""
     return expert_parallel.project(x, linear, self._routes, self._how[-1])
 
-  def rows(self, stream: Stream) -> 'Dispatched':
+  def rows(self, stream: EmbeddedSequence) -> 'Dispatched':
     """The way of the stream's readout rows: the same decision, dispatched among themselves."""
     choice = jax.tree.map(lambda c: take_rows(c, stream.layout.readout, stream.positions), self.choice)
     valid = None
@@ -168,5 +168,5 @@ class TokenWays(Ways):
     # Capacity is a means of training; evaluation is exact.
     capacity = 0.0 if self._key is None else self._spec.capacity_factor
     way = Dispatched(choice, valid, streams, capacity, self._spec.gmm, self._mesh)
-    self._ways.append((part, self._rows.index(routers.row_of(self._spec.router, condition)), way))
+    self._ways.append((part, self._rows.index(routers.router_input(self._spec.router, condition)), way))
     return way

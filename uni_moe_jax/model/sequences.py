@@ -62,7 +62,7 @@ class Layout:
     return tuple(c.modality for c in self.conditions)
 
   @property
-  def readout_array(self) -> int | None:
+  def readout_segment(self) -> int | None:
     """Index of the array that holds the rows to read."""
     if self.readout == READ_NOTHING:
       return None
@@ -74,7 +74,7 @@ class Layout:
 
 
 @flax.struct.dataclass
-class Stream:
+class EmbeddedSequence:
   """One batch of sequences inside the encoder.
 
   Attributes:
@@ -92,7 +92,7 @@ class Stream:
 
 
 @flax.struct.dataclass
-class Past:
+class KVCache:
   """Keys and values of earlier tokens, visible to every token of the stream.
 
   Per layer, in the tree that the encoder collects, ((k, v), …); with a leading axis of periods where it has one.
@@ -107,9 +107,9 @@ class Past:
   valid: jax.Array | None
   pools: Any
 
-  def of_layer(self, subtree: str, block: int) -> 'Past':
+  def of_layer(self, subtree: str, block: int) -> 'KVCache':
     """Of one block of the pattern, without `valid`, which is that of all."""
-    return Past(self.seen[subtree][block], self.words[subtree][block], None, self.pools[subtree][block])
+    return KVCache(self.seen[subtree][block], self.words[subtree][block], None, self.pools[subtree][block])
 
   def parts(self, valid: jax.Array) -> list[Part]:
     """Of one layer: what attention looks at, apart."""
@@ -125,7 +125,7 @@ def take_rows(x: jax.Array, readout: str, positions: jax.Array | None) -> jax.Ar
   return jnp.take_along_axis(x, positions[:, :, None], axis=1)
 
 
-def join_equal(streams: tuple[Stream, ...], keys: tuple[Any, ...], shards: int):
+def join_equal(streams: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], shards: int):
   """Joins streams whose key and shapes are equal along the batch, so that they share their products.
 
   The batch axis is [shards · b]: each shard's rows are joined to each other, never across shards, so that joining

@@ -14,7 +14,7 @@ from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.tasks.task_types import MODALITIES
 from uni_moe_jax.utils.errors import UsageError
 
-PARTS = ('attention', 'mlp')
+SUBLAYERS = ('attention', 'mlp')
 # Projection → the part whose router decides for it.
 PROJECTIONS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 # The parameter names of the routers, by sublayer: part of the checkpoint format.
@@ -23,7 +23,7 @@ PLACEMENTS = ('all', 'every_2', 'every_4', 'none')
 MAX_PERIOD = 4
 
 
-def row_name(row: routers.Row) -> str:
+def router_input_name(row: routers.RouterInput) -> str:
   """A router input for people: '10011000', or its name."""
   return to_string(row) if isinstance(row, tuple) else str(row)
 
@@ -65,7 +65,7 @@ class ModelSpec:
   capacity_factor: float = 0.0              # factor f of dispatch in training; 0 = exact
   gmm: str = 'auto'              # backend of gmm products, see moe/gmm.py
   placement: str | tuple[int, ...] = 'all'
-  sublayers: tuple[str, ...] = PARTS     # which projections have experts
+  sublayers: tuple[str, ...] = SUBLAYERS     # which projections have experts
   router_names: tuple[str, ...] = () # embedding table of the router, in order
   temperature_groups: tuple[str, ...] = () # groups, one learnt scale each
   temperature_init: float = 0.07          # initial τ
@@ -133,17 +133,17 @@ class ModelSpec:
     Raises:
       UsageError: the model was merged without this condition.
     """
-    row, known = routers.row_of(self.router, condition), dict(self.kernels)
+    row, known = routers.router_input(self.router, condition), dict(self.kernels)
     if row not in known:
-      raise UsageError(f'the merged model has no kernel for {condition}; it has {", ".join(map(row_name, known))}. Merge the '
+      raise UsageError(f'the merged model has no kernel for {condition}; it has {", ".join(map(router_input_name, known))}. Merge the '
                        'trained model again, for the tasks that need it.')
     return known[row]
 
-  def row_names(self, conditions: tuple[Condition, ...]) -> tuple[str, ...]:
+  def router_input_names(self, conditions: tuple[Condition, ...]) -> tuple[str, ...]:
     """Readable names of the distinct router inputs of some conditions."""
     if self.router == routers.DENSE:
       return ('all tokens',)
-    return tuple(row_name(r) for r in routers.distinct_rows(self.router, conditions))
+    return tuple(router_input_name(r) for r in routers.distinct_inputs(self.router, conditions))
 
   @property
   def stack(self) -> 'Stack':

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from uni_moe_jax.model.embedders import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
 from uni_moe_jax.model.heads import SimilarityHead, scale_of
-from uni_moe_jax.model.prompts import LinearHead, table_of
-from uni_moe_jax.model.sequences import READ_NOTHING, Layout, Past, Stream, join_equal
+from uni_moe_jax.model.prompts import LinearHead, prompt_table
+from uni_moe_jax.model.sequences import READ_NOTHING, Layout, KVCache, EmbeddedSequence, join_equal
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.parallel import sharding
@@ -43,10 +43,10 @@ class Sequence:
   text_valid: jax.Array | None = None
   positions: jax.Array | None = None
   text_positions: jax.Array | None = None
-  past: Past | None = None
+  past: KVCache | None = None
   classes: jax.Array | None = None
 
-  def filled(self, multiple: int) -> 'Sequence':
+  def pad_batch(self, multiple: int) -> 'Sequence':
     """With rows of padding, in which no token is valid, up to a multiple, so that every device has equally many.
 
     A partitioner moves what lies unevenly, drawn numbers and all, at every turn. Texts alone: pictures come in batches that divide,
@@ -124,8 +124,8 @@ class UniPerceiver(nn.Module):
       hidden, collected = self.encoder(streams, past, key=key, all_rows=all_rows, taps=taps, keys=keys)
       return Encoded(structure.unflatten(hidden), collected)
     router_rows = [
-        (tuple(routers.row_of(self.spec.router, c) for c in s.layout.conditions), s.layout.masks, s.layout.readout,
-         s.layout.readout_array, self.spec.num_deep_prompts and table_of(self.spec, s.layout.is_target))
+        (tuple(routers.router_input(self.spec.router, c) for c in s.layout.conditions), s.layout.masks, s.layout.readout,
+         s.layout.readout_segment, self.spec.num_deep_prompts and prompt_table(self.spec, s.layout.is_target))
         for s in streams]
     joined, split = join_equal(streams, tuple(router_rows), self.shards)
     hidden, collected = self.encoder(joined, (None,) * len(joined), key=key, all_rows=all_rows)
@@ -143,7 +143,7 @@ class UniPerceiver(nn.Module):
     """exp(log scale) of a temperature group, clamped at 100."""
     return scale_of(self.log_scales[temperature])
 
-  def _stream(self, s: Sequence) -> Stream:
+  def _stream(self, s: Sequence) -> EmbeddedSequence:
     """Embeds a raw sequence: the prefix and prompts are joined to the first array, positions count from them."""
     layout = s.layout
     arrays, valid = [], []
@@ -166,10 +166,10 @@ class UniPerceiver(nn.Module):
       if valid[0] is not None:
         there = jnp.broadcast_to(valid[0].any(axis=1, keepdims=True), front.shape[:2])  # not of rows that only fill up
         valid[0] = jnp.concatenate([there, valid[0]], axis=1)
-      if positions is not None and layout.readout_array == 0:
+      if positions is not None and layout.readout_segment == 0:
         positions = positions + front.shape[1]
     if layout.readout not in ('masked', 'slot', READ_NOTHING):
       positions = None
     # Entries of a target set come from every device whole; from here on, each encodes its own.
     lies = lambda x: sharding.shard_batch(x, self.mesh)
-    return jax.tree.map(lies, Stream(tuple(arrays), tuple(valid), positions, s.ids, layout))
+    return jax.tree.map(lies, EmbeddedSequence(tuple(arrays), tuple(valid), positions, s.ids, layout))

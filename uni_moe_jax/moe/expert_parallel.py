@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from uni_moe_jax.moe import dispatch, gmm, routers
 from uni_moe_jax.moe.dispatch import Routes
-from uni_moe_jax.moe.layers import Linear
+from uni_moe_jax.moe.layers import Projection
 from uni_moe_jax.moe.routers import Choice
 from uni_moe_jax.parallel import sharding
 
@@ -34,7 +34,7 @@ _HERE = P(sharding.BATCH_AXES)
 
 def choose(logits: jax.Array, top_k: int, mesh: Mesh | None) -> Choice:
   """Every token's choice from its logits [B, S, E] f32, where the token lies: a partitioner would gather them to sort them."""
-  keep = functools.partial(routers.keep, top_k=top_k)
+  keep = functools.partial(routers.keep_top_k, top_k=top_k)
   if mesh is None:
     return Choice(logits, *keep(logits))
   here = _on(mesh, keep, (_HERE,), (_HERE, _HERE))(_whole(logits, mesh))
@@ -68,7 +68,7 @@ def routes(
   return _on(mesh, local, (_HERE, _HERE, _HERE), _HERE)(*whole)
 
 
-def project(x: jax.Array, linear: Linear, to: Routes, mesh: Mesh | None) -> jax.Array:
+def project(x: jax.Array, linear: Projection, to: Routes, mesh: Mesh | None) -> jax.Array:
   """x [B, S, *in] through the experts of its tokens, kernels [E, *in, *out], → [B, S, *out]; see `dispatch.project`."""
   if mesh is None:
     return dispatch.project(x, linear.kernel, linear.bias, to)

@@ -49,7 +49,7 @@ def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def equal_query_key(init: Callable) -> Callable:
+def mimetic_query_key(init: Callable) -> Callable:
   """An initialisation of a fused projection [..., 3, N, H] whose keys start as a copy of its queries.
 
   Then attention starts where inputs are alike, so that similar positions, that is neighbours, see each other first
@@ -62,7 +62,7 @@ def equal_query_key(init: Callable) -> Callable:
 
 
 @flax.struct.dataclass
-class Linear:
+class Projection:
   """A linear projection, ready to multiply.
 
   Attributes:
@@ -74,12 +74,12 @@ class Linear:
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
-  def part(self, which: slice) -> 'Linear':
+  def part(self, which: slice) -> 'Projection':
     """Of the first axis that it makes, a slice alone."""
     before = (slice(None),) * (1 + len(self.in_axes))
     return self.replace(kernel=self.kernel[(*before, which)], bias=self.bias[:, which])
 
-  def scaled(self, by: jax.Array) -> 'Linear':
+  def scaled(self, by: jax.Array) -> 'Projection':
     """With everything that it makes multiplied by `by` [last axis it makes].
 
     Weights are multiplied and not what they make: for `by`, no gradient asks for the outputs then, which a rematerialised block would
@@ -89,7 +89,7 @@ class Linear:
     return self.replace(kernel=times(self.kernel), bias=times(self.bias))
 
 
-class ConditionalDense(nn.Module):
+class MoeDense(nn.Module):
   """Kernels and biases of a linear projection: one per condition row, merged from E experts; or as they are, the only one or
   all E, for dispatch.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
 from uni_moe_jax.utils.errors import UsageError
 
-Row = Hashable
+RouterInput = Hashable
 NORM_EPSILON = 1e-5
 
 
@@ -76,12 +76,12 @@ def overlap(shares: jax.Array) -> jax.Array:
   return jnp.minimum(shares[..., :, None, :], shares[..., None, :, :]).sum(-1)
 
 
-def effective(shares: jax.Array) -> jax.Array:
+def effective_experts(shares: jax.Array) -> jax.Array:
   """[..., E] that sum to 1 → [...]: the exponential of their entropy, how many experts are used in effect: 1 to E."""
   return jnp.exp(entropy(shares))
 
 
-def keep(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+def keep_top_k(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
   """The K most probable experts, best first, and their probabilities, renormalised: logits [..., E] f32 → [..., K] twice."""
   gates, expert = jax.lax.top_k(jax.nn.softmax(logits), top_k)
   return expert, gates / gates.sum(-1, keepdims=True)
@@ -91,20 +91,20 @@ def decide(logits: jax.Array, top_k: int) -> Decision:
   """Keeps the K most probable experts and renormalises their probabilities. logits: [A, E]."""
   chex.assert_rank(logits, 2)
   logits = logits.astype(jnp.float32)
-  expert, gates = keep(logits, top_k)
+  expert, gates = keep_top_k(logits, top_k)
   coef = jnp.einsum('ak,ake->ae', gates, jax.nn.one_hot(expert, logits.shape[-1], dtype=jnp.float32))
   return Decision(logits=logits, expert=expert, coef=coef)
 
 
-def row_hash(row: Row) -> int:
+def input_hash(row: RouterInput) -> int:
   """A stable 32-bit value of a row (its bits or its name): the noise of a row must not depend on which other
   rows share the step."""
   return zlib.crc32(repr(row).encode())
 
 
-def row_noise(key: jax.Array, rows: tuple[Row, ...], num_experts: int, noise_std: float) -> jax.Array:
+def input_noise(key: jax.Array, rows: tuple[RouterInput, ...], num_experts: int, noise_std: float) -> jax.Array:
   """[A, E] f32, N(0, (noise_std / E)²): one draw per row value (V-MoE, and the published gate)."""
-  hashes = jnp.asarray([row_hash(r) for r in rows], jnp.uint32)
+  hashes = jnp.asarray([input_hash(r) for r in rows], jnp.uint32)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
   draws = jax.vmap(lambda k: jax.random.normal(k, (num_experts,)))(keys)
   return draws * (noise_std / num_experts)
@@ -116,7 +116,7 @@ class AttributeEmbedding(nn.Module):
   names: tuple[str, ...]
 
   @nn.compact
-  def __call__(self, rows: tuple[Row, ...]) -> jax.Array:
+  def __call__(self, rows: tuple[RouterInput, ...]) -> jax.Array:
     kernel = self.param(
         'kernel', nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ('attribute', 'embed')),
         (NUM_ATTRIBUTES, self.width))
@@ -130,7 +130,7 @@ class NameEmbedding(nn.Module):
   names: tuple[str, ...]
 
   @nn.compact
-  def __call__(self, rows: tuple[Row, ...]) -> jax.Array:
+  def __call__(self, rows: tuple[RouterInput, ...]) -> jax.Array:
     missing = [r for r in rows if r not in self.names]
     if missing:
       raise UsageError(
@@ -146,7 +146,7 @@ class NameEmbedding(nn.Module):
 class RouterKind:
   """row: the part of a condition that the router sees. embed: module class giving h before its LayerNorm; None of a router
   that looks at tokens, whose rows only tell arrays apart: those of one row may join, and share capacity and statistics."""
-  row: Callable[[Condition], Row]
+  row: Callable[[Condition], RouterInput]
   embed: type[nn.Module] | None
 
 
@@ -160,19 +160,19 @@ ROUTERS: dict[str, RouterKind] = {
 DENSE = 'dense'  # the value of `moe.router` for a model without experts
 
 
-def looks_at_tokens(router: str) -> bool:
+def routes_tokens(router: str) -> bool:
   """Whether every token has its own decision, so that tokens are dispatched and kernels not merged."""
   return router != DENSE and ROUTERS[router].embed is None
 
 
-def distinct_rows(router: str, conditions: tuple[Condition, ...]) -> tuple[Row, ...]:
+def distinct_inputs(router: str, conditions: tuple[Condition, ...]) -> tuple[RouterInput, ...]:
   """Distinct router inputs of the conditions, in order of first appearance; one row for a dense model."""
   if router == DENSE:
     return (None,)
   return tuple(dict.fromkeys(ROUTERS[router].row(c) for c in conditions))
 
 
-def row_of(router: str, condition: Condition) -> Row:
+def router_input(router: str, condition: Condition) -> RouterInput:
   """The router input of one condition (None for a dense model: every array shares the one kernel)."""
   return None if router == DENSE else ROUTERS[router].row(condition)
 
@@ -199,7 +199,7 @@ class Router(nn.Module):
   names: tuple[str, ...] = ()
 
   @nn.compact
-  def __call__(self, rows: tuple[Row, ...], noise_key: jax.Array | None) -> Decision:
+  def __call__(self, rows: tuple[RouterInput, ...], noise_key: jax.Array | None) -> Decision:
     """Decides for A rows; `noise_key` None means evaluation: no noise."""
     h = ROUTERS[self.kind].embed(self.width, self.names, name='embed')(rows)
     h = nn.LayerNorm(
@@ -211,5 +211,5 @@ class Router(nn.Module):
         (self.width, self.num_experts))
     logits = h @ gate
     if noise_key is not None and self.noise_std > 0:
-      logits = logits + row_noise(noise_key, rows, self.num_experts, self.noise_std)
+      logits = logits + input_noise(noise_key, rows, self.num_experts, self.noise_std)
     return decide(logits, self.top_k)

@@ -61,7 +61,7 @@ class Stop:
 def describe(run: Run) -> str:
   """What is about to be trained, for the log."""
   counts, router = run.parameter_counts(), run.config.moe.router
-  names = run.spec.model.spec.row_names(conditions(run.plan))
+  names = run.spec.model.spec.router_input_names(conditions(run.plan))
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.sets.items())
   return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} used per token\n'
           f'router: {router}; {len(names)} condition rows: {", ".join(names)}\n'

@@ -12,7 +12,7 @@ Factors = tuple[tuple[str, float], ...]  # (auxiliary loss, factor)
 
 def _decisions(collected) -> list[Any]:
   """Of every router: `Decision`s or `Usage`s, those of scanned layers stacked."""
-  return [d for sub in ('blocks', 'tail') for out in collected[sub] for d in out['decisions'].values()]
+  return [d for sub in ('blocks', 'tail') for out in collected[sub] for d in out['router_stats'].values()]
 
 
 def _mean(values: list[jax.Array]) -> jax.Array:
@@ -28,7 +28,7 @@ def auxiliary(factors: Factors, collected) -> jax.Array:
 
 def _effective_experts(shares: jax.Array) -> jax.Array:
   """[..., A, E] → [...]: effective number of experts of all rows together, each counted once."""
-  return routers.effective(shares.sum(-2) / max(shares.shape[-2], 1))
+  return routers.effective_experts(shares.sum(-2) / max(shares.shape[-2], 1))
 
 
 def _row_overlap(shares: jax.Array) -> jax.Array:

@@ -125,7 +125,7 @@ def sequences(spec: StepSpec, batch: Batch | None, sets: Sets | None, sampled: S
   for s in spec.plan.sets if sets is not None else ():
     if s.is_vocabulary:
       ids = sampled[s.name].ids if s.name in sampled else jnp.arange(spec.vocab_size, dtype=jnp.int32)
-      rows = (batching.word_sequence(s.name, s.condition, ids, spec.eot),)
+      rows = (batching.vocabulary_sequence(s.name, s.condition, ids, spec.eot),)
     else:
       rows = batching.set_sequences(s.name, s.condition, sets[s.name]['buckets'], sets[s.name]['order'], s.label_prompts)
     found += rows
@@ -143,7 +143,7 @@ def forward(spec: StepSpec, params: Any, batch: Batch | None, sets: Sets | None,
   encode, names = sequences(spec, batch, sets, sampled)
 
   def run(model):
-    encoded = model.encode(tuple(s.filled(model.shards) for s in encode), key=key)
+    encoded = model.encode(tuple(s.pad_batch(model.shards) for s in encode), key=key)
     return [model.features(r) for r in encoded.hidden], encoded.collected
 
   features, collected = spec.model.apply({'params': params}, method=run)

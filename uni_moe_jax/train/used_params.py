@@ -33,7 +33,7 @@ def used_experts(collected) -> Chosen:
   """{'blocks': ({part: int32 [periods, E]}, …), 'tail': ({part: int32 [E]}, …)}: how many encoded rows (of tokens:
   slots) chose an expert."""
   return {subtree: tuple(
-      {part: d.used for part, d in out['decisions'].items()} for out in collected[subtree])
+      {part: d.used for part, d in out['router_stats'].items()} for out in collected[subtree])
           for subtree in ('blocks', 'tail')}
 
 

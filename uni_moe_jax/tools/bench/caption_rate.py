@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.model import decoding
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.initialization import init_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.routers import DENSE
@@ -60,7 +60,7 @@ class Captioner:
     rng = np.random.default_rng(0)
     shape = (s.small_batch, 1, s.image_size, s.image_size, run.config.model.channels)
     self._pixels = jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8))
-    self._words = normalise(jnp.asarray(rng.normal(size=(s.vocabulary, s.width)), jnp.float32))
+    self._words = normalize(jnp.asarray(rng.normal(size=(s.vocabulary, s.width)), jnp.float32))
 
   def cached(self, beams: int) -> jax.Array:
     """int32 [B, k, n], by `model.decode`."""
@@ -77,5 +77,5 @@ class Captioner:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=('temperature', 'spe', 'length', 'beams'))
 def _search(model: UniPerceiver, kind: TaskType, params, pixels, words, *, temperature, spe, length, beams) -> jax.Array:
-  return decoding.search(model, params, kind, pixels, words, temperature=temperature, spe=spe, eot=_NEVER, length=length,
-                       beams=beams).tokens
+  return decoding.beam_search(model, params, kind, pixels, words, temperature=temperature, spe=spe, eot=_NEVER, max_len=length,
+                              beam_size=beams).tokens

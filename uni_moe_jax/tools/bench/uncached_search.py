@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uni_moe_jax.model.heads import normalise
+from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.sequences import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.tasks.task_types import TaskType
@@ -71,5 +71,5 @@ def next_word(
 
   def run(m):
     query = jax.lax.dynamic_index_in_dim(m.encode(sequence).hidden, t, axis=1, keepdims=False)
-    return m.scale(temperature) * normalise(m.features(query)) @ vocabulary.T
+    return m.scale(temperature) * normalize(m.features(query)) @ vocabulary.T
   return jax.nn.log_softmax(model.apply({'params': params}, method=run))
