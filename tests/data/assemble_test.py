@@ -73,7 +73,7 @@ def test_a_trained_tokenizer_and_a_file_of_class_names_are_inputs_by_what_they_h
 
 
 def test_a_missing_merges_file_is_named_with_its_field(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*gone\.txt' is no file"):
+  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*gone\.txt' is not a file"):
     _data(tmp_path / 'gone.txt')
 
 

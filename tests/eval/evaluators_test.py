@@ -28,7 +28,7 @@ def data():
 def _question(data, entry: str, predictor, **changes) -> Question:
   plan, d = data
   e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
-  texts = d.sets[e.task.target_set].texts if e.task.target_set else ()
+  texts = d.sets[e.task.target_set].names if e.task.target_set else ()
   records = d.records(e.task.source, 'train')
   return Question(e, predictor, d.examples(e.task), records, records, texts, d.keys.get(e.task.target_set, ()), d.tokenizer, Samples())
 

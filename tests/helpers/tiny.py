@@ -105,7 +105,7 @@ def data_dir() -> str:
       'glyphs': (glyphs._FOLDER,), 'videos': (glyph_videos._FOLDER,), 'paragraphs': (docstring_texts._FOLDER, 'paragraphs'),
       'pairs': (docstring_texts._FOLDER, 'pairs')}
   for source, parts in places.items():
-    with npz_records.building('/'.join((folder, *parts))) as place:
+    with npz_records.atomic_folder('/'.join((folder, *parts))) as place:
       npz_records.save(place, 'train', *columns()[source])
   return folder
 

@@ -8,7 +8,7 @@ import numpy as np
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays
 from uni_moe_jax.config.plan import VOCABULARY, Plan, SetSpec, TaskSpec
-from uni_moe_jax.data.pipeline.target_sets import bucket_rows
+from uni_moe_jax.data.pipeline.target_sets import bucket_by_length
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train.step import StepSpec
@@ -58,7 +58,7 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     values = VOCABULARY if is_vocabulary else tuple(map(str, range(len(data))))
     specs.append(SetSpec(name, values, condition, 'full', 0, data.shape[1]))
     if not is_vocabulary:
-      buckets, order = bucket_rows([row[ok].tolist() for row, ok in zip(data, valid)], 0)
+      buckets, order = bucket_by_length([row[ok].tolist() for row, ok in zip(data, valid)], 0)
       bucketed[name] = {'buckets': buckets, 'order': order}
       whole[name] = {'buckets': ({'text': data, 'valid': valid},), 'order': np.arange(len(data), dtype=np.int32)}
     else:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model, tiny
-from uni_moe_jax.data.pipeline.mixtures import Feed
+from uni_moe_jax.data.pipeline.mixtures import BatchLayout
 from uni_moe_jax.moe.routers import Decision
 from uni_moe_jax.moe.token_routers import Usage
 from uni_moe_jax.train import optimizer, router_metrics, step
@@ -31,7 +31,7 @@ def _problem(accum: int):
   """(spec, parameters, batch, sets, key)."""
   run = _run()
   spec = dataclasses.replace(run.spec, grad_accum_steps=accum)
-  batch = next(dataclasses.replace(run.mixture(), feed=Feed(accum)).iterate(0, 1))[1]
+  batch = next(dataclasses.replace(run.mixture(), layout=BatchLayout(accum)).iterate(0, 1))[1]
   return spec, run.init().params, batch, run.target_sets(), jax.random.key(7)
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.pipeline.mixtures import Feed
+from uni_moe_jax.data.pipeline.mixtures import BatchLayout
 from uni_moe_jax.train import optimizer, step
 from uni_moe_jax.train import run as train_run
 
@@ -227,7 +227,7 @@ def _set_run():
 
 def _global_batch(run, accum):
   """The same global batch, in micro-steps or whole."""
-  return next(dataclasses.replace(run.mixture(), feed=Feed(accum)).iterate(0, 1))[1]
+  return next(dataclasses.replace(run.mixture(), layout=BatchLayout(accum)).iterate(0, 1))[1]
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--config.moe.router=atribute'], "config.moe.router='atribute' is unknown; did you mean 'attribute'?"),
     (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'], 'batch_size=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
     (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 126'),
-    (['--config.data.dir=/not/there'], 'Data directory /not/there is not there. Run: python launch/prepare_data.py'),
+    (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist. Run: python launch/prepare_data.py'),
     (['--stpes=3'], 'stpes'),
     (['steps=3'], "unexpected argument 'steps=3'"),
 ])
@@ -196,7 +196,7 @@ def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
 
 @pytest.mark.parametrize('arguments, said', [
     (['--suites=routers,decodin'], "--suites: 'decodin' is unknown; did you mean 'decoding'?"),
-    (['--config.data.dir=/not/there'], 'Data directory /not/there is not there'),
+    (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist'),
     (['--output=/not/there/file.json'], '--output=/not/there/file.json: its folder does not exist'),
     (['--dtype=float16'], 'float16'),
 ])

@@ -44,7 +44,7 @@ def facts(cell: Cell, run: str, folder: str) -> dict[str, Any]:
   kept = warm_start.compare_params(_start(run), after, optimizer.frozen_paths(optimizer.match_param_groups(after, config.optim.param_groups)))
   task = make_plan(config).tasks[0]
   records = sources.load(task.source, config.data.dir, task.split)
-  example_ids = file_dataset_examples.example_ids if isinstance(records, FileDataset) else examples.places
+  example_ids = file_dataset_examples.example_ids if isinstance(records, FileDataset) else examples.example_ids
   return {'steps': steps, 'examples': len(example_ids(records, task, config.seed)), 'drawn': steps * task.batch_size, **kept,
           'share': kept['trained'] / kept['parameters']}
 

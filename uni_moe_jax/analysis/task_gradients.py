@@ -15,7 +15,7 @@ import jax
 from uni_moe_jax.analysis import param_subsets
 from uni_moe_jax.analysis.param_subsets import Piece
 from uni_moe_jax.data.pipeline import hashing
-from uni_moe_jax.data.pipeline.mixtures import PER_BATCH
+from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS
 from uni_moe_jax.train.run import Run
 from uni_moe_jax.train.step import Batch, Sets, StepSpec, gradients, place
 
@@ -82,6 +82,6 @@ def half_gradient(
   chosen = next(t for t in spec.plan.tasks if t.name == task)
   start, stop = place(spec, chosen)
   size, axis = (stop - start) // 2, 1 if spec.grad_accum_steps == 1 else 2
-  mine = {k: v if k in PER_BATCH else jax.lax.dynamic_slice_in_dim(v, start + half * size, size, axis)
+  mine = {k: v if k in UNBATCHED_FIELDS else jax.lax.dynamic_slice_in_dim(v, start + half * size, size, axis)
           for k, v in batch[chosen.group].items()}
   return task_gradient(params, {chosen.group: mine}, sets, key, spec=quiet_spec(spec, task, 2), pieces=pieces)[0]

@@ -17,7 +17,7 @@ from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.examples import Builder, Examples
 from uni_moe_jax.data.pipeline.records import Records
-from uni_moe_jax.data.pipeline.target_sets import TargetSet, build_set
+from uni_moe_jax.data.pipeline.target_sets import TargetSet, build_target_set
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 from uni_moe_jax.utils.suggest import nearest
@@ -49,13 +49,13 @@ class Data:
     every = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
     entries = {s.name: self._entries(s) for s in every}
     self.sets: dict[str, TargetSet] = {
-        s.name: build_set(s, tuple(names for _, names in entries[s.name]), self.tokenizer) for s in every}
+        s.name: build_target_set(s, tuple(names for _, names in entries[s.name]), self.tokenizer) for s in every}
     self.keys = keys = {name: tuple(key for key, _ in found) for name, found in entries.items()}
     self._check_answers()
     prints = sorted({r.fingerprint for r in trained}) + [tokenizer_print]
     self.fingerprint = hashlib.sha256('\n'.join(prints).encode()).hexdigest()
     model = tokenizer_print if config.tokenizer.type == 'clip' else hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
-    listed = [(s.name, entries[s.name]) for s in plan.sets if isinstance(s.entries, str) and s.entries.startswith(class_names.FILE)]
+    listed = [(s.name, entries[s.name]) for s in plan.sets if isinstance(s.entries, str) and s.entries.startswith(class_names.FILE_PREFIX)]
     self.inputs = hashlib.sha256(repr((self.fingerprint, model, listed)).encode()).hexdigest()
     self._builders = {
         training: Builder(self.tokenizer, keys, self._model.channels, training, config.data.random_special_tokens, config.seed)
@@ -68,7 +68,7 @@ class Data:
   def _check_answers(self) -> None:
     """Raises UsageError for an answer that is longer than the captions among which it is asked for."""
     for e in self._plan.evaluations:
-      for text in self.sets[e.constrain_to].texts if e.constrain_to else ():
+      for text in self.sets[e.constrain_to].names if e.constrain_to else ():
         if (tokens := len(self.tokenizer.encode(text)) + 1) > e.task.max_len:
           raise UsageError(
               f'config.tasks.{e.task.name}.max_len={e.task.max_len} is too short for answer {text!r} of config.evaluators.'
@@ -106,15 +106,15 @@ class Data:
     if spec.is_vocabulary:
       return ()
     if not isinstance(spec.entries, str):
-      return class_names.entries(spec.entries, field)
-    if spec.entries.startswith(class_names.FILE):
-      return class_names.read(spec.entries, self._dir, field)
+      return class_names.parse_entries(spec.entries, field)
+    if spec.entries.startswith(class_names.FILE_PREFIX):
+      return class_names.read_entries(spec.entries, self._dir, field)
     source, _, column = spec.entries.rpartition('/')
     split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
     classes = self.records(source, split).classes
     if column not in classes:
       raise UsageError(f'config.{field}: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
-    return class_names.entries(classes[column], field)
+    return class_names.parse_entries(classes[column], field)
 
   def _make_tokenizer(
       self, config: ml_collections.ConfigDict, file: str, trained: list[Records | FileDataset]) -> tuple[Tokenizer, pathlib.Path, str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation
 from uni_moe_jax.data.files.file_dataset import FileDataset
-from uni_moe_jax.data.pipeline.examples import Examples, TextTable, places, text_rows
+from uni_moe_jax.data.pipeline.examples import Examples, encode_texts, example_ids, pad_tokens
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ class Question:
     if isinstance(self.asked, FileDataset):
       found = next(evaluation_batches(self.examples, ids, len(ids)))[0]['pixels']
       return found[:, 0] if found.ndim == 6 else found
-    found = self.asked.columns['pixels'][places(self.asked, self.task)[ids]]
+    found = self.asked.columns['pixels'][example_ids(self.asked, self.task)[ids]]
     return found[:, None] if found.ndim == 3 else found
 
   def log_p(self, fields: dict[str, np.ndarray]) -> np.ndarray:
@@ -134,7 +134,7 @@ class _Columns:
 
 def _labelled(q: Question, records: Records, ids: np.ndarray | None = None) -> tuple[np.ndarray, _Columns]:
   """Labels and input columns of the labelled records (those that a task's example ids count), or some of them."""
-  index = places(records, q.task)
+  index = example_ids(records, q.task)
   if ids is not None:
     index = index[ids]
   pixels = records.columns.get('pixels')
@@ -194,17 +194,17 @@ def _retrieval_of_all(q: Question) -> list[Score]:
   ids = q.ids()
   texts = q.examples.references(ids)
   length = q.task.max_len
-  rows = [tuple(row) for row in text_rows([t for several in texts for t in several], q.tokenizer, length)]
+  rows = [tuple(row) for row in encode_texts([t for several in texts for t in several], q.tokenizer, length)]
   codes = {row: i for i, row in enumerate(dict.fromkeys(rows))}  # what the model reads alike, cut as it reads it, is one text
   owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])
   positives = np.zeros((len(ids), len(codes)), bool)
   positives[owner, [codes[row] for row in rows]] = True
-  table = TextTable.of(list(codes), length, q.tokenizer.pad)
+  targets, valid = pad_tokens(list(codes), length, q.tokenizer.pad)
 
   def encode(rows):
     batch = np.resize(rows, q.evaluation.batch_size)  # of one shape; what fills it up is dropped
     return q.predictor.pairs(q.task.type, {
-        'id': batch.astype(np.uint32), 'target': table.ids[batch], 'target_valid': table.valid[batch]})[:len(rows)]
+        'id': batch.astype(np.uint32), 'target': targets[batch], 'target_valid': valid[batch]})[:len(rows)]
 
   [left] = q.gather(ids, lambda fields: (q.predictor.inputs(q.task.type, fields)[:, 0],))
   starts = range(0, len(codes), q.evaluation.batch_size)

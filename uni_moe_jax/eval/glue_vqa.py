@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from uni_moe_jax.data.pipeline.vqa_answers import answer
+from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
 from uni_moe_jax.eval import evaluators, metrics
 from uni_moe_jax.eval.evaluators import Question
 from uni_moe_jax.eval.metrics import Score
@@ -27,8 +27,8 @@ def vqa(q: Question) -> list[Score]:
   """The soft score of the most likely answer (`metrics.vqa_score`), and how often most answerers gave it."""
   ids = q.ids()
   [predicted] = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1),))
-  said = [answer(q.keys[i]) for i in predicted]
-  truth = [[answer(a) for a in several] for several in q.examples.references(ids)]
+  said = [normalize_answer(q.keys[i]) for i in predicted]
+  truth = [[normalize_answer(a) for a in several] for several in q.examples.references(ids)]
   values, first = metrics.vqa_score(said, truth), [metrics.most_common(t) for t in truth]
   common = metrics.most_common(first)
   floor = float(np.mean(metrics.vqa_score([common] * len(truth), truth)))

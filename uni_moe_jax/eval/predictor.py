@@ -80,7 +80,7 @@ class Predictor:
   def _trie(self, name: str) -> Trie:
     """The texts of a target set as sequences of words, each with its end."""
     if name not in self._tries:
-      rows = self._tokenizer.encode_batch(list(self._sets[name][1].texts))
+      rows = self._tokenizer.encode_batch(list(self._sets[name][1].names))
       self._tries[name] = Trie.of([*row, self._tokenizer.eot] for row in rows)
     return self._tries[name]
 

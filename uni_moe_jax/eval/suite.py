@@ -37,7 +37,7 @@ def evaluate(
   samples, rows = Samples(), []
   for e in plan.evaluations:
     start = time.perf_counter()
-    texts = data.sets[e.task.target_set].texts if e.task.target_set else ()
+    texts = data.sets[e.task.target_set].names if e.task.target_set else ()
     examples = data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
     question = Question(
         e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), texts,

@@ -51,7 +51,7 @@ def write(
   if folder.exists():
     raise UsageError(f'--output={folder} is there already; give another, or remove it.')
   state = torch_dense.state(contents.spec, contents.params, contents.asked) if torch else None
-  with npz_records.building(folder) as here:
+  with npz_records.atomic_folder(folder) as here:
     files = _programs(here, contents)
     _parameters(here, contents.params)
     if state is not None:

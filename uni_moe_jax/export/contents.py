@@ -131,7 +131,7 @@ def _answers(
   task = asked.task
   if task.type.readout == 'queries':
     return predictor.captions(task, fields['pixels'], asked.beams, asked.penalty)
-  texts = sets[task.target_set][1].texts
+  texts = sets[task.target_set][1].names
   if not texts:
     return None
   ids = {'id': np.zeros(len(next(iter(fields.values()))), np.uint32)}

@@ -31,7 +31,7 @@ def manifest(
       'model': _model(contents.spec, contents.params),
       'trained': _trained(contents.trained),
       'tasks': {a.task.name: _task(a, files[a.task.name], contents.spec) for a in contents.asked},
-      'sets': {name: {'size': target.size, 'texts': list(target.texts), 'condition': str(s.condition)}
+      'sets': {name: {'size': target.size, 'texts': list(target.names), 'condition': str(s.condition)}
                for name, (s, target) in contents.sets.items()},
       'evaluators': {e.name: {'task': e.task.name, **{field: getattr(e, field) for field in _PROTOCOL}}
                      for e in contents.evaluators},

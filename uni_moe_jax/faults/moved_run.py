@@ -65,7 +65,7 @@ def prepare(folder: pathlib.Path) -> None:
   from uni_moe_jax.data.files import prepare as prepared
   from uni_moe_jax.data.pipeline import npz_records
   rng = np.random.default_rng(0)
-  with npz_records.building(folder / INVENTED) as place:
+  with npz_records.atomic_folder(folder / INVENTED) as place:
     npz_records.save(place, 'train', {'text': np.array([_sentence(rng) for _ in range(20)])}, {})
   _prepare_pictures(folder, 'colours', 24, rng)
   # What is written for own data is a data set of TFDS; there it has no labels beside it. One example has no class, so that

@@ -38,7 +38,7 @@ def _record(path: str, last: int) -> None:
   """Batches are written down as the loop takes them."""
   import jax
 
-  from uni_moe_jax.data.pipeline.mixtures import PER_BATCH, Mixture
+  from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Mixture
   plain = Mixture.iterate
 
   def iterate(mixture, start, stop):
@@ -46,7 +46,7 @@ def _record(path: str, last: int) -> None:
     asked = last - (1 if jax.process_count() == 1 else 2)
     with open(path, 'a') as file:
       for step, (task, batch) in enumerate(plain(mixture, start, stop), start):
-        file.write(json.dumps({'step': step + 1, 'task': task, 'rows': row_hashes(batch, PER_BATCH)}) + '\n')
+        file.write(json.dumps({'step': step + 1, 'task': task, 'rows': row_hashes(batch, UNBATCHED_FIELDS)}) + '\n')
         file.flush()
         if step == asked and last < stop:
           signal.raise_signal(signal.SIGTERM)
@@ -65,12 +65,12 @@ def _shifted_shard() -> None:
   plain = Mixture._task_fields
 
   def fields(mixture, task, count):
-    feed, found = mixture.feed, plain(mixture, task, count)
-    if feed.shards == 1 or feed.shards - 1 not in feed.mine:
+    layout, found = mixture.layout, plain(mixture, task, count)
+    if layout.num_shards == 1 or layout.num_shards - 1 not in layout.local_shards:
       return found
-    axis, later = int(feed.accum > 1), plain(mixture, task, count + 1)
-    kept = tf.range(len(feed.mine) - 1)
-    return {name: tf.concat([tf.gather(value, kept, axis=axis), tf.gather(later[name], [len(feed.mine) - 1], axis=axis)], axis)
+    axis, later = int(layout.accum_steps > 1), plain(mixture, task, count + 1)
+    kept = tf.range(len(layout.local_shards) - 1)
+    return {name: tf.concat([tf.gather(value, kept, axis=axis), tf.gather(later[name], [len(layout.local_shards) - 1], axis=axis)], axis)
             for name, value in found.items()}
 
   Mixture._task_fields = fields

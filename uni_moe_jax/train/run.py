@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from uni_moe_jax.config import validate
 from uni_moe_jax.config.plan import Plan, make_plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.pipeline.mixtures import PER_BATCH, Batch, Feed, Mixture
+from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Batch, BatchLayout, Mixture
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.initialization import boxed_params, init_params
 from uni_moe_jax.model.spec import ModelSpec
@@ -67,9 +67,9 @@ class Run:
   def mixture(self) -> Mixture:
     """Training batches of this process."""
     c = self.config
-    feed = Feed(c.train.grad_accum_steps, self.spec.model.shards, sharding.local_shards(self.mesh))
+    layout = BatchLayout(c.train.grad_accum_steps, self.spec.model.shards, sharding.local_shards(self.mesh))
     examples = {t.name: self.data.examples(t, training=True) for t in self.plan.tasks}
-    return Mixture(self.plan, examples, c.seed, c.train.mixture, c.model.max_num_frames, feed)
+    return Mixture(self.plan, examples, c.seed, c.train.mixture, c.model.max_num_frames, layout)
 
   def step_fn(self, task: str | None = None) -> 'Step':
     """The jitted step of the whole mixture, or of a step that holds one task."""
@@ -87,7 +87,7 @@ class Run:
     split, whole = sharding.batch_sharding(self.mesh, axis), sharding.replicated(self.mesh)
 
     def place(name, value):
-      if name in PER_BATCH:
+      if name in UNBATCHED_FIELDS:
         return jax.make_array_from_process_local_data(whole, value, value.shape)
       shape = (*value.shape[:axis], self.spec.model.shards, *value.shape[axis + 1:])
       return jax.make_array_from_process_local_data(split, value, shape)

@@ -202,8 +202,8 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
       config[section][field] = pathlib.Path(config[section][field]).name
   for target_set in config['target_sets'].values():
     values = target_set['entries']
-    if isinstance(values, str) and values.startswith(class_names.FILE):
-      target_set['entries'] = class_names.FILE + pathlib.Path(values.removeprefix(class_names.FILE)).name
+    if isinstance(values, str) and values.startswith(class_names.FILE_PREFIX):
+      target_set['entries'] = class_names.FILE_PREFIX + pathlib.Path(values.removeprefix(class_names.FILE_PREFIX)).name
   init = config['train'].get('init')
   origin = {'started from': init} if init else {}
   if converted:

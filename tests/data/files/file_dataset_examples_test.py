@@ -16,8 +16,8 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.files import file_dataset, file_dataset_examples, file_dataset_fields, prepare, video_pixels
 from uni_moe_jax.data.pipeline import hashing
-from uni_moe_jax.data.pipeline.corrupt_examples import Faults
-from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture, evaluation_batches
+from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
+from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture, evaluation_batches
 from uni_moe_jax.utils.errors import RunError
 
 SIDE = 16
@@ -70,8 +70,8 @@ def examples(run):
   return {t.name: data.examples(t, training=True) for t in plan.tasks}
 
 
-def _mixture(run, examples, feed=Feed()):
-  return Mixture(run[0], examples, 0, 'all_tasks', 4, feed)
+def _mixture(run, examples, layout=BatchLayout()):
+  return Mixture(run[0], examples, 0, 'all_tasks', 4, layout)
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +82,7 @@ def whole(run, examples):
 
 def test_the_global_batch_is_the_same_on_any_layout_and_after_a_restart(run, examples, whole):
   again = next(_mixture(run, examples).iterate(1, 2))[1]
-  halves = [next(_mixture(run, examples, Feed(1, 2, (i,))).iterate(1, 2))[1] for i in range(2)]
+  halves = [next(_mixture(run, examples, BatchLayout(1, 2, (i,))).iterate(1, 2))[1] for i in range(2)]
   for group, fields in whole[1].items():
     for name, value in fields.items():
       np.testing.assert_array_equal(value, again[group][name])
@@ -189,7 +189,7 @@ def test_a_bad_example_is_replaced_in_place_and_the_others_stay():
   for i in (2, 5):
     level = some['pixels'][i].reshape(-1)[0]
     assert level not in (2, 5) and some['label'][i, 0] == level % 2 and (some['pixels'][i] == level).all()
-  assert (examples.faults.bad, examples.faults.read) == (2, 10)  # and two in their place
+  assert (examples.corrupt_counter.num_corrupt, examples.corrupt_counter.num_read) == (2, 10)  # and two in their place
   np.testing.assert_array_equal(_make(_examples({2, 5}), range(8))['pixels'], some['pixels'])
 
 
@@ -215,9 +215,9 @@ def test_clips_of_a_batch_are_decoded_at_once_each_in_its_place(monkeypatch):
 def test_a_record_that_cannot_be_read_costs_itself_alone():
   good, some = _make(_examples(set()), range(8)), _make(examples := _examples(set(), unreadable={2}), range(8))
   assert [np.array_equal(a, b) for a, b in zip(good['pixels'], some['pixels'])] == [i != 2 for i in range(8)]
-  assert examples.faults.bad == 1 and not examples.faults.stopped
+  assert examples.corrupt_counter.num_corrupt == 1 and not examples.corrupt_counter.failed
   _make(examples, [2])  # a batch of nothing else
-  assert examples.faults.bad == 2 and not examples.faults.stopped
+  assert examples.corrupt_counter.num_corrupt == 2 and not examples.corrupt_counter.failed
   with pytest.raises(RunError, match=r'1 of 4 .* own:x, record 3: a record that cannot be read \(chunk data hash'):
     next(evaluation_batches(_examples(set(), training=False, unreadable={3}), np.arange(4), 4))
 
@@ -229,7 +229,7 @@ def test_a_source_out_of_reach_ends_the_run_in_one_sentence():
   gone |= set(range(40))
   _make(examples, range(4))
   with pytest.raises(RunError, match=r"source 'own:x' cannot be read \(chunk data hash mismatch\)\. Look whether"):
-    examples.faults.check()
+    examples.corrupt_counter.check()
 
 
 def test_running_text_passes_over_what_cannot_be_read(run):
@@ -241,7 +241,7 @@ def test_running_text_passes_over_what_cannot_be_read(run):
         raise RuntimeError('no')
       return [rows[i] for i in ids]
     records = file_dataset.FileDataset('own:x', 6, read, {'text': 'text', 'where': 'text'}, {}, {}, '')
-    return file_dataset_fields.Running(records, 'text', data.tokenizer, 24, True, Faults('tasks.x', 0.5))
+    return file_dataset_fields.Running(records, 'text', data.tokenizer, 24, True, CorruptExampleCounter('tasks.x', 0.5))
 
   ids, hashes = np.array([0, 3]), np.zeros(2, np.uint64)
   tokens = lambda *records: [t for i in records for t in [*data.tokenizer.encode(rows[i]['text']), data.tokenizer.eot]][:24]
@@ -249,11 +249,11 @@ def test_running_text_passes_over_what_cannot_be_read(run):
   assert reading().rows(ids, hashes).tolist() == [tokens(0, 1, 2), tokens(3, 4, 5)]
   broken = reading(1, 3)
   assert broken.rows(ids, hashes).tolist() == [tokens(0, 2, 4), tokens(4, 5, 0)]
-  assert broken.faults.bad == 2 + (len(tokens(0, 2)) < 24)  # a row that is not full yet asks record 3, too
+  assert broken.corrupt_counter.num_corrupt == 2 + (len(tokens(0, 2)) < 24)  # a row that is not full yet asks record 3, too
   away = reading(*range(6))
   away.rows(ids, hashes)
   with pytest.raises(RunError, match="source 'own:x' cannot be read"):
-    away.faults.check()
+    away.corrupt_counter.check()
 
 
 def test_damage_in_a_shard_costs_the_records_that_it_hits(tmp_path):
@@ -274,11 +274,11 @@ def test_too_many_bad_examples_stop_with_the_first_path():
                                        r'max_corrupt_fraction=0.3; the first: file 0: broken picture'):
     for start in range(0, 40, 8):
       _make(examples, range(start, start + 8))
-      examples.faults.check()
+      examples.corrupt_counter.check()
   examples = _examples(set(range(40)), fraction=1.0)
   _make(examples, range(4))
   with pytest.raises(RunError, match='could not be used'):
-    examples.faults.check()  # nothing can take their place
+    examples.corrupt_counter.check()  # nothing can take their place
 
 
 def test_evaluation_replaces_nothing_and_stops():

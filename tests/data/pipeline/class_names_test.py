@@ -6,13 +6,13 @@ from uni_moe_jax.data.pipeline import class_names
 
 
 def test_a_text_is_key_and_name_and_a_tuple_has_synonyms():
-  assert class_names.entries(('cat', ('n02', 'dog', 'hound')), 'target_sets.x') == (('cat', ('cat',)), ('n02', ('dog', 'hound')))
+  assert class_names.parse_entries(('cat', ('n02', 'dog', 'hound')), 'target_sets.x') == (('cat', ('cat',)), ('n02', ('dog', 'hound')))
 
 
 def test_a_file_has_a_line_per_class(tmp_path):
   (tmp_path / 'names').mkdir()
   (tmp_path / 'names/x.tsv').write_text('# two birds\nn01\tcrane | heron\n\nn02\tcrane\nplain name\n')
-  assert class_names.read('file:names/x.tsv', tmp_path, 'target_sets.x') == (
+  assert class_names.read_entries('file:names/x.tsv', tmp_path, 'target_sets.x') == (
       ('n01', ('crane', 'heron')), ('n02', ('crane',)), ('plain name', ('plain name',)))
 
 
@@ -21,9 +21,9 @@ def test_a_file_has_a_line_per_class(tmp_path):
     ((('k', 'a', ''),), "entry 'k' has no name or an empty one")])
 def test_what_is_wrong_is_named(values, message):
   with pytest.raises(ValueError, match=message):
-    class_names.entries(values, 'target_sets.x')
+    class_names.parse_entries(values, 'target_sets.x')
 
 
 def test_a_missing_file_is_named_with_where_to_read_on(tmp_path):
-  with pytest.raises(FileNotFoundError, match='config.target_sets.x: the file of class names .*gone.tsv is not there; docs/guides/benchmarks.md'):
-    class_names.read('file:gone.tsv', tmp_path, 'target_sets.x')
+  with pytest.raises(FileNotFoundError, match='config.target_sets.x: the file of class names .*gone.tsv does not exist; see docs/guides/benchmarks.md'):
+    class_names.read_entries('file:gone.tsv', tmp_path, 'target_sets.x')

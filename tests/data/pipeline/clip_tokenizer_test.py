@@ -194,31 +194,31 @@ def test_other_merges_have_another_fingerprint(clip, tmp_path):
 
 
 def test_a_longer_file_is_read_as_far_as_the_published_vocabulary_goes(clip, tmp_path):
-  with mock.patch.object(clip_tokenizer, 'MOST_MERGES', 2):
+  with mock.patch.object(clip_tokenizer, 'MAX_MERGES', 2):
     short = ClipTokenizer(_written(tmp_path, _MERGES + 'no merge at all\n'))
   assert short.size == clip.size - 2
   assert short.encode('the spe') == [THE, 82, 79, 68 + END]
 
 
 def test_the_published_size_is_that_of_48894_merges():
-  assert 512 + clip_tokenizer.MOST_MERGES + len(clip_tokenizer.SPECIALS) == 49411
+  assert 512 + clip_tokenizer.MAX_MERGES + len(clip_tokenizer.SPECIAL_TOKENS) == 49411
 
 
 def test_a_missing_file_is_named_with_its_field(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*no\.txt' is no file; give the path"):
+  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*no\.txt' is not a file; give the path"):
     ClipTokenizer(tmp_path / 'no.txt')
 
 
 @pytest.mark.parametrize('content, message', [
     ('', r'line 1 must be the version comment'),
     ('t h\nth e</w>\n', r"line 1 must be the version comment, such as '#version: 0\.2', not \['t h'\]"),
-    (_MERGES + 'one\n', r"line 6, 'one', must be two pieces"),
-    (_MERGES + 'a b c\n', r"line 6, 'a b c', must be two pieces"),
-    (_MERGES + '\n' + 'a b\n', r"line 6, '', must be two pieces"),
-    (_MERGES + 'th ey\n', r"line 6, 'th ey', must be two pieces that were made before it"),
-    (_MERGES + 'a </w>\n', r"line 6, 'a </w>', must be two pieces that were made before it"),
-    (_MERGES + 'the</w> a\n', r"line 6, 'the</w> a', .* the first not the end of a word"),
-    (_MERGES + 't h\n', r"line 6, 't h', .* and make a new one"),
+    (_MERGES + 'one\n', r"line 6, 'one', must be two earlier pieces"),
+    (_MERGES + 'a b c\n', r"line 6, 'a b c', must be two earlier pieces"),
+    (_MERGES + '\n' + 'a b\n', r"line 6, '', must be two earlier pieces"),
+    (_MERGES + 'th ey\n', r"line 6, 'th ey', must be two earlier pieces"),
+    (_MERGES + 'a </w>\n', r"line 6, 'a </w>', must be two earlier pieces"),
+    (_MERGES + 'the</w> a\n', r"line 6, 'the</w> a', .* the first must not end a word"),
+    (_MERGES + 't h\n', r"line 6, 't h', .* that make a new one"),
     (b'\xff\xfe\x00t', r'is neither gzipped nor plain UTF-8 text \(.*\); download it again'),
     (_PACKED[:-9], r'is neither gzipped nor plain UTF-8 text \(.*ended'),
     (_PACKED[:10] + b'garbled', r'is neither gzipped nor plain UTF-8 text \(.*decompressing'),
@@ -232,6 +232,6 @@ def test_a_garbled_file_is_named_with_field_and_line(tmp_path, content, message)
 @pytest.mark.parametrize('library', ['ftfy', 'regex', 'tokenizers'])
 def test_an_absent_library_says_what_to_install(path, library):
   with mock.patch.dict(sys.modules, {library: None}):
-    message = r"config\.tokenizer\.type='clip' needs pip install '\.\[clip\]': .*" + library
+    message = r"config\.tokenizer\.type='clip' requires pip install '\.\[clip\]': .*" + library
     with pytest.raises(ValueError, match=message):
       ClipTokenizer(path)

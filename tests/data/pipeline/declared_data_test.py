@@ -8,7 +8,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config
 from uni_moe_jax.config import presets
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.pipeline import declared_data
+from uni_moe_jax.data.pipeline import clip_tokenizer
 from uni_moe_jax.data.pipeline.declared_data import DeclaredData
 from uni_moe_jax.tools.preflight import compiled_programs
 from uni_moe_jax.train import run
@@ -64,7 +64,7 @@ def test_texts_that_the_config_lists_take_the_length_of_their_set():
 
 
 def test_the_published_vocabulary_has_the_size_that_its_merges_give():
-  assert declared_data.CLIP_WORDS == 49411
+  assert clip_tokenizer.VOCAB_SIZE == 49411
 
 
 @pytest.mark.parametrize('field, value, said', [

@@ -11,8 +11,8 @@ from tests.helpers import tiny
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.examples import Builder
+from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
-from uni_moe_jax.data.sources import Records
 
 SETS = {
     'shapes': tiny.CLASSES, 'motions': tiny.MOTIONS, 'packages': tiny.PACKAGES, 'answers': ('no', 'yes'), 'words': ()}
@@ -188,16 +188,16 @@ def test_evaluation_masks_every_pick_and_training_does_not():
   assert .5 < share(training=True) < 1
 
 
-@pytest.mark.parametrize('mask_specials', [False, True])
-def test_random_words_are_special_tokens_only_where_the_config_says_so(mask_specials):
+@pytest.mark.parametrize('random_special_tokens', [False, True])
+def test_random_words_are_special_tokens_only_where_the_config_says_so(random_special_tokens):
   tokenizer, task = _tokenizer(), _task('text')
-  examples = Builder(tokenizer, SETS, 1, True, mask_specials).build(task, tiny.records('paragraphs'))
+  examples = Builder(tokenizer, SETS, 1, True, random_special_tokens).build(task, tiny.records('paragraphs'))
   # Every row in 100 epochs: about 600 random words, 10 of each id.
   epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:100, :20])
   text = examples.make(ids, hashing.example_hash(0, 'task', epochs, ids))['text'].numpy()
   # Texts hold `eot`, masks `spe`: the other two come as random words or not at all.
   others = {tokenizer.pad, tokenizer.unk}
-  assert others & set(text.ravel().tolist()) == (others if mask_specials else set())
+  assert others & set(text.ravel().tolist()) == (others if random_special_tokens else set())
 
 
 def test_pictures_move_in_training_only():
@@ -216,7 +216,7 @@ def test_two_tasks_of_one_source_hold_its_pictures_once():
 
 @pytest.mark.parametrize('name, changes, message', [
     ('shape', dict(label_column='clas'), r"config.tasks.shape.label_column='clas' is no column; did you mean 'class'"),
-    ('pair', dict(caption_templates=('{nme}',)), r"captions: template '\{nme\}' names column 'nme'; did you mean 'name'"),
+    ('pair', dict(caption_templates=('{nme}',)), r"caption_templates: template '\{nme\}' names column 'nme'; did you mean 'name'"),
     ('answer', dict(template='{text_c} <spe> <eot>'), r"config.tasks.answer.template names column 'text_c'; did you"),
     ('text', dict(source='glyphs'), r"config.tasks.text: source 'glyphs' has no column 'text'; it has class, face"),
     ('shape', dict(source='paragraphs', label_column='package', target_set='packages'), "source 'paragraphs' has no pixels"),

@@ -51,13 +51,13 @@ def test_uniform_draws_are_uniform():
 
 
 def test_below_is_the_remainder():
-  found = hashing.below(_start([0, 7, 10, 2**63 + 5]), 7)
+  found = hashing.randint(_start([0, 7, 10, 2**63 + 5]), 7)
   np.testing.assert_array_equal(found, [0, 0, 3, (2**63 + 5) % 7])
   assert found.dtype == tf.int32
 
 
 def _epochs(size, epochs, seed=1, name='task'):
-  ids, epoch = hashing.permuted(tf.range(size * epochs, dtype=tf.int64), size, seed, name)
+  ids, epoch = hashing.shuffled_ids(tf.range(size * epochs, dtype=tf.int64), size, seed, name)
   np.testing.assert_array_equal(epoch, np.repeat(np.arange(epochs), size))
   return ids.numpy().reshape(epochs, size)
 
@@ -70,7 +70,7 @@ def test_each_epoch_is_a_permutation(size):
 
 def test_the_id_at_a_position_does_not_depend_on_what_else_is_asked():
   together = _epochs(100, 2).reshape(-1)
-  alone, epoch = hashing.permuted(tf.constant([150, 3], tf.int64), 100, 1, 'task')
+  alone, epoch = hashing.shuffled_ids(tf.constant([150, 3], tf.int64), 100, 1, 'task')
   np.testing.assert_array_equal(alone, together[[150, 3]])
   np.testing.assert_array_equal(epoch, [1, 0])
 
@@ -95,7 +95,7 @@ def test_epochs_have_orders_of_their_own():
 @pytest.mark.parametrize('size', [5000, 100_000, 1_000_000])
 def test_neighbours_are_unrelated(size):
   # With the operation's default of 4 rounds, lag 1 correlates with 0.4 at a million.
-  ids, _ = hashing.permuted(tf.range(min(size, 20_000), dtype=tf.int64), size, 1, 'task')
+  ids, _ = hashing.shuffled_ids(tf.range(min(size, 20_000), dtype=tf.int64), size, 1, 'task')
   ids = ids.numpy()
   for lag in (1, 2):
     assert abs(np.corrcoef(ids[lag:], ids[:-lag])[0, 1]) < .05, lag

@@ -11,7 +11,7 @@ from tests.helpers import tiny
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline import hashing, mixtures
 from uni_moe_jax.data.pipeline.examples import Examples
-from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture
+from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture
 
 SIZES = {'shape': 13, 'package': 7, 'answer': 5}
 BATCH = {'shape': 8, 'package': 8, 'answer': 16}  # a config lists its tasks by name: answer, package, shape
@@ -20,21 +20,21 @@ BATCH = {'shape': 8, 'package': 8, 'answer': 16}  # a config lists its tasks by 
 def _examples(name):
   """Examples that show what they were made from: their id, and their randomness as a field."""
   def make(ids, hashes):
-    fields = {'id': ids, 'label': tf.cast(ids, tf.int32)[:, None], 'draw': hashing.below(hashes, 2**30)}
+    fields = {'id': ids, 'label': tf.cast(ids, tf.int32)[:, None], 'draw': hashing.randint(hashes, 2**30)}
     if name == 'shape':
       fields['pixels'] = tf.zeros([tf.size(ids), 2, 4, 4, 1], tf.uint8)
     return fields
   return Examples(SIZES[name], make)
 
 
-def _mixture(seed=0, kind='all_tasks', feed=Feed(), weights=None, sampling=None, batch=None, max_frames=5):
+def _mixture(seed=0, mode='all_tasks', layout=BatchLayout(), weights=None, sampling=None, batch=None, max_num_frames=5):
   config = tiny.config(*SIZES)
   for name in SIZES:
     config.tasks[name].batch_size = (batch or BATCH)[name]
     config.tasks[name].loss_weight = (weights or {}).get(name, 1.)
     config.tasks[name].sampling_weight = (sampling or {}).get(name, 0.)
   plan = make_plan(config)
-  return Mixture(plan, {n: _examples(n) for n in SIZES}, seed, kind, max_frames, feed)
+  return Mixture(plan, {n: _examples(n) for n in SIZES}, seed, mode, max_num_frames, layout)
 
 
 @functools.cache
@@ -63,9 +63,9 @@ def _column(batches, field):
   return np.stack([batch['image_classification'][field] for _, batch in batches])
 
 
-@pytest.mark.parametrize('kind', ['all_tasks', 'one_task'])
-def test_a_run_that_starts_at_step_3_reads_what_it_would_have_read(kind):
-  _assert_equal(_read(0, 20, kind=kind)[3:6], _read(3, 6, kind=kind))
+@pytest.mark.parametrize('mode', ['all_tasks', 'one_task'])
+def test_a_run_that_starts_at_step_3_reads_what_it_would_have_read(mode):
+  _assert_equal(_read(0, 20, mode=mode)[3:6], _read(3, 6, mode=mode))
 
 
 @pytest.mark.parametrize('field', ['id', 'draw', 'temporal_offset'])
@@ -120,22 +120,22 @@ def _as_sets(batches, group, task_rows):
 PARTS = [('image_classification', (0, 1)), ('text_classification', (0, 2 / 3)), ('text_classification', (2 / 3, 1))]
 
 
-@pytest.mark.parametrize('feed', [Feed(1, 2, (0, 1)), Feed(1, 4, (0, 1, 2, 3)), Feed(accum=2), Feed(2, 2, (0, 1))])
-def test_as_a_set_the_global_batch_does_not_depend_on_the_layout(feed):
-  one, other = _first(3), _read(0, 3, feed=feed)
+@pytest.mark.parametrize('layout', [BatchLayout(1, 2, (0, 1)), BatchLayout(1, 4, (0, 1, 2, 3)), BatchLayout(accum_steps=2), BatchLayout(2, 2, (0, 1))])
+def test_as_a_set_the_global_batch_does_not_depend_on_the_layout(layout):
+  one, other = _first(3), _read(0, 3, layout=layout)
   for group, share in PARTS:
     assert _as_sets(one, group, share) == _as_sets(other, group, share)
 
 
 @pytest.mark.parametrize('accum', [1, 2])
 def test_processes_make_their_shards_of_the_same_global_batch(accum):
-  whole = _read(0, 3, feed=Feed(accum, 4, (0, 1, 2, 3)))
+  whole = _read(0, 3, layout=BatchLayout(accum, 4, (0, 1, 2, 3)))
   # Shards of a process need not follow each other: on a pod, neighbours in the mesh may belong to two hosts.
-  parts = [_read(0, 3, feed=Feed(accum, 4, mine)) for mine in ((1,), (0, 2, 3))]
+  parts = [_read(0, 3, layout=BatchLayout(accum, 4, mine)) for mine in ((1,), (0, 2, 3))]
   axis = 0 if accum == 1 else 1
   in_order = lambda a, b: np.insert(b, 1, np.take(a, 0, axis=axis), axis=axis)
   joined = [(None, {group: {
-      k: a[group][k] if k in mixtures.PER_BATCH else in_order(a[group][k], b[group][k])
+      k: a[group][k] if k in mixtures.UNBATCHED_FIELDS else in_order(a[group][k], b[group][k])
       for k in a[group]} for group in a}) for (_, a), (_, b) in zip(*parts)]
   for (_, a), (_, b) in zip(parts[0], parts[1]):  # and what a batch has once is the same for all
     np.testing.assert_array_equal(
@@ -143,11 +143,11 @@ def test_processes_make_their_shards_of_the_same_global_batch(accum):
   _assert_equal(joined, whole)
 
 
-@pytest.mark.parametrize('feed, lead', [
-    (Feed(), (1, 8)), (Feed(1, 4, (0, 1, 2, 3)), (4, 2)), (Feed(1, 4, (1, 2)), (2, 2)),
-    (Feed(accum=4), (4, 1, 2)), (Feed(2, 2, (0, 1)), (2, 2, 2)), (Feed(2, 2, (1,)), (2, 1, 2))])
-def test_leading_axes_are_micro_steps_shards_rows(feed, lead):
-  [(_, batch)] = _read(0, 3, feed=feed)[:1]
+@pytest.mark.parametrize('layout, lead', [
+    (BatchLayout(), (1, 8)), (BatchLayout(1, 4, (0, 1, 2, 3)), (4, 2)), (BatchLayout(1, 4, (1, 2)), (2, 2)),
+    (BatchLayout(accum_steps=4), (4, 1, 2)), (BatchLayout(2, 2, (0, 1)), (2, 2, 2)), (BatchLayout(2, 2, (1,)), (2, 1, 2))])
+def test_leading_axes_are_micro_steps_shards_rows(layout, lead):
+  [(_, batch)] = _read(0, 3, layout=layout)[:1]
   fields = batch['image_classification']
   assert fields['id'].shape == lead
   assert fields['label'].shape == (*lead, 1)
@@ -157,7 +157,7 @@ def test_leading_axes_are_micro_steps_shards_rows(feed, lead):
 
 def test_temporal_offsets_cover_the_rows_that_leave_room_for_the_clip():
   # Two frames in a table of 5 rows: the first may be at 0…3.
-  offsets = np.stack([b['image_classification']['temporal_offset'] for _, b in _read(0, 30, feed=Feed(4))])
+  offsets = np.stack([b['image_classification']['temporal_offset'] for _, b in _read(0, 30, layout=BatchLayout(4))])
   assert set(offsets.reshape(-1).tolist()) == {0, 1, 2, 3}
   assert offsets.dtype == np.int32
   assert (offsets[:, 0] != offsets[:, 1]).any()  # each micro-step has its own
@@ -201,7 +201,7 @@ def test_the_task_of_a_step_depends_on_seed_and_step_alone():
 
 
 def test_a_sampled_step_holds_one_task_and_its_kth_draw_reads_its_kth_batch():
-  sampled = _read(0, 20, kind='one_task')
+  sampled = _read(0, 20, mode='one_task')
   mixed = [batch for _, batch in _first(20)]
   rows = {'shape': slice(0, 8), 'answer': slice(0, 16), 'package': slice(16, 24)}
   drawn = dict.fromkeys(SIZES, 0)

@@ -14,7 +14,7 @@ def _fields(n=2, S=4):
 
 def _mix(blended=None, boxed=None, place=((0.5, 0.5),) * 2, hashes=(1, 1), fields=None):
   f32 = lambda x: None if x is None else tf.constant(x, tf.float32)
-  made = mixup.mix(fields or _fields(), f32(blended), f32(boxed), f32(place), tf.constant(np.array(hashes, np.uint64)))
+  made = mixup.apply(fields or _fields(), f32(blended), f32(boxed), f32(place), tf.constant(np.array(hashes, np.uint64)))
   return {k: v.numpy() for k, v in made.items()}
 
 
@@ -51,7 +51,7 @@ def test_with_both_on_half_of_the_pairs_are_cut():
 
 
 def test_shares_are_beta_and_differ_by_batch():
-  share = lambda alpha, count: mixup.shares(alpha, 2000, 0, 'task', tf.constant(count, tf.int64)).numpy()
+  share = lambda alpha, count: mixup.sample_lambda(alpha, 2000, 0, 'task', tf.constant(count, tf.int64)).numpy()
   one = share(0.8, 0)
   # Beta(α, α): mean 1/2, variance 1 / (4 (2 α + 1)) = 0.0962.
   assert abs(one.mean() - 0.5) < 0.03 and abs(one.var() - 0.0962) < 0.01

@@ -39,20 +39,20 @@ class TestFingerprint:
 class TestBuilding:
 
   def test_a_block_that_raises_leaves_nothing(self, tmp_path):
-    with pytest.raises(RuntimeError), npz_records.building(tmp_path / 'made') as folder:
+    with pytest.raises(RuntimeError), npz_records.atomic_folder(tmp_path / 'made') as folder:
       (folder / 'half').touch()
       raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
   def test_nothing_is_there_before_the_block_ends(self, tmp_path):
-    with npz_records.building(tmp_path / 'made') as folder:
+    with npz_records.atomic_folder(tmp_path / 'made') as folder:
       (folder / 'part').touch()
       assert not (tmp_path / 'made').exists()
     assert [file.name for file in (tmp_path / 'made').iterdir()] == ['part']
 
   def test_of_two_builds_at_once_the_first_to_finish_stays(self, tmp_path):
-    with npz_records.building(tmp_path / 'made') as slow:
-      with npz_records.building(tmp_path / 'made') as fast:
+    with npz_records.atomic_folder(tmp_path / 'made') as slow:
+      with npz_records.atomic_folder(tmp_path / 'made') as fast:
         (fast / 'fast').touch()
       (slow / 'slow').touch()
     found = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*'))
@@ -62,7 +62,7 @@ class TestBuilding:
 class TestDirectory:
 
   def test_one_of_an_unknown_user_is_not_there(self):
-    with pytest.raises(FileNotFoundError, match='Data directory ~nobody_of_this_name/x is not there'):
+    with pytest.raises(FileNotFoundError, match='Data directory ~nobody_of_this_name/x does not exist'):
       npz_records.check_directory('~nobody_of_this_name/x')
 
 
@@ -77,7 +77,7 @@ class TestFiles:
     assert records.fingerprint == npz_records.fingerprint(_COLUMNS, _CLASSES)
 
   def test_columns_of_different_lengths_are_refused(self, tmp_path):
-    with pytest.raises(ValueError, match="'train'.*one length.*'pixels': 3, 'name': 2"):
+    with pytest.raises(ValueError, match="'train'.*the same length.*'pixels': 3, 'name': 2"):
       npz_records.save(tmp_path, 'train', _COLUMNS | {'name': np.array(['a', 'b'])}, {})
 
   @pytest.mark.parametrize('harm', [

@@ -27,7 +27,7 @@ class _Letters:
 def _build(texts, max_len=64, entries=None):
   """texts: or tuples of synonyms."""
   spec = SetSpec('things', tuple(texts) if entries is None else entries, task_types.families()['names'], 'full', 0, max_len)
-  return target_sets.build_set(spec, tuple((t,) if isinstance(t, str) else t for t in texts), _Letters())
+  return target_sets.build_target_set(spec, tuple((t,) if isinstance(t, str) else t for t in texts), _Letters())
 
 
 def _rows(built):
@@ -44,7 +44,7 @@ def test_a_small_set_is_one_bucket_of_its_longest_entry():
   np.testing.assert_array_equal(bucket['valid'], [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
   assert (bucket['text'].dtype, bucket['valid'].dtype) == (np.int32, bool)
   np.testing.assert_array_equal(built.order, [0, 1, 2])
-  assert (built.size, built.texts) == (3, ('b', 'abc', 'ab'))
+  assert (built.size, built.names) == (3, ('b', 'abc', 'ab'))
 
 
 def _texts(lengths):
@@ -105,7 +105,7 @@ def test_synonyms_lie_side_by_side_where_the_longest_does():
   np.testing.assert_array_equal(bucket['text'], [[[a, b, c, EOT], [d, EOT, PAD, PAD]], [[a, EOT, PAD, PAD]] * 2])
   np.testing.assert_array_equal(bucket['count'], [2, 1])
   assert bucket['valid'].sum(-1).tolist() == [[4, 2], [2, 2]]
-  assert (built.texts, built.size) == (('abc', 'a'), 2)
+  assert (built.names, built.size) == (('abc', 'a'), 2)
 
 
 def test_a_set_without_entries_is_an_error():

@@ -44,7 +44,7 @@ class FillTemplateTest(parameterized.TestCase):
       ('no_slot', '{a} <eot>', "has 0 slots <spe>"),
       ('two_slots', '{a} <spe> <spe> <eot>', "has 2 slots <spe>"),
       ('no_end', '{a} <spe> .', "must end in <eot>"),
-      ('unknown_field', '{txt_a} <spe> <eot>', "'txt_a', which the texts lack; nearest: text_a"),
+      ('unknown_field', '{txt_a} <spe> <eot>', "'txt_a', which the texts lack; did you mean 'text_a'"),
       ('stray_brace', '{a b} <spe> <eot>', 'brace that encloses no field'),
   )
   def test_refused(self, template, message):

@@ -103,24 +103,24 @@ class SentencePieceTokenizerTest(parameterized.TestCase):
     self.assertFalse(file.exists())
 
   def test_fewer_pieces_will_do_where_asked_and_of_enough_text_none_are_missing(self):
-    few = SentencePieceTokenizer.train(['a few words', 'and a few more'], self.file.with_name('few.model'), 5000, fewer=True)
+    few = SentencePieceTokenizer.train(['a few words', 'and a few more'], self.file.with_name('few.model'), 5000, allow_smaller_vocab=True)
     self.assertLess(few.size, 50)
     self.assertEqual(few.decode(few.encode('a few words')), 'a few words')
-    enough = SentencePieceTokenizer.train(_TEXTS, self.file.with_name('enough.model'), _SIZE, fewer=True)
+    enough = SentencePieceTokenizer.train(_TEXTS, self.file.with_name('enough.model'), _SIZE, allow_smaller_vocab=True)
     self.assertEqual([enough.encode(t) for t in _TEXTS], [self.tokenizer.encode(t) for t in _TEXTS])
 
 
 class PackTest(parameterized.TestCase):
 
   def test_texts_end_in_eot_and_fill_rows(self):
-    rows = tokenizer.pack([[5, 6], [7], [8, 9, 10]], length=4, eot=3)
+    rows = tokenizer.pack_tokens([[5, 6], [7], [8, 9, 10]], length=4, eot=3)
     # 5 6 3 7 | 3 8 9 10 | 3 (left out)
     np.testing.assert_array_equal(rows, [[5, 6, 3, 7], [3, 8, 9, 10]])
     self.assertEqual(rows.dtype, np.int32)
 
   def test_less_than_a_row_is_refused(self):
     with self.assertRaisesRegex(ValueError, '3 tokens do not fill a row of length 4'):
-      tokenizer.pack([[5, 6]], length=4, eot=3)
+      tokenizer.pack_tokens([[5, 6]], length=4, eot=3)
 
 
 if __name__ == '__main__':

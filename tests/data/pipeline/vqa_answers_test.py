@@ -2,7 +2,7 @@
 
 import pytest
 
-from uni_moe_jax.data.pipeline.vqa_answers import answer
+from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
 
 
 @pytest.mark.parametrize('text, compared', [
@@ -18,9 +18,9 @@ from uni_moe_jax.data.pipeline.vqa_answers import answer
     ('the', ''),
 ])
 def test_answers_differ_in_what_they_say_alone(text, compared):
-  assert answer(text) == compared
+  assert normalize_answer(text) == compared
 
 
 @pytest.mark.parametrize('text', ['2 dogs', "don't know", '100978', '3.5', ''])
 def test_what_is_compared_stays_what_it_is(text):
-  assert answer(text) == text
+  assert normalize_answer(text) == text

@@ -168,7 +168,7 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
   start = time.monotonic()
   found = entries(docstring_corpus.documents())
   parts = divide(found)
-  with npz_records.building(folder) as temporary:
+  with npz_records.atomic_folder(folder) as temporary:
     for kind in ('paragraphs', 'pairs'):
       (temporary / kind).mkdir()
     for split, part in parts.items():

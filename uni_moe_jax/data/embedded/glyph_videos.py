@@ -139,7 +139,7 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
     return
   glyphs.build(directory, report)
   start = time.monotonic()
-  with npz_records.building(folder) as temporary:
+  with npz_records.atomic_folder(folder) as temporary:
     for split in SPLITS:
       columns = _make(split, glyphs.load(directory, split))
       npz_records.save(temporary, split, columns, {'motion': MOTIONS})

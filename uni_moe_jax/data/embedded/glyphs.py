@@ -210,7 +210,7 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
     missing = {label for *_, label in rows[split]} - trained
     if missing:
       raise UsageError(f'split {split!r} has classes that train lacks: {sorted(missing)}.')
-  with npz_records.building(folder) as temporary:
+  with npz_records.atomic_folder(folder) as temporary:
     for split in SPLITS:
       pixels, names, faces, labels = zip(*rows[split], strict=True)
       columns = {

@@ -159,8 +159,8 @@ def erase(picture: tf.Tensor, h: tf.Tensor, probability: float) -> tf.Tensor:
   fits = (height < H) & (width < W)
   first = tf.minimum(tf.where(tf.concat([fits, [True]], 0))[0, 0], _TRIES - 1)
   height, width = height[first], width[first]
-  top = hashing.below(hashing.mix_tensor(h, 'erased down'), tf.maximum(H - height, 1))
-  left = hashing.below(hashing.mix_tensor(h, 'erased right'), tf.maximum(W - width, 1))
+  top = hashing.randint(hashing.mix_tensor(h, 'erased down'), tf.maximum(H - height, 1))
+  left = hashing.randint(hashing.mix_tensor(h, 'erased right'), tf.maximum(W - width, 1))
   rows, columns = tf.range(H)[:, None, None], tf.range(W)[None, :, None]
   inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
   seed = tf.cast(tf.bitwise.bitwise_and(hashing.mix_tensor(h[None], tf.range(2, dtype=tf.int64)), 0x7FFFFFFF), tf.int32)

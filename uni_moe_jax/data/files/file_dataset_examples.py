@@ -14,12 +14,12 @@ import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.files import file_dataset_fields, image_transforms, video_pixels
-from uni_moe_jax.data.files.file_dataset import FileDataset, CorruptExample
+from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset
 from uni_moe_jax.data.files.video import CorruptVideo
-from uni_moe_jax.data.pipeline import hashing, preprocess
-from uni_moe_jax.data.pipeline.corrupt_examples import Faults
+from uni_moe_jax.data.pipeline import hashing, masking
+from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import Examples, subset
-from uni_moe_jax.data.pipeline.templates import columns_of
+from uni_moe_jax.data.pipeline.templates import template_columns
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
 
@@ -53,20 +53,20 @@ class FileExampleBuilder:
 
   def build(self, task: TaskSpec, records: FileDataset) -> Examples:
     """Examples of a task over one split of its source. Raises UsageError where the config does not fit the source."""
-    faults = Faults(f'tasks.{task.name}', self.max_corrupt_fraction if self.training else 0.0)
+    corrupt_counter = CorruptExampleCounter(f'tasks.{task.name}', self.max_corrupt_fraction if self.training else 0.0)
     if task.type.readout == 'masked':
       if self.training and task.train_fraction < 1:
         raise UsageError(f'config.tasks.{task.name}.subset={task.train_fraction}: text of files is read as a stream, of which there is no '
                          'subset; give 1, or prepare a smaller file.')
-      running = file_dataset_fields.Running.of(task, records, self.tokenizer, self.training, faults)
-      return Examples(records.size, self._masked(task, running), faults=faults)
+      running = file_dataset_fields.Running.of(task, records, self.tokenizer, self.training, corrupt_counter)
+      return Examples(records.size, self._masked(task, running), corrupt_counter=corrupt_counter)
     readers = self._readers(task, records)
     keep = example_ids(records, task, self.seed if self.training else None)
-    batch = _Batch(self, task, records, tuple(readers), keep, faults)
+    batch = _Batch(self, task, records, tuple(readers), keep, corrupt_counter)
     names = None if not task.caption_templates else lambda ids: records.each(keep[ids], lambda row: file_dataset_fields.references(task, row))
     if records.columns.get(task.label_column) == 'texts':
       names = lambda ids: records.each(keep[ids], lambda row: row[task.label_column])
-    return Examples(len(keep), batch.make, references=names, faults=faults)
+    return Examples(len(keep), batch.make, references=names, corrupt_counter=corrupt_counter)
 
   def _readers(self, task: TaskSpec, records: FileDataset) -> list[file_dataset_fields.Reader]:
     kind, readers = task.type, []
@@ -81,15 +81,14 @@ class FileExampleBuilder:
     return readers
 
   def _masked(self, task: TaskSpec, running: file_dataset_fields.Running):
-    word_start, word_end, ordinary = preprocess.word_tables(self.tokenizer, self.random_special_tokens)
+    tables = masking.word_tables(self.tokenizer, self.random_special_tokens)
 
     def make(ids, hashes):
       text = tf.numpy_function(running.rows, [ids, hashes], tf.int32, stateful=False)
       text = tf.ensure_shape(text, [None, task.max_len])
       valid = tf.ones_like(text, tf.bool)
-      masked = preprocess.mask_words(
-          text, valid, hashes, word_start=word_start, word_end=word_end, ordinary=ordinary, spe=self.tokenizer.spe,
-          picks=task.max_predictions, always_mask=not self.training)
+      masked = masking.mask_words(
+          text, valid, hashes, tables, max_predictions=task.max_predictions, always_mask=not self.training)
       return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
     return make
 
@@ -103,7 +102,7 @@ def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -
   Raises:
     UsageError: there are none, or a number per class is asked for and classes are not known beforehand.
   """
-  named = {task.label_column, *(column for template in (*task.caption_templates, task.template) for column in columns_of(template))}
+  named = {task.label_column, *(column for template in (*task.caption_templates, task.template) for column in template_columns(template))}
   has = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
   wanted = sorted(named & has.keys())
   keep, labels = np.arange(records.size), None
@@ -125,9 +124,9 @@ class _Batch:
   """Makes batches of one task."""
 
   def __init__(self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, readers: tuple[file_dataset_fields.Reader, ...],
-               keep: np.ndarray, faults: Faults):
+               keep: np.ndarray, corrupt_counter: CorruptExampleCounter):
     self._builder, self._task, self._records = builder, task, records
-    self._readers, self._keep, self._faults = readers, keep, faults
+    self._readers, self._keep, self._corrupt_counter = readers, keep, corrupt_counter
     self._media = records.media() if task.type.visual else None
     if task.type.visual and self._media is None:
       raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has neither pictures nor clips; kind '
@@ -159,7 +158,7 @@ class _Batch:
 
     def again(attempt, asked, ok, *_):
       drawn = hashing.mix_tensor(hashing.mix_tensor(tf.fill(tf.shape(ids), seed), ids), attempt)
-      asked = tf.where(ok, asked, tf.cast(hashing.below(drawn, len(self._keep)), tf.int64))
+      asked = tf.where(ok, asked, tf.cast(hashing.randint(drawn, len(self._keep)), tf.int64))
       fields, now = self._try(asked, hashes, ~ok)
       return attempt + 1, asked, now, *[fields[n] for n in names]
 
@@ -170,7 +169,7 @@ class _Batch:
 
   def _settle(self, ok: np.ndarray) -> np.bool_:
     if not ok.all():
-      self._faults.give_up()
+      self._corrupt_counter.fail_replacement()
     return np.bool_(True)
 
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, counted: tf.Tensor) -> tuple[_Fetched, tf.Tensor]:
@@ -204,7 +203,7 @@ class _Batch:
     ok, data = np.ones(n, bool), np.full(n, b'', object)
     columns = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._shapes.items()}
     clips = np.zeros((n, *self._clips.shape), np.uint8) if self._is_clip else None
-    rows = file_dataset_fields.fetched(self._records, self._keep[ids], self._faults)
+    rows = file_dataset_fields.fetched(self._records, self._keep[ids], self._corrupt_counter)
     # At once, since decoders and Pillow leave Python to others meanwhile.
     decoded = self._pool.map(self._clip, rows, hashes.tolist()) if self._is_clip else [None] * n
     for i, (row, h, clip) in enumerate(zip(rows, hashes.tolist(), decoded)):
@@ -224,7 +223,7 @@ class _Batch:
         ok[i] = False
         if counted[i]:
           bad.append(f'{self._records.where(int(self._keep[ids[i]]))}: {e}')
-    self._faults.count(int(counted.sum()), bad)
+    self._corrupt_counter.count(int(counted.sum()), bad)
     return ok, data, *columns.values(), *([clips] if self._is_clip else [])
 
   def _clip(self, row: file_dataset_fields.Row | CorruptExample, h: int) -> np.ndarray | CorruptVideo | None:
@@ -237,7 +236,7 @@ class _Batch:
     """Counts the pictures that no op could decode."""
     broken = np.flatnonzero(ok & ~decoded)
     if len(broken):
-      self._faults.count(0, [f'{self._records.where(int(self._keep[ids[i]]))}: broken picture' for i in broken])
+      self._corrupt_counter.count(0, [f'{self._records.where(int(self._keep[ids[i]]))}: broken picture' for i in broken])
     return decoded
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.files.file_dataset import FileDataset, CorruptExample
+from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset
 from uni_moe_jax.data.pipeline import hashing
-from uni_moe_jax.data.pipeline.corrupt_examples import Faults
-from uni_moe_jax.data.pipeline.examples import TextTable, text_rows
-from uni_moe_jax.data.pipeline.templates import columns_of, fill_template
+from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.pipeline.templates import fill_template, template_columns
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.data.pipeline.vqa_answers import answer
+from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -59,12 +59,12 @@ def labels(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> Reader:
       return {'label': [place[row[task.label_column]]], 'weight': [1.0]}
     return Reader(_label_shapes(1), read)
   M = max(1, task.max_predictions)
-  place = {answer(key): i for key, i in place.items()}
+  place = {normalize_answer(key): i for key, i in place.items()}
 
   def read_answers(row, _):
     if not row[task.label_column]:
       raise CorruptExample(f'no {task.label_column}')
-    found = [(a, n) for a, n in collections.Counter(map(answer, row[task.label_column])).most_common() if a in place][:M]
+    found = [(a, n) for a, n in collections.Counter(map(normalize_answer, row[task.label_column])).most_common() if a in place][:M]
     pad = [0] * (M - len(found))
     share = [n / len(row[task.label_column]) for _, n in found]
     return {'label': [place[a] for a, _ in found] + pad, 'weight': share + pad}
@@ -81,7 +81,7 @@ def pair(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: b
 
   def read(row, h):
     text = choose(row, h)
-    ids, valid = _padded(tokenizer, *text_rows([text], tokenizer, S), S)
+    ids, valid = _padded(tokenizer, *encode_texts([text], tokenizer, S), S)
     return {'target': ids, 'target_valid': valid, 'text_id': zlib.crc32(text.encode()) & 0x7FFFFFFF, 'weight': [1.0]}
   return Reader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
                  'weight': (np.float32, (1,))}, read)
@@ -92,7 +92,7 @@ def caption(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training
   choose, S = phrase_chooser(task, records, training), task.max_len
 
   def read(row, h):
-    words, valid = _padded(tokenizer, *text_rows([choose(row, h)], tokenizer, S), S)
+    words, valid = _padded(tokenizer, *encode_texts([choose(row, h)], tokenizer, S), S)
     return {'text': np.concatenate([words, np.full(S, tokenizer.spe)]), 'text_valid': np.concatenate([valid, valid]),
             'label': words, 'weight': valid}
   return Reader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
@@ -101,7 +101,7 @@ def caption(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training
 
 def slot(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> Reader:
   """text, text_valid, position: a template around the answer's slot."""
-  fields, S = columns_of(task.template), task.max_len
+  fields, S = template_columns(task.template), task.max_len
   _check_columns(task, records, 'template', fields, ('text', 'class'))
 
   def read(row, _):
@@ -111,15 +111,15 @@ def slot(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> Reader:
   return Reader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
 
 
-def fetched(records: FileDataset, ids: np.ndarray, faults: Faults) -> list[Row | CorruptExample]:
-  """Records by id; once the source is out of reach, which the loop is told by `faults`, none can be used."""
+def fetched(records: FileDataset, ids: np.ndarray, corrupt_counter: CorruptExampleCounter) -> list[Row | CorruptExample]:
+  """Records by id; once the source is out of reach, which the loop is told by `corrupt_counter`, none can be used."""
   out_of_reach = [CorruptExample('out of reach')] * len(ids)
-  if faults.stopped:
+  if corrupt_counter.failed:
     return out_of_reach
   try:
     return records.fetched(ids)
   except RunError as e:  # what is raised in a thread of TensorFlow would arrive as another's traceback
-    faults.stop(e)
+    corrupt_counter.fail(e)
     return out_of_reach
 
 
@@ -132,22 +132,22 @@ class Running:
 
   Attributes:
     records: with the column `column`. length: S. hashes choose the window.
-    faults: counts the records that are read.
+    corrupt_counter: counts the records that are read.
   """
   records: FileDataset
   column: str
   tokenizer: Tokenizer
   length: int
   training: bool
-  faults: Faults
+  corrupt_counter: CorruptExampleCounter
 
   @classmethod
-  def of(cls, task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool, faults: Faults) -> 'Running':
+  def of(cls, task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool, corrupt_counter: CorruptExampleCounter) -> 'Running':
     column = task.label_column or 'text'
     if records.columns.get(column) != 'text':
       raise UsageError(f"config.tasks.{task.name}: source {task.source!r} has no column of texts {column!r} (label names it, 'text' "
                        f'by default); {nearest(column, [c for c, k in records.columns.items() if k == "text"])}.')
-    return cls(records, column, tokenizer, task.max_len, training, faults)
+    return cls(records, column, tokenizer, task.max_len, training, corrupt_counter)
 
   def rows(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """int32 [n, S]."""
@@ -157,8 +157,8 @@ class Running:
       open_ = np.flatnonzero(filled < self.length)
       if not len(open_):
         return out
-      found = fetched(self.records, nxt[open_], self.faults)
-      self.faults.count(len(found), [
+      found = fetched(self.records, nxt[open_], self.corrupt_counter)
+      self.corrupt_counter.count(len(found), [
           f'{self.records.where(int(i))}: {row}' for i, row in zip(nxt[open_], found) if isinstance(row, CorruptExample)])
       for i, row in zip(open_, found):
         if isinstance(row, CorruptExample):
@@ -170,7 +170,7 @@ class Running:
         out[i, filled[i]:filled[i] + len(tokens)] = tokens
         filled[i] += len(tokens)
       nxt[open_] = (nxt[open_] + 1) % self.records.size
-    self.faults.give_up()
+    self.corrupt_counter.fail_replacement()
     return out
 
   def _window(self, text: str, h: int) -> str:
@@ -185,7 +185,7 @@ class Running:
 
 def phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Row, int], str]:
   """(row, h) → one phrase: in training of a random template with random entries of lists, else the first of everything."""
-  names = [columns_of(t) for t in task.caption_templates]
+  names = [template_columns(t) for t in task.caption_templates]
   for fields in names:
     _check_columns(task, records, 'captions', fields, ('text', 'texts', 'class'))
 
@@ -209,10 +209,10 @@ def phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Call
 def references(task: TaskSpec, row: Row) -> tuple[str, ...]:
   """All texts that are right for a record under the task's first template: one per entry of its list of texts."""
   template = task.caption_templates[0]
-  lists = [f for f in columns_of(template) if not isinstance(row[f], str)]
+  lists = [f for f in template_columns(template) if not isinstance(row[f], str)]
   if not lists:
-    return (template.format(**{f: row[f] for f in columns_of(template)}),)
-  return tuple(template.format(**{f: row[f] if f != lists[0] else entry for f in columns_of(template)}) for entry in row[lists[0]])
+    return (template.format(**{f: row[f] for f in template_columns(template)}),)
+  return tuple(template.format(**{f: row[f] if f != lists[0] else entry for f in template_columns(template)}) for entry in row[lists[0]])
 
 
 def _check_columns(task: TaskSpec, records: FileDataset, where: str, names: Sequence[str], kinds: tuple[str, ...]) -> None:
@@ -225,5 +225,5 @@ def _check_columns(task: TaskSpec, records: FileDataset, where: str, names: Sequ
 
 def _padded(tokenizer: Tokenizer, row: list[int], S: int) -> tuple[np.ndarray, np.ndarray]:
   """(ids int32 [S], valid bool [S]) of one text's tokens."""
-  table = TextTable.of([row], S, tokenizer.pad)
-  return table.ids[0], table.valid[0]
+  ids, valid = pad_tokens([row], S, tokenizer.pad)
+  return ids[0], valid[0]

@@ -41,7 +41,7 @@ def prepared(
 def jittered(size: int, h: tf.Tensor) -> tf.Tensor:
   """A short side between 256/224 and 320/224 of `size`: int32."""
   low, high = 256 * size // 224, 320 * size // 224
-  return low + hashing.below(hashing.mix_tensor(h, 'short side'), high - low + 1)
+  return low + hashing.randint(hashing.mix_tensor(h, 'short side'), high - low + 1)
 
 
 def random_area(picture: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
@@ -62,7 +62,7 @@ def random_area(picture: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
   first = tf.where(tf.concat([fits, [True]], 0))[0, 0]
   sides = tf.cast(tf.stack([height[first], width[first]]), tf.int32)
   places = tf.shape(picture)[:2] - sides
-  drawn = [hashing.below(hashing.mix_tensor(h, purpose), places[i] + 1) for i, purpose in enumerate(('crop down', 'crop right'))]
+  drawn = [hashing.randint(hashing.mix_tensor(h, purpose), places[i] + 1) for i, purpose in enumerate(('crop down', 'crop right'))]
   corner = tf.where(first < TRIES, tf.stack(drawn), places // 2)
   part = tf.slice(picture, tf.pad(corner, [[0, 1]]), tf.concat([sides, [-1]], 0))[None]
   part = _bicubic(_bicubic(part, tf.stack([sides[0], size])), tf.constant([size, size]))[0]
@@ -116,8 +116,8 @@ def random_crop(picture: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
     InvalidArgumentError: a side is shorter than `size`.
   """
   places = _margin(picture, size) + 1
-  down = hashing.below(hashing.mix_tensor(h, 'crop down'), places[0])
-  right = hashing.below(hashing.mix_tensor(h, 'crop right'), places[1])
+  down = hashing.randint(hashing.mix_tensor(h, 'crop down'), places[0])
+  right = hashing.randint(hashing.mix_tensor(h, 'crop right'), places[1])
   return _crop(picture, tf.stack([down, right]), size)
 
 

@@ -73,7 +73,7 @@ def prepare(
   root = source if source.is_dir() else source.parent
   splits = _split(rows, test_fraction, root)
   classes = _classes(rows)
-  with npz_records.building(place) as folder:
+  with npz_records.atomic_folder(place) as folder:
     prints = _write(folder, name, version, splits, classes)
     summary = _summary(
         name, version, splits, classes, skipped, prints, _warnings(splits, test_fraction), _in_several_splits(splits, root))

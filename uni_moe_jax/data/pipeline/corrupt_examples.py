@@ -1,50 +1,55 @@
-"""Examples that cannot be used: counted and replaced, until there are too many."""
+"""Counts examples that cannot be read and were replaced; raises when there are too many of them."""
 
 import threading
 
 from uni_moe_jax.utils.errors import RunError
 
-_SURE = 10  # bad examples: of fewer, a share says little
+_MIN_CORRUPT = 10  # the fraction of fewer corrupt examples is not yet meaningful
 
 
-class Faults:
-  """Counts the bad examples of one task; written by the threads of the input pipeline, read by the loop."""
+class CorruptExampleCounter:
+  """Counts corrupt examples of one task; input pipeline threads write it, the training loop reads it."""
 
   def __init__(self, field: str, max_fraction: float):
-    """field: the config's name of the task. max_fraction: more bad ones among those read are an error; 0: any."""
-    self._field, self._max = field, max_fraction
+    """Initializes the counter.
+
+    Args:
+      field: Config name of the task.
+      max_fraction: Largest allowed fraction of the examples read; 0 allows none.
+    """
+    self._field, self._max_fraction = field, max_fraction
     self._lock = threading.Lock()
-    self.read = self.bad = 0
-    self._first, self._stuck = '', False
+    self.num_read = self.num_corrupt = 0
+    self._first, self._no_replacement = '', False
     self._failure: RunError | None = None
 
-  def count(self, read: int, bad: list[str]) -> None:
-    """read: examples looked at. bad: where those that cannot be used are, and why."""
+  def count(self, num_read: int, corrupt: list[str]) -> None:
+    """Adds examples that were read, and for each corrupt one its location and the reason."""
     with self._lock:
-      self.read += read
-      self.bad += len(bad)
-      self._first = self._first or (bad[0] if bad else '')
+      self.num_read += num_read
+      self.num_corrupt += len(corrupt)
+      self._first = self._first or (corrupt[0] if corrupt else '')
 
-  def give_up(self) -> None:
-    """Nothing could take the place of a bad example."""
-    self._stuck = True
+  def fail_replacement(self) -> None:
+    """Records that no replacement for a corrupt example could be read."""
+    self._no_replacement = True
 
-  def stop(self, failure: RunError) -> None:
-    """No example can be read any more; the loop raises the failure."""
+  def fail(self, failure: RunError) -> None:
+    """Records that no example can be read any more; `check` raises the failure."""
     self._failure = failure
 
   @property
-  def stopped(self) -> bool:
+  def failed(self) -> bool:
     return self._failure is not None
 
   def check(self) -> None:
-    """Raises RunError, with the first bad example, once there are too many; and what `stop` was told."""
+    """Raises the error given to `fail`, or RunError with the first corrupt example if there are too many."""
     if self._failure:
       raise self._failure
     with self._lock:
-      many = self.bad > self._max * self.read and (self.bad >= _SURE or not self._max)
-      if many or self._stuck:
+      too_many = self.num_corrupt > self._max_fraction * self.num_read
+      if self._no_replacement or too_many and (self.num_corrupt >= _MIN_CORRUPT or not self._max_fraction):
         raise RunError(
-            f'config.{self._field}: {self.bad} of {self.read} examples could not be used, more than '
-            f'config.data.max_corrupt_fraction={self._max}; the first: {self._first}. Prepare the source again, or leave those examples '
-            'out.')
+            f'config.{self._field}: {self.num_corrupt} of {self.num_read} examples could not be used, more than '
+            f'config.data.max_corrupt_fraction={self._max_fraction}; the first: {self._first}. Prepare the source '
+            'again, or leave those examples out.')

@@ -1,12 +1,12 @@
-"""Records to the batch fields of a task kind: layout, targets, picks, weights.
+"""Converts records to the batch features of a task type: layout, targets, masked positions, weights.
 
-A builder prepares what can be prepared once (texts are tokenised to tables) and returns `Examples`: a size and a function
-from ids to fields, made of TensorFlow ops on captured tensors. Fields, with the leading axis n:
+A builder prepares what can be prepared once (texts are tokenized to tables) and returns `Examples`: a size and a
+function from ids to features, made of TensorFlow ops on captured tensors. Features, with the leading axis n:
 
-  pixels uint8 [n, T, H, W, C]                          visual segment
-  text int32 [n, S], text_valid bool [n, S]             text segment; a caption is [words | queries], S = 2 · length
-  position int32 [n, M]                                 where a text segment is read
-  label int32 [n, M], weight f32 [n, M]                 targets in a set (classification: M = 1)
+  pixels uint8 [n, T, H, W, C]                     visual segment
+  text int32 [n, S], text_valid bool [n, S]        text segment; a caption is [words | queries], S = 2 · max_len
+  position int32 [n, M]                            readout positions of a text segment
+  label int32 [n, M], weight f32 [n, M]            targets in a set (classification: M = 1)
   target int32 [n, S], target_valid bool [n, S], text_id int32 [n], weight f32 [n, 1]      paired text
 """
 
@@ -18,253 +18,253 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.pipeline import hashing, preprocess
-from uni_moe_jax.data.pipeline.corrupt_examples import Faults
+from uni_moe_jax.data.pipeline import hashing, image_shift, masking
+from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.records import Records
-from uni_moe_jax.data.pipeline.templates import columns_of, fill_template
-from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, pack
+from uni_moe_jax.data.pipeline.templates import fill_template, template_columns
+from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, pack_tokens
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
-Fields = dict[str, tf.Tensor]
+Features = dict[str, tf.Tensor]
+MakeFeatures = Callable[[tf.Tensor, tf.Tensor], Features]  # (ids int64 [n], hashes uint64 [n]) → features
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """A task's examples.
+  """Examples of a task.
 
   Attributes:
-    size: N. make: (ids int64 [n], hashes uint64 [n]) → fields.
-    references: ids int [n] → the texts that are right for each; None: see the records' columns.
-    faults: counts examples that could not be used; None: all can.
+    size: N.
+    make: Makes the features of example ids.
+    references: ids int [n] → the correct texts of each example; None: they are columns of the records.
+    corrupt_counter: Counts examples that could not be used; None: all can be used.
   """
   size: int
-  make: Callable[[tf.Tensor, tf.Tensor], Fields]
+  make: MakeFeatures
   references: Callable[[np.ndarray], list[tuple[str, ...]]] | None = None
-  faults: Faults | None = None
+  corrupt_counter: CorruptExampleCounter | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class TextTable:
-  """Texts as padded rows: ids int32 [U, S], valid bool [U, S]."""
-  ids: np.ndarray
-  valid: np.ndarray
-
-  @classmethod
-  def of(cls, rows: Sequence[Sequence[int]], length: int, pad: int) -> 'TextTable':
-    ids = np.full((len(rows), length), pad, np.int32)
-    valid = np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-      ids[i, :len(row)], valid[i, :len(row)] = row, True
-    return cls(ids, valid)
+def pad_tokens(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pads rows of tokens: (ids int32 [U, S], valid bool [U, S])."""
+  ids, valid = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)
+  for i, row in enumerate(rows):
+    ids[i, :len(row)], valid[i, :len(row)] = row, True
+  return ids, valid
 
 
-def text_rows(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-  """Tokens of whole texts, cut to `length` with `eot` as the last."""
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
+  """Returns the tokens of each text, truncated to `length`, with `eot` as the last one."""
   return [row[:length - 1] + [tokenizer.eot] for row in tokenizer.encode_batch(list(texts))]
 
 
-def unique_texts(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(distinct texts [U], index int32 of the shape of `rows`)."""
-  texts, index = np.unique(rows, return_inverse=True)
-  return texts, index.reshape(rows.shape).astype(np.int32)
+def unique_texts(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (distinct texts [U], index int32 of the shape of `texts`)."""
+  distinct, index = np.unique(texts, return_inverse=True)
+  return distinct, index.reshape(texts.shape).astype(np.int32)
 
 
-def phrases(records: Records, templates: tuple[str, ...], field: str) -> np.ndarray:
-  """Every template filled with every record's columns: unicode [N, P]."""
-  known = sorted(name for name, c in records.columns.items() if c.dtype.kind == 'U')
+def fill_captions(records: Records, templates: tuple[str, ...], field: str) -> np.ndarray:
+  """Fills every template with every record's columns: unicode [N, P]."""
+  columns = sorted(name for name, c in records.columns.items() if c.dtype.kind == 'U')
   for template in templates:
-    for name in columns_of(template):
-      if name not in known:
-        raise UsageError(f'config.{field}: template {template!r} names column {name!r}; {nearest(name, known)}.')
-  n = len(next(iter(records.columns.values())))
-  rows = [dict(zip(known, values)) for values in zip(*(records.columns[k].tolist() for k in known))] or [{}] * n
+    for name in template_columns(template):
+      if name not in columns:
+        raise UsageError(f'config.{field}: template {template!r} names column {name!r}; {nearest(name, columns)}.')
+  values = zip(*(records.columns[k].tolist() for k in columns))
+  rows = [dict(zip(columns, row)) for row in values] or [{}] * records.size
   return np.array([[t.format(**row) for t in templates] for row in rows])
 
 
-def class_index(records: Records, column: str, classes: Sequence[str], field: str) -> np.ndarray:
-  """int32 [N]: place of each record's class among the target set's texts, -1 for records without one."""
+def class_indices(records: Records, column: str, classes: Sequence[str], field: str) -> np.ndarray:
+  """Returns int32 [N], the index of each record's class in the target set, -1 for records without a class."""
   if column not in records.columns:
-    raise UsageError(f'config.{field}.label={column!r} is no column; {nearest(column, records.columns)}.')
-  place = {name: i for i, name in enumerate(classes)} | {'': -1}
+    raise UsageError(f'config.{field}.label_column={column!r} is no column; {nearest(column, records.columns)}.')
+  index = {name: i for i, name in enumerate(classes)} | {'': -1}
   values = records.columns[column]
-  unknown = sorted({v for v in np.unique(values).tolist()} - set(place))
-  if unknown:
-    raise UsageError(f'config.{field}: class {unknown[0]!r} is not in the target set; {nearest(unknown[0], classes)}.')
-  return np.array([place[v] for v in values.tolist()], np.int32)
+  if unknown := sorted(set(np.unique(values).tolist()) - set(index)):
+    raise UsageError(
+        f'config.{field}: class {unknown[0]!r} is not in the target set; {nearest(unknown[0], classes)}.')
+  return np.array([index[v] for v in values.tolist()], np.int32)
 
 
-def subset(keep: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: int) -> np.ndarray:
-  """The training examples of a task, in order.
+def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: int) -> np.ndarray:
+  """Chooses a task's training examples, by `train_fraction` or `shots`, in order.
 
-  Which ones is a function of the seed and of each example's place in its split: those with the lowest hashes, so that a
-  smaller subset is part of a larger one.
+  The choice is a function of the seed and of each example's index in its split. Those with the lowest hashes are taken,
+  so a smaller subset is part of a larger one.
 
   Args:
-    keep: places of the examples that there are. labels: the class of each, or None.
-    task: its `subset` and `per_class`.
-    seed: of the run.
+    indices: Indices of the available examples.
+    labels: Class of each, or None. Every class is sampled separately.
+    task: Its `train_fraction` and `shots` say how many are taken.
+    seed: Seed of the run.
   """
   if task.train_fraction == 1 and not task.shots:
-    return keep
-  hashes = np.array([hashing.mix(seed, task.source, task.split, 'subset', int(i)) for i in keep], np.uint64)
+    return indices
+  hashes = np.array([hashing.mix(seed, task.source, task.split, 'subset', int(i)) for i in indices], np.uint64)
   chosen = []
-  for value in [None] if labels is None else np.unique(labels):
-    members = np.arange(len(keep)) if value is None else np.flatnonzero(labels == value)
-    number = task.shots or math.ceil(task.train_fraction * len(members))
-    chosen.append(members[np.argsort(hashes[members], kind='stable')[:number]])
-  return keep[np.sort(np.concatenate(chosen))]
+  for label in [None] if labels is None else np.unique(labels):
+    members = np.arange(len(indices)) if label is None else np.flatnonzero(labels == label)
+    count = task.shots or math.ceil(task.train_fraction * len(members))
+    chosen.append(members[np.argsort(hashes[members], kind='stable')[:count]])
+  return indices[np.sort(np.concatenate(chosen))]
 
 
-def places(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndarray:
-  """Places of the records that are examples of a task, in order: where it chooses a class, those that have one.
+def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndarray:
+  """Returns the indices of the records that are examples of a task; a classification task skips those without a class.
 
   Args:
-    records: of its split. seed: of a run that trains on them, and reads its subset; None: all.
+    records: Records of its split.
+    task: The task.
+    seed: Seed of a run that trains on its subset; None returns all.
   """
-  keep, labels = np.arange(len(next(iter(records.columns.values())))), None
+  indices, labels = np.arange(records.size), None
   if task.type.has_classes:
     column = records.columns[task.label_column]
-    keep = np.flatnonzero(column != '')
-    labels = column[keep]
-  return keep if seed is None else subset(keep, labels, task, seed)
+    indices = np.flatnonzero(column != '')
+    labels = column[indices]
+  return indices if seed is None else subset(indices, labels, task, seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-  """What all builders need.
+  """Builds examples of tasks from records in memory.
 
   Attributes:
-    tokenizer: of the run.
-    classes: of each named target set, in order, what records call its entries.
-    channels: of pictures. training: random phrases, masks and shifts; otherwise the first phrase, every pick masked.
-    seed: of the run, by which subsets of the training examples are chosen.
-    mask_specials: masked language modelling may put special tokens in the place of words (published).
-    pixels: tensors by (source, split), so that tasks of one source hold its pictures once.
+    tokenizer: Tokenizer of the run.
+    classes: For each named target set, the records' names of its entries, in order.
+    channels: Channels of images.
+    training: Random captions, masks and shifts; otherwise the first caption, and every selected token masked.
+    random_special_tokens: Masked language modeling may replace words by special tokens (published).
+    seed: Seed of the run; it chooses subsets of the training examples.
+    pixels: Tensors by (source, split): tasks with one source share its images.
   """
   tokenizer: Tokenizer
   classes: dict[str, tuple[str, ...]]
   channels: int
   training: bool
-  mask_specials: bool = False
+  random_special_tokens: bool = False
   seed: int = 0
   pixels: dict[tuple[str, str], tf.Tensor] = dataclasses.field(default_factory=dict)
 
   def build(self, task: TaskSpec, records: Records) -> Examples:
-    """Examples of a task over one split of its source.
+    """Builds the examples of a task over one split of its source.
 
     Raises:
-      UsageError: the config names a column, class or template that the records do not have.
+      UsageError: The config names a column, class or template that the records do not have.
     """
-    kind, field = task.type, f'tasks.{task.name}'
-    labels = class_index(records, task.label_column, self.classes[task.target_set], field) if task.type.has_classes else None
-    keep = places(records, task, self.seed if self.training else None)
-    makers = [] if labels is None else [self._labels(labels[keep])]
-    if kind.readout == 'masked':
-      return self._masked(task, records, keep, field)
-    if kind.visual:
-      makers.append(self._pixels(task, records, keep, field))
-    if kind.target == 'pair':
-      makers.append(self._pair(task, records, keep, field))
-    if kind.readout == 'queries':
-      makers.append(self._caption(task, records, keep, field))
-    if kind.readout == 'slot':
-      makers.append(self._template(task, records, keep, field))
-    if not len(keep):
-      raise UsageError(f'config.{field}: no record of source {task.source!r}, split {task.split!r}, has a {task.label_column!r}.')
+    task_type, field = task.type, f'tasks.{task.name}'
+    labels = None
+    if task_type.has_classes:
+      labels = class_indices(records, task.label_column, self.classes[task.target_set], field)
+    indices = example_ids(records, task, self.seed if self.training else None)
+    makers = [] if labels is None else [self._labels(labels[indices])]
+    if task_type.readout == 'masked':
+      return self._masked(task, records, indices, field)
+    if task_type.visual:
+      makers.append(self._pixels(task, records, indices, field))
+    if task_type.target == 'pair':
+      makers.append(self._pair(task, records, indices, field))
+    if task_type.readout == 'queries':
+      makers.append(self._caption(task, records, indices, field))
+    if task_type.readout == 'slot':
+      makers.append(self._template(task, records, indices, field))
+    if not len(indices):
+      raise UsageError(
+          f'config.{field}: no record of source {task.source!r}, split {task.split!r}, has a {task.label_column!r}.')
 
     def make(ids, hashes):
-      fields = {'id': tf.cast(ids, tf.int64)}
+      features = {'id': tf.cast(ids, tf.int64)}
       for maker in makers:
-        fields.update(maker(ids, hashes))
-      return fields
+        features.update(maker(ids, hashes))
+      return features
 
-    return Examples(len(keep), make)
+    return Examples(len(indices), make)
 
-  def _labels(self, labels: np.ndarray):
+  def _labels(self, labels: np.ndarray) -> MakeFeatures:
     labels = tf.constant(labels)
-    return lambda ids, _: {
-        'label': tf.gather(labels, ids)[:, None], 'weight': tf.ones([tf.size(ids), 1], tf.float32)}
+    return lambda ids, _: {'label': tf.gather(labels, ids)[:, None], 'weight': tf.ones([tf.size(ids), 1], tf.float32)}
 
-  def _pixels(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
+  def _pixels(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> MakeFeatures:
     if 'pixels' not in records.columns:
-      raise UsageError(f'config.{field}: source {task.source!r} has no pixels, kind {task.type.name!r} needs them.')
-    source = (task.source, task.split)
-    if source not in self.pixels:
+      raise UsageError(f'config.{field}: source {task.source!r} has no pixels, which task type {task.type.name!r} '
+                       'needs.')
+    key = (task.source, task.split)
+    if key not in self.pixels:
       pixels = records.columns['pixels']
-      # An image is a clip of one frame.
-      self.pixels[source] = tf.constant(pixels[:, None] if pixels.ndim == 3 else pixels)
-    pixels, kept = self.pixels[source], tf.constant(keep)
-    most = task.max_shift if self.training else 0
+      # An image is a video of one frame.
+      self.pixels[key] = tf.constant(pixels[:, None] if pixels.ndim == 3 else pixels)
+    pixels, indices = self.pixels[key], tf.constant(indices)
+    max_shift = task.max_shift if self.training else 0
 
     def make(ids, hashes):
-      frames = preprocess.colours(tf.gather(pixels, tf.gather(kept, ids)), self.channels)
-      return {'pixels': preprocess.shift(frames, hashes, most)}
+      frames = image_shift.repeat_channels(tf.gather(pixels, tf.gather(indices, ids)), self.channels)
+      return {'pixels': image_shift.random_shift(frames, hashes, max_shift)}
     return make
 
-  def _phrase_table(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
-    """(table of distinct texts, index [N, P])."""
-    texts, index = unique_texts(phrases(records, task.caption_templates, f'{field}.captions')[keep])
-    table = TextTable.of(text_rows(texts, self.tokenizer, task.max_len), task.max_len, self.tokenizer.pad)
-    return tf.constant(table.ids), tf.constant(table.valid), tf.constant(index)
+  def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str):
+    """Returns (ids, hashes) → (text id int32 [n], tokens int32 [n, S], valid bool [n, S]) of one caption each."""
+    texts, index = unique_texts(fill_captions(records, task.caption_templates, f'{field}.caption_templates')[indices])
+    tokens, valid = pad_tokens(
+        encode_texts(texts, self.tokenizer, task.max_len), task.max_len, self.tokenizer.pad)
+    tokens, valid, index = tf.constant(tokens), tf.constant(valid), tf.constant(index)
 
-  def _choice(self, index: tf.Tensor, ids: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
-    """Row of the text table per example: a random phrase in training, the first otherwise."""
-    rows = tf.gather(index, ids)
-    if not self.training:
-      return rows[:, 0]
-    drawn = hashing.below(hashing.mix_tensor(hashes, 'phrase'), index.shape[1])
-    return tf.gather(rows, drawn, batch_dims=1)
+    def choose(ids, hashes):
+      text_ids = tf.gather(index, ids)
+      if self.training:
+        drawn = hashing.randint(hashing.mix_tensor(hashes, 'phrase'), index.shape[1])
+        text_ids = tf.gather(text_ids, drawn, batch_dims=1)
+      else:
+        text_ids = text_ids[:, 0]
+      return text_ids, tf.gather(tokens, text_ids), tf.gather(valid, text_ids)
+    return choose
 
-  def _pair(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
-    table, valid, index = self._phrase_table(task, records, keep, field)
+  def _pair(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> MakeFeatures:
+    choose = self._captions(task, records, indices, field)
 
     def make(ids, hashes):
-      row = self._choice(index, ids, hashes)
-      return {'target': tf.gather(table, row), 'target_valid': tf.gather(valid, row), 'text_id': row,
+      text_ids, tokens, valid = choose(ids, hashes)
+      return {'target': tokens, 'target_valid': valid, 'text_id': text_ids,
               'weight': tf.ones([tf.size(ids), 1], tf.float32)}
     return make
 
-  def _caption(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
-    table, valid, index = self._phrase_table(task, records, keep, field)
+  def _caption(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> MakeFeatures:
+    choose = self._captions(task, records, indices, field)
 
     def make(ids, hashes):
-      row = self._choice(index, ids, hashes)
-      words, used = tf.gather(table, row), tf.gather(valid, row)
-      return {'text': tf.concat([words, tf.fill(tf.shape(words), self.tokenizer.spe)], axis=1),
-              'text_valid': tf.concat([used, used], axis=1), 'label': words, 'weight': tf.cast(used, tf.float32)}
+      _, tokens, valid = choose(ids, hashes)
+      return {'text': tf.concat([tokens, tf.fill(tf.shape(tokens), self.tokenizer.spe)], axis=1),
+              'text_valid': tf.concat([valid, valid], axis=1), 'label': tokens, 'weight': tf.cast(valid, tf.float32)}
     return make
 
-  def _template(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str):
-    names = columns_of(task.template)
-    for name in names:
+  def _template(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> MakeFeatures:
+    columns = template_columns(task.template)
+    for name in columns:
       if name not in records.columns:
         raise UsageError(f'config.{field}.template names column {name!r}; {nearest(name, records.columns)}.')
-    tokens = {n: self.tokenizer.encode_batch(records.columns[n][keep].tolist()) for n in names}
-    filled = [
-        fill_template(self.tokenizer, task.template, {n: tokens[n][i] for n in names}, task.max_len)
-        for i in range(len(keep))]
-    table = TextTable.of([row for row, _ in filled], task.max_len, self.tokenizer.pad)
-    ids_table, valid, slot = tf.constant(table.ids), tf.constant(table.valid), tf.constant([s for _, s in filled])
-    return lambda ids, _: {'text': tf.gather(ids_table, ids), 'text_valid': tf.gather(valid, ids),
-                           'position': tf.cast(tf.gather(slot, ids), tf.int32)[:, None]}
+    encoded = {n: self.tokenizer.encode_batch(records.columns[n][indices].tolist()) for n in columns}
+    filled = [fill_template(self.tokenizer, task.template, {n: encoded[n][i] for n in columns}, task.max_len)
+              for i in range(len(indices))]
+    tokens, valid = pad_tokens([row for row, _ in filled], task.max_len, self.tokenizer.pad)
+    tokens, valid, slots = tf.constant(tokens), tf.constant(valid), tf.constant([slot for _, slot in filled])
+    return lambda ids, _: {'text': tf.gather(tokens, ids), 'text_valid': tf.gather(valid, ids),
+                           'position': tf.cast(tf.gather(slots, ids), tf.int32)[:, None]}
 
-  def _masked(self, task: TaskSpec, records: Records, keep: np.ndarray, field: str) -> Examples:
+  def _masked(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> Examples:
     if 'text' not in records.columns:
       raise UsageError(f"config.{field}: source {task.source!r} has no column 'text'; it has "
                        f'{", ".join(sorted(records.columns))}.')
     tokenizer = self.tokenizer
-    rows = pack(tokenizer.encode_batch(records.columns['text'][keep].tolist()), task.max_len, tokenizer.eot)
-    if not len(rows):
-      raise UsageError(f'config.{field}.length={task.max_len}: source {task.source!r} has too little text for one row.')
-    table = tf.constant(rows)
-    word_start, word_end, ordinary = preprocess.word_tables(tokenizer, self.mask_specials)
+    encoded = tokenizer.encode_batch(records.columns['text'][indices].tolist())
+    rows = tf.constant(pack_tokens(encoded, task.max_len, tokenizer.eot))
+    tables = masking.word_tables(tokenizer, self.random_special_tokens)
 
     def make(ids, hashes):
-      text = tf.gather(table, ids)
+      text = tf.gather(rows, ids)
       valid = tf.ones_like(text, tf.bool)
-      masked = preprocess.mask_words(
-          text, valid, hashes, word_start=word_start, word_end=word_end, ordinary=ordinary, spe=tokenizer.spe,
-          picks=task.max_predictions, always_mask=not self.training)
+      masked = masking.mask_words(
+          text, valid, hashes, tables, max_predictions=task.max_predictions, always_mask=not self.training)
       return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
     return Examples(len(rows), make)

@@ -1,7 +1,18 @@
-"""The batch of a step as a pure function of (seed, step, mixture): every task's examples, laid out for the mesh.
+"""Training batches as a pure function of (seed, step): the data order and the layout of a batch.
 
-Nothing is shuffled by a buffer and no iterator has a state: the dataset is a range of steps, mapped. A run that starts
-again at step t reads exactly what it would have read.
+Order. There is no shuffle buffer and no iterator state; a run that resumes at step t reads exactly what an
+uninterrupted run would have read. For every task:
+
+1. The k-th batch of a task covers positions k · B … (k + 1) · B - 1 of an endless sequence of epochs, B = batch_size.
+   With mixture 'all_tasks' step t reads batch k = t of every task. With 'one_task' a hash of (seed, t) draws one task
+   with probability proportional to `sampling_weight` (or else `loss_weight`), and its k-th draw reads its k-th batch.
+2. A position is (epoch, index); a permutation keyed by (seed, task name, epoch) maps the index to an example id
+   (`hashing.shuffled_ids`). Every example occurs once per epoch; a batch may span two epochs.
+3. All randomness of an example (caption, mask, crop, …) is a hash of (seed, task name, epoch, id) and of its purpose
+   (`hashing.example_hash`).
+
+Layout. The positions of a batch fill micro-steps first, then shards of the mesh, then rows; each process makes the rows
+of its own shards. As a set, the batch does not depend on the mesh.
 """
 
 import dataclasses
@@ -12,126 +23,124 @@ import tensorflow as tf
 
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.data.pipeline import hashing, mixup
-from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.data.pipeline.examples import Examples, Features
 
 Batch = dict[str, dict[str, np.ndarray]]
-PER_BATCH = ('temporal_offset',)  # fields without an example axis
+UNBATCHED_FIELDS = ('temporal_offset',)  # features without an example axis
 
 
 @dataclasses.dataclass(frozen=True)
-class Feed:
-  """Which part of a global batch this process makes.
+class BatchLayout:
+  """Layout of a global batch, and the part of it that this process makes.
 
   Attributes:
-    accum: micro-steps per step; 1 leaves the leading axis out.
-    shards: into how many parts the mesh lays out the batch.
-    mine: those that this process holds, in order.
+    accum_steps: Micro-steps per step; 1 omits the leading axis.
+    num_shards: Shards of a batch on the mesh.
+    local_shards: Indices of this process's shards, in order.
   """
-  accum: int = 1
-  shards: int = 1
-  mine: tuple[int, ...] = (0,)
+  accum_steps: int = 1
+  num_shards: int = 1
+  local_shards: tuple[int, ...] = (0,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Training batches.
+  """Training batches of several tasks.
 
-  A batch is {group: fields}; a field is [shards, b, …], or [accum, shards, b, …] with accumulation. The tasks of a group
-  lie on axis b one after the other, each with batch / (accum · shards) rows per shard.
+  A batch is {group: features}; a feature is [shards, b, …], or [accum_steps, shards, b, …] with accumulation. The tasks
+  of a group are concatenated on axis b, each with batch_size / (accum_steps · shards) rows per shard.
 
   Attributes:
-    plan: tasks and groups.
-    examples: per task name.
-    seed: of the run.
-    kind: 'all_tasks' (every task in every step) or 'one_task' (one task a step, drawn by weight).
-    max_frames: rows of the temporal table: visual groups get one random offset per micro-step.
-    feed: layout.
+    plan: Tasks and groups.
+    examples: Examples by task name.
+    seed: Seed of the run.
+    mode: 'all_tasks' (every task in every step) or 'one_task' (one task per step, drawn by weight).
+    max_num_frames: Rows of the temporal table: visual groups get one random offset per micro-step.
+    layout: Layout of a batch.
   """
   plan: Plan
   examples: dict[str, Examples]
   seed: int
-  kind: str
-  max_frames: int
-  feed: Feed
+  mode: str
+  max_num_frames: int
+  layout: BatchLayout
 
   def iterate(self, start: int, stop: int) -> Iterator[tuple[str | None, Batch]]:
-    """(task name or None, batch) of the steps start…stop-1; the name is given when the step holds one task."""
-    if self.kind == 'all_tasks':
+    """Yields (task name or None, batch) of steps start…stop-1; the name is given if the step holds one task."""
+    if self.mode == 'all_tasks':
       steps = np.arange(start, stop, dtype=np.int64)
       for batch in self._dataset(self.plan.tasks, steps, steps):
         yield None, batch
       return
     drawn = draw_tasks(self.plan, self.seed, stop)
-    streams = {}
+    iterators = {}
     for t in self.plan.tasks:
       steps = np.flatnonzero(drawn == t.name)
-      counts = np.arange(len(steps))  # the k-th draw of a task reads its k-th batch
-      wanted = steps >= start
-      streams[t.name] = self._dataset((t,), steps[wanted], counts[wanted])
+      remaining = steps >= start
+      iterators[t.name] = self._dataset((t,), steps[remaining], np.arange(len(steps))[remaining])
     for name in drawn[start:]:
-      yield str(name), next(streams[name])
+      yield str(name), next(iterators[name])
 
-  def _dataset(self, tasks: tuple[TaskSpec, ...], steps: np.ndarray, counts: np.ndarray):
+  def num_corrupt_examples(self) -> int:
+    """Returns how many examples from files could not be used and were replaced so far."""
+    return sum(e.corrupt_counter.num_corrupt for e in self.examples.values() if e.corrupt_counter)
+
+  def _dataset(self, tasks: tuple[TaskSpec, ...], steps: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:
+    """Yields batches; counts[i] is the batch number that every task reads at steps[i]."""
     dataset = tf.data.Dataset.from_tensor_slices((steps, counts))
-    dataset = dataset.map(lambda step, count: self._batch(tasks, step, count), num_parallel_calls=2,
-                          deterministic=True)
-    return self._checked(dataset.prefetch(2).as_numpy_iterator())
+    dataset = dataset.map(
+        lambda step, count: self._batch(tasks, step, count), num_parallel_calls=2, deterministic=True)
+    for batch in dataset.prefetch(2).as_numpy_iterator():
+      for e in self.examples.values():
+        if e.corrupt_counter:
+          e.corrupt_counter.check()
+      yield batch
 
-  def _batch(self, tasks: tuple[TaskSpec, ...], step: tf.Tensor, count: tf.Tensor):
-    """Fields of all tasks at a step; `count` says which batch of its order a task reads."""
-    feed, groups = self.feed, {}
+  def _batch(self, tasks: tuple[TaskSpec, ...], step: tf.Tensor, count: tf.Tensor) -> dict[str, Features]:
+    accum_steps, groups = self.layout.accum_steps, {}
     for t in tasks:
       groups.setdefault(t.group, []).append(self._task_fields(t, count))
     batch = {}
     for group, members in groups.items():
-      axis = 1 if feed.accum == 1 else 2
-      fields = {k: tf.concat([m[k] for m in members], axis=axis) for k in members[0]}
-      if 'pixels' in fields:
-        rows = self.max_frames - fields['pixels'].shape[axis + 1] + 1
+      axis = 1 if accum_steps == 1 else 2
+      features = {k: tf.concat([m[k] for m in members], axis=axis) for k in members[0]}
+      if 'pixels' in features:
+        num_offsets = self.max_num_frames - features['pixels'].shape[axis + 1] + 1
         h = hashing.mix_tensor(tf.constant(np.uint64(hashing.mix(self.seed, group, 'temporal offset'))), step)
-        offsets = hashing.below(hashing.mix_tensor(h, tf.range(feed.accum, dtype=tf.int64)), rows)
-        fields['temporal_offset'] = offsets[0] if feed.accum == 1 else offsets
-      batch[group] = fields
+        offsets = hashing.randint(hashing.mix_tensor(h, tf.range(accum_steps, dtype=tf.int64)), num_offsets)
+        features['temporal_offset'] = offsets[0] if accum_steps == 1 else offsets
+      batch[group] = features
     return batch
 
-  def _mixed(self, t: TaskSpec, count: tf.Tensor, place: np.ndarray, hashes: tf.Tensor, fields: dict[str, tf.Tensor]):
-    """Rows 2k and 2k + 1 of the global batch mixed: both of them are rows of one shard, see `Plan.check_batches`."""
-    pair = place // 2
-    blended, boxed = (tf.gather(mixup.shares(alpha, t.batch_size // 2, self.seed, t.name, count), pair) if alpha else None
-                      for alpha in (t.mixup_alpha, t.cutmix_alpha))
-    h = tf.repeat(hashes[::2], 2)
-    box = tf.stack([hashing.uniform(hashing.mix_tensor(h, purpose)) for purpose in ('box down', 'box right')], 1)
-    return mixup.mix(fields, blended, boxed, box, h)
-
-  def corrupt_examples(self) -> int:
-    """How many examples of files could not be used and were replaced, up to now."""
-    return sum(e.faults.bad for e in self.examples.values() if e.faults)
-
-  def _checked(self, batches: Iterator) -> Iterator:
-    """The batches, as long as few enough examples are bad."""
-    for batch in batches:
-      for e in self.examples.values():
-        if e.faults:
-          e.faults.check()
-      yield batch
-
-  def _task_fields(self, t: TaskSpec, count: tf.Tensor) -> dict[str, tf.Tensor]:
-    feed, examples = self.feed, self.examples[t.name]
-    per_shard = t.batch_size // (feed.accum * feed.shards)
-    # Position in the global batch: micro-step, then shard, then row; this process makes the rows of its shards.
-    place = np.arange(t.batch_size).reshape(feed.accum, feed.shards, per_shard)[:, list(feed.mine)].reshape(-1)
-    ids, epoch = hashing.permuted(count * t.batch_size + place, examples.size, self.seed, t.name)
+  def _task_fields(self, t: TaskSpec, count: tf.Tensor) -> Features:
+    layout, examples = self.layout, self.examples[t.name]
+    per_shard = t.batch_size // (layout.accum_steps * layout.num_shards)
+    position = np.arange(t.batch_size).reshape(layout.accum_steps, layout.num_shards, per_shard)
+    position = position[:, list(layout.local_shards)].reshape(-1)  # in the global batch
+    ids, epoch = hashing.shuffled_ids(count * t.batch_size + position, examples.size, self.seed, t.name)
     hashes = hashing.example_hash(self.seed, t.name, epoch, ids)
-    fields = examples.make(ids, hashes)
+    features = examples.make(ids, hashes)
     if t.mixes:
-      fields = self._mixed(t, count, place, hashes, fields)
-    fields['id'] = tf.cast(fields['id'] & 0xFFFFFFFF, tf.uint32)
-    lead = [len(feed.mine), per_shard] if feed.accum == 1 else [feed.accum, len(feed.mine), per_shard]
-    return {k: tf.reshape(v, lead + v.shape[1:].as_list()) for k, v in fields.items()}
+      features = self._mixed(t, count, position, hashes, features)
+    features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
+    leading = [len(layout.local_shards), per_shard]
+    if layout.accum_steps > 1:
+      leading.insert(0, layout.accum_steps)
+    return {k: tf.reshape(v, leading + v.shape[1:].as_list()) for k, v in features.items()}
+
+  def _mixed(self, t: TaskSpec, count: tf.Tensor, position: np.ndarray, hashes: tf.Tensor, features: Features):
+    """Mixes rows 2k and 2k + 1 of the global batch; both are on one shard, see `Plan.check_batches`."""
+    num_pairs, pair = t.batch_size // 2, position // 2
+    mixup_lambda, cutmix_lambda = (
+        tf.gather(mixup.sample_lambda(alpha, num_pairs, self.seed, t.name, count), pair) if alpha else None
+        for alpha in (t.mixup_alpha, t.cutmix_alpha))
+    h = tf.repeat(hashes[::2], 2)
+    box_center = tf.stack([hashing.uniform(hashing.mix_tensor(h, p)) for p in ('box down', 'box right')], 1)
+    return mixup.apply(features, mixup_lambda, cutmix_lambda, box_center, h)
 
 
 def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
-  """Task name of each step 0…steps-1 of a sampled mixture: unicode [steps], by sampling weight."""
+  """Draws the task of each step 0…steps-1 of a 'one_task' mixture: names, unicode [steps]."""
   weights = np.array([t.sampling_weight or t.loss_weight for t in plan.tasks])
   edges = np.cumsum(weights / weights.sum())
   u = np.array([hashing.mix(seed, step, 'task') / 2**64 for step in range(steps)])
@@ -139,14 +148,18 @@ def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
   return names[np.minimum(np.searchsorted(edges, u, side='right'), len(names) - 1)]
 
 
-def evaluation_batches(examples: Examples, ids: np.ndarray, batch: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-  """Fields [batch, …] of the given ids in order, and how many rows count (the last batch is filled up with its own)."""
-  zero = hashing.example_hash(0, 'evaluation', tf.constant(0, tf.int64), tf.constant(ids, tf.int64))
-  for start in range(0, len(ids), batch):
-    part = np.arange(start, min(start + batch, len(ids)))
-    rows = np.resize(part, batch)
-    fields = examples.make(tf.constant(ids[rows], tf.int64), tf.gather(zero, rows))
-    fields['id'] = tf.cast(fields['id'] & 0xFFFFFFFF, tf.uint32)
-    if examples.faults:
-      examples.faults.check()
-    yield {k: v.numpy() for k, v in fields.items()}, len(part)
+def evaluation_batches(
+    examples: Examples, ids: np.ndarray, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+  """Yields (features [batch_size, …], number of rows that count) of the given ids in order.
+
+  The last batch is filled up by repeating its own rows.
+  """
+  hashes = hashing.example_hash(0, 'evaluation', tf.constant(0, tf.int64), tf.constant(ids, tf.int64))
+  for start in range(0, len(ids), batch_size):
+    part = np.arange(start, min(start + batch_size, len(ids)))
+    rows = np.resize(part, batch_size)
+    features = examples.make(tf.constant(ids[rows], tf.int64), tf.gather(hashes, rows))
+    features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
+    if examples.corrupt_counter:
+      examples.corrupt_counter.check()
+    yield {k: v.numpy() for k, v in features.items()}, len(part)

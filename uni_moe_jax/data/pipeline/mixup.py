@@ -1,8 +1,8 @@
-"""Mixup and cutmix: neighbours of a batch are mixed with each other, pixels and labels alike.
+"""Mixup and CutMix: adjacent examples of a batch are mixed, pixels and labels.
 
-Zhang et al., mixup (2018); Yun et al., CutMix (2019). Examples 2k and 2k + 1 of the global batch are mixed, which lie on one
-shard, so that the batch is the same on any mesh; each pair has a share of its own (the published system mixes with the reversed
-batch of its process, with one share for all).
+Zhang et al., mixup (2018); Yun et al., CutMix (2019). Examples 2k and 2k + 1 of the global batch are mixed; both are on
+one shard, so the batch is the same on any mesh. Each pair has its own λ. (The published system mixes with the reversed
+batch of its process and uses one λ for all.)
 """
 
 import numpy as np
@@ -10,56 +10,57 @@ import tensorflow as tf
 
 from uni_moe_jax.data.pipeline import hashing
 
-SWITCH = 0.5  # where both are on: how often a pair is cut instead of blended
+SWITCH_PROB = 0.5  # probability of CutMix where both are enabled
 
 
-def shares(alpha: float, pairs: int, seed: int, name: str, count: tf.Tensor) -> tf.Tensor:
-  """λ ~ Beta(α, α) of every pair of a global batch: f32 [pairs]. count: which batch of the task."""
+def sample_lambda(alpha: float, num_pairs: int, seed: int, name: str, count: tf.Tensor) -> tf.Tensor:
+  """Draws λ ~ Beta(α, α), f32 [num_pairs], for every pair of a task's global batch number `count`."""
   h = hashing.mix_tensor(tf.constant(np.uint64(hashing.mix(seed, name, 'mix'))), count)
   words = tf.bitwise.bitwise_and(hashing.mix_tensor(h, tf.range(4, dtype=tf.int64)), 0x7FFFFFFF)
   words = tf.cast(words, tf.int32)
-  # Mixup and cutmix of one α are never on for one pair: they may share their draws.
-  a, b = (tf.random.stateless_gamma([pairs], words[2 * i:2 * i + 2], alpha, dtype=tf.float32) for i in range(2))
+  # Mixup and CutMix with the same α may share their draws: no pair uses both.
+  a, b = (tf.random.stateless_gamma([num_pairs], words[2 * i:2 * i + 2], alpha, dtype=tf.float32) for i in range(2))
   return a / tf.maximum(a + b, 1e-30)
 
 
-def mix(
-    fields: dict[str, tf.Tensor], blended: tf.Tensor | None, boxed: tf.Tensor | None, place: tf.Tensor, hashes: tf.Tensor
-) -> dict[str, tf.Tensor]:
-  """Fields with pixels mixed and two labels each.
+def apply(
+    features: dict[str, tf.Tensor], mixup_lambda: tf.Tensor | None, cutmix_lambda: tf.Tensor | None,
+    box_center: tf.Tensor, hashes: tf.Tensor) -> dict[str, tf.Tensor]:
+  """Mixes pixels and gives every example two labels.
 
   Args:
-    fields: pixels uint8 [n, T, S, S, C], label int32 [n, 1], weight f32 [n, 1], …; rows 2k and 2k + 1 are a pair.
-    blended, boxed: f32 [n], λ of each row's pair for mixup and for cutmix; None: it is off. Not both.
-    place: f32 [n, 2] in [0, 1), middle of the pair's box: down, right.
-    hashes: uint64 [n], equal within a pair: whether it is blended or cut where both are on.
+    features: pixels uint8 [n, T, S, S, C], label int32 [n, 1], weight f32 [n, 1], …; rows 2k and 2k + 1 are a pair.
+    mixup_lambda, cutmix_lambda: f32 [n], λ of each row's pair; None disables one of them, not both.
+    box_center: f32 [n, 2] in [0, 1), center of the pair's box: vertical, horizontal.
+    hashes: uint64 [n], equal within a pair; they choose mixup or CutMix where both are enabled.
 
   Returns:
-    The fields; label int32 [n, 2]: its own and the other's; weight f32 [n, 2], λ and 1 - λ times the old weight.
+    The features, with label int32 [n, 2] (own, other) and weight f32 [n, 2] (λ and 1 - λ times the old weight).
   """
-  pixels = fields['pixels']
+  pixels = features['pixels']
   n, S = tf.shape(pixels)[0], pixels.shape[2]
-  other = tf.reshape(tf.reverse(tf.reshape(tf.range(n), [-1, 2]), [1]), [-1])
-  theirs = tf.gather(pixels, other)
-  share, box = (boxed if blended is None else blended), (blended if boxed is None else boxed)
-  # The box has a share 1 - λ of the area, and is cut off at the edges: λ is what is left.
-  side = tf.sqrt(1 - box)[:, None] * S
-  middle = tf.floor(place * S)
+  partner = tf.reshape(tf.reverse(tf.reshape(tf.range(n), [-1, 2]), [1]), [-1])
+  partner_pixels = tf.gather(pixels, partner)
+  blend_lambda = cutmix_lambda if mixup_lambda is None else mixup_lambda
+  box_lambda = mixup_lambda if cutmix_lambda is None else cutmix_lambda
+  # The box covers 1 - λ of the area and is clipped at the borders: λ becomes what remains outside of it.
+  side = tf.sqrt(1 - box_lambda)[:, None] * S
+  middle = tf.floor(box_center * S)
   low = tf.clip_by_value(tf.floor(middle - side / 2 + 0.5), 0.0, float(S))
   high = tf.clip_by_value(tf.floor(middle + side / 2 + 0.5), 0.0, float(S))
-  at = tf.range(S, dtype=tf.float32)
-  rows = (at >= low[:, :1]) & (at < high[:, :1])
-  columns = (at >= low[:, 1:]) & (at < high[:, 1:])
-  inside = (rows[:, :, None] & columns[:, None, :])[:, None, :, :, None]
-  kept = 1 - tf.reduce_prod(high - low, axis=1) / (S * S)
-  cut = tf.where(inside, theirs, pixels)
-  by = tf.reshape(share, [-1, 1, 1, 1, 1])
+  index = tf.range(S, dtype=tf.float32)
+  rows = (index >= low[:, :1]) & (index < high[:, :1])
+  columns = (index >= low[:, 1:]) & (index < high[:, 1:])
+  in_box = (rows[:, :, None] & columns[:, None, :])[:, None, :, :, None]
+  clipped_lambda = 1 - tf.reduce_prod(high - low, axis=1) / (S * S)
+  cut = tf.where(in_box, partner_pixels, pixels)
+  factor = tf.reshape(blend_lambda, [-1, 1, 1, 1, 1])
   blend = tf.saturate_cast(
-      tf.round(by * tf.cast(pixels, tf.float32) + (1 - by) * tf.cast(theirs, tf.float32)), tf.uint8)
-  cuts = 0.0 if boxed is None else 1.0 if blended is None else SWITCH  # how often
-  is_cut = hashing.uniform(hashing.mix_tensor(hashes, 'cut')) < cuts
-  share = tf.where(is_cut, kept, share)
-  label, weight = fields['label'], fields['weight']
-  return {**fields, 'pixels': tf.where(tf.reshape(is_cut, [-1, 1, 1, 1, 1]), cut, blend),
-          'label': tf.concat([label, tf.gather(label, other)], 1),
-          'weight': tf.stack([share, 1 - share], 1) * weight}
+      tf.round(factor * tf.cast(pixels, tf.float32) + (1 - factor) * tf.cast(partner_pixels, tf.float32)), tf.uint8)
+  cut_prob = 0.0 if cutmix_lambda is None else 1.0 if mixup_lambda is None else SWITCH_PROB
+  is_cut = hashing.uniform(hashing.mix_tensor(hashes, 'cut')) < cut_prob
+  final_lambda = tf.where(is_cut, clipped_lambda, blend_lambda)
+  label, weight = features['label'], features['weight']
+  return {**features, 'pixels': tf.where(tf.reshape(is_cut, [-1, 1, 1, 1, 1]), cut, blend),
+          'label': tf.concat([label, tf.gather(label, partner)], 1),
+          'weight': tf.stack([final_lambda, 1 - final_lambda], 1) * weight}

@@ -1,4 +1,4 @@
-"""Prepared records on disk: a folder that is whole or absent, with one .npz file per split."""
+"""Prepared records on disk: an atomically written folder with one .npz file per split."""
 
 import contextlib
 import hashlib
@@ -15,13 +15,11 @@ import numpy as np
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
-_CLASSES = 'classes of '
+_CLASSES = 'classes of '  # prefix of the arrays that hold class names
 
 
-def fingerprint(
-    columns: Mapping[str, np.ndarray], classes: Mapping[str, tuple[str, ...]]
-) -> str:
-  """Hex sha256 of names, shapes and values: the same for equal content, however it is stored."""
+def fingerprint(columns: Mapping[str, np.ndarray], classes: Mapping[str, tuple[str, ...]]) -> str:
+  """Returns a hex sha256 of names, shapes and values; equal content has equal fingerprints, however it is stored."""
   digest = hashlib.sha256()
 
   def put(part: bytes) -> None:
@@ -32,7 +30,7 @@ def fingerprint(
     column = np.ascontiguousarray(columns[name])
     is_text = column.dtype.kind == 'U'
     put(f'{name} {"text" if is_text else column.dtype.name} {column.shape}'.encode())
-    # A unicode array is padded to its longest item, which is no part of what it says.
+    # A unicode array is padded to its longest item; padding is not content.
     put('\0'.join(column.ravel().tolist()).encode() if is_text else column.data)
   for name in sorted(classes):
     put('\0'.join((name, *classes[name])).encode())
@@ -40,11 +38,11 @@ def fingerprint(
 
 
 @contextlib.contextmanager
-def building(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """Yields an empty folder that becomes `directory` when the block ends, or vanishes if it raises.
+def atomic_folder(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Yields an empty folder that is renamed to `directory` when the block ends, or deleted if it raises.
 
-  A half-built folder is therefore never read, and of two processes that build at once the first to
-  finish wins: the other's folder has the same content and is dropped.
+  An incomplete folder is therefore never read. Of two processes that build at the same time, the first to finish wins:
+  the other's folder has the same content and is dropped.
   """
   directory = pathlib.Path(directory)
   directory.parent.mkdir(parents=True, exist_ok=True)
@@ -62,59 +60,54 @@ def building(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def save(
-    directory: str | os.PathLike[str],
-    split: str,
-    columns: Mapping[str, np.ndarray],
-    classes: Mapping[str, tuple[str, ...]],
-) -> None:
-  """Writes a split: columns of one leading axis N, and the ordered classes of its label columns.
+    directory: str | os.PathLike[str], split: str, columns: Mapping[str, np.ndarray],
+    classes: Mapping[str, tuple[str, ...]]) -> None:
+  """Writes a split: columns with the same leading axis N, and the ordered class names of its label columns.
 
   Raises:
-    UsageError: if the columns differ in length.
+    UsageError: The columns differ in length.
   """
   sizes = {name: len(column) for name, column in columns.items()}
   if len(set(sizes.values())) > 1:
-    raise UsageError(f'split {split!r}: columns must have one length, got {sizes}.')
-  stored = {_CLASSES + name: np.array(labels) for name, labels in classes.items()}
-  np.savez_compressed(pathlib.Path(directory) / f'{split}.npz', **columns, **stored)
+    raise UsageError(f'split {split!r}: columns must have the same length, got {sizes}.')
+  names = {_CLASSES + name: np.array(labels) for name, labels in classes.items()}
+  np.savez_compressed(pathlib.Path(directory) / f'{split}.npz', **columns, **names)
 
 
 def check_directory(root: str | os.PathLike[str]) -> None:
-  """Raises MissingFileError unless the data directory is there."""
+  """Raises MissingFileError unless the data directory exists."""
   if not pathlib.Path(os.path.expanduser(root)).is_dir():
-    raise MissingFileError(f'Data directory {root} is not there. Run: python launch/prepare_data.py --data_dir={root}')
+    raise MissingFileError(
+        f'Data directory {root} does not exist. Run: python launch/prepare_data.py --data_dir={root}')
 
 
 def load(directory: str | os.PathLike[str], split: str, root: str | os.PathLike[str]) -> Records:
   """Reads a split that `save` wrote.
 
   Args:
-    directory: the prepared folder, inside `root`.
-    split: one of the splits that were saved there.
-    root: the data directory that the user named: the error speaks of it.
+    directory: The prepared folder, inside `root`.
+    split: Name of a saved split.
+    root: The data directory that the user gave, for error messages.
 
   Raises:
-    MissingFileError: if nothing was prepared there; names the command that does.
-    UsageError: if the folder is there and has no such split (lists those that it has), or the file cannot be read.
+    MissingFileError: The folder does not exist; the message names the command that prepares it.
+    UsageError: The folder has no such split (the message lists its splits), or the file cannot be read.
   """
   directory = pathlib.Path(directory)
+  command = f'python launch/prepare_data.py --data_dir={root}'
   if not directory.is_dir():
-    raise MissingFileError(
-        f'No prepared data {directory.name!r} in {root}. '
-        f'Run: python launch/prepare_data.py --data_dir={root}')
+    raise MissingFileError(f'No prepared data {directory.name!r} in {root}. Run: {command}')
   path = directory / f'{split}.npz'
   if not path.exists():
-    known = sorted(file.stem for file in directory.glob('*.npz'))
-    raise UsageError(f'split {split!r} is not in {directory}; choose from {", ".join(known)}.')
+    splits = sorted(file.stem for file in directory.glob('*.npz'))
+    raise UsageError(f'split {split!r} is not in {directory}; choose from {", ".join(splits)}.')
   try:
-    with np.load(path) as stored:
-      arrays = {name: stored[name] for name in stored.files}
+    with np.load(path) as file:
+      arrays = {name: file[name] for name in file.files}
   except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-    raise UsageError(f'{path} cannot be read ({e}). If its disk can be reached, the file is damaged: delete {directory} and run: '
-                     f'python launch/prepare_data.py --data_dir={root}') from e
-  classes = {
-      name.removeprefix(_CLASSES): tuple(array.tolist())
-      for name, array in arrays.items() if name.startswith(_CLASSES)
-  }
+    raise UsageError(f'{path} cannot be read ({e}). If its disk is accessible, the file is damaged: delete {directory} '
+                     f'and run: {command}') from e
+  classes = {name.removeprefix(_CLASSES): tuple(array.tolist())
+             for name, array in arrays.items() if name.startswith(_CLASSES)}
   columns = {name: array for name, array in arrays.items() if not name.startswith(_CLASSES)}
   return Records(columns, classes, fingerprint(columns, classes))

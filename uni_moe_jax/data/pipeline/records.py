@@ -1,4 +1,4 @@
-"""Where records come from: every source gives one split as columns that can be read at random."""
+"""Records: one split of a source, as columns with random access."""
 
 import dataclasses
 
@@ -7,15 +7,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """Randomly accessible records of one split, in memory; every column has the leading axis N.
+  """Records of one split, in memory; every column has the leading axis N.
 
   Attributes:
-    columns: arrays by name. Pixels are uint8 [N, H, W] or [N, T, H, W] (grey), or the same with a
-      last axis of 3; texts and labels are numpy unicode arrays [N].
-    classes: label column -> its class names in order. A label column holds class *names*; '' is no
-      label.
-    fingerprint: hex sha256 of what the columns hold.
+    columns: Arrays by name. Pixels are gray, uint8 [N, H, W] or [N, T, H, W]; texts and labels are unicode [N].
+    classes: Label column → its class names in order. A label column holds class names; '' means no label.
+    fingerprint: Hex sha256 of the columns' content.
   """
   columns: dict[str, np.ndarray]
   classes: dict[str, tuple[str, ...]]
   fingerprint: str
+
+  @property
+  def size(self) -> int:
+    return len(next(iter(self.columns.values())))

@@ -1,7 +1,7 @@
-"""Target sets as arrays: tokenised once, in buckets of like length.
+"""Target sets as arrays: entries are tokenized once and grouped into buckets of similar length.
 
-Most entries of a set are shorter than its longest; rows of one length are encoded together, which is exact and, for class
-names, saves about a third of the target side.
+Most entries of a set are shorter than its longest. Entries of one length are encoded together, which is exact and saves
+about a third of the target-side compute for class names.
 """
 
 import dataclasses
@@ -10,97 +10,95 @@ from collections.abc import Sequence
 import numpy as np
 
 from uni_moe_jax.config.plan import SetSpec
-from uni_moe_jax.data.pipeline.examples import TextTable, text_rows
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
 
-BUCKETS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens; an entry lies in the smallest that holds it
-MERGE_BELOW = 16  # entries: a smaller bucket is not worth a shape of its own and joins the next longer one
+BUCKET_LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens; an entry goes into the smallest that fits
+MIN_BUCKET_SIZE = 16  # entries; a smaller bucket is not worth its own shape and is merged into the next longer one
+
+Buckets = tuple[dict[str, np.ndarray], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetSet:
-  """One set.
+  """A target set.
 
   Attributes:
-    buckets: {'text' int32 [n, S], 'valid' bool [n, S]} per length; empty for the vocabulary, whose rows are [v, eot]. Of a set
-      with synonyms {'text' int32 [n, Y, S], 'valid' bool [n, Y, S], 'count' int32 [n]}: the first `count` of the Y rows of an
-      entry are its texts. An entry lies where its longest text does.
-    order: int32 [V], place of each entry in the concatenated buckets.
-    texts: the entries by their first names ('' for the vocabulary).
+    buckets: {'text' int32 [n, S], 'valid' bool [n, S]} per length; empty for the vocabulary, whose rows are [v, eot].
+      With synonyms, {'text' int32 [n, Y, S], 'valid' bool [n, Y, S], 'count' int32 [n]}: the first `count` of the Y
+      rows of an entry are its names. The longest name determines the bucket of an entry.
+    order: int32 [V], index of each entry in the concatenated buckets.
+    names: First name of each entry (empty for the vocabulary).
     size: V.
   """
-  buckets: tuple[dict[str, np.ndarray], ...]
+  buckets: Buckets
   order: np.ndarray
-  texts: tuple[str, ...]
+  names: tuple[str, ...]
   size: int
 
 
-def build_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> TargetSet:
-  """Tokenises and buckets a set.
+def vocabulary_set(size: int) -> TargetSet:
+  """Returns the target set of all token ids."""
+  return TargetSet((), np.arange(size, dtype=np.int32), (), size)
+
+
+def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> TargetSet:
+  """Tokenizes and buckets a set.
 
   Args:
-    spec: of the set. entries: name and synonyms of each. tokenizer: of the run.
+    spec: Specification of the set.
+    entries: Name and synonyms of each entry.
+    tokenizer: Tokenizer of the run.
 
   Raises:
-    UsageError: there is no entry, or one is longer than the set's length.
+    UsageError: There are no entries, or one is longer than the set's `max_len`.
   """
   if spec.is_vocabulary:
-    return TargetSet((), np.arange(tokenizer.size, dtype=np.int32), (), tokenizer.size)
+    return vocabulary_set(tokenizer.size)
+  field = f'config.target_sets.{spec.name}'
   if not entries:
-    raise UsageError(f'config.target_sets.{spec.name} has no entries; give its values at least one text.')
-  names = tuple(e[0] for e in entries)
-  flat = [text for entry in entries for text in entry]
-  whole = [tokenizer.encode(t) + [tokenizer.eot] for t in flat]
-  longest = max(whole, key=len)
+    raise UsageError(f'{field} has no entries; give {field}.entries at least one string.')
+  texts = [name for names in entries for name in names]
+  longest = max(([*tokenizer.encode(t), tokenizer.eot] for t in texts), key=len)
   if len(longest) > spec.max_len:
-    raise UsageError(f'config.target_sets.{spec.name}.max_len={spec.max_len} is too short for {tokenizer.decode(longest)!r}, '
-                     f'which has {len(longest)} tokens; raise it to {len(longest)}.')
-  if len(flat) > len(entries) and spec.label_prompts:
-    raise UsageError(f'config.target_sets.{spec.name}.label_prompts=True is for entries of one text each; set it to False, or leave the '
-                     'synonyms out.')
-  if len(flat) == len(entries):
-    buckets, order = bucket_rows(text_rows(flat, tokenizer, spec.max_len), tokenizer.pad)
+    raise UsageError(f'{field}.max_len={spec.max_len} is too short for {tokenizer.decode(longest)!r}, which has '
+                     f'{len(longest)} tokens; raise it to {len(longest)}.')
+  has_synonyms = len(texts) > len(entries)
+  if has_synonyms and spec.label_prompts:
+    raise UsageError(f'{field}.label_prompts=True requires entries with one name each; set it to False, or remove the '
+                     'synonyms.')
+  rows = encode_texts(texts, tokenizer, spec.max_len)
+  if has_synonyms:
+    remaining = iter(rows)
+    buckets, order = bucket_synonyms([[next(remaining) for _ in names] for names in entries], tokenizer.pad)
   else:
-    rows = iter(text_rows(flat, tokenizer, spec.max_len))
-    buckets, order = bucket_synonyms([[next(rows) for _ in entry] for entry in entries], tokenizer.pad)
-  return TargetSet(buckets, order, names, len(names))
+    buckets, order = bucket_by_length(rows, tokenizer.pad)
+  return TargetSet(buckets, order, tuple(names[0] for names in entries), len(entries))
 
 
-def bucket_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[tuple[dict[str, np.ndarray], ...], np.ndarray]:
-  """(buckets, order) of tokenised entries; see `TargetSet`."""
-  members = _members([len(r) for r in rows])
-  buckets = []
-  for index in members:
-    table = TextTable.of([rows[i] for i in index], max(len(rows[i]) for i in index), pad)
-    buckets.append({'text': table.ids, 'valid': table.valid})
-  return tuple(buckets), _order(members)
+def bucket_by_length(rows: Sequence[Sequence[int]], pad: int) -> tuple[Buckets, np.ndarray]:
+  """Returns (buckets, order) of tokenized entries; see `TargetSet`."""
+  buckets, order = bucket_synonyms([[row] for row in rows], pad)
+  return tuple({'text': b['text'][:, 0], 'valid': b['valid'][:, 0]} for b in buckets), order
 
 
-def bucket_synonyms(
-    entries: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[tuple[dict[str, np.ndarray], ...], np.ndarray]:
-  """(buckets, order) of entries of several tokenised texts, bucketed by their longest; see `TargetSet`."""
-  members, buckets = _members([max(map(len, e)) for e in entries]), []
-  for index in members:
-    texts, most = [entries[i] for i in index], max(len(entries[i]) for i in index)
-    # What fills up an entry repeats its first text: no row is ever without a valid token.
-    table = TextTable.of([row for e in texts for row in (*e, *[e[0]] * (most - len(e)))], max(len(r) for e in texts for r in e), pad)
-    shape = (len(index), most, -1)
-    buckets.append({'text': table.ids.reshape(shape), 'valid': table.valid.reshape(shape),
-                    'count': np.array([len(e) for e in texts], np.int32)})
-  return tuple(buckets), _order(members)
-
-
-def _members(lengths: Sequence[int]) -> list[np.ndarray]:
-  """Indices of the entries of every bucket."""
-  bucket = np.searchsorted(BUCKETS, lengths)
+def bucket_synonyms(entries: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[Buckets, np.ndarray]:
+  """Returns (buckets, order) of entries with several tokenized names each; see `TargetSet`."""
+  bucket = np.searchsorted(BUCKET_LENGTHS, [max(map(len, names)) for names in entries])
   for b in np.unique(bucket)[:-1]:
-    if (bucket == b).sum() < MERGE_BELOW:
+    if (bucket == b).sum() < MIN_BUCKET_SIZE:
       bucket[bucket == b] = bucket[bucket > b].min()
-  return [np.flatnonzero(bucket == b) for b in np.unique(bucket)]
-
-
-def _order(members: Sequence[np.ndarray]) -> np.ndarray:
-  order = np.empty(sum(map(len, members)), np.int32)
-  order[np.concatenate(members)] = np.arange(len(order))
-  return order
+  order = np.empty(len(entries), np.int32)
+  order[np.argsort(bucket, kind='stable')] = np.arange(len(entries))
+  buckets = []
+  for b in np.unique(bucket):
+    members = [entries[i] for i in np.flatnonzero(bucket == b)]
+    Y = max(map(len, members))
+    # Padding repeats the first name of an entry: every row has a valid token.
+    rows = [row for names in members for row in (*names, *[names[0]] * (Y - len(names)))]
+    ids, valid = pad_tokens(rows, max(map(len, rows)), pad)
+    shape = (len(members), Y, -1)
+    buckets.append({'text': ids.reshape(shape), 'valid': valid.reshape(shape),
+                    'count': np.array([len(names) for names in members], np.int32)})
+  return tuple(buckets), order

@@ -1,15 +1,18 @@
-"""Answers as VQA's evaluation compares them.
+"""Normalization of answers for VQA evaluation.
 
-Its published rules (Antol et al., 2015, arXiv 1505.00468; visualqa.org/evaluation): small letters, no full stops but in decimals,
-no comma within a number, other marks become blanks, number words become digits, articles go, contractions get their apostrophe.
+The published rules (Antol et al., 2015, arXiv 1505.00468; visualqa.org/evaluation): lower case; no periods except in
+decimals; no commas within numbers; other punctuation becomes spaces; number words become digits; articles are removed;
+contractions get their apostrophe.
 """
 
 import re
 
-_MARKS = str.maketrans(dict.fromkeys(';/[]"{}()=+\\_-><@`,?!', ' '))  # an apostrophe and a colon say something, $ and % too
-_DIGITS = {word: str(i) for i, word in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
+# Punctuation that becomes spaces; apostrophe, colon, $ and % carry meaning and stay.
+_PUNCTUATION = str.maketrans(dict.fromkeys(';/[]"{}()=+\\_-><@`,?!', ' '))
+_DIGITS = {word: str(i) for i, word in enumerate(
+    'zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
 _ARTICLES = ('a', 'an', 'the')
-# Ending → beginnings; what without its apostrophe is another word (its, ill, well, were, id, shed) is not here.
+# Ending → beginnings. Left out: words that without the apostrophe are another word (its, ill, well, were, id, shed).
 _CONTRACTED = {
     't': 'ain aren can couldn didn doesn don hadn hasn haven isn mightn mustn needn shouldn wasn weren won wouldn',
     's': 'everyone he here how let nobody she somebody someone something that there what when where who why',
@@ -25,9 +28,8 @@ _CONTRACTED = {
 _CONTRACTIONS = {start + end: f"{start}'{end}" for end, starts in _CONTRACTED.items() for start in starts.split()}
 
 
-def answer(text: str) -> str:
-  """An answer in the form in which answers are compared: 'The  Two dogs.' → '2 dogs'."""
+def normalize_answer(text: str) -> str:
+  """Normalizes an answer for comparison: 'The  Two dogs.' → '2 dogs'."""
   text = re.sub(r'(?<=\d),(?=\d)', '', text.lower())
-  words = re.sub(r'\.(?!\d)', '', text.translate(_MARKS)).split()
-  words = [_CONTRACTIONS.get(w, _DIGITS.get(w, w)) for w in words if w not in _ARTICLES]
-  return ' '.join(words)
+  words = re.sub(r'\.(?!\d)', '', text.translate(_PUNCTUATION)).split()
+  return ' '.join(_CONTRACTIONS.get(w, _DIGITS.get(w, w)) for w in words if w not in _ARTICLES)

@@ -13,7 +13,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
-from uni_moe_jax.data.pipeline.mixtures import Feed, Mixture
+from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.input_rate import Stream
 from uni_moe_jax.tools.bench.results_table import Row
@@ -103,4 +103,4 @@ def _stream(folder: pathlib.Path, name: str, sort: Sort, count: int, steps: int)
   plan = make_plan(c)
   builder = FileExampleBuilder(None, {'classes': _CLASSES}, sort.pixels, 3, True, False, 0, 0.0)  # no text, so no tokenizer
   examples = builder.build(plan.tasks[0], file_dataset.load(f'own:{name}', folder, 'train'))
-  return Stream(Mixture(plan, {name: examples}, 0, 'all_tasks', c.model.max_num_frames, Feed()), steps), batch
+  return Stream(Mixture(plan, {name: examples}, 0, 'all_tasks', c.model.max_num_frames, BatchLayout()), steps), batch

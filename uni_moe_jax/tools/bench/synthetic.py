@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.data.pipeline.examples import Examples
-from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_rows
+from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length
 
 _EXAMPLES = 64
 # Share of names per length in tokens, `eot` included: an assumption about class names, two to three pieces each.
@@ -42,7 +42,7 @@ class SyntheticData:
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(self.tokenizer.first, self.tokenizer.size, n - 1).tolist(), self.tokenizer.eot]
             for n in rng.permutation(spread_lengths(entries, lengths))]
-    buckets, order = bucket_rows(rows, self.tokenizer.pad)
+    buckets, order = bucket_by_length(rows, self.tokenizer.pad)
     return TargetSet(buckets, order, ('',) * entries, entries)
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec, make_plan
 from uni_moe_jax.data.pipeline.declared_data import DeclaredData
-from uni_moe_jax.data.pipeline.mixtures import PER_BATCH
+from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import batching
 from uni_moe_jax.parallel import sharding
@@ -171,7 +171,7 @@ def batch_shapes(run: Run, tasks: Sequence[TaskSpec]) -> dict[str, dict[str, jax
     fields = {k: jax.ShapeDtypeStruct((*lead, shards, rows, *shape), dtype, sharding=sharding.batch_sharding(run.mesh, axis))
               for k, (shape, dtype) in _fields(run, members[0], training=True).items()}
     if 'pixels' in fields:
-      [name] = PER_BATCH
+      [name] = UNBATCHED_FIELDS
       fields[name] = jax.ShapeDtypeStruct(lead, np.int32, sharding=sharding.replicated(run.mesh))
     batch[group] = fields
   return batch
