@@ -68,6 +68,7 @@ setuptools.setup(
         'tpu': ['jax[tpu]>=0.10.2,<0.11'],
         'preflight': ['libtpu>=0.0.42,<0.0.43'],  # JAX's own: compiles for TPUs, where there is none
         'cuda': ['jax[cuda12]>=0.10.2,<0.11'],
+        'docs': ['mkdocs>=1.6.1,<2', 'mkdocs-material>=9.8,<10', 'mkdocstrings[python]>=1.0.8,<2'],  # the site
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': _VIDEO,  # decodes mp4, webm and gif
     },

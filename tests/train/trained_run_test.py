@@ -1,0 +1,85 @@
+"""A trained run from Python: the same answers as the evaluators' predictor, and clear errors."""
+
+import numpy as np
+import pytest
+
+from tests.helpers import saved_run, tiny
+from uni_moe_jax.train.trained_run import TrainedRun
+from uni_moe_jax.utils.errors import UsageError
+
+
+@pytest.fixture(name='folder', scope='module')
+def _folder(tmp_path_factory):
+  config = tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir())
+  folder = tmp_path_factory.mktemp('run')
+  saved_run.save(folder, config, 3)
+  return folder
+
+
+@pytest.fixture(name='run', scope='module')
+def _run(folder):
+  return TrainedRun.load(folder)
+
+
+@pytest.fixture(name='images', scope='module')
+def _images(run):
+  return run.examples('shape', 'train', 4)
+
+
+def test_examples_are_the_images_of_the_source(images):
+  np.testing.assert_array_equal(images[..., 0], tiny.records('glyphs').columns['pixels'][:4])
+
+
+def test_classes_come_with_probabilities_most_likely_first(run, images):
+  answers = run.classify('shape', images, top=3)
+  assert [len(a) for a in answers] == [3] * 4
+  for answer in answers:
+    names, probabilities = zip(*answer, strict=True)
+    assert set(names) == set(tiny.CLASSES)
+    assert list(probabilities) == sorted(probabilities, reverse=True) and sum(probabilities) == pytest.approx(1)
+
+
+def test_own_names_that_are_those_of_the_set_give_the_same_probabilities_and_others_do_not(run, images):
+  trained = [dict(a) for a in run.classify('shape', images)]
+  own = [dict(a) for a in run.classify('shape', images, names=tiny.CLASSES[::-1])]
+  for a, b in zip(trained, own, strict=True):
+    assert a == pytest.approx(b, abs=1e-5)
+  assert dict(run.classify('shape', images, names=['bar', 'disc', 'line'])[0]) != pytest.approx(trained[0], abs=1e-5)
+
+
+def test_one_image_alone_gets_the_answer_that_it_gets_in_a_batch(run, images):
+  alone, together = run.classify('shape', images[1:2])[0], run.classify('shape', images)[1]
+  assert dict(alone) == pytest.approx(dict(together), abs=1e-5)
+
+
+def test_captions_are_those_of_the_predictor(run, folder, images):
+  _, predictor, _ = saved_run.asked(tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir()), folder)
+  task = next(t for t in run._run.plan.tasks if t.name == 'caption')
+  assert run.caption('caption', images, beam_size=2) == predictor.captions(task, images[:, None], 2)
+
+
+def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
+  left, right = run.embed('pair', images), run.embed_text('pair', ['red bar', 'green disc of moves'])
+  assert left.shape[0] == 4 and right.shape[0] == 2 and left.shape[1] == right.shape[1]
+  for features in (left, right):
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    assert (np.abs(features[0] - features[1]) > 1e-4).any()
+
+
+@pytest.mark.parametrize('use, message', [
+    (lambda run, x: run.classify('shap', x), "task 'shap' is unknown; did you mean 'shape'"),
+    (lambda run, x: run.classify('caption', x), "task 'caption' .* no classes"),
+    (lambda run, x: run.classify('text', x), "task 'text' reads text alone"),
+    (lambda run, x: run.caption('shape', x), "task 'shape' .* no captions"),
+    (lambda run, x: run.embed_text('shape', ['a']), 'only retrieval encodes a paired text'),
+    (lambda run, x: run.embed('pair', x[..., 0]), r'images are uint8 \[4, 16, 16\]'),
+    (lambda run, x: run.embed('pair', x / 255), r'images are float64 \[4, 16, 16, 1\]'),
+])
+def test_a_wrong_call_ends_in_one_sentence(run, images, use, message):
+  with pytest.raises(UsageError, match=message):
+    use(run, images)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(folder):
+  with pytest.raises(UsageError, match='has no checkpoint of step 4; it has 3'):
+    TrainedRun.load(folder, step=4)

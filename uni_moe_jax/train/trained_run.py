@@ -1,0 +1,121 @@
+"""A trained run as plain functions: images, videos and texts in; names, captions and features out."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from uni_moe_jax.config.plan import TaskSpec
+from uni_moe_jax.data.pipeline.examples import TextTable, text_rows
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.pipeline.target_sets import build_set
+from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.model.heads import normalize
+from uni_moe_jax.train import run as run_lib
+from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.suggest import nearest
+
+_NAMES = 'names'  # the target set of names that a caller gives
+
+
+class TrainedRun:
+  """The model of a work directory and its tasks, by the names that the run's config gives them.
+
+  Images are uint8 [B, H, W, C] and videos uint8 [B, T, H, W, C], of the size and channels of the run's model.
+  """
+
+  def __init__(self, run: run_lib.Run, predictor: Predictor, params):
+    """Use `load`. predictor, params: of one checkpoint of the run."""
+    self._run, self._predictor, self._params = run, predictor, params
+    self._tasks = {t.name: t for t in (*run.plan.tasks, *run.plan.probes)}
+
+  @classmethod
+  def load(cls, workdir: str | os.PathLike[str], step: int | None = None) -> 'TrainedRun':
+    """Loads the newest checkpoint of a work directory, or that of `step`, onto one device, whatever mesh trained it.
+
+    Raises:
+      MissingFileError: nothing was trained there. UsageError: it has no such checkpoint.
+    """
+    config = workdir_lib.load_config(workdir)
+    config.mesh.update(dict(replica=1, data=-1, expert=1, model=1, fsdp=False))
+    run = run_lib.build(config, jax.devices()[:1])
+    with Checkpoints(workdir, max_to_keep=None) as checkpoints:
+      steps = checkpoints.steps()
+      if run.plan.tasks and (step not in steps if step is not None else not steps):
+        raise UsageError(f'{workdir} has no checkpoint{"" if step is None else f" of step {step}"}; it has '
+                         f'{", ".join(map(str, steps)) or "none yet: train it first"}.')
+      return cls(run, *run_lib.predictor(run, checkpoints, step))
+
+  @property
+  def tasks(self) -> tuple[str, ...]:
+    """Names of the run's tasks, trained ones first."""
+    return tuple(self._tasks)
+
+  def examples(self, task: str, split: str, number: int) -> np.ndarray:
+    """The first images or videos of a split of a task's source, uint8."""
+    examples = self._run.data.examples(self._task(task, visual=True), split)
+    batch = next(iter(evaluation_batches(examples, np.arange(number), number)))[0]
+    pixels = batch['pixels'][:number]
+    return pixels[:, 0] if pixels.shape[1] == 1 else pixels
+
+  def classify(
+      self, task: str, images: np.ndarray, names: Sequence[str] = (), top: int = 5) -> list[list[tuple[str, float]]]:
+    """Per image or video the `top` most likely entries of the task's target set, or of `names`, with probabilities."""
+    spec = self._task(task, visual=True)
+    if not spec.type.has_classes:
+      raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no classes; use `caption` or `embed`.')
+    predictor, texts = self._predictor, self._run.data.sets[spec.target_set].texts
+    if names:
+      set_spec = dataclasses.replace(self._set_spec(spec), name=_NAMES, entries=tuple(names), label_prompts=False)
+      target = build_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer)
+      predictor = Predictor(self._run.spec.model, self._params, {_NAMES: (set_spec, target)}, self._run.data.tokenizer)
+      spec, texts = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
+    features = predictor.inputs(spec.type, _fields(images))
+    probabilities = np.exp(predictor.log_probabilities(features, spec)[:, 0])
+    order = np.argsort(-probabilities, axis=1)[:, :top]
+    return [[(texts[i], float(p[i])) for i in best] for p, best in zip(probabilities, order, strict=True)]
+
+  def caption(self, task: str, images: np.ndarray, beam_size: int = 1) -> list[str]:
+    """A caption per image or video."""
+    spec = self._task(task, visual=True)
+    if spec.type.readout != 'queries':
+      raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no captions.')
+    return self._predictor.captions(spec, _fields(images)['pixels'], beam_size)
+
+  def embed(self, task: str, images: np.ndarray) -> np.ndarray:
+    """Normalized features f32 [B, D] of images or videos."""
+    spec = self._task(task, visual=True)
+    return np.asarray(normalize(self._predictor.inputs(spec.type, _fields(images))[:, 0]))
+
+  def embed_text(self, task: str, texts: Sequence[str]) -> np.ndarray:
+    """Normalized features f32 [N, D] of texts, as the target side of a retrieval task encodes them."""
+    spec = self._task(task)
+    if spec.type.target != 'pair':
+      raise UsageError(f'task {task!r} is of type {spec.type.name!r}; only retrieval encodes a paired text.')
+    tokenizer = self._run.data.tokenizer
+    table = TextTable.of(text_rows(list(texts), tokenizer, spec.max_len), spec.max_len, tokenizer.pad)
+    fields = {'id': np.arange(len(texts), dtype=np.uint32), 'target': table.ids, 'target_valid': table.valid}
+    return np.asarray(normalize(self._predictor.pairs(spec.type, fields)))
+
+  def _task(self, name: str, visual: bool = False) -> TaskSpec:
+    if name not in self._tasks:
+      raise UsageError(f'task {name!r} is unknown; {nearest(name, self._tasks)}.')
+    if visual and not self._tasks[name].type.visual:
+      raise UsageError(f'task {name!r} reads text alone; give a task that reads images or videos.')
+    return self._tasks[name]
+
+  def _set_spec(self, task: TaskSpec):
+    return next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == task.target_set)
+
+
+def _fields(images: np.ndarray) -> dict[str, np.ndarray]:
+  """The batch fields of images [B, H, W, C] or videos [B, T, H, W, C]."""
+  if images.ndim not in (4, 5) or images.dtype != np.uint8:
+    raise UsageError(f'images are {images.dtype} {list(images.shape)}; images must be uint8 [B, H, W, C], videos uint8 '
+                     '[B, T, H, W, C].')
+  pixels = images[:, None] if images.ndim == 4 else images
+  return {'id': np.arange(len(images), dtype=np.uint32), 'pixels': pixels}
