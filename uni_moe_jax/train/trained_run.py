@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.pipeline.examples import TextTable, text_rows
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
-from uni_moe_jax.data.pipeline.target_sets import build_set
+from uni_moe_jax.data.pipeline.target_sets import build_target_set
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import run as run_lib
@@ -71,7 +71,7 @@ class TrainedRun:
     predictor, texts = self._predictor, self._run.data.sets[spec.target_set].texts
     if names:
       set_spec = dataclasses.replace(self._set_spec(spec), name=_NAMES, entries=tuple(names), label_prompts=False)
-      target = build_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer)
+      target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer)
       predictor = Predictor(self._run.spec.model, self._params, {_NAMES: (set_spec, target)}, self._run.data.tokenizer)
       spec, texts = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
     features = predictor.inputs(spec.type, _fields(images))
@@ -97,8 +97,8 @@ class TrainedRun:
     if spec.type.target != 'pair':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}; only retrieval encodes a paired text.')
     tokenizer = self._run.data.tokenizer
-    table = TextTable.of(text_rows(list(texts), tokenizer, spec.max_len), spec.max_len, tokenizer.pad)
-    fields = {'id': np.arange(len(texts), dtype=np.uint32), 'target': table.ids, 'target_valid': table.valid}
+    tokens, valid = pad_tokens(encode_texts(list(texts), tokenizer, spec.max_len), spec.max_len, tokenizer.pad)
+    fields = {'id': np.arange(len(texts), dtype=np.uint32), 'target': tokens, 'target_valid': valid}
     return np.asarray(normalize(self._predictor.pairs(spec.type, fields)))
 
   def _task(self, name: str, visual: bool = False) -> TaskSpec:
