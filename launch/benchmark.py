@@ -1,11 +1,12 @@
 """Measure speed and print each figure with its budget.
 
   python launch/benchmark.py                                   all suites; long
-  python launch/benchmark.py --quick                           all suites at reduced sizes, in minutes: does everything run?
-  python launch/benchmark.py --suites=routers,decoding --output=benchmark.json
+  python launch/benchmark.py --quick                           all suites at reduced sizes, in minutes: does everything
+  run? python launch/benchmark.py --suites=routers,decoding --output=benchmark.json
 
-Suites: routers, mixed, published, sets, decoding, exported, input, files, optimizer, compile. `mixed`, `input` and `compile` take
-tasks and data from --config (default: the quickstart); the others create their own. Everything runs on the first device.
+Suites: routers, mixed, published, sets, decoding, exported, input, files, optimizer, compile. `mixed`, `input` and
+`compile` take tasks and data from --config (default: the quickstart); the others create their own. Everything runs on
+the first device.
 """
 
 import json
@@ -43,7 +44,8 @@ def main() -> int:
   header, rows = suites.measure(names, sizes, config, _DTYPE.value)
   print(results_table.render(rows, header, sizes.reduced))
   if _OUTPUT.value:
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(results_table.as_json(rows, header, sizes.reduced), indent=1) + '\n')
+    results = results_table.as_json(rows, header, sizes.reduced)
+    pathlib.Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + '\n')
   return 0
 
 

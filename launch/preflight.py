@@ -1,11 +1,11 @@
-"""Compile a run for absent devices: memory, FLOPs, collectives, a roofline, and what to change if it does not fit.
+"""Compile a run for absent devices: memory, FLOPs, collectives, roofline, and a change that fits.
 
   python launch/preflight.py --config=configs/quickstart.py --topology=cpu:8
   python launch/preflight.py --config=configs/pretrain.py:base-attribute-1 --topology=v5e:16x16 --output=base.json
 
-Compiles the real training step and evaluation without the devices and without the data; for TPUs up to libtpu's plan. TPU topologies
-(v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, in chips) need the extra `preflight`. config.preflight declares sizes of the data that
-the rest of the config does not give.
+Compiles the real training step and evaluation without the devices and without the data; for TPUs up to libtpu's plan.
+TPU topologies (v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, in chips) need the extra `preflight`. config.preflight
+declares sizes of the data that the rest of the config does not give.
 Exit codes: 0 the run fits or the device memory is unknown, 1 it does not fit, 2 usage.
 """
 
@@ -21,9 +21,9 @@ from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'GENERATION:SHAPE in chips, or cpu:N virtual devices.', required=True)
-_DEVICE_MEMORY = flags.DEFINE_float('device_memory', None, 'GiB per device that a program may use; default: the memory of the chip.')
-_SEARCH = flags.DEFINE_bool('search', True, 'Search for a change that fits and estimate the largest batch: more compiles.')
-_TIME_BUDGET = flags.DEFINE_float('time_budget', 9., 'Minutes after which the search starts no compile.', lower_bound=0.)
+_DEVICE_MEMORY = flags.DEFINE_float('device_memory', None, 'GiB per device; default: the memory of the chip.')
+_SEARCH = flags.DEFINE_bool('search', True, 'Search for a change that fits; estimate the largest batch: more compiles.')
+_TIME_BUDGET = flags.DEFINE_float('time_budget', 9., 'Minutes within which compiles of the search must end.', 0.)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 flags.mark_flag_as_required('config')
 

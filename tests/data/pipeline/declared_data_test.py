@@ -41,7 +41,7 @@ def test_batches_have_the_shapes_and_the_places_of_real_ones(accum):
   _, batch = next(real.mixture().iterate(0, 1))
   stand_in = compiled_programs.prepare(c, jax.devices()[:4])
   assert _described(compiled_programs.batch_shapes(stand_in, stand_in.plan.tasks)) == _described(real.put_batch(batch))
-  assert _described(compiled_programs.set_shapes(stand_in)) == _described(real.target_sets())
+  assert _described(compiled_programs.target_set_shapes(stand_in)) == _described(real.target_sets())
   assert _described(stand_in.abstract_state()) == _described(real.abstract_state())
 
 

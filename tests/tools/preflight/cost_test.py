@@ -1,8 +1,10 @@
-"""What is counted in a program's text: hand-written programs, sums by hand."""
+"""Costs of hand-written HLO programs, against sums by hand; rooflines of costs."""
 
 import pytest
 
 from uni_moe_jax.tools.preflight import cost, hlo
+from uni_moe_jax.tools.preflight.roofline import Roofline, roofline
+from uni_moe_jax.tools.preflight.topology import Chip
 
 _LOOP = '''HloModule loop, is_scheduled=true, num_partitions=4
 
@@ -52,41 +54,43 @@ ENTRY %main (x: f32[4,8], w: f32[7,8,16]) -> f32[4,8] {
 
 
 def _entry(lines: str, partitions: int = 8, more: str = '') -> cost.Cost:
-  """Cost of a program whose entry has these instructions."""
+  """Cost of a program with these instructions in its entry, and more computations."""
   body = '\n'.join(f'  {line}' for line in lines.strip().splitlines())
-  return cost.of_module(hlo.parse(f'HloModule one, num_partitions={partitions}\n{more}\nENTRY %main () -> f32[] {{\n{body}\n}}\n'))
+  head = f'HloModule one, num_partitions={partitions}\n{more}'
+  return cost.of_module(hlo.parse(f'{head}\nENTRY %main () -> f32[] {{\n{body}\n}}\n'))
 
 
-def test_the_body_of_a_loop_counts_as_often_as_it_runs():
-  found = cost.of_module(hlo.parse(_LOOP))
+def test_a_loop_body_counts_as_often_as_the_loop_runs():
+  total = cost.of_module(hlo.parse(_LOOP))
   # [4, 8] x [8, 16], seven times: 7 · 2 · 4 · 8 · 16.
-  assert found.flops == 7 * 1024
-  assert found.calls == {'all-reduce': 7}
+  assert total.flops == 7 * 1024
+  assert total.calls == {'all-reduce': 7}
   # [4, 16] f32 in pairs: 256 bytes, of which a ring sends 2 · 1/2.
-  assert found.payload == {'all-reduce': 7 * 256} and found.sent == {'all-reduce': 7 * 256}
-  assert found.unknown_loops == 0
+  assert total.payload == {'all-reduce': 7 * 256} and total.sent == {'all-reduce': 7 * 256}
+  assert total.unknown_loops == 0
 
 
 def test_memory_traffic_of_a_loop_by_hand():
-  # Per turn: the fusion reads the 512 bytes of one slice, and the index, and writes 512. The product reads those 512, not the 128
-  # of x, which lies in fast memory, and writes 256; the reduction reads and writes 256. Counter: i + 1 reads 8 and writes 4.
-  # The condition reads i and n and writes one byte.
-  turn = (512 + 4 + 512) + (512 + 256) + (256 + 256) + (8 + 4) + (4 + 4 + 1)
-  assert cost.of_module(hlo.parse(_LOOP)).bytes == 7 * turn
+  # Per iteration: the fusion reads the 512 bytes of one slice and the index, and writes 512. The product reads those
+  # 512, not the 128 of x, which is in fast memory, and writes 256; the reduction reads and writes 256. The counter
+  # i + 1 reads 8 and writes 4. The condition reads i and n and writes one byte.
+  iteration = (512 + 4 + 512) + (512 + 256) + (256 + 256) + (8 + 4) + (4 + 4 + 1)
+  assert cost.of_module(hlo.parse(_LOOP)).bytes == 7 * iteration
 
 
-def test_a_loop_may_say_itself_how_often_it_runs():
+def test_a_trip_count_written_by_xla_is_used():
   text = _LOOP.replace('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
   assert cost.of_module(hlo.parse(text)).flops == 3 * 1024
 
 
-def test_a_loop_counts_from_where_it_starts():
-  assert cost.of_module(hlo.parse(_LOOP.replace('%start = s32[] constant(0)', '%start = s32[] constant(2)'))).flops == 5 * 1024
+def test_the_start_of_a_loop_counter_is_read():
+  text = _LOOP.replace('%start = s32[] constant(0)', '%start = s32[] constant(2)')
+  assert cost.of_module(hlo.parse(text)).flops == 5 * 1024
 
 
-def test_a_loop_of_unknown_length_counts_once_and_is_told():
-  found = cost.of_module(hlo.parse(_LOOP.replace('direction=LT', 'direction=NE')))
-  assert (found.flops, found.unknown_loops) == (1024, 1)
+def test_a_loop_of_unknown_length_counts_once_and_is_reported():
+  total = cost.of_module(hlo.parse(_LOOP.replace('direction=LT', 'direction=NE')))
+  assert (total.flops, total.unknown_loops) == (1024, 1)
 
 
 def _flops(*changes: tuple[str, str]) -> tuple[float, int]:
@@ -95,11 +99,11 @@ def _flops(*changes: tuple[str, str]) -> tuple[float, int]:
   for old, new in changes:
     assert text.count(old) == 1, old
     text = text.replace(old, new)
-  found = cost.of_module(hlo.parse(text))
-  return found.flops, found.unknown_loops
+  total = cost.of_module(hlo.parse(text))
+  return total.flops, total.unknown_loops
 
 
-def test_a_loop_whose_counter_does_not_go_up_by_one_is_of_unknown_length():
+def test_a_loop_whose_counter_does_not_grow_by_one_has_an_unknown_length():
   one = '%one = s32[] constant(1)'
   assert _flops((one, one)) == (7 * 1024, 0)
   assert _flops((one, one.replace('1)', '2)'))) == (1024, 1)
@@ -107,7 +111,7 @@ def test_a_loop_whose_counter_does_not_go_up_by_one_is_of_unknown_length():
   assert _flops(('add(%i, %one)', 'multiply(%i, %one)')) == (1024, 1)
 
 
-def test_a_counter_may_go_up_inside_a_fusion():
+def test_a_counter_may_grow_inside_a_fusion():
   count = '''%count (c: s32[]) -> (s32[], s32[]) {
   %c = s32[] parameter(0)
   %by = s32[] constant(1)
@@ -117,12 +121,13 @@ def test_a_counter_may_go_up_inside_a_fusion():
 
 %body (s:'''
   add = '%next = s32[] add(%i, %one)'
-  fused = '%both = (s32[], s32[]) fusion(%i), kind=kLoop, calls=%count\n  %next = s32[] get-tuple-element(%both), index=INDEX'
+  fused = ('%both = (s32[], s32[]) fusion(%i), kind=kLoop, calls=%count\n'
+           '  %next = s32[] get-tuple-element(%both), index=INDEX')
   assert _flops(('%body (s:', count), (add, fused.replace('INDEX', '1'))) == (7 * 1024, 0)
   assert _flops(('%body (s:', count), (add, fused.replace('INDEX', '0'))) == (1024, 1)
 
 
-def test_the_limit_of_a_loop_may_stand_in_its_state_if_it_stays():
+def test_the_limit_of_a_loop_may_be_a_constant_part_of_its_state():
   limit = '%n = s32[] get-tuple-element(%s), index=3'
   state = [('%n = s32[] constant(7)', limit), ('tuple(%start, %x, %w)', 'tuple(%start, %x, %w, %limit)'),
            ('%start = s32[] constant(0)', '%start = s32[] constant(0)\n  %limit = s32[] constant(5)'),
@@ -131,8 +136,8 @@ def test_the_limit_of_a_loop_may_stand_in_its_state_if_it_stays():
   assert _flops(*state, ('tuple(%next, %x, %w)', 'tuple(%next, %x, %w, %next)')) == (1024, 1)
 
 
-def test_of_two_branches_the_dearer_counts():
-  more = '''%dear (p: f32[8,8]) -> f32[8,8] {
+def test_of_two_branches_the_more_expensive_counts():
+  more = '''%expensive (p: f32[8,8]) -> f32[8,8] {
   %p = f32[8,8]{1,0} parameter(0)
   ROOT %d = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
@@ -140,119 +145,121 @@ def test_of_two_branches_the_dearer_counts():
   ROOT %q = f32[8,8]{1,0} parameter(0)
 }
 '''
-  found = _entry('''%x = f32[8,8]{1,0} parameter(0)
+  total = _entry('''%x = f32[8,8]{1,0} parameter(0)
 %which = pred[] parameter(1)
-ROOT %y = f32[8,8]{1,0} conditional(%which, %x, %x), branch_computations={%cheap, %dear}''', more=more)
-  assert found.flops == 2 * 8**3
+ROOT %y = f32[8,8]{1,0} conditional(%which, %x, %x), branch_computations={%cheap, %expensive}''', more=more)
+  assert total.flops == 2 * 8**3
 
 
-def test_a_batched_product_written_as_a_convolution_counts_its_products_alone():
-  # [8, 16, 4] x [8, 4, 32]: the batch of 8 is a window over gaps; of its 8 · 8 places 8 are no gap.
-  found = _entry('''%a = f32[8,16,4]{2,1,0} parameter(0)
+def test_a_batched_product_as_a_convolution_counts_without_the_gaps():
+  # [8, 16, 4] x [8, 4, 32]: the batch of 8 is a window over gaps; of its 8 · 8 positions 8 are no gap.
+  total = _entry('''%a = f32[8,16,4]{2,1,0} parameter(0)
 %b = f32[8,4,32]{2,1,0} parameter(1)
-ROOT %y = f32[8,16,32]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf''')
-  assert found.flops == 2 * 8 * 16 * 4 * 32
+ROOT %y = f32[8,16,32]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, '''
+                 'dim_labels=0bf_0io->0bf')
+  assert total.flops == 2 * 8 * 16 * 4 * 32
 
 
-def test_a_plain_product_written_as_a_convolution():
-  found = _entry('''%a = bf16[256,512]{1,0} parameter(0)
+def test_a_plain_product_as_a_convolution():
+  total = _entry('''%a = bf16[256,512]{1,0} parameter(0)
 %b = bf16[512,64]{1,0} parameter(1)
 ROOT %y = bf16[256,64]{1,0} convolution(%a, %b), dim_labels=bf_io->bf''')
-  assert found.flops == 2 * 256 * 512 * 64
-  assert found.bytes == 2 * (256 * 512 + 512 * 64 + 256 * 64)
+  assert total.flops == 2 * 256 * 512 * 64
+  assert total.bytes == 2 * (256 * 512 + 512 * 64 + 256 * 64)
 
 
-def test_padding_of_a_convolution_is_no_product():
-  # Three taps over five places, one of padding at each end: 5 · 3 - 2 products per channel pair.
-  found = _entry('''%a = f32[1,5,2]{2,1,0} parameter(0)
+def test_padding_of_a_convolution_does_not_count():
+  # Three taps over five positions, one of padding at each end: 5 · 3 - 2 products per channel pair.
+  total = _entry('''%a = f32[1,5,2]{2,1,0} parameter(0)
 %b = f32[3,2,6]{2,1,0} parameter(1)
 ROOT %y = f32[1,5,6]{2,1,0} convolution(%a, %b), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f''')
-  assert found.flops == 2 * 13 * 2 * 6
+  assert total.flops == 2 * 13 * 2 * 6
 
 
 @pytest.mark.parametrize('groups, size', [
     ('{{0,1,2,3},{4,5,6,7}}', 4), ('[2,4]<=[8]', 4), ('[4,2]<=[2,4]T(1,0)', 2), ('{}', 8),
     ("mesh['a'=2,'b'=4] {'b'}", 4), ("mesh['a'=2,'b'=4] {'a','b'}", 8)])
-def test_the_size_of_a_group_is_read_in_every_notation(groups, size):
-  found = _entry(f'''%x = f32[100]{{0}} parameter(0)
-ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=%add''')
-  assert found.sent['all-reduce'] == pytest.approx(2 * 400 * (size - 1) / size)
+def test_the_group_size_is_read_in_every_notation(groups, size):
+  total = _entry(f'''%x = f32[100]{{0}} parameter(0)
+ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add''')
+  assert total.sent['all-reduce'] == pytest.approx(2 * 400 * (size - 1) / size)
 
 
 @pytest.mark.parametrize('notation, groups', [
     ('{{0,2},{1,3}}', [(0, 2), (1, 3)]), ('[2,2]<=[4]', [(0, 1), (2, 3)]), ('[2,2]<=[2,2]T(1,0)', [(0, 2), (1, 3)]),
     ("mesh['a'=2,'b'=2] {'b'}", [(0, 1), (2, 3)]), ("mesh['a'=2,'b'=2] {'a'}", [(0, 2), (1, 3)]),
     ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [(0, 2), (1, 3)]), ('{}', [(0, 1, 2, 3)])])
-def test_who_works_together_is_read_in_every_notation(notation, groups):
+def test_the_device_groups_are_read_in_every_notation(notation, groups):
   module = hlo.parse(f'''HloModule one, num_partitions=4
 ENTRY %main () -> f32[] {{
   %x = f32[100]{{0}} parameter(0)
-  ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={notation}, use_global_device_ids=true, to_apply=%add
+  ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={notation}, to_apply=%add
 }}
 ''')
   assert hlo.groups(module['main'].ops['y'], module.devices) == groups
 
 
-@pytest.mark.parametrize('kind, result, payload, sent', [
+@pytest.mark.parametrize('opcode, result, payload, sent', [
     # 400 bytes on each of four devices.
     ('all-gather', '400', 1600, 1200), ('reduce-scatter', '25', 400, 300), ('all-to-all', '100', 400, 300),
     ('all-reduce', '100', 400, 600)])
-def test_what_collectives_move(kind, result, payload, sent):
-  found = _entry(f'''%x = f32[100]{{0}} parameter(0)
-ROOT %y = f32[{result}]{{0}} {kind}(%x), replica_groups=[2,4]<=[8], dimensions={{0}}''')
-  assert (found.calls[kind], found.payload[kind], found.sent[kind]) == (1, payload, sent)
+def test_bytes_of_collectives_by_hand(opcode, result, payload, sent):
+  total = _entry(f'''%x = f32[100]{{0}} parameter(0)
+ROOT %y = f32[{result}]{{0}} {opcode}(%x), replica_groups=[2,4]<=[8], dimensions={{0}}''')
+  assert (total.calls[opcode], total.payload[opcode], total.sent[opcode]) == (1, payload, sent)
 
 
 def test_an_asynchronous_collective_counts_where_it_starts():
-  found = _entry('''%x = f32[100]{0} parameter(0)
+  total = _entry('''%x = f32[100]{0} parameter(0)
 %s = (f32[100]{0}, f32[400]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
 ROOT %d = f32[400]{0} all-gather-done(%s)''')
-  assert (found.calls, found.payload) == ({'all-gather': 1}, {'all-gather': 1600})
-  assert found.bytes == 400 + 1600
+  assert (total.calls, total.payload) == ({'all-gather': 1}, {'all-gather': 1600})
+  assert total.bytes == 400 + 1600
 
 
-def test_a_kernel_counts_what_it_says_and_one_that_says_nothing_is_told():
-  line = ('ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":'
-          '{"body":"…"SAID}}')
+def test_a_kernel_counts_its_cost_estimate_and_one_without_is_reported():
+  line = ('ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", '
+          'backend_config={"custom_call_config":{"body":"…"ESTIMATE}}')
   one = '%x = f32[8]{0} parameter(0)\n'
-  assert _entry(one + line.replace('SAID', ',"cost_estimate":{"flops":"1200","bytes_accessed":"64"}')).flops == 1200
-  silent = _entry(one + line.replace('SAID', ''))
-  assert (silent.flops, silent.unknown_kernels) == (0, 1)
-  assert _entry(one + line.replace('SAID', '').replace('f32[8]{0} custom', '(s32[9]{0}, s32[1]{0}) custom')).unknown_kernels == 0
+  assert _entry(one + line.replace('ESTIMATE', ',"cost_estimate":{"flops":"1200","bytes_accessed":"64"}')).flops == 1200
+  line = line.replace('ESTIMATE', '')
+  unknown = _entry(one + line)
+  assert (unknown.flops, unknown.unknown_kernels) == (0, 1)
+  assert _entry(one + line.replace('f32[8]{0} custom', '(s32[9]{0}, s32[1]{0}) custom')).unknown_kernels == 0
 
 
-def test_a_fusion_that_writes_a_slice_moves_the_slice():
-  more = '''%update (whole: f32[7,8], part: f32[1,8], i: s32[]) -> f32[7,8] {
-  %whole = f32[7,8]{1,0} parameter(0)
+def test_a_fusion_that_updates_a_slice_moves_the_slice():
+  more = '''%update (array: f32[7,8], part: f32[1,8], i: s32[]) -> f32[7,8] {
+  %array = f32[7,8]{1,0} parameter(0)
   %part = f32[1,8]{1,0} parameter(1)
   %i = s32[] parameter(2)
   %zero = s32[] constant(0)
-  ROOT %new = f32[7,8]{1,0} dynamic-update-slice(%whole, %part, %i, %zero)
+  ROOT %new = f32[7,8]{1,0} dynamic-update-slice(%array, %part, %i, %zero)
 }
 '''
-  found = _entry('''%w = f32[7,8]{1,0} parameter(0)
+  total = _entry('''%w = f32[7,8]{1,0} parameter(0)
 %p = f32[1,8]{1,0} parameter(1)
 %i = s32[] parameter(2)
 ROOT %y = f32[7,8]{1,0} fusion(%w, %p, %i), kind=kLoop, calls=%update''', more=more)
-  assert found.bytes == 32 + 4 + 32  # part and index in, part out: the rest stays where it is
+  assert total.bytes == 32 + 4 + 32  # part and index in, part out; the rest stays in memory
 
 
-def test_a_collective_that_runs_beside_products_counts_once():
-  """It stands in the fusion that starts it, in the one that it runs through, and in the one that ends it, with one channel."""
+def test_a_collective_that_overlaps_with_products_counts_once():
+  """It occurs in three fusions (start, overlap, end) with one channel."""
   def fused(name, channel):
-    return (f'%{name} (p: f32[8]) -> f32[32] {{\n  %p = f32[8] parameter(0)\n'
-            f'  ROOT %g = f32[32] all-gather(%p), channel_id={channel}, replica_groups=[2,4]<=[8], dimensions={{0}}\n}}\n')
+    gather = f'all-gather(%p), channel_id={channel}, replica_groups=[2,4]<=[8], dimensions={{0}}'
+    return f'%{name} (p: f32[8]) -> f32[32] {{\n  %p = f32[8] parameter(0)\n  ROOT %g = f32[32] {gather}\n}}\n'
   more = fused('start', 3) + fused('during', 3) + fused('end', 3) + fused('other', 4)
-  found = _entry('''%x = f32[8] parameter(0)
+  total = _entry('''%x = f32[8] parameter(0)
 %a = f32[32] fusion(%x), kind=kCustom, calls=%start
 %b = f32[32] fusion(%x), kind=kCustom, calls=%during
 %c = f32[32] fusion(%x), kind=kCustom, calls=%end
 ROOT %d = f32[32] fusion(%x), kind=kCustom, calls=%other''', more=more)
-  assert found.calls == {'all-gather': 2}
-  assert found.payload == {'all-gather': 2 * 32 * 4}
+  assert total.calls == {'all-gather': 2}
+  assert total.payload == {'all-gather': 2 * 32 * 4}
 
 
-# A third of an array comes into the faster memory, as libtpu writes it before and after it has made code.
+# A third of an array is copied to faster memory, as libtpu writes it before and after code generation.
 _PLANNED = '''HloModule sliced, is_scheduled=true
 
 %taken (p: f32[8,3,4]) -> f32[8,1,4] {
@@ -271,7 +278,7 @@ ENTRY %main (x: f32[8,3,4]) -> f32[8,1,4] {
 @pytest.mark.parametrize('start, done', [
     ('async-start(%x), calls=%taken', 'async-done(%start)'),
     ('slice-start(%x), slice={[0:8], [1:2], [0:4]}', 'slice-done(%start)')])
-def test_a_slice_that_is_brought_near_is_read_once(start, done):
+def test_a_slice_copied_to_fast_memory_is_only_read(start, done):
   module = hlo.parse(_PLANNED.replace('START', start).replace('DONE', done))
   assert cost.of_module(module).bytes == 8 * 4 * 4
 
@@ -279,3 +286,12 @@ def test_a_slice_that_is_brought_near_is_read_once(start, done):
 def test_a_slice_in_main_memory_is_read_and_written():
   text = _PLANNED.replace('START', 'slice-start(%x), slice={[0:8], [1:2], [0:4]}').replace('DONE', 'slice-done(%start)')
   assert cost.of_module(hlo.parse(text.replace('S(1)', ''))).bytes == 2 * 8 * 4 * 4
+
+
+def test_a_roofline_is_the_longest_of_three_times():
+  chip = Chip(memory=1, flops=100, hbm=10, links=2, source='')
+  work = cost.Cost(flops=300, bytes=50, sent={'all-reduce': 4, 'all-gather': 8})
+  limit = roofline(work, chip)
+  assert limit == Roofline(compute=3, memory=5, interconnect=6)
+  assert (limit.seconds, limit.bound) == (6, 'interconnect')
+  assert roofline(work, Chip(None, None, None, None, '')) is None

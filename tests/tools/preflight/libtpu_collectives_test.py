@@ -1,4 +1,4 @@
-"""What libtpu lets a merged model's step send between chips: in bfloat16, with FSDP, every other layer with experts."""
+"""Collectives of a merged model's step on TPUs: bfloat16, FSDP, experts in every other layer."""
 
 import functools
 import pathlib
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.nightly
 
 
 @functools.cache
-def _sent() -> list[hlo.CollectiveArray]:
+def _arrays() -> list[hlo.CollectiveArray]:
   pytest.importorskip('libtpu')
   with tempfile.TemporaryDirectory() as folder:
     file = f'{folder}/step.hlo'
@@ -25,17 +25,17 @@ def _sent() -> list[hlo.CollectiveArray]:
     return hlo.collectives(pathlib.Path(file).read_text())
 
 
-def test_libtpu_sums_merged_kernels_in_bfloat16():
-  """Over the expert axis; every device has a part of the width. It rounds to the dtype of products before it sums."""
+def test_libtpu_reduces_merged_kernels_in_bfloat16():
+  """Over the expert axis; every device has a part of the width. Rounding precedes the reduction."""
   merged = {tpu_step.CONDITIONS * n // tpu_step.MESH['data'] for n in _KERNELS.values()}
-  sums = [s for s in _sent() if s.opcode == 'all-reduce' and s.groups == _EXPERT and s.size >= min(merged)]
+  sums = [s for s in _arrays() if s.opcode == 'all-reduce' and s.groups == _EXPERT and s.size >= min(merged)]
   assert {s.size for s in sums} >= merged
   assert {s.dtype for s in sums} == {'bf16'}
 
 
 def test_libtpu_gathers_merged_kernels_over_data_and_no_experts():
-  gathered = [s for s in _sent() if s.opcode == 'all-gather']
+  gathered = [s for s in _arrays() if s.opcode == 'all-gather']
   merged = {tpu_step.CONDITIONS * n for n in _KERNELS.values()}
   assert {s.size for s in gathered if s.groups == _DATA and s.dtype == 'bf16'} >= merged
-  # Experts that lie on a device would be eight kernels.
+  # The experts of a device would be eight kernels.
   assert max(s.bytes for s in gathered) < tpu_step.NUM_EXPERTS // 2 * min(_KERNELS.values()) * 2

@@ -1,4 +1,4 @@
-"""Plans of programs for TPUs: read by hand, and against what a whole compile says."""
+"""Plans of programs for TPUs, against a buffer assignment by hand and against a complete compile."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from tests.helpers import beside_libtpu
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import libtpu_plan, topology
 
-_PLACES = """BufferAssignment:
+_BUFFERS = """BufferAssignment:
 allocation 0: size 512, thread-local:
  value: <20 sum.41 @0> (size=512,offset=0): f32[]{:T(128)}
 allocation 1: size 98304, parameter 30, shape |f32[4,16,3,2,8]| at ShapeIndex {}, maybe-live-out:
@@ -22,62 +22,66 @@ allocation 6: size 7777, color 1, preallocated-temp:
 """
 
 
-def test_places_in_memory_by_hand():
-  # What an argument gives up for a result is counted once; other memories of the chip, of another colour, are not counted.
-  assert libtpu_plan.places_of(_PLACES) == {'arguments': 98304 + 2048, 'results': 1024, 'temporaries': 512 + 4096 + 30000}
+def test_buffers_are_summed_by_hand():
+  # A buffer that an argument and a result share counts once; other memories of the chip, with a color, do not count.
+  assert libtpu_plan.parse_buffers(_BUFFERS) == {
+      'arguments': 98304 + 2048, 'results': 1024, 'temporaries': 512 + 4096 + 30000}
 
 
 @pytest.mark.slow
-def test_a_process_that_ends_without_a_plan_is_a_defect_and_says_why():
-  nowhere = dataclasses.replace(topology.parse('v5e:2x2'), name='v5e:2x3')
-  with pytest.raises(RuntimeError, match=r'(?s)exit code 1 and no plan: .*ValueError: --topology=.v5e:2x3.'):
-    libtpu_plan.plan(compiled_programs_test._config(), None, nowhere)
+def test_a_subprocess_that_ends_without_a_plan_is_a_defect_and_its_output_is_shown():
+  unknown = dataclasses.replace(topology.parse('v5e:2x2'), name='v5e:2x3')
+  with pytest.raises(RuntimeError, match=r'(?s)exit code 1 and no plan: .*UsageError: --topology=.v5e:2x3.'):
+    libtpu_plan.plan_program(compiled_programs_test._config(), None, unknown)
 
 
-_BOTH_WAYS = """
+_PLANNED_AND_COMPILED = """
 import json
 from uni_moe_jax.tools.preflight import topology
-where = topology.parse('v5e:2x2')
-topology.prepare_environment(where)
+target = topology.parse('v5e:2x2')
+topology.prepare_environment(target)
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import compiled_programs, cost, hlo
-config = compiled_programs_test._small(dict(model=dict(num_layers=6, width=256, num_heads=4, mlp_dim=1024, remat=True), moe=dict(num_experts=8)))
+config = compiled_programs_test.small_config(dict(
+    model=dict(num_layers=6, width=256, num_heads=4, mlp_dim=1024, remat=True), moe=dict(num_experts=8)))
 config.tasks.digit.batch_size = 64
-run = compiled_programs.prepare(config, topology.devices(where))
+run = compiled_programs.prepare(config, topology.devices(target))
 for which in (None, compiled_programs.EVALUATION):
-  make = compiled_programs.evaluation if which else lambda *a: compiled_programs.train_step(a[0], None, *a[1:])
-  whole, plan = make(run), make(run, where)
-  for p in (whole, plan):
+  for t in (None, target):
+    p = compiled_programs.compile_program(run, which, t)
     m = p.memory
-    print(json.dumps([p.cost.flops, p.cost.bytes, p.cost.sent['all-reduce'], m.params, m.inputs, m.results, m.temporaries, m.code]))
+    print(json.dumps([p.cost.flops, p.cost.bytes, p.cost.sent['all-reduce'],
+                      m.params, m.inputs, m.results, m.temporaries, m.code]))
 """
 
 
 @pytest.mark.slow
 def test_libtpu_plans_what_it_compiles():
   pytest.importorskip('libtpu')
-  lines = [json.loads(line) for line in beside_libtpu.printed(_BOTH_WAYS).splitlines()]
-  for whole, plan in zip(lines[::2], lines[1::2], strict=True):
-    assert plan[:6] == pytest.approx(whole[:6])
-    # libtpu's account of a compiled program has more temporaries than what it holds against the device's memory when it refuses one.
-    assert whole[6] / 2 < plan[6] <= whole[6]
-    assert plan[7] > whole[7]  # an estimate from above
+  lines = [json.loads(line) for line in beside_libtpu.printed(_PLANNED_AND_COMPILED).splitlines()]
+  for compiled, plan in zip(lines[::2], lines[1::2], strict=True):
+    assert plan[:6] == pytest.approx(compiled[:6])
+    # libtpu's analysis of a compiled program has more temporaries than its check against the device memory.
+    assert compiled[6] / 2 < plan[6] <= compiled[6]
+    assert plan[7] > compiled[7]  # an estimate from above
 
 
 _TOO_LARGE = """
 from uni_moe_jax.tools.preflight import topology
-where = topology.parse('v5e:2x2')
-topology.prepare_environment(where)
+target = topology.parse('v5e:2x2')
+topology.prepare_environment(target)
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import compiled_programs
-config = compiled_programs_test._small(dict(model=dict(num_layers=2, width=1024, num_heads=8, mlp_dim=2**20), moe=dict(router='dense')))  # 51 GB with its moments
-program = compiled_programs.train_step(compiled_programs.prepare(config, topology.devices(where)), None, where)
+config = compiled_programs_test.small_config(dict(  # 51 GB with its moments
+    model=dict(num_layers=2, width=1024, num_heads=8, mlp_dim=2**20), moe=dict(router='dense')))
+run = compiled_programs.prepare(config, topology.devices(target))
+program = compiled_programs.compile_program(run, None, target)
 print(program.memory, program.needs)
 """
 
 
 @pytest.mark.slow
-def test_libtpu_says_what_a_program_needs_that_is_too_large():
+def test_libtpu_reports_the_need_of_a_program_that_is_too_large():
   pytest.importorskip('libtpu')
   memory, needs = beside_libtpu.printed(_TOO_LARGE).split()
   assert memory == 'None' and float(needs) > 15.75 * topology.GIB

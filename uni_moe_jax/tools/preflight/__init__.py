@@ -1,1 +1,1 @@
-"""What a run would take on devices that are not there: memory, work, traffic, time, and what to change."""
+"""Memory, FLOPs, traffic and a roofline of a run on absent devices, and changes with which it fits."""

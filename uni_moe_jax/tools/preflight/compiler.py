@@ -1,4 +1,4 @@
-"""Programs of configs for devices that are not there, while there is time for them, and what is known without one."""
+"""Programs of configs, compiled for absent devices within a time budget."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,35 +16,54 @@ Config = ml_collections.ConfigDict
 
 
 class Compiler:
-  """Compiles programs of configs for the devices, says so, and knows whether there is time for another one."""
+  """Compiles programs of configs, each once, and predicts whether there is time for more.
 
-  def __init__(self, where: Topology | None, devices: Sequence[Any], say: Callable[[str], None], end: float):
-    """where, devices: to compile for. say: told what is compiled. end: by `time.monotonic`, when the last compile must be done."""
-    self._where, self._devices, self._say, self._end = where, devices, say, end
+  Attributes:
+    out_of_time: `has_time` returned False once.
+  """
+
+  def __init__(self, topology: Topology | None, devices: Sequence[Any], report: Callable[[str], None], deadline: float):
+    """report: receives a line for each compile. deadline: of `has_time`, by `time.monotonic`."""
+    self._topology, self._devices, self._report, self._deadline = topology, devices, report, deadline
+    self._runs: dict[str, Run] = {}
+    self._programs: dict[tuple[Which, str], Program] = {}
     self._seconds: dict[Which, float] = {}
-    self.had_no_time = False
+    self.out_of_time = False
 
-  def prepare(self, config: Config) -> Run:
-    """See `programs.prepare`."""
-    return compiled_programs.prepare(config, self._devices)
+  def run(self, config: Config) -> Run:
+    """See `compiled_programs.prepare`."""
+    key = _key(config)
+    if key not in self._runs:
+      self._runs = {key: compiled_programs.prepare(config, self._devices)}  # the latest alone: a run is large
+    return self._runs[key]
 
-  def program(self, run: Run, which: Which, words: str = '') -> Program:
-    """Compiles a program of a run. words: what is told of it besides."""
-    what = 'evaluation' if which == EVALUATION else 'the training step' + (f' of {which}' if which else '')
-    self._say(f'compiling {what}{words}')
-    program = compiled_programs.evaluation(run, self._where) if which == EVALUATION else compiled_programs.train_step(run, which, self._where)
-    self._seconds[which] = program.seconds
-    return program
+  def program(self, config: Config, which: Which, note: str = '') -> Program:
+    """Compile a program of a config once. note: appended to the reported line."""
+    relevant = config.copy_and_resolve_references()
+    if which != EVALUATION:
+      relevant.evaluators = {}
+    key = which, _key(relevant)
+    if key not in self._programs:
+      name = 'evaluation' if which == EVALUATION else 'the training step' + (f' of {which}' if which else '')
+      self._report(f'compiling {name}{note}')
+      self._programs[key] = compiled_programs.compile_program(self.run(config), which, self._topology)
+      self._seconds[which] = self._programs[key].seconds
+    return self._programs[key]
 
-  def has_time(self, which: Sequence[Which]) -> bool:
-    """Whether compiles of these programs that take as long as their last ones would end in time."""
-    self.had_no_time = self.had_no_time or time.monotonic() + sum(self._seconds[w] for w in which) > self._end
-    return not self.had_no_time
+  def has_time(self, programs: Sequence[Which]) -> bool:
+    """Return whether compiles of these programs, as long as their last ones, end before the deadline."""
+    seconds = sum(self._seconds[which] for which in programs)
+    self.out_of_time = self.out_of_time or time.monotonic() + seconds > self._deadline
+    return not self.out_of_time
 
   def mesh(self, config: Config) -> dict[str, int]:
     """Size per axis."""
     return sharding.mesh_shape({axis: config.mesh[axis] for axis in sharding.AXES}, len(self._devices))
 
-  def state(self, config: Config) -> float:
-    """Bytes of the train state on a device; nothing is compiled."""
-    return sum(compiled_programs.state_bytes(self.prepare(config)))
+  def state_bytes(self, config: Config) -> float:
+    """Bytes of the train state per device, without a compile."""
+    return sum(compiled_programs.state_bytes(self.run(config)))
+
+
+def _key(config: Config) -> str:
+  return config.to_json_best_effort(sort_keys=True)

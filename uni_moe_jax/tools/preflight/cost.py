@@ -1,9 +1,13 @@
-"""What one device does in a compiled program: products, memory traffic, collectives. Bodies of loops count as often as they run."""
+"""FLOPs, memory traffic and collectives of a compiled program on one device.
+
+A loop body counts as often as the loop runs.
+"""
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,23 +15,24 @@ from uni_moe_jax.tools.preflight.hlo import Computation, Module, Op, Shape, grou
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all',
                'collective-broadcast')
-# They move nothing, or what they move is counted where it is used.
+# They move no bytes, or their bytes count where they are used.
 _FREE = frozenset((
-    'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all', 'iota',
-    'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'domain', 'async-update', 'get-dimension-size'))
+    'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
+    'iota', 'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'domain', 'async-update',
+    'get-dimension-size'))
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one device.
+  """Cost on one device.
 
   Attributes:
-    flops: of matrix products and of kernels that say what they do; multiply and add count two.
-    bytes: read from and written to the device's memory.
-    calls, payload, sent: by kind of collective: how many, bytes that they are about, and bytes that the device sends at least.
-    unknown_loops: loops of which nobody says how often they run; their bodies count once.
-    unknown_kernels: custom kernels that do not say what they do, and count nothing.
+    flops: of matrix products, and of kernels with a cost estimate; multiply and add count as two.
+    bytes: read from and written to the device memory.
+    calls, payload, sent: per collective: number of calls, bytes of their arrays, bytes that the device sends at least.
+    unknown_loops: loops with an unknown trip count; their bodies count once.
+    unknown_kernels: custom kernels without a cost estimate; their FLOPs are not counted.
   """
   flops: float = 0.0
   bytes: float = 0.0
@@ -38,180 +43,183 @@ class Cost:
   unknown_kernels: int = 0
 
   def plus(self, other: 'Cost', times: int = 1) -> 'Cost':
-    """This and `times` the other."""
-    def both(a, b):
+    """Return the sum of this and `times` the other; unknown loops and kernels are added once."""
+    def add(a, b):
       return collections.Counter({k: a[k] + times * b[k] for k in {*a, *b}})
-    return Cost(self.flops + times * other.flops, self.bytes + times * other.bytes, both(self.calls, other.calls),
-                both(self.payload, other.payload), both(self.sent, other.sent), self.unknown_loops + other.unknown_loops,
-                self.unknown_kernels + other.unknown_kernels)
+    return Cost(
+        self.flops + times * other.flops, self.bytes + times * other.bytes, add(self.calls, other.calls),
+        add(self.payload, other.payload), add(self.sent, other.sent), self.unknown_loops + other.unknown_loops,
+        self.unknown_kernels + other.unknown_kernels)
 
 
 def of_module(module: Module) -> Cost:
-  """Cost of a whole program."""
-  return _Counter(module).of(module.entry, fused=False)
+  """Return the cost of a program."""
+  return _Counter(module).cost(module.entry, fused=False)
 
 
 class _Counter:
-  """Costs of computations, each counted once and kept."""
+  """Costs of the computations of a module, each computed once."""
 
   def __init__(self, module: Module):
     self._module = module
-    self._known: dict[tuple[str, bool], Cost] = {}
-    # A collective that runs beside products stands, with one channel, in the fusion that starts it, in those it runs through, and in
-    # the one that ends it.
+    self._costs: dict[tuple[str, bool], Cost] = {}
+    # A collective that overlaps with products occurs, with one channel, in the fusion that starts it, in those that it
+    # runs through, and in the one that ends it.
     self._channels: set[str] = set()
 
-  def of(self, name: str, fused: bool) -> Cost:
-    """fused: what the computation's instructions pass among themselves stays in registers, and only products count."""
-    if (name, fused) not in self._known:
+  def cost(self, name: str, fused: bool) -> Cost:
+    """Return the cost of a computation. fused: values stay in registers, so only products count."""
+    if (name, fused) not in self._costs:
       computation, total = self._module[name], Cost()
       for op in computation.ops.values():
         total = total.plus(self._op(computation, op, fused))
-      self._known[name, fused] = total
-    return self._known[name, fused]
+      self._costs[name, fused] = total
+    return self._costs[name, fused]
 
-  def _op(self, where: Computation, op: Op, fused: bool) -> Cost:
-    kind = op.opcode.removesuffix('-start')
+  def _op(self, computation: Computation, op: Op, fused: bool) -> Cost:
+    opcode = op.opcode.removesuffix('-start')
     if op.opcode.endswith('-done'):
       return Cost()
     if op.opcode == 'while':
-      times = trip_count(self._module, where, op)
-      inside = self.of(op.called('body')[0], fused).plus(self.of(op.called('condition')[0], fused))
-      return Cost(unknown_loops=times is None).plus(inside, 1 if times is None else times)
+      times = trip_count(self._module, computation, op)
+      body = self.cost(op.called('body')[0], fused).plus(self.cost(op.called('condition')[0], fused))
+      return Cost(unknown_loops=times is None).plus(body, 1 if times is None else times)
     if op.opcode == 'conditional':
       branches = op.called('branch_computations', 'true_computation', 'false_computation')
-      return max((self.of(b, fused) for b in branches), key=lambda c: (c.flops, c.bytes))
+      return max((self.cost(b, fused) for b in branches), key=lambda c: (c.flops, c.bytes))
     if op.opcode == 'call':
-      return self.of(op.called('to_apply', 'calls')[0], fused)
-    if kind in COLLECTIVES:
+      return self.cost(op.called('to_apply', 'calls')[0], fused)
+    if opcode in COLLECTIVES:
       if fused and (channel := op.attribute('channel_id')):
         if channel in self._channels:
           return Cost()
         self._channels.add(channel)
-      return _collective(where, op, kind, self._module.devices).plus(Cost(bytes=0.0 if fused else _traffic(where, op)))
-    if kind == 'async':
-      return self.of(op.called('calls')[0], fused)
+      moved = 0.0 if fused else _traffic(computation, op)
+      return _collective(computation, op, opcode, self._module.devices).plus(Cost(bytes=moved))
+    if opcode == 'async':
+      return self.cost(op.called('calls')[0], fused)
     if op.opcode == 'fusion':
       inner = op.called('calls')[0]
-      moved = 0.0 if fused else _fusion_traffic(where, op, self._module[inner])
-      return self.of(inner, True).plus(Cost(bytes=moved))
-    moved = 0.0 if fused or op.opcode in _FREE else _traffic(where, op)
+      moved = 0.0 if fused else _fusion_traffic(computation, op, self._module[inner])
+      return self.cost(inner, True).plus(Cost(bytes=moved))
+    moved = 0.0 if fused or op.opcode in _FREE else _traffic(computation, op)
     if op.opcode == 'dot':
-      return Cost(flops=_dot(where, op), bytes=moved)
+      return Cost(flops=_dot(computation, op), bytes=moved)
     if op.opcode == 'convolution':
-      return Cost(flops=_convolution(where, op), bytes=moved)
+      return Cost(flops=_convolution(computation, op), bytes=moved)
     if op.opcode == 'custom-call':
       return _kernel(op).plus(Cost(bytes=moved))
     return Cost(bytes=moved)
 
 
-def _in_memory(shapes) -> float:
+def _bytes_in_memory(shapes: Iterable[Shape]) -> float:
   return sum(s.bytes for s in shapes if s.in_memory)
 
 
-def _traffic(where: Computation, op: Op) -> float:
-  """Bytes that an instruction by itself reads and writes."""
-  kind = op.opcode.removesuffix('-start')
-  if kind in _SLICES:
-    [source, *_], [result, *_] = where.shapes_of(op), _results(op)
-    return (source.in_memory + result.in_memory) * result.bytes  # into another memory, or from one, one end counts
-  if kind == 'dynamic-update-slice':
-    return 2 * _in_memory(where.ops[op.operands[1]].shapes)
-  if kind == 'scatter':
-    return 3 * _in_memory(where.ops[op.operands[-1]].shapes)
-  return _in_memory(_results(op)) + _in_memory(where.shapes_of(op))
+def _traffic(computation: Computation, op: Op) -> float:
+  """Bytes that a single instruction reads and writes."""
+  opcode = op.opcode.removesuffix('-start')
+  if opcode in _SLICES:
+    [source, *_], [result, *_] = computation.shapes_of(op), _results(op)
+    return (source.in_memory + result.in_memory) * result.bytes  # between two memories, one end counts
+  if opcode == 'dynamic-update-slice':
+    return 2 * _bytes_in_memory(computation.ops[op.operands[1]].shapes)
+  if opcode == 'scatter':
+    return 3 * _bytes_in_memory(computation.ops[op.operands[-1]].shapes)
+  return _bytes_in_memory(_results(op)) + _bytes_in_memory(computation.shapes_of(op))
 
 
 def _results(op: Op) -> tuple[Shape, ...]:
-  """Arrays that an instruction makes. The result of a start is (operand, result, …), of a copy's (result, operand, …)."""
+  """Results of an instruction: a start returns (operand, result, …), copy-start (result, operand, …)."""
   if not op.opcode.endswith('-start') or len(op.shapes) == 1:
     return op.shapes
   return op.shapes[:1] if op.opcode == 'copy-start' else op.shapes[1:2]
 
 
-def _fusion_traffic(where: Computation, op: Op, inner: Computation) -> float:
-  """Bytes that a fusion reads and writes: of an operand of which it takes slices alone, the slices; of a result into which it
-  writes a slice, that slice."""
+def _fusion_traffic(computation: Computation, op: Op, inner: Computation) -> float:
+  """Bytes that a fusion reads and writes.
+
+  An operand that is only sliced counts as its slices, a result that is updated in place as its update.
+  """
   moved = 0.0
   for name, parameter in zip(op.operands, inner.parameters):
     users = inner.users.get(parameter.name, [])
-    shapes = where.ops[name].shapes if name in where.ops else ()
+    shapes = computation.ops[name].shapes if name in computation.ops else ()
     if users and all(u.opcode in _SLICES and u.operands[0] == parameter.name for u in users):
-      moved += sum(_share(shapes, u.shapes) for u in users)
+      moved += sum(_part_traffic(shapes, u.shapes) for u in users)
     elif users and all(u.opcode == 'dynamic-update-slice' and u.operands[0] == parameter.name for u in users):
-      continue  # is written in place
+      continue  # updated in place
     else:
-      moved += _in_memory(shapes)
+      moved += _bytes_in_memory(shapes)
   root = inner.ops[inner.root]
   results = [inner.ops[n] for n in root.operands] if root.opcode == 'tuple' else [root]
   for result, shape in zip(results, op.shapes):
     while result.opcode in ('bitcast', 'copy', 'convert') and result.operands[0] in inner.ops:
       result = inner.ops[result.operands[0]]
     if result.opcode == 'dynamic-update-slice':
-      update = inner.ops[result.operands[1]]
-      moved += _share((shape,), update.shapes)
+      moved += _part_traffic((shape,), inner.ops[result.operands[1]].shapes)
     else:
-      moved += _in_memory((shape,))
+      moved += _bytes_in_memory((shape,))
   return moved
 
 
-def _share(whole: tuple[Shape, ...], part: tuple[Shape, ...]) -> float:
-  """Bytes of a part, where the whole lies in memory."""
-  return sum(s.bytes for s in part) if any(s.in_memory for s in whole) else 0.0
+def _part_traffic(array: Sequence[Shape], part: Sequence[Shape]) -> float:
+  """Bytes of a part of an array, if the array is in memory."""
+  return sum(s.bytes for s in part) if any(s.in_memory for s in array) else 0.0
 
 
-def _dot(where: Computation, op: Op) -> float:
-  left = where.ops[op.operands[0]].shapes[0].dims
+def _dot(computation: Computation, op: Op) -> float:
+  left = computation.ops[op.operands[0]].shapes[0].dims
   contracted = [int(n) for n in re.findall(r'\d+', op.attribute('lhs_contracting_dims'))]
   return 2.0 * math.prod(op.shapes[0].dims) * math.prod(left[i] for i in contracted)
 
 
-def _convolution(where: Computation, op: Op) -> float:
-  """Products of a convolution; TPU programs write matrix products so, with batch axes as windows over dilated axes. What a
-  window reads of padding and of the gaps of a dilation is no product."""
+def _convolution(computation: Computation, op: Op) -> float:
+  """FLOPs of a convolution without padding and the gaps of a dilation.
+
+  TPU programs express matrix products as convolutions, with batch axes as windows over dilated axes.
+  """
   sides, result = op.attribute('dim_labels').split('->')
   left, right = sides.split('_')
-  lhs, rhs = (where.ops[n].shapes[0].dims for n in op.operands[:2])
+  lhs, rhs = (computation.ops[n].shapes[0].dims for n in op.operands[:2])
   out = op.shapes[0].dims
   window = op.attribute('window')
-  groups = int(op.attribute('batch_group_count') or 1)
-  count = 2.0 * out[result.index('f')] * rhs[right.index('i')] * lhs[left.index('b')] / groups
+  batch_groups = int(op.attribute('batch_group_count') or 1)
+  count = 2.0 * out[result.index('f')] * rhs[right.index('i')] * lhs[left.index('b')] / batch_groups
   spatial = sorted(c for c in left if c.isdigit())
   fields = {k: _window(window, k, len(spatial), d) for k, d in
             (('size', 1), ('stride', 1), ('pad', (0, 0)), ('lhs_dilate', 1), ('rhs_dilate', 1))}
   for i, axis in enumerate(spatial):
     start = (np.arange(out[result.index(axis)]) * fields['stride'][i] - fields['pad'][i][0])[:, None]
-    place = start + np.arange(rhs[right.index(axis)])[None] * fields['rhs_dilate'][i]
+    position = start + np.arange(rhs[right.index(axis)])[None] * fields['rhs_dilate'][i]
     dilate, size = fields['lhs_dilate'][i], lhs[left.index(axis)]
-    count *= ((place >= 0) & (place <= (size - 1) * dilate) & (place % dilate == 0)).sum()
+    count *= ((position >= 0) & (position <= (size - 1) * dilate) & (position % dilate == 0)).sum()
   return count
 
 
 def _window(window: str, field: str, axes: int, default) -> list:
-  found = re.search(rf'(?:^|[{{ ]){field}=([\d_x\-]+)', window)
-  if not found:
+  match = re.search(rf'(?:^|[{{ ]){field}=([\d_x\-]+)', window)
+  if not match:
     return [default] * axes
-  parts = found[1].split('x')
+  parts = match[1].split('x')
   return [tuple(int(n) for n in p.split('_')) for p in parts] if field == 'pad' else [int(p) for p in parts]
 
 
 def _kernel(op: Op) -> Cost:
-  """A custom kernel: what it says about itself. Others are XLA's own helpers, which multiply nothing."""
+  """The cost estimate of a custom kernel. Other custom calls are XLA's helpers, which have no products."""
   if 'tpu_custom_call' not in op.attribute('custom_call_target'):
     return Cost()
-  said = re.search(r'"cost_estimate":\{"flops":"?(\d+)', op.attributes)
-  if said:
-    return Cost(flops=float(said[1]))
-  # What makes integers alone counts or sorts, as the kernel before a ragged product does.
+  if estimate := re.search(r'"cost_estimate":\{"flops":"?(\d+)', op.attributes):
+    return Cost(flops=float(estimate[1]))
+  # A kernel with integer results counts or sorts, as the one before a ragged product does.
   return Cost(unknown_kernels=int(any(s.dtype[0] not in 'su' for s in op.shapes)))
 
 
-def _collective(where: Computation, op: Op, kind: str, devices: int) -> Cost:
-  """Payload: what is reduced, the gathered whole, what is exchanged. Sent: what every device must send at least, as rings do."""
+def _collective(computation: Computation, op: Op, opcode: str, devices: int) -> Cost:
+  """Payload: the reduced, gathered or exchanged array. Sent: the least of a device, as in a ring."""
   n = len(groups(op, devices)[0])
-  operands = sum(s.bytes for s in where.shapes_of(op))
-  payload = operands * n if kind == 'all-gather' else operands
-  others = (n - 1) / n
-  sent = payload if kind == 'collective-permute' else payload * others * (2 if kind == 'all-reduce' else 1)
-  one = lambda x: collections.Counter({kind: x})
-  return Cost(calls=one(1), payload=one(payload), sent=one(sent))
+  operands = sum(s.bytes for s in computation.shapes_of(op))
+  payload = operands * n if opcode == 'all-gather' else operands
+  times = 1 if opcode == 'collective-permute' else (n - 1) / n * (2 if opcode == 'all-reduce' else 1)
+  one = lambda x: collections.Counter({opcode: x})
+  return Cost(calls=one(1), payload=one(payload), sent=one(payload * times))

@@ -1,28 +1,33 @@
-"""What preflight found, for a person and as JSON."""
+"""Results of a preflight, as text and as JSON."""
 
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from uni_moe_jax.tools.preflight import changes
-from uni_moe_jax.tools.preflight.changes import Trial
 from uni_moe_jax.tools.preflight.compiled_programs import Program
-from uni_moe_jax.tools.preflight.fit import Largest
+from uni_moe_jax.tools.preflight.remedies import Trial
 from uni_moe_jax.tools.preflight.roofline import Roofline, roofline
 from uni_moe_jax.tools.preflight.topology import GIB, Topology
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchEstimate:
+  """Examples per device and micro-step that fill the memory, by a line through what was compiled."""
+  examples: float
+  compiled: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Findings:
-  """Everything.
+  """Results of a preflight.
 
   Attributes:
-    config: what was looked at, in words. topology, mesh, devices: what it would run on. memory: bytes of a device, or None.
-    parameters: {'total', 'active'}. assumed: what was taken for granted about data that was not read.
-    programs: the training steps, and evaluation last. seconds: that all of it took.
-    largest: None where it was not asked for, or nothing is known of the device.
-    trials: what was tried because a program does not fit; if the last one fits, all do, and `largest` is of the config so changed.
-    had_no_time: the search had no time for another compile.
+    config: name. topology, mesh, devices: what the run was compiled for. memory: bytes per device, or None.
+    parameters: {'total', 'active'}. assumptions: about data that was not read.
+    programs: the training steps, then evaluation. seconds: of the whole preflight.
+    largest_batch: None without a search, an estimate, or a known device memory.
+    trials: what was tried because a program does not fit; if the last one fits, it is the remedy.
+    out_of_time: the search had no time for another compile.
   """
   config: str
   topology: Topology
@@ -30,35 +35,34 @@ class Findings:
   devices: int
   memory: float | None
   parameters: dict[str, int]
-  assumed: tuple[str, ...]
+  assumptions: tuple[str, ...]
   programs: tuple[Program, ...]
   seconds: float
-  largest: Largest | None = None
+  largest_batch: BatchEstimate | None = None
   trials: tuple[Trial, ...] = ()
-  had_no_time: bool = False
+  out_of_time: bool = False
 
   @property
   def fits(self) -> bool | None:
-    """Whether every program fits; None where nothing is known of the device."""
+    """Whether every program fits; None if the device memory is unknown."""
     return None if self.memory is None else all(p.fits(self.memory) for p in self.programs)
 
 
 def as_json(f: Findings) -> dict[str, Any]:
-  """The same as a tree of plain values; bytes, FLOPs and seconds."""
+  """Return the findings as plain values, in bytes, FLOPs and seconds."""
   return {
       'config': f.config, 'topology': f.topology.name, 'mesh': f.mesh, 'devices': f.devices,
       'chip': dataclasses.asdict(f.topology.chip), 'device_memory': f.memory, 'parameters': f.parameters,
-      'assumed': list(f.assumed), 'fits': f.fits, 'programs': [_program(f, p) for p in f.programs],
-      'largest_batch': f.largest and {
-          'per_device': f.largest.examples, 'does_not_fit': f.largest.too_large, 'estimate': f.largest.estimate,
-          'tried': [{'per_device': n, 'bytes': b} for n, b in f.largest.tried]},
-      'had_no_time': f.had_no_time, 'seconds': f.seconds,
-      'changes': [{'flags': _flags(t), 'costs': [c.costs for c in t.changes], 'fits': t.fits, 'lacks': t.lacks, 'bytes': t.needs}
-                  for t in f.trials],
-  }
+      'assumptions': list(f.assumptions), 'fits': f.fits, 'programs': [_program_json(f, p) for p in f.programs],
+      'largest_batch': f.largest_batch and {
+          'per_device': f.largest_batch.examples,
+          'compiled': [{'per_device': n, 'bytes': b} for n, b in f.largest_batch.compiled]},
+      'trials': [{'flags': t.flags, 'costs': [c.cost for c in t.changes], 'fits': t.fits, 'too_large': t.too_large,
+                  'bytes': t.needs} for t in f.trials],
+      'out_of_time': f.out_of_time, 'seconds': f.seconds}
 
 
-def _program(f: Findings, p: Program) -> dict[str, Any]:
+def _program_json(f: Findings, p: Program) -> dict[str, Any]:
   limit = _roofline(f, p)
   return {
       'name': p.name, 'examples': p.examples, 'fits': None if f.memory is None else p.fits(f.memory), 'bytes': p.needs,
@@ -75,86 +79,72 @@ def _roofline(f: Findings, p: Program) -> Roofline | None:
   return roofline(p.cost, f.topology.chip) if p.cost else None
 
 
-def _flags(t: Trial) -> str:
-  return changes.typed(field for c in t.changes for field in c.fields)
-
-
 def render(f: Findings) -> str:
-  """For a person."""
+  """Return the findings as text."""
   mesh = ', '.join(f'{a} {n}' for a, n in f.mesh.items() if n > 1) or 'one device'
   lines = [f'{f.config} on {f.topology.name}: {f.devices} devices ({mesh})',
-           f'parameters: {f.parameters["total"]:,} total, {f.parameters["active"]:,} used per token']
-  lines += [f'assumed: {"; ".join(f.assumed)}'] if f.assumed else []
+           f'parameters: {f.parameters["total"]:,} total, {f.parameters["active"]:,} active']
+  lines += [f'assumptions: {"; ".join(f.assumptions)}'] if f.assumptions else []
   for p in f.programs:
-    lines += ['', *_about(f, p)]
+    lines += ['', *_program_lines(f, p)]
   if f.trials:
-    lines += ['', *_about_trials(f)]
-  if f.largest:
-    lines += ['', *_about_largest(f)]
-  if f.had_no_time:
-    lines += ['The search ended here: another compile would not have ended in time (--time_budget).']
-  lines += ['', f'It took {f.seconds:.0f} s.']
+    lines += ['', *_trial_lines(f)]
+  if f.largest_batch:
+    points = ' and '.join(f'{n} ({_gib(b)})' for n, b in f.largest_batch.compiled)
+    estimate = f'about {f.largest_batch.examples:.0f} examples, by a straight line through {points}'
+    lines += ['', f'largest batch per device: {estimate}']
+  if f.out_of_time:
+    lines += ['The search ended: another compile would have exceeded --time_budget.']
+  lines += ['', f'Preflight took {f.seconds:.0f} s.']
   if f.topology.chip.source:
     lines += ['', f'Peaks of the chip: {f.topology.chip.source}']
   return '\n'.join(lines)
 
 
-def _about(f: Findings, p: Program) -> Iterable[str]:
-  yield f'{p.name}: {p.examples:,} examples a call; compiled in {p.seconds:.0f} s'
-  of = '' if f.memory is None else f' of {_gib(f.memory)}: {"fits" if p.fits(f.memory) else "DOES NOT FIT"}'
+def _program_lines(f: Findings, p: Program) -> Iterable[str]:
+  yield f'{p.name}: {p.examples:,} examples per call; compiled in {p.seconds:.0f} s'
+  verdict = '' if f.memory is None else f' of {_gib(f.memory)}: {"fits" if p.fits(f.memory) else "DOES NOT FIT"}'
   if p.memory is None:
-    yield f'  bytes per device: {"unknown" if p.needs is None else _gib(p.needs)}{of}; the compiler gave up'
+    yield f'  bytes per device: {"unknown" if p.needs is None else _gib(p.needs)}{verdict}; refused by the compiler'
     return
   m = p.memory
-  parts = {'parameters': m.params, 'optimizer': m.optimizer, 'batch and sets': m.inputs, 'results': m.results,
+  parts = {'parameters': m.params, 'optimizer': m.optimizer, 'batch and target sets': m.inputs, 'results': m.results,
            'temporaries': m.temporaries, 'program': m.code}
-  yield f'  bytes per device: {_gib(m.total)}{of}'
+  yield f'  bytes per device: {_gib(m.total)}{verdict}'
   yield '    ' + ', '.join(f'{name} {_gib(size)}' for name, size in parts.items() if size >= 2**20)
-  yield (f'  FLOPs: {_si(p.cost.flops * f.devices)} a call, {_si(p.cost.flops * f.devices / p.examples)} per example, '
-         f'{_si(p.cost.flops)} per device; memory traffic {_gib(p.cost.bytes)} per device')
-  for kind in sorted(p.cost.calls):
-    yield (f'  {kind}: {p.cost.calls[kind]:,} calls about {_gib(p.cost.payload[kind])}; a device sends '
-           f'{_gib(p.cost.sent[kind])}')
-  limit = _roofline(f, p)
-  if limit:
-    yield (f'  roofline: {1e3 * limit.seconds:.1f} ms, bound by {limit.bound} (compute {1e3 * limit.compute:.1f}, memory '
-           f'{1e3 * limit.memory:.1f}, interconnect {1e3 * limit.interconnect:.1f} ms)')
+  flops = p.cost.flops * f.devices
+  yield (f'  FLOPs: {_flop(flops)} per call, {_flop(flops / p.examples)} per example, {_flop(p.cost.flops)} per '
+         f'device; memory traffic {_gib(p.cost.bytes)} per device')
+  for name in sorted(p.cost.calls):
+    yield (f'  {name}: {p.cost.calls[name]:,} calls with {_gib(p.cost.payload[name])}; a device sends '
+           f'{_gib(p.cost.sent[name])}')
+  if limit := _roofline(f, p):
+    yield (f'  roofline: {1e3 * limit.seconds:.1f} ms, bound by {limit.bound} (compute {1e3 * limit.compute:.1f}, '
+           f'memory {1e3 * limit.memory:.1f}, interconnect {1e3 * limit.interconnect:.1f} ms)')
   if p.cost.unknown_loops:
-    yield f'  {p.cost.unknown_loops} loops do not say how often they run: their bodies are counted once'
+    yield f'  {p.cost.unknown_loops} loops have unknown trip counts: their bodies count once'
   if p.cost.unknown_kernels:
-    yield f'  {p.cost.unknown_kernels} custom kernels do not say what they do: their FLOPs are not counted'
+    yield f'  {p.cost.unknown_kernels} custom kernels have no cost estimate: their FLOPs are not counted'
 
 
-def _about_largest(f: Findings) -> Iterable[str]:
-  found = f.largest
-  tried = ', '.join(f'{n} ({"too large" if b is None else _gib(b)})' for n, b in found.tried)
-  what = 'largest batch of a device, so changed' if f.trials and f.trials[-1].fits else 'largest batch of a device'
-  if not found.examples:
-    yield f'{what}: none that was tried fits; tried {tried}'
-    return
-  then = f'; {found.too_large} does not' if found.too_large else ''
-  full = f'; memory would be full at about {found.estimate:.0f}' if found.estimate else ''
-  yield f'{what}, that was compiled and fits: {found.examples} examples{then}{full}'
-  yield f'  tried: {tried}'
-
-
-def _about_trials(f: Findings) -> Iterable[str]:
-  yield 'tried, because it does not fit:'
+def _trial_lines(f: Findings) -> Iterable[str]:
+  yield 'tried, because the config does not fit:'
   for t in f.trials:
-    verdict = 'fits' if t.fits else f'{t.lacks} does not fit'
-    yield (f'  {_flags(t)}: {"unknown bytes" if t.needs is None else _gib(t.needs)}, {verdict} '
-           f'({"; ".join(c.costs for c in t.changes)})')
-  if not f.trials[-1].fits:
-    yield 'Nothing that was tried fits: ' + ('give it more minutes, or more devices.' if f.had_no_time else 'use more devices.')
-    return
-  yield f'Change this: {_flags(f.trials[-1])}'
+    verdict = 'fits' if t.fits else f'{t.too_large} does not fit'
+    yield (f'  {t.flags}: {"unknown bytes" if t.needs is None else _gib(t.needs)}, {verdict} '
+           f'({"; ".join(c.cost for c in t.changes)})')
+  if f.trials[-1].fits:
+    yield f'Change this: {f.trials[-1].flags}'
+  else:
+    fix = 'a larger --time_budget or more devices' if f.out_of_time else 'more devices'
+    yield f'No trial fits: use {fix}.'
 
 
 def _gib(size: float) -> str:
   return f'{size / GIB:.2f} GiB' if size >= GIB / 10 else f'{size / 2**20:.1f} MiB'
 
 
-def _si(x: float) -> str:
+def _flop(x: float) -> str:
   for unit, size in (('P', 1e15), ('T', 1e12), ('G', 1e9)):
     if x >= size:
       return f'{x / size:.2f} {unit}FLOP'

@@ -1,4 +1,4 @@
-"""The least time that a program can take on a chip: what rules it, its products, its memory or its links."""
+"""The least time of a program on a chip, by its compute, its memory traffic and its interconnect."""
 
 import dataclasses
 
@@ -8,24 +8,24 @@ from uni_moe_jax.tools.preflight.topology import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Seconds that one device needs at least for each, as if all of it went at its peak."""
+  """Seconds that one device needs for each resource at its peak."""
   compute: float
   memory: float
   interconnect: float
 
   @property
   def seconds(self) -> float:
-    """Of the whole, if the three overlap perfectly."""
+    """Of the program, if the three overlap perfectly."""
     return max(self.compute, self.memory, self.interconnect)
 
   @property
   def bound(self) -> str:
-    """Which of them rules."""
+    """The limiting resource."""
     return max(('compute', 'memory', 'interconnect'), key=lambda name: getattr(self, name))
 
 
-def roofline(work: Cost, device: Chip) -> Roofline | None:
-  """Of a program's cost on one device; None where nothing is known of the device."""
-  if device.flops is None:
+def roofline(cost: Cost, chip: Chip) -> Roofline | None:
+  """Return the roofline of a cost per device; None if the peaks of the chip are unknown."""
+  if chip.flops is None:
     return None
-  return Roofline(work.flops / device.flops, work.bytes / device.hbm, sum(work.sent.values()) / device.links)
+  return Roofline(cost.flops / chip.flops, cost.bytes / chip.hbm, sum(cost.sent.values()) / chip.links)

@@ -1,4 +1,4 @@
-"""Devices that are not there, and what one of them can do. Cheap to import: a mistyped topology is answered at once."""
+"""Topologies of absent devices, and the peaks of a chip. Cheap to import."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip. Rates are peaks that its maker names; a roofline is a bound from below.
+  """One chip. Rates are the manufacturer's peaks.
 
   Attributes:
-    memory: bytes that a program may use, as libtpu's compiler says: a little less than the chip has.
-    flops: bfloat16 products per second, multiply and add counting two. JAX multiplies float32 arrays on TPU in one bfloat16 pass
-      by default, so that it is the peak of both.
+    memory: bytes that libtpu lets a program use, slightly less than the chip has.
+    flops: bfloat16 FLOPs per second, multiply and add counted as two. It is the peak of float32 too: by default JAX
+      multiplies float32 arrays on TPU in one bfloat16 pass.
     hbm: bytes per second between memory and processor.
-    links: bytes per second that a chip can send over all its links together (half of what they carry both ways).
-    source: where the figures stand.
+    links: bytes per second that a chip can send over all its links together (half of the bidirectional bandwidth).
+    source: of the figures.
   """
   memory: float | None
   flops: float | None
@@ -34,24 +34,25 @@ class Chip:
 
 _DOCS = 'https://docs.cloud.google.com/tpu/docs/'
 CHIPS: Mapping[str, Chip] = {
-    # Six links of 50 GB/s: Jouppi et al., 2023 (arXiv 2304.01433). Elsewhere half of the "bidirectional bandwidth per chip".
+    # v4: six links of 50 GB/s, Jouppi et al., 2023 (arXiv 2304.01433). The others: half of the "bidirectional bandwidth
+    # per chip".
     'v4': Chip(30.75 * GIB, 275e12, 1200e9, 300e9, _DOCS + 'v4'),
     'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9, _DOCS + 'v5e'),
     'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9, _DOCS + 'v5p'),
     'v6e': Chip(31.25 * GIB, 918e12, 1638e9, 400e9, _DOCS + 'v6e'),
-    # Virtual devices of this machine share what it has: nothing is known of one of them.
+    # Virtual devices share the memory and cores of this machine, so the peaks of one are unknown.
     'cpu': Chip(None, None, None, None, ''),
 }
-# Without these, libtpu asks a metadata server that is not there, about hosts that are not there, and two cannot compile at once.
-_WITHOUT_TPU = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
+# Without these, libtpu queries an absent metadata server for absent hosts, and two processes cannot compile at once.
+_ENVIRONMENT = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
                 'TPU_WORKER_HOSTNAMES': 'localhost', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-# The two cores of a v4 chip are one device for JAX; asked for nothing, libtpu gives them apart.
-_MORE = {'v4': {'chip_config_name': 'megacore'}}
+# The two cores of a v4 chip are one device for JAX; by default libtpu returns them as two.
+_OPTIONS = {'v4': {'chip_config_name': 'megacore'}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A named topology: 'v5e:16x16', 'v4:2x2x4', 'cpu:64'. chips: how many. chip: of which kind."""
+  """A named topology: 'v5e:16x16', 'v4:2x2x4', 'cpu:64'. chips: their number. chip: their model."""
   name: str
   generation: str
   chips: int
@@ -63,10 +64,10 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-  """The topology of a name.
+  """Parse the name of a topology.
 
   Raises:
-    UsageError: unknown generation, or a shape that it cannot have.
+    UsageError: unknown generation, or a shape that it does not have.
   """
   generation, _, shape = name.partition(':')
   if generation not in CHIPS:
@@ -78,39 +79,40 @@ def parse(name: str) -> Topology:
                      f'{generation}:{example}.')
   sizes = [int(n) for n in shape.split('x')]
   if generation != 'cpu' and (sizes[0] % 2 or sizes[1] % 2):
-    raise UsageError(f'--topology={name!r}: a host has 2 × 2 chips, so that the first two sizes must be even.')
+    raise UsageError(f'--topology={name!r}: a host has 2 × 2 chips, so the first two sizes must be even.')
   return Topology(name, generation, math.prod(sizes), CHIPS[generation])
 
 
 def prepare_environment(topology: Topology) -> None:
-  """Settings that JAX and libtpu read when they are loaded: to be called before."""
-  for name, value in _WITHOUT_TPU.items():
-    os.environ[name] = value
+  """Set the environment variables that JAX and libtpu read when they are imported; call it before."""
+  os.environ.update(_ENVIRONMENT)
   if not topology.is_tpu:
     flag = f'--xla_force_host_platform_device_count={topology.chips}'  # the last of two equal flags counts
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
 
 
 def devices(topology: Topology) -> list[Any]:
-  """The devices, to compile for; TPUs cannot hold an array.
+  """Return the devices to compile for. Absent TPUs cannot hold arrays.
 
   Raises:
-    UsageError: libtpu is not installed, or it knows no such topology.
+    UsageError: libtpu is not installed, or does not support the topology.
   """
   import jax  # pylint: disable=g-import-not-at-top
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
   if not topology.is_tpu:
-    found = jax.devices('cpu')
-    if len(found) < topology.chips:
-      raise UsageError(f'--topology={topology.name!r}: this process was started with {len(found)} virtual devices; set '
-                       f'XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips} before JAX is loaded.')
-    return found[:topology.chips]
+    virtual = jax.devices('cpu')
+    if len(virtual) < topology.chips:
+      raise UsageError(f'--topology={topology.name!r}: this process was started with {len(virtual)} virtual devices; '
+                       f'set XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips} before JAX is imported.')
+    return virtual[:topology.chips]
   try:
     import libtpu  # noqa: F401  # pylint: disable=g-import-not-at-top
   except ModuleNotFoundError:
-    raise UsageError(f"--topology={topology.name!r} needs libtpu, the compiler for TPUs: pip install -c constraints.txt "
-                     "-e '.[preflight]'.") from None
+    raise UsageError(f"--topology={topology.name!r} needs libtpu, the compiler for TPUs: "
+                     "pip install -c constraints.txt -e '.[preflight]'.") from None
   try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=topology.name, **_MORE.get(topology.generation, {})).devices
+    options = _OPTIONS.get(topology.generation, {})
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology.name, **options).devices
   except jax.errors.JaxRuntimeError as error:
-    raise UsageError(f'--topology={topology.name!r}: libtpu knows no such slice ({str(error).splitlines()[0]}).') from None
+    reason = str(error).splitlines()[0]
+    raise UsageError(f'--topology={topology.name!r} is not supported by libtpu ({reason}).') from None
