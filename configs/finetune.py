@@ -4,7 +4,7 @@
   python launch/evaluate.py --workdir=runs/digits-finetuned
 
 The argument is RUN,TASK or RUN,TASK,few: the workdir of the run, and a task: digits (handwritten ones), video_caption,
-video_name or one of the run's own. `few` reads ten examples of every class, or one example in a hundred. `launch/study.py` compares it with
+video_name or one of the run's own. `few` reads ten examples of every class, or one example in a hundred. `launch/sweep.py` compares it with
 `prompt_tune.py` and `zero_shot.py`; no figures are promised.
 """
 

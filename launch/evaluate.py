@@ -65,7 +65,7 @@ def main() -> int:
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes)
       predictor, params = train_run.predictor(run, checkpoints, step)
-      run_expert_usage.beside_evaluation(run, params, step, workdir)
+      run_expert_usage.write_after_evaluation(run, params, step, workdir)
       rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
   print(metrics.evaluation_table(rows))
   return 0

@@ -14,17 +14,17 @@ def content(**changes):
   """Two layers, one router, three rows, two tasks: in layer 4 they have nothing in common."""
   shares = [[[[1., 0, 0], [.5, .5, 0], [0, 0, 1]]], [[[0., 0, 1], [1, 0, 0], [0, 1, 0]]]]
   return {
-      'checkpoint': 'step <7>', 'batches': 0, 'seed': 0, 'router': 'attribute', 'experts': 3, 'top_k': 2, 'layers': [0, 4],
-      'routers': ['mlp'], 'rows': ['1001', 'visual one', '1100'], 'tokens': None,
+      'checkpoint': 'step <7>', 'num_batches': 0, 'seed': 0, 'router': 'attribute', 'num_experts': 3, 'top_k': 2, 'layers': [0, 4],
+      'sublayers': ['mlp'], 'conditions': ['1001', 'visual one', '1100'], 'tokens': None,
       'tasks': {'names <a>': {'visual': 0, 'classes': 1}, 'motion': {'visual': 0, 'words': 2, 'queries': 2}},
-      'coefficients': shares, 'gate_entropy': [[[0, .69, 0]], [[0, 0, 0]]], 'entropy': [[[0, .69, 0]], [[0, 0, 0]]],
+      'coefficients': shares, 'router_entropy': [[[0, .69, 0]], [[0, 0, 0]]], 'entropy': [[[0, .69, 0]], [[0, 0, 0]]],
       'effective_experts': [[[1, 2, 1]], [[1, 1, 1]]], 'task_overlap': [[[[1, .5], [.5, 1]]], [[[1, 0], [0, 1]]]],
       'mean_task_overlap': [[1, .25], [.25, 1]], **changes}
 
 
 def test_a_row_says_what_uses_it_unless_its_name_does():
   assert expert_usage_file.labels(content()) == ['1001 (visual)', 'visual one (classes)', '1100 (words, queries)']
-  assert expert_usage_file.labels(content(rows=['motion visual', 'classes', 'words'])) == [
+  assert expert_usage_file.labels(content(conditions=['motion visual', 'classes', 'words'])) == [
       'motion visual', 'classes', 'words']
   many = {f't{i}': {f'set{i}': 0} for i in range(6)}
   assert expert_usage_file.labels(content(tasks=many))[0] == '1001 (set0, set1, set2, set3, …)'
@@ -62,10 +62,3 @@ def test_the_report_shows_rows_their_users_and_the_overlap_of_tasks(tmp_path):
                'names &lt;a&gt; and motion; layer 0: 0.50, layer 4: 0.00', '>0.25<'):
     assert said in section, said
   assert section.count('signed matrix') == 1
-
-
-def test_the_report_reads_what_an_earlier_version_wrote(tmp_path):
-  old = {k: content()[k] for k in ('rows', 'layers', 'routers', 'coefficients')}
-  (tmp_path / expert_usage_file.FILE).write_text(json.dumps(old))
-  section = html.write_report(tmp_path).read_text().partition('id="experts"')[2].partition('id="run"')[0]
-  assert 'expert coefficients' in section and 'absent' not in section

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from uni_moe_jax.analysis import interference, interference_file, run_interference
-from uni_moe_jax.analysis.param_subsets import Piece
+from uni_moe_jax.analysis.param_subsets import ParamSlice
 from uni_moe_jax.reporting import html
 
 TASKS = ('names <a>', 'motion')
@@ -17,38 +17,38 @@ _ROWS = np.array([[[2., 2.2, 1.8], [-1., -1.1, -.9]], [[.5, .4, .6], [.1, -.1, .
 
 @pytest.fixture(name='content', scope='module')
 def _content():
-  pieces = [Piece(f'layer {i} ffn_out', i, 'ffn_out', f'path{i}', None) for i in (3, 11)]
-  estimates = {name: interference.estimate(interference.Products(sign * _ROWS, sign * _ROWS), TASKS, resamples=100)
+  pieces = [ParamSlice(f'layer {i} ffn_out', i, 'ffn_out', f'path{i}', None) for i in (3, 11)]
+  estimates = {name: interference.estimate(interference.Products(sign * _ROWS, sign * _ROWS), num_resamples=100)
                for name, sign in (('all', 1), ('layer 11 ffn_out', -1), ('layer 3 ffn_out', 1))}
-  facts = dict(checkpoint='step 7', parameters='ffn_out/kernel$', batches=3)
-  return run_interference.record(facts, TASKS, estimates, pieces)
+  facts = dict(checkpoint='step 7', parameters='ffn_out/kernel$', num_batches=3)
+  return run_interference.to_json(facts, TASKS, estimates, pieces)
 
 
 def test_the_record_holds_every_part_in_the_order_of_layers_with_both_ratios(content):
-  assert [(p['part'], p['layer']) for p in content['parts']] == [
+  assert [(p['subset'], p['layer']) for p in content['subsets']] == [
       ('all', None), ('layer 3 ffn_out', 3), ('layer 11 ffn_out', 11)]
   assert content['tasks'] == list(TASKS)
-  whole = content['parts'][0]
+  whole = content['subsets'][0]
   assert whole['ratio_of_means']['value'][0] == pytest.approx([1, -.5])
   assert whole['mean_of_ratios']['value'][0] == pytest.approx([1, -.5])
   low, value, high = (whole['delta'][k][0][1] for k in ('low', 'value', 'high'))
   assert low < value < high and value == pytest.approx(-1)
   # The second row has no base, and of the part that is turned around neither has.
-  assert whole['between']['value'] == pytest.approx(-.5) and whole['negative'] == {'value': 1, 'low': 1, 'high': 1}
-  assert content['parts'][2]['between'] == {'value': None, 'low': None, 'high': None}
-  assert interference_file.in_short(whole).startswith('mean of different tasks -0.500 (')
-  assert interference_file.in_short(content['parts'][2]) == interference_file.in_short({}) == ''
+  assert whole['mean_of_pairs']['value'] == pytest.approx(-.5) and whole['negative_share'] == {'value': 1, 'low': 1, 'high': 1}
+  assert content['subsets'][2]['mean_of_pairs'] == {'value': None, 'low': None, 'high': None}
+  assert interference_file.summary(whole).startswith('mean of different tasks -0.500 (')
+  assert interference_file.summary(content['subsets'][2]) == interference_file.summary({}) == ''
   json.dumps(content, allow_nan=False)
 
 
 def test_a_row_without_a_sure_base_is_told_apart(content):
-  assert interference_file.has_base(content['parts'][0]) == [True, False]
-  assert interference_file.has_base(content['parts'][2]) == [False, False]  # a step on itself would hurt: no base
+  assert interference_file.has_base(content['subsets'][0]) == [True, False]
+  assert interference_file.has_base(content['subsets'][2]) == [False, False]  # a step on itself would hurt: no base
 
 
 def test_pictures_are_white_at_zero_blue_where_a_step_helps_and_red_where_it_hurts(content, tmp_path):
   paths = interference_file.write(content, tmp_path, 'interference')
-  assert [p.name for p in paths] == ['interference.json', 'interference.png', 'interference_parts.png']
+  assert [p.name for p in paths] == ['interference.json', 'interference.png', 'interference_subsets.png']
   assert json.loads(paths[0].read_text()) == content
   with Image.open(paths[1]) as picture:
     colours = {c for n, c in picture.convert('RGB').getcolors(1 << 20) if n > 500}

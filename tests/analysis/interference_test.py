@@ -1,4 +1,4 @@
-"""Task interference: against numbers worked out by hand, against losses that are known, and how often intervals hold."""
+"""Task interference: by hand, in closed form, and how often the intervals cover the truth."""
 
 import weakref
 
@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from uni_moe_jax.analysis import interference
-from uni_moe_jax.analysis.interference import WHOLE
+from uni_moe_jax.analysis.interference import ALL
 
 
 def _table(**tasks):
-  """A gradient function from {task: (gradient of batch 0, of batch 1, …)}; a gradient is {part: vector} or a vector."""
+  """A gradient function from {task: (gradient of batch 0, of batch 1, …)}; a gradient is {subset: vector} or a vector."""
   def gradient(task, batch):
     g = tasks[task][batch]
-    return {name: {'w': jnp.asarray(x, jnp.float32)} for name, x in (g if isinstance(g, dict) else {'p': g}).items()}
+    return {subset: {'w': jnp.asarray(x, jnp.float32)} for subset, x in (g if isinstance(g, dict) else {'p': g}).items()}
   return gradient
 
 
-def _measure(tasks, batches, streams=(), part=WHOLE):
-  found = interference.products(_table(**tasks), list(tasks), batches, streams)
-  return found[part], interference.estimate(found[part], streams or list(tasks), resamples=400)
+def _measure(tasks, num_batches):
+  products = interference.products(_table(**tasks), list(tasks), num_batches)[ALL]
+  return products, interference.estimate(products, num_resamples=400)
 
 
 # Norms 5 and 10; unit gradients (.6, .8) and (1, 0). Of 'other': (0, 1) and (1, 0), mean (.5, .5).
@@ -29,28 +29,28 @@ _HAND = dict(one=((3, 4), (10, 0)), other=((0, 5), (4, 0)))
 
 def test_products_of_two_tasks_by_hand():
   products, _ = _measure(_HAND, 2)
-  # one against itself without its own batch: (3, 4)·(1, 0) and (10, 0)·(.6, .8); other: at right angles.
+  # one against itself without its own batch: (3, 4)·(1, 0) and (10, 0)·(.6, .8); other: orthogonal.
   np.testing.assert_allclose(products.rows[0, 0], [3, 6], rtol=1e-6)
   np.testing.assert_allclose(products.rows[1, 1], [0, 0], atol=1e-6)
   # one with other's mean: (3 + 4)/2, 10/2; other with one's mean (.8, .4): 5 · .4, 4 · .8.
   np.testing.assert_allclose(products.rows[0, 1], [3.5, 5], rtol=1e-6)
   np.testing.assert_allclose(products.rows[1, 0], [2, 3.2], rtol=1e-6)
-  # The mean of one is (6.5, 2): other's directions (0, 1), (1, 0) take 2 and 6.5 from it; its own take 10 · .6 and 3.
+  # The mean of one is (6.5, 2): other's directions (0, 1), (1, 0) lower its loss by 2 and 6.5; its own by 10 · .6 and 3.
   np.testing.assert_allclose(products.columns[0, 1], [2, 6.5], rtol=1e-6)
   np.testing.assert_allclose(products.columns[0, 0], [6, 3], rtol=1e-6)
   np.testing.assert_allclose(np.mean(products.rows, -1), np.mean(products.columns, -1), rtol=1e-6, atol=1e-6)
 
 
 def test_both_ratios_by_hand():
-  _, found = _measure(_HAND, 2)
-  np.testing.assert_allclose(found.delta.value, [[4.5, 4.25], [2.6, 0]], rtol=1e-6, atol=1e-6)
-  np.testing.assert_allclose(found.ratio_of_means.value[0], [1, 4.25 / 4.5], rtol=1e-6)
-  np.testing.assert_allclose(found.mean_of_ratios.value[0], [1, (3.5 / 3 + 5 / 6) / 2], rtol=1e-6)
-  for ratio in (found.ratio_of_means, found.mean_of_ratios):  # a task without a base has no ratios
+  _, estimate = _measure(_HAND, 2)
+  np.testing.assert_allclose(estimate.delta.value, [[4.5, 4.25], [2.6, 0]], rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(estimate.ratio_of_means.value[0], [1, 4.25 / 4.5], rtol=1e-6)
+  np.testing.assert_allclose(estimate.mean_of_ratios.value[0], [1, (3.5 / 3 + 5 / 6) / 2], rtol=1e-6)
+  for ratio in (estimate.ratio_of_means, estimate.mean_of_ratios):  # a task without a base has no ratios
     assert np.isnan(ratio.value[1]).all()
 
 
-def test_resampled_batches_count_as_harmed_and_as_stepped_ones_by_hand():
+def test_resampled_batches_count_as_affected_and_as_step_batches_by_hand():
   products, _ = _measure(_HAND, 2)
   weights = np.array([[[1, 1], [2, 0]]])  # both batches of one; of other the first, twice
   delta, ratio, mean = interference._ratios(np.asarray(products.rows), np.asarray(products.columns), weights)
@@ -61,48 +61,40 @@ def test_resampled_batches_count_as_harmed_and_as_stepped_ones_by_hand():
   np.testing.assert_allclose(mean[0, 0], [1, (1.25 / 3 + 2.75 / 6) / 2], rtol=1e-6)
 
 
-def test_gradients_that_the_caller_keeps_stay_his():
-  held = {(t, b): {'p': jnp.asarray(g, jnp.float32)} for t, gs in _HAND.items() for b, g in enumerate(gs)}
-  once, again = (interference.products(lambda t, b: held[t, b], list(_HAND), 2)[WHOLE].rows for _ in range(2))
+def test_gradients_of_the_caller_are_not_donated():
+  gradients = {(t, b): {'p': jnp.asarray(g, jnp.float32)} for t, gs in _HAND.items() for b, g in enumerate(gs)}
+  once, again = (interference.products(lambda t, b: gradients[t, b], list(_HAND), 2)[ALL].rows for _ in range(2))
   np.testing.assert_array_equal(once, again)
-  assert not any(g['p'].is_deleted() for g in held.values())
+  assert not any(g['p'].is_deleted() for g in gradients.values())
 
 
-def test_tasks_that_share_their_batches_are_compared_on_different_ones():
-  products, _ = _measure(_HAND, 2, streams=('s', 's'))
-  np.testing.assert_allclose(products.rows[0, 1], [3, 0], rtol=1e-6, atol=1e-6)  # (3, 4)·(1, 0), (10, 0)·(0, 1)
-  np.testing.assert_allclose(products.rows[1, 0], [0, 2.4], rtol=1e-6, atol=1e-6)  # (0, 5)·(1, 0), (4, 0)·(.6, .8)
-  np.testing.assert_allclose(products.columns[0, 1], [0, 3], rtol=1e-6, atol=1e-6)  # as rows, batch by batch of other
-  np.testing.assert_allclose(products.rows[0, 0], [3, 6], rtol=1e-6)
-
-
-def test_each_part_has_its_own_directions_and_the_whole_has_the_joint_one():
+def test_each_subset_has_its_own_directions_and_all_subsets_the_joint_one():
   tasks = dict(one=({'x': (3,), 'y': (4,)},) * 2, other=({'x': (-2,), 'y': (2,)},) * 2)
-  found = interference.products(_table(**tasks), ['one', 'other'], 2)
-  assert list(found) == [WHOLE, 'x', 'y']
-  ratio = {part: interference.estimate(p, ['one', 'other']).ratio_of_means.value[0, 1] for part, p in found.items()}
+  products = interference.products(_table(**tasks), ['one', 'other'], 2)
+  assert list(products) == [ALL, 'x', 'y']
+  ratio = {subset: interference.estimate(p).ratio_of_means.value[0, 1] for subset, p in products.items()}
   assert ratio['x'] == pytest.approx(-1) and ratio['y'] == pytest.approx(1)
-  assert ratio[WHOLE] == pytest.approx((4 - 3) / 2**.5 / 5)  # (3, 4)·(-1, 1)/√2, over ‖(3, 4)‖
+  assert ratio[ALL] == pytest.approx((4 - 3) / 2**.5 / 5)  # (3, 4)·(-1, 1)/√2, over ‖(3, 4)‖
 
 
-def test_a_task_that_does_not_reach_the_parameters_has_no_ratios_and_harms_nobody():
+def test_a_task_without_gradient_has_no_ratios_and_changes_no_loss():
   tasks = dict(one=((3, 4), (3, 4)), absent=((0, 0), (0, 0)))
-  _, found = _measure(tasks, 2)
-  np.testing.assert_array_equal(found.ratio_of_means.value, [[1, 0], [np.nan, np.nan]])
-  np.testing.assert_array_equal(found.delta.high[1], [0, 0])
+  _, estimate = _measure(tasks, 2)
+  np.testing.assert_array_equal(estimate.ratio_of_means.value, [[1, 0], [np.nan, np.nan]])
+  np.testing.assert_array_equal(estimate.delta.high[1], [0, 0])
 
 
 def test_one_batch_is_not_enough():
-  with pytest.raises(ValueError, match='batches=1 must be at least 2'):
+  with pytest.raises(ValueError, match='num_batches=1 must be at least 2'):
     interference.products(_table(**_HAND), ['one', 'other'], 1)
 
 
-def test_gradients_are_streamed_each_asked_twice_and_few_held():
-  asked, alive, most = [], [], 0
+def test_gradients_are_streamed_computed_twice_and_few_are_in_memory():
+  calls, alive, most = [], [], 0
 
   def gradient(task, batch):
     nonlocal most
-    asked.append((task, batch))
+    calls.append((task, batch))
     most = max(most, sum(r() is not None for r in alive))
     tree = {'p': jnp.full((3,), float(batch + 1))}
     alive.append(weakref.ref(tree['p']))
@@ -110,7 +102,7 @@ def test_gradients_are_streamed_each_asked_twice_and_few_held():
 
   tasks, batches = ['a', 'b', 'c'], 9
   interference.products(gradient, tasks, batches)
-  assert asked == 2 * [(t, b) for t in tasks for b in range(batches)]
+  assert calls == 2 * [(t, b) for t in tasks for b in range(batches)]
   assert most <= 4, most
 
 
@@ -127,56 +119,56 @@ _DIRECTION = np.linspace(1, -1, _DIM) * 2
 
 
 @pytest.mark.parametrize('j, truth', [('opposite', -1), ('twin', 1)])
-def test_opposite_tasks_are_minus_one_and_one_task_under_two_names_is_one_within_the_interval(j, truth):
+def test_intervals_contain_minus_one_for_opposite_tasks_and_one_for_the_same_task(j, truth):
   means = {'i': _DIRECTION, j: truth * _DIRECTION}
-  _, found = _measure(_noisy(means, 24, seed=1, noise=1.0), 24)
-  for ratio in (found.ratio_of_means, found.mean_of_ratios):
+  _, estimate = _measure(_noisy(means, 24, seed=1, noise=1.0), 24)
+  for ratio in (estimate.ratio_of_means, estimate.mean_of_ratios):
     assert ratio.low[0, 1] < truth < ratio.high[0, 1]
-    assert -truth < ratio.low[0, 1] or ratio.high[0, 1] < -truth  # an interval that says something
-  assert found.ratio_of_means.high[0, 1] - found.ratio_of_means.low[0, 1] < 0.5
-  assert found.ratio_of_means.low[0, 0] == found.ratio_of_means.high[0, 0] == 1
+    assert -truth < ratio.low[0, 1] or ratio.high[0, 1] < -truth  # and the other extreme is excluded
+  assert estimate.ratio_of_means.high[0, 1] - estimate.ratio_of_means.low[0, 1] < 0.5
+  assert estimate.ratio_of_means.low[0, 0] == estimate.ratio_of_means.high[0, 0] == 1
 
 
 def test_quadratic_losses_by_closed_form_without_noise():
   theta, centres = np.array([1., 2.]), dict(a=(-2., -2.), b=(1., -4.), c=(5., 6.))
   gradients = {name: (theta - np.array(c),) * 2 for name, c in centres.items()}  # (3, 4), (0, 6), (-4, -4)
-  _, found = _measure(gradients, 2)
+  _, estimate = _measure(gradients, 2)
   s = 2**.5
   expected = [[1, 4 / 5, -7 / 5 / s], [4 / 5, 1, -1 / s], [-7 / 5 / s, -1 / s, 1]]
-  for ratio in (found.ratio_of_means, found.mean_of_ratios):
+  for ratio in (estimate.ratio_of_means, estimate.mean_of_ratios):
     np.testing.assert_allclose(ratio.value, expected, rtol=1e-6)
     np.testing.assert_allclose(ratio.low, expected, rtol=1e-6)
     np.testing.assert_allclose(ratio.high, expected, rtol=1e-6)
   # Of six pairs: 4/5 twice, -7/5/√2 and -1/√2 twice.
-  for found_at, share in ((found.between, (8 / 5 - 24 / 5 / s) / 6), (found.negative, 4 / 6)):
-    np.testing.assert_allclose(list(vars(found_at).values()), [share] * 3, rtol=1e-6)
+  for interval, share in ((estimate.mean_of_pairs, (8 / 5 - 24 / 5 / s) / 6), (estimate.negative_share, 4 / 6)):
+    np.testing.assert_allclose(list(vars(interval).values()), [share] * 3, rtol=1e-6)
 
 
-def test_what_holds_for_all_pairs_has_an_interval_and_leaves_out_rows_without_a_base():
+def test_values_over_all_pairs_have_intervals_and_leave_out_rows_without_a_base():
   means = {'i': _DIRECTION, 'j': -_DIRECTION, 'lost': 0 * _DIRECTION}
-  _, found = _measure(_noisy(means, 24, seed=1, noise=1.0), 24)
-  assert found.delta.low[2, 2] < 0 < found.delta.low[0, 0]
-  counted = found.ratio_of_means.value[[0, 0, 1, 1], [1, 2, 0, 2]]  # not the third row
-  assert found.between.value == pytest.approx(counted.mean())
-  assert found.between.low < -.5 < found.between.high < 0  # the truth: -1, 0, -1, 0
-  assert found.negative.value == (counted < 0).mean() >= .5 and found.negative.low >= .5
-  _, nobody = _measure(_noisy({'a': 0 * _DIRECTION, 'b': 0 * _DIRECTION}, 6, seed=1), 6)
-  assert np.isnan([*vars(nobody.between).values(), *vars(nobody.negative).values()]).all()
+  _, estimate = _measure(_noisy(means, 24, seed=1, noise=1.0), 24)
+  assert estimate.delta.low[2, 2] < 0 < estimate.delta.low[0, 0]
+  counted = estimate.ratio_of_means.value[[0, 0, 1, 1], [1, 2, 0, 2]]  # not the third row
+  assert estimate.mean_of_pairs.value == pytest.approx(counted.mean())
+  assert estimate.mean_of_pairs.low < -.5 < estimate.mean_of_pairs.high < 0  # the truth: -1, 0, -1, 0
+  assert estimate.negative_share.value == (counted < 0).mean() >= .5 and estimate.negative_share.low >= .5
+  _, unknown = _measure(_noisy({'a': 0 * _DIRECTION, 'b': 0 * _DIRECTION}, 6, seed=1), 6)
+  assert np.isnan([*vars(unknown.mean_of_pairs).values(), *vars(unknown.negative_share).values()]).all()
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
-  """Directions drawn once are part of what is uncertain: intervals from the harmed task's batches alone would hold half."""
+def test_intervals_cover_the_truth_about_as_often_as_stated():
+  """The directions are uncertain too: intervals from the batches of the affected task alone would cover about half."""
   means = {'i': _DIRECTION, 'twin': _DIRECTION}
-  held, repeats = 0, 150
+  covered, repeats = 0, 150
   for seed in range(repeats):
     g = {k: np.array(v) for k, v in _noisy(means, 12, seed).items()}
-    found = interference.estimate(_by_hand(g), list(g), resamples=300, seed=seed)
-    held += found.ratio_of_means.low[0, 1] < 1 < found.ratio_of_means.high[0, 1]
-  assert 0.88 <= held / repeats <= 0.995, held / repeats
+    estimate = interference.estimate(_by_hand(g), num_resamples=300, seed=seed)
+    covered += estimate.ratio_of_means.low[0, 1] < 1 < estimate.ratio_of_means.high[0, 1]
+  assert 0.88 <= covered / repeats <= 0.995, covered / repeats
 
 
 def _by_hand(g):
-  """Products of [N, D] arrays with all gradients at once: an independent way to them."""
+  """Products of [N, D] arrays with all gradients in memory: an independent computation."""
   names, N = list(g), len(next(iter(g.values())))
   unit = {k: v / np.linalg.norm(v, axis=1, keepdims=True) for k, v in g.items()}
   rows, columns = np.zeros((2, len(names), len(names), N))
@@ -188,7 +180,7 @@ def _by_hand(g):
   return interference.Products(rows, columns)
 
 
-def test_streaming_gives_what_holding_all_gradients_gives():
+def test_streaming_equals_the_computation_with_all_gradients_in_memory():
   g = _noisy({'i': _DIRECTION, 'j': np.ones(_DIM), 'k': -_DIRECTION}, 5, seed=3)
   products, _ = _measure(g, 5)
   expected = _by_hand({k: np.array(v) for k, v in g.items()})
@@ -196,8 +188,8 @@ def test_streaming_gives_what_holding_all_gradients_gives():
   np.testing.assert_allclose(products.columns, expected.columns, rtol=1e-4, atol=1e-5)
 
 
-def test_resampling_is_that_of_the_definition_to_first_order():
-  """Draws of the ratio against recomputing it from all N² products of resampled batches."""
+def test_resampling_equals_its_definition_to_first_order():
+  """The width of the interval against that of ratios recomputed from all N² products of resampled batches."""
   N, g = 40, {k: np.array(v) for k, v in _noisy({'i': _DIRECTION, 'j': -_DIRECTION + 1}, 40, seed=4).items()}
   rng, draws = np.random.default_rng(0), []
   unit = {k: v / np.linalg.norm(v, axis=1, keepdims=True) for k, v in g.items()}
@@ -205,8 +197,8 @@ def test_resampling_is_that_of_the_definition_to_first_order():
     w = {k: rng.multinomial(N, np.full(N, 1 / N)) / N for k in g}
     own = np.outer(w['i'], w['i']) * (1 - np.eye(N))
     draws.append((w['i'] @ g['i'] @ unit['j'].T @ w['j']) / ((own * (g['i'] @ unit['i'].T)).sum() / own.sum()))
-  found = interference.estimate(_by_hand(g), list(g), resamples=600).ratio_of_means
-  width = found.high[0, 1] - found.low[0, 1]
+  estimate = interference.estimate(_by_hand(g), num_resamples=600).ratio_of_means
+  width = estimate.high[0, 1] - estimate.low[0, 1]
   expected = np.subtract(*np.quantile(draws, (.975, .025)))
   assert width == pytest.approx(expected, rel=.2)
 
@@ -214,6 +206,6 @@ def test_resampling_is_that_of_the_definition_to_first_order():
 def test_estimates_repeat_with_their_seed_and_only_with_it():
   g = _noisy({'i': _DIRECTION, 'j': np.ones(_DIM)}, 6, seed=5)
   products, _ = _measure(g, 6)
-  one, two, other = (interference.estimate(products, list(g), resamples=50, seed=s).ratio_of_means for s in (1, 1, 2))
+  one, two, other = (interference.estimate(products, num_resamples=50, seed=s).ratio_of_means for s in (1, 1, 2))
   np.testing.assert_array_equal(one.low, two.low)
   assert (one.low != other.low).any() and (one.value == other.value).all()

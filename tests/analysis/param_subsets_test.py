@@ -21,12 +21,12 @@ def test_few_layers_are_all_looked_at_and_of_many_every_fourth():
 
 def test_layers_of_the_stack_and_of_the_tail_are_cut_apart():
   stack, params = _tree()  # layers 0 and 1 are stacked, 2 is the tail
-  pieces = param_subsets.choose(params, stack, r'ffn_out/kernel$')
-  assert [(p.part, p.layer, p.projection) for p in pieces] == [(f'layer {i} ffn_out', i, 'ffn_out') for i in range(3)]
-  taken = param_subsets.take(pieces, params)
+  slices = param_subsets.select(params, stack, r'ffn_out/kernel$')
+  assert [(p.subset, p.layer, p.projection) for p in slices] == [(f'layer {i} ffn_out', i, 'ffn_out') for i in range(3)]
+  subsets = param_subsets.extract(slices, params)
   stacked = params['encoder']['blocks']['block0']['ffn_out']['kernel']
   for layer, expected in enumerate((stacked[0], stacked[1], params['encoder']['tail']['block0']['ffn_out']['kernel'])):
-    [array] = taken[f'layer {layer} ffn_out'].values()
+    [array] = subsets[f'layer {layer} ffn_out'].values()
     np.testing.assert_array_equal(array, expected)
   assert not np.array_equal(stacked[0], stacked[1])
 
@@ -34,25 +34,25 @@ def test_layers_of_the_stack_and_of_the_tail_are_cut_apart():
 def test_periods_of_two_blocks_keep_the_order_of_the_layers():
   stack, params = _tree(num_layers=6, placement='every_2')
   assert len(stack.period) == 2
-  taken = param_subsets.take(param_subsets.choose(params, stack, r'ffn_out/kernel$', [1, 2]), params)
+  subsets = param_subsets.extract(param_subsets.select(params, stack, r'ffn_out/kernel$', [1, 2]), params)
   blocks = params['encoder']['blocks']
-  np.testing.assert_array_equal(*taken['layer 1 ffn_out'].values(), blocks['block1']['ffn_out']['kernel'][0])
-  np.testing.assert_array_equal(*taken['layer 2 ffn_out'].values(), blocks['block0']['ffn_out']['kernel'][1])
+  np.testing.assert_array_equal(*subsets['layer 1 ffn_out'].values(), blocks['block1']['ffn_out']['kernel'][0])
+  np.testing.assert_array_equal(*subsets['layer 2 ffn_out'].values(), blocks['block0']['ffn_out']['kernel'][1])
 
 
 def test_projections_hold_their_arrays_together_and_others_stand_alone():
   stack, params = _tree()
-  taken = param_subsets.take(param_subsets.choose(params, stack, r'/qkv/|embed/word$', [1]), params)
-  assert {part: len(arrays) for part, arrays in taken.items()} == {'layer 1 qkv': 2, 'embed/word': 1}
-  assert sum(x.size for x in jax.tree.leaves(taken['embed/word'])) == small_model.VOCABULARY * 16
+  subsets = param_subsets.extract(param_subsets.select(params, stack, r'/qkv/|embed/word$', [1]), params)
+  assert {part: len(arrays) for part, arrays in subsets.items()} == {'layer 1 qkv': 2, 'embed/word': 1}
+  assert sum(x.size for x in jax.tree.leaves(subsets['embed/word'])) == small_model.VOCABULARY * 16
 
 
 @pytest.mark.parametrize('pattern, layers, said', [
-    ('ffn_uot', None, r"parameters='ffn_uot' finds nothing in the layers 0, 1, 2 .*choices: .*encoder/tail/block0/ffn_out/kernel"),
+    ('ffn_uot', None, r"parameters='ffn_uot' matches nothing in the layers 0, 1, 2 .*choices: .*encoder/tail/block0/ffn_out/kernel"),
     ('ffn_out', [1, 3], r'layers 3: the model has the layers 0…2'),
     ('ffn_out(', None, r"parameters='ffn_out\(' is not a regular expression"),
 ])
 def test_mistakes_are_named(pattern, layers, said):
   stack, params = _tree()
   with pytest.raises(ValueError, match=said):
-    param_subsets.choose(params, stack, pattern, layers)
+    param_subsets.select(params, stack, pattern, layers)

@@ -23,12 +23,12 @@ def _config(router, *tasks, **changes):
 @functools.cache
 def _measured(router, tasks, devices=1, accum=1):
   run = train_run.build(_config(router, *tasks, grad_accum_steps=accum), jax.devices()[:devices])
-  return run_expert_usage.measured(run, run.init().params, 'init', 2, 0)
+  return run_expert_usage.compute_usage(run, run.init().params, 'init', 2, 0)
 
 
 def test_routers_that_look_at_tokens_are_asked_about_batches_task_by_task():
   found = _measured('token', ('caption', 'pair'))
-  assert found['rows'] == [
+  assert found['conditions'] == [
       'caption visual', 'caption words', 'caption queries', 'set words', 'pair visual', 'pair paired text']
   assert found['tasks'] == {
       'caption': {'visual': 0, 'words': 1, 'queries': 2, 'set words': 3}, 'pair': {'visual': 4, 'paired text': 5}}
@@ -39,41 +39,41 @@ def test_routers_that_look_at_tokens_are_asked_about_batches_task_by_task():
   assert tokens[0] == 2 * 4 * 5 and tokens[4] == 2 * 4 * 5 and tokens[3] == 2 * 32 * 3
   assert tokens[1] == tokens[2] <= 2 * 4 * 6
   assert np.ptp(shares[0, 1], axis=0).max() > .02  # rows differ
-  assert 0 < min(np.ravel(found['gate_entropy'])) and max(np.ravel(found['gate_entropy'])) <= np.log(2) + 1e-5
-  assert (np.array(found['entropy']) >= np.array(found['gate_entropy']) - 1e-5).all()  # of a mean: never below the mean
+  assert 0 < min(np.ravel(found['router_entropy'])) and max(np.ravel(found['router_entropy'])) <= np.log(2) + 1e-5
+  assert (np.array(found['entropy']) >= np.array(found['router_entropy']) - 1e-5).all()  # of a mean: never below the mean
 
 
 @pytest.mark.nightly
 def test_the_layout_of_the_batch_changes_nothing():
   """package and answer share a group: on two devices their examples lie in other places. Micro-steps are added up."""
   one, two = (_measured('token', ('package', 'answer'), devices) for devices in (1, 2))
-  assert one['tokens'] == two['tokens'] and one['rows'] == two['rows']
-  for key in ('coefficients', 'gate_entropy', 'mean_task_overlap'):
+  assert one['tokens'] == two['tokens'] and one['conditions'] == two['conditions']
+  for key in ('coefficients', 'router_entropy', 'mean_task_overlap'):
     np.testing.assert_allclose(one[key], two[key], atol=1e-4)
   assert np.abs(np.subtract(*np.array(one['coefficients'])[0, 0, [0, 2]])).max() > 1e-3  # the two tasks differ
 
 
 def test_accumulation_sees_every_micro_step():
   one, two = (_measured('token', ('package', 'answer'), accum=accum) for accum in (1, 2))
-  assert one['rows'] == two['rows'] == ['answer text', 'set answers', 'package text', 'set packages']
-  assert two['tokens'] == [n * (2 if 'set' in row else 1) for n, row in zip(one['tokens'], one['rows'])]
+  assert one['conditions'] == two['conditions'] == ['answer text', 'set answers', 'package text', 'set packages']
+  assert two['tokens'] == [n * (2 if 'set' in row else 1) for n, row in zip(one['tokens'], one['conditions'])]
   np.testing.assert_allclose(one['coefficients'], two['coefficients'], atol=1e-4)
 
 
 def test_routers_that_merge_need_no_batch():
   found = _measured('task', ('caption', 'pair'))
-  assert found['batches'] == 0 and found['tokens'] is None
+  assert found['num_batches'] == 0 and found['tokens'] is None
   caption = found['tasks']['caption']
-  assert [found['rows'][caption[s]] for s in ('visual', 'words', 'queries')] == ['caption'] * 3
-  assert found['gate_entropy'] == found['entropy']
+  assert [found['conditions'][caption[s]] for s in ('visual', 'words', 'queries')] == ['caption'] * 3
+  assert found['router_entropy'] == found['entropy']
   assert max(np.ravel(found['effective_experts'])) <= 2 + 1e-5  # two experts are kept
 
 
 def test_a_checkpoint_is_asked_under_its_name_and_a_dense_model_refused(tmp_path):
-  paths = run_expert_usage.experts(_config('task', 'shape'), tmp_path, None, True, 1, 0, jax.devices()[:1])
+  paths = run_expert_usage.measure_expert_usage(_config('task', 'shape'), tmp_path, None, True, 1, 0, jax.devices()[:1])
   assert [p.name for p in paths] == ['experts_init.json', 'experts_init.png']
   assert json.loads(paths[0].read_text())['checkpoint'] == 'init'
   with pytest.raises(ValueError, match="config.moe.router='dense'.*has no experts"):
-    run_expert_usage.experts(_config('dense', 'shape'), tmp_path, None, True, 1, 0, jax.devices()[:1])
+    run_expert_usage.measure_expert_usage(_config('dense', 'shape'), tmp_path, None, True, 1, 0, jax.devices()[:1])
   with pytest.raises(ValueError, match='has no checkpoint yet'):
-    run_expert_usage.experts(_config('task', 'shape'), tmp_path, None, False, 1, 0, jax.devices()[:1])
+    run_expert_usage.measure_expert_usage(_config('task', 'shape'), tmp_path, None, False, 1, 0, jax.devices()[:1])

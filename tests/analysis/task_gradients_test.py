@@ -45,29 +45,29 @@ def _params():
 
 
 @functools.cache
-def _pieces():
-  return param_subsets.choose(_run().shapes.params, _run().spec.model.spec.stack, PATTERN)
+def _slices():
+  return param_subsets.select(_run().shapes.params, _run().spec.model.spec.stack, PATTERN)
 
 
-def _spread(tree, pieces, like):
+def _spread(tree, slices, like):
   """Parts, put back into a tree of the parameters' form; zero elsewhere."""
   flat = {'/'.join(str(k.key) for k in path): np.zeros(leaf.shape, np.float32)
           for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
-  for p in pieces:
+  for p in slices:
     place = flat[p.path] if p.period is None else flat[p.path][p.period]
-    place[...] = np.asarray(tree[p.part][p.path])
+    place[...] = np.asarray(tree[p.subset][p.path])
   return jax.tree.unflatten(jax.tree.structure(like), list(flat.values()))
 
 
 @functools.cache
 def _gradients():
-  return TaskGradients(_run(), _params(), _pieces(), 2, 0)
+  return TaskGradients(_run(), _params(), _slices(), 2, 0)
 
 
 @functools.cache
 def _batches():
   """{task: ((batch 0, key), (batch 1, key))}: what a measurement asks its functions."""
-  gradients, out = TaskGradients(_run(), _params(), _pieces(), 2, 0), {}
+  gradients, out = TaskGradients(_run(), _params(), _slices(), 2, 0), {}
   for name in TASKS:
     out[name] = []
     gradients._functions[name] = lambda params, batch, sets, key, n=name: (out[n].append((batch, key)), None)
@@ -78,14 +78,14 @@ def _batches():
 
 def test_delta_is_what_a_short_step_takes_from_the_loss():
   """L_i(θ) - L_i(θ - λ d) ≈ λ Δ_{j→i}, d the mean unit gradient of j (for i = j, of its other batch)."""
-  pieces, params, sets, length = _pieces(), _params(), _run().target_sets(), 2e-3
+  slices, params, sets, length = _slices(), _params(), _run().target_sets(), 2e-3
   held = {(t, b): jax.device_get(_gradients()(t, b)) for t in TASKS for b in range(2)}
   measured = interference.products(lambda t, b: held[t, b], TASKS, 2)
   unit = {}
   for key, g in held.items():
     norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(g)))
-    unit[key] = _spread(jax.tree.map(lambda x, n=norm: x / n, g), pieces, params)
-  got = np.array(measured[interference.WHOLE].rows)
+    unit[key] = _spread(jax.tree.map(lambda x, n=norm: x / n, g), slices, params)
+  got = np.array(measured[interference.ALL].rows)
   taken = np.zeros_like(got)
   for i, harmed in enumerate(TASKS):
     for j, stepped in enumerate(TASKS):
@@ -107,7 +107,7 @@ def test_gradients_are_those_of_the_unweighted_loss_without_noise():
   run, (batch, _) = _run(), _batches()['package'][0]
   spec = quiet_spec(run.spec, 'package')
   assert spec.plan.tasks[0].loss_weight == 1 and [s.name for s in spec.plan.sets] == ['packages']
-  noisy = jit(functools.partial(task_gradient, spec=dataclasses.replace(spec, model=run.spec.model), pieces=_pieces()))
+  noisy = jit(functools.partial(task_gradient, spec=dataclasses.replace(spec, model=run.spec.model), slices=_slices()))
   for ask, same in ((_gradients()._functions['package'], True), (noisy, False)):
     one, other = (ask(_params(), batch, run.target_sets(), jax.random.key(seed))[0] for seed in (1, 2))
     assert same == all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_the_unweighted_loss_without_noise():
 
 def test_batches_repeat_with_their_seed_and_are_not_those_of_training():
   def ids(seed, order=(0, 1, 2)):
-    seen, gradients = [], TaskGradients(_run(), _params(), _pieces(), 3, seed)
+    seen, gradients = [], TaskGradients(_run(), _params(), _slices(), 3, seed)
     gradients._functions['package'] = lambda params, batch, sets, key: (seen.append(batch['text_classification']['id']), None)
     for b in order:
       gradients('package', b)
@@ -134,13 +134,13 @@ def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
   c.tasks.other, c.tasks.pair.batch_size = c.tasks.pair.copy_and_resolve_references(), 8
   c.tasks = type(c.tasks)({name: c.tasks[name] for name in ('shape', 'other', 'pair')})
   run = train_run.build(c, _one_device())
-  pieces = param_subsets.choose(run.shapes.params, run.spec.model.spec.stack, PATTERN)
+  slices = param_subsets.select(run.shapes.params, run.spec.model.spec.stack, PATTERN)
   params, sets = run.init().params, run.target_sets()
   _, batch = next(run.mixture().iterate(0, 1))
   names = [t.name for t in run.plan.tasks]
   start, size = (4 // accum if names.index('other') < names.index('pair') else 0), 4 // accum
-  whole = jit(functools.partial(half_gradient, spec=run.spec, task='pair', pieces=pieces))
-  alone = jit(functools.partial(task_gradient, spec=quiet_spec(run.spec, 'pair', 2), pieces=pieces))
+  whole = jit(functools.partial(half_gradient, spec=run.spec, task='pair', slices=slices))
+  alone = jit(functools.partial(task_gradient, spec=quiet_spec(run.spec, 'pair', 2), slices=slices))
   results = []
   for half in (0, 1):
     first = start + half * size
@@ -217,16 +217,16 @@ def test_any_checkpoint_and_the_start_can_be_measured(runs):
   c = _config(interference_every=2, steps=5)
   found = {}
   for step, init in ((None, False), (5, False), (None, True)):
-    paths = run_interference.interference(c, runs['stopped'], step, init, PATTERN, None, 2, 0, _one_device())
+    paths = run_interference.measure_interference(c, runs['stopped'], step, init, PATTERN, None, 2, 0, _one_device())
     assert all(p.stat().st_size > 100 for p in paths)
     found[paths[0].name] = json.loads(paths[0].read_text())
   assert set(found) == {'interference.json', 'interference_step_5.json', 'interference_init.json'}
-  newest, named, fresh = (found[k]['parts'] for k in sorted(found, key=('interference.json', 'interference_step_5.json',
+  newest, named, fresh = (found[k]['subsets'] for k in sorted(found, key=('interference.json', 'interference_step_5.json',
                                                                        'interference_init.json').index))
   assert newest == named != fresh
   whole, part = newest
-  assert (whole['part'], part['part'], part['layer'], part['projection']) == ('all', 'layer 0 ffn_out', 0, 'ffn_out')
+  assert (whole['subset'], part['subset'], part['layer'], part['projection']) == ('all', 'layer 0 ffn_out', 0, 'ffn_out')
   assert whole['ratio_of_means'] == part['ratio_of_means']  # there is one part
   assert np.shape(whole['delta']['value']) == (2, 2)
   with pytest.raises(ValueError, match='has no checkpoint of step 4; it has those of 3, 5'):
-    run_interference.interference(c, runs['stopped'], 4, False, PATTERN, None, 2, 0, _one_device())
+    run_interference.measure_interference(c, runs['stopped'], 4, False, PATTERN, None, 2, 0, _one_device())

@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     run = train_run.build(load_config(workdir), jax.devices()[:1])
     predictor, params = train_run.predictor(run, checkpoints)
-  run_expert_usage.beside_evaluation(run, params, 3, workdir)
+  run_expert_usage.write_after_evaluation(run, params, 3, workdir)
   return workdir, suite.evaluate(run.plan, run.data, predictor, 3, workdir)
 
 
@@ -52,7 +52,7 @@ def test_what_was_evaluated_is_remembered_with_its_step(finished, tmp_path):
 def test_experts_hold_two_coefficients_per_layer_router_and_row(finished):
   experts = json.loads((finished[0] / 'experts.json').read_text())
   assert experts['checkpoint'] == 'step 3' and (finished[0] / 'experts.png').exists()
-  assert experts['rows'] == ['caption', 'retrieval', 'classification', 'mlm', 'names', 'words']
+  assert experts['conditions'] == ['caption', 'retrieval', 'classification', 'mlm', 'names', 'words']
   table = experts['coefficients']
   assert (len(table), len(table[0]), len(table[0][0]), len(table[0][0][0])) == (2, 2, 6, 4)
   for row in (r for layer in table for router in layer for r in router):

@@ -11,12 +11,12 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize('script, arguments, said', [
-    ('interference', ('--init', '--step=3'), 'error: --init and --step name two sets of parameters; give one.'),
-    ('interference', ('--layers=3,last',), "error: --layers=3,last: 'last' is no index; write --layers=3,7,11."),
-    ('interference', ('--batches=1',), 'flag --batches=1'),
-    ('interference', ('--init',), 'holds no run (config.json is missing)'),
-    ('experts', ('--init', '--step=3'), 'error: --init and --step name two sets of parameters; give one.'),
-    ('experts', ('--batches=0',), 'flag --batches=0'),
+    ('interference', ('--at_init', '--step=3'), 'error: --at_init and --step name two sets of parameters; give one.'),
+    ('interference', ('--layers=3,last',), "error: --layers=3,last: 'last' is not an index; write --layers=3,7,11."),
+    ('interference', ('--num_batches=1',), 'flag --num_batches=1'),
+    ('interference', ('--at_init',), 'holds no run (config.json is missing)'),
+    ('experts', ('--at_init', '--step=3'), 'error: --at_init and --step name two sets of parameters; give one.'),
+    ('experts', ('--num_batches=0',), 'flag --num_batches=0'),
     ('experts', (), 'holds no run (config.json is missing)'),
 ])
 def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, script, arguments, said):

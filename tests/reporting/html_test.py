@@ -35,9 +35,10 @@ def _write_all(workdir):
       'classification': [],
       'clips': [{'frames': [_DOT] * 8, 'reference': 'turn', 'prediction': 'move'}]}))
   (workdir / 'experts.json').write_text(json.dumps({
-      'rows': ['image 10011000', 'words 11010110'], 'layers': [0, 2],
-      'routers': ['attention', 'mlp'],
-      'coefficients': [[[[.25, .75, 0], [0, .5, .5]]] * 2] * 2}))
+      'checkpoint': 'step 5', 'conditions': ['image 10011000', 'words 11010110'], 'layers': [0, 2],
+      'sublayers': ['attention', 'mlp'], 'num_experts': 3, 'tasks': {'caption': {'visual': 0, 'words': 1}},
+      'coefficients': [[[[.25, .75, 0], [0, .5, .5]]] * 2] * 2, 'effective_experts': [[[1.75, 2]] * 2] * 2,
+      'task_overlap': [[[[1]]] * 2] * 2, 'mean_task_overlap': [[1]]}))
   (workdir / 'run.json').write_text(json.dumps({
       'config': {'model': {'width': 128}, 'tasks': {}},
       'parameters': {'total': 3214592, 'active': 1450240}, 'rows': ['image 10011000'],

@@ -1,4 +1,4 @@
-"""A regime is config alone: a run starts from another's parameters and tunes what its rules leave free."""
+"""A fine-tuning recipe is config alone: a run starts from another's parameters and tunes what its rules leave free."""
 
 import contextlib
 import io

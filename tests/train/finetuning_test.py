@@ -27,10 +27,10 @@ def _run(tmp_path_factory):
 ALL = (finetuning.finetune, finetuning.prompt_tune, finetuning.zero_shot)
 
 
-@pytest.mark.parametrize('regime', ALL)
+@pytest.mark.parametrize('recipe', ALL)
 @pytest.mark.parametrize('task', ['digits', 'video_caption', 'video_name', 'shape', 'caption'])
-def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, regime, task):
-  c, old = regime(f'{run},{task}'), workdir.load_config(run)
+def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, recipe, task):
+  c, old = recipe(f'{run},{task}'), workdir.load_config(run)
   for section in ('moe', 'tokenizer', 'data', 'task_types'):
     assert c[section].to_dict() == old[section].to_dict()
   added = ('num_deep_prompts', 'prompt_sharing', 'spe_bias', 'extra_temperature_groups')
@@ -39,7 +39,7 @@ def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, regime, task
   if task != 'caption':  # the run does not evaluate it
     plan = make_plan(c)
     assert {e.task.name for e in plan.evaluations} == {task}
-    assert [t.name for t in plan.tasks] == ([] if regime is finetuning.zero_shot else [task])
+    assert [t.name for t in plan.tasks] == ([] if recipe is finetuning.zero_shot else [task])
 
 
 def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run):
@@ -53,7 +53,7 @@ def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run)
 @pytest.mark.parametrize('task, group', [
     ('digits', 'pictures'), ('video_caption', 'image_caption'), ('video_name', 'image_retrieval'), ('shape', 'pictures')])
 def test_the_scale_is_that_of_the_kind_or_of_one_that_reads_and_answers_alike(run, task, group):
-  assert all(regime(f'{run},{task}').tasks[task].temperature == group for regime in ALL)
+  assert all(recipe(f'{run},{task}').tasks[task].temperature == group for recipe in ALL)
 
 
 def test_the_kind_itself_comes_before_one_that_is_alike(tmp_path):
@@ -65,12 +65,12 @@ def test_the_kind_itself_comes_before_one_that_is_alike(tmp_path):
   assert finetuning.finetune(f'{tmp_path}/clips,digits').tasks.digits.temperature == 'video_classification'
 
 
-@pytest.mark.parametrize('regime, argument, amount', [
+@pytest.mark.parametrize('recipe, argument, amount', [
     (finetuning.finetune, 'digits', (0, 1.0)), (finetuning.finetune, 'digits,few', (10, 1.0)),
     (finetuning.prompt_tune, 'digits', (10, 1.0)), (finetuning.prompt_tune, 'digits,all', (0, 1.0)),
     (finetuning.prompt_tune, 'video_name', (0, 0.01)), (finetuning.finetune, 'video_caption,few', (0, 0.01))])
-def test_few_is_ten_of_every_class_or_one_in_a_hundred(run, regime, argument, amount):
-  task = regime(f'{run},{argument}').tasks[argument.split(',')[0]]
+def test_few_is_ten_of_every_class_or_one_in_a_hundred(run, recipe, argument, amount):
+  task = recipe(f'{run},{argument}').tasks[argument.split(',')[0]]
   assert (task.shots, task.train_fraction) == amount
 
 

@@ -1,11 +1,12 @@
-"""Which experts are used by what: as coefficients that sum to 1 over experts, per layer, router and row.
+"""Expert usage: coefficients that sum to 1 over experts, per layer, router and condition.
 
-A row is what has coefficients of its own. For routers that merge it is a condition row, whose coefficients follow from the
-parameters. For routers that look at tokens it is a kind of token of one task (its picture, its words, its queries), or a
-target set, and its coefficients are the mean of its tokens' gates. A task uses some rows (`spans`), and what it takes of an
-expert is the mean of what they take: every one counts the same, however many tokens it has, so that routers compare.
+A condition is what has coefficients of its own. For routers that merge experts it is a distinct router input; its
+coefficients follow from the parameters. For routers by token it is a group of tokens of one task (its image, its words, its
+queries) or a target set; its coefficients are the mean gates of its tokens. A task has several conditions (`token_spans`) and
+uses an expert as much as they do on average. Every condition has the same weight, however many tokens it has, so that routers
+can be compared.
 
-Axis letters here: L layers with experts, R routers (attention, FFN), A rows, T tasks, E experts.
+Axis letters: L layers with experts, R routers of a layer (attention, mlp), A conditions, T tasks, E experts.
 """
 
 import dataclasses
@@ -23,215 +24,222 @@ from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition
 
-INPUT, PAIR, SET = 'input', 'pair', 'set'  # what a sequence of a step is, as the step names it
+INPUT, PAIR, SET = 'input', 'pair', 'set'  # roles of the sequences of a step, as the step names them
 PAIRED_TEXT = 'paired text'
 _HALVES = ('words', 'queries')
+
+Conditions = dict[str, dict[str, int]]  # task → span → index of its condition
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """Tokens of a task that are looked at together.
+  """Tokens of a task that have one condition.
 
   Attributes:
     name: 'visual', 'text', 'words', 'queries', `PAIRED_TEXT`, or 'set' and the name of the target set.
-    side: INPUT, PAIR or SET.
+    role: INPUT, PAIR or SET.
     array: index in the sequence.
-    half: of a two-stream array: 0 its words, 1 its queries; None: all of an array.
+    half: of a two-stream array: 0 its words, 1 its queries; None: the full array.
     condition: of the array.
   """
   name: str
-  side: str
+  role: str
   array: int
   half: int | None
   condition: Condition
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-  """Tokens of one array of one encoded sequence that count for a row.
+class TokenSlice:
+  """Tokens of one array of one encoded sequence that count for a condition.
 
   Attributes:
-    row: index among A.
-    stream, array: which sequence, which of its arrays. half: as in `Span`.
-    examples: (first, last + 1) of a shard's examples; None: all of them.
+    condition: index among A.
+    sequence, array: which sequence, and which of its arrays.
+    half: as in `Span`.
+    examples: (first, last + 1) of the examples in a shard; None: all of them.
   """
-  row: int
-  stream: int
+  condition: int
+  sequence: int
   array: int
   half: int | None = None
   examples: tuple[int, int] | None = None
 
 
 @flax.struct.dataclass
-class Sums:
-  """Over the unpadded tokens of every row.
+class GateSums:
+  """Sums over the unpadded tokens of every condition.
 
   Attributes:
-    tokens: f32 [A], how many. gates: f32 [L, R, A, E]. entropy: f32 [L, R, A], of each token's own gates, in nats.
+    tokens: f32 [A], their number.
+    gates: f32 [L, R, A, E].
+    entropy: f32 [L, R, A], of the gates of each token, in nats.
   """
   tokens: jax.Array
   gates: jax.Array
   entropy: jax.Array
 
 
-def spans(task: TaskSpec, sets: Mapping[str, SetSpec]) -> tuple[Span, ...]:
-  """What a task's tokens are: each array of its input, words and queries apart, then its targets."""
-  found = []
+def token_spans(task: TaskSpec, sets: Mapping[str, SetSpec]) -> tuple[Span, ...]:
+  """The spans of a task: each array of its input, words and queries separately, then its targets."""
+  spans = []
   for i, (segment, condition) in enumerate(zip(task.type.inputs, task.type.conditions, strict=True)):
     if segment.mask == 'two_stream':
-      found += [Span(name, INPUT, i, half, condition) for half, name in enumerate(_HALVES)]
+      spans += [Span(name, INPUT, i, half, condition) for half, name in enumerate(_HALVES)]
     else:
-      found.append(Span(segment.modality, INPUT, i, None, condition))
+      spans.append(Span(segment.modality, INPUT, i, None, condition))
   if task.type.target == 'pair':
-    return (*found, Span(PAIRED_TEXT, PAIR, 0, None, task.type.pair_condition))
-  return (*found, Span(f'set {task.target_set}', SET, 0, None, sets[task.target_set].condition))
+    return (*spans, Span(PAIRED_TEXT, PAIR, 0, None, task.type.pair_condition))
+  return (*spans, Span(f'set {task.target_set}', SET, 0, None, sets[task.target_set].condition))
 
 
-def by_token(spec: ModelSpec) -> bool:
-  """Whether use can only be measured on batches; else it follows from the parameters."""
-  return routers.routes_tokens(spec.router)
-
-
-def layers(spec: ModelSpec) -> tuple[int, ...]:
+def expert_layers(spec: ModelSpec) -> tuple[int, ...]:
   """Indices of the layers that have experts."""
-  return tuple(i for i, parts in enumerate(spec.pattern) if parts)
+  return tuple(i for i, sublayers in enumerate(spec.pattern) if sublayers)
 
 
-def rows_of_conditions(
-    spec: ModelSpec, conditions: Sequence[Condition], tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec]) -> tuple[
-        tuple[routers.RouterInput, ...], dict[str, dict[str, int]]]:
-  """(rows of a router that merges, {task: {span: its row}}).
-
-  Args:
-    conditions: whose rows are wanted, those of the tasks among them.
-  """
-  rows = routers.distinct_inputs(spec.router, tuple(conditions))
-  place = lambda condition: rows.index(routers.router_input(spec.router, condition))
-  return rows, {t.name: {s.name: place(s.condition) for s in spans(t, sets)} for t in tasks}
-
-
-def rows_of_tokens(
-    tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec]) -> tuple[tuple[str, ...], dict[str, dict[str, int]]]:
-  """(names of rows, {task: {span: its row}}) for routers that look at tokens; tasks of one target set share its row."""
-  keys = {t.name: {s.name: (s.name,) if s.side == SET else (t.name, s.name) for s in spans(t, sets)} for t in tasks}
-  rows = tuple(dict.fromkeys(key for found in keys.values() for key in found.values()))
-  places = {task: {span: rows.index(key) for span, key in found.items()} for task, found in keys.items()}
-  return tuple(' '.join(key) for key in rows), places
-
-
-def pieces(
-    tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec], of_task: Mapping[str, Mapping[str, int]],
-    sequences: Sequence[tuple[str, str]], place: Callable[[TaskSpec], tuple[int, int]]) -> tuple[Piece, ...]:
-  """The tokens of every row of `rows_of_tokens`, each once.
+def merging_conditions(
+    spec: ModelSpec, conditions: Sequence[Condition], tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec]
+) -> tuple[tuple[routers.RouterInput, ...], Conditions]:
+  """(the distinct inputs of a router that merges, which of them each span of a task has).
 
   Args:
-    of_task: {task: {span: its row}}.
-    sequences: what a step encodes: (INPUT | PAIR, group) or (SET, name); a set may be several.
-    place: a task → (first, last + 1) of its examples in its group, in every shard.
+    spec: of the model.
+    conditions: attributes that are routed, those of the tasks among them.
+    tasks, sets: of the plan.
   """
-  found = []
+  inputs = routers.distinct_inputs(spec.router, tuple(conditions))
+  index = lambda condition: inputs.index(routers.router_input(spec.router, condition))
+  return inputs, {t.name: {s.name: index(s.condition) for s in token_spans(t, sets)} for t in tasks}
+
+
+def token_conditions(tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec]) -> tuple[tuple[str, ...], Conditions]:
+  """(names of conditions, which of them each span of a task has) for routers by token; tasks share that of a target set."""
+  keys = {t.name: {s.name: (s.name,) if s.role == SET else (t.name, s.name) for s in token_spans(t, sets)} for t in tasks}
+  distinct = tuple(dict.fromkeys(key for by_span in keys.values() for key in by_span.values()))
+  by_task = {task: {span: distinct.index(key) for span, key in by_span.items()} for task, by_span in keys.items()}
+  return tuple(' '.join(key) for key in distinct), by_task
+
+
+def token_slices(
+    tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec], conditions: Mapping[str, Mapping[str, int]],
+    sequences: Sequence[tuple[str, str]], bounds: Callable[[TaskSpec], tuple[int, int]]) -> tuple[TokenSlice, ...]:
+  """The tokens of every condition of `token_conditions`, each once.
+
+  Args:
+    tasks, sets: of the plan.
+    conditions: index of the condition by task and span.
+    sequences: that a step encodes: (INPUT | PAIR, group) or (SET, name); a set may have several.
+    bounds: task → (first, last + 1) of its examples in its group, in every shard.
+  """
+  slices = []
   for t in tasks:
-    for s in spans(t, sets):
-      key, examples = ((SET, t.target_set), None) if s.side == SET else ((s.side, t.group), place(t))
-      row = of_task[t.name][s.name]
-      found += [Piece(row, i, s.array, s.half, examples) for i, name in enumerate(sequences) if name == key]
-  return tuple(dict.fromkeys(found))
+    for s in token_spans(t, sets):
+      key, examples = ((SET, t.target_set), None) if s.role == SET else ((s.role, t.group), bounds(t))
+      condition = conditions[t.name][s.name]
+      slices += [TokenSlice(condition, i, s.array, s.half, examples) for i, name in enumerate(sequences) if name == key]
+  return tuple(dict.fromkeys(slices))
 
 
-def coefficients(spec: ModelSpec, params: Any, rows: Sequence[routers.RouterInput]) -> np.ndarray:
+def coefficients(spec: ModelSpec, params: Any, inputs: Sequence[routers.RouterInput]) -> np.ndarray:
   """f32 [L, R, A, E] of routers that merge, without noise."""
-  found = router_outputs.coefficients(spec, params, tuple(rows))
-  return np.array([list(parts.values()) for parts in found.values()], np.float32)
+  by_layer = router_outputs.coefficients(spec, params, tuple(inputs))
+  return np.array([list(by_sublayer.values()) for by_sublayer in by_layer.values()], np.float32)
 
 
-def gate_sums(spec: ModelSpec, collected: Any, pieces: Sequence[Piece], rows: int, shards: int) -> Sums:
-  """Adds up the gates of routers that look at tokens.
+def gate_sums(
+    spec: ModelSpec, collected: Any, slices: Sequence[TokenSlice], num_conditions: int, shards: int) -> GateSums:
+  """Sums the gates of routers by token.
 
   Args:
+    spec: of the model.
     collected: see `Encoder`, with taps and all rows.
-    pieces: may be several for a row. rows: A.
-    shards: into how many parts batches are laid out.
+    slices: one or more for each condition.
+    num_conditions: A.
+    shards: of the batch.
   """
-  streams = collected['sequences']
+  sequences = collected['sequences']
 
-  def tokens(x, piece):
-    """The piece's part of [B, S, …]."""
-    if piece.examples is not None:
-      x = batching.task_rows(x, *piece.examples, shards)
-    if piece.half is not None:
+  def select(x, s):
+    """The tokens of a slice in [B, S, …]."""
+    if s.examples is not None:
+      x = batching.task_rows(x, *s.examples, shards)
+    if s.half is not None:
       n = x.shape[1] // 2
-      x = x[:, piece.half * n:(piece.half + 1) * n]
+      x = x[:, s.half * n:(s.half + 1) * n]
     return x
 
-  def weight(piece):
-    stream = streams[piece.stream]
-    valid = stream.valid[piece.array]
-    whole = jnp.ones(stream.arrays[piece.array].shape[:2]) if valid is None else valid.astype(jnp.float32)
-    return tokens(whole, piece)
+  def weight(s):
+    sequence = sequences[s.sequence]
+    valid = sequence.valid[s.array]
+    return select(jnp.ones(sequence.arrays[s.array].shape[:2]) if valid is None else valid.astype(jnp.float32), s)
 
-  def of_router(choices):
-    """(gates [A, E], entropy [A]) of one router; choices: (gates, experts) [B, S, K] per piece."""
-    gates, entropy = jnp.zeros((rows, spec.num_experts)), jnp.zeros((rows,))
-    for piece, choice in zip(pieces, choices, strict=True):
-      kept, expert = (tokens(x, piece) for x in choice)
-      w = weight(piece)
+  def router_sums(routings):
+    """(gates [A, E], entropy [A]) of one router; routings: (gates, experts) [B, S, K] per slice."""
+    gates, entropy = jnp.zeros((num_conditions, spec.num_experts)), jnp.zeros((num_conditions,))
+    for s, routing in zip(slices, routings, strict=True):
+      kept, expert = (select(x, s) for x in routing)
+      w = weight(s)
       one_hot = jax.nn.one_hot(expert, spec.num_experts)
-      gates = gates.at[piece.row].add(jnp.einsum('bs,bsk,bske->e', w, kept, one_hot))
-      entropy = entropy.at[piece.row].add((w * routers.entropy(kept)).sum())
+      gates = gates.at[s.condition].add(jnp.einsum('bs,bsk,bske->e', w, kept, one_hot))
+      entropy = entropy.at[s.condition].add((w * routers.entropy(kept)).sum())
     return gates, entropy
 
-  found = {}  # (subtree, block, part) → sums with an axis of periods: a program of few parts, however many layers there are
+  sums = {}  # (subtree, block, sublayer) → sums with an axis of periods: the program does not grow with the layers
   for subtree in ('blocks', 'tail'):
     for j, out in enumerate(collected[subtree]):
-      for part in out['router_stats']:
-        choices = [out['token_routing'][piece.stream][part][piece.array] for piece in pieces]
-        choices = [(c.gates, c.expert) for c in choices]
+      for sublayer in out['router_stats']:
+        routings = [out['token_routing'][s.sequence][sublayer][s.array] for s in slices]
+        routings = [(r.gates, r.expert) for r in routings]
         if subtree == 'tail':
-          choices = jax.tree.map(lambda x: x[None], choices)
-        found[subtree, f'block{j}', part] = jax.lax.map(of_router, choices)
+          routings = jax.tree.map(lambda x: x[None], routings)
+        sums[subtree, f'block{j}', sublayer] = jax.lax.map(router_sums, routings)
 
-  def at(layer, part, which):
+  def layer_sums(layer, sublayer, i):
     subtree, period, block = spec.stack.locate(layer)
-    return found[subtree, block, part][which][period or 0]
+    return sums[subtree, block, sublayer][i][period or 0]
 
-  gates, entropy = (jnp.stack([jnp.stack([at(layer, part, i) for part in spec.sublayers]) for layer in layers(spec)])
-                    for i in (0, 1))
-  count = jnp.zeros((rows,))
-  for piece in pieces:
-    count = count.at[piece.row].add(weight(piece).sum())
-  return Sums(count, gates, entropy)
-
-
-def of_tasks(shares: np.ndarray, tasks: Sequence[Sequence[int]]) -> np.ndarray:
-  """[L, R, A, E] → [L, R, T, E]: the mean over each task's rows; a row that is named twice counts twice."""
-  return np.stack([shares[:, :, list(rows)].mean(2) for rows in tasks], axis=2)
+  gates, entropy = (jnp.stack([jnp.stack([layer_sums(layer, sublayer, i) for sublayer in spec.sublayers])
+                               for layer in expert_layers(spec)]) for i in (0, 1))
+  tokens = jnp.zeros((num_conditions,))
+  for s in slices:
+    tokens = tokens.at[s.condition].add(weight(s).sum())
+  return GateSums(tokens, gates, entropy)
 
 
-def record(
-    facts: Mapping[str, Any], spec: ModelSpec, rows: Sequence[str], tasks: Mapping[str, Mapping[str, int]],
+def task_shares(shares: np.ndarray, tasks: Sequence[Sequence[int]]) -> np.ndarray:
+  """[L, R, A, E] → [L, R, T, E]: the mean over each task's conditions; one that is listed twice counts twice."""
+  return np.stack([shares[:, :, list(conditions)].mean(2) for conditions in tasks], axis=2)
+
+
+def to_json(
+    facts: Mapping[str, Any], spec: ModelSpec, conditions: Sequence[str], tasks: Mapping[str, Mapping[str, int]],
     shares: np.ndarray, tokens: np.ndarray | None = None, gate_entropy: np.ndarray | None = None) -> dict[str, Any]:
-  """What experts.json holds.
+  """Content of experts.json.
 
   Args:
-    facts: about the measurement, kept as they are.
-    rows: A names. tasks: {task: {span: its row}}.
+    facts: about the measurement, copied.
+    spec: of the model.
+    conditions: A names.
+    tasks: index of the condition by task and span.
     shares: [L, R, A, E], summing to 1 over experts.
-    tokens: [A], how many were looked at. gate_entropy: [L, R, A], mean over a row's tokens, in nats. None where a row is one
-      decision.
+    tokens: [A], their number; None if a condition is one decision.
+    gate_entropy: [L, R, A], mean over the tokens of a condition, in nats; None if a condition is one decision.
 
   Returns:
-    {**facts, 'router', 'experts' (E), 'top_k', 'layers' (indices), 'routers' (names), 'rows', 'tokens', 'tasks',
-    'coefficients' [L, R, A, E], 'gate_entropy' [L, R, A] (nats, at most ln K), 'entropy' [L, R, A] (of the coefficients,
-    nats, at most ln E), 'effective_experts' [L, R, A] (its exponential), 'task_overlap' [L, R, T, T] in the order of 'tasks',
-    'mean_task_overlap' [T, T] (over layers and routers)}.
+    {**facts, 'router', 'num_experts' (E), 'top_k', 'layers' (indices), 'sublayers' (names of the R routers), 'conditions',
+    'tokens', 'tasks', 'coefficients' [L, R, A, E], 'router_entropy' [L, R, A] (of single decisions, nats, at most ln K),
+    'entropy' [L, R, A] (of the coefficients, nats, at most ln E), 'effective_experts' [L, R, A] (its exponential),
+    'task_overlap' [L, R, T, T] in the order of 'tasks', 'mean_task_overlap' [T, T] (over layers and routers)}.
   """
   entropy = np.asarray(routers.entropy(shares))
-  gate_entropy = entropy if gate_entropy is None else gate_entropy
-  between = np.asarray(routers.overlap(of_tasks(shares, [tuple(found.values()) for found in tasks.values()])))
+  overlap = np.asarray(routers.overlap(task_shares(shares, [tuple(by_span.values()) for by_span in tasks.values()])))
   plain = lambda x: np.round(np.asarray(x, np.float64), 6).tolist()
   return {
-      **facts, 'router': spec.router, 'experts': spec.num_experts, 'top_k': spec.top_k, 'layers': list(layers(spec)),
-      'routers': list(spec.sublayers), 'rows': list(rows), 'tokens': None if tokens is None else [int(n) for n in tokens],
-      'tasks': {task: dict(found) for task, found in tasks.items()}, 'coefficients': plain(shares),
-      'gate_entropy': plain(gate_entropy), 'entropy': plain(entropy), 'effective_experts': plain(routers.effective_experts(shares)),
-      'task_overlap': plain(between), 'mean_task_overlap': plain(between.mean((0, 1)))}
+      **facts, 'router': spec.router, 'num_experts': spec.num_experts, 'top_k': spec.top_k,
+      'layers': list(expert_layers(spec)), 'sublayers': list(spec.sublayers), 'conditions': list(conditions),
+      'tokens': None if tokens is None else [int(n) for n in tokens],
+      'tasks': {task: dict(by_span) for task, by_span in tasks.items()}, 'coefficients': plain(shares),
+      'router_entropy': plain(entropy if gate_entropy is None else gate_entropy), 'entropy': plain(entropy),
+      'effective_experts': plain(routers.effective_experts(shares)), 'task_overlap': plain(overlap),
+      'mean_task_overlap': plain(overlap.mean((0, 1)))}

@@ -1,18 +1,18 @@
 """Task interference: how much a step on task j changes the loss of task i, by gradient direction.
 
-With ĝ = g/‖g‖ over a set of parameters and N independent batches a, b per task (Zhu et al., Uni-Perceiver-MoE, the section on
-task interference; theirs averages ratios, see `Estimate`):
+With ĝ = g/‖g‖ over a set of parameters, and N independent batches a and b per task (Zhu et al., Uni-Perceiver-MoE, section
+on task interference; their average of ratios is `Estimate.mean_of_ratios`):
 
   Δ_{j→i}(a) = g_i^a · mean_b ĝ_j^b,   I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a).
 
-Δ is what a short step against task j's mean direction takes from the loss of task i, per unit of step size; I compares it
-with what a step on task i itself takes. I < 0: steps on j hurt i. Where i and j share their batches, i = j above all, the
-mean is without b = a: a gradient agrees with itself however noisy it is.
+Δ is the decrease of the loss of task i by a short step along task j's mean direction, per unit of step size; I compares it
+with the decrease by a step on task i itself. I < 0: steps on j hurt i. For i = j the mean leaves out b = a, because a
+gradient agrees with itself however noisy it is.
 
-Gradients are streamed in two passes: the first adds up gradients and unit gradients, the second multiplies each gradient with
-the sums. In memory are a few sums per task of the size of the parameters that are asked about, whatever N is.
+Gradients are streamed in two passes: the first sums gradients and unit gradients, the second multiplies each gradient with
+the sums. Memory holds a few sums per task of the size of the selected parameters, whatever N is.
 
-Axis letters here: P parts, T tasks, N batches, R resamples.
+Axis letters: P subsets of the parameters, T tasks, N batches, R resamples.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ import optax
 from uni_moe_jax.analysis import interference_file
 from uni_moe_jax.utils.errors import UsageError
 
-WHOLE = 'all'  # the part that holds every parameter that was asked about
+ALL = 'all'  # the subset of all selected parameters
 CONFIDENCE = 0.95
-_AT_ONCE = 200  # resamples in memory
+_CHUNK = 200  # resamples in memory
 
-Parts = dict[str, Any]  # part → tree of gradients
+Gradient = dict[str, Any]  # subset → tree of arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-  """Inner products over one part of the parameters, for every pair of a harmed task i and a stepped task j.
+  """Inner products over one subset, for every pair of an affected task i and a task j of the step.
 
   Attributes:
     rows: f32 [T, T, N], rows[i, j, a] = Δ_{j→i}(a).
-    columns: f32 [T, T, N], columns[i, j, b] = mean_a g_i^a · ĝ_j^b (without a = b where i and j share their batches): what
-      the b-th direction of j takes from i. Over the last axis it has the mean of `rows`.
+    columns: f32 [T, T, N], columns[i, j, b] = mean_a g_i^a · ĝ_j^b (for i = j without a = b): the decrease of the loss of i
+      along the b-th direction of j. Its mean over the last axis is that of `rows`.
   """
   rows: jax.Array
   columns: jax.Array
@@ -58,105 +58,94 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """What was measured for one part: [T, T] (harmed, stepped), and two scalars.
+  """Measurements over one subset: three [T, T] matrices (affected task, task of the step) and two scalars.
 
   Attributes:
-    delta: mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row says nothing.
+    delta: mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row has no meaning.
     ratio_of_means: I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a).
-    mean_of_ratios: mean_a [Δ_{j→i}(a) / Δ_{i→i}(a)], as the published notebook has it; a batch whose own Δ is near 0 rules it.
-    between: mean of ratio_of_means over pairs of different tasks, in the rows that have a base; NaN of none.
-    negative: share of these pairs that is below 0. Resampling makes pairs near 0 change sides, so that its interval is wide.
+    mean_of_ratios: mean_a [Δ_{j→i}(a) / Δ_{i→i}(a)], as in the published notebook; a batch whose own Δ is near 0 dominates.
+    mean_of_pairs: mean of ratio_of_means over pairs of different tasks, in the rows that have a base; NaN without pairs.
+    negative_share: share of these pairs below 0. Its interval is wide, because resampling moves pairs near 0 across it.
   """
   delta: Interval
   ratio_of_means: Interval
   mean_of_ratios: Interval
-  between: Interval
-  negative: Interval
+  mean_of_pairs: Interval
+  negative_share: Interval
 
 
-def products(
-    gradient: Callable[[str, int], Parts], tasks: Sequence[str], batches: int, streams: Sequence[str] = ()
-) -> dict[str, Products]:
+def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num_batches: int) -> dict[str, Products]:
   """Measures every pair of tasks.
 
   Args:
-    gradient: (task, batch) → gradient of the task's loss on its batch 0…N-1, in parts. It is asked twice for each, in the
-      order of the batches, and must answer the same.
+    gradient: (task, batch) → gradient of the task's loss on its batch 0…N-1, by subset. It is called twice for each, in the
+      order of the batches, and must return the same both times.
     tasks: T names.
-    batches: N, at least 2.
-    streams: per task, a name of where its batches come from: tasks of one stream share their batches. By default each task
-      has its own.
+    num_batches: N, at least 2.
 
   Returns:
-    {part: Products}, `WHOLE` first. They stay on the device: nothing here waits for them.
+    {subset: Products}, `ALL` first. They stay on the device, and nothing here waits for them.
 
   Raises:
     UsageError: too few batches.
   """
-  if batches < 2:
-    raise UsageError(f'batches={batches} must be at least 2: a task is compared with itself on another batch.')
-  streams = list(streams or tasks)
+  if num_batches < 2:
+    raise UsageError(f'num_batches={num_batches} must be at least 2: a task is compared with itself on another batch.')
   units, sums = [], []  # per task: Σ_b ĝ^b, Σ_a g^a
   for task in tasks:
     g = gradient(task, 0)
-    total = _units(g), jax.tree.map(jnp.copy, g)  # a copy: what is added to is donated
-    for b in range(1, batches):
+    total = _units(g), jax.tree.map(jnp.copy, g)  # a copy: `_add` donates its first arguments
+    for b in range(1, num_batches):
       total = _add(*total, gradient(task, b))
     units.append(total[0])
     sums.append(total[1])
 
-  rows = [[None] * batches for _ in tasks]
-  columns = [[None] * batches for _ in tasks]
-  for stream in dict.fromkeys(streams):
-    members = [k for k, s in enumerate(streams) if s == stream]
-    for b in range(batches):
-      here = {k: gradient(tasks[k], b) for k in members}
-      for k, g in here.items():
-        row, column = _against(g, units, sums)
-        count = np.full((1, len(tasks)), batches, np.float32)
-        for m, other in here.items():  # leave out the product of two gradients of one batch
-          own_row, own_column = _pair(g, other)
-          row, column = row.at[:, m].add(-own_row), column.at[:, m].add(-own_column)
-          count[0, m] -= 1
-        rows[k][b], columns[k][b] = row / count, column / count
-  rows, columns = (jnp.array([jnp.stack(of_task, -1) for of_task in x]) for x in (rows, columns))  # [T, P, T, N]
-  # The batch is that of the first axis: of the harmed task among the rows, of the stepped one among the columns.
-  return {part: Products(rows[:, p], columns[:, p].swapaxes(0, 1)) for p, part in enumerate((WHOLE, *sorted(sums[0])))}
+  rows, columns = [], []
+  for k, task in enumerate(tasks):
+    count = np.full((1, len(tasks)), num_batches, np.float32)
+    count[0, k] -= 1
+    by_batch = []
+    for b in range(num_batches):
+      g = gradient(task, b)
+      row, column = _multiply(g, units, sums)
+      own = _norms(g)  # the product of a batch with itself is left out
+      by_batch.append((row.at[:, k].add(-own) / count, column.at[:, k].add(-own) / count))
+    for of_tasks, of_batches in zip((rows, columns), zip(*by_batch, strict=True), strict=True):
+      of_tasks.append(jnp.stack(of_batches, -1))
+  rows, columns = jnp.array(rows), jnp.array(columns)  # [T, P, T, N]
+  # The batch axis belongs to the first task axis: the affected task in `rows`, the task of the step in `columns`.
+  return {subset: Products(rows[:, p], columns[:, p].swapaxes(0, 1)) for p, subset in enumerate((ALL, *sorted(sums[0])))}
 
 
-def estimate(measured: Products, streams: Sequence[str], resamples: int = 2000, seed: int = 0) -> Estimate:
+def estimate(measured: Products, num_resamples: int = 2000, seed: int = 0) -> Estimate:
   """Both ratios with percentile intervals from resampling batches.
 
-  The batches of every stream are drawn anew with replacement, for what they do as harmed and as stepped ones. A resampled
-  mean direction would need all T·N gradients at once; its effect on Δ_{j→i}(a) is taken as its effect on the mean over a,
-  which `columns` holds: exact for ratio_of_means but for products of both resamplings, which are of order 1/N.
+  The batches of every task are resampled with replacement, both as affected and as step batches. A resampled mean direction
+  would need all T·N gradients at once. Its effect on Δ_{j→i}(a) is taken as its effect on the mean over a, which `columns`
+  has: exact for ratio_of_means, except for products of both resamplings, which are of order 1/N.
 
   Args:
-    measured: of one part.
-    streams: as `products` got them; the task names where each task has its own batches.
-    resamples: R.
+    measured: of one subset.
+    num_resamples: R.
     seed: of the resampling.
   """
   rows, columns = np.asarray(measured.rows, np.float64), np.asarray(measured.columns, np.float64)
-  N = rows.shape[-1]
-  names = list(dict.fromkeys(streams))
-  place = [names.index(s) for s in streams]
+  T, _, N = rows.shape
   rng = np.random.default_rng(seed)
-  value = _ratios(rows, columns, np.ones((1, len(place), N)))  # each [1, T, T]
-  drawn = []
-  for start in range(0, resamples, _AT_ONCE):
-    counts = rng.multinomial(N, np.full(N, 1 / N), (min(_AT_ONCE, resamples - start), len(names)))
-    drawn.append(_ratios(rows, columns, counts[:, place].astype(np.float64)))
-  drawn = [np.concatenate(draws) for draws in zip(*drawn)]  # each [R, T, T]
-  delta, ratio, mean = (_interval(middle, draws) for middle, draws in zip(value, drawn))
-  sure = interference_file.has_base({'delta': vars(delta)})
-  pairs = np.array(sure)[:, None] & ~np.eye(len(place), dtype=bool)
+  value = _ratios(rows, columns, np.ones((1, T, N)))  # each [1, T, T]
+  chunks = []
+  for start in range(0, num_resamples, _CHUNK):
+    counts = rng.multinomial(N, np.full(N, 1 / N), (min(_CHUNK, num_resamples - start), T))
+    chunks.append(_ratios(rows, columns, counts.astype(np.float64)))
+  draws = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]  # each [R, T, T]
+  delta, ratio, mean = (_interval(v, d) for v, d in zip(value, draws, strict=True))
+  pairs = np.array(interference_file.has_base({'delta': vars(delta)}))[:, None] & ~np.eye(T, dtype=bool)
   if not pairs.any():
-    nothing = Interval(*[np.array(np.nan)] * 3)
-    return Estimate(delta, ratio, mean, nothing, nothing)
-  middle, draws = value[1][:, pairs], drawn[1][:, pairs]  # [·, pairs]
-  return Estimate(delta, ratio, mean, _interval(middle.mean(-1), draws.mean(-1)),
-                  _interval((middle < 0).mean(-1), (draws < 0).mean(-1)))
+    unknown = Interval(*[np.array(np.nan)] * 3)
+    return Estimate(delta, ratio, mean, unknown, unknown)
+  value, draws = value[1][:, pairs], draws[1][:, pairs]  # [·, pairs]
+  return Estimate(delta, ratio, mean, _interval(value.mean(-1), draws.mean(-1)),
+                  _interval((value < 0).mean(-1), (draws < 0).mean(-1)))
 
 
 def _interval(value: np.ndarray, draws: np.ndarray) -> Interval:
@@ -166,48 +155,49 @@ def _interval(value: np.ndarray, draws: np.ndarray) -> Interval:
 
 
 def _ratios(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-  """(delta, ratio of means, mean of ratios) [R, T, T], each batch of each task counted `weights` [R, T, N] times."""
+  """(delta, ratio of means, mean of ratios) [R, T, T]; each batch of each task counts `weights` [R, T, N] times."""
   N, diagonal = rows.shape[-1], np.arange(len(rows))
   shift = np.einsum('rjb,ijb->rij', weights - 1, columns) / N
   delta = np.einsum('ria,ija->rij', weights, rows) / N + shift
-  each = rows + shift[..., None]  # [R, T, T, N]
+  by_batch = rows + shift[..., None]  # [R, T, T, N]
   with np.errstate(divide='ignore', invalid='ignore'):
     ratio = delta / delta[:, diagonal, diagonal, None]
-    mean = np.einsum('ria,rija->rij', weights / N, each / each[:, diagonal, diagonal, None])
+    mean = np.einsum('ria,rija->rij', weights / N, by_batch / by_batch[:, diagonal, diagonal, None])
   return delta, np.where(np.isfinite(ratio), ratio, np.nan), np.where(np.isfinite(mean), mean, np.nan)
 
 
-def _parts(g: Parts) -> Parts:
-  return {WHOLE: g, **g}
+def _with_all(g: Gradient) -> Gradient:
+  return {ALL: g, **g}
 
 
-def _inverse(tree: Any) -> jax.Array:
-  """1 / norm; 0 of a gradient that is zero: it has no direction."""
+def _inverse_norm(tree: Any) -> jax.Array:
+  """1 / norm; 0 for a gradient that is zero, which has no direction."""
   norm = optax.tree.norm(tree)
   return jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
 
 
 @jax.jit
-def _units(g: Parts) -> Parts:
-  """ĝ of every part, the whole included."""
-  return {part: optax.tree.scale(_inverse(tree), tree) for part, tree in _parts(g).items()}
+def _units(g: Gradient) -> Gradient:
+  """ĝ of every subset, `ALL` included."""
+  return {subset: optax.tree.scale(_inverse_norm(tree), tree) for subset, tree in _with_all(g).items()}
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
-def _add(units: Parts, total: Parts, g: Parts) -> tuple[Parts, Parts]:
+def _add(units: Gradient, total: Gradient, g: Gradient) -> tuple[Gradient, Gradient]:
   return jax.tree.map(jnp.add, units, _units(g)), jax.tree.map(jnp.add, total, g)
 
 
 @jax.jit
-def _against(g: Parts, units: list[Parts], sums: list[Parts]) -> tuple[jax.Array, jax.Array]:
+def _multiply(g: Gradient, units: list[Gradient], sums: list[Gradient]) -> tuple[jax.Array, jax.Array]:
   """([P, T] g · Σ_b ĝ_j^b, [P, T] ĝ · Σ_a g_i^a)."""
-  rows = [[optax.tree.vdot(tree, u[part]) for u in units] for part, tree in _parts(g).items()]
-  columns = [[_inverse(tree) * optax.tree.vdot(tree, _parts(s)[part]) for s in sums] for part, tree in _parts(g).items()]
+  trees = _with_all(g)
+  rows = [[optax.tree.vdot(tree, u[subset]) for u in units] for subset, tree in trees.items()]
+  columns = [[_inverse_norm(tree) * optax.tree.vdot(tree, _with_all(s)[subset]) for s in sums]
+             for subset, tree in trees.items()]
   return jnp.array(rows), jnp.array(columns)
 
 
 @jax.jit
-def _pair(g: Parts, other: Parts) -> tuple[jax.Array, jax.Array]:
-  """([P] g · ĝ_other, [P] ĝ · g_other)."""
-  both = [(_inverse(a), _inverse(b), optax.tree.vdot(a, b)) for a, b in zip(_parts(g).values(), _parts(other).values())]
-  return jnp.array([b * dot for _, b, dot in both]), jnp.array([a * dot for a, _, dot in both])
+def _norms(g: Gradient) -> jax.Array:
+  """[P] g · ĝ."""
+  return jnp.array([_inverse_norm(tree) * optax.tree.vdot(tree, tree) for tree in _with_all(g).values()])

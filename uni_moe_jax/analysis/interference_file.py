@@ -1,4 +1,4 @@
-"""interference.json and its heat maps. Knows numbers and names only: the report reads it too, and needs no jax."""
+"""interference.json and its heat maps. The report reads the file too; nothing here needs JAX."""
 
 import os
 import pathlib
@@ -7,83 +7,74 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.analysis import heat_map
 from uni_moe_jax.utils.files import write_json
 
 FILE = 'interference.json'  # of the newest checkpoint; the report shows it
 _CELL = 0.95  # inches
-_RATIO, _BASE = 'ratio_of_means', 'delta'
+_LEGEND = 'row: task whose loss is measured; column: task of the step; below each value: 95 % interval'
 
 
-def write(content: dict, workdir: str | os.PathLike[str], stem: str) -> list[pathlib.Path]:
-  """Writes <stem>.json, <stem>.png (all parameters) and <stem>_parts.png (layers down, projections across)."""
+def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[pathlib.Path]:
+  """Writes <stem>.json, <stem>.png (all parameters) and <stem>_subsets.png (a row per layer, a column per projection)."""
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  paths = [folder / f'{stem}{end}' for end in ('.json', '.png', '_parts.png')]
-  whole, *parts = content['parts']
+  paths = [folder / f'{stem}{end}' for end in ('.json', '.png', '_subsets.png')]
+  total, *subsets = content['subsets']
   tasks, title = content['tasks'], f'I(i, j), {content["parameters"]}, {content["checkpoint"]}'
-  draw(paths[1], [[whole]], tasks, title)
-  rows = list(dict.fromkeys(p['layer'] for p in parts))
-  columns = list(dict.fromkeys(p['projection'] for p in parts))
-  grid = [[next((p for p in parts if (p['layer'], p['projection']) == (r, c)), None) for c in columns] for r in rows]
-  draw(paths[2], grid, tasks, title)
+  draw(paths[1], [[total]], tasks, title)
+  layers = list(dict.fromkeys(s['layer'] for s in subsets))
+  projections = list(dict.fromkeys(s['projection'] for s in subsets))
+  by_key = {(s['layer'], s['projection']): s for s in subsets}
+  draw(paths[2], [[by_key.get((layer, p)) for p in projections] for layer in layers], tasks, title)
   write_json(paths[0], content)
   return paths
 
 
-def has_base(part: Mapping[str, Any]) -> list[bool]:
-  """Whether a step on the task itself lowers its loss beyond doubt: else its row of ratios says nothing."""
-  return [part[_BASE]['low'][i][i] is not None and part[_BASE]['low'][i][i] > 0 for i in range(len(part[_BASE]['low']))]
+def has_base(subset: Mapping[str, Any]) -> list[bool]:
+  """Whether the interval of Δ of a step on the task itself is above 0, per task; otherwise its row of ratios has no base."""
+  low = subset['delta']['low']
+  return [low[i][i] is not None and low[i][i] > 0 for i in range(len(low))]
 
 
-def in_short(part: Mapping[str, Any]) -> str:
-  """What holds for all pairs of different tasks together, in words; '' of files that do not say."""
-  mean, share = (part.get(measure, {}) for measure in ('between', 'negative'))
+def summary(subset: Mapping[str, Any]) -> str:
+  """One line about all pairs of different tasks; '' if the file does not have these values."""
+  mean, share = (subset.get(key, {}) for key in ('mean_of_pairs', 'negative_share'))
   if mean.get('value') is None:
     return ''
   return (f'mean of different tasks {mean["value"]:.3f} ({mean["low"]:.3f} … {mean["high"]:.3f}), '
           f'below 0: {share["value"]:.0%} ({share["low"]:.0%} … {share["high"]:.0%})')
 
 
-def note(part: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str:
-  """One pair of tasks in words: both ratios with their intervals."""
-  said = [f'a step on {tasks[j]} for the loss of {tasks[i]}']
-  for measure, name in ((_RATIO, 'ratio of means'), ('mean_of_ratios', 'mean of ratios')):
-    value, low, high = (part[measure][k][i][j] for k in ('value', 'low', 'high'))
-    said.append(f'{name} unknown' if None in (value, low, high) else f'{name} {value:.3f} ({low:.3f} … {high:.3f})')
-  return '; '.join(said)
+def note(subset: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str:
+  """One line about a pair of tasks: both ratios with their intervals."""
+  phrases = [f'a step on {tasks[j]} for the loss of {tasks[i]}']
+  for key in ('ratio_of_means', 'mean_of_ratios'):
+    name, bounds = key.replace('_', ' '), [subset[key][bound][i][j] for bound in ('value', 'low', 'high')]
+    phrases.append(f'{name} unknown' if None in bounds else '{} {:.3f} ({:.3f} … {:.3f})'.format(name, *bounds))
+  return '; '.join(phrases)
 
 
 def draw(path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
-  """Ratios of means as numbers on colours: blue helps, red hurts, white is 0, saturated at ±1. A part is headed by its name."""
-  from matplotlib import figure  # slow, and only pictures need it
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  T, label = len(tasks), 0.085 * max(map(len, tasks))
-  side, margin = _CELL * T, 0.9
-  width, height = len(grid[0]) * (side + label + margin), len(grid) * (side + label + margin) + 0.6
-  sheet = figure.Figure(figsize=(max(width, 6), height), layout='constrained')
-  FigureCanvasAgg(sheet)
-  legend = 'row: task whose loss is looked at; column: task that is stepped on; below: 95 % interval'
-  sheet.suptitle(f'{title}\n{legend}', fontsize=9)
-  for axes, part in zip(sheet.subplots(len(grid), len(grid[0]), squeeze=False).flat, [p for row in grid for p in row]):
-    if part is None:
+  """Draws a heat map of I(i, j) per subset: blue helps, red hurts, white is 0, saturated at ±1. None leaves a gap."""
+  from matplotlib.figure import Figure  # slow to import, and only figures need it
+  size = _CELL * len(tasks) + 0.085 * max(map(len, tasks)) + 0.9
+  figure = Figure(figsize=(max(len(grid[0]) * size, 6), len(grid) * size + 0.6), layout='constrained')
+  figure.suptitle(f'{title}\n{_LEGEND}', fontsize=9)
+  subsets = [subset for row in grid for subset in row]
+  for axes, subset in zip(figure.subplots(len(grid), len(grid[0]), squeeze=False).flat, subsets, strict=True):
+    if subset is None:
       axes.set_axis_off()
       continue
-    matrix, sure = part[_RATIO], has_base(part)
-    values = np.array(matrix['value'], np.float64)
-    shown = np.where(np.array(sure)[:, None], values, np.nan)  # what says nothing has no colour
-    axes.imshow(np.ma.masked_invalid(shown), cmap='RdBu', vmin=-1, vmax=1)
-    axes.set_title(part['part'], fontsize=10)
-    axes.set_xticks(range(T), tasks, rotation=35, ha='right', fontsize=9)
-    axes.set_yticks(range(T), [name if ok else f'{name} °' for name, ok in zip(tasks, sure)], fontsize=9)
-    axes.tick_params(length=0)
-    for i in range(T):
-      for j in range(T):
-        dark = abs(values[i, j]) > 0.65 and sure[i]
-        colour = 'white' if dark else 'black' if sure[i] else 'grey'
-        axes.text(j, i, _cell(matrix, i, j), ha='center', va='center', fontsize=8, color=colour)
-  if not all(all(has_base(p)) for row in grid for p in row if p):
-    sheet.supxlabel('° a step on the task itself has no sure effect: its row says nothing', fontsize=9)
-  sheet.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)
+    valid = np.array(has_base(subset))
+    values = np.where(valid[:, None], np.array(subset['ratio_of_means']['value'], np.float64), np.nan)
+    labels = [task if ok else f'{task} °' for task, ok in zip(tasks, valid, strict=True)]
+    texts = [[_cell(subset['ratio_of_means'], i, j) for j in range(len(tasks))] for i in range(len(tasks))]
+    heat_map.draw(axes, values, labels, tasks, texts, colormap='RdBu', lowest=-1)
+    axes.set_title(subset['subset'], fontsize=10)
+  if not all(all(has_base(s)) for s in subsets if s):
+    figure.supxlabel('° a step on the task itself has no certain effect: its row has no meaning', fontsize=9)
+  figure.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)
 
 
 def _cell(matrix: Mapping[str, Any], i: int, j: int) -> str:

@@ -1,4 +1,4 @@
-"""A chosen set of parameters, cut into one part per layer and projection."""
+"""A selection of the parameters, as one subset per layer and projection."""
 
 import dataclasses
 import re
@@ -12,75 +12,75 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 from uni_moe_jax.utils.tree_paths import by_path
 
-_FEW_LAYERS = 7  # up to here, all of them are looked at
+_MAX_LAYERS = 7  # of a model whose layers are all selected by default
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-  """One array of a part.
+class ParamSlice:
+  """One array of a subset.
 
   Attributes:
-    part: its name, 'layer 3 ffn_out', or its path for a parameter outside the layers.
+    subset: its name: 'layer 3 ffn_out', or the path of a parameter outside the layers.
     layer: index, or None outside the layers.
     projection: 'ffn_out', 'attention_router'.
-    path: in the tree, 'encoder/blocks/block0/ffn_out/kernel'.
-    period: index on its stacked axis, or None.
+    path: in the parameter tree, 'encoder/blocks/block0/ffn_out/kernel'.
+    period: index on the stacked axis, or None.
   """
-  part: str
+  subset: str
   layer: int | None
   projection: str
   path: str
   period: int | None
 
 
-def default_layers(layers: int) -> tuple[int, ...]:
-  """Every fourth layer (3, 7, 11, …) as published; of a model of few layers all."""
-  return tuple(range(layers)) if layers <= _FEW_LAYERS else tuple(range(3, layers, 4))
+def default_layers(num_layers: int) -> tuple[int, ...]:
+  """Every fourth layer (3, 7, 11, …) as published; all layers of a model with at most 7."""
+  return tuple(range(num_layers)) if num_layers <= _MAX_LAYERS else tuple(range(3, num_layers, 4))
 
 
-def choose(
+def select(
     params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None = None, field: str = 'parameters'
-) -> tuple[Piece, ...]:
-  """The pieces of a parameter tree whose path a pattern finds.
+) -> tuple[ParamSlice, ...]:
+  """The parameters whose path a pattern matches.
 
   Args:
     params: the tree, or its shapes.
-    stack: how the model's layers lie in it.
-    pattern: regular expression that is searched in paths such as 'encoder/blocks/block0/ffn_out/kernel'.
-    layers: indices that count; parameters outside the layers are chosen by pattern alone. None: `default_layers`.
-    field: what the pattern is called where a person wrote it.
+    stack: how the tree stacks the model's layers.
+    pattern: regular expression, searched in paths such as 'encoder/blocks/block0/ffn_out/kernel'.
+    layers: indices of the layers to select from; None for `default_layers`. The pattern alone selects parameters outside
+      the layers.
+    field: name of the flag or config field that gave the pattern.
 
   Raises:
-    UsageError: no regular expression, a layer that is not there, nothing that matches.
+    UsageError: not a regular expression, a layer that the model does not have, or no match.
   """
   layers = default_layers(stack.num_layers) if layers is None else layers
   if wrong := [i for i in layers if not 0 <= i < stack.num_layers]:
     raise UsageError(f'layers {", ".join(map(str, wrong))}: the model has the layers 0…{stack.num_layers - 1}.')
   try:
-    found = re.compile(pattern)
+    matched = [path for path in by_path(params) if re.search(pattern, path)]
   except re.error as e:
     raise UsageError(f'{field}={pattern!r} is not a regular expression: {e}.') from None
-  pieces, paths = [], list(by_path(params))
-  wanted = [path for path in paths if found.search(path)]
+  slices = []
   for layer in sorted(set(layers)):
     subtree, period, block = stack.locate(layer)
     root = f'encoder/{subtree}/{block}/'
-    for path in wanted:
+    for path in matched:
       if path.startswith(root):
-        inside = path.removeprefix(root)
-        projection = inside.rpartition('/')[0] or inside
-        pieces.append(Piece(f'layer {layer} {projection}', layer, projection, path, period))
-  pieces += [Piece(path, None, path, path, None) for path in wanted if not re.match('encoder/(blocks|tail)/', path)]
-  if not pieces:
-    raise UsageError(f'{field}={pattern!r} finds nothing in the layers {", ".join(map(str, layers))} and outside of layers; '
-                     f'{nearest(pattern, paths)}.')
-  return tuple(pieces)
+        name = path.removeprefix(root)
+        projection = name.rpartition('/')[0] or name
+        slices.append(ParamSlice(f'layer {layer} {projection}', layer, projection, path, period))
+  slices += [ParamSlice(path, None, path, path, None) for path in matched if not re.match('encoder/(blocks|tail)/', path)]
+  if not slices:
+    raise UsageError(f'{field}={pattern!r} matches nothing in the layers {", ".join(map(str, layers))} or outside the '
+                     f'layers; {nearest(pattern, list(by_path(params)))}.')
+  return tuple(slices)
 
 
-def take(pieces: Sequence[Piece], tree: Any) -> dict[str, dict[str, jax.Array]]:
-  """{part: {path: array}} of a tree with the paths that the pieces were chosen from."""
-  leaves, out = by_path(tree), {}
-  for p in pieces:
-    leaf = leaves[p.path]
-    out.setdefault(p.part, {})[p.path] = leaf if p.period is None else leaf[p.period]
-  return out
+def extract(slices: Sequence[ParamSlice], tree: Any) -> dict[str, dict[str, jax.Array]]:
+  """{subset: {path: array}} of a tree with the structure that the slices were selected from."""
+  leaves, subsets = by_path(tree), {}
+  for s in slices:
+    leaf = leaves[s.path]
+    subsets.setdefault(s.subset, {})[s.path] = leaf if s.period is None else leaf[s.period]
+  return subsets

@@ -1,4 +1,4 @@
-"""Measures which experts the tasks of a run use: joins its checkpoints, its batches and `eval.usage`."""
+"""Measures the expert usage of a run: joins its checkpoints, its batches and `analysis.expert_usage`."""
 
 import dataclasses
 import functools
@@ -11,95 +11,113 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from uni_moe_jax.analysis import expert_usage, expert_usage_file, run_interference
+from uni_moe_jax.analysis import expert_usage, expert_usage_file
+from uni_moe_jax.analysis.run_interference import file_stem, load_state
 from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.moe import routers
 from uni_moe_jax.train import synonyms
 from uni_moe_jax.train.run import Run, build, conditions
 from uni_moe_jax.train.step import Batch, Sets, StepSpec, place, sample_sets, sequences
 from uni_moe_jax.utils.errors import UsageError
 
 
-def experts(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], step: int | None, init: bool, batches: int,
+def measure_expert_usage(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], step: int | None, at_init: bool, num_batches: int,
     seed: int, devices=None) -> list[pathlib.Path]:
-  """Measures and writes; returns the paths of what it wrote. The parameters are averaged ones where the run keeps them.
+  """Measures averaged parameters if the run keeps them; returns the paths of the files it wrote.
 
   Args:
-    config: of the run. workdir: its folder.
-    step: of a checkpoint; None: the newest one. init: ask the parameters that the run starts from instead.
-    batches: steps whose batches are looked at, where routers look at tokens. seed: draws them.
+    config: of the run.
+    workdir: of the run.
+    step: of a checkpoint; None: the newest one.
+    at_init: measure the parameters that the run starts from.
+    num_batches: for routers by token.
+    seed: of the batches.
     devices: all of them by default.
 
   Raises:
-    UsageError: the model has no experts, a step that is not saved, a run that trains no task.
+    UsageError: a model without experts, a step without a checkpoint, a run that trains no task.
   """
   run = build(config, devices)
-  if not expert_usage.layers(run.spec.model.spec):
-    raise UsageError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: such a model has no '
-                     'experts.')
-  state, name = run_interference.state_of(run, workdir, step, init)
-  content = measured(run, state.params if state.ema_params is None else state.ema_params, name, batches, seed)
-  return expert_usage_file.write(content, workdir, run_interference.stem_of(expert_usage_file.FILE, name, step is not None or init))
+  if not expert_usage.expert_layers(run.spec.model.spec):
+    raise UsageError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: the model has no experts.')
+  state, checkpoint = load_state(run, workdir, step, at_init)
+  params = state.params if state.ema_params is None else state.ema_params
+  content = compute_usage(run, params, checkpoint, num_batches, seed)
+  stem = file_stem(expert_usage_file.FILE, checkpoint, step is not None or at_init)
+  return expert_usage_file.write(content, workdir, stem)
 
 
-def beside_evaluation(run: Run, params: Any, step: int, workdir: str | os.PathLike[str]) -> None:
-  """Writes experts.json where it costs nothing, and says what to do where it does, or where parameters lie in several processes."""
+def write_after_evaluation(run: Run, params: Any, step: int, workdir: str | os.PathLike[str]) -> None:
+  """Writes experts.json if it needs no batches and one process has all parameters; otherwise prints the command for it."""
   spec = run.spec.model.spec
-  if expert_usage.layers(spec) and (expert_usage.by_token(spec) or jax.process_count() > 1):
+  if not expert_usage.expert_layers(spec):
+    return
+  if routers.routes_tokens(spec.router) or jax.process_count() > 1:
     print(f'python launch/experts.py --workdir={workdir} measures which experts tokens use.', flush=True)
-  elif expert_usage.layers(spec):
-    expert_usage_file.write(measured(run, params, f'step {step}', 0, 0), workdir, run_interference.stem_of(expert_usage_file.FILE, '', False))
+  else:
+    content = compute_usage(run, params, f'step {step}', 0, 0)
+    expert_usage_file.write(content, workdir, file_stem(expert_usage_file.FILE, '', False))
 
 
-def measured(run: Run, params: Any, name: str, batches: int, seed: int) -> dict[str, Any]:
-  """What experts.json holds, see `usage.record`. Routers that merge need no batch: what they decide follows from parameters.
+def compute_usage(run: Run, params: Any, checkpoint: str, num_batches: int, seed: int) -> dict[str, Any]:
+  """Content of experts.json, see `expert_usage.to_json`. Routers that merge need no batches.
 
   Args:
-    name: of the parameters. batches, seed: as in `experts`.
+    run: of the parameters.
+    params: to be measured.
+    checkpoint: their name.
+    num_batches, seed: as in `measure_expert_usage`.
   """
   spec, plan = run.spec.model.spec, run.plan
   sets = {s.name: s for s in (*plan.sets, *plan.probe_sets)}
-  facts = {'checkpoint': name, 'batches': 0, 'seed': seed}
-  if not expert_usage.by_token(spec):
-    rows, of_task = expert_usage.rows_of_conditions(spec, conditions(plan), plan.tasks or plan.probes, sets)
-    return expert_usage.record(facts, spec, spec.router_input_names(conditions(plan)), of_task, expert_usage.coefficients(spec, params, rows))
+  facts = {'checkpoint': checkpoint, 'num_batches': 0, 'seed': seed}
+  if not routers.routes_tokens(spec.router):
+    inputs, by_task = expert_usage.merging_conditions(spec, conditions(plan), plan.tasks or plan.probes, sets)
+    shares = expert_usage.coefficients(spec, params, inputs)
+    return expert_usage.to_json(facts, spec, spec.router_input_names(conditions(plan)), by_task, shares)
   if not plan.tasks:
-    raise UsageError(f'this run trains no task, so that there are no batches to ask the {spec.router} router about.')
-  rows, of_task = expert_usage.rows_of_tokens(plan.tasks, sets)
-  found = _sums(run, params, of_task, len(rows), batches, seed)
-  tokens = np.asarray(found.tokens, np.float64)
+    raise UsageError(f'this run trains no task, so that the {spec.router} router has no batches to be measured on.')
+  names, by_task = expert_usage.token_conditions(plan.tasks, sets)
+  sums = _sum_batches(run, params, by_task, len(names), num_batches, seed)
+  tokens = np.asarray(sums.tokens, np.float64)
   count = np.maximum(tokens, 1)
-  shares, own = np.asarray(found.gates) / count[:, None], np.asarray(found.entropy) / count
-  return expert_usage.record({**facts, 'batches': batches}, spec, rows, of_task, shares, tokens, own)
+  shares, entropy = np.asarray(sums.gates) / count[:, None], np.asarray(sums.entropy) / count
+  return expert_usage.to_json({**facts, 'num_batches': num_batches}, spec, names, by_task, shares, tokens, entropy)
 
 
-def _sums(run: Run, params: Any, of_task: dict[str, dict[str, int]], rows: int, batches: int, seed: int) -> expert_usage.Sums:
-  """Over batches that the training mixture would draw with another seed; routing is exact and without noise."""
+def _sum_batches(
+    run: Run, params: Any, by_task: expert_usage.Conditions, num_conditions: int, num_batches: int, seed: int
+) -> expert_usage.GateSums:
+  """Sums over batches that the training mixture draws with another seed; routing is exact and without noise."""
   seed = hashing.mix(run.config.seed, 'experts', seed)
-  mixture = dataclasses.replace(run.mixture(), seed=seed, kind='all_tasks')
-  function = jax.jit(functools.partial(step_sums, spec=run.spec, of_task=of_task, rows=rows))
+  mixture = dataclasses.replace(run.mixture(), seed=seed, mode='all_tasks')
+  step = jax.jit(functools.partial(step_sums, spec=run.spec, by_task=by_task, num_conditions=num_conditions))
   sets, total = run.target_sets(), None
-  for number, (_, batch) in enumerate(mixture.iterate(0, batches)):
+  for number, (_, batch) in enumerate(mixture.iterate(0, num_batches)):
     batch = run.put_batch(batch)
     for i in range(run.spec.grad_accum_steps):
-      micro = batch if run.spec.grad_accum_steps == 1 else jax.tree.map(lambda x, i=i: x[i], batch)
-      found = function(params, micro, sets, jax.random.key(hashing.mix(seed, number, i) & 0x7FFFFFFF))
-      total = found if total is None else jax.tree.map(jnp.add, total, found)
+      micro_batch = batch if run.spec.grad_accum_steps == 1 else jax.tree.map(lambda x, i=i: x[i], batch)
+      sums = step(params, micro_batch, sets, jax.random.key(hashing.mix(seed, number, i) & 0x7FFFFFFF))
+      total = sums if total is None else jax.tree.map(jnp.add, total, sums)
   return total
 
 
 def step_sums(
-    params: Any, batch: Batch, sets: Sets, key: jax.Array, *, spec: StepSpec, of_task: dict[str, dict[str, int]], rows: int
-) -> expert_usage.Sums:
-  """What the tokens of one (micro-)batch and of its target sets chose, in every layer whole.
+    params: Any, batch: Batch, sets: Sets, key: jax.Array, *, spec: StepSpec, by_task: expert_usage.Conditions,
+    num_conditions: int) -> expert_usage.GateSums:
+  """Sums the gates of the tokens of one (micro-)batch and of its target sets, over all layers.
 
   Args:
+    params: of the model.
+    batch, sets: of a step.
     key: draws the sampled vocabulary; nothing else is random.
-    of_task, rows: see `usage.rows_of_tokens`.
+    spec: of the step.
+    by_task, num_conditions: see `expert_usage.token_conditions`.
   """
-  found, names = sequences(spec, batch, synonyms.sample_synonyms(sets, key), sample_sets(spec, batch, key))
-  by_name = {s.name: s for s in spec.plan.sets}
-  pieces = expert_usage.pieces(spec.plan.tasks, by_name, of_task, names, functools.partial(place, spec))
-  encode = lambda model: model.encode(found, all_rows=True, taps=True).collected
+  inputs, names = sequences(spec, batch, synonyms.sample_synonyms(sets, key), sample_sets(spec, batch, key))
+  target_sets = {s.name: s for s in spec.plan.sets}
+  slices = expert_usage.token_slices(spec.plan.tasks, target_sets, by_task, names, functools.partial(place, spec))
+  encode = lambda model: model.encode(inputs, all_rows=True, taps=True).collected
   collected = spec.model.apply({'params': params}, method=encode)
-  return expert_usage.gate_sums(spec.model.spec, collected, pieces, rows, spec.model.shards)
+  return expert_usage.gate_sums(spec.model.spec, collected, slices, num_conditions, spec.model.shards)

@@ -1,4 +1,4 @@
-"""Measures task interference of a run: joins its checkpoints, its tasks' gradients and the estimator."""
+"""Measures the task interference of a run: joins its checkpoints, the gradients of its tasks and the estimator."""
 
 import os
 import pathlib
@@ -10,8 +10,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from uni_moe_jax.analysis import interference as estimator
-from uni_moe_jax.analysis import interference_file, param_subsets
+from uni_moe_jax.analysis import interference, interference_file, param_subsets
 from uni_moe_jax.analysis.task_gradients import TaskGradients
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.run import Run, build, initial_state
@@ -19,94 +18,88 @@ from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.utils.errors import UsageError
 
 
-def interference(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], step: int | None, init: bool, pattern: str,
-    layers: list[int] | None, batches: int, seed: int, devices=None) -> list[pathlib.Path]:
-  """Measures and writes; returns the paths of what it wrote.
-
-  The parameters are those that a training step would change, not averaged ones.
+def measure_interference(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], step: int | None, at_init: bool, pattern: str,
+    layers: list[int] | None, num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
+  """Measures the parameters that training updates, not their averages; returns the paths of the files it wrote.
 
   Args:
     config: of the run.
-    workdir: its folder.
+    workdir: of the run.
     step: of a checkpoint; None: the newest one.
-    init: ask the parameters that the run starts from instead; no checkpoint is read.
-    pattern, layers: which parameters, see `parts.choose`.
-    batches: N, per task. seed: draws them, and the resamples.
+    at_init: measure the parameters that the run starts from; no checkpoint is read.
+    pattern, layers: which parameters, see `param_subsets.select`.
+    num_batches: N, per task.
+    seed: of the batches and of the resampling.
     devices: all of them by default.
 
   Raises:
-    UsageError: a step that is not saved, parameters that are not there, a task whose gradient is not finite.
+    UsageError: a step without a checkpoint, parameters that do not exist, a task whose gradient is not finite.
   """
   run = build(config, devices)
-  pieces = param_subsets.choose(run.shapes.params, run.spec.model.spec.stack, pattern, layers, '--parameters')
-  state, name = state_of(run, workdir, step, init)
-  params = state.params
+  slices = param_subsets.select(run.shapes.params, run.spec.model.spec.stack, pattern, layers, '--parameters')
+  state, checkpoint = load_state(run, workdir, step, at_init)
   tasks = [t.name for t in run.plan.tasks]
-  gradients = TaskGradients(run, params, pieces, batches, seed)
+  gradients = TaskGradients(run, state.params, slices, num_batches, seed)
   for task, epochs in gradients.epochs().items():
     if epochs > 1:
-      print(f'{task}: {batches} batches go {epochs:.1f} times through its examples, so that they are not independent; fewer '
-            '--batches are.', flush=True)
-  with tqdm.tqdm(total=2 * batches * len(tasks), unit='gradient', disable=not sys.stderr.isatty()) as bar:
+      print(f'{task}: {num_batches} batches are {epochs:.1f} epochs of its examples, so that they are not independent; '
+            'reduce --num_batches.', flush=True)
+  with tqdm.tqdm(total=2 * num_batches * len(tasks), unit='gradient', disable=not sys.stderr.isatty()) as bar:
     def gradient(task: str, batch: int) -> dict[str, Any]:
       if bar.disable and batch == 0:
-        print(f'{task}: {batches} gradients', flush=True)  # the first time it compiles, the second it is fast
+        print(f'{task}: {num_batches} gradients', flush=True)  # the first pass compiles, the second one is fast
       bar.update()
       return gradients(task, batch)
-    measured = estimator.products(gradient, tasks, batches)
-  own = np.asarray(measured[estimator.WHOLE].rows)
-  if broken := [task for i, task in enumerate(tasks) if not np.isfinite(own[i, i]).all()]:
-    raise UsageError(f'the gradient of {", ".join(broken)} is not finite at {name}: nothing can be said about it; measure an '
-                     'earlier --step.')
-  estimates = {part: estimator.estimate(p, tasks, seed=seed) for part, p in measured.items()}
+    measured = interference.products(gradient, tasks, num_batches)
+  rows = np.asarray(measured[interference.ALL].rows)
+  if wrong := [task for i, task in enumerate(tasks) if not np.isfinite(rows[i, i]).all()]:
+    raise UsageError(f'the gradient of {", ".join(wrong)} is not finite at {checkpoint}; measure an earlier --step.')
+  estimates = {subset: interference.estimate(p, seed=seed) for subset, p in measured.items()}
   facts = dict(
-      checkpoint=name, router=config.moe.router, parameters=pattern, batches=batches, seed=seed, noise=False,
-      confidence=estimator.CONFIDENCE, epochs=gradients.epochs())
-  content = record(facts, tasks, estimates, pieces)
-  return interference_file.write(content, workdir, stem_of(interference_file.FILE, name, step is not None or init))
+      checkpoint=checkpoint, router=config.moe.router, parameters=pattern, num_batches=num_batches, seed=seed, noise=False,
+      confidence=interference.CONFIDENCE, epochs=gradients.epochs())
+  stem = file_stem(interference_file.FILE, checkpoint, step is not None or at_init)
+  return interference_file.write(to_json(facts, tasks, estimates, slices), workdir, stem)
 
 
-def stem_of(file: str, name: str, named: bool) -> str:
-  """How files of a measurement begin: as `file`, of the newest checkpoint; with its name where it was asked for by name."""
-  return file.removesuffix('.json') + (f'_{name.replace(" ", "_")}' if named else '')
+def file_stem(file: str, checkpoint: str, is_named: bool) -> str:
+  """Stem of the files of a measurement: that of `file`, followed by the checkpoint if a flag named it."""
+  return file.removesuffix('.json') + (f'_{checkpoint.replace(" ", "_")}' if is_named else '')
 
 
-def record(
-    facts: Mapping[str, Any], tasks: Sequence[str], estimates: Mapping[str, estimator.Estimate],
-    pieces: Sequence[param_subsets.Piece]) -> dict:
-  """What interference.json holds: facts about the measurement, the tasks, and every part, the whole first."""
-  where = {p.part: (p.layer, p.projection) for p in pieces}  # in the order of the layers
-  found = []
-  for name in (estimator.WHOLE, *where):
-    layer, projection = where.get(name, (None, None))
-    found.append({'part': name, 'layer': layer, 'projection': projection, **{
-        measure: {bound: _plain(values) for bound, values in vars(interval).items()}
-        for measure, interval in vars(estimates[name]).items()}})
-  return {**facts, 'tasks': list(tasks), 'rows': 'task whose loss is looked at', 'columns': 'task that is stepped on',
-          'parts': found}
+def to_json(
+    facts: Mapping[str, Any], tasks: Sequence[str], estimates: Mapping[str, interference.Estimate],
+    slices: Sequence[param_subsets.ParamSlice]) -> dict[str, Any]:
+  """Content of interference.json: facts about the measurement, the tasks, and every subset, that of all parameters first."""
+  subsets = {interference.ALL: (None, None), **{s.subset: (s.layer, s.projection) for s in slices}}  # in order of layers
+  return {**facts, 'tasks': list(tasks), 'rows': 'task whose loss is measured', 'columns': 'task of the step', 'subsets': [
+      {'subset': subset, 'layer': layer, 'projection': projection, **{
+          key: {bound: _plain(values) for bound, values in vars(interval).items()}
+          for key, interval in vars(estimates[subset]).items()}}
+      for subset, (layer, projection) in subsets.items()]}
 
 
-def state_of(run: Run, workdir: str | os.PathLike[str], step: int | None, init: bool) -> tuple[TrainState, str]:
-  """(state, what to call it): of a checkpoint, the newest by default, or the one that the run starts from.
+def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_init: bool) -> tuple[TrainState, str]:
+  """(state, name) of a checkpoint: the newest one by default, or the state that the run starts from, 'init'.
 
   Raises:
     UsageError: there is no checkpoint, or none of this step.
   """
-  if init:
+  if at_init:
     return initial_state(run), 'init'
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    saved = checkpoints.steps()
-    if not saved:
-      raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first, or ask its --init.')
-    step = saved[-1] if step is None else step
-    if step not in saved:
-      raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, saved))}.')
+    steps = checkpoints.steps()
+    if not steps:
+      raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first, or measure --at_init.')
+    step = steps[-1] if step is None else step
+    if step not in steps:
+      raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, steps))}.')
     return checkpoints.restore(run.abstract_state(), step), f'step {step}'
 
 
 def _plain(values: np.ndarray) -> Any:
-  """Nested lists; JSON knows no NaN."""
+  """Nested lists; None for NaN, which JSON does not have."""
   if np.ndim(values):
     return [_plain(v) for v in values]
   return float(values) if np.isfinite(values) else None

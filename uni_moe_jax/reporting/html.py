@@ -286,27 +286,25 @@ def _card(card: Mapping[str, Any]) -> str:
 
 def _experts(experts: Mapping[str, Any]) -> str:
   coefficients = np.asarray(experts['coefficients'], np.float64)  # [L, router, A, E]
-  if coefficients.ndim != 4 or coefficients.shape[1] != len(experts['routers']):
-    raise UsageError(f'coefficients {coefficients.shape} must be [layer, router, row, expert]')
-  parts = ['<p class="quiet">What each row takes of each expert of a layer (no noise, exact routing); columns are experts, '
+  if coefficients.ndim != 4 or coefficients.shape[1] != len(experts['sublayers']):
+    raise UsageError(f'coefficients {coefficients.shape} must be [layer, router, condition, expert]')
+  parts = ['<p class="quiet">How much each condition uses each expert of a layer (no noise, exact routing); columns are experts, '
            'the fuller the colour the more. Hover for numbers.</p>']
-  for index, router in enumerate(experts['routers']):
+  for index, router in enumerate(experts['sublayers']):
     picture = figures.heat_map(expert_usage_file.labels(experts), experts['layers'], coefficients[:, index])
     parts.append(f'<h3>{html.escape(router)} router</h3><div class="wide">{picture}</div>')
-  if 'task_overlap' in experts:  # an earlier version did not measure it
-    parts += [_row_table(experts), _task_overlap(experts)]
-  return ''.join(parts)
+  return ''.join([*parts, _condition_table(experts), _task_overlap(experts)])
 
 
-def _row_table(experts: Mapping[str, Any]) -> str:
-  """Per row: who uses it, and how many experts it has in effect, by router."""
+def _condition_table(experts: Mapping[str, Any]) -> str:
+  """Per condition: the tasks that have it, and its effective number of experts by router."""
   effective = expert_usage_file.mean_effective(experts)
-  head = ''.join(f'<th class="number">{html.escape(router)}</th>' for router in experts['routers'])
-  lines = [f'<tr><td>{html.escape(row)}</td><td>{html.escape(expert_usage_file.users(experts, a)) or "—"}</td>'
+  head = ''.join(f'<th class="number">{html.escape(router)}</th>' for router in experts['sublayers'])
+  lines = [f'<tr><td>{html.escape(condition)}</td><td>{html.escape(expert_usage_file.users(experts, a)) or "—"}</td>'
            + ''.join(f'<td class="number">{of_router[a]:.2f}</td>' for of_router in effective) + '</tr>'
-           for a, row in enumerate(experts['rows'])]
+           for a, condition in enumerate(experts['conditions'])]
   return (f'<h3>Effective number of experts at {html.escape(experts["checkpoint"])}, mean over layers (1 to '
-          f'{int(experts["experts"])})</h3><div class="wide"><table><thead><tr><th>row</th><th>of</th>{head}</tr></thead>'
+          f'{int(experts["num_experts"])})</h3><div class="wide"><table><thead><tr><th>condition</th><th>of</th>{head}</tr></thead>'
           f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
@@ -315,7 +313,7 @@ def _task_overlap(experts: Mapping[str, Any]) -> str:
   by_layer = np.asarray(experts['task_overlap'], np.float64).mean(1)  # [L, T, T]
   notes = [[f'{a} and {b}; ' + ', '.join(f'layer {layer}: {of[i, j]:.2f}' for layer, of in zip(experts['layers'], by_layer))
             for j, b in enumerate(names)] for i, a in enumerate(names)]
-  return ('<h3>Overlap of two tasks: 1 where they use the same experts alike, 0 where they have none in common</h3>'
+  return ('<h3>Overlap of two tasks: 1 for the same usage, 0 without a common expert</h3>'
           f'<div class="wide">{figures.signed_map(names, values, [True] * len(names), notes)}</div>')
 
 
@@ -323,16 +321,16 @@ def _interference(content: Mapping[str, Any]) -> str:
   tasks = content['tasks']
   parts = [
       f'<p class="quiet">I(i, j) at {html.escape(content["checkpoint"])}, over '
-      f'<code>{html.escape(content["parameters"])}</code>, {int(content["batches"])} batches per task: what a short step on '
+      f'<code>{html.escape(content["parameters"])}</code>, {int(content["num_batches"])} batches per task: what a short step on '
       'the task of the column takes from the loss of the task of the row, relative to a step on the row’s own task. Below 0 '
       'it hurts. Hover for 95 % intervals and for the mean of ratios. ° the own step has no sure effect: such a row says '
       'nothing.</p>']
-  for part in content['parts']:
-    sure, ratio = interference_file.has_base(part), part['ratio_of_means']
+  for subset in content['subsets']:
+    sure, ratio = interference_file.has_base(subset), subset['ratio_of_means']
     names = [name if ok else f'{name} °' for name, ok in zip(tasks, sure, strict=True)]
-    notes = [[interference_file.note(part, tasks, i, j) for j in range(len(tasks))] for i in range(len(tasks))]
-    short = interference_file.in_short(part)
-    parts.append(f'<h3>{html.escape(part["part"])}{short and f": {short}"}</h3><div class="wide">'
+    notes = [[interference_file.note(subset, tasks, i, j) for j in range(len(tasks))] for i in range(len(tasks))]
+    short = interference_file.summary(subset)
+    parts.append(f'<h3>{html.escape(subset["subset"])}{short and f": {short}"}</h3><div class="wide">'
                  f'{figures.signed_map(names, np.array(ratio["value"], np.float64), sure, notes)}</div>')
   return ''.join(parts)
 

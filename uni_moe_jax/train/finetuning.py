@@ -1,6 +1,6 @@
 """Regimes: what becomes of a trained run on one task. It is fine-tuned, prompt-tuned, or evaluated as it is.
 
-A regime is config alone. Model, experts, tokenizer, data and kinds are those of the run; the task is one of its own or one of
+A fine-tuning recipe is config alone. Model, experts, tokenizer, data and kinds are those of the run; the task is one of its own or one of
 `TRANSFER`. `configs/finetune.py`, `prompt_tune.py` and `zero_shot.py` are these functions by name.
 """
 
@@ -108,7 +108,7 @@ def train_nothing(c: ml_collections.ConfigDict) -> None:
 MODES: dict[str, Fill] = {'': train_all, 'finetune': train_all, 'prompts': train_prompts, 'untuned': train_nothing}
 
 
-class Regime(NamedTuple):
+class Recipe(NamedTuple):
   """What a study compares: a config file, its config as a function of the argument, and how many examples train ('' none)."""
   file: str
   config: Callable[[str], ml_collections.ConfigDict]
@@ -120,11 +120,11 @@ class Regime(NamedTuple):
 
 
 # By what a study calls them. The first three are asked the same few examples; the last says what all of them bring.
-REGIMES: dict[str, Regime] = {
-    'untuned': Regime('configs/zero_shot.py', zero_shot, ''),
-    'prompt': Regime('configs/prompt_tune.py', prompt_tune, 'few'),
-    'finetune': Regime('configs/finetune.py', finetune, 'few'),
-    'finetune-all': Regime('configs/finetune.py', finetune, 'all'),
+RECIPES: dict[str, Recipe] = {
+    'untuned': Recipe('configs/zero_shot.py', zero_shot, ''),
+    'prompt': Recipe('configs/prompt_tune.py', prompt_tune, 'few'),
+    'finetune': Recipe('configs/finetune.py', finetune, 'few'),
+    'finetune-all': Recipe('configs/finetune.py', finetune, 'all'),
 }
 
 

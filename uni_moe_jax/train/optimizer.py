@@ -1,6 +1,6 @@
 """The optimizer from config: AdamW whose groups are path patterns, with freezing, warm-up and clipping.
 
-A regime (pretrain, fine-tune, prompt-tune) is a list of rules. Every parameter must match one, and the first match wins.
+A recipe (pretrain, fine-tune, prompt-tune) is a list of rules. Every parameter must match one, and the first match wins.
 """
 
 import dataclasses

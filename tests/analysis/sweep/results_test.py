@@ -1,0 +1,146 @@
+"""Scores over seeds, and the report of an adaptation study: what recipes trained and which promises they broke."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from tests.helpers import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.analysis.sweep import adaptation, grid, results, runner
+from uni_moe_jax.data.files import prepare
+from uni_moe_jax.train import warm_start, workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
+
+
+def _row(value, seed, variant='prompt', metric='top-1', error=.03):
+  return {'task': 'digits', 'variant': variant, 'seed': seed, 'evaluator': 'digits', 'metric': metric, 'value': value,
+          'standard_error': error, 'chance': .1, 'floors': {'1-nn': .9}}
+
+
+def test_the_interval_has_the_spread_of_seeds_and_an_error_that_seeds_do_not_shrink():
+  # Mean .5; deviations -.1, 0, .1: variance .02 / 2 = .01, spread .1. 95 % of Student's t with two degrees of freedom lie
+  # within 4.303.
+  [row] = results.summarize([_row(v, i) for i, v in enumerate((.4, .5, .6))])
+  assert (row['mean'], row['spread'], row['error'], row['seeds']) == pytest.approx((.5, .1, .03, 3))
+  assert row['interval'] == pytest.approx(math.sqrt(4.3027 ** 2 * .01 / 3 + 1.96 ** 2 * .0009), rel=1e-4)
+
+
+@pytest.mark.parametrize('rows, interval', [
+    ([_row(.4, 0)], 1.96 * .03),  # one seed: only the error of the test examples
+    ([_row(.4, 0, error=None), _row(.6, 1, error=None)], 12.706 * .1),  # sqrt(.02) over sqrt(2); t of one degree
+    ([_row(.4, 0, error=None)], None)])
+def test_unknown_terms_of_an_interval_are_left_out(rows, interval):
+  assert results.summarize(rows)[0]['interval'] == (None if interval is None else pytest.approx(interval, rel=1e-4))
+
+
+def test_variants_and_metrics_are_not_mixed():
+  rows = [_row(.4, 0), _row(.8, 0, variant='untuned'), _row(.2, 0, metric='balanced')]
+  assert {(r['variant'], r['metric']): r['mean'] for r in results.summarize(rows)} == {
+      ('prompt', 'top-1'): .4, ('untuned', 'top-1'): .8, ('prompt', 'balanced'): .2}
+
+
+def test_the_score_table_has_chance_and_baselines():
+  lines = results.score_table(results.summarize([_row(.5, 0)]), ['prompt', 'untuned'])
+  assert lines == ['| evaluator | metric | chance | baselines | prompt | untuned |', '| --- ' * 6 + '|',
+                   '| digits | top-1 | 0.1 | 1-nn 0.900 | 0.500 ± 0.059 |  |']
+
+
+# Parameters before tuning: a and b with three values and one, b frozen; c is new.
+_BEFORE = {'a': np.zeros(3, np.float32), 'b': np.float32(1)}
+
+
+@pytest.mark.parametrize('changes, expected', [
+    ({}, dict(identical=True, moved=True)),  # c is new and trains
+    ({'a': np.ones(3, np.float32)}, dict(identical=True, moved=True)),
+    ({'b': np.nextafter(np.float32(1), np.float32(2))}, dict(identical=False, moved=True)),
+    ({'b': np.float32(1), 'c': None}, dict(identical=True, moved=False, parameters=4, trained=3)),
+    ({'c': None, 'd': np.ones(2, np.float32)}, dict(identical=True)),  # d is frozen too, and new
+    ({'a': -np.zeros(3, np.float32), 'c': None}, dict(identical=True, moved=True))])  # -0: other bits
+def test_what_is_frozen_is_compared_bit_by_bit(changes, expected):
+  after = {k: v for k, v in {**_BEFORE, 'c': np.zeros(2, np.float32), **changes}.items() if v is not None}
+  found = warm_start.compare_params(_BEFORE, after, frozenset('bd'))
+  assert {k: found[k] for k in expected} == expected
+  assert found['parameters'] - found['trained'] == (3 if 'd' in after else 1)
+
+
+def _cell(variant='prompt', **training):
+  training = {'steps': 5, 'examples': 100, 'drawn': 160, 'parameters': 1000, 'trained': 19, 'share': .019, 'identical': True,
+              'moved': True, **training}
+  return {'folder': f'digits-{variant}-0', 'variant': variant, 'task': 'digits', 'seed': 0,
+          'training': None if variant == 'untuned' else training}
+
+
+@pytest.mark.parametrize('cell, message', [
+    (_cell(), None), (_cell(share=.02), '2.00% of the parameters train; prompt tuning trains less than 2%'),
+    (_cell('finetune', share=1.), None), (_cell(identical=False), 'digits-prompt-0: a frozen parameter differs'),
+    (_cell(moved=False), 'nothing was trained'), (_cell('untuned'), None)])
+def test_a_broken_promise_is_an_error(cell, message):
+  errors = adaptation.find_errors([cell], results.summarize([_row(.5, 0)]))
+  assert errors == [] if message is None else message in errors[0]
+
+
+@pytest.mark.parametrize('metric, untuned, tuned, gains', [
+    ('top-1', .4, .5, True), ('top-1', .5, .5, False), ('top-1', .6, .5, False), ('perplexity', 9, 8, True),
+    ('perplexity', 8, 9, False)])
+def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions(metric, untuned, tuned, gains):
+  find_errors = lambda rows: adaptation.find_errors([_cell()], results.summarize(rows))
+  rows = [_row(v, 0, variant, m) for variant, v in (('untuned', untuned), ('prompt', tuned)) for m in (metric, 'second')]
+  rows[3]['value'] = 0.  # the second metric does not count
+  assert find_errors(rows) == ([] if gains else [
+      f'digits, digits: prompt tuning has {metric} {tuned:.3f}, no gain over {untuned:.3f} untuned.'])
+  captions = [_row(v, 0, variant, m) for m, change in (('exact', -.1), ('word F1', .1))
+              for variant, v in (('untuned', .5), ('prompt', .5 + change))]
+  assert find_errors(captions) == []
+  captions[-1]['value'] = .4
+  assert 'has word F1 0.400' in find_errors(captions)[0]
+
+
+def test_the_table_has_what_was_trained():
+  last_line = lambda *cells: adaptation.runs_table(cells)[-1]
+  assert last_line(_cell()) == '| digits | prompt | 1 | 5 | 100 | 160 | 19 | 1.90% | identical |'
+  assert 'CHANGED' in last_line(_cell(), _cell(identical=False))
+  assert last_line(_cell(trained=1000, share=1.)).endswith('| 1,000 | 100.00% | — |')  # nothing is frozen
+  assert last_line(_cell('untuned')) == '| digits | untuned | 1 | 0 | 0 | 0 | 0 | 0.00% | all |'
+  assert last_line({**_cell(), 'training': None}) == '| digits | prompt | 0 | | | | | | |'
+
+
+def _shapes(folder):
+  return tiny.config('shape', data_dir=tiny.data_dir())
+
+
+def _files(folder):
+  """The same task of data in files: three classes of four texts."""
+  (folder / 'in').mkdir()
+  (folder / 'in/train.jsonl').write_text(''.join(
+      json.dumps({'text_a': f'text {i}', 'text_b': 'b', 'label': 'xyz'[i % 3]}) + '\n' for i in range(12)))
+  prepare.prepare(folder / 'in', folder, 'three', test_fraction=0.0)
+  c = tiny.config(data_dir=str(folder))
+  c.target_sets.three = config_lib.target_set('own:three/label', family='words')
+  c.tasks.shape = config_lib.task('text_classification', 'own:three', batch_size=8, target_set='three', label_column='label',
+                                  template='{text_a} <eot> <spe>', max_len=8)
+  return c
+
+
+@pytest.mark.parametrize('config', [_shapes, _files])
+def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config):
+  c = config(tmp_path)
+  c.tasks.shape.shots = 2
+  c.optim.param_groups = (('b$', 'freeze'), ('.*', 1., 0.))
+  c.evaluators.e = config_lib.evaluator('classification', 'shape', split='train')
+  [cell] = grid.adaptation_cells(str(tmp_path), str(tmp_path / 'run'), ['shape'], ['prompt'], [0], [])
+  path = tmp_path / cell.folder
+  for folder, values, step in ((tmp_path / 'run', _BEFORE, 9), (path, {**_BEFORE, 'a': np.ones(3)}, 4)):
+    workdir.claim_workdir(folder, c, 'print')
+    with Checkpoints(folder, 1) as checkpoints:
+      checkpoints.save(step, {'params': {k: np.asarray(v, np.float32) for k, v in values.items()}, 'ema_params': None})
+  assert adaptation.measure(path, [], str(tmp_path / 'run')) == {'training': None}
+  log = [{'stage': stage.name, 'exit_code': 0, 'seconds': 1., 'command': ''} for stage in cell.stages]
+  assert adaptation.measure(path, log, str(tmp_path / 'run'))['training'] == {
+      'steps': 4, 'examples': 6, 'drawn': 32, 'parameters': 4, 'trained': 3, 'share': .75, 'identical': True, 'moved': True}
+  (path / runner.LOG).write_text(json.dumps(log))
+  (path / 'evaluation.json').write_text(json.dumps([_row(.5, 0)]))
+  found = results.collect(tmp_path, 'adaptation', [cell], str(tmp_path / 'run'), 'python launch/sweep.py')
+  assert found['cells'][0]['training']['examples'] == 6 and found['scores'][0]['mean'] == .5
+  assert 'trains less than 2%' in found['errors'][0]

@@ -1,0 +1,61 @@
+"""Stages that are skipped, retried, or kept back by a failure or a signal."""
+
+import json
+
+import pytest
+
+from uni_moe_jax.analysis.sweep import runner
+from uni_moe_jax.analysis.sweep.grid import Cell, Stage
+
+_STAGES = (Stage('a', ('launch/a.py',)), Stage('train', ('launch/t.py', '--x')), Stage('b', ('launch/b.py',), 'train'))
+_CELL = Cell('cell-0', 'cell', '', 0, _STAGES)
+
+
+class _Starter:
+  """Stands in for processes: returns the given exit codes and records what was started."""
+
+  def __init__(self, **codes):
+    self.codes, self.started = codes, []
+
+  def __call__(self, command):
+    name = command[0].removeprefix('launch/').removesuffix('.py')
+    self.started.append(name)
+    return self.codes.get(name, 0)
+
+
+def test_finished_stages_are_not_repeated(tmp_path, capsys):
+  start = _Starter()
+  assert runner.run_sweep(tmp_path, [_CELL], start) and runner.run_sweep(tmp_path, [_CELL], start)
+  assert start.started == ['a', 't', 'b']
+  assert capsys.readouterr().out == '1/1 cell-0\n1/1 cell-0: done\n'
+  log = json.loads((tmp_path / 'cell-0' / runner.LOG).read_text())
+  assert [(t['stage'], t['command'], t['exit_code']) for t in log] == [
+      ('a', 'python launch/a.py', 0), ('train', 'python launch/t.py --x', 0), ('b', 'python launch/b.py', 0)]
+  assert all(t['seconds'] >= 0 for t in log) and runner.read_log(tmp_path, _CELL) == log
+
+
+def test_a_failure_skips_what_needs_it_and_is_retried(tmp_path):
+  failing = _Starter(a=1, t=3)
+  assert runner.run_sweep(tmp_path, [_CELL], failing)
+  assert failing.started == ['a', 't']
+  fixed = _Starter()
+  assert runner.run_sweep(tmp_path, [_CELL], fixed)
+  assert fixed.started == ['a', 't', 'b']
+  assert [t['exit_code'] for t in runner.read_log(tmp_path, _CELL)] == [1, 3, 0, 0, 0]
+
+
+def test_a_signal_stops_all_cells_and_the_next_call_continues_there(tmp_path):
+  cells = [_CELL, Cell('cell-1', 'cell', '', 1, _STAGES)]
+  stopped = _Starter(t=75)
+  assert not runner.run_sweep(tmp_path, cells, stopped)
+  assert stopped.started == ['a', 't']
+  resumed = _Starter()
+  assert runner.run_sweep(tmp_path, cells, resumed) and resumed.started == ['t', 'b', 'a', 't', 'b']
+  assert not runner.is_finished([{'stage': 'train', 'exit_code': 75}], 'train')
+
+
+def test_a_work_directory_belongs_to_one_sweep(tmp_path):
+  runner.claim(tmp_path / 'new', {'run': 'a', 'step': 200})
+  runner.claim(tmp_path / 'new', {'run': 'a', 'step': 200})
+  with pytest.raises(ValueError, match='other settings .*step: 200 → 400.*another --workdir'):
+    runner.claim(tmp_path / 'new', {'run': 'a', 'step': 400})  # the run has trained further

@@ -1,0 +1,207 @@
+"""launch/sweep.py: mistakes, failures and signals with stand-ins for the other scripts; nightly, a tiny real sweep."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.helpers import in_process, stand_in, tiny
+from uni_moe_jax.train import finetuning, workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# Appends its name and arguments to `log`; evaluate.py writes a score, which is better after prompt tuning. The script ends with
+# the exit code in the file that has its name; 'wait' there means: until a signal comes.
+_STAND_IN = '''
+import json, pathlib, signal, sys, time
+name = 'compile' if '--compile_only' in sys.argv else pathlib.Path(sys.argv[0]).stem
+root = pathlib.Path(sys.argv[0]).parents[1].absolute()
+with open(root / 'log', 'a') as log:
+  log.write(' '.join([name, *sys.argv[1:]]) + '\\n')
+''' + stand_in.ENDS + '''
+if name == 'evaluate' and does == '0':
+  workdir = pathlib.Path(next(a for a in sys.argv if a.startswith('--workdir=')).partition('=')[2])
+  workdir.mkdir(parents=True, exist_ok=True)
+  value = .6 if 'prompt' in workdir.name else .5
+  row = dict(evaluator='e', metric='top-1', value=value, standard_error=.1, chance=.1, floors={}, higher_is_better=True)
+  (workdir / 'evaluation.json').write_text(json.dumps([row]))
+sys.exit(int(does))
+'''
+_CONFIG = '''
+from tests.helpers import tiny
+from uni_moe_jax import config
+def get_config(router):
+  if router not in ('dense', 'task', 'token'):
+    raise ValueError(f'c.py:{{router}} is unknown.')
+  c = tiny.config('shape', 'caption', data_dir={data!r})
+  c.moe.router = router
+  c.train.steps = 3
+  c.evaluators.shape = config.evaluator('classification', 'shape', split='train')
+  return c
+'''
+
+
+@pytest.fixture(name='root')
+def _root(tmp_path):
+  """A repository with stand-ins for all launch scripts but sweep.py, and a trained run."""
+  (tmp_path / 'launch').mkdir()
+  (tmp_path / 'configs').symlink_to(_ROOT / 'configs')
+  shutil.copy(_ROOT / 'launch' / 'sweep.py', tmp_path / 'launch')
+  for name in ('train', 'evaluate', 'interference', 'experts', 'report'):
+    (tmp_path / 'launch' / f'{name}.py').write_text(_STAND_IN)
+  (tmp_path / 'c.py').write_text(_CONFIG.format(data=tiny.data_dir()))
+  workdir.claim_workdir(tmp_path / 'run', tiny.config('shape', data_dir=tiny.data_dir()), 'print')
+  _save(tmp_path / 'run', 0)
+  return tmp_path
+
+
+def _save(folder, prompts, step=2):
+  with Checkpoints(folder, 1) as checkpoints:
+    params = {'prompts': {'a': np.full(1, prompts, np.float32)}, 'rest': np.zeros(99, np.float32)}
+    checkpoints.save(step, {'params': params, 'ema_params': None})
+
+
+def _routers(root, *arguments, script=None):
+  return [script or root / 'launch/sweep.py', '--sweep=routers', f'--workdir={root / "out"}', f'--config={root / "c.py"}',
+          *arguments]
+
+
+def _adaptation(root, *arguments):
+  return [root / 'launch/sweep.py', '--sweep=adaptation', f'--run={root / "run"}', f'--workdir={root / "out"}',
+          '--tasks=digits', *arguments]
+
+
+def _start(root, command):
+  # One device: the batches of these tasks do not divide by more.
+  env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  return subprocess.Popen([sys.executable, *map(str, command)], cwd=root, env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _run(root, command):
+  process = _start(root, command)
+  output, errors = process.communicate(timeout=900)
+  return process.returncode, output, errors
+
+
+def _log(root):
+  return (root / 'log').read_text().splitlines()
+
+
+def test_a_failed_router_is_reported_the_others_continue_and_a_rerun_repairs_it(root, capfd):
+  (root / 'evaluate').write_text('3')
+  command = _routers(root, '--routers=dense,task')
+  assert in_process.run(*command) == 1
+  output, errors = capfd.readouterr()
+  assert errors == ''.join(f'error: {r}-0: evaluate failed with exit code 3.\n' for r in ('dense', 'task'))
+  names = lambda: [f'{line.split()[0]} {line.partition("--workdir=")[2].split()[0].rpartition("/")[2]}' for line in _log(root)]
+  stages = ['interference', 'compile', 'train', 'evaluate', 'interference', 'report']
+  expected = [*(f'{s} dense-0' for s in stages), *(f'{s} task-0' for s in (*stages[:5], 'experts', 'report'))]
+  assert names() == expected
+  assert '| task-0 | 0 |' in output and 'evaluate failed with exit code 3' in output
+
+  (root / 'evaluate').unlink()
+  assert in_process.run(*command) == 0
+  assert capfd.readouterr().err == ''
+  assert names() == [*expected, 'evaluate dense-0', 'evaluate task-0']
+  assert in_process.run(*command, '--num_batches=3') == 2
+  assert 'num_batches: 16 → 3' in capfd.readouterr().err
+
+
+def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, capfd):
+  (root / 'train').write_text('3')
+  command = _adaptation(root, '--recipes=untuned,prompt', '--num_seeds=2')
+  assert in_process.run(*command) == 1
+  out = root / 'out'
+  prompt = [f'train --config=configs/prompt_tune.py:{root}/run,digits,few --config.seed={seed} '
+            f'--workdir={out}/digits-prompt-{seed}' for seed in (0, 1)]
+  assert _log(root) == [
+      f'evaluate --config=configs/zero_shot.py:{root}/run,digits --config.seed=0 --workdir={out}/digits-untuned', *prompt]
+  assert 'error: digits-prompt-1: train failed with exit code 3.' in capfd.readouterr().err
+
+  (root / 'train').unlink()
+  for seed in (0, 1):  # what training would have left there
+    config = finetuning.prompt_tune(f'{root}/run,digits')
+    config.seed = seed
+    workdir.claim_workdir(out / f'digits-prompt-{seed}', config, 'print')
+    _save(out / f'digits-prompt-{seed}', 1)
+  assert in_process.run(*command) == 0
+  output, errors = capfd.readouterr()
+  assert errors == ''
+  assert 'digits-untuned: done' in output and '| e | top-1 | 0.1 |  | 0.500 ± 0.196 | 0.600 ± 0.196 |' in output
+  assert '| digits | prompt | 2 | 2 | 100 | 64 | 1 | 1.00% | identical |' in output
+  assert [line.split('=')[0] for line in _log(root)[3:]] == [
+      'train --config', 'evaluate --workdir', 'train --config', 'evaluate --workdir']
+  assert json.loads((out / 'results/results.json').read_text())['cells'][1]['training']['identical'] is True
+  assert (out / 'results/results.md').read_text() == output[output.index('# Adaptation study'):]
+
+  _save(root / 'run', 3, step=4)
+  assert in_process.run(*command) == 2
+  assert 'step: 2 → 4' in capfd.readouterr().err  # cells of two checkpoints cannot be compared
+
+
+@pytest.mark.parametrize('command, send', [
+    (lambda root: _routers(root, '--routers=dense'), os.kill),
+    (lambda root: _adaptation(root, '--recipes=finetune', '--num_seeds=1'), os.kill),
+    (lambda root: _adaptation(root, '--recipes=finetune', '--num_seeds=1'), os.killpg),
+], ids=['routers', 'adaptation', 'adaptation, to the process group'])
+def test_a_signal_reaches_the_running_script_once_and_the_sweep_can_be_continued(root, command, send):
+  (root / 'train').write_text('wait')
+  process = _start(root, command(root))
+  end = time.monotonic() + 60
+  while not (root / 'started').exists():
+    assert time.monotonic() < end and process.poll() is None
+    time.sleep(0.05)
+  send(process.pid, signal.SIGINT)
+  process.communicate(timeout=30)
+  assert process.returncode == 75 and not (root / 'out/results').exists()
+
+
+@pytest.mark.parametrize('command, arguments, message', [
+    (_routers, ['--routers=dense,tokens'], 'error: c.py:tokens is unknown.'),
+    (_routers, ['--routers='], '--routers is empty'),
+    (_routers, ['--config=configs/none.py'], '--config=configs/none.py: there is no such file'),
+    (_routers, ['--override=train.stps=20'],
+     "error: --config.train.stps: the config has no field 'stps'. Did you mean \"steps\""),
+    (_routers, ['--recipes=prompt'], '--recipes is a flag of --sweep=adaptation; remove it.'),
+    (_adaptation, ['--recipes=prompts'],
+     '--recipes=prompts is unknown; choices: untuned, prompt, finetune, finetune-all'),
+    (_adaptation, ['--tasks=digit'], "task 'digit' is unknown; did you mean 'digits'"),
+    (_adaptation, ['--run=/not/there'], "'/not/there' holds no run"),
+    (_adaptation, ['--run='], '--sweep=adaptation needs --run'),
+    (_adaptation, ['--override=train.stps=20'], "the config has no field 'stps'"),
+    (_adaptation, ['--num_seeds=0'], '--num_seeds=0')])
+def test_mistakes_are_one_sentence_before_anything_runs(root, command, arguments, message):
+  code, _, errors = _run(root, command(root, *arguments))
+  assert code == 2 and message in errors and errors.count('\n') == 1, errors
+  assert not (root / 'log').exists() and not (root / 'out').exists()
+
+
+@pytest.mark.nightly
+def test_a_tiny_router_ablation(root):
+  code, output, errors = _run(root, _routers(
+      root, '--routers=dense,token', '--num_batches=2', script=_ROOT / 'launch/sweep.py'))
+  assert code == 0, errors[-3000:] + output[-3000:]
+  out = root / 'out/results'
+  assert sorted(p.name for p in out.iterdir()) == [
+      'experts_token-0.png', 'interference_dense-0.png', 'interference_token-0.png', 'results.json', 'results.md']
+  results = json.loads((out / 'results.json').read_text())
+  dense, token = results['cells']
+  assert [r['steps'] for r in results['cells']] == [3, 3] and not results['errors']
+  assert dense['parameters']['total'] < token['parameters']['active'] < token['parameters']['total']
+  for r in results['cells']:
+    assert [m['checkpoint'] for m in r['interference'].values()] == ['init', 'step 3']
+    assert r['interference']['init']['subset'] != r['interference']['final']['subset']
+    assert {row['evaluator'] for row in r['evaluation']} == {'shape'}
+  assert dense['experts'] is None and 1 < token['experts']['effective']['mlp'] <= 4
+  typed = (results['command'], results['source'])  # both contain the temporary directory here
+  text = (out / 'results.md').read_text()
+  assert str(root) not in text.replace(typed[0], '').replace(typed[1], '')

@@ -1,0 +1,105 @@
+"""The adaptation study: what each fine-tuning recipe trained, and checks of what it promises."""
+
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uni_moe_jax.analysis.sweep.grid import TRAIN, UNTUNED
+from uni_moe_jax.analysis.sweep.runner import is_finished
+from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data import sources
+from uni_moe_jax.data.files import file_dataset_examples
+from uni_moe_jax.data.files.file_dataset import FileDataset
+from uni_moe_jax.data.pipeline import examples
+from uni_moe_jax.train import optimizer, warm_start, workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
+
+PROMPT, MAX_PROMPT_SHARE = 'prompt', 0.02  # prompt tuning trains less than this share of the parameters
+_CAPTION_METRIC = 'word F1'  # decides about captions: after few examples hardly any caption is an exact match
+
+
+def measure(path: pathlib.Path, log: Sequence[Mapping[str, Any]], run: str) -> dict[str, Any]:
+  """What a cell trained.
+
+  Args:
+    path: work directory of the cell.
+    log: see `runner.read_log`.
+    run: work directory of the trained run.
+
+  Returns:
+    {'training': None if the cell has not trained, else {'steps', 'examples' (distinct ones), 'drawn' (steps · batch size),
+    'parameters', 'trained' (of them), 'share', 'identical': whether every frozen parameter is bit-identical to that of the
+    run, 'moved': whether a trained one is not}}.
+  """
+  if not is_finished(log, TRAIN):
+    return {'training': None}
+  config = workdir.load_config(path)
+  with Checkpoints(path, max_to_keep=None) as checkpoints:
+    steps, params = checkpoints.latest(), checkpoints.restore_params()
+  frozen = optimizer.frozen_paths(optimizer.match_param_groups(params, config.optim.param_groups))
+  changes = warm_start.compare_params(_run_params(run), params, frozen)
+  task = make_plan(config).tasks[0]
+  records = sources.load(task.source, config.data.dir, task.split)
+  example_ids = file_dataset_examples.example_ids if isinstance(records, FileDataset) else examples.example_ids
+  return {'training': {'steps': steps, 'examples': len(example_ids(records, task, config.seed)),
+                       'drawn': steps * task.batch_size, **changes, 'share': changes['trained'] / changes['parameters']}}
+
+
+@functools.lru_cache(maxsize=1)
+def _run_params(run: str) -> Any:
+  with Checkpoints(run, max_to_keep=None) as checkpoints:
+    return checkpoints.restore_params()
+
+
+def find_errors(cells: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Sentences for what a recipe promises and a cell breaks."""
+  errors = []
+  for cell in cells:
+    if (training := cell['training']) is None:
+      continue
+    if not training['identical']:
+      errors.append(f'{cell["folder"]}: a frozen parameter differs from that of the trained run.')
+    if not training['moved']:
+      errors.append(f'{cell["folder"]}: nothing was trained.')
+    if cell['variant'] == PROMPT and training['share'] >= MAX_PROMPT_SHARE:
+      errors.append(f'{cell["folder"]}: {training["share"]:.2%} of the parameters train; prompt tuning trains less than '
+                    f'{MAX_PROMPT_SHARE:.0%}.')
+  return errors + _tasks_without_gain(scores)
+
+
+def _tasks_without_gain(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Sentences for evaluators whose `_CAPTION_METRIC`, or else first metric, is no better after prompt tuning."""
+  by_evaluator: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
+  for s in scores:
+    by_evaluator.setdefault((s['task'], s['evaluator']), {}).setdefault(s['metric'], {})[s['variant']] = s
+  errors = []
+  for (task, evaluator), by_metric in by_evaluator.items():
+    metric = _CAPTION_METRIC if _CAPTION_METRIC in by_metric else next(iter(by_metric))
+    if {PROMPT, UNTUNED} <= by_metric[metric].keys():
+      tuned, untuned = (by_metric[metric][variant]['mean'] for variant in (PROMPT, UNTUNED))
+      higher_is_better = by_metric[metric][PROMPT]['higher_is_better']
+      if not (tuned > untuned if higher_is_better else tuned < untuned):
+        errors.append(f'{task}, {evaluator}: prompt tuning has {metric} {tuned:.3f}, no gain over {untuned:.3f} untuned.')
+  return errors
+
+
+def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Lines of Markdown: what every recipe trained for every task. Seeds that have not trained are not counted."""
+  lines = ['| task | recipe | seeds | steps | examples | drawn | trained | share | frozen parameters |',
+           '| --- ' * 9 + '|']
+  groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+  for c in cells:
+    groups.setdefault((c['task'], c['variant']), []).extend([c['training']] if c['training'] else [])
+  for (task, recipe), members in groups.items():
+    if recipe == UNTUNED:
+      lines.append(f'| {task} | {recipe} | 1 | 0 | 0 | 0 | 0 | 0.00% | all |')
+    elif not members:
+      lines.append(f'| {task} | {recipe} | 0 | | | | | | |')
+    else:
+      t = members[0]
+      frozen = '—' if t['trained'] == t['parameters'] else (
+          'identical' if all(m['identical'] for m in members) else 'CHANGED')
+      lines.append(f'| {task} | {recipe} | {len(members)} | {t["steps"]} | {t["examples"]} | {t["drawn"]} | '
+                   f'{t["trained"]:,} | {t["share"]:.2%} | {frozen} |')
+  return lines

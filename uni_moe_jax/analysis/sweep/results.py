@@ -1,0 +1,159 @@
+"""Results of a sweep: results.json, results.md and figures in the folder `results` of its work directory.
+
+Failed cells are reported with what they left. Nothing in the folder names a machine, so that it can be published.
+"""
+
+import json
+import math
+import os
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from uni_moe_jax.analysis.sweep import adaptation, grid, routers, runner
+from uni_moe_jax.analysis.sweep.grid import Cell
+from uni_moe_jax.eval import metrics, suite
+from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.utils.exit_codes import FINISHED
+from uni_moe_jax.utils.files import write_json
+
+FOLDER, RESULTS, TABLE = 'results', 'results.json', 'results.md'
+_TITLES = {grid.ROUTERS: 'Router ablation', grid.ADAPTATION: 'Adaptation study'}
+_UPPER = 0.975  # quantile at the upper end of a 95 % interval
+
+
+def collect(workdir: pathlib.Path, sweep: str, cells: Sequence[Cell], source: str, command: str) -> dict[str, Any]:
+  """Reads the work directories of all cells.
+
+  Args:
+    workdir: of the sweep.
+    sweep: `grid.ROUTERS` or `grid.ADAPTATION`.
+    cells: of the sweep.
+    source: the config file of a router ablation, the trained run of an adaptation study.
+    command: that was typed.
+
+  Returns:
+    {'sweep', 'command', 'source', 'python', 'cores', 'cells': [{'folder', 'variant', 'task', 'seed', 'status',
+    'exit_codes' and 'seconds' (by stage, over all attempts), 'commit', 'evaluation' (rows of evaluation.json), and those of
+    `routers.measure` or `adaptation.measure`}], 'scores': see `summarize`, 'errors': sentences}. Unknown values are None.
+  """
+  measure = routers.measure if sweep == grid.ROUTERS else lambda path, log: adaptation.measure(path, log, source)
+  records = []
+  for cell in cells:
+    path, log = workdir / cell.folder, runner.read_log(workdir, cell)
+    record = {'folder': cell.folder, 'variant': cell.variant, 'task': cell.task, 'seed': cell.seed, **_history(log)}
+    record['commit'] = _read_json(path / workdir_lib.RUN_FILE, {}).get('commit')
+    record['evaluation'] = _read_json(path / suite.EVALUATION_FILE, [])
+    records.append({**record, **measure(path, log)})
+  scores = summarize([
+      {**{k: r[k] for k in ('variant', 'task', 'seed')}, **row} for r in records for row in r['evaluation']])
+  errors = [f'{r["folder"]}: {r["status"]}.' for r in records if r['status'] != 'finished']
+  errors += routers.find_errors(workdir, records) if sweep == grid.ROUTERS else adaptation.find_errors(records, scores)
+  return {'sweep': sweep, 'command': command, 'source': source, 'python': platform.python_version(),
+          'cores': os.cpu_count(), 'cells': records, 'scores': scores, 'errors': errors}
+
+
+def _history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """{'status', 'exit_codes', 'seconds'} of a cell."""
+  codes: dict[str, list[int]] = {}
+  seconds: dict[str, float] = {}
+  for attempt in log:
+    stage = attempt['stage']
+    codes.setdefault(stage, []).append(attempt['exit_code'])
+    seconds[stage] = round(seconds.get(stage, 0) + attempt['seconds'], 1)
+  failed = [f'{stage} failed with exit code {c[-1]}' for stage, c in codes.items() if FINISHED not in c]
+  status = '; '.join(failed) or ('finished' if log else 'not started')
+  return {'status': status, 'exit_codes': codes, 'seconds': seconds}
+
+
+def _read_json(path: pathlib.Path, default: Any) -> Any:
+  return json.loads(path.read_text()) if path.exists() else default
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Scores over seeds.
+
+  All seeds are evaluated on the same test examples, so that the error of the examples does not shrink with the number n of
+  seeds. The interval is ± sqrt((t · spread)² / n + (1.96 · error)²) with Student's t of n - 1 degrees of freedom (4.30 for
+  three seeds).
+
+  Args:
+    rows: of evaluation.json, with the task, variant and seed of their cell.
+
+  Returns:
+    One row per task, evaluator, metric and variant: 'mean', 'spread' (standard deviation over seeds, None for one seed),
+    'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is known), 'seeds' (how many),
+    'chance', 'baselines', 'higher_is_better'.
+  """
+  groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+  for row in rows:
+    groups.setdefault((row['task'], row['evaluator'], row['metric'], row['variant']), []).append(row)
+  scores = []
+  for (task, evaluator, metric, variant), members in groups.items():
+    values = [m['value'] for m in members]
+    errors = [m['standard_error'] for m in members if m['standard_error'] is not None]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    error = float(np.mean(errors)) if errors else None
+    known = [] if error is None else [stats.norm.ppf(_UPPER) * error]
+    if spread is not None:
+      known.append(stats.t.ppf(_UPPER, len(values) - 1) * spread / math.sqrt(len(values)))
+    scores.append({
+        'task': task, 'evaluator': evaluator, 'metric': metric, 'variant': variant, 'mean': float(np.mean(values)),
+        'spread': spread, 'error': error, 'interval': math.hypot(*known) if known else None, 'seeds': len(values),
+        'chance': members[0]['chance'], 'baselines': members[0]['floors'],
+        'higher_is_better': metrics.higher_is_better(members[0])})
+  return scores
+
+
+def write(results: Mapping[str, Any], workdir: pathlib.Path) -> str:
+  """Writes the folder `results` of a sweep; returns the Markdown."""
+  out = workdir / FOLDER
+  out.mkdir(parents=True, exist_ok=True)
+  figures = routers.draw_figures(results['cells'], workdir, out) if results['sweep'] == grid.ROUTERS else {}
+  text = markdown(results, figures)
+  write_json(out / RESULTS, results, allow_nan=False)
+  (out / TABLE).write_text(text + '\n')
+  return text
+
+
+def markdown(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -> str:
+  """The report. figures: names of the files to show for each cell, by its folder."""
+  cells, is_ablation = results['cells'], results['sweep'] == grid.ROUTERS
+  seeds = sorted({c['seed'] for c in cells})
+  commits = list(dict.fromkeys(c['commit'][:12] for c in cells if c['commit'])) or ['unknown']
+  lines = [f'# {_TITLES[results["sweep"]]}', '',
+           f'`{results["command"]}`; {"config" if is_ablation else "run"} `{results["source"]}`, seeds '
+           f'{", ".join(map(str, seeds))}, commit {", ".join(commits)}, Python {results["python"]}, '
+           f'{results["cores"]} cores.', '', '## Runs', '',
+           *(routers.runs_table(cells) if is_ablation else adaptation.runs_table(cells)), '',
+           *(f'* {e}' for e in results['errors']), *([''] if results['errors'] else []), '## Evaluation', '',
+           *score_table(results['scores'], list(dict.fromkeys(c['variant'] for c in cells))), '',
+           '± 95 %: the error of the test examples, which BLEU-4 lacks, ' + (
+               "and the spread of the seeds (Student's t)." if len(seeds) > 1 else
+               'alone: one seed does not show how runs differ.') + ' Baselines are fitted on all training examples.']
+  return '\n'.join(lines + (routers.sections(cells, figures) if is_ablation else []))
+
+
+def score_table(scores: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
+  """Lines of Markdown: a row per evaluator and metric with chance and baselines, a column per variant."""
+  lines = [f'| evaluator | metric | chance | baselines | {" | ".join(variants)} |', '| --- ' * (4 + len(variants)) + '|']
+  rows: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+  for s in scores:
+    rows.setdefault((s['evaluator'], s['metric']), {})[s['variant']] = s
+  for (evaluator, metric), by_variant in rows.items():
+    first = next(iter(by_variant.values()))
+    baselines = ', '.join(f'{name} {value:.3f}' for name, value in first['baselines'].items())
+    chance = '' if first['chance'] is None else f'{first["chance"]:.4g}'
+    values = ' | '.join(_score(by_variant.get(v)) for v in variants)
+    lines.append(f'| {evaluator} | {metric} | {chance} | {baselines} | {values} |')
+  return lines
+
+
+def _score(s: Mapping[str, Any] | None) -> str:
+  if s is None:
+    return ''
+  return f'{s["mean"]:.3f}' + ('' if s['interval'] is None else f' ± {s["interval"]:.3f}')

@@ -1,0 +1,152 @@
+"""The router ablation: what every run measured, whether the runs differ only in their router, and the report's sections."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.analysis import expert_usage_file, interference_file
+from uni_moe_jax.analysis.sweep.grid import TRAIN
+from uni_moe_jax.train import workdir as workdir_lib
+
+_INTERFERENCE = {'init': 'interference_init.json', 'final': interference_file.FILE}
+_MAY_DIFFER = ('moe.router:', 'seed:')
+
+
+def measure(path: pathlib.Path, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """What the run of a work directory measured.
+
+  Returns:
+    {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'interference': {'init', 'final'}: the matrix over
+    all chosen parameters as 'subset' and how it was measured, 'experts': see `_expert_summary`}. Unknown values are None.
+  """
+  del log
+  metrics = path / 'metrics.jsonl'
+  lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+  rates = [line['steps_per_second'] for line in lines if 'steps_per_second' in line]
+  run = _read_json(path / workdir_lib.RUN_FILE) or {}
+  interference = {}
+  for checkpoint, file in _INTERFERENCE.items():
+    content = _read_json(path / file)
+    interference[checkpoint] = content and {
+        **{k: v for k, v in content.items() if k != 'subsets'}, 'subset': content['subsets'][0]}
+  return {
+      'steps': lines[-1]['step'] if lines else 0, 'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
+      'parameters': run.get('parameters'), 'interference': interference,
+      'experts': _expert_summary(_read_json(path / expert_usage_file.FILE))}
+
+
+def _read_json(path: pathlib.Path) -> Any:
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def _expert_summary(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
+  """{'effective': {sublayer: mean over layers and conditions}, 'overlap': mean over pairs of different tasks, 'tasks',
+  'task_overlap' [T, T]}."""
+  if content is None:
+    return None
+  overlap = np.asarray(content['mean_task_overlap'])
+  T = len(overlap)
+  effective = expert_usage_file.mean_effective(content).mean(-1).tolist()
+  return {
+      'effective': dict(zip(content['sublayers'], effective, strict=True)),
+      'overlap': float((overlap.sum() - np.trace(overlap)) / (T * (T - 1))) if T > 1 else None,
+      'tasks': list(content['tasks']), 'task_overlap': overlap.tolist()}
+
+
+def find_errors(workdir: pathlib.Path, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Sentences for runs that differ from the first one in more than their router and seed."""
+  errors = []
+  files = {c['folder']: _read_json(workdir / c['folder'] / workdir_lib.CONFIG_FILE) for c in cells}
+  first, *others = [c for c in cells if files[c['folder']]] or [None]
+  for cell in others:
+    a, b = files[first['folder']], files[cell['folder']]
+    changed = [d for d in workdir_lib.differences(a['config'], b['config']) if not d.startswith(_MAY_DIFFER)]
+    changed += ['the data (its fingerprint)'] if a['data'] != b['data'] else []
+    changed += [f'steps: {first["steps"]} → {cell["steps"]}'] if first['steps'] != cell['steps'] else []
+    if changed:
+      errors.append(f'{cell["folder"]} and {first["folder"]} differ in more than their router: {"; ".join(changed)}.')
+  return errors
+
+
+def draw_figures(cells: Sequence[Mapping[str, Any]], workdir: pathlib.Path, out: pathlib.Path) -> dict[str, list[str]]:
+  """Writes the heat maps of every cell into a folder; returns the names of the files by the cell's folder."""
+  figures: dict[str, list[str]] = {}
+  for c in cells:
+    names = figures[c['folder']] = []
+    measured = {checkpoint: m for checkpoint, m in c['interference'].items() if m}
+    if measured:
+      names.append(f'interference_{c["folder"]}.png')
+      subsets = [{**m['subset'], 'subset': f'{c["folder"]}, {checkpoint}'} for checkpoint, m in measured.items()]
+      content = next(iter(measured.values()))
+      interference_file.draw(out / names[-1], [subsets], content['tasks'], f'I(i, j), {content["parameters"]}')
+    usage = workdir / c['folder'] / expert_usage_file.FILE.replace('.json', '.png')
+    if usage.exists():
+      names.append(f'experts_{c["folder"]}.png')
+      shutil.copy(usage, out / names[-1])
+  return figures
+
+
+def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Lines of Markdown: a row per run."""
+  lines = ['| run | steps | parameters | active parameters | s / step | training s | total s | status |',
+           '| --- ' * 8 + '|']
+  for c in cells:
+    counts = [f'{c["parameters"][k]:,}' if c['parameters'] else '' for k in ('total', 'active')]
+    lines.append(
+        f'| {c["folder"]} | {c["steps"]} | {counts[0]} | {counts[1]} | {_number(c["seconds_per_step"])} | '
+        f'{c["seconds"].get(TRAIN, 0):.0f} | {sum(c["seconds"].values()):.0f} | {c["status"]} |')
+  return lines
+
+
+def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[str]]) -> list[str]:
+  """Lines of Markdown about interference and expert usage. figures: see `draw_figures`."""
+  lines = ['', '## Summary of interference', '',
+           'Over pairs of different tasks, in rows whose own step has a certain effect: the mean of I(i, j), and the share of '
+           'pairs below 0, with 95 % bootstrap intervals over batches.', '',
+           '| run | mean at init | below 0 at init | final mean | final below 0 |', '| --- ' * 5 + '|']
+  for c in cells:
+    values = [_interval(m, key) for m in c['interference'].values() for key in ('mean_of_pairs', 'negative_share')]
+    lines.append(f'| {c["folder"]} | {" | ".join(values)} |')
+  with_experts = [c for c in cells if c['experts']]
+  if with_experts:
+    sublayers = list(dict.fromkeys(s for c in with_experts for s in c['experts']['effective']))
+    lines += ['', '## Summary of expert usage', '',
+              'Means: the effective number of experts of a condition, and the overlap of two different tasks (1: the same '
+              'usage).', '',
+              f'| run | {" | ".join(f"{s} experts" for s in sublayers)} | overlap |',
+              '| --- ' * (2 + len(sublayers)) + '|']
+    lines += [f'| {c["folder"]} | {" | ".join(_number(c["experts"]["effective"].get(s)) for s in sublayers)} | '
+              f'{_number(c["experts"]["overlap"])} |' for c in with_experts]
+  lines += ['', '## Interference and expert usage', '',
+            "I(i, j): how much a short step on the column's task lowers the loss of the row's task, relative to a step on "
+            "the row's own task. ° a step on the task itself has no certain effect: its row has no meaning."]
+  for c in cells:
+    for checkpoint, m in c['interference'].items():
+      if m:
+        lines += ['', f'{c["folder"]}, {checkpoint} ({m["checkpoint"]}):', '', *_matrix(m)]
+    for name in figures[c['folder']]:
+      lines += ['', f'![{name.partition("_")[0]}, {c["folder"]}]({name})']
+  return lines
+
+
+def _matrix(measured: Mapping[str, Any]) -> list[str]:
+  tasks, subset = measured['tasks'], measured['subset']
+  lines = [f'| | {" | ".join(tasks)} |', '| --- ' * (1 + len(tasks)) + '|']
+  has_base = interference_file.has_base(subset)
+  for task, row, valid in zip(tasks, subset['ratio_of_means']['value'], has_base, strict=True):
+    lines.append(f'| {task}{"" if valid else " °"} | {" | ".join(map(_number, row))} |')
+  return lines
+
+
+def _interval(measured: Mapping[str, Any] | None, key: str) -> str:
+  if measured is None or measured['subset'][key]['value'] is None:
+    return ''
+  return '{value:.2f} ({low:.2f} … {high:.2f})'.format(**measured['subset'][key])
+
+
+def _number(value: float | None) -> str:
+  return '' if value is None else f'{value:.2f}'
