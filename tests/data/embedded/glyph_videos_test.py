@@ -1,11 +1,10 @@
-"""Glyph clips: what each motion does, and how little one frame tells of it."""
+"""Glyph videos: what each motion does, and how little a single frame reveals about it."""
 
 import collections
 import string
 
 import numpy as np
 import pytest
-from PIL import ImageFont
 from sklearn import linear_model
 
 from uni_moe_jax.data.embedded import glyph_videos, glyphs
@@ -13,14 +12,13 @@ from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
 
 _MIDDLE = np.full(7, 0.5)
-_X, _Y, _SIZE, _ANGLE, _LIGHT = range(5)
+_X, _Y, _SIZE, _ANGLE, _BRIGHTNESS = range(5)
 
 
 @pytest.fixture(scope='module')
 def letters() -> Records:
-  """Pictures of 62 letters and digits in one face."""
-  path = glyphs.font_path('DejaVuSans')
-  font = ImageFont.truetype(path, 22, layout_engine=ImageFont.Layout.BASIC)
+  """Images of 62 letters and digits in one face."""
+  font = glyphs.load_font('DejaVuSans')
   signs = string.ascii_letters + string.digits
   columns = {
       'pixels': np.stack([glyphs.render(font, sign) for sign in signs]),
@@ -32,37 +30,37 @@ def letters() -> Records:
 
 
 @pytest.fixture
-def few_clips(monkeypatch, letters):
-  """A build of 48 clips per split from the letters; every split has pictures of its own."""
+def few_videos(monkeypatch, letters):
+  """A build of 48 videos per split from the letters; the splits have different images."""
   def load(directory, split):
     del directory
-    part = slice(glyphs.SPLITS.index(split), None, len(glyphs.SPLITS))
-    return Records({name: column[part] for name, column in letters.columns.items()}, {}, '')
+    own = slice(glyphs.SPLITS.index(split), None, len(glyphs.SPLITS))
+    return Records({name: column[own] for name, column in letters.columns.items()}, {}, '')
   monkeypatch.setattr(glyphs, 'build', lambda directory, report: None)
   monkeypatch.setattr(glyphs, 'load', load)
-  monkeypatch.setattr(glyph_videos, '_CLIPS', dict.fromkeys(glyphs.SPLITS, 48))
+  monkeypatch.setattr(glyph_videos, '_NUM_VIDEOS', dict.fromkeys(glyphs.SPLITS, 48))
 
 
 class TestPoses:
 
-  @pytest.mark.parametrize(('motion', 'what', 'sign'), [
+  @pytest.mark.parametrize(('motion', 'quantity', 'sign'), [
       ('move left', _X, -1), ('move right', _X, 1), ('move up', _Y, -1), ('move down', _Y, 1),
       ('grow', _SIZE, 1), ('shrink', _SIZE, -1), ('turn left', _ANGLE, -1),
-      ('turn right', _ANGLE, 1), ('fade in', _LIGHT, 1), ('fade out', _LIGHT, -1),
+      ('turn right', _ANGLE, 1), ('fade in', _BRIGHTNESS, 1), ('fade out', _BRIGHTNESS, -1),
   ])
-  def test_a_motion_changes_one_thing_one_way_and_no_other(self, motion, what, sign):
+  def test_a_motion_changes_one_quantity_in_one_direction(self, motion, quantity, sign):
     steps = np.diff(glyph_videos.poses(motion, _MIDDLE), axis=0)  # [T - 1, 5]
-    assert (np.sign(steps[:, what]) == sign).all()
-    assert not np.delete(steps, what, axis=1).any()
+    assert (np.sign(steps[:, quantity]) == sign).all()
+    assert not np.delete(steps, quantity, axis=1).any()
 
   def test_standing_still_changes_nothing(self):
     assert not np.diff(glyph_videos.poses('stand still', _MIDDLE), axis=0).any()
 
-  def test_a_course_by_hand(self):
+  def test_poses_match_values_computed_by_hand(self):
     # Draws of a half: start in the middle of every range, at frame 3.5, with the middle speed 1.3.
-    course = glyph_videos.poses('move right', _MIDDLE)
-    np.testing.assert_allclose(course[:, _X], 1.3 * (np.arange(8) - 3.5))
-    np.testing.assert_allclose(course[0, 1:], [0, 2**-0.05, 0, 0.675])
+    pose = glyph_videos.poses('move right', _MIDDLE)
+    np.testing.assert_allclose(pose[:, _X], 1.3 * (np.arange(8) - 3.5))
+    np.testing.assert_allclose(pose[0, 1:], [0, 2**-0.05, 0, 0.675])
 
   @pytest.mark.parametrize(('phase', 'speed', 'dim'), [
       (0.0, 0.0, [0, 1, 0, 1, 0, 1, 0, 1]),
@@ -71,63 +69,63 @@ class TestPoses:
   ])
   def test_blinking_is_dim_for_one_or_two_frames_at_a_time(self, phase, speed, dim):
     draws = np.array([0.5, 0.5, 0.5, 0.5, 0.5, phase, speed])
-    light = glyph_videos.poses('blink', draws)[:, _LIGHT]
-    np.testing.assert_allclose(light, np.where(dim, 0.35 * 0.675, 0.675))
+    brightness = glyph_videos.poses('blink', draws)[:, _BRIGHTNESS]
+    np.testing.assert_allclose(brightness, np.where(dim, 0.35 * 0.675, 0.675))
 
-  def test_light_is_a_share_and_never_nothing(self):
+  def test_brightness_is_at_most_1_and_never_0(self):
     for draws in (np.zeros(7), np.full(7, 0.999)):
       for motion in glyph_videos.MOTIONS:
-        light = glyph_videos.poses(motion, draws)[:, _LIGHT]
-        assert light.min() >= 0.05
-        assert light.max() <= 1
+        brightness = glyph_videos.poses(motion, draws)[:, _BRIGHTNESS]
+        assert brightness.min() >= 0.05
+        assert brightness.max() <= 1
 
 
 class TestRender:
 
-  def _centre(self, frame: np.ndarray) -> tuple[float, float]:
+  def _center(self, frame: np.ndarray) -> tuple[float, float]:
     y, x = np.mgrid[:32, :32]
     return (frame * x).sum() / frame.sum(), (frame * y).sum() / frame.sum()
 
-  def _course(self, **changes: float) -> np.ndarray:
-    pose = {'x': 0.0, 'y': 0.0, 'size': 1.0, 'angle': 0.0, 'light': 1.0} | changes
+  def _pose(self, **changes: float) -> np.ndarray:
+    pose = {'x': 0.0, 'y': 0.0, 'size': 1.0, 'angle': 0.0, 'brightness': 1.0} | changes
     return np.array([list(pose.values())])
 
   @pytest.fixture
   def bar(self) -> np.ndarray:
-    """A bar from the middle upwards."""
-    picture = np.zeros((32, 32), np.uint8)
-    picture[4:16, 14:18] = 200
-    return picture
+    """A bar from the middle upward."""
+    image = np.zeros((32, 32), np.uint8)
+    image[4:16, 14:18] = 200
+    return image
 
-  def test_the_neutral_course_shows_the_picture(self, bar):
-    np.testing.assert_array_equal(glyph_videos.render(bar, self._course())[0], bar)
+  def test_the_neutral_pose_shows_the_image(self, bar):
+    np.testing.assert_array_equal(glyph_videos.render(bar, self._pose())[0], bar)
 
-  def test_whole_pixels_shift_the_picture(self, bar):
-    shifted = glyph_videos.render(bar, self._course(x=3, y=-2))[0]
+  def test_whole_pixels_shift_the_image(self, bar):
+    shifted = glyph_videos.render(bar, self._pose(x=3, y=-2))[0]
     np.testing.assert_array_equal(shifted, np.roll(bar, (-2, 3), (0, 1)))
 
   def test_turning_right_by_90_degrees_points_the_bar_to_the_right(self, bar):
     np.testing.assert_array_equal(
-        glyph_videos.render(bar, self._course(angle=90))[0], np.rot90(bar, k=-1))
+        glyph_videos.render(bar, self._pose(angle=90))[0], np.rot90(bar, k=-1))
 
-  def test_a_glyph_turns_about_its_own_place(self, bar):
-    turned = glyph_videos.render(bar, self._course(x=5, angle=180))[0]
-    # Upside down about the middle of the picture, then five pixels to the right.
+  def test_a_glyph_turns_around_its_own_position(self, bar):
+    turned = glyph_videos.render(bar, self._pose(x=5, angle=180))[0]
+    # Upside down around the middle of the image, then five pixels to the right.
     expected = np.roll(np.rot90(bar, k=2), 5, axis=1)
     np.testing.assert_allclose(turned.astype(int), expected.astype(int), atol=1)
 
   def test_twice_the_size_has_four_times_the_ink(self, bar):
-    small = glyph_videos.render(bar, self._course(size=0.5))[0]
+    small = glyph_videos.render(bar, self._pose(size=0.5))[0]
     assert small.astype(int).sum() == pytest.approx(bar.astype(int).sum() / 4, rel=0.05)
-    assert self._centre(small)[1] == pytest.approx((15.5 + self._centre(bar)[1]) / 2, abs=0.1)
+    assert self._center(small)[1] == pytest.approx((15.5 + self._center(bar)[1]) / 2, abs=0.1)
 
-  def test_light_scales_the_pixels(self, bar):
-    np.testing.assert_array_equal(glyph_videos.render(bar, self._course(light=0.25))[0], bar // 4)
+  def test_brightness_scales_the_pixels(self, bar):
+    np.testing.assert_array_equal(glyph_videos.render(bar, self._pose(brightness=0.25))[0], bar // 4)
 
 
 class TestBuild:
 
-  def test_columns_are_pixels_name_face_and_motion(self, few_clips, tmp_path):
+  def test_columns_are_pixels_name_face_and_motion(self, few_videos, tmp_path):
     glyph_videos.build(tmp_path, report=lambda line: None)
     records = glyph_videos.load(tmp_path, 'train')
     assert set(records.columns) == {'pixels', 'name', 'face', 'motion'}
@@ -135,38 +133,38 @@ class TestBuild:
     assert records.columns['pixels'].dtype == np.uint8
     assert records.classes == {'motion': glyph_videos.MOTIONS}
 
-  def test_motions_are_balanced(self, few_clips, tmp_path):
+  def test_motions_are_balanced(self, few_videos, tmp_path):
     glyph_videos.build(tmp_path, report=lambda line: None)
     for split in glyph_videos.SPLITS:
       counts = collections.Counter(glyph_videos.load(tmp_path, split).columns['motion'].tolist())
       assert counts == dict.fromkeys(glyph_videos.MOTIONS, 4)
 
   def test_every_full_split_divides_by_the_motions(self):
-    assert {count % len(glyph_videos.MOTIONS) for count in glyph_videos._CLIPS.values()} == {0}
+    assert {count % len(glyph_videos.MOTIONS) for count in glyph_videos._NUM_VIDEOS.values()} == {0}
 
-  def test_clips_of_a_split_show_pictures_of_that_split(self, few_clips, tmp_path):
+  def test_videos_of_a_split_show_images_of_that_split(self, few_videos, tmp_path):
     glyph_videos.build(tmp_path, report=lambda line: None)
     for split in glyph_videos.SPLITS:
       own = set(glyphs.load(tmp_path, split).columns['name'].tolist())
       assert set(glyph_videos.load(tmp_path, split).columns['name'].tolist()) <= own
 
-  def test_a_clip_shows_the_glyph_of_its_name(self, few_clips, tmp_path):
+  def test_a_video_shows_the_glyph_of_its_name(self, few_videos, tmp_path):
     glyph_videos.build(tmp_path, report=lambda line: None)
     columns = glyph_videos.load(tmp_path, 'train').columns
-    pictures = glyphs.load(tmp_path, 'train').columns
+    images = glyphs.load(tmp_path, 'train').columns
     index = columns['motion'].tolist().index('stand still')
-    picture = pictures['pixels'][pictures['name'].tolist().index(columns['name'][index])]
-    course = glyph_videos.poses('stand still', glyph_videos._draws('train', index)[1:])
-    np.testing.assert_array_equal(columns['pixels'][index], glyph_videos.render(picture, course))
+    image = images['pixels'][images['name'].tolist().index(columns['name'][index])]
+    pose = glyph_videos.poses('stand still', glyph_videos._draws('train', index)[1:])
+    np.testing.assert_array_equal(columns['pixels'][index], glyph_videos.render(image, pose))
 
-  def test_two_builds_hold_the_same(self, few_clips, tmp_path):
-    prints = []
+  def test_two_builds_have_equal_fingerprints(self, few_videos, tmp_path):
+    fingerprints = []
     for folder in ('one', 'other'):
       glyph_videos.build(tmp_path / folder, report=lambda line: None)
-      prints.append([glyph_videos.load(tmp_path / folder, split).fingerprint for split in glyph_videos.SPLITS])
-    assert prints[0] == prints[1]
+      fingerprints.append([glyph_videos.load(tmp_path / folder, split).fingerprint for split in glyph_videos.SPLITS])
+    assert fingerprints[0] == fingerprints[1]
 
-  def test_clips_of_two_splits_move_differently(self):
+  def test_videos_of_two_splits_move_differently(self):
     assert not np.array_equal(glyph_videos._draws('train', 0), glyph_videos._draws('test_fonts', 0))
 
   def test_missing_data_names_the_directory_and_the_command(self, tmp_path):
@@ -175,23 +173,23 @@ class TestBuild:
       glyph_videos.load(tmp_path, 'train')
 
 
-class TestFloors:
+class TestBaselines:
 
   def _accuracy(self, monkeypatch, letters, frames: list[int]) -> float:
-    monkeypatch.setattr(glyph_videos, '_CLIPS', {'train': 2400, 'validation': 600})
+    monkeypatch.setattr(glyph_videos, '_NUM_VIDEOS', {'train': 2400, 'validation': 600})
     features, motions = [], []
     for split in ('train', 'validation'):
-      columns = glyph_videos._make(split, letters)
+      columns = glyph_videos._make_columns(split, letters)
       tiles = columns['pixels'][:, frames].reshape(-1, len(frames), 8, 4, 8, 4)
       features.append(tiles.mean((3, 5)).reshape(len(tiles), -1) / 255)
       motions.append(columns['motion'])
     model = linear_model.LogisticRegression(max_iter=100).fit(features[0], motions[0])
     return model.score(features[1], motions[1])
 
-  def test_the_middle_frame_says_little(self, monkeypatch, letters):
+  def test_the_middle_frame_reveals_little(self, monkeypatch, letters):
     # Chance is 0.083.
     assert self._accuracy(monkeypatch, letters, [4]) < 0.22
 
   @pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')
-  def test_all_frames_say_most(self, monkeypatch, letters):
+  def test_all_frames_reveal_the_motion(self, monkeypatch, letters):
     assert self._accuracy(monkeypatch, letters, list(range(8))) > 0.6

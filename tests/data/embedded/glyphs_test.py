@@ -1,11 +1,10 @@
-"""Glyph pictures: what is drawn, what it is called, and what tests may not share with training."""
+"""Glyph images: drawing, names, and what test splits must not share with training."""
 
 import collections
 
 import numpy as np
 import pytest
 from fontTools import ttLib
-from PIL import ImageFont
 
 from uni_moe_jax.data.embedded import glyph_classes, glyphs
 from uni_moe_jax.data.pipeline.records import Records
@@ -25,7 +24,7 @@ def _names(records: Records) -> set[str]:
   return set(records.columns['name'].tolist())
 
 
-def _pictures(records: Records) -> set[bytes]:
+def _images(records: Records) -> set[bytes]:
   return {pixels.tobytes() for pixels in records.columns['pixels']}
 
 
@@ -40,18 +39,18 @@ class TestContent:
       assert columns['pixels'].dtype == np.uint8
       assert columns['face'].shape == columns['class'].shape == (count,)
 
-  def test_splits_are_large_enough_to_train_and_to_tell_three_standard_errors(self, records):
+  def test_splits_are_large_enough(self, records):
     sizes = {split: len(records[split].columns['name']) for split in glyphs.SPLITS}
     assert sizes['train'] > 25_000
     assert sizes['validation'] > 1_000
     assert sizes['test_characters'] > 2_500
     assert sizes['test_fonts'] > 2_000
 
-  def test_tests_have_more_than_500_distinct_names(self, records):
+  def test_test_splits_have_more_than_500_distinct_names(self, records):
     assert len(_names(records['test_characters'])) > 500
     assert len(_names(records['test_fonts'])) > 500
 
-  def test_about_a_tenth_of_the_characters_is_tested_and_a_twentieth_validated(self, records):
+  def test_a_tenth_of_the_characters_is_in_test_and_a_twentieth_in_validation(self, records):
     count = {split: len(_names(records[split])) for split in _SEEN_FACE_SPLITS}
     total = sum(count.values())
     assert count['test_characters'] / total == pytest.approx(0.10, abs=0.01)
@@ -62,15 +61,15 @@ class TestContent:
     assert 'greek small letter alpha with tonos' in names
     assert all(name == name.lower() for name in names)
 
-  def test_no_mark_that_combines_with_other_characters_is_shown(self, records):
+  def test_no_combining_mark_is_drawn(self, records):
     for split in glyphs.SPLITS:
       assert not [name for name in _names(records[split]) if name.startswith('combining ')]
 
-  def test_every_picture_shows_something(self, records):
+  def test_every_image_shows_something(self, records):
     for split in glyphs.SPLITS:
       assert records[split].columns['pixels'].any((1, 2)).all()
 
-  def test_pictures_are_centred_from_left_to_right(self, records):
+  def test_images_are_centered_horizontally(self, records):
     inked = records[_TRAIN].columns['pixels'].any(1)  # [N, W]
     left = inked.argmax(1)
     right = inked[:, ::-1].argmax(1)
@@ -87,36 +86,36 @@ class TestLeaks:
         name for split in _SEEN_FACE_SPLITS for name in _names(records[split]))
     assert [name for name, count in counts.items() if count > 1] == []
 
-  @pytest.mark.parametrize('alike', [
+  @pytest.mark.parametrize('names', [
       ('latin capital letter h', 'greek capital letter eta', 'cyrillic capital letter en'),
       ('latin small letter o', 'greek small letter omicron', 'cyrillic small letter o'),
-      ('greek capital letter phi', 'cyrillic capital letter ef'),  # drawn anew, not copied
+      ('greek capital letter phi', 'cyrillic capital letter ef'),  # drawn separately, not copied
   ])
-  def test_look_alikes_are_in_one_split(self, records, alike):
-    splits = {split for split in _SEEN_FACE_SPLITS if _names(records[split]) & set(alike)}
+  def test_homoglyphs_are_in_one_split(self, records, names):
+    splits = {split for split in _SEEN_FACE_SPLITS if _names(records[split]) & set(names)}
     assert len(splits) == 1
 
-  def test_no_picture_occurs_twice_in_or_across_splits(self, records):
-    pictures = [_pictures(records[split]) for split in glyphs.SPLITS]
+  def test_no_image_occurs_twice_in_or_across_splits(self, records):
+    images = [_images(records[split]) for split in glyphs.SPLITS]
     total = sum(len(records[split].columns['pixels']) for split in glyphs.SPLITS)
-    assert len(set().union(*pictures)) == total
+    assert len(set().union(*images)) == total
 
-  def test_unseen_faces_occur_in_their_own_test_only(self, records):
+  def test_unseen_faces_occur_in_test_fonts_only(self, records):
     for split in _SEEN_FACE_SPLITS:
       assert not set(records[split].columns['face'].tolist()) & set(glyphs.UNSEEN_FACES)
     assert set(records['test_fonts'].columns['face'].tolist()) == set(glyphs.UNSEEN_FACES)
 
-  def test_characters_of_the_test_of_faces_were_trained_on(self, records):
+  def test_characters_of_test_fonts_are_trained_on(self, records):
     assert _names(records['test_fonts']) <= _names(records[_TRAIN])
 
-  def test_every_word_of_an_unseen_face_is_trained_on(self, records):
+  def test_every_word_of_an_unseen_face_name_is_trained_on(self, records):
     seen = {word for face in set(records[_TRAIN].columns['face'].tolist()) for word in face.split()}
     assert {word for face in glyphs.UNSEEN_FACES for word in face.split()} <= seen
 
 
 class TestClasses:
 
-  def test_every_class_of_a_test_is_trained_on(self, records):
+  def test_every_class_of_a_split_is_trained_on(self, records):
     trained = set(records[_TRAIN].columns['class'].tolist())
     for split in glyphs.SPLITS:
       assert set(records[split].columns['class'].tolist()) <= trained
@@ -127,9 +126,8 @@ class TestClasses:
       columns = records[split].columns
       for name, label in zip(columns['name'].tolist(), columns['class'].tolist(), strict=True):
         characters[label].add(name)
-    few = {label: len(characters[label]) for label in glyph_classes.CLASSES
-           if len(characters[label]) < 20}
-    assert few == {}
+    counts = {label: len(characters[label]) for label in glyph_classes.CLASSES}
+    assert {label: count for label, count in counts.items() if count < 20} == {}
 
   def test_class_names_are_in_the_order_of_the_rules(self, records):
     assert records[_TRAIN].classes == {'class': glyph_classes.CLASSES}
@@ -162,73 +160,73 @@ class TestClasses:
 
 class TestRender:
 
-  def _font(self) -> ImageFont.FreeTypeFont:
-    path = glyphs.font_path('DejaVuSans')
-    return ImageFont.truetype(path, 22, layout_engine=ImageFont.Layout.BASIC)
+  @pytest.fixture
+  def font(self):
+    return glyphs.load_font('DejaVuSans')
 
-  def test_capital_and_small_letter_keep_their_sizes(self):
-    rows = [glyphs.render(self._font(), letter).any(1).sum() for letter in 'Oo']
+  def test_capital_and_small_letters_keep_their_sizes(self, font):
+    rows = [glyphs.render(font, letter).any(1).sum() for letter in 'Oo']
     assert rows[0] > rows[1] + 2
 
-  def test_letters_stand_on_one_baseline(self):
-    lowest = {32 - glyphs.render(self._font(), letter).any(1)[::-1].argmax() for letter in 'EXx'}
+  def test_letters_share_a_baseline(self, font):
+    lowest = {32 - glyphs.render(font, letter).any(1)[::-1].argmax() for letter in 'EXx'}
     assert lowest == {24}
 
-  def test_a_dot_on_the_left_of_its_space_stays_on_the_left(self):
-    left, right = (glyphs.render(self._font(), dot) for dot in '\u2801\u2808')  # braille dots 1, 4
+  def test_a_dot_on_the_left_of_its_box_stays_on_the_left(self, font):
+    left, right = (glyphs.render(font, dot) for dot in '\u2801\u2808')  # braille dots 1, 4
     assert left.any(0).argmax() < right.any(0).argmax()
 
-  def test_blank_and_too_wide_characters_are_not_drawn(self):
-    assert glyphs.render(self._font(), ' ') is None
-    assert glyphs.render(self._font(), '\N{PER TEN THOUSAND SIGN}') is None
+  def test_blank_and_too_wide_characters_are_not_drawn(self, font):
+    assert glyphs.render(font, ' ') is None
+    assert glyphs.render(font, '\N{PER TEN THOUSAND SIGN}') is None
 
 
 class TestSplits:
 
-  def test_a_group_is_never_divided(self):
+  def test_a_group_is_in_one_split(self):
     groups = [(65 + 2 * i, 66 + 2 * i) for i in range(40)]
     splits = glyphs.assign_splits(groups)
-    assert all(splits[one] == splits[other] for one, other in groups)
+    assert all(splits[a] == splits[b] for a, b in groups)
 
-  def test_forty_groups_give_four_to_the_test_and_two_to_validation(self):
+  def test_of_forty_groups_four_are_in_test_and_two_in_validation(self):
     braille = [(code,) for code in range(0x2801, 0x2801 + 40)]
     counts = collections.Counter(glyphs.assign_splits(braille).values())
     assert counts == {'test_characters': 4, 'validation': 2, 'train': 34}
 
-  def test_another_class_moves_no_character(self):
+  def test_splits_of_a_class_do_not_depend_on_other_classes(self):
     braille = [(code,) for code in range(0x2801, 0x2801 + 40)]
     hexagrams = [(code,) for code in range(0x4DC0, 0x4DC0 + 40)]
-    alone = glyphs.assign_splits(braille)
-    assert {code: glyphs.assign_splits(hexagrams + braille)[code] for code in alone} == alone
+    splits = glyphs.assign_splits(braille)
+    assert {code: glyphs.assign_splits(hexagrams + braille)[code] for code in splits} == splits
 
 
-class TestChoice:
+class TestSelection:
 
-  def _chosen(self, splits: dict[int, str], **fonts: dict[int, int]) -> dict[str, list[tuple]]:
-    """(name, face) of each split, for fonts that draw each character as an even grey."""
+  def _select(self, splits: dict[int, str], **fonts: dict[int, int]) -> dict[str, list[tuple]]:
+    """(name, face) of each split, for fonts that draw each character as a uniform gray."""
     made = [
-        glyphs.Font(face.replace('_', ' '), dict.fromkeys(greys, b''), {
-            code: np.full((32, 32), grey, np.uint8) for code, grey in greys.items()})
-        for face, greys in fonts.items()
+        glyphs.Font(face.replace('_', ' '), dict.fromkeys(grays, b''), {
+            code: np.full((32, 32), gray, np.uint8) for code, gray in grays.items()})
+        for face, grays in fonts.items()
     ]
-    rows, _ = glyphs.choose(made, splits)
+    rows, _ = glyphs.select_images(made, splits)
     return {split: [(name[-1], face) for _, name, face, _ in rows[split]] for split in rows}
 
-  def test_of_twins_in_a_seen_and_an_unseen_face_the_seen_one_stays(self):
-    chosen = self._chosen({65: 'train'}, bold_times={65: 1}, regular_sans={65: 1})
+  def test_of_equal_images_the_one_in_a_seen_face_is_kept(self):
+    chosen = self._select({65: 'train'}, bold_times={65: 1}, regular_sans={65: 1})
     assert chosen['train'] == [('a', 'regular sans')]
     assert chosen['test_fonts'] == []
 
   def test_an_unseen_character_is_tested_in_seen_faces_only(self):
     splits = {65: 'test_characters', 66: 'train'}
-    chosen = self._chosen(splits, regular_sans={65: 1, 66: 2}, bold_times={65: 3, 66: 4})
+    chosen = self._select(splits, regular_sans={65: 1, 66: 2}, bold_times={65: 3, 66: 4})
     assert chosen['test_characters'] == [('a', 'regular sans')]
     assert chosen['test_fonts'] == [('b', 'bold times')]
 
-  def test_a_character_that_was_never_shown_is_no_test_of_an_unseen_face(self):
-    # B is drawn as A is in the seen face: that picture stays A's, so nothing taught B.
+  def test_a_character_that_is_not_trained_on_is_not_in_test_fonts(self):
+    # In the seen face B equals A; that image belongs to A, so B is not trained on.
     splits = {65: 'train', 66: 'train'}
-    chosen = self._chosen(splits, regular_sans={65: 1, 66: 1}, bold_times={65: 2, 66: 3})
+    chosen = self._select(splits, regular_sans={65: 1, 66: 1}, bold_times={65: 2, 66: 3})
     assert chosen['train'] == [('a', 'regular sans')]
     assert chosen['test_fonts'] == [('a', 'bold times')]
 
@@ -240,12 +238,12 @@ class TestBuild:
     names = ('STIXGeneralItalic', 'STIXGeneralBolIta', 'STIXGeneralBol')
     monkeypatch.setattr(glyphs, 'FACES', {name: glyphs.FACES[name] for name in names})
 
-  def test_two_builds_hold_the_same(self, few_faces, tmp_path):
-    prints = []
+  def test_two_builds_have_equal_fingerprints(self, few_faces, tmp_path):
+    fingerprints = []
     for folder in ('one', 'other'):
       glyphs.build(tmp_path / folder, report=lambda line: None)
-      prints.append([glyphs.load(tmp_path / folder, split).fingerprint for split in glyphs.SPLITS])
-    assert prints[0] == prints[1]
+      fingerprints.append([glyphs.load(tmp_path / folder, split).fingerprint for split in glyphs.SPLITS])
+    assert fingerprints[0] == fingerprints[1]
 
   def test_a_second_build_does_nothing(self, few_faces, tmp_path, monkeypatch):
     glyphs.build(tmp_path, report=lambda line: None)
@@ -264,7 +262,7 @@ class TestBuild:
     with pytest.raises(FileNotFoundError, match=command):
       glyphs.load(tmp_path, 'train')
 
-  def test_an_unknown_split_lists_those_there_are(self, few_faces, tmp_path):
+  def test_an_unknown_split_lists_the_existing_ones(self, few_faces, tmp_path):
     glyphs.build(tmp_path, report=lambda line: None)
     with pytest.raises(ValueError, match="'test'.*test_characters, test_fonts, train, validation"):
       glyphs.load(tmp_path, 'test')

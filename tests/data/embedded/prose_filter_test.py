@@ -1,8 +1,11 @@
+"""The prose filter: paragraphs of docstrings, their roles, and what reads as English."""
+
 import inspect
 
-from absl.testing import absltest, parameterized
+import pytest
 
 from uni_moe_jax.data.embedded import prose_filter
+from uni_moe_jax.data.embedded.prose_filter import BODY, ITEM, SUMMARY, extract_paragraphs
 
 _NUMPY_STYLE = inspect.cleandoc('''
     Computes the mean of the values.
@@ -40,93 +43,90 @@ _GOOGLE_STYLE = inspect.cleandoc('''
     ''')
 
 
-class ParagraphsTest(parameterized.TestCase):
-
-  def test_numpy_style(self):
-    self.assertEqual(prose_filter.paragraphs(_NUMPY_STYLE), [
-        ('Computes the mean of the values.', prose_filter.SUMMARY),
-        ('The mean is the sum of the values, divided by their number along the axis; see numpy.sum '
-         'for what a sum is.', prose_filter.BODY),
-        ('The values whose mean is wanted, in an array of any shape.', prose_filter.ITEM),
-        ('A sum of many small values is best done in double precision.', prose_filter.BODY),
-    ])
-
-  def test_google_style_with_a_list(self):
-    self.assertEqual(prose_filter.paragraphs(_GOOGLE_STYLE), [
-        ('Computes the mean of the values.', prose_filter.SUMMARY),
-        ('It is called with one array, and gives one number for all of it.', prose_filter.ITEM),
-        ('It is called with an axis, and gives an array of numbers.', prose_filter.ITEM),
-        ('The values whose mean is wanted, in an array of any shape.', prose_filter.ITEM),
-    ])
-
-  def test_a_heading_is_no_paragraph_and_what_follows_it_is_the_summary(self):
-    (found,) = prose_filter.paragraphs('Sums\n====\nThis is where all of the sums are made and kept.')
-    self.assertEqual(found.role, prose_filter.SUMMARY)
-
-  def test_a_list_item_goes_on_at_its_own_margin(self):
-    (found,) = prose_filter.paragraphs(
-        '* It is called with one array and\ngives one number for all of it.')
-    self.assertEqual(found.text, 'It is called with one array and gives one number for all of it.')
-
-  def test_short_paragraphs_are_only_kept_as_summaries(self):
-    text = 'This is so short.'
-    self.assertEqual(prose_filter.paragraphs(f'{text}\n\n{text}'), [(text, prose_filter.SUMMARY)])
-
-  def test_long_paragraphs_keep_their_first_sentences(self):
-    sentence = 'This is one of very many sentences in a row.'  # 44 characters, 45 with a blank
-    (found,) = prose_filter.paragraphs(' '.join([sentence] * 20))
-    self.assertEqual(found.text, ' '.join([sentence] * 11))  # 11 * 45 - 1 = 494 <= 500 < 539
-
-  @parameterized.named_parameters(
-      ('titled_role', 'See the :ref:`user guide <guide>` for all that there is to know.',
-       'See the user guide for all that there is to know.'),
-      ('shortened_role', 'It is the same as :class:`~a.B` but with another name for it.',
-       'It is the same as a.B but with another name for it.'),
-      ('markdown_link', 'This is described in [the paper](https://x.org/1) in all of its details.',
-       'This is described in the paper in all of its details.'),
-      ('emphasis', 'It is **not** the case that *this* function returns a ``copy`` of it.',
-       'It is not the case that this function returns a copy of it.'),
-      ('typography',
-       'It isn’t the “best”  way\nto do all of this but it is the ﬁrst that was found.',
-       'It isn\'t the "best" way to do all of this but it is the first that was found.'),
-  )
-  def test_markup_is_removed(self, raw, expected):
-    self.assertEqual([found.text for found in prose_filter.paragraphs(raw)], [expected])
+def test_numpy_style():
+  assert extract_paragraphs(_NUMPY_STYLE) == [
+      ('Computes the mean of the values.', SUMMARY),
+      ('The mean is the sum of the values, divided by their number along the axis; see numpy.sum for what a sum is.',
+       BODY),
+      ('The values whose mean is wanted, in an array of any shape.', ITEM),
+      ('A sum of many small values is best done in double precision.', BODY),
+  ]
 
 
-class ReadsAsEnglishTest(parameterized.TestCase):
-
-  @parameterized.parameters(
-      'Returns the sum of all the values in an array along an axis.',
-      'If the file is missing, it is made in the folder of the user.',
-      'The number of jobs to run (1 if it is not given), or None for as many as there are.',
-      'The n_samples rows of the array are the points that are to be sorted.',
-  )
-  def test_english(self, text):
-    self.assertTrue(prose_filter.reads_as_english(text))
-
-  @parameterized.named_parameters(
-      ('no_end', 'Returns the sum of all the values in an array along the following'),
-      ('begins_inside', 'returns the sum of all the values in an array along an axis.'),
-      ('ends_in_colon', 'This is how the sum of all the values is made in practice:'),
-      ('code', 'It is the first of all the values that are in this a|b array here.'),
-      ('doctest', '>>> It is what it was, and it is what it will be, and this is all.'),
-      ('table', 'The ----- is ----- in ----- of ----- and ----- to ----- it ----- is.'),
-      ('formula', 'The sum x + y of two values is the value that is made by adding.'),
-      ('symbols', 'The p and q of r are s and t of the u that is v to the w.'),
-      ('names', 'The CamelCase and AnotherName of SomeThing are with YetMore in the function.'),
-      ('address', 'All of this is described at https://example.org in the manual of it.'),
-      ('list_of_words', 'Apples pears cherries lemons oranges bananas melons grapes plums dates.'),
-      ('punctuation', 'It is, as it was, and as it will be, all of it, to us, or, not, to, them.'),
-      ('condition_only', 'If the array is empty or the axis is not in the array.'),
-      ('open_bracket', 'Any of the names) or None when there is no name for it.'),
-      ('numbers', 'The 1 of 2 and 3 in 4 to 5 of the 6 is 7 and 8.'),
-      ('other_alphabet', 'Это the очень of короткий to текст in без is английских and слов.'),
-      ('eight_words', 'This is the sum of all the values.'),
-  )
-  def test_not_english(self, text):
-    self.assertFalse(prose_filter.reads_as_english(text))
+def test_google_style_with_a_list():
+  assert extract_paragraphs(_GOOGLE_STYLE) == [
+      ('Computes the mean of the values.', SUMMARY),
+      ('It is called with one array, and gives one number for all of it.', ITEM),
+      ('It is called with an axis, and gives an array of numbers.', ITEM),
+      ('The values whose mean is wanted, in an array of any shape.', ITEM),
+  ]
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_a_heading_is_not_a_paragraph_and_the_summary_follows_it():
+  (paragraph,) = extract_paragraphs('Sums\n====\nThis is where all of the sums are made and kept.')
+  assert paragraph.role == SUMMARY
+
+
+def test_a_list_item_continues_at_its_own_margin():
+  (paragraph,) = extract_paragraphs('* It is called with one array and\ngives one number for all of it.')
+  assert paragraph.text == 'It is called with one array and gives one number for all of it.'
+
+
+def test_short_paragraphs_are_only_kept_as_summaries():
+  text = 'This is so short.'
+  assert extract_paragraphs(f'{text}\n\n{text}') == [(text, SUMMARY)]
+
+
+def test_long_paragraphs_keep_their_first_sentences():
+  sentence = 'This is one of very many sentences in a row.'  # 44 characters, 45 with a space
+  (paragraph,) = extract_paragraphs(' '.join([sentence] * 20))
+  assert paragraph.text == ' '.join([sentence] * 11)  # 11 * 45 - 1 = 494 <= 500 < 539
+
+
+@pytest.mark.parametrize('raw, expected', [
+    ('See the :ref:`user guide <guide>` for all that there is to know.',
+     'See the user guide for all that there is to know.'),
+    ('It is the same as :class:`~a.B` but with another name for it.',
+     'It is the same as a.B but with another name for it.'),
+    ('This is described in [the paper](https://x.org/1) in all of its details.',
+     'This is described in the paper in all of its details.'),
+    ('It is **not** the case that *this* function returns a ``copy`` of it.',
+     'It is not the case that this function returns a copy of it.'),
+    ('It isn’t the “best”  way\nto do all of this but it is the ﬁrst that was found.',
+     'It isn\'t the "best" way to do all of this but it is the first that was found.'),
+], ids=['titled role', 'shortened role', 'markdown link', 'emphasis', 'typography'])
+def test_markup_is_removed(raw, expected):
+  assert [paragraph.text for paragraph in extract_paragraphs(raw)] == [expected]
+
+
+@pytest.mark.parametrize('text', [
+    'Returns the sum of all the values in an array along an axis.',
+    'If the file is missing, it is made in the folder of the user.',
+    'The number of jobs to run (1 if it is not given), or None for as many as there are.',
+    'The n_samples rows of the array are the points that are to be sorted.',
+])
+def test_this_reads_as_english(text):
+  assert prose_filter.reads_as_english(text)
+
+
+@pytest.mark.parametrize('name, text', [
+    ('no end', 'Returns the sum of all the values in an array along the following'),
+    ('begins inside', 'returns the sum of all the values in an array along an axis.'),
+    ('ends in a colon', 'This is how the sum of all the values is made in practice:'),
+    ('code', 'It is the first of all the values that are in this a|b array here.'),
+    ('doctest', '>>> It is what it was, and it is what it will be, and this is all.'),
+    ('table', 'The ----- is ----- in ----- of ----- and ----- to ----- it ----- is.'),
+    ('formula', 'The sum x + y of two values is the value that is made by adding.'),
+    ('symbols', 'The p and q of r are s and t of the u that is v to the w.'),
+    ('names', 'The CamelCase and AnotherName of SomeThing are with YetMore in the function.'),
+    ('address', 'All of this is described at https://example.org in the manual of it.'),
+    ('list of words', 'Apples pears cherries lemons oranges bananas melons grapes plums dates.'),
+    ('punctuation', 'It is, as it was, and as it will be, all of it, to us, or, not, to, them.'),
+    ('condition only', 'If the array is empty or the axis is not in the array.'),
+    ('open bracket', 'Any of the names) or None when there is no name for it.'),
+    ('numbers', 'The 1 of 2 and 3 in 4 to 5 of the 6 is 7 and 8.'),
+    ('other alphabet', 'Это the очень of короткий to текст in без is английских and слов.'),
+    ('eight words', 'This is the sum of all the values.'),
+])
+def test_this_does_not_read_as_english(name, text):
+  assert not prose_filter.reads_as_english(text), name

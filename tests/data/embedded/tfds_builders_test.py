@@ -1,4 +1,4 @@
-"""The embedded data as TFDS sets: the same examples in the same order, at random or streamed."""
+"""The embedded data as TFDS datasets: the same examples in the same order, by random access or as a stream."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def _texts(word: str) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def small_records(monkeypatch):
-  """Nine invented records per split in place of the real ones."""
+  """Replaces the real records by nine per split."""
   faces = np.full(_COUNT, 'regular sans')
   labels = np.resize(np.array([glyph_classes.CLASSES[3], '', glyph_classes.CLASSES[0]]), _COUNT)
   loads = {
@@ -57,41 +57,41 @@ def _prepared(data_dir, name: str, file_format: str = 'array_record', **options)
 
 
 @pytest.mark.parametrize('split', ['train', 'test_fonts'])
-def test_picture_i_of_the_source_is_record_i(tmp_path, split):
+def test_image_i_of_the_source_is_record_i(tmp_path, split):
   source = _prepared(tmp_path, 'embedded_glyphs').as_data_source(split)
   columns = glyphs.load(tmp_path, split).columns
   assert len(source) == _COUNT
-  for i in (4, 0, 8):  # at random, not in order
+  for i in (4, 0, 8):  # random access
     np.testing.assert_array_equal(source[i]['pixels'][..., 0], columns['pixels'][i])
     assert source[i]['name'].decode() == columns['name'][i]
     assert source[i]['face'].decode() == columns['face'][i]
 
 
-def test_classes_are_numbered_in_their_order_and_none_is_minus_one(tmp_path):
+def test_classes_are_numbered_in_order_and_no_class_is_minus_one(tmp_path):
   source = _prepared(tmp_path, 'embedded_glyphs').as_data_source('train')
   assert [int(source[i]['class']) for i in range(4)] == [3, -1, 0, 3]
 
 
-def test_clip_i_of_the_source_is_record_i(tmp_path):
+def test_video_i_of_the_source_is_record_i(tmp_path):
   source = _prepared(tmp_path, 'embedded_videos').as_data_source('validation')
   columns = glyph_videos.load(tmp_path, 'validation').columns
   np.testing.assert_array_equal(np.stack(source[5]['pixels'])[..., 0], columns['pixels'][5])
   assert glyph_videos.MOTIONS[source[5]['motion']] == columns['motion'][5]
 
 
-def test_paragraphs_and_packages_come_back(tmp_path):
+def test_paragraphs_and_packages_are_read_back(tmp_path):
   source = _prepared(tmp_path, 'embedded_text/paragraphs').as_data_source('test')
   assert source[1]['text'].decode() == 'test 1 ü'
   assert [int(source[i]['package']) for i in range(2)] == [-1, 1]
 
 
-def test_pairs_come_back(tmp_path):
+def test_pairs_are_read_back(tmp_path):
   source = _prepared(tmp_path, 'embedded_text/pairs').as_data_source('test')
   assert (source[2]['text_a'].decode(), source[2]['text_b'].decode()) == ('a 2 ü', 'b 2 ü')
   assert [int(source[i]['label']) for i in range(2)] == [0, 1]
 
 
-def test_tfrecords_are_a_stream_in_the_order_of_the_records(tmp_path):
+def test_tfrecords_are_streamed_in_the_order_of_the_records(tmp_path):
   data = _prepared(tmp_path, 'embedded_videos', 'tfrecord').as_dataset('train', shuffle_files=False)
   columns = glyph_videos.load(tmp_path, 'train').columns
   examples = list(data.as_numpy_iterator())
@@ -102,16 +102,16 @@ def test_tfrecords_are_a_stream_in_the_order_of_the_records(tmp_path):
 def test_a_limit_takes_evenly_spaced_records(tmp_path):
   config = tfds_builders.SubsetConfig(name='few', limit=3)
   source = _prepared(tmp_path, 'embedded_glyphs', config=config).as_data_source('train')
-  # Of 0 … 8, three evenly spaced.
+  # Three of 0…8.
   assert [source[i]['name'].decode() for i in range(3)] == ['train 0 ü', 'train 4 ü', 'train 8 ü']
 
 
-def test_a_prepared_set_says_what_it_was_made_of(tmp_path):
+def test_a_prepared_dataset_has_the_fingerprints_of_its_records(tmp_path):
   _prepared(tmp_path, 'embedded_glyphs')
   read_again = tfds.builder('embedded_glyphs', data_dir=tmp_path)
   assert read_again.info.metadata['fingerprint_train'] == glyphs.load(tmp_path, 'train').fingerprint
 
 
-def test_the_path_names_set_configuration_and_version(tmp_path):
+def test_the_path_contains_dataset_config_and_version(tmp_path):
   path = tfds.builder('embedded_text/pairs', data_dir=tmp_path).data_path
   assert str(path.relative_to(tmp_path)) == 'embedded_text/pairs/1.0.0'

@@ -1,1 +1,1 @@
-"""Data sets built from installed packages."""
+"""Datasets built from installed packages."""

@@ -1,9 +1,8 @@
-"""Handwritten digits: the pictures that scikit-learn carries (UCI optical recognition, 8 × 8), drawn where glyphs are.
+"""Handwritten digits from scikit-learn (UCI optical recognition, 8 × 8 pixels), drawn like glyphs.
 
-Who wrote a digit is not known there, so that a writer may be in several splits. Nothing is prepared: the package holds them.
+The writers are unknown, so one writer may be in several splits. Nothing is prepared: the package contains the images.
 """
 
-import collections
 import hashlib
 
 import numpy as np
@@ -15,53 +14,44 @@ from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.utils.errors import UsageError
 
 SPLITS = ('train', 'validation', 'test')
-# As the Unicode Standard names the glyphs of these digits.
+# The names of the glyphs of these digits in the Unicode Standard.
 NAMES = tuple(f'digit {word}' for word in 'zero one two three four five six seven eight nine'.split())
 
-_TEST_SHARE, _VALIDATION_SHARE = 0.3, 0.1  # of every class
-_MOST = 16  # the brightest value there
-# The box of a glyph's digit: 16 rows that stand on the glyphs' baseline, in the middle from left to right.
-_BOX, _TOP = 16, 8
+_TEST_FRACTION, _VALIDATION_FRACTION = 0.3, 0.1  # of every class
+_MAX_VALUE = 16  # brightest value of the source
+_BOX, _TOP = 16, 8  # the box of a glyph's digit: 16 rows that end at the glyphs' baseline, centered horizontally
 
 
 def draw(values: np.ndarray) -> np.ndarray:
-  """A digit as a glyph is drawn, white on black.
-
-  Args:
-    values: [8, 8] in 0…16.
-
-  Returns:
-    uint8 [SIZE, SIZE].
-  """
-  small = Image.fromarray(np.rint(values * (255 / _MOST)).astype(np.uint8))
-  picture, left = np.zeros((SIZE, SIZE), np.uint8), (SIZE - _BOX) // 2
-  picture[_TOP:_TOP + _BOX, left:left + _BOX] = small.resize((_BOX, _BOX), Image.Resampling.BICUBIC)
-  return picture
+  """Draws a digit, [8, 8] in 0…16, like a glyph: uint8 [SIZE, SIZE], white on black."""
+  small = Image.fromarray(np.rint(values * (255 / _MAX_VALUE)).astype(np.uint8))
+  image, left = np.zeros((SIZE, SIZE), np.uint8), (SIZE - _BOX) // 2
+  image[_TOP:_TOP + _BOX, left:left + _BOX] = small.resize((_BOX, _BOX), Image.Resampling.BICUBIC)
+  return image
 
 
 def assign_splits(labels: np.ndarray) -> np.ndarray:
-  """A split for each picture, unicode [N]: within a class, pictures are ordered by a hash of their place and cut by share."""
-  splits, members = np.full(len(labels), SPLITS[0], dtype='U10'), collections.defaultdict(list)
-  for place, label in enumerate(labels):
-    members[label].append(place)
-  for places in members.values():
-    places.sort(key=lambda place: hashlib.sha256(f'digit {place}'.encode()).digest())
-    tested = round(_TEST_SHARE * len(places))
-    splits[places[:tested]] = 'test'
-    splits[places[tested:tested + round(_VALIDATION_SHARE * len(places))]] = 'validation'
+  """Assigns a split to each image, unicode [N]: images of a class are ordered by a hash of their index and cut."""
+  splits = np.full(len(labels), SPLITS[0], dtype='U10')
+  for label in np.unique(labels):
+    indices = sorted(np.flatnonzero(labels == label), key=lambda i: hashlib.sha256(f'digit {i}'.encode()).digest())
+    num_test = round(_TEST_FRACTION * len(indices))
+    splits[indices[:num_test]] = 'test'
+    splits[indices[num_test:num_test + round(_VALIDATION_FRACTION * len(indices))]] = 'validation'
   return splits
 
 
 def load(split: str) -> Records:
-  """One of SPLITS: pixels uint8 [N, 32, 32], and name as text [N], with its classes.
+  """Loads one of SPLITS: pixels uint8 [N, 32, 32], and name as text [N], with its classes.
 
   Raises:
-    UsageError: there is no such split.
+    UsageError: The split does not exist.
   """
-  from sklearn import datasets  # a second that only runs on digits should wait
+  from sklearn import datasets  # imported late: it takes a second
   if split not in SPLITS:
     raise UsageError(f'split {split!r} is not in digits; choose from {", ".join(SPLITS)}.')
   digits = datasets.load_digits()
   chosen = np.flatnonzero(assign_splits(digits.target) == split)
-  columns = {'pixels': np.stack([draw(digits.images[i]) for i in chosen]), 'name': np.array(NAMES)[digits.target[chosen]]}
+  columns = {'pixels': np.stack([draw(digits.images[i]) for i in chosen]),
+             'name': np.array(NAMES)[digits.target[chosen]]}
   return Records(columns, {'name': NAMES}, npz_records.fingerprint(columns, {'name': NAMES}))

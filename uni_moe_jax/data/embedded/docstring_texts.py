@@ -1,8 +1,7 @@
-"""The embedded text: paragraphs, the package each is from, and pairs of a summary and a paragraph.
+"""Text datasets from docstrings: paragraphs with their package, and pairs of a summary and a paragraph.
 
-No paragraph occurs twice, also not with other numbers, punctuation or rare names; all paragraphs of
-a file are in one split, and what was pasted between files is no test: what a test asks cannot have
-been learnt by heart.
+No paragraph occurs twice, not even with other numbers, punctuation or rare names. All paragraphs of a file are in one
+split, and text that was copied between files is left out of the test splits: no test can be solved by memorization.
 """
 
 import collections
@@ -24,30 +23,27 @@ from uni_moe_jax.data.pipeline.records import Records
 SPLITS = ('train', 'validation', 'test')
 # The ten largest sources.
 PACKAGES = (
-    'fonttools', 'jax', 'keras', 'matplotlib', 'numpy', 'orbax', 'python', 'scipy', 'sklearn',
-    'tensorflow',
-)
+    'fonttools', 'jax', 'keras', 'matplotlib', 'numpy', 'orbax', 'python', 'scipy', 'sklearn', 'tensorflow')
 ANSWERS = ('no', 'yes')  # does the paragraph continue the summary?
 
-_TEST_SHARE, _VALIDATION_SHARE = 0.08, 0.04  # of the files
-_COMMON = 50  # paragraphs that a word must occur in, to count when near-duplicates are compared
-_ENOUGH_COMMON_WORDS = 7  # with fewer, the rare ones are compared too
-_RUN = 5  # words that make a coincidence unlikely
+_TEST_FRACTION, _VALIDATION_FRACTION = 0.08, 0.04  # of the files
+_COMMON_COUNT = 50  # entries that must contain a word for it to count as common
+_MIN_COMMON_WORDS = 7  # an entry with fewer is compared by all its words
+_NGRAM = 5  # words; a longer overlap is unlikely to be a coincidence
 _PAIRS_PER_DOCUMENT = 4
-_TELLING_ITEM = 20  # words that the description of an argument needs to differ from any other
-# The number changes with the content: an older folder is not read, but made anew.
-_FOLDER = 'texts-1'
+_MIN_ITEM_WORDS = 20  # shorter descriptions of arguments are hardly distinguishable
+_FOLDER = 'texts-1'  # the number changes with the content: an older folder is not read
 
 
 class Entry(NamedTuple):
   """A paragraph with its origin.
 
   Attributes:
-    source: a source of `harvest`.
-    unit: what a split must not divide.
-    document: index of its document; paragraphs of a document are neighbours.
-    role: a role of `prose`.
-    text: the paragraph.
+    source: A source of `docstring_corpus`.
+    unit: What a split must not divide.
+    document: Index of its document; paragraphs of a document are adjacent.
+    role: A role of `prose_filter`.
+    text: The paragraph.
   """
   source: str
   unit: str
@@ -57,62 +53,56 @@ class Entry(NamedTuple):
 
   @property
   def is_paragraph(self) -> bool:
-    """False for a short summary, which only asks what follows it."""
+    """False for a short summary, which is used in pairs only."""
     return len(self.text.split()) >= prose_filter.MIN_WORDS
 
 
 def split_of(unit: str) -> str:
-  """The split of a unit, from its name alone."""
-  place = int.from_bytes(hashlib.sha256(unit.encode()).digest()[:4], 'big') / 2**32
-  if place < _TEST_SHARE:
+  """Returns the split of a unit, a function of its name."""
+  u = int.from_bytes(hashlib.sha256(unit.encode()).digest()[:4], 'big') / 2**32
+  if u < _TEST_FRACTION:
     return 'test'
-  return 'validation' if place < _TEST_SHARE + _VALIDATION_SHARE else 'train'
+  return 'validation' if u < _TEST_FRACTION + _VALIDATION_FRACTION else 'train'
 
 
-def entries(documents: Iterable[docstring_corpus.Document]) -> list[Entry]:
-  """Paragraphs and short summaries of the documents, in order; of equal ones the first stays."""
-  found = []
-  for index, document in enumerate(documents):
-    found += [
-        Entry(document.source, document.unit, index, role, text)
-        for text, role in prose_filter.paragraphs(document.text)
-    ]
-  return without_duplicates(without_duplicates(found, frozenset()), common_words(found))
+def extract_entries(documents: Iterable[docstring_corpus.Document]) -> list[Entry]:
+  """Returns paragraphs and short summaries of the documents, in order, without duplicates."""
+  entries = [Entry(document.source, document.unit, index, role, text)
+             for index, document in enumerate(documents)
+             for text, role in prose_filter.extract_paragraphs(document.text)]
+  return drop_duplicates(drop_duplicates(entries, frozenset()), common_words(entries))
 
 
-def divide(found: Iterable[Entry]) -> dict[str, list[Entry]]:
-  """Entries by split; outside train without those that repeat half of their wording from train."""
-  parts = {split: [] for split in SPLITS}
-  for entry in found:
-    parts[split_of(entry.unit)].append(entry)
-  learnt = {run for entry in parts['train'] for run in _runs(entry.text)}
+def split_entries(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+  """Returns entries by split; entries of the test splits that share half of their wording with train are left out."""
+  splits = {split: [] for split in SPLITS}
+  for entry in entries:
+    splits[split_of(entry.unit)].append(entry)
+  trained = {ngram for entry in splits['train'] for ngram in _ngrams(entry.text)}
 
   def is_new(entry: Entry) -> bool:
-    runs = _runs(entry.text)
-    return 2 * sum(run in learnt for run in runs) < max(len(runs), 1)
+    ngrams = _ngrams(entry.text)
+    return 2 * sum(ngram in trained for ngram in ngrams) < max(len(ngrams), 1)
 
-  for split in ('validation', 'test'):
-    parts[split] = [entry for entry in parts[split] if is_new(entry)]
-  return parts
+  return {split: members if split == 'train' else list(filter(is_new, members)) for split, members in splits.items()}
 
 
-def common_words(found: Sequence[Entry]) -> frozenset[str]:
-  """Words that occur in at least `_COMMON` entries."""
-  counts = collections.Counter(word for entry in found for word in set(_words(entry.text)))
-  return frozenset(word for word, count in counts.items() if count >= _COMMON)
+def common_words(entries: Sequence[Entry]) -> frozenset[str]:
+  """Returns the words that occur in at least `_COMMON_COUNT` entries."""
+  counts = collections.Counter(word for entry in entries for word in set(_words(entry.text)))
+  return frozenset(word for word, count in counts.items() if count >= _COMMON_COUNT)
 
 
-def without_duplicates(found: Sequence[Entry], common: frozenset[str]) -> list[Entry]:
-  """Of entries with the same words, the first; beside enough `common` words others do not count.
+def drop_duplicates(entries: Sequence[Entry], common: frozenset[str]) -> list[Entry]:
+  """Keeps the first of entries with the same words; only `common` words are compared if an entry has enough of them.
 
   "Samples a Beta variable of the given shape and type." equals "Samples a Gumbel variable of …".
   """
   kept = {}
-  for entry in found:
+  for entry in entries:
     words = _words(entry.text)
     shared = tuple(word for word in words if word in common)
-    key = shared if len(shared) >= _ENOUGH_COMMON_WORDS else ('', *words)
-    kept.setdefault(key, entry)
+    kept.setdefault(shared if len(shared) >= _MIN_COMMON_WORDS else ('', *words), entry)
   return list(kept.values())
 
 
@@ -120,91 +110,72 @@ def _words(text: str) -> tuple[str, ...]:
   return tuple(re.findall('[a-z]+', text.lower()))
 
 
-def _runs(text: str) -> list[str]:
+def _ngrams(text: str) -> list[str]:
   words = _words(text)
-  return [' '.join(words[start:start + _RUN]) for start in range(len(words) - _RUN + 1)]
+  return [' '.join(words[start:start + _NGRAM]) for start in range(len(words) - _NGRAM + 1)]
 
 
-def pairs(found: Sequence[Entry]) -> list[tuple[str, str, str]]:
-  """Balanced (summary, paragraph, answer) rows out of the entries of one split.
+def make_pairs(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
+  """Makes balanced (summary, paragraph, answer) rows from the entries of one split.
 
-  The paragraphs that do not continue a summary are those that continue another one of the same
-  source. So both answers have the same summaries and the same paragraphs: neither tells alone.
+  A paragraph that does not continue a summary continues another summary of the same source. So both answers have the
+  same summaries and the same paragraphs: neither alone reveals the answer.
   """
   by_source = collections.defaultdict(list)
-  for _, document in itertools.groupby(found, key=lambda entry: entry.document):
+  for _, document in itertools.groupby(entries, key=lambda entry: entry.document):
     first, *rest = document
-    following = [
-        entry for entry in rest
-        if entry.role == prose_filter.BODY or (
-            entry.role == prose_filter.ITEM and len(entry.text.split()) >= _TELLING_ITEM)
-    ][:_PAIRS_PER_DOCUMENT]
-    if first.role == prose_filter.SUMMARY and following and first.source != docstring_corpus.LICENCES:
-      by_source[first.source].append((first.text, [entry.text for entry in following]))
+    following = [entry.text for entry in rest if entry.role == prose_filter.BODY or (
+        entry.role == prose_filter.ITEM and len(entry.text.split()) >= _MIN_ITEM_WORDS)][:_PAIRS_PER_DOCUMENT]
+    if first.role == prose_filter.SUMMARY and following and first.source != docstring_corpus.LICENSES:
+      by_source[first.source].append((first.text, following))
   rows = []
   for source in sorted(by_source):
-    # In hash order a neighbour is any document of the source, not the next function of the file.
-    documents = sorted(
-        by_source[source], key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    # Hash order, so that an adjacent document is any document of the source, not the next function of the file.
+    documents = sorted(by_source[source], key=lambda item: hashlib.sha256(item[0].encode()).digest())
     true = [(summary, text) for summary, texts in documents for text in texts]
-    # Rotated by the size of the largest document, no paragraph stays with its own summary.
+    # After rotation by the size of the largest document, no paragraph is paired with its own summary.
     shift = max(len(texts) for _, texts in documents)
-    if 2 * shift > len(true):
-      continue
-    for place, (summary, text) in enumerate(true):
-      rows += [(summary, text, 'yes'), (summary, true[(place + shift) % len(true)][1], 'no')]
+    if 2 * shift <= len(true):
+      for i, (summary, text) in enumerate(true):
+        rows += [(summary, text, 'yes'), (summary, true[(i + shift) % len(true)][1], 'no')]
   return rows
 
 
 def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes paragraphs and pairs in `directory`, unless they are there; reports sizes and seconds.
+  """Makes paragraphs and pairs in `directory`, unless they exist; reports sizes and seconds.
 
   Raises:
-    ModuleNotFoundError: a package that the text is read from is not installed.
+    UsageError: A package that the text is read from is not installed.
   """
   folder = pathlib.Path(directory) / _FOLDER
   if folder.is_dir():
     return
   start = time.monotonic()
-  found = entries(docstring_corpus.documents())
-  parts = divide(found)
+  entries = extract_entries(docstring_corpus.documents())
   with npz_records.atomic_folder(folder) as temporary:
-    for kind in ('paragraphs', 'pairs'):
-      (temporary / kind).mkdir()
-    for split, part in parts.items():
-      paragraphs = [entry for entry in part if entry.is_paragraph]
-      packages = [entry.source if entry.source in PACKAGES else '' for entry in paragraphs]
+    for name in ('paragraphs', 'pairs'):
+      (temporary / name).mkdir()
+    for split, members in split_entries(entries).items():
+      paragraphs = [entry for entry in members if entry.is_paragraph]
       npz_records.save(temporary / 'paragraphs', split, {
           'text': np.array([entry.text for entry in paragraphs], str),
-          'package': np.array(packages, str),
+          'package': np.array([entry.source if entry.source in PACKAGES else '' for entry in paragraphs], str),
       }, {'package': PACKAGES})
-      rows = pairs(part)
+      rows = make_pairs(members)
       npz_records.save(temporary / 'pairs', split, {
-          name: np.array([row[place] for row in rows], str)
-          for place, name in enumerate(('text_a', 'text_b', 'label'))
+          name: np.array([row[i] for row in rows], str) for i, name in enumerate(('text_a', 'text_b', 'label'))
       }, {'label': ANSWERS})
       size = sum(len(entry.text.encode()) for entry in paragraphs) / 1e6
-      report(
-          f'texts: {split} has {len(paragraphs)} paragraphs ({size:.1f} MB) and {len(rows)} pairs')
-  sources = len({entry.source for entry in found})
+      report(f'texts: {split} has {len(paragraphs)} paragraphs ({size:.1f} MB) and {len(rows)} pairs')
+  sources = len({entry.source for entry in entries})
   report(f'texts: from {sources} sources; {time.monotonic() - start:.1f} s')
 
 
 def load_paragraphs(directory: str | os.PathLike[str], split: str) -> Records:
-  """One of SPLITS as Records: text, package ('' where it is not one of PACKAGES).
-
-  Raises:
-    MissingFileError: if `build` has not made them in `directory`.
-    UsageError: if there is no such split.
-  """
+  """Loads one of SPLITS: text, package ('' if it is not one of PACKAGES). Raises: see `npz_records.load`."""
   return npz_records.load(pathlib.Path(directory) / _FOLDER / 'paragraphs', split, directory)
 
 
 def load_pairs(directory: str | os.PathLike[str], split: str) -> Records:
-  """One of SPLITS as Records: text_a (summary), text_b (paragraph), label ('yes': b continues a).
-
-  Raises:
-    MissingFileError: if `build` has not made them in `directory`.
-    UsageError: if there is no such split.
-  """
+  """Loads one of SPLITS: text_a (summary), text_b (paragraph), label ('yes': b continues a)."""
   return npz_records.load(pathlib.Path(directory) / _FOLDER / 'pairs', split, directory)

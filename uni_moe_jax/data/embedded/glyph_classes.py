@@ -1,34 +1,32 @@
-"""Classes of characters: the kind of sign that a character's Unicode name says it is.
+"""Classes of characters, derived from their Unicode names.
 
-A rule is a class and a pattern of lower-cased names; the first rule whose pattern matches from the
-start of the name decides. Characters that cannot be told from those of another class by looking (a
-mathematical bold A is an A in a bold face, a roman numeral one is an I) get no class: they train
-captions and retrieval only.
+A rule is a class and a pattern of lower-cased names; the first rule whose pattern matches from the start of the name
+decides. Characters that look like those of another class (a mathematical bold A is an A in a bold face, a roman numeral
+one is an I) get no class: they train captions and retrieval only.
 """
 
 import functools
 import re
 
-# The class of a character that no rule names, or that a rule says looks like others.
-UNLABELLED = ''
+UNLABELED = ''  # class of a character that matches no rule, or a rule for homoglyphs of other classes
 
-# Marks that a reader sees beside a letter; a hook or a stroke changes the letter itself.
+# Marks that are visible beside a letter; a hook or a stroke changes the letter itself.
 _ACCENTS = (
     'acute|grave|circumflex|diaeresis|macron|breve|caron|tilde|dot above|dot below|ring above'
     '|ring below|ogonek|cedilla|hook above|line above|line below|comma above|comma below|horn')
 
-# Order matters: a name goes to the first rule that matches it.
+# The first matching rule decides.
 _RULES = (
     # Copies of other characters in another style, size or place.
-    (UNLABELLED, r'(latin|greek) (letter small capital|subscript)|latin letter'),
-    (UNLABELLED, r'superscript|subscript'),
-    (UNLABELLED, r'modifier|roman numeral|small roman numeral|lisu|coptic|old italic'),
-    (UNLABELLED, r'mathematical .*digit|arabic mathematical'),
-    # Letters that mathematics draws in a shape of its own.
+    (UNLABELED, r'(latin|greek) (letter small capital|subscript)|latin letter'),
+    (UNLABELED, r'superscript|subscript'),
+    (UNLABELED, r'modifier|roman numeral|small roman numeral|lisu|coptic|old italic'),
+    (UNLABELED, r'mathematical .*digit|arabic mathematical'),
+    # Mathematical letters with their own shapes.
     ('double-struck letter', r'(mathematical )?double-struck (italic )?(capital|small)'),
     ('fraktur letter', r'mathematical (bold )?fraktur|black-letter'),
     ('script letter', r'mathematical (bold )?script|script (capital|small)'),
-    (UNLABELLED, r'mathematical (bold|italic|sans-serif|monospace)'),
+    (UNLABELED, r'mathematical (bold|italic|sans-serif|monospace)'),
     # Scripts.
     ('accented latin capital letter', rf'latin capital letter .*\bwith .*\b({_ACCENTS})\b'),
     ('accented latin small letter', rf'latin small letter .*\bwith .*\b({_ACCENTS})\b'),
@@ -50,7 +48,7 @@ _RULES = (
     ('ogham letter', r'ogham letter'),
     ('lao character', r'lao'),
     ('canadian syllable', r'canadian syllabics'),
-    # Sets drawn by a system.
+    # Systematically drawn sets.
     ('braille pattern', r'braille pattern'),
     ('box drawing', r'box drawings'),
     ('block element', r'.*\bblock$|quadrant|(light|medium|dark) shade'),
@@ -63,11 +61,11 @@ _RULES = (
     ('circled number', r'(dingbat )?(negative )?circled (sans-serif )?(digit|number)'),
     ('fraction', r'(vulgar )?fraction(?! slash)'),
     ('face', r'.*\bface\b(?!-)'),
-    # Arrows, by where they point.
+    # Arrows, by direction.
     ('harpoon', r'.*\bharpoon\b'),
     ('two-way arrow', r'.*\b(left right|up down)\b.*\barrow|.*s arrow.* (over|of) .*wards arrow'),
     ('diagonal arrow', r'.*\b(north|south) (east|west)\b.*arrow'),
-    (UNLABELLED, r'.*(clockwise|curved|corner|tip).*\barrow|.*\barrow.* (curving|tip) '),
+    (UNLABELED, r'.*(clockwise|curved|corner|tip).*\barrow|.*\barrow.* (curving|tip) '),
     ('rightwards arrow', r'.*\bright(wards)?\b.*arrow'),
     ('leftwards arrow', r'.*\bleft(wards)?\b.*arrow'),
     ('vertical arrow', r'.*\b(up|down)(wards)?\b.*arrow'),
@@ -79,10 +77,10 @@ _RULES = (
     ('inequality', r'.*\b(less|greater)-than\b'),
     ('subset or superset', r'.*\b(subset|superset)\b'),
     ('membership relation', r'.*\b(element of|contains|contain)\b'),
-    # Relations of the same few strokes, and signs that are part of a hundred others.
-    (UNLABELLED, r'.*\b(precedes?|succeeds?|equals?|equivalent|identical|congruent)\b'),
-    (UNLABELLED, r'.*\b(tilde|similar|plus|minus|quotation mark|logical|tack|angle)\b'),
-    (UNLABELLED, r'square (root|cap|cup|image|original)'),
+    # Relations with the same few strokes, and signs that are part of many others.
+    (UNLABELED, r'.*\b(precedes?|succeeds?|equals?|equivalent|identical|congruent)\b'),
+    (UNLABELED, r'.*\b(tilde|similar|plus|minus|quotation mark|logical|tack|angle)\b'),
+    (UNLABELED, r'square (root|cap|cup|image|original)'),
     # Shapes.
     ('triangle', r'.*\btriangle\b'),
     ('diamond', r'.*\b(diamond|lozenge)\b'),
@@ -92,11 +90,11 @@ _RULES = (
 )
 _COMPILED = tuple((label, re.compile(pattern)) for label, pattern in _RULES)
 
-# Every class, in the order of the rules: the order of a classifier's outputs.
-CLASSES = tuple(dict.fromkeys(label for label, _ in _RULES if label != UNLABELLED))
+# Every class, in the order of the rules, which is the order of a classifier's outputs.
+CLASSES = tuple(dict.fromkeys(label for label, _ in _RULES if label != UNLABELED))
 
 
 @functools.cache
 def class_of(name: str) -> str:
-  """The class of the character with this lower-cased Unicode name; '' where it has none."""
-  return next((label for label, pattern in _COMPILED if pattern.match(name)), UNLABELLED)
+  """Returns the class of the character with this lower-cased Unicode name; '' if it has none."""
+  return next((label for label, pattern in _COMPILED if pattern.match(name)), UNLABELED)

@@ -1,7 +1,7 @@
-"""Glyph clips: the glyph pictures in motion, eight frames each, balanced over twelve motions.
+"""Glyph videos: the glyph images in motion, eight frames each, balanced over twelve motions.
 
-Where a glyph is, how large, turned and bright it is in the middle of a clip follows nearly the same
-law for every motion, so that one frame says little about what moves: a model has to compare frames.
+The position, size, angle and brightness of a glyph in the middle of a video have nearly the same distribution for every
+motion, so a single frame says little about the motion: a model has to compare frames.
 """
 
 import hashlib
@@ -21,8 +21,7 @@ from uni_moe_jax.data.pipeline.records import Records
 
 FRAMES = 8
 _BLINK = 'blink'
-# What changes per frame, in units of _SPEEDS: x (to the right), y (down), size, angle (clockwise),
-# light.
+# Change per frame, in units of _SPEEDS: x (to the right), y (down), size, angle (clockwise), brightness.
 _DIRECTIONS = {
     'stand still': (0, 0, 0, 0, 0),
     'move left': (-1, 0, 0, 0, 0),
@@ -39,32 +38,32 @@ _DIRECTIONS = {
 }
 MOTIONS = tuple(_DIRECTIONS)
 
-# Ranges: x and y in pixels, size in octaves, angle in degrees, light as a share of the picture's.
+# Ranges: x and y in pixels, size in octaves, angle in degrees, brightness relative to the image.
 _SPEEDS = np.array([(1.0, 1.6), (1.0, 1.6), (0.08, 0.14), (9.0, 15.0), (0.09, 0.13)])
 _STARTS = np.array([(-1.0, 1.0), (-1.0, 1.0), (-0.15, 0.05), (-4.0, 4.0), (0.45, 0.9)])
-_ANCHORS = (2.0, 5.0)  # the moment, in frames, when the glyph is at its start
-_DIM = 0.35  # light between blinks: darkness would say "blink" in a single frame
-_LEAST_LIGHT = 0.05
+_ANCHORS = (2.0, 5.0)  # the time, in frames, when the glyph is at its start
+_DIM = 0.35  # brightness between blinks: darkness would reveal "blink" in a single frame
+_MIN_BRIGHTNESS = 0.05
 
-_CLIPS = {'train': 16_008, 'validation': 1_008, 'test_characters': 2_004, 'test_fonts': 2_004}
+_NUM_VIDEOS = {'train': 16_008, 'validation': 1_008, 'test_characters': 2_004, 'test_fonts': 2_004}
 _FOLDER = 'videos-2'  # the number changes with the content: an older folder is not read
 
 
 def _draws(split: str, index: int) -> np.ndarray:
-  """Eight numbers in [0, 1) that belong to one clip, float64 [8]; the same on every machine."""
+  """Returns eight numbers in [0, 1) for one video, float64 [8]; the same on every machine."""
   digest = hashlib.sha256(f'glyph clip {split} {index}'.encode()).digest()
   return np.frombuffer(digest, '<u4') / 2**32
 
 
 def poses(motion: str, draws: np.ndarray) -> np.ndarray:
-  """The course of one clip.
+  """Returns the pose of a glyph in every frame of a video.
 
   Args:
-    motion: one of MOTIONS.
-    draws: seven numbers in [0, 1), float [7]: start of x, y, size, angle and light; anchor; speed.
+    motion: One of MOTIONS.
+    draws: Seven numbers in [0, 1), float [7]: start of x, y, size, angle and brightness; anchor; speed.
 
   Returns:
-    float64 [T, 5]: x, y (pixels), size (factor), angle (degrees, clockwise), light of every frame.
+    float64 [T, 5]: x, y (pixels), size (factor), angle (degrees, clockwise), brightness.
   """
   low, high = _STARTS.T
   start = low + (high - low) * draws[:5]
@@ -72,32 +71,24 @@ def poses(motion: str, draws: np.ndarray) -> np.ndarray:
   slow, fast = _SPEEDS.T
   rate = np.array(_DIRECTIONS[motion]) * (slow + (fast - slow) * draws[6])
   frames = np.arange(FRAMES)
-  course = start + rate * (frames - anchor)[:, None]
-  course[:, 2] = np.exp2(course[:, 2])
+  pose = start + rate * (frames - anchor)[:, None]
+  pose[:, 2] = np.exp2(pose[:, 2])
   if motion == _BLINK:
-    # On and off for one or two frames at a time, beginning anywhere in that period.
+    # On and off for one or two frames at a time, with a random phase.
     half = 1 + int(2 * draws[6])
     phase = int(2 * half * draws[5])
-    course[:, 4] *= np.where((frames + phase) // half % 2, _DIM, 1.0)
-  course[:, 4] = course[:, 4].clip(_LEAST_LIGHT, 1.0)
-  return course
+    pose[:, 4] *= np.where((frames + phase) // half % 2, _DIM, 1.0)
+  pose[:, 4] = pose[:, 4].clip(_MIN_BRIGHTNESS, 1.0)
+  return pose
 
 
-def render(picture: np.ndarray, course: np.ndarray) -> np.ndarray:
-  """Moves a picture along a course.
-
-  Args:
-    picture: uint8 [SIZE, SIZE].
-    course: [T, 5], see `poses`.
-
-  Returns:
-    uint8 [T, SIZE, SIZE].
-  """
-  image = Image.fromarray(picture)
+def render(image: np.ndarray, pose: np.ndarray) -> np.ndarray:
+  """Draws an image, uint8 [SIZE, SIZE], in the poses [T, 5] of `poses`: uint8 [T, SIZE, SIZE]."""
+  source = Image.fromarray(image)
   middle = SIZE / 2
   frames = []
-  for x, y, size, angle, _ in course:
-    # Pillow asks where each pixel comes from, so that the matrix is that of the inverse motion.
+  for x, y, size, angle, _ in pose:
+    # Pillow maps output pixels to input pixels, so the matrix is that of the inverse motion.
     cos = math.cos(math.radians(angle)) / size
     sin = math.sin(math.radians(angle)) / size
     matrix = (
@@ -105,32 +96,27 @@ def render(picture: np.ndarray, course: np.ndarray) -> np.ndarray:
         -sin, cos, middle + sin * (middle + x) - cos * (middle + y),
     )
     frames.append(np.asarray(
-        image.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)))
-  light = course[:, 4].astype(np.float32)[:, None, None]
-  return np.rint(np.stack(frames) * light).astype(np.uint8)
+        source.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)))
+  brightness = pose[:, 4].astype(np.float32)[:, None, None]
+  return np.rint(np.stack(frames) * brightness).astype(np.uint8)
 
 
-def _make(split: str, pictures: Records) -> dict[str, np.ndarray]:
-  """Columns of the clips of one split; motions take turns."""
-  columns = pictures.columns
-  count = _CLIPS[split]
+def _make_columns(split: str, images: Records) -> dict[str, np.ndarray]:
+  """Returns the columns of the videos of one split; motions alternate."""
+  columns = images.columns
+  count = _NUM_VIDEOS[split]
   pixels = np.empty((count, FRAMES, SIZE, SIZE), np.uint8)
   chosen = np.empty(count, np.int64)
   for index in range(count):
     draws = _draws(split, index)
     chosen[index] = draws[0] * len(columns['pixels'])
-    course = poses(MOTIONS[index % len(MOTIONS)], draws[1:])
-    pixels[index] = render(columns['pixels'][chosen[index]], course)
-  return {
-      'pixels': pixels,
-      'name': columns['name'][chosen],
-      'face': columns['face'][chosen],
-      'motion': np.resize(np.array(MOTIONS), count),
-  }
+    pixels[index] = render(columns['pixels'][chosen[index]], poses(MOTIONS[index % len(MOTIONS)], draws[1:]))
+  return {'pixels': pixels, 'name': columns['name'][chosen], 'face': columns['face'][chosen],
+          'motion': np.resize(np.array(MOTIONS), count)}
 
 
 def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes the clips in `directory`, unless they are there, and first the pictures that they show.
+  """Makes the videos in `directory`, unless they exist, and first the images that they show.
 
   Raises: see `glyphs.build`.
   """
@@ -141,18 +127,16 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
   start = time.monotonic()
   with npz_records.atomic_folder(folder) as temporary:
     for split in SPLITS:
-      columns = _make(split, glyphs.load(directory, split))
+      columns = _make_columns(split, glyphs.load(directory, split))
       npz_records.save(temporary, split, columns, {'motion': MOTIONS})
-      report(f'videos: {split} has {len(columns["name"])} videos of '
-             f'{len(np.unique(columns["name"]))} characters')
+      names = columns['name']
+      report(f'videos: {split} has {len(names)} videos of {len(np.unique(names))} characters')
   report(f'videos: took {time.monotonic() - start:.1f} s')
 
 
 def load(directory: str | os.PathLike[str], split: str) -> Records:
-  """One of SPLITS: pixels uint8 [N, 8, 32, 32], and name, face, motion as text [N].
+  """Loads one of SPLITS: pixels uint8 [N, 8, 32, 32], and name, face, motion as text [N].
 
-  Raises:
-    MissingFileError: if `build` has not made them in `directory`.
-    UsageError: if there is no such split.
+  Raises: see `npz_records.load`.
   """
   return npz_records.load(pathlib.Path(directory) / _FOLDER, split, directory)

@@ -1,8 +1,8 @@
-"""Glyph pictures: every named character that matplotlib's fonts draw, with name, face and class.
+"""Glyph images: every named character that matplotlib's fonts draw, with name, face and class.
 
-The pictures, names and splits follow from the installed packages alone, so that nothing is
-downloaded. A split by character holds whole groups of look-alikes (A, Alpha, Cyrillic A), and no
-picture occurs twice, in whatever splits: what a test asks cannot have been learnt by heart.
+Images, names and splits depend on the installed packages only; nothing is downloaded. A split by character contains
+whole groups of homoglyphs (A, Alpha, Cyrillic A), and no image occurs twice in any splits: no test can be solved by
+memorization.
 """
 
 import collections
@@ -27,7 +27,7 @@ from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 SPLITS = ('train', 'validation', 'test_characters', 'test_fonts')
 
-# By file name: other fonts of that folder map placeholders or legacy code points to characters.
+# By file name. Other fonts of that folder map placeholders or legacy code points to characters.
 FACES = {
     'DejaVuSans': 'regular sans',
     'DejaVuSans-Bold': 'bold sans',
@@ -46,28 +46,28 @@ FACES = {
     'STIXGeneralItalic': 'italic times',
     'STIXGeneralBolIta': 'bold italic times',
 }
-# Every word of these two phrases is learnt from other faces.
+# Every word of these two names occurs in other faces, which are trained on.
 UNSEEN_FACES = ('bold italic serif', 'bold times')
 
-SIZE = 32  # pixels, both ways
-_POINT_SIZE = 22  # pixels per em: a capital is half the picture, and 0.3 % do not fit (left out)
+SIZE = 32  # pixels per side
+_POINT_SIZE = 22  # pixels per em: a capital is half of the image; 0.3 % of the characters do not fit and are left out
 _BASELINE = 24  # rows above the baseline, which leaves 8 for descenders
-_TEST_SHARE, _VALIDATION_SHARE = 0.10, 0.05  # of the groups of look-alikes
+_TEST_FRACTION, _VALIDATION_FRACTION = 0.10, 0.05  # of the groups of homoglyphs
 _FOLDER = 'glyphs-1'  # the number changes with the content: an older folder is not read
 
 
 @dataclasses.dataclass(frozen=True)
 class Font:
-  """One face.
+  """A font.
 
   Attributes:
-    face: its phrase, a value of FACES.
-    outlines: character -> key of its outline, for every character that the font draws.
-    pictures: character -> uint8 [SIZE, SIZE], for those that fit.
+    face: Its name, a value of FACES.
+    outlines: Character → key of its outline, for every character that the font draws.
+    images: Character → uint8 [SIZE, SIZE], for those that fit.
   """
   face: str
   outlines: dict[int, bytes]
-  pictures: dict[int, np.ndarray]
+  images: dict[int, np.ndarray]
 
 
 def _name(code: int) -> str:
@@ -75,15 +75,14 @@ def _name(code: int) -> str:
 
 
 def _is_sign(code: int) -> bool:
-  """Whether a character has a name and stands alone: no mark on others, blank or control."""
+  """Returns whether a character has a name and is not a combining mark, blank or control character."""
   return bool(_name(code)) and unicodedata.category(chr(code))[0] not in 'MZC'
 
 
 def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-  """Draws a character in white on black, on one baseline and centred from left to right.
+  """Draws a character in white on black, on a fixed baseline and centered horizontally.
 
-  What is centred is the space that the character takes up: a dot on the left of its space, as in
-  braille, stays on the left.
+  The advance box of the character is centered, not its ink: a dot on the left of its box, as in braille, stays left.
 
   Returns:
     uint8 [SIZE, SIZE], or None if the character draws nothing or does not fit.
@@ -91,79 +90,75 @@ def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
   left, top, right, bottom = font.getbbox(character, anchor='ls')
   if right - left > SIZE or -top > _BASELINE or bottom > SIZE - _BASELINE:
     return None
-  picture = Image.new('L', (SIZE, SIZE))
+  image = Image.new('L', (SIZE, SIZE))
   position = ((SIZE - (right - left)) // 2 - left, _BASELINE)
-  ImageDraw.Draw(picture).text(position, character, fill=255, font=font, anchor='ls')
-  pixels = np.asarray(picture)
+  ImageDraw.Draw(image).text(position, character, fill=255, font=font, anchor='ls')
+  pixels = np.asarray(image)
   return pixels if pixels.any() else None
 
 
+def load_font(file_name: str) -> ImageFont.FreeTypeFont:
+  """Loads a font of FACES for `render`."""
+  # Basic layout: the other engine shapes differently and needs a library that may be missing.
+  return ImageFont.truetype(font_path(file_name), _POINT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+
+
 def font_path(file_name: str) -> pathlib.Path:
-  """Where matplotlib keeps a font of FACES; raises MissingFileError if it does not."""
+  """Returns matplotlib's path of a font of FACES. Raises MissingFileError if it does not exist."""
   path = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf', f'{file_name}.ttf')
   if not path.exists():
-    raise MissingFileError(
-        f'font {path} is missing: install the matplotlib version of constraints.txt.')
+    raise MissingFileError(f'font {path} is missing: install the matplotlib version of constraints.txt.')
   return path
 
 
 def _read_font(file_name: str) -> Font:
-  path = font_path(file_name)
-  with ttLib.TTFont(path) as font:
-    # What a font lacks it draws as a box: only its own table says which characters it has.
+  with ttLib.TTFont(font_path(file_name)) as font:
+    # Pillow draws a missing character as a box; only the font's own table says which characters it has.
     glyphs = {code: glyph for code, glyph in sorted(font.getBestCmap().items()) if _is_sign(code)}
-    by_glyph = {glyph: homoglyphs.outline(font, glyph) for glyph in set(glyphs.values())}
+    by_glyph = {glyph: homoglyphs.outline_key(font, glyph) for glyph in set(glyphs.values())}
   outlines = {code: by_glyph[glyph] for code, glyph in glyphs.items() if by_glyph[glyph]}
-  # Basic layout: the other engine shapes differently and needs a library that may be missing.
-  drawer = ImageFont.truetype(path, _POINT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-  pictures = {code: render(drawer, chr(code)) for code in outlines}
-  pictures = {code: pixels for code, pixels in pictures.items() if pixels is not None}
-  return Font(FACES[file_name], outlines, pictures)
+  drawer = load_font(file_name)
+  images = {code: render(drawer, chr(code)) for code in outlines}
+  return Font(FACES[file_name], outlines, {code: image for code, image in images.items() if image is not None})
 
 
-def _group(fonts: Sequence[Font]) -> list[tuple[int, ...]]:
-  """Groups of look-alikes over all fonts."""
+def _homoglyph_groups(fonts: Sequence[Font]) -> list[tuple[int, ...]]:
+  """Returns groups of homoglyphs over all fonts."""
   pairs = []
   for font in fonts:
-    codes = tuple(font.pictures)
-    close = homoglyphs.close_pairs(np.stack(list(font.pictures.values())))
-    pairs += [(codes[one], codes[other]) for one, other in close]
-  return homoglyphs.join((font.outlines for font in fonts), pairs)
+    codes = tuple(font.images)
+    pairs += [(codes[i], codes[j]) for i, j in homoglyphs.similar_pairs(np.stack(list(font.images.values())))]
+  return homoglyphs.group_characters((font.outlines for font in fonts), pairs)
 
 
 def assign_splits(groups: Sequence[Sequence[int]]) -> dict[int, str]:
-  """Character -> 'train', 'validation' or 'test_characters', the same for a whole group.
+  """Returns character → 'train', 'validation' or 'test_characters', the same for a whole group.
 
-  Within every class, groups are ordered by a hash of their first character and cut by share: a
-  class is in every split in proportion, and a change in one class moves no character of another.
+  Groups of a class are ordered by a hash of their first character and cut by fraction: every split has every class in
+  proportion, and a change in one class moves no character of another.
   """
-  strata = collections.defaultdict(list)
+  by_class = collections.defaultdict(list)
   for group in groups:
-    strata[class_of(_name(group[0]))].append(group)
+    by_class[class_of(_name(group[0]))].append(group)
   splits = {}
-  for stratum in strata.values():
-    stratum.sort(key=lambda group: hashlib.sha256(f'glyph group {group[0]}'.encode()).digest())
-    tested = round(_TEST_SHARE * len(stratum))
-    held = tested + round(_VALIDATION_SHARE * len(stratum))
-    for position, group in enumerate(stratum):
-      if position < tested:
-        split = 'test_characters'
-      elif position < held:
-        split = 'validation'
-      else:
-        split = 'train'
+  for members in by_class.values():
+    members.sort(key=lambda group: hashlib.sha256(f'glyph group {group[0]}'.encode()).digest())
+    num_test = round(_TEST_FRACTION * len(members))
+    num_held_out = num_test + round(_VALIDATION_FRACTION * len(members))
+    for i, group in enumerate(members):
+      split = 'test_characters' if i < num_test else 'validation' if i < num_held_out else 'train'
       splits.update(dict.fromkeys(group, split))
   return splits
 
 
-def choose(
+def select_images(
     fonts: Sequence[Font], splits: Mapping[int, str]
 ) -> tuple[dict[str, list[tuple[np.ndarray, str, str, str]]], collections.Counter[str]]:
-  """Which pictures stay, and where.
+  """Selects the images of every split.
 
   Args:
-    fonts: seen and unseen faces in any order.
-    splits: the split of every character, see `assign_splits`.
+    fonts: Seen and unseen faces in any order.
+    splits: Split of every character, see `assign_splits`.
 
   Returns:
     Rows (pixels, name, face, class) by split, and counts of what was left out, by reason.
@@ -171,11 +166,11 @@ def choose(
   rows = {split: [] for split in SPLITS}
   left_out = collections.Counter()
   seen = set()
-  # Seen faces first: of two equal pictures the first stays, never the one of an unseen face.
+  # Seen faces first: of two equal images the first is kept, never the one of an unseen face.
   for font in sorted(fonts, key=lambda font: font.face in UNSEEN_FACES):
     unseen = font.face in UNSEEN_FACES
-    left_out['too large'] += len(font.outlines) - len(font.pictures)
-    for code, pixels in font.pictures.items():
+    left_out['too large'] += len(font.outlines) - len(font.images)
+    for code, pixels in font.images.items():
       if unseen and splits[code] != 'train':
         left_out['of unseen characters in unseen faces'] += 1
       elif pixels.tobytes() in seen:
@@ -183,53 +178,45 @@ def choose(
       else:
         seen.add(pixels.tobytes())
         name = _name(code)
-        split = 'test_fonts' if unseen else splits[code]
-        rows[split].append((pixels, name, font.face, class_of(name)))
-  # A character whose pictures in seen faces all equal those of others was not learnt.
-  learnt = {name for _, name, _, _ in rows['train']}
-  kept = [row for row in rows['test_fonts'] if row[1] in learnt]
+        rows['test_fonts' if unseen else splits[code]].append((pixels, name, font.face, class_of(name)))
+  # A character whose images in seen faces all equal those of others was not trained on.
+  trained = {name for _, name, _, _ in rows['train']}
+  kept = [row for row in rows['test_fonts'] if row[1] in trained]
   left_out['of unseen characters in unseen faces'] += len(rows['test_fonts']) - len(kept)
   return rows | {'test_fonts': kept}, left_out
 
 
 def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes the glyph pictures in `directory`, unless they are there; reports sizes and seconds.
+  """Makes the glyph images in `directory`, unless they exist; reports sizes and seconds.
 
   Raises:
-    MissingFileError: if the installed matplotlib lacks one of the fonts.
-    UsageError: if a class of a test or validation picture has no picture in train.
+    MissingFileError: The installed matplotlib lacks one of the fonts.
+    UsageError: A class of a test or validation image has no image in train.
   """
   folder = pathlib.Path(directory) / _FOLDER
   if folder.is_dir():
     return
   start = time.monotonic()
   fonts = [_read_font(name) for name in FACES]
-  rows, left_out = choose(fonts, assign_splits(_group(fonts)))
+  rows, left_out = select_images(fonts, assign_splits(_homoglyph_groups(fonts)))
   trained = {label for *_, label in rows['train']}
   for split in SPLITS:
-    missing = {label for *_, label in rows[split]} - trained
-    if missing:
+    if missing := {label for *_, label in rows[split]} - trained:
       raise UsageError(f'split {split!r} has classes that train lacks: {sorted(missing)}.')
   with npz_records.atomic_folder(folder) as temporary:
     for split in SPLITS:
       pixels, names, faces, labels = zip(*rows[split], strict=True)
       columns = {
-          'pixels': np.stack(pixels),
-          'name': np.array(names),
-          'face': np.array(faces),
-          'class': np.array(labels),
-      }
+          'pixels': np.stack(pixels), 'name': np.array(names), 'face': np.array(faces), 'class': np.array(labels)}
       npz_records.save(temporary, split, columns, {'class': CLASSES})
-      report(f'glyphs: {split} has {len(names)} pictures of {len(set(names))} characters')
+      report(f'glyphs: {split} has {len(names)} images of {len(set(names))} characters')
   reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.items())
   report(f'glyphs: left out {reasons}; took {time.monotonic() - start:.1f} s')
 
 
 def load(directory: str | os.PathLike[str], split: str) -> Records:
-  """One of SPLITS: pixels uint8 [N, 32, 32], and name, face, class ('' for no class) as text [N].
+  """Loads one of SPLITS: pixels uint8 [N, 32, 32], and name, face, class ('' for no class) as text [N].
 
-  Raises:
-    MissingFileError: if `build` has not made them in `directory`.
-    UsageError: if there is no such split.
+  Raises: see `npz_records.load`.
   """
   return npz_records.load(pathlib.Path(directory) / _FOLDER, split, directory)

@@ -1,4 +1,4 @@
-"""Which characters look the same: in some font they share an outline, or very nearly a picture."""
+"""Groups of characters that look the same: in some font they share an outline, or nearly an image."""
 
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,22 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from fontTools import ttLib
 
-# Outlines are compared on a grid of 1/64 em, a third of a pixel: finer differences cannot be seen.
+# Outlines are compared on a grid of 1/64 em, a third of a pixel: finer differences are invisible.
 _OUTLINE_GRID = 64
-# Two pictures look the same below this Euclidean distance: 0.6 of one white pixel on black. Some
-# twins are drawn anew (Greek and Cyrillic phi), which no comparison of outlines finds.
-_SAME_DISTANCE = 153
-_BLOCK = 4  # pixels, both ways
-_ROWS = 1024  # pictures that are compared with all others at a time
+# Two images look the same below this Euclidean distance: 0.6 of one white pixel on black. Some homoglyphs have separate
+# drawings (Greek and Cyrillic phi), which a comparison of outlines does not find.
+_MAX_DISTANCE = 153
+_BLOCK = 4  # pixels per side
+_CHUNK = 1024  # images that are compared with all others at a time
 
 
-def outline(font: ttLib.TTFont, glyph: str) -> bytes:
-  """Key of a glyph's outline, wherever it stands on its line; empty if it draws nothing."""
+def outline_key(font: ttLib.TTFont, glyph: str) -> bytes:
+  """Returns a key of a glyph's outline, independent of its horizontal position; empty if it draws nothing."""
   coordinates, ends, _ = font['glyf'][glyph].getCoordinates(font['glyf'])
   if not coordinates:
     return b''
   points = np.asarray(coordinates, np.float64)
-  # Pictures are centred, so that glyphs look alike whatever space a font leaves beside them.
+  # Images are centered, so the space that a font leaves beside a glyph does not matter.
   points[:, 0] -= points[:, 0].min()
   grid = np.rint(points * (_OUTLINE_GRID / font['head'].unitsPerEm)).astype('<i2')
   # A composed glyph may list the same contours in another order.
@@ -29,42 +29,37 @@ def outline(font: ttLib.TTFont, glyph: str) -> bytes:
   return b'/'.join(sorted(contour.tobytes() for contour in contours))
 
 
-def close_pairs(pixels: np.ndarray) -> Iterator[tuple[int, int]]:
-  """Pairs (i < j) of pictures that look the same.
-
-  Args:
-    pixels: uint8 [N, H, W]; H and W are multiples of 4.
-  """
+def similar_pairs(pixels: np.ndarray) -> Iterator[tuple[int, int]]:
+  """Yields pairs (i < j) of images that look the same; pixels: uint8 [N, H, W], H and W multiples of 4."""
   count, height, width = pixels.shape
-  # Sums over blocks, divided by the block's side, are at most as far apart as the pictures are
-  # (Cauchy-Schwarz): a sixteenth of the work leaves few candidates to compare in full.
+  # Block sums, divided by the block's side, are at most as far from each other as the images are (Cauchy-Schwarz). This
+  # test costs a sixteenth and leaves few candidates for the exact comparison.
   tiles = pixels.reshape(count, height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
   blocks = tiles.sum((2, 4), dtype=np.float32).reshape(count, -1) / _BLOCK
   norms = np.square(blocks).sum(1)
   slack = 1e-5 * norms.max(initial=1)  # of float32 rounding
-  for start in range(0, count, _ROWS):
-    part = slice(start, start + _ROWS)
-    bound = norms[part, None] + norms - 2 * blocks[part] @ blocks.T
-    one, other = np.nonzero(bound < _SAME_DISTANCE**2 + slack)
-    one += start
-    one, other = one[one < other], other[one < other]
-    # Whole numbers: the same answer on every machine.
-    difference = pixels[one].astype(np.int32) - pixels[other]
-    near = np.square(difference).sum((1, 2)) < _SAME_DISTANCE**2
-    yield from zip(one[near].tolist(), other[near].tolist(), strict=True)
+  for start in range(0, count, _CHUNK):
+    chunk = slice(start, start + _CHUNK)
+    bound = norms[chunk, None] + norms - 2 * blocks[chunk] @ blocks.T
+    i, j = np.nonzero(bound < _MAX_DISTANCE**2 + slack)
+    i += start
+    i, j = i[i < j], j[i < j]
+    # Integers: the same result on every machine.
+    difference = pixels[i].astype(np.int32) - pixels[j]
+    similar = np.square(difference).sum((1, 2)) < _MAX_DISTANCE**2
+    yield from zip(i[similar].tolist(), j[similar].tolist(), strict=True)
 
 
-def join(
-    outlines: Iterable[Mapping[int, bytes]], pairs: Iterable[Sequence[int]] = ()
-) -> list[tuple[int, ...]]:
-  """Groups of characters that a chain of shared outlines and given pairs joins.
+def group_characters(
+    outlines: Iterable[Mapping[int, bytes]], pairs: Iterable[Sequence[int]] = ()) -> list[tuple[int, ...]]:
+  """Groups characters that are connected by shared outlines and given pairs.
 
   Args:
-    outlines: for each font, character -> key of its outline. A character is one in all fonts.
-    pairs: further characters that look the same; all of them have an outline.
+    outlines: For each font, character → key of its outline. A character is one node in all fonts.
+    pairs: Further characters that look the same; all of them have an outline.
 
   Returns:
-    Groups in the order of their first character, each in order; every character is in exactly one.
+    Sorted groups in the order of their first character; every character is in exactly one.
   """
   parent: dict[int, int] = {}
 
@@ -74,8 +69,8 @@ def join(
       code = parent[code]
     return code
 
-  def unite(one: int, other: int) -> None:
-    low, high = sorted((root(one), root(other)))
+  def unite(a: int, b: int) -> None:
+    low, high = sorted((root(a), root(b)))
     parent[high] = low
 
   first: dict[bytes, int] = {}
@@ -83,8 +78,8 @@ def join(
     for code, key in font.items():
       parent.setdefault(code, code)
       unite(code, first.setdefault(key, code))
-  for one, other in pairs:
-    unite(one, other)
+  for a, b in pairs:
+    unite(a, b)
   groups = collections.defaultdict(list)
   for code in sorted(parent):
     groups[root(code)].append(code)

@@ -1,4 +1,4 @@
-"""What in a docstring reads as English: paragraphs without markup, code, tables or formulas."""
+"""Extracts English paragraphs from docstrings: no markup, code, tables or formulas."""
 
 import re
 import unicodedata
@@ -6,34 +6,32 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 MIN_WORDS = 9
-MIN_SUMMARY_WORDS = 4  # "Computes the mean along an axis." is enough to ask what follows it
-# Longer paragraphs keep their first sentences: a unicode array is as wide as its longest text.
-MAX_CHARS = 500
+MIN_SUMMARY_WORDS = 4  # "Computes the mean along an axis." is enough for a question about what follows
+MAX_CHARS = 500  # longer paragraphs keep their first sentences: a unicode array is as wide as its longest text
 
-# How a paragraph stands in its document.
+# Roles of a paragraph in its document.
 SUMMARY = 'summary'  # the document's first paragraph
 BODY = 'body'  # a later one at the margin
-ITEM = 'item'  # indented or listed: the description of an argument, a note, a point of a list
+ITEM = 'item'  # indented or listed: the description of an argument, a note, a list item
 
 
 class Paragraph(NamedTuple):
-  text: str  # whitespace-normalised
+  text: str  # with normalized whitespace
   role: str  # SUMMARY, BODY or ITEM
 
 
-def paragraphs(document: str) -> list[Paragraph]:
-  """Those paragraphs of a dedented docstring that read as English, in order, without markup.
+def extract_paragraphs(document: str) -> list[Paragraph]:
+  """Returns the paragraphs of a dedented docstring that read as English, in order, without markup.
 
-  They have at least `MIN_WORDS` words, a summary `MIN_SUMMARY_WORDS`, and at most `MAX_CHARS`
-  characters.
+  They have at least `MIN_WORDS` words, a summary `MIN_SUMMARY_WORDS`, and at most `MAX_CHARS` characters.
   """
-  found = []
-  for place, (at_margin, raw) in enumerate(_runs(document)):
-    role = ITEM if not at_margin else BODY if place else SUMMARY
-    text = _shorten(_without_markup(raw))
+  paragraphs = []
+  for index, (at_margin, raw) in enumerate(_blocks(document)):
+    role = ITEM if not at_margin else BODY if index else SUMMARY
+    text = _shorten(_remove_markup(raw))
     if reads_as_english(text, MIN_SUMMARY_WORDS if role == SUMMARY else MIN_WORDS):
-      found.append(Paragraph(text, role))
-  return found
+      paragraphs.append(Paragraph(text, role))
+  return paragraphs
 
 
 _BULLET = re.compile(r'\s*(?:[-*+•]|\(?(?:\d{1,2}|[a-z])[.)])\s+')
@@ -44,12 +42,12 @@ _ERROR = re.compile(r'(?:Error|Exception|Warning)s?$')
 _UNDERLINE = re.compile(r'\s*([-=~^"\'*#])\1{2,}\s*$')
 
 
-def _runs(document: str) -> Iterator[tuple[bool, str]]:
-  """Runs of lines that belong together: one indentation, or a list item with its hanging lines.
+def _blocks(document: str) -> Iterator[tuple[bool, str]]:
+  """Yields blocks of lines with the same indentation, or a list item with its continuation lines.
 
-  Yields (whether the run stands at the margin, its lines joined by blanks).
+  Yields (whether the block is at the margin, its lines joined by spaces).
   """
-  # Of the current run; `hang` is the indentation of an item's second line.
+  # State of the current block; `hang` is the indentation of an item's second line.
   lines, start, hang, marker, heads_error = [], 0, None, None, None
   for line in document.split('\n') + ['']:
     indent = len(line) - len(line.lstrip())
@@ -61,7 +59,7 @@ def _runs(document: str) -> Iterator[tuple[bool, str]]:
     else:
       belongs = indent == start
     if lines and (new_marker or underline or not line.strip() or not belongs):
-      if not heads_error and not underline:  # an underlined run is a heading
+      if not heads_error and not underline:  # an underlined block is a heading
         yield start == 0 and not marker, ' '.join(lines)
       lines = []
     if not line.strip() or underline:
@@ -86,7 +84,7 @@ _MARKUP = (
 _QUOTES = str.maketrans({'’': "'", '‘': "'", '“': '"', '”': '"'})
 
 
-def _without_markup(text: str) -> str:
+def _remove_markup(text: str) -> str:
   text = unicodedata.normalize('NFKC', text).translate(_QUOTES)
   for pattern, replacement in _MARKUP:
     text = pattern.sub(replacement, text)
@@ -103,20 +101,18 @@ def _shorten(text: str) -> str:
 _FORBIDDEN = re.compile(r'[{}<>|\\^~=@#$*+`\[\]]|\.\.|::|https?:|www\.|//|--|__')
 _START = re.compile(r'["\'(]?[A-Z]')
 _END = re.compile(r'[.!?]["\')]*$')
-# "If the file is missing." says nothing; "If the file is missing, it is made." does.
-_CLAUSE_ONLY = re.compile(
-    r'(?:If|When|Whenever|Unless|Because)\b(?![^.!?]*, (?!or |and |if |but |when ))')
+# "If the file is missing." is incomplete; "If the file is missing, it is made." is a sentence.
+_CLAUSE_ONLY = re.compile(r'(?:If|When|Whenever|Unless|Because)\b(?![^.!?]*, (?!or |and |if |but |when ))')
 _WORD = re.compile(r"(?:[A-Z]?[a-z]+|[A-Z]{1,5}s?)(?:['-](?:[A-Z]?[a-z]+|[A-Z]{1,5}))*$")
 _NUMBER = re.compile(r'\d[\d.,]*%?$')
 _FUNCTION_WORDS = frozenset(
-    'a all also an and any are as at be been but by can could did do does each for from had has '
-    'have if in into is it its may must no not of on only or should such than that the their them '
-    'then there these they this those to used using was were when where which while who will with '
-    'would you your'.split())
+    'a all also an and any are as at be been but by can could did do does each for from had has have if in into is it '
+    'its may must no not of on only or should such than that the their them then there these they this those to used '
+    'using was were when where which while who will with would you your'.split())
 
 
 def reads_as_english(text: str, min_words: int = MIN_WORDS) -> bool:
-  """Whether a text has the shape of English sentences: letters, words, a beginning and an end."""
+  """Returns whether a text looks like English sentences: letters, words, a beginning and an end."""
   words = [word.strip('.,;:!?()"\'') for word in text.split()]
   n = len(words)
   if n < min_words or not _START.match(text) or not _END.search(text):
