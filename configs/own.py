@@ -40,7 +40,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     raise UsageError(f'configs/own.py:{arg}: the sources lie in several data directories ({", ".join(sorted(directories))}); a run '
                      'reads one.')
   [directory] = directories
-  facts = {p.name: file_dataset.summary(p.name, directory) for p in paths}
+  facts = {p.name: file_dataset.read_summary(p.name, directory) for p in paths}
   if run:
     c, plan = finetuning.start_from(run, f'configs/own.py:{arg}')
   else:

@@ -17,6 +17,7 @@ from flax import traverse_util
 from tests.helpers import small_model
 from uni_moe_jax import config
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data.files import prepare
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train import optimizer, workdir
@@ -54,7 +55,7 @@ def _own() -> str:
   for name, facts in of.items():
     place = pathlib.Path(folder.name, 'own', name, '1.0.0')
     place.mkdir(parents=True)
-    (place / 'prepared.json').write_text(json.dumps(facts))
+    (place / 'prepared.json').write_text(json.dumps({'format': prepare.FORMAT, **facts}))
     places.append(str(place.parent))
   return '+'.join(places)
 

@@ -70,7 +70,7 @@ def _run(c, devices: int = 1):
 
 
 def _predictor(run, params):
-  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   return Predictor(run.spec.model, params, sets, run.data.tokenizer)
 
 
@@ -137,7 +137,7 @@ def test_shapes_of_a_step_at_full_size(name):
   assert state.params['embed']['word'].shape == (_V, 192)
   [fields], [t] = batch.values(), run.plan.tasks
   assert fields['id'].shape == (1, t.batch_size)
-  assert {s.size for s in run.data.sets.values()} == ({_ENTRIES[name]} if name in _ENTRIES else {_V} if t.target_set else set())
+  assert {s.size for s in run.data.target_sets.values()} == ({_ENTRIES[name]} if name in _ENTRIES else {_V} if t.target_set else set())
   if t.type.visual:
     assert fields['pixels'].shape == (1, t.batch_size, max(1, t.num_frames), 224, 224, 3)
 
@@ -159,7 +159,7 @@ def test_shapes_of_a_step_of_pretraining_at_full_size(arg, task):
   run, batch, state, metrics = _shapes(_config(arg, 'pretrain'), task)
   assert metrics['loss/total'].shape == () and len(run.plan.tasks) == 16
   assert state.params['embed']['word'].shape == (_V, presets.SIZES[arg.partition('-')[0]][1])
-  assert {n: s.size for n, s in run.data.sets.items()} == {
+  assert {n: s.size for n, s in run.data.target_sets.items()} == {
       'imagenet21k': 21_842, 'kinetics700': 700, 'moments': 339, 'vocabulary': _V}
   [fields] = batch.values()
   assert fields['id'].shape == (1, run.config.tasks[task].batch_size)
@@ -191,7 +191,7 @@ def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, invent
   run = _run(c)
   assert len(run.plan.tasks) == (len(names) or 16)
   if 'imagenet21k' in c.tasks:
-    assert run.data.sets['imagenet21k'].buckets[0]['count'].tolist() == [2, 1]
+    assert run.data.target_sets['imagenet21k'].buckets[0]['count'].tolist() == [2, 1]
   rows = _rows(run, _step(run).params, tmp_path)
   asked = {'coco_captions', 'coco_retrieval'} if 'coco_caption' in c.tasks else {'coco_retrieval'}
   assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == {(name, _EXAMPLES) for name in asked}

@@ -41,7 +41,7 @@ def test_the_kind_of_the_config_is_the_tokenizer(merges):
 
 
 def test_a_vocabulary_set_has_a_row_for_every_id_of_the_merges(merges):
-  assert _data(merges).sets['words'].size == 512 + 2 + 5  # not config.tokenizer.vocab_size
+  assert _data(merges).target_sets['words'].size == 512 + 2 + 5  # not config.tokenizer.vocab_size
 
 
 def test_the_fingerprint_covers_what_the_merges_say_and_not_where_they_lie(merges, tmp_path):
@@ -64,12 +64,12 @@ def test_a_trained_tokenizer_and_a_file_of_class_names_are_inputs_by_what_they_h
     return Data(config, make_plan(config))
 
   first, again, other = data(), data('# the same\nbar\ndisc\nstar\n'), data('bar\tpole\ndisc\nstar\n')
-  assert again.inputs == first.inputs != other.inputs
+  assert again.inputs_fingerprint == first.inputs_fingerprint != other.inputs_fingerprint
   assert other.fingerprint == first.fingerprint  # by which runs of earlier versions go on
   with first.tokenizer_file.open('ab') as file:
     file.write(b'\xc0\x3e\x01')  # a field that no reader knows: another version of its library may write one
   changed = data()
-  assert changed.inputs != first.inputs and changed.fingerprint == first.fingerprint
+  assert changed.inputs_fingerprint != first.inputs_fingerprint and changed.fingerprint == first.fingerprint
 
 
 def test_a_missing_merges_file_is_named_with_its_field(tmp_path):

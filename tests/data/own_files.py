@@ -1,4 +1,4 @@
-"""Small folders of real files as people have them, good and bad, made for a test."""
+"""Small folders of real files as users have them, valid and invalid, made for a test."""
 
 import io
 import json
@@ -9,118 +9,127 @@ from PIL import Image
 
 SIDE = 24
 COLORS = {'red': (200, 30, 30), 'green': (30, 200, 30), 'blue': (30, 30, 200)}
+_EXIF_ORIENTATION = 0x0112
 
 
-def color_image(colour: str, seed: int, size: tuple[int, int] = (SIDE, SIDE + 8)) -> Image.Image:
-  """A noisy picture of one colour, [H, W] = size."""
+def color_image(color: str, seed: int, size: tuple[int, int] = (SIDE, SIDE + 8)) -> Image.Image:
+  """A noisy image of one color, [H, W] = size."""
   noise = np.random.default_rng(seed).integers(-25, 26, (*size, 3))
-  return Image.fromarray(np.clip(np.array(COLORS[colour]) + noise, 0, 255).astype(np.uint8))
+  return Image.fromarray(np.clip(np.array(COLORS[color]) + noise, 0, 255).astype(np.uint8))
 
 
-def encode_image(image: Image.Image, form: str = 'JPEG', **options) -> bytes:
+def encode_image(image: Image.Image, file_format: str = 'JPEG', **options) -> bytes:
   out = io.BytesIO()
-  image.save(out, form, **options)
+  image.save(out, file_format, **options)
   return out.getvalue()
 
 
+def write_image(path: pathlib.Path, *args, **kwargs) -> None:
+  """Writes a `color_image`, in the format of the path's suffix."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  color_image(*args, **kwargs).save(path)
+
+
+def write_jsonl(path: pathlib.Path, rows, mode: str = 'w') -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open(mode) as file:
+    file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+
+
 def write_captioned_images(root: pathlib.Path, count: int = 30) -> pathlib.Path:
-  """Pictures with two captions each, whose colour is a field, in a JSONL file."""
-  (root / 'pictures').mkdir(parents=True)
-  names, lines = list(COLORS), []
+  """Images with two captions each, whose color is a field, in a JSONL file."""
+  names, rows = list(COLORS), []
   for i in range(count):
-    colour = names[i % 3]
-    path = f'pictures/{i:03}.{("jpg", "png")[i % 2]}'
-    (root / path).write_bytes(encode_image(color_image(colour, i), ('JPEG', 'PNG')[i % 2]))
-    lines.append({'image': path, 'captions': [f'a {colour} square number {i}', f'number {i} is {colour}'], 'colour': colour,
-                  'split': ('train', 'train', 'train', 'train', 'test')[i % 5], 'group': f'roll {i}'})
-  (root / 'data.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    color, path = names[i % 3], f'images/{i:03}.{("jpg", "png")[i % 2]}'
+    write_image(root / path, color, i)
+    rows.append({'image': path, 'captions': [f'a {color} square number {i}', f'number {i} is {color}'], 'color': color,
+                 'split': ('train', 'train', 'train', 'train', 'test')[i % 5], 'group': f'roll {i}'})
+  write_jsonl(root / 'data.jsonl', rows)
   return root
 
 
 def append_odd_rows(root: pathlib.Path) -> dict[str, str]:
-  """Appends one row of each odd sort to `write_captioned_images`; returns {file or line: reason, or '' where the row is fine}."""
-  put = lambda name, data: (root / 'pictures' / name).write_bytes(data)
+  """Appends unusual rows to captioned images; returns {file: reason to skip its row, or '' if the row is valid}."""
   red = color_image('red', 99)
-  put('cut.jpg', encode_image(color_image('red', 98, (200, 200)))[:3000])
-  put('UPPER.JPG', encode_image(red))
-  put('dot.png', encode_image(red.resize((1, 1)), 'PNG'))
   alpha = red.convert('RGBA')
   alpha.putalpha(0)
-  put('alpha.png', encode_image(alpha, 'PNG'))
-  put('palette.png', encode_image(red.convert('P'), 'PNG'))
-  put('grey.png', encode_image(red.convert('L'), 'PNG'))
-  put('moving.gif', encode_image(red, 'GIF', save_all=True, append_images=[color_image('blue', 97)]))
-  put('words.png', b'no picture at all')
-  put('tags.png', b'II*\0\x08\0\0\0' + bytes(6))  # a TIFF file that does not say its size
-  put('camera.jpg', encode_image(red, exif=b'Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0'))  # whose facts are cut off
-  turned = Image.Exif()
-  turned[0x0112] = 6
-  put('turned.jpg', encode_image(red, exif=turned))
-  put('print.jpg', encode_image(red.convert('CMYK')))
-  put('web.webp', encode_image(red, 'WEBP'))
-  put('index.bmp', encode_image(red.convert('P'), 'BMP'))
-  put('bits.bmp', encode_image(red.convert('1'), 'BMP'))
-  put('bits.png', encode_image(red.convert('1'), 'PNG'))
-  put('deep.png', encode_image(Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 100), 'PNG'))
-  rows = {
-      'missing.jpg': 'missing file', 'cut.jpg': 'broken picture', 'dot.png': 'smaller than 8 pixels',
-      'words.png': 'not a picture', 'tags.png': 'not a picture', 'UPPER.JPG': '', 'alpha.png': '', 'palette.png': '', 'grey.png': '',
-      'moving.gif': '', 'turned.jpg': '', 'print.jpg': '', 'web.webp': '', 'camera.jpg': '', 'index.bmp': '', 'bits.bmp': '',
-      'bits.png': '', 'deep.png': ''}
-  lines = [{'image': f'pictures/{name}', 'captions': [f'рыжий кот {name}'], 'split': 'train'} for name in rows]
-  good = {'image': 'pictures/000.jpg', 'captions': ['once more'], 'split': 'train'}
-  lines += [{'image': None, 'captions': ['y']}, {**good, 'image': None, 'video': 'pictures/000.jpg'},
-            {**good, 'captions': None}]  # the last is a picture of no captions, which is fine
-  lines += [{**good, 'image': 'pictures/\0.png'}, {**good, 'image': 'pictures'}, {**good, 'image': 'long' * 99}]
-  lines += [{**good, 'text_a': 5}, {**good, 'label': {'r': 1}}]
-  lines += [{**good, 'captions': ['', ' ']}, {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'},
-            {**good, 'split': 'nowhere'}]
-  # Fields that no one asked for cost no row.
-  lines += [{**good, 'captions': [f'extra {i}'], name: value} for i, (name, value) in enumerate((
-      ('colour', {'r': 1}), ('colour', ['red']), ('sentids', [0, 1, 2]), ('where', 'here'), ('what / where', 'a name of no column'),
-      ('text_length', [14]), ('sentids', [[]])))]
-  with (root / 'data.jsonl').open('a') as file:
-    file.writelines(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-    file.write('{"image": \n' + '[' * 100_000 + '\n')
+  rotated = Image.Exif()
+  rotated[_EXIF_ORIENTATION] = 6
+  deep = Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 100)
+  moving = dict(save_all=True, append_images=[color_image('blue', 97)])
+  files = {
+      'missing.jpg': (None, 'missing file'),
+      'cut.jpg': (encode_image(color_image('red', 98, (200, 200)))[:3000], 'corrupt image'),
+      'dot.png': (encode_image(red.resize((1, 1)), 'PNG'), 'smaller than 8 pixels'),
+      'words.png': (b'no image at all', 'not an image'),
+      'tags.png': (b'II*\0\x08\0\0\0' + bytes(6), 'not an image'),  # a TIFF file without its size
+      'UPPER.JPG': (encode_image(red), ''),
+      'alpha.png': (encode_image(alpha, 'PNG'), ''),
+      'palette.png': (encode_image(red.convert('P'), 'PNG'), ''),
+      'gray.png': (encode_image(red.convert('L'), 'PNG'), ''),
+      'moving.gif': (encode_image(red, 'GIF', **moving), ''),
+      'rotated.jpg': (encode_image(red, exif=rotated), ''),
+      'print.jpg': (encode_image(red.convert('CMYK')), ''),
+      'web.webp': (encode_image(red, 'WEBP'), ''),
+      'camera.jpg': (encode_image(red, exif=b'Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0'), ''),  # truncated EXIF data
+      'index.bmp': (encode_image(red.convert('P'), 'BMP'), ''),
+      'bits.bmp': (encode_image(red.convert('1'), 'BMP'), ''),
+      'bits.png': (encode_image(red.convert('1'), 'PNG'), ''),
+      'deep.png': (encode_image(deep, 'PNG'), '')}
+  for name, (data, _) in files.items():
+    if data is not None:
+      (root / 'images' / name).write_bytes(data)
+  good = {'image': 'images/000.jpg', 'captions': ['once more'], 'split': 'train'}
+  rows = [{'image': f'images/{name}', 'captions': [f'рыжий кот {name}'], 'split': 'train'} for name in files]
+  rows += [{'image': None, 'captions': ['y']}, {**good, 'image': None, 'video': 'images/000.jpg'}]
+  rows += [{**good, 'captions': None}]  # valid: an image without captions
+  rows += [{**good, 'image': path} for path in ('images/\0.png', 'images', 'long' * 99)]
+  rows += [{**good, 'text_a': 5}, {**good, 'label': {'r': 1}}, {**good, 'captions': ['', ' ']},
+           {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'}, {**good, 'split': 'nowhere'}]
+  # Extra fields of a wrong type or name cost no row.
+  rows += [{**good, 'captions': [f'extra {i}'], name: value} for i, (name, value) in enumerate((
+      ('color', {'r': 1}), ('color', ['red']), ('sentids', [0, 1, 2]), ('source_location', 'x'),
+      ('what / where', 'not a column name'), ('text_length', [14]), ('sentids', [[]])))]
+  write_jsonl(root / 'data.jsonl', rows, 'a')
   with (root / 'data.jsonl').open('ab') as file:
+    file.write(b'{"image": \n' + b'[' * 100_000 + b'\n')
     file.write(json.dumps({**good, 'captions': ['café']}, ensure_ascii=False).encode('latin-1') + b'\n')
     file.write(json.dumps({**good, 'captions': ['x \ud83d']}).encode() + b'\n')
   (root / '._data.jsonl').write_bytes(b'\0\5\26\7')  # as macOS leaves them
-  return rows
+  return {name: reason for name, (_, reason) in files.items()}
 
 
-def write_text_pairs(root: pathlib.Path, asked: int = 9) -> pathlib.Path:
-  """Thirty-six pairs of texts that are about the same colour or not, by split in JSONL files; `asked` of them are the test's."""
-  root.mkdir()
-  rows = [{'text_a': f'the bar is {a}', 'text_b': f'number {i} is {b}', 'label': int(a == b), 'label_name': 'same' if a == b else
-           'other'} for i in range(4) for a in COLORS for b in COLORS]
-  for name, part in (('train', rows[asked:]), ('test', rows[:asked])):
-    (root / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in part))
+def write_text_pairs(root: pathlib.Path, num_test: int = 9) -> pathlib.Path:
+  """Thirty-six pairs of texts about the same color or not, as JSONL files per split; `num_test` of them are the test split."""
+  rows = [{'text_a': f'the bar is {a}', 'text_b': f'number {i} is {b}', 'label': int(a == b),
+           'label_name': 'same' if a == b else 'other'} for i in range(4) for a in COLORS for b in COLORS]
+  write_jsonl(root / 'train.jsonl', rows[num_test:])
+  write_jsonl(root / 'test.jsonl', rows[:num_test])
   return root
 
 
-def write_videos(root: pathlib.Path, form: str = 'mp4', count: int = 6) -> pathlib.Path:
-  """Clips of 12 frames by class, in which a bright bar moves to the right or stands."""
+def write_videos(root: pathlib.Path, suffix: str = 'mp4', count: int = 6) -> pathlib.Path:
+  """Videos of 12 frames by class, in which a bright bar moves to the right or stands still."""
   for i in range(count):
-    name = ('moves', 'stands')[i % 2]
-    (root / name).mkdir(parents=True, exist_ok=True)
-    (root / name / f'{i}.{form}').write_bytes(encode_video(moving_bar(i % 2 == 0), form))
+    folder = root / ('moves', 'stands')[i % 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f'{i}.{suffix}').write_bytes(encode_video(moving_bar(i % 2 == 0), suffix))
   return root
 
 
-def encode_video(frames: np.ndarray, form: str = 'mp4', turned: int = 0) -> bytes:
-  """uint8 [T, H, W, 3] as the bytes of a file. turned: degrees to the left by which it asks to be turned when it is shown."""
-  if form == 'gif':
+def encode_video(frames: np.ndarray, suffix: str = 'mp4', rotation: int = 0) -> bytes:
+  """uint8 [T, H, W, 3] as the bytes of a file. rotation: degrees to the left by which a player has to rotate it."""
+  if suffix == 'gif':
     first, *others = map(Image.fromarray, frames)
     return encode_image(first, 'GIF', save_all=True, append_images=others)
   import av
   out = io.BytesIO()
-  with av.open(out, 'w', format={'mkv': 'matroska'}.get(form, form)) as container:
+  with av.open(out, 'w', format={'mkv': 'matroska'}.get(suffix, suffix)) as container:
     stream = container.add_stream('mpeg4', rate=6)
     stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
     stream.bit_rate = 2_000_000
-    if turned:
-      stream.set_display_rotation(turned)
+    if rotation:
+      stream.set_display_rotation(rotation)
     for frame in frames:
       container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
     container.mux(stream.encode())
@@ -128,16 +137,16 @@ def encode_video(frames: np.ndarray, form: str = 'mp4', turned: int = 0) -> byte
 
 
 def npy_bytes(frames: np.ndarray) -> bytes:
-  """The bytes of a file of one array."""
+  """The bytes of an .npy file."""
   out = io.BytesIO()
   np.save(out, frames)
   return out.getvalue()
 
 
-def moving_bar(moves: bool, frames: int = 12) -> np.ndarray:
-  """uint8 [frames, 32, 48, 3]: a bar that starts at the left; frame t has it at column 4 t."""
-  out = np.zeros((frames, 32, 48, 3), np.uint8)
-  for t in range(frames):
+def moving_bar(moves: bool, num_frames: int = 12) -> np.ndarray:
+  """uint8 [num_frames, 32, 48, 3]: a bar that starts at the left; in frame t it is at column 4 t if it moves."""
+  out = np.zeros((num_frames, 32, 48, 3), np.uint8)
+  for t in range(num_frames):
     left = 4 * t if moves else 0
     out[t, :, left:left + 4] = 255
   return out

@@ -45,7 +45,7 @@ def _run():
 def _predictor(tokenizer=None, **texts) -> Predictor:
   """A predictor of fresh parameters; its tokenizer, or the texts of some sets, replaced."""
   run, params = _run()
-  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   for name, given in texts.items():
     sets[name] = (sets['closed'][0], dataclasses.replace(sets['closed'][1], texts=tuple(given)))
   return Predictor(UniPerceiver(run.spec.model.spec), params, sets, tokenizer or run.data.tokenizer)

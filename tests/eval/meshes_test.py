@@ -29,7 +29,7 @@ def _on(router: str, mesh: str) -> tuple[train_run.Run, Predictor]:
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1), **_MESHES[mesh]})
   run = train_run.build(c, jax.devices()[:8 if mesh == 'eight' else 1])
   params = jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params)
-  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   return run, Predictor(run.spec.model, params, sets, run.data.tokenizer)
 
 

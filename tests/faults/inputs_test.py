@@ -35,7 +35,7 @@ def test_no_generated_file_of_data_gets_past_the_boundary(tmp_path):
 @pytest.mark.parametrize('kind, planted, said', [
     ('picture', ('media.read_image', lambda path: media.Media(path.read_bytes(), (32, 24))), 'TRACEBACK'),
     ('clip', ('media.read_video', lambda path: media.Media(path.read_bytes(), (8, 24, 24))), 'TRACEBACK CorruptVideo'),
-    ('jsonl', ('prepare.keep_consistent', lambda rows: (rows[1:], [])), '5 rows are good, 4 were taken'),
+    ('jsonl', ('check.keep_consistent', lambda rows: (rows[1:], [])), '5 rows are good, 4 were taken'),
 ], ids=['a picture that TensorFlow cannot read', 'a clip without frames', 'a good row that is lost'])
 def test_what_data_may_not_do_is_found(tmp_path, monkeypatch, kind, planted, said):
   name, stand_in = planted

@@ -78,7 +78,7 @@ def records(monkeypatch):
   """Every source has `EXAMPLES` records, whatever lies on the disk."""
   # As it is in TFDS 4.9.10, reading several records of a mocked source at once lacks an argument.
   monkeypatch.setattr(mocking, '_getitems', lambda keys, generator, **_: [generator[k] for k in keys])
-  monkeypatch.setattr(file_dataset, '_own', lambda source, *_: _own(source))
+  monkeypatch.setattr(file_dataset, '_load_own', lambda source, *_: _own(source))
   monkeypatch.setattr(file_dataset, '_check_prepared', lambda *_: None)
   opened = file_dataset._open
   monkeypatch.setattr(

@@ -70,7 +70,7 @@ class FilledTest(parameterized.TestCase):
   def test_on_a_mesh_every_device_encodes_as_many_entries_of_a_set(self, task):
     run = meshes.run(meshes.Case('attribute', (task,)), 'data')
     name, [of_set] = run.plan.sets[0].name, run.plan.sets
-    shards, entries, encoded = run.spec.model.shards, run.data.sets[name].size, []
+    shards, entries, encoded = run.spec.model.shards, run.data.target_sets[name].size, []
 
     def join(streams, keys, shards):
       encoded.append([len(s.ids) for s in streams])
@@ -79,7 +79,7 @@ class FilledTest(parameterized.TestCase):
     with mock.patch.object(uni_perceiver, 'join_equal', join):
       features = jax.eval_shape(
           lambda params: step.forward(run.spec, params, None, run.target_sets(), {}, jax.random.key(0))[1][name], run.shapes.params)
-      [sequence] = predictor.set_sequences(of_set, run.data.sets[name], run.data.tokenizer.eot)
+      [sequence] = predictor.set_sequences(of_set, run.data.target_sets[name], run.data.tokenizer.eot)
       evaluated = jax.eval_shape(functools.partial(predictor.encode, run.spec.model), run.shapes.params, sequence)
     self.assertTrue(entries % shards)
     self.assertEqual(encoded, [[entries + -entries % shards]] * 2)

@@ -15,7 +15,7 @@ from uni_moe_jax.utils.suggest import nearest
 
 
 def load_corpus(directory: str | os.PathLike[str], split: str) -> Records:
-  """Running text for masked language modelling: paragraphs, and in training the names of glyphs too."""
+  """Running text for masked language modeling: paragraphs, and in training also the names of glyphs."""
   columns = {'text': docstring_texts.load_paragraphs(directory, split).columns['text']}
   if split == 'train':
     names = np.unique(glyphs.load(directory, split).columns['name'])
@@ -42,6 +42,6 @@ def load(name: str, directory: str, split: str) -> Records | FileDataset:
   if file_dataset.is_file_source(name):
     return file_dataset.load(name, directory, split)
   if name not in SOURCES:
-    raise UsageError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is '{file_dataset.OWN}NAME', a TFDS "
-                     f"data set '{file_dataset.TFDS}NAME'.")
+    raise UsageError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is "
+                     f"'{file_dataset.OWN}NAME', a TFDS data set '{file_dataset.TFDS}NAME'.")
   return SOURCES[name](os.path.expanduser(directory), split)

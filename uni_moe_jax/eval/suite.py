@@ -37,11 +37,11 @@ def evaluate(
   samples, rows = Samples(), []
   for e in plan.evaluations:
     start = time.perf_counter()
-    texts = data.sets[e.task.target_set].names if e.task.target_set else ()
+    texts = data.target_sets[e.task.target_set].names if e.task.target_set else ()
     examples = data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
     question = Question(
         e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), texts,
-        data.keys.get(e.task.target_set, ()), data.tokenizer, samples)
+        data.entry_keys.get(e.task.target_set, ()), data.tokenizer, samples)
     rows += [score.row(e.name, step) for score in EVALUATORS[e.type](question)]
     print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
   if writes:

@@ -76,7 +76,7 @@ def collect(
       raise UsageError(f'--tasks: the run has no task {name!r}; {nearest(name, known)}.')
   whole = portable(spec, dtype or spec.dtype)
   chosen = [known[name] for name in dict.fromkeys(tasks or known)]
-  by_name = {s.name: (s, data.sets[s.name]) for s in (*plan.sets, *plan.probe_sets)}
+  by_name = {s.name: (s, data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets)}
   asked = tuple(_asked(t, plan, data, by_name, fixed_sets) for t in chosen)
   sets = {t.target_set: by_name[t.target_set] for t in chosen if t.target_set}
   shown = {a.task.name: _inputs(a.task, plan, data, examples) for a in asked if examples and a.task.kind.target != 'pair'}

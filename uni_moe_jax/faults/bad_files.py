@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from uni_moe_jax.data.files import file_dataset, media, prepare, video
-from uni_moe_jax.data.files.formats import MEDIA
+from uni_moe_jax.data.files import check, file_dataset, media, prepare, video
+from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.faults.bad_configs import ODD_TEXTS, UNREACHABLE, WRONG_TYPES, Case, mangled
 
 SKIPPED = 'skipped: '  # and why
@@ -26,7 +26,7 @@ _PICTURES = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'ICO')
 HAVE_VIDEO = importlib.util.find_spec('av') is not None
 _CLIPS = {'mp4': 'mpeg4', 'avi': 'mpeg4', 'matroska': 'mpeg4'}  # format → codec
 # Of a row: those that mean something, and one that may be a class or a text.
-_FIELDS = ('image', 'video', 'caption', 'captions', 'text', 'text_a', 'label', 'label_name', 'split', 'group', 'key', 'where', 'question')
+_FIELDS = ('image', 'video', 'caption', 'captions', 'text', 'text_a', 'label', 'label_name', 'split', 'group', 'key', LOCATION, 'question')
 _PATHS = ('', '.', '..', '/', '/dev/zero', 'gone.png', '\0', '\udcff.png', 'data.jsonl', *UNREACHABLE)
 
 
@@ -39,7 +39,7 @@ def jsonl_case(rng: random.Random, folder: pathlib.Path) -> Case:
   row: dict[str, Any] = {'image': 'a.png', 'captions': ['one more'], 'label': 'a'}
   for _ in range(rng.randrange(1, 3)):
     name = rng.choice(_FIELDS if rng.random() < .9 else ODD_TEXTS)
-    values = _PATHS if name in MEDIA else (*WRONG_TYPES, *ODD_TEXTS, [rng.choice(ODD_TEXTS)], float('nan'), 10**40)
+    values = _PATHS if name in MEDIA_TYPES else (*WRONG_TYPES, *ODD_TEXTS, [rng.choice(ODD_TEXTS)], float('nan'), 10**40)
     row[name] = rng.choice(values)
   line = json.dumps(row, ensure_ascii=rng.random() < .5).encode(errors='surrogatepass')
   if rng.random() < .3:
@@ -70,7 +70,7 @@ def _prepared(kind: str, what: str, rng: random.Random, folder: pathlib.Path, so
     _load_libraries()
 
   def main() -> int | str:
-    rows, skipped = prepare.read_checked_rows(source, max_corrupt_fraction=limit)
+    rows, skipped = check.read_checked_rows(source, max_corrupt_fraction=limit)
     if written:
       said = prepare.prepare(source, folder / 'data', name, test_fraction=0.0, max_corrupt_fraction=limit)
       kept = sum(len(file_dataset.load(f'own:{name}', folder / 'data', split).read(np.arange(size)))

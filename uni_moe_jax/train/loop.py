@@ -62,7 +62,7 @@ def describe(run: Run) -> str:
   """What is about to be trained, for the log."""
   counts, router = run.parameter_counts(), run.config.moe.router
   names = run.spec.model.spec.router_input_names(conditions(run.plan))
-  sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.sets.items())
+  sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.target_sets.items())
   return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} used per token\n'
           f'router: {router}; {len(names)} condition rows: {", ".join(names)}\n'
           f'tasks: {", ".join(f"{t.name} ({t.type.name}, {t.batch_size})" for t in run.plan.tasks)}\n'
@@ -108,8 +108,8 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
     with watchdog.phase(START), ends_with_the_others():
       run = build(config, devices)
       run.plan.check_trains()
-      check_same_data(run.data.inputs)
-      claim_workdir(workdir, config, run.data.fingerprint, distributed.is_primary(), run.data.inputs)
+      check_same_data(run.data.inputs_fingerprint)
+      claim_workdir(workdir, config, run.data.fingerprint, distributed.is_primary(), run.data.inputs_fingerprint)
       if not broadcast_from_primary(not distributed.is_primary() or lock(workdir, ending)):
         raise UsageError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)

@@ -141,8 +141,8 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
   return ModelSpec.from_config(
       config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
       temperatures=plan.temperatures, router_tasks=router_tasks(plan),
-      head=sum(data.sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.linear_head),
-      label_prompts=tuple((s.name, data.sets[s.name].size) for s in plan.sets if s.label_prompts))
+      head=sum(data.target_sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.linear_head),
+      label_prompts=tuple((s.name, data.target_sets[s.name].size) for s in plan.sets if s.label_prompts))
 
 
 def router_tasks(plan: Plan) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def put_target_sets(data: Data, plan: Plan, mesh: Mesh) -> Sets:
 
 def target_set_arrays(data: Data, plan: Plan) -> dict[str, dict[str, Any]]:
   """Target sets as host arrays: {name: {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}}."""
-  return {s.name: {'buckets': data.sets[s.name].buckets, 'order': data.sets[s.name].order} for s in plan.sets}
+  return {s.name: {'buckets': data.target_sets[s.name].buckets, 'order': data.target_sets[s.name].order} for s in plan.sets}
 
 
 def conditions(plan: Plan) -> tuple[Condition, ...]:
@@ -180,7 +180,7 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
     params = state.params if state.ema_params is None else state.ema_params
   else:
     params = jax.device_put(load_init_params(run), run.shardings.params)
-  sets = {s.name: (s, run.data.sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   return Predictor(run.spec.model, params, sets, run.data.tokenizer), params
 
 

@@ -22,7 +22,7 @@ from uni_moe_jax.train.used_params import touched, used_experts
 from uni_moe_jax.utils.tree_paths import path_of
 
 Batch = dict[str, dict[str, jax.Array]]
-Sets = dict[str, dict[str, Any]]   # name → {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}, see `data.sets.TargetSet`
+Sets = dict[str, dict[str, Any]]   # name → {'buckets': ({'text', 'valid'}, …), 'order': int32 [V]}, see `target_sets.TargetSet`
 Sampled = dict[str, SampledWords]
 
 

@@ -68,7 +68,7 @@ class TrainedRun:
     spec = self._task(task, visual=True)
     if not spec.type.has_classes:
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no classes; use `caption` or `embed`.')
-    predictor, texts = self._predictor, self._run.data.sets[spec.target_set].names
+    predictor, texts = self._predictor, self._run.data.target_sets[spec.target_set].names
     if names:
       set_spec = dataclasses.replace(self._set_spec(spec), name=_NAMES, entries=tuple(names), label_prompts=False)
       target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer)

@@ -90,7 +90,7 @@ def claim_workdir(
     config: of the run.
     fingerprint: of its data; None, before the data is read: only checks, and makes nothing.
     writes: of several processes, one makes it.
-    inputs: of its data and of the files beside them, see `Data.inputs`; runs of earlier versions have not written it down.
+    inputs: of its data and of the files beside them, see `Data.inputs_fingerprint`; runs of earlier versions have not written it down.
 
   Raises:
     UsageError: it belongs to a run with another config or other data; names the fields.

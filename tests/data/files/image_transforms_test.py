@@ -1,4 +1,4 @@
-"""Resizing, cropping and mirroring: grey levels worked out by hand, Pillow's, and where crops lie."""
+"""Resizing, cropping and mirroring: gray levels by hand and against Pillow, and positions of crops."""
 
 import numpy as np
 import pytest
@@ -14,46 +14,46 @@ def _h(i=0):
 
 
 def _numbered(*shape):
-  """Every pixel another grey level."""
+  """An image whose pixels all have different gray levels."""
   return np.arange(1, np.prod(shape) + 1, dtype=np.uint8).reshape(*shape, 1)
 
 
 def _rows(values, count):
-  """A picture of `count` equal rows."""
+  """An image of `count` equal rows."""
   return np.tile(np.array(values, np.uint8)[None, :, None], (count, 1, 1))
 
 
-def _places(made, picture, size):
-  """Every (down, right, mirrored) at which `made` is a crop of a numbered picture."""
-  H, W = picture.shape[:2]
+def _positions(made, image, size):
+  """Every (down, right, mirrored) at which `made` is a crop of a numbered image."""
+  H, W = image.shape[:2]
   return [(d, r, m) for d in range(H - size + 1) for r in range(W - size + 1) for m in (False, True)
-          if np.array_equal(made, picture[d:d + size, r:r + size][:, ::-1 if m else 1])]
+          if np.array_equal(made, image[d:d + size, r:r + size][:, ::-1 if m else 1])]
 
 
 # Keys' kernel k with a = -1/2: k(1/4) = .8672, k(3/4) = .2266, k(5/4) = -.0703.
-def test_a_picture_grows_by_keys_kernel():
-  # From 2 to 4 pixels, the new ones lie at 1/4, 3/4, 5/4, 7/4 and the old ones, 0 and 100, at 1/2 and 3/2.
+def test_enlarging_uses_keys_kernel():
+  # From 2 to 4 pixels, the new ones are at 1/4, 3/4, 5/4, 7/4 and the old ones, 0 and 100, at 1/2 and 3/2.
   #   1/4: 100 · k(5/4) / (k(1/4) + k(5/4)) = -8.8, below black; 3/4: 100 · k(3/4) / (k(1/4) + k(3/4)) = 20.7
   #   5/4: 100 - 20.7; 7/4: 100 + 8.8
-  np.testing.assert_array_equal(image_transforms.resize_short(_rows([0, 100], 2), 4), _rows([0, 21, 79, 109], 4))
+  np.testing.assert_array_equal(image_transforms.resize_short_side(_rows([0, 100], 2), 4), _rows([0, 21, 79, 109], 4))
 
 
-def test_levels_stay_between_black_and_white():
+def test_levels_are_clipped_to_black_and_white():
   # As before with 250: 250 · 1.088 = 272.
-  np.testing.assert_array_equal(image_transforms.resize_short(_rows([0, 250], 2), 4)[0, :, 0], [0, 52, 198, 255])
+  np.testing.assert_array_equal(image_transforms.resize_short_side(_rows([0, 250], 2), 4)[0, :, 0], [0, 52, 198, 255])
 
 
-def test_a_picture_shrinks_by_a_wider_kernel():
+def test_shrinking_uses_a_wider_kernel():
   # From 4 to 2 pixels the kernel is twice as wide: a new pixel at 1 sees the old ones, at 1/2, 3/2, 5/2, 7/2, in
   # distances of 1/4, 1/4, 3/4, 5/4. 200 · (k(3/4) + k(5/4)) / (2 k(1/4) + k(3/4) + k(5/4)) = 16.5; the narrow kernel
   # would give 0.
-  np.testing.assert_array_equal(image_transforms.resize_short(_rows([0, 0, 200, 200], 4), 2), _rows([17, 183], 2))
+  np.testing.assert_array_equal(image_transforms.resize_short_side(_rows([0, 0, 200, 200], 4), 2), _rows([17, 183], 2))
 
 
-def test_down_is_as_across():
-  picture = _rows([0, 0, 200, 200], 4)
-  down = image_transforms.resize_short(picture.transpose(1, 0, 2), 2).numpy()
-  np.testing.assert_array_equal(down.transpose(1, 0, 2), image_transforms.resize_short(picture, 2))
+def test_both_axes_are_resized_equally():
+  image = _rows([0, 0, 200, 200], 4)
+  down = image_transforms.resize_short_side(image.transpose(1, 0, 2), 2).numpy()
+  np.testing.assert_array_equal(down.transpose(1, 0, 2), image_transforms.resize_short_side(image, 2))
 
 
 # The long side is size · long / short, rounded down.
@@ -64,14 +64,14 @@ def test_down_is_as_across():
     ((1, 3), 4, (4, 12)),
     ((375, 500), 256, (256, 341)),  # 128000 / 375 = 341.3
 ])
-def test_the_long_side_keeps_the_ratio(sides, size, expected):
-  made = image_transforms.resize_short(np.zeros((*sides, 3), np.uint8), size)
+def test_the_long_side_keeps_the_aspect_ratio(sides, size, expected):
+  made = image_transforms.resize_short_side(np.zeros((*sides, 3), np.uint8), size)
   assert (tuple(made.shape), made.dtype) == ((*expected, 3), tf.uint8)
 
 
-def test_a_picture_of_that_size_is_left_as_it_is():
-  picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-  np.testing.assert_array_equal(image_transforms.resize_short(picture, 5), picture)
+def test_an_image_of_the_requested_size_is_unchanged():
+  image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+  np.testing.assert_array_equal(image_transforms.resize_short_side(image, 5), image)
 
 
 def _noise(h, w):
@@ -87,86 +87,68 @@ def _checks(h, w):
 @pytest.mark.parametrize('make', [_noise, _checks])
 @pytest.mark.parametrize(
     'sides, size', [((75, 100), 32), ((100, 67), 45), ((20, 31), 64), ((17, 90), 48), ((96, 128), 23)])
-def test_levels_are_those_of_pillow(make, sides, size):
-  picture = make(*sides)
-  made = image_transforms.resize_short(picture, size).numpy().astype(int)
+def test_levels_equal_pillows_within_two(make, sides, size):
+  image = make(*sides)
+  made = image_transforms.resize_short_side(image, size).numpy().astype(int)
   size_of_pillow = made.shape[1::-1]  # width, height
-  difference = np.abs(made - np.asarray(Image.fromarray(picture).resize(size_of_pillow, Image.Resampling.BICUBIC)))
+  difference = np.abs(made - np.asarray(Image.fromarray(image).resize(size_of_pillow, Image.Resampling.BICUBIC)))
   assert difference.max() <= 2
   assert difference.mean() < 0.01
   # So that the bound means something: the next similar filter is far away.
-  other = np.asarray(Image.fromarray(picture).resize(size_of_pillow, Image.Resampling.BILINEAR))
+  other = np.asarray(Image.fromarray(image).resize(size_of_pillow, Image.Resampling.BILINEAR))
   assert np.abs(made - other).max() > 2
-
-
-def test_frames_of_a_clip_are_resized_one_by_one():
-  clip = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 9, 3), dtype=np.uint8)
-  made = image_transforms.resize_short(clip, 4).numpy()
-  assert made.shape == (2, 3, 4, 6, 3)
-  for i in np.ndindex(2, 3):
-    np.testing.assert_array_equal(made[i], image_transforms.resize_short(clip[i], 4))
 
 
 # Half the margin, and of a half the even one: 1/2 → 0, 3/2 → 2, 5/2 → 2.
 @pytest.mark.parametrize('margin, offset', [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2)])
-def test_the_middle_of_odd_margins_is_even(margin, offset):
-  picture = _numbered(4 + margin, 5)
-  np.testing.assert_array_equal(image_transforms.centre_crop(picture, 4), picture[offset:offset + 4, :4])
+def test_half_of_an_odd_margin_is_rounded_to_even(margin, offset):
+  image = _numbered(4 + margin, 5)
+  np.testing.assert_array_equal(image_transforms.center_crop(image, 4), image[offset:offset + 4, :4])
   np.testing.assert_array_equal(
-      image_transforms.centre_crop(picture.transpose(1, 0, 2), 4), picture.transpose(1, 0, 2)[:4, offset:offset + 4])
+      image_transforms.center_crop(image.transpose(1, 0, 2), 4), image.transpose(1, 0, 2)[:4, offset:offset + 4])
 
 
-def test_every_random_crop_is_as_likely():
-  picture, n = _numbered(5, 5), 900
-  found = [_places(image_transforms.random_crop(picture, 3, _h(i)).numpy(), picture, 3) for i in range(n)]
+def test_random_crops_are_uniformly_distributed():
+  image, n = _numbered(5, 5), 900
+  found = [_positions(image_transforms.random_crop(image, 3, _h(i)).numpy(), image, 3) for i in range(n)]
   corners = [(d, r) for [(d, r, mirrored)] in found if not mirrored]
   assert len(corners) == n
-  # 3 · 3 places, 100 each, give or take sqrt(900 · 1/9 · 8/9) = 9.4.
+  # 3 · 3 positions, 100 each, give or take sqrt(900 · 1/9 · 8/9) = 9.4.
   counts = {corner: corners.count(corner) for corner in set(corners)}
   assert set(counts) == {(d, r) for d in range(3) for r in range(3)}
   assert all(abs(count - 100) < 4 * 9.4 for count in counts.values())
 
 
-def test_a_crop_of_the_whole_picture_is_the_picture():
-  picture = _numbered(4, 4)
-  np.testing.assert_array_equal(image_transforms.random_crop(picture, 4, _h()), picture)
+def test_a_crop_of_the_full_size_is_the_image():
+  image = _numbered(4, 4)
+  np.testing.assert_array_equal(image_transforms.random_crop(image, 4, _h()), image)
 
 
-def test_half_of_the_pictures_are_mirrored():
-  picture, n = _numbered(2, 3), 600
-  made = [image_transforms.flip(picture, _h(i)).numpy() for i in range(n)]
-  mirrored = [np.array_equal(m, picture[:, ::-1]) for m in made]
-  assert all(m or np.array_equal(p, picture) for m, p in zip(mirrored, made))
+def test_half_of_the_images_are_mirrored():
+  image, n = _numbered(2, 3), 600
+  made = [image_transforms.random_flip(image, _h(i)).numpy() for i in range(n)]
+  mirrored = [np.array_equal(m, image[:, ::-1]) for m in made]
+  assert all(m or np.array_equal(p, image) for m, p in zip(mirrored, made))
   assert abs(np.mean(mirrored) - .5) < 4 * np.sqrt(.25 / n)
 
 
-def test_frames_of_a_clip_are_cropped_and_mirrored_alike():
-  frame = _numbered(4, 6)
-  clip, seen = np.stack([frame, frame + 100]), set()
-  for i in range(20):
-    made = image_transforms.prepared(clip, 4, _h(i), 'resize_crop', True).numpy()
-    np.testing.assert_array_equal(made[1], made[0] + 100)
-    seen.update(_places(made[0], frame, 4))
-  assert len(seen) > 3
-
-
-def test_whether_a_picture_is_mirrored_says_nothing_of_its_crop():
-  picture, n = _numbered(3, 4), 600
-  made = [image_transforms.flip(image_transforms.random_crop(picture, 3, _h(i)), _h(i)).numpy() for i in range(n)]
-  found = [_places(m, picture, 3)[0] for m in made]
-  # 2 places, mirrored or not: 150 each, give or take sqrt(600 · 1/4 · 3/4) = 11.
+def test_mirroring_is_independent_of_the_crop():
+  image, n = _numbered(3, 4), 600
+  made = [image_transforms.random_flip(image_transforms.random_crop(image, 3, _h(i)), _h(i)).numpy() for i in range(n)]
+  found = [_positions(m, image, 3)[0] for m in made]
+  # 2 positions, mirrored or not: 150 each, give or take sqrt(600 · 1/4 · 3/4) = 11.
   assert all(abs(found.count((0, right, mirrored)) - 150) < 4 * 11 for right in (0, 1) for mirrored in (False, True))
 
 
-def test_random_choices_are_those_of_the_example():
-  picture = _numbered(5, 9)
-  once, again = ([image_transforms.prepared(picture, 4, _h(i), 'resize_crop', True).numpy() for i in range(30)] for _ in range(2))
+def test_random_choices_depend_on_the_hash_alone():
+  image = _numbered(5, 9)
+  once, again = ([image_transforms.transform(image, 4, _h(i), 'resize_crop', True).numpy() for i in range(30)] for _ in range(2))
   np.testing.assert_array_equal(once, again)
   assert len({made.tobytes() for made in once}) > 5
 
 
 def _coordinates(H, W):
-  """Level of red: how far right a pixel lies, of green: how far down; in 256ths of the picture."""
+  """Red is the position to the right, green the position down, in 256ths of the image."""
   down, right = np.mgrid[:H, :W]
   return np.stack([right * 256 // W, down * 256 // H, 0 * down], -1).astype(np.uint8)
 
@@ -180,94 +162,92 @@ def _part(made, H, W):
   return height, width, down[1] - 1.5 * height / S, across[1] - 1.5 * width / S
 
 
-def test_a_random_area_keeps_the_published_bounds_and_lies_anywhere():
+def test_random_resized_crops_keep_the_published_bounds_and_are_anywhere():
   H, W = 240, 320
-  found = np.array([_part(image_transforms.random_area(_coordinates(H, W), 64, _h(i)).numpy(), H, W) for i in range(60)])
+  found = np.array([_part(image_transforms.random_resized_crop(_coordinates(H, W), 64, _h(i)).numpy(), H, W) for i in range(60)])
   height, width, top, left = found.T
   share, ratio = height * width / (H * W), width / height
   # From 8 to 100 % of the area, from 3/4 to 4/3 as wide as high; within two pixels' error. Of 60 draws some come near each bound.
   assert 0.07 < share.min() < 0.15 and 0.75 < share.max() < 1.05
   assert 0.72 < ratio.min() < 0.82 and 1.24 < ratio.max() < 1.39
   assert (top > -3).all() and (left > -3).all() and (top + height < H + 3).all() and (left + width < W + 3).all()
-  free = share < 0.5  # these can lie in many places
+  free = share < 0.5  # these have many positions
   for corner, margin in ((top, H - height), (left, W - width)):
-    place = (corner / np.maximum(margin, 1))[free]
-    assert place.min() < 0.1 and place.max() > 0.9 and 0.35 < place.mean() < 0.65
+    position = (corner / np.maximum(margin, 1))[free]
+    assert position.min() < 0.1 and position.max() > 0.9 and 0.35 < position.mean() < 0.65
 
 
 @pytest.mark.parametrize('down', [False, True])
-def test_of_a_picture_too_long_for_any_draw_the_middle_is_taken_as_wide_as_the_ratios_allow(down):
-  # 10 × 1000: 4/3 of 10 is 13, of which 493 lie before; of the 987 others nothing may be seen.
-  picture = np.zeros((10, 1000, 1), np.uint8)
-  picture[:, 493:493 + 13] = 200
-  picture = picture.swapaxes(0, 1) if down else picture
-  assert all((image_transforms.random_area(picture, 8, _h(i)).numpy() == 200).all() for i in range(3))
+def test_an_image_too_long_for_any_draw_is_cropped_to_the_largest_allowed_center(down):
+  # 10 × 1000: 4/3 of 10 is 13, with 493 before it; none of the 987 others may be visible.
+  image = np.zeros((10, 1000, 1), np.uint8)
+  image[:, 493:493 + 13] = 200
+  image = image.swapaxes(0, 1) if down else image
+  assert all((image_transforms.random_resized_crop(image, 8, _h(i)).numpy() == 200).all() for i in range(3))
 
 
-def test_the_jittered_side_is_any_between_256_and_320_of_224():
-  assert {int(image_transforms.jittered(16, _h(i))) for i in range(60)} == {18, 19, 20, 21, 22}  # 16 · 256 / 224 to 16 · 320 / 224
-  drawn = [int(image_transforms.jittered(224, _h(i))) for i in range(150)]
+def test_the_jittered_short_side_is_between_256_and_320_of_224():
+  assert {int(image_transforms.jittered_short_side(16, _h(i))) for i in range(60)} == {18, 19, 20, 21, 22}  # 16 · 256 / 224 to 16 · 320 / 224
+  drawn = [int(image_transforms.jittered_short_side(224, _h(i))) for i in range(150)]
   assert 256 <= min(drawn) < 260 and 316 < max(drawn) <= 320
 
 
-def test_classes_are_evaluated_on_the_middle_of_a_larger_picture():
-  # 256/224 · 7 = 8: a picture of 8 pixels is not resized, and of its margin of one, half is 0.
-  picture = _noise(8, 8)
-  np.testing.assert_array_equal(image_transforms.class_test(picture, 7), picture[:7, :7])
+def test_classification_is_evaluated_at_the_center_of_a_larger_image():
+  # 256/224 · 7 = 8: an image of 8 pixels is not resized, and of its margin of one, half is 0.
+  image = _noise(8, 8)
+  np.testing.assert_array_equal(image_transforms.eval_classification(image, 7), image[:7, :7])
   # 8 × 12: the margins are 1 and 5, with offsets 0 and 2.
-  picture = _noise(8, 12)
-  np.testing.assert_array_equal(image_transforms.class_test(picture, 7), picture[:7, 2:9])
+  image = _noise(8, 12)
+  np.testing.assert_array_equal(image_transforms.eval_classification(image, 7), image[:7, 2:9])
 
 
-def test_classes_are_evaluated_at_the_published_size():
-  # int(256 / 224 · 160) = 182 for pictures of 160: of 182 × 200 pixels, the margins are 22 and 40.
-  picture = _noise(182, 200)
-  np.testing.assert_array_equal(image_transforms.class_test(picture, 160), picture[11:171, 20:180])
+def test_classification_is_evaluated_at_the_published_size():
+  # int(256 / 224 · 160) = 182 for images of 160: of 182 × 200 pixels, the margins are 22 and 40.
+  image = _noise(182, 200)
+  np.testing.assert_array_equal(image_transforms.eval_classification(image, 160), image[11:171, 20:180])
 
 
-def test_pairs_are_evaluated_on_the_middle_of_the_short_side():
-  picture = _numbered(4, 7)  # the margin of 3 has the offset 2
-  np.testing.assert_array_equal(image_transforms.pair_test(picture, 4), picture[:, 2:6])
+def test_retrieval_is_evaluated_at_the_center_of_the_short_side():
+  image = _numbered(4, 7)  # the margin of 3 has the offset 2
+  np.testing.assert_array_equal(image_transforms.eval_retrieval(image, 4), image[:, 2:6])
 
 
-def test_pairs_are_trained_on_any_part_of_the_short_side():
-  picture = _numbered(4, 6)
-  made = {_places(image_transforms.prepared(picture, 4, _h(i), 'resize_crop', True).numpy(), picture, 4)[0] for i in range(60)}
+def test_resize_crop_takes_any_part_along_the_long_side():
+  image = _numbered(4, 6)
+  made = {_positions(image_transforms.transform(image, 4, _h(i), 'resize_crop', True).numpy(), image, 4)[0] for i in range(60)}
   assert made == {(0, right, mirrored) for right in range(3) for mirrored in (False, True)}
 
 
 @pytest.mark.parametrize('view', [
-    image_transforms.class_test, image_transforms.pair_test, lambda picture, size: image_transforms.prepared(picture, size, _h(), 'resize_crop', True)])
-def test_a_single_pixel_becomes_a_picture_of_its_colour(view):
+    image_transforms.eval_classification, image_transforms.eval_retrieval, lambda image, size: image_transforms.transform(image, size, _h(), 'resize_crop', True)])
+def test_a_single_pixel_becomes_an_image_of_its_color(view):
   pixel = np.array([[[10, 200, 30]]], np.uint8)
   np.testing.assert_array_equal(view(pixel, 7), np.broadcast_to(pixel, (7, 7, 3)))
 
 
 @pytest.mark.parametrize('crop', [
-    image_transforms.centre_crop, lambda picture, size: image_transforms.random_crop(picture, size, _h())])
+    image_transforms.center_crop, lambda image, size: image_transforms.random_crop(image, size, _h())])
 @pytest.mark.parametrize('sides', [(3, 9), (9, 2)])
-def test_a_picture_that_is_smaller_than_its_crop_is_refused(crop, sides):
+def test_an_image_smaller_than_its_crop_is_an_error(crop, sides):
   with pytest.raises(tf.errors.InvalidArgumentError, match='smaller than its crop; resize it first'):
     crop(np.zeros((*sides, 1), np.uint8), 4)
 
 
-def _train_view(picture, h):
-  return image_transforms.prepared(picture, 4, h, 'resize_crop', True)
+def _train_view(image, h):
+  return image_transforms.transform(image, 4, h, 'resize_crop', True)
 
 
-def _class_view(picture, _):
-  return image_transforms.class_test(picture, 4)
+def _class_view(image, _):
+  return image_transforms.eval_classification(image, 4)
 
 
 @pytest.mark.parametrize('view', [_train_view, _class_view])
-@pytest.mark.parametrize('frames', [(), (2,)])
-def test_a_pipeline_knows_the_shape_of_what_it_makes(view, frames):
-  # Sizes of pictures are not known before they are decoded.
+def test_transforms_have_static_shapes_in_a_pipeline(view):
+  # Sizes of images are not known before they are decoded.
   made = [_noise(5, 9), _noise(7, 6)]
-  made = [np.broadcast_to(p, (*frames, *p.shape)) for p in made]
-  signature = tf.TensorSpec((*frames, None, None, 3), tf.uint8)
+  signature = tf.TensorSpec((None, None, 3), tf.uint8)
   data = tf.data.Dataset.from_generator(lambda: iter(made), output_signature=signature)
-  data = data.map(lambda picture: view(picture, _h()))
-  assert tuple(data.element_spec.shape) == (*frames, 4, 4, 3)
-  for found, picture in zip(data, made, strict=True):
-    np.testing.assert_array_equal(found, view(picture, _h()))
+  data = data.map(lambda image: view(image, _h()))
+  assert tuple(data.element_spec.shape) == (4, 4, 3)
+  for found, image in zip(data, made, strict=True):
+    np.testing.assert_array_equal(found, view(image, _h()))

@@ -1,4 +1,4 @@
-"""Which frames and which part of a clip a model sees, by hand; files of several formats."""
+"""Sampled frames and crops of a video, computed by hand; files of several formats."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def _numbered(N, H=4, W=4):
   return own_files.npy_bytes(np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, H, W, 3)))
 
 
-@pytest.mark.parametrize('frames, shifts, expected', [
+@pytest.mark.parametrize('num_frames, offsets, expected', [
     (12, (0.5, 0.5, 0.5), (2, 6, 10)),  # thirds of four frames, their middles
     (12, (0.0, 0.0, 0.0), (0, 4, 8)),
     (12, (0.99, 0.99, 0.99), (3, 7, 11)),
@@ -21,31 +21,31 @@ def _numbered(N, H=4, W=4):
     (2, (0.5,) * 4, (0, 0, 1, 1)),  # 0.25, 0.75, 1.25, 1.75
     (1, (0.9, 0.9), (0, 0)),
 ])
-def test_one_frame_of_each_segment(frames, shifts, expected):
-  assert video.segments(frames, np.array(shifts)).tolist() == list(expected)
+def test_one_frame_of_each_segment_is_sampled(num_frames, offsets, expected):
+  assert video.segment_frames(num_frames, np.array(offsets)).tolist() == list(expected)
 
 
 def test_views_spread_evenly_within_the_segments():
-  np.testing.assert_allclose(video.views(1, 2), [[0.5, 0.5]])
-  np.testing.assert_allclose(video.views(2, 2), [[0.25, 0.25], [0.75, 0.75]])
+  np.testing.assert_allclose(video.view_offsets(1, 2), [[0.5, 0.5]])
+  np.testing.assert_allclose(video.view_offsets(2, 2), [[0.25, 0.25], [0.75, 0.75]])
   # Eight frames, halves of four: 1 and 5, then 3 and 7.
-  made = video_pixels.VideoReader(4, 2, 'resize_crop', False, False, views=2)(_numbered(8), 0)
+  made = video_pixels.VideoReader(4, 2, 'resize_crop', False, False, num_views=2)(_numbered(8), 0)
   assert made.shape == (2, 2, 4, 4, 3)
   assert made[..., 0, 0, 0].tolist() == [[1, 5], [3, 7]]
 
 
-def test_three_crops_lie_along_the_long_side():
+def test_three_crops_are_spread_along_the_long_side():
   # Columns of 4 × 12 pixels have the levels 0…11.
   frames = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None], (1, 4, 12, 3))
-  made = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, crops=3)(own_files.npy_bytes(frames), 0)
+  made = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, num_crops=3)(own_files.npy_bytes(frames), 0)
   assert made[:, 0, 0, :, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
   middle = video_pixels.VideoReader(4, 1, 'resize_crop', True, False)(own_files.npy_bytes(frames), 0)
   assert middle[0, 0, :, 0].tolist() == [4, 5, 6, 7]
-  tall = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, crops=3)(own_files.npy_bytes(frames.swapaxes(1, 2)), 0)
+  tall = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, num_crops=3)(own_files.npy_bytes(frames.swapaxes(1, 2)), 0)
   assert tall[:, 0, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_training_draws_frames_places_and_mirrors_by_the_hash():
+def test_training_draws_frames_positions_and_mirroring_from_the_hash():
   frames = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None] * 10, (6, 4, 8, 3)).copy()
   frames[..., 1] = np.arange(6)[:, None, None]
   reader = video_pixels.VideoReader(4, 3, 'resize_crop', True, True)
@@ -55,11 +55,11 @@ def test_training_draws_frames_places_and_mirrors_by_the_hash():
   assert seen == {(a, b, c) for a in (0, 1) for b in (2, 3) for c in (4, 5)}
   mirrored = [m[0, 0, 0, 0] > m[0, 0, -1, 0] for m in made]
   assert 0.25 < np.mean(mirrored) < 0.75
-  for m in made:  # all frames of a clip alike
+  for m in made:  # all frames equally
     np.testing.assert_array_equal(m[0, ..., 0], m[2, ..., 0])
 
 
-def test_a_jittered_short_side_shows_between_a_seventh_and_less_of_it_cut_off():
+def test_a_jittered_crop_shows_224_to_280_of_a_short_side_of_320():
   reader = video_pixels.VideoReader(224, 1, 'jittered_crop', False, True)
   widths = []
   for i in range(200):
@@ -70,21 +70,21 @@ def test_a_jittered_short_side_shows_between_a_seventh_and_less_of_it_cut_off():
   assert 224 <= min(widths) < 230 and 274 < max(widths) <= 280
 
 
-def test_random_areas_keep_their_bounds():
+def test_random_resized_crops_keep_their_bounds():
   reader = video_pixels.VideoReader(8, 1, 'random_resized_crop', False, True)
   for i in range(200):
     left, top, right, bottom = reader._random_box(hashing.mix(i), 60, 80)
     share, ratio = (right - left) * (bottom - top) / 4800, (right - left) / (bottom - top)
     assert 0.0799 <= share <= 1 and 0.749 < ratio < 1.334
-  # A clip of 10 × 1000: no draw fits, then 10 high and 13.3 wide.
+  # A video of 10 × 1000: no draw fits, then 10 high and 13.3 wide.
   left, top, right, bottom = reader._random_box(3, 10, 1000)
   assert (bottom - top, round(right - left, 1)) == (10, 13.3)
 
 
-@pytest.mark.parametrize('form', ['mp4', 'mkv', 'gif'])
-def test_files_decode_to_their_frames(tmp_path, form):
-  own_files.write_videos(tmp_path, form, 1)
-  data = next(tmp_path.rglob(f'*.{form}')).read_bytes()
+@pytest.mark.parametrize('suffix', ['mp4', 'mkv', 'gif'])
+def test_files_decode_to_their_frames(tmp_path, suffix):
+  own_files.write_videos(tmp_path, suffix, 1)
+  data = next(tmp_path.rglob(f'*.{suffix}')).read_bytes()
   assert video.probe(data) == (12, 48, 32)
   made = video.sample_frames(data, np.array([0.5, 0.5, 0.5])).astype(int)  # frames 2, 6, 10: the bar at 8, 24, 40
   assert made.shape == (3, 32, 48, 3)
@@ -92,34 +92,34 @@ def test_files_decode_to_their_frames(tmp_path, form):
     assert frame[:, left:left + 4].mean() > 200 and np.delete(frame, range(left - 2, min(48, left + 6)), 1).mean() < 30
 
 
-@pytest.mark.parametrize('turned, upright', [
+@pytest.mark.parametrize('rotation, upright', [
     (90, lambda bar: bar[..., ::-1, :].swapaxes(1, 2)), (-90, lambda bar: bar.swapaxes(1, 2)), (180, lambda bar: bar[..., ::-1, :])])
-def test_a_phone_s_clip_is_seen_as_it_was_held(turned, upright):
-  # The bar moves to the right: turned to the left it moves up, to the right down, and twice to the left.
+def test_a_rotated_video_is_decoded_upright(rotation, upright):
+  # The bar moves to the right: rotated to the left it moves up, to the right down, and by 180° to the left.
   frames = own_files.moving_bar(True)
-  data = own_files.encode_video(frames, turned=turned)
+  data = own_files.encode_video(frames, rotation=rotation)
   made, expected = video.sample_frames(data, np.array([0.5, 0.5, 0.5])), upright(frames[[2, 6, 10]])
   assert made.shape == expected.shape and np.abs(made.astype(int) - expected).mean() < 12
   assert video.probe(data) == (12, *expected.shape[2:0:-1])
 
 
 @pytest.mark.parametrize('data', [
-    b'no clip', b'', b'\x93NUMPY' + b'x' * 20, own_files.npy_bytes(np.zeros((3, 4, 4, 3), np.float32)),
+    b'no video', b'', b'\x93NUMPY' + b'x' * 20, own_files.npy_bytes(np.zeros((3, 4, 4, 3), np.float32)),
     own_files.npy_bytes(np.zeros((0, 4, 4, 3), np.uint8)), own_files.npy_bytes(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20],
     _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14), _numbered(3).replace(b"'shape'", b"'shape ")],
-    ids=['text', 'nothing', 'header', 'floats', 'no frames', 'grey', 'cut off', 'larger than memory', 'no header'])
-def test_what_is_no_clip_is_told(data):
+    ids=['text', 'empty', 'header', 'floats', 'no frames', 'gray', 'truncated', 'larger than memory', 'no header'])
+def test_bytes_that_are_not_a_video_are_an_error(data):
   for read in (video.probe, lambda data: video.sample_frames(data, np.array([0.5]))):
     with pytest.raises(video.CorruptVideo):
       read(data)
 
 
-@pytest.mark.parametrize('form', ['mp4', 'avi'])
-def test_a_clip_is_sound_only_if_its_frames_are_there_and_decode(form):
+@pytest.mark.parametrize('suffix', ['mp4', 'avi'])
+def test_a_video_is_valid_only_if_all_of_its_frames_decode(suffix):
   noise = np.random.default_rng(0).integers(0, 256, (20, 8, 12, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-  data = own_files.encode_video(noise, form)
+  data = own_files.encode_video(noise, suffix)
   assert video.probe(data) == (20, 96, 64)
   third = len(data) // 3
-  for harmed in (data[:third] + bytes(third) + data[2 * third:], data[:len(data) // 2], data[:len(data) // 8]):
+  for damaged in (data[:third] + bytes(third) + data[2 * third:], data[:len(data) // 2], data[:len(data) // 8]):
     with pytest.raises(video.CorruptVideo):
-      video.probe(harmed)
+      video.probe(damaged)

@@ -36,7 +36,7 @@ def test_batches_have_the_shapes_and_the_places_of_real_ones(accum):
   real = run.build(c, jax.devices()[:4])
   for s in real.plan.sets:
     if not s.is_vocabulary:
-      rows = [int(n) for b in real.data.sets[s.name].buckets for n in b['valid'].sum(1)]
+      rows = [int(n) for b in real.data.target_sets[s.name].buckets for n in b['valid'].sum(1)]
       c.preflight.target_lengths[s.name] = tuple((n, rows.count(n)) for n in sorted(set(rows)))
   _, batch = next(real.mixture().iterate(0, 1))
   stand_in = compiled_programs.prepare(c, jax.devices()[:4])
@@ -58,9 +58,9 @@ def test_texts_that_the_config_lists_take_the_length_of_their_set():
   for name in ('shapes', 'motions', 'packages', 'answers'):
     c.target_sets[name] = config.target_set(('a', 'b', 'c'), family=c.target_sets[name].family)
   data = DeclaredData(c, make_plan(c))
-  [bucket] = data.sets['shapes'].buckets
+  [bucket] = data.target_sets['shapes'].buckets
   assert bucket['text'].shape == (3, 16) and bucket['valid'].all()
-  assert data.sets['words'].size == 60
+  assert data.target_sets['words'].size == 60
 
 
 def test_the_published_vocabulary_has_the_size_that_its_merges_give():
@@ -94,7 +94,7 @@ def test_what_recipes_declare_of_the_embedded_data_is_what_their_configs_use():
   presets.embedded(c)
   plan = make_plan(c)
   data = DeclaredData(c, plan)
-  assert {s.name: data.sets[s.name].size for s in plan.sets if not s.is_vocabulary} == {
+  assert {s.name: data.target_sets[s.name].size for s in plan.sets if not s.is_vocabulary} == {
       'glyph_classes': 52, 'motions': 12, 'packages': 10}
   make = data.examples(next(t for t in plan.tasks if t.name == 'video_motion')).make
   shape = tf.function(make).get_concrete_function(

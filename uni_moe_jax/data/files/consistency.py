@@ -1,67 +1,62 @@
-"""Rows against each other: a data set has one medium and one type per field, those that most rows have.
+"""Comparison of rows: a data set has one media type, and one type per field, those of most rows.
 
-A row is checked alone where it is read. That it is another sort than the rest shows only beside them, and could otherwise stop a
-preparation that has run for hours, or a training that has. Of an extra field that alone is left out.
+Each row is valid by itself when it is read. A row of another type would stop a preparation or a training run hours
+later. An extra field of another type is dropped from its row.
 """
 
 import collections
 import dataclasses
 from collections.abc import Sequence
 
-from uni_moe_jax.data.files.formats import MEDIA, Row, Skipped, is_known, is_text, short
+from uni_moe_jax.data.files.formats import MEDIA_TYPES, NO_CONTENT, Row, SkippedRow, is_reserved, is_text_field, shorten
 
-_NOUNS = {'image': 'picture', 'video': 'clip'}
-_LIST, _ONE = 'a list', 'a single value'
+_NOUNS = {'image': 'an image', 'video': 'a video'}
+_LIST, _SINGLE = 'a list', 'a single value'
 
 
-def keep_consistent(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:
-  """The rows that are of the sort that most are, in order; the others with what sets them apart."""
-  media = collections.Counter(row.media for row in rows)
-  medium = max((*MEDIA, ''), key=lambda m: media[m])  # of equally many, pictures before clips before neither
-  types: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-  alike = [row for row in rows if row.media == medium]
-  for row in alike:
-    for name, kind in _types(row).items():
-      types[name][kind] += 1
-  usual = {name: max((_LIST, _ONE), key=lambda kind: counts[kind]) for name, counts in types.items()}
-  required = [name for name, counts in sorted(types.items())
-              if is_text(name) and counts.total() > len(alike) / 2]
+def keep_consistent(rows: Sequence[Row]) -> tuple[list[Row], list[SkippedRow]]:
+  """Splits rows into those of the most frequent types, in order, and the others with their difference."""
+  media_counts = collections.Counter(row.media_type for row in rows)
+  media_type = max((*MEDIA_TYPES, ''), key=lambda m: media_counts[m])  # ties: images before videos before neither
+  type_counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+  for row in rows:
+    if row.media_type == media_type:
+      for name, field_type in _field_types(row).items():
+        type_counts[name][field_type] += 1
+  usual = {name: max((_LIST, _SINGLE), key=lambda t: counts[t]) for name, counts in type_counts.items()}
+  required = [name for name, counts in sorted(type_counts.items())
+              if is_text_field(name) and counts.total() > media_counts[media_type] / 2]
   kept, skipped = [], []
   for row in rows:
-    row = _fitting(row, usual)
-    if reason := _apart(row, medium, usual, required):
-      skipped.append(Skipped(row.where, reason))
+    row = _drop_unusual_fields(row, usual)
+    if reason := _difference(row, media_type, usual, required):
+      skipped.append(SkippedRow(row.location, reason))
     else:
       kept.append(row)
   return kept, skipped
 
 
-def _types(row: Row) -> dict[str, str]:
-  return {**{name: _LIST if isinstance(v, tuple) else _ONE for name, v in row.texts.items()},
-          **{name: _ONE for name in row.labels}}
+def _field_types(row: Row) -> dict[str, str]:
+  return {**{name: _LIST if isinstance(v, tuple) else _SINGLE for name, v in row.texts.items()},
+          **{name: _SINGLE for name in row.labels}}
 
 
-def _fitting(row: Row, usual: dict[str, str]) -> Row:
-  """A row without those of its extra fields that are of another type than in most rows."""
-  odd = [name for name, kind in _types(row).items() if not is_known(name) and kind != usual.get(name, kind)]
-  if not odd:
-    return row
-  texts, labels = ({name: v for name, v in of.items() if name not in odd} for of in (row.texts, row.labels))
-  return dataclasses.replace(row, texts=texts, labels=labels, left_out=(*row.left_out, *map(short, odd)))
+def _drop_unusual_fields(row: Row, usual: dict[str, str]) -> Row:
+  """Drops extra fields whose type differs from that of most rows."""
+  unusual = [name for name, t in _field_types(row).items() if not is_reserved(name) and t != usual.get(name, t)]
+  texts, labels = ({k: v for k, v in fields.items() if k not in unusual} for fields in (row.texts, row.labels))
+  dropped_fields = (*row.dropped_fields, *map(shorten, unusual))
+  return dataclasses.replace(row, texts=texts, labels=labels, dropped_fields=dropped_fields)
 
 
-def _apart(row: Row, medium: str, usual: dict[str, str], required: list[str]) -> str:
-  """Why a row is none of this data set, or ''."""
-  if row.media != medium:
-    return f'no {_NOUNS[medium]}' if not row.media else f'a {_NOUNS[row.media]}, and most rows have {_having(medium)}'
-  if not medium and not row.texts:
-    return 'neither a picture, a clip nor a text'
-  found = _types(row)
-  for name, kind in found.items():
-    if kind != usual[name]:
-      return f'{name!r} is {kind}, and in most rows {usual[name]}'
-  return next((f'no {name!r}' for name in required if name not in found), '')
-
-
-def _having(medium: str) -> str:
-  return f'a {_NOUNS[medium]}' if medium else 'none'
+def _difference(row: Row, media_type: str, usual: dict[str, str], required: list[str]) -> str:
+  """The difference of a row from most rows, or ''."""
+  if row.media_type != media_type:
+    return f'has {_NOUNS[row.media_type]}, unlike most rows' if row.media_type else f'no {media_type}'
+  if not media_type and not row.texts:
+    return NO_CONTENT
+  field_types = _field_types(row)
+  for name, field_type in field_types.items():
+    if field_type != usual[name]:
+      return f'{name!r} is {field_type}, unlike in most rows'
+  return next((f'no {name!r}' for name in required if name not in field_types), '')

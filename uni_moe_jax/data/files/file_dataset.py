@@ -1,8 +1,9 @@
-"""Records in files, read at random and never all at once: people's own prepared data, and TFDS data sets.
+"""Data sets in files, read record by record: a user's own prepared data, and TFDS data sets.
 
 A source is named 'own:NAME' (`launch/prepare_data.py --name=NAME`; the newest version, or 'own:NAME/1.0.0') or
-'tfds:NAME[/CONFIG][:VERSION]' (`launch/prepare_data.py --tfds=…`). Of a TFDS data set the columns are its features: pictures,
-texts, lists of texts and class labels, flattened with '/'. A split may be any that TFDS can read at random, 'train+restval' too.
+'tfds:NAME[/CONFIG][:VERSION]' (`launch/prepare_data.py --tfds=…`). The columns of a TFDS data set are its features:
+images, strings, lists of strings and class labels, nested names joined by '/'. A split is any that TFDS can read by
+index, such as 'train+restval'.
 """
 
 import dataclasses
@@ -17,145 +18,172 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.data.files import prepare
-from uni_moe_jax.data.files.formats import WHERE
+from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 OWN, TFDS = 'own:', 'tfds:'
-MEDIA = ('image', 'video')  # kinds of columns whose values are bytes
-_AGAIN = 'prepare the data again: python launch/prepare_data.py --input=… --name=… --version=…'
-_PROBES = 8  # records that are tried before a source is held to be out of reach
-_AT_ONCE = 256  # records that are in memory together where all of a split are asked for their texts
+_PREPARE_AGAIN = 'prepare the data again: python launch/prepare_data.py --input=… --name=… --version=…'
+_NUM_PROBES = 8  # records that are tried before a source counts as unreachable
+_CHUNK = 256  # records in memory at once while the texts of a whole split are read
+
+Record = dict[str, Any]
 
 
 class CorruptExample(Exception):
-  """A record that gives no example; says why."""
+  """A record that gives no example; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileDataset:
-  """Records of one split.
+  """Records of one split, read by index.
 
   Attributes:
-    name: of the source. size: N.
-    read: ids int [n] → n records: bytes of a picture or clip, str, a tuple of str, or the name of a class ('' for none).
-    columns: name → 'image' | 'video' | 'text' | 'texts' | 'class'.
-    classes: class column → its names in order.
-    labels: class column → int32 [N], -1 for none; only of own data: elsewhere a label is known when its record is read.
-    fingerprint: hex sha256 of what the records are.
-    present: column of texts → bool [N], whether a record has one; of own data, as `labels`.
+    name: of the source.
+    size: N.
+    read: ids int [n] → n records; values are bytes of an image or video, a string, a tuple of strings, or the name of
+      a class ('' for none).
+    columns: name → 'image', 'video', 'text', 'texts' or 'class'.
+    classes: class column → names in order.
+    labels: class column → int32 [N], -1 for none. Own data alone has them; elsewhere a label is known once its record
+      is read.
+    fingerprint: hex sha256 of the content.
+    present: column of texts → bool [N], whether a record has one. Own data alone has them.
   """
   name: str
   size: int
-  read: Callable[[np.ndarray], list[dict[str, Any]]]
+  read: Callable[[np.ndarray], list[Record]]
   columns: dict[str, str]
   classes: dict[str, tuple[str, ...]]
   labels: dict[str, np.ndarray]
   fingerprint: str
   present: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-  def media(self) -> str | None:
-    """The column of pictures or clips."""
-    return next((c for c, kind in self.columns.items() if kind in MEDIA), None)
+  def media_column(self) -> str | None:
+    """The column of images or videos."""
+    return next((c for c, column_type in self.columns.items() if column_type in MEDIA_TYPES), None)
 
-  def fetched(self, ids: np.ndarray) -> list[dict[str, Any] | CorruptExample]:
-    """As `read`, but in the place of a record that cannot be read stands why.
+  def read_valid(self, ids: np.ndarray) -> list[Record | CorruptExample]:
+    """Reads records; for one that cannot be read returns the reason.
 
     Raises:
       RunError: no record can be read, neither these nor others.
     """
     try:
       return self.read(ids)
-    except Exception as e:  # array_record and TFDS document no closed set of what they raise of damaged files
-      first = e
-    found = [self._fetched_alone(i) for i in ids]
-    if all(isinstance(row, CorruptExample) for row in found):
-      probes = np.linspace(0, self.size - 1, min(_PROBES, self.size)).astype(np.int64)
-      if all(isinstance(self._fetched_alone(i), CorruptExample) for i in probes):
-        raise RunError(f'source {self.name!r} cannot be read ({first}). Look whether its data directory is there and its '
-                               'disk can be reached; then the same command continues.') from first
-    return found
+    except Exception as e:  # array_record and TFDS document no closed set of errors for damaged files
+      error = e
+    records = [self._read_one(i) for i in ids]
+    if all(isinstance(record, CorruptExample) for record in records):
+      probes = _evenly_spaced(self.size, _NUM_PROBES)
+      if all(isinstance(self._read_one(i), CorruptExample) for i in probes):
+        raise RunError(f'source {self.name!r} cannot be read ({error}). Check that its data directory exists and that its disk '
+                       'can be reached; then run the same command to continue.') from error
+    return records
 
-  def each(self, ids: np.ndarray, take: Callable[[dict[str, Any]], Any]) -> list[Any]:
-    """`take(row)` of every record: with a text comes its picture, and those of a whole split do not fit into memory.
+  def map(self, function: Callable[[Record], Any], ids: np.ndarray) -> list[Any]:
+    """Applies a function to records, chunk by chunk: the images of a whole split do not fit into memory.
 
     Raises:
       RunError: names the first record that cannot be read.
     """
-    out = []
-    for i, row in self._in_parts(ids):
-      if isinstance(row, CorruptExample):
-        raise RunError(f'{self.where(int(i))}: {row}. Prepare source {self.name!r} again.')
-      out.append(take(row))
-    return out
+    results = []
+    for i, record in self._read_chunks(ids):
+      if isinstance(record, CorruptExample):
+        raise RunError(f'{self.location(int(i))}: {record}. Prepare source {self.name!r} again.')
+      results.append(function(record))
+    return results
 
-  def _in_parts(self, ids: np.ndarray) -> Iterator[tuple[int, dict[str, Any] | CorruptExample]]:
-    for start in range(0, len(ids), _AT_ONCE):
-      part = ids[start:start + _AT_ONCE]
-      yield from zip(part, self.fetched(part))
+  def _read_chunks(self, ids: np.ndarray) -> Iterator[tuple[int, Record | CorruptExample]]:
+    for start in range(0, len(ids), _CHUNK):
+      chunk = ids[start:start + _CHUNK]
+      yield from zip(chunk, self.read_valid(chunk), strict=True)
 
-  def _fetched_alone(self, index: int) -> dict[str, Any] | CorruptExample:
+  def _read_one(self, index: int) -> Record | CorruptExample:
     try:
       return self.read(np.array([index]))[0]
     except Exception as e:
       return CorruptExample(f'a record that cannot be read ({e})')
 
-  def where(self, index: int) -> str:
-    """Which record this is, for a person."""
-    row = self._fetched_alone(index) if WHERE in self.columns else None
-    return row[WHERE] if isinstance(row, dict) else f'{self.name}, record {index}'
+  def location(self, index: int) -> str:
+    """The file or line that a record was prepared from, or its index, for messages."""
+    record = self._read_one(index) if LOCATION in self.columns else None
+    return record[LOCATION] if isinstance(record, dict) else f'{self.name}, record {index}'
 
-  def sample_texts(self, most: int) -> list[str]:
-    """Texts of up to `most` records, evenly spread; class names."""
-    ids = np.unique(np.linspace(0, self.size - 1, min(most, self.size)).astype(np.int64))
-    found = [name for names in self.classes.values() for name in names]
-    for _, row in self._in_parts(ids):
-      for column, kind in self.columns.items():
-        if kind in ('text', 'texts') and column != WHERE and not isinstance(row, CorruptExample):
-          found += [row[column]] if kind == 'text' else row[column]
-    return found
+  def sample_texts(self, max_records: int) -> list[str]:
+    """Class names, and the texts of up to `max_records` evenly spaced records."""
+    texts = [name for names in self.classes.values() for name in names]
+    for _, record in self._read_chunks(_evenly_spaced(self.size, max_records)):
+      for column, column_type in self.columns.items():
+        if column_type in ('text', 'texts') and column != LOCATION and not isinstance(record, CorruptExample):
+          texts += [record[column]] if column_type == 'text' else record[column]
+    return texts
+
+
+def _evenly_spaced(size: int, number: int) -> np.ndarray:
+  return np.unique(np.linspace(0, size - 1, min(number, size)).astype(np.int64))
 
 
 def is_file_source(source: str) -> bool:
-  """Whether a source's name is that of records in files."""
+  """Whether a source name denotes a data set in files."""
   return source.startswith((OWN, TFDS))
 
 
 def load(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
-  """One split of a source in a data directory.
+  """Opens one split of a source in a data directory.
 
   Raises:
-    MissingFileError: the source is not prepared there; says the command. UsageError: it has no such split.
+    MissingFileError: the source is not prepared; gives the command. UsageError: it has no such split, or is damaged.
   """
-  if source.startswith(OWN):
-    return _own(source, pathlib.Path(os.path.expanduser(directory)), split)
-  return _tfds(source, directory, split)
+  return (_load_own if source.startswith(OWN) else _load_tfds)(source, directory, split)
 
 
 def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
   """The folder of the newest version of own data, or of the named one ('pets/1.0.0').
 
   Raises:
-    MissingFileError: there is none.
+    MissingFileError: it does not exist.
   """
   root, (name, _, version) = pathlib.Path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
-  versions = sorted((p.parent for p in (root / name).glob(f'*/{prepare.SUMMARY}')),
-                    key=lambda p: tuple(map(int, p.name.split('.'))))
-  found = [p for p in versions if not version or p.name == version]
-  if not found:
-    known = [p.name for p in root.glob('*')] if not versions else [f'{name}/{p.name}' for p in versions]
-    raise MissingFileError(f'source {OWN}{name}{"/" * bool(version)}{version} is not in {root}; {nearest(name, known)}. '
-                            f'Prepare it: python launch/prepare_data.py --input=FOLDER --name={name} --data_dir={directory}')
-  return found[-1]
+  folders = sorted((p.parent for p in (root / name).glob(f'*/{prepare.SUMMARY}')),
+                   key=lambda p: tuple(map(int, p.name.split('.'))))
+  matches = [p for p in folders if not version or p.name == version]
+  if not matches:
+    choices = [f'{name}/{p.name}' for p in folders] or [p.name for p in root.glob('*')]
+    raise MissingFileError(
+        f'source {OWN}{name}{"/" * bool(version)}{version} is not in {root}; {nearest(name, choices)}. '
+        f'Prepare it: python launch/prepare_data.py --input=FOLDER --name={name} --data_dir={directory}')
+  return matches[-1]
 
 
-def summary(name: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
-  """What prepared.json of own data says. Raises MissingFileError; UsageError where it is damaged."""
+def read_summary(name: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
+  """The content of prepared.json. Raises MissingFileError; UsageError if it is damaged or of another format."""
   path = own_folder(name, directory) / prepare.SUMMARY
   try:
-    return json.loads(path.read_text())
+    summary = json.loads(path.read_text())
   except (ValueError, RecursionError) as e:
-    raise UsageError(f'{path} is damaged ({e}); {_AGAIN}') from None
+    raise UsageError(f'{path} is damaged ({e}); {_PREPARE_AGAIN}') from None
+  if summary.get('format') != prepare.FORMAT:
+    raise UsageError(f'{path} has format {summary.get("format")}, not {prepare.FORMAT}; {_PREPARE_AGAIN}')
+  return summary
+
+
+def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
+  name = source.removeprefix(OWN)
+  folder, summary = own_folder(name, directory), read_summary(name, directory)
+  if split not in summary['splits']:
+    raise UsageError(f'split {split!r} is not in source {source!r}; {nearest(split, summary["splits"])}.')
+  classes = {column: tuple(c['names']) for column, c in summary['classes'].items()}
+  try:
+    with np.load(folder / prepare.LABELS) as arrays:
+      labels, present = ({c: arrays[f'{split}/{c}'] for c, column_type in summary['columns'].items() if column_type in types}
+                         for types in (('class',), ('text', 'texts')))
+  except Exception as e:  # numpy, zipfile and zlib document no closed set of errors for damaged files
+    raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_PREPARE_AGAIN}') from e
+  columns = {**summary['columns'], LOCATION: 'text'}
+  read = functools.partial(_read_records, _open(_builder(str(folder)), split, columns), columns, classes)
+  return FileDataset(
+      source, summary['splits'][split], read, columns, classes, labels, summary['fingerprints'][split], present)
 
 
 @functools.lru_cache(maxsize=64)
@@ -164,27 +192,8 @@ def _builder(folder: str):
   return tfds.builder_from_directory(folder)
 
 
-def _own(source: str, directory: pathlib.Path, split: str) -> FileDataset:
-  name = source.removeprefix(OWN)
-  folder, facts = own_folder(name, directory), summary(name, directory)
-  if split not in facts['splits']:
-    raise UsageError(f'split {split!r} is not in source {source!r}; {nearest(split, facts["splits"])}.')
-  classes = {column: tuple(of['names']) for column, of in facts['classes'].items()}
-  try:
-    with np.load(folder / prepare.LABELS) as stored:
-      labels = {column: stored[f'{split}/{column}'] for column in classes}
-      present = {c: stored[f'{split}/{c}'] for c, kind in facts['columns'].items()
-                 if kind in ('text', 'texts') and f'{split}/{c}' in stored}  # not of data that an earlier version prepared
-  except Exception as e:  # numpy, zipfile and zlib document no closed set of what they raise of a damaged file
-    raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_AGAIN}') from e
-  columns = {**facts['columns'], WHERE: 'text'}
-  rows = functools.partial(_rows, _open(_builder(str(folder)), split, columns), columns, classes)
-  return FileDataset(source, facts['splits'][split], rows, columns, classes, labels, facts['fingerprints'][split],
-                present)
-
-
 def tfds_builder(source: str, directory: str | os.PathLike[str]):
-  """The TFDS builder of 'tfds:…', whose data lies or will lie in `directory`/tfds as array records. Raises UsageError."""
+  """The TFDS builder of 'tfds:…', with array records in `directory`/tfds. Raises UsageError for an unknown name."""
   import tensorflow_datasets as tfds
   name = source.removeprefix(TFDS)
   try:
@@ -193,57 +202,58 @@ def tfds_builder(source: str, directory: str | os.PathLike[str]):
     raise UsageError(f'source {source!r}: {nearest(name, tfds.list_builders())}.') from None
 
 
-def _tfds(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
+def _load_tfds(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
   builder = tfds_builder(source, directory)
   _check_prepared(builder, source, directory, split)
   columns, classes = tfds_columns(builder.info.features)
   reader = _open(builder, split, columns)
-  # A name and version of TFDS stand for one content.
-  described = f'{builder.info.full_name} {split} {len(reader)}'
-  return FileDataset(source, len(reader), functools.partial(_rows, reader, columns, classes), columns, classes, {},
-                hashlib.sha256(described.encode()).hexdigest())
+  # Name and version of a TFDS data set identify its content.
+  fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {len(reader)}'.encode()).hexdigest()
+  read = functools.partial(_read_records, reader, columns, classes)
+  return FileDataset(source, len(reader), read, columns, classes, {}, fingerprint)
 
 
 def _check_prepared(builder, source: str, directory: str | os.PathLike[str], split: str) -> None:
   if not builder.info.splits:
     raise MissingFileError(f'source {source!r} is not in {builder.data_dir}; prepare it: python launch/prepare_data.py '
-                            f'--tfds={source.removeprefix(TFDS)} --data_dir={directory}')
+                           f'--tfds={source.removeprefix(TFDS)} --data_dir={directory}')
   if missing := [part for part in split.split('+') if part.partition('[')[0] not in builder.info.splits]:
     raise UsageError(f'split {split!r} of source {source!r}: {nearest(missing[0], builder.info.splits)}.')
 
 
 def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-  """(kind of every usable column, names of the class columns) of a TFDS data set's features."""
+  """(column → type of every usable column, class column → names) of a TFDS data set's features."""
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.utils import dtype_utils
   f, columns, classes = tfds.features, {}, {}
 
-  def put(name, feature, inside):
-    if isinstance(feature, f.Image) and not inside:
+  def add(name, feature, in_sequence):
+    if isinstance(feature, f.Image) and not in_sequence:
       columns[name] = 'image'
-    elif isinstance(feature, f.ClassLabel) and not inside:
+    elif isinstance(feature, f.ClassLabel) and not in_sequence:
       columns[name], classes[name] = 'class', tuple(feature.names or map(str, range(feature.num_classes)))
     elif isinstance(feature, f.Tensor) and feature.shape == () and dtype_utils.is_string(feature.np_dtype):
-      columns[name] = 'texts' if inside else 'text'
-    elif isinstance(feature, f.Sequence) and not inside:
-      put(name, feature.feature, True)
+      columns[name] = 'texts' if in_sequence else 'text'
+    elif isinstance(feature, f.Sequence) and not in_sequence:
+      add(name, feature.feature, True)
     elif isinstance(feature, f.FeaturesDict):
-      for key, sub in feature.items():
-        put(f'{name}/{key}' if name else key, sub, inside)
+      for key, sub_feature in feature.items():
+        add(f'{name}/{key}' if name else key, sub_feature, in_sequence)
 
-  put('', features, False)
+  add('', features, False)
   return columns, classes
 
 
 def _open(builder, split: str, columns: dict[str, str]):
-  """Random access to examples whose pictures stay encoded."""
+  """A TFDS data source whose images stay encoded."""
   import tensorflow_datasets as tfds
-  raw = {c: tfds.decode.SkipDecoding() for c, kind in columns.items() if kind == 'image'}
-  return builder.as_data_source(split, decoders=raw or None)
+  decoders = {c: tfds.decode.SkipDecoding() for c, column_type in columns.items() if column_type == 'image'}
+  return builder.as_data_source(split, decoders=decoders or None)
 
 
-def _rows(reader, columns: dict[str, str], classes: dict[str, tuple[str, ...]], ids: np.ndarray) -> list[dict[str, Any]]:
-  return [{c: _value(_get(example, c), kind, classes.get(c)) for c, kind in columns.items()}
+def _read_records(
+    reader, columns: dict[str, str], classes: dict[str, tuple[str, ...]], ids: np.ndarray) -> list[Record]:
+  return [{c: _value(_get(example, c), column_type, classes.get(c)) for c, column_type in columns.items()}
           for example in reader.__getitems__(np.asarray(ids).tolist())]
 
 
@@ -254,13 +264,13 @@ def _get(example: Mapping[str, Any], column: str) -> Any:
   return _get(example[head], rest)
 
 
-def _value(value: Any, kind: str, names: tuple[str, ...] | None) -> Any:
-  if kind == 'class':
+def _value(value: Any, column_type: str, names: tuple[str, ...] | None) -> Any:
+  if column_type == 'class':
     return names[int(value)] if value >= 0 else ''
-  if kind == 'texts':
-    return tuple(_text(v) for v in value)
-  return _text(value) if kind == 'text' else value
+  if column_type == 'texts':
+    return tuple(map(_string, value))
+  return _string(value) if column_type == 'text' else value
 
 
-def _text(value: Any) -> str:
+def _string(value: Any) -> str:
   return value.decode() if isinstance(value, bytes) else str(value)

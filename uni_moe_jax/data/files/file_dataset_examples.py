@@ -1,8 +1,9 @@
-"""Examples of records in files: raw bytes are fetched by id, decoded in parallel, and a bad example is replaced in place.
+"""Examples of records in files: raw bytes are read by id, decoded in parallel, and a corrupt example is replaced in place.
 
-A batch is one call of Python, which reads the records and their texts, and TensorFlow ops that decode pictures. If some example
-cannot be used, the batch is made once more with the id `hash(seed, id, attempt)` in its place: nothing shifts, and the batch
-stays a function of (seed, step). Evaluation never replaces: there a bad example is an error, as it would be counted wrongly.
+A batch is one call of Python, which reads records and their texts, and TensorFlow ops that decode images. If an
+example cannot be used, the batch is made again with the id `hash(seed, id, attempt)` in its position: the other
+examples do not move, and the batch stays a function of (seed, step). Evaluation replaces nothing: a corrupt example is
+an error there, as any metric would count it wrongly.
 """
 
 import concurrent.futures
@@ -14,31 +15,33 @@ import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.files import file_dataset_fields, image_transforms, video_pixels
-from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset
+from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
+from uni_moe_jax.data.files.file_dataset_fields import FieldReader
 from uni_moe_jax.data.files.video import CorruptVideo
 from uni_moe_jax.data.pipeline import hashing, masking
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.pipeline.examples import Examples, subset
+from uni_moe_jax.data.pipeline.examples import Examples, Fields, subset
 from uni_moe_jax.data.pipeline.templates import template_columns
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
 
-_ATTEMPTS = 8  # until nothing takes the place of a bad example; of a source with one in ten bad, 1e-8 of them
-
-_Fetched = dict[str, tf.Tensor]
+_MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all fail with a probability of 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
 class FileExampleBuilder:
-  """What all tasks share.
+  """Builds the examples of tasks over data sets in files.
 
   Attributes:
-    tokenizer: of the run. keys: of each named target set, in order, what a record calls its classes.
-    size, channels: pixels a side, colours.
-    training: random phrases, crops and masks; otherwise the first phrase, the middle crop, every pick masked.
+    tokenizer: of the run.
+    keys: named target set → what records call its classes, in order.
+    size: side of the image in pixels.
+    channels: colors.
+    training: random phrases, crops and masks; otherwise the first phrase, the center crop, and every prediction
+      masked.
     random_special_tokens, seed: as of `examples.Builder`.
     max_corrupt_fraction: of the examples that are read, before the run stops.
-    num_views, num_crops: at evaluation, of every clip.
+    num_views, num_crops: of every video in evaluation.
   """
   tokenizer: Tokenizer
   keys: dict[str, tuple[str, ...]]
@@ -52,39 +55,40 @@ class FileExampleBuilder:
   num_crops: int = 1
 
   def build(self, task: TaskSpec, records: FileDataset) -> Examples:
-    """Examples of a task over one split of its source. Raises UsageError where the config does not fit the source."""
+    """Examples of a task over one split of its source. Raises UsageError if the config does not fit the source."""
     corrupt_counter = CorruptExampleCounter(f'tasks.{task.name}', self.max_corrupt_fraction if self.training else 0.0)
     if task.type.readout == 'masked':
       if self.training and task.train_fraction < 1:
-        raise UsageError(f'config.tasks.{task.name}.subset={task.train_fraction}: text of files is read as a stream, of which there is no '
-                         'subset; give 1, or prepare a smaller file.')
-      running = file_dataset_fields.Running.of(task, records, self.tokenizer, self.training, corrupt_counter)
-      return Examples(records.size, self._masked(task, running), corrupt_counter=corrupt_counter)
+        raise UsageError(f'config.tasks.{task.name}.train_fraction={task.train_fraction}: text in files is read as a stream, of '
+                         'which no fraction can be taken; set it to 1, or prepare a smaller file.')
+      stream = file_dataset_fields.TextStream.create(task, records, self.tokenizer, self.training, corrupt_counter)
+      return Examples(records.size, self._masked(task, stream), corrupt_counter=corrupt_counter)
     readers = self._readers(task, records)
     keep = example_ids(records, task, self.seed if self.training else None)
-    batch = _Batch(self, task, records, tuple(readers), keep, corrupt_counter)
-    names = None if not task.caption_templates else lambda ids: records.each(keep[ids], lambda row: file_dataset_fields.references(task, row))
+    references = None
     if records.columns.get(task.label_column) == 'texts':
-      names = lambda ids: records.each(keep[ids], lambda row: row[task.label_column])
-    return Examples(len(keep), batch.make, references=names, corrupt_counter=corrupt_counter)
+      references = lambda ids: records.map(lambda record: record[task.label_column], keep[ids])
+    elif task.caption_templates:
+      references = lambda ids: records.map(lambda record: file_dataset_fields.references(task, record), keep[ids])
+    return Examples(len(keep), _Batch(self, task, records, readers, keep, corrupt_counter).make, references=references, corrupt_counter=corrupt_counter)
 
-  def _readers(self, task: TaskSpec, records: FileDataset) -> list[file_dataset_fields.Reader]:
-    kind, readers = task.type, []
-    if kind.has_classes:
-      readers.append(file_dataset_fields.labels(task, records, self.keys[task.target_set]))
-    if kind.target == 'pair':
-      readers.append(file_dataset_fields.pair(task, records, self.tokenizer, self.training))
-    if kind.readout == 'queries':
-      readers.append(file_dataset_fields.caption(task, records, self.tokenizer, self.training))
-    if kind.readout == 'slot':
-      readers.append(file_dataset_fields.slot(task, records, self.tokenizer))
+  def _readers(self, task: TaskSpec, records: FileDataset) -> list[FieldReader]:
+    readers = []
+    if task.type.has_classes:
+      readers.append(file_dataset_fields.label_reader(task, records, self.keys[task.target_set]))
+    if task.type.target == 'pair':
+      readers.append(file_dataset_fields.pair_reader(task, records, self.tokenizer, self.training))
+    if task.type.readout == 'queries':
+      readers.append(file_dataset_fields.caption_reader(task, records, self.tokenizer, self.training))
+    if task.type.readout == 'slot':
+      readers.append(file_dataset_fields.template_reader(task, records, self.tokenizer))
     return readers
 
-  def _masked(self, task: TaskSpec, running: file_dataset_fields.Running):
+  def _masked(self, task: TaskSpec, stream: file_dataset_fields.TextStream):
     tables = masking.word_tables(self.tokenizer, self.random_special_tokens)
 
     def make(ids, hashes):
-      text = tf.numpy_function(running.rows, [ids, hashes], tf.int32, stateful=False)
+      text = tf.numpy_function(stream.rows, [ids, hashes], tf.int32, stateful=False)
       text = tf.ensure_shape(text, [None, task.max_len])
       valid = tf.ones_like(text, tf.bool)
       masked = masking.mask_words(
@@ -94,170 +98,170 @@ class FileExampleBuilder:
 
 
 def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:
-  """Ids of the records that are examples: where it is known beforehand, those that have a label and what templates name.
+  """Ids of the records that are examples: as far as known without reading, those with a label and the columns of templates.
 
   Args:
-    records: of its split. task: with its subset. seed: of a run that trains on them, and reads the subset; None: all.
+    records: of the task's split.
+    task: with its `train_fraction` and `shots`.
+    seed: of a run that trains on them and takes the subset; None for all records.
 
   Raises:
-    UsageError: there are none, or a number per class is asked for and classes are not known beforehand.
+    UsageError: there are none, or `shots` is set and labels are not known before records are read.
   """
-  named = {task.label_column, *(column for template in (*task.caption_templates, task.template) for column in template_columns(template))}
-  has = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
-  wanted = sorted(named & has.keys())
+  templates = (*task.caption_templates, task.template)
+  columns = {task.label_column, *(column for template in templates for column in template_columns(template))}
+  present = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
+  required = sorted(columns & present.keys())
   keep, labels = np.arange(records.size), None
-  for column in wanted:
-    keep = keep[has[column][keep]]
+  for column in required:
+    keep = keep[present[column][keep]]
   if task.label_column in records.labels:
     labels = records.labels[task.label_column][keep]
   elif task.shots and seed is not None:
-    raise UsageError(f'config.tasks.{task.name}.per_class={task.shots}: the labels of source {task.source!r} are only known '
-                     f'when its records are read; give config.tasks.{task.name}.per_class=0 and a subset, or prepare it as your own data '
-                     'with one class a record.')
+    raise UsageError(f'config.tasks.{task.name}.shots={task.shots}: the labels of source {task.source!r} are known only when its '
+                     f'records are read; set config.tasks.{task.name}.shots=0 and train_fraction, or prepare the source as your '
+                     'own data with one class per record.')
   if not len(keep):
     raise UsageError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
-                     f'{" and ".join(map(repr, wanted)) or "anything"}.')
+                     f'{" and ".join(map(repr, required)) or "anything"}.')
   return keep if seed is None else subset(keep, labels, task, seed)
 
 
 class _Batch:
-  """Makes batches of one task."""
+  """Makes the batches of one task."""
 
-  def __init__(self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, readers: tuple[file_dataset_fields.Reader, ...],
+  def __init__(self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, readers: list[FieldReader],
                keep: np.ndarray, corrupt_counter: CorruptExampleCounter):
     self._builder, self._task, self._records = builder, task, records
     self._readers, self._keep, self._corrupt_counter = readers, keep, corrupt_counter
-    self._media = records.media() if task.type.visual else None
-    if task.type.visual and self._media is None:
-      raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has neither pictures nor clips; kind '
+    self._media_column = records.media_column() if task.type.visual else None
+    if task.type.visual and self._media_column is None:
+      raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has neither images nor videos; task type '
                        f'{task.type.name!r} needs them.')
-    self._is_clip = self._media is not None and records.columns[self._media] == 'video'
-    if self._is_clip and task.num_frames < 1:
-      raise UsageError(f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has clips; say how many frames the '
-                       'model sees of each, for example 8.')
-    self._clips = video_pixels.VideoReader(
+    self._is_video = self._media_column is not None and records.columns[self._media_column] == 'video'
+    if self._is_video and task.num_frames < 1:
+      raise UsageError(f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has videos; set the number '
+                       'of frames that the model receives of each, for example 8.')
+    self._video_reader = video_pixels.VideoReader(
         builder.size, task.num_frames, task.crop, task.random_flip, builder.training, builder.num_views, builder.num_crops)
-    self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts no thread before there is a clip
-    self._shapes = {name: shape for r in readers for name, shape in r.shapes.items()}
+    self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts its threads with the first video
+    self._specs = {name: spec for r in readers for name, spec in r.specs.items()}
+    if self._is_video:
+      self._specs['pixels'] = (np.uint8, self._video_reader.shape)
     # Traced once: an evaluation calls it eagerly, a training pipeline inlines it.
-    self.make = tf.function(self._make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
+    self.make = tf.function(
+        self._make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
 
-  def _make(self, ids: tf.Tensor, hashes: tf.Tensor) -> dict[str, tf.Tensor]:
+  def _make(self, ids: tf.Tensor, hashes: tf.Tensor) -> Fields:
     fields, ok = self._try(ids, hashes, tf.ones_like(ids, tf.bool))
     if self._builder.training:
-      fields = self._replace_bad(ids, hashes, fields, ok)
+      fields = self._replace_corrupt(ids, hashes, fields, ok)
     return {'id': tf.cast(ids, tf.int64), **fields}
 
-  def _replace_bad(self, ids: tf.Tensor, hashes: tf.Tensor, fields: _Fetched, ok: tf.Tensor) -> _Fetched:
-    """The fields once every example can be used; the whole batch is made again, which is rare, so that nothing else differs."""
+  def _replace_corrupt(self, ids: tf.Tensor, hashes: tf.Tensor, fields: Fields, ok: tf.Tensor) -> Fields:
+    """Makes the whole batch again, which is rare, until every example can be used; nothing else in it changes."""
     seed = tf.constant(np.uint64(hashing.mix(self._builder.seed, self._task.name, 'replacement')))
     names = list(fields)
 
-    def wanted(attempt, asked, ok, *_):
-      return (attempt < _ATTEMPTS) & ~tf.reduce_all(ok)
+    def is_incomplete(attempt, _, ok, *__):
+      return (attempt < _MAX_ATTEMPTS) & ~tf.reduce_all(ok)
 
-    def again(attempt, asked, ok, *_):
+    def retry(attempt, candidates, ok, *_):
       drawn = hashing.mix_tensor(hashing.mix_tensor(tf.fill(tf.shape(ids), seed), ids), attempt)
-      asked = tf.where(ok, asked, tf.cast(hashing.randint(drawn, len(self._keep)), tf.int64))
-      fields, now = self._try(asked, hashes, ~ok)
-      return attempt + 1, asked, now, *[fields[n] for n in names]
+      candidates = tf.where(ok, candidates, tf.cast(hashing.randint(drawn, len(self._keep)), tf.int64))
+      fields, now_ok = self._try(candidates, hashes, ~ok)
+      return attempt + 1, candidates, now_ok, *[fields[n] for n in names]
 
     state = (tf.constant(1), ids, ok, *[fields[n] for n in names])
-    _, _, ok, *values = tf.while_loop(wanted, again, state, parallel_iterations=1)
-    tf.numpy_function(self._settle, [ok], tf.bool)
-    return dict(zip(names, values))
+    _, _, ok, *values = tf.while_loop(is_incomplete, retry, state, parallel_iterations=1)
+    tf.numpy_function(self._give_up_unless, [ok], tf.bool)
+    return dict(zip(names, values, strict=True))
 
-  def _settle(self, ok: np.ndarray) -> np.bool_:
+  def _give_up_unless(self, ok: np.ndarray) -> np.bool_:
     if not ok.all():
       self._corrupt_counter.fail_replacement()
     return np.bool_(True)
 
-  def _try(self, ids: tf.Tensor, hashes: tf.Tensor, counted: tf.Tensor) -> tuple[_Fetched, tf.Tensor]:
-    """(fields, ok bool [n]); fields of an example that is not ok are zeros. counted: bool [n], those that were not read before."""
-    clip = [self._clips.shape] if self._is_clip else []
-    types = [np.bool_, tf.string] + [dtype for dtype, _ in self._shapes.values()] + [np.uint8 for _ in clip]
-    ok, data, *values = tf.numpy_function(self._read, [ids, hashes, counted], types)
-    ok.set_shape([None])
-    fields = {}
-    for (name, (_, shape)), value in zip(self._shapes.items(), values):
-      fields[name] = tf.ensure_shape(value, [None, *shape])
-    if self._is_clip:
-      fields['pixels'] = tf.ensure_shape(values[-1], [None, *self._clips.shape])
-    elif self._media:
+  def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Fields, tf.Tensor]:
+    """(fields, ok bool [n]); the fields of a corrupt example are zeros. is_new: bool [n], whether to count an example."""
+    types = [tf.string, tf.string] + [dtype for dtype, _ in self._specs.values()]
+    problems, data, *values = tf.numpy_function(self._read, [ids, hashes], types)
+    fields = {name: tf.ensure_shape(value, [None, *shape])
+              for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
+    if self._media_column and not self._is_video:
       data.set_shape([None])
-      pixels, decoded = decode(data, hashes, self._picture, self._builder.size, self._builder.channels)
-      decoded = tf.numpy_function(self._count, [ids, ok & counted, decoded], tf.bool)
-      decoded.set_shape([None])
-      fields['pixels'], ok = pixels, ok & decoded
+      fields['pixels'], decoded = decode(data, hashes, self._image, self._builder.size, self._builder.channels)
+      problems = tf.where((problems == '') & ~decoded, 'corrupt image', problems)
+    ok = tf.numpy_function(self._count, [ids, is_new, problems], tf.bool)
+    ok.set_shape([None])
     return fields, ok
 
-  def _picture(self, data: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
-    """uint8 [1, S, S, C] of one encoded picture: an image is a clip of one frame."""
+  def _image(self, data: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
+    """uint8 [1, S, S, C] of one encoded image: a video of one frame."""
     b, t = self._builder, self._task
-    picture = tf.io.decode_image(data, channels=b.channels, expand_animations=False)
-    return image_transforms.prepared(picture, b.size, h if b.training else None, t.crop, t.random_flip, t.randaugment, t.random_erasing)[None]
+    image = tf.io.decode_image(data, channels=b.channels, expand_animations=False)
+    return image_transforms.transform(
+        image, b.size, h if b.training else None, t.crop, t.random_flip, t.randaugment, t.random_erasing)[None]
 
-  def _read(self, ids: np.ndarray, hashes: np.ndarray, counted: np.ndarray):
-    """ok, encoded pictures, fields in the order of their shapes, and pixels of clips."""
-    n, bad = len(ids), []
-    ok, data = np.ones(n, bool), np.full(n, b'', object)
-    columns = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._shapes.items()}
-    clips = np.zeros((n, *self._clips.shape), np.uint8) if self._is_clip else None
-    rows = file_dataset_fields.fetched(self._records, self._keep[ids], self._corrupt_counter)
-    # At once, since decoders and Pillow leave Python to others meanwhile.
-    decoded = self._pool.map(self._clip, rows, hashes.tolist()) if self._is_clip else [None] * n
-    for i, (row, h, clip) in enumerate(zip(rows, hashes.tolist(), decoded)):
+  def _read(self, ids: np.ndarray, hashes: np.ndarray):
+    """Problems ('' for none), encoded images, and the fields of `_specs` in order."""
+    n = len(ids)
+    problems, data = np.full(n, b'', object), np.full(n, b'', object)
+    fields = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._specs.items()}
+    records = file_dataset_fields.read_or_stop(self._records, self._keep[ids], self._corrupt_counter)
+    # In parallel: decoders and Pillow release Python's lock.
+    videos = self._pool.map(self._video, records, hashes.tolist()) if self._is_video else [None] * n
+    for i, (record, h, video) in enumerate(zip(records, hashes.tolist(), videos, strict=True)):
       try:
-        if isinstance(row, CorruptExample):
-          raise row
+        if isinstance(record, CorruptExample):
+          raise record
         for reader in self._readers:
-          for name, value in reader.read(row, h).items():
-            columns[name][i] = value
-        if self._is_clip:
-          if isinstance(clip, CorruptVideo):
-            raise clip
-          clips[i] = clip
-        elif self._media:
-          data[i] = row[self._media]
+          for name, value in reader.read(record, h).items():
+            fields[name][i] = value
+        if isinstance(video, CorruptVideo):
+          raise video
+        if self._is_video:
+          fields['pixels'][i] = video
+        elif self._media_column:
+          data[i] = record[self._media_column]
       except (CorruptExample, CorruptVideo) as e:
-        ok[i] = False
-        if counted[i]:
-          bad.append(f'{self._records.where(int(self._keep[ids[i]]))}: {e}')
-    self._corrupt_counter.count(int(counted.sum()), bad)
-    return ok, data, *columns.values(), *([clips] if self._is_clip else [])
+        problems[i] = str(e).encode(errors='backslashreplace')
+    return problems, data, *fields.values()
 
-  def _clip(self, row: file_dataset_fields.Row | CorruptExample, h: int) -> np.ndarray | CorruptVideo | None:
+  def _video(self, record: Record | CorruptExample, h: int) -> np.ndarray | CorruptVideo | None:
     try:
-      return None if isinstance(row, CorruptExample) else self._clips(row[self._media], h)
+      return None if isinstance(record, CorruptExample) else self._video_reader(record[self._media_column], h)
     except CorruptVideo as e:
       return e
 
-  def _count(self, ids: np.ndarray, ok: np.ndarray, decoded: np.ndarray) -> np.ndarray:
-    """Counts the pictures that no op could decode."""
-    broken = np.flatnonzero(ok & ~decoded)
-    if len(broken):
-      self._corrupt_counter.count(0, [f'{self._records.where(int(self._keep[ids[i]]))}: broken picture' for i in broken])
-    return decoded
+  def _count(self, ids: np.ndarray, is_new: np.ndarray, problems: np.ndarray) -> np.ndarray:
+    """Counts new examples and reports the corrupt ones; returns which can be used."""
+    corrupt = [f'{self._records.location(int(self._keep[ids[i]]))}: {problems[i].decode()}'
+               for i in np.flatnonzero(is_new & (problems != b''))]
+    self._corrupt_counter.count(int(is_new.sum()), corrupt)
+    return problems == b''
 
 
-def decode(data: tf.Tensor, hashes: tf.Tensor, one, size: int, channels: int) -> tuple[tf.Tensor, tf.Tensor]:
-  """Decodes the pictures of a batch in parallel.
+def decode(data: tf.Tensor, hashes: tf.Tensor, decode_one, size: int, channels: int) -> tuple[tf.Tensor, tf.Tensor]:
+  """Decodes the images of a batch in parallel.
 
   Args:
-    data: bytes [n]. hashes: uint64 [n].
-    one: (bytes, hash) → uint8 [1, size, size, channels]; may raise, which costs that picture alone.
+    data: bytes [n].
+    hashes: uint64 [n].
+    decode_one: (bytes, hash) → uint8 [1, size, size, channels]; if it raises, that image alone is lost.
 
   Returns:
-    (pixels uint8 [n, 1, size, size, channels], ok bool [n]); a picture that is not ok is black.
+    (pixels uint8 [n, 1, size, size, channels], ok bool [n]); an image that is not ok is black.
   """
   shape, n = [1, size, size, channels], tf.shape(data)[0]
-  pictures_of = tf.data.Dataset.from_tensor_slices((tf.range(n), data, hashes))
-  pictures_of = pictures_of.map(
-      lambda i, d, h: (i, tf.ensure_shape(one(d, h), shape)), num_parallel_calls=tf.data.AUTOTUNE, deterministic=False)
-  # A dataset can leave a broken element out, and nothing else can: what is missing is seen by its number.
-  last = tf.data.Dataset.from_tensors((n, tf.zeros(shape, tf.uint8)))
-  found = pictures_of.ignore_errors().concatenate(last).batch(tf.cast(n, tf.int64) + 1)
-  index, pixels = found.get_single_element()
-  place = tf.scatter_nd(index[:, None], tf.range(1, tf.size(index) + 1), [n + 1])[:n]  # 0: not found
-  pixels = tf.where(tf.reshape(place > 0, [-1, 1, 1, 1, 1]), tf.gather(pixels, tf.maximum(place - 1, 0)), tf.constant(0, tf.uint8))
-  return tf.ensure_shape(pixels, [None, *shape]), place > 0
+  images = tf.data.Dataset.from_tensor_slices((tf.range(n), data, hashes)).map(
+      lambda i, d, h: (i, tf.ensure_shape(decode_one(d, h), shape)),
+      num_parallel_calls=tf.data.AUTOTUNE, deterministic=False)
+  # Only a dataset can drop an element that fails. Images are numbered, which shows the missing ones.
+  sentinel = tf.data.Dataset.from_tensors((n, tf.zeros(shape, tf.uint8)))
+  batch = images.ignore_errors().concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1)
+  index, pixels = batch.get_single_element()
+  position = tf.scatter_nd(index[:, None], tf.range(1, tf.size(index) + 1), [n + 1])[:n]  # 0: missing
+  ok = position > 0
+  pixels = tf.where(ok[:, None, None, None, None], tf.gather(pixels, tf.maximum(position - 1, 0)), tf.constant(0, tf.uint8))
+  return tf.ensure_shape(pixels, [None, *shape]), ok

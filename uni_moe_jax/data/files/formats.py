@@ -1,6 +1,7 @@
-"""What people bring, as rows: pictures and clips in folders or named by JSONL, arrays of frames, lines of text.
+"""Input formats of a user's own data: JSONL, text, arrays of frames, and folders of images or videos per class.
 
-Nothing is opened here but text: a row names its file, and `prepare.py` looks into it. What is no row is told with its reason.
+Readers yield one row per example. They open text alone: a row names its image or video, which `check.py` opens.
+Whatever is not a row is yielded as skipped, with the reason.
 """
 
 import dataclasses
@@ -12,236 +13,250 @@ from typing import Any
 
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
-PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
-VIDEOS = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')
-# Names of folders and files that say a split → what it is called here.
-SPLITS = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation', 'validation': 'validation',
-          'dev': 'validation', 'test': 'test', 'testing': 'test'}
-MEDIA = ('image', 'video')
-_TEXT = '.txt'
-_ABOUT, _NOT_UTF8 = 'text beside folders of classes', 'not UTF-8'
-_TEXTS = ('text', 'text_a', 'text_b')
-_KNOWN = ('image', 'video', 'caption', 'captions', 'label', 'label_name', 'split', 'key', 'group', *_TEXTS)
-_NAME = re.compile(r'\w[\w .:-]{0,49}')  # of fields: files are called so
-_ONE = ('image', 'video', 'caption', 'label_name', 'split', *_TEXTS)
-WHERE = 'where'  # the column that says which file or line a row came from
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
+VIDEO_SUFFIXES = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')
+# Names of folders and files that stand for a split.
+SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation', 'validation': 'validation',
+               'dev': 'validation', 'test': 'test', 'testing': 'test'}
+MEDIA_TYPES = ('image', 'video')
+LOCATION = 'source_location'  # column of the file or line that a row was read from
+NO_CONTENT = 'no image, video or text'
+_NOT_UTF8 = 'not UTF-8'
+_TEXT_FIELDS = ('text', 'text_a', 'text_b')
+_STRING_FIELDS = (*MEDIA_TYPES, 'caption', 'label_name', 'split', *_TEXT_FIELDS)
+_RESERVED_FIELDS = (*_STRING_FIELDS, 'captions', 'label', 'key', 'group')
+_FIELD_NAME = re.compile(r'\w[\w .:-]{0,49}')  # files are named after fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One example before its file was looked at.
+  """One example, before its file is opened.
 
   Attributes:
-    where: file and line, or the path, relative to the input.
-    split: as told, or ''.
-    media: '' | 'image' | 'video'. path: of its file, of an .npz for frames. frame_index: which clip of the .npz.
-    texts: field → text, or texts.
-    labels: field → a value that may turn out to be a class.
-    key: what makes the row one of its kind, where it says so, or ''. group: rows that must share a split, or ''.
-    left_out: fields of it, quoted, of which nothing can be made.
+    location: file and line, or path, relative to the input.
+    split: 'train', 'validation' or 'test', as the data names it, or ''.
+    media_type: 'image', 'video' or ''.
+    path: of the image or video, or of the .npz of frames.
+    array_index: index of the video in the .npz.
+    texts: field → string or strings.
+    labels: field → value that may become a class.
+    key: identity of the row; a second row of the same key is a duplicate. '': file, texts and labels identify it.
+    group: rows of one group belong to the same split, or ''.
+    dropped_fields: quoted names of fields that cannot be a column.
   """
-  where: str
+  location: str
   split: str = ''
-  media: str = ''
+  media_type: str = ''
   path: pathlib.Path | None = None
-  frame_index: int | None = None
+  array_index: int | None = None
   texts: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
   labels: dict[str, str] = dataclasses.field(default_factory=dict)
   key: str = ''
   group: str = ''
-  left_out: tuple[str, ...] = ()
+  dropped_fields: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Skipped:
-  """What is no example. where: file and line. reason: a few words, the same for all of a kind."""
-  where: str
+class SkippedRow:
+  """Input that is not an example. location: as of `Row`. reason: a few words, the same for equal causes."""
+  location: str
   reason: str
 
 
-def read(root: pathlib.Path, media: str = 'image') -> Iterator[Row | Skipped]:
-  """Rows of a JSONL or text file, or of a folder with such files or with a folder of pictures or clips per class.
+class _Skip(Exception):
+  """The reason to skip a JSON value."""
+
+
+def read_rows(root: pathlib.Path, gif: str = 'image') -> Iterator[Row | SkippedRow]:
+  """Yields the rows of a .jsonl or .txt file, of a folder of such files, or of a folder [split/]class/file.
 
   Args:
     root: the file or folder.
-    media: what a .gif of a folder by class is: 'image' or 'video'.
+    gif: media type of .gif files in a folder by class.
 
   Raises:
-    MissingFileError: it is not there. UsageError: nothing in it is of a known format.
+    MissingFileError: `root` does not exist. UsageError: it contains no known format.
   """
   if not root.exists():
-    raise MissingFileError(f'--input={root} is not there.')
+    raise MissingFileError(f'--input={root} does not exist.')
+  files, folder = _row_files(root), root if root.is_dir() else root.parent
+  for file in files:
+    read = _read_jsonl if file.suffix.lower() == '.jsonl' else _read_lines
+    yield from read(file, folder, SPLIT_NAMES.get(file.stem.lower(), ''))
+  if files:
+    return
   if root.is_file():
-    files, folder = [root], root.parent
-  else:
-    folder = root
-    seen = sorted(p for p in root.iterdir() if not p.name.startswith('.'))  # some systems leave '._data.jsonl' beside a file
-    files = [p for p in seen if p.suffix.lower() == '.jsonl']
-    files = files or [p for p in seen if p.suffix.lower() == _TEXT and not _has_classes(root)]
-  told = {f: SPLITS.get(f.stem.lower(), '') for f in files}
-  if files and all(f.suffix.lower() == '.jsonl' for f in files):
-    for file in files:
-      yield from _jsonl(file, folder, told[file])
-  elif files and all(f.suffix.lower() == _TEXT for f in files):
-    for file in files:
-      yield from _lines(file, folder, told[file])
-  elif root.is_dir():
-    found = False
-    for row in _by_class(root, media):
-      found = True
-      yield row
-    if not found:
-      raise UsageError(f'--input={root} has no .jsonl file, no .txt file and no folder of pictures or clips per class '
-                       f'({", ".join(sorted({*PICTURES, *VIDEOS}))}).')
-  else:
     raise UsageError(f'--input={root}: a file must end in .jsonl or .txt.')
+  is_empty = True
+  for row in _read_class_folders(root, gif):
+    is_empty = False
+    yield row
+  if is_empty:
+    raise UsageError(f'--input={root} has no .jsonl file, no .txt file and no folder of images or videos per class '
+                     f'({", ".join(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))}).')
 
 
-def _has_classes(root: pathlib.Path) -> bool:
-  """Whether a folder holds folders of pictures or clips: then its texts are about them, and no data."""
-  endings = {*PICTURES, *VIDEOS}
-  return any(p.suffix.lower() in endings for pattern in ('*/*', '*/*/*') for p in root.glob(pattern) if not p.name.startswith('.'))
+def _row_files(root: pathlib.Path) -> list[pathlib.Path]:
+  """The .jsonl files of a folder, else its .txt files; of a file the file itself."""
+  # Some systems leave '._data.jsonl' beside a file.
+  paths = [root] if root.is_file() else sorted(p for p in root.iterdir() if not p.name.startswith('.'))
+  jsonl, text = ([p for p in paths if p.suffix.lower() == suffix] for suffix in ('.jsonl', '.txt'))
+  return jsonl or ([] if root.is_dir() and text and _has_class_folders(root) else text)
 
 
-def _by_class(root: pathlib.Path, media: str) -> Iterator[Row | Skipped]:
-  """[split/]class/file; upper-case endings count, and hidden files do not."""
-  pictures, videos = set(PICTURES), set(VIDEOS)
-  (videos if media == 'image' else pictures).discard('.gif')
+def _has_class_folders(root: pathlib.Path) -> bool:
+  """Whether a folder contains folders of images or videos: its .txt files are notes about them, not data."""
+  suffixes = {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}
+  return any(p.suffix.lower() in suffixes and not p.name.startswith('.')
+             for pattern in ('*/*', '*/*/*') for p in root.glob(pattern))
+
+
+def _read_class_folders(root: pathlib.Path, gif: str) -> Iterator[Row | SkippedRow]:
+  """Yields a row for each [split/]class/file. Suffixes may be upper case; hidden files are ignored."""
   for path in sorted(p for p in root.rglob('*') if p.is_file()):
     name = path.relative_to(root)
     if any(part.startswith('.') for part in name.parts):
       continue
-    where, (*folders, _) = _shown(str(name)), name.parts
-    suffix, kind = path.suffix.lower(), ''
-    if suffix in pictures or suffix in videos:
-      kind = 'image' if suffix in pictures else 'video'
-    if not kind or len(folders) not in (1, 2):
-      about = suffix == _TEXT and not folders
-      yield Skipped(where, 'not in a folder [split/]class' if kind else _ABOUT if about else 'not a picture or clip')
-      continue
-    split = SPLITS.get(folders[0].lower(), '') if len(folders) == 2 else ''
-    if len(folders) == 2 and not split:
-      yield Skipped(where, 'split folder is not train, validation or test')
-    elif not _encodes(folders[-1]):
-      yield Skipped(where, _NOT_UTF8)
-    elif label := _spaced(folders[-1]):
-      yield Row(where, split, kind, path, labels={'label': label})
+    location, folders = _printable(str(name)), name.parts[:-1]
+    media_type = _media_type(path.suffix.lower(), gif)
+    split = SPLIT_NAMES.get(folders[0].lower(), '') if len(folders) == 2 else ''
+    label = _one_line(folders[-1]) if folders else ''
+    if not media_type:
+      is_note = path.suffix.lower() == '.txt' and not folders
+      yield SkippedRow(location, 'text beside folders of classes' if is_note else 'not an image or video')
+    elif len(folders) not in (1, 2):
+      yield SkippedRow(location, 'not in a folder [split/]class')
+    elif len(folders) == 2 and not split:
+      yield SkippedRow(location, 'split folder is not train, validation or test')
+    elif _printable(folders[-1]) != folders[-1]:
+      yield SkippedRow(location, _NOT_UTF8)
+    elif not label:
+      yield SkippedRow(location, 'empty label')
     else:
-      yield Skipped(where, 'empty label')
+      yield Row(location, split, media_type, path, labels={'label': label})
 
 
-def _lines(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row | Skipped]:
-  """One text a line. Lines between empty lines are one document, which stays in one split."""
+def _media_type(suffix: str, gif: str) -> str:
+  if suffix == '.gif':
+    return gif
+  return 'image' if suffix in IMAGE_SUFFIXES else 'video' if suffix in VIDEO_SUFFIXES else ''
+
+
+def _read_lines(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row]:
+  """Yields one text per line. The lines between empty lines are a document, whose lines stay in one split."""
   document = 0
   with file.open(encoding='utf-8-sig', errors='replace') as lines:
     for number, line in enumerate(lines, 1):
-      text = _spaced(line)
-      if not text:
+      if text := _one_line(line):
+        yield Row(_printable(f'{file.relative_to(folder)}:{number}'), split, texts={'text': text},
+                  key=f'{file.name}:{number}',  # equal lines are no duplicates: a book may repeat a sentence
+                  group=f'{_printable(file.stem)}/{document}')
+      else:
         document += 1
-        continue
-      yield Row(_shown(f'{file.relative_to(folder)}:{number}'), split, texts={'text': text},
-                key=f'{file.name}:{number}', group=f'{_shown(file.stem)}/{document}')  # a book may say a thing twice
 
 
-def _jsonl(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row | Skipped]:
+def _read_jsonl(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row | SkippedRow]:
   frames = file.with_suffix('.npz')
-  with file.open('rb') as lines:  # each is decoded alone, so that a byte of another encoding costs one line
+  frames = frames if frames.is_file() else None
+  with file.open('rb') as lines:  # decoded line by line, so that a byte of another encoding costs one line
     for number, line in enumerate(lines, 1):
-      if line.strip():
-        where = _shown(f'{file.relative_to(folder)}:{number}')
-        try:
-          value = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
-          encodes = _encodes(json.dumps(value, ensure_ascii=False))
-        except UnicodeDecodeError:
-          yield Skipped(where, _NOT_UTF8)
-        except (ValueError, RecursionError):
-          yield Skipped(where, 'not JSON')
-        else:
-          yield (_row(value, where, folder, split, frames if frames.is_file() else None, number - 1) if encodes
-                 else Skipped(where, _NOT_UTF8))
+      if not line.strip():
+        continue
+      location = _printable(f'{file.relative_to(folder)}:{number}')
+      try:
+        value = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
+        json.dumps(value, ensure_ascii=False).encode()  # fails for an unpaired surrogate
+      except UnicodeError:
+        yield SkippedRow(location, _NOT_UTF8)
+        continue
+      except (ValueError, RecursionError):
+        yield SkippedRow(location, 'not JSON')
+        continue
+      try:
+        row = _parse(value, location, folder, split, frames, number - 1)
+      except _Skip as e:
+        row = SkippedRow(location, str(e))
+      yield row
 
 
-def is_text(name: str) -> bool:
-  """Whether a field is an example's own text, without which it is none."""
-  return name in _TEXTS
+def _parse(value: Any, location: str, folder: pathlib.Path, split: str, frames: pathlib.Path | None, index: int) -> Row:
+  """The row of a JSON value; `index` is its video in the array file `frames`."""
+  if not isinstance(value, dict):
+    raise _Skip('not an object')
+  value = {k: v for k, v in value.items() if v is not None}
+  dropped = [name for name, v in value.items() if not _can_be_column(name, v)]
+  if wrong := next(filter(is_reserved, dropped), ''):
+    raise _Skip(f'wrong type of {shorten(wrong)}')
+  value = {k: v for k, v in value.items() if k not in dropped}
+  named = [m for m in MEDIA_TYPES if m in value]
+  if len(named) > 1:
+    raise _Skip('both an image and a video')
+  media_type, path, array_index = '', None, None
+  if named:
+    media_type, path = named[0], folder / value.pop(named[0])
+  elif frames is not None:
+    media_type, path, array_index = 'video', frames, index
+  if 'caption' in value:
+    value['captions'] = [*value.get('captions', ()), value.pop('caption')]
+  split, key, group = (str(value.pop(k, default)) for k, default in (('split', split), ('key', ''), ('group', '')))
+  if split and split.lower() not in SPLIT_NAMES:
+    raise _Skip(f'split {shorten(split)} is not train, validation or test')
+  if 'label_name' in value:
+    value['label'] = value.pop('label_name')
+  texts, labels = _texts_and_labels(value)
+  if not media_type and not texts:
+    raise _Skip(NO_CONTENT)
+  return Row(location, SPLIT_NAMES.get(split.lower(), ''), media_type, path, array_index, texts, labels, key, group,
+             tuple(map(shorten, dropped)))
 
 
-def is_known(name: str) -> bool:
-  """Whether a row that has a field of this name means what README.md says of it; others are extra, and cost no row."""
-  return name in _KNOWN
+def _texts_and_labels(fields: dict[str, Any]) -> tuple[dict[str, str | tuple[str, ...]], dict[str, str]]:
+  texts, labels = {}, {}
+  for name, value in fields.items():
+    if isinstance(value, list):
+      texts[name] = tuple(filter(None, map(_one_line, value)))
+      if name == 'captions' and not texts[name]:
+        raise _Skip('empty caption')
+    elif is_text_field(name):
+      texts[name] = _one_line(value)
+      if not texts[name]:
+        raise _Skip(f'empty {name}')
+    elif label := _one_line(str(value)):
+      labels[name] = label
+  return texts, labels
 
 
-def short(text: str) -> str:
-  """Quoted, and cut where someone's file holds anything."""
+def _can_be_column(name: str, value: Any) -> bool:
+  """Whether a field is a string, a list of strings, or a value that may be a class, as its name requires."""
+  is_string_list = isinstance(value, list) and all(isinstance(x, str) for x in value)
+  if name == 'captions':
+    return is_string_list
+  if name in _STRING_FIELDS:
+    return isinstance(value, str)
+  is_value = is_string_list or isinstance(value, (str, int, float))
+  return is_value and bool(_FIELD_NAME.fullmatch(name)) and name != LOCATION
+
+
+def is_text_field(name: str) -> bool:
+  """Whether a field is the text of an example itself; a row must not lack it where most rows have it."""
+  return name in _TEXT_FIELDS
+
+
+def is_reserved(name: str) -> bool:
+  """Whether the documented format defines a field. Other fields are extra, and a wrong one costs no row."""
+  return name in _RESERVED_FIELDS
+
+
+def shorten(text: str) -> str:
+  """Quotes a string of the user's file, cut to 40 characters."""
   return repr(text if len(text) <= 40 else f'{text[:40]}…')
 
 
-def _encodes(text: str) -> bool:
-  """Whether a text can be written as UTF-8: one half of a pair of surrogates cannot."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
-
-
-def _shown(name: str) -> str:
-  """A file's name for a person; what is not UTF-8 in it is escaped."""
+def _printable(name: str) -> str:
+  """A file name with whatever is not UTF-8 escaped."""
   return name.encode(errors='backslashreplace').decode()
 
 
-def _spaced(text: str) -> str:
-  """A text in one line, with one space between words."""
+def _one_line(text: str) -> str:
+  """Joins words by single spaces."""
   return ' '.join(text.split())
-
-
-def _row(
-    value: Any, where: str, folder: pathlib.Path, split: str, frames: pathlib.Path | None, index: int) -> Row | Skipped:
-  if not isinstance(value, dict):
-    return Skipped(where, 'not an object')
-  value = {k: v for k, v in value.items() if v is not None}
-  unusable = [name for name, v in value.items() if not _usable(name, v)]
-  for name in filter(is_known, unusable):
-    return Skipped(where, f'wrong type of {short(name)}')
-  value = {k: v for k, v in value.items() if k not in unusable}
-  named = [m for m in MEDIA if m in value]
-  if len(named) > 1:
-    return Skipped(where, 'both a picture and a clip')
-  media, path, frame_index = '', None, None
-  if named:
-    media, path = named[0], folder / value.pop(named[0])
-  elif frames is not None:
-    media, path, frame_index = 'video', frames, index
-  if 'caption' in value:
-    value['captions'] = [*value.get('captions', ()), value.pop('caption')]
-  texts, labels = {}, {}
-  split = str(value.pop('split', split))
-  if split and split.lower() not in SPLITS:
-    return Skipped(where, f'split {short(split)} is not train, validation or test')
-  key, group = (str(value.pop(k, '')) for k in ('key', 'group'))
-  if 'label_name' in value:
-    value['label'] = value.pop('label_name')
-  for name, v in value.items():
-    if isinstance(v, list):
-      texts[name] = tuple(t for t in map(_spaced, v) if t)
-      if name == 'captions' and not texts[name]:
-        return Skipped(where, 'empty caption')
-    elif is_text(name):
-      texts[name] = _spaced(v)
-      if not texts[name]:
-        return Skipped(where, f'empty {name}')
-    elif label := _spaced(str(v)):
-      labels[name] = label
-  if not media and not texts:
-    return Skipped(where, 'neither a picture, a clip nor a text')
-  return Row(where, SPLITS.get(split.lower(), ''), media, path, frame_index, texts, labels, key, group, tuple(map(short, unusable)))
-
-
-def _usable(name: str, value: Any) -> bool:
-  """Whether a field can be a column: of texts, a list of texts, or values that may be classes."""
-  texts = isinstance(value, list) and all(isinstance(x, str) for x in value)
-  if name == 'captions':
-    return texts
-  if name in _ONE:
-    return isinstance(value, str)
-  return (texts or isinstance(value, (str, int, float))) and bool(_NAME.fullmatch(name)) and name != WHERE

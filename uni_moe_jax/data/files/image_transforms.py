@@ -1,8 +1,8 @@
-"""What the published system does to a decoded picture before the model sees it, as plain TensorFlow functions.
+"""Transforms of a decoded image as the published system applies them, as plain TensorFlow functions.
 
-A picture is uint8 [..., H, W, C]; axes before, the frames of a clip, are treated alike. Pictures differ in size until
-they are cropped, so these functions take one at a time. Every random choice is a function of the example's hash and a
-purpose: `h` is that hash (`hashing.example_hash`), a uint64 scalar, and each function adds purposes of its own.
+An image is uint8 [H, W, C]; images differ in size until they are cropped, so each function takes one. Every random
+choice is a function of the example's hash `h` (`hashing.example_hash`, a uint64 scalar) and of a purpose, which each
+function folds in.
 """
 
 import math
@@ -10,132 +10,136 @@ import math
 import tensorflow as tf
 
 from uni_moe_jax.data.files import augmentations
-from uni_moe_jax.data.files.video_pixels import AREA, RATIO, TRIES
+from uni_moe_jax.data.files.video_pixels import AREA_RANGE, ASPECT_RANGE, MAX_DRAWS
 from uni_moe_jax.data.pipeline import hashing
 
 
-def prepared(
-    picture: tf.Tensor, size: int, h: tf.Tensor | None, crop: str, flipped: bool, randaugment: float = 0.0,
+def transform(
+    image: tf.Tensor, size: int, h: tf.Tensor | None, crop: str, flip: bool, randaugment: float = 0.0,
     erasing: float = 0.0) -> tf.Tensor:
-  """A decoded picture as a task wants it: uint8 [size, size, C].
+  """A decoded image as a task needs it: uint8 [size, size, C].
 
   Args:
-    picture: uint8 [H, W, C]. h: its hash in training; None at evaluation, where only the crop counts.
-    crop: 'resize_crop' (pairs and captions), 'random_resized_crop' (classification), 'jittered_crop' (as videos).
-    flipped: mirrored in half of the cases. randaugment: magnitude, 0 = off. erasing: how often a part becomes noise.
+    image: uint8 [H, W, C].
+    h: the example's hash in training; None in evaluation, where only the crop is applied.
+    crop: 'resize_crop' (pairs and captions), 'random_resized_crop' (classification) or 'jittered_crop' (as for
+      videos).
+    flip: mirror half of the images.
+    randaugment: magnitude; 0 turns it off.
+    erasing: probability that a rectangle becomes noise.
   """
   if h is None:
-    return class_test(picture, size) if crop == 'random_resized_crop' else pair_test(picture, size)
+    return (eval_classification if crop == 'random_resized_crop' else eval_retrieval)(image, size)
   if crop == 'random_resized_crop':
-    picture = random_area(picture, size, h)
+    image = random_resized_crop(image, size, h)
   else:
-    short = size if crop == 'resize_crop' else jittered(size, h)
-    picture = random_crop(resize_short(picture, short), size, h)
-  if flipped:
-    picture = flip(picture, h)
+    short_side = size if crop == 'resize_crop' else jittered_short_side(size, h)
+    image = random_crop(resize_short_side(image, short_side), size, h)
+  if flip:
+    image = random_flip(image, h)
   if randaugment:
-    picture = augmentations.randaugment(picture, h, randaugment)
-  return augmentations.erase(picture, h, erasing) if erasing else picture
+    image = augmentations.randaugment(image, h, randaugment)
+  return augmentations.random_erasing(image, h, erasing) if erasing else image
 
 
-def jittered(size: int, h: tf.Tensor) -> tf.Tensor:
+def jittered_short_side(size: int, h: tf.Tensor) -> tf.Tensor:
   """A short side between 256/224 and 320/224 of `size`: int32."""
   low, high = 256 * size // 224, 320 * size // 224
   return low + hashing.randint(hashing.mix_tensor(h, 'short side'), high - low + 1)
 
 
-def random_area(picture: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
-  """A part of 8 to 100 % of the area, 3/4 to 4/3 as wide as high, resized: uint8 [size, size, C] (Inception's crop).
+def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
+  """Inception's crop: 8 to 100 % of the area, an aspect ratio of 3/4 to 4/3, resized: uint8 [size, size, C].
 
-  The first of ten draws that fits counts; of a picture so long that none does, the middle, as wide as the ratios allow.
+  Takes the first of ten draws that fits. If none does, as in a very long image, takes the largest center that the
+  ratios allow.
   """
-  H, W = tf.unstack(tf.cast(tf.shape(picture)[:2], tf.float32))
-  draws = hashing.mix_tensor(h, tf.range(TRIES, dtype=tf.int64))
-  area = H * W * (AREA[0] + (AREA[1] - AREA[0]) * hashing.uniform(hashing.mix_tensor(draws, 'area')))
-  log = [math.log(r) for r in RATIO]
+  H, W = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+  draws = hashing.mix_tensor(h, tf.range(MAX_DRAWS, dtype=tf.int64))
+  (low, high), log = AREA_RANGE, [math.log(r) for r in ASPECT_RANGE]
+  area = H * W * (low + (high - low) * hashing.uniform(hashing.mix_tensor(draws, 'area')))
   ratio = tf.exp(log[0] + (log[1] - log[0]) * hashing.uniform(hashing.mix_tensor(draws, 'ratio')))
   height, width = tf.round(tf.sqrt(area / ratio)), tf.round(tf.sqrt(area * ratio))
   fits = (height <= H) & (width <= W) & (height >= 1) & (width >= 1)
-  # The last resort stands behind the draws, and always fits.
-  height = tf.concat([height, [tf.minimum(H, tf.round(W / RATIO[0]))]], 0)
-  width = tf.concat([width, [tf.minimum(W, tf.round(H * RATIO[1]))]], 0)
+  # The fallback stands behind the draws and always fits.
+  height = tf.concat([height, [tf.minimum(H, tf.round(W / ASPECT_RANGE[0]))]], 0)
+  width = tf.concat([width, [tf.minimum(W, tf.round(H * ASPECT_RANGE[1]))]], 0)
   first = tf.where(tf.concat([fits, [True]], 0))[0, 0]
   sides = tf.cast(tf.stack([height[first], width[first]]), tf.int32)
-  places = tf.shape(picture)[:2] - sides
-  drawn = [hashing.randint(hashing.mix_tensor(h, purpose), places[i] + 1) for i, purpose in enumerate(('crop down', 'crop right'))]
-  corner = tf.where(first < TRIES, tf.stack(drawn), places // 2)
-  part = tf.slice(picture, tf.pad(corner, [[0, 1]]), tf.concat([sides, [-1]], 0))[None]
-  part = _bicubic(_bicubic(part, tf.stack([sides[0], size])), tf.constant([size, size]))[0]
-  return tf.ensure_shape(part, [size, size, picture.shape[-1]])
+  margin = tf.shape(image)[:2] - sides
+  corner = tf.where(first < MAX_DRAWS, _random_corner(margin, h), margin // 2)
+  part = tf.slice(image, tf.pad(corner, [[0, 1]]), tf.concat([sides, [-1]], 0))
+  return tf.ensure_shape(_resize(part, tf.constant([size, size])), [size, size, image.shape[-1]])
 
 
-def class_test(picture: tf.Tensor, size: int) -> tf.Tensor:
-  """Classification, evaluation: the short side to 256/224 of `size`, then the middle: uint8 [..., size, size, C]."""
-  return centre_crop(resize_short(picture, 256 * size // 224), size)
+def eval_classification(image: tf.Tensor, size: int) -> tf.Tensor:
+  """Evaluation of classification: short side of 256/224 of `size`, then the center: uint8 [size, size, C]."""
+  return center_crop(resize_short_side(image, 256 * size // 224), size)
 
 
-def pair_test(picture: tf.Tensor, size: int) -> tf.Tensor:
-  """Captions, retrieval, evaluation: the short side to `size`, then the middle: uint8 [..., size, size, C]."""
-  return centre_crop(resize_short(picture, size), size)
+def eval_retrieval(image: tf.Tensor, size: int) -> tf.Tensor:
+  """Evaluation of captions and retrieval: short side of `size`, then the center: uint8 [size, size, C]."""
+  return center_crop(resize_short_side(image, size), size)
 
 
-def resize_short(picture: tf.Tensor, size: int | tf.Tensor) -> tf.Tensor:
-  """The short side becomes `size` pixels, the long one keeps the ratio, rounded down.
+def resize_short_side(image: tf.Tensor, size: int | tf.Tensor) -> tf.Tensor:
+  """Resizes the short side to `size` pixels; the long one keeps the ratio, rounded down.
 
-  Bicubic (Keys' kernel, a = -1/2), widened where the picture shrinks, first across, then down, in whole grey levels
-  after each: Pillow's BICUBIC to within two levels. The kernel overshoots at edges; one rounding for both axes would
-  keep the overshoot of the first, and differ from Pillow by 20 levels.
+  Bicubic (Keys' kernel, a = -1/2), widened when the image shrinks, first across, then down, rounded to integer levels
+  after each: within two levels of Pillow's BICUBIC. The kernel overshoots at edges; a single rounding for both axes
+  would keep the overshoot of the first and differ from Pillow by 20 levels.
   """
-  H, W = tf.unstack(tf.shape(picture)[-3:-1])
-  sides = size * tf.stack([H, W]) // tf.minimum(H, W)
-  frames = tf.reshape(picture, tf.concat([[-1], tf.shape(picture)[-3:]], 0))
-  resized = _bicubic(_bicubic(frames, tf.stack([H, sides[1]])), sides)
-  return tf.reshape(resized, tf.concat([tf.shape(picture)[:-3], sides, tf.shape(picture)[-1:]], 0))
+  sides = tf.shape(image)[:2]
+  return _resize(image, size * sides // tf.reduce_min(sides))
 
 
-def _bicubic(frames: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
-  """uint8 [n, H, W, C] to [n, *sides, C]."""
-  resized = tf.image.resize(tf.cast(frames, tf.float32), sides, tf.image.ResizeMethod.BICUBIC, antialias=True)
-  return tf.saturate_cast(tf.floor(resized + 0.5), tf.uint8)  # halves go up, as Pillow's
+def _resize(image: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
+  """uint8 [H, W, C] to [*sides, C]."""
+  for shape in (tf.stack([tf.shape(image)[0], sides[1]]), sides):
+    resized = tf.image.resize(tf.cast(image, tf.float32), shape, tf.image.ResizeMethod.BICUBIC, antialias=True)
+    image = tf.saturate_cast(tf.floor(resized + 0.5), tf.uint8)  # rounds halves up, as Pillow does
+  return image
 
 
-def centre_crop(picture: tf.Tensor, size: int) -> tf.Tensor:
-  """The middle: uint8 [..., size, size, C]. An odd margin is halved to the even number, as Python's `round` does.
+def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
+  """The center: uint8 [size, size, C]. Half of an odd margin is rounded to the even number, as by Python's `round`.
 
   Raises:
     InvalidArgumentError: a side is shorter than `size`.
   """
-  margin = tf.cast(_margin(picture, size), tf.float32)
-  return _crop(picture, tf.cast(tf.round(margin / 2), tf.int32), size)
+  margin = tf.cast(_margin(image, size), tf.float32)
+  return _crop(image, tf.cast(tf.round(margin / 2), tf.int32), size)
 
 
-def random_crop(picture: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
-  """Every place is as likely, all frames of a clip alike: uint8 [..., size, size, C].
+def random_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
+  """A crop at a uniformly distributed position: uint8 [size, size, C].
 
   Raises:
     InvalidArgumentError: a side is shorter than `size`.
   """
-  places = _margin(picture, size) + 1
-  down = hashing.randint(hashing.mix_tensor(h, 'crop down'), places[0])
-  right = hashing.randint(hashing.mix_tensor(h, 'crop right'), places[1])
-  return _crop(picture, tf.stack([down, right]), size)
+  return _crop(image, _random_corner(_margin(image, size), h), size)
 
 
-def flip(picture: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
-  """Left and right change places in one of two cases, in all frames of a clip alike."""
-  mirrored = hashing.uniform(hashing.mix_tensor(h, 'flip')) < 0.5
-  return tf.where(mirrored, tf.reverse(picture, [-2]), picture)
+def random_flip(image: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
+  """Mirrors half of the images left to right."""
+  return tf.where(hashing.uniform(hashing.mix_tensor(h, 'flip')) < 0.5, tf.reverse(image, [-2]), image)
 
 
-def _margin(picture: tf.Tensor, size: int) -> tf.Tensor:
-  """int32 [2]: rows and columns that a crop leaves over."""
-  sides = tf.shape(picture)[-3:-1]
-  tf.debugging.assert_greater_equal(sides, size, 'The picture is smaller than its crop; resize it first.')
+def _random_corner(margin: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
+  """A uniformly distributed upper left corner, int32 [2] in 0…margin."""
+  down, right = (hashing.randint(hashing.mix_tensor(h, purpose), margin[i] + 1)
+                 for i, purpose in enumerate(('crop down', 'crop right')))
+  return tf.stack([down, right])
+
+
+def _margin(image: tf.Tensor, size: int) -> tf.Tensor:
+  """int32 [2]: rows and columns beyond a crop."""
+  sides = tf.shape(image)[:2]
+  tf.debugging.assert_greater_equal(sides, size, 'The image is smaller than its crop; resize it first.')
   return sides - size
 
 
-def _crop(picture: tf.Tensor, corner: tf.Tensor, size: int) -> tf.Tensor:
-  """[..., size, size, C] from `corner`, int32 [2]."""
-  before = len(picture.shape) - 3
-  cropped = tf.slice(picture, tf.pad(corner, [[before, 1]]), [-1] * before + [size, size, -1])
-  return tf.ensure_shape(cropped, [*picture.shape[:before], size, size, picture.shape[-1]])  # else unknown in a graph
+def _crop(image: tf.Tensor, corner: tf.Tensor, size: int) -> tf.Tensor:
+  """[size, size, C] from `corner`, int32 [2]."""
+  cropped = tf.slice(image, tf.pad(corner, [[0, 1]]), [size, size, -1])
+  return tf.ensure_shape(cropped, [size, size, image.shape[-1]])  # unknown in a graph otherwise

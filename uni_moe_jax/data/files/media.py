@@ -1,7 +1,7 @@
-"""Files of pictures and clips as they are stored: raw bytes where TensorFlow reads them as people see them, else rewritten.
+"""Image and video files as they are stored: their own bytes where TensorFlow decodes them correctly, else rewritten.
 
-Decoding at training is fast and plain. What it would show wrongly (a turned photograph, transparency, CMYK) or not at all is
-settled here, once.
+Decoding in training is fast and plain. Whatever it would show wrongly (rotated photographs, transparency, CMYK) or
+could not read is converted once, when data is prepared.
 """
 
 import dataclasses
@@ -11,25 +11,25 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MIN_SIDE = 8  # pixels: less is a mark that follows readers, or a leftover, and no picture
-# Formats that tf.io.decode_image reads as Pillow does. Of a BMP it takes the numbers of a palette for levels.
-_RAW = ('JPEG', 'PNG', 'WEBP')
-_MODES = ('L', 'RGB', '1', 'P')
-_ORIENTATION = 0x0112  # of EXIF
+MIN_SIDE = 8  # pixels; smaller images are tracking pixels and leftovers
+# Formats that tf.io.decode_image reads as Pillow does. It takes the palette indices of a BMP for levels.
+_PLAIN_FORMATS = ('JPEG', 'PNG', 'WEBP')
+_PLAIN_MODES = ('L', 'RGB', '1', 'P')
+_EXIF_ORIENTATION = 0x0112
 
 
 class CorruptFile(Exception):
-  """A file that gives no example; says why in a few words."""
+  """A file that gives no example; the message is the reason, in a few words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-  """What is stored of a file.
+  """Stored content of a file.
 
   Attributes:
     data: bytes.
-    size: (width, height) of a picture as it will be seen, (frames, width, height) of a clip.
-    note: why the bytes are not those of the file, or ''.
+    size: (width, height) of an image as displayed, (frames, width, height) of a video.
+    note: why the bytes differ from those of the file, or ''.
   """
   data: bytes
   size: tuple[int, ...]
@@ -37,97 +37,97 @@ class Media:
 
 
 def read_image(path: pathlib.Path) -> Media:
-  """A picture. An animated one counts as its first frame, and what is transparent as white.
+  """Reads an image: of an animation the first frame, transparent pixels on white.
 
   Raises:
-    CorruptFile: missing, not a picture, cut off, too small or too large.
+    CorruptFile: missing, not an image, truncated, too small or too large.
   """
-  data = _bytes(path)
+  data = _read_bytes(path)
   try:
-    return _as_seen(data)
+    return _as_displayed(data)
   except CorruptFile:
     raise
   except UnidentifiedImageError:
-    raise CorruptFile('not a picture') from None
+    raise CorruptFile('not an image') from None
   except Image.DecompressionBombError:
     raise CorruptFile('too large') from None
-  except Exception as e:  # Pillow's decoders document no closed set of what they raise of a damaged file
-    raise CorruptFile('broken picture') from e
+  except Exception as e:  # Pillow's decoders document no closed set of errors for damaged files
+    raise CorruptFile('corrupt image') from e
 
 
-def _as_seen(data: bytes) -> Media:
+def _as_displayed(data: bytes) -> Media:
   image = Image.open(io.BytesIO(data))
-  form, notes = image.format, []
+  file_format, notes = image.format, []
   if getattr(image, 'n_frames', 1) > 1:
     notes.append('animated: first frame')
   image.load()
-  turned = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
-  if min(turned.size) < MIN_SIDE:
+  if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+    notes.append('rotated as EXIF says')
+    image = ImageOps.exif_transpose(image)
+  if min(image.size) < MIN_SIDE:
     raise CorruptFile(f'smaller than {MIN_SIDE} pixels')
-  if turned is not image:
-    notes.append('turned as its camera was')
-  if turned.has_transparency_data:
+  if image.has_transparency_data:
     notes.append('transparent: on white')
-    turned = turned.convert('RGBA')
-    turned = Image.alpha_composite(Image.new('RGBA', turned.size, 'white'), turned).convert('RGB')
-  elif turned.mode not in _MODES and not (form == 'PNG' and turned.mode.startswith('I')):  # 16 bits lose the lower 8
-    notes.append(f'colours {turned.mode}')
-    turned = turned.convert('RGB')
-  if not notes and form not in _RAW:
-    notes.append(f'format {form}')
-  return Media(_png(turned) if notes else data, turned.size, '; '.join(notes))
+    image = image.convert('RGBA')
+    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+  elif image.mode not in _PLAIN_MODES and not (file_format == 'PNG' and image.mode.startswith('I')):
+    notes.append(f'color mode {image.mode}')  # TensorFlow reads a PNG of 16 bits itself, and drops the lower 8
+  if not notes and file_format not in _PLAIN_FORMATS:
+    notes.append(f'format {file_format}')
+  return Media(_encode_png(image) if notes else data, image.size, '; '.join(notes))
 
 
 def read_video(path: pathlib.Path) -> Media:
-  """A video file, as it is; every frame of it must decode. Raises CorruptFile."""
+  """Reads a video file as it is; every frame must decode. Raises CorruptFile."""
   from uni_moe_jax.data.files import video
-  data = _bytes(path)
+  data = _read_bytes(path)
   try:
     return Media(data, video.probe(data))
   except video.CorruptVideo as e:
-    raise CorruptFile('broken clip') from e
+    raise CorruptFile('corrupt video') from e
 
 
 class FrameArrays:
-  """Clips of .npz files; an opened file is kept until another one is asked for."""
+  """Videos of .npz files; the file read last stays in memory."""
 
   def __init__(self):
     self._path, self._frames = None, None
 
   def read_video(self, path: pathlib.Path, index: int) -> Media:
-    """Clip `index` of the first array of a file, uint8 [N, T, H, W, 3] or grey [N, T, H, W], as .npy bytes. Raises CorruptFile."""
+    """Video `index` of a file's first array, uint8 [N, T, H, W, 3] or gray [N, T, H, W], as .npy. Raises CorruptFile."""
     if path != self._path:
       self._path, self._frames = path, None
       try:
         with np.load(path) as arrays:
           self._frames = arrays[arrays.files[0]]
-      except Exception:  # numpy, zipfile and zlib document no closed set of what they raise of a damaged file
+      except Exception:  # numpy, zipfile and zlib document no closed set of errors for damaged files
         pass
     frames = self._frames
     if not isinstance(frames, np.ndarray):
-      raise CorruptFile('broken array')
+      raise CorruptFile('corrupt array')
     if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[-1] != 3:
       raise CorruptFile('array is not uint8 [N, T, H, W, 3]')
     if index >= len(frames):
-      raise CorruptFile('a line more than the array has clips')
-    one = frames[index] if frames.ndim == 5 else np.repeat(frames[index][..., None], 3, -1)
+      raise CorruptFile('more lines than the array has videos')
+    video = frames[index] if frames.ndim == 5 else np.repeat(frames[index][..., None], 3, -1)
     out = io.BytesIO()
-    np.save(out, one)
-    return Media(out.getvalue(), (len(one), one.shape[2], one.shape[1]))
+    np.save(out, video)
+    T, H, W, _ = video.shape
+    return Media(out.getvalue(), (T, W, H))
 
 
-def _bytes(path: pathlib.Path) -> bytes:
+def _read_bytes(path: pathlib.Path) -> bytes:
   try:
     if path.exists() and not path.is_file():
-      raise CorruptFile('unreadable file')  # a folder, or a device or pipe, which may never end
+      raise CorruptFile('unreadable file')  # a folder; or a device or pipe, which may never end
     return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     raise CorruptFile('missing file') from None
-  except (OSError, ValueError):  # the latter of a name with a null character
+  except (OSError, ValueError):  # ValueError: a null character in the name
     raise CorruptFile('unreadable file') from None
 
 
-def _png(image: Image.Image) -> bytes:
+def _encode_png(image: Image.Image) -> bytes:
   out = io.BytesIO()
   image.convert('RGB').save(out, 'PNG')
   return out.getvalue()

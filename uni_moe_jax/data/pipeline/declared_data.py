@@ -51,9 +51,9 @@ class DeclaredData:
     self.tokenizer = PlaceholderTokenizer(
         clip_tokenizer.VOCAB_SIZE if config.tokenizer.type == 'clip' else config.tokenizer.vocab_size)
     lengths = config.preflight.target_lengths
-    self.sets = {s.name: _declared_set(s, lengths.get(s.name), self.tokenizer)
+    self.target_sets = {s.name: _declared_set(s, lengths.get(s.name), self.tokenizer)
                  for s in (*plan.sets, *plan.probe_sets, *plan.answer_sets)}
-    classes = {name: (_WORD,) for name in self.sets}
+    classes = {name: (_WORD,) for name in self.target_sets}
     self._builders = {
         training: Builder(self.tokenizer, classes, config.model.channels, training,
                           config.data.random_special_tokens, config.seed)

@@ -26,7 +26,7 @@ def sets(context: Context) -> list[Row]:
   """Encoding one target set, forward and backward: all rows of the last layer, the rows that are read, length buckets."""
   s = context.sizes
   run = context.synthetic(context.classification(), REALISTIC)
-  params, (name,) = run.init().params, run.data.sets
+  params, (name,) = run.init().params, run.data.target_sets
   bucketed, padded = run.target_sets()[name]['buckets'], _one_bucket(run.target_sets()[name]['buckets'])
   calls = {
       'padded, all rows': (padded, True), 'padded, read rows only': (padded, False),

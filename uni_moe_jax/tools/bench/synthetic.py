@@ -32,7 +32,7 @@ class SyntheticData:
   def __init__(self, plan: Plan, sizes: tuple[int, int], vocabulary: int, entries: int, lengths: Mapping[int, float]):
     """sizes: pixels a side, channels. vocabulary: V. entries: of every set that is no vocabulary. lengths: shares."""
     self._pixels, self.tokenizer = sizes, Ids(vocabulary)
-    self.sets = {s.name: self._vocabulary() if s.is_vocabulary else self._names(entries, lengths) for s in plan.sets}
+    self.target_sets = {s.name: self._vocabulary() if s.is_vocabulary else self._names(entries, lengths) for s in plan.sets}
 
   def _vocabulary(self) -> TargetSet:
     size = self.tokenizer.size
@@ -58,7 +58,7 @@ class SyntheticData:
       if task.type.target == 'pair':
         target = tf.gather(texts, ids)
         return {**fields, 'target': target, 'target_valid': tf.ones_like(target, tf.bool), 'text_id': tf.cast(ids, tf.int32)}
-      return {**fields, 'label': tf.cast(ids % self.sets[task.target_set].size, tf.int32)[:, None]}
+      return {**fields, 'label': tf.cast(ids % self.target_sets[task.target_set].size, tf.int32)[:, None]}
 
     return Examples(_EXAMPLES, make)
 

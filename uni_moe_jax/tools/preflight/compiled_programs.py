@@ -165,7 +165,7 @@ def evaluated(run: Run) -> tuple[str, int, Any]:
   encoded = [(_num_tokens(run, task), task.type.name, task.batch_size, inputs)]
   specs = {s.name: s for s in (*run.plan.sets, *run.plan.probe_sets)}
   for name in sorted({t.target_set for t in tasks if t.target_set}):
-    texts = lambda: predictor.set_sequences(specs[name], run.data.sets[name], run.data.tokenizer.eot)
+    texts = lambda: predictor.set_sequences(specs[name], run.data.target_sets[name], run.data.tokenizer.eot)
     for sequence in jax.eval_shape(texts):
       entries, length = sequence.text.shape
       encoded.append((entries * (1 + length), f'target set {name}', entries, sequence))

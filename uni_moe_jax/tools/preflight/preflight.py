@@ -96,7 +96,7 @@ def for_tpu(config: Config) -> Config:
 
 def _assumptions(config: Config, run: Run, target: Topology) -> tuple[str, ...]:
   """Describe what replaces data that was not read and programs that were not compiled."""
-  sets = [f'{s.name} {run.data.sets[s.name].size:,} entries' for s in run.plan.sets]
+  sets = [f'{s.name} {run.data.target_sets[s.name].size:,} entries' for s in run.plan.sets]
   frames = {t.name: config.preflight.num_frames.get(t.name, t.num_frames or 1) for t in run.plan.tasks if t.type.visual}
   videos = [f'{name} {n} frames' for name, n in frames.items() if n > 1]
   gmm = [f'grouped products as {config.moe.gmm}'] if config.moe.router in validate.DISPATCHED else []
