@@ -15,7 +15,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.files import file_dataset, file_dataset_examples, file_dataset_fields, prepare, video_pixels
+from uni_moe_jax.data.files import file_dataset, file_dataset_examples, file_dataset_features, prepare, video_pixels
 from uni_moe_jax.data.files.formats import LOCATION
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
@@ -85,8 +85,8 @@ def batches(run, examples):
 def test_the_global_batch_is_equal_in_any_layout_and_after_a_restart(run, examples, batches):
   again = next(_mixture(run, examples).iterate(1, 2))[1]
   halves = [next(_mixture(run, examples, BatchLayout(1, 2, (i,))).iterate(1, 2))[1] for i in range(2)]
-  for group, fields in batches[1].items():
-    for name, value in fields.items():
+  for group, features in batches[1].items():
+    for name, value in features.items():
       np.testing.assert_array_equal(value, again[group][name])
       if name != 'temporal_offset':
         np.testing.assert_array_equal(value.reshape(-1), np.concatenate([h[group][name] for h in halves]).reshape(-1))
@@ -106,7 +106,7 @@ def test_fields_have_the_shapes_of_their_task_type(batches):
 
 
 def _evaluation(run, name, **changes):
-  """(data, examples, fields of all of them) of a task in evaluation."""
+  """(data, examples, features of all of them) of a task in evaluation."""
   plan, data = run
   task = dataclasses.replace(next(t for t in plan.tasks if t.name == name), **changes)
   examples = data.examples(task, 'test' if task.source == 'own:colors' else 'train')
@@ -114,24 +114,24 @@ def _evaluation(run, name, **changes):
 
 
 def test_an_image_is_evaluated_at_the_center_of_its_short_side(run, data_dir):
-  _, _, fields = _evaluation(run, 'pair')
+  _, _, features = _evaluation(run, 'pair')
   [record] = file_dataset.load('own:colors', data_dir, 'test').read(np.array([0]))
   image = Image.open(io.BytesIO(record['image'])).convert('RGB')  # 32 × 24
   expected = image.resize((21, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16))
-  difference = np.abs(fields['pixels'][0, 0].astype(int) - np.asarray(expected).astype(int))
+  difference = np.abs(features['pixels'][0, 0].astype(int) - np.asarray(expected).astype(int))
   assert difference.max() <= 16 and difference.mean() < 2  # TensorFlow's JPEG decoder is a fast one
 
 
 def test_labels_are_indices_of_the_sources_class_names(run):
-  _, _, fields = _evaluation(run, 'color')
+  _, _, features = _evaluation(run, 'color')
   # Examples 4, 9, 14 … of red, green, blue in turn: green, red, blue; the set has green, red, blue.
-  assert fields['label'][:, 0].tolist() == [0, 1, 2, 0, 1, 2]
+  assert features['label'][:, 0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_texts_belong_to_their_records(run):
-  data, examples, fields = _evaluation(run, 'caption')
-  assert data.tokenizer.decode(fields['label'][0]) == 'a green square number 4'
-  assert fields['text'][0, 20:].tolist() == [data.tokenizer.spe] * 20
+  data, examples, features = _evaluation(run, 'caption')
+  assert data.tokenizer.decode(features['label'][0]) == 'a green square number 4'
+  assert features['text'][0, 20:].tolist() == [data.tokenizer.spe] * 20
   assert examples.references(np.array([0])) == [('a green square number 4', 'number 4 is green')]
   _, _, answer = _evaluation(run, 'answer')
   assert answer['text'][0][answer['position'][0, 0]] == data.tokenizer.spe
@@ -139,21 +139,21 @@ def test_texts_belong_to_their_records(run):
 
 
 def test_running_text_continues_with_the_next_records(run):
-  data, _, fields = _evaluation(run, 'book')
-  text = np.where(fields['text'] == data.tokenizer.spe, -1, fields['text'])[0]
-  weighted = fields['weight'][0] > 0
-  text[fields['position'][0][weighted]] = fields['label'][0][weighted]
+  data, _, features = _evaluation(run, 'book')
+  text = np.where(features['text'] == data.tokenizer.spe, -1, features['text'])[0]
+  weighted = features['weight'][0] > 0
+  text[features['position'][0][weighted]] = features['label'][0][weighted]
   tokens = [[*data.tokenizer.encode(f'the {c} bar has number 0'), data.tokenizer.eot] for c in own_files.COLORS]
   assert text.tolist() == sum(tokens * 2, [])[:20] and len(tokens[0]) < 20
 
 
 def test_a_video_shows_one_frame_of_each_third(run):
-  _, _, fields = _evaluation(run, 'moves')
+  _, _, features = _evaluation(run, 'moves')
   # Twelve frames of 48 × 32, the bar of 4 at column 4 t: the middles of thirds are 2, 6 and 10, so columns 8, 24, 40. The middle
   # 32 columns are cropped: 0, 16 and 32 there, the last outside; 16 pixels of them are the model's.
-  moving = fields['pixels'][fields['label'][:, 0] == 0][0].astype(int).mean(axis=(1, 3))  # [T, W]
+  moving = features['pixels'][features['label'][:, 0] == 0][0].astype(int).mean(axis=(1, 3))  # [T, W]
   assert moving[0].argmax() in (0, 1) and moving[1].argmax() in (8, 9) and moving[2].max() < 60
-  still = fields['pixels'][fields['label'][:, 0] == 1][0]
+  still = features['pixels'][features['label'][:, 0] == 1][0]
   assert np.abs(np.diff(still.astype(int), axis=0)).mean() < 8
 
 
@@ -206,9 +206,9 @@ def test_videos_of_a_batch_are_decoded_in_parallel_and_in_order(monkeypatch):
   monkeypatch.setattr('os.cpu_count', lambda: 2)
   columns = {'video': 'video', 'label': 'class'}
   dataset = file_dataset.FileDataset('own:x', 40, read, columns, {'label': ('a', 'b')}, {}, '')
-  fields = _make(_build(dataset, 'video_classification', num_frames=2), range(4))
-  levels = fields['pixels'].reshape(4, -1)
-  assert (levels == levels[:, :1]).all() and (levels[:, 0] % 2 == fields['label'][:, 0]).all()
+  features = _make(_build(dataset, 'video_classification', num_frames=2), range(4))
+  levels = features['pixels'].reshape(4, -1)
+  assert (levels == levels[:, :1]).all() and (levels[:, 0] % 2 == features['label'][:, 0]).all()
   assert levels[[0, 1, 3], 0].tolist() == [0, 1, 3] and levels[2, 0] != 2  # not a video
 
 
@@ -244,7 +244,7 @@ def test_running_text_skips_records_that_cannot_be_read(run):
         raise RuntimeError('no')
       return [records[i] for i in ids]
     dataset = file_dataset.FileDataset('own:x', 6, read, {'text': 'text', LOCATION: 'text'}, {}, {}, '')
-    return file_dataset_fields.TextStream(dataset, 'text', tokenizer, 24, True, CorruptExampleCounter('tasks.x', 0.5))
+    return file_dataset_features.TextStream(dataset, 'text', tokenizer, 24, True, CorruptExampleCounter('tasks.x', 0.5))
 
   ids, hashes = np.array([0, 3]), np.zeros(2, np.uint64)
   tokens = lambda *ids: [t for i in ids for t in [*tokenizer.encode(records[i]['text']), tokenizer.eot]][:24]

@@ -14,13 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.files import file_dataset_fields, image_transforms, video_pixels
+from uni_moe_jax.data.files import file_dataset_features, image_transforms, video_pixels
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
-from uni_moe_jax.data.files.file_dataset_fields import FieldReader
+from uni_moe_jax.data.files.file_dataset_features import FeatureReader
 from uni_moe_jax.data.files.video import CorruptVideo
 from uni_moe_jax.data.pipeline import hashing, masking
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.pipeline.examples import Examples, Fields, subset
+from uni_moe_jax.data.pipeline.examples import Examples, Features, subset
 from uni_moe_jax.data.pipeline.templates import template_columns
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
@@ -61,7 +61,7 @@ class FileExampleBuilder:
       if self.training and task.train_fraction < 1:
         raise UsageError(f'config.tasks.{task.name}.train_fraction={task.train_fraction}: text in files is read as a stream, of '
                          'which no fraction can be taken; set it to 1, or prepare a smaller file.')
-      stream = file_dataset_fields.TextStream.create(task, records, self.tokenizer, self.training, corrupt_counter)
+      stream = file_dataset_features.TextStream.create(task, records, self.tokenizer, self.training, corrupt_counter)
       return Examples(records.size, self._masked(task, stream), corrupt_counter=corrupt_counter)
     readers = self._readers(task, records)
     keep = example_ids(records, task, self.seed if self.training else None)
@@ -69,22 +69,22 @@ class FileExampleBuilder:
     if records.columns.get(task.label_column) == 'texts':
       references = lambda ids: records.map(lambda record: record[task.label_column], keep[ids])
     elif task.caption_templates:
-      references = lambda ids: records.map(lambda record: file_dataset_fields.references(task, record), keep[ids])
+      references = lambda ids: records.map(lambda record: file_dataset_features.references(task, record), keep[ids])
     return Examples(len(keep), _Batch(self, task, records, readers, keep, corrupt_counter).make, references=references, corrupt_counter=corrupt_counter)
 
-  def _readers(self, task: TaskSpec, records: FileDataset) -> list[FieldReader]:
+  def _readers(self, task: TaskSpec, records: FileDataset) -> list[FeatureReader]:
     readers = []
     if task.type.has_classes:
-      readers.append(file_dataset_fields.label_reader(task, records, self.keys[task.target_set]))
+      readers.append(file_dataset_features.label_reader(task, records, self.keys[task.target_set]))
     if task.type.target == 'pair':
-      readers.append(file_dataset_fields.pair_reader(task, records, self.tokenizer, self.training))
+      readers.append(file_dataset_features.pair_reader(task, records, self.tokenizer, self.training))
     if task.type.readout == 'queries':
-      readers.append(file_dataset_fields.caption_reader(task, records, self.tokenizer, self.training))
+      readers.append(file_dataset_features.caption_reader(task, records, self.tokenizer, self.training))
     if task.type.readout == 'slot':
-      readers.append(file_dataset_fields.template_reader(task, records, self.tokenizer))
+      readers.append(file_dataset_features.template_reader(task, records, self.tokenizer))
     return readers
 
-  def _masked(self, task: TaskSpec, stream: file_dataset_fields.TextStream):
+  def _masked(self, task: TaskSpec, stream: file_dataset_features.TextStream):
     tables = masking.word_tables(self.tokenizer, self.random_special_tokens)
 
     def make(ids, hashes):
@@ -130,7 +130,7 @@ def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -
 class _Batch:
   """Makes the batches of one task."""
 
-  def __init__(self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, readers: list[FieldReader],
+  def __init__(self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, readers: list[FeatureReader],
                keep: np.ndarray, corrupt_counter: CorruptExampleCounter):
     self._builder, self._task, self._records = builder, task, records
     self._readers, self._keep, self._corrupt_counter = readers, keep, corrupt_counter
@@ -152,16 +152,16 @@ class _Batch:
     self.make = tf.function(
         self._make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
 
-  def _make(self, ids: tf.Tensor, hashes: tf.Tensor) -> Fields:
-    fields, ok = self._try(ids, hashes, tf.ones_like(ids, tf.bool))
+  def _make(self, ids: tf.Tensor, hashes: tf.Tensor) -> Features:
+    features, ok = self._try(ids, hashes, tf.ones_like(ids, tf.bool))
     if self._builder.training:
-      fields = self._replace_corrupt(ids, hashes, fields, ok)
-    return {'id': tf.cast(ids, tf.int64), **fields}
+      features = self._replace_corrupt(ids, hashes, features, ok)
+    return {'id': tf.cast(ids, tf.int64), **features}
 
-  def _replace_corrupt(self, ids: tf.Tensor, hashes: tf.Tensor, fields: Fields, ok: tf.Tensor) -> Fields:
+  def _replace_corrupt(self, ids: tf.Tensor, hashes: tf.Tensor, features: Features, ok: tf.Tensor) -> Features:
     """Makes the whole batch again, which is rare, until every example can be used; nothing else in it changes."""
     seed = tf.constant(np.uint64(hashing.mix(self._builder.seed, self._task.name, 'replacement')))
-    names = list(fields)
+    names = list(features)
 
     def is_incomplete(attempt, _, ok, *__):
       return (attempt < _MAX_ATTEMPTS) & ~tf.reduce_all(ok)
@@ -169,10 +169,10 @@ class _Batch:
     def retry(attempt, candidates, ok, *_):
       drawn = hashing.mix_tensor(hashing.mix_tensor(tf.fill(tf.shape(ids), seed), ids), attempt)
       candidates = tf.where(ok, candidates, tf.cast(hashing.randint(drawn, len(self._keep)), tf.int64))
-      fields, now_ok = self._try(candidates, hashes, ~ok)
-      return attempt + 1, candidates, now_ok, *[fields[n] for n in names]
+      features, now_ok = self._try(candidates, hashes, ~ok)
+      return attempt + 1, candidates, now_ok, *[features[n] for n in names]
 
-    state = (tf.constant(1), ids, ok, *[fields[n] for n in names])
+    state = (tf.constant(1), ids, ok, *[features[n] for n in names])
     _, _, ok, *values = tf.while_loop(is_incomplete, retry, state, parallel_iterations=1)
     tf.numpy_function(self._give_up_unless, [ok], tf.bool)
     return dict(zip(names, values, strict=True))
@@ -182,19 +182,19 @@ class _Batch:
       self._corrupt_counter.fail_replacement()
     return np.bool_(True)
 
-  def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Fields, tf.Tensor]:
-    """(fields, ok bool [n]); the fields of a corrupt example are zeros. is_new: bool [n], whether to count an example."""
+  def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
+    """(features, ok bool [n]); the features of a corrupt example are zeros. is_new: bool [n], whether to count an example."""
     types = [tf.string, tf.string] + [dtype for dtype, _ in self._specs.values()]
     problems, data, *values = tf.numpy_function(self._read, [ids, hashes], types)
-    fields = {name: tf.ensure_shape(value, [None, *shape])
+    features = {name: tf.ensure_shape(value, [None, *shape])
               for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
     if self._media_column and not self._is_video:
       data.set_shape([None])
-      fields['pixels'], decoded = decode(data, hashes, self._image, self._builder.size, self._builder.channels)
+      features['pixels'], decoded = decode(data, hashes, self._image, self._builder.size, self._builder.channels)
       problems = tf.where((problems == '') & ~decoded, 'corrupt image', problems)
     ok = tf.numpy_function(self._count, [ids, is_new, problems], tf.bool)
     ok.set_shape([None])
-    return fields, ok
+    return features, ok
 
   def _image(self, data: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
     """uint8 [1, S, S, C] of one encoded image: a video of one frame."""
@@ -204,11 +204,11 @@ class _Batch:
         image, b.size, h if b.training else None, t.crop, t.random_flip, t.randaugment, t.random_erasing)[None]
 
   def _read(self, ids: np.ndarray, hashes: np.ndarray):
-    """Problems ('' for none), encoded images, and the fields of `_specs` in order."""
+    """Problems ('' for none), encoded images, and the features of `_specs` in order."""
     n = len(ids)
     problems, data = np.full(n, b'', object), np.full(n, b'', object)
-    fields = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._specs.items()}
-    records = file_dataset_fields.read_or_stop(self._records, self._keep[ids], self._corrupt_counter)
+    features = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._specs.items()}
+    records = file_dataset_features.read_or_stop(self._records, self._keep[ids], self._corrupt_counter)
     # In parallel: decoders and Pillow release Python's lock.
     videos = self._pool.map(self._video, records, hashes.tolist()) if self._is_video else [None] * n
     for i, (record, h, video) in enumerate(zip(records, hashes.tolist(), videos, strict=True)):
@@ -217,16 +217,16 @@ class _Batch:
           raise record
         for reader in self._readers:
           for name, value in reader.read(record, h).items():
-            fields[name][i] = value
+            features[name][i] = value
         if isinstance(video, CorruptVideo):
           raise video
         if self._is_video:
-          fields['pixels'][i] = video
+          features['pixels'][i] = video
         elif self._media_column:
           data[i] = record[self._media_column]
       except (CorruptExample, CorruptVideo) as e:
         problems[i] = str(e).encode(errors='backslashreplace')
-    return problems, data, *fields.values()
+    return problems, data, *features.values()
 
   def _video(self, record: Record | CorruptExample, h: int) -> np.ndarray | CorruptVideo | None:
     try:

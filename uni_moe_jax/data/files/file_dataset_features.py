@@ -1,7 +1,7 @@
-"""Records in files to the text fields of a task type: labels, captions, templates, running text.
+"""Records in files to the text features of a task type: labels, captions, templates, running text.
 
 A reader is made once per task and checks the config against the source's columns. `read(record, h)` then returns the
-fields of one record, without the batch axis, or raises `CorruptExample`; `h` is the example's hash, an int.
+features of one record, without the batch axis, or raises `CorruptExample`; `h` is the example's hash, an int.
 """
 
 import collections
@@ -26,17 +26,17 @@ from uni_moe_jax.utils.suggest import nearest
 _MAX_READS_PER_TOKEN = 2  # of a row of running text; some records cannot be read
 _WINDOW_CHARS_PER_TOKEN = 12  # more than S tokens of any language
 
-FieldSpecs = dict[str, tuple[type, tuple[int, ...]]]  # field → dtype, shape of one example
+FeatureSpecs = dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape of one example
 
 
 @dataclasses.dataclass(frozen=True)
-class FieldReader:
-  """Reads fields of one record. specs: of the fields that `read` returns."""
-  specs: FieldSpecs
+class FeatureReader:
+  """Reads features of one record. specs: of the features that `read` returns."""
+  specs: FeatureSpecs
   read: Callable[[Record, int], dict[str, Any]]
 
 
-def label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> FieldReader:
+def label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> FeatureReader:
   """Reader of `label` and `weight`: the class of a record as an index into `keys`, or its answers.
 
   Of several answers at most M are kept, the most frequent first, each weighted by the share of annotators that gave
@@ -67,10 +67,10 @@ def label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> F
     counts = [(v, n) for v, n in collections.Counter(map(normalize, values)).most_common() if v in index][:M]
     padding = [0] * (M - len(counts))
     return {'label': [index[v] for v, _ in counts] + padding, 'weight': [n / len(values) for _, n in counts] + padding}
-  return FieldReader({'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}, read)
+  return FeatureReader({'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}, read)
 
 
-def pair_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FieldReader:
+def pair_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
   """Reader of `target`, `target_valid`, `text_id` and `weight`: a record's own text; equal texts have equal ids."""
   choose, S = phrase_chooser(task, records, training), task.max_len
 
@@ -78,11 +78,11 @@ def pair_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, trai
     text = choose(record, h)
     ids, valid = _pad(tokenizer, *encode_texts([text], tokenizer, S), S)
     return {'target': ids, 'target_valid': valid, 'text_id': zlib.crc32(text.encode()) & 0x7FFFFFFF, 'weight': [1.0]}
-  return FieldReader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
+  return FeatureReader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
                       'weight': (np.float32, (1,))}, read)
 
 
-def caption_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FieldReader:
+def caption_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
   """Reader of `text` [words | queries], `text_valid`, `label` and `weight`."""
   choose, S = phrase_chooser(task, records, training), task.max_len
 
@@ -90,11 +90,11 @@ def caption_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, t
     words, valid = _pad(tokenizer, *encode_texts([choose(record, h)], tokenizer, S), S)
     return {'text': np.concatenate([words, np.full(S, tokenizer.spe)]), 'text_valid': np.concatenate([valid, valid]),
             'label': words, 'weight': valid}
-  return FieldReader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
+  return FeatureReader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
                       'weight': (np.float32, (S,))}, read)
 
 
-def template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FieldReader:
+def template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:
   """Reader of `text`, `text_valid` and `position`: a filled template and the position of its `spe`."""
   columns, S = template_columns(task.template), task.max_len
   _check_columns(task, records, 'template', columns, 'text', 'class')
@@ -103,7 +103,7 @@ def template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) 
     ids, position = fill_template(tokenizer, task.template, {c: tokenizer.encode(record[c]) for c in columns}, S)
     text, valid = _pad(tokenizer, ids, S)
     return {'text': text, 'text_valid': valid, 'position': [position]}
-  return FieldReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
+  return FeatureReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
 
 
 def read_or_stop(records: FileDataset, ids: np.ndarray, corrupt_counter: CorruptExampleCounter) -> list[Record | CorruptExample]:
