@@ -103,8 +103,8 @@ def differences(a: Found, b: Found) -> dict[str, float]:
 
 def _compile(r: train_run.Run):
   def gradients(params, batch, sets, key):
-    grads, loss, *_ = step.gradients(r.spec, params, batch, sets, jax.random.wrap_key_data(key))
-    return grads, loss
+    output = step.gradients(r.spec, params, batch, sets, jax.random.wrap_key_data(key))
+    return output.grads, output.loss
 
   whole = sharding.replicated(r.mesh)
   params = jax.tree_util.tree_map_with_path(

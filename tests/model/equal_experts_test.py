@@ -14,7 +14,7 @@ from tests.helpers import small_model
 from uni_moe_jax import config
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.train import step
+from uni_moe_jax.train import forward
 
 _BATCH, _WORDS = 4, small_model.WORDS
 _PROJECTIONS = ('qkv', 'attention_out', 'ffn_in', 'ffn_out')
@@ -51,13 +51,13 @@ def _data():
 @functools.cache
 def _loss(router: str, gradient: bool = False):
   """parameters → the total loss of a training step, noise of the routers included, and its gradient if asked for."""
-  spec = step.StepSpec(
-      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), rate=None, grad_accum_steps=1, ema_decay=0.0,
+  spec = forward.StepSpec(
+      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), learning_rate=None, grad_accum_steps=1, ema_decay=0.0,
       eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
 
   def loss(values, batch, sets):
-    groups, features, _ = step.forward(spec, values, batch, sets, {}, jax.random.key(4))
-    return step.score(spec, values, batch, groups, features, {}, step.norms(spec, batch, {}))[0]
+    features, _ = forward.forward(spec, values, batch, sets, {}, jax.random.key(4))
+    return forward.task_losses(spec, values, batch, features, {}, forward.weight_sums(spec, batch, {}))[0]
 
   run = small_model.jit(jax.value_and_grad(loss) if gradient else loss)
   return lambda values: run(values, *_data())

@@ -14,7 +14,8 @@ from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import uni_perceiver
 from uni_moe_jax.model.sequences import join_equal
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.train import router_metrics, step
+from uni_moe_jax.train import router_metrics
+from uni_moe_jax.train.forward import forward
 
 _N, _MULTIPLE = 3, 4
 
@@ -49,7 +50,7 @@ class FilledTest(parameterized.TestCase):
 
     def run(values, sequence):
       rows, collected = small_model.encode(spec, (sequence,), values=values, key=jax.random.key(0))
-      balance = router_metrics.auxiliary((('balance', 1.),), collected) if routes_tokens else 0.
+      balance = router_metrics.auxiliary_loss((('balance', 1.),), collected) if routes_tokens else 0.
       return (rows[0][:_N] * weights).sum() + balance, (rows[0][:_N], _counts(collected))
 
     grads_of = small_model.jit(jax.value_and_grad(run, has_aux=True))
@@ -78,7 +79,7 @@ class FilledTest(parameterized.TestCase):
 
     with mock.patch.object(uni_perceiver, 'join_equal', join):
       features = jax.eval_shape(
-          lambda params: step.forward(run.spec, params, None, run.target_sets(), {}, jax.random.key(0))[1][name], run.shapes.params)
+          lambda params: forward(run.spec, params, {}, run.target_sets(), {}, jax.random.key(0))[0].target_sets[name], run.shapes.params)
       [sequence] = predictor.set_sequences(of_set, run.data.target_sets[name], run.data.tokenizer.eot)
       evaluated = jax.eval_shape(functools.partial(predictor.encode, run.spec.model), run.shapes.params, sequence)
     self.assertTrue(entries % shards)

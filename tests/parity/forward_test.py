@@ -12,7 +12,7 @@ from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import Problem, problem
 from uni_moe_jax.model import heads
 from uni_moe_jax.moe import routers
-from uni_moe_jax.train import step
+from uni_moe_jax.train.forward import forward, step_inputs
 
 BOUND = 1e-5
 _PART = {'self_attn.qkv_proj': 'attention', 'linear1': 'mlp'}
@@ -22,9 +22,9 @@ _PART = {'self_attn.qkv_proj': 'attention', 'linear1': 'mlp'}
 def _scored(spec, params, batch, sets):
   """(input features, target features, logits) of the step's one task."""
   task, = spec.plan.tasks
-  groups, set_features, _ = step.forward(spec, params, batch, sets, {}, jax.random.key(0))
-  features, pair = groups[task.group]
-  targets = pair if task.type.target == 'pair' else set_features[task.target_set]
+  found, _ = forward(spec, params, batch, sets, {}, jax.random.key(0))
+  features = found.inputs[task.group]
+  targets = found.pairs[task.group] if task.type.target == 'pair' else found.target_sets[task.target_set]
   scale = spec.model.apply({'params': params}, task.temperature, method='scale')
   logits = heads.logits(features, targets, scale)
   if task.linear_head:
@@ -36,8 +36,10 @@ def _scored(spec, params, batch, sets):
 def _encoded(spec, params, batch, sets):
   """(features, what the encoder collected) with all rows and taps; streams in published order."""
   def run(model):
-    encoded = model.encode(step.sequences(spec, batch, sets, {})[0], all_rows=True, taps=True)
-    return [model.features(r) for r in encoded.hidden], encoded.collected
+    inputs = step_inputs(spec, batch, sets, {})
+    in_order = (*inputs.inputs.values(), *inputs.pairs.values(), *(inputs.target_sets[s.name] for s in spec.plan.sets))
+    encoded = model.encode(in_order, all_rows=True, taps=True)
+    return [model.features(r) for r in jax.tree.leaves(encoded.hidden)], encoded.collected
   return spec.model.apply({'params': params}, method=run)
 
 

@@ -13,7 +13,7 @@ from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import step_spec, target_sets, task_spec
 from uni_moe_jax.model import decoding
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.train import step
+from uni_moe_jax.train.forward import forward
 
 BOUND = 1e-5
 _NONE = -999.0  # what the published search calls a candidate that is none
@@ -21,7 +21,7 @@ _NONE = -999.0  # what the published search calls a candidate that is none
 
 @functools.partial(small_model.jit, static_argnums=(0, 1, 2))
 def _searched(spec, task, options, params, pixels, sets):
-  _, set_features, _ = step.forward(spec, params, None, sets, {}, None)
+  set_features = forward(spec, params, {}, sets, {}, None)[0].target_sets
   return decoding.beam_search(
       spec.model, params, task.type, pixels, normalize(set_features[task.target_set]), temperature=task.temperature,
       spe=spec.model.spec.spe_id, **dict(options))

@@ -13,6 +13,7 @@ from tests.parity.problem import Problem, problem
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.model import heads
 from uni_moe_jax.train import step
+from uni_moe_jax.train.forward import forward
 
 LOSS, GRADIENT = 1e-5, 1e-4
 # Published keys whose tensors are fixed there (POSEMBEDFIX), so that they have no gradient.
@@ -23,10 +24,10 @@ _FIXED = ('video_embed.embeddings_st_pos.spatial_pos_embed.weight',)
 def _step(spec, params, batch, sets):
   """(gradients, tallies, input features, target features) of the step's one task."""
   task, = spec.plan.tasks
-  grads, _, tallies, _, _ = step.gradients(spec, params, batch, sets, jax.random.key(0))
-  groups, set_features, _ = step.forward(spec, params, batch, sets, {}, jax.random.key(0))
-  features, pair = groups[task.group]
-  return grads, tallies[task.name], features, pair if task.type.target == 'pair' else set_features[task.target_set]
+  output = step.gradients(spec, params, batch, sets, jax.random.key(0))
+  features, _ = forward(spec, params, batch, sets, {}, jax.random.key(0))
+  targets = features.pairs[task.group] if task.type.target == 'pair' else features.target_sets[task.target_set]
+  return output.grads, output.tallies[task.name], features.inputs[task.group], targets
 
 
 @pytest.mark.parametrize('name', fixtures.cases('train_loss_and_grad'))

@@ -58,7 +58,7 @@ def test_optimizer_steps(name):
   tx, rate, rules = optimizer.make_optimizer(
       c, param_shapes(UniPerceiver(fixtures.model_spec(model))), functools.partial(unit_axes, fixtures.model_spec(model)))
   spec = step_spec(
-      model, (), specs, tx=tx, rate=rate, ema_decay=float(ema_key.removeprefix(EMA)), contrastive_reduction=c.train.contrastive_reduction,
+      model, (), specs, tx=tx, learning_rate=rate, ema_decay=float(ema_key.removeprefix(EMA)), contrastive_reduction=c.train.contrastive_reduction,
       mask_duplicate_texts=c.train.mask_duplicate_texts, unused_params=c.optim.unused_params, frozen=optimizer.frozen_paths(rules))
   _compare_groups(entry, spec, rules)
   for key in arrays.keys('lr_schedule'):

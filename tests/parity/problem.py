@@ -11,7 +11,7 @@ from uni_moe_jax.config.plan import VOCABULARY, Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.pipeline.target_sets import bucket_by_length
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.train.step import StepSpec
+from uni_moe_jax.train.forward import StepSpec
 
 _SMOOTHED = {'label_smoothing_cross_entropy'}
 _LOSSES = _SMOOTHED | {'cross_entropy', 'soft_target_cross_entropy'}
@@ -126,7 +126,7 @@ def step_spec(name: str, tasks_: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...]
   plan = Plan(task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
               temperatures=fixtures.model_spec(name).temperature_groups, encode_all_sets=True)
   spec = StepSpec(
-      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, rate=None, grad_accum_steps=1, ema_decay=0.0,
+      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, learning_rate=None, grad_accum_steps=1, ema_decay=0.0,
       eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'], contrastive_reduction='sum',
       mask_duplicate_texts=False)
   return dataclasses.replace(spec, **changes)

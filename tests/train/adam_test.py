@@ -23,7 +23,7 @@ def _steps(convention, gradients, touched, p=2., decay=0., units=()):
   update, state = jax.jit(tx.update), tx.init(params)
   directions, states = [], [state]
   for g, here in zip(gradients, touched, strict=True):
-    direction, state = update({'p': jnp.asarray(g, jnp.float32)}, state, params, touched={'p': jnp.asarray(here)})
+    direction, state = update({'p': jnp.asarray(g, jnp.float32)}, state, params, used={'p': jnp.asarray(here)})
     directions.append(np.asarray(direction['p']))
     states.append(state)
   return directions, states
@@ -133,14 +133,14 @@ def _assert_close(a, b):
 
 @pytest.mark.parametrize('convention', adam.CONVENTIONS)
 def test_where_every_step_touches_everything_it_is_adamw(convention):
-  ours, _ = _train(_optimizer(convention), touched=ALL)
+  ours, _ = _train(_optimizer(convention), used=ALL)
   _assert_close(ours, _train(_optimizer('update'))[0])
   assert np.abs(ours['block']['kernel'] - PARAMS['block']['kernel']).min() > 1e-2
 
 
 @pytest.mark.parametrize('convention', adam.CONVENTIONS)
 def test_an_expert_that_no_step_touches_stays_while_the_other_follows_adamw(convention):
-  ours = _train(_optimizer(convention), touched=FIRST_EXPERT)[0]['block']['kernel']
+  ours = _train(_optimizer(convention), used=FIRST_EXPERT)[0]['block']['kernel']
   usual = _train(_optimizer('update'))[0]['block']['kernel']
   np.testing.assert_array_equal(ours[1], PARAMS['block']['kernel'][1])
   assert np.abs(usual[1] - ours[1]).min() > 1e-2
@@ -149,16 +149,16 @@ def test_an_expert_that_no_step_touches_stays_while_the_other_follows_adamw(conv
 
 @pytest.mark.parametrize('convention', adam.CONVENTIONS)
 def test_a_frozen_parameter_stays_although_it_is_touched(convention):
-  frozen, _ = _train(_optimizer(convention), touched=ALL)
+  frozen, _ = _train(_optimizer(convention), used=ALL)
   np.testing.assert_array_equal(frozen['word'], PARAMS['word'])
-  free, _ = _train(_optimizer(convention, RULES[1:]), touched=ALL)
+  free, _ = _train(_optimizer(convention, RULES[1:]), used=ALL)
   assert (free['word'] != PARAMS['word']).all()
 
 
 @pytest.mark.parametrize('convention', adam.CONVENTIONS)
 def test_a_frozen_parameter_has_no_moments_and_no_count_before_and_after_an_update(convention):
   tx = _optimizer(convention)
-  for state in (tx.init(PARAMS), _train(tx, touched=ALL)[1]):
+  for state in (tx.init(PARAMS), _train(tx, used=ALL)[1]):
     [found] = [s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
     assert [isinstance(tree['word'], optax.MaskedNode) for tree in found] == [True] * 3
     assert jax.tree.map(jnp.shape, found.count['block']) == {'kernel': (2,), 'bias': ()}

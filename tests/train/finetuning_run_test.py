@@ -11,10 +11,11 @@ import pytest
 from tests.helpers import small_model, tiny
 from uni_moe_jax.config import presets
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.train import loop, step
+from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.forward import forward
 from uni_moe_jax.utils.tree_paths import path_of
 
 
@@ -94,7 +95,7 @@ def test_a_set_with_prompts_is_evaluated_as_it_is_trained(tuned):
 
   @small_model.jit
   def trained(params, sets):
-    return normalize(step.forward(run.spec, params, None, sets, {}, None)[1]['shapes'])
+    return normalize(forward(run.spec, params, {}, sets, {}, None)[0].target_sets['shapes'])
   np.testing.assert_allclose(predictor.target_set('shapes'), trained(params, run.target_sets()), rtol=1e-4, atol=1e-5)
   others = {**params, 'embed': {**params['embed'], 'prompts': {
       **params['embed']['prompts'], 'label_shapes': params['embed']['prompts']['label_shapes'][::-1]}}}

@@ -16,7 +16,7 @@ MOST = np.log([.8, .1, .1]).astype(np.float32)
 # One compilation instead of dozens of operations.
 cross_entropy = jax.jit(losses.cross_entropy, static_argnames='smoothing')
 contrastive = jax.jit(losses.contrastive, static_argnames=('smoothing', 'both'))
-sample_words = jax.jit(losses.sample_words, static_argnames='size')
+sample_vocabulary = jax.jit(losses.sample_vocabulary, static_argnames='size')
 
 
 def _cross_entropy(logits, labels, weights, smoothing=0., correction=None):
@@ -135,7 +135,7 @@ IS_POSITIVE = np.isin(np.arange(V), POSITIVES)
 
 
 def _sample(seed, size):
-  return jax.device_get(sample_words(jax.random.key(seed), IS_POSITIVE, size=size))
+  return jax.device_get(sample_vocabulary(jax.random.key(seed), IS_POSITIVE, size=size))
 
 
 def test_with_all_words_the_sampled_loss_is_the_exact_one():
@@ -185,7 +185,7 @@ def test_over_keys_the_corrected_partition_is_the_full_one():
   logits = np.random.default_rng(5).normal(size=V) * 2
   draws = 4000
   keys = jax.random.split(jax.random.key(6), draws)
-  words = jax.device_get(jax.jit(jax.vmap(lambda k: losses.sample_words(k, jnp.asarray(IS_POSITIVE), 6)))(keys))
+  words = jax.device_get(jax.jit(jax.vmap(lambda k: losses.sample_vocabulary(k, jnp.asarray(IS_POSITIVE), 6)))(keys))
   sums = np.exp(logits[words.ids] + words.correction).sum(-1)
   error = sums.std() / math.sqrt(draws)
   full = np.exp(logits).sum()

@@ -12,7 +12,7 @@ from tests.helpers import small_model, tiny
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout
 from uni_moe_jax.moe.routers import Decision
 from uni_moe_jax.moe.token_routers import Usage
-from uni_moe_jax.train import optimizer, router_metrics, step
+from uni_moe_jax.train import forward, optimizer, router_metrics, step
 from uni_moe_jax.train import run as train_run
 
 FACTORS = {'balance': .5, 'importance': .25, 'z': .125}
@@ -46,9 +46,9 @@ def test_the_factors_come_from_the_config():
 
 
 def test_the_total_is_that_of_the_tasks_and_of_the_routers():
-  _, total, tallies, extra, _ = _gradients(1)
-  routed = sum(f * extra[f'router/{n}'] for n, f in FACTORS.items())
-  np.testing.assert_allclose(total, tallies['shape'].loss + routed, rtol=1e-5)
+  output = _gradients(1)
+  routed = sum(f * output.metrics[f'router/{n}'] for n, f in FACTORS.items())
+  np.testing.assert_allclose(output.loss, output.tallies['shape'].loss + routed, rtol=1e-5)
   assert float(routed) > .1
 
 
@@ -61,13 +61,15 @@ def _plain(spec, params, batch, sets, key):
     return sum(f * jnp.stack([u.losses[n] for u in usages]).mean() for n, f in FACTORS.items())
 
   def loss(params):
-    _, features, collected = step.forward(spec, params, None, sets, {}, key)
+    features, collected = forward.forward(spec, params, {}, sets, {}, key)
+    of_sets = features.target_sets
     names = sum(b['text'].size for b in sets['shapes']['buckets'])
     total = names * auxiliary(collected) / (names + 32)
     for i in range(2):
       micro = jax.tree.map(lambda x: x[i], batch)
-      groups, _, collected = step.forward(spec, params, micro, None, {}, key)
-      scores = step.score(spec, params, micro, groups, features, {}, step.norms(spec, batch, {}))[0]
+      features, collected = forward.forward(spec, params, micro, {}, {}, key)
+      features = features.replace(target_sets=of_sets)
+      scores = forward.task_losses(spec, params, micro, features, {}, forward.weight_sums(spec, batch, {}))[0]
       total = total + scores + 16 * auxiliary(collected) / (names + 32)
     return total
   return small_model.jit(jax.value_and_grad(loss))(params)
@@ -76,11 +78,11 @@ def _plain(spec, params, batch, sets, key):
 @pytest.mark.slow
 def test_accumulation_carries_them_through_micro_steps_and_target_sets():
   total, gradients = _plain(*_problem(2))
-  found, loss, *_ = _gradients(2)
-  np.testing.assert_allclose(loss, total, rtol=1e-5)
-  without = _gradients(2, ())[0]
+  output = _gradients(2)
+  np.testing.assert_allclose(output.loss, total, rtol=1e-5)
+  without = _gradients(2, ()).grads
   moved = 0
-  for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(gradients), jax.tree.leaves(without)):
+  for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(output.grads), jax.tree.leaves(gradients), jax.tree.leaves(without)):
     np.testing.assert_allclose(a, b, atol=2e-5, err_msg=optimizer.path_of(path))
     moved += np.abs(np.asarray(a) - c).max() > 1e-3
   assert moved > 3  # the comparison sees them
@@ -88,7 +90,7 @@ def test_accumulation_carries_them_through_micro_steps_and_target_sets():
 
 def test_a_step_says_what_was_dropped_and_how_even_experts_are():
   for accum in (1, 2):
-    extra = _gradients(accum)[3]
+    extra = _gradients(accum).metrics
     assert set(extra) == {'router/entropy', 'router/drop_rate', 'router/effective_experts', 'router/condition_overlap', 'router/balance',
                           'router/importance', 'router/z'}
     assert 1 < extra['router/effective_experts'] <= 4 and 0 < extra['router/condition_overlap'] <= 1
@@ -97,7 +99,7 @@ def test_a_step_says_what_was_dropped_and_how_even_experts_are():
 
 
 def test_experts_that_gave_a_slot_were_used():
-  chosen = _gradients(1)[4]
+  chosen = _gradients(1).used_experts
   for part in ('attention', 'mlp'):
     assert chosen['tail'][0][part].shape == (4,) and chosen['tail'][0][part].sum() > 8
 
@@ -123,7 +125,7 @@ def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
       'router/entropy': pytest.approx(np.log(2) / 2), 'router/condition_overlap': pytest.approx(.5),
       'router/effective_experts': pytest.approx(4 / 3 ** .75)}
   assert router_metrics.metrics({'blocks': (), 'tail': ({'router_stats': {}},)}) == {}
-  assert float(router_metrics.auxiliary((), collected)) == 0
+  assert float(router_metrics.auxiliary_loss((), collected)) == 0
 
 
 def test_use_is_a_mean_over_layers_and_of_one_row_nothing_is_compared():

@@ -27,7 +27,7 @@ def test_runs_that_differ_in_their_seed_alone_share_a_compiled_program_and_draw_
   steps = [_with(run, seed=seed).step_fn() for seed in (0, 1)]
   one, two = (s.lower(run.abstract_state(), batch, sets).as_text() for s in steps)
   assert one == two
-  faster = dataclasses.replace(run, spec=dataclasses.replace(run.spec, rate=lambda t: 9. + t))
+  faster = dataclasses.replace(run, spec=dataclasses.replace(run.spec, learning_rate=lambda t: 9. + t))
   assert faster.step_fn().lower(run.abstract_state(), batch, sets).as_text() != one
 
   for made, seed in zip(steps, (0, 1), strict=True):

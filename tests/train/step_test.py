@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout
-from uni_moe_jax.train import optimizer, step
+from uni_moe_jax.train import forward, optimizer, step
 from uni_moe_jax.train import run as train_run
 
 TASKS = ('shape', 'text', 'pair')
@@ -97,7 +97,7 @@ def _equal(a, b):
 
 def _frozen_paths():
   return {path for path, rule in (
-      (optimizer.path_of(p), r) for p, r in jax.tree_util.tree_leaves_with_path(_run().rules)) if rule.frozen}
+      (optimizer.path_of(p), r) for p, r in jax.tree_util.tree_leaves_with_path(_run().param_groups)) if rule.frozen}
 
 
 def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
@@ -232,24 +232,23 @@ def _global_batch(run, accum):
 
 @functools.cache
 def _gradients(accum):
-  """(gradients, loss, tallies, chosen experts) of one step from the same parameters."""
+  """Output of one step from the same parameters."""
   run = _set_run()
   spec = dataclasses.replace(run.spec, grad_accum_steps=accum)
   params = run.init().params
-  grads, total, tallies, _, chosen = jax.jit(functools.partial(step.gradients, spec))(
-      params, _global_batch(run, accum), run.target_sets(), jax.random.key(7))
-  return _by_path(grads), float(total), jax.device_get(tallies), jax.device_get(chosen)
+  return jax.device_get(jax.jit(functools.partial(step.gradients, spec))(
+      params, _global_batch(run, accum), run.target_sets(), jax.random.key(7)))
 
 
 def test_accumulated_losses_are_those_of_one_big_batch():
-  (_, one, ones, _), (_, two, twos, _) = _gradients(1), _gradients(2)
-  assert two == pytest.approx(one, rel=1e-5)
-  assert float(twos['text'].hits) == pytest.approx(float(ones['text'].hits), rel=1e-5)
-  assert float(twos['text'].weight) == pytest.approx(1, rel=1e-5)  # tallies are shares of the whole
+  one, two = _gradients(1), _gradients(2)
+  assert two.loss == pytest.approx(one.loss, rel=1e-5)
+  assert two.tallies['text'].hits == pytest.approx(one.tallies['text'].hits, rel=1e-5)
+  assert two.tallies['text'].weight == pytest.approx(1, rel=1e-5)  # tallies are shares of the whole
 
 
 def test_accumulated_gradients_are_those_of_one_big_batch():
-  ones, twos = _gradients(1)[0], _gradients(2)[0]
+  ones, twos = (_by_path(_gradients(accum).grads) for accum in (1, 2))
   whole = np.sqrt(sum((g**2).sum() for g in ones.values()))
   apart = {path: np.linalg.norm(twos[path] - g) for path, g in ones.items()}
   assert np.sqrt(sum(d**2 for d in apart.values())) <= 1e-5 * whole
@@ -260,7 +259,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch():
 
 def test_micro_steps_and_sets_choose_the_experts_of_one_big_batch():
   # Rows of the texts and of their words choose two experts each; the texts' row does so in both micro-steps.
-  [ones], [twos] = (_gradients(accum)[3]['tail'] for accum in (1, 2))
+  [ones], [twos] = (_gradients(accum).used_experts['tail'] for accum in (1, 2))
   for part in ('attention', 'mlp'):
     np.testing.assert_array_equal(ones[part] > 0, twos[part] > 0)
     assert (ones[part].sum(), twos[part].sum()) == (4, 6) and ones[part].shape == (4,)
@@ -270,7 +269,7 @@ def test_unequal_weights_make_no_mean_of_means():
   # The masked words of a row vary, so micro-batches differ in weight: their norm is that of the global batch.
   run = _set_run()
   batch = _global_batch(run, 2)
-  norm = step.norms(run.spec, batch, step.sample_sets(run.spec, batch, jax.random.key(7)))
+  norm = forward.weight_sums(run.spec, batch, forward.sample_vocabularies(run.spec, batch, jax.random.key(7)))
   per_micro = batch['text_mlm']['weight'].sum((1, 2, 3))
   assert float(norm['text']) == per_micro.sum()
   assert per_micro[0] != per_micro[1]
@@ -286,7 +285,7 @@ def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
   spec = dataclasses.replace(_set_run().spec, plan=plan, model=model, grad_accum_steps=2)
   numbers = np.arange(6).reshape(2, 3, 1)
   micro = {'text_classification': {'label': numbers, 'weight': numbers / 2, 'text': numbers}}
-  rows = {t.name: step.task_fields(spec, micro, t) for t in plan.tasks}
+  rows = {t.name: forward.task_fields(spec, micro, t) for t in plan.tasks}
   assert {name: fields['label'][:, 0].tolist() for name, fields in rows.items()} == {
       'answer': [0, 1, 3, 4], 'package': [2, 5]}
   assert rows['package']['weight'].tolist() == [[1.], [2.5]]
@@ -308,7 +307,7 @@ def _four_rows():
 
 def test_positives_are_the_counted_labels_of_the_step():
   spec, batch = _mlm(*_four_rows(), num_sampled=8)  # 5, 6, 7, 9, 10, 11, 12, 13; the pick of 8 counts nothing
-  words = step.sample_sets(spec, batch, jax.random.key(0))['words']
+  words = forward.sample_vocabularies(spec, batch, jax.random.key(0))['words']
   assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
   assert float(words.dropped) == 0
 
@@ -317,7 +316,7 @@ def test_positives_of_all_micro_steps_are_sampled_together():
   labels, weights = _four_rows()
   spec, batch = _mlm(labels, weights, num_sampled=8)
   batch = {'text_mlm': {k: v.reshape(2, 1, 2, 3) for k, v in batch['text_mlm'].items()}}
-  words = step.sample_sets(dataclasses.replace(spec, grad_accum_steps=2), batch, jax.random.key(0))['words']
+  words = forward.sample_vocabularies(dataclasses.replace(spec, grad_accum_steps=2), batch, jax.random.key(0))['words']
   assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
 
 
@@ -325,10 +324,10 @@ def test_dropped_positives_weigh_nothing():
   # Room for 6 of 8 positives: the two that find none are in the norm no more. Label 5 occurs four times.
   labels, weights = _four_rows()
   spec, batch = _mlm(labels, weights, num_sampled=6)
-  sampled = step.sample_sets(spec, batch, jax.random.key(0))
+  sampled = forward.sample_vocabularies(spec, batch, jax.random.key(0))
   kept = np.isin(labels, sampled['words'].ids) * np.array(weights)
   assert float(sampled['words'].dropped) == 2
-  assert float(step.norms(spec, batch, sampled)['text']) == kept.sum() < 11
+  assert float(forward.weight_sums(spec, batch, sampled)['text']) == kept.sum() < 11
 
 
 # Seven texts: no other array of the step has this leading axis.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.eval import predictor
-from uni_moe_jax.train import synonyms
+from uni_moe_jax.train.forward import sample_synonyms
 
 
 def _sets(n=3000):
@@ -19,7 +19,7 @@ def _sets(n=3000):
 
 def test_every_synonym_is_as_likely_and_the_step_draws_anew():
   sets = _sets()
-  one, again, other = (np.asarray(synonyms.sample_synonyms(sets, jax.random.key(k))['names']['buckets'][0]['text'])
+  one, again, other = (np.asarray(sample_synonyms(sets, jax.random.key(k))['names']['buckets'][0]['text'])
                        for k in (0, 0, 1))
   assert one.shape == (3000, 2)
   np.testing.assert_array_equal(one, again)
@@ -32,7 +32,7 @@ def test_every_synonym_is_as_likely_and_the_step_draws_anew():
 
 def test_sets_without_synonyms_stay_as_they_are():
   sets = _sets(3)
-  assert synonyms.sample_synonyms(sets, jax.random.key(0))['plain']['buckets'][0] is sets['plain']['buckets'][0]
+  assert sample_synonyms(sets, jax.random.key(0))['plain']['buckets'][0] is sets['plain']['buckets'][0]
 
 
 def test_evaluation_takes_the_mean_over_the_texts_that_there_are():

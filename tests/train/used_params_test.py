@@ -14,7 +14,7 @@ from uni_moe_jax.model.heads import MAX_SCALE
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.train import optimizer, step, used_params
+from uni_moe_jax.train import optimizer, used_params
 
 PARTS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/difference', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
@@ -47,7 +47,7 @@ def _touched(holds=('head', 'target', 'text', 'visual'), temperatures=('group', 
   """{path: bool or bools}, on the host."""
   spec = spec or _spec()
   params = small_model.params(spec) if params is None else params
-  here = jax.device_get(used_params.touched(spec, params, chosen, holds, temperatures))
+  here = jax.device_get(used_params.used_mask(spec, params, chosen, holds, temperatures))
   assert jax.tree.structure(here) == jax.tree.structure(params)
   return _paths(here)
 
@@ -88,10 +88,10 @@ def test_parameters_with_an_expert_axis_are_those_of_their_part(changes, experts
     names = path.split('/')
     part = PARTS.get(names[3]) if len(names) == 5 else None
     if part in experts:
-      assert used_params.expert_part(spec, path) == (names[1], 0, part)
+      assert used_params.expert_sublayer(spec, path) == (names[1], 0, part)
       assert shape[used_params.unit_axes(spec, path) - 1] == spec.num_experts
     else:
-      assert used_params.expert_part(spec, path) is None
+      assert used_params.expert_sublayer(spec, path) is None
       assert used_params.unit_axes(spec, path) == 0
 
 
@@ -133,7 +133,7 @@ def test_experts_of_scanned_and_tail_layers_are_those_that_were_chosen():
 def test_a_step_of_everything_touches_all_but_the_experts_that_no_row_chose():
   assert _left_alone() == set()
   idle = {path for path, here in _touched().items() if not here.all()}
-  assert idle == {path for path in _shapes(_spec()) if used_params.expert_part(_spec(), path)}
+  assert idle == {path for path in _shapes(_spec()) if used_params.expert_sublayer(_spec(), path)}
 
 
 @pytest.mark.parametrize('modalities, alone', [(('text',), VISUAL), (('visual',), TEXT), (('text', 'visual'), set())])
@@ -164,10 +164,10 @@ def test_a_step_holds_the_label_prompts_of_the_sets_that_it_encodes():
   c = tiny.config('shape', 'package')
   c.target_sets.shapes.label_prompts = c.target_sets.packages.label_prompts = True
   plan = make_plan(c)
-  assert step.holds(plan) == ('label_packages', 'label_shapes', 'target', 'text', 'visual')
-  assert step.holds(plan.only('package')) == ('label_packages', 'target', 'text')
+  assert used_params.contents(plan) == ('label_packages', 'label_shapes', 'target', 'text', 'visual')
+  assert used_params.contents(plan.only('package')) == ('label_packages', 'target', 'text')
   c.target_sets.shapes.label_prompts = False
-  assert 'label_shapes' not in step.holds(make_plan(c))
+  assert 'label_shapes' not in used_params.contents(make_plan(c))
 
 
 def test_a_word_as_prefix_has_a_position_in_every_sequence():

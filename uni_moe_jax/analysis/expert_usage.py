@@ -163,7 +163,7 @@ def gate_sums(
   def select(x, s):
     """The tokens of a slice in [B, S, …]."""
     if s.examples is not None:
-      x = batching.task_rows(x, *s.examples, shards)
+      x = batching.task_rows(x, slice(*s.examples), shards)
     if s.half is not None:
       n = x.shape[1] // 2
       x = x[:, s.half * n:(s.half + 1) * n]

@@ -16,8 +16,8 @@ import jax
 
 from uni_moe_jax.analysis import interference, param_subsets
 from uni_moe_jax.analysis.task_gradients import half_gradient
+from uni_moe_jax.train.forward import Batch, TargetSets
 from uni_moe_jax.train.run import Run
-from uni_moe_jax.train.step import Batch, Sets
 
 
 class InterferenceMetric:
@@ -32,7 +32,7 @@ class InterferenceMetric:
     self._functions = {t.name: jax.jit(functools.partial(
         half_gradient, spec=run.spec, task=t.name, slices=slices)) for t in run.plan.tasks}
 
-  def __call__(self, step: int, params: Any, batch: Batch, sets: Sets) -> dict[str, jax.Array]:
+  def __call__(self, step: int, params: Any, batch: Batch, sets: TargetSets) -> dict[str, jax.Array]:
     """Scalars for step 0, 1, …, which is about to be taken; {} unless it is one of every `interference_every` steps."""
     if (step + 1) % self._every:
       return {}

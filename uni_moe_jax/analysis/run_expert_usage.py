@@ -14,11 +14,14 @@ import numpy as np
 from uni_moe_jax.analysis import expert_usage, expert_usage_file
 from uni_moe_jax.analysis.run_interference import file_stem, load_state
 from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.model.uni_perceiver import Sequence
 from uni_moe_jax.moe import routers
-from uni_moe_jax.train import synonyms
+from uni_moe_jax.train.forward import (
+    Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs)
 from uni_moe_jax.train.run import Run, build, conditions
-from uni_moe_jax.train.step import Batch, Sets, StepSpec, place, sample_sets, sequences
 from uni_moe_jax.utils.errors import UsageError
+
+_SIDES = {'inputs': expert_usage.INPUT, 'pairs': expert_usage.PAIR, 'target_sets': expert_usage.SET}
 
 
 def measure_expert_usage(
@@ -104,7 +107,7 @@ def _sum_batches(
 
 
 def step_sums(
-    params: Any, batch: Batch, sets: Sets, key: jax.Array, *, spec: StepSpec, by_task: expert_usage.Conditions,
+    params: Any, batch: Batch, sets: TargetSets, key: jax.Array, *, spec: StepSpec, by_task: expert_usage.Conditions,
     num_conditions: int) -> expert_usage.GateSums:
   """Sums the gates of the tokens of one (micro-)batch and of its target sets, over all layers.
 
@@ -115,9 +118,12 @@ def step_sums(
     spec: of the step.
     by_task, num_conditions: see `expert_usage.token_conditions`.
   """
-  inputs, names = sequences(spec, batch, synonyms.sample_synonyms(sets, key), sample_sets(spec, batch, key))
+  inputs = step_inputs(spec, batch, sample_synonyms(sets, key), sample_vocabularies(spec, batch, key))
+  leaves = jax.tree_util.tree_leaves_with_path(inputs, is_leaf=lambda x: isinstance(x, Sequence))
+  names = [(_SIDES[path[0].name], path[1].key) for path, _ in leaves]
   target_sets = {s.name: s for s in spec.plan.sets}
-  slices = expert_usage.token_slices(spec.plan.tasks, target_sets, by_task, names, functools.partial(place, spec))
+  examples = lambda task: (spec.task_slices[task.name].start, spec.task_slices[task.name].stop)
+  slices = expert_usage.token_slices(spec.plan.tasks, target_sets, by_task, names, examples)
   encode = lambda model: model.encode(inputs, all_rows=True, taps=True).collected
   collected = spec.model.apply({'params': params}, method=encode)
   return expert_usage.gate_sums(spec.model.spec, collected, slices, num_conditions, spec.model.shards)

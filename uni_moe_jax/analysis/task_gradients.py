@@ -16,8 +16,9 @@ from uni_moe_jax.analysis import param_subsets
 from uni_moe_jax.analysis.param_subsets import ParamSlice
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS
+from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets
 from uni_moe_jax.train.run import Run
-from uni_moe_jax.train.step import Batch, Sets, StepSpec, gradients, place
+from uni_moe_jax.train.step import gradients
 
 
 def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
@@ -29,7 +30,7 @@ def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
 
 
 def task_gradient(
-    params: Any, batch: Batch, sets: Sets, key: jax.Array, *, spec: StepSpec, slices: Sequence[ParamSlice]
+    params: Any, batch: Batch, sets: TargetSets, key: jax.Array, *, spec: StepSpec, slices: Sequence[ParamSlice]
 ) -> tuple[dict[str, Any], jax.Array]:
   """(gradient by subset, loss) of a task.
 
@@ -40,8 +41,8 @@ def task_gradient(
     spec: see `quiet_spec`.
     slices: the selected parameters; under jit no other gradient is computed.
   """
-  grads, loss, *_ = gradients(spec, params, batch, sets, key)
-  return param_subsets.extract(slices, grads), loss
+  output = gradients(spec, params, batch, sets, key)
+  return param_subsets.extract(slices, output.grads), output.loss
 
 
 class TaskGradients:
@@ -74,15 +75,15 @@ class TaskGradients:
 
 
 def half_gradient(
-    params: Any, batch: Batch, sets: Sets, key: jax.Array, half: jax.Array, *, spec: StepSpec, task: str,
+    params: Any, batch: Batch, sets: TargetSets, key: jax.Array, half: jax.Array, *, spec: StepSpec, task: str,
     slices: Sequence[ParamSlice]) -> dict[str, Any]:
   """The gradient of a task on one half (0 or 1) of its examples in the batch of a step of all tasks.
 
   The halves share no example, unless the batch has one twice, and a pair's negatives are those of its half.
   """
   task_spec = next(t for t in spec.plan.tasks if t.name == task)
-  start, stop = place(spec, task_spec)
-  size, axis = (stop - start) // 2, 1 if spec.grad_accum_steps == 1 else 2
-  fields = {k: v if k in UNBATCHED_FIELDS else jax.lax.dynamic_slice_in_dim(v, start + half * size, size, axis)
+  rows = spec.task_slices[task]
+  size, axis = (rows.stop - rows.start) // 2, 1 if spec.grad_accum_steps == 1 else 2
+  fields = {k: v if k in UNBATCHED_FIELDS else jax.lax.dynamic_slice_in_dim(v, rows.start + half * size, size, axis)
             for k, v in batch[task_spec.group].items()}
   return task_gradient(params, {task_spec.group: fields}, sets, key, spec=quiet_spec(spec, task, 2), slices=slices)[0]

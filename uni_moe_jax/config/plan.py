@@ -117,6 +117,16 @@ class Plan:
       out[t.group] = (*out.get(t.group, ()), t)
     return out
 
+  def task_slices(self, divisor: int = 1) -> dict[str, slice]:
+    """{task: its rows in its group's batch}, where every batch size is divided by `divisor`, shards · micro-steps."""
+    slices = {}
+    for tasks in self.groups.values():
+      start = 0
+      for t in tasks:
+        slices[t.name] = slice(start, start + t.batch_size // divisor)
+        start = slices[t.name].stop
+    return slices
+
   def only(self, task_name: str) -> 'Plan':
     """The plan of a step that holds one task, with the sets that it needs."""
     chosen = next(t for t in self.tasks if t.name == task_name)

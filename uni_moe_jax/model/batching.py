@@ -23,9 +23,9 @@ def flatten(x: jax.Array) -> jax.Array:
   return x.reshape(-1, *x.shape[2:])
 
 
-def task_rows(x: jax.Array, start: int, stop: int, shards: int) -> jax.Array:
+def task_rows(x: jax.Array, rows: slice, shards: int) -> jax.Array:
   """Rows of one task: [shards · b, …] → [shards · (stop - start), …]."""
-  return flatten(x.reshape(shards, -1, *x.shape[1:])[:, start:stop])
+  return flatten(x.reshape(shards, -1, *x.shape[1:])[:, rows])
 
 
 def input_sequence(kind: TaskType, fields: Fields) -> Sequence:

@@ -1,13 +1,13 @@
 """AdamW as PyTorch's optimizer applies it to parameters that have no gradient in a step.
 
-Two conventions of the published training code, which differ once a step does not use every parameter:
+Two conventions of the published training code differ once a step does not use every parameter:
 
-* 'settonone': gradients are dropped after every step. A parameter outside of the step's graph is left alone: no decay, no
+* 'settonone': gradients are dropped after every step. A parameter outside of the step's graph stays as it is: no decay, no
   moments, no step count, so that its bias correction counts its own updates.
-* 'zerograd': gradients are zeroed in place. A parameter that was in the graph once goes on being updated, with gradient
-  zero; one that never was is left alone.
+* 'zerograd': gradients are zeroed in place. A parameter that was in the graph once is updated from then on, with gradient
+  zero; one that never was stays as it is.
 
-"Parameter" means a slice of its own for every expert, as each is a module there.
+Each expert's slice of a parameter counts as a parameter, since each expert is a module of its own there.
 """
 
 from typing import Any, NamedTuple
@@ -33,16 +33,16 @@ def _is_frozen(x) -> bool:
 def adamw(
     b1: float, b2: float, eps: float, weight_decay: Any, units: Any, convention: str
 ) -> optax.GradientTransformationExtraArgs:
-  """Adam's direction plus decoupled weight decay, zero for parameters that are left alone.
+  """Adam's direction plus decoupled weight decay; zero for parameters that stay as they are.
 
   Args:
-    b1, b2, eps: as usual; eps is added after the bias correction.
-    weight_decay: a float per parameter. units: a shape per parameter, the leading axes that count on their own.
-      Both hold `optax.MaskedNode` for frozen parameters.
+    b1, b2, eps: of Adam; eps is added after the bias correction.
+    weight_decay: a float per parameter, `optax.MaskedNode` for frozen ones.
+    units: a shape per parameter, the leading axes over slices that are updated separately; `optax.MaskedNode` as above.
     convention: one of `CONVENTIONS`.
 
   Returns:
-    A transformation whose update takes `touched`, see `touched.touched`.
+    A transformation whose update takes `used`, see `used_params.used_mask`.
   """
   def init(params):
     is_shape = lambda x: isinstance(x, tuple) and not _is_frozen(x)
@@ -50,23 +50,23 @@ def adamw(
     zeros = jax.tree.map(jnp.zeros_like, params)
     return AdamState(counts, zeros, jax.tree.map(jnp.copy, zeros))
 
-  def update(grads, state, params, *, touched):
-    def one(g, count, mu, nu, p, decay, here):
+  def update(grads, state, params, *, used):
+    def update_param(g, count, mu, nu, p, decay, is_used):
       if _is_frozen(g):
         return g, g, g, g
-      moves = here if convention == 'settonone' else here | (count > 0)
-      count = count + moves
+      updates = is_used if convention == 'settonone' else is_used | (count > 0)
+      count = count + updates
 
-      def wide(x):  # [units] → the parameter's rank
+      def expand(x):  # [units] → the parameter's rank
         return x.reshape(x.shape + (1,) * (g.ndim - x.ndim))
 
-      t = wide(jnp.maximum(count, 1)).astype(g.dtype)
-      new_mu = jnp.where(wide(moves), b1 * mu + (1 - b1) * g, mu)
-      new_nu = jnp.where(wide(moves), b2 * nu + (1 - b2) * g * g, nu)
+      t = expand(jnp.maximum(count, 1)).astype(g.dtype)
+      new_mu = jnp.where(expand(updates), b1 * mu + (1 - b1) * g, mu)
+      new_nu = jnp.where(expand(updates), b2 * nu + (1 - b2) * g * g, nu)
       direction = new_mu / (1 - b1**t) / (jnp.sqrt(new_nu / (1 - b2**t)) + eps) + decay * p
-      return jnp.where(wide(moves), direction, 0), count, new_mu, new_nu
+      return jnp.where(expand(updates), direction, 0), count, new_mu, new_nu
 
-    out = jax.tree.map(one, grads, state.count, state.mu, state.nu, params, weight_decay, touched, is_leaf=_is_frozen)
+    out = jax.tree.map(update_param, grads, state.count, state.mu, state.nu, params, weight_decay, used, is_leaf=_is_frozen)
     updates, *new = (
         jax.tree.map(lambda _, o, i=i: o[i], grads, out, is_leaf=_is_frozen) for i in range(4))
     return updates, AdamState(*new)

@@ -28,7 +28,7 @@ def cross_entropy(
     labels: int32 [B, M].
     weights: f32 [B, M]; 0 = not counted.
     smoothing: ε of (1 - ε) · nll + ε · mean over V of -log p.
-    correction: f32 [V], see `SampledWords`: the targets are a sample. The sum of the probabilities and the mean of smoothing
+    correction: f32 [V], see `SampledVocabulary`: the targets are a sample. The sum of the probabilities and the mean of smoothing
       are then estimates of those over all.
 
   Returns:
@@ -87,7 +87,7 @@ def contrastive(
 
 
 @flax.struct.dataclass
-class SampledWords:
+class SampledVocabulary:
   """A part of the vocabulary that stands for all of it in one step.
 
   Attributes:
@@ -103,7 +103,7 @@ class SampledWords:
   dropped: jax.Array
 
 
-def sample_words(key: jax.Array, is_positive: jax.Array, size: int) -> SampledWords:
+def sample_vocabulary(key: jax.Array, is_positive: jax.Array, size: int) -> SampledVocabulary:
   """All positives of a step and a uniform sample, without replacement, of the other words.
 
   Args:
@@ -119,4 +119,4 @@ def sample_words(key: jax.Array, is_positive: jax.Array, size: int) -> SampledWo
   rest = jnp.maximum(V - positives, 1)
   drawn = jnp.clip(size - positives, 1, rest)
   correction = jnp.where(is_positive[ids], 0.0, jnp.log(rest / drawn))
-  return SampledWords(ids, index, correction, jnp.maximum(positives - size, 0).astype(jnp.float32))
+  return SampledVocabulary(ids, index, correction, jnp.maximum(positives - size, 0).astype(jnp.float32))

@@ -1,60 +1,61 @@
-"""What routers did in one encoding, as losses and metrics: read from what the encoder collected."""
+"""Auxiliary losses and metrics of the routers in one encoding, from what the encoder collected."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from uni_moe_jax.model.encoder import Collected
 from uni_moe_jax.moe import routers
 
-Factors = tuple[tuple[str, float], ...]  # (auxiliary loss, factor)
+LossWeights = tuple[tuple[str, float], ...]  # (auxiliary loss, weight)
 
 
-def _decisions(collected) -> list[Any]:
-  """Of every router: `Decision`s or `Usage`s, those of scanned layers stacked."""
-  return [d for sub in ('blocks', 'tail') for out in collected[sub] for d in out['router_stats'].values()]
+def _decisions(collected: Collected) -> list[Any]:
+  """Statistics of every router; those of scanned layers are stacked."""
+  return [d for subtree in ('blocks', 'tail') for out in collected[subtree] for d in out['router_stats'].values()]
 
 
 def _mean(values: list[jax.Array]) -> jax.Array:
-  """Mean over all entries: every layer, router (and row) counts once. 0 of none: nothing was encoded."""
+  """Mean over all entries, so that every layer, router (and condition) counts once. 0 if there are none."""
   flat = jnp.concatenate([v.reshape(-1) for v in values])
   return flat.sum() / max(flat.size, 1)
 
 
-def auxiliary(factors: Factors, collected) -> jax.Array:
-  """Σ factor · auxiliary loss, each the mean over layers and routers; 0 without factors."""
-  return sum((factor * _mean([d.losses[name] for d in _decisions(collected)]) for name, factor in factors), jnp.zeros(()))
+def auxiliary_loss(weights: LossWeights, collected: Collected) -> jax.Array:
+  """Σ weight · auxiliary loss, each the mean over layers and routers; 0 without weights."""
+  return sum((w * _mean([d.losses[name] for d in _decisions(collected)]) for name, w in weights), jnp.zeros(()))
 
 
 def _effective_experts(shares: jax.Array) -> jax.Array:
-  """[..., A, E] → [...]: effective number of experts of all rows together, each counted once."""
+  """[..., A, E] → [...]: effective number of experts of all conditions together, each counted once."""
   return routers.effective_experts(shares.sum(-2) / max(shares.shape[-2], 1))
 
 
-def _row_overlap(shares: jax.Array) -> jax.Array:
-  """[..., A, E] → [...]: mean overlap of two different rows; 1 where there are not two."""
+def _condition_overlap(shares: jax.Array) -> jax.Array:
+  """[..., A, E] → [...]: mean overlap of two different conditions; 1 if there is only one."""
   A, overlap = shares.shape[-2], routers.overlap(shares)
   if A < 2:
     return jnp.ones(shares.shape[:-2])
   return (overlap.sum((-2, -1)) - jnp.trace(overlap, axis1=-2, axis2=-1)) / (A * (A - 1))
 
 
-def metrics(collected) -> dict[str, jax.Array]:
-  """What routers did, as scalars; {} if dense.
+def metrics(collected: Collected) -> dict[str, jax.Array]:
+  """Scalars about the routers, means over layers and routers; {} for a dense model.
 
-  'router/entropy' (nats, of single decisions); 'router/effective_experts', 1 where all rows take the same expert, E where all
-  experts are used alike; 'router/condition_overlap', 1 where all rows take the same, 0 where no two share an expert (both as in
-  `analysis.expert_usage`, over the rows of this step); of routers that look at tokens also 'router/drop_rate' and 'router/<auxiliary loss>'.
-  All are means over layers and routers. Those of several encodings may be averaged: with accumulation, rows of target sets and of
-  micro-steps are not compared.
+  'router/entropy': of single decisions, in nats. 'router/effective_experts': 1 where all conditions use the same expert, E
+  where all experts are used equally. 'router/condition_overlap': 1 where all conditions use the same experts, 0 where no two
+  share one (both as in `analysis.expert_usage`, over the conditions of this step). Token and context routers add
+  'router/drop_rate' and 'router/<auxiliary loss>'. Metrics of several encodings may be averaged; with accumulation,
+  conditions of target sets are not compared with those of micro-steps.
   """
-  found = _decisions(collected)
-  if not found:
+  decisions = _decisions(collected)
+  if not decisions:
     return {}
-  out = {'router/entropy': _mean([d.entropy for d in found]),
-         'router/effective_experts': _mean([_effective_experts(d.shares) for d in found]),
-         'router/condition_overlap': _mean([_row_overlap(d.shares) for d in found])}
-  if hasattr(found[0], 'losses'):
-    out['router/drop_rate'] = _mean([d.drop_rate for d in found])
-    out |= {f'router/{name}': _mean([d.losses[name] for d in found]) for name in found[0].losses}
+  out = {'router/entropy': _mean([d.entropy for d in decisions]),
+         'router/effective_experts': _mean([_effective_experts(d.shares) for d in decisions]),
+         'router/condition_overlap': _mean([_condition_overlap(d.shares) for d in decisions])}
+  if hasattr(decisions[0], 'losses'):
+    out['router/drop_rate'] = _mean([d.drop_rate for d in decisions])
+    out |= {f'router/{name}': _mean([d.losses[name] for d in decisions]) for name in decisions[0].losses}
   return out

@@ -14,8 +14,8 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.tools.bench.synthetic import SyntheticData
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train.forward import StepSpec, forward
 from uni_moe_jax.train.run import Run
-from uni_moe_jax.train.step import StepSpec, forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,5 +110,5 @@ class Repeated:
 
 @functools.partial(jax.jit, static_argnums=0)
 def features(spec: StepSpec, params, batch, sets):
-  """({group: (features, paired features)}, {set: [V, D]}) at evaluation."""
-  return forward(spec, params, batch, sets, {}, None)[:2]
+  """Features as `forward` returns them, at evaluation."""
+  return forward(spec, params, batch, sets, {}, None)[0]

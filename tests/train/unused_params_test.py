@@ -55,8 +55,8 @@ def _step():
   def showing_its_gradients(*args):
     with mock.patch.object(step, 'gradients', gradients):
       state, metrics = step.train_step(*args, jax.random.key(0), spec=spec)
-    grads, *_, chosen = seen.pop()
-    return state, metrics, grads, chosen
+    output = seen.pop()
+    return state, metrics, output.grads, output.used_experts
 
   state, metrics, grads, chosen = small_model.jit(showing_its_gradients)(run.state_from(_params()), _batch(), run.target_sets())
   return state, metrics, _by_path(grads), chosen
@@ -66,7 +66,7 @@ def _step():
 def _touched():
   """{path: bool or bools}: texts are all that is encoded, the target sets included."""
   chosen = _step()[3]
-  return _by_path(used_params.touched(_run().spec.model.spec, _params(), chosen, ('text',), ('text_mlm',)))
+  return _by_path(used_params.used_mask(_run().spec.model.spec, _params(), chosen, ('text',), ('text_mlm',)))
 
 
 def _by_path(tree):
@@ -87,7 +87,7 @@ def test_exactly_what_was_touched_and_trains_moves():
 
 def test_the_step_leaves_experts_embedders_and_scales_alone():
   untouched = {path for path, here in _touched().items() if not here.all()}
-  experts = {path for path in untouched if used_params.expert_part(_run().spec.model.spec, path)}
+  experts = {path for path in untouched if used_params.expert_sublayer(_run().spec.model.spec, path)}
   assert untouched - experts == {'embed/patch', 'embed/patch_bias', 'embed/temporal', 'log_scale_image_classification'}
   for part in ('blocks/block0/qkv', 'blocks/block0/ffn_out', 'tail/block0/attention_out', 'tail/block0/ffn_out'):
     here = _touched()[f'encoder/{part}/kernel']
@@ -141,10 +141,10 @@ def test_the_norm_of_the_gradient_is_that_of_what_trains():
 def test_a_frozen_gradient_is_no_part_of_the_norm(frozen, norm):
   # Gradients 3 and 4, and 12 or nothing.
   spec = dataclasses.replace(
-      _run().spec, tx=optax.identity(), rate=lambda t: t, unused_params='update', frozen=frozenset(frozen))
+      _run().spec, tx=optax.identity(), learning_rate=lambda t: t, unused_params='update', frozen=frozenset(frozen))
   grads = {'a': jnp.array([3., 4.]), 'b': {'c': jnp.array(12.)}}
   state = step.init_state(spec, jax.tree.map(jnp.ones_like, grads))
-  with mock.patch.object(step, 'gradients', return_value=(grads, jnp.array(1.), {}, {}, None)):
+  with mock.patch.object(step, 'gradients', return_value=step.StepOutput(jnp.array(1.), {}, {}, {}, grads)):
     after, metrics = step.train_step(state, {}, {}, jax.random.key(0), spec=spec)
   assert float(metrics['grad_norm']) == norm
   assert after.params['b']['c'] == (1 if 'b/c' in frozen else 13)  # the optimizer, which changes nothing, is given zero
