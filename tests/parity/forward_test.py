@@ -122,7 +122,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
       for projection, part in _PART.items():
         at = f'enc{n}.gate.L{layer}.{projection}.'
         if at + 'logits' in arrays:
-          decision = after(layer, 'decisions')[part]
+          decision = after(layer, 'router_stats')[part]
           index = [rows.index(routers.router_input(case.spec.model.spec.router, c)) for c in stream.layout.conditions]
           assert_close(decision.logits[index], arrays[at + 'logits'], BOUND, at)
           np.testing.assert_array_equal(decision.expert[index], arrays[at + 'top2'])
