@@ -23,7 +23,7 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that launch/train.py wrote; with --config, one to write to.', required=True)
 _BEST = flags.DEFINE_bool('best', False, 'Ask the checkpoint with the lowest loss config.train.best_metric, not the newest.')
 _FORCE = flags.DEFINE_bool('force', False, 'Evaluate again what is evaluated already.')
-_DISTRIBUTED = flags.DEFINE_string('distributed', distributed.OFF, distributed.HELP)
+_CLUSTER = distributed.define_flags()
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the prepared data lies, if not where training found it.')
 
 
@@ -32,14 +32,14 @@ def main() -> int:
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = _WORKDIR.value
   # Mistakes are told before the libraries below are loaded, and before other processes are waited for.
-  distributed.parse(_DISTRIBUTED.value)
+  cluster = _CLUSTER()
   if _CONFIG.present:
     config = cli.config_of(_CONFIG)
     workdir_lib.claim_workdir(workdir, config)
   else:
     config = workdir_lib.load_config(workdir)
   plan = make_plan(config)
-  writes = distributed.start(_DISTRIBUTED.value)
+  writes = distributed.initialize(cluster)
   from uni_moe_jax.eval import metrics, suite
   from uni_moe_jax.train import checkpoint
   if _DATA_DIR.value:

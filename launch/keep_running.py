@@ -1,11 +1,11 @@
-"""Starts a command again until it has finished, unattended:
+"""Restarts a command until it has finished:
 
   python launch/keep_running.py -- python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
 
-After exit code 75 (stopped by a signal; saved) and after crashes it starts the command again: after --wait seconds, and after
-crashes in a row later each time. It gives up after --limit starts in a row that brought no newer checkpoint, and does not repeat a
-mistake in the command (exit code 2), unless the command worked before: then something that it needs may only be late. A signal to
-this script goes to the command, whose end it waits for; where this script is killed, the command is asked to stop (on Linux).
+After exit code 75 (saved and stopped by a signal) and after crashes it starts the command again: after --backoff seconds, doubled
+with every crash in a row. It gives up after --max_restarts starts in a row without a newer checkpoint. Exit code 2, a mistake in the
+command, is final, unless the command worked before: then a disk may not be mounted yet. A signal to this script is passed on to the
+command, and the script waits for its end; if the script is killed, the command receives SIGTERM (on Linux).
 """
 
 import sys
@@ -14,8 +14,9 @@ from absl import app, flags
 
 from uni_moe_jax.train import restarts
 
-_LIMIT = flags.DEFINE_integer('limit', 5, 'Starts in a row without a newer checkpoint, before it gives up.', lower_bound=1)
-_WAIT = flags.DEFINE_float('wait', 10., 'Seconds before a start; doubled with every crash in a row, up to ten minutes.', lower_bound=0.)
+_MAX_RESTARTS = flags.DEFINE_integer('max_restarts', 5, 'Starts in a row without a newer checkpoint before giving up.', lower_bound=1)
+_BACKOFF = flags.DEFINE_float(
+    'backoff', 10., 'Seconds before a start, doubled with every crash in a row, up to ten minutes.', lower_bound=0.)
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
     print('error: no command; write: python launch/keep_running.py [FLAGS] -- COMMAND [ARGUMENTS].', file=sys.stderr)
     return restarts.USAGE
   try:
-    return restarts.keep_running(argv[1:], _LIMIT.value, _WAIT.value)
+    return restarts.keep_running(argv[1:], _MAX_RESTARTS.value, _BACKOFF.value)
   except OSError as e:
     print(f'error: {argv[1]!r} is no program ({e.strerror}).', file=sys.stderr)
     return restarts.USAGE

@@ -60,7 +60,8 @@ command_of() {
     # The last of two equal flags counts.
     own=(JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=${devices:-1}")
   fi
-  command=(env "${own[@]}" "$python" "launch/$script" "${@:2}" "--distributed=127.0.0.1:$port,$processes,$1")
+  command=(env "${own[@]}" "$python" "launch/$script" "${@:2}"
+    "--coordinator_address=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$1")
 }
 
 if [[ -n "$dry_run" ]]; then

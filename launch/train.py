@@ -1,9 +1,9 @@
 """Trains a config: python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-On several hosts the same command runs once in every process, with --distributed; local_processes.sh, tpu_pod.sh, slurm.sbatch
-and gke.sh, in this folder, start it so.
+On several hosts, start the same command once per process with --distributed=auto, as local_processes.sh, tpu_pod.sh,
+slurm.sbatch and gke.sh in this folder do.
 
-Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 usage.
+Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 wrong usage.
 """
 
 from absl import flags
@@ -16,25 +16,25 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and the report.', required=True)
 _COMPILE_ONLY = flags.DEFINE_bool(
     'compile_only', False, 'Compile the step into JAX_COMPILATION_CACHE_DIR and stop; on CPU the run is then faster.')
-_DISTRIBUTED = flags.DEFINE_string('distributed', distributed.OFF, distributed.HELP)
-_ACCEPT_VERSIONS = flags.DEFINE_bool(
-    'accept_versions', False, 'Go on with a run although packages have other versions than when it began.')
+_CLUSTER = distributed.define_flags()
+_ALLOW_VERSION_MISMATCH = flags.DEFINE_bool(
+    'allow_version_mismatch', False, 'Continue a run with other package versions than it was started with.')
 flags.mark_flag_as_required('config')
 
 
 def main() -> int:
-  with cli.ended_by_signals(PREEMPTED):  # until the loop takes care of them
+  with cli.ended_by_signals(PREEMPTED):  # until the loop handles them
     from uni_moe_jax.config.plan import make_plan
     from uni_moe_jax.data.pipeline import npz_records
     from uni_moe_jax.train import workdir
     from uni_moe_jax.train.hang_detection import START, HangDetector
-    # Mistakes are told before the slow libraries below are loaded.
+    # Mistakes are reported before the slow libraries below are imported.
     config = cli.config_of(_CONFIG)
     make_plan(config).check_trains()
-    distributed.start(_DISTRIBUTED.value)
-    with HangDetector(config.train.hang_timeout) as watchdog, watchdog.phase(START):  # a disk may hang at the first look
+    distributed.initialize(_CLUSTER())
+    with HangDetector(config.train.hang_timeout) as detector, detector.phase(START):  # a disk may hang at the first access
       workdir.claim_workdir(_WORKDIR.value, config)
-      workdir.check_versions(_WORKDIR.value, _ACCEPT_VERSIONS.value)
+      workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)
       npz_records.check_directory(config.data.dir)
     from uni_moe_jax.analysis.interference_hook import interference_hook
     from uni_moe_jax.train import loop

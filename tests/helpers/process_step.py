@@ -1,5 +1,5 @@
 """One of several processes that compute a step together, and compare it with one device of their own: what stands in for
-launch/train.py where local_processes.sh starts it with the arguments FOLDER CASE… --distributed=HOST:PORT,PROCESSES,PROCESS."""
+launch/train.py where local_processes.sh starts it with the arguments FOLDER CASE… and those of `distributed.Cluster`."""
 
 import json
 import pathlib
@@ -13,9 +13,9 @@ SHARDS = {'data': dict(data=8), 'halves': dict(data=2, model=4), 'model': dict(m
 
 def main(folder: str, *arguments: str) -> None:
   """Writes what process i found to FOLDER/i.json."""
-  *names, place = arguments
+  *names, address, count, index = (argument.rpartition('=')[2] for argument in arguments)
   from uni_moe_jax.parallel import distributed
-  distributed.start(place.removeprefix('--distributed='))
+  distributed.initialize(distributed.Cluster(address, int(count), int(index)))
   import jax
 
   from tests.helpers import meshes

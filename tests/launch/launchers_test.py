@@ -74,11 +74,12 @@ def test_local_processes_differ_in_their_number_alone():
   flags = '--xla_force_host_platform_device_count'
   assert lines == [  # as they are, they can be typed where JAX_PLATFORMS is not set
       ['env', 'JAX_PLATFORMS=cpu', f'XLA_FLAGS=--a=1 {flags}=4', '/bin/sh', 'launch/train.py', *_TRAIN,
-       f'--distributed=127.0.0.1:7733,3,{i}'] for i in range(3)]
+       '--coordinator_address=127.0.0.1:7733', '--num_processes=3', f'--process_id={i}'] for i in range(3)]
   lines = _dry('local_processes.sh', '--dry_run', '--', *_TRAIN, JAX_PLATFORMS='cpu')
   assert [line[2] for line in lines] == [f'XLA_FLAGS={flags}=1'] * 2
   [first, _] = _dry('local_processes.sh', '--evaluate', '--port', '7733', '--dry_run', '--', '--workdir=w')
-  assert first[-3:] == ['launch/evaluate.py', '--workdir=w', '--distributed=127.0.0.1:7733,2,0']
+  assert first[-5:] == ['launch/evaluate.py', '--workdir=w', '--coordinator_address=127.0.0.1:7733', '--num_processes=2',
+                        '--process_id=0']
 
 
 def test_local_processes_have_an_accelerator_each_where_there_are_some():
@@ -333,7 +334,7 @@ def test_local_processes_get_one_port_and_their_own_numbers(tmp_path):
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 0
   said = [(tmp_path / f'ran{i}').read_text().split() for i in range(2)]
-  places = [words[-1].removeprefix('--distributed=').split(',') for words in said]
+  places = [[word.partition('=')[2] for word in words[-3:]] for words in said]
   assert [words[0] for words in said] == ['--config=c.py'] * 2
   assert places[0][0] == places[1][0] and places[0][0].startswith('127.0.0.1:')
   assert [p[1:] for p in places] == [['2', '0'], ['2', '1']]

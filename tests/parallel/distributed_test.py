@@ -1,4 +1,4 @@
-"""Processes of one run: what --distributed means, who finds whom, and who speaks."""
+"""Processes of one run: what the flags mean, how processes join, and which one prints."""
 
 import os
 import pathlib
@@ -9,67 +9,68 @@ import sys
 import pytest
 
 from uni_moe_jax.parallel import distributed
-from uni_moe_jax.parallel.distributed import Place
+from uni_moe_jax.parallel.distributed import Cluster
+from uni_moe_jax.utils.errors import UsageError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _JOIN = '''
 import sys
 from uni_moe_jax.parallel import distributed
-spoke = distributed.start(sys.argv[1])
+from uni_moe_jax.parallel.distributed import Cluster
+returned = distributed.initialize(eval(sys.argv[1]))
 import jax
-said = f'{spoke} {distributed.is_primary()} {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices'
-print('out', said)
-print('err', said, file=sys.stderr)
+line = f'{returned} {distributed.is_primary()} {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices'
+print('out', line)
+print('err', line, file=sys.stderr)
 '''
 
 
-@pytest.mark.parametrize('value, meaning', [
-    ('off', 'off'), ('auto', 'auto'),
-    ('127.0.0.1:7733,2,0', Place('127.0.0.1:7733', 2, 0)),
-    ('pod-0.pod.default:8476,16,15', Place('pod-0.pod.default:8476', 16, 15)),
-    ('[::1]:99,1,0', Place('[::1]:99', 1, 0)),
+@pytest.mark.parametrize('flags, cluster', [
+    (('off', None, None, None), None), (('auto', None, None, None), Cluster()),
+    (('off', '127.0.0.1:7733', 2, 0), Cluster('127.0.0.1:7733', 2, 0)),
+    (('off', 'pod-0.pod.default:8476', 16, 15), Cluster('pod-0.pod.default:8476', 16, 15)),
+    (('off', '[::1]:99', 1, 0), Cluster('[::1]:99', 1, 0)),
 ])
-def test_a_value_is_off_auto_or_a_place(value, meaning):
-  assert distributed.parse(value) == meaning
+def test_flags_describe_one_process_a_detected_cluster_or_a_given_one(flags, cluster):
+  assert distributed.parse(*flags) == cluster
 
 
-@pytest.mark.parametrize('value, said', [
-    ('on', "--distributed='on' must be 'off', 'auto', or HOST:PORT,PROCESSES,PROCESS, for example 127.0.0.1:7733,2,0"),
-    ('host,2,0', 'must be'), ('host:1,2', 'must be'), ('host:1,2,-1', 'must be'),
-    ('host:1,2,2', 'there is no process 2 of 2; they are counted from 0'),
+@pytest.mark.parametrize('flags, message', [
+    (('off', 'host', 2, 0), "--coordinator_address='host' must be HOST:PORT, for example 127.0.0.1:7733"),
+    (('off', 'host:1', 2, None), '--coordinator_address, --num_processes also need --process_id'),
+    (('off', None, 2, None), '--num_processes also needs --coordinator_address, --process_id'),
+    (('off', 'host:1', 2, -1), '--process_id=-1 must be in [0, 2), for --num_processes=2'),
+    (('off', 'host:1', 2, 2), '--process_id=2 must be in [0, 2), for --num_processes=2'),
+    (('auto', 'host:1', 2, 0), 'leave out --coordinator_address, --num_processes, --process_id'),
 ])
-def test_another_value_is_told_what_it_may_be(value, said):
-  with pytest.raises(ValueError) as raised:
-    distributed.start(value)
-  assert said in str(raised.value)
+def test_flags_that_do_not_fit_are_named(flags, message):
+  with pytest.raises(UsageError) as raised:
+    distributed.parse(*flags)
+  assert message in str(raised.value)
 
 
-def _environment() -> dict[str, str]:
-  flags = '--xla_force_host_platform_device_count=2'
-  clusters = ('SLURM', 'OMPI', 'TPU_', 'KUBERNETES', 'JAX_COORD')
-  kept = {k: v for k, v in os.environ.items() if not k.startswith(clusters)}
-  return {**kept, 'PYTHONPATH': str(_ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
-
-
-def _join(value: str) -> subprocess.Popen:
-  return subprocess.Popen([sys.executable, '-c', _JOIN, value], env=_environment(), stdout=subprocess.PIPE,
+def _join(cluster: Cluster) -> subprocess.Popen:
+  others = ('SLURM', 'OMPI', 'TPU_', 'KUBERNETES', 'JAX_COORD')
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(others)}
+  environment |= {'PYTHONPATH': str(_ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  return subprocess.Popen([sys.executable, '-c', _JOIN, repr(cluster)], env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
 
 
-def test_two_processes_see_the_devices_of_both_and_the_first_one_speaks():
+def test_two_processes_see_the_devices_of_both_and_the_first_one_prints():
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  processes = [_join(f'127.0.0.1:{port},2,{i}') for i in range(2)]
-  said = [p.communicate(timeout=120) for p in processes]
-  assert [p.returncode for p in processes] == [0, 0], said
-  assert said[0][0] == 'out True True 0 of 2, 4 devices\n'
-  assert said[1][0] == ''
-  assert 'err False False 1 of 2, 4 devices\n' in said[1][1]
+  processes = [_join(Cluster(f'127.0.0.1:{port}', 2, i)) for i in range(2)]
+  outputs = [p.communicate(timeout=120) for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], outputs
+  assert outputs[0][0] == 'out True True 0 of 2, 4 devices\n'
+  assert outputs[1][0] == ''
+  assert 'err False False 1 of 2, 4 devices\n' in outputs[1][1]
 
 
-def test_auto_does_not_go_on_alone_where_nothing_says_who_takes_part():
-  process = _join('auto')
+def test_auto_without_a_cluster_is_an_error():
+  process = _join(Cluster())
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 1
-  assert "ValueError: --distributed='auto': nothing says here who takes part" in errors
+  assert 'UsageError: --distributed=auto: no cluster is detected' in errors

@@ -41,7 +41,7 @@ def _write_all(workdir):
       'task_overlap': [[[[1]]] * 2] * 2, 'mean_task_overlap': [[1]]}))
   (workdir / 'run.json').write_text(json.dumps({
       'config': {'model': {'width': 128}, 'tasks': {}},
-      'parameters': {'total': 3214592, 'active': 1450240}, 'rows': ['image 10011000'],
+      'parameters': {'total': 3214592, 'active': 1450240}, 'conditions': ['image 10011000'],
       'seed': 0, 'commit': '1f2e3d4', 'command': 'python launch/train.py --config="a&b"'}))
 
 

@@ -142,7 +142,7 @@ def test_another_model_is_refused_with_the_arrays_that_differ(tmp_path):
     other = _state()
     other = other.replace(params=other.params | {'kernel': jnp.zeros((8, 4)), 'extra': jnp.zeros(2)})
     said = (r'params/extra: absent → float32\[2\]; params/kernel: float32\[8, 3\] → float32\[8, 4\]\).*'
-            r'Go on with the version that wrote it')
+            r'Continue with the version that wrote it')
     with pytest.raises(ValueError, match=said):
       checkpoints.restore(_like(other))
 

@@ -1,7 +1,6 @@
-"""Damaged checkpoints are passed over, loudly, or refused: never read as if they were whole."""
+"""Damaged checkpoints are skipped with a warning or refused, never read as if they were intact."""
 
 import errno
-import json
 import pathlib
 import shutil
 import time
@@ -25,7 +24,7 @@ _LIKE = jax.eval_shape(_state, 0)
 
 @pytest.fixture(name='two', scope='module')
 def _two(tmp_path_factory):
-  """Steps 1 and 2 are saved there."""
+  """A work directory with checkpoints of steps 1 and 2."""
   folder = tmp_path_factory.mktemp('two')
   with Checkpoints(folder, max_to_keep=3) as checkpoints:
     for step in (1, 2):
@@ -53,63 +52,63 @@ def _names(workdir, step) -> list[str]:
   return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
 
 
-def test_an_undamaged_one_is_the_newest_and_nothing_is_said(workdir, capfd):
+def test_an_intact_newest_checkpoint_is_restored_silently(workdir, capfd):
   with Checkpoints(workdir, max_to_keep=3) as checkpoints:
     assert checkpoints.latest() == 2
     np.testing.assert_array_equal(checkpoints.restore(_LIKE)['params']['kernel'], _state(2)['params']['kernel'])
   assert capfd.readouterr().err == ''
 
 
-@pytest.mark.parametrize('harm', [_truncate, _flip, pathlib.Path.unlink])
-def test_whatever_file_is_damaged_the_one_before_is_read(two, tmp_path, capfd, harm):
+@pytest.mark.parametrize('damage', [_truncate, _flip, pathlib.Path.unlink])
+def test_with_any_damaged_file_the_previous_checkpoint_is_used(two, tmp_path, capfd, damage):
   names = _names(two, 2)
   assert len(names) > 10 and manifest.FILE in names
   for i, name in enumerate(names):
     workdir = shutil.copytree(two, tmp_path / str(i))
-    harm(workdir / 'checkpoints/2' / name)
+    damage(workdir / 'checkpoints/2' / name)
     with Checkpoints(workdir, max_to_keep=None) as checkpoints:
       assert checkpoints.latest() == 1, name
-    said = capfd.readouterr().err
-    assert 'warning: the checkpoint of step 2 in' in said and name in said, (name, said)
-    assert 'falling back to the one before, of step 1' in said
+    warning = capfd.readouterr().err
+    assert 'warning: the checkpoint of step 2 in' in warning and name in warning, (name, warning)
+    assert 'falling back to the previous one, of step 1' in warning
 
 
-def test_a_folder_that_is_missing_is_damage(workdir, capfd):
+def test_a_missing_folder_is_damage(workdir, capfd):
   shutil.rmtree(workdir / 'checkpoints/2/default')
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     assert checkpoints.restore(_LIKE)['step'] == 1
   assert 'is missing; falling back' in capfd.readouterr().err
 
 
-def test_without_the_sums_a_flipped_bit_would_be_trained_on(workdir, monkeypatch):
-  # The positive control: of 40 places in the largest file, one at least is read as another number without a word.
+def test_without_checksums_a_flipped_bit_would_be_trained_on(workdir, monkeypatch):
+  # The positive control: at least one of 40 flipped bits in the largest file is read silently as another number.
   monkeypatch.setattr(manifest, 'damage', lambda _: '')
   largest = max((workdir / 'checkpoints/2').rglob('d/*'), key=lambda p: p.stat().st_size)
-  whole, wrong = largest.read_bytes(), False
-  for place in range(0, len(whole), len(whole) // 40 + 1):
-    largest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+  intact, is_wrong = largest.read_bytes(), False
+  for i in range(0, len(intact), len(intact) // 40 + 1):
+    largest.write_bytes(intact[:i] + bytes([intact[i] ^ 1]) + intact[i + 1:])
     try:
       with Checkpoints(workdir, max_to_keep=None) as checkpoints:
         got = checkpoints.restore(_LIKE)
-    except Exception:  # TensorStore noticed; Orbax raises whatever
+    except Exception:  # TensorStore noticed; Orbax may raise anything
       continue
-    wrong = got['step'] == 2 and not np.array_equal(got['params']['kernel'], _state(2)['params']['kernel'])
-    if wrong:
+    is_wrong = got['step'] == 2 and not np.array_equal(got['params']['kernel'], _state(2)['params']['kernel'])
+    if is_wrong:
       break
-  assert wrong
+  assert is_wrong
 
 
-def test_when_all_are_damaged_it_is_refused(workdir, capfd):
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(workdir, capfd):
   for step in (1, 2):
     _truncate(workdir / 'checkpoints' / str(step) / 'default/manifest.ocdbt')
   for keep in (3, None):
     with pytest.raises(RunError, match='every checkpoint in .* is damaged .* delete .* to train from the start'):
       Checkpoints(workdir, keep)
-  assert 'there is none before it' in capfd.readouterr().err
-  assert _names(workdir, 2)  # evidence stays where it is
+  assert 'there is no earlier one' in capfd.readouterr().err
+  assert _names(workdir, 2)  # they stay for inspection
 
 
-def test_a_damaged_one_goes_out_of_the_way_of_who_saves_that_step_again(workdir, capfd):
+def test_a_damaged_checkpoint_is_moved_away_when_its_step_is_saved_again(workdir, capfd):
   _flip(workdir / 'checkpoints/2/default/_METADATA')
   with Checkpoints(workdir, max_to_keep=3) as checkpoints:
     assert checkpoints.steps() == [1]
@@ -120,10 +119,10 @@ def test_a_damaged_one_goes_out_of_the_way_of_who_saves_that_step_again(workdir,
   assert (workdir / 'damaged/2/manifest.json').exists()
 
 
-def test_who_only_reads_moves_nothing_and_can_ask_for_any_whole_step(workdir):
+def test_a_reader_moves_nothing_and_can_restore_any_intact_step(workdir):
   _truncate(workdir / 'checkpoints/1/default/_METADATA')
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    assert checkpoints.steps() == [1, 2]  # older ones are verified when they are asked for
+    assert checkpoints.steps() == [1, 2]  # older ones are verified when they are restored
     for read in (lambda: checkpoints.restore(_LIKE, 1), lambda: checkpoints.restore_params(1)):
       with pytest.raises(RunError, match='the checkpoint of step 1 in .* is damaged: default/_METADATA has'):
         read()
@@ -131,27 +130,17 @@ def test_who_only_reads_moves_nothing_and_can_ask_for_any_whole_step(workdir):
   assert not (workdir / 'damaged').exists()
 
 
-def test_one_of_an_earlier_version_has_no_sums_and_is_read_with_a_note(workdir, capfd):
-  folder = workdir / 'checkpoints/2'
-  (folder / manifest.FILE).unlink()
-  metadata = json.loads((folder / '_CHECKPOINT_METADATA').read_text())
-  (folder / '_CHECKPOINT_METADATA').write_text(json.dumps(metadata | {'custom_metadata': {}}))
-  with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    assert checkpoints.restore(_LIKE)['step'] == 2
-  assert 'note: the checkpoint of step 2' in capfd.readouterr().err
-
-
 def _no_space(*_):
   raise OSError(errno.ENOSPC, 'No space left on device')
 
 
-def test_a_full_disk_is_told_with_the_step_that_is_safe(workdir, monkeypatch):
+def test_a_full_disk_is_reported_with_the_step_that_is_safe(workdir, monkeypatch):
   monkeypatch.setattr(manifest, 'write', _no_space)
   with Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))
     end = time.monotonic() + 20
     with pytest.raises(RunError, match=r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'):
-      while time.monotonic() < end:  # a look between two steps finds it, without waiting
+      while time.monotonic() < end:  # as the loop does between two steps, without waiting
         checkpoints.check()
         time.sleep(.01)
   monkeypatch.undo()
@@ -162,17 +151,17 @@ def test_a_full_disk_is_told_with_the_step_that_is_safe(workdir, monkeypatch):
     assert checkpoints.steps() == [2, 3]
 
 
-def test_a_disk_that_refuses_is_not_called_full(workdir, monkeypatch):
+def test_a_write_error_is_not_reported_as_a_full_disk(workdir, monkeypatch):
   def refuse(*_):
     raise PermissionError(errno.EACCES, 'Permission denied', str(workdir))
 
   monkeypatch.setattr(manifest, 'write', refuse)
-  with pytest.raises(RunError, match='Permission denied.*that of step 2 is safe. Look whether its disk can be reached'):
+  with pytest.raises(RunError, match='Permission denied.*that of step 2 is safe. Check whether the disk can be reached'):
     with Checkpoints(workdir, max_to_keep=1) as checkpoints:
       checkpoints.save(3, _state(3))
 
 
-def test_the_last_save_is_not_lost_in_silence(workdir, monkeypatch):
+def test_a_failed_last_save_is_reported(workdir, monkeypatch):
   monkeypatch.setattr(manifest, 'write', _no_space)
   with pytest.raises(RunError, match='step 3 could not be written'), Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))

@@ -1,4 +1,4 @@
-"""A run that is stopped and started again ends as if nothing had happened."""
+"""A run that is stopped and started again ends like one that is not."""
 
 import contextlib
 import json
@@ -30,16 +30,15 @@ def _config():
 
 
 class _StopAfter(loop.Stop):
-  """Asks to stop before step `checks`, as a signal during the step before it would."""
-  checks = 3
+  """Requests to stop before step 3, as a signal during the step before it would."""
 
   def __init__(self):
-    self.asked = 0
+    self.reads = 0
 
   @property
   def requested(self) -> bool:
-    self.asked += 1
-    return self.asked > self.checks
+    self.reads += 1
+    return self.reads > 3
 
 
 def _state(workdir):
@@ -53,7 +52,7 @@ def _lines(workdir) -> list[dict]:
   return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in lines]
 
 
-def test_compiling_ahead_trains_nothing_and_leaves_no_trace(tmp_path, capsys):
+def test_compiling_ahead_trains_nothing_and_creates_no_work_directory(tmp_path, capsys):
   assert loop.compile_steps(_config(), str(tmp_path / 'run'), jax.devices()[:1]) == loop.FINISHED
   assert 'compiled after' in capsys.readouterr().out
   assert not (tmp_path / 'run').exists()
@@ -93,7 +92,7 @@ def test_three_steps_restart_and_three_steps_are_six_steps_bit_for_bit(whole, re
   assert sum(jax.tree.leaves(moved)) > 20
 
 
-def test_metrics_of_the_restarted_run_are_those_of_the_whole_one(whole, restarted):
+def test_a_restarted_run_has_the_same_metrics(whole, restarted):
   assert [line['step'] for line in _lines(whole)] == [1, 2, 3, 4, 5, 6]
   assert _lines(restarted) == _lines(whole)
 
@@ -104,17 +103,17 @@ class _Killed(Exception):
 
 @pytest.fixture(scope='module')
 def killed(tmp_path_factory):
-  """Dies without a word in its sixth step, with a checkpoint of the fourth; then started again."""
+  """Killed in its sixth step, with a checkpoint of the fourth; then started again."""
   workdir = tmp_path_factory.mktemp('killed')
 
-  def die(log, step):
+  def kill(log, step):
     if step == 6:
       raise _Killed
     return write(log, step)
 
   write = loop.MetricsLog.write
   with pytest.MonkeyPatch.context() as patch, pytest.raises(_Killed):
-    patch.setattr(loop.MetricsLog, 'write', die)
+    patch.setattr(loop.MetricsLog, 'write', kill)
     loop.train(_config(), str(workdir), jax.devices()[:1])
   assert _state(workdir)[0] == 4
   assert [line['step'] for line in _lines(workdir)] == [1, 2, 3, 4, 5]
@@ -129,17 +128,17 @@ def test_a_run_that_was_killed_ends_with_the_same_state_and_lines(whole, killed)
 
 
 @pytest.fixture
-def deaf():
-  """A signal that the loop does not catch ends no test."""
+def ignore_signals():
+  """A signal that the loop does not catch must not end the test."""
   old = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
   yield
   for s, handler in old.items():
     signal.signal(s, handler)
 
 
-@pytest.mark.usefixtures('deaf')
+@pytest.mark.usefixtures('ignore_signals')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_and_a_second_one_ends_at_once(number, monkeypatch, capsys):
+def test_a_signal_requests_a_stop_and_a_second_one_ends_the_process(number, monkeypatch, capsys):
   ended = []
   monkeypatch.setattr(os, '_exit', ended.append)
   before = signal.getsignal(number)
@@ -153,14 +152,14 @@ def test_a_signal_asks_and_a_second_one_ends_at_once(number, monkeypatch, capsys
   assert signal.getsignal(number) is before
 
 
-@pytest.mark.usefixtures('deaf')
-def test_a_signal_in_the_middle_stops_after_the_step_with_75(tmp_path, capsys):
+@pytest.mark.usefixtures('ignore_signals')
+def test_a_signal_during_a_step_stops_after_it_with_exit_code_75(tmp_path, capsys):
   def write(log, step):
     if step == 2:
       signal.raise_signal(signal.SIGTERM)
-    return plain(log, step)
+    return real(log, step)
 
-  plain = loop.MetricsLog.write
+  real = loop.MetricsLog.write
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.MetricsLog, 'write', write)
     assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == 75
@@ -169,59 +168,59 @@ def test_a_signal_in_the_middle_stops_after_the_step_with_75(tmp_path, capsys):
 
 
 def test_a_work_directory_in_which_another_process_trains_is_refused(tmp_path):
-  with contextlib.ExitStack() as until:
-    assert workdir_lib.lock(tmp_path, until)
+  with contextlib.ExitStack() as stack:
+    assert workdir_lib.lock(tmp_path, stack)
     with pytest.raises(ValueError, match='another process trains in .*: wait until it has ended, or give another --workdir'):
       loop.train(_config(), str(tmp_path), jax.devices()[:1])
   assert not (tmp_path / 'checkpoints').exists()
 
 
-def test_a_finished_run_says_so_and_does_nothing(whole, capsys):
+def test_a_finished_run_is_left_unchanged(whole, capsys):
   before = (whole / 'metrics.jsonl').read_text()
   assert loop.train(_config(), str(whole), jax.devices()[:1]) == loop.FINISHED
   assert 'is finished: 6 of 6 steps' in capsys.readouterr().out
   assert (whole / 'metrics.jsonl').read_text() == before
 
 
-def test_the_log_states_parameters_and_condition_rows(whole, capsys):
+def test_the_log_states_parameters_and_conditions(whole, capsys):
   loop.train(_config(), str(whole), jax.devices()[:1])
   out = capsys.readouterr().out
   counts = train_run.build(_config(), jax.devices()[:1]).parameter_counts()
   assert counts['active'] < counts['total']
-  assert f'{counts["total"]:,} total, {counts["active"]:,} used per token' in out
-  # package: text; shape: pictures; then label words and class names.
-  assert 'router: attribute; 4 condition rows: 01010100, 10011000, 11010110, 10010110' in out
+  assert f'{counts["total"]:,} total, {counts["active"]:,} active per token' in out
+  # package: text; shape: images; then label words and class names.
+  assert 'router: attribute; 4 conditions: 01010100, 10011000, 11010110, 10010110' in out
 
 
-@pytest.mark.parametrize('bad, code', [((1, 2, 3), loop.ERROR), ((1, 2, 4, 5), loop.FINISHED)])
-def test_losses_that_stay_not_finite_stop_the_run_with_their_names(tmp_path, capsys, monkeypatch, bad, code):
-  put, calls = train_run.Run.put, []
+@pytest.mark.parametrize('nonfinite, code', [((1, 2, 3), loop.ERROR), ((1, 2, 4, 5), loop.FINISHED)])
+def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys, monkeypatch, nonfinite, code):
+  put, calls = train_run.Run.put_batch, []
 
-  def spoil(run, batch):
+  def corrupt(run, batch):
     calls.append(len(calls))
-    if calls[-1] in bad:
+    if calls[-1] in nonfinite:
       batch['image_classification']['weight'] = batch['image_classification']['weight'] * np.nan
     return put(run, batch)
 
-  monkeypatch.setattr(train_run.Run, 'put', spoil)
+  monkeypatch.setattr(train_run.Run, 'put_batch', corrupt)
   monkeypatch.setattr(train_run.Mixture, 'corrupt_examples', lambda _: len(calls) // 2)
   c = _config()
   c.train.max_nonfinite_steps = 3
   assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code
-  said = capsys.readouterr().err
+  errors = capsys.readouterr().err
   if code == loop.ERROR:
-    assert '3 steps in a row up to step 4 were not finite (loss/shape, loss/total)' in said
-    assert 'parameters are those of step 1' in said
-    assert 'Lower config.optim.learning_rate' in said
+    assert '3 steps in a row up to step 4 were not finite (loss/shape, loss/total)' in errors
+    assert 'parameters are those of step 1' in errors
+    assert 'Lower config.optim.learning_rate' in errors
   else:
-    assert not said
+    assert not errors
     assert [line['skipped_steps'] for line in _lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
     assert ['loss/shape' in line for line in _lines(tmp_path)] == [True, False, False, True, False, False]
     assert [line.get('corrupt_examples') for line in _lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
 
 
 @pytest.mark.slow
-def test_a_real_signal_exits_75_and_the_same_command_ends_like_the_undisturbed_run(tmp_path):
+def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_run(tmp_path):
   config = tmp_path / 'signalled.py'
   config.write_text(
       f'import sys\nsys.path.insert(0, {str(_ROOT)!r})\nfrom tests.helpers import tiny\n\n\ndef get_config():\n'
@@ -237,8 +236,8 @@ def test_a_real_signal_exits_75_and_the_same_command_ends_like_the_undisturbed_r
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 20):
       time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0].decode()
-  assert process.returncode == 75, said
-  assert 'the same command continues' in said
+    output = process.communicate()[0].decode()
+  assert process.returncode == 75, output
+  assert 'the same command continues' in output
   subprocess.run(command('stopped'), env=environment, check=True, capture_output=True)
   assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')

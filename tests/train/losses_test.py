@@ -15,7 +15,7 @@ MOST = np.log([.8, .1, .1]).astype(np.float32)
 
 # One compilation instead of dozens of operations.
 cross_entropy = jax.jit(losses.cross_entropy, static_argnames='smoothing')
-contrastive = jax.jit(losses.contrastive, static_argnames=('smoothing', 'both'))
+contrastive = jax.jit(losses.contrastive, static_argnames=('smoothing', 'reduction'))
 sample_vocabulary = jax.jit(losses.sample_vocabulary, static_argnames='size')
 
 
@@ -81,9 +81,9 @@ FORWARD = [math.log(6 / 4), math.log(5 / 3), math.log(8 / 6)]
 BACKWARD = [math.log(5 / 4), math.log(7 / 3), math.log(7 / 6)]
 
 
-@pytest.mark.parametrize('both, factor', [('mean', .5), ('sum', 1.)])
-def test_contrastive_goes_both_ways_and_masks_the_duplicate_text(both, factor):
-  tally = _contrastive(both=both)
+@pytest.mark.parametrize('reduction, factor', [('mean', .5), ('sum', 1.)])
+def test_contrastive_goes_both_ways_and_masks_the_duplicate_text(reduction, factor):
+  tally = _contrastive(reduction=reduction)
   np.testing.assert_allclose(tally.loss, factor * (sum(FORWARD) + sum(BACKWARD)), rtol=1e-5)
   assert float(tally.hits) == 3  # the larger similarities of 0 and 2 are to their own text
   assert float(tally.weight) == 3

@@ -14,7 +14,7 @@ from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import optimizer
-from uni_moe_jax.train.optimizer import Rule
+from uni_moe_jax.train.optimizer import ParamGroup
 
 
 def _config(rules=(('.*', 1., 0.),), **changes):
@@ -31,7 +31,7 @@ PARAMS = {'block': {'kernel': jnp.array([2., -2.]), 'bias': jnp.array([1.])}, 'w
 def test_the_first_pattern_that_matches_wins():
   rules = (('bias$', 1., 0.), ('block/', .5, .1), ('block/kernel', 9., 9.), ('.*', 2., .2))
   assert optimizer.match_param_groups(PARAMS, rules) == {
-      'block': {'kernel': Rule(.5, .1), 'bias': Rule(1., 0.)}, 'word': Rule(2., .2)}
+      'block': {'kernel': ParamGroup(.5, .1), 'bias': ParamGroup(1., 0.)}, 'word': ParamGroup(2., .2)}
 
 
 def test_a_parameter_without_a_rule_is_named_with_the_fix():
@@ -48,7 +48,7 @@ def test_a_pattern_that_freezes_nothing_is_an_error(rules):
 
 def test_a_pattern_that_only_scales_may_match_nothing():
   # The default rules serve dense models, too, which have no routers.
-  assert optimizer.match_param_groups(PARAMS, (('_router/', 1., 0.), ('.*', 2., 0.)))['word'] == Rule(2., 0.)
+  assert optimizer.match_param_groups(PARAMS, (('_router/', 1., 0.), ('.*', 2., 0.)))['word'] == ParamGroup(2., 0.)
 
 
 @pytest.mark.parametrize('router', ['attribute', 'task', 'dense'])
@@ -162,14 +162,14 @@ def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
       *(f'{at}/prompts/{table}' for at in ('embed', *layers) for table in tables),
       *(f'{norm}/{leaf}' for norm in ('embed/norm', 'similarity/norm', *(f'{at}/norm{i}' for at in layers for i in (1, 2)))
         for leaf in ('scale', 'bias'))}
-  assert set(found.values()) == {Rule(1., 0.)}
+  assert set(found.values()) == {ParamGroup(1., 0.)}
 
 
 def test_the_factor_of_gates_multiplies_the_rule_of_routers_and_no_other():
   params = {'ffn_router': {'gate': jnp.array([2.])}, 'router_of_old': jnp.array([2.]), 'kernel': jnp.array([2.])}
   c = _config((('kernel', 1., 0.), ('.*', .5, .2)), router_lr_multiplier=.1)
   rules = optimizer.make_optimizer(c, params)[2]
-  assert rules == {'ffn_router': {'gate': Rule(.05, .2)}, 'router_of_old': Rule(.5, .2), 'kernel': Rule(1., 0.)}
+  assert rules == {'ffn_router': {'gate': ParamGroup(.05, .2)}, 'router_of_old': ParamGroup(.5, .2), 'kernel': ParamGroup(1., 0.)}
   # First directions 3 / (3 + 1); the decay .2 · 2 has the same factor as in every group.
   params, _ = _update(c, jax.tree.map(lambda p: jnp.full_like(p, 3.), params), params=params)
   np.testing.assert_allclose(params['ffn_router']['gate'], [2 - .1 * .05 * (.75 + .4)], rtol=1e-6)

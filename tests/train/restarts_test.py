@@ -1,4 +1,4 @@
-"""keep_running: what is started again, when, how often, and what becomes of signals. The command is a stand-in."""
+"""keep_running: what is restarted, when, how often, and how signals are handled. The command is a stand-in."""
 
 import os
 import pathlib
@@ -11,8 +11,8 @@ import time
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Does what the next word of the file `script` says: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for SIGTERM,
-# then 75).
+# Executes the next word of the file `script`: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for SIGTERM,
+# then exit code 75).
 _STAND_IN = '''
 import os, pathlib, signal, sys, time
 words = pathlib.Path('script').read_text().split()
@@ -67,42 +67,42 @@ def _wait_for(path):
     ('0', 0, 1),
     ('75 0', 0, 2),
     ('1 kill 0', 0, 3),
-    ('2 0', 2, 1),  # a mistake in the command does not go away
-    ('1 2 0', 0, 3), ('save:7,75 2 2 0', 0, 4),  # but the command was right: a disk may not be mounted yet
+    ('2 0', 2, 1),  # a mistake in the command is final
+    ('1 2 0', 0, 3), ('save:7,75 2 2 0', 0, 4),  # but this command worked: a disk may not be mounted yet
     ('75 2 2 0', 2, 3),
     ('1 1 1 0', 1, 3),  # the limit
     ('kill kill kill 0', 137, 3),
     ('75 75 75 0', 75, 3),  # preempted three times before it could save anything
-    ('1 1 save:7,1 1 1 save:9,75 1 0', 0, 8),  # whoever gets further may go on for ever
+    ('1 1 save:7,1 1 1 save:9,75 1 0', 0, 8),  # with progress, restarts are unlimited
 ])
-def test_what_is_started_again(tmp_path, script, code, starts):
-  got, said, times = _run(tmp_path, script, '--limit=3', '--wait=0')
-  assert (got, len(times)) == (code, starts), said
+def test_which_commands_are_restarted(tmp_path, script, code, starts):
+  exit_code, output, times = _run(tmp_path, script, '--max_restarts=3', '--backoff=0')
+  assert (exit_code, len(times)) == (code, starts), output
 
 
-def test_it_says_how_the_command_ended_and_how_far_it_had_come(tmp_path):
-  _, said, _ = _run(tmp_path, 'save:7,kill save:9,75 1 1', '--limit=2', '--wait=0')
-  lines = re.sub(r'after \d+ s', 'after 0 s', said).splitlines()
-  assert 'killed by SIGKILL after 0 s, step 7 saved; starting it again in 0 s (0 of 2 starts in vain).' in lines[0]
+def test_each_restart_reports_how_the_command_ended_and_its_progress(tmp_path):
+  _, output, _ = _run(tmp_path, 'save:7,kill save:9,75 1 1', '--max_restarts=2', '--backoff=0')
+  lines = re.sub(r'after \d+ s,', 'after 0 s,', output).splitlines()
+  assert 'killed by SIGKILL after 0 s, step 7 saved; restarting in 0 s (0 of 2 starts without progress).' in lines[0]
   assert 'stopped by a signal after 0 s, step 9 saved' in lines[1]
-  assert 'exit code 1 after 0 s, no checkpoint after that of step 9; starting' in lines[2] and '(1 of 2 starts in vain)' in lines[2]
-  assert '2 starts in a row brought no newer checkpoint: given up' in lines[3]
+  assert 'exit code 1 after 0 s, no checkpoint after that of step 9; restarting' in lines[2] and '(1 of 2 starts without progress)' in lines[2]
+  assert 'giving up after 2 starts in a row without a newer checkpoint' in lines[3]
 
 
-def test_a_start_that_falls_back_to_an_older_checkpoint_brought_nothing(tmp_path):
-  _, said, _ = _run(tmp_path, 'save:7,save:9,1 drop:9,75 save:8,1 1 1', '--limit=3', '--wait=0')
-  assert re.findall(r'(\d) of 3 starts', said) == ['0', '1', '0', '1', '2']
-  assert 'stopped by a signal after 0 s, no checkpoint after that of step 7' in said
+def test_a_start_that_falls_back_to_an_older_checkpoint_makes_no_progress(tmp_path):
+  _, output, _ = _run(tmp_path, 'save:7,save:9,1 drop:9,75 save:8,1 1 1', '--max_restarts=3', '--backoff=0')
+  assert re.findall(r'(\d) of 3 starts', output) == ['0', '1', '0', '1', '2']
+  assert 'stopped by a signal after 0 s, no checkpoint after that of step 7' in output
 
 
-def test_a_command_without_a_workdir_is_said_to_have_none(tmp_path):
-  code, said, starts = _run(tmp_path, '75 75 75', '--limit=2', '--wait=0', command=[sys.executable, 'stand_in.py'])
+def test_without_a_workdir_progress_is_unknown(tmp_path):
+  code, output, starts = _run(tmp_path, '75 75 75', '--max_restarts=2', '--backoff=0', command=[sys.executable, 'stand_in.py'])
   assert (code, len(starts)) == (75, 2)
-  assert said.count('no --workdir in the command that would say how far it came') == 2
+  assert output.count('progress unknown: the command has no --workdir') == 2
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason="it is Linux's prctl")
-def test_a_command_whose_keeper_is_killed_is_asked_to_stop(tmp_path):
+def test_the_command_is_terminated_when_keep_running_is_killed(tmp_path):
   process = _start(tmp_path, 'wait 0')
   _wait_for(tmp_path / 'started')
   process.kill()
@@ -113,13 +113,13 @@ def test_a_command_whose_keeper_is_killed_is_asked_to_stop(tmp_path):
 
 
 def test_pauses_double_with_crashes_in_a_row(tmp_path):
-  _, said, times = _run(tmp_path, '1 1 1 save:3,1 1 0', '--limit=4', '--wait=.2')
-  assert [line.split(' in ')[1].split(' s')[0] for line in said.splitlines()] == ['0.2', '0.4', '0.8', '0.2', '0.2']
+  _, output, times = _run(tmp_path, '1 1 1 save:3,1 1 0', '--max_restarts=4', '--backoff=.2')
+  assert [line.split(' in ')[1].split(' s')[0] for line in output.splitlines()] == ['0.2', '0.4', '0.8', '0.2', '0.2']
   assert times[3] - times[2] >= 0.8
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_reaches_the_command_once_and_nothing_is_started_again(tmp_path, number):
+def test_a_signal_reaches_the_command_once_and_prevents_a_restart(tmp_path, number):
   process = _start(tmp_path, 'wait 0')
   _wait_for(tmp_path / 'started')
   os.killpg(process.pid, number)  # as a terminal does
@@ -129,16 +129,16 @@ def test_a_signal_reaches_the_command_once_and_nothing_is_started_again(tmp_path
   assert len((tmp_path / 'log').read_text().splitlines()) == 1
 
 
-def test_a_signal_in_a_pause_ends_it(tmp_path):
-  process = _start(tmp_path, '1 0', '--wait=60')
-  assert 'starting it again in 60 s' in process.stdout.readline()
+def test_a_signal_ends_a_pause(tmp_path):
+  process = _start(tmp_path, '1 0', '--backoff=60')
+  assert 'restarting in 60 s' in process.stdout.readline()
   process.terminate()
   process.communicate(timeout=10)
   assert process.returncode == 75
 
 
-@pytest.mark.parametrize('flags, command, said', [
-    (['--limit=0'], None, 'limit'), ([], ['/no/program'], "'/no/program' is no program"), ([], [''], 'is no program')])
-def test_mistakes_are_one_sentence(tmp_path, flags, command, said):
-  code, got, starts = _run(tmp_path, '0', *flags, command=command)
-  assert code == 2 and said in got and got.startswith('error: ') and not starts
+@pytest.mark.parametrize('flags, command, message', [
+    (['--max_restarts=0'], None, 'max_restarts'), ([], ['/no/program'], "'/no/program' is no program"), ([], [''], 'is no program')])
+def test_mistakes_are_one_sentence(tmp_path, flags, command, message):
+  code, errors, starts = _run(tmp_path, '0', *flags, command=command)
+  assert code == 2 and message in errors and errors.startswith('error: ') and not starts

@@ -214,7 +214,7 @@ def metadata_case(rng: random.Random, folder: pathlib.Path) -> Case:
   shutil.rmtree(step, ignore_errors=True)
   (step / 'default').mkdir(parents=True)
   (step / 'default/array').write_bytes(rng.randbytes(200))
-  (step / '_CHECKPOINT_METADATA').write_text(json.dumps({'init_timestamp_nsecs': 1, 'custom_metadata': manifest.MARK}))
+  (step / '_CHECKPOINT_METADATA').write_text(json.dumps({'init_timestamp_nsecs': 1}))
   manifest.write(step, step, {'loss/total': 1.5})
   (step / 'commit_success.txt').write_text(f'Checkpoint commit was successful to {step}')
   name = rng.choice(('manifest.json', '_CHECKPOINT_METADATA', 'commit_success.txt', 'default/array'))

@@ -92,7 +92,7 @@ class Course:
                  str(_ROOT / 'launch/train.py'), f'--config={_ROOT / "uni_moe_jax/faults/moved_run.py"}:{self.setting}',
                  f'--workdir={workdir}', f'--config.data.dir={self.folder / "data"}', f'--config.train.steps={self.steps}']
       if place.processes > 1:
-        command.append(f'--distributed={address},{place.processes},{i}')
+        command += [f'--coordinator_address={address}', f'--num_processes={place.processes}', f'--process_id={i}']
       with _log(workdir, i).open('ab') as log:
         processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment))
     codes = _wait(processes)

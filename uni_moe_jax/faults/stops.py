@@ -131,7 +131,8 @@ def _two(trainer: kills.Trainer, workdir: pathlib.Path) -> list[subprocess.Popen
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
-  return [dataclasses.replace(trainer, flags=(f'--distributed={address},2,{i}',)).start(workdir, log)
+  flags = f'--coordinator_address={address}', '--num_processes=2'
+  return [dataclasses.replace(trainer, flags=(*flags, f'--process_id={i}')).start(workdir, log)
           for i, log in enumerate(_logs(workdir))]
 
 

@@ -1,80 +1,88 @@
-"""Many processes as one run: how they find each other, and which of them speaks.
+"""Several processes as one run: how they find each other, and which one is primary.
 
-The same command is started once per process. Process 0 prints and writes logs; all of them feed their share of every batch
-and write their share of checkpoints. JAX must be told before it looks for devices, so that a command calls `start` before
-anything that touches them.
+The same command is started once per process. The primary process, number 0, prints and writes logs; each process reads its
+share of every batch and writes its share of every checkpoint. JAX must be initialized before anything looks for devices.
 """
 
 import dataclasses
 import os
 import re
 import sys
+from collections.abc import Callable
+
+from absl import flags
 
 from uni_moe_jax.utils.errors import UsageError
 
 OFF, AUTO = 'off', 'auto'
-HELP = (f"How this process finds the others of the run: '{OFF}' (there are none), '{AUTO}' (Slurm, Open MPI, GKE or a TPU VM "
-        'says), or HOST:PORT,PROCESSES,PROCESS, where HOST:PORT is a free port of process 0.')
-_PLACE = re.compile(r'(?P<address>[\w.\-\[\]:]+:\d+),(?P<count>\d+),(?P<index>\d+)')
+_ADDRESS = re.compile(r'[\w.\-\[\]:]+:\d+')
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """One process among those of a run: the coordinator's HOST:PORT, how many there are, which one this is."""
-  address: str
-  count: int
-  index: int
+class Cluster:
+  """The processes of a run, as seen by one of them; all None: JAX detects them."""
+  coordinator_address: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
 
 
-def parse(value: str) -> Place | str:
-  """What --distributed says: 'off', 'auto', or a place.
+def define_flags() -> Callable[[], Cluster | None]:
+  """Defines the flags of a command that several processes may run; returns a function that reads them, see `parse`."""
+  mode = flags.DEFINE_enum(
+      'distributed', OFF, [OFF, AUTO], 'off: one process. auto: Slurm, Open MPI, GKE or a TPU VM provides the three flags below.')
+  address = flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, with a free port there.')
+  count = flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.')
+  index = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
+  return lambda: parse(mode.value, address.value, count.value, index.value)
+
+
+def parse(mode: str, address: str | None, num_processes: int | None, process_id: int | None) -> Cluster | None:
+  """The cluster that the flags describe; None for a single process.
 
   Raises:
-    UsageError: it says none of these.
+    UsageError: flags that are missing, invalid, or do not fit together.
   """
-  if value in (OFF, AUTO):
-    return value
-  found = _PLACE.fullmatch(value)
-  if not found:
-    raise UsageError(f"--distributed={value!r} must be '{OFF}', '{AUTO}', or HOST:PORT,PROCESSES,PROCESS, for example "
-                     '127.0.0.1:7733,2,0 for the first of two.')
-  place = Place(found['address'], int(found['count']), int(found['index']))
-  if place.index >= place.count:
-    raise UsageError(f'--distributed={value!r}: there is no process {place.index} of {place.count}; they are counted from 0.')
-  return place
+  values = {'coordinator_address': address, 'num_processes': num_processes, 'process_id': process_id}
+  given = {name: value for name, value in values.items() if value is not None}
+  if not given:
+    return Cluster() if mode == AUTO else None
+  if mode == AUTO:
+    raise UsageError(f"--distributed={AUTO} detects the other processes; leave out --{', --'.join(given)}.")
+  if missing := [name for name in values if name not in given]:
+    raise UsageError(f"--{', --'.join(given)} also {'needs' if len(given) == 1 else 'need'} --{', --'.join(missing)}.")
+  if not _ADDRESS.fullmatch(address):
+    raise UsageError(f'--coordinator_address={address!r} must be HOST:PORT, for example 127.0.0.1:7733.')
+  if not 0 <= process_id < num_processes:
+    raise UsageError(f'--process_id={process_id} must be in [0, {num_processes}), for --num_processes={num_processes}.')
+  return Cluster(address, num_processes, process_id)
 
 
-def start(value: str) -> bool:
-  """Joins the other processes, waits for all of them, and silences this one unless it is the first.
-
-  Args:
-    value: as `parse` takes it. With 'auto' JAX finds out who takes part; that nobody says so is an error, because processes
-      that train apart would write into one work directory.
+def initialize(cluster: Cluster | None) -> bool:
+  """Waits for the other processes of the run, and silences the standard output of all but the primary one.
 
   Returns:
-    Whether this process speaks. The others' standard output goes nowhere; their errors are heard.
+    Whether this process is the primary one.
 
   Raises:
-    UsageError: see `parse`, or 'auto' finds no cluster.
+    UsageError: no cluster is detected. Going on alone would let several processes write into one work directory.
   """
-  place = parse(value)
-  if place == OFF:
+  if cluster is None:
     return True
   import jax  # pylint: disable=g-import-not-at-top
-  if place == AUTO:
+  if cluster == Cluster():
     try:
       jax.distributed.initialize()
     except ValueError as error:
-      raise UsageError(f"--distributed='{AUTO}': nothing says here who takes part ({error}); start it with srun, mpirun, "
-                       'on GKE or on a TPU VM, or give HOST:PORT,PROCESSES,PROCESS.') from error
+      raise UsageError(f'--distributed={AUTO}: no cluster is detected ({error}). Start the command with srun, mpirun, on GKE or '
+                       'on a TPU VM, or give --coordinator_address, --num_processes and --process_id.') from error
   else:
-    jax.distributed.initialize(place.address, place.count, place.index, cluster_detection_method='deactivate')
+    jax.distributed.initialize(**dataclasses.asdict(cluster), cluster_detection_method='deactivate')
   if not is_primary():
     sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # pylint: disable=consider-using-with
   return is_primary()
 
 
 def is_primary() -> bool:
-  """Whether this process is the first: the one that prints, and writes what there is only one of."""
+  """Whether this is process 0, which prints, and writes files of which there is only one."""
   import jax  # pylint: disable=g-import-not-at-top
   return jax.process_index() == 0

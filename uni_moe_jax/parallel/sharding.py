@@ -1,7 +1,7 @@
 """The device mesh, and the one table from logical axis names to mesh axes.
 
-Modules name the axes of their parameters by meaning ('embed', 'experts', …); here, and only here, meaning becomes
-placement. Batches lie on (replica, data, expert): every device sees its own examples, whatever else it holds.
+Modules name the axes of their parameters by meaning ('embed', 'experts', …); only this table maps them to the mesh.
+Batches are sharded over (replica, data, expert), so that no two groups of `model` devices have an example in common.
 """
 
 import math
@@ -16,7 +16,7 @@ from uni_moe_jax.utils.errors import UsageError
 AXES = ('replica', 'data', 'expert', 'model')
 BATCH_AXES = ('replica', 'data', 'expert')
 
-# Logical axis of a parameter → mesh axis (None: not split). `embed` is split over `data` under FSDP.
+# Logical axis of a parameter → mesh axis (None: not split). FSDP splits `embed` over `data`.
 RULES = {
     'layers': None, 'experts': 'expert', 'embed': None, 'feature': None, 'qkv': None, 'heads': 'model',
     'head_dim': None, 'mlp': 'model', 'vocab': None, 'position': None, 'type': None, 'patch': None, 'frame': None,
@@ -25,11 +25,11 @@ RULES = {
 
 
 def mesh_shape(requested: dict[str, int], devices: int) -> dict[str, int]:
-  """Fills the one axis that is -1, and checks that the mesh covers the devices.
+  """Infers the one axis that is -1, and checks that the mesh covers the devices.
 
   Args:
-    requested: size per axis of `AXES`; at most one is -1.
-    devices: how many there are.
+    requested: size of every axis of `AXES`; at most one is -1.
+    devices: number of devices.
 
   Raises:
     UsageError: the sizes do not multiply to the number of devices.
@@ -47,7 +47,7 @@ def mesh_shape(requested: dict[str, int], devices: int) -> dict[str, int]:
       raise UsageError(f'config.mesh: {known} (the fixed axes of {shape}) does not divide {devices} devices.')
     shape[free[0]] = devices // known
   elif known != devices:
-    raise UsageError(f'config.mesh={shape} asks for {known} devices, there are {devices}; set one axis to -1.')
+    raise UsageError(f'config.mesh={shape} needs {known} devices, there are {devices}; set one axis to -1.')
   return shape
 
 
@@ -55,44 +55,44 @@ def make_mesh(requested: dict[str, int], devices=None) -> Mesh:
   """Mesh over the axes of `AXES`; see `mesh_shape`."""
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(requested, len(devices))
-  # On TPU the neighbours of an axis are neighbours in the machine; elsewhere the order is that of `devices`.
+  # On TPU, neighbors on an axis are neighbors in the machine; elsewhere the order is that of `devices`.
   placed = mesh_utils.create_device_mesh([shape[a] for a in AXES], devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES)
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Into how many parts batches are laid out."""
+  """Number of shards of a batch."""
   return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def local_shards(mesh: Mesh) -> tuple[int, ...]:
-  """Which of these parts lie on devices of this process. Where `model` spans processes, one part is several processes'."""
-  found = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_shards(mesh),)).values()
-  return tuple(sorted({index.start or 0 for index, in found}))
+  """Batch shards on devices of this process. Where `model` spans processes, several processes have the same shard."""
+  indices = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_shards(mesh),)).values()
+  return tuple(sorted({index.start or 0 for index, in indices}))
 
 
 def rules(fsdp: bool) -> tuple[tuple[str, str | None], ...]:
-  """The table as flax wants it."""
+  """The table as flax takes it."""
   return tuple({**RULES, **({'embed': 'data'} if fsdp else {})}.items())
 
 
 def param_shardings(boxed, mesh: Mesh, fsdp: bool):
-  """Shardings of parameters from the logical names in their boxes (a tree from `jax.eval_shape(init)`)."""
+  """Shardings of parameters from the logical axis names in their boxes, a tree from `jax.eval_shape(init)`."""
   return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules(fsdp))
 
 
 def named_spec(names: tuple[str | None, ...]) -> PartitionSpec:
-  """Where an array with these logical axes (None: one of no parameter) lies while it is used: never split by FSDP."""
+  """Layout of an array with these logical axes (None: not of a parameter) while it is used, without FSDP's split."""
   return PartitionSpec(*(None if name is None else RULES[name] for name in names))
 
 
 def as_used(x: jax.Array, names: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
-  """Lays a parameter out for its use: what FSDP split comes together, what other axes split stays so."""
+  """Lays out a parameter for its use: gathers it over FSDP's axis and leaves it split over the others."""
   return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, named_spec(names)))
 
 
 def shard_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """Lays examples [B, …] over the batch axes. B need not divide: XLA fills up."""
+  """Shards examples [B, …] over the batch axes. B need not be divisible, since XLA pads."""
   if mesh is None:
     return x
   spec = PartitionSpec(BATCH_AXES, *([None] * (x.ndim - 1)))
@@ -109,5 +109,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
-  """Sharding of a batch leaf whose shards lie on `axis` (0, or 1 behind an accumulation axis)."""
+  """Sharding of a batch leaf whose shard axis is `axis`: 0, or 1 after an axis of micro-steps."""
   return NamedSharding(mesh, PartitionSpec(*([None] * axis), BATCH_AXES))

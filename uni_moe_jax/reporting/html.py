@@ -340,9 +340,9 @@ def _run(run: Mapping[str, Any]) -> str:
   for key, value in (run.get('parameters') or {}).items():
     facts.append((f'parameters, {key.replace("_", " ")}',
                   f'{value:,}' if isinstance(value, int) else str(value)))
-  facts += [('condition row', str(row)) for row in run.get('rows') or ()]
+  facts += [('condition', str(row)) for row in run.get('conditions') or ()]
   facts += [(key, str(value)) for key, value in run.items()
-            if key not in ('config', 'parameters', 'rows', 'seed', 'commit', 'command')]
+            if key not in ('config', 'parameters', 'conditions', 'seed', 'commit', 'command')]
   listed = ''.join(f'<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>'
                    for key, value in facts)
   command = (f'<h3>Command</h3><pre>{html.escape(str(run["command"]))}</pre>'

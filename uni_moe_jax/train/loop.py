@@ -1,6 +1,6 @@
 """The training loop: steps, logs, checkpoints, signals.
 
-Exit codes: 0 finished, 75 stopped by a signal and resumable, 1 stopped because losses were not finite, or a phase hung.
+Exit codes: 0 finished, 75 stopped by a signal and resumable, 1 losses were not finite or a phase hung.
 """
 
 import contextlib
@@ -20,12 +20,7 @@ import numpy as np
 
 from uni_moe_jax.parallel import distributed
 from uni_moe_jax.parallel.multihost import (
-  AnyProcess,
-  broadcast_from_primary,
-  check_same_data,
-  ends_with_the_others,
-  total,
-)
+    AnyProcess, broadcast_from_primary, check_same_data, exit_with_peers, sum_over_processes)
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
@@ -37,52 +32,52 @@ from uni_moe_jax.utils.files import write_json
 
 
 class Stop:
-  """Turns SIGINT and SIGTERM into a request to stop after the running step; a second one ends the process at once."""
+  """Turns SIGINT and SIGTERM into a request to stop after the current step; a second signal ends the process at once."""
 
   def __init__(self):
     self.requested = False
 
   def __enter__(self) -> 'Stop':
-    self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    self._old = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
     return self
 
   def __exit__(self, *_) -> None:
     for s, handler in self._old.items():
       signal.signal(s, handler)
 
-  def _ask(self, number, _) -> None:
+  def _request(self, number, _) -> None:
     if self.requested:
       os._exit(PREEMPTED)
     self.requested = True
-    print(f'\n{signal.Signals(number).name}: stopping after this step and saving (again: at once, without).',
+    print(f'\n{signal.Signals(number).name}: stopping after this step and saving (a second signal stops at once, without saving).',
           file=sys.stderr, flush=True)
 
 
 def describe(run: Run) -> str:
-  """What is about to be trained, for the log."""
+  """Summary of a run for the log."""
   counts, router = run.parameter_counts(), run.config.moe.router
-  names = run.spec.model.spec.router_input_names(conditions(run.plan))
+  names = run.spec.model.spec.row_names(conditions(run.plan))
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.target_sets.items())
-  return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} used per token\n'
-          f'router: {router}; {len(names)} condition rows: {", ".join(names)}\n'
+  return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} active per token\n'
+          f'router: {router}; {len(names)} conditions: {", ".join(names)}\n'
           f'tasks: {", ".join(f"{t.name} ({t.type.name}, {t.batch_size})" for t in run.plan.tasks)}\n'
           f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}')
 
 
 def commit() -> str:
-  """Commit of this package's working tree, or 'unknown'."""
+  """Git commit of this package's working tree, or 'unknown'."""
   try:
-    found = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5,
-                           cwd=pathlib.Path(__file__).parent).stdout.strip()
+    done = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5,
+                          cwd=pathlib.Path(__file__).parent)
   except (OSError, subprocess.TimeoutExpired):
-    found = ''
-  return found or 'unknown'
+    return 'unknown'
+  return done.stdout.strip() or 'unknown'
 
 
 def run_facts(run: Run) -> dict:
-  """run.json: what a reader of the results needs to know."""
+  """Content of run.json, for readers of the results."""
   return {'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
-          'rows': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit(),
+          'conditions': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit(),
           'command': ' '.join(['python', *sys.argv])}
 
 
@@ -91,134 +86,134 @@ StepHook = Callable[[int, Any, Any, Any], dict[str, jax.Array]]
 
 
 def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], StepHook | None]] = ()) -> int:
-  """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one, on all devices by default.
+  """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one.
 
   Args:
     config: of the run.
     workdir: its folder.
-    devices: to train on; None: all.
-    hooks: called with the run before the first step; each returns a `StepHook`, or None if the config turns it off.
+    devices: of the mesh; default: all.
+    hooks: called with the run before the first step; each returns a `StepHook`, or None if the config disables it.
 
   Returns:
-    An exit code. Raises what `setup.build`, `claim_workdir`, `check_versions`, `copy_tokenizer` and `Checkpoints` raise, and
-    UsageError where another process trains in `workdir`.
+    An exit code.
+
+  Raises:
+    UsageError: another process trains in `workdir`, or what `build`, `claim_workdir`, `check_versions`, `copy_tokenizer`
+      and `Checkpoints` raise.
   """
   started = time.perf_counter()
-  with Stop() as stop, HangDetector(config.train.hang_timeout) as watchdog, contextlib.ExitStack() as ending:
-    with watchdog.phase(START), ends_with_the_others():
+  with Stop() as stop, HangDetector(config.train.hang_timeout) as detector, contextlib.ExitStack() as stack:
+    with detector.phase(START), exit_with_peers():
       run = build(config, devices)
       run.plan.check_trains()
       check_same_data(run.data.inputs_fingerprint)
-      claim_workdir(workdir, config, run.data.fingerprint, distributed.is_primary(), run.data.inputs_fingerprint)
-      if not broadcast_from_primary(not distributed.is_primary() or lock(workdir, ending)):
+      is_primary = distributed.is_primary()
+      claim_workdir(workdir, config, run.data.fingerprint, is_primary, run.data.inputs_fingerprint)
+      if not broadcast_from_primary(not is_primary or lock(workdir, stack)):
         raise UsageError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)
-      copy_tokenizer(workdir, run.data.tokenizer_file, distributed.is_primary())
-      if distributed.is_primary():
+      copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
+      if is_primary:
         write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
       print(describe(run), flush=True)
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric)
-    ending.push(functools.partial(_close, checkpoints, watchdog))
-    with ends_with_the_others():
-      return _loop(run, workdir, checkpoints, stop, watchdog, started, hooks)
+    stack.push(functools.partial(_close, checkpoints, detector))
+    with exit_with_peers():
+      return _loop(run, workdir, checkpoints, stop, detector, started, hooks)
 
 
-def _close(checkpoints: Checkpoints, watchdog: HangDetector, *error) -> None:
-  """Saves under way can wait for the disk, and for other processes."""
-  with watchdog.phase(SAVE), ends_with_the_others():
+def _close(checkpoints: Checkpoints, detector: HangDetector, *error) -> None:
+  """Closes checkpoints; a pending save may wait for the disk and for other processes."""
+  with detector.phase(SAVE), exit_with_peers():
     checkpoints.__exit__(*error)
 
 
 def compile_steps(config, workdir: str, devices=None) -> int:
-  """Compiles the steps of a run, so that they lie in JAX's compilation cache, and trains nothing.
+  """Compiles the steps of a run into JAX's compilation cache, and trains nothing.
 
-  A process that has compiled keeps a heap in pieces. On CPU its steps take half as long again as those of a process that
-  finds them compiled: a run of many steps gains by being two processes.
+  On CPU, compiling fragments the heap of a process, and its steps take 1.5 times as long as those of a process that reads
+  them from the cache. A long run is faster as two processes.
   """
   started = time.perf_counter()
   if (saved_step(workdir) or 0) >= config.train.steps:
     print(f'{workdir} is finished: nothing to compile.')
     return FINISHED
   run = build(config, devices)
-  sets, batches = run.target_sets(), run.mixture().iterate(0, config.train.steps)
-  wanted = {t.name for t in run.plan.tasks} if config.train.mixture == 'one_task' else {None}
+  target_sets, batches = run.target_sets(), run.mixture().iterate(0, config.train.steps)
+  tasks = {t.name for t in run.plan.tasks} if config.train.mixture == 'one_task' else {None}
   for task, batch in batches:
-    if task in wanted:
-      run.step_fn(task).lower(run.abstract_state(), run.put_batch(batch), sets).compile()
-      wanted.remove(task)
-    if not wanted:
+    if task in tasks:
+      run.step_fn(task).lower(run.abstract_state(), run.put_batch(batch), target_sets).compile()
+      tasks.remove(task)
+    if not tasks:
       break
   print(f'compiled after {time.perf_counter() - started:.0f} s', flush=True)
   return FINISHED
 
 
-def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog: HangDetector, started: float, hooks) -> int:
-  c, last = run.config, run.config.train.steps
+def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector: HangDetector, started: float, hooks) -> int:
+  c, last = run.config.train, run.config.train.steps
   saved = checkpoints.latest()
   first = saved or 0
   if first >= last:
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
-  with watchdog.phase(START):
+  with detector.phase(START):
     log = MetricsLog(workdir, first, last, distributed.is_primary())
-    active = [hook for make in hooks if (hook := make(run))]
-    if saved is not None:  # step 0: somebody put parameters there, launch/convert.py for example
+    active_hooks = [hook for make in hooks if (hook := make(run))]
+    if saved is not None:  # may be step 0, which launch/convert.py writes
       state = checkpoints.restore(run.abstract_state())
       print(f'resumed from step {first}', flush=True)
     else:
       state = initial_state(run)
-    sets, steps = run.target_sets(), {}
-    mixture = run.mixture()
+    target_sets, steps, mixture = run.target_sets(), {}, run.mixture()
     batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
   stops = AnyProcess(run.mesh)
   with log:
-    done, pending = first, None  # metrics of the step that is running: read once the next one is queued
-    means = {}  # of the log at the step that is done, if there is one
+    done, pending = first, None  # metrics of the running step are read once the next step is queued
+    means = {}  # as logged at step `done`, if it is logged
     for step in range(first, last):
-      with watchdog.phase(STEP, step):
+      with detector.phase(STEP, step):
         if stops(stop.requested):
           break
-      with watchdog.phase(SAVE, step):
+      with detector.phase(SAVE, step):
         checkpoints.check()
-      with watchdog.phase(START if step == first else BATCH, step + 1):  # the first one opens the files
+      with detector.phase(START if step == first else BATCH, step + 1):  # the first batch opens files
         task, batch = next(batches)
-      compiling = task not in steps
-      if compiling:
+      compiles = task not in steps
+      if compiles:
         steps[task] = run.step_fn(task)
-      with watchdog.phase(START, step + 1):  # it compiles, too
-        placed = run.put_batch(batch)
-        # Before the step, which takes the buffers of the state.
-        measured = {k: v for hook in active for k, v in hook(step, state.params, placed, sets).items()}
-      # A step that is compiled may take long.
-      with watchdog.phase(START if compiling else STEP, step + 1):
-        state, metrics = steps[task](state, placed, sets)
-        if compiling:
+      with detector.phase(START, step + 1):  # hooks compile, too
+        batch = run.put_batch(batch)
+        # Hooks run before the step, which donates the buffers of the state.
+        extra = {k: v for hook in active_hooks for k, v in hook(step, state.params, batch, target_sets).items()}
+      with detector.phase(START if compiles else STEP, step + 1):
+        state, metrics = steps[task](state, batch, target_sets)
+        if compiles:
           jax.block_until_ready(metrics)
       if step == first:
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
       done = step + 1
-      with watchdog.phase(STEP, step):
-        if pending is not None and not _take(log, pending, c, step):
+      with detector.phase(STEP, step):
+        if pending is not None and not _log_step(log, pending, c.max_nonfinite_steps, step):
           return ERROR
-      pending = {**metrics, **measured}
-      if done % c.train.log_every == 0 or done == last:
-        with watchdog.phase(STEP, done):
-          if bad := total(mixture.corrupt_examples()):  # of files, in all processes, since they began
-            pending['corrupt_examples'] = bad
-          if not _take(log, pending, c, done):
+      pending, means = {**metrics, **extra}, {}
+      if done % c.log_every == 0 or done == last:
+        with detector.phase(STEP, done):
+          if corrupt := sum_over_processes(mixture.corrupt_examples()):  # since the processes started
+            pending['corrupt_examples'] = corrupt
+          if not _log_step(log, pending, c.max_nonfinite_steps, done):
             return ERROR
-        with watchdog.phase(SAVE, done):
+        with detector.phase(SAVE, done):
           pending, means = None, log.write(done)
-      else:
-        means = {}
-      if done % c.train.checkpoint_every == 0 and done != last:
-        with watchdog.phase(SAVE, done):
+      if done % c.checkpoint_every == 0 and done != last:
+        with detector.phase(SAVE, done):
           checkpoints.save(done, state, means)
-    with watchdog.phase(STEP, done):
+    with detector.phase(STEP, done):
       done = int(jax.device_get(state.step))
-    with watchdog.phase(SAVE, done):
+    with detector.phase(SAVE, done):
       checkpoints.save(done, state, means)
       checkpoints.finish()
   if done < last:
@@ -228,14 +223,15 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, watchdog
   return FINISHED
 
 
-def _take(log: MetricsLog, metrics, c, step: int) -> bool:
-  """Reads a step's metrics; False when too many steps in a row were not finite."""
+def _log_step(log: MetricsLog, metrics, max_nonfinite_steps: int, step: int) -> bool:
+  """Adds a step's metrics to the log; False after too many consecutive steps that were not finite."""
   values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-  if values['nonfinite_streak'] >= c.train.max_nonfinite_steps:
-    broken = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
-    print(f'error: {int(values["nonfinite_streak"])} steps in a row up to step {step} were not finite '
-          f'({", ".join(broken) or "the gradient norm"}); parameters are those of step {step - int(values["nonfinite_streak"])}. '
-          'Lower config.optim.learning_rate, or look at the data of those tasks.', file=sys.stderr, flush=True)
+  streak = int(values['nonfinite_streak'])
+  if streak >= max_nonfinite_steps:
+    names = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
+    print(f'error: {streak} steps in a row up to step {step} were not finite ({", ".join(names) or "the gradient norm"}); the '
+          f'parameters are those of step {step - streak}. Lower config.optim.learning_rate, or check the data of those tasks.',
+          file=sys.stderr, flush=True)
     return False
   log.add({k: v for k, v in values.items() if np.isfinite(v)})
   return True

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and lines or a progress bar for the person who waits."""
+"""Where metrics go: metrics.jsonl, TensorBoard, and lines or a progress bar on the terminal."""
 
 import json
 import os
@@ -11,11 +11,13 @@ import tqdm
 
 
 class MetricsLog:
-  """Averages scalars over the steps between two logs and writes them; used as a context manager."""
+  """Averages scalars over the steps between two logs and writes them; a context manager."""
 
   def __init__(self, workdir: str | os.PathLike[str], first: int, last: int, writes: bool = True):
-    """first, last: the run goes from step `first` to `last`; lines of later steps (of a run that was cut off) go.
-    writes: of several processes, one does; the others only average."""
+    """Opens the log of a run from step `first` to `last`, and removes lines of later steps, which a killed run left.
+
+    writes: whether this process writes; one of several does, and the others only average.
+    """
     self._last, self._sums, self._count, self._since = last, {}, 0, time.perf_counter()
     self._bar, self._writes = None, writes
     if not writes:
@@ -23,9 +25,9 @@ class MetricsLog:
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     if self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first]
-      rest = self._path.with_suffix('.tmp')  # whoever is killed here loses no line
-      rest.write_text(''.join(line + '\n' for line in lines))
-      rest.rename(self._path)
+      temporary = self._path.with_suffix('.tmp')  # a process that is killed here loses no line
+      temporary.write_text(''.join(line + '\n' for line in lines))
+      temporary.rename(self._path)
     self._file = self._path.open('a')
     self._board = tf.summary.create_file_writer(os.fspath(pathlib.Path(workdir) / 'tensorboard'))
     self._bar = tqdm.tqdm(total=last, initial=first, unit='step', dynamic_ncols=True) if sys.stderr.isatty() else None
@@ -41,7 +43,7 @@ class MetricsLog:
       self._bar.close()
 
   def add(self, metrics: dict[str, float]) -> None:
-    """One step's scalars."""
+    """Adds one step's scalars."""
     for k, v in metrics.items():
       total, n = self._sums.get(k, (0.0, 0))
       self._sums[k] = total + float(v), n + 1
@@ -50,7 +52,7 @@ class MetricsLog:
       self._bar.update(1)
 
   def write(self, step: int) -> dict[str, float]:
-    """Means since the last write, under the number of steps taken."""
+    """Writes and returns the means since the last write. step: number of steps taken."""
     now = time.perf_counter()
     means = {k: total / n for k, (total, n) in self._sums.items()}
     means['steps_per_second'] = self._count / max(now - self._since, 1e-9)
@@ -59,7 +61,7 @@ class MetricsLog:
     losses = ' '.join(f'{k.removeprefix("loss/")} {v:.3f}' for k, v in sorted(means.items()) if k.startswith('loss/'))
     rate = means['steps_per_second']
     if self._bar:
-      # Losses that are not finite are not among the means.
+      # The means lack losses that are not finite.
       self._bar.set_postfix_str(f'loss {means.get("loss/total", float("nan")):.3f}')
     else:
       left = (self._last - step) / rate
@@ -67,7 +69,7 @@ class MetricsLog:
     return means
 
   def record(self, step: int, scalars: dict[str, float]) -> None:
-    """Writes scalars as they are."""
+    """Writes scalars unchanged."""
     if not self._writes:
       return
     self._file.write(json.dumps({'step': step, **scalars}) + '\n')
@@ -79,7 +81,7 @@ class MetricsLog:
 
 
 def _step_of(line: str) -> int:
-  """Step of a line; a line that a crash cut in half counts as later than any step."""
+  """Step of a line; a line that a crash truncated counts as later than any step."""
   try:
     return int(json.loads(line)['step'])
   except (ValueError, KeyError, TypeError):

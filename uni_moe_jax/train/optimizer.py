@@ -1,6 +1,6 @@
-"""The optimizer from config: AdamW whose groups are path patterns, with freezing, warm-up and clipping.
+"""The optimizer of a config: AdamW with parameter groups by path pattern, freezing, warm-up and gradient clipping.
 
-A recipe (pretrain, fine-tune, prompt-tune) is a list of rules. Every parameter must match one, and the first match wins.
+A fine-tuning recipe is a list of (pattern, …) groups. Every parameter must match one, and the first match applies.
 """
 
 import dataclasses
@@ -21,61 +21,61 @@ from uni_moe_jax.utils.tree_paths import by_path, path_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-  """What happens to one parameter: factor of the learning rate and decoupled weight decay, or frozen."""
+class ParamGroup:
+  """How one parameter is optimized: factor of the learning rate and decoupled weight decay, or frozen."""
   lr_factor: float
   weight_decay: float
   frozen: bool = False
 
 
-def match_param_groups(params: Any, rules) -> Any:
-  """A tree of `Rule` for a parameter tree.
+def match_param_groups(params: Any, groups) -> Any:
+  """A tree of `ParamGroup` for a parameter tree; groups: `config.optim.param_groups`.
 
   Raises:
-    UsageError: a parameter that no pattern matches, or a pattern that should freeze and freezes nothing.
+    UsageError: a parameter that no pattern matches, or a freezing pattern that freezes nothing.
   """
   used = set()
 
-  def one(key_path, _):
+  def match(key_path, _):
     path = path_of(key_path)
-    for i, rule in enumerate(rules):
-      if re.search(rule[0], path):
+    for i, group in enumerate(groups):
+      if re.search(group[0], path):
         used.add(i)
-        return Rule(0.0, 0.0, True) if rule[1] == FREEZE else Rule(float(rule[1]), float(rule[2]))
+        return ParamGroup(0.0, 0.0, True) if group[1] == FREEZE else ParamGroup(float(group[1]), float(group[2]))
     raise UsageError(f"config.optim.param_groups: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
                      f"('.*', '{FREEZE}').")
 
-  tree = jax.tree_util.tree_map_with_path(one, params)
-  for i, rule in enumerate(rules):
-    if rule[1] == FREEZE and i not in used:
-      raise UsageError(f'config.optim.param_groups: {rule[0]!r} freezes nothing: no parameter matches it, or an earlier pattern '
-                       'does; correct it, move it up or leave it out.')
+  tree = jax.tree_util.tree_map_with_path(match, params)
+  for i, group in enumerate(groups):
+    if group[1] == FREEZE and i not in used:
+      raise UsageError(f'config.optim.param_groups: {group[0]!r} freezes nothing: no parameter matches it, or an earlier '
+                       'pattern does; correct it, move it up or remove it.')
   return tree
 
 
-def _with_gate_factor(rules: Any, factor: float) -> Any:
-  """The rules, with the learning rate of routers multiplied (the published WG_LR_FACTOR)."""
+def _scale_routers(groups: Any, multiplier: float) -> Any:
+  """Multiplies the learning rate of routers (the published WG_LR_FACTOR)."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, r: dataclasses.replace(r, lr_factor=r.lr_factor * factor) if '_router/' in path_of(path) else r, rules)
+      lambda path, g: dataclasses.replace(g, lr_factor=g.lr_factor * multiplier) if '_router/' in path_of(path) else g, groups)
 
 
-def frozen_paths(rules: Any) -> frozenset[str]:
-  """Paths of the parameters that a tree of rules freezes."""
-  return frozenset(path for path, rule in by_path(rules).items() if rule.frozen)
+def frozen_paths(groups: Any) -> frozenset[str]:
+  """Paths of the parameters that a tree of `ParamGroup` freezes."""
+  return frozenset(path for path, group in by_path(groups).items() if group.frozen)
 
 
 def schedule(c) -> optax.Schedule:
-  """Learning rate of update t = 0, 1, …: (t + 1) / warmup, then cosine to `final`, clamped at the end of the run.
+  """Learning rate of update t = 0, 1, …: (t + 1) / warmup_steps, then cosine to `final_lr_fraction`, constant past the end.
 
-  'published': t / warmup, so that the first update only fills the moments; then the larger of `final` and the cosine, which
-  is not clamped and rises again past the end.
+  'published': t / warmup_steps, so that the first update only fills the moments; then the larger of `final_lr_fraction` and
+  the cosine, which rises again past the end.
   """
-  peak, warmup, steps = c.optim.learning_rate, c.optim.warmup_steps, c.train.steps
+  peak, warmup, steps, final = c.optim.learning_rate, c.optim.warmup_steps, c.train.steps, c.optim.final_lr_fraction
 
   def published(count):
     t = jnp.asarray(count, jnp.float32)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * (t - warmup) / max(1, steps - warmup)))
-    return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(c.optim.final_lr_fraction, cosine))
+    return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(final, cosine))
 
   if c.optim.schedule == 'published':
     return published
@@ -84,26 +84,26 @@ def schedule(c) -> optax.Schedule:
     t = jnp.asarray(count, jnp.float32)
     rise = (t + 1) / max(1, warmup)
     progress = jnp.clip((t - warmup) / max(1, steps - warmup), 0.0, 1.0)
-    fall = c.optim.final_lr_fraction + (1 - c.optim.final_lr_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return peak * jnp.where(t < warmup, rise, 1.0 if c.optim.schedule == 'constant' else fall)
   return rate
 
 
-def _layer_factors(decay: float, rules: Any, params: Any, depth: Callable[[str], Any]) -> Any:
-  """decay^(layers above) of every parameter, with the shape to multiply it."""
-  def one(path, p, rule):
-    if rule.frozen:
+def _layer_factors(decay: float, groups: Any, params: Any, depth: Callable[[str], Any]) -> Any:
+  """decay^(layers above) of every parameter, in a shape that multiplies it."""
+  def factor_of(path, p, group):
+    if group.frozen:
       return optax.MaskedNode()
     factor = decay ** np.asarray(depth(path_of(path)), np.float32)
     return factor.reshape(factor.shape + (1,) * (len(p.shape) - factor.ndim))
-  return jax.tree_util.tree_map_with_path(one, params, rules)
+  return jax.tree_util.tree_map_with_path(factor_of, params, groups)
 
 
 def layers_above(stack: Stack, path: str) -> np.ndarray:
-  """Layers between a parameter and the model's output: 0 of the last block's and the head's, L of the embedders'.
+  """Number of layers between a parameter and the model's output: 0 in the last block and the head, L in the embedders.
 
   Returns:
-    int [] or, for parameters stacked over periods, [periods].
+    int [], or [periods] for parameters that are stacked over periods.
   """
   names = path.split('/')
   if names[0] == 'embed':
@@ -116,61 +116,63 @@ def layers_above(stack: Stack, path: str) -> np.ndarray:
   return stack.num_layers - 1 - (np.arange(stack.periods) * len(stack.period) + block)
 
 
-def _scale_by(tree) -> optax.GradientTransformation:
+def _scale_by(factors) -> optax.GradientTransformation:
   """Multiplies each update by its own factor."""
-  def scaled(u, f):
+  def scale(u, f):
     return u if isinstance(f, float) and f == 1.0 else u * f
-  return optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, tree))
+  return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, factors))
 
 
-def _clip(most: float) -> optax.GradientTransformation:
-  """Bounds the norm over all updates together, as `optax.clip_by_global_norm` does. That divides every one of them by the norm, which is
-  too dear to be fused into what Adam does with them: clipped gradients would be written and read again."""
+def _clip(max_norm: float) -> optax.GradientTransformation:
+  """Bounds the global norm, like `optax.clip_by_global_norm`.
+
+  Optax divides every gradient by the norm, which XLA does not fuse into Adam: clipped gradients would be written to memory
+  and read again.
+  """
   def update(updates, _):
-    factor = jnp.minimum(1, most / optax.tree.norm(updates))
+    factor = jnp.minimum(1, max_norm / optax.tree.norm(updates))
     return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
   return optax.stateless(update)
 
 
-def _decay(tree) -> optax.GradientTransformation:
-  """Adds each parameter's own weight decay (decoupled)."""
+def _decay(weight_decays) -> optax.GradientTransformation:
+  """Adds each parameter's own decoupled weight decay."""
   return optax.stateless(lambda updates, params: jax.tree.map(
-      lambda u, p, w: u if w == 0.0 else u + w * p, updates, params, tree))
+      lambda u, p, w: u if w == 0.0 else u + w * p, updates, params, weight_decays))
 
 
 def make_optimizer(
     c, params: Any, units: Callable[[str], int] = lambda path: 0, depth: Callable[[str], Any] | None = None) -> tuple[
         optax.GradientTransformation, optax.Schedule, Any]:
-  """(optimizer, learning-rate schedule, tree of rules) for a config and a parameter tree (or its shapes).
+  """(optimizer, learning-rate schedule, tree of `ParamGroup`) of a config.
 
-  Frozen parameters take part in nothing: they have no moments, and the clip does not count them.
+  Frozen parameters have no moments, and the gradient norm for clipping excludes them.
 
   Args:
-    c, params: the config, the parameters.
-    units: of a parameter's path, how many leading axes are updated on their own (see `touched.unit_axes`). Only the
-      published conventions for parameters without a gradient ask; then the update takes `touched`.
-    depth: of a parameter's path, how many layers lie above it: a number, or one per period [periods] for stacked ones (see
-      `layers_above`). Only `optim.layerwise_lr_decay` asks.
+    c: the config.
+    params: the parameters or their shapes.
+    units: path → number of leading axes that are updated separately, see `used_params.unit_axes`. For the published
+      conventions of `optim.unused_params`, whose update takes `used`.
+    depth: path → `layers_above`, for `optim.layerwise_lr_decay`.
   """
-  rules = _with_gate_factor(match_param_groups(params, c.optim.param_groups), c.optim.router_lr_multiplier)
-  trained = jax.tree.map(lambda r: not r.frozen, rules)
-  rate = schedule(c)
+  groups = _scale_routers(match_param_groups(params, c.optim.param_groups), c.optim.router_lr_multiplier)
+  learning_rate = schedule(c)
 
-  def masked(field):  # optax.masked replaces frozen leaves by nodes without leaves
-    return jax.tree.map(lambda r: optax.MaskedNode() if r.frozen else getattr(r, field), rules)
+  def unless_frozen(f):  # optax.masked replaces frozen leaves by nodes without leaves
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p, g: optax.MaskedNode() if g.frozen else f(path_of(path), p, g), params, groups)
 
+  weight_decay = unless_frozen(lambda path, p, g: g.weight_decay)
   steps = [_clip(c.optim.grad_clip_norm)] if c.optim.grad_clip_norm else []
   if c.optim.unused_params == 'update':
-    steps += [optax.scale_by_adam(b1=c.optim.b1, b2=c.optim.b2, eps=c.optim.eps), _decay(masked('weight_decay'))]
+    steps += [optax.scale_by_adam(b1=c.optim.b1, b2=c.optim.b2, eps=c.optim.eps), _decay(weight_decay)]
   else:
-    shapes = jax.tree_util.tree_map_with_path(
-        lambda path, p, rule: optax.MaskedNode() if rule.frozen else p.shape[:units(path_of(path))], params, rules)
-    steps.append(adam.adamw(
-        c.optim.b1, c.optim.b2, c.optim.eps, masked('weight_decay'), shapes, c.optim.unused_params))
-  steps += [
-      _scale_by(masked('lr_factor')),
-      *([_scale_by(_layer_factors(c.optim.layerwise_lr_decay, rules, params, depth))] if c.optim.layerwise_lr_decay != 1 else []),
-      optax.scale_by_learning_rate(rate),
-  ]
-  frozen = jax.tree.map(lambda r: r.frozen, rules)
-  return optax.chain(optax.masked(optax.chain(*steps), trained), optax.masked(optax.set_to_zero(), frozen)), rate, rules
+    shapes = unless_frozen(lambda path, p, g: p.shape[:units(path)])
+    steps.append(adam.adamw(c.optim.b1, c.optim.b2, c.optim.eps, weight_decay, shapes, c.optim.unused_params))
+  steps.append(_scale_by(unless_frozen(lambda path, p, g: g.lr_factor)))
+  if c.optim.layerwise_lr_decay != 1:
+    steps.append(_scale_by(_layer_factors(c.optim.layerwise_lr_decay, groups, params, depth)))
+  steps.append(optax.scale_by_learning_rate(learning_rate))
+  frozen, trained = (jax.tree.map(lambda g, f=f: g.frozen == f, groups) for f in (True, False))
+  tx = optax.chain(optax.masked(optax.chain(*steps), trained), optax.masked(optax.set_to_zero(), frozen))
+  return tx, learning_rate, groups

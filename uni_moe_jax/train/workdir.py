@@ -1,7 +1,7 @@
-"""The folder of a run: it belongs to one config, and remembers it with the versions and the data's fingerprint.
+"""The folder of a run. It belongs to one config, and stores it with package versions and the data's fingerprint.
 
-A second run of the same command resumes; another config is refused. Nothing slow is imported here, so that a wrong folder is
-told at once.
+A second start of the same command resumes the run; another config is refused. This module imports nothing slow, so that a
+wrong folder is reported at once.
 """
 
 import contextlib
@@ -23,28 +23,30 @@ from uni_moe_jax.utils.files import write_json
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
-CONVERSION_FILE = 'conversion.json'  # of a converted checkpoint: what went where
+CONVERSION_FILE = 'conversion.json'  # of a converted checkpoint: where each array went
 LOCK_FILE = '.lock'
-CHECKPOINTS = 'checkpoints'  # the folder in which each has one, named by its step
-DAMAGED = 'damaged'  # the folder into which those go that are found to be damaged
+CHECKPOINTS = 'checkpoints'  # with one folder per checkpoint, named by its step
+DAMAGED = 'damaged'  # where damaged checkpoints are moved
 TOKENIZER_STEM = 'tokenizer'
-# What computes, and what reads data; `av` is an extra.
+# Packages that compute, and that read data; `av` is an extra.
 VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy', 'tensorflow-datasets', 'array_record', 'av')
-_PACKAGE = 'uni_moe_jax'  # the key of the version that wrote the work directory
+_PACKAGE = 'uni_moe_jax'  # key of the version that created the work directory
 _ABSENT = 'absent'
-# Fields that may differ when a run goes on: how often it talks and saves, where the data lies, how it is laid out.
-MAY_CHANGE = ('train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.best_metric', 'train.max_nonfinite_steps', 'train.hang_timeout',
-              'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_corrupt_fraction', 'preflight', 'mesh',
-              'evaluators', 'tokenizer.merges_path')  # its content is part of the data's fingerprint
+# Fields that may change when a run continues: logging and saving, paths of the data, layout on devices. The content of
+# tokenizer.merges_path is part of the data's fingerprint.
+MAY_CHANGE = (
+    'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.best_metric', 'train.max_nonfinite_steps',
+    'train.hang_timeout', 'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_corrupt_fraction',
+    'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
-  """Steps of which a work directory has a checkpoint, in order; the directory need not exist, and nothing is verified."""
+  """Steps of the checkpoints in a work directory, in order, not verified; [] if there is no such directory."""
   return sorted(int(p.name) for p in (pathlib.Path(workdir) / CHECKPOINTS).glob('*') if p.name.isdecimal() and p.is_dir())
 
 
 def saved_step(workdir: str | os.PathLike[str]) -> int | None:
-  """The newest of them."""
+  """The newest of `saved_steps`."""
   return max(saved_steps(workdir), default=None)
 
 
@@ -60,7 +62,7 @@ def versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-  """JSON's view of config values: tuples become lists."""
+  """Config values as JSON stores them: tuples become lists."""
   return json.loads(json.dumps(value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value))
 
 
@@ -71,26 +73,23 @@ def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """'field: old → new' for every field that differs and may not."""
+  """'field: old → new' for every field that differs and is not in `MAY_CHANGE`."""
   a, b = _flat(old), _flat(new)
-  out = []
-  for name in sorted({*a, *b}):
-    if a.get(name, 'absent') != b.get(name, 'absent') and not name.startswith(MAY_CHANGE):
-      out.append(f'{name}: {a.get(name, "absent")!r} → {b.get(name, "absent")!r}')
-  return out
+  return [f'{name}: {a.get(name, _ABSENT)!r} → {b.get(name, _ABSENT)!r}' for name in sorted({*a, *b})
+          if a.get(name, _ABSENT) != b.get(name, _ABSENT) and not name.startswith(MAY_CHANGE)]
 
 
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
     writes: bool = True, inputs: str | None = None) -> None:
-  """Makes a work directory this run's, or checks that it already is.
+  """Creates a work directory for this run, or checks that it is this run's.
 
   Args:
     workdir: folder of the run.
     config: of the run.
-    fingerprint: of its data; None, before the data is read: only checks, and makes nothing.
-    writes: of several processes, one makes it.
-    inputs: of its data and of the files beside them, see `Data.inputs_fingerprint`; runs of earlier versions have not written it down.
+    fingerprint: of its data; None before the data is read: checks only, and creates nothing.
+    writes: whether this process creates it; one of several does.
+    inputs: digest of the data and of the files it depends on, see `Data.inputs_fingerprint`; None: not compared.
 
   Raises:
     UsageError: it belongs to a run with another config or other data; names the fields.
@@ -102,90 +101,85 @@ def claim_workdir(
     changed = differences(old['config'], new['config'])
     if fingerprint is not None and old['data'] != fingerprint and not changed:
       changed = ['the data (its fingerprint)']
-    if inputs is not None and old.get('inputs') not in (None, inputs) and not changed:
-      changed = ["the content of the tokenizer's file, or of a file of class names"]
+    if inputs is not None and old['inputs'] not in (None, inputs) and not changed:
+      changed = ['the content of the tokenizer file, or of a file of class names']
     if changed:
       more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
       raise UsageError(f'workdir {workdir} belongs to a run with another config ({"; ".join(changed[:3])}{more}); '
-                       'give another --workdir, or the config that it was started with.')
-    return
-  if fingerprint is None or not writes:
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
+                       'give another --workdir, or the config of that run.')
+  elif fingerprint is not None and writes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
 
 
-def check_versions(workdir: str | os.PathLike[str], accept: bool = False) -> None:
-  """Checks that a run goes on with the packages that it began with; says so where only the last numbers differ.
+def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False) -> None:
+  """Checks that a run continues with the package versions it started with; notes where only the patch version differs.
 
   Args:
-    workdir: folder of the run; a new one has nothing to check.
-    accept: write down the installed versions instead, from which on the run goes on with them.
+    workdir: folder of the run; a new one passes.
+    allow_mismatch: record the installed versions as the run's instead.
 
   Raises:
-    UsageError: a package of another release (its first two numbers differ): the rest of the run would not be what it began as.
+    UsageError: a package's major or minor version differs, so that the run might not continue as it started.
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
   if not path.exists():
     return
-  content, here = _read(path), versions()
-  began = content.get('versions', {})
-  changed = {name: (began[name], here[name]) for name in VERSIONED
-             if name in began and began[name] != here[name] and _ABSENT not in (began[name], here[name])}
+  content, installed = _read(path), versions()
+  recorded = content['versions']
+  changed = {name: (recorded[name], installed[name]) for name in VERSIONED
+             if name in recorded and recorded[name] != installed[name] and _ABSENT not in (recorded[name], installed[name])}
   if not changed:
     return
-  if accept:
-    write_json(path, {**content, 'versions': here, 'earlier_versions': [*content.get('earlier_versions', []), began]})
+  if allow_mismatch:
+    earlier = [*content.get('earlier_versions', []), recorded]
+    write_json(path, {**content, 'versions': installed, 'earlier_versions': earlier})
     return
-  said = ', '.join(f'{name}: {old} → {new}' for name, (old, new) in changed.items())
+  listed = ', '.join(f'{name}: {old} → {new}' for name, (old, new) in changed.items())
   breaking = {name: old for name, (old, new) in changed.items() if old.split('.')[:2] != new.split('.')[:2]}
   if breaking:
-    wanted = ' '.join(f"'{name}=={old}'" for name, old in breaking.items())
-    raise UsageError(f'workdir {workdir} was begun with other versions ({said}), with which its numbers and its data order may '
-                     f'be others. Install them (pip install {wanted}), start a new run from its parameters '
-                     f"(config.train.init='{workdir}'), or go on all the same: launch/train.py --accept_versions.")
-  print(f'note: workdir {workdir} was begun with other versions ({said}); its numbers may differ in their last digits.',
+    required = ' '.join(f"'{name}=={old}'" for name, old in breaking.items())
+    raise UsageError(f'workdir {workdir} was started with other package versions ({listed}), with which its numbers and its '
+                     f'data order may differ. Install them (pip install {required}), start a new run from its parameters '
+                     f"(config.train.init='{workdir}'), or continue anyway: launch/train.py --allow_version_mismatch.")
+  print(f'note: workdir {workdir} was started with other package versions ({listed}); its numbers may differ in their last digits.',
         file=sys.stderr, flush=True)
 
 
-def lock(workdir: str | os.PathLike[str], until: contextlib.ExitStack) -> bool:
-  """Takes a work directory for this process; False where another one has it. Who dies gives it back.
+def lock(workdir: str | os.PathLike[str], stack: contextlib.ExitStack) -> bool:
+  """Locks a work directory until `stack` is closed or the process ends; False if another process has the lock.
 
-  Two trainers in one directory would delete each other's checkpoints. Where the file system has no locks, that is said, and nothing
-  is locked.
-
-  Args:
-    workdir: folder of the run.
-    until: when it is closed, the directory is given back.
+  Two trainers in one directory would delete each other's checkpoints. A file system without locks is noted, and nothing is
+  locked.
   """
-  file = until.enter_context(open(pathlib.Path(workdir) / LOCK_FILE, 'a'))
+  file = stack.enter_context(open(pathlib.Path(workdir) / LOCK_FILE, 'a'))
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     return False
   except OSError as e:
-    print(f'note: {workdir} cannot be locked ({e.strerror}); see to it that no other process trains there.',
+    print(f'note: {workdir} cannot be locked ({e.strerror}); make sure that no other process trains there.',
           file=sys.stderr, flush=True)
   return True
 
 
 def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: bool = True) -> None:
-  """Puts a copy of a run's tokenizer into its folder: who starts from the run needs the same ids.
+  """Copies a run's tokenizer into its folder, since runs that start from this one need the same ids.
 
   Args:
     workdir: folder of the run.
     file: of its tokenizer.
-    writes: of several processes, one makes the copy.
+    writes: whether this process copies; one of several does.
 
   Raises:
-    UsageError: the folder has another one, with which its parameters would mean other words.
+    UsageError: the folder has another tokenizer, with which its parameters would mean other words.
   """
   path = pathlib.Path(workdir) / (TOKENIZER_STEM + file.suffix)
   if path.exists():
-    # Published merges may be packed in another way; what they say is part of the data's fingerprint.
+    # Published merges may be compressed differently; their content is part of the data's fingerprint.
     if file.suffix == '.model' and path.read_bytes() != file.read_bytes():
-      raise UsageError(f'workdir {workdir} was trained with another tokenizer than {file}, though with the same text: another '
-                       f'version of sentencepiece makes another one. Copy {path} over it, or give another --workdir.')
+      raise UsageError(f'workdir {workdir} was trained with another tokenizer than {file}, though on the same text: another '
+                       f'version of sentencepiece gives another one. Copy {path} over it, or give another --workdir.')
   elif writes:
     temporary = path.with_suffix('.tmp')
     temporary.write_bytes(file.read_bytes())
@@ -193,7 +187,7 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: 
 
 
 def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
-  """Where a run's parameters come from: what an export tells about them, as JSON. Of files and folders only their name is told."""
+  """Origin of a run's parameters, as JSON for an export. Files and folders appear only by name."""
   stored, trained, converted = (json.loads(file.read_text()) if file.exists() else {} for file in (
       pathlib.Path(workdir) / name for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE)))
   config = stored['config']
@@ -201,9 +195,10 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
     if field in config.get(section, {}):
       config[section][field] = pathlib.Path(config[section][field]).name
   for target_set in config['target_sets'].values():
-    values = target_set['entries']
-    if isinstance(values, str) and values.startswith(class_names.FILE_PREFIX):
-      target_set['entries'] = class_names.FILE_PREFIX + pathlib.Path(values.removeprefix(class_names.FILE_PREFIX)).name
+    entries = target_set['entries']
+    prefix = class_names.FILE_PREFIX
+    if isinstance(entries, str) and entries.startswith(prefix):
+      target_set['entries'] = prefix + pathlib.Path(entries.removeprefix(prefix)).name
   init = config['train'].get('init')
   origin = {'started from': init} if init else {}
   if converted:
@@ -214,38 +209,35 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-  """The config that a work directory was started with.
-
-  Raises:
-    MissingFileError: nothing was trained there.
-  """
+  """The config of a work directory. Raises MissingFileError if there is no run."""
   path = pathlib.Path(workdir) / CONFIG_FILE
   if not path.exists():
     raise MissingFileError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
-                            f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
+                           f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
   return ml_collections.ConfigDict(_tuples(_read(path)['config']))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  """What a work directory remembers. Raises UsageError where the file is damaged."""
+  """Content of config.json. Raises UsageError if it is damaged or another version of the package wrote it."""
   try:
     content = json.loads(path.read_text())
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
-      raise UsageError('it lacks the config')
-    began = content.get('versions', {})
-    if not (isinstance(began, dict) and all(isinstance(v, str) for v in began.values()) and
+      raise ValueError('it lacks the config')
+    content = {'data': None, 'inputs': None, 'versions': {}, **content}
+    recorded = content['versions']
+    if not (isinstance(recorded, dict) and all(isinstance(v, str) for v in recorded.values()) and
             isinstance(content.get('earlier_versions', []), list)):
-      raise UsageError('its versions are no texts by package')
+      raise ValueError('its versions are not strings by package')
   except (ValueError, RecursionError) as e:
-    raise UsageError(f'{path} is damaged ({e}); copy back one that is whole, or give another --workdir.') from None
+    raise UsageError(f'{path} is damaged ({e}); copy an intact one back, or give another --workdir.') from None
   if content.get(_PACKAGE, '').split('.')[:2] != __version__.split('.')[:2]:
-    raise UsageError(f'{path.parent} was written by uni_moe_jax {content.get(_PACKAGE) or "0.1"}, and this is {__version__}, which cannot '
-                     'read its config: give another --workdir, or install the version that wrote it.')
-  return {'data': None, **content}
+    raise UsageError(f'{path.parent} was written by uni_moe_jax {content.get(_PACKAGE) or "0.1"}, and this is {__version__}, '
+                     'which cannot read its config: give another --workdir, or install the version that wrote it.')
+  return content
 
 
 def _tuples(value: Any) -> Any:
-  """JSON has no tuples; configs have no lists."""
+  """Turns the lists of JSON back into the tuples of configs."""
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
