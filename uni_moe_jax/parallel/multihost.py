@@ -92,7 +92,7 @@ def _messages(e: BaseException | None) -> Iterator[str]:
 
 
 def check_same_data(inputs: str) -> None:
-  """Raises UsageError, in every process, where one reads other data or has another tokenizer. inputs: `Data.inputs`."""
+  """Raises UsageError, in every process, where one reads other data or has another tokenizer. inputs: `Data.inputs_fingerprint`."""
   if jax.process_count() == 1:
     return
   digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(inputs), np.uint8))
