@@ -4,10 +4,10 @@
   python launch/compare.py --workdir=runs/compare     # all six, see there; or one of them:
   python launch/train.py --config=configs/ablation.py:dense --workdir=runs/dense
 
-The argument is the router (attribute by default). Seed and data order are the same for all. 600 steps, fixed beforehand for
-two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s there, one of token and context 2.3 s. Training
-all six took 84 minutes; compiling, evaluating and measuring interference and experts 56 more (docs/results/routers). No figures
-are promised.
+The argument is the router (attribute by default). Seed and data order are the same for all. 600 steps, fixed
+beforehand for two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s there, one of token and
+context 2.3 s. Training all six took 84 minutes; compiling, evaluating and measuring interference and experts 56 more
+(docs/results/routers). No figures are promised.
 """
 
 import pathlib

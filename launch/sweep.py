@@ -4,14 +4,14 @@
   python launch/sweep.py --sweep=routers --workdir=runs/routers --routers=dense,task   # some of the routers
   python launch/sweep.py --sweep=adaptation --run=runs/quickstart --workdir=runs/adaptation
 
-`routers` trains every router on the same data in the same order and measures interference and expert usage. `adaptation`
-adapts a trained run to tasks: `prompt` and `finetune` train on ten examples of every class, or on one example in a hundred;
-`finetune-all` trains on all examples; `untuned` evaluates the run as it is.
+`routers` trains every router on the same data in the same order and measures interference and expert usage.
+`adaptation` adapts a trained run to tasks: `prompts` and `finetune` train on ten examples of every class, or on one
+example in a hundred; `finetune-all` trains on all examples; `zero-shot` evaluates the run as it is.
 
-Every cell of the grid is a work directory that the other launch scripts make. Rerun the same command to continue: finished
-stages are skipped, failed ones are tried again. Writes results.json, results.md and figures into the folder `results`.
+Every cell of the grid is a work directory that the other launch scripts make. Rerun the same command to continue:
+finished stages are skipped, failed ones are tried again. The folder `results` gets results.json, results.md and figures.
 
-Exit codes: 0 finished, 75 stopped by a signal (rerun to continue), 1 a run failed or a check of the results did, 2 usage.
+Exit codes: 0 finished, 75 stopped by a signal (rerun to continue), 1 a run or a check of the results failed, 2 usage.
 """
 
 import os
@@ -24,7 +24,7 @@ from uni_moe_jax.utils import cli, exit_codes
 from uni_moe_jax.utils.errors import UsageError
 
 _SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.', required=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the sweep; every cell is a directory in it.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the sweep, with those of its cells.', required=True)
 _NUM_SEEDS = flags.DEFINE_integer('num_seeds', None, '1 by default, 3 for adaptation: seeds 0, 1, 2.', lower_bound=1)
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20.')
 _OWN_FLAGS = {
@@ -35,27 +35,27 @@ _OWN_FLAGS = {
     'adaptation': (
         flags.DEFINE_string('run', None, 'adaptation: work directory of the trained run.'),
         flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'adaptation: these, or tasks of the run.'),
-        flags.DEFINE_list('recipes', 'untuned,prompt,finetune,finetune-all', 'adaptation: which to compare.'))}
+        flags.DEFINE_list('recipes', 'zero-shot,prompts,finetune,finetune-all', 'adaptation: which to compare.'))}
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
   from uni_moe_jax.analysis.sweep import grid, runner
-  workdir = pathlib.Path(os.path.abspath(os.path.expanduser(_WORKDIR.value)))
+  folder = pathlib.Path(os.path.abspath(os.path.expanduser(_WORKDIR.value)))
   for sweep, own_flags in _OWN_FLAGS.items():
     if wrong := [flag.name for flag in own_flags if flag.present and sweep != _SWEEP.value]:
       raise UsageError(f'--{wrong[0]} is a flag of --sweep={sweep}; remove it.')
   source, *names = (flag.value for flag in _OWN_FLAGS[_SWEEP.value])
   make_grid = grid.router_grid if _SWEEP.value == grid.ROUTERS else grid.adaptation_grid
-  cells, settings = make_grid(workdir, source, *names, _NUM_SEEDS.value, _OVERRIDE.value, _ROOT)  # checks all configs
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{workdir}/jax')
-  runner.claim(workdir, settings)
-  if not runner.run_sweep(workdir, cells, lambda command: runner.run_command(command, _ROOT)):
+  cells, settings = make_grid(folder, source, *names, _NUM_SEEDS.value, _OVERRIDE.value, _ROOT)  # checks all configs
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
+  runner.claim(folder, settings)
+  if not runner.run_cells(cells, lambda command: runner.run_command(command, _ROOT)):
     return exit_codes.PREEMPTED
   from uni_moe_jax.analysis.sweep import results as results_lib
-  results = results_lib.collect(workdir, _SWEEP.value, cells, source, ' '.join(['python', *sys.argv]))
-  print(results_lib.write(results, workdir))
+  results = results_lib.collect(_SWEEP.value, cells, source, ' '.join(['python', *sys.argv]))
+  print(results_lib.write(results, folder))
   for sentence in results['errors']:
     print(f'error: {sentence}', file=sys.stderr)
   return exit_codes.ERROR if results['errors'] else exit_codes.FINISHED

@@ -118,26 +118,26 @@ def test_a_failed_router_is_reported_the_others_continue_and_a_rerun_repairs_it(
 
 def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, capfd):
   (root / 'train').write_text('3')
-  command = _adaptation(root, '--recipes=untuned,prompt', '--num_seeds=2')
+  command = _adaptation(root, '--recipes=zero-shot,prompts', '--num_seeds=2')
   assert in_process.run(*command) == 1
   out = root / 'out'
   prompt = [f'train --config=configs/prompt_tune.py:{root}/run,digits,few --config.seed={seed} '
-            f'--workdir={out}/digits-prompt-{seed}' for seed in (0, 1)]
+            f'--workdir={out}/digits-prompts-{seed}' for seed in (0, 1)]
   assert _log(root) == [
-      f'evaluate --config=configs/zero_shot.py:{root}/run,digits --config.seed=0 --workdir={out}/digits-untuned', *prompt]
-  assert 'error: digits-prompt-1: train failed with exit code 3.' in capfd.readouterr().err
+      f'evaluate --config=configs/zero_shot.py:{root}/run,digits --config.seed=0 --workdir={out}/digits-zero-shot', *prompt]
+  assert 'error: digits-prompts-1: train failed with exit code 3.' in capfd.readouterr().err
 
   (root / 'train').unlink()
   for seed in (0, 1):  # what training would have left there
     config = finetuning.prompt_tune(f'{root}/run,digits')
     config.seed = seed
-    workdir.claim_workdir(out / f'digits-prompt-{seed}', config, 'print')
-    _save(out / f'digits-prompt-{seed}', 1)
+    workdir.claim_workdir(out / f'digits-prompts-{seed}', config, 'print')
+    _save(out / f'digits-prompts-{seed}', 1)
   assert in_process.run(*command) == 0
   output, errors = capfd.readouterr()
   assert errors == ''
-  assert 'digits-untuned: done' in output and '| e | top-1 | 0.1 |  | 0.500 ± 0.196 | 0.600 ± 0.196 |' in output
-  assert '| digits | prompt | 2 | 2 | 100 | 64 | 1 | 1.00% | identical |' in output
+  assert 'digits-zero-shot: done' in output and '| e | top-1 | 0.1 |  | 0.500 ± 0.196 | 0.600 ± 0.196 |' in output
+  assert '| digits | prompts | 2 | 2 | 100 | 64 | 1 | 1.00% | identical |' in output
   assert [line.split('=')[0] for line in _log(root)[3:]] == [
       'train --config', 'evaluate --workdir', 'train --config', 'evaluate --workdir']
   assert json.loads((out / 'results/results.json').read_text())['cells'][1]['training']['identical'] is True
@@ -171,9 +171,9 @@ def test_a_signal_reaches_the_running_script_once_and_the_sweep_can_be_continued
     (_routers, ['--config=configs/none.py'], '--config=configs/none.py: there is no such file'),
     (_routers, ['--override=train.stps=20'],
      "error: --config.train.stps: the config has no field 'stps'. Did you mean \"steps\""),
-    (_routers, ['--recipes=prompt'], '--recipes is a flag of --sweep=adaptation; remove it.'),
-    (_adaptation, ['--recipes=prompts'],
-     '--recipes=prompts is unknown; choices: untuned, prompt, finetune, finetune-all'),
+    (_routers, ['--recipes=prompts'], '--recipes is a flag of --sweep=adaptation; remove it.'),
+    (_adaptation, ['--recipes=prompt'],
+     '--recipes=prompt is unknown; choices: zero-shot, prompts, finetune, finetune-all'),
     (_adaptation, ['--tasks=digit'], "task 'digit' is unknown; did you mean 'digits'"),
     (_adaptation, ['--run=/not/there'], "'/not/there' holds no run"),
     (_adaptation, ['--run='], '--sweep=adaptation needs --run'),

@@ -1,10 +1,10 @@
 """Expert usage: coefficients that sum to 1 over experts, per layer, router and condition.
 
 A condition is what has coefficients of its own. For routers that merge experts it is a distinct router input; its
-coefficients follow from the parameters. For routers by token it is a group of tokens of one task (its image, its words, its
-queries) or a target set; its coefficients are the mean gates of its tokens. A task has several conditions (`token_spans`) and
-uses an expert as much as they do on average. Every condition has the same weight, however many tokens it has, so that routers
-can be compared.
+coefficients follow from the parameters. For routers by token it is a group of tokens of one task (its image, its
+words, its queries) or a target set; its coefficients are the mean gates of its tokens. A task has several conditions
+(`token_spans`) and uses an expert as much as they do on average. Every condition has the same weight, however many
+tokens it has, so that routers can be compared.
 
 Axis letters: L layers with experts, R routers of a layer (attention, mlp), A conditions, T tasks, E experts.
 """
@@ -227,10 +227,11 @@ def to_json(
     gate_entropy: [L, R, A], mean over the tokens of a condition, in nats; None if a condition is one decision.
 
   Returns:
-    {**facts, 'router', 'num_experts' (E), 'top_k', 'layers' (indices), 'sublayers' (names of the R routers), 'conditions',
-    'tokens', 'tasks', 'coefficients' [L, R, A, E], 'router_entropy' [L, R, A] (of single decisions, nats, at most ln K),
-    'entropy' [L, R, A] (of the coefficients, nats, at most ln E), 'effective_experts' [L, R, A] (its exponential),
-    'task_overlap' [L, R, T, T] in the order of 'tasks', 'mean_task_overlap' [T, T] (over layers and routers)}.
+    {**facts, 'router', 'num_experts' (E), 'top_k', 'layers' (indices), 'sublayers' (names of the R routers),
+    'conditions', 'tokens', 'tasks', 'coefficients' [L, R, A, E], 'router_entropy' [L, R, A] (of single decisions,
+    nats, at most ln K), 'entropy' [L, R, A] (of the coefficients, nats, at most ln E), 'effective_experts' [L, R, A]
+    (its exponential), 'task_overlap' [L, R, T, T] in the order of 'tasks', 'mean_task_overlap' [T, T] (over layers
+    and routers)}.
   """
   entropy = np.asarray(routers.entropy(shares))
   overlap = np.asarray(routers.overlap(task_shares(shares, [tuple(by_span.values()) for by_span in tasks.values()])))

@@ -1,16 +1,16 @@
 """Task interference: how much a step on task j changes the loss of task i, by gradient direction.
 
-With ĝ = g/‖g‖ over a set of parameters, and N independent batches a and b per task (Zhu et al., Uni-Perceiver-MoE, section
-on task interference; their average of ratios is `Estimate.mean_of_ratios`):
+With ĝ = g/‖g‖ over a set of parameters, and N independent batches a and b per task (Zhu et al., Uni-Perceiver-MoE,
+section on task interference; their average of ratios is `Estimate.mean_of_ratios`):
 
   Δ_{j→i}(a) = g_i^a · mean_b ĝ_j^b,   I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a).
 
-Δ is the decrease of the loss of task i by a short step along task j's mean direction, per unit of step size; I compares it
-with the decrease by a step on task i itself. I < 0: steps on j hurt i. For i = j the mean leaves out b = a, because a
-gradient agrees with itself however noisy it is.
+Δ is the decrease of the loss of task i by a short step along task j's mean direction, per unit of step size; I
+compares it with the decrease by a step on task i itself. I < 0: steps on j hurt i. For i = j the mean leaves out b =
+a, because a gradient agrees with itself however noisy it is.
 
-Gradients are streamed in two passes: the first sums gradients and unit gradients, the second multiplies each gradient with
-the sums. Memory holds a few sums per task of the size of the selected parameters, whatever N is.
+Gradients are streamed in two passes: the first sums gradients and unit gradients, the second multiplies each gradient
+with the sums. Memory holds a few sums per task of the size of the selected parameters, whatever N is.
 
 Axis letters: P subsets of the parameters, T tasks, N batches, R resamples.
 """
@@ -41,8 +41,8 @@ class Products:
 
   Attributes:
     rows: f32 [T, T, N], rows[i, j, a] = Δ_{j→i}(a).
-    columns: f32 [T, T, N], columns[i, j, b] = mean_a g_i^a · ĝ_j^b (for i = j without a = b): the decrease of the loss of i
-      along the b-th direction of j. Its mean over the last axis is that of `rows`.
+    columns: f32 [T, T, N], columns[i, j, b] = mean_a g_i^a · ĝ_j^b (for i = j without a = b): the decrease of the
+      loss of i along the b-th direction of j. Its mean over the last axis is that of `rows`.
   """
   rows: jax.Array
   columns: jax.Array
@@ -61,10 +61,13 @@ class Estimate:
   """Measurements over one subset: three [T, T] matrices (affected task, task of the step) and two scalars.
 
   Attributes:
-    delta: mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row has no meaning.
+    delta: mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row has no
+      meaning.
     ratio_of_means: I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a).
-    mean_of_ratios: mean_a [Δ_{j→i}(a) / Δ_{i→i}(a)], as in the published notebook; a batch whose own Δ is near 0 dominates.
-    mean_of_pairs: mean of ratio_of_means over pairs of different tasks, in the rows that have a base; NaN without pairs.
+    mean_of_ratios: mean_a [Δ_{j→i}(a) / Δ_{i→i}(a)], as in the published notebook; a batch whose own Δ is near 0
+      dominates.
+    mean_of_pairs: mean of ratio_of_means over pairs of different tasks, in the rows that have a base; NaN without
+      pairs.
     negative_share: share of these pairs below 0. Its interval is wide, because resampling moves pairs near 0 across it.
   """
   delta: Interval
@@ -78,8 +81,8 @@ def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num
   """Measures every pair of tasks.
 
   Args:
-    gradient: (task, batch) → gradient of the task's loss on its batch 0…N-1, by subset. It is called twice for each, in the
-      order of the batches, and must return the same both times.
+    gradient: (task, batch) → gradient of the task's loss on its batch 0…N-1, by subset. It is called twice for each,
+      in the order of the batches, and must return the same both times.
     tasks: T names.
     num_batches: N, at least 2.
 
@@ -120,8 +123,9 @@ def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num
 def estimate(measured: Products, num_resamples: int = 2000, seed: int = 0) -> Estimate:
   """Both ratios with percentile intervals from resampling batches.
 
-  The batches of every task are resampled with replacement, both as affected and as step batches. A resampled mean direction
-  would need all T·N gradients at once. Its effect on Δ_{j→i}(a) is taken as its effect on the mean over a, which `columns`
+  The batches of every task are resampled with replacement, both as affected and as step batches. A resampled mean
+  direction would need all T·N gradients at once. Its effect on Δ_{j→i}(a) is taken as its effect on the mean over a,
+  which `columns`
   has: exact for ratio_of_means, except for products of both resamplings, which are of order 1/N.
 
   Args:

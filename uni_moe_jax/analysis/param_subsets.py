@@ -47,8 +47,8 @@ def select(
     params: the tree, or its shapes.
     stack: how the tree stacks the model's layers.
     pattern: regular expression, searched in paths such as 'encoder/blocks/block0/ffn_out/kernel'.
-    layers: indices of the layers to select from; None for `default_layers`. The pattern alone selects parameters outside
-      the layers.
+    layers: indices of the layers to select from; None for `default_layers`. The pattern alone selects parameters
+      outside the layers.
     field: name of the flag or config field that gave the pattern.
 
   Raises:

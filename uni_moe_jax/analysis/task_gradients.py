@@ -1,8 +1,9 @@
 """Gradients of single tasks with the forward pass of a run: the input of the interference measurement.
 
-Router noise and stochastic depth are off: the measurement is about the tasks, not about one draw of a router, and it compares
-with a model without experts, which has no noise. A task's target set is encoded with its batch, so that its gradient reaches
-the parameters through both; a vocabulary that training samples is sampled. Loss weights of tasks do not count.
+Router noise and stochastic depth are off: the measurement is about the tasks, not about one draw of a router, and it
+compares with a model without experts, which has no noise. A task's target set is encoded with its batch, so that its
+gradient reaches the parameters through both; a vocabulary that training samples is sampled. Loss weights of tasks do
+not count.
 """
 
 import dataclasses

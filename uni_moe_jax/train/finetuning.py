@@ -109,22 +109,21 @@ MODES: dict[str, Fill] = {'': train_all, 'finetune': train_all, 'prompts': train
 
 
 class Recipe(NamedTuple):
-  """What a study compares: a config file, its config as a function of the argument, and how many examples train ('' none)."""
+  """A config file of an adaptation study, and how many examples it trains on: 'few', 'all', or '' for none."""
   file: str
-  config: Callable[[str], ml_collections.ConfigDict]
   amount: str
 
   def argument(self, run: str, task: str) -> str:
-    """Of the config."""
+    """The argument of the config file."""
     return ','.join([run, task, *([self.amount] if self.amount else [])])
 
 
-# By what a study calls them. The first three are asked the same few examples; the last says what all of them bring.
+# The first three have the same few examples; the last one shows the gain of all examples.
 RECIPES: dict[str, Recipe] = {
-    'untuned': Recipe('configs/zero_shot.py', zero_shot, ''),
-    'prompt': Recipe('configs/prompt_tune.py', prompt_tune, 'few'),
-    'finetune': Recipe('configs/finetune.py', finetune, 'few'),
-    'finetune-all': Recipe('configs/finetune.py', finetune, 'all'),
+    'zero-shot': Recipe('configs/zero_shot.py', ''),
+    'prompts': Recipe('configs/prompt_tune.py', 'few'),
+    'finetune': Recipe('configs/finetune.py', 'few'),
+    'finetune-all': Recipe('configs/finetune.py', 'all'),
 }
 
 

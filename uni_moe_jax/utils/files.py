@@ -18,6 +18,11 @@ def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None
   temporary.rename(path)
 
 
+def read_json(path: pathlib.Path, default: Any = None) -> Any:
+  """The content of a JSON file; `default` if there is no such file."""
+  return json.loads(path.read_text()) if path.exists() else default
+
+
 def check_local(path: str, name: str) -> None:
   """Refuses an address: joined as a path, 'gs://bucket/x' would be the folder 'gs:' where one stands.
 

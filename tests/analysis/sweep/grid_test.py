@@ -1,55 +1,79 @@
 """The cells of both sweeps and their commands."""
 
+import pathlib
+
+import pytest
+
+from tests.helpers import tiny
 from uni_moe_jax.analysis.sweep import grid
+from uni_moe_jax.train import workdir
+
+_ROOT = pathlib.Path(__file__).resolve().parents[3]
+_OUT = pathlib.Path('out')
+
+
+def _router_cells(routers, num_seeds):
+  cells, settings = grid.router_grid(_OUT, 'configs/ablation.py', routers, 8, num_seeds, ['train.steps=99'], _ROOT)
+  assert settings == {
+      'sweep': 'routers', 'config': 'configs/ablation.py', 'num_batches': 8, 'overrides': ['train.steps=99']}
+  return cells
+
+
+@pytest.fixture(name='run', scope='module')
+def _run(tmp_path_factory):
+  run = tmp_path_factory.mktemp('run')
+  workdir.claim_workdir(run, tiny.config('shape', data_dir=tiny.data_dir()), 'print')
+  return run
 
 
 def _commands(cell):
   return {stage.name: stage.command for stage in cell.stages}
 
 
-def _router_cells(routers, seeds, dense=()):
-  return grid.router_cells('out', 'configs/ablation.py', routers, dense, seeds, 8, ['train.steps=3'])
-
-
 def test_a_router_cell_has_the_commands_that_a_person_would_type():
-  [cell] = _router_cells(['token'], [1])
+  cell = _router_cells(['token'], 2)[1]
   commands = _commands(cell)
-  config_flags = ('--config=configs/ablation.py:token', '--config.seed=1', '--config.train.steps=3')
-  workdir = '--workdir=out/token-1'
+  config_flags = (f'--config={_ROOT}/configs/ablation.py:token', '--config.seed=1', '--config.train.steps=99')
+  workdir_flag = '--workdir=out/token-1'
   assert list(commands) == [
       'interference at init', 'compile', 'train', 'evaluate', 'interference', 'experts', 'report']
   assert commands['interference at init'] == (
-      'launch/interference.py', '--at_init', *config_flags, workdir, '--num_batches=8')
+      'launch/interference.py', '--at_init', *config_flags, workdir_flag, '--num_batches=8')
   assert commands['compile'] == (*commands['train'], '--compile_only') == (
-      'launch/train.py', *config_flags, workdir, '--compile_only')
-  assert commands['interference'] == ('launch/interference.py', workdir, '--num_batches=8')
+      'launch/train.py', *config_flags, workdir_flag, '--compile_only')
+  assert commands['interference'] == ('launch/interference.py', workdir_flag, '--num_batches=8')
   assert [s.name for s in cell.stages if s.needs] == ['evaluate', 'interference', 'experts', 'report']
 
 
 def test_every_router_has_a_cell_per_seed_and_a_dense_model_no_expert_usage():
-  cells = _router_cells(['dense', 'token'], range(2), dense=['dense'])
+  cells = _router_cells(['dense', 'token', 'dense'], 2)
   assert [(c.folder, c.variant, c.seed) for c in cells] == [
-      ('dense-0', 'dense', 0), ('dense-1', 'dense', 1), ('token-0', 'token', 0), ('token-1', 'token', 1)]
+      (_OUT / 'dense-0', 'dense', 0), (_OUT / 'dense-1', 'dense', 1),
+      (_OUT / 'token-0', 'token', 0), (_OUT / 'token-1', 'token', 1)]
   dense, token = _commands(cells[0]), _commands(cells[2])
   assert list(dense) == [name for name in token if name != 'experts']
 
 
-def test_seeds_of_a_recipe_are_adjacent_and_the_untuned_run_has_one():
-  cells = grid.adaptation_cells('out', 'runs/a', ('a', 'b'), ('untuned', 'prompt'), range(3), [])
-  assert [c.folder for c in cells] == ['a-untuned', 'a-prompt-0', 'a-prompt-1', 'a-prompt-2',
-                                       'b-untuned', 'b-prompt-0', 'b-prompt-1', 'b-prompt-2']
+def test_seeds_of_a_recipe_are_adjacent_and_zero_shot_evaluation_has_one(run):
+  cells, settings = grid.adaptation_grid(
+      _OUT, str(run), ('digits', 'video_name'), ('zero-shot', 'prompts'), None, [], _ROOT)
+  assert [c.folder.name for c in cells] == [
+      'digits-zero-shot', 'digits-prompts-0', 'digits-prompts-1', 'digits-prompts-2',
+      'video_name-zero-shot', 'video_name-prompts-0', 'video_name-prompts-1', 'video_name-prompts-2']
+  assert settings == {'sweep': 'adaptation', 'run': str(run), 'step': None, 'overrides': []}
 
 
-def test_an_adaptation_cell_has_the_commands_that_a_person_would_type():
-  untuned, finetune, finetune_all = grid.adaptation_cells(
-      'out', 'runs/a', ['digits'], ['untuned', 'finetune', 'finetune-all'], [2], ['train.steps=3'])
+def test_an_adaptation_cell_has_the_commands_that_a_person_would_type(run):
+  recipes = ['zero-shot', 'finetune', 'finetune-all']
+  cells, _ = grid.adaptation_grid(_OUT, str(run), ['digits'], recipes, 2, ['train.steps=99'], _ROOT)
+  zero_shot, _, finetune, _, finetune_all = cells
   for cell, recipe, amount in ((finetune, 'finetune', 'few'), (finetune_all, 'finetune-all', 'all')):
-    workdir = f'--workdir=out/digits-{recipe}-2'
+    workdir_flag = f'--workdir=out/digits-{recipe}-1'
     assert _commands(cell) == {
-        'train': ('launch/train.py', f'--config=configs/finetune.py:runs/a,digits,{amount}', '--config.seed=2',
-                  '--config.train.steps=3', workdir),
-        'evaluate': ('launch/evaluate.py', workdir)}
+        'train': ('launch/train.py', f'--config=configs/finetune.py:{run},digits,{amount}', '--config.seed=1',
+                  '--config.train.steps=99', workdir_flag),
+        'evaluate': ('launch/evaluate.py', workdir_flag)}
     assert [s.needs for s in cell.stages] == ['', 'train']
-  assert _commands(untuned) == {'evaluate': (
-      'launch/evaluate.py', '--config=configs/zero_shot.py:runs/a,digits', '--config.seed=2', '--config.train.steps=3',
-      '--workdir=out/digits-untuned')}
+  assert _commands(zero_shot) == {'evaluate': (
+      'launch/evaluate.py', f'--config=configs/zero_shot.py:{run},digits', '--config.seed=0',
+      '--config.train.steps=99', '--workdir=out/digits-zero-shot')}

@@ -14,7 +14,7 @@ from uni_moe_jax.train import warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
 
-def _row(value, seed, variant='prompt', metric='top-1', error=.03):
+def _row(value, seed, variant='prompts', metric='top-1', error=.03):
   return {'task': 'digits', 'variant': variant, 'seed': seed, 'evaluator': 'digits', 'metric': metric, 'value': value,
           'standard_error': error, 'chance': .1, 'floors': {'1-nn': .9}}
 
@@ -36,14 +36,14 @@ def test_unknown_terms_of_an_interval_are_left_out(rows, interval):
 
 
 def test_variants_and_metrics_are_not_mixed():
-  rows = [_row(.4, 0), _row(.8, 0, variant='untuned'), _row(.2, 0, metric='balanced')]
+  rows = [_row(.4, 0), _row(.8, 0, variant='zero-shot'), _row(.2, 0, metric='balanced')]
   assert {(r['variant'], r['metric']): r['mean'] for r in results.summarize(rows)} == {
-      ('prompt', 'top-1'): .4, ('untuned', 'top-1'): .8, ('prompt', 'balanced'): .2}
+      ('prompts', 'top-1'): .4, ('zero-shot', 'top-1'): .8, ('prompts', 'balanced'): .2}
 
 
 def test_the_score_table_has_chance_and_baselines():
-  lines = results.score_table(results.summarize([_row(.5, 0)]), ['prompt', 'untuned'])
-  assert lines == ['| evaluator | metric | chance | baselines | prompt | untuned |', '| --- ' * 6 + '|',
+  lines = results.score_table(results.summarize([_row(.5, 0)]), ['prompts', 'zero-shot'])
+  assert lines == ['| evaluator | metric | chance | baselines | prompts | zero-shot |', '| --- ' * 6 + '|',
                    '| digits | top-1 | 0.1 | 1-nn 0.900 | 0.500 ± 0.059 |  |']
 
 
@@ -65,33 +65,33 @@ def test_what_is_frozen_is_compared_bit_by_bit(changes, expected):
   assert found['parameters'] - found['trained'] == (3 if 'd' in after else 1)
 
 
-def _cell(variant='prompt', **training):
+def _cell(variant='prompts', **training):
   training = {'steps': 5, 'examples': 100, 'drawn': 160, 'parameters': 1000, 'trained': 19, 'share': .019, 'identical': True,
               'moved': True, **training}
-  return {'folder': f'digits-{variant}-0', 'variant': variant, 'task': 'digits', 'seed': 0,
-          'training': None if variant == 'untuned' else training}
+  return {'name': f'digits-{variant}-0', 'variant': variant, 'task': 'digits', 'seed': 0,
+          'training': None if variant == 'zero-shot' else training}
 
 
 @pytest.mark.parametrize('cell, message', [
     (_cell(), None), (_cell(share=.02), '2.00% of the parameters train; prompt tuning trains less than 2%'),
-    (_cell('finetune', share=1.), None), (_cell(identical=False), 'digits-prompt-0: a frozen parameter differs'),
-    (_cell(moved=False), 'nothing was trained'), (_cell('untuned'), None)])
+    (_cell('finetune', share=1.), None), (_cell(identical=False), 'digits-prompts-0: a frozen parameter differs'),
+    (_cell(moved=False), 'nothing was trained'), (_cell('zero-shot'), None)])
 def test_a_broken_promise_is_an_error(cell, message):
   errors = adaptation.find_errors([cell], results.summarize([_row(.5, 0)]))
   assert errors == [] if message is None else message in errors[0]
 
 
-@pytest.mark.parametrize('metric, untuned, tuned, gains', [
+@pytest.mark.parametrize('metric, zero_shot, tuned, gains', [
     ('top-1', .4, .5, True), ('top-1', .5, .5, False), ('top-1', .6, .5, False), ('perplexity', 9, 8, True),
     ('perplexity', 8, 9, False)])
-def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions(metric, untuned, tuned, gains):
+def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions(metric, zero_shot, tuned, gains):
   find_errors = lambda rows: adaptation.find_errors([_cell()], results.summarize(rows))
-  rows = [_row(v, 0, variant, m) for variant, v in (('untuned', untuned), ('prompt', tuned)) for m in (metric, 'second')]
+  rows = [_row(v, 0, variant, m) for variant, v in (('zero-shot', zero_shot), ('prompts', tuned)) for m in (metric, 'second')]
   rows[3]['value'] = 0.  # the second metric does not count
   assert find_errors(rows) == ([] if gains else [
-      f'digits, digits: prompt tuning has {metric} {tuned:.3f}, no gain over {untuned:.3f} untuned.'])
+      f'digits, digits: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} zero-shot.'])
   captions = [_row(v, 0, variant, m) for m, change in (('exact', -.1), ('word F1', .1))
-              for variant, v in (('untuned', .5), ('prompt', .5 + change))]
+              for variant, v in (('zero-shot', .5), ('prompts', .5 + change))]
   assert find_errors(captions) == []
   captions[-1]['value'] = .4
   assert 'has word F1 0.400' in find_errors(captions)[0]
@@ -99,11 +99,11 @@ def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions
 
 def test_the_table_has_what_was_trained():
   last_line = lambda *cells: adaptation.runs_table(cells)[-1]
-  assert last_line(_cell()) == '| digits | prompt | 1 | 5 | 100 | 160 | 19 | 1.90% | identical |'
+  assert last_line(_cell()) == '| digits | prompts | 1 | 5 | 100 | 160 | 19 | 1.90% | identical |'
   assert 'CHANGED' in last_line(_cell(), _cell(identical=False))
   assert last_line(_cell(trained=1000, share=1.)).endswith('| 1,000 | 100.00% | — |')  # nothing is frozen
-  assert last_line(_cell('untuned')) == '| digits | untuned | 1 | 0 | 0 | 0 | 0 | 0.00% | all |'
-  assert last_line({**_cell(), 'training': None}) == '| digits | prompt | 0 | | | | | | |'
+  assert last_line(_cell('zero-shot')) == '| digits | zero-shot | 1 | 0 | 0 | 0 | 0 | 0.00% | all |'
+  assert last_line({**_cell(), 'training': None}) == '| digits | prompts | 0 | | | | | | |'
 
 
 def _shapes(folder):
@@ -129,8 +129,9 @@ def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config):
   c.tasks.shape.shots = 2
   c.optim.param_groups = (('b$', 'freeze'), ('.*', 1., 0.))
   c.evaluators.e = config_lib.evaluator('classification', 'shape', split='train')
-  [cell] = grid.adaptation_cells(str(tmp_path), str(tmp_path / 'run'), ['shape'], ['prompt'], [0], [])
-  path = tmp_path / cell.folder
+  stages = grid.Stage('train', ()), grid.Stage('evaluate', ())
+  cell = grid.Cell(tmp_path / 'shape-prompts-0', 'prompts', 'shape', 0, stages)
+  path = cell.folder
   for folder, values, step in ((tmp_path / 'run', _BEFORE, 9), (path, {**_BEFORE, 'a': np.ones(3)}, 4)):
     workdir.claim_workdir(folder, c, 'print')
     with Checkpoints(folder, 1) as checkpoints:
@@ -141,6 +142,6 @@ def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config):
       'steps': 4, 'examples': 6, 'drawn': 32, 'parameters': 4, 'trained': 3, 'share': .75, 'identical': True, 'moved': True}
   (path / runner.LOG).write_text(json.dumps(log))
   (path / 'evaluation.json').write_text(json.dumps([_row(.5, 0)]))
-  found = results.collect(tmp_path, 'adaptation', [cell], str(tmp_path / 'run'), 'python launch/sweep.py')
+  found = results.collect('adaptation', [cell], str(tmp_path / 'run'), 'python launch/sweep.py')
   assert found['cells'][0]['training']['examples'] == 6 and found['scores'][0]['mean'] == .5
   assert 'trains less than 2%' in found['errors'][0]

@@ -29,8 +29,9 @@ def _experts():
           'tasks': {'names': {}, 'motion': {}}, 'mean_task_overlap': [[1, .25], [.25, 1]]}
 
 
-def _cells(*routers):
-  return grid.router_cells('out', 'c.py', routers, ['dense'], [0], 4, [])
+def _cells(folder, *routers):
+  stages = [grid.Stage(s, ()) for s in ('interference at init', 'compile', 'train', 'evaluate', 'interference', 'report')]
+  return [grid.Cell(folder / f'{router}-0', router, '', 0, tuple(stages)) for router in routers]
 
 
 def _write(path, content):
@@ -43,8 +44,8 @@ def _attempt(stage, exit_code=0, seconds=10.):
 
 def _finish(workdir, router, steps=6, data='print', **optim):
   """Writes what the stages of a router leave."""
-  [cell] = _cells(router)
-  path = workdir / cell.folder
+  [cell] = _cells(workdir, router)
+  path = cell.folder
   config = tiny.config('shape', data_dir=tiny.data_dir())
   config.moe.router = router
   config.optim.update(optim)
@@ -75,8 +76,8 @@ def _workdir(tmp_path_factory):
 
 @pytest.fixture(name='report', scope='module')
 def _report(workdir):
-  cells = _cells('dense', 'task', 'token', 'context')
-  return results.collect(workdir, 'routers', cells, 'configs/c.py', 'python launch/sweep.py')
+  cells = _cells(workdir, 'dense', 'task', 'token', 'context')
+  return results.collect('routers', cells, 'configs/c.py', 'python launch/sweep.py')
 
 
 def test_every_run_is_reported_with_what_it_left(report):
@@ -118,5 +119,5 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
 def test_runs_that_differ_in_more_than_their_router_are_an_error(tmp_path, changes, message):
   _finish(tmp_path, 'dense')
   _finish(tmp_path, 'task', **changes)
-  errors = results.collect(tmp_path, 'routers', _cells('dense', 'task'), 'c', 'p')['errors']
+  errors = results.collect('routers', _cells(tmp_path, 'dense', 'task'), 'c', 'p')['errors']
   assert errors == [] if message is None else message in errors[0]

@@ -8,7 +8,10 @@ from uni_moe_jax.analysis.sweep import runner
 from uni_moe_jax.analysis.sweep.grid import Cell, Stage
 
 _STAGES = (Stage('a', ('launch/a.py',)), Stage('train', ('launch/t.py', '--x')), Stage('b', ('launch/b.py',), 'train'))
-_CELL = Cell('cell-0', 'cell', '', 0, _STAGES)
+
+
+def _cell(folder, seed=0):
+  return Cell(folder / f'cell-{seed}', 'cell', '', seed, _STAGES)
 
 
 class _Starter:
@@ -25,32 +28,32 @@ class _Starter:
 
 def test_finished_stages_are_not_repeated(tmp_path, capsys):
   start = _Starter()
-  assert runner.run_sweep(tmp_path, [_CELL], start) and runner.run_sweep(tmp_path, [_CELL], start)
+  assert runner.run_cells([_cell(tmp_path)], start) and runner.run_cells([_cell(tmp_path)], start)
   assert start.started == ['a', 't', 'b']
   assert capsys.readouterr().out == '1/1 cell-0\n1/1 cell-0: done\n'
   log = json.loads((tmp_path / 'cell-0' / runner.LOG).read_text())
   assert [(t['stage'], t['command'], t['exit_code']) for t in log] == [
       ('a', 'python launch/a.py', 0), ('train', 'python launch/t.py --x', 0), ('b', 'python launch/b.py', 0)]
-  assert all(t['seconds'] >= 0 for t in log) and runner.read_log(tmp_path, _CELL) == log
+  assert all(t['seconds'] >= 0 for t in log) and runner.read_log(tmp_path / 'cell-0') == log
 
 
 def test_a_failure_skips_what_needs_it_and_is_retried(tmp_path):
   failing = _Starter(a=1, t=3)
-  assert runner.run_sweep(tmp_path, [_CELL], failing)
+  assert runner.run_cells([_cell(tmp_path)], failing)
   assert failing.started == ['a', 't']
   fixed = _Starter()
-  assert runner.run_sweep(tmp_path, [_CELL], fixed)
+  assert runner.run_cells([_cell(tmp_path)], fixed)
   assert fixed.started == ['a', 't', 'b']
-  assert [t['exit_code'] for t in runner.read_log(tmp_path, _CELL)] == [1, 3, 0, 0, 0]
+  assert [t['exit_code'] for t in runner.read_log(tmp_path / 'cell-0')] == [1, 3, 0, 0, 0]
 
 
 def test_a_signal_stops_all_cells_and_the_next_call_continues_there(tmp_path):
-  cells = [_CELL, Cell('cell-1', 'cell', '', 1, _STAGES)]
+  cells = [_cell(tmp_path), _cell(tmp_path, 1)]
   stopped = _Starter(t=75)
-  assert not runner.run_sweep(tmp_path, cells, stopped)
+  assert not runner.run_cells(cells, stopped)
   assert stopped.started == ['a', 't']
   resumed = _Starter()
-  assert runner.run_sweep(tmp_path, cells, resumed) and resumed.started == ['t', 'b', 'a', 't', 'b']
+  assert runner.run_cells(cells, resumed) and resumed.started == ['t', 'b', 'a', 't', 'b']
   assert not runner.is_finished([{'stage': 'train', 'exit_code': 75}], 'train')
 
 

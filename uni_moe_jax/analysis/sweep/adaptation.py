@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uni_moe_jax.analysis.sweep.grid import TRAIN, UNTUNED
+from uni_moe_jax.analysis.sweep.grid import TRAIN, ZERO_SHOT
 from uni_moe_jax.analysis.sweep.runner import is_finished
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import sources
@@ -15,27 +15,27 @@ from uni_moe_jax.data.pipeline import examples
 from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 
-PROMPT, MAX_PROMPT_SHARE = 'prompt', 0.02  # prompt tuning trains less than this share of the parameters
+PROMPTS, MAX_PROMPT_SHARE = 'prompts', 0.02  # prompt tuning trains less than this share of the parameters
 _CAPTION_METRIC = 'word F1'  # decides about captions: after few examples hardly any caption is an exact match
 
 
-def measure(path: pathlib.Path, log: Sequence[Mapping[str, Any]], run: str) -> dict[str, Any]:
+def measure(folder: pathlib.Path, log: Sequence[Mapping[str, Any]], run: str) -> dict[str, Any]:
   """What a cell trained.
 
   Args:
-    path: work directory of the cell.
+    folder: work directory of the cell.
     log: see `runner.read_log`.
     run: work directory of the trained run.
 
   Returns:
-    {'training': None if the cell has not trained, else {'steps', 'examples' (distinct ones), 'drawn' (steps · batch size),
-    'parameters', 'trained' (of them), 'share', 'identical': whether every frozen parameter is bit-identical to that of the
-    run, 'moved': whether a trained one is not}}.
+    {'training': None if the cell has not trained, else {'steps', 'examples' (distinct ones), 'drawn' (steps · batch
+    size), 'parameters', 'trained' (of them), 'share', 'identical': whether every frozen parameter is bit-identical to
+    that of the run, 'moved': whether a trained one is not}}.
   """
   if not is_finished(log, TRAIN):
     return {'training': None}
-  config = workdir.load_config(path)
-  with Checkpoints(path, max_to_keep=None) as checkpoints:
+  config = workdir.load_config(folder)
+  with Checkpoints(folder, max_to_keep=None) as checkpoints:
     steps, params = checkpoints.latest(), checkpoints.restore_params()
   frozen = optimizer.frozen_paths(optimizer.match_param_groups(params, config.optim.param_groups))
   changes = warm_start.compare_params(_run_params(run), params, frozen)
@@ -59,11 +59,11 @@ def find_errors(cells: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     if (training := cell['training']) is None:
       continue
     if not training['identical']:
-      errors.append(f'{cell["folder"]}: a frozen parameter differs from that of the trained run.')
+      errors.append(f'{cell["name"]}: a frozen parameter differs from that of the trained run.')
     if not training['moved']:
-      errors.append(f'{cell["folder"]}: nothing was trained.')
-    if cell['variant'] == PROMPT and training['share'] >= MAX_PROMPT_SHARE:
-      errors.append(f'{cell["folder"]}: {training["share"]:.2%} of the parameters train; prompt tuning trains less than '
+      errors.append(f'{cell["name"]}: nothing was trained.')
+    if cell['variant'] == PROMPTS and training['share'] >= MAX_PROMPT_SHARE:
+      errors.append(f'{cell["name"]}: {training["share"]:.2%} of the parameters train; prompt tuning trains less than '
                     f'{MAX_PROMPT_SHARE:.0%}.')
   return errors + _tasks_without_gain(scores)
 
@@ -76,11 +76,11 @@ def _tasks_without_gain(scores: Sequence[Mapping[str, Any]]) -> list[str]:
   errors = []
   for (task, evaluator), by_metric in by_evaluator.items():
     metric = _CAPTION_METRIC if _CAPTION_METRIC in by_metric else next(iter(by_metric))
-    if {PROMPT, UNTUNED} <= by_metric[metric].keys():
-      tuned, untuned = (by_metric[metric][variant]['mean'] for variant in (PROMPT, UNTUNED))
-      higher_is_better = by_metric[metric][PROMPT]['higher_is_better']
-      if not (tuned > untuned if higher_is_better else tuned < untuned):
-        errors.append(f'{task}, {evaluator}: prompt tuning has {metric} {tuned:.3f}, no gain over {untuned:.3f} untuned.')
+    if {PROMPTS, ZERO_SHOT} <= by_metric[metric].keys():
+      tuned, zero_shot = (by_metric[metric][variant]['mean'] for variant in (PROMPTS, ZERO_SHOT))
+      higher_is_better = by_metric[metric][PROMPTS]['higher_is_better']
+      if not (tuned > zero_shot if higher_is_better else tuned < zero_shot):
+        errors.append(f'{task}, {evaluator}: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} zero-shot.')
   return errors
 
 
@@ -92,7 +92,7 @@ def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
   for c in cells:
     groups.setdefault((c['task'], c['variant']), []).extend([c['training']] if c['training'] else [])
   for (task, recipe), members in groups.items():
-    if recipe == UNTUNED:
+    if recipe == ZERO_SHOT:
       lines.append(f'| {task} | {recipe} | 1 | 0 | 0 | 0 | 0 | 0.00% | all |')
     elif not members:
       lines.append(f'| {task} | {recipe} | 0 | | | | | | |')

@@ -3,7 +3,6 @@
 Failed cells are reported with what they left. Nothing in the folder names a machine, so that it can be published.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -17,42 +16,40 @@ from scipy import stats
 from uni_moe_jax.analysis.sweep import adaptation, grid, routers, runner
 from uni_moe_jax.analysis.sweep.grid import Cell
 from uni_moe_jax.eval import metrics, suite
-from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.train import workdir
+from uni_moe_jax.utils import files
 from uni_moe_jax.utils.exit_codes import FINISHED
-from uni_moe_jax.utils.files import write_json
 
 FOLDER, RESULTS, TABLE = 'results', 'results.json', 'results.md'
 _TITLES = {grid.ROUTERS: 'Router ablation', grid.ADAPTATION: 'Adaptation study'}
 _UPPER = 0.975  # quantile at the upper end of a 95 % interval
 
 
-def collect(workdir: pathlib.Path, sweep: str, cells: Sequence[Cell], source: str, command: str) -> dict[str, Any]:
+def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dict[str, Any]:
   """Reads the work directories of all cells.
 
   Args:
-    workdir: of the sweep.
     sweep: `grid.ROUTERS` or `grid.ADAPTATION`.
     cells: of the sweep.
     source: the config file of a router ablation, the trained run of an adaptation study.
     command: that was typed.
 
   Returns:
-    {'sweep', 'command', 'source', 'python', 'cores', 'cells': [{'folder', 'variant', 'task', 'seed', 'status',
-    'exit_codes' and 'seconds' (by stage, over all attempts), 'commit', 'evaluation' (rows of evaluation.json), and those of
-    `routers.measure` or `adaptation.measure`}], 'scores': see `summarize`, 'errors': sentences}. Unknown values are None.
+    {'sweep', 'command', 'source', 'python', 'cores', 'cells': [{'name', 'variant', 'task', 'seed', 'status',
+    'exit_codes' and 'seconds' (by stage, over all attempts), 'commit', 'evaluation' (rows of evaluation.json), and
+    those of `routers.measure` or `adaptation.measure`}], 'scores': see `summarize`, 'errors': sentences}. Unknown
+    values are None.
   """
-  measure = routers.measure if sweep == grid.ROUTERS else lambda path, log: adaptation.measure(path, log, source)
   records = []
   for cell in cells:
-    path, log = workdir / cell.folder, runner.read_log(workdir, cell)
-    record = {'folder': cell.folder, 'variant': cell.variant, 'task': cell.task, 'seed': cell.seed, **_history(log)}
-    record['commit'] = _read_json(path / workdir_lib.RUN_FILE, {}).get('commit')
-    record['evaluation'] = _read_json(path / suite.EVALUATION_FILE, [])
-    records.append({**record, **measure(path, log)})
-  scores = summarize([
-      {**{k: r[k] for k in ('variant', 'task', 'seed')}, **row} for r in records for row in r['evaluation']])
-  errors = [f'{r["folder"]}: {r["status"]}.' for r in records if r['status'] != 'finished']
-  errors += routers.find_errors(workdir, records) if sweep == grid.ROUTERS else adaptation.find_errors(records, scores)
+    log, run = runner.read_log(cell.folder), files.read_json(cell.folder / workdir.RUN_FILE, {})
+    records.append({
+        'name': cell.folder.name, 'variant': cell.variant, 'task': cell.task, 'seed': cell.seed, **_history(log),
+        'commit': run.get('commit'), 'evaluation': files.read_json(cell.folder / suite.EVALUATION_FILE, []),
+        **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log, source))})
+  scores = summarize([{**record, **row} for record in records for row in record['evaluation']])
+  errors = [f'{r["name"]}: {r["status"]}.' for r in records if r['status'] != 'finished']
+  errors += routers.find_errors(cells, records) if sweep == grid.ROUTERS else adaptation.find_errors(records, scores)
   return {'sweep': sweep, 'command': command, 'source': source, 'python': platform.python_version(),
           'cores': os.cpu_count(), 'cells': records, 'scores': scores, 'errors': errors}
 
@@ -70,24 +67,20 @@ def _history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   return {'status': status, 'exit_codes': codes, 'seconds': seconds}
 
 
-def _read_json(path: pathlib.Path, default: Any) -> Any:
-  return json.loads(path.read_text()) if path.exists() else default
-
-
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Scores over seeds.
 
-  All seeds are evaluated on the same test examples, so that the error of the examples does not shrink with the number n of
-  seeds. The interval is ± sqrt((t · spread)² / n + (1.96 · error)²) with Student's t of n - 1 degrees of freedom (4.30 for
-  three seeds).
+  All seeds are evaluated on the same test examples, so that the error of the examples does not shrink with the number
+  n of seeds. The interval is ± sqrt((t · spread)² / n + (1.96 · error)²) with Student's t of n - 1 degrees of freedom
+  (4.30 for three seeds).
 
   Args:
     rows: of evaluation.json, with the task, variant and seed of their cell.
 
   Returns:
-    One row per task, evaluator, metric and variant: 'mean', 'spread' (standard deviation over seeds, None for one seed),
-    'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is known), 'seeds' (how many),
-    'chance', 'baselines', 'higher_is_better'.
+    One row per task, evaluator, metric and variant: 'mean', 'spread' (standard deviation over seeds, None for one
+    seed), 'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is known), 'seeds'
+    (how many), 'chance', 'baselines', 'higher_is_better'.
   """
   groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
   for row in rows:
@@ -109,19 +102,19 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return scores
 
 
-def write(results: Mapping[str, Any], workdir: pathlib.Path) -> str:
-  """Writes the folder `results` of a sweep; returns the Markdown."""
-  out = workdir / FOLDER
+def write(results: Mapping[str, Any], folder: pathlib.Path) -> str:
+  """Writes the folder `results` into the work directory of a sweep; returns the Markdown."""
+  out = folder / FOLDER
   out.mkdir(parents=True, exist_ok=True)
-  figures = routers.draw_figures(results['cells'], workdir, out) if results['sweep'] == grid.ROUTERS else {}
+  figures = routers.draw_figures(results['cells'], folder, out) if results['sweep'] == grid.ROUTERS else {}
   text = markdown(results, figures)
-  write_json(out / RESULTS, results, allow_nan=False)
+  files.write_json(out / RESULTS, results, allow_nan=False)
   (out / TABLE).write_text(text + '\n')
   return text
 
 
 def markdown(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -> str:
-  """The report. figures: names of the files to show for each cell, by its folder."""
+  """The report. figures: names of files by the name of the cell."""
   cells, is_ablation = results['cells'], results['sweep'] == grid.ROUTERS
   seeds = sorted({c['seed'] for c in cells})
   commits = list(dict.fromkeys(c['commit'][:12] for c in cells if c['commit'])) or ['unknown']

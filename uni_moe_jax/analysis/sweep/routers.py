@@ -1,4 +1,4 @@
-"""The router ablation: what every run measured, whether the runs differ only in their router, and the report's sections."""
+"""The router ablation: what every run measured, whether runs differ only in their router, sections of the report."""
 
 import json
 import pathlib
@@ -9,38 +9,32 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
-from uni_moe_jax.analysis.sweep.grid import TRAIN
-from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
+from uni_moe_jax.train import workdir
+from uni_moe_jax.utils.files import read_json
 
 _INTERFERENCE = {'init': 'interference_init.json', 'final': interference_file.FILE}
 _MAY_DIFFER = ('moe.router:', 'seed:')
 
 
-def measure(path: pathlib.Path, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def measure(folder: pathlib.Path) -> dict[str, Any]:
   """What the run of a work directory measured.
 
   Returns:
-    {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'interference': {'init', 'final'}: the matrix over
-    all chosen parameters as 'subset' and how it was measured, 'experts': see `_expert_summary`}. Unknown values are None.
+    {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'interference': {'init', 'final'}: that of all
+    selected parameters as 'subset' and how it was measured, 'experts': see `_expert_summary`}. Unknown values are None.
   """
-  del log
-  metrics = path / 'metrics.jsonl'
+  metrics = folder / 'metrics.jsonl'
   lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
   rates = [line['steps_per_second'] for line in lines if 'steps_per_second' in line]
-  run = _read_json(path / workdir_lib.RUN_FILE) or {}
-  interference = {}
-  for checkpoint, file in _INTERFERENCE.items():
-    content = _read_json(path / file)
-    interference[checkpoint] = content and {
-        **{k: v for k, v in content.items() if k != 'subsets'}, 'subset': content['subsets'][0]}
+  interference = {checkpoint: read_json(folder / file) for checkpoint, file in _INTERFERENCE.items()}
   return {
       'steps': lines[-1]['step'] if lines else 0, 'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
-      'parameters': run.get('parameters'), 'interference': interference,
-      'experts': _expert_summary(_read_json(path / expert_usage_file.FILE))}
-
-
-def _read_json(path: pathlib.Path) -> Any:
-  return json.loads(path.read_text()) if path.exists() else None
+      'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'),
+      'interference': {checkpoint: content and {
+          **{k: v for k, v in content.items() if k != 'subsets'}, 'subset': content['subsets'][0]}
+                       for checkpoint, content in interference.items()},
+      'experts': _expert_summary(read_json(folder / expert_usage_file.FILE))}
 
 
 def _expert_summary(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -57,35 +51,35 @@ def _expert_summary(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
       'tasks': list(content['tasks']), 'task_overlap': overlap.tolist()}
 
 
-def find_errors(workdir: pathlib.Path, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def find_errors(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]) -> list[str]:
   """Sentences for runs that differ from the first one in more than their router and seed."""
+  runs = [(r, config) for cell, r in zip(cells, records, strict=True)
+          if (config := read_json(cell.folder / workdir.CONFIG_FILE))]
   errors = []
-  files = {c['folder']: _read_json(workdir / c['folder'] / workdir_lib.CONFIG_FILE) for c in cells}
-  first, *others = [c for c in cells if files[c['folder']]] or [None]
-  for cell in others:
-    a, b = files[first['folder']], files[cell['folder']]
-    changed = [d for d in workdir_lib.differences(a['config'], b['config']) if not d.startswith(_MAY_DIFFER)]
-    changed += ['the data (its fingerprint)'] if a['data'] != b['data'] else []
-    changed += [f'steps: {first["steps"]} → {cell["steps"]}'] if first['steps'] != cell['steps'] else []
+  for record, config in runs[1:]:
+    first, first_config = runs[0]
+    changed = [d for d in workdir.differences(first_config['config'], config['config']) if not d.startswith(_MAY_DIFFER)]
+    changed += ['the data (its fingerprint)'] if first_config['data'] != config['data'] else []
+    changed += [f'steps: {first["steps"]} → {record["steps"]}'] if first['steps'] != record['steps'] else []
     if changed:
-      errors.append(f'{cell["folder"]} and {first["folder"]} differ in more than their router: {"; ".join(changed)}.')
+      errors.append(f'{record["name"]} and {first["name"]} differ in more than their router: {"; ".join(changed)}.')
   return errors
 
 
-def draw_figures(cells: Sequence[Mapping[str, Any]], workdir: pathlib.Path, out: pathlib.Path) -> dict[str, list[str]]:
-  """Writes the heat maps of every cell into a folder; returns the names of the files by the cell's folder."""
+def draw_figures(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path, out: pathlib.Path) -> dict[str, list[str]]:
+  """Writes the heat maps of every cell into the folder `out`; returns the names of the files by the name of the cell."""
   figures: dict[str, list[str]] = {}
   for c in cells:
-    names = figures[c['folder']] = []
+    names = figures[c['name']] = []
     measured = {checkpoint: m for checkpoint, m in c['interference'].items() if m}
     if measured:
-      names.append(f'interference_{c["folder"]}.png')
-      subsets = [{**m['subset'], 'subset': f'{c["folder"]}, {checkpoint}'} for checkpoint, m in measured.items()]
+      names.append(f'interference_{c["name"]}.png')
+      subsets = [{**m['subset'], 'subset': f'{c["name"]}, {checkpoint}'} for checkpoint, m in measured.items()]
       content = next(iter(measured.values()))
       interference_file.draw(out / names[-1], [subsets], content['tasks'], f'I(i, j), {content["parameters"]}')
-    usage = workdir / c['folder'] / expert_usage_file.FILE.replace('.json', '.png')
+    usage = folder / c['name'] / expert_usage_file.FILE.replace('.json', '.png')
     if usage.exists():
-      names.append(f'experts_{c["folder"]}.png')
+      names.append(f'experts_{c["name"]}.png')
       shutil.copy(usage, out / names[-1])
   return figures
 
@@ -97,7 +91,7 @@ def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
   for c in cells:
     counts = [f'{c["parameters"][k]:,}' if c['parameters'] else '' for k in ('total', 'active')]
     lines.append(
-        f'| {c["folder"]} | {c["steps"]} | {counts[0]} | {counts[1]} | {_number(c["seconds_per_step"])} | '
+        f'| {c["name"]} | {c["steps"]} | {counts[0]} | {counts[1]} | {_number(c["seconds_per_step"])} | '
         f'{c["seconds"].get(TRAIN, 0):.0f} | {sum(c["seconds"].values()):.0f} | {c["status"]} |')
   return lines
 
@@ -110,7 +104,7 @@ def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[
            '| run | mean at init | below 0 at init | final mean | final below 0 |', '| --- ' * 5 + '|']
   for c in cells:
     values = [_interval(m, key) for m in c['interference'].values() for key in ('mean_of_pairs', 'negative_share')]
-    lines.append(f'| {c["folder"]} | {" | ".join(values)} |')
+    lines.append(f'| {c["name"]} | {" | ".join(values)} |')
   with_experts = [c for c in cells if c['experts']]
   if with_experts:
     sublayers = list(dict.fromkeys(s for c in with_experts for s in c['experts']['effective']))
@@ -119,7 +113,7 @@ def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[
               'usage).', '',
               f'| run | {" | ".join(f"{s} experts" for s in sublayers)} | overlap |',
               '| --- ' * (2 + len(sublayers)) + '|']
-    lines += [f'| {c["folder"]} | {" | ".join(_number(c["experts"]["effective"].get(s)) for s in sublayers)} | '
+    lines += [f'| {c["name"]} | {" | ".join(_number(c["experts"]["effective"].get(s)) for s in sublayers)} | '
               f'{_number(c["experts"]["overlap"])} |' for c in with_experts]
   lines += ['', '## Interference and expert usage', '',
             "I(i, j): how much a short step on the column's task lowers the loss of the row's task, relative to a step on "
@@ -127,9 +121,9 @@ def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[
   for c in cells:
     for checkpoint, m in c['interference'].items():
       if m:
-        lines += ['', f'{c["folder"]}, {checkpoint} ({m["checkpoint"]}):', '', *_matrix(m)]
-    for name in figures[c['folder']]:
-      lines += ['', f'![{name.partition("_")[0]}, {c["folder"]}]({name})']
+        lines += ['', f'{c["name"]}, {checkpoint} ({m["checkpoint"]}):', '', *_matrix(m)]
+    for name in figures[c['name']]:
+      lines += ['', f'![{name.partition("_")[0]}, {c["name"]}]({name})']
   return lines
 
 

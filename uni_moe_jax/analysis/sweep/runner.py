@@ -4,7 +4,6 @@ A finished stage is never repeated. A failed or interrupted one is tried again b
 attempt.
 """
 
-import json
 import pathlib
 import signal
 import subprocess
@@ -16,32 +15,29 @@ from typing import Any
 from uni_moe_jax.analysis.sweep.grid import Cell
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
-from uni_moe_jax.utils.files import write_json
+from uni_moe_jax.utils.files import read_json, write_json
 
 SETTINGS = 'settings.json'  # in the work directory of the sweep
 LOG = 'stages.json'  # in the work directory of a cell
 
 
-def claim(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Records the settings of a sweep in its work directory, or checks that they are the recorded ones.
+def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Records the settings of a sweep in its work directory.
 
   Raises:
     UsageError: the finished cells there have other settings.
   """
-  path = workdir / SETTINGS
-  if path.exists():
-    if (old := json.loads(path.read_text())) != settings:
-      changed = ', '.join(f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v)
-      raise UsageError(f'{workdir} has a sweep with other settings ({changed}); give another --workdir.')
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
+  path = folder / SETTINGS
+  if (old := read_json(path, settings)) != settings:
+    changed = ', '.join(f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v)
+    raise UsageError(f'{folder} has a sweep with other settings ({changed}); give another --workdir.')
+  folder.mkdir(parents=True, exist_ok=True)
   write_json(path, settings)
 
 
-def read_log(workdir: pathlib.Path, cell: Cell) -> list[dict[str, Any]]:
+def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
   """Every attempt of a cell, in order: [{'stage', 'command', 'exit_code', 'seconds'}]."""
-  path = workdir / cell.folder / LOG
-  return json.loads(path.read_text()) if path.exists() else []
+  return read_json(folder / LOG, [])
 
 
 def is_finished(log: Sequence[dict[str, Any]], stage: str) -> bool:
@@ -49,21 +45,20 @@ def is_finished(log: Sequence[dict[str, Any]], stage: str) -> bool:
   return any(attempt['stage'] == stage and attempt['exit_code'] == FINISHED for attempt in log)
 
 
-def run_sweep(workdir: pathlib.Path, cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> bool:
+def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> bool:
   """Runs every unfinished stage whose `needs` has finished. A failure does not stop the other stages and cells.
 
   Args:
-    workdir: of the sweep.
-    cells: see `grid`.
+    cells: of a grid.
     start: runs a command and returns its exit code.
 
   Returns:
     False if a signal stopped a command: nothing was started after it.
   """
   for number, cell in enumerate(cells, 1):
-    log = read_log(workdir, cell)
+    log = read_log(cell.folder)
     is_done = all(is_finished(log, stage.name) for stage in cell.stages)
-    print(f'{number}/{len(cells)} {cell.folder}' + (': done' if is_done else ''), flush=True)
+    print(f'{number}/{len(cells)} {cell.folder.name}' + (': done' if is_done else ''), flush=True)
     for stage in cell.stages:
       if is_finished(log, stage.name) or stage.needs and not is_finished(log, stage.needs):
         continue
@@ -71,8 +66,8 @@ def run_sweep(workdir: pathlib.Path, cells: Sequence[Cell], start: Callable[[Seq
       code = start(stage.command)
       log.append({'stage': stage.name, 'command': ' '.join(('python', *stage.command)), 'exit_code': code,
                   'seconds': round(time.perf_counter() - began, 1)})
-      (workdir / cell.folder).mkdir(parents=True, exist_ok=True)
-      write_json(workdir / cell.folder / LOG, log)
+      cell.folder.mkdir(parents=True, exist_ok=True)
+      write_json(cell.folder / LOG, log)
       if code == PREEMPTED:
         return False
   return True
@@ -81,10 +76,8 @@ def run_sweep(workdir: pathlib.Path, cells: Sequence[Cell], start: Callable[[Seq
 def run_command(command: Sequence[str], root: pathlib.Path) -> int:
   """Runs a launch script, such as ('launch/train.py', '--workdir=…'), from the root of the repository.
 
-  The process gets a session of its own, so that it receives a signal once: from here.
-
-  Returns:
-    Its exit code; 75 if a signal ended it.
+  The process gets a session of its own, so that it receives a signal once: from here. Returns its exit code; 75 if a
+  signal ended it.
   """
   print('$ python', *command, flush=True)
   received = []
