@@ -1,11 +1,14 @@
 """Fine-tunes a trained run on one task: every parameter trains, lower layers more slowly.
 
-  python launch/train.py --config=configs/finetune.py:runs/quickstart,digits --workdir=runs/digits-finetuned
+  python launch/train.py --config=configs/finetune.py:run=runs/quickstart,task=digits --workdir=runs/digits-finetuned
   python launch/evaluate.py --workdir=runs/digits-finetuned
 
-The argument is RUN,TASK or RUN,TASK,few: the workdir of the run, and a task: digits (handwritten ones), video_caption,
-video_name or one of the run's own. `few` reads ten examples of every class, or one example in a hundred. `launch/sweep.py` compares it with
-`prompt_tune.py` and `zero_shot.py`; no figures are promised.
+Arguments:
+  run=RUN         work directory of the run
+  task=TASK       digits (handwritten), video_caption, video_name, or a task of the run
+  data=all|few    all training examples (default), or few: ten per class, 1 % for tasks without classes
+
+200 steps. docs/results/adaptation.md compares it with configs/prompt_tune.py and configs/zero_shot.py.
 """
 
 import ml_collections
@@ -14,5 +17,5 @@ from uni_moe_jax.train import finetuning
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """Model, tokenizer and data are the run's."""
+  """Model, tokenizer and data are those of the run."""
   return finetuning.finetune(arg)

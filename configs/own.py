@@ -1,19 +1,20 @@
-"""Your own data: trained from scratch, or a trained run adapted to it.
+"""Your own data: trains a model from scratch, or adapts a trained run.
 
   python launch/prepare_data.py --input=photos --name=pets
-  python launch/train.py --config=configs/own.py:pets --workdir=runs/pets
+  python launch/train.py --config=configs/own.py:sources=pets --workdir=runs/pets
   python launch/evaluate.py --workdir=runs/pets
 
-Several sources are joined by '+', of whatever kinds: pets+reviews+clips. A trained run goes behind a comma, and what becomes of it:
+Arguments:
+  sources=pets+reviews     names of prepared data, of any kinds, joined by '+'. For data outside of the default directory, give
+                           folders: /data/own/pets+/data/own/reviews
+  run=RUN                  work directory of the run to adapt; without it, a small model trains from scratch
+  mode=finetune            every parameter of the run trains (default)
+  mode=prompts             only prompts and norms train
+  mode=zero_shot           nothing trains; for launch/evaluate.py
 
-  --config=configs/own.py:pets,runs/quickstart             every parameter goes on (finetune, the default)
-  --config=configs/own.py:pets,runs/quickstart,prompts     prompts and norms alone
-  --config=configs/own.py:pets,runs/quickstart,untuned     nothing trains; for launch/evaluate.py
-
-Tasks follow from what the data has: captions give retrieval and captioning; classes, classification; texts, masked words or
-classification. Print them with launch/train.py; change them by --config.tasks.pets_retrieval.batch_size=32, or in a config of your own
-(recipes.own). Of a data directory other than the default, give the folders: /data/own/pets+/data/own/reviews. What it should score
-depends on the data: every row of the evaluation stands beside chance.
+Tasks follow from the columns of the data: captions give retrieval and captioning; classes, classification; texts, masked language
+modeling or classification. Change them by overrides such as --config.tasks.pets_retrieval.batch_size=32, or in a config file of
+your own that calls `presets.own`. The scores depend on the data; evaluation reports chance beside them.
 """
 
 import pathlib
@@ -28,29 +29,27 @@ from uni_moe_jax.utils.errors import UsageError
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """Own: 4 layers, width 128, 8 experts, pictures of 64 pixels in patches of 8; or the model of the run."""
-  names, _, rest = arg.partition(',')
-  run, _, mode = rest.partition(',')
-  if not names or mode not in finetuning.MODES:
-    raise UsageError(f'configs/own.py:{arg}: give SOURCE[+SOURCE…][,RUN[,finetune|prompts|untuned]]: names of data that '
-                     'launch/prepare_data.py prepared, and the workdir of a trained run.')
-  paths = [pathlib.Path(name) for name in names.split('+')]
+  """4 layers, width 128, 8 experts, images of 64 pixels in patches of 8; or the model of the run."""
+  a = config.arguments(
+      arg, __file__, dict(sources='', run='', mode='finetune'), dict(mode=finetuning.MODES), required=('sources',))
+  paths = [pathlib.Path(name) for name in a.sources.split('+')]
   directories = {str(p.parent.parent) if p.parent.name else config.base().data.dir for p in paths}
   if len(directories) > 1:
-    raise UsageError(f'configs/own.py:{arg}: the sources lie in several data directories ({", ".join(sorted(directories))}); a run '
-                     'reads one.')
+    raise UsageError(f'configs/own.py:{arg}: the sources are in several data directories ({", ".join(sorted(directories))}); a '
+                     'run reads one.')
   [directory] = directories
-  facts = {p.name: file_dataset.read_summary(p.name, directory) for p in paths}
-  if run:
-    c, plan = finetuning.start_from(run, f'configs/own.py:{arg}')
+  summaries = {p.name: file_dataset.read_summary(p.name, directory) for p in paths}
+  if a.run:
+    c, plan = finetuning.start_from(a.run, f'configs/own.py:{arg}')
   else:
-    c, plan = config.base(), None
+    c = config.base()
     presets.small(c)
-    c.tokenizer.allow_smaller_vocab = True  # how much text there is only its owner knows
+    c.tokenizer.allow_smaller_vocab = True  # the amount of text is unknown
   c.data.dir = directory
-  for name, found in facts.items():
-    presets.own(c, name, found['columns'], {k: v['names'] for k, v in found['classes'].items()}, found['splits'])
-  if run:
+  for name, summary in summaries.items():
+    classes = {column: x['names'] for column, x in summary['classes'].items()}
+    presets.own(c, name, summary['columns'], classes, summary['splits'])
+  if a.run:
     finetuning.share_temperatures(c, plan)
-    finetuning.MODES[mode](c)
+    finetuning.MODES[a.mode](c)
   return c

@@ -1,10 +1,14 @@
-"""Tunes prompts, norms and a linear head of a trained run for one task; every other parameter stays as it is, bit for bit.
+"""Tunes prompts, norms and a linear head of a trained run for one task; every other parameter stays bit-identical.
 
-  python launch/train.py --config=configs/prompt_tune.py:runs/quickstart,digits --workdir=runs/digits-prompts
+  python launch/train.py --config=configs/prompt_tune.py:run=runs/quickstart,task=digits --workdir=runs/digits-prompts
   python launch/evaluate.py --workdir=runs/digits-prompts
 
-The argument is RUN,TASK or RUN,TASK,all: the workdir of the run, and a task: digits (handwritten ones), video_caption,
-video_name or one of the run's own. By default it reads few examples: ten of every class, or one in a hundred. No figures are promised.
+Arguments:
+  run=RUN         work directory of the run
+  task=TASK       digits (handwritten), video_caption, video_name, or a task of the run
+  data=few|all    few (default): ten training examples per class, 1 % for tasks without classes; all of them
+
+200 steps. docs/results/adaptation.md has the scores.
 """
 
 import ml_collections
@@ -13,5 +17,5 @@ from uni_moe_jax.train import finetuning
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """Model, tokenizer and data are the run's; the prompts are new."""
+  """Model, tokenizer and data are those of the run; the prompts are new."""
   return finetuning.prompt_tune(arg)

@@ -1,10 +1,10 @@
-"""Joint training of the embedded task kinds with attribute routing, on two CPU cores, in about eight minutes.
+"""Joint training of the embedded task types with the attribute router, in about eight minutes on two CPU cores.
 
   python launch/prepare_data.py
   python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
   python launch/evaluate.py --workdir=runs/quickstart
 
-./launch/quickstart.sh does all of it. README.md holds the table of what it scores. Another router is one value:
+./launch/quickstart.sh runs all three. README.md has the scores. Another router is one override:
 --config.moe.router=dense|modality|task|attribute|token|context.
 """
 
@@ -15,14 +15,14 @@ from uni_moe_jax.config import presets
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Quickstart: 4 layers, width 128, 8 experts, pictures of 32 pixels in patches of 8."""
+  """4 layers, width 128, 8 experts; images of 32 pixels in patches of 8."""
   c = config.base()
   presets.embedded(c)
   c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512))
-  for name, batch in dict(video_motion=8, glyph_class=48, text=32, package=16).items():
-    c.tasks[name].batch_size = batch
+  for name, batch_size in dict(video_motion=8, glyph_class=48, text=32, package=16).items():
+    c.tasks[name].batch_size = batch_size
   c.tasks.text.loss_weight = c.tasks.glyph_name.loss_weight = 2.5
-  # Clips of a motion and names of pictures ask the same features of a clip: a heavy motion task takes them away from names.
+  # Motions and names compete for the features of a video: with a larger weight of motions, names of videos score lower.
   c.tasks.video_motion.loss_weight = 0.15
   c.tasks.glyph_name.max_shift = 1
   c.target_sets.vocabulary.num_sampled = 512

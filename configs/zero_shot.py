@@ -1,10 +1,13 @@
-"""Asks a trained run what it was not trained for. Nothing trains; the answers stand beside chance and floors.
+"""Evaluates a trained run on a task that it was not trained on. Nothing trains; scores are reported with chance and baselines.
 
-  python launch/evaluate.py --config=configs/zero_shot.py:runs/quickstart,digits --workdir=runs/digits-untuned
+  python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits-untuned
 
-The argument is RUN,TASK: the workdir of the run, and a task: digits (handwritten ones), video_caption, video_name, one of the
-run's own, or one of the two below. They show that a task, and a kind, are config: nothing in the package knows them.
-No figures are promised.
+Arguments:
+  run=RUN      work directory of the run
+  task=TASK    digits (handwritten), video_caption, video_name, a task of the run, digit_question or digit_word
+
+The last two are defined below: a task, and even a task type, is config, which the package does not know in advance.
+docs/results/adaptation.md has the scores.
 """
 
 import ml_collections
@@ -14,26 +17,27 @@ from uni_moe_jax.train import finetuning
 
 
 def digit_question(c: ml_collections.ConfigDict) -> None:
-  """A kind that no embedded task trains (vqa): a picture and a question, answered at the question's slot."""
-  _words(c)
+  """A task type that no embedded task trains (vqa): an image and a question, answered at the question's slot."""
+  _digit_words(c)
   c.tasks.digit_question = config.task(
-      'vqa', 'digits', batch_size=0, target_set='digit_words', label_column='name', template='the picture is <spe> . <eot>', max_len=16)
+      'vqa', 'digits', batch_size=0, target_set='digit_words', label_column='name', template='the picture is <spe> . <eot>',
+      max_len=16)
   c.evaluators['digit question'] = config.evaluator('classification', 'digit_question', split='test')
 
 
 def digit_word(c: ml_collections.ConfigDict) -> None:
-  """A new kind: a picture read at its prefix, as in classification, and answered among words, as in captions."""
-  _words(c)
-  c.task_types.picture_word = dict(
-      inputs=(('visual', 'full'),), target='words', readout='cls', router_task='picture_word')
-  c.tasks.digit_word = config.task('picture_word', 'digits', batch_size=0, target_set='digit_words', label_column='name')
+  """A new task type: an image, read as in classification, and answered by a word, as in captions."""
+  _digit_words(c)
+  c.task_types.image_word = dict(
+      inputs=(('visual', 'full'),), target='words', readout='cls', router_task='image_word')
+  c.tasks.digit_word = config.task('image_word', 'digits', batch_size=0, target_set='digit_words', label_column='name')
   c.evaluators['digit word'] = config.evaluator('classification', 'digit_word', split='test')
 
 
-def _words(c: ml_collections.ConfigDict) -> None:
+def _digit_words(c: ml_collections.ConfigDict) -> None:
   c.target_sets.digit_words = config.target_set('digits/name', family='words')
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """Model, tokenizer and data are the run's."""
+  """Model, tokenizer and data are those of the run."""
   return finetuning.zero_shot(arg, {'digit_question': digit_question, 'digit_word': digit_word})

@@ -2,7 +2,7 @@
 
 Or asks a run something that it was not trained for, untuned, and keeps the answers in a work directory of their own:
 
-  python launch/evaluate.py --config=configs/zero_shot.py:runs/quickstart,digits --workdir=runs/digits
+  python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits
 
 Runs the evaluators of its config on the newest checkpoint (averaged parameters where the run kept them), prints one table
 and writes evaluation.json, samples.json and, unless routers look at tokens, experts.json and experts.png. What is evaluated

@@ -8,7 +8,7 @@ Usage: ./launch/gke.sh --name NAME --image IMAGE --claim CLAIM [OPTION...] -- AR
 Trains on a TPU slice of a GKE cluster, one pod per host: fills in launch/gke_jobset.yaml and gives it to
 kubectl. ARGUMENTs go to launch/train.py; --workdir lies below /runs:
   ./launch/gke.sh --name base --image REGISTRY/uni_moe_jax --claim runs --topology 16x16 \
-      -- --config=configs/pretrain.py:base-attribute-1 --workdir=/runs/base
+      -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/runs/base
 
   --image IMAGE        with this repository as its working folder, and `pip install -e '.[tpu]'` done
   --claim CLAIM        a PersistentVolumeClaim that many pods can write (Filestore): becomes /runs

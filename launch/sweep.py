@@ -29,7 +29,7 @@ _NUM_SEEDS = flags.DEFINE_integer('num_seeds', None, '1 by default, 3 for adapta
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20.')
 _OWN_FLAGS = {
     'routers': (
-        flags.DEFINE_string('config', 'configs/ablation.py', 'routers: config file whose argument is the router.'),
+        flags.DEFINE_string('config', 'configs/ablation.py', 'routers: config file with the argument router=ROUTER.'),
         flags.DEFINE_list('routers', 'dense,modality,task,attribute,token,context', 'routers: which to compare.'),
         flags.DEFINE_integer('num_batches', 16, 'routers: batches per task for interference.', lower_bound=2)),
     'adaptation': (

@@ -11,7 +11,7 @@ repository to every host, installs them there, starts launch/train.py on all hos
 what they print. The run goes on where the connection ends: the same command shows it again.
 ARGUMENTs go to launch/train.py:
   ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
-      -- --config=configs/pretrain.py:base-attribute-1 --workdir=/mnt/runs/base
+      -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/mnt/runs/base
 
   --project P        of Google Cloud (default: gcloud's)
   --create TYPE      make the slice first, where there is none; TYPE as gcloud's --accelerator-type

@@ -21,6 +21,7 @@ from uni_moe_jax.data.files import prepare
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train import optimizer, workdir
+from uni_moe_jax.utils.errors import UsageError
 
 _FILES = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
 _QUICKSTART = next(f for f in _FILES if f.stem == 'quickstart')
@@ -36,7 +37,7 @@ def _module(path: pathlib.Path):
 
 
 def _get(path: pathlib.Path) -> ml_collections.ConfigDict:
-  arguments = [f'{_run()},digits'] if path.stem in _FROM_A_RUN else [_own()] if path.stem == 'own' else []
+  arguments = [f'run={_run()},task=digits'] if path.stem in _FROM_A_RUN else [f'sources={_own()}'] if path.stem == 'own' else []
   c = _module(path).get_config(*arguments)
   if c.tokenizer.type == 'clip':
     c.tokenizer.merges_path = 'a file that only its user has'
@@ -77,9 +78,9 @@ def _quickstart(router: str) -> ml_collections.ConfigDict:
 
 def _spec(c: ml_collections.ConfigDict) -> ModelSpec:
   """The model of a config, without its data."""
+  plan = make_plan(c)
   return ModelSpec.from_config(
-      c, vocab_size=c.tokenizer.vocab_size, spe_id=1, prefix_word=None,
-      temperatures=make_plan(c).temperatures, router_tasks=task_types.router_tasks())
+      plan.config, vocab_size=c.tokenizer.vocab_size, spe_id=1, temperatures=plan.temperatures, router_tasks=task_types.router_tasks())
 
 
 @functools.cache
@@ -115,7 +116,7 @@ class EveryConfigTest(parameterized.TestCase):
   def test_its_model_can_be_built(self, path):
     c = _get(path)
     shapes = jax.tree.map(lambda leaf: leaf.shape, small_model.nn.unbox(small_model.boxed(_spec(c))))
-    self.assertEqual(shapes['embed']['word'], (c.tokenizer.vocab_size, c.model.width))
+    self.assertEqual(shapes['embed']['word'], (c.tokenizer.vocab_size, make_plan(c).config.model.width))
 
 
 class PretrainTest(parameterized.TestCase):
@@ -124,9 +125,9 @@ class PretrainTest(parameterized.TestCase):
   def _get(self, arg: str) -> ml_collections.ConfigDict:
     return _module(next(f for f in _FILES if f.stem == 'pretrain')).get_config(arg)
 
-  @parameterized.product(size=('tiny', 'small', 'base', 'large'), stage=('1', '2'), mixture=('', '-sampled'))
+  @parameterized.product(size=('tiny', 'small', 'base', 'large'), stage=('1', '2'), mixture=('all_tasks', 'one_task'))
   def test_every_size_and_stage_resolves_to_sixteen_tasks(self, size, stage, mixture):
-    c = self._get(f'{size}-attribute-{stage}{mixture}')
+    c = self._get(f'size={size},stage={stage},mixture={mixture}')
     plan = make_plan(c)
     self.assertLen(plan.tasks, 16)
     self.assertLen(plan.sets, 4)
@@ -135,12 +136,12 @@ class PretrainTest(parameterized.TestCase):
 
   @parameterized.parameters('dense', 'attribute', 'task', 'modality', 'token', 'context')
   def test_every_router_resolves(self, router):
-    c = self._get(f'base-{router}-1')
+    c = self._get(f'router={router}')
     make_plan(c)
     self.assertEqual(c.moe.router, router)
 
   def test_a_sampled_step_has_the_published_weights_and_the_batches_of_all_ranks(self):
-    tasks = self._get('base-attribute-1-sampled').tasks
+    tasks = self._get('mixture=one_task').tasks
     table = {n: (t.batch_size // 64, t.loss_weight, t.sampling_weight) for n, t in tasks.items()}
     self.assertEqual(table['imagenet21k'], (720, 1.0, 2.486))
     self.assertEqual(table['kinetics700'], (64, 0.1, 0.76))
@@ -148,13 +149,13 @@ class PretrainTest(parameterized.TestCase):
     self.assertEqual(table['bookswiki'], (512, 0.5, 2.75))
     self.assertEqual(table['cc12m_caption'], (300, 1.0, 0.5057))
     self.assertEqual(table['cc12m_retrieval'], (512, 0.5, 0.5057))
-    second = self._get('base-attribute-2-sampled').tasks
+    second = self._get('stage=2,mixture=one_task').tasks
     self.assertEqual([second[n].batch_size // 64 for n in ('imagenet21k', 'kinetics700', 'moments', 'yfcc_caption', 'yfcc_retrieval')],
                      [440, 12, 68, 200, 320])
     self.assertEqual((second.kinetics700.sampling_weight, second.moments.sampling_weight), (1.0, 0.2))
 
   def test_a_mixed_step_weighs_and_fills_by_how_often_tasks_would_be_drawn(self):
-    sampled, mixed = (self._get(f'base-attribute-1{m}').tasks for m in ('-sampled', ''))
+    sampled, mixed = (self._get(f'mixture={m}').tasks for m in ('one_task', 'all_tasks'))
     total = 2.486 + 0.76 + 0.44 + 2.75 + 2 * (0.584 + 0.5057 + 0.26295 + 0.1766 + 0.1144 + 0.1383)
     for name, t in mixed.items():
       share = sampled[name].sampling_weight / total
@@ -163,9 +164,14 @@ class PretrainTest(parameterized.TestCase):
       self.assertEqual(t.batch_size % (512 if name == 'imagenet21k' else 256), 0, name)  # mixed in pairs
     self.assertEqual(mixed.bookswiki.batch_size, 8960)  # 0.275 · 512 · 64 = 9011
 
-  @parameterized.parameters('base', 'base-attribut-1', 'huge-dense-1', 'base-attribute-3', 'base-dense-1-x', 'base-dense-1-sampled-x')
-  def test_another_argument_is_told_what_it_may_be(self, arg):
-    with self.assertRaisesRegex(ValueError, f'configs/pretrain.py:{arg}: give SIZE-ROUTER-STAGE.* is unknown, .*choices: '):
+  @parameterized.parameters(
+      ('base', "'base' must be NAME=VALUE, .*; for example configs/pretrain.py:size=base,router=attribute,stage=1"),
+      ('router=attribut', "router='attribut' is unknown; did you mean 'attribute'.* choices: "),
+      ('size=huge', "size='huge' is unknown; choices: base, large, small, tiny"),
+      ('stage=3', "stage='3' is unknown; choices: 1, 2"), ('mixture=x', "mixture='x' is unknown; choices: "),
+      ('stages=1', "argument 'stages' is unknown; did you mean 'stage'"), ('stage=1,stage=2', "argument 'stage' is given twice"))
+  def test_another_argument_is_reported_with_its_choices(self, arg, message):
+    with self.assertRaisesRegex(UsageError, f'configs/pretrain.py:{arg}: .*{message}'):
       self._get(arg)
 
 
@@ -174,7 +180,7 @@ class TuningTest(parameterized.TestCase):
   @parameterized.parameters('digits', 'video_caption', 'video_name')
   def test_prompt_tuning_of_the_quickstart_trains_less_than_two_percent(self, task):
     path = next(f for f in _FILES if f.stem == 'prompt_tune')
-    c = _module(path).get_config(f'{_run()},{task}')
+    c = _module(path).get_config(f'run={_run()},task={task}')
     head = 10 if c.tasks[task].linear_head else 0
     params = small_model.nn.unbox(small_model.boxed(dataclasses.replace(_spec(c), head=head)))
     rules = jax.tree.leaves(optimizer.match_param_groups(params, c.optim.param_groups))
@@ -187,13 +193,13 @@ class AblationTest(parameterized.TestCase):
 
   @parameterized.parameters('dense', 'context')
   def test_it_is_the_embedded_run_with_a_shorter_schedule(self, router):
-    one, other = (_flat(_module(_QUICKSTART.with_name(f'{name}.py')).get_config(router)) for name in ('embedded', 'ablation'))
+    one, other = (_flat(_module(_QUICKSTART.with_name(f'{name}.py')).get_config(f'router={router}')) for name in ('embedded', 'ablation'))
     self.assertEqual({k for k in one if one[k] != other[k]}, {'train.steps', 'optim.warmup_steps'})
     self.assertEqual((other['moe.router'], set(one)), (router, set(other)))
 
   def test_a_router_that_is_not_there_is_named(self):
-    with self.assertRaisesRegex(ValueError, "configs/ablation.py:tokens is unknown; did you mean 'token'"):
-      _module(_QUICKSTART.with_name('ablation.py')).get_config('tokens')
+    with self.assertRaisesRegex(ValueError, "configs/ablation.py:router=tokens: router='tokens' is unknown; did you mean 'token'"):
+      _module(_QUICKSTART.with_name('ablation.py')).get_config('router=tokens')
 
 
 class RouterTest(parameterized.TestCase):

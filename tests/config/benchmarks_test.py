@@ -21,6 +21,7 @@ from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.tasks.router_names import ROUTERS
 from uni_moe_jax.tools.preflight import compiled_programs
 from uni_moe_jax.train import checkpoint, finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
@@ -31,6 +32,7 @@ _V = 49411  # of CLIP's vocabulary with the published specials
 
 
 def _config(arg: str, file: str = 'benchmark'):
+  arg = arg if '=' in arg else f'task={arg}'
   spec = importlib.util.spec_from_file_location(file, _ROOT / f'configs/{file}.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -56,7 +58,7 @@ def _small(c, data_dir):
   """As the config is, but for sizes and words."""
   c.data.dir = str(data_dir)
   c.tokenizer.update(dict(type='sentencepiece', path=tiny.tokenizer_file()))
-  c.model.update(dict(num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, drop_path=0.0, remat=False))
+  c.model.update(dict(variant='', num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, drop_path=0.0, remat=False))
   c.moe.num_experts = 2
   for t in c.tasks.values():
     t.batch_size = 4 * bool(t.batch_size)
@@ -144,12 +146,12 @@ def test_shapes_of_a_step_at_full_size(name):
 
 def _every_pretraining():
   """All arguments of configs/pretrain.py, each with one of the sixteen tasks in turn; two of them are for CI."""
-  tasks = list(_config('tiny-dense-1', 'pretrain').tasks)
-  first = {'base-attribute-1-sampled': 'cc12m_caption', 'large-token-2-sampled': 'kinetics700'}
-  routers = ('dense', 'attribute', 'task', 'modality', 'token', 'context')
-  args = ['-'.join(parts) for parts in itertools.product(presets.SIZES, routers, '12')]
+  tasks = list(_config('size=tiny', 'pretrain').tasks)
+  first = {'size=base,router=attribute,stage=1,mixture=one_task': 'cc12m_caption',
+           'size=large,router=token,stage=2,mixture=one_task': 'kinetics700'}
+  args = [f'size={size},router={router},stage={stage}' for size, router, stage in itertools.product(presets.SIZES, ROUTERS, '12')]
   for i, arg in enumerate(args):
-    for each in (arg, f'{arg}-sampled'):
+    for each in (arg, f'{arg},mixture=one_task'):
       task = first.get(each, tasks[(i + i // 12) % 16])  # twelve of a size: the next has other tasks
       yield pytest.param(each, task, marks=pytest.mark.slow if each in first else pytest.mark.nightly)
 
@@ -158,7 +160,7 @@ def _every_pretraining():
 def test_shapes_of_a_step_of_pretraining_at_full_size(arg, task):
   run, batch, state, metrics = _shapes(_config(arg, 'pretrain'), task)
   assert metrics['loss/total'].shape == () and len(run.plan.tasks) == 16
-  assert state.params['embed']['word'].shape == (_V, presets.SIZES[arg.partition('-')[0]][1])
+  assert state.params['embed']['word'].shape == (_V, run.plan.config.model.width)
   assert {n: s.size for n, s in run.data.target_sets.items()} == {
       'imagenet21k': 21_842, 'kinetics700': 700, 'moments': 339, 'vocabulary': _V}
   [fields] = batch.values()
@@ -167,7 +169,7 @@ def test_shapes_of_a_step_of_pretraining_at_full_size(arg, task):
 
 @pytest.mark.slow
 def test_the_sixteen_tasks_give_one_batch_of_their_groups():
-  run = compiled_programs.prepare(_small(_config('tiny-attribute-1', 'pretrain'), 'nowhere'), jax.devices()[:1])
+  run = compiled_programs.prepare(_small(_config('size=tiny', 'pretrain'), 'nowhere'), jax.devices()[:1])
   assert len(run.plan.tasks) == 16
   assert {g: f['id'].shape[1] for g, f in compiled_programs.batch_shapes(run, run.plan.tasks).items()} == {
       'text_mlm': 4, 'image_classification': 4, 'video_classification/0/0/4/1': 4, 'video_classification/0/0/3/1': 4,
@@ -178,9 +180,9 @@ _OF_EVERY_KIND = ('imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'co
 
 
 @pytest.mark.parametrize('arg, names', [
-    pytest.param('tiny-attribute-1', _OF_EVERY_KIND, marks=pytest.mark.slow),
-    pytest.param('tiny-attribute-2', ('moments', 'coco_retrieval'), marks=pytest.mark.slow),
-    pytest.param('tiny-token-2', (), marks=pytest.mark.nightly)])  # all sixteen, whose pipelines take a minute to start
+    pytest.param('size=tiny', _OF_EVERY_KIND, marks=pytest.mark.slow),
+    pytest.param('size=tiny,stage=2', ('moments', 'coco_retrieval'), marks=pytest.mark.slow),
+    pytest.param('size=tiny,router=token,stage=2', (), marks=pytest.mark.nightly)])  # all sixteen, whose pipelines take a minute to start
 def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, invented, tmp_path):
   c = _small(_config(arg, 'pretrain'), invented)
   for name in set(c.tasks) - set(names or c.tasks):
@@ -330,36 +332,36 @@ def _trained(tmp_path_factory):
 
 @pytest.mark.parametrize('name, mode', [
     pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ('cola', 'prompts') else pytest.mark.nightly)
-    for name in ('cola', 'coco_caption', 'vqa') for mode in ('finetune', 'prompts', 'untuned')])
+    for name in ('cola', 'coco_caption', 'vqa') for mode in ('finetune', 'prompts', 'zero_shot')])
 def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, mode, invented, tmp_path):
   first = _captioning()
   first.data.dir = str(invented)
   assert loop.train(first, str(tmp_path / 'first'), jax.devices()[:1]) == loop.FINISHED
-  c = _config(f'{name},{tmp_path / "first"},{mode}')
+  c = _config(f'task={name},run={tmp_path / "first"},mode={mode}')
   c.train.update(dict(steps=1, log_every=1))
   for t in c.tasks.values():
     t.batch_size = 4 * bool(t.batch_size)
   for e in c.evaluators.values():
     e.batch_size = 4
-  if mode != 'untuned':
+  if mode != 'zero_shot':
     assert loop.train(c, str(tmp_path / 'then'), jax.devices()[:1]) == loop.FINISHED
   run = _run(c)
-  with checkpoint.Checkpoints(tmp_path / ('first' if mode == 'untuned' else 'then'), max_to_keep=None) as checkpoints:
+  with checkpoint.Checkpoints(tmp_path / ('first' if mode == 'zero_shot' else 'then'), max_to_keep=None) as checkpoints:
     predictor, _ = train_run.predictor(run, checkpoints)
   rows = suite.evaluate(run.plan, run.data, predictor, 1, tmp_path)
   assert {r['evaluator'] for r in rows} == set(c.evaluators) and all(np.isfinite(r['value']) for r in rows)
   assert {r['count'] for r in rows if '←' not in r['metric']} == {_EXAMPLES}
 
 
-@pytest.mark.parametrize('mode', ['', ',finetune', ',prompts', ',untuned'])
+@pytest.mark.parametrize('mode', ['', ',mode=finetune', ',mode=prompts', ',mode=zero_shot'])
 @pytest.mark.parametrize('name', ['cola', 'coco_caption', 'vqa'])
 def test_a_benchmark_starts_from_a_run(trained, name, mode):
-  c = _config(f'{name},{trained}{mode}')
+  c = _config(f'task={name},run={trained}{mode}')
   plan, t = make_plan(c), c.tasks[name]
   assert (c.train.init, c.model.width, c.model.max_text_len) == (trained, 16, 40)
   assert t.max_len == min(40, _PUBLISHED[name][1])  # the model has room for so many
   assert {e.task.name for e in plan.evaluations} == {name}
-  trains = {'': '.*', ',finetune': '.*', ',prompts': schema.FREEZE, ',untuned': ''}[mode]
+  trains = {'': '.*', ',mode=finetune': '.*', ',mode=prompts': schema.FREEZE, ',mode=zero_shot': ''}[mode]
   assert [t.name for t in plan.tasks] == ([name] if trains else [])
   if trains == '.*':
     _, _, rate, decay, *_, steps = _PUBLISHED[name]
@@ -369,12 +371,12 @@ def test_a_benchmark_starts_from_a_run(trained, name, mode):
     finetuning.train_prompts(expected)
     assert (c.optim, c.train.steps, c.model.num_deep_prompts) == (expected.optim, expected.train.steps, expected.model.num_deep_prompts)
   # A run has its own scales: the captions' is the only one here.
-  assert t.temperature == ('image_caption' if name == 'coco_caption' or mode == ',untuned' else '')
+  assert t.temperature == ('image_caption' if name == 'coco_caption' or mode == ',mode=zero_shot' else '')
 
 
 @pytest.mark.parametrize('arg, message', [
-    ('imagenet', "benchmark 'imagenet' is unknown; did you mean 'imagenet1k'"), ('cola,,prompt', "mode 'prompt' is unknown"),
-    ('cola,nowhere', "'nowhere' holds no run")])
+    ('imagenet', "task='imagenet' is unknown; did you mean 'imagenet1k'"), ('task=cola,mode=prompt', "mode='prompt' is unknown; did you mean 'prompts'"),
+    ('task=cola,run=nowhere', "'nowhere' is no work directory of a run")])
 def test_a_wrong_argument_is_named(arg, message):
   with pytest.raises(ValueError, match=message):
     _config(arg)

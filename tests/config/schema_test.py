@@ -164,16 +164,16 @@ _OWN_KIND = dict(inputs=(('visual', 'full'),), target='words', readout='cls', ro
 # name: (change, what the message says: field, value, bound, fix)
 _ERRORS = {
     # Bounds, and groups that nobody trains.
-    'smoothing': (lambda c: c.tasks.shape.update(label_smoothing=1.0), r'config\.tasks\.shape: .*smoothing=1\.0 in \[0, 1\)'),
-    'weight': (lambda c: c.tasks.shape.update(loss_weight=-.5), r'config\.tasks\.shape: weight=-0\.5 must be at least 0'),
+    'smoothing': (lambda c: c.tasks.shape.update(label_smoothing=1.0), r'config\.tasks\.shape\.label_smoothing=1\.0 must be in \[0, 1\); 0 is off'),
+    'weight': (lambda c: c.tasks.shape.update(loss_weight=-.5), r'config\.tasks\.shape\.loss_weight=-0\.5 must be at least 0'),
     'noise_std': (lambda c: c.moe.update(noise_std=-1.0), r'config\.moe\.noise_std=-1\.0 must be at least 0'),
     'probe_temperature': (lambda c: c.tasks.package.update(batch_size=0),
                           r"config\.tasks\.package\.temperature='text_classification': no trained task has this group"),
     # Drawing and heads.
-    'sampling': (lambda c: c.tasks.shape.update(sampling_weight=-1.0), r'config\.tasks\.shape: sampling=-1\.0, .*above 0'),
+    'sampling': (lambda c: c.tasks.shape.update(sampling_weight=-1.0), r'config\.tasks\.shape\.sampling_weight=-1\.0 must be at least 0'),
     'never_drawn': (lambda c: (c.train.update(mixture='one_task'), c.tasks.shape.update(loss_weight=0.0)),
-                    r'config\.tasks\.shape: sampling=0\.0, weight=0\.0: a sampled mixture draws'),
-    'head_of_a_pair': (lambda c: c.tasks.pair.update(linear_head=True), r'config\.tasks\.pair\.linear_head=True needs a kind that chooses'),
+                    r"config\.tasks\.shape: sampling_weight=0\.0, loss_weight=0\.0: mixture='one_task' draws .*above 0"),
+    'head_of_a_pair': (lambda c: c.tasks.pair.update(linear_head=True), r'config\.tasks\.pair\.linear_head=True needs a task type that chooses'),
     'two_heads': (lambda c: (c.tasks.shape.update(linear_head=True), c.tasks.package.update(linear_head=True)),
                   r'config\.tasks: .*(shape|package).* both have linear_head=True'),
     'prompt_sides': (lambda c: c.model.update(prompt_sharing='both'), r"prompt_sharing='both' is unknown; .*inputs, separate, shared"),
@@ -182,7 +182,7 @@ _ERRORS = {
                                r'config\.target_sets\.vocabulary\.label_prompts=True is for sets of texts: .*set it to False'),
     'label_prompts_of_a_probe': (
         lambda c: (c.tasks.shape.update(batch_size=0, temperature='text_mlm'), c.target_sets.classes.update(label_prompts=True)),
-        r'config\.target_sets\.classes\.label_prompts=True: no trained task names this set, .*stay zero; train a task'),
+        r'config\.target_sets\.classes\.label_prompts=True: no trained task uses this set, .*stay zero; train a task'),
     'gate_factor': (lambda c: c.optim.update(router_lr_multiplier=-.5), r'config\.optim\.router_lr_multiplier=-0\.5 must be at least 0'),
     # Model.
     'layers': (lambda c: c.model.update(num_layers=0), r'config\.model\.num_layers=0 must be at least 1'),
@@ -213,13 +213,13 @@ _ERRORS = {
                r"config\.moe\.router='atribute' is unknown; did you mean 'attribute'\?"
                r' choices: attribute, context, dense, modality, task, token'),
     'top_k': (lambda c: c.moe.update(top_k=9), r'config\.moe\.top_k=9 must be in 1…config\.moe\.num_experts=8'),
-    'no_expert': (lambda c: c.moe.update(top_k=0), r'config\.moe\.top_k=0 must be in 1…'),
+    'no_expert': (lambda c: c.moe.update(top_k=0), r'config\.moe\.top_k=0 must be at least 1'),
     'placement': (lambda c: c.moe.update(placement='even'),
                   r"config\.moe\.placement='even' is unknown; .*choices: all, every_2, every_4, none"),
     'placement_index': (lambda c: c.moe.update(placement=(0, 4)),
                         r'config\.moe\.placement=\(0, 4\) has an index outside 0…3'),
     'parts': (lambda c: c.moe.update(sublayers=('atention',)),
-              r"config\.moe\.sublayers='atention' is unknown; did you mean 'attention'"),
+              r"config\.moe\.sublayers\[0\]='atention' is unknown; did you mean 'attention'"),
     'capacity': (lambda c: c.moe.update(router='token', capacity_factor=-.5), r'config\.moe\.capacity_factor=-0\.5 must be at least 0'),
     'capacity_of_merged': (lambda c: c.moe.update(capacity_factor=1.25),
                            r"config\.moe\.capacity_factor=1\.25 needs config\.moe\.router='token' or 'context'; kernels of "
@@ -266,7 +266,7 @@ _ERRORS = {
              r"config\.optim\.param_groups: \('\.\*', 1\.0\) is neither \(pattern, lr factor, weight decay\) nor"
              r" \(pattern, 'freeze'\)"),
     'pattern': (lambda c: c.optim.update(param_groups=(('(', 1.0, 0.0),)),
-                r"config\.optim\.param_groups: '\(' is not a regular expression"),
+                r"config\.optim\.param_groups\[0\]\[0\]='\(' is not a regular expression"),
     # Target sets.
     'family': (lambda c: c.target_sets.classes.update(family='name'),
                r"config\.target_sets\.classes\.family='name' is unknown; did you mean 'names'\?"),
@@ -301,19 +301,19 @@ _ERRORS = {
                         r'config\.tasks\.text\.max_len=33 is above config\.model\.max_text_len=32'),
     'masked': (lambda c: c.tasks.text.update(max_predictions=17), r'config\.tasks\.text\.max_predictions=17 must be in 1…max_len=16'),
     'slot': (lambda c: c.tasks.package.update(template='{text} <eot>'),
-             r"config\.tasks\.package\.template='{text} <eot>' must hold exactly one '<spe>' slot"),
+             r"config\.tasks\.package\.template='{text} <eot>' must contain exactly one '<spe>' slot"),
     'captions': (lambda c: c.tasks.name.update(caption_templates=()),
                  r"config\.tasks\.name\.caption_templates is empty; give at least one template, for example \('{caption}',\)"),
     # Own rows.
     'own_kind_name': (lambda c: c.task_types.update(vqa=_OWN_KIND),
-                      r'config\.task_types\.vqa: a built-in kind has this name; choose another'),
+                      r'config\.task_types\.vqa: a built-in task type has this name; choose another'),
     'own_kind_field': (lambda c: c.task_types.update(tag={k: v for k, v in _OWN_KIND.items() if k != 'target'}),
                        r'config\.task_types\.tag: target missing or unknown; give inputs, readout, router_task, target'),
     'own_kind_inputs': (lambda c: c.task_types.update(tag={**_OWN_KIND, 'inputs': ('visual',)}),
-                        r"config\.task_types\.tag\.inputs=\('visual',\) must hold \(modality, mask\) pairs, for example"
+                        r"config\.task_types\.tag\.inputs=\('visual',\) must contain \(modality, mask\) pairs, for example"
                         r" \(\('visual', 'full'\),\)"),
     'own_family_name': (lambda c: c.target_families.update(words=(1, 1, 1, 1)),
-                        r'config\.target_families\.words: a built-in family has this name, and its row is frozen; choose'),
+                        r'config\.target_families\.words: a built-in family has this name, and its bits are frozen; choose'),
     'own_family_bits': (lambda c: c.target_families.update(answers=(1, 1)),
                         r'config\.target_families\.answers=\(1, 1\) must be four bits: .*for example \(1, 0, 0, 1\)'),
     # Evaluators.
@@ -323,9 +323,9 @@ _ERRORS = {
                        r"config\.evaluators\.top\.task='txt' is unknown; did you mean 'text'"),
     'evaluated_kind': (lambda c: c.evaluators.update(top=config.evaluator('retrieval', 'text', split='test')),
                        r"config\.evaluators\.top\.task='text' is of task type 'text_mlm', which evaluator 'retrieval' cannot"
-                       ' ask; choices: pair'),
+                       ' evaluate; choices: pair'),
     'evaluated_number': (lambda c: c.evaluators.update(top=config.evaluator('mlm', 'text', split='test', batch_size=0)),
-                         r'config\.evaluators\.top: num_examples=0 must be at least 0, batch_size=0 at least 1'),
+                         r'config\.evaluators\.top\.batch_size=0 must be at least 1'),
     'answers': (lambda c: c.evaluators.update(top=config.evaluator('caption', 'name', split='test', constrain_to='clases')),
                 r"config\.evaluators\.top\.constrain_to='clases' is unknown; did you mean 'classes'"),
     'answers_of_any_words': (

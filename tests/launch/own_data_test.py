@@ -86,7 +86,7 @@ def _evaluated(workdir, c):
 
 @pytest.mark.nightly
 def test_several_sources_train_together_and_evaluation_prints_retrieval(data, tmp_path):
-  c = _shrunken(_own('+'.join(f'{data}/own/{name}' for name in ('photos', 'folder', 'clips', 'pairs'))))
+  c = _shrunken(_own('sources=' + '+'.join(f'{data}/own/{name}' for name in ('photos', 'folder', 'clips', 'pairs'))))
   assert set(c.tasks) == {
       'photos_retrieval', 'photos_caption', 'photos_colour', 'folder_label', 'clips_label', 'pairs_label'}
   assert loop.train(c, str(tmp_path / 'run'), jax.devices()[:1]) == loop.FINISHED
@@ -106,9 +106,9 @@ def test_several_sources_train_together_and_evaluation_prints_retrieval(data, tm
   assert samples['clips label'][0]['frames'] and samples['photos caption'][0]['image']
 
   # The run goes on with one source, prompts alone; its words and model are the run's.
-  tuned = _own(f'{data}/own/folder,{tmp_path}/run,prompts')
+  tuned = _own(f'sources={data}/own/folder,run={tmp_path}/run,mode=prompts')
   tuned.train.update(dict(steps=2, log_every=1))
   tuned.tasks.folder_label.batch_size = 4
   assert loop.train(tuned, str(tmp_path / 'tuned'), jax.devices()[:1]) == loop.FINISHED
-  asked = _own(f'{data}/own/folder,{tmp_path}/run,untuned')
+  asked = _own(f'sources={data}/own/folder,run={tmp_path}/run,mode=zero_shot')
   assert not [t for t in asked.tasks.values() if t.batch_size]

@@ -38,7 +38,8 @@ sys.exit(int(does))
 _CONFIG = '''
 from tests.helpers import tiny
 from uni_moe_jax import config
-def get_config(router):
+def get_config(arg):
+  router = arg.removeprefix('router=')
   if router not in ('dense', 'task', 'token'):
     raise ValueError(f'c.py:{{router}} is unknown.')
   c = tiny.config('shape', 'caption', data_dir={data!r})
@@ -121,15 +122,15 @@ def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, 
   command = _adaptation(root, '--recipes=zero-shot,prompts', '--num_seeds=2')
   assert in_process.run(*command) == 1
   out = root / 'out'
-  prompt = [f'train --config=configs/prompt_tune.py:{root}/run,digits,few --config.seed={seed} '
+  prompt = [f'train --config=configs/prompt_tune.py:run={root}/run,task=digits,data=few --config.seed={seed} '
             f'--workdir={out}/digits-prompts-{seed}' for seed in (0, 1)]
   assert _log(root) == [
-      f'evaluate --config=configs/zero_shot.py:{root}/run,digits --config.seed=0 --workdir={out}/digits-zero-shot', *prompt]
+      f'evaluate --config=configs/zero_shot.py:run={root}/run,task=digits --config.seed=0 --workdir={out}/digits-zero-shot', *prompt]
   assert 'error: digits-prompts-1: train failed with exit code 3.' in capfd.readouterr().err
 
   (root / 'train').unlink()
   for seed in (0, 1):  # what training would have left there
-    config = finetuning.prompt_tune(f'{root}/run,digits')
+    config = finetuning.prompt_tune(f'run={root}/run,task=digits')
     config.seed = seed
     workdir.claim_workdir(out / f'digits-prompts-{seed}', config, 'print')
     _save(out / f'digits-prompts-{seed}', 1)
@@ -175,7 +176,7 @@ def test_a_signal_reaches_the_running_script_once_and_the_sweep_can_be_continued
     (_adaptation, ['--recipes=prompt'],
      '--recipes=prompt is unknown; choices: zero-shot, prompts, finetune, finetune-all'),
     (_adaptation, ['--tasks=digit'], "task 'digit' is unknown; did you mean 'digits'"),
-    (_adaptation, ['--run=/not/there'], "'/not/there' holds no run"),
+    (_adaptation, ['--run=/not/there'], "'/not/there' is no work directory of a run"),
     (_adaptation, ['--run='], '--sweep=adaptation needs --run'),
     (_adaptation, ['--override=train.stps=20'], "the config has no field 'stps'"),
     (_adaptation, ['--num_seeds=0'], '--num_seeds=0')])

@@ -11,8 +11,9 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
+from uni_moe_jax.config.schema import SUBLAYERS
 from uni_moe_jax.model import routing
-from uni_moe_jax.model.spec import SUBLAYERS, ROUTER_PARAMS, ModelSpec
+from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import dispatch, routers
 
 _BOTH = ('token', 'context')

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from tests.helpers import small_model
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.encoder import Encoder
-from uni_moe_jax.model.sequences import Layout, EmbeddedSequence
+from uni_moe_jax.model.sequences import EmbeddedSequence, Layout
 from uni_moe_jax.tasks import task_types
 
 _CAPTION, _VQA = ('full', 'two_stream'), ('full', 'full')

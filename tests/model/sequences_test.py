@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.model import uni_perceiver
-from uni_moe_jax.model.sequences import READ_NOTHING, Layout, EmbeddedSequence, join_equal, take_rows
+from uni_moe_jax.model.sequences import READ_NOTHING, EmbeddedSequence, Layout, join_equal, take_rows
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.task_types import Segment, TaskType
 

@@ -5,6 +5,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax import config
+from uni_moe_jax.config import schema
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.tasks import attributes, task_types
 
@@ -122,7 +123,7 @@ class FromConfigTest(absltest.TestCase):
 
   def _spec(self, c) -> ModelSpec:
     return ModelSpec.from_config(
-        c, vocab_size=50, spe_id=3, prefix_word=None, temperatures=('a', 'b'), router_tasks=task_types.router_tasks())
+        schema.parse_config(c), vocab_size=50, spe_id=3, temperatures=('a', 'b'), router_tasks=task_types.router_tasks())
 
   def test_sizes_and_choices_come_from_the_config(self):
     c = config.base()
@@ -151,7 +152,7 @@ class FromConfigTest(absltest.TestCase):
 
   def test_a_spec_can_be_a_static_argument(self):
     c = config.base()
-    c.moe.placement = [0, 3]
+    c.moe.placement = (0, 3)
     self.assertEqual(hash(self._spec(c)), hash(self._spec(c)))
 
 

@@ -8,8 +8,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from tests.helpers import hlo, small_model
-from uni_moe_jax.config import validate
+from uni_moe_jax.config import schema
 from uni_moe_jax.moe import dispatch, gmm, layers, routers
+from uni_moe_jax.tasks import router_names
 
 
 def _choice(expert, gates=None) -> routers.Choice:
@@ -30,9 +31,9 @@ def _kept(to: dispatch.Routes, *shape: int) -> list:
 class NamesTest(absltest.TestCase):
 
   def test_a_config_is_checked_against_the_names_that_exist(self):
-    self.assertEqual(set(validate.DISPATCHED), {r for r in routers.ROUTERS if routers.routes_tokens(r)})
-    self.assertEqual({*validate.MERGED, *validate.DISPATCHED}, {routers.DENSE, *routers.ROUTERS})
-    self.assertEqual(set(validate.GROUPED), {gmm.AUTO, gmm.XLA, *gmm.BACKENDS})
+    self.assertEqual(set(router_names.DISPATCHED), {r for r in routers.ROUTERS if routers.routes_tokens(r)})
+    self.assertEqual(set(router_names.ROUTERS), {routers.DENSE, *routers.ROUTERS})
+    self.assertEqual(set(schema.GMM_BACKENDS), {gmm.AUTO, gmm.XLA, *gmm.BACKENDS})
 
 
 class CapacityTest(parameterized.TestCase):

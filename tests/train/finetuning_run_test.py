@@ -58,7 +58,7 @@ def _prompt_tuning(base):
   c.model.num_prefix_prompts = 2
   c.target_sets.shapes.label_prompts = True
   c.tasks.shape.update(dict(linear_head=True, shots=2, temperature='downstream'))
-  presets.prompt_tune(c, prompts=2)
+  presets.prompt_tune(c, num_prompts=2)
   return c
 
 

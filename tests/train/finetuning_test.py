@@ -7,6 +7,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.config.schema import FREEZE
 from uni_moe_jax.train import finetuning, workdir
+from uni_moe_jax.utils.errors import UsageError
 
 
 @pytest.fixture(name='run', scope='module')
@@ -30,7 +31,7 @@ ALL = (finetuning.finetune, finetuning.prompt_tune, finetuning.zero_shot)
 @pytest.mark.parametrize('recipe', ALL)
 @pytest.mark.parametrize('task', ['digits', 'video_caption', 'video_name', 'shape', 'caption'])
 def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, recipe, task):
-  c, old = recipe(f'{run},{task}'), workdir.load_config(run)
+  c, old = recipe(f'run={run},task={task}'), workdir.load_config(run)
   for section in ('moe', 'tokenizer', 'data', 'task_types'):
     assert c[section].to_dict() == old[section].to_dict()
   added = ('num_deep_prompts', 'prompt_sharing', 'spe_bias', 'extra_temperature_groups')
@@ -43,34 +44,34 @@ def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, recipe, task
 
 
 def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run):
-  c = finetuning.finetune(f'{run},shape')
+  c = finetuning.finetune(f'run={run},task=shape')
   assert (list(c.target_sets), list(c.evaluators)) == (['shapes'], ['first', 'second'])
-  assert finetuning.finetune(f'{run},pair').tasks.pair.loss_weight == 1
-  assert finetuning.finetune(f'{run},look').tasks.look.batch_size == finetuning.BATCH
-  assert (c.tasks.shape.batch_size, finetuning.zero_shot(f'{run},shape').tasks.shape.batch_size) == (8, 0)
+  assert finetuning.finetune(f'run={run},task=pair').tasks.pair.loss_weight == 1
+  assert finetuning.finetune(f'run={run},task=look').tasks.look.batch_size == finetuning.BATCH_SIZE
+  assert (c.tasks.shape.batch_size, finetuning.zero_shot(f'run={run},task=shape').tasks.shape.batch_size) == (8, 0)
 
 
 @pytest.mark.parametrize('task, group', [
     ('digits', 'pictures'), ('video_caption', 'image_caption'), ('video_name', 'image_retrieval'), ('shape', 'pictures')])
 def test_the_scale_is_that_of_the_kind_or_of_one_that_reads_and_answers_alike(run, task, group):
-  assert all(recipe(f'{run},{task}').tasks[task].temperature == group for recipe in ALL)
+  assert all(recipe(f'run={run},task={task}').tasks[task].temperature == group for recipe in ALL)
 
 
 def test_the_kind_itself_comes_before_one_that_is_alike(tmp_path):
-  c = tiny.config('motion', 'shape', data_dir='/the data')  # rows of one content; the clips' comes first
+  c = tiny.config('motion', 'shape', data_dir='/the data')  # rows of one content; the videos' comes first
   workdir.claim_workdir(tmp_path, c, 'print')
-  assert finetuning.finetune(f'{tmp_path},digits').tasks.digits.temperature == 'image_classification'
+  assert finetuning.finetune(f'run={tmp_path},task=digits').tasks.digits.temperature == 'image_classification'
   del c.tasks['shape']
-  workdir.claim_workdir(tmp_path / 'clips', c, 'print')
-  assert finetuning.finetune(f'{tmp_path}/clips,digits').tasks.digits.temperature == 'video_classification'
+  workdir.claim_workdir(tmp_path / 'videos', c, 'print')
+  assert finetuning.finetune(f'run={tmp_path}/videos,task=digits').tasks.digits.temperature == 'video_classification'
 
 
 @pytest.mark.parametrize('recipe, argument, amount', [
-    (finetuning.finetune, 'digits', (0, 1.0)), (finetuning.finetune, 'digits,few', (10, 1.0)),
-    (finetuning.prompt_tune, 'digits', (10, 1.0)), (finetuning.prompt_tune, 'digits,all', (0, 1.0)),
-    (finetuning.prompt_tune, 'video_name', (0, 0.01)), (finetuning.finetune, 'video_caption,few', (0, 0.01))])
+    (finetuning.finetune, 'digits', (0, 1.0)), (finetuning.finetune, 'digits,data=few', (10, 1.0)),
+    (finetuning.prompt_tune, 'digits', (10, 1.0)), (finetuning.prompt_tune, 'digits,data=all', (0, 1.0)),
+    (finetuning.prompt_tune, 'video_name', (0, 0.01)), (finetuning.finetune, 'video_caption,data=few', (0, 0.01))])
 def test_few_is_ten_of_every_class_or_one_in_a_hundred(run, recipe, argument, amount):
-  task = recipe(f'{run},{argument}').tasks[argument.split(',')[0]]
+  task = recipe(f'run={run},task={argument}').tasks[argument.split(',')[0]]
   assert (task.shots, task.train_fraction) == amount
 
 
@@ -79,46 +80,47 @@ def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(t
   c.tasks.text.label_column = 'text'
   c.tasks.digits = c.tasks.shape
   workdir.claim_workdir(tmp_path, c, 'print')
-  text = finetuning.prompt_tune(f'{tmp_path},text').tasks.text
+  text = finetuning.prompt_tune(f'run={tmp_path},task=text').tasks.text
   assert (text.shots, text.train_fraction, text.linear_head) == (0, 0.01, False)
-  assert finetuning.finetune(f'{tmp_path},digits').tasks.digits.source == c.tasks.shape.source
+  assert finetuning.finetune(f'run={tmp_path},task=digits').tasks.digits.source == c.tasks.shape.source
 
 
 def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_has_neither(run):
-  prompt, fine = finetuning.prompt_tune(f'{run},digits'), finetuning.finetune(f'{run},digits')
+  prompt, fine = finetuning.prompt_tune(f'run={run},task=digits'), finetuning.finetune(f'run={run},task=digits')
   assert prompt.optim.param_groups[-1] == (r'.*', FREEZE) and prompt.model.num_deep_prompts > 0 and prompt.tasks.digits.linear_head
   assert prompt.model.prompt_sharing == 'inputs'  # what the run knows of other answers stays
-  assert not finetuning.prompt_tune(f'{run},video_name').tasks.video_name.linear_head
+  assert not finetuning.prompt_tune(f'run={run},task=video_name').tasks.video_name.linear_head
   assert not any(rule[1] == FREEZE for rule in fine.optim.param_groups)
   assert fine.model.num_deep_prompts == 0 and not fine.tasks.digits.linear_head
 
 
-@pytest.mark.parametrize('argument, said', [
-    ('', r'configs/finetune.py:: give RUN,TASK, or RUN,TASK,few\|all \(all by default\)'),
-    ('{run}', 'give RUN,TASK'),
-    ('{run},', 'give RUN,TASK'),
-    ('{run},digits,some', 'give RUN,TASK'),
-    ('{run},digits,few,all', 'give RUN,TASK'),
-    ('{run}x,digits', "trainedx' holds no run .*did you mean 'trained'"),
-    ('{run},digit', "task 'digit' is unknown; did you mean 'digits'"),
-    ('{run},shapes', "task 'shapes' is unknown; did you mean 'shape'")])
-def test_a_wrong_argument_is_told(run, argument, said):
-  with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize('argument, message', [
+    ('', r"configs/finetune.py:: argument 'run' is missing; give run=RUN,task=TASK"),
+    ('run={run}', "argument 'task' is missing"),
+    ('run={run},task=', "argument 'task' is missing"),
+    ('{run},digits', "trained' must be NAME=VALUE, with NAME one of run, task, data; for example .*:run=RUN,task=TASK"),
+    ('run={run},task=digits,data=some', "data='some' is unknown; .*choices: all, few"),
+    ('run={run},task=digits,data=few,data=all', "argument 'data' is given twice"),
+    ('run={run}x,task=digits', "trainedx' is no work directory of a run .*did you mean 'trained'"),
+    ('run={run},task=digit', "task 'digit' is unknown; did you mean 'digits'"),
+    ('run={run},task=shapes', "task 'shapes' is unknown; did you mean 'shape'")])
+def test_a_wrong_argument_is_reported(run, argument, message):
+  with pytest.raises(UsageError, match=message):
     finetuning.finetune(argument.format(run=run))
 
 
-def test_untuned_there_is_no_amount(run):
-  with pytest.raises(ValueError, match=r'configs/zero_shot.py:.*give RUN,TASK: the workdir'):
-    finetuning.zero_shot(f'{run},digits,few')
+def test_zero_shot_has_no_argument_data(run):
+  with pytest.raises(UsageError, match=r"configs/zero_shot.py:.*argument 'data' is unknown; .*choices: run, task"):
+    finetuning.zero_shot(f'run={run},task=digits,data=few')
 
 
 def test_a_config_that_trains_nothing_needs_a_run_and_a_question(run):
-  c = finetuning.zero_shot(f'{run},digits')
+  c = finetuning.zero_shot(f'run={run},task=digits')
   with pytest.raises(ValueError, match='nothing to train; .*launch/evaluate.py'):
     make_plan(c).check_trains()
-  make_plan(finetuning.finetune(f'{run},digits')).check_trains()
+  make_plan(finetuning.finetune(f'run={run},task=digits')).check_trains()
   for section, field in (('train', 'init'), (None, 'evaluators')):
-    broken = finetuning.zero_shot(f'{run},digits')
+    broken = finetuning.zero_shot(f'run={run},task=digits')
     if section:
       broken[section][field] = ''
     else:

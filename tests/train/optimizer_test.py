@@ -150,7 +150,7 @@ def test_the_paths_of_frozen_parameters_are_known():
 @pytest.mark.parametrize('sides', ['shared', 'separate', 'inputs'])
 def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
   c = config_lib.base()
-  presets.prompt_tune(c, prompts=3, sides=sides)
+  presets.prompt_tune(c, num_prompts=3, sharing=sides)
   assert (c.model.num_deep_prompts, c.model.prompt_sharing, c.model.spe_bias) == (3, sides, True)
   spec = small_model.spec(num_deep_prompts=3, prompt_sharing=sides, spe_bias=True, num_prefix_prompts=1, label_prompts=(('names', 2),), head=2)
   rules = optimizer.match_param_groups(small_model.params(spec), c.optim.param_groups)

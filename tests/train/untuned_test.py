@@ -48,15 +48,15 @@ def _zero_shot(argument):
 
 def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
   folder, _, trained = run
-  params = saved_run.asked(finetuning.zero_shot(f'{folder},package'), tmp_path)[2]
+  params = saved_run.asked(finetuning.zero_shot(f'run={folder},task=package'), tmp_path)[2]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), trained)
   assert f'starts from {folder}; fresh: nothing; left behind: nothing' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('task, kind', [
-    ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow), ('digit_word', 'picture_word')])
+    ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow), ('digit_word', 'image_word')])
 def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
-  c = _zero_shot(f'{run[0]},{task}')
+  c = _zero_shot(f'run={run[0]},task={task}')
   assert c.tasks[task].type == kind
   # The gates have never seen the rows of what is asked: attribute routing reads their bits.
   trained, asked = ([str(row)[:8] for row in train_run.conditions(make_plan(config))] for config in (run[1], c))
@@ -75,7 +75,7 @@ def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(r
   monkeypatch.setattr(train_run, 'build', lambda c: build(c, jax.devices()[:1]))
 
   def evaluated(*more):
-    arguments = f'--config={_FILE}:{folder},package', f'--workdir={tmp_path / "new"}', *more
+    arguments = f'--config={_FILE}:run={folder},task=package', f'--workdir={tmp_path / "new"}', *more
     assert in_process.run(_ROOT / 'launch/evaluate.py', *arguments) == 0
     return 'is evaluated already' not in capfd.readouterr().out
 
@@ -88,7 +88,7 @@ def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(r
 
 
 def test_the_new_kind_has_a_row_of_bits_by_rule_and_targets_of_a_known_family(run):
-  plan = train_run.build(_zero_shot(f'{run[0]},digit_word'), jax.devices()[:1]).plan
+  plan = train_run.build(_zero_shot(f'run={run[0]},task=digit_word'), jax.devices()[:1]).plan
   # Pictures in, text out; a visual input token. Words: 11 (both inputs), 01 (text), 01 (text), 1 (target), 0.
   assert [str(c)[:8] for c in train_run.conditions(plan)] == ['10011000', '11010110']
 
@@ -97,16 +97,16 @@ def test_a_task_router_takes_known_names_and_says_which_it_has_not(tmp_path):
   workdir.claim_workdir(tmp_path, _config('task'), 'print')
   workdir.copy_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
   for task in ('digits', 'digit_question'):
-    assert train_run.build(_zero_shot(f'{tmp_path},{task}'), jax.devices()[:1]).plan.probes
-  with pytest.raises(ValueError, match="router='task': .* has no embedding for picture_word; it has .*Give the kind one of"):
-    train_run.build(_zero_shot(f'{tmp_path},digit_word'), jax.devices()[:1])
-  known = _zero_shot(f'{tmp_path},digit_word')
-  known.task_types.picture_word.router_task = 'classification'
+    assert train_run.build(_zero_shot(f'run={tmp_path},task={task}'), jax.devices()[:1]).plan.probes
+  with pytest.raises(ValueError, match="router='task': .* has no embedding for image_word; it has .*Give the kind one of"):
+    train_run.build(_zero_shot(f'run={tmp_path},task=digit_word'), jax.devices()[:1])
+  known = _zero_shot(f'run={tmp_path},task=digit_word')
+  known.task_types.image_word.router_task = 'classification'
   assert train_run.build(known, jax.devices()[:1]).plan.probes
 
 
 def test_what_trains_nothing_is_not_trained(run, tmp_path):
   with pytest.raises(ValueError, match='nothing to train'):
-    loop.train(finetuning.zero_shot(f'{run[0]},package'), str(tmp_path / 'new'), jax.devices()[:1])
+    loop.train(finetuning.zero_shot(f'run={run[0]},task=package'), str(tmp_path / 'new'), jax.devices()[:1])
   assert not (tmp_path / 'new').exists()
   assert workdir.load_config(run[0]).tasks.package.batch_size > 0

@@ -55,7 +55,7 @@ def test_training_says_what_is_wrong(tmp_path, arguments, said):
 
 
 @pytest.mark.parametrize('argument', [
-    '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x', '--config=configs/own.py:gs://b/x'])
+    '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x', '--config=configs/own.py:sources=gs://b/x'])
 @pytest.mark.parametrize('joined', [True, False])
 def test_an_address_where_a_path_belongs_says_to_mount_it(argument, joined, capsys):
   argv = [argument] if joined else argument.split('=', 1)
@@ -74,13 +74,21 @@ def test_a_template_may_have_an_address_in_it(argv):
     assert cli._parse(argv, remote=False) == argv[:1]
 
 
-def test_a_config_file_that_is_not_there_names_the_nearest(tmp_path):
-  said = _train(tmp_path, config='configs/quikstart.py')
-  assert "config file 'configs/quikstart.py' is not there; did you mean 'quickstart.py'" in said  # or others, after it
+@pytest.mark.parametrize('overrides', [(), ('--config.train.steps=3',)])  # an override accesses the config earlier
+def test_a_missing_config_file_is_reported_with_the_nearest_names(tmp_path, overrides):
+  message = _train(tmp_path, *overrides, config='configs/quikstart.py')
+  assert "config file 'configs/quikstart.py' does not exist; did you mean 'quickstart.py'" in message  # or others, after it
+
+
+@pytest.mark.parametrize('overrides', [(), ('--config.train.steps=3',)])
+def test_a_config_file_that_names_missing_data_reports_the_data(tmp_path, overrides):
+  message = _train(tmp_path, *overrides, config='configs/own.py:sources=pets')
+  assert message.startswith('error: source own:pets is not in ') and '--name=pets' in message
 
 
 def test_an_argument_that_a_config_refuses_is_told_in_its_own_words(tmp_path):
-  assert "embedded.py:attribut is unknown; did you mean 'attribute'?" in _train(tmp_path, config='configs/embedded.py:attribut')
+  assert "configs/embedded.py:router=attribut: router='attribut' is unknown; did you mean 'attribute'?" in _train(
+      tmp_path, config='configs/embedded.py:router=attribut')
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
@@ -99,10 +107,10 @@ def _zero_shot(tmp_path, script: str, argument: str) -> str:
 
 
 @pytest.mark.parametrize('script, argument, said', [
-    ('evaluate.py', '{run}', 'give RUN,TASK: the workdir of a trained run'),
-    ('evaluate.py', '{run}x,digits', "trainedx' holds no run (config.json is missing); did you mean 'trained'"),
-    ('evaluate.py', '{run},digit', "task 'digit' is unknown; did you mean 'digits'"),
-    ('train.py', '{run},digits', 'every task has batch_size=0, so that there is nothing to train; evaluate')])
+    ('evaluate.py', 'run={run}', "argument 'task' is missing; give run=RUN,task=TASK"),
+    ('evaluate.py', 'run={run}x,task=digits', "trainedx' is no work directory of a run (config.json is missing); did you mean 'trained'"),
+    ('evaluate.py', 'run={run},task=digit', "task 'digit' is unknown; did you mean 'digits'"),
+    ('train.py', 'run={run},task=digits', 'every task has batch_size=0, so that there is nothing to train; evaluate')])
 def test_a_run_or_a_task_that_is_mistyped_is_told(tmp_path, script, argument, said):
   workdir_lib.claim_workdir(tmp_path / 'trained', tiny.config('shape'), 'print')
   assert said in _zero_shot(tmp_path, script, argument)
@@ -112,7 +120,7 @@ def test_a_run_or_a_task_that_is_mistyped_is_told(tmp_path, script, argument, sa
 def test_evaluating_into_a_folder_of_another_run_is_refused(tmp_path):
   for name in ('trained', 'new'):
     workdir_lib.claim_workdir(tmp_path / name, tiny.config('shape'), 'print')
-  assert 'belongs to a run with another config' in _zero_shot(tmp_path, 'evaluate.py', '{run},digits')
+  assert 'belongs to a run with another config' in _zero_shot(tmp_path, 'evaluate.py', 'run={run},task=digits')
 
 
 def test_a_missing_workdir_flag_is_named():

@@ -16,8 +16,7 @@ from uni_moe_jax.analysis.run_interference import file_stem, load_state
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.model.uni_perceiver import Sequence
 from uni_moe_jax.moe import routers
-from uni_moe_jax.train.forward import (
-    Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs)
+from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs
 from uni_moe_jax.train.run import Run, build, conditions
 from uni_moe_jax.utils.errors import UsageError
 

@@ -1,227 +1,320 @@
-"""The run's configuration: every field with its default. `base()` lists them; `resolve.py` checks them."""
+"""Every field of a run's config with its type, default, unit and bound. Tasks, target sets, evaluators: `task_schema.py`.
 
+`base()` is what config files start from. `parse_config` returns the checked, frozen `Config`, which is part of the plan.
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-from ml_collections import config_dict
+
+from uni_moe_jax.config import fields
+from uni_moe_jax.config.fields import entries, field, section
+from uni_moe_jax.config.task_schema import EvaluatorConfig, TargetSetConfig, TaskConfig
+from uni_moe_jax.tasks.router_names import ROUTERS
+from uni_moe_jax.utils.errors import UsageError
 
 PATHS = (('data', 'dir'), ('tokenizer', 'path'), ('tokenizer', 'merges_path'), ('train', 'init'))  # fields that are paths
 FREEZE = 'freeze'
-# Temperature groups of the published system; every checkpoint has all of them.
-PUBLISHED_TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm',
-                          'tqa_caption', 'tqa_retrieve', 'downstream')
-# TaskType → its group there. Text classification shares that of masked language modelling.
+SUBLAYERS = ('attention', 'mlp')
+GMM_BACKENDS = ('auto', 'xla', 'tiled', 'batched', 'ragged', 'megablox', 'triton')  # moe/gmm.py implements them
+# Temperature groups of the published system; each of its checkpoints has all of them.
+PUBLISHED_TEMPERATURES = (
+    'img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption', 'tqa_retrieve',
+    'downstream')
+# Task type → its published group. Text classification shares that of masked language modeling.
 PUBLISHED_GROUPS = {
-    'image_classification': 'img_cls', 'video_classification': 'video_cls', 'image_caption': 'caption', 'video_caption': 'caption',
-    'image_retrieval': 'retrieve', 'video_retrieval': 'retrieve', 'text_mlm': 'text_mlm', 'text_classification': 'text_mlm',
-    'vqa': 'downstream'}
-
-_PROMPTS_RULE = (r'prompts/|similarity_weight$', 1.0, 0.0)
-
-
-def _create(fields: dict[str, Any]) -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(fields)
+    'image_classification': 'img_cls', 'video_classification': 'video_cls', 'image_caption': 'caption',
+    'video_caption': 'caption', 'image_retrieval': 'retrieve', 'video_retrieval': 'retrieve', 'text_mlm': 'text_mlm',
+    'text_classification': 'text_mlm', 'vqa': 'downstream'}
+# Published sizes; the names are those of ViT.
+VARIANTS = {name: dict(num_layers=l, width=d, num_heads=n, mlp_dim=f, patch_size=16) for name, l, d, n, f in (
+    ('Ti/16', 12, 192, 3, 768), ('S/16', 12, 384, 6, 1536), ('B/16', 12, 768, 12, 3072), ('L/16', 24, 1024, 16, 4096))}
 
 
-def task(
-    type: str, source: str, *, batch_size: int, split: str = 'train', loss_weight: float = 1.0, sampling_weight: float = 0.0,
-    temperature: str = '',
-    target_set: str = '', label_column: str = '', caption_templates: tuple[str, ...] = (), template: str = '', max_len: int = 0,
-    max_predictions: int = 0, label_smoothing: float = 0.0, max_shift: int = 0, linear_head: bool = False,
-    train_fraction: float = 1.0, shots: int = 0, num_frames: int = 0, crop: str = 'resize_crop', random_flip: bool = False,
-    randaugment: float = 0.0, random_erasing: float = 0.0, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> ml_collections.ConfigDict:
-  """One task: an instance of a type.
-
-  Args:
-    type: row of `task_types.TASK_TYPES` or of `config.task_types`.
-    source: name of a data source (`data/sources.py`), 'own:NAME' for your own prepared data, or 'tfds:NAME[/CONFIG]'.
-    batch_size: examples per step over all devices and micro-steps; 0: the task is evaluated only (zero-shot).
-    split: of the source.
-    loss_weight: factor of the task's loss.
-    sampling_weight: how often a 'one_task' mixture draws the task, relative to the others; 0: by its loss_weight, and its loss counts once.
-      An 'all_tasks' one takes every task in every step.
-    temperature: temperature group; tasks that name one share a learnt scale. '' = the kind's name.
-    target_set: entry of `config.target_sets`, for kinds with a target family.
-    label_column: column with the class name (kinds that choose among names, label_column words or answers); of files, a column with a list
-      of answers, too; for masked language modelling of files the column of texts ('' = 'text').
-    caption_templates: templates over the source's columns, e.g. '{name}', '{name} in {face}'; one is drawn per example.
-    template: for kinds read at a slot: '{text} <eot> it is <spe> . <eot>'.
-    max_len: text tokens per example, the final `eot` included (a caption has as many queries again).
-    max_predictions: M, at most this many masked tokens per row (masked language modelling), or answers per question.
-    label_smoothing: label_column label_smoothing.
-    max_shift: random translation of pictures in training, pixels (sources in memory).
-    train_fraction: share of the training examples that are used, chosen by seed and example; of every class its share, where classes
-      are known beforehand (not of TFDS's data). A smaller share is part of a larger one.
-    shots: this many training examples of every class instead; 0: all.
-    linear_head: adds a linear linear_head, which starts at zero, to the similarity with the target set's entries (one task at most).
-    num_frames: T, that the model sees of a clip (sources in files); one of each of T equal parts of the clip.
-    crop: how pictures and clips of files are cut: short (the short side gets the model's size, then a window) | area (a random
-      part of 8–100 % of the area; evaluated in the middle of 256/224 of the size) | jitter (short, of a side between 256/224
-      and 320/224; published for clips).
-    random_flip: mirror half of the pictures and clips of files in training.
-    randaugment: magnitude of RandAugment of pictures of files, 0…10; published: 9; 0 = off.
-    random_erasing: how often a rectangle of a picture of files becomes noise.
-    mixup_alpha, cutmix_alpha: α of the share with which neighbours of a batch_size are blended or cut into each other, their classes too; 0 = off;
-      with both on, each in half of the cases.
-  """
-  return _create(dict(
-      type=type, source=source, split=split, batch_size=batch_size, loss_weight=loss_weight, sampling_weight=sampling_weight, temperature=temperature,
-      target_set=target_set, label_column=label_column, caption_templates=caption_templates, template=template, max_len=max_len, max_predictions=max_predictions,
-      label_smoothing=label_smoothing, max_shift=max_shift, linear_head=linear_head,
-      train_fraction=train_fraction, shots=shots, num_frames=num_frames, crop=crop, random_flip=random_flip, randaugment=randaugment, random_erasing=random_erasing,
-      mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha))
+def param_groups(weight_decay: float) -> tuple[tuple[Any, ...], ...]:
+  """The default parameter groups: kernels decay, everything else does not."""
+  return (
+      (r'scale[12]$|log_scale', 1.0, 0.0),
+      (r'_router/', 1.0, 0.0),
+      (r'prompts/|similarity_weight$', 1.0, 0.0),
+      (r'embed/(word|position|type|visual_type|temporal|spatial)$', 1.0, 0.0),
+      (r'norm\d?/|bias$', 1.0, 0.0),
+      (r'.*', 1.0, weight_decay),
+  )
 
 
-def target_set(
-    entries: str | tuple[str | tuple[str, ...], ...], *, family: str, softmax: str = 'full', num_sampled: int = 0,
-    max_len: int = 16, label_prompts: bool = False) -> ml_collections.ConfigDict:
-  """Texts that serve as the answer space of tasks.
-
-  Args:
-    entries: the texts themselves; 'SOURCE/column' (the classes of that column: 'glyphs/class', 'own:pets/breed'); 'file:PATH' (a
-      file of class names, data/pipeline/class_names.py, relative to `data.dir`); or 'vocabulary' (every word id). An entry may be a
-      tuple instead of a text: what the source calls the class, then its name and synonyms.
-    family: target family, 'names' or 'words' (or one of `config.target_families`).
-    softmax: 'full', or 'sampled' (vocabulary only): in training, the step's positives and a uniform sample.
-    num_sampled: K, size of the sampled vocabulary, positives included.
-    max_len: longest text in tokens, `eot` included; longer ones are an error.
-    label_prompts: every entry gets a learnt token after its `spe`, zero at first: the same for all, but a key more.
-  """
-  return _create(dict(entries=entries, family=family, softmax=softmax, num_sampled=num_sampled, max_len=max_len,
-                      label_prompts=label_prompts))
+def published_param_groups(weight_decay: float) -> tuple[tuple[Any, ...], ...]:
+  """The published parameter groups. Published decay of kernels: 0.2 for the base size, 0.05 for tiny and fine-tuning."""
+  return (
+      (r'embed/spatial$', FREEZE),
+      (r'scale[12]$|log_scale', 1.0, 0.0),
+      (r'_router/', 1.0, 0.0),
+      (r'embed/(word|position|type|visual_type|temporal)$', 1.0, 0.0),
+      (r'prompts/|similarity_weight$', 1.0, 0.0),
+      (r'spe_bias$', 1.0, weight_decay),  # [1, D] in the published code, which counts as a matrix
+      (r'norm\d?/|bias$', 1.0, 0.0),
+      (r'.*', 1.0, weight_decay),
+  )
 
 
-def evaluator(
-    type: str, task_name: str, *, split: str, num_examples: int = 0, batch_size: int = 128, beam_size: int = 1,
-    length_penalty: float = 0.0, constrain_to: str = '', num_views: int = 1, num_crops: int = 1) -> ml_collections.ConfigDict:
-  """One evaluation with a fixed protocol; see `eval/evaluators.py`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """Sizes and choices of the model."""
+  variant: str = field(
+      '', 'Published sizes: sets num_layers, width, num_heads, mlp_dim and patch_size, which must then be left at their '
+      "defaults. '' = the sizes as given.", choices=('', *VARIANTS))
+  num_layers: int = field(12, 'L, number of blocks.', at_least=1)
+  width: int = field(192, 'D, width of the residual stream; a multiple of num_heads and of 4.', at_least=4)
+  num_heads: int = field(3, 'N, attention heads.', at_least=1)
+  mlp_dim: int = field(768, 'F, hidden units of the MLP.', at_least=1)
+  image_size: int = field(224, 'Pixels a side; a multiple of patch_size.', at_least=1)
+  patch_size: int = field(16, 'Pixels a side of a patch.', at_least=1)
+  channels: int = field(3, 'Color channels.', at_least=1)
+  max_num_frames: int = field(8, 'T, rows of the temporal position table.', at_least=1)
+  max_text_len: int = field(512, 'Tokens, rows of the text position table.', at_least=1)
+  pixel_mean: tuple[float, ...] = field(
+      (0.5, 0.5, 0.5), 'Mean of pixels in [0, 1], per channel.', published=(0.485, 0.456, 0.406))
+  pixel_std: tuple[float, ...] = field(
+      (0.5, 0.5, 0.5), 'Standard deviation of pixels in [0, 1], per channel.', above=0, published=(0.229, 0.224, 0.225))
+  video_mean: tuple[float, ...] = field((), 'pixel_mean of videos (more than one frame); () = as images.', published=(0.5,) * 3)
+  video_std: tuple[float, ...] = field((), 'pixel_std of videos; () = as images.', above=0, published=(0.5,) * 3)
+  posemb: str = field(
+      'sincos2d', 'Image position embedding: sincos2d (computed), frozen (a parameter that starts as sincos2d and never '
+      'changes), learned.', choices=('sincos2d', 'frozen', 'learned'), published='frozen')
+  modality_embedding: bool = field(False, 'Adds a learned row to every visual token (some published checkpoints have it).')
+  text_posemb_init: str = field(
+      'normal', 'Initial text position table: normal, or sincos (neighbors start similar; short runs).',
+      choices=('normal', 'sincos'), published='normal')
+  text_posemb_std: float = field(0.02, 'Initial standard deviation of the text position table.', at_least=0, published=0.02)
+  mimetic_init: bool = field(
+      False, 'Keys start as a copy of the queries, so that attention starts among neighbors (short runs).', published=False)
+  frame_differences: bool = field(
+      False, 'Adds to every video patch its change since the previous frame, through a kernel of its own. Without it, the '
+      'direction of a motion is a product of time, position and brightness, which an hour of training did not find '
+      '(docs/results/embedded.md).', published=False)
+  temporal_posemb_std: float = field(
+      0.02, 'Initial standard deviation of the temporal position table.', at_least=0, published=0.02)
+  readout_token: str = field(
+      '<spe>', 'Token in front of every sequence: <spe>, as LN(Word[spe]); or a word, embedded as a text of length 1.',
+      published='<spe>')
+  layer_scale_init: float = field(1e-3, 'Initial LayerScale; small models want about 0.1.', at_least=0, published=1e-3)
+  drop_path: float = field(0.0, 'Rate of stochastic depth, the same in every layer.', at_least=0, below=1)
+  temperature_init: float = field(0.07, 'Initial τ of every temperature group.', above=0)
+  num_deep_prompts: int = field(0, 'P, learned tokens per layer.', at_least=0)
+  prompt_sharing: str = field(
+      'shared', 'Which sides have prompts: shared (one table for inputs and targets), separate (two tables), inputs '
+      '(targets have none).', choices=('shared', 'separate', 'inputs'))
+  num_prefix_prompts: int = field(0, 'Learned tokens after the readout token, on the sides of prompt_sharing.', at_least=0)
+  spe_bias: bool = field(False, 'Adds a learned row to every <spe> token.')
+  extra_temperature_groups: tuple[str, ...] = field(
+      (), 'Temperature groups beside those of the trained tasks, such as those of a converted checkpoint.',
+      published=PUBLISHED_TEMPERATURES)
+  dtype: str = field(
+      'float32', 'Type of products; parameters and routing decisions stay float32.', choices=('float32', 'bfloat16'))
+  remat: bool = field(True, 'Recomputes blocks in the backward pass: less memory, a third more work.')
 
-  Args:
-    type: classification | retrieval | mlm | caption | glue | vqa.
-    task_name: entry of `config.tasks`, trained or not (batch_size 0): what is asked, of which source.
-    split: that is evaluated.
-    num_examples: retrieval in memory: candidates, with distinct texts; others, and of files: examples, 0 = all.
-    batch_size: examples encoded at once.
-    beam_size: caption: hypotheses that are kept of each picture; 1: greedy.
-    length_penalty: caption: scores are divided by (words + 1)^length_penalty at the end.
-    constrain_to: caption: entry of `config.target_sets` whose texts are the only captions that may be given; '' = any words. No task
-      needs to use the set.
-    num_views, num_crops: classification of clips of files: probabilities are averaged over so many num_views in time × num_crops along the
-      long side.
-  """
-  return _create(dict(type=type, task=task_name, split=split, num_examples=num_examples, batch_size=batch_size, beam_size=beam_size, length_penalty=length_penalty,
-                      constrain_to=constrain_to, num_views=num_views, num_crops=num_crops))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+  """Routers and experts."""
+  router: str = field(
+      'attribute', 'Router input: attribute, task or modality (of the condition; kernels merge), token or context (of the '
+      'token; tokens are dispatched), or dense: no experts.', choices=ROUTERS)
+  num_experts: int = field(8, 'E, experts per layer.', at_least=1)
+  top_k: int = field(2, 'K, experts kept per router input; their gates are renormalized to sum to 1.', at_least=1)
+  noise_std: float = field(1.0, 'Standard deviation of the training noise of gate logits, divided by E.', at_least=0)
+  placement: str | tuple[int, ...] = field(
+      'all', 'Layers with experts: all, every_2 (0, 2, 4, …), every_4, none, or a tuple of layer indices.',
+      choices=('all', 'every_2', 'every_4', 'none'))
+  sublayers: tuple[str, ...] = field(
+      SUBLAYERS, 'Sublayers whose projections have experts.', choices=SUBLAYERS)
+  capacity_factor: float = field(
+      0.0, 'Token routers: in training, an expert takes ⌈factor · K · tokens / E⌉ tokens of an array.', at_least=0, off=0)
+  gmm: str = field(
+      'auto', 'Grouped matrix multiplication of token routers: auto (by device), xla (as auto, but without custom kernels), '
+      'tiled, batched, ragged, megablox, triton.', choices=GMM_BACKENDS)
+  balance_loss_weight: float = field(0.0, 'Token routers: weight of the load balancing loss.', at_least=0, off=0)
+  importance_loss_weight: float = field(0.0, 'Token routers: weight of the importance loss.', at_least=0, off=0)
+  z_loss_weight: float = field(0.0, 'Token routers: weight of the z-loss of gate logits.', at_least=0, off=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+  """Tokenizer."""
+  type: str = field(
+      'sentencepiece', "sentencepiece (learned from the run's text), or clip (the published one; needs the extra `clip`).",
+      choices=('sentencepiece', 'clip'))
+  vocab_size: int = field(
+      2000, 'V, special tokens included, of sentencepiece; with clip it follows from merges_path.', at_least=1)
+  allow_smaller_vocab: bool = field(
+      False, 'Takes the pieces there are if the texts are too few for vocab_size; False: an error.')
+  path: str = field('', "A trained sentencepiece model, such as a run's tokenizer.model; '' trains one.", path=True)
+  merges_path: str = field(
+      '', "With clip: path of CLIP's bpe_simple_vocab_16e6.txt.gz, or of another file of this format.", path=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Prepared data."""
+  dir: str = field('~/.cache/uni_moe_jax', 'Folder of the prepared data; see launch/prepare_data.py.', path=True)
+  max_corrupt_fraction: float = field(
+      0.01, 'Fraction of the examples read from files that may be unusable before the run stops.', at_least=0)
+  random_special_tokens: bool = field(
+      False, 'Random words of masked language modeling may be special tokens.', published=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreflightConfig:
+  """Facts about data that is not available; launch/preflight.py reads them, training does not."""
+  target_lengths: Mapping[str, tuple[tuple[int, int], ...]] = entries(
+      None, '{target set: ((tokens, entries), …)}: how many entries have how many tokens, `eot` included.')
+  num_frames: Mapping[str, int] = entries(
+      None, "{task: T}: frames of a video of a source in memory; by default the task's num_frames, or 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """Optimizer: AdamW."""
+  learning_rate: float = field(1e-3, 'Peak learning rate.', at_least=0)
+  warmup_steps: int = field(200, 'Steps of linear warmup.', at_least=0)
+  schedule: str = field(
+      'cosine', 'cosine; constant; published (its first update has rate 0, and its cosine rises again past the end).',
+      choices=('cosine', 'constant', 'published'), published='published')
+  final_lr_fraction: float = field(0.0, 'Learning rate at the end, as a fraction of the peak.', at_least=0)
+  b1: float = field(0.9, 'Decay of the first moment.', at_least=0, below=1, published=0.9)
+  b2: float = field(0.95, 'Decay of the second moment.', at_least=0, below=1, published=0.95)
+  eps: float = field(1e-6, "Adam's epsilon.", above=0, published=1e-6)
+  grad_clip_norm: float = field(1.0, 'Global norm to which gradients are clipped.', at_least=0, off=0, published=0.1)
+  router_lr_multiplier: float = field(
+      1.0, 'Factor of the learning rate of routers, on top of their parameter group.', at_least=0)
+  layerwise_lr_decay: float = field(
+      1.0, 'Factor of the learning rate per layer below the last; embeddings are the lowest.', above=0, at_most=1, off=1)
+  unused_params: str = field(
+      'update', 'Parameters and experts that a step does not use: update (gradient zero; moments and weights decay), or '
+      "settonone, zerograd: unchanged, as by PyTorch's two ways to reset gradients (train/adam.py).",
+      choices=('update', 'settonone', 'zerograd'),
+      published='zerograd')  # PyTorch of its time; 'settonone' is what PyTorch 2 does with the same code
+  param_groups: tuple[tuple, ...] = field(
+      param_groups(0.05), "(pattern, learning rate factor, weight decay) or (pattern, 'freeze'). The first match in a "
+      "parameter's path, such as encoder/blocks/block0/ffn_in/kernel, wins; every parameter must match a pattern.",
+      published=published_param_groups(0.05))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """Training loop."""
+  init: str = field(
+      '', "Work directory of the run whose newest parameters this run starts from; '' = fresh parameters.", path=True)
+  steps: int = field(1000, 'Training steps.', at_least=1)
+  mixture: str = field(
+      'all_tasks', 'all_tasks: every task in every step; one_task: one task per step, drawn by its sampling_weight.',
+      choices=('all_tasks', 'one_task'), published='one_task')
+  grad_accum_steps: int = field(
+      1, 'Micro-steps per step; target sets are encoded once for all of them.', at_least=1)
+  encode_all_sets: bool = field(False, 'Encodes also the target sets that no task of the step uses.', published=True)
+  contrastive_reduction: str = field(
+      'mean', 'Of the two directions of the retrieval loss.', choices=('mean', 'sum'), published='sum')
+  mask_duplicate_texts: bool = field(
+      True, 'Equal texts in a retrieval batch are masked; False: they are negatives of each other.', published=False)
+  ema_decay: float = field(
+      0.0, 'Decay of averaged parameters, which evaluation then uses.', at_least=0, below=1, off=0)
+  log_every: int = field(20, 'Steps.', at_least=1)
+  checkpoint_every: int = field(200, 'Steps.', at_least=1)
+  max_to_keep: int = field(2, 'Number of newest checkpoints kept.', at_least=1)
+  best_metric: str = field(
+      '', "Keeps also the checkpoint with the lowest value of this logged loss: loss/total or loss/TASK; '' = none.")
+  max_nonfinite_steps: int = field(10, 'Consecutive steps with a non-finite loss before the run stops.', at_least=1)
+  hang_timeout: float = field(
+      600.0, 'Seconds for a batch, a step or a checkpoint before the run ends as hung.', at_least=0, off=0)
+  interference_every: int = field(
+      0, 'Steps between estimates of task interference (analysis/interference_hook.py).', at_least=0, off=0)
+  interference_parameters: str = field(
+      r'ffn_out/kernel$', 'Pattern of the parameters whose gradients are compared; of models with more than 7 layers, in '
+      'every fourth layer (3, 7, 11 …).', pattern=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Device mesh. One axis may be -1: the devices that the other axes leave."""
+  replica: int = field(1, 'Devices of the replica axis: parameters and batch are split as on data, across slower links.')
+  data: int = field(-1, 'Devices of the data axis, which splits the batch.')
+  expert: int = field(1, 'Devices of the expert axis, which splits experts and the batch.')
+  model: int = field(1, 'Devices of the model axis, which splits heads and the MLP.')
+  fsdp: bool = field(False, 'Splits parameters over the data axis, too.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """A run."""
+  seed: int = field(0, 'Seed of parameters, data order and noise.')
+  compat: str = field(
+      '', "'published' sets every field that has a published value to it. These fields must then be left at their defaults; "
+      'of param_groups, the weight decay of kernels may differ. A config file that wants to deviate calls '
+      '`presets.published` instead.', choices=('', 'published'))
+  model: ModelConfig = section(ModelConfig)
+  moe: MoeConfig = section(MoeConfig)
+  tokenizer: TokenizerConfig = section(TokenizerConfig)
+  data: DataConfig = section(DataConfig)
+  preflight: PreflightConfig = section(PreflightConfig)
+  task_types: Mapping[str, Any] = entries(None, 'Task types of your own: {name: {inputs, target, readout, router_task}}.')
+  target_families: Mapping[str, Any] = entries(None, 'Target families of your own: {name: four task bits}.')
+  target_sets: Mapping[str, TargetSetConfig] = entries(TargetSetConfig, '{name: config.target_set(…)}')
+  tasks: Mapping[str, TaskConfig] = entries(TaskConfig, '{name: config.task(…)}')
+  optim: OptimConfig = section(OptimConfig)
+  train: TrainConfig = section(TrainConfig)
+  evaluators: Mapping[str, EvaluatorConfig] = entries(EvaluatorConfig, '{name: config.evaluator(…)}')
+  mesh: MeshConfig = section(MeshConfig)
 
 
 def base() -> ml_collections.ConfigDict:
   """Every field of a run and its default."""
-  c = ml_collections.ConfigDict()
-  c.seed = 0
-  c.model = _create(dict(
-      num_layers=12, width=192, num_heads=3, mlp_dim=768,  # L, D, N, F
-      image_size=224, patch_size=16, channels=3,       # pixels, pixels, colours
-      max_num_frames=8,                # rows of the temporal table
-      max_text_len=512,                # rows of the position table
-      pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5),
-      video_mean=(), video_std=(),  # of clips (more than one frame); () = as pictures. Published: 0.5, pictures ImageNet's
-      posemb='sincos2d',            # sincos2d (computed) | frozen (a parameter that starts so; published) | learned
-      modality_embedding=False,           # a learnt row added to visual tokens (some published checkpoints)
-      text_posemb_init='normal',      # of text: normal | sincos (then learnt; neighbours start alike)
-      text_posemb_std=0.02,           # initial std of the position rows
-      mimetic_init=False,  # independent | equal (attention starts among neighbours: short runs)
-      # A patch of a clip comes with its change since the frame before, through a kernel of its own. Without it the direction of
-      # a motion is a product of time, place and light, which an hour of training did not find (docs/results/embedded.md).
-      frame_differences=False,
-      temporal_posemb_std=0.02,           # initial std of the temporal rows
-      readout_token='<spe>',              # <spe>: LN(Word[spe]) | a word, embedded as a text of length 1
-      layer_scale_init=1e-3,            # initial LayerScale; small models want about 0.1
-      drop_path=0.0,               # stochastic depth
-      temperature_init=0.07,            # initial τ of every temperature_init group
-      num_deep_prompts=0,                   # deep prompts per layer
-      prompt_sharing='shared',       # by inputs and targets | separate (tables) | inputs (targets have none)
-      num_prefix_prompts=0,            # learnt tokens after the readout_token spe, on the sides of prompt_sharing
-      spe_bias=False,              # a learnt row added to every spe
-      extra_temperature_groups=(),             # groups that exist beside those of the trained tasks (a converted checkpoint's)
-      dtype='float32',             # of products: float32 | bfloat16; parameters stay float32
-      remat=True,                  # recompute blocks in the backward pass: less memory, a third more work
-  ))
-  c.moe = _create(dict(
-      router='attribute',          # dense | attribute | task | modality (kernels merge) | token | context (tokens are dispatched)
-      num_experts=8,               # E
-      top_k=2,                     # K kept, renormalised to sum 1
-      noise_std=1.0,               # training noise of gate logits, divided by E
-      # all | odd (layers 0, 2, 4 …) | four | none | tuple of layer indices; two types, so that either can be assigned
-      placement=config_dict.FieldReference('all', field_type=object),
-      sublayers=('attention', 'mlp'),  # projections with experts
-      # Of routers that look at tokens:
-      capacity_factor=0.0,                # factor f: in training an expert takes ⌈f · K · tokens / E⌉ tokens of an array; 0 = exact
-      # how experts multiply: auto (by device) | xla (auto without its kernels) | loop | buffers | ragged | megablox | triton
-      gmm='auto',
-      balance_loss_weight=0.0, importance_loss_weight=0.0, z_loss_weight=0.0,  # factors of auxiliary losses (moe/token_routers.py)
-  ))
-  c.tokenizer = _create(dict(
-      type='sentencepiece',        # sentencepiece (learnt from the run's text) | clip (published; extra `clip`)
-      vocab_size=2000,             # V, special pieces included; clip: not used, V follows from the merges_path
-      allow_smaller_vocab=False,                 # sentencepiece: take what pieces there are where texts give no vocab_size; False: an error
-      path='',                     # sentencepiece: a trained model, such as a run's tokenizer.model; '' trains one
-      merges_path='',                   # clip: path of bpe_simple_vocab_16e6.txt.gz, or of another path of that format
-  ))
-  c.data = _create(dict(
-      dir='~/.cache/uni_moe_jax',  # prepared data; see launch/prepare_data.py
-      max_corrupt_fraction=0.01,       # of the examples read from files; more that cannot be used stop the run
-      random_special_tokens=False,         # random words of masked language modelling may be special tokens; published: True
-  ))
-  # What is known of data that is not here: launch/preflight.py reads it, training does not.
-  c.preflight = _create(dict(
-      target_lengths=_create({}),  # {set: ((tokens, entries), …)}: how many entries have how many tokens, `eot` included
-      num_frames=_create({}),      # {task: T}: frames of a clip of a source in memory; others have their task's, or 1
-  ))
-  c.task_types = _create({})            # own rows: {name: {inputs: (('visual', 'full'), …), target, readout, router_task}}
-  c.target_families = _create({})         # own target families: {name: (four task bits)}
-  c.target_sets = _create({})             # {name: target_set(…)}
-  c.tasks = _create({})            # {name: task(…)}
-  c.optim = _create(dict(
-      learning_rate=1e-3, warmup_steps=200,  # warmup_steps in steps
-      # cosine | constant | published: its first update has rate 0, its cosine is not clamped and rises again past the end
-      schedule='cosine',
-      final_lr_fraction=0.0,                   # learning rate at the end, as a fraction of the peak
-      b1=0.9, b2=0.95, eps=1e-6,   # AdamW
-      grad_clip_norm=1.0,                    # global norm; 0 = off
-      router_lr_multiplier=1.0,             # of the learning rate of every router, on top of its rule
-      layerwise_lr_decay=1.0,             # factor of the learning rate per layer below the last, embeddings the lowest; 1 = off
-      # What happens to a parameter or expert that a step does not use. update: gradient zero (moments decay, weight decay
-      # applies) | settonone, zerograd: left alone, as by PyTorch's two ways to reset gradients (train/adam.py)
-      unused_params='update',
-      # (pattern, factor of the learning rate, weight decay) or (pattern, 'freeze'): the first match wins, and every
-      # parameter must match one. Patterns are searched in paths such as 'encoder/blocks/block0/ffn_in/kernel'.
-      param_groups=(
-          (r'scale[12]$|log_scale', 1.0, 0.0),
-          (r'_router/', 1.0, 0.0),
-          _PROMPTS_RULE,
-          (r'embed/(word|position|type|visual_type|temporal|spatial)$', 1.0, 0.0),
-          (r'norm\d?/|bias$', 1.0, 0.0),
-          (r'.*', 1.0, 0.05),
-      ),
-  ))
-  c.train = _create(dict(
-      init='',                     # workdir of the run whose newest parameters this one starts from; '' = fresh ones
-      steps=1000,
-      mixture='all_tasks',             # all_tasks: every task in every step | one_task: one task a step, by weight
-      grad_accum_steps=1,                     # micro-steps; target sets are encoded once for all of them
-      encode_all_sets=False,       # also sets that no task of the step names (published)
-      contrastive_reduction='mean',          # of both directions of retrieval: mean | sum (published)
-      mask_duplicate_texts=True,              # equal texts of a retrieval batch: masked (no negatives) | negatives (published)
-      ema_decay=0.0,                     # decay of averaged parameters, used by evaluation when > 0
-      log_every=20,                # steps
-      checkpoint_every=200,              # steps
-      max_to_keep=2,                      # newest checkpoints kept
-      best_metric='',                # and that with the lowest of this logged loss (loss/total, loss/<task>); '' = none
-      max_nonfinite_steps=10,            # steps in a row with a loss that is not finite, before the run stops
-      hang_timeout=600.0,              # seconds for a batch, a step or a save, before the run ends as hung; 0 = off
-      interference_every=0,        # steps between estimates of task interference (analysis/interference_hook.py); 0 = off
-      # pattern, searched in paths as optim.param_groups are; of models with more than 7 layers, in every fourth layer (3, 7, 11 …)
-      interference_parameters=r'ffn_out/kernel$',
-  ))
-  c.evaluators = _create({})       # {name: evaluator(…)}
-  c.mesh = _create(dict(replica=1, data=-1, expert=1, model=1, fsdp=False))  # one axis may be -1 (inferred)
+  return fields.to_config_dict(Config())
+
+
+def published_values(weight_decay: float = 0.05) -> dict[str, dict[str, Any]]:
+  """{section: {field: published value}} of every field that has one. weight_decay: of kernels."""
+  values = {s.name: {f.name: f.metadata['published'] for f in dataclasses.fields(s.type)
+                     if f.metadata.get('published', fields.REQUIRED) is not fields.REQUIRED}
+            for s in dataclasses.fields(Config) if dataclasses.is_dataclass(s.type)}
+  values['optim']['param_groups'] = published_param_groups(weight_decay)
+  return values
+
+
+def apply_choices(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy in which `model.variant` and `compat` have set their fields. They stay set; applying them again changes nothing.
+
+  Raises:
+    UsageError: one of these fields has a value that is neither its default nor the chosen one.
+  """
+  c = c.copy_and_resolve_references()
+  if c.model.variant:
+    _set(c, 'model.variant', c.model.variant, {'model': VARIANTS[c.model.variant]}, base())
+  if c.compat:
+    decay = next((rule[2] for rule in c.optim.param_groups[-1:] if len(rule) == 3), 0.05)
+    defaults = base()
+    defaults.optim.param_groups = param_groups(decay)
+    _set(c, 'compat', c.compat, published_values(decay), defaults)
   return c
+
+
+def _set(c: ml_collections.ConfigDict, field_name: str, value: str, sections: Mapping[str, Mapping[str, Any]],
+         defaults: ml_collections.ConfigDict) -> None:
+  conflicts = [f'config.{s}.{name}={c[s][name]!r}' for s, values in sections.items() for name, x in values.items()
+               if c[s][name] not in (x, defaults[s][name])]
+  if conflicts:
+    raise UsageError(f'config.{field_name}={value!r} sets {", ".join(conflicts)} to another value; leave these fields at their '
+                     f"defaults, or set config.{field_name}=''.")
+  for name, values in sections.items():
+    c[name].update(values)
+
+
+def parse_config(c: ml_collections.ConfigDict) -> Config:
+  """Checks names, types and bounds; returns the config with `model.variant` and `compat` applied.
+
+  Raises:
+    UsageError: the first field that is wrong: its name, its value, the bound and the fix.
+  """
+  config = fields.parse(Config, c)
+  return fields.parse(Config, apply_choices(c)) if config.model.variant or config.compat else config

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.attention import heads_first
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import READ_NOTHING, Layout, KVCache
+from uni_moe_jax.model.sequences import READ_NOTHING, KVCache, Layout
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.tasks.task_types import TaskType

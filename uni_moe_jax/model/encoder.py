@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from uni_moe_jax.model.block import Block, Context
-from uni_moe_jax.model.sequences import KVCache, EmbeddedSequence, take_rows
+from uni_moe_jax.model.sequences import EmbeddedSequence, KVCache, take_rows
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from uni_moe_jax.config.schema import Config, ModelConfig, MoeConfig
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.tasks.task_types import MODALITIES
 from uni_moe_jax.utils.errors import UsageError
 
-SUBLAYERS = ('attention', 'mlp')
 # Projection → the part whose router decides for it.
 PROJECTIONS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 # The parameter names of the routers, by sublayer: part of the checkpoint format.
 ROUTER_PARAMS = {'attention': 'attention_router', 'mlp': 'ffn_router'}
-PLACEMENTS = ('all', 'every_2', 'every_4', 'none')
 MAX_PERIOD = 4
 
 
@@ -28,83 +27,47 @@ def router_input_name(row: routers.RouterInput) -> str:
   return to_string(row) if isinstance(row, tuple) else str(row)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-  """Sizes and choices of one model; every field is documented in `config.py`."""
-  num_layers: int                        # L
-  width: int                         # D
-  num_heads: int                         # N
-  mlp_dim: int                        # F
-  vocab_size: int                    # V of the word table
-  spe_id: int                        # word id of the prefix, mask, query and slot token
-  image_size: int                    # pixels a side
-  patch_size: int                         # pixels a side
-  channels: int = 3
-  max_num_frames: int = 8                # rows of the temporal table
-  max_text_len: int = 512                # rows of the position table
-  pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-  pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-  prefix_word: int | None = None     # None: LN(Word[spe]); an id: that word as a text of length 1
-  video_mean: tuple[float, ...] = ()  # of clips, that is of more than one frame; () = as pictures
-  video_std: tuple[float, ...] = ()
-  posemb: str = 'sincos2d'            # 'sincos2d' (computed), 'frozen' (a parameter that starts so) or 'learned'
-  modality_embedding: bool = False          # a learnt row added to every visual token
-  text_posemb_init: str = 'normal'      # 'normal' or 'sincos': the text positions' initial table
-  text_posemb_std: float = 0.02         # its standard deviation
-  mimetic_init: bool = False  # or 'equal': keys start as a copy of the queries
-  frame_differences: bool = False    # patches of clips bring their change since the frame before
-  temporal_posemb_std: float = 0.02         # initial standard deviation of the temporal rows
-  layer_scale_init: float = 1e-3          # initial value of both LayerScale vectors
-  drop_path: float = 0.0             # stochastic depth, same rate in every layer
-  dtype: Any = jnp.float32           # of products; parameters and decisions stay float32
-  remat: bool = True                 # recompute blocks in the backward pass
-  router: str = 'attribute'          # key of moe.routers.ROUTERS, or 'dense'
-  num_experts: int = 8               # E
-  top_k: int = 2                     # K
-  noise_std: float = 1.0             # of the gate's training noise, times E
-  capacity_factor: float = 0.0              # factor f of dispatch in training; 0 = exact
-  gmm: str = 'auto'              # backend of gmm products, see moe/gmm.py
-  placement: str | tuple[int, ...] = 'all'
-  sublayers: tuple[str, ...] = SUBLAYERS     # which projections have experts
-  router_names: tuple[str, ...] = () # embedding table of the router, in order
-  temperature_groups: tuple[str, ...] = () # groups, one learnt scale each
-  temperature_init: float = 0.07          # initial τ
-  num_deep_prompts: int = 0                   # P, deep num_deep_prompts per layer
-  prompt_sharing: str = 'shared'       # by inputs and targets, 'separate', or of 'inputs' alone
-  num_prefix_prompts: int = 0            # learnt tokens after the prefix, of the same sides
-  label_prompts: tuple[tuple[str, int], ...] = ()  # target sets with a learnt token per entry, and their sizes
-  spe_bias: bool = False             # a learnt row added to every `spe`
-  head: int = 0                      # K, classes of a linear head; 0: none
-  # Of a merged model (export/merge.py): which kernel each router input has. Then there is no router, and projections hold
-  # `num_experts` kernels, of which every array takes one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec(ModelConfig, MoeConfig):
+  """The fields of config.model and config.moe, and what follows from tokenizer and plan.
+
+  Attributes:
+    vocab_size: V, rows of the word table.
+    spe_id: word id of the readout, mask, query and slot token.
+    prefix_word: word id of the readout token, embedded as a text of length 1; None: LN(Word[spe]).
+    router_names: embedding table of the router, in order.
+    temperature_groups: groups with a learned scale each.
+    label_prompts: target sets with a learned token per entry, and their sizes.
+    head: classes of the linear head; 0: none.
+    kernels: of a merged model (export/merge.py): kernel of each router input. There is no router then, and projections
+      have `num_experts` kernels, of which every array takes one.
+  """
+  vocab_size: int
+  spe_id: int
+  prefix_word: int | None = None
+  router_names: tuple[str, ...] = ()
+  temperature_groups: tuple[str, ...] = ()
+  label_prompts: tuple[tuple[str, int], ...] = ()
+  head: int = 0
   kernels: tuple[tuple[Any, int], ...] = ()
+
+  def __post_init__(self):
+    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
 
   @classmethod
   def from_config(
-      cls, config, *, vocab_size: int, spe_id: int, prefix_word: int | None, temperatures: tuple[str, ...],
-      router_tasks: tuple[str, ...], head: int = 0, label_prompts: tuple[tuple[str, int], ...] = ()) -> 'ModelSpec':
-    """The model of a checked run config; the keyword arguments come from its tokenizer and plan.
+      cls, config: Config, *, router_tasks: tuple[str, ...], temperatures: tuple[str, ...], **derived: Any) -> 'ModelSpec':
+    """The model of a checked config.
 
     Args:
-      router_tasks: names that a task router must know, in the order of its table.
-      head: classes of the task with a linear head, or 0.
-      label_prompts: (name, size) of every target set with label prompts.
+      config: `Plan.config`.
+      router_tasks: names that a task router has embeddings for, in the order of its table.
+      temperatures: temperature groups.
+      derived: other attributes above.
     """
-    m, moe = config.model, config.moe
-    placement = moe.placement if isinstance(moe.placement, str) else tuple(moe.placement)
     return cls(
-        num_layers=m.num_layers, width=m.width, num_heads=m.num_heads, mlp_dim=m.mlp_dim, vocab_size=vocab_size, spe_id=spe_id,
-        image_size=m.image_size, patch_size=m.patch_size, channels=m.channels, max_num_frames=m.max_num_frames, max_text_len=m.max_text_len,
-        pixel_mean=tuple(m.pixel_mean), pixel_std=tuple(m.pixel_std), video_mean=tuple(m.video_mean),
-        video_std=tuple(m.video_std), prefix_word=prefix_word, posemb=m.posemb, modality_embedding=m.modality_embedding,
-        text_posemb_init=m.text_posemb_init, text_posemb_std=m.text_posemb_std, mimetic_init=m.mimetic_init,
-        frame_differences=m.frame_differences, temporal_posemb_std=m.temporal_posemb_std, layer_scale_init=m.layer_scale_init,
-        drop_path=m.drop_path, dtype=jnp.dtype(m.dtype), remat=m.remat, router=moe.router,
-        num_experts=moe.num_experts, top_k=moe.top_k, noise_std=moe.noise_std, capacity_factor=moe.capacity_factor, gmm=moe.gmm,
-        placement=placement, sublayers=tuple(moe.sublayers),
-        router_names=routers.table_names(moe.router, router_tasks, MODALITIES), temperature_groups=temperatures,
-        temperature_init=m.temperature_init, num_deep_prompts=m.num_deep_prompts, prompt_sharing=m.prompt_sharing, num_prefix_prompts=m.num_prefix_prompts,
-        label_prompts=label_prompts, spe_bias=m.spe_bias, head=head)
+        **vars(config.model), **vars(config.moe), temperature_groups=temperatures,
+        router_names=routers.table_names(config.moe.router, router_tasks, MODALITIES), **derived)
 
   @property
   def head_dim(self) -> int:

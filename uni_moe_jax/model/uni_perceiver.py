@@ -13,7 +13,7 @@ from uni_moe_jax.model.embedders import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
 from uni_moe_jax.model.heads import SimilarityHead, scale_of
 from uni_moe_jax.model.prompts import LinearHead, prompt_table
-from uni_moe_jax.model.sequences import READ_NOTHING, Layout, KVCache, EmbeddedSequence, join_equal
+from uni_moe_jax.model.sequences import READ_NOTHING, EmbeddedSequence, KVCache, Layout, join_equal
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.parallel import sharding

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
+from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.utils.errors import UsageError
 
 RouterInput = Hashable
@@ -157,7 +158,6 @@ ROUTERS: dict[str, RouterKind] = {
     'token': RouterKind(lambda c: c.bits, None),
     'context': RouterKind(lambda c: c.bits, None),
 }
-DENSE = 'dense'  # the value of `moe.router` for a model without experts
 
 
 def routes_tokens(router: str) -> bool:

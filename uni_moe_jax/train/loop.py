@@ -20,7 +20,12 @@ import numpy as np
 
 from uni_moe_jax.parallel import distributed
 from uni_moe_jax.parallel.multihost import (
-    AnyProcess, broadcast_from_primary, check_same_data, exit_with_peers, sum_over_processes)
+  AnyProcess,
+  broadcast_from_primary,
+  check_same_data,
+  exit_with_peers,
+  sum_over_processes,
+)
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
@@ -108,7 +113,7 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       run.plan.check_trains()
       check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
-      claim_workdir(workdir, config, run.data.fingerprint, is_primary, run.data.inputs_fingerprint)
+      claim_workdir(workdir, run.config, run.data.fingerprint, is_primary, run.data.inputs_fingerprint)
       if not broadcast_from_primary(not is_primary or lock(workdir, stack)):
         raise UsageError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)
@@ -140,7 +145,7 @@ def compile_steps(config, workdir: str, devices=None) -> int:
     return FINISHED
   run = build(config, devices)
   target_sets, batches = run.target_sets(), run.mixture().iterate(0, config.train.steps)
-  tasks = {t.name for t in run.plan.tasks} if config.train.mixture == 'one_task' else {None}
+  tasks = {t.name for t in run.plan.tasks} if run.config.train.mixture == 'one_task' else {None}
   for task, batch in batches:
     if task in tasks:
       run.step_fn(task).lower(run.abstract_state(), run.put_batch(batch), target_sets).compile()

@@ -10,7 +10,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from uni_moe_jax.config import validate
+from uni_moe_jax.config import schema, validate
 from uni_moe_jax.config.plan import Plan, make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Batch, BatchLayout, Mixture
@@ -114,7 +114,7 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
                        "one token, or '<spe>'.")
     prefix = ids[0]
   return ModelSpec.from_config(
-      config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
+      plan.config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
       temperatures=plan.temperatures, router_tasks=router_tasks(plan),
       head=sum(data.target_sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.linear_head),
       label_prompts=tuple((s.name, data.target_sets[s.name].size) for s in plan.sets if s.label_prompts))
@@ -203,10 +203,11 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
     UsageError: a field is wrong or data is missing; see `make_plan` and `Data`.
   """
   plan = make_plan(config)
+  config = schema.apply_choices(config)
   if config.train.init:
     _check_router(config, plan, workdir.load_config(config.train.init))
   mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in sharding.AXES}, devices)
-  validate.check_mesh(config, mesh.shape)
+  validate.check_mesh(plan.config, mesh.shape)
   shards = sharding.batch_shards(mesh)
   plan.check_batches(shards, config.train.grad_accum_steps)
   if config.train.interference_every:

@@ -18,8 +18,18 @@ from uni_moe_jax.model.encoder import Collected
 from uni_moe_jax.train import router_metrics, used_params
 from uni_moe_jax.train.accumulation import accumulate
 from uni_moe_jax.train.forward import (
-    Batch, Sampled, StepSpec, TargetSets, forward, num_tokens, sample_synonyms, sample_vocabularies, step_inputs,
-    task_losses, weight_sums)
+  Batch,
+  Sampled,
+  StepSpec,
+  TargetSets,
+  forward,
+  num_tokens,
+  sample_synonyms,
+  sample_vocabularies,
+  step_inputs,
+  task_losses,
+  weight_sums,
+)
 from uni_moe_jax.train.losses import Tally
 from uni_moe_jax.utils.tree_paths import path_of
 

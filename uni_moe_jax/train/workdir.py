@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax import __version__
-from uni_moe_jax.config.schema import PATHS
+from uni_moe_jax.config.schema import PATHS, apply_choices
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 from uni_moe_jax.utils.files import write_json
@@ -95,7 +95,7 @@ def claim_workdir(
     UsageError: it belongs to a run with another config or other data; names the fields.
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
-  new = {'config': _plain(config), 'data': fingerprint, 'inputs': inputs}
+  new = {'config': _plain(apply_choices(config)), 'data': fingerprint, 'inputs': inputs}
   if path.exists():
     old = _read(path)
     changed = differences(old['config'], new['config'])

@@ -18,7 +18,7 @@ from uni_moe_jax.utils.exit_codes import ERROR, USAGE
 from uni_moe_jax.utils.suggest import nearest
 
 _MOST = 200  # characters of a path that are shown
-_MISTAKES = flags.Error, AttributeError, KeyError, ValueError, TypeError, FileNotFoundError, ImportError  # of flags, when parsed
+_MISTAKES = flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError  # of flags, when parsed
 
 
 def define_config(name: str = 'config', default: str | None = None) -> flags.FlagHolder:
@@ -27,19 +27,26 @@ def define_config(name: str = 'config', default: str | None = None) -> flags.Fla
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
-  """The config that a flag names.
+  """The config of a flag.
 
   Raises:
     UsageError: there is no such file.
+    OSError: raised by the config file.
   """
   try:
     holder.value.keys()
     return holder.value
-  except OSError as e:  # raised at the first look into the config, not when flags are parsed
-    path = str(e).split()[-1].strip("'")
-    folder = pathlib.Path(path).parent
-    near = nearest(pathlib.Path(path).name, [f.name for f in folder.glob('*.py')])
-    raise UsageError(f'config file {path!r} is not there; {near}.') from None
+  except OSError as e:  # ml_collections keeps an OSError until the first access to the config
+    raise _loading_error(e) from None
+
+
+def _loading_error(e: OSError) -> OSError | UsageError:
+  """The error of a config file that could not be loaded: it does not exist, or it raised an OSError itself."""
+  cause = e.__cause__
+  if not str(cause).startswith('Failed loading config file'):
+    return cause or e
+  path = pathlib.Path(str(cause).split()[-1].strip("'"))
+  return UsageError(f"config file '{path}' does not exist; {nearest(path.name, [f.name for f in path.parent.glob('*.py')])}.")
 
 
 def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -126,7 +133,7 @@ def _parse(argv: Sequence[str], remote: bool) -> list[str]:
   try:
     for before, argument in zip(argv, argv[1:]):
       flag, _, value = argument.partition('=')
-      path, name = (value, flag) if value else (flag, before)
+      path, name = (value, flag) if value and argument.startswith('-') else (argument, before)
       if not remote and not re.match(r'--?\w+\.', name):  # a field of a config is checked with it: not every one is a path
         files.check_local(path, name)
     rest = flags.FLAGS(argv)
@@ -139,6 +146,8 @@ def _parse(argv: Sequence[str], remote: bool) -> list[str]:
 
 def _flag_error(e: BaseException, argv: Sequence[str]) -> str:
   """One sentence for what the flag parser said."""
+  if isinstance(e, OSError):
+    return str(_loading_error(e))
   said = ' '.join(str(e.args[0] if e.args else e).split())
   if isinstance(e, (KeyError, AttributeError)):  # ml_collections: 'widht' Did you mean "width" instead of "widht"?
     field, hint = re.search(r"\w+", said).group(), re.search(r'Did you mean [^?]*\?|$', said).group()

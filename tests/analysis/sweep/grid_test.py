@@ -33,7 +33,7 @@ def _commands(cell):
 def test_a_router_cell_has_the_commands_that_a_person_would_type():
   cell = _router_cells(['token'], 2)[1]
   commands = _commands(cell)
-  config_flags = (f'--config={_ROOT}/configs/ablation.py:token', '--config.seed=1', '--config.train.steps=99')
+  config_flags = (f'--config={_ROOT}/configs/ablation.py:router=token', '--config.seed=1', '--config.train.steps=99')
   workdir_flag = '--workdir=out/token-1'
   assert list(commands) == [
       'interference at init', 'compile', 'train', 'evaluate', 'interference', 'experts', 'report']
@@ -70,10 +70,10 @@ def test_an_adaptation_cell_has_the_commands_that_a_person_would_type(run):
   for cell, recipe, amount in ((finetune, 'finetune', 'few'), (finetune_all, 'finetune-all', 'all')):
     workdir_flag = f'--workdir=out/digits-{recipe}-1'
     assert _commands(cell) == {
-        'train': ('launch/train.py', f'--config=configs/finetune.py:{run},digits,{amount}', '--config.seed=1',
+        'train': ('launch/train.py', f'--config=configs/finetune.py:run={run},task=digits,data={amount}', '--config.seed=1',
                   '--config.train.steps=99', workdir_flag),
         'evaluate': ('launch/evaluate.py', workdir_flag)}
     assert [s.needs for s in cell.stages] == ['', 'train']
   assert _commands(zero_shot) == {'evaluate': (
-      'launch/evaluate.py', f'--config=configs/zero_shot.py:{run},digits', '--config.seed=0',
+      'launch/evaluate.py', f'--config=configs/zero_shot.py:run={run},task=digits', '--config.seed=0',
       '--config.train.steps=99', '--workdir=out/digits-zero-shot')}

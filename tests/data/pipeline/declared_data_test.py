@@ -69,14 +69,14 @@ def test_the_published_vocabulary_has_the_size_that_its_merges_give():
 
 @pytest.mark.parametrize('field, value, said', [
     ('target_lengths.nothing', ((4, 3),), r"config.preflight.target_lengths.nothing='nothing' is unknown"),
-    ('target_lengths.shapes', 1000, r'config.preflight.target_lengths.shapes=1000 must hold \(tokens, entries\) pairs'),
+    ('target_lengths.shapes', 1000, r'config.preflight.target_lengths.shapes=1000 must contain \(tokens, entries\) pairs'),
     ('target_lengths.shapes', ((17, 3),), r'tokens in 2…config.target_sets.shapes.max_len=16'),
     ('target_lengths.shapes', ((4, 0),), 'entries at least 1'),
-    ('target_lengths.shapes', 2.5, r'config.preflight.target_lengths.shapes=2.5 must hold \(tokens, entries\) pairs'),
-    ('target_lengths.shapes', ((4.5, 3),), r'config.preflight.target_lengths.shapes=\(\(4.5, 3\),\) must hold \(tokens, entries\) pairs'),
-    ('num_frames.motion', ({'a': 1},), r"config.preflight.num_frames.motion=\({'a': 1},\) must be in 1…"),
-    ('num_frames.motion', 2.5, r'config.preflight.num_frames.motion=2.5 must be in 1…config.model.max_num_frames=4, a whole number'),
-    ('num_frames.motion', 9, r'config.preflight.num_frames.motion=9 must be in 1…config.model.max_num_frames=4'),
+    ('target_lengths.shapes', 2.5, r'config.preflight.target_lengths.shapes=2.5 must contain \(tokens, entries\) pairs'),
+    ('target_lengths.shapes', ((4.5, 3),), r'config.preflight.target_lengths.shapes=\(\(4.5, 3\),\) must contain \(tokens, entries\) pairs'),
+    ('num_frames.motion', ({'a': 1},), r"config.preflight.num_frames.motion=\({'a': 1},\) must be a whole number in 1…"),
+    ('num_frames.motion', 2.5, r'config.preflight.num_frames.motion=2.5 must be a whole number in 1…config.model.max_num_frames=4'),
+    ('num_frames.motion', 9, r'config.preflight.num_frames.motion=9 must be a whole number in 1…config.model.max_num_frames=4'),
     ('num_frames.nothing', 2, r"config.preflight.num_frames.nothing='nothing' is unknown"),
 ])
 def test_a_wrong_declaration_is_told(field, value, said):

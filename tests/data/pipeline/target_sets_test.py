@@ -26,7 +26,9 @@ class _Letters:
 
 def _build(texts, max_len=64, entries=None):
   """texts: or tuples of synonyms."""
-  spec = SetSpec('things', tuple(texts) if entries is None else entries, task_types.families()['names'], 'full', 0, max_len)
+  spec = SetSpec(
+      name='things', entries=tuple(texts) if entries is None else entries, family='names',
+      condition=task_types.families()['names'], max_len=max_len)
   return target_sets.build_target_set(spec, tuple((t,) if isinstance(t, str) else t for t in texts), _Letters())
 
 

@@ -87,7 +87,7 @@ def _parse(file: str, *arguments: str):
   return values.config
 
 
-@pytest.mark.parametrize('arg', ['large-token-1', 'base-attribute-1', 'base-attribute-2-sampled'])
+@pytest.mark.parametrize('arg', ['size=large,router=token', 'size=base', 'size=base,stage=2,mixture=one_task'])
 def test_the_flags_of_every_change_of_a_published_config_give_the_changed_config(arg):
   """Even if the smallest tasks have one example per device: the batches of the others can be halved."""
   file = f'{pathlib.Path(__file__).parents[3]}/configs/pretrain.py:{arg}'

@@ -56,7 +56,7 @@ def router_grid(
 
   Args:
     folder: work directory of the sweep.
-    config: path of a config file whose argument is the router, relative to root.
+    config: path of a config file with the argument router=ROUTER, relative to root.
     routers: names that the config file accepts.
     num_batches: for measuring interference, per task.
     num_seeds: 1 by default.
@@ -73,10 +73,10 @@ def router_grid(
     raise UsageError(f'--config={config}: there is no such file.')
   cells, batches = [], f'--num_batches={num_batches}'
   for router in dict.fromkeys(routers):
-    is_dense = _check(f'{file}:{router}', overrides).moe.router == 'dense'
+    is_dense = _check(f'{file}:router={router}', overrides).moe.router == 'dense'
     for seed in range(num_seeds or 1):
       path = folder / f'{router}-{seed}'
-      workdir_flag, config_flags = f'--workdir={path}', _config_flags(f'{file}:{router}', seed, overrides)
+      workdir_flag, config_flags = f'--workdir={path}', _config_flags(f'{file}:router={router}', seed, overrides)
       cells.append(Cell(path, router, '', seed, (
           Stage('interference at init',
                 ('launch/interference.py', '--at_init', *config_flags, workdir_flag, batches)),

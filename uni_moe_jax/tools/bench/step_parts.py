@@ -14,9 +14,9 @@ from uni_moe_jax.tools.bench.cases import Context, Repeated
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.synthetic import REALISTIC
 from uni_moe_jax.tools.bench.timing import estimate, interleaved, ratio
+from uni_moe_jax.train.forward import StepSpec
 from uni_moe_jax.train.optimizer import make_optimizer
 from uni_moe_jax.train.run import Run
-from uni_moe_jax.train.forward import StepSpec
 
 _COMPILE, _GROWTH = Budget(60, 30), Budget(1.3)
 _COMPILES = 2  # of each depth; they are long

@@ -88,7 +88,7 @@ def prepare(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Run:
     raise UsageError(f"config.train.init={config.train.init!r}: preflight cannot start from another run; set it to '', "
                      'which leaves the step as it is.')
   plan.check_trains()
-  return train_run.build(config, devices, DeclaredData(config, plan))
+  return train_run.build(config, devices, DeclaredData(plan.config, plan))
 
 
 def state_bytes(run: Run) -> tuple[float, float]:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import ml_collections
 
-from uni_moe_jax.config import validate
+from uni_moe_jax.config import schema
 from uni_moe_jax.parallel import sharding
+from uni_moe_jax.tasks.router_names import DISPATCHED
 from uni_moe_jax.tools.preflight import compiled_programs, remedies, topology
 from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION
 from uni_moe_jax.tools.preflight.compiler import Compiler
@@ -38,7 +39,7 @@ def preflight(
   started = time.monotonic() if started is None else started
   devices = topology.devices(target)
   compiler = Compiler(target, devices, report, started + 60 * time_budget)
-  config = for_tpu(config) if target.is_tpu else config
+  config = schema.apply_choices(for_tpu(config) if target.is_tpu else config)
   memory = target.chip.memory if memory is None else memory
   run = compiler.run(config)
   programs = {which: compiler.program(config, which) for which in (*compiled_programs.training_steps(run), EVALUATION)}
@@ -89,7 +90,7 @@ def for_tpu(config: Config) -> Config:
   many tokens: 'xla' is batched with a capacity (training), and ragged without one (evaluation).
   """
   changed = config.copy_and_resolve_references()
-  if config.moe.router in validate.DISPATCHED and config.moe.gmm in ('auto', 'megablox'):
+  if config.moe.router in DISPATCHED and config.moe.gmm in ('auto', 'megablox'):
     changed.moe.gmm = 'xla'
   return changed
 
@@ -99,7 +100,7 @@ def _assumptions(config: Config, run: Run, target: Topology) -> tuple[str, ...]:
   sets = [f'{s.name} {run.data.target_sets[s.name].size:,} entries' for s in run.plan.sets]
   frames = {t.name: config.preflight.num_frames.get(t.name, t.num_frames or 1) for t in run.plan.tasks if t.type.visual}
   videos = [f'{name} {n} frames' for name, n in frames.items() if n > 1]
-  gmm = [f'grouped products as {config.moe.gmm}'] if config.moe.router in validate.DISPATCHED else []
+  gmm = [f'grouped products as {config.moe.gmm}'] if config.moe.router in DISPATCHED else []
   captions = ['caption search is not compiled'] if any(e.type == 'caption' for e in run.plan.evaluations) else []
   code = ['program sizes estimated from fusions'] if target.is_tpu else []
   return (*sets, *videos, *gmm, *captions, *code)

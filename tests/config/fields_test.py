@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import small_config
 from uni_moe_jax import config
-from uni_moe_jax.config import field_types, presets
+from uni_moe_jax.config import presets, schema
 from uni_moe_jax.train import workdir
 
 
@@ -16,7 +16,7 @@ def _plain() -> dict:
 
 
 def _check(tree: dict) -> None:
-  field_types.check(ml_collections.ConfigDict(workdir._tuples(tree)))
+  schema.parse_config(ml_collections.ConfigDict(workdir._tuples(tree)))
 
 
 def test_right_ones_pass():
@@ -27,7 +27,7 @@ def test_right_ones_pass():
   presets.prompt_tune(c)
   c.moe.placement = (0, 2)
   c.target_sets.own = config.target_set((('a dog', 'a hound'), 'a cat'), family='names')
-  field_types.check(c)
+  schema.parse_config(c)
 
 
 @pytest.mark.parametrize('path, value, said', [
@@ -40,17 +40,17 @@ def test_right_ones_pass():
     ('optim.learning_rate', float('inf'), r'config\.optim\.learning_rate=inf must be a finite number'),
     ('train.encode_all_sets', 1, r'config\.train\.encode_all_sets=1 must be True or False'),
     ('train.mask_duplicate_texts', 'masked', r"config\.train\.mask_duplicate_texts='masked' must be True or False"),
-    ('moe.router', ['token'], r"config\.moe\.router=\('token',\) must be a text"),
-    ('moe.placement', 3, r'config\.moe\.placement=3 must be a name or a tuple of layer indices'),
-    ('moe.placement', ['first'], r"config\.moe\.placement\[0\]='first' must be a finite number"),
-    ('model.pixel_mean', .5, r'config\.model\.pixel_mean=0\.5 must be a tuple'),
+    ('moe.router', ['token'], r"config\.moe\.router=\('token',\) must be a string"),
+    ('moe.placement', 3, r'config\.moe\.placement=3 must be a string or a tuple of whole numbers'),
+    ('moe.placement', ['first'], r"config\.moe\.placement\[0\]='first' must be a whole number"),
+    ('model.pixel_mean', .5, r'config\.model\.pixel_mean=0\.5 must be a tuple of numbers'),
     ('model.pixel_mean', [.5, None, .5], r'config\.model\.pixel_mean\[1\]=None must be a finite number'),
     ('optim.param_groups', ['.*'], r"config\.optim\.param_groups\[0\]='\.\*' must be a tuple"),
-    ('tasks.name.caption_templates', [3], r'config\.tasks\.name\.caption_templates\[0\]=3 must be a text'),
+    ('tasks.name.caption_templates', [3], r'config\.tasks\.name\.caption_templates\[0\]=3 must be a string'),
     ('tasks.shape', None, r'config\.tasks\.shape=None must be a section with the fields '),
     ('tasks', [], r'config\.tasks=\(\) must be a section of named entries'),
-    ('target_sets.classes.entries', 3, r'config\.target_sets\.classes\.entries=3 must be a name or a tuple of texts'),
-    ('target_sets.classes.entries', [[3]], r'config\.target_sets\.classes\.entries\[0\]\[0\]=3 must be a text'),
+    ('target_sets.classes.entries', 3, r'config\.target_sets\.classes\.entries=3 must be a string or a tuple of strings'),
+    ('target_sets.classes.entries', [[3]], r'config\.target_sets\.classes\.entries\[0\]\[0\]=3 must be a string'),
     ('data.dir', 'gs://b/data', r"config\.data\.dir='gs://b/data' is an address, and must be a path; mount the bucket"),
     ('tasks.shape.source', 'gs://b/x', r"config\.tasks\.shape\.source='gs://b/x' is an address"),
     ('target_sets.classes.entries', 'file:gs://b/x', r"config\.target_sets\.classes\.entries='file:gs://b/x' is an address"),

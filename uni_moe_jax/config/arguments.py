@@ -1,0 +1,59 @@
+"""The argument of a config file: --config=configs/pretrain.py:size=base,router=token,stage=1."""
+
+import pathlib
+import types
+from collections.abc import Collection
+from typing import Any
+
+from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.suggest import nearest
+
+_BOOLS = {'true': True, 'false': False}
+
+
+def arguments(
+    arg: str | None, file: str, defaults: dict[str, Any], choices: dict[str, Collection[Any]] | None = None,
+    required: Collection[str] = ()) -> types.SimpleNamespace:
+  """Parses NAME=VALUE[,NAME=VALUE…].
+
+  Args:
+    arg: as the config file's `get_config` receives it.
+    file: `__file__` of the config file, for error messages.
+    defaults: of every name; they also give the types: string, bool or int.
+    choices: name → valid values.
+    required: names that must be given, and not be empty.
+
+  Raises:
+    UsageError: a name or value is unknown, given twice, or missing.
+  """
+  path, values = f'configs/{pathlib.Path(file).name}', dict(defaults)
+  given: dict[str, str] = {}
+  for part in (arg or '').split(',') if arg else ():
+    name, equals, value = part.partition('=')
+    if not equals:
+      raise UsageError(f'{path}:{arg}: {part!r} must be NAME=VALUE, with NAME one of {", ".join(defaults)}; for example '
+                       f'{path}:{_example(defaults, choices, required)}.')
+    if name not in defaults:
+      raise UsageError(f'{path}:{arg}: argument {name!r} is unknown; {nearest(name, defaults)}.')
+    if name in given:
+      raise UsageError(f'{path}:{arg}: argument {name!r} is given twice.')
+    given[name] = value
+    values[name] = _value(value, defaults[name])
+    valid = _BOOLS if isinstance(defaults[name], bool) else (choices or {}).get(name)
+    if valid is not None and values[name] not in (_BOOLS.values() if valid is _BOOLS else valid):
+      raise UsageError(f'{path}:{arg}: {name}={value!r} is unknown; {nearest(value, valid)}.')
+  for name in required:
+    if not values[name]:
+      raise UsageError(f'{path}:{arg or ""}: argument {name!r} is missing; give {_example(defaults, choices, required)}.')
+  return types.SimpleNamespace(**values)
+
+
+def _value(text: str, default: Any) -> Any:
+  if isinstance(default, bool):
+    return _BOOLS.get(text.lower(), text)
+  return int(text) if isinstance(default, int) and text.isdecimal() else text
+
+
+def _example(defaults: dict[str, Any], choices: dict[str, Collection[Any]] | None, required: Collection[str]) -> str:
+  show = lambda name: str(defaults[name]).lower() if isinstance(defaults[name], bool) else defaults[name] or name.upper()
+  return ','.join(f'{name}={show(name)}' for name in required or defaults)

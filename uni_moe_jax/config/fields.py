@@ -1,0 +1,178 @@
+"""One declaration per config field: `field(default, doc, bounds)` in a frozen dataclass gives defaults, checks and docs.
+
+A `ConfigDict` is what users write and override (`to_config_dict`); `parse` checks one and returns the dataclass.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+from ml_collections import config_dict
+
+from uni_moe_jax.utils import files
+from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.suggest import nearest
+
+REQUIRED = dataclasses.MISSING
+_LARGEST = 2**53  # beyond it, not every integer is a float
+_NAMES = {bool: 'True or False', int: 'a whole number', float: 'a finite number', str: 'a string', tuple: 'a tuple'}
+_PLURALS = {int: 'whole numbers', float: 'numbers', str: 'strings', tuple: 'tuples'}
+
+T = TypeVar('T')
+
+
+def field(
+    default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,
+    below: float | None = None, choices: Iterable[str] = (), off: float | None = None, published: Any = REQUIRED,
+    path: bool = False, pattern: bool = False) -> Any:
+  """Declares a config field.
+
+  Args:
+    default: default value; `REQUIRED` if there is none.
+    doc: meaning and unit, for the reference.
+    at_least, above, at_most, below: bounds of a number, or of every number of a tuple.
+    choices: valid strings of a string field, or of the items of a tuple.
+    off: value that disables the feature, for the error message.
+    published: value in the published system, which `compat='published'` sets.
+    path: a path of a file system, or a string that may name one: addresses such as gs://… are refused.
+    pattern: a regular expression.
+  """
+  metadata = dict(doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices), off=off,
+                  published=published, path=path, pattern=pattern)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls: type, doc: str = '') -> Any:
+  """Declares a section: a field whose value is another config dataclass."""
+  return dataclasses.field(default_factory=cls, metadata=dict(doc=doc or first_line(cls)))
+
+
+def entries(cls: type | None, doc: str) -> Any:
+  """Declares a section of named entries, each a `cls`; None: of rows that `make_plan` parses."""
+  return dataclasses.field(default_factory=dict, hash=False, metadata=dict(doc=doc, entry=cls))
+
+
+def first_line(cls: type) -> str:
+  return cls.__doc__.partition('\n')[0]
+
+
+def to_config_dict(value: Any) -> ml_collections.ConfigDict:
+  """The ConfigDict of a config dataclass."""
+  hints, out = typing.get_type_hints(type(value)), {}
+  for f in dataclasses.fields(value):
+    x = getattr(value, f.name)
+    if dataclasses.is_dataclass(x) or 'entry' in f.metadata:
+      x = to_config_dict(x) if dataclasses.is_dataclass(x) else ml_collections.ConfigDict(x)
+    elif isinstance(hints[f.name], types.UnionType):
+      x = config_dict.FieldReference(x, field_type=object)  # a value of another type of the union can be assigned
+    out[f.name] = x
+  return ml_collections.ConfigDict(out)
+
+
+def parse(cls: type[T], given: Any, name: str = '') -> T:
+  """Checks names, types and bounds of a section, and returns its dataclass. name: of the section; '' for the whole config.
+
+  Raises:
+    UsageError: a field is missing, unknown, of another type, not finite, out of bounds, unknown as a choice, or an address.
+  """
+  declared = {f.name: f for f in dataclasses.fields(cls)}
+  if not isinstance(given, ml_collections.ConfigDict):
+    raise UsageError(f'config.{name}={_short(given)} must be a section with the fields {", ".join(declared)}.')
+  prefix = f'{name}.' if name else ''
+  for key in given:
+    if key not in declared:
+      raise UsageError(f'config.{prefix}{key}: the config has no such field; {nearest(key, declared)}.')
+  for key, f in declared.items():
+    if key not in given:
+      default = f'; its default is {_short(f.default)}' if f.default is not REQUIRED else ''
+      raise UsageError(f'config.{prefix}{key} is missing{default}.')
+  hints = typing.get_type_hints(cls)
+  return cls(**{key: _parse_field(f'{prefix}{key}', given[key], f, hints[key]) for key, f in declared.items()})
+
+
+def _parse_field(name: str, value: Any, f: dataclasses.Field, hint: Any) -> Any:
+  if dataclasses.is_dataclass(hint):
+    return parse(hint, value, name)
+  if 'entry' in f.metadata:
+    if not isinstance(value, ml_collections.ConfigDict):
+      raise UsageError(f'config.{name}={_short(value)} must be a section of named entries.')
+    cls = f.metadata['entry']
+    return {key: parse(cls, x, f'{name}.{key}') if cls else x for key, x in value.items()}
+  _check_type(name, value, hint)
+  for i, x in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+    _check_value(name if i is None else f'{name}[{i}]', x, f.metadata)
+  return value
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  for option in options:
+    kind = typing.get_origin(option) or option
+    accepted = (int, float) if kind is float else kind
+    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+      if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:  # NaN is not, either
+        break
+      if kind is tuple:
+        [item, *_] = typing.get_args(option) or [object]
+        for i, x in enumerate(value) if item is not object else ():
+          _check_type(f'{name}[{i}]', x, item)
+      return
+  raise UsageError(f'config.{name}={_short(value)} must be {" or ".join(map(_type_name, options))}.')
+
+
+def _type_name(hint: Any) -> str:
+  item = (typing.get_args(hint) or [None])[0]
+  plural = _PLURALS.get(item, 'strings' if isinstance(item, types.UnionType) else None)
+  return _NAMES.get(hint) or f'a tuple{f" of {plural}" if plural else ""}'
+
+
+def _check_value(name: str, value: Any, m: Mapping[str, Any]) -> None:
+  if m['path'] and isinstance(value, str):
+    files.check_local(value, f'config.{name}')
+  if m['choices'] and isinstance(value, str):
+    check_choice(name, value, m['choices'])
+  if m['pattern']:
+    check_pattern(name, value)
+  low, high = (m['at_least'], m['above']), (m['at_most'], m['below'])
+  if isinstance(value, (int, float)) and (
+      low[0] is not None and value < low[0] or low[1] is not None and value <= low[1] or
+      high[0] is not None and value > high[0] or high[1] is not None and value >= high[1]):
+    off = '' if m['off'] is None else f'; {m["off"]:g} is off'
+    raise UsageError(f'config.{name}={value} must be {bounds(m)}{off}.')
+
+
+def bounds(m: Mapping[str, Any]) -> str:
+  """'at least 1', 'in [0, 1)': the bounds in a field's metadata; '' if there are none."""
+  show = lambda x: f'{x:g}'
+  low = '' if m['at_least'] is m['above'] is None else f'[{m["at_least"]:g}' if m['above'] is None else f'({m["above"]:g}'
+  high = '' if m['at_most'] is m['below'] is None else f'{m["at_most"]:g}]' if m['below'] is None else f'{m["below"]:g})'
+  if low and high:
+    return f'in {low}, {high}'
+  return f'above {show(m["above"])}' if m['above'] is not None else f'at least {show(m["at_least"])}' if low else ''
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+  """Raises UsageError unless `value` is one of `choices`."""
+  if value not in choices:
+    raise UsageError(f'config.{name}={value!r} is unknown; {nearest(value, choices)}.')
+
+
+def check_pattern(name: str, pattern: str) -> None:
+  """Raises UsageError unless `pattern` is a regular expression."""
+  try:
+    re.compile(pattern)
+  except re.error as e:
+    raise UsageError(f'config.{name}={pattern!r} is not a regular expression: {e}.') from None
+
+
+def _short(value: Any) -> str:
+  """`repr` in at most 60 characters."""
+  try:
+    text = repr(dict(value) if isinstance(value, Mapping) else value)
+  except ValueError:  # an integer with thousands of digits
+    return 'a number with thousands of digits'
+  return text if len(text) <= 60 else f'{text[:57]}…'
