@@ -1,4 +1,4 @@
-"""A run's data with the published tokenizer: where it comes from, and what the fingerprint covers."""
+"""A run's data: its tokenizers, fingerprints, and errors for configs that do not fit."""
 
 import dataclasses
 import gzip
@@ -33,18 +33,18 @@ def _merges(tmp_path):
   return path
 
 
-def test_the_kind_of_the_config_is_the_tokenizer(merges):
+def test_the_config_selects_the_tokenizer(merges):
   assert isinstance(_data().tokenizer, SentencePieceTokenizer)
   clip = _data(merges)
   assert isinstance(clip.tokenizer, ClipTokenizer)
   assert clip.tokenizer_file == merges
 
 
-def test_a_vocabulary_set_has_a_row_for_every_id_of_the_merges(merges):
+def test_a_vocabulary_set_has_an_entry_for_every_id_of_the_merges(merges):
   assert _data(merges).target_sets['words'].size == 512 + 2 + 5  # not config.tokenizer.vocab_size
 
 
-def test_the_fingerprint_covers_what_the_merges_say_and_not_where_they_lie(merges, tmp_path):
+def test_the_fingerprint_depends_on_the_content_of_the_merges_not_their_path(merges, tmp_path):
   first = _data(merges).fingerprint
   packed, other = tmp_path / 'elsewhere.gz', tmp_path / 'other.txt'
   packed.write_bytes(gzip.compress(_MERGES.encode()))
@@ -54,46 +54,46 @@ def test_the_fingerprint_covers_what_the_merges_say_and_not_where_they_lie(merge
   assert _data().fingerprint != first
 
 
-def test_a_trained_tokenizer_and_a_file_of_class_names_are_inputs_by_what_they_hold(tmp_path):
+def test_the_inputs_fingerprint_depends_on_the_content_of_tokenizer_and_class_names(tmp_path):
   folder = shutil.copytree(tiny.data_dir(), tmp_path / 'data')
 
-  def data(listed='bar\ndisc\nstar\n'):
-    (folder / 'names.tsv').write_text(listed)
+  def data(names='bar\ndisc\nstar\n'):
+    (folder / 'names.tsv').write_text(names)
     config = tiny.config('shape', data_dir=str(folder))
     config.target_sets.shapes.entries = 'file:names.tsv'
     return Data(config, make_plan(config))
 
   first, again, other = data(), data('# the same\nbar\ndisc\nstar\n'), data('bar\tpole\ndisc\nstar\n')
   assert again.inputs_fingerprint == first.inputs_fingerprint != other.inputs_fingerprint
-  assert other.fingerprint == first.fingerprint  # by which runs of earlier versions go on
+  assert other.fingerprint == first.fingerprint
   with first.tokenizer_file.open('ab') as file:
-    file.write(b'\xc0\x3e\x01')  # a field that no reader knows: another version of its library may write one
+    file.write(b'\xc0\x3e\x01')  # an unknown field, as another version of the library may write
   changed = data()
   assert changed.inputs_fingerprint != first.inputs_fingerprint and changed.fingerprint == first.fingerprint
 
 
-def test_a_missing_merges_file_is_named_with_its_field(tmp_path):
+def test_a_missing_merges_file_is_an_error_that_names_the_field(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*gone\.txt' is not a file"):
     _data(tmp_path / 'gone.txt')
 
 
 @pytest.mark.parametrize('random_special_tokens', [False, True])
-def test_the_config_says_whether_random_words_may_be_special(merges, random_special_tokens):
+def test_random_special_tokens_allows_special_tokens_as_random_words(merges, random_special_tokens):
   data = _data(merges, random_special_tokens=random_special_tokens)
   task = next(t for t in data._plan.tasks if t.name == 'text')
   examples = data.examples(task, training=True)
   epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:400, :examples.size])
-  made = examples.make(ids, hashing.example_hash(0, 'text', epochs, ids))
-  drawn = set(made['text'].numpy().ravel().tolist())
-  # Texts hold `eot`, masks `spe`: the other three come as random words or not at all.
+  features = examples.make(ids, hashing.example_hash(0, 'text', epochs, ids))
+  drawn = set(features['text'].numpy().ravel().tolist())
+  # Texts contain `eot`, masks are `spe`: the other three occur as random words or not at all.
   others = data.tokenizer.special_ids - {data.tokenizer.eot, data.tokenizer.spe}
   assert others & drawn == (others if random_special_tokens else set())
 
 
-def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):
+def test_words_of_the_published_tokenizer_are_masked_as_a_whole(merges):
   data = _data(merges)
   task = next(t for t in data._plan.tasks if t.name == 'text')
-  examples = data.examples(dataclasses.replace(task, max_predictions=8, max_len=60))  # 15 % of 60: 9; evaluation shows every pick
+  examples = data.examples(dataclasses.replace(task, max_predictions=8, max_len=60))  # 15 % of 60: 9
   epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:20, :examples.size])
   made = {k: v.numpy() for k, v in examples.make(ids, hashing.example_hash(0, 'text', epochs, ids)).items()}
   longest = 0
@@ -109,27 +109,27 @@ def test_words_of_the_published_tokenizer_are_masked_as_wholes(merges):
   assert longest > 3
 
 
-@pytest.mark.parametrize('task, changes, said', [
+@pytest.mark.parametrize('name, changes, message', [
     ('shape', dict(image_size=8), r'1 frame\(s\) of 16 × 16 pixels; .*config\.model\.image_size=8'),
     ('motion', dict(max_num_frames=2), r'3 frame\(s\) of 16 × 16 pixels; .*config\.model\.max_num_frames=2'),
 ])
-def test_pictures_that_the_model_does_not_take_are_named(task, changes, said):
-  config = tiny.config(task, 'text', data_dir=tiny.data_dir())
+def test_images_and_videos_that_the_model_does_not_accept_are_an_error(name, changes, message):
+  config = tiny.config(name, 'text', data_dir=tiny.data_dir())
   plan = make_plan(config)
-  asked = next(t for t in plan.tasks if t.name == task)
-  Data(config, plan).examples(asked)  # as they are, they fit
+  task = next(t for t in plan.tasks if t.name == name)
+  Data(config, plan).examples(task)  # unchanged, they fit
   config.model.update(changes)
-  with pytest.raises(ValueError, match=rf'config\.tasks\.{task}: .*{said}'):
-    Data(config, plan).examples(asked)
+  with pytest.raises(ValueError, match=rf'config\.tasks\.{name}: .*{message}'):
+    Data(config, plan).examples(task)
 
 
-def test_a_vocabulary_that_the_text_cannot_give_names_its_field(tmp_path):
+def test_a_vocabulary_too_large_for_the_text_is_an_error_that_names_the_field(tmp_path):
   config = tiny.config('text', data_dir=tiny.data_dir())
   config.tokenizer.vocab_size = 100_000
   with pytest.raises(ValueError, match=r'config\.tokenizer\.vocab_size=100000: These texts cannot give'):
     Data(config, make_plan(config))
   config.tokenizer.allow_smaller_vocab = True
   assert 40 < Data(config, make_plan(config)).tokenizer.size < 10_000
-  config.tokenizer.allow_smaller_vocab = False  # what was learnt does not stand in for what cannot be
+  config.tokenizer.allow_smaller_vocab = False  # the smaller tokenizer in the cache does not replace it
   with pytest.raises(ValueError, match='These texts cannot give'):
     Data(config, make_plan(config))

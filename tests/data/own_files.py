@@ -49,7 +49,7 @@ def write_captioned_images(root: pathlib.Path, count: int = 30) -> pathlib.Path:
 
 
 def append_odd_rows(root: pathlib.Path) -> dict[str, str]:
-  """Appends unusual rows to captioned images; returns {file: reason to skip its row, or '' if the row is valid}."""
+  """Appends odd rows to captioned images; returns {file: reason to skip its row, or '' if it is valid}."""
   red = color_image('red', 99)
   alpha = red.convert('RGBA')
   alpha.putalpha(0)
@@ -100,7 +100,7 @@ def append_odd_rows(root: pathlib.Path) -> dict[str, str]:
 
 
 def write_text_pairs(root: pathlib.Path, num_test: int = 9) -> pathlib.Path:
-  """Thirty-six pairs of texts about the same color or not, as JSONL files per split; `num_test` of them are the test split."""
+  """Thirty-six pairs of texts about equal colors or not, `num_test` in the test split, as JSONL."""
   rows = [{'text_a': f'the bar is {a}', 'text_b': f'number {i} is {b}', 'label': int(a == b),
            'label_name': 'same' if a == b else 'other'} for i in range(4) for a in COLORS for b in COLORS]
   write_jsonl(root / 'train.jsonl', rows[num_test:])
@@ -118,7 +118,7 @@ def write_videos(root: pathlib.Path, suffix: str = 'mp4', count: int = 6) -> pat
 
 
 def encode_video(frames: np.ndarray, suffix: str = 'mp4', rotation: int = 0) -> bytes:
-  """uint8 [T, H, W, 3] as the bytes of a file. rotation: degrees to the left by which a player has to rotate it."""
+  """uint8 [T, H, W, 3] as a video file. rotation: degrees to the left by which a player rotates it."""
   if suffix == 'gif':
     first, *others = map(Image.fromarray, frames)
     return encode_image(first, 'GIF', save_all=True, append_images=others)
@@ -144,7 +144,7 @@ def npy_bytes(frames: np.ndarray) -> bytes:
 
 
 def moving_bar(moves: bool, num_frames: int = 12) -> np.ndarray:
-  """uint8 [num_frames, 32, 48, 3]: a bar that starts at the left; in frame t it is at column 4 t if it moves."""
+  """uint8 [num_frames, 32, 48, 3]: a bar at the left, or in frame t at column 4 t if it moves."""
   out = np.zeros((num_frames, 32, 48, 3), np.uint8)
   for t in range(num_frames):
     left = 4 * t if moves else 0

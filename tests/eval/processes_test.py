@@ -17,7 +17,7 @@ _BATCH, _STEP = 5, 3
 _ASKED = {'photos': 7, 'pairs': 11, 'clips': 6}  # batches of five leave a remainder of each
 # Task → its source, its evaluator, whose kinds are all that there are.
 _TASKS = {
-    'colour': ('photos', 'classification'), 'caption': ('photos', 'caption'), 'match': ('photos', 'retrieval'),
+    'color': ('photos', 'classification'), 'caption': ('photos', 'caption'), 'match': ('photos', 'retrieval'),
     'question': ('photos', 'vqa'), 'same': ('pairs', 'glue'), 'words': ('pairs', 'mlm'), 'moves': ('clips', 'classification')}
 
 
@@ -26,7 +26,7 @@ def _prepare(root, data):
   own_files.write_captioned_images(root / 'photos', 5 * _ASKED['photos'])  # every fifth is for the test
   file = root / 'photos/data.jsonl'
   rows = [json.loads(line) for line in file.read_text().splitlines()]
-  asked = [{'question': f'which {row["colour"]} has number {i}', 'answers': invented.answers(i // 5)} for i, row in enumerate(rows)]
+  asked = [{'question': f'which {row["color"]} has number {i}', 'answers': invented.answers(i // 5)} for i, row in enumerate(rows)]
   file.write_text(''.join(json.dumps({**row, **more}) + '\n' for row, more in zip(rows, asked)))
   prepare.prepare(root / 'photos', data, 'photos')
   prepare.prepare(own_files.write_text_pairs(root / 'pairs', _ASKED['pairs']), data, 'pairs')
@@ -40,13 +40,13 @@ def _config(data):
   c.mesh.update(dict(data=-1, expert=2))
   # What the records call an entry, and its name: one by which parameters that nothing has taught give examples different answers.
   for name, values, family in (
-      ('colours', 'own:photos/colour', 'names'), ('moves', (('moves', 'bar'), ('stands', 'small')), 'names'),
+      ('colors', 'own:photos/color', 'names'), ('moves', (('moves', 'bar'), ('stands', 'small')), 'names'),
       ('same', (('other', 'big'), ('same', 'same')), 'words'), ('answers', (('yes', 'alike'), 'no', 'two', 'three'), 'words'),
       ('vocabulary', 'vocabulary', 'words')):
     c.target_sets[name] = config_lib.target_set(values, family=family)
   captions = dict(caption_templates=('{captions}',), max_len=12)
   fields = {
-      'colour': dict(type='image_classification', target_set='colours', label_column='colour'),
+      'color': dict(type='image_classification', target_set='colors', label_column='color'),
       'caption': dict(type='image_caption', target_set='vocabulary', **captions),
       'match': dict(type='image_retrieval', **captions),
       'question': dict(type='vqa', target_set='answers', label_column='answers', max_predictions=10, max_len=32,
@@ -88,7 +88,7 @@ def test_every_row_and_every_answer_is_that_of_one_device_and_counts_each_exampl
   assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == set(counts.items())  # '←' counts texts
   # The control: one example in the place of another would tell, since answers differ.
   assert next(r['value'] for r in rows if r['metric'] == 'Matthews') != 0
-  assert all(len({shown['prediction'] for shown in said[name]}) > 1 for name in ('colour', 'caption', 'question', 'moves'))
+  assert all(len({shown['prediction'] for shown in said[name]}) > 1 for name in ('color', 'caption', 'question', 'moves'))
 
   processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={two}'])
   # What follows from the greatest of some numbers, or from their order, is the same to the bit; a mean of logarithms is rounded.

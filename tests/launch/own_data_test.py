@@ -1,4 +1,4 @@
-"""The README's walk-through, by its own commands; and small real sets, prepared, trained together, evaluated, tuned."""
+"""Training on a user's own data: the guide's commands, and several small data sets together."""
 
 import importlib.util
 import json
@@ -17,28 +17,28 @@ from uni_moe_jax.train import loop
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-# What makes a small model of the walk-through's, and few steps; the commands are the README's, and so are all other fields.
-_SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.mlp_dim=16', 'model.image_size=16', 'moe.num_experts=2',
-          'train.steps=2', 'train.log_every=1')
+# A small model and few steps; commands and all other fields are those of the guide.
+_SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.mlp_dim=16', 'model.image_size=16',
+          'moe.num_experts=2', 'train.steps=2', 'train.log_every=1')
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_end_in_a_retrieval_result(tmp_path, monkeypatch, capfd):
-  walk = (_ROOT / 'docs/guides/data.md').read_text()
-  commands = [shlex.split(line)[1:] for line in walk.split('```bash\n')[1].split('```')[0].splitlines()]
+def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatch, capfd):
+  guide = (_ROOT / 'docs/guides/data.md').read_text()
+  commands = [shlex.split(line)[1:] for line in guide.split('```bash\n')[1].split('```')[0].splitlines()]
   assert [script for script, *_ in commands] == [f'launch/{name}.py' for name in ('prepare_data', 'train', 'evaluate')]
   own_files.write_captioned_images(tmp_path / 'photos', 40)
   (tmp_path / 'configs').symlink_to(_ROOT / 'configs')
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setenv('HOME', str(tmp_path))  # where data goes that no flag sends elsewhere
-  said = []
+  monkeypatch.setenv('HOME', str(tmp_path))  # the default data directory is below it
+  outputs = []
   for script, *arguments in commands:
     small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
     assert in_process.run(_ROOT / script, *arguments, *small) == 0, capfd.readouterr().err
-    said.append(capfd.readouterr().out)
-  # Forty pictures, every fifth of them for the test, with two captions each.
-  assert 'pets 1.0.0: train 32, test 8' in said[0] and 'captions (texts)' in said[0]
-  [row] = [line for line in said[2].splitlines() if 'R@1 → text' in line]
+    outputs.append(capfd.readouterr().out)
+  # Forty images with two captions each, every fifth in the test split.
+  assert 'pets 1.0.0: train 32, test 8' in outputs[0] and 'captions (texts)' in outputs[0]
+  [row] = [line for line in outputs[2].splitlines() if 'R@1 → text' in line]
   assert row.split()[:2] == ['pets', 'retrieval'] and (tmp_path / 'runs/pets/evaluation.json').exists()
 
 
@@ -51,23 +51,22 @@ def _own(arg: str):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-  """Pictures with captions and odd rows, a folder by class, clips, and pairs of texts."""
+  """Captioned images with odd rows, a folder by class, videos, and pairs of texts."""
   root, data = tmp_path_factory.mktemp('in'), tmp_path_factory.mktemp('data')
   own_files.append_odd_rows(own_files.write_captioned_images(root / 'photos', 60))
   prepare.prepare(root / 'photos', data, 'photos', max_corrupt_fraction=0.5)
   for split, count in (('train', 12), ('test', 3)):
     for i in range(count):
-      place = root / 'folder' / split / list(own_files.COLORS)[i % 3]
-      place.mkdir(parents=True, exist_ok=True)
-      (place / f'{i}.JPG').write_bytes(own_files.encode_image(own_files.color_image(place.name, i)))
+      color = list(own_files.COLORS)[i % 3]
+      own_files.write_image(root / 'folder' / split / color / f'{i}.JPG', color, i)
   prepare.prepare(root / 'folder', data, 'folder')
-  own_files.write_videos(root / 'clips', count=12)
-  prepare.prepare(root / 'clips', data, 'clips', test_fraction=0.3)
+  own_files.write_videos(root / 'videos', count=12)
+  prepare.prepare(root / 'videos', data, 'videos', test_fraction=0.3)
   prepare.prepare(own_files.write_text_pairs(root / 'pairs'), data, 'pairs')
   return data
 
 
-def _shrunken(c):
+def _shrink(c):
   c.model.update(dict(num_layers=2, width=32, num_heads=2, mlp_dim=32, image_size=16, patch_size=8))
   c.moe.num_experts = 2
   c.tokenizer.vocab_size = 60
@@ -75,7 +74,8 @@ def _shrunken(c):
   for t in c.tasks.values():
     t.update(dict(batch_size=4, max_len=t.max_len and 16))
   if 'photos_retrieval' in c.tasks:
-    c.tasks.photos_retrieval.update(dict(batch_size=16, max_len=32))  # of 16 tokens some captions would be cut to the same text
+    # With 16 tokens some captions would be truncated to equal texts.
+    c.tasks.photos_retrieval.update(dict(batch_size=16, max_len=32))
   return c
 
 
@@ -85,30 +85,30 @@ def _evaluated(workdir, c):
 
 
 @pytest.mark.nightly
-def test_several_sources_train_together_and_evaluation_prints_retrieval(data, tmp_path):
-  c = _shrunken(_own('sources=' + '+'.join(f'{data}/own/{name}' for name in ('photos', 'folder', 'clips', 'pairs'))))
+def test_several_sources_are_trained_together_and_evaluated(data, tmp_path):
+  sources = '+'.join(f'{data}/own/{name}' for name in ('photos', 'folder', 'videos', 'pairs'))
+  c = _shrink(_own(f'sources={sources}'))
   assert set(c.tasks) == {
-      'photos_retrieval', 'photos_caption', 'photos_colour', 'folder_label', 'clips_label', 'pairs_label'}
+      'photos_retrieval', 'photos_caption', 'photos_color', 'folder_label', 'videos_label', 'pairs_label'}
   assert loop.train(c, str(tmp_path / 'run'), jax.devices()[:1]) == loop.FINISHED
   rows = _evaluated(tmp_path / 'run', c)
-  table = metrics.evaluation_table(rows)
-  print(table)
-  found = {(r['evaluator'], r['metric']): r for r in rows}
-  # Twelve test pictures with two captions each.
-  assert found['photos retrieval', 'R@1 → text']['count'] == 12
-  assert found['photos retrieval', 'R@1 ← text']['count'] == 24
-  # None of two right ones among five of 24: 22 choose 5 of 24 choose 5.
-  assert found['photos retrieval', 'R@5 → text']['chance'] == pytest.approx(1 - 19 * 18 / (24 * 23))
-  assert {e for e, _ in found} == {'photos retrieval', 'photos caption', 'photos colour', 'folder label', 'clips label',
-                                   'pairs label'}
-  assert found['photos colour', 'top-1']['floors'].keys() == {'majority'}
+  print(metrics.evaluation_table(rows))
+  scores = {(r['evaluator'], r['metric']): r for r in rows}
+  # Twelve test images with two captions each.
+  assert scores['photos retrieval', 'R@1 → text']['count'] == 12
+  assert scores['photos retrieval', 'R@1 ← text']['count'] == 24
+  # Neither of the two correct ones is among five of 24: 22 choose 5 of 24 choose 5.
+  assert scores['photos retrieval', 'R@5 → text']['chance'] == pytest.approx(1 - 19 * 18 / (24 * 23))
+  assert {e for e, _ in scores} == {'photos retrieval', 'photos caption', 'photos color', 'folder label',
+                                    'videos label', 'pairs label'}
+  assert scores['photos color', 'top-1']['floors'].keys() == {'majority'}
   samples = json.loads((tmp_path / 'run/samples.json').read_text())
-  assert samples['clips label'][0]['frames'] and samples['photos caption'][0]['image']
+  assert samples['videos label'][0]['frames'] and samples['photos caption'][0]['image']
 
-  # The run goes on with one source, prompts alone; its words and model are the run's.
+  # The run is adapted to one source by prompts; tokenizer and model are those of the run.
   tuned = _own(f'sources={data}/own/folder,run={tmp_path}/run,mode=prompts')
   tuned.train.update(dict(steps=2, log_every=1))
   tuned.tasks.folder_label.batch_size = 4
   assert loop.train(tuned, str(tmp_path / 'tuned'), jax.devices()[:1]) == loop.FINISHED
-  asked = _own(f'sources={data}/own/folder,run={tmp_path}/run,mode=zero_shot')
-  assert not [t for t in asked.tasks.values() if t.batch_size]
+  untuned = _own(f'sources={data}/own/folder,run={tmp_path}/run,mode=zero_shot')
+  assert not [t for t in untuned.tasks.values() if t.batch_size]

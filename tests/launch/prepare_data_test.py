@@ -1,4 +1,4 @@
-"""A TFDS data set by launch/prepare_data.py: it becomes a source that is read at random, without a word to the network."""
+"""launch/prepare_data.py turns a TFDS data set into a source, without network access here."""
 
 import pathlib
 import shlex
@@ -16,7 +16,7 @@ _CLASSES = ('bad', 'good')
 
 
 class TinyReviews(tfds.core.GeneratorBasedBuilder):
-  """Text i of a split is of class i modulo 2. TFDS knows it by its name in small letters."""
+  """Text i of a split has class i modulo 2. TFDS registers the builder as tiny_reviews."""
   VERSION = tfds.core.Version('1.2.0')
 
   def _info(self):
@@ -32,7 +32,7 @@ class TinyReviews(tfds.core.GeneratorBasedBuilder):
       yield i, {'text': f'{split} {i}', 'label': i % 2}
 
 
-def test_the_command_that_a_source_asks_for_prepares_it(tmp_path, capsys):
+def test_the_command_in_the_error_for_a_missing_source_prepares_it(tmp_path, capsys):
   with pytest.raises(FileNotFoundError) as missing:
     file_dataset.load('tfds:tiny_reviews', tmp_path, 'train')
   _, command = str(missing.value).split('prepare it: python ')
@@ -40,15 +40,16 @@ def test_the_command_that_a_source_asks_for_prepares_it(tmp_path, capsys):
   assert (script, arguments) == ('launch/prepare_data.py', ['--tfds=tiny_reviews', f'--data_dir={tmp_path}'])
 
   assert in_process.run(_ROOT / script, *arguments) == 0
-  [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith('tiny_reviews/1.2.0: ')]
-  assert set(said.removeprefix('tiny_reviews/1.2.0: ').split(', ')) == {f'{split} {size}' for split, size in _SIZES.items()}
+  [output] = [line for line in capsys.readouterr().out.splitlines() if line.startswith('tiny_reviews/1.2.0: ')]
+  sizes = set(output.removeprefix('tiny_reviews/1.2.0: ').split(', '))
+  assert sizes == {f'{split} {size}' for split, size in _SIZES.items()}
 
   for split, size in _SIZES.items():
-    records = file_dataset.load('tfds:tiny_reviews', tmp_path, split)
-    assert (records.size, records.classes) == (size, {'label': _CLASSES})
-    rows = records.read(np.arange(size))
-    assert {row['text'] for row in rows} == {f'{split} {i}' for i in range(size)}
-    assert all(row['label'] == _CLASSES[int(row['text'].split()[1]) % 2] for row in rows)
-    assert records.read(np.array([2, 0])) == [rows[2], rows[0]]
+    dataset = file_dataset.load('tfds:tiny_reviews', tmp_path, split)
+    assert (dataset.size, dataset.classes) == (size, {'label': _CLASSES})
+    records = dataset.read(np.arange(size))
+    assert {r['text'] for r in records} == {f'{split} {i}' for i in range(size)}
+    assert all(r['label'] == _CLASSES[int(r['text'].split()[1]) % 2] for r in records)
+    assert dataset.read(np.array([2, 0])) == [records[2], records[0]]
 
-  assert in_process.run(_ROOT / script, *arguments) == 0  # once more does no harm
+  assert in_process.run(_ROOT / script, *arguments) == 0  # again

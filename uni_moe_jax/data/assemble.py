@@ -79,8 +79,8 @@ class Data:
         if (num_tokens := len(self.tokenizer.encode(text)) + 1) > e.task.max_len:
           raise UsageError(
               f'config.tasks.{e.task.name}.max_len={e.task.max_len} is too short for answer {text!r} of '
-              f'config.evaluators.{e.name}.constrain_to={e.constrain_to!r}, which has {num_tokens} tokens including the end; '
-              f'raise it to {num_tokens}, or omit the answer.')
+              f'config.evaluators.{e.name}.constrain_to={e.constrain_to!r}, which has {num_tokens} tokens with the '
+              f'end; raise it to {num_tokens}, or omit the answer.')
 
   def records(self, source: str, split: str) -> Records | FileDataset:
     """One split of a source."""
@@ -90,7 +90,7 @@ class Data:
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, num_views: int = 1,
                num_crops: int = 1) -> Examples:
-    """A task's examples of its own or another split; in evaluation of video files, num_views × num_crops of each."""
+    """A task's examples of its own split or another; num_views, num_crops: of video files in evaluation."""
     task = task if split is None else dataclasses.replace(task, split=split)
     records = self.records(task.source, task.split)
     if isinstance(records, FileDataset):
@@ -101,16 +101,16 @@ class Data:
     return self._builders[training].build(task, records)
 
   def _check_size(self, task: TaskSpec, shape: tuple[int, ...]) -> None:
-    """Raises UsageError for images [H, W] or videos [T, H, W] of another size than the model's, or too many frames."""
+    """Raises UsageError for images [H, W] or videos [T, H, W] that the model does not accept."""
     *frames, H, W = shape
     T, size, max_frames = frames[0] if frames else 1, self._model.image_size, self._model.max_num_frames
     if (H, W) != (size, size) or T > max_frames:
       raise UsageError(
-          f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model accepts at most '
-          f'config.model.max_num_frames={max_frames} frames of config.model.image_size={size} pixels a side.')
+          f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model accepts '
+          f'at most config.model.max_num_frames={max_frames} frames of config.model.image_size={size} pixels a side.')
 
   def _entries(self, spec: SetSpec) -> tuple[class_names.Entry, ...]:
-    """Entries of a target set: from the config, a file, or the classes of 'source/column'; () for the vocabulary."""
+    """Entries of a target set from the config, a file or 'source/column'; () for the vocabulary."""
     field = f'target_sets.{spec.name}'
     if spec.is_vocabulary:
       return ()
@@ -139,7 +139,8 @@ class Data:
     path = self._train_tokenizer(records, config.vocab_size, config.allow_smaller_vocab)
     return SentencePieceTokenizer(path), path, path.stem
 
-  def _train_tokenizer(self, records: list[Records | FileDataset], vocab_size: int, allow_smaller: bool) -> pathlib.Path:
+  def _train_tokenizer(
+      self, records: list[Records | FileDataset], vocab_size: int, allow_smaller: bool) -> pathlib.Path:
     """The model file for this text and size; trained once."""
     texts = np.unique([text for r in records for text in _texts(r)]).tolist()
     size = f'{vocab_size} or fewer' if allow_smaller else str(vocab_size)

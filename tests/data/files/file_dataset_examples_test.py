@@ -1,4 +1,4 @@
-"""Batches from files: equal for any layout, decoded as Pillow does, with corrupt examples replaced in place and counted."""
+"""Batches from files: equal for any layout, with corrupt examples replaced in place and counted."""
 
 import dataclasses
 import io
@@ -53,7 +53,8 @@ def run(data_dir):
   c.target_sets.words = target_set('vocabulary', family='words')
   c.tasks.color = task(
       'image_classification', 'own:colors', batch_size=8, target_set='colors', label_column='color',
-      crop='random_resized_crop', random_flip=True, randaugment=9.0, random_erasing=0.25, mixup_alpha=0.8, cutmix_alpha=1.0)
+      crop='random_resized_crop', random_flip=True, randaugment=9.0, random_erasing=0.25, mixup_alpha=0.8,
+      cutmix_alpha=1.0)
   c.tasks.pair = task('image_retrieval', 'own:colors', batch_size=4, caption_templates=('{captions}',), max_len=10)
   c.tasks.caption = task('image_caption', 'own:colors', batch_size=4, caption_templates=('{captions}', 'it is {color}'),
                          max_len=20, target_set='words')
@@ -149,8 +150,8 @@ def test_running_text_continues_with_the_next_records(run):
 
 def test_a_video_shows_one_frame_of_each_third(run):
   _, _, features = _evaluation(run, 'moves')
-  # Twelve frames of 48 × 32, the bar of 4 at column 4 t: the middles of thirds are 2, 6 and 10, so columns 8, 24, 40. The middle
-  # 32 columns are cropped: 0, 16 and 32 there, the last outside; 16 pixels of them are the model's.
+  # Twelve frames of 48 × 32, the bar of 4 at column 4 t: the middles of thirds are 2, 6 and 10, so columns 8, 24, 40.
+  # The middle 32 columns are cropped: 0, 16 and 32 there, the last outside; 16 pixels of them are the model's.
   moving = features['pixels'][features['label'][:, 0] == 0][0].astype(int).mean(axis=(1, 3))  # [T, W]
   assert moving[0].argmax() in (0, 1) and moving[1].argmax() in (8, 9) and moving[2].max() < 60
   still = features['pixels'][features['label'][:, 0] == 1][0]
@@ -199,7 +200,8 @@ def test_a_corrupt_example_is_replaced_in_place_and_the_others_stay():
 def test_videos_of_a_batch_are_decoded_in_parallel_and_in_order(monkeypatch):
   def read(ids):
     level = lambda i: np.full((3, 20, 20, 3), i, np.uint8)
-    return [{'video': b'bytes' if i == 2 else own_files.npy_bytes(level(i)), 'label': 'ab'[i % 2]} for i in ids.tolist()]
+    return [{'video': b'bytes' if i == 2 else own_files.npy_bytes(level(i)), 'label': 'ab'[i % 2]}
+            for i in ids.tolist()]
 
   two, call = threading.Barrier(2, timeout=60), video_pixels.VideoReader.__call__
   monkeypatch.setattr(video_pixels.VideoReader, '__call__', lambda *args: [two.wait(), call(*args)][1])
@@ -244,7 +246,8 @@ def test_running_text_skips_records_that_cannot_be_read(run):
         raise RuntimeError('no')
       return [records[i] for i in ids]
     dataset = file_dataset.FileDataset('own:x', 6, read, {'text': 'text', LOCATION: 'text'}, {}, {}, '')
-    return file_dataset_features.TextStream(dataset, 'text', tokenizer, 24, True, CorruptExampleCounter('tasks.x', 0.5))
+    counter = CorruptExampleCounter('tasks.x', 0.5)
+    return file_dataset_features.TextStream(dataset, 'text', tokenizer, 24, True, counter)
 
   ids, hashes = np.array([0, 3]), np.zeros(2, np.uint64)
   tokens = lambda *ids: [t for i in ids for t in [*tokenizer.encode(records[i]['text']), tokenizer.eot]][:24]
@@ -252,11 +255,11 @@ def test_running_text_skips_records_that_cannot_be_read(run):
   assert stream().rows(ids, hashes).tolist() == [tokens(0, 1, 2), tokens(3, 4, 5)]
   damaged = stream(1, 3)
   assert damaged.rows(ids, hashes).tolist() == [tokens(0, 2, 4), tokens(4, 5, 0)]
-  assert damaged.corrupt_counter.num_corrupt == 2 + (len(tokens(0, 2)) < 24)  # a row that is not full yet reads record 3, too
+  assert damaged.counter.num_corrupt == 2 + (len(tokens(0, 2)) < 24)  # a row that is not full yet reads record 3, too
   unreachable = stream(*range(6))
   unreachable.rows(ids, hashes)
   with pytest.raises(RunError, match="source 'own:x' cannot be read"):
-    unreachable.corrupt_counter.check()
+    unreachable.counter.check()
 
 
 def test_a_damaged_shard_costs_the_damaged_records_only(tmp_path):
@@ -334,7 +337,7 @@ def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path)
 
 
 @pytest.mark.parametrize('name, changes, message', [
-    ('pair', dict(caption_templates=('{caption}',)), "caption_templates names column 'caption'.*did you mean 'captions'"),
+    ('pair', dict(caption_templates=('{caption}',)), "caption_templates names column 'caption'.*mean 'captions'"),
     ('color', dict(label_column='colour'), "label_column='colour' is not a column of classes.*did you mean 'color'"),
     ('color', dict(target_set='moves'), "class 'blue' of source 'own:colors' is not in the target set"),
     ('moves', dict(num_frames=0), 'num_frames=0: source .* has videos'),

@@ -23,6 +23,10 @@ def _rows(values, count):
   return np.tile(np.array(values, np.uint8)[None, :, None], (count, 1, 1))
 
 
+def _resize_crop(image, size, h):
+  return image_transforms.transform(image, size, h, 'resize_crop', True)
+
+
 def _positions(made, image, size):
   """Every (down, right, mirrored) at which `made` is a crop of a numbered image."""
   H, W = image.shape[:2]
@@ -142,7 +146,7 @@ def test_mirroring_is_independent_of_the_crop():
 
 def test_random_choices_depend_on_the_hash_alone():
   image = _numbered(5, 9)
-  once, again = ([image_transforms.transform(image, 4, _h(i), 'resize_crop', True).numpy() for i in range(30)] for _ in range(2))
+  once, again = ([_resize_crop(image, 4, _h(i)).numpy() for i in range(30)] for _ in range(2))
   np.testing.assert_array_equal(once, again)
   assert len({made.tobytes() for made in once}) > 5
 
@@ -154,8 +158,11 @@ def _coordinates(H, W):
 
 
 def _part(made, H, W):
-  """(height, width, first row, first column) in pixels of the part of `_coordinates(H, W)` that was resized to `made`, to within
-  two pixels: levels of the outermost of S pixels lie half a pixel of the S within it."""
+  """(height, width, first row, first column) in pixels of the part that was resized to `made`.
+
+  `made` shows `_coordinates(H, W)`. Accurate to two pixels: the outermost of S pixels show what is half a pixel
+  inside.
+  """
   S = len(made)
   across, down = made[..., 0].astype(float).mean(0) * W / 256, made[..., 1].astype(float).mean(1) * H / 256
   height, width = ((c[-2] - c[1]) / (S - 3) * S for c in (down, across))
@@ -164,10 +171,11 @@ def _part(made, H, W):
 
 def test_random_resized_crops_keep_the_published_bounds_and_are_anywhere():
   H, W = 240, 320
-  found = np.array([_part(image_transforms.random_resized_crop(_coordinates(H, W), 64, _h(i)).numpy(), H, W) for i in range(60)])
-  height, width, top, left = found.T
+  crops = [image_transforms.random_resized_crop(_coordinates(H, W), 64, _h(i)).numpy() for i in range(60)]
+  height, width, top, left = np.array([_part(made, H, W) for made in crops]).T
   share, ratio = height * width / (H * W), width / height
-  # From 8 to 100 % of the area, from 3/4 to 4/3 as wide as high; within two pixels' error. Of 60 draws some come near each bound.
+  # From 8 to 100 % of the area, from 3/4 to 4/3 as wide as high, with an error of two pixels. Some of 60 draws are near
+  # each bound.
   assert 0.07 < share.min() < 0.15 and 0.75 < share.max() < 1.05
   assert 0.72 < ratio.min() < 0.82 and 1.24 < ratio.max() < 1.39
   assert (top > -3).all() and (left > -3).all() and (top + height < H + 3).all() and (left + width < W + 3).all()
@@ -187,7 +195,8 @@ def test_an_image_too_long_for_any_draw_is_cropped_to_the_largest_allowed_center
 
 
 def test_the_jittered_short_side_is_between_256_and_320_of_224():
-  assert {int(image_transforms.jittered_short_side(16, _h(i))) for i in range(60)} == {18, 19, 20, 21, 22}  # 16 · 256 / 224 to 16 · 320 / 224
+  # From 16 · 256 / 224 to 16 · 320 / 224.
+  assert {int(image_transforms.jittered_short_side(16, _h(i))) for i in range(60)} == {18, 19, 20, 21, 22}
   drawn = [int(image_transforms.jittered_short_side(224, _h(i))) for i in range(150)]
   assert 256 <= min(drawn) < 260 and 316 < max(drawn) <= 320
 
@@ -214,12 +223,13 @@ def test_retrieval_is_evaluated_at_the_center_of_the_short_side():
 
 def test_resize_crop_takes_any_part_along_the_long_side():
   image = _numbered(4, 6)
-  made = {_positions(image_transforms.transform(image, 4, _h(i), 'resize_crop', True).numpy(), image, 4)[0] for i in range(60)}
+  made = {_positions(_resize_crop(image, 4, _h(i)).numpy(), image, 4)[0] for i in range(60)}
   assert made == {(0, right, mirrored) for right in range(3) for mirrored in (False, True)}
 
 
 @pytest.mark.parametrize('view', [
-    image_transforms.eval_classification, image_transforms.eval_retrieval, lambda image, size: image_transforms.transform(image, size, _h(), 'resize_crop', True)])
+    image_transforms.eval_classification, image_transforms.eval_retrieval,
+    lambda image, size: _resize_crop(image, size, _h())])
 def test_a_single_pixel_becomes_an_image_of_its_color(view):
   pixel = np.array([[[10, 200, 30]]], np.uint8)
   np.testing.assert_array_equal(view(pixel, 7), np.broadcast_to(pixel, (7, 7, 3)))
@@ -233,21 +243,14 @@ def test_an_image_smaller_than_its_crop_is_an_error(crop, sides):
     crop(np.zeros((*sides, 1), np.uint8), 4)
 
 
-def _train_view(image, h):
-  return image_transforms.transform(image, 4, h, 'resize_crop', True)
-
-
-def _class_view(image, _):
-  return image_transforms.eval_classification(image, 4)
-
-
-@pytest.mark.parametrize('view', [_train_view, _class_view])
+@pytest.mark.parametrize('view', [
+    lambda image: _resize_crop(image, 4, _h()), lambda image: image_transforms.eval_classification(image, 4)])
 def test_transforms_have_static_shapes_in_a_pipeline(view):
   # Sizes of images are not known before they are decoded.
   made = [_noise(5, 9), _noise(7, 6)]
   signature = tf.TensorSpec((None, None, 3), tf.uint8)
   data = tf.data.Dataset.from_generator(lambda: iter(made), output_signature=signature)
-  data = data.map(lambda image: view(image, _h()))
+  data = data.map(view)
   assert tuple(data.element_spec.shape) == (4, 4, 3)
   for found, image in zip(data, made, strict=True):
-    np.testing.assert_array_equal(found, view(image, _h()))
+    np.testing.assert_array_equal(found, view(image))

@@ -35,8 +35,8 @@ def _counts(summary):
 
 
 def test_splits_are_those_that_the_data_names(images):
-  # 30 rows, every fifth in the test split. Training has in addition 13 valid odd images, one repeated, one without captions, and
-  # seven with fields that cannot be columns.
+  # 30 rows, every fifth in the test split. Training has in addition 13 valid odd images, one repeated, one without
+  # captions, and seven with fields that cannot be columns.
   assert images[2]['splits'] == {'train': 24 + 13 + 2 + 7, 'test': 6}
 
 
@@ -156,7 +156,7 @@ def test_a_version_is_written_once_and_the_newest_is_read(images, tmp_path):
 
 def test_too_many_skipped_rows_are_an_error_that_names_the_first(tmp_path):
   own_files.write_jsonl(tmp_path / 'data.jsonl', [{'image': f'{x}.jpg', 'captions': [x]} for x in 'ab'])
-  with pytest.raises(ValueError, match=r"2 of 2 rows .* reason is 'missing file' \(2, first data.jsonl:1\)"):
+  with pytest.raises(ValueError, match=r"2 of 2 rows .* most often: 'missing file' \(2, first data.jsonl:1\)"):
     prepare.prepare(tmp_path, tmp_path / 'out', 'none')
   assert not list(tmp_path.glob('out/own/none/*'))
 

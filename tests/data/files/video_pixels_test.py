@@ -41,7 +41,8 @@ def test_three_crops_are_spread_along_the_long_side():
   assert made[:, 0, 0, :, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
   middle = video_pixels.VideoReader(4, 1, 'resize_crop', True, False)(own_files.npy_bytes(frames), 0)
   assert middle[0, 0, :, 0].tolist() == [4, 5, 6, 7]
-  tall = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, num_crops=3)(own_files.npy_bytes(frames.swapaxes(1, 2)), 0)
+  tall = own_files.npy_bytes(frames.swapaxes(1, 2))
+  tall = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, num_crops=3)(tall, 0)
   assert tall[:, 0, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
@@ -93,7 +94,8 @@ def test_files_decode_to_their_frames(tmp_path, suffix):
 
 
 @pytest.mark.parametrize('rotation, upright', [
-    (90, lambda bar: bar[..., ::-1, :].swapaxes(1, 2)), (-90, lambda bar: bar.swapaxes(1, 2)), (180, lambda bar: bar[..., ::-1, :])])
+    (90, lambda bar: bar[..., ::-1, :].swapaxes(1, 2)), (-90, lambda bar: bar.swapaxes(1, 2)),
+    (180, lambda bar: bar[..., ::-1, :])])
 def test_a_rotated_video_is_decoded_upright(rotation, upright):
   # The bar moves to the right: rotated to the left it moves up, to the right down, and by 180° to the left.
   frames = own_files.moving_bar(True)
@@ -105,7 +107,8 @@ def test_a_rotated_video_is_decoded_upright(rotation, upright):
 
 @pytest.mark.parametrize('data', [
     b'no video', b'', b'\x93NUMPY' + b'x' * 20, own_files.npy_bytes(np.zeros((3, 4, 4, 3), np.float32)),
-    own_files.npy_bytes(np.zeros((0, 4, 4, 3), np.uint8)), own_files.npy_bytes(np.zeros((3, 4, 4), np.uint8)), _numbered(3)[:-20],
+    own_files.npy_bytes(np.zeros((0, 4, 4, 3), np.uint8)), own_files.npy_bytes(np.zeros((3, 4, 4), np.uint8)),
+    _numbered(3)[:-20],
     _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14), _numbered(3).replace(b"'shape'", b"'shape ")],
     ids=['text', 'empty', 'header', 'floats', 'no frames', 'gray', 'truncated', 'larger than memory', 'no header'])
 def test_bytes_that_are_not_a_video_are_an_error(data):

@@ -1,8 +1,9 @@
-"""RandAugment and random erasing, as the published system takes them from timm: rand-m9-mstd0.5-inc1, probability .25, 'pixel'.
+"""RandAugment and random erasing, as the published system takes them from timm.
 
-Cubuk et al., RandAugment (2020), with timm's list of operations, whose strength grows with the magnitude; Zhong et
-al., Random Erasing (2020). Every draw is a function of the example's hash, which the stateful augmenters of libraries
-cannot promise. Rotated and sheared images are interpolated bilinearly (timm: bicubic or bilinear at random).
+Their settings there: rand-m9-mstd0.5-inc1; probability .25, mode 'pixel'. Cubuk et al., RandAugment (2020), with
+timm's list of operations, whose strength grows with the magnitude; Zhong et al., Random Erasing (2020). Every draw is
+a function of the example's hash, which the stateful augmenters of libraries cannot promise. Rotated and sheared images
+are interpolated bilinearly (timm: bicubic or bilinear at random).
 """
 
 import functools
@@ -37,7 +38,8 @@ def randaugment(image: tf.Tensor, h: tf.Tensor, magnitude: float) -> tf.Tensor:
     sign = tf.where(draw('sign') < 0.5, -1.0, 1.0)
     index = tf.cast(draw('operation') * len(OPERATIONS), tf.int32)
     branches = [functools.partial(op, image, level, sign) for op in OPERATIONS.values()]
-    image = tf.cond(draw('applied') < PROBABILITY, functools.partial(tf.switch_case, index, branches), lambda x=image: x)
+    apply = functools.partial(tf.switch_case, index, branches)
+    image = tf.cond(draw('applied') < PROBABILITY, apply, lambda x=image: x)
   return image
 
 
@@ -56,7 +58,8 @@ def equalize(image: tf.Tensor, *_) -> tf.Tensor:
     last = counts[tf.reduce_max(tf.where(counts > 0))]
     step = (tf.reduce_sum(counts) - last) // 255
     before = tf.cumsum(counts, exclusive=True)
-    mapped = tf.cond(step > 0, lambda: tf.minimum((step // 2 + before) // tf.maximum(step, 1), 255), lambda: tf.range(256))
+    equalized = tf.minimum((step // 2 + before) // tf.maximum(step, 1), 255)
+    mapped = tf.where(step > 0, equalized, tf.range(256))
     return tf.gather(tf.cast(mapped, tf.uint8), tf.cast(color, tf.int32))
   return tf.stack([table(image[..., c]) for c in range(image.shape[-1])], -1)
 
@@ -142,8 +145,8 @@ def translate_y(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tenso
 # (image uint8 [H, W, C], level in 0…1, sign ±1) → image.
 OPERATIONS: dict[str, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]] = {
     f.__name__: f for f in (
-        autocontrast, equalize, invert, rotate, posterize, solarize, solarize_add, color, contrast, brightness, sharpness,
-        shear_x, shear_y, translate_x, translate_y)}
+        autocontrast, equalize, invert, rotate, posterize, solarize, solarize_add, color, contrast, brightness,
+        sharpness, shear_x, shear_y, translate_x, translate_y)}
 
 
 def random_erasing(image: tf.Tensor, h: tf.Tensor, probability: float) -> tf.Tensor:

@@ -49,20 +49,21 @@ def read_checked_rows(
   total = len(checked) + num_skipped
   if not checked or num_skipped > max_corrupt_fraction * total:
     reason = max(skipped, key=lambda r: len(skipped[r]), default='')
-    detail = f'; the most frequent reason is {reason!r} ({len(skipped[reason])}, first {skipped[reason][0]})' if reason else ''
+    detail = f'; most often: {reason!r} ({len(skipped[reason])}, first {skipped[reason][0]})' if reason else ''
     raise UsageError(f'{num_skipped} of {total} rows of {source} cannot be used{detail}. '
                      f'Fix them, or raise --max_corrupt_fraction={max_corrupt_fraction}.')
   return checked, skipped
 
 
 def drop_duplicates(rows: Iterable[Row | SkippedRow], skipped: Skipped) -> Iterator[Row]:
-  """Yields each row once, identified by its key, else by its file, texts and labels; records the others in `skipped`."""
+  """Yields each row once, identified by its key, else by its content; adds the others to `skipped`."""
   seen = set()
   for row in rows:
     if isinstance(row, SkippedRow):
       skipped[row.reason].append(row.location)
       continue
-    key = row.key or (row.media_type, str(row.path), row.array_index, *sorted(row.texts.items()), *sorted(row.labels.items()))
+    content = (row.media_type, str(row.path), row.array_index, *sorted(row.texts.items()), *sorted(row.labels.items()))
+    key = row.key or content
     digest = hashlib.sha256(repr(key).encode()).digest()  # smaller than the texts
     if digest in seen:
       skipped['duplicate key' if row.key else 'duplicate'].append(row.location)

@@ -77,8 +77,9 @@ class FileDataset:
     if all(isinstance(record, CorruptExample) for record in records):
       probes = _evenly_spaced(self.size, _NUM_PROBES)
       if all(isinstance(self._read_one(i), CorruptExample) for i in probes):
-        raise RunError(f'source {self.name!r} cannot be read ({error}). Check that its data directory exists and that its disk '
-                       'can be reached; then run the same command to continue.') from error
+        raise RunError(
+            f'source {self.name!r} cannot be read ({error}). Check that its data directory exists and that its disk '
+            'can be reached; then run the same command to continue.') from error
     return records
 
   def map(self, function: Callable[[Record], Any], ids: np.ndarray) -> list[Any]:
@@ -157,7 +158,7 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def read_summary(name: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
-  """The content of prepared.json. Raises MissingFileError; UsageError if it is damaged or of another format."""
+  """The content of prepared.json. Raises UsageError if it is missing, damaged or of another format."""
   path = own_folder(name, directory) / prepare.SUMMARY
   try:
     summary = json.loads(path.read_text())
@@ -176,7 +177,7 @@ def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> Fil
   classes = {column: tuple(c['names']) for column, c in summary['classes'].items()}
   try:
     with np.load(folder / prepare.LABELS) as arrays:
-      labels, present = ({c: arrays[f'{split}/{c}'] for c, column_type in summary['columns'].items() if column_type in types}
+      labels, present = ({c: arrays[f'{split}/{c}'] for c, t in summary['columns'].items() if t in types}
                          for types in (('class',), ('text', 'texts')))
   except Exception as e:  # numpy, zipfile and zlib document no closed set of errors for damaged files
     raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_PREPARE_AGAIN}') from e
@@ -193,7 +194,7 @@ def _builder(folder: str):
 
 
 def tfds_builder(source: str, directory: str | os.PathLike[str]):
-  """The TFDS builder of 'tfds:…', with array records in `directory`/tfds. Raises UsageError for an unknown name."""
+  """The TFDS builder of 'tfds:…', for array records in `directory`/tfds. Raises UsageError."""
   import tensorflow_datasets as tfds
   name = source.removeprefix(TFDS)
   try:

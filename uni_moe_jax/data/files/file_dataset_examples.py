@@ -1,4 +1,4 @@
-"""Examples of records in files: raw bytes are read by id, decoded in parallel, and a corrupt example is replaced in place.
+"""Examples of records in files, decoded in parallel; a corrupt example is replaced in place.
 
 A batch is one call of Python, which reads records and their texts, and TensorFlow ops that decode images. If an
 example cannot be used, the batch is made again with the id `hash(seed, id, attempt)` in its position: the other
@@ -55,12 +55,13 @@ class FileExampleBuilder:
   num_crops: int = 1
 
   def build(self, task: TaskSpec, records: FileDataset) -> Examples:
-    """Examples of a task over one split of its source. Raises UsageError if the config does not fit the source."""
+    """Examples of a task over one split. Raises UsageError if the config does not fit the source."""
     corrupt_counter = CorruptExampleCounter(f'tasks.{task.name}', self.max_corrupt_fraction if self.training else 0.0)
     if task.type.readout == 'masked':
       if self.training and task.train_fraction < 1:
-        raise UsageError(f'config.tasks.{task.name}.train_fraction={task.train_fraction}: text in files is read as a stream, of '
-                         'which no fraction can be taken; set it to 1, or prepare a smaller file.')
+        raise UsageError(
+            f'config.tasks.{task.name}.train_fraction={task.train_fraction}: text in files is read as a stream, of '
+            'which no fraction can be taken; set it to 1, or prepare a smaller file.')
       stream = file_dataset_features.TextStream.create(task, records, self.tokenizer, self.training, corrupt_counter)
       return Examples(records.size, self._masked(task, stream), corrupt_counter=corrupt_counter)
     readers = self._readers(task, records)
@@ -70,7 +71,8 @@ class FileExampleBuilder:
       references = lambda ids: records.map(lambda record: record[task.label_column], keep[ids])
     elif task.caption_templates:
       references = lambda ids: records.map(lambda record: file_dataset_features.references(task, record), keep[ids])
-    return Examples(len(keep), _Batch(self, task, records, readers, keep, corrupt_counter).make, references=references, corrupt_counter=corrupt_counter)
+    batch = _Batch(self, task, records, readers, keep, corrupt_counter)
+    return Examples(len(keep), batch.make, references=references, corrupt_counter=corrupt_counter)
 
   def _readers(self, task: TaskSpec, records: FileDataset) -> list[FeatureReader]:
     readers = []
@@ -98,7 +100,9 @@ class FileExampleBuilder:
 
 
 def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:
-  """Ids of the records that are examples: as far as known without reading, those with a label and the columns of templates.
+  """Ids of the records that are examples: those with a label and the columns of templates.
+
+  Whether a record has them is known in advance for own data alone; otherwise all ids are returned.
 
   Args:
     records: of the task's split.
@@ -118,9 +122,10 @@ def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -
   if task.label_column in records.labels:
     labels = records.labels[task.label_column][keep]
   elif task.shots and seed is not None:
-    raise UsageError(f'config.tasks.{task.name}.shots={task.shots}: the labels of source {task.source!r} are known only when its '
-                     f'records are read; set config.tasks.{task.name}.shots=0 and train_fraction, or prepare the source as your '
-                     'own data with one class per record.')
+    raise UsageError(
+        f'config.tasks.{task.name}.shots={task.shots}: the labels of source {task.source!r} are known only when its '
+        f'records are read; set config.tasks.{task.name}.shots=0 and train_fraction, or prepare the source as your own '
+        'data with one class per record.')
   if not len(keep):
     raise UsageError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
                      f'{" and ".join(map(repr, required)) or "anything"}.')
@@ -140,10 +145,12 @@ class _Batch:
                        f'{task.type.name!r} needs them.')
     self._is_video = self._media_column is not None and records.columns[self._media_column] == 'video'
     if self._is_video and task.num_frames < 1:
-      raise UsageError(f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has videos; set the number '
-                       'of frames that the model receives of each, for example 8.')
+      raise UsageError(
+          f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has videos; set the number '
+          'of frames that the model receives of each, for example 8.')
     self._video_reader = video_pixels.VideoReader(
-        builder.size, task.num_frames, task.crop, task.random_flip, builder.training, builder.num_views, builder.num_crops)
+        builder.size, task.num_frames, task.crop, task.random_flip, builder.training, builder.num_views,
+        builder.num_crops)
     self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts its threads with the first video
     self._specs = {name: spec for r in readers for name, spec in r.specs.items()}
     if self._is_video:
@@ -159,7 +166,7 @@ class _Batch:
     return {'id': tf.cast(ids, tf.int64), **features}
 
   def _replace_corrupt(self, ids: tf.Tensor, hashes: tf.Tensor, features: Features, ok: tf.Tensor) -> Features:
-    """Makes the whole batch again, which is rare, until every example can be used; nothing else in it changes."""
+    """Makes the whole batch again until every example can be used, which is rare."""
     seed = tf.constant(np.uint64(hashing.mix(self._builder.seed, self._task.name, 'replacement')))
     names = list(features)
 
@@ -183,7 +190,7 @@ class _Batch:
     return np.bool_(True)
 
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
-    """(features, ok bool [n]); the features of a corrupt example are zeros. is_new: bool [n], whether to count an example."""
+    """(features, ok bool [n]); features of corrupt examples are zeros. is_new: bool [n], which to count."""
     types = [tf.string, tf.string] + [dtype for dtype, _ in self._specs.values()]
     problems, data, *values = tf.numpy_function(self._read, [ids, hashes], types)
     features = {name: tf.ensure_shape(value, [None, *shape])
@@ -263,5 +270,6 @@ def decode(data: tf.Tensor, hashes: tf.Tensor, decode_one, size: int, channels: 
   index, pixels = batch.get_single_element()
   position = tf.scatter_nd(index[:, None], tf.range(1, tf.size(index) + 1), [n + 1])[:n]  # 0: missing
   ok = position > 0
-  pixels = tf.where(ok[:, None, None, None, None], tf.gather(pixels, tf.maximum(position - 1, 0)), tf.constant(0, tf.uint8))
+  pixels = tf.gather(pixels, tf.maximum(position - 1, 0))
+  pixels = tf.where(ok[:, None, None, None, None], pixels, tf.constant(0, tf.uint8))
   return tf.ensure_shape(pixels, [None, *shape]), ok

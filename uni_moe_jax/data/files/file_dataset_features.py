@@ -48,14 +48,15 @@ def label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> F
   column, column_type = task.label_column, records.columns.get(task.label_column)
   if column_type not in ('class', 'texts'):
     raise UsageError(
-        f'config.tasks.{task.name}.label_column={column!r} is not a column of classes or answers of source {task.source!r}; '
-        f'{nearest(column, _columns_of_type(records, "class", "texts"))}.')
+        f'config.tasks.{task.name}.label_column={column!r} is not a column of classes or answers of source '
+        f'{task.source!r}; {nearest(column, _columns_of_type(records, "class", "texts"))}.')
   if column_type == 'class':
     M, normalize = 1, str
     known = set(keys)
     if unknown := [name for name in records.classes[column] if name not in known]:
-      raise UsageError(f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
-                       f'{nearest(unknown[0], keys)}.')
+      raise UsageError(
+          f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
+          f'{nearest(unknown[0], keys)}.')
   else:
     M, normalize = max(1, task.max_predictions), normalize_answer
   index = {normalize(key): i for i, key in enumerate(keys)}
@@ -71,7 +72,7 @@ def label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> F
 
 
 def pair_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
-  """Reader of `target`, `target_valid`, `text_id` and `weight`: a record's own text; equal texts have equal ids."""
+  """Reader of `target`, `target_valid`, `text_id` (equal for equal texts) and `weight`."""
   choose, S = phrase_chooser(task, records, training), task.max_len
 
   def read(record, h):
@@ -106,44 +107,46 @@ def template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) 
   return FeatureReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
 
 
-def read_or_stop(records: FileDataset, ids: np.ndarray, corrupt_counter: CorruptExampleCounter) -> list[Record | CorruptExample]:
-  """Reads records by id. Once the source is unreachable, `corrupt_counter` passes the error on to the loop and every record is corrupt."""
-  if not corrupt_counter.failed:
+def read_or_stop(
+    records: FileDataset, ids: np.ndarray, counter: CorruptExampleCounter) -> list[Record | CorruptExample]:
+  """Reads records by id. If the source is unreachable, the loop raises, and all records are corrupt."""
+  if not counter.failed:
     try:
       return records.read_valid(ids)
     except RunError as e:  # raised in a thread of TensorFlow it would arrive with an unrelated traceback
-      corrupt_counter.fail(e)
+      counter.fail(e)
   return [CorruptExample('source unreachable')] * len(ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextStream:
-  """Running text for masked language modeling: row i starts with record i and continues with the next ones until it is full.
+  """Running text for masked language modeling.
 
-  A row is thus found without packing the whole text, and every record begins a row. Of a long record a window is read,
-  another one in every epoch. A record that cannot be read is skipped.
+  Row i starts with record i and continues with the next ones until it is full. A row is thus found without packing the
+  whole text, and every record begins a row. Of a long record a window is read, another one in every epoch. A record
+  that cannot be read is skipped.
 
   Attributes:
     records: with the text column `column`.
     length: S.
-    corrupt_counter: counts the records that are read.
+    counter: counts the records that are read.
   """
   records: FileDataset
   column: str
   tokenizer: Tokenizer
   length: int
   training: bool
-  corrupt_counter: CorruptExampleCounter
+  counter: CorruptExampleCounter
 
   @classmethod
-  def create(
-      cls, task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool, corrupt_counter: CorruptExampleCounter) -> 'TextStream':
+  def create(cls, task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool,
+             counter: CorruptExampleCounter) -> 'TextStream':
     column = task.label_column or 'text'
     if records.columns.get(column) != 'text':
       raise UsageError(
-          f'config.tasks.{task.name}: source {task.source!r} has no text column {column!r} (set by label_column; the default '
-          f"is 'text'); {nearest(column, _columns_of_type(records, 'text'))}.")
-    return cls(records, column, tokenizer, task.max_len, training, corrupt_counter)
+          f'config.tasks.{task.name}: source {task.source!r} has no text column {column!r} (set by label_column; the '
+          f"default is 'text'); {nearest(column, _columns_of_type(records, 'text'))}.")
+    return cls(records, column, tokenizer, task.max_len, training, counter)
 
   def rows(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """int32 [n, S]; hashes choose the windows."""
@@ -153,8 +156,8 @@ class TextStream:
       unfilled = np.flatnonzero(lengths < self.length)
       if not len(unfilled):
         return out
-      records = read_or_stop(self.records, next_ids[unfilled], self.corrupt_counter)
-      self.corrupt_counter.count(len(records), [f'{self.records.location(int(i))}: {record}'
+      records = read_or_stop(self.records, next_ids[unfilled], self.counter)
+      self.counter.count(len(records), [f'{self.records.location(int(i))}: {record}'
                                        for i, record in zip(next_ids[unfilled], records, strict=True)
                                        if isinstance(record, CorruptExample)])
       for i, record in zip(unfilled, records, strict=True):
@@ -165,7 +168,7 @@ class TextStream:
         out[i, lengths[i]:lengths[i] + len(tokens)] = tokens
         lengths[i] += len(tokens)
       next_ids[unfilled] = (next_ids[unfilled] + 1) % self.records.size
-    self.corrupt_counter.fail_replacement()
+    self.counter.fail_replacement()
     return out
 
   def _window(self, text: str, h: int) -> str:
@@ -179,7 +182,7 @@ class TextStream:
 
 
 def phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Record, int], str]:
-  """(record, h) → phrase: a random template with random entries of lists in training, else the first of each."""
+  """(record, h) → phrase: random template and entries of lists in training, else the first ones."""
   columns = [template_columns(t) for t in task.caption_templates]
   for names in columns:
     _check_columns(task, records, 'caption_templates', names, 'text', 'texts', 'class')
@@ -220,7 +223,8 @@ def _check_columns(task: TaskSpec, records: FileDataset, field: str, names: Sequ
   for name in names:
     if name not in choices:
       raise UsageError(
-          f'config.tasks.{task.name}.{field} names column {name!r} of source {task.source!r}; {nearest(name, choices)}.')
+          f'config.tasks.{task.name}.{field} names column {name!r} of source {task.source!r}; '
+          f'{nearest(name, choices)}.')
 
 
 def _pad(tokenizer: Tokenizer, ids: list[int], S: int) -> tuple[np.ndarray, np.ndarray]:

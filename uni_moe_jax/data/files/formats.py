@@ -1,4 +1,4 @@
-"""Input formats of a user's own data: JSONL, text, arrays of frames, and folders of images or videos per class.
+"""Input formats of a user's own data: JSONL, text, arrays of frames, folders per class.
 
 Readers yield one row per example. They open text alone: a row names its image or video, which `check.py` opens.
 Whatever is not a row is yielded as skipped, with the reason.
@@ -16,8 +16,8 @@ from uni_moe_jax.utils.errors import MissingFileError, UsageError
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
 VIDEO_SUFFIXES = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')
 # Names of folders and files that stand for a split.
-SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation', 'validation': 'validation',
-               'dev': 'validation', 'test': 'test', 'testing': 'test'}
+SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation',
+               'validation': 'validation', 'dev': 'validation', 'test': 'test', 'testing': 'test'}
 MEDIA_TYPES = ('image', 'video')
 LOCATION = 'source_location'  # column of the file or line that a row was read from
 NO_CONTENT = 'no image, video or text'
@@ -68,7 +68,7 @@ class _Skip(Exception):
 
 
 def read_rows(root: pathlib.Path, gif: str = 'image') -> Iterator[Row | SkippedRow]:
-  """Yields the rows of a .jsonl or .txt file, of a folder of such files, or of a folder [split/]class/file.
+  """Yields the rows of a .jsonl or .txt file, a folder of such files, or a folder [split/]class/file.
 
   Args:
     root: the file or folder.
@@ -105,7 +105,7 @@ def _row_files(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _has_class_folders(root: pathlib.Path) -> bool:
-  """Whether a folder contains folders of images or videos: its .txt files are notes about them, not data."""
+  """Whether a folder contains folders of images or videos; its .txt files are notes, not data, then."""
   suffixes = {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}
   return any(p.suffix.lower() in suffixes and not p.name.startswith('.')
              for pattern in ('*/*', '*/*/*') for p in root.glob(pattern))
@@ -143,7 +143,7 @@ def _media_type(suffix: str, gif: str) -> str:
 
 
 def _read_lines(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row]:
-  """Yields one text per line. The lines between empty lines are a document, whose lines stay in one split."""
+  """Yields one text per line. Lines between empty lines are a document, which stays in one split."""
   document = 0
   with file.open(encoding='utf-8-sig', errors='replace') as lines:
     for number, line in enumerate(lines, 1):
@@ -227,7 +227,7 @@ def _texts_and_labels(fields: dict[str, Any]) -> tuple[dict[str, str | tuple[str
 
 
 def _can_be_column(name: str, value: Any) -> bool:
-  """Whether a field is a string, a list of strings, or a value that may be a class, as its name requires."""
+  """Whether a field is a string, a list of strings or a possible class, as its name requires."""
   is_string_list = isinstance(value, list) and all(isinstance(x, str) for x in value)
   if name == 'captions':
     return is_string_list

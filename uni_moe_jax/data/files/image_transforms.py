@@ -49,7 +49,7 @@ def jittered_short_side(size: int, h: tf.Tensor) -> tf.Tensor:
 
 
 def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
-  """Inception's crop: 8 to 100 % of the area, an aspect ratio of 3/4 to 4/3, resized: uint8 [size, size, C].
+  """Inception's crop: 8 to 100 % of the area, aspect ratio 3/4 to 4/3, to uint8 [size, size, C].
 
   Takes the first of ten draws that fits. If none does, as in a very long image, takes the largest center that the
   ratios allow.
@@ -73,12 +73,12 @@ def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
 
 
 def eval_classification(image: tf.Tensor, size: int) -> tf.Tensor:
-  """Evaluation of classification: short side of 256/224 of `size`, then the center: uint8 [size, size, C]."""
+  """Center of an image whose short side is 256/224 of `size` (classification): uint8 [size, size, C]."""
   return center_crop(resize_short_side(image, 256 * size // 224), size)
 
 
 def eval_retrieval(image: tf.Tensor, size: int) -> tf.Tensor:
-  """Evaluation of captions and retrieval: short side of `size`, then the center: uint8 [size, size, C]."""
+  """Center of an image whose short side is `size` (captions, retrieval): uint8 [size, size, C]."""
   return center_crop(resize_short_side(image, size), size)
 
 
@@ -102,7 +102,7 @@ def _resize(image: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
 
 
 def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
-  """The center: uint8 [size, size, C]. Half of an odd margin is rounded to the even number, as by Python's `round`.
+  """The center: uint8 [size, size, C]. Half of an odd margin is rounded to even, as by `round`.
 
   Raises:
     InvalidArgumentError: a side is shorter than `size`.

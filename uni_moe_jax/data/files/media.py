@@ -1,4 +1,4 @@
-"""Image and video files as they are stored: their own bytes where TensorFlow decodes them correctly, else rewritten.
+"""Image and video files as stored: the original bytes if TensorFlow decodes them correctly.
 
 Decoding in training is fast and plain. Whatever it would show wrongly (rotated photographs, transparency, CMYK) or
 could not read is converted once, when data is prepared.
@@ -94,7 +94,7 @@ class FrameArrays:
     self._path, self._frames = None, None
 
   def read_video(self, path: pathlib.Path, index: int) -> Media:
-    """Video `index` of a file's first array, uint8 [N, T, H, W, 3] or gray [N, T, H, W], as .npy. Raises CorruptFile."""
+    """Video `index` of a file's first array, uint8 [N, T, H, W(, 3)], as .npy. Raises CorruptFile."""
     if path != self._path:
       self._path, self._frames = path, None
       try:

@@ -83,7 +83,7 @@ def _new_folder(data_dir: pathlib.Path, name: str, version: str) -> pathlib.Path
 
 
 def split_rows(rows: list[CheckedRow], test_fraction: float, root: pathlib.Path) -> Splits:
-  """Groups rows by the splits that they name. If none does, a hash of each group's name selects the test split."""
+  """Sorts rows by the split that they name; if none does, a hash of each group's name selects one."""
   splits: Splits = {s: [] for s in SPLITS}
   if any(c.row.split for c in rows):
     for c in rows:
@@ -98,7 +98,7 @@ def split_rows(rows: list[CheckedRow], test_fraction: float, root: pathlib.Path)
 
 
 def _group(row: Row, root: pathlib.Path) -> str:
-  """The name of what must stay in one split: the row's group, else its file, which several rows may share, else the row."""
+  """What must stay in one split: the row's group, else its file, which rows may share, else the row."""
   # The whole path below the input: many folders may contain an 'image.png'.
   file = row.path and f'{os.path.relpath(row.path, root)}#{row.array_index}'
   return row.group or file or row.key or row.location

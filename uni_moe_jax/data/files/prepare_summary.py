@@ -15,7 +15,7 @@ _MAX_DROPPED_FIELDS = 20  # by name
 def summarize(
     splits: Mapping[str, list[CheckedRow]], columns: dict[str, str], classes: Mapping[str, tuple[str, ...]],
     arrays: Mapping[str, np.ndarray], skipped: Skipped, test_fraction: float) -> dict[str, Any]:
-  """Returns statistics of splits, columns, classes and skipped rows. arrays: '{split}/{column}' → class indices."""
+  """Statistics of splits, classes and skipped rows. arrays: '{split}/{column}' → class indices."""
   rows = [c for members in splits.values() for c in members]
   counts = {column: {s: np.bincount(arrays[f'{s}/{column}'] + 1, minlength=len(names) + 1)[1:].tolist() for s in splits}
             for column, names in classes.items()}
@@ -40,8 +40,8 @@ def _warnings(splits: Mapping[str, list[CheckedRow]], test_fraction: float) -> l
     return ['there is no split train; this data can only be evaluated']
   names_splits = any(c.row.split for members in splits.values() for c in members)
   if test_fraction and 'test' not in splits and not names_splits:
-    return [f'the split test is empty with --test_fraction={test_fraction}: there are too few groups; raise it, or name the '
-            'split of each row']
+    return [f'the split test is empty with --test_fraction={test_fraction}: too few groups; raise it, or name '
+            'the split of each row']
   return []
 
 
@@ -68,7 +68,7 @@ def describe(summary: dict[str, Any]) -> str:
   lines += [f'dropped field {name}, whose type or name cannot be used: {count}'
             for name, count in summary['dropped_fields'].items()]
   if n := summary['groups_in_several_splits']:
-    lines.append(f'warning: {n} groups or files are in several splits, so evaluation may see examples of the training data')
+    lines.append(f'warning: {n} groups or files are in several splits; evaluation may see training examples')
   for reason, rows in summary['skipped'].items():
     more = ', …' if rows['count'] > len(rows['first']) else ''
     lines.append(f'skipped, {reason}: {rows["count"]} ({", ".join(rows["first"])}{more})')

@@ -1,4 +1,4 @@
-"""Frames of videos from stored bytes: files of any format that FFmpeg reads (extra `video`), or .npy arrays.
+"""Frames of videos: files of any format that FFmpeg reads (extra `video`), or .npy arrays.
 
 The sampled frames are a function of the example's hash alone: a video is divided into T equal segments, and one frame
 of each is taken, a random one in training, the middle one in evaluation (Wang et al., Temporal Segment Networks,
@@ -36,12 +36,12 @@ def segment_frames(num_frames: int, offsets: np.ndarray) -> np.ndarray:
 
 
 def view_offsets(num_views: int, T: int) -> np.ndarray:
-  """Offsets [num_views, T] that spread views evenly within the segments; a single view takes the middles."""
+  """Offsets [num_views, T] that spread views evenly in the segments; one view takes the middles."""
   return np.broadcast_to(((np.arange(num_views) + 0.5) / num_views)[:, None], (num_views, T))
 
 
 def probe(data: bytes) -> tuple[int, int, int]:
-  """(frames, width, height) of a video as displayed. Decodes every frame, as nothing else reveals damage in the middle.
+  """(frames, width, height) of a video as displayed. Decodes every frame to find all damage.
 
   Raises:
     CorruptVideo: see `sample_frames`; or a frame is corrupt, or more than a tenth of the declared frames is missing.
@@ -60,7 +60,9 @@ def probe(data: bytes) -> tuple[int, int, int]:
 
 
 def sample_frames(data: bytes, offsets: np.ndarray) -> np.ndarray:
-  """Frames of a video that `segment_frames` selects: uint8 [T, H, W, 3] for offsets [T], [V · T, …] for offsets [V, T].
+  """Selected frames: uint8 [T, H, W, 3] for offsets [T], [V · T, H, W, 3] for offsets [V, T].
+
+  See `segment_frames`.
 
   Raises:
     CorruptVideo: the bytes are not a video, or it has no frames.
@@ -122,7 +124,7 @@ def _check_one_size(sizes: list[tuple[int, ...]]) -> None:
 
 
 def _quarter_turns(frame: Any) -> int:
-  """Quarter turns to the left until a frame is upright: a phone records how it was held and rotates nothing."""
+  """Quarter turns to the left until a frame is upright: a phone records its orientation alone."""
   return round(frame.rotation / 90)
 
 

@@ -21,11 +21,11 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class VideoReader:
-  """(bytes, hash) → uint8 [T, S, S, 3]; with several views or crops [views · crops, T, S, S, 3], views outermost."""
+  """(bytes, hash) → uint8 [T, S, S, 3]; for views or crops [views · crops, T, S, S, 3], views first."""
 
   def __init__(
       self, size: int, num_frames: int, crop: str, flip: bool, training: bool, num_views: int = 1, num_crops: int = 1):
-    """size: S. num_frames: T. crop: as of `image_transforms.transform`. num_views, num_crops: in evaluation."""
+    """size: S. num_frames: T. crop: see `image_transforms.transform`. num_views, num_crops: in evaluation."""
     self._size, self._num_frames, self._crop, self._flip, self._training = size, num_frames, crop, flip, training
     self._num_views, self._num_crops = (1, 1) if training else (num_views, num_crops)
     number = self._num_views * self._num_crops
@@ -65,7 +65,7 @@ def _spread_boxes(H: int, W: int, number: int) -> list[Box]:
 
 
 def _random_sides(h: int, H: int, W: int) -> tuple[float, float]:
-  """Height and width of a random part; if no draw fits into a long frame, the largest that the ratios allow."""
+  """Height and width of a random part; if no draw fits, the largest that the ratios allow."""
   (low, high), log = AREA_RANGE, [math.log(r) for r in ASPECT_RANGE]
   for t in range(MAX_DRAWS):
     area = H * W * (low + (high - low) * _uniform(h, 'area', t))
