@@ -84,8 +84,8 @@ def _forward(spec=_SPEC):
 def _without_cache(beams: int, eot: int, spec=_SPEC, penalty: float = 0.0):
   """(tokens [B, k, n], sums [B, k]) of the same search, everything encoded anew at each step."""
   tokens, log_p = uncached_search.search(
-      lambda pictures, words, t: _forward(spec)(_pixels(spec)[pictures], words)[:, t], _B, beams=beams, length=_N, eot=eot,
-      penalty=penalty)
+      lambda pictures, words, t: _forward(spec)(_pixels(spec)[pictures], words)[:, t], _B, beam_size=beams, max_len=_N,
+      eot=eot, length_penalty=penalty)
   return tokens, log_p.sum(-1)
 
 

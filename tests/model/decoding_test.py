@@ -71,7 +71,8 @@ def _all_queries(router: str, words: np.ndarray) -> np.ndarray:
 
 def _step_by_step(router: str, eot: int):
   """The same caption without a cache: each word is chosen from a whole forward over the words so far."""
-  tokens, log_p = uncached_search.search(lambda _, words, t: _all_queries(router, words)[:, t], _BATCH, beams=1, length=_LENGTH, eot=eot)
+  tokens, log_p = uncached_search.search(
+      lambda _, words, t: _all_queries(router, words)[:, t], _BATCH, beam_size=1, max_len=_LENGTH, eot=eot)
   return tokens[:, 0], log_p[:, 0]
 
 

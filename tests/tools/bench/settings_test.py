@@ -1,30 +1,27 @@
-"""Subjects are chosen by name; a name that is none is told with the nearest ones."""
+"""Suites are chosen by name; an unknown name is reported with the nearest ones."""
 
-from absl.testing import absltest
+import pytest
 
 from uni_moe_jax.tools.bench import settings, suites
 
 
-class ChooseTest(absltest.TestCase):
-
-  def test_all_where_none_is_named(self):
-    self.assertEqual(settings.choose([]), tuple(settings.SUITES))
-
-  def test_the_order_is_the_benchmarks_and_compiling_comes_last(self):
-    self.assertEqual(settings.choose(['compile', 'mixed', 'routers', 'mixed']), ('routers', 'mixed', 'compile'))
-
-  def test_an_unknown_name_is_told_with_the_nearest(self):
-    with self.assertRaisesRegex(ValueError, "--suites: 'decodin' is unknown; did you mean 'decoding'"):
-      settings.choose(['routers', 'decodin'])
-
-  def test_every_subject_is_measured_by_a_function(self):
-    self.assertEqual(list(suites.MEASURE), list(settings.SUITES))
-    self.assertLessEqual(set(settings.FROM_CONFIG), set(settings.SUITES))
-
-  def test_only_the_quick_benchmark_is_reduced(self):
-    self.assertTrue(settings.QUICK.reduced)
-    self.assertFalse(settings.FULL.reduced)
+def test_all_suites_are_the_default():
+  assert settings.choose([]) == tuple(settings.SUITES)
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_suites_are_in_the_benchmarks_order_with_compile_last():
+  assert settings.choose(['compile', 'mixed', 'routers', 'mixed']) == ('routers', 'mixed', 'compile')
+
+
+def test_an_unknown_name_is_reported_with_the_nearest():
+  with pytest.raises(ValueError, match="--suites: 'decodin' is unknown; did you mean 'decoding'"):
+    settings.choose(['routers', 'decodin'])
+
+
+def test_every_suite_has_a_function():
+  assert list(suites.SUITE_FUNCTIONS) == list(settings.SUITES)
+  assert set(settings.FROM_CONFIG) <= set(settings.SUITES)
+
+
+def test_only_the_quick_benchmark_is_reduced():
+  assert settings.QUICK.reduced and not settings.FULL.reduced

@@ -1,1 +1,1 @@
-"""Measurements of speed: interleaved rounds, ratios of medians, budgets."""
+"""Speed benchmarks: interleaved rounds, ratios of medians, budgets."""

@@ -1,4 +1,4 @@
-"""What the subjects measure: configs of the benchmark's own, the config that was given, and steps that can be repeated."""
+"""Cases of the suites: the benchmark's own configs, the given config, and repeated training steps."""
 
 import dataclasses
 import functools
@@ -20,11 +20,11 @@ from uni_moe_jax.train.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What every subject is given.
+  """The arguments of every suite, and the cases made from them.
 
   Attributes:
-    sizes: of the benchmark's own cases. config: the one that was named; `mixed`, `input` and `compile` take their tasks,
-      data and model from it.
+    sizes: of the benchmark's own cases. config: the given one, with tasks, data and model of `mixed`, `input` and
+      `compile`.
     dtype: of products. peak: FLOP/s of float32 products, measured in this run. devices: to run on.
   """
   sizes: Sizes
@@ -34,7 +34,7 @@ class Context:
   devices: Sequence[jax.Device]
 
   def own_config(self, **model: Any) -> ml_collections.ConfigDict:
-    """A copy of the named config, with fields of config.model changed."""
+    """Return a copy of the given config, with changed fields of config.model."""
     c = self.config.copy_and_resolve_references()
     if self.sizes.own_layers:
       c.model.num_layers = self.sizes.own_layers
@@ -42,51 +42,52 @@ class Context:
     return c
 
   def tiny(self, router: str = 'attribute', **moe: Any) -> ml_collections.ConfigDict:
-    """The benchmark's model, without tasks; `moe` are more fields of config.moe."""
+    """Return a config of the benchmark's model without tasks; `moe`: more fields of config.moe."""
     c = config_lib.base()
     c.model.update({**self.sizes.model, 'dtype': self.dtype, 'layer_scale_init': 0.1})
     c.moe.update(dict(router=router, num_experts=self.sizes.experts, **moe))
     return c
 
-  def pictures_and_names(self, **moe: Any) -> ml_collections.ConfigDict:
-    """Pictures against their own names: both sides in every step; `moe` as in `tiny`."""
+  def images_and_names(self, **moe: Any) -> ml_collections.ConfigDict:
+    """Return a config of images against their own names: every step encodes both sides. `moe`: see `tiny`."""
     c = self.tiny(**moe)
-    c.tasks.pair = config_lib.task('image_retrieval', 'synthetic', batch_size=self.sizes.batch_size, caption_templates=('name',),
-                                   max_len=self.sizes.name_tokens)
+    c.tasks.pair = config_lib.task(
+        'image_retrieval', 'synthetic', batch_size=self.sizes.batch_size, caption_templates=('name',),
+        max_len=self.sizes.name_tokens)
     return c
 
-  def classification(self, published: bool = False) -> ml_collections.ConfigDict:
-    """Pictures against a set of names, attribute routing, with the published choices or with ours."""
+  def published_classification(self) -> ml_collections.ConfigDict:
+    """Return a config of images against a set of names, attribute routing and the published choices."""
     c = self.tiny()
-    if published:
-      presets.published(c)
+    presets.published(c)
     c.target_sets.names = config_lib.target_set('synthetic/names', family='names', max_len=self.sizes.name_tokens)
-    c.tasks.classes = config_lib.task('image_classification', 'synthetic', batch_size=self.sizes.small_batch, target_set='names',
-                                      label_column='class', label_smoothing=0.1)
+    c.tasks.classes = config_lib.task(
+        'image_classification', 'synthetic', batch_size=self.sizes.small_batch, target_set='names',
+        label_column='class', label_smoothing=0.1)
     return c
 
   def captions(self, router: str) -> ml_collections.ConfigDict:
-    """A caption model; its vocabulary is only sized here."""
+    """Return a config of a caption model; its vocabulary has a size but no words."""
     c = self.tiny(router)
     c.target_sets.vocabulary = config_lib.target_set('vocabulary', family='words')
-    c.tasks.caption = config_lib.task('image_caption', 'synthetic', batch_size=self.sizes.small_batch, target_set='vocabulary',
-                                      caption_templates=('name',), max_len=self.sizes.words)
+    c.tasks.caption = config_lib.task(
+        'image_caption', 'synthetic', batch_size=self.sizes.small_batch, target_set='vocabulary',
+        caption_templates=('name',), max_len=self.sizes.words)
     return c
 
   def synthetic(self, config: ml_collections.ConfigDict, lengths: Mapping[int, float] | None = None) -> Run:
-    """A run on random data; `lengths` of names, by default all have `sizes.name_tokens`."""
-    s = self.sizes
-    data = SyntheticData(make_plan(config), (config.model.image_size, config.model.channels), s.vocabulary, s.names,
-                         lengths or {s.name_tokens: 1.0})
+    """Build a run on random data; lengths: of names, with shares; default: all `sizes.name_tokens`."""
+    s, pixels = self.sizes, (config.model.image_size, config.model.channels)
+    data = SyntheticData(make_plan(config), pixels, s.vocabulary, s.names, lengths or {s.name_tokens: 1.0})
     return train_run.build(config, self.devices, data)
 
   def build(self, config: ml_collections.ConfigDict) -> Run:
-    """A run on the config's own data."""
+    """Build a run on the config's own data."""
     return train_run.build(config, self.devices)
 
 
-class Repeated:
-  """A training step on one batch over and over: the state goes from call to call, as it does in training."""
+class RepeatedStep:
+  """A training step on a constant batch; each call continues from the state of the last."""
 
   def __init__(self, run: Run):
     self.run = run
@@ -99,16 +100,16 @@ class Repeated:
     return self.step(self.batch)
 
   def step(self, batch) -> dict[str, jax.Array]:
-    """One step on a batch that lies on the devices; the old state is donated."""
+    """Take a step on a batch on the devices, and return its metrics; the old state is donated."""
     self.state, self.metrics = self._step(self.state, batch, self.sets)
     return self.metrics
 
   def infer(self):
-    """Features of the same batch and sets, without noise."""
+    """Return features of the batch and sets, without noise."""
     return features(self.run.spec, self.state.params, self.batch, self.sets)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def features(spec: StepSpec, params, batch, sets):
-  """Features as `forward` returns them, at evaluation."""
+  """Return features as `forward` does, in evaluation mode."""
   return forward(spec, params, batch, sets, {}, None)[0]

@@ -1,4 +1,4 @@
-"""What the figures were measured on: device, versions, cores, and the rate of its matrix products."""
+"""The machine of a benchmark: device, versions, cores, and the rate of its matrix products."""
 
 import importlib.metadata
 import os
@@ -15,22 +15,22 @@ from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.tools.bench.timing import interleaved, per_second
 from uni_moe_jax.train.loop import commit
 
-# The published code's seconds were recorded on a machine of this rate (float32, 2048 x 2048 x 2048): PERFORMANCE.md.
+# Rate of the machine on which the published code was timed (float32, 2048 x 2048 x 2048).
 RECORDED_PEAK = 195e9  # FLOP/s
 _PACKAGES = ('uni-moe-jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy', 'tensorflow-cpu', 'tensorflow')
-# Products are queued until a call does this much, or has this many: a small one alone would time its dispatch.
-_FLOPS_PER_CALL, _MOST = 2e10, 100
+# A call queues products up to this work, or this number: a small one alone would time its dispatch.
+_FLOPS_PER_CALL, _MAX_PER_CALL = 2e10, 100
 
 
 def header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
-  """Facts that belong beside every figure."""
+  """Return what every figure depends on."""
   versions = []
   for name in _PACKAGES:
     try:
       versions.append(f'{name} {importlib.metadata.version(name)}')
     except importlib.metadata.PackageNotFoundError:
-      pass  # one of the two builds of TensorFlow; this package, where it is not installed
-  cache = 'off: what compiles here makes later steps of a CPU process slower; set JAX_COMPILATION_CACHE_DIR and run twice'
+      pass  # one of the two builds of TensorFlow; this package, if it is not installed
+  cache = 'off: compiling makes later steps of a CPU process slower; set JAX_COMPILATION_CACHE_DIR and run twice'
   return {
       'command': ' '.join(['python', *sys.argv]),
       'commit': commit(),
@@ -38,16 +38,16 @@ def header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
       'cores': f'{len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} usable',
       'versions': ', '.join([f'python {platform.python_version()}', *versions]),
       'dtype of products': dtype,
-      'budgets': 'set for float32 on two CPU cores; on other devices they are information',
+      'budgets': 'set for float32 on two CPU cores',
       'compilation cache': jax.config.jax_compilation_cache_dir or cache,
   }
 
 
 def gemm(sizes: Sizes, device: jax.Device) -> tuple[float, list[Row]]:
-  """(peak, rows): float32 products at JAX's default precision, n x n x n and the shapes of a layer.
+  """Measure float32 products at JAX's default precision, n x n x n and in the shapes of a layer.
 
   Returns:
-    The fastest round of the n x n x n product in FLOP/s, and all rates.
+    (FLOP/s of the n x n x n product's fastest round, rows).
   """
   tokens = sizes.batch_size * ((sizes.image_size // sizes.patch_size) ** 2 + 1)
   n, D, F = sizes.gemm, sizes.width, sizes.mlp_dim
@@ -57,11 +57,11 @@ def gemm(sizes: Sizes, device: jax.Device) -> tuple[float, list[Row]]:
   for M, K, N in shapes:
     a, b = (jax.device_put(rng.normal(size=s).astype(np.float32), device) for s in ((M, K), (K, N)))
     name = f'GEMM {M} x {K} x {N}'
-    times = min(_MOST, max(1, int(_FLOPS_PER_CALL / (2 * M * K * N))))
+    times = min(_MAX_PER_CALL, max(1, int(_FLOPS_PER_CALL / (2 * M * K * N))))
     work[name] = 2.0 * M * K * N * times
     calls[name] = lambda a=a, b=b, times=times: [product(a, b) for _ in range(times)][-1]
   seconds = interleaved(calls, sizes.rounds)
   peak = next(iter(work.values())) / next(iter(seconds.values())).min()
-  rows = [Row('machine', name, per_second(work[name] / 1e9, s), 'GFLOP/s', note='float32 at the default matmul precision')
-          for name, s in seconds.items()]
+  note = 'float32 at the default matmul precision'
+  rows = [Row('machine', name, per_second(work[name] / 1e9, s), 'GFLOP/s', note=note) for name, s in seconds.items()]
   return float(peak), rows

@@ -1,4 +1,4 @@
-"""All subjects, one after the other."""
+"""Runs the suites of the benchmark."""
 
 import sys
 import time
@@ -9,39 +9,38 @@ import ml_collections
 
 from uni_moe_jax.tools.bench import (
   caption_rate,
+  compile_time,
   file_rate,
   input_rate,
   machine,
-  merged_model,
-  step_parts,
   training_steps,
 )
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.settings import Sizes
 
-MEASURE = {
-    'routers': training_steps.routers, 'mixed': training_steps.mixed, 'published': training_steps.published, 'sets': step_parts.sets,
-    'decoding': caption_rate.caption_rate, 'exported': merged_model.exported, 'input': input_rate.feeding,
-    'files': file_rate.files, 'optimizer': step_parts.optimizer, 'compile': step_parts.compile_}
+SUITE_FUNCTIONS = {
+    'routers': training_steps.routers, 'mixed': training_steps.mixed, 'published': training_steps.published,
+    'decoding': caption_rate.caption_rate, 'input': input_rate.input_rate, 'files': file_rate.file_rate,
+    'compile': compile_time.compile_time}
 
 
 def measure(
-    subjects: Sequence[str], sizes: Sizes, config: ml_collections.ConfigDict, dtype: str,
-    devices: Sequence[jax.Device] | None = None) -> tuple[dict[str, str], list[Row]]:
-  """(header, rows) of the subjects, in their order; what runs is said on stderr.
+    names: Sequence[str], sizes: Sizes, config: ml_collections.ConfigDict,
+    dtype: str) -> tuple[dict[str, str], list[Row]]:
+  """Run suites on the first device and return (header, rows); progress goes to stderr.
 
   Args:
-    subjects: keys of `settings.SUITES`. sizes: of the cases. config: whose tasks and data some subjects take.
-    dtype: of products. devices: to run on; the first one by default, for which the budgets are set.
+    names: of `settings.SUITES`. sizes: of the cases. config: whose tasks and data some suites take.
+    dtype: of matrix products.
   """
-  devices = jax.devices()[:1] if devices is None else devices
+  devices = jax.devices()[:1]
   header = machine.header(devices, dtype)
   peak, rows = machine.gemm(sizes, devices[0])
   context = Context(sizes, config, dtype, peak, devices)
-  for subject in subjects:
+  for name in names:
     start = time.perf_counter()
-    print(f'{subject} …', end=' ', file=sys.stderr, flush=True)
-    rows += MEASURE[subject](context)
+    print(f'{name} …', end=' ', file=sys.stderr, flush=True)
+    rows += SUITE_FUNCTIONS[name](context)
     print(f'{time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
   return header, rows

@@ -1,4 +1,4 @@
-"""Random pictures and texts of chosen lengths, in the place of a run's data: what is timed does not depend on what they show."""
+"""Random images, and texts of given lengths, instead of a run's data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ REALISTIC = {2: 0.15, 3: 0.30, 4: 0.25, 5: 0.15, 6: 0.08, 7: 0.04, 8: 0.03}
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-  """What a step asks of a tokenizer; ids from `first` on are words."""
+  """The token ids that a step needs; ids from `first` on are words."""
   size: int
   pad: int = 0
   spe: int = 1
@@ -26,13 +26,14 @@ class Ids:
 
 
 class SyntheticData:
-  """Stands for `data.assemble.Data`; see there. Tasks of pictures with a class or a paired text."""
+  """Replaces `data.assemble.Data` for tasks of images with a class or a paired text."""
   fingerprint, tokenizer_file = 'synthetic', None
 
   def __init__(self, plan: Plan, sizes: tuple[int, int], vocabulary: int, entries: int, lengths: Mapping[int, float]):
-    """sizes: pixels a side, channels. vocabulary: V. entries: of every set that is no vocabulary. lengths: shares."""
+    """sizes: pixels per side, channels. vocabulary: V. entries: of every other set. lengths: their shares."""
     self._pixels, self.tokenizer = sizes, Ids(vocabulary)
-    self.target_sets = {s.name: self._vocabulary() if s.is_vocabulary else self._names(entries, lengths) for s in plan.sets}
+    names = lambda s: self._vocabulary() if s.is_vocabulary else self._names(entries, lengths)
+    self.target_sets = {s.name: names(s) for s in plan.sets}
 
   def _vocabulary(self) -> TargetSet:
     size = self.tokenizer.size
@@ -46,7 +47,7 @@ class SyntheticData:
     return TargetSet(buckets, order, ('',) * entries, entries)
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
-    """Random examples; every text has all of the task's tokens."""
+    """Return random examples; every text has all of the task's tokens."""
     rng, (side, channels) = np.random.default_rng(1), self._pixels
     pixels = tf.constant(rng.integers(0, 256, (_EXAMPLES, 1, side, side, channels), dtype=np.uint8))
     texts = rng.integers(self.tokenizer.first, self.tokenizer.size, (_EXAMPLES, max(1, task.max_len)))
@@ -57,13 +58,14 @@ class SyntheticData:
       fields = {'id': ids, 'pixels': tf.gather(pixels, ids), 'weight': tf.ones([tf.size(ids), 1])}
       if task.type.target == 'pair':
         target = tf.gather(texts, ids)
-        return {**fields, 'target': target, 'target_valid': tf.ones_like(target, tf.bool), 'text_id': tf.cast(ids, tf.int32)}
+        return {**fields, 'target': target, 'target_valid': tf.ones_like(target, tf.bool),
+                'text_id': tf.cast(ids, tf.int32)}
       return {**fields, 'label': tf.cast(ids % self.target_sets[task.target_set].size, tf.int32)[:, None]}
 
     return Examples(_EXAMPLES, make)
 
 
 def spread_lengths(entries: int, lengths: Mapping[int, float]) -> np.ndarray:
-  """int [entries], ascending: each length in its share, by rounding the cumulated shares."""
+  """Return int [entries], ascending: each length in its share, by rounding cumulative shares."""
   edges = np.round(np.cumsum(list(lengths.values())) / sum(lengths.values()) * entries).astype(int)
   return np.repeat(list(lengths), np.diff(edges, prepend=0))

@@ -1,7 +1,8 @@
-"""Interleaved rounds and what is concluded from them.
+"""Interleaved rounds and their statistics.
 
-Times on a shared machine drift, so that candidates are measured in turn, round by round, and compared as a ratio of medians.
-Its spread is the interquartile range of the ratios of the single rounds, in which both candidates saw the same machine.
+The speed of a shared machine drifts, so candidates are measured in turn, round by round, and compared as a ratio of
+medians. Its spread is the interquartile range of the ratios of single rounds, in which both candidates had the same
+machine.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ SPREAD = 'spread: quartiles (25 to 75 %) over rounds; of a ratio, those of the r
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A figure and its quartiles; None where it was measured once."""
+  """A figure and its quartiles, which are None for a single measurement."""
   value: float
   low: float | None = None
   high: float | None = None
 
 
 def estimate(samples: np.ndarray) -> Estimate:
-  """Median and quartiles of samples [rounds]."""
+  """Return the median and quartiles of samples [rounds]."""
   samples = np.asarray(samples, float)
   if len(samples) == 1:
     return Estimate(float(samples[0]))
@@ -33,29 +34,29 @@ def estimate(samples: np.ndarray) -> Estimate:
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
-  """median / median of samples [rounds] of two candidates, with the quartiles of the rounds' own ratios."""
+  """Return the ratio of medians of samples [rounds], with the quartiles of the rounds' own ratios."""
   numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
   own = estimate(numerator / denominator)
   return dataclasses.replace(own, value=float(np.median(numerator) / np.median(denominator)))
 
 
 def per_second(count: float, seconds: np.ndarray) -> Estimate:
-  """`count` things in each of `seconds` [rounds], as a rate; its low quartile belongs to the slow rounds."""
+  """Return the rate of `count` items in each of `seconds` [rounds]."""
   return estimate(count / np.asarray(seconds, float))
 
 
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], rounds: int, *, before: Mapping[str, Callable[[], Any]] | None = None,
     clock: Callable[[], float] = time.perf_counter) -> dict[str, np.ndarray]:
-  """Seconds [rounds] of every call, until what it returns is computed.
+  """Return the seconds [rounds] of every call, until its result is computed.
 
-  Each call runs once beforehand (it compiles then). The order turns by one place per round, so that no candidate always
+  Each call runs once before the rounds, to compile. The order rotates by one per round, so that no candidate always
   follows the same other.
 
   Args:
     calls: by name; each returns arrays to wait for.
     rounds: at least 1.
-    before: of some calls, what is to be done before each without counting its time.
+    before: untimed preparation of some calls.
     clock: seconds.
   """
   before = before or {}

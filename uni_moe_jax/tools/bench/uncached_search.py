@@ -1,6 +1,6 @@
-"""Caption search without caches: the whole two-stream forward anew for every word. Slow and plain.
+"""Caption search without caches: every word takes a whole two-stream forward pass. Slow and simple.
 
-What `model.decode` has to equal, in tests, and what it is compared with in speed.
+`model.decoding` is tested against it, and its speed is compared with it.
 """
 
 import functools
@@ -15,58 +15,61 @@ from uni_moe_jax.model.sequences import Layout
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.tasks.task_types import TaskType
 
-LogP = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+LogProbs = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
-def search(log_p_of: LogP, batch: int, *, beams: int, length: int, eot: int, penalty: float = 0.0) -> tuple[
-    np.ndarray, np.ndarray]:
-  """The `beams` likeliest hypotheses of each picture at every step, as lists of (words, log-probabilities).
+def search(
+    log_probs: LogProbs, batch: int, *, beam_size: int, max_len: int, eot: int,
+    length_penalty: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+  """Return the most likely hypotheses of each image, kept by a beam search.
 
   Args:
-    log_p_of: (pictures int [R], words int32 [R, n], t) → log-probabilities [R, V] of word t of picture `pictures[r]` after
-      the words before it; what stands from word t on is filling. R is always batch · beams.
-    batch: B. beams: k. length: n. eot: id that ends a caption.
-    penalty: in the end, a hypothesis of w words before `eot` is judged by its sum over (w + 1)^penalty.
+    log_probs: (images int [R], words int32 [R, n], t) → log-probabilities [R, V] of word t of image `images[r]` after
+      the words before it; words from t on are padding. R is always batch · beam_size.
+    batch: B. beam_size: k. max_len: n. eot: id that ends a caption.
+    length_penalty: finally, a hypothesis of w words before `eot` is ranked by its sum over (w + 1)^length_penalty.
 
   Returns:
     (tokens int32 [B, k, n], log-probabilities f32 [B, k, n], 0 after `eot`), best first.
   """
-  found = [[((), ())] for _ in range(batch)]
-  for t in range(length):
-    rows = [(b, words) for b, hypotheses in enumerate(found) for words, _ in hypotheses]
-    # Before the first word there is one hypothesis a picture: the other rows are filling, so that no shape changes.
-    pictures, words = np.zeros(batch * beams, np.int32), np.zeros((batch * beams, length), np.int32)
-    for i, (b, so_far) in enumerate(rows):
-      pictures[i], words[i, :t] = b, so_far
-    log_p = np.asarray(log_p_of(pictures, words, t))
+  beams = [[((), ())] for _ in range(batch)]  # per image: (words, log-probabilities) of each hypothesis
+  for t in range(max_len):
+    hypotheses = [(image, hypothesis) for image, beam in enumerate(beams) for hypothesis in beam]
+    # Before the first word there is one hypothesis per image; the other rows are padding, so that no shape changes.
+    images, words = np.zeros(batch * beam_size, np.int32), np.zeros((batch * beam_size, max_len), np.int32)
+    for i, (image, (tokens, _)) in enumerate(hypotheses):
+      images[i], words[i, :t] = image, tokens
     candidates = [[] for _ in range(batch)]
-    for (b, _), hypothesis, p in zip(rows, (h for f in found for h in f), log_p):
-      candidates[b] += _continued(hypothesis, p, beams, eot)
-    found = [sorted(c, key=lambda h: -sum(h[1]))[:beams] for c in candidates]
-  found = [sorted(f, key=lambda h: -sum(h[1]) / (sum(w != eot for w in h[0]) + 1) ** penalty) for f in found]
-  return (np.array([[h[0] for h in f] for f in found], np.int32), np.array([[h[1] for h in f] for f in found], np.float32))
+    for (image, hypothesis), log_p in zip(hypotheses, np.asarray(log_probs(images, words, t))):
+      candidates[image] += _extensions(hypothesis, log_p, beam_size, eot)
+    beams = [sorted(c, key=lambda h: -sum(h[1]))[:beam_size] for c in candidates]
+  score = lambda h: sum(h[1]) / (sum(w != eot for w in h[0]) + 1) ** length_penalty
+  beams = [sorted(beam, key=score, reverse=True) for beam in beams]
+  tokens, log_p = ([[h[part] for h in beam] for beam in beams] for part in (0, 1))
+  return np.array(tokens, np.int32), np.array(log_p, np.float32)
 
 
-def _continued(hypothesis, log_p: np.ndarray, beams: int, eot: int):
-  """A hypothesis with each of its likeliest next words; one that has ended goes on with `eot` at no cost."""
-  words, values = hypothesis
-  if eot in words:
-    return [((*words, eot), (*values, 0.0))]
-  best = np.argsort(-log_p, kind='stable')[:beams]
-  return [((*words, int(v)), (*values, float(log_p[v]))) for v in best]
+def _extensions(hypothesis, log_p: np.ndarray, beam_size: int, eot: int):
+  """A hypothesis with each of its likeliest next words; after `eot` comes `eot` with log-probability 0."""
+  tokens, values = hypothesis
+  if eot in tokens:
+    return [((*tokens, eot), (*values, 0.0))]
+  best = np.argsort(-log_p, kind='stable')[:beam_size]
+  return [((*tokens, int(v)), (*values, float(log_p[v]))) for v in best]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=('temperature', 'spe'))
 def next_word(
-    model: UniPerceiver, kind: TaskType, params, pixels: jax.Array, vocabulary: jax.Array, words: jax.Array, t: jax.Array, *,
-    temperature: str, spe: int) -> jax.Array:
-  """log-probabilities [R, V] of word t, by the forward of training on pixels [R, T, H, W, C] and words int32 [R, n].
+    model: UniPerceiver, task_type: TaskType, params, pixels: jax.Array, vocabulary: jax.Array, words: jax.Array,
+    t: jax.Array, *, temperature: str, spe: int) -> jax.Array:
+  """Return log-probabilities [R, V] of word t, by the training forward pass.
 
   Args:
-    vocabulary: [V, D] normalised features. t: int32 scalar. temperature: its group. spe: id of queries.
+    pixels: [R, T, H, W, C]. vocabulary: normalized features [V, D]. words: int32 [R, n]. t: int32 scalar.
+    temperature: its group. spe: id of the queries.
   """
   sequence = Sequence(
-      layout=Layout.of_task_type(kind), ids=jnp.arange(words.shape[0], dtype=jnp.uint32), pixels=pixels,
+      layout=Layout.of_task_type(task_type), ids=jnp.arange(words.shape[0], dtype=jnp.uint32), pixels=pixels,
       text=jnp.concatenate([words, jnp.full_like(words, spe)], axis=1))
 
   def run(m):
