@@ -84,6 +84,6 @@ def test_one_device_in_the_mesh_computes_its_part_of_the_batch_alone():
   sequence = batching.input_sequence(task.type, {k: v for k, v in fields.items() if k in lib.INPUTS})
   hidden = run.spec.model.spec.mlp_dim // 2  # over `model`
   text = lib.encode.lower(run.spec.model, predictor._params, sequence).compile().as_text()
-  tokens = (tiny.SIDE // 8) ** 2 + 1
+  tokens = (tiny.IMAGE_SIZE // 8) ** 2 + 1
   assert f'f32[2,{tokens},{hidden}]' in text or f'f32[{2 * tokens},{hidden}]' in text
   assert f'f32[5,{tokens},' not in text.replace(' ', '').partition('ENTRY')[0]

@@ -106,7 +106,7 @@ def _exported(trained, tmp_path_factory):
 @pytest.fixture(name='elsewhere', scope='module')
 def _elsewhere(exported, tmp_path_factory):
   """(pixels, arrays, output) of a process that has the folder alone."""
-  pixels = np.random.default_rng(0).integers(0, 256, (max(_BATCHES), 1, tiny.SIDE, tiny.SIDE, 1), dtype=np.uint8)
+  pixels = np.random.default_rng(0).integers(0, 256, (max(_BATCHES), 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1), dtype=np.uint8)
   here = tmp_path_factory.mktemp('elsewhere')
   np.savez(here / 'in.npz', pixels=pixels)
   done = subprocess.run(

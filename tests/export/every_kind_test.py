@@ -96,7 +96,7 @@ def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
   for task in (*run.plan.tasks, *run.plan.probes):
     [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(_EXAMPLES), _EXAMPLES)
     frames = fields['pixels'].shape[1] if task.type.visual else 0
-    assert frames == (tiny.FRAMES if task.source == 'videos' else task.type.visual), task.name
+    assert frames == (tiny.NUM_FRAMES if task.source == 'videos' else task.type.visual), task.name
     if task.type.readout == 'queries':
       said, want = model.run(task.name, 'caption', pixels=fields['pixels']), _search(whole, params, task, found, fields['pixels'])
       np.testing.assert_array_equal(said['tokens'], want.tokens[:, 0], task.name)

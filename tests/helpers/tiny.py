@@ -1,6 +1,6 @@
-"""A tiny run: invented records on disk, laid out as prepared data is, and a config of small tasks over them.
+"""A tiny run: made-up records in the layout of prepared data, and a config with small tasks over them.
 
-The config is cheap to import (no jax), so that a command line can name it: get_config = tiny.config.
+Importing this module does not import jax, so a command line can name its config: get_config = tiny.config.
 """
 
 import functools
@@ -11,11 +11,11 @@ import numpy as np
 
 from uni_moe_jax import config as config_lib
 
-SIDE, FRAMES = 16, 3  # pixels, frames of a clip
+IMAGE_SIZE, NUM_FRAMES = 16, 3  # of images and videos
 CLASSES = ('bar', 'disc', 'star')
 MOTIONS = ('left', 'right')
 PACKAGES = ('alpha', 'beta')
-COLOURS = ('red', 'green', 'blue', 'grey')
+COLORS = ('red', 'green', 'blue', 'grey')
 WORDS = (
     'a picture of the small shape moves over every line and returns its value when another function calls '
     'with two numbers or one name in order to read write open close find replace all files').split()
@@ -23,13 +23,13 @@ TASKS = ('shape', 'motion', 'text', 'caption', 'pair', 'package', 'answer')
 
 
 def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
-  """A config of the named tasks (of `TASKS`), two layers of width 16, four experts."""
+  """Returns a config with the named tasks (of `TASKS`), two layers of width 16 and four experts."""
   c = config_lib.base()
   c.data.dir = str(data_dir)
   c.tokenizer.vocab_size = 40
   c.model.update(dict(
-      num_layers=2, width=16, num_heads=2, mlp_dim=16, image_size=SIDE, patch_size=8, channels=1, pixel_mean=(0.5,),
-      pixel_std=(0.5,), max_num_frames=4, max_text_len=20, layer_scale_init=0.5, remat=False))
+      num_layers=2, width=16, num_heads=2, mlp_dim=16, image_size=IMAGE_SIZE, patch_size=8, channels=1,
+      pixel_mean=(0.5,), pixel_std=(0.5,), max_num_frames=4, max_text_len=20, layer_scale_init=0.5, remat=False))
   c.moe.update(dict(num_experts=4))
   c.optim.update(dict(learning_rate=1e-2, warmup_steps=2))
   c.train.update(dict(steps=6, log_every=1, checkpoint_every=100))
@@ -40,10 +40,13 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
       'packages': config_lib.target_set('paragraphs/package', family='words'),
       'answers': config_lib.target_set('pairs/label', family='words'),
   }
-  every = {
-      'shape': config_lib.task('image_classification', 'glyphs', batch_size=8, target_set='shapes', label_column='class'),
-      'motion': config_lib.task('video_classification', 'videos', batch_size=4, target_set='motions', label_column='motion'),
-      'text': config_lib.task('text_mlm', 'paragraphs', batch_size=4, target_set='words', max_len=16, max_predictions=3),
+  all_tasks = {
+      'shape': config_lib.task(
+          'image_classification', 'glyphs', batch_size=8, target_set='shapes', label_column='class'),
+      'motion': config_lib.task(
+          'video_classification', 'videos', batch_size=4, target_set='motions', label_column='motion'),
+      'text': config_lib.task(
+          'text_mlm', 'paragraphs', batch_size=4, target_set='words', max_len=16, max_predictions=3),
       'caption': config_lib.task(
           'image_caption', 'glyphs', batch_size=4, target_set='words', caption_templates=('{name}',), max_len=6),
       'pair': config_lib.task(
@@ -56,9 +59,9 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
           template='{text_a} <eot> <spe> , {text_b} <eot>', max_len=16),
   }
   for name in tasks:
-    c.tasks[name] = every[name]
-    if every[name].target_set:
-      c.target_sets[every[name].target_set] = sets[every[name].target_set]
+    c.tasks[name] = task = all_tasks[name]
+    if task.target_set:
+      c.target_sets[task.target_set] = sets[task.target_set]
   return c
 
 
@@ -68,18 +71,20 @@ def _sentences(rng: np.random.Generator, count: int, words: int) -> np.ndarray:
 
 @functools.cache
 def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]]:
-  """(columns, classes) per source."""
+  """Returns (columns, classes) by source."""
   rng = np.random.default_rng(0)
-  shapes, colours = rng.choice(CLASSES, 24), rng.choice(COLOURS, 24)
+  shapes, colors = rng.choice(CLASSES, 24), rng.choice(COLORS, 24)
   packages = np.array(['alpha', 'beta', ''] * 8)
   return {
       'glyphs': (dict(
-          pixels=rng.integers(0, 256, (24, SIDE, SIDE), dtype=np.uint8), face=rng.choice(['serif', 'round'], 24),
-          name=np.array([f'{c} {s} of {w}' for c, s, w in zip(colours, shapes, WORDS)]), **{'class': shapes}),
+          pixels=rng.integers(0, 256, (24, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8),
+          face=rng.choice(['serif', 'round'], 24),
+          name=np.array([f'{c} {s} of {w}' for c, s, w in zip(colors, shapes, WORDS)]), **{'class': shapes}),
           {'class': CLASSES}),
       'videos': (dict(
-          pixels=rng.integers(0, 256, (10, FRAMES, SIDE, SIDE), dtype=np.uint8), name=np.array(WORDS[-10:]),
-          face=rng.choice(['serif', 'round'], 10), motion=rng.choice(MOTIONS, 10)), {'motion': MOTIONS}),
+          pixels=rng.integers(0, 256, (10, NUM_FRAMES, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8),
+          name=np.array(WORDS[-10:]), face=rng.choice(['serif', 'round'], 10), motion=rng.choice(MOTIONS, 10)),
+          {'motion': MOTIONS}),
       'paragraphs': (dict(text=_sentences(rng, 24, 14), package=packages), {'package': PACKAGES}),
       'pairs': (dict(
           text_a=_sentences(rng, 12, 4), text_b=_sentences(rng, 12, 12), label=rng.choice(['no', 'yes'], 12)),
@@ -88,7 +93,7 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
 
 
 def records(source: str):
-  """A source's records, in memory."""
+  """Returns a source's records, in memory."""
   from uni_moe_jax.data.pipeline import npz_records
   from uni_moe_jax.data.pipeline.records import Records
   values, classes = columns()[source]
@@ -97,17 +102,16 @@ def records(source: str):
 
 @functools.cache
 def data_dir() -> str:
-  """A folder of prepared data, one for the process; it goes with it."""
+  """Returns a folder of prepared data, made once per process and deleted at its end."""
   from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
   from uni_moe_jax.data.pipeline import npz_records
-  folder = _folder().name
-  places = {
-      'glyphs': (glyphs._FOLDER,), 'videos': (glyph_videos._FOLDER,), 'paragraphs': (docstring_texts._FOLDER, 'paragraphs'),
-      'pairs': (docstring_texts._FOLDER, 'pairs')}
-  for source, parts in places.items():
-    with npz_records.atomic_folder('/'.join((folder, *parts))) as place:
-      npz_records.save(place, 'train', *columns()[source])
-  return folder
+  root, texts = _folder().name, docstring_texts._FOLDER
+  folders = {'glyphs': glyphs._FOLDER, 'videos': glyph_videos._FOLDER, 'paragraphs': f'{texts}/paragraphs',
+             'pairs': f'{texts}/pairs'}
+  for source, folder in folders.items():
+    with npz_records.atomic_folder(f'{root}/{folder}') as temporary:
+      npz_records.save(temporary, 'train', *columns()[source])
+  return root
 
 
 @functools.cache
@@ -117,7 +121,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def tokenizer_file() -> str:
-  """A tokenizer of all the text, trained once for the process."""
+  """Returns a tokenizer file, trained on all the text once per process."""
   from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
   texts = [t for values, _ in columns().values() for c in values.values() if c.dtype.kind == 'U' for t in c.tolist()]
   path = f'{_folder().name}/tiny.model'

@@ -114,7 +114,7 @@ def test_the_readmes_five_lines_print_captions_in_a_fresh_environment(here, tmp_
   assert all(line.endswith('; as at export') for line in lines), lines
   assert 'This step was not evaluated.' in (here / 'exported/README.md').read_text()
 
-  pixels = np.random.default_rng(0).integers(0, 256, (64, 1, tiny.SIDE, tiny.SIDE, 1), dtype=np.uint8)
+  pixels = np.random.default_rng(0).integers(0, 256, (64, 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1), dtype=np.uint8)
   np.save(tmp_path / 'in.npy', pixels)
   served = run([here / 'serve/bin/python', '-c', _SERVER, tmp_path / 'in.npy', tmp_path / 'out.npz'], cwd=here / 'exported')
   assert served.returncode == 0, served.stderr

@@ -335,7 +335,7 @@ def test_dropped_positives_weigh_nothing():
 def _shapes(accum):
   """(shapes inside the scan over micro-steps, shapes outside) of the traced gradient."""
   c = tiny.config('shape', data_dir=tiny.data_dir())
-  c.target_sets.shapes = config_lib.target_set(tiny.CLASSES + tiny.COLOURS, family='names')
+  c.target_sets.shapes = config_lib.target_set(tiny.CLASSES + tiny.COLORS, family='names')
   c.model.num_layers = 1
   c.train.grad_accum_steps = accum
   run = train_run.build(c, _one_device())

@@ -1,12 +1,13 @@
-"""Entries of target sets: keys, names, synonyms, and files of them."""
+"""Entries of target sets: keys, names, synonyms, and files that list them."""
 
 import pytest
 
 from uni_moe_jax.data.pipeline import class_names
 
 
-def test_a_text_is_key_and_name_and_a_tuple_has_synonyms():
-  assert class_names.parse_entries(('cat', ('n02', 'dog', 'hound')), 'target_sets.x') == (('cat', ('cat',)), ('n02', ('dog', 'hound')))
+def test_a_string_is_key_and_name_and_a_tuple_has_synonyms():
+  entries = class_names.parse_entries(('cat', ('n02', 'dog', 'hound')), 'target_sets.x')
+  assert entries == (('cat', ('cat',)), ('n02', ('dog', 'hound')))
 
 
 def test_a_file_has_a_line_per_class(tmp_path):
@@ -17,13 +18,16 @@ def test_a_file_has_a_line_per_class(tmp_path):
 
 
 @pytest.mark.parametrize('values, message', [
-    (('a', 'b', 'a'), "config.target_sets.x: entry 'a' occurs twice"), ((('k',),), "entry 'k' has no name"),
-    ((('k', 'a', ''),), "entry 'k' has no name or an empty one")])
-def test_what_is_wrong_is_named(values, message):
+    (('a', 'b', 'a'), "config.target_sets.x: entry 'a' occurs twice"),
+    ((('k',),), "entry 'k' has no name"),
+    ((('k', 'a', ''),), "entry 'k' has no name or an empty one"),
+])
+def test_an_invalid_entry_is_named(values, message):
   with pytest.raises(ValueError, match=message):
     class_names.parse_entries(values, 'target_sets.x')
 
 
-def test_a_missing_file_is_named_with_where_to_read_on(tmp_path):
-  with pytest.raises(FileNotFoundError, match='config.target_sets.x: the file of class names .*gone.tsv does not exist; see docs/guides/benchmarks.md'):
+def test_a_missing_file_is_named_with_the_guide(tmp_path):
+  message = 'config.target_sets.x: the file of class names .*gone.tsv does not exist; see docs/guides/benchmarks.md'
+  with pytest.raises(FileNotFoundError, match=message):
     class_names.read_entries('file:gone.tsv', tmp_path, 'target_sets.x')

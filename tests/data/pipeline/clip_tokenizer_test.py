@@ -1,7 +1,7 @@
-"""CLIP's vocabulary: ids worked out by hand over four merges, what a text becomes before it is split, what is refused.
+"""CLIP's tokenizer: ids computed by hand with four merges, cleaning and splitting of text, invalid files.
 
-Ids of bytes: the printed bytes 33…126, 161…172, 174…255 have the ids 0…187, the others follow. A byte below 127 is its
-code - 33; from 161 on, code - 67; from 174 on, code - 68. At the end of a word 256 more.
+Ids of bytes: the printable bytes 33…126, 161…172, 174…255 have the ids 0…187, the others follow. The id of a byte below
+127 is its code - 33; from 161 on, code - 67; from 174 on, code - 68. At the end of a word 256 is added.
   a 64, e 68, h 71, p 79, s 82, t 83; . 13; ! 0; & 5; < 27
 Merges: 512 th, 513 the</w>, 514 sp, 515 spe</w>. Specials: 516 start, 517 end of text, 518 mask, 519 gen, 520 spe.
 """
@@ -19,8 +19,8 @@ from uni_moe_jax.data.pipeline import clip_tokenizer
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 
 _MERGES = '#version: 0.2\nt h\nth e</w>\ns p\nsp e</w>\n'
-_PACKED = gzip.compress(_MERGES.encode(), mtime=0)  # without the time, which would be in the names of tests
-END = 256  # what the end of a word adds to the id of a byte
+_PACKED = gzip.compress(_MERGES.encode(), mtime=0)  # no time stamp, which would change the names of tests
+END = 256  # added to the id of a byte that ends a word
 THE, SPE_WORD = 513, 515
 EOT, SPE = 517, 520
 
@@ -49,19 +49,19 @@ def test_the_vocabulary_is_bytes_word_ends_merges_and_five_specials(clip):
 
 @pytest.mark.parametrize('text, ids', [
     ('the', [THE]),  # t h → th, th e</w> → the</w>
-    ('thea', [512, 68, 64 + END]),  # th is merged; its e ends no word, so that 'th e</w>' does not apply
+    ('thea', [512, 68, 64 + END]),  # th is merged; the e does not end a word, so 'th e</w>' does not apply
     ('he', [71, 68 + END]),
     ('ththe', [512, THE]),
     ('spspe', [514, SPE_WORD]),
     ('stp', [82, 83, 79 + END]),
     ('', []),
 ])
-def test_merges_apply_in_their_order_and_only_where_they_fit(clip, text, ids):
+def test_merges_apply_in_order_and_only_where_they_match(clip, text, ids):
   assert clip.encode(text) == ids
 
 
 def test_the_earlier_merge_wins(tmp_path):
-  # In 'ath', 'a t' stands first in the one file, 't h</w>' in the other.
+  # In 'ath', 'a t' comes first in one file, 't h</w>' in the other.
   first, second = (ClipTokenizer(_written(tmp_path, f'#version: 0\n{m}\n')) for m in ('a t\nt h</w>', 't h</w>\na t'))
   assert first.encode('ath') == [512, 71 + END]  # at h
   assert second.encode('ath') == [64, 512]  # a th
@@ -70,16 +70,16 @@ def test_the_earlier_merge_wins(tmp_path):
 @pytest.mark.parametrize('text, ids', [
     # é is C3 A9: 195 - 68 = 127, and 169 - 67 = 102 at the end of the word.
     ('é', [127, 102 + END]),
-    # 字 is E5 AD 97: 229 - 68 = 161. AD is not printed: with 33 below 33 and 34 in 127…160, it is the last of 68 such
-    # bytes, 188 + 67 = 255. 97 (151) is the number 33 + 24 = 57 of them: 188 + 57 = 245.
+    # 字 is E5 AD 97: 229 - 68 = 161. AD is not printable: with 33 below 33 and 34 in 127…160, it is the last of 68
+    # such bytes, 188 + 67 = 255. 97 (151) is number 33 + 24 = 57 of them: 188 + 57 = 245.
     ('字', [161, 255, 245 + END]),
     ('Éé', [127, 102, 127, 102 + END]),
 ])
-def test_other_alphabets_are_their_bytes(clip, text, ids):
+def test_other_alphabets_are_encoded_as_bytes(clip, text, ids):
   assert clip.encode(text) == ids
 
 
-def test_the_alphabet_is_that_of_byte_level_tokenizers():
+def test_the_alphabet_equals_that_of_byte_level_tokenizers():
   symbols = clip_tokenizer._byte_symbols()
   assert sorted(symbols.values()) == sorted(pre_tokenizers.ByteLevel.alphabet())
   assert [symbols[0], symbols[32], symbols[173]] == ['Ā', 'Ġ', 'Ń']  # 256 + 0, 256 + 32, 256 + 67
@@ -89,7 +89,7 @@ def test_the_alphabet_is_that_of_byte_level_tokenizers():
     ('The tHE', 'the the'),
     (' \tthe\n\u2003 the\u00a0', 'the the'),
     ('&amp;', '&'),
-    # Where there is a '<', ftfy leaves entities alone: what is unescaped twice is left of three levels with one.
+    # With a '<' in the text, ftfy does not unescape entities: of three levels, two are unescaped and one remains.
     ('< &amp;amp;', '< &'),
     ('< &amp;amp;amp;', '< & amp;'),
     ('the&eacute;', 'theé'),
@@ -98,21 +98,21 @@ def test_the_alphabet_is_that_of_byte_level_tokenizers():
     ('ﬁ', 'fi'),
     ('e\u0301', 'é'),
 ])
-def test_a_text_is_repaired_and_folded_before_it_is_split(clip, text, same):
+def test_a_text_is_repaired_and_lower_cased_before_it_is_split(clip, text, same):
   assert clip.encode(text) == clip.encode(same)
 
 
 @pytest.mark.parametrize('text, words', [
     ("it's", ['it', "'s"]),
     ("they'll've", ['they', "'ll", "'ve"]),
-    ("'top'", ["'t", 'op', "'"]),  # an English ending, whatever follows
+    ("'top'", ["'t", 'op', "'"]),  # an English ending, regardless of what follows
     ("it'ſ", ['it', "'ſ"]),  # the long s is an s
     ('a1234b', ['a', '1', '2', '3', '4', 'b']),
     ('the, end...!', ['the', ',', 'end', '...!']),
     ('naïve字', ['naïve字']),
     ('a_b', ['a', '_', 'b']),
 ])
-def test_words_are_letters_single_digits_endings_and_runs_of_signs(clip, text, words):
+def test_words_are_letters_single_digits_endings_and_punctuation_runs(clip, text, words):
   assert clip.decode(clip.encode(text)) == ' '.join(words)
 
 
@@ -124,17 +124,17 @@ def test_words_are_letters_single_digits_endings_and_runs_of_signs(clip, text, w
     ('<|spe|>.', [SPE, 13 + END]),
     ('&lt;|spe|&gt;', [SPE]),
 ])
-def test_a_text_can_spell_four_of_the_specials(clip, text, ids):
+def test_a_text_can_spell_four_of_the_special_tokens(clip, text, ids):
   assert clip.encode(text) == ids
 
 
-def test_the_mask_token_cannot_be_spelt(clip):
+def test_the_mask_token_cannot_be_spelled(clip):
   # '<|', 'mask', '|>': m 76, k 74; | 91, > 29.
   assert clip.encode('<|mask|>') == [27, 91 + END, 76, 64, 82, 74 + END, 91, 29 + END]
 
 
-def test_signs_before_a_special_take_its_bracket_with_them(clip):
-  # '.<|', 'spe', '|>': the split reads from the left.
+def test_punctuation_before_a_special_token_absorbs_its_bracket(clip):
+  # '.<|', 'spe', '|>': matching proceeds from the left.
   assert clip.encode('.<|spe|>') == [13, 27, 91 + END, SPE_WORD, 91, 29 + END]
 
 
@@ -143,31 +143,31 @@ def test_the_word_spe_is_not_the_token(clip):
   assert clip.encode('<|spe|>') == [SPE]
 
 
-def test_a_batch_is_each_text(clip):
+def test_a_batch_is_encoded_text_by_text(clip):
   assert clip.encode_batch(np.array(['the', '', 'spe <|spe|>'])) == [[THE], [], [SPE_WORD, SPE]]
 
 
 @pytest.mark.parametrize('text', [
     'the spe of a thing', "don 't , ever ...", '!! ! a', 'naïve 字 😀 \u200d', 'a < / w > b'])
-def test_decoding_gives_a_split_text_back(clip, text):
+def test_decoding_restores_a_split_text(clip, text):
   assert clip.decode(clip.encode(text)) == text
 
 
-def test_decoding_stops_at_eot_and_drops_specials(clip):
+def test_decoding_stops_at_eot_and_drops_special_tokens(clip):
   ids = [SPE, THE, 516, 518, 519, SPE_WORD, EOT, THE, EOT, 0]
   assert clip.decode(np.array(ids, np.int32)) == 'the spe'
 
 
-def test_a_pad_before_eot_is_the_sign_whose_id_it_is(clip):
+def test_a_pad_before_eot_is_decoded_as_the_piece_with_its_id(clip):
   assert clip.encode('!!') == [0, END]
   assert clip.decode([0, END, EOT, 0, 0]) == '!!'
 
 
-def test_bytes_that_are_no_character_are_replaced(clip):
+def test_invalid_bytes_are_replaced(clip):
   assert clip.decode([127, THE, EOT]) == '�the'  # C3 without its second byte
 
 
-def test_a_unit_of_masking_ends_where_a_word_ends(clip):
+def test_a_masking_unit_ends_where_a_word_ends(clip):
   assert (clip.word_start.shape, clip.word_start.dtype) == ((521,), bool)
   assert (clip.word_end.shape, clip.word_end.dtype) == ((521,), bool)
   # t h e a | the | . . | <|spe|> | a
@@ -176,13 +176,13 @@ def test_a_unit_of_masking_ends_where_a_word_ends(clip):
   assert clip.word_start[ids].tolist() == [False] * 6 + [True, False]
 
 
-def test_a_packed_file_is_the_same_tokenizer(clip, tmp_path):
+def test_a_gzipped_file_gives_the_same_tokenizer(clip, tmp_path):
   packed = ClipTokenizer(_written(tmp_path, _PACKED, 'merges.txt.gz'))
   assert packed.encode('the spe') == [THE, SPE_WORD]
   assert packed.fingerprint == clip.fingerprint
 
 
-def test_line_ends_of_windows_change_nothing(clip, tmp_path):
+def test_windows_line_ends_give_the_same_tokenizer(clip, tmp_path):
   other = ClipTokenizer(_written(tmp_path, _MERGES.replace('\n', '\r\n')))
   assert other.fingerprint == clip.fingerprint
 
@@ -193,19 +193,20 @@ def test_other_merges_have_another_fingerprint(clip, tmp_path):
   assert other.fingerprint != clip.fingerprint
 
 
-def test_a_longer_file_is_read_as_far_as_the_published_vocabulary_goes(clip, tmp_path):
+def test_merges_beyond_the_published_vocabulary_are_ignored(clip, tmp_path):
   with mock.patch.object(clip_tokenizer, 'MAX_MERGES', 2):
     short = ClipTokenizer(_written(tmp_path, _MERGES + 'no merge at all\n'))
   assert short.size == clip.size - 2
   assert short.encode('the spe') == [THE, 82, 79, 68 + END]
 
 
-def test_the_published_size_is_that_of_48894_merges():
-  assert 512 + clip_tokenizer.MAX_MERGES + len(clip_tokenizer.SPECIAL_TOKENS) == 49411
+def test_the_published_vocabulary_has_48894_merges_and_49411_ids():
+  assert (clip_tokenizer.MAX_MERGES, clip_tokenizer.VOCAB_SIZE) == (48894, 49411)
 
 
 def test_a_missing_file_is_named_with_its_field(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*no\.txt' is not a file; give the path"):
+  message = r"config\.tokenizer\.merges_path='.*no\.txt' is not a file; give the path"
+  with pytest.raises(FileNotFoundError, match=message):
     ClipTokenizer(tmp_path / 'no.txt')
 
 
@@ -224,13 +225,13 @@ def test_a_missing_file_is_named_with_its_field(tmp_path):
     (_PACKED[:10] + b'garbled', r'is neither gzipped nor plain UTF-8 text \(.*decompressing'),
     (_PACKED[:-8] + b'checksum', r'is neither gzipped nor plain UTF-8 text \(CRC'),
 ])
-def test_a_garbled_file_is_named_with_field_and_line(tmp_path, content, message):
+def test_an_invalid_file_is_named_with_field_and_line(tmp_path, content, message):
   with pytest.raises(ValueError, match=r'config\.tokenizer\.merges_path=.*merges\.txt.*' + message):
     ClipTokenizer(_written(tmp_path, content))
 
 
 @pytest.mark.parametrize('library', ['ftfy', 'regex', 'tokenizers'])
-def test_an_absent_library_says_what_to_install(path, library):
+def test_a_missing_library_is_named_with_the_command_to_install_it(path, library):
   with mock.patch.dict(sys.modules, {library: None}):
     message = r"config\.tokenizer\.type='clip' requires pip install '\.\[clip\]': .*" + library
     with pytest.raises(ValueError, match=message):

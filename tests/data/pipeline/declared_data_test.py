@@ -1,4 +1,4 @@
-"""Data that is only declared: batches and target sets have the shapes of real ones."""
+"""Declared data: batches and target sets have the shapes of real ones."""
 
 import jax
 import pytest
@@ -8,7 +8,6 @@ from tests.helpers import tiny
 from uni_moe_jax import config
 from uni_moe_jax.config import presets
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.pipeline import clip_tokenizer
 from uni_moe_jax.data.pipeline.declared_data import DeclaredData
 from uni_moe_jax.tools.preflight import compiled_programs
 from uni_moe_jax.train import run
@@ -20,8 +19,8 @@ def _config(accum: int = 1):
     t.batch_size = 8
   c.train.grad_accum_steps = accum
   c.tokenizer.path = tiny.tokenizer_file()
-  c.tokenizer.vocab_size = 60  # what that file has
-  c.preflight.num_frames.motion = tiny.FRAMES
+  c.tokenizer.vocab_size = 60  # of that file
+  c.preflight.num_frames.motion = tiny.NUM_FRAMES
   return c
 
 
@@ -30,22 +29,22 @@ def _described(tree):
 
 
 @pytest.mark.parametrize('accum', [1, 2])
-def test_batches_have_the_shapes_and_the_places_of_real_ones(accum):
+def test_batches_have_the_shapes_and_shardings_of_real_ones(accum):
   c = _config(accum)
-  # Real sets first: what their texts take is then declared.
+  # Real sets first: the lengths of their entries are then declared.
   real = run.build(c, jax.devices()[:4])
   for s in real.plan.sets:
     if not s.is_vocabulary:
       rows = [int(n) for b in real.data.target_sets[s.name].buckets for n in b['valid'].sum(1)]
       c.preflight.target_lengths[s.name] = tuple((n, rows.count(n)) for n in sorted(set(rows)))
   _, batch = next(real.mixture().iterate(0, 1))
-  stand_in = compiled_programs.prepare(c, jax.devices()[:4])
-  assert _described(compiled_programs.batch_shapes(stand_in, stand_in.plan.tasks)) == _described(real.put_batch(batch))
-  assert _described(compiled_programs.target_set_shapes(stand_in)) == _described(real.target_sets())
-  assert _described(stand_in.abstract_state()) == _described(real.abstract_state())
+  declared = compiled_programs.prepare(c, jax.devices()[:4])
+  assert _described(compiled_programs.batch_shapes(declared, declared.plan.tasks)) == _described(real.put_batch(batch))
+  assert _described(compiled_programs.target_set_shapes(declared)) == _described(real.target_sets())
+  assert _described(declared.abstract_state()) == _described(real.abstract_state())
 
 
-def test_a_set_of_which_nothing_is_known_is_told():
+def test_a_set_without_declared_lengths_is_reported():
   c = _config()
   with pytest.raises(ValueError) as raised:
     DeclaredData(c, make_plan(c))
@@ -53,7 +52,7 @@ def test_a_set_of_which_nothing_is_known_is_told():
   assert 'give ((tokens, entries), …), for example ((16, 1000),).' in str(raised.value)
 
 
-def test_texts_that_the_config_lists_take_the_length_of_their_set():
+def test_entries_listed_in_the_config_have_the_max_len_of_their_set():
   c = _config()
   for name in ('shapes', 'motions', 'packages', 'answers'):
     c.target_sets[name] = config.target_set(('a', 'b', 'c'), family=c.target_sets[name].family)
@@ -63,33 +62,29 @@ def test_texts_that_the_config_lists_take_the_length_of_their_set():
   assert data.target_sets['words'].size == 60
 
 
-def test_the_published_vocabulary_has_the_size_that_its_merges_give():
-  assert clip_tokenizer.VOCAB_SIZE == 49411
-
-
-@pytest.mark.parametrize('field, value, said', [
-    ('target_lengths.nothing', ((4, 3),), r"config.preflight.target_lengths.nothing='nothing' is unknown"),
-    ('target_lengths.shapes', 1000, r'config.preflight.target_lengths.shapes=1000 must contain \(tokens, entries\) pairs'),
-    ('target_lengths.shapes', ((17, 3),), r'tokens in 2…config.target_sets.shapes.max_len=16'),
-    ('target_lengths.shapes', ((4, 0),), 'entries at least 1'),
-    ('target_lengths.shapes', 2.5, r'config.preflight.target_lengths.shapes=2.5 must contain \(tokens, entries\) pairs'),
-    ('target_lengths.shapes', ((4.5, 3),), r'config.preflight.target_lengths.shapes=\(\(4.5, 3\),\) must contain \(tokens, entries\) pairs'),
-    ('num_frames.motion', ({'a': 1},), r"config.preflight.num_frames.motion=\({'a': 1},\) must be a whole number in 1…"),
-    ('num_frames.motion', 2.5, r'config.preflight.num_frames.motion=2.5 must be a whole number in 1…config.model.max_num_frames=4'),
-    ('num_frames.motion', 9, r'config.preflight.num_frames.motion=9 must be a whole number in 1…config.model.max_num_frames=4'),
-    ('num_frames.nothing', 2, r"config.preflight.num_frames.nothing='nothing' is unknown"),
+@pytest.mark.parametrize('field, value, message', [
+    ('target_lengths.nothing', ((4, 3),), "'nothing' is unknown"),
+    ('target_lengths.shapes', 1000, r'1000 must contain \(tokens, entries\) pairs'),
+    ('target_lengths.shapes', ((17, 3),), '.*tokens in 2…config.target_sets.shapes.max_len=16'),
+    ('target_lengths.shapes', ((4, 0),), '.*entries at least 1'),
+    ('target_lengths.shapes', 2.5, r'2.5 must contain \(tokens, entries\) pairs'),
+    ('target_lengths.shapes', ((4.5, 3),), r'\(\(4.5, 3\),\) must contain \(tokens, entries\) pairs'),
+    ('num_frames.motion', ({'a': 1},), r"\({'a': 1},\) must be a whole number in 1…"),
+    ('num_frames.motion', 2.5, '2.5 must be a whole number in 1…config.model.max_num_frames=4'),
+    ('num_frames.motion', 9, '9 must be a whole number in 1…config.model.max_num_frames=4'),
+    ('num_frames.nothing', 2, "'nothing' is unknown"),
 ])
-def test_a_wrong_declaration_is_told(field, value, said):
+def test_an_invalid_declaration_is_reported(field, value, message):
   c = _config()
-  part, name = field.split('.')
-  if name in c.preflight[part]:
-    del c.preflight[part][name]  # a value of another type in its place would be refused before
-  c.preflight[part][name] = value
-  with pytest.raises(ValueError, match=said):
+  table, name = field.split('.')
+  if name in c.preflight[table]:
+    del c.preflight[table][name]  # ConfigDict refuses a value of another type
+  c.preflight[table][name] = value
+  with pytest.raises(ValueError, match=f'config.preflight.{field}={message}'):
     make_plan(c)
 
 
-def test_what_recipes_declare_of_the_embedded_data_is_what_their_configs_use():
+def test_presets_declare_the_sizes_of_the_embedded_data():
   c = config.base()
   presets.embedded(c)
   plan = make_plan(c)

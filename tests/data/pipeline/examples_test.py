@@ -1,4 +1,4 @@
-"""Records to batch fields, per kind of task: which fields, which shapes, and that they say what the record says."""
+"""Batch features of records per task type: names, shapes and content."""
 
 import dataclasses
 import functools
@@ -37,17 +37,17 @@ def _build(name, training=True, classes=None, records=None, channels=1, **change
 def _make(examples, ids=range(N), epoch=0):
   ids = tf.constant(list(ids), tf.int64)
   hashes = hashing.example_hash(0, 'task', tf.fill(tf.shape(ids), tf.constant(epoch, tf.int64)), ids)
-  fields = examples.make(ids, hashes)
-  return {k: v.numpy() for k, v in fields.items()}
+  features = examples.make(ids, hashes)
+  return {k: v.numpy() for k, v in features.items()}
 
 
-PIXELS, CLIP = ((N, 1, 16, 16, 1), 'uint8'), ((N, 3, 16, 16, 1), 'uint8')
+PIXELS, VIDEO = ((N, 1, 16, 16, 1), 'uint8'), ((N, 3, 16, 16, 1), 'uint8')
 LABEL, WEIGHT = ((N, 1), 'int32'), ((N, 1), 'float32')
 
 
 @pytest.mark.parametrize('name, expected', [
     ('shape', dict(pixels=PIXELS, label=LABEL, weight=WEIGHT)),
-    ('motion', dict(pixels=CLIP, label=LABEL, weight=WEIGHT)),
+    ('motion', dict(pixels=VIDEO, label=LABEL, weight=WEIGHT)),
     ('text', dict(text=((N, 16), 'int32'), text_valid=((N, 16), 'bool'), position=((N, 3), 'int32'),
                   label=((N, 3), 'int32'), weight=((N, 3), 'float32'))),
     ('caption', dict(pixels=PIXELS, text=((N, 12), 'int32'), text_valid=((N, 12), 'bool'), label=((N, 6), 'int32'),
@@ -57,31 +57,31 @@ LABEL, WEIGHT = ((N, 1), 'int32'), ((N, 1), 'float32')
     ('package', dict(text=((N, 16), 'int32'), text_valid=((N, 16), 'bool'), position=LABEL, label=LABEL,
                      weight=WEIGHT)),
 ])
-def test_fields_shapes_and_types_of_a_kind(name, expected):
-  fields = _make(_build(name))
-  assert {k: (v.shape, v.dtype.name) for k, v in fields.items()} == {'id': ((N,), 'int64'), **expected}
+def test_features_of_a_task_type_have_their_shapes_and_dtypes(name, expected):
+  features = _make(_build(name))
+  assert {k: (v.shape, v.dtype.name) for k, v in features.items()} == {'id': ((N,), 'int64'), **expected}
 
 
-def test_classes_are_places_in_the_target_set():
-  fields = _make(_build('shape'), ids=range(24))
-  assert [tiny.CLASSES[i] for i in fields['label'][:, 0]] == tiny.records('glyphs').columns['class'].tolist()
-  np.testing.assert_array_equal(fields['weight'], 1)
+def test_labels_are_indices_into_the_target_set():
+  features = _make(_build('shape'), ids=range(24))
+  assert [tiny.CLASSES[i] for i in features['label'][:, 0]] == tiny.records('glyphs').columns['class'].tolist()
+  np.testing.assert_array_equal(features['weight'], 1)
 
 
-def test_pictures_are_those_of_the_record():
+def test_pixels_are_those_of_the_record():
   records = tiny.records('glyphs')
-  fields = _make(_build('shape'), ids=[3, 0, 3])
-  np.testing.assert_array_equal(fields['pixels'][:, 0, :, :, 0], records.columns['pixels'][[3, 0, 3]])
+  features = _make(_build('shape'), ids=[3, 0, 3])
+  np.testing.assert_array_equal(features['pixels'][:, 0, :, :, 0], records.columns['pixels'][[3, 0, 3]])
 
 
-def test_colour_is_grey_three_times():
-  fields = _make(_build('shape', channels=3))
-  assert fields['pixels'].shape == (N, 1, 16, 16, 3)
-  np.testing.assert_array_equal(fields['pixels'][..., 0], fields['pixels'][..., 2])
+def test_gray_is_repeated_for_three_channels():
+  features = _make(_build('shape', channels=3))
+  assert features['pixels'].shape == (N, 1, 16, 16, 3)
+  np.testing.assert_array_equal(features['pixels'][..., 0], features['pixels'][..., 2])
 
 
-def test_records_without_a_class_are_left_out():
-  # Of 24 paragraphs every third has no package; ids count those that remain.
+def test_records_without_a_class_are_skipped():
+  # Every third of 24 paragraphs has no package; ids count the others.
   examples = _build('package')
   assert examples.size == 16
   labels = _make(examples, ids=range(16))['label'][:, 0]
@@ -89,51 +89,51 @@ def test_records_without_a_class_are_left_out():
   assert [tiny.PACKAGES[i] for i in labels] == kept
 
 
-def test_texts_stay_with_their_labels_when_records_are_left_out():
-  fields, columns = _make(_build('package'), ids=range(16)), tiny.records('paragraphs').columns
+def test_texts_match_their_labels_when_records_are_skipped():
+  features, columns = _make(_build('package'), ids=range(16)), tiny.records('paragraphs').columns
   texts = [t for t, p in zip(columns['text'].tolist(), columns['package'].tolist()) if p]
-  for row, text in zip(fields['text'], texts):
+  for row, text in zip(features['text'], texts):
     assert row[:5].tolist() == _tokenizer().encode(text)[:5]
 
 
-def test_pictures_and_labels_stay_together_when_records_are_left_out():
+def test_images_match_their_labels_when_records_are_skipped():
   records = tiny.records('glyphs')
   shapes = records.columns['class'].copy()
   shapes[::2] = ''
   records = dataclasses.replace(records, columns={**records.columns, 'class': shapes})
-  fields = _make(_build('shape', records=records), ids=range(12))
-  np.testing.assert_array_equal(fields['pixels'][:, 0, :, :, 0], records.columns['pixels'][1::2])
-  assert [tiny.CLASSES[i] for i in fields['label'][:, 0]] == shapes[1::2].tolist()
+  features = _make(_build('shape', records=records), ids=range(12))
+  np.testing.assert_array_equal(features['pixels'][:, 0, :, :, 0], records.columns['pixels'][1::2])
+  assert [tiny.CLASSES[i] for i in features['label'][:, 0]] == shapes[1::2].tolist()
 
 
-def test_a_caption_is_its_words_and_as_many_queries():
-  tokenizer, fields = _tokenizer(), _make(_build('caption', max_len=20))
+def test_a_caption_is_its_tokens_and_as_many_queries():
+  tokenizer, features = _tokenizer(), _make(_build('caption', max_len=20))
   for i in range(N):
     words = [*tokenizer.encode(tiny.records('glyphs').columns['name'][i]), tokenizer.eot]
     n = len(words)
-    np.testing.assert_array_equal(fields['text'][i, :20], words + [tokenizer.pad] * (20 - n))
-    np.testing.assert_array_equal(fields['text'][i, 20:], tokenizer.spe)
-    np.testing.assert_array_equal(fields['label'][i, :n], words)
+    np.testing.assert_array_equal(features['text'][i, :20], words + [tokenizer.pad] * (20 - n))
+    np.testing.assert_array_equal(features['text'][i, 20:], tokenizer.spe)
+    np.testing.assert_array_equal(features['label'][i, :n], words)
     used = [True] * n + [False] * (20 - n)
-    np.testing.assert_array_equal(fields['text_valid'][i], used * 2)
-    np.testing.assert_array_equal(fields['weight'][i], used)
+    np.testing.assert_array_equal(features['text_valid'][i], used * 2)
+    np.testing.assert_array_equal(features['weight'][i], used)
 
 
-def test_a_long_caption_is_cut_and_still_ends():
-  tokenizer, fields = _tokenizer(), _make(_build('caption', max_len=4))
+def test_a_truncated_caption_ends_in_eot():
+  tokenizer, features = _tokenizer(), _make(_build('caption', max_len=4))
   for i in range(N):
     words = tokenizer.encode(tiny.records('glyphs').columns['name'][i])
-    assert fields['label'][i].tolist() == [*words[:3], tokenizer.eot]
+    assert features['label'][i].tolist() == [*words[:3], tokenizer.eot]
 
 
 def test_equal_texts_of_pairs_have_equal_ids():
-  fields = _make(_build('pair', caption_templates=('{class}',)), ids=range(24))
-  texts = [_tokenizer().decode(row) for row in fields['target']]
+  features = _make(_build('pair', caption_templates=('{class}',)), ids=range(24))
+  texts = [_tokenizer().decode(row) for row in features['target']]
   assert texts == tiny.records('glyphs').columns['class'].tolist()
-  assert len(set(zip(texts, fields['text_id'].tolist()))) == len(set(texts)) == 3
+  assert len(set(zip(texts, features['text_id'].tolist()))) == len(set(texts)) == 3
 
 
-def test_phrases_change_between_epochs_in_training_only():
+def test_captions_change_between_epochs_in_training_only():
   def texts(training):
     examples = _build('pair', training, caption_templates=('{class}', '{class} of {face}'))
     return [[_tokenizer().decode(r) for r in _make(examples, range(24), epoch)['target']] for epoch in range(2)]
@@ -141,98 +141,100 @@ def test_phrases_change_between_epochs_in_training_only():
   shapes, faces = (tiny.records('glyphs').columns[k].tolist() for k in ('class', 'face'))
   first, second = texts(training=True)
   assert first != second
-  assert {t == s for t, s in zip(first, shapes)} == {True, False}  # both phrases occur
+  assert {t == s for t, s in zip(first, shapes)} == {True, False}  # both templates occur
   assert all(t in (s, f'{s} of {f}'[:len(t)]) for t, s, f in zip(first, shapes, faces))
   assert texts(training=False) == [shapes, shapes]
 
 
-def test_the_slot_is_where_the_answer_is_read():
-  fields = _make(_build('answer'), ids=range(12))
-  position = fields['position'][:, 0]
+def test_the_readout_position_is_the_slot():
+  features = _make(_build('answer'), ids=range(12))
+  position = features['position'][:, 0]
   assert len(set(position.tolist())) > 1  # texts of different lengths
-  for row, place in zip(fields['text'], position):
-    assert np.flatnonzero(row == _tokenizer().spe).tolist() == [place]
+  for row, index in zip(features['text'], position):
+    assert np.flatnonzero(row == _tokenizer().spe).tolist() == [index]
 
 
-def test_a_template_holds_both_texts_around_the_slot():
+def test_a_template_places_both_texts_around_the_slot():
   tokenizer, columns = _tokenizer(), tiny.records('pairs').columns
-  fields = _make(_build('answer', max_len=100), ids=[4])
+  features = _make(_build('answer', max_len=100), ids=[4])
   a, b = (tokenizer.encode(columns[k][4]) for k in ('text_a', 'text_b'))
   expected = [*a, tokenizer.eot, tokenizer.spe, *tokenizer.encode(','), *b, tokenizer.eot]
   n = len(expected)
-  assert fields['text'][0, :n].tolist() == expected
-  assert fields['text_valid'][0].tolist() == [True] * n + [False] * (100 - n)
-  assert fields['position'][0, 0] == len(a) + 1
+  assert features['text'][0, :n].tolist() == expected
+  assert features['text_valid'][0].tolist() == [True] * n + [False] * (100 - n)
+  assert features['position'][0, 0] == len(a) + 1
 
 
 def test_masked_text_is_the_packed_text():
   tokenizer = _tokenizer()
-  fields = _make(_build('text', training=False), ids=range(3))
+  features = _make(_build('text', training=False), ids=range(3))
   flat = [t for text in tiny.records('paragraphs').columns['text'] for t in (*tokenizer.encode(text), tokenizer.eot)]
-  restored = fields['text'].copy()
-  for row, position, label, weight in zip(restored, fields['position'], fields['label'], fields['weight']):
+  restored = features['text'].copy()
+  for row, position, label, weight in zip(restored, features['position'], features['label'], features['weight']):
     row[position[weight > 0]] = label[weight > 0]
   assert restored.reshape(-1).tolist() == flat[:48]
-  assert fields['text_valid'].all()
+  assert features['text_valid'].all()
 
 
-def test_evaluation_masks_every_pick_and_training_does_not():
+def test_evaluation_masks_every_selected_token_and_training_does_not():
   spe = _tokenizer().spe
 
   def share(training):
-    fields = _make(_build('text', training), ids=range(20))
-    picked = np.take_along_axis(fields['text'], fields['position'], axis=1)[fields['weight'] > 0]
-    return np.mean(picked == spe)
+    features = _make(_build('text', training), ids=range(20))
+    selected = np.take_along_axis(features['text'], features['position'], axis=1)[features['weight'] > 0]
+    return np.mean(selected == spe)
 
   assert share(training=False) == 1
   assert .5 < share(training=True) < 1
 
 
 @pytest.mark.parametrize('random_special_tokens', [False, True])
-def test_random_words_are_special_tokens_only_where_the_config_says_so(random_special_tokens):
+def test_random_tokens_are_special_only_if_configured(random_special_tokens):
   tokenizer, task = _tokenizer(), _task('text')
   examples = Builder(tokenizer, SETS, 1, True, random_special_tokens).build(task, tiny.records('paragraphs'))
-  # Every row in 100 epochs: about 600 random words, 10 of each id.
+  # Every row in 100 epochs: about 600 random tokens, 10 of each id.
   epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:100, :20])
   text = examples.make(ids, hashing.example_hash(0, 'task', epochs, ids))['text'].numpy()
-  # Texts hold `eot`, masks `spe`: the other two come as random words or not at all.
+  # Texts contain `eot`, masks `spe`: the other two occur as random tokens or not at all.
   others = {tokenizer.pad, tokenizer.unk}
   assert others & set(text.ravel().tolist()) == (others if random_special_tokens else set())
 
 
-def test_pictures_move_in_training_only():
-  still = _make(_build('shape'))['pixels']
-  np.testing.assert_array_equal(_make(_build('shape', training=False, max_shift=2))['pixels'], still)
-  assert (_make(_build('shape', max_shift=2))['pixels'] != still).any()
+def test_images_shift_in_training_only():
+  unshifted = _make(_build('shape'))['pixels']
+  np.testing.assert_array_equal(_make(_build('shape', training=False, max_shift=2))['pixels'], unshifted)
+  assert (_make(_build('shape', max_shift=2))['pixels'] != unshifted).any()
 
 
-def test_two_tasks_of_one_source_hold_its_pictures_once():
+def test_two_tasks_of_one_source_share_its_pixels():
   builder, records = Builder(_tokenizer(), SETS, 1, True), tiny.records('glyphs')
   builder.build(_task('shape'), records)
-  [held] = builder.pixels.values()
+  [pixels] = builder.pixels.values()
   builder.build(_task('pair'), records)
-  assert list(builder.pixels.values())[0] is held and len(builder.pixels) == 1
+  assert list(builder.pixels.values())[0] is pixels and len(builder.pixels) == 1
 
 
 @pytest.mark.parametrize('name, changes, message', [
     ('shape', dict(label_column='clas'), r"config.tasks.shape.label_column='clas' is no column; did you mean 'class'"),
-    ('pair', dict(caption_templates=('{nme}',)), r"caption_templates: template '\{nme\}' names column 'nme'; did you mean 'name'"),
+    ('pair', dict(caption_templates=('{nme}',)),
+     r"caption_templates: template '\{nme\}' names column 'nme'; did you mean 'name'"),
     ('answer', dict(template='{text_c} <spe> <eot>'), r"config.tasks.answer.template names column 'text_c'; did you"),
     ('text', dict(source='glyphs'), r"config.tasks.text: source 'glyphs' has no column 'text'; it has class, face"),
-    ('shape', dict(source='paragraphs', label_column='package', target_set='packages'), "source 'paragraphs' has no pixels"),
+    ('shape', dict(source='paragraphs', label_column='package', target_set='packages'),
+     "source 'paragraphs' has no pixels"),
     ('text', dict(max_len=4000), r'tokens do not fill a row of length 4000'),
 ])
-def test_what_the_records_do_not_have_is_named(name, changes, message):
+def test_a_config_that_does_not_match_the_records_is_reported(name, changes, message):
   with pytest.raises(ValueError, match=message):
     _build(name, **changes)
 
 
-def test_a_class_that_is_not_in_the_set_is_named_with_the_nearest():
+def test_a_class_that_is_not_in_the_target_set_is_reported_with_the_nearest():
   with pytest.raises(ValueError, match="tasks.shape: class 'disc' is not in the target set; did you mean 'disk'"):
     _build('shape', classes={'shapes': ('bar', 'disk', 'star')})
 
 
-def test_a_source_without_any_label_is_an_error_not_an_empty_task():
+def test_a_source_without_labels_is_an_error():
   records = tiny.records('paragraphs')
   empty = Records({**records.columns, 'package': np.full(24, '')}, records.classes, '')
   with pytest.raises(ValueError, match=r"no record of source 'paragraphs', split 'train', has a 'package'"):

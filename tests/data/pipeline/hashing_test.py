@@ -1,4 +1,4 @@
-"""The order and the randomness of the data: the same in numpy and TensorFlow, shuffled, and never stored."""
+"""Hash-based order and randomness: equal in Python and TensorFlow, shuffled, without state."""
 
 import numpy as np
 import pytest
@@ -9,25 +9,25 @@ from uni_moe_jax.data.pipeline import hashing
 U64 = np.uint64
 
 
-def _start(value):
+def _hashes(value):
   return tf.constant(np.array(value, U64))
 
 
 def test_one_round_is_splitmix64():
-  # The first output of SplitMix64 seeded with 0 (Vigna's reference implementation): finaliser of 0 + gamma.
+  # The first output of SplitMix64 with seed 0 (Vigna's reference implementation): finalizer of 0 + gamma.
   assert hashing.mix(0) == 0xE220A8397B1DCDAF
 
 
 @pytest.mark.parametrize('value', [0, 1, -1, 2**31, 2**62, -2**62, 'shift down', 'größe'])
 @pytest.mark.parametrize('start', [(), (7,), (7, 'glyphs', -3)])
-def test_the_tensor_hash_is_the_host_hash(start, value):
-  folded = hashing.mix_tensor(_start(hashing.mix(*start)), value)
+def test_the_tensorflow_hash_equals_the_python_hash(start, value):
+  folded = hashing.mix_tensor(_hashes(hashing.mix(*start)), value)
   assert int(folded.numpy()) == hashing.mix(*start, value)
 
 
-def test_the_tensor_hash_takes_tensors_and_broadcasts():
+def test_the_tensorflow_hash_broadcasts_tensors():
   rows, columns = [3, 2**40], [0, 1, -5]
-  folded = hashing.mix_tensor(_start([[hashing.mix(r)] for r in rows]), tf.constant([columns], tf.int64))
+  folded = hashing.mix_tensor(_hashes([[hashing.mix(r)] for r in rows]), tf.constant([columns], tf.int64))
   expected = [[hashing.mix(r, c) for c in columns] for r in rows]
   np.testing.assert_array_equal(folded, np.array(expected, U64))
 
@@ -37,23 +37,22 @@ def test_the_hash_depends_on_order_and_on_every_value():
   assert len(hashes) == 6
 
 
-def test_uniform_reads_the_upper_24_bits():
-  top = 2**64 - 1
-  found = hashing.uniform(_start([0, 2**63, top, 2**40 - 1]))
-  np.testing.assert_array_equal(found, np.array([0, .5, 1 - 2**-24, 0], np.float32))
-  assert found.dtype == tf.float32
+def test_uniform_uses_the_upper_24_bits():
+  draws = hashing.uniform(_hashes([0, 2**63, 2**64 - 1, 2**40 - 1]))
+  np.testing.assert_array_equal(draws, np.array([0, .5, 1 - 2**-24, 0], np.float32))
+  assert draws.dtype == tf.float32
 
 
 def test_uniform_draws_are_uniform():
-  draws = hashing.uniform(hashing.mix_tensor(_start(hashing.mix(3)), tf.range(40000, dtype=tf.int64))).numpy()
+  draws = hashing.uniform(hashing.mix_tensor(_hashes(hashing.mix(3)), tf.range(40000, dtype=tf.int64))).numpy()
   counts = np.histogram(draws, bins=20, range=(0, 1))[0]
   assert abs(counts - 2000).max() < 5 * np.sqrt(2000)
 
 
-def test_below_is_the_remainder():
-  found = hashing.randint(_start([0, 7, 10, 2**63 + 5]), 7)
-  np.testing.assert_array_equal(found, [0, 0, 3, (2**63 + 5) % 7])
-  assert found.dtype == tf.int32
+def test_randint_is_the_remainder():
+  draws = hashing.randint(_hashes([0, 7, 10, 2**63 + 5]), 7)
+  np.testing.assert_array_equal(draws, [0, 0, 3, (2**63 + 5) % 7])
+  assert draws.dtype == tf.int32
 
 
 def _epochs(size, epochs, seed=1, name='task'):
@@ -68,44 +67,36 @@ def test_each_epoch_is_a_permutation(size):
     assert sorted(ids.tolist()) == list(range(size))
 
 
-def test_the_id_at_a_position_does_not_depend_on_what_else_is_asked():
-  together = _epochs(100, 2).reshape(-1)
-  alone, epoch = hashing.shuffled_ids(tf.constant([150, 3], tf.int64), 100, 1, 'task')
-  np.testing.assert_array_equal(alone, together[[150, 3]])
+def test_the_id_at_a_position_does_not_depend_on_other_positions():
+  all_ids = _epochs(100, 2).reshape(-1)
+  ids, epoch = hashing.shuffled_ids(tf.constant([150, 3], tf.int64), 100, 1, 'task')
+  np.testing.assert_array_equal(ids, all_ids[[150, 3]])
   np.testing.assert_array_equal(epoch, [1, 0])
 
 
-def _share_equal(a, b):
-  return float(np.mean(a == b))
-
-
-@pytest.mark.parametrize('other', [dict(seed=2), dict(name='other task')])
-def test_seeds_and_tasks_have_orders_of_their_own(other):
-  a, b = _epochs(5000, 1)[0], _epochs(5000, 1, **other)[0]
-  assert _share_equal(a, b) < .003  # unrelated permutations agree in about one place
-  assert abs(np.corrcoef(a, b)[0, 1]) < .06
-
-
-def test_epochs_have_orders_of_their_own():
-  a, b = _epochs(5000, 2)
-  assert _share_equal(a, b) < .003
+@pytest.mark.parametrize('epoch, other', [(0, dict(seed=2)), (0, dict(name='other task')), (1, {})])
+def test_seeds_tasks_and_epochs_have_different_orders(epoch, other):
+  a, b = _epochs(5000, 1)[0], _epochs(5000, 1 + epoch, **other)[epoch]
+  assert np.mean(a == b) < .003  # unrelated permutations agree at about one position
   assert abs(np.corrcoef(a, b)[0, 1]) < .06
 
 
 @pytest.mark.parametrize('size', [5000, 100_000, 1_000_000])
-def test_neighbours_are_unrelated(size):
-  # With the operation's default of 4 rounds, lag 1 correlates with 0.4 at a million.
+def test_neighbors_are_uncorrelated(size):
+  # With the operation's default of 4 rounds, the correlation at lag 1 is 0.4 at a million.
   ids, _ = hashing.shuffled_ids(tf.range(min(size, 20_000), dtype=tf.int64), size, 1, 'task')
   ids = ids.numpy()
   for lag in (1, 2):
     assert abs(np.corrcoef(ids[lag:], ids[:-lag])[0, 1]) < .05, lag
 
 
-def test_an_example_has_new_randomness_in_every_epoch_seed_and_task():
-  def one(seed=0, name='a', epoch=0, example=5):
-    return int(hashing.example_hash(seed, name, tf.constant([epoch], tf.int64), tf.constant([example], tf.int64))[0])
+def test_the_hash_of_an_example_depends_on_seed_task_epoch_and_id():
+  def example_hash(seed=0, name='a', epoch=0, example=5):
+    epoch, ids = tf.constant([epoch], tf.int64), tf.constant([example], tf.int64)
+    return int(hashing.example_hash(seed, name, epoch, ids)[0])
 
-  found = [one(), one(seed=1), one(name='b'), one(epoch=1), one(example=6)]
-  assert len(set(found)) == 5
-  assert one() == found[0]
-  assert one(epoch=1) == hashing.mix(0, 'a', 'example', 1, 5)
+  hashes = [example_hash(), example_hash(seed=1), example_hash(name='b'), example_hash(epoch=1),
+            example_hash(example=6)]
+  assert len(set(hashes)) == 5
+  assert example_hash() == hashes[0]
+  assert example_hash(epoch=1) == hashing.mix(0, 'a', 'example', 1, 5)

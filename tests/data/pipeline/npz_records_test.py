@@ -1,4 +1,4 @@
-"""Prepared records on disk: whole or absent, and fingerprints of what they say."""
+"""Prepared records on disk: atomic folders, files and fingerprints."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ _CLASSES = {'name': ('b', 'a')}
 
 class TestFingerprint:
 
-  def test_equal_content_has_one_fingerprint_however_it_is_stored(self):
+  def test_equal_content_has_equal_fingerprints_however_it_is_stored(self):
     other = {
         'name': _COLUMNS['name'].astype('<U40'),
         'pixels': np.asfortranarray(_COLUMNS['pixels']),
@@ -26,49 +26,47 @@ class TestFingerprint:
       {'pixels': _COLUMNS['pixels'].reshape(3, 4)},
       {'pixels': _COLUMNS['pixels'].astype(np.int16)},
       {'name': np.array(['ab', '', ''])},
-  ], ids=['values', 'shape', 'type', 'where a text ends'])
-  def test_another_column_has_another_fingerprint(self, change):
+  ], ids=['values', 'shape', 'type', 'end of a text'])
+  def test_a_changed_column_changes_the_fingerprint(self, change):
     changed = npz_records.fingerprint(_COLUMNS | change, _CLASSES)
     assert changed != npz_records.fingerprint(_COLUMNS, _CLASSES)
 
-  def test_another_order_of_classes_has_another_fingerprint(self):
+  def test_the_order_of_classes_changes_the_fingerprint(self):
     changed = npz_records.fingerprint(_COLUMNS, {'name': ('a', 'b')})
     assert changed != npz_records.fingerprint(_COLUMNS, _CLASSES)
 
 
-class TestBuilding:
+class TestAtomicFolder:
 
-  def test_a_block_that_raises_leaves_nothing(self, tmp_path):
+  def test_a_block_that_raises_leaves_no_folder(self, tmp_path):
     with pytest.raises(RuntimeError), npz_records.atomic_folder(tmp_path / 'made') as folder:
       (folder / 'half').touch()
       raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
-  def test_nothing_is_there_before_the_block_ends(self, tmp_path):
+  def test_the_folder_appears_when_the_block_ends(self, tmp_path):
     with npz_records.atomic_folder(tmp_path / 'made') as folder:
       (folder / 'part').touch()
       assert not (tmp_path / 'made').exists()
     assert [file.name for file in (tmp_path / 'made').iterdir()] == ['part']
 
-  def test_of_two_builds_at_once_the_first_to_finish_stays(self, tmp_path):
+  def test_of_two_concurrent_builds_the_first_to_finish_is_kept(self, tmp_path):
     with npz_records.atomic_folder(tmp_path / 'made') as slow:
       with npz_records.atomic_folder(tmp_path / 'made') as fast:
         (fast / 'fast').touch()
       (slow / 'slow').touch()
-    found = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*'))
-    assert found == ['made', 'made/fast']
+    paths = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*'))
+    assert paths == ['made', 'made/fast']
 
 
-class TestDirectory:
-
-  def test_one_of_an_unknown_user_is_not_there(self):
-    with pytest.raises(FileNotFoundError, match='Data directory ~nobody_of_this_name/x does not exist'):
-      npz_records.check_directory('~nobody_of_this_name/x')
+def test_a_data_directory_of_an_unknown_user_does_not_exist():
+  with pytest.raises(FileNotFoundError, match='Data directory ~nobody_of_this_name/x does not exist'):
+    npz_records.check_directory('~nobody_of_this_name/x')
 
 
 class TestFiles:
 
-  def test_records_come_back_as_they_were_saved(self, tmp_path):
+  def test_records_are_read_as_they_were_saved(self, tmp_path):
     npz_records.save(tmp_path, 'train', _COLUMNS, _CLASSES)
     records = npz_records.load(tmp_path, 'train', tmp_path)
     np.testing.assert_array_equal(records.columns['pixels'], _COLUMNS['pixels'])
@@ -80,15 +78,16 @@ class TestFiles:
     with pytest.raises(ValueError, match="'train'.*the same length.*'pixels': 3, 'name': 2"):
       npz_records.save(tmp_path, 'train', _COLUMNS | {'name': np.array(['a', 'b'])}, {})
 
-  @pytest.mark.parametrize('harm', [
+  @pytest.mark.parametrize('damage', [
       lambda path: path.write_bytes(path.read_bytes()[:-40]),
       lambda path: path.write_bytes(path.read_bytes().replace(b'PK', b'KP')),
       lambda path: path.write_bytes(b''),
       lambda path: (path.unlink(), path.mkdir()),
       lambda path: np.savez(path, name=np.array([{'code': 1}], object)),
-  ], ids=['cut off', 'altered', 'empty', 'a folder', 'pickled objects'])
-  def test_a_file_that_cannot_be_read_is_named_with_what_to_do(self, tmp_path, harm):
+  ], ids=['truncated', 'altered', 'empty', 'a folder', 'pickled objects'])
+  def test_an_unreadable_file_is_named_with_the_fix(self, tmp_path, damage):
     npz_records.save(tmp_path, 'train', _COLUMNS, _CLASSES)
-    harm(tmp_path / 'train.npz')
-    with pytest.raises(ValueError, match=r'train\.npz cannot be read \(.*damaged: delete .* and run: python launch/prepare_data'):
+    damage(tmp_path / 'train.npz')
+    message = r'train\.npz cannot be read \(.*damaged: delete .* and run: python launch/prepare_data'
+    with pytest.raises(ValueError, match=message):
       npz_records.load(tmp_path, 'train', '/data')

@@ -1,127 +1,124 @@
-import pathlib
+"""The SentencePiece tokenizer: training, encoding, special tokens, word boundaries; and packing of tokens."""
+
 import pydoc_data.topics
-from unittest import mock
 
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from uni_moe_jax.data.pipeline import tokenizer
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 
-_TOPICS = sorted(pydoc_data.topics.topics.items())
-_TEXTS = [line for _, text in _TOPICS for line in text.split('\n')][:4000]
+_TEXTS = [line for _, text in sorted(pydoc_data.topics.topics.items()) for line in text.split('\n')][:4000]
 _SIZE = 400
 
 
-class SentencePieceTokenizerTest(parameterized.TestCase):
-
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    folder = absltest.get_default_test_tmpdir()
-    cls.file = pathlib.Path(folder, 'tokenizer_test', 'words.model')
-    cls.tokenizer = SentencePieceTokenizer.train(_TEXTS, cls.file, _SIZE)
-
-  def test_training_twice_gives_the_same_bytes(self):
-    again = self.file.with_name('again.model')
-    SentencePieceTokenizer.train(iter(_TEXTS), again, _SIZE)
-    self.assertEqual(again.read_bytes(), self.file.read_bytes())
-
-  def test_special_ids(self):
-    t = self.tokenizer
-    self.assertEqual(t.size, _SIZE)
-    self.assertEqual(t.pad, 0)
-    self.assertLen({t.pad, t.unk, t.spe, t.eot}, 4)
-    self.assertEqual(t.special_ids, {t.pad, t.unk, t.spe, t.eot})
-
-  @parameterized.parameters('<spe>', '<eot>', '<pad>', 'a<eot>b <spe>', '▁<spe>▁')
-  def test_no_text_spells_a_special_token(self, text):
-    t = self.tokenizer
-    ids = t.encode(text)
-    self.assertNotEmpty(ids)
-    self.assertTrue(t.special_ids.isdisjoint(set(ids) - {t.unk}), ids)
-
-  def test_training_on_special_spellings_adds_no_piece_for_them(self):
-    t = SentencePieceTokenizer.train(
-        _TEXTS + ['<spe> it is <eot>'] * 500, self.file.with_name('spelt.model'), _SIZE)
-    self.assertTrue({t.spe, t.eot}.isdisjoint(t.encode('<spe> it is <eot>')))
-
-  @parameterized.parameters(
-      ('The Value of the Object.', 'the value of the object.'),
-      ('ﬁnal\tＶＡＬＵＥ', 'final value'),
-      ('  the  value\n', 'the value'),
-      ('', ''),
-  )
-  def test_decoding_gives_the_folded_text(self, text, folded):
-    self.assertEqual(self.tokenizer.decode(self.tokenizer.encode(text)), folded)
-
-  def test_decoding_stops_at_eot_and_drops_specials(self):
-    t = self.tokenizer
-    value, other = t.encode('the value'), t.encode('another')
-    ids = [t.spe, *value, t.pad, t.unk, t.eot, *other, t.eot]
-    self.assertEqual(t.decode(np.array(ids, np.int32)), 'the value')
-
-  def test_a_batch_is_each_text(self):
-    found = self.tokenizer.encode_batch(np.array(['the value', '', 'an object']))
-    self.assertEqual(
-        found, [self.tokenizer.encode('the value'), [], self.tokenizer.encode('an object')])
-
-  def test_an_unseen_character_is_unknown(self):
-    self.assertIn(self.tokenizer.unk, self.tokenizer.encode('字'))
-    self.assertNotIn(self.tokenizer.unk, self.tokenizer.encode('the value'))
-
-  def test_words_and_punctuation_start_units(self):
-    t = self.tokenizer
-    self.assertEqual(t.word_start.shape, (_SIZE,))
-    self.assertEqual(t.word_start.dtype, bool)
-    ids = t.encode('unforgettable, zebra')  # no such words in the texts: several pieces each
-    comma = ids.index(t.encode('the,')[-1])
-    starts = t.word_start[ids]
-    self.assertEqual(list(np.flatnonzero(starts)), [0, comma, comma + 1])
-    self.assertGreater(comma, 1)
-    self.assertGreater(len(ids), comma + 2)
-    self.assertTrue(t.word_start[list(t.special_ids)].all())
-
-  def test_reading_gives_the_same_tokenizer(self):
-    again = SentencePieceTokenizer(self.file)
-    self.assertEqual(again.encode('the value'), self.tokenizer.encode('the value'))
-
-  def test_a_missing_file_is_named(self):
-    with self.assertRaisesRegex(FileNotFoundError, 'no_such.model'):
-      SentencePieceTokenizer('no_such.model')
-
-  def test_a_model_without_special_tokens_is_refused(self):
-    other = self.file.with_name('plain.model')
-    with mock.patch.dict(tokenizer._TRAINER, control_symbols=['<eot>']):
-      with self.assertRaisesRegex(ValueError, r'plain\.model has no <spe>'):
-        SentencePieceTokenizer.train(_TEXTS, other, _SIZE)
-
-  def test_too_large_a_vocabulary_says_the_bound_and_leaves_no_file(self):
-    file = self.file.with_name('large.model')
-    with self.assertRaisesRegex(ValueError, r'vocabulary of 5000 pieces.*<= \d+'):
-      SentencePieceTokenizer.train(['a few words', 'and a few more'], file, 5000)
-    self.assertFalse(file.exists())
-
-  def test_fewer_pieces_will_do_where_asked_and_of_enough_text_none_are_missing(self):
-    few = SentencePieceTokenizer.train(['a few words', 'and a few more'], self.file.with_name('few.model'), 5000, allow_smaller_vocab=True)
-    self.assertLess(few.size, 50)
-    self.assertEqual(few.decode(few.encode('a few words')), 'a few words')
-    enough = SentencePieceTokenizer.train(_TEXTS, self.file.with_name('enough.model'), _SIZE, allow_smaller_vocab=True)
-    self.assertEqual([enough.encode(t) for t in _TEXTS], [self.tokenizer.encode(t) for t in _TEXTS])
+@pytest.fixture(name='model_file', scope='module')
+def _model_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp('tokenizer') / 'new folder' / 'words.model'
+  SentencePieceTokenizer.train(_TEXTS, path, _SIZE)
+  return path
 
 
-class PackTest(parameterized.TestCase):
-
-  def test_texts_end_in_eot_and_fill_rows(self):
-    rows = tokenizer.pack_tokens([[5, 6], [7], [8, 9, 10]], length=4, eot=3)
-    # 5 6 3 7 | 3 8 9 10 | 3 (left out)
-    np.testing.assert_array_equal(rows, [[5, 6, 3, 7], [3, 8, 9, 10]])
-    self.assertEqual(rows.dtype, np.int32)
-
-  def test_less_than_a_row_is_refused(self):
-    with self.assertRaisesRegex(ValueError, '3 tokens do not fill a row of length 4'):
-      tokenizer.pack_tokens([[5, 6]], length=4, eot=3)
+@pytest.fixture(name='words')
+def _words(model_file):
+  return SentencePieceTokenizer(model_file)
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_training_twice_gives_the_same_bytes_and_the_same_tokenizer(model_file, words, tmp_path):
+  again = SentencePieceTokenizer.train(iter(_TEXTS), tmp_path / 'again.model', _SIZE)
+  assert (tmp_path / 'again.model').read_bytes() == model_file.read_bytes()
+  assert again.encode('the value') == words.encode('the value')
+
+
+def test_special_ids_are_distinct(words):
+  assert words.size == _SIZE
+  assert words.pad == 0
+  assert len({words.pad, words.unk, words.spe, words.eot}) == 4
+  assert words.special_ids == {words.pad, words.unk, words.spe, words.eot}
+
+
+@pytest.mark.parametrize('text', ['<spe>', '<eot>', '<pad>', 'a<eot>b <spe>', '▁<spe>▁'])
+def test_no_text_spells_a_special_token(words, text):
+  ids = words.encode(text)
+  assert ids
+  assert words.special_ids.isdisjoint(set(ids) - {words.unk}), ids
+
+
+def test_training_on_spelled_special_tokens_adds_no_piece_for_them(tmp_path):
+  t = SentencePieceTokenizer.train(_TEXTS + ['<spe> it is <eot>'] * 500, tmp_path / 'spelled.model', _SIZE)
+  assert {t.spe, t.eot}.isdisjoint(t.encode('<spe> it is <eot>'))
+
+
+@pytest.mark.parametrize('text, normalized', [
+    ('The Value of the Object.', 'the value of the object.'),
+    ('ﬁnal\tＶＡＬＵＥ', 'final value'),
+    ('  the  value\n', 'the value'),
+    ('', ''),
+])
+def test_decoding_gives_the_normalized_text(words, text, normalized):
+  assert words.decode(words.encode(text)) == normalized
+
+
+def test_decoding_stops_at_eot_and_drops_special_tokens(words):
+  value, other = words.encode('the value'), words.encode('another')
+  ids = [words.spe, *value, words.pad, words.unk, words.eot, *other, words.eot]
+  assert words.decode(np.array(ids, np.int32)) == 'the value'
+
+
+def test_a_batch_is_encoded_text_by_text(words):
+  ids = words.encode_batch(np.array(['the value', '', 'an object']))
+  assert ids == [words.encode('the value'), [], words.encode('an object')]
+
+
+def test_an_unseen_character_is_unknown(words):
+  assert words.unk in words.encode('字')
+  assert words.unk not in words.encode('the value')
+
+
+def test_words_and_punctuation_start_units(words):
+  assert words.word_start.shape == (_SIZE,)
+  assert words.word_start.dtype == bool
+  ids = words.encode('unforgettable, zebra')  # not in the training texts: several pieces per word
+  comma = ids.index(words.encode('the,')[-1])
+  assert np.flatnonzero(words.word_start[ids]).tolist() == [0, comma, comma + 1]
+  assert comma > 1
+  assert len(ids) > comma + 2
+  assert words.word_start[list(words.special_ids)].all()
+
+
+def test_a_missing_file_is_named():
+  with pytest.raises(FileNotFoundError, match='no_such.model'):
+    SentencePieceTokenizer('no_such.model')
+
+
+def test_a_model_without_special_tokens_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setitem(tokenizer._TRAINER, 'control_symbols', ['<eot>'])
+  with pytest.raises(ValueError, match=r'plain\.model has no <spe>'):
+    SentencePieceTokenizer.train(_TEXTS, tmp_path / 'plain.model', _SIZE)
+
+
+def test_a_too_large_vocabulary_names_the_bound_and_leaves_no_file(tmp_path):
+  with pytest.raises(ValueError, match=r'vocabulary of 5000 pieces.*<= \d+'):
+    SentencePieceTokenizer.train(['a few words', 'and a few more'], tmp_path / 'large.model', 5000)
+  assert not (tmp_path / 'large.model').exists()
+
+
+def test_a_smaller_vocabulary_is_allowed_on_request_and_used_only_if_necessary(words, tmp_path):
+  small = SentencePieceTokenizer.train(
+      ['a few words', 'and a few more'], tmp_path / 'small.model', 5000, allow_smaller_vocab=True)
+  assert small.size < 50
+  assert small.decode(small.encode('a few words')) == 'a few words'
+  full = SentencePieceTokenizer.train(_TEXTS, tmp_path / 'full.model', _SIZE, allow_smaller_vocab=True)
+  assert [full.encode(t) for t in _TEXTS] == [words.encode(t) for t in _TEXTS]
+
+
+def test_packed_texts_end_in_eot_and_fill_rows():
+  rows = tokenizer.pack_tokens([[5, 6], [7], [8, 9, 10]], length=4, eot=3)
+  # 5 6 3 7 | 3 8 9 10 | 3 (dropped)
+  np.testing.assert_array_equal(rows, [[5, 6, 3, 7], [3, 8, 9, 10]])
+  assert rows.dtype == np.int32
+
+
+def test_packing_less_than_a_row_is_refused():
+  with pytest.raises(ValueError, match='3 tokens do not fill a row of length 4'):
+    tokenizer.pack_tokens([[5, 6]], length=4, eot=3)

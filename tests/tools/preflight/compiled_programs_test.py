@@ -16,7 +16,7 @@ from uni_moe_jax.tools.preflight import compiled_programs, findings, preflight, 
 from uni_moe_jax.tools.preflight.compiled_programs import Program
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
-_TOKENS = (tiny.SIDE // 8) ** 2 + 1  # of an image, with its prefix
+_TOKENS = (tiny.IMAGE_SIZE // 8) ** 2 + 1  # of an image, with its prefix
 
 
 def _config():
@@ -84,7 +84,7 @@ def test_the_evaluated_sequence_is_the_one_with_most_tokens():
     name, examples, sequence = compiled_programs.evaluated(compiled_programs.prepare(c, jax.devices()[:2]))
     return name, examples, (sequence.text if sequence.pixels is None else sequence.pixels).shape
   c = _config()
-  assert evaluated(c) == ('image_classification', 32, (32, 1, tiny.SIDE, tiny.SIDE, 1))
+  assert evaluated(c) == ('image_classification', 32, (32, 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1))
   # 32 images have 160 tokens; 50 names of 3 tokens have fewer, 300 of 8 more.
   c.target_sets.shapes = config.target_set('glyphs/class', family='names', max_len=8)
   c.preflight.target_lengths.shapes = ((3, 50), (8, 300))
@@ -146,7 +146,7 @@ def test_mixed_images_have_two_classes_and_videos_the_frames_of_their_task():
   batch = compiled_programs.batch_shapes(run, run.plan.tasks)
   assert batch['image_classification']['label'].shape == batch['image_classification']['weight'].shape == (2, 4, 2)
   assert batch['video_classification']['label'].shape == (2, 4, 1)
-  assert batch['video_classification']['pixels'].shape == (2, 4, 3, tiny.SIDE, tiny.SIDE, 1)
+  assert batch['video_classification']['pixels'].shape == (2, 4, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1)
 
 
 @pytest.mark.parametrize('router, capacity_factor, gmm, expected', [
