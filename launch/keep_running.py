@@ -2,10 +2,11 @@
 
   python launch/keep_running.py -- python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
 
-After exit code 75 (saved and stopped by a signal) and after crashes it starts the command again: after --backoff seconds, doubled
-with every crash in a row. It gives up after --max_restarts starts in a row without a newer checkpoint. Exit code 2, a mistake in the
-command, is final, unless the command worked before: then a disk may not be mounted yet. A signal to this script is passed on to the
-command, and the script waits for its end; if the script is killed, the command receives SIGTERM (on Linux).
+After exit code 75 (saved and stopped by a signal) and after crashes it starts the command again: after --backoff
+seconds, doubled with every crash in a row. It gives up after --max_restarts starts in a row without a newer checkpoint.
+Exit code 2, a mistake in the command, is final, unless the command worked before: then a disk may not be mounted yet. A
+signal to this script is passed on to the command, and the script waits for its end; if the script is killed, the
+command receives SIGTERM (on Linux).
 """
 
 import sys
@@ -14,7 +15,8 @@ from absl import app, flags
 
 from uni_moe_jax.train import restarts
 
-_MAX_RESTARTS = flags.DEFINE_integer('max_restarts', 5, 'Starts in a row without a newer checkpoint before giving up.', lower_bound=1)
+_MAX_RESTARTS = flags.DEFINE_integer(
+    'max_restarts', 5, 'Starts in a row without a newer checkpoint before giving up.', lower_bound=1)
 _BACKOFF = flags.DEFINE_float(
     'backoff', 10., 'Seconds before a start, doubled with every crash in a row, up to ten minutes.', lower_bound=0.)
 

@@ -32,7 +32,7 @@ def main() -> int:
     config = cli.config_of(_CONFIG)
     make_plan(config).check_trains()
     distributed.initialize(_CLUSTER())
-    with HangDetector(config.train.hang_timeout) as detector, detector.phase(START):  # a disk may hang at the first access
+    with HangDetector(config.train.hang_timeout) as detector, detector.phase(START):  # a disk may hang
       workdir.claim_workdir(_WORKDIR.value, config)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)
       npz_records.check_directory(config.data.dir)

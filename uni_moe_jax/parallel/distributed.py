@@ -1,7 +1,8 @@
 """Several processes as one run: how they find each other, and which one is primary.
 
-The same command is started once per process. The primary process, number 0, prints and writes logs; each process reads its
-share of every batch and writes its share of every checkpoint. JAX must be initialized before anything looks for devices.
+The same command is started once per process. The primary process, number 0, prints and writes logs; each process reads
+its share of every batch and writes its share of every checkpoint. JAX must be initialized before anything looks for
+devices.
 """
 
 import dataclasses
@@ -27,9 +28,10 @@ class Cluster:
 
 
 def define_flags() -> Callable[[], Cluster | None]:
-  """Defines the flags of a command that several processes may run; returns a function that reads them, see `parse`."""
+  """Defines the flags of a command that several processes run; returns a function that parses them."""
   mode = flags.DEFINE_enum(
-      'distributed', OFF, [OFF, AUTO], 'off: one process. auto: Slurm, Open MPI, GKE or a TPU VM provides the three flags below.')
+      'distributed', OFF, [OFF, AUTO],
+      'off: one process. auto: Slurm, Open MPI, GKE or a TPU VM provides the three flags below.')
   address = flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, with a free port there.')
   count = flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.')
   index = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
@@ -58,7 +60,7 @@ def parse(mode: str, address: str | None, num_processes: int | None, process_id:
 
 
 def initialize(cluster: Cluster | None) -> bool:
-  """Waits for the other processes of the run, and silences the standard output of all but the primary one.
+  """Joins the other processes of the run, and silences standard output unless this is process 0.
 
   Returns:
     Whether this process is the primary one.
@@ -73,8 +75,9 @@ def initialize(cluster: Cluster | None) -> bool:
     try:
       jax.distributed.initialize()
     except ValueError as error:
-      raise UsageError(f'--distributed={AUTO}: no cluster is detected ({error}). Start the command with srun, mpirun, on GKE or '
-                       'on a TPU VM, or give --coordinator_address, --num_processes and --process_id.') from error
+      raise UsageError(
+          f'--distributed={AUTO}: no cluster is detected ({error}). Start the command with srun, mpirun, on GKE or on '
+          'a TPU VM, or give --coordinator_address, --num_processes and --process_id.') from error
   else:
     jax.distributed.initialize(**dataclasses.asdict(cluster), cluster_detection_method='deactivate')
   if not is_primary():

@@ -1,4 +1,4 @@
-"""What the processes of a run agree on, so that none takes a step that another does not take; and how they end together."""
+"""Agreement between the processes of a run, so that all take the same steps and end together."""
 
 import atexit
 import contextlib
@@ -24,9 +24,10 @@ _PEER_LOST = re.compile(
 
 
 class AnyProcess:
-  """Whether a flag is set in any process, with the same answer in all of them and without waiting for the running step.
+  """Whether a flag is set in any process, with the same answer in all of them.
 
-  With several processes the answer is that of the previous call: its sum, which queues behind a step, is ready by then.
+  It does not wait for the running step. With several processes the answer is that of the previous call: its sum, which
+  queues behind a step, is ready by then.
   """
 
   def __init__(self, mesh: Mesh):
@@ -57,11 +58,11 @@ def sum_over_processes(number: int) -> int:
 
 @contextlib.contextmanager
 def exit_with_peers(end: Callable[[int], None] = os._exit) -> Iterator[None]:
-  """Ends this process at once where it, or another process of the run, fails. end: is called with the exit code.
+  """Ends this process at once if it, or another process of the run, fails. end: gets the exit code.
 
-  JAX alone would end the processes, too, but late: one that fails waits up to 300 s at JAX's shutdown barrier, and one whose
-  peer died waits there, or up to 100 s for heartbeats, and then aborts. A lost peer is reported in one sentence. All
-  processes raise a UsageError together, so that it passes.
+  JAX alone would end the processes, too, but late: one that fails waits up to 300 s at JAX's shutdown barrier, and one
+  whose peer died waits there, or up to 100 s for heartbeats, and then aborts. A lost peer is reported in one sentence.
+  All processes raise a UsageError together, so that it passes.
   """
   try:
     yield
@@ -72,8 +73,8 @@ def exit_with_peers(end: Callable[[int], None] = os._exit) -> Iterator[None]:
     if lost is None:
       atexit.register(_exit, end)  # runs before JAX's own handler, which was registered earlier
       raise
-    print(f'error: another process of this run has died or cannot be reached ({lost.group().strip()[:200]}). Its own log has '
-          'the reason; the same command, started in every process, continues from the newest checkpoint.',
+    print(f'error: another process of this run has died or cannot be reached ({lost.group().strip()[:200]}). Its own '
+          'log has the reason; the same command, started in every process, continues from the newest checkpoint.',
           file=sys.stderr, flush=True)
     _exit(end)
 
@@ -92,12 +93,16 @@ def _messages(e: BaseException | None) -> Iterator[str]:
 
 
 def check_same_data(inputs: str) -> None:
-  """Raises UsageError, in every process, where one reads other data or has another tokenizer. inputs: `Data.inputs_fingerprint`."""
+  """Raises UsageError in every process if one has other data or another tokenizer.
+
+  inputs: `Data.inputs_fingerprint`.
+  """
   if jax.process_count() == 1:
     return
   digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(inputs), np.uint8))
   others = [str(i) for i, d in enumerate(digests) if (d != digests[0]).any()]
   if others:
-    raise UsageError(f'process {", ".join(others)} of {len(digests)} reads other data than process 0, or has another tokenizer '
-                     'or file of class names. Give all of them the same config.data.dir, or prepare the data there again '
-                     '(launch/prepare_data.py).')
+    raise UsageError(
+        f'process {", ".join(others)} of {len(digests)} reads other data than process 0, or has another tokenizer or '
+        'file of class names. Give all of them the same config.data.dir, or prepare the data there again '
+        '(launch/prepare_data.py).')

@@ -66,7 +66,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def local_shards(mesh: Mesh) -> tuple[int, ...]:
-  """Batch shards on devices of this process. Where `model` spans processes, several processes have the same shard."""
+  """Batch shards on devices of this process. If `model` spans processes, several have the same shard."""
   indices = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_shards(mesh),)).values()
   return tuple(sorted({index.start or 0 for index, in indices}))
 
@@ -77,12 +77,12 @@ def rules(fsdp: bool) -> tuple[tuple[str, str | None], ...]:
 
 
 def param_shardings(boxed, mesh: Mesh, fsdp: bool):
-  """Shardings of parameters from the logical axis names in their boxes, a tree from `jax.eval_shape(init)`."""
+  """Shardings of parameters from the logical axis names in their boxes. boxed: `jax.eval_shape(init)`."""
   return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules(fsdp))
 
 
 def named_spec(names: tuple[str | None, ...]) -> PartitionSpec:
-  """Layout of an array with these logical axes (None: not of a parameter) while it is used, without FSDP's split."""
+  """Layout of an array with these logical axes (or None) while it is used, without FSDP's split."""
   return PartitionSpec(*(None if name is None else RULES[name] for name in names))
 
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation over micro-steps that share features, which are computed and differentiated once."""
+"""Gradient accumulation over micro-steps that share features, which are computed only once."""
 
 from collections.abc import Callable
 from typing import Any

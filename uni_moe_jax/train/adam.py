@@ -2,10 +2,10 @@
 
 Two conventions of the published training code differ once a step does not use every parameter:
 
-* 'settonone': gradients are dropped after every step. A parameter outside of the step's graph stays as it is: no decay, no
-  moments, no step count, so that its bias correction counts its own updates.
-* 'zerograd': gradients are zeroed in place. A parameter that was in the graph once is updated from then on, with gradient
-  zero; one that never was stays as it is.
+* 'settonone': gradients are dropped after every step. A parameter outside of the step's graph stays as it is: no decay,
+  no moments, no step count, so that its bias correction counts its own updates.
+* 'zerograd': gradients are zeroed in place. A parameter that was in the graph once is updated from then on, with
+  gradient zero; one that never was stays as it is.
 
 Each expert's slice of a parameter counts as a parameter, since each expert is a module of its own there.
 """
@@ -66,7 +66,8 @@ def adamw(
       direction = new_mu / (1 - b1**t) / (jnp.sqrt(new_nu / (1 - b2**t)) + eps) + decay * p
       return jnp.where(expand(updates), direction, 0), count, new_mu, new_nu
 
-    out = jax.tree.map(update_param, grads, state.count, state.mu, state.nu, params, weight_decay, used, is_leaf=_is_frozen)
+    out = jax.tree.map(
+        update_param, grads, state.count, state.mu, state.nu, params, weight_decay, used, is_leaf=_is_frozen)
     updates, *new = (
         jax.tree.map(lambda _, o, i=i: o[i], grads, out, is_leaf=_is_frozen) for i in range(4))
     return updates, AdamState(*new)

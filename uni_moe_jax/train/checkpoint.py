@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: atomic, and verified before they are read. The newest ones are kept, and the best."""
+"""Checkpoints by Orbax: atomic, verified before they are read. The newest are kept, and the best."""
 
 import contextlib
 import math
@@ -32,7 +32,8 @@ class Checkpoints:
 
     Args:
       workdir: folder of the run.
-      max_to_keep: number of newest checkpoints to keep when saving; None: read only, nothing is saved, moved or deleted.
+      max_to_keep: number of newest checkpoints to keep when saving; None: read only, nothing is saved, moved or
+        deleted.
       best_metric: also keep the checkpoint with the lowest value of this metric; '': none.
 
     Raises:
@@ -49,7 +50,8 @@ class Checkpoints:
         self._folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=_Retention(max_to_keep, self._best_of), create=writes, cleanup_tmp_directories=writes,
-            enable_async_checkpointing=True, async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             # Orbax's own metadata of a step must not be read before the step is verified.
             lightweight_initialize=True))
 
@@ -67,7 +69,7 @@ class Checkpoints:
             if s in self._own or self._opened is not None and s <= self._opened]
 
   def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-    """Starts an asynchronous save, unless the step is saved already. Raises RunError if the previous save failed.
+    """Starts an asynchronous save, unless the step is saved. Raises RunError if the last save failed.
 
     Args:
       step: of the state.
@@ -109,12 +111,12 @@ class Checkpoints:
     return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
 
   def restore_params(self, step: int | None = None) -> Any:
-    """Parameters of a step (default: the newest) on the host, averaged ones if the run keeps them; see `restore_host`."""
+    """Parameters of a step on the host, averaged ones if the run keeps them; see `restore_host`."""
     state = self.restore_host(step)
     return state['ema_params'] or state['params']
 
   def restore_host(self, step: int | None = None) -> Any:
-    """A whole step (default: the newest) on the host, as dictionaries and lists. Raises RunError if it is damaged."""
+    """A step (default: the newest) on the host, as dictionaries and lists; see `restore`."""
     step = self._verified(step)
     saved = self._manager.item_metadata(step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -141,8 +143,8 @@ class Checkpoints:
       step = int(multihost_utils.broadcast_one_to_all(step))
     if step == _ALL_DAMAGED:
       raise RunError(
-          f'every checkpoint in {self._folder} is damaged (see above), so nothing of this run can be trusted. Copy an intact '
-          f'one back, or delete {self._folder} to train from the start.')
+          f'every checkpoint in {self._folder} is damaged (see above), so nothing of this run can be trusted. Copy an '
+          f'intact one back, or delete {self._folder} to train from the start.')
     return None if step == _NONE else step
 
   def _verified(self, step: int | None) -> int:
@@ -161,9 +163,9 @@ class Checkpoints:
     if wrong:
       more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
       raise UsageError(
-          f'the checkpoint of step {step} in {self._workdir} has other arrays than this model ({"; ".join(wrong[:3])}{more}): '
-          'another version of this package wrote it, or its config was edited. Continue with the version that wrote it, or '
-          'start a new run from its parameters with config.train.init.')
+          f'the checkpoint of step {step} in {self._workdir} has other arrays than this model '
+          f'({"; ".join(wrong[:3])}{more}): another version of this package wrote it, or its config was edited. '
+          'Continue with the version that wrote it, or start a new run from its parameters with config.train.init.')
 
   def _best_of(self, steps: Sequence[int]) -> int | None:
     """The step with the lowest value; of equal values the later one."""
@@ -171,7 +173,7 @@ class Checkpoints:
     return min(known, key=lambda s: (self._metrics[s][self._best_metric], -s), default=None)
 
   def _write_manifest(self) -> None:
-    """Called by Orbax in its thread, in one process, when everything is written and before the step gets its name."""
+    """Called by Orbax in its thread and one process, when all is written, before the step is named."""
     self._manager.check_for_errors()  # also waits until its metadata are written
     final = self._folder / str(self._pending)
     manifest.write(final.with_name(final.name + ocp.path.atomicity.TMP_DIR_SUFFIX), final, self._metrics[self._pending])
@@ -209,7 +211,7 @@ class _Retention:
 
 
 def _newest_intact(workdir: str | os.PathLike[str], folder: pathlib.Path, clean: bool) -> int:
-  """The newest intact step, _NONE or _ALL_DAMAGED. Warns about damaged ones; clean: moves them to `DAMAGED`."""
+  """The newest intact step, _NONE or _ALL_DAMAGED, with warnings. clean: move damaged ones away."""
   steps = saved_steps(workdir)
   for i, step in reversed(list(enumerate(steps))):
     damage = manifest.damage(folder / str(step))
@@ -218,7 +220,8 @@ def _newest_intact(workdir: str | os.PathLike[str], folder: pathlib.Path, clean:
         _move_away(workdir, folder, damaged)
       return step
     fallback = f'falling back to the previous one, of step {steps[i - 1]}' if i else 'there is no earlier one'
-    print(f'warning: the checkpoint of step {step} in {workdir} is damaged: {damage}; {fallback}.', file=sys.stderr, flush=True)
+    print(f'warning: the checkpoint of step {step} in {workdir} is damaged: {damage}; {fallback}.', file=sys.stderr,
+          flush=True)
   return _ALL_DAMAGED if steps else _NONE
 
 

@@ -1,4 +1,4 @@
-"""The forward pass of a training step: from a batch and target sets to features and the losses of the tasks."""
+"""The forward pass of a step: from a batch and target sets to features and losses of the tasks."""
 
 import dataclasses
 import zlib
@@ -74,7 +74,7 @@ class StepInputs:
 
 
 def sample_synonyms(target_sets: TargetSets, key: jax.Array) -> TargetSets:
-  """Draws one of the synonyms of every entry: {'text' [n, Y, S], 'valid', 'count' [n]} → {'text' [n, S], 'valid'}.
+  """Draws a synonym of every entry: {'text' [n, Y, S], 'valid', 'count' [n]} → {'text' [n, S], 'valid'}.
 
   The key is the step's, so that all micro-steps and devices draw the same.
   """
@@ -91,7 +91,7 @@ def sample_synonyms(target_sets: TargetSets, key: jax.Array) -> TargetSets:
 
 
 def sample_vocabularies(spec: StepSpec, batch: Batch, key: jax.Array) -> Sampled:
-  """For every set with a sampled softmax, the labels of all micro-steps and a uniform sample of other words."""
+  """{set: labels of all micro-steps and a uniform sample of other words}, for sampled softmaxes."""
   sampled = {}
   for s in spec.plan.sets:
     if s.softmax == 'sampled':
@@ -155,7 +155,7 @@ def _task_rows(spec: StepSpec, task: TaskSpec, x: jax.Array) -> jax.Array:
 
 
 def task_fields(spec: StepSpec, batch: Batch, task: TaskSpec) -> dict[str, jax.Array]:
-  """One task's part of a (micro-)batch, flat: {'label' [B, M], 'weight' [B, M]} or {'text_id' [B], 'weight' [B, 1]}."""
+  """A task's part of a (micro-)batch: {'label' [B, M], 'weight' [B, M]} or {'text_id' [B], 'weight' [B, 1]}."""
   fields = batch[task.group]
   return {k: _task_rows(spec, task, batching.flatten(fields[k])) for k in ('label', 'weight', 'text_id') if k in fields}
 
@@ -192,7 +192,8 @@ def _tally(spec: StepSpec, params: Any, task: TaskSpec, batch: Batch, features: 
     pairs = sharding.replicate(_task_rows(spec, task, features.pairs[task.group]), spec.model.mesh)
     logits = sharding.shard_batch(heads.logits(inputs[:, 0], pairs, scale), spec.model.mesh)
     text_ids = fields['text_id'] if spec.mask_duplicate_texts else None
-    return losses.contrastive(logits, text_ids, fields['weight'][:, 0], task.label_smoothing, spec.contrastive_reduction)
+    weights = fields['weight'][:, 0]
+    return losses.contrastive(logits, text_ids, weights, task.label_smoothing, spec.contrastive_reduction)
   logits = heads.logits(inputs, features.target_sets[task.target_set], scale)
   if task.linear_head:
     logits = spec.model.apply({'params': params}, inputs, logits, method='with_head')

@@ -1,7 +1,7 @@
-"""Ends a run that hangs, and reports the phase, its duration, what to check, and the stack of every thread.
+"""Ends a run that hangs, with a report: phase, duration, what to check, stack of every thread.
 
-The exit code is 1, not 75: nothing was saved since the last checkpoint, and a restarter must count it, since the run may hang
-at the same step again.
+The exit code is 1, not 75: nothing was saved since the last checkpoint, and a restarter must count it, since the run
+may hang at the same step again.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ STEP = 'waiting for the result'
 SAVE = 'saving'
 _FACTORS = {START: 6}  # in multiples of the timeout, default 1; START reads data and compiles
 _CHECKS = {
-    START: 'Check the disk or network of the data and the work directory, the devices, and the logs of the other processes of '
-           'this run.',
+    START: 'Check the disk or network of the data and the work directory, the devices, and the logs of the other '
+           'processes of this run.',
     BATCH: 'Check the disk or network of the data, and the free memory.',
     STEP: 'Check the devices, and the logs of the other processes of this run: one of them may have died.',
     SAVE: 'Check the disk or network of the work directory.',
@@ -37,7 +37,7 @@ class HangDetector:
   """Watches the phases of a loop from a thread of its own; a context manager."""
 
   def __init__(self, timeout: float, end: Callable[[int], None] = _end):
-    """timeout: seconds per phase, six times as many for START; 0 disables it. end: is called with the exit code."""
+    """timeout: seconds per phase, six times as many for START; 0 disables. end: gets the exit code."""
     self._timeout, self._end = timeout, end
     self._phase: tuple[str, int | None] | None = None
     self._waited = 0.0
@@ -56,7 +56,7 @@ class HangDetector:
 
   @contextlib.contextmanager
   def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-    """Limits the time of the body: START, BATCH, STEP or SAVE, of a step. Code outside of phases has no limit."""
+    """Limits the time of the body: START, BATCH, STEP or SAVE, of a step. Code outside has no limit."""
     self._waited, self._phase = 0.0, (name, step)
     try:
       yield
@@ -75,9 +75,10 @@ class HangDetector:
         return
 
   def _report(self, name: str, step: int | None) -> None:
-    what, factor = name if step is None else f'{name} of step {step}', f'{_FACTORS[name]} times ' if name in _FACTORS else ''
-    print(f'\nerror: {what} has taken {self._waited:.0f} s, and {factor}config.train.hang_timeout={self._timeout:g} is the limit. '
-          f'{_CHECKS[name]} If it is only slow, raise hang_timeout; 0 disables it. The same command continues from the newest '
-          'checkpoint. Stack of every thread:', file=sys.stderr, flush=True)
+    what = name if step is None else f'{name} of step {step}'
+    factor = f'{_FACTORS[name]} times ' if name in _FACTORS else ''
+    print(f'\nerror: {what} has taken {self._waited:.0f} s, and {factor}config.train.hang_timeout={self._timeout:g} is '
+          f'the limit. {_CHECKS[name]} If it is only slow, raise hang_timeout; 0 disables it. The same command '
+          'continues from the newest checkpoint. Stack of every thread:', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     self._end(ERROR)

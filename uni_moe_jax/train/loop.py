@@ -18,14 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.parallel import distributed
-from uni_moe_jax.parallel.multihost import (
-  AnyProcess,
-  broadcast_from_primary,
-  check_same_data,
-  exit_with_peers,
-  sum_over_processes,
-)
+from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
@@ -37,7 +30,7 @@ from uni_moe_jax.utils.files import write_json
 
 
 class Stop:
-  """Turns SIGINT and SIGTERM into a request to stop after the current step; a second signal ends the process at once."""
+  """Turns SIGINT and SIGTERM into a request to stop after the step; a second one ends the process."""
 
   def __init__(self):
     self.requested = False
@@ -54,8 +47,8 @@ class Stop:
     if self.requested:
       os._exit(PREEMPTED)
     self.requested = True
-    print(f'\n{signal.Signals(number).name}: stopping after this step and saving (a second signal stops at once, without saving).',
-          file=sys.stderr, flush=True)
+    print(f'\n{signal.Signals(number).name}: stopping after this step and saving (a second signal stops at once, '
+          'without saving).', file=sys.stderr, flush=True)
 
 
 def describe(run: Run) -> str:
@@ -103,18 +96,18 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
     An exit code.
 
   Raises:
-    UsageError: another process trains in `workdir`, or what `build`, `claim_workdir`, `check_versions`, `copy_tokenizer`
-      and `Checkpoints` raise.
+    UsageError: another process trains in `workdir`, or what `build`, `claim_workdir`, `check_versions`,
+      `copy_tokenizer` and `Checkpoints` raise.
   """
   started = time.perf_counter()
   with Stop() as stop, HangDetector(config.train.hang_timeout) as detector, contextlib.ExitStack() as stack:
-    with detector.phase(START), exit_with_peers():
+    with detector.phase(START), multihost.exit_with_peers():
       run = build(config, devices)
       run.plan.check_trains()
-      check_same_data(run.data.inputs_fingerprint)
+      multihost.check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
       claim_workdir(workdir, run.config, run.data.fingerprint, is_primary, run.data.inputs_fingerprint)
-      if not broadcast_from_primary(not is_primary or lock(workdir, stack)):
+      if not multihost.broadcast_from_primary(not is_primary or lock(workdir, stack)):
         raise UsageError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
@@ -123,21 +116,21 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       print(describe(run), flush=True)
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric)
     stack.push(functools.partial(_close, checkpoints, detector))
-    with exit_with_peers():
+    with multihost.exit_with_peers():
       return _loop(run, workdir, checkpoints, stop, detector, started, hooks)
 
 
 def _close(checkpoints: Checkpoints, detector: HangDetector, *error) -> None:
   """Closes checkpoints; a pending save may wait for the disk and for other processes."""
-  with detector.phase(SAVE), exit_with_peers():
+  with detector.phase(SAVE), multihost.exit_with_peers():
     checkpoints.__exit__(*error)
 
 
 def compile_steps(config, workdir: str, devices=None) -> int:
   """Compiles the steps of a run into JAX's compilation cache, and trains nothing.
 
-  On CPU, compiling fragments the heap of a process, and its steps take 1.5 times as long as those of a process that reads
-  them from the cache. A long run is faster as two processes.
+  On CPU, compiling fragments the heap of a process, and its steps take 1.5 times as long as those of a process that
+  reads them from the cache. A long run is faster as two processes.
   """
   started = time.perf_counter()
   if (saved_step(workdir) or 0) >= config.train.steps:
@@ -156,7 +149,8 @@ def compile_steps(config, workdir: str, devices=None) -> int:
   return FINISHED
 
 
-def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector: HangDetector, started: float, hooks) -> int:
+def _loop(
+    run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector: HangDetector, started: float, hooks) -> int:
   c, last = run.config.train, run.config.train.steps
   saved = checkpoints.latest()
   first = saved or 0
@@ -175,7 +169,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector
     batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
-  stops = AnyProcess(run.mesh)
+  stops = multihost.AnyProcess(run.mesh)
   with log:
     done, pending = first, None  # metrics of the running step are read once the next step is queued
     means = {}  # as logged at step `done`, if it is logged
@@ -207,7 +201,7 @@ def _loop(run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector
       pending, means = {**metrics, **extra}, {}
       if done % c.log_every == 0 or done == last:
         with detector.phase(STEP, done):
-          if corrupt := sum_over_processes(mixture.corrupt_examples()):  # since the processes started
+          if corrupt := multihost.sum_over_processes(mixture.corrupt_examples()):  # since the processes started
             pending['corrupt_examples'] = corrupt
           if not _log_step(log, pending, c.max_nonfinite_steps, done):
             return ERROR
@@ -234,9 +228,9 @@ def _log_step(log: MetricsLog, metrics, max_nonfinite_steps: int, step: int) -> 
   streak = int(values['nonfinite_streak'])
   if streak >= max_nonfinite_steps:
     names = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
-    print(f'error: {streak} steps in a row up to step {step} were not finite ({", ".join(names) or "the gradient norm"}); the '
-          f'parameters are those of step {step - streak}. Lower config.optim.learning_rate, or check the data of those tasks.',
-          file=sys.stderr, flush=True)
+    print(f'error: {streak} steps in a row up to step {step} were not finite '
+          f'({", ".join(names) or "the gradient norm"}); the parameters are those of step {step - streak}. Lower '
+          'config.optim.learning_rate, or check the data of those tasks.', file=sys.stderr, flush=True)
     return False
   log.add({k: v for k, v in values.items() if np.isfinite(v)})
   return True

@@ -1,7 +1,7 @@
 """Losses over similarity logits, and the sampled softmax. Everything is float32.
 
-A loss returns sums and weights, never a mean. Each task is divided by its weight in the global batch, micro-steps included,
-so that no mean of means arises.
+A loss returns sums and weights, never a mean. Each task is divided by its weight in the global batch, micro-steps
+included, so that no mean of means arises.
 """
 
 import flax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Tally:
-  """Sums over a batch, f32 scalars: weighted loss, weighted hits of the most likely target, and the weight itself."""
+  """Sums over a batch, f32 scalars: weighted loss, weighted hits of the most likely target, weight."""
   loss: jax.Array
   hits: jax.Array
   weight: jax.Array
@@ -28,8 +28,8 @@ def cross_entropy(
     labels: int32 [B, M].
     weights: f32 [B, M]; 0 = not counted.
     smoothing: ε of (1 - ε) · nll + ε · mean over V of -log p.
-    correction: f32 [V] of a sampled softmax, see `SampledVocabulary`. The sum of the probabilities and the mean of smoothing
-      are then estimates of those over the whole vocabulary.
+    correction: f32 [V] of a sampled softmax, see `SampledVocabulary`. The sum of the probabilities and the mean of
+      smoothing are then estimates of those over the whole vocabulary.
   """
   if correction is not None:
     correction = correction[None, None]

@@ -1,7 +1,8 @@
 """Size and SHA-256 of every file of a checkpoint, by which damage is detected before it is trained on.
 
-The manifest is written when every array is on disk and before Orbax gives the folder its final name: a checkpoint exists
-together with its manifest, or not at all. Orbax completes two small files later, whose content is checked instead.
+The manifest is written when every array is on disk and before Orbax gives the folder its final name: a checkpoint
+exists together with its manifest, or not at all. Orbax completes two small files later, whose content is checked
+instead.
 """
 
 import hashlib
@@ -96,7 +97,7 @@ def _own_checksum(content: Mapping[str, Any]) -> str:
 
 
 def _metadata(folder: pathlib.Path) -> dict[str, Any]:
-  """Orbax's metadata of a checkpoint, except for what it completes later. Raises ValueError if they are damaged."""
+  """Orbax's metadata except for what it completes later. Raises ValueError if they are damaged."""
   try:
     content = json.loads((folder / _METADATA).read_text())
     return {k: v for k, v in content.items() if k != _COMPLETED_LATER}

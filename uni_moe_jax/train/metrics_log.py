@@ -14,7 +14,7 @@ class MetricsLog:
   """Averages scalars over the steps between two logs and writes them; a context manager."""
 
   def __init__(self, workdir: str | os.PathLike[str], first: int, last: int, writes: bool = True):
-    """Opens the log of a run from step `first` to `last`, and removes lines of later steps, which a killed run left.
+    """Opens the log of a run from step `first` to `last`, and removes lines of steps after `first`.
 
     writes: whether this process writes; one of several does, and the others only average.
     """

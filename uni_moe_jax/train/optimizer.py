@@ -1,4 +1,4 @@
-"""The optimizer of a config: AdamW with parameter groups by path pattern, freezing, warm-up and gradient clipping.
+"""The optimizer of a config: AdamW with parameter groups, freezing, warm-up and gradient clipping.
 
 A fine-tuning recipe is a list of (pattern, …) groups. Every parameter must match one, and the first match applies.
 """
@@ -48,15 +48,17 @@ def match_param_groups(params: Any, groups) -> Any:
   tree = jax.tree_util.tree_map_with_path(match, params)
   for i, group in enumerate(groups):
     if group[1] == FREEZE and i not in used:
-      raise UsageError(f'config.optim.param_groups: {group[0]!r} freezes nothing: no parameter matches it, or an earlier '
-                       'pattern does; correct it, move it up or remove it.')
+      raise UsageError(f'config.optim.param_groups: {group[0]!r} freezes nothing: no parameter matches it, or an '
+                       'earlier pattern does; correct it, move it up or remove it.')
   return tree
 
 
 def _scale_routers(groups: Any, multiplier: float) -> Any:
   """Multiplies the learning rate of routers (the published WG_LR_FACTOR)."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, g: dataclasses.replace(g, lr_factor=g.lr_factor * multiplier) if '_router/' in path_of(path) else g, groups)
+  def scale(path, group):
+    factor = multiplier if '_router/' in path_of(path) else 1
+    return dataclasses.replace(group, lr_factor=group.lr_factor * factor)
+  return jax.tree_util.tree_map_with_path(scale, groups)
 
 
 def frozen_paths(groups: Any) -> frozenset[str]:
@@ -65,10 +67,11 @@ def frozen_paths(groups: Any) -> frozenset[str]:
 
 
 def schedule(c) -> optax.Schedule:
-  """Learning rate of update t = 0, 1, …: (t + 1) / warmup_steps, then cosine to `final_lr_fraction`, constant past the end.
+  """Learning rate of update t = 0, 1, …
 
-  'published': t / warmup_steps, so that the first update only fills the moments; then the larger of `final_lr_fraction` and
-  the cosine, which rises again past the end.
+  (t + 1) / warmup_steps, then cosine to `final_lr_fraction`, constant past the end. 'published': t / warmup_steps, so
+  that the first update only fills the moments; then the larger of `final_lr_fraction` and the cosine, which rises again
+  past the end.
   """
   peak, warmup, steps, final = c.optim.learning_rate, c.optim.warmup_steps, c.train.steps, c.optim.final_lr_fraction
 
@@ -100,7 +103,7 @@ def _layer_factors(decay: float, groups: Any, params: Any, depth: Callable[[str]
 
 
 def layers_above(stack: Stack, path: str) -> np.ndarray:
-  """Number of layers between a parameter and the model's output: 0 in the last block and the head, L in the embedders.
+  """Layers between a parameter and the output: 0 in the last block and the head, L in the embedders.
 
   Returns:
     int [], or [periods] for parameters that are stacked over periods.
@@ -126,8 +129,8 @@ def _scale_by(factors) -> optax.GradientTransformation:
 def _clip(max_norm: float) -> optax.GradientTransformation:
   """Bounds the global norm, like `optax.clip_by_global_norm`.
 
-  Optax divides every gradient by the norm, which XLA does not fuse into Adam: clipped gradients would be written to memory
-  and read again.
+  Optax divides every gradient by the norm, which XLA does not fuse into Adam: clipped gradients would be written to
+  memory and read again.
   """
   def update(updates, _):
     factor = jnp.minimum(1, max_norm / optax.tree.norm(updates))

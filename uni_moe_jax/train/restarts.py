@@ -1,4 +1,4 @@
-"""Restarts a command until it has finished: soon after a preemption, with exponential backoff after crashes, up to a limit."""
+"""Restarts a command until it has finished, with exponential backoff after crashes, up to a limit."""
 
 import ctypes
 import os
@@ -23,8 +23,8 @@ def keep_running(command: Sequence[str], max_restarts: int, backoff: float) -> i
   Args:
     command: program and arguments; its --workdir shows its checkpoints. Without one, no start makes progress.
     max_restarts: starts in a row without a newer checkpoint, after which it gives up.
-    backoff: seconds before a restart: once this after a preemption or a newer checkpoint, else doubled with every start in a
-      row without one.
+    backoff: seconds before a restart: once this after a preemption or a newer checkpoint, else doubled with every start
+      in a row without one.
 
   Returns:
     An exit code: the command's; 75 if a signal to this process stopped it; 128 + number if a signal killed the command.

@@ -43,11 +43,11 @@ def _condition_overlap(shares: jax.Array) -> jax.Array:
 def metrics(collected: Collected) -> dict[str, jax.Array]:
   """Scalars about the routers, means over layers and routers; {} for a dense model.
 
-  'router/entropy': of single decisions, in nats. 'router/effective_experts': 1 where all conditions use the same expert, E
-  where all experts are used equally. 'router/condition_overlap': 1 where all conditions use the same experts, 0 where no two
-  share one (both as in `analysis.expert_usage`, over the conditions of this step). Token and context routers add
-  'router/drop_rate' and 'router/<auxiliary loss>'. Metrics of several encodings may be averaged; with accumulation,
-  conditions of target sets are not compared with those of micro-steps.
+  'router/entropy': of single decisions, in nats. 'router/effective_experts': 1 where all conditions use the same
+  expert, E where all experts are used equally. 'router/condition_overlap': 1 where all conditions use the same experts,
+  0 where no two share one (both as in `analysis.expert_usage`, over the conditions of this step). Token and context
+  routers add 'router/drop_rate' and 'router/<auxiliary loss>'. Metrics of several encodings may be averaged; with
+  accumulation, conditions of target sets are not compared with those of micro-steps.
   """
   decisions = _decisions(collected)
   if not decisions:

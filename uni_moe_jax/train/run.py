@@ -96,7 +96,7 @@ class Run:
     return jax.device_put(target_set_arrays(self.data, self.plan), sharding.replicated(self.mesh))
 
   def parameter_counts(self) -> dict[str, int]:
-    """{'total', 'active'}: of E experts, K are active for a token, merged into its kernels or as those it is sent to."""
+    """{'total', 'active'}: of E experts, K are active for a token, by merging or by dispatch."""
     spec, total, active = self.spec.model.spec, 0, 0
     for path, leaf in by_path(self.shapes.params).items():
       total += leaf.size
@@ -110,8 +110,8 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
   if config.model.readout_token != '<spe>':
     ids = data.tokenizer.encode(config.model.readout_token)
     if len(ids) != 1:
-      raise UsageError(f'config.model.readout_token={config.model.readout_token!r} is {len(ids)} tokens; give a word that is '
-                       "one token, or '<spe>'.")
+      raise UsageError(f'config.model.readout_token={config.model.readout_token!r} is {len(ids)} tokens; give a word '
+                       "that is one token, or '<spe>'.")
     prefix = ids[0]
   return ModelSpec.from_config(
       plan.config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
@@ -121,7 +121,7 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
 
 
 def router_tasks(plan: Plan) -> tuple[str, ...]:
-  """Names in the task router's table: the built-in ones, then those of the config's own task types and target families."""
+  """Names in the task router's table: built-in ones, then those of the config."""
   own = [t.router_task for t in plan.task_types] + [t.target for t in plan.task_types if t.target != 'pair']
   own += [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
   return tuple(dict.fromkeys([*task_types.router_tasks(), *own]))
@@ -129,11 +129,12 @@ def router_tasks(plan: Plan) -> tuple[str, ...]:
 
 def target_set_arrays(data: Data, plan: Plan) -> TargetSets:
   """Target sets as host arrays."""
-  return {s.name: {'buckets': data.target_sets[s.name].buckets, 'order': data.target_sets[s.name].order} for s in plan.sets}
+  sets = {s.name: data.target_sets[s.name] for s in plan.sets}
+  return {name: {'buckets': s.buckets, 'order': s.order} for name, s in sets.items()}
 
 
 def conditions(plan: Plan) -> tuple[Condition, ...]:
-  """Conditions of everything that a plan encodes: input segments, paired texts and target sets, probes included."""
+  """Conditions of all input segments, paired texts and target sets of a plan, probes included."""
   out = []
   for t in (*plan.tasks, *plan.probes):
     out += [*t.type.conditions, *([t.type.pair_condition] if t.type.target == 'pair' else [])]
@@ -141,7 +142,7 @@ def conditions(plan: Plan) -> tuple[Condition, ...]:
 
 
 def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tuple[Predictor, Any]:
-  """(predictor, parameters) of a checkpoint, the newest by default; averaged parameters if the run keeps them.
+  """(predictor, parameters) of a checkpoint, default the newest; averaged ones if the run keeps them.
 
   A run that trains no task has no checkpoints and uses the parameters that it starts from.
   """
@@ -150,7 +151,8 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
     params = state.params if state.ema_params is None else state.ema_params
   else:
     params = jax.device_put(load_init_params(run), run.shardings.params)
-  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  specs = (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in specs}
   return Predictor(run.spec.model, params, sets, run.data.tokenizer), params
 
 
@@ -168,12 +170,13 @@ def load_init_params(run: Run) -> Any:
   params, added, dropped = warm_start.merge_params(run.shapes.params, old, init)
   if added:  # initializing takes seconds: only if needed
     params, _, _ = warm_start.merge_params(init_params(run.spec.model, jax.random.key(run.config.seed)), old, init)
-  print(f'starts from {init}; fresh: {", ".join(added) or "nothing"}; dropped: {", ".join(dropped) or "nothing"}', flush=True)
+  print(f'starts from {init}; fresh: {", ".join(added) or "nothing"}; dropped: {", ".join(dropped) or "nothing"}',
+        flush=True)
   return params
 
 
 def initial_state(run: Run) -> TrainState:
-  """The state before the first step: fresh parameters, or those of `config.train.init`, see `load_init_params`."""
+  """The state before the first step, with fresh parameters or those of `config.train.init`."""
   return run.state_from(load_init_params(run)) if run.config.train.init else run.init()
 
 
@@ -184,11 +187,11 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
   known, names = router_tasks(make_plan(old)), router_tasks(plan)
   if new := [name for name in names if name not in known]:
     raise UsageError(f"config.moe.router='task': {config.train.init!r} has no embedding for {', '.join(new)}; it has "
-                     f"{', '.join(known)}. Give the task type one of these as router_task, or start from a run with another "
-                     'router.')
+                     f"{', '.join(known)}. Give the task type one of these as router_task, or start from a run with "
+                     'another router.')
   if names != known:
-    raise UsageError(f'config.task_types: the task router of {config.train.init!r} has embeddings for {", ".join(known)}; '
-                     "declare that run's task types, in its order.")
+    raise UsageError(f'config.task_types: the task router of {config.train.init!r} has embeddings for '
+                     f"{', '.join(known)}; declare that run's task types, in its order.")
 
 
 def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = None) -> Run:
@@ -217,7 +220,8 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
   tx, learning_rate, groups = optimizer.make_optimizer(
-      config, params, functools.partial(unit_axes, model.spec), functools.partial(optimizer.layers_above, model.spec.stack))
+      config, params, functools.partial(unit_axes, model.spec),
+      functools.partial(optimizer.layers_above, model.spec.stack))
   weights = {name: config.moe[f'{name}_loss_weight'] for name in AUXILIARY_LOSSES}
   spec = StepSpec(
       model=model, plan=plan, tx=tx, learning_rate=learning_rate, grad_accum_steps=config.train.grad_accum_steps,

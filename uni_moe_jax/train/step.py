@@ -1,7 +1,7 @@
 """The training step: a pure function of state, batch and target sets.
 
-One pass over the layers encodes the batches of all task types together with all target sets. With gradient accumulation,
-target sets are encoded once for all micro-steps.
+One pass over the layers encodes the batches of all task types together with all target sets. With gradient
+accumulation, target sets are encoded once for all micro-steps.
 """
 
 import functools
@@ -72,7 +72,7 @@ class StepOutput:
 
 
 def init_state(spec: StepSpec, params: Any) -> TrainState:
-  """The state before the first step. Call it under jit: the step donates the state, so no two leaves may share a buffer."""
+  """The state before the first step. Call it under jit: a donated state must not share buffers."""
   ema_params = jax.tree.map(jnp.copy, params) if spec.ema_decay else None
   step, streak, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
   return TrainState(step, params, spec.tx.init(params), ema_params, streak, skipped)
@@ -87,8 +87,9 @@ def _router_output(spec: StepSpec, collected: Collected, share: float) -> StepOu
 
 def _output(
     spec: StepSpec, params: Any, batch: Batch, target_sets: TargetSets, sampled: Sampled, sums: dict[str, jax.Array],
-    key: jax.Array, set_features: dict[str, jax.Array] | None = None, share: float = 1.0) -> tuple[jax.Array, StepOutput]:
-  """(loss, output) of a (micro-)batch. set_features: of target sets that are encoded already, in place of `target_sets`."""
+    key: jax.Array, set_features: dict[str, jax.Array] | None = None, share: float = 1.0
+) -> tuple[jax.Array, StepOutput]:
+  """(loss, output) of a (micro-)batch. set_features: of target sets that are already encoded."""
   features, collected = forward(spec, params, batch, target_sets, sampled, key)
   if set_features is not None:
     features = features.replace(target_sets=set_features)
@@ -173,7 +174,8 @@ def train_step(
   return new_state, metrics
 
 
-def _update(spec: StepSpec, state: TrainState, grads: Any, used_experts: used_params.UsedExperts) -> tuple[Any, Any, Any]:
+def _update(
+    spec: StepSpec, state: TrainState, grads: Any, used_experts: used_params.UsedExperts) -> tuple[Any, Any, Any]:
   """(parameters, optimizer state, averaged parameters) after a step."""
   extra = {}
   if spec.unused_params != 'update':
@@ -189,7 +191,7 @@ def _update(spec: StepSpec, state: TrainState, grads: Any, used_experts: used_pa
 
 
 class Step:
-  """The jitted step of a run: (state, batch, target sets) → (state, metrics). The seed is an argument of the program."""
+  """The jitted step of a run: (state, batch, target sets) → (state, metrics)."""
 
   def __init__(self, spec: StepSpec, seed: int, shardings: TrainState, replicated: NamedSharding):
     """shardings: of the state. replicated: of the key, which goes to the mesh before the first step."""
@@ -199,7 +201,8 @@ class Step:
     self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     self._key, self._replicated = np.asarray(jax.random.key_data(jax.random.key(seed))), replicated
 
-  def __call__(self, state: TrainState, batch: Batch, target_sets: TargetSets) -> tuple[TrainState, dict[str, jax.Array]]:
+  def __call__(
+      self, state: TrainState, batch: Batch, target_sets: TargetSets) -> tuple[TrainState, dict[str, jax.Array]]:
     return self._jitted(state, batch, target_sets, self._device_key)
 
   @functools.cached_property

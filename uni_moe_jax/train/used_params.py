@@ -1,8 +1,8 @@
-"""Which parameters a step uses in PyTorch's sense: they are part of its graph, whatever the value of their gradient.
+"""Which parameters a step uses in PyTorch's sense: those in its graph, whatever their gradient is.
 
-JAX gives every parameter a gradient, zero where there is none. Two published conventions of the optimizer distinguish "zero"
-from "absent" (see `adam`). Absent are experts that nothing chose, embedders of a modality that was not encoded, and
-temperatures of other tasks or at their clamp.
+JAX gives every parameter a gradient, zero where there is none. Two published conventions of the optimizer distinguish
+"zero" from "absent" (see `adam`). Absent are experts that nothing chose, embedders of a modality that was not encoded,
+and temperatures of other tasks or at their clamp.
 """
 
 import re
@@ -32,8 +32,11 @@ UsedExperts = dict[str, tuple[dict[str, jax.Array], ...]]
 
 
 def used_experts(collected: Collected) -> UsedExperts:
-  """{'blocks': ({sublayer: int32 [periods, E]}, …), 'tail': ({sublayer: int32 [E]}, …)}: how many conditions (token
-  routers: slots) use an expert."""
+  """Number of conditions (token routers: slots) that use each expert.
+
+  Returns:
+    {'blocks': ({sublayer: int32 [periods, E]}, …), 'tail': ({sublayer: int32 [E]}, …)}.
+  """
   return {subtree: tuple({name: d.used for name, d in out['router_stats'].items()} for out in collected[subtree])
           for subtree in ('blocks', 'tail')}
 
@@ -49,7 +52,7 @@ def expert_sublayer(spec: ModelSpec, path: str) -> tuple[str, int, str] | None:
 
 
 def unit_axes(spec: ModelSpec, path: str) -> int:
-  """Number of leading axes over slices that the optimizer updates separately: (periods, experts), (experts) or none."""
+  """Number of leading axes that the optimizer updates separately: (periods, experts), (experts), none."""
   expert = expert_sublayer(spec, path)
   return 0 if expert is None else 1 + (expert[0] == 'blocks')
 

@@ -1,4 +1,4 @@
-"""Starting from another run's parameters: equal names and shapes are copied, and what tuning adds is initialized."""
+"""Starting from another run: its parameters are copied, and those that tuning adds are initialized."""
 
 import re
 from typing import Any
@@ -37,9 +37,9 @@ def merge_params(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], lis
                        f'config.moe must be those of that run. {near}')
   for path in new_params:
     if path in old_params and new_params[path].shape != old_params[path].shape:
-      raise UsageError(f'config.train.init={source!r}: parameter {path!r} has shape {old_params[path].shape} in that run and '
-                       f'{new_params[path].shape} in this model; config.model, config.moe and the tokenizer must be those of '
-                       'that run.')
+      raise UsageError(f'config.train.init={source!r}: parameter {path!r} has shape {old_params[path].shape} in that '
+                       f'run and {new_params[path].shape} in this model; config.model, config.moe and the tokenizer '
+                       'must be those of that run.')
   params = jax.tree_util.tree_map_with_path(lambda p, leaf: old_params.get(path_of(p), leaf), fresh)
   return params, sorted({*new_params} - {*old_params}), sorted({*old_params} - {*new_params})
 
@@ -52,8 +52,8 @@ def compare_params(before: Any, after: Any, frozen: frozenset[str]) -> dict[str,
     frozen: paths that do not train.
 
   Returns:
-    {'parameters', 'trained': number of values, and of those that train; 'identical': whether every frozen parameter that
-    existed before has the same bits; 'moved': whether any parameter that trains has others}.
+    {'parameters', 'trained': number of values, and of those that train; 'identical': whether every frozen parameter
+    that existed before has the same bits; 'moved': whether any parameter that trains has others}.
   """
   new, old = ({path: np.asarray(x) for path, x in by_path(t).items()} for t in (after, before))
   both = {*new} & {*old}

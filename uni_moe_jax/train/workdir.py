@@ -1,7 +1,7 @@
-"""The folder of a run. It belongs to one config, and stores it with package versions and the data's fingerprint.
+"""The folder of a run, which belongs to one config.
 
-A second start of the same command resumes the run; another config is refused. This module imports nothing slow, so that a
-wrong folder is reported at once.
+It stores the config with package versions and the data's fingerprint. A second start of the same command resumes the
+run; another config is refused. This module imports nothing slow, so that a wrong folder is reported at once.
 """
 
 import contextlib
@@ -29,20 +29,22 @@ CHECKPOINTS = 'checkpoints'  # with one folder per checkpoint, named by its step
 DAMAGED = 'damaged'  # where damaged checkpoints are moved
 TOKENIZER_STEM = 'tokenizer'
 # Packages that compute, and that read data; `av` is an extra.
-VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy', 'tensorflow-datasets', 'array_record', 'av')
+VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow', 'numpy', 'tensorflow-datasets',
+             'array_record', 'av')
 _PACKAGE = 'uni_moe_jax'  # key of the version that created the work directory
 _ABSENT = 'absent'
 # Fields that may change when a run continues: logging and saving, paths of the data, layout on devices. The content of
 # tokenizer.merges_path is part of the data's fingerprint.
 MAY_CHANGE = (
     'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.best_metric', 'train.max_nonfinite_steps',
-    'train.hang_timeout', 'train.interference_every', 'train.interference_parameters', 'data.dir', 'data.max_corrupt_fraction',
-    'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
+    'train.hang_timeout', 'train.interference_every', 'train.interference_parameters', 'data.dir',
+    'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
-  """Steps of the checkpoints in a work directory, in order, not verified; [] if there is no such directory."""
-  return sorted(int(p.name) for p in (pathlib.Path(workdir) / CHECKPOINTS).glob('*') if p.name.isdecimal() and p.is_dir())
+  """Steps of the checkpoints in a work directory, in order, not verified; [] if it does not exist."""
+  folders = (pathlib.Path(workdir) / CHECKPOINTS).glob('*')
+  return sorted(int(p.name) for p in folders if p.name.isdecimal() and p.is_dir())
 
 
 def saved_step(workdir: str | os.PathLike[str]) -> int | None:
@@ -113,7 +115,7 @@ def claim_workdir(
 
 
 def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False) -> None:
-  """Checks that a run continues with the package versions it started with; notes where only the patch version differs.
+  """Checks that a run continues with its package versions; notes other patch versions.
 
   Args:
     workdir: folder of the run; a new one passes.
@@ -127,8 +129,8 @@ def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False
     return
   content, installed = _read(path), versions()
   recorded = content['versions']
-  changed = {name: (recorded[name], installed[name]) for name in VERSIONED
-             if name in recorded and recorded[name] != installed[name] and _ABSENT not in (recorded[name], installed[name])}
+  pairs = {name: (recorded[name], installed[name]) for name in VERSIONED if name in recorded}
+  changed = {name: (old, new) for name, (old, new) in pairs.items() if old != new and _ABSENT not in (old, new)}
   if not changed:
     return
   if allow_mismatch:
@@ -139,18 +141,19 @@ def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False
   breaking = {name: old for name, (old, new) in changed.items() if old.split('.')[:2] != new.split('.')[:2]}
   if breaking:
     required = ' '.join(f"'{name}=={old}'" for name, old in breaking.items())
-    raise UsageError(f'workdir {workdir} was started with other package versions ({listed}), with which its numbers and its '
-                     f'data order may differ. Install them (pip install {required}), start a new run from its parameters '
-                     f"(config.train.init='{workdir}'), or continue anyway: launch/train.py --allow_version_mismatch.")
-  print(f'note: workdir {workdir} was started with other package versions ({listed}); its numbers may differ in their last digits.',
-        file=sys.stderr, flush=True)
+    raise UsageError(
+        f'workdir {workdir} was started with other package versions ({listed}), with which its numbers and its data '
+        f'order may differ. Install them (pip install {required}), start a new run from its parameters '
+        f"(config.train.init='{workdir}'), or continue anyway: launch/train.py --allow_version_mismatch.")
+  print(f'note: workdir {workdir} was started with other package versions ({listed}); its numbers may differ in their '
+        'last digits.', file=sys.stderr, flush=True)
 
 
 def lock(workdir: str | os.PathLike[str], stack: contextlib.ExitStack) -> bool:
-  """Locks a work directory until `stack` is closed or the process ends; False if another process has the lock.
+  """Locks a work directory until `stack` closes or the process ends; False if another process has it.
 
-  Two trainers in one directory would delete each other's checkpoints. A file system without locks is noted, and nothing is
-  locked.
+  Two trainers in one directory would delete each other's checkpoints. A file system without locks is noted, and nothing
+  is locked.
   """
   file = stack.enter_context(open(pathlib.Path(workdir) / LOCK_FILE, 'a'))
   try:
@@ -178,8 +181,9 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: 
   if path.exists():
     # Published merges may be compressed differently; their content is part of the data's fingerprint.
     if file.suffix == '.model' and path.read_bytes() != file.read_bytes():
-      raise UsageError(f'workdir {workdir} was trained with another tokenizer than {file}, though on the same text: another '
-                       f'version of sentencepiece gives another one. Copy {path} over it, or give another --workdir.')
+      raise UsageError(f'workdir {workdir} was trained with another tokenizer than {file}, though on the same text: '
+                       f'another version of sentencepiece gives another one. Copy {path} over it, or give another '
+                       '--workdir.')
   elif writes:
     temporary = path.with_suffix('.tmp')
     temporary.write_bytes(file.read_bytes())
@@ -202,7 +206,8 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   init = config['train'].get('init')
   origin = {'started from': init} if init else {}
   if converted:
-    origin['converted from'] = f'{pathlib.Path(converted["checkpoint"]).name} (sha256 {converted.get("sha256", "unknown")})'
+    name = pathlib.Path(converted['checkpoint']).name
+    origin['converted from'] = f'{name} (sha256 {converted.get("sha256", "unknown")})'
   return {'name': pathlib.Path(workdir).resolve().name, **origin, 'step': step, 'seed': config['seed'],
           'trained by commit': trained.get('commit', 'unknown'), 'data (fingerprint)': stored['data'],
           'versions in training': stored['versions'], 'config': config}
@@ -218,7 +223,7 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  """Content of config.json. Raises UsageError if it is damaged or another version of the package wrote it."""
+  """Content of config.json. Raises UsageError if it is damaged or of another version of the package."""
   try:
     content = json.loads(path.read_text())
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
@@ -231,8 +236,9 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   except (ValueError, RecursionError) as e:
     raise UsageError(f'{path} is damaged ({e}); copy an intact one back, or give another --workdir.') from None
   if content.get(_PACKAGE, '').split('.')[:2] != __version__.split('.')[:2]:
-    raise UsageError(f'{path.parent} was written by uni_moe_jax {content.get(_PACKAGE) or "0.1"}, and this is {__version__}, '
-                     'which cannot read its config: give another --workdir, or install the version that wrote it.')
+    raise UsageError(
+        f'{path.parent} was written by uni_moe_jax {content.get(_PACKAGE) or "0.1"}, and this is {__version__}, which '
+        'cannot read its config: give another --workdir, or install the version that wrote it.')
   return content
 
 
