@@ -54,7 +54,7 @@ def _record(path: str, last: int) -> None:
 
   Mixture.iterate = iterate
   # How many were bad is counted by each process since it began, and it reads ahead: no two runs say the same.
-  Mixture.corrupt_examples = lambda mixture: 0
+  Mixture.num_corrupt_examples = lambda mixture: 0
 
 
 def _shifted_shard() -> None:

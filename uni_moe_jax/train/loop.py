@@ -54,7 +54,7 @@ class Stop:
 def describe(run: Run) -> str:
   """Summary of a run for the log."""
   counts, router = run.parameter_counts(), run.config.moe.router
-  names = run.spec.model.spec.row_names(conditions(run.plan))
+  names = run.spec.model.spec.router_input_names(conditions(run.plan))
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.target_sets.items())
   return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} active per token\n'
           f'router: {router}; {len(names)} conditions: {", ".join(names)}\n'
@@ -201,7 +201,7 @@ def _loop(
       pending, means = {**metrics, **extra}, {}
       if done % c.log_every == 0 or done == last:
         with detector.phase(STEP, done):
-          if corrupt := multihost.sum_over_processes(mixture.corrupt_examples()):  # since the processes started
+          if corrupt := multihost.sum_over_processes(mixture.num_corrupt_examples()):  # since the processes started
             pending['corrupt_examples'] = corrupt
           if not _log_step(log, pending, c.max_nonfinite_steps, done):
             return ERROR
