@@ -113,7 +113,7 @@ def font_path(file_name: str) -> pathlib.Path:
 
 def _read_font(file_name: str) -> Font:
   with ttLib.TTFont(font_path(file_name)) as font:
-    # Pillow draws a missing character as a box; only the font's own table says which characters it has.
+    # Pillow draws a missing character as a box; only the font's own table lists its characters.
     glyphs = {code: glyph for code, glyph in sorted(font.getBestCmap().items()) if _is_sign(code)}
     by_glyph = {glyph: homoglyphs.outline_key(font, glyph) for glyph in set(glyphs.values())}
   outlines = {code: by_glyph[glyph] for code, glyph in glyphs.items() if by_glyph[glyph]}
