@@ -38,9 +38,6 @@ _RULES = {
     'tools': (
         ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data', 'eval', 'train', 'export'),
         'preflight and benchmarks run the real step, decoder and merged model'),
-    'faults': (
-        ('utils', 'config', 'data', 'train'),
-        'it breaks what the commands make, and nothing that is broken knows of it'),
     'reporting': (
         ('utils', 'tasks', 'config', 'data', 'eval', 'analysis'),
         'it draws what the commands wrote into the work directory and needs no model'),

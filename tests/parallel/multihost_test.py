@@ -1,4 +1,4 @@
-"""When a process of a run dies, the others end at once, with one sentence and exit code 1."""
+"""When a process dies, the others end at once with one sentence and exit code 1. Real runs: tests/stress/hangs_test.py."""
 
 import atexit
 import subprocess

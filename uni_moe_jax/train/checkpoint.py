@@ -95,7 +95,7 @@ class Checkpoints:
     with self._report_disk_errors():
       self._manager.wait_until_finished()
     if self._pending is not None:
-      heap.give_back()  # arrays of a save are between those of steps
+      heap.trim()  # arrays of a save are between those of steps
     self._pending = None
 
   def restore(self, like: Any, step: int | None = None) -> Any:

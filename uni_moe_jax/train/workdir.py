@@ -219,7 +219,12 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   if not path.exists():
     raise MissingFileError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
                            f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
-  return ml_collections.ConfigDict(_tuples(_read(path)['config']))
+  try:
+    return ml_collections.ConfigDict(_tuples(_read(path)['config']))
+  except UsageError:
+    raise
+  except ValueError as e:  # of ml_collections: a name with a dot
+    raise UsageError(f'{path} is damaged ({e}); restore an intact copy, or give another --workdir.') from None
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -227,12 +232,12 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
     content = json.loads(path.read_text())
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
-      raise ValueError('it lacks the config')
+      raise UsageError('it lacks the config')
     content = {'data': None, 'inputs': None, 'versions': {}, **content}
     recorded = content['versions']
     if not (isinstance(recorded, dict) and all(isinstance(v, str) for v in recorded.values()) and
-            isinstance(content.get('earlier_versions', []), list)):
-      raise ValueError('its versions are not strings by package')
+            isinstance(content.get('earlier_versions', []), list) and isinstance(content.get(_PACKAGE, ''), str)):
+      raise UsageError('its versions are not strings by package')
   except (ValueError, RecursionError) as e:
     raise UsageError(f'{path} is damaged ({e}); copy an intact one back, or give another --workdir.') from None
   if content.get(_PACKAGE, '').split('.')[:2] != __version__.split('.')[:2]:

@@ -72,7 +72,7 @@ def run(main: Callable[[], int], remote: bool = False) -> None:
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
-  heap.share_one()
+  heap.use_single_arena()
   logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
   _tell_once()
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, remote))

@@ -12,7 +12,7 @@ _M_ARENA_MAX = -8  # of malloc.h
 _ACCELERATORS = ('jax_plugins', 'libtpu')  # packages through which JAX finds some
 
 
-def share_one() -> None:
+def use_single_arena() -> None:
   """All threads take from one heap, where JAX can only use the CPU; MALLOC_ARENA_MAX of the environment comes first.
 
   Elsewhere XLA's buffers are not in the heap, and many threads that read data would wait for each other. To be called before threads
@@ -25,7 +25,7 @@ def share_one() -> None:
     mallopt(_M_ARENA_MAX, 1)
 
 
-def give_back() -> None:
+def trim() -> None:
   """Free pages between used ones go back to the system."""
   trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
   if trim is not None:

@@ -11,6 +11,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+_PNG_END = b'IEND\xaeB`\x82'  # the last chunk and its checksum
 MIN_SIDE = 8  # pixels; smaller images are tracking pixels and leftovers
 # Formats that tf.io.decode_image reads as Pillow does. It takes the palette indices of a BMP for levels.
 _PLAIN_FORMATS = ('JPEG', 'PNG', 'WEBP')
@@ -58,6 +59,8 @@ def read_image(path: pathlib.Path) -> Media:
 def _as_displayed(data: bytes) -> Media:
   image = Image.open(io.BytesIO(data))
   file_format, notes = image.format, []
+  if file_format == 'PNG' and _PNG_END not in data:  # Pillow loads it; TensorFlow, in training, does not
+    raise CorruptFile('truncated')
   if getattr(image, 'n_frames', 1) > 1:
     notes.append('animated: first frame')
   image.load()

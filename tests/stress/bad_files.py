@@ -1,0 +1,153 @@
+"""Bad data of users by hypothesis: rows, text, images and videos as programs, disks and people leave them."""
+
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.stress import bad_input
+from tests.stress.bad_input import JSON, ODD_STRINGS, UNREACHABLE, Case, corrupted, skipped
+from uni_moe_jax.data.files import check, file_dataset, media, prepare, video
+from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
+
+_SIZE, _FRAMES = 24, 8
+_NUM_GOOD = 5  # rows beside the drawn one, which must be kept
+_IMAGE_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'ICO')
+HAS_VIDEO = importlib.util.find_spec('av') is not None
+_VIDEO_FORMATS = ('npy', 'npz', *(('mp4', 'avi', 'matroska', 'gif') if HAS_VIDEO else ()))
+_FIELDS = ('image', 'video', 'caption', 'captions', 'text', 'text_a', 'label', 'label_name', 'split', 'group', 'key',
+           LOCATION, 'question')
+_PATHS = st.sampled_from(('', '.', '..', '/', '/dev/zero', 'gone.png', '\0', '\udcff.png', 'data.jsonl', *UNREACHABLE))
+_dataset_number = itertools.count()
+
+
+def jsonl(draw, folder: pathlib.Path) -> Case:
+  """A row among good ones that has values of another type, lacks fields, names an odd file or is damaged."""
+  (folder / 'a.png').write_bytes(_image('PNG', draw(st.integers(0, 3))))
+  good = [{'image': 'a.png', 'captions': [f'number {i}'], 'label': 'ab'[i % 2]} for i in range(_NUM_GOOD)]
+  row = {'image': 'a.png', 'captions': ['one more'], 'label': 'a'}
+  for _ in range(draw(st.integers(1, 2))):
+    name = draw(st.sampled_from(_FIELDS) | ODD_STRINGS)
+    row[name] = draw(_PATHS if name in MEDIA_TYPES else JSON | ODD_STRINGS.map(lambda s: [s]))
+  line = json.dumps(row, ensure_ascii=draw(st.booleans())).encode(errors='surrogatepass')
+  line = draw(st.just(line) | corrupted(line))
+  lines = [json.dumps(r).encode() for r in good]
+  lines.insert(draw(st.integers(0, _NUM_GOOD)), line)
+  (folder / 'data.jsonl').write_bytes(b'\n'.join(lines))
+  return _prepared(draw, folder, folder, _NUM_GOOD)
+
+
+def text(draw, folder: pathlib.Path) -> Case:
+  """A text file with an odd line, or damaged."""
+  lines = [f'line {i}' for i in range(_NUM_GOOD)]
+  lines.insert(draw(st.integers(0, _NUM_GOOD)), draw(ODD_STRINGS))
+  content, damaged = '\n'.join(lines).encode(errors='surrogatepass'), draw(st.booleans())
+  source = folder / draw(st.sampled_from(('train.txt', 'LINES.TXT', 'odd \udcff name.txt')))
+  source.write_bytes(draw(corrupted(content)) if damaged else content)
+  return _prepared(draw, folder, source, 0 if damaged else _NUM_GOOD)
+
+
+def _prepared(draw, folder: pathlib.Path, source: pathlib.Path, num_good: int) -> Case:
+  """Prepare a source that has `num_good` good rows. One input of ten is also written and read again, which takes longer."""
+  name = f'odd{next(_dataset_number)}'  # a process caches what it knows of a dataset
+  max_corrupt, written = draw(st.sampled_from((1.0, 0.1))), draw(st.integers(0, 9)) == 9
+  if written:
+    _load_libraries()
+
+  def main() -> int | str:
+    rows, skipped_rows = check.read_checked_rows(source, max_corrupt_fraction=max_corrupt)
+    if written:
+      summary = prepare.prepare(source, folder / 'out', name, test_fraction=0.0, max_corrupt_fraction=max_corrupt)
+      kept = sum(len(file_dataset.load(f'own:{name}', folder / 'out', split).read(np.arange(size)))
+                 for split, size in summary['splits'].items())
+      assert kept == len(rows), f'{len(rows)} rows are sound, {kept} were written'
+    assert len(rows) >= num_good, f'{num_good} rows are good, {len(rows)} were kept'
+    return skipped(*skipped_rows) if skipped_rows else 0
+  return Case(main)
+
+
+@functools.cache
+def _load_libraries() -> None:
+  """Let TFDS import its modules, so that no input takes that long."""
+  with tempfile.TemporaryDirectory() as folder:
+    source = pathlib.Path(folder, 'one.txt')
+    source.write_text('line')
+    prepare.prepare(source, pathlib.Path(folder), 'one')
+    file_dataset.load('own:one', folder, 'train').read(np.array([0]))
+
+
+def image(draw, folder: pathlib.Path) -> Case:
+  """A damaged image of any format. If it is accepted, the decoder of training must read it."""
+  import tensorflow as tf
+  path = folder / 'image'
+  path.write_bytes(draw(corrupted(_image(draw(st.sampled_from(_IMAGE_FORMATS)), draw(st.integers(0, 3))))))
+
+  def main() -> int | str:
+    try:
+      found = media.read_image(path)
+    except media.CorruptFile as e:
+      return skipped(str(e))
+    pixels = tf.io.decode_image(found.data, channels=3, expand_animations=False).numpy()
+    assert pixels.shape == (*found.size[::-1], 3), f'an image of size {found.size} is decoded as {pixels.shape}'
+    return 0
+  return Case(main)
+
+
+def video_file(draw, folder: pathlib.Path) -> Case:
+  """A video of any format, damaged in its header or frames. If it is accepted, training must get frames of it."""
+  extension = draw(st.sampled_from(_VIDEO_FORMATS))
+  content = _video(extension)
+  header = draw(st.sampled_from((len(content), min(200, len(content)))))
+  path = folder / f'video.{extension}'
+  path.write_bytes(draw(corrupted(content[:header])) + content[header:])
+
+  def main() -> int | str:
+    try:
+      found = media.FrameArrays().read_video(path, 0) if extension == 'npz' else media.read_video(path)
+    except media.CorruptFile as e:
+      return skipped(str(e))
+    frames = video.sample_frames(found.data, np.array([0.1, 0.5, 0.9]))
+    assert (frames.shape, frames.dtype) == ((3, *found.size[:0:-1], 3), np.uint8), (
+        f'a video of size {found.size} gives frames {frames.dtype}{frames.shape}')
+    return 0
+  return Case(main)
+
+
+@functools.cache
+def _image(image_format: str, seed: int) -> bytes:
+  pixels = np.random.default_rng(seed).integers(0, 256, (_SIZE, _SIZE + 8, 3), dtype=np.uint8)
+  out = io.BytesIO()
+  Image.fromarray(pixels).convert(('RGB', 'L', 'RGB', 'RGB')[seed]).save(out, image_format)
+  return out.getvalue()
+
+
+@functools.cache
+def _video(extension: str) -> bytes:
+  frames = np.random.default_rng(0).integers(0, 256, (_FRAMES, _SIZE, _SIZE, 3), dtype=np.uint8)
+  out = io.BytesIO()
+  if extension == 'npy':
+    np.save(out, frames)
+  elif extension == 'npz':
+    np.savez_compressed(out, frames=frames[None])
+  elif extension == 'gif':
+    first, *others = map(Image.fromarray, frames)
+    first.save(out, 'GIF', save_all=True, append_images=others)
+  else:
+    import av
+    with av.open(out, 'w', format=extension) as container:
+      stream = container.add_stream('mpeg4', rate=6)
+      stream.width, stream.height, stream.pix_fmt = _SIZE, _SIZE, 'yuv420p'
+      for frame in frames:
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+      container.mux(stream.encode())
+  return out.getvalue()
+
+
+PROPERTIES: dict[str, bad_input.Property] = {'jsonl': jsonl, 'text': text, 'image': image, 'video': video_file}

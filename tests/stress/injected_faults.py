@@ -1,0 +1,179 @@
+"""A launch script with an injected fault: hangs and failures for the suites, and faults that their checks must detect.
+
+  python -m tests.stress.injected_faults NAME launch/train.py --config=…
+"""
+
+import contextlib
+import os
+import runpy
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from uni_moe_jax.utils.errors import RunError
+
+_GOOD_STEPS = 5  # before a fault
+_MANIFEST_DELAY = 1.5  # seconds
+LOST_DISK = 'its disk is gone.'  # the error of a process that fails
+
+
+def _flipped_bit() -> None:
+  """Flip one bit of one parameter in a resumed run."""
+  import jax
+  import numpy as np
+
+  from uni_moe_jax.train.checkpoint import Checkpoints
+  original = Checkpoints.restore
+
+  def restore(checkpoints, like, step=None):
+    state = original(checkpoints, like, step)
+    leaves, tree = jax.tree.flatten(state.params)
+    value = np.array(leaves[0])
+    value.reshape(-1).view(np.uint32)[0] ^= 1
+    leaves[0] = jax.device_put(value, leaves[0].sharding)
+    return state.replace(params=jax.tree.unflatten(tree, leaves))
+
+  Checkpoints.restore = restore
+
+
+def _skipped_batch() -> None:
+  """Skip one batch in a resumed run."""
+  from uni_moe_jax.data.pipeline.mixtures import Mixture
+  original = Mixture.iterate
+  Mixture.iterate = lambda mixture, start, stop: original(mixture, start + (start > 0), stop + (start > 0))
+
+
+def _ignored_checkpoints() -> None:
+  """Start from step 0, whatever was saved."""
+  from uni_moe_jax.train.checkpoint import Checkpoints
+  original = Checkpoints.latest
+  Checkpoints.latest = lambda checkpoints: original(checkpoints) if checkpoints._own else None
+
+
+def ignored_checksums() -> None:
+  """Read checkpoints without verifying their checksums."""
+  from uni_moe_jax.train import manifest
+  manifest.damage = lambda folder: ''
+
+
+def _late_manifest() -> None:
+  """Write the manifest of a checkpoint after the checkpoint has its name."""
+  from uni_moe_jax.train import manifest
+  original = manifest.write
+
+  def write(folder, final, metrics):
+    del folder
+    def later():
+      time.sleep(_MANIFEST_DELAY)
+      with contextlib.suppress(FileNotFoundError):  # it was deleted for a newer one
+        original(final, final, metrics)
+    threading.Thread(target=later).start()
+
+  manifest.write = write
+
+
+def _constant_batch() -> None:
+  """Yield the first batch at every step. Not a fault: the soak compares the speed of the data with it."""
+  from uni_moe_jax.data.pipeline.mixtures import Mixture
+  original = Mixture.iterate
+
+  def iterate(mixture, start, stop):
+    first = next(original(mixture, start, stop))
+    for _ in range(start, stop):
+      yield first
+
+  Mixture.iterate = iterate
+
+
+def _memory_after_saves() -> None:
+  """Log resident memory after every save, when no step runs and the heap is trimmed. Not a fault: the soak reads it."""
+  from tests.stress import soak
+  from uni_moe_jax.utils import heap
+  [workdir] = [a.partition('=')[2] for a in sys.argv if a.startswith('--workdir=')]
+  original = heap.trim
+
+  def trim():
+    import jax  # not before the command has chosen its platform
+    jax.block_until_ready(jax.live_arrays())  # a running step has a varying number of buffers
+    time.sleep(.5)  # they are freed a moment after the results arrive
+    original()
+    with open(soak.after_saves_file(workdir), 'a') as file:
+      file.write(f'{soak.resident_megabytes(os.getpid())}\n')
+
+  heap.trim = trim
+
+
+def _stalled_start() -> None:
+  """Never finish reading the data."""
+  from uni_moe_jax.data.assemble import Data
+  Data.records = lambda *_: _disk_that_does_not_answer()
+
+
+def _before_sixth_batch(act: Callable[[], None]) -> None:
+  from uni_moe_jax.data.pipeline.mixtures import Mixture
+  original = Mixture.iterate
+
+  def iterate(mixture, start, stop):
+    for i, batch in enumerate(original(mixture, start, stop)):
+      if i == _GOOD_STEPS:
+        act()
+      yield batch
+
+  Mixture.iterate = iterate
+
+
+def _stalled_input() -> None:
+  """Never yield the sixth batch."""
+  _before_sixth_batch(_disk_that_does_not_answer)
+
+
+def _one_process_fails() -> None:
+  """Raise an error in the second process instead of yielding the sixth batch."""
+  import jax
+
+  def fail():
+    if jax.process_index() == 1:
+      raise RunError(LOST_DISK)
+
+  _before_sixth_batch(fail)
+
+
+def _hung_step() -> None:
+  """Never finish the sixth step."""
+  from uni_moe_jax.train.step import Step
+  original, calls = Step.__call__, []
+
+  def call(step, *arguments):
+    calls.append(1)
+    if len(calls) > _GOOD_STEPS:
+      _device_that_does_not_answer()
+    return original(step, *arguments)
+
+  Step.__call__ = call
+
+
+def _disk_that_does_not_answer() -> None:
+  time.sleep(3600)
+
+
+def _device_that_does_not_answer() -> None:
+  time.sleep(3600)
+
+
+# Faults that the checks of preemption and damage must detect, with words of the right finding.
+DETECTED = {'flipped_bit': 'arrays differ', 'skipped_batch': 'arrays differ', 'ignored_checkpoints': 'resumed from nothing',
+            'late_manifest': 'was left damaged', 'ignored_checksums': 'THE DAMAGED ONE WAS READ'}
+# name -> (config.train.hang_timeout: short, but long enough on a loaded machine; words of the error).
+HANGS = {'stalled_start': (1., ('starting has taken', '_disk_that_does_not_answer')),
+         'stalled_input': (6., ('waiting for the batch of step 6', '_disk_that_does_not_answer')),
+         'hung_step': (6., ('waiting for the result of step 6', '_device_that_does_not_answer'))}
+ALL: dict[str, Callable[[], None]] = {f.__name__.lstrip('_'): f for f in (
+    _flipped_bit, _skipped_batch, _ignored_checkpoints, _late_manifest, ignored_checksums, _constant_batch,
+    _memory_after_saves, _stalled_start, _stalled_input, _one_process_fails, _hung_step)}
+
+
+if __name__ == '__main__':
+  ALL[sys.argv[1]]()
+  sys.argv = sys.argv[2:]
+  runpy.run_path(sys.argv[0], run_name='__main__')

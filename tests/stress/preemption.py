@@ -1,0 +1,200 @@
+"""SIGKILL at random moments, some of them during a save. A restarted run must end like an undisturbed one."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import time
+
+from tests.stress import trainer as trainer_lib
+from tests.stress.trainer import Trainer, ending, metric_lines, newest_intact
+from uni_moe_jax.train import manifest
+from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps
+
+_POLL = 0.001  # seconds
+_MAX_SKIPPED_SAVES = 4  # before one is hit
+_BEYOND = 1.2  # a kill during a save is drawn from 1.2 times its duration, to hit what follows it too
+_UNFINISHED = '*.orbax-checkpoint-tmp'
+# Stage of a save when the kill hit it.
+EMPTY, ARRAYS, SEALED, DELETING = 'nothing written', 'writing arrays', 'manifest written', 'deleting the old one'
+
+
+@dataclasses.dataclass
+class Tally:
+  """Result of a series of kills.
+
+  Attributes:
+    kills: their number. during_saves: those that hit a save. before_steps: those that hit a process before its first step.
+    stages: of the saves that were hit or had just ended, see `EMPTY` and the others.
+    starts: of the command. finished: runs that reached their last step.
+    findings: sentences about what went wrong.
+  """
+  kills: int = 0
+  during_saves: int = 0
+  before_steps: int = 0
+  stages: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  starts: int = 0
+  finished: int = 0
+  findings: list[str] = dataclasses.field(default_factory=list)
+
+  def __str__(self) -> str:
+    stages = ', '.join(f'{stage}: {n}' for stage, n in sorted(self.stages.items()))
+    return (f'{self.kills} kills, {self.before_steps} of them before the first step, {self.during_saves} during a save'
+            f'{f" ({stages})" if stages else ""}; {self.starts} starts, {self.finished} finished runs')
+
+
+@dataclasses.dataclass(frozen=True)
+class Undisturbed:
+  """A run without faults: its work directory, its duration and that of its slowest save."""
+  workdir: pathlib.Path
+  seconds: float
+  save_seconds: float
+
+
+def series(trainer: Trainer, undisturbed: Undisturbed, num_kills: int, num_saves: int, seed: int) -> Tally:
+  """Kill runs until there were `num_kills` kills, `num_saves` of them during a save. Every run is then finished.
+
+  Args:
+    trainer: starts the runs.
+    undisturbed: the same run without faults.
+    num_kills, num_saves: see above.
+    seed: of the random moments.
+  """
+  rng, tally = random.Random(seed), Tally()
+  while tally.kills < num_kills or tally.during_saves < num_saves:
+    workdir = trainer.folder / f'killed_{tally.finished}{trainer.fault}'
+    log = workdir.with_suffix('.log')
+    trainer_lib.clear(workdir, log)
+    expected, code = None, None
+    while code is None:
+      done = tally.kills >= num_kills and tally.during_saves >= num_saves
+      saves_missing = num_saves - tally.during_saves
+      in_save = saves_missing > 0 and (num_kills - tally.kills <= saves_missing or rng.random() < .5)
+      old_size = log.stat().st_size if log.exists() else 0
+      code = _run_until_killed(trainer, workdir, log, rng, None if done else in_save, undisturbed, tally)
+      tally.starts += 1
+      output = log.read_text(errors='replace')[old_size:]
+      _check_resumed(expected, output, tally)
+      expected = newest_intact(workdir)
+      if code is None:
+        tally.before_steps += trainer_lib.STEPPED not in output
+        _check_nothing_lost(workdir, expected, tally)
+        _check_intact(workdir, expected, tally)
+    tally.finished += 1
+    if code != 0:
+      tally.findings.append(f'{workdir.name}: {ending(code)}: {log.read_text(errors="replace")[-300:]}')
+      break
+    tally.findings += trainer_lib.differences(undisturbed.workdir, workdir)
+    if tally.findings:
+      break
+    trainer_lib.clear(workdir)
+  return tally
+
+
+def save_seconds(workdir: pathlib.Path) -> float:
+  """Return the duration of the slowest save among the checkpoints, from the timestamps of Orbax."""
+  metadata = [json.loads(path.read_text()) for path in (workdir / CHECKPOINTS).glob('*/_CHECKPOINT_METADATA')]
+  return max(m['commit_timestamp_nsecs'] - m['init_timestamp_nsecs'] for m in metadata) / 1e9
+
+
+def _run_until_killed(trainer: Trainer, workdir: pathlib.Path, log: pathlib.Path, rng: random.Random,
+                      in_save: bool | None, undisturbed: Undisturbed, tally: Tally) -> int | None:
+  """Start a run and kill it during a save, at a random moment or not at all (None). Return its exit code, None if killed."""
+  saves = _Saves(workdir)
+  process = trainer.start(workdir, log)
+  if in_save is None:
+    return trainer_lib.wait(process)
+  if in_save:
+    _wait_for_save(process, saves, rng.randrange(_MAX_SKIPPED_SAVES))
+  end = time.monotonic() + rng.uniform(0, _BEYOND * undisturbed.save_seconds if in_save else undisturbed.seconds)
+  while time.monotonic() < end and process.poll() is None:
+    saves.is_running()
+    time.sleep(_POLL)
+  if process.poll() is not None:
+    return process.returncode
+  process.kill()
+  if process.wait() != -signal.SIGKILL:  # it ended by itself at the same moment
+    return process.returncode
+  tally.kills += 1
+  tally.during_saves += saves.is_running()
+  if stage := saves.stage(len(saved_steps(undisturbed.workdir))):
+    tally.stages[stage] += 1
+  return None
+
+
+class _Saves:
+  """Detects saves of the current process. Unfinished saves of earlier processes remain until it saves for the first time."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self._folder = workdir / CHECKPOINTS
+    self._left_over = self._unfinished()
+
+  def is_running(self) -> bool:
+    """Whether a save is running. Call it often: a new file may get the inode of a deleted one."""
+    now = self._unfinished()
+    self._left_over &= now
+    return bool(now - self._left_over)
+
+  def stage(self, max_to_keep: int) -> str:
+    """Return the stage of the save that is running or has just ended; '' if there is none."""
+    for name, _ in self._unfinished() - self._left_over:
+      files = {path.name for path in (self._folder / name).rglob('*') if path.is_file()} - {'_CHECKPOINT_METADATA'}
+      return SEALED if manifest.FILE in files else ARRAYS if files else EMPTY
+    # A new checkpoint gets its name before the old one is deleted.
+    return DELETING if len(saved_steps(self._folder.parent)) > max_to_keep else ''
+
+  def _unfinished(self) -> set[tuple[str, int]]:
+    names = set()
+    for path in self._folder.glob(_UNFINISHED):
+      with contextlib.suppress(FileNotFoundError):  # it was renamed in this moment
+        names.add((path.name, path.stat().st_ino))
+    return names
+
+
+def _wait_for_save(process: subprocess.Popen, saves: _Saves, num_skipped: int) -> None:
+  """Wait until a save is running, after `num_skipped` others of this process."""
+  count, running = 0, False
+  end = time.monotonic() + trainer_lib.TIMEOUT
+  while process.poll() is None and time.monotonic() < end:
+    was_running, running = running, saves.is_running()
+    count += running and not was_running
+    if count > num_skipped:
+      return
+    time.sleep(_POLL)
+
+
+def _check_resumed(expected: int | None, output: str, tally: Tally) -> None:
+  """A start that reaches its first step resumes from the newest intact checkpoint, if there is one."""
+  resumed = re.findall(trainer_lib.RESUMED, output, re.MULTILINE)
+  if trainer_lib.COMPILING not in output:
+    return
+  if expected is None and resumed:
+    tally.findings.append(f'a run without a checkpoint resumed from step {resumed[0]}')
+  if expected is not None and resumed != [str(expected)]:
+    tally.findings.append(f'a run with a checkpoint of step {expected} resumed from {resumed or "nothing"}')
+
+
+def _check_nothing_lost(workdir: pathlib.Path, saved: int | None, tally: Tally) -> None:
+  """A save begins after the previous one ended: less than two save intervals of the logged steps may be unsaved."""
+  lines = metric_lines(workdir)
+  if not lines:
+    return
+  every = json.loads((workdir / 'config.json').read_text())['config']['train']['checkpoint_every']
+  begun_saves = (lines[-1]['step'] - 1) // every
+  if (saved or 0) < (begun_saves - 1) * every:
+    tally.findings.append(f'step {lines[-1]["step"]} was logged, but the newest intact checkpoint is of step {saved}')
+
+
+def _check_intact(workdir: pathlib.Path, newest: int | None, tally: Tally) -> None:
+  """A checkpoint gets its name when it is complete: no kill leaves a damaged one."""
+  named = max(saved_steps(workdir), default=None)
+  if named != newest:
+    tally.findings.append(f'{workdir.name}: the checkpoint of step {named} was left damaged: '
+                          f'{manifest.damage(workdir / CHECKPOINTS / str(named))}')
+  if (workdir / DAMAGED).exists():
+    tally.findings.append(f'{workdir.name}: a checkpoint was moved away as damaged')
