@@ -15,7 +15,7 @@ from uni_moe_jax.utils.errors import UsageError
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
 _CONFIG = cli.define_config()
 _STEP = flags.DEFINE_integer('step', None, 'Step of a checkpoint; default: the newest.', lower_bound=0)
-_AT_INIT = flags.DEFINE_bool('at_init', False, 'Measure the initial parameters; needs --config if nothing is trained yet.')
+_AT_INIT = flags.DEFINE_bool('at_init', False, 'Measure the initial parameters; before training with --config.')
 _NUM_BATCHES = flags.DEFINE_integer('num_batches', 4, 'Batches to measure routers by token on.', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the batches, independent of training.', lower_bound=0)
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Directory of the prepared data, if it has moved since training.')

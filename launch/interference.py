@@ -15,12 +15,12 @@ from uni_moe_jax.utils.errors import UsageError
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
 _CONFIG = cli.define_config()
 _STEP = flags.DEFINE_integer('step', None, 'Step of a checkpoint; default: the newest.', lower_bound=0)
-_AT_INIT = flags.DEFINE_bool('at_init', False, 'Measure the initial parameters; needs --config if nothing is trained yet.')
+_AT_INIT = flags.DEFINE_bool('at_init', False, 'Measure the initial parameters; before training with --config.')
 _PARAMETERS = flags.DEFINE_string(
-    'parameters', r'ffn_out/kernel$', 'Regular expression, searched in paths such as encoder/blocks/block0/ffn_out/kernel.')
+    'parameters', r'ffn_out/kernel$', 'Regular expression for paths such as encoder/blocks/block0/ffn_out/kernel.')
 _LAYERS = flags.DEFINE_list('layers', None, 'Indices; default: 3, 7, 11, …, or all layers if there are at most 7.')
 _NUM_BATCHES = flags.DEFINE_integer('num_batches', 16, 'Per task; each takes two gradients.', lower_bound=2)
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the batches and the resampling, independent of training.', lower_bound=0)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of batches and resampling, independent of training.', lower_bound=0)
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Directory of the prepared data, if it has moved since training.')
 
 

@@ -9,7 +9,7 @@
 example in a hundred; `finetune-all` trains on all examples; `zero-shot` evaluates the run as it is.
 
 Every cell of the grid is a work directory that the other launch scripts make. Rerun the same command to continue:
-finished stages are skipped, failed ones are tried again. The folder `results` gets results.json, results.md and figures.
+finished stages are skipped, failed ones are retried. Writes results.json, results.md and figures to `results/`.
 
 Exit codes: 0 finished, 75 stopped by a signal (rerun to continue), 1 a run or a check of the results failed, 2 usage.
 """

@@ -1,4 +1,4 @@
-"""What a measurement leaves in a folder: numbers, and pictures that show them."""
+"""interference.json, its heat maps and its section of the report."""
 
 import json
 
@@ -11,59 +11,60 @@ from uni_moe_jax.analysis.param_subsets import ParamSlice
 from uni_moe_jax.reporting import html
 
 TASKS = ('names <a>', 'motion')
-# By batch: the first task is sure of itself and hurt by the second; the second is not sure of itself.
+# By batch: the first task has a certain effect on itself and is hurt by the second, whose own effect is uncertain.
 _ROWS = np.array([[[2., 2.2, 1.8], [-1., -1.1, -.9]], [[.5, .4, .6], [.1, -.1, .03]]])
 
 
 @pytest.fixture(name='content', scope='module')
 def _content():
-  pieces = [ParamSlice(f'layer {i} ffn_out', i, 'ffn_out', f'path{i}', None) for i in (3, 11)]
+  slices = [ParamSlice(f'layer {i} ffn_out', i, 'ffn_out', f'path{i}', None) for i in (3, 11)]
   estimates = {name: interference.estimate(interference.Products(sign * _ROWS, sign * _ROWS), num_resamples=100)
                for name, sign in (('all', 1), ('layer 11 ffn_out', -1), ('layer 3 ffn_out', 1))}
   facts = dict(checkpoint='step 7', parameters='ffn_out/kernel$', num_batches=3)
-  return run_interference.to_json(facts, TASKS, estimates, pieces)
+  return run_interference.to_json(facts, TASKS, estimates, slices)
 
 
-def test_the_record_holds_every_part_in_the_order_of_layers_with_both_ratios(content):
+def test_the_content_has_every_subset_in_the_order_of_layers_with_both_ratios(content):
   assert [(p['subset'], p['layer']) for p in content['subsets']] == [
       ('all', None), ('layer 3 ffn_out', 3), ('layer 11 ffn_out', 11)]
   assert content['tasks'] == list(TASKS)
-  whole = content['subsets'][0]
-  assert whole['ratio_of_means']['value'][0] == pytest.approx([1, -.5])
-  assert whole['mean_of_ratios']['value'][0] == pytest.approx([1, -.5])
-  low, value, high = (whole['delta'][k][0][1] for k in ('low', 'value', 'high'))
+  total = content['subsets'][0]
+  assert total['ratio_of_means']['value'][0] == pytest.approx([1, -.5])
+  assert total['mean_of_ratios']['value'][0] == pytest.approx([1, -.5])
+  low, value, high = (total['delta'][k][0][1] for k in ('low', 'value', 'high'))
   assert low < value < high and value == pytest.approx(-1)
-  # The second row has no base, and of the part that is turned around neither has.
-  assert whole['mean_of_pairs']['value'] == pytest.approx(-.5) and whole['negative_share'] == {'value': 1, 'low': 1, 'high': 1}
+  # The second row has no base, and in the subset of opposite sign neither has.
+  assert total['mean_of_pairs']['value'] == pytest.approx(-.5)
+  assert total['negative_share'] == {'value': 1, 'low': 1, 'high': 1}
   assert content['subsets'][2]['mean_of_pairs'] == {'value': None, 'low': None, 'high': None}
-  assert interference_file.summary(whole).startswith('mean of different tasks -0.500 (')
+  assert interference_file.summary(total).startswith('mean of different tasks -0.500 (')
   assert interference_file.summary(content['subsets'][2]) == interference_file.summary({}) == ''
   json.dumps(content, allow_nan=False)
 
 
-def test_a_row_without_a_sure_base_is_told_apart(content):
+def test_rows_without_a_certain_base_are_known(content):
   assert interference_file.has_base(content['subsets'][0]) == [True, False]
-  assert interference_file.has_base(content['subsets'][2]) == [False, False]  # a step on itself would hurt: no base
+  assert interference_file.has_base(content['subsets'][2]) == [False, False]  # a step on the task itself hurts: no base
 
 
-def test_pictures_are_white_at_zero_blue_where_a_step_helps_and_red_where_it_hurts(content, tmp_path):
+def test_heat_maps_are_white_at_zero_blue_where_a_step_helps_and_red_where_it_hurts(content, tmp_path):
   paths = interference_file.write(content, tmp_path, 'interference')
   assert [p.name for p in paths] == ['interference.json', 'interference.png', 'interference_subsets.png']
   assert json.loads(paths[0].read_text()) == content
-  with Image.open(paths[1]) as picture:
-    colours = {c for n, c in picture.convert('RGB').getcolors(1 << 20) if n > 500}
-  blue, red = [c for c in colours if c[2] > c[0] + 60], [c for c in colours if c[0] > c[2] + 60]
-  assert blue and red and (255, 255, 255) in colours
+  with Image.open(paths[1]) as image:
+    colors = {c for n, c in image.convert('RGB').getcolors(1 << 20) if n > 500}
+  blue, red = [c for c in colors if c[2] > c[0] + 60], [c for c in colors if c[0] > c[2] + 60]
+  assert blue and red and (255, 255, 255) in colors
 
 
-def test_the_report_shows_the_matrix_where_there_is_one_and_no_section_where_there_is_none(content, tmp_path):
+def test_the_report_has_a_section_with_the_matrices_only_if_they_were_measured(content, tmp_path):
   assert 'id="interference"' not in html.write_report(tmp_path).read_text()
   (tmp_path / interference_file.FILE).write_text(json.dumps(content))
   page = html.write_report(tmp_path).read_text()
   section = page[page.index('id="interference"'):]
-  for said in ('step 7', '>-0.50<', 'a step on motion for the loss of names &lt;a&gt;; ratio of means -0.500 (', 'motion °',
-               'all: mean of different tasks -0.500 (', 'below 0: 100% (100% … 100%)'):
-    assert said in section, said
+  for text in ('step 7', '>-0.50<', 'a step on motion for the loss of names &lt;a&gt;; ratio of means -0.500 (',
+               'motion °', 'all: mean of different tasks -0.500 (', 'below 0: 100% (100% … 100%)'):
+    assert text in section, text
   assert section.count('signed matrix') == 3
   (tmp_path / interference_file.FILE).write_text('{"tasks": ["a"]}')
   assert 'interference.json does not hold what this page expects' in html.write_report(tmp_path).read_text()

@@ -11,10 +11,11 @@ from uni_moe_jax.analysis.interference import ALL
 
 
 def _table(**tasks):
-  """A gradient function from {task: (gradient of batch 0, of batch 1, …)}; a gradient is {subset: vector} or a vector."""
+  """A gradient function from {task: (gradient of batch 0, 1, …)}; a gradient is {subset: vector} or a vector."""
   def gradient(task, batch):
     g = tasks[task][batch]
-    return {subset: {'w': jnp.asarray(x, jnp.float32)} for subset, x in (g if isinstance(g, dict) else {'p': g}).items()}
+    subsets = g if isinstance(g, dict) else {'p': g}
+    return {subset: {'w': jnp.asarray(x, jnp.float32)} for subset, x in subsets.items()}
   return gradient
 
 
@@ -35,7 +36,7 @@ def test_products_of_two_tasks_by_hand():
   # one with other's mean: (3 + 4)/2, 10/2; other with one's mean (.8, .4): 5 · .4, 4 · .8.
   np.testing.assert_allclose(products.rows[0, 1], [3.5, 5], rtol=1e-6)
   np.testing.assert_allclose(products.rows[1, 0], [2, 3.2], rtol=1e-6)
-  # The mean of one is (6.5, 2): other's directions (0, 1), (1, 0) lower its loss by 2 and 6.5; its own by 10 · .6 and 3.
+  # The mean of one is (6.5, 2): other's directions (0, 1), (1, 0) lower its loss by 2 and 6.5; its own by 6 and 3.
   np.testing.assert_allclose(products.columns[0, 1], [2, 6.5], rtol=1e-6)
   np.testing.assert_allclose(products.columns[0, 0], [6, 3], rtol=1e-6)
   np.testing.assert_allclose(np.mean(products.rows, -1), np.mean(products.columns, -1), rtol=1e-6, atol=1e-6)
@@ -106,7 +107,7 @@ def test_gradients_are_streamed_computed_twice_and_few_are_in_memory():
   assert most <= 4, most
 
 
-# Quadratic losses L_i(θ) = ½‖θ - c_i‖²: a batch's gradient is θ - c_i with noise, and I(i, j) is the cosine of the means.
+# Quadratic losses L_i(θ) = ½‖θ - c_i‖²: a batch's gradient is θ - c_i with noise, I(i, j) the cosine of the means.
 _DIM = 12
 
 

@@ -1,4 +1,4 @@
-"""Expert usage of a run: its rows, what they count, and the same answer however the batch is laid out."""
+"""Expert usage of a run: its conditions and tokens, independent of the layout of the batch."""
 
 import functools
 import json
@@ -21,13 +21,13 @@ def _config(router, *tasks, **changes):
 
 
 @functools.cache
-def _measured(router, tasks, devices=1, accum=1):
+def _usage(router, tasks, devices=1, accum=1):
   run = train_run.build(_config(router, *tasks, grad_accum_steps=accum), jax.devices()[:devices])
   return run_expert_usage.compute_usage(run, run.init().params, 'init', 2, 0)
 
 
-def test_routers_that_look_at_tokens_are_asked_about_batches_task_by_task():
-  found = _measured('token', ('caption', 'pair'))
+def test_routers_by_token_are_measured_on_batches_task_by_task():
+  found = _usage('token', ('caption', 'pair'))
   assert found['conditions'] == [
       'caption visual', 'caption words', 'caption queries', 'set words', 'pair visual', 'pair paired text']
   assert found['tasks'] == {
@@ -35,33 +35,35 @@ def test_routers_that_look_at_tokens_are_asked_about_batches_task_by_task():
   shares, tokens = np.array(found['coefficients']), found['tokens']
   assert shares.shape == (1, 2, 6, 4)
   np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
-  # 2 batches of 4 pictures of each task, as `spe` and 4 patches; 32 sampled words as [spe, v, eot].
+  # 2 batches of 4 images of each task, as `spe` and 4 patches; 32 sampled words as [spe, v, eot].
   assert tokens[0] == 2 * 4 * 5 and tokens[4] == 2 * 4 * 5 and tokens[3] == 2 * 32 * 3
   assert tokens[1] == tokens[2] <= 2 * 4 * 6
-  assert np.ptp(shares[0, 1], axis=0).max() > .02  # rows differ
+  assert np.ptp(shares[0, 1], axis=0).max() > .02  # conditions differ
   assert 0 < min(np.ravel(found['router_entropy'])) and max(np.ravel(found['router_entropy'])) <= np.log(2) + 1e-5
-  assert (np.array(found['entropy']) >= np.array(found['router_entropy']) - 1e-5).all()  # of a mean: never below the mean
+  # The entropy of a mean is never below the mean of the entropies.
+  assert (np.array(found['entropy']) >= np.array(found['router_entropy']) - 1e-5).all()
 
 
 @pytest.mark.nightly
 def test_the_layout_of_the_batch_changes_nothing():
-  """package and answer share a group: on two devices their examples lie in other places. Micro-steps are added up."""
-  one, two = (_measured('token', ('package', 'answer'), devices) for devices in (1, 2))
+  """package and answer share a group, whose layout differs on two devices."""
+  one, two = (_usage('token', ('package', 'answer'), devices) for devices in (1, 2))
   assert one['tokens'] == two['tokens'] and one['conditions'] == two['conditions']
   for key in ('coefficients', 'router_entropy', 'mean_task_overlap'):
     np.testing.assert_allclose(one[key], two[key], atol=1e-4)
   assert np.abs(np.subtract(*np.array(one['coefficients'])[0, 0, [0, 2]])).max() > 1e-3  # the two tasks differ
 
 
-def test_accumulation_sees_every_micro_step():
-  one, two = (_measured('token', ('package', 'answer'), accum=accum) for accum in (1, 2))
+def test_accumulation_counts_every_micro_step():
+  one, two = (_usage('token', ('package', 'answer'), accum=accum) for accum in (1, 2))
   assert one['conditions'] == two['conditions'] == ['answer text', 'set answers', 'package text', 'set packages']
-  assert two['tokens'] == [n * (2 if 'set' in row else 1) for n, row in zip(one['tokens'], one['conditions'])]
+  micro_steps = [2 if 'set' in condition else 1 for condition in one['conditions']]  # each encodes the set
+  np.testing.assert_array_equal(two['tokens'], np.multiply(one['tokens'], micro_steps))
   np.testing.assert_allclose(one['coefficients'], two['coefficients'], atol=1e-4)
 
 
-def test_routers_that_merge_need_no_batch():
-  found = _measured('task', ('caption', 'pair'))
+def test_merging_routers_need_no_batch():
+  found = _usage('task', ('caption', 'pair'))
   assert found['num_batches'] == 0 and found['tokens'] is None
   caption = found['tasks']['caption']
   assert [found['conditions'][caption[s]] for s in ('visual', 'words', 'queries')] == ['caption'] * 3
@@ -69,7 +71,7 @@ def test_routers_that_merge_need_no_batch():
   assert max(np.ravel(found['effective_experts'])) <= 2 + 1e-5  # two experts are kept
 
 
-def test_a_checkpoint_is_asked_under_its_name_and_a_dense_model_refused(tmp_path):
+def test_files_have_the_name_of_the_checkpoint_and_a_dense_model_is_an_error(tmp_path):
   paths = run_expert_usage.measure_expert_usage(_config('task', 'shape'), tmp_path, None, True, 1, 0, jax.devices()[:1])
   assert [p.name for p in paths] == ['experts_init.json', 'experts_init.png']
   assert json.loads(paths[0].read_text())['checkpoint'] == 'init'

@@ -1,4 +1,4 @@
-"""Gradients of single tasks, and what they say about steps: against losses after real steps of a tiny model."""
+"""Gradients of single tasks, against losses after real steps of a tiny model; the interference of a run."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, qu
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 
-TASKS = ('answer', 'package')  # of one kind, so that they go through the same experts
+TASKS = ('answer', 'package')  # of one type, so that they share experts
 PATTERN = r'ffn_out/kernel$'
 
 
@@ -27,7 +27,7 @@ def _one_device():
 def _config(*tasks, **train):
   c = tiny.config(*(tasks or TASKS), data_dir=tiny.data_dir())
   c.moe.noise_std = 8.
-  c.model.num_layers = 1  # a small program compiles sooner
+  c.model.num_layers = 1  # compiles fast
   for t in c.tasks.values():
     t.loss_weight = 3.0  # does not count here
   c.train.update(train)
@@ -50,12 +50,12 @@ def _slices():
 
 
 def _spread(tree, slices, like):
-  """Parts, put back into a tree of the parameters' form; zero elsewhere."""
+  """Subsets, put back into a tree like the parameters; zero elsewhere."""
   flat = {'/'.join(str(k.key) for k in path): np.zeros(leaf.shape, np.float32)
           for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
-  for p in slices:
-    place = flat[p.path] if p.period is None else flat[p.path][p.period]
-    place[...] = np.asarray(tree[p.subset][p.path])
+  for s in slices:
+    array = flat[s.path] if s.period is None else flat[s.path][s.period]
+    array[...] = np.asarray(tree[s.subset][s.path])
   return jax.tree.unflatten(jax.tree.structure(like), list(flat.values()))
 
 
@@ -66,7 +66,7 @@ def _gradients():
 
 @functools.cache
 def _batches():
-  """{task: ((batch 0, key), (batch 1, key))}: what a measurement asks its functions."""
+  """{task: [(batch 0, key), (batch 1, key)]}: the arguments of the gradient functions."""
   gradients, out = TaskGradients(_run(), _params(), _slices(), 2, 0), {}
   for name in TASKS:
     out[name] = []
@@ -76,31 +76,31 @@ def _batches():
   return out
 
 
-def test_delta_is_what_a_short_step_takes_from_the_loss():
+def test_delta_is_the_decrease_of_the_loss_by_a_short_step():
   """L_i(θ) - L_i(θ - λ d) ≈ λ Δ_{j→i}, d the mean unit gradient of j (for i = j, of its other batch)."""
   slices, params, sets, length = _slices(), _params(), _run().target_sets(), 2e-3
-  held = {(t, b): jax.device_get(_gradients()(t, b)) for t in TASKS for b in range(2)}
-  measured = interference.products(lambda t, b: held[t, b], TASKS, 2)
+  gradients = {(t, b): jax.device_get(_gradients()(t, b)) for t in TASKS for b in range(2)}
+  measured = interference.products(lambda t, b: gradients[t, b], TASKS, 2)
   unit = {}
-  for key, g in held.items():
+  for key, g in gradients.items():
     norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(g)))
     unit[key] = _spread(jax.tree.map(lambda x, n=norm: x / n, g), slices, params)
-  got = np.array(measured[interference.ALL].rows)
-  taken = np.zeros_like(got)
-  for i, harmed in enumerate(TASKS):
-    for j, stepped in enumerate(TASKS):
-      for a, (batch, key) in enumerate(_batches()[harmed]):
+  delta = np.array(measured[interference.ALL].rows)
+  decrease = np.zeros_like(delta)
+  for i, affected in enumerate(TASKS):
+    for j, step_task in enumerate(TASKS):
+      for a, (batch, key) in enumerate(_batches()[affected]):
         others = [b for b in range(2) if (i, a) != (j, b)]
-        direction = jax.tree.map(lambda *x, n=len(others): sum(x) / n, *(unit[stepped, b] for b in others))
+        direction = jax.tree.map(lambda *x: sum(x) / len(x), *(unit[step_task, b] for b in others))
         before, after = (
-            _gradients()._functions[harmed](
+            _gradients()._functions[affected](
                 jax.tree.map(lambda p, d, s=s: p - s * length * d, params, direction), batch, sets, key)[1]
             for s in (0., 1.))
-        taken[i, j, a] = (before - after) / length
-  scale = np.abs(got).max()
+        decrease[i, j, a] = (before - after) / length
+  scale = np.abs(delta).max()
   assert scale > 0.05
-  np.testing.assert_allclose(taken, got, atol=0.02 * scale)
-  assert np.abs(taken - got.swapaxes(0, 1)).max() > 0.1 * scale  # who is harmed and who steps is not the same
+  np.testing.assert_allclose(decrease, delta, atol=0.02 * scale)
+  assert np.abs(decrease - delta.swapaxes(0, 1)).max() > 0.1 * scale  # affected and step task are not interchangeable
 
 
 def test_gradients_are_those_of_the_unweighted_loss_without_noise():
@@ -108,18 +108,18 @@ def test_gradients_are_those_of_the_unweighted_loss_without_noise():
   spec = quiet_spec(run.spec, 'package')
   assert spec.plan.tasks[0].loss_weight == 1 and [s.name for s in spec.plan.sets] == ['packages']
   noisy = jit(functools.partial(task_gradient, spec=dataclasses.replace(spec, model=run.spec.model), slices=_slices()))
-  for ask, same in ((_gradients()._functions['package'], True), (noisy, False)):
-    one, other = (ask(_params(), batch, run.target_sets(), jax.random.key(seed))[0] for seed in (1, 2))
-    assert same == all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
+  for gradient, is_equal in ((_gradients()._functions['package'], True), (noisy, False)):
+    one, other = (gradient(_params(), batch, run.target_sets(), jax.random.key(seed))[0] for seed in (1, 2))
+    assert is_equal == jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
 def test_batches_repeat_with_their_seed_and_are_not_those_of_training():
   def ids(seed, order=(0, 1, 2)):
-    seen, gradients = [], TaskGradients(_run(), _params(), _slices(), 3, seed)
-    gradients._functions['package'] = lambda params, batch, sets, key: (seen.append(batch['text_classification']['id']), None)
+    batches, gradients = [], TaskGradients(_run(), _params(), _slices(), 3, seed)
+    gradients._functions['package'] = lambda params, batch, sets, key: (batches.append(batch), None)
     for b in order:
       gradients('package', b)
-    return {b: np.asarray(x).tolist() for b, x in zip(order, seen)}
+    return {b: np.asarray(x['text_classification']['id']).tolist() for b, x in zip(order, batches, strict=True)}
   assert ids(0) == ids(0) == ids(0, (2, 0, 1))
   assert ids(0) != ids(1)
   trained = [np.asarray(b['text_classification']['id']).tolist() for _, b in _run().mixture().iterate(0, 3)]
@@ -128,8 +128,8 @@ def test_batches_repeat_with_their_seed_and_are_not_those_of_training():
 
 
 @pytest.mark.parametrize('accum', [1, 2])
-def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
-  """Rows of 'pair', which lies behind 'other' in their group; the halves are not the same."""
+def test_the_gradient_of_a_half_is_that_of_its_examples(accum):
+  """Examples of 'pair', which follow those of 'other' in their group; the halves differ."""
   c = _config('shape', 'pair', grad_accum_steps=accum)
   c.tasks.other, c.tasks.pair.batch_size = c.tasks.pair.copy_and_resolve_references(), 8
   c.tasks = type(c.tasks)({name: c.tasks[name] for name in ('shape', 'other', 'pair')})
@@ -139,30 +139,29 @@ def test_a_half_of_a_step_is_the_gradient_on_these_rows(accum):
   _, batch = next(run.mixture().iterate(0, 1))
   names = [t.name for t in run.plan.tasks]
   start, size = (4 // accum if names.index('other') < names.index('pair') else 0), 4 // accum
-  whole = jit(functools.partial(half_gradient, spec=run.spec, task='pair', slices=slices))
-  alone = jit(functools.partial(task_gradient, spec=quiet_spec(run.spec, 'pair', 2), slices=slices))
+  half_of_batch = jit(functools.partial(half_gradient, spec=run.spec, task='pair', slices=slices))
+  separate = jit(functools.partial(task_gradient, spec=quiet_spec(run.spec, 'pair', 2), slices=slices))
   results = []
   for half in (0, 1):
-    first = start + half * size
-    rows = {k: v if k == 'temporal_offset' else (v[:, first:first + size] if accum == 1 else v[:, :, first:first + size])
-            for k, v in batch['image_retrieval'].items()}
-    expected = alone(params, {'image_retrieval': rows}, sets, jax.random.key(0))[0]
-    got = whole(params, run.put_batch(batch), sets, jax.random.key(0), half)
+    examples = (slice(None),) * (1 if accum == 1 else 2) + (slice(start + half * size, start + (half + 1) * size),)
+    fields = {k: v if k == 'temporal_offset' else v[examples] for k, v in batch['image_retrieval'].items()}
+    expected = separate(params, {'image_retrieval': fields}, sets, jax.random.key(0))[0]
+    got = half_of_batch(params, run.put_batch(batch), sets, jax.random.key(0), half)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     results.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(got)]))
   assert np.abs(results[0] - results[1]).max() > 1e-3
 
 
-def test_the_metric_is_delta_of_the_two_halves_and_due_at_every_nth_step():
+def test_the_metric_is_delta_of_the_two_halves_at_every_nth_step():
   run = train_run.build(_config(interference_every=3), _one_device())
   metric, params, sets = InterferenceMetric(run), _params(), run.target_sets()
   _, batch = next(run.mixture().iterate(0, 1))
-  placed = run.put_batch(batch)
-  assert metric(0, params, placed, sets) == metric(1, params, placed, sets) == metric(3, params, placed, sets) == {}
-  got = metric(2, params, placed, sets)
+  batch = run.put_batch(batch)
+  assert metric(0, params, batch, sets) == metric(1, params, batch, sets) == metric(3, params, batch, sets) == {}
+  got = metric(2, params, batch, sets)
   g = {(t, h): np.concatenate([np.ravel(x) for x in jax.tree.leaves(
-      metric._functions[t](params, placed, sets, jax.random.key(0), h))]) for t in TASKS for h in (0, 1)}
+      metric._functions[t](params, batch, sets, jax.random.key(0), h))]) for t in TASKS for h in (0, 1)}
   u = {k: v / np.linalg.norm(v) for k, v in g.items()}
   own = (g['answer', 0] @ u['answer', 1] + g['answer', 1] @ u['answer', 0]) / 2
   cross = (g['answer', 0] + g['answer', 1]) @ (u['package', 0] + u['package', 1]) / 4
@@ -190,12 +189,12 @@ def runs(tmp_path_factory):
 class _StopAfterThree(loop.Stop):
 
   def __init__(self):
-    self.asked = 0
+    self.steps = 0
 
   @property
   def requested(self):
-    self.asked += 1
-    return self.asked > 3
+    self.steps += 1
+    return self.steps > 3
 
 
 def _lines(workdir):
@@ -204,7 +203,7 @@ def _lines(workdir):
 
 
 @pytest.mark.slow
-def test_the_metric_changes_nothing_else_and_survives_a_restart(runs):
+def test_the_metric_changes_no_other_metric_and_is_the_same_after_a_restart(runs):
   off, on, stopped = (_lines(runs[k]) for k in ('off', 'on', 'stopped'))
   assert on == stopped
   assert [any(k.startswith('interference/') for k in line) for line in on] == [False, True, False, True, False]
@@ -213,20 +212,20 @@ def test_the_metric_changes_nothing_else_and_survives_a_restart(runs):
 
 
 @pytest.mark.slow
-def test_any_checkpoint_and_the_start_can_be_measured(runs):
+def test_any_checkpoint_and_the_initial_parameters_can_be_measured(runs):
   c = _config(interference_every=2, steps=5)
   found = {}
-  for step, init in ((None, False), (5, False), (None, True)):
-    paths = run_interference.measure_interference(c, runs['stopped'], step, init, PATTERN, None, 2, 0, _one_device())
+  for step, at_init in ((None, False), (5, False), (None, True)):
+    paths = run_interference.measure_interference(c, runs['stopped'], step, at_init, PATTERN, None, 2, 0, _one_device())
     assert all(p.stat().st_size > 100 for p in paths)
     found[paths[0].name] = json.loads(paths[0].read_text())
-  assert set(found) == {'interference.json', 'interference_step_5.json', 'interference_init.json'}
-  newest, named, fresh = (found[k]['subsets'] for k in sorted(found, key=('interference.json', 'interference_step_5.json',
-                                                                       'interference_init.json').index))
-  assert newest == named != fresh
-  whole, part = newest
-  assert (whole['subset'], part['subset'], part['layer'], part['projection']) == ('all', 'layer 0 ffn_out', 0, 'ffn_out')
-  assert whole['ratio_of_means'] == part['ratio_of_means']  # there is one part
-  assert np.shape(whole['delta']['value']) == (2, 2)
+  assert list(found) == ['interference.json', 'interference_step_5.json', 'interference_init.json']
+  newest, named, initial = (content['subsets'] for content in found.values())
+  assert newest == named != initial
+  total, subset = newest
+  assert (total['subset'], subset['subset']) == ('all', 'layer 0 ffn_out')
+  assert (subset['layer'], subset['projection']) == (0, 'ffn_out')
+  assert total['ratio_of_means'] == subset['ratio_of_means']  # it is the only subset
+  assert np.shape(total['delta']['value']) == (2, 2)
   with pytest.raises(ValueError, match='has no checkpoint of step 4; it has those of 3, 5'):
     run_interference.measure_interference(c, runs['stopped'], 4, False, PATTERN, None, 2, 0, _one_device())

@@ -18,8 +18,8 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# Appends its name and arguments to `log`; evaluate.py writes a score, which is better after prompt tuning. The script ends with
-# the exit code in the file that has its name; 'wait' there means: until a signal comes.
+# Appends its name and arguments to `log`; evaluate.py writes a score, which is better after prompt tuning. The script
+# exits with the code in the file that has its name; 'wait' there means: until a signal comes.
 _STAND_IN = '''
 import json, pathlib, signal, sys, time
 name = 'compile' if '--compile_only' in sys.argv else pathlib.Path(sys.argv[0]).stem
@@ -71,8 +71,8 @@ def _save(folder, prompts, step=2):
 
 
 def _routers(root, *arguments, script=None):
-  return [script or root / 'launch/sweep.py', '--sweep=routers', f'--workdir={root / "out"}', f'--config={root / "c.py"}',
-          *arguments]
+  return [script or root / 'launch/sweep.py', '--sweep=routers', f'--workdir={root / "out"}',
+          f'--config={root / "c.py"}', *arguments]
 
 
 def _adaptation(root, *arguments):
@@ -97,22 +97,26 @@ def _log(root):
   return (root / 'log').read_text().splitlines()
 
 
+def _stages(root):
+  """'train token-0' for every script that was run."""
+  return [f'{line.split()[0]} {line.partition("--workdir=")[2].split()[0].rpartition("/")[2]}' for line in _log(root)]
+
+
 def test_a_failed_router_is_reported_the_others_continue_and_a_rerun_repairs_it(root, capfd):
   (root / 'evaluate').write_text('3')
   command = _routers(root, '--routers=dense,task')
   assert in_process.run(*command) == 1
   output, errors = capfd.readouterr()
   assert errors == ''.join(f'error: {r}-0: evaluate failed with exit code 3.\n' for r in ('dense', 'task'))
-  names = lambda: [f'{line.split()[0]} {line.partition("--workdir=")[2].split()[0].rpartition("/")[2]}' for line in _log(root)]
   stages = ['interference', 'compile', 'train', 'evaluate', 'interference', 'report']
   expected = [*(f'{s} dense-0' for s in stages), *(f'{s} task-0' for s in (*stages[:5], 'experts', 'report'))]
-  assert names() == expected
+  assert _stages(root) == expected
   assert '| task-0 | 0 |' in output and 'evaluate failed with exit code 3' in output
 
   (root / 'evaluate').unlink()
   assert in_process.run(*command) == 0
   assert capfd.readouterr().err == ''
-  assert names() == [*expected, 'evaluate dense-0', 'evaluate task-0']
+  assert _stages(root) == [*expected, 'evaluate dense-0', 'evaluate task-0']
   assert in_process.run(*command, '--num_batches=3') == 2
   assert 'num_batches: 16 → 3' in capfd.readouterr().err
 
@@ -124,8 +128,9 @@ def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, 
   out = root / 'out'
   prompt = [f'train --config=configs/prompt_tune.py:run={root}/run,task=digits,data=few --config.seed={seed} '
             f'--workdir={out}/digits-prompts-{seed}' for seed in (0, 1)]
-  assert _log(root) == [
-      f'evaluate --config=configs/zero_shot.py:run={root}/run,task=digits --config.seed=0 --workdir={out}/digits-zero-shot', *prompt]
+  untuned = (f'evaluate --config=configs/zero_shot.py:run={root}/run,task=digits --config.seed=0 '
+             f'--workdir={out}/digits-zero-shot')
+  assert _log(root) == [untuned, *prompt]
   assert 'error: digits-prompts-1: train failed with exit code 3.' in capfd.readouterr().err
 
   (root / 'train').unlink()

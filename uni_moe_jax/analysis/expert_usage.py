@@ -10,7 +10,7 @@ Axis letters: L layers with experts, R routers of a layer (attention, mlp), A co
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
@@ -24,7 +24,7 @@ from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition
 
-INPUT, PAIR, SET = 'input', 'pair', 'set'  # roles of the sequences of a step, as the step names them
+INPUT, PAIR, SET = 'inputs', 'pairs', 'target_sets'  # roles of the sequences of a step: fields of `StepInputs`
 PAIRED_TEXT = 'paired text'
 _HALVES = ('words', 'queries')
 
@@ -109,13 +109,15 @@ def merging_conditions(
     tasks, sets: of the plan.
   """
   inputs = routers.distinct_inputs(spec.router, tuple(conditions))
-  index = lambda condition: inputs.index(routers.router_input(spec.router, condition))
-  return inputs, {t.name: {s.name: index(s.condition) for s in token_spans(t, sets)} for t in tasks}
+  index = {condition: inputs.index(routers.router_input(spec.router, condition)) for condition in conditions}
+  return inputs, {t.name: {s.name: index[s.condition] for s in token_spans(t, sets)} for t in tasks}
 
 
 def token_conditions(tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec]) -> tuple[tuple[str, ...], Conditions]:
-  """(names of conditions, which of them each span of a task has) for routers by token; tasks share that of a target set."""
-  keys = {t.name: {s.name: (s.name,) if s.role == SET else (t.name, s.name) for s in token_spans(t, sets)} for t in tasks}
+  """(names of conditions, which of them each span of a task has) for routers by token."""
+  # Tasks share the condition of a target set.
+  keys = {t.name: {s.name: (s.name,) if s.role == SET else (t.name, s.name) for s in token_spans(t, sets)}
+          for t in tasks}
   distinct = tuple(dict.fromkeys(key for by_span in keys.values() for key in by_span.values()))
   by_task = {task: {span: distinct.index(key) for span, key in by_span.items()} for task, by_span in keys.items()}
   return tuple(' '.join(key) for key in distinct), by_task
@@ -123,19 +125,21 @@ def token_conditions(tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec]) -> 
 
 def token_slices(
     tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec], conditions: Mapping[str, Mapping[str, int]],
-    sequences: Sequence[tuple[str, str]], bounds: Callable[[TaskSpec], tuple[int, int]]) -> tuple[TokenSlice, ...]:
+    sequences: Sequence[tuple[str, str]], task_slices: Mapping[str, slice]) -> tuple[TokenSlice, ...]:
   """The tokens of every condition of `token_conditions`, each once.
 
   Args:
     tasks, sets: of the plan.
     conditions: index of the condition by task and span.
     sequences: that a step encodes: (INPUT | PAIR, group) or (SET, name); a set may have several.
-    bounds: task → (first, last + 1) of its examples in its group, in every shard.
+    task_slices: task → its examples in its group, in every shard.
   """
   slices = []
   for t in tasks:
     for s in token_spans(t, sets):
-      key, examples = ((SET, t.target_set), None) if s.role == SET else ((s.role, t.group), bounds(t))
+      key, examples = (SET, t.target_set), None
+      if s.role != SET:
+        key, examples = (s.role, t.group), (task_slices[t.name].start, task_slices[t.name].stop)
       condition = conditions[t.name][s.name]
       slices += [TokenSlice(condition, i, s.array, s.half, examples) for i, name in enumerate(sequences) if name == key]
   return tuple(dict.fromkeys(slices))
@@ -235,12 +239,15 @@ def to_json(
   """
   entropy = np.asarray(routers.entropy(shares))
   overlap = np.asarray(routers.overlap(task_shares(shares, [tuple(by_span.values()) for by_span in tasks.values()])))
-  plain = lambda x: np.round(np.asarray(x, np.float64), 6).tolist()
   return {
       **facts, 'router': spec.router, 'num_experts': spec.num_experts, 'top_k': spec.top_k,
       'layers': list(expert_layers(spec)), 'sublayers': list(spec.sublayers), 'conditions': list(conditions),
       'tokens': None if tokens is None else [int(n) for n in tokens],
-      'tasks': {task: dict(by_span) for task, by_span in tasks.items()}, 'coefficients': plain(shares),
-      'router_entropy': plain(entropy if gate_entropy is None else gate_entropy), 'entropy': plain(entropy),
-      'effective_experts': plain(routers.effective_experts(shares)), 'task_overlap': plain(overlap),
-      'mean_task_overlap': plain(overlap.mean((0, 1)))}
+      'tasks': {task: dict(by_span) for task, by_span in tasks.items()}, 'coefficients': _rounded(shares),
+      'router_entropy': _rounded(entropy if gate_entropy is None else gate_entropy), 'entropy': _rounded(entropy),
+      'effective_experts': _rounded(routers.effective_experts(shares)), 'task_overlap': _rounded(overlap),
+      'mean_task_overlap': _rounded(overlap.mean((0, 1)))}
+
+
+def _rounded(x: Any) -> list:
+  return np.round(np.asarray(x, np.float64), 6).tolist()

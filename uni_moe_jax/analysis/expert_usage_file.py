@@ -33,7 +33,7 @@ def labels(content: Mapping[str, Any]) -> list[str]:
   """Names of conditions, with the spans that have them unless the name contains one: '10011000 (visual)'."""
   names = []
   for i, condition in enumerate(content['conditions']):
-    spans = list(dict.fromkeys(span for by_span in content['tasks'].values() for span, index in by_span.items() if index == i))
+    spans = list(dict.fromkeys(span for spans in _users(content, i).values() for span in spans))
     listed = ', '.join(spans[:_MAX_SPANS]) + (', …' if len(spans) > _MAX_SPANS else '')
     names.append(f'{condition} ({listed})' if spans and not any(span in condition for span in spans) else condition)
   return names
@@ -41,8 +41,12 @@ def labels(content: Mapping[str, Any]) -> list[str]:
 
 def users(content: Mapping[str, Any], condition: int) -> str:
   """The tasks and spans that have a condition: 'a: visual; b: words, queries'."""
-  spans = {task: [span for span, index in by_span.items() if index == condition] for task, by_span in content['tasks'].items()}
-  return '; '.join(f'{task}: {", ".join(names)}' for task, names in spans.items() if names)
+  return '; '.join(f'{task}: {", ".join(spans)}' for task, spans in _users(content, condition).items() if spans)
+
+
+def _users(content: Mapping[str, Any], condition: int) -> dict[str, list[str]]:
+  return {task: [span for span, index in by_span.items() if index == condition]
+          for task, by_span in content['tasks'].items()}
 
 
 def mean_effective(content: Mapping[str, Any]) -> np.ndarray:
@@ -61,8 +65,8 @@ def _draw(path: pathlib.Path, content: Mapping[str, Any]) -> None:
   figure = Figure(figsize=(max(width, 6), sum(heights)), layout='constrained')
   top, bottom = figure.subfigures(2, 1, height_ratios=heights)
   batches = f', {content["num_batches"]} batches' if content['num_batches'] else ''
-  top.suptitle(f'{content["router"]} router, {content["checkpoint"]}{batches}: share of every expert (columns; white 0, dark 1)'
-               '\nin a condition (rows), and the effective number of experts', fontsize=9)
+  top.suptitle(f'{content["router"]} router, {content["checkpoint"]}{batches}: share of every expert (columns; white '
+               '0, dark 1)\nin a condition (rows), and the effective number of experts', fontsize=9)
   for (r, i), axes in np.ndenumerate(top.subplots(R, L, squeeze=False)):
     heat_map.draw(axes, shares[i, r], names if i == 0 else [], [])
     axes.set_title(f'layer {content["layers"][i]} {content["sublayers"][r]}', fontsize=8)
@@ -71,5 +75,6 @@ def _draw(path: pathlib.Path, content: Mapping[str, Any]) -> None:
   overlap = np.asarray(content['mean_task_overlap'], np.float64)
   axes = bottom.subplots()
   heat_map.draw(axes, overlap, tasks, tasks, [[f'{value:.2f}' for value in row] for row in overlap])
-  axes.set_title('overlap of two tasks, mean over layers and routers\n(1: the same experts, 0: no common expert)', fontsize=9)
+  axes.set_title(
+      'overlap of two tasks, mean over layers and routers\n(1: the same experts, 0: no common one)', fontsize=9)
   figure.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)

@@ -13,7 +13,8 @@ def draw(
     texts: Sequence[Sequence[str]] | None = None, colormap: str = 'Blues', lowest: float = 0.0) -> None:
   """Draws values [m, n] between `lowest` and 1 on Matplotlib axes. NaN has no color and a grey text."""
   m, n = values.shape
-  axes.pcolormesh(np.ma.masked_invalid(values), cmap=colormap, vmin=lowest, vmax=1, edgecolors='lightgrey', linewidth=0.5)
+  colors = dict(cmap=colormap, vmin=lowest, vmax=1, edgecolors='lightgrey', linewidth=0.5)
+  axes.pcolormesh(np.ma.masked_invalid(values), **colors)
   axes.set(xlim=(0, n), ylim=(m, 0), aspect='equal')
   axes.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels, rotation=35, ha='right', fontsize=8)
   axes.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels, fontsize=8)

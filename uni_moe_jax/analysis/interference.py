@@ -6,8 +6,8 @@ section on task interference; their average of ratios is `Estimate.mean_of_ratio
   Δ_{j→i}(a) = g_i^a · mean_b ĝ_j^b,   I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a).
 
 Δ is the decrease of the loss of task i by a short step along task j's mean direction, per unit of step size; I
-compares it with the decrease by a step on task i itself. I < 0: steps on j hurt i. For i = j the mean leaves out b =
-a, because a gradient agrees with itself however noisy it is.
+compares it with the decrease by a step on task i itself. I < 0: steps on j hurt i. For i = j the mean leaves out
+b = a, because a gradient agrees with itself however noisy it is.
 
 Gradients are streamed in two passes: the first sums gradients and unit gradients, the second multiplies each gradient
 with the sums. Memory holds a few sums per task of the size of the selected parameters, whatever N is.
@@ -117,16 +117,16 @@ def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num
       of_tasks.append(jnp.stack(of_batches, -1))
   rows, columns = jnp.array(rows), jnp.array(columns)  # [T, P, T, N]
   # The batch axis belongs to the first task axis: the affected task in `rows`, the task of the step in `columns`.
-  return {subset: Products(rows[:, p], columns[:, p].swapaxes(0, 1)) for p, subset in enumerate((ALL, *sorted(sums[0])))}
+  subsets = (ALL, *sorted(sums[0]))
+  return {subset: Products(rows[:, p], columns[:, p].swapaxes(0, 1)) for p, subset in enumerate(subsets)}
 
 
 def estimate(measured: Products, num_resamples: int = 2000, seed: int = 0) -> Estimate:
   """Both ratios with percentile intervals from resampling batches.
 
   The batches of every task are resampled with replacement, both as affected and as step batches. A resampled mean
-  direction would need all T·N gradients at once. Its effect on Δ_{j→i}(a) is taken as its effect on the mean over a,
-  which `columns`
-  has: exact for ratio_of_means, except for products of both resamplings, which are of order 1/N.
+  direction would need all T·N gradients at once. Its effect on Δ_{j→i}(a) is approximated by its effect on the mean
+  over a, from `columns`: exact for ratio_of_means, except for products of both resamplings, which are of order 1/N.
 
   Args:
     measured: of one subset.

@@ -16,7 +16,7 @@ _LEGEND = 'row: task whose loss is measured; column: task of the step; below eac
 
 
 def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[pathlib.Path]:
-  """Writes <stem>.json, <stem>.png (all parameters) and <stem>_subsets.png (a row per layer, a column per projection)."""
+  """Writes <stem>.json, <stem>.png (all parameters) and <stem>_subsets.png (layers × projections)."""
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   paths = [folder / f'{stem}{end}' for end in ('.json', '.png', '_subsets.png')]
@@ -32,7 +32,7 @@ def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str
 
 
 def has_base(subset: Mapping[str, Any]) -> list[bool]:
-  """Whether the interval of Δ of a step on the task itself is above 0, per task; otherwise its row of ratios has no base."""
+  """Whether Δ of a step on the task itself is certainly above 0, per task; else its row of ratios has no base."""
   low = subset['delta']['low']
   return [low[i][i] is not None and low[i][i] > 0 for i in range(len(low))]
 
@@ -55,7 +55,8 @@ def note(subset: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str
   return '; '.join(phrases)
 
 
-def draw(path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
+def draw(
+    path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
   """Draws a heat map of I(i, j) per subset: blue helps, red hurts, white is 0, saturated at ±1. None leaves a gap."""
   from matplotlib.figure import Figure  # slow to import, and only figures need it
   size = _CELL * len(tasks) + 0.085 * max(map(len, tasks)) + 0.9

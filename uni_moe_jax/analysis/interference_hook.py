@@ -29,7 +29,8 @@ class InterferenceMetric:
     c = run.config.train
     self._every, self._seed = c.interference_every, run.config.seed
     slices = param_subsets.select(
-        run.shapes.params, run.spec.model.spec.stack, c.interference_parameters, field='config.train.interference_parameters')
+        run.shapes.params, run.spec.model.spec.stack, c.interference_parameters,
+        field='config.train.interference_parameters')
     self._functions = {t.name: jax.jit(functools.partial(
         half_gradient, spec=run.spec, task=t.name, slices=slices)) for t in run.plan.tasks}
 

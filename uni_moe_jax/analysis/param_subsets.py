@@ -70,7 +70,8 @@ def select(
         name = path.removeprefix(root)
         projection = name.rpartition('/')[0] or name
         slices.append(ParamSlice(f'layer {layer} {projection}', layer, projection, path, period))
-  slices += [ParamSlice(path, None, path, path, None) for path in matched if not re.match('encoder/(blocks|tail)/', path)]
+  others = [path for path in matched if not re.match('encoder/(blocks|tail)/', path)]
+  slices += [ParamSlice(path, None, path, path, None) for path in others]
   if not slices:
     raise UsageError(f'{field}={pattern!r} matches nothing in the layers {", ".join(map(str, layers))} or outside the '
                      f'layers; {nearest(pattern, list(by_path(params)))}.')

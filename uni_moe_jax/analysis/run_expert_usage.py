@@ -20,12 +20,10 @@ from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synony
 from uni_moe_jax.train.run import Run, build, conditions
 from uni_moe_jax.utils.errors import UsageError
 
-_SIDES = {'inputs': expert_usage.INPUT, 'pairs': expert_usage.PAIR, 'target_sets': expert_usage.SET}
-
 
 def measure_expert_usage(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], step: int | None, at_init: bool, num_batches: int,
-    seed: int, devices=None) -> list[pathlib.Path]:
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], step: int | None, at_init: bool,
+    num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
   """Measures averaged parameters if the run keeps them; returns the paths of the files it wrote.
 
   Args:
@@ -42,7 +40,8 @@ def measure_expert_usage(
   """
   run = build(config, devices)
   if not expert_usage.expert_layers(run.spec.model.spec):
-    raise UsageError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: the model has no experts.')
+    raise UsageError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: the model has no '
+                     'experts.')
   state, checkpoint = load_state(run, workdir, step, at_init)
   params = state.params if state.ema_params is None else state.ema_params
   content = compute_usage(run, params, checkpoint, num_batches, seed)
@@ -51,7 +50,7 @@ def measure_expert_usage(
 
 
 def write_after_evaluation(run: Run, params: Any, step: int, workdir: str | os.PathLike[str]) -> None:
-  """Writes experts.json if it needs no batches and one process has all parameters; otherwise prints the command for it."""
+  """Writes experts.json; only prints the command if that needs batches or parameters of other processes."""
   spec = run.spec.model.spec
   if not expert_usage.expert_layers(spec):
     return
@@ -119,10 +118,9 @@ def step_sums(
   """
   inputs = step_inputs(spec, batch, sample_synonyms(sets, key), sample_vocabularies(spec, batch, key))
   leaves = jax.tree_util.tree_leaves_with_path(inputs, is_leaf=lambda x: isinstance(x, Sequence))
-  names = [(_SIDES[path[0].name], path[1].key) for path, _ in leaves]
+  names = [(path[0].name, path[1].key) for path, _ in leaves]
   target_sets = {s.name: s for s in spec.plan.sets}
-  examples = lambda task: (spec.task_slices[task.name].start, spec.task_slices[task.name].stop)
-  slices = expert_usage.token_slices(spec.plan.tasks, target_sets, by_task, names, examples)
-  encode = lambda model: model.encode(inputs, all_rows=True, taps=True).collected
-  collected = spec.model.apply({'params': params}, method=encode)
+  slices = expert_usage.token_slices(spec.plan.tasks, target_sets, by_task, names, spec.task_slices)
+  collected = spec.model.apply(
+      {'params': params}, method=lambda model: model.encode(inputs, all_rows=True, taps=True).collected)
   return expert_usage.gate_sums(spec.model.spec, collected, slices, num_conditions, spec.model.shards)

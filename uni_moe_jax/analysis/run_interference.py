@@ -57,8 +57,8 @@ def measure_interference(
     raise UsageError(f'the gradient of {", ".join(wrong)} is not finite at {checkpoint}; measure an earlier --step.')
   estimates = {subset: interference.estimate(p, seed=seed) for subset, p in measured.items()}
   facts = dict(
-      checkpoint=checkpoint, router=config.moe.router, parameters=pattern, num_batches=num_batches, seed=seed, noise=False,
-      confidence=interference.CONFIDENCE, epochs=gradients.epochs())
+      checkpoint=checkpoint, router=config.moe.router, parameters=pattern, num_batches=num_batches, seed=seed,
+      noise=False, confidence=interference.CONFIDENCE, epochs=gradients.epochs())
   stem = file_stem(interference_file.FILE, checkpoint, step is not None or at_init)
   return interference_file.write(to_json(facts, tasks, estimates, slices), workdir, stem)
 
@@ -71,9 +71,10 @@ def file_stem(file: str, checkpoint: str, is_named: bool) -> str:
 def to_json(
     facts: Mapping[str, Any], tasks: Sequence[str], estimates: Mapping[str, interference.Estimate],
     slices: Sequence[param_subsets.ParamSlice]) -> dict[str, Any]:
-  """Content of interference.json: facts about the measurement, the tasks, and every subset, that of all parameters first."""
-  subsets = {interference.ALL: (None, None), **{s.subset: (s.layer, s.projection) for s in slices}}  # in order of layers
-  return {**facts, 'tasks': list(tasks), 'rows': 'task whose loss is measured', 'columns': 'task of the step', 'subsets': [
+  """Content of interference.json: facts about the measurement, the tasks, and every subset, `ALL` first."""
+  subsets = {interference.ALL: (None, None), **{s.subset: (s.layer, s.projection) for s in slices}}  # by layer
+  axes = {'rows': 'task whose loss is measured', 'columns': 'task of the step'}
+  return {**facts, 'tasks': list(tasks), **axes, 'subsets': [
       {'subset': subset, 'layer': layer, 'projection': projection, **{
           key: {bound: _plain(values) for bound, values in vars(interval).items()}
           for key, interval in vars(estimates[subset]).items()}}
@@ -94,7 +95,8 @@ def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_i
       raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first, or measure --at_init.')
     step = steps[-1] if step is None else step
     if step not in steps:
-      raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, steps))}.')
+      raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of '
+                       f'{", ".join(map(str, steps))}.')
     return checkpoints.restore(run.abstract_state(), step), f'step {step}'
 
 

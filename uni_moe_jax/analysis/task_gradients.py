@@ -72,7 +72,8 @@ class TaskGradients:
 
   def epochs(self) -> dict[str, float]:
     """Number of epochs in the batches of each task; above 1 the batches are not independent."""
-    return {t.name: self._num_batches * t.batch_size / self._mixture.examples[t.name].size for t in self._run.plan.tasks}
+    examples = self._mixture.examples
+    return {t.name: self._num_batches * t.batch_size / examples[t.name].size for t in self._run.plan.tasks}
 
 
 def half_gradient(

@@ -20,8 +20,8 @@ def _row(value, seed, variant='prompts', metric='top-1', error=.03):
 
 
 def test_the_interval_has_the_spread_of_seeds_and_an_error_that_seeds_do_not_shrink():
-  # Mean .5; deviations -.1, 0, .1: variance .02 / 2 = .01, spread .1. 95 % of Student's t with two degrees of freedom lie
-  # within 4.303.
+  # Mean .5; deviations -.1, 0, .1: variance .02 / 2 = .01, spread .1. 95 % of Student's t with two degrees of freedom
+  # lie within 4.303.
   [row] = results.summarize([_row(v, i) for i, v in enumerate((.4, .5, .6))])
   assert (row['mean'], row['spread'], row['error'], row['seeds']) == pytest.approx((.5, .1, .03, 3))
   assert row['interval'] == pytest.approx(math.sqrt(4.3027 ** 2 * .01 / 3 + 1.96 ** 2 * .0009), rel=1e-4)
@@ -66,8 +66,8 @@ def test_what_is_frozen_is_compared_bit_by_bit(changes, expected):
 
 
 def _cell(variant='prompts', **training):
-  training = {'steps': 5, 'examples': 100, 'drawn': 160, 'parameters': 1000, 'trained': 19, 'share': .019, 'identical': True,
-              'moved': True, **training}
+  training = {'steps': 5, 'examples': 100, 'drawn': 160, 'parameters': 1000, 'trained': 19, 'share': .019,
+              'identical': True, 'moved': True, **training}
   return {'name': f'digits-{variant}-0', 'variant': variant, 'task': 'digits', 'seed': 0,
           'training': None if variant == 'zero-shot' else training}
 
@@ -85,8 +85,10 @@ def test_a_broken_promise_is_an_error(cell, message):
     ('top-1', .4, .5, True), ('top-1', .5, .5, False), ('top-1', .6, .5, False), ('perplexity', 9, 8, True),
     ('perplexity', 8, 9, False)])
 def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions(metric, zero_shot, tuned, gains):
-  find_errors = lambda rows: adaptation.find_errors([_cell()], results.summarize(rows))
-  rows = [_row(v, 0, variant, m) for variant, v in (('zero-shot', zero_shot), ('prompts', tuned)) for m in (metric, 'second')]
+  def find_errors(rows):
+    return adaptation.find_errors([_cell()], results.summarize(rows))
+  values = (('zero-shot', zero_shot), ('prompts', tuned))
+  rows = [_row(v, 0, variant, m) for variant, v in values for m in (metric, 'second')]
   rows[3]['value'] = 0.  # the second metric does not count
   assert find_errors(rows) == ([] if gains else [
       f'digits, digits: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} zero-shot.'])
@@ -98,7 +100,8 @@ def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions
 
 
 def test_the_table_has_what_was_trained():
-  last_line = lambda *cells: adaptation.runs_table(cells)[-1]
+  def last_line(*cells):
+    return adaptation.runs_table(cells)[-1]
   assert last_line(_cell()) == '| digits | prompts | 1 | 5 | 100 | 160 | 19 | 1.90% | identical |'
   assert 'CHANGED' in last_line(_cell(), _cell(identical=False))
   assert last_line(_cell(trained=1000, share=1.)).endswith('| 1,000 | 100.00% | — |')  # nothing is frozen
@@ -118,8 +121,9 @@ def _files(folder):
   prepare.prepare(folder / 'in', folder, 'three', test_fraction=0.0)
   c = tiny.config(data_dir=str(folder))
   c.target_sets.three = config_lib.target_set('own:three/label', family='words')
-  c.tasks.shape = config_lib.task('text_classification', 'own:three', batch_size=8, target_set='three', label_column='label',
-                                  template='{text_a} <eot> <spe>', max_len=8)
+  c.tasks.shape = config_lib.task(
+      'text_classification', 'own:three', batch_size=8, target_set='three', label_column='label',
+      template='{text_a} <eot> <spe>', max_len=8)
   return c
 
 
@@ -139,7 +143,8 @@ def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config):
   assert adaptation.measure(path, [], str(tmp_path / 'run')) == {'training': None}
   log = [{'stage': stage.name, 'exit_code': 0, 'seconds': 1., 'command': ''} for stage in cell.stages]
   assert adaptation.measure(path, log, str(tmp_path / 'run'))['training'] == {
-      'steps': 4, 'examples': 6, 'drawn': 32, 'parameters': 4, 'trained': 3, 'share': .75, 'identical': True, 'moved': True}
+      'steps': 4, 'examples': 6, 'drawn': 32, 'parameters': 4, 'trained': 3, 'share': .75, 'identical': True,
+      'moved': True}
   (path / runner.LOG).write_text(json.dumps(log))
   (path / 'evaluation.json').write_text(json.dumps([_row(.5, 0)]))
   found = results.collect('adaptation', [cell], str(tmp_path / 'run'), 'python launch/sweep.py')

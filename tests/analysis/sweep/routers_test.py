@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.helpers import tiny
@@ -13,8 +14,10 @@ _TASKS = ['names', 'motion']
 
 def _subset(sign):
   """A matrix whose second row has no base."""
-  bounds = lambda v: {'value': v, 'low': [[x - .1 for x in r] for r in v], 'high': [[x + .1 for x in r] for r in v]}
-  return {'subset': 'all', 'delta': bounds([[2, sign * .5], [.3, .05]]), 'ratio_of_means': bounds([[1, sign * .25], [6, 1]]),
+  def bounds(value):
+    return {'value': value, 'low': np.subtract(value, .1).tolist(), 'high': np.add(value, .1).tolist()}
+  return {'subset': 'all', 'delta': bounds([[2, sign * .5], [.3, .05]]),
+          'ratio_of_means': bounds([[1, sign * .25], [6, 1]]),
           'mean_of_pairs': {'value': sign * .25, 'low': sign * .25 - .1, 'high': sign * .25 + .1},
           'negative_share': {'value': float(sign < 0), 'low': 0., 'high': 1.}}
 
@@ -30,8 +33,9 @@ def _experts():
 
 
 def _cells(folder, *routers):
-  stages = [grid.Stage(s, ()) for s in ('interference at init', 'compile', 'train', 'evaluate', 'interference', 'report')]
-  return [grid.Cell(folder / f'{router}-0', router, '', 0, tuple(stages)) for router in routers]
+  names = 'interference at init', 'compile', 'train', 'evaluate', 'interference', 'report'
+  stages = tuple(grid.Stage(name, ()) for name in names)
+  return [grid.Cell(folder / f'{router}-0', router, '', 0, stages) for router in routers]
 
 
 def _write(path, content):
@@ -82,7 +86,8 @@ def _report(workdir):
 
 def test_every_run_is_reported_with_what_it_left(report):
   dense, task, token, context = report['cells']
-  assert (dense['status'], dense['steps'], dense['seconds_per_step']) == ('finished', 6, .5)  # median of 1, 2 and 4 steps/s
+  # 1, 2 and 4 steps per second
+  assert (dense['status'], dense['steps'], dense['seconds_per_step']) == ('finished', 6, .5)
   assert dense['seconds']['train'] == 12.5 and dense['exit_codes']['train'] == [75, 0]
   assert dense['experts'] is None
   assert task['experts']['effective'] == {'attention': pytest.approx(1.75), 'mlp': pytest.approx(2)}
@@ -106,7 +111,8 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       '| evaluator | metric | chance | baselines | dense | task | token | context |',
       '| class | top-1 | 0.1 | 1-nn 0.700 | 0.500 ± 0.196 | 0.500 ± 0.196 |  |  |', 'alone: one seed does not show',
       '| task-0 | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) | -0.25 (-0.35 … -0.15) | 1.00 (0.00 … 1.00) |',
-      '| token-0 |  |  |  |  |', '| run | attention experts | mlp experts | overlap |', '| task-0 | 1.75 | 2.00 | 0.25 |',
+      '| token-0 |  |  |  |  |', '| run | attention experts | mlp experts | overlap |',
+      '| task-0 | 1.75 | 2.00 | 0.25 |',
       'task-0, final (step 6):', '| names | 1.00 | -0.25 |', '| motion ° | 6.00 | 1.00 |',
       '![experts, task-0](experts_task-0.png)', 'seeds 0, commit cccccccccccc,'):
     assert line in text, line
@@ -114,7 +120,8 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({}, None), (dict(learning_rate=.5), 'task-0 and dense-0 differ in more than their router: optim.learning_rate: 0.01 → 0.5.'),
+    ({}, None),
+    (dict(learning_rate=.5), 'task-0 and dense-0 differ in more than their router: optim.learning_rate: 0.01 → 0.5.'),
     (dict(data='other'), 'the data (its fingerprint)'), (dict(steps=5), 'steps: 6 → 5')])
 def test_runs_that_differ_in_more_than_their_router_are_an_error(tmp_path, changes, message):
   _finish(tmp_path, 'dense')

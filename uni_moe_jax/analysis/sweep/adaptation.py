@@ -42,8 +42,9 @@ def measure(folder: pathlib.Path, log: Sequence[Mapping[str, Any]], run: str) ->
   task = make_plan(config).tasks[0]
   records = sources.load(task.source, config.data.dir, task.split)
   example_ids = file_dataset_examples.example_ids if isinstance(records, FileDataset) else examples.example_ids
-  return {'training': {'steps': steps, 'examples': len(example_ids(records, task, config.seed)),
-                       'drawn': steps * task.batch_size, **changes, 'share': changes['trained'] / changes['parameters']}}
+  return {'training': {
+      'steps': steps, 'examples': len(example_ids(records, task, config.seed)), 'drawn': steps * task.batch_size,
+      **changes, 'share': changes['trained'] / changes['parameters']}}
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,7 +81,8 @@ def _tasks_without_gain(scores: Sequence[Mapping[str, Any]]) -> list[str]:
       tuned, zero_shot = (by_metric[metric][variant]['mean'] for variant in (PROMPTS, ZERO_SHOT))
       higher_is_better = by_metric[metric][PROMPTS]['higher_is_better']
       if not (tuned > zero_shot if higher_is_better else tuned < zero_shot):
-        errors.append(f'{task}, {evaluator}: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} zero-shot.')
+        errors.append(f'{task}, {evaluator}: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} '
+                      'zero-shot.')
   return errors
 
 

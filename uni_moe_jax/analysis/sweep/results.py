@@ -133,7 +133,8 @@ def markdown(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -
 
 def score_table(scores: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
   """Lines of Markdown: a row per evaluator and metric with chance and baselines, a column per variant."""
-  lines = [f'| evaluator | metric | chance | baselines | {" | ".join(variants)} |', '| --- ' * (4 + len(variants)) + '|']
+  lines = [f'| evaluator | metric | chance | baselines | {" | ".join(variants)} |',
+           '| --- ' * (4 + len(variants)) + '|']
   rows: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
   for s in scores:
     rows.setdefault((s['evaluator'], s['metric']), {})[s['variant']] = s

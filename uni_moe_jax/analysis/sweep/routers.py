@@ -58,7 +58,8 @@ def find_errors(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]) -> 
   errors = []
   for record, config in runs[1:]:
     first, first_config = runs[0]
-    changed = [d for d in workdir.differences(first_config['config'], config['config']) if not d.startswith(_MAY_DIFFER)]
+    changed = workdir.differences(first_config['config'], config['config'])
+    changed = [d for d in changed if not d.startswith(_MAY_DIFFER)]
     changed += ['the data (its fingerprint)'] if first_config['data'] != config['data'] else []
     changed += [f'steps: {first["steps"]} → {record["steps"]}'] if first['steps'] != record['steps'] else []
     if changed:
@@ -67,7 +68,7 @@ def find_errors(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]) -> 
 
 
 def draw_figures(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path, out: pathlib.Path) -> dict[str, list[str]]:
-  """Writes the heat maps of every cell into the folder `out`; returns the names of the files by the name of the cell."""
+  """Writes the heat maps of every cell into `out`; returns the names of the files by the name of the cell."""
   figures: dict[str, list[str]] = {}
   for c in cells:
     names = figures[c['name']] = []
@@ -99,8 +100,8 @@ def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[str]]) -> list[str]:
   """Lines of Markdown about interference and expert usage. figures: see `draw_figures`."""
   lines = ['', '## Summary of interference', '',
-           'Over pairs of different tasks, in rows whose own step has a certain effect: the mean of I(i, j), and the share of '
-           'pairs below 0, with 95 % bootstrap intervals over batches.', '',
+           'Over pairs of different tasks, in rows whose own step has a certain effect: the mean of I(i, j), and the '
+           'share of pairs below 0, with 95 % bootstrap intervals over batches.', '',
            '| run | mean at init | below 0 at init | final mean | final below 0 |', '| --- ' * 5 + '|']
   for c in cells:
     values = [_interval(m, key) for m in c['interference'].values() for key in ('mean_of_pairs', 'negative_share')]
@@ -109,15 +110,15 @@ def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[
   if with_experts:
     sublayers = list(dict.fromkeys(s for c in with_experts for s in c['experts']['effective']))
     lines += ['', '## Summary of expert usage', '',
-              'Means: the effective number of experts of a condition, and the overlap of two different tasks (1: the same '
-              'usage).', '',
+              'Means: the effective number of experts of a condition, and the overlap of two different tasks (1: the '
+              'same usage).', '',
               f'| run | {" | ".join(f"{s} experts" for s in sublayers)} | overlap |',
               '| --- ' * (2 + len(sublayers)) + '|']
     lines += [f'| {c["name"]} | {" | ".join(_number(c["experts"]["effective"].get(s)) for s in sublayers)} | '
               f'{_number(c["experts"]["overlap"])} |' for c in with_experts]
   lines += ['', '## Interference and expert usage', '',
-            "I(i, j): how much a short step on the column's task lowers the loss of the row's task, relative to a step on "
-            "the row's own task. ° a step on the task itself has no certain effect: its row has no meaning."]
+            "I(i, j): how much a short step on the column's task lowers the loss of the row's task, relative to a step "
+            "on the row's own task. ° a step on the task itself has no certain effect: its row has no meaning."]
   for c in cells:
     for checkpoint, m in c['interference'].items():
       if m:
