@@ -1,7 +1,7 @@
 """Compile a run for absent devices: memory, FLOPs, collectives, roofline, and a change that fits.
 
   python launch/preflight.py --config=configs/quickstart.py --topology=cpu:8
-  python launch/preflight.py --config=configs/pretrain.py:size=base,router=attribute,stage=1 --topology=v5e:16x16 --output=base.json
+  python launch/preflight.py --config=configs/pretrain.py:size=base --topology=v5e:16x16 --output=base.json
 
 Compiles the real training step and evaluation without the devices and without the data; for TPUs up to libtpu's plan.
 TPU topologies (v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, in chips) need the extra `preflight`. config.preflight
@@ -43,11 +43,11 @@ def main() -> int:
   name = next(a for a in sys.argv[1:] if a.lstrip('-').startswith('config')).partition('=')[2]
   memory = None if _DEVICE_MEMORY.value is None else _DEVICE_MEMORY.value * topology.GIB
   report = lambda message: print(f'{message} …', file=sys.stderr, flush=True)
-  found = preflight.preflight(config, name, target, memory, _SEARCH.value, report, _TIME_BUDGET.value, started)
-  print(findings.render(found))
+  result = preflight.preflight(config, name, target, memory, _SEARCH.value, report, _TIME_BUDGET.value, started)
+  print(findings.render(result))
   if _OUTPUT.value:
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(findings.as_json(found), indent=1) + '\n')
-  return 1 if found.fits is False else 0
+    pathlib.Path(_OUTPUT.value).write_text(json.dumps(findings.as_json(result), indent=1) + '\n')
+  return 1 if result.fits is False else 0
 
 
 if __name__ == '__main__':

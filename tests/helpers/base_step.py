@@ -10,8 +10,8 @@ import sys
 
 MESH = dict(data=8, expert=8)
 WIDTH, MLP_DIM, NUM_EXPERTS, TOP_K, VOCAB_SIZE = 768, 3072, 8, 2, 2000
-# The merged model classifies images and pairs them with texts. It has two conditions (images, texts on the target side) and three
-# token arrays (images, texts, names).
+# The merged model classifies images and pairs them with texts. It has two conditions (images, texts on the target side)
+# and three token arrays (images, texts, names).
 CONDITIONS, NUM_ARRAYS = 2, 3
 # The token model classifies images and captions them. Per array: tokens on one device (words and queries are dispatched
 # separately), and how many of them the last layer computes. The [spe] token belongs to the first array of a sequence;
@@ -34,13 +34,15 @@ def main(router: str, capacity_factor: str, file: str) -> None:
   devices = MESH['data'] * MESH['expert']
   c.target_sets.names = config.target_set('glyphs/class', family='names')
   c.preflight.target_lengths.names = ((4, devices),)
-  c.tasks.image = config.task('image_classification', 'glyphs', batch_size=devices, target_set='names', label_column='class')
+  c.tasks.image = config.task(
+      'image_classification', 'glyphs', batch_size=devices, target_set='names', label_column='class')
   if router == 'token':
     c.target_sets.words = config.target_set('vocabulary', family='words', softmax='sampled', num_sampled=512)
     c.tasks.caption = config.task(
         'image_caption', 'glyphs', batch_size=devices, target_set='words', caption_templates=('{name}',), max_len=9)
   else:
-    c.tasks.pair = config.task('image_retrieval', 'glyphs', batch_size=devices, caption_templates=('{name}',), max_len=8)
+    c.tasks.pair = config.task(
+        'image_retrieval', 'glyphs', batch_size=devices, caption_templates=('{name}',), max_len=8)
   run = compiled_programs.prepare(c, jax.devices())
   pathlib.Path(file).write_text(compiled_programs.lowered(run, None).compile().as_text())
 

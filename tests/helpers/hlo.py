@@ -9,7 +9,7 @@ from uni_moe_jax.tools.preflight.cost import COLLECTIVES
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveArray:
-  """One array that a collective makes on a device. XLA fuses several into one operation; each is listed separately here.
+  """An array that a collective makes on a device; XLA may fuse several into one operation.
 
   Attributes:
     opcode: of the collective. dtype, shape: of the array. op_name: XLA's metadata, the position in the traced program.
@@ -30,9 +30,10 @@ def collectives(text: str) -> list[CollectiveArray]:
   for op in (op for computation in module.computations.values() for op in computation.ops.values()):
     opcode = op.opcode.removesuffix('-start')
     if opcode in COLLECTIVES:
-      name = re.search(r'op_name="([^"]*)"', op.attributes)
+      match = re.search(r'op_name="([^"]*)"', op.attributes)
+      name = match[1] if match else ''
       groups = frozenset(map(frozenset, hlo.groups(op, module.devices)))
-      arrays += [CollectiveArray(opcode, s.dtype, s.dims, name[1] if name else '', s.size, s.bytes, groups) for s in op.shapes]
+      arrays += [CollectiveArray(opcode, s.dtype, s.dims, name, s.size, s.bytes, groups) for s in op.shapes]
   return arrays
 
 

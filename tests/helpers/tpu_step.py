@@ -1,4 +1,4 @@
-"""Write the compiled training step of a small model for four absent TPU chips: python -m tests.helpers.tpu_step FILE."""
+"""Write a training step compiled for four absent TPU chips: python -m tests.helpers.tpu_step FILE."""
 
 import pathlib
 import sys

@@ -3,7 +3,7 @@
 import pytest
 
 from uni_moe_jax.tools.preflight import cost, hlo
-from uni_moe_jax.tools.preflight.roofline import Roofline, roofline
+from uni_moe_jax.tools.preflight.cost import Roofline, roofline
 from uni_moe_jax.tools.preflight.topology import Chip
 
 _LOOP = '''HloModule loop, is_scheduled=true, num_partitions=4

@@ -24,8 +24,7 @@ from uni_moe_jax.train.run import Run
 from uni_moe_jax.utils.errors import UsageError
 
 EVALUATION = ('evaluation',)
-# A program of a run: the training step of all tasks (None) or of one task of a 'one_task' mixture (its name), or
-# EVALUATION.
+# A program of a run: the training step of all tasks (None) or of one task (its name), or EVALUATION.
 Which = str | None | tuple[str]
 # Bytes of program code per fusion: the maximum that was measured on models of width 768 and more.
 _BYTES_PER_FUSION = 0.11 * 2**20
@@ -104,7 +103,8 @@ def training_steps(run: Run) -> list[str | None]:
   """Return the steps to compile: of all tasks, or of the task with most tokens of each task type."""
   if run.config.train.mixture == 'all_tasks':
     return [None]
-  return [t.name for t in {t.type.name: t for t in sorted(run.plan.tasks, key=lambda t: _num_tokens(run, t))}.values()]
+  tasks = sorted(run.plan.tasks, key=lambda t: _num_tokens(run, t))
+  return [t.name for t in {t.type.name: t for t in tasks}.values()]  # the last one of a type has most tokens
 
 
 def lowered(run: Run, which: Which) -> jax.stages.Lowered:
@@ -154,8 +154,7 @@ def is_too_large(error: Exception) -> bool:
 def evaluated(run: Run) -> tuple[str, int, Any]:
   """Return (name, examples, shapes) of the sequence with most tokens that evaluators encode at once.
 
-  It holds the inputs of a batch, or texts of a target set. Without evaluators, the tasks are taken with their training
-  batches.
+  It is the inputs of a batch, or texts of a target set. Without evaluators, training batches are taken.
   """
   tasks = [dataclasses.replace(e.task, batch_size=e.batch_size) for e in run.plan.evaluations] or run.plan.tasks
   task = max(tasks, key=lambda t: _num_tokens(run, t))

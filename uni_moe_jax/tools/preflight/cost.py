@@ -1,4 +1,4 @@
-"""FLOPs, memory traffic and collectives of a compiled program on one device.
+"""FLOPs, memory traffic, collectives and roofline of a compiled program on one device.
 
 A loop body counts as often as the loop runs.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from uni_moe_jax.tools.preflight.hlo import Computation, Module, Op, Shape, groups, trip_count
+from uni_moe_jax.tools.preflight.topology import Chip
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all',
                'collective-broadcast')
@@ -50,6 +51,31 @@ class Cost:
         self.flops + times * other.flops, self.bytes + times * other.bytes, add(self.calls, other.calls),
         add(self.payload, other.payload), add(self.sent, other.sent), self.unknown_loops + other.unknown_loops,
         self.unknown_kernels + other.unknown_kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """Seconds that one device needs for each resource at its peak."""
+  compute: float
+  memory: float
+  interconnect: float
+
+  @property
+  def seconds(self) -> float:
+    """Of the program, if the three overlap perfectly."""
+    return max(self.compute, self.memory, self.interconnect)
+
+  @property
+  def bound(self) -> str:
+    """The limiting resource."""
+    return max(('compute', 'memory', 'interconnect'), key=lambda name: getattr(self, name))
+
+
+def roofline(cost: Cost, chip: Chip) -> Roofline | None:
+  """Return the roofline of a cost per device; None if the peaks of the chip are unknown."""
+  if chip.flops is None:
+    return None
+  return Roofline(cost.flops / chip.flops, cost.bytes / chip.hbm, sum(cost.sent.values()) / chip.links)
 
 
 def of_module(module: Module) -> Cost:

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from uni_moe_jax.tools.preflight.compiled_programs import Program
+from uni_moe_jax.tools.preflight.cost import Roofline, roofline
 from uni_moe_jax.tools.preflight.remedies import Trial
-from uni_moe_jax.tools.preflight.roofline import Roofline, roofline
 from uni_moe_jax.tools.preflight.topology import GIB, Topology
 
 

@@ -183,7 +183,7 @@ def _device_grid(shape: str, axes: str | None) -> np.ndarray:
 
 
 def trip_count(module: Module, computation: Computation, loop: Op) -> int | None:
-  """Return how often the body of a `while` in a computation runs; None if the text does not tell it.
+  """Return how often the body of a `while` in a computation runs; None if it is unknown.
 
   XLA writes the count on CPU. Otherwise condition and body are read: as in every `lax.scan`, a counter that starts at a
   constant and that the body increments by one is compared with a constant.

@@ -29,8 +29,7 @@ def preflight(
     memory: bytes per device; None: those of the chip.
     search: also search for a change that fits, if the config does not, and estimate the largest batch: more compiles.
     report: receives a line for each compile.
-    time_budget: minutes; the search starts no compile that would end later. The config's own programs are always
-      compiled.
+    time_budget: minutes for the compiles of the search; the config's own programs are always compiled.
     started: start of the command by `time.monotonic`, for the budget and the reported seconds; None: now.
 
   Raises:
@@ -85,9 +84,8 @@ def estimate_largest_batch(compiler: Compiler, config: Config, task: str | None,
 def for_tpu(config: Config) -> Config:
   """Return a config whose `moe.gmm` does not depend on the devices of this process.
 
-  On a TPU 'auto' selects the megablox kernel, which can only be compiled on one. XLA's own grouped products replace it
-  here, on as
-  many tokens: 'xla' is batched with a capacity (training), and ragged without one (evaluation).
+  On a TPU 'auto' selects the megablox kernel, which can only be compiled on one. XLA's own grouped products replace it,
+  on as many tokens: 'xla' is batched with a capacity (training) and ragged without one (evaluation).
   """
   changed = config.copy_and_resolve_references()
   if config.moe.router in DISPATCHED and config.moe.gmm in ('auto', 'megablox'):

@@ -84,7 +84,7 @@ def as_flags(fields: Iterable[tuple[str, Any]]) -> str:
 
 
 def batch_unit(config: Config, task: str, shards: int) -> int:
-  """Return the divisor of a task's batch: micro-steps × shards, × 2 where examples are mixed in pairs."""
+  """Return the divisor of a task's batch: micro-steps × shards, × 2 if examples are mixed in pairs."""
   t = config.tasks[task]
   return shards * config.train.grad_accum_steps * (2 if t.mixup_alpha or t.cutmix_alpha else 1)
 
@@ -152,8 +152,8 @@ def search(compiler: Compiler, config: Config, programs: Mapping[Which, Program]
   fits, it is the remedy.
 
   Args:
-    compiler: for the devices. config: one of its programs does not fit. programs: all of them. memory: bytes per
-      device.
+    compiler: for the devices. memory: bytes per device.
+    config: one of its programs does not fit. programs: all of them.
   """
   steps = steps_by_need(programs, memory)
   failed = [which for which in steps if not programs[which].fits(memory)]

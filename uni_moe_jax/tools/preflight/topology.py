@@ -34,8 +34,8 @@ class Chip:
 
 _DOCS = 'https://docs.cloud.google.com/tpu/docs/'
 CHIPS: Mapping[str, Chip] = {
-    # v4: six links of 50 GB/s, Jouppi et al., 2023 (arXiv 2304.01433). The others: half of the "bidirectional bandwidth
-    # per chip".
+    # v4: six links of 50 GB/s, Jouppi et al., 2023 (arXiv 2304.01433). Others: half the bidirectional bandwidth per
+    # chip.
     'v4': Chip(30.75 * GIB, 275e12, 1200e9, 300e9, _DOCS + 'v4'),
     'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9, _DOCS + 'v5e'),
     'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9, _DOCS + 'v5p'),
