@@ -35,9 +35,9 @@ def _merges(tmp_path):
 
 def test_the_config_selects_the_tokenizer(merges):
   assert isinstance(_data().tokenizer, SentencePieceTokenizer)
-  clip = _data(merges)
-  assert isinstance(clip.tokenizer, ClipTokenizer)
-  assert clip.tokenizer_file == merges
+  data = _data(merges)
+  assert isinstance(data.tokenizer, ClipTokenizer)
+  assert data.tokenizer_file == merges
 
 
 def test_a_vocabulary_set_has_an_entry_for_every_id_of_the_merges(merges):

@@ -27,6 +27,10 @@ def _resize_crop(image, size, h):
   return image_transforms.transform(image, size, h, 'resize_crop', True)
 
 
+def _evaluate(image, size, crop='random_resized_crop'):
+  return image_transforms.transform(image, size, None, crop, True)
+
+
 def _positions(made, image, size):
   """Every (down, right, mirrored) at which `made` is a crop of a numbered image."""
   H, W = image.shape[:2]
@@ -114,8 +118,8 @@ def test_half_of_an_odd_margin_is_rounded_to_even(margin, offset):
 
 def test_random_crops_are_uniformly_distributed():
   image, n = _numbered(5, 5), 900
-  found = [_positions(image_transforms.random_crop(image, 3, _h(i)).numpy(), image, 3) for i in range(n)]
-  corners = [(d, r) for [(d, r, mirrored)] in found if not mirrored]
+  positions = [_positions(image_transforms.random_crop(image, 3, _h(i)).numpy(), image, 3) for i in range(n)]
+  corners = [(d, r) for [(d, r, mirrored)] in positions if not mirrored]
   assert len(corners) == n
   # 3 · 3 positions, 100 each, give or take sqrt(900 · 1/9 · 8/9) = 9.4.
   counts = {corner: corners.count(corner) for corner in set(corners)}
@@ -139,9 +143,10 @@ def test_half_of_the_images_are_mirrored():
 def test_mirroring_is_independent_of_the_crop():
   image, n = _numbered(3, 4), 600
   made = [image_transforms.random_flip(image_transforms.random_crop(image, 3, _h(i)), _h(i)).numpy() for i in range(n)]
-  found = [_positions(m, image, 3)[0] for m in made]
+  positions = [_positions(m, image, 3)[0] for m in made]
   # 2 positions, mirrored or not: 150 each, give or take sqrt(600 · 1/4 · 3/4) = 11.
-  assert all(abs(found.count((0, right, mirrored)) - 150) < 4 * 11 for right in (0, 1) for mirrored in (False, True))
+  counts = [positions.count((0, right, mirrored)) for right in (0, 1) for mirrored in (False, True)]
+  assert all(abs(count - 150) < 4 * 11 for count in counts)
 
 
 def test_random_choices_depend_on_the_hash_alone():
@@ -204,21 +209,21 @@ def test_the_jittered_short_side_is_between_256_and_320_of_224():
 def test_classification_is_evaluated_at_the_center_of_a_larger_image():
   # 256/224 · 7 = 8: an image of 8 pixels is not resized, and of its margin of one, half is 0.
   image = _noise(8, 8)
-  np.testing.assert_array_equal(image_transforms.eval_classification(image, 7), image[:7, :7])
+  np.testing.assert_array_equal(_evaluate(image, 7), image[:7, :7])
   # 8 × 12: the margins are 1 and 5, with offsets 0 and 2.
   image = _noise(8, 12)
-  np.testing.assert_array_equal(image_transforms.eval_classification(image, 7), image[:7, 2:9])
+  np.testing.assert_array_equal(_evaluate(image, 7), image[:7, 2:9])
 
 
 def test_classification_is_evaluated_at_the_published_size():
   # int(256 / 224 · 160) = 182 for images of 160: of 182 × 200 pixels, the margins are 22 and 40.
   image = _noise(182, 200)
-  np.testing.assert_array_equal(image_transforms.eval_classification(image, 160), image[11:171, 20:180])
+  np.testing.assert_array_equal(_evaluate(image, 160), image[11:171, 20:180])
 
 
 def test_retrieval_is_evaluated_at_the_center_of_the_short_side():
   image = _numbered(4, 7)  # the margin of 3 has the offset 2
-  np.testing.assert_array_equal(image_transforms.eval_retrieval(image, 4), image[:, 2:6])
+  np.testing.assert_array_equal(_evaluate(image, 4, 'resize_crop'), image[:, 2:6])
 
 
 def test_resize_crop_takes_any_part_along_the_long_side():
@@ -228,7 +233,7 @@ def test_resize_crop_takes_any_part_along_the_long_side():
 
 
 @pytest.mark.parametrize('view', [
-    image_transforms.eval_classification, image_transforms.eval_retrieval,
+    _evaluate, lambda image, size: _evaluate(image, size, 'resize_crop'),
     lambda image, size: _resize_crop(image, size, _h())])
 def test_a_single_pixel_becomes_an_image_of_its_color(view):
   pixel = np.array([[[10, 200, 30]]], np.uint8)
@@ -244,7 +249,7 @@ def test_an_image_smaller_than_its_crop_is_an_error(crop, sides):
 
 
 @pytest.mark.parametrize('view', [
-    lambda image: _resize_crop(image, 4, _h()), lambda image: image_transforms.eval_classification(image, 4)])
+    lambda image: _resize_crop(image, 4, _h()), lambda image: _evaluate(image, 4)])
 def test_transforms_have_static_shapes_in_a_pipeline(view):
   # Sizes of images are not known before they are decoded.
   made = [_noise(5, 9), _noise(7, 6)]
@@ -252,5 +257,5 @@ def test_transforms_have_static_shapes_in_a_pipeline(view):
   data = tf.data.Dataset.from_generator(lambda: iter(made), output_signature=signature)
   data = data.map(view)
   assert tuple(data.element_spec.shape) == (4, 4, 3)
-  for found, image in zip(data, made, strict=True):
-    np.testing.assert_array_equal(found, view(image))
+  for transformed, image in zip(data, made, strict=True):
+    np.testing.assert_array_equal(transformed, view(image))

@@ -64,11 +64,6 @@ def equalize(image: tf.Tensor, *_) -> tf.Tensor:
   return tf.stack([table(image[..., c]) for c in range(image.shape[-1])], -1)
 
 
-def invert(image: tf.Tensor, *_) -> tf.Tensor:
-  """255 - x."""
-  return 255 - image
-
-
 def posterize(image: tf.Tensor, level: tf.Tensor, _) -> tf.Tensor:
   """Keeps the upper 4 - ⌊4 · level⌋ bits."""
   kept = 4 - tf.cast(level * 4, tf.int32)
@@ -86,20 +81,10 @@ def solarize_add(image: tf.Tensor, level: tf.Tensor, _) -> tf.Tensor:
   return tf.cast(tf.where(x < 128, tf.minimum(x + tf.cast(level * 110, tf.int32), 255), x), tf.uint8)
 
 
-def color(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
-  """Blends with gray, or away from it."""
-  return _blend(_gray(image), image, level, sign)
-
-
 def contrast(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
   """Blends with the mean gray level, or away from it."""
   mean = tf.floor(tf.reduce_mean(_gray(image)) + 0.5)
   return _blend(tf.fill(tf.shape(image), mean), image, level, sign)
-
-
-def brightness(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
-  """Blends with black, or away from it."""
-  return _blend(tf.zeros(tf.shape(image)), image, level, sign)
 
 
 def sharpness(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
@@ -122,31 +107,31 @@ def rotate(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
                            tf.sin(a), tf.cos(a), y - x * tf.sin(a) - y * tf.cos(a)])
 
 
-def shear_x(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
-  """Moves row y left by up to 0.3 · y."""
-  return _affine(image, [1.0, sign * level * 0.3, 0.0, 0.0, 1.0, 0.0])
+def _translation(level: tf.Tensor, sign: tf.Tensor, side: tf.Tensor) -> tf.Tensor:
+  """Up to 0.45 of a side."""
+  return sign * level * 0.45 * tf.cast(side, tf.float32)
 
 
-def shear_y(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
-  """Moves column x up by up to 0.3 · x."""
-  return _affine(image, [1.0, 0.0, 0.0, sign * level * 0.3, 1.0, 0.0])
-
-
-def translate_x(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
-  """Moves left by up to 0.45 of the width."""
-  return _affine(image, [1.0, 0.0, sign * level * 0.45 * tf.cast(tf.shape(image)[1], tf.float32), 0.0, 1.0, 0.0])
-
-
-def translate_y(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
-  """Moves up by up to 0.45 of the height."""
-  return _affine(image, [1.0, 0.0, 0.0, 0.0, 1.0, sign * level * 0.45 * tf.cast(tf.shape(image)[0], tf.float32)])
-
-
-# (image uint8 [H, W, C], level in 0…1, sign ±1) → image.
+# (image uint8 [H, W, C], level in 0…1, sign ±1) → image. The order is part of a run's randomness.
 OPERATIONS: dict[str, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]] = {
-    f.__name__: f for f in (
-        autocontrast, equalize, invert, rotate, posterize, solarize, solarize_add, color, contrast, brightness,
-        sharpness, shear_x, shear_y, translate_x, translate_y)}
+    'autocontrast': autocontrast,
+    'equalize': equalize,
+    'invert': lambda image, *_: 255 - image,
+    'rotate': rotate,
+    'posterize': posterize,
+    'solarize': solarize,
+    'solarize_add': solarize_add,
+    'color': lambda image, level, sign: _blend(_gray(image), image, level, sign),
+    'contrast': contrast,
+    'brightness': lambda image, level, sign: _blend(tf.zeros(tf.shape(image)), image, level, sign),
+    'sharpness': sharpness,
+    # Row y moves left, column x up, by up to 0.3 of y or x.
+    'shear_x': lambda image, level, sign: _affine(image, [1.0, sign * level * 0.3, 0.0, 0.0, 1.0, 0.0]),
+    'shear_y': lambda image, level, sign: _affine(image, [1.0, 0.0, 0.0, sign * level * 0.3, 1.0, 0.0]),
+    'translate_x': lambda image, level, sign: _affine(
+        image, [1.0, 0.0, _translation(level, sign, tf.shape(image)[1]), 0.0, 1.0, 0.0]),
+    'translate_y': lambda image, level, sign: _affine(
+        image, [1.0, 0.0, 0.0, 0.0, 1.0, _translation(level, sign, tf.shape(image)[0])])}
 
 
 def random_erasing(image: tf.Tensor, h: tf.Tensor, probability: float) -> tf.Tensor:

@@ -21,7 +21,8 @@ def transform(
 
   Args:
     image: uint8 [H, W, C].
-    h: the example's hash in training; None in evaluation, where only the crop is applied.
+    h: the example's hash in training. None in evaluation, which takes the center of an image whose short side is
+      `size`, or 256/224 of it for classification.
     crop: 'resize_crop' (pairs and captions), 'random_resized_crop' (classification) or 'jittered_crop' (as for
       videos).
     flip: mirror half of the images.
@@ -29,7 +30,8 @@ def transform(
     erasing: probability that a rectangle becomes noise.
   """
   if h is None:
-    return (eval_classification if crop == 'random_resized_crop' else eval_retrieval)(image, size)
+    short_side = 256 * size // 224 if crop == 'random_resized_crop' else size
+    return center_crop(resize_short_side(image, short_side), size)
   if crop == 'random_resized_crop':
     image = random_resized_crop(image, size, h)
   else:
@@ -70,16 +72,6 @@ def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
   corner = tf.where(first < MAX_DRAWS, _random_corner(margin, h), margin // 2)
   part = tf.slice(image, tf.pad(corner, [[0, 1]]), tf.concat([sides, [-1]], 0))
   return tf.ensure_shape(_resize(part, tf.constant([size, size])), [size, size, image.shape[-1]])
-
-
-def eval_classification(image: tf.Tensor, size: int) -> tf.Tensor:
-  """Center of an image whose short side is 256/224 of `size` (classification): uint8 [size, size, C]."""
-  return center_crop(resize_short_side(image, 256 * size // 224), size)
-
-
-def eval_retrieval(image: tf.Tensor, size: int) -> tf.Tensor:
-  """Center of an image whose short side is `size` (captions, retrieval): uint8 [size, size, C]."""
-  return center_crop(resize_short_side(image, size), size)
 
 
 def resize_short_side(image: tf.Tensor, size: int | tf.Tensor) -> tf.Tensor:
