@@ -81,7 +81,7 @@ class Mixture:
     for name in drawn[start:]:
       yield str(name), next(iterators[name])
 
-  def corrupt_examples(self) -> int:
+  def num_corrupt_examples(self) -> int:
     """Returns how many examples from files could not be used and were replaced so far."""
     return sum(e.corrupt_counter.num_corrupt for e in self.examples.values() if e.corrupt_counter)
 
