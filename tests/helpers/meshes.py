@@ -140,5 +140,5 @@ def _watched(margins: list[float]):
     jax.debug.callback(lambda m: margins.append(float(m)), ahead)
     return keep(logits, top_k)
 
-  with mock.patch.object(routers, 'keep', watched):
+  with mock.patch.object(routers, 'keep_top_k', watched):
     yield

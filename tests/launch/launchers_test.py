@@ -290,7 +290,7 @@ def test_a_job_set_has_one_pod_per_host(topology, hosts):
 # Writes its number and arguments to a file, then does what the file `does` says for it.
 _STAND_IN = '''
 import os, pathlib, signal, sys, time
-index = sys.argv[-1].rpartition(',')[2]
+index = sys.argv[-1].rpartition('=')[2]
 pathlib.Path('ran' + index).write_text(' '.join(sys.argv[1:]))
 does = pathlib.Path('does' + index).read_text()
 received = []

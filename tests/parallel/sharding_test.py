@@ -1,4 +1,4 @@
-"""Meshes, and where every parameter of every router's model lies on them."""
+"""Meshes, and the layout of every parameter of every router's model on them."""
 
 import functools
 import math
@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
-from jax.sharding import PartitionSpec
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers import small_model
 from uni_moe_jax.model.initialization import boxed_params
@@ -24,11 +24,11 @@ def _is_box(x) -> bool:
 
 @functools.cache
 def _boxed(router: str):
-  """Boxed shapes of a model with a learnt spatial table, prompts and a head: all parameters that exist are there."""
-  model = UniPerceiver(small_model.spec(router, posemb='learned', num_deep_prompts=2, prompt_sharing='separate', num_prefix_prompts=2,
-                                         label_prompts=(('names', 3),), spe_bias=True, head=3, modality_embedding=True,
-                                         frame_differences=True))
-  return jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
+  """Boxed shapes of a model with every parameter that exists: learned positions, prompts, a head, …"""
+  spec = small_model.spec(
+      router, posemb='learned', num_deep_prompts=2, prompt_sharing='separate', num_prefix_prompts=2,
+      label_prompts=(('names', 3),), spe_bias=True, head=3, modality_embedding=True, frame_differences=True)
+  return jax.eval_shape(functools.partial(boxed_params, UniPerceiver(spec)), jax.random.key(0))
 
 
 def _leaves(router: str):
@@ -37,127 +37,113 @@ def _leaves(router: str):
   return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
 
 
-class NamesTest(parameterized.TestCase):
-
-  @parameterized.parameters(*small_model.ROUTERS)
-  def test_every_parameter_names_every_axis(self, router):
-    for path, leaf in _leaves(router):
-      self.assertTrue(_is_box(leaf), path)
-      self.assertLen(leaf.names, leaf.value.ndim, path)
-      self.assertNotIn(None, leaf.names, path)
-
-  @parameterized.parameters(*small_model.ROUTERS)
-  def test_every_name_is_in_the_table(self, router):
-    names = {name for _, leaf in _leaves(router) for name in leaf.names}
-    self.assertEqual(names - set(sharding.RULES), set())
-
-  def test_every_row_of_the_table_is_used(self):
-    names = {name for router in small_model.ROUTERS for _, leaf in _leaves(router) for name in leaf.names}
-    self.assertEqual(set(sharding.RULES) - names, set())
-
-  def test_the_table_names_axes_of_the_mesh(self):
-    for fsdp in (False, True):
-      self.assertLessEqual({axis for _, axis in sharding.rules(fsdp)}, {None, *sharding.AXES})
+@pytest.mark.parametrize('router', small_model.ROUTERS)
+def test_every_parameter_names_every_axis_by_a_name_of_the_table(router):
+  for path, leaf in _leaves(router):
+    assert _is_box(leaf), path
+    assert len(leaf.names) == leaf.value.ndim, path
+    assert set(leaf.names) <= set(sharding.RULES), path
 
 
-class MeshShapeTest(parameterized.TestCase):
+def test_every_name_of_the_table_is_used():
+  assert set(sharding.RULES) == {name for r in small_model.ROUTERS for _, leaf in _leaves(r) for name in leaf.names}
 
-  @parameterized.parameters(
-      (dict(data=-1), 8, (1, 8, 1, 1)),
-      (dict(data=-1, expert=2, model=2), 8, (1, 2, 2, 2)),
-      (dict(replica=2, data=2, model=-1), 8, (2, 2, 1, 2)),
-      (dict(replica=2, data=2, expert=2, model=1), 8, (2, 2, 2, 1)),
-      (dict(data=-1), 1, (1, 1, 1, 1)))
-  def test_the_free_axis_takes_the_devices_that_are_left(self, requested, devices, expected):
-    shape = sharding.mesh_shape({**_ONE, **requested}, devices)
-    self.assertEqual(tuple(shape[a] for a in sharding.AXES), expected)
 
-  @parameterized.named_parameters(
-      ('two_free', dict(data=-1, model=-1), 'mesh: data and model are both -1; at most one axis can be inferred'),
-      ('zero', dict(expert=0), r"mesh: \{'expert': 0\} must be positive, or -1 for one inferred axis"),
-      ('indivisible', dict(data=-1, model=3), r'mesh: 3 \(the fixed axes of .*\) does not divide 8 devices'),
-      ('too_few', dict(data=4), 'asks for 4 devices, there are 8; set one axis to -1'),
-      ('too_many', dict(data=16), 'asks for 16 devices, there are 8; set one axis to -1'))
-  def test_a_mesh_that_does_not_fit_is_refused(self, requested, message):
-    with self.assertRaisesRegex(ValueError, message):
-      sharding.mesh_shape({**_ONE, **requested}, 8)
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_the_table_maps_to_axes_of_the_mesh(fsdp):
+  assert {axis for _, axis in sharding.rules(fsdp)} <= {None, *sharding.AXES}
+
+
+@pytest.mark.parametrize('requested, devices, expected', [
+    (dict(data=-1), 8, (1, 8, 1, 1)),
+    (dict(data=-1, expert=2, model=2), 8, (1, 2, 2, 2)),
+    (dict(replica=2, data=2, model=-1), 8, (2, 2, 1, 2)),
+    (dict(replica=2, data=2, expert=2, model=1), 8, (2, 2, 2, 1)),
+    (dict(data=-1), 1, (1, 1, 1, 1))])
+def test_the_free_axis_gets_the_remaining_devices(requested, devices, expected):
+  shape = sharding.mesh_shape({**_ONE, **requested}, devices)
+  assert tuple(shape[a] for a in sharding.AXES) == expected
+
+
+@pytest.mark.parametrize('requested, message', [
+    (dict(data=-1, model=-1), 'mesh: data and model are both -1; at most one axis can be inferred'),
+    (dict(expert=0), r"mesh: \{'expert': 0\} must be positive, or -1 for one inferred axis"),
+    (dict(data=-1, model=3), r'mesh: 3 \(the fixed axes of .*\) does not divide 8 devices'),
+    (dict(data=4), 'needs 4 devices, there are 8; set one axis to -1'),
+    (dict(data=16), 'needs 16 devices, there are 8; set one axis to -1')])
+def test_a_mesh_that_does_not_fit_is_refused(requested, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.mesh_shape({**_ONE, **requested}, 8)
 
 
 def _mesh(**axes) -> jax.sharding.Mesh:
   return sharding.make_mesh({**_ONE, **axes}, jax.devices()[:8])
 
 
-class PlacementTest(parameterized.TestCase):
-
-  def test_tests_have_eight_devices(self):
-    self.assertGreaterEqual(jax.device_count(), 8)
-
-  # PartitionSpecs by hand, for parameters of the scanned block: [layers, experts, …].
-  #   qkv kernel      [L, E, embed, 3, heads, head dim]    ffn_out kernel  [L, E, mlp, embed]
-  @parameterized.named_parameters(
-      ('replicated', dict(data=8), False, (None,) * 6, (None,) * 4),
-      ('fsdp', dict(data=8), True, (None, None, 'data', None, None, None), (None, None, None, 'data')),
-      ('expert', dict(data=2, expert=4), False, (None, 'expert', None, None, None, None),
-       (None, 'expert', None, None)),
-      ('model', dict(data=4, model=2), False, (None, None, None, None, 'model', None), (None, None, 'model', None)),
-      ('all', dict(data=2, expert=2, model=2), True, (None, 'expert', 'data', None, 'model', None),
-       (None, 'expert', 'model', 'data')))
-  def test_kernels_lie_as_the_mesh_says(self, axes, fsdp, qkv, ffn_out):
-    shardings = sharding.param_shardings(_boxed('attribute'), _mesh(**axes), fsdp)
-    block = shardings['encoder']['blocks']['block0']
-    # A size-1 axis of the mesh may be named or not: it places nothing.
-    self._assert_placed(block['qkv']['kernel'], qkv, (2, 4, 16, 3, 2, 8))
-    self._assert_placed(block['ffn_out']['kernel'], ffn_out, (2, 4, 24, 16))
-
-  def _assert_placed(self, placed, spec, shape):
-    expected = jax.sharding.NamedSharding(placed.mesh, PartitionSpec(*spec))
-    self.assertEqual(placed.shard_shape(shape), expected.shard_shape(shape))
-    self.assertTrue(placed.is_equivalent_to(expected, len(shape)))
-
-  def test_every_parameter_can_be_put_on_the_mesh(self):
-    shardings = sharding.param_shardings(_boxed('attribute'), _mesh(data=2, expert=2, model=2), fsdp=True)
-    shapes = nn.unbox(_boxed('attribute'))
-    shards = jax.tree.map(lambda x, where: math.prod(where.shard_shape(x.shape)), shapes, shardings)
-    # Kernels, most of the model, are split by all three axes, other parameters by one or none.
-    self.assertLess(sum(jax.tree.leaves(shards)), sum(x.size for x in jax.tree.leaves(shapes)) / 4)
-
-  def test_fsdp_leaves_an_eighth_of_every_parameter_with_a_width(self):
-    mesh = _mesh(data=8)
-    shardings = dict(zip((p for p, _ in _leaves('attribute')), jax.tree.leaves(
-        sharding.param_shardings(_boxed('attribute'), mesh, fsdp=True)), strict=True))
-    for path, box in _leaves('attribute'):
-      share = math.prod(shardings[path].shard_shape(box.value.shape)) / max(1, box.value.size)
-      self.assertEqual(share, 1 / 8 if 'embed' in box.names else 1, path)
-
-  def test_an_expert_lies_on_one_expert_shard(self):
-    shardings = sharding.param_shardings(_boxed('attribute'), _mesh(data=2, expert=4), fsdp=False)
-    kernel = jnp.arange(4, dtype=jnp.float32)[:, None, None] * jnp.ones((4, 24, 16))
-    placed = jax.device_put(kernel, shardings['encoder']['tail']['block0']['ffn_out']['kernel'])
-    for shard in placed.addressable_shards:
-      expert = int(np.argwhere(placed.sharding.mesh.devices == shard.device)[0][2])
-      np.testing.assert_array_equal(shard.data, np.full((1, 24, 16), expert))
+def test_tests_have_eight_devices():
+  assert jax.device_count() >= 8
 
 
-class BatchTest(absltest.TestCase):
-
-  def test_all_axes_but_model_carry_the_batch(self):
-    self.assertEqual(sharding.batch_shards(_mesh(replica=1, data=2, expert=2, model=2)), 4)
-
-  def test_in_one_process_all_parts_are_here(self):
-    self.assertEqual(sharding.local_shards(_mesh(data=2, expert=2, model=2)), (0, 1, 2, 3))
-    self.assertEqual(sharding.local_shards(_mesh(model=8)), (0,))
-
-  def test_a_batch_is_split_over_its_shard_axis(self):
-    mesh = _mesh(data=2, expert=2, model=2)
-    self.assertEqual(sharding.batch_sharding(mesh, 0).shard_shape((4, 3, 5)), (1, 3, 5))
-
-  def test_micro_steps_stay_whole(self):
-    mesh = _mesh(data=2, expert=2, model=2)
-    self.assertEqual(sharding.batch_sharding(mesh, 1).shard_shape((6, 4, 5)), (6, 1, 5))
-
-  def test_what_is_replicated_lies_everywhere(self):
-    self.assertTrue(sharding.replicated(_mesh(data=8)).is_fully_replicated)
+def _assert_sharded(sharded: NamedSharding, spec, shape):
+  # A mesh axis of size 1 may be named or not: it splits nothing.
+  expected = NamedSharding(sharded.mesh, PartitionSpec(*spec))
+  assert sharded.shard_shape(shape) == expected.shard_shape(shape)
+  assert sharded.is_equivalent_to(expected, len(shape))
 
 
-if __name__ == '__main__':
-  absltest.main()
+# PartitionSpecs by hand, for parameters of the scanned block: [layers, experts, …].
+#   qkv kernel      [L, E, embed, 3, heads, head dim]    ffn_out kernel  [L, E, mlp, embed]
+@pytest.mark.parametrize('axes, fsdp, qkv, ffn_out', [
+    (dict(data=8), False, (None,) * 6, (None,) * 4),
+    (dict(data=8), True, (None, None, 'data', None, None, None), (None, None, None, 'data')),
+    (dict(data=2, expert=4), False, (None, 'expert', None, None, None, None), (None, 'expert', None, None)),
+    (dict(data=4, model=2), False, (None, None, None, None, 'model', None), (None, None, 'model', None)),
+    (dict(data=2, expert=2, model=2), True, (None, 'expert', 'data', None, 'model', None),
+     (None, 'expert', 'model', 'data'))], ids=['replicated', 'fsdp', 'expert', 'model', 'all'])
+def test_kernels_are_split_as_the_mesh_defines(axes, fsdp, qkv, ffn_out):
+  block = sharding.param_shardings(_boxed('attribute'), _mesh(**axes), fsdp)['encoder']['blocks']['block0']
+  _assert_sharded(block['qkv']['kernel'], qkv, (2, 4, 16, 3, 2, 8))
+  _assert_sharded(block['ffn_out']['kernel'], ffn_out, (2, 4, 24, 16))
+
+
+def test_every_parameter_can_be_put_on_the_mesh():
+  shardings = sharding.param_shardings(_boxed('attribute'), _mesh(data=2, expert=2, model=2), fsdp=True)
+  shapes = nn.unbox(_boxed('attribute'))
+  sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), shapes, shardings)
+  # Kernels, most of the model, are split by all three axes, other parameters by one or none.
+  assert sum(jax.tree.leaves(sizes)) < sum(x.size for x in jax.tree.leaves(shapes)) / 4
+
+
+def test_fsdp_leaves_an_eighth_of_every_parameter_with_a_width():
+  shardings = jax.tree.leaves(sharding.param_shardings(_boxed('attribute'), _mesh(data=8), fsdp=True))
+  for (path, box), sharded in zip(_leaves('attribute'), shardings, strict=True):
+    share = math.prod(sharded.shard_shape(box.value.shape)) / max(1, box.value.size)
+    assert share == (1 / 8 if 'embed' in box.names else 1), path
+
+
+def test_an_expert_is_on_one_expert_shard():
+  shardings = sharding.param_shardings(_boxed('attribute'), _mesh(data=2, expert=4), fsdp=False)
+  kernel = jnp.arange(4, dtype=jnp.float32)[:, None, None] * jnp.ones((4, 24, 16))
+  kernel = jax.device_put(kernel, shardings['encoder']['tail']['block0']['ffn_out']['kernel'])
+  for shard in kernel.addressable_shards:
+    expert = int(np.argwhere(kernel.sharding.mesh.devices == shard.device)[0][2])
+    np.testing.assert_array_equal(shard.data, np.full((1, 24, 16), expert))
+
+
+def test_all_axes_except_model_shard_the_batch():
+  assert sharding.batch_shards(_mesh(replica=1, data=2, expert=2, model=2)) == 4
+
+
+def test_a_single_process_has_all_shards():
+  assert sharding.local_shards(_mesh(data=2, expert=2, model=2)) == (0, 1, 2, 3)
+  assert sharding.local_shards(_mesh(model=8)) == (0,)
+
+
+def test_a_batch_is_split_over_its_shard_axis_and_not_over_micro_steps():
+  mesh = _mesh(data=2, expert=2, model=2)
+  assert sharding.batch_sharding(mesh, 0).shard_shape((4, 3, 5)) == (1, 3, 5)
+  assert sharding.batch_sharding(mesh, 1).shard_shape((6, 4, 5)) == (6, 1, 5)
+
+
+def test_replicated_arrays_are_on_every_device():
+  assert sharding.replicated(_mesh(data=8)).is_fully_replicated

@@ -16,14 +16,14 @@ B1 = B2 = .5  # a moment is the mean of what it was and what comes
 DECAY = .25
 
 
-def _steps(convention, gradients, touched, p=2., decay=0., units=()):
+def _steps(convention, gradients, used, p=2., decay=0., units=()):
   """(direction of each step, states) of a parameter that is held at `p`, with slices of the leading axes `units`."""
   params = {'p': jnp.asarray(p, jnp.float32)}
   tx = adam.adamw(B1, B2, 1., {'p': decay}, {'p': units}, convention)
   update, state = jax.jit(tx.update), tx.init(params)
   directions, states = [], [state]
-  for g, here in zip(gradients, touched, strict=True):
-    direction, state = update({'p': jnp.asarray(g, jnp.float32)}, state, params, used={'p': jnp.asarray(here)})
+  for g, is_used in zip(gradients, used, strict=True):
+    direction, state = update({'p': jnp.asarray(g, jnp.float32)}, state, params, used={'p': jnp.asarray(is_used)})
     directions.append(np.asarray(direction['p']))
     states.append(state)
   return directions, states
@@ -34,26 +34,26 @@ def _moments(state):
 
 
 # Gradients 4, none, 2, and what they make of the moments; eps is 1.
-GRADIENTS, TOUCHED = (4., 0., 2.), (True, False, True)
+GRADIENTS, USED = (4., 0., 2.), (True, False, True)
 
 
 def test_set_to_none_counts_a_parameters_own_updates():
   # m = 2, v = 8; nothing; m = 1 + 1, v = 4 + 2. Corrected by 1/2, then by 1 - 1/4: the second update, not the third.
-  directions, states = _steps('settonone', GRADIENTS, TOUCHED)
+  directions, states = _steps('settonone', GRADIENTS, USED)
   assert [_moments(s) for s in states] == [(0, 0, 0), (1, 2, 8), (1, 2, 8), (2, 2, 6)]
   np.testing.assert_allclose(directions, [4 / (4 + 1), 0, (8 / 3) / (math.sqrt(8) + 1)], rtol=1e-6)
 
 
-def test_zeroing_goes_on_with_gradient_zero_after_the_first_touch():
+def test_zeroing_continues_with_gradient_zero_after_the_first_use():
   # m = 2, v = 8; m = 1, v = 4; m = 1/2 + 1, v = 2 + 2. Corrected by 1/2, 3/4, 7/8: 4/3 and 16/3, 12/7 and 32/7.
-  directions, states = _steps('zerograd', GRADIENTS, TOUCHED)
+  directions, states = _steps('zerograd', GRADIENTS, USED)
   assert [_moments(s) for s in states] == [(0, 0, 0), (1, 2, 8), (2, 1, 4), (3, 1.5, 4)]
   expected = [4 / 5, (4 / 3) / (math.sqrt(16 / 3) + 1), (12 / 7) / (math.sqrt(32 / 7) + 1)]
   np.testing.assert_allclose(directions, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('convention', adam.CONVENTIONS)
-def test_a_parameter_that_was_never_touched_is_left_alone_and_starts_at_its_own_first_update(convention):
+def test_a_parameter_that_was_never_used_does_not_change_until_its_own_first_update(convention):
   # Not even decay, 1/4 of p = 2. Then gradient 4 as a first update: 4/5, and decay.
   directions, states = _steps(convention, (0., 0., 4.), (False, False, True), decay=DECAY)
   assert [_moments(s) for s in states] == [(0, 0, 0)] * 3 + [(1, 2, 8)]
@@ -62,17 +62,17 @@ def test_a_parameter_that_was_never_touched_is_left_alone_and_starts_at_its_own_
 
 @pytest.mark.parametrize('convention, goes_on', [('settonone', False), ('zerograd', True)])
 def test_decay_applies_where_there_is_an_update(convention, goes_on):
-  with_decay, _ = _steps(convention, GRADIENTS, TOUCHED, decay=DECAY)
-  without, _ = _steps(convention, GRADIENTS, TOUCHED)
+  with_decay, _ = _steps(convention, GRADIENTS, USED, decay=DECAY)
+  without, _ = _steps(convention, GRADIENTS, USED)
   np.testing.assert_allclose(np.subtract(with_decay, without), [.5, .5 if goes_on else 0, .5], rtol=1e-6)
 
 
-def test_set_to_none_does_not_look_at_the_gradient_of_what_was_not_touched():
-  quiet, _ = _steps('settonone', (4., 0., 2.), TOUCHED)
-  loud, _ = _steps('settonone', (4., 9., 2.), TOUCHED)
-  np.testing.assert_array_equal(quiet, loud)
-  touched, _ = _steps('settonone', (4., 9., 2.), (True, True, True))
-  assert (np.array(touched)[1:] != np.array(loud)[1:]).all()
+def test_set_to_none_ignores_the_gradient_of_an_unused_parameter():
+  zero, _ = _steps('settonone', (4., 0., 2.), USED)
+  nonzero, _ = _steps('settonone', (4., 9., 2.), USED)
+  np.testing.assert_array_equal(zero, nonzero)
+  used, _ = _steps('settonone', (4., 9., 2.), (True, True, True))
+  assert (np.array(used)[1:] != np.array(nonzero)[1:]).all()
 
 
 # Two experts of one layer, and two layers of two experts; the slices take turns.
@@ -99,7 +99,7 @@ def test_every_slice_is_updated_as_a_parameter_of_its_own(units, convention):
 
 # Inside the optimizer.
 PARAMS = {'block': {'kernel': jnp.array([[2., -2.], [1., 3.]]), 'bias': jnp.array([1.])}, 'word': jnp.array([[5., 5.]])}
-RULES = (('word', 'freeze'), ('kernel', .5, .2), ('.*', 1., 0.))
+GROUPS = (('word', 'freeze'), ('kernel', .5, .2), ('.*', 1., 0.))
 ALL = {'block': {'kernel': jnp.array([True, True]), 'bias': jnp.array(True)}, 'word': jnp.array(True)}
 FIRST_EXPERT = {'block': {'kernel': jnp.array([True, False]), 'bias': jnp.array(True)}, 'word': jnp.array(True)}
 
@@ -110,11 +110,11 @@ def _gradients():
   return tuple(jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), PARAMS) for _ in range(3))
 
 
-def _optimizer(convention, rules=RULES):
+def _optimizer(convention, groups=GROUPS):
   """For a kernel of two experts and a frozen table."""
   c = config_lib.base()
   c.optim.update(dict(learning_rate=.1, warmup_steps=2, grad_clip_norm=1., b1=.9, b2=.95, eps=1e-6, unused_params=convention))
-  c.optim.param_groups = rules
+  c.optim.param_groups = groups
   return optimizer.make_optimizer(c, PARAMS, lambda path: int(path == 'block/kernel'))[0]
 
 
@@ -132,14 +132,14 @@ def _assert_close(a, b):
 
 
 @pytest.mark.parametrize('convention', adam.CONVENTIONS)
-def test_where_every_step_touches_everything_it_is_adamw(convention):
+def test_if_every_step_uses_everything_it_is_adamw(convention):
   ours, _ = _train(_optimizer(convention), used=ALL)
   _assert_close(ours, _train(_optimizer('update'))[0])
   assert np.abs(ours['block']['kernel'] - PARAMS['block']['kernel']).min() > 1e-2
 
 
 @pytest.mark.parametrize('convention', adam.CONVENTIONS)
-def test_an_expert_that_no_step_touches_stays_while_the_other_follows_adamw(convention):
+def test_an_unused_expert_does_not_change_while_the_other_follows_adamw(convention):
   ours = _train(_optimizer(convention), used=FIRST_EXPERT)[0]['block']['kernel']
   usual = _train(_optimizer('update'))[0]['block']['kernel']
   np.testing.assert_array_equal(ours[1], PARAMS['block']['kernel'][1])
@@ -148,10 +148,10 @@ def test_an_expert_that_no_step_touches_stays_while_the_other_follows_adamw(conv
 
 
 @pytest.mark.parametrize('convention', adam.CONVENTIONS)
-def test_a_frozen_parameter_stays_although_it_is_touched(convention):
+def test_a_frozen_parameter_does_not_change_even_if_used(convention):
   frozen, _ = _train(_optimizer(convention), used=ALL)
   np.testing.assert_array_equal(frozen['word'], PARAMS['word'])
-  free, _ = _train(_optimizer(convention, RULES[1:]), used=ALL)
+  free, _ = _train(_optimizer(convention, GROUPS[1:]), used=ALL)
   assert (free['word'] != PARAMS['word']).all()
 
 
@@ -159,9 +159,9 @@ def test_a_frozen_parameter_stays_although_it_is_touched(convention):
 def test_a_frozen_parameter_has_no_moments_and_no_count_before_and_after_an_update(convention):
   tx = _optimizer(convention)
   for state in (tx.init(PARAMS), _train(tx, used=ALL)[1]):
-    [found] = [s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
-    assert [isinstance(tree['word'], optax.MaskedNode) for tree in found] == [True] * 3
-    assert jax.tree.map(jnp.shape, found.count['block']) == {'kernel': (2,), 'bias': ()}
+    [adam_state] = [s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
+    assert [isinstance(tree['word'], optax.MaskedNode) for tree in adam_state] == [True] * 3
+    assert jax.tree.map(jnp.shape, adam_state.count['block']) == {'kernel': (2,), 'bias': ()}
 
 
 def _is_adam(x):

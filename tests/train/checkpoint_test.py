@@ -16,7 +16,7 @@ from uni_moe_jax.train.step import TrainState
 
 
 def _state(step=3, ema=True):
-  """A train state with every kind of leaf: parameters, a node without leaves, counters, no average or one."""
+  """A train state with every type of leaf: parameters, a node without leaves, counters, no average or one."""
   kernel = jnp.linspace(-1, 1, 24, dtype=jnp.float32).reshape(8, 3) ** 3 + step
   params = {'kernel': kernel, 'scale': jnp.float32(1 / 3)}
   return TrainState(
@@ -37,7 +37,7 @@ def _assert_identical(got, expected):
 
 
 @pytest.mark.parametrize('ema', [True, False])
-def test_what_was_saved_comes_back_bit_for_bit(tmp_path, ema):
+def test_a_state_is_restored_bit_for_bit(tmp_path, ema):
   state = _state(ema=ema)
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(3, state)
@@ -46,7 +46,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path, ema):
     _assert_identical(checkpoints.restore(_like(state)), state)
 
 
-def test_a_new_folder_holds_nothing(tmp_path):
+def test_a_new_folder_has_no_checkpoint(tmp_path):
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     assert checkpoints.latest() is None
 
@@ -61,7 +61,7 @@ def test_the_newest_are_kept_and_restored(tmp_path):
     _assert_identical(checkpoints.restore(_like(_state()), step=2), _state(2))
 
 
-def test_a_step_that_is_saved_is_left_alone(tmp_path):
+def test_a_saved_step_is_not_saved_again(tmp_path):
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(3, _state(3))
     checkpoints.save(3, _state(5))
@@ -69,7 +69,7 @@ def test_a_step_that_is_saved_is_left_alone(tmp_path):
     _assert_identical(checkpoints.restore(_like(_state())), _state(3))
 
 
-def test_a_step_that_takes_the_buffers_does_not_change_what_is_being_saved(tmp_path):
+def test_a_step_that_donates_its_state_does_not_change_a_pending_save(tmp_path):
   # Saving goes on in the background while the next step reuses the memory of the state.
   size = 1 << 20
   advance = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -90,7 +90,7 @@ def _onto(state, mesh, spec):
   return like
 
 
-# (axis sizes, how the kernel [8, 3] lies).
+# (axis sizes, how the kernel [8, 3] is split).
 _MESHES = [
     (dict(data=1), (None,)),
     (dict(data=8), ('data',)),
@@ -100,36 +100,36 @@ _MESHES = [
 ]
 
 
-@pytest.mark.parametrize('there', range(len(_MESHES)))
-def test_a_checkpoint_is_restored_onto_any_mesh_from_any(tmp_path, there):
-  def place(i):
+@pytest.mark.parametrize('source', range(len(_MESHES)))
+def test_a_checkpoint_is_restored_onto_any_mesh_from_any(tmp_path, source):
+  def on_mesh(i):
     axes, spec = _MESHES[i]
     axes = dict(replica=1, data=1, expert=1, model=1) | axes
     mesh = sharding.make_mesh(axes, jax.devices()[:np.prod(list(axes.values()))])
     return _onto(_state(), mesh, jax.sharding.PartitionSpec(*spec))
 
-  state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), _state(), place(there))
+  state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), _state(), on_mesh(source))
   with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
     checkpoints.save(3, state)
   with Checkpoints(tmp_path, max_to_keep=None) as checkpoints:
-    for here in range(len(_MESHES)):
-      like = place(here)
+    for target in range(len(_MESHES)):
+      like = on_mesh(target)
       restored = checkpoints.restore(like)
       _assert_identical(restored, _state())
       assert restored.params['kernel'].sharding == like.params['kernel'].sharding
 
 
-def test_the_best_stays_beside_the_newest(tmp_path):
+def test_the_best_is_kept_beside_the_newest(tmp_path):
   losses = {1: 5.0, 2: 1.0, 3: 9.0, 4: float('nan'), 5: 2.0}
   with Checkpoints(tmp_path, max_to_keep=2, best_metric='loss/total') as checkpoints:
     for step, loss in losses.items():
       checkpoints.save(step, _state(step), {'loss/total': loss})
     checkpoints.finish()
     assert (checkpoints.steps(), checkpoints.best()) == ([2, 4, 5], 2)
-  with Checkpoints(tmp_path, max_to_keep=2, best_metric='loss/total') as checkpoints:  # what is known of them lies with them
+  with Checkpoints(tmp_path, max_to_keep=2, best_metric='loss/total') as checkpoints:  # from the manifests
     assert checkpoints.best() == 2
     checkpoints.save(6, _state(6), {'loss/total': 0.5})
-    checkpoints.save(7, _state(7))  # nothing was logged
+    checkpoints.save(7, _state(7))  # without metrics
     checkpoints.finish()
     assert (checkpoints.steps(), checkpoints.best()) == ([6, 7], 6)
   with Checkpoints(tmp_path, max_to_keep=None) as checkpoints:
@@ -141,13 +141,13 @@ def test_another_model_is_refused_with_the_arrays_that_differ(tmp_path):
     checkpoints.save(3, _state())
     other = _state()
     other = other.replace(params=other.params | {'kernel': jnp.zeros((8, 4)), 'extra': jnp.zeros(2)})
-    said = (r'params/extra: absent → float32\[2\]; params/kernel: float32\[8, 3\] → float32\[8, 4\]\).*'
+    message = (r'params/extra: absent → float32\[2\]; params/kernel: float32\[8, 3\] → float32\[8, 4\]\).*'
             r'Continue with the version that wrote it')
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
       checkpoints.restore(_like(other))
 
 
-def test_reading_makes_and_deletes_nothing(tmp_path):
+def test_reading_creates_and_deletes_nothing(tmp_path):
   with Checkpoints(tmp_path / 'none', max_to_keep=None) as checkpoints:
     assert checkpoints.latest() is None
   assert not (tmp_path / 'none').exists()
@@ -157,13 +157,13 @@ def test_reading_makes_and_deletes_nothing(tmp_path):
   unfinished.mkdir()
   with Checkpoints(tmp_path, max_to_keep=None) as checkpoints:
     assert checkpoints.latest() == 3
-  assert unfinished.exists()  # somebody may be writing it
+  assert unfinished.exists()  # another process may be writing it
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(4, _state(4))
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']
 
 
-def test_holes_in_the_heap_go_back_to_the_system_after_each_save(tmp_path):
+def test_free_heap_pages_are_returned_to_the_system_after_each_save(tmp_path):
   libc = ctypes.CDLL(None)
   if not hasattr(libc, 'malloc_trim'):
     pytest.skip('another C library than glibc')

@@ -35,9 +35,9 @@ def _sent(router: str, capacity: float) -> list[hlo.CollectiveArray]:
 
 
 def _of_layer(sent, backward: bool, tail: bool = False) -> list[hlo.CollectiveArray]:
-  """What a scanned layer sends (once in the text, for eleven of them), or the last one, which stands by itself."""
-  place = '/tail/' if tail else '/while/body'
-  return [s for s in sent if place in s.op_name and ('transpose' in s.op_name) == backward]
+  """What a scanned layer sends (once in the text, for eleven of them), or the last one, which is unrolled."""
+  scope = '/tail/' if tail else '/while/body'
+  return [s for s in sent if scope in s.op_name and ('transpose' in s.op_name) == backward]
 
 
 def _merges(sent: list[hlo.CollectiveArray]) -> list[int]:
@@ -64,14 +64,14 @@ def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
   """One reduction for every product with a merged kernel: there are three arrays, of two rows."""
   sizes = [s.size for s in _of_layer(_sent('attribute', 0.0), True) if s.opcode == 'all-reduce' and s.groups == _GROUPS['all']]
   # In elements: the fused projection may come in its three parts, each as large as the kernel after attention.
-  for alike in (('qkv', 'attention_out'), ('ffn_in', 'ffn_out')):
-    elements = {_KERNELS[name] for name in alike}
-    reduced = sum(size for size in sizes if size in elements) / sum(_KERNELS[name] for name in alike)
-    assert base_step.CONDITIONS <= reduced <= base_step.NUM_ARRAYS, alike
+  for names in (('qkv', 'attention_out'), ('ffn_in', 'ffn_out')):
+    elements = {_KERNELS[name] for name in names}
+    reduced = sum(size for size in sizes if size in elements) / sum(_KERNELS[name] for name in names)
+    assert base_step.CONDITIONS <= reduced <= base_step.NUM_ARRAYS, names
 
 
 @slow
-def test_no_kernel_of_an_expert_travels():
+def test_no_expert_kernel_is_sent():
   sent = _sent('attribute', 0.0)
   assert {s.opcode for s in sent} <= {'all-reduce', 'all-gather'}
   assert max(s.size for s in sent if s.opcode == 'all-gather') < min(_KERNELS.values())
@@ -88,22 +88,22 @@ def _slots(*tokens: int) -> int:
 
 @nightly
 @pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
-def test_tokens_travel_over_the_expert_axis_by_all_to_alls_of_the_bytes_of_the_formula(tail):
+def test_all_to_alls_over_the_expert_axis_send_the_bytes_of_the_formula(tail):
   sent = _sent('token', _CAPACITY)
   if tail:  # keys and values of all, and the rest of the rows that are read
     elements = sum(_slots(*parts) * 3 * _D + (_slots(read) * (6 * _D + 2 * _F) if read else 0)
                    for parts, read in base_step.TOKENS.values())
   else:
     elements = sum(_slots(*parts) * (8 * _D + 2 * _F) for parts, _ in base_step.TOKENS.values())
-  for backward, times in ((False, 1), (True, 2)):  # recomputed, and the gradients' way
-    found = [s for s in _of_layer(sent, backward, tail) if s.opcode == 'all-to-all']
-    assert {s.groups for s in found} == {_GROUPS['expert']}
-    assert sum(s.bytes for s in found) == 4 * times * elements
+  for backward, times in ((False, 1), (True, 2)):  # recomputed, and the gradients
+    all_to_alls = [s for s in _of_layer(sent, backward, tail) if s.opcode == 'all-to-all']
+    assert {s.groups for s in all_to_alls} == {_GROUPS['expert']}
+    assert sum(s.bytes for s in all_to_alls) == 4 * times * elements
 
 
 @nightly
 @pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
-def test_kernels_of_experts_stay_and_their_gradients_are_summed_over_data(tail):
+def test_expert_kernels_are_not_sent_and_their_gradients_are_summed_over_data(tail):
   sent = _sent('token', _CAPACITY)
   assert {s.opcode for s in sent} <= {'all-reduce', 'all-gather', 'all-to-all'}
   assert max(s.size for s in sent if s.opcode == 'all-gather') < min(_KERNELS.values())

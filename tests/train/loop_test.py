@@ -58,14 +58,14 @@ def test_compiling_ahead_trains_nothing_and_creates_no_work_directory(tmp_path, 
   assert not (tmp_path / 'run').exists()
 
 
-def test_compiling_for_a_finished_run_is_skipped(whole, capsys):
-  assert loop.compile_steps(_config(), str(whole), jax.devices()[:1]) == loop.FINISHED
+def test_compiling_for_a_finished_run_is_skipped(uninterrupted, capsys):
+  assert loop.compile_steps(_config(), str(uninterrupted), jax.devices()[:1]) == loop.FINISHED
   assert 'is finished: nothing to compile' in capsys.readouterr().out
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('whole')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted')
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
   return workdir
 
@@ -82,8 +82,8 @@ def restarted(tmp_path_factory):
   return workdir
 
 
-def test_three_steps_restart_and_three_steps_are_six_steps_bit_for_bit(whole, restarted):
-  (step, expected), (other_step, got) = _state(whole), _state(restarted)
+def test_three_steps_restart_and_three_steps_are_six_steps_bit_for_bit(uninterrupted, restarted):
+  (step, expected), (other_step, got) = _state(uninterrupted), _state(restarted)
   assert step == other_step == 6
   compared = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), expected, got)
   assert all(jax.tree.leaves(compared))
@@ -92,9 +92,9 @@ def test_three_steps_restart_and_three_steps_are_six_steps_bit_for_bit(whole, re
   assert sum(jax.tree.leaves(moved)) > 20
 
 
-def test_a_restarted_run_has_the_same_metrics(whole, restarted):
-  assert [line['step'] for line in _lines(whole)] == [1, 2, 3, 4, 5, 6]
-  assert _lines(restarted) == _lines(whole)
+def test_a_restarted_run_has_the_same_metrics(uninterrupted, restarted):
+  assert [line['step'] for line in _lines(uninterrupted)] == [1, 2, 3, 4, 5, 6]
+  assert _lines(restarted) == _lines(uninterrupted)
 
 
 class _Killed(Exception):
@@ -121,10 +121,10 @@ def killed(tmp_path_factory):
   return workdir
 
 
-def test_a_run_that_was_killed_ends_with_the_same_state_and_lines(whole, killed):
-  compared = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), _state(whole), _state(killed))
+def test_a_run_that_was_killed_ends_with_the_same_state_and_lines(uninterrupted, killed):
+  compared = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), _state(uninterrupted), _state(killed))
   assert all(jax.tree.leaves(compared))
-  assert _lines(killed) == _lines(whole)
+  assert _lines(killed) == _lines(uninterrupted)
 
 
 @pytest.fixture
@@ -175,15 +175,15 @@ def test_a_work_directory_in_which_another_process_trains_is_refused(tmp_path):
   assert not (tmp_path / 'checkpoints').exists()
 
 
-def test_a_finished_run_is_left_unchanged(whole, capsys):
-  before = (whole / 'metrics.jsonl').read_text()
-  assert loop.train(_config(), str(whole), jax.devices()[:1]) == loop.FINISHED
+def test_a_finished_run_is_left_unchanged(uninterrupted, capsys):
+  before = (uninterrupted / 'metrics.jsonl').read_text()
+  assert loop.train(_config(), str(uninterrupted), jax.devices()[:1]) == loop.FINISHED
   assert 'is finished: 6 of 6 steps' in capsys.readouterr().out
-  assert (whole / 'metrics.jsonl').read_text() == before
+  assert (uninterrupted / 'metrics.jsonl').read_text() == before
 
 
-def test_the_log_states_parameters_and_conditions(whole, capsys):
-  loop.train(_config(), str(whole), jax.devices()[:1])
+def test_the_log_states_parameters_and_conditions(uninterrupted, capsys):
+  loop.train(_config(), str(uninterrupted), jax.devices()[:1])
   out = capsys.readouterr().out
   counts = train_run.build(_config(), jax.devices()[:1]).parameter_counts()
   assert counts['active'] < counts['total']
@@ -230,7 +230,7 @@ def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_
     return [sys.executable, str(_ROOT / 'launch/train.py'), f'--config={config}', f'--workdir={tmp_path / name}']
 
   environment = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
-  subprocess.run(command('whole'), env=environment, check=True, capture_output=True)
+  subprocess.run(command('uninterrupted'), env=environment, check=True, capture_output=True)
   with subprocess.Popen(command('stopped'), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
     log = tmp_path / 'stopped/metrics.jsonl'
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 20):
@@ -240,4 +240,4 @@ def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_
   assert process.returncode == 75, output
   assert 'the same command continues' in output
   subprocess.run(command('stopped'), env=environment, check=True, capture_output=True)
-  assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')
+  assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'uninterrupted')

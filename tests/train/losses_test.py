@@ -65,7 +65,7 @@ def test_mixed_labels_equal_the_soft_target_loss_in_value_and_gradient():
   np.testing.assert_allclose(da, db, atol=1e-6)
 
 
-# Three pairs; texts 0 and 2 are the same. Row i is what sample i says to texts 0, 1, 2.
+# Three pairs; texts 0 and 2 are the same. Row i is the similarity of sample i with texts 0, 1, 2.
 LEFT = np.log([[4., 2., 9.], [1., 3., 1.], [9., 2., 6.]])
 TEXT_IDS = [7, 5, 7]
 
@@ -82,7 +82,7 @@ BACKWARD = [math.log(5 / 4), math.log(7 / 3), math.log(7 / 6)]
 
 
 @pytest.mark.parametrize('reduction, factor', [('mean', .5), ('sum', 1.)])
-def test_contrastive_goes_both_ways_and_masks_the_duplicate_text(reduction, factor):
+def test_contrastive_loss_has_two_directions_and_masks_duplicate_texts(reduction, factor):
   tally = _contrastive(reduction=reduction)
   np.testing.assert_allclose(tally.loss, factor * (sum(FORWARD) + sum(BACKWARD)), rtol=1e-5)
   assert float(tally.hits) == 3  # the larger similarities of 0 and 2 are to their own text
@@ -97,7 +97,7 @@ def test_without_duplicates_every_other_text_is_a_negative():
   assert float(tally.hits) == 1
 
 
-def test_contrastive_weights_count_samples_and_leave_them_as_negatives():
+def test_an_example_of_weight_zero_is_still_a_negative():
   tally = _contrastive(weights=[2., 0., 1.])
   expected = 2 * (FORWARD[0] + BACKWARD[0]) + FORWARD[2] + BACKWARD[2]
   np.testing.assert_allclose(tally.loss, .5 * expected, rtol=1e-5)
@@ -107,7 +107,7 @@ def test_contrastive_weights_count_samples_and_leave_them_as_negatives():
 
 def test_without_text_ids_equal_texts_are_negatives_as_published():
   np.testing.assert_array_equal(_contrastive(text_ids=None).loss, _contrastive(text_ids=[0, 1, 2]).loss)
-  assert float(_contrastive(text_ids=None).loss) > float(_contrastive().loss) + .1  # the twin's 9 counts against 4
+  assert float(_contrastive(text_ids=None).loss) > float(_contrastive().loss) + .1  # the duplicate's 9 counts against 4
 
 
 def test_smoothing_of_pairs_spreads_over_the_allowed_texts_only():
@@ -120,7 +120,7 @@ def test_smoothing_of_pairs_spreads_over_the_allowed_texts_only():
 
 
 @pytest.mark.parametrize('smoothing', [0., .1])
-def test_masked_duplicates_have_finite_gradients_and_none_of_their_own(smoothing):
+def test_masked_duplicates_have_gradient_zero(smoothing):
   gradient = np.array(jax.jit(jax.grad(lambda x: _contrastive(x, smoothing=smoothing).loss))(LEFT.astype(np.float32)))
   assert np.isfinite(gradient).all()
   assert gradient[0, 2] == gradient[2, 0] == 0
@@ -128,20 +128,20 @@ def test_masked_duplicates_have_finite_gradients_and_none_of_their_own(smoothing
 
 
 # The sampled vocabulary.
-V, POSITIVES = 12, (2, 7, 11)
+V, LABELS = 12, (2, 7, 11)
 
 
-IS_POSITIVE = np.isin(np.arange(V), POSITIVES)
+IS_LABEL = np.isin(np.arange(V), LABELS)
 
 
 def _sample(seed, size):
-  return jax.device_get(sample_vocabulary(jax.random.key(seed), IS_POSITIVE, size=size))
+  return jax.device_get(sample_vocabulary(jax.random.key(seed), IS_LABEL, size=size))
 
 
-def test_with_all_words_the_sampled_loss_is_the_exact_one():
+def test_with_all_words_the_sampled_loss_is_exact():
   words = _sample(0, V)
   logits = np.random.default_rng(1).normal(size=(1, 3, V))
-  labels, weights = np.array([POSITIVES]), np.ones((1, 3))
+  labels, weights = np.array([LABELS]), np.ones((1, 3))
   exact = _cross_entropy(logits, labels, weights, .1)
   sampled = _cross_entropy(logits[..., words.ids], words.index[labels], weights, .1, words.correction)
   np.testing.assert_array_equal(words.correction, 0)
@@ -150,16 +150,16 @@ def test_with_all_words_the_sampled_loss_is_the_exact_one():
 
 
 @pytest.mark.parametrize('size', [3, 4, 8])
-def test_positives_are_always_in_and_words_are_distinct(size):
+def test_labels_are_always_sampled_and_words_are_distinct(size):
   drawn = np.stack([_sample(seed, size).ids for seed in range(50)])
   for ids in drawn.tolist():
-    assert set(POSITIVES) <= set(ids)
+    assert set(LABELS) <= set(ids)
     assert len(set(ids)) == size
   if size > 3:
     assert set(np.unique(drawn)) == set(range(V))  # every other word comes up
 
 
-def test_the_index_finds_words_and_says_what_is_absent():
+def test_the_index_gives_positions_of_words_and_marks_absent_ones():
   words = _sample(3, 6)
   index = np.asarray(words.index)
   np.testing.assert_array_equal(index[np.asarray(words.ids)], np.arange(6))
@@ -167,25 +167,25 @@ def test_the_index_finds_words_and_says_what_is_absent():
   assert index[absent].tolist() == [6] * 6
 
 
-def test_the_correction_makes_up_for_the_words_left_out():
-  # 3 positives in 7 places leave 4 draws for 9 others: each stands for 9/4 words.
+def test_the_correction_compensates_for_words_left_out():
+  # 3 labels in a sample of 7 leave 4 draws for 9 others: each represents 9/4 words.
   words = _sample(0, 7)
-  is_positive = np.isin(words.ids, POSITIVES)
-  np.testing.assert_allclose(words.correction, np.where(is_positive, 0, math.log(9 / 4)), rtol=1e-6)
+  is_label = np.isin(words.ids, LABELS)
+  np.testing.assert_allclose(words.correction, np.where(is_label, 0, math.log(9 / 4)), rtol=1e-6)
 
 
-def test_a_word_that_was_drawn_stands_for_those_left_out_in_the_sum_and_in_smoothing():
+def test_a_sampled_word_represents_those_left_out_in_the_sum_and_in_smoothing():
   # Values 2 and 1, the second drawn for three words: their sum is 2 + 3 · 1, so that log p is ln 2/5 and three times ln 1/5.
   tally = _cross_entropy([[[math.log(2), 0.]]], [[0]], [[1.]], .1, [0., math.log(3)])
   expected = .9 * math.log(5 / 2) + .1 * (math.log(5 / 2) + 3 * math.log(5)) / 4
   np.testing.assert_allclose(tally.loss, expected, rtol=1e-6)
 
 
-def test_over_keys_the_corrected_partition_is_the_full_one():
+def test_averaged_over_keys_the_corrected_partition_function_is_the_full_one():
   logits = np.random.default_rng(5).normal(size=V) * 2
   draws = 4000
   keys = jax.random.split(jax.random.key(6), draws)
-  words = jax.device_get(jax.jit(jax.vmap(lambda k: losses.sample_vocabulary(k, jnp.asarray(IS_POSITIVE), 6)))(keys))
+  words = jax.device_get(jax.jit(jax.vmap(lambda k: losses.sample_vocabulary(k, jnp.asarray(IS_LABEL), 6)))(keys))
   sums = np.exp(logits[words.ids] + words.correction).sum(-1)
   error = sums.std() / math.sqrt(draws)
   full = np.exp(logits).sum()
@@ -193,10 +193,10 @@ def test_over_keys_the_corrected_partition_is_the_full_one():
   assert 4 * error < .05 * full  # the bound is tight enough to see a missing correction
 
 
-def test_positives_without_room_are_counted_and_absent():
+def test_labels_beyond_the_sample_size_are_counted_and_absent():
   words = _sample(0, 2)
   assert float(words.dropped) == 1
-  absent = [p for p in POSITIVES if int(words.index[p]) == 2]
+  absent = [p for p in LABELS if int(words.index[p]) == 2]
   assert len(absent) == 1
   np.testing.assert_array_equal(words.correction, 0)
   assert float(_sample(0, 3).dropped) == 0

@@ -20,7 +20,7 @@ FAST = {
     'context-expert': (Case('context', ('pair',), num_layers=1), 'expert'),
 }
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')
-# A step of every task takes minutes to compile where tokens travel: one router has them all, each on every mesh has a loss with
+# A step of every task takes minutes to compile where tokens are sent: one router has them all, each on every mesh has a loss with
 # negatives of all devices, and on one mesh causal words too.
 EVERY, CAUSAL, PAIR = ('shape', 'text', 'caption', 'pair'), ('caption', 'pair'), ('pair',)
 
@@ -31,14 +31,14 @@ def _full(router: str, tasks: tuple[str, ...] = CAUSAL, **changes) -> Case:
 
 
 def _assert_equal(case: Case, mesh: str):
-  expected, found = meshes.found(case, meshes.ONE), meshes.found(case, mesh)
+  expected, result = meshes.found(case, meshes.ONE), meshes.found(case, mesh)
   # No decision hangs by a rounding error, and every leaf has a gradient to compare.
   assert 1e-5 < expected.margin < 10
   silent = {path for path, g in expected.gradients.items() if not g.any()}
   assert silent <= {'embed/temporal'}, silent
-  assert abs(found.loss - expected.loss) <= 1e-5
-  apart = meshes.differences(found, expected)
-  assert max(apart.values()) <= 2e-5, sorted(apart.items(), key=lambda item: -item[1])[:5]
+  assert abs(result.loss - expected.loss) <= 1e-5
+  difference = meshes.differences(result, expected)
+  assert max(difference.values()) <= 2e-5, sorted(difference.items(), key=lambda item: -item[1])[:5]
 
 
 def _fast(*names: str):
@@ -48,12 +48,12 @@ def _fast(*names: str):
 
 
 @pytest.mark.parametrize('case, mesh', _fast(*FAST))
-def test_loss_and_gradients_are_those_of_one_device(case, mesh):
+def test_loss_and_gradients_equal_those_of_one_device(case, mesh):
   _assert_equal(case, mesh)
 
 
 def _product():
-  """Every router on every mesh; CI has time for the one where merged kernels travel, and for FAST."""
+  """Every router on every mesh; CI has time for the one where merged kernels are sent, and for FAST."""
   for router in ROUTERS:
     for mesh in (name for name in meshes.MESHES if name != meshes.ONE):
       first = (router, mesh) == ('attribute', 'expert')
@@ -76,35 +76,35 @@ def test_exact_routing_and_accumulation(case, mesh):
 
 
 @pytest.mark.nightly
-def test_bfloat16_is_as_near_to_float32_on_a_mesh_as_on_one_device():
+def test_bfloat16_is_as_close_to_float32_on_a_mesh_as_on_one_device():
   case = _full('attribute')
   half = dataclasses.replace(case, dtype='bfloat16')
   exact = meshes.found(case, meshes.ONE)
   for mesh in (meshes.ONE, 'mixed'):
-    found = meshes.found(half, mesh)
-    assert 1e-6 < abs(found.loss - exact.loss) < 0.05, mesh
-    apart = meshes.differences(found, exact)
-    assert sorted(apart.values())[len(apart) // 2] < 0.05, mesh
+    result = meshes.found(half, mesh)
+    assert 1e-6 < abs(result.loss - exact.loss) < 0.05, mesh
+    difference = meshes.differences(result, exact)
+    assert sorted(difference.values())[len(difference) // 2] < 0.05, mesh
 
 
 @pytest.mark.parametrize('case, mesh', _fast('attribute-mixed', 'token-mixed'))
-def test_examples_or_noise_that_differ_are_told_apart(case, mesh):
+def test_other_examples_or_noise_change_the_gradients(case, mesh):
   """The positive control: what is compared above does depend on the step's key and on every example."""
   compiled, (params, batch, sets, key) = meshes.lowered(case, mesh)
   expected = meshes.found(case, meshes.ONE)
   [(group, fields)] = [(g, f) for g, f in batch.items() if 'target' in f]
   less = {**fields, 'weight': fields['weight'].at[-1].set(0.5)}
-  # Of the last pair the temperature of the other task knows nothing.
+  # Of the last pair the temperature of the other task does not depend.
   other = {path for path in expected.gradients if path.startswith('log_scale') and 'retrieval' not in path}
   assert len(other) == 1
   for changed, same in (((params, batch, sets, key + 1), set()), ((params, {**batch, group: less}, sets, key), other)):
-    found = meshes.evaluate(compiled, changed)
-    assert abs(found.loss - expected.loss) > 1e-4
-    assert {path for path, apart in meshes.differences(found, expected).items() if apart < 1e-4} == same
+    result = meshes.evaluate(compiled, changed)
+    assert abs(result.loss - expected.loss) > 1e-4
+    assert {path for path, d in meshes.differences(result, expected).items() if d < 1e-4} == same
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_equals_nothing(value):
+def test_a_nonfinite_gradient_equals_nothing(value):
   sound = meshes.Found(1.0, {'a': np.ones(2), 'b': np.ones(2)}, math.inf)
   # Not the first leaf: max() would return a NaN there.
   broken = dataclasses.replace(sound, gradients={**sound.gradients, 'b': np.array([1.0, value])})
@@ -118,14 +118,14 @@ def _program(name: str = 'attribute-mixed') -> str:
   return meshes.lowered(*FAST[name])[0].as_text()
 
 
-def test_merged_kernels_are_reduced_once_and_no_expert_travels():
+def test_merged_kernels_are_reduced_once_and_no_expert_is_sent():
   sent = hlo.collectives(_program())
   assert {s.opcode for s in sent} == {'all-reduce', 'all-gather'}
-  # Of two rows (pictures, texts on the target side); half of heads and hidden: qkv, attention out, FFN in, FFN out.
+  # Of two rows (images, texts on the target side); half of heads and hidden: qkv, attention out, FFN in, FFN out.
   kernels = [(2, 16, 3, 1, 8), (2, 1, 8, 16), (2, 16, 8), (2, 8, 16)]
   forward = [s.shape for s in sent if s.opcode == 'all-reduce' and 'transpose' not in s.op_name]
   assert [forward.count(shape) for shape in kernels] == [2, 2, 2, 2], forward  # two layers
-  # The smallest kernel of all experts has 8 · 16 · 8 elements; features of the pairs, which travel, 8 · 16.
+  # The smallest kernel of all experts has 8 · 16 · 8 elements; features of the pairs, which are sent, 8 · 16.
   assert max(s.size for s in sent if s.opcode == 'all-gather') == 8 * 16
 
 
@@ -133,13 +133,13 @@ def _forward(name: str) -> list[hlo.CollectiveArray]:
   return [s for s in hlo.collectives(_program(name)) if 'transpose' not in s.op_name]
 
 
-# Of the two below: one layer, which is the last, D = F = 16. Pictures have 5 tokens, texts of pairs 9. All are sent for keys and
+# Of the two below: one layer, which is the last, D = F = 16. Images have 5 tokens, texts of pairs 9. All are sent for keys and
 # values, and those that are read for queries, after attention, and through the FFN.
 
 @pytest.mark.slow
-def test_over_a_model_axis_half_of_what_experts_make_is_sent():
+def test_over_a_model_axis_half_of_the_expert_outputs_is_sent():
   """Four shards with two pairs each, two captions of 6 words and as many queries, and [spe, word, end] of 8 sampled words.
-  Room for all is C = T tokens at each of 8 experts."""
+  A capacity for all is C = T tokens at each of 8 experts."""
   tokens, read = 2 * (5 + 9) + 2 * (5 + 6 + 6) + 8 * 3, 2 * (1 + 1) + 2 * 6 + 8
   elements = 8 * tokens * (16 + 2 * 16 // 2) + 8 * read * (4 * 16 + (2 * 16 + 2 * 16) // 2)
   assert sum(s.bytes for s in _forward('token-mixed') if s.opcode == 'all-to-all') == 4 * elements
@@ -153,11 +153,11 @@ def test_tokens_that_are_routed_exactly_are_gathered_and_their_sums_scattered():
   # A decision of attention for all tokens, and one for those that are read; one of the FFN for those. Two experts each.
   decided = (5 + 9) + 2 + 2
   assert elements('all-gather', 's32') == 8 * 2 * decided
-  assert elements('all-gather', 'pred') == 8 * (9 + 1 + 1)  # a picture has no padding
+  assert elements('all-gather', 'pred') == 8 * (9 + 1 + 1)  # an image has no padding
   assert elements('all-gather', 'f32') == 8 * ((5 + 9) * 16 + 2 * 4 * 16 + 2 * decided)
   assert elements('reduce-scatter', 'f32') == (5 + 9) * 2 * 16 + 2 * 4 * 16
 
 
-def test_a_device_holds_the_logits_of_its_own_rows_alone():
+def test_a_device_has_only_the_logits_of_its_own_inputs():
   assert 'f32[2,8]' in _program()  # four batch shards, eight pairs
   assert not re.search(r'(f32|pred)\[8,8\]', _program())

@@ -14,7 +14,7 @@ def _lines(folder):
   return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_a_line_holds_the_means_since_the_last(tmp_path):
+def test_a_line_has_the_means_since_the_previous_one(tmp_path):
   with MetricsLog(tmp_path, 0, 4) as log:
     log.add({'loss/total': 1., 'grad_norm': 4.})
     log.add({'loss/total': 2., 'grad_norm': 6.})
@@ -27,7 +27,7 @@ def test_a_line_holds_the_means_since_the_last(tmp_path):
   assert 'grad_norm' not in second
 
 
-def test_a_number_that_was_missing_in_some_steps_is_averaged_over_the_others(tmp_path):
+def test_a_metric_missing_in_some_steps_is_averaged_over_the_others(tmp_path):
   with MetricsLog(tmp_path, 0, 3) as log:
     for metrics in ({'loss/a': 1., 'nonfinite_streak': 0.}, {'nonfinite_streak': 1.}, {'loss/a': 3., 'nonfinite_streak': 0.}):
       log.add(metrics)
@@ -35,7 +35,7 @@ def test_a_number_that_was_missing_in_some_steps_is_averaged_over_the_others(tmp
   assert _lines(tmp_path)[0]['loss/a'] == 2
 
 
-def test_lines_after_the_step_that_is_resumed_are_dropped(tmp_path):
+def test_lines_after_the_resumed_step_are_dropped(tmp_path):
   with MetricsLog(tmp_path, 0, 6) as log:
     for step in (2, 4, 6):
       log.record(step, {'loss/total': float(step)})
@@ -45,14 +45,14 @@ def test_lines_after_the_step_that_is_resumed_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize('half', ['{"step": 5, "lo', '{"loss/total": 1}', '[]'])
-def test_a_line_that_a_crash_cut_in_half_is_dropped(tmp_path, half):
+def test_a_line_that_a_crash_truncated_is_dropped(tmp_path, half):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss/total": 3}\n' + half)
   with MetricsLog(tmp_path, 5, 6) as log:
     log.record(6, {'loss/total': 1.})
   assert [line['step'] for line in _lines(tmp_path)] == [1, 6]
 
 
-def test_a_log_gets_lines_with_losses_rate_and_time_left(tmp_path, capsys):
+def test_without_a_terminal_lines_show_losses_rate_and_time_left(tmp_path, capsys):
   with mock.patch('time.perf_counter', side_effect=[0., 4.]), MetricsLog(tmp_path, 0, 500) as log:
     for _ in range(2):
       log.add({'loss/total': 2., 'loss/text': 1.5, 'grad_norm': 9.})

@@ -1,4 +1,4 @@
-"""The optimizer: which rule a parameter gets, one update worked out by hand, the learning rate over a run."""
+"""The optimizer: which group a parameter gets, one update worked out by hand, the learning rate over a run."""
 
 import math
 
@@ -17,37 +17,37 @@ from uni_moe_jax.train import optimizer
 from uni_moe_jax.train.optimizer import ParamGroup
 
 
-def _config(rules=(('.*', 1., 0.),), **changes):
+def _config(groups=(('.*', 1., 0.),), **changes):
   c = config_lib.base()
   c.optim.update(dict(learning_rate=.1, warmup_steps=0, schedule='constant', grad_clip_norm=0., b1=.9, b2=.95, eps=1.))
   c.optim.update(changes)
-  c.optim.param_groups = rules
+  c.optim.param_groups = groups
   return c
 
 
 PARAMS = {'block': {'kernel': jnp.array([2., -2.]), 'bias': jnp.array([1.])}, 'word': jnp.array([[5., 5., 5.]])}
 
 
-def test_the_first_pattern_that_matches_wins():
-  rules = (('bias$', 1., 0.), ('block/', .5, .1), ('block/kernel', 9., 9.), ('.*', 2., .2))
-  assert optimizer.match_param_groups(PARAMS, rules) == {
+def test_the_first_matching_pattern_applies():
+  groups = (('bias$', 1., 0.), ('block/', .5, .1), ('block/kernel', 9., 9.), ('.*', 2., .2))
+  assert optimizer.match_param_groups(PARAMS, groups) == {
       'block': {'kernel': ParamGroup(.5, .1), 'bias': ParamGroup(1., 0.)}, 'word': ParamGroup(2., .2)}
 
 
-def test_a_parameter_without_a_rule_is_named_with_the_fix():
+def test_a_parameter_without_a_group_is_named_with_the_fix():
   with pytest.raises(ValueError, match=r"no pattern matches parameter 'word'; end with \('\.\*', 1\.0, 0\.0\) or "
                                        r"\('\.\*', 'freeze'\)"):
     optimizer.match_param_groups(PARAMS, (('block/', 1., 0.),))
 
 
-@pytest.mark.parametrize('rules', [(('blok/', 'freeze'), ('.*', 1., 0.)), (('.*', 1., 0.), ('block/', 'freeze'))])
-def test_a_pattern_that_freezes_nothing_is_an_error(rules):
+@pytest.mark.parametrize('groups', [(('blok/', 'freeze'), ('.*', 1., 0.)), (('.*', 1., 0.), ('block/', 'freeze'))])
+def test_a_pattern_that_freezes_nothing_is_an_error(groups):
   with pytest.raises(ValueError, match="'blo.*/' freezes nothing"):
-    optimizer.match_param_groups(PARAMS, rules)
+    optimizer.match_param_groups(PARAMS, groups)
 
 
 def test_a_pattern_that_only_scales_may_match_nothing():
-  # The default rules serve dense models, too, which have no routers.
+  # The default groups serve dense models, too, which have no routers.
   assert optimizer.match_param_groups(PARAMS, (('_router/', 1., 0.), ('.*', 2., 0.)))['word'] == ParamGroup(2., 0.)
 
 
@@ -58,8 +58,8 @@ def test_the_default_rules_decay_kernels_and_nothing_else(router):
       posemb='learned', router_names=('names',) if router == 'task' else (), temperature_groups=('a',), num_deep_prompts=2,
       prompt_sharing='separate', num_prefix_prompts=2, label_prompts=(('names', 3),), spe_bias=True, head=3)
   shapes = param_shapes(UniPerceiver(spec))
-  rules = optimizer.match_param_groups(shapes, config_lib.base().optim.param_groups)
-  decays = {optimizer.path_of(path): rule.weight_decay for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
+  groups = optimizer.match_param_groups(shapes, config_lib.base().optim.param_groups)
+  decays = {optimizer.path_of(path): group.weight_decay for path, group in jax.tree_util.tree_leaves_with_path(groups)}
   decayed = {path.split('/')[-2] + '/' + path.split('/')[-1] for path, decay in decays.items() if decay}
   assert decayed == {
       'qkv/kernel', 'attention_out/kernel', 'ffn_in/kernel', 'ffn_out/kernel', 'similarity/kernel', 'embed/patch',
@@ -86,8 +86,8 @@ def _gradient(kernel, bias=0., word=0.):
 def test_one_update_by_hand():
   # The first step's corrected moments are g and g²: the update is g / (|g| + eps) = 3/4 and -1/2. Decoupled decay adds
   # 0.2 · p; both are multiplied by lr · factor = 0.1 · 0.5.
-  rules = (('kernel', .5, .2), ('.*', 1., 0.))
-  params, _ = _update(_config(rules), _gradient([3., -1.], bias=1.))
+  groups = (('kernel', .5, .2), ('.*', 1., 0.))
+  params, _ = _update(_config(groups), _gradient([3., -1.], bias=1.))
   np.testing.assert_allclose(
       params['block']['kernel'], [2 - .05 * (.75 + .2 * 2), -2 - .05 * (-.5 + .2 * -2)], rtol=1e-6)
   np.testing.assert_allclose(params['block']['bias'], 1 - .1 * .5, rtol=1e-6)
@@ -102,8 +102,8 @@ def test_the_second_update_by_hand():
 
 
 def test_decay_does_not_depend_on_the_gradient():
-  rules = (('.*', 1., .5),)
-  params, _ = _update(_config(rules), _gradient([0., 0.]))
+  groups = (('.*', 1., .5),)
+  params, _ = _update(_config(groups), _gradient([0., 0.]))
   np.testing.assert_allclose(params['word'], 5 * (1 - .1 * .5), rtol=1e-6)
 
 
@@ -114,7 +114,7 @@ def test_gradients_are_clipped_to_their_global_norm():
   np.testing.assert_allclose(params['block']['bias'], 1 - .1 * .8 / 1.8, rtol=1e-6)
 
 
-def test_a_clip_leaves_what_is_short_and_what_is_zero():
+def test_clipping_leaves_short_and_zero_gradients_unchanged():
   for gradient in ([.3, .4], [0., 0.]):
     clipped, plain = (_update(_config(grad_clip_norm=clip), _gradient(gradient))[0] for clip in (1., 0.))
     np.testing.assert_array_equal(clipped['block']['kernel'], plain['block']['kernel'])
@@ -140,46 +140,46 @@ def test_frozen_gradients_do_not_count_in_the_clip():
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * (.6 / 1.6 + .5 * 2), rtol=1e-6)
 
 
-def test_the_paths_of_frozen_parameters_are_known():
+def test_frozen_paths():
   assert optimizer.frozen_paths(optimizer.match_param_groups(PARAMS, FROZEN)) == {'word'}
   assert optimizer.frozen_paths(optimizer.match_param_groups(PARAMS, (('block/', 'freeze'), ('.*', 1., 0.)))) == {
       'block/kernel', 'block/bias'}
   assert optimizer.frozen_paths(optimizer.match_param_groups(PARAMS, (('.*', 1., 0.),))) == set()
 
 
-@pytest.mark.parametrize('sides', ['shared', 'separate', 'inputs'])
-def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sides):
+@pytest.mark.parametrize('sharing', ['shared', 'separate', 'inputs'])
+def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sharing):
   c = config_lib.base()
-  presets.prompt_tune(c, num_prompts=3, sharing=sides)
-  assert (c.model.num_deep_prompts, c.model.prompt_sharing, c.model.spe_bias) == (3, sides, True)
-  spec = small_model.spec(num_deep_prompts=3, prompt_sharing=sides, spe_bias=True, num_prefix_prompts=1, label_prompts=(('names', 2),), head=2)
-  rules = optimizer.match_param_groups(small_model.params(spec), c.optim.param_groups)
-  found = {optimizer.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules) if not rule.frozen}
-  tables = {'input', 'target'} if sides == 'separate' else {'input'}
+  presets.prompt_tune(c, num_prompts=3, sharing=sharing)
+  assert (c.model.num_deep_prompts, c.model.prompt_sharing, c.model.spe_bias) == (3, sharing, True)
+  spec = small_model.spec(num_deep_prompts=3, prompt_sharing=sharing, spe_bias=True, num_prefix_prompts=1, label_prompts=(('names', 2),), head=2)
+  groups = optimizer.match_param_groups(small_model.params(spec), c.optim.param_groups)
+  trained = {optimizer.path_of(path): group for path, group in jax.tree_util.tree_leaves_with_path(groups) if not group.frozen}
+  tables = {'input', 'target'} if sharing == 'separate' else {'input'}
   layers = ('encoder/blocks/block0', 'encoder/tail/block0')
-  assert set(found) == {
+  assert set(trained) == {
       'embed/spe_bias', 'embed/prompts/label_names', 'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight',
       *(f'{at}/prompts/{table}' for at in ('embed', *layers) for table in tables),
       *(f'{norm}/{leaf}' for norm in ('embed/norm', 'similarity/norm', *(f'{at}/norm{i}' for at in layers for i in (1, 2)))
         for leaf in ('scale', 'bias'))}
-  assert set(found.values()) == {ParamGroup(1., 0.)}
+  assert set(trained.values()) == {ParamGroup(1., 0.)}
 
 
-def test_the_factor_of_gates_multiplies_the_rule_of_routers_and_no_other():
+def test_the_router_multiplier_scales_only_routers():
   params = {'ffn_router': {'gate': jnp.array([2.])}, 'router_of_old': jnp.array([2.]), 'kernel': jnp.array([2.])}
   c = _config((('kernel', 1., 0.), ('.*', .5, .2)), router_lr_multiplier=.1)
-  rules = optimizer.make_optimizer(c, params)[2]
-  assert rules == {'ffn_router': {'gate': ParamGroup(.05, .2)}, 'router_of_old': ParamGroup(.5, .2), 'kernel': ParamGroup(1., 0.)}
+  groups = optimizer.make_optimizer(c, params)[2]
+  assert groups == {'ffn_router': {'gate': ParamGroup(.05, .2)}, 'router_of_old': ParamGroup(.5, .2), 'kernel': ParamGroup(1., 0.)}
   # First directions 3 / (3 + 1); the decay .2 · 2 has the same factor as in every group.
   params, _ = _update(c, jax.tree.map(lambda p: jnp.full_like(p, 3.), params), params=params)
   np.testing.assert_allclose(params['ffn_router']['gate'], [2 - .1 * .05 * (.75 + .4)], rtol=1e-6)
   np.testing.assert_allclose(params['router_of_old'], [2 - .1 * .5 * (.75 + .4)], rtol=1e-6)
 
 
-def test_the_factor_of_gates_leaves_frozen_ones_frozen():
-  rules = optimizer.make_optimizer(_config((('gate', 'freeze'), ('.*', 1., 0.)), router_lr_multiplier=.1), {
+def test_the_router_multiplier_leaves_frozen_routers_frozen():
+  groups = optimizer.make_optimizer(_config((('gate', 'freeze'), ('.*', 1., 0.)), router_lr_multiplier=.1), {
       'ffn_router': {'gate': jnp.ones(1)}, 'kernel': jnp.ones(1)})[2]
-  assert rules['ffn_router']['gate'].frozen
+  assert groups['ffn_router']['gate'].frozen
 
 
 def _rate(t, schedule='cosine', final_lr_fraction=.2, warmup_steps=4):
@@ -206,7 +206,7 @@ def test_the_published_schedule_starts_at_zero_and_rises_again_past_the_end(t, r
 
 
 @pytest.mark.parametrize('final, rate', [(0., .05 * (1 - math.sqrt(.5))), (.1, .05 * (1 - math.sqrt(.5))), (.2, .02)])
-def test_the_published_end_is_a_floor_and_no_aim(final, rate):
+def test_the_published_final_fraction_is_a_lower_bound(final, rate):
   # At 10 of 12 the cosine is (1 - √½) / 2 = .146 of the peak, whatever the end is, unless that is more.
   assert _rate(10, schedule='published', final_lr_fraction=final) == pytest.approx(rate, rel=1e-5)
 

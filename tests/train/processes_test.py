@@ -1,4 +1,4 @@
-"""Two processes of four devices: the step of one; a run that is stopped, goes on, and ends as if it had not been; its answers."""
+"""Two processes of four devices: the step of one; a run that is stopped, continues, and ends as if it had not been; its evaluation."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from tests.helpers import process_step, processes, tiny
 pytestmark = pytest.mark.slow
 
 
-def test_loss_and_gradients_are_those_of_one_device(tmp_path):
+def test_loss_and_gradients_equal_those_of_one_device(tmp_path):
   """The launcher starts them, in a tree whose launch/train.py takes one step."""
   (tmp_path / 'launch').mkdir()
   shutil.copy(processes.ROOT / processes.TWO[0], tmp_path / 'launch')
@@ -27,10 +27,10 @@ def test_loss_and_gradients_are_those_of_one_device(tmp_path):
     # Batch shards of process i; where `model` spans both, each has the only one.
     assert out['shards'] == {'data': [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3], 'halves': [i], 'model': [0]}
     assert set(out['cases']) == set(process_step.CASES)
-    for name, found in out['cases'].items():
-      assert found['loss'] <= 1e-5, name
-      assert found['gradients'] <= 2e-5, name
-      assert found['margin'] > 1e-5, name
+    for name, result in out['cases'].items():
+      assert result['loss'] <= 1e-5, name
+      assert result['gradients'] <= 2e-5, name
+      assert result['margin'] > 1e-5, name
 
 
 _STEPS = 14  # two seconds each, where two cores serve eight devices in two processes
@@ -44,13 +44,13 @@ from uni_moe_jax import config
 def get_config():
   c = tiny.config('shape', 'pair', data_dir={data!r})
   for task in c.tasks.values():
-    task.batch = 8
-  c.model.layers = 1
-  for kind, task in (('classification', 'shape'), ('retrieval', 'pair')):
-    c.evaluators[task] = config.evaluator(kind, task, split='train', batch=5, number=6)
-  c.moe.router = 'token'  # all that an attribute model sends, and tokens
+    task.batch_size = 8
+  c.model.num_layers = 1
+  for evaluator, task in (('classification', 'shape'), ('retrieval', 'pair')):
+    c.evaluators[task] = config.evaluator(evaluator, task, split='train', batch_size=5, num_examples=6)
+  c.moe.router = 'token'  # it sends what an attribute model sends, and tokens
   c.mesh.update(dict(data=-1, expert=2))
-  c.train.update(dict(steps={steps}, save_every=1000, log_every=1))
+  c.train.update(dict(steps={steps}, checkpoint_every=1000, log_every=1))
   return c
 '''
 
@@ -60,37 +60,37 @@ def _lines(workdir: pathlib.Path) -> list[dict]:
   return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in lines]
 
 
-def test_a_run_of_two_processes_stops_goes_on_and_is_that_of_one(tmp_path):
+def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path):
   config = tmp_path / 'config.py'
   config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=_STEPS))
 
   def command(name):
     return [*processes.TWO, '--', f'--config={config}', f'--workdir={tmp_path / name}']
 
-  processes.run(command('whole'))
+  processes.run(command('uninterrupted'))
   with subprocess.Popen(command('stopped'), cwd=processes.ROOT, env=processes.environment(), stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT) as process:
     log = tmp_path / 'stopped/metrics.jsonl'
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
       time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0].decode()
-  assert process.returncode == 75, said
-  assert said.count('the same command continues') == 1, said  # process 0 alone speaks
+    output = process.communicate()[0].decode()
+  assert process.returncode == 75, output
+  assert output.count('the same command continues') == 1, output  # only process 0 prints
   assert 2 < len(_lines(tmp_path / 'stopped')) < _STEPS
   assert 'resumed from step' in processes.run(command('stopped'))
-  assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'whole')
+  assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'uninterrupted')
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
   processes.run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
-  one, two = _lines(tmp_path / 'one'), _lines(tmp_path / 'whole')
+  one, two = _lines(tmp_path / 'one'), _lines(tmp_path / 'uninterrupted')
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
   for a, b in zip(one[:10], two[:10]):
     assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-5)
 
   # Two processes evaluate each example once, as one process does.
-  processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "whole"}'])
-  evaluated = json.loads((tmp_path / 'whole/evaluation.json').read_text())
-  processes.run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "whole"}', '--force'], devices=8)
-  assert json.loads((tmp_path / 'whole/evaluation.json').read_text()) == evaluated
+  processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "uninterrupted"}'])
+  evaluated = json.loads((tmp_path / 'uninterrupted/evaluation.json').read_text())
+  processes.run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "uninterrupted"}', '--force'], devices=8)
+  assert json.loads((tmp_path / 'uninterrupted/evaluation.json').read_text()) == evaluated
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}

@@ -1,4 +1,4 @@
-"""Auxiliary losses of routers reach the step's loss and gradients, also through accumulation; what a step says of routing."""
+"""Auxiliary losses of routers reach the step's loss and gradients, also through accumulation; metrics of routing."""
 
 import dataclasses
 import functools
@@ -15,14 +15,14 @@ from uni_moe_jax.moe.token_routers import Usage
 from uni_moe_jax.train import forward, optimizer, router_metrics, step
 from uni_moe_jax.train import run as train_run
 
-FACTORS = {'balance': .5, 'importance': .25, 'z': .125}
+WEIGHTS = {'balance': .5, 'importance': .25, 'z': .125}
 
 
 @functools.cache
 def _run() -> train_run.Run:
   c = tiny.config('shape', data_dir=tiny.data_dir())
   c.model.num_layers = 1
-  c.moe.update(dict(router='token', gmm='batched', capacity_factor=.75, **{f'{n}_loss_weight': f for n, f in FACTORS.items()}))
+  c.moe.update(dict(router='token', gmm='batched', capacity_factor=.75, **{f'{n}_loss_weight': f for n, f in WEIGHTS.items()}))
   return train_run.build(c, jax.devices()[:1])
 
 
@@ -36,18 +36,18 @@ def _problem(accum: int):
 
 
 @functools.cache
-def _gradients(accum: int, factors: tuple = tuple(FACTORS.items())):
+def _gradients(accum: int, weights: tuple = tuple(WEIGHTS.items())):
   spec, params, batch, sets, key = _problem(accum)
-  return small_model.jit(functools.partial(step.gradients, dataclasses.replace(spec, auxiliary=factors)))(params, batch, sets, key)
+  return small_model.jit(functools.partial(step.gradients, dataclasses.replace(spec, auxiliary=weights)))(params, batch, sets, key)
 
 
-def test_the_factors_come_from_the_config():
-  assert dict(_run().spec.auxiliary) == FACTORS
+def test_loss_weights_come_from_the_config():
+  assert dict(_run().spec.auxiliary) == WEIGHTS
 
 
 def test_the_total_is_that_of_the_tasks_and_of_the_routers():
   output = _gradients(1)
-  routed = sum(f * output.metrics[f'router/{n}'] for n, f in FACTORS.items())
+  routed = sum(f * output.metrics[f'router/{n}'] for n, f in WEIGHTS.items())
   np.testing.assert_allclose(output.loss, output.tallies['shape'].loss + routed, rtol=1e-5)
   assert float(routed) > .1
 
@@ -55,10 +55,10 @@ def test_the_total_is_that_of_the_tasks_and_of_the_routers():
 def _plain(spec, params, batch, sets, key):
   """The loss of an accumulated step, written down: sets and micro-steps weigh as their tokens do.
 
-  8 pictures of 4 patches in 2 micro-steps of 16 tokens each; 3 names as texts."""
+  8 images of 4 patches in 2 micro-steps of 16 tokens each; 3 names as texts."""
   def auxiliary(collected):
     usages = [d for out in collected['tail'] for d in out['router_stats'].values()]
-    return sum(f * jnp.stack([u.losses[n] for u in usages]).mean() for n, f in FACTORS.items())
+    return sum(f * jnp.stack([u.losses[n] for u in usages]).mean() for n, f in WEIGHTS.items())
 
   def loss(params):
     features, collected = forward.forward(spec, params, {}, sets, {}, key)
@@ -76,7 +76,7 @@ def _plain(spec, params, batch, sets, key):
 
 
 @pytest.mark.slow
-def test_accumulation_carries_them_through_micro_steps_and_target_sets():
+def test_accumulation_includes_auxiliary_losses_of_micro_steps_and_target_sets():
   total, gradients = _plain(*_problem(2))
   output = _gradients(2)
   np.testing.assert_allclose(output.loss, total, rtol=1e-5)
@@ -88,7 +88,7 @@ def test_accumulation_carries_them_through_micro_steps_and_target_sets():
   assert moved > 3  # the comparison sees them
 
 
-def test_a_step_says_what_was_dropped_and_how_even_experts_are():
+def test_a_step_reports_drop_rate_and_expert_balance():
   for accum in (1, 2):
     extra = _gradients(accum).metrics
     assert set(extra) == {'router/entropy', 'router/drop_rate', 'router/effective_experts', 'router/condition_overlap', 'router/balance',
@@ -98,15 +98,15 @@ def test_a_step_says_what_was_dropped_and_how_even_experts_are():
     assert extra['router/balance'] > 0
 
 
-def test_experts_that_gave_a_slot_were_used():
+def test_experts_with_a_filled_slot_are_used():
   chosen = _gradients(1).used_experts
   for part in ('attention', 'mlp'):
     assert chosen['tail'][0][part].shape == (4,) and chosen['tail'][0][part].sum() > 8
 
 
-def _usage(asked, kept) -> Usage:
+def _usage(routed, kept) -> Usage:
   none = Usage.none(2)
-  one = none.replace(asked=jnp.float32(asked), kept=jnp.asarray(kept, jnp.float32))
+  one = none.replace(asked=jnp.float32(routed), kept=jnp.asarray(kept, jnp.float32))
   return jax.tree.map(lambda x: x[None], one)
 
 
@@ -117,8 +117,8 @@ def test_metrics_are_means_over_layers_and_routers():
   assert float(router_metrics.metrics(collected)['router/drop_rate']) == pytest.approx(1 / 4)
 
 
-def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
-  # Rows share half an expert; together they take .75 and .25: exp(.75 ln 4/3 + .25 ln 4) experts.
+def test_merging_routers_report_entropy_and_expert_usage_and_dense_models_nothing():
+  # Conditions share half an expert; together they take .75 and .25: exp(.75 ln 4/3 + .25 ln 4) experts.
   decision = Decision(logits=None, expert=None, coef=jnp.array([[.5, .5], [1., 0.]]))
   collected = {'blocks': (), 'tail': ({'router_stats': {'mlp': decision}},)}
   assert {k: float(v) for k, v in router_metrics.metrics(collected).items()} == {
@@ -128,20 +128,20 @@ def test_routers_that_merge_report_entropy_and_use_and_dense_models_nothing():
   assert float(router_metrics.auxiliary_loss((), collected)) == 0
 
 
-def test_use_is_a_mean_over_layers_and_of_one_row_nothing_is_compared():
-  # Two stacked layers of three rows: all the same expert; three different ones.
+def test_usage_is_a_mean_over_layers_and_a_single_condition_overlaps_fully():
+  # Two stacked layers of three conditions: all the same expert; three different ones.
   coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
   collected = {'blocks': ({'router_stats': {'mlp': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
-  found = router_metrics.metrics(collected)
-  assert float(found['router/effective_experts']) == pytest.approx(2) and float(found['router/condition_overlap']) == pytest.approx(.5)
+  metrics = router_metrics.metrics(collected)
+  assert float(metrics['router/effective_experts']) == pytest.approx(2) and float(metrics['router/condition_overlap']) == pytest.approx(.5)
   one = {'blocks': (), 'tail': ({'router_stats': {'mlp': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
   assert float(router_metrics.metrics(one)['router/condition_overlap']) == 1
 
 
-def test_tokens_of_a_row_count_alike():
-  # Row 0: 3 tokens on expert 0 and 1 on expert 1; row 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1) have .25 in common.
+def test_tokens_of_a_condition_count_equally():
+  # Condition 0: 3 tokens on expert 0 and 1 on expert 1; condition 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1) have .25 in common.
   usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.none(2)).replace(
       tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
-  found = router_metrics.metrics({'blocks': (), 'tail': ({'router_stats': {'mlp': usage}},)})
-  assert float(found['router/condition_overlap']) == pytest.approx(.25)
-  assert float(found['router/effective_experts']) == pytest.approx(np.exp(-.375 * np.log(.375) - .625 * np.log(.625)))
+  metrics = router_metrics.metrics({'blocks': (), 'tail': ({'router_stats': {'mlp': usage}},)})
+  assert float(metrics['router/condition_overlap']) == pytest.approx(.25)
+  assert float(metrics['router/effective_experts']) == pytest.approx(np.exp(-.375 * np.log(.375) - .625 * np.log(.625)))

@@ -19,7 +19,7 @@ def _with(run, **changes):
 
 
 @pytest.mark.slow
-def test_runs_that_differ_in_their_seed_alone_share_a_compiled_program_and_draw_their_own_noise():
+def test_runs_that_differ_only_in_their_seed_share_a_compiled_program_but_no_noise():
   c = tiny.config('shape', data_dir=tiny.data_dir())
   c.moe.noise_std, c.tokenizer.path = 8.0, tiny.tokenizer_file()
   run = train_run.build(c, jax.devices()[:1])

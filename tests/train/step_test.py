@@ -134,12 +134,12 @@ def test_the_total_is_the_weighted_sum_of_the_tasks():
     np.testing.assert_allclose(m['loss/total'], sum(w * m[f'loss/{n}'] for n, w in WEIGHTS.items()), rtol=1e-6)
 
 
-def test_metrics_say_what_a_step_did():
+def test_metrics_of_a_step():
   first = _states()[1][0]
   assert set(first) == {
       'grad_norm', 'learning_rate', 'nonfinite_streak', 'skipped_steps', 'router/entropy', 'router/effective_experts', 'router/condition_overlap',
       'sampled_softmax/dropped_labels', 'loss/total',
-      *(f'{kind}/{name}' for kind in ('loss', 'accuracy') for name in TASKS)}
+      *(f'{metric}/{name}' for metric in ('loss', 'accuracy') for name in TASKS)}
   assert first['learning_rate'] == np.float32(.005)  # half of the peak: a warm-up of two steps
   assert 0 < first['router/entropy'] < np.log(2)  # of two kept experts
   assert all(0 <= first[f'accuracy/{n}'] <= 1 for n in TASKS)
@@ -156,15 +156,15 @@ def test_the_average_follows_the_parameters_by_hand():
       np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
 
 
-def _spoilt(batch, group='image_classification'):
+def _nonfinite(batch, group='image_classification'):
   """A batch whose loss is not a number."""
   return {**batch, group: {**batch[group], 'weight': batch[group]['weight'] * jnp.nan}}
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
+def test_a_nonfinite_step_changes_only_the_counters():
   states, _ = _states()
   before = states[2]
-  after, metrics = _take(before, _spoilt(_batches()[2]))
+  after, metrics = _take(before, _nonfinite(_batches()[2]))
   _assert_identical(after.params, before.params)
   _assert_identical(after.opt_state, before.opt_state)
   _assert_identical(after.ema_params, before.ema_params)
@@ -172,33 +172,33 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
   assert np.isnan(metrics['loss/shape']) and np.isfinite(metrics['loss/text'])
 
 
-def test_the_same_step_on_good_data_changes_all_of_them():
+def test_the_same_step_on_finite_data_changes_all_of_them():
   before, after = _states()[0][2:4]
   for name in ('params', 'opt_state', 'ema_params'):
     assert not _equal(getattr(before, name), getattr(after, name))
   assert (int(after.step), int(after.nonfinite_streak), int(after.skipped_steps)) == (3, 0, 0)
 
 
-def test_bad_steps_are_counted_in_a_row_and_in_all():
+def test_nonfinite_steps_are_counted_in_a_row_and_in_total():
   state, counts = _states()[0][0], []
-  for spoil in (True, True, False, True):
+  for is_nonfinite in (True, True, False, True):
     batch = _batches()[0]
-    state, metrics = _take(state, _spoilt(batch) if spoil else batch)
+    state, metrics = _take(state, _nonfinite(batch) if is_nonfinite else batch)
     counts.append((int(metrics['nonfinite_streak']), int(metrics['skipped_steps'])))
   assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
 
 
-def test_one_step_from_one_state_is_one_result():
+def test_a_step_is_deterministic():
   state, batch = _states()[0][1], _batches()[1]
   (a, m), (b, n) = _take(state, batch), _take(state, batch)
   _assert_identical(a, b)
   _assert_identical(m, n)
 
 
-def test_noise_belongs_to_the_step():
+def test_noise_differs_between_steps():
   one, two = _states()[0][1:3]
-  here, there = (_take(one.replace(step=step), _batches()[1])[1] for step in (one.step, two.step))
-  assert float(here['loss/total']) != float(there['loss/total'])
+  first, second = (_take(one.replace(step=step), _batches()[1])[1] for step in (one.step, two.step))
+  assert float(first['loss/total']) != float(second['loss/total'])
 
 
 def test_a_step_transfers_nothing_implicitly():
@@ -211,7 +211,7 @@ def test_a_step_transfers_nothing_implicitly():
     jax.device_get(metrics)
 
 
-def test_the_guard_sees_what_a_step_would_be_given_from_the_host():
+def test_the_transfer_guard_detects_arguments_on_the_host():
   with jax.transfer_guard('disallow'), pytest.raises(Exception, match='Disallowed host-to-device'):
     jax.jit(jnp.negative)(next(_run().mixture().iterate(1, 2))[1]['text_mlm']['weight'])
 
@@ -226,7 +226,7 @@ def _set_run():
 
 
 def _global_batch(run, accum):
-  """The same global batch, in micro-steps or whole."""
+  """The same global batch, in micro-steps or at once."""
   return next(dataclasses.replace(run.mixture(), layout=BatchLayout(accum)).iterate(0, 1))[1]
 
 
@@ -244,20 +244,20 @@ def test_accumulated_losses_are_those_of_one_big_batch():
   one, two = _gradients(1), _gradients(2)
   assert two.loss == pytest.approx(one.loss, rel=1e-5)
   assert two.tallies['text'].hits == pytest.approx(one.tallies['text'].hits, rel=1e-5)
-  assert two.tallies['text'].weight == pytest.approx(1, rel=1e-5)  # tallies are shares of the whole
+  assert two.tallies['text'].weight == pytest.approx(1, rel=1e-5)  # tallies are divided by the global weight
 
 
 def test_accumulated_gradients_are_those_of_one_big_batch():
   ones, twos = (_by_path(_gradients(accum).grads) for accum in (1, 2))
-  whole = np.sqrt(sum((g**2).sum() for g in ones.values()))
-  apart = {path: np.linalg.norm(twos[path] - g) for path, g in ones.items()}
-  assert np.sqrt(sum(d**2 for d in apart.values())) <= 1e-5 * whole
-  for path, g in ones.items():  # a leaf whose gradient is next to nothing is measured by the whole
-    assert apart[path] <= 2e-5 * max(np.linalg.norm(g), 1e-2 * whole), path
-  assert whole > .1
+  norm = np.sqrt(sum((g**2).sum() for g in ones.values()))
+  differences = {path: np.linalg.norm(twos[path] - g) for path, g in ones.items()}
+  assert np.sqrt(sum(d**2 for d in differences.values())) <= 1e-5 * norm
+  for path, g in ones.items():  # a leaf whose gradient is next to nothing is compared with the whole gradient
+    assert differences[path] <= 2e-5 * max(np.linalg.norm(g), 1e-2 * norm), path
+  assert norm > .1
 
 
-def test_micro_steps_and_sets_choose_the_experts_of_one_big_batch():
+def test_micro_steps_and_sets_use_the_experts_of_one_big_batch():
   # Rows of the texts and of their words choose two experts each; the texts' row does so in both micro-steps.
   [ones], [twos] = (_gradients(accum).used_experts['tail'] for accum in (1, 2))
   for part in ('attention', 'mlp'):
@@ -275,7 +275,7 @@ def test_unequal_weights_make_no_mean_of_means():
   assert per_micro[0] != per_micro[1]
 
 
-def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
+def test_a_task_gets_its_own_rows_of_its_group_in_every_shard():
   # Package (batch 4) and answer (batch 8) over 2 shards and 2 micro-steps: a shard of a micro-step holds two rows of
   # `answer`, then one of `package`; rows are numbered.
   c = tiny.config('package', 'answer')
@@ -292,7 +292,7 @@ def test_a_task_reads_its_own_rows_of_its_group_in_every_shard():
 
 
 def _mlm(labels, weights, num_sampled):
-  """(spec, batch) of a masked-language task whose vocabulary has room for `samples` words."""
+  """(spec, batch) of a masked-language task whose vocabulary samples `num_sampled` words."""
   plan = _set_run().plan.only('text')
   plan = dataclasses.replace(plan, sets=(dataclasses.replace(plan.sets[0], num_sampled=num_sampled),))
   spec = dataclasses.replace(_set_run().spec, plan=plan, grad_accum_steps=1)
@@ -305,14 +305,14 @@ def _four_rows():
   return [[5, 6, 7], [5, 8, 9], [10, 5, 11], [12, 13, 5]], [[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]
 
 
-def test_positives_are_the_counted_labels_of_the_step():
+def test_labels_of_positive_weight_are_sampled():
   spec, batch = _mlm(*_four_rows(), num_sampled=8)  # 5, 6, 7, 9, 10, 11, 12, 13; the pick of 8 counts nothing
   words = forward.sample_vocabularies(spec, batch, jax.random.key(0))['words']
   assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
   assert float(words.dropped) == 0
 
 
-def test_positives_of_all_micro_steps_are_sampled_together():
+def test_labels_of_all_micro_steps_are_sampled_together():
   labels, weights = _four_rows()
   spec, batch = _mlm(labels, weights, num_sampled=8)
   batch = {'text_mlm': {k: v.reshape(2, 1, 2, 3) for k, v in batch['text_mlm'].items()}}
@@ -320,8 +320,8 @@ def test_positives_of_all_micro_steps_are_sampled_together():
   assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
 
 
-def test_dropped_positives_weigh_nothing():
-  # Room for 6 of 8 positives: the two that find none are in the norm no more. Label 5 occurs four times.
+def test_dropped_labels_have_weight_zero():
+  # A sample of 6 for 8 labels: the two that are dropped do not count. Label 5 occurs four times.
   labels, weights = _four_rows()
   spec, batch = _mlm(labels, weights, num_sampled=6)
   sampled = forward.sample_vocabularies(spec, batch, jax.random.key(0))
@@ -359,7 +359,7 @@ def test_target_sets_are_encoded_once_for_all_micro_steps():
   encoded = {s for s in outside if len(s) == 3 and s[0] == 7 and s[2] == 16}  # [V, S, D]
   assert encoded
   assert not encoded & inside
-  assert (2, 5, 16) in inside  # while the pictures of a micro-step, 2 of [spe, 4 patches], are encoded in it
+  assert (2, 5, 16) in inside  # while the images of a micro-step, 2 of [spe, 4 patches], are encoded in it
 
 
 # A sampled mixture: one task a step.
@@ -384,7 +384,7 @@ def _sampled_step():
   return before, _by_path(state.params), jax.device_get(metrics)
 
 
-def test_a_sampled_step_scores_its_task_alone():
+def test_a_one_task_step_has_only_the_loss_of_its_task():
   before, after, metrics = _sampled_step()
   assert [k for k in metrics if k.startswith('loss/')] == ['loss/shape', 'loss/total']
   moved = {path for path in before if (before[path] != after[path]).any()}
@@ -392,6 +392,6 @@ def test_a_sampled_step_scores_its_task_alone():
   assert 'log_scale_image_retrieval' not in moved
 
 
-def test_the_weight_of_a_sampled_task_is_its_share_of_the_steps_and_no_factor():
+def test_the_loss_weight_of_a_sampled_task_does_not_scale_its_loss():
   _, _, metrics = _sampled_step()
   assert metrics['loss/total'] == metrics['loss/shape']

@@ -17,7 +17,7 @@ def _sets(n=3000):
   return {'names': {'buckets': (bucket,), 'order': jnp.arange(n)}, 'plain': {'buckets': (plain,), 'order': jnp.arange(4)}}
 
 
-def test_every_synonym_is_as_likely_and_the_step_draws_anew():
+def test_every_synonym_is_equally_likely_and_drawn_anew_each_step():
   sets = _sets()
   one, again, other = (np.asarray(sample_synonyms(sets, jax.random.key(k))['names']['buckets'][0]['text'])
                        for k in (0, 0, 1))
@@ -30,12 +30,12 @@ def test_every_synonym_is_as_likely_and_the_step_draws_anew():
   assert abs(one[2::3, 0].mean() - 0.5) < 4 * np.sqrt(0.25 / 1000)
 
 
-def test_sets_without_synonyms_stay_as_they_are():
+def test_sets_without_synonyms_are_unchanged():
   sets = _sets(3)
   assert sample_synonyms(sets, jax.random.key(0))['plain']['buckets'][0] is sets['plain']['buckets'][0]
 
 
-def test_evaluation_takes_the_mean_over_the_texts_that_there_are():
+def test_evaluation_averages_the_features_of_all_synonyms():
   bucket = {'text': np.zeros((2, 3, 2), np.int32), 'count': np.array([2, 1])}
   rows = jnp.array([[2.0, 0], [0, 1], [9, 9], [3, 4], [9, 9], [9, 9]])
   np.testing.assert_allclose(predictor._mean_of_synonyms(rows, bucket), [[0.5, 0.5], [0.6, 0.8]], rtol=1e-6)

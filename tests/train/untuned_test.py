@@ -50,7 +50,7 @@ def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
   folder, _, trained = run
   params = saved_run.asked(finetuning.zero_shot(f'run={folder},task=package'), tmp_path)[2]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), trained)
-  assert f'starts from {folder}; fresh: nothing; left behind: nothing' in capsys.readouterr().out
+  assert f'starts from {folder}; fresh: nothing; dropped: nothing' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('task, kind', [
@@ -98,7 +98,7 @@ def test_a_task_router_takes_known_names_and_says_which_it_has_not(tmp_path):
   workdir.copy_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
   for task in ('digits', 'digit_question'):
     assert train_run.build(_zero_shot(f'run={tmp_path},task={task}'), jax.devices()[:1]).plan.probes
-  with pytest.raises(ValueError, match="router='task': .* has no embedding for image_word; it has .*Give the kind one of"):
+  with pytest.raises(ValueError, match="router='task': .* has no embedding for image_word; it has .*Give the task type one of"):
     train_run.build(_zero_shot(f'run={tmp_path},task=digit_word'), jax.devices()[:1])
   known = _zero_shot(f'run={tmp_path},task=digit_word')
   known.task_types.image_word.router_task = 'classification'

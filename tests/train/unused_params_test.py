@@ -44,7 +44,7 @@ def _batch():
 
 @functools.cache
 def _step():
-  """(state, metrics, {path: gradient}, chosen experts) of the first step, of masked language modelling."""
+  """(state, metrics, {path: gradient}, used_experts experts) of the first step, of masked language modelling."""
   run, seen = _run(), []
   spec = dataclasses.replace(run.spec, plan=run.plan.only('text'))
 
@@ -58,15 +58,15 @@ def _step():
     output = seen.pop()
     return state, metrics, output.grads, output.used_experts
 
-  state, metrics, grads, chosen = small_model.jit(showing_its_gradients)(run.state_from(_params()), _batch(), run.target_sets())
-  return state, metrics, _by_path(grads), chosen
+  state, metrics, grads, used_experts = small_model.jit(showing_its_gradients)(run.state_from(_params()), _batch(), run.target_sets())
+  return state, metrics, _by_path(grads), used_experts
 
 
 @functools.cache
-def _touched():
+def _used():
   """{path: bool or bools}: texts are all that is encoded, the target sets included."""
-  chosen = _step()[3]
-  return _by_path(used_params.used_mask(_run().spec.model.spec, _params(), chosen, ('text',), ('text_mlm',)))
+  used_experts = _step()[3]
+  return _by_path(used_params.used_mask(_run().spec.model.spec, _params(), used_experts, ('text',), ('text_mlm',)))
 
 
 def _by_path(tree):
@@ -78,44 +78,44 @@ def _any(x, like):
   return x.reshape(*like.shape, -1).any(-1)
 
 
-def test_exactly_what_was_touched_and_trains_moves():
+def test_exactly_the_used_parameters_that_train_change():
   before, after = _by_path(_params()), _by_path(_step()[0].params)
-  for path, here in _touched().items():
-    moved = _any(before[path] != after[path], here)
-    np.testing.assert_array_equal(moved, here & (path not in FROZEN), err_msg=path)
+  for path, used in _used().items():
+    moved = _any(before[path] != after[path], used)
+    np.testing.assert_array_equal(moved, used & (path not in FROZEN), err_msg=path)
 
 
-def test_the_step_leaves_experts_embedders_and_scales_alone():
-  untouched = {path for path, here in _touched().items() if not here.all()}
-  experts = {path for path in untouched if used_params.expert_sublayer(_run().spec.model.spec, path)}
-  assert untouched - experts == {'embed/patch', 'embed/patch_bias', 'embed/temporal', 'log_scale_image_classification'}
+def test_experts_embedders_and_scales_that_the_step_does_not_use():
+  unused = {path for path, used in _used().items() if not used.all()}
+  experts = {path for path in unused if used_params.expert_sublayer(_run().spec.model.spec, path)}
+  assert unused - experts == {'embed/patch', 'embed/patch_bias', 'embed/temporal', 'log_scale_image_classification'}
   for part in ('blocks/block0/qkv', 'blocks/block0/ffn_out', 'tail/block0/attention_out', 'tail/block0/ffn_out'):
-    here = _touched()[f'encoder/{part}/kernel']
-    assert f'encoder/{part}/kernel' in experts and here.any(), part
+    used = _used()[f'encoder/{part}/kernel']
+    assert f'encoder/{part}/kernel' in experts and used.any(), part
 
 
-def test_what_was_not_touched_has_gradient_zero():
+def test_unused_parameters_have_gradient_zero():
   grads = _step()[2]
-  nonzero = {path: _any(grads[path] != 0, here) for path, here in _touched().items()}
-  assert not any((nonzero[path] & ~here).any() for path, here in _touched().items())
+  nonzero = {path: _any(grads[path] != 0, used) for path, used in _used().items()}
+  assert not any((nonzero[path] & ~used).any() for path, used in _used().items())
   assert all(nonzero[path].any() for path in ('embed/word', 'log_scale_text_mlm', 'encoder/tail/block0/ffn_out/kernel'))
 
 
-def test_a_set_that_no_task_names_touches_experts_that_get_gradient_zero():
+def test_a_set_of_no_task_uses_experts_whose_gradient_is_zero():
   # Router rows: of the texts, of their words, and of the shapes' names, which the step encodes but does not score.
-  _, _, grads, chosen = _step()
-  assert [counts.sum(-1).tolist() for counts in jax.tree.leaves(chosen)] == [[3 * 2], [3 * 2], 3 * 2, 3 * 2]
-  kernels = [path for path, here in _touched().items() if here.ndim and path.endswith('/kernel')]
-  idle = [_touched()[path] & ~_any(grads[path] != 0, _touched()[path]) for path in kernels]
+  _, _, grads, used_experts = _step()
+  assert [counts.sum(-1).tolist() for counts in jax.tree.leaves(used_experts)] == [[3 * 2], [3 * 2], 3 * 2, 3 * 2]
+  kernels = [path for path, used in _used().items() if used.ndim and path.endswith('/kernel')]
+  idle = [_used()[path] & ~_any(grads[path] != 0, _used()[path]) for path in kernels]
   assert any(slices.any() for slices in idle) and not all(slices.any() for slices in idle)
 
 
 def test_the_optimizer_counts_the_updates_of_every_slice():
-  [found] = [s for s in jax.tree.leaves(_step()[0].opt_state, is_leaf=_is_adam) if _is_adam(s)]
-  counts = _by_path(found.count)
-  assert counts.keys() == _touched().keys() - FROZEN
+  [adam_state] = [s for s in jax.tree.leaves(_step()[0].opt_state, is_leaf=_is_adam) if _is_adam(s)]
+  counts = _by_path(adam_state.count)
+  assert counts.keys() == _used().keys() - FROZEN
   for path, count in counts.items():
-    np.testing.assert_array_equal(count, _touched()[path], err_msg=path)
+    np.testing.assert_array_equal(count, _used()[path], err_msg=path)
 
 
 def _is_adam(x):
@@ -128,7 +128,7 @@ def test_a_run_that_counts_updates_can_be_resumed():
   assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, _step()[0])
 
 
-def test_the_norm_of_the_gradient_is_that_of_what_trains():
+def test_the_gradient_norm_excludes_frozen_parameters():
   grads = _step()[2]
   square = {path: float(np.square(g.astype(np.float64)).sum()) for path, g in grads.items()}
   every = math.sqrt(sum(square.values()))
@@ -138,7 +138,7 @@ def test_the_norm_of_the_gradient_is_that_of_what_trains():
 
 
 @pytest.mark.parametrize('frozen, norm', [((), 13), (('a',), 12), (('b/c',), 5), (('a', 'b/c'), 0)])
-def test_a_frozen_gradient_is_no_part_of_the_norm(frozen, norm):
+def test_a_frozen_gradient_does_not_count_in_the_norm(frozen, norm):
   # Gradients 3 and 4, and 12 or nothing.
   spec = dataclasses.replace(
       _run().spec, tx=optax.identity(), learning_rate=lambda t: t, unused_params='update', frozen=frozenset(frozen))

@@ -16,7 +16,7 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train import optimizer, used_params
 
-PARTS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
+SUBLAYERS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/difference', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
 TEXT = {'embed/position', 'embed/type'}
 
@@ -37,58 +37,58 @@ def _shapes(spec):
 
 
 # What layers 0, 1 and 2 chose: rows per expert. No two are alike.
-CHOSEN = {
+USED_EXPERTS = {
     'blocks': ({'attention': jnp.array([[3, 3, 0, 0], [0, 1, 5, 0]]), 'mlp': jnp.array([[0, 0, 2, 4], [6, 0, 0, 0]])},),
     'tail': ({'attention': jnp.array([0, 2, 0, 4]), 'mlp': jnp.array([1, 1, 1, 0])},)}
 
 
-def _touched(holds=('head', 'target', 'text', 'visual'), temperatures=('group', 'other'), spec=None, params=None,
-             chosen=CHOSEN):
+def _used(contents=('head', 'target', 'text', 'visual'), temperatures=('group', 'other'), spec=None, params=None,
+             used_experts=USED_EXPERTS):
   """{path: bool or bools}, on the host."""
   spec = spec or _spec()
   params = small_model.params(spec) if params is None else params
-  here = jax.device_get(used_params.used_mask(spec, params, chosen, holds, temperatures))
-  assert jax.tree.structure(here) == jax.tree.structure(params)
-  return _paths(here)
+  used = jax.device_get(used_params.used_mask(spec, params, used_experts, contents, temperatures))
+  assert jax.tree.structure(used) == jax.tree.structure(params)
+  return _paths(used)
 
 
-def _left_alone(**kw):
+def _unused(**kw):
   """Paths of the parameters without experts that are not touched."""
-  return {path for path, here in _touched(**kw).items() if here.ndim == 0 and not here}
+  return {path for path, used in _used(**kw).items() if used.ndim == 0 and not used}
 
 
-def test_rows_that_chose_an_expert_are_counted_per_layer():
+def test_conditions_that_use_an_expert_are_counted_per_layer():
   # Two scanned layers and a tail, two rows of condition, two of four experts kept; a coefficient says which.
   scanned = np.array([[[.6, .4, 0, 0], [0, .9, .1, 0]], [[0, 0, .5, .5], [0, 0, .2, .8]]])
   tail = np.array([[.7, 0, 0, .3], [.7, .3, 0, 0]])
   decision = lambda coef: routers.Decision(logits=None, expert=None, coef=jnp.asarray(coef))
-  found = used_params.used_experts({
+  counts = used_params.used_experts({
       'blocks': ({'router_stats': {'attention': decision(scanned), 'mlp': decision(scanned[::-1])}},),
       'tail': ({'router_stats': {'attention': decision(tail)}}, {'router_stats': {}})})
-  assert jax.tree.map(lambda x: x.tolist(), found) == {
+  assert jax.tree.map(lambda x: x.tolist(), counts) == {
       'blocks': ({'attention': [[1, 2, 1, 0], [0, 0, 2, 2]], 'mlp': [[0, 0, 2, 2], [1, 2, 1, 0]]},),
       'tail': ({'attention': [2, 1, 0, 1]}, {})}
 
 
-def test_an_encoder_says_which_experts_it_used():
+def test_used_experts_are_collected_by_the_encoder():
   spec = _spec()
   sequences = (small_model.sequence('image_classification'), small_model.target(task_types.families()['names']))
   _, collected = small_model.jit(functools.partial(small_model.encode, spec, sequences))()
-  found = used_params.used_experts(collected)
-  assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, CHOSEN)
-  for counts in jax.tree.leaves(found):
-    assert (counts.sum(-1) == 2 * 2).all()  # two rows, two experts each
+  counts = used_params.used_experts(collected)
+  assert jax.tree.map(jnp.shape, counts) == jax.tree.map(jnp.shape, USED_EXPERTS)
+  for count in jax.tree.leaves(counts):
+    assert (count.sum(-1) == 2 * 2).all()  # two rows, two experts each
 
 
 @pytest.mark.parametrize('changes, experts', [
-    (dict(), set(PARTS.values())), (dict(sublayers=('mlp',)), {'mlp'}), (dict(router='dense', router_names=()), set())])
-def test_parameters_with_an_expert_axis_are_those_of_their_part(changes, experts):
+    (dict(), set(SUBLAYERS.values())), (dict(sublayers=('mlp',)), {'mlp'}), (dict(router='dense', router_names=()), set())])
+def test_parameters_with_an_expert_axis_belong_to_their_sublayer(changes, experts):
   spec = _spec(**changes)
   for path, shape in _shapes(spec).items():
     names = path.split('/')
-    part = PARTS.get(names[3]) if len(names) == 5 else None
-    if part in experts:
-      assert used_params.expert_sublayer(spec, path) == (names[1], 0, part)
+    sublayer = SUBLAYERS.get(names[3]) if len(names) == 5 else None
+    if sublayer in experts:
+      assert used_params.expert_sublayer(spec, path) == (names[1], 0, sublayer)
       assert shape[used_params.unit_axes(spec, path) - 1] == spec.num_experts
     else:
       assert used_params.expert_sublayer(spec, path) is None
@@ -120,47 +120,47 @@ def test_a_tail_of_an_irregular_placement_has_a_pattern_of_its_own():
 
 
 def test_experts_of_scanned_and_tail_layers_are_those_that_were_chosen():
-  here = _touched()
+  used = _used()
   expected = {
       'blocks': {'attention': [[1, 1, 0, 0], [0, 1, 1, 0]], 'mlp': [[0, 0, 1, 1], [1, 0, 0, 0]]},
       'tail': {'attention': [0, 1, 0, 1], 'mlp': [1, 1, 1, 0]}}
-  for subtree, parts in expected.items():
-    for name, part in PARTS.items():
+  for subtree, sublayers in expected.items():
+    for name, sublayer in SUBLAYERS.items():
       for leaf in ('kernel', 'bias'):
-        assert here[f'encoder/{subtree}/block0/{name}/{leaf}'].tolist() == parts[part], (subtree, name, leaf)
+        assert used[f'encoder/{subtree}/block0/{name}/{leaf}'].tolist() == sublayers[sublayer], (subtree, name, leaf)
 
 
-def test_a_step_of_everything_touches_all_but_the_experts_that_no_row_chose():
-  assert _left_alone() == set()
-  idle = {path for path, here in _touched().items() if not here.all()}
+def test_a_step_with_all_contents_uses_all_parameters_but_the_experts_that_nothing_chose():
+  assert _unused() == set()
+  idle = {path for path, used in _used().items() if not used.all()}
   assert idle == {path for path in _shapes(_spec()) if used_params.expert_sublayer(_spec(), path)}
 
 
-@pytest.mark.parametrize('modalities, alone', [(('text',), VISUAL), (('visual',), TEXT), (('text', 'visual'), set())])
-def test_tables_of_a_modality_that_is_not_encoded_are_left_alone(modalities, alone):
-  assert _left_alone(holds=modalities) == alone
+@pytest.mark.parametrize('modalities, unused', [(('text',), VISUAL), (('visual',), TEXT), (('text', 'visual'), set())])
+def test_tables_of_a_modality_that_is_not_encoded_are_unused(modalities, unused):
+  assert _unused(contents=modalities) == unused
 
 
-@pytest.mark.parametrize('holds, alone', [
+@pytest.mark.parametrize('contents, unused', [
     (('text',), {'embed/prompts/target', 'embed/prompts/label_names', 'embed/prompts/label_target'}),
     (('text', 'target'), {'embed/prompts/label_names', 'embed/prompts/label_target'}),
     (('text', 'target', 'label_names'), {'embed/prompts/label_target'}),
     (('text', 'target', 'label_target'), {'embed/prompts/label_names'})])
-def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(holds, alone):
+def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(contents, unused):
   spec = small_model.spec(num_prefix_prompts=2, prompt_sharing='separate', label_prompts=(('names', 3), ('target', 2)), temperature_groups=())
-  assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
+  assert _unused(contents=contents, spec=spec) - VISUAL == unused
 
 
-@pytest.mark.parametrize('holds, alone', [
+@pytest.mark.parametrize('contents, unused', [
     (('text', 'head', 'target'), set()),
     (('text', 'target'), {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}),
-    (('text', 'head'), {f'encoder/{place}/prompts/target' for place in ('blocks/block0', 'tail/block0')})])
-def test_a_head_and_prompts_of_targets_are_left_alone_without_them(holds, alone):
+    (('text', 'head'), {f'encoder/{block}/prompts/target' for block in ('blocks/block0', 'tail/block0')})])
+def test_a_head_and_target_prompts_are_unused_without_heads_and_targets(contents, unused):
   spec = small_model.spec(num_deep_prompts=2, prompt_sharing='separate', head=3, temperature_groups=())
-  assert _left_alone(holds=holds, spec=spec) - VISUAL == alone
+  assert _unused(contents=contents, spec=spec) - VISUAL == unused
 
 
-def test_a_step_holds_the_label_prompts_of_the_sets_that_it_encodes():
+def test_a_step_uses_the_label_prompts_of_the_sets_it_encodes():
   c = tiny.config('shape', 'package')
   c.target_sets.shapes.label_prompts = c.target_sets.packages.label_prompts = True
   plan = make_plan(c)
@@ -170,37 +170,37 @@ def test_a_step_holds_the_label_prompts_of_the_sets_that_it_encodes():
   assert 'label_shapes' not in used_params.contents(make_plan(c))
 
 
-def test_a_word_as_prefix_has_a_position_in_every_sequence():
-  assert _left_alone(holds=('visual',), spec=small_model.spec(prefix_word=5)) == set()
-  assert _left_alone(holds=('visual',), spec=small_model.spec()) == TEXT
+def test_a_word_as_readout_token_has_a_position_in_every_sequence():
+  assert _unused(contents=('visual',), spec=small_model.spec(prefix_word=5)) == set()
+  assert _unused(contents=('visual',), spec=small_model.spec()) == TEXT
 
 
 def test_the_word_table_and_the_norm_serve_both_modalities():
   for modalities in (('text',), ('visual',)):
-    here = _touched(holds=modalities)
-    assert here['embed/word'] and here['embed/norm/scale'] and here['similarity/kernel']
+    used = _used(contents=modalities)
+    assert used['embed/word'] and used['embed/norm/scale'] and used['similarity/kernel']
 
 
-@pytest.mark.parametrize('temperatures, alone', [
+@pytest.mark.parametrize('temperatures, unused', [
     (('group',), {'log_scale_other'}), (('other',), {'log_scale_group'}), ((), {'log_scale_group', 'log_scale_other'}),
     (('group', 'other'), set())])
-def test_scales_of_other_temperature_groups_are_left_alone(temperatures, alone):
-  assert _left_alone(temperatures=temperatures) == alone
+def test_scales_of_other_temperature_groups_are_unused(temperatures, unused):
+  assert _unused(temperatures=temperatures) == unused
 
 
-@pytest.mark.parametrize('scale, alone', [(MAX_SCALE - 1, set()), (MAX_SCALE + 1, {'log_scale_group'})])
-def test_a_scale_above_its_clamp_is_left_alone(scale, alone):
+@pytest.mark.parametrize('scale, unused', [(MAX_SCALE - 1, set()), (MAX_SCALE + 1, {'log_scale_group'})])
+def test_a_scale_above_its_clamp_is_unused(scale, unused):
   params = {**small_model.params(_spec()), 'log_scale_group': jnp.float32(math.log(scale))}
-  assert _left_alone(params=params) == alone
+  assert _unused(params=params) == unused
   gradient = jax.grad(lambda x: _scale(params, x))(params['log_scale_group'])
-  assert (gradient == 0) == bool(alone)  # what the model itself says
+  assert (gradient == 0) == bool(unused)  # what the model itself says
 
 
 def _scale(params, log_scale):
   return UniPerceiver(_spec()).apply({'params': {**params, 'log_scale_group': log_scale}}, 'group', method='scale')
 
 
-def test_a_dense_model_has_no_experts_to_leave_alone():
+def test_a_dense_model_has_no_unused_experts():
   spec = _spec(router='dense', router_names=())
-  here = _touched(spec=spec, chosen={'blocks': ({},), 'tail': ({},)})
-  assert all(x.shape == () and x for x in here.values())
+  used = _used(spec=spec, used_experts={'blocks': ({},), 'tail': ({},)})
+  assert all(x.shape == () and x for x in used.values())

@@ -19,7 +19,7 @@ def _claimed(tmp_path):
   return c
 
 
-def test_the_same_config_comes_back(tmp_path):
+def test_a_config_is_stored_and_loaded_unchanged(tmp_path):
   c = _claimed(tmp_path)
   workdir.claim_workdir(tmp_path, c, 'print')
   assert workdir.load_config(tmp_path).to_dict() == c.to_dict()
@@ -28,7 +28,7 @@ def test_the_same_config_comes_back(tmp_path):
 @pytest.mark.parametrize('section, field, value', [
     ('train', 'log_every', 7), ('data', 'dir', '/elsewhere'), ('train', 'interference_every', 5),
     ('train', 'interference_parameters', 'qkv'), ('train', 'hang_timeout', 9.), ('train', 'best_metric', 'loss/total')])
-def test_fields_that_may_change_may(tmp_path, section, field, value):
+def test_some_fields_may_change(tmp_path, section, field, value):
   c = _claimed(tmp_path)
   c[section][field] = value
   workdir.claim_workdir(tmp_path, c, 'print')
