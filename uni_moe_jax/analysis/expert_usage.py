@@ -103,10 +103,7 @@ def merging_conditions(
 ) -> tuple[tuple[routers.RouterInput, ...], Conditions]:
   """(the distinct inputs of a router that merges, which of them each span of a task has).
 
-  Args:
-    spec: of the model.
-    conditions: attributes that are routed, those of the tasks among them.
-    tasks, sets: of the plan.
+  conditions: all that are routed, those of the tasks included.
   """
   inputs = routers.distinct_inputs(spec.router, tuple(conditions))
   index = {condition: inputs.index(routers.router_input(spec.router, condition)) for condition in conditions}
@@ -129,8 +126,7 @@ def token_slices(
   """The tokens of every condition of `token_conditions`, each once.
 
   Args:
-    tasks, sets: of the plan.
-    conditions: index of the condition by task and span.
+    tasks, sets, conditions: of the plan, and what `token_conditions` gives for them.
     sequences: that a step encodes: (INPUT | PAIR, group) or (SET, name); a set may have several.
     task_slices: task → its examples in its group, in every shard.
   """
@@ -153,15 +149,7 @@ def coefficients(spec: ModelSpec, params: Any, inputs: Sequence[routers.RouterIn
 
 def gate_sums(
     spec: ModelSpec, collected: Any, slices: Sequence[TokenSlice], num_conditions: int, shards: int) -> GateSums:
-  """Sums the gates of routers by token.
-
-  Args:
-    spec: of the model.
-    collected: see `Encoder`, with taps and all rows.
-    slices: one or more for each condition.
-    num_conditions: A.
-    shards: of the batch.
-  """
+  """Sums the gates of routers by token. collected: see `Encoder`, with taps and all rows; shards: of the batch."""
   sequences = collected['sequences']
 
   def select(x, s):
@@ -227,8 +215,7 @@ def to_json(
     conditions: A names.
     tasks: index of the condition by task and span.
     shares: [L, R, A, E], summing to 1 over experts.
-    tokens: [A], their number; None if a condition is one decision.
-    gate_entropy: [L, R, A], mean over the tokens of a condition, in nats; None if a condition is one decision.
+    tokens, gate_entropy: [A] number of tokens and [L, R, A] their mean entropy; None if a condition is one decision.
 
   Returns:
     {**facts, 'router', 'num_experts' (E), 'top_k', 'layers' (indices), 'sublayers' (names of the R routers),

@@ -27,12 +27,9 @@ def measure_expert_usage(
   """Measures averaged parameters if the run keeps them; returns the paths of the files it wrote.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    step: of a checkpoint; None: the newest one.
-    at_init: measure the parameters that the run starts from.
-    num_batches: for routers by token.
-    seed: of the batches.
+    config, workdir: of the run.
+    step, at_init: see `load_state`.
+    num_batches, seed: of the batches that routers by token are measured on.
     devices: all of them by default.
 
   Raises:
@@ -62,14 +59,7 @@ def write_after_evaluation(run: Run, params: Any, step: int, workdir: str | os.P
 
 
 def compute_usage(run: Run, params: Any, checkpoint: str, num_batches: int, seed: int) -> dict[str, Any]:
-  """Content of experts.json, see `expert_usage.to_json`. Routers that merge need no batches.
-
-  Args:
-    run: of the parameters.
-    params: to be measured.
-    checkpoint: their name.
-    num_batches, seed: as in `measure_expert_usage`.
-  """
+  """Content of experts.json, see `expert_usage.to_json`. Routers that merge need no batches. checkpoint: its name."""
   spec, plan = run.spec.model.spec, run.plan
   sets = {s.name: s for s in (*plan.sets, *plan.probe_sets)}
   facts = {'checkpoint': checkpoint, 'num_batches': 0, 'seed': seed}
@@ -109,12 +99,7 @@ def step_sums(
     num_conditions: int) -> expert_usage.GateSums:
   """Sums the gates of the tokens of one (micro-)batch and of its target sets, over all layers.
 
-  Args:
-    params: of the model.
-    batch, sets: of a step.
-    key: draws the sampled vocabulary; nothing else is random.
-    spec: of the step.
-    by_task, num_conditions: see `expert_usage.token_conditions`.
+  The key draws the sampled vocabulary and synonyms. by_task, num_conditions: see `expert_usage.token_conditions`.
   """
   inputs = step_inputs(spec, batch, sample_synonyms(sets, key), sample_vocabularies(spec, batch, key))
   leaves = jax.tree_util.tree_leaves_with_path(inputs, is_leaf=lambda x: isinstance(x, Sequence))

@@ -24,10 +24,8 @@ def measure_interference(
   """Measures the parameters that training updates, not their averages; returns the paths of the files it wrote.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    step: of a checkpoint; None: the newest one.
-    at_init: measure the parameters that the run starts from; no checkpoint is read.
+    config, workdir: of the run.
+    step, at_init: see `load_state`.
     pattern, layers: which parameters, see `param_subsets.select`.
     num_batches: N, per task.
     seed: of the batches and of the resampling.
@@ -82,11 +80,7 @@ def to_json(
 
 
 def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_init: bool) -> tuple[TrainState, str]:
-  """(state, name) of a checkpoint: the newest one by default, or the state that the run starts from, 'init'.
-
-  Raises:
-    UsageError: there is no checkpoint, or none of this step.
-  """
+  """(state, name) of the checkpoint of a step, None for the newest one; or of the state that the run starts from."""
   if at_init:
     return initial_state(run), 'init'
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:

@@ -70,8 +70,8 @@ def test_an_adaptation_cell_has_the_commands_that_a_person_would_type(run):
   for cell, recipe, amount in ((finetune, 'finetune', 'few'), (finetune_all, 'finetune-all', 'all')):
     workdir_flag = f'--workdir=out/digits-{recipe}-1'
     assert _commands(cell) == {
-        'train': ('launch/train.py', f'--config=configs/finetune.py:run={run},task=digits,data={amount}', '--config.seed=1',
-                  '--config.train.steps=99', workdir_flag),
+        'train': ('launch/train.py', f'--config=configs/finetune.py:run={run},task=digits,data={amount}',
+                  '--config.seed=1', '--config.train.steps=99', workdir_flag),
         'evaluate': ('launch/evaluate.py', workdir_flag)}
     assert [s.needs for s in cell.stages] == ['', 'train']
   assert _commands(zero_shot) == {'evaluate': (

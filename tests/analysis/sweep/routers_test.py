@@ -113,8 +113,8 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       '| task-0 | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) | -0.25 (-0.35 … -0.15) | 1.00 (0.00 … 1.00) |',
       '| token-0 |  |  |  |  |', '| run | attention experts | mlp experts | overlap |',
       '| task-0 | 1.75 | 2.00 | 0.25 |',
-      'task-0, final (step 6):', '| names | 1.00 | -0.25 |', '| motion ° | 6.00 | 1.00 |',
-      '![experts, task-0](experts_task-0.png)', 'seeds 0, commit cccccccccccc,'):
+      'task-0 at step 6:', '| names | 1.00 | -0.25 |', '| motion ° | 6.00 | 1.00 |',
+      '![experts, task-0](experts_task-0.png)', 'seed 0, commit cccccccccccc,'):
     assert line in text, line
   assert str(workdir) not in text + (out / 'results.json').read_text()
 

@@ -20,12 +20,7 @@ _CAPTION_METRIC = 'word F1'  # decides about captions: after few examples hardly
 
 
 def measure(folder: pathlib.Path, log: Sequence[Mapping[str, Any]], run: str) -> dict[str, Any]:
-  """What a cell trained.
-
-  Args:
-    folder: work directory of the cell.
-    log: see `runner.read_log`.
-    run: work directory of the trained run.
+  """What a cell trained, starting from a run. log: see `runner.read_log`.
 
   Returns:
     {'training': None if the cell has not trained, else {'steps', 'examples' (distinct ones), 'drawn' (steps · batch

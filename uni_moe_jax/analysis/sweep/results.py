@@ -29,8 +29,7 @@ def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dic
   """Reads the work directories of all cells.
 
   Args:
-    sweep: `grid.ROUTERS` or `grid.ADAPTATION`.
-    cells: of the sweep.
+    sweep, cells: see `grid`.
     source: the config file of a router ablation, the trained run of an adaptation study.
     command: that was typed.
 
@@ -68,14 +67,11 @@ def _history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Scores over seeds.
+  """Scores over seeds, from rows of evaluation.json with the task and variant of their cell.
 
   All seeds are evaluated on the same test examples, so that the error of the examples does not shrink with the number
   n of seeds. The interval is ± sqrt((t · spread)² / n + (1.96 · error)²) with Student's t of n - 1 degrees of freedom
   (4.30 for three seeds).
-
-  Args:
-    rows: of evaluation.json, with the task, variant and seed of their cell.
 
   Returns:
     One row per task, evaluator, metric and variant: 'mean', 'spread' (standard deviation over seeds, None for one
@@ -118,10 +114,10 @@ def markdown(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -
   cells, is_ablation = results['cells'], results['sweep'] == grid.ROUTERS
   seeds = sorted({c['seed'] for c in cells})
   commits = list(dict.fromkeys(c['commit'][:12] for c in cells if c['commit'])) or ['unknown']
+  source = f'{"config" if is_ablation else "run"} `{results["source"]}`'
   lines = [f'# {_TITLES[results["sweep"]]}', '',
-           f'`{results["command"]}`; {"config" if is_ablation else "run"} `{results["source"]}`, seeds '
-           f'{", ".join(map(str, seeds))}, commit {", ".join(commits)}, Python {results["python"]}, '
-           f'{results["cores"]} cores.', '', '## Runs', '',
+           f'`{results["command"]}`; {source}, seed{"s"[:len(seeds) - 1]} {", ".join(map(str, seeds))}, commit '
+           f'{", ".join(commits)}, Python {results["python"]}, {results["cores"]} cores.', '', '## Runs', '',
            *(routers.runs_table(cells) if is_ablation else adaptation.runs_table(cells)), '',
            *(f'* {e}' for e in results['errors']), *([''] if results['errors'] else []), '## Evaluation', '',
            *score_table(results['scores'], list(dict.fromkeys(c['variant'] for c in cells))), '',

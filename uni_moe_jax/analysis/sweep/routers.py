@@ -120,9 +120,8 @@ def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[
             "I(i, j): how much a short step on the column's task lowers the loss of the row's task, relative to a step "
             "on the row's own task. ° a step on the task itself has no certain effect: its row has no meaning."]
   for c in cells:
-    for checkpoint, m in c['interference'].items():
-      if m:
-        lines += ['', f'{c["name"]}, {checkpoint} ({m["checkpoint"]}):', '', *_matrix(m)]
+    for m in filter(None, c['interference'].values()):
+      lines += ['', f'{c["name"]} at {m["checkpoint"]}:', '', *_matrix(m)]
     for name in figures[c['name']]:
       lines += ['', f'![{name.partition("_")[0]}, {c["name"]}]({name})']
   return lines

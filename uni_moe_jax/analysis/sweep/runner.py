@@ -48,12 +48,7 @@ def is_finished(log: Sequence[dict[str, Any]], stage: str) -> bool:
 def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> bool:
   """Runs every unfinished stage whose `needs` has finished. A failure does not stop the other stages and cells.
 
-  Args:
-    cells: of a grid.
-    start: runs a command and returns its exit code.
-
-  Returns:
-    False if a signal stopped a command: nothing was started after it.
+  `start` runs a command and returns its exit code. False: a signal stopped a command, and nothing was started after it.
   """
   for number, cell in enumerate(cells, 1):
     log = read_log(cell.folder)
