@@ -201,7 +201,7 @@ def _loop(
       pending, means = {**metrics, **extra}, {}
       if done % c.log_every == 0 or done == last:
         with detector.phase(STEP, done):
-          if corrupt := multihost.sum_over_processes(mixture.corrupt_examples()):  # since the processes started
+          if corrupt := multihost.sum_over_processes(mixture.num_corrupt_examples()):  # since the processes started
             pending['corrupt_examples'] = corrupt
           if not _log_step(log, pending, c.max_nonfinite_steps, done):
             return ERROR
