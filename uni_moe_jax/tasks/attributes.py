@@ -1,7 +1,7 @@
 """The eight attribute bits of a token, the router input of attribute routing.
 
-Uni-Perceiver-MoE, section 3.3 and table 1. Bits are computed from what a task kind declares; no row is
-ever written down as a literal. This file knows nothing of kinds: `tasks.py` calls it.
+Uni-Perceiver-MoE, section 3.3 and table 1. Bits are computed from the declaration of a task type (`task_types.py`), and never
+written as literals.
 
 bit      0             1             2             3             4       5     6       7
 meaning  input visual  input text    target visual target text   visual  text  target  causal
@@ -20,7 +20,7 @@ def bits(task_bits: tuple[int, int, int, int], *, modality: str, side: str, caus
 
   Args:
     task_bits: bits 0-3, see `task_bits`.
-    modality: 'visual' or 'text': of the token itself (bits 4, 5).
+    modality: of the token itself, 'visual' or 'text' (bits 4, 5).
     side: 'input' or 'target' (bit 6).
     causal: whether the token is under a causal mask (bit 7).
 
@@ -32,12 +32,12 @@ def bits(task_bits: tuple[int, int, int, int], *, modality: str, side: str, caus
 
 
 def task_bits(inputs: tuple[str, ...], targets: tuple[str, ...]) -> tuple[int, int, int, int]:
-  """Bits 0-3 of a task: which modalities its input and its target hold; order does not matter."""
+  """Bits 0-3 of a task: the modalities of its input and its target, in any order."""
   return tuple(int(m in side) for side in (inputs, targets) for m in ('visual', 'text'))
 
 
 def union(*rows: tuple[int, ...]) -> tuple[int, ...]:
-  """Bitwise OR of rows of equal length: the bits of a target family are those of all its kinds."""
+  """Bitwise OR of rows of equal length: a target family has the bits of all its task types."""
   return tuple(max(column) for column in zip(*rows, strict=True))
 
 
@@ -48,11 +48,11 @@ def to_string(row: Bits) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-  """What a data-independent router may look at; one per array of a sequence.
+  """The input of data-independent routers; one per array of a sequence.
 
   Attributes:
     bits: the eight attribute bits (attribute routing).
-    task: the task name that the task router embeds: a family of kinds or of target sets.
+    task: name that the task router embeds: of task types or of target sets.
     modality: 'visual' or 'text' (modality routing).
   """
   bits: Bits

@@ -1,7 +1,7 @@
-"""Task kinds: one declarative row each. Layout, attributes, targets, readout and loss follow from it.
+"""Task types: one declarative row each. Layout, attributes, targets, readout and loss follow from it.
 
-A *kind* is a row of `TASK_TYPES` (or of a config's `kinds`); a *task* is a named instance of a kind in a config. A
-new kind is a new row: neither the model nor the trainer names any of them.
+A *task type* is a row of `TASK_TYPES` (or of `config.task_types`); a *task* is a named instance of it in a config. A new task type
+is a new row: neither the model nor the trainer names any of them.
 """
 
 import dataclasses
@@ -15,17 +15,16 @@ from uni_moe_jax.utils.suggest import nearest
 MODALITIES = ('visual', 'text')
 MASKS = ('full', 'two_stream')
 READOUTS = ('cls', 'masked', 'queries', 'slot')
-TARGETS = ('names', 'words', 'pair')
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A run of tokens with one modality and one mask kind; one array in the encoder.
+  """A run of tokens with one modality and one mask; one array in the encoder.
 
   Attributes:
     modality: 'visual' or 'text'.
-    mask: 'full' (sees every token of every full segment) or 'two_stream' (a caption, [words | queries]: word
-      i sees full segments and words <= i; query i sees full segments, words < i and itself).
+    mask: 'full' (attends to every token of every full segment) or 'two_stream' (a caption, [words | queries]: word i attends
+      to full segments and words <= i; query i to full segments, words < i and itself).
   """
   modality: str
   mask: str = 'full'
@@ -33,16 +32,16 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class TaskType:
-  """One row of the table of task kinds.
+  """One row of the table of task types.
 
   Attributes:
     name: key of the row.
-    inputs: input segments in order. The prefix `spe` is token 0 of the first.
-    target: a target family ('names', 'words' or one that a config declares) or 'pair': the sample's own text,
-      encoded as target, against the texts of the batch.
-    readout: which hidden states are matched with targets. 'cls': token 0; 'masked': given positions of the
-      text segment; 'queries': the second half of the two-stream segment; 'slot': one given position per sample.
-    router_task: the embedding that the task router looks up.
+    inputs: input segments in order. The readout token `spe` is token 0 of the first.
+    target: a target family ('names', 'words' or one of `config.target_families`), or 'pair': the sample's own text, encoded
+      as target, against the texts of the batch.
+    readout: hidden states that are matched with targets. 'cls': token 0; 'masked': given positions of the text segment;
+      'queries': the second half of the two-stream segment; 'slot': one given position per sample.
+    router_task: name that the task router embeds.
   """
   name: str
   inputs: tuple[Segment, ...]
@@ -58,19 +57,19 @@ class TaskType:
   def conditions(self) -> tuple[Condition, ...]:
     """One condition per input segment, in order."""
     return tuple(
-        Condition(attributes.bits(self.task_bits, modality=s.modality, side='input',
-                                  causal=s.mask == 'two_stream'), self.router_task, s.modality)
+        Condition(attributes.bits(self.task_bits, modality=s.modality, side='input', causal=s.mask == 'two_stream'),
+                  self.router_task, s.modality)
         for s in self.inputs)
 
   @property
   def pair_condition(self) -> Condition:
     """Condition of the paired text, encoded on the target side."""
-    row = attributes.bits(self.task_bits, modality='text', side='target', causal=False)
-    return Condition(row, self.router_task, 'text')
+    bits = attributes.bits(self.task_bits, modality='text', side='target', causal=False)
+    return Condition(bits, self.router_task, 'text')
 
   @property
   def has_classes(self) -> bool:
-    """Whether a sample has one of the entries of a target set as its label: classes, or answers."""
+    """Whether a sample's label is an entry of a target set: a class, or an answer."""
     return self.readout in ('cls', 'slot') and self.target != 'pair'
 
   @property
@@ -91,7 +90,7 @@ _IMAGE = (Segment('visual'),)
 _TEXT = (Segment('text'),)
 _CAPTION = (Segment('visual'), Segment('text', 'two_stream'))
 
-TASK_TYPES: dict[str, TaskType] = {k.name: k for k in (
+TASK_TYPES: dict[str, TaskType] = {t.name: t for t in (
     TaskType('image_classification', _IMAGE, 'names', 'cls', 'classification'),
     TaskType('video_classification', _IMAGE, 'names', 'cls', 'classification'),
     TaskType('text_mlm', _TEXT, 'words', 'masked', 'mlm'),
@@ -106,63 +105,61 @@ TASK_TYPES: dict[str, TaskType] = {k.name: k for k in (
 
 @functools.cache
 def families() -> dict[str, Condition]:
-  """Condition of each built-in target family: bits 0-3 are the OR over the built-in kinds that use it.
+  """Condition of each built-in target family: bits 0-3 are the OR over the built-in task types that use it.
 
-  They are frozen here, over `TASK_TYPES` alone: a kind that a config adds must never move an existing row, because
-  a trained router has learnt it. See `check_task_type`.
+  They follow from `TASK_TYPES` alone: a task type of a config must not change them, because trained routers depend on them.
+  See `check_task_type`.
   """
-  rows: dict[str, tuple[int, ...]] = {}
-  for kind in TASK_TYPES.values():
-    if kind.target != 'pair':
-      rows[kind.target] = attributes.union(rows.get(kind.target, kind.task_bits), kind.task_bits)
-  return {name: family_condition(name, row) for name, row in rows.items()}
+  bits: dict[str, tuple[int, ...]] = {}
+  for t in TASK_TYPES.values():
+    if t.target != 'pair':
+      bits[t.target] = attributes.union(bits.get(t.target, t.task_bits), t.task_bits)
+  return {name: family_condition(name, task_bits) for name, task_bits in bits.items()}
 
 
 def family_condition(name: str, task_bits: tuple[int, int, int, int]) -> Condition:
   """Condition of a set of texts that serve as targets."""
-  row = attributes.bits(task_bits, modality='text', side='target', causal=False)
-  return Condition(row, name, 'text')
+  return Condition(attributes.bits(task_bits, modality='text', side='target', causal=False), name, 'text')
 
 
 def router_tasks() -> tuple[str, ...]:
-  """Names that the task router has an embedding for, in the order of its table (video equals image)."""
-  return tuple(dict.fromkeys([k.router_task for k in TASK_TYPES.values()] + list(families())))
+  """Names that the task router embeds, in the order of its table (video shares those of image)."""
+  return tuple(dict.fromkeys([t.router_task for t in TASK_TYPES.values()] + list(families())))
 
 
-def check_task_type(kind: TaskType, known_families: dict[str, Condition]) -> None:
-  """Raises UsageError if a row is malformed or would change the frozen bits of a family."""
-  if not kind.inputs:
-    raise UsageError(f'kind {kind.name!r} has no input segment; give at least one.')
-  if kind.readout not in READOUTS:
-    raise UsageError(f'kind {kind.name!r}: readout {kind.readout!r} is not one of {READOUTS}.')
-  for s in kind.inputs:
+def check_task_type(t: TaskType, known_families: dict[str, Condition]) -> None:
+  """Raises UsageError if a task type is malformed or would change the frozen bits of a target family."""
+  def fail(message: str) -> None:
+    raise UsageError(f'task type {t.name!r}{message}')
+
+  if not t.inputs:
+    fail(' has no input segment; give at least one.')
+  if t.readout not in READOUTS:
+    fail(f': readout {t.readout!r} is not one of {READOUTS}.')
+  for s in t.inputs:
     if s.modality not in MODALITIES:
-      raise UsageError(f'kind {kind.name!r}: modality {s.modality!r} is not one of {MODALITIES}.')
+      fail(f': modality {s.modality!r} is not one of {MODALITIES}.')
     if s.mask not in MASKS:
-      raise UsageError(f'kind {kind.name!r}: mask {s.mask!r} is not one of {MASKS}.')
+      fail(f': mask {s.mask!r} is not one of {MASKS}.')
     if s.mask == 'two_stream' and s.modality != 'text':
-      raise UsageError(f"kind {kind.name!r}: mask 'two_stream' is for words; a {s.modality} segment must have mask "
-                       "'full'.")
-  if sum(s.modality == 'text' for s in kind.inputs) > 1:
-    raise UsageError(f'kind {kind.name!r} has two text segments; join them by a template into one.')
-  if kind.inputs[0].mask != 'full':
-    raise UsageError(f"kind {kind.name!r}: the first segment holds the prefix and must have mask 'full'.")
-  if kind.readout == 'queries' and not kind.two_stream:
-    raise UsageError(f"kind {kind.name!r}: readout 'queries' needs a segment with mask 'two_stream'.")
-  if kind.readout in ('masked', 'slot') and kind.text_index is None:
-    raise UsageError(f'kind {kind.name!r}: readout {kind.readout!r} needs a text segment.')
-  if kind.readout in ('masked', 'slot') and kind.two_stream:
-    raise UsageError(f"kind {kind.name!r}: readout {kind.readout!r} needs a text segment with mask 'full'; a two-stream "
-                     "one is read at its queries.")
-  if kind.target == 'pair':
-    if kind.readout != 'cls':
-      raise UsageError(f"kind {kind.name!r}: target 'pair' needs readout 'cls', not {kind.readout!r}.")
+      fail(f": mask 'two_stream' is for words; a {s.modality} segment must have mask 'full'.")
+  if sum(s.modality == 'text' for s in t.inputs) > 1:
+    fail(' has two text segments; join them by a template into one.')
+  if t.inputs[0].mask != 'full':
+    fail(": the first segment contains the readout token and must have mask 'full'.")
+  if t.readout == 'queries' and not t.two_stream:
+    fail(": readout 'queries' needs a segment with mask 'two_stream'.")
+  if t.readout in ('masked', 'slot') and t.text_index is None:
+    fail(f': readout {t.readout!r} needs a text segment.')
+  if t.readout in ('masked', 'slot') and t.two_stream:
+    fail(f": readout {t.readout!r} needs a text segment with mask 'full'; a two-stream segment is read at its queries.")
+  if t.target == 'pair':
+    if t.readout != 'cls':
+      fail(f": target 'pair' needs readout 'cls', not {t.readout!r}.")
     return
-  if kind.target not in known_families:
-    raise UsageError(f'kind {kind.name!r}: target family {kind.target!r} is not declared;'
-                     f' {nearest(kind.target, [*known_families, "pair"])}.')
-  frozen = known_families[kind.target].bits[:4]
-  if attributes.union(frozen, kind.task_bits) != frozen:
-    raise UsageError(
-        f'kind {kind.name!r} with task bits {kind.task_bits} would change the frozen bits {frozen} of target '
-        f'family {kind.target!r}: declare a new family for it, so that trained rows never move.')
+  if t.target not in known_families:
+    fail(f': target family {t.target!r} is not declared; {nearest(t.target, [*known_families, "pair"])}.')
+  frozen = known_families[t.target].bits[:4]
+  if attributes.union(frozen, t.task_bits) != frozen:
+    fail(f' with task bits {t.task_bits} would change the frozen bits {frozen} of target family {t.target!r}: declare a new '
+         'family for it, so that trained routers stay valid.')
