@@ -4,10 +4,10 @@
   python launch/sweep.py --sweep=routers --workdir=runs/routers     # all six routers; or one of them:
   python launch/train.py --config=configs/ablation.py:router=dense --workdir=runs/dense
 
-Argument: router=attribute (default), task, modality, token, context or dense. Seed and data order are the same for all routers.
-600 steps, a number chosen in advance for two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s there, a
-step of token and context 2.3 s. Training all six took 84 minutes; compilation, evaluation, interference and expert usage took 56
-more. docs/results/routers has the scores of all six.
+Argument: router=attribute (default), task, modality, token, context or dense. Seed and data order are the same for all.
+600 steps, a number chosen in advance for two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s
+there, a step of token and context 2.3 s. Training all six took 84 minutes; compilation, evaluation, interference and
+expert usage took 56 more. docs/results/routers has the scores of all six.
 """
 
 import pathlib

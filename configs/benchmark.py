@@ -4,16 +4,17 @@
   python launch/evaluate.py --workdir=runs/coco
 
 Arguments:
-  task=TASK        imagenet1k (default), kinetics400, coco_caption, coco_retrieval, flickr30k_caption, flickr30k_retrieval,
-                   msvd_caption, msvd_retrieval, msrvtt_caption, msrvtt_retrieval, vqa, cola, sst2, mrpc, qqp, mnli, qnli or rte
-  run=RUN          work directory of a trained or converted run, which gives the model and the tokenizer. Without it, the published
-                   tiny model starts from scratch: that shows a pipeline, and scores little
+  task=TASK        imagenet1k (default), kinetics400, coco_caption, coco_retrieval, flickr30k_caption,
+                   flickr30k_retrieval, msvd_caption, msvd_retrieval, msrvtt_caption, msrvtt_retrieval, vqa, cola, sst2,
+                   mrpc, qqp, mnli, qnli or rte
+  run=RUN          work directory of a trained or converted run, which gives the model and the tokenizer. Without it,
+                   the published tiny model starts from scratch: that shows a pipeline, and scores little
   mode=finetune    every parameter of the run trains (default)
   mode=prompts     prompts, norms and a linear head train, as in configs/prompt_tune.py
   mode=zero_shot   nothing trains; for launch/evaluate.py
 
-docs/guides/benchmarks.md says how to obtain each data set, and where a recipe differs from the published one. The papers' tables
-hold for the authors' checkpoints; no benchmark was run here to its end.
+docs/guides/benchmarks.md says how to obtain each data set, and where a recipe differs from the published one. The
+papers' tables hold for the authors' checkpoints; no benchmark was run here to its end.
 """
 
 import ml_collections

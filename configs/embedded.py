@@ -4,8 +4,8 @@
   python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
   python launch/evaluate.py --workdir=runs/embedded
 
-Argument: router=attribute (default), task, modality, token, context or dense. docs/results/embedded.md has the scores and the
-reasons for the choices below.
+Argument: router=attribute (default), task, modality, token, context or dense. docs/results/embedded.md has the scores
+and the reasons for the choices below.
 """
 
 import ml_collections
@@ -20,8 +20,9 @@ def get_config(arg: str = '', file: str = __file__) -> ml_collections.ConfigDict
   a = config.arguments(arg, file, dict(router='attribute'), dict(router=ROUTERS))
   c = config.base()
   presets.embedded(c)
-  # Small, so that an hour has many examples. Queries and keys start different: if they are equal, `spe` first attends to itself
-  # alone, and the content of an image or video reaches it late (motions stay at chance for hundreds of steps).
+  # Small, so that an hour has many examples. Queries and keys start different: if they are equal, `spe` first attends
+  # to itself alone, and the content of an image or video reaches it late (motions stay at chance for hundreds of
+  # steps).
   c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512, mimetic_init=False, frame_differences=True))
   c.moe.router = a.router
   c.target_sets.vocabulary.num_sampled = 512

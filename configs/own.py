@@ -5,16 +5,17 @@
   python launch/evaluate.py --workdir=runs/pets
 
 Arguments:
-  sources=pets+reviews     names of prepared data, of any kinds, joined by '+'. For data outside of the default directory, give
-                           folders: /data/own/pets+/data/own/reviews
+  sources=pets+reviews     names of prepared data, of any kinds, joined by '+'. For data outside of the default
+                           directory, give folders: /data/own/pets+/data/own/reviews
   run=RUN                  work directory of the run to adapt; without it, a small model trains from scratch
   mode=finetune            every parameter of the run trains (default)
   mode=prompts             only prompts and norms train
   mode=zero_shot           nothing trains; for launch/evaluate.py
 
-Tasks follow from the columns of the data: captions give retrieval and captioning; classes, classification; texts, masked language
-modeling or classification. Change them by overrides such as --config.tasks.pets_retrieval.batch_size=32, or in a config file of
-your own that calls `presets.own`. The scores depend on the data; evaluation reports chance beside them.
+Tasks follow from the columns of the data: captions give retrieval and captioning; classes, classification; texts,
+masked language modeling or classification. Change them by overrides such as
+--config.tasks.pets_retrieval.batch_size=32, or in a config file of your own that calls `presets.own`. The scores depend
+on the data; evaluation reports chance beside them.
 """
 
 import pathlib
@@ -35,8 +36,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   paths = [pathlib.Path(name) for name in a.sources.split('+')]
   directories = {str(p.parent.parent) if p.parent.name else config.base().data.dir for p in paths}
   if len(directories) > 1:
-    raise UsageError(f'configs/own.py:{arg}: the sources are in several data directories ({", ".join(sorted(directories))}); a '
-                     'run reads one.')
+    raise UsageError(f'configs/own.py:{arg}: the sources are in several data directories '
+                     f'({", ".join(sorted(directories))}); a run reads one.')
   [directory] = directories
   summaries = {p.name: file_dataset.read_summary(p.name, directory) for p in paths}
   if a.run:

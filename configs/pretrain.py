@@ -1,23 +1,25 @@
 """The published pretraining: sixteen tasks in two stages, in the published sizes, dense or with one of five routers.
 
   python launch/preflight.py --config=configs/pretrain.py:size=base,router=attribute,stage=1 --topology=v5e:16x16
-  python launch/train.py --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/shared/base-1 --distributed=auto
+  python launch/train.py --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/shared/base-1 \
+      --distributed=auto
   python launch/train.py --config=configs/pretrain.py:size=base,router=attribute,stage=2 --workdir=/shared/base-2 \
       --distributed=auto --config.train.init=/shared/base-1
 
 Arguments:
   size=base            (default), tiny, small or large
   router=attribute     (default), task, modality, token, context or dense
-  stage=1              (default) images of 160 pixels, 230 thousand steps; stage=2: 224 pixels, 50 thousand steps, from stage 1
-  mixture=all_tasks    (default) a step has every task in the proportion in which mixture=one_task would draw it, and weights its
-                       loss accordingly: the same expectation. one_task: a step has one task, drawn by its sampling weight, as
-                       published
+  stage=1              (default) images of 160 pixels, 230 thousand steps; stage=2: 224 pixels, 50 thousand steps, from
+                       stage 1
+  mixture=all_tasks    (default) a step has every task in the proportion in which mixture=one_task would draw it, and
+                       weights its loss accordingly: the same expectation. one_task: a step has one task, drawn by its
+                       sampling weight, as published
 
-Batches are those of the 64 published ranks, in multiples of 256 examples, for 256 devices. docs/guides/benchmarks.md says how to
-obtain the data. CLIP's merges file is expected in the current folder, or at --config.tokenizer.merges_path. Sizes, loss and
-sampling weights, learning rates and steps are those published for the base model; other sizes use them too. Not as published:
-bfloat16 instead of float16 with loss scaling; image positions are computed, and not rescaled when stage 2 has more of them; a step
-of all tasks updates every parameter. It has not been run, so no scores are known.
+Batches are those of the 64 published ranks, in multiples of 256 examples, for 256 devices. docs/guides/benchmarks.md
+says how to obtain the data. CLIP's merges file is expected in the current folder, or at --config.tokenizer.merges_path.
+Sizes, loss and sampling weights, learning rates and steps are those published for the base model; other sizes use them
+too. Not as published: bfloat16 instead of float16 with loss scaling; image positions are computed, and not rescaled
+when stage 2 has more of them; a step of all tasks updates every parameter. It has not been run, so no scores are known.
 """
 
 import ml_collections
@@ -42,7 +44,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   presets.published(c, weight_decay=0.2 if first and a.size in ('base', 'large') else 0.05)
   c.optim.param_groups = tuple(group for group in c.optim.param_groups if group[0] != 'embed/spatial$')  # computed here
   c.model.update(dict(
-      variant=presets.SIZES[a.size], image_size=160 if first else 224, posemb='sincos2d', drop_path=0.1, dtype='bfloat16'))
+      variant=presets.SIZES[a.size], image_size=160 if first else 224, posemb='sincos2d', drop_path=0.1,
+      dtype='bfloat16'))
   c.moe.update(dict(router=a.router, placement='every_2'))
   if a.router in DISPATCHED:
     c.moe.update(dict(capacity_factor=1.25, balance_loss_weight=0.01))

@@ -1,7 +1,7 @@
-"""The published system's choices on the embedded data: a config for converted checkpoints and for training them further.
+"""The published choices on the embedded data: for converted checkpoints and for training them further.
 
-  python launch/convert.py --checkpoint=model.pth --config=configs/published.py:size=tiny,moe=true --workdir=runs/converted \
-      --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
+  python launch/convert.py --checkpoint=model.pth --config=configs/published.py:size=tiny,moe=true \
+      --workdir=runs/converted --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
   python launch/evaluate.py --workdir=runs/converted
   python launch/train.py --config=configs/published.py:size=tiny,moe=true --workdir=runs/converted \
       --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
@@ -10,10 +10,10 @@ Arguments:
   size=tiny       (default), small, base or large
   moe=true        (default) experts in every layer (--config.moe.placement=every_2: in every other layer); false: none
 
-The merges file is CLIP's; it is not part of this package. One choice is not published: words are scored against a sample of the
-vocabulary (--config.target_sets.vocabulary.softmax=full: all 49 thousand, most of a minute per step on two cores). The embedded
-images have 32 pixels, so that a checkpoint's spatial table is interpolated; to load the result with the authors' code again,
-convert with --config.model.image_size=224. The scores depend on the checkpoint.
+The merges file is CLIP's; it is not part of this package. One choice is not published: words are scored against a
+sample of the vocabulary (--config.target_sets.vocabulary.softmax=full: all 49 thousand, most of a minute per step on
+two cores). The embedded images have 32 pixels, so that a checkpoint's spatial table is interpolated; to load the result
+with the authors' code again, convert with --config.model.image_size=224. The scores depend on the checkpoint.
 """
 
 import ml_collections
@@ -33,10 +33,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   c.moe.router = 'attribute' if a.moe else 'dense'
   c.tokenizer.type = 'clip'
   c.target_sets.vocabulary.num_sampled = 2048
-  weights = dict(image_classification=1.0, video_classification=0.1, text_mlm=0.5, image_caption=1.0, image_retrieval=0.5)
+  loss_weights = dict(video_classification=0.1, text_mlm=0.5, image_retrieval=0.5)
   for t in c.tasks.values():
     t.temperature = schema.PUBLISHED_GROUPS[t.type]
-    t.loss_weight, t.sampling_weight = weights.get(t.type, 1.0), 1.0
+    t.loss_weight, t.sampling_weight = loss_weights.get(t.type, 1.0), 1.0
   c.optim.update(dict(learning_rate=1e-3, warmup_steps=100, final_lr_fraction=1e-3))
   c.train.update(dict(steps=1000, log_every=20, checkpoint_every=200))
   return c

@@ -1,8 +1,9 @@
-"""A model so small that a step takes milliseconds, on handwritten digits (part of scikit-learn): for fault injection and tests.
+"""A model so small that a step takes milliseconds, on handwritten digits: for fault injection and tests.
 
   python launch/train.py --config=configs/small.py --workdir=runs/small --config.data.dir=.
 
-It needs no prepared data, only a folder for its tokenizer. It learns little; its scores mean nothing.
+It needs no prepared data (the digits are part of scikit-learn), only a folder for its tokenizer. It learns little; its
+scores mean nothing.
 """
 
 import ml_collections
@@ -14,8 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
   """One layer of width 16, four experts, one task; 200 steps, a checkpoint every ten."""
   c = config.base()
   c.model.update(dict(
-      num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=32, patch_size=16, max_text_len=8, layer_scale_init=0.5,
-      remat=False))
+      num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=32, patch_size=16, max_text_len=8,
+      layer_scale_init=0.5, remat=False))
   c.moe.num_experts = 4
   c.tokenizer.vocab_size = 25  # ten names have few letters
   c.target_sets.digits = config.target_set('digits/name', family='names')

@@ -1,4 +1,4 @@
-"""Evaluates a trained run on a task that it was not trained on. Nothing trains; scores are reported with chance and baselines.
+"""Evaluates a trained run on a task that it was not trained on, beside chance and baselines. Nothing trains.
 
   python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits-untuned
 
@@ -20,8 +20,8 @@ def digit_question(c: ml_collections.ConfigDict) -> None:
   """A task type that no embedded task trains (vqa): an image and a question, answered at the question's slot."""
   _digit_words(c)
   c.tasks.digit_question = config.task(
-      'vqa', 'digits', batch_size=0, target_set='digit_words', label_column='name', template='the picture is <spe> . <eot>',
-      max_len=16)
+      'vqa', 'digits', batch_size=0, target_set='digit_words', label_column='name',
+      template='the picture is <spe> . <eot>', max_len=16)
   c.evaluators['digit question'] = config.evaluator('classification', 'digit_question', split='test')
 
 

@@ -37,7 +37,8 @@ def _module(path: pathlib.Path):
 
 
 def _get(path: pathlib.Path) -> ml_collections.ConfigDict:
-  arguments = [f'run={_run()},task=digits'] if path.stem in _FROM_A_RUN else [f'sources={_own()}'] if path.stem == 'own' else []
+  run = path.stem in _FROM_A_RUN
+  arguments = [f'run={_run()},task=digits'] if run else [f'sources={_own()}'] if path.stem == 'own' else []
   c = _module(path).get_config(*arguments)
   if c.tokenizer.type == 'clip':
     c.tokenizer.merges_path = 'a file that only its user has'
@@ -80,7 +81,8 @@ def _spec(c: ml_collections.ConfigDict) -> ModelSpec:
   """The model of a config, without its data."""
   plan = make_plan(c)
   return ModelSpec.from_config(
-      plan.config, vocab_size=c.tokenizer.vocab_size, spe_id=1, temperatures=plan.temperatures, router_tasks=task_types.router_tasks())
+      plan.config, vocab_size=c.tokenizer.vocab_size, spe_id=1, temperatures=plan.temperatures,
+      router_tasks=task_types.router_tasks())
 
 
 @functools.cache
@@ -104,7 +106,8 @@ class EveryConfigTest(parameterized.TestCase):
 
   @parameterized.parameters(*_FILES)
   def test_it_has_no_field_that_the_base_lacks(self, path):
-    open_ended = ('preflight', 'task_types', 'target_families', 'target_sets', 'tasks', 'evaluators')  # the config's own names
+    # Sections whose names are the config's own.
+    open_ended = ('preflight', 'task_types', 'target_families', 'target_sets', 'tasks', 'evaluators')
     own = {k for k in _flat(_get(path)) if not k.startswith(tuple(f'{s}.' for s in open_ended))}
     self.assertEqual(own - set(_flat(config.base())), set())
 
@@ -150,7 +153,8 @@ class PretrainTest(parameterized.TestCase):
     self.assertEqual(table['cc12m_caption'], (300, 1.0, 0.5057))
     self.assertEqual(table['cc12m_retrieval'], (512, 0.5, 0.5057))
     second = self._get('stage=2,mixture=one_task').tasks
-    self.assertEqual([second[n].batch_size // 64 for n in ('imagenet21k', 'kinetics700', 'moments', 'yfcc_caption', 'yfcc_retrieval')],
+    names = ('imagenet21k', 'kinetics700', 'moments', 'yfcc_caption', 'yfcc_retrieval')
+    self.assertEqual([second[n].batch_size // 64 for n in names],
                      [440, 12, 68, 200, 320])
     self.assertEqual((second.kinetics700.sampling_weight, second.moments.sampling_weight), (1.0, 0.2))
 
@@ -169,7 +173,8 @@ class PretrainTest(parameterized.TestCase):
       ('router=attribut', "router='attribut' is unknown; did you mean 'attribute'.* choices: "),
       ('size=huge', "size='huge' is unknown; choices: base, large, small, tiny"),
       ('stage=3', "stage='3' is unknown; choices: 1, 2"), ('mixture=x', "mixture='x' is unknown; choices: "),
-      ('stages=1', "argument 'stages' is unknown; did you mean 'stage'"), ('stage=1,stage=2', "argument 'stage' is given twice"))
+      ('stages=1', "argument 'stages' is unknown; did you mean 'stage'"),
+      ('stage=1,stage=2', "argument 'stage' is given twice"))
   def test_another_argument_is_reported_with_its_choices(self, arg, message):
     with self.assertRaisesRegex(UsageError, f'configs/pretrain.py:{arg}: .*{message}'):
       self._get(arg)
@@ -193,12 +198,14 @@ class AblationTest(parameterized.TestCase):
 
   @parameterized.parameters('dense', 'context')
   def test_it_is_the_embedded_run_with_a_shorter_schedule(self, router):
-    one, other = (_flat(_module(_QUICKSTART.with_name(f'{name}.py')).get_config(f'router={router}')) for name in ('embedded', 'ablation'))
+    one, other = (_flat(_module(_QUICKSTART.with_name(f'{name}.py')).get_config(f'router={router}'))
+                  for name in ('embedded', 'ablation'))
     self.assertEqual({k for k in one if one[k] != other[k]}, {'train.steps', 'optim.warmup_steps'})
     self.assertEqual((other['moe.router'], set(one)), (router, set(other)))
 
   def test_a_router_that_is_not_there_is_named(self):
-    with self.assertRaisesRegex(ValueError, "configs/ablation.py:router=tokens: router='tokens' is unknown; did you mean 'token'"):
+    with self.assertRaisesRegex(ValueError, "configs/ablation.py:router=tokens: router='tokens' is unknown; did you "
+                                            "mean 'token'"):
       _module(_QUICKSTART.with_name('ablation.py')).get_config('router=tokens')
 
 

@@ -8,7 +8,8 @@ from uni_moe_jax.utils.errors import UsageError
 
 def _parse(arg, required=()):
   return vars(config.arguments(
-      arg, '/repository/configs/c.py', dict(size='base', stage=1, moe=True, run=''), dict(size=('base', 'tiny'), stage=(1, 2)),
+      arg, '/repository/configs/c.py', dict(size='base', stage=1, moe=True, run=''),
+      dict(size=('base', 'tiny'), stage=(1, 2)),
       required))
 
 
@@ -24,7 +25,8 @@ def test_values_have_the_types_of_the_defaults(arg, changes):
      r'configs/c\.py:size=base,stage=1,moe=true,run=RUN\.'),
     ('sise=tiny', r"argument 'sise' is unknown; did you mean 'size'\? choices: moe, run, size, stage"),
     ('size=tyny', "size='tyny' is unknown; did you mean 'tiny'"), ('stage=3', "stage='3' is unknown; choices: 1, 2"),
-    ('moe=yes', "moe='yes' is unknown; choices: false, true"), ('size=tiny,size=base', "argument 'size' is given twice")])
+    ('moe=yes', "moe='yes' is unknown; choices: false, true"),
+    ('size=tiny,size=base', "argument 'size' is given twice")])
 def test_a_wrong_argument_is_an_error_with_its_choices(arg, message):
   with pytest.raises(UsageError, match=message):
     _parse(arg)

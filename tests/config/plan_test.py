@@ -42,7 +42,8 @@ def test_only_a_run_that_encodes_all_sets_keeps_those_that_no_trained_task_uses(
   assert [s.name for s in make_plan(c).probe_sets] == ['classes']
   c.train.encode_all_sets = True
   plan = make_plan(c)
-  assert _sets(plan) == _sets(plan.only('package')) == ['classes', 'packages', 'unused', 'vocabulary'] and not plan.probe_sets
+  assert _sets(plan) == _sets(plan.only('package')) == ['classes', 'packages', 'unused', 'vocabulary']
+  assert not plan.probe_sets
 
 
 def test_a_set_of_possible_captions_is_kept_and_never_encoded(c):
@@ -71,7 +72,11 @@ def test_loss_weight_and_sampling_weight_are_two_fields(c):
 
 def test_tasks_of_one_type_share_a_group_only_if_their_arrays_have_one_shape(c):
   c.tasks.second = c.tasks.package.copy_and_resolve_references()
-  groups = lambda: {k: [t.name for t in v] for k, v in make_plan(c).groups.items() if k.startswith('text_classification')}
+
+  def groups():
+    every = make_plan(c).groups.items()
+    return {k: [t.name for t in tasks] for k, tasks in every if k.startswith('text_classification')}
+
   assert groups() == {'text_classification': ['package', 'second']}
   c.tasks.second.max_len = 24
   assert groups() == {'text_classification/16/0': ['package'], 'text_classification/24/0': ['second']}
@@ -118,7 +123,8 @@ def test_a_task_type_of_the_config_leaves_the_built_in_ones_unchanged(c):
 
 
 def test_a_family_of_the_config_admits_a_task_type_that_would_change_the_built_in_ones(c):
-  c.task_types.seen = dict(inputs=(('visual', 'full'), ('text', 'full')), target='names', readout='cls', router_task='seen')
+  c.task_types.seen = dict(inputs=(('visual', 'full'), ('text', 'full')), target='names', readout='cls',
+                           router_task='seen')
   with pytest.raises(UsageError, match="'seen'.*would change the frozen bits.*'names': declare a new family"):
     make_plan(c)
   c.task_types.seen.target = 'seen_names'
@@ -130,7 +136,8 @@ def test_a_micro_batch_must_divide_over_the_shards(c):
   c.train.grad_accum_steps = 2
   # shape: 8 / 2 = 4 examples per micro-step, which 4 shards divide; name: 4 / 2 = 2 examples, which they do not.
   with pytest.raises(UsageError, match=(
-      r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\); try 8')):
+      r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\); '
+      'try 8')):
     make_plan(c).check_batches(shards=4, accum=2)
   make_plan(c).check_batches(shards=2, accum=2)
 
@@ -144,15 +151,15 @@ def test_the_next_smaller_batch_is_proposed_if_there_is_one(c):
 def test_mixup_needs_pairs_on_every_shard(c):
   c.tasks.shape.mixup_alpha = 0.8
   make_plan(c).only('shape').check_batches(shards=4, accum=1)
-  with pytest.raises(UsageError, match=r'batch_size=8 must be a multiple of 16 for mixup or CutMix, .*\(8 batch shards'):
+  with pytest.raises(UsageError, match='batch_size=8 must be a multiple of 16 for mixup or CutMix, .*8 batch shards'):
     make_plan(c).only('shape').check_batches(shards=8, accum=1)
 
 
 def test_the_interference_metric_needs_halves(c):
   make_plan(c).check_halves(shards=2, accum=1)
   with pytest.raises(UsageError, match=(
-      r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 for config\.train\.interference_every > 0, which halves it '
-      r'\(4 batch shards × 1 micro-steps × 2\); try 8, or interference_every=0')):
+      r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 for config\.train\.interference_every > 0, which '
+      r'halves it \(4 batch shards × 1 micro-steps × 2\); try 8, or interference_every=0')):
     make_plan(c).check_halves(shards=4, accum=1)
 
 

@@ -11,23 +11,28 @@ def _own(sources):
     classes = {column: ('a', 'b') for column, kind in columns.items() if kind == 'class'}
     presets.own(c, name, columns, classes, ('train', 'test'))
   make_plan(c)
-  return {name: (t.type, t.label_column) for name, t in c.tasks.items()}, {name: e.task for name, e in c.evaluators.items()}, set(c.target_sets)
+  tasks = {name: (t.type, t.label_column) for name, t in c.tasks.items()}
+  return tasks, {name: e.task for name, e in c.evaluators.items()}, set(c.target_sets)
 
 
 def test_a_column_may_be_called_as_anything_that_data_can_have():
   tasks, evaluators, sets = _own({'pets': {
-      'image': 'image', 'captions': 'texts', **dict.fromkeys(('exif.model', 'exif_model', 'exif model', 'retrieval'), 'class')}})
+      'image': 'image', 'captions': 'texts',
+      **dict.fromkeys(('exif.model', 'exif_model', 'exif model', 'retrieval'), 'class')}})
   assert tasks == {
       'pets_retrieval': ('image_retrieval', ''), 'pets_caption': ('image_caption', ''),
-      'pets_exif_model': ('image_classification', 'exif.model'), 'pets_exif_model_2': ('image_classification', 'exif_model'),
-      'pets_exif model_2_2': ('image_classification', 'exif model'), 'pets_retrieval_2': ('image_classification', 'retrieval')}
+      'pets_exif_model': ('image_classification', 'exif.model'),
+      'pets_exif_model_2': ('image_classification', 'exif_model'),
+      'pets_exif model_2_2': ('image_classification', 'exif model'),
+      'pets_retrieval_2': ('image_classification', 'retrieval')}
   assert evaluators == {name.replace('_', ' '): name for name in tasks}
   assert sets == {'vocabulary', *(name for name, (kind, _) in tasks.items() if kind == 'image_classification')}
 
 
 def test_two_sources_keep_their_tasks_whose_names_would_be_one():
   tasks, _, _ = _own({
-      'pets': {'image': 'image', 'old_label': 'class'}, 'pets_old': {'text': 'text', 'label': 'class', 'words': 'class'}})
+      'pets': {'image': 'image', 'old_label': 'class'},
+      'pets_old': {'text': 'text', 'label': 'class', 'words': 'class'}})
   assert tasks == {
       'pets_old_label': ('image_classification', 'old_label'), 'pets_old_label_2': ('text_classification', 'label'),
       'pets_old_words': ('text_mlm', ''), 'pets_old_words_2': ('text_classification', 'words')}

@@ -65,9 +65,11 @@ _FIELD_ERRORS = [
      {'train.best_metric': 'loss/total', 'train.log_every': 30}),
     ('train.hang_timeout', -1., 'must be at least 0'),
     ('train.interference_every', -1, 'must be at least 0'),
-    ('train.interference_every', 5, r"needs config\.train\.mixture='all_tasks'.*Set it to 0", {'train.mixture': 'one_task'}),
+    ('train.interference_every', 5, r"needs config\.train\.mixture='all_tasks'.*Set it to 0",
+     {'train.mixture': 'one_task'}),
     ('train.interference_parameters', 'qkv(', 'is not a regular expression'),
-    ('train.grad_accum_steps', 2, r"needs config\.train\.mixture='all_tasks', not 'one_task'", {'train.mixture': 'one_task'}),
+    ('train.grad_accum_steps', 2, r"needs config\.train\.mixture='all_tasks', not 'one_task'",
+     {'train.mixture': 'one_task'}),
     ('optim.learning_rate', -1.0, 'must be at least 0'),
     ('optim.router_lr_multiplier', -.5, 'must be at least 0'),
     ('optim.layerwise_lr_decay', 1.5, r'must be in \(0, 1\]; 1 is off'),
@@ -92,11 +94,13 @@ _FIELD_ERRORS = [
     ('tasks.shape.loss_weight', -.5, 'must be at least 0'),
     ('tasks.shape.sampling_weight', -1.0, 'must be at least 0'),
     ('tasks.pair.linear_head', True, 'needs a task type that chooses'),
-    ('tasks.shape.target_set', 'clases', r"is unknown; did you mean 'classes'\? choices: classes, packages, vocabulary"),
+    ('tasks.shape.target_set', 'clases',
+     r"is unknown; did you mean 'classes'\? choices: classes, packages, vocabulary"),
     ('tasks.pair.target_set', 'classes', ": task type 'image_retrieval' is matched with its own texts; set it to ''"),
     ('tasks.shape.target_set', 'packages',
      "is of family 'words', but task type 'image_classification' chooses among 'names'"),
-    ('tasks.text.target_set', 'packages', ": task type 'text_mlm' predicts words; its set must have entries='vocabulary'"),
+    ('tasks.text.target_set', 'packages',
+     ": task type 'text_mlm' predicts words; its set must have entries='vocabulary'"),
     ('tasks.text.max_len', 1, 'must be at least 2 tokens'),
     ('tasks.text.max_len', 33, r'is above config\.model\.max_text_len=32'),
     ('tasks.text.max_predictions', 17, 'must be in 1…max_len=16'),
@@ -115,26 +119,33 @@ _FIELD_ERRORS = [
 @pytest.mark.parametrize('case', _FIELD_ERRORS, ids=lambda case: f'{case[0]}={case[1]}')
 def test_a_wrong_field_is_named_with_value_bound_and_fix(case):
   field, value, message, *others = case
-  with pytest.raises(UsageError, match=rf'config\.{re.escape(field)}={re.escape(repr(value))}{" " * (message[0] != ":")}{message}'):
+  space = '' if message.startswith(':') else ' '
+  with pytest.raises(UsageError, match=rf'config\.{re.escape(field)}={re.escape(repr(value))}{space}{message}'):
     _make_plan({**(others[0] if others else {}), field: value})
 
 
 _TAG = dict(inputs=(('visual', 'full'),), target='words', readout='cls', router_task='tag')
-_evaluator = lambda *args, **values: config.evaluator(*args, split='test', **values)
+
+
+def _evaluator(*args, **values):
+  return config.evaluator(*args, split='test', **values)
 
 
 @pytest.mark.parametrize('changes, message', [
     ({}, None),
     ({'model.channels': 1}, r'config\.model\.pixel_mean has 3 values for config\.model\.channels=1'),
     ({'model.video_mean': (.5,)}, r'config\.model\.video_mean has 1 values for config\.model\.channels=3'),
-    ({'model.video_mean': (.5,) * 3, 'model.video_std': (.5, .5)}, r'config\.model\.video_std has 2 values for .*channels=3'),
+    ({'model.video_mean': (.5,) * 3, 'model.video_std': (.5, .5)},
+     r'config\.model\.video_std has 2 values for .*channels=3'),
     ({'model.video_mean': (.1, .2, .3), 'model.video_std': (.4, .5, .6)}, None),
     ({'model.pixel_mean': ()}, r'config\.model\.pixel_mean has 0 values for config\.model\.channels=3'),
     ({'model.pixel_std': (.5, 0., .5)}, r'config\.model\.pixel_std\[1\]=0\.0 must be above 0'),
     ({'moe.sublayers': ('atention',)}, r"config\.moe\.sublayers\[0\]='atention' is unknown; did you mean 'attention'"),
     ({'optim.param_groups': (('.*', 1.0),)},
-     r"config\.optim\.param_groups: \('\.\*', 1\.0\) is neither \(pattern, lr factor, weight decay\) nor \(pattern, 'freeze'\)"),
-    ({'optim.param_groups': (('(', 1.0, 0.0),)}, r"config\.optim\.param_groups\[0\]\[0\]='\(' is not a regular expression"),
+     r"config\.optim\.param_groups: \('\.\*', 1\.0\) is neither \(pattern, lr factor, weight decay\) nor \(pattern, "
+     r"'freeze'\)"),
+    ({'optim.param_groups': (('(', 1.0, 0.0),)},
+     r"config\.optim\.param_groups\[0\]\[0\]='\(' is not a regular expression"),
     # Target sets and tasks.
     ({'target_sets.classes.softmax': 'sampled', 'target_sets.classes.num_sampled': 4},
      r"config\.target_sets\.classes: softmax='sampled' needs entries='vocabulary' and num_sampled ≥ 1"),
@@ -147,22 +158,27 @@ _evaluator = lambda *args, **values: config.evaluator(*args, split='test', **val
      r'config\.tasks: .*(shape|package).* both have linear_head=True'),
     ({'tasks.name.caption_templates': ()},
      r"config\.tasks\.name\.caption_templates is empty; give at least one template, for example \('{caption}',\)"),
-    ({'tasks.text.mixup_alpha': .5}, r"config\.tasks\.text: mixup_alpha=0\.5, cutmix_alpha=0\.0 mix images .*'text_mlm' has none"),
+    ({'tasks.text.mixup_alpha': .5},
+     r"config\.tasks\.text: mixup_alpha=0\.5, cutmix_alpha=0\.0 mix images .*'text_mlm' has none"),
     # Task types and families of the config.
     ({'task_types.vqa': _TAG}, r'config\.task_types\.vqa: a built-in task type has this name; choose another'),
     ({'task_types.tag': {k: v for k, v in _TAG.items() if k != 'target'}},
      r'config\.task_types\.tag: target missing or unknown; give inputs, readout, router_task, target'),
     ({'task_types.tag': {**_TAG, 'inputs': ('visual',)}},
-     r"config\.task_types\.tag\.inputs=\('visual',\) must contain \(modality, mask\) pairs, for example \(\('visual', 'full'\),\)"),
+     r"config\.task_types\.tag\.inputs=\('visual',\) must contain \(modality, mask\) pairs, for example \(\('visual', "
+     r"'full'\),\)"),
     ({'target_families.words': (1, 1, 1, 1)},
      r'config\.target_families\.words: a built-in family has this name, and its bits are frozen; choose'),
     # Evaluators.
     ({'evaluators.top': _evaluator('classify', 'shape')},
      r"config\.evaluators\.top\.type='classify' is unknown; did you mean 'classification'"),
-    ({'evaluators.top': _evaluator('mlm', 'txt')}, r"config\.evaluators\.top\.task='txt' is unknown; did you mean 'text'"),
+    ({'evaluators.top': _evaluator('mlm', 'txt')},
+     r"config\.evaluators\.top\.task='txt' is unknown; did you mean 'text'"),
     ({'evaluators.top': _evaluator('retrieval', 'text')},
-     r"config\.evaluators\.top\.task='text' is of task type 'text_mlm', which evaluator 'retrieval' cannot evaluate; choices: pair"),
-    ({'evaluators.top': _evaluator('mlm', 'text', batch_size=0)}, r'config\.evaluators\.top\.batch_size=0 must be at least 1'),
+     r"config\.evaluators\.top\.task='text' is of task type 'text_mlm', which evaluator 'retrieval' cannot evaluate; "
+     r"choices: pair"),
+    ({'evaluators.top': _evaluator('mlm', 'text', batch_size=0)},
+     r'config\.evaluators\.top\.batch_size=0 must be at least 1'),
     ({'evaluators.top': _evaluator('classification', 'shape', num_views=2)},
      r'config\.evaluators\.top: num_views=2, num_crops=1 are for the classification of videos of files'),
     ({'evaluators.top': _evaluator('caption', 'name', constrain_to='clases')},
@@ -199,8 +215,8 @@ def test_a_size_that_contradicts_the_variant_is_an_error_and_the_same_size_is_no
   schema.parse_config(c)
   c.model.width = 128
   with pytest.raises(UsageError, match=(
-      r"config\.model\.variant='B/16' sets config\.model\.width=128 to another value; leave these fields at their defaults, or "
-      r"set config\.model\.variant=''")):
+      r"config\.model\.variant='B/16' sets config\.model\.width=128 to another value; leave these fields at their "
+      r"defaults, or set config\.model\.variant=''")):
     schema.parse_config(c)
 
 
@@ -211,12 +227,14 @@ def test_compat_sets_what_the_preset_sets_and_keeps_the_decay_of_kernels(weight_
   presets.published(expected, weight_decay)
   expected.compat = 'published'
   assert schema.parse_config(c) == schema.parse_config(expected) and schema.apply_choices(c) == expected
-  assert expected.model.posemb == 'frozen' and expected.train.mixture == 'one_task' and expected.optim.schedule == 'published'
+  chosen = expected.model.posemb, expected.train.mixture, expected.optim.schedule
+  assert chosen == ('frozen', 'one_task', 'published')
 
 
 def test_what_contradicts_compat_is_an_error():
   c = config.base()
   c.compat = 'published'
   c.optim.update(schedule='constant', param_groups=(('.*', 'freeze'),))
-  with pytest.raises(UsageError, match=r"config\.compat='published' sets config\.optim\.schedule='constant', config\.optim\.param_groups="):
+  with pytest.raises(UsageError, match=r"config\.compat='published' sets config\.optim\.schedule='constant', "
+                                       r"config\.optim\.param_groups="):
     schema.parse_config(c)

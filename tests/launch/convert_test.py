@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers import in_process, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import presets
+from uni_moe_jax.config import presets, schema
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.model.initialization import init_params
 from uni_moe_jax.train import loop
@@ -34,7 +34,7 @@ def _config(folder: pathlib.Path):
   c.tokenizer.update(dict(type='clip', merges_path=str(folder / 'merges.txt')))
   c.target_sets.shapes.max_len = 32
   for t in c.tasks.values():
-    t.temperature, t.sampling_weight = config_lib.PUBLISHED_GROUPS[t.type], 1.0
+    t.temperature, t.sampling_weight = schema.PUBLISHED_GROUPS[t.type], 1.0
     t.max_len = 48 if t.max_len else 0
     t.batch_size = 8  # a test's process has as many devices, a process of its own has one
   c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')

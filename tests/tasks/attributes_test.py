@@ -21,7 +21,8 @@ def test_a_token_has_the_bits_of_its_task_and_its_own():
 def test_a_property_of_the_token_changes_only_its_own_bits(change, changed_bits):
   token = dict(modality='visual', side='input', causal=False)
   before, after = attributes.bits(_TASK_BITS, **token), attributes.bits(_TASK_BITS, **{**token, **change})
-  assert {i: b for i, b in enumerate(after) if b != before[i]} == changed_bits and len(after) == attributes.NUM_ATTRIBUTES
+  assert {i: b for i, b in enumerate(after) if b != before[i]} == changed_bits
+  assert len(after) == attributes.NUM_ATTRIBUTES
 
 
 @pytest.mark.parametrize('inputs, targets, expected', [

@@ -101,8 +101,8 @@ _DESCRIBED = TaskType('described_class', (_VISUAL, _TEXT), 'names', 'cls', 'desc
 
 def test_a_task_type_that_would_change_a_family_is_an_error():
   with pytest.raises(UsageError, match=(
-      r"task type 'described_class' with task bits \(1, 1, 0, 1\) would change the frozen bits \(1, 0, 0, 1\) of target "
-      r"family 'names': declare a new family for it, so that trained routers stay valid")):
+      r"task type 'described_class' with task bits \(1, 1, 0, 1\) would change the frozen bits \(1, 0, 0, 1\) of "
+      r"target family 'names': declare a new family for it, so that trained routers stay valid")):
     task_types.check_task_type(_DESCRIBED, task_types.families())
 
 

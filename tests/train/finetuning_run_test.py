@@ -113,11 +113,13 @@ def test_words_are_those_of_the_run_it_starts_from(base):
 def test_averaged_parameters_are_what_a_run_starts_from(tmp_path):
   c, other = _config('shape'), _config('shape')
   c.train.ema_decay, other.train.init = .5, str(tmp_path)
-  run = _saved(c, tmp_path, lambda state: state.replace(ema_params=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
+  run = _saved(c, tmp_path, lambda state: state.replace(
+      ema_params=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
   with Checkpoints(tmp_path, 1) as checkpoints:
     state, averaged = checkpoints.restore(run.abstract_state()), checkpoints.restore_params()
   jax.tree.map(np.testing.assert_array_equal, averaged, state.ema_params)
-  jax.tree.map(np.testing.assert_array_equal, train_run.load_init_params(train_run.build(other, jax.devices()[:1])), state.ema_params)
+  jax.tree.map(np.testing.assert_array_equal, train_run.load_init_params(train_run.build(other, jax.devices()[:1])),
+               state.ema_params)
   moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *jax.device_get((state.ema_params, state.params)))
   assert max(jax.tree.leaves(moved)) > 0
 

@@ -52,7 +52,8 @@ def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run)
 
 
 @pytest.mark.parametrize('task, group', [
-    ('digits', 'pictures'), ('video_caption', 'image_caption'), ('video_name', 'image_retrieval'), ('shape', 'pictures')])
+    ('digits', 'pictures'), ('video_caption', 'image_caption'), ('video_name', 'image_retrieval'),
+    ('shape', 'pictures')])
 def test_the_scale_is_that_of_the_kind_or_of_one_that_reads_and_answers_alike(run, task, group):
   assert all(recipe(f'run={run},task={task}').tasks[task].temperature == group for recipe in ALL)
 
@@ -87,7 +88,8 @@ def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(t
 
 def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_has_neither(run):
   prompt, fine = finetuning.prompt_tune(f'run={run},task=digits'), finetuning.finetune(f'run={run},task=digits')
-  assert prompt.optim.param_groups[-1] == (r'.*', FREEZE) and prompt.model.num_deep_prompts > 0 and prompt.tasks.digits.linear_head
+  assert prompt.optim.param_groups[-1] == (r'.*', FREEZE)
+  assert prompt.model.num_deep_prompts > 0 and prompt.tasks.digits.linear_head
   assert prompt.model.prompt_sharing == 'inputs'  # what the run knows of other answers stays
   assert not finetuning.prompt_tune(f'run={run},task=video_name').tasks.video_name.linear_head
   assert not any(rule[1] == FREEZE for rule in fine.optim.param_groups)

@@ -28,11 +28,11 @@ def arguments(
   """
   path, values = f'configs/{pathlib.Path(file).name}', dict(defaults)
   given: dict[str, str] = {}
-  for part in (arg or '').split(',') if arg else ():
+  for part in arg.split(',') if arg else ():
     name, equals, value = part.partition('=')
     if not equals:
-      raise UsageError(f'{path}:{arg}: {part!r} must be NAME=VALUE, with NAME one of {", ".join(defaults)}; for example '
-                       f'{path}:{_example(defaults, choices, required)}.')
+      raise UsageError(f'{path}:{arg}: {part!r} must be NAME=VALUE, with NAME one of {", ".join(defaults)}; for '
+                       f'example {path}:{_example(defaults, required)}.')
     if name not in defaults:
       raise UsageError(f'{path}:{arg}: argument {name!r} is unknown; {nearest(name, defaults)}.')
     if name in given:
@@ -44,7 +44,8 @@ def arguments(
       raise UsageError(f'{path}:{arg}: {name}={value!r} is unknown; {nearest(value, valid)}.')
   for name in required:
     if not values[name]:
-      raise UsageError(f'{path}:{arg or ""}: argument {name!r} is missing; give {_example(defaults, choices, required)}.')
+      raise UsageError(f'{path}:{arg or ""}: argument {name!r} is missing; give '
+                       f'{_example(defaults, required)}.')
   return types.SimpleNamespace(**values)
 
 
@@ -54,6 +55,6 @@ def _value(text: str, default: Any) -> Any:
   return int(text) if isinstance(default, int) and text.isdecimal() else text
 
 
-def _example(defaults: dict[str, Any], choices: dict[str, Collection[Any]] | None, required: Collection[str]) -> str:
-  show = lambda name: str(defaults[name]).lower() if isinstance(defaults[name], bool) else defaults[name] or name.upper()
-  return ','.join(f'{name}={show(name)}' for name in required or defaults)
+def _example(defaults: dict[str, Any], required: Collection[str]) -> str:
+  shown = {name: str(x).lower() if isinstance(x, bool) else x or name.upper() for name, x in defaults.items()}
+  return ','.join(f'{name}={shown[name]}' for name in required or defaults)

@@ -1,12 +1,13 @@
-"""The published pretraining tasks and downstream benchmarks as tables: sources, answer sets, batches, how each is evaluated.
+"""The published pretraining tasks and downstream benchmarks as tables: sources, target sets, batches and evaluation.
 
-Sources are TFDS data sets where TFDS has them, and else own data under these names; docs/guides/benchmarks.md says how to obtain each.
-Sizes, weights, lengths and augmentations are those of the published configs; batches are those of one process there. What is ours
-says so.
+Sources are TFDS data sets if TFDS has them, otherwise own data under these names; docs/guides/benchmarks.md says how to
+obtain them. Sizes, weights, lengths and augmentations are those of the published configs; batches are those of one
+process there. What differs is marked "ours".
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 
@@ -17,15 +18,23 @@ IMAGENET_NAMES = 'file:class_names/imagenet1k.tsv'
 IMAGENET21K_NAMES = 'file:class_names/imagenet21k.tsv'
 VQA_ANSWERS = 'file:class_names/vqa_answers.tsv'
 CAPTIONS = '{captions}'
-_SMOOTHING = 0.1
-# As ImageNet's classifiers are trained; and what captions and clips get.
+_SMOOTHING = dict(label_smoothing=0.1)
+# Augmentation of classified images, of captioned images, and of videos.
 _CLASSIFIED = dict(crop='random_resized_crop', random_flip=True, randaugment=9.0, random_erasing=0.25)
-_FLIPPED, _CLIP = dict(random_flip=True), dict(crop='jittered_crop', random_flip=True)
+_FLIPPED, _VIDEO = dict(random_flip=True), dict(crop='jittered_crop', random_flip=True)
+
+Edit = Callable[[ml_collections.ConfigDict], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """A source of pictures with captions in pretraining. sampling_weight: of its caption and of its retrieval task. max_len: of texts."""
+  """A pretraining source of images with captions.
+
+  Attributes:
+    sampling_weight: of its caption task, and of its retrieval task.
+    caption: template of a caption.
+    max_len: tokens of texts.
+  """
   source: str
   sampling_weight: float
   caption: str = CAPTIONS
@@ -43,49 +52,53 @@ PRETRAINING_PAIRS = {
 }
 
 
-def _task(kind: str, source: str, **fields) -> ml_collections.ConfigDict:
-  """A task in the temperature group that its kind has there."""
-  return config.task(kind, source, temperature=schema.PUBLISHED_GROUPS[kind], **fields)
+def _task(task_type: str, source: str, **values: Any) -> ml_collections.ConfigDict:
+  """A task in the published temperature group of its type."""
+  return config.task(task_type, source, temperature=schema.PUBLISHED_GROUPS[task_type], **values)
 
 
 def vocabulary(c: ml_collections.ConfigDict) -> str:
-  """The set of all words, under its name."""
+  """Adds the target set of all words; returns its name."""
   c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
   return 'vocabulary'
 
 
 def pretraining(c: ml_collections.ConfigDict) -> None:
-  """Adds the sixteen tasks: one of pictures and two of clips by class, running text, and six sources of captions, each described
-  and matched. Moments in Time has three frames and Kinetics four, so that they are two groups of clips."""
+  """Adds the sixteen tasks: images, two sources of videos, running text, and captioning and retrieval of six sources.
+
+  Moments in Time has three frames and Kinetics four, so that they are two groups of videos.
+  """
   names = dict(family='names', max_len=32)
   c.target_sets.imagenet21k = config.target_set(IMAGENET21K_NAMES, **names)
   c.target_sets.kinetics700 = config.target_set('own:kinetics700/label', **names)
   c.target_sets.moments = config.target_set('own:moments/label', **names)
   words = vocabulary(c)
   c.tasks.imagenet21k = _task(
-      'image_classification', 'own:imagenet21k', batch_size=720, loss_weight=1.0, sampling_weight=2.486, target_set='imagenet21k', label_column='label',
-      label_smoothing=_SMOOTHING, mixup_alpha=0.8, cutmix_alpha=1.0, **_CLASSIFIED)
-  for name, batch, frames, sampling in (('kinetics700', 64, 4, 0.76), ('moments', 112, 3, 0.44)):
+      'image_classification', 'own:imagenet21k', batch_size=720, loss_weight=1.0, sampling_weight=2.486,
+      target_set='imagenet21k', label_column='label', mixup_alpha=0.8, cutmix_alpha=1.0, **_SMOOTHING, **_CLASSIFIED)
+  for name, batch_size, num_frames, sampling_weight in (('kinetics700', 64, 4, 0.76), ('moments', 112, 3, 0.44)):
     c.tasks[name] = _task(
-        'video_classification', f'own:{name}', batch_size=batch, loss_weight=0.1, sampling_weight=sampling, target_set=name, label_column='label',
-        label_smoothing=_SMOOTHING, num_frames=frames, **_CLIP)
+        'video_classification', f'own:{name}', batch_size=batch_size, loss_weight=0.1, sampling_weight=sampling_weight,
+        target_set=name, label_column='label', num_frames=num_frames, **_SMOOTHING, **_VIDEO)
   c.tasks.bookswiki = _task(
-      'text_mlm', 'own:bookswiki', batch_size=512, loss_weight=0.5, sampling_weight=2.75, target_set=words, max_len=128, max_predictions=20)
+      'text_mlm', 'own:bookswiki', batch_size=512, loss_weight=0.5, sampling_weight=2.75, target_set=words, max_len=128,
+      max_predictions=20)
   for name, p in PRETRAINING_PAIRS.items():
     text = dict(sampling_weight=p.sampling_weight, caption_templates=(p.caption,), max_len=p.max_len, **_FLIPPED)
-    c.tasks[f'{name}_caption'] = _task(
-        'image_caption', p.source, batch_size=300, loss_weight=1.0, target_set=words, **text)
+    c.tasks[f'{name}_caption'] = _task('image_caption', p.source, batch_size=300, loss_weight=1.0, target_set=words,
+                                       **text)
     c.tasks[f'{name}_retrieval'] = _task(
-        'image_retrieval', p.source, batch_size=512, loss_weight=0.5, label_smoothing=_SMOOTHING, **text)
+        'image_retrieval', p.source, batch_size=512, loss_weight=0.5, **_SMOOTHING, **text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """How one benchmark is fine-tuned.
+  """Published fine-tuning of one benchmark; the fields are those of config.tasks, train, model and optim.
 
   Attributes:
-    batch_size: of one process. steps, warmup_steps: of the run. learning_rate: at its height. min_learning_rate: the rate that it never falls below.
-    max_len: of texts in tokens. loss_weight: of the loss. drop_path: stochastic depth. weight_decay, b2, eps, grad_clip_norm: of the optimizer.
+    batch_size: of one process.
+    learning_rate, min_learning_rate: peak, and end.
+    weight_decay: of kernels.
   """
   batch_size: int
   learning_rate: float
@@ -101,8 +114,9 @@ class Tuning:
   min_learning_rate: float = 1e-6
 
 
-def _glue_tuning(batch: int, warmup: int, steps: int, learning_rate: float = 1e-5) -> Tuning:
-  return Tuning(batch, learning_rate, warmup, steps, max_len=256, weight_decay=0.1, b2=0.98, eps=1e-8, grad_clip_norm=0.5, min_learning_rate=1e-8)
+def _glue_tuning(batch_size: int, warmup_steps: int, steps: int, learning_rate: float = 1e-5) -> Tuning:
+  return Tuning(batch_size, learning_rate, warmup_steps, steps, max_len=256, weight_decay=0.1, b2=0.98, eps=1e-8,
+                grad_clip_norm=0.5, min_learning_rate=1e-8)
 
 
 # As published for the base size.
@@ -115,8 +129,9 @@ TUNING = {
     'flickr30k_retrieval': Tuning(256, 5e-6, 200, 5_000),
     'msvd_caption': Tuning(2, 2e-5, 100, 1_000, drop_path=0.2),
     'msvd_retrieval': Tuning(16, 5e-6, 200, 2_000, drop_path=0.2),
-    # A config for debugging is all that was published.
-    'vqa': Tuning(64, 4e-5, 1_000, 20_000, max_len=23, loss_weight=0.1, weight_decay=0.05, b2=0.999, eps=1e-8, grad_clip_norm=0.0, min_learning_rate=1e-8),
+    # Only a config for debugging was published.
+    'vqa': Tuning(64, 4e-5, 1_000, 20_000, max_len=23, loss_weight=0.1, weight_decay=0.05, b2=0.999, eps=1e-8,
+                  grad_clip_norm=0.0, min_learning_rate=1e-8),
     'cola': _glue_tuning(16, 400, 5_600),
     'sst2': _glue_tuning(32, 1_500, 22_000),
     'mrpc': _glue_tuning(16, 150, 2_500),
@@ -125,24 +140,25 @@ TUNING = {
     'qnli': _glue_tuning(16, 2_000, 34_000),
     'rte': _glue_tuning(16, 150, 2_500, 2e-5),
 }
-# Ours: of MSR-VTT zero-shot evaluation alone was published.
-TUNING |= {f'msrvtt_{kind}': TUNING[f'msvd_{kind}'] for kind in ('caption', 'retrieval')}
+# Ours: of MSR-VTT only zero-shot evaluation was published.
+TUNING |= {f'msrvtt_{task}': TUNING[f'msvd_{task}'] for task in ('caption', 'retrieval')}
 
 
 def finetuning(c: ml_collections.ConfigDict, name: str) -> None:
-  """Optimizer and steps of one benchmark, every parameter trained; the benchmark itself fills in its task."""
+  """Sets the optimizer and steps of one benchmark; every parameter trains."""
   t = TUNING[name]
   c.optim.update(dict(
-      schedule='published', learning_rate=t.learning_rate, final_lr_fraction=t.min_learning_rate / t.learning_rate, warmup_steps=t.warmup_steps,
-      b1=0.9, b2=t.b2, eps=t.eps, grad_clip_norm=t.grad_clip_norm, param_groups=(*c.optim.param_groups[:-1], (r'.*', 1.0, t.weight_decay))))
+      schedule='published', learning_rate=t.learning_rate, final_lr_fraction=t.min_learning_rate / t.learning_rate,
+      warmup_steps=t.warmup_steps, b1=0.9, b2=t.b2, eps=t.eps, grad_clip_norm=t.grad_clip_norm,
+      param_groups=(*c.optim.param_groups[:-1], (r'.*', 1.0, t.weight_decay))))
   c.model.drop_path = t.drop_path
   c.train.update(dict(steps=t.steps, log_every=50, checkpoint_every=1000))
 
 
-def _tuned(kind: str, source: str, name: str, **fields) -> ml_collections.ConfigDict:
-  """The task of a benchmark, in the sizes of its row."""
+def _tuned(task_type: str, source: str, name: str, **values: Any) -> ml_collections.ConfigDict:
+  """The task of a benchmark, with the sizes of its row in `TUNING`."""
   t = TUNING[name]
-  return _task(kind, source, batch_size=t.batch_size, loss_weight=t.loss_weight, **fields)
+  return _task(task_type, source, batch_size=t.batch_size, loss_weight=t.loss_weight, **values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +166,9 @@ class Glue:
   """A GLUE task.
 
   Attributes:
-    template: published; its suffix belongs to the first text.
-    words: what TFDS calls a class → its label word. Of two classes the second is the one that F1 is of.
-    splits: that are evaluated.
+    template: the published one; its suffix belongs to the first text.
+    words: TFDS's name of a class → its label word. Of two classes, F1 is that of the second.
+    splits: evaluated splits.
   """
   template: str
   words: tuple[tuple[str, str], ...]
@@ -163,7 +179,7 @@ _ENTAILS = (('not_entailment', 'no'), ('entailment', 'yes'))
 GLUE = {
     'cola': Glue('{sentence} This is <spe> . <eot>', (('unacceptable', 'incorrect'), ('acceptable', 'correct'))),
     'sst2': Glue('{sentence} <eot> It is <spe> . <eot>', (('negative', 'bad'), ('positive', 'wonderful'))),
-    # Published: its full stop is taken from the first sentence, and given back as the suffix.
+    # The published code removes the full stop of the first sentence, and adds it as the suffix.
     'mrpc': Glue('{sentence1} <spe> , {sentence2} <eot>', (('not_equivalent', 'no'), ('equivalent', 'yes'))),
     'qqp': Glue('{question1} <eot> <spe> , {question2} <eot>', (('not_duplicate', 'no'), ('duplicate', 'yes'))),
     'mnli': Glue('{premise} <spe> , {hypothesis} <eot>',
@@ -175,58 +191,61 @@ GLUE = {
 
 
 def glue(c: ml_collections.ConfigDict, name: str) -> None:
-  """One GLUE task; the hidden labels of the test splits are not evaluated."""
+  """Adds one GLUE task; the hidden labels of the test splits are not evaluated."""
   g = GLUE[name]
   c.target_sets[name] = config.target_set(g.words, family='words')
   c.tasks[name] = _tuned(
       'text_classification', f'tfds:glue/{name}', name, target_set=name, label_column='label',
-      template=g.template, max_len=TUNING[name].max_len, label_smoothing=_SMOOTHING)
+      template=g.template, max_len=TUNING[name].max_len, **_SMOOTHING)
   for split in g.splits:
     c.evaluators[f'{name}, {split}'] = config.evaluator('glue', name, split=split)
 
 
 def imagenet1k(c: ml_collections.ConfigDict) -> None:
-  """Which of 1000 classes a picture shows."""
+  """Adds the classification of images into 1000 classes."""
   c.target_sets.imagenet1k = config.target_set(IMAGENET_NAMES, family='names', max_len=32)
-  c.preflight.target_lengths.imagenet1k = ((4, 500), (8, 500))  # here and below, how long they are is an assumption
+  c.preflight.target_lengths.imagenet1k = ((4, 500), (8, 500))  # here and below, the lengths are an assumption
   c.tasks.imagenet1k = _tuned(
       'image_classification', 'tfds:imagenet2012', 'imagenet1k', target_set='imagenet1k', label_column='label',
-      label_smoothing=_SMOOTHING, **_CLASSIFIED)
+      **_SMOOTHING, **_CLASSIFIED)
   c.evaluators.imagenet1k = config.evaluator('classification', 'imagenet1k', split='validation')
 
 
 def kinetics400(c: ml_collections.ConfigDict) -> None:
-  """Which of 400 actions a clip shows: eight frames, four views in time, three crops."""
+  """Adds the classification of videos into 400 actions: eight frames; evaluation of four views × three crops."""
   c.target_sets.kinetics400 = config.target_set('own:kinetics400/label', family='names', max_len=32)
   c.preflight.target_lengths.kinetics400 = ((4, 200), (8, 200))
   c.tasks.kinetics400 = _tuned(
       'video_classification', 'own:kinetics400', 'kinetics400', target_set='kinetics400', label_column='label',
-      num_frames=8, **_CLIP)
-  c.evaluators.kinetics400 = config.evaluator('classification', 'kinetics400', split='validation', batch_size=32, num_views=4, num_crops=3)
+      num_frames=8, **_VIDEO)
+  c.evaluators.kinetics400 = config.evaluator(
+      'classification', 'kinetics400', split='validation', batch_size=32, num_views=4, num_crops=3)
 
 
-def _caption(name: str, source: str, split: str = 'train', column: str = CAPTIONS, num_frames: int = 0):
-  def fill(c: ml_collections.ConfigDict) -> None:
+def _caption(name: str, source: str, split: str = 'train', column: str = CAPTIONS, num_frames: int = 0) -> Edit:
+  def add(c: ml_collections.ConfigDict) -> None:
     c.tasks[name] = _tuned(
         'video_caption' if num_frames else 'image_caption', source, name, split=split, num_frames=num_frames,
-        target_set=vocabulary(c), caption_templates=(column,), max_len=TUNING[name].max_len, label_smoothing=_SMOOTHING,
-        **(_CLIP if num_frames else _FLIPPED))
+        target_set=vocabulary(c), caption_templates=(column,), max_len=TUNING[name].max_len, **_SMOOTHING,
+        **(_VIDEO if num_frames else _FLIPPED))
     c.evaluators[name] = config.evaluator('caption', name, split='test', batch_size=64, beam_size=2)
-  return fill
+  return add
 
 
-def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTIONS, num_frames: int = 0):
-  def fill(c: ml_collections.ConfigDict) -> None:
+def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTIONS, num_frames: int = 0) -> Edit:
+  def add(c: ml_collections.ConfigDict) -> None:
     c.tasks[name] = _tuned(
         'video_retrieval' if num_frames else 'image_retrieval', source, name, split=split, caption_templates=(column,),
-        max_len=TUNING[name].max_len, label_smoothing=_SMOOTHING, num_frames=num_frames, **(_CLIP if num_frames else _FLIPPED))
+        max_len=TUNING[name].max_len, num_frames=num_frames, **_SMOOTHING, **(_VIDEO if num_frames else _FLIPPED))
     c.evaluators[name] = config.evaluator('retrieval', name, split='test', batch_size=64)
-  return fill
+  return add
 
 
 def vqa(c: ml_collections.ConfigDict) -> None:
-  """Questions about pictures, ten answers each; the answers of the set are the commonest ones of at least nine questions. A picture
-  is not mirrored: published training mirrors it and swaps left and right in words."""
+  """Adds questions about images, with ten answers each; the target set has the answers of at least nine questions.
+
+  Images are not mirrored: published training mirrors them and swaps left and right in words.
+  """
   c.target_sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', max_len=16)
   c.preflight.target_lengths.vqa_answers = ((4, 3129),)
   c.tasks.vqa = _tuned(
@@ -236,8 +255,8 @@ def vqa(c: ml_collections.ConfigDict) -> None:
 
 
 _COCO = dict(source='tfds:coco_captions', split='train+restval', column='{captions/text}')
-# Name → what fills in a config that has a model.
-DOWNSTREAM: dict[str, Callable[[ml_collections.ConfigDict], None]] = {
+# Benchmark → function that adds it to a config with a model.
+DOWNSTREAM: dict[str, Edit] = {
     'imagenet1k': imagenet1k,
     'kinetics400': kinetics400,
     'coco_caption': _caption('coco_caption', **_COCO),

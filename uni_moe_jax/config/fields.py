@@ -1,4 +1,4 @@
-"""One declaration per config field: `field(default, doc, bounds)` in a frozen dataclass gives defaults, checks and docs.
+"""One declaration per config field: `field(default, doc, …)` in a frozen dataclass gives defaults, checks and docs.
 
 A `ConfigDict` is what users write and override (`to_config_dict`); `parse` checks one and returns the dataclass.
 """
@@ -41,7 +41,8 @@ def field(
     path: a path of a file system, or a string that may name one: addresses such as gs://… are refused.
     pattern: a regular expression.
   """
-  metadata = dict(doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices), off=off,
+  metadata = dict(doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices),
+                  off=off,
                   published=published, path=path, pattern=pattern)
   return dataclasses.field(default=default, metadata=metadata)
 
@@ -74,10 +75,16 @@ def to_config_dict(value: Any) -> ml_collections.ConfigDict:
 
 
 def parse(cls: type[T], given: Any, name: str = '') -> T:
-  """Checks names, types and bounds of a section, and returns its dataclass. name: of the section; '' for the whole config.
+  """Checks names, types and bounds of a section; returns its dataclass.
+
+  Args:
+    cls: config dataclass.
+    given: section of a ConfigDict.
+    name: of the section; '' for the whole config.
 
   Raises:
-    UsageError: a field is missing, unknown, of another type, not finite, out of bounds, unknown as a choice, or an address.
+    UsageError: a field is missing, unknown, of another type, not finite, out of bounds, unknown as a choice, or an
+  address.
   """
   declared = {f.name: f for f in dataclasses.fields(cls)}
   if not isinstance(given, ml_collections.ConfigDict):
@@ -137,22 +144,21 @@ def _check_value(name: str, value: Any, m: Mapping[str, Any]) -> None:
     check_choice(name, value, m['choices'])
   if m['pattern']:
     check_pattern(name, value)
-  low, high = (m['at_least'], m['above']), (m['at_most'], m['below'])
-  if isinstance(value, (int, float)) and (
-      low[0] is not None and value < low[0] or low[1] is not None and value <= low[1] or
-      high[0] is not None and value > high[0] or high[1] is not None and value >= high[1]):
+  if isinstance(value, (int, float)) and not (
+      (m['at_least'] is None or value >= m['at_least']) and (m['above'] is None or value > m['above']) and
+      (m['at_most'] is None or value <= m['at_most']) and (m['below'] is None or value < m['below'])):
     off = '' if m['off'] is None else f'; {m["off"]:g} is off'
     raise UsageError(f'config.{name}={value} must be {bounds(m)}{off}.')
 
 
 def bounds(m: Mapping[str, Any]) -> str:
   """'at least 1', 'in [0, 1)': the bounds in a field's metadata; '' if there are none."""
-  show = lambda x: f'{x:g}'
-  low = '' if m['at_least'] is m['above'] is None else f'[{m["at_least"]:g}' if m['above'] is None else f'({m["above"]:g}'
-  high = '' if m['at_most'] is m['below'] is None else f'{m["at_most"]:g}]' if m['below'] is None else f'{m["below"]:g})'
+  low = [f'{bracket}{m[b]:g}' for b, bracket in (('at_least', '['), ('above', '(')) if m[b] is not None]
+  high = [f'{m[b]:g}{bracket}' for b, bracket in (('at_most', ']'), ('below', ')')) if m[b] is not None]
   if low and high:
-    return f'in {low}, {high}'
-  return f'above {show(m["above"])}' if m['above'] is not None else f'at least {show(m["at_least"])}' if low else ''
+    return f'in {low[0]}, {high[0]}'
+  return ' or '.join(f'{b.replace("_", " ")} {m[b]:g}' for b in ('at_least', 'above', 'at_most',
+                                                                 'below') if m[b] is not None)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -108,8 +108,8 @@ class Plan:
   def check_trains(self) -> None:
     """Raises UsageError if the plan only evaluates."""
     if not self.tasks:
-      raise UsageError('config.tasks: every task has batch_size=0, so that there is nothing to train; evaluate the run in '
-                       'config.train.init: python launch/evaluate.py --config=… --workdir=….')
+      raise UsageError('config.tasks: every task has batch_size=0, so that there is nothing to train; evaluate the run '
+                       'in config.train.init: python launch/evaluate.py --config=… --workdir=….')
 
   def check_batches(self, shards: int, accum: int) -> None:
     """Raises UsageError if a task's micro-batch does not divide over the batch shards of the mesh."""
@@ -147,11 +147,12 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
     task_types.check_task_type(types[name], families)
   sets = {name: _set_spec(name, s, families) for name, s in config.target_sets.items()}
   if not any(t.batch_size for t in config.tasks.values()) and not (config.train.init and config.evaluators):
-    raise UsageError('config.tasks has no task with batch_size > 0; add one with config.task(…). To evaluate another run as it '
-                     'is, set config.train.init to its work directory and add config.evaluators.')
+    raise UsageError('config.tasks has no task with batch_size > 0; add one with config.task(…). To evaluate another '
+                     'run as it is, set config.train.init to its work directory and add config.evaluators.')
   with_head = [name for name, t in config.tasks.items() if t.linear_head]
   if len(with_head) > 1:
-    raise UsageError(f'config.tasks: {" and ".join(with_head)} both have linear_head=True; one task at most has a linear head.')
+    raise UsageError(f'config.tasks: {" and ".join(with_head)} both have linear_head=True; one task at most has a '
+                     'linear head.')
   every = [_task_spec(name, t, types, sets, config) for name, t in config.tasks.items()]
   tasks, probes = tuple(t for t in every if t.batch_size), tuple(t for t in every if not t.batch_size)
   temperatures = tuple(sorted({t.temperature for t in tasks} | set(config.model.extra_temperature_groups)))
@@ -159,27 +160,32 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
   for t in probes:
     # Retrieval only orders candidates, which needs no scale.
     if t.temperature not in temperatures and t.type.target != 'pair':
-      raise UsageError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its '
-                       f'scale would be unknown; {nearest(t.temperature, temperatures)}.')
+      raise UsageError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that '
+                       f'its scale would be unknown; {nearest(t.temperature, temperatures)}.')
     if t.target_set and t.target_set not in used and sets[t.target_set].label_prompts:
-      raise UsageError(f'config.target_sets.{t.target_set}.label_prompts=True: no trained task uses this set, so that its '
-                       'prompts would stay zero; train a task with it, or set it to False.')
+      raise UsageError(f'config.target_sets.{t.target_set}.label_prompts=True: no trained task uses this set, so that '
+                       'its prompts would stay zero; train a task with it, or set it to False.')
   evaluations = tuple(_evaluation(name, e, every, sets) for name, e in config.evaluators.items())
   probed = {t.target_set for t in probes} - used
   answers = {e.constrain_to for e in evaluations} - used - probed
-  chosen = lambda names: tuple(s for name, s in sets.items() if name in names)
   return Plan(
-      task_types=tuple(types.values()), tasks=tasks, sets=chosen(used), probes=probes, probe_sets=chosen(probed),
+      task_types=tuple(types.values()), tasks=tasks, sets=_named(used, sets), probes=probes,
+      probe_sets=_named(probed, sets),
       evaluations=evaluations, temperatures=temperatures, encode_all_sets=config.train.encode_all_sets,
-      answer_sets=chosen(answers), config=config)
+      answer_sets=_named(answers, sets), config=config)
+
+
+def _named(names: set[str], sets: Mapping[str, SetSpec]) -> tuple[SetSpec, ...]:
+  return tuple(s for name, s in sets.items() if name in names)
 
 
 def _own_family(name: str, bits: Any) -> Condition:
   if name in task_types.families():
-    raise UsageError(f'config.target_families.{name}: a built-in family has this name, and its bits are frozen; choose another.')
+    raise UsageError(f'config.target_families.{name}: a built-in family has this name, and its bits are frozen; choose '
+                     'another.')
   if isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits):
-    raise UsageError(f'config.target_families.{name}={bits!r} must be four bits: input visual, input text, target visual, '
-                     'target text; for example (1, 0, 0, 1).')
+    raise UsageError(f'config.target_families.{name}={bits!r} must be four bits: input visual, input text, target '
+                     'visual, target text; for example (1, 0, 0, 1).')
   return task_types.family_condition(name, tuple(bits))
 
 
@@ -189,9 +195,11 @@ def _own_task_type(name: str, values: Any) -> TaskType:
   expected = {f.name for f in dataclasses.fields(TaskType)} - {'name'}
   if set(values) != expected:
     wrong = sorted(set(values) ^ expected)
-    raise UsageError(f'config.task_types.{name}: {", ".join(wrong)} missing or unknown; give {", ".join(sorted(expected))}.')
+    raise UsageError(f'config.task_types.{name}: {", ".join(wrong)} missing or unknown; give '
+                     f'{", ".join(sorted(expected))}.')
   if any(isinstance(s, str) or len(s) not in (1, 2) for s in values.inputs):
-    raise UsageError(f'config.task_types.{name}.inputs={values.inputs!r} must contain (modality, mask) pairs, for example '
+    raise UsageError(f'config.task_types.{name}.inputs={values.inputs!r} must contain (modality, mask) pairs, for '
+                     'example '
                      "(('visual', 'full'),).")
   return TaskType(**{**values, 'name': name, 'inputs': tuple(task_types.Segment(*s) for s in values.inputs)})
 
@@ -200,11 +208,12 @@ def _set_spec(name: str, s: TargetSetConfig, families: Mapping[str, Condition]) 
   field = f'config.target_sets.{name}'
   check_choice(f'target_sets.{name}.family', s.family, families)
   if s.softmax == 'sampled' and (s.entries != VOCABULARY or s.num_sampled < 1):
-    raise UsageError(f"{field}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not entries={s.entries!r}, "
+    raise UsageError(f"{field}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not "
+                     f"entries={s.entries!r}, "
                      f'num_sampled={s.num_sampled}.')
   if s.label_prompts and s.entries == VOCABULARY:
-    raise UsageError(f'{field}.label_prompts=True is for sets of texts: each word of the vocabulary already has a learned '
-                     'embedding; set it to False.')
+    raise UsageError(f'{field}.label_prompts=True is for sets of texts: each word of the vocabulary already has a '
+                     'learned embedding; set it to False.')
   return SetSpec(**vars(s), name=name, condition=families[s.family])
 
 
@@ -214,7 +223,8 @@ def _array_shape(t: TaskConfig) -> tuple[int, ...]:
   return t.max_len, t.max_predictions, *of_files
 
 
-def _task_spec(name: str, t: TaskConfig, types: Mapping[str, TaskType], sets: Mapping[str, SetSpec], c: Config) -> TaskSpec:
+def _task_spec(
+    name: str, t: TaskConfig, types: Mapping[str, TaskType], sets: Mapping[str, SetSpec], c: Config) -> TaskSpec:
   check_choice(f'tasks.{name}.type', t.type, types)
   task_type = types[t.type]
   validate.check_task(name, t, task_type, c)
@@ -222,27 +232,29 @@ def _task_spec(name: str, t: TaskConfig, types: Mapping[str, TaskType], sets: Ma
   # Tasks of a type share a batch only if their arrays have the same shapes.
   shapes = {_array_shape(other) for other in c.tasks.values() if other.type == t.type and other.batch_size}
   group = t.type if len(shapes) <= 1 else '/'.join(map(str, (t.type, *_array_shape(t))))
-  return TaskSpec(**{**vars(t), 'name': name, 'type': task_type, 'group': group, 'temperature': t.temperature or t.type})
+  return TaskSpec(**{**vars(t), 'name': name, 'type': task_type, 'group': group,
+                     'temperature': t.temperature or t.type})
 
 
 def _check_target_set(name: str, t: TaskConfig, task_type: TaskType, sets: Mapping[str, SetSpec]) -> None:
   field = f'config.tasks.{name}'
   if task_type.target == 'pair':
     if t.target_set:
-      raise UsageError(f'{field}.target_set={t.target_set!r}: task type {t.type!r} is matched with its own texts; set it to '
+      raise UsageError(f'{field}.target_set={t.target_set!r}: task type {t.type!r} is matched with its own texts; set '
+                       'it to '
                        "''.")
   else:
     check_choice(f'tasks.{name}.target_set', t.target_set, sets)
     family = sets[t.target_set].family
     if family != task_type.target:
-      raise UsageError(f'{field}.target_set={t.target_set!r} is of family {family!r}, but task type {t.type!r} chooses among '
-                       f'{task_type.target!r}.')
+      raise UsageError(f'{field}.target_set={t.target_set!r} is of family {family!r}, but task type {t.type!r} chooses '
+                       f'among {task_type.target!r}.')
     if task_type.readout in ('masked', 'queries') and not sets[t.target_set].is_vocabulary:
       raise UsageError(f'{field}.target_set={t.target_set!r}: task type {t.type!r} predicts words; its set must have '
                        f"entries='{VOCABULARY}'.")
   if t.linear_head and not (task_type.has_classes and not sets[t.target_set].is_vocabulary):
-    raise UsageError(f'{field}.linear_head=True needs a task type that chooses among the entries of a set; {t.type!r} with '
-                     f'target_set={t.target_set!r} does not.')
+    raise UsageError(f'{field}.linear_head=True needs a task type that chooses among the entries of a set; {t.type!r} '
+                     f'with target_set={t.target_set!r} does not.')
 
 
 def _evaluation(name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapping[str, SetSpec]) -> Evaluation:
@@ -252,17 +264,18 @@ def _evaluation(name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapp
   task, accepts = by_name[e.task], EVALUATIONS[e.type]
   if not accepts(task.type):
     valid = [t.name for t in tasks if accepts(t.type)]
-    raise UsageError(f'{field}.task={e.task!r} is of task type {task.type.name!r}, which evaluator {e.type!r} cannot evaluate; '
-                     f'choices: {", ".join(valid) or "none"}.')
+    raise UsageError(f'{field}.task={e.task!r} is of task type {task.type.name!r}, which evaluator {e.type!r} cannot '
+                     f'evaluate; choices: {", ".join(valid) or "none"}.')
   if e.constrain_to:
     if e.type != 'caption':
-      raise UsageError(f"{field}.constrain_to={e.constrain_to!r} is for evaluators of type 'caption', not {e.type!r}; set it to "
-                       "''.")
+      raise UsageError(f"{field}.constrain_to={e.constrain_to!r} is for evaluators of type 'caption', not {e.type!r}; "
+                       "set it to ''.")
     check_choice(f'evaluators.{name}.constrain_to', e.constrain_to, sets)
     if sets[e.constrain_to].is_vocabulary:
-      raise UsageError(f"{field}.constrain_to={e.constrain_to!r} is the vocabulary, which constrains nothing; set it to '', or "
+      raise UsageError(f"{field}.constrain_to={e.constrain_to!r} is the vocabulary, which constrains nothing; set it "
+                       "to '', or "
                        'to a set of texts.')
   if e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames):
-    raise UsageError(f'{field}: num_views={e.num_views}, num_crops={e.num_crops} are for the classification of videos of files (a '
-                     'task with num_frames > 0); set them to 1.')
+    raise UsageError(f'{field}: num_views={e.num_views}, num_crops={e.num_crops} are for the classification of videos '
+                     'of files (a task with num_frames > 0); set them to 1.')
   return Evaluation(**{**vars(e), 'name': name, 'task': task})

@@ -1,4 +1,4 @@
-"""What several config files share: the published choices, a small model, and the tasks of embedded and of your own data."""
+"""What config files share: published choices, a small model, the tasks of embedded and of your own data."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -19,8 +19,8 @@ SIZES = {'tiny': 'Ti/16', 'small': 'S/16', 'base': 'B/16', 'large': 'L/16'}  # a
 def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
   """Sets every field that has a published value, for a config that then deviates. Otherwise, set config.compat.
 
-  docs/guides/conversion.md lists what no field offers because it is a defect in the published code. Published tasks have a
-  sampling weight beside their loss weight.
+  docs/guides/conversion.md lists what no field offers because it is a defect in the published code. Published tasks
+  have a sampling weight beside their loss weight.
 
   Args:
     c: config to change.
@@ -31,10 +31,10 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
 
 
 def prompt_tune(c: ml_collections.ConfigDict, num_prompts: int = 8, sharing: str = 'shared') -> None:
-  """Trains prompts, norms, the bias of `spe` and a linear head; freezes everything else: experts, routers, temperatures.
+  """Trains prompts, norms, the bias of `spe` and a linear head; freezes everything else.
 
-  This is the published list. Prefix prompts (`model.num_prefix_prompts`) and label prompts of a set train, too, if the config
-  has them. The run to start from is `train.init`; a task gets a head by `linear_head=True`.
+  This is the published list. Prefix prompts (`model.num_prefix_prompts`) and label prompts of a set train, too, if the
+  config has them. The run to start from is `train.init`; a task gets a head by `linear_head=True`.
 
   Args:
     c: config to change.
@@ -61,8 +61,8 @@ def own(
     splits: Collection[str]) -> None:
   """Adds tasks and evaluators for the columns of your own prepared data.
 
-  Tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes, with '_' for a dot (which
-  no config key can have), and '_2' appended if the name is taken.
+  Tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes, with '_' for a dot
+  (which no config key can have), and '_2' appended if the name is taken.
 
   Args:
     c: config with a model.
@@ -103,13 +103,14 @@ def own(
   for column, names in classes.items():
     if len(names) < 2 or not (visual or texts):
       continue
-    target_set = unused_name(column)
-    c.target_sets[target_set] = config.target_set(f'{source}/{column}', family='names' if visual else 'words', max_len=32)
+    target_set, family = unused_name(column), 'names' if visual else 'words'
+    c.target_sets[target_set] = config.target_set(f'{source}/{column}', family=family, max_len=32)
     values = dict(batch_size=32, target_set=target_set, label_column=column)
     if visual:
       add(column, 'classification', f'{visual}_classification', **values, **video)
     else:
-      template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in texts else f'{{{texts[0]}}} <eot> it is <spe> . <eot>'
+      template = (
+          '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in texts else f'{{{texts[0]}}} <eot> it is <spe> . <eot>')
       add(column, 'classification', 'text_classification', template=template, max_len=TEXT_TOKENS, **values)
 
 
@@ -119,16 +120,16 @@ def embedded(c: ml_collections.ConfigDict) -> None:
   c.model.update(dict(
       patch_size=8, max_text_len=TEXT_TOKENS, layer_scale_init=0.5,
       pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3,  # of the training images, which are mostly background
-      # Without these, masked words stay at the unigram's perplexity for hundreds of steps: attention first has to find the
-      # neighbors of a word.
+      # Without these, masked words stay at the unigram's perplexity for hundreds of steps: attention first has to find
+      # the neighbors of a word.
       text_posemb_init='sincos', text_posemb_std=0.06, mimetic_init=True))
 
 
 def embedded_tasks(c: ml_collections.ConfigDict) -> None:
   """Six tasks of six task types on the embedded glyphs, videos and texts, and their evaluators.
 
-  No task trains on the names of videos: `video_name`, a known task type on new data, is evaluated zero-shot. The source `pairs`
-  (does a paragraph continue a summary?) has no task: after an hour of training it is still at chance.
+  No task trains on the names of videos: `video_name`, a known task type on new data, is evaluated zero-shot. The source
+  `pairs` (does a paragraph continue a summary?) has no task: after an hour of training it is still at chance.
   """
   c.model.update(dict(image_size=32, remat=False))
   c.target_sets.glyph_classes = config.target_set('glyphs/class', family='names')
@@ -141,7 +142,8 @@ def embedded_tasks(c: ml_collections.ConfigDict) -> None:
   c.tasks.glyph_name = config.task(
       'image_retrieval', 'glyphs', batch_size=96, caption_templates=('{name}',), max_len=NAME_TOKENS)
   c.tasks.glyph_caption = config.task(
-      'image_caption', 'glyphs', batch_size=32, target_set='vocabulary', caption_templates=('{name}',), max_len=NAME_TOKENS)
+      'image_caption', 'glyphs', batch_size=32, target_set='vocabulary', caption_templates=('{name}',),
+      max_len=NAME_TOKENS)
   c.tasks.video_motion = config.task(
       'video_classification', 'videos', batch_size=16, target_set='motions', label_column='motion')
   c.tasks.text = config.task(

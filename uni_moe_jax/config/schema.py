@@ -1,6 +1,7 @@
-"""Every field of a run's config with its type, default, unit and bound. Tasks, target sets, evaluators: `task_schema.py`.
+"""Every field of a config with its type, default, unit and bound; tasks, target sets, evaluators: `task_schema.py`.
 
-`base()` is what config files start from. `parse_config` returns the checked, frozen `Config`, which is part of the plan.
+`base()` is what config files start from. `parse_config` returns the checked, frozen `Config`, which is part of the
+plan.
 """
 
 import dataclasses
@@ -15,13 +16,14 @@ from uni_moe_jax.config.task_schema import EvaluatorConfig, TargetSetConfig, Tas
 from uni_moe_jax.tasks.router_names import ROUTERS
 from uni_moe_jax.utils.errors import UsageError
 
-PATHS = (('data', 'dir'), ('tokenizer', 'path'), ('tokenizer', 'merges_path'), ('train', 'init'))  # fields that are paths
+PATHS = (('data', 'dir'), ('tokenizer', 'path'), ('tokenizer', 'merges_path'), ('train', 'init'))
 FREEZE = 'freeze'
 SUBLAYERS = ('attention', 'mlp')
 GMM_BACKENDS = ('auto', 'xla', 'tiled', 'batched', 'ragged', 'megablox', 'triton')  # moe/gmm.py implements them
 # Temperature groups of the published system; each of its checkpoints has all of them.
 PUBLISHED_TEMPERATURES = (
-    'img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption', 'tqa_retrieve',
+    'img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
+    'tqa_retrieve',
     'downstream')
 # Task type → its published group. Text classification shares that of masked language modeling.
 PUBLISHED_GROUPS = {
@@ -29,7 +31,7 @@ PUBLISHED_GROUPS = {
     'video_caption': 'caption', 'image_retrieval': 'retrieve', 'video_retrieval': 'retrieve', 'text_mlm': 'text_mlm',
     'text_classification': 'text_mlm', 'vqa': 'downstream'}
 # Published sizes; the names are those of ViT.
-VARIANTS = {name: dict(num_layers=l, width=d, num_heads=n, mlp_dim=f, patch_size=16) for name, l, d, n, f in (
+VARIANTS = {name: dict(num_layers=L, width=D, num_heads=N, mlp_dim=F, patch_size=16) for name, L, D, N, F in (
     ('Ti/16', 12, 192, 3, 768), ('S/16', 12, 384, 6, 1536), ('B/16', 12, 768, 12, 3072), ('L/16', 24, 1024, 16, 4096))}
 
 
@@ -46,7 +48,7 @@ def param_groups(weight_decay: float) -> tuple[tuple[Any, ...], ...]:
 
 
 def published_param_groups(weight_decay: float) -> tuple[tuple[Any, ...], ...]:
-  """The published parameter groups. Published decay of kernels: 0.2 for the base size, 0.05 for tiny and fine-tuning."""
+  """The published parameter groups; published decay: 0.2 for the base size, 0.05 for tiny and for fine-tuning."""
   return (
       (r'embed/spatial$', FREEZE),
       (r'scale[12]$|log_scale', 1.0, 0.0),
@@ -63,7 +65,8 @@ def published_param_groups(weight_decay: float) -> tuple[tuple[Any, ...], ...]:
 class ModelConfig:
   """Sizes and choices of the model."""
   variant: str = field(
-      '', 'Published sizes: sets num_layers, width, num_heads, mlp_dim and patch_size, which must then be left at their '
+      '', 'Published sizes: sets num_layers, width, num_heads, mlp_dim and patch_size, which must then be left at '
+          'their '
       "defaults. '' = the sizes as given.", choices=('', *VARIANTS))
   num_layers: int = field(12, 'L, number of blocks.', at_least=1)
   width: int = field(192, 'D, width of the residual stream; a multiple of num_heads and of 4.', at_least=4)
@@ -78,20 +81,26 @@ class ModelConfig:
       (0.5, 0.5, 0.5), 'Mean of pixels in [0, 1], per channel.', published=(0.485, 0.456, 0.406))
   pixel_std: tuple[float, ...] = field(
       (0.5, 0.5, 0.5), 'Standard deviation of pixels in [0, 1], per channel.', above=0, published=(0.229, 0.224, 0.225))
-  video_mean: tuple[float, ...] = field((), 'pixel_mean of videos (more than one frame); () = as images.', published=(0.5,) * 3)
+  video_mean: tuple[float, ...] = field((), 'pixel_mean of videos (more than one frame); () = as images.',
+                                        published=(0.5,) * 3)
   video_std: tuple[float, ...] = field((), 'pixel_std of videos; () = as images.', above=0, published=(0.5,) * 3)
   posemb: str = field(
-      'sincos2d', 'Image position embedding: sincos2d (computed), frozen (a parameter that starts as sincos2d and never '
+      'sincos2d', 'Image position embedding: sincos2d (computed), frozen (a parameter that starts as sincos2d and '
+                  'never '
       'changes), learned.', choices=('sincos2d', 'frozen', 'learned'), published='frozen')
-  modality_embedding: bool = field(False, 'Adds a learned row to every visual token (some published checkpoints have it).')
+  modality_embedding: bool = field(False, 'Adds a learned row to every visual token (some published checkpoints have '
+                                          'it).')
   text_posemb_init: str = field(
       'normal', 'Initial text position table: normal, or sincos (neighbors start similar; short runs).',
       choices=('normal', 'sincos'), published='normal')
-  text_posemb_std: float = field(0.02, 'Initial standard deviation of the text position table.', at_least=0, published=0.02)
+  text_posemb_std: float = field(0.02, 'Initial standard deviation of the text position table.', at_least=0,
+                                 published=0.02)
   mimetic_init: bool = field(
-      False, 'Keys start as a copy of the queries, so that attention starts among neighbors (short runs).', published=False)
+      False, 'Keys start as a copy of the queries, so that attention starts among neighbors (short runs).',
+      published=False)
   frame_differences: bool = field(
-      False, 'Adds to every video patch its change since the previous frame, through a kernel of its own. Without it, the '
+      False, 'Adds to every video patch its change since the previous frame, through a kernel of its own. Without it, '
+             'the '
       'direction of a motion is a product of time, position and brightness, which an hour of training did not find '
       '(docs/results/embedded.md).', published=False)
   temporal_posemb_std: float = field(
@@ -106,7 +115,8 @@ class ModelConfig:
   prompt_sharing: str = field(
       'shared', 'Which sides have prompts: shared (one table for inputs and targets), separate (two tables), inputs '
       '(targets have none).', choices=('shared', 'separate', 'inputs'))
-  num_prefix_prompts: int = field(0, 'Learned tokens after the readout token, on the sides of prompt_sharing.', at_least=0)
+  num_prefix_prompts: int = field(0, 'Learned tokens after the readout token, on the sides of prompt_sharing.',
+                                  at_least=0)
   spe_bias: bool = field(False, 'Adds a learned row to every <spe> token.')
   extra_temperature_groups: tuple[str, ...] = field(
       (), 'Temperature groups beside those of the trained tasks, such as those of a converted checkpoint.',
@@ -120,7 +130,8 @@ class ModelConfig:
 class MoeConfig:
   """Routers and experts."""
   router: str = field(
-      'attribute', 'Router input: attribute, task or modality (of the condition; kernels merge), token or context (of the '
+      'attribute', 'Router input: attribute, task or modality (of the condition; kernels merge), token or context (of '
+                   'the '
       'token; tokens are dispatched), or dense: no experts.', choices=ROUTERS)
   num_experts: int = field(8, 'E, experts per layer.', at_least=1)
   top_k: int = field(2, 'K, experts kept per router input; their gates are renormalized to sum to 1.', at_least=1)
@@ -131,9 +142,11 @@ class MoeConfig:
   sublayers: tuple[str, ...] = field(
       SUBLAYERS, 'Sublayers whose projections have experts.', choices=SUBLAYERS)
   capacity_factor: float = field(
-      0.0, 'Token routers: in training, an expert takes ⌈factor · K · tokens / E⌉ tokens of an array.', at_least=0, off=0)
+      0.0, 'Token routers: in training, an expert takes ⌈factor · K · tokens / E⌉ tokens of an array.', at_least=0,
+      off=0)
   gmm: str = field(
-      'auto', 'Grouped matrix multiplication of token routers: auto (by device), xla (as auto, but without custom kernels), '
+      'auto', 'Grouped matrix multiplication of token routers: auto (by device), xla (as auto, but without custom '
+              'kernels), '
       'tiled, batched, ragged, megablox, triton.', choices=GMM_BACKENDS)
   balance_loss_weight: float = field(0.0, 'Token routers: weight of the load balancing loss.', at_least=0, off=0)
   importance_loss_weight: float = field(0.0, 'Token routers: weight of the importance loss.', at_least=0, off=0)
@@ -144,7 +157,8 @@ class MoeConfig:
 class TokenizerConfig:
   """Tokenizer."""
   type: str = field(
-      'sentencepiece', "sentencepiece (learned from the run's text), or clip (the published one; needs the extra `clip`).",
+      'sentencepiece', "sentencepiece (learned from the run's text), or clip (the published one; needs the extra "
+                       "`clip`).",
       choices=('sentencepiece', 'clip'))
   vocab_size: int = field(
       2000, 'V, special tokens included, of sentencepiece; with clip it follows from merges_path.', at_least=1)
@@ -190,9 +204,11 @@ class OptimConfig:
   router_lr_multiplier: float = field(
       1.0, 'Factor of the learning rate of routers, on top of their parameter group.', at_least=0)
   layerwise_lr_decay: float = field(
-      1.0, 'Factor of the learning rate per layer below the last; embeddings are the lowest.', above=0, at_most=1, off=1)
+      1.0, 'Factor of the learning rate per layer below the last; embeddings are the lowest.', above=0, at_most=1,
+      off=1)
   unused_params: str = field(
-      'update', 'Parameters and experts that a step does not use: update (gradient zero; moments and weights decay), or '
+      'update', 'Parameters and experts that a step does not use: update (gradient zero; moments and weights decay), '
+                'or '
       "settonone, zerograd: unchanged, as by PyTorch's two ways to reset gradients (train/adam.py).",
       choices=('update', 'settonone', 'zerograd'),
       published='zerograd')  # PyTorch of its time; 'settonone' is what PyTorch 2 does with the same code
@@ -231,14 +247,16 @@ class TrainConfig:
   interference_every: int = field(
       0, 'Steps between estimates of task interference (analysis/interference_hook.py).', at_least=0, off=0)
   interference_parameters: str = field(
-      r'ffn_out/kernel$', 'Pattern of the parameters whose gradients are compared; of models with more than 7 layers, in '
+      r'ffn_out/kernel$', 'Pattern of the parameters whose gradients are compared; of models with more than 7 layers, '
+                          'in '
       'every fourth layer (3, 7, 11 …).', pattern=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
   """Device mesh. One axis may be -1: the devices that the other axes leave."""
-  replica: int = field(1, 'Devices of the replica axis: parameters and batch are split as on data, across slower links.')
+  replica: int = field(1, 'Devices of the replica axis: parameters and batch are split as on data, across slower '
+                          'links.')
   data: int = field(-1, 'Devices of the data axis, which splits the batch.')
   expert: int = field(1, 'Devices of the expert axis, which splits experts and the batch.')
   model: int = field(1, 'Devices of the model axis, which splits heads and the MLP.')
@@ -250,7 +268,8 @@ class Config:
   """A run."""
   seed: int = field(0, 'Seed of parameters, data order and noise.')
   compat: str = field(
-      '', "'published' sets every field that has a published value to it. These fields must then be left at their defaults; "
+      '', "'published' sets every field that has a published value to it. These fields must then be left at their "
+          "defaults; "
       'of param_groups, the weight decay of kernels may differ. A config file that wants to deviate calls '
       '`presets.published` instead.', choices=('', 'published'))
   model: ModelConfig = section(ModelConfig)
@@ -258,7 +277,8 @@ class Config:
   tokenizer: TokenizerConfig = section(TokenizerConfig)
   data: DataConfig = section(DataConfig)
   preflight: PreflightConfig = section(PreflightConfig)
-  task_types: Mapping[str, Any] = entries(None, 'Task types of your own: {name: {inputs, target, readout, router_task}}.')
+  task_types: Mapping[str, Any] = entries(None, 'Task types of your own: {name: {inputs, target, readout, '
+                                                'router_task}}.')
   target_families: Mapping[str, Any] = entries(None, 'Target families of your own: {name: four task bits}.')
   target_sets: Mapping[str, TargetSetConfig] = entries(TargetSetConfig, '{name: config.target_set(…)}')
   tasks: Mapping[str, TaskConfig] = entries(TaskConfig, '{name: config.task(…)}')
@@ -283,7 +303,7 @@ def published_values(weight_decay: float = 0.05) -> dict[str, dict[str, Any]]:
 
 
 def apply_choices(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """A copy in which `model.variant` and `compat` have set their fields. They stay set; applying them again changes nothing.
+  """A copy in which `model.variant` and `compat` have set their fields; applying them again changes nothing.
 
   Raises:
     UsageError: one of these fields has a value that is neither its default nor the chosen one.
@@ -304,7 +324,8 @@ def _set(c: ml_collections.ConfigDict, field_name: str, value: str, sections: Ma
   conflicts = [f'config.{s}.{name}={c[s][name]!r}' for s, values in sections.items() for name, x in values.items()
                if c[s][name] not in (x, defaults[s][name])]
   if conflicts:
-    raise UsageError(f'config.{field_name}={value!r} sets {", ".join(conflicts)} to another value; leave these fields at their '
+    raise UsageError(f'config.{field_name}={value!r} sets {", ".join(conflicts)} to another value; leave these fields '
+                     'at their '
                      f"defaults, or set config.{field_name}=''.")
   for name, values in sections.items():
     c[name].update(values)

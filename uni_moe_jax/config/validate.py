@@ -18,7 +18,8 @@ def check_sections(c: Config) -> None:
   _check_model(c)
   _check_moe(c)
   if c.tokenizer.type == 'clip' and not c.tokenizer.merges_path:
-    raise UsageError("config.tokenizer.merges_path='' must be a path when config.tokenizer.type='clip'; give that of CLIP's "
+    raise UsageError("config.tokenizer.merges_path='' must be a path when config.tokenizer.type='clip'; give that of "
+                     "CLIP's "
                      'bpe_simple_vocab_16e6.txt.gz.')
   _check_train(c)
   _check_preflight(c)
@@ -47,7 +48,8 @@ def _check_moe(c: Config) -> None:
   moe = c.moe
   for name in _TOKEN_ROUTER_FIELDS if moe.router not in DISPATCHED else ():
     if value := getattr(moe, name):
-      raise UsageError(f"config.moe.{name}={value} needs config.moe.router='token' or 'context'; kernels of {moe.router!r} "
+      raise UsageError(f"config.moe.{name}={value} needs config.moe.router='token' or 'context'; kernels of "
+                       f"{moe.router!r} "
                        'merge. Set it to 0.')
   if moe.top_k > moe.num_experts:
     raise UsageError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
@@ -62,19 +64,21 @@ def _check_train(c: Config) -> None:
     if axis != 'fsdp' and size < 1 and size != -1:
       raise UsageError(f'config.mesh.{axis}={size} must be at least 1, or -1 (the devices that the other axes leave).')
   if t.best_metric:
-    check_choice('train.best_metric', t.best_metric, ('loss/total', *(f'loss/{n}' for n, x in c.tasks.items() if x.batch_size)))
+    check_choice('train.best_metric', t.best_metric,
+                 ('loss/total', *(f'loss/{n}' for n, x in c.tasks.items() if x.batch_size)))
     # A checkpoint is compared by a logged loss.
     _check_multiple('train.checkpoint_every', t.checkpoint_every, 'train.log_every', t.log_every)
   if t.mixture == 'one_task' and t.grad_accum_steps > 1:
     raise UsageError(f"config.train.grad_accum_steps={t.grad_accum_steps} needs config.train.mixture='all_tasks', not "
                      "'one_task'.")
   if t.mixture == 'one_task' and t.interference_every:
-    raise UsageError(f"config.train.interference_every={t.interference_every} needs config.train.mixture='all_tasks': it "
+    raise UsageError(f"config.train.interference_every={t.interference_every} needs config.train.mixture='all_tasks': "
+                     "it "
                      'compares the tasks of one step. Set it to 0, and use launch/interference.py.')
   for i, group in enumerate(c.optim.param_groups):
     if len(group) != 3 and not (len(group) == 2 and group[1] == FREEZE):
-      raise UsageError(f"config.optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor (pattern, "
-                       f"'{FREEZE}').")
+      raise UsageError(f"config.optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor "
+                       f"(pattern, '{FREEZE}').")
     check_pattern(f'optim.param_groups[{i}][0]', group[0])
 
 
@@ -86,27 +90,29 @@ def _check_preflight(c: Config) -> None:
     pairs = isinstance(lengths, tuple) and all(
         isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in lengths)
     if not pairs or not lengths or any(not 2 <= tokens <= longest or number < 1 for tokens, number in lengths):
-      raise UsageError(f'config.{field}={lengths!r} must contain (tokens, entries) pairs, tokens in 2…config.target_sets.{name}.'
-                       f'max_len={longest}, entries at least 1; for example (({longest}, 1000),).')
+      raise UsageError(f'config.{field}={lengths!r} must contain (tokens, entries) pairs, tokens in '
+                       f'2…config.target_sets.{name}.max_len={longest}, entries at least 1; for example (({longest}, '
+                       '1000),).')
   for name, frames in c.preflight.num_frames.items():
     check_choice(f'preflight.num_frames.{name}', name, c.tasks)
     if type(frames) is not int or not 1 <= frames <= c.model.max_num_frames:
-      raise UsageError(f'config.preflight.num_frames.{name}={frames!r} must be a whole number in 1…config.model.max_num_frames='
-                       f'{c.model.max_num_frames}.')
+      raise UsageError(f'config.preflight.num_frames.{name}={frames!r} must be a whole number in '
+                       f'1…config.model.max_num_frames={c.model.max_num_frames}.')
 
 
 def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None:
   """Raises UsageError if fields of a task contradict each other, its type, the model or the training loop."""
   field, accum = f'config.tasks.{name}', c.train.grad_accum_steps
   if t.batch_size < 0 or t.batch_size % accum:
-    raise UsageError(f'{field}.batch_size={t.batch_size} must be a positive multiple of config.train.grad_accum_steps={accum}; '
-                     f'try {max(accum, t.batch_size - t.batch_size % accum)}.')
+    raise UsageError(f'{field}.batch_size={t.batch_size} must be a positive multiple of '
+                     f'config.train.grad_accum_steps={accum}; try {max(accum, t.batch_size - t.batch_size % accum)}.')
   if t.shots and not t.label_column:
     raise UsageError(f"{field}.shots={t.shots} needs a label_column; set shots=0, and train_fraction instead.")
   if c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0:
-    raise UsageError(f"{field}: sampling_weight={t.sampling_weight}, loss_weight={t.loss_weight}: mixture='one_task' draws tasks "
-                     'by sampling_weight, or by loss_weight where that is 0; give one that is above 0, or batch_size=0 to leave '
-                     'the task out.')
+    raise UsageError(f"{field}: sampling_weight={t.sampling_weight}, loss_weight={t.loss_weight}: mixture='one_task' "
+                     "draws tasks "
+                     'by sampling_weight, or by loss_weight where that is 0; give one that is above 0, or batch_size=0 '
+                     'to leave the task out.')
   if (task_type.text_index is not None or task_type.target == 'pair') and t.max_len < 2:
     raise UsageError(f'{field}.max_len={t.max_len} must be at least 2 tokens.')
   if t.max_len > c.model.max_text_len:
@@ -118,10 +124,11 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
   if (task_type.two_stream or task_type.target == 'pair') and not t.caption_templates:
     raise UsageError(f"{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
   if t.num_frames > c.model.max_num_frames:
-    raise UsageError(f'{field}.num_frames={t.num_frames} is above config.model.max_num_frames={c.model.max_num_frames}.')
+    raise UsageError(f'{field}.num_frames={t.num_frames} is above '
+                     f'config.model.max_num_frames={c.model.max_num_frames}.')
   if t.mixes and not (task_type.visual and task_type.readout == 'cls' and task_type.target != 'pair'):
-    raise UsageError(f'{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix images and their classes; task '
-                     f'type {task_type.name!r} has none. Set them to 0.')
+    raise UsageError(f'{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix images and their '
+                     f'classes; task type {task_type.name!r} has none. Set them to 0.')
 
 
 def check_mesh(c: Config, mesh: Mapping[str, int]) -> None:

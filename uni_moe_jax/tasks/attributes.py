@@ -1,7 +1,7 @@
 """The eight attribute bits of a token, the router input of attribute routing.
 
-Uni-Perceiver-MoE, section 3.3 and table 1. Bits are computed from the declaration of a task type (`task_types.py`), and never
-written as literals.
+Uni-Perceiver-MoE, section 3.3 and table 1. Bits are computed from the declaration of a task type (`task_types.py`), and
+never written as literals.
 
 bit      0             1             2             3             4       5     6       7
 meaning  input visual  input text    target visual target text   visual  text  target  causal

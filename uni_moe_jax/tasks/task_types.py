@@ -1,6 +1,7 @@
 """Task types: one declarative row each. Layout, attributes, targets, readout and loss follow from it.
 
-A *task type* is a row of `TASK_TYPES` (or of `config.task_types`); a *task* is a named instance of it in a config. A new task type
+A *task type* is a row of `TASK_TYPES` (or of `config.task_types`); a *task* is a named instance of it in a config. A
+new task type
 is a new row: neither the model nor the trainer names any of them.
 """
 
@@ -23,8 +24,8 @@ class Segment:
 
   Attributes:
     modality: 'visual' or 'text'.
-    mask: 'full' (attends to every token of every full segment) or 'two_stream' (a caption, [words | queries]: word i attends
-      to full segments and words <= i; query i to full segments, words < i and itself).
+    mask: 'full' (attends to every token of every full segment) or 'two_stream' (a caption, [words | queries]: word i
+      attends to full segments and words <= i; query i to full segments, words < i and itself).
   """
   modality: str
   mask: str = 'full'
@@ -37,8 +38,8 @@ class TaskType:
   Attributes:
     name: key of the row.
     inputs: input segments in order. The readout token `spe` is token 0 of the first.
-    target: a target family ('names', 'words' or one of `config.target_families`), or 'pair': the sample's own text, encoded
-      as target, against the texts of the batch.
+    target: a target family ('names', 'words' or one of `config.target_families`), or 'pair': the sample's own text,
+      encoded as target, against the texts of the batch.
     readout: hidden states that are matched with targets. 'cls': token 0; 'masked': given positions of the text segment;
       'queries': the second half of the two-stream segment; 'slot': one given position per sample.
     router_task: name that the task router embeds.
@@ -107,8 +108,8 @@ TASK_TYPES: dict[str, TaskType] = {t.name: t for t in (
 def families() -> dict[str, Condition]:
   """Condition of each built-in target family: bits 0-3 are the OR over the built-in task types that use it.
 
-  They follow from `TASK_TYPES` alone: a task type of a config must not change them, because trained routers depend on them.
-  See `check_task_type`.
+  They follow from `TASK_TYPES` alone: a task type of a config must not change them, because trained routers depend on
+  them. See `check_task_type`.
   """
   bits: dict[str, tuple[int, ...]] = {}
   for t in TASK_TYPES.values():
@@ -161,5 +162,5 @@ def check_task_type(t: TaskType, known_families: dict[str, Condition]) -> None:
     fail(f': target family {t.target!r} is not declared; {nearest(t.target, [*known_families, "pair"])}.')
   frozen = known_families[t.target].bits[:4]
   if attributes.union(frozen, t.task_bits) != frozen:
-    fail(f' with task bits {t.task_bits} would change the frozen bits {frozen} of target family {t.target!r}: declare a new '
-         'family for it, so that trained routers stay valid.')
+    fail(f' with task bits {t.task_bits} would change the frozen bits {frozen} of target family {t.target!r}: declare '
+         'a new family for it, so that trained routers stay valid.')

@@ -1,7 +1,7 @@
-"""Fine-tuning recipes: what to do with a trained run on one task. It is fine-tuned, prompt-tuned, or evaluated as it is.
+"""Fine-tuning recipes: fine-tune or prompt-tune a trained run on one task, or evaluate it as it is.
 
-A recipe is config alone. Model, experts, tokenizer, data and task types are those of the run; the task is one of the run's own
-or of `TRANSFER`. `configs/finetune.py`, `prompt_tune.py` and `zero_shot.py` are these functions by name.
+A recipe is config alone. Model, experts, tokenizer, data and task types are those of the run; the task is one of the
+run's own or of `TRANSFER`. `configs/finetune.py`, `prompt_tune.py` and `zero_shot.py` are these functions by name.
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ def digits(c: ml_collections.ConfigDict) -> None:
   """Classifies handwritten digits."""
   c.target_sets.digits = config.target_set('digits/name', family='names')
   c.tasks.digits = config.task(
-      'image_classification', 'digits', batch_size=BATCH_SIZE, target_set='digits', label_column='name', label_smoothing=0.1)
+      'image_classification', 'digits', batch_size=BATCH_SIZE, target_set='digits', label_column='name',
+      label_smoothing=0.1)
   c.evaluators.digits = config.evaluator('classification', 'digits', split='test')
 
 
@@ -40,7 +41,8 @@ def video_caption(c: ml_collections.ConfigDict) -> None:
       'video_caption', 'videos', batch_size=BATCH_SIZE, target_set='vocabulary', caption_templates=('{name}',),
       max_len=presets.NAME_TOKENS, label_smoothing=0.1)
   for split, novelty in presets.UNSEEN:
-    c.evaluators[f'video caption, {novelty}'] = config.evaluator('caption', 'video_caption', split=split, num_examples=400)
+    c.evaluators[f'video caption, {novelty}'] = config.evaluator('caption', 'video_caption', split=split,
+                                                                 num_examples=400)
 
 
 def video_name(c: ml_collections.ConfigDict) -> None:
@@ -102,8 +104,8 @@ def train_nothing(c: ml_collections.ConfigDict) -> None:
   """Only evaluates the run."""
   for t in c.tasks.values():
     t.batch_size, t.linear_head = 0, False
-    # A task type unlike those of the run has no learned scale. The order of single answers does not depend on the scale, but
-    # sums of log-probabilities (beams, length penalty) and perplexities do: theirs is arbitrary.
+    # A task type unlike those of the run has no learned scale. The order of single answers does not depend on the
+    # scale, but sums of log-probabilities (beams, length penalty) and perplexities do: theirs is arbitrary.
     t.temperature = t.temperature or c.model.extra_temperature_groups[0]
 
 
@@ -131,7 +133,8 @@ RECIPES: dict[str, Recipe] = {
 
 
 def _config_of(
-    arg: str, file: str, transfer: Mapping[str, Edit], data: str = '', linear_head: bool = False) -> ml_collections.ConfigDict:
+    arg: str, file: str, transfer: Mapping[str, Edit], data: str = '',
+    linear_head: bool = False) -> ml_collections.ConfigDict:
   """A config that starts from a run and has one task.
 
   Args:
@@ -200,7 +203,7 @@ def _copy_task(c: ml_collections.ConfigDict, run_config: ml_collections.ConfigDi
 
 
 def _temperature(plan: Plan, task_type: str) -> str:
-  """The group that the run learned for a task type, or for one of equal inputs and targets (video as images); '' if none."""
+  """The group that the run learned for a task type, or one of equal inputs and targets (video as image); '' if none."""
   types = {t.name: dataclasses.replace(t, name='') for t in plan.task_types}
   same = [t for t in plan.tasks if types[t.type.name] == types.get(task_type)]
   return min(same, key=lambda t: t.type.name != task_type).temperature if same else ''
