@@ -1,9 +1,9 @@
 """Every benchmark and pretraining on invented data: shapes at full size; a step and an evaluation at a small size."""
 
-import importlib.util
 import io
 import itertools
 import pathlib
+import runpy
 
 import jax
 import numpy as np
@@ -32,11 +32,7 @@ _V = 49411  # of CLIP's vocabulary with the published specials
 
 
 def _config(arg: str, file: str = 'benchmark'):
-  arg = arg if '=' in arg else f'task={arg}'
-  spec = importlib.util.spec_from_file_location(file, _ROOT / f'configs/{file}.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(arg)
+  return runpy.run_path(str(_ROOT / f'configs/{file}.py'))['get_config'](arg if '=' in arg else f'task={arg}')
 
 
 @pytest.fixture(name='named', scope='module')
