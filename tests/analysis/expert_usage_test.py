@@ -68,28 +68,28 @@ def test_overlap_is_the_common_share_of_two_conditions():
 
 
 def test_the_effective_number_of_even_shares_is_their_number():
-  found = routers.effective_experts(_SHARES)
-  np.testing.assert_allclose(found[jnp.array([0, 2, 3])], [2, 4, 1], rtol=1e-6)
-  assert float(found[1]) == pytest.approx(np.exp(-.25 * np.log(.25) - .75 * np.log(.75)))
+  effective = routers.effective_experts(_SHARES)
+  np.testing.assert_allclose(effective[jnp.array([0, 2, 3])], [2, 4, 1], rtol=1e-6)
+  assert float(effective[1]) == pytest.approx(np.exp(-.25 * np.log(.25) - .75 * np.log(.75)))
 
 
 def test_a_task_has_the_mean_of_its_conditions_and_one_listed_twice_counts_twice():
-  found = expert_usage.task_shares(np.asarray(_SHARES)[None, None], [(0,), (0, 3), (0, 3, 3)])
-  np.testing.assert_allclose(found[0, 0], [[.5, .5, 0, 0], [.25, .25, 0, .5], [1 / 6, 1 / 6, 0, 2 / 3]], rtol=1e-6)
+  shares = expert_usage.task_shares(np.asarray(_SHARES)[None, None], [(0,), (0, 3), (0, 3, 3)])
+  np.testing.assert_allclose(shares[0, 0], [[.5, .5, 0, 0], [.25, .25, 0, .5], [1 / 6, 1 / 6, 0, 2 / 3]], rtol=1e-6)
 
 
 def test_the_content_has_overlaps_by_layer_and_their_mean():
   spec = dataclasses.replace(small_model.spec('token'), num_layers=2, sublayers=('mlp',))
   shares = np.asarray([[[[1., 0, 0, 0], [1, 0, 0, 0]]], [[[1., 0, 0, 0], [0, 1, 0, 0]]]])  # [2 layers, 1 router, 2, 4]
-  found = expert_usage.to_json(
+  content = expert_usage.to_json(
       {'checkpoint': 'init'}, spec, ('a', 'b'), {'one': {'text': 0}, 'two': {'text': 1}}, shares, np.array([8., 4.]),
       np.full((2, 1, 2), .5))
-  assert found['task_overlap'] == [[[[1, 1], [1, 1]]], [[[1, 0], [0, 1]]]]
-  assert found['mean_task_overlap'] == [[1, .5], [.5, 1]]
-  assert (found['checkpoint'], found['layers'], found['tokens']) == ('init', [0, 1], [8, 4])
-  assert found['sublayers'] == ['mlp']
-  assert found['entropy'] == [[[0, 0]]] * 2 and found['router_entropy'] == [[[.5, .5]]] * 2
-  assert found['effective_experts'] == [[[1, 1]]] * 2
+  assert content['task_overlap'] == [[[[1, 1], [1, 1]]], [[[1, 0], [0, 1]]]]
+  assert content['mean_task_overlap'] == [[1, .5], [.5, 1]]
+  assert (content['checkpoint'], content['layers'], content['tokens']) == ('init', [0, 1], [8, 4])
+  assert content['sublayers'] == ['mlp']
+  assert content['entropy'] == [[[0, 0]]] * 2 and content['router_entropy'] == [[[.5, .5]]] * 2
+  assert content['effective_experts'] == [[[1, 1]]] * 2
 
 
 def _encoded(router):
@@ -162,12 +162,12 @@ def test_examples_are_counted_in_every_shard(by_token):
 def test_coefficients_of_a_merging_router_are_those_of_the_encoder():
   spec, sequences, collected = _encoded('attribute')
   inputs = routers.distinct_inputs('attribute', tuple(c for s in sequences for c in s.layout.conditions))
-  found = expert_usage.coefficients(spec, small_model.params(spec), inputs)
-  assert found.shape == (3, 2, 4, 4)
+  coef = expert_usage.coefficients(spec, small_model.params(spec), inputs)
+  assert coef.shape == (3, 2, 4, 4)
   for r, sublayer in enumerate(spec.sublayers):
     stacked, tail = (collected[sub][0]['router_stats'][sublayer].coef for sub in ('blocks', 'tail'))
-    np.testing.assert_allclose(found[:, r], np.concatenate([stacked, tail[None]]), rtol=1e-5)
-  assert np.ptp(found, axis=(0, 1)).max() > .1
+    np.testing.assert_allclose(coef[:, r], np.concatenate([stacked, tail[None]]), rtol=1e-5)
+  assert np.ptp(coef, axis=(0, 1)).max() > .1
 
 
 def test_only_layers_with_experts_are_measured():

@@ -27,21 +27,21 @@ def _usage(router, tasks, devices=1, accum=1):
 
 
 def test_routers_by_token_are_measured_on_batches_task_by_task():
-  found = _usage('token', ('caption', 'pair'))
-  assert found['conditions'] == [
+  content = _usage('token', ('caption', 'pair'))
+  assert content['conditions'] == [
       'caption visual', 'caption words', 'caption queries', 'set words', 'pair visual', 'pair paired text']
-  assert found['tasks'] == {
+  assert content['tasks'] == {
       'caption': {'visual': 0, 'words': 1, 'queries': 2, 'set words': 3}, 'pair': {'visual': 4, 'paired text': 5}}
-  shares, tokens = np.array(found['coefficients']), found['tokens']
+  shares, tokens = np.array(content['coefficients']), content['tokens']
   assert shares.shape == (1, 2, 6, 4)
   np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
   # 2 batches of 4 images of each task, as `spe` and 4 patches; 32 sampled words as [spe, v, eot].
   assert tokens[0] == 2 * 4 * 5 and tokens[4] == 2 * 4 * 5 and tokens[3] == 2 * 32 * 3
   assert tokens[1] == tokens[2] <= 2 * 4 * 6
   assert np.ptp(shares[0, 1], axis=0).max() > .02  # conditions differ
-  assert 0 < min(np.ravel(found['router_entropy'])) and max(np.ravel(found['router_entropy'])) <= np.log(2) + 1e-5
+  assert 0 < min(np.ravel(content['router_entropy'])) and max(np.ravel(content['router_entropy'])) <= np.log(2) + 1e-5
   # The entropy of a mean is never below the mean of the entropies.
-  assert (np.array(found['entropy']) >= np.array(found['router_entropy']) - 1e-5).all()
+  assert (np.array(content['entropy']) >= np.array(content['router_entropy']) - 1e-5).all()
 
 
 @pytest.mark.nightly
@@ -63,12 +63,12 @@ def test_accumulation_counts_every_micro_step():
 
 
 def test_merging_routers_need_no_batch():
-  found = _usage('task', ('caption', 'pair'))
-  assert found['num_batches'] == 0 and found['tokens'] is None
-  caption = found['tasks']['caption']
-  assert [found['conditions'][caption[s]] for s in ('visual', 'words', 'queries')] == ['caption'] * 3
-  assert found['router_entropy'] == found['entropy']
-  assert max(np.ravel(found['effective_experts'])) <= 2 + 1e-5  # two experts are kept
+  content = _usage('task', ('caption', 'pair'))
+  assert content['num_batches'] == 0 and content['tokens'] is None
+  caption = content['tasks']['caption']
+  assert [content['conditions'][caption[s]] for s in ('visual', 'words', 'queries')] == ['caption'] * 3
+  assert content['router_entropy'] == content['entropy']
+  assert max(np.ravel(content['effective_experts'])) <= 2 + 1e-5  # two experts are kept
 
 
 def test_files_have_the_name_of_the_checkpoint_and_a_dense_model_is_an_error(tmp_path):

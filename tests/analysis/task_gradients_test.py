@@ -29,7 +29,7 @@ def _config(*tasks, **train):
   c.moe.noise_std = 8.
   c.model.num_layers = 1  # compiles fast
   for t in c.tasks.values():
-    t.loss_weight = 3.0  # does not count here
+    t.loss_weight = 3.0  # has no effect
   c.train.update(train)
   return c
 
@@ -214,13 +214,13 @@ def test_the_metric_changes_no_other_metric_and_is_the_same_after_a_restart(runs
 @pytest.mark.slow
 def test_any_checkpoint_and_the_initial_parameters_can_be_measured(runs):
   c = _config(interference_every=2, steps=5)
-  found = {}
+  contents = {}
   for step, at_init in ((None, False), (5, False), (None, True)):
     paths = run_interference.measure_interference(c, runs['stopped'], step, at_init, PATTERN, None, 2, 0, _one_device())
     assert all(p.stat().st_size > 100 for p in paths)
-    found[paths[0].name] = json.loads(paths[0].read_text())
-  assert list(found) == ['interference.json', 'interference_step_5.json', 'interference_init.json']
-  newest, named, initial = (content['subsets'] for content in found.values())
+    contents[paths[0].name] = json.loads(paths[0].read_text())
+  assert list(contents) == ['interference.json', 'interference_step_5.json', 'interference_init.json']
+  newest, named, initial = (content['subsets'] for content in contents.values())
   assert newest == named != initial
   total, subset = newest
   assert (total['subset'], subset['subset']) == ('all', 'layer 0 ffn_out')

@@ -87,7 +87,7 @@ def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num
     num_batches: N, at least 2.
 
   Returns:
-    {subset: Products}, `ALL` first. They stay on the device, and nothing here waits for them.
+    {subset: Products}, `ALL` first. They stay on the device; the call does not wait for them.
 
   Raises:
     UsageError: too few batches.

@@ -60,9 +60,9 @@ _BEFORE = {'a': np.zeros(3, np.float32), 'b': np.float32(1)}
     ({'a': -np.zeros(3, np.float32), 'c': None}, dict(identical=True, moved=True))])  # -0: other bits
 def test_what_is_frozen_is_compared_bit_by_bit(changes, expected):
   after = {k: v for k, v in {**_BEFORE, 'c': np.zeros(2, np.float32), **changes}.items() if v is not None}
-  found = warm_start.compare_params(_BEFORE, after, frozenset('bd'))
-  assert {k: found[k] for k in expected} == expected
-  assert found['parameters'] - found['trained'] == (3 if 'd' in after else 1)
+  result = warm_start.compare_params(_BEFORE, after, frozenset('bd'))
+  assert {k: result[k] for k in expected} == expected
+  assert result['parameters'] - result['trained'] == (3 if 'd' in after else 1)
 
 
 def _cell(variant='prompts', **training):
@@ -147,6 +147,6 @@ def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config):
       'moved': True}
   (path / runner.LOG).write_text(json.dumps(log))
   (path / 'evaluation.json').write_text(json.dumps([_row(.5, 0)]))
-  found = results.collect('adaptation', [cell], str(tmp_path / 'run'), 'python launch/sweep.py')
-  assert found['cells'][0]['training']['examples'] == 6 and found['scores'][0]['mean'] == .5
-  assert 'trains less than 2%' in found['errors'][0]
+  report = results.collect('adaptation', [cell], str(tmp_path / 'run'), 'python launch/sweep.py')
+  assert report['cells'][0]['training']['examples'] == 6 and report['scores'][0]['mean'] == .5
+  assert 'trains less than 2%' in report['errors'][0]

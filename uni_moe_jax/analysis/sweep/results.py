@@ -103,10 +103,10 @@ def write(results: Mapping[str, Any], folder: pathlib.Path) -> str:
   out = folder / FOLDER
   out.mkdir(parents=True, exist_ok=True)
   figures = routers.draw_figures(results['cells'], folder, out) if results['sweep'] == grid.ROUTERS else {}
-  text = markdown(results, figures)
+  report = markdown(results, figures)
   files.write_json(out / RESULTS, results, allow_nan=False)
-  (out / TABLE).write_text(text + '\n')
-  return text
+  (out / TABLE).write_text(report + '\n')
+  return report
 
 
 def markdown(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -> str:

@@ -71,8 +71,8 @@ def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> b
 def run_command(command: Sequence[str], root: pathlib.Path) -> int:
   """Runs a launch script, such as ('launch/train.py', '--workdir=…'), from the root of the repository.
 
-  The process gets a session of its own, so that it receives a signal once: from here. Returns its exit code; 75 if a
-  signal ended it.
+  The process gets a session of its own, so that it receives a signal only once, from this process. Returns its exit
+  code; 75 if a signal ended it.
   """
   print('$ python', *command, flush=True)
   received = []
