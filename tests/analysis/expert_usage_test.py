@@ -139,7 +139,7 @@ def test_words_queries_and_examples_are_separate(by_token):
             TokenSlice(3, 1, 0, None, (1, 3)))
   sums = expert_usage.gate_sums(spec, collected, slices, 4, 1)
   np.testing.assert_allclose(sums.tokens, [4, 4, 5, 10])
-  routing = collected['tail'][0]['token_routing'][1]['mlp'][0]  # of three images, in the last layer
+  routing = collected['tail'][0]['token_routing']['mlp'][1][0]  # of three images, in the last layer
   by_hand = np.zeros((3, 4))
   for example in range(3):
     for token in range(5):

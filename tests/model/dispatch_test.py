@@ -12,8 +12,8 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.config.schema import SUBLAYERS
-from uni_moe_jax.model import routing
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
+from uni_moe_jax.model.sublayer import Sublayer
 from uni_moe_jax.moe import dispatch, routers
 
 _BOTH = ('token', 'context')
@@ -111,34 +111,33 @@ class NoLeakTest(parameterized.TestCase):
     self.assertGreater(np.abs(dropping - exact)[:, :, self._EARLIER].max(), 1e-2)
 
   def test_slots_given_sample_by_sample_would_leak(self):
-    # A positive control: the same comparison sees a dispatch that serves whole samples first.
-    plain = dispatch.routes
+    # A positive control: the same comparison detects a dispatch that serves whole samples first.
+    make_plan = dispatch.make_plan
 
-    def sample_major(choice, valid, capacity, parts, backend):
-      swapped = jax.tree.map(lambda x: x.swapaxes(0, 1), choice)
-      to = plain(swapped, None if valid is None else valid.T, capacity, 1, backend)
-      B, S, K = choice.expert.shape
+    def sample_major(output, valid, groups, capacity_factor, backend):
+      swapped = jax.tree.map(lambda x: x.swapaxes(0, 1), output)
+      plan = make_plan(swapped, None if valid is None else valid.T, 1, capacity_factor, backend)
+      B, S, K = output.expert.shape
       back = lambda x: x.reshape(S, B, -1).swapaxes(0, 1).reshape(B * S, -1)
-      number = back(jnp.arange(B * S * K, dtype=jnp.int32).reshape(B * S, K))  # of a choice here → there
-      here = jnp.argsort(number.reshape(-1))
-      source = jnp.where(to.source >= 0, here[jnp.maximum(to.source, 0)], -1).astype(jnp.int32)
-      return to.replace(slot=back(to.slot), kept=back(to.kept), gates=back(to.gates), coef=back(to.coef), source=source)
+      swapped_choice = back(jnp.arange(B * S * K, dtype=jnp.int32).reshape(B * S, K))  # of each choice
+      choice = jnp.argsort(swapped_choice.reshape(-1))
+      source = jnp.where(plan.source >= 0, choice[jnp.maximum(plan.source, 0)], -1).astype(jnp.int32)
+      return plan.replace(
+          slot=back(plan.slot), kept=back(plan.kept), gates=back(plan.gates), coef=back(plan.coef), source=source)
 
-    spec = small_model.spec('token', num_layers=2, capacity_factor=.5, drop_path=1e-9)  # a value of its own: nothing is cached
-    with mock.patch.object(dispatch, 'routes', sample_major), self.assertRaisesRegex(AssertionError, 'not equal'):
+    spec = small_model.spec('token', num_layers=2, capacity_factor=.5, drop_path=1e-9)  # its own value: nothing is cached
+    with mock.patch.object(dispatch, 'make_plan', sample_major), self.assertRaisesRegex(AssertionError, 'not equal'):
       self._assert_no_leak(spec, jax.random.key(0))
 
   def test_a_pool_over_the_caption_would_leak(self):
-    enter = routing.TokenWays.enter
+    pool = Sublayer.pool
 
-    def over_all(self, stream, normed, pools):
-      layout = dataclasses.replace(stream.layout, masks=('full',) * len(normed))
-      out = enter(self, stream.replace(layout=layout), normed, pools)
-      self._stream = stream
-      return out
+    def pool_all(self, segments, sequence):
+      layout = dataclasses.replace(sequence.layout, masks=('full',) * len(segments))
+      return pool(self, segments, sequence.replace(layout=layout))
 
     spec = small_model.spec('context', num_layers=2, drop_path=2e-9)
-    with mock.patch.object(routing.TokenWays, 'enter', over_all), self.assertRaisesRegex(AssertionError, 'not equal'):
+    with mock.patch.object(Sublayer, 'pool', pool_all), self.assertRaisesRegex(AssertionError, 'not equal'):
       self._assert_no_leak(spec, None)
 
 
@@ -206,7 +205,7 @@ class UsageTest(absltest.TestCase):
       self.assertEqual(usage.tokens.tolist(), [10, 12, 6])
       self.assertEqual(usage.chosen.sum(-1).tolist(), [20, 24, 12])
     # The last block asks anew for the queries of the readout, and sends them alone through the FFN: 3 queries, 1 pick.
-    self.assertEqual(last['attention'].asked.tolist(), [20, 24 + 12, 12 + 4])
+    self.assertEqual(last['attention'].requested.tolist(), [20, 24 + 12, 12 + 4])
     self.assertEqual(last['mlp'].tokens.tolist(), [0, 6, 2])
 
 

@@ -174,7 +174,7 @@ class CollectedTest(absltest.TestCase):
       self.assertEqual(taken['tail'][0]['router_stats'][part].coef.shape, (3, 4))
 
   def test_nothing_is_collected_that_was_not_asked_for(self):
-    self.assertEqual(set(self._collected()['tail'][0]), {'decisions'})
+    self.assertEqual(set(self._collected()['tail'][0]), {'router_stats'})
 
 
 class Bfloat16Test(absltest.TestCase):

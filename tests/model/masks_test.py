@@ -33,7 +33,7 @@ class DrawnTest(parameterized.TestCase):
   @parameterized.parameters(
       (_CAPTION, 0, (0,)), (_CAPTION, 1, (0, 1)), (_VQA, 0, (0, 1)), (_VQA, 1, (0, 1)), (('causal',), 0, (0,)))
   def test_arrays_that_an_array_may_look_at(self, kinds, index, seen):
-    self.assertEqual(masks.sees(kinds, index), seen)
+    self.assertEqual(masks.visible_segments(kinds, index), seen)
 
 
 class AttentionMaskTest(absltest.TestCase):

@@ -28,8 +28,8 @@ class ForConditionsTest(parameterized.TestCase):
     spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
 
     def run(values):
-      found = merging.for_conditions(spec, values, _VQA)  # prompts have the condition of the first array
-      wrong = found[0], merging.for_conditions(spec, values, others)[1]
+      found = merging.merge_experts(spec, values, _VQA)  # prompts have the condition of the first array
+      wrong = found[0], merging.merge_experts(spec, values, others)[1]
       return [small_model.encode(s, [sequence], values=v)[0][0] for s, v in ((spec, values), found, wrong)]
 
     experts, merged, wrong = small_model.jit(run)(small_model.params(spec))
@@ -40,7 +40,7 @@ class ForConditionsTest(parameterized.TestCase):
   def test_where_there_is_nothing_to_merge_all_stays(self, router):
     spec = _spec(router)
     values = small_model.params(spec)
-    found = merging.for_conditions(spec, values, _KIND.conditions)
+    found = merging.merge_experts(spec, values, _KIND.conditions)
     self.assertIs(found[0], spec)
     self.assertIs(found[1], values)
 

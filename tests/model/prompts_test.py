@@ -103,7 +103,7 @@ def _streams(prefix: int, sides: str = 'separate'):
   """Streams as they come into the encoder, of `_sequences` and of a question about a picture."""
   spec = small_model.spec(num_prefix_prompts=prefix, prompt_sharing=sides)
   sequences = (*_sequences(), small_model.sequence('vqa'))
-  run = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, taps=True)[1]['streams'])
+  run = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, taps=True)[1]['sequences'])
   return jax.device_get(run(small_model.params(spec))), small_model.params(spec)
 
 
@@ -112,7 +112,7 @@ class PrefixPromptsTest(parameterized.TestCase):
   @parameterized.parameters(*range(len(_KINDS) + 2))
   def test_rows_stand_raw_between_spe_and_the_first_segment(self, i):
     (with_, values), (without, _) = _streams(3), _streams(0)
-    new, old = with_[i].arrays, without[i].arrays
+    new, old = with_[i].segments, without[i].segments
     np.testing.assert_array_equal(new[0][:, :1], old[0][:, :1])
     rows = values['embed']['prompts']['target' if i == 3 else 'input']
     np.testing.assert_array_equal(new[0][:, 1:4], np.broadcast_to(rows, (2, 3, 16)))
@@ -130,10 +130,10 @@ class PrefixPromptsTest(parameterized.TestCase):
   def test_picks_of_the_first_segment_count_from_them_and_those_of_the_second_do_not(self):
     (with_, _), (without, _) = _streams(3), _streams(0)
     picks, question = 2, 4
-    np.testing.assert_array_equal(with_[picks].positions, without[picks].positions + 3)
-    np.testing.assert_array_equal(with_[question].positions, without[question].positions)
+    np.testing.assert_array_equal(with_[picks].readout_positions, without[picks].readout_positions + 3)
+    np.testing.assert_array_equal(with_[question].readout_positions, without[question].readout_positions)
     for i, array in ((picks, 0), (question, 1)):
-      chosen = [np.take_along_axis(s[i].arrays[array], s[i].positions[..., None], axis=1) for s in (with_, without)]
+      chosen = [np.take_along_axis(s[i].segments[array], s[i].readout_positions[..., None], axis=1) for s in (with_, without)]
       np.testing.assert_array_equal(*chosen)
 
   def test_a_side_reads_the_table_that_is_named(self):
@@ -141,8 +141,8 @@ class PrefixPromptsTest(parameterized.TestCase):
       streams, values = _streams(3, sides)
       self.assertEqual(set(values['embed']['prompts']), tables)
       rows = values['embed']['prompts']['target' if sides == 'separate' else 'input']
-      self.assertEqual(streams[3].arrays[0].shape[1], 1 + small_model.WORDS + (0 if sides == 'inputs' else 3))
-      self.assertEqual(np.array_equal(streams[3].arrays[0][0, 1:4], rows), sides != 'inputs')
+      self.assertEqual(streams[3].segments[0].shape[1], 1 + small_model.WORDS + (0 if sides == 'inputs' else 3))
+      self.assertEqual(np.array_equal(streams[3].segments[0][0, 1:4], rows), sides != 'inputs')
 
   @pytest.mark.nightly
   def test_the_rows_that_are_read_are_the_same_when_all_are_computed(self):
@@ -204,8 +204,8 @@ class LabelPromptsTest(parameterized.TestCase):
     _, collected = small_model.jit(lambda v: small_model.encode(spec, found, values=v, taps=True))(values)
     table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
     for stream, entries in zip(collected['sequences'], ([1, 3], [4, 0, 2]), strict=True):
-      np.testing.assert_array_equal(stream.arrays[0][:, 1], table[jnp.array(entries)])
-      np.testing.assert_array_equal(stream.arrays[0][:, 2], jnp.broadcast_to(prefix, (len(entries), 16)))
+      np.testing.assert_array_equal(stream.segments[0][:, 1], table[jnp.array(entries)])
+      np.testing.assert_array_equal(stream.segments[0][:, 2], jnp.broadcast_to(prefix, (len(entries), 16)))
       self.assertTrue(np.asarray(stream.valid[0]).all())
 
   def test_fresh_ones_are_zero_and_hardly_move_a_feature(self):

@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.model import uni_perceiver
-from uni_moe_jax.model.sequences import READ_NOTHING, EmbeddedSequence, Layout, join_equal, take_rows
+from uni_moe_jax.model.sequences import READ_NOTHING, EmbeddedSequence, Layout, join_equal, take_readout
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.task_types import Segment, TaskType
 
@@ -40,26 +40,26 @@ class TakeRowsTest(absltest.TestCase):
   _X = jnp.arange(2)[:, None, None] * 10 + jnp.arange(6)[None, :, None]
 
   def test_first_is_token_zero(self):
-    np.testing.assert_array_equal(take_rows(self._X, 'cls', None)[..., 0], [[0], [10]])
+    np.testing.assert_array_equal(take_readout(self._X, 'cls', None)[..., 0], [[0], [10]])
 
   def test_queries_are_the_second_half(self):
-    np.testing.assert_array_equal(take_rows(self._X, 'queries', None)[..., 0], [[3, 4, 5], [13, 14, 15]])
+    np.testing.assert_array_equal(take_readout(self._X, 'queries', None)[..., 0], [[3, 4, 5], [13, 14, 15]])
 
   def test_picks_are_each_samples_own_positions(self):
     positions = jnp.array([[5, 1, 1], [0, 2, 4]])
-    np.testing.assert_array_equal(take_rows(self._X, 'masked', positions)[..., 0], [[5, 1, 1], [10, 12, 14]])
+    np.testing.assert_array_equal(take_readout(self._X, 'masked', positions)[..., 0], [[5, 1, 1], [10, 12, 14]])
 
   def test_a_slot_is_one_position(self):
-    np.testing.assert_array_equal(take_rows(self._X, 'slot', jnp.array([[2], [3]]))[..., 0], [[2], [13]])
+    np.testing.assert_array_equal(take_readout(self._X, 'slot', jnp.array([[2], [3]]))[..., 0], [[2], [13]])
 
 
 def _stream(start: int, batch: int, tokens: int = 2, padded: bool = False, picks: int = 0) -> EmbeddedSequence:
   """Sample i holds the number start + i everywhere."""
   number = start + jnp.arange(batch)
   return EmbeddedSequence(
-      arrays=(number[:, None, None] * jnp.ones((1, tokens, 3)),),
+      segments=(number[:, None, None] * jnp.ones((1, tokens, 3)),),
       valid=(jnp.ones((batch, tokens), bool) if padded else None,),
-      positions=jnp.zeros((batch, picks), jnp.int32) if picks else None, ids=number.astype(jnp.uint32), layout=_TEXT)
+      readout_positions=jnp.zeros((batch, picks), jnp.int32) if picks else None, ids=number.astype(jnp.uint32), layout=_TEXT)
 
 
 def _numbers(stream: EmbeddedSequence) -> list[int]:
@@ -79,15 +79,15 @@ class JoinTest(parameterized.TestCase):
 
   def test_all_leaves_are_joined_alike(self):
     joined, _ = join_equal((_stream(0, 4), _stream(10, 2)), ('a', 'a'), shards=2)
-    np.testing.assert_array_equal(joined[0].arrays[0][:, 1, 2], [0, 1, 10, 2, 3, 11])
+    np.testing.assert_array_equal(joined[0].segments[0][:, 1, 2], [0, 1, 10, 2, 3, 11])
 
   @parameterized.parameters(1, 2)
   def test_results_come_back_in_the_original_order(self, shards):
     streams = (_stream(0, 4), _stream(50, 2, tokens=5), _stream(10, 2), _stream(20, 6))
     joined, split = join_equal(streams, ('a', 'a', 'a', 'a'), shards)
     self.assertLen(joined, 2)
-    for stream, result in zip(streams, split([s.arrays[0] for s in joined]), strict=True):
-      np.testing.assert_array_equal(result, stream.arrays[0])
+    for stream, result in zip(streams, split([s.segments[0] for s in joined]), strict=True):
+      np.testing.assert_array_equal(result, stream.segments[0])
 
   def test_a_result_may_be_a_tree_with_nothing_in_it(self):
     _, split = join_equal((_stream(0, 2), _stream(10, 2)), ('a', 'a'), shards=1)

@@ -13,19 +13,19 @@ from uni_moe_jax.moe import dispatch, gmm, layers, routers
 from uni_moe_jax.tasks import router_names
 
 
-def _choice(expert, gates=None) -> routers.Choice:
+def _output(expert, gates=None) -> routers.RouterOutput:
   """expert: [B, S, K] of up to three experts; gates even unless given."""
   expert = jnp.asarray(expert, jnp.int32)
   if gates is None:
     gates = jnp.full(expert.shape, 1 / expert.shape[-1])
-  return routers.Choice(jnp.zeros((*expert.shape[:2], 3)), expert, jnp.asarray(gates, jnp.float32))
+  return routers.RouterOutput(jnp.zeros((*expert.shape[:2], 3)), expert, jnp.asarray(gates, jnp.float32))
 
 
-_routes = small_model.jit(dispatch.routes, static_argnums=(2, 3, 4))
+_plan = small_model.jit(dispatch.make_plan, static_argnums=(2, 3, 4))
 
 
-def _kept(to: dispatch.Routes, *shape: int) -> list:
-  return np.asarray(to.kept).astype(int).reshape(shape).tolist()
+def _kept(plan: dispatch.DispatchPlan, *shape: int) -> list:
+  return np.asarray(plan.kept).astype(int).reshape(shape).tolist()
 
 
 class NamesTest(absltest.TestCase):
@@ -55,47 +55,47 @@ class TableTest(parameterized.TestCase):
   _EXPERT = [[[0], [0], [1]], [[0], [2], [0]]]
 
   def test_exact_routing_sorts_by_expert_and_position(self):
-    to = _routes(_choice(self._EXPERT), None, 0.0, 1, 'tiled')
-    self.assertEqual(to.sizes.tolist(), [4, 1, 1])
+    plan = _plan(_output(self._EXPERT), None, 1, 0.0, 'tiled')
+    self.assertEqual(plan.sizes.tolist(), [4, 1, 1])
     # Tokens are numbered 00 01 02 10 11 12. Expert 0: position 0 of both samples, then 01, then 12.
-    self.assertEqual(to.source.tolist(), [0, 3, 1, 5, 2, 4] + _BEHIND)
-    self.assertEqual(to.slot[:, 0].tolist(), [0, 2, 4, 1, 5, 3])
-    self.assertTrue(bool(to.kept.all()))
+    self.assertEqual(plan.source.tolist(), [0, 3, 1, 5, 2, 4] + _BEHIND)
+    self.assertEqual(plan.slot[:, 0].tolist(), [0, 2, 4, 1, 5, 3])
+    self.assertTrue(bool(plan.kept.all()))
 
   def test_capacity_is_given_to_earlier_positions_of_any_sample(self):
     # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both samples; 01 and 12 find no room.
-    to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'tiled')
-    self.assertEqual(_kept(to, 2, 3), [[1, 0, 1], [1, 1, 0]])
-    self.assertEqual((to.sizes.tolist(), int(to.asked)), ([2, 1, 1], 6))
-    self.assertEqual(to.source.tolist(), [0, 3, 2, 4, -1, -1] + _BEHIND)
+    plan = _plan(_output(self._EXPERT), None, 1, 1.0, 'tiled')
+    self.assertEqual(_kept(plan, 2, 3), [[1, 0, 1], [1, 1, 0]])
+    self.assertEqual((plan.sizes.tolist(), int(plan.requested)), ([2, 1, 1], 6))
+    self.assertEqual(plan.source.tolist(), [0, 3, 2, 4, -1, -1] + _BEHIND)
 
   def test_buffers_have_equal_room(self):
-    to = _routes(_choice(self._EXPERT), None, 1.0, 1, 'batched')
-    self.assertEqual(to.source.tolist(), [0, 3, 2, -1, 4, -1])
-    self.assertEqual(np.asarray(to.slot)[np.asarray(to.kept)].tolist(), [0, 2, 1, 4])
+    plan = _plan(_output(self._EXPERT), None, 1, 1.0, 'batched')
+    self.assertEqual(plan.source.tolist(), [0, 3, 2, -1, 4, -1])
+    self.assertEqual(np.asarray(plan.slot)[np.asarray(plan.kept)].tolist(), [0, 2, 1, 4])
 
   def test_padding_is_neither_routed_nor_counted(self):
     # Position 0 of sample 1 is padding: its slot goes to 01.
     valid = jnp.array([[True, True, True], [False, True, True]])
-    to = _routes(_choice(self._EXPERT), valid, 1.0, 1, 'tiled')
-    self.assertEqual(_kept(to, 2, 3), [[1, 1, 1], [0, 1, 0]])
-    self.assertEqual((to.sizes.tolist(), int(to.asked)), ([2, 1, 1], 5))
+    plan = _plan(_output(self._EXPERT), valid, 1, 1.0, 'tiled')
+    self.assertEqual(_kept(plan, 2, 3), [[1, 1, 1], [0, 1, 0]])
+    self.assertEqual((plan.sizes.tolist(), int(plan.requested)), ([2, 1, 1], 5))
 
   def test_at_one_position_first_choices_come_first(self):
     # One position, two samples, experts (0, 1) and (2, 0): C = ⌈.75 · 2 · 2 / 3⌉ = 1. Expert 0 takes the first choice.
-    to = _routes(_choice([[[1, 0]], [[0, 2]]]), None, .75, 1, 'tiled')
-    self.assertEqual(_kept(to, 2, 2), [[1, 0], [1, 1]])
+    plan = _plan(_output([[[1, 0]], [[0, 2]]]), None, 1, .75, 'tiled')
+    self.assertEqual(_kept(plan, 2, 2), [[1, 0], [1, 1]])
 
-  def test_an_earlier_second_choice_is_never_evicted_by_a_later_first_choice(self):
-    to = _routes(_choice([[[1, 0], [0, 2]]]), None, .75, 1, 'tiled')
-    self.assertEqual(_kept(to, 2, 2), [[1, 1], [0, 1]])
+  def test_an_earlier_second_choice_is_never_evicted_by_a_later_first_output(self):
+    plan = _plan(_output([[[1, 0], [0, 2]]]), None, 1, .75, 'tiled')
+    self.assertEqual(_kept(plan, 2, 2), [[1, 1], [0, 1]])
 
   def test_words_and_queries_have_separate_capacities(self):
     # [words | queries], all asking for expert 0: C = ⌈.5 · 1 · 4 / 3⌉ = 1 each, of sample 0's first.
     expert = [[[0], [0], [0], [0]], [[0], [0], [0], [0]]]
-    apart = _routes(_choice(expert), None, .5, 2, 'tiled')
+    apart = _plan(_output(expert), None, 2, .5, 'tiled')
     self.assertEqual(_kept(apart, 2, 4), [[1, 0, 1, 0], [0, 0, 0, 0]])
-    together = _routes(_choice(expert), None, .5, 1, 'tiled')  # C = ⌈.5 · 8 / 3⌉ = 2
+    together = _plan(_output(expert), None, 1, .5, 'tiled')  # C = ⌈.5 · 8 / 3⌉ = 2
     self.assertEqual(_kept(together, 2, 4), [[1, 0, 0, 0], [1, 0, 0, 0]])
 
   @parameterized.parameters(*gmm.BACKENDS)
@@ -103,22 +103,22 @@ class TableTest(parameterized.TestCase):
     # Every kept choice lies in one slot, and that slot holds it; no slot holds anything else.
     expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
     valid = jnp.asarray(np.random.default_rng(1).random((4, 6)) > .2)
-    for capacity, parts in ((0.0, 1), (.5, 1), (.5, 2), (1.5, 2)):
-      to = _routes(_choice(expert), valid, capacity, parts, backend)
-      slots, source = np.asarray(to.slot)[np.asarray(to.kept)], np.asarray(to.source)
+    for capacity, groups in ((0.0, 1), (.5, 1), (.5, 2), (1.5, 2)):
+      plan = _plan(_output(expert), valid, groups, capacity, backend)
+      slots, source = np.asarray(plan.slot)[np.asarray(plan.kept)], np.asarray(plan.source)
       self.assertLen(set(slots.tolist()), len(slots))
-      np.testing.assert_array_equal(source[slots], np.flatnonzero(to.kept))
+      np.testing.assert_array_equal(source[slots], np.flatnonzero(plan.kept))
       self.assertEqual((source >= 0).sum(), len(slots))
-      self.assertEqual(int(to.sizes.sum()), len(slots))
-      self.assertEqual(int(to.asked), 2 * int(valid.sum()))
+      self.assertEqual(int(plan.sizes.sum()), len(slots))
+      self.assertEqual(int(plan.requested), 2 * int(valid.sum()))
       if not capacity:
         self.assertLen(slots, 2 * int(valid.sum()))
       elif capacity == .5:
         self.assertLess(len(slots), 2 * int(valid.sum()))
 
   def test_coefficients_are_the_kept_gates(self):
-    to = _routes(_choice([[[1, 0], [0, 2]]], [[[.7, .3], [.6, .4]]]), None, .75, 1, 'tiled')
-    np.testing.assert_allclose(to.coef, [[.3, .7, 0], [0, 0, .4]], rtol=1e-6)
+    plan = _plan(_output([[[1, 0], [0, 2]]], [[[.7, .3], [.6, .4]]]), None, 1, .75, 'tiled')
+    np.testing.assert_allclose(plan.coef, [[.3, .7, 0], [0, 0, .4]], rtol=1e-6)
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
@@ -132,9 +132,9 @@ def _inputs():
   return _normal(0, _B, _S, 2, 3), _normal(1, _E, 2, 3, 5), _normal(2, _E, 5), _normal(3, _B, _S, _E)
 
 
-def _dispatched(x, kernel, bias, logits, valid=None, capacity=0.0, parts=1, backend='tiled'):
-  choice = routers.Choice(logits, *routers.keep_top_k(logits, _K))
-  return dispatch.project(x, kernel, bias, dispatch.routes(choice, valid, capacity, parts, backend))
+def _dispatched(x, kernel, bias, logits, valid=None, capacity=0.0, groups=1, backend='tiled'):
+  output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
+  return dispatch.project(x, kernel, bias, dispatch.make_plan(output, valid, groups, capacity, backend))
 
 
 def _looped(x, kernel, bias, logits, kept=None):
@@ -180,8 +180,8 @@ class ExactTest(parameterized.TestCase):
   def test_with_capacity_it_equals_the_loop_over_what_is_kept(self, backend):
     logits = _inputs()[-1]
     valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
-    choice = routers.Choice(logits, *routers.keep_top_k(logits, _K))
-    kept = np.asarray(_routes(choice, valid, .5, 1, backend).kept).reshape(_B, _S, _K)
+    output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
+    kept = np.asarray(_plan(output, valid, 1, .5, backend).kept).reshape(_B, _S, _K)
     self.assertTrue(kept.any() and not kept[np.asarray(valid)].all())
     found = _value_and_gradients(functools.partial(_dispatched, valid=valid, capacity=.5, backend=backend))
     for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), found, _expected(kept.tobytes()), strict=True):
@@ -197,12 +197,12 @@ class ExactTest(parameterized.TestCase):
   def test_a_rematerialised_product_is_not_computed_again(self, backend, at_once):
     # Forward, and the gradients of x and of the kernels; the fourth is what experts gave, for the gradient of the gates.
     def block(x, kernel, bias, logits):
-      choice = routers.Choice(logits, *routers.keep_top_k(logits, _K))
-      to = dispatch.routes(choice, None, 1., 1, backend)
+      output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
+      plan = dispatch.make_plan(output, None, 1, 1., backend)
       if at_once:
-        return dispatch.project(x, kernel, bias, to)
-      rows = dispatch.spread(x.reshape(_B * _S, -1), to)
-      return dispatch.collect(gmm.grouped_matmul(rows, kernel.reshape(_E, -1, 5), to.sizes, backend), to)
+        return dispatch.project(x, kernel, bias, plan)
+      rows = dispatch.permute(x.reshape(_B * _S, -1), plan)
+      return dispatch.combine(gmm.grouped_matmul(rows, kernel.reshape(_E, -1, 5), plan.sizes, backend), plan)
 
     def loss(x, kernel, bias, logits):
       return jnp.sin(jax.checkpoint(block)(x, kernel, 0 * bias, logits)).sum()
@@ -213,7 +213,7 @@ class ExactTest(parameterized.TestCase):
   def test_constant_gates_equal_the_merge(self):
     x, kernel, bias, _ = _inputs()
     logits = jnp.array([.3, -1., .9, .1])
-    decision = routers.decide(logits[None], _K)
+    decision = routers.route(logits[None], _K)
     merged = layers.project(x, *(layers.merge(w, decision.coef)[0] for w in (kernel, bias)))
     found = small_model.jit(_dispatched)(x, kernel, bias, jnp.broadcast_to(logits, (_B, _S, _E)))
     np.testing.assert_allclose(found, merged, atol=2e-5)

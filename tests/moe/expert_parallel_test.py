@@ -30,23 +30,23 @@ def _mesh(**axes):
   return sharding.make_mesh(shape, jax.devices()[:int(np.prod(list(shape.values())))])
 
 
-def _choose(logits, mesh=None):
-  return expert_parallel.choose(logits, _K, mesh)
+def _route(logits, mesh=None):
+  return expert_parallel.route(logits, _K, mesh)
 
 
 def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='batched'):
   """Two projections that share a decision: to heads and back, as attention has them. ([B, S, D], routes)."""
-  to = expert_parallel.routes(_choose(logits, mesh), valid, 1, capacity, backend, mesh)
+  plan = expert_parallel.make_plan(_route(logits, mesh), valid, 1, capacity, backend, mesh)
   first = Projection(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
   second = Projection(weights[2], weights[3], ('heads', 'head_dim'), ('embed',))
-  return expert_parallel.project(jnp.sin(expert_parallel.project(x, first, to, mesh)), second, to, mesh), to
+  return expert_parallel.project(jnp.sin(expert_parallel.project(x, first, plan, mesh)), second, plan, mesh), plan
 
 
 def _looped(x, logits, *weights, kept=None):
   """The same, every token through every expert."""
-  choice = _choose(logits)
-  gates = choice.gates if kept is None else choice.gates * kept
-  coef = (gates[..., None] * jax.nn.one_hot(choice.expert, _E)).sum(2)
+  output = _route(logits)
+  gates = output.gates if kept is None else output.gates * kept
+  coef = (gates[..., None] * jax.nn.one_hot(output.expert, _E)).sum(2)
   def project(x, kernel, bias, letters):
     return jnp.einsum(f'bs{letters[0]},e{letters},bse->bs{letters[1:]}' if letters == 'dnh' else 'bsnh,enhd,bse->bsd',
                       x, kernel, coef) + jnp.tensordot(coef, bias, axes=1)
@@ -90,27 +90,27 @@ class EqualTest(parameterized.TestCase):
     self.assertGreater(_margin(), 1e-4)
 
   @parameterized.named_parameters(
-      ('stay', dict(replica=2, data=4), 0.0, expert_parallel.STAY),
-      ('gather', dict(data=2, expert=4), 0.0, expert_parallel.GATHER),
-      ('gather_and_model', dict(data=2, expert=2, model=2), 0.0, expert_parallel.GATHER),
-      ('exchange', dict(expert=4), _ENOUGH, expert_parallel.EXCHANGE),
-      ('exchange_and_model', dict(data=2, expert=2, model=2), _ENOUGH, expert_parallel.EXCHANGE))
-  def test_values_and_gradients_are_those_of_one_device(self, axes, capacity, way):
+      ('local', dict(replica=2, data=4), 0.0, expert_parallel.LOCAL),
+      ('all_gather', dict(data=2, expert=4), 0.0, expert_parallel.ALL_GATHER),
+      ('all_gather_and_model', dict(data=2, expert=2, model=2), 0.0, expert_parallel.ALL_GATHER),
+      ('all_to_all', dict(expert=4), _ENOUGH, expert_parallel.ALL_TO_ALL),
+      ('all_to_all_and_model', dict(data=2, expert=2, model=2), _ENOUGH, expert_parallel.ALL_TO_ALL))
+  def test_values_and_gradients_are_those_of_one_device(self, axes, capacity, transport):
     found, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=_mesh(**axes)))
-    self.assertEqual(found[1].way, way)
+    self.assertEqual(found[1].transport, transport)
     _assert_equal(found, gradients)
-    chosen = np.bincount(np.asarray(_choose(_operands()[1]).expert).reshape(-1), minlength=_E)
-    np.testing.assert_array_equal(found[1].given, chosen)
-    self.assertEqual(int(found[1].asked.sum()), _B * _S * _K)
+    chosen = np.bincount(np.asarray(_route(_operands()[1]).expert).reshape(-1), minlength=_E)
+    np.testing.assert_array_equal(found[1].slots_given, chosen)
+    self.assertEqual(int(found[1].requested.sum()), _B * _S * _K)
 
   def test_examples_that_do_not_divide_are_filled_up_and_padding_is_not_routed(self):
     x, logits, *weights = _operands()
     valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
     run = small_model.jit(functools.partial(_block, valid=valid, mesh=_mesh(data=2, expert=4), backend='tiled'))
-    y, to = run(x[:3], logits[:3], *weights)
+    y, plan = run(x[:3], logits[:3], *weights)
     expected = np.asarray(_expected()[0][0][:3])
     np.testing.assert_allclose(y, np.where(valid[..., None], expected, 0), atol=2e-5)
-    self.assertEqual(to.given.sum(), 12 * _K)
+    self.assertEqual(plan.slots_given.sum(), 12 * _K)
 
 
 class CapacityTest(absltest.TestCase):
@@ -118,13 +118,13 @@ class CapacityTest(absltest.TestCase):
   def test_every_device_bounds_its_own_tokens_and_earlier_positions_go_first(self):
     mesh, capacity = _mesh(data=2, expert=2), .5
     found, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=mesh))
-    of_shard = small_model.jit(dispatch.routes, static_argnums=(1, 2, 3, 4))
-    choice = _choose(_operands()[1])
-    here = [of_shard(jax.tree.map(lambda c, i=i: c[2 * i:2 * i + 2], choice), None, capacity, 1, 'batched') for i in range(4)]
-    kept = np.concatenate([np.asarray(to.kept) for to in here])
+    of_shard = small_model.jit(dispatch.make_plan, static_argnums=(1, 2, 3, 4))
+    output = _route(_operands()[1])
+    plans = [of_shard(jax.tree.map(lambda c, i=i: c[2 * i:2 * i + 2], output), None, 1, capacity, 'batched') for i in range(4)]
+    kept = np.concatenate([np.asarray(plan.kept) for plan in plans])
     np.testing.assert_array_equal(found[1].kept, kept)
     self.assertBetween(kept.mean(), .3, .7)  # C = ⌈.5 · 2 · 2 · 5 / 4⌉ = 3 of 5 on average
-    np.testing.assert_array_equal(found[1].given, sum(np.asarray(to.sizes) for to in here))
+    np.testing.assert_array_equal(found[1].slots_given, sum(np.asarray(plan.sizes) for plan in plans))
     _assert_equal(found, gradients, kept.tobytes())
 
 

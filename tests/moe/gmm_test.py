@@ -30,7 +30,7 @@ def _plain(x, kernel, member):
 
 def _grouped(x, kernel, sizes, backend):
   """With as many rows as the backend wants."""
-  more = gmm.rows_for(backend, x.shape[0]) - x.shape[0]
+  more = gmm.num_rows(backend, x.shape[0]) - x.shape[0]
   return gmm.grouped_matmul(jnp.pad(x, ((0, more), (0, 0))), kernel, sizes, backend)[:x.shape[0]]
 
 
@@ -125,24 +125,24 @@ class DoorTest(parameterized.TestCase):
                             ('tpu', True, 'megablox'), ('gpu', True, 'batched'), ('gpu', False, 'triton'))
   def test_auto_follows_the_device(self, device, capacity, backend):
     with mock.patch.object(jax, 'default_backend', lambda: device):
-      self.assertEqual(gmm.choose('auto', capacity), backend)
+      self.assertEqual(gmm.choose_backend('auto', capacity), backend)
 
   @parameterized.parameters(('cpu', False, 'tiled'), ('tpu', False, 'ragged'), ('tpu', True, 'batched'), ('gpu', True, 'batched'),
                             ('gpu', False, 'ragged'))
   def test_xla_is_auto_without_the_kernel(self, device, capacity, backend):
-    self.assertEqual(gmm.choose('xla', capacity, device), backend)
+    self.assertEqual(gmm.choose_backend('xla', capacity, device), backend)
 
   @parameterized.parameters(('tiled', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200))
   def test_a_backend_wants_rows(self, backend, most, rows):
     # A tile of 128 rows has at least one of its group.
-    self.assertEqual(gmm.rows_for(backend, most), rows)
+    self.assertEqual(gmm.num_rows(backend, most), rows)
 
   @parameterized.parameters(*gmm.BACKENDS)
   def test_a_named_backend_is_taken(self, backend):
-    self.assertEqual(gmm.choose(backend, True), backend)
+    self.assertEqual(gmm.choose_backend(backend, True), backend)
 
   def test_an_unknown_backend_names_the_known_ones(self):
-    with self.assertRaisesRegex(ValueError, "backend 'loops' is not one of loop, buffers, ragged, megablox, triton"):
+    with self.assertRaisesRegex(ValueError, "backend 'loops' is not one of tiled, batched, ragged, megablox, triton"):
       gmm.grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), 'loops')
 
 

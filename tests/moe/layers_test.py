@@ -11,7 +11,8 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import hlo
 from uni_moe_jax.moe import layers
-from uni_moe_jax.moe.routers import decide
+from uni_moe_jax.moe.routers import route
+from uni_moe_jax.moe.routing import MergedRouting
 
 _GATES = (('all_to_one', (0., 0., 1., 0.)), ('even', (.5, 0., .5, 0.)), ('skewed', (.75, 0., 0., .25)),
           ('all_four', (.1, .2, .3, .4)))
@@ -31,7 +32,7 @@ class MergeTest(parameterized.TestCase):
 
   def test_the_two_best_of_four_by_hand(self):
     # Logits log 1, 2, 3, 4 keep 3/7 and 4/7 of the kernels 7 and 70: 3 + 40.
-    coef = decide(jnp.log(jnp.array([[1., 2., 3., 4.]])), 2).coef
+    coef = route(jnp.log(jnp.array([[1., 2., 3., 4.]])), 2).coef
     merged = layers.merge(jnp.array([[-9.], [-9.], [7.], [70.]]), coef)
     np.testing.assert_allclose(merged, [[43.]], rtol=1e-6)
 
@@ -88,46 +89,50 @@ class MergingEqualsMixingTest(parameterized.TestCase):
     np.testing.assert_array_equal(moved, [True, False, False, True])
 
 
-class ConditionalDenseTest(absltest.TestCase):
+class MoeDenseTest(absltest.TestCase):
 
   def _dense(self, num_experts: int, dtype=jnp.float32) -> layers.MoeDense:
     return layers.MoeDense(
-        (40,), (3, 5, 8), ('embed',), ('qkv', 'heads', 'head_dim'), layers.xavier_uniform(40, 40), num_experts, dtype)
+        (('embed', 40),), (('qkv', 3), ('heads', 5), ('head_dim', 8)), layers.xavier_uniform(40, 40), num_experts, dtype)
 
-  def test_one_kernel_and_bias_per_row(self):
-    decision = decide(_normal(0, 3, 4), 2)
-    (kernel, bias), _ = self._dense(4).init_with_output(jax.random.key(0), decision)
-    self.assertEqual((kernel.shape, bias.shape), ((3, 40, 3, 5, 8), (3, 3, 5, 8)))
+  def _routing(self, conditions: int = 3) -> MergedRouting:
+    return MergedRouting.of(route(_normal(0, conditions, 4), 2))
+
+  def _bound(self, num_experts: int, routing: MergedRouting | None, dtype=jnp.float32):
+    """(projection, parameters)."""
+    bound, variables = self._dense(num_experts, dtype).init_with_output(jax.random.key(0), routing, method='bind')
+    return bound, nn.unbox(variables)['params']
+
+  def test_each_condition_has_one_kernel_and_bias(self):
+    bound, _ = self._bound(4, self._routing())
+    self.assertEqual((bound.kernel.shape, bound.bias.shape), ((3, 40, 3, 5, 8), (3, 3, 5, 8)))
+    self.assertEqual((bound.in_axes, bound.out_axes), (('embed',), ('qkv', 'heads', 'head_dim')))
 
   def test_kernels_and_biases_are_merged_by_the_same_coefficients(self):
-    decision = decide(_normal(0, 3, 4), 2)
     values = {'kernel': _normal(1, 4, 40, 3, 5, 8), 'bias': _normal(2, 4, 3, 5, 8)}
-    kernel, bias = self._dense(4).apply({'params': values}, decision)
-    for found, name in ((kernel, 'kernel'), (bias, 'bias')):
-      expected = np.einsum('ae,e...->a...', decision.coef, values[name])
-      np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+    bound = self._dense(4).apply({'params': values}, self._routing(), method='bind')
+    for name, merged in (('kernel', bound.kernel), ('bias', bound.bias)):
+      expected = np.einsum('ae,e...->a...', self._routing().output.coef, values[name])
+      np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
-  def test_without_experts_there_is_one_row(self):
-    (kernel, _), variables = self._dense(0).init_with_output(jax.random.key(0), None)
-    np.testing.assert_array_equal(kernel, nn.unbox(variables)['params']['kernel'][None])
+  def test_a_dense_projection_has_one_kernel(self):
+    bound, params = self._bound(0, None)
+    np.testing.assert_array_equal(bound.kernel, params['kernel'][None])
 
-  def test_products_have_the_dtype_asked_for_and_parameters_float32(self):
-    (kernel, bias), variables = self._dense(0, jnp.bfloat16).init_with_output(jax.random.key(0), None)
-    self.assertEqual({kernel.dtype, bias.dtype}, {jnp.dtype('bfloat16')})
-    self.assertEqual({x.dtype for x in jax.tree.leaves(variables)}, {jnp.dtype('float32')})
+  def test_the_bound_kernel_has_the_dtype_of_the_product_and_parameters_are_float32(self):
+    bound, params = self._bound(0, None, jnp.bfloat16)
+    self.assertEqual({bound.kernel.dtype, bound.bias.dtype}, {jnp.dtype('bfloat16')})
+    self.assertEqual({x.dtype for x in jax.tree.leaves(params)}, {jnp.dtype('float32')})
 
   def test_initial_kernels_are_uniform_within_the_bound_of_the_fans(self):
     # Fans (40, 40): ±√(6/80) = ±.274, whatever the axes of the shape; 4800 draws a kernel.
-    _, variables = self._dense(4).init_with_output(jax.random.key(0), decide(_normal(0, 1, 4), 2))
-    kernel = np.asarray(nn.unbox(variables)['params']['kernel'])
+    kernel = np.asarray(self._bound(4, self._routing(1))[1]['kernel'])
     bound = math.sqrt(6 / 80)
     self.assertLessEqual(np.abs(kernel).max(), bound)
     np.testing.assert_allclose(kernel.std(axis=(1, 2, 3, 4)), bound / math.sqrt(3), rtol=.05)
 
   def test_experts_start_different_from_each_other(self):
-    _, variables = self._dense(4).init_with_output(jax.random.key(0), decide(_normal(0, 1, 4), 2))
-    kernel = np.asarray(nn.unbox(variables)['params']['kernel'])
-    self.assertLen(np.unique(kernel[:, 0, 0, 0, 0]), 4)
+    self.assertLen(np.unique(self._bound(4, self._routing(1))[1]['kernel'][:, 0, 0, 0, 0]), 4)
 
   def test_keys_may_start_as_a_copy_of_the_queries(self):
     plain = layers.xavier_uniform(40, 40)

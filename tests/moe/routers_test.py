@@ -22,33 +22,33 @@ class DecideTest(parameterized.TestCase):
       (3, [3, 2, 1], [0, 2 / 9, 3 / 9, 4 / 9]),
       (4, [3, 2, 1, 0], [.1, .2, .3, .4]))
   def test_the_best_k_share_what_they_had(self, top_k, expert, coef):
-    decision = routers.decide(jnp.asarray(_LOGITS), top_k)
+    decision = routers.route(jnp.asarray(_LOGITS), top_k)
     np.testing.assert_array_equal(decision.expert, [expert])
     np.testing.assert_allclose(decision.coef, [coef], rtol=1e-6)
 
   def test_each_row_decides_for_itself(self):
     # Row 1 has the probabilities .4 .1 .4 .1: experts 0 and 2, a half each.
     logits = jnp.asarray(np.concatenate([_LOGITS, np.log([[4., 1., 4., 1.]])]))
-    decision = routers.decide(logits, 2)
+    decision = routers.route(logits, 2)
     np.testing.assert_array_equal(decision.expert, [[3, 2], [0, 2]])
     np.testing.assert_allclose(decision.coef, [[0, 0, 3 / 7, 4 / 7], [.5, 0, .5, 0]], rtol=1e-6)
 
   def test_of_equal_experts_the_first_are_kept(self):
-    decision = routers.decide(jnp.zeros((1, 4)), 2)
+    decision = routers.route(jnp.zeros((1, 4)), 2)
     np.testing.assert_allclose(decision.coef, [[.5, .5, 0, 0]])
 
   def test_decisions_are_float32_whatever_comes_in(self):
-    decision = routers.decide(jnp.asarray(_LOGITS, jnp.bfloat16), 2)
+    decision = routers.route(jnp.asarray(_LOGITS, jnp.bfloat16), 2)
     self.assertEqual({decision.logits.dtype, decision.coef.dtype}, {jnp.dtype('float32')})
 
   def test_the_gradient_reaches_the_kept_experts_only(self):
     # coef_3 = 4/7 of softmax(log 3, log 4): d/dlogit_3 = 4/7 · 3/7, d/dlogit_2 = -4/7 · 3/7, nothing else.
-    gradient = jax.grad(lambda x: routers.decide(x, 2).coef[0, 3])(jnp.asarray(_LOGITS, jnp.float32))
+    gradient = jax.grad(lambda x: routers.route(x, 2).coef[0, 3])(jnp.asarray(_LOGITS, jnp.float32))
     np.testing.assert_allclose(gradient, [[0, 0, -12 / 49, 12 / 49]], atol=1e-6)
 
   def test_a_single_row_needs_its_axis(self):
     with self.assertRaisesRegex(AssertionError, 'rank'):
-      routers.decide(jnp.zeros(4), 2)
+      routers.route(jnp.zeros(4), 2)
 
 
 def _conditions(*kinds: str) -> tuple[Condition, ...]:
@@ -100,14 +100,14 @@ class EmbeddingTest(absltest.TestCase):
 
   def test_a_name_that_was_not_trained_is_refused(self):
     module = routers.NameEmbedding(2, ('mlm', 'words'))
-    message = (r"the router has no embedding for 'search'; it knows mlm, words\. A kind that was added after training "
+    message = (r"the router has no embedding for 'search', only for mlm, words\. A task type that was added after training "
                'needs attribute or modality routing, or a dense model')
     with self.assertRaisesRegex(ValueError, message):
       module.apply({'params': {'embedding': jnp.zeros((2, 2))}}, ('mlm', 'search'))
 
 
-def _router(noise_std: float = 1.0) -> routers.Router:
-  return routers.Router('modality', 2, 4, 2, noise_std, ('visual', 'text'))
+def _router(noise_std: float = 1.0) -> routers.ConditionRouter:
+  return routers.ConditionRouter('modality', 2, 4, 2, noise_std, ('visual', 'text'))
 
 
 # Table rows (3, 1) and (0, 4) are (1, -1) and (-1, 1) after the norm; with scale (2, 1) and bias (0, 1) they are (2, 0)

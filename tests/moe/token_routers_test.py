@@ -9,7 +9,8 @@ from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.moe import dispatch, routers
-from uni_moe_jax.moe.token_routers import TokenRouter, Usage, token_noise
+from uni_moe_jax.moe.token_routers import TokenRouter, token_noise
+from uni_moe_jax.moe.usage import Usage
 
 _KEY = jax.random.key(0)
 
@@ -22,7 +23,7 @@ def _decide(values, x, pool=None, key=None, **options):
   x = jnp.asarray(x, jnp.float32)
   B, S = x.shape[:2]
   ids, positions = jnp.arange(B, dtype=jnp.uint32), jnp.broadcast_to(jnp.arange(S), (B, S))
-  return _router(pool is not None, **options).apply({'params': values}, x, pool, key, ids, positions)
+  return _router(pool is not None, **options).apply({'params': values}, x, pool, key, ids, positions).output
 
 
 _GATE = jnp.array([[math.log(2), 0., 0.], [0., 0., math.log(3)]])
@@ -45,7 +46,7 @@ class GateTest(parameterized.TestCase):
 
   def test_decisions_are_float32_whatever_comes_in(self):
     x = jnp.ones((1, 2, 2), jnp.bfloat16)
-    choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, jnp.zeros(1, jnp.uint32), jnp.zeros((1, 2), int))
+    choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, jnp.zeros(1, jnp.uint32), jnp.zeros((1, 2), int)).output
     self.assertEqual({choice.logits.dtype, choice.gates.dtype}, {jnp.dtype('float32')})
 
 
@@ -100,19 +101,19 @@ class NoiseTest(absltest.TestCase):
     self.assertGreater(np.abs(noisy - calm).max(), .1)
 
 
-_routes = small_model.jit(dispatch.routes, static_argnums=(2, 3, 4))
+_plan = small_model.jit(dispatch.make_plan, static_argnums=(2, 3, 4))
 
 
-def _of(choice, to, valid) -> Usage:
-  return jax.tree.map(lambda x: x[None], Usage.of(choice, to, valid))
+def _of(output, plan, valid) -> Usage:
+  return jax.tree.map(lambda x: x[None], Usage.of_segment(output, plan, valid))
 
 
 def _usage(expert, logits=None, valid=None, capacity=0.0) -> Usage:
   """Of one kind of array; expert [B, S, K] of three, gates even."""
   expert = jnp.asarray(expert, jnp.int32)
   logits = jnp.zeros((*expert.shape[:2], 3)) if logits is None else jnp.asarray(logits, jnp.float32)
-  choice = routers.Choice(logits, expert, jnp.full(expert.shape, 1 / expert.shape[2]))
-  return small_model.jit(_of)(choice, _routes(choice, valid, capacity, 1, 'tiled'), valid)
+  output = routers.RouterOutput(logits, expert, jnp.full(expert.shape, 1 / expert.shape[2]))
+  return small_model.jit(_of)(output, _plan(output, valid, 1, capacity, 'tiled'), valid)
 
 
 class UsageTest(absltest.TestCase):
@@ -121,7 +122,7 @@ class UsageTest(absltest.TestCase):
     # Two samples, two positions; the last token is padding. C = ⌈.5 · 2 · 4 / 3⌉ = 2: expert 0 is asked three times.
     usage = _usage([[[0, 1], [0, 2]], [[0, 1], [0, 1]]], valid=jnp.array([[True, True], [True, False]]), capacity=.5)
     self.assertEqual((usage.tokens.tolist(), usage.chosen.tolist()), ([3], [[3, 2, 1]]))
-    self.assertEqual((usage.asked.tolist(), usage.kept.tolist()), ([6], [[2, 2, 1]]))
+    self.assertEqual((usage.requested.tolist(), usage.kept.tolist()), ([6], [[2, 2, 1]]))
     self.assertEqual(usage.importance.tolist(), [[1.5, 1, .5]])
     np.testing.assert_allclose(usage.drop_rate, 1 / 6, rtol=1e-6)
     np.testing.assert_allclose(usage.entropy, math.log(2), rtol=1e-6)
@@ -135,9 +136,9 @@ class UsageTest(absltest.TestCase):
 
   def test_rows_that_are_dispatched_again_ask_again(self):
     usage = _usage([[[0], [0]]])
-    choice = routers.Choice(jnp.zeros((1, 1, 3)), jnp.array([[[0]]]), jnp.ones((1, 1, 1)))
-    again = jax.tree.map(lambda x: x[0], usage).again(_routes(choice, None, 0.0, 1, 'tiled'))
-    self.assertEqual((float(again.tokens), float(again.asked), again.kept.tolist()), (2, 3, [3, 0, 0]))
+    output = routers.RouterOutput(jnp.zeros((1, 1, 3)), jnp.array([[[0]]]), jnp.ones((1, 1, 1)))
+    both = jax.tree.map(lambda x: x[0], usage) + Usage.of_repeated_dispatch(_plan(output, None, 1, 0.0, 'tiled'))
+    self.assertEqual((float(both.tokens), float(both.requested), both.kept.tolist()), (2, 3, [3, 0, 0]))
 
 
 class LossesTest(absltest.TestCase):
@@ -176,8 +177,8 @@ class LossesTest(absltest.TestCase):
 
   def test_a_step_down_the_balance_loss_moves_probability_to_idle_experts(self):
     def loss(logits):
-      choice = routers.Choice(logits, *routers.keep_top_k(logits, 1))
-      return _of(choice, dispatch.routes(choice, None, 0.0, 1, 'tiled'), None).losses['balance']
+      output = routers.RouterOutput(logits, *routers.keep_top_k(logits, 1))
+      return _of(output, dispatch.make_plan(output, None, 1, 0.0, 'tiled'), None).losses['balance']
     gradient = small_model.jit(jax.grad(loss))(jnp.array([[[1., .5, 0.], [2., 0., 1.]]]))
     self.assertGreater(float(gradient[..., 0].min()), 1e-3)
     self.assertLess(float(gradient[..., 1:].max()), -1e-3)

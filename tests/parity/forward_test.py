@@ -103,7 +103,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
   rows = routers.distinct_inputs(case.spec.model.spec.router, conditions)
   for n, stream in enumerate(collected['sequences']):
     # A token's own embedder comes first, then the prefix.
-    parts = [np.asarray(a) for a in stream.arrays]
+    parts = [np.asarray(a) for a in stream.segments]
     tokens = [parts[0][:, 1:], *parts[1:]]
     for modality, part in (*zip(stream.layout.modalities, tokens), ('text', parts[0][:1, :1])):
       embedder = 'video_embed' if modality == 'visual' else 'token_embed'
@@ -126,7 +126,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
           index = [rows.index(routers.router_input(case.spec.model.spec.router, c)) for c in stream.layout.conditions]
           assert_close(decision.logits[index], arrays[at + 'logits'], BOUND, at)
           np.testing.assert_array_equal(decision.expert[index], arrays[at + 'top2'])
-          weight = np.take_along_axis(decision.coef[index], decision.expert[index], axis=1)
+          weight = np.take_along_axis(np.asarray(decision.coef)[index], decision.expert[index], axis=1)
           assert_close(weight, arrays[at + 'weight'], BOUND, at)
     _compare(arrays, f'enc{n}.spe_out_all', np.asarray(after(stack.num_layers - 1, 'taps')[n][0][:, 0]))
 

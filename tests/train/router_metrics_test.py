@@ -10,8 +10,8 @@ import pytest
 
 from tests.helpers import small_model, tiny
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout
-from uni_moe_jax.moe.routers import Decision
-from uni_moe_jax.moe.token_routers import Usage
+from uni_moe_jax.moe.routers import RouterOutput
+from uni_moe_jax.moe.usage import Usage
 from uni_moe_jax.train import forward, optimizer, router_metrics, step
 from uni_moe_jax.train import run as train_run
 
@@ -104,9 +104,14 @@ def test_experts_with_a_filled_slot_are_used():
     assert chosen['tail'][0][part].shape == (4,) and chosen['tail'][0][part].sum() > 8
 
 
-def _usage(routed, kept) -> Usage:
-  none = Usage.none(2)
-  one = none.replace(asked=jnp.float32(routed), kept=jnp.asarray(kept, jnp.float32))
+def _output(coef) -> RouterOutput:
+  """The router output with these coefficients [..., A, E]."""
+  return RouterOutput(coef, jnp.broadcast_to(jnp.arange(coef.shape[-1]), coef.shape), coef)
+
+
+def _usage(requested, kept) -> Usage:
+  none = Usage.zero(2)
+  one = none.replace(requested=jnp.float32(requested), kept=jnp.asarray(kept, jnp.float32))
   return jax.tree.map(lambda x: x[None], one)
 
 
@@ -119,7 +124,7 @@ def test_metrics_are_means_over_layers_and_routers():
 
 def test_merging_routers_report_entropy_and_expert_usage_and_dense_models_nothing():
   # Conditions share half an expert; together they take .75 and .25: exp(.75 ln 4/3 + .25 ln 4) experts.
-  decision = Decision(logits=None, expert=None, coef=jnp.array([[.5, .5], [1., 0.]]))
+  decision = _output(jnp.array([[.5, .5], [1., 0.]]))
   collected = {'blocks': (), 'tail': ({'router_stats': {'mlp': decision}},)}
   assert {k: float(v) for k, v in router_metrics.metrics(collected).items()} == {
       'router/entropy': pytest.approx(np.log(2) / 2), 'router/condition_overlap': pytest.approx(.5),
@@ -131,16 +136,16 @@ def test_merging_routers_report_entropy_and_expert_usage_and_dense_models_nothin
 def test_usage_is_a_mean_over_layers_and_a_single_condition_overlaps_fully():
   # Two stacked layers of three conditions: all the same expert; three different ones.
   coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
-  collected = {'blocks': ({'router_stats': {'mlp': Decision(logits=None, expert=None, coef=coef)}},), 'tail': ()}
+  collected = {'blocks': ({'router_stats': {'mlp': _output(coef)}},), 'tail': ()}
   metrics = router_metrics.metrics(collected)
   assert float(metrics['router/effective_experts']) == pytest.approx(2) and float(metrics['router/condition_overlap']) == pytest.approx(.5)
-  one = {'blocks': (), 'tail': ({'router_stats': {'mlp': Decision(logits=None, expert=None, coef=coef[0, :1])}},)}
+  one = {'blocks': (), 'tail': ({'router_stats': {'mlp': _output(coef[0, :1])}},)}
   assert float(router_metrics.metrics(one)['router/condition_overlap']) == 1
 
 
 def test_tokens_of_a_condition_count_equally():
   # Condition 0: 3 tokens on expert 0 and 1 on expert 1; condition 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1) have .25 in common.
-  usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.none(2)).replace(
+  usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.zero(2)).replace(
       tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
   metrics = router_metrics.metrics({'blocks': (), 'tail': ({'router_stats': {'mlp': usage}},)})
   assert float(metrics['router/condition_overlap']) == pytest.approx(.25)

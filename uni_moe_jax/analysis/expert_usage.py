@@ -164,7 +164,7 @@ def gate_sums(
   def weight(s):
     sequence = sequences[s.sequence]
     valid = sequence.valid[s.array]
-    return select(jnp.ones(sequence.arrays[s.array].shape[:2]) if valid is None else valid.astype(jnp.float32), s)
+    return select(jnp.ones(sequence.segments[s.array].shape[:2]) if valid is None else valid.astype(jnp.float32), s)
 
   def router_sums(routings):
     """(gates [A, E], entropy [A]) of one router; routings: (gates, experts) [B, S, K] per slice."""
@@ -181,7 +181,7 @@ def gate_sums(
   for subtree in ('blocks', 'tail'):
     for j, out in enumerate(collected[subtree]):
       for sublayer in out['router_stats']:
-        routings = [out['token_routing'][s.sequence][sublayer][s.array] for s in slices]
+        routings = [out['token_routing'][sublayer][s.sequence][s.array] for s in slices]
         routings = [(r.gates, r.expert) for r in routings]
         if subtree == 'tail':
           routings = jax.tree.map(lambda x: x[None], routings)

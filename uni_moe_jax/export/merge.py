@@ -10,10 +10,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.model import merging, router_outputs
-from uni_moe_jax.model.spec import ModelSpec, Stack
+from uni_moe_jax.model.spec import PROJECTIONS, ModelSpec, Stack
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.utils.errors import UsageError
@@ -34,15 +35,15 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
                      'It is exported with its router.')
   if not conditions:
     raise UsageError('a model is merged for conditions; name at least one task.')
-  params = jax.device_get(params)
-  rows = routers.distinct_inputs(spec.router, conditions)
-  found = router_outputs.coefficients(spec, params, rows)
-  kernel, chosen = _groups(found, len(rows))
-  if len(chosen) == 1:
-    new = dataclasses.replace(spec, router=routers.DENSE, router_names=(), kernels=())
-  else:
-    new = dataclasses.replace(spec, num_experts=len(chosen), router_names=(), kernels=tuple(zip(rows, kernel)))
-  layers = [_layer(router_outputs.layer_params(spec, params, i), found.get(i, {}), chosen) for i in range(spec.num_layers)]
+  inputs = routers.distinct_inputs(spec.router, conditions)
+  kernel, chosen = _groups(router_outputs.coefficients(spec, params, inputs), len(inputs))
+  float32 = dataclasses.replace(spec, dtype=jnp.float32)
+  with jax.default_matmul_precision('highest'):
+    params = jax.device_get(merging.merge_params(float32, params, tuple(inputs[i] for i in chosen)))
+  if len(chosen) > 1:
+    return dataclasses.replace(spec, num_experts=len(chosen), router_names=(), kernels=tuple(zip(inputs, kernel))), params
+  new = dataclasses.replace(spec, router=routers.DENSE, router_names=(), kernels=())
+  layers = [_dense(router_outputs.layer_params(spec, params, i), sublayers) for i, sublayers in enumerate(spec.pattern)]
   return new, {**params, 'encoder': _stacked(layers, new.stack)}
 
 
@@ -62,12 +63,9 @@ def _groups(found: dict[int, dict[str, np.ndarray]], rows: int) -> tuple[list[in
   return kernel, chosen
 
 
-def _layer(tree: Any, coefficients: dict[str, np.ndarray], chosen: list[int]) -> Any:
-  """A layer's parameters without its routers, and with merged kernels and biases."""
-  def mix(part, kernels):
-    found = np.tensordot(coefficients[part][chosen], kernels, axes=1)
-    return found if len(chosen) > 1 else found[0]
-  return merging.merged_block(tree, tuple(coefficients), mix)
+def _dense(tree: Any, sublayers: tuple[str, ...]) -> Any:
+  """A layer's parameters without the axis of the only kernel."""
+  return {name: jax.tree.map(lambda x: x[0], sub) if PROJECTIONS.get(name) in sublayers else sub for name, sub in tree.items()}
 
 
 def _stacked(layers: list[Any], stack: Stack) -> Any:

@@ -1,29 +1,121 @@
-"""Attention over keys that lie apart: of a cache, of prompts, of the tokens themselves.
-
-Joining them would copy a cache for every word that is decoded. Instead each part has scores of its own; the softmax is over all of them.
-"""
+"""Attention over separate parts of keys and values: of a cache, of prompts, of the tokens themselves."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# (keys, values [b, N, S, H], as products read them, mask bool [B or 1, 1, Q or 1, S] or None: all may be seen). b divides B, and each
-# row of a part serves the B / b rows in a row that share it: the hypotheses about one picture share its keys, all rows those of prompts.
-Part = tuple[jax.Array, jax.Array, jax.Array | None]
+from uni_moe_jax.model import masks
+from uni_moe_jax.model.prompts import prompt_table
+from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache, heads_first
+from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, scale_output
+from uni_moe_jax.moe.layers import Projection, mimetic_query_key, xavier_uniform
+from uni_moe_jax.moe.routing import MergedRouting
 
 
-def heads_first(x: jax.Array) -> jax.Array:
-  """[…, S, N, H] → […, N, S, H]."""
-  return x.swapaxes(-3, -2)
+class Attention(Sublayer):
+  """Multi-head attention within each sequence. All projections of a segment share one routing."""
+
+  SUBLAYER = 'attention'
+
+  def setup(self):
+    spec = self.spec
+    width, heads = {'embed': spec.width}, {'heads': spec.num_heads, 'head_dim': spec.head_dim}
+    init = xavier_uniform(spec.width, spec.width)
+    self.router = self.make_router()
+    self.qkv = self.make_projection(width, {'qkv': 3, **heads}, mimetic_query_key(init) if spec.mimetic_init else init)
+    self.attention_out = self.make_projection(heads, width, init)
+
+  def __call__(
+      self, hidden: Hidden, scale: jax.Array, prompts: dict[str, jax.Array], caches: tuple[KVCache | None, ...],
+      pools: Pools, context: Context) -> tuple[Hidden, dict[str, Any]]:
+    """Attends in every sequence.
+
+    Args:
+      hidden: normalized. scale: f32 [D], LayerScale of the outputs.
+      prompts: normalized deep prompts [1, P, D] by table.
+      caches: of this layer. pools: see `Sublayer.pool`.
+
+    Returns:
+      (outputs, collected): outputs are those of the readout rows alone where the context says so; collected is
+      {'router_stats', 'token_routing', 'kv'}, see `Encoder`.
+    """
+    merged = self.merge_routing(context)
+    qkv = self.qkv.bind(merged)
+    out, scale = scale_output(self.attention_out.bind(merged), scale, context)
+    outputs, all_kv, usages, token_routing = [], [], [], []
+    for sequence, segments, cache, pool in zip(context.sequences, hidden, caches, pools, strict=True):
+      layout, rows = sequence.layout, sequence.take_readout
+      extra_kv = [] if cache is None else cache.parts(sequence.cache_valid)
+      table = prompt_table(self.spec, layout.is_target)
+      if table in prompts:
+        part, usage = self._prompt_kv(prompts[table], merged, qkv, sequence, pool, context)
+        extra_kv.append(part)
+        usages.append((layout.prompt_condition, usage))
+
+      routings, queries, kv = [], {}, []
+      for i, (x, condition) in enumerate(zip(segments, layout.conditions, strict=True)):
+        routing = self.route(x, merged, condition, sequence.tokens(i), pool, context)
+        routings.append(routing)
+        if not context.readout_only:
+          y, usage = routing.apply(x, qkv)
+          queries[i], k, v = (y[:, :, j] for j in range(3))
+        else:
+          y, usage = routing.apply(x, qkv.slice(slice(1, None)))
+          k, v = y[:, :, 0], y[:, :, 1]
+          if i == layout.readout_segment:
+            routings[i] = routing.take(rows)
+            y, repeated = routings[i].apply(rows(x), qkv.slice(slice(0, 1)))
+            queries[i] = y[:, :, 0]
+            usages.append((condition, repeated))
+        kv.append((k, v))
+        usages.append((condition, usage))
+
+      ys: list[jax.Array | None] = [None] * len(segments)
+      for i, q in queries.items():
+        y = self._attend(q, kv, extra_kv, i, sequence, context.readout_only)
+        ys[i] = scale * routings[i].apply(y, out)[0]
+      outputs.append(tuple(ys))
+      all_kv.append(tuple(kv))
+      token_routing.append(tuple(r.output for r in routings))
+    collected = self.collect(merged, usages, token_routing, context)
+    return tuple(outputs), {**collected, 'kv': tuple(all_kv)}
+
+  def _prompt_kv(
+      self, prompts: jax.Array, merged: MergedRouting | None, qkv: Projection, sequence: EmbeddedSequence,
+      pool: dict[str, jax.Array], context: Context):
+    """(keys and values of deep prompts [1, P, D], usage): every token sees them, under the sequence's prompt condition."""
+    if merged is None:  # a token router routes them for each example
+      prompts = jnp.broadcast_to(prompts, (sequence.ids.shape[0], *prompts.shape[1:]))
+    tokens = sequence.prompt_tokens(prompts.shape[1])
+    routing = self.route(prompts, merged, sequence.layout.prompt_condition, tokens, pool, context)
+    y, usage = routing.apply(prompts, qkv.slice(slice(1, None)))
+    return (heads_first(y[:, :, 0]), heads_first(y[:, :, 1]), None), usage
+
+  def _attend(
+      self, q: jax.Array, kv: list[tuple[jax.Array, jax.Array]], extra_kv: list[KeysValues], index: int,
+      sequence: EmbeddedSequence, readout_only: bool) -> jax.Array:
+    """Attention of one segment's queries [B, Q, N, H] over the keys that it may see, and over extra ones → [B, Q, N, H]."""
+    layout = sequence.layout
+    visible = masks.visible_segments(layout.masks, index)
+    k, v = (kv[visible[0]] if len(visible) == 1 else
+            tuple(jnp.concatenate([kv[i][j] for i in visible], axis=1) for j in (0, 1)))
+    mask = masks.attention_mask(
+        layout.masks, index, sequence.lengths, sequence.valid, queries_only=readout_only and layout.readout == 'queries')
+    if extra_kv:
+      return attend(q, [*extra_kv, (heads_first(k), heads_first(v), mask)])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def attend(q: jax.Array, parts: Sequence[Part]) -> jax.Array:
+def attend(q: jax.Array, parts: Sequence[KeysValues]) -> jax.Array:
   """softmax(q kᵀ / √H) v over the keys of all parts together, scores and sums in float32.
+
+  Concatenation would copy a cache for every decoded word. Instead each part has its own scores, under one softmax.
 
   Args:
     q: [B, Q, N, H].
-    parts: see `Part`; every query sees a key of some part.
+    parts: see `KeysValues`; every query sees a key of some part.
 
   Returns:
     [B, Q, N, H] of q's type.
@@ -39,7 +131,7 @@ def attend(q: jax.Array, parts: Sequence[Part]) -> jax.Array:
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
   """q [B, Q, N, H], k [b, N, S, H] → f32 [B, N, Q, S]."""
-  k = _for_each(k, q.shape[0])
+  k = _per_example(k, q.shape[0])
   (B, Q, N, H), (b, _, S, _) = q.shape, k.shape
   s = jnp.einsum('bqnh,bnsh->bnqs', q.reshape(b, -1, N, H), k, preferred_element_type=jnp.float32) / H**0.5
   return s.reshape(b, N, B // b, Q, S).swapaxes(1, 2).reshape(B, N, Q, S)
@@ -47,12 +139,12 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 def _weighted(w: jax.Array, v: jax.Array) -> jax.Array:
   """w f32 [B, N, Q, S], v [b, N, S, H] → f32 [B, Q, N, H]."""
-  v = _for_each(v, w.shape[0])
+  v = _per_example(v, w.shape[0])
   (B, N, Q, S), (b, _, _, H) = w.shape, v.shape
   w = w.astype(v.dtype).reshape(b, B // b, N, Q, S).swapaxes(1, 2).reshape(b, N, -1, S)
   return jnp.einsum('bnqs,bnsh->bqnh', w, v, preferred_element_type=jnp.float32).reshape(B, Q, N, H)
 
 
-def _for_each(x: jax.Array, batch: int) -> jax.Array:
-  """A part that serves all rows, once for each: on a mesh, rows that lie unevenly must not be joined (see `decode._repeat`)."""
+def _per_example(x: jax.Array, batch: int) -> jax.Array:
+  """Repeats a part that all examples share: on a mesh, unevenly sharded rows must not be joined (see `decoding._repeat`)."""
   return jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.shape[0] == 1 else x

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from uni_moe_jax.model.block import layer_norm
 from uni_moe_jax.model.prompts import TokenPrompts
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.moe.layers import xavier_uniform
+from uni_moe_jax.moe.layers import layer_norm, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 EMBED_STD = 0.02

@@ -1,7 +1,7 @@
-"""The shared encoder: many streams through one scan over layers.
+"""The shared encoder: many sequences through one scan over layers.
 
-All streams of a call go through each layer together, so that each layer's experts are read and merged once however
-many kinds and target sets a step encodes. Periods of blocks are scanned; the tail is unrolled (see `spec.Stack`).
+All sequences of a call go through each layer together, so that each layer's experts are read and merged once, however many
+task types and target sets a step encodes. Periods of blocks are scanned; the tail is unrolled (see `spec.Stack`).
 """
 
 from typing import Any
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.model.block import Block, Context
-from uni_moe_jax.model.sequences import EmbeddedSequence, KVCache, take_rows
+from uni_moe_jax.model.block import Block
+from uni_moe_jax.model.sequences import EmbeddedSequence, KVCache
 from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.sublayer import Context, Hidden
 from uni_moe_jax.moe import routers
 
 Collected = dict[str, Any]
@@ -26,61 +27,64 @@ class Period(nn.Module):
   is_tail: bool = False
 
   @nn.compact
-  def __call__(self, arrays, inputs, context: Context):
-    """inputs: (index of the first layer, past per block)."""
-    first, past = inputs
-    taken = []
-    for j, parts in enumerate(self.pattern):
+  def __call__(self, x: Hidden, inputs, context: Context):
+    """inputs: (index of the first layer, caches per block)."""
+    first, caches = inputs
+    collected = []
+    for j, sublayers in enumerate(self.pattern):
       last = self.is_tail and j == len(self.pattern) - 1
       block = Block
-      if self.is_tail and self.spec.remat:  # the scanned period is rematerialised as a whole
+      if self.is_tail and self.spec.remat:  # the scanned period is rematerialized as a whole
         block = nn.remat(Block, prevent_cse=True)
-      arrays, out = block(self.spec, parts, last, name=f'block{j}')(arrays, first + j, past[j], context)
-      taken.append(out)
-    return arrays, tuple(taken)
+      x, out = block(self.spec, sublayers, last, name=f'block{j}')(x, first + j, caches[j], context)
+      collected.append(out)
+    return x, tuple(collected)
 
 
 class Encoder(nn.Module):
-  """Blocks × L. See `__call__`. mesh: on which it computes; None: on one device."""
+  """L blocks. mesh: mesh of its parameters; None on one device."""
   spec: ModelSpec
   mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
-      self, streams: tuple[EmbeddedSequence, ...], past: tuple[KVCache | None, ...], *, key: jax.Array | None = None,
+      self, sequences: tuple[EmbeddedSequence, ...], caches: tuple[KVCache | None, ...], *, key: jax.Array | None = None,
       all_rows: bool = False, taps: bool = False, keys: bool = False,
   ) -> tuple[tuple[jax.Array | None, ...], Collected]:
-    """Encodes streams.
+    """Encodes sequences.
 
     Args:
-      streams: see `EmbeddedSequence`.
-      past: cached keys and values per stream, or None.
+      caches: cached keys and values per sequence, or None.
       key: random key of the step (noise, stochastic depth); None at evaluation.
       all_rows: compute all rows in the last layer; the result is the same.
-      taps: collect the streams as they come in, the arrays after every layer, and what routers chose for their tokens.
-      keys: collect keys and values of every layer, and what its context routers pooled.
+      taps: collect the embedded sequences, their hidden states after every layer, and the routing of their tokens.
+      keys: collect keys and values of every layer, and the pools of its context routers.
 
     Returns:
-      (rows, collected). rows: per stream the hidden states [B, R, D] of its readout (None for 'nothing').
-      collected: {'blocks': …, 'tail': …}, each a tuple per block of {'router_stats', 'taps', 'token_routing', 'kv', 'pools'}; leaves
-      of 'blocks' have a leading axis of periods. With taps also 'sequences'.
+      (hidden, collected). hidden: per sequence [B, R, D], the rows of its readout (None for 'nothing').
+      collected: {'blocks': …, 'tail': …}, each a tuple with a dictionary per block; leaves of 'blocks' have a leading axis of
+      periods. With taps also 'sequences'. A block's dictionary has
+      'router_stats': {sublayer: `RouterOutput` of the A distinct router inputs, or `Usage` by their tokens};
+      with taps 'taps', hidden states per sequence and segment, and 'token_routing': {sublayer: `RouterOutput` per sequence and
+      segment} of token routers; with keys 'kv', (keys, values) per sequence and segment, and 'pools', {sublayer: [B, D]} per
+      sequence.
     """
     spec, stack = self.spec, self.spec.stack
-    conditions = tuple(c for s in streams for c in s.layout.conditions)
+    conditions = tuple(c for s in sequences for c in s.layout.conditions)
     if spec.num_deep_prompts:
-      conditions += tuple(s.layout.prompt_condition for s in streams)
+      conditions += tuple(s.layout.prompt_condition for s in sequences)
     context = Context(
-        streams=tuple(s.replace(arrays=()) for s in streams),
-        past_valid=tuple(None if p is None else p.valid for p in past),
-        key=key, rows=routers.distinct_inputs(spec.router, conditions), all_rows=all_rows, taps=taps, keys=keys,
+        sequences=tuple(
+            s.without_segments().replace(cache_valid=None if c is None else c.valid) for s, c in zip(sequences, caches, strict=True)),
+        key=key, router_inputs=routers.distinct_inputs(spec.router, conditions), readout_only=not all_rows, taps=taps, keys=keys,
         mesh=self.mesh)
-    arrays = tuple(tuple(a.astype(spec.dtype) for a in s.arrays) for s in streams)
+    x = tuple(tuple(segment.astype(spec.dtype) for segment in s.segments) for s in sequences)
 
-    def past_of(subtree, blocks):
-      """Per block, per stream: a `KVCache` of the layer, or None."""
-      return tuple(tuple(None if p is None else p.of_layer(subtree, j) for p in past) for j in range(blocks))
+    def caches_of(subtree, blocks):
+      """Per block, per sequence: the cache of the layer, or None."""
+      return tuple(tuple(None if c is None else c.of_layer(subtree, j) for c in caches) for j in range(blocks))
 
-    collected: Collected = {'blocks': (), **({'sequences': streams} if taps else {})}
+    collected: Collected = {'blocks': (), **({'sequences': sequences} if taps else {})}
     scanned = len(stack.period) * stack.periods
     if stack.periods:
       period = nn.remat(Period, prevent_cse=False) if spec.remat else Period
@@ -88,16 +92,14 @@ class Encoder(nn.Module):
           period, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(0, nn.broadcast),
           length=stack.periods, metadata_params={nn.PARTITION_NAME: 'layers'})
       first = jnp.arange(stack.periods, dtype=jnp.int32) * len(stack.period)
-      arrays, collected['blocks'] = run(spec, stack.period, name='blocks')(
-          arrays, (first, past_of('blocks', len(stack.period))), context)
-    arrays, collected['tail'] = Period(spec, stack.tail, is_tail=True, name='tail')(
-        arrays, (jnp.int32(scanned), past_of('tail', len(stack.tail))), context)
+      x, collected['blocks'] = run(spec, stack.period, name='blocks')(
+          x, (first, caches_of('blocks', len(stack.period))), context)
+    x, collected['tail'] = Period(spec, stack.tail, is_tail=True, name='tail')(
+        x, (jnp.int32(scanned), caches_of('tail', len(stack.tail))), context)
 
-    rows = []
-    for stream, xs in zip(streams, arrays):
-      i = stream.layout.readout_segment
-      if i is None:
-        rows.append(None)
-      else:
-        rows.append(take_rows(xs[i], stream.layout.readout, stream.positions) if all_rows else xs[i])
-    return tuple(rows), collected
+    hidden = []
+    for s, segments in zip(sequences, x, strict=True):
+      read = s.layout.readout_segment
+      rows = None if read is None else segments[read]
+      hidden.append(s.take_readout(rows) if all_rows and rows is not None else rows)
+    return tuple(hidden), collected

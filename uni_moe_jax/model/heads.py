@@ -1,30 +1,37 @@
-"""The similarity head: p(x, y) ∝ exp(cos(f(x), f(y)) / τ) with f = proj(LN(hidden)).
+"""Heads: the similarity p(x, y) ∝ exp(cos(f(x), f(y)) / τ) with f = proj(LN(hidden)), its temperatures, and a linear head.
 
-Uni-Perceiver, eq. 1-2; float32 throughout, because it decides.
+Uni-Perceiver, eq. 1-2. All in float32, because it decides.
 """
+
+import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.model.block import layer_norm
-from uni_moe_jax.moe.layers import xavier_uniform
+from uni_moe_jax.moe.layers import layer_norm, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 MAX_SCALE = 100.0
-MIN_SQUARE = 1e-24  # (1e-12)²; its power -3/2, which the gradient holds, is still finite in float32
+MIN_SQUARE = 1e-24  # (1e-12)²; its power -3/2, a factor of the gradient, is still finite in float32
 
 
 def normalize(features: jax.Array) -> jax.Array:
-  """L2-normalises the last axis; the zero vector keeps a finite gradient."""
+  """L2-normalizes the last axis; the zero vector keeps a finite gradient."""
   square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
   return features * jax.lax.rsqrt(jnp.maximum(square, MIN_SQUARE))
 
 
 def logits(features: jax.Array, targets: jax.Array, scale: jax.Array) -> jax.Array:
-  """cos / τ: features [..., D] against targets [V, D], neither normalised → [..., V]."""
+  """cos / τ: features [..., D] against targets [V, D], neither normalized → [..., V]."""
   return scale * normalize(features) @ normalize(targets).T
+
+
+def log_scale_init(temperature: float) -> Callable:
+  """Initializer of a log scale, log(1/τ)."""
+  return nn.with_logical_partitioning(nn.initializers.constant(math.log(1 / temperature)), ())
 
 
 def scale_of(log_scale: jax.Array) -> jax.Array:
@@ -34,7 +41,7 @@ def scale_of(log_scale: jax.Array) -> jax.Array:
 
 
 class SimilarityHead(nn.Module):
-  """LN → projection D × D: hidden [..., D] → features [..., D] f32, not yet normalised. mesh: on which it lies, or None."""
+  """LN → projection D × D: hidden [..., D] → features [..., D] f32, not yet normalized. mesh: None on one device."""
   width: int
   mesh: Mesh | None = None
 
@@ -47,3 +54,18 @@ class SimilarityHead(nn.Module):
     bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('feature',)), (self.width,))
     kernel = sharding.as_used(kernel, ('embed', 'feature'), self.mesh)
     return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class LinearHead(nn.Module):
+  """Logits of K classes from features, added to weighted logits of similarity. Starts at zero."""
+  classes: int
+
+  @nn.compact
+  def __call__(self, features: jax.Array, logits: jax.Array) -> jax.Array:
+    """features [..., D], not normalized, logits [..., K] f32 → [..., K]."""
+    width = features.shape[-1]
+    kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'class')),
+                        (width, self.classes))
+    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('class',)), (self.classes,))
+    weight = self.param('similarity_weight', nn.with_logical_partitioning(nn.initializers.ones, ()), ())
+    return weight * logits + features @ kernel + bias.reshape((1,) * (features.ndim - 1) + (-1,))

@@ -2,7 +2,7 @@
 
 Segments with mask 'full' see every full segment. A 'two_stream' segment is a caption [words | queries] of 2n tokens:
 word i sees words ≤ i; query i sees words < i and itself; both see every full segment, none of which looks back.
-Keys are joined in the order of the arrays that `sees` lists.
+Keys are joined in the order of the arrays that `visible_segments` lists.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def sees(masks: tuple[str, ...], index: int) -> tuple[int, ...]:
+def visible_segments(masks: tuple[str, ...], index: int) -> tuple[int, ...]:
   """Indices of the arrays whose tokens array `index` may look at, in order."""
   full = tuple(i for i, m in enumerate(masks) if m == 'full')
   return full if masks[index] == 'full' else tuple(sorted({*full, index}))
@@ -47,7 +47,7 @@ def attention_mask(
   Returns:
     bool [B or 1, 1, Q or 1, K], or None when everything may be seen.
   """
-  seen = sees(masks, index)
+  seen = visible_segments(masks, index)
   structure = None
   if masks[index] != 'full':
     own = {'two_stream': lambda n: two_stream(n // 2), 'causal': causal}[masks[index]](lengths[index])

@@ -1,11 +1,11 @@
-"""The model that is left for some conditions, made inside a program: a loop that runs it merges no kernels in its passes.
+"""Merging experts: the model without routers and experts that remains for some conditions.
 
-A router that looks at conditions alone decides the same in every pass (Uni-Perceiver-MoE, section 3.4). export/merge.py makes such a
-model for good.
+A condition router routes all inputs of a condition alike, and experts are linear, so their kernels can be added in advance
+(Uni-Perceiver-MoE, section 3.4). Decoding merges inside its program, so that its loop merges no kernels; export/merge.py merges for
+good.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,38 +16,40 @@ from uni_moe_jax.moe import layers, routers
 from uni_moe_jax.tasks.attributes import Condition
 
 
-def for_conditions(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
-  """(spec, parameters) of the model for arrays of these conditions; those given, where nothing is left to merge.
+def merge_experts(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
+  """(spec, parameters) of the model for segments of some conditions; unchanged if there is nothing to merge.
 
   Args:
     spec, params: of a model; parameters may be traced.
-    conditions: of every array that it will be given, and of its prompts.
+    conditions: of all segments that it will encode, and of its prompts.
   """
   if spec.router == routers.DENSE or spec.kernels or routers.routes_tokens(spec.router):
     return spec, params
-  rows = routers.distinct_inputs(spec.router, conditions)
-  decide = lambda values: router_outputs.router_of(spec).apply({'params': values}, rows, None).coef
+  inputs = routers.distinct_inputs(spec.router, conditions)
+  kernels = tuple((router_input, i) for i, router_input in enumerate(inputs))
+  new = dataclasses.replace(spec, num_experts=len(inputs), router_names=(), kernels=kernels)
+  return new, merge_params(spec, params, inputs)
+
+
+def merge_params(spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput, ...]) -> Any:
+  """Parameters without routers, with one kernel of `spec.dtype` per router input instead of E experts."""
+  coef_of = lambda values: router_outputs.router_of(spec).apply({'params': values}, inputs, None).coef
   merge = lambda kernels, coef: layers.merge(kernels, coef).astype(spec.dtype)
 
-  def block(tree, parts, over):
-    coef = {p: over(decide)(tree[ROUTER_PARAMS[p]]) for p in parts}
-    return merged_block(tree, parts, lambda part, kernels: over(merge)(kernels, coef[part]))
+  def block(tree, sublayers, over):
+    coef = {s: over(coef_of)(tree[ROUTER_PARAMS[s]]) for s in sublayers}
+    merged = {}
+    for name, sub in tree.items():
+      sublayer = PROJECTIONS.get(name)
+      if sublayer in sublayers:
+        merged[name] = jax.tree.map(lambda kernels, s=sublayer: over(merge)(kernels, coef[s]), sub)
+      elif name not in ROUTER_PARAMS.values():
+        merged[name] = sub
+    return merged
 
   stack, encoder = spec.stack, dict(params['encoder'])
   for subtree, pattern, over in (('blocks', stack.period, jax.vmap), ('tail', stack.tail, lambda f: f)):
     if subtree in encoder:
-      encoder[subtree] = {f'block{j}': block(encoder[subtree][f'block{j}'], parts, over) for j, parts in enumerate(pattern)}
-  new = dataclasses.replace(spec, num_experts=len(rows), router_names=(), kernels=tuple((row, i) for i, row in enumerate(rows)))
-  return new, {**params, 'encoder': encoder}
-
-
-def merged_block(tree: Any, parts: tuple[str, ...], merge: Callable[[str, Any], Any]) -> Any:
-  """Parameters of a block without its routers; merge: (part, kernels or biases of experts) → those of the model that is left."""
-  out = {}
-  for name, sub in tree.items():
-    part = PROJECTIONS.get(name)
-    if part in parts:
-      out[name] = jax.tree.map(lambda kernels, part=part: merge(part, kernels), sub)
-    elif not name.endswith('_router'):
-      out[name] = sub
-  return out
+      encoder[subtree] = {
+          f'block{j}': block(encoder[subtree][f'block{j}'], sublayers, over) for j, sublayers in enumerate(pattern)}
+  return {**params, 'encoder': encoder}

@@ -1,9 +1,9 @@
-"""Prompts: what tuning adds to a finished model. Few parameters, all of them beside the model's own.
+"""Prompts: what prompt tuning adds to a finished model, few parameters beside the model's own.
 
-Deep prompts are P rows per layer that every token may look at: they go through the layer's own norm and its projection to
-keys and values, are seen beside the other keys, and never become tokens themselves (published; the condition is that of the
+Deep prompts are P rows per layer that every token may attend to: they pass the layer's own norm and its projection to keys and
+values, are attended beside the other keys, and never become tokens themselves (published; their condition is that of the
 sequence's first segment). Prefix and label prompts are tokens between `spe` and the data: raw rows without LayerNorm, position
-or type (published), under the condition of the first segment. The linear head adds its logits to those of similarity.
+or type (published), under the condition of the first segment.
 """
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model.spec import ModelSpec
 
-# Which table a side reads, by `prompt_sides`: (inputs, targets).
+# Which table each side reads, by `prompt_sharing`: (inputs, targets).
 TABLES = {'shared': ('input', 'input'), 'separate': ('input', 'target'), 'inputs': ('input', None)}
 _STD = 0.02
 
@@ -41,7 +41,7 @@ class DeepPrompts(nn.Module):
 
 
 class TokenPrompts(nn.Module):
-  """Learnt tokens after `spe`: one for each class of a target set, then the prefix prompts of a side."""
+  """Learned tokens after `spe`: one for each class of a target set, then the prefix prompts of a side."""
   spec: ModelSpec
 
   def setup(self):
@@ -58,26 +58,11 @@ class TokenPrompts(nn.Module):
     Args:
       batch: B.
       is_target: whether the sequence is on the target side.
-      label_set: target set whose entries the sequences are, if it has label prompts.
+      label_set: target set of which the sequences are entries, if it has label prompts.
       classes: int32 [B], which entry each of them is.
     """
-    found = [] if label_set is None else [self.labels[label_set][classes][:, None]]
+    tokens = [] if label_set is None else [self.labels[label_set][classes][:, None]]
     table = prompt_table(self.spec, is_target)
     if table in self.prefix:
-      found.append(jnp.broadcast_to(self.prefix[table], (batch, *self.prefix[table].shape[1:])))
-    return [x.astype(self.spec.dtype) for x in found]
-
-
-class LinearHead(nn.Module):
-  """Logits of K classes from features that are not normalised, added to weighted logits of similarity. Starts at zero."""
-  classes: int
-
-  @nn.compact
-  def __call__(self, features: jax.Array, logits: jax.Array) -> jax.Array:
-    """features [..., D], logits [..., K] f32 → [..., K]."""
-    width = features.shape[-1]
-    kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'class')),
-                        (width, self.classes))
-    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('class',)), (self.classes,))
-    weight = self.param('similarity_weight', nn.with_logical_partitioning(nn.initializers.ones, ()), ())
-    return weight * logits + features @ kernel + bias.reshape((1,) * (features.ndim - 1) + (-1,))
+      tokens.append(jnp.broadcast_to(self.prefix[table], (batch, *self.prefix[table].shape[1:])))
+    return [x.astype(self.spec.dtype) for x in tokens]

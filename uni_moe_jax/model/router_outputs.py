@@ -1,4 +1,4 @@
-"""What the routers of a trained model decide for condition rows: read by reports, and by who merges kernels for good."""
+"""What the routers of a trained model select for conditions: read by reports, and where experts are merged."""
 
 from typing import Any
 
@@ -10,29 +10,30 @@ from uni_moe_jax.moe import routers
 
 
 def layer_params(spec: ModelSpec, params: Any, layer: int, names: tuple[str, ...] = ()) -> Any:
-  """The parameters of one layer, by projection, router and norm; or of the named ones alone."""
+  """The parameters of one layer, by projection, router and norm; with names, of these alone."""
   subtree, period, block = spec.stack.locate(layer)
   tree = params['encoder'][subtree][block]
   tree = {name: tree[name] for name in names or tree}
   return tree if period is None else jax.tree.map(lambda x: x[period], tree)
 
 
-def router_of(spec: ModelSpec) -> routers.Router:
-  """The module of a router that does not look at tokens."""
-  return routers.Router(spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
+def router_of(spec: ModelSpec) -> routers.ConditionRouter:
+  """The module of a condition router."""
+  return routers.ConditionRouter(
+      spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
 
 
-def coefficients(spec: ModelSpec, params: Any, rows: tuple[routers.RouterInput, ...]) -> dict[int, dict[str, np.ndarray]]:
-  """{layer: {part: f32 [A, E]}} of every router, without noise; rows: A router inputs.
+def coefficients(spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput, ...]) -> dict[int, dict[str, np.ndarray]]:
+  """{layer: {sublayer: f32 [A, E]}} of every condition router, without noise; {} if there is none.
 
-  Empty where there is no router, or where it looks at tokens.
+  inputs: A router inputs.
   """
   if routers.routes_tokens(spec.router):
     return {}
-  decide = jax.jit(lambda values: router_of(spec).apply({'params': values}, rows, None).coef)
-  found = {}
-  for layer, parts in enumerate(spec.pattern):
-    if parts:
-      tree = layer_params(spec, params, layer, tuple(ROUTER_PARAMS[p] for p in parts))
-      found[layer] = {p: np.asarray(decide(tree[ROUTER_PARAMS[p]])) for p in parts}
-  return found
+  coef_of = jax.jit(lambda values: router_of(spec).apply({'params': values}, inputs, None).coef)
+  coefs = {}
+  for layer, sublayers in enumerate(spec.pattern):
+    if sublayers:
+      tree = layer_params(spec, params, layer, tuple(ROUTER_PARAMS[s] for s in sublayers))
+      coefs[layer] = {s: np.asarray(coef_of(tree[ROUTER_PARAMS[s]])) for s in sublayers}
+  return coefs

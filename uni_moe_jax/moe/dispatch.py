@@ -1,7 +1,7 @@
-"""Dispatch: every token to its own K experts, and back. For decisions that look at tokens, where nothing can be merged.
+"""Dispatch: every token to its own K experts, and back. For token routers, where no kernels can be merged.
 
-y_t = Σ_k g_{t,k} (x_t W_{e(t,k)} + b_{e(t,k)}), over the choices that are kept. Choices are numbered t · K + k; a *slot* is the
-place of a choice among the rows that the experts multiply. Two projections that share a decision share its slots.
+y_t = Σ_k g_{t,k} (x_t W_{e(t,k)} + b_{e(t,k)}), over the choices that are kept. Choices are numbered t · K + k; a *slot* is
+the row of a choice in the input of the grouped matmul. All projections of a sublayer share the slots.
 """
 
 import functools
@@ -12,209 +12,209 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.moe import gmm
-from uni_moe_jax.moe.routers import Choice
+from uni_moe_jax.moe.routers import RouterOutput
 
 
 @flax.struct.dataclass
-class Routes:
-  """Where the choices of T = B · S tokens lie.
+class DispatchPlan:
+  """The slots of the choices of T = B · S tokens.
 
   Attributes:
-    slot: int32 [T, K], of a choice; any where it is not kept.
+    slot: int32 [T, K], of a choice; arbitrary where it is not kept.
     kept: bool [T, K]: neither padding nor over capacity.
-    source: int32 [G], the choice in a slot; -1 where there is none.
-    sizes: int32 [E], kept choices of every expert. asked: int32 scalar, choices of unpadded tokens.
+    source: int32 [G], the choice in a slot; -1 in an empty slot.
+    sizes: int32 [E], kept choices of every expert. requested: int32 scalar, choices of unpadded tokens.
     gates: f32 [T, K].
     coef: f32 [T, E], the kept gates as coefficients.
-    backend: of the grouped product, see `grouped.py`.
-    way: how tokens come to their experts, see `travel.py`. On a mesh every device has routes of its own, which lie behind each
-      other on the first axis: sizes are [devices, E] then, and asked [devices].
-    owners: over how many devices in a row different experts lie; elsewhere they all have counts of all experts.
+    backend: of the grouped matmul, see `gmm.py`.
+    transport: how tokens reach their experts, see `expert_parallel.py`. On a mesh every device has its own plan, and plans are
+      concatenated on the first axis; `sizes` are [devices, E] then, and `requested` [devices].
+    expert_shards: over how many devices in a row different experts are sharded, if each counts only its own; otherwise 1.
   """
   slot: jax.Array
   kept: jax.Array
   source: jax.Array
   sizes: jax.Array
-  asked: jax.Array
+  requested: jax.Array
   gates: jax.Array
   coef: jax.Array
   backend: str = flax.struct.field(pytree_node=False)
-  way: str = flax.struct.field(pytree_node=False, default='stay')
-  owners: int = flax.struct.field(pytree_node=False, default=1)
+  transport: str = flax.struct.field(pytree_node=False, default='local')
+  expert_shards: int = flax.struct.field(pytree_node=False, default=1)
 
   @property
-  def given(self) -> jax.Array:
+  def slots_given(self) -> jax.Array:
     """f32 [E], slots that every expert gave, over all devices."""
     E = self.sizes.shape[-1]
-    return self.sizes.reshape(-1, self.owners, E).sum(0).reshape(-1).astype(jnp.float32)
+    return self.sizes.reshape(-1, self.expert_shards, E).sum(0).reshape(-1).astype(jnp.float32)
 
 
 def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-  """C = ⌈f · K · tokens / E⌉, at most `tokens`: an expert is chosen once by a token. From static, padded shapes alone: real
-  lengths would leak. factor 0: no bound, that is room for all."""
+  """Slots per expert: C = ⌈f · K · tokens / E⌉, at most `tokens`, since a token chooses an expert once; factor 0: `tokens`.
+
+  C follows from static, padded shapes alone: real lengths would leak the future of a caption.
+  """
   return min(tokens, math.ceil(factor * top_k * tokens / num_experts)) if factor else tokens
 
 
-def routes(choice: Choice, valid: jax.Array | None, capacity: float, parts: int, backend: str) -> Routes:
-  """Gives slots to the choices of an array.
+def make_plan(
+    output: RouterOutput, valid: jax.Array | None, groups: int, capacity_factor: float, backend: str) -> DispatchPlan:
+  """Assigns slots to the choices of a segment.
 
   Args:
-    choice: of [B, S] tokens. Its last axis of logits says how many experts there are; a choice of another one is not kept.
+    output: of [B, S] tokens. Its logits determine E; choices of other experts are not kept.
     valid: bool [B, S], None where nothing is padded. Padding is neither routed nor counted.
-    capacity: factor f, or 0 for exact routing. Slots are given position by position over the batch, so that a later position
-      never takes a slot from an earlier one of any sample; at one position first choices come first.
-    parts: into how many equal runs of positions S falls, each with a capacity of its own (2 for [words | queries]).
-    backend: one of `grouped.BACKENDS`, 'auto' or 'xla'.
+    groups: into how many equal runs of positions S is split, each with its own capacity (2 for [words | queries]).
+    capacity_factor: f, or 0 for exact routing. Slots are given position by position over the batch, so that a later position
+      never takes a slot from an earlier one of any example; at one position first choices come first.
+    backend: one of `gmm.BACKENDS`, 'auto' or 'xla'.
   """
-  B, S, K = choice.expert.shape
-  E = choice.logits.shape[-1]
-  backend = gmm.choose(backend, bool(capacity))
-  n = S // parts
-  room = capacity_of(capacity, B * n, K, E)
-  in_order = lambda x: x.reshape(B, parts, n, K).transpose(1, 2, 3, 0).reshape(parts, n * K * B)
-  back = lambda x: x.reshape(parts, n, K, B).transpose(3, 0, 1, 2).reshape(B * S, K)
+  B, S, K = output.expert.shape
+  E = output.logits.shape[-1]
+  backend = gmm.choose_backend(backend, bool(capacity_factor))
+  n = S // groups
+  capacity = capacity_of(capacity_factor, B * n, K, E)
+  by_position = lambda x: x.reshape(B, groups, n, K).transpose(1, 2, 3, 0).reshape(groups, n * K * B)
+  by_token = lambda x: x.reshape(groups, n, K, B).transpose(3, 0, 1, 2).reshape(B * S, K)
 
-  expert = in_order(choice.expert)
-  asked = jax.nn.one_hot(expert, E, dtype=jnp.int32)
+  expert = by_position(output.expert)
+  one_hot = jax.nn.one_hot(expert, E, dtype=jnp.int32)
   if valid is not None:
-    asked = asked * in_order(jnp.broadcast_to(valid[..., None], (B, S, K)))[..., None]
-  before = jnp.cumsum(asked, axis=1) - asked
-  rank = (asked * before).sum(-1)  # among the choices of this expert in this part
-  kept = (asked.sum(-1) > 0) & (rank < room)
-  count = jnp.minimum(asked.sum(1), room)  # [parts, E]
+    one_hot = one_hot * by_position(jnp.broadcast_to(valid[..., None], (B, S, K)))[..., None]
+  rank = (one_hot * (jnp.cumsum(one_hot, axis=1) - one_hot)).sum(-1)  # among the choices of this expert in this group
+  kept = (one_hot.sum(-1) > 0) & (rank < capacity)
+  count = jnp.minimum(one_hot.sum(1), capacity)  # [groups, E]
   sizes = count.sum(0)
   if backend == 'batched':
-    start, slots = jnp.arange(E, dtype=jnp.int32) * (parts * room), E * parts * room
+    start, num_slots = jnp.arange(E, dtype=jnp.int32) * (groups * capacity), E * groups * capacity
   else:
-    start, slots = jnp.cumsum(sizes) - sizes, gmm.rows_for(backend, min(B * S * K, E * parts * room))
-  start = start[None] + jnp.cumsum(count, axis=0) - count  # [parts, E]
-  slot = back(jnp.take_along_axis(start, expert, axis=1) + rank)
-  kept = back(kept)
-  number = jnp.arange(B * S * K, dtype=jnp.int32).reshape(B * S, K)
-  source = jnp.full((slots,), -1, jnp.int32).at[jnp.where(kept, slot, slots)].set(number, mode='drop')
-  gates = choice.gates.reshape(B * S, K)
-  one_hot = jax.nn.one_hot(choice.expert.reshape(B * S, K), E, dtype=jnp.float32)
-  coef = (jnp.where(kept, gates, 0)[..., None] * one_hot).sum(1)
-  return Routes(jnp.where(kept, slot, 0), kept, source, sizes, asked.sum(), gates, coef, backend)
+    start, num_slots = jnp.cumsum(sizes) - sizes, gmm.num_rows(backend, min(B * S * K, E * groups * capacity))
+  start = start[None] + jnp.cumsum(count, axis=0) - count  # [groups, E]
+  slot = by_token(jnp.take_along_axis(start, expert, axis=1) + rank)
+  kept = by_token(kept)
+  choice = jnp.arange(B * S * K, dtype=jnp.int32).reshape(B * S, K)
+  source = jnp.full((num_slots,), -1, jnp.int32).at[jnp.where(kept, slot, num_slots)].set(choice, mode='drop')
+  gates = output.gates.reshape(B * S, K)
+  expert_of_token = jax.nn.one_hot(output.expert.reshape(B * S, K), E, dtype=jnp.float32)
+  coef = (jnp.where(kept, gates, 0)[..., None] * expert_of_token).sum(1)
+  return DispatchPlan(jnp.where(kept, slot, 0), kept, source, sizes, one_hot.sum(), gates, coef, backend)
 
 
-def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, to: Routes) -> jax.Array:
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan) -> jax.Array:
   """x [B, S, *in] through the experts kernel [E, *in, *out] and bias [E, *out] of its tokens → [B, S, *out].
 
-  A token none of whose choices is kept gets 0.
+  A token without a kept choice gets 0.
   """
   B, S = x.shape[:2]
   contracted = x.ndim - 2
   out = kernel.shape[1 + contracted:]
   E, width = kernel.shape[0], math.prod(out)
-  operands = x.reshape(B * S, -1), kernel.reshape(E, -1, width), to.gates
-  y = _through(to.backend, *operands, to.source, to.slot, to.kept, to.sizes)
-  y = y + to.coef.astype(x.dtype) @ bias.reshape(E, width)
+  operands = x.reshape(B * S, -1), kernel.reshape(E, -1, width), plan.gates
+  y = _through_experts(plan.backend, *operands, plan.source, plan.slot, plan.kept, plan.sizes)
+  y = y + plan.coef.astype(x.dtype) @ bias.reshape(E, width)
   return y.reshape(B, S, *out)
 
 
-def spread(x: jax.Array, to: Routes) -> jax.Array:
-  """Tokens [T, D] in the slots of their choices: [G, D]. A slot without a choice holds anything."""
-  return _spread(x, to.source, to.slot, to.kept)
+def permute(x: jax.Array, plan: DispatchPlan) -> jax.Array:
+  """Tokens [T, D] in the slots of their choices: [G, D]. Empty slots have arbitrary values."""
+  return _permute(x, plan.source, plan.slot, plan.kept)
 
 
-def collect(y: jax.Array, to: Routes) -> jax.Array:
+def combine(y: jax.Array, plan: DispatchPlan) -> jax.Array:
   """Σ_k gate · y over the kept choices of every token: [G, F] → [T, F]."""
-  return _collect(y, to.gates, to.source, to.slot, to.kept)
+  return _combine(y, plan.gates, plan.source, plan.slot, plan.kept)
 
 
-# All ways there and back are gathers, forward and backward: a scatter of rows is slow on every backend.
+# Both directions are gathers, in the forward and the backward pass: a scatter of rows is slow on every backend.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _through(backend, x, kernel, gates, source, slot, kept, sizes):
+def _through_experts(backend, x, kernel, gates, source, slot, kept, sizes):
   """Σ_k gate · x W_e over a token's kept choices: [T, D], [E, D, F] → [T, F].
 
-  A gate's gradient, x W_e · dy, is x · (dy W_eᵀ) here, whose right side makes dx anyway: what experts gave is not asked for, and a
-  rematerialised block need not compute it again.
+  The gradient of a gate, x W_e · dy, is computed as x · (dy W_eᵀ), whose right side makes dx anyway. So the backward pass does not
+  need the outputs of experts, and a rematerialized block does not compute them again.
   """
-  y = gmm.grouped_matmul(_tokens(x, source, slot), kernel, sizes, backend)
+  y = gmm.grouped_matmul(_tokens_of_slots(x, source, slot), kernel, sizes, backend)
   return _sum_of_choices(y, slot, kept, gates)
 
 
-def _through_forward(backend, x, kernel, gates, source, slot, kept, sizes):
+def _through_experts_forward(backend, x, kernel, gates, source, slot, kept, sizes):
   saved = x, kernel, gates, source, slot, kept, sizes
-  return _through(backend, *saved), saved
+  return _through_experts(backend, *saved), saved
 
 
-def _through_backward(backend, saved, dy):
+def _through_experts_backward(backend, saved, dy):
   x, kernel, gates, source, slot, kept, sizes = saved
-  rows = (_in_slots(gates, source) * _tokens(x, source, slot)).astype(x.dtype)
-  dys = jnp.where(source[:, None] >= 0, _tokens(dy, source, slot), 0)
-  _, back = jax.vjp(lambda rows, kernel: gmm.grouped_matmul(rows, kernel, sizes, backend), rows, kernel)
-  dxs, dkernel = back(dys)
-  return _sum_of_choices(dxs, slot, kept, gates), dkernel, _along(dxs, x, slot, kept), None, None, None, None
+  rows = (_gates_of_slots(gates, source) * _tokens_of_slots(x, source, slot)).astype(x.dtype)
+  dys = jnp.where(source[:, None] >= 0, _tokens_of_slots(dy, source, slot), 0)
+  _, pull_back = jax.vjp(lambda rows, kernel: gmm.grouped_matmul(rows, kernel, sizes, backend), rows, kernel)
+  dxs, dkernel = pull_back(dys)
+  return _sum_of_choices(dxs, slot, kept, gates), dkernel, _dot_per_choice(dxs, x, slot, kept), None, None, None, None
 
 
-_through.defvjp(_through_forward, _through_backward)
+_through_experts.defvjp(_through_experts_forward, _through_experts_backward)
 
 
 @jax.custom_vjp
-def _spread(x, source, slot, kept):
-  """Rows of tokens [T, D] in slots: [G, D]."""
-  return _tokens(x, source, slot)
+def _permute(x, source, slot, kept):
+  return _tokens_of_slots(x, source, slot)
 
 
-def _spread_forward(x, source, slot, kept):
-  return _spread(x, source, slot, kept), (slot, kept)
+def _permute_forward(x, source, slot, kept):
+  return _permute(x, source, slot, kept), (slot, kept)
 
 
-def _spread_backward(saved, dy):
+def _permute_backward(saved, dy):
   slot, kept = saved
   return _sum_of_choices(dy, slot, kept, None), None, None, None
 
 
-_spread.defvjp(_spread_forward, _spread_backward)
+_permute.defvjp(_permute_forward, _permute_backward)
 
 
 @jax.custom_vjp
-def _collect(y, gates, source, slot, kept):
-  """Σ_k gate · y over a token's kept choices: [G, F] → [T, F]."""
+def _combine(y, gates, source, slot, kept):
   return _sum_of_choices(y, slot, kept, gates)
 
 
-def _collect_forward(y, gates, source, slot, kept):
-  return _collect(y, gates, source, slot, kept), (y, gates, source, slot, kept)
+def _combine_forward(y, gates, source, slot, kept):
+  return _combine(y, gates, source, slot, kept), (y, gates, source, slot, kept)
 
 
-def _collect_backward(saved, dy):
+def _combine_backward(saved, dy):
   y, gates, source, slot, kept = saved
-  dys = (_in_slots(gates, source) * _tokens(dy, source, slot)).astype(y.dtype)
-  return dys, _along(y, dy, slot, kept), None, None, None
+  dys = (_gates_of_slots(gates, source) * _tokens_of_slots(dy, source, slot)).astype(y.dtype)
+  return dys, _dot_per_choice(y, dy, slot, kept), None, None, None
 
 
-_collect.defvjp(_collect_forward, _collect_backward)
+_combine.defvjp(_combine_forward, _combine_backward)
 
 
-def _tokens(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
-  """The token [D] of x [T, D] in every slot, any where there is none: [G, D]."""
-  return _at(x, jnp.maximum(source, 0) // slot.shape[1])
+def _tokens_of_slots(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
+  """The token [D] of x [T, D] in every slot, an arbitrary one in empty slots: [G, D]."""
+  return _take(x, jnp.maximum(source, 0) // slot.shape[1])
 
 
-def _in_slots(gates: jax.Array, source: jax.Array) -> jax.Array:
-  """The gate of the choice in every slot, 0 where there is none: [T, K] → [G, 1]."""
+def _gates_of_slots(gates: jax.Array, source: jax.Array) -> jax.Array:
+  """The gate of the choice in every slot, 0 in empty slots: [T, K] → [G, 1]."""
   return jnp.where(source >= 0, gates.reshape(-1)[jnp.maximum(source, 0)], 0)[:, None]
 
 
-def _along(y: jax.Array, z: jax.Array, slot: jax.Array, kept: jax.Array) -> jax.Array:
+def _dot_per_choice(y: jax.Array, z: jax.Array, slot: jax.Array, kept: jax.Array) -> jax.Array:
   """y[slot_k] · z of every token, of y [G, D] and z [T, D], 0 for choices that are not kept: f32 [T, K]."""
-  along = [(_at(y, slot[:, k]).astype(jnp.float32) * z).sum(-1) for k in range(slot.shape[1])]
-  return jnp.where(kept, jnp.stack(along, axis=1), 0)
+  dots = [(_take(y, slot[:, k]).astype(jnp.float32) * z).sum(-1) for k in range(slot.shape[1])]
+  return jnp.where(kept, jnp.stack(dots, axis=1), 0)
 
 
-def _at(x: jax.Array, rows: jax.Array) -> jax.Array:
+def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
   return x.at[rows].get(mode='promise_in_bounds')
 
 
 def _sum_of_choices(y, slot, kept, gates):
-  """Σ_k [gate ·] y[slot_k]; what is not kept may be NaN there and counts 0."""
+  """Σ_k [gate ·] y[slot_k]; choices that are not kept may be NaN in y and count as 0."""
   total = 0
   for k in range(slot.shape[1]):
-    one = _at(y, slot[:, k])
+    rows = _take(y, slot[:, k])
     if gates is not None:
-      one = gates[:, k:k + 1] * one
-    total = total + jnp.where(kept[:, k:k + 1], one, 0)
+      rows = gates[:, k:k + 1] * rows
+    total = total + jnp.where(kept[:, k:k + 1], rows, 0)
   return total.astype(y.dtype)

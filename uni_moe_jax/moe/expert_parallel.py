@@ -1,16 +1,16 @@
-"""Dispatch on a mesh: every device gives slots to its own tokens, and tokens travel to the devices that hold their experts.
+"""Expert parallelism: every device assigns slots to its own tokens, and tokens move to the devices that hold their experts.
 
-Batches lie over the batch axes, experts over `expert`: the devices of one row of that axis hold all experts between them, and
-tokens never leave their row. With one device on the axis all experts are here and tokens stay. Otherwise they travel in one of
-two ways, with static shapes both:
+Batches are sharded over the batch axes, experts over `expert`: the devices of one row of that axis hold all experts between
+them, and tokens never leave their row. With one device on the axis all experts are local. Otherwise there are two transports,
+both with static shapes:
 
-exchange (where there is a capacity): an all-to-all takes the buffers of E · C slots, which every device fills with its own
-  tokens, to the experts; a second one takes the results back.
-gather (exact routing, where every token may want one expert): tokens of the row come to all of its devices, which compute what
-  their experts add; a reduce-scatter sums it up where the tokens came from. Buffers for the worst case would move as much and
+all_to_all (with a capacity): an all-to-all takes the buffers of E · C slots, which every device fills with its own tokens, to the
+  experts; a second one takes the results back.
+all_gather (exact routing, where every token may choose one expert): all devices of the row gather its tokens, and compute what
+  their experts add; a reduce-scatter sums it on the devices of the tokens. Buffers for the worst case would move as much and
   multiply E / K times as much.
 
-A capacity bounds the tokens of one device: C = ⌈f · K · B · S / E⌉ with the B examples that lie there. So the number of batch
+A capacity bounds the tokens of one device: C = ⌈f · K · B · S / E⌉ with the B examples of that device. So the number of batch
 shards decides which tokens are dropped, if any are. Slots are given position by position over these examples, so that later
 positions never evict earlier ones, as on one device.
 """
@@ -23,103 +23,108 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from uni_moe_jax.moe import dispatch, gmm, routers
-from uni_moe_jax.moe.dispatch import Routes
+from uni_moe_jax.moe.dispatch import DispatchPlan
 from uni_moe_jax.moe.layers import Projection
-from uni_moe_jax.moe.routers import Choice
+from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.parallel import sharding
 
-STAY, EXCHANGE, GATHER = 'stay', 'exchange', 'gather'
-_HERE = P(sharding.BATCH_AXES)
+LOCAL, ALL_TO_ALL, ALL_GATHER = 'local', 'all_to_all', 'all_gather'
+_BATCH = P(sharding.BATCH_AXES)
 
 
-def choose(logits: jax.Array, top_k: int, mesh: Mesh | None) -> Choice:
-  """Every token's choice from its logits [B, S, E] f32, where the token lies: a partitioner would gather them to sort them."""
+def route(logits: jax.Array, top_k: int, mesh: Mesh | None) -> RouterOutput:
+  """Keeps the K best experts of every token on its device: a partitioner would gather the logits [B, S, E] f32 to sort them."""
   keep = functools.partial(routers.keep_top_k, top_k=top_k)
   if mesh is None:
-    return Choice(logits, *keep(logits))
-  here = _on(mesh, keep, (_HERE,), (_HERE, _HERE))(_whole(logits, mesh))
-  return Choice(logits, *(x[:logits.shape[0]] for x in here))
+    return RouterOutput(logits, *keep(logits))
+  kept = _on(mesh, keep, (_BATCH,), (_BATCH, _BATCH))(_pad_batch(logits, mesh))
+  return RouterOutput(logits, *(x[:logits.shape[0]] for x in kept))
 
 
-def routes(
-    choice: Choice, valid: jax.Array | None, parts: int, capacity: float, backend: str, mesh: Mesh | None) -> Routes:
-  """Gives slots to the choices of an array; arguments as in `dispatch.routes`. mesh: on which the array lies; None: one device.
+def make_plan(
+    output: RouterOutput, valid: jax.Array | None, groups: int, capacity_factor: float, backend: str,
+    mesh: Mesh | None) -> DispatchPlan:
+  """Assigns slots to the choices of a segment; arguments as in `dispatch.make_plan`, and the mesh of the segment.
 
-  On a mesh the leaves are those of every device behind each other, and `gates` and `coef` carry gradients as ever.
+  On a mesh the leaves are those of all devices, concatenated; `gates` and `coef` carry gradients as on one device.
   """
   if mesh is None:
-    return dispatch.routes(choice, valid, capacity, parts, backend)
-  owners = mesh.shape['expert']
-  way = STAY if owners == 1 else EXCHANGE if capacity else GATHER
-  backend = 'batched' if way == EXCHANGE else gmm.choose(backend, bool(capacity), mesh.devices.flat[0].platform)
-  E = choice.logits.shape[-1] // (owners if way == GATHER else 1)
+    return dispatch.make_plan(output, valid, groups, capacity_factor, backend)
+  expert_shards = mesh.shape['expert']
+  transport = LOCAL if expert_shards == 1 else ALL_TO_ALL if capacity_factor else ALL_GATHER
+  platform = mesh.devices.flat[0].platform
+  backend = 'batched' if transport == ALL_TO_ALL else gmm.choose_backend(backend, bool(capacity_factor), platform)
+  shards = expert_shards if transport == ALL_GATHER else 1
+  E = output.logits.shape[-1] // shards
   if valid is None:
-    valid = jnp.ones(choice.expert.shape[:2], bool)
+    valid = jnp.ones(output.expert.shape[:2], bool)
 
   def local(expert, gates, valid):
-    if way == GATHER:
-      expert, gates, valid = (_from_row(x) for x in (expert, gates, valid))
-      expert = expert - jax.lax.axis_index('expert') * E  # those of others have numbers that no expert here has
-    here = Choice(jnp.zeros((*expert.shape[:2], E)), expert, gates)
-    to = dispatch.routes(here, valid, capacity, parts, backend)
-    return to.replace(sizes=to.sizes[None], asked=to.asked[None], way=way, owners=owners if way == GATHER else 1)
+    if transport == ALL_GATHER:
+      expert, gates, valid = (_gather_row(x) for x in (expert, gates, valid))
+      expert = expert - jax.lax.axis_index('expert') * E  # experts of other devices get numbers outside 0 … E - 1
+    own = RouterOutput(jnp.zeros((*expert.shape[:2], E)), expert, gates)
+    plan = dispatch.make_plan(own, valid, groups, capacity_factor, backend)
+    return plan.replace(
+        sizes=plan.sizes[None], requested=plan.requested[None], transport=transport, expert_shards=shards)
 
-  whole = (_whole(x, mesh) for x in (choice.expert, choice.gates, valid))
-  return _on(mesh, local, (_HERE, _HERE, _HERE), _HERE)(*whole)
+  padded = (_pad_batch(x, mesh) for x in (output.expert, output.gates, valid))
+  return _on(mesh, local, (_BATCH, _BATCH, _BATCH), _BATCH)(*padded)
 
 
-def project(x: jax.Array, linear: Projection, to: Routes, mesh: Mesh | None) -> jax.Array:
+def project(x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh | None) -> jax.Array:
   """x [B, S, *in] through the experts of its tokens, kernels [E, *in, *out], → [B, S, *out]; see `dispatch.project`."""
   if mesh is None:
-    return dispatch.project(x, linear.kernel, linear.bias, to)
-  axes = sharding.named_spec(linear.in_axes), sharding.named_spec(linear.out_axes)
-  contracts = 'model' in axes[0]  # then the devices of the model axis hold parts of a sum
+    return dispatch.project(x, projection.kernel, projection.bias, plan)
+  in_axes, out_axes = sharding.named_spec(projection.in_axes), sharding.named_spec(projection.out_axes)
+  partial_sums = 'model' in in_axes  # each device of the model axis holds a part of the sum
 
-  def local(x, kernel, bias, to):
-    to = to.replace(sizes=to.sizes[0], asked=to.asked[0])
-    if contracts:
+  def local(x, kernel, bias, plan):
+    plan = plan.replace(sizes=plan.sizes[0], requested=plan.requested[0])
+    if partial_sums:
       bias = jnp.where(jax.lax.axis_index('model') == 0, bias, 0)
-    if to.way == EXCHANGE:
-      y = _exchanged(x, kernel, bias, to)
-    elif to.way == GATHER:
-      y = jax.lax.psum_scatter(dispatch.project(_from_row(x), kernel, bias, to), 'expert', scatter_dimension=0, tiled=True)
+    if plan.transport == ALL_TO_ALL:
+      y = _all_to_all(x, kernel, bias, plan)
+    elif plan.transport == ALL_GATHER:
+      y = dispatch.project(_gather_row(x), kernel, bias, plan)
+      y = jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True)
     else:
-      y = dispatch.project(x, kernel, bias, to)
+      y = dispatch.project(x, kernel, bias, plan)
     return y[None]
 
   batch = sharding.BATCH_AXES
-  specs = P(batch, None, *axes[0]), P('expert', *axes[0], *axes[1]), P('expert', *axes[1]), _HERE
-  run = _on(mesh, local, specs, P('model' if contracts else None, batch, None, *axes[1]))
-  return run(_whole(x, mesh), linear.kernel, linear.bias, to).sum(0)[:x.shape[0]]
+  specs = P(batch, None, *in_axes), P('expert', *in_axes, *out_axes), P('expert', *out_axes), _BATCH
+  run = _on(mesh, local, specs, P('model' if partial_sums else None, batch, None, *out_axes))
+  return run(_pad_batch(x, mesh), projection.kernel, projection.bias, plan).sum(0)[:x.shape[0]]
 
 
-def _exchanged(x: jax.Array, kernel: jax.Array, bias: jax.Array, to: Routes) -> jax.Array:
-  """`dispatch.project` of tokens whose experts lie on the devices of this row, kernel [E / devices, *in, *out] here."""
+def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan) -> jax.Array:
+  """`dispatch.project` of tokens whose experts are on the devices of this row, kernel [E / devices, *in, *out] on this one."""
   B, S = x.shape[:2]
-  here, out = kernel.shape[0], bias.shape[1:]
-  rows = dispatch.spread(x.reshape(B * S, -1), to)
-  D, there = rows.shape[1], functools.partial(jax.lax.all_to_all, axis_name='expert', split_axis=0, concat_axis=0)
-  rows = there(rows.reshape(-1, here, rows.shape[0] // to.sizes.shape[0], D))  # [devices, experts here, slots, D]
+  experts, out = kernel.shape[0], bias.shape[1:]
+  rows = dispatch.permute(x.reshape(B * S, -1), plan)
+  D, exchange = rows.shape[1], functools.partial(jax.lax.all_to_all, axis_name='expert', split_axis=0, concat_axis=0)
+  rows = exchange(rows.reshape(-1, experts, rows.shape[0] // plan.sizes.shape[0], D))  # [devices, own experts, slots, D]
   n, _, slots, _ = rows.shape
-  rows = rows.transpose(1, 0, 2, 3).reshape(here * n * slots, D)
-  y = gmm.grouped_matmul(rows, kernel.reshape(here, D, -1), to.sizes, 'batched')
-  y = y.reshape(here, n, slots, -1) + bias.reshape(here, 1, 1, -1)
-  y = there(y.transpose(1, 0, 2, 3))
-  return dispatch.collect(y.reshape(-1, y.shape[-1]), to).reshape(B, S, *out)
+  rows = rows.transpose(1, 0, 2, 3).reshape(experts * n * slots, D)
+  y = gmm.grouped_matmul(rows, kernel.reshape(experts, D, -1), plan.sizes, 'batched')
+  y = y.reshape(experts, n, slots, -1) + bias.reshape(experts, 1, 1, -1)
+  y = exchange(y.transpose(1, 0, 2, 3))
+  return dispatch.combine(y.reshape(-1, y.shape[-1]), plan).reshape(B, S, *out)
 
 
-def _from_row(x: jax.Array) -> jax.Array:
-  """What the devices of this row of the expert axis hold, behind each other on the first axis."""
+def _gather_row(x: jax.Array) -> jax.Array:
+  """x of all devices of this row of the expert axis, concatenated on the first axis."""
   return jax.lax.all_gather(x, 'expert', tiled=True)
 
 
-def _whole(x: jax.Array, mesh: Mesh) -> jax.Array:
-  """Fills examples [B, …] up with zeros (of a mask: with what is not valid) until B divides over the batch axes."""
+def _pad_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
+  """Pads examples [B, …] with zeros (a mask with False) until B is a multiple of the batch shards."""
   missing = -x.shape[0] % sharding.batch_shards(mesh)
   return jnp.pad(x, ((0, missing), *([(0, 0)] * (x.ndim - 1)))) if missing else x
 
 
 def _on(mesh: Mesh, function, in_specs, out_specs):
-  # Loops and kernels of grouped products do not say what varies over which axis. Nothing relies on it: whatever leaves a
-  # device differs by its whole place, a sum over `model` included.
+  # Loops and kernels of grouped matmuls do not declare what varies over which axis. Nothing relies on it: every output differs
+  # by its device, a sum over `model` included.
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -19,7 +19,7 @@ _TILES = 128, 64, 32  # rows of a product on CPU
 _MEGABLOX_ROWS = 128
 
 
-def choose(backend: str, capacity: bool, platform: str | None = None) -> str:
+def choose_backend(backend: str, capacity: bool, platform: str | None = None) -> str:
   """The backend that 'auto' means, or 'xla': the same without a kernel that is compiled on its device alone. Others mean
   themselves.
 
@@ -38,7 +38,7 @@ def choose(backend: str, capacity: bool, platform: str | None = None) -> str:
   return 'batched' if capacity else {'cpu': 'tiled'}.get(platform, 'ragged')
 
 
-def rows_for(backend: str, most: int) -> int:
+def num_rows(backend: str, most: int) -> int:
   """How many rows a backend wants, of which at most `most` are in groups: a loop's last tile reaches beyond its group's rows, and
   megablox takes whole tiles. ('batched' has rows of its own.)"""
   if backend == 'tiled':
@@ -53,7 +53,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     x: [G, D]. Groups follow each other, the first `sizes[0]` rows being of group 0, and so on. For 'batched' groups are equal:
       group e is rows e · G/E to (e + 1) · G/E, of which the first `sizes[e]` count.
     kernel: [E, D, F].
-    sizes: int32 [E], rows of every group; G is `rows_for(backend, most)`, and Σ at most `most`.
+    sizes: int32 [E], rows of every group; G is `num_rows(backend, most)`, and Σ at most `most`.
     backend: one of `BACKENDS`.
 
   Returns:

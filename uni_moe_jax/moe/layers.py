@@ -1,12 +1,13 @@
-"""Experts: linear maps that are merged before they multiply. A router decided; here is what its decision does.
-(Where the decision looks at tokens, nothing merges: see `dispatch.py`.)
+"""The MoE layer: linear projections whose experts are merged before they multiply, or kept apart for dispatch.
 
-Experts are linear, so Σ_e c_e (x W_e + b_e) = x (Σ_e c_e W_e) + Σ_e c_e b_e: for a decision that does not look at
-tokens it is exact, and nearly free, to add the kernels first (Uni-Perceiver-MoE, section 3.4).
+Experts are linear, so Σ_e c_e (x W_e + b_e) = x (Σ_e c_e W_e) + Σ_e c_e b_e: for a router that does not read tokens it is exact,
+and nearly free, to add the kernels first (Uni-Perceiver-MoE, section 3.4). `MoeDense.bind` does so once per layer, for each
+distinct condition. With a token router nothing merges (see `dispatch.py`).
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -14,16 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.moe.routers import Decision
 from uni_moe_jax.parallel import sharding
+
+NORM_EPSILON = 1e-5
 
 
 @jax.custom_vjp
 def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
   """Contracts experts: kernel [E, …], coef [A, E] → [A, …].
 
-  A contraction over E and not a gather `kernel[expert]`: with experts sharded, the contraction is local plus one
-  reduction of the merged kernel, a gather moves every kernel.
+  A contraction over E and not a gather `kernel[expert]`: with sharded experts, the contraction is local plus one reduction of
+  the merged kernel, while a gather moves every kernel.
   """
   return jnp.tensordot(coef, kernel, axes=1)
 
@@ -33,7 +35,7 @@ def _merge_forward(kernel, coef):
 
 
 def _merge_backward(saved, d):
-  """The derivative's own rules would contract with E last, and turn all kernels, and all of their gradients, around for that."""
+  """JAX's own rule would contract with E last, and transpose all kernels and all of their gradients for that."""
   kernel, coef = saved
   rest = tuple(range(1, kernel.ndim))
   dcoef = jnp.tensordot(kernel, d, axes=(rest, rest)).T
@@ -44,15 +46,23 @@ merge.defvjp(_merge_forward, _merge_backward)
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
-  """U(±√(6 / (fan_in + fan_out))), for shapes whose axes do not say what the fans are."""
+  """U(±√(6 / (fan_in + fan_out))), for shapes whose axes do not determine the fans."""
   bound = math.sqrt(6 / (fan_in + fan_out))
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def mimetic_query_key(init: Callable) -> Callable:
-  """An initialisation of a fused projection [..., 3, N, H] whose keys start as a copy of its queries.
+def layer_norm(name: str | None, dtype: Any = None) -> nn.LayerNorm:
+  """LayerNorm with statistics in float32 and eps 1e-5, as everywhere in the published system."""
+  return nn.LayerNorm(
+      epsilon=NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name,
+      scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)))
 
-  Then attention starts where inputs are alike, so that similar positions, that is neighbours, see each other first
+
+def mimetic_query_key(init: Callable) -> Callable:
+  """An initializer of a fused projection [..., 3, N, H] whose keys start as a copy of its queries.
+
+  Attention then starts between similar inputs, so that similar positions, that is neighbors, see each other first
   (Trockman & Kolter, Mimetic Initialization of Self-Attention Layers, 2023).
   """
   def copied(key, shape, dtype=jnp.float32):
@@ -63,70 +73,68 @@ def mimetic_query_key(init: Callable) -> Callable:
 
 @flax.struct.dataclass
 class Projection:
-  """A linear projection, ready to multiply.
+  """A linear projection that is ready to multiply.
 
   Attributes:
-    kernel, bias: [A, *in, *out], [A, *out], of A condition rows; or of all E experts, for dispatch.
-    in_axes, out_axes: logical names of what the product contracts and makes.
+    kernel, bias: [A, *in, *out], [A, *out], of A conditions; or of all E experts, for dispatch.
+    in_axes, out_axes: logical names of the contracted and of the resulting axes.
   """
   kernel: jax.Array
   bias: jax.Array
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
-  def part(self, which: slice) -> 'Projection':
-    """Of the first axis that it makes, a slice alone."""
+  def slice(self, part: slice) -> 'Projection':
+    """The projection to a slice of its first output axis."""
     before = (slice(None),) * (1 + len(self.in_axes))
-    return self.replace(kernel=self.kernel[(*before, which)], bias=self.bias[:, which])
+    return self.replace(kernel=self.kernel[(*before, part)], bias=self.bias[:, part])
 
-  def scaled(self, by: jax.Array) -> 'Projection':
-    """With everything that it makes multiplied by `by` [last axis it makes].
+  def scaled(self, scale: jax.Array) -> 'Projection':
+    """The projection with outputs multiplied by a scale of their last axis.
 
-    Weights are multiplied and not what they make: for `by`, no gradient asks for the outputs then, which a rematerialised block would
-    have to compute again.
+    Weights are multiplied and not outputs: then the gradient of the scale does not need the outputs, which a rematerialized block
+    would have to compute again.
     """
-    times = lambda x: x * by.astype(x.dtype).reshape((1,) * (x.ndim - 1) + by.shape)
+    times = lambda x: x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
     return self.replace(kernel=times(self.kernel), bias=times(self.bias))
 
 
 class MoeDense(nn.Module):
-  """Kernels and biases of a linear projection: one per condition row, merged from E experts; or as they are, the only one or
-  all E, for dispatch.
+  """Kernel and bias of a linear projection, with E experts or dense.
 
   Attributes:
-    in_shape, out_shape: axes that the product contracts and makes.
-    in_axes, out_axes: their logical names.
-    kernel_init: initialisation of the kernel.
+    in_axes, out_axes: (logical name, size) of the contracted and of the resulting axes.
+    kernel_init: initializer of the kernel.
     num_experts: E, or 0 for a dense projection.
-    dtype: of the merged kernels, that is of the product.
-    mesh: on which they lie; None: on one device.
+    dtype: of the bound kernels, that is of the product.
+    mesh: mesh of the kernels; None on one device.
   """
-  in_shape: tuple[int, ...]
-  out_shape: tuple[int, ...]
-  in_axes: tuple[str, ...]
-  out_axes: tuple[str, ...]
+  in_axes: tuple[tuple[str, int], ...]
+  out_axes: tuple[tuple[str, int], ...]
   kernel_init: Callable
   num_experts: int
   dtype: jnp.dtype
   mesh: Mesh | None = None
 
   @nn.compact
-  def __call__(self, decision: Decision | None) -> tuple[jax.Array, jax.Array]:
-    """Returns (kernel [A, *in, *out], bias [A, *out]); A = 1 when dense, E without a decision."""
-    lead, lead_axes = ((self.num_experts,), ('experts',)) if self.num_experts else ((), ())
+  def bind(self, routing: Any) -> Projection:
+    """The projection of a layer: one kernel per condition of a `MergedRouting`; all E experts where none is given or to merge."""
+    (in_names, in_shape), (out_names, out_shape) = zip(*self.in_axes), zip(*self.out_axes)
+    lead, lead_names = ((self.num_experts,), ('experts',)) if self.num_experts else ((), ())
     kernel = self.param(
-        'kernel', nn.with_logical_partitioning(self.kernel_init, lead_axes + self.in_axes + self.out_axes),
-        lead + self.in_shape + self.out_shape)
+        'kernel', nn.with_logical_partitioning(self.kernel_init, lead_names + in_names + out_names),
+        lead + in_shape + out_shape)
     bias = self.param(
-        'bias', nn.with_logical_partitioning(nn.initializers.zeros, lead_axes + self.out_axes), lead + self.out_shape)
-    if decision is not None:
-      kernel, bias = merge(kernel, decision.coef), merge(bias, decision.coef)
+        'bias', nn.with_logical_partitioning(nn.initializers.zeros, lead_names + out_names), lead + out_shape)
+    merges = self.num_experts and routing is not None and routing.coef is not None
+    if merges:
+      kernel, bias = merge(kernel, routing.coef), merge(bias, routing.coef)
     elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
-    # The first axis: rows, on every device, or experts, where they are.
-    first = ('experts',) if self.num_experts and decision is None else (None,)
-    lies = lambda x, names: sharding.as_used(x.astype(self.dtype), first + names, self.mesh)
-    return lies(kernel, self.in_axes + self.out_axes), lies(bias, self.out_axes)
+    # Kernels of conditions are on every device, experts where they are sharded.
+    first = ('experts',) if self.num_experts and not merges else (None,)
+    as_used = lambda x, names: sharding.as_used(x.astype(self.dtype), first + names, self.mesh)
+    return Projection(as_used(kernel, in_names + out_names), as_used(bias, out_names), in_names, out_names)
 
 
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:

@@ -1,18 +1,16 @@
-"""Routers that look at tokens: one decision for each, computed by dispatch (`dispatch.py`), and what they are measured by.
+"""Routers that read tokens: every token has its own experts, and is dispatched to them.
 
-token: logits = W x. context: logits = W x + W_c pool, where the pool is a softmax average, by a learnt query, of the tokens that
-every token of the sequence may see. x is the state that the projection itself takes, behind the block's norm.
+token: logits = W x. context: logits = W x + W_c pool, where the pool is a softmax average, by a learned query, of the tokens
+that every token of the sequence may see. x is the input of the projection itself, after the block's norm.
 """
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from uni_moe_jax.moe import expert_parallel
-from uni_moe_jax.moe.dispatch import Routes
-from uni_moe_jax.moe.routers import Choice, entropy
+from uni_moe_jax.moe.routing import DispatchRouting
 
 _QUERY_STD = 0.02
 
@@ -31,17 +29,21 @@ def token_noise(key: jax.Array, ids: jax.Array, positions: jax.Array, num_expert
 
 
 class TokenRouter(nn.Module):
-  """Private to one (block, attention | FFN).
+  """Routes every token of a segment. Each sublayer of each block has its own.
 
   Attributes:
-    context: also look at the pool. width: D. num_experts: E. top_k: K. noise_std: as in `Router`.
-    mesh: on which tokens lie; None: on one device.
+    context: also read the pool. width: D. num_experts: E. top_k: K. noise_std: as in `ConditionRouter`.
+    capacity_factor: of training; 0 for exact routing. Evaluation is exact: capacity is a means of training.
+    backend: of the grouped matmul, see `gmm.py`.
+    mesh: mesh of the tokens; None on one device.
   """
   context: bool
   width: int
   num_experts: int
   top_k: int
   noise_std: float
+  capacity_factor: float = 0.0
+  backend: str = 'auto'
   mesh: Mesh | None = None
 
   def setup(self):
@@ -54,117 +56,37 @@ class TokenRouter(nn.Module):
       self.query = self.param(
           'query', nn.with_logical_partitioning(nn.initializers.normal(_QUERY_STD), ('embed',)), (self.width,))
 
-  def pool(self, tokens: tuple[jax.Array, ...], valid: tuple[jax.Array | None, ...]) -> jax.Array:
-    """f32 [B, D]: Σ softmax(query · x) x over the unpadded tokens of all arrays together.
+  def pool(self, segments: tuple[jax.Array, ...], valid: tuple[jax.Array | None, ...]) -> jax.Array:
+    """f32 [B, D]: Σ softmax(query · x) x over the unpadded tokens of all segments together.
 
     Args:
-      tokens: [B, S, D] per array. valid: bool [B, S] per array, None where nothing is padded.
+      segments: [B, S, D] each. valid: bool [B, S] per segment, None where nothing is padded.
     """
-    tokens = [x.astype(jnp.float32) for x in tokens]
-    # Not -inf: rows that only fill a batch up have no token at all, and would be NaN.
-    least = jnp.finfo(jnp.float32).min
-    scores = [x @ self.query if v is None else jnp.where(v, x @ self.query, least) for x, v in zip(tokens, valid)]
+    segments = [x.astype(jnp.float32) for x in segments]
+    # Not -inf: examples that only pad the batch have no valid token, and would be NaN.
+    lowest = jnp.finfo(jnp.float32).min
+    scores = [x @ self.query if v is None else jnp.where(v, x @ self.query, lowest) for x, v in zip(segments, valid)]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=1), axis=1)
     total, start = 0.0, 0
-    for x in tokens:
+    for x in segments:
       total = total + jnp.einsum('bs,bsd->bd', weights[:, start:start + x.shape[1]], x)
       start += x.shape[1]
     return total
 
   def __call__(
-      self, x: jax.Array, pool: jax.Array | None, noise_key: jax.Array | None, ids: jax.Array,
-      positions: jax.Array) -> Choice:
-    """Decides for every token; `noise_key` None means evaluation: no noise.
+      self, x: jax.Array, pool: jax.Array | None, noise_key: jax.Array | None, ids: jax.Array, positions: jax.Array,
+      valid: jax.Array | None = None, groups: int = 1) -> DispatchRouting:
+    """Routes the tokens of a segment; without a noise key (evaluation) there is neither noise nor capacity.
 
     Args:
       x: [B, S, D]. pool: [B, D], for a context router. ids, positions: see `token_noise`.
+      valid, groups: see `dispatch.make_plan`.
     """
     logits = x.astype(jnp.float32) @ self.gate
     if self.context:
       logits = logits + (pool @ self.context_gate)[:, None]
     if noise_key is not None and self.noise_std > 0:
       logits = logits + token_noise(noise_key, ids, positions, self.num_experts, self.noise_std)
-    return expert_parallel.choose(logits, self.top_k, self.mesh)
-
-
-@flax.struct.dataclass
-class Usage:
-  """Sums over the unpadded tokens of A kinds of arrays, of one router and call. Layers may be stacked before them.
-
-  Attributes:
-    tokens: f32 [A], how many.
-    chosen: f32 [A, E], choices of every expert.
-    asked: f32 [A], slots that the dispatch was asked for. kept: f32 [A, E], those it gave. The last block's readout asks anew.
-    probability: f32 [A, E], of the softmax over all experts. importance: f32 [A, E], of the gates.
-    z: f32 [A], of logsumexp(logits)². entropies: f32 [A], of the gates, in nats.
-  """
-  tokens: jax.Array
-  chosen: jax.Array
-  asked: jax.Array
-  kept: jax.Array
-  probability: jax.Array
-  importance: jax.Array
-  z: jax.Array
-  entropies: jax.Array
-
-  @classmethod
-  def none(cls, num_experts: int) -> 'Usage':
-    """Of no array, without the axis A."""
-    one, each = jnp.zeros(()), jnp.zeros((num_experts,))
-    return cls(one, each, one, each, each, each, one, one)
-
-  @classmethod
-  def of(cls, choice: Choice, to: Routes, valid: jax.Array | None) -> 'Usage':
-    """Of one array, without the axis A."""
-    B, S, E = choice.logits.shape
-    weight = jnp.ones((B, S), jnp.float32) if valid is None else valid.astype(jnp.float32)
-    one_hot = jax.nn.one_hot(choice.expert, E, dtype=jnp.float32)
-    total = lambda x: jnp.einsum('bs,bse->e', weight, x)
-    chosen = total(one_hot.sum(2))
-    return cls(
-        tokens=weight.sum(), chosen=chosen, asked=chosen.sum(), kept=to.given,
-        probability=total(jax.nn.softmax(choice.logits)), importance=total((choice.gates[..., None] * one_hot).sum(2)),
-        z=(weight * jax.nn.logsumexp(choice.logits, axis=-1) ** 2).sum(), entropies=(weight * entropy(choice.gates)).sum())
-
-  def again(self, to: Routes) -> 'Usage':
-    """The same decision, of which some rows were dispatched once more."""
-    return self.replace(asked=self.asked + to.asked.sum().astype(jnp.float32), kept=self.kept + to.given)
-
-  @property
-  def used(self) -> jax.Array:
-    """int32 [..., E]: how many slots an expert gave."""
-    return self.kept.sum(-2).astype(jnp.int32)
-
-  @property
-  def entropy(self) -> jax.Array:
-    """f32 [...]: mean entropy (nats) of the gates of a token."""
-    return self.entropies.sum(-1) / jnp.maximum(self.tokens.sum(-1), 1)
-
-  @property
-  def shares(self) -> jax.Array:
-    """f32 [..., A, E]: mean gate of every expert over the tokens of a kind of array, summing to 1."""
-    return self.importance / jnp.maximum(self.tokens, 1)[..., None]
-
-  @property
-  def drop_rate(self) -> jax.Array:
-    """f32 [...]: share of the asked slots that capacity did not give."""
-    asked = self.asked.sum(-1)
-    return (asked - self.kept.sum((-2, -1))) / jnp.maximum(asked, 1)
-
-  @property
-  def losses(self) -> dict[str, jax.Array]:
-    """Auxiliary losses, f32 [...] each; tokens of all kinds of arrays count together.
-
-    balance: E · Σ_e f_e P_e, with f the share of choices and P the mean probability; 1 when even (GShard; Switch
-    Transformer eq. 4, here with f over all K choices). importance: (standard deviation / mean)² of the experts' summed gates
-    (Shazeer et al. 2017; V-MoE). z: mean of logsumexp(logits)² (ST-MoE eq. 5). Gradients pass through P, gates and logits.
-    """
-    tokens = jnp.maximum(self.tokens.sum(-1), 1)[..., None]
-    chosen = self.chosen.sum(-2)
-    share = jax.lax.stop_gradient(chosen / jnp.maximum(chosen.sum(-1, keepdims=True), 1))
-    importance = self.importance.sum(-2)
-    mean = jnp.maximum(importance.mean(-1), 1e-6)
-    return {
-        'balance': share.shape[-1] * (share * self.probability.sum(-2) / tokens).sum(-1),
-        'importance': importance.var(-1) / mean**2,
-        'z': self.z.sum(-1) / tokens[..., 0]}
+    output = expert_parallel.route(logits, self.top_k, self.mesh)
+    capacity_factor = 0.0 if noise_key is None else self.capacity_factor
+    return DispatchRouting.of(output, valid, groups, capacity_factor, self.backend, self.mesh)

@@ -12,7 +12,7 @@ LossWeights = tuple[tuple[str, float], ...]  # (auxiliary loss, weight)
 
 
 def _decisions(collected: Collected) -> list[Any]:
-  """Statistics of every router; those of scanned layers are stacked."""
+  """Of every router a `RouterOutput` or `Usage`; those of scanned layers are stacked."""
   return [d for subtree in ('blocks', 'tail') for out in collected[subtree] for d in out['router_stats'].values()]
 
 

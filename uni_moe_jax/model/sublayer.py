@@ -1,0 +1,143 @@
+"""What attention and MLP have in common: a router, projections with or without experts, and the routing of each segment."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from uni_moe_jax.model.sequences import EmbeddedSequence
+from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
+from uni_moe_jax.moe import routers
+from uni_moe_jax.moe.layers import MoeDense, Projection
+from uni_moe_jax.moe.routers import ConditionRouter, RouterOutput
+from uni_moe_jax.moe.routing import DispatchRouting, MergedRouting
+from uni_moe_jax.moe.token_routers import TokenRouter
+from uni_moe_jax.moe.usage import Usage
+from uni_moe_jax.tasks.attributes import Condition
+
+Hidden = tuple[tuple[jax.Array | None, ...], ...]  # per sequence, per segment [B, S, D]; None where nothing reads it any more
+Pools = tuple[dict[str, jax.Array], ...]  # per sequence, {sublayer: f32 [B, D]} of context routers
+NOISE_SALTS = {'attention': 0, 'mlp': 1}  # they separate the uses of one (step, layer) key
+
+
+@flax.struct.dataclass
+class Context:
+  """What every block needs beside hidden states.
+
+  Attributes:
+    sequences: without their segments.
+    key: random key of this step, inside a block of this step and layer; None at evaluation.
+    router_inputs: A distinct router inputs of the sequences.
+    readout_only: compute only the rows of the readout in the last block; inside a block, in this one.
+    taps: collect hidden states after each block, and the routing of their tokens.
+    keys: collect keys, values and context pools.
+    mesh: mesh of all of it; None on one device.
+  """
+  sequences: tuple[EmbeddedSequence, ...]
+  key: jax.Array | None
+  router_inputs: tuple[Any, ...] = flax.struct.field(pytree_node=False)
+  readout_only: bool = flax.struct.field(pytree_node=False, default=True)
+  taps: bool = flax.struct.field(pytree_node=False, default=False)
+  keys: bool = flax.struct.field(pytree_node=False, default=False)
+  mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def scale_output(projection: Projection, scale: jax.Array, context: Context) -> tuple[Projection, jax.Array | int]:
+  """LayerScale: (projection, factor of its outputs).
+
+  Training scales the weights, see `Projection.scaled`. Evaluation scales the outputs: decoding passes few tokens at a time, and
+  would scale the weights again for each of them.
+  """
+  if context.key is not None:
+    return projection.scaled(scale), 1
+  return projection, scale.astype(projection.kernel.dtype)[None, None]
+
+
+class Sublayer(nn.Module):
+  """Base of `Attention` and `Mlp`. Their parameters belong to the block, whose scope they share.
+
+  Attributes:
+    has_experts: whether the projections have experts; otherwise they are dense.
+    mesh: mesh of the parameters; None on one device.
+  """
+  spec: ModelSpec
+  has_experts: bool
+  mesh: Mesh | None = None
+
+  SUBLAYER = ''  # key of `spec.sublayers`
+
+  def make_router(self) -> ConditionRouter | TokenRouter | None:
+    """The router; None where projections are dense, or were merged by `merging`."""
+    spec, name = self.spec, ROUTER_PARAMS[self.SUBLAYER]
+    if not self.has_experts or spec.kernels:
+      return None
+    sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
+    if routers.routes_tokens(spec.router):
+      return TokenRouter(spec.router == 'context', *sizes, spec.capacity_factor, spec.gmm, self.mesh, name=name)
+    return ConditionRouter(spec.router, *sizes, spec.router_names, name=name)
+
+  def make_projection(self, in_axes: dict[str, int], out_axes: dict[str, int], init: Callable) -> MoeDense:
+    """A projection between axes {logical name: size}."""
+    num_experts = self.spec.num_experts if self.has_experts else 0
+    return MoeDense(tuple(in_axes.items()), tuple(out_axes.items()), init, num_experts, self.spec.dtype, self.mesh)
+
+  def merge_routing(self, context: Context) -> MergedRouting | None:
+    """The routing by which the layer's projections merge, once for all sequences; None with a token router."""
+    if isinstance(self.router, TokenRouter):
+      return None
+    if self.router is None:
+      return MergedRouting()
+    return MergedRouting.of(self.router(context.router_inputs, self._noise_key(context)))
+
+  def pool(self, segments: tuple[jax.Array, ...], sequence: EmbeddedSequence) -> dict[str, jax.Array]:
+    """{sublayer: what its context router reads of a sequence}; {} with another router.
+
+    It averages the segments with a full mask: every token of the sequence may see them, but not a caption's earlier words.
+    Both routers of a block pool the inputs of its attention, not those of the MLP, so that the readout rows of the last block
+    need no other row, and a cache is complete.
+    """
+    if not isinstance(self.router, TokenRouter) or not self.router.context:
+      return {}
+    full = [i for i, mask in enumerate(sequence.layout.masks) if mask == 'full']
+    return {self.SUBLAYER: self.router.pool(
+        tuple(segments[i] for i in full), tuple(sequence.valid[i] for i in full))}
+
+  def route(
+      self, x: jax.Array, merged: MergedRouting | None, condition: Condition, tokens: dict[str, Any],
+      pool: dict[str, jax.Array], context: Context) -> MergedRouting | DispatchRouting:
+    """The routing of one segment.
+
+    Args:
+      x: [B, S, D]. condition: of the segment.
+      merged: see `merge_routing`.
+      tokens: {'ids', 'positions', 'valid', 'groups'}, see `TokenRouter`.
+      pool: of the sequence, see `pool`.
+    """
+    if merged is None:
+      return self.router(x, pool.get(self.SUBLAYER), self._noise_key(context), **tokens)
+    if not self.has_experts:
+      return merged
+    kernel = self.spec.kernel_of(condition) if self.spec.kernels else self._condition_index(condition, context)
+    return merged.replace(kernel=kernel)
+
+  def collect(
+      self, merged: MergedRouting | None, usages: list[tuple[Condition, Usage | None]],
+      token_routing: list[tuple[RouterOutput | None, ...]], context: Context) -> dict[str, Any]:
+    """{'router_stats', 'token_routing'} of this sublayer, see `Encoder`."""
+    if self.router is None:
+      return {'router_stats': {}, 'token_routing': {}}
+    if merged is not None:
+      return {'router_stats': {self.SUBLAYER: merged.output}, 'token_routing': {}}
+    indexed = [(self._condition_index(condition, context), usage) for condition, usage in usages]
+    stats = Usage.stack(indexed, len(context.router_inputs), self.spec.num_experts)
+    return {'router_stats': {self.SUBLAYER: stats}, 'token_routing': {self.SUBLAYER: tuple(token_routing)}}
+
+  def _condition_index(self, condition: Condition, context: Context) -> int:
+    """Index of a condition's router input on axis A."""
+    return context.router_inputs.index(routers.router_input(self.spec.router, condition))
+
+  def _noise_key(self, context: Context) -> jax.Array | None:
+    return None if context.key is None else jax.random.fold_in(context.key, NOISE_SALTS[self.SUBLAYER])

@@ -1,0 +1,87 @@
+"""How the tokens of a segment pass through projections with experts: by a merged kernel, or each to its own experts.
+
+A router makes one of the two; `routing.apply(x, projection)` does the rest, and returns how experts were used.
+"""
+
+from collections.abc import Callable
+
+import flax
+import jax
+from jax.sharding import Mesh
+
+from uni_moe_jax.moe import expert_parallel, layers
+from uni_moe_jax.moe.dispatch import DispatchPlan
+from uni_moe_jax.moe.layers import Projection
+from uni_moe_jax.moe.routers import RouterOutput
+from uni_moe_jax.moe.usage import Usage
+
+
+@flax.struct.dataclass
+class MergedRouting:
+  """All tokens through one kernel of a projection: the merge of its experts, or one that was merged or dense before.
+
+  Attributes:
+    output: of the condition router for A conditions; None where nothing is left to merge.
+    coef: f32 [A, E], its coefficients, by which `MoeDense.bind` merges experts; or None.
+    kernel: which kernel of the bound projection, 0 … A - 1.
+  """
+  output: RouterOutput | None = None
+  coef: jax.Array | None = None
+  kernel: int = flax.struct.field(pytree_node=False, default=0)
+
+  @classmethod
+  def of(cls, output: RouterOutput) -> 'MergedRouting':
+    """The routing by a router's output; all projections share its coefficients."""
+    return cls(output, output.coef)
+
+  def apply(self, x: jax.Array, projection: Projection) -> tuple[jax.Array, None]:
+    """x [B, S, *in] → ([B, S, *out], None): nothing is dispatched, nothing counted."""
+    return layers.project(x, projection.kernel[self.kernel], projection.bias[self.kernel]), None
+
+  def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'MergedRouting':
+    """The routing of some rows of the segment."""
+    return self
+
+
+@flax.struct.dataclass
+class DispatchRouting:
+  """Every token to its own K experts. All projections of a sublayer share the choices and their slots.
+
+  Attributes:
+    output: of the token router, [B, S, …].
+    valid: bool [B, S], None where nothing is padded.
+    plan: slots of the choices.
+    usage: what `apply` returns; count it once, not once per projection.
+    capacity_factor, backend, mesh: see `expert_parallel.make_plan`.
+  """
+  output: RouterOutput
+  valid: jax.Array | None
+  plan: DispatchPlan
+  usage: Usage
+  capacity_factor: float = flax.struct.field(pytree_node=False)
+  backend: str = flax.struct.field(pytree_node=False)
+  mesh: Mesh | None = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def of(cls, output: RouterOutput, valid: jax.Array | None, groups: int, capacity_factor: float, backend: str,
+         mesh: Mesh | None) -> 'DispatchRouting':
+    """Plans the dispatch of a segment; arguments as in `expert_parallel.make_plan`."""
+    plan = expert_parallel.make_plan(output, valid, groups, capacity_factor, backend, mesh)
+    return cls(output, valid, plan, Usage.of_segment(output, plan, valid), capacity_factor, backend, mesh)
+
+  def apply(self, x: jax.Array, projection: Projection) -> tuple[jax.Array, Usage]:
+    """x [B, S, *in] → ([B, S, *out] by each token's experts, usage)."""
+    return expert_parallel.project(x, projection, self.plan, self.mesh), self.usage
+
+  def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'DispatchRouting':
+    """The routing of some rows of the segment: the same choices, dispatched a second time.
+
+    rows: takes them from any array [B, S, …].
+    """
+    output = jax.tree.map(rows, self.output)
+    valid = None if self.valid is None else rows(self.valid)
+    plan = expert_parallel.make_plan(output, valid, 1, self.capacity_factor, self.backend, self.mesh)
+    return self.replace(output=output, valid=valid, plan=plan, usage=Usage.of_repeated_dispatch(plan))
+
+
+Routing = MergedRouting | DispatchRouting
