@@ -23,7 +23,7 @@ flags.mark_flag_as_required('config')
 
 
 def main() -> int:
-  with cli.ended_by_signals(PREEMPTED):  # until the loop handles them
+  with cli.exit_on_signals(PREEMPTED):  # until the loop handles them
     from uni_moe_jax.config.plan import make_plan
     from uni_moe_jax.data.pipeline import npz_records
     from uni_moe_jax.train import workdir

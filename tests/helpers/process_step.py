@@ -1,5 +1,6 @@
 """One of several processes that compute a step together, and compare it with one device of their own: what stands in for
-launch/train.py where local_processes.sh starts it with the arguments FOLDER CASE… and those of `distributed.Cluster`."""
+launch/train.py where local_processes.sh starts it with the arguments FOLDER CASE… and those of
+`distributed.Cluster`."""
 
 import json
 import pathlib

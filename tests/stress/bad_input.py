@@ -1,7 +1,7 @@
 """Bad input by hypothesis: it must end in one sentence with exit code 1 or 2, or in a counted skip.
 
-Every property draws an input, writes it to a folder and processes it as the commands do. No input may cause a traceback or a hang,
-execute code, or write outside its folder.
+Every property draws an input, writes it to a folder and processes it as the commands do. No input may cause a traceback
+or a hang, execute code, or write outside its folder.
 """
 
 import collections

@@ -29,7 +29,8 @@ class Tally:
   """Result of a series of kills.
 
   Attributes:
-    kills: their number. during_saves: those that hit a save. before_steps: those that hit a process before its first step.
+    kills: their number. during_saves: those that hit a save. before_steps: those that hit a process before its first
+      step.
     stages: of the saves that were hit or had just ended, see `EMPTY` and the others.
     starts: of the command. finished: runs that reached their last step.
     findings: sentences about what went wrong.

@@ -2,8 +2,8 @@
 
   python -m tests.stress.recorded_batches FILE STEP FAULT launch/train.py --config=…
 
-FILE gets one line {step, task, rows} per batch. `rows` are the sorted hashes of this process's rows, so that their order on the
-devices does not matter. STEP is the last one to train. FAULT is a name in `FAULTS` or ''.
+FILE gets one line {step, task, rows} per batch. `rows` are the sorted hashes of this process's rows, so that their
+order on the devices does not matter. STEP is the last one to train. FAULT is a name in `FAULTS` or ''.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """A run continued at checkpoints on other numbers of devices and processes: batches and losses must equal those of one device.
 
-Every process records the rows of every step (recorded_batches.py). Their union must equal the rows of a run on one device, and the
-losses must be within 1e-5. Some legs are repeated with a stop halfway: on the same devices this must not change a bit.
+Every process records the rows of every step (recorded_batches.py). Their union must equal the rows of a run on one
+device, and the losses must be within 1e-5. Some legs are repeated with a stop halfway: on the same devices this must
+not change a bit.
 """
 
 import concurrent.futures
@@ -65,7 +66,8 @@ class Run:
   """One run of a schedule.
 
   Attributes:
-    folder: has the output of `resharding_config.prepare` in 'data'; also for work directories, logs and compiled programs.
+    folder: has the output of `resharding_config.prepare` in 'data'; also for work directories, logs and compiled
+      programs.
     arg: of resharding_config.py.
   """
   folder: pathlib.Path

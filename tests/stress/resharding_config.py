@@ -73,8 +73,8 @@ def prepare(folder: pathlib.Path) -> None:
   with npz_records.atomic_folder(folder / SYNTHETIC) as destination:
     npz_records.save(destination, 'train', {'text': np.array([_sentence(rng) for _ in range(20)])}, {})
   _prepare_images(folder, 'colors', 24, rng)
-  # Own data is written as a TFDS dataset, with its labels in a file of their own. Here one example has no class, so that
-  # another one replaces it.
+  # Own data is written as a TFDS dataset, with its labels in a file of their own. Here one example has no class, so
+  # that another one replaces it.
   _prepare_images(folder, SYNTHETIC, 16, rng, without_class=5)
   (folder / 'tfds').mkdir()
   (folder / prepare_lib.FOLDER / SYNTHETIC).rename(folder / 'tfds' / SYNTHETIC)

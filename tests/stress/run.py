@@ -6,15 +6,17 @@
   python tests/stress/run.py --suites=soak --config=configs/embedded.py --time_budget=40 --workdir=runs/soak
 
 Suites:
-  preemption       SIGKILL at random moments, some during a save; each run is restarted and must end bit for bit like an undisturbed one
+  preemption       SIGKILL at random moments, some during a save; a restarted run must end like an undisturbed one
   damage           every file of a checkpoint truncated, with a flipped bit, zeroed or deleted
-  hangs            stalled start and input, a hung step, a full disk (needs user namespaces), one of two processes dying or failing
-  resharding       a run over every type of source continues on other numbers of devices and processes, with the rows and losses of one device
-  bad_input        generated configs, checkpoints, paths, data and commands: refused in one sentence, or skipped and counted
+  hangs            stalled start and input, a hung step, a full disk, one of two processes dying or failing
+  resharding       a run continued on other numbers of devices and processes, with the rows and losses of one device
+  bad_input        generated configs, checkpoints, paths, data and commands: refused in one sentence or skipped
   injected_faults  trainers with faults that the checks of preemption and damage must detect
-  soak             --config under observation: memory, speed against a constant batch, checkpoints; needs an idle machine
+  soak             --config under observation: memory, speed, checkpoints; needs an idle machine
 
-The suites train configs/small.py and tests/stress/resharding_config.py, and need no prepared data; the soak trains --config.
+The suites train configs/small.py and tests/stress/resharding_config.py and need no prepared data; the soak trains
+--config. The full disk needs user namespaces.
+
 Exit codes: 0 no findings, 1 findings, 2 usage.
 """
 

@@ -93,7 +93,8 @@ class Turns:
   def turn(self, min_seconds: float, until: float = float('inf')) -> bool:
     """Let the command run for `min_seconds` and some log lines, or until its total run time is `until`.
 
-    The first log line of a turn does not count, because it includes the pause. Returns False once the command has ended.
+    The first log line of a turn does not count, because it includes the pause. Returns False once the command has
+    ended.
     """
     old_lines, began, already = len(log_lines(self._workdir)), time.monotonic(), self.ran
     self._process.send_signal(signal.SIGCONT)
@@ -155,8 +156,8 @@ def slope(seconds: np.ndarray, megabytes: np.ndarray, intervals: int | None = No
 
   Args:
     seconds, megabytes: samples, [N].
-    intervals: fit the upper quartiles of so many intervals of time, because samples during a save, or just after buffers were
-      freed, would dominate the error. None fits the samples.
+    intervals: fit the upper quartiles of so many intervals of time, because samples during a save, or just after
+      buffers were freed, would dominate the error. None fits the samples.
   """
   kept = np.flatnonzero((seconds >= _WARM_UP * seconds[-1]) & np.isfinite(megabytes))
   parts = np.array_split(kept, len(kept) if intervals is None else min(intervals, len(kept)))
@@ -175,8 +176,8 @@ def config_arguments(config: flags.Flag) -> list[str]:
 def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: float, folder: pathlib.Path) -> dict:
   """Train on the data, in turns with the same loop on one constant batch. Print verdicts; return them with the figures.
 
-  The speed of a machine drifts by more than the data may cost. So a turn on the data is compared with the turns before and
-  after it.
+  The speed of a machine drifts by more than the data may cost. So a turn on the data is compared with the turns before
+  and after it.
 
   Args:
     arguments: of launch/train.py, without --workdir.
@@ -244,12 +245,13 @@ def evaluate(data: Observation, constant: Observation, minutes: float, max_check
     raise RunError(f'the run on the data (exit code {data.code}) or the one on a constant batch (exit code {constant.code}) '
                    'ended before they could be compared, or saved too rarely: raise --time_budget or config.train.steps, '
                    'or lower config.train.checkpoint_every.')
-  # A leak shows best when only what stays is in memory. Between saves, buffers come and go that are larger than the allowed
-  # growth per hour, so that only growth of several times as much shows.
+  # A leak shows best when only what stays is in memory. Between saves, buffers come and go that are larger than the
+  # allowed growth per hour, so that only growth of several times as much shows.
   rate, error = slope(*np.array(data.after_saves).T)
   between, between_error = slope(np.array(data.seconds), np.array(data.megabytes), _INTERVALS)
   low, ratio, high = (float(q) for q in np.quantile(found, (.25, .5, .75)))
-  # Standard error of the median of normal ratios; their deviation comes from the quartiles, which are robust to outliers.
+  # Standard error of the median of normal ratios; their deviation comes from the quartiles, which are robust to
+  # outliers.
   ratio_error = float(np.sqrt(np.pi / 2 / len(found)) * (high - low) / 1.349)
   min_step, newest = (max_checkpoints + _EXTRA_SAVES) * checkpoint_every, max(data.kept, default=0)
   verdicts = {

@@ -215,7 +215,7 @@ def test_the_benchmark_says_what_is_wrong(arguments, said):
 _SLOW_START = """
 import sys, time
 from uni_moe_jax.utils import cli
-with cli.ended_by_signals(75):
+with cli.exit_on_signals(75):
   print('importing', flush=True)
   time.sleep(20)
 """
@@ -232,6 +232,6 @@ def test_a_signal_before_training_begins_is_an_orderly_stop(number):
 
 def test_signals_are_given_back():
   old = signal.getsignal(signal.SIGTERM)
-  with cli.ended_by_signals(75):
+  with cli.exit_on_signals(75):
     assert signal.getsignal(signal.SIGTERM) != old
   assert signal.getsignal(signal.SIGTERM) == old

@@ -1,4 +1,4 @@
-"""The boundary between the command line and the library: a person's mistake ends in one sentence and exit code 2."""
+"""The error boundary of the commands: a mistake of the user ends in one sentence and exit code 2."""
 
 import contextlib
 import os
@@ -17,21 +17,22 @@ from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, USAGE
 from uni_moe_jax.utils.suggest import nearest
 
-_MOST = 200  # characters of a path that are shown
-_MISTAKES = flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError  # of flags, when parsed
+_MAX_PATH = 200  # characters of a path in a message
+# Errors of parsing flags, which loads the config file.
+_PARSE_ERRORS = flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError
 
 
 def define_config(name: str = 'config', default: str | None = None) -> flags.FlagHolder:
-  """--config=FILE.py[:argument], with --config.field=value overrides."""
-  return config_flags.DEFINE_config_file(name, default, help_string='config file, for example configs/quickstart.py')
+  """Define --config=FILE.py[:argument], with --config.field=value overrides."""
+  return config_flags.DEFINE_config_file(name, default, help_string='Config file, for example configs/quickstart.py.')
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
-  """The config of a flag.
+  """Return the config of a flag.
 
   Raises:
-    UsageError: there is no such file.
-    OSError: raised by the config file.
+    UsageError: the file does not exist.
+    OSError: the config file raised it.
   """
   try:
     holder.value.keys()
@@ -41,7 +42,7 @@ def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
 
 
 def _loading_error(e: OSError) -> OSError | UsageError:
-  """The error of a config file that could not be loaded: it does not exist, or it raised an OSError itself."""
+  """Return the error of a config file that does not exist or that raised an OSError."""
   cause = e.__cause__
   if not str(cause).startswith('Failed loading config file'):
     return cause or e
@@ -50,37 +51,42 @@ def _loading_error(e: OSError) -> OSError | UsageError:
 
 
 def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-  """The config that --config=`file` would be with --config.field=value for each of `overrides`, 'field=value'.
+  """Return the config of --config=`file` with --config.`o` for each o = 'field=value' of `overrides`.
 
   Raises:
-    UsageError: the file raises, or an override names no field, or is no value of it.
+    UsageError: the file raises an error, or an override has an unknown field or a wrong value.
   """
   argv, values = ['', f'--config={file}', *(f'--config.{o}' for o in overrides)], flags.FlagValues()
   holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   try:
     values(argv)
     return config_of(holder)
-  except _MISTAKES as e:
+  except _PARSE_ERRORS as e:
     raise UsageError(_flag_error(e, argv)) from None
 
 
 def run(main: Callable[[], int], remote: bool = False) -> None:
-  """Parses flags, runs `main` and exits with the code that it returns. remote: its flags may be addresses such as gs://….
+  """Parse flags, run `main` and exit with the code that it returns.
 
-  Mistakes in flags, and every `UsageError`, are printed as one sentence (exit code 2); so are `RunError`, a full disk and
-  a path that cannot be accessed (exit code 1). Any other exception is a defect and keeps its traceback (exit code 1).
+  Mistakes in flags, and every `UsageError`, are printed as one sentence (exit code 2); so are `RunError`, a full disk
+  and a path that cannot be accessed (exit code 1). Any other exception is a defect and keeps its traceback (exit code
+  1).
+
+  Args:
+    main: the command.
+    remote: whether its flags may be URLs such as gs://….
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data here, and would announce oneDNN
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data; oneDNN would print a notice
   heap.use_single_arena()
-  logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not ours
-  _tell_once()
+  logging.set_verbosity(logging.WARNING)  # no progress messages of libraries
+  _silence_repeated_errors()
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, remote))
 
 
 @contextlib.contextmanager
-def ended_by_signals(code: int) -> Iterator[None]:
-  """SIGINT and SIGTERM end the process at once with `code`, except where something inside handles them: nothing is begun there."""
+def exit_on_signals(code: int) -> Iterator[None]:
+  """End the process at once with `code` on SIGINT and SIGTERM, unless code inside handles them: nothing is unsaved yet."""
   def end(number, _) -> None:
     os.write(2, f'\n{signal.Signals(number).name}: stopped; the same command continues.\n'.encode())
     os._exit(code)
@@ -93,11 +99,12 @@ def ended_by_signals(code: int) -> Iterator[None]:
       signal.signal(s, handler)
 
 
-def _tell_once() -> None:
-  """What fails in a thread of Orbax is raised again in ours, and told there; its own accounts of it would bury that sentence."""
-  logging.get_absl_handler().addFilter(lambda record: not (record.exc_info and ('orbax' in record.pathname or record.name == 'asyncio')))
+def _silence_repeated_errors() -> None:
+  """Silence Orbax's log of errors in its threads. They are raised again in this thread, and reported there in one sentence."""
+  logging.get_absl_handler().addFilter(
+      lambda record: not (record.exc_info and ('orbax' in record.pathname or record.name == 'asyncio')))
 
-  def unraisable(unraised) -> None:  # reads and writes that were under way when one of them failed
+  def unraisable(unraised) -> None:  # of pending reads and writes, after one of them failed
     if str(unraised.exc_value) != 'Event loop is closed':
       sys.__unraisablehook__(unraised)
 
@@ -105,7 +112,7 @@ def _tell_once() -> None:
 
 
 def guarded(main: Callable[[], int]) -> int:
-  """The exit code of `main`; mistakes and failures are printed as one sentence, see `run`."""
+  """Return the exit code of `main`. Errors are printed as one sentence, see `run`."""
   try:
     return main()
   except UsageError as e:
@@ -118,13 +125,13 @@ def guarded(main: Callable[[], int]) -> int:
       return _report(f'the disk is full{f": {file} could not be written" if file else ""}. Free some space and repeat the '
                      'same command; it continues.', ERROR)
     if isinstance(e, OSError) and e.filename is not None:
-      return _report(f'{str(e.filename)[:_MOST]}: {e.strerror}. Check that the path is correct, that its disk is reachable '
+      return _report(f'{str(e.filename)[:_MAX_PATH]}: {e.strerror}. Check that the path is correct, that its disk is reachable '
                      'and that you have permission to read and write it.', ERROR)
     raise
 
 
 def _report(message: str, code: int) -> int:
-  """Prints an error as one line; returns the exit code."""
+  """Print an error as one line. Return the exit code."""
   print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
   return code
 
@@ -134,10 +141,10 @@ def _parse(argv: Sequence[str], remote: bool) -> list[str]:
     for before, argument in zip(argv, argv[1:]):
       flag, _, value = argument.partition('=')
       path, name = (value, flag) if value and argument.startswith('-') else (argument, before)
-      if not remote and not re.match(r'--?\w+\.', name):  # a field of a config is checked with it: not every one is a path
+      if not remote and not re.match(r'--?\w+\.', name):  # config fields are checked later; not all are paths
         files.check_local(path, name)
     rest = flags.FLAGS(argv)
-  except _MISTAKES as e:
+  except _PARSE_ERRORS as e:
     sys.exit(_report(_flag_error(e, argv), USAGE))
   if len(rest) > 1:
     sys.exit(_report(f'unexpected argument {rest[1]!r}; flags look like --name=value.', USAGE))
@@ -145,15 +152,15 @@ def _parse(argv: Sequence[str], remote: bool) -> list[str]:
 
 
 def _flag_error(e: BaseException, argv: Sequence[str]) -> str:
-  """One sentence for what the flag parser said."""
+  """Return one sentence for an error of the flag parser."""
   if isinstance(e, OSError):
     return str(_loading_error(e))
-  said = ' '.join(str(e.args[0] if e.args else e).split())
+  message = ' '.join(str(e.args[0] if e.args else e).split())
   if isinstance(e, (KeyError, AttributeError)):  # ml_collections: 'widht' Did you mean "width" instead of "widht"?
-    field, hint = re.search(r"\w+", said).group(), re.search(r'Did you mean [^?]*\?|$', said).group()
-    named = [a for a in argv[1:] if field in a.lstrip('-').partition('=')[0].split('.')]
-    flag = named[0].partition('=')[0] if named else field
+    field, hint = re.search(r"\w+", message).group(), re.search(r'Did you mean [^?]*\?|$', message).group()
+    arguments = [a for a in argv[1:] if field in a.lstrip('-').partition('=')[0].split('.')]
+    flag = arguments[0].partition('=')[0] if arguments else field
     return f'{flag}: the config has no field {field!r}. {hint}'.strip()
-  # A config file that raised: ml_collections prints its traceback into the message.
-  raised = re.search(r'Error whilst parsing config file: .*Error: (.*)', said)
-  return raised.group(1) if raised else said
+  # ml_collections puts the traceback of a config file that raised an error into the message.
+  raised = re.search(r'Error whilst parsing config file: .*Error: (.*)', message)
+  return raised.group(1) if raised else message

@@ -5,13 +5,13 @@ import os
 import pathlib
 import shutil
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# Words for it of libraries that pass no error number on (TensorStore, TensorFlow).
-_FULL_WORDS = tuple(os.strerror(number) for number in _FULL)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Messages of libraries that pass no error number on (TensorStore, TensorFlow).
+_DISK_FULL_MESSAGES = tuple(os.strerror(number) for number in _DISK_FULL)
 
 
 class UsageError(ValueError):
-  """A mistake of the user in a flag, a config or data. The message names the field, the value and the fix; exit code 2."""
+  """A mistake of the user in a flag, a config or data; exit code 2. The message names the field, the value and the fix."""
 
 
 class MissingFileError(UsageError, FileNotFoundError):
@@ -26,17 +26,17 @@ class RunError(Exception):
 
 
 def disk_is_full(e: BaseException | None) -> bool:
-  """Whether an exception, or one that it came from, says that there is no space left or a quota is used up."""
+  """Return whether an exception, or one that caused it, reports a full disk or an exhausted quota."""
   while e is not None:
-    if isinstance(e, OSError) and e.errno in _FULL or any(words in str(e) for words in _FULL_WORDS):
+    if isinstance(e, OSError) and e.errno in _DISK_FULL or any(message in str(e) for message in _DISK_FULL_MESSAGES):
       return True
     e = e.__cause__ or e.__context__
   return False
 
 
 def free_space(folder: str | os.PathLike[str]) -> str:
-  """'3.2 MB free on the disk of FOLDER': of the folder, or of the nearest one above it that is there."""
-  there = pathlib.Path(folder).absolute()
-  while not there.exists():
-    there = there.parent
-  return f'{shutil.disk_usage(there).free / 1e6:,.1f} MB free on the disk of {folder}'
+  """Return '3.2 MB free on the disk of FOLDER', for the folder or its nearest existing parent."""
+  path = pathlib.Path(folder).absolute()
+  while not path.exists():
+    path = path.parent
+  return f'{shutil.disk_usage(path).free / 1e6:,.1f} MB free on the disk of {folder}'

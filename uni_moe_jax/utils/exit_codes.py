@@ -1,6 +1,6 @@
-"""What commands answer to the shell. README.md says what each means to a person."""
+"""Exit codes of the commands. The documentation explains them to users."""
 
 FINISHED = 0
 ERROR = 1
 USAGE = 2
-PREEMPTED = 75  # stopped by a signal, and saved: the same command continues
+PREEMPTED = 75  # stopped by a signal after saving: the same command continues

@@ -1,4 +1,4 @@
-"""Files that a reader never sees half written, and paths that are those of a file system."""
+"""Atomic writes of JSON, and a check that a path is not a URL."""
 
 import json
 import pathlib
@@ -8,27 +8,26 @@ from uni_moe_jax.utils.errors import UsageError
 
 
 def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None:
-  """Writes content as JSON, whole or not at all: a process that is killed leaves what was there before.
+  """Write content as JSON atomically: a process that is killed leaves the old file.
 
   Raises:
-    ValueError: a number is not finite and allow_nan is False: not every reader knows NaN.
+    ValueError: a number is not finite and allow_nan is False: not every JSON reader accepts NaN.
   """
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(content, indent=1, allow_nan=allow_nan))
   temporary.rename(path)
 
 
-def read_json(path: pathlib.Path, default: Any = None) -> Any:
-  """The content of a JSON file; `default` if there is no such file."""
-  return json.loads(path.read_text()) if path.exists() else default
-
-
 def check_local(path: str, name: str) -> None:
-  """Refuses an address: joined as a path, 'gs://bucket/x' would be the folder 'gs:' where one stands.
+  """Reject a URL, because as a path 'gs://bucket/x' would create a folder 'gs:'.
+
+  Args:
+    path: value of the flag or field.
+    name: of the flag or field.
 
   Raises:
-    UsageError: names the flag or field.
+    UsageError: path is a URL.
   """
   if '://' in path:
-    raise UsageError(f'{name}={path!r} is an address, and must be a path; mount the bucket (for example with gcsfuse) or copy what '
-                     'is there, and give that folder.')
+    raise UsageError(f'{name}={path!r} is a URL, but must be a path; mount the bucket (for example with gcsfuse) or copy its '
+                     'files, and give that folder.')

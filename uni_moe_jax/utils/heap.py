@@ -1,7 +1,8 @@
-"""glibc's heap, which a run on CPU would fill with holes, for days; with another C library nothing happens here.
+"""Settings of glibc's heap, which fragments over days of a run on CPU. With other C libraries the functions do nothing.
 
-There, XLA's buffers come from malloc. glibc gives threads heaps of their own, and arrays of a save lie between those of steps: what is
-free in one heap does not serve another, and a run would grow by hundreds of megabytes an hour without holding more.
+On CPU, XLA allocates its buffers with malloc. glibc gives every thread an arena of its own, and arrays of a save are
+allocated between those of steps. Memory that is free in one arena does not serve another, so that a run would grow by
+hundreds of MB per hour without using more.
 """
 
 import ctypes
@@ -9,14 +10,14 @@ import importlib.util
 import os
 
 _M_ARENA_MAX = -8  # of malloc.h
-_ACCELERATORS = ('jax_plugins', 'libtpu')  # packages through which JAX finds some
+_ACCELERATORS = ('jax_plugins', 'libtpu')  # packages by which JAX finds accelerators
 
 
 def use_single_arena() -> None:
-  """All threads take from one heap, where JAX can only use the CPU; MALLOC_ARENA_MAX of the environment comes first.
+  """Let all threads share one arena if JAX can only use the CPU. The variable MALLOC_ARENA_MAX takes precedence.
 
-  Elsewhere XLA's buffers are not in the heap, and many threads that read data would wait for each other. To be called before threads
-  are started: glibc looks at the limit once.
+  With an accelerator, XLA's buffers are not in the heap, and threads that read data would contend for the arena. Call
+  this before threads start, because glibc reads the limit once.
   """
   platforms = os.environ.get('JAX_PLATFORMS')
   on_cpu = platforms == 'cpu' if platforms else not any(importlib.util.find_spec(name) for name in _ACCELERATORS)
@@ -26,7 +27,7 @@ def use_single_arena() -> None:
 
 
 def trim() -> None:
-  """Free pages between used ones go back to the system."""
-  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-  if trim is not None:
-    trim(0)
+  """Return free pages to the system, also those between used ones."""
+  malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+  if malloc_trim is not None:
+    malloc_trim(0)
