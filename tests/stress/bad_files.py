@@ -55,7 +55,7 @@ def text(draw, folder: pathlib.Path) -> Case:
 
 
 def _prepared(draw, folder: pathlib.Path, source: pathlib.Path, num_good: int) -> Case:
-  """Prepare a source that has `num_good` good rows. One input of ten is also written and read again, which takes longer."""
+  """Prepare a source with `num_good` good rows. One input of ten is also written and read again, which takes longer."""
   name = f'odd{next(_dataset_number)}'  # a process caches what it knows of a dataset
   max_corrupt, written = draw(st.sampled_from((1.0, 0.1))), draw(st.integers(0, 9)) == 9
   if written:

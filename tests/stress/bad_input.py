@@ -37,11 +37,13 @@ from uni_moe_jax.utils import cli, exit_codes
 REFUSED, FAILED, ACCEPTED = 'refused in one sentence (2)', 'failed in one sentence (1)', 'harmless: accepted (0)'
 SKIPPED = 'skipped: '  # and the reason
 
-_CODE = ("__import__('pathlib').Path('executed').touch()", '$(touch executed)', '`touch executed`', '; touch executed ;',
-         "!!python/object/apply:os.system ['touch executed']", '{0.__class__.__init__.__globals__}', '%(x)s%n',
+_CODE = ("__import__('pathlib').Path('executed').touch()", '$(touch executed)', '`touch executed`',
+         '; touch executed ;', "!!python/object/apply:os.system ['touch executed']",
+         '{0.__class__.__init__.__globals__}', '%(x)s%n',
          '{name.__class__}')
 ODD_STRINGS = st.sampled_from((
-    *_CODE, '', ' ', '\0', 'a' * 100_000, '../' * 40 + 'etc/passwd', '~no_such_user/x', '\ud800', '‮מימין', '🙂' * 50, 'a\nb',
+    *_CODE, '', ' ', '\0', 'a' * 100_000, '../' * 40 + 'etc/passwd', '~no_such_user/x', '\ud800',
+    '‮מימין', '🙂' * 50, 'a\nb',
     '{', '}', '{}', '{{name}', '{name!r:>9}', '{name:>99999999}', '[', '(?P<', '*', '-1', 'nan', 'None')) | st.text()
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | ODD_STRINGS,
                     lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(), s, max_size=3), max_leaves=4)
@@ -69,15 +71,16 @@ class Case:
   timeout: int = 20
 
 
-Property = Callable[[Callable[[st.SearchStrategy], Any], pathlib.Path], Case]  # of hypothesis's draw, and an empty folder
+Property = Callable[[Callable[[st.SearchStrategy], Any], pathlib.Path], Case]  # of `draw` and an empty folder
 
 
-def check(prop: Property, num_examples: int, seed: int, folder: pathlib.Path, shrink: bool = True) -> collections.Counter[str]:
+def check(prop: Property, num_examples: int, seed: int, folder: pathlib.Path,
+          shrink: bool = True) -> collections.Counter[str]:
   """Process inputs of a property. Return their number per outcome. Raises AssertionError for the simplest violation."""
   counts, phases = collections.Counter(), [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])]
 
-  @hypothesis.settings(max_examples=num_examples, deadline=None, database=None, phases=phases, report_multiple_bugs=False,
-                       suppress_health_check=list(hypothesis.HealthCheck))
+  @hypothesis.settings(max_examples=num_examples, deadline=None, database=None, phases=phases,
+                       report_multiple_bugs=False, suppress_health_check=list(hypothesis.HealthCheck))
   @hypothesis.seed(seed)
   @hypothesis.given(st.data())
   def process(data):
@@ -206,7 +209,8 @@ def _has_other_type(path: tuple[str, ...], value: Any) -> bool:
 @st.composite
 def bad_fields(draw) -> tuple[tuple[str, ...], Any, bool]:
   """Draw (path, value, whether the value is surely bad) of a config field."""
-  kind = draw(st.sampled_from(('wrong type', 'not finite', 'negative', 'unknown choice', 'unknown field', 'odd string')))
+  kind = draw(st.sampled_from(
+      ('wrong type', 'not finite', 'negative', 'unknown choice', 'unknown field', 'odd string')))
   if kind == 'wrong type':
     path, value = draw(st.sampled_from(_LEAVES)), draw(JSON)
     return path, value, _has_other_type(path, value)
@@ -214,7 +218,7 @@ def bad_fields(draw) -> tuple[tuple[str, ...], Any, bool]:
     return draw(st.sampled_from(_NUMBERS)), draw(st.sampled_from(_NOT_FINITE)), True
   if kind == 'negative':
     path = draw(st.sampled_from([p for p in _NUMBERS if p[0] in _NOT_NEGATIVE]))
-    size = draw(st.sampled_from((2, 3, 10**6)) if isinstance(_get(_BASE, path), int) else st.sampled_from((.5, 2., 1e6)))
+    size = draw(st.sampled_from((2, 3, 10**6) if isinstance(_get(_BASE, path), int) else (.5, 2., 1e6)))
     return path, -size, True
   if kind == 'unknown choice':
     path = draw(st.sampled_from([p for p in _STRINGS if p[-1] in _CHOICES and _get(_BASE, p)]))
@@ -307,8 +311,9 @@ def _commands(draw, folder: pathlib.Path) -> list[str]:
     field = '.'.join(path) + draw(st.sampled_from(('', '', 'x')))
     return [*train, f'--workdir={folder}/run', f'--config.{field}={value}']
   if kind == 'flag':
-    script = draw(st.sampled_from(('train.py', 'evaluate.py', 'report.py', 'benchmark.py', 'prepare_data.py', 'convert.py')))
-    flags = ('--wrokdir=x', '--workdir', 'x', '--config=nowhere.py', '--config=../../x.py:a', '--=', '--config.model.width=3')
+    script = draw(st.sampled_from(('train', 'evaluate', 'report', 'benchmark', 'prepare_data', 'convert'))) + '.py'
+    flags = ('--wrokdir=x', '--workdir', 'x', '--config=nowhere.py', '--config=../../x.py:a', '--=',
+             '--config.model.width=3')
     return [script, *draw(st.permutations([f'--nothing{draw(st.integers(0, 99))}', draw(st.sampled_from(flags))]))]
   if kind == 'damaged work directory':
     _write_config(folder, {})
@@ -327,7 +332,8 @@ def _commands(draw, folder: pathlib.Path) -> list[str]:
         [*prepare, f'--input={folder}/train.txt', f'--data_dir={path}'])))
   source = folder / draw(st.sampled_from(('data.jsonl', 'data.txt', 'data', 'data.csv')))
   if source.suffix == '.jsonl':  # every row is bad
-    rows = ('{"image": "gone.png"}', '{', '[]', '{"label": 3}', '\0', '{"captions": "a"}', '{"image": "data.jsonl"}', '[' * 9999)
+    rows = ('{"image": "gone.png"}', '{', '[]', '{"label": 3}', '\0', '{"captions": "a"}', '{"image": "data.jsonl"}',
+            '[' * 9999)
     source.write_text('\n'.join(draw(st.lists(st.sampled_from(rows), min_size=1, max_size=5))))
   elif source.suffix == '.txt':
     source.write_bytes(draw(st.sampled_from((b'', b'\n \n', b'\r' * 99))))
@@ -350,4 +356,5 @@ def command(draw, folder: pathlib.Path) -> Case:
   return Case(main, bad=True, timeout=60)
 
 
-PROPERTIES: dict[str, Property] = {'config': config, 'config_file': config_file, 'checkpoint': checkpoint, 'path': unreachable_path}
+PROPERTIES: dict[str, Property] = {
+    'config': config, 'config_file': config_file, 'checkpoint': checkpoint, 'path': unreachable_path}

@@ -64,12 +64,13 @@ def test_a_violation_is_detected(tmp_path, main, bad, message):
 
 
 @pytest.mark.parametrize('main, outcome', [
-    (lambda: 0, ACCEPTED), (lambda: 'skipped: no image', 'skipped: no image'), (lambda: _raise(RunError('full')), FAILED)])
+    (lambda: 0, ACCEPTED), (lambda: 'skipped: no image', 'skipped: no image'),
+    (lambda: _raise(RunError('full')), FAILED)])
 def test_allowed_outcomes_are_counted(tmp_path, main, outcome):
   assert bad_input.check(lambda draw, folder: Case(main), 1, 0, tmp_path) == {outcome: 1}
 
 
-@pytest.mark.parametrize('content', [{'uni_moe_jax': None}, {'config': {'a.b': 1}}], ids=['null version', 'dotted name'])
+@pytest.mark.parametrize('content', [{'uni_moe_jax': None}, {'config': {'a.b': 1}}], ids=['null version', 'dot'])
 def test_a_damaged_config_file_is_refused(tmp_path, content):
   bad_input._write_config(tmp_path, content)
   assert bad_input.outcome(Case(lambda: bad_input._load_config(tmp_path))) == REFUSED

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint truncated, with a flipped bit, zeroed or deleted: the reader must take the previous one or refuse."""
+"""Damage to every file of a checkpoint: the reader must take the previous checkpoint, or refuse if there is none."""
 
 import collections
 import contextlib

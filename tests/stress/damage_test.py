@@ -1,4 +1,4 @@
-"""The damage suite tries every file, and has no findings in correct code; run_test.py has its findings in faulty code."""
+"""The damage suite tries every file and has no findings in correct code. run_test.py has findings in faulty code."""
 
 import shutil
 
@@ -47,7 +47,8 @@ _OUTPUT = 'warning: the checkpoint of step 3 in run is damaged: x is missing\nre
 @pytest.mark.parametrize('output, last_step, finding', [
     (_OUTPUT, '3', None), (_OUTPUT.replace('from step 2', 'from step 3'), '3', 'did not resume from step 2'),
     (_OUTPUT[_OUTPUT.index('resumed'):], '3', 'skipped without a warning'), (_OUTPUT, '2', 'arrays differ')])
-def test_a_trainer_must_resume_from_the_previous_checkpoint_after_any_damage(workdir, tmp_path, output, last_step, finding):
+def test_a_trainer_must_resume_from_the_previous_checkpoint_after_damage(
+    workdir, tmp_path, output, last_step, finding):
   undisturbed = shutil.copytree(workdir, tmp_path / 'undisturbed')
   if last_step == '2':  # an intact checkpoint, but not the last one of the undisturbed run
     shutil.rmtree(undisturbed / 'checkpoints/2')

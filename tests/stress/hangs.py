@@ -45,7 +45,7 @@ def hanging(trainer: Trainer, undisturbed: pathlib.Path) -> tuple[list[str], lis
 
 
 def full_disk(trainer: Trainer, undisturbed: pathlib.Path) -> tuple[list[str], list[str]]:
-  """Run on a disk that is too small, then continue on a larger one. Return (report lines, findings). Raises NotTried."""
+  """Run on a disk that is too small, then on a larger one. Return (report lines, findings). Raises NotTried."""
   if subprocess.run(['unshare', '-rm', 'true'], capture_output=True, check=False).returncode:
     raise NotTried('a full disk: this machine has no user namespaces')
   disk, copy, log = (trainer.folder / f'disk{suffix}' for suffix in ('', '_copy', '.log'))
@@ -107,7 +107,7 @@ def failed_process(trainer: Trainer, undisturbed: pathlib.Path) -> tuple[list[st
 def _one_of_two_ends(
     trainer: Trainer, undisturbed: pathlib.Path, faulty: Trainer, how: str,
     end: Callable[[subprocess.Popen, pathlib.Path], list[str]]) -> tuple[list[str], list[str]]:
-  """Train one run in two processes of `faulty`; `end` waits for the end of the second. Then continue with two of `trainer`."""
+  """Train a run in two processes of `faulty`, where `end` ends the second. Then continue with two of `trainer`."""
   workdir = trainer.folder / f'two_{how}'
   survivor, other = _start_two_anew(faulty, workdir)
   findings, began = end(other, workdir), time.monotonic()
@@ -151,4 +151,6 @@ def _logs(workdir: pathlib.Path) -> list[pathlib.Path]:
 def _continue(trainer: Trainer, undisturbed: pathlib.Path, workdir: pathlib.Path, log: pathlib.Path) -> list[str]:
   """Run the same command without the fault. Return findings."""
   code, _ = trainer.run(workdir, log)
-  return [f'{workdir.name}: the same command: {ending(code)}'] if code else trainer_lib.differences(undisturbed, workdir)
+  if code:
+    return [f'{workdir.name}: the same command: {ending(code)}']
+  return trainer_lib.differences(undisturbed, workdir)

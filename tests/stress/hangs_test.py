@@ -12,7 +12,7 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 # Copies the work directory of a finished run instead of training. The survivor prints and ends as specified.
 _STAND_IN = '''
 import pathlib, shutil, sys, time
-workdir, index = pathlib.Path(sys.argv[1]), sys.argv[2][-1]
+workdir, index = pathlib.Path(sys.argv[1]), sys.argv[-1][-1]
 again = workdir.exists()
 if index == '0' and not again:
   shutil.copytree(workdir.parent / 'done', workdir)
@@ -36,7 +36,8 @@ class _StandIn(Trainer):
     (_OUTPUT, 1, 1.5, 'ended 2 s later, at most 1'),
     ('Traceback (most recent call last):', 1, .1, 'does not report it in one sentence'),
     ('', 1, .1, 'does not report it in one sentence')])
-def test_a_process_must_end_soon_with_one_sentence_when_another_dies(tmp_path, monkeypatch, output, code, seconds, finding):
+def test_a_process_must_end_soon_with_one_sentence_when_another_dies(
+    tmp_path, monkeypatch, output, code, seconds, finding):
   monkeypatch.setattr(hangs, '_MAX_SURVIVAL', 1.)
   with Checkpoints(tmp_path / 'done', max_to_keep=2) as checkpoints:
     checkpoints.save(1, {'params': jnp.arange(3.)})

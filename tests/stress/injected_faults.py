@@ -162,8 +162,8 @@ def _device_that_does_not_answer() -> None:
 
 
 # Faults that the checks of preemption and damage must detect, with words of the right finding.
-DETECTED = {'flipped_bit': 'arrays differ', 'skipped_batch': 'arrays differ', 'ignored_checkpoints': 'resumed from nothing',
-            'late_manifest': 'was left damaged', 'ignored_checksums': 'THE DAMAGED ONE WAS READ'}
+DETECTED = {'flipped_bit': 'arrays differ', 'skipped_batch': 'arrays differ', 'late_manifest': 'was left damaged',
+            'ignored_checkpoints': 'resumed from nothing', 'ignored_checksums': 'THE DAMAGED ONE WAS READ'}
 # name -> (config.train.hang_timeout: short, but long enough on a loaded machine; words of the error).
 HANGS = {'stalled_start': (1., ('starting has taken', '_disk_that_does_not_answer')),
          'stalled_input': (6., ('waiting for the batch of step 6', '_disk_that_does_not_answer')),

@@ -105,7 +105,7 @@ def save_seconds(workdir: pathlib.Path) -> float:
 
 def _run_until_killed(trainer: Trainer, workdir: pathlib.Path, log: pathlib.Path, rng: random.Random,
                       in_save: bool | None, undisturbed: Undisturbed, tally: Tally) -> int | None:
-  """Start a run and kill it during a save, at a random moment or not at all (None). Return its exit code, None if killed."""
+  """Start a run and kill it during a save, at a random moment or not at all (None). Return its exit code or None."""
   saves = _Saves(workdir)
   process = trainer.start(workdir, log)
   if in_save is None:
@@ -129,7 +129,7 @@ def _run_until_killed(trainer: Trainer, workdir: pathlib.Path, log: pathlib.Path
 
 
 class _Saves:
-  """Detects saves of the current process. Unfinished saves of earlier processes remain until it saves for the first time."""
+  """Detects saves of the current process. Unfinished saves of earlier processes remain until its first save."""
 
   def __init__(self, workdir: pathlib.Path):
     self._folder = workdir / CHECKPOINTS

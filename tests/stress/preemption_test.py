@@ -88,7 +88,8 @@ def test_a_run_without_end_is_killed_with_its_children_and_is_a_finding(tmp_path
 
 
 @pytest.mark.parametrize('files, saved, stage', [
-    ((), (10,), EMPTY), (('_CHECKPOINT_METADATA',), (10,), EMPTY), (('default/d/x', '_CHECKPOINT_METADATA'), (10,), ARRAYS),
+    ((), (10,), EMPTY), (('_CHECKPOINT_METADATA',), (10,), EMPTY),
+    (('default/d/x', '_CHECKPOINT_METADATA'), (10,), ARRAYS),
     (('default/d/x', 'manifest.json'), (10,), SEALED), (None, (10, 20), ''), (None, (10, 20, 30), DELETING)])
 def test_the_stage_of_a_save_is_seen_in_its_files(tmp_path, files, saved, stage):
   for step in saved:

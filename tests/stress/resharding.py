@@ -1,4 +1,4 @@
-"""A run continued at checkpoints on other numbers of devices and processes: batches and losses must equal those of one device.
+"""A run continued on other numbers of devices and processes: batches and losses must equal those of one device.
 
 Every process records the rows of every step (recorded_batches.py). Their union must equal the rows of a run on one
 device, and the losses must be within 1e-5. Some legs are repeated with a stop halfway: on the same devices this must
@@ -90,8 +90,9 @@ class Run:
     environment['XLA_FLAGS'] += f' --xla_force_host_platform_device_count={topology.devices}'
     processes = []
     for i in range(topology.processes):
-      command = [sys.executable, '-m', 'tests.stress.recorded_batches', str(workdir / f'rows{i}.jsonl'), str(until), fault,
-                 str(ROOT / 'launch/train.py'), f'--config={ROOT / "tests/stress/resharding_config.py"}:{self.arg}',
+      command = [sys.executable, '-m', 'tests.stress.recorded_batches', str(workdir / f'rows{i}.jsonl'), str(until),
+                 fault, str(ROOT / 'launch/train.py'),
+                 f'--config={ROOT / "tests/stress/resharding_config.py"}:{self.arg}',
                  f'--workdir={workdir}', f'--config.data.dir={self.folder / "data"}',
                  f'--config.train.steps={self.steps}']
       if topology.processes > 1:
@@ -194,7 +195,8 @@ def _inject(run: Run, faults: Sequence[str], result: Result) -> None:
     findings = [*row_differences(read_rows(run.workdir('leg1')), read_rows(faulty)).values(),
                 *trainer_lib.differences(run.workdir('leg1'), faulty)]
     detected = next((f for f in findings if words in f), '')
-    result.report.append(f'  injected fault {fault!r} on {topology}: {"detected: " + detected if detected else "MISSED"}')
+    outcome = f'detected: {detected}' if detected else 'MISSED'
+    result.report.append(f'  injected fault {fault!r} on {topology}: {outcome}')
     if not detected:
       result.findings.append(f'{run.arg}: injected fault {fault!r} was missed')
 

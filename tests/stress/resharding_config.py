@@ -16,7 +16,7 @@ from uni_moe_jax import config as config_lib
 
 SYNTHETIC = 'synthetic'  # name of the strings in memory and of the TFDS dataset
 _COLORS = {'red': (200, 30, 30), 'green': (30, 200, 30), 'blue': (30, 30, 200)}
-_WORDS = 'a small shape moves over the line and returns its value when another one calls with two numbers or names'.split()
+_WORDS = 'a small shape moves over the line and returns its value when another calls with two numbers or names'.split()
 _IMAGE_SIZE, _FRAMES = 32, 6  # pixels; frames of a video, of which two are used
 
 

@@ -26,7 +26,8 @@ def test_row_hashes_do_not_depend_on_shards():
   hashes = _hashes(_batch((1, 8)))
   assert len(set(hashes)) == 8
   assert _hashes(_batch((4, 2))) == hashes
-  halves = [{'img': {k: v[s] if v.ndim else v for k, v in _batch((2, 4))['img'].items()}} for s in (slice(0, 1), slice(1, 2))]
+  halves = [{'img': {k: v[s] if v.ndim else v for k, v in _batch((2, 4))['img'].items()}}
+            for s in (slice(0, 1), slice(1, 2))]
   assert sorted(h for half in halves for h in _hashes(half)) == hashes
 
 
@@ -116,5 +117,6 @@ def test_a_leg_without_a_task_is_detected(tmp_path, tasks, findings):
 
 
 def test_a_process_that_waits_for_a_failed_one_is_killed():
-  fails, waits = (subprocess.Popen([sys.executable, '-c', code]) for code in ('raise SystemExit(3)', 'import time; time.sleep(60)'))
+  fails, waits = (subprocess.Popen([sys.executable, '-c', code])
+                  for code in ('raise SystemExit(3)', 'import time; time.sleep(60)'))
   assert resharding._wait([fails, waits]) == [3, -9]

@@ -74,8 +74,8 @@ def run(suites: Sequence[str], size: Size, seed: int, folder: pathlib.Path, keep
     print(f'FOUND {finding}')
   for not_tried in work.not_tried:
     print(f'NOT TRIED {not_tried}')
-  print(f'{len(findings)} findings' if findings else 'no findings in what was tried' if work.not_tried else 'no findings',
-        flush=True)
+  summary = f'{len(findings)} findings' if findings else 'no findings'
+  print(f'{summary} in what was tried' if work.not_tried else summary, flush=True)
   if not findings and not keep:
     shutil.rmtree(folder, ignore_errors=True)
   return 1 if findings else 0
@@ -146,7 +146,8 @@ class Suites:
       prop = properties.get(name, bad_input.command)
       with _timed(f'bad input: {name}') as report:
         try:
-          report += _lines(bad_input.check(prop, num_examples, self._seed, self._folder / 'bad_input', name != 'command'))
+          counts = bad_input.check(prop, num_examples, self._seed, self._folder / 'bad_input', name != 'command')
+          report += _lines(counts)
         except AssertionError as e:
           findings.append(' '.join((f'{name}: {e}', *getattr(e, '__notes__', ()))))
           report.append(findings[-1])
@@ -232,11 +233,11 @@ def _main() -> Callable[[], int]:
   suites = flags.DEFINE_list('suites', list(SUITES), f'Some of {", ".join((*SUITES, SOAK))}.')
   num_kills = flags.DEFINE_integer('num_kills', 30, 'SIGKILLs.', lower_bound=1)
   num_saves = flags.DEFINE_integer('num_saves', 10, 'Minimal number of SIGKILLs during a save.', lower_bound=0)
-  num_inputs = flags.DEFINE_integer('num_inputs', 10_000, 'Bad inputs that are processed in this process.', lower_bound=8)
+  num_inputs = flags.DEFINE_integer('num_inputs', 10_000, 'Bad inputs, apart from commands.', lower_bound=8)
   num_commands = flags.DEFINE_integer('num_commands', 100, 'Bad commands.', lower_bound=1)
   seed = flags.DEFINE_integer('seed', 0, 'Seed of random moments and inputs.')
   quick = flags.DEFINE_bool('quick', False, '3 kills, shorter runs, 600 inputs, 6 commands.')
-  workdir = flags.DEFINE_string('workdir', None, 'Folder for the runs; default: a temporary one, kept if there are findings.')
+  workdir = flags.DEFINE_string('workdir', None, 'Folder; default: a temporary one, kept if there are findings.')
   config = cli.define_config()
   time_budget = flags.DEFINE_float('time_budget', 40., 'Minutes of training on the data in the soak.', lower_bound=.1)
 

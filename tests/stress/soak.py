@@ -1,4 +1,4 @@
-"""A long run under observation: its memory growth, the speed of its data pipeline and the deletion of old checkpoints."""
+"""A long run under observation: memory growth, speed of the data pipeline, deletion of old checkpoints."""
 
 import contextlib
 import dataclasses
@@ -200,7 +200,8 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
     for name, wrapper in ((DATA, 'memory_after_saves'), (CONSTANT, 'constant_batch')):
       workdir = folder / name
       clear(workdir)
-      command = [sys.executable, '-m', 'tests.stress.injected_faults', wrapper, script, *arguments, f'--workdir={workdir}']
+      command = [sys.executable, '-m', 'tests.stress.injected_faults', wrapper, script, *arguments,
+                 f'--workdir={workdir}']
       runs[name] = stack.enter_context(Turns(command, workdir, environment))
     running = runs[CONSTANT].turn(_MIN_TURN[CONSTANT])
     while running and runs[DATA].ran < 60 * minutes:
@@ -213,7 +214,7 @@ def soak(arguments: Sequence[str], train: ml_collections.ConfigDict, minutes: fl
 
 
 def ratios(data: Sequence[Sequence[float]], constant: Sequence[Sequence[float]]) -> np.ndarray:
-  """Return the median step of every turn on the data / the mean of the medians of the constant turns before and after it.
+  """Return the median step of a data turn / the mean of the medians of the constant turns before and after it.
 
   Args:
     data: seconds per step of log lines, by turn.
@@ -242,9 +243,9 @@ def evaluate(data: Observation, constant: Observation, minutes: float, max_check
   """
   found = ratios(data.turns, constant.turns)
   if not len(found) or len(data.seconds) < 8 or len(data.after_saves) < 8:
-    raise RunError(f'the run on the data (exit code {data.code}) or the one on a constant batch (exit code {constant.code}) '
-                   'ended before they could be compared, or saved too rarely: raise --time_budget or config.train.steps, '
-                   'or lower config.train.checkpoint_every.')
+    raise RunError(f'the run on the data (exit code {data.code}) or the one on a constant batch (exit code '
+                   f'{constant.code}) ended before they could be compared, or saved too rarely: raise --time_budget or '
+                   'config.train.steps, or lower config.train.checkpoint_every.')
   # A leak shows best when only what stays is in memory. Between saves, buffers come and go that are larger than the
   # allowed growth per hour, so that only growth of several times as much shows.
   rate, error = slope(*np.array(data.after_saves).T)
@@ -263,10 +264,10 @@ def evaluate(data: Observation, constant: Observation, minutes: float, max_check
       f'its standard error is at most {_MAX_SLOPE_ERROR:g}': error <= _MAX_SLOPE_ERROR,
       f'its upper quartiles between saves grow by {between:.1f} ± {between_error:.1f} MB/h (not clearly more than '
       f'{MAX_SLOPE:g})': between - 2 * between_error < MAX_SLOPE,
-      f'step on the data / step on a constant batch {ratio:.3f} (at most {MAX_RATIO}), the median of {len(found)} turns':
-          ratio <= MAX_RATIO,
-      f'its standard error is {ratio_error:.3f} (at most {_MAX_RATIO_ERROR:.3f}), the quartiles {low:.3f} and {high:.3f}':
-          ratio_error <= _MAX_RATIO_ERROR,
+      (f'step on the data / step on a constant batch {ratio:.3f} (at most {MAX_RATIO}), the median of '
+       f'{len(found)} turns'): ratio <= MAX_RATIO,
+      (f'its standard error is {ratio_error:.3f} (at most {_MAX_RATIO_ERROR:.3f}), the quartiles {low:.3f} and '
+       f'{high:.3f}'): ratio_error <= _MAX_RATIO_ERROR,
       f'the newest checkpoint is of step {newest} (at least {min_step}, so that old ones had to be deleted)':
           newest >= min_step,
       # A new checkpoint is complete before the old one is deleted.
@@ -277,6 +278,6 @@ def evaluate(data: Observation, constant: Observation, minutes: float, max_check
   verdicts = {sentence: bool(passed) for sentence, passed in verdicts.items()}  # JSON has no NumPy bool
   for sentence, passed in verdicts.items():
     print(f'{"PASS" if passed else "FAIL"} {sentence}', flush=True)
-  return {'slope_mb_per_hour': rate, 'slope_error': error, 'between_saves': between, 'between_saves_error': between_error,
-          'ratio': ratio, 'ratio_error': ratio_error, 'ratios': found.tolist(), 'verdicts': verdicts,
-          'observed': {DATA: dataclasses.asdict(data), CONSTANT: dataclasses.asdict(constant)}}
+  return {'slope_mb_per_hour': rate, 'slope_error': error, 'between_saves': between,
+          'between_saves_error': between_error, 'ratio': ratio, 'ratio_error': ratio_error, 'ratios': found.tolist(),
+          'verdicts': verdicts, 'observed': {DATA: dataclasses.asdict(data), CONSTANT: dataclasses.asdict(constant)}}

@@ -47,20 +47,24 @@ def _observation(step, growth=0., stays=0., noise=0., checkpoints=3, code=75, mi
   turns = [[s] * 3 for s in np.broadcast_to(step, 4).tolist()]
   saved = seconds[::3]
   sizes = 300 + stays * saved / 3600 + noise * np.resize([1, -1], len(saved))
-  return soak.Observation(
-      seconds.tolist(), (500 + growth * seconds / 3600).tolist(), [0.] * 60, list(zip(saved.tolist(), sizes.tolist())), turns, checkpoints, 1,
-      list(kept), code)
+  megabytes = (500 + growth * seconds / 3600).tolist()
+  after_saves = list(zip(saved.tolist(), sizes.tolist()))
+  return soak.Observation(seconds.tolist(), megabytes, [0.] * 60, after_saves, turns, checkpoints, 1, list(kept), code)
 
 
 @pytest.mark.parametrize('data, load, failed', [
     (_observation(.101), .4, None), (_observation(.101), .6, 'load average before the start 0.60'),
-    (_observation(.101, growth=-50.), .4, None), (_observation(.101, growth=25.), .4, 'its upper quartiles between saves'),
-    (_observation(.101, stays=25.), .4, 'resident memory after saves'), (_observation(.101, noise=20.), .4, 'its standard error is at most 10'),
+    (_observation(.101, growth=-50.), .4, None),
+    (_observation(.101, growth=25.), .4, 'its upper quartiles between saves'),
+    (_observation(.101, stays=25.), .4, 'resident memory after saves'),
+    (_observation(.101, noise=20.), .4, 'its standard error is at most 10'),
     (_observation(.106), .4, 'step on the data / step'), (_observation([.08, .103, .18, .1]), .4, 'its standard error'),
-    (_observation(.101, minutes=59.), .4, 'observed for 59.00 minutes'), (_observation(.101, code=0, minutes=59.), .4, 'observed for 59.00 minutes'),
+    (_observation(.101, minutes=59.), .4, 'observed for 59.00 minutes'),
+    (_observation(.101, code=0, minutes=59.), .4, 'observed for 59.00 minutes'),
     (_observation(.101, kept=(30, 39)), .4, 'step 39 (at least 40'),
     (_observation(.101, checkpoints=0, kept=()), .4, 'step 0 (at least 40'),
-    (_observation(.101, checkpoints=4), .4, 'at most 4 checkpoints'), (_observation(.101, kept=(30, 40, 45)), .4, '3 checkpoints are left'),
+    (_observation(.101, checkpoints=4), .4, 'at most 4 checkpoints'),
+    (_observation(.101, kept=(30, 40, 45)), .4, '3 checkpoints are left'),
     (_observation(.101, code=1), .4, 'exit code 1')])
 def test_each_figure_has_its_verdict(data, load, failed, capsys):
   figures = soak.evaluate(data, _observation(.1), minutes=60., max_checkpoints=2, checkpoint_every=10, load=load)
@@ -73,7 +77,8 @@ def test_each_figure_has_its_verdict(data, load, failed, capsys):
 def test_the_error_of_the_ratio_is_that_of_a_median():
   # Ratios 1, 1.01, 1.02: quartiles 1.005 and 1.015, a deviation of .01 / 1.349; √(π / 2 / 3) = 0.7236.
   figures = soak.evaluate(_observation([.1, .101, .102, .1]), _observation(.1), 60., 2, 10, 0.)
-  assert figures['ratio'] == pytest.approx(1.01) and figures['ratio_error'] == pytest.approx(.7236 * .01 / 1.349, rel=1e-3)
+  assert figures['ratio'] == pytest.approx(1.01)
+  assert figures['ratio_error'] == pytest.approx(.7236 * .01 / 1.349, rel=1e-3)
 
 
 def test_too_few_turns_are_an_error():
@@ -92,7 +97,8 @@ _SMALL = str(pathlib.Path(__file__).resolve().parents[2] / 'configs/small.py')
 
 
 @pytest.mark.parametrize('written', [
-    ['--config', _SMALL, '--config.train.steps', '7', '--config.model.video_mean=(.5,.25,.5)', '--config.mesh.fsdp=True'],
+    ['--config', _SMALL, '--config.train.steps', '7', '--config.model.video_mean=(.5,.25,.5)',
+     '--config.mesh.fsdp=True'],
     [f'--config={_SMALL}', '--config.train.steps=7', '--config.model.video_mean=(.5,.25,.5)', '--config.mesh.fsdp']])
 def test_the_runs_get_the_config_for_every_spelling_of_its_flags(written):
   def parsed(arguments):
@@ -145,9 +151,11 @@ def test_a_run_is_suspended_between_its_turns_and_stopped_at_the_end(tmp_path, m
   assert (observed.code, observed.checkpoints, observed.unfinished, observed.kept) == (75, 1, 0, [4])
   [(when, size)] = observed.after_saves
   assert size == 281.5 and when < .3
-  assert len(observed.turns) == 3 and all(len(turn) >= 3 and max(turn) < .3 for turn in observed.turns[:2])  # without the pauses
+  assert len(observed.turns) == 3
+  assert all(len(turn) >= 3 and max(turn) < .3 for turn in observed.turns[:2])  # without the pauses
   assert .8 <= observed.seconds[-1] < 5 and observed.seconds == sorted(observed.seconds)
-  assert len(observed.seconds) == len(observed.megabytes) > 8 and min(observed.megabytes) > 3 and min(observed.load) >= 0
+  assert len(observed.seconds) == len(observed.megabytes) > 8
+  assert min(observed.megabytes) > 3 and min(observed.load) >= 0
 
 
 def test_a_turn_ends_with_the_run(tmp_path, monkeypatch):

@@ -47,7 +47,8 @@ def _loading_error(e: OSError) -> OSError | UsageError:
   if not str(cause).startswith('Failed loading config file'):
     return cause or e
   path = pathlib.Path(str(cause).split()[-1].strip("'"))
-  return UsageError(f"config file '{path}' does not exist; {nearest(path.name, [f.name for f in path.parent.glob('*.py')])}.")
+  files_near = [f.name for f in path.parent.glob('*.py')]
+  return UsageError(f"config file '{path}' does not exist; {nearest(path.name, files_near)}.")
 
 
 def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -86,7 +87,7 @@ def run(main: Callable[[], int], remote: bool = False) -> None:
 
 @contextlib.contextmanager
 def exit_on_signals(code: int) -> Iterator[None]:
-  """End the process at once with `code` on SIGINT and SIGTERM, unless code inside handles them: nothing is unsaved yet."""
+  """End the process at once with `code` on SIGINT and SIGTERM, unless code inside handles them."""
   def end(number, _) -> None:
     os.write(2, f'\n{signal.Signals(number).name}: stopped; the same command continues.\n'.encode())
     os._exit(code)
@@ -100,7 +101,7 @@ def exit_on_signals(code: int) -> Iterator[None]:
 
 
 def _silence_repeated_errors() -> None:
-  """Silence Orbax's log of errors in its threads. They are raised again in this thread, and reported there in one sentence."""
+  """Silence Orbax's log of errors in its threads, which are raised again and reported in the main thread."""
   logging.get_absl_handler().addFilter(
       lambda record: not (record.exc_info and ('orbax' in record.pathname or record.name == 'asyncio')))
 
@@ -122,11 +123,11 @@ def guarded(main: Callable[[], int]) -> int:
   except Exception as e:
     if errors.disk_is_full(e):
       file = getattr(e, 'filename', None)
-      return _report(f'the disk is full{f": {file} could not be written" if file else ""}. Free some space and repeat the '
-                     'same command; it continues.', ERROR)
+      what = f': {file} could not be written' if file else ''
+      return _report(f'the disk is full{what}. Free some space and repeat the same command; it continues.', ERROR)
     if isinstance(e, OSError) and e.filename is not None:
-      return _report(f'{str(e.filename)[:_MAX_PATH]}: {e.strerror}. Check that the path is correct, that its disk is reachable '
-                     'and that you have permission to read and write it.', ERROR)
+      return _report(f'{str(e.filename)[:_MAX_PATH]}: {e.strerror}. Check that the path is correct, that its disk is '
+                     'reachable and that you have permission to read and write it.', ERROR)
     raise
 
 

@@ -11,7 +11,7 @@ _DISK_FULL_MESSAGES = tuple(os.strerror(number) for number in _DISK_FULL)
 
 
 class UsageError(ValueError):
-  """A mistake of the user in a flag, a config or data; exit code 2. The message names the field, the value and the fix."""
+  """A mistake of the user in a flag, config or data; exit code 2. The message names field, value and fix."""
 
 
 class MissingFileError(UsageError, FileNotFoundError):

@@ -29,5 +29,5 @@ def check_local(path: str, name: str) -> None:
     UsageError: path is a URL.
   """
   if '://' in path:
-    raise UsageError(f'{name}={path!r} is a URL, but must be a path; mount the bucket (for example with gcsfuse) or copy its '
-                     'files, and give that folder.')
+    raise UsageError(f'{name}={path!r} is a URL, but must be a path; mount the bucket (for example with gcsfuse) or '
+                     'copy its files, and give that folder.')
