@@ -153,7 +153,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_says_what_would(tmp_path,
 def test_a_mesh_of_more_devices_than_there_are_is_refused(tmp_path, capsys):
   config = tiny.config('shape', data_dir=tiny.data_dir())
   config.mesh.data = 3
-  assert 'asks for 3 devices, there are 1; set one axis to -1' in _refused(capsys, config, tmp_path, jax.devices()[:1])
+  assert 'needs 3 devices, there are 1; set one axis to -1' in _refused(capsys, config, tmp_path, jax.devices()[:1])
 
 
 def test_a_source_that_is_not_prepared_says_how(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Atomic writes of JSON, and a check that a path is not a URL."""
+"""JSON files, written atomically, and a check that a path is not a URL."""
 
 import json
 import pathlib
@@ -16,6 +16,11 @@ def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(content, indent=1, allow_nan=allow_nan))
   temporary.rename(path)
+
+
+def read_json(path: pathlib.Path, default: Any = None) -> Any:
+  """Return the content of a JSON file; `default` if it does not exist."""
+  return json.loads(path.read_text()) if path.exists() else default
 
 
 def check_local(path: str, name: str) -> None:

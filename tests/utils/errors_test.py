@@ -1,0 +1,31 @@
+"""The error classes of the commands."""
+
+import ast
+import pathlib
+
+import pytest
+
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_EXEMPT = {
+    # Copied into exports, where the package is not installed.
+    'export/loader.py', 'export/texts.py', 'export/example.py',
+    'train/manifest.py',  # it catches its errors itself
+    'tools/preflight/hlo.py'}  # a text of XLA that it cannot parse is a defect
+
+
+def test_library_code_may_catch_the_built_in_classes():
+  with pytest.raises(ValueError):
+    raise UsageError('x')
+  with pytest.raises(FileNotFoundError, match='^no file$'):
+    raise MissingFileError('no file')
+
+
+def test_deliberate_errors_have_a_class_that_the_commands_report():
+  raises = [
+      f'{path.relative_to(_ROOT)}:{node.lineno}' for folder in ('uni_moe_jax', 'configs', 'launch')
+      for path in sorted((_ROOT / folder).rglob('*.py')) if str(path.relative_to(_ROOT / folder)) not in _EXEMPT
+      for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+      and ast.unparse(node.exc.func) in ('ValueError', 'FileNotFoundError')]
+  assert not raises, f'raise UsageError or MissingFileError (uni_moe_jax/utils/errors.py) in {", ".join(raises)}'
