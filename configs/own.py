@@ -5,7 +5,7 @@
   python launch/evaluate.py --workdir=runs/pets
 
 Arguments:
-  sources=pets+reviews     names of prepared data, of any kinds, joined by '+'. For data outside of the default
+  sources=pets+reviews     names of prepared data, joined by '+'. For data outside of the default
                            directory, give folders: /data/own/pets+/data/own/reviews
   run=RUN                  work directory of the run to adapt; without it, a small model trains from scratch
   mode=finetune            every parameter of the run trains (default)

@@ -51,7 +51,7 @@ def invented(monkeypatch, named):
 
 
 def _small(c, data_dir):
-  """As the config is, but for sizes and words."""
+  """The config with small sizes and another tokenizer."""
   c.data.dir = str(data_dir)
   c.tokenizer.update(dict(type='sentencepiece', path=tiny.tokenizer_file()))
   c.model.update(dict(variant='', num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8,
@@ -88,7 +88,7 @@ def _step(run):
 
 
 def _slow(names, first):
-  """Of every kind of task `first` has one, which CI tries; it has no time for the others."""
+  """CI runs one of each task type, `first`; the others run nightly."""
   return [pytest.param(n, marks=pytest.mark.slow if n in first else pytest.mark.nightly) for n in names]
 
 
@@ -105,7 +105,7 @@ def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_
 
 @pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'],
                                        ('mrpc', 'vqa', 'coco_retrieval')))
-def test_every_row_is_the_same_on_eight_devices(name, invented, tmp_path):
+def test_evaluation_is_the_same_on_eight_devices(name, invented, tmp_path):
   """GLUE's metrics, soft scores, views × crops, texts of files: six examples in batches of five, on four shards."""
   tables = []
   for devices in (1, 8):
@@ -181,11 +181,11 @@ def test_the_sixteen_tasks_give_one_batch_of_their_groups():
       'image_caption/50/0': 20, 'image_caption/30/0': 4, 'image_retrieval/50/0': 20, 'image_retrieval/30/0': 4}
 
 
-_OF_EVERY_KIND = ('imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'coco_retrieval')
+_OF_EVERY_TYPE = ('imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'coco_retrieval')
 
 
 @pytest.mark.parametrize('arg, names', [
-    pytest.param('size=tiny', _OF_EVERY_KIND, marks=pytest.mark.slow),
+    pytest.param('size=tiny', _OF_EVERY_TYPE, marks=pytest.mark.slow),
     pytest.param('size=tiny,stage=2', ('moments', 'coco_retrieval'), marks=pytest.mark.slow),
     # All sixteen, whose pipelines take a minute to start.
     pytest.param('size=tiny,router=token,stage=2', (), marks=pytest.mark.nightly)])
@@ -201,8 +201,8 @@ def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, invent
   if 'imagenet21k' in c.tasks:
     assert run.data.target_sets['imagenet21k'].buckets[0]['count'].tolist() == [2, 1]
   rows = _rows(run, _step(run).params, tmp_path)
-  asked = {'coco_captions', 'coco_retrieval'} if 'coco_caption' in c.tasks else {'coco_retrieval'}
-  assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == {(name, _EXAMPLES) for name in asked}
+  names = {'coco_captions', 'coco_retrieval'} if 'coco_caption' in c.tasks else {'coco_retrieval'}
+  assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == {(n, _EXAMPLES) for n in names}
 
 
 # Benchmark → batch, tokens, learning rate, decay, second moment's, warmup, steps: the published files, by hand.
@@ -256,7 +256,7 @@ _GLUE = {
 }
 
 
-class _Whole:
+class _WordTokenizer:
   """A tokenizer whose tokens are words."""
   spe, eot = '<spe>', '<eot>'
 
@@ -266,12 +266,13 @@ class _Whole:
 
 
 @pytest.mark.parametrize('name', list(_GLUE))
-def test_glue_is_asked_in_the_published_words(name):
-  row, read, words = _GLUE[name]
+def test_glue_has_the_published_templates_and_label_words(name):
+  record, text, words = _GLUE[name]
   c = _config(name)
   t = c.tasks[name]
-  tokens, slot = fill_template(_Whole, t.template, {column: text.split() for column, text in row.items()}, t.max_len)
-  assert ' '.join(tokens) == read and tokens[slot] == '<spe>'
+  columns = {column: value.split() for column, value in record.items()}
+  tokens, slot = fill_template(_WordTokenizer, t.template, columns, t.max_len)
+  assert ' '.join(tokens) == text and tokens[slot] == '<spe>'
   assert dict(c.target_sets[name].entries) == words
   # Of two, F1 is of the second.
   assert len(words) == 3 or c.target_sets[name].entries[1][1] in ('correct', 'wonderful', 'yes')
@@ -304,7 +305,7 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
 
   def example(i):
     return {'image': io.BytesIO(invented_data.picture(i)), 'image/filename': f'{i}.jpg', 'image/id': i, 'objects': [],
-            'captions': {'id': [2 * i, 2 * i + 1], 'text': [f'a picture {i}', f'the shape {i}']}}
+            'captions': {'id': [2 * i, 2 * i + 1], 'text': [f'an image {i}', f'the shape {i}']}}
 
   _written(tmp_path, 'coco_captions', {
       split: [(i, example(i)) for i in ids]
@@ -312,9 +313,9 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
   run = _run(_small(_config('coco_retrieval'), tmp_path))
   [t] = run.plan.tasks
   assert run.data.examples(t, training=True).size == 3  # train and restval
-  asked = run.data.examples(t, 'test')
-  assert asked.references(np.arange(3)) == [(f'a picture {i}', f'the shape {i}') for i in (3, 4, 5)]
-  fields = next(evaluation_batches(asked, np.arange(3), 3))[0]
+  examples = run.data.examples(t, 'test')
+  assert examples.references(np.arange(3)) == [(f'an image {i}', f'the shape {i}') for i in (3, 4, 5)]
+  fields = next(evaluation_batches(examples, np.arange(3), 3))[0]
   red = fields['pixels'][:, 0].mean(axis=(1, 2))
   assert fields['pixels'].shape == (3, 1, 16, 16, 3) and (red[:, 0] > 150).all() and (red[:, 1:] < 60).all()
   with pytest.raises(ValueError, match="split 'tests' of source 'tfds:coco_captions'.*did you mean 'test'"):
@@ -322,7 +323,7 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
 
 
 def _captioning():
-  """A run whose pictures are small and whose texts are short."""
+  """A captioning config with small images and short texts."""
   c = config.base()
   c.tokenizer.update(dict(type='sentencepiece', path=tiny.tokenizer_file()))
   c.model.update(dict(num_layers=2, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, max_text_len=40,
@@ -347,7 +348,7 @@ def _trained(tmp_path_factory):
 @pytest.mark.parametrize('name, mode', [
     pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ('cola', 'prompts') else pytest.mark.nightly)
     for name in ('cola', 'coco_caption', 'vqa') for mode in ('finetune', 'prompts', 'zero_shot')])
-def test_a_run_becomes_one_that_does_a_benchmark_or_is_asked_it_as_it_is(name, mode, invented, tmp_path):
+def test_a_run_is_adapted_to_a_benchmark_or_evaluated_on_it(name, mode, invented, tmp_path):
   first = _captioning()
   first.data.dir = str(invented)
   assert loop.train(first, str(tmp_path / 'first'), jax.devices()[:1]) == loop.FINISHED
@@ -373,7 +374,7 @@ def test_a_benchmark_starts_from_a_run(trained, name, mode):
   c = _config(f'task={name},run={trained}{mode}')
   plan, t = make_plan(c), c.tasks[name]
   assert (c.train.init, c.model.width, c.model.max_text_len) == (trained, 16, 40)
-  assert t.max_len == min(40, _PUBLISHED[name][1])  # the model has room for so many
+  assert t.max_len == min(40, _PUBLISHED[name][1])  # of the model
   assert {e.task.name for e in plan.evaluations} == {name}
   trains = {'': '.*', ',mode=finetune': '.*', ',mode=prompts': schema.FREEZE, ',mode=zero_shot': ''}[mode]
   assert [t.name for t in plan.tasks] == ([name] if trains else [])

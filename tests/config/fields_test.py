@@ -1,4 +1,4 @@
-"""Fields and types of a config: what a file by hand can get wrong, and the sentence for each."""
+"""Names and types of config fields: each mistake of a config file is an error that names the field."""
 
 import json
 
@@ -9,6 +9,7 @@ from tests.helpers import small_config
 from uni_moe_jax import config
 from uni_moe_jax.config import presets, schema
 from uni_moe_jax.train import workdir
+from uni_moe_jax.utils.errors import UsageError
 
 
 def _plain() -> dict:
@@ -19,7 +20,7 @@ def _check(tree: dict) -> None:
   schema.parse_config(ml_collections.ConfigDict(workdir._tuples(tree)))
 
 
-def test_right_ones_pass():
+def test_valid_configs_pass():
   _check(_plain())
   c = config.base()
   presets.embedded(c)
@@ -30,7 +31,7 @@ def test_right_ones_pass():
   schema.parse_config(c)
 
 
-@pytest.mark.parametrize('path, value, said', [
+@pytest.mark.parametrize('path, value, message', [
     ('model.width', '16', r"config\.model\.width='16' must be a whole number"),
     ('model.width', 16.5, r'config\.model\.width=16\.5 must be a whole number'),
     ('model.width', True, r'config\.model\.width=True must be a whole number'),
@@ -60,24 +61,24 @@ def test_right_ones_pass():
     ('train.stpes', 3, r"config\.train\.stpes: the config has no such field; did you mean 'steps'"),
     ('tasks.shape.bacth', 3, r"config\.tasks\.shape\.bacth: the config has no such field; did you mean 'batch_size'"),
 ])
-def test_the_field_is_named(path, value, said):
+def test_the_error_names_the_field(path, value, message):
   tree = _plain()
   *sections, name = path.split('.')
   section = tree
   for key in sections:
     section = section[key]
   section[name] = value
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(UsageError, match=message):
     _check(tree)
 
 
 def test_a_missing_field_is_named_with_its_default():
   tree = _plain()
   del tree['train']['grad_accum_steps']
-  with pytest.raises(ValueError, match=r'config\.train\.grad_accum_steps is missing; its default is 1\.'):
+  with pytest.raises(UsageError, match=r'config\.train\.grad_accum_steps is missing; its default is 1\.'):
     _check(tree)
 
 
 def test_a_number_that_is_too_long_to_print_is_still_an_error():
-  with pytest.raises(ValueError, match=r'config\.seed=a number with thousands of digits must be'):
+  with pytest.raises(UsageError, match=r'config\.seed=a number with thousands of digits must be'):
     _check(_plain() | {'seed': 10**6000})

@@ -1,4 +1,4 @@
-"""Tasks of own data: what they and their evaluators are called."""
+"""Tasks of own data: names of tasks, evaluators and target sets."""
 
 from uni_moe_jax import config
 from uni_moe_jax.config import presets
@@ -8,14 +8,14 @@ from uni_moe_jax.config.plan import make_plan
 def _own(sources):
   c = config.base()
   for name, columns in sources.items():
-    classes = {column: ('a', 'b') for column, kind in columns.items() if kind == 'class'}
+    classes = {column: ('a', 'b') for column, content in columns.items() if content == 'class'}
     presets.own(c, name, columns, classes, ('train', 'test'))
   make_plan(c)
   tasks = {name: (t.type, t.label_column) for name, t in c.tasks.items()}
   return tasks, {name: e.task for name, e in c.evaluators.items()}, set(c.target_sets)
 
 
-def test_a_column_may_be_called_as_anything_that_data_can_have():
+def test_a_class_column_may_have_any_name():
   tasks, evaluators, sets = _own({'pets': {
       'image': 'image', 'captions': 'texts',
       **dict.fromkeys(('exif.model', 'exif_model', 'exif model', 'retrieval'), 'class')}})
@@ -26,10 +26,10 @@ def test_a_column_may_be_called_as_anything_that_data_can_have():
       'pets_exif model_2_2': ('image_classification', 'exif model'),
       'pets_retrieval_2': ('image_classification', 'retrieval')}
   assert evaluators == {name.replace('_', ' '): name for name in tasks}
-  assert sets == {'vocabulary', *(name for name, (kind, _) in tasks.items() if kind == 'image_classification')}
+  assert sets == {'vocabulary', *(name for name, (t, _) in tasks.items() if t == 'image_classification')}
 
 
-def test_two_sources_keep_their_tasks_whose_names_would_be_one():
+def test_tasks_of_two_sources_with_one_name_are_two_tasks():
   tasks, _, _ = _own({
       'pets': {'image': 'image', 'old_label': 'class'},
       'pets_old': {'text': 'text', 'label': 'class', 'words': 'class'}})

@@ -111,7 +111,7 @@ _FIELD_ERRORS = [
     ('tasks.shape.randaugment', 11.0, r'must be in \[0, 10\]; 0 is off'),
     ('tasks.package.temperature', 'text_classification', ': no trained task has this group',
      {'tasks.package.batch_size': 0}),
-    # Rows of the config.
+    # Target families of the config.
     ('target_families.answers', (1, 1), r'must be four bits: .*for example \(1, 0, 0, 1\)'),
 ]
 

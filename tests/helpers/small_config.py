@@ -1,4 +1,4 @@
-"""A small config that is right: what the tests of configs change."""
+"""A small valid config, which tests change."""
 
 import ml_collections
 
@@ -8,7 +8,7 @@ SLOT = '{text} <eot> it is <spe> . <eot>'
 
 
 def config() -> ml_collections.ConfigDict:
-  """Small and right, with a task of every kind of target."""
+  """A config with one task per target: names, words, the vocabulary, pairs."""
   c = fields.base()
   c.model.update(dict(num_layers=4, width=16, num_heads=2, mlp_dim=32, image_size=16, patch_size=8, max_text_len=32))
   c.target_sets.classes = fields.target_set(('bar', 'disc'), family='names')

@@ -1,4 +1,4 @@
-"""A fine-tuning recipe is config alone: a run starts from another's parameters and tunes what its rules leave free."""
+"""A run that starts from the parameters of another one and trains what its parameter groups do not freeze."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def _params(config, workdir):
 
 
 def _saved(config, workdir, change=lambda state: state):
-  """Makes a folder that of a run at its second step, with random parameters: to start from it, no one need train it."""
+  """Writes the work directory of a run at step 2 with random parameters, without training it."""
   run = train_run.build(config, jax.devices()[:1])
   workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
   workdir_lib.copy_tokenizer(workdir, run.data.tokenizer_file)
@@ -52,7 +52,7 @@ def _base(tmp_path_factory):
 
 
 def _prompt_tuning(base):
-  """Another task of the same pictures, with every kind of prompt and a head; all else stands still."""
+  """Another task on the same images, with all prompts and a head; everything else is frozen."""
   c = _config('shape')
   c.train.init = str(base)
   c.model.num_prefix_prompts = 2
@@ -64,29 +64,29 @@ def _prompt_tuning(base):
 
 @pytest.fixture(name='tuned', scope='module')
 def _tuned(base, tmp_path_factory):
-  """It, trained: (workdir, config, what it said)."""
+  """The prompt-tuned run: (workdir, config, output)."""
   workdir, c = tmp_path_factory.mktemp('tuned'), _prompt_tuning(base[0])
-  with contextlib.redirect_stdout(io.StringIO()) as said:
+  with contextlib.redirect_stdout(io.StringIO()) as output:
     assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
-  return workdir, c, said.getvalue()
+  return workdir, c, output.getvalue()
 
 
-def test_prompt_tuning_moves_what_it_adds_and_leaves_the_rest_bit_identical(base, tuned):
-  (workdir, config), (tuned_workdir, c, said) = base, tuned
-  assert f'starts from {workdir}' in said and 'embed/spe_bias' in said
+def test_prompt_tuning_changes_new_parameters_and_norms_and_leaves_the_rest_bit_identical(base, tuned):
+  (workdir, config), (tuned_workdir, c, output) = base, tuned
+  assert f'starts from {workdir}' in output and 'embed/spe_bias' in output
   before, after = _params(config, workdir), _params(c, tuned_workdir)
-  moved = {p for p in after if p.startswith('linear_head') or 'prompts/' in p or p == 'embed/spe_bias' or '/norm' in p
+  changed = {p for p in after if p.startswith('linear_head') or 'prompts/' in p or p == 'embed/spe_bias' or '/norm' in p
            and '_router' not in p}
   for path in set(before) & set(after):
-    if path in moved:
+    if path in changed:
       assert not np.array_equal(before[path], after[path]), path
     else:
       np.testing.assert_array_equal(before[path], after[path], path)
-  assert {'embed/prompts/input', 'embed/prompts/label_shapes', 'encoder/tail/block0/prompts/input'} <= moved
-  assert set(after) - set(before) == {p for p in after if 'norm' not in p and p in moved} | {'log_scale_downstream'}
+  assert {'embed/prompts/input', 'embed/prompts/label_shapes', 'encoder/tail/block0/prompts/input'} <= changed
+  assert set(after) - set(before) == {p for p in after if 'norm' not in p and p in changed} | {'log_scale_downstream'}
 
 
-def test_a_set_with_prompts_is_evaluated_as_it_is_trained(tuned):
+def test_evaluation_encodes_a_set_with_label_prompts_as_training_does(tuned):
   workdir, c, _ = tuned
   run = train_run.build(c, jax.devices()[:1])
   with Checkpoints(workdir, 1) as checkpoints:
@@ -102,7 +102,7 @@ def test_a_set_with_prompts_is_evaluated_as_it_is_trained(tuned):
   assert np.abs(trained(others, run.target_sets()) - trained(params, run.target_sets())).max() > 1e-3
 
 
-def test_words_are_those_of_the_run_it_starts_from(base):
+def test_the_tokenizer_is_that_of_the_initial_run(base):
   workdir, config = base
   one, other = (train_run.build(c, jax.devices()[:1]) for c in (config, _prompt_tuning(workdir)))
   assert (workdir / 'tokenizer.model').read_bytes() == one.data.tokenizer_file.read_bytes()
@@ -110,7 +110,7 @@ def test_words_are_those_of_the_run_it_starts_from(base):
   assert one.data.tokenizer.encode_batch(texts) == other.data.tokenizer.encode_batch(texts)
 
 
-def test_averaged_parameters_are_what_a_run_starts_from(tmp_path):
+def test_a_run_starts_from_averaged_parameters(tmp_path):
   c, other = _config('shape'), _config('shape')
   c.train.ema_decay, other.train.init = .5, str(tmp_path)
   run = _saved(c, tmp_path, lambda state: state.replace(
@@ -120,19 +120,19 @@ def test_averaged_parameters_are_what_a_run_starts_from(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, averaged, state.ema_params)
   jax.tree.map(np.testing.assert_array_equal, train_run.load_init_params(train_run.build(other, jax.devices()[:1])),
                state.ema_params)
-  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *jax.device_get((state.ema_params, state.params)))
-  assert max(jax.tree.leaves(moved)) > 0
+  changed = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *jax.device_get((state.ema_params, state.params)))
+  assert max(jax.tree.leaves(changed)) > 0
 
 
-@pytest.mark.parametrize('made, said', [
+@pytest.mark.parametrize('files, message', [
     (None, r'holds no run'), ('config', r'has no checkpoint yet')])
-def test_a_folder_to_start_from_that_is_none_is_named(base, tmp_path, made, said):
+def test_a_work_directory_without_a_run_or_a_checkpoint_is_named(base, tmp_path, files, message):
   workdir, _ = base
-  if made:
+  if files:
     (tmp_path / 'none').mkdir()
     for name in ('config.json', 'tokenizer.model'):
       (tmp_path / 'none' / name).write_bytes((workdir / name).read_bytes())
     assert json.loads((tmp_path / 'none' / 'config.json').read_text())
   c = _prompt_tuning(tmp_path / 'none')
-  with pytest.raises((ValueError, FileNotFoundError), match=said):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
     loop.train(c, str(tmp_path / 'run'), jax.devices()[:1])

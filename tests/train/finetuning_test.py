@@ -1,4 +1,4 @@
-"""Regimes: a config made from that of a run and the name of a task."""
+"""Fine-tuning recipes: a config that follows from a run and a task."""
 
 import pytest
 
@@ -15,11 +15,11 @@ def _run(tmp_path_factory):
   """A work directory with a config of its own in every section."""
   c = tiny.config('shape', 'caption', 'pair', data_dir='/the data')
   c.moe.num_experts, c.tokenizer.vocab_size, c.seed = 6, 50, 7
-  c.tasks.shape.temperature, c.tasks.pair.loss_weight, c.train.ema_decay = 'pictures', 3.0, 0.5
+  c.tasks.shape.temperature, c.tasks.pair.loss_weight, c.train.ema_decay = 'images', 3.0, 0.5
   c.tasks.look = config_lib.task('image_retrieval', 'glyphs', batch_size=0, caption_templates=('{face}',), max_len=8)
   for name, task in (('first', 'shape'), ('second', 'shape'), ('other', 'pair')):
-    kind = 'retrieval' if task == 'pair' else 'classification'
-    c.evaluators[name] = config_lib.evaluator(kind, task, split='train')
+    evaluator = 'retrieval' if task == 'pair' else 'classification'
+    c.evaluators[name] = config_lib.evaluator(evaluator, task, split='train')
   folder = tmp_path_factory.mktemp('runs') / 'trained'
   workdir.claim_workdir(folder, c, 'print')
   return str(folder)
@@ -43,7 +43,7 @@ def test_model_experts_tokenizer_and_data_are_those_of_the_run(run, recipe, task
     assert [t.name for t in plan.tasks] == ([] if recipe is finetuning.zero_shot else [task])
 
 
-def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run):
+def test_a_task_of_the_run_keeps_its_target_set_and_evaluators_and_has_loss_weight_1(run):
   c = finetuning.finetune(f'run={run},task=shape')
   assert (list(c.target_sets), list(c.evaluators)) == (['shapes'], ['first', 'second'])
   assert finetuning.finetune(f'run={run},task=pair').tasks.pair.loss_weight == 1
@@ -52,14 +52,14 @@ def test_a_task_of_the_run_keeps_its_set_and_its_evaluators_and_counts_once(run)
 
 
 @pytest.mark.parametrize('task, group', [
-    ('digits', 'pictures'), ('video_caption', 'image_caption'), ('video_name', 'image_retrieval'),
-    ('shape', 'pictures')])
-def test_the_scale_is_that_of_the_kind_or_of_one_that_reads_and_answers_alike(run, task, group):
+    ('digits', 'images'), ('video_caption', 'image_caption'), ('video_name', 'image_retrieval'),
+    ('shape', 'images')])
+def test_the_temperature_group_is_that_of_the_task_type_or_of_one_with_equal_inputs_and_targets(run, task, group):
   assert all(recipe(f'run={run},task={task}').tasks[task].temperature == group for recipe in ALL)
 
 
-def test_the_kind_itself_comes_before_one_that_is_alike(tmp_path):
-  c = tiny.config('motion', 'shape', data_dir='/the data')  # rows of one content; the videos' comes first
+def test_the_task_type_itself_comes_before_an_equal_one(tmp_path):
+  c = tiny.config('motion', 'shape', data_dir='/the data')  # equal but for their names; the video type comes first
   workdir.claim_workdir(tmp_path, c, 'print')
   assert finetuning.finetune(f'run={tmp_path},task=digits').tasks.digits.temperature == 'image_classification'
   del c.tasks['shape']
@@ -71,12 +71,12 @@ def test_the_kind_itself_comes_before_one_that_is_alike(tmp_path):
     (finetuning.finetune, 'digits', (0, 1.0)), (finetuning.finetune, 'digits,data=few', (10, 1.0)),
     (finetuning.prompt_tune, 'digits', (10, 1.0)), (finetuning.prompt_tune, 'digits,data=all', (0, 1.0)),
     (finetuning.prompt_tune, 'video_name', (0, 0.01)), (finetuning.finetune, 'video_caption,data=few', (0, 0.01))])
-def test_few_is_ten_of_every_class_or_one_in_a_hundred(run, recipe, argument, amount):
+def test_few_is_ten_examples_per_class_or_one_percent(run, recipe, argument, amount):
   task = recipe(f'run={run},task={argument}').tasks[argument.split(',')[0]]
   assert (task.shots, task.train_fraction) == amount
 
 
-def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(tmp_path):
+def test_a_column_of_texts_has_no_classes_and_a_task_of_the_run_comes_before_a_built_in_one(tmp_path):
   c = tiny.config('shape', 'text', data_dir='/the data')
   c.tasks.text.label_column = 'text'
   c.tasks.digits = c.tasks.shape
@@ -86,11 +86,11 @@ def test_a_column_of_texts_is_no_class_and_what_the_run_has_trained_is_its_own(t
   assert finetuning.finetune(f'run={tmp_path},task=digits').tasks.digits.source == c.tasks.shape.source
 
 
-def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_has_neither(run):
+def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_does_neither(run):
   prompt, fine = finetuning.prompt_tune(f'run={run},task=digits'), finetuning.finetune(f'run={run},task=digits')
   assert prompt.optim.param_groups[-1] == (r'.*', FREEZE)
   assert prompt.model.num_deep_prompts > 0 and prompt.tasks.digits.linear_head
-  assert prompt.model.prompt_sharing == 'inputs'  # what the run knows of other answers stays
+  assert prompt.model.prompt_sharing == 'inputs'  # the embeddings of other answers do not change
   assert not finetuning.prompt_tune(f'run={run},task=video_name').tasks.video_name.linear_head
   assert not any(rule[1] == FREEZE for rule in fine.optim.param_groups)
   assert fine.model.num_deep_prompts == 0 and not fine.tasks.digits.linear_head
@@ -116,7 +116,7 @@ def test_zero_shot_has_no_argument_data(run):
     finetuning.zero_shot(f'run={run},task=digits,data=few')
 
 
-def test_a_config_that_trains_nothing_needs_a_run_and_a_question(run):
+def test_a_config_that_trains_nothing_needs_a_run_and_an_evaluator(run):
   c = finetuning.zero_shot(f'run={run},task=digits')
   with pytest.raises(ValueError, match='nothing to train; .*launch/evaluate.py'):
     make_plan(c).check_trains()

@@ -118,12 +118,12 @@ def _parse_field(name: str, value: Any, f: dataclasses.Field, hint: Any) -> Any:
 def _check_type(name: str, value: Any, hint: Any) -> None:
   options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
   for option in options:
-    kind = typing.get_origin(option) or option
-    accepted = (int, float) if kind is float else kind
-    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+    t = typing.get_origin(option) or option
+    accepted = (int, float) if t is float else t
+    if isinstance(value, accepted) and (t is bool or not isinstance(value, bool)):
       if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:  # NaN is not, either
         break
-      if kind is tuple:
+      if t is tuple:
         [item, *_] = typing.get_args(option) or [object]
         for i, x in enumerate(value) if item is not object else ():
           _check_type(f'{name}[{i}]', x, item)

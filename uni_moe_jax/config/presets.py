@@ -67,10 +67,11 @@ def own(
   Args:
     c: config with a model.
     name: of the data.
-    columns: column → its kind, classes: class column → its classes, splits: existing splits; all as in prepared.json.
+    columns: column → its content, classes: class column → its classes, splits: existing splits; all as in
+      prepared.json.
   """
-  source, kinds = f'own:{name}', set(columns.values())
-  visual = 'image' if 'image' in kinds else 'video' if 'video' in kinds else ''
+  source, contents = f'own:{name}', set(columns.values())
+  visual = 'image' if 'image' in contents else 'video' if 'video' in contents else ''
   test_split = next((s for s in ('test', 'validation') if s in splits), None)
   video = dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop') if visual == 'video' else {}
   texts = [column for column in ('text', 'text_a', 'text_b') if column in columns]

@@ -209,7 +209,7 @@ class OptimConfig:
   unused_params: str = field(
       'update', 'Parameters and experts that a step does not use: update (gradient zero; moments and weights decay), '
                 'or '
-      "settonone, zerograd: unchanged, as by PyTorch's two ways to reset gradients (train/adam.py).",
+      "settonone, zerograd: unchanged, as by PyTorch's two resets of gradients (train/adam.py).",
       choices=('update', 'settonone', 'zerograd'),
       published='zerograd')  # PyTorch of its time; 'settonone' is what PyTorch 2 does with the same code
   param_groups: tuple[tuple, ...] = field(
