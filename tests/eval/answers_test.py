@@ -47,7 +47,7 @@ def _predictor(tokenizer=None, **texts) -> Predictor:
   run, params = _run()
   sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
   for name, given in texts.items():
-    sets[name] = (sets['closed'][0], dataclasses.replace(sets['closed'][1], texts=tuple(given)))
+    sets[name] = (sets['closed'][0], dataclasses.replace(sets['closed'][1], names=tuple(given)))
   return Predictor(UniPerceiver(run.spec.model.spec), params, sets, tokenizer or run.data.tokenizer)
 
 
@@ -92,9 +92,9 @@ def test_clips_are_captioned_by_a_model_that_learnt_pictures_alone(tmp_path):
   assert [t.type.name for t in run.plan.tasks] == ['image_caption']
   rows = suite.evaluate(run.plan, run.data, _predictor(), 0, tmp_path)
   found = {(r['evaluator'], r['metric']): r for r in rows}
-  assert {m for e, m in found if e == 'clips'} == {'exact', 'BLEU-4', 'ROUGE-L', 'CIDEr-D', 'word F1'}
-  assert all(r['floors'] for r in rows)
-  assert found['clips', 'exact']['count'] == 10 and found['closed clips', 'exact']['count'] == 10
+  assert {m for e, m in found if e == 'clips'} == {'exact_match', 'BLEU-4', 'ROUGE-L', 'CIDEr-D', 'word F1'}
+  assert all(r['baselines'] for r in rows)
+  assert found['clips', 'exact_match']['count'] == 10 and found['closed clips', 'exact_match']['count'] == 10
   shown = json.loads((tmp_path / 'samples.json').read_text())['closed clips']
   assert {s['prediction'] for s in shown} <= set(ANSWERS)
 
@@ -109,5 +109,5 @@ def test_clips_need_a_scale_that_some_trained_task_has():
 def test_an_answer_that_is_longer_than_a_caption_is_named_before_anything_runs():
   config = _config((*ANSWERS, 'small shape'))
   with pytest.raises(ValueError, match="config.tasks.clip.max_len=5 is too short for answer 'small shape' of "
-                                       "config.evaluators.closed clips.answers='closed', which has [0-9]+ tokens"):
+                                       "config.evaluators.closed clips.constrain_to='closed', which has [0-9]+ tokens"):
     Data(config, make_plan(config))

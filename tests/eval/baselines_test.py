@@ -38,7 +38,7 @@ class NearestTest(parameterized.TestCase):
     train = rng.integers(0, 256, (baselines._TRAIN_BLOCK + 300, 3, 4), np.uint8)
     test = rng.integers(0, 256, (baselines._QUERY_BLOCK + 9, 3, 4), np.uint8)
     gap = train[None].astype(np.int32) - test[:, None]
-    np.testing.assert_array_equal(baselines.nearest_neighbour(train, test),
+    np.testing.assert_array_equal(baselines.nearest_neighbor(train, test),
                                   np.square(gap).sum(axis=(2, 3)).argmin(axis=1))
 
   def test_pictures_that_float32_cannot_tell_apart_are_told_apart(self):
@@ -49,21 +49,21 @@ class NearestTest(parameterized.TestCase):
     train[0, 0, :3] -= 1
     train[1, 0, :2] -= 1
     train[2, 0, :1] -= 1
-    np.testing.assert_array_equal(baselines.nearest_neighbour(train, test), [2])
+    np.testing.assert_array_equal(baselines.nearest_neighbor(train, test), [2])
 
   def test_of_equal_pictures_the_first_is_taken(self):
     train = np.zeros((9, 2, 2), np.uint8)
-    np.testing.assert_array_equal(baselines.nearest_neighbour(train, train[:2]), [0, 0])
+    np.testing.assert_array_equal(baselines.nearest_neighbor(train, train[:2]), [0, 0])
 
   def test_bytes_do_not_wrap_around(self):
     # |0 - 255| is far and |0 - 100| nearer; in bytes 0 - 255 would be 1.
     train = np.array([[[255]], [[100]]], np.uint8)
     np.testing.assert_array_equal(
-        baselines.nearest_neighbour(train, np.zeros((1, 1, 1), np.uint8)), [1])
+        baselines.nearest_neighbor(train, np.zeros((1, 1, 1), np.uint8)), [1])
 
   def test_a_limit_searches_a_seeded_subset_and_returns_indices_of_the_whole(self):
     train = np.arange(200, dtype=np.uint8)[:, None, None]
-    first, again, other = (baselines.nearest_neighbour(train, train, limit=50, seed=seed)
+    first, again, other = (baselines.nearest_neighbor(train, train, limit=50, seed=seed)
                            for seed in (0, 0, 1))
     self.assertLen(np.unique(first), 50)
     self.assertGreater(first.max(), 150)
@@ -72,7 +72,7 @@ class NearestTest(parameterized.TestCase):
 
   def test_unequal_pictures_are_named(self):
     with self.assertRaisesRegex(ValueError, r'uint8\[2, 4, 4\] and test pixels float32\[2, 4, 4\]'):
-      baselines.nearest_neighbour(np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4), np.float32))
+      baselines.nearest_neighbor(np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4), np.float32))
 
 
 class NamesTest(parameterized.TestCase):

@@ -10,7 +10,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import evaluators
-from uni_moe_jax.eval.evaluators import Question
+from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.samples import Samples
 from uni_moe_jax.eval.suite import EVALUATORS
 
@@ -25,12 +25,12 @@ def data():
   return plan, Data(config, plan)
 
 
-def _question(data, entry: str, predictor, **changes) -> Question:
+def _question(data, entry: str, predictor, **changes) -> Query:
   plan, d = data
   e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
   texts = d.sets[e.task.target_set].names if e.task.target_set else ()
   records = d.records(e.task.source, 'train')
-  return Question(e, predictor, d.examples(e.task), records, records, texts, d.keys.get(e.task.target_set, ()), d.tokenizer, Samples())
+  return Query(e, predictor, d.examples(e.task), records, records, texts, d.entry_keys.get(e.task.target_set, ()), d.tokenizer, Samples())
 
 
 class _Oracle:
@@ -92,9 +92,9 @@ def test_views_of_a_clip_are_averaged_as_probabilities(data):
 def test_classification_counts_right_answers_and_wrong_ones(data, name, targets):
   right, wrong = (_scores(data, name, _Oracle(targets, r)) for r in (True, False))
   assert (right['top-1'].value, wrong['top-1'].value) == (1.0, 0.0)
-  assert (right['balanced'].value, wrong['balanced'].value) == (1.0, 0.0)
+  assert (right['balanced_accuracy'].value, wrong['balanced_accuracy'].value) == (1.0, 0.0)
   assert right['top-1'].chance == 1 / targets
-  assert 'majority' in right['top-1'].floors
+  assert 'majority' in right['top-1'].baselines
 
 
 def test_each_example_is_asked_and_counted_once_although_the_last_batch_is_filled_up(data):
@@ -104,9 +104,9 @@ def test_each_example_is_asked_and_counted_once_although_the_last_batch_is_fille
 
 
 def test_floors_fit_the_input(data):
-  floors = {name: set(_scores(data, name, _Oracle(n))['top-1'].floors)
+  floors = {name: set(_scores(data, name, _Oracle(n))['top-1'].baselines)
             for name, n in (('shape', 3), ('motion', 2), ('package', 2))}
-  assert floors == {'shape': {'majority', '1-nn'}, 'motion': {'majority', 'one frame', 'all frames'},
+  assert floors == {'shape': {'majority', 'nearest neighbor'}, 'motion': {'majority', 'one frame', 'all frames'},
                     'package': {'majority', 'tf-idf'}}
 
 
@@ -120,10 +120,10 @@ def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(d
 
   perfect = _scores(data, 'pair', _Oracle(1), num_examples=12)
   shifted = _scores(data, 'pair', Shifted(1), num_examples=12)
-  assert perfect['R@1 → text'].value == perfect['R@1 ← text'].value == 1.0
-  assert shifted['R@1 → text'].value == 0.0
-  assert perfect['R@1 → text'].chance == 1 / 12 and perfect['R@5 ← text'].chance == 5 / 12
-  assert perfect['R@1 → text'].floors['1-nn name'] > 0.9  # the neighbour of a training picture is itself
+  assert perfect['i2t_R@1'].value == perfect['t2i_R@1'].value == 1.0
+  assert shifted['i2t_R@1'].value == 0.0
+  assert perfect['i2t_R@1'].chance == 1 / 12 and perfect['t2i_R@5'].chance == 5 / 12
+  assert perfect['i2t_R@1'].baselines["nearest neighbor's name"] > 0.9  # the neighbour of a training picture is itself
 
 
 # Pictures 0 and 1 have a caption in common, in the tokenizer's eyes; four distinct texts.
@@ -160,19 +160,19 @@ def _of_all(data, **reader):
 def test_pictures_that_share_a_caption_are_right_for_it_and_it_is_asked_once(data):
   perfect, oracle = _of_all(data)
   assert {name: s.value for name, s in perfect.items()} == {f'R@{k} {way} text': 1.0 for k in (1, 5, 10) for way in '→←'}
-  assert (perfect['R@1 → text'].count, perfect['R@1 ← text'].count) == (3, 4)
+  assert (perfect['i2t_R@1'].count, perfect['t2i_R@1'].count) == (3, 4)
   assert len(set(oracle.read)) == 4 and len(oracle.read) == 6  # two batches of three, the last filled up
   # Two, two and one of four texts; one, two, one and one of three pictures.
-  assert perfect['R@1 → text'].chance == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
-  assert perfect['R@1 ← text'].chance == pytest.approx((1 / 3 + 2 / 3 + 1 / 3 + 1 / 3) / 4)
+  assert perfect['i2t_R@1'].chance == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
+  assert perfect['t2i_R@1'].chance == pytest.approx((1 / 3 + 2 / 3 + 1 / 3 + 1 / 3) / 4)
 
 
 def test_recall_of_files_of_a_model_that_takes_every_picture_for_the_next(data):
   wrong, _ = _of_all(data, turned=1)
   # 0 as 1: its blue disc is closest, which 0 has not; 1 as 2: the star; 2 as 0: the red bar.
-  assert wrong['R@1 → text'].value == 0.0
+  assert wrong['i2t_R@1'].value == 0.0
   # The shared text: pictures 2 and 0 are as close as can be, and 0 has it, but a tie counts against the model.
-  assert wrong['R@1 ← text'].value == 0.0 and wrong['R@5 ← text'].value == wrong['R@5 → text'].value == 1.0
+  assert wrong['t2i_R@1'].value == 0.0 and wrong['t2i_R@5'].value == wrong['i2t_R@5'].value == 1.0
 
 
 def test_texts_that_differ_after_their_cut_are_one_candidate(data):
@@ -183,8 +183,8 @@ def test_texts_that_differ_after_their_cut_are_one_candidate(data):
   examples = dataclasses.replace(question.examples, size=3, references=lambda ids: [long[i] for i in ids])
   cut = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, max_len=len(first) + 1))
   scores = {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=cut, examples=examples))}
-  assert (scores['R@1 → text'].count, scores['R@1 ← text'].count) == (3, 2)
-  assert scores['R@1 ← text'].chance == pytest.approx((2 / 3 + 1 / 3) / 2)
+  assert (scores['i2t_R@1'].count, scores['t2i_R@1'].count) == (3, 2)
+  assert scores['t2i_R@1'].chance == pytest.approx((2 / 3 + 1 / 3) / 2)
 
 
 def test_candidates_have_distinct_texts_and_too_many_are_refused():
@@ -200,13 +200,13 @@ def test_captions_are_compared_with_the_first_phrase(data):
   fold = lambda t: data[1].tokenizer.decode(data[1].tokenizer.encode(t))
   right = _scores(data, 'caption', _Oracle(1, captions=[fold(n) for n in names]), batch_size=24)
   wrong = _scores(data, 'caption', _Oracle(1), batch_size=24)
-  assert (right['exact'].value, right['word F1'].value) == (1.0, 1.0)
+  assert (right['exact_match'].value, right['word F1'].value) == (1.0, 1.0)
   assert right['BLEU-4'].value == pytest.approx(1.0)
   assert right['ROUGE-L'].value == pytest.approx(1.0) and right['CIDEr-D'].value > 5
   assert wrong['ROUGE-L'].value == wrong['CIDEr-D'].value == 0.0
-  assert right['CIDEr-D'].floors['1-nn name'] > 5
-  assert (wrong['exact'].value, wrong['word F1'].value) == (0.0, 0.0)
-  assert right['exact'].floors['1-nn name'] > 0.9
+  assert right['CIDEr-D'].baselines["nearest neighbor's name"] > 5
+  assert (wrong['exact_match'].value, wrong['word F1'].value) == (0.0, 0.0)
+  assert right['exact_match'].baselines["nearest neighbor's name"] > 0.9
 
 
 def test_perplexity_is_the_inverse_of_a_constant_probability(data):

@@ -8,7 +8,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline.examples import Examples
-from uni_moe_jax.eval.evaluators import Question
+from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.samples import Samples
 from uni_moe_jax.eval.suite import EVALUATORS
 
@@ -37,7 +37,7 @@ def _ask(kind, task, keys, examples, says, labels=None):
   c.evaluators.e = config_lib.evaluator(kind, 't', split='test', batch_size=3)
   [e] = make_plan(c).evaluations
   records = FileDataset('own:x', examples.size, None, {}, {'label': keys}, {} if labels is None else {'label': labels}, '')
-  question = Question(e, says, examples, records, records, keys, keys, None, Samples())
+  question = Query(e, says, examples, records, records, keys, keys, None, Samples())
   return {s.name: s for s in EVALUATORS[kind](question)}
 
 
@@ -62,10 +62,10 @@ def test_glue_counts_every_example_once_and_scores_by_hand():
   assert scores['accuracy'].value == pytest.approx(4 / 7)
   assert scores['F1'].value == pytest.approx(8 / 11)
   assert scores['Matthews'].value == 0
-  assert scores['accuracy'].floors == {'majority': pytest.approx(3 / 7)}  # no, the most frequent in training
+  assert scores['accuracy'].baselines == {'majority': pytest.approx(3 / 7)}  # no, the most frequent in training
   right = _ask('glue', _text(), ('no', 'yes'), _examples(7), _Says(LABELS, 2))
   assert {name: s.value for name, s in right.items()} == {'accuracy': 1, 'F1': 1, 'Matthews': 1}
-  assert right['accuracy'].floors == {}  # nothing is known of the training labels
+  assert right['accuracy'].baselines == {}  # nothing is known of the training labels
 
 
 def test_three_label_words_have_an_accuracy_alone():
@@ -78,5 +78,5 @@ def test_questions_score_by_how_many_people_agree():
   scores = _ask('vqa', task, ('Cat', 'dog'), examples, _Says([0, 0, 1], 2))
   # Four of ten said cat: 1; ten: 1; nobody dog: 0. Most said dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
-  assert scores['exact'].value == pytest.approx(1 / 3)
-  assert scores['soft score'].floors == {"always 'dog'": pytest.approx(1 / 3)}
+  assert scores['exact_match'].value == pytest.approx(1 / 3)
+  assert scores['soft score'].baselines == {"always 'dog'": pytest.approx(1 / 3)}

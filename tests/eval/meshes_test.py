@@ -60,7 +60,7 @@ def test_captions_are_those_of_one_device(router, beams):
     run, predictor = _on(router, mesh)
     [task] = [t for t in run.plan.tasks if t.name == 'caption']
     fields = next(evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5))[0]
-    said.append(predictor.captions(task, fields['pixels'], beams=beams))
+    said.append(predictor.captions(task, fields['pixels'], beam_size=beams))
   assert said[0] == said[1]
   assert len(said[0]) == 5 and any(said[0])
 

@@ -137,7 +137,7 @@ class TextTest(parameterized.TestCase):
   def test_a_mean_has_the_standard_error_of_its_examples(self):
     # Values 0, 1, 1, 0: squared deviations 4 · ¼ over 3, over 4 examples.
     score = metrics.Score.mean('word F1', np.array([0., 1., 1., 0.]), {'copied': np.array([.5, 0.])})
-    self.assertEqual((score.value, score.count, score.floors), (.5, 4, {'copied': .25}))
+    self.assertEqual((score.value, score.count, score.baselines), (.5, 4, {'copied': .25}))
     self.assertAlmostEqual(score.standard_error, math.sqrt(1 / 3 / 4))
     self.assertIsNone(metrics.Score.mean('word F1', np.array([.3]), {}).standard_error)
 
@@ -188,13 +188,13 @@ class TableTest(parameterized.TestCase):
   def test_nan_is_worse_than_any_floor(self):
     self.assertEqual(metrics.verdict({'metric': 'top1', 'value': math.nan}, 0.), metrics.WORSE)
 
-  def test_table_is_aligned_and_marks_every_floor(self):
+  def test_table_is_aligned_and_marks_every_baseline(self):
     rows = [metrics.Score.proportion('top1', .5, 2500, .02, {'majority': .14, 'pixels': .63})
             .row('glyphs', 7),
             metrics.Score('perplexity', 63.2, 18000, None, {'unigram': 63.2}, None, False)
             .row('mlm', 7)]
     self.assertEqual(metrics.evaluation_table(rows).splitlines()[:4], [
-        'evaluator  metric                        value  ± s.e.   count   chance  floors',
+        'evaluator  metric                        value  ± s.e.   count   chance  baselines',
         '---------  ----------------------------  -----  ------  ------  -------  '
         '--------------------------------',
         'glyphs     top1                          0.500   0.010   2,500  0.020 +  '

@@ -34,9 +34,9 @@ def finished(tmp_path_factory):
 
 def test_every_evaluator_has_its_rows(finished):
   _, rows = finished
-  assert [(r['evaluator'], r['metric']) for r in rows if r['metric'] in ('top-1', 'R@1 → text', 'exact', 'perplexity')] == [
-      ('my caption', 'exact'), ('my pair', 'R@1 → text'), ('my shape', 'top-1'), ('my text', 'perplexity')]
-  assert all(r['floors'] and r['step'] == 3 for r in rows)
+  assert [(r['evaluator'], r['metric']) for r in rows if r['metric'] in ('top-1', 'i2t_R@1', 'exact_match', 'perplexity')] == [
+      ('my caption', 'exact_match'), ('my pair', 'i2t_R@1'), ('my shape', 'top-1'), ('my text', 'perplexity')]
+  assert all(r['baselines'] and r['step'] == 3 for r in rows)
 
 
 def test_perplexity_of_an_untrained_model_is_about_the_vocabulary(finished):

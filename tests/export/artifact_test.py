@@ -30,7 +30,7 @@ from uni_moe_jax.utils.tree_paths import by_path
 
 _BOUND = 1e-5  # relative, float32
 _BATCHES = (1, 3, 64)
-_ROWS = [dict(evaluator='captions', metric='exact', value=0.625, chance=1 / 3, floors={'majority': 0.5}, standard_error=0.1,
+_ROWS = [dict(evaluator='captions', metric='exact_match', value=0.625, chance=1 / 3, baselines={'majority': 0.5}, standard_error=0.1,
               count=24, step=2, higher_is_better=True)]
 
 # Runs where this package, and all that only it needs, cannot be imported.
@@ -181,7 +181,7 @@ def test_captions_are_those_of_the_evaluator_token_for_token(elsewhere, searched
 @pytest.mark.slow
 def test_captions_are_read_as_the_evaluator_reads_them(trained, elsewhere, searched, expected):
   pixels, found, _ = elsewhere
-  said = expected.captions(_task(trained, 'caption'), pixels, beams=2, penalty=1.0)
+  said = expected.captions(_task(trained, 'caption'), pixels, beam_size=2, length_penalty=1.0)
   assert found['captions'].tolist() == said[:3] == [trained[1].data.tokenizer.decode(row) for row in searched[:3]]
 
 

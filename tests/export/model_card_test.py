@@ -44,7 +44,7 @@ def _card(*args, rows=(), **kwargs) -> str:
 
 
 def _row(evaluator: str) -> dict:
-  return dict(evaluator=evaluator, metric='exact', value=0.625, chance=None, floors={}, standard_error=0.1, count=24, step=2,
+  return dict(evaluator=evaluator, metric='exact_match', value=0.625, chance=None, baselines={}, standard_error=0.1, count=24, step=2,
               higher_is_better=True)
 
 

@@ -79,7 +79,7 @@ def _here(tmp_path_factory):
 
 
 def _evaluated(here: pathlib.Path, step: int) -> None:
-  row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, floors={}, standard_error=0.1, count=24, step=step,
+  row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, baselines={}, standard_error=0.1, count=24, step=step,
              higher_is_better=True)
   (here / _RUN / suite.EVALUATION_FILE).write_text(json.dumps([row]))
 

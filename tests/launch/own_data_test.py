@@ -38,7 +38,7 @@ def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatc
     outputs.append(capfd.readouterr().out)
   # Forty images with two captions each, every fifth in the test split.
   assert 'pets 1.0.0: train 32, test 8' in outputs[0] and 'captions (texts)' in outputs[0]
-  [row] = [line for line in outputs[2].splitlines() if 'R@1 → text' in line]
+  [row] = [line for line in outputs[2].splitlines() if 'i2t_R@1' in line]
   assert row.split()[:2] == ['pets', 'retrieval'] and (tmp_path / 'runs/pets/evaluation.json').exists()
 
 
@@ -95,13 +95,13 @@ def test_several_sources_are_trained_together_and_evaluated(data, tmp_path):
   print(metrics.evaluation_table(rows))
   scores = {(r['evaluator'], r['metric']): r for r in rows}
   # Twelve test images with two captions each.
-  assert scores['photos retrieval', 'R@1 → text']['count'] == 12
-  assert scores['photos retrieval', 'R@1 ← text']['count'] == 24
+  assert scores['photos retrieval', 'i2t_R@1']['count'] == 12
+  assert scores['photos retrieval', 't2i_R@1']['count'] == 24
   # Neither of the two correct ones is among five of 24: 22 choose 5 of 24 choose 5.
-  assert scores['photos retrieval', 'R@5 → text']['chance'] == pytest.approx(1 - 19 * 18 / (24 * 23))
+  assert scores['photos retrieval', 'i2t_R@5']['chance'] == pytest.approx(1 - 19 * 18 / (24 * 23))
   assert {e for e, _ in scores} == {'photos retrieval', 'photos caption', 'photos color', 'folder label',
                                     'videos label', 'pairs label'}
-  assert scores['photos color', 'top-1']['floors'].keys() == {'majority'}
+  assert scores['photos color', 'top-1']['baselines'].keys() == {'majority'}
   samples = json.loads((tmp_path / 'run/samples.json').read_text())
   assert samples['videos label'][0]['frames'] and samples['photos caption'][0]['image']
 

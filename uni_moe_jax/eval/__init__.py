@@ -1,1 +1,1 @@
-"""Fixed protocols that turn predictions into numbers, each beside its chance and its floor."""
+"""Fixed protocols that turn predictions into numbers, beside chance and simple baselines."""

@@ -1,9 +1,8 @@
-"""What a score must beat: simple predictors computed from the data alone, beside the evaluation.
+"""Baselines: simple predictors that are computed from the data alone, beside the evaluation.
 
-A floor sees the same train and test arrays as the model and nothing else. Each function returns
-predictions (or indices, or a similarity) in the form the metrics take, so that the floor and the
-model are scored by the same code. All of them are deterministic: the same arrays give the same
-numbers on any machine.
+A baseline sees the same train and test arrays as the model and nothing else. Each function returns predictions (or indices,
+or a similarity) in the form that the metrics take, so that baseline and model are scored by the same code. All of them are
+deterministic: the same arrays give the same numbers on any machine.
 
 Axis letters: N train examples, Q test examples, V targets, T frames.
 """
@@ -22,9 +21,9 @@ from sklearn import exceptions, feature_extraction, linear_model, preprocessing
 from uni_moe_jax.eval import metrics
 from uni_moe_jax.utils.errors import UsageError
 
-_QUERY_BLOCK, _TRAIN_BLOCK = 512, 4096  # pictures in one product: 8 MB of distances
+_QUERY_BLOCK, _TRAIN_BLOCK = 512, 4096  # images in one product: 8 MB of distances
 _CANDIDATES = 4  # float32 distances pick this many, exact integers choose among them
-_ITERATIONS = 100  # of a logistic regression: a floor must come at once to be printed at all
+_ITERATIONS = 100  # of a logistic regression: a baseline must not take longer than the evaluation
 _FRAME_SIDE = 16  # frames are averaged down to about this side before the logistic regression
 
 
@@ -37,12 +36,12 @@ def majority_accuracy(train_labels: np.ndarray, test_labels: np.ndarray, k: int 
   """Returns the top-k accuracy of always answering the k most frequent train labels.
 
   Args:
-    train_labels: int or string [N]; unlabelled examples dropped before.
+    train_labels: int or string [N]; unlabeled examples must be dropped before.
     test_labels: int or string [Q].
     k: at least 1.
   """
-  found = np.isin(test_labels, most_frequent(train_labels, k))
-  return metrics.accuracy(found, np.ones_like(found))
+  hits = np.isin(test_labels, most_frequent(train_labels, k))
+  return metrics.accuracy(hits, np.ones_like(hits))
 
 
 def most_frequent(labels: np.ndarray, k: int) -> np.ndarray:
@@ -55,56 +54,54 @@ def most_frequent(labels: np.ndarray, k: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Unigram:
-  """What a guesser without context reaches on masked tokens."""
+  """Scores of a guesser without context on masked tokens."""
 
   token: int  # the most frequent token of the train split, its only answer
   accuracy: float
   perplexity: float
 
 
-def unigram(train_counts: np.ndarray, test_picks: np.ndarray) -> Unigram:
-  """Scores train frequencies, with add-one smoothing over V, on the tokens picked in the test.
+def unigram(train_counts: np.ndarray, test_tokens: np.ndarray) -> Unigram:
+  """Scores train frequencies, with add-one smoothing over V, on the masked tokens of the test.
 
   Args:
     train_counts: int [V], how often each token occurs in the train split.
-    test_picks: int [M] in [0, V), the true tokens at the picked positions.
+    test_tokens: int [M] in [0, V), the true tokens at the masked positions.
 
   Raises:
-    UsageError: there are no picks, or one is outside [0, V).
+    UsageError: there are no tokens, or one is outside [0, V).
   """
-  counts, picks = np.asarray(train_counts, np.float64), np.asarray(test_picks).ravel()
-  if not picks.size or picks.min() < 0 or picks.max() >= counts.size:
-    raise UsageError(f'the unigram floor needs picks in [0, {counts.size}) and at least one; got '
-                     + (f'{picks.size} from {picks.min()} to {picks.max()}.' if picks.size
-                        else 'none.'))
+  counts, tokens = np.asarray(train_counts, np.float64), np.asarray(test_tokens).ravel()
+  if not tokens.size or tokens.min() < 0 or tokens.max() >= counts.size:
+    raise UsageError(f'the unigram baseline needs tokens in [0, {counts.size}) and at least one; got '
+                     + (f'{tokens.size} from {tokens.min()} to {tokens.max()}.' if tokens.size else 'none.'))
   log_p = np.log(counts + 1) - math.log(counts.sum() + counts.size)
   token = int(counts.argmax())
-  return Unigram(token, float(np.mean(picks == token)),
-                 metrics.perplexity(-log_p[picks].sum(), picks.size))
+  return Unigram(token, float(np.mean(tokens == token)), metrics.perplexity(-log_p[tokens].sum(), tokens.size))
 
 
-def nearest_neighbour(train_pixels: np.ndarray, test_pixels: np.ndarray, limit: int = 30_000,
+def nearest_neighbor(train_pixels: np.ndarray, test_pixels: np.ndarray, limit: int = 30_000,
                       seed: int = 0) -> np.ndarray:
-  """Returns for each test picture the index of the closest train picture (Euclidean), int [Q].
+  """Returns for each test image the index of the closest train image (Euclidean), int [Q].
 
-  Index the train labels or names with it: the neighbour's class is the floor of classification,
-  its name the floor of captioning, and `name_similarity` of its name the floor of retrieval.
+  Index the train labels or names with it: the neighbor's class is the baseline of classification, its name the
+  baseline of captioning, and `name_similarity` of its name the baseline of retrieval.
 
   Args:
     train_pixels: uint8 [N, ...]; of more than `limit`, a subset drawn with `seed` is searched.
     test_pixels: uint8 [Q, ...] with the same trailing axes.
-    limit: at most this many train pictures are searched.
+    limit: at most this many train images are searched.
     seed: of the draw.
 
   Raises:
-    UsageError: trailing axes differ, pixels are not uint8, or there are no train pictures.
+    UsageError: trailing axes differ, pixels are not uint8, or there are no train images.
   """
   train, test = np.asarray(train_pixels), np.asarray(test_pixels)
   if train.shape[1:] != test.shape[1:] or train.dtype != np.uint8 or test.dtype != np.uint8:
     raise UsageError(f'train pixels {train.dtype}{list(train.shape)} and test pixels '
                      f'{test.dtype}{list(test.shape)} must be uint8 and agree after axis 0.')
   if not len(train) or limit < 1:
-    raise UsageError(f'{len(train)} train pictures and limit {limit}: both must be at least 1.')
+    raise UsageError(f'{len(train)} train images and limit {limit}: both must be at least 1.')
   kept = _subset(len(train), limit, seed)
   queries = test.reshape(len(test), -1)
   best = np.zeros((len(test), 0), np.int64)  # [Q, up to _CANDIDATES] train indices
@@ -112,7 +109,7 @@ def nearest_neighbour(train_pixels: np.ndarray, test_pixels: np.ndarray, limit: 
   for block in (kept[i:i + _TRAIN_BLOCK] for i in range(0, len(kept), _TRAIN_BLOCK)):
     keys = train[block].reshape(len(block), -1).astype(np.float32)
     norms = np.einsum('nd,nd->n', keys, keys)
-    found, far = [], []
+    blocks, distances = [], []
     for i in range(0, len(test), _QUERY_BLOCK):
       # The query's own norm is the same for all its candidates, so it is left out.
       d = norms - 2 * (queries[i:i + _QUERY_BLOCK].astype(np.float32) @ keys.T)
@@ -121,36 +118,36 @@ def nearest_neighbour(train_pixels: np.ndarray, test_pixels: np.ndarray, limit: 
       if d.shape[1] > _CANDIDATES:
         near = np.argpartition(d, _CANDIDATES, axis=1)[:, :_CANDIDATES]
         d, index = np.take_along_axis(d, near, 1), np.take_along_axis(index, near, 1)
-      far.append(d)
-      found.append(index)
-    if found:
-      best, distance = np.concatenate(found), np.concatenate(far)
+      distances.append(d)
+      blocks.append(index)
+    if blocks:
+      best, distance = np.concatenate(blocks), np.concatenate(distances)
   return np.array([_closest(train, candidates, query)
                    for candidates, query in zip(best, test)], np.int64)
 
 
 def _closest(train: np.ndarray, candidates: np.ndarray, query: np.ndarray) -> int:
   # float32 sums of squared bytes are inexact and differ between machines; integers decide, and of
-  # equally close pictures the first.
+  # equally close images the first.
   candidates = np.sort(candidates)
   gap = train[candidates].astype(np.int64) - query
   return int(candidates[np.square(gap).reshape(len(candidates), -1).sum(axis=1).argmin()])
 
 
-def name_similarity(neighbour_names: Sequence[str], candidate_names: Sequence[str],
+def name_similarity(neighbor_names: Sequence[str], candidate_names: Sequence[str],
                     seed: int = 0) -> np.ndarray:
-  """Returns the word F1 of each neighbour's name with each candidate, float64 [Q, V].
+  """Returns the word F1 of each neighbor's name with each candidate, float64 [Q, V].
 
-  With `metrics.recall_at_k` this is the nearest-neighbour floor of retrieval (transposed for the
+  With `metrics.recall_at_k` this is the nearest-neighbor baseline of retrieval (transposed for the
   other direction) and of zero-shot naming. Equal F1 values are common, and counting ties against
-  a floor would flatter the model: so they are broken by noise far below any difference in F1.
+  a baseline would flatter the model, so they are broken by noise far below any difference in F1.
 
   Args:
-    neighbour_names: Q texts, the names of the nearest train pictures.
+    neighbor_names: Q texts, the names of the nearest train pictures.
     candidate_names: V texts to choose among.
     seed: of the tie-breaking noise.
   """
-  left, right = [name.casefold().split() for name in neighbour_names], [
+  left, right = [name.casefold().split() for name in neighbor_names], [
       name.casefold().split() for name in candidate_names]
   # The second "and" of a name is another item than the first: shared items = shared bag of words.
   columns = {item: i for i, item in enumerate(sorted({
@@ -161,10 +158,10 @@ def name_similarity(neighbour_names: Sequence[str], candidate_names: Sequence[st
   return f1 + np.random.default_rng(seed).uniform(0, 1e-7, f1.shape)
 
 
-def nearest_name(neighbour_names: Sequence[str], candidate_names: Sequence[str],
+def nearest_name(neighbor_names: Sequence[str], candidate_names: Sequence[str],
                  seed: int = 0) -> np.ndarray:
-  """Returns the index of the candidate closest to each neighbour's name by word F1, int [Q]."""
-  return name_similarity(neighbour_names, candidate_names, seed).argmax(axis=1)
+  """Returns the index of the candidate closest to each neighbor's name by word F1, int [Q]."""
+  return name_similarity(neighbor_names, candidate_names, seed).argmax(axis=1)
 
 
 def _numbered(words: Sequence[str]) -> list[tuple[str, int]]:
@@ -219,19 +216,18 @@ def _with_agreement(halves: list[scipy.sparse.csr_matrix]) -> list[scipy.sparse.
   return [*halves, shared, cosine]
 
 
-def frame_logistic(train_clips: np.ndarray, train_labels: np.ndarray, test_clips: np.ndarray,
+def frame_logistic(train_videos: np.ndarray, train_labels: np.ndarray, test_videos: np.ndarray,
                    frames: str = 'all', limit: int = 6_000, seed: int = 0) -> np.ndarray:
-  """Returns labels [Q] predicted by a logistic regression on the pixels of clips.
+  """Returns labels [Q] predicted by a logistic regression on the pixels of videos.
 
-  On the middle frame it shows what can be known without motion; on all frames, what can be known
-  without understanding.
+  The middle frame shows what can be known without motion; all frames, what can be known from pixels alone.
 
   Args:
-    train_clips: uint8 [N, T, H, W] or [N, T, H, W, 3].
+    train_videos: uint8 [N, T, H, W] or [N, T, H, W, 3].
     train_labels: int or string [N].
-    test_clips: uint8 [Q, T, ...] with the same trailing axes.
+    test_videos: uint8 [Q, T, ...] with the same trailing axes.
     frames: 'all' or 'middle'.
-    limit: at most this many train clips, drawn with `seed`, are fitted.
+    limit: at most this many train videos, drawn with `seed`, are fitted.
     seed: of the draw.
 
   Raises:
@@ -239,19 +235,19 @@ def frame_logistic(train_clips: np.ndarray, train_labels: np.ndarray, test_clips
   """
   if frames not in ('all', 'middle'):
     raise UsageError(f"frames is {frames!r}; it must be 'all' or 'middle'.")
-  kept = _subset(len(train_clips), limit, seed)
+  kept = _subset(len(train_videos), limit, seed)
   scaler = preprocessing.StandardScaler(with_std=False)
-  train = scaler.fit_transform(_frame_features(np.asarray(train_clips)[kept], frames))
-  test = scaler.transform(_frame_features(np.asarray(test_clips), frames))
+  train = scaler.fit_transform(_frame_features(np.asarray(train_videos)[kept], frames))
+  test = scaler.transform(_frame_features(np.asarray(test_videos), frames))
   return _logistic(train, np.asarray(train_labels)[kept], test, inverse_penalty=0.1)
 
 
-def _frame_features(clips: np.ndarray, frames: str) -> np.ndarray:
+def _frame_features(videos: np.ndarray, frames: str) -> np.ndarray:
   if frames == 'middle':
-    clips = clips[:, clips.shape[1] // 2:][:, :1]
-  count, length, height, width = clips.shape[:4]
+    videos = videos[:, videos.shape[1] // 2:][:, :1]
+  count, length, height, width = videos.shape[:4]
   step = max(1, min(height, width) // _FRAME_SIDE)
-  tiles = clips[:, :, :height // step * step, :width // step * step].reshape(
+  tiles = videos[:, :, :height // step * step, :width // step * step].reshape(
       count, length, height // step, step, width // step, step, -1)
   return (tiles.mean(axis=(3, 5), dtype=np.float32) / 255).reshape(count, -1)
 

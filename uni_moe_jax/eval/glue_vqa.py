@@ -1,37 +1,40 @@
-"""Evaluators of answers at a slot: the GLUE tasks with their own metrics, and questions about pictures."""
+"""Evaluators of answers at a slot: the GLUE tasks with their own metrics, and questions about images."""
 
 import numpy as np
 
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
 from uni_moe_jax.eval import evaluators, metrics
-from uni_moe_jax.eval.evaluators import Question
+from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 
 
-def glue(q: Question) -> list[Score]:
-  """Accuracy, and of two classes F1 of the second and Matthews' correlation: GLUE reports accuracy for most of its tasks, F1 too
-  for MRPC and QQP, Matthews for CoLA. Beside the most frequent answer of the training examples, where those are known."""
+def glue(q: Query) -> list[Score]:
+  """Accuracy; with two classes also F1 of the second and Matthews' correlation.
+
+  GLUE reports accuracy for most of its tasks, F1 for MRPC and QQP, Matthews for CoLA. The baseline is the most frequent
+  answer of the training examples, where those are known.
+  """
   ids = q.ids()
   predicted, labels = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1), fields['label'][:, 0]))
-  known, answers = evaluators.known_answers(q, ids, labels)
-  n, V = len(labels), len(q.texts)
+  _, answers = evaluators.baseline_labels(q, ids, labels)
+  n, V = len(labels), len(q.names)
   by = lambda metric: {name: metric(a, labels) for name, a in answers.items()}
   scores = [Score.proportion('accuracy', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
   if V == 2:
-    scores += [Score('F1', metrics.f1(predicted, labels), n, floors=by(metrics.f1)),
+    scores += [Score('F1', metrics.f1(predicted, labels), n, baselines=by(metrics.f1)),
                Score('Matthews', metrics.matthews(predicted, labels), n, 0.0, by(metrics.matthews))]
   return scores
 
 
-def vqa(q: Question) -> list[Score]:
-  """The soft score of the most likely answer (`metrics.vqa_score`), and how often most answerers gave it."""
+def vqa(q: Query) -> list[Score]:
+  """The soft score of the most likely answer (`metrics.vqa_score`), and how often it is the annotators' most frequent answer."""
   ids = q.ids()
   [predicted] = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1),))
-  said = [normalize_answer(q.keys[i]) for i in predicted]
+  answers = [normalize_answer(q.keys[i]) for i in predicted]
   truth = [[normalize_answer(a) for a in several] for several in q.examples.references(ids)]
-  values, first = metrics.vqa_score(said, truth), [metrics.most_common(t) for t in truth]
+  values, first = metrics.vqa_score(answers, truth), [metrics.most_common(t) for t in truth]
   common = metrics.most_common(first)
-  floor = float(np.mean(metrics.vqa_score([common] * len(truth), truth)))
-  q.samples.add(q.evaluation.name, q.pixels, ids, first, said)
-  return [Score('soft score', float(np.mean(values)), len(ids), 1 / len(q.texts), {f'always {common!r}': floor}),
-          Score.proportion('exact', metrics.accuracy(np.array(said), np.array(first)), len(ids), 1 / len(q.texts))]
+  baseline = float(np.mean(metrics.vqa_score([common] * len(truth), truth)))
+  q.samples.add(q.evaluation.name, q.pixels, ids, first, answers)
+  return [Score('soft score', float(np.mean(values)), len(ids), 1 / len(q.names), {f'always {common!r}': baseline}),
+          Score.proportion('exact_match', metrics.accuracy(np.array(answers), np.array(first)), len(ids), 1 / len(q.names))]

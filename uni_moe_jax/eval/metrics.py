@@ -1,6 +1,6 @@
 """Every number an evaluation prints is computed here, from plain arrays and texts.
 
-Nothing here knows a model: scores, labels and texts come in as numpy arrays or Python strings, each
+No function here takes a model: scores, labels and texts come in as numpy arrays or Python strings, each
 example once (padding is dropped before), and a float comes out. One rule holds everywhere: ties and
 NaNs count against the model, so that a broken model looks broken.
 
@@ -108,23 +108,23 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the mean, over the classes present in labels, of the share of each that was found.
+  """Returns the mean, over the classes present in labels, of the share of each that was predicted correctly.
 
   Args:
     predictions: int or string [N].
     labels: int or string [N]. A class that is only predicted, never right, has no share to count.
   """
-  return _mean(_found(predictions, labels)[0])
+  return _mean(_class_recall(predictions, labels)[0])
 
 
 def balanced_accuracy_error(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Returns the standard error of the balanced accuracy: of C classes with shares p_c of n_c, sqrt(Σ p_c (1 - p_c) / n_c) / C."""
-  share, count = _found(predictions, labels)
+  share, count = _class_recall(predictions, labels)
   return float(np.sqrt(np.sum(share * (1 - share) / count))) / len(share)
 
 
-def _found(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(share that was found [C], number [C]) of the classes present in labels."""
+def _class_recall(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(recall [C], count [C]) of the classes present in labels."""
   correct = _pair_up(predictions, labels)
   _, group = np.unique(labels, return_inverse=True)
   return np.bincount(group, weights=correct) / np.maximum(np.bincount(group), 1), np.bincount(group)
@@ -133,9 +133,8 @@ def _found(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Returns F1 of label 1 of two, 2 TP / (2 TP + FP + FN); 0 where label 1 neither occurs nor is predicted."""
   predictions, labels = np.asarray(predictions), np.asarray(labels)
-  right = _pair_up(predictions, labels)
-  found = int((right & (labels == 1)).sum())
-  return 2 * found / max(int((predictions == 1).sum() + (labels == 1).sum()), 1)
+  hits = int((_pair_up(predictions, labels) & (labels == 1)).sum())
+  return 2 * hits / max(int((predictions == 1).sum() + (labels == 1).sum()), 1)
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -147,21 +146,21 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-  """Returns the soft score of each answer: the mean over the people asked of min(1, others who said the same / 3).
+  """Returns the soft score of each answer: the mean over annotators of min(1, others who gave the same answer / 3).
 
   The official measure of VQA v2: of ten people, an answer that 1, 2, 3, 4 of them gave scores 0.3, 0.6, 0.9, 1.
 
   Args:
     predictions: N answers.
-    answers: for each what people said, written as the predictions are (`data/pipeline/vqa_answers.py`).
+    answers: for each the annotators' answers, normalized like the predictions (`data/pipeline/vqa_answers.py`).
 
   Raises:
     UsageError: not as many of each, or a question that nobody answered.
   """
   scores = []
-  for said, people in with_references(predictions, answers):
-    same = sum(p == said for p in people)
-    # One who gave this answer sees one fewer of it among the others.
+  for answer, people in with_references(predictions, answers):
+    same = sum(p == answer for p in people)
+    # An annotator who gave this answer has one fewer of it among the others.
     mine, others = min(1.0, (same - 1) / 3), min(1.0, same / 3)
     scores.append((same * mine + (len(people) - same) * others) / len(people))
   return scores
@@ -233,27 +232,27 @@ class Score:
   value: float
   count: int  # examples (or picks) behind the value
   chance: float | None = None  # what a blind guess scores; None where the notion is empty
-  floors: Mapping[str, float] = dataclasses.field(default_factory=dict)  # floor name -> value
+  baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)  # name -> value
   standard_error: float | None = None
   higher_is_better: bool = True
 
   @classmethod
   def proportion(cls, name: str, value: float, count: int, chance: float | None = None,
-                 floors: Mapping[str, float] | None = None) -> Score:
+                 baselines: Mapping[str, float] | None = None) -> Score:
     """Returns a Score of a share of `count` examples, with its binomial standard error."""
-    return cls(name, value, count, chance, floors or {}, binomial_standard_error(value, count))
+    return cls(name, value, count, chance, baselines or {}, binomial_standard_error(value, count))
 
   @classmethod
-  def mean(cls, name: str, values: np.ndarray, floors: Mapping[str, np.ndarray]) -> Score:
+  def mean(cls, name: str, values: np.ndarray, baselines: Mapping[str, np.ndarray]) -> Score:
     """Returns a Score of the mean of a value per example, [N] each, with its standard error (none of one example)."""
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return cls(name, float(np.mean(values)), len(values), floors={k: float(np.mean(v)) for k, v in floors.items()},
-               standard_error=error)
+    return cls(name, float(np.mean(values)), len(values), standard_error=error,
+               baselines={k: float(np.mean(v)) for k, v in baselines.items()})
 
   def row(self, evaluator: str, step: int) -> dict[str, Any]:
     """Returns the JSON object that evaluation.json holds for this score."""
     return dict(evaluator=evaluator, metric=self.name, value=float(self.value), chance=self.chance,
-                floors={name: float(value) for name, value in self.floors.items()},
+                baselines={name: float(value) for name, value in self.baselines.items()},
                 standard_error=self.standard_error, count=int(self.count), step=int(step),
                 higher_is_better=self.higher_is_better)
 
@@ -262,7 +261,7 @@ class Score:
 
 
 def verdict(row: Mapping[str, Any], reference: float) -> str:
-  """Returns 'better', 'level' or 'worse': how a row's value stands to chance or to a floor.
+  """Returns 'better', 'level' or 'worse': how a row's value compares with chance or a baseline.
 
   Level means nearer than three standard errors, or equal where the row has no standard error.
 
@@ -291,7 +290,7 @@ def evaluation_table(rows: Iterable[Mapping[str, Any]]) -> str:
   Args:
     rows: objects as `Score.row` gives them and as evaluation.json holds them.
   """
-  header = ('evaluator', 'metric', 'value', '± s.e.', 'count', 'chance', 'floors')
+  header = ('evaluator', 'metric', 'value', '± s.e.', 'count', 'chance', 'baselines')
   table = [header] + [_cells(row) for row in rows]
   if len(table) == 1:
     return 'no evaluation rows'
@@ -333,7 +332,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
           row['metric'] + ('' if higher_is_better(row) else ' (lower is better)'),
           format_number(row['value']), format_error(row.get('standard_error')),
           f'{row["count"]:,}', '—' if chance is None else marked(chance),
-          ', '.join(f'{name} {marked(value)}' for name, value in row.get('floors', {}).items()))
+          ', '.join(f'{name} {marked(value)}' for name, value in row.get('baselines', {}).items()))
 
 
 def each(values: Iterable[float]) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""What evaluators ask of a model: features, target sets and captions, as jitted functions over one set of parameters.
+"""The model as evaluators use it: features, target sets and captions, as jitted functions over one set of parameters.
 
-On a mesh every batch shard computes its examples, in every process alike: all of them ask the same, and get the whole answer.
+On a mesh every batch shard computes its examples. All processes make the same calls, and each gets the complete result.
 """
 
 import functools
@@ -20,7 +20,7 @@ from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks.task_types import TaskType
 
-INPUTS = ('id', 'pixels', 'text', 'text_valid', 'position')  # fields of a batch that are no targets
+INPUTS = ('id', 'pixels', 'text', 'text_valid', 'position')  # fields of a batch that are not targets
 _WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
 
 
@@ -28,22 +28,22 @@ class Predictor:
   """A trained model as functions of evaluation batches (numpy in, numpy out). Target sets are encoded once and kept."""
 
   def __init__(self, model: UniPerceiver, params, sets: dict[str, tuple[SetSpec, TargetSet]], tokenizer: Tokenizer):
-    """model, params: the model on the mesh where its parameters lie. sets: every target set that is asked for, by name."""
+    """model, params: the model and its parameters, on its mesh. sets: every target set in use, by name."""
     self._model, self._params, self._sets, self._tokenizer = model, params, sets, tokenizer
     self._features: dict[str, jax.Array] = {}
     self._tries: dict[str, Trie] = {}
 
-  def inputs(self, kind: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
-    """Features [B, R, D] of the readout of a kind's input, not normalised."""
-    return np.asarray(encode(self._model, self._params, batching.input_sequence(kind, _without_targets(fields))))
+  def inputs(self, task_type: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
+    """Features [B, R, D] of the readout of a task type's input, not normalized."""
+    return np.asarray(encode(self._model, self._params, batching.input_sequence(task_type, _without_targets(fields))))
 
-  def pairs(self, kind: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
-    """Features [B, D] of the paired texts, not normalised."""
+  def pairs(self, task_type: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
+    """Features [B, D] of the paired texts, not normalized."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
-    return np.asarray(encode(self._model, self._params, batching.pair_sequence(kind, wanted)))[:, 0]
+    return np.asarray(encode(self._model, self._params, batching.pair_sequence(task_type, wanted)))[:, 0]
 
   def target_set(self, name: str) -> jax.Array:
-    """Normalised features [V, D] of a target set, on every device; of synonyms their mean."""
+    """Normalized features [V, D] of a target set, on every device; the mean over synonyms."""
     if name not in self._features:
       spec, target = self._sets[name]
       parts = set_sequences(spec, target, self._tokenizer.eot)
@@ -66,15 +66,16 @@ class Predictor:
     return np.asarray(heads.logits(left, right, np.float32(1)))
 
   def captions(
-      self, task: TaskSpec, pixels: np.ndarray, beams: int = 1, penalty: float = 0.0, answers: str = '') -> list[str]:
-    """Captions of pictures or clips [B, T, H, W, C], as a task gives them; `beams` and `penalty` as in `decode.search`.
+      self, task: TaskSpec, pixels: np.ndarray, beam_size: int = 1, length_penalty: float = 0.0,
+      constrain_to: str = '') -> list[str]:
+    """Captions of images or videos [B, T, H, W, C] by a captioning task; other arguments as in `decoding`.
 
-    answers: a target set of texts; every caption is one of them. '': any words.
+    constrain_to: a target set of texts; every caption is one of them. '': any words.
     """
-    ask = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, max_len=task.max_len,
-               beam_size=beams, length_penalty=penalty)
-    words, trie = self.target_set(task.target_set), self._trie(answers) if answers else None
-    tokens = _captions(self._model, task.type, tuple(ask.items()), self._params, pixels, words, trie)
+    options = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, max_len=task.max_len,
+               beam_size=beam_size, length_penalty=length_penalty)
+    words, trie = self.target_set(task.target_set), self._trie(constrain_to) if constrain_to else None
+    tokens = _captions(self._model, task.type, tuple(options.items()), self._params, pixels, words, trie)
     return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
 
   def _trie(self, name: str) -> Trie:
@@ -86,7 +87,7 @@ class Predictor:
 
 
 def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence, ...]:
-  """What is encoded for a target set, each at once: the texts of a length, or a part of a vocabulary."""
+  """The sequences of a target set, each encoded at once: the texts of one length, or a part of a vocabulary."""
   if spec.is_vocabulary:
     words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))
     return tuple(batching.vocabulary_sequence(spec.name, spec.condition, ids, eot) for ids in words)
@@ -102,7 +103,7 @@ def _all_texts(bucket: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Array | np.ndarray:
-  """Features [n · Y, D] of a bucket's texts → [n, D]: the mean of the normalised ones of the synonyms that an entry has."""
+  """Features [n · Y, D] of a bucket's texts → [n, D]: the mean over the synonyms of each entry, normalized."""
   if 'count' not in bucket:
     return rows
   n, Y = bucket['text'].shape[:2]
@@ -111,13 +112,13 @@ def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Ar
 
 
 def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Labels and paired texts are no input: leaving them out keeps one compiled function per kind."""
+  """Drops labels and paired texts, which are not inputs, so that each task type compiles once."""
   return {k: v for k, v in fields.items() if k in INPUTS}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(model: UniPerceiver, params, sequence) -> jax.Array:
-  """Features [B, R, D] f32 of a sequence's readout, not normalised."""
+  """Features [B, R, D] f32 of a sequence's readout, not normalized."""
   def run(m):
     return m.features(m.encode(sequence.pad_batch(m.shards)).hidden)
   return sharding.replicate(model.apply({'params': params}, method=run), model.mesh)[:sequence.ids.shape[0]]
@@ -134,11 +135,11 @@ def _log_p(model: UniPerceiver, params, features, targets, temperature: str, hea
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _captions(model: UniPerceiver, kind: TaskType, ask: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
-  tokens = decoding.beam_search(model, params, kind, pixels, words, trie=trie, **dict(ask)).tokens[:, 0]
+def _captions(model: UniPerceiver, task_type: TaskType, options: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
+  tokens = decoding.beam_search(model, params, task_type, pixels, words, trie=trie, **dict(options)).tokens[:, 0]
   return sharding.replicate(tokens, model.mesh)
 
 
 def seed_of(name: str) -> int:
-  """Seed of an evaluator's subset: fixed by its name, so that every model is asked the same."""
+  """Seed of an evaluator's subset: fixed by its name, so that every model is evaluated on the same examples."""
   return zlib.crc32(name.encode())

@@ -14,10 +14,10 @@ _SHOWN = 12  # per evaluator
 _ENLARGED = 64  # pixels a side
 
 
-def _png(picture: np.ndarray) -> str:
+def _png(image: np.ndarray) -> str:
   """Base64 PNG of uint8 [H, W] or [H, W, 3]."""
   out = io.BytesIO()
-  Image.fromarray(picture).resize((_ENLARGED, _ENLARGED), Image.Resampling.NEAREST).save(out, 'PNG')
+  Image.fromarray(image).resize((_ENLARGED, _ENLARGED), Image.Resampling.NEAREST).save(out, 'PNG')
   return base64.b64encode(out.getvalue()).decode()
 
 
@@ -30,16 +30,16 @@ class Samples:
   def add(
       self, section: str, pixels: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, truth: Sequence[str],
       predicted: Sequence[str]) -> None:
-    """Pictures or clips with what they are and what the model says.
+    """Adds images or videos with their references and predictions.
 
     Args:
       section: name of the evaluator.
-      pixels: ids → uint8 [n, T, H, W] or [n, T, H, W, C]; a picture is a clip of one frame.
+      pixels: ids → uint8 [n, T, H, W] or [n, T, H, W, C]; an image is a video of one frame.
       ids: of the examples [N]. truth, predicted: [N] texts each.
     """
     chosen = np.unique(np.linspace(0, len(ids) - 1, _SHOWN).astype(int))
-    for i, clip in zip(chosen, pixels(ids[chosen])):
-      frames = [_png(f[..., 0] if f.ndim == 3 and f.shape[-1] == 1 else f) for f in clip]
+    for i, video in zip(chosen, pixels(ids[chosen])):
+      frames = [_png(f[..., 0] if f.ndim == 3 and f.shape[-1] == 1 else f) for f in video]
       shown = {'image': frames[0]} if len(frames) == 1 else {'frames': frames}
       self._sections.setdefault(section, []).append(
           {**shown, 'reference': str(truth[i]), 'prediction': str(predicted[i])})

@@ -169,10 +169,10 @@ def _headline(run: _Source, curves: _Source, evaluation: _Source) -> str:
 
 
 def _verdict_line(rows: Sequence[Mapping[str, Any]]) -> str:
-  floored = [row for row in rows if row.get('floors')]
+  floored = [row for row in rows if row.get('baselines')]
   if not floored:
     return ''
-  won = sum(all(metrics.verdict(row, floor) == metrics.BETTER for floor in row['floors'].values())
+  won = sum(all(metrics.verdict(row, floor) == metrics.BETTER for floor in row['baselines'].values())
             for row in floored)
   return (f'<p>{won} of {len(floored)} measures that have a floor are better than every one of '
           'theirs.</p>')
@@ -182,17 +182,17 @@ def _best_floors(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, floa
   """Returns for each 'eval/<evaluator>/<metric>' the floor that is hardest to beat."""
   best = {}
   for row in rows:
-    if row.get('floors'):
+    if row.get('baselines'):
       hardest = max if metrics.higher_is_better(row) else min
       best[f'eval/{row["evaluator"]}/{row["metric"]}'] = hardest(
-          row['floors'].items(), key=lambda floor: floor[1])
+          row['baselines'].items(), key=lambda floor: floor[1])
   return best
 
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
   lines = []
   for row in rows:
-    error, chance, floors = row.get('standard_error'), row.get('chance'), row.get('floors', {})
+    error, chance, floors = row.get('standard_error'), row.get('chance'), row.get('baselines', {})
     # A blind guess at something that is better low (perplexity) would flatten the bar.
     with_chance = chance is not None and metrics.higher_is_better(row)
     references = {'chance': chance, **floors} if with_chance else floors
@@ -211,7 +211,7 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
                  + '</tr>')
   head = ''.join(f'<th class="{css}">{title}</th>' for css, title in (
       ('', 'evaluator'), ('', 'metric'), ('number', 'value ± s.e.'), ('', ''), ('', 'chance'),
-      ('', 'floors'), ('number', 'examples'), ('number', 'step')))
+      ('', 'baselines'), ('number', 'examples'), ('number', 'step')))
   margin = f'{metrics.SIGNIFICANT:.0f}'
   return (
       '<p class="quiet">A floor is what a simple predictor reaches on the same examples. '

@@ -16,7 +16,7 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 
 def _row(value, seed, variant='prompts', metric='top-1', error=.03):
   return {'task': 'digits', 'variant': variant, 'seed': seed, 'evaluator': 'digits', 'metric': metric, 'value': value,
-          'standard_error': error, 'chance': .1, 'floors': {'1-nn': .9}}
+          'standard_error': error, 'chance': .1, 'baselines': {'nearest neighbor': .9}}
 
 
 def test_the_interval_has_the_spread_of_seeds_and_an_error_that_seeds_do_not_shrink():
@@ -36,15 +36,15 @@ def test_unknown_terms_of_an_interval_are_left_out(rows, interval):
 
 
 def test_variants_and_metrics_are_not_mixed():
-  rows = [_row(.4, 0), _row(.8, 0, variant='zero-shot'), _row(.2, 0, metric='balanced')]
+  rows = [_row(.4, 0), _row(.8, 0, variant='zero-shot'), _row(.2, 0, metric='balanced_accuracy')]
   assert {(r['variant'], r['metric']): r['mean'] for r in results.summarize(rows)} == {
-      ('prompts', 'top-1'): .4, ('zero-shot', 'top-1'): .8, ('prompts', 'balanced'): .2}
+      ('prompts', 'top-1'): .4, ('zero-shot', 'top-1'): .8, ('prompts', 'balanced_accuracy'): .2}
 
 
 def test_the_score_table_has_chance_and_baselines():
   lines = results.score_table(results.summarize([_row(.5, 0)]), ['prompts', 'zero-shot'])
   assert lines == ['| evaluator | metric | chance | baselines | prompts | zero-shot |', '| --- ' * 6 + '|',
-                   '| digits | top-1 | 0.1 | 1-nn 0.900 | 0.500 ± 0.059 |  |']
+                   '| digits | top-1 | 0.1 | nearest neighbor 0.900 | 0.500 ± 0.059 |  |']
 
 
 # Parameters before tuning: a and b with three values and one, b frozen; c is new.
@@ -92,7 +92,7 @@ def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions
   rows[3]['value'] = 0.  # the second metric does not count
   assert find_errors(rows) == ([] if gains else [
       f'digits, digits: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} zero-shot.'])
-  captions = [_row(v, 0, variant, m) for m, change in (('exact', -.1), ('word F1', .1))
+  captions = [_row(v, 0, variant, m) for m, change in (('exact_match', -.1), ('word F1', .1))
               for variant, v in (('zero-shot', .5), ('prompts', .5 + change))]
   assert find_errors(captions) == []
   captions[-1]['value'] = .4

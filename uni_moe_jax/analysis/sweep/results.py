@@ -93,7 +93,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     scores.append({
         'task': task, 'evaluator': evaluator, 'metric': metric, 'variant': variant, 'mean': float(np.mean(values)),
         'spread': spread, 'error': error, 'interval': math.hypot(*known) if known else None, 'seeds': len(values),
-        'chance': members[0]['chance'], 'baselines': members[0]['floors'],
+        'chance': members[0]['chance'], 'baselines': members[0]['baselines'],
         'higher_is_better': metrics.higher_is_better(members[0])})
   return scores
 
