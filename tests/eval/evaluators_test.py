@@ -28,7 +28,7 @@ def data():
 def _question(data, entry: str, predictor, **changes) -> Query:
   plan, d = data
   e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
-  texts = d.sets[e.task.target_set].names if e.task.target_set else ()
+  texts = d.target_sets[e.task.target_set].names if e.task.target_set else ()
   records = d.records(e.task.source, 'train')
   return Query(e, predictor, d.examples(e.task), records, records, texts, d.entry_keys.get(e.task.target_set, ()), d.tokenizer, Samples())
 
@@ -159,7 +159,7 @@ def _of_all(data, **reader):
 
 def test_pictures_that_share_a_caption_are_right_for_it_and_it_is_asked_once(data):
   perfect, oracle = _of_all(data)
-  assert {name: s.value for name, s in perfect.items()} == {f'R@{k} {way} text': 1.0 for k in (1, 5, 10) for way in '→←'}
+  assert {name: s.value for name, s in perfect.items()} == {f'{way}_R@{k}': 1.0 for k in (1, 5, 10) for way in ('i2t', 't2i')}
   assert (perfect['i2t_R@1'].count, perfect['t2i_R@1'].count) == (3, 4)
   assert len(set(oracle.read)) == 4 and len(oracle.read) == 6  # two batches of three, the last filled up
   # Two, two and one of four texts; one, two, one and one of three pictures.
@@ -191,7 +191,7 @@ def test_candidates_have_distinct_texts_and_too_many_are_refused():
   texts = np.array(['a', 'b', 'a', 'c', 'b'])
   chosen = evaluators._distinct(texts, 3, np.random.default_rng(0))
   assert sorted(texts[chosen]) == ['a', 'b', 'c']
-  with pytest.raises(ValueError, match='asks for 4 distinct texts, the split has 3; lower its number'):
+  with pytest.raises(ValueError, match='needs 4 distinct texts, the split has 3; lower its num_examples'):
     evaluators._distinct(texts, 4, np.random.default_rng(0))
 
 
