@@ -5,23 +5,23 @@ usage() {
   cat <<'HELP'
 Usage: ./launch/gke.sh --name NAME --image IMAGE --claim CLAIM [OPTION...] -- ARGUMENT...
 
-Trains on a TPU slice of a GKE cluster, one pod per host: fills in launch/gke_jobset.yaml and gives it to
-kubectl. ARGUMENTs go to launch/train.py; --workdir lies below /runs:
+Trains on a TPU slice of a GKE cluster, one pod per host: fills in launch/gke_jobset.yaml and applies it
+with kubectl. ARGUMENTs go to launch/train.py; --workdir must be a folder in /runs:
   ./launch/gke.sh --name base --image REGISTRY/uni_moe_jax --claim runs --topology 16x16 \
       -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/runs/base
 
-  --image IMAGE        with this repository as its working folder, and `pip install -e '.[tpu]'` done
-  --claim CLAIM        a PersistentVolumeClaim that many pods can write (Filestore): becomes /runs
+  --image IMAGE        image with this repository as working folder and `pip install -e '.[tpu]'` done
+  --claim CLAIM        PersistentVolumeClaim that many pods can write (Filestore), mounted as /runs
   --accelerator A      GKE's name of the TPU (default tpu-v5-lite-podslice)
-  --topology T         of the slice, in chips (default 4x4)
-  --chips C            of one host (default 4)
-  --restarts R         how often the run may start again after failures (default 20); preemptions do not count
+  --topology T         topology of the slice in chips (default 4x4)
+  --chips C            chips per host (default 4)
+  --max_restarts R     restarts after failures (default 20); preemptions do not count
   --evaluate           ARGUMENTs go to launch/evaluate.py
-  --dry_run            print the JobSet, apply nothing
+  --dry_run            print the JobSet without applying it
 
-Follow process 0, which prints, with: kubectl logs -f -l \
+Follow the output of process 0 with: kubectl logs -f -l \
   jobset.sigs.k8s.io/jobset-name=NAME,batch.kubernetes.io/job-completion-index=0
-A second run of the same command, after `kubectl delete jobset NAME`, continues.
+To continue a run, repeat the command after `kubectl delete jobset NAME`.
 HELP
 }
 
@@ -34,29 +34,29 @@ while (($#)); do
     --accelerator) accelerator="$2"; shift 2 ;;
     --topology) topology="$2"; shift 2 ;;
     --chips) chips="$2"; shift 2 ;;
-    --restarts) restarts="$2"; shift 2 ;;
+    --max_restarts) restarts="$2"; shift 2 ;;
     --evaluate) script=evaluate.py; shift ;;
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "gke.sh: $1 is no option; arguments of $script stand after --. See --help." >&2; exit 2 ;;
+    *) echo "gke.sh: unknown option $1; give the arguments of $script after --. See --help." >&2; exit 2 ;;
   esac
 done
 if [[ -z "$name" || -z "$image" || -z "$claim" ]] || (($# == 0)); then
-  echo "gke.sh: --name, --image, --claim and, after --, arguments of $script are needed. See --help." >&2
+  echo "gke.sh: give --name, --image, --claim and, after --, arguments of $script. See --help." >&2
   exit 2
 fi
 if ! [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ && "$chips" =~ ^[1-9][0-9]*$ ]]; then
-  echo "gke.sh: --topology $topology must be like 4x4 or 2x2x4, and --chips $chips a positive number." >&2
+  echo "gke.sh: --topology $topology must look like 4x4 or 2x2x4, and --chips $chips must be a positive number." >&2
   exit 2
 fi
 hosts=$((${topology//x/*} / chips))
 if ((hosts * chips != ${topology//x/*})) || ((hosts == 0)); then
-  echo "gke.sh: --topology $topology has $((${topology//x/*})) chips, no multiple of --chips $chips." >&2
+  echo "gke.sh: --topology $topology has $((${topology//x/*})) chips, which is not a multiple of --chips $chips." >&2
   exit 2
 fi
 
-# quoted TEXT: as a YAML string.
+# quoted TEXT: TEXT as a YAML string.
 quoted() {
   local text="${1//\\/\\\\}"
   printf '"%s"' "${text//\"/\\\"}"

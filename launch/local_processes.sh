@@ -5,19 +5,18 @@ usage() {
   cat <<'HELP'
 Usage: ./launch/local_processes.sh [--processes N] [--devices D] [--evaluate] [--port P] [--dry_run] -- ARGUMENT...
 
-Trains one run in N processes of this machine that find each other on 127.0.0.1: what several hosts
-do, to be tried on one. ARGUMENTs go to launch/train.py:
+Trains one run in N processes on this machine, as several hosts would. ARGUMENTs go to launch/train.py:
   ./launch/local_processes.sh --processes 2 --devices 4 -- --config=configs/quickstart.py --workdir=runs/two
 
-  --processes N  how many (default 2)
-  --devices D    virtual CPU devices of each; without it process i sees accelerator i, or one CPU device
-                 where JAX_PLATFORMS=cpu
+  --processes N  number of processes (default 2)
+  --devices D    virtual CPU devices per process; default: process i uses accelerator i, or one CPU device
+                 with JAX_PLATFORMS=cpu
   --evaluate     ARGUMENTs go to launch/evaluate.py
-  --port P       of process 0 (default: a free one)
-  --dry_run      print the commands, run nothing
+  --port P       port of process 0 (default: a free one)
+  --dry_run      print the commands without running them
 
-Process 0 prints; errors of process i begin with [i]. Ctrl-C reaches all, which save and stop. Where one
-fails, the others are ended. The exit code is that of the first that failed, 75 where the same command
+Only process 0 prints; errors of process i start with [i]. After Ctrl-C all processes save and stop. If one
+fails, the others are killed. The exit code is that of the first one that failed, 75 if the same command
 continues, or 0. UNI_MOE_PYTHON names the interpreter (default: .venv/bin/python, else python3).
 HELP
 }
@@ -32,7 +31,7 @@ while (($#)); do
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "local_processes.sh: $1 is no option; arguments of $script stand after --. See --help." >&2; exit 2 ;;
+    *) echo "local_processes.sh: unknown option $1; give the arguments of $script after --. See --help." >&2; exit 2 ;;
   esac
 done
 if ! [[ "$processes" =~ ^[1-9][0-9]*$ && "${devices:-1}" =~ ^[1-9][0-9]*$ ]]; then
@@ -40,7 +39,7 @@ if ! [[ "$processes" =~ ^[1-9][0-9]*$ && "${devices:-1}" =~ ^[1-9][0-9]*$ ]]; th
   exit 2
 fi
 if (($# == 0)); then
-  echo "local_processes.sh: nothing to do; give the arguments of $script after --. See --help." >&2
+  echo "local_processes.sh: no arguments; give the arguments of $script after --. See --help." >&2
   exit 2
 fi
 
@@ -73,13 +72,13 @@ if [[ -n "$dry_run" ]]; then
   exit 0
 fi
 
-# A process group each (set -m), so that a signal reaches each exactly once, through the trap.
+# Each process has its own group (set -m), so that it gets a signal exactly once, through the trap.
 set -m
 pids=()
-tell() { # tell SIGNAL
+send() { # send SIGNAL
   for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done
 }
-trap 'tell TERM' INT TERM HUP
+trap 'send TERM' INT TERM HUP
 for ((i = 0; i < processes; i++)); do
   command_of "$i" "$@"
   "${command[@]}" </dev/null 2> >(trap '' INT TERM; exec sed -u "s/^/[$i] /" >&2) &
@@ -88,7 +87,7 @@ done
 
 code=0 left=("${pids[@]}")
 while ((${#left[@]})); do
-  # `wait` also returns when a trap ran; then the process is still there.
+  # `wait` also returns after a trap; then the process is still running.
   one=0 done_pid=''
   wait -n -p done_pid "${left[@]}" || one=$?
   [[ -n "${done_pid:-}" ]] || continue
@@ -97,8 +96,8 @@ while ((${#left[@]})); do
   left=("${still[@]}")
   if ((one != 0 && code == 0)); then
     code=$one
-    # 75 is what a stopped run says: the others are about to say it, too. Others would wait for a dead one.
-    if ((one != 75)); then tell KILL; fi
+    # After 75 the others stop too. After an error they would wait for a dead process.
+    if ((one != 75)); then send KILL; fi
   fi
 done
 exit "$code"

@@ -5,18 +5,18 @@ usage() {
   cat <<'HELP'
 Usage: ./launch/quickstart.sh [ARGUMENT...]
 
-From a machine with only Python 3.11 to a trained and evaluated generalist: makes the environment,
-builds the embedded data, trains on all its tasks together, evaluates, and writes a report. What is
-done already is skipped. Ctrl-C stops it so that the same command continues (exit code 75).
+Trains and evaluates a generalist model on a machine with only Python 3.11: creates the environment,
+prepares the embedded data, trains on all its tasks, evaluates and writes a report. Finished phases are
+skipped. After Ctrl-C (exit code 75) the same command continues.
 
-ARGUMENTs go to launch/train.py. Give another model another WORKDIR:
+ARGUMENTs go to launch/train.py. Use another WORKDIR for another model:
   WORKDIR=runs/dense ./launch/quickstart.sh --config.moe.router=dense
 
 Environment variables:
-  UNI_MOE_DATA    where the embedded data is kept   (default: ~/.cache/uni_moe_jax)
+  UNI_MOE_DATA    folder of the embedded data       (default: ~/.cache/uni_moe_jax)
   WORKDIR         checkpoints, metrics and report   (default: runs/quickstart)
-  UNI_MOE_PYTHON  use this interpreter, install nothing   (default: makes .venv)
-Relative folders are taken from the repository's root.
+  UNI_MOE_PYTHON  use this interpreter, install nothing   (default: creates .venv)
+Relative folders are relative to the repository's root.
 HELP
 }
 
@@ -31,8 +31,8 @@ export UNI_MOE_DATA="${UNI_MOE_DATA:-$HOME/.cache/uni_moe_jax}"
 workdir="${WORKDIR:-runs/quickstart}"
 readonly preempted=75
 
-# Each phase runs in a process group of its own (set -m). A signal then reaches it exactly once,
-# through the trap: when the terminal sends it to everybody, and also when only this script gets it.
+# Each phase runs in a process group of its own (set -m). It gets a signal exactly once, through the
+# trap, whether the terminal signals all processes or only this script is signaled.
 set -m
 name='1 environment'
 signal=''
@@ -49,8 +49,8 @@ trap 'stop Ctrl-C' INT
 trap 'stop SIGTERM' TERM
 trap 'stop SIGHUP' HUP
 
-# leave CODE: says in one sentence why the script ends here, and ends it. A command that the signal
-# ended (143), or that ended well in spite of it, is as resumable as one that saved and said 75.
+# leave CODE: prints in one sentence why the script ends, and exits. A command that the signal killed
+# (143) or that succeeded in spite of it can be continued like one that saved and exited with 75.
 leave() {
   if [[ "$1" == "$preempted" || (-n "$signal" && "$1" =~ ^(0|143)$) ]]; then
     echo "Stopped${signal:+ by $signal} in phase $name; the same command continues from here." >&2
@@ -60,14 +60,14 @@ leave() {
   exit "$1"
 }
 
-# phase NAME COMMAND...: runs the command and prints the seconds it took.
+# phase NAME COMMAND...: runs the command and prints its duration.
 phase() {
   name="$1"
   local start=$SECONDS code seen
   printf '\n== %s\n' "$name"
   "${@:2}" </dev/null &
   while :; do
-    # `wait` also returns when a trap ran: then ask again, for the command's own exit code.
+    # `wait` also returns after a trap: then call it again, for the exit code of the command.
     seen=$signals code=0
     wait "$!" || code=$?
     if [[ "$signals" == "$seen" ]]; then break; fi
@@ -79,7 +79,7 @@ phase() {
 phase '1 environment' install_environment
 phase '2 data' "$python" launch/prepare_data.py --data_dir="$UNI_MOE_DATA"
 train=("$python" launch/train.py --config=configs/quickstart.py --workdir="$workdir" --config.data.dir="$UNI_MOE_DATA" "$@")
-# A process that has compiled steps half as fast again on CPU, see `compile_steps`: so one process compiles, another trains.
+# On CPU, a process that has compiled trains more slowly, see `compile_steps`: compile in a process of its own.
 phase '3 compile' "${train[@]}" --compile_only
 phase '4 train' "${train[@]}"
 phase '5 evaluate' "$python" launch/evaluate.py --workdir="$workdir"

@@ -6,26 +6,27 @@ usage() {
 Usage: ./launch/tpu_pod.sh --name NAME --zone ZONE [OPTION...] -- ARGUMENT...
        ./launch/tpu_pod.sh --name NAME --zone ZONE --stop
 
-Trains on a Cloud TPU slice, one process per host, with gcloud: copies the committed files of this
-repository to every host, installs them there, starts launch/train.py on all hosts at once, and shows
-what they print. The run goes on where the connection ends: the same command shows it again.
+Trains on a Cloud TPU slice with gcloud, one process per host: copies the committed files of this
+repository to every host, installs them, starts launch/train.py on all hosts and shows its output. The
+run continues without the connection; the same command shows its output again.
 ARGUMENTs go to launch/train.py:
   ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
       -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/mnt/runs/base
 
-  --project P        of Google Cloud (default: gcloud's)
-  --create TYPE      make the slice first, where there is none; TYPE as gcloud's --accelerator-type
-  --version V        its software, as gcloud's --version (with --create)
-  --before COMMAND   run this on every host before training, in the repository's folder: mount what is
-                     shared, prepare data
-  --skip_install     copy and install nothing: it was done before
+  --project P        Google Cloud project (default: gcloud's)
+  --create TYPE      create the slice if it does not exist; TYPE as gcloud's --accelerator-type
+  --version V        software of the slice, as gcloud's --version (with --create)
+  --before COMMAND   run this on every host before training, in the repository: mount a shared folder,
+                     prepare data
+  --skip_install     copy and install nothing, because an earlier command did
   --evaluate         ARGUMENTs go to launch/evaluate.py
-  --stop             ask what runs there to save and stop
-  --dry_run          print the commands, run nothing
+  --stop             stop the run after it has saved
+  --dry_run          print the commands without running them
 
 --workdir must be a folder that all hosts share (Filestore, or a bucket mounted with gcsfuse): every host
 writes its share of a checkpoint. The same command continues a stopped run; exit codes are those of
-launch/train.py. Python 3.11 comes by uv, as hosts may have an older one. The slice is not deleted: gcloud compute tpus tpu-vm delete NAME.
+launch/train.py. uv installs Python 3.11, because hosts may have an older one. To delete the slice, run:
+gcloud compute tpus tpu-vm delete NAME.
 HELP
 }
 
@@ -44,11 +45,11 @@ while (($#)); do
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "tpu_pod.sh: $1 is no option; arguments of $script stand after --. See --help." >&2; exit 2 ;;
+    *) echo "tpu_pod.sh: unknown option $1; give the arguments of $script after --. See --help." >&2; exit 2 ;;
   esac
 done
 if [[ -z "$name" || -z "$zone" ]] || { (($# == 0)) && [[ -z "$stop" ]]; }; then
-  echo "tpu_pod.sh: --name, --zone and, after --, arguments of $script are needed. See --help." >&2
+  echo "tpu_pod.sh: give --name, --zone and, after --, arguments of $script. See --help." >&2
   exit 2
 fi
 if [[ -n "$create" && -z "$version" ]]; then
@@ -87,7 +88,7 @@ python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && ~/uv/bin/uv venv -q --allo
 fi
 if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"
-# The run is no child of the connection, which may end; its output and its exit code lie in files.
+# The run is detached, because the connection may end. Its output and exit code are written to files.
 on_all "cd ~/uni_moe_jax || exit; { kill -0 \"\$(cat ~/run.pid)\" 2>/dev/null || { rm -f ~/run.code; : >~/run.log; setsid nohup bash -c \
 '\"\$@\"; echo \$? >~/run.code' run .venv/bin/python launch/$script ${arguments}--distributed=auto \
 </dev/null >>~/run.log 2>&1 & echo \$! >~/run.pid; }; }; tail --pid=\"\$(cat ~/run.pid)\" -n +1 -f ~/run.log; exit \"\$(cat ~/run.code)\""

@@ -1,7 +1,4 @@
-"""The scripts that start a run on many hosts: what their dry runs say, what they refuse, and how local processes end.
-
-Nothing is started but stand-ins for launch/train.py.
-"""
+"""The scripts that start a run on many hosts: dry runs, errors and signals, with stand-ins for launch/train.py."""
 
 import os
 import pathlib
@@ -28,14 +25,14 @@ def _run(script: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def _dry(script: str, *arguments: str, **environment: str) -> list[list[str]]:
-  """Words of every line of a dry run."""
+  """Return the words of every line of a dry run."""
   done = _run(script, *arguments, **environment)
   assert (done.returncode, done.stderr) == (0, '')
   return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize('script', _SCRIPTS)
-def test_it_is_a_script_that_bash_can_read(script):
+def test_bash_can_parse_the_script(script):
   path = _ROOT / 'launch' / script
   assert os.access(path, os.X_OK)
   assert path.read_text().startswith('#!/usr/bin/env bash\n')
@@ -45,30 +42,30 @@ def test_it_is_a_script_that_bash_can_read(script):
 
 @pytest.mark.skipif(shutil.which('shellcheck') is None, reason='shellcheck is not installed')
 @pytest.mark.parametrize('script', _SCRIPTS)
-def test_shellcheck_finds_nothing(script):
+def test_shellcheck_has_no_findings(script):
   done = subprocess.run(['shellcheck', '-x', str(_ROOT / 'launch' / script)], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize('script, arguments, said', [
-    ('local_processes.sh', ['--process', '2'], '--process is no option'),
+@pytest.mark.parametrize('script, arguments, message', [
+    ('local_processes.sh', ['--process', '2'], 'unknown option --process'),
     ('local_processes.sh', ['--processes', 'two', '--', 'a'], '--processes two and --devices 1 must be positive numbers'),
-    ('local_processes.sh', ['--processes', '2'], 'nothing to do; give the arguments of train.py'),
-    ('tpu_pod.sh', ['--zone', 'z', '--', '--config=c.py'], '--name, --zone and, after --, arguments of train.py are needed'),
+    ('local_processes.sh', ['--processes', '2'], 'no arguments; give the arguments of train.py'),
+    ('tpu_pod.sh', ['--zone', 'z', '--', '--config=c.py'], 'give --name, --zone and, after --, arguments of train.py'),
     ('tpu_pod.sh', ['--name', 'n', '--zone', 'z', '--create', 'v5litepod-16', '--', 'a'], 'needs --version'),
-    ('slurm.sbatch', ['--dry_run'], 'nothing to do; give the arguments of train.py'),
-    ('slurm.sbatch', ['--evaluate'], 'nothing to do; give the arguments of evaluate.py'),
-    ('gke.sh', ['--name', 'n', '--', 'a'], '--name, --image, --claim and, after --, arguments of train.py are needed'),
-    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '4by4', '--', 'a'], 'must be like 4x4'),
-    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'], 'has 6 chips, no multiple of'),
+    ('slurm.sbatch', ['--dry_run'], 'no arguments; give the arguments of train.py'),
+    ('slurm.sbatch', ['--evaluate'], 'no arguments; give the arguments of evaluate.py'),
+    ('gke.sh', ['--name', 'n', '--', 'a'], 'give --name, --image, --claim and, after --, arguments of train.py'),
+    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '4by4', '--', 'a'], 'must look like 4x4'),
+    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'], 'has 6 chips, which is not a multiple of'),
 ])
-def test_a_mistake_is_told_and_runs_nothing(script, arguments, said):
+def test_a_mistake_is_reported_and_runs_nothing(script, arguments, message):
   done = _run(script, *arguments)
   assert (done.returncode, done.stdout) == (2, '')
-  assert said in done.stderr and done.stderr.count('\n') == 1
+  assert message in done.stderr and done.stderr.count('\n') == 1
 
 
-def test_local_processes_differ_in_their_number_alone():
+def test_local_processes_differ_only_in_their_number():
   lines = _dry('local_processes.sh', '--processes', '3', '--devices', '4', '--port', '7733', '--dry_run', '--', *_TRAIN,
                XLA_FLAGS='--a=1', UNI_MOE_PYTHON='/bin/sh')
   flags = '--xla_force_host_platform_device_count'
@@ -82,37 +79,37 @@ def test_local_processes_differ_in_their_number_alone():
                         '--process_id=0']
 
 
-def test_local_processes_have_an_accelerator_each_where_there_are_some():
+def test_each_local_process_has_an_accelerator_of_its_own():
   lines = _dry('local_processes.sh', '--dry_run', '--', *_TRAIN, UNI_MOE_PYTHON=sys.executable)
   assert [line[1] for line in lines] == ['JAX_LOCAL_DEVICE_IDS=0', 'JAX_LOCAL_DEVICE_IDS=1']
   assert [line[2] for line in lines] == [sys.executable] * 2
 
 
-def test_a_pod_is_made_filled_and_started_on_all_hosts():
+def test_a_pod_is_created_installed_and_started_on_all_hosts():
   create, archive, copy, install, before, train = _dry(
       'tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--project', 'mine', '--create', 'v5litepod-256', '--version', 'v2',
       '--before', 'mount it', '--dry_run', '--', *_TRAIN)
   tpu_vm = ['gcloud', 'compute', 'tpus', 'tpu-vm']
-  where = ['--zone', 'zone', '--project', 'mine']
-  assert create == [*tpu_vm, 'create', 'pod', *where, '--accelerator-type', 'v5litepod-256', '--version', 'v2']
+  location = ['--zone', 'zone', '--project', 'mine']
+  assert create == [*tpu_vm, 'create', 'pod', *location, '--accelerator-type', 'v5litepod-256', '--version', 'v2']
   assert archive[:2] == ['git', 'archive'] and archive[-1] == 'HEAD'
-  assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *where, '--worker=all']
+  assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *location, '--worker=all']
   for line in (install, before, train):
-    assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *where, '--worker=all', '--command']
+    assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
   assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'" in install[-1] and '--python 3.11' in install[-1]
   assert before[-1] == 'cd ~/uni_moe_jax && mount it'
   assert 'launch/train.py' in train[-1]
 
 
 def _host(tmp_path) -> dict[str, str]:
-  """A host of a pod: gcloud's ssh is a shell in `tmp_path`, and its Python prints its arguments and waits where a file says so."""
+  """Return the environment of a host: gcloud's ssh is a shell in `tmp_path`, and its Python prints its arguments."""
   python = tmp_path / 'uni_moe_jax/.venv/bin/python'
   python.parent.mkdir(parents=True)
   python.write_text("#!/usr/bin/env bash\nprintf '<%s>' \"$@\"\necho\n"
                     "trap 'echo saved; exit 75' TERM\nwhile [[ -e ~/wait ]]; do sleep 0.05; done\nexit 3\n")
   gcloud = tmp_path / 'bin/gcloud'
   gcloud.parent.mkdir()
-  gcloud.write_text('#!/usr/bin/env bash\necho "$4" >>~/asked\n[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"\n'
+  gcloud.write_text('#!/usr/bin/env bash\necho "$4" >>~/called\n[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"\n'
                     'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi\n')
   for file in (python, gcloud):
     file.chmod(0o755)
@@ -122,14 +119,14 @@ def _host(tmp_path) -> dict[str, str]:
 _POD = ('--name', 'pod', '--zone', 'zone')
 
 
-def test_on_a_host_arguments_arrive_as_they_were_and_the_exit_code_comes_back(tmp_path):
+def test_arguments_and_exit_code_are_passed_through_to_a_host(tmp_path):
   done = _run('tpu_pod.sh', *_POD, '--skip_install', '--', *_TRAIN, **_host(tmp_path))
-  # The host's shells take the command apart again: what was one argument here is one there.
+  # The shells of the host split the command again: one argument must stay one argument.
   assert done.stdout == ''.join(f'<{a}>' for a in ('launch/train.py', *_TRAIN, '--distributed=auto')) + '\n'
   assert done.returncode == 3
 
 
-def test_a_run_on_a_pod_outlives_its_connection_and_is_stopped_by_name(tmp_path):
+def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path):
   host = _host(tmp_path)
   (tmp_path / 'wait').touch()
   first = subprocess.Popen([_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], env={**os.environ, **host},
@@ -146,15 +143,14 @@ def test_a_run_on_a_pod_outlives_its_connection_and_is_stopped_by_name(tmp_path)
 
 
 @pytest.mark.parametrize('missing', [False, True])
-def test_a_slice_is_made_only_where_there_is_none(tmp_path, missing):
+def test_a_slice_is_created_only_if_it_does_not_exist(tmp_path, missing):
   host = _host(tmp_path)
   (tmp_path / 'missing').write_text(str(int(missing)))
   _run('tpu_pod.sh', *_POD, '--create', 'v5litepod-4', '--version', 'v', '--skip_install', '--', 'a', **host)
-  assert (tmp_path / 'asked').read_text().split() == ['describe', *['create'] * missing, 'ssh']
+  assert (tmp_path / 'called').read_text().split() == ['describe', *['create'] * missing, 'ssh']
 
 
-
-def test_a_pod_that_is_ready_is_only_started():
+def test_an_installed_pod_is_only_started():
   lines = _dry('tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--skip_install', '--dry_run', '--', *_TRAIN)
   assert len(lines) == 1 and '--distributed=auto' in lines[0][-1]
   [line] = _dry('tpu_pod.sh', *_POD, '--skip_install', '--evaluate', '--dry_run', '--', '--workdir=w')
@@ -170,22 +166,21 @@ def test_many_hosts_can_evaluate():
   assert job['template']['spec']['template']['spec']['containers'][0]['command'] == ['python', 'launch/evaluate.py']
 
 
-def test_slurm_runs_one_task_per_gpu_and_comes_back_when_preempted():
+def test_slurm_runs_one_task_per_gpu_and_requeues_after_preemption():
   lines = _dry('slurm.sbatch', '--dry_run', *_TRAIN, SLURM_JOB_ID='17', SLURM_SUBMIT_DIR=str(_ROOT))
-  asked = dict(line[1].removeprefix('--').partition('=')[::2] for line in lines if line[0] == '#SBATCH')
-  assert asked['ntasks-per-node'] == asked['gpus-per-node']
-  assert 'gpus-per-task' not in asked  # JAX chooses by the task's number on the node
-  assert asked['signal'].startswith('B:TERM@') and 'requeue' in asked
+  options = dict(line[1].removeprefix('--').partition('=')[::2] for line in lines if line[0] == '#SBATCH')
+  assert options['ntasks-per-node'] == options['gpus-per-node']
+  assert 'gpus-per-task' not in options  # JAX assigns them by the task's number on the node
+  assert options['signal'].startswith('B:TERM@') and 'requeue' in options
   assert lines[-2] == ['srun', '--kill-on-bad-exit=1', '.venv/bin/python', 'launch/train.py', *_TRAIN, '--distributed=auto']
   assert lines[-1] == ['after', 'exit', 'code', '75', 'or', '143', 'or', 'a', 'signal,', '50', 'times:', 'scontrol', 'requeue', '17']
 
 
-# In place of srun: ends by itself with a code, or, when scancel tells its tasks to, with another. srun itself answers SIGTERM by
-# killing them.
+# A stand-in for srun: exits with a code, or with another one when scancel signals its tasks. On SIGTERM srun kills them.
 _SRUN = """#!/usr/bin/env bash
 if [[ {code} == wait ]]; then
   sleep 20 &
-  trap 'kill "$!"; exit {told}' USR1
+  trap 'kill "$!"; exit {after_signal}' USR1
   trap 'kill "$!"; exit 9' TERM
   echo "$$" >pid
   touch started
@@ -195,14 +190,14 @@ exit {code}
 """
 
 
-@pytest.mark.parametrize('code, told, count, requeued', [
+@pytest.mark.parametrize('code, after_signal, count, requeued', [
     ('75', '', '3', True), ('75', '', '50', False),  # the limit
-    ('wait', '75', '3', True), ('wait', '143', '3', True), ('wait', '137', '3', True),  # those that had not said 75 yet were ended
+    ('wait', '75', '3', True), ('wait', '143', '3', True), ('wait', '137', '3', True),  # some were killed
     ('wait', '143', '50', False), ('wait', '0', '3', False), ('wait', '2', '3', False),
     ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('137', '', '3', False),
-    ('143', '', '3', True), ('143', '', '50', False)])  # the tasks were told, and this shell was not
-def test_slurm_goes_back_into_the_queue_after_75_or_a_signal_and_not_for_ever(tmp_path, code, told, count, requeued):
-  for name, content in (('srun', _SRUN.format(code=code, told=told)), ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n'),
+    ('143', '', '3', True), ('143', '', '50', False)])  # only the tasks got the signal
+def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after_signal, count, requeued):
+  for name, content in (('srun', _SRUN.format(code=code, after_signal=after_signal)), ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n'),
                         ('scancel', '#!/usr/bin/env bash\n[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"\n')):
     (tmp_path / name).write_text(content)
     (tmp_path / name).chmod(0o755)
@@ -210,17 +205,17 @@ def test_slurm_goes_back_into_the_queue_after_75_or_a_signal_and_not_for_ever(tm
       ['bash', str(_ROOT / 'launch/slurm.sbatch'), *_TRAIN], stderr=subprocess.PIPE, text=True, env={
           'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17',
           'SLURM_RESTART_COUNT': count})
-  if told:
+  if after_signal:
     _wait_for(tmp_path / 'started')
     process.terminate()
-  said = process.communicate(timeout=20)[1]
-  assert process.returncode == int(told or code)
+  message = process.communicate(timeout=20)[1]
+  assert process.returncode == int(after_signal or code)
   assert (tmp_path / 'requeued').exists() == requeued
-  assert ('UNI_MOE_REQUEUES=50 is the limit' in said) == (count == '50')
+  assert ('the limit of UNI_MOE_REQUEUES=50' in message) == (count == '50')
   assert not requeued or (tmp_path / 'requeued').read_text() == 'requeue 17\n'
 
 
-def test_slurms_tasks_have_the_processors_that_were_asked_for(tmp_path):
+def test_slurms_tasks_get_the_requested_processors(tmp_path):
   (tmp_path / 'srun').write_text('#!/usr/bin/env bash\necho "$SRUN_CPUS_PER_TASK"\n')
   (tmp_path / 'srun').chmod(0o755)
   done = _run('slurm.sbatch', 'a', PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_CPUS_PER_TASK='12')
@@ -233,12 +228,12 @@ def _job_set(*options: str) -> dict:
   return yaml.safe_load(done.stdout)
 
 
-def test_a_job_set_has_what_its_controller_needs():
-  found = _job_set('--topology', '16x16', '--restarts', '3')
-  assert (found['apiVersion'], found['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
-  assert found['metadata']['name'] == 'base'
-  assert found['spec']['failurePolicy']['maxRestarts'] == 3
-  [job] = found['spec']['replicatedJobs']
+def test_a_job_set_has_the_fields_of_its_controller():
+  job_set = _job_set('--topology', '16x16', '--max_restarts', '3')
+  assert (job_set['apiVersion'], job_set['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
+  assert job_set['metadata']['name'] == 'base'
+  assert job_set['spec']['failurePolicy']['maxRestarts'] == 3
+  [job] = job_set['spec']['replicatedJobs']
   assert job['replicas'] == 1
   spec = job['template']['spec']
   assert spec['parallelism'] == spec['completions'] == 64  # 256 chips, 4 of them a host
@@ -257,7 +252,7 @@ def test_a_job_set_has_what_its_controller_needs():
 
 
 def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:
-  """What becomes of a JobSet when a pod ends so, as Kubernetes and JobSet say: the first rule that matches counts."""
+  """Return the action of a JobSet after a pod ended: the first matching rule of Kubernetes and of JobSet counts."""
   [job] = job_set['spec']['replicatedJobs']
   reason, message = 'BackoffLimitExceeded', 'Job has reached the specified backoff limit'
   for i, rule in enumerate(job['template']['spec']['podFailurePolicy']['rules']):
@@ -277,7 +272,7 @@ def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:
 @pytest.mark.parametrize('ending, action', [
     (dict(code=75), 'RestartJobSetAndIgnoreMaxRestarts'), (dict(code=137, disrupted=True), 'RestartJobSetAndIgnoreMaxRestarts'),
     (dict(code=2), 'FailJobSet'), (dict(code=1), 'RestartJobSet'), (dict(code=137), 'RestartJobSet')])
-def test_a_job_set_counts_crashes_not_preemptions_and_ends_at_wrong_use(ending, action):
+def test_a_job_set_counts_crashes_but_not_preemptions_and_fails_on_wrong_usage(ending, action):
   assert _after(_job_set(), **ending) == action
 
 
@@ -287,7 +282,7 @@ def test_a_job_set_has_one_pod_per_host(topology, hosts):
   assert job['template']['spec']['completions'] == hosts
 
 
-# Writes its number and arguments to a file, then does what the file `does` says for it.
+# Writes its arguments to a file, then exits with the code in the file `does`, or trains until a signal comes.
 _STAND_IN = '''
 import os, pathlib, signal, sys, time
 index = sys.argv[-1].rpartition('=')[2]
@@ -318,7 +313,7 @@ def _processes(folder: pathlib.Path, *does: str) -> subprocess.Popen:
       ['bash', 'launch/local_processes.sh', '--processes', str(len(does)), '--', '--config=c.py'], cwd=folder,
       env={**os.environ, 'UNI_MOE_PYTHON': sys.executable}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
       start_new_session=True,
-      # Where the tests run in the background, SIGINT is ignored, and bash cannot trap what it inherits as ignored.
+      # Tests in the background ignore SIGINT, and bash cannot trap a signal that it inherits as ignored.
       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
@@ -329,7 +324,7 @@ def _wait_for(path: pathlib.Path) -> None:
     time.sleep(0.01)
 
 
-def test_local_processes_get_one_port_and_their_own_numbers(tmp_path):
+def test_local_processes_share_a_port_and_have_their_own_numbers(tmp_path):
   process = _processes(tmp_path, '0', '0')
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 0
@@ -352,7 +347,7 @@ def test_a_signal_reaches_every_local_process_once_and_waits_for_all(tmp_path, n
   assert [(tmp_path / f'saved{i}').read_text() for i in range(2)] == ['1', '1']
 
 
-def test_where_one_local_process_fails_the_others_are_ended(tmp_path):
+def test_if_one_local_process_fails_the_others_are_killed(tmp_path):
   process = _processes(tmp_path, 'train', '4')
   process.communicate(timeout=15)
   assert process.returncode == 4

@@ -1,7 +1,4 @@
-"""quickstart.sh: its phases, their order, and what becomes of signals and exit codes.
-
-The commands are replaced by stand-ins in a copy, so that a run takes a second.
-"""
+"""quickstart.sh: its phases, their order, signals and exit codes, with stand-ins for the commands."""
 
 import os
 import pathlib
@@ -15,8 +12,8 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# Is called `compile` where that is asked of train.py. Appends its arguments to `log`, then does what the file that is named after it says: an exit code,
-# 'sleep', or 'save' (as training does: on SIGTERM, exit 75).
+# train.py --compile_only is called `compile` here. Appends its arguments to `log`, then follows the file with its name:
+# an exit code, 'sleep', or 'save' (like training: exit code 75 on SIGTERM).
 _STAND_IN = '''
 import pathlib, signal, sys, time
 name = 'compile' if '--compile_only' in sys.argv else pathlib.Path(sys.argv[0]).stem
@@ -50,8 +47,8 @@ def _root(tmp_path):
   return tmp_path
 
 
-# A shell cannot trap what was ignored when it started, as nohup and background jobs of scripts ignore it: here, the tests.
-_HEARING = '''
+# A shell cannot trap a signal that it inherits as ignored, for example from nohup or background jobs, such as the tests.
+_WITH_SIGNALS = '''
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGHUP):
   signal.signal(number, signal.SIG_DFL)
@@ -62,7 +59,7 @@ os.execvp('bash', ['bash', *sys.argv[1:]])
 def _start(root, *arguments, **environment):
   inherited = {k: v for k, v in os.environ.items() if k not in ('UNI_MOE_DATA', 'WORKDIR')}
   return subprocess.Popen(
-      [sys.executable, '-S', '-c', _HEARING, 'launch/quickstart.sh', *arguments],
+      [sys.executable, '-S', '-c', _WITH_SIGNALS, 'launch/quickstart.sh', *arguments],
       cwd=root,
       env=inherited | {'UNI_MOE_PYTHON': sys.executable, 'HOME': str(root)} | environment,
       stdout=subprocess.PIPE,
@@ -97,8 +94,8 @@ def test_runs_every_phase_in_order_and_names_the_report(root):
       'evaluate --workdir=runs/quickstart',
       'report --workdir=runs/quickstart',
   ]
-  told = [line for line in output.splitlines() if line.endswith(' s')]
-  assert [line.split(':')[0] for line in told] == [
+  durations = [line for line in output.splitlines() if line.endswith(' s')]
+  assert [line.split(':')[0] for line in durations] == [
       '== 1 environment', '== 2 data', '== 3 compile', '== 4 train', '== 5 evaluate', '== 6 report'
   ]
   assert output.splitlines()[-1].endswith('Report: runs/quickstart/report.html')
@@ -122,7 +119,7 @@ def test_a_failed_phase_ends_the_run_with_its_exit_code(root, name, code, phase)
   assert (root / 'log').read_text().splitlines()[-1].startswith(name)
 
 
-def test_a_preempted_training_is_said_to_be_resumable(root):
+def test_preempted_training_is_reported_as_resumable(root):
   (root / 'train').write_text('75')
   assert _run(root)[::2] == (
       75, 'Stopped in phase 4 train; the same command continues from here.\n'
