@@ -1,7 +1,7 @@
 """Writes report.html into the workdir of a run, and prints its path.
 
   python launch/report.py --workdir=/tmp/quickstart
-  python launch/report.py --workdir=/tmp/quickstart --curves=quickstart.png
+  python launch/report.py --workdir=/tmp/quickstart --output=quickstart.png
 """
 
 import pathlib
@@ -13,17 +13,17 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that training or evaluation wrote to.', required=True)
-_CURVES = flags.DEFINE_string('curves', None, 'Picture to draw losses and accuracies into: a path that ends with .png or .svg.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Also draw losses and accuracies into this file (.png or .svg).')
 
 
 def main() -> int:
   print(html.write_report(_WORKDIR.value))
-  if _CURVES.value:
+  if _OUTPUT.value:
     metrics = pathlib.Path(_WORKDIR.value, 'metrics.jsonl')
     if not metrics.exists():
       raise UsageError(f'{metrics} is not there: this run has logged nothing yet.')
-    curves.draw(_CURVES.value, curves.read(metrics.read_text())[0], ('loss', 'accuracy'), _WORKDIR.value)
-    print(_CURVES.value)
+    curves.draw(_OUTPUT.value, curves.read(metrics.read_text())[0], ('loss', 'accuracy'), _WORKDIR.value)
+    print(_OUTPUT.value)
   return 0
 
 

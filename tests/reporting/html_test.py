@@ -33,7 +33,7 @@ def _write_all(workdir):
       'captions': [{'image': _DOT, 'reference': 'full block', 'prediction': 'Full block'},
                    {'image': _DOT, 'reference': 'arrow', 'prediction': '<script>'}],
       'classification': [],
-      'clips': [{'frames': [_DOT] * 8, 'reference': 'turn', 'prediction': 'move'}]}))
+      'videos': [{'frames': [_DOT] * 8, 'reference': 'turn', 'prediction': 'move'}]}))
   (workdir / 'experts.json').write_text(json.dumps({
       'checkpoint': 'step 5', 'conditions': ['image 10011000', 'words 11010110'], 'layers': [0, 2],
       'sublayers': ['attention', 'mlp'], 'num_experts': 3, 'tasks': {'caption': {'visual': 0, 'words': 1}},
@@ -76,7 +76,7 @@ class ReportTest(parameterized.TestCase):
     _write_all(self.workdir)
     page = self._page()
     self.assertNotIn('class="absent"', page)
-    for fact in ('step 5', '3,214,592 parameters', 'seed 0', 'commit 1f2e3d4', '1 of 2 measures',
+    for fact in ('step 5', '3,214,592 parameters', 'seed 0', 'commit 1f2e3d4', '1 of 2 metrics',
                  'a&amp;b', 'model.width', 'attention router', 'layer 2', 'image 10011000'):
       self.assertIn(fact, page)
 
@@ -96,7 +96,7 @@ class ReportTest(parameterized.TestCase):
     self.assertIn('&lt;script&gt;', page)
     self.assertIn('quick&lt;start', page)
 
-  def test_every_floor_shows_whether_it_is_beaten(self):
+  def test_every_baseline_shows_whether_it_is_beaten(self):
     _write_all(self.workdir)
     page = self._page()
     self.assertIn('majority 0.140 <span class="better"', page)
@@ -104,26 +104,26 @@ class ReportTest(parameterized.TestCase):
     self.assertIn('unigram 118.4 <span class="better"', page)
     self.assertIn('<b>0.400</b> <span class="quiet">± 0.010</span>', page)
 
-  def test_there_is_a_panel_per_metric_with_its_hardest_floor_as_a_dashed_line(self):
+  def test_there_is_a_panel_per_metric_with_its_strongest_baseline_as_a_dashed_line(self):
     _write_all(self.workdir)
     page = self._page()
     panels = re.findall('<svg viewBox="0 0 270 .*?</svg>', page)
     self.assertLen(panels, 6)
-    for title, floor in (('mlm', 'unigram'), ('g', 'pixels')):
+    for title, baseline in (('mlm', 'unigram'), ('g', 'pixels')):
       [panel] = [panel for panel in panels if f'>{title}<' in panel]
       self.assertIn('class="reference"', panel)
-      self.assertIn(f'>{floor}<', panel)
+      self.assertIn(f'>{baseline}<', panel)
     self.assertEqual(page.count('class="reference"'), 2)
 
   def test_samples_count_exact_matches_as_the_metric_does(self):
     _write_all(self.workdir)
     page = self._page()
     self.assertIn('Captions · 1 of 2 exact', page)
-    self.assertIn('Clips · 0 of 1 exact', page)
+    self.assertIn('Videos · 0 of 1 exact', page)
     self.assertEqual(page.count('<img'), 2 + 8)
 
   @parameterized.parameters(*_FILES)
-  def test_a_missing_file_is_said_and_costs_only_its_section(self, name):
+  def test_a_missing_file_is_reported_and_costs_only_its_section(self, name):
     _write_all(self.workdir)
     (self.workdir / name).unlink()
     page = self._page()
@@ -131,7 +131,7 @@ class ReportTest(parameterized.TestCase):
     self.assertIn(f'There is no {name} in this workdir', page)
 
   @parameterized.product(name=_FILES, content=('', '{"half": ', 'null', '[1]', '{"x": {"y": 3}}'))
-  def test_a_broken_file_is_said_and_costs_only_its_section(self, name, content):
+  def test_a_broken_file_is_reported_and_costs_only_its_section(self, name, content):
     _write_all(self.workdir)
     (self.workdir / name).write_text(content)
     page = self._page()
@@ -148,7 +148,7 @@ class ReportTest(parameterized.TestCase):
     content, bad = curves.read((self.workdir / 'metrics.jsonl').read_text())
     self.assertEqual(content['loss/total'], ([1, 2, 3, 4, 5], [8., 7., 6., 40., 50.]))
     self.assertEqual(bad, 1)
-    self.assertIn('Unreadable lines of metrics.jsonl that were left out: 1', self._page())
+    self.assertIn('Unreadable lines of metrics.jsonl that were skipped: 1', self._page())
 
   def test_losses_that_are_not_finite_do_not_break_the_page(self):
     (self.workdir / 'metrics.jsonl').write_text(
@@ -172,22 +172,22 @@ class LaunchTest(parameterized.TestCase):
     done = self._launch(f'--workdir={workdir}')
     self.assertEqual((done.returncode, done.stdout), (0, f'{workdir}/report.html\n'), done.stderr)
 
-  def test_curves_become_a_picture_of_their_own(self):
+  def test_curves_become_a_figure_of_their_own(self):
     workdir = pathlib.Path(self.create_tempdir().full_path)
-    picture = workdir / 'curves.svg'
+    figure = workdir / 'curves.svg'
     (workdir / 'metrics.jsonl').write_text('{"step": 1, "loss/a": 2.0, "accuracy/a": 0.5, "grad_norm": 7.0}\n')
-    done = self._launch(f'--workdir={workdir}', f'--curves={picture}')
-    self.assertEqual((done.returncode, done.stdout), (0, f'{workdir}/report.html\n{picture}\n'), done.stderr)
-    drawn = picture.read_text()
+    done = self._launch(f'--workdir={workdir}', f'--output={figure}')
+    self.assertEqual((done.returncode, done.stdout), (0, f'{workdir}/report.html\n{figure}\n'), done.stderr)
+    drawn = figure.read_text()
     self.assertIn('loss/a  2', drawn)
     self.assertNotIn('grad_norm', drawn)
 
   def test_curves_of_a_run_without_losses_are_refused_in_one_sentence(self):
     workdir = pathlib.Path(self.create_tempdir().full_path)
     (workdir / 'metrics.jsonl').write_text('{"step": 1, "grad_norm": 7.0}\n')
-    done = self._launch(f'--workdir={workdir}', f'--curves={workdir}/curves.png')
+    done = self._launch(f'--workdir={workdir}', f'--output={workdir}/curves.png')
     self.assertEqual(done.returncode, 2)
-    self.assertIn('no curve is called loss/… or accuracy/…; there are grad_norm', done.stderr)
+    self.assertIn('no curve is named loss/… or accuracy/…; there are grad_norm', done.stderr)
 
   @parameterized.parameters(
       ((), 'Flag --workdir must have a value'), (('--workdir=/no/such',), "'/no/such' is not a folder"),

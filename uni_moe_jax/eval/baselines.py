@@ -143,7 +143,7 @@ def name_similarity(neighbor_names: Sequence[str], candidate_names: Sequence[str
   a baseline would flatter the model, so they are broken by noise far below any difference in F1.
 
   Args:
-    neighbor_names: Q texts, the names of the nearest train pictures.
+    neighbor_names: Q texts, the names of the nearest train images.
     candidate_names: V texts to choose among.
     seed: of the tie-breaking noise.
   """

@@ -52,8 +52,8 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]
   scorer = rouge_scorer.RougeScorer(['rougeL'], tokenizer=_Words())
 
   def one(prediction: str, several: Sequence[str]) -> float:
-    found = [scorer.score(reference, prediction)['rougeL'] for reference in several]
-    P, R = max(s.precision for s in found), max(s.recall for s in found)
+    scores = [scorer.score(reference, prediction)['rougeL'] for reference in several]
+    P, R = max(s.precision for s in scores), max(s.recall for s in scores)
     return (1 + _BETA ** 2) * P * R / (R + _BETA ** 2 * P) if P and R else 0.0
 
   return metrics.each(one(*pair) for pair in metrics.with_references(predictions, references))

@@ -1,4 +1,4 @@
-"""Curves of a run: metrics.jsonl as numbers, and as a picture for a page that shows one run. Knows names and numbers only."""
+"""Curves of a run: metrics.jsonl as numbers, and as one figure."""
 
 import json
 import os
@@ -17,10 +17,10 @@ _COLUMNS, _PANEL = 4, (3.0, 2.1)  # panels in a row; inches
 def read(text: str) -> tuple[Curves, int]:
   """Every metric's curve in the text of a metrics.jsonl, and how many lines were unreadable.
 
-  After a restart from an older checkpoint a step stands in the file twice: the later line counts.
+  After a restart from an older checkpoint a step occurs twice in the file: the later line counts.
 
   Raises:
-    UsageError: no line holds a metric.
+    UsageError: no line contains a metric.
   """
   points, bad = {}, 0
   for line in text.splitlines():
@@ -34,7 +34,7 @@ def read(text: str) -> tuple[Curves, int]:
       if isinstance(value, (int, float)):
         points.setdefault(name, {})[step] = float(value)
   if not points:
-    raise UsageError(f'no line of it holds a metric, {bad} are unreadable')
+    raise UsageError(f'no line of it contains a metric, {bad} are unreadable')
   return {name: tuple(map(list, zip(*sorted(of_step.items())))) for name, of_step in points.items()}, bad
 
 
@@ -42,7 +42,7 @@ def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], ti
   """Draws every curve of some groups, a panel each: every point faint, smoothed strong.
 
   Args:
-    path: of the picture; its ending names the format.
+    path: of the figure; its suffix names the format.
     curves: see `read`.
     groups: prefixes of names, such as 'loss', in the order of the panels.
     title: above all panels.
@@ -50,17 +50,17 @@ def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], ti
   Raises:
     UsageError: no curve belongs to one of the groups.
   """
-  from matplotlib import figure  # slow, and only pictures need it
+  from matplotlib import figure  # slow to import, and only figures need it
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   names = [name for group in groups for name in sorted(curves) if name.startswith(f'{group}/')]
   if not names:
-    raise UsageError(f'no curve is called {" or ".join(f"{g}/…" for g in groups)}; there are {", ".join(sorted(curves))}')
+    raise UsageError(f'no curve is named {" or ".join(f"{g}/…" for g in groups)}; there are {", ".join(sorted(curves))}')
   rows = -(-len(names) // _COLUMNS)
   sheet = figure.Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * rows + 0.4), layout='constrained')
   FigureCanvasAgg(sheet)
   sheet.suptitle(title, fontsize=9)
   panels = sheet.subplots(rows, _COLUMNS, squeeze=False).flat
-  for name, axes in zip(names, panels):  # names first: what is left of the panels is not drawn
+  for name, axes in zip(names, panels):  # names first: panels without a curve are hidden below
     steps, values = curves[name]
     axes.plot(steps, values, color='#9db8cc', linewidth=0.6)
     axes.plot(steps, figures.smooth(np.asarray(values)), color='#28608f', linewidth=1.5)

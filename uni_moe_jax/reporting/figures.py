@@ -1,7 +1,7 @@
-"""Small pictures as inline SVG text, in the colours of the page that holds them.
+"""Small figures as inline SVG, in the colors of the page that contains them.
 
 Drawn by hand rather than by a plotting library, so that text stays text, one file works without a
-network, and light and dark need no second picture: every mark only names a CSS class, and
+network, and light and dark need no second figure: every mark only names a CSS class, and
 `STYLE` maps the classes to the page's custom properties (--ink, --muted, --line, --accent,
 --second).
 
@@ -52,9 +52,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
   the long tail loses its noise.
   """
   values = np.asarray(values, np.float64)
-  place = np.arange(len(values))
-  half = np.minimum(place // 10 + 2, place)
-  low, high = place - half, np.minimum(place + half, len(values) - 1) + 1
+  index = np.arange(len(values))
+  half = np.minimum(index // 10 + 2, index)
+  low, high = index - half, np.minimum(index + half, len(values) - 1) + 1
   sums = np.concatenate([[0.0], np.cumsum(values)])
   return (sums[high] - sums[low]) / (high - low)
 
@@ -96,7 +96,7 @@ def line_panel(name: str, steps: Sequence[float], values: Sequence[float], lates
     values: [n]; values that are not finite leave a gap and are counted beside the title.
     latest: text of the newest value, at the top right.
     detail: a second, quieter line under the title.
-    reference: name and height of a dashed horizontal line, such as a floor.
+    reference: name and height of a dashed horizontal line, such as a baseline.
     smoothed: draw the smoothed curve over a faint raw one; False for a few measured points,
       which get dots instead.
   """
@@ -159,8 +159,8 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
   left = 12 + 6.4 * max(len(row) for row in rows)
   line_height = 30 + cell * len(rows)
   parts = []
-  for place, layer in enumerate(layers):
-    column, line = place % per_line, place // per_line
+  for i, layer in enumerate(layers):
+    column, line = i % per_line, i // per_line
     x0, y0 = left + column * (experts * cell + gap), line * line_height + 16
     parts.append(_text(x0, y0 - 5, f'layer {layer}', ''))
     if column == 0:
@@ -170,7 +170,7 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
       parts += [f'<rect class="cell" x="{x0 + e * cell:.1f}" y="{y0 + a * cell:.1f}" '
                 f'width="{cell - 1}" height="{cell - 1}" fill-opacity="{_shade(share):.3f}">'
                 f'<title>layer {layer}, {html.escape(row)}, expert {e}: {share:.3f}</title></rect>'
-                for e, share in enumerate(coefficients[place, a])]
+                for e, share in enumerate(coefficients[i, a])]
   width = left + min(per_line, len(layers)) * (experts * cell + gap)
   lines = -(-len(layers) // per_line)
   return _svg(math.ceil(width), lines * line_height, parts, 'expert coefficients', fixed=True)
@@ -178,13 +178,13 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
 
 def signed_map(
     names: Sequence[str], values: np.ndarray, sure: Sequence[bool], notes: Sequence[Sequence[str]]) -> str:
-  """Returns numbers between names as cells of two colours, blank at 0 and full from ±1 on.
+  """Returns numbers between names as cells of two colors, blank at 0 and full from ±1 on.
 
   Args:
-    names: T names, of rows and columns alike.
+    names: T names, of both rows and columns.
     values: float [T, T]; what is not finite is a dash.
-    sure: [T], whether a row has colours: False for numbers that say nothing.
-    notes: [T, T], what a cell says when it is pointed at.
+    sure: [T], whether a row has colors: False for numbers without a reliable base.
+    notes: [T, T], text shown when the pointer is over a cell.
   """
   values = np.asarray(values, np.float64)
   if values.shape != (len(names),) * 2:
@@ -244,7 +244,7 @@ def _axes(x_of, x_ticks: list[float], y_of, y_ticks: list[float]) -> list[str]:
     parts.append(_horizontal('grid', y_of(y)))
     parts.append(_text(_LEFT - 5, y_of(y) + 3.5, short_number(y), '', 'end'))
   for x in x_ticks:
-    # A centred label at the edge would leave the picture.
+    # A centered label at the edge would leave the figure.
     side = 'end' if x_of(x) > _WIDTH - _RIGHT - 12 else 'middle'
     parts.append(_text(x_of(x), _HEIGHT - 5, short_number(x), '', side))
   return parts

@@ -56,15 +56,15 @@ th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var
 th { font-weight: 600; font-size: 12px; color: var(--muted); white-space: nowrap; }
 .number { text-align: right; } .number, .mark { white-space: nowrap; }
 td svg { vertical-align: middle; }
-.floor { display: inline-block; white-space: nowrap; margin-right: 14px; }
+.baseline { display: inline-block; white-space: nowrap; margin-right: 14px; }
 .better { color: var(--accent); font-weight: 600; } .level { color: var(--muted); }
 .worse { color: var(--second); font-weight: 600; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: 14px; }
 .panels svg { width: 100%; background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: 6px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); gap: 14px; }
-.cards.clips { grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); }
-@media (max-width: 520px) { .cards.clips { grid-template-columns: 1fr; } }
+.cards.videos { grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); }
+@media (max-width: 520px) { .cards.videos { grid-template-columns: 1fr; } }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: 12px; font-size: 13px; line-height: 1.4; }
 figure img { image-rendering: pixelated; width: 84px; height: 84px; object-fit: contain;
@@ -101,7 +101,7 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
   run = _Source(workdir / 'run.json', _read_json, 'written when training starts')
   interference = _Source(workdir / interference_file.FILE, _read_json, 'written by a measurement')
   measured = (workdir / interference_file.FILE).exists()
-  references = evaluation.render(_best_floors, otherwise={})
+  references = evaluation.render(_strongest_baselines, otherwise={})
   body = [
       f'<header><h1>{html.escape(workdir.name)}</h1>{_headline(run, curves, evaluation)}</header>',
       _section('Evaluation', evaluation.render(_evaluation)),
@@ -169,33 +169,33 @@ def _headline(run: _Source, curves: _Source, evaluation: _Source) -> str:
 
 
 def _verdict_line(rows: Sequence[Mapping[str, Any]]) -> str:
-  floored = [row for row in rows if row.get('baselines')]
-  if not floored:
+  compared = [row for row in rows if row.get('baselines')]
+  if not compared:
     return ''
-  won = sum(all(metrics.verdict(row, floor) == metrics.BETTER for floor in row['baselines'].values())
-            for row in floored)
-  return (f'<p>{won} of {len(floored)} measures that have a floor are better than every one of '
-          'theirs.</p>')
+  won = sum(all(metrics.verdict(row, value) == metrics.BETTER for value in row['baselines'].values())
+            for row in compared)
+  return (f'<p>{won} of {len(compared)} metrics that have baselines are better than all of '
+          'them.</p>')
 
 
-def _best_floors(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, float]]:
-  """Returns for each 'eval/<evaluator>/<metric>' the floor that is hardest to beat."""
+def _strongest_baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, float]]:
+  """Returns for each 'eval/<evaluator>/<metric>' its strongest baseline."""
   best = {}
   for row in rows:
     if row.get('baselines'):
       hardest = max if metrics.higher_is_better(row) else min
       best[f'eval/{row["evaluator"]}/{row["metric"]}'] = hardest(
-          row['baselines'].items(), key=lambda floor: floor[1])
+          row['baselines'].items(), key=lambda item: item[1])
   return best
 
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
   lines = []
   for row in rows:
-    error, chance, floors = row.get('standard_error'), row.get('chance'), row.get('baselines', {})
+    error, chance, baselines = row.get('standard_error'), row.get('chance'), row.get('baselines', {})
     # A blind guess at something that is better low (perplexity) would flatten the bar.
     with_chance = chance is not None and metrics.higher_is_better(row)
-    references = {'chance': chance, **floors} if with_chance else floors
+    references = {'chance': chance, **baselines} if with_chance else baselines
     note = '' if metrics.higher_is_better(row) else '<br><span class="quiet">lower is better</span>'
     value = f'<b>{metrics.format_number(row["value"])}</b>' + (
         '' if error is None else f' <span class="quiet">± {metrics.format_error(error)}</span>')
@@ -203,8 +203,8 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
         ('', html.escape(row['evaluator'])), ('', html.escape(row['metric']) + note),
         ('number', value), ('', figures.bullet(row['value'], references)),
         ('mark', '—' if chance is None else _judged(row, chance)),
-        ('', ''.join(f'<span class="floor">{html.escape(name)} {_judged(row, floor)}</span>'
-                     for name, floor in floors.items()) or '—'),
+        ('', ''.join(f'<span class="baseline">{html.escape(name)} {_judged(row, reference)}</span>'
+                     for name, reference in baselines.items()) or '—'),
         ('number', f'{row["count"]:,}'),
         ('number', '—' if row.get('step') is None else f'{row["step"]:,}')]
     lines.append('<tr>' + ''.join(f'<td class="{css}">{cell}</td>' for css, cell in cells)
@@ -214,11 +214,11 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
       ('', 'baselines'), ('number', 'examples'), ('number', 'step')))
   margin = f'{metrics.SIGNIFICANT:.0f}'
   return (
-      '<p class="quiet">A floor is what a simple predictor reaches on the same examples. '
+      '<p class="quiet">A baseline is the score of a simple predictor on the same examples. '
       f'<span class="better">▲</span> the model is better by at least {margin} standard errors, '
-      f'<span class="level">=</span> nearer than that, <span class="worse">▼</span> worse; without '
+      f'<span class="level">=</span> closer than that, <span class="worse">▼</span> worse; without '
       'a standard error, any difference counts. Each bar has its own scale; ticks are chance and '
-      'floors.</p><div class="wide"><table class="scores"><thead><tr>'
+      'baselines.</p><div class="wide"><table class="scores"><thead><tr>'
       f'{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>')
 
 
@@ -235,9 +235,9 @@ def _curves(curves: reporting_curves.Curves, bad_lines: int, references: Mapping
     groups.setdefault(group, []).append(name)
   order = [group for group in _GROUP_TITLES if group in groups]
   parts = ['<p class="quiet">Against steps. The strong line averages a window that grows with the '
-           'step; the faint one is every point. Dashed: the floor that is hardest to beat.</p>']
+           'step; the faint one is every point. Dashed: the strongest baseline.</p>']
   if bad_lines:
-    parts.append('<p class="absent">Unreadable lines of metrics.jsonl that were left out: '
+    parts.append('<p class="absent">Unreadable lines of metrics.jsonl that were skipped: '
                  f'{bad_lines}.</p>')
   for group in order + sorted(set(groups) - set(order)):
     panels = []
@@ -255,13 +255,13 @@ def _curves(curves: reporting_curves.Curves, bad_lines: int, references: Mapping
 
 def _samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
   parts = []
-  for kind, cards in samples.items():
+  for evaluator, cards in samples.items():
     if not cards:
       continue
     exact = sum(map(_is_exact, cards))
     moving = 'frames' in cards[0]
-    parts.append(f'<h3>{html.escape(kind.capitalize())} · {exact} of {len(cards)} exact</h3>'
-                 f'<div class="cards{" clips" if moving else ""}">'
+    parts.append(f'<h3>{html.escape(evaluator.capitalize())} · {exact} of {len(cards)} exact</h3>'
+                 f'<div class="cards{" videos" if moving else ""}">'
                  f'{"".join(_card(card) for card in cards)}</div>')
   if not parts:
     raise UsageError('no samples')
@@ -274,14 +274,14 @@ def _is_exact(card: Mapping[str, Any]) -> bool:
 
 def _card(card: Mapping[str, Any]) -> str:
   frames = card['frames'] if 'frames' in card else [card['image']]
-  pictures = ''.join(f'<img alt="" src="data:image/png;base64,{re.sub("[^A-Za-z0-9+/=]", "", x)}">'
+  images = ''.join(f'<img alt="" src="data:image/png;base64,{re.sub("[^A-Za-z0-9+/=]", "", x)}">'
                      for x in frames)
   if len(frames) > 1:
-    pictures = f'<div class="strip">{pictures}</div>'
-  said = html.escape(card['prediction']) or '(nothing)'
+    images = f'<div class="strip">{images}</div>'
+  answer = html.escape(card['prediction']) or '(nothing)'
   verdict = ('<span class="better" title="exact">✓</span>' if _is_exact(card) else
              f'<span class="truth">truth: {html.escape(card["reference"])}</span>')
-  return f'<figure>{pictures}<figcaption><b>{said}</b> {verdict}</figcaption></figure>'
+  return f'<figure>{images}<figcaption><b>{answer}</b> {verdict}</figcaption></figure>'
 
 
 def _experts(experts: Mapping[str, Any]) -> str:
@@ -289,10 +289,10 @@ def _experts(experts: Mapping[str, Any]) -> str:
   if coefficients.ndim != 4 or coefficients.shape[1] != len(experts['sublayers']):
     raise UsageError(f'coefficients {coefficients.shape} must be [layer, router, condition, expert]')
   parts = ['<p class="quiet">How much each condition uses each expert of a layer (no noise, exact routing); columns are experts, '
-           'the fuller the colour the more. Hover for numbers.</p>']
+           'a fuller color is a larger share. Hover for numbers.</p>']
   for index, router in enumerate(experts['sublayers']):
-    picture = figures.heat_map(expert_usage_file.labels(experts), experts['layers'], coefficients[:, index])
-    parts.append(f'<h3>{html.escape(router)} router</h3><div class="wide">{picture}</div>')
+    figure = figures.heat_map(expert_usage_file.labels(experts), experts['layers'], coefficients[:, index])
+    parts.append(f'<h3>{html.escape(router)} router</h3><div class="wide">{figure}</div>')
   return ''.join([*parts, _condition_table(experts), _task_overlap(experts)])
 
 
