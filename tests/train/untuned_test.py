@@ -77,7 +77,7 @@ def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(r
   def evaluated(*more):
     arguments = f'--config={_FILE}:run={folder},task=package', f'--workdir={tmp_path / "new"}', *more
     assert in_process.run(_ROOT / 'launch/evaluate.py', *arguments) == 0
-    return 'is evaluated already' not in capfd.readouterr().out
+    return 'is already evaluated' not in capfd.readouterr().out
 
   assert evaluated() and not evaluated()
   assert evaluated('--config.evaluators.package.num_examples=3')
