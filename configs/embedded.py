@@ -1,4 +1,4 @@
-"""The embedded data in about an hour on two CPU cores: the quickstart's tasks for seven times its steps.
+"""The embedded data in an hour on two CPU cores: the quickstart's tasks for seven times its steps.
 
   python launch/prepare_data.py
   python launch/train.py --config=configs/embedded.py --workdir=runs/embedded

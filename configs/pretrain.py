@@ -1,4 +1,4 @@
-"""The published pretraining: sixteen tasks in two stages, in the published sizes, dense or with one of five routers.
+"""The published pretraining: sixteen tasks in two stages, in four sizes, with any router.
 
   python launch/preflight.py --config=configs/pretrain.py:size=base,router=attribute,stage=1 --topology=v5e:16x16
   python launch/train.py --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/shared/base-1 \

@@ -1,4 +1,4 @@
-"""Tunes prompts, norms and a linear head of a trained run for one task; every other parameter stays bit-identical.
+"""Tunes prompts, norms and a linear head of a trained run for one task.
 
   python launch/train.py --config=configs/prompt_tune.py:run=runs/quickstart,task=digits --workdir=runs/digits-prompts
   python launch/evaluate.py --workdir=runs/digits-prompts
@@ -8,7 +8,7 @@ Arguments:
   task=TASK       digits (handwritten), video_caption, video_name, or a task of the run
   data=few|all    few (default): ten training examples per class, 1 % for tasks without classes; all of them
 
-200 steps. docs/results/adaptation.md has the scores.
+Every other parameter stays bit-identical. 200 steps. docs/results/adaptation.md has the scores.
 """
 
 import ml_collections

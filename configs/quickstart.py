@@ -1,4 +1,4 @@
-"""Joint training of the embedded task types with the attribute router, in about eight minutes on two CPU cores.
+"""Joint training of the embedded tasks with the attribute router: eight minutes on two CPU cores.
 
   python launch/prepare_data.py
   python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart

@@ -1,4 +1,4 @@
-"""A model so small that a step takes milliseconds, on handwritten digits: for fault injection and tests.
+"""A model whose steps take milliseconds, on handwritten digits: for fault injection and tests.
 
   python launch/train.py --config=configs/small.py --workdir=runs/small --config.data.dir=.
 

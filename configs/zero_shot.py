@@ -1,4 +1,4 @@
-"""Evaluates a trained run on a task that it was not trained on, beside chance and baselines. Nothing trains.
+"""Evaluates a trained run on another task, beside chance and baselines. Nothing trains.
 
   python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits-untuned
 
@@ -17,7 +17,7 @@ from uni_moe_jax.train import finetuning
 
 
 def digit_question(c: ml_collections.ConfigDict) -> None:
-  """A task type that no embedded task trains (vqa): an image and a question, answered at the question's slot."""
+  """A task type that no embedded task trains (vqa): an image and a question, answered at its slot."""
   _digit_words(c)
   c.tasks.digit_question = config.task(
       'vqa', 'digits', batch_size=0, target_set='digit_words', label_column='name',

@@ -43,7 +43,7 @@ def _config(name: str, arg: str | None = None) -> ml_collections.ConfigDict:
 
 @functools.cache
 def _temporary() -> pathlib.Path:
-  """Two sources of own data, of which there is only the summary, and the work directory of a quickstart run."""
+  """Summaries of two sources of own data, and the work directory of a quickstart run."""
   folder = pathlib.Path(_temporary_directory.name)
   for name, summary in _OWN_DATA.items():
     version = folder / 'own' / name / '1.0.0'

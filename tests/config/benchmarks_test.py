@@ -1,4 +1,4 @@
-"""Every benchmark and pretraining on invented data: shapes at full size; a step and an evaluation at a small size."""
+"""Benchmarks and pretraining on invented data: shapes at full size; step and evaluation at a small one."""
 
 import io
 import itertools
@@ -106,7 +106,7 @@ def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_
 @pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'],
                                        ('mrpc', 'vqa', 'coco_retrieval')))
 def test_evaluation_is_the_same_on_eight_devices(name, invented, tmp_path):
-  """GLUE's metrics, soft scores, views × crops, texts of files: six examples in batches of five, on four shards."""
+  """Metrics of GLUE, soft scores, views × crops, texts: six examples in batches of five, on four shards."""
   tables = []
   for devices in (1, 8):
     c = _small(_config(name), invented)
@@ -149,7 +149,7 @@ def test_shapes_of_a_step_at_full_size(name):
 
 
 def _every_pretraining():
-  """All arguments of configs/pretrain.py, each with one of the sixteen tasks in turn; two of them are for CI."""
+  """All arguments of configs/pretrain.py, each with one of the sixteen tasks in turn; two are for CI."""
   tasks = list(_config('size=tiny', 'pretrain').tasks)
   first = {'size=base,router=attribute,stage=1,mixture=one_task': 'cc12m_caption',
            'size=large,router=token,stage=2,mixture=one_task': 'kinetics700'}

@@ -1,4 +1,4 @@
-"""The table of task types against the published attribute rows, task types that were never published, and errors."""
+"""Task types: the published attribute rows, unpublished task types, and errors."""
 
 import dataclasses
 

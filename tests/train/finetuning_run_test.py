@@ -1,4 +1,4 @@
-"""A run that starts from the parameters of another one and trains what its parameter groups do not freeze."""
+"""A run that starts from the parameters of another run and trains those that it does not freeze."""
 
 import contextlib
 import io

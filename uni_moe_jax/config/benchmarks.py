@@ -1,4 +1,4 @@
-"""The published pretraining tasks and downstream benchmarks as tables: sources, target sets, batches and evaluation.
+"""The published pretraining tasks and downstream benchmarks: sources, target sets, batches, evaluation.
 
 Sources are TFDS data sets if TFDS has them, otherwise own data under these names; docs/guides/benchmarks.md says how to
 obtain them. Sizes, weights, lengths and augmentations are those of the published configs; batches are those of one
@@ -64,7 +64,7 @@ def vocabulary(c: ml_collections.ConfigDict) -> str:
 
 
 def pretraining(c: ml_collections.ConfigDict) -> None:
-  """Adds the sixteen tasks: images, two sources of videos, running text, and captioning and retrieval of six sources.
+  """Adds sixteen tasks: images, two of videos, running text, captioning and retrieval of six sources.
 
   Moments in Time has three frames and Kinetics four, so that they are two groups of videos.
   """
@@ -93,7 +93,7 @@ def pretraining(c: ml_collections.ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """Published fine-tuning of one benchmark; the fields are those of config.tasks, train, model and optim.
+  """Published fine-tuning of one benchmark: fields of config.tasks, train, model and optim.
 
   Attributes:
     batch_size: of one process.
@@ -212,7 +212,7 @@ def imagenet1k(c: ml_collections.ConfigDict) -> None:
 
 
 def kinetics400(c: ml_collections.ConfigDict) -> None:
-  """Adds the classification of videos into 400 actions: eight frames; evaluation of four views × three crops."""
+  """Adds the classification of videos into 400 actions: eight frames, four views × three crops."""
   c.target_sets.kinetics400 = config.target_set('own:kinetics400/label', family='names', max_len=32)
   c.preflight.target_lengths.kinetics400 = ((4, 200), (8, 200))
   c.tasks.kinetics400 = _tuned(
@@ -242,9 +242,10 @@ def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTI
 
 
 def vqa(c: ml_collections.ConfigDict) -> None:
-  """Adds questions about images, with ten answers each; the target set has the answers of at least nine questions.
+  """Adds questions about images, with ten answers each.
 
-  Images are not mirrored: published training mirrors them and swaps left and right in words.
+  The target set has the answers of at least nine questions. Images are not mirrored: published training mirrors them and
+  swaps left and right in words.
   """
   c.target_sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', max_len=16)
   c.preflight.target_lengths.vqa_answers = ((4, 3129),)

@@ -1,4 +1,4 @@
-"""One declaration per config field: `field(default, doc, …)` in a frozen dataclass gives defaults, checks and docs.
+"""One declaration per config field: `field(default, doc, …)` gives default, checks and documentation.
 
 A `ConfigDict` is what users write and override (`to_config_dict`); `parse` checks one and returns the dataclass.
 """

@@ -1,4 +1,4 @@
-"""The plan of a run: a checked config and the facts that follow from it, which data, trainer and evaluators share."""
+"""The plan of a run: its checked config, and the facts that data, trainer and evaluators share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -88,7 +88,7 @@ class Plan:
     return out
 
   def task_slices(self, divisor: int = 1) -> dict[str, slice]:
-    """{task: its rows in its group's batch}, where every batch size is divided by `divisor`, shards · micro-steps."""
+    """{task: its slice of its group's batch}, with batch sizes divided by `divisor`, shards · micro-steps."""
     slices = {}
     for tasks in self.groups.values():
       start = 0
@@ -121,7 +121,7 @@ class Plan:
                         f'({shards} batch shards × {accum} micro-steps × 2)')
 
   def check_halves(self, shards: int, accum: int) -> None:
-    """Raises UsageError if a task's micro-batch on a shard cannot be halved, as the interference metric does."""
+    """Raises UsageError if the interference metric cannot halve a task's micro-batch on a shard."""
     for t in self.tasks:
       _check_multiple(t, 2 * shards * accum, 'for config.train.interference_every > 0, which halves it '
                       f'({shards} batch shards × {accum} micro-steps × 2)', ', or interference_every=0')
@@ -218,7 +218,7 @@ def _set_spec(name: str, s: TargetSetConfig, families: Mapping[str, Condition]) 
 
 
 def _array_shape(t: TaskConfig) -> tuple[int, ...]:
-  """The sizes, beside its type, that the shapes of a task's arrays depend on: tokens, predictions, frames, labels."""
+  """Sizes that the array shapes of a task of one type depend on: tokens, predictions, frames, labels."""
   of_files = (t.num_frames, 2 if t.mixes else 1) if t.num_frames or t.mixes else ()
   return t.max_len, t.max_predictions, *of_files
 

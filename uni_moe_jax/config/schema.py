@@ -1,7 +1,7 @@
-"""Every field of a config with its type, default, unit and bound; tasks, target sets, evaluators: `task_schema.py`.
+"""Every field of a config with its type, default, unit and bound.
 
-`base()` is what config files start from. `parse_config` returns the checked, frozen `Config`, which is part of the
-plan.
+Tasks, target sets and evaluators are in `task_schema.py`. Config files start from `base()`; `parse_config` returns the
+checked, frozen `Config`, which is part of the plan.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def param_groups(weight_decay: float) -> tuple[tuple[Any, ...], ...]:
 
 
 def published_param_groups(weight_decay: float) -> tuple[tuple[Any, ...], ...]:
-  """The published parameter groups; published decay: 0.2 for the base size, 0.05 for tiny and for fine-tuning."""
+  """The published parameter groups; published decay: 0.2 for base, 0.05 for tiny and for fine-tuning."""
   return (
       (r'embed/spatial$', FREEZE),
       (r'scale[12]$|log_scale', 1.0, 0.0),
@@ -303,7 +303,7 @@ def published_values(weight_decay: float = 0.05) -> dict[str, dict[str, Any]]:
 
 
 def apply_choices(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """A copy in which `model.variant` and `compat` have set their fields; applying them again changes nothing.
+  """A copy in which `model.variant` and `compat` have set their fields. Idempotent.
 
   Raises:
     UsageError: one of these fields has a value that is neither its default nor the chosen one.

@@ -106,7 +106,7 @@ TASK_TYPES: dict[str, TaskType] = {t.name: t for t in (
 
 @functools.cache
 def families() -> dict[str, Condition]:
-  """Condition of each built-in target family: bits 0-3 are the OR over the built-in task types that use it.
+  """Condition of each built-in target family: bits 0-3 are the OR over its built-in task types.
 
   They follow from `TASK_TYPES` alone: a task type of a config must not change them, because trained routers depend on
   them. See `check_task_type`.

@@ -58,14 +58,14 @@ TRANSFER: dict[str, Edit] = {'digits': digits, 'video_caption': video_caption, '
 
 
 def finetune(arg: str) -> ml_collections.ConfigDict:
-  """Trains every parameter, lower layers more slowly. arg: run=RUN,task=TASK[,data=few|all], all by default."""
+  """Trains every parameter, lower layers more slowly. arg: run=RUN,task=TASK[,data=few|all] (all)."""
   c = _config_of(arg, 'configs/finetune.py', TRANSFER, 'all')
   train_all(c)
   return c
 
 
 def prompt_tune(arg: str) -> ml_collections.ConfigDict:
-  """Trains prompts, norms and a linear head. arg: run=RUN,task=TASK[,data=few|all], few by default."""
+  """Trains prompts, norms and a linear head. arg: run=RUN,task=TASK[,data=few|all] (few)."""
   c = _config_of(arg, 'configs/prompt_tune.py', TRANSFER, 'few', linear_head=True)
   train_prompts(c)
   return c
@@ -114,7 +114,7 @@ MODES: dict[str, Edit] = {'finetune': train_all, 'prompts': train_prompts, 'zero
 
 
 class Recipe(NamedTuple):
-  """A config file of an adaptation study, and its argument `data`: 'few', 'all', or '' if it trains nothing."""
+  """A config file of an adaptation study, and its argument `data`; '' if it trains nothing."""
   file: str
   data: str
 
@@ -165,7 +165,7 @@ def _config_of(
 
 
 def start_from(run: str, config_name: str) -> tuple[ml_collections.ConfigDict, Plan]:
-  """(config that starts from a run and has no task yet, the run's plan). config_name: for the error message.
+  """(config that starts from a run and has no task yet, the run's plan). config_name: for errors.
 
   Raises:
     UsageError: there is no such run.
@@ -185,7 +185,7 @@ def start_from(run: str, config_name: str) -> tuple[ml_collections.ConfigDict, P
 
 
 def share_temperatures(c: ml_collections.ConfigDict, plan: Plan) -> None:
-  """Tasks without a temperature group get the one that the run learned for their task type, or a new one."""
+  """Gives tasks without a temperature group that of their task type in the run, or a new one."""
   for t in c.tasks.values():
     t.temperature = t.temperature or _temperature(plan, t.type)
 
@@ -203,7 +203,7 @@ def _copy_task(c: ml_collections.ConfigDict, run_config: ml_collections.ConfigDi
 
 
 def _temperature(plan: Plan, task_type: str) -> str:
-  """The group that the run learned for a task type, or one of equal inputs and targets (video as image); '' if none."""
+  """The run's group for a task type, or for one of equal inputs and targets (video as image), or ''."""
   types = {t.name: dataclasses.replace(t, name='') for t in plan.task_types}
   same = [t for t in plan.tasks if types[t.type.name] == types.get(task_type)]
   return min(same, key=lambda t: t.type.name != task_type).temperature if same else ''
