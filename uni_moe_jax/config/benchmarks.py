@@ -244,8 +244,8 @@ def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTI
 def vqa(c: ml_collections.ConfigDict) -> None:
   """Adds questions about images, with ten answers each.
 
-  The target set has the answers of at least nine questions. Images are not mirrored: published training mirrors them and
-  swaps left and right in words.
+  The target set has the answers of at least nine questions. Images are not mirrored: published training mirrors them,
+  and swaps left and right in words.
   """
   c.target_sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', max_len=16)
   c.preflight.target_lengths.vqa_answers = ((4, 3129),)
