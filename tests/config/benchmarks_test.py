@@ -1,4 +1,4 @@
-"""Benchmarks and pretraining on invented data: shapes at full size; step and evaluation at a small one."""
+"""Benchmarks and pretraining on synthetic data: shapes at full size; step and evaluation at a small one."""
 
 import io
 import itertools
@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests.helpers import invented as invented_data
-from tests.helpers import small_model, tiny
+from tests.helpers import small_model, synthetic_records, tiny
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets, schema
 from uni_moe_jax.config.plan import make_plan
@@ -27,7 +26,7 @@ from uni_moe_jax.train import checkpoint, finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_EXAMPLES = invented_data.EXAMPLES
+_EXAMPLES = synthetic_records.EXAMPLES
 _V = 49411  # of CLIP's vocabulary with the published specials
 
 
@@ -39,14 +38,14 @@ def _config(arg: str, file: str = 'benchmark'):
 def _named(tmp_path_factory):
   """A folder of data with the files of class names, which no test changes."""
   folder = tmp_path_factory.mktemp('data')
-  invented_data.write_class_names(folder)
+  synthetic_records.write_class_names(folder)
   return folder
 
 
 @pytest.fixture
-def invented(monkeypatch, named):
+def synthetic(monkeypatch, named):
   """Data of every source, and the files of class names."""
-  with invented_data.records(monkeypatch):
+  with synthetic_records.records(monkeypatch):
     yield named
 
 
@@ -94,8 +93,8 @@ def _slow(names, first):
 
 @pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM,
                                        ('imagenet1k', 'kinetics400', 'coco_caption', 'vqa', 'mrpc')))
-def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_path):
-  run = _run(_small(_config(name), invented))
+def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, synthetic, tmp_path):
+  run = _run(_small(_config(name), synthetic))
   rows = _rows(run, _step(run).params, tmp_path)
   assert {r['evaluator'] for r in rows} == set(run.config.evaluators)
   assert all(np.isfinite(r['value']) for r in rows)
@@ -105,11 +104,11 @@ def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, invented, tmp_
 
 @pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'],
                                        ('mrpc', 'vqa', 'coco_retrieval')))
-def test_evaluation_is_the_same_on_eight_devices(name, invented, tmp_path):
+def test_evaluation_is_the_same_on_eight_devices(name, synthetic, tmp_path):
   """Metrics of GLUE, soft scores, views × crops, texts: six examples in batches of five, on four shards."""
   tables = []
   for devices in (1, 8):
-    c = _small(_config(name), invented)
+    c = _small(_config(name), synthetic)
     c.tasks[name].batch_size = 8
     for e in c.evaluators.values():
       e.batch_size = 5
@@ -189,8 +188,8 @@ _OF_EVERY_TYPE = ('imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'co
     pytest.param('size=tiny,stage=2', ('moments', 'coco_retrieval'), marks=pytest.mark.slow),
     # All sixteen, whose pipelines take a minute to start.
     pytest.param('size=tiny,router=token,stage=2', (), marks=pytest.mark.nightly)])
-def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, invented, tmp_path):
-  c = _small(_config(arg, 'pretrain'), invented)
+def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, synthetic, tmp_path):
+  c = _small(_config(arg, 'pretrain'), synthetic)
   for name in set(c.tasks) - set(names or c.tasks):
     del c.tasks[name]
   for name in [name for name, e in c.evaluators.items() if e.task not in c.tasks]:
@@ -279,8 +278,8 @@ def test_glue_has_the_published_templates_and_label_words(name):
 
 
 @pytest.mark.parametrize('name', list(_GLUE))
-def test_records_of_glue_have_its_columns_and_classes(name, invented):
-  c = _small(_config(name), invented)
+def test_records_of_glue_have_its_columns_and_classes(name, synthetic):
+  c = _small(_config(name), synthetic)
   plan = make_plan(c)
   [t], data = plan.tasks, assemble.Data(c, plan)
   fields = next(evaluation_batches(data.examples(t, plan.evaluations[0].split), np.arange(4), 4))[0]
@@ -304,7 +303,7 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
     _run(_small(c, tmp_path))
 
   def example(i):
-    return {'image': io.BytesIO(invented_data.picture(i)), 'image/filename': f'{i}.jpg', 'image/id': i, 'objects': [],
+    return {'image': io.BytesIO(synthetic_records.image(i)), 'image/filename': f'{i}.jpg', 'image/id': i, 'objects': [],
             'captions': {'id': [2 * i, 2 * i + 1], 'text': [f'an image {i}', f'the shape {i}']}}
 
   _written(tmp_path, 'coco_captions', {
@@ -348,9 +347,9 @@ def _trained(tmp_path_factory):
 @pytest.mark.parametrize('name, mode', [
     pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ('cola', 'prompts') else pytest.mark.nightly)
     for name in ('cola', 'coco_caption', 'vqa') for mode in ('finetune', 'prompts', 'zero_shot')])
-def test_a_run_is_adapted_to_a_benchmark_or_evaluated_on_it(name, mode, invented, tmp_path):
+def test_a_run_is_adapted_to_a_benchmark_or_evaluated_on_it(name, mode, synthetic, tmp_path):
   first = _captioning()
-  first.data.dir = str(invented)
+  first.data.dir = str(synthetic)
   assert loop.train(first, str(tmp_path / 'first'), jax.devices()[:1]) == loop.FINISHED
   c = _config(f'task={name},run={tmp_path / "first"},mode={mode}')
   c.train.update(dict(steps=1, log_every=1))

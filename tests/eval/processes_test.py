@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data import own_files
-from tests.helpers import invented, processes, saved_run, tiny
+from tests.helpers import processes, saved_run, synthetic_records, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
@@ -26,7 +26,7 @@ def _prepare(root, data):
   own_files.write_captioned_images(root / 'photos', 5 * _ASKED['photos'])  # every fifth is for the test
   file = root / 'photos/data.jsonl'
   rows = [json.loads(line) for line in file.read_text().splitlines()]
-  asked = [{'question': f'which {row["color"]} has number {i}', 'answers': invented.answers(i // 5)} for i, row in enumerate(rows)]
+  asked = [{'question': f'which {row["color"]} has number {i}', 'answers': synthetic_records.answers(i // 5)} for i, row in enumerate(rows)]
   file.write_text(''.join(json.dumps({**row, **more}) + '\n' for row, more in zip(rows, asked)))
   prepare.prepare(root / 'photos', data, 'photos')
   prepare.prepare(own_files.write_text_pairs(root / 'pairs', _ASKED['pairs']), data, 'pairs')
@@ -80,7 +80,7 @@ def test_every_row_and_every_answer_is_that_of_one_device_and_counts_each_exampl
   saved_run.save(two, c, _STEP, devices=8)
 
   c.mesh.expert = 1
-  run, predictor, _ = saved_run.asked(c, two)
+  run, predictor, _ = saved_run.load(c, two)
   one.mkdir()
   suite.evaluate(run.plan, run.data, predictor, _STEP, one)
   rows, said = _found(one)

@@ -1,4 +1,4 @@
-"""A launch script without a process of its own, for what does not depend on one: starting Python and JAX takes seconds."""
+"""Launch scripts that run in this process, because starting Python and JAX takes seconds."""
 
 import pathlib
 import runpy
@@ -10,16 +10,16 @@ from uni_moe_jax.utils import cli
 
 
 def run(script: pathlib.Path, *arguments: str) -> int:
-  """The exit code of a script; what it says goes where this process writes. Its flags are gone afterwards."""
+  """Run a script with the output of this process. Remove its flags. Return the exit code."""
   argv, others, own = [str(script), *arguments], set(flags.FLAGS), set()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('sys.argv', argv)  # config files look for their fields' flags there
+    patch.setattr('sys.argv', argv)  # config files read their overrides there
     try:
       try:
         main = runpy.run_path(str(script), run_name='launched')['main']
         flags.FLAGS(argv)
       finally:
-        own = set(flags.FLAGS) - others  # and none of a library that `main` loads, which goes on reading its own
+        own = set(flags.FLAGS) - others  # without flags of libraries that `main` imports, which still read them
       return cli.guarded(main)
     finally:
       flags.FLAGS.remove_flag_values(own)

@@ -1,4 +1,4 @@
-"""A work directory with a run that was at some step although nothing was trained, and what it answers."""
+"""A work directory with a checkpoint of a run that was not trained."""
 
 import os
 from typing import Any
@@ -16,7 +16,7 @@ Folder = str | os.PathLike[str]
 
 
 def save(folder: Folder, config: ml_collections.ConfigDict, step: int, devices: int = 1) -> Any:
-  """The parameters of a step that a folder has from now on: they are nowhere zero."""
+  """Save a checkpoint with parameters that are nowhere zero. Return them."""
   run = train_run.build(config, jax.devices()[:devices])
   params = small_model.params(run.spec.model.spec)
   workdir.claim_workdir(folder, config, run.data.fingerprint)
@@ -26,8 +26,8 @@ def save(folder: Folder, config: ml_collections.ConfigDict, step: int, devices: 
   return params
 
 
-def asked(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.Run, Predictor, Any]:
-  """(run, predictor, parameters), on one device, of a config whose work directory is the folder."""
+def load(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.Run, Predictor, Any]:
+  """Return (run, predictor, parameters) of a work directory, on one device."""
   run = train_run.build(config, jax.devices()[:1])
   with Checkpoints(folder, 1) as checkpoints:
     return run, *train_run.predictor(run, checkpoints)

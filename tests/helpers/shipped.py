@@ -1,4 +1,4 @@
-"""The modules that lie in an exported folder."""
+"""The modules in an exported folder."""
 
 import importlib.util
 import pathlib
@@ -6,8 +6,8 @@ import types
 
 
 def module(folder: pathlib.Path, name: str = 'load') -> types.ModuleType:
-  """load.py or texts.py of a folder."""
+  """Import load.py or texts.py of a folder."""
   spec = importlib.util.spec_from_file_location(name, folder / f'{name}.py')
-  found = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(found)
-  return found
+  loaded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loaded)
+  return loaded

@@ -1,4 +1,4 @@
-"""A small model whose parameters are nowhere zero, and inputs of every kind: what the tests of the model share."""
+"""A small model whose parameters are nowhere zero, and inputs of every task type."""
 
 import dataclasses
 import functools

@@ -1,11 +1,10 @@
-"""What scripts that stand in for launch scripts share: how they end, as tests want it."""
+"""Source code that stand-ins for launch scripts share."""
 
-# Source of a part of a script, in which `root` is a folder and `name` that of the script. The file `name` in the folder
-# holds what it `does`: its exit code, or 'wait': until a signal comes, and then to end as training does when it is
-# preempted; a signal that comes twice is told by the exit code.
+# End of a script `name` in the folder `root`. The file `name` there holds an exit code, or 'wait': wait for a signal and
+# exit like preempted training. The exit code shows whether exactly one signal came.
 ENDS = '''
-does = (root / name).read_text() if (root / name).exists() else '0'
-if does == 'wait':
+action = (root / name).read_text() if (root / name).exists() else '0'
+if action == 'wait':
   received = []
   signal.signal(signal.SIGINT, lambda *_: received.append(1))
   (root / 'started').touch()

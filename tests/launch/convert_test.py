@@ -27,7 +27,7 @@ _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
 
 
 def _config(folder: pathlib.Path):
-  """Three published kinds with the published choices and vocabulary, on the invented data."""
+  """Three published kinds with the published choices and vocabulary, on the synthetic data."""
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
   presets.published(c)
   c.model.update(dict(channels=3, max_text_len=64, layer_scale_init=0.5))

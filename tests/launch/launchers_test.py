@@ -20,8 +20,8 @@ _TRAIN = ('--config=configs/quickstart.py:x y', '--workdir=/runs/it\'s "one"')
 
 def _run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
   kept = {k: v for k, v in os.environ.items() if not k.startswith(('SLURM', 'UNI_MOE', 'XLA_FLAGS', 'JAX_PLATFORMS'))}
-  return subprocess.run([str(_ROOT / 'launch' / script), *arguments], env={**kept, **environment}, capture_output=True, text=True,
-                        timeout=30)
+  return subprocess.run([str(_ROOT / 'launch' / script), *arguments], env={**kept, **environment}, capture_output=True,
+                        text=True, timeout=30)
 
 
 def _dry(script: str, *arguments: str, **environment: str) -> list[list[str]]:
@@ -49,7 +49,7 @@ def test_shellcheck_has_no_findings(script):
 
 @pytest.mark.parametrize('script, arguments, message', [
     ('local_processes.sh', ['--process', '2'], 'unknown option --process'),
-    ('local_processes.sh', ['--processes', 'two', '--', 'a'], '--processes two and --devices 1 must be positive numbers'),
+    ('local_processes.sh', ['--processes', 'two', '--', 'a'], '--processes two and --devices 1 must be positive'),
     ('local_processes.sh', ['--processes', '2'], 'no arguments; give the arguments of train.py'),
     ('tpu_pod.sh', ['--zone', 'z', '--', '--config=c.py'], 'give --name, --zone and, after --, arguments of train.py'),
     ('tpu_pod.sh', ['--name', 'n', '--zone', 'z', '--create', 'v5litepod-16', '--', 'a'], 'needs --version'),
@@ -57,7 +57,8 @@ def test_shellcheck_has_no_findings(script):
     ('slurm.sbatch', ['--evaluate'], 'no arguments; give the arguments of evaluate.py'),
     ('gke.sh', ['--name', 'n', '--', 'a'], 'give --name, --image, --claim and, after --, arguments of train.py'),
     ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '4by4', '--', 'a'], 'must look like 4x4'),
-    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'], 'has 6 chips, which is not a multiple of'),
+    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'],
+     'has 6 chips, which is not a multiple of'),
 ])
 def test_a_mistake_is_reported_and_runs_nothing(script, arguments, message):
   done = _run(script, *arguments)
@@ -75,7 +76,8 @@ def test_local_processes_differ_only_in_their_number():
   lines = _dry('local_processes.sh', '--dry_run', '--', *_TRAIN, JAX_PLATFORMS='cpu')
   assert [line[2] for line in lines] == [f'XLA_FLAGS={flags}=1'] * 2
   [first, _] = _dry('local_processes.sh', '--evaluate', '--port', '7733', '--dry_run', '--', '--workdir=w')
-  assert first[-5:] == ['launch/evaluate.py', '--workdir=w', '--coordinator_address=127.0.0.1:7733', '--num_processes=2',
+  assert first[-5:] == ['launch/evaluate.py', '--workdir=w', '--coordinator_address=127.0.0.1:7733',
+                        '--num_processes=2',
                         '--process_id=0']
 
 
@@ -87,8 +89,8 @@ def test_each_local_process_has_an_accelerator_of_its_own():
 
 def test_a_pod_is_created_installed_and_started_on_all_hosts():
   create, archive, copy, install, before, train = _dry(
-      'tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--project', 'mine', '--create', 'v5litepod-256', '--version', 'v2',
-      '--before', 'mount it', '--dry_run', '--', *_TRAIN)
+      'tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--project', 'mine', '--create', 'v5litepod-256',
+      '--version', 'v2', '--before', 'mount it', '--dry_run', '--', *_TRAIN)
   tpu_vm = ['gcloud', 'compute', 'tpus', 'tpu-vm']
   location = ['--zone', 'zone', '--project', 'mine']
   assert create == [*tpu_vm, 'create', 'pod', *location, '--accelerator-type', 'v5litepod-256', '--version', 'v2']
@@ -96,7 +98,8 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
   assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *location, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
-  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'" in install[-1] and '--python 3.11' in install[-1]
+  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'" in install[-1]
+  assert '--python 3.11' in install[-1]
   assert before[-1] == 'cd ~/uni_moe_jax && mount it'
   assert 'launch/train.py' in train[-1]
 
@@ -109,7 +112,8 @@ def _host(tmp_path) -> dict[str, str]:
                     "trap 'echo saved; exit 75' TERM\nwhile [[ -e ~/wait ]]; do sleep 0.05; done\nexit 3\n")
   gcloud = tmp_path / 'bin/gcloud'
   gcloud.parent.mkdir()
-  gcloud.write_text('#!/usr/bin/env bash\necho "$4" >>~/called\n[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"\n'
+  gcloud.write_text('#!/usr/bin/env bash\necho "$4" >>~/called\n'
+                    '[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"\n'
                     'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi\n')
   for file in (python, gcloud):
     file.chmod(0o755)
@@ -129,11 +133,12 @@ def test_arguments_and_exit_code_are_passed_through_to_a_host(tmp_path):
 def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path):
   host = _host(tmp_path)
   (tmp_path / 'wait').touch()
-  first = subprocess.Popen([_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], env={**os.environ, **host},
+  command, env = [_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], {**os.environ, **host}
+  first = subprocess.Popen(command, env=env,
                            stdout=subprocess.PIPE, text=True, start_new_session=True)
   assert first.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
   os.killpg(first.pid, signal.SIGKILL)
-  second = subprocess.Popen([_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], env={**os.environ, **host},
+  second = subprocess.Popen(command, env=env,
                             stdout=subprocess.PIPE, text=True)
   assert second.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'  # shown again
   assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
@@ -158,7 +163,7 @@ def test_an_installed_pod_is_only_started():
 
 
 def test_many_hosts_can_evaluate():
-  [pod] = _dry('tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--skip_install', '--evaluate', '--dry_run', '--', '--workdir=w')
+  [pod] = _dry('tpu_pod.sh', *_POD, '--skip_install', '--evaluate', '--dry_run', '--', '--workdir=w')
   assert 'launch/evaluate.py --workdir=w --distributed=auto' in pod[-1]
   lines = _dry('slurm.sbatch', '--dry_run', '--evaluate', '--workdir=w')
   assert lines[-2][-3:] == ['launch/evaluate.py', '--workdir=w', '--distributed=auto']
@@ -172,11 +177,13 @@ def test_slurm_runs_one_task_per_gpu_and_requeues_after_preemption():
   assert options['ntasks-per-node'] == options['gpus-per-node']
   assert 'gpus-per-task' not in options  # JAX assigns them by the task's number on the node
   assert options['signal'].startswith('B:TERM@') and 'requeue' in options
-  assert lines[-2] == ['srun', '--kill-on-bad-exit=1', '.venv/bin/python', 'launch/train.py', *_TRAIN, '--distributed=auto']
-  assert lines[-1] == ['after', 'exit', 'code', '75', 'or', '143', 'or', 'a', 'signal,', '50', 'times:', 'scontrol', 'requeue', '17']
+  assert lines[-2] == [
+      'srun', '--kill-on-bad-exit=1', '.venv/bin/python', 'launch/train.py', *_TRAIN, '--distributed=auto']
+  assert ' '.join(lines[-1]) == 'after exit code 75 or 143 or a signal, 50 times: scontrol requeue 17'
 
 
-# A stand-in for srun: exits with a code, or with another one when scancel signals its tasks. On SIGTERM srun kills them.
+# A stand-in for srun: exits with a code, or with another one when scancel signals its tasks. On SIGTERM srun kills
+# them.
 _SRUN = """#!/usr/bin/env bash
 if [[ {code} == wait ]]; then
   sleep 20 &
@@ -197,8 +204,10 @@ exit {code}
     ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('137', '', '3', False),
     ('143', '', '3', True), ('143', '', '50', False)])  # only the tasks got the signal
 def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after_signal, count, requeued):
-  for name, content in (('srun', _SRUN.format(code=code, after_signal=after_signal)), ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n'),
-                        ('scancel', '#!/usr/bin/env bash\n[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"\n')):
+  for name, content in (
+      ('srun', _SRUN.format(code=code, after_signal=after_signal)),
+      ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n'),
+      ('scancel', '#!/usr/bin/env bash\n[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"\n')):
     (tmp_path / name).write_text(content)
     (tmp_path / name).chmod(0o755)
   process = subprocess.Popen(
@@ -218,12 +227,14 @@ def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after
 def test_slurms_tasks_get_the_requested_processors(tmp_path):
   (tmp_path / 'srun').write_text('#!/usr/bin/env bash\necho "$SRUN_CPUS_PER_TASK"\n')
   (tmp_path / 'srun').chmod(0o755)
-  done = _run('slurm.sbatch', 'a', PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_CPUS_PER_TASK='12')
+  done = _run('slurm.sbatch', 'a', PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path),
+              SLURM_CPUS_PER_TASK='12')
   assert done.stdout == '12\n'
 
 
 def _job_set(*options: str) -> dict:
-  done = _run('gke.sh', '--name', 'base', '--image', 'registry/image:1', '--claim', 'nfs', *options, '--dry_run', '--', *_TRAIN)
+  done = _run('gke.sh', '--name', 'base', '--image', 'registry/image:1', '--claim', 'nfs', *options, '--dry_run', '--',
+              *_TRAIN)
   assert (done.returncode, done.stderr) == (0, '')
   return yaml.safe_load(done.stdout)
 
@@ -260,7 +271,8 @@ def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:
     if disrupted and {'type': 'DisruptionTarget', 'status': 'True'} in conditions or codes and code in codes['values']:
       assert rule['action'] == 'FailJob'
       reason = 'PodFailurePolicy'
-      message = f'Container train for pod default/base-0 failed with exit code {code} matching FailJob rule at index {i}'
+      message = (f'Container train for pod default/base-0 failed with exit code {code} matching FailJob rule '
+                 f'at index {i}')
       break
   for rule in job_set['spec']['failurePolicy']['rules']:
     patterns = rule.get('onJobFailureMessagePatterns')
@@ -270,7 +282,8 @@ def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:
 
 
 @pytest.mark.parametrize('ending, action', [
-    (dict(code=75), 'RestartJobSetAndIgnoreMaxRestarts'), (dict(code=137, disrupted=True), 'RestartJobSetAndIgnoreMaxRestarts'),
+    (dict(code=75), 'RestartJobSetAndIgnoreMaxRestarts'),
+    (dict(code=137, disrupted=True), 'RestartJobSetAndIgnoreMaxRestarts'),
     (dict(code=2), 'FailJobSet'), (dict(code=1), 'RestartJobSet'), (dict(code=137), 'RestartJobSet')])
 def test_a_job_set_counts_crashes_but_not_preemptions_and_fails_on_wrong_usage(ending, action):
   assert _after(_job_set(), **ending) == action

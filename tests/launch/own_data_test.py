@@ -80,7 +80,7 @@ def _shrink(c):
 
 
 def _evaluated(workdir, c):
-  run, predictor, _ = saved_run.asked(c, workdir)
+  run, predictor, _ = saved_run.load(c, workdir)
   return suite.evaluate(run.plan, run.data, predictor, 1, workdir)
 
 

@@ -47,7 +47,8 @@ def _root(tmp_path):
   return tmp_path
 
 
-# A shell cannot trap a signal that it inherits as ignored, for example from nohup or background jobs, such as the tests.
+# A shell cannot trap a signal that it inherits as ignored, for example from nohup or background jobs, such as the
+# tests.
 _WITH_SIGNALS = '''
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGHUP):

@@ -15,8 +15,8 @@ FAST = {
     'task-replica': (Case('task', ('pair',), num_layers=1), 'replica'),
     'task-data': (Case('task', ('pair',), num_layers=1), 'data'),
     'modality-fsdp': (Case('modality', ('pair',), num_layers=1), 'fsdp'),
-    'token-mixed': (Case('token', ('caption', 'pair'), num_layers=1, capacity_factor=meshes.ROOM_FOR_ALL), 'mixed'),
-    'token-fsdp': (Case('token', ('caption', 'pair'), num_layers=1, capacity_factor=meshes.ROOM_FOR_ALL), 'fsdp'),
+    'token-mixed': (Case('token', ('caption', 'pair'), num_layers=1, capacity_factor=meshes.NO_DROP_CAPACITY), 'mixed'),
+    'token-fsdp': (Case('token', ('caption', 'pair'), num_layers=1, capacity_factor=meshes.NO_DROP_CAPACITY), 'fsdp'),
     'context-expert': (Case('context', ('pair',), num_layers=1), 'expert'),
 }
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')
@@ -26,12 +26,12 @@ EVERY, CAUSAL, PAIR = ('shape', 'text', 'caption', 'pair'), ('caption', 'pair'),
 
 
 def _full(router: str, tasks: tuple[str, ...] = CAUSAL, **changes) -> Case:
-  capacity = meshes.ROOM_FOR_ALL if router in ('token', 'context') else 0.0
+  capacity = meshes.NO_DROP_CAPACITY if router in ('token', 'context') else 0.0
   return Case(router, tasks, **{**dict(num_layers=3, remat=True, capacity_factor=capacity), **changes})
 
 
 def _assert_equal(case: Case, mesh: str):
-  expected, result = meshes.found(case, meshes.ONE), meshes.found(case, mesh)
+  expected, result = meshes.result(case, meshes.ONE), meshes.result(case, mesh)
   # No decision hangs by a rounding error, and every leaf has a gradient to compare.
   assert 1e-5 < expected.margin < 10
   silent = {path for path, g in expected.gradients.items() if not g.any()}
@@ -79,9 +79,9 @@ def test_exact_routing_and_accumulation(case, mesh):
 def test_bfloat16_is_as_close_to_float32_on_a_mesh_as_on_one_device():
   case = _full('attribute')
   half = dataclasses.replace(case, dtype='bfloat16')
-  exact = meshes.found(case, meshes.ONE)
+  exact = meshes.result(case, meshes.ONE)
   for mesh in (meshes.ONE, 'mixed'):
-    result = meshes.found(half, mesh)
+    result = meshes.result(half, mesh)
     assert 1e-6 < abs(result.loss - exact.loss) < 0.05, mesh
     difference = meshes.differences(result, exact)
     assert sorted(difference.values())[len(difference) // 2] < 0.05, mesh
@@ -90,8 +90,8 @@ def test_bfloat16_is_as_close_to_float32_on_a_mesh_as_on_one_device():
 @pytest.mark.parametrize('case, mesh', _fast('attribute-mixed', 'token-mixed'))
 def test_other_examples_or_noise_change_the_gradients(case, mesh):
   """The positive control: what is compared above does depend on the step's key and on every example."""
-  compiled, (params, batch, sets, key) = meshes.lowered(case, mesh)
-  expected = meshes.found(case, meshes.ONE)
+  compiled, (params, batch, sets, key) = meshes.compiled(case, mesh)
+  expected = meshes.result(case, meshes.ONE)
   [(group, fields)] = [(g, f) for g, f in batch.items() if 'target' in f]
   less = {**fields, 'weight': fields['weight'].at[-1].set(0.5)}
   # Of the last pair the temperature of the other task does not depend.
@@ -105,7 +105,7 @@ def test_other_examples_or_noise_change_the_gradients(case, mesh):
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_a_nonfinite_gradient_equals_nothing(value):
-  sound = meshes.Found(1.0, {'a': np.ones(2), 'b': np.ones(2)}, math.inf)
+  sound = meshes.StepResult(1.0, {'a': np.ones(2), 'b': np.ones(2)}, math.inf)
   # Not the first leaf: max() would return a NaN there.
   broken = dataclasses.replace(sound, gradients={**sound.gradients, 'b': np.array([1.0, value])})
   for pair in ((broken, sound), (sound, broken), (broken, broken)):
@@ -115,7 +115,7 @@ def test_a_nonfinite_gradient_equals_nothing(value):
 
 
 def _program(name: str = 'attribute-mixed') -> str:
-  return meshes.lowered(*FAST[name])[0].as_text()
+  return meshes.compiled(*FAST[name])[0].as_text()
 
 
 def test_merged_kernels_are_reduced_once_and_no_expert_is_sent():

@@ -53,7 +53,7 @@ def test_one_image_alone_gets_the_answer_that_it_gets_in_a_batch(run, images):
 
 
 def test_captions_are_those_of_the_predictor(run, folder, images):
-  _, predictor, _ = saved_run.asked(tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir()), folder)
+  _, predictor, _ = saved_run.load(tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir()), folder)
   task = next(t for t in run._run.plan.tasks if t.name == 'caption')
   assert run.caption('caption', images, beam_size=2) == predictor.captions(task, images[:, None], 2)
 

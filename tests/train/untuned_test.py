@@ -48,7 +48,7 @@ def _zero_shot(argument):
 
 def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
   folder, _, trained = run
-  params = saved_run.asked(finetuning.zero_shot(f'run={folder},task=package'), tmp_path)[2]
+  params = saved_run.load(finetuning.zero_shot(f'run={folder},task=package'), tmp_path)[2]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), trained)
   assert f'starts from {folder}; fresh: nothing; dropped: nothing' in capsys.readouterr().out
 
@@ -62,7 +62,7 @@ def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   trained, asked = ([str(row)[:8] for row in train_run.conditions(make_plan(config))] for config in (run[1], c))
   assert asked[0] not in trained
   c.evaluators[next(iter(c.evaluators))].num_examples = 20
-  made, predictor, _ = saved_run.asked(c, tmp_path)
+  made, predictor, _ = saved_run.load(c, tmp_path)
   rows = suite.evaluate(made.plan, made.data, predictor, 0, tmp_path)
   assert rows[0]['chance'] == 0.1 and rows[0]['count'] == 20 and set(rows[0]['baselines']) == {'majority', 'nearest neighbor'}
   assert json.loads((tmp_path / suite.EVALUATION_FILE).read_text()) == rows

@@ -44,7 +44,8 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--config.modle.width=3'], "the config has no field 'modle'. Did you mean \"model\""),
     (['--config.model.width=wide'], 'invalid literal for int'),
     (['--config.moe.router=atribute'], "config.moe.router='atribute' is unknown; did you mean 'attribute'?"),
-    (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'], 'batch_size=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
+    (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'],
+     'batch_size=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
     (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 126'),
     (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist. Run: python launch/prepare_data.py'),
     (['--stpes=3'], 'stpes'),
@@ -77,7 +78,7 @@ def test_a_template_may_have_an_address_in_it(argv):
 @pytest.mark.parametrize('overrides', [(), ('--config.train.steps=3',)])  # an override accesses the config earlier
 def test_a_missing_config_file_is_reported_with_the_nearest_names(tmp_path, overrides):
   message = _train(tmp_path, *overrides, config='configs/quikstart.py')
-  assert "config file 'configs/quikstart.py' does not exist; did you mean 'quickstart.py'" in message  # or others, after it
+  assert "config file 'configs/quikstart.py' does not exist; did you mean 'quickstart.py'" in message
 
 
 @pytest.mark.parametrize('overrides', [(), ('--config.train.steps=3',)])
@@ -108,7 +109,8 @@ def _zero_shot(tmp_path, script: str, argument: str) -> str:
 
 @pytest.mark.parametrize('script, argument, said', [
     ('evaluate.py', 'run={run}', "argument 'task' is missing; give run=RUN,task=TASK"),
-    ('evaluate.py', 'run={run}x,task=digits', "trainedx' is no work directory of a run (config.json is missing); did you mean 'trained'"),
+    ('evaluate.py', 'run={run}x,task=digits',
+     "trainedx' is no work directory of a run (config.json is missing); did you mean 'trained'"),
     ('evaluate.py', 'run={run},task=digit', "task 'digit' is unknown; did you mean 'digits'"),
     ('train.py', 'run={run},task=digits', 'every task has batch_size=0, so that there is nothing to train; evaluate')])
 def test_a_run_or_a_task_that_is_mistyped_is_told(tmp_path, script, argument, said):
@@ -182,10 +184,13 @@ def test_an_error_of_another_library_is_a_defect(error):
 
 @pytest.mark.parametrize('error, said', [
     (RunError('every checkpoint\n  is damaged.'), 'error: every checkpoint is damaged.\n'),
-    (OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl'), 'error: the disk is full: metrics.jsonl could not be written'),
-    (PermissionError(errno.EACCES, 'Permission denied', '/data/own'), 'error: /data/own: Permission denied. Check that'),
+    (OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl'),
+     'error: the disk is full: metrics.jsonl could not be written'),
+    (PermissionError(errno.EACCES, 'Permission denied', '/data/own'),
+     'error: /data/own: Permission denied. Check that'),
     (OSError(errno.ENAMETOOLONG, 'File name too long', 'x' * 9999), f'error: {"x" * 200}: File name too long. Check'),
-    (RuntimeError('RESOURCE_EXHAUSTED: writing: No space left on device [a C++ trace]'), 'error: the disk is full. Free some space')])
+    (RuntimeError('RESOURCE_EXHAUSTED: writing: No space left on device [a C++ trace]'),
+     'error: the disk is full. Free some space')])
 def test_what_befalls_a_run_is_one_sentence_and_exit_code_1(capsys, error, said):
   def main():
     raise error
@@ -223,7 +228,8 @@ with cli.exit_on_signals(75):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training_begins_is_an_orderly_stop(number):
-  process = subprocess.Popen([sys.executable, '-c', _SLOW_START], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+      [sys.executable, '-c', _SLOW_START], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   process.stdout.readline()
   process.send_signal(number)
   assert process.communicate(timeout=10)[1] == f'\n{number.name}: stopped; the same command continues.\n'

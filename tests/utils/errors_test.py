@@ -26,6 +26,7 @@ def test_deliberate_errors_have_a_class_that_the_commands_report():
   raises = [
       f'{path.relative_to(_ROOT)}:{node.lineno}' for folder in ('uni_moe_jax', 'configs', 'launch')
       for path in sorted((_ROOT / folder).rglob('*.py')) if str(path.relative_to(_ROOT / folder)) not in _EXEMPT
-      for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+      for node in ast.walk(ast.parse(path.read_text()))
+      if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
       and ast.unparse(node.exc.func) in ('ValueError', 'FileNotFoundError')]
   assert not raises, f'raise UsageError or MissingFileError (uni_moe_jax/utils/errors.py) in {raises}'

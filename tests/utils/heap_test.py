@@ -32,11 +32,11 @@ go_on.set()
     ({}, '', 5),  # the control: one of the main thread, one of each other
     ({}, 'heap.use_single_arena()', 1),
     ({'JAX_PLATFORMS': 'cpu'}, 'heap._ACCELERATORS = ("sys",); heap.use_single_arena()', 1),
-    ({}, 'heap._ACCELERATORS = ("no_such_package", "sys"); heap.use_single_arena()', 5),  # JAX would find an accelerator
+    ({}, 'heap._ACCELERATORS = ("no_such_package", "sys"); heap.use_single_arena()', 5),  # JAX finds an accelerator
     ({'JAX_PLATFORMS': 'cuda'}, 'heap.use_single_arena()', 5),
     ({'MALLOC_ARENA_MAX': '2'}, 'heap.use_single_arena()', 2),
 ])
 def test_threads_share_one_heap_where_jax_can_only_use_the_cpu(environment, call, heaps):
-  said = subprocess.run([sys.executable, '-c', _COUNTED, call], env={'PYTHONPATH': ':'.join(p for p in sys.path if p), **environment},
-                        capture_output=True, text=True, check=True)
-  assert said.stdout.count('<heap nr=') == heaps
+  env = {'PYTHONPATH': ':'.join(p for p in sys.path if p), **environment}
+  done = subprocess.run([sys.executable, '-c', _COUNTED, call], env=env, capture_output=True, text=True, check=True)
+  assert done.stdout.count('<heap nr=') == heaps

@@ -1,4 +1,4 @@
-"""Invented records of the benchmarks' sources: TFDS mocks its own, and own data has the columns that docs/guides/benchmarks.md says."""
+"""Synthetic records of benchmarks: TFDS mocks its datasets, own data has the columns of docs/guides/benchmarks.md."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ EXAMPLES = 6
 
 
 def answers(i: int) -> tuple[str, ...]:
-  """Ten answers of which every example has others, or others in number: a score tells which examples were counted."""
+  """Return ten answers, different for every example, so that a score shows which examples were counted."""
   first, second = np.roll(('yes', 'no', 'two', 'three'), i)[:2].tolist()
   return (first,) * (2 + i) + (second,) * (8 - i)
 
@@ -27,44 +27,45 @@ def _text(i: int, n: int = 6) -> str:
 
 
 @functools.cache
-def picture(i: int) -> bytes:
+def image(i: int) -> bytes:
   return own_files.encode_image(own_files.color_image('red', i, (20 + i, 30)))
 
 
 @functools.cache
-def _clip(i: int) -> bytes:
+def _video(i: int) -> bytes:
   return own_files.npy_bytes(own_files.moving_bar(i % 2 == 0))
 
 
 class _Coco:
-  """COCO's captions: TFDS's own mock gives the parts of its list of objects different lengths."""
+  """COCO captions. The mock of TFDS gives the fields of its list of objects different lengths."""
 
   def __len__(self):
     return EXAMPLES
 
   def __getitems__(self, keys):
-    return [{'image': picture(i), 'image/filename': f'{i}.jpg', 'captions': {'text': [_text(i), _text(i + 100)]}} for i in keys]
+    return [{'image': image(i), 'image/filename': f'{i}.jpg', 'captions': {'text': [_text(i), _text(i + 100)]}}
+            for i in keys]
 
 
 def _own(source: str) -> FileDataset:
-  """Records with the columns that a benchmark's own data has."""
+  """Return records with the columns of a benchmark's own data."""
   name = source.removeprefix('own:')
-  by_class, clips = name in ('kinetics400', 'kinetics700', 'moments', 'imagenet21k'), name in (
+  has_class, is_video = name in ('kinetics400', 'kinetics700', 'moments', 'imagenet21k'), name in (
       'kinetics400', 'kinetics700', 'moments', 'msvd', 'msrvtt')
-  classes = {'label': ('n01', 'n02') if name == 'imagenet21k' else ('running fast', 'sitting')} if by_class else {}
-  columns = {'video' if clips else 'image': 'video' if clips else 'image'}
-  columns |= {'label': 'class'} if by_class else (
+  classes = {'label': ('n01', 'n02') if name == 'imagenet21k' else ('running fast', 'sitting')} if has_class else {}
+  columns = {'video' if is_video else 'image': 'video' if is_video else 'image'}
+  columns |= {'label': 'class'} if has_class else (
       {'question': 'text', 'answers': 'texts'} if name == 'vqa' else {'captions': 'texts'})
   columns = {'text': 'text'} if name == 'bookswiki' else columns
   value = {
-      'image': picture, 'video': _clip, 'label': lambda i: classes['label'][i % 2], 'question': _text, 'text': _text,
+      'image': image, 'video': _video, 'label': lambda i: classes['label'][i % 2], 'question': _text, 'text': _text,
       'answers': answers, 'captions': lambda i: (_text(i), _text(i + 100))}
   rows = lambda ids: [{c: value[c](i) for c in columns} for i in ids.tolist()]
   return FileDataset(source, EXAMPLES, rows, columns, classes, {}, source)
 
 
 def write_class_names(folder: pathlib.Path) -> None:
-  """The files of class names, into a data directory."""
+  """Write the files of class names to a data directory."""
   names = folder / 'class_names'
   names.mkdir()
   wnids = tfds.builder('imagenet2012', data_dir=folder).info.features['label'].names
@@ -75,13 +76,13 @@ def write_class_names(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def records(monkeypatch):
-  """Every source has `EXAMPLES` records, whatever lies on the disk."""
-  # As it is in TFDS 4.9.10, reading several records of a mocked source at once lacks an argument.
+  """Give every source `EXAMPLES` records, whatever is on the disk."""
+  # In TFDS 4.9.10, reading several records of a mocked source at once lacks an argument.
   monkeypatch.setattr(mocking, '_getitems', lambda keys, generator, **_: [generator[k] for k in keys])
   monkeypatch.setattr(file_dataset, '_load_own', lambda source, *_: _own(source))
   monkeypatch.setattr(file_dataset, '_check_prepared', lambda *_: None)
-  opened = file_dataset._open
-  monkeypatch.setattr(
-      file_dataset, '_open', lambda builder, *rest: _Coco() if builder.name == 'coco_captions' else opened(builder, *rest))
+  original = file_dataset._open
+  monkeypatch.setattr(file_dataset, '_open', lambda builder, *rest: (
+      _Coco() if builder.name == 'coco_captions' else original(builder, *rest)))
   with tfds.testing.mock_data(num_examples=EXAMPLES):
     yield
