@@ -1,6 +1,6 @@
 """Source code that stand-ins for launch scripts share."""
 
-# End of a script `name` in the folder `root`. The file `name` there holds an exit code, or 'wait': wait for a signal and
+# End of a script `name` in the folder `root`. The file `name` there has an exit code, or 'wait': wait for a signal and
 # exit like preempted training. The exit code shows whether exactly one signal came.
 ENDS = '''
 action = (root / name).read_text() if (root / name).exists() else '0'

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from uni_moe_jax.moe.layers import layer_norm
 from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
 from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED
+from uni_moe_jax.utils.errors import UsageError
 
 RouterInput = Hashable  # the part of a condition that a router reads: attribute bits or a name
 
@@ -120,7 +121,7 @@ class NameEmbedding(nn.Module):
   def __call__(self, inputs: tuple[RouterInput, ...]) -> jax.Array:
     missing = [x for x in inputs if x not in self.names]
     if missing:
-      raise ValueError(
+      raise UsageError(
           f'the router has no embedding for {missing[0]!r}, only for {", ".join(self.names)}. A task type that was added '
           'after training needs attribute or modality routing, or a dense model.')
     table = self.param(
