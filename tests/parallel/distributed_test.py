@@ -19,7 +19,8 @@ from uni_moe_jax.parallel import distributed
 from uni_moe_jax.parallel.distributed import Cluster
 returned = distributed.initialize(eval(sys.argv[1]))
 import jax
-line = f'{returned} {distributed.is_primary()} {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices'
+rank = f'{jax.process_index()} of {jax.process_count()}'
+line = f'{returned} {distributed.is_primary()} {rank}, {jax.device_count()} devices'
 print('out', line)
 print('err', line, file=sys.stderr)
 '''
@@ -52,7 +53,8 @@ def test_flags_that_do_not_fit_are_named(flags, message):
 def _join(cluster: Cluster) -> subprocess.Popen:
   others = ('SLURM', 'OMPI', 'TPU_', 'KUBERNETES', 'JAX_COORD')
   environment = {k: v for k, v in os.environ.items() if not k.startswith(others)}
-  environment |= {'PYTHONPATH': str(_ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  flags = '--xla_force_host_platform_device_count=2'
+  environment |= {'PYTHONPATH': str(_ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
   return subprocess.Popen([sys.executable, '-c', _JOIN, repr(cluster)], env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
 

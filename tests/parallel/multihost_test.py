@@ -1,4 +1,4 @@
-"""When a process dies, the others end at once with one sentence and exit code 1. Real runs: tests/stress/hangs_test.py."""
+"""When a process dies, the others end at once with one sentence. Real runs: tests/stress/hangs_test.py."""
 
 import atexit
 import subprocess
@@ -37,7 +37,8 @@ def test_an_error_about_a_lost_peer_ends_the_process_with_one_sentence(monkeypat
   assert _exit_codes(error) == [1]
   report = capsys.readouterr().err
   assert report.count('\n') == 1 and message in report
-  assert report.startswith('error: another process of this run has died or cannot be reached') and 'the same command' in report
+  assert report.startswith('error: another process of this run has died or cannot be reached')
+  assert 'the same command' in report
 
 
 @pytest.mark.parametrize('processes, error', [
@@ -68,7 +69,8 @@ except RunError:
     (2, 'RunError("Connection reset")', 1, 'reported\n'), (2, 'KeyError("image")', 1, ''),
     (1, 'RunError("Connection reset")', 0, 'reported\nbarrier\n')])
 def test_a_process_that_fails_reports_the_error_and_skips_the_shutdown_barrier(processes, error, code, out):
-  done = subprocess.run([sys.executable, '-c', _FAILS.format(processes=processes, error=error)], capture_output=True, text=True)
+  program = _FAILS.format(processes=processes, error=error)
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
   assert (done.returncode, done.stdout) == (code, out)
   assert ('KeyError' in done.stderr) == ('KeyError' in error)
 

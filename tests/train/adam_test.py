@@ -113,7 +113,8 @@ def _gradients():
 def _optimizer(convention, groups=GROUPS):
   """For a kernel of two experts and a frozen table."""
   c = config_lib.base()
-  c.optim.update(dict(learning_rate=.1, warmup_steps=2, grad_clip_norm=1., b1=.9, b2=.95, eps=1e-6, unused_params=convention))
+  c.optim.update(dict(
+      learning_rate=.1, warmup_steps=2, grad_clip_norm=1., b1=.9, b2=.95, eps=1e-6, unused_params=convention))
   c.optim.param_groups = groups
   return optimizer.make_optimizer(c, PARAMS, lambda path: int(path == 'block/kernel'))[0]
 

@@ -21,7 +21,8 @@ def _state(step=3, ema=True):
   params = {'kernel': kernel, 'scale': jnp.float32(1 / 3)}
   return TrainState(
       step=jnp.int32(step), params=params, opt_state=({'mu': params, 'frozen': ()}, jnp.int32(step)),
-      ema_params=jax.tree.map(lambda x: x / 7, params) if ema else None, nonfinite_streak=jnp.int32(0), skipped_steps=jnp.int32(2))
+      ema_params=jax.tree.map(lambda x: x / 7, params) if ema else None, nonfinite_streak=jnp.int32(0),
+      skipped_steps=jnp.int32(2))
 
 
 def _like(state, where=None):

@@ -1,4 +1,4 @@
-"""What the step of the base model sends between 64 devices, data 8 × expert 8: the formulas of docs/guides/multi_device.md."""
+"""What the base model's step sends between 64 devices, data 8 × expert 8: docs/guides/multi_device.md."""
 
 import functools
 import math
@@ -29,8 +29,8 @@ def _sent(router: str, capacity: float) -> list[hlo.CollectiveArray]:
   with tempfile.TemporaryDirectory() as folder:
     file = f'{folder}/step.hlo'
     flags = fast_compile.environment_flags(64)
-    subprocess.run([sys.executable, '-m', 'tests.helpers.base_step', router, str(capacity), file], check=True, cwd=_ROOT,
-                   env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags})
+    command = [sys.executable, '-m', 'tests.helpers.base_step', router, str(capacity), file]
+    subprocess.run(command, check=True, cwd=_ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags})
     return hlo.collectives(pathlib.Path(file).read_text())
 
 
@@ -49,7 +49,8 @@ def _merges(sent: list[hlo.CollectiveArray]) -> list[int]:
 @slow
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'recomputed'])
 def test_merged_kernels_of_a_layer_are_reduced_once_over_the_expert_axis(backward):
-  assert _merges(_of_layer(_sent('attribute', 0.0), backward)) == sorted(base_step.CONDITIONS * n for n in _KERNELS.values())
+  expected = sorted(base_step.CONDITIONS * n for n in _KERNELS.values())
+  assert _merges(_of_layer(_sent('attribute', 0.0), backward)) == expected
 
 
 @slow
@@ -62,7 +63,8 @@ def test_merged_kernels_of_the_last_layer_are_reduced_once_and_recomputed_once()
 @slow
 def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
   """One reduction for every product with a merged kernel: there are three arrays, of two rows."""
-  sizes = [s.size for s in _of_layer(_sent('attribute', 0.0), True) if s.opcode == 'all-reduce' and s.groups == _GROUPS['all']]
+  sent = _of_layer(_sent('attribute', 0.0), True)
+  sizes = [s.size for s in sent if s.opcode == 'all-reduce' and s.groups == _GROUPS['all']]
   # In elements: the fused projection may come in its three parts, each as large as the kernel after attention.
   for names in (('qkv', 'attention_out'), ('ffn_in', 'ffn_out')):
     elements = {_KERNELS[name] for name in names}
@@ -113,4 +115,5 @@ def test_expert_kernels_are_not_sent_and_their_gradients_are_summed_over_data(ta
   of_experts = [s for s in large if s.groups == _GROUPS['data']]
   assert 1 <= sum(s.size for s in of_experts) / sum(_KERNELS.values()) <= len(base_step.TOKENS)
   # Behind the layers come the tables of patches and words, which every device has.
-  assert {s.shape for s in large if s not in of_experts} == ({(16 * 16 * 3, _D), (base_step.VOCAB_SIZE, _D)} if tail else set())
+  tables = {(16 * 16 * 3, _D), (base_step.VOCAB_SIZE, _D)}
+  assert {s.shape for s in large if s not in of_experts} == (tables if tail else set())

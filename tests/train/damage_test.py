@@ -139,7 +139,8 @@ def test_a_full_disk_is_reported_with_the_step_that_is_safe(workdir, monkeypatch
   with Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))
     end = time.monotonic() + 20
-    with pytest.raises(RunError, match=r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'):
+    message = r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'
+    with pytest.raises(RunError, match=message):
       while time.monotonic() < end:  # as the loop does between two steps, without waiting
         checkpoints.check()
         time.sleep(.01)
@@ -156,7 +157,8 @@ def test_a_write_error_is_not_reported_as_a_full_disk(workdir, monkeypatch):
     raise PermissionError(errno.EACCES, 'Permission denied', str(workdir))
 
   monkeypatch.setattr(manifest, 'write', refuse)
-  with pytest.raises(RunError, match='Permission denied.*that of step 2 is safe. Check whether the disk can be reached'):
+  message = 'Permission denied.*that of step 2 is safe. Check whether the disk can be reached'
+  with pytest.raises(RunError, match=message):
     with Checkpoints(workdir, max_to_keep=1) as checkpoints:
       checkpoints.save(3, _state(3))
 

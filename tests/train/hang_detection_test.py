@@ -26,8 +26,8 @@ with hang_detection.HangDetector({timeout}) as detector:
 
 
 @pytest.mark.parametrize('phase, timeout, messages', [
-    ('BATCH, 7', .4, ('error: waiting for the batch of step 7 has taken 0 s, and config.train.hang_timeout=0.4 is the limit',
-                      'Check the disk or network of the data')),
+    ('BATCH, 7', .4, ('error: waiting for the batch of step 7 has taken 0 s, and config.train.hang_timeout=0.4 is the '
+                      'limit', 'Check the disk or network of the data')),
     ('STEP, 7', .4, ('waiting for the result of step 7', 'logs of the other processes')),
     ('START', .1, ('error: starting has taken 1 s, and 6 times config.train.hang_timeout=0.1 is the limit',
                    'disk or network of the data and the work directory'))])

@@ -122,8 +122,7 @@ def killed(tmp_path_factory):
 
 
 def test_a_run_that_was_killed_ends_with_the_same_state_and_lines(uninterrupted, killed):
-  compared = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), _state(uninterrupted), _state(killed))
-  assert all(jax.tree.leaves(compared))
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, _state(uninterrupted), _state(killed))))
   assert _lines(killed) == _lines(uninterrupted)
 
 
@@ -170,7 +169,8 @@ def test_a_signal_during_a_step_stops_after_it_with_exit_code_75(tmp_path, capsy
 def test_a_work_directory_in_which_another_process_trains_is_refused(tmp_path):
   with contextlib.ExitStack() as stack:
     assert workdir_lib.lock(tmp_path, stack)
-    with pytest.raises(ValueError, match='another process trains in .*: wait until it has ended, or give another --workdir'):
+    message = 'another process trains in .*: wait until it has ended, or give another --workdir'
+    with pytest.raises(ValueError, match=message):
       loop.train(_config(), str(tmp_path), jax.devices()[:1])
   assert not (tmp_path / 'checkpoints').exists()
 
@@ -231,7 +231,8 @@ def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_
 
   environment = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
   subprocess.run(command('uninterrupted'), env=environment, check=True, capture_output=True)
-  with subprocess.Popen(command('stopped'), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  with subprocess.Popen(command('stopped'), env=environment, **pipes) as process:
     log = tmp_path / 'stopped/metrics.jsonl'
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 20):
       time.sleep(0.02)

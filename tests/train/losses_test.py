@@ -175,7 +175,8 @@ def test_the_correction_compensates_for_words_left_out():
 
 
 def test_a_sampled_word_represents_those_left_out_in_the_sum_and_in_smoothing():
-  # Values 2 and 1, the second drawn for three words: their sum is 2 + 3 · 1, so that log p is ln 2/5 and three times ln 1/5.
+  # Values 2 and 1, the second drawn for three words: their sum is 2 + 3 · 1, so that log p is ln 2/5 and three times ln
+  # 1/5.
   tally = _cross_entropy([[[math.log(2), 0.]]], [[0]], [[1.]], .1, [0., math.log(3)])
   expected = .9 * math.log(5 / 2) + .1 * (math.log(5 / 2) + 3 * math.log(5)) / 4
   np.testing.assert_allclose(tally.loss, expected, rtol=1e-6)

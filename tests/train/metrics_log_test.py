@@ -29,7 +29,7 @@ def test_a_line_has_the_means_since_the_previous_one(tmp_path):
 
 def test_a_metric_missing_in_some_steps_is_averaged_over_the_others(tmp_path):
   with MetricsLog(tmp_path, 0, 3) as log:
-    for metrics in ({'loss/a': 1., 'nonfinite_streak': 0.}, {'nonfinite_streak': 1.}, {'loss/a': 3., 'nonfinite_streak': 0.}):
+    for metrics in ({'loss/a': 1., 'b': 0.}, {'b': 1.}, {'loss/a': 3., 'b': 0.}):
       log.add(metrics)
     log.write(3)
   assert _lines(tmp_path)[0]['loss/a'] == 2

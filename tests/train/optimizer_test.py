@@ -15,6 +15,7 @@ from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import optimizer
 from uni_moe_jax.train.optimizer import ParamGroup
+from uni_moe_jax.utils.tree_paths import by_path
 
 
 def _config(groups=(('.*', 1., 0.),), **changes):
@@ -52,14 +53,15 @@ def test_a_pattern_that_only_scales_may_match_nothing():
 
 
 @pytest.mark.parametrize('router', ['attribute', 'task', 'dense'])
-def test_the_default_rules_decay_kernels_and_nothing_else(router):
+def test_the_default_groups_decay_kernels_and_nothing_else(router):
   spec = ModelSpec(
-      num_layers=3, width=8, num_heads=2, mlp_dim=8, vocab_size=9, spe_id=2, image_size=4, patch_size=2, router=router, num_experts=2,
-      posemb='learned', router_names=('names',) if router == 'task' else (), temperature_groups=('a',), num_deep_prompts=2,
-      prompt_sharing='separate', num_prefix_prompts=2, label_prompts=(('names', 3),), spe_bias=True, head=3)
+      num_layers=3, width=8, num_heads=2, mlp_dim=8, vocab_size=9, spe_id=2, image_size=4, patch_size=2, router=router,
+      num_experts=2, posemb='learned', router_names=('names',) if router == 'task' else (), temperature_groups=('a',),
+      num_deep_prompts=2, prompt_sharing='separate', num_prefix_prompts=2, label_prompts=(('names', 3),), spe_bias=True,
+      head=3)
   shapes = param_shapes(UniPerceiver(spec))
   groups = optimizer.match_param_groups(shapes, config_lib.base().optim.param_groups)
-  decays = {optimizer.path_of(path): group.weight_decay for path, group in jax.tree_util.tree_leaves_with_path(groups)}
+  decays = {path: group.weight_decay for path, group in by_path(groups).items()}
   decayed = {path.split('/')[-2] + '/' + path.split('/')[-1] for path, decay in decays.items() if decay}
   assert decayed == {
       'qkv/kernel', 'attention_out/kernel', 'ffn_in/kernel', 'ffn_out/kernel', 'similarity/kernel', 'embed/patch',
@@ -136,7 +138,8 @@ def test_frozen_parameters_have_no_moments():
 
 
 def test_frozen_gradients_do_not_count_in_the_clip():
-  params, _ = _update(_config(FROZEN, grad_clip_norm=1.), _gradient([.6, .8], 0., 100.))  # of norm 1 without the frozen one
+  gradient = _gradient([.6, .8], 0., 100.)  # of norm 1 without the frozen one
+  params, _ = _update(_config(FROZEN, grad_clip_norm=1.), gradient)
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * (.6 / 1.6 + .5 * 2), rtol=1e-6)
 
 
@@ -152,16 +155,18 @@ def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sharing
   c = config_lib.base()
   presets.prompt_tune(c, num_prompts=3, sharing=sharing)
   assert (c.model.num_deep_prompts, c.model.prompt_sharing, c.model.spe_bias) == (3, sharing, True)
-  spec = small_model.spec(num_deep_prompts=3, prompt_sharing=sharing, spe_bias=True, num_prefix_prompts=1, label_prompts=(('names', 2),), head=2)
+  spec = small_model.spec(num_deep_prompts=3, prompt_sharing=sharing, spe_bias=True, num_prefix_prompts=1,
+                          label_prompts=(('names', 2),), head=2)
   groups = optimizer.match_param_groups(small_model.params(spec), c.optim.param_groups)
-  trained = {optimizer.path_of(path): group for path, group in jax.tree_util.tree_leaves_with_path(groups) if not group.frozen}
+  trained = {path: group for path, group in by_path(groups).items() if not group.frozen}
   tables = {'input', 'target'} if sharing == 'separate' else {'input'}
   layers = ('encoder/blocks/block0', 'encoder/tail/block0')
+  norms = ('embed/norm', 'similarity/norm', *(f'{at}/norm{i}' for at in layers for i in (1, 2)))
   assert set(trained) == {
-      'embed/spe_bias', 'embed/prompts/label_names', 'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight',
+      'embed/spe_bias', 'embed/prompts/label_names', 'linear_head/kernel', 'linear_head/bias',
+      'linear_head/similarity_weight',
       *(f'{at}/prompts/{table}' for at in ('embed', *layers) for table in tables),
-      *(f'{norm}/{leaf}' for norm in ('embed/norm', 'similarity/norm', *(f'{at}/norm{i}' for at in layers for i in (1, 2)))
-        for leaf in ('scale', 'bias'))}
+      *(f'{norm}/{leaf}' for norm in norms for leaf in ('scale', 'bias'))}
   assert set(trained.values()) == {ParamGroup(1., 0.)}
 
 
@@ -169,7 +174,8 @@ def test_the_router_multiplier_scales_only_routers():
   params = {'ffn_router': {'gate': jnp.array([2.])}, 'router_of_old': jnp.array([2.]), 'kernel': jnp.array([2.])}
   c = _config((('kernel', 1., 0.), ('.*', .5, .2)), router_lr_multiplier=.1)
   groups = optimizer.make_optimizer(c, params)[2]
-  assert groups == {'ffn_router': {'gate': ParamGroup(.05, .2)}, 'router_of_old': ParamGroup(.5, .2), 'kernel': ParamGroup(1., 0.)}
+  assert groups == {
+      'ffn_router': {'gate': ParamGroup(.05, .2)}, 'router_of_old': ParamGroup(.5, .2), 'kernel': ParamGroup(1., 0.)}
   # First directions 3 / (3 + 1); the decay .2 · 2 has the same factor as in every group.
   params, _ = _update(c, jax.tree.map(lambda p: jnp.full_like(p, 3.), params), params=params)
   np.testing.assert_allclose(params['ffn_router']['gate'], [2 - .1 * .05 * (.75 + .4)], rtol=1e-6)
@@ -243,7 +249,8 @@ def test_the_first_published_update_only_fills_the_moments():
 
 def test_layers_above_count_from_the_output():
   # Five layers in periods of two (a block with experts, one without): one period is scanned, three blocks are the tail.
-  stack = ModelSpec(num_layers=5, width=8, num_heads=2, mlp_dim=8, vocab_size=9, spe_id=2, image_size=4, patch_size=2, placement='every_2').stack
+  stack = ModelSpec(num_layers=5, width=8, num_heads=2, mlp_dim=8, vocab_size=9, spe_id=2, image_size=4, patch_size=2,
+                    placement='every_2').stack
   above = lambda path: optimizer.layers_above(stack, path).tolist()
   assert (stack.periods, len(stack.tail)) == (1, 3)
   assert above('embed/word') == 5
@@ -254,7 +261,8 @@ def test_layers_above_count_from_the_output():
 
 
 def test_lower_layers_learn_more_slowly_by_the_decay():
-  # Adam's first direction is 3 / (3 + 1) = .75; the rate .1 is multiplied by .5^2 and .5^1 in a stack, by .5^3 below it.
+  # Adam's first direction is 3 / (3 + 1) = .75; the rate .1 is multiplied by .5^2 and .5^1 in a stack, by .5^3 below
+  # it.
   params = {'stacked': jnp.zeros((2, 1)), 'low': jnp.zeros((1,)), 'top': jnp.zeros((1,))}
   depth = {'stacked': np.array([2, 1]), 'low': np.array(3), 'top': np.array(0)}
   c = _config(layerwise_lr_decay=.5)

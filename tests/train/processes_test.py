@@ -1,4 +1,4 @@
-"""Two processes of four devices: the step of one; a run that is stopped, continues, and ends as if it had not been; its evaluation."""
+"""Two processes of four devices: a step, a run that is stopped and continues, and its evaluation."""
 
 import json
 import pathlib
@@ -19,7 +19,8 @@ def test_loss_and_gradients_equal_those_of_one_device(tmp_path):
   """The launcher starts them, in a tree whose launch/train.py takes one step."""
   (tmp_path / 'launch').mkdir()
   shutil.copy(processes.ROOT / processes.TWO[0], tmp_path / 'launch')
-  (tmp_path / 'launch/train.py').write_text('import sys\nfrom tests.helpers import process_step\nprocess_step.main(*sys.argv[1:])\n')
+  (tmp_path / 'launch/train.py').write_text(
+      'import sys\nfrom tests.helpers import process_step\nprocess_step.main(*sys.argv[1:])\n')
   processes.run([*processes.TWO, '--', str(tmp_path), *process_step.CASES], folder=tmp_path)
   for i in range(2):
     out = json.loads((tmp_path / f'{i}.json').read_text())

@@ -11,8 +11,8 @@ import time
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Executes the next word of the file `script`: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for SIGTERM,
-# then exit code 75).
+# Executes the next word of the file `script`: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for
+# SIGTERM, then exit code 75).
 _STAND_IN = '''
 import os, pathlib, signal, sys, time
 words = pathlib.Path('script').read_text().split()
@@ -46,7 +46,8 @@ def _start(folder, script, *flags, command=None):
   command = command or [sys.executable, 'stand_in.py', '--workdir=run']
   return subprocess.Popen(
       [sys.executable, str(_ROOT / 'launch/keep_running.py'), *flags, '--', *command], cwd=folder, text=True,
-      env={**os.environ, 'PYTHONPATH': str(_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+      env={**os.environ, 'PYTHONPATH': str(_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      start_new_session=True)
 
 
 def _run(folder, script, *flags, **options):
@@ -85,7 +86,8 @@ def test_each_restart_reports_how_the_command_ended_and_its_progress(tmp_path):
   lines = re.sub(r'after \d+ s,', 'after 0 s,', output).splitlines()
   assert 'killed by SIGKILL after 0 s, step 7 saved; restarting in 0 s (0 of 2 starts without progress).' in lines[0]
   assert 'stopped by a signal after 0 s, step 9 saved' in lines[1]
-  assert 'exit code 1 after 0 s, no checkpoint after that of step 9; restarting' in lines[2] and '(1 of 2 starts without progress)' in lines[2]
+  assert 'exit code 1 after 0 s, no checkpoint after that of step 9; restarting' in lines[2]
+  assert '(1 of 2 starts without progress)' in lines[2]
   assert 'giving up after 2 starts in a row without a newer checkpoint' in lines[3]
 
 
@@ -96,7 +98,8 @@ def test_a_start_that_falls_back_to_an_older_checkpoint_makes_no_progress(tmp_pa
 
 
 def test_without_a_workdir_progress_is_unknown(tmp_path):
-  code, output, starts = _run(tmp_path, '75 75 75', '--max_restarts=2', '--backoff=0', command=[sys.executable, 'stand_in.py'])
+  command = [sys.executable, 'stand_in.py']
+  code, output, starts = _run(tmp_path, '75 75 75', '--max_restarts=2', '--backoff=0', command=command)
   assert (code, len(starts)) == (75, 2)
   assert output.count('progress unknown: the command has no --workdir') == 2
 
@@ -138,7 +141,8 @@ def test_a_signal_ends_a_pause(tmp_path):
 
 
 @pytest.mark.parametrize('flags, command, message', [
-    (['--max_restarts=0'], None, 'max_restarts'), ([], ['/no/program'], "'/no/program' is no program"), ([], [''], 'is no program')])
+    (['--max_restarts=0'], None, 'max_restarts'), ([], ['/no/program'], "'/no/program' is no program"),
+    ([], [''], 'is no program')])
 def test_mistakes_are_one_sentence(tmp_path, flags, command, message):
   code, errors, starts = _run(tmp_path, '0', *flags, command=command)
   assert code == 2 and message in errors and errors.startswith('error: ') and not starts

@@ -12,8 +12,9 @@ from tests.helpers import small_model, tiny
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout
 from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.moe.usage import Usage
-from uni_moe_jax.train import forward, optimizer, router_metrics, step
+from uni_moe_jax.train import forward, router_metrics, step
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.utils.tree_paths import by_path
 
 WEIGHTS = {'balance': .5, 'importance': .25, 'z': .125}
 
@@ -22,7 +23,8 @@ WEIGHTS = {'balance': .5, 'importance': .25, 'z': .125}
 def _run() -> train_run.Run:
   c = tiny.config('shape', data_dir=tiny.data_dir())
   c.model.num_layers = 1
-  c.moe.update(dict(router='token', gmm='batched', capacity_factor=.75, **{f'{n}_loss_weight': f for n, f in WEIGHTS.items()}))
+  c.moe.update(dict(router='token', gmm='batched', capacity_factor=.75))
+  c.moe.update({f'{name}_loss_weight': weight for name, weight in WEIGHTS.items()})
   return train_run.build(c, jax.devices()[:1])
 
 
@@ -38,7 +40,8 @@ def _problem(accum: int):
 @functools.cache
 def _gradients(accum: int, weights: tuple = tuple(WEIGHTS.items())):
   spec, params, batch, sets, key = _problem(accum)
-  return small_model.jit(functools.partial(step.gradients, dataclasses.replace(spec, auxiliary=weights)))(params, batch, sets, key)
+  spec = dataclasses.replace(spec, auxiliary=weights)
+  return small_model.jit(functools.partial(step.gradients, spec))(params, batch, sets, key)
 
 
 def test_loss_weights_come_from_the_config():
@@ -82,17 +85,18 @@ def test_accumulation_includes_auxiliary_losses_of_micro_steps_and_target_sets()
   np.testing.assert_allclose(output.loss, total, rtol=1e-5)
   without = _gradients(2, ()).grads
   moved = 0
-  for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(output.grads), jax.tree.leaves(gradients), jax.tree.leaves(without)):
-    np.testing.assert_allclose(a, b, atol=2e-5, err_msg=optimizer.path_of(path))
-    moved += np.abs(np.asarray(a) - c).max() > 1e-3
+  gradients, without = by_path(gradients), by_path(without)
+  for path, g in by_path(output.grads).items():
+    np.testing.assert_allclose(g, gradients[path], atol=2e-5, err_msg=path)
+    moved += np.abs(np.asarray(g) - without[path]).max() > 1e-3
   assert moved > 3  # the comparison sees them
 
 
 def test_a_step_reports_drop_rate_and_expert_balance():
   for accum in (1, 2):
     extra = _gradients(accum).metrics
-    assert set(extra) == {'router/entropy', 'router/drop_rate', 'router/effective_experts', 'router/condition_overlap', 'router/balance',
-                          'router/importance', 'router/z'}
+    assert set(extra) == {f'router/{name}' for name in (
+        'entropy', 'drop_rate', 'effective_experts', 'condition_overlap', 'balance', 'importance', 'z')}
     assert 1 < extra['router/effective_experts'] <= 4 and 0 < extra['router/condition_overlap'] <= 1
     assert 0 < extra['router/drop_rate'] < 1 and 0 < extra['router/entropy'] <= np.log(2) + 1e-6
     assert extra['router/balance'] > 0
@@ -138,13 +142,15 @@ def test_usage_is_a_mean_over_layers_and_a_single_condition_overlaps_fully():
   coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
   collected = {'blocks': ({'router_stats': {'mlp': _output(coef)}},), 'tail': ()}
   metrics = router_metrics.metrics(collected)
-  assert float(metrics['router/effective_experts']) == pytest.approx(2) and float(metrics['router/condition_overlap']) == pytest.approx(.5)
+  assert float(metrics['router/effective_experts']) == pytest.approx(2)
+  assert float(metrics['router/condition_overlap']) == pytest.approx(.5)
   one = {'blocks': (), 'tail': ({'router_stats': {'mlp': _output(coef[0, :1])}},)}
   assert float(router_metrics.metrics(one)['router/condition_overlap']) == 1
 
 
 def test_tokens_of_a_condition_count_equally():
-  # Condition 0: 3 tokens on expert 0 and 1 on expert 1; condition 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1) have .25 in common.
+  # Condition 0: 3 tokens on expert 0 and 1 on expert 1; condition 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1)
+  # have .25 in common.
   usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.zero(2)).replace(
       tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
   metrics = router_metrics.metrics({'blocks': (), 'tail': ({'router_stats': {'mlp': usage}},)})

@@ -1,4 +1,4 @@
-"""The training step on three tasks at once: what moves, what stays, what is counted; what accumulation may not change."""
+"""The training step on three tasks at once: what changes, what is counted, and gradient accumulation."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout
 from uni_moe_jax.train import forward, optimizer, step
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.utils.tree_paths import by_path
 
 TASKS = ('shape', 'text', 'pair')
 FROZEN = ('blocks/block0/qkv/', 'tail/block0/ffn_router/gate', 'embed/patch$')
@@ -81,7 +82,7 @@ def _states():
 
 
 def _by_path(tree):
-  return {optimizer.path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {path: np.asarray(leaf) for path, leaf in by_path(tree).items()}
 
 
 def _assert_identical(a, b):
@@ -96,8 +97,7 @@ def _equal(a, b):
 
 
 def _frozen_paths():
-  return {path for path, rule in (
-      (optimizer.path_of(p), r) for p, r in jax.tree_util.tree_leaves_with_path(_run().param_groups)) if rule.frozen}
+  return optimizer.frozen_paths(_run().param_groups)
 
 
 def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
@@ -137,8 +137,8 @@ def test_the_total_is_the_weighted_sum_of_the_tasks():
 def test_metrics_of_a_step():
   first = _states()[1][0]
   assert set(first) == {
-      'grad_norm', 'learning_rate', 'nonfinite_streak', 'skipped_steps', 'router/entropy', 'router/effective_experts', 'router/condition_overlap',
-      'sampled_softmax/dropped_labels', 'loss/total',
+      'grad_norm', 'learning_rate', 'nonfinite_streak', 'skipped_steps', 'router/entropy', 'router/effective_experts',
+      'router/condition_overlap', 'sampled_softmax/dropped_labels', 'loss/total',
       *(f'{metric}/{name}' for metric in ('loss', 'accuracy') for name in TASKS)}
   assert first['learning_rate'] == np.float32(.005)  # half of the peak: a warm-up of two steps
   assert 0 < first['router/entropy'] < np.log(2)  # of two kept experts

@@ -14,7 +14,8 @@ def _sets(n=3000):
   text = np.broadcast_to(np.arange(3, dtype=np.int32)[None, :, None], (n, 3, 2))
   bucket = {'text': jnp.asarray(text), 'valid': jnp.ones((n, 3, 2), bool), 'count': jnp.asarray(count)}
   plain = {'text': jnp.zeros((4, 2), jnp.int32), 'valid': jnp.ones((4, 2), bool)}
-  return {'names': {'buckets': (bucket,), 'order': jnp.arange(n)}, 'plain': {'buckets': (plain,), 'order': jnp.arange(4)}}
+  names, plain = {'buckets': (bucket,), 'order': jnp.arange(n)}, {'buckets': (plain,), 'order': jnp.arange(4)}
+  return {'names': names, 'plain': plain}
 
 
 def test_every_synonym_is_equally_likely_and_drawn_anew_each_step():

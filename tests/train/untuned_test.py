@@ -54,7 +54,8 @@ def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('task, kind', [
-    ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow), ('digit_word', 'image_word')])
+    ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow),
+    ('digit_word', 'image_word')])
 def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   c = _zero_shot(f'run={run[0]},task={task}')
   assert c.tasks[task].type == kind
@@ -98,7 +99,8 @@ def test_a_task_router_takes_known_names_and_says_which_it_has_not(tmp_path):
   workdir.copy_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
   for task in ('digits', 'digit_question'):
     assert train_run.build(_zero_shot(f'run={tmp_path},task={task}'), jax.devices()[:1]).plan.probes
-  with pytest.raises(ValueError, match="router='task': .* has no embedding for image_word; it has .*Give the task type one of"):
+  message = "router='task': .* has no embedding for image_word; it has .*Give the task type one of"
+  with pytest.raises(ValueError, match=message):
     train_run.build(_zero_shot(f'run={tmp_path},task=digit_word'), jax.devices()[:1])
   known = _zero_shot(f'run={tmp_path},task=digit_word')
   known.task_types.image_word.router_task = 'classification'

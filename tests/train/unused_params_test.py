@@ -12,8 +12,9 @@ import optax
 import pytest
 
 from tests.helpers import small_model, tiny
-from uni_moe_jax.train import adam, optimizer, step, used_params
+from uni_moe_jax.train import adam, step, used_params
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.utils.tree_paths import by_path
 
 FROZEN = {'similarity/kernel', 'encoder/tail/block0/ffn_in/kernel'}
 
@@ -58,7 +59,8 @@ def _step():
     output = seen.pop()
     return state, metrics, output.grads, output.used_experts
 
-  state, metrics, grads, used_experts = small_model.jit(showing_its_gradients)(run.state_from(_params()), _batch(), run.target_sets())
+  state, metrics, grads, used_experts = small_model.jit(showing_its_gradients)(
+      run.state_from(_params()), _batch(), run.target_sets())
   return state, metrics, _by_path(grads), used_experts
 
 
@@ -70,7 +72,7 @@ def _used():
 
 
 def _by_path(tree):
-  return {optimizer.path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {path: np.asarray(leaf) for path, leaf in by_path(tree).items()}
 
 
 def _any(x, like):

@@ -14,7 +14,8 @@ from uni_moe_jax.model.heads import MAX_SCALE
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.train import optimizer, used_params
+from uni_moe_jax.train import used_params
+from uni_moe_jax.utils.tree_paths import by_path
 
 SUBLAYERS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/difference', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
@@ -25,15 +26,12 @@ TEXT = {'embed/position', 'embed/type'}
 def _spec(**changes):
   """Four experts; layers 0 and 1 are scanned, layer 2 is the tail. Every table there is, two temperatures."""
   return small_model.spec(
-      posemb='learned', modality_embedding=True, frame_differences=True, temperature_groups=('group', 'other'), **changes)
-
-
-def _paths(tree):
-  return {optimizer.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+      posemb='learned', modality_embedding=True, frame_differences=True, temperature_groups=('group', 'other'),
+      **changes)
 
 
 def _shapes(spec):
-  return {path: leaf.shape for path, leaf in _paths(small_model.params(spec)).items()}
+  return {path: leaf.shape for path, leaf in by_path(small_model.params(spec)).items()}
 
 
 # What layers 0, 1 and 2 chose: rows per expert. No two are alike.
@@ -49,7 +47,7 @@ def _used(contents=('head', 'target', 'text', 'visual'), temperatures=('group', 
   params = small_model.params(spec) if params is None else params
   used = jax.device_get(used_params.used_mask(spec, params, used_experts, contents, temperatures))
   assert jax.tree.structure(used) == jax.tree.structure(params)
-  return _paths(used)
+  return by_path(used)
 
 
 def _unused(**kw):
@@ -81,7 +79,8 @@ def test_used_experts_are_collected_by_the_encoder():
 
 
 @pytest.mark.parametrize('changes, experts', [
-    (dict(), set(SUBLAYERS.values())), (dict(sublayers=('mlp',)), {'mlp'}), (dict(router='dense', router_names=()), set())])
+    (dict(), set(SUBLAYERS.values())), (dict(sublayers=('mlp',)), {'mlp'}),
+    (dict(router='dense', router_names=()), set())])
 def test_parameters_with_an_expert_axis_belong_to_their_sublayer(changes, experts):
   spec = _spec(**changes)
   for path, shape in _shapes(spec).items():
@@ -147,7 +146,8 @@ def test_tables_of_a_modality_that_is_not_encoded_are_unused(modalities, unused)
     (('text', 'target', 'label_names'), {'embed/prompts/label_target'}),
     (('text', 'target', 'label_target'), {'embed/prompts/label_names'})])
 def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(contents, unused):
-  spec = small_model.spec(num_prefix_prompts=2, prompt_sharing='separate', label_prompts=(('names', 3), ('target', 2)), temperature_groups=())
+  spec = small_model.spec(num_prefix_prompts=2, prompt_sharing='separate', temperature_groups=(),
+                          label_prompts=(('names', 3), ('target', 2)))
   assert _unused(contents=contents, spec=spec) - VISUAL == unused
 
 

@@ -23,7 +23,8 @@ def test_equal_models_share_every_parameter():
 
 def test_prompts_heads_and_new_temperatures_start_fresh():
   old, new = small_model.spec(), small_model.spec(
-      num_deep_prompts=2, spe_bias=True, head=3, num_prefix_prompts=2, label_prompts=(('names', 3),), temperature_groups=('other',))
+      num_deep_prompts=2, spe_bias=True, head=3, num_prefix_prompts=2, label_prompts=(('names', 3),),
+      temperature_groups=('other',))
   params, fresh, dropped = _merged(new, old)
   assert dropped == ['log_scale_group']
   assert set(fresh) == {
@@ -45,7 +46,8 @@ def test_frame_differences_may_be_dropped_or_added():
 @pytest.mark.parametrize('changes, message', [
     (dict(router='dense'), r"runs/old has parameter 'encoder/.*_router/.*', this model has not"),
     (dict(posemb='frozen'), r"this model has parameter 'embed/spatial', runs/old has not; config\.model and"),
-    (dict(vocab_size=9), r"parameter 'embed/word' has shape \(23, 16\) in that run and \(9, 16\) in this model; .* the tokenizer"),
+    (dict(vocab_size=9),
+     r"parameter 'embed/word' has shape \(23, 16\) in that run and \(9, 16\) in this model; .* the tokenizer"),
     (dict(mlp_dim=8), r"'encoder/blocks/block0/ffn_in/bias' has shape")])
 def test_another_model_is_refused_by_name(changes, message):
   with pytest.raises(ValueError, match=rf"config\.train\.init='runs/old'.*{message}"):

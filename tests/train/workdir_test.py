@@ -120,7 +120,8 @@ def _started_with(tmp_path, **changed):
 
 
 @pytest.mark.parametrize('damage', [
-    {'versions': 3}, {'versions': {'jax': 3}}, {'versions': {'jax': None}}, {'versions': {'jax': '0.1'}, 'earlier_versions': 3}])
+    {'versions': 3}, {'versions': {'jax': 3}}, {'versions': {'jax': None}},
+    {'versions': {'jax': '0.1'}, 'earlier_versions': 3}])
 def test_versions_that_are_not_strings_are_damage(tmp_path, damage):
   _started_with(tmp_path)
   path = tmp_path / workdir.CONFIG_FILE
@@ -190,4 +191,5 @@ def test_a_file_system_without_locks_is_noted_and_used(tmp_path, monkeypatch, ca
   monkeypatch.setattr(workdir.fcntl, 'flock', no_locks)
   with contextlib.ExitStack() as stack:
     assert workdir.lock(tmp_path, stack)
-  assert 'cannot be locked (No locks available); make sure that no other process trains there' in capsys.readouterr().err
+  note = 'cannot be locked (No locks available); make sure that no other process trains there'
+  assert note in capsys.readouterr().err
