@@ -1,12 +1,12 @@
-"""Converts the authors' PyTorch checkpoints, both ways.
+"""Converts the authors' PyTorch checkpoints in both directions.
 
   python launch/convert.py --checkpoint=model.pth --config=configs/published.py --workdir=runs/converted \
       --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
   python launch/convert.py --workdir=runs/converted --output=model.pth
 
-The first makes a work directory whose step 0 has the checkpoint's parameters: launch/train.py and launch/evaluate.py with the
-same config and workdir go on from there. The second writes the newest parameters of a work directory in the published layout
-(averaged ones where the run keeps them). Both say what went where; the first also in conversion.json.
+The first command makes a work directory whose step 0 has the checkpoint's parameters; launch/train.py and launch/evaluate.py
+continue from it with the same config and workdir. The second writes the newest parameters of a work directory in the published
+layout (the averaged ones if the run has them). Both print a report; the first also writes it to conversion.json.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory.', required=True)
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'PyTorch file to read (torch or DeepSpeed layout).')
 _OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write.')
 
 
 def main() -> int:
   if (_CHECKPOINT.value is None) != (_CONFIG.value is None) or (_CHECKPOINT.value is None) == (_OUTPUT.value is None):
-    raise UsageError('give either --checkpoint=FILE --config=FILE (PyTorch to here) or --output=FILE (here to PyTorch).')
+    raise UsageError('use either --checkpoint=FILE --config=FILE (from PyTorch) or --output=FILE (to PyTorch).')
   return _from_torch() if _CHECKPOINT.value else _to_torch()
 
 
@@ -37,12 +37,12 @@ def _from_torch() -> int:
   from uni_moe_jax.train import run as train_run
   config = cli.config_of(_CONFIG)
   if (step := workdir.saved_step(_WORKDIR.value)) is not None:
-    raise UsageError(f'workdir {_WORKDIR.value} has a checkpoint of step {step} already; give another.')
+    raise UsageError(f'workdir {_WORKDIR.value} already has a checkpoint of step {step}; choose another.')
   workdir.claim_workdir(_WORKDIR.value, config)
   state, remarks = torch_file.read(_CHECKPOINT.value, config.model.modality_embedding)
   run = train_run.build(config)
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
-  # Only now is the folder this run's: after a failed conversion nobody can train from fresh parameters by mistake.
+  # Claim the folder only now, so that a failed conversion leaves nothing that could be trained from fresh parameters.
   workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
   workdir.copy_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
   with checkpoint.Checkpoints(_WORKDIR.value, config.train.max_to_keep) as checkpoints:

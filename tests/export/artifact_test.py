@@ -1,4 +1,4 @@
-"""The exported folder: what runs from it alone is what the trained model says, at every batch; what was changed is refused."""
+"""The exported folder reproduces the trained model at every batch size, and a changed folder is refused."""
 
 import collections
 import dataclasses
@@ -33,13 +33,13 @@ _BATCHES = (1, 3, 64)
 _ROWS = [dict(evaluator='captions', metric='exact_match', value=0.625, chance=1 / 3, baselines={'majority': 0.5}, standard_error=0.1,
               count=24, step=2, higher_is_better=True)]
 
-# Runs where this package, and all that only it needs, cannot be imported.
-_ELSEWHERE = '''
+# Runs in a process that cannot import this package and the libraries that only it needs.
+_SERVER = '''
 import sys
 class Blocker:
   def find_spec(self, name, path=None, target=None):
     if name.partition('.')[0] in ('uni_moe_jax', 'flax', 'optax', 'orbax', 'tensorflow', 'safetensors', 'torch', 'ml_collections'):
-      raise ImportError(f'{name} is not installed here')
+      raise ImportError(f'{name} is not installed')
 sys.meta_path.insert(0, Blocker())
 import jax, numpy as np, load, example, texts
 model = load.Model()
@@ -55,7 +55,7 @@ for n in %r:
   out[f'words{n}'] = np.stack(list(example.captions_word_by_word(model, 'caption', x['pixels'][:n])), axis=1)
   cache = model.run('caption', 'prefill', pixels=x['pixels'][:n])['cache']
   out[f'first{n}'] = model.run('caption', 'step', cache=cache, word=np.zeros(n, np.int32), t=np.int32(0))['log_p']
-out['names'] = model.run('shape', 'encode_text', **words.tokens(model.manifest['sets']['shapes']['texts'], 6))['features']
+out['names'] = model.run('shape', 'encode_text', **words.tokens(model.manifest['target_sets']['shapes']['texts'], 6))['features']
 out['captions'] = np.array(words.captions('caption', x['pixels'][:3]))
 out.update(text)
 np.savez(sys.argv[2], **out)
@@ -68,7 +68,7 @@ except ImportError as e:
 
 
 def _config():
-  """One task that sees pictures, trained in bfloat16, and two that are only asked: one program less to compile."""
+  """One image task trained in bfloat16 and two tasks without training, which saves a compilation."""
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
   c.model.dtype = 'bfloat16'
   c.tasks.caption.batch_size = 0
@@ -89,31 +89,31 @@ def _trained(tmp_path_factory):
     return workdir, run, jax.device_get(checkpoints.restore_params())
 
 
-def _collect(trained, dtype: str | None = 'float32', **options):
+def _contents(trained, dtype: str | None = 'float32', **options):
   _, run, params = trained
-  return contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype=dtype, **options)
+  return contents.make_contents(run.spec.model.spec, params, run.plan, run.data, dtype=dtype, **options)
 
 
 @pytest.fixture(name='exported', scope='module')
 def _exported(trained, tmp_path_factory):
-  """(folder, what is in it) of all tasks."""
-  found = _collect(trained, examples=2)
+  """(folder, its contents) of all tasks."""
+  exported = _contents(trained, num_examples=2)
   folder = tmp_path_factory.mktemp('artifact') / 'model'
-  artifact.write(folder, found, workdir_lib.provenance(trained[0], 2), _ROWS)
-  return folder, found
+  artifact.write(folder, exported, workdir_lib.provenance(trained[0], 2), _ROWS)
+  return folder, exported
 
 
-@pytest.fixture(name='elsewhere', scope='module')
-def _elsewhere(exported, tmp_path_factory):
-  """(pixels, arrays, output) of a process that has the folder alone."""
+@pytest.fixture(name='served', scope='module')
+def _served(exported, tmp_path_factory):
+  """(pixels, arrays, output) of a process that has only the folder."""
   pixels = np.random.default_rng(0).integers(0, 256, (max(_BATCHES), 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1), dtype=np.uint8)
-  here = tmp_path_factory.mktemp('elsewhere')
-  np.savez(here / 'in.npz', pixels=pixels)
+  folder = tmp_path_factory.mktemp('served')
+  np.savez(folder / 'in.npz', pixels=pixels)
   done = subprocess.run(
-      [sys.executable, '-c', _ELSEWHERE, here / 'in.npz', here / 'out.npz'], capture_output=True, text=True, cwd=exported[0],
+      [sys.executable, '-c', _SERVER, folder / 'in.npz', folder / 'out.npz'], capture_output=True, text=True, cwd=exported[0],
       timeout=300, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
-  return pixels, dict(np.load(here / 'out.npz')), done.stdout
+  return pixels, dict(np.load(folder / 'out.npz')), done.stdout
 
 
 @pytest.fixture(name='expected', scope='module')
@@ -122,27 +122,29 @@ def _expected(trained, exported):
   _, run, params = trained
   spec = _with_experts(trained)
   assert spec.num_experts == 4 and not spec.kernels and run.spec.model.spec.dtype == jnp.bfloat16
-  return Predictor(UniPerceiver(spec), params, exported[1].sets, run.data.tokenizer)
+  return Predictor(UniPerceiver(spec), params, exported[1].target_sets, run.data.tokenizer)
 
 
 @pytest.fixture(name='searched', scope='module')
-def _searched(trained, elsewhere, exported):
-  """Ids [64, n] that the evaluator's search finds with the experts."""
-  found = _found(trained, elsewhere[0], exported[1].features['words'], beam_size=2, length_penalty=1.0).tokens[:, 0]
-  assert len(set(map(tuple, found))) > 1  # else equality would prove little
-  return found
+def _searched(trained, served, exported):
+  """Token ids [64, n] of the evaluator's search with the experts."""
+  captions = _search(trained, served[0], exported[1].features['words'], beam_size=2, length_penalty=1.0)
+  tokens = captions.tokens[:, 0]
+  assert len(set(map(tuple, tokens))) > 1  # otherwise equality would prove little
+  return tokens
 
 
 @pytest.fixture(name='greedy', scope='module')
-def _greedy(trained, elsewhere, exported):
-  return _found(trained, elsewhere[0], exported[1].features['words'])
+def _greedy(trained, served, exported):
+  return _search(trained, served[0], exported[1].features['words'])
 
 
-def _found(trained, pixels, words, **ways) -> decoding.Captions:
+def _search(trained, pixels, words, **search) -> decoding.Captions:
   """Captions by the model with its experts."""
   task, (_, run, params), model = _task(trained, 'caption'), trained, UniPerceiver(_with_experts(trained))
-  ask = dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, max_len=task.max_len, **ways)
-  return jax.device_get(small_model.jit(lambda values: decoding.beam_search(model, values, task.type, pixels, words, **ask))(params))
+  search |= dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, max_len=task.max_len)
+  captions = small_model.jit(lambda values: decoding.beam_search(model, values, task.type, pixels, words, **search))
+  return jax.device_get(captions(params))
 
 
 def _with_experts(trained):
@@ -153,65 +155,67 @@ def _task(trained, name):
   return next(t for t in (*trained[1].plan.tasks, *trained[1].plan.probes) if t.name == name)
 
 
-def _close(found, expected, name=''):
-  assert found.shape == expected.shape, name
-  assert np.abs(found - expected).max() <= _BOUND * np.abs(expected).max(), name
+def _assert_close(actual, expected, name=''):
+  assert actual.shape == expected.shape, name
+  assert np.abs(actual - expected).max() <= _BOUND * np.abs(expected).max(), name
 
 
 @pytest.mark.slow
-def test_there_is_no_package_there(elsewhere):
-  assert 'uni_moe_jax is not installed here' in elsewhere[2]
+def test_the_folder_runs_without_this_package(served):
+  assert 'uni_moe_jax is not installed' in served[2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('batch', _BATCHES)
-def test_classes_are_those_of_the_model_with_experts(trained, elsewhere, expected, batch):
-  pixels, found, _ = elsewhere
+def test_class_probabilities_equal_those_of_the_model_with_experts(trained, served, expected, batch):
+  pixels, served_arrays, _ = served
   task = _task(trained, 'shape')
   features = expected.inputs(task.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
-  _close(found[f'shape{batch}'], expected.log_probabilities(features, task)[:batch, 0])
+  _assert_close(served_arrays[f'shape{batch}'], expected.log_probabilities(features, task)[:batch, 0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('batch', _BATCHES)
-def test_captions_are_those_of_the_evaluator_token_for_token(elsewhere, searched, batch):
-  np.testing.assert_array_equal(elsewhere[1][f'tokens{batch}'], searched[:batch])
+def test_captions_equal_those_of_the_evaluator_token_for_token(served, searched, batch):
+  np.testing.assert_array_equal(served[1][f'tokens{batch}'], searched[:batch])
 
 
 @pytest.mark.slow
-def test_captions_are_read_as_the_evaluator_reads_them(trained, elsewhere, searched, expected):
-  pixels, found, _ = elsewhere
-  said = expected.captions(_task(trained, 'caption'), pixels, beam_size=2, length_penalty=1.0)
-  assert found['captions'].tolist() == said[:3] == [trained[1].data.tokenizer.decode(row) for row in searched[:3]]
+def test_captions_are_decoded_as_by_the_evaluator(trained, served, searched, expected):
+  pixels, served_arrays, _ = served
+  captions = expected.captions(_task(trained, 'caption'), pixels, beam_size=2, length_penalty=1.0)
+  decoded = [trained[1].data.tokenizer.decode(row) for row in searched[:3]]
+  assert served_arrays['captions'].tolist() == captions[:3] == decoded
 
 
 @pytest.mark.slow
-def test_beams_and_penalty_of_the_evaluator_find_other_captions_than_greedy_ones(searched, greedy):
-  assert (searched != greedy.tokens[:, 0]).any()  # else captions that forget them would pass
+def test_search_options_of_the_evaluator_give_other_captions_than_greedy_search(searched, greedy):
+  assert (searched != greedy.tokens[:, 0]).any()  # otherwise captions that ignore them would pass
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('batch', _BATCHES)
-def test_words_one_by_one_are_the_greedy_captions(trained, elsewhere, greedy, batch):
-  found, eot = elsewhere[1], trained[1].data.tokenizer.eot
-  words, want = found[f'words{batch}'], greedy.tokens[:batch, 0]
+def test_streamed_words_equal_the_greedy_captions(trained, served, greedy, batch):
+  arrays, eot = served[1], trained[1].data.tokenizer.eot
+  words, want = arrays[f'words{batch}'], greedy.tokens[:batch, 0]
   np.testing.assert_array_equal(words, want[:, :words.shape[1]])
   assert (want[:, words.shape[1]:] == eot).all()
-  _close(found[f'first{batch}'].max(-1), greedy.log_p[:batch, 0, 0])
+  _assert_close(arrays[f'first{batch}'].max(-1), greedy.log_p[:batch, 0, 0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('batch', _BATCHES)
-def test_pairs_are_scored_as_by_the_model_with_experts(trained, elsewhere, expected, batch):
-  pixels, found, _ = elsewhere
+def test_pairs_have_the_scores_of_the_model_with_experts(trained, served, expected, batch):
+  pixels, served_arrays, _ = served
   task, tokenizer = _task(trained, 'pair'), trained[1].data.tokenizer
   image = expected.inputs(task.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})[:batch, 0]
   text = np.resize(expected.pairs(task.type, {**_texts(tokenizer), 'id': np.zeros(2, np.uint32)}), (batch, image.shape[-1]))
-  np.testing.assert_array_equal(found['text_valid'], np.resize(_texts(tokenizer)['target_valid'], found['text_valid'].shape))
-  _close(found[f'image{batch}'], np.asarray(normalize(image)), 'image')
-  _close(found[f'text{batch}'], np.asarray(normalize(text)), 'text')
+  text_valid = served_arrays['text_valid']
+  np.testing.assert_array_equal(text_valid, np.resize(_texts(tokenizer)['target_valid'], text_valid.shape))
+  _assert_close(served_arrays[f'image{batch}'], np.asarray(normalize(image)), 'image')
+  _assert_close(served_arrays[f'text{batch}'], np.asarray(normalize(text)), 'text')
   scale = np.exp(trained[2]['log_scale_image_retrieval'])
-  _close(found[f'scores{batch}'], scale * expected.similarities(image, text), 'scores')
+  _assert_close(served_arrays[f'scores{batch}'], scale * expected.similarities(image, text), 'scores')
 
 
 def _texts(tokenizer):
@@ -222,13 +226,13 @@ def _texts(tokenizer):
 
 
 @pytest.mark.slow
-def test_texts_of_a_set_encoded_there_are_the_features_that_lie_there(elsewhere, exported):
-  _close(elsewhere[1]['names'], exported[1].features['shapes'])
+def test_encoded_entries_of_a_target_set_equal_the_stored_features(served, exported):
+  _assert_close(served[1]['names'], exported[1].features['shapes'])
 
 
 @pytest.mark.slow
-def test_examples_have_the_answers_that_they_had_at_export(elsewhere, exported):
-  lines = [line for line in elsewhere[2].splitlines() if 'export' in line]
+def test_examples_have_the_same_answers_as_at_export(served, exported):
+  lines = [line for line in served[2].splitlines() if 'export' in line]
   assert len(lines) == len(exported[1].answers) == 2
   assert all(line.endswith('as at export') for line in lines)
 
@@ -240,92 +244,92 @@ def test_a_changed_byte_in_any_file_is_detected(exported):
   files = [p for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts]
   assert {p.name for p in files} >= {'manifest.json', 'SHA256SUMS', 'load.py', 'README.md', 'params.safetensors', 'tokenizer.model'}
   sums = (folder / 'SHA256SUMS').read_bytes()
-  places = [(folder / 'SHA256SUMS', i) for i in (*range(64, 80), sums.index(b'\n'), len(sums) - 1)]
-  for path, i in [(p, int(rng.integers(p.stat().st_size))) for p in files if p.stat().st_size] + places:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << int(rng.integers(8)))]) + whole[i + 1:])
-    with pytest.raises(ValueError, match='is not what was exported'):
+  positions = [(folder / 'SHA256SUMS', i) for i in (*range(64, 80), sums.index(b'\n'), len(sums) - 1)]
+  for path, i in [(p, int(rng.integers(p.stat().st_size))) for p in files if p.stat().st_size] + positions:
+    content = path.read_bytes()
+    path.write_bytes(content[:i] + bytes([content[i] ^ (1 << int(rng.integers(8)))]) + content[i + 1:])
+    with pytest.raises(ValueError, match='differs from the exported file'):
       load.verify(folder)
-    path.write_bytes(whole)
+    path.write_bytes(content)
   load.verify(folder)
 
 
-def test_a_list_of_files_that_is_cut_off_is_refused(exported):
+def test_a_truncated_list_of_files_is_refused(exported):
   folder, _ = exported
   load, sums = shipped.module(folder), (folder / 'SHA256SUMS').read_bytes()
   try:
     for end in [0, *(i + 1 for i, byte in enumerate(sums[:-1]) if byte == ord('\n'))]:
       (folder / 'SHA256SUMS').write_bytes(sums[:end])
-      with pytest.raises(ValueError, match=r'SHA256SUMS does not name \S+: it is empty, cut off or changed'):
+      with pytest.raises(ValueError, match=r'SHA256SUMS does not list \S+: it is empty, truncated or changed'):
         load.verify(folder)
   finally:
     (folder / 'SHA256SUMS').write_bytes(sums)
   assert load.verify(folder) == json.loads((folder / 'manifest.json').read_text())
 
 
-def test_an_artifact_that_lacks_a_file_is_refused(exported):
+def test_a_folder_that_lacks_a_file_is_refused(exported):
   folder, _ = exported
-  (folder / 'config').write_text('')  # what was not exported does not matter
+  (folder / 'config').write_text('')  # additional files are ignored
   shipped.module(folder).verify(folder)
-  (folder / 'tokenizer.model').rename(folder / 'elsewhere')
+  (folder / 'tokenizer.model').rename(folder / 'renamed')
   try:
-    with pytest.raises(ValueError, match='tokenizer.model is not what was exported'):
+    with pytest.raises(ValueError, match='tokenizer.model differs from the exported file'):
       shipped.module(folder).Model(folder)
   finally:
-    (folder / 'elsewhere').rename(folder / 'tokenizer.model')
+    (folder / 'renamed').rename(folder / 'tokenizer.model')
 
 
-def test_a_newer_format_is_refused(exported, tmp_path):
-  (tmp_path / 'manifest.json').write_text((exported[0] / 'manifest.json').read_text().replace('"format": 1', '"format": 2'))
-  with pytest.raises(ValueError, match=r'has format 2, and this loader reads up to 1: use the load\.py that lies in the folder'):
+def test_another_format_is_refused(exported, tmp_path):
+  (tmp_path / 'manifest.json').write_text((exported[0] / 'manifest.json').read_text().replace('"format": 2', '"format": 3'))
+  with pytest.raises(ValueError, match=r'has format 3, and this loader reads format 2: use the load\.py of that folder'):
     shipped.module(exported[0]).Model(tmp_path)
 
 
-def test_the_card_says_what_it_is_and_where_it_comes_from(trained, exported):
-  folder, found = exported
+def test_the_card_describes_model_and_provenance(trained, exported):
+  folder, exported_contents = exported
   text = (folder / 'README.md').read_text()
   config = json.loads((trained[0] / 'config.json').read_text())
-  for said in ('Trained with router attribute, 4 experts', 'merged for good', '4 kernels', '2 layers, width 16',
-               'float32 products are whole float32', 'with products in bfloat16 (here float32', '### shape', '### pair',
-               '`classify`: pixels uint8[b, 1, 16, 16, 1]', 'bar, disc, star', 'captions   exact', '0.625', config['data'],
+  for part in ('Trained with router attribute, 4 experts', 'merged permanently', '4 kernels', '2 layers, width 16',
+               'products are full float32', 'with products in bfloat16 (here float32', '### shape', '### pair',
+               '`classify`: pixels uint8[b, 1, 16, 16, 1]', 'bar, disc, star', 'captions   exact_match', '0.625', config['data'],
                'seed: 0', 'step: 2', 'trained by commit', hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
-    assert said in text, said
+    assert part in text, part
   listed = {line.partition('  ')[2] for line in (folder / 'SHA256SUMS').read_text().splitlines()}
-  assert listed >= {'README.md', 'manifest.json', 'load.py', 'texts.py', 'example.py', 'params.safetensors', 'sets.safetensors',
+  assert listed >= {'README.md', 'manifest.json', 'load.py', 'texts.py', 'example.py', 'params.safetensors', 'target_sets.safetensors',
                     'tokenizer.model'}
   assert all(name in text for name in listed - {'README.md'})
-  # Pictures, texts of names and of pairs, captions' pictures, captions' words.
-  assert found.spec.num_experts == 4 and found.spec.router == 'attribute'
+  # Images, texts of names and of pairs, images of captions, words of captions.
+  assert exported_contents.spec.num_experts == 4 and exported_contents.spec.router == 'attribute'
 
 
-def test_nothing_names_the_machine_that_exported(trained, exported):
-  # Programs would hold the places in source files that their operations come from, and the config where data lies.
-  places = [str(p).encode() for p in (pathlib.Path(artifact.__file__).parents[2], trained[0], tiny.data_dir())]
+def test_no_file_names_folders_of_the_exporting_machine(trained, exported):
+  # Programs could contain source locations, and the config folders of data.
+  folders = [str(p).encode() for p in (pathlib.Path(artifact.__file__).parents[2], trained[0], tiny.data_dir())]
   for path in [p for p in sorted(exported[0].rglob('*')) if p.is_file() and '__pycache__' not in p.parts]:
-    assert not [p for p in places if p in path.read_bytes()], path
+    assert not [p for p in folders if p in path.read_bytes()], path
 
 
 def test_equal_programs_are_one_file(exported):
-  # Attribute bits of pictures are the same in classification and in retrieval.
+  # Attribute bits of images are the same in classification and in retrieval.
   manifest = json.loads((exported[0] / 'manifest.json').read_text())
   files = {task: manifest['tasks'][task]['programs']['encode']['file'] for task in ('shape', 'pair')}
   assert len(set(files.values())) == 1
 
 
-def test_the_orbax_checkpoint_holds_the_same_parameters(exported):
-  folder, found = exported
+def test_the_orbax_checkpoint_has_the_same_parameters(exported):
+  folder, exported_contents = exported
   with ocp.StandardCheckpointer() as checkpointer:
-    restored = checkpointer.restore(folder / 'orbax', jax.tree.map(np.zeros_like, found.params))
+    restored = checkpointer.restore(folder / 'orbax', jax.tree.map(np.zeros_like, exported_contents.params))
   stored = loader.tensors(folder / 'params.safetensors')
   for path, x in by_path(restored).items():
     np.testing.assert_array_equal(stored[path], x)
-  assert set(stored) == set(by_path(param_shapes(UniPerceiver(found.spec))))
+  assert set(stored) == set(by_path(param_shapes(UniPerceiver(exported_contents.spec))))
 
 
 @pytest.fixture(name='dense', scope='module')
 def _dense(trained):
-  """Contents of the export of one condition: pictures among fixed names."""
-  return _collect(trained, tasks=['shape'], fixed_sets=True)
+  """Contents of the export of one condition: images with baked targets."""
+  return _contents(trained, tasks=['shape'], bake_targets=True)
 
 
 def _dense_model(trained):
@@ -333,9 +337,9 @@ def _dense_model(trained):
   return UniPerceiver(dataclasses.replace(_with_experts(trained), router='dense', router_names=()))
 
 
-def _lowered(model, asked, name='classify'):
+def _lowered(model, exported, name='classify'):
   params = by_path(param_shapes(model))
-  return artifact.lowered(programs.programs(model, asked, 2, 3)[name], params), params
+  return artifact.lowered(programs.programs(model, exported, 2, 3)[name], params), params
 
 
 def _operations(exported) -> collections.Counter:
@@ -347,41 +351,42 @@ def _flops(exported, params) -> float:
   return jax.jit(exported.call).lower(params, shapes).compile().cost_analysis()['flops']
 
 
-def test_what_is_computed_at_export_has_whole_float32_products(trained, monkeypatch):
+def test_computation_at_export_has_full_float32_products(trained, monkeypatch):
   seen = []
 
-  def note(function):
-    def noted(*args, **kwargs):
+  def recorded(function):
+    def wrapped(*args, **kwargs):
       seen.append((function.__name__, jax.config.jax_default_matmul_precision))
       return function(*args, **kwargs)
-    return noted
+    return wrapped
 
-  monkeypatch.setattr(contents, 'merged', note(contents.merged))
-  monkeypatch.setattr(Predictor, 'target_set', note(Predictor.target_set))
-  _collect(trained, tasks=['shape'], fixed_sets=True)
+  monkeypatch.setattr(contents, 'merged', recorded(contents.merged))
+  monkeypatch.setattr(Predictor, 'target_set', recorded(Predictor.target_set))
+  _contents(trained, tasks=['shape'], bake_targets=True)
   assert set(seen) == {('target_set', 'highest'), ('merged', 'highest')}
 
 
-def test_one_condition_leaves_the_program_of_a_dense_model(trained, dense):
-  (found, params), (theirs, _) = (_lowered(m, dense.asked[0]) for m in (UniPerceiver(dense.spec), _dense_model(trained)))
-  with_experts, _ = _lowered(UniPerceiver(_with_experts(trained)), dense.asked[0])
-  assert _operations(found) == _operations(theirs) and sum(_operations(found).values()) > 100
-  assert _operations(found) != _operations(with_experts)
-  assert _flops(found, params) == _flops(theirs, params) > 1e4
+def test_one_condition_gives_the_program_of_a_dense_model(trained, dense):
+  models = UniPerceiver(dense.spec), _dense_model(trained)
+  (merged, params), (plain, _) = (_lowered(model, dense.tasks[0]) for model in models)
+  with_experts, _ = _lowered(UniPerceiver(_with_experts(trained)), dense.tasks[0])
+  assert _operations(merged) == _operations(plain) and sum(_operations(merged).values()) > 100
+  assert _operations(merged) != _operations(with_experts)
+  assert _flops(merged, params) == _flops(plain, params) > 1e4
 
 
-def test_one_condition_leaves_the_parameters_and_the_file_of_a_dense_model(trained, dense, tmp_path):
-  theirs = by_path(param_shapes(_dense_model(trained)))
-  found = by_path(dense.params)
-  assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in theirs.items()}
-  artifact.save(tmp_path / 'found', found)
-  artifact.save(tmp_path / 'theirs', {k: np.zeros(x.shape, x.dtype) for k, x in theirs.items()})
-  assert (tmp_path / 'found').stat().st_size == (tmp_path / 'theirs').stat().st_size
-  assert sum(x.size for x in found.values()) < sum(x.size for x in jax.tree.leaves(trained[2])) / 2
+def test_one_condition_gives_the_parameters_and_the_file_size_of_a_dense_model(trained, dense, tmp_path):
+  plain = by_path(param_shapes(_dense_model(trained)))
+  merged = by_path(dense.params)
+  assert {k: x.shape for k, x in merged.items()} == {k: x.shape for k, x in plain.items()}
+  artifact.save(tmp_path / 'merged', merged)
+  artifact.save(tmp_path / 'plain', {k: np.zeros(x.shape, x.dtype) for k, x in plain.items()})
+  assert (tmp_path / 'merged').stat().st_size == (tmp_path / 'plain').stat().st_size
+  assert sum(x.size for x in merged.values()) < sum(x.size for x in jax.tree.leaves(trained[2])) / 2
 
 
-def test_one_condition_has_its_place_in_the_published_dense_layout(dense, tmp_path):
-  # The run's groups are called as their kinds; there is one of the exported task alone, by its published name.
+def test_one_condition_is_written_in_the_published_dense_layout(dense, tmp_path):
+  # The run names temperature groups by task type; the file has only that of the exported task, by its published name.
   artifact.write(tmp_path / 'model', dense, {'name': 'mine'}, [], torch=True)
   state, _ = torch_file.read(tmp_path / 'model/model.pth')
   assert 'fused_encoder.layers.1.self_attn.in_proj_weight' in state and not any('expert' in k or 'gate' in k for k in state)
@@ -390,11 +395,11 @@ def test_one_condition_has_its_place_in_the_published_dense_layout(dense, tmp_pa
   jax.tree.map(np.testing.assert_array_equal, back, {**kept, 'log_scale_img_cls': dense.params['log_scale_image_classification']})
 
 
-def test_an_unknown_task_is_answered_with_near_names(trained):
+def test_an_unknown_task_is_reported_with_near_names(trained):
   with pytest.raises(ValueError, match="no task 'shapes'; did you mean 'shape'"):
-    _collect(trained, tasks=['shapes'])
+    _contents(trained, tasks=['shapes'])
 
 
-def test_a_folder_that_is_there_is_not_overwritten(exported):
-  with pytest.raises(ValueError, match='is there already'):
+def test_an_existing_folder_is_not_overwritten(exported):
+  with pytest.raises(ValueError, match='exists; choose another'):
     artifact.write(exported[0], exported[1], {}, [])

@@ -1,4 +1,4 @@
-"""A merged model gives what the model with experts gives, for every task kind, and nothing of its routers is left."""
+"""A merged model equals the model with experts for every task type and has no routers."""
 
 import dataclasses
 import functools
@@ -17,16 +17,16 @@ from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path
 
 _BOUND = 1e-5  # relative, float32
-_KINDS = tuple(task_types.TASK_TYPES)
+_TASK_TYPES = tuple(task_types.TASK_TYPES)
 _PAIR = task_types.TASK_TYPES['image_retrieval'].pair_condition
 _TARGETS = (_PAIR, *task_types.families().values())
 
 
 @functools.cache
 def _sequences():
-  """Inputs of every kind, paired texts and both families of sets. Clips have one frame: fewer shapes to compile."""
+  """Inputs of every task type, paired texts and both target families. Videos have one frame: fewer shapes to compile."""
   pixels = {'pixels': small_model.sequence('image_caption').pixels}
-  inputs = [small_model.sequence(k, **(pixels if k.visual else {})) for k in task_types.TASK_TYPES.values()]
+  inputs = [small_model.sequence(t, **(pixels if t.visual else {})) for t in task_types.TASK_TYPES.values()]
   return tuple(inputs + [small_model.target(c) for c in _TARGETS])
 
 
@@ -36,13 +36,13 @@ def _conditions():
 
 @functools.cache
 def _spec(router: str, **changes):
-  """Prompts take the condition of their sequence; one router is enough to see that."""
+  """A spec; with prompts for one router, which is enough to test that prompts use the condition of their sequence."""
   return small_model.spec(router, num_deep_prompts=2 if router == 'attribute' else 0, **changes)
 
 
 @functools.cache
 def _features(spec, conditions=None):
-  """Features [B, R, D] per sequence, of the model (conditions None) or of what is left of it."""
+  """Features [B, R, D] per sequence, of the model (conditions None) or of the merged model."""
   values = small_model.params(spec)
   if conditions is not None:
     spec, values = merge.merged(spec, values, conditions)
@@ -60,29 +60,29 @@ def _distance(a, b) -> float:
 
 class MergedModelTest(parameterized.TestCase):
 
-  def test_every_task_kind_has_the_features_of_the_model_with_experts(self):
+  def test_every_task_type_has_the_features_of_the_model_with_experts(self):
     self._compare('attribute')
 
   @parameterized.parameters('task', 'modality')
   @pytest.mark.slow
-  def test_every_task_kind_has_them_with_other_routers(self, router):
+  def test_every_task_type_has_them_with_other_routers(self, router):
     self._compare(router)
 
   def _compare(self, router):
-    found, expected = _features(_spec(router), _conditions()), _features(_spec(router))
-    for name, a, b in zip((*_KINDS, 'pair', *task_types.families()), found, expected, strict=True):
+    merged, expected = _features(_spec(router), _conditions()), _features(_spec(router))
+    for name, a, b in zip((*_TASK_TYPES, 'pair', *task_types.families()), merged, expected, strict=True):
       self.assertLess(_distance(a, b), _BOUND, name)
 
-  def test_the_kernels_of_other_conditions_give_something_else(self):
-    # The control of the test above: it would see one wrong kernel.
+  def test_kernels_of_other_conditions_give_other_features(self):
+    # A control of the test above: it would detect a wrong kernel.
     spec, values = merge.merged(_spec('attribute'), small_model.params(_spec('attribute')), _conditions())
-    swapped = dataclasses.replace(spec, kernels=tuple((row, (k + 1) % spec.num_experts) for row, k in spec.kernels))
+    swapped = dataclasses.replace(spec, kernels=tuple((name, (k + 1) % spec.num_experts) for name, k in spec.kernels))
     for a, b in zip(_encoded(swapped, values), _features(_spec('attribute'))):
       self.assertGreater(_distance(a, b), 1e-2)
 
   @parameterized.parameters(('attribute', 7), ('task', 8), ('modality', 2))
-  def test_there_is_one_kernel_per_distinct_row(self, router, kernels):
-    # Attributes: six published rows and vqa's question; picture rows of vqa and captions are one. Tasks: six and two families.
+  def test_there_is_one_kernel_per_distinct_condition(self, router, kernels):
+    # Attributes: six published conditions and vqa's question; images of vqa and captions share one. Tasks: six and two families.
     spec, values = merge.merged(_spec(router), small_model.params(_spec(router)), _conditions())
     self.assertEqual(spec.num_experts, kernels)
     self.assertEqual(sorted({k for _, k in spec.kernels}), list(range(kernels)))
@@ -91,14 +91,14 @@ class MergedModelTest(parameterized.TestCase):
     self.assertEqual(shapes, {path: s.shape for path, s in by_path(param_shapes(UniPerceiver(spec))).items()})
     self.assertFalse([path for path in shapes if 'router' in path])
 
-  def test_what_serves_no_texts_of_a_set_has_shapes_too(self):
-    # Captions among fixed words: a model has its parameters whichever conditions it was merged for.
+  def test_a_model_without_texts_of_target_sets_has_the_same_shapes(self):
+    # Captions with baked words: the parameters do not depend on the merged conditions.
     conditions = task_types.TASK_TYPES['image_caption'].conditions
     spec, values = merge.merged(_spec('attribute'), small_model.params(_spec('attribute')), conditions)
     shapes = {path: leaf.shape for path, leaf in by_path(values).items()}
     self.assertEqual({path: s.shape for path, s in by_path(param_shapes(UniPerceiver(spec))).items()}, shapes)
 
-  def test_a_condition_that_was_not_asked_for_is_named(self):
+  def test_a_condition_that_was_not_merged_is_named(self):
     spec, values = merge.merged(_spec('attribute'), small_model.params(_spec('attribute')), _TARGETS)
     with self.assertRaisesRegex(ValueError, r'no kernel for 10011000 \(classification, visual\); it has 10010110, 11010110'):
       jax.eval_shape(lambda v: small_model.encode(spec, [small_model.sequence('image_classification')], values=v), values)
@@ -108,7 +108,7 @@ class DenseTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('attribute', 'all'), ('attribute', 'every_2'), ('task', 'all'), ('modality', (0, 1)))
-  def test_one_condition_leaves_a_dense_model(self, router, placement):
+  def test_one_condition_gives_a_dense_model(self, router, placement):
     trained = small_model.spec(router, placement=placement)
     conditions = task_types.TASK_TYPES['image_classification'].conditions
     spec, values = merge.merged(trained, small_model.params(trained), conditions)
@@ -117,16 +117,16 @@ class DenseTest(parameterized.TestCase):
     self.assertEqual(jax.tree.map(lambda x: (x.shape, x.dtype), values), jax.tree.map(lambda x: (x.shape, x.dtype), dense))
 
   def test_it_has_the_features_of_the_model_with_experts(self):
-    # Layers lie otherwise in a model with experts in every other layer: two of them are a period.
+    # With experts in every other layer two layers form a period, unlike in a dense model.
     trained = small_model.spec('attribute', placement='every_2', num_layers=4)
     sequence = (small_model.sequence('image_classification'),)
-    found = _encoded(*merge.merged(trained, small_model.params(trained), sequence[0].layout.conditions), sequence)
-    self.assertLess(_distance(found[0], _encoded(trained, small_model.params(trained), sequence)[0]), _BOUND)
+    features = _encoded(*merge.merged(trained, small_model.params(trained), sequence[0].layout.conditions), sequence)
+    self.assertLess(_distance(features[0], _encoded(trained, small_model.params(trained), sequence)[0]), _BOUND)
 
-  def test_kinds_of_one_row_are_one_condition(self):
-    # Attribute bits of pictures to be classified and to be retrieved are the same; the task router tells them apart.
-    kinds = task_types.TASK_TYPES['image_classification'], task_types.TASK_TYPES['image_retrieval']
-    conditions = tuple(c for k in kinds for c in k.conditions)
+  def test_task_types_of_one_router_input_are_one_condition(self):
+    # Attribute bits of images are the same in classification and retrieval; the task router separates them.
+    types = task_types.TASK_TYPES['image_classification'], task_types.TASK_TYPES['image_retrieval']
+    conditions = tuple(c for t in types for c in t.conditions)
     for router, kernels in (('attribute', ()), ('modality', ()), ('task', (('classification', 0), ('retrieval', 1)))):
       spec = small_model.spec(router)
       self.assertEqual(merge.merged(spec, small_model.params(spec), conditions)[0].kernels, kernels)
@@ -141,15 +141,15 @@ class DenseTest(parameterized.TestCase):
     block['ffn_router']['gate'] = block['ffn_router']['gate'].at[1, 0].set(np.log(3))
     block['ffn_in']['kernel'] = jnp.stack([jnp.full((16, 24), 1.0), jnp.full((16, 24), 5.0)])
     block['ffn_in']['bias'] = jnp.stack([jnp.full(24, 8.0), jnp.full(24, 0.0)])
-    _, found = merge.merged(spec, values, task_types.TASK_TYPES['image_classification'].conditions)
-    np.testing.assert_allclose(found['encoder']['tail']['block0']['ffn_in']['kernel'], np.full((16, 24), 2.0), rtol=1e-5)
-    np.testing.assert_allclose(found['encoder']['tail']['block0']['ffn_in']['bias'], np.full(24, 6.0), rtol=1e-5)
+    _, merged = merge.merged(spec, values, task_types.TASK_TYPES['image_classification'].conditions)
+    np.testing.assert_allclose(merged['encoder']['tail']['block0']['ffn_in']['kernel'], np.full((16, 24), 2.0), rtol=1e-5)
+    np.testing.assert_allclose(merged['encoder']['tail']['block0']['ffn_in']['bias'], np.full(24, 6.0), rtol=1e-5)
 
 
 class GroupsTest(absltest.TestCase):
 
-  def test_rows_whose_coefficients_coincide_share_a_kernel(self):
-    # With K = 1 a coefficient is 1 whatever the gate's value, so that rows which choose the same experts coincide.
+  def test_conditions_with_equal_coefficients_share_a_kernel(self):
+    # With K = 1 every coefficient is 1, so conditions with the same expert have equal coefficients.
     spec = small_model.spec('task', top_k=1, num_experts=2, num_layers=1)
     values = jax.tree.map(jnp.zeros_like, small_model.params(spec))
     block = values['encoder']['tail']['block0']
@@ -161,14 +161,14 @@ class GroupsTest(absltest.TestCase):
       block[part]['norm']['scale'] = jnp.ones(16)
       block[part]['gate'] = jnp.zeros((16, 2)).at[0, 1].set(1.0)
     conditions = _conditions()
-    found, _ = merge.merged(spec, values, conditions)
-    self.assertEqual(found.num_experts, 2)
-    self.assertEqual({row for row, k in found.kernels if k == dict(found.kernels)['mlm']}, {'mlm'})
+    merged, _ = merge.merged(spec, values, conditions)
+    self.assertEqual(merged.num_experts, 2)
+    self.assertEqual({name for name, k in merged.kernels if k == dict(merged.kernels)['mlm']}, {'mlm'})
     self.assertEqual(merge.merged(spec, values, tuple(c for c in conditions if c.task != 'mlm'))[0].router, 'dense')
 
-  def test_a_router_that_looks_at_tokens_cannot_be_merged(self):
+  def test_a_router_by_token_cannot_be_merged(self):
     spec = small_model.spec('token')
-    with self.assertRaisesRegex(ValueError, "router='token' cannot be merged: every token"):
+    with self.assertRaisesRegex(ValueError, "router='token' cannot be merged: it selects experts per token"):
       merge.merged(spec, small_model.params(spec), _conditions())
 
 

@@ -1,4 +1,4 @@
-"""Programs of every readout, and of models whose routers look at tokens, give what the model gives, at any batch."""
+"""Programs of every readout, and of models with routers by token, equal the model at any batch size."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from tests.helpers import small_model
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.export import programs
-from uni_moe_jax.export.programs import Asked
+from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model import batching, decoding, heads
 from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -22,9 +22,9 @@ from uni_moe_jax.utils.tree_paths import by_path
 _RNG = np.random.default_rng(0)
 
 
-def _task(kind: str, head: bool = False) -> TaskSpec:
+def _task(task_type: str, head: bool = False) -> TaskSpec:
   return TaskSpec(
-      name='task', type=task_types.TASK_TYPES[kind], group='', source='', split='', batch_size=1, loss_weight=1.0, sampling_weight=0.0,
+      name='task', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1, loss_weight=1.0, sampling_weight=0.0,
       temperature='group', target_set='set', label_column='', caption_templates=(), template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0,
       linear_head=head)
 
@@ -34,10 +34,10 @@ def _pixels(batch: int) -> np.ndarray:
 
 
 @functools.cache
-def _program(spec, asked: Asked, name: str):
-  """Inputs → outputs of a program, as it is read from a file."""
+def _program(spec, task: ExportedTask, name: str):
+  """Inputs → outputs of a program after serialization."""
   params = by_path(small_model.params(spec))
-  program = programs.programs(UniPerceiver(spec), asked, small_model.SPE, small_model.EOT)[name]
+  program = programs.programs(UniPerceiver(spec), task, small_model.SPE, small_model.EOT)[name]
   exported = jax.export.deserialize(program.lowered(params).serialize())
   assert exported.platforms == ('cpu', 'cuda', 'tpu')
   call = small_model.jit(exported.call)
@@ -47,14 +47,14 @@ def _program(spec, asked: Asked, name: str):
 class ReadoutTest(parameterized.TestCase):
 
   @parameterized.parameters(('text_mlm', False), ('vqa', True))
-  def test_classify_is_the_models_own(self, kind, head):
+  def test_classify_equals_the_model(self, task_type, head):
     spec = small_model.spec('dense', head=5 if head else 0)
-    task, V = _task(kind, head), 5 if head else small_model.VOCABULARY
+    task, V = _task(task_type, head), 5 if head else small_model.VOCABULARY
     fields = {'pixels': _pixels(3)} if task.type.visual else {}
     fields |= {'text': _RNG.integers(2, small_model.VOCABULARY, (3, 4)).astype(np.int32), 'text_valid': np.ones((3, 4), bool),
                'position': _RNG.integers(0, 4, (3, 1 if head else 2)).astype(np.int32)}
     targets = _RNG.normal(size=(V, 16)).astype(np.float32)
-    found = _program(spec, Asked(task, 1, V), 'classify')(**fields, targets=targets)['log_p']
+    log_p = _program(spec, ExportedTask(task, 1, V), 'classify')(**fields, targets=targets)['log_p']
 
     @small_model.jit
     def expected(values, fields, targets):
@@ -66,30 +66,30 @@ class ReadoutTest(parameterized.TestCase):
       return UniPerceiver(spec).apply({'params': values}, method=run)
 
     want = np.asarray(expected(small_model.params(spec), fields, targets))
-    self.assertEqual(found.shape, (3, V) if head else (3, 2, V))
-    np.testing.assert_allclose(found, want[:, 0] if head else want, rtol=1e-5, atol=1e-5)
+    self.assertEqual(log_p.shape, (3, V) if head else (3, 2, V))
+    np.testing.assert_allclose(log_p, want[:, 0] if head else want, rtol=1e-5, atol=1e-5)
 
 
 class PrecisionTest(parameterized.TestCase):
 
   @parameterized.parameters('classify', 'caption')
-  def test_float32_products_are_whole_on_every_platform(self, name):
-    # By default GPUs would multiply TF32 and TPUs bfloat16, and what a program was lowered with is fixed.
+  def test_float32_products_are_full_on_every_platform(self, name):
+    # By default GPUs multiply in TF32 and TPUs in bfloat16; lowering fixes the precision of a program.
     self.assertEqual(_products(jnp.float32, name), {('f32', True)})
 
-  def test_who_asks_for_bfloat16_asks_for_speed(self):
+  def test_bfloat16_programs_have_default_precision(self):
     self.assertEqual(_products(jnp.bfloat16, 'classify'), {('bf16', False), ('f32', False)})
 
 
 def _products(dtype, name: str) -> set[tuple[str, bool]]:
-  """(type, whether they are whole) of the products in a program."""
+  """(dtype, whether they have the highest precision) of the products in a program."""
   spec = small_model.spec('dense', dtype=jnp.dtype(dtype))
-  asked = Asked(_task('image_caption' if name == 'caption' else 'image_classification'), 1, small_model.VOCABULARY)
-  program = programs.programs(UniPerceiver(spec), asked, small_model.SPE, small_model.EOT)[name]
+  task = ExportedTask(_task('image_caption' if name == 'caption' else 'image_classification'), 1, small_model.VOCABULARY)
+  program = programs.programs(UniPerceiver(spec), task, small_model.SPE, small_model.EOT)[name]
   lines = program.lowered(by_path(param_shapes(UniPerceiver(spec)))).mlir_module().splitlines()
-  found = [line for line in lines if 'stablehlo.dot_general' in line]
-  assert len(found) > 5
-  return {(re.search(r'tensor<[?\dx]*(\w+)>', line)[1], 'precision = [HIGHEST, HIGHEST]' in line) for line in found}
+  products = [line for line in lines if 'stablehlo.dot_general' in line]
+  assert len(products) > 5
+  return {(re.search(r'tensor<[?\dx]*(\w+)>', line)[1], 'precision = [HIGHEST, HIGHEST]' in line) for line in products}
 
 
 class TokenRouterTest(parameterized.TestCase):
@@ -97,22 +97,22 @@ class TokenRouterTest(parameterized.TestCase):
   @parameterized.parameters('token', 'context')
   def test_decoding_lowers_for_every_platform(self, router):
     spec = small_model.spec(router, gmm='tiled')
-    found = programs.programs(UniPerceiver(spec), Asked(_task('image_caption'), 1, 23), small_model.SPE, small_model.EOT)
-    self.assertEqual(found['step'].lowered(by_path(small_model.params(spec))).platforms, programs.PLATFORMS)
+    by_name = programs.programs(UniPerceiver(spec), ExportedTask(_task('image_caption'), 1, 23), small_model.SPE, small_model.EOT)
+    self.assertEqual(by_name['step'].lowered(by_path(small_model.params(spec))).platforms, programs.PLATFORMS)
 
   @pytest.mark.slow
-  def test_captions_of_a_context_model_are_its_own_at_any_batch(self):
+  def test_captions_of_a_context_model_equal_the_model_at_any_batch_size(self):
     spec, task = small_model.spec('context', gmm='tiled'), _task('image_caption')
     words = heads.normalize(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
-    call = _program(spec, Asked(task, 1, small_model.VOCABULARY, beams=2), 'caption')
+    call = _program(spec, ExportedTask(task, 1, small_model.VOCABULARY, beam_size=2), 'caption')
     run = small_model.jit(lambda values, pixels: decoding.beam_search(
         UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE, eot=small_model.EOT,
         max_len=4, beam_size=2))
     want = jax.device_get(run(small_model.params(spec), _pixels(3)))
-    found = call(pixels=_pixels(3), targets=words)
-    np.testing.assert_array_equal(found['tokens'], want.tokens[:, 0])
-    np.testing.assert_allclose(found['score'], want.scores[:, 0], rtol=1e-5)
-    np.testing.assert_array_equal(call(pixels=_pixels(3)[:1], targets=words)['tokens'], found['tokens'][:1])
+    captions = call(pixels=_pixels(3), targets=words)
+    np.testing.assert_array_equal(captions['tokens'], want.tokens[:, 0])
+    np.testing.assert_allclose(captions['score'], want.scores[:, 0], rtol=1e-5)
+    np.testing.assert_array_equal(call(pixels=_pixels(3)[:1], targets=words)['tokens'], captions['tokens'][:1])
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What an export tells about where its parameters come from: enough to find them again, and nothing of the machine."""
+"""The provenance of an export identifies the origin of its parameters without naming folders of the machine."""
 
 import json
 
@@ -7,10 +7,11 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.train import workdir
 
 
-def _told(folder, files=None, **fields):
+def _provenance(folder, files=None, **fields):
   c = tiny.config('shape', data_dir='/home/me/prepared')
   for section, changes in fields.items():
-    c[section].update(changes)
+    for name, value in changes.items():
+      c[section][name] = value
   folder = folder / 'mine'
   workdir.claim_workdir(folder, c, 'print')
   for name, content in (files or {}).items():
@@ -19,27 +20,27 @@ def _told(folder, files=None, **fields):
 
 
 def test_a_run_from_scratch_is_its_own_origin(tmp_path):
-  told = _told(tmp_path, {'run.json': {'commit': 'abc'}})
-  assert told['name'] == 'mine' and told['step'] == 7 and told['seed'] == 0 and told['data (fingerprint)'] == 'print'
-  assert told['trained by commit'] == 'abc' and not {'started from', 'converted from'} & set(told)
+  provenance = _provenance(tmp_path, {'run.json': {'commit': 'abc'}})
+  assert provenance['name'] == 'mine' and provenance['step'] == 7 and provenance['seed'] == 0 and provenance['data (fingerprint)'] == 'print'
+  assert provenance['trained by commit'] == 'abc' and not {'started from', 'converted from'} & set(provenance)
 
 
 def test_a_warm_started_run_names_the_run_it_started_from(tmp_path):
-  told = _told(tmp_path, train={'init': '/home/me/runs/quickstart'})
-  assert told['started from'] == 'quickstart'
+  provenance = _provenance(tmp_path, train={'init': '/home/me/runs/quickstart'})
+  assert provenance['started from'] == 'quickstart'
 
 
 def test_a_converted_checkpoint_is_named_with_its_checksum(tmp_path):
-  told = _told(tmp_path, {'conversion.json': {'checkpoint': '/home/me/model.pth', 'sha256': '12ab'}})
-  assert told['converted from'] == 'model.pth (sha256 12ab)' and told['trained by commit'] == 'unknown'
+  provenance = _provenance(tmp_path, {'conversion.json': {'checkpoint': '/home/me/model.pth', 'sha256': '12ab'}})
+  assert provenance['converted from'] == 'model.pth (sha256 12ab)' and provenance['trained by commit'] == 'unknown'
 
 
-def test_of_files_and_folders_only_their_name_is_told(tmp_path):
-  told = _told(tmp_path, tokenizer={'merges': '/home/me/merges.txt.gz', 'file': '/home/me/tokenizer.model'},
-               train={'init': '/home/me/runs/quickstart'}, sets={
+def test_files_and_folders_are_reduced_to_their_names(tmp_path):
+  provenance = _provenance(tmp_path, tokenizer={'merges_path': '/home/me/merges.txt.gz', 'path': '/home/me/tokenizer.model'},
+               train={'init': '/home/me/runs/quickstart'}, target_sets={
                    'shapes': config_lib.target_set('file:/home/me/names.tsv', family='names'),
-                   'colours': config_lib.target_set(('file:a/red', 'b/c'), family='names')})
-  assert {name: s['entries'] for name, s in told['config']['target_sets'].items()} == {
-      'shapes': 'file:names.tsv', 'colours': ['file:a/red', 'b/c']}
-  assert told['config']['data']['dir'] == 'prepared' and told['config']['tokenizer']['merges'] == 'merges.txt.gz'
-  assert '/home/me' not in json.dumps(told)
+                   'colors': config_lib.target_set(('file:a/red', 'b/c'), family='names')})
+  assert {name: s['entries'] for name, s in provenance['config']['target_sets'].items()} == {
+      'shapes': 'file:names.tsv', 'colors': ['file:a/red', 'b/c']}
+  assert provenance['config']['data']['dir'] == 'prepared' and provenance['config']['tokenizer']['merges_path'] == 'merges.txt.gz'
+  assert '/home/me' not in json.dumps(provenance)

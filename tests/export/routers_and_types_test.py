@@ -1,4 +1,4 @@
-"""Exported models of other routers and types."""
+"""Exported models with other routers and dtypes."""
 
 import itertools
 
@@ -19,26 +19,27 @@ from uni_moe_jax.train import run as train_run
     pytest.param('token', 'float32', 1e-5, marks=pytest.mark.slow),
     pytest.param('context', 'float32', 1e-5, marks=pytest.mark.nightly),
     pytest.param('attribute', 'bfloat16', 0.05, marks=pytest.mark.slow)])
-def test_routers_that_look_at_tokens_go_along_and_products_can_be_bfloat16(tmp_path, router, dtype, bound):
+def test_routers_by_token_are_exported_and_products_can_be_bfloat16(tmp_path, router, dtype, bound):
   c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
   c.moe.router, c.model.dtype = router, dtype
   run = train_run.build(c, jax.devices()[:1])
   shapes, rng = run.shapes.params, np.random.default_rng(0)
   params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), shapes)
-  found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype=dtype)
-  artifact.write(tmp_path / 'model', found, {'name': 'mine', 'jax': 'any'}, [])
+  exported = contents.make_contents(run.spec.model.spec, params, run.plan, run.data, dtype=dtype)
+  artifact.write(tmp_path / 'model', exported, {'name': 'mine', 'jax': 'any'}, [])
   card = (tmp_path / 'model/README.md').read_text()
-  assert (f'Its router ({router}) looks at tokens' in card) == (router != 'attribute')
+  assert (f'Its router ({router}) is by token' in card) == (router != 'attribute')
   assert f'products in {dtype}' in card and 'was not evaluated' in card
 
   model = shipped.module(tmp_path / 'model').Model(tmp_path / 'model')
-  expected = Predictor(UniPerceiver(contents.portable(run.spec.model.spec, 'float32')), params, found.sets, run.data.tokenizer)
+  spec = contents.portable(run.spec.model.spec, 'float32')
+  expected = Predictor(UniPerceiver(spec), params, exported.target_sets, run.data.tokenizer)
   for task in run.plan.tasks:
     [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5)
     features = expected.inputs(task.type, fields)
     wanted = {'encode': ('features', normalize(features)), 'classify': ('log_p', expected.log_probabilities(features, task))}
     inputs = {name: fields[name] for name in model.manifest['tasks'][task.name]['programs']['encode']['inputs']}
-    if not task.type.visual:  # what is no word says nothing, whatever stands there
+    if not task.type.visual:  # padding has no influence
       more = ('text', 7), ('text_valid', False)
       inputs |= {name: np.pad(inputs[name], ((0, 0), (0, 2)), constant_values=x) for name, x in more}
     for batch, (program, (output, want)) in itertools.product((5, 2), wanted.items()):

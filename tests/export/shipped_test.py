@@ -1,4 +1,4 @@
-"""The modules that are shipped inside an exported folder are short, and import what a server has."""
+"""The modules inside an exported folder are short and import only what a server has."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""Texts of an exported model: templates filled, and captions written, as in training."""
+"""Texts of an exported model: templates are filled and captions are decoded as in training."""
 
 import gzip
 import json
@@ -21,10 +21,10 @@ _LONG = 'a small shape moves over every line and returns its value'
 
 
 def _texts(folder: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path, template: str = '', tokens=()) -> Texts:
-  """Texts of a model with one task, which answers with the same ids whatever it is asked."""
-  manifest = {'tasks': {'answer': {'template': template, 'length': _LENGTH}},
+  """Texts of a model with one task, which always returns the same ids."""
+  manifest = {'tasks': {'answer': {'template': template, 'max_len': _LENGTH}},
               'tokenizer': artifact.write_tokenizer(folder, tokenizer, file)}
-  manifest = json.loads(json.dumps(manifest))  # as it comes out of its file
+  manifest = json.loads(json.dumps(manifest))  # as read from its file
   return Texts(types.SimpleNamespace(manifest=manifest, folder=folder, run=lambda *_, **__: {'tokens': np.array(tokens)}))
 
 
@@ -35,18 +35,18 @@ def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
   file = pathlib.Path(tiny.tokenizer_file())
   tokenizer = SentencePieceTokenizer(file)
   words = _texts(tmp_path, tokenizer, file, template)
-  found = words.fill('answer', **{name: x for name, x in (('text_a', a), ('text_b', b)) if name in template})
+  filled = words.fill('answer', **{name: x for name, x in (('text_a', a), ('text_b', b)) if name in template})
   row, slot = fill_template(tokenizer, template, {'text_a': tokenizer.encode(a), 'text_b': tokenizer.encode(b)}, _LENGTH)
-  assert found['text'].tolist() == [row] and found['position'].tolist() == [[slot]]
-  assert found['text_valid'].tolist() == [[True] * len(row)]
-  assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the room that the last leaves
+  assert filled['text'].tolist() == [row] and filled['position'].tolist() == [[slot]]
+  assert filled['text_valid'].tolist() == [[True] * len(row)]
+  assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the tokens that the last leaves
 
 
-def test_captions_in_clips_vocabulary_are_read_without_a_library(tmp_path, monkeypatch):
+def test_captions_in_clips_vocabulary_are_decoded_without_a_library(tmp_path, monkeypatch):
   file = tmp_path / 'merges.txt.gz'
   file.write_bytes(gzip.compress(b'#version: a test\nt h\nth e</w>\n'))
   tokenizer = ClipTokenizer(file)
-  # The first byte of the third is no character together with what follows; the last ends at once.
+  # The first bytes of the third are not a valid character; the last ends at once.
   rows = [tokenizer.encode('The theatre, Анна!'), [tokenizer.spe, *tokenizer.encode('dé')], [132, 7, 0], [tokenizer.eot]]
   tokens = [(row + [tokenizer.eot, 5, 5, 5] * 9)[:24] for row in rows]
   folder = tmp_path / 'model'
@@ -54,8 +54,9 @@ def test_captions_in_clips_vocabulary_are_read_without_a_library(tmp_path, monke
   for library in ('sentencepiece', 'ftfy', 'regex', 'tokenizers'):
     monkeypatch.setitem(sys.modules, library, None)  # an import of it fails
   words = _texts(folder, tokenizer, file, tokens=tokens)
-  said = words.captions('answer', None)
-  assert said == [tokenizer.decode(row) for row in tokens] and said[0] == 'the theatre , анна !' and '\ufffd' in said[2]
+  captions = words.captions('answer', None)
+  assert captions == [tokenizer.decode(row) for row in tokens]
+  assert captions[0] == 'the theatre , анна !' and '\ufffd' in captions[2]
   assert (folder / 'tokenizer.txt.gz').read_bytes() == file.read_bytes()
-  with pytest.raises(ValueError, match=rf'make the ids of .* yourself \(tokenizer.txt.gz holds the merges\).* {tokenizer.eot}\.'):
+  with pytest.raises(ValueError, match=rf'tokenize your texts with the merges of tokenizer.txt.gz .* {tokenizer.eot}\.'):
     words.tokens(['a text'], 8)

@@ -1,4 +1,4 @@
-"""Files of the authors' kind: three layouts are read, nothing in them is executed, damage is named."""
+"""The authors' checkpoint files: three layouts are read, no code in them is executed, and damage is reported."""
 
 import collections
 import os
@@ -37,12 +37,12 @@ def _equal(a, b):
 ], ids=['torch', 'deepspeed', 'plain', 'distributed'])
 def test_each_layout_gives_the_same_arrays(tmp_path, wrap):
   state = _state()
-  found, remarks = torch_file.read(_save(tmp_path / 'a.pth', state, wrap))
-  _equal(found, state)
+  arrays, remarks = torch_file.read(_save(tmp_path / 'a.pth', state, wrap))
+  _equal(arrays, state)
   assert not remarks
 
 
-def test_what_is_written_is_read_again_and_is_whole(tmp_path):
+def test_a_written_file_is_read_back_unchanged(tmp_path):
   state = _state()
   torch_file.write(tmp_path / 'new' / 'a.pth', state)
   _equal(torch_file.read(tmp_path / 'new' / 'a.pth')[0], state)
@@ -52,9 +52,9 @@ def test_what_is_written_is_read_again_and_is_whole(tmp_path):
 
 def test_half_precision_becomes_float32(tmp_path):
   torch.save({'model': {'a': torch.tensor([1.5, 2.], dtype=torch.bfloat16)}}, tmp_path / 'a.pth')
-  found, _ = torch_file.read(tmp_path / 'a.pth')
-  assert found['a'].dtype == np.float32
-  np.testing.assert_array_equal(found['a'], [1.5, 2.])
+  arrays, _ = torch_file.read(tmp_path / 'a.pth')
+  assert arrays['a'].dtype == np.float32
+  np.testing.assert_array_equal(arrays['a'], [1.5, 2.])
 
 
 _OLD = [('fused_encoder.', 'encoder.'), ('loss_prepare.', 'predictor.'), ('.gamma_1', '.attention_output.residual_scale'),
@@ -66,7 +66,7 @@ _OLD = [('fused_encoder.', 'encoder.'), ('loss_prepare.', 'predictor.'), ('.gamm
 
 
 def _aged(state):
-  """The names of the older code."""
+  """A state dict with the names of the older code."""
   out = {}
   for key, value in state.items():
     for new, old in _OLD:
@@ -76,32 +76,32 @@ def _aged(state):
 
 
 @pytest.mark.parametrize('router, changes', [('attribute', {}), ('attribute', {'placement': 'every_2'}), ('dense', {})])
-def test_older_names_are_todays_in_models_with_and_without_experts(tmp_path, router, changes):
+def test_older_names_are_renamed_in_models_with_and_without_experts(tmp_path, router, changes):
   state = _state(router, **changes)
   assert not set(_aged(state)) & {k for k in state if k.startswith(('fused', 'loss'))}
-  found, remarks = torch_file.read(_save(tmp_path / 'a.pt', _aged(state), lambda t: {'module': t}))
-  _equal(found, {k: v for k, v in state.items() if k != 'video_embed.embeddings_type.weight'})  # the bias has taken it over
+  arrays, remarks = torch_file.read(_save(tmp_path / 'a.pt', _aged(state), lambda t: {'module': t}))
+  _equal(arrays, {k: v for k, v in state.items() if k != 'video_embed.embeddings_type.weight'})  # it was added to the bias
   assert 'dropped' in remarks['visual_embed.weight']
 
 
 @pytest.mark.parametrize('keep', [False, True])
-def test_older_files_added_a_type_to_pictures_which_the_bias_takes_over(tmp_path, keep):
+def test_the_visual_type_of_older_files_is_added_to_the_bias(tmp_path, keep):
   state = _state()
   state['video_embed.embeddings_type.weight'] = np.full((1, 16), .5, np.float32)
-  found, _ = torch_file.read(_save(tmp_path / 'a.pt', _aged(state)), keep_visual_type=keep)
-  np.testing.assert_allclose(found['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'] + (0 if keep else .5))
-  assert ('video_embed.embeddings_type.weight' in found) == keep
+  arrays, _ = torch_file.read(_save(tmp_path / 'a.pt', _aged(state)), keep_visual_type=keep)
+  np.testing.assert_allclose(arrays['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'] + (0 if keep else .5))
+  assert ('video_embed.embeddings_type.weight' in arrays) == keep
 
 
-def test_files_of_todays_code_keep_their_bias(tmp_path):
+def test_files_of_current_code_keep_their_bias(tmp_path):
   state = _state()
   state['video_embed.embeddings_type.weight'] = np.full((1, 16), .5, np.float32)
-  found, _ = torch_file.read(_save(tmp_path / 'a.pt', state))
-  np.testing.assert_array_equal(found['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'])
+  arrays, _ = torch_file.read(_save(tmp_path / 'a.pt', state))
+  np.testing.assert_array_equal(arrays['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'])
 
 
 class _Bomb:
-  """Reading this with an ordinary unpickler makes a file."""
+  """Unpickling this without restrictions makes a file."""
 
   def __init__(self, path):
     self.path = path
@@ -115,7 +115,7 @@ def test_a_file_with_code_is_refused_by_name_and_not_executed(tmp_path, zipped):
   mark = tmp_path / 'executed'
   torch.save({'model': {'a': torch.ones(2)}, 'args': _Bomb(str(mark))}, tmp_path / 'a.pth',
              _use_new_zipfile_serialization=zipped)
-  with pytest.raises(LayoutError, match=r'needs .*open.* to be read.*nothing was executed'):
+  with pytest.raises(LayoutError, match=r'needs .*open.*, which could execute code: refused, and nothing was executed'):
     torch_file.read(tmp_path / 'a.pth')
   assert not mark.exists()
   torch.load(tmp_path / 'a.pth', weights_only=False)
@@ -128,24 +128,24 @@ class _Other(_Bomb):
     return os.mkdir, (self.path,)
 
 
-def test_an_older_file_with_two_kinds_of_code_names_both(tmp_path):
+def test_an_older_file_with_two_calls_names_both(tmp_path):
   torch.save({'model': {'a': torch.ones(2)}, 'x': _Bomb(str(tmp_path / 'x')), 'y': _Other(str(tmp_path / 'y'))},
              tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
-  with pytest.raises(LayoutError, match=r'needs .*open, posix\.mkdir to be read'):
+  with pytest.raises(LayoutError, match=r'needs .*open, posix\.mkdir, which could execute code'):
     torch_file.read(tmp_path / 'a.pth')
   assert not (tmp_path / 'x').exists() and not (tmp_path / 'y').exists()
 
 
-def test_a_folder_is_named_with_the_file_that_it_may_hold(tmp_path):
-  with pytest.raises(LayoutError, match='is a folder; give the file in it, such as mp_rank_00'):
+def test_a_folder_is_refused_with_the_usual_file_name(tmp_path):
+  with pytest.raises(LayoutError, match='is a folder; choose a file in it, such as mp_rank_00'):
     torch_file.read(tmp_path)
 
 
 @pytest.mark.parametrize('target', ['folder', 'file/a.pth'])
-def test_an_output_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, target):
+def test_an_output_that_cannot_be_written_is_named_and_leaves_no_file(tmp_path, target):
   (tmp_path / 'folder' / 'full').mkdir(parents=True)
   (tmp_path / 'file').write_text('')
-  with pytest.raises(LayoutError, match=r'cannot be written .*; give another --output'):
+  with pytest.raises(LayoutError, match=r'cannot be written .*; choose another --output'):
     torch_file.write(tmp_path / target, _state())
   assert sorted(os.listdir(tmp_path)) == ['file', 'folder']
 
@@ -159,22 +159,22 @@ def test_a_plain_pickle_with_code_is_refused_and_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize('share', [.0, .3, .9, .999])
-def test_a_file_that_is_cut_off_is_named(tmp_path, share):
-  whole = _save(tmp_path / 'a.pth', _state()).read_bytes()
-  (tmp_path / 'b.pth').write_bytes(whole[:int(share * len(whole))])
-  with pytest.raises(LayoutError, match=r'b\.pth is no PyTorch checkpoint, or is'):
+def test_a_truncated_file_is_named(tmp_path, share):
+  content = _save(tmp_path / 'a.pth', _state()).read_bytes()
+  (tmp_path / 'b.pth').write_bytes(content[:int(share * len(content))])
+  with pytest.raises(LayoutError, match=r'b\.pth is not a PyTorch checkpoint, or is'):
     torch_file.read(tmp_path / 'b.pth')
 
 
 @pytest.mark.parametrize('content, message', [
-    ({}, 'holds no parameters'), ({'model': {'a': 3}}, "'a' is no named tensor"),
-    ({3: torch.ones(1)}, '3 is no named tensor'), ([1, 2], 'holds no parameters')])
+    ({}, 'has no parameters'), ({'model': {'a': 3}}, "'a' is not a named tensor"),
+    ({3: torch.ones(1)}, '3 is not a named tensor'), ([1, 2], 'has no parameters')])
 def test_a_file_without_parameters_is_named(tmp_path, content, message):
   torch.save(content, tmp_path / 'a.pth')
   with pytest.raises(LayoutError, match=message):
     torch_file.read(tmp_path / 'a.pth')
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match='none.pth is not there'):
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='none.pth does not exist'):
     torch_file.read(tmp_path / 'none.pth')

@@ -1,4 +1,4 @@
-"""The published state dict and our tree: one place for everything, in both directions, and an error that names what is wrong."""
+"""The published state dict and our tree convert in both directions, and errors name the key and the field to change."""
 
 import re
 
@@ -16,17 +16,17 @@ _MODELS = [name.removeprefix('weights_') for name in fixtures.cases('state_dict'
 
 
 @pytest.mark.parametrize('model', _MODELS)
-def test_there_and_back_every_array_is_the_same_bit_for_bit(model):
+def test_a_round_trip_reproduces_every_array_bit_for_bit(model):
   state, spec = fixtures.weights(model), fixtures.model_spec(model)
-  params, there = torch_layout.from_torch(state, spec)
+  params, read = torch_layout.from_torch(state, spec)
   back, made = torch_layout.to_torch(params, spec)
   assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.items()}
   for key, value in state.items():
-    if key not in there.dropped or 'embeddings_norm' in key:
+    if key not in read.dropped or 'embeddings_norm' in key:
       np.testing.assert_array_equal(back[key], value, key)
       assert back[key].dtype == value.dtype
-  # What was dropped is what is made, each for a stated reason; gates come back as zeros.
-  assert set(there.dropped) == set(made.made)
+  # The keys that were dropped are made again; gates are zeros.
+  assert set(read.dropped) == set(made.made)
   for key in made.made:
     assert 'embeddings_norm' in key or not back[key].any(), key
 
@@ -41,20 +41,20 @@ def test_every_parameter_is_filled_and_every_key_accounted_for(model):
 
 
 @pytest.mark.parametrize('changes', [dict(num_prefix_prompts=2), dict(label_prompts=(('names', 3),)), dict(frame_differences=True)])
-def test_prompts_that_are_tokens_and_changes_of_frames_have_no_place_there(changes):
+def test_prompt_tokens_and_frame_differences_are_refused(changes):
   spec = small_model.spec(temperature_groups=(), **changes)
-  with pytest.raises(LayoutError, match='prefix_prompts, frame_differences and label_prompts of a set have no place'):
+  with pytest.raises(LayoutError, match='does not support config.model.num_prefix_prompts, config.model.frame_differences and label_prompts'):
     torch_layout.to_torch(small_model.params(spec), spec)
 
 
-def test_a_side_without_prompts_has_no_key_there():
+def test_targets_without_prompts_have_no_key():
   keys = {sides: {e.key for e in torch_layout.entries(small_model.spec(num_deep_prompts=2, prompt_sharing=sides, temperature_groups=()))
                   if 'prompt' in e.key} for sides in ('shared', 'inputs', 'separate')}
   assert keys['inputs'] == keys['shared'] == {f'fused_encoder.layers.{i}.deep_prompt_embedding.embedding.weight' for i in range(3)}
   assert len(keys['separate']) == 6
 
 
-def test_plain_layers_of_a_model_with_experts_have_names_of_their_own():
+def test_plain_layers_of_a_model_with_experts_have_their_own_names():
   keys = {e.key for e in torch_layout.entries(small_model.spec(placement='every_2', temperature_groups=()))}
   assert 'fused_encoder.layers.0.self_attn.qkv_proj.experts.deepspeed_experts.3.weight' in keys
   assert {'fused_encoder.layers.1.self_attn.qkv_proj.weight', 'fused_encoder.layers.1.linear2.bias'} <= keys
@@ -63,23 +63,23 @@ def test_plain_layers_of_a_model_with_experts_have_names_of_their_own():
   assert {'fused_encoder.layers.1.self_attn.in_proj_weight', 'fused_encoder.layers.1.self_attn.out_proj.bias'} <= dense
 
 
-def test_a_packed_qkv_is_cut_into_queries_keys_values_then_heads():
+def test_a_packed_qkv_is_split_into_queries_keys_values_then_heads():
   # D = 4, two heads of 2: row 5 of the packed matrix is keys' row 1, head 0, dimension 1.
   spec = small_model.spec('dense', width=4, num_heads=2)
   packed = np.arange(48, dtype=np.float32).reshape(12, 4)
-  ours = torch_layout.QKV.ours(packed, spec)
+  ours = torch_layout.QKV.to_jax(packed, spec)
   assert ours.shape == (4, 3, 2, 2)
   np.testing.assert_array_equal(ours[:, 1, 0, 1], packed[5])
   np.testing.assert_array_equal(ours[:, 2, 1, 0], packed[10])
-  np.testing.assert_array_equal(torch_layout.QKV.theirs(ours, spec), packed)
+  np.testing.assert_array_equal(torch_layout.QKV.to_torch(ours, spec), packed)
 
 
-def test_a_convolution_becomes_rows_by_row_column_and_colour():
+def test_a_convolution_becomes_rows_by_row_column_and_channel():
   spec = small_model.spec('dense', width=4, patch_size=2, channels=3)
   convolution = np.arange(48, dtype=np.float32).reshape(4, 3, 2, 2)
-  ours = torch_layout.PATCH.ours(convolution, spec)
+  ours = torch_layout.PATCH.to_jax(convolution, spec)
   np.testing.assert_array_equal(ours[(1 * 2 + 0) * 3 + 2], convolution[:, 2, 1, 0])
-  np.testing.assert_array_equal(torch_layout.PATCH.theirs(ours, spec), convolution)
+  np.testing.assert_array_equal(torch_layout.PATCH.to_torch(ours, spec), convolution)
 
 
 def _small(router: str = 'attribute', **changes):
@@ -90,8 +90,8 @@ def _small(router: str = 'attribute', **changes):
 
 @pytest.mark.parametrize('router, changes', [
     ('attribute', {}), ('attribute', {'placement': 'every_2'}), ('attribute', {'placement': (1,)}), ('dense', {}),
-    ('attribute', {'parts': ('mlp',)}), ('attribute', {'visual_type': True}), ('attribute', {'spatial': 'sincos'})])
-def test_our_tree_survives_the_way_there_and_back(router, changes):
+    ('attribute', {'sublayers': ('mlp',)}), ('attribute', {'modality_embedding': True}), ('attribute', {'posemb': 'sincos2d'})])
+def test_a_round_trip_reproduces_our_tree(router, changes):
   spec, state = _small(router, **changes)
   params, _ = torch_layout.from_torch(state, spec)
   jax.tree.map(np.testing.assert_array_equal, params, small_model.params(spec))
@@ -106,21 +106,21 @@ _KEY = 'fused_encoder.layers.2.linear1.experts.deepspeed_experts.1.weight'
 
 @pytest.mark.parametrize('change, message', [
     (lambda s: _without(s, _KEY), f'the checkpoint lacks {_KEY}: the model is attribute, 3 layers, 4 experts'),
-    (lambda s: {**s, 'head.weight': np.zeros(3)}, 'it has head.weight, which the model has no place for'),
-    (lambda s: {**s, _KEY: np.zeros((25, 16))}, f'{_KEY} has shape (25, 16), the model wants (24, 16): set config.model.mlp_dim'),
+    (lambda s: {**s, 'head.weight': np.zeros(3)}, 'it has head.weight, which the model does not have'),
+    (lambda s: {**s, _KEY: np.zeros((25, 16))}, f'{_KEY} has shape (25, 16), the model needs (24, 16): set config.model.mlp_dim'),
     (lambda s: {**s, 'token_embed.embeddings.weight': np.zeros((9, 16))}, 'another vocabulary (config.tokenizer)'),
-    (lambda s: {**s, 'token_embed.embeddings.weight': np.zeros((23, 8))}, 'the model wants (23, 16): set config.model.width'),
+    (lambda s: {**s, 'token_embed.embeddings.weight': np.zeros((23, 8))}, 'the model needs (23, 16): set config.model.width'),
     (lambda s: {**s, 'fused_encoder.layers.0.self_attn.dense.experts.deepspeed_experts.0.weight': np.zeros((32, 8))},
-     'has shape (32, 8), the model wants (16, 16)'),  # as many numbers, and no such matrix
-    (lambda s: {**s, 'video_embed.embeddings.weight': np.zeros((16, 4, 2, 2))}, 'the model wants (16, 1, 4, 4)'),
-    (lambda s: {**s, _KEY: np.full_like(s[_KEY], np.nan)}, f'{_KEY} holds values that are not finite'),
+     'has shape (32, 8), the model needs (16, 16)'),  # the same size but another shape
+    (lambda s: {**s, 'video_embed.embeddings.weight': np.zeros((16, 4, 2, 2))}, 'the model needs (16, 1, 4, 4)'),
+    (lambda s: {**s, _KEY: np.full_like(s[_KEY], np.nan)}, f'{_KEY} has values that are not finite'),
     (lambda s: {**s, 'fused_encoder.layers.9.linear2.gate.wg.weight': np.zeros((4, 16))}, 'layers.9.linear2.gate.wg.weight, which'),
     (lambda s: {**s, 'video_embed.embeddings_norm.bias': np.ones(16)}, 'SHARE_LAYERNORM False'),
     (lambda s: {**s, 'video_embed.embeddings_st_pos.spatial_pos_embed.weight': np.zeros((5, 16))}, 'both must be squares'),
 ])
 def test_a_checkpoint_that_does_not_fit_is_named(change, message):
   spec, state = _small()
-  torch_layout.from_torch(state, spec)  # as it is, it fits
+  torch_layout.from_torch(state, spec)  # fits before the change
   with pytest.raises(ValueError, match=re.escape(message)):
     torch_layout.from_torch(change(state), spec)
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_architecture_is_refused():
     torch_layout.from_torch(dense, spec)
 
 
-def test_a_table_that_is_not_the_fixed_one_needs_a_parameter():
+def test_a_table_other_than_the_fixed_one_needs_a_parameter():
   spec, state = _small(posemb='sincos2d')
   key = 'video_embed.embeddings_st_pos.spatial_pos_embed.weight'
   np.testing.assert_array_equal(state[key], sincos_table(2, 16))
@@ -139,7 +139,7 @@ def test_a_table_that_is_not_the_fixed_one_needs_a_parameter():
     torch_layout.from_torch({**state, key: state[key] + .1}, spec)
 
 
-def test_temperatures_that_nobody_uses_are_dropped_by_name_and_made_anew():
+def test_unused_temperatures_are_dropped_by_name_and_made_again():
   spec, state = _small()
   params, report = torch_layout.from_torch({**state, 'loss_prepare.logit_scale_img_cls': np.float32(1)}, spec)
   assert 'config.model.extra_temperature_groups' in report.dropped['loss_prepare.logit_scale_img_cls']
@@ -152,17 +152,17 @@ def test_position_tables_of_another_size_are_interpolated():
   smaller, _ = _small(max_num_frames=2)
   params, report = torch_layout.from_torch(state, smaller)
   old = state['video_embed.embeddings_st_pos.temporal_pos_embed.weight']
-  # Two rows from four: each is the middle of two.
+  # Two rows from four: each is the mean of two.
   np.testing.assert_allclose(params['embed']['temporal'], [(old[0] + old[1]) / 2, (old[2] + old[3]) / 2], rtol=1e-5, atol=1e-6)
   assert report.resized == {'video_embed.embeddings_st_pos.temporal_pos_embed.weight': 'from 4 to 2 rows'}
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'router': 'task', 'router_names': ('a',)}, "router='task' has no place"), ({'temperature_groups': ('mine',)}, "'mine' has no place")])
-def test_what_the_published_layout_cannot_hold_is_refused(changes, message):
+    ({'router': 'task', 'router_names': ('a',)}, "router='task' is not supported"), ({'temperature_groups': ('mine',)}, "no temperature group 'mine'")])
+def test_a_model_that_the_published_layout_cannot_represent_is_refused(changes, message):
   with pytest.raises(LayoutError, match=message):
     torch_layout.entries(small_model.spec(**changes))
 
 
-def test_what_a_file_does_not_say_is_told():
+def test_fields_that_a_file_does_not_contain_are_reported():
   assert 'heads 2, top_k 2, prefix <spe>' in torch_layout.taken_from_config(small_model.spec())

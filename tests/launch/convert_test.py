@@ -1,4 +1,4 @@
-"""launch/convert.py: a checkpoint of the authors' kind goes on in the normal commands, and comes back."""
+"""launch/convert.py: the normal commands continue from an authors' checkpoint, and it converts back unchanged."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
 
 
 def _config(folder: pathlib.Path):
-  """Three published kinds with the published choices and vocabulary, on the synthetic data."""
+  """Three published task types with the published choices and vocabulary on synthetic data."""
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
   presets.published(c)
   c.model.update(dict(channels=3, max_text_len=64, layer_scale_init=0.5))
@@ -36,7 +36,7 @@ def _config(folder: pathlib.Path):
   for t in c.tasks.values():
     t.temperature, t.sampling_weight = schema.PUBLISHED_GROUPS[t.type], 1.0
     t.max_len = 48 if t.max_len else 0
-    t.batch_size = 8  # a test's process has as many devices, a process of its own has one
+    t.batch_size = 8  # the test process has 8 devices, a subprocess has one
   c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')
   c.train.update(dict(steps=3, checkpoint_every=1))
   return c
@@ -48,12 +48,10 @@ def _files(tmp_path_factory):
   folder = tmp_path_factory.mktemp('convert')
   (folder / 'merges.txt').write_text(_MERGES)
   c = _config(folder)
+  workdir_lib.claim_workdir(folder / 'saved', c)
   (folder / 'config.py').write_text(
-      'import ml_collections, json, pathlib\n'
-      'from uni_moe_jax.train.workdir import _completed\n'
-      f'FILE = pathlib.Path({str(folder / "config.json")!r})\n'
-      'def get_config():\n  return _completed(json.loads(FILE.read_text()), FILE)\n')
-  (folder / 'config.json').write_text(json.dumps(c.to_dict()))
+      'from uni_moe_jax.train.workdir import load_config\n'
+      f'def get_config():\n  return load_config({str(folder / "saved")!r})\n')
   run = train_run.build(c, jax.devices()[:1])
   state, _ = torch_layout.to_torch(init_params(run.spec.model, jax.random.key(5)), run.spec.model.spec)
   torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, 'iteration': 3}, folder / 'theirs.pth')
@@ -72,13 +70,13 @@ def _arguments(folder, workdir, checkpoint='theirs.pth'):
 
 
 @pytest.mark.slow
-def test_a_converted_checkpoint_evaluates_trains_and_comes_back(files, tmp_path):
+def test_a_converted_checkpoint_evaluates_trains_and_converts_back(files, tmp_path):
   folder, state, _ = files
   workdir = tmp_path / 'run'
   done = _run('convert.py', *_arguments(folder, workdir))
   assert done.returncode == 0, done.stderr
-  assert 'arrays have their place in both layouts' in done.stdout
-  assert 'a gate that nothing evaluates' in done.stdout
+  assert 'arrays converted' in done.stdout
+  assert 'a gate that is never evaluated' in done.stdout
   assert json.loads((workdir / 'conversion.json').read_text())['dropped']
   checksum = hashlib.sha256((folder / 'theirs.pth').read_bytes()).hexdigest()
   assert workdir_lib.provenance(workdir, 0)['converted from'] == f'theirs.pth (sha256 {checksum})'
@@ -110,15 +108,15 @@ def test_mistakes_end_in_one_sentence(files, tmp_path, capfd):
   (folder / 'cut.pth').write_bytes(cut)
   short = {k: torch.from_numpy(np.array(v)) for k, v in state.items() if k != 'loss_prepare.proj.bias'}
   torch.save({'model': short}, folder / 'short.pth')
-  for checkpoint, said in (
-      ('cut.pth', 'is no PyTorch checkpoint, or is cut off'),
+  for checkpoint, message in (
+      ('cut.pth', 'is not a PyTorch checkpoint, or is truncated'),
       ('short.pth', 'the checkpoint lacks loss_prepare.proj.bias'),
-      ('none.pth', 'none.pth is not there')):
+      ('none.pth', 'none.pth does not exist')):
     capfd.readouterr()
     code, errors = in_process.run(_SCRIPT, *_arguments(folder, tmp_path / 'a', checkpoint)), capfd.readouterr().err
     assert code == 2, errors
-    assert errors.count('\n') == 1 and said in errors, errors
-  # A conversion that failed leaves nothing that could be trained from fresh parameters by mistake.
+    assert errors.count('\n') == 1 and message in errors, errors
+  # A failed conversion leaves nothing that could be trained from fresh parameters by mistake.
   assert not (tmp_path / 'a').exists()
   assert in_process.run(_SCRIPT, f'--workdir={tmp_path / "a"}') == 2
   assert '--checkpoint=FILE --config=FILE' in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""launch/export.py: from a trained run to captions in an environment that has never seen this package."""
+"""launch/export.py: from a trained run to captions in an environment without this package."""
 
 import functools
 import json
@@ -29,16 +29,16 @@ def _export(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_mistakes_end_in_one_sentence(tmp_path):
-  for arguments, said in (
+  for arguments, message in (
       ([f'--workdir={tmp_path}/none', f'--output={tmp_path}/out'], 'holds no run (config.json is missing)'),
       ([f'--workdir={tmp_path}'], 'output'), ([f'--output={tmp_path}/out'], 'workdir')):
     done = _export(*arguments)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count('\n') == 1 and said in done.stderr, done.stderr
+    assert done.stderr.count('\n') == 1 and message in done.stderr, done.stderr
   assert not (tmp_path / 'out').exists()
 
 
-# What a server would run, where there is the folder alone; with the compiler as it is, while tests do without its optimisations.
+# The code of a server that has only the folder; compiled with optimizations, unlike the tests.
 _SERVER = '''
 import importlib.util, sys
 import numpy as np
@@ -47,30 +47,30 @@ assert not [n for n in ('uni_moe_jax', 'flax', 'optax', 'tensorflow') if importl
 model = load.Model()
 pixels = np.load(sys.argv[1])
 log_p = {n: np.asarray(model.run('shape', 'classify', pixels=pixels[:n])['log_p']) for n in (1, 3, 64)}
-said = {n: texts.Texts(model).captions('caption', pixels[:n]) for n in (1, 3, 64)}
+captions = {n: texts.Texts(model).captions('caption', pixels[:n]) for n in (1, 3, 64)}
 for n in (1, 3):
   np.testing.assert_allclose(log_p[n], log_p[64][:n], rtol=1e-5, atol=1e-6)
-  assert said[n] == said[64][:n], said
-np.savez(sys.argv[2], log_p=log_p[64], said=said[64])
+  assert captions[n] == captions[64][:n], captions
+np.savez(sys.argv[2], log_p=log_p[64], captions=captions[64])
 '''
 
 
-def _walk() -> str:
-  """README's lines from a trained run to a caption."""
+def _commands() -> str:
+  """The commands of docs/guides/export.md from a trained run to a caption."""
   return (_ROOT / 'docs/guides/export.md').read_text().partition('```bash\n')[2].partition('```')[0]
 
 
 def _cannot_install(folder: pathlib.Path) -> str:
-  """Why no package can be installed here; '' where one can. It asks for a small one, whatever README's lines say."""
-  ask = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--quiet', f'--dest={folder}', 'flatbuffers']
-  done = subprocess.run(ask, capture_output=True, text=True, check=False)
+  """Returns why no package can be installed, or '' if one can; tries with a small package."""
+  command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--quiet', f'--dest={folder}', 'flatbuffers']
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
   return done.stderr if done.returncode else ''
 
 
-@pytest.fixture(name='here', scope='module')
-def _here(tmp_path_factory):
-  """A folder that holds a run of one step, where README's lines look for it."""
-  folder = tmp_path_factory.mktemp('here')
+@pytest.fixture(name='root', scope='module')
+def _root_folder(tmp_path_factory):
+  """A folder with a run of one step where the guide's commands expect it."""
+  folder = tmp_path_factory.mktemp('root')
   c = tiny.config('shape', 'caption', data_dir=tiny.data_dir())
   c.evaluators.shapes = config_lib.evaluator('classification', 'shape', split='train')
   c.train.update(dict(steps=1))
@@ -78,57 +78,57 @@ def _here(tmp_path_factory):
   return folder
 
 
-def _evaluated(here: pathlib.Path, step: int) -> None:
+def _write_evaluation(root: pathlib.Path, step: int) -> None:
   row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, baselines={}, standard_error=0.1, count=24, step=step,
              higher_is_better=True)
-  (here / _RUN / suite.EVALUATION_FILE).write_text(json.dumps([row]))
+  (root / _RUN / suite.EVALUATION_FILE).write_text(json.dumps([row]))
 
 
-def _whole(here: pathlib.Path):
+def _with_experts(root: pathlib.Path):
   """(run, predictor) of the model with its experts."""
-  run = train_run.build(workdir_lib.load_config(here / _RUN), jax.devices()[:1])
-  with checkpoint.Checkpoints(here / _RUN, max_to_keep=None) as checkpoints:
+  run = train_run.build(workdir_lib.load_config(root / _RUN), jax.devices()[:1])
+  with checkpoint.Checkpoints(root / _RUN, max_to_keep=None) as checkpoints:
     return run, train_run.predictor(run, checkpoints)[0]
 
 
 @pytest.mark.slow
-def test_the_readmes_five_lines_print_captions_in_a_fresh_environment(here, tmp_path):
-  assert _walk().count('\n') == 5
+def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tmp_path):
+  assert _commands().count('\n') == 5
   if (why := _cannot_install(tmp_path / 'probe')) and not os.environ.get('CI'):
-    pytest.skip(f'no packages can be installed here: {why[-300:]}')
-  _evaluated(here, step=2)
-  # The lines run as they stand, in a folder that looks like the repository's; `python` is that which has the package.
-  (here / 'launch').symlink_to(_ROOT / 'launch')
-  (here / 'bin').mkdir()
-  (here / 'bin/python').write_text(
+    pytest.skip(f'no packages can be installed: {why[-300:]}')
+  _write_evaluation(root, step=2)
+  # The commands run unchanged in a folder that looks like the repository; `python` is the one with the package.
+  (root / 'launch').symlink_to(_ROOT / 'launch')
+  (root / 'bin').mkdir()
+  (root / 'bin/python').write_text(
       f'#!/bin/sh\nPYTHONPATH={_ROOT} XLA_FLAGS=--xla_backend_optimization_level=0 exec {sys.executable} "$@"\n')
-  (here / 'bin/python').chmod(0o755)
+  (root / 'bin/python').chmod(0o755)
   env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'XLA_FLAGS')}
-  env |= {'PATH': f'{here / "bin"}:{env["PATH"]}', 'PIP_CONSTRAINT': str(_ROOT / 'constraints.txt'), 'PIP_QUIET': '1'}
+  env |= {'PATH': f'{root / "bin"}:{env["PATH"]}', 'PIP_CONSTRAINT': str(_ROOT / 'constraints.txt'), 'PIP_QUIET': '1'}
   run = functools.partial(subprocess.run, capture_output=True, text=True, env=env, check=False)
-  done = run(['bash', '-ec', _walk()], cwd=here)
+  done = run(['bash', '-ec', _commands()], cwd=root)
   assert done.returncode == 0, done.stderr
   first, *lines = done.stdout.splitlines()
   assert 'exported: step 1, 4 kernels per projection for ' in first and first.endswith(' 2 tasks')
   assert sorted(line.partition(':')[0] for line in lines) == ['caption', 'shape'], lines
   assert all(line.endswith('; as at export') for line in lines), lines
-  assert 'This step was not evaluated.' in (here / 'exported/README.md').read_text()
+  assert 'This step was not evaluated.' in (root / 'exported/README.md').read_text()
 
   pixels = np.random.default_rng(0).integers(0, 256, (64, 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1), dtype=np.uint8)
   np.save(tmp_path / 'in.npy', pixels)
-  served = run([here / 'serve/bin/python', '-c', _SERVER, tmp_path / 'in.npy', tmp_path / 'out.npz'], cwd=here / 'exported')
+  served = run([root / 'serve/bin/python', '-c', _SERVER, tmp_path / 'in.npy', tmp_path / 'out.npz'], cwd=root / 'exported')
   assert served.returncode == 0, served.stderr
-  found, (built, whole) = np.load(tmp_path / 'out.npz'), _whole(here)
+  arrays, (built, predictor) = np.load(tmp_path / 'out.npz'), _with_experts(root)
   caption, shape = built.plan.tasks
-  features = whole.inputs(shape.kind, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
-  np.testing.assert_allclose(found['log_p'], whole.log_probabilities(features, shape)[:, 0], rtol=1e-5, atol=1e-6)
-  assert found['said'].tolist() == whole.captions(caption, pixels) and len(set(found['said'])) > 1
+  features = predictor.inputs(shape.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
+  np.testing.assert_allclose(arrays['log_p'], predictor.log_probabilities(features, shape)[:, 0], rtol=1e-5, atol=1e-6)
+  assert arrays['captions'].tolist() == predictor.captions(caption, pixels) and len(set(arrays['captions'])) > 1
 
 
 @pytest.mark.slow
-def test_less_is_exported_where_less_is_asked_for(here, tmp_path):
-  _evaluated(here, step=1)
-  done = _export(f'--workdir={here / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--fixed_sets', '--dtype=bfloat16',
+def test_options_reduce_the_export(root, tmp_path):
+  _write_evaluation(root, step=1)
+  done = _export(f'--workdir={root / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--bake_targets', '--dtype=bfloat16',
                  '--torch')
   assert done.returncode == 0 and 'a dense model, ' in done.stdout and ', 1 tasks' in done.stdout, done.stderr
   manifest, card = (json.loads((tmp_path / 'out/manifest.json').read_text()), (tmp_path / 'out/README.md').read_text())

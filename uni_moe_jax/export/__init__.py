@@ -1,1 +1,1 @@
-"""A model for others: the published PyTorch layout, both ways."""
+"""Export of trained models: self-contained folders of programs, and the published PyTorch layout in both directions."""

@@ -1,4 +1,4 @@
-"""What is exported: which tasks, by which model, with which features of their target sets, and examples of them."""
+"""Contents of an export: model, tasks, features of their target sets, and examples."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
-from uni_moe_jax.export.programs import WHOLE, Asked
+from uni_moe_jax.export.programs import FULL_PRECISION, ExportedTask
 from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
@@ -24,21 +24,24 @@ from uni_moe_jax.utils.suggest import nearest
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-  """A finished model and what belongs to it.
+  """An exported model and its data.
 
   Attributes:
-    spec, params: of the model that is left; a router that looks at tokens is still there.
-    asked: tasks.
-    sets: target sets of the tasks. features: f32 [V, D] of their entries, normalised, by the model as it was trained.
+    spec: of the exported model; a router by token remains in it.
+    params: of the exported model.
+    tasks: exported tasks.
+    target_sets: target sets of the tasks.
+    features: normalized features of their entries by the trained model, f32 [V, D] each.
     data: of the run: its tokenizer, its fingerprint.
-    examples: inputs of some examples per task. answers: what the model says to them, in words.
-    trained: the model as it was trained.
-    evaluators: of the tasks, as the run has them.
+    examples: inputs of some examples per task.
+    answers: predictions for the examples as strings.
+    trained: spec of the model as it was trained.
+    evaluators: the run's evaluators of the tasks.
   """
   spec: ModelSpec
   params: Any
-  asked: tuple[Asked, ...]
-  sets: dict[str, tuple[SetSpec, TargetSet]]
+  tasks: tuple[ExportedTask, ...]
+  target_sets: dict[str, tuple[SetSpec, TargetSet]]
   features: dict[str, np.ndarray]
   data: Data
   examples: dict[str, dict[str, np.ndarray]]
@@ -49,91 +52,97 @@ class Contents:
   def summary(self) -> str:
     """One line for the terminal."""
     if self.spec.kernels:
-      left = f'{self.spec.num_experts} kernels per projection for {", ".join(router_input_name(row) for row, _ in self.spec.kernels)}'
+      inputs = ', '.join(router_input_name(condition) for condition, _ in self.spec.kernels)
+      model = f'{self.spec.num_experts} kernels per projection for {inputs}'
+    elif self.spec.router == routers.DENSE:
+      model = 'a dense model'
     else:
-      left = 'a dense model' if self.spec.router == routers.DENSE else f'with its {self.spec.router} router and its experts'
-    return f'{left}, {sum(np.size(x) for x in jax.tree.leaves(self.params)):,} parameters, {len(self.asked)} tasks'
+      model = f'with its {self.spec.router} router and its experts'
+    return f'{model}, {sum(np.size(x) for x in jax.tree.leaves(self.params)):,} parameters, {len(self.tasks)} tasks'
 
 
-def collect(
-    spec: ModelSpec, params: Any, plan: Plan, data: Data, *, tasks: Sequence[str] = (), fixed_sets: bool = False,
-    dtype: str | None = None, examples: int = 0) -> Contents:
-  """Contents of the export of a trained run.
+def make_contents(
+    spec: ModelSpec, params: Any, plan: Plan, data: Data, *, tasks: Sequence[str] = (), bake_targets: bool = False,
+    dtype: str | None = None, num_examples: int = 0) -> Contents:
+  """Returns the contents of the export of a trained run.
 
   Args:
     spec, params, plan, data: of the run.
-    tasks: names of those that are asked for; all by default.
-    fixed_sets: only the entries of target sets can be answers: no program encodes other texts, and no kernel serves them.
-    dtype: of products; None: as in training. Parameters stay float32.
-    examples: how many per task.
+    tasks: names of the tasks to export; all by default.
+    bake_targets: only the entries of target sets can be answers, so no program encodes other texts and no kernel serves them.
+    dtype: of matrix products; None: that of training. Parameters stay float32.
+    num_examples: examples per task.
 
   Raises:
-    UsageError: a task that the run does not have.
+    UsageError: the run has no task of that name.
   """
   known = {t.name: t for t in (*plan.tasks, *plan.probes)}
   for name in tasks:
     if name not in known:
       raise UsageError(f'--tasks: the run has no task {name!r}; {nearest(name, known)}.')
-  whole = portable(spec, dtype or spec.dtype)
+  portable_spec = portable(spec, dtype or spec.dtype)
   chosen = [known[name] for name in dict.fromkeys(tasks or known)]
   by_name = {s.name: (s, data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets)}
-  asked = tuple(_asked(t, plan, data, by_name, fixed_sets) for t in chosen)
+  exported = tuple(_exported_task(t, plan, data, by_name, bake_targets) for t in chosen)
   sets = {t.target_set: by_name[t.target_set] for t in chosen if t.target_set}
-  shown = {a.task.name: _inputs(a.task, plan, data, examples) for a in asked if examples and a.task.kind.target != 'pair'}
-  with jax.default_matmul_precision(WHOLE):
-    predictor = Predictor(UniPerceiver(whole), params, sets, data.tokenizer)
+  examples = {t.name: _inputs(t, plan, data, num_examples) for t in chosen if num_examples and t.type.target != 'pair'}
+  with jax.default_matmul_precision(FULL_PRECISION):
+    predictor = Predictor(UniPerceiver(portable_spec), params, sets, data.tokenizer)
     features = {name: np.asarray(predictor.target_set(name)) for name in sets}
-    answers = {a.task.name: _answers(predictor, a, sets, shown[a.task.name]) for a in asked if a.task.name in shown}
+    answers = {e.task.name: _answers(predictor, e, sets, examples[e.task.name]) for e in exported if e.task.name in examples}
     if routers.routes_tokens(spec.router):
-      left, values = whole, params
+      exported_spec, exported_params = portable_spec, params
     else:
-      left, values = merged(whole, params, tuple(dict.fromkeys(c for a in asked for c in a.conditions)))
-  answers = {name: words for name, words in answers.items() if words is not None}
+      conditions = tuple(dict.fromkeys(c for e in exported for c in e.conditions))
+      exported_spec, exported_params = merged(portable_spec, params, conditions)
+  answers = {name: strings for name, strings in answers.items() if strings is not None}
   evaluators = tuple(e for e in plan.evaluations if e.task in chosen)
-  return Contents(left, values, asked, sets, features, data, {name: shown[name] for name in answers}, answers, spec, evaluators)
+  examples = {name: examples[name] for name in answers}
+  return Contents(
+      exported_spec, exported_params, exported, sets, features, data, examples, answers, trained=spec, evaluators=evaluators)
 
 
 def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
-  """A model as it runs at inference on any platform: of the ways to group products, `loop` lowers for all of them."""
+  """Returns the spec for inference on any platform: of the grouped products, only `tiled` lowers for all of them."""
   return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, gmm='tiled')
 
 
-def _asked(
-    task: TaskSpec, plan: Plan, data: Data, sets: dict[str, tuple[SetSpec, TargetSet]], fixed_sets: bool) -> Asked:
-  kind, texts, size = task.type, None, 0
-  if kind.target == 'pair':
-    texts = kind.pair_condition
+def _exported_task(
+    task: TaskSpec, plan: Plan, data: Data, sets: dict[str, tuple[SetSpec, TargetSet]], bake_targets: bool) -> ExportedTask:
+  text_condition, set_size = None, 0
+  if task.type.target == 'pair':
+    text_condition = task.type.pair_condition
   else:
     spec, target = sets[task.target_set]
-    size = target.size
-    # Words are encoded already; entries with learnt tokens are not texts alone.
-    if not (fixed_sets or spec.is_vocabulary or spec.label_prompts):
-      texts = spec.condition
-  frames = _inputs(task, plan, data, 1)['pixels'].shape[1] if kind.visual else 0
-  beams, penalty = next(((e.beam_size, e.length_penalty) for e in plan.evaluations if e.task == task and e.type == 'caption'), (1, 0.0))
-  return Asked(task, frames, size, texts, beams, penalty)
+    set_size = target.size
+    # Vocabulary entries are encoded already; entries with learned tokens are not texts alone.
+    if not (bake_targets or spec.is_vocabulary or spec.label_prompts):
+      text_condition = spec.condition
+  num_frames = _inputs(task, plan, data, 1)['pixels'].shape[1] if task.type.visual else 0
+  search = next(((e.beam_size, e.length_penalty) for e in plan.evaluations if e.task == task and e.type == 'caption'), (1, 0.0))
+  return ExportedTask(task, num_frames, set_size, text_condition, *search)
 
 
-def _inputs(task: TaskSpec, plan: Plan, data: Data, number: int) -> dict[str, np.ndarray]:
-  """Input fields of the first examples of the split that the task is evaluated on, else trained on."""
+def _inputs(task: TaskSpec, plan: Plan, data: Data, num_examples: int) -> dict[str, np.ndarray]:
+  """Input fields of the first examples of the evaluation split, or of the training split without an evaluator."""
   split = next((e.split for e in plan.evaluations if e.task == task), task.split)
   examples = data.examples(task, split)
-  number = min(number, examples.size)
-  fields, _ = next(evaluation_batches(examples, np.arange(number), number))
+  num_examples = min(num_examples, examples.size)
+  fields, _ = next(evaluation_batches(examples, np.arange(num_examples), num_examples))
   names = ('pixels',) if task.type.two_stream else INPUTS
   return {name: fields[name] for name in names if name in fields and name != 'id'}
 
 
 def _answers(
-    predictor: Predictor, asked: Asked, sets: dict[str, tuple[SetSpec, TargetSet]], fields: dict[str, np.ndarray]
+    predictor: Predictor, exported: ExportedTask, sets: dict[str, tuple[SetSpec, TargetSet]], fields: dict[str, np.ndarray]
 ) -> list[str] | None:
-  """In words: captions, or the most likely entries; None of a task whose answers are single words."""
-  task = asked.task
+  """Captions or the most likely entries as strings; None if the entries have no names (single words)."""
+  task = exported.task
   if task.type.readout == 'queries':
-    return predictor.captions(task, fields['pixels'], asked.beams, asked.penalty)
-  texts = sets[task.target_set][1].names
-  if not texts:
+    return predictor.captions(task, fields['pixels'], exported.beam_size, exported.length_penalty)
+  names = sets[task.target_set][1].names
+  if not names:
     return None
   ids = {'id': np.zeros(len(next(iter(fields.values()))), np.uint32)}
   best = predictor.log_probabilities(predictor.inputs(task.type, {**fields, **ids}), task)[:, 0].argmax(-1)
-  return [texts[i] for i in best]
+  return [names[i] for i in best]

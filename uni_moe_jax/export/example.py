@@ -1,8 +1,7 @@
-"""Shows this exported model at work: python example.py
+"""Example of using this exported model: python example.py
 
-Runs it on the examples that were exported with it, and says whether the answers are those of the exporter; without examples it
-lists what the model can be asked.
-`captions_word_by_word` is how a server would send captions while they are made.
+Runs the model on the exported examples and reports whether the answers equal those at export. Without examples it lists the
+programs and their inputs. `captions_word_by_word` shows how a server can stream captions.
 """
 
 import load
@@ -11,7 +10,7 @@ import texts
 
 
 def captions_word_by_word(model, task, pixels):
-  """Yields the words [B] of the greedy captions, one position after the other."""
+  """Yields the token ids [B] of greedy captions, one position at a time."""
   cache = model.run(task, 'prefill', pixels=pixels)['cache']
   word, eot = np.zeros(len(pixels), np.int32), model.manifest['tokenizer']['eot']
   ended = np.zeros(len(pixels), bool)
@@ -25,11 +24,11 @@ def captions_word_by_word(model, task, pixels):
 
 
 def answers(model, task, inputs):
-  """What the model says: captions, or the names that it chooses."""
+  """Returns the predictions of the model: captions, or names of classes."""
   if 'caption' in model.manifest['tasks'][task]['programs']:
     return texts.Texts(model).captions(task, **inputs)
   chosen = np.asarray(model.run(task, 'classify', **inputs)['log_p']).argmax(-1)
-  names = model.manifest['sets'][model.manifest['tasks'][task]['set']]['texts']
+  names = model.manifest['target_sets'][model.manifest['tasks'][task]['target_set']]['texts']
   return [names[i] for i in chosen]
 
 
@@ -38,8 +37,8 @@ def main():
   examples = load.tensors(model.folder / 'examples.safetensors')
   for task, expected in model.manifest['examples'].items():
     inputs = {name.partition('/')[2]: x for name, x in examples.items() if name.partition('/')[0] == task}
-    found = answers(model, task, inputs)
-    print(f'{task}: {found}', 'as at export' if found == expected else f'but at export: {expected}', sep='; ')
+    predicted = answers(model, task, inputs)
+    print(f'{task}: {predicted}', 'as at export' if predicted == expected else f'but at export: {expected}', sep='; ')
   if not model.manifest['examples']:
     for task, entry in model.manifest['tasks'].items():
       for program, p in entry['programs'].items():

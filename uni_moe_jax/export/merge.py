@@ -1,9 +1,9 @@
-"""Reparameterisation: the experts of a trained model merged for good, so that no router and no expert is left.
+"""Reparameterization: merges the experts of a trained model permanently, which removes routers and experts.
 
-A router that looks at conditions alone decides the same for every input of a condition, and experts are linear: their kernels
-can be added once and for all (Uni-Perceiver-MoE, section 3.4). Where every condition that is asked for has the same
-coefficients in every router, what is left is a dense model, parameter for parameter. Otherwise each projection holds one kernel
-per distinct row of coefficients, and `ModelSpec.kernels` says which of them a condition takes.
+A router by condition makes the same decision for every input of a condition, and experts are linear, so their kernels can be
+added once (Uni-Perceiver-MoE, section 3.4). If every exported condition has the same coefficients in every router, the result
+is a dense model, parameter for parameter. Otherwise each projection has one kernel per distinct vector of coefficients, and
+`ModelSpec.kernels` maps conditions to kernels.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from uni_moe_jax.utils.errors import UsageError
 
 
 def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
-  """(spec, parameters f32 on the host) of the model that is left for some conditions.
+  """Returns (spec, f32 parameters on the host) of the model merged for some conditions.
 
   Args:
     spec, params: of a trained model.
     conditions: of every array that the merged model will be given.
 
   Raises:
-    UsageError: its router looks at tokens, so that its kernels cannot be merged, or there is no condition.
+    UsageError: the router is by token, so its kernels cannot be merged, or there is no condition.
   """
   if routers.routes_tokens(spec.router):
-    raise UsageError(f'a model with config.moe.router={spec.router!r} cannot be merged: every token has experts of its own. '
-                     'It is exported with its router.')
+    raise UsageError(f'a model with config.moe.router={spec.router!r} cannot be merged: it selects experts per token. '
+                     'Export it with its router.')
   if not conditions:
-    raise UsageError('a model is merged for conditions; name at least one task.')
+    raise UsageError('merging needs at least one condition; choose at least one task.')
   inputs = routers.distinct_inputs(spec.router, conditions)
   kernel, chosen = _groups(router_outputs.coefficients(spec, params, inputs), len(inputs))
   float32 = dataclasses.replace(spec, dtype=jnp.float32)
@@ -47,18 +47,18 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
   return new, {**params, 'encoder': _stacked(layers, new.stack)}
 
 
-def _groups(found: dict[int, dict[str, np.ndarray]], rows: int) -> tuple[list[int], list[int]]:
-  """(kernel of every row, the row that stands for each kernel): rows whose coefficients coincide share one.
+def _groups(coefficients: dict[int, dict[str, np.ndarray]], num_conditions: int) -> tuple[list[int], list[int]]:
+  """(kernel of every condition, first condition of every kernel): conditions with equal coefficients share a kernel.
 
-  They must coincide in every router: layers are stacked, so that all of them hold equally many kernels.
+  They must be equal in every router: layers are stacked, so all of them have the same number of kernels.
   """
   numbers: dict[bytes, int] = {}
   kernel, chosen = [], []
-  for row in range(rows):
-    key = b''.join(coef[row].tobytes() for parts in found.values() for coef in parts.values())
+  for i in range(num_conditions):
+    key = b''.join(coef[i].tobytes() for sublayers in coefficients.values() for coef in sublayers.values())
     if key not in numbers:
       numbers[key] = len(numbers)
-      chosen.append(row)
+      chosen.append(i)
     kernel.append(numbers[key])
   return kernel, chosen
 
@@ -69,11 +69,11 @@ def _dense(tree: Any, sublayers: tuple[str, ...]) -> Any:
 
 
 def _stacked(layers: list[Any], stack: Stack) -> Any:
-  """Layers as a model's encoder holds them. A dense model's periods are shorter than those of experts in every other layer."""
-  found: dict[str, dict[str, list[Any]]] = {}
+  """Layers stacked as in an encoder. A dense model has shorter periods than one with experts in every other layer."""
+  trees: dict[str, dict[str, list[Any]]] = {}
   for i, layer in enumerate(layers):
     subtree, _, block = stack.locate(i)
-    found.setdefault(subtree, {}).setdefault(block, []).append(layer)
-  stack_up = lambda trees: jax.tree.map(lambda *x: np.stack(x), *trees)
-  return {subtree: {block: stack_up(trees) if subtree == 'blocks' else trees[0] for block, trees in blocks.items()}
-          for subtree, blocks in found.items()}
+    trees.setdefault(subtree, {}).setdefault(block, []).append(layer)
+  stacked = lambda blocks: jax.tree.map(lambda *x: np.stack(x), *blocks)
+  return {subtree: {name: stacked(blocks) if subtree == 'blocks' else blocks[0] for name, blocks in named.items()}
+          for subtree, named in trees.items()}

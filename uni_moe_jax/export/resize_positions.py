@@ -1,5 +1,7 @@
-"""Position tables for other sizes: bilinear over the square of patches, linear over frames; half-pixel centres, no
-smoothing, as the published code interpolates when it loads a checkpoint."""
+"""Interpolation of position tables: bilinear over the square of patches, linear over frames.
+
+It uses half-pixel centers and no antialiasing, as the published code does when it loads a checkpoint.
+"""
 
 import math
 
@@ -10,19 +12,19 @@ from uni_moe_jax.utils.errors import UsageError
 
 
 def spatial(table: np.ndarray, rows: int) -> np.ndarray:
-  """Spatial rows [side², D] → [rows, D].
+  """Spatial table [side², D] → [rows, D].
 
   Raises:
-    UsageError: either number of rows is no square.
+    UsageError: either number of rows is not a square.
   """
   old, new = math.isqrt(len(table)), math.isqrt(rows)
   if old * old != len(table) or new * new != rows:
-    raise UsageError(f'spatial tables of {len(table)} and {rows} rows: both must be squares to be resized.')
+    raise UsageError(f'cannot resize a spatial table from {len(table)} to {rows} rows: both must be squares.')
   width = table.shape[1]
   grid = jax.image.resize(table.reshape(old, old, width), (new, new, width), 'linear', antialias=False)
   return np.asarray(grid).reshape(rows, width)
 
 
 def temporal(table: np.ndarray, rows: int) -> np.ndarray:
-  """Temporal rows [T, D] → [rows, D]."""
+  """Temporal table [T, D] → [rows, D]."""
   return np.asarray(jax.image.resize(table, (rows, table.shape[1]), 'linear', antialias=False))

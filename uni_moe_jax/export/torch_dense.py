@@ -1,4 +1,4 @@
-"""What is left of a merged model in the layout of the published dense model, which has temperature groups of its own names."""
+"""Merged models in the layout of the published dense model, with its names of temperature groups."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,51 +9,57 @@ import numpy as np
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.config.schema import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_layout
-from uni_moe_jax.export.programs import Asked
+from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.export.torch_layout import LayoutError
 from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.moe import routers
 
-_SCALE = 'log_scale_'  # path of a group's parameter, before its name
+_SCALE = 'log_scale_'  # prefix of the path of a temperature group's parameter
 
 
-def state(spec: ModelSpec, params: Any, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
-  """The published layout's arrays of a dense model that serves some tasks: of its temperature groups only theirs go along, and
-  no kernel of the changes between frames, for pictures have none.
+def state(spec: ModelSpec, params: Any, tasks: Sequence[ExportedTask]) -> dict[str, np.ndarray]:
+  """Returns arrays of the published layout for some tasks of a dense model.
+
+  They include only the temperature groups of these tasks, and no kernel of frame differences, which images do not use.
 
   Raises:
-    LayoutError: more than one condition is left, or the layout has no place for a parameter that the tasks need.
+    LayoutError: the model has several kernels per projection, or the tasks need a parameter that the layout lacks.
   """
   if spec.router != routers.DENSE:
-    many = f'{len(spec.kernels)} conditions ({", ".join(router_input_name(row) for row, _ in spec.kernels)})' if spec.kernels else (
-        f'a {spec.router} router')
+    contents = f'a {spec.router} router'
+    if spec.kernels:
+      inputs = ', '.join(router_input_name(condition) for condition, _ in spec.kernels)
+      contents = f'{len(spec.kernels)} conditions ({inputs})'
     raise LayoutError(
-        f'--torch: the published dense layout holds one kernel per projection, and this export has {many}; choose tasks of one '
-        'condition with --tasks, and --fixed_sets. `launch/convert.py --output` writes the layout with experts.')
-  clips = [a.task.name for a in asked if a.frames > 1]
-  if spec.frame_differences and clips:
-    raise LayoutError(f'--torch: the published layout has no place for config.model.frame_differences, and task {clips[0]!r} sees '
-                      'clips; choose tasks of pictures with --tasks.')
-  groups = _groups(spec, params, [a.task for a in asked])
-  renamed = params | {_SCALE + theirs: params[_SCALE + ours] for theirs, ours in groups.items()}
+        f'--torch: the published dense layout has one kernel per projection, and this export has {contents}; choose tasks of one '
+        'condition with --tasks and add --bake_targets. `launch/convert.py --output` writes the layout with experts.')
+  of_videos = [e.task.name for e in tasks if e.num_frames > 1]
+  if spec.frame_differences and of_videos:
+    raise LayoutError('--torch: the published layout does not support config.model.frame_differences, and the inputs of task '
+                      f'{of_videos[0]!r} are videos; choose tasks of images with --tasks.')
+  groups = _groups(spec, params, [e.task for e in tasks])
+  renamed = params | {_SCALE + published: params[_SCALE + own] for published, own in groups.items()}
   return torch_layout.to_torch(renamed, dataclasses.replace(spec, temperature_groups=tuple(groups), frame_differences=False))[0]
 
 
 def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str, str]:
-  """{published name: ours} of the temperature groups of some tasks: its own, or that of its kind."""
-  found: dict[str, str] = {}
+  """{published name: name in the run} of the temperature groups of some tasks.
+
+  The published name is the run's own name if that is a published one, else that of the task type.
+  """
+  groups: dict[str, str] = {}
   for task in tasks:
-    ours = task.temperature
-    if ours not in spec.temperature_groups:  # of pairs that were never trained only the order matters
+    own = task.temperature
+    if own not in spec.temperature_groups:  # pairs without training are ranked, which needs no scale
       continue
-    theirs = ours if ours in PUBLISHED_TEMPERATURES else PUBLISHED_GROUPS.get(task.type.name)
-    if theirs is None:
-      raise LayoutError(f'--torch: the published layout has no temperature group for config.tasks.{task.name}.kind='
+    published = own if own in PUBLISHED_TEMPERATURES else PUBLISHED_GROUPS.get(task.type.name)
+    if published is None:
+      raise LayoutError(f'--torch: the published layout has no temperature group for config.tasks.{task.name}.type='
                         f'{task.type.name!r}; it has those of {", ".join(PUBLISHED_GROUPS)}. Leave the task out with --tasks.')
-    other = found.setdefault(theirs, ours)
-    scales = [float(np.exp(params[_SCALE + name])) for name in (other, ours)]
+    other = groups.setdefault(published, own)
+    scales = [float(np.exp(params[_SCALE + name])) for name in (other, own)]
     if scales[0] != scales[1]:
-      raise LayoutError(f'--torch: temperature groups {other!r} (1/τ = {scales[0]:.4g}) and {ours!r} ({scales[1]:.4g}) would both '
-                        f'be {theirs!r} in the published layout; leave the tasks of one out with --tasks, or train all of them '
-                        'with one `temperature`.')
-  return found
+      raise LayoutError(f'--torch: temperature groups {other!r} (1/τ = {scales[0]:.4g}) and {own!r} ({scales[1]:.4g}) would both '
+                        f'be {published!r} in the published layout; leave the tasks of one out with --tasks, or train all of '
+                        'them with one `temperature`.')
+  return groups

@@ -1,8 +1,8 @@
-"""The authors' checkpoint files: read without executing anything in them, written in their layout.
+"""The authors' checkpoint files: safe reading, which executes no code, and writing.
 
-Three layouts are known: the torch one ({'model': state dict, 'optimizer': …}), the DeepSpeed one ({'module': …}) and older
-DeepSpeed files with other names for the same tensors. All come out as arrays under the names of `torch_layout.py`.
-PyTorch is needed here and nowhere else.
+Three layouts are supported: torch ({'model': state dict, 'optimizer': …}), DeepSpeed ({'module': …}) and older DeepSpeed files
+with other names for the same tensors. All are read as arrays under the names of `torch_layout.py`. Only this module needs
+PyTorch.
 """
 
 import os
@@ -18,10 +18,10 @@ import numpy as np
 from uni_moe_jax.export.torch_layout import LayoutError
 from uni_moe_jax.utils.errors import MissingFileError
 
-_STATES = ('model', 'module', 'state_dict')  # where a file keeps its parameters; else it is a state dict itself
-_WRAPPER = 'module.'  # of a model that was saved inside DistributedDataParallel
+_STATES = ('model', 'module', 'state_dict')  # keys of the parameters; a file without them is a state dict itself
+_WRAPPER = 'module.'  # prefix of a model saved inside DistributedDataParallel
 
-# Older names → today's, in order. Projections of attention are called otherwise in dense models than in models with experts.
+# Older name → current name, in order. Attention projections have different names in dense models and models with experts.
 _OLDER = (
     (r'^encoder\.', 'fused_encoder.'),
     (r'^predictor\.', 'loss_prepare.'),
@@ -56,25 +56,26 @@ def _torch():
 
 
 def read(path: str | os.PathLike[str], keep_visual_type: bool = False) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Parameters of a checkpoint file.
+  """Reads the parameters of a checkpoint file.
 
   Args:
     path: file that torch.save wrote.
-    keep_visual_type: whether the model has the parameter `visual_type`. Otherwise that of an older file, whose code added it
-      to every visual token, is added to the bias of the patches, which is the same.
+    keep_visual_type: whether the model has the parameter `visual_type`. If not, that of an older file is added to the bias of
+      the patches, which is equivalent: older code added it to every visual token.
 
   Returns:
-    (arrays f32 by published name, what was done to the file's own names: name → remark).
+    (f32 arrays by published name, remarks on renamed and dropped names of the file: name → remark).
 
   Raises:
-    MissingFileError: there is no such file.
-    LayoutError: it is no checkpoint, is cut off, holds no parameters, or needs code to be read; then nothing was executed.
+    MissingFileError: the file does not exist.
+    LayoutError: the file is not a checkpoint, is truncated, has no parameters, or reading it would execute code (nothing is
+      executed).
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    raise LayoutError(f'{path} is a folder; give the file in it, such as mp_rank_00_model_states.pt.')
+    raise LayoutError(f'{path} is a folder; choose a file in it, such as mp_rank_00_model_states.pt.')
   if not path.is_file():
-    raise MissingFileError(f'checkpoint {path} is not there.')
+    raise MissingFileError(f'checkpoint {path} does not exist.')
   tensors = _state_of(_load(path), path)
   wrapped = bool(tensors) and all(k.startswith(_WRAPPER) for k in tensors)
   tensors = {k.removeprefix(_WRAPPER) if wrapped else k: v for k, v in tensors.items()}
@@ -83,7 +84,7 @@ def read(path: str | os.PathLike[str], keep_visual_type: bool = False) -> tuple[
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
-  """Writes {'model': state dict}, whole or not at all."""
+  """Writes {'model': state dict} atomically."""
   torch = _torch()
   path = pathlib.Path(path)
   temporary = path.with_name(path.name + '.tmp')
@@ -94,7 +95,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None
   except (OSError, RuntimeError) as e:
     if temporary.is_file():
       temporary.unlink()
-    raise LayoutError(f'{path} cannot be written ({type(e).__name__}); give another --output.') from None
+    raise LayoutError(f'{path} cannot be written ({type(e).__name__}); choose another --output.') from None
 
 
 def _load(path: pathlib.Path) -> Any:
@@ -104,60 +105,60 @@ def _load(path: pathlib.Path) -> Any:
   except pickle.UnpicklingError as e:
     refused = _refused(path, str(e))
     if not refused:
-      raise LayoutError(f'{path} is no PyTorch checkpoint, or is cut off or damaged ({type(e).__name__}).') from None
+      raise LayoutError(f'{path} is not a PyTorch checkpoint, or is truncated or damaged ({type(e).__name__}).') from None
     raise LayoutError(
-        f'{path} needs {", ".join(refused)} to be read, which could execute code: refused, and nothing was executed. Save the '
-        'state dict alone: torch.save({"model": model.state_dict()}, FILE).') from None
-  except Exception as e:  # pylint: disable=broad-except; a damaged file can raise anything in there
-    raise LayoutError(f'{path} is no PyTorch checkpoint, or is cut off or damaged ({type(e).__name__}).') from None
+        f'{path} needs {", ".join(refused)}, which could execute code: refused, and nothing was executed. Save only the '
+        'state dict: torch.save({"model": model.state_dict()}, FILE).') from None
+  except Exception as e:  # pylint: disable=broad-except; a damaged file can raise anything
+    raise LayoutError(f'{path} is not a PyTorch checkpoint, or is truncated or damaged ({type(e).__name__}).') from None
 
 
-def _refused(path: pathlib.Path, said: str) -> list[str]:
-  """Globals that a file names and that reading parameters does not need."""
+def _refused(path: pathlib.Path, message: str) -> list[str]:
+  """Globals in a file that reading parameters does not need."""
   try:
     return sorted(_torch().serialization.get_unsafe_globals_in_checkpoint(path))
-  except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # an older file format: pickles one after the other
-    named = set(re.findall(r'(?:GLOBAL |Unsupported (?:global|class) )([\w.]+)', said))
+  except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # an older file format: a sequence of pickles
+    named = set(re.findall(r'(?:GLOBAL |Unsupported (?:global|class) )([\w.]+)', message))
     return sorted(named | {g for g in _globals(path) if not re.fullmatch(_HARMLESS, g)}) if named else []
 
 
 def _globals(path: pathlib.Path) -> set[str]:
-  """Every global that the pickles at the beginning of a file name; reads them and executes nothing."""
-  found = set()
+  """Every global in the pickles at the start of a file, without executing them."""
+  names = set()
   try:
     with path.open('rb') as file:
       for _ in range(_LEGACY_PICKLES):
-        found |= {str(arg).replace(' ', '.') for op, arg, _ in pickletools.genops(file) if op.name == 'GLOBAL'}
-  except ValueError:  # there are no more
+        names |= {str(arg).replace(' ', '.') for op, arg, _ in pickletools.genops(file) if op.name == 'GLOBAL'}
+  except ValueError:  # no more pickles
     pass
-  return found
+  return names
 
 
 def _state_of(loaded: Any, path: pathlib.Path) -> dict[str, Any]:
-  """The state dict in what a file held."""
+  """Returns the state dict in the contents of a file."""
   torch = _torch()
   if isinstance(loaded, Mapping):
     for name in _STATES:
       if isinstance(loaded.get(name), Mapping):
         loaded = loaded[name]
         break
-  found = loaded if isinstance(loaded, Mapping) else {}
-  strange = [k for k, v in found.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
-  if not found or strange:
-    raise LayoutError(f'{path} holds no parameters: it should be a state dict, or hold one under {", ".join(map(repr, _STATES))}'
-                      + (f', but its entry {strange[0]!r} is no named tensor.' if strange else '.'))
-  return dict(found)
+  state = loaded if isinstance(loaded, Mapping) else {}
+  strange = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
+  if not state or strange:
+    raise LayoutError(f'{path} has no parameters: it should be a state dict or contain one under {", ".join(map(repr, _STATES))}'
+                      + (f', but its entry {strange[0]!r} is not a named tensor.' if strange else '.'))
+  return dict(state)
 
 
 def _renamed(arrays: dict[str, np.ndarray], keep_visual_type: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Older names as today's."""
+  """Renames arrays of older files."""
   if not any(k.startswith(('encoder.', 'predictor.')) for k in arrays):
     return arrays, {}
   table = _OLDER + (_OLDER_MOE if any('.deepspeed_moe.' in k for k in arrays) else _OLDER_DENSE)
   out, remarks = {}, {}
   for key, value in arrays.items():
     if key.startswith(_UNUSED_OLDER):
-      remarks[key] = 'dropped: older code kept it and did not use it'
+      remarks[key] = 'dropped: older code did not use it'
       continue
     name = key
     for pattern, new in table:

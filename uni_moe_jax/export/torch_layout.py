@@ -1,8 +1,8 @@
-"""The published PyTorch state dict ⇄ our parameter tree, from one ordered table, strict both ways.
+"""The published PyTorch state dict ⇄ our parameter tree: one ordered table, strict in both directions.
 
-`entries(spec)` lists, for a model, which published key lies where in our tree and how its array is turned. `from_torch` and
-`to_torch` walk that list and nothing else: every key is consumed or dropped for a stated reason, every parameter is filled.
-Names and shapes: section 16 of the notes on the published system, whose `Linear` weights are [out, in].
+`entries(spec)` lists the path of every published key in our tree and the transform of its array. `from_torch` and `to_torch`
+use that list only: every key is consumed or dropped for a stated reason, and every parameter is filled. Names and shapes:
+section 16 of the notes on the published system, whose `Linear` weights are [out, in].
 """
 
 import dataclasses
@@ -34,24 +34,24 @@ class LayoutError(UsageError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-  """How an array is turned. ours(published array, sizes) → our array; theirs is its inverse."""
-  ours: Callable[[np.ndarray, ModelSpec], np.ndarray]
-  theirs: Callable[[np.ndarray, ModelSpec], np.ndarray]
+class Transform:
+  """Transform of an array. to_jax(published array, spec) → our array; to_torch is its inverse."""
+  to_jax: Callable[[np.ndarray, ModelSpec], np.ndarray]
+  to_torch: Callable[[np.ndarray, ModelSpec], np.ndarray]
 
 
-SAME = Turn(lambda w, s: w, lambda w, s: w)
-LINEAR = Turn(lambda w, s: w.T, lambda w, s: w.T)  # [out, in] ⇄ [in, out]
-# Rows of a packed qkv are [q; k; v], each of them head-major.
-QKV = Turn(lambda w, s: w.T.reshape(s.width, 3, s.num_heads, s.head_dim), lambda w, s: w.reshape(s.width, 3 * s.width).T)
-QKV_BIAS = Turn(lambda w, s: w.reshape(3, s.num_heads, s.head_dim), lambda w, s: w.reshape(3 * s.width))
-OUT = Turn(lambda w, s: w.T.reshape(s.num_heads, s.head_dim, s.width), lambda w, s: w.reshape(s.width, s.width).T)
-ROW = Turn(lambda w, s: w[0], lambda w, s: w[None])
-# A convolution's [D, C, p, p] ⇄ rows in the order of a patch: row, column, colour.
-PATCH = Turn(lambda w, s: w.transpose(2, 3, 1, 0).reshape(-1, s.width),
+SAME = Transform(lambda w, s: w, lambda w, s: w)
+LINEAR = Transform(lambda w, s: w.T, lambda w, s: w.T)  # [out, in] ⇄ [in, out]
+# Rows of a packed qkv are [q; k; v], each head-major.
+QKV = Transform(lambda w, s: w.T.reshape(s.width, 3, s.num_heads, s.head_dim), lambda w, s: w.reshape(s.width, 3 * s.width).T)
+QKV_BIAS = Transform(lambda w, s: w.reshape(3, s.num_heads, s.head_dim), lambda w, s: w.reshape(3 * s.width))
+OUT = Transform(lambda w, s: w.T.reshape(s.num_heads, s.head_dim, s.width), lambda w, s: w.reshape(s.width, s.width).T)
+ROW = Transform(lambda w, s: w[0], lambda w, s: w[None])
+# A convolution's [D, C, p, p] ⇄ rows in the order of a patch: row, column, channel.
+PATCH = Transform(lambda w, s: w.transpose(2, 3, 1, 0).reshape(-1, s.width),
              lambda w, s: w.reshape(s.patch_size, s.patch_size, s.channels, s.width).transpose(3, 2, 0, 1))
 
-# Published name, our path, turn. First what a model has once …
+# Published name, our path, transform. First what a model has once …
 _ONCE = (
     ('token_embed.embeddings.weight', 'embed/word', SAME),
     ('token_embed.embeddings_norm.weight', 'embed/norm/scale', SAME),
@@ -78,15 +78,19 @@ _LAYER = (
     ('norm1.weight', 'norm1/scale', SAME), ('norm1.bias', 'norm1/bias', SAME),
     ('norm2.weight', 'norm2/scale', SAME), ('norm2.bias', 'norm2/bias', SAME),
 )
-_PROMPTS = {'shared': (('embedding', 'input'),), 'inputs': (('embedding', 'input'),), 'separate': (('embedding', 'input'), ('target_embedding', 'target'))}
-# … its projections (name in a dense model, name in a model with experts, our path, part, turns) …
+_PROMPTS = {
+    'shared': (('embedding', 'input'),),
+    'inputs': (('embedding', 'input'),),
+    'separate': (('embedding', 'input'), ('target_embedding', 'target')),
+}
+# … its projections (name in a dense model, name in a model with experts, our path, sublayer, transforms) …
 _PROJECTIONS = (
     ('self_attn.in_proj_', 'self_attn.qkv_proj.', 'qkv', 'attention', QKV, QKV_BIAS),
     ('self_attn.out_proj.', 'self_attn.dense.', 'attention_out', 'attention', OUT, SAME),
     ('linear1.', 'linear1.', 'ffn_in', 'mlp', LINEAR, SAME),
     ('linear2.', 'linear2.', 'ffn_out', 'mlp', LINEAR, SAME),
 )
-# … and the gate of each of its routers. The first projection of a part decides for the second, too.
+# … and the gate of each of its routers. The router of the first projection of a sublayer serves the second, too.
 _GATES = {'attention': 'self_attn.qkv_proj.gate.', 'mlp': 'linear1.gate.'}
 _GATE = (
     ('tag_transform.0.weight', 'embed/kernel', LINEAR), ('tag_transform.0.bias', 'embed/bias', SAME),
@@ -105,21 +109,21 @@ _BANK = re.compile(r'loss_prepare\.queue_(h[12]|ptr[12])_\w+$')
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """Where one published array lies in our tree: a leaf, and an index on its leading axes (layers, experts)."""
+  """Position of a published array in our tree: a leaf and an index on its leading axes (layers, experts)."""
   key: str
   path: tuple[str, ...]
   index: tuple[int, ...]
-  turn: Turn
+  transform: Transform
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What went where.
+  """Report of a conversion.
 
   Attributes:
     consumed: published key → our path.
-    dropped: published key → why it has no place in our tree.
-    made: published key → what stands there although our tree has nothing for it (`to_torch`).
+    dropped: published key → reason why our tree does not need it.
+    made: published key → origin of a value that our tree does not have (`to_torch`).
     resized: published key → 'from shape to shape'.
   """
   consumed: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -128,10 +132,10 @@ class Report:
   resized: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def __str__(self) -> str:
-    lines = [f'{len(self.consumed)} arrays have their place in both layouts']
-    for title, rows in (('resized', self.resized), ('dropped', self.dropped), ('made', self.made)):
+    lines = [f'{len(self.consumed)} arrays converted']
+    for title, remarks in (('resized', self.resized), ('dropped', self.dropped), ('made', self.made)):
       reasons: dict[str, list[str]] = {}
-      for key, why in rows.items():
+      for key, why in remarks.items():
         reasons.setdefault(why, []).append(key)
       for why, keys in reasons.items():
         shown = ', '.join(keys[:3]) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
@@ -140,61 +144,61 @@ class Report:
 
 
 def check_convertible(spec: ModelSpec) -> None:
-  """Raises LayoutError for a model that the published layout has no names for."""
+  """Raises LayoutError if the published layout cannot represent the model."""
   if spec.router not in ('attribute', 'dense'):
-    raise LayoutError(f'config.moe.router={spec.router!r} has no place in the published layout, which knows attribute gates; '
+    raise LayoutError(f'config.moe.router={spec.router!r} is not supported by the published layout, which has attribute gates; '
                       "convert a model with router 'attribute' or 'dense'.")
   if spec.num_prefix_prompts or spec.label_prompts or spec.frame_differences:
-    raise LayoutError('config.model.num_prefix_prompts, frame_differences and label_prompts of a set have no place in the published '
-                      'layout; convert a model without them.')
+    raise LayoutError('the published layout does not support config.model.num_prefix_prompts, config.model.frame_differences and '
+                      'label_prompts of a target set; convert a model without them.')
   unknown = [t for t in spec.temperature_groups if t not in TEMPERATURES]
   if unknown:
-    raise LayoutError(f'temperature group {unknown[0]!r} has no place in the published layout; '
+    raise LayoutError(f'the published layout has no temperature group {unknown[0]!r}; '
                       f'{nearest(unknown[0], TEMPERATURES)}. Set `temperature` of the tasks that use it.')
 
 
 def entries(spec: ModelSpec) -> list[Entry]:
-  """Every array of the published layout that has a place in a model's parameter tree, in order."""
+  """Returns every array of the published layout that a model's parameter tree has, in order."""
   check_convertible(spec)
   absent = {'embed/spatial': spec.posemb == 'sincos2d', 'embed/visual_type': not spec.modality_embedding,
             'embed/spe_bias': not spec.spe_bias}
   absent |= {path: not spec.head for _, path, _ in _ONCE if path.startswith('linear_head/')}
-  out = [Entry(key, tuple(path.split('/')), (), turn) for key, path, turn in _ONCE if not absent.get(path)]
+  out = [Entry(key, tuple(path.split('/')), (), transform) for key, path, transform in _ONCE if not absent.get(path)]
   out += [Entry(f'loss_prepare.logit_scale_{t}', (f'log_scale_{t}',), (), SAME) for t in spec.temperature_groups]
-  for layer, parts in enumerate(spec.pattern):
+  for layer, sublayers in enumerate(spec.pattern):
     subtree, period, block = spec.stack.locate(layer)
     index = () if period is None else (period,)
     prefix = f'fused_encoder.layers.{layer}.'
 
-    def place(key, path, turn, *more, prefix=prefix, at=('encoder', subtree, block), index=index):
-      out.append(Entry(prefix + key, (*at, *path.split('/')), (*index, *more), turn))
+    def add(key, path, transform, *more, prefix=prefix, at=('encoder', subtree, block), index=index):
+      out.append(Entry(prefix + key, (*at, *path.split('/')), (*index, *more), transform))
 
-    for row in _LAYER:
-      place(*row)
-    for theirs, ours in _PROMPTS[spec.prompt_sharing] if spec.num_deep_prompts else ():
-      place(f'deep_prompt_embedding.{theirs}.weight', f'prompts/{ours}', SAME)
-    for dense, plain, path, part, turn, bias_turn in _PROJECTIONS:
-      for leaf, ours, how in (('weight', 'kernel', turn), ('bias', 'bias', bias_turn)):
-        if part in parts:
+    for key, path, transform in _LAYER:
+      add(key, path, transform)
+    for published, own in _PROMPTS[spec.prompt_sharing] if spec.num_deep_prompts else ():
+      add(f'deep_prompt_embedding.{published}.weight', f'prompts/{own}', SAME)
+    for dense, plain, path, sublayer, kernel_transform, bias_transform in _PROJECTIONS:
+      for published, own, transform in (('weight', 'kernel', kernel_transform), ('bias', 'bias', bias_transform)):
+        if sublayer in sublayers:
           for e in range(spec.num_experts):
-            place(f'{plain}experts.deepspeed_experts.{e}.{leaf}', f'{path}/{ours}', how, e)
+            add(f'{plain}experts.deepspeed_experts.{e}.{published}', f'{path}/{own}', transform, e)
         else:
-          place((dense if spec.router == 'dense' else plain) + leaf, f'{path}/{ours}', how)
-    for part in parts:
-      for key, path, turn in _GATE:
-        place(_GATES[part] + key, f'{ROUTER_PARAMS[part]}/{path}', turn)
+          add((dense if spec.router == 'dense' else plain) + published, f'{path}/{own}', transform)
+    for sublayer in sublayers:
+      for key, path, transform in _GATE:
+        add(_GATES[sublayer] + key, f'{ROUTER_PARAMS[sublayer]}/{path}', transform)
   return out
 
 
 def taken_from_config(spec: ModelSpec) -> str:
-  """What no checkpoint says, for the person who converts: wrong, it gives another model without an error."""
+  """Config fields that a checkpoint does not contain: wrong values give another model without an error."""
   prefix = '<spe>' if spec.prefix_word is None else f'word {spec.prefix_word}'
   return (f'not in the file, taken from the config: heads {spec.num_heads}, top_k {spec.top_k}, prefix {prefix} '
           '(the published sizes have 64 per head, top_k 2, prefix <spe>)')
 
 
 def dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-  """Keys and shapes of the published gates that nothing evaluates: attention out's and the second FFN projection's."""
+  """Keys and shapes of published gates that are never evaluated: of attention's output and the second MLP projection."""
   D = spec.width
   shapes = {'tag_transform.0.weight': (D, 8), 'tag_transform.0.bias': (D,), 'tag_transform.1.weight': (D,),
             'tag_transform.1.bias': (D,), 'wg.weight': (spec.num_experts, D)}
@@ -203,37 +207,38 @@ def dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
-  """Published arrays → (parameter tree f32, what went where).
+  """Converts published arrays to (f32 parameter tree, report).
 
   Args:
     state: arrays by published name (see `torch_file.read`).
-    spec: of the model that they are for.
+    spec: of the model to fill.
 
   Raises:
-    LayoutError: a key is missing, has no place, or has another shape than the model's; names it and the field to change.
+    LayoutError: a key is missing or unknown, or its shape is not the model's; names the key and the field to change.
   """
-  wanted, report = entries(spec), Report()
-  state, names = dict(state), {e.key for e in wanted}
-  missing = [e.key for e in wanted if e.key not in state]
+  expected, report = entries(spec), Report()
+  state, names = dict(state), {e.key for e in expected}
+  missing = [e.key for e in expected if e.key not in state]
   _drop(state, spec, names, report)
   unknown = [k for k in state if k not in names]
   if missing or unknown:
     raise LayoutError(_mismatch(missing, unknown, spec))
   tree = _empty(param_shapes(UniPerceiver(spec)))
   filled: dict[tuple[str, ...], int] = {}
-  for e in wanted:
+  for e in expected:
     leaf = tree
     for name in e.path:
       leaf = leaf[name]
     target = leaf[e.index] if e.index else leaf
-    value, theirs = np.asarray(state[e.key], np.float32), e.turn.theirs(target, spec).shape
+    value, torch_shape = np.asarray(state[e.key], np.float32), e.transform.to_torch(target, spec).shape
     if not np.isfinite(value).all():
-      raise LayoutError(f'{e.key} holds values that are not finite: the checkpoint is damaged, or its training had failed.')
-    value = _resized(value, e, theirs, report)
-    # Before it is turned: a reshape would accept other shapes of the same size.
-    if value.shape != theirs:
-      raise LayoutError(f'{e.key} has shape {value.shape}, the model wants {theirs}: {_which_size(e.key, value.shape, theirs)}.')
-    leaf[(*e.index, ...)] = e.turn.ours(value, spec)
+      raise LayoutError(f'{e.key} has values that are not finite: the checkpoint is damaged, or its training failed.')
+    value = _resized(value, e, torch_shape, report)
+    # Check before the transform: a reshape would accept other shapes of the same size.
+    if value.shape != torch_shape:
+      raise LayoutError(f'{e.key} has shape {value.shape}, the model needs {torch_shape}: '
+                        f'{_size_fix(e.key, value.shape, torch_shape)}.')
+    leaf[(*e.index, ...)] = e.transform.to_jax(value, spec)
     filled[e.path] = filled.get(e.path, 0) + value.size
     report.consumed[e.key] = '/'.join(e.path)
   _check_filled(tree, filled)
@@ -241,19 +246,20 @@ def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
 
 
 def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Report]:
-  """Our parameter tree → (arrays under every key of the published layout, what went where).
+  """Converts our parameter tree to (arrays under every key of the published layout, report).
 
-  Works on any tree of the parameters' structure, gradients for example.
+  `params` can be any tree with the structure of the parameters, such as gradients.
   """
   report, out = Report(), {}
   for e in entries(spec):
     leaf = params
     for name in e.path:
       leaf = leaf[name]
-    out[e.key] = np.array(e.turn.theirs(np.asarray(leaf)[e.index], spec), order='C')
+    out[e.key] = np.array(e.transform.to_torch(np.asarray(leaf)[e.index], spec), order='C')
     report.consumed[e.key] = '/'.join(e.path)
   made = {alias: (out[key], f'the same tensor as {key}') for alias, key in _ALIASES.items() if key in out}
-  made |= {key: (np.zeros(shape, np.float32), 'zeros: a gate that nothing evaluates') for key, shape in dead_gates(spec).items()}
+  made |= {key: (np.zeros(shape, np.float32), 'zeros: a gate that is never evaluated')
+           for key, shape in dead_gates(spec).items()}
   made |= {f'loss_prepare.logit_scale_{t}': (np.float32(_INITIAL_SCALE), 'the initial value: the model has no such group')
            for t in TEMPERATURES if t not in spec.temperature_groups}
   if not spec.modality_embedding:
@@ -270,19 +276,19 @@ def _table(spec: ModelSpec) -> np.ndarray:
 
 
 def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], report: Report) -> None:
-  """Takes out what has no place in our tree, for the reasons that exist."""
+  """Removes arrays that our tree does not need and reports the reasons."""
   dead = dead_gates(spec)
   for alias, key in _ALIASES.items():
     if alias in state and key in wanted:
       if key in state and not np.array_equal(state[alias], state[key]):
-        raise LayoutError(f'{alias} differs from {key}: a model whose pictures have a LayerNorm of their own (SHARE_LAYERNORM '
-                          'False) is not supported.')
+        raise LayoutError(f'{alias} differs from {key}: a model with a separate LayerNorm for images (SHARE_LAYERNORM False) '
+                          'is not supported.')
       report.dropped[alias] = f'the same tensor as {key}'
   for key in state:
     if key in wanted or key in report.dropped:
       continue
     if np.shape(state[key]) == dead.get(key):
-      report.dropped[key] = ('a gate that nothing evaluates: the first projection of the pair decides '
+      report.dropped[key] = ('a gate that is never evaluated: the first projection of the pair decides '
                              '(FFN_SHARE_GATE_DECISION, as in every published config)')
     elif _BANK.match(key):
       report.dropped[key] = 'state of a memory bank'
@@ -294,45 +300,45 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
     elif key == _SPATIAL:
       if np.shape(state[key]) != _table(spec).shape or not np.allclose(state[key], _table(spec), atol=1e-4):
         raise LayoutError(f"{key} is not the fixed sin-cos table of {spec.image_size} px: set config.model.posemb='frozen'.")
-      report.dropped[key] = 'the fixed sin-cos table, computed anew'
+      report.dropped[key] = 'the fixed sin-cos table, which is computed'
   for key in report.dropped:
     state.pop(key)
 
 
 def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
-  said = []
+  problems = []
   if missing:
-    said.append(f'the checkpoint lacks {missing[0]}' + (f' and {len(missing) - 1} more' if missing[1:] else ''))
+    problems.append(f'the checkpoint lacks {missing[0]}' + (f' and {len(missing) - 1} more' if missing[1:] else ''))
   if unknown:
-    said.append(f'it has {unknown[0]}' + (f' and {len(unknown) - 1} more' if unknown[1:] else '') + ', which the model has no '
-                'place for')
-  return (f'{"; ".join(said)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, placement '
+    problems.append(f'it has {unknown[0]}' + (f' and {len(unknown) - 1} more' if unknown[1:] else '')
+                    + ', which the model does not have')
+  return (f'{"; ".join(problems)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, placement '
           f'{spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, config.moe.placement), with '
-          f'{spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, prompt_sides, spe_bias; a task with head=True).')
+          f'{spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, prompt_sharing, spe_bias; a task with linear_head=True).')
 
 
 _SIZES = (
     (r'token_embed\.embeddings\.weight', 'the tokenizer has another vocabulary (config.tokenizer)'),
     (r'position_embeddings', 'set config.model.max_text_len to the number of its rows'),
-    (r'spatial|video_embed\.embeddings\.weight', 'set config.model.image_size, patch and channels'),
+    (r'spatial|video_embed\.embeddings\.weight', 'set config.model.image_size, patch_size and channels'),
     (r'temporal', 'set config.model.max_num_frames'),
     (r'gate', 'set config.moe.num_experts'),
     (r'linear[12]\.', 'set config.model.mlp_dim'),
     (r'prompt_embedding', 'set config.model.num_deep_prompts to the number of its rows'),
-    (r'fc_prompt', 'the task with head=True has another number of classes'),
+    (r'fc_prompt', 'the task with linear_head=True has another number of classes'),
 )
 
 
-def _which_size(key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-  """The field to change. Tables [rows, D] that differ in D alone are of another width, whatever their rows are."""
-  rows_agree = len(found) == len(wanted) > 0 and found[0] == wanted[0]
-  if len(found) == 2 and rows_agree and 'linear2' not in key:
+def _size_fix(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+  """The field to change. Tables [rows, D] that differ only in D have another width."""
+  rows_agree = len(shape) == len(expected) > 0 and shape[0] == expected[0]
+  if len(shape) == 2 and rows_agree and 'linear2' not in key:
     return 'set config.model.width'
   return next((fix for pattern, fix in _SIZES if re.search(pattern, key)), 'set config.model.width')
 
 
 def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
-  """Position tables of another size, interpolated; every other array as it is."""
+  """Interpolates position tables of another size; returns every other array unchanged."""
   function = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.temporal}.get('/'.join(entry.path))
   if function is None or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
     return value
@@ -344,7 +350,7 @@ def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Re
 
 
 def _empty(shapes: Any) -> Any:
-  """A tree of arrays to be filled; NaN until they are."""
+  """A tree of NaN arrays of these shapes."""
   if isinstance(shapes, Mapping):
     return {k: _empty(v) for k, v in shapes.items()}
   return np.full(shapes.shape, np.nan, np.float32)
@@ -355,5 +361,5 @@ def _check_filled(tree: Any, filled: dict[tuple[str, ...], int], at: tuple[str, 
     for name, sub in tree.items():
       _check_filled(sub, filled, (*at, name))
   elif filled.get(at, 0) != tree.size or np.isnan(tree).any():
-    raise LayoutError(f'parameter {"/".join(at)} is filled {filled.get(at, 0)} times of {tree.size}: the table of '
+    raise LayoutError(f'parameter {"/".join(at)} has {filled.get(at, 0)} of {tree.size} values: the table of '
                       'export/torch_layout.py lacks a row for it.')

@@ -1,6 +1,6 @@
-"""Exported programs of every task kind say what the model with its experts says, in float32, after training in bfloat16.
+"""Exported float32 programs of every task type equal the model with experts, after training in bfloat16.
 
-Clips have three frames, which are normalised in their own way and come with their changes; texts are padded.
+Videos have three frames, their own normalization and frame differences; texts are padded.
 """
 
 import jax
@@ -28,20 +28,20 @@ _SOME = (*_TRAINED, 'caption')
 
 
 def _config(router: str, some: bool) -> ml_collections.ConfigDict:
-  """A task of every kind, or of some, of a model that trains in bfloat16; most are only asked."""
+  """Tasks of every type, or of some, for a model that trains in bfloat16; most have no training."""
   c = tiny.config('shape', 'motion', 'text', 'caption', 'pair', 'package', data_dir=tiny.data_dir())
   c.tasks.pair.max_len = 16
-  clips = dict(batch_size=4, caption_templates=('{name}',), max_len=12)
-  c.tasks.video_caption = config_lib.task('video_caption', 'videos', target_set='words', **clips)
-  c.tasks.video_pair = config_lib.task('video_retrieval', 'videos', **clips)
-  c.target_sets.asked = config_lib.target_set('glyphs/class', family='words')
-  c.tasks.asked = config_lib.task(
-      'vqa', 'glyphs', batch_size=4, target_set='asked', label_column='class', template='{face} {name} ? <spe> <eot>', max_len=12)
+  options = dict(batch_size=4, caption_templates=('{name}',), max_len=12)
+  c.tasks.video_caption = config_lib.task('video_caption', 'videos', target_set='words', **options)
+  c.tasks.video_pair = config_lib.task('video_retrieval', 'videos', **options)
+  c.target_sets.answers = config_lib.target_set('glyphs/class', family='words')
+  c.tasks.question = config_lib.task(
+      'vqa', 'glyphs', batch_size=4, target_set='answers', label_column='class', template='{face} {name} ? <spe> <eot>', max_len=12)
   c.model.update(dict(
       dtype='bfloat16', video_mean=(0.4,), video_std=(0.3,), frame_differences=True))
   c.model.extra_temperature_groups = tuple({t.type for t in c.tasks.values()})
   for name in {*c.tasks} - _TRAINED:
-    c.tasks[name].batch_size = 0  # a training step of every kind compiles for half a minute
+    c.tasks[name].batch_size = 0  # a training step of every type takes half a minute to compile
     if some and name not in _SOME:
       del c.tasks[name]
   c.moe.router = router
@@ -49,7 +49,7 @@ def _config(router: str, some: bool) -> ml_collections.ConfigDict:
 
 
 def _trained(run: train_run.Run):
-  """Parameters that are nowhere zero, biases and gates too, and two steps later."""
+  """Parameters after two steps from random values, including biases and gates."""
   rng = np.random.default_rng(0)
   start = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), run.shapes.params)
   state, step, sets = run.state_from(start), run.step_fn(), run.target_sets()
@@ -58,22 +58,22 @@ def _trained(run: train_run.Run):
   return jax.device_get(state.params)
 
 
-def _search(spec: ModelSpec, params, task: TaskSpec, found: contents.Contents, pixels: np.ndarray) -> decoding.Captions:
+def _search(spec: ModelSpec, params, task: TaskSpec, exported: contents.Contents, pixels: np.ndarray) -> decoding.Captions:
   """The evaluator's search with the experts."""
   run = jax.jit(lambda values: decoding.beam_search(
-      UniPerceiver(spec), values, task.type, pixels, found.features[task.target_set], temperature=task.temperature,
-      spe=found.data.tokenizer.spe, eot=found.data.tokenizer.eot, max_len=task.max_len))
+      UniPerceiver(spec), values, task.type, pixels, exported.features[task.target_set], temperature=task.temperature,
+      spe=exported.data.tokenizer.spe, eot=exported.data.tokenizer.eot, max_len=task.max_len))
   return jax.device_get(run(params))
 
 
-def _close(found, expected, name: str) -> None:
-  assert found.shape == expected.shape, name
-  assert np.abs(found - expected).max() <= _BOUND * np.abs(expected).max(), name
+def _assert_close(actual, expected, name: str) -> None:
+  assert actual.shape == expected.shape, name
+  assert np.abs(actual - expected).max() <= _BOUND * np.abs(expected).max(), name
 
 
 @pytest.fixture(name='compile_fast')
 def _compile_fast():
-  """More is compiled here than computed."""
+  """Disables most optimizations: compilation takes longer than computation."""
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
@@ -83,24 +83,26 @@ def _compile_fast():
 @pytest.mark.parametrize('router, some', [
     pytest.param('attribute', False, marks=pytest.mark.slow), pytest.param('modality', True, marks=pytest.mark.slow),
     *(pytest.param(router, False, marks=pytest.mark.nightly) for router in ('task', 'modality'))])
-def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
+def test_programs_of_every_task_type_equal_the_model_with_experts(tmp_path, router, some):
   run = train_run.build(_config(router, some), jax.devices()[:1])
   params = _trained(run)
   assert some or {t.type.name for t in (*run.plan.tasks, *run.plan.probes)} == set(task_types.TASK_TYPES)
-  found = contents.collect(run.spec.model.spec, params, run.plan, run.data, dtype='float32', fixed_sets=True)
-  assert not found.spec.router_names  # no router is left
-  artifact.write(tmp_path / 'model', found, {'name': 'mine'}, [])
+  exported = contents.make_contents(
+      run.spec.model.spec, params, run.plan, run.data, dtype='float32', bake_targets=True)
+  assert not exported.spec.router_names  # it has no router
+  artifact.write(tmp_path / 'model', exported, {'name': 'mine'}, [])
   model = shipped.module(tmp_path / 'model').Model(tmp_path / 'model')
-  whole = contents.portable(run.spec.model.spec, 'float32')
-  expected = Predictor(UniPerceiver(whole), params, found.sets, run.data.tokenizer)
+  spec = contents.portable(run.spec.model.spec, 'float32')
+  expected = Predictor(UniPerceiver(spec), params, exported.target_sets, run.data.tokenizer)
   for task in (*run.plan.tasks, *run.plan.probes):
     [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(_EXAMPLES), _EXAMPLES)
     frames = fields['pixels'].shape[1] if task.type.visual else 0
     assert frames == (tiny.NUM_FRAMES if task.source == 'videos' else task.type.visual), task.name
     if task.type.readout == 'queries':
-      said, want = model.run(task.name, 'caption', pixels=fields['pixels']), _search(whole, params, task, found, fields['pixels'])
-      np.testing.assert_array_equal(said['tokens'], want.tokens[:, 0], task.name)
-      _close(np.asarray(said['score']), np.asarray(want.scores[:, 0]), task.name)
+      captions = model.run(task.name, 'caption', pixels=fields['pixels'])
+      want = _search(spec, params, task, exported, fields['pixels'])
+      np.testing.assert_array_equal(captions['tokens'], want.tokens[:, 0], task.name)
+      _assert_close(np.asarray(captions['score']), np.asarray(want.scores[:, 0]), task.name)
       continue
     inputs = {name: fields[name] for name in model.manifest['tasks'][task.name]['programs']['encode']['inputs']}
     features = expected.inputs(task.type, fields)
@@ -109,12 +111,12 @@ def test_every_kind_answers_as_the_model_with_experts(tmp_path, router, some):
       text = model.run(task.name, 'encode_text', text=fields['target'], text_valid=fields['target_valid'])['features']
       targets = expected.pairs(task.type, fields)
       assert not fields['target_valid'].all()
-      _close(np.asarray(image), np.asarray(normalize(features[:, 0])), task.name)
-      _close(np.asarray(text), np.asarray(normalize(targets)), task.name)
+      _assert_close(np.asarray(image), np.asarray(normalize(features[:, 0])), task.name)
+      _assert_close(np.asarray(text), np.asarray(normalize(targets)), task.name)
       scale = np.exp(params[f'log_scale_{task.temperature}'])
       scores = model.run(task.name, 'score', features=image, texts=text)['scores']
-      _close(np.asarray(scores), scale * expected.similarities(features[:, 0], targets), task.name)
+      _assert_close(np.asarray(scores), scale * expected.similarities(features[:, 0], targets), task.name)
     else:
       want = expected.log_probabilities(features, task)
       log_p = np.asarray(model.run(task.name, 'classify', **inputs)['log_p'])
-      _close(log_p, want if task.type.readout == 'masked' else want[:, 0], task.name)
+      _assert_close(log_p, want if task.type.readout == 'masked' else want[:, 0], task.name)
