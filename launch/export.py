@@ -3,9 +3,9 @@
   python launch/export.py --workdir=runs/quickstart --output=exported --num_examples=4
   python exported/example.py
 
-Experts are merged permanently if the router allows it; --tasks and --bake_targets reduce the number of conditions and so of
-kernels. --torch adds the published PyTorch layout of a model with one kernel per projection. README.md in the folder is the
-model card.
+Experts are merged permanently if the router allows it; --tasks and --bake_targets reduce the number of conditions and
+so of kernels. --torch adds the published PyTorch layout of a model with one kernel per projection. README.md in the
+folder is the model card.
 """
 
 import json

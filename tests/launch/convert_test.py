@@ -48,7 +48,7 @@ def _files(tmp_path_factory):
   folder = tmp_path_factory.mktemp('convert')
   (folder / 'merges.txt').write_text(_MERGES)
   c = _config(folder)
-  workdir_lib.claim_workdir(folder / 'saved', c)
+  workdir_lib.claim_workdir(folder / 'saved', c, 'print')
   (folder / 'config.py').write_text(
       'from uni_moe_jax.train.workdir import load_config\n'
       f'def get_config():\n  return load_config({str(folder / "saved")!r})\n')

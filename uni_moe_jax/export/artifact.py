@@ -1,9 +1,9 @@
 """A trained model as a folder that runs without this package.
 
-It has the programs, the parameters, the features of the target sets, the tokenizer and a model card. Every program takes the
-parameters as arguments: params.safetensors stores them once, a program is small and the same for every checkpoint of a model,
-and parameters stay on the device between calls. `loader.py` (load.py in the folder) reads everything with jax, numpy and
-flatbuffers; `texts.py` tokenizes and detokenizes.
+It has the programs, the parameters, the features of the target sets, the tokenizer and a model card. Every program
+takes the parameters as arguments: params.safetensors stores them once, a program is small and the same for every
+checkpoint of a model, and parameters stay on the device between calls. `loader.py` (load.py in the folder) reads
+everything with jax, numpy and flatbuffers; `texts.py` tokenizes and detokenizes.
 """
 
 import hashlib

@@ -69,7 +69,8 @@ def make_contents(
   Args:
     spec, params, plan, data: of the run.
     tasks: names of the tasks to export; all by default.
-    bake_targets: only the entries of target sets can be answers, so no program encodes other texts and no kernel serves them.
+    bake_targets: only the entries of target sets can be answers, so no program encodes other texts and no kernel serves
+      them.
     dtype: of matrix products; None: that of training. Parameters stay float32.
     num_examples: examples per task.
 

@@ -1,7 +1,7 @@
 """Example of using this exported model: python example.py
 
-Runs the model on the exported examples and reports whether the answers equal those at export. Without examples it lists the
-programs and their inputs. `captions_word_by_word` shows how a server can stream captions.
+Runs the model on the exported examples and reports whether the answers equal those at export. Without examples it lists
+the programs and their inputs. `captions_word_by_word` shows how a server can stream captions.
 """
 
 import load

@@ -1,7 +1,7 @@
 """Loads and runs this exported model with jax, numpy and flatbuffers, without the training code.
 
   model = load.Model()                                   # loads the folder of this file and verifies every file
-  model.run(TASK, 'classify', pixels=pixels)['log_p']    # manifest.json lists tasks, programs and inputs; any batch size
+  model.run(TASK, 'classify', pixels=pixels)['log_p']    # manifest.json lists tasks, programs, inputs
 
 texts.py tokenizes and detokenizes.
 """

@@ -1,4 +1,4 @@
-"""The programs of an exported model: for each task, functions of parameters and named arrays, with a symbolic batch size.
+"""Programs of an exported model: for each task, functions of parameters and arrays with a symbolic batch.
 
   encode: input → features
   classify: input, targets → log-probabilities
@@ -29,7 +29,8 @@ from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.utils.tree_paths import by_path
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-# For float32 products. By default NVIDIA GPUs multiply in TF32 and TPUs in bfloat16, so a program would return other values there.
+# For float32 products. By default NVIDIA GPUs multiply in TF32 and TPUs in bfloat16, so a program would return other
+# values there.
 FULL_PRECISION = 'highest'
 
 Arrays = dict[str, Any]
@@ -82,9 +83,9 @@ class Program:
 def programs(model: UniPerceiver, exported: ExportedTask, spe: int, eot: int) -> dict[str, Program]:
   """Returns the programs of a task by name.
 
-  Sizes: b batch, s tokens, m masked positions, v targets, c candidates. Pixels are uint8 [b, T, H, W, C] (normalized inside the
-  program); texts are int32 [b, s], each ended by `eot`, with a bool [b, s] that is False for padding; features are normalized
-  f32 [b, D].
+  Sizes: b batch, s tokens, m masked positions, v targets, c candidates. Pixels are uint8 [b, T, H, W, C] (normalized
+  inside the program); texts are int32 [b, s], each ended by `eot`, with a bool [b, s] that is False for padding;
+  features are normalized f32 [b, D].
   """
   made = _Programs(model, exported)
   task_type = exported.task.type

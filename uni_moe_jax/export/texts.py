@@ -1,7 +1,7 @@
 """Tokenizes and detokenizes texts of this exported model.
 
-It needs numpy and sentencepiece. A model with CLIP's vocabulary needs numpy only: captions are decoded, but texts must be
-tokenized by the caller.
+It needs numpy and sentencepiece. A model with CLIP's vocabulary needs numpy only: captions are decoded, but texts must
+be tokenized by the caller.
 
   words = texts.Texts(load.Model())
   words.captions(TASK, pixels)                                  # pixels: uint8 [B, T, H, W, C]
@@ -57,7 +57,8 @@ class Texts:
   def fill(self, task, **texts):
     """Returns {'text', 'text_valid', 'position'} of one example of a task with a template, filled with texts.
 
-    Texts are truncated to the task's length as in training: the last of n to at most 1/n of the available tokens, and so on.
+    Texts are truncated to the task's length as in training: the last of n to at most 1/n of the available tokens, and
+    so on.
     """
     entry, markers = self._model.manifest['tasks'][task], {'<spe>': self._entry['spe'], '<eot>': self._entry['eot']}
     parts = [part for part in map(str.strip, re.split(r'(<spe>|<eot>|\{\w*\})', entry['template'])) if part]

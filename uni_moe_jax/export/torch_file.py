@@ -1,8 +1,8 @@
 """The authors' checkpoint files: safe reading, which executes no code, and writing.
 
-Three layouts are supported: torch ({'model': state dict, 'optimizer': …}), DeepSpeed ({'module': …}) and older DeepSpeed files
-with other names for the same tensors. All are read as arrays under the names of `torch_layout.py`. Only this module needs
-PyTorch.
+Three layouts are supported: torch ({'model': state dict, 'optimizer': …}), DeepSpeed ({'module': …}) and older
+DeepSpeed files with other names for the same tensors. All are read as arrays under the names of `torch_layout.py`. Only
+this module needs PyTorch.
 """
 
 import os
@@ -21,7 +21,8 @@ from uni_moe_jax.utils.errors import MissingFileError
 _STATES = ('model', 'module', 'state_dict')  # keys of the parameters; a file without them is a state dict itself
 _WRAPPER = 'module.'  # prefix of a model saved inside DistributedDataParallel
 
-# Older name → current name, in order. Attention projections have different names in dense models and models with experts.
+# Older name → current name, in order. Attention projections have different names in dense models and models with
+# experts.
 _OLDER = (
     (r'^encoder\.', 'fused_encoder.'),
     (r'^predictor\.', 'loss_prepare.'),
@@ -60,16 +61,16 @@ def read(path: str | os.PathLike[str], keep_visual_type: bool = False) -> tuple[
 
   Args:
     path: file that torch.save wrote.
-    keep_visual_type: whether the model has the parameter `visual_type`. If not, that of an older file is added to the bias of
-      the patches, which is equivalent: older code added it to every visual token.
+    keep_visual_type: whether the model has the parameter `visual_type`. If not, that of an older file is added to the
+      bias of the patches, which is equivalent: older code added it to every visual token.
 
   Returns:
     (f32 arrays by published name, remarks on renamed and dropped names of the file: name → remark).
 
   Raises:
     MissingFileError: the file does not exist.
-    LayoutError: the file is not a checkpoint, is truncated, has no parameters, or reading it would execute code (nothing is
-      executed).
+    LayoutError: the file is not a checkpoint, is truncated, has no parameters, or reading it would execute code
+      (nothing is executed).
   """
   path = pathlib.Path(path)
   if path.is_dir():
