@@ -5,9 +5,8 @@
   python launch/convert.py --workdir=runs/converted --output=model.pth
 
 The first command makes a work directory whose step 0 has the checkpoint's parameters; launch/train.py and
-launch/evaluate.py continue from it with the same config and workdir. The second writes the newest parameters of a work
-directory in the published layout (the averaged ones if the run has them). Both print a report; the first also writes it
-to conversion.json.
+launch/evaluate.py continue from it with the same config. The second writes the newest parameters of a work directory in
+the published layout (averaged ones if the run has them). Both print a report; the first also writes conversion.json.
 """
 
 import dataclasses
