@@ -58,7 +58,8 @@ def _finish(workdir, router, steps=6, data='print', **optim):
   _write(path / 'run.json', {'parameters': {'total': 3200, 'active': 1600}, 'seed': 0, 'commit': 'c' * 40})
   lines = [{'step': s, 'steps_per_second': r} for s, r in ((2, 1.), (4, 2.), (steps, 4.))]
   (path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-  row = dict(evaluator='class', metric='top-1', value=.5, standard_error=.1, chance=.1, baselines={'nearest neighbor': .7})
+  row = dict(evaluator='class', metric='top-1', value=.5, standard_error=.1, chance=.1,
+            baselines={'nearest neighbor': .7})
   _write(path / 'evaluation.json', [row])
   _write(path / 'interference_init.json', _interference(1, 'init'))
   _write(path / 'interference.json', _interference(-1, 'step 6'))
@@ -109,7 +110,8 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       '# Router ablation', '| dense-0 | 6 | 3,200 | 1,600 | 0.50 | 12 | 62 | finished |',
       '| token-0 | 0 |  |  |  | 6 | 6 | train failed with exit code 1 |', '* context-0: not started.',
       '| evaluator | metric | chance | baselines | dense | task | token | context |',
-      '| class | top-1 | 0.1 | nearest neighbor 0.700 | 0.500 ± 0.196 | 0.500 ± 0.196 |  |  |', 'alone: one seed does not show',
+      '| class | top-1 | 0.1 | nearest neighbor 0.700 | 0.500 ± 0.196 | 0.500 ± 0.196 |  |  |',
+      'alone: one seed does not show',
       '| task-0 | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) | -0.25 (-0.35 … -0.15) | 1.00 (0.00 … 1.00) |',
       '| token-0 |  |  |  |  |', '| run | attention experts | mlp experts | overlap |',
       '| task-0 | 1.75 | 2.00 | 0.25 |',
