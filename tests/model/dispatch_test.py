@@ -14,7 +14,8 @@ from tests.helpers import small_model
 from uni_moe_jax.config.schema import SUBLAYERS
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.model.sublayer import Sublayer
-from uni_moe_jax.moe import dispatch, routers
+from uni_moe_jax.moe import dispatch
+from uni_moe_jax.tasks import router_names
 
 _BOTH = ('token', 'context')
 
@@ -178,7 +179,7 @@ class NoiseTest(parameterized.TestCase):
 
 class PlacementTest(parameterized.TestCase):
 
-  @parameterized.product(router=tuple(routers.ROUTERS), parts=(('attention',), ('mlp',), SUBLAYERS))
+  @parameterized.product(router=(*router_names.MERGED, *router_names.DISPATCHED), parts=(('attention',), ('mlp',), SUBLAYERS))
   def test_every_router_goes_with_every_part_and_placement(self, router, parts):
     for placement in ('every_2', (1,)):
       spec = small_model.spec(router, sublayers=parts, placement=placement, num_deep_prompts=1)

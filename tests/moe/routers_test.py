@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from uni_moe_jax.moe import routers
-from uni_moe_jax.tasks import attributes, task_types
+from uni_moe_jax.tasks import attributes, router_names, task_types
 from uni_moe_jax.tasks.attributes import Condition
 
 _LOGITS = np.log([[1., 2., 3., 4.]])  # probabilities .1 .2 .3 .4
@@ -72,13 +72,13 @@ class RowsTest(parameterized.TestCase):
     rows = [attributes.to_string(r) for r in routers.distinct_inputs('attribute', self._CONDITIONS)]
     self.assertEqual(rows, ['10011000', '01010100', '11011000', '11010101', '11010110'])
 
-  @parameterized.parameters(*routers.ROUTERS, routers.DENSE)
+  @parameterized.parameters(*router_names.ROUTERS)
   def test_the_row_of_each_condition_is_among_them(self, router):
     rows = routers.distinct_inputs(router, self._CONDITIONS)
     self.assertEqual({routers.router_input(router, c) for c in self._CONDITIONS}, set(rows))
 
   def test_only_routers_by_name_have_a_table(self):
-    tables = {r: routers.table_names(r, ('mlm', 'words'), ('visual', 'text')) for r in (*routers.ROUTERS, 'dense')}
+    tables = {r: routers.table_names(r, ('mlm', 'words')) for r in router_names.ROUTERS}
     self.assertEqual({r: t for r, t in tables.items() if t}, {'task': ('mlm', 'words'), 'modality': ('visual', 'text')})
 
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from uni_moe_jax.config.schema import Config, ModelConfig, MoeConfig
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
-from uni_moe_jax.tasks.task_types import MODALITIES
 from uni_moe_jax.utils.errors import UsageError
 
 # Projection → the part whose router decides for it.
@@ -67,7 +66,7 @@ class ModelSpec(ModelConfig, MoeConfig):
     """
     return cls(
         **vars(config.model), **vars(config.moe), temperature_groups=temperatures,
-        router_names=routers.table_names(config.moe.router, router_tasks, MODALITIES), **derived)
+        router_names=routers.table_names(config.moe.router, router_tasks), **derived)
 
   @property
   def head_dim(self) -> int:

@@ -3,11 +3,11 @@
 gates = top-K of softmax(W_g h + noise), renormalized to sum to 1, in float32 (Uni-Perceiver-MoE, section 3.2, eq. 4-6).
 Routers differ in h alone. Three read the *condition* of a segment, not its tokens: they route each distinct router input
 once, and experts merge (`MergedRouting`). Two read tokens (`token_routers.py`) and route each of them (`DispatchRouting`).
-A new condition router is a function of the condition and an entry of `INPUTS` and `EMBEDDINGS`.
+A new condition router is an entry of `tasks.router_names.CONDITION_ROUTERS`.
 """
 
 import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import chex
 import flax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.moe.layers import layer_norm
 from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
-from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED
+from uni_moe_jax.tasks.router_names import CONDITION_ROUTERS, DENSE, DISPATCHED
 from uni_moe_jax.utils.errors import UsageError
 
 RouterInput = Hashable  # the part of a condition that a router reads: attribute bits or a name
@@ -130,16 +130,6 @@ class NameEmbedding(nn.Module):
     return table[jnp.asarray([self.names.index(x) for x in inputs])]
 
 
-# The part of a condition that a router reads. Token routers read none; theirs says which segments may be joined, and share
-# capacity and statistics.
-INPUTS: dict[str, Callable[[Condition], RouterInput]] = {
-    'attribute': lambda c: c.bits, 'task': lambda c: c.task, 'modality': lambda c: c.modality,
-    'token': lambda c: c.bits, 'context': lambda c: c.bits}
-# Condition routers and the module that embeds their inputs, before its LayerNorm.
-EMBEDDINGS: dict[str, type[nn.Module]] = {'attribute': AttributeEmbedding, 'task': NameEmbedding, 'modality': NameEmbedding}
-ROUTERS = tuple(INPUTS)
-
-
 def routes_tokens(router: str) -> bool:
   """Whether the router routes each token, so that tokens are dispatched and kernels not merged."""
   return router in DISPATCHED
@@ -147,7 +137,10 @@ def routes_tokens(router: str) -> bool:
 
 def router_input(router: str, condition: Condition) -> RouterInput:
   """The router input of a condition; None in a dense model, where all segments share the one kernel."""
-  return None if router == DENSE else INPUTS[router](condition)
+  if router == DENSE:
+    return None
+  # Token routers read no condition; this says which segments may be joined, and share capacity and statistics.
+  return condition.bits if routes_tokens(router) else CONDITION_ROUTERS[router].read(condition)
 
 
 def distinct_inputs(router: str, conditions: tuple[Condition, ...]) -> tuple[RouterInput, ...]:
@@ -155,16 +148,17 @@ def distinct_inputs(router: str, conditions: tuple[Condition, ...]) -> tuple[Rou
   return (None,) if router == DENSE else tuple(dict.fromkeys(router_input(router, c) for c in conditions))
 
 
-def table_names(router: str, router_tasks: tuple[str, ...], modalities: tuple[str, ...]) -> tuple[str, ...]:
-  """Names in the router's embedding table, in order."""
-  return {'task': router_tasks, 'modality': modalities}.get(router, ())
+def table_names(router: str, router_tasks: tuple[str, ...]) -> tuple[str, ...]:
+  """Names in the router's embedding table, in order; () without one."""
+  names = CONDITION_ROUTERS[router].names if router in CONDITION_ROUTERS else None
+  return names(router_tasks) if names else ()
 
 
 class ConditionRouter(nn.Module):
   """LN(embed(input)) → gate → top K. Each sublayer of each block has its own.
 
   Attributes:
-    router: key of `EMBEDDINGS`.
+    router: key of `CONDITION_ROUTERS`.
     width: D. num_experts: E. top_k: K.
     noise_std: standard deviation of the training noise times E.
     names: names of the embedding table (task and modality routers).
@@ -179,7 +173,8 @@ class ConditionRouter(nn.Module):
   @nn.compact
   def __call__(self, inputs: tuple[RouterInput, ...], noise_key: jax.Array | None) -> RouterOutput:
     """Routes A router inputs; without a noise key (evaluation) there is no noise."""
-    h = EMBEDDINGS[self.router](self.width, self.names, name='embed')(inputs)
+    embedding = NameEmbedding if CONDITION_ROUTERS[self.router].names else AttributeEmbedding
+    h = embedding(self.width, self.names, name='embed')(inputs)
     h = layer_norm('norm')(h)
     gate = self.param(
         'gate', nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ('embed', 'gate_experts')),

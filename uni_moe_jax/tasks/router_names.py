@@ -1,6 +1,35 @@
-"""Names of the routers, for configs, which are checked without JAX; `moe/routers.py` implements them."""
+"""The routers, for configs, which are checked without JAX; `moe/routers.py` and `moe/token_routers.py` implement them.
+
+A new condition router is one entry of `CONDITION_ROUTERS`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+
+from uni_moe_jax.tasks.attributes import Condition
 
 DENSE = 'dense'  # no experts
-MERGED = ('attribute', 'task', 'modality')  # route conditions: the kernels of the chosen experts merge
-DISPATCHED = ('token', 'context')  # route tokens: each token is dispatched to its experts
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionInput:
+  """What a condition router embeds.
+
+  Attributes:
+    read: the part of a condition that the router sees: its attribute bits, or a name.
+    names: rows of the embedding table of names, in order, given the names of task types and target families; None: the router
+      projects attribute bits.
+  """
+  read: Callable[[Condition], Hashable]
+  names: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None
+
+
+# These route conditions: the kernels of the chosen experts merge.
+CONDITION_ROUTERS = {
+    'attribute': ConditionInput(lambda c: c.bits),
+    'task': ConditionInput(lambda c: c.task, names=lambda router_tasks: router_tasks),
+    'modality': ConditionInput(lambda c: c.modality, names=lambda _: ('visual', 'text')),
+}
+MERGED = tuple(CONDITION_ROUTERS)
+DISPATCHED = ('token', 'context')  # these route tokens: each token is dispatched to its experts
 ROUTERS = (DENSE, *MERGED, *DISPATCHED)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
-from uni_moe_jax.moe import routers
+from uni_moe_jax.tasks import router_names
 from uni_moe_jax.tools.bench import caption_rate, cases, compile_time, settings, suites, training_steps
 
 _SIZES = settings.Sizes(
@@ -53,7 +53,7 @@ def test_every_figure_is_finite_and_has_a_unit_and_a_note(suite, dtype):
 @pytest.mark.nightly
 def test_every_router_is_compared_with_dense_in_both_modes():
   rows = _measure('routers')
-  for router in routers.ROUTERS:
+  for router in (*router_names.MERGED, *router_names.DISPATCHED):
     for mode in ('train', 'inference'):
       assert f'{router} / dense, {mode}' in rows
   assert str(rows['task / dense, train'].budget) == '<= 1.1 (1.03)'
@@ -61,7 +61,7 @@ def test_every_router_is_compared_with_dense_in_both_modes():
 
 
 def test_every_router_is_a_case():
-  assert {routers.DENSE, *routers.ROUTERS} <= set(training_steps.router_cases())
+  assert set(router_names.ROUTERS) <= set(training_steps.router_cases())
 
 
 @pytest.mark.nightly

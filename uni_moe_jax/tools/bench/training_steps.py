@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.moe.routers import DENSE, ROUTERS
+from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
 from uni_moe_jax.tools.bench import flops, machine
 from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
@@ -24,7 +24,7 @@ _PUBLISHED_SECONDS = 3.2  # B 8, 1000 names of 8 tokens, dense and MoE
 
 def router_cases() -> dict[str, dict[str, Any]]:
   """Return {case: fields of config.moe}: dense, every router, and token routing with capacity."""
-  cases = {r: {'router': r} for r in (DENSE, *ROUTERS)}
+  cases = {r: {'router': r} for r in ROUTERS}
   return {**cases, _CAPACITY: {'router': 'token', 'capacity_factor': 1.0}}
 
 
@@ -65,7 +65,7 @@ def mixed(context: Context) -> list[Row]:
     c.moe.router, c.train.mixture = router, 'all_tasks'
     return RepeatedStep(context.build(c))
 
-  steps = {r: step(r) for r in context.sizes.mixed_routers or (DENSE, *ROUTERS)}
+  steps = {r: step(r) for r in context.sizes.mixed_routers or ROUTERS}
   seconds = interleaved(steps, context.sizes.rounds)
   note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in steps[DENSE].run.plan.tasks)
   return [Row('mixed', 'dense step', estimate(seconds[DENSE]), 's', note=note)] + [
