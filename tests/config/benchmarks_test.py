@@ -98,7 +98,7 @@ def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, synthetic, tmp
   rows = _rows(run, _step(run).params, tmp_path)
   assert {r['evaluator'] for r in rows} == set(run.config.evaluators)
   assert all(np.isfinite(r['value']) for r in rows)
-  counts = {r['count'] for r in rows if '←' not in r['metric']}
+  counts = {r['count'] for r in rows if 't2' not in r['metric']}
   assert counts == {_EXAMPLES}  # each once, although they do not divide into batches of four
 
 
@@ -117,7 +117,7 @@ def test_evaluation_is_the_same_on_eight_devices(name, synthetic, tmp_path):
     run = _run(c, devices)
     tables.append(_rows(run, jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params), tmp_path))
   assert tables[0] == tables[1] and all(0 <= r['value'] for r in tables[0] if r['metric'] != 'Matthews')
-  assert {r['count'] for r in tables[0] if '←' not in r['metric']} == {_EXAMPLES}
+  assert {r['count'] for r in tables[0] if 't2' not in r['metric']} == {_EXAMPLES}
 
 
 def _shapes(c, task: str | None = None):
@@ -201,7 +201,7 @@ def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, synthe
     assert run.data.target_sets['imagenet21k'].buckets[0]['count'].tolist() == [2, 1]
   rows = _rows(run, _step(run).params, tmp_path)
   names = {'coco_captions', 'coco_retrieval'} if 'coco_caption' in c.tasks else {'coco_retrieval'}
-  assert {(r['evaluator'], r['count']) for r in rows if '←' not in r['metric']} == {(n, _EXAMPLES) for n in names}
+  assert {(r['evaluator'], r['count']) for r in rows if 't2' not in r['metric']} == {(n, _EXAMPLES) for n in names}
 
 
 # Benchmark → batch, tokens, learning rate, decay, second moment's, warmup, steps: the published files, by hand.
@@ -364,7 +364,7 @@ def test_a_run_is_adapted_to_a_benchmark_or_evaluated_on_it(name, mode, syntheti
     predictor, _ = train_run.predictor(run, checkpoints)
   rows = suite.evaluate(run.plan, run.data, predictor, 1, tmp_path)
   assert {r['evaluator'] for r in rows} == set(c.evaluators) and all(np.isfinite(r['value']) for r in rows)
-  assert {r['count'] for r in rows if '←' not in r['metric']} == {_EXAMPLES}
+  assert {r['count'] for r in rows if 't2' not in r['metric']} == {_EXAMPLES}
 
 
 @pytest.mark.parametrize('mode', ['', ',mode=finetune', ',mode=prompts', ',mode=zero_shot'])
