@@ -22,7 +22,7 @@ jit = functools.partial(jax.jit, compiler_options=fast_compile.OPTIONS)
 
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 VOCABULARY, SPE, EOT = 23, 0, 1
-SIDE, PATCHES = 8, 4  # pixels; tokens of a picture
+SIDE, PATCHES = 8, 4  # pixels; tokens of a image
 WORDS = 3  # tokens of a text; a caption has as many queries again
 
 
@@ -58,27 +58,28 @@ def params(model_spec: ModelSpec) -> Any:
     return jnp.asarray(around + (0.2 if around else 0.4) * draws)
 
   shapes = nn.unbox(boxed(model_spec))
-  with jax.ensure_compile_time_eval():  # cached: it must not hold the tracers of whoever asks first
+  with jax.ensure_compile_time_eval():  # a cached result must not hold tracers
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def sequence(kind: str | task_types.TaskType, batch: int = 2, seed: int = 0, words: int = WORDS, **fields) -> Sequence:
-  """The input side of a kind; `fields` replace the random ones."""
-  kind = task_types.TASK_TYPES[kind] if isinstance(kind, str) else kind
+def sequence(task_type: str | task_types.TaskType, batch: int = 2, seed: int = 0, words: int = WORDS,
+             **fields) -> Sequence:
+  """The input side of a task_type; `fields` replace the random ones."""
+  task_type = task_types.TASK_TYPES[task_type] if isinstance(task_type, str) else task_type
   rng = np.random.default_rng(seed)
   made = {'ids': jnp.arange(10, 10 + batch, dtype=jnp.uint32)}
-  if kind.visual:
-    frames = 2 if 'video' in kind.name else 1
+  if task_type.visual:
+    frames = 2 if 'video' in task_type.name else 1
     made['pixels'] = jnp.asarray(rng.normal(size=(batch, frames, SIDE, SIDE, 1)), jnp.float32)
-  if kind.text_index is not None:
+  if task_type.text_index is not None:
     text = jnp.asarray(rng.integers(2, VOCABULARY, (batch, words)), jnp.int32)
-    made['text'] = jnp.concatenate([text, jnp.full_like(text, SPE)], axis=1) if kind.two_stream else text
-    made['text_valid'] = None if kind.two_stream else jnp.ones((batch, words), bool)
-  if kind.readout in ('masked', 'slot'):
-    picks = 2 if kind.readout == 'masked' else 1
+    made['text'] = jnp.concatenate([text, jnp.full_like(text, SPE)], axis=1) if task_type.two_stream else text
+    made['text_valid'] = None if task_type.two_stream else jnp.ones((batch, words), bool)
+  if task_type.readout in ('masked', 'slot'):
+    picks = 2 if task_type.readout == 'masked' else 1
     shuffled = rng.permuted(np.tile(np.arange(words), (batch, 1)), axis=1)
     made['positions'] = jnp.asarray(shuffled[:, :picks], jnp.int32)
-  return Sequence(layout=Layout.of_task_type(kind), **{**made, **fields})
+  return Sequence(layout=Layout.of_task_type(task_type), **{**made, **fields})
 
 
 def target(condition, batch: int = 2, seed: int = 0, words: int = WORDS) -> Sequence:

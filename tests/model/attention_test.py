@@ -32,7 +32,7 @@ class AttendTest(parameterized.TestCase):
     np.testing.assert_allclose(out, one(5.), rtol=1e-6)
 
   @parameterized.parameters((jnp.float32, 2e-6), (jnp.bfloat16, 2e-2))
-  def test_parts_are_as_if_joined(self, dtype, tolerance):
+  def test_parts_equal_concatenated_keys(self, dtype, tolerance):
     own, shared, all_share = _keys(0, _B, 5, dtype), _keys(1, 2, 7, dtype), _keys(2, 1, 4, dtype)
     mask = jnp.asarray(np.random.default_rng(3).random((_B, 1, 1, 5)) < .5)
     structure = jnp.asarray(np.tril(np.ones((_Q, 5), bool)))[None, None]
@@ -42,7 +42,8 @@ class AttendTest(parameterized.TestCase):
 
     def joined(q, own, shared, all_share):
       # Rows 0 and 1 share the first of two, rows 2 and 3 the second.
-      k, v = (jnp.concatenate([jnp.repeat(s, 2, 0), jnp.repeat(a, 4, 0), o], 1) for s, a, o in zip(shared, all_share, own))
+      k, v = (jnp.concatenate([jnp.repeat(s, 2, 0), jnp.repeat(a, 4, 0), o], 1) for s, a,
+          o in zip(shared, all_share, own))
       seen = jnp.concatenate([jnp.ones((_B, 1, _Q, 11), bool), mask & structure], -1)
       return jax.nn.dot_product_attention(q, k, v, mask=seen)
 
@@ -56,7 +57,7 @@ class AttendTest(parameterized.TestCase):
       grads = [jax.grad(total(f), argnums=(0, 1, 2, 3))(*args) for f in (apart, joined)]
       chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-3)
 
-  def test_a_part_of_which_nothing_may_be_seen_adds_nothing(self):
+  def test_a_fully_masked_part_adds_nothing(self):
     kept, hidden = _keys(0, _B, 5), _keys(1, _B, 3)
     nothing, q = jnp.zeros((_B, 1, 1, 3), bool), _q()
     chex.assert_trees_all_equal(attend(q, [_apart(hidden, nothing), _apart(kept)]), attend(q, [_apart(kept)]))

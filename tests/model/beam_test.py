@@ -16,7 +16,7 @@ from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tools.bench import uncached_search
 
 _SPEC = small_model.spec()
-_CLIPS = small_model.spec(frame_differences=True)  # is asked clips of two frames, the others pictures
+_CLIPS = small_model.spec(frame_differences=True)  # is asked clips of two frames, the others images
 _PROMPTED = small_model.spec(num_deep_prompts=2, num_prefix_prompts=3, prompt_sharing='separate', spe_bias=True)
 _TOKEN, _CONTEXT, _TASK = (small_model.spec(router) for router in ('token', 'context', 'task'))
 _B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
@@ -24,22 +24,22 @@ _NEVER = -1  # an `eot` that no word is
 _ROWS = 12  # as many as any test asks features of: all pad to them, so that one program serves every beam
 
 
-def _kind(spec):
+def _task_type(spec):
   return task_types.TASK_TYPES['video_caption' if spec is _CLIPS else 'image_caption']
 
 
 @functools.cache
 def _pixels(spec=_SPEC):
-  return small_model.sequence(_kind(spec), _B, seed=1).pixels
+  return small_model.sequence(_task_type(spec), _B, seed=1).pixels
 
 
 @functools.cache
 def _features(spec=_SPEC):
-  """(pixels [R, …], words [R, n]) → normalised features [R, n, D] of every query, by the forward of training."""
+  """(pixels [R, …], words [R, n]) → normalized features [R, n, D] of every query, by the forward of training."""
   @small_model.jit
   def run(values, pixels, words):
     text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
-    sequence = small_model.sequence(_kind(spec), len(pixels), pixels=pixels, text=text)
+    sequence = small_model.sequence(_task_type(spec), len(pixels), pixels=pixels, text=text)
     return normalize(small_model.encode(spec, [sequence], values=values)[0][0])
 
   def cut(pixels, words):
@@ -50,7 +50,7 @@ def _features(spec=_SPEC):
 
 @functools.cache
 def _words(spec=_SPEC) -> jax.Array:
-  """[V, D] normalised features of words, spread as those of queries are: captions of random ones would be dull."""
+  """[V, D] normalized features of words, spread as those of queries are: captions of random ones would be dull."""
   rng = np.random.default_rng(3)
   texts = [rng.integers(0, _V, (_B, _N)).astype(np.int32) for _ in range(3)]
   rows = np.concatenate([_features(spec)(_pixels(spec), t) for t in texts]).reshape(-1, 16)[:_V]
@@ -64,14 +64,16 @@ def _program(beams: int, answers: tuple, spec):
 
   @small_model.jit
   def run(values, pixels, words, eot, penalty):
-    return decoding.beam_search(UniPerceiver(spec), values, _kind(spec), pixels, words, temperature='group', spe=small_model.SPE,
+    return decoding.beam_search(UniPerceiver(spec), values, _task_type(spec), pixels, words, temperature='group',
+        spe=small_model.SPE,
                          eot=eot, max_len=_N, beam_size=beams, length_penalty=penalty, trie=trie)
   return run
 
 
 @functools.cache
 def _search(beams: int, eot: int, penalty: float = 0.0, answers: tuple = (), spec=_SPEC):
-  return jax.device_get(_program(beams, answers, spec)(small_model.params(spec), _pixels(spec), _words(spec), eot, penalty))
+  return jax.device_get(_program(beams, answers, spec)(small_model.params(spec), _pixels(spec), _words(spec), eot,
+      penalty))
 
 
 @functools.cache
@@ -84,7 +86,7 @@ def _forward(spec=_SPEC):
 def _without_cache(beams: int, eot: int, spec=_SPEC, penalty: float = 0.0):
   """(tokens [B, k, n], sums [B, k]) of the same search, everything encoded anew at each step."""
   tokens, log_p = uncached_search.search(
-      lambda pictures, words, t: _forward(spec)(_pixels(spec)[pictures], words)[:, t], _B, beam_size=beams, max_len=_N,
+      lambda images, words, t: _forward(spec)(_pixels(spec)[images], words)[:, t], _B, beam_size=beams, max_len=_N,
       eot=eot, length_penalty=penalty)
   return tokens, log_p.sum(-1)
 
@@ -97,42 +99,43 @@ def _an_end(spec=_SPEC) -> int:
     has = (tokens == word).any(-1)
     if has.any() and not has.all():
       return word
-  raise AssertionError('every caption is alike')
+  raise AssertionError('every caption is equal')
 
 
 class SearchTest(parameterized.TestCase):
 
-  @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT), (_K, _TASK),
+  @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT),
+      (_K, _TASK),
                             (1, _CLIPS), (_K, _CLIPS))
   def test_it_equals_a_search_without_caches(self, beams, spec):
-    found = _search(beams, _NEVER, spec=spec)
+    actual = _search(beams, _NEVER, spec=spec)
     tokens, sums = _without_cache(beams, _NEVER, spec)
-    np.testing.assert_array_equal(found.tokens, tokens)
-    np.testing.assert_allclose(found.scores, sums, rtol=1e-5)
-    np.testing.assert_allclose(found.log_p.sum(-1), sums, rtol=1e-5)
+    np.testing.assert_array_equal(actual.tokens, tokens)
+    np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
+    np.testing.assert_allclose(actual.log_p.sum(-1), sums, rtol=1e-5)
 
   @parameterized.parameters(_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _CLIPS)
   def test_hypotheses_that_end_early_equal_a_search_without_caches(self, spec):
     eot = _an_end(spec)
-    found = _search(_K, eot, spec=spec)
+    actual = _search(_K, eot, spec=spec)
     tokens, sums = _without_cache(_K, eot, spec)
-    np.testing.assert_array_equal(found.tokens, tokens)
-    np.testing.assert_allclose(found.scores, sums, rtol=1e-5)
+    np.testing.assert_array_equal(actual.tokens, tokens)
+    np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
     ended = (tokens == eot).any(-1)
     self.assertTrue(ended.any() and not ended.all())
 
-  def test_more_beams_find_what_one_does_not(self):
+  def test_more_beams_find_better_captions(self):
     one, many = _search(1, _NEVER).scores[:, 0], _search(_K, _NEVER).scores[:, 0]
     self.assertTrue((many >= one - 1e-5).all())
     self.assertGreater((many - one).max(), 1e-3)
 
-  def test_beams_of_a_picture_are_distinct_and_sorted(self):
-    found = _search(_K, _NEVER)
-    for tokens in found.tokens.tolist():
+  def test_beams_of_an_image_are_distinct_and_sorted(self):
+    actual = _search(_K, _NEVER)
+    for tokens in actual.tokens.tolist():
       self.assertLen(set(map(tuple, tokens)), _K)
-    self.assertTrue((np.diff(found.scores, axis=1) <= 0).all())
+    self.assertTrue((np.diff(actual.scores, axis=1) <= 0).all())
 
-  def test_the_penalty_divides_by_the_words_and_sorts_anew(self):
+  def test_the_length_penalty_divides_by_the_words_and_reorders(self):
     plain, divided = _search(_K, _an_end()), _search(_K, _an_end(), 2.0)
     for b in range(_B):
       expected = {}
@@ -144,17 +147,17 @@ class SearchTest(parameterized.TestCase):
     self.assertTrue((plain.tokens != divided.tokens).any())  # some order changed
     np.testing.assert_array_equal(divided.tokens, _without_cache(_K, _an_end(), penalty=2.0)[0])
 
-  def test_candidates_are_the_best_sums_and_the_first_left_out(self):
-    found = _search(_K, _NEVER)
-    self.assertEqual(found.candidates.shape, (_N, _B, _K + 1))
-    self.assertTrue((np.diff(found.candidates, axis=-1) <= 0).all())
-    np.testing.assert_allclose(np.sort(found.candidates[-1, :, :_K])[:, ::-1], found.scores, rtol=1e-5)
+  def test_candidates_are_the_best_sums_and_the_first_discarded_one(self):
+    actual = _search(_K, _NEVER)
+    self.assertEqual(actual.candidates.shape, (_N, _B, _K + 1))
+    self.assertTrue((np.diff(actual.candidates, axis=-1) <= 0).all())
+    np.testing.assert_allclose(np.sort(actual.candidates[-1, :, :_K])[:, ::-1], actual.scores, rtol=1e-5)
 
   def test_the_loop_stops_when_all_have_ended(self):
     # Every caption may only be one word and the end: after two steps there is nothing left to do.
-    found = _search(1, 1, answers=((5, 1), (7, 1)))
-    self.assertTrue(np.isneginf(found.candidates[2:]).all())
-    self.assertTrue(np.isfinite(found.candidates[:2, :, 0]).all())
+    actual = _search(1, 1, answers=((5, 1), (7, 1)))
+    self.assertTrue(np.isneginf(actual.candidates[2:]).all())
+    self.assertTrue(np.isfinite(actual.candidates[:2, :, 0]).all())
 
 
 class TrieTest(parameterized.TestCase):
@@ -162,22 +165,22 @@ class TrieTest(parameterized.TestCase):
   ANSWERS = ((4, 9, 1), (4, 1), (8, 8, 8), (2, 1))
 
   def test_only_answers_are_given_and_the_likeliest_of_them(self):
-    found = _search(_K, 1, answers=self.ANSWERS)
+    actual = _search(_K, 1, answers=self.ANSWERS)
     padded = np.array([(*a, *[1] * (_N - len(a))) for a in self.ANSWERS])
     log_p = _forward()(jnp.repeat(_pixels(), len(self.ANSWERS), axis=0), np.tile(padded, (_B, 1)).astype(np.int32))
     steps = np.take_along_axis(log_p, np.tile(padded, (_B, 1))[..., None], axis=-1)[..., 0]
     sums = np.array([row[:len(a)].sum() for row, a in zip(steps, self.ANSWERS * _B)]).reshape(_B, -1)
     for b in range(_B):
-      self.assertIn(tuple(found.tokens[b, 0]), set(map(tuple, padded.tolist())))
+      self.assertIn(tuple(actual.tokens[b, 0]), set(map(tuple, padded.tolist())))
       best = sums[b].argmax()
-      np.testing.assert_array_equal(found.tokens[b, 0], padded[best])
-      np.testing.assert_allclose(found.scores[b, 0], sums[b, best], rtol=1e-4)
+      np.testing.assert_array_equal(actual.tokens[b, 0], padded[best])
+      np.testing.assert_allclose(actual.scores[b, 0], sums[b, best], rtol=1e-4)
 
   def test_without_a_trie_other_captions_come_out(self):
     answers = {(*a, *[1] * (_N - len(a))) for a in self.ANSWERS}
     self.assertFalse(answers & set(map(tuple, _search(_K, 1).tokens[:, 0].tolist())))
 
-  def test_what_may_follow_and_where_it_leads(self):
+  def test_allowed_tokens_and_their_nodes(self):
     trie = Trie.of(((3, 1), (3, 2), (0, 1)))
     root = jnp.zeros((1, 1), jnp.int32)
     np.testing.assert_array_equal(np.flatnonzero(allowed(trie, root, 5)[0, 0]), [0, 3])

@@ -14,25 +14,25 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tools.bench import uncached_search
 
-_KIND = task_types.TASK_TYPES['image_caption']
+_TASK_TYPE = task_types.TASK_TYPES['image_caption']
 _BATCH, _LENGTH = 4, 5
 _NEVER = -1  # an `eot` that no word is
 
 
 @functools.cache
 def _pixels() -> jax.Array:
-  return small_model.sequence(_KIND, _BATCH, seed=1).pixels
+  return small_model.sequence(_TASK_TYPE, _BATCH, seed=1).pixels
 
 
 @functools.cache
 def _query_features(router: str):
-  """words [B, n] → normalised features [B, n, D] of every query, by the forward of training."""
+  """words [B, n] → normalized features [B, n, D] of every query, by the forward of training."""
   spec = small_model.spec(router)
 
   @small_model.jit
   def run(values, pixels, words):
     text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
-    sequence = small_model.sequence(_KIND, _BATCH, pixels=pixels, text=text)
+    sequence = small_model.sequence(_TASK_TYPE, _BATCH, pixels=pixels, text=text)
     return normalize(small_model.encode(spec, [sequence], values=values)[0][0])
 
   return lambda words: run(small_model.params(spec), _pixels(), jnp.asarray(words, jnp.int32))
@@ -40,7 +40,7 @@ def _query_features(router: str):
 
 @functools.cache
 def _vocabulary(router: str) -> np.ndarray:
-  """[V, D] normalised features of words, spread as those of queries are: captions of random ones would be dull."""
+  """[V, D] normalized features of words, spread as those of queries are: captions of random ones would be dull."""
   rng = np.random.default_rng(3)
   rows = [_query_features(router)(rng.integers(0, small_model.VOCABULARY, (_BATCH, _LENGTH))) for _ in range(2)]
   rows = np.concatenate(rows).reshape(-1, 16)[:small_model.VOCABULARY]
@@ -55,9 +55,10 @@ def _greedy(router: str):
 
   @small_model.jit
   def run(values, pixels, words, eot):
-    found = decoding.beam_search(UniPerceiver(spec), values, _KIND, pixels, words, temperature='group', spe=small_model.SPE,
+    actual = decoding.beam_search(UniPerceiver(spec), values, _TASK_TYPE, pixels, words, temperature='group',
+        spe=small_model.SPE,
                           eot=eot, max_len=_LENGTH)
-    return found.tokens[:, 0], found.log_p[:, 0]
+    return actual.tokens[:, 0], actual.log_p[:, 0]
 
   return lambda eot: jax.tree.map(
       np.asarray, run(small_model.params(spec), _pixels(), _vocabulary(router), jnp.int32(eot)))
@@ -108,13 +109,13 @@ class GreedyTest(parameterized.TestCase):
     self.assertGreater(len(set(ends.tolist())), 1, ends)
 
   @parameterized.parameters('attribute', 'dense')
-  def test_captions_of_these_pictures_differ_and_do_not_repeat_one_word(self, router):
+  def test_captions_of_these_images_differ_and_do_not_repeat_one_word(self, router):
     # Otherwise equality would prove little.
     tokens, _ = _greedy(router)(_NEVER)
     self.assertGreater(len({tuple(row) for row in tokens}), 2, tokens)
     self.assertGreater(np.mean([len(set(row)) for row in tokens.tolist()]), 2, tokens)
 
-  def test_words_to_come_do_not_matter_step_by_step(self):
+  def test_later_words_do_not_change_earlier_queries(self):
     tokens, _ = _greedy('attribute')(_NEVER)
     for t in range(_LENGTH):
       other = tokens.copy()
@@ -125,14 +126,15 @@ class GreedyTest(parameterized.TestCase):
 
 class LayoutTest(absltest.TestCase):
 
-  def test_a_prefill_is_the_picture_alone(self):
-    layout = decoding.prefill_layout(_KIND)
-    self.assertEqual((layout.conditions, layout.masks, layout.readout), (_KIND.conditions[:1], ('full',), 'nothing'))
+  def test_a_prefill_is_the_image_alone(self):
+    layout = decoding.prefill_layout(_TASK_TYPE)
+    self.assertEqual((layout.conditions, layout.masks, layout.readout),
+        (_TASK_TYPE.conditions[:1], ('full',), 'nothing'))
 
-  def test_a_pass_is_a_word_and_a_query_under_the_captions_condition(self):
-    layout = decoding.step_layout(_KIND)
+  def test_a_step_is_a_word_and_a_query_under_the_captions_condition(self):
+    layout = decoding.step_layout(_TASK_TYPE)
     self.assertEqual((layout.conditions, layout.masks, layout.readout, layout.prefixed),
-                     (_KIND.conditions[1:], ('causal',), 'queries', False))
+                     (_TASK_TYPE.conditions[1:], ('causal',), 'queries', False))
 
 
 if __name__ == '__main__':

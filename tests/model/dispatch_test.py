@@ -28,8 +28,8 @@ def _forward(spec: ModelSpec, **options):
 
 
 def _mix(batch: int = 2):
-  kinds = ('image_classification', 'image_caption', 'text_mlm', 'vqa')
-  return tuple(small_model.sequence(k, batch, seed=i) for i, k in enumerate(kinds))
+  names = ('image_classification', 'image_caption', 'text_mlm', 'vqa')
+  return tuple(small_model.sequence(k, batch, seed=i) for i, k in enumerate(names))
 
 
 def _without_gates(spec: ModelSpec):
@@ -44,14 +44,14 @@ class MergeTest(parameterized.TestCase):
     self._check('token')
 
   @pytest.mark.nightly
-  def test_so_do_those_of_a_context_router(self):
+  def test_constant_gates_of_a_context_router_equal_the_merge(self):
     self._check('context')
 
   def _check(self, router):
     merged, dispatched = small_model.spec('attribute', num_layers=2), small_model.spec(router, num_layers=2)
     expected, _ = _forward(merged)(_without_gates(merged), _mix(), None)
-    found, _ = _forward(dispatched)(_without_gates(dispatched), _mix(), None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, expected)
+    actual, _ = _forward(dispatched)(_without_gates(dispatched), _mix(), None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), actual, expected)
     other, _ = _forward(dispatched)(small_model.params(dispatched), _mix(), None)
     self.assertGreater(np.abs(np.asarray(other[0]) - expected[0]).max(), 1e-2)
 
@@ -60,7 +60,7 @@ _WORDS, _CHANGED = 4, 2  # words from the third on are changed
 
 
 def _captions(seed: int, first: int):
-  """Captions [words | queries] of three pictures, whose words from `first` on follow the seed."""
+  """Captions [words | queries] of three images, whose words from `first` on follow the seed."""
   one = small_model.sequence('image_caption', 3, seed=5, words=_WORDS)
   words = np.random.default_rng(seed).integers(2, small_model.VOCABULARY, (3, _WORDS))
   text = np.asarray(one.text).copy()
@@ -71,9 +71,9 @@ def _captions(seed: int, first: int):
 def _states(spec: ModelSpec, sequence, key=None):
   """[layers, B, words and queries, D] and [layers, B, visual tokens, D] after every layer."""
   _, collected = _forward(spec, taps=True, all_rows=True)(small_model.params(spec), (sequence,), key)
-  picture, text = (np.concatenate([collected['blocks'][0]['taps'][0][i], collected['tail'][0]['taps'][0][i][None]])
+  image, text = (np.concatenate([collected['blocks'][0]['taps'][0][i], collected['tail'][0]['taps'][0][i][None]])
                    for i in (0, 1))
-  return text, picture
+  return text, image
 
 
 class NoLeakTest(parameterized.TestCase):
@@ -83,11 +83,11 @@ class NoLeakTest(parameterized.TestCase):
   _LATER = [2, 3, _WORDS + 3]
 
   def _assert_no_leak(self, spec, key):
-    text, picture = _states(spec, _captions(1, _CHANGED), key)
+    text, image = _states(spec, _captions(1, _CHANGED), key)
     for seed in (2, 3, 4):
       other, same = _states(spec, _captions(seed, _CHANGED), key)
       np.testing.assert_array_equal(other[:, :, self._EARLIER], text[:, :, self._EARLIER])
-      np.testing.assert_array_equal(same, picture)
+      np.testing.assert_array_equal(same, image)
       self.assertGreater(np.abs(other[:, :, self._LATER] - text[:, :, self._LATER]).max((1, 3)).min(), 1e-3)
 
   @parameterized.parameters('attribute', 'task', 'modality', 'token', 'context')
@@ -95,12 +95,12 @@ class NoLeakTest(parameterized.TestCase):
     self._assert_no_leak(small_model.spec(router, num_layers=2), None)
 
   @parameterized.parameters(*_BOTH)
-  def test_nor_do_they_at_half_the_capacity(self, router):
+  def test_later_words_do_not_leak_at_half_the_capacity(self, router):
     self._check_at_half_the_capacity(router, 'batched')
 
   @parameterized.parameters(*_BOTH)
   @pytest.mark.nightly
-  def test_nor_do_they_where_experts_are_looped_over(self, router):
+  def test_later_words_do_not_leak_in_tiles(self, router):
     self._check_at_half_the_capacity(router, 'tiled')
 
   def _check_at_half_the_capacity(self, router, grouped):
@@ -126,7 +126,8 @@ class NoLeakTest(parameterized.TestCase):
       return plan.replace(
           slot=back(plan.slot), kept=back(plan.kept), gates=back(plan.gates), coef=back(plan.coef), source=source)
 
-    spec = small_model.spec('token', num_layers=2, capacity_factor=.5, drop_path=1e-9)  # its own value: nothing is cached
+    # its own value: nothing is cached
+    spec = small_model.spec('token', num_layers=2, capacity_factor=.5, drop_path=1e-9)
     with mock.patch.object(dispatch, 'make_plan', sample_major), self.assertRaisesRegex(AssertionError, 'not equal'):
       self._assert_no_leak(spec, jax.random.key(0))
 
@@ -144,7 +145,7 @@ class NoLeakTest(parameterized.TestCase):
 
 class ContextTest(absltest.TestCase):
 
-  def test_the_question_of_a_picture_reaches_its_pool_and_padding_does_not(self):
+  def test_the_question_of_an_image_reaches_its_pool_and_padding_does_not(self):
     spec = small_model.spec('context', num_layers=2)
     valid = jnp.array([[True, True, False]] * 2)
     one = small_model.sequence('vqa', text_valid=valid, positions=jnp.zeros((2, 1), jnp.int32))
@@ -171,7 +172,7 @@ class NoiseTest(parameterized.TestCase):
       self.assertGreater(np.abs(other - straight[order]).max(), 1e-2)
 
   @pytest.mark.slow
-  def test_readout_rows_draw_what_they_draw_among_all_rows(self):
+  def test_readout_rows_have_the_noise_of_all_rows(self):
     spec, key = small_model.spec('token', num_layers=1, noise_std=8.0), jax.random.key(2)
     few, every = (_forward(spec, all_rows=a)(small_model.params(spec), _mix(), key)[0] for a in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), few, every)
@@ -179,8 +180,9 @@ class NoiseTest(parameterized.TestCase):
 
 class PlacementTest(parameterized.TestCase):
 
-  @parameterized.product(router=(*router_names.MERGED, *router_names.DISPATCHED), parts=(('attention',), ('mlp',), SUBLAYERS))
-  def test_every_router_goes_with_every_part_and_placement(self, router, parts):
+  @parameterized.product(router=(*router_names.MERGED, *router_names.DISPATCHED),
+                         parts=(('attention',), ('mlp',), SUBLAYERS))
+  def test_every_router_works_with_every_sublayer_and_placement(self, router, parts):
     for placement in ('every_2', (1,)):
       spec = small_model.spec(router, sublayers=parts, placement=placement, num_deep_prompts=1)
       shapes = small_model.nn.unbox(small_model.boxed(spec))
@@ -194,8 +196,9 @@ class PlacementTest(parameterized.TestCase):
 
 class UsageTest(absltest.TestCase):
 
-  def test_tokens_are_counted_by_kind_of_array_and_padding_is_not(self):
-    # Rows: picture of a caption, its text, a text. Prefix and 4 patches, 6 words and queries; prefix and 3 words, 1 padded.
+  def test_tokens_are_counted_by_condition_without_padding(self):
+    # Rows: image of a caption, its text, a text. Prefix and 4 patches, 6 words and queries; prefix and 3 words, 1
+    # padded.
     spec = small_model.spec('token', num_layers=2)
     text = small_model.sequence('text_mlm', text_valid=jnp.array([[True, True, False]] * 2),
                                 positions=jnp.zeros((2, 1), jnp.int32))

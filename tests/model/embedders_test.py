@@ -19,7 +19,8 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 def _jitted(method: str, spec: ModelSpec):
   static = (1,) if method == 'prefix' else ()
   return small_model.jit(
-      lambda values, *args: embedders.Embed(spec).apply({'params': values}, *args, method=method), static_argnums=static)
+      lambda values, *args: embedders.Embed(spec).apply({'params': values}, *args, method=method),
+      static_argnums=static)
 
 
 def _apply(method: str, *args, spec: ModelSpec | None = None):
@@ -67,7 +68,7 @@ class SincosTest(absltest.TestCase):
     np.testing.assert_allclose(rows, math.sqrt(.5) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1), rtol=1e-6)
     np.testing.assert_allclose(np.square(rows).mean(), .25, rtol=1e-6)
 
-  def test_a_model_starts_as_its_spec_says(self):
+  def test_initial_tables_follow_the_spec(self):
     for position_init, query_key_init in (('sincos', 'equal'), ('normal', 'independent')):
       spec = small_model.spec(text_posemb_init=position_init, text_posemb_std=.06, mimetic_init=query_key_init)
       text = small_model.sequence('text_classification', batch=1)
@@ -92,12 +93,12 @@ class PatchifyTest(absltest.TestCase):
     np.testing.assert_array_equal(
         embedders.patchify(x, 2)[0], [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
 
-  def test_frames_come_one_after_the_other(self):
+  def test_frames_are_in_order(self):
     x = jnp.arange(3).reshape(1, 3, 1, 1, 1) * jnp.ones((1, 3, 4, 4, 1), int)
     np.testing.assert_array_equal(embedders.patchify(x, 2)[0, :, 0], [0] * 4 + [1] * 4 + [2] * 4)
 
-  def test_colours_are_the_last_axis_of_a_patch(self):
-    # Two patches of 2 × 2 pixels, side by side; a picture's row is 12 numbers.
+  def test_colors_are_the_last_axis_of_a_patch(self):
+    # Two patches of 2 × 2 pixels, side by side; an image's row is 12 numbers.
     x = jnp.arange(24).reshape(1, 1, 2, 4, 3)
     np.testing.assert_array_equal(
         embedders.patchify(x, 2)[0], [[*range(0, 6), *range(12, 18)], [*range(6, 12), *range(18, 24)]])
@@ -162,7 +163,7 @@ class VisualTest(parameterized.TestCase):
     _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', by_hand, 0, spec=spec))
 
   def test_clips_have_constants_of_their_own_where_there_are_some(self):
-    # 0 and 255 are 0 and 1. A clip's, with mean 1 and deviation .5: -2, 0; a picture's, with .5 and .25: -2, 2.
+    # 0 and 255 are 0 and 1. A clip's, with mean 1 and deviation .5: -2, 0; an image's, with .5 and .25: -2, 2.
     own = small_model.spec(video_mean=(1.,), video_std=(.5,))
     for frames, spec, by_hand in ((2, own, (-2., 0.)), (1, own, (-2., 2.)), (2, small_model.spec(), (-2., 2.))):
       ones = jnp.ones((1, frames, 8, 8, 1))
@@ -176,9 +177,10 @@ class VisualTest(parameterized.TestCase):
 
   def test_a_type_of_visual_tokens_is_added_to_each_of_them(self):
     row = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
-    found = _jitted('visual', small_model.spec(modality_embedding=True))(dict(_tables(), visual_type=row), _pixels(2), 1)
-    _assert_close(found, self._expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row))
-    self.assertGreater(np.abs(found - self._expected(_pixels(2), 1)).max(), .1)
+    actual = _jitted('visual', small_model.spec(modality_embedding=True))(dict(_tables(), visual_type=row), _pixels(2),
+        1)
+    _assert_close(actual, self._expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row))
+    self.assertGreater(np.abs(actual - self._expected(_pixels(2), 1)).max(), .1)
 
   def test_a_type_of_visual_tokens_leaves_texts_and_the_prefix_alone(self):
     spec = small_model.spec(modality_embedding=True)
@@ -189,27 +191,28 @@ class VisualTest(parameterized.TestCase):
     spec = small_model.spec(frame_differences=True)
     kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
     clip = np.asarray(_pixels(2))
-    found = _jitted('visual', spec)(dict(_tables(), difference=kernel), clip, 0)
+    actual = _jitted('visual', spec)(dict(_tables(), difference=kernel), clip, 0)
     t = _tables()
     x = np.asarray(embedders.patchify(clip, 4)) @ t['patch'] + t['patch_bias']
-    x[:, 4:] += np.asarray(embedders.patchify(clip[:, 1:] - clip[:, :1], 4)) @ kernel  # four patches a frame; the first has none
+    # four patches a frame; the first has none
+    x[:, 4:] += np.asarray(embedders.patchify(clip[:, 1:] - clip[:, :1], 4)) @ kernel
     place = np.concatenate([embedders.sincos_table(2, 16) + f for f in t['temporal'][:2]])
-    _assert_close(found, _norm(x + place))
-    self.assertGreater(np.abs(found - self._expected(clip, 0)).max(), .1)
+    _assert_close(actual, _norm(x + place))
+    self.assertGreater(np.abs(actual - self._expected(clip, 0)).max(), .1)
 
-  def test_a_picture_and_a_clip_that_stands_still_have_no_change(self):
+  def test_an_image_and_a_clip_that_stands_still_have_no_change(self):
     spec = small_model.spec(frame_differences=True)
     kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
     still = np.repeat(np.asarray(_pixels(1)), 2, axis=1)
     for pixels in (_pixels(1), still):
-      found = _jitted('visual', spec)(dict(_tables(), difference=kernel), pixels, 0)
-      _assert_close(found, self._expected(pixels, 0))
+      actual = _jitted('visual', spec)(dict(_tables(), difference=kernel), pixels, 0)
+      _assert_close(actual, self._expected(pixels, 0))
 
-  @parameterized.parameters('learnt', 'stored')
+  @parameterized.parameters('learned', 'stored')
   def test_a_spatial_table_of_parameters_replaces_the_computed_one(self, spatial):
     table = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
-    found = _jitted('visual', small_model.spec(posemb=spatial))(dict(_tables(), spatial=table), _pixels(), 0)
-    _assert_close(found, self._expected(_pixels(), 0, table))
+    actual = _jitted('visual', small_model.spec(posemb=spatial))(dict(_tables(), spatial=table), _pixels(), 0)
+    _assert_close(actual, self._expected(_pixels(), 0, table))
 
   def test_the_computed_table_is_no_parameter(self):
     self.assertNotIn('spatial', small_model.boxed(small_model.spec())['embed'])
@@ -217,7 +220,7 @@ class VisualTest(parameterized.TestCase):
 
 class StartTest(parameterized.TestCase):
 
-  @parameterized.parameters(('stored', True), ('learnt', False))
+  @parameterized.parameters(('stored', True), ('learned', False))
   def test_a_stored_spatial_table_starts_as_the_computed_one(self, spatial, computed):
     module = embedders.Embed(small_model.spec(posemb=spatial))
     init = small_model.jit(functools.partial(module.init, method='prefix'), static_argnums=1)
@@ -228,13 +231,14 @@ class StartTest(parameterized.TestCase):
 
 class ParametersTest(absltest.TestCase):
 
-  def test_one_norm_serves_text_and_pictures(self):
+  def test_one_norm_serves_text_and_images(self):
     names = set(small_model.boxed(small_model.spec())['embed'])
     self.assertEqual(names, {'word', 'position', 'type', 'patch', 'patch_bias', 'temporal', 'norm'})
 
   def test_optional_tables_are_parameters_where_they_are_asked_for(self):
     plain = set(small_model.boxed(small_model.spec())['embed'])
-    both = set(small_model.boxed(small_model.spec(posemb='frozen', modality_embedding=True, frame_differences=True))['embed'])
+    spec = small_model.spec(posemb='frozen', modality_embedding=True, frame_differences=True)
+    both = set(small_model.boxed(spec)['embed'])
     self.assertEqual(both - plain, {'spatial', 'visual_type', 'difference'})
 
 

@@ -29,9 +29,9 @@ def _features(spec: ModelSpec, sequences, key=None, shards: int = 1, **options):
 
 
 def _mix(batch: int = 2):
-  """One array and two, full and two-stream; the two pictures are joined."""
-  kinds = ('image_classification', 'image_caption', 'image_retrieval', 'vqa')
-  return tuple(small_model.sequence(k, batch, seed=i) for i, k in enumerate(kinds))
+  """One array and two, full and two-stream; the two images are joined."""
+  names = ('image_classification', 'image_caption', 'image_retrieval', 'vqa')
+  return tuple(small_model.sequence(k, batch, seed=i) for i, k in enumerate(names))
 
 
 def _assert_close(a, b, tolerance: float = 1e-5):
@@ -50,32 +50,32 @@ class OneResultTest(parameterized.TestCase):
     _assert_close(_features(small_model.spec(), _mix(), all_rows=True), self.expected)
 
   @pytest.mark.nightly
-  def test_nor_do_they_with_a_token_router(self):
+  def test_all_rows_of_the_last_layer_change_nothing_with_a_token_router(self):
     _assert_close(_features(small_model.spec('token'), _mix(), all_rows=True), _expected('token'))
 
   @parameterized.parameters('attribute', 'token')
-  def test_streams_that_stay_apart_give_what_joined_ones_give(self, router):
+  def test_separate_sequences_equal_joined_ones(self, router):
     _assert_close(_features(small_model.spec(router), _mix(), keys=True), _expected(router))
 
   @parameterized.parameters('all_rows', 'keys')
   @pytest.mark.slow
-  def test_so_it_is_with_a_context_router(self, option):
+  def test_options_change_nothing_with_a_context_router(self, option):
     _assert_close(_features(small_model.spec('context'), _mix(), **{option: True}), _expected('context'))
 
-  def test_streams_joined_within_two_shards_give_the_same(self):
+  def test_sequences_joined_within_two_shards_give_the_same(self):
     _assert_close(_features(small_model.spec(), _mix(), shards=2), self.expected)
 
   @property
   def expected(self):
     return _expected('attribute')
 
-  def test_features_tell_sequences_and_samples_apart(self):
+  def test_features_of_sequences_and_examples_differ(self):
     # Otherwise the tests above could not see two results exchanged.
     rows = np.concatenate([np.asarray(f).reshape(-1, 16) for f in self.expected])
     gaps = np.abs(rows[:, None] - rows[None]).max(-1) + 9 * np.eye(len(rows))
     self.assertGreater(gaps.min(), 1e-2)
 
-  def test_the_readout_has_one_row_per_place_that_is_read(self):
+  def test_the_readout_has_one_row_per_position(self):
     # Token 0, three queries, token 0, one slot.
     self.assertEqual([f.shape[1] for f in self.expected], [1, 3, 1, 1])
 
@@ -101,7 +101,7 @@ def _rearranged(values, source: Stack, destination: Stack):
 
 class StackTest(absltest.TestCase):
 
-  def test_a_scan_gives_what_unrolled_layers_give(self):
+  def test_scanned_layers_equal_unrolled_ones(self):
     # Noise and stochastic depth are on: both are keyed by the layer, not by where it lies.
     scanned = small_model.spec(drop_path=.3)
     unrolled, values = _Unrolled(**vars(scanned)), small_model.params(scanned)
@@ -115,7 +115,7 @@ class StackTest(absltest.TestCase):
 
 class RematTest(absltest.TestCase):
 
-  def test_recomputed_blocks_have_the_gradients_of_those_that_are_kept(self):
+  def test_rematerialized_blocks_have_the_same_gradients(self):
     sequence, gradients = small_model.sequence('image_classification'), []
     for remat in (False, True):
       spec = small_model.spec('dense', num_layers=2, remat=remat)
@@ -132,12 +132,12 @@ class PositionsTest(absltest.TestCase):
     features, collected = _forward(small_model.spec('dense'), taps=True, all_rows=True)(
         small_model.params(small_model.spec('dense')), sequences, None)
     (text,), (_, question) = collected['tail'][0]['taps']
-    for found, hidden, at in ((features[0], text, sequences[0].positions + 1),
+    for actual, hidden, at in ((features[0], text, sequences[0].positions + 1),
                               (features[1], question, sequences[1].positions)):
       rows = np.take_along_axis(np.asarray(hidden), np.asarray(at)[..., None], axis=1)
       head = small_model.UniPerceiver(small_model.spec('dense')).bind(
           {'params': small_model.params(small_model.spec('dense'))})
-      _assert_close(found, head.features(jnp.asarray(rows)))
+      _assert_close(actual, head.features(jnp.asarray(rows)))
 
 
 class CollectedTest(absltest.TestCase):
@@ -148,10 +148,10 @@ class CollectedTest(absltest.TestCase):
   def _collected(self, **options):
     return jax.eval_shape(lambda: small_model.encode(small_model.spec(), self._SEQUENCES, **options)[1])
 
-  def test_taps_are_every_array_after_every_layer(self):
+  def test_taps_are_every_segment_after_every_layer(self):
     taken = self._collected(taps=True, all_rows=True)
-    shapes = lambda lead, out: [[a.shape for a in stream] == [(*lead, 2, n, 16) for n in lengths]
-                                for stream, lengths in zip(out['taps'], ((5, 6), (4,)), strict=True)]
+    shapes = lambda lead, out: [[a.shape for a in sequence] == [(*lead, 2, n, 16) for n in lengths]
+                                for sequence, lengths in zip(out['taps'], ((5, 6), (4,)), strict=True)]
     self.assertEqual(shapes((2,), taken['blocks'][0]), [True, True])  # two scanned layers
     self.assertEqual(shapes((), taken['tail'][0]), [True, True])
 
@@ -163,17 +163,17 @@ class CollectedTest(absltest.TestCase):
   def test_keys_and_values_are_of_every_token_also_in_the_last_layer(self):
     taken = self._collected(keys=True)
     for lead, out in (((2,), taken['blocks'][0]), ((), taken['tail'][0])):
-      for stream, lengths in zip(out['kv'], ((5, 6), (4,)), strict=True):
-        for (k, v), n in zip(stream, lengths, strict=True):
+      for sequence, lengths in zip(out['kv'], ((5, 6), (4,)), strict=True):
+        for (k, v), n in zip(sequence, lengths, strict=True):
           self.assertEqual((k.shape, v.shape), ((*lead, 2, n, 2, 8),) * 2)
 
-  def test_decisions_are_one_row_per_condition(self):
+  def test_router_stats_have_an_entry_per_condition(self):
     taken = self._collected()
-    for part in ('attention', 'mlp'):  # caption picture, caption text, names
+    for part in ('attention', 'mlp'):  # caption image, caption text, names
       self.assertEqual(taken['blocks'][0]['router_stats'][part].coef.shape, (2, 3, 4))
       self.assertEqual(taken['tail'][0]['router_stats'][part].coef.shape, (3, 4))
 
-  def test_nothing_is_collected_that_was_not_asked_for(self):
+  def test_only_router_stats_are_collected_by_default(self):
     self.assertEqual(set(self._collected()['tail'][0]), {'router_stats'})
 
 
@@ -182,9 +182,9 @@ class Bfloat16Test(absltest.TestCase):
   def test_products_are_bfloat16_and_features_float32(self):
     spec = small_model.spec(dtype=jnp.bfloat16)
     sequences = _mix()
-    found, exact = _features(spec, sequences), _features(small_model.spec(), sequences)
-    self.assertEqual({f.dtype for f in found}, {jnp.dtype('float32')})
-    for a, b in zip(found, exact, strict=True):
+    actual, exact = _features(spec, sequences), _features(small_model.spec(), sequences)
+    self.assertEqual({f.dtype for f in actual}, {jnp.dtype('float32')})
+    for a, b in zip(actual, exact, strict=True):
       cosines = (a * b).sum(-1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)
       self.assertGreater(cosines.min(), .99)
       self.assertGreater(np.abs(a - b).max(), 1e-4)  # it was not float32 in disguise
@@ -202,14 +202,14 @@ class DropPathTest(parameterized.TestCase):
     return np.asarray(drop_path(jnp.ones((len(ids), 2, 3)), key, ids, rate))
 
   def test_a_branch_is_kept_whole_and_scaled_or_dropped_whole(self):
-    found = self._dropped(self._IDS)
-    self.assertEqual({tuple(np.unique(sample)) for sample in found}, {(0,), (np.float32(1 / .75),)})
+    actual = self._dropped(self._IDS)
+    self.assertEqual({tuple(np.unique(sample)) for sample in actual}, {(0,), (np.float32(1 / .75),)})
 
   def test_a_quarter_is_dropped(self):
     # Standard error √(.25 · .75 / 400) = .022.
     self.assertAlmostEqual((self._dropped(self._IDS) == 0).mean(), .25, delta=.08)
 
-  def test_what_is_dropped_follows_the_example_not_its_place(self):
+  def test_dropped_paths_follow_the_example_not_its_index(self):
     order = np.random.default_rng(0).permutation(400)
     np.testing.assert_array_equal(self._dropped(self._IDS[order]), self._dropped(self._IDS)[order])
 
@@ -246,19 +246,19 @@ class NoiseTest(absltest.TestCase):
     """{(layer, part): logits of one condition row}."""
     spec = small_model.spec()
     _, collected = _forward(spec)(small_model.params(spec), sequences, key)
-    found = {}
+    actual = {}
     for layer in range(spec.num_layers):
       subtree, index, block = spec.stack.locate(layer)
       decisions = collected[subtree][int(block.removeprefix('block'))]['router_stats']
       for part, decision in decisions.items():
-        found[layer, part] = np.asarray(decision.logits if index is None else decision.logits[index])[row]
-    return found
+        actual[layer, part] = np.asarray(decision.logits if index is None else decision.logits[index])[row]
+    return actual
 
-  def test_a_row_has_one_draw_per_step_whatever_else_is_encoded(self):
+  def test_a_condition_has_one_draw_per_step(self):
     alone, among = self._logits(self._NAMES_ALONE, 0), self._logits(self._NAMES_AFTER_TEXT, 1)
     _assert_close(alone, among)
 
-  def test_layers_and_routers_draw_apart(self):
+  def test_layers_and_routers_have_separate_draws(self):
     # What differs between two steps is noise alone.
     one, two = (self._logits(self._NAMES_ALONE, 0, jax.random.key(k)) for k in (5, 6))
     draws = np.array([one[k] - two[k] for k in one])  # [layer and part, E]
@@ -266,7 +266,7 @@ class NoiseTest(absltest.TestCase):
     gaps = np.abs(draws[:, None] - draws[None]).max(-1) + np.eye(6)
     self.assertGreater(gaps.min(), 1e-2)
 
-  def test_another_step_draws_anew(self):
+  def test_another_step_has_other_draws(self):
     one, two = (self._logits(self._NAMES_ALONE, 0, jax.random.key(k)) for k in (5, 6))
     self.assertGreater(min(np.abs(one[k] - two[k]).max() for k in one), 1e-2)
 
@@ -278,16 +278,16 @@ class SettingsTest(absltest.TestCase):
       _ = jnp.ones((2, 3)) + jnp.ones(3)
 
   def test_an_unknown_task_is_refused_by_the_task_router_alone(self):
-    kind = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
+    task_type = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
     for router in small_model.ROUTERS:
       run = lambda r=router: jax.eval_shape(
-          lambda: small_model.encode(small_model.spec(r), (small_model.sequence(kind),))[0])
+          lambda: small_model.encode(small_model.spec(r), (small_model.sequence(task_type),))[0])
       if router == 'task':
         self.assertRaisesRegex(ValueError, "no embedding for 'search'", run)
       else:
         self.assertEqual(run()[0].shape, (2, 1, 16))
 
-  def test_the_router_table_holds_every_built_in_condition(self):
+  def test_the_router_table_has_every_built_in_condition(self):
     conditions = [c for k in task_types.TASK_TYPES.values() for c in (*k.conditions, k.pair_condition)]
     for router in ('task', 'modality'):
       rows = routers.distinct_inputs(router, (*conditions, *task_types.families().values()))

@@ -26,7 +26,8 @@ def _plan():
   c = config.base()
   c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.caption = config.task(
-      'image_caption', 'glyphs', batch_size=_BATCH, target_set='vocabulary', caption_templates=('{name}',), max_len=_WORDS)
+      'image_caption', 'glyphs', batch_size=_BATCH, target_set='vocabulary', caption_templates=('{name}',),
+      max_len=_WORDS)
   return make_plan(c)
 
 
@@ -52,7 +53,8 @@ def _data():
 def _loss(router: str, gradient: bool = False):
   """parameters → the total loss of a training step, noise of the routers included, and its gradient if asked for."""
   spec = forward.StepSpec(
-      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), learning_rate=None, grad_accum_steps=1, ema_decay=0.0,
+      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), learning_rate=None, grad_accum_steps=1,
+      ema_decay=0.0,
       eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
 
   def loss(values, batch, sets):
@@ -109,23 +111,23 @@ class EqualExpertsTest(parameterized.TestCase):
     np.testing.assert_allclose(_loss(router)(_equal_experts(router)), self.dense[0], rtol=1e-5)
 
   def test_the_gradients_of_the_experts_sum_to_the_dense_gradient(self):
-    found, expected = _flat(self.moe[1]), _flat(self.dense[1])
+    actual, expected = _flat(self.moe[1]), _flat(self.dense[1])
     paths = [p for p in expected if _is_expert(p)]
     self.assertLen(paths, 2 * 2 * len(_PROJECTIONS))  # scanned and tail; kernel and bias
     for path in paths:
-      self.assertLess(_distance(found[path].sum(_expert_axis(path)), expected[path]), 1e-5, path)
+      self.assertLess(_distance(actual[path].sum(_expert_axis(path)), expected[path]), 1e-5, path)
 
   def test_all_other_gradients_are_the_dense_gradients(self):
-    found, expected = _flat(self.moe[1]), _flat(self.dense[1])
+    actual, expected = _flat(self.moe[1]), _flat(self.dense[1])
     for path in expected:
       if not _is_expert(path) and np.abs(expected[path]).max() > 0:
-        self.assertLess(_distance(found[path], expected[path]), 1e-5, path)
+        self.assertLess(_distance(actual[path], expected[path]), 1e-5, path)
 
-  def test_it_does_not_matter_how_equal_experts_are_chosen(self):
+  def test_the_choice_of_equal_experts_does_not_matter(self):
     # The gates have no gradient but rounding, next to the experts'.
-    found = _flat(self.moe[1])
-    gates = max(np.abs(v).max() for p, v in found.items() if p.endswith('/gate'))
-    experts = max(np.abs(v).max() for p, v in found.items() if _is_expert(p))
+    actual = _flat(self.moe[1])
+    gates = max(np.abs(v).max() for p, v in actual.items() if p.endswith('/gate'))
+    experts = max(np.abs(v).max() for p, v in actual.items() if _is_expert(p))
     self.assertLess(gates, 1e-4 * experts)
 
   def test_unequal_experts_are_another_model(self):

@@ -12,7 +12,7 @@ from uni_moe_jax.model import heads
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 
-class NormaliseTest(absltest.TestCase):
+class NormalizeTest(absltest.TestCase):
 
   def test_a_feature_gets_length_one(self):
     np.testing.assert_allclose(heads.normalize(jnp.array([[3., 4.], [0., -2.]])), [[.6, .8], [0., -1.]], rtol=1e-6)
@@ -34,10 +34,10 @@ class LogitsTest(absltest.TestCase):
 class ScaleTest(parameterized.TestCase):
 
   @parameterized.parameters((math.log(5.0), 5.0, 5.0), (math.log(99.0), 99.0, 99.0), (math.log(101.0), 100.0, 0.0))
-  def test_it_is_clamped_at_100_and_has_no_gradient_there(self, log_scale, scale, gradient):
+  def test_it_is_clamped_at_100_without_gradient(self, log_scale, scale, gradient):
     # d exp(x)/dx = exp(x) below the clamp.
-    found = jax.value_and_grad(heads.scale_of)(jnp.float32(log_scale))
-    np.testing.assert_allclose(found, (scale, gradient), rtol=1e-5)
+    actual = jax.value_and_grad(heads.scale_of)(jnp.float32(log_scale))
+    np.testing.assert_allclose(actual, (scale, gradient), rtol=1e-5)
 
   def test_a_group_starts_at_its_temperature(self):
     spec = small_model.spec(temperature_groups=('one', 'two'), temperature_init=.25)
@@ -45,7 +45,7 @@ class ScaleTest(parameterized.TestCase):
         'log_scale_one': jnp.float32(math.log(4.0)), 'log_scale_two': jnp.float32(math.log(7.0))}})
     np.testing.assert_allclose([values.scale('one'), values.scale('two')], [4, 7], rtol=1e-6)
 
-  def test_every_group_has_a_scale_of_its_own(self):
+  def test_every_group_has_its_own_scale(self):
     names = set(small_model.boxed(small_model.spec(temperature_groups=('one', 'two'))))
     self.assertLessEqual({'log_scale_one', 'log_scale_two'}, names)
     self.assertNotIn('log_scale_group', names)
@@ -70,7 +70,7 @@ class HeadTest(absltest.TestCase):
     f = heads.SimilarityHead(2).apply({'params': _PARAMS}, jnp.ones((4, 3, 1, 1)) * jnp.array([[[[1., 3.]]]]))
     np.testing.assert_allclose(f, np.broadcast_to([4.5, 40.], (4, 3, 1, 2)), rtol=1e-4)
 
-  def test_it_computes_in_float32_also_what_comes_in_bfloat16(self):
+  def test_bfloat16_inputs_are_computed_in_float32(self):
     # Scale 2.1, which bfloat16 does not know: (-2.1·1 + 2·3 + .5, -2.1·10 + 2·30).
     values = {**_PARAMS, 'norm': {'scale': jnp.array([2.1, 1.]), 'bias': jnp.array([0., 1.])}}
     f = heads.SimilarityHead(2).apply({'params': values}, jnp.array([[1., 3.]], jnp.bfloat16))

@@ -32,8 +32,8 @@ class DrawnTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (_CAPTION, 0, (0,)), (_CAPTION, 1, (0, 1)), (_VQA, 0, (0, 1)), (_VQA, 1, (0, 1)), (('causal',), 0, (0,)))
-  def test_arrays_that_an_array_may_look_at(self, kinds, index, seen):
-    self.assertEqual(masks.visible_segments(kinds, index), seen)
+  def test_visible_segments(self, mask_types, index, visible):
+    self.assertEqual(masks.visible_segments(mask_types, index), visible)
 
 
 class AttentionMaskTest(absltest.TestCase):
@@ -44,7 +44,7 @@ class AttentionMaskTest(absltest.TestCase):
   def test_a_full_segment_without_padding_needs_no_mask(self):
     self.assertIsNone(masks.attention_mask(_VQA, 0, (5, 3), (None, None)))
 
-  def test_a_caption_sees_the_picture_and_its_own_past(self):
+  def test_a_caption_sees_the_image_and_its_own_past(self):
     mask = self._rows(_CAPTION, 1, (2, 4), (None, None))
     np.testing.assert_array_equal(mask[0, 0], _drawn('111000/111100/110010/111001').astype(int))
 
@@ -53,13 +53,13 @@ class AttentionMaskTest(absltest.TestCase):
     half = self._rows(_CAPTION, 1, (2, 4), (None, None), queries_only=True)
     np.testing.assert_array_equal(half, whole[:, :, 2:])
 
-  def test_padding_is_no_key(self):
+  def test_padding_is_masked(self):
     # Two samples; the second has one word of two.
     valid = jnp.array([[True, True], [True, False]])
     mask = self._rows(_VQA, 0, (2, 2), (None, valid))
     np.testing.assert_array_equal(mask[:, 0, 0], [[1, 1, 1, 1], [1, 1, 1, 0]])
 
-  def test_padding_and_structure_hold_together(self):
+  def test_padding_and_structure_combine(self):
     valid = jnp.array([[True, False, True, False]])
     mask = self._rows(_CAPTION, 1, (1, 4), (None, valid))
     np.testing.assert_array_equal(mask[0, 0], _drawn('11000/11000/10010/11000').astype(int))
@@ -77,8 +77,8 @@ def _influence_of(layout: Layout):
 
     def outputs(joined):
       tokens, positions = tuple(jnp.split(joined, splits, axis=1)), jnp.zeros((1, 1), jnp.int32)
-      stream = EmbeddedSequence(tokens, valid, positions, jnp.zeros(1, jnp.uint32), layout)
-      _, collected = Encoder(spec).apply({'params': values}, (stream,), (None,), all_rows=True, taps=True)
+      sequence = EmbeddedSequence(tokens, valid, positions, jnp.zeros(1, jnp.uint32), layout)
+      _, collected = Encoder(spec).apply({'params': values}, (sequence,), (None,), all_rows=True, taps=True)
       return jnp.concatenate(collected['tail'][-1]['taps'][0], axis=1)[0] @ weights  # [S]
 
     return jnp.linalg.norm(jax.jacrev(outputs)(jnp.concatenate(arrays, axis=1))[:, 0], axis=-1)
@@ -86,18 +86,18 @@ def _influence_of(layout: Layout):
   return influence
 
 
-def _influence(kind: str, lengths: tuple[int, ...], padded: tuple[int, ...] = ()) -> np.ndarray:
+def _influence(task_type: str, lengths: tuple[int, ...], padded: tuple[int, ...] = ()) -> np.ndarray:
   """How much each token after the encoder depends on each token before it: gradient norms [S, S].
 
   Args:
-    kind: task kind; its layout is encoded by three layers.
+    task_type: task task_type; its layout is encoded by three layers.
     lengths: tokens per array.
     padded: tokens of the last array that are padding.
   """
   rng = np.random.default_rng(0)
   arrays = tuple(jnp.asarray(rng.normal(size=(1, n, 16)), jnp.float32) for n in lengths)
   last = jnp.asarray([[i not in padded for i in range(lengths[-1])]])
-  layout = Layout.of_task_type(task_types.TASK_TYPES[kind])
+  layout = Layout.of_task_type(task_types.TASK_TYPES[task_type])
   return np.asarray(_influence_of(layout)(arrays, (None,) * (len(lengths) - 1) + (last,)))
 
 
@@ -149,7 +149,7 @@ class CaptionGradientsTest(parameterized.TestCase):
 
 class QuestionGradientsTest(absltest.TestCase):
 
-  def test_picture_and_question_depend_on_each_other(self):
+  def test_image_and_question_depend_on_each_other(self):
     self.assertGreater(_influence('vqa', (3, 4)).min(), 1e-3)
 
 
@@ -157,18 +157,18 @@ class PaddingGradientsTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
       ('text', 'text_mlm', (5,), 0), ('question', 'vqa', (3, 4), 3), ('caption', 'image_caption', (3, 6), 3))
-  def test_real_tokens_do_not_depend_on_padding(self, kind, lengths, start):
+  def test_real_tokens_do_not_depend_on_padding(self, task_type, lengths, start):
     # A caption is padded as a word and as its query.
-    padded = (1, 4) if kind == 'image_caption' else (lengths[-1] - 1,)
+    padded = (1, 4) if task_type == 'image_caption' else (lengths[-1] - 1,)
     at = [start + p for p in padded]
     real = [i for i in range(sum(lengths)) if i not in at]
-    np.testing.assert_array_equal(_influence(kind, lengths, padded)[np.ix_(real, at)], 0)
+    np.testing.assert_array_equal(_influence(task_type, lengths, padded)[np.ix_(real, at)], 0)
 
   @parameterized.named_parameters(
       ('text', 'text_mlm', (5,), 0, 4), ('question', 'vqa', (3, 4), 0, 6), ('caption', 'image_caption', (3, 6), -1, 4))
-  def test_the_same_token_matters_when_it_is_real(self, kind, lengths, to, at):
+  def test_the_same_token_matters_when_it_is_real(self, task_type, lengths, to, at):
     # To the prefix, or to the caption's last query.
-    self.assertGreater(_influence(kind, lengths)[to, at], 1e-3)
+    self.assertGreater(_influence(task_type, lengths)[to, at], 1e-3)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Prompts: keys that are no tokens, tokens after `spe`, one for each class, a bias of `spe`, a head that starts at nothing."""
+"""Prompts: deep, prefix and label prompts, the bias of `spe`, and a linear head that starts at zero."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 
 _P = 2
-_KINDS = ('image_classification', 'image_caption', 'text_mlm')
+_TASK_TYPES = ('image_classification', 'image_caption', 'text_mlm')
 
 
 def _spec(**changes):
@@ -25,7 +25,8 @@ def _spec(**changes):
 
 
 def _sequences():
-  return (*(small_model.sequence(k, seed=i) for i, k in enumerate(_KINDS)), small_model.target(task_types.families()['names']))
+  return (*(small_model.sequence(k, seed=i) for i, k in enumerate(_TASK_TYPES)),
+      small_model.target(task_types.families()['names']))
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def _features(spec):
 
 @functools.cache
 def _weighted_gradient(spec):
-  """(parameters, weights [sequences]) → gradient of a weighted sum over sequences: one program for whichever is asked for."""
+  """(parameters, weights [sequences]) → gradient of a weighted sum over sequences."""
   def total(values, weights):
     features = small_model.encode(spec, _sequences(), values=values)[0]
     return sum(w * jnp.sin(3 * rows).sum() for w, rows in zip(weights, features, strict=True))
@@ -43,9 +44,9 @@ def _weighted_gradient(spec):
 
 
 @functools.cache
-def _gradient(spec, stream: int):
+def _gradient(spec, index: int):
   """Gradient of one sequence's features with respect to all parameters, as paths; the others' are weighted by 0."""
-  gradient = _weighted_gradient(spec)(small_model.params(spec), np.eye(len(_sequences()), dtype=np.float32)[stream])
+  gradient = _weighted_gradient(spec)(small_model.params(spec), np.eye(len(_sequences()), dtype=np.float32)[index])
   return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
           for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
 
@@ -60,7 +61,7 @@ class DeepPromptsTest(parameterized.TestCase):
     spec, plain = small_model.spec(num_deep_prompts=_P, prompt_sharing='inputs'), small_model.spec()
     with_, without = _features(spec)(small_model.params(spec)), _features(plain)(small_model.params(plain))
     np.testing.assert_array_equal(with_[3], without[3])
-    for i in range(len(_KINDS)):
+    for i in range(len(_TASK_TYPES)):
       self.assertGreater(np.abs(with_[i] - without[i]).max(), 1e-2)
 
   @parameterized.parameters(('shared', True), ('separate', False), ('inputs', False))
@@ -73,17 +74,17 @@ class DeepPromptsTest(parameterized.TestCase):
     one, other = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
     self.assertEqual(np.allclose(one, other, atol=1e-5), same)
 
-  @parameterized.parameters(*range(len(_KINDS) + 1))
-  def test_every_sequence_looks_at_every_row_of_every_layer(self, stream):
-    rows = [g for path, g in _gradient(_spec(), stream).items() if 'prompts/input' in path]
+  @parameterized.parameters(*range(len(_TASK_TYPES) + 1))
+  def test_every_sequence_attends_to_every_row_of_every_layer(self, index):
+    rows = [g for path, g in _gradient(_spec(), index).items() if 'prompts/input' in path]
     self.assertLen(rows, 2)  # scanned layers, and the tail
     for g in rows:
       self.assertGreater(np.abs(g).max(-1).min(), 1e-6)
 
   def test_separate_prompts_serve_one_side_each(self):
     spec = _spec(prompt_sharing='separate')
-    for stream, own, other in ((0, 'input', 'target'), (3, 'target', 'input')):
-      gradient = _gradient(spec, stream)
+    for index, own, other in ((0, 'input', 'target'), (3, 'target', 'input')):
+      gradient = _gradient(spec, index)
       for path, g in gradient.items():
         if f'prompts/{own}' in path:
           self.assertGreater(np.abs(g).min(-1).max(), 1e-8, path)
@@ -91,16 +92,17 @@ class DeepPromptsTest(parameterized.TestCase):
           self.assertEqual(np.abs(g).max(), 0, path)
 
   def test_the_condition_of_prompts_is_that_of_the_first_segment(self):
-    # Of a caption's two conditions, prompts take the picture's: with it alone in the experts' choice they still move it.
+    # Of a caption's two conditions, prompts take the image's: with it alone in the experts' choice they still move it.
     layout = small_model.sequence('image_caption').layout
     self.assertEqual(layout.prompt_condition, layout.conditions[0])
-    self.assertEqual(decoding.step_layout(task_types.TASK_TYPES['image_caption']).prompt_condition, layout.conditions[0])
+    self.assertEqual(decoding.step_layout(task_types.TASK_TYPES['image_caption']).prompt_condition,
+        layout.conditions[0])
     self.assertNotEqual(layout.conditions[0], layout.conditions[1])
 
 
 @functools.cache
-def _streams(prefix: int, sides: str = 'separate'):
-  """Streams as they come into the encoder, of `_sequences` and of a question about a picture."""
+def _embedded(prefix: int, sides: str = 'separate'):
+  """Embedded sequences, of `_sequences` and of a question about an image."""
   spec = small_model.spec(num_prefix_prompts=prefix, prompt_sharing=sides)
   sequences = (*_sequences(), small_model.sequence('vqa'))
   run = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, taps=True)[1]['sequences'])
@@ -109,9 +111,9 @@ def _streams(prefix: int, sides: str = 'separate'):
 
 class PrefixPromptsTest(parameterized.TestCase):
 
-  @parameterized.parameters(*range(len(_KINDS) + 2))
-  def test_rows_stand_raw_between_spe_and_the_first_segment(self, i):
-    (with_, values), (without, _) = _streams(3), _streams(0)
+  @parameterized.parameters(*range(len(_TASK_TYPES) + 2))
+  def test_rows_are_between_spe_and_the_first_segment(self, i):
+    (with_, values), (without, _) = _embedded(3), _embedded(0)
     new, old = with_[i].segments, without[i].segments
     np.testing.assert_array_equal(new[0][:, :1], old[0][:, :1])
     rows = values['embed']['prompts']['target' if i == 3 else 'input']
@@ -121,41 +123,45 @@ class PrefixPromptsTest(parameterized.TestCase):
       np.testing.assert_array_equal(a, b)  # the second segment has none
 
   def test_they_are_valid_keys_and_padding_moves_with_its_text(self):
-    text = small_model.target(task_types.families()['names']).replace(text_valid=jnp.array([[1, 1, 0], [1, 0, 0]], bool))
+    valid = jnp.array([[1, 1, 0], [1, 0, 0]], bool)
+    text = small_model.target(task_types.families()['names']).replace(text_valid=valid)
     spec = small_model.spec(num_prefix_prompts=2)
-    _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(small_model.params(spec))
+    _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(
+        small_model.params(spec))
     np.testing.assert_array_equal(
         collected['sequences'][0].valid[0], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
 
-  def test_picks_of_the_first_segment_count_from_them_and_those_of_the_second_do_not(self):
-    (with_, _), (without, _) = _streams(3), _streams(0)
-    picks, question = 2, 4
-    np.testing.assert_array_equal(with_[picks].readout_positions, without[picks].readout_positions + 3)
+  def test_readout_positions_move_in_the_first_segment_only(self):
+    (with_, _), (without, _) = _embedded(3), _embedded(0)
+    mlm, question = 2, 4
+    np.testing.assert_array_equal(with_[mlm].readout_positions, without[mlm].readout_positions + 3)
     np.testing.assert_array_equal(with_[question].readout_positions, without[question].readout_positions)
-    for i, array in ((picks, 0), (question, 1)):
-      chosen = [np.take_along_axis(s[i].segments[array], s[i].readout_positions[..., None], axis=1) for s in (with_, without)]
+    for i, array in ((mlm, 0), (question, 1)):
+      chosen = [np.take_along_axis(s[i].segments[array], s[i].readout_positions[..., None], axis=1)
+                for s in (with_, without)]
       np.testing.assert_array_equal(*chosen)
 
-  def test_a_side_reads_the_table_that_is_named(self):
+  def test_each_side_reads_its_table(self):
     for sides, tables in (('shared', {'input'}), ('separate', {'input', 'target'}), ('inputs', {'input'})):
-      streams, values = _streams(3, sides)
+      embedded, values = _embedded(3, sides)
       self.assertEqual(set(values['embed']['prompts']), tables)
       rows = values['embed']['prompts']['target' if sides == 'separate' else 'input']
-      self.assertEqual(streams[3].segments[0].shape[1], 1 + small_model.WORDS + (0 if sides == 'inputs' else 3))
-      self.assertEqual(np.array_equal(streams[3].segments[0][0, 1:4], rows), sides != 'inputs')
+      self.assertEqual(embedded[3].segments[0].shape[1], 1 + small_model.WORDS + (0 if sides == 'inputs' else 3))
+      self.assertEqual(np.array_equal(embedded[3].segments[0][0, 1:4], rows), sides != 'inputs')
 
   @pytest.mark.nightly
   def test_the_rows_that_are_read_are_the_same_when_all_are_computed(self):
     spec = small_model.spec(num_deep_prompts=_P, num_prefix_prompts=3, spe_bias=True)
     sequences = (*_sequences(), small_model.sequence('vqa'))
-    every = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, all_rows=True)[0])(small_model.params(spec))
+    every = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, all_rows=True)[0])(
+        small_model.params(spec))
     some = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
     for a, b in zip(every, some, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
-  @parameterized.parameters(*range(len(_KINDS) + 1))
-  def test_every_row_moves_every_readout(self, stream):
-    rows = _gradient(small_model.spec(num_prefix_prompts=3), stream)['embed/prompts/input']
+  @parameterized.parameters(*range(len(_TASK_TYPES) + 1))
+  def test_every_row_moves_every_readout(self, index):
+    rows = _gradient(small_model.spec(num_prefix_prompts=3), index)['embed/prompts/input']
     self.assertGreater(np.abs(rows).max(-1).min(), 1e-6)
 
 
@@ -169,16 +175,17 @@ def _label_spec(entries: int = _ENTRIES):
 
 def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):
   rng = np.random.default_rng(seed)
-  return tuple({'text': rng.integers(2, small_model.VOCABULARY, (n, s)).astype(np.int32), 'valid': np.ones((n, s), bool)}
+  return tuple({'text': rng.integers(2, small_model.VOCABULARY, (n, s)).astype(np.int32),
+      'valid': np.ones((n, s), bool)}
                for n, s in lengths)
 
 
 @functools.cache
 def _entries(spec, labelled: bool = True):
   """parameters → features [V, D] of the set's entries, in their order."""
-  found = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
+  actual = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
   return small_model.jit(lambda v: jnp.concatenate(
-      [f[:, 0] for f in small_model.encode(spec, found, values=v)[0]])[_ORDER])
+      [f[:, 0] for f in small_model.encode(spec, actual, values=v)[0]])[_ORDER])
 
 
 def _with_labels(values, table):
@@ -198,15 +205,15 @@ class LabelPromptsTest(parameterized.TestCase):
     np.testing.assert_array_equal(before[others], after[others])
     self.assertGreater(np.abs(before[entry] - after[entry]).max(), 1e-2)
 
-  def test_it_stands_raw_after_spe_in_every_row_of_its_entry(self):
+  def test_it_follows_spe_in_every_row_of_its_entry(self):
     spec, values = _label_spec(), small_model.params(_label_spec())
-    found = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, True)
-    _, collected = small_model.jit(lambda v: small_model.encode(spec, found, values=v, taps=True))(values)
+    actual = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, True)
+    _, collected = small_model.jit(lambda v: small_model.encode(spec, actual, values=v, taps=True))(values)
     table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
-    for stream, entries in zip(collected['sequences'], ([1, 3], [4, 0, 2]), strict=True):
-      np.testing.assert_array_equal(stream.segments[0][:, 1], table[jnp.array(entries)])
-      np.testing.assert_array_equal(stream.segments[0][:, 2], jnp.broadcast_to(prefix, (len(entries), 16)))
-      self.assertTrue(np.asarray(stream.valid[0]).all())
+    for sequence, entries in zip(collected['sequences'], ([1, 3], [4, 0, 2]), strict=True):
+      np.testing.assert_array_equal(sequence.segments[0][:, 1], table[jnp.array(entries)])
+      np.testing.assert_array_equal(sequence.segments[0][:, 2], jnp.broadcast_to(prefix, (len(entries), 16)))
+      self.assertTrue(np.asarray(sequence.valid[0]).all())
 
   def test_fresh_ones_are_zero_and_hardly_move_a_feature(self):
     # LayerScale as published: what one key more changes in attention is small beside the words themselves.
@@ -221,8 +228,8 @@ class LabelPromptsTest(parameterized.TestCase):
   def test_entries_of_one_text_have_one_feature_until_their_prompts_differ(self):
     texts = ({'text': np.array([[5, 6, 7]] * 3, np.int32), 'valid': np.ones((3, 3), bool)},)
     spec = _label_spec(3)
-    found = batching.set_sequences('names', task_types.families()['names'], texts, np.arange(3), True)
-    run = small_model.jit(lambda v: small_model.encode(spec, found, values=v)[0][0][:, 0])
+    actual = batching.set_sequences('names', task_types.families()['names'], texts, np.arange(3), True)
+    run = small_model.jit(lambda v: small_model.encode(spec, actual, values=v)[0][0][:, 0])
     values, zero = small_model.params(spec), np.zeros((3, 16), np.float32)
     same = np.asarray(run(_with_labels(values, zero)))
     np.testing.assert_allclose(same, same[:1].repeat(3, 0), atol=1e-6)
@@ -257,25 +264,27 @@ class LinearHeadTest(absltest.TestCase):
     # 2 · 5 + (1, 2) · (10, 100) + 7
     head = {'kernel': jnp.array([[10.], [100.]]), 'bias': jnp.array([7.]), 'similarity_weight': jnp.float32(2.)}
     model = UniPerceiver(small_model.spec(head=1, width=2, num_heads=1, temperature_groups=()))
-    found = model.apply({'params': {'linear_head': head}}, jnp.array([[[1., 2.]]]), jnp.array([[[5.]]]), method='with_head')
-    np.testing.assert_allclose(found, [[[227.]]])
+    actual = model.apply({'params': {'linear_head': head}}, jnp.array([[[1., 2.]]]), jnp.array([[[5.]]]),
+        method='with_head')
+    np.testing.assert_allclose(actual, [[[227.]]])
 
 
 class DecodingTest(absltest.TestCase):
 
   def test_cached_decoding_with_prompts_is_the_forward_of_training(self):
-    spec, kind = _spec(), task_types.TASK_TYPES['image_caption']
+    spec, task_type = _spec(), task_types.TASK_TYPES['image_caption']
     values, length = small_model.params(spec), 4
-    pixels = small_model.sequence(kind, 2, seed=1).pixels
+    pixels = small_model.sequence(task_type, 2, seed=1).pixels
     words = normalize(jnp.asarray(np.random.default_rng(0).normal(size=(small_model.VOCABULARY, 16)), jnp.float32))
 
     @small_model.jit
     def both(values):
-      found = decoding.beam_search(UniPerceiver(spec), values, kind, pixels, words, temperature='group',
+      actual = decoding.beam_search(UniPerceiver(spec), values, task_type, pixels, words, temperature='group',
                             spe=small_model.SPE, eot=-1, max_len=length)
-      tokens, log_p = found.tokens[:, 0], found.log_p[:, 0]
+      tokens, log_p = actual.tokens[:, 0], actual.log_p[:, 0]
       text = jnp.concatenate([tokens, jnp.full_like(tokens, small_model.SPE)], axis=1)
-      features, = small_model.encode(spec, [small_model.sequence(kind, 2, pixels=pixels, text=text)], values=values)[0]
+      features, = small_model.encode(spec, [small_model.sequence(task_type, 2, pixels=pixels, text=text)],
+          values=values)[0]
       scale = UniPerceiver(spec).apply({'params': values}, 'group', method='scale')
       all_p = jax.nn.log_softmax(scale * normalize(features) @ words.T)
       return log_p, jnp.take_along_axis(all_p, tokens[..., None], axis=-1)[..., 0], all_p.argmax(-1) == tokens

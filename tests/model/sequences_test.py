@@ -1,4 +1,4 @@
-"""Layouts of kinds, rows to read, and streams that are joined and split again."""
+"""Layouts of task types, rows to read, and sequences that are joined and split again."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ class LayoutTest(parameterized.TestCase):
   @parameterized.parameters(
       ('image_classification', ('visual',), 0), ('text_mlm', ('text',), 0), ('text_classification', ('text',), 0),
       ('image_caption', ('visual', 'text'), 1), ('vqa', ('visual', 'text'), 1))
-  def test_of_a_kind(self, name, modalities, readout_segment):
+  def test_the_layout_of_a_task_type(self, name, modalities, readout_segment):
     layout = Layout.of_task_type(task_types.TASK_TYPES[name])
     self.assertEqual(layout.modalities, modalities)
     self.assertEqual(layout.readout_segment, readout_segment)
@@ -34,18 +34,18 @@ class LayoutTest(parameterized.TestCase):
     self.assertIsNone(Layout((), (), READ_NOTHING).readout_segment)
 
 
-class TakeRowsTest(absltest.TestCase):
+class TakeRouterInputsTest(absltest.TestCase):
 
   # Token s of sample b is 10 b + s.
   _X = jnp.arange(2)[:, None, None] * 10 + jnp.arange(6)[None, :, None]
 
-  def test_first_is_token_zero(self):
+  def test_cls_is_token_zero(self):
     np.testing.assert_array_equal(take_readout(self._X, 'cls', None)[..., 0], [[0], [10]])
 
   def test_queries_are_the_second_half(self):
     np.testing.assert_array_equal(take_readout(self._X, 'queries', None)[..., 0], [[3, 4, 5], [13, 14, 15]])
 
-  def test_picks_are_each_samples_own_positions(self):
+  def test_masked_rows_are_at_the_positions_of_each_example(self):
     positions = jnp.array([[5, 1, 1], [0, 2, 4]])
     np.testing.assert_array_equal(take_readout(self._X, 'masked', positions)[..., 0], [[5, 1, 1], [10, 12, 14]])
 
@@ -53,44 +53,45 @@ class TakeRowsTest(absltest.TestCase):
     np.testing.assert_array_equal(take_readout(self._X, 'slot', jnp.array([[2], [3]]))[..., 0], [[2], [13]])
 
 
-def _stream(start: int, batch: int, tokens: int = 2, padded: bool = False, picks: int = 0) -> EmbeddedSequence:
+def _embedded(start: int, batch: int, tokens: int = 2, padded: bool = False, picks: int = 0) -> EmbeddedSequence:
   """Sample i holds the number start + i everywhere."""
   number = start + jnp.arange(batch)
   return EmbeddedSequence(
       segments=(number[:, None, None] * jnp.ones((1, tokens, 3)),),
       valid=(jnp.ones((batch, tokens), bool) if padded else None,),
-      readout_positions=jnp.zeros((batch, picks), jnp.int32) if picks else None, ids=number.astype(jnp.uint32), layout=_TEXT)
+      readout_positions=jnp.zeros((batch, picks), jnp.int32) if picks else None, ids=number.astype(jnp.uint32),
+      layout=_TEXT)
 
 
-def _numbers(stream: EmbeddedSequence) -> list[int]:
-  return [int(i) for i in stream.ids]
+def _numbers(sequence: EmbeddedSequence) -> list[int]:
+  return [int(i) for i in sequence.ids]
 
 
 class JoinTest(parameterized.TestCase):
 
-  def test_equal_streams_become_one(self):
-    joined, _ = join_equal((_stream(0, 2), _stream(10, 3)), ('a', 'a'), shards=1)
+  def test_equal_sequences_become_one(self):
+    joined, _ = join_equal((_embedded(0, 2), _embedded(10, 3)), ('a', 'a'), shards=1)
     self.assertEqual([_numbers(s) for s in joined], [[0, 1, 10, 11, 12]])
 
   def test_every_shard_keeps_its_own_rows(self):
     # Shards of the first: (0, 1), (2, 3); of the second: 10, 11.
-    joined, _ = join_equal((_stream(0, 4), _stream(10, 2)), ('a', 'a'), shards=2)
+    joined, _ = join_equal((_embedded(0, 4), _embedded(10, 2)), ('a', 'a'), shards=2)
     self.assertEqual([_numbers(s) for s in joined], [[0, 1, 10, 2, 3, 11]])
 
-  def test_all_leaves_are_joined_alike(self):
-    joined, _ = join_equal((_stream(0, 4), _stream(10, 2)), ('a', 'a'), shards=2)
+  def test_all_leaves_are_joined(self):
+    joined, _ = join_equal((_embedded(0, 4), _embedded(10, 2)), ('a', 'a'), shards=2)
     np.testing.assert_array_equal(joined[0].segments[0][:, 1, 2], [0, 1, 10, 2, 3, 11])
 
   @parameterized.parameters(1, 2)
   def test_results_come_back_in_the_original_order(self, shards):
-    streams = (_stream(0, 4), _stream(50, 2, tokens=5), _stream(10, 2), _stream(20, 6))
-    joined, split = join_equal(streams, ('a', 'a', 'a', 'a'), shards)
+    sequences = (_embedded(0, 4), _embedded(50, 2, tokens=5), _embedded(10, 2), _embedded(20, 6))
+    joined, split = join_equal(sequences, ('a', 'a', 'a', 'a'), shards)
     self.assertLen(joined, 2)
-    for stream, result in zip(streams, split([s.segments[0] for s in joined]), strict=True):
-      np.testing.assert_array_equal(result, stream.segments[0])
+    for sequence, result in zip(sequences, split([s.segments[0] for s in joined]), strict=True):
+      np.testing.assert_array_equal(result, sequence.segments[0])
 
-  def test_a_result_may_be_a_tree_with_nothing_in_it(self):
-    _, split = join_equal((_stream(0, 2), _stream(10, 2)), ('a', 'a'), shards=1)
+  def test_a_result_may_be_a_tree_with_none(self):
+    _, split = join_equal((_embedded(0, 2), _embedded(10, 2)), ('a', 'a'), shards=1)
     rows = split([{'rows': jnp.arange(4), 'none': None}])
     np.testing.assert_array_equal(rows[1]['rows'], [2, 3])
     self.assertIsNone(rows[1]['none'])
@@ -98,21 +99,21 @@ class JoinTest(parameterized.TestCase):
   @parameterized.named_parameters(
       ('key', {}, {}, 'b'), ('length', {}, dict(tokens=3), 'a'), ('padding', {}, dict(padded=True), 'a'),
       ('masked', dict(picks=1), dict(picks=2), 'a'), ('readout', {}, dict(picks=2), 'a'))
-  def test_streams_that_differ_stay_apart(self, one, other, key):
-    joined, _ = join_equal((_stream(0, 2, **one), _stream(10, 2, **other)), ('a', key), shards=1)
+  def test_different_sequences_stay_separate(self, one, other, key):
+    joined, _ = join_equal((_embedded(0, 2, **one), _embedded(10, 2, **other)), ('a', key), shards=1)
     self.assertEqual([_numbers(s) for s in joined], [[0, 1], [10, 11]])
 
   def test_a_batch_that_does_not_divide_stays_alone(self):
-    streams = (_stream(0, 3), _stream(10, 2), _stream(20, 2))
-    joined, split = join_equal(streams, ('a', 'a', 'a'), shards=2)
+    sequences = (_embedded(0, 3), _embedded(10, 2), _embedded(20, 2))
+    joined, split = join_equal(sequences, ('a', 'a', 'a'), shards=2)
     self.assertEqual([_numbers(s) for s in joined], [[0, 1, 2], [10, 20, 11, 21]])
     self.assertEqual([r.tolist() for r in split([s.ids for s in joined])], [[0, 1, 2], [10, 11], [20, 21]])
 
 
 class ModelJoinsTest(parameterized.TestCase):
 
-  def _streams(self, router: str, *sequences) -> int:
-    """How many streams the encoder carries for some sequences."""
+  def _count_joined(self, router: str, *sequences) -> int:
+    """Number of sequences that the encoder gets after joining."""
     counts = []
 
     def spy(*args):
@@ -124,17 +125,17 @@ class ModelJoinsTest(parameterized.TestCase):
       jax.eval_shape(lambda: small_model.encode(small_model.spec(router), sequences)[0])
     return counts[-1]  # init may have come before
 
-  # The two pictures have one attribute row and one modality, but two tasks.
+  # The two images have one attribute row and one modality, but two tasks.
   @parameterized.parameters(('attribute', 1), ('modality', 1), ('dense', 1), ('task', 2))
-  def test_sequences_of_one_router_row_share_their_products(self, router, streams):
-    pictures = small_model.sequence('image_classification'), small_model.sequence('image_retrieval')
-    self.assertEqual(self._streams(router, *pictures), streams)
+  def test_sequences_with_one_router_input_share_their_products(self, router, count):
+    images = small_model.sequence('image_classification'), small_model.sequence('image_retrieval')
+    self.assertEqual(self._count_joined(router, *images), count)
 
-  # A picture with its prefix and a text with its prefix are both five tokens.
+  # A image with its prefix and a text with its prefix are both five tokens.
   @parameterized.parameters(('attribute', 2), ('modality', 2), ('task', 2), ('dense', 1))
-  def test_a_picture_and_a_text_of_one_length_share_theirs_in_a_dense_model_only(self, router, streams):
+  def test_an_image_and_a_text_of_one_length_share_theirs_in_a_dense_model_only(self, router, count):
     names = small_model.target(task_types.families()['names'], words=4).replace(text_valid=None)
-    self.assertEqual(self._streams(router, small_model.sequence('image_classification'), names), streams)
+    self.assertEqual(self._count_joined(router, small_model.sequence('image_classification'), names), count)
 
   def test_the_model_joins_within_the_shards_of_its_batches(self):
     with absltest.mock.patch.object(uni_perceiver, 'join_equal', wraps=join_equal) as spy:
@@ -142,11 +143,11 @@ class ModelJoinsTest(parameterized.TestCase):
       jax.eval_shape(lambda: small_model.encode(small_model.spec('dense'), [sequence], shards=2)[0])
     self.assertEqual(spy.call_args.args[2], 2)
 
-  def test_sequences_that_are_read_in_different_arrays_stay_apart(self):
-    # [spe, picture] [question] and [spe, question] [picture], of equal shapes.
+  def test_sequences_with_different_readout_segments_stay_separate(self):
+    # [spe, image] [question] and [spe, question] [image], of equal shapes.
     swapped = TaskType('swapped', (Segment('text'), Segment('visual')), 'words', 'slot', 'vqa')
     sequences = [small_model.sequence(k, words=4, text_valid=None) for k in ('vqa', swapped)]
-    self.assertEqual(self._streams('dense', *sequences), 2)
+    self.assertEqual(self._count_joined('dense', *sequences), 2)
 
 
 if __name__ == '__main__':

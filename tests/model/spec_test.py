@@ -32,8 +32,9 @@ class PatternTest(parameterized.TestCase):
   def test_a_dense_model_has_experts_nowhere(self):
     self.assertEqual(_chosen(small_model.spec('dense', placement='all')), [])
 
-  def test_only_the_named_parts_have_experts(self):
-    self.assertEqual(small_model.spec(num_layers=3, placement='every_2', sublayers=('mlp',)).pattern, (('mlp',), (), ('mlp',)))
+  def test_only_the_named_sublayers_have_experts(self):
+    self.assertEqual(small_model.spec(num_layers=3, placement='every_2', sublayers=('mlp',)).pattern,
+        (('mlp',), (), ('mlp',)))
 
 
 class StackTest(parameterized.TestCase):
@@ -68,24 +69,25 @@ class StackTest(parameterized.TestCase):
         ('blocks', 0, 'block0'), ('blocks', 0, 'block1'), ('tail', None, 'block0'), ('tail', None, 'block1'),
         ('tail', None, 'block2')])
 
-  @parameterized.parameters(('all', 5), ('every_2', 5), ('every_2', 6), ('every_4', 9), ('none', 3), ((0, 1, 4), 6), ((1, 2), 4))
+  @parameterized.parameters(('all', 5), ('every_2', 5), ('every_2', 6), ('every_4', 9), ('none', 3), ((0, 1, 4), 6),
+      ((1, 2), 4))
   def test_locate_finds_every_block_of_the_tree_once(self, placement, layers):
     spec = small_model.spec(num_layers=layers, placement=placement)
     encoder = small_model.nn.unbox(small_model.boxed(spec))['encoder']
-    found = []
+    actual = []
     for layer in range(layers):
       subtree, index, block = spec.stack.locate(layer)
-      # A layer with experts is found where a router is, and a layer without where there is none.
+      # A layer with experts is actual where a router is, and a layer without where there is none.
       self.assertEqual('attention_router' in encoder[subtree][block], bool(spec.pattern[layer]), layer)
       depth = encoder[subtree][block]['norm1']['scale'].shape[0] if subtree == 'blocks' else None
       self.assertTrue(index is None if depth is None else index < depth, layer)
-      found.append((subtree, index, block))
+      actual.append((subtree, index, block))
     there = [(s, i, b) for s, blocks in encoder.items() for b, block in blocks.items()
              for i in (range(block['norm1']['scale'].shape[0]) if s == 'blocks' else (None,))]
-    self.assertCountEqual(found, there)
+    self.assertCountEqual(actual, there)
 
   @parameterized.parameters(-1, 5)
-  def test_a_layer_that_is_not_there_is_an_error(self, layer):
+  def test_an_unknown_layer_is_an_error(self, layer):
     with self.assertRaisesRegex(IndexError, rf'layer {layer} is outside 0…4'):
       Stack.of(((),) * 5).locate(layer)
 
@@ -102,11 +104,11 @@ class SizesTest(absltest.TestCase):
     self.assertEqual((spec.head_dim, spec.patches), (8, 16))
 
 
-class RowNamesTest(absltest.TestCase):
+class RouterInputNamesTest(absltest.TestCase):
 
   _CONDITIONS = (*task_types.TASK_TYPES['image_caption'].conditions, task_types.families()['words'])
 
-  def test_rows_read_as_bits_or_names(self):
+  def test_names_are_bits_or_names(self):
     names = {r: small_model.spec(r).router_input_names(self._CONDITIONS) for r in small_model.ROUTERS}
     self.assertEqual(names, {
         'attribute': ('11011000', '11010101', '11010110'), 'task': ('caption', 'words'),
@@ -123,12 +125,15 @@ class FromConfigTest(absltest.TestCase):
 
   def _spec(self, c) -> ModelSpec:
     return ModelSpec.from_config(
-        schema.parse_config(c), vocab_size=50, spe_id=3, temperatures=('a', 'b'), router_tasks=task_types.router_tasks())
+        schema.parse_config(c), vocab_size=50, spe_id=3, temperatures=('a', 'b'),
+        router_tasks=task_types.router_tasks())
 
   def test_sizes_and_choices_come_from_the_config(self):
     c = config.base()
-    c.model.update(dict(num_layers=5, width=64, num_heads=4, mlp_dim=96, layer_scale_init=.25, drop_path=.1, dtype='bfloat16'))
-    c.moe.update(dict(num_experts=6, top_k=3, placement='every_2', sublayers=('mlp',), capacity_factor=1.5, gmm='ragged'))
+    c.model.update(dict(num_layers=5, width=64, num_heads=4, mlp_dim=96, layer_scale_init=.25, drop_path=.1,
+                        dtype='bfloat16'))
+    c.moe.update(dict(num_experts=6, top_k=3, placement='every_2', sublayers=('mlp',), capacity_factor=1.5,
+                      gmm='ragged'))
     spec = self._spec(c)
     self.assertEqual((spec.num_layers, spec.width, spec.num_heads, spec.mlp_dim), (5, 64, 4, 96))
     self.assertEqual((spec.layer_scale_init, spec.drop_path, spec.dtype), (.25, .1, jnp.bfloat16))

@@ -30,7 +30,7 @@ def _kept(plan: dispatch.DispatchPlan, *shape: int) -> list:
 
 class NamesTest(absltest.TestCase):
 
-  def test_a_config_is_checked_against_the_names_that_exist(self):
+  def test_config_names_are_those_of_the_implementation(self):
     self.assertEqual(router_names.DISPATCHED, tuple(r for r in router_names.ROUTERS if routers.routes_tokens(r)))
     self.assertEqual(set(schema.GMM_BACKENDS), {gmm.AUTO, gmm.XLA, *gmm.BACKENDS})
 
@@ -40,8 +40,8 @@ class CapacityTest(parameterized.TestCase):
   @parameterized.parameters(
       # ⌈1 · 2 · 12 / 8⌉ = 3; ⌈1.25 · 3⌉ = 4; ⌈.5 · 3⌉ = 2; at most every token once; 0: room for all.
       (1.0, 12, 2, 8, 3), (1.25, 12, 2, 8, 4), (.5, 12, 2, 8, 2), (9.0, 12, 2, 8, 12), (0.0, 12, 2, 8, 12))
-  def test_by_hand(self, factor, tokens, top_k, num_experts, room):
-    self.assertEqual(dispatch.capacity_of(factor, tokens, top_k, num_experts), room)
+  def test_by_hand(self, factor, tokens, top_k, num_experts, capacity):
+    self.assertEqual(dispatch.capacity_of(factor, tokens, top_k, num_experts), capacity)
 
 
 _BEHIND = [-1] * 127  # slots behind the groups, for the last tile of a loop
@@ -68,7 +68,7 @@ class TableTest(parameterized.TestCase):
     self.assertEqual((plan.sizes.tolist(), int(plan.requested)), ([2, 1, 1], 6))
     self.assertEqual(plan.source.tolist(), [0, 3, 2, 4, -1, -1] + _BEHIND)
 
-  def test_buffers_have_equal_room(self):
+  def test_batched_groups_have_equal_capacity(self):
     plan = _plan(_output(self._EXPERT), None, 1, 1.0, 'batched')
     self.assertEqual(plan.source.tolist(), [0, 3, 2, -1, 4, -1])
     self.assertEqual(np.asarray(plan.slot)[np.asarray(plan.kept)].tolist(), [0, 2, 1, 4])
@@ -85,7 +85,7 @@ class TableTest(parameterized.TestCase):
     plan = _plan(_output([[[1, 0]], [[0, 2]]]), None, 1, .75, 'tiled')
     self.assertEqual(_kept(plan, 2, 2), [[1, 0], [1, 1]])
 
-  def test_an_earlier_second_choice_is_never_evicted_by_a_later_first_output(self):
+  def test_an_earlier_second_choice_is_never_evicted_by_a_later_first_choice(self):
     plan = _plan(_output([[[1, 0], [0, 2]]]), None, 1, .75, 'tiled')
     self.assertEqual(_kept(plan, 2, 2), [[1, 1], [0, 1]])
 
@@ -170,8 +170,8 @@ class ExactTest(parameterized.TestCase):
 
   @parameterized.parameters(*gmm.BACKENDS)
   def test_it_equals_the_loop_in_values_and_gradients(self, backend):
-    found = _value_and_gradients(functools.partial(_dispatched, backend=backend))
-    for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), found, _expected(), strict=True):
+    actual = _value_and_gradients(functools.partial(_dispatched, backend=backend))
+    for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), actual, _expected(), strict=True):
       np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
       self.assertGreater(np.abs(b).max(), .1, name)
 
@@ -182,19 +182,21 @@ class ExactTest(parameterized.TestCase):
     output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
     kept = np.asarray(_plan(output, valid, 1, .5, backend).kept).reshape(_B, _S, _K)
     self.assertTrue(kept.any() and not kept[np.asarray(valid)].all())
-    found = _value_and_gradients(functools.partial(_dispatched, valid=valid, capacity=.5, backend=backend))
-    for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), found, _expected(kept.tobytes()), strict=True):
+    actual = _value_and_gradients(functools.partial(_dispatched, valid=valid, capacity=.5, backend=backend))
+    for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), actual, _expected(kept.tobytes()), strict=True):
       np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
   @parameterized.parameters(*gmm.BACKENDS)
   def test_enough_capacity_drops_nothing(self, backend):
-    run = small_model.jit(functools.partial(_dispatched, capacity=_E / _K, backend=backend))  # room for every token at every expert
-    found = run(*_inputs())
-    np.testing.assert_allclose(found, _expected()[0], atol=2e-5)
+    # room for every token at every expert
+    run = small_model.jit(functools.partial(_dispatched, capacity=_E / _K, backend=backend))
+    actual = run(*_inputs())
+    np.testing.assert_allclose(actual, _expected()[0], atol=2e-5)
 
   @parameterized.product(backend=('batched', 'tiled'), at_once=(True, False))
-  def test_a_rematerialised_product_is_not_computed_again(self, backend, at_once):
-    # Forward, and the gradients of x and of the kernels; the fourth is what experts gave, for the gradient of the gates.
+  def test_a_rematerialized_product_is_not_computed_again(self, backend, at_once):
+    # Forward, and the gradients of x and of the kernels; the fourth is what experts gave, for the gradient of the
+    # gates.
     def block(x, kernel, bias, logits):
       output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
       plan = dispatch.make_plan(output, None, 1, 1., backend)
@@ -214,14 +216,14 @@ class ExactTest(parameterized.TestCase):
     logits = jnp.array([.3, -1., .9, .1])
     decision = routers.route(logits[None], _K)
     merged = layers.project(x, *(layers.merge(w, decision.coef)[0] for w in (kernel, bias)))
-    found = small_model.jit(_dispatched)(x, kernel, bias, jnp.broadcast_to(logits, (_B, _S, _E)))
-    np.testing.assert_allclose(found, merged, atol=2e-5)
+    actual = small_model.jit(_dispatched)(x, kernel, bias, jnp.broadcast_to(logits, (_B, _S, _E)))
+    np.testing.assert_allclose(actual, merged, atol=2e-5)
 
   def test_padding_gets_zero_and_changes_nothing(self):
     valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
-    found = np.asarray(small_model.jit(_dispatched)(*_inputs(), valid))
-    np.testing.assert_array_equal(found[~np.asarray(valid)], 0)
-    np.testing.assert_allclose(found[np.asarray(valid)], _expected()[0][np.asarray(valid)], atol=2e-5)
+    actual = np.asarray(small_model.jit(_dispatched)(*_inputs(), valid))
+    np.testing.assert_array_equal(actual[~np.asarray(valid)], 0)
+    np.testing.assert_allclose(actual[np.asarray(valid)], _expected()[0][np.asarray(valid)], atol=2e-5)
 
 
 if __name__ == '__main__':

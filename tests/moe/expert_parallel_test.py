@@ -56,11 +56,11 @@ def _looped(x, logits, *weights, kept=None):
 def _with_gradients(run, operands=None):
   """(y and what else `run` gives, gradients of Σ sin y by every operand)."""
   def loss(*operands):
-    found = run(*operands)
-    return jnp.sum(jnp.sin(found[0])), found
+    actual = run(*operands)
+    return jnp.sum(jnp.sin(actual[0])), actual
   grad = jax.value_and_grad(loss, argnums=range(len(_NAMES)), has_aux=True)
-  (_, found), gradients = small_model.jit(grad)(*(operands or _operands()))
-  return found, gradients
+  (_, actual), gradients = small_model.jit(grad)(*(operands or _operands()))
+  return actual, gradients
 
 
 @functools.cache
@@ -70,9 +70,9 @@ def _expected(kept=None):
   return _with_gradients(lambda *operands: (_looped(*operands, kept=kept),))
 
 
-def _assert_equal(found, gradients, kept=None):
+def _assert_equal(actual, gradients, kept=None):
   expected, wanted = _expected(kept)
-  np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
+  np.testing.assert_allclose(actual[0], expected[0], atol=2e-5)
   for name, a, b in zip(_NAMES, gradients, wanted, strict=True):
     np.testing.assert_allclose(a, b, atol=3e-5, err_msg=name)
     assert np.abs(b).max() > .1, name
@@ -86,7 +86,7 @@ def _margin() -> float:
 
 class EqualTest(parameterized.TestCase):
 
-  def test_no_decision_hangs_by_a_rounding_error(self):
+  def test_no_choice_depends_on_rounding(self):
     self.assertGreater(_margin(), 1e-4)
 
   @parameterized.named_parameters(
@@ -96,14 +96,14 @@ class EqualTest(parameterized.TestCase):
       ('all_to_all', dict(expert=4), _ENOUGH, expert_parallel.ALL_TO_ALL),
       ('all_to_all_and_model', dict(data=2, expert=2, model=2), _ENOUGH, expert_parallel.ALL_TO_ALL))
   def test_values_and_gradients_are_those_of_one_device(self, axes, capacity, transport):
-    found, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=_mesh(**axes)))
-    self.assertEqual(found[1].transport, transport)
-    _assert_equal(found, gradients)
+    actual, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=_mesh(**axes)))
+    self.assertEqual(actual[1].transport, transport)
+    _assert_equal(actual, gradients)
     chosen = np.bincount(np.asarray(_route(_operands()[1]).expert).reshape(-1), minlength=_E)
-    np.testing.assert_array_equal(found[1].slots_given, chosen)
-    self.assertEqual(int(found[1].requested.sum()), _B * _S * _K)
+    np.testing.assert_array_equal(actual[1].slots_given, chosen)
+    self.assertEqual(int(actual[1].requested.sum()), _B * _S * _K)
 
-  def test_examples_that_do_not_divide_are_filled_up_and_padding_is_not_routed(self):
+  def test_uneven_batches_are_padded_and_padding_is_not_routed(self):
     x, logits, *weights = _operands()
     valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
     run = small_model.jit(functools.partial(_block, valid=valid, mesh=_mesh(data=2, expert=4), backend='tiled'))
@@ -117,15 +117,16 @@ class CapacityTest(absltest.TestCase):
 
   def test_every_device_bounds_its_own_tokens_and_earlier_positions_go_first(self):
     mesh, capacity = _mesh(data=2, expert=2), .5
-    found, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=mesh))
+    actual, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=mesh))
     of_shard = small_model.jit(dispatch.make_plan, static_argnums=(1, 2, 3, 4))
     output = _route(_operands()[1])
-    plans = [of_shard(jax.tree.map(lambda c, i=i: c[2 * i:2 * i + 2], output), None, 1, capacity, 'batched') for i in range(4)]
+    plans = [of_shard(jax.tree.map(lambda c, i=i: c[2 * i:2 * i + 2], output), None, 1, capacity,
+        'batched') for i in range(4)]
     kept = np.concatenate([np.asarray(plan.kept) for plan in plans])
-    np.testing.assert_array_equal(found[1].kept, kept)
+    np.testing.assert_array_equal(actual[1].kept, kept)
     self.assertBetween(kept.mean(), .3, .7)  # C = ⌈.5 · 2 · 2 · 5 / 4⌉ = 3 of 5 on average
-    np.testing.assert_array_equal(found[1].slots_given, sum(np.asarray(plan.sizes) for plan in plans))
-    _assert_equal(found, gradients, kept.tobytes())
+    np.testing.assert_array_equal(actual[1].slots_given, sum(np.asarray(plan.sizes) for plan in plans))
+    _assert_equal(actual, gradients, kept.tobytes())
 
 
 class BytesTest(absltest.TestCase):

@@ -14,8 +14,10 @@ from uni_moe_jax.moe import gmm, gmm_triton
 _E, _D, _F, _G = 4, 6, 5, 16
 _TILES = (4,)
 _TRITON_TILES = {'_ROWS': 4, '_COLUMNS': 2, '_CONTRACTED': 4}  # of an odd width and depth the last ones are cut off
-# Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one; and one whose last tile reaches behind all rows.
-_SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)), ('first_only', (16, 0, 0, 0)),
+# Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one; and one whose last tile
+# reaches behind all rows.
+_SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)),
+          ('first_only', (16, 0, 0, 0)),
           ('none', (0, 0, 0, 0)), ('beyond', (3, 0, 6, 7)))
 
 
@@ -36,7 +38,7 @@ def _grouped(x, kernel, sizes, backend):
 
 @functools.cache
 def _program(backend, rows: int):
-  """(x, kernel, member) → values, dx and dkernel of the rows in groups, by a backend, or by the plain loop where it is None.
+  """(x, kernel, member) → values, dx, dkernel of the rows in groups, by a backend or (None) the plain loop.
 
   Groups are data: one program serves all.
   """
@@ -57,7 +59,8 @@ def _program(backend, rows: int):
 def _compare(backend, sizes, starts, rows):
   """What the programs of a backend and of the plain loop give."""
   row = np.arange(rows)
-  operands = _normal(0, rows, _D), _normal(1, _E, _D, _F), np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
+  member = np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
+  operands = _normal(0, rows, _D), _normal(1, _E, _D, _F), member
   # Read when a program is traced: by its first call.
   with mock.patch.object(gmm, '_TILES', _TILES), mock.patch.multiple(gmm_triton, **_TRITON_TILES):
     return tuple(_program(b, rows)(*operands) for b in (backend, None))
@@ -66,18 +69,19 @@ def _compare(backend, sizes, starts, rows):
 class EveryBackendTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
-      (f'{name}_{backend}', sizes, backend) for name, sizes in _SIZES for backend in ('tiled', 'ragged', 'megablox', 'triton'))
+      (f'{name}_{backend}', sizes, backend) for name, sizes in _SIZES
+      for backend in ('tiled', 'ragged', 'megablox', 'triton'))
   def test_it_equals_the_plain_loop(self, sizes, backend):
     starts = np.cumsum(sizes) - sizes
-    found, expected = _compare(backend, sizes, starts, _G)
-    for name, a, b in zip(('y', 'dx', 'dkernel'), found, expected):
+    actual, expected = _compare(backend, sizes, starts, _G)
+    for name, a, b in zip(('y', 'dx', 'dkernel'), actual, expected):
       np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
   @parameterized.named_parameters(*_SIZES[:1], ('full', (4, 4, 4, 4)), *_SIZES[4:])
   def test_buffers_equal_the_plain_loop_over_equal_groups(self, sizes):
-    room = max(4, *sizes)
-    found, expected = _compare('batched', sizes, room * np.arange(_E), room * _E)
-    for name, a, b in zip(('y', 'dx', 'dkernel'), found, expected):
+    capacity = max(4, *sizes)
+    actual, expected = _compare('batched', sizes, capacity * np.arange(_E), capacity * _E)
+    for name, a, b in zip(('y', 'dx', 'dkernel'), actual, expected):
       np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
   def test_these_groups_differ(self):
@@ -99,7 +103,8 @@ class TritonTest(parameterized.TestCase):
 
   @parameterized.parameters(('float32', 'cuda'), ('bfloat16', 'cuda'), ('float32', 'rocm'))
   def test_a_gpus_program_has_three_kernels_of_whole_tiles(self, dtype, platform):
-    # The product, and both of its gradients; compiled by Triton for tiles as they are, where interpreting asks nothing of them.
+    # The product, and both of its gradients; compiled by Triton for tiles as they are, which an interpreter would not
+    # need.
     x, kernel = jnp.ones((200, 48), dtype), jnp.ones((_E, 48, 96), dtype)
 
     def loss(x, kernel, sizes):
@@ -109,17 +114,19 @@ class TritonTest(parameterized.TestCase):
     kernels = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text().count('__gpu$xla.gpu.triton')
     self.assertEqual((kernels(platform), kernels('cpu')), (3, 0))
 
-  @parameterized.parameters(((0, 1, 4, 0, 130, 65),), ((0, 0, 0, 0, 0, 0),), ((200, 0, 0, 0, 0, 0),), ((64, 64, 0, 64, 0, 8),))
+  @parameterized.parameters(((0, 1, 4, 0, 130, 65),), ((0, 0, 0, 0, 0, 0),), ((200, 0, 0, 0, 0, 0),),
+      ((64, 64, 0, 64, 0, 8),))
   def test_items_cover_every_row_of_every_group_once(self, sizes):
     sizes, rows = np.array(sizes), 200
     group, first, start, end = (np.asarray(a) for a in gmm_triton._items(jnp.asarray(sizes), rows))
-    covered = [(e, r) for e, f, a, b in zip(group, first, start, end) for r in range(f, f + gmm_triton._ROWS) if a <= r < b]
+    covered = [(e, r) for e, f, a, b in zip(group, first, start, end)
+               for r in range(f, f + gmm_triton._ROWS) if a <= r < b]
     expected = list(zip(np.repeat(np.arange(6), sizes), range(rows)))
     self.assertEqual([(int(e), r) for e, r in covered], [(int(e), r) for e, r in expected])
     np.testing.assert_array_equal(first % gmm_triton._ROWS, 0)
 
 
-class DoorTest(parameterized.TestCase):
+class ChooseBackendTest(parameterized.TestCase):
 
   @parameterized.parameters(('cpu', False, 'tiled'), ('cpu', True, 'batched'), ('tpu', False, 'megablox'),
                             ('tpu', True, 'megablox'), ('gpu', True, 'batched'), ('gpu', False, 'triton'))
@@ -127,18 +134,20 @@ class DoorTest(parameterized.TestCase):
     with mock.patch.object(jax, 'default_backend', lambda: device):
       self.assertEqual(gmm.choose_backend('auto', capacity), backend)
 
-  @parameterized.parameters(('cpu', False, 'tiled'), ('tpu', False, 'ragged'), ('tpu', True, 'batched'), ('gpu', True, 'batched'),
+  @parameterized.parameters(('cpu', False, 'tiled'), ('tpu', False, 'ragged'), ('tpu', True, 'batched'),
+      ('gpu', True, 'batched'),
                             ('gpu', False, 'ragged'))
   def test_xla_is_auto_without_the_kernel(self, device, capacity, backend):
     self.assertEqual(gmm.choose_backend('xla', capacity, device), backend)
 
-  @parameterized.parameters(('tiled', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200))
-  def test_a_backend_wants_rows(self, backend, most, rows):
+  @parameterized.parameters(('tiled', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200),
+      ('ragged', 200, 200))
+  def test_rows_that_a_backend_needs(self, backend, most, rows):
     # A tile of 128 rows has at least one of its group.
     self.assertEqual(gmm.num_rows(backend, most), rows)
 
   @parameterized.parameters(*gmm.BACKENDS)
-  def test_a_named_backend_is_taken(self, backend):
+  def test_a_named_backend_is_kept(self, backend):
     self.assertEqual(gmm.choose_backend(backend, True), backend)
 
   def test_an_unknown_backend_names_the_known_ones(self):

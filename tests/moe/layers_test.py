@@ -93,7 +93,8 @@ class MoeDenseTest(absltest.TestCase):
 
   def _dense(self, num_experts: int, dtype=jnp.float32) -> layers.MoeDense:
     return layers.MoeDense(
-        (('embed', 40),), (('qkv', 3), ('heads', 5), ('head_dim', 8)), layers.xavier_uniform(40, 40), num_experts, dtype)
+        (('embed', 40),), (('qkv', 3), ('heads', 5), ('head_dim', 8)), layers.xavier_uniform(40, 40), num_experts,
+        dtype)
 
   def _routing(self, conditions: int = 3) -> MergedRouting:
     return MergedRouting.of(route(_normal(0, conditions, 4), 2))
@@ -168,7 +169,7 @@ class ScaledTest(parameterized.TestCase):
   def _linear(self, dtype=jnp.float32) -> layers.Projection:
     return layers.Projection(_normal(0, 2, 4, 6).astype(dtype), _normal(1, 2, 6).astype(dtype), ('mlp',), ('embed',))
 
-  def test_what_it_makes_is_multiplied(self):
+  def test_outputs_are_multiplied(self):
     x, by, plain = _normal(2, 3, 5, 4), _normal(3, 6), self._linear()
     scaled = plain.scaled(by)
     for row in (0, 1):
@@ -180,7 +181,7 @@ class ScaledTest(parameterized.TestCase):
     self.assertEqual({scaled.kernel.dtype, scaled.bias.dtype}, {jnp.dtype('bfloat16')})
 
   @parameterized.parameters((True, 3), (False, 4))
-  def test_a_rematerialised_product_is_not_computed_again(self, weights, products):
+  def test_a_rematerialized_product_is_not_computed_again(self, weights, products):
     # Forward, and the gradients of x and of the kernel; the fourth is what was made, for the gradient of `by`.
     def block(x, linear, by):
       of = linear.scaled(by) if weights else linear

@@ -14,19 +14,19 @@ from uni_moe_jax.tasks.attributes import Condition
 _LOGITS = np.log([[1., 2., 3., 4.]])  # probabilities .1 .2 .3 .4
 
 
-class DecideTest(parameterized.TestCase):
+class RouteTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (1, [3], [0, 0, 0, 1]),
       (2, [3, 2], [0, 0, 3 / 7, 4 / 7]),
       (3, [3, 2, 1], [0, 2 / 9, 3 / 9, 4 / 9]),
       (4, [3, 2, 1, 0], [.1, .2, .3, .4]))
-  def test_the_best_k_share_what_they_had(self, top_k, expert, coef):
+  def test_the_best_k_experts_share_their_probability(self, top_k, expert, coef):
     decision = routers.route(jnp.asarray(_LOGITS), top_k)
     np.testing.assert_array_equal(decision.expert, [expert])
     np.testing.assert_allclose(decision.coef, [coef], rtol=1e-6)
 
-  def test_each_row_decides_for_itself(self):
+  def test_each_condition_has_its_own_experts(self):
     # Row 1 has the probabilities .4 .1 .4 .1: experts 0 and 2, a half each.
     logits = jnp.asarray(np.concatenate([_LOGITS, np.log([[4., 1., 4., 1.]])]))
     decision = routers.route(logits, 2)
@@ -37,7 +37,7 @@ class DecideTest(parameterized.TestCase):
     decision = routers.route(jnp.zeros((1, 4)), 2)
     np.testing.assert_allclose(decision.coef, [[.5, .5, 0, 0]])
 
-  def test_decisions_are_float32_whatever_comes_in(self):
+  def test_outputs_are_float32_for_any_input_dtype(self):
     decision = routers.route(jnp.asarray(_LOGITS, jnp.bfloat16), 2)
     self.assertEqual({decision.logits.dtype, decision.coef.dtype}, {jnp.dtype('float32')})
 
@@ -46,18 +46,18 @@ class DecideTest(parameterized.TestCase):
     gradient = jax.grad(lambda x: routers.route(x, 2).coef[0, 3])(jnp.asarray(_LOGITS, jnp.float32))
     np.testing.assert_allclose(gradient, [[0, 0, -12 / 49, 12 / 49]], atol=1e-6)
 
-  def test_a_single_row_needs_its_axis(self):
+  def test_a_single_condition_needs_its_axis(self):
     with self.assertRaisesRegex(AssertionError, 'rank'):
       routers.route(jnp.zeros(4), 2)
 
 
-def _conditions(*kinds: str) -> tuple[Condition, ...]:
-  return tuple(c for k in kinds for c in task_types.TASK_TYPES[k].conditions)
+def _conditions(*names: str) -> tuple[Condition, ...]:
+  return tuple(c for k in names for c in task_types.TASK_TYPES[k].conditions)
 
 
-class RowsTest(parameterized.TestCase):
+class RouterInputsTest(parameterized.TestCase):
 
-  # image_classification, image_retrieval, text_mlm, image_caption (picture, text), words
+  # image_classification, image_retrieval, text_mlm, image_caption (image, text), words
   _CONDITIONS = (*_conditions('image_classification', 'image_retrieval', 'text_mlm', 'image_caption'),
                  task_types.families()['words'])
 
@@ -65,15 +65,15 @@ class RowsTest(parameterized.TestCase):
       ('modality', ('visual', 'text')),
       ('task', ('classification', 'retrieval', 'mlm', 'caption', 'words')),
       ('dense', (None,)))
-  def test_rows_are_the_distinct_inputs_in_order(self, router, rows):
+  def test_distinct_inputs_are_in_order(self, router, rows):
     self.assertEqual(routers.distinct_inputs(router, self._CONDITIONS), rows)
 
-  def test_attribute_rows_are_shared_by_classification_and_retrieval(self):
+  def test_classification_and_retrieval_share_attributes(self):
     rows = [attributes.to_string(r) for r in routers.distinct_inputs('attribute', self._CONDITIONS)]
     self.assertEqual(rows, ['10011000', '01010100', '11011000', '11010101', '11010110'])
 
   @parameterized.parameters(*router_names.ROUTERS)
-  def test_the_row_of_each_condition_is_among_them(self, router):
+  def test_every_condition_has_an_input(self, router):
     rows = routers.distinct_inputs(router, self._CONDITIONS)
     self.assertEqual({routers.router_input(router, c) for c in self._CONDITIONS}, set(rows))
 
@@ -98,10 +98,10 @@ class EmbeddingTest(absltest.TestCase):
     h = module.apply({'params': {'embedding': table}}, ('words', 'mlm'))
     np.testing.assert_array_equal(h, [[20, 21], [0, 1]])
 
-  def test_a_name_that_was_not_trained_is_refused(self):
+  def test_an_unknown_name_is_an_error(self):
     module = routers.NameEmbedding(2, ('mlm', 'words'))
-    message = (r"the router has no embedding for 'search', only for mlm, words\. A task type that was added after training "
-               'needs attribute or modality routing, or a dense model')
+    message = (r"the router has no embedding for 'search', only for mlm, words\. A task type that was added after "
+               'training needs attribute or modality routing, or a dense model')
     with self.assertRaisesRegex(ValueError, message):
       module.apply({'params': {'embedding': jnp.zeros((2, 2))}}, ('mlm', 'search'))
 
@@ -152,12 +152,12 @@ class NoiseTest(absltest.TestCase):
   def _noise(self, *rows, key=None):
     return np.asarray(routers.input_noise(self._KEY if key is None else key, rows, 4, 1.0))
 
-  def test_the_noise_of_a_row_does_not_depend_on_the_others(self):
+  def test_the_noise_of_an_input_does_not_depend_on_the_others(self):
     alone, among, last = self._noise('words'), self._noise('words', 'mlm'), self._noise('vqa', 'mlm', 'words')
     np.testing.assert_array_equal(alone[0], among[0])
     np.testing.assert_array_equal(alone[0], last[2])
 
-  def test_the_noise_of_a_row_depends_on_its_value(self):
+  def test_the_noise_of_an_input_depends_on_its_value(self):
     noise = self._noise('words', 'mlm', (1, 0, 0, 1, 1, 0, 0, 0), (1, 0, 0, 1, 1, 0, 0, 1))
     self.assertLen(np.unique(noise), noise.size)
 
@@ -170,7 +170,7 @@ class NoiseTest(absltest.TestCase):
     np.testing.assert_allclose(noise.std(), .5, atol=.016)
     np.testing.assert_allclose(noise.mean(), 0, atol=.023)
 
-  def test_the_hash_of_a_row_is_that_of_every_process(self):
+  def test_the_hash_of_an_input_is_the_same_in_every_process(self):
     # Python's own hash() of a string differs from run to run. CRC-32 of mlm with its quotes, and its value.
     self.assertEqual(routers.input_hash('mlm'), zlib.crc32(b"'mlm'"))
     self.assertEqual(routers.input_hash('mlm'), 1209776402)

@@ -27,12 +27,13 @@ def _decide(values, x, pool=None, key=None, **options):
 
 
 _GATE = jnp.array([[math.log(2), 0., 0.], [0., 0., math.log(3)]])
-_CONTEXT = {'gate': _GATE, 'context_gate': jnp.array([[0., math.log(6), 0.], [0., 0., 0.]]), 'query': jnp.array([1., 0.])}
+_CONTEXT = {'gate': _GATE, 'context_gate': jnp.array([[0., math.log(6), 0.], [0., 0., 0.]]),
+    'query': jnp.array([1., 0.])}
 
 
 class GateTest(parameterized.TestCase):
 
-  def test_each_token_has_its_own_decision_by_hand(self):
+  def test_each_token_has_its_own_experts_by_hand(self):
     # x = (1, 0): logits log (2, 1, 1) keep 2/3, 1/3 (of equals the first). x = (0, 1): log (1, 1, 3): 3/4, 1/4.
     choice = _decide({'gate': _GATE}, [[[1, 0], [0, 1]]])
     self.assertEqual(choice.expert.tolist(), [[[0, 1], [2, 0]]])
@@ -44,9 +45,10 @@ class GateTest(parameterized.TestCase):
     self.assertEqual(choice.expert.tolist(), [[[1, 0], [1, 2]], [[0, 1], [2, 0]]])
     np.testing.assert_allclose(choice.gates[0], [[3 / 4, 1 / 4], [2 / 3, 1 / 3]], rtol=1e-6)
 
-  def test_decisions_are_float32_whatever_comes_in(self):
+  def test_outputs_are_float32_for_any_input_dtype(self):
     x = jnp.ones((1, 2, 2), jnp.bfloat16)
-    choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, jnp.zeros(1, jnp.uint32), jnp.zeros((1, 2), int)).output
+    choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, jnp.zeros(1, jnp.uint32),
+        jnp.zeros((1, 2), int)).output
     self.assertEqual({choice.logits.dtype, choice.gates.dtype}, {jnp.dtype('float32')})
 
 
@@ -60,15 +62,15 @@ class PoolTest(absltest.TestCase):
     # Query (1, 0): weights 1 : 3 of the tokens (0, 4) and (log 3, 8).
     np.testing.assert_allclose(self._pool([[0, 4], [math.log(3), 8]]), [.75 * math.log(3), 7], rtol=1e-6)
 
-  def test_scores_join_across_arrays(self):
+  def test_the_softmax_is_over_all_segments(self):
     tokens = np.random.default_rng(0).normal(size=(5, 2))
     np.testing.assert_allclose(self._pool(tokens[:2], tokens[2:]), self._pool(tokens), rtol=1e-5)
     self.assertGreater(np.abs(self._pool(tokens[:2]) - self._pool(tokens)).max(), .1)
 
   def test_padding_is_not_pooled(self):
     tokens = [[0, 4], [math.log(3), 8], [9, 9]]
-    found = self._pool(tokens, valid=(jnp.array([[True, True, False]]),))
-    np.testing.assert_allclose(found, self._pool(tokens[:2]), rtol=1e-6)
+    actual = self._pool(tokens, valid=(jnp.array([[True, True, False]]),))
+    np.testing.assert_allclose(actual, self._pool(tokens[:2]), rtol=1e-6)
 
 
 class NoiseTest(absltest.TestCase):
@@ -78,12 +80,12 @@ class NoiseTest(absltest.TestCase):
   def _noise(self, ids, positions, key=_KEY):
     return np.asarray(token_noise(key, ids, positions, 4, 2.0))
 
-  def test_it_follows_example_and_position_not_the_place_in_the_batch(self):
+  def test_it_follows_example_and_position_not_the_batch_index(self):
     noise = self._noise(self._IDS, self._POSITIONS)
     np.testing.assert_array_equal(self._noise(self._IDS[::-1], self._POSITIONS), noise[::-1])
     np.testing.assert_array_equal(self._noise(self._IDS, self._POSITIONS[:, 2:]), noise[:, 2:])
 
-  def test_examples_positions_and_keys_draw_apart(self):
+  def test_examples_positions_and_keys_have_separate_draws(self):
     draws = np.concatenate([self._noise(self._IDS, self._POSITIONS, k).reshape(-1, 4)
                             for k in (_KEY, jax.random.key(1))])
     gaps = np.abs(draws[:, None] - draws[None]).max(-1) + 9 * np.eye(len(draws))
@@ -109,7 +111,7 @@ def _of(output, plan, valid) -> Usage:
 
 
 def _usage(expert, logits=None, valid=None, capacity=0.0) -> Usage:
-  """Of one kind of array; expert [B, S, K] of three, gates even."""
+  """Of one task_type of array; expert [B, S, K] of three, gates even."""
   expert = jnp.asarray(expert, jnp.int32)
   logits = jnp.zeros((*expert.shape[:2], 3)) if logits is None else jnp.asarray(logits, jnp.float32)
   output = routers.RouterOutput(logits, expert, jnp.full(expert.shape, 1 / expert.shape[2]))
@@ -134,7 +136,7 @@ class UsageTest(absltest.TestCase):
     self.assertEqual(float(_usage(expert, capacity=1.5).drop_rate), 0)  # every token at every expert
     self.assertGreater(float(_usage(expert, capacity=.5).drop_rate), .3)
 
-  def test_rows_that_are_dispatched_again_ask_again(self):
+  def test_rows_that_are_dispatched_twice_request_slots_twice(self):
     usage = _usage([[[0], [0]]])
     output = routers.RouterOutput(jnp.zeros((1, 1, 3)), jnp.array([[[0]]]), jnp.ones((1, 1, 1)))
     both = jax.tree.map(lambda x: x[0], usage) + Usage.of_repeated_dispatch(_plan(output, None, 1, 0.0, 'tiled'))
@@ -164,7 +166,7 @@ class LossesTest(absltest.TestCase):
     np.testing.assert_allclose(
         _usage([[[0], [0]]], logits).losses['z'], (math.log(3)**2 + math.log(6)**2) / 2, rtol=1e-6)
 
-  def test_kinds_of_arrays_count_together_by_their_tokens_and_padding_not_at_all(self):
+  def test_losses_are_over_the_tokens_of_all_conditions_without_padding(self):
     expert, logits = [[[0], [1], [2]]], np.random.default_rng(0).normal(size=(1, 3, 3))
     whole = _usage(expert, logits).losses
     one, two = _usage([expert[0][:1]], logits[:, :1]), _usage([expert[0][1:]], logits[:, 1:])

@@ -17,14 +17,14 @@ def test_every_case_is_compared_or_excluded_by_name():
         + '; '.join(f'{name} ({why})' for name, why in left_out.items()))
 
 
-def test_only_what_is_said_to_be_left_out_is_left_out():
+def test_only_listed_cases_are_excluded():
   for name in fixtures.excluded():
     entry = fixtures.manifest()['files'][name]
     assert 'queue_len' in entry, name
   assert fixtures.cases('forward') and fixtures.cases('state_dict')
 
 
-def test_an_array_that_nothing_read_is_seen():
+def test_an_unread_array_is_reported():
   arrays = Arrays(fixtures.cases(*fixtures.TASK_TYPES)[0])
   first, *rest = arrays.keys()
   assert first in arrays  # asking whether it is there is no reading

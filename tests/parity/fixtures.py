@@ -54,8 +54,8 @@ class Arrays:
     entry = manifest()['files'][name]
     self._arrays = dict(np.load(FOLDER / entry['file']))
     said = {k: (tuple(shape), dtype) for k, (shape, dtype) in entry['arrays'].items()}
-    found = {k: (v.shape, str(v.dtype)) for k, v in self._arrays.items()}
-    assert said == found, f'{name}: the arrays are not those of the manifest'
+    actual = {k: (v.shape, str(v.dtype)) for k, v in self._arrays.items()}
+    assert said == actual, f'{name}: the arrays are not those of the manifest'
     self._read: set[str] = set()
 
   def __getitem__(self, key: str) -> np.ndarray:
@@ -103,11 +103,13 @@ def model_spec(model: str, prefix_is_word: bool = False, **changes: Any) -> Mode
       spe_id=special['<|spe|>'], image_size=m['image'], patch_size=m['patch'], max_num_frames=m['max_frames'],
       max_text_len=m['text_pos_max_len'], posemb='frozen',
       prefix_word=special[_SPE_WORD] if prefix_is_word or not m['OLD_CHECKPONT'] else None,
-      router='attribute' if moe else 'dense', num_experts=moe['experts'] if moe else 8, top_k=moe['top_k'] if moe else 2,
+      router='attribute' if moe else 'dense', num_experts=moe['experts'] if moe else 8,
+      top_k=moe['top_k'] if moe else 2,
       placement=moe['location'] if moe else 'none', noise_std=0.0, temperature_groups=torch_layout.TEMPERATURES)
   if prompt:
     spec = dataclasses.replace(
-        spec, num_deep_prompts=prompt['length'], prompt_sharing='shared' if prompt['share'] else 'separate', spe_bias=True,
+        spec, num_deep_prompts=prompt['length'], prompt_sharing='shared' if prompt['share'] else 'separate',
+        spe_bias=True,
         head=prompt['fc_out'] if prompt['fc'] else 0)
   return dataclasses.replace(spec, **changes)
 

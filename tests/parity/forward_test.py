@@ -1,4 +1,4 @@
-"""Forward passes equal to the published system's: features and logits as training computes them, hidden states, gates."""
+"""Forward passes of the published system: features, logits, hidden states and gates."""
 
 import functools
 
@@ -22,9 +22,9 @@ _PART = {'self_attn.qkv_proj': 'attention', 'linear1': 'mlp'}
 def _scored(spec, params, batch, sets):
   """(input features, target features, logits) of the step's one task."""
   task, = spec.plan.tasks
-  found, _ = forward(spec, params, batch, sets, {}, jax.random.key(0))
-  features = found.inputs[task.group]
-  targets = found.pairs[task.group] if task.type.target == 'pair' else found.target_sets[task.target_set]
+  actual, _ = forward(spec, params, batch, sets, {}, jax.random.key(0))
+  features = actual.inputs[task.group]
+  targets = actual.pairs[task.group] if task.type.target == 'pair' else actual.target_sets[task.target_set]
   scale = spec.model.apply({'params': params}, task.temperature, method='scale')
   logits = heads.logits(features, targets, scale)
   if task.linear_head:

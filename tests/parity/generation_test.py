@@ -1,5 +1,5 @@
-"""Captions equal to the published system's, token for token: beam search with cached keys and values against its own, which
-encodes everything anew at each step."""
+"""Captions equal to the published system's, token for token: beam search with cached keys and values against its own,
+which encodes everything anew at each step."""
 
 import functools
 
@@ -40,16 +40,16 @@ def test_generation(name):
     np.testing.assert_array_equal(attributes, np.array([c.bits for c in task.type.conditions], np.float32))
   options = tuple(dict(eot=entry['eos_token_id'], max_len=entry['max_seq_len'], beam_size=entry['beam_size'],
                        length_penalty=entry['len_penalty']).items())
-  found = jax.device_get(_searched(
+  actual = jax.device_get(_searched(
       spec, task, options, fixtures.params(model), frames.transpose(0, 1, 3, 4, 2), sets))
 
-  np.testing.assert_array_equal(found.tokens, arrays['out.tokens_all_beams'])
-  np.testing.assert_array_equal(found.tokens[:, 0], arrays['out.tokens'])
-  assert_close(found.log_p, arrays['out.logp_all_beams'], BOUND, 'log-probabilities')
-  assert_close(found.log_p[:, 0], arrays['out.logp'], BOUND, 'log-probabilities of the best')
+  np.testing.assert_array_equal(actual.tokens, arrays['out.tokens_all_beams'])
+  np.testing.assert_array_equal(actual.tokens[:, 0], arrays['out.tokens'])
+  assert_close(actual.log_p, arrays['out.logp_all_beams'], BOUND, 'log-probabilities')
+  assert_close(actual.log_p[:, 0], arrays['out.logp'], BOUND, 'log-probabilities of the best')
   theirs = arrays['out.step_topk_scores']
-  ours = np.where(np.isneginf(found.candidates), _NONE, found.candidates)
-  ended = (found.tokens == entry['eos_token_id']).any(-1).all()
-  steps = len(theirs) if not ended else 1 + (found.tokens == entry['eos_token_id']).argmax(-1).max()
+  ours = np.where(np.isneginf(actual.candidates), _NONE, actual.candidates)
+  ended = (actual.tokens == entry['eos_token_id']).any(-1).all()
+  steps = len(theirs) if not ended else 1 + (actual.tokens == entry['eos_token_id']).argmax(-1).max()
   assert_close(ours[:steps], theirs[:steps], BOUND, 'candidates')  # ours stops when every caption has ended
   assert not arrays.unread, sorted(arrays.unread)

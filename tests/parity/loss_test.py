@@ -89,8 +89,8 @@ def _compare_gradients(arrays: Arrays, case: Problem, model: str, grads) -> None
   for key in arrays.keys('grad_rownorm.'):
     assert_close(np.linalg.norm(ours[key.partition('.')[2]], axis=1), arrays[key], GRADIENT, key)
   for key in arrays.keys('grad_rowsum.'):
-    # A LayerNorm follows the words, so that each row's gradient sums to zero: what is left is rounding on both sides, to be
-    # measured against the rows themselves.
+    # A LayerNorm follows the words, so that each row's gradient sums to zero: what is left is rounding on both sides,
+    # to be measured against the rows themselves.
     name = key.partition('.')[2]
     error = np.linalg.norm(ours[name].sum(1) - arrays[key])
     assert error <= GRADIENT * np.linalg.norm(ours[name]), (key, error)
@@ -107,8 +107,9 @@ def _compare_norms(arrays: Arrays, model: str, ours) -> None:
     if theirs <= 0:  # -1: no gradient at all
       assert mine == 0, (key, mine, theirs)
     else:
-      # Some gradients are zero in exact arithmetic (a bias of keys): there both have rounding, and nothing else. Others are small
-      # differences of what is as large as the largest: two processors differ there by a few float32 steps of that.
+      # Some gradients are zero in exact arithmetic (a bias of keys): there both have rounding, and nothing else. Others
+      # are small differences of what is as large as the largest: two processors differ there by a few float32 steps of
+      # that.
       assert abs(mine - theirs) <= GRADIENT * theirs + 2e-7 * top or max(mine, theirs) < 1e-6 * top, (key, mine, theirs)
   assert_close(np.sqrt(sum(np.linalg.norm(ours[k].astype(np.float64))**2 for k in names)), arrays['grad_global_norm'],
                GRADIENT, 'global norm')

@@ -30,7 +30,8 @@ def _config(hyper, convention: str):
   presets.published(c, weight_decay=hyper['weight_decay'])
   b1, b2 = hyper['betas']
   c.optim.update(dict(
-      learning_rate=hyper['base_lr'], warmup_steps=hyper['warmup'], final_lr_fraction=hyper['min_lr'] / hyper['base_lr'], b1=b1, b2=b2,
+      learning_rate=hyper['base_lr'], warmup_steps=hyper['warmup'],
+      final_lr_fraction=hyper['min_lr'] / hyper['base_lr'], b1=b1, b2=b2,
       eps=hyper['eps'], grad_clip_norm=hyper['grad_clip'], unused_params=convention))
   c.train.steps = hyper['max_iter']
   return c
@@ -52,14 +53,18 @@ def test_optimizer_steps(name):
   model = fixtures.model_of(entry['weights'])
   c = _config(entry['hyper'], 'settonone' if entry['zero_grad_set_to_none'] else 'zerograd')
   specs, sets, _ = target_sets(model, given)
-  batches = [fields(task_spec(t), given, f'step{i}.', entry.get('temporal_pos_offset', 0)) for i, t in enumerate(entry['tasks'])]
-  ema_key = {k.split('.loss_prepare')[0].split('.fused')[0].split('.token')[0].split('.video')[0] for k in arrays.keys(EMA)}
+  batches = [fields(task_spec(t), given, f'step{i}.', entry.get('temporal_pos_offset', 0))
+             for i, t in enumerate(entry['tasks'])]
+  ema_key = {re.split(r'\.(?:loss_prepare|fused|token|video)', k)[0] for k in arrays.keys(EMA)}
   ema_key = min(ema_key, default=f'{EMA}0')
   tx, rate, rules = optimizer.make_optimizer(
-      c, param_shapes(UniPerceiver(fixtures.model_spec(model))), functools.partial(unit_axes, fixtures.model_spec(model)))
+      c, param_shapes(UniPerceiver(fixtures.model_spec(model))),
+      functools.partial(unit_axes, fixtures.model_spec(model)))
   spec = step_spec(
-      model, (), specs, tx=tx, learning_rate=rate, ema_decay=float(ema_key.removeprefix(EMA)), contrastive_reduction=c.train.contrastive_reduction,
-      mask_duplicate_texts=c.train.mask_duplicate_texts, unused_params=c.optim.unused_params, frozen=optimizer.frozen_paths(rules))
+      model, (), specs, tx=tx, learning_rate=rate, ema_decay=float(ema_key.removeprefix(EMA)),
+      contrastive_reduction=c.train.contrastive_reduction,
+      mask_duplicate_texts=c.train.mask_duplicate_texts, unused_params=c.optim.unused_params,
+      frozen=optimizer.frozen_paths(rules))
   _compare_groups(entry, spec, rules)
   for key in arrays.keys('lr_schedule'):
     np.testing.assert_allclose([rate(i) for i in range(len(arrays[key]))], arrays[key], rtol=BOUND, atol=1e-12)
@@ -79,17 +84,19 @@ def test_optimizer_steps(name):
     ours = _state_dict(model, state.params, spec)
     for key, theirs in zip(names, arrays[at + 'param_norms'], strict=True):
       assert_close(np.linalg.norm(ours[key].astype(np.float64)), theirs, BOUND, f'{at}norm of {key}')
-  for prefix, found in (('final.', ours), (ema_key + '.', _state_dict(model, state.ema_params, spec) if state.ema_params else {})):
+  ema = _state_dict(model, state.ema_params, spec) if state.ema_params else {}
+  for prefix, actual in (('final.', ours), (ema_key + '.', ema)):
     for key in arrays.keys(prefix):
-      _compare_final(found[key.removeprefix(prefix)], arrays[key], key, entry)
+      _compare_final(actual[key.removeprefix(prefix)], arrays[key], key, entry)
   assert not arrays.unread, sorted(arrays.unread)
 
 
 def _compare_final(ours: np.ndarray, theirs: np.ndarray, key: str, entry) -> None:
   """Parameters after the last step.
 
-  The gradient of a key's bias is zero in exact arithmetic. What there is is rounding, which Adam divides by its own size: of
-  keys, it says nothing. The manifest tells how far the published float32 lies from float64; both sides have as much.
+  The gradient of a key's bias is zero in exact arithmetic. What there is is rounding, which Adam divides by its own
+  size: of keys, it says nothing. The manifest tells how far the published float32 lies from float64; both sides have as
+  much.
   """
   if re.search(r'(in_proj_|qkv_proj\.(.*\.)?)bias$', key):
     D = len(theirs) // 3

@@ -1,4 +1,4 @@
-"""A case as the trainer sees it: tasks, target sets and a batch, through the functions that training itself uses."""
+"""Training problems of the published system: tasks, target sets and batches, by the functions of training."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,12 @@ _LOSSES = _SMOOTHED | {'cross_entropy', 'soft_target_cross_entropy'}
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """task, batch, sets: as `train_step` takes them. whole_sets: the same with one bucket per set, padded as published."""
+  """One training problem.
+
+  Attributes:
+    task, batch, sets: arguments of `train_step`.
+    whole_sets: the same sets with one bucket each, padded as published.
+  """
   spec: StepSpec
   task: TaskSpec
   batch: dict[str, Any]
@@ -31,12 +36,12 @@ def task_spec(name: str) -> TaskSpec:
   """A task from the manifest's table."""
   t = fixtures.manifest()['tasks'][name]
   assert t['loss'] in _LOSSES, t['loss']
-  kind = task_types.TASK_TYPES[t['task_type']]
+  task_type = task_types.TASK_TYPES[t['task_type']]
   smoothing = t['smoothing'] if t['loss'] in _SMOOTHED else 0.0
   return TaskSpec(
-      name=name, type=kind, group=kind.name, source='', split='', batch_size=0, loss_weight=t['loss_weight'], sampling_weight=1.0,
-      temperature=t['temperature'].removeprefix('logit_scale_'), target_set=t['target_set'] or '', label_column='', caption_templates=(),
-      template='', max_len=0, max_predictions=0, label_smoothing=smoothing, max_shift=0)
+      name=name, type=task_type, group=task_type.name, source='', split='', batch_size=0, loss_weight=t['loss_weight'],
+      sampling_weight=1.0, temperature=t['temperature'].removeprefix('logit_scale_'),
+      target_set=t['target_set'] or '', label_column='', caption_templates=(), template='', max_len=0, max_predictions=0, label_smoothing=smoothing, max_shift=0)
 
 
 def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[str, Any], dict[str, Any]]:
@@ -46,7 +51,8 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     name = key.split('.')[2]
     data, invalid = arrays[key].astype(np.int32), arrays.get(f'in.set.{name}.invalid_mask')
     valid = np.ones(data.shape, bool) if invalid is None else invalid == 0
-    families = {task_types.TASK_TYPES[t['task_type']].target for t in fixtures.manifest()['tasks'].values() if t['target_set'] == name}
+    families = {task_types.TASK_TYPES[t['task_type']].target
+                for t in fixtures.manifest()['tasks'].values() if t['target_set'] == name}
     attributes = arrays.get(f'in.set.{name}.moe_embedding')
     if len(families) != 1 and attributes is not None:  # a set that no task of the table names, or tasks of two families
       families = {f for f, c in task_types.families().items() if np.array_equal(attributes[0], c.bits)}
@@ -77,7 +83,8 @@ def fields(task: TaskSpec, arrays: Arrays, prefix: str, temporal_offset: int) ->
     assert name in {'visual': ('image', 'video'), 'text': ('text',)}[segment.modality], name
     conditions = task.type.conditions
     attributes = arrays.get(at + 'moe_embedding')
-    _check_attributes(attributes, conditions if attributes is None or len(attributes) > 1 else conditions[index:index + 1])
+    _check_attributes(attributes,
+        conditions if attributes is None or len(attributes) > 1 else conditions[index:index + 1])
     if segment.modality == 'visual':
       frames = data if name == 'video' else data[:, None]  # [B, T, C, H, W]
       out['pixels'] = frames.transpose(0, 1, 3, 4, 2)
@@ -116,18 +123,20 @@ def _labels(task: TaskSpec, target: np.ndarray) -> dict[str, np.ndarray]:
   return {'position': place.astype(np.int32), 'label': take(label), 'weight': take(weight)}
 
 
-def _check_attributes(found: np.ndarray | None, conditions) -> None:
+def _check_attributes(actual: np.ndarray | None, conditions) -> None:
   """The published attribute rows are those that our table computes."""
-  if found is not None:
-    np.testing.assert_array_equal(found, np.array([c.bits for c in conditions], np.float32))
+  if actual is not None:
+    np.testing.assert_array_equal(actual, np.array([c.bits for c in conditions], np.float32))
 
 
 def step_spec(name: str, tasks_: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...], **changes: Any) -> StepSpec:
   """Static arguments of the step, with the published choices."""
-  plan = Plan(task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(), evaluations=(),
+  plan = Plan(task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(),
+      evaluations=(),
               temperatures=fixtures.model_spec(name).temperature_groups, encode_all_sets=True)
   spec = StepSpec(
-      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, learning_rate=None, grad_accum_steps=1, ema_decay=0.0,
+      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, learning_rate=None, grad_accum_steps=1,
+      ema_decay=0.0,
       eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'], contrastive_reduction='sum',
       mask_duplicate_texts=False)
   return dataclasses.replace(spec, **changes)

@@ -38,7 +38,7 @@ class Attention(Sublayer):
       caches: of this layer. pools: see `Sublayer.pool`.
 
     Returns:
-      (outputs, collected): outputs are those of the readout rows alone where the context says so; collected is
+      (outputs, collected): with `context.readout_only`, outputs are those of the readout rows; collected is
       {'router_stats', 'token_routing', 'kv'}, see `Encoder`.
     """
     merged = self.merge_routing(context)
@@ -85,7 +85,7 @@ class Attention(Sublayer):
   def _prompt_kv(
       self, prompts: jax.Array, merged: MergedRouting | None, qkv: Projection, sequence: EmbeddedSequence,
       pool: dict[str, jax.Array], context: Context):
-    """(keys and values of deep prompts [1, P, D], usage): every token sees them, under the sequence's prompt condition."""
+    """(keys and values, usage) of deep prompts [1, P, D], under the sequence's prompt condition."""
     if merged is None:  # a token router routes them for each example
       prompts = jnp.broadcast_to(prompts, (sequence.ids.shape[0], *prompts.shape[1:]))
     tokens = sequence.prompt_tokens(prompts.shape[1])
@@ -96,13 +96,13 @@ class Attention(Sublayer):
   def _attend(
       self, q: jax.Array, kv: list[tuple[jax.Array, jax.Array]], extra_kv: list[KeysValues], index: int,
       sequence: EmbeddedSequence, readout_only: bool) -> jax.Array:
-    """Attention of one segment's queries [B, Q, N, H] over the keys that it may see, and over extra ones → [B, Q, N, H]."""
+    """Attention of one segment's queries [B, Q, N, H] over its visible keys and extra ones → [B, Q, N, H]."""
     layout = sequence.layout
     visible = masks.visible_segments(layout.masks, index)
     k, v = (kv[visible[0]] if len(visible) == 1 else
             tuple(jnp.concatenate([kv[i][j] for i in visible], axis=1) for j in (0, 1)))
-    mask = masks.attention_mask(
-        layout.masks, index, sequence.lengths, sequence.valid, queries_only=readout_only and layout.readout == 'queries')
+    queries_only = readout_only and layout.readout == 'queries'
+    mask = masks.attention_mask(layout.masks, index, sequence.lengths, sequence.valid, queries_only)
     if extra_kv:
       return attend(q, [*extra_kv, (heads_first(k), heads_first(v), mask)])
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
@@ -146,5 +146,5 @@ def _weighted(w: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _per_example(x: jax.Array, batch: int) -> jax.Array:
-  """Repeats a part that all examples share: on a mesh, unevenly sharded rows must not be joined (see `decoding._repeat`)."""
+  """Repeats a part that all examples share: a mesh must not join uneven rows (see `decoding._repeat`)."""
   return jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.shape[0] == 1 else x

@@ -1,7 +1,7 @@
-"""One encoder block over many sequences: pre-norm attention and MLP, with LayerScale and stochastic depth.
+"""One encoder block over many sequences: pre-norm attention and MLP.
 
-Uni-Perceiver-MoE section 3; published code: fused qkv, exact GELU, one routing for qkv and attention out, one for both MLP
-projections. Segments of a sequence stay separate arrays; only keys and values join.
+Uni-Perceiver-MoE section 3; published code: fused qkv, exact GELU, one routing for qkv and attention out, one for both
+MLP projections. Segments of a sequence stay separate arrays; only keys and values join.
 """
 
 from typing import Any
@@ -41,7 +41,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Hidden, layer: jax.Array, caches: tuple[KVCache | None, ...], context: Context) -> tuple[Hidden, dict[str, Any]]:
+      self, x: Hidden, layer: jax.Array, caches: tuple[KVCache | None, ...], context: Context,
+  ) -> tuple[Hidden, dict[str, Any]]:
     """Runs the block on every sequence.
 
     Args:
@@ -57,7 +58,10 @@ class Block(nn.Module):
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
     context = context.replace(key=key, readout_only=self.last and context.readout_only)
     norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
-    scale1, scale2 = self._layer_scale('scale1', mesh), self._layer_scale('scale2', mesh)
+    scale_init = nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale_init), ('embed',))
+    scale1, scale2 = (
+        sharding.as_used(self.param(name, scale_init, (spec.width,)), ('embed',), mesh) for name in ('scale1',
+            'scale2'))
     attention = Attention(spec, 'attention' in self.sublayers, mesh, name='attention')
     mlp = Mlp(spec, 'mlp' in self.sublayers, mesh, name='mlp')
     nn.share_scope(self, attention)
@@ -83,10 +87,6 @@ class Block(nn.Module):
     if context.keys:
       collected |= {'kv': attended['kv'], 'pools': pools}
     return x, collected
-
-  def _layer_scale(self, name: str, mesh) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.constant(self.spec.layer_scale_init), ('embed',))
-    return sharding.as_used(self.param(name, init, (self.spec.width,)), ('embed',), mesh)
 
   def _add(self, x: Hidden, branch: Hidden, salt: int, context: Context) -> Hidden:
     """x + branch, whose examples may be dropped."""

@@ -1,8 +1,8 @@
 """Caption decoding with cached keys and values, greedy or by beam search, as one jitted loop.
 
-A caption never changes the tokens of its image, so the image is encoded once. Then each step sends two tokens through the layers:
-the word just chosen, whose keys and values are cached, and the query for the next one. The result equals, token for token, the
-two-stream forward pass of training on the words chosen so far.
+A caption never changes the tokens of its image, so the image is encoded once. Then each step sends two tokens through
+the layers: the word just chosen, whose keys and values are cached, and the query for the next one. The result equals,
+token for token, the two-stream forward pass of training on the words chosen so far.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ _STACKS = 'blocks', 'tail'
 
 
 def prefill_layout(task_type: TaskType) -> Layout:
-  """The segments that a two-stream caption attends to. They are encoded once, and only their keys and values are used."""
+  """The segments that a two-stream caption attends to; only their keys and values are used."""
   layout = Layout.of_task_type(task_type)
   full = [i for i, m in enumerate(layout.masks) if m == 'full']
   return Layout(tuple(layout.conditions[i] for i in full), tuple(layout.masks[i] for i in full), READ_NOTHING)
@@ -80,8 +80,9 @@ def decode_step(
     new = heads_first(jax.lax.slice_in_dim(out['kv'][0][0][which], 0, 1, axis=-3))
     return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, axis=-2)
 
-  words = {sub: tuple((insert(k, out, 0), insert(v, out, 1)) for (k, v), out in zip(kv_cache.words[sub], collected[sub]))
-           for sub in _STACKS}
+  words = {
+      sub: tuple((insert(k, out, 0), insert(v, out, 1)) for (k, v), out in zip(kv_cache.words[sub], collected[sub]))
+      for sub in _STACKS}
   valid = jax.lax.dynamic_update_slice_in_dim(kv_cache.valid, word_valid, slot, axis=1)
   return features, kv_cache.replace(words=words, valid=valid)
 
@@ -108,7 +109,8 @@ class _Carry:
   """State of the loop.
 
   Attributes:
-    t: position of the next query. word, done, score: [B, k], of each hypothesis: its last word, whether it has ended, Σ log_p.
+    t: position of the next query. word, done, score: [B, k], of each hypothesis: its last word, whether it has ended, Σ
+      log_p.
     words, valid: as in `KVCache`. tokens, log_p, candidates: as in `Captions`.
     node: int32 [B, k], of the trie, or None.
   """
@@ -125,8 +127,9 @@ class _Carry:
 
 
 def beam_search(
-    model: UniPerceiver, params, task_type: TaskType, pixels: jax.Array, words: jax.Array, *, temperature: str, spe: int,
-    eot: int, max_len: int, beam_size: int = 1, length_penalty: float = 0.0, trie: Trie | None = None) -> Captions:
+    model: UniPerceiver, params, task_type: TaskType, pixels: jax.Array, words: jax.Array, *, temperature: str,
+    spe: int, eot: int, max_len: int, beam_size: int = 1, length_penalty: float = 0.0, trie: Trie | None = None,
+) -> Captions:
   """The most likely captions by beam search; with one beam, the greedy caption.
 
   A hypothesis that has ended stays in the beam with its score. The loop stops when all have ended.
@@ -202,8 +205,8 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 def _repeat(kv_cache: KVCache, beam_size: int, shared: bool) -> KVCache:
   """Repeats the words of every example `beam_size` times in a row.
 
-  shared: all hypotheses of an image attend to one copy of its keys. On a mesh each has its own copy: XLA's partitioner (jaxlib
-  0.10.2) crashes if it must join unevenly sharded rows.
+  shared: all hypotheses of an image attend to one copy of its keys. On a mesh each has its own copy: XLA's partitioner
+  (jaxlib 0.10.2) crashes if it must join unevenly sharded rows.
   """
   repeated = lambda tree, axis: jax.tree.map(lambda x: jnp.repeat(x, beam_size, axis=x.ndim + axis), tree)
   kv_cache = kv_cache.replace(

@@ -1,8 +1,8 @@
-"""Embedders: words and patches to arrays of width D, and what stands before them: the prefix `spe`, then prompts.
+"""Embedders of words and patches, and the tokens before them: the prefix `spe`, then prompts.
 
-Text: word + position + type, summed, then LayerNorm. Visual: patch projection + spatial + temporal, then the *same*
-LayerNorm. An image is a video of one frame. Patches are reshaped and multiplied, not convolved: on CPU the gradient of
-a convolution is an order slower.
+Text: word + position + type, then LayerNorm. Visual: patch projection + spatial + temporal, then the *same* LayerNorm.
+An image is a video of one frame. Patches are reshaped and multiplied, not convolved: on CPU the gradient of a
+convolution is ten times slower.
 """
 
 import math
@@ -28,11 +28,13 @@ def _waves(x: np.ndarray, n: int) -> np.ndarray:
 
 
 def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
-  """Fixed 2-D table [side², D]: [sin(r w), cos(r w), sin(c w), cos(c w)], w_k = 10000^(-k/(D/4)), r row, c column.
+  """Fixed 2-D positions, [side², D].
+
+  [sin(r w), cos(r w), sin(c w), cos(c w)], w_k = 10000^(-k/(D/4)), of row r and column c.
 
   Args:
     side: patches a side. width: D, divisible by 4.
-    scale: multiplies coordinates (160/224 when a 160-px model goes on at 224).
+    scale: multiplies coordinates (160/224 when a 160-px model continues at 224).
   """
   quarter = width // 4
   r, c = np.divmod(np.arange(side * side), side)
@@ -40,7 +42,7 @@ def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
 
 
 def sincos_rows(std: float):
-  """An initialisation of 1-D positions [S, D]: [sin(i w), cos(i w)], w_k = 10000^(-k/(D/2)), of a standard deviation."""
+  """Initializer of 1-D positions [S, D]: std · √2 · [sin(i w), cos(i w)], w_k = 10000^(-k/(D/2))."""
   def init(key, shape, dtype=jnp.float32):
     del key
     length, width = shape
@@ -49,14 +51,14 @@ def sincos_rows(std: float):
 
 
 def patchify(pixels: jax.Array, patch: int) -> jax.Array:
-  """[B, T, H, W, C] → [B, T · (H/p)(W/p), p · p · C]: frame-major, then row-major; in a patch row, column, channel."""
+  """[B, T, H, W, C] → [B, T · (H/p)(W/p), p · p · C], tokens and pixels in row-major order."""
   B, T, H, W, C = pixels.shape
   x = pixels.reshape(B, T, H // patch, patch, W // patch, patch, C)
   return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T * (H // patch) * (W // patch), patch * patch * C)
 
 
 class Embed(nn.Module):
-  """Word, position, type, patch, spatial and temporal tables under one LayerNorm. mesh: on which they lie, or None."""
+  """Word, position, type, patch, spatial and temporal tables under one LayerNorm."""
   spec: ModelSpec
   mesh: Mesh | None = None
 
@@ -71,7 +73,7 @@ class Embed(nn.Module):
     self.word = table('word', s.vocab_size, 'vocab')
     position = sincos_rows if s.text_posemb_init == 'sincos' else nn.initializers.normal
     self.position = table('position', s.max_text_len, 'position', position(s.text_posemb_std))
-    # Two rows as published, of which only row 0 is used: a checkpoint's table survives the round trip.
+    # Two rows as published, of which only row 0 is used, so that a converted checkpoint keeps its table.
     self.type = table('type', 2, 'type')
     patch_dim = s.patch_size * s.patch_size * s.channels
     self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
@@ -89,12 +91,13 @@ class Embed(nn.Module):
     if s.modality_embedding:
       self.visual_type = table('visual_type', 1, 'type')
     if s.spe_bias:
-      self.spe_bias = self.param('spe_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
+      self.spe_bias = self.param(
+          'spe_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
     self.norm = layer_norm(None, s.dtype)
     self.prompts = TokenPrompts(s)
 
   def words(self, ids: jax.Array) -> jax.Array:
-    """Rows of the word table, [...] → [..., D]; `spe` with its learnt bias where the model has one."""
+    """Rows of the word table, [...] → [..., D]; `spe` with its learned bias if the model has one."""
     x = self.word[ids]
     if self.spec.spe_bias:
       x = x + jnp.where(ids == self.spec.spe_id, 1, 0)[..., None] * self.spe_bias.reshape((1,) * ids.ndim + (-1,))
@@ -107,7 +110,7 @@ class Embed(nn.Module):
     return self.norm(self.words(ids) + self.position[positions] + self.type[0][None, None])
 
   def prefix(self, batch: int) -> jax.Array:
-    """The prefix `spe` → [B, 1, D]: LN(Word[spe]) without position and type, or a word as a text of length 1."""
+    """The prefix `spe`, [B, 1, D]: LN(Word[spe]) without position and type, or a word as a text."""
     s = self.spec
     if s.prefix_word is None:
       token = self.norm(self.words(jnp.full((1, 1), s.spe_id)))
@@ -117,32 +120,32 @@ class Embed(nn.Module):
 
   def front(
       self, batch: int, is_target: bool, label_set: str | None = None, classes: jax.Array | None = None) -> jax.Array:
-    """What stands before the data, [B, n, D]: the prefix `spe`, then prompts; arguments as in `TokenPrompts`."""
+    """Tokens before the data, [B, n, D]: the prefix `spe`, then prompts; arguments as in `TokenPrompts`."""
     return jnp.concatenate([self.prefix(batch), *self.prompts(batch, is_target, label_set, classes)], axis=1)
 
   def visual(self, pixels: jax.Array, temporal_offset: jax.Array) -> jax.Array:
     """Frames → [B, T · patches, D].
 
     Args:
-      pixels: [B, T, H, W, C], uint8 (scaled to 0…1 and normalised here, so that bytes travel) or already normalised.
-        Clips (T > 1) may have constants of their own. With `frame_differences` a patch of a clip is projected with its change
-        since the frame before, by a kernel of its own; the first frame, and a picture, has none.
+      pixels: [B, T, H, W, C], uint8 (scaled to 0…1 and normalized here, so that transfers to the device are bytes) or
+        normalized. Videos (T > 1) may have their own constants. With `frame_differences`, the change of a patch since
+        the frame before is projected by a second kernel; the first frame, and an image, has none.
       temporal_offset: int32 scalar: first row of the temporal table (random per batch in training, 0 otherwise).
     """
     s = self.spec
     B, T = pixels.shape[:2]
     if pixels.dtype == jnp.uint8:
       shape = (1, 1, 1, 1, s.channels)
-      clip = T > 1
-      mean = np.reshape(s.video_mean if clip and s.video_mean else s.pixel_mean, shape)
-      std = np.reshape(s.video_std if clip and s.video_std else s.pixel_std, shape)
+      is_video = T > 1
+      mean = np.reshape(s.video_mean if is_video and s.video_mean else s.pixel_mean, shape)
+      std = np.reshape(s.video_std if is_video and s.video_std else s.pixel_std, shape)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
     x = patchify(pixels.astype(s.dtype), s.patch_size) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:
       change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
       x = x + patchify(change.astype(s.dtype), s.patch_size) @ self.difference.astype(s.dtype)
     frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
-    place = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
+    position = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
     if s.modality_embedding:
-      place = place + self.visual_type[None]
-    return self.norm(x + place)
+      position = position + self.visual_type[None]
+    return self.norm(x + position)

@@ -1,7 +1,7 @@
 """The shared encoder: many sequences through one scan over layers.
 
-All sequences of a call go through each layer together, so that each layer's experts are read and merged once, however many
-task types and target sets a step encodes. Periods of blocks are scanned; the tail is unrolled (see `spec.Stack`).
+All sequences of a call go through each layer together, so that each layer's experts are read and merged once, however
+many task types and target sets a step encodes. Periods of blocks are scanned; the tail is unrolled (see `spec.Stack`).
 """
 
 from typing import Any
@@ -48,8 +48,8 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self, sequences: tuple[EmbeddedSequence, ...], caches: tuple[KVCache | None, ...], *, key: jax.Array | None = None,
-      all_rows: bool = False, taps: bool = False, keys: bool = False,
+      self, sequences: tuple[EmbeddedSequence, ...], caches: tuple[KVCache | None, ...], *,
+      key: jax.Array | None = None, all_rows: bool = False, taps: bool = False, keys: bool = False,
   ) -> tuple[tuple[jax.Array | None, ...], Collected]:
     """Encodes sequences.
 
@@ -61,23 +61,21 @@ class Encoder(nn.Module):
       keys: collect keys and values of every layer, and the pools of its context routers.
 
     Returns:
-      (hidden, collected). hidden: per sequence [B, R, D], the rows of its readout (None for 'nothing').
-      collected: {'blocks': …, 'tail': …}, each a tuple with a dictionary per block; leaves of 'blocks' have a leading axis of
-      periods. With taps also 'sequences'. A block's dictionary has
-      'router_stats': {sublayer: `RouterOutput` of the A distinct router inputs, or `Usage` by their tokens};
-      with taps 'taps', hidden states per sequence and segment, and 'token_routing': {sublayer: `RouterOutput` per sequence and
-      segment} of token routers; with keys 'kv', (keys, values) per sequence and segment, and 'pools', {sublayer: [B, D]} per
-      sequence.
+      (hidden, collected). hidden: per sequence [B, R, D], the rows of its readout (None for 'nothing'). collected:
+      {'blocks': …, 'tail': …}, each a tuple with a dictionary per block; leaves of 'blocks' have a leading axis of
+      periods. With taps also 'sequences'. A block's dictionary has 'router_stats': {sublayer: `RouterOutput` of the A
+      distinct router inputs, or `Usage` by their tokens}; with taps 'taps', hidden states per sequence and segment, and
+      'token_routing': {sublayer: `RouterOutput` per sequence and segment} of token routers; with keys 'kv', (keys,
+      values) per sequence and segment, and 'pools', {sublayer: [B, D]} per sequence.
     """
     spec, stack = self.spec, self.spec.stack
     conditions = tuple(c for s in sequences for c in s.layout.conditions)
     if spec.num_deep_prompts:
       conditions += tuple(s.layout.prompt_condition for s in sequences)
     context = Context(
-        sequences=tuple(
-            s.without_segments().replace(cache_valid=None if c is None else c.valid) for s, c in zip(sequences, caches, strict=True)),
-        key=key, router_inputs=routers.distinct_inputs(spec.router, conditions), readout_only=not all_rows, taps=taps, keys=keys,
-        mesh=self.mesh)
+        sequences=tuple(s.without_segments(c) for s, c in zip(sequences, caches, strict=True)), key=key,
+        router_inputs=routers.distinct_inputs(spec.router, conditions), readout_only=not all_rows, taps=taps,
+        keys=keys, mesh=self.mesh)
     x = tuple(tuple(segment.astype(spec.dtype) for segment in s.segments) for s in sequences)
 
     def caches_of(subtree, blocks):

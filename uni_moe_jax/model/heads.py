@@ -1,6 +1,6 @@
-"""Heads: the similarity p(x, y) ∝ exp(cos(f(x), f(y)) / τ) with f = proj(LN(hidden)), its temperatures, and a linear head.
+"""Heads: p(x, y) ∝ exp(cos(f(x), f(y)) / τ) with f = proj(LN(hidden)), and a linear head.
 
-Uni-Perceiver, eq. 1-2. All in float32, because it decides.
+Uni-Perceiver, eq. 1-2. All in float32, because predictions hang on small differences.
 """
 
 import math
@@ -41,7 +41,7 @@ def scale_of(log_scale: jax.Array) -> jax.Array:
 
 
 class SimilarityHead(nn.Module):
-  """LN → projection D × D: hidden [..., D] → features [..., D] f32, not yet normalized. mesh: None on one device."""
+  """LN → projection D × D: hidden [..., D] → features [..., D] f32, not yet normalized."""
   width: int
   mesh: Mesh | None = None
 

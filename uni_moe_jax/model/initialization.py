@@ -14,9 +14,9 @@ from uni_moe_jax.tasks import task_types
 
 
 def boxed_params(model: UniPerceiver, key: jax.Array) -> Any:
-  """Parameters in boxes that name their logical axes. One text is enough to touch every one of them."""
+  """Parameters in boxes that name their logical axes. Encoding one text creates all of them."""
   condition, spec = next(iter(task_types.families().values())), model.spec
-  if spec.kernels:  # a merged model need not know this condition; its kernels are of one shape
+  if spec.kernels:  # a merged model may lack this condition; all of its kernels have one shape
     model = model.clone(spec=dataclasses.replace(spec, kernels=((routers.router_input(spec.router, condition), 0),)))
   text = Sequence(layout=Layout.of_text(condition), ids=jnp.zeros((1,), jnp.uint32), text=jnp.zeros((1, 2), jnp.int32))
   return model.init(key, text)['params']

@@ -1,8 +1,8 @@
 """Merging experts: the model without routers and experts that remains for some conditions.
 
-A condition router routes all inputs of a condition alike, and experts are linear, so their kernels can be added in advance
-(Uni-Perceiver-MoE, section 3.4). Decoding merges inside its program, so that its loop merges no kernels; export/merge.py merges for
-good.
+A condition router routes all segments of a condition by the same coefficients, and experts are linear, so their kernels
+can be added in advance (Uni-Perceiver-MoE, section 3.4). Decoding merges inside its program, so that its loop merges no
+kernels; export/merge.py merges for good.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from uni_moe_jax.tasks.attributes import Condition
 
 
 def merge_experts(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
-  """(spec, parameters) of the model for segments of some conditions; unchanged if there is nothing to merge.
+  """(spec, parameters) of the model for some conditions; unchanged if there is nothing to merge.
 
   Args:
     spec, params: of a model; parameters may be traced.

@@ -1,9 +1,9 @@
 """Prompts: what prompt tuning adds to a finished model, few parameters beside the model's own.
 
-Deep prompts are P rows per layer that every token may attend to: they pass the layer's own norm and its projection to keys and
-values, are attended beside the other keys, and never become tokens themselves (published; their condition is that of the
-sequence's first segment). Prefix and label prompts are tokens between `spe` and the data: raw rows without LayerNorm, position
-or type (published), under the condition of the first segment.
+Deep prompts are P rows per layer that every token may attend to: they pass the layer's own norm and its projection to
+keys and values, are attended beside the other keys, and never become tokens themselves (published; their condition is
+that of the sequence's first segment). Prefix and label prompts are tokens between `spe` and the data: raw rows without
+LayerNorm, position or type (published), under the condition of the first segment.
 """
 
 import flax.linen as nn

@@ -1,4 +1,4 @@
-"""What the routers of a trained model select for conditions: read by reports, and where experts are merged."""
+"""Coefficients of a trained model's condition routers, for reports and for merging experts."""
 
 from typing import Any
 
@@ -23,7 +23,8 @@ def router_of(spec: ModelSpec) -> routers.ConditionRouter:
       spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
 
 
-def coefficients(spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput, ...]) -> dict[int, dict[str, np.ndarray]]:
+def coefficients(
+    spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput, ...]) -> dict[int, dict[str, np.ndarray]]:
   """{layer: {sublayer: f32 [A, E]}} of every condition router, without noise; {} if there is none.
 
   inputs: A router inputs.

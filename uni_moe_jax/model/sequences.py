@@ -1,7 +1,7 @@
-"""Sequences inside the encoder: their layout, caches of keys and values, and how equal ones are joined.
+"""Sequences inside the encoder: layouts, caches of keys and values, and joins of equal ones.
 
-A step encodes many sequences at once (several task types, several target sets). Each keeps its own arrays: one per segment, with
-static conditions and masks, and padding, readout positions and example ids.
+A step encodes many sequences at once (several task types, several target sets). Each keeps its own arrays: one per
+segment, with static conditions and masks, and padding, readout positions and example ids.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.tasks.task_types import TaskType
 
 READ_NOTHING = 'nothing'  # prefill: only keys and values of the last layer are wanted
-# (keys, values [b, N, S, H] in the order of the products, mask bool [B or 1, 1, Q or 1, S] or None: all visible). b divides B, and
-# each row serves B / b consecutive examples: hypotheses about one image share its keys, all examples those of prompts.
+# (keys, values [b, N, S, H] in the order of the products, mask bool [B or 1, 1, Q or 1, S] or None: all visible). b
+# divides B, and each row serves B / b consecutive examples: hypotheses about one image share its keys, all examples
+# those of prompts.
 KeysValues = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
@@ -101,9 +102,10 @@ class EmbeddedSequence:
   cache_valid: jax.Array | None = None
   lengths: tuple[Any, ...] = flax.struct.field(pytree_node=False, default=())
 
-  def without_segments(self) -> 'EmbeddedSequence':
-    """What stays the same in all layers."""
-    return self.replace(segments=(), lengths=tuple(x.shape[1] for x in self.segments))
+  def without_segments(self, cache: 'KVCache | None') -> 'EmbeddedSequence':
+    """What stays the same in all layers, with the cache's mask."""
+    lengths = tuple(x.shape[1] for x in self.segments)
+    return self.replace(segments=(), lengths=lengths, cache_valid=None if cache is None else cache.valid)
 
   def take_readout(self, x: jax.Array) -> jax.Array:
     """Rows of the readout segment [B, S, …] that are read: [B, R, …]."""
@@ -115,7 +117,7 @@ class EmbeddedSequence:
     return tuple(self.take_readout(x) if i == read else None for i, x in enumerate(segments))
 
   def tokens(self, index: int, readout_only: bool = False) -> dict[str, Any]:
-    """{'ids', 'positions', 'valid', 'groups'} by which a token router routes a segment, or only its readout rows."""
+    """{'ids', 'positions', 'valid', 'groups'} of a segment, or of its readout rows, for `TokenRouter`."""
     positions, valid = self._positions(sum(self.lengths[:index]), self.lengths[index]), self.valid[index]
     groups = 1 if self.layout.masks[index] == 'full' else 2  # words and queries
     if readout_only:
@@ -135,8 +137,8 @@ class EmbeddedSequence:
 class KVCache:
   """Keys and values of earlier tokens, visible to every token of a sequence.
 
-  Keys and values are ((k, v), …), one pair per layer, in the tree that the encoder collects; with a leading axis of periods where
-  it has one.
+  Keys and values are ((k, v), …), one pair per layer, in the tree that the encoder collects; with a leading axis of
+  periods where it has one.
 
   Attributes:
     fixed: [b, N, P, H], of tokens that no word changes; each row serves B / b consecutive examples of the sequence.
@@ -169,8 +171,8 @@ def take_readout(x: jax.Array, readout: str, positions: jax.Array | None) -> jax
 def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], shards: int):
   """Joins sequences whose key and shapes are equal along the batch, so that they share their products.
 
-  The batch axis is [shards · b]: the examples of each shard are joined to each other, never across shards, so that joining
-  moves nothing between devices.
+  The batch axis is [shards · b]: the examples of each shard are joined to each other, never across shards, so that
+  joining moves nothing between devices.
 
   Args:
     sequences: to join.

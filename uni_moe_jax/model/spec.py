@@ -1,7 +1,7 @@
-"""What the model is, as one frozen value: sizes, placement of experts, and the index of layers.
+"""The model as one frozen value: sizes, placement of experts, and the index of layers.
 
-Modules read this and nothing of the run's config, so that a model can be built from a checkpoint's metadata, a
-fixture's manifest or a config alike.
+Modules read this value and not the run's config, so that a model can be built from a config, from a checkpoint's
+metadata or from a fixture's manifest.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.utils.errors import UsageError
 
-# Projection → the part whose router decides for it.
+# Projection → the sublayer whose router routes it.
 PROJECTIONS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 # The parameter names of the routers, by sublayer: part of the checkpoint format.
 ROUTER_PARAMS = {'attention': 'attention_router', 'mlp': 'ffn_router'}
 MAX_PERIOD = 4
 
 
-def router_input_name(row: routers.RouterInput) -> str:
-  """A router input for people: '10011000', or its name."""
-  return to_string(row) if isinstance(row, tuple) else str(row)
+def router_input_name(router_input: routers.RouterInput) -> str:
+  """A readable router input: '10011000', or its name."""
+  return to_string(router_input) if isinstance(router_input, tuple) else str(router_input)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class ModelSpec(ModelConfig, MoeConfig):
     temperature_groups: groups with a learned scale each.
     label_prompts: target sets with a learned token per entry, and their sizes.
     head: classes of the linear head; 0: none.
-    kernels: of a merged model (export/merge.py): kernel of each router input. There is no router then, and projections
-      have `num_experts` kernels, of which every array takes one.
+    kernels: of a merged model (see `merging`): index of the kernel of each router input. There is no router then, and
+      projections have `num_experts` kernels.
   """
   vocab_size: int
   spe_id: int
@@ -55,7 +55,8 @@ class ModelSpec(ModelConfig, MoeConfig):
 
   @classmethod
   def from_config(
-      cls, config: Config, *, router_tasks: tuple[str, ...], temperatures: tuple[str, ...], **derived: Any) -> 'ModelSpec':
+      cls, config: Config, *, router_tasks: tuple[str, ...], temperatures: tuple[str, ...], **derived: Any,
+  ) -> 'ModelSpec':
     """The model of a checked config.
 
     Args:
@@ -79,7 +80,7 @@ class ModelSpec(ModelConfig, MoeConfig):
 
   @property
   def pattern(self) -> tuple[tuple[str, ...], ...]:
-    """Per layer, the parts that have experts. 'every_2' is the published name for indices 0, 2, 4, …"""
+    """Per layer, the sublayers that have experts. 'every_2' is indices 0, 2, 4, … as published."""
     step = {'all': 1, 'every_2': 2, 'every_4': 4, 'none': self.num_layers + 1}
     if self.router == 'dense' or self.placement == 'none':
       chosen = ()
@@ -90,16 +91,17 @@ class ModelSpec(ModelConfig, MoeConfig):
     return tuple(self.sublayers if i in set(chosen) else () for i in range(self.num_layers))
 
   def kernel_of(self, condition: Condition) -> int:
-    """Which kernel of a merged model an array of a condition takes.
+    """Index of the kernel of a condition in a merged model.
 
     Raises:
       UsageError: the model was merged without this condition.
     """
-    row, known = routers.router_input(self.router, condition), dict(self.kernels)
-    if row not in known:
-      raise UsageError(f'the merged model has no kernel for {condition}; it has {", ".join(map(router_input_name, known))}. Merge the '
-                       'trained model again, for the tasks that need it.')
-    return known[row]
+    router_input, kernels = routers.router_input(self.router, condition), dict(self.kernels)
+    if router_input not in kernels:
+      names = ', '.join(map(router_input_name, kernels))
+      raise UsageError(f'the merged model has no kernel for {condition}; it has {names}. Merge the trained model '
+                       'again, for the tasks that need it.')
+    return kernels[router_input]
 
   def router_input_names(self, conditions: tuple[Condition, ...]) -> tuple[str, ...]:
     """Readable names of the distinct router inputs of some conditions."""
@@ -120,9 +122,9 @@ class Stack:
   needs, and taking it out of a stacked array would copy the stack.
 
   Attributes:
-    period: parts with experts, per block of a period.
-    periods: how many periods are scanned.
-    tail: parts with experts, per tail block.
+    period: sublayers with experts, per block of a period.
+    periods: number of scanned periods.
+    tail: sublayers with experts, per tail block.
   """
   period: tuple[tuple[str, ...], ...]
   periods: int
@@ -143,7 +145,7 @@ class Stack:
     return len(self.period) * self.periods + len(self.tail)
 
   def locate(self, layer: int) -> tuple[str, int | None, str]:
-    """(subtree, index on its stacked axis or None, block name) of a layer: the one way to address layers."""
+    """(subtree, index on its stacked axis or None, block name) of a layer."""
     if not 0 <= layer < self.num_layers:
       raise IndexError(f'layer {layer} is outside 0…{self.num_layers - 1}.')
     scanned = len(self.period) * self.periods

@@ -1,4 +1,4 @@
-"""What attention and MLP have in common: a router, projections with or without experts, and the routing of each segment."""
+"""The common base of attention and MLP: a router, projections, and the routing of each segment."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from uni_moe_jax.moe.token_routers import TokenRouter
 from uni_moe_jax.moe.usage import Usage
 from uni_moe_jax.tasks.attributes import Condition
 
-Hidden = tuple[tuple[jax.Array | None, ...], ...]  # per sequence, per segment [B, S, D]; None where nothing reads it any more
+Hidden = tuple[tuple[jax.Array | None, ...], ...]  # per sequence, per segment [B, S, D]; None if no longer needed
 Pools = tuple[dict[str, jax.Array], ...]  # per sequence, {sublayer: f32 [B, D]} of context routers
 NOISE_SALTS = {'attention': 0, 'mlp': 1}  # they separate the uses of one (step, layer) key
 
@@ -48,8 +48,8 @@ class Context:
 def scale_output(projection: Projection, scale: jax.Array, context: Context) -> tuple[Projection, jax.Array | int]:
   """LayerScale: (projection, factor of its outputs).
 
-  Training scales the weights, see `Projection.scaled`. Evaluation scales the outputs: decoding passes few tokens at a time, and
-  would scale the weights again for each of them.
+  Training scales the weights, see `Projection.scaled`. Evaluation scales the outputs: decoding passes few tokens at a
+  time, and would scale the weights again for each of them.
   """
   if context.key is not None:
     return projection.scaled(scale), 1
@@ -85,7 +85,7 @@ class Sublayer(nn.Module):
     return MoeDense(tuple(in_axes.items()), tuple(out_axes.items()), init, num_experts, self.spec.dtype, self.mesh)
 
   def merge_routing(self, context: Context) -> MergedRouting | None:
-    """The routing by which the layer's projections merge, once for all sequences; None with a token router."""
+    """The routing by which the layer's projections merge, once for all sequences; None for tokens."""
     if isinstance(self.router, TokenRouter):
       return None
     if self.router is None:
@@ -95,9 +95,9 @@ class Sublayer(nn.Module):
   def pool(self, segments: tuple[jax.Array, ...], sequence: EmbeddedSequence) -> dict[str, jax.Array]:
     """{sublayer: what its context router reads of a sequence}; {} with another router.
 
-    It averages the segments with a full mask: every token of the sequence may see them, but not a caption's earlier words.
-    Both routers of a block pool the inputs of its attention, not those of the MLP, so that the readout rows of the last block
-    need no other row, and a cache is complete.
+    It averages the segments with a full mask: every token of the sequence may see them, but not a caption's earlier
+    words. Both routers of a block pool the inputs of its attention, not those of the MLP, so that the readout rows of
+    the last block need no other row, and a cache is complete.
     """
     if not isinstance(self.router, TokenRouter) or not self.router.context:
       return {}

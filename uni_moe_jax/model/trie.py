@@ -1,4 +1,4 @@
-"""A closed set of answers as a tree of tokens: what decoding may say next."""
+"""A closed set of answers as a tree of tokens, which constrains decoding."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,11 +14,11 @@ ROOT = 0
 
 @flax.struct.dataclass
 class Trie:
-  """Nodes and their children, padded.
+  """Padded children of every node.
 
   Attributes:
-    tokens: int32 [nodes, C], token of each child; -1 where there is none.
-    children: int32 [nodes, C], its node.
+    tokens: int32 [nodes, C], token of each child; -1 for padding.
+    children: int32 [nodes, C], node of each child.
   """
   tokens: np.ndarray
   children: np.ndarray
@@ -32,12 +32,12 @@ class Trie:
     """
     nodes: list[dict[int, int]] = [{}]
     for answer in answers:
-      at = ROOT
+      node = ROOT
       for token in answer:
-        if token not in nodes[at]:
+        if token not in nodes[node]:
           nodes.append({})
-          nodes[at][token] = len(nodes) - 1
-        at = nodes[at][token]
+          nodes[node][token] = len(nodes) - 1
+        node = nodes[node][token]
     if not nodes[ROOT]:
       raise UsageError('a trie needs at least one answer.')
     most = max(map(len, nodes))
@@ -50,7 +50,7 @@ class Trie:
 def allowed(trie: Trie, node: jax.Array, vocab_size: int) -> jax.Array:
   """bool [B, k, V]: tokens that may follow at nodes [B, k]."""
   tokens = jnp.asarray(trie.tokens)[node]  # [B, k, C]
-  # Token V takes the places of children that do not exist, and is cut off.
+  # Padding becomes token V, whose column is cut off.
   tokens = jnp.where(tokens < 0, vocab_size, tokens)
   rows = jnp.zeros((*node.shape, vocab_size + 1), bool)
   B, k, _ = tokens.shape
@@ -58,7 +58,7 @@ def allowed(trie: Trie, node: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def follow(trie: Trie, node: jax.Array, token: jax.Array, done: jax.Array) -> jax.Array:
-  """Nodes [B, k] after tokens [B, k]; hypotheses that have ended stay where they are."""
-  hit = jnp.asarray(trie.tokens)[node] == token[..., None]
-  child = jnp.where(hit, jnp.asarray(trie.children)[node], 0).sum(-1)
+  """Nodes [B, k] after tokens [B, k]; hypotheses that have ended keep their node."""
+  matches = jnp.asarray(trie.tokens)[node] == token[..., None]
+  child = jnp.where(matches, jnp.asarray(trie.children)[node], 0).sum(-1)
   return jnp.where(done, node, child)

@@ -47,10 +47,10 @@ class Sequence:
   classes: jax.Array | None = None
 
   def pad_batch(self, multiple: int) -> 'Sequence':
-    """Pads texts with examples without valid tokens, up to a multiple, so that every device has equally many.
+    """Pads texts with examples without valid tokens, so that every device has equally many.
 
-    A partitioner would move unevenly sharded rows, drawn numbers and all, at every step. Images come in batches that divide, except
-    the last one of an evaluation, and stay as they are.
+    A partitioner would move unevenly sharded rows, drawn numbers and all, at every step. Images come in batches that
+    divide, except the last one of an evaluation, and stay as they are.
     """
     missing = -self.ids.shape[0] % multiple
     if not missing or self.pixels is not None:
@@ -68,7 +68,8 @@ class Encoded:
   """Result of `UniPerceiver.encode`.
 
   Attributes:
-    hidden: the structure of the input with, for each sequence, hidden states [B, R, D] of its readout, or None if it reads nothing.
+    hidden: the structure of the input with, for each sequence, hidden states [B, R, D] of its readout, or None if it
+      reads nothing.
     collected: see `Encoder`; sequences are in the order of `jax.tree.leaves`.
   """
   hidden: Any
@@ -108,8 +109,8 @@ class UniPerceiver(nn.Module):
       keys: bool = False) -> Encoded:
     """Encodes sequences of any task types in one pass over the layers.
 
-    Sequences of equal router inputs, prompts, masks and shapes are joined along the batch, unless keys or taps are collected or
-    there is a cache.
+    Sequences of equal router inputs, prompts, masks and shapes are joined along the batch, unless keys or taps are
+    collected or there is a cache.
 
     Args:
       sequences: any pytree of `Sequence`s.
@@ -142,7 +143,7 @@ class UniPerceiver(nn.Module):
             layout.readout_segment, self.spec.num_deep_prompts and prompt_table(self.spec, layout.is_target))
 
   def _embed(self, s: Sequence) -> EmbeddedSequence:
-    """Embeds a raw sequence. Prefix and prompts become the first tokens of segment 0, and readout positions move behind them."""
+    """Embeds a raw sequence; prefix and prompts become the first tokens of segment 0."""
     layout = s.layout
     segments, valid = [], []
     for modality, mask in zip(layout.modalities, layout.masks):

@@ -1,7 +1,7 @@
-"""Dispatch: every token to its own K experts, and back. For token routers, where no kernels can be merged.
+"""Dispatch, for token routers: every token to its own K experts, and back.
 
-y_t = Σ_k g_{t,k} (x_t W_{e(t,k)} + b_{e(t,k)}), over the choices that are kept. Choices are numbered t · K + k; a *slot* is
-the row of a choice in the input of the grouped matmul. All projections of a sublayer share the slots.
+y_t = Σ_k g_{t,k} (x_t W_{e(t,k)} + b_{e(t,k)}), over the choices that are kept. Choices are numbered t · K + k; a
+*slot* is the row of a choice in the input of the grouped matmul. All projections of a sublayer share the slots.
 """
 
 import functools
@@ -27,9 +27,9 @@ class DispatchPlan:
     gates: f32 [T, K].
     coef: f32 [T, E], the kept gates as coefficients.
     backend: of the grouped matmul, see `gmm.py`.
-    transport: how tokens reach their experts, see `expert_parallel.py`. On a mesh every device has its own plan, and plans are
-      concatenated on the first axis; `sizes` are [devices, E] then, and `requested` [devices].
-    expert_shards: over how many devices in a row different experts are sharded, if each counts only its own; otherwise 1.
+    transport: how tokens reach their experts, see `expert_parallel.py`. On a mesh every device has its own plan, and
+      plans are concatenated on the first axis; `sizes` are [devices, E] then, and `requested` [devices].
+    expert_shards: number of devices over which experts are sharded, if each counts only its own; otherwise 1.
   """
   slot: jax.Array
   kept: jax.Array
@@ -50,7 +50,7 @@ class DispatchPlan:
 
 
 def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-  """Slots per expert: C = ⌈f · K · tokens / E⌉, at most `tokens`, since a token chooses an expert once; factor 0: `tokens`.
+  """Slots per expert: C = ⌈f · K · tokens / E⌉, at most `tokens`; factor 0: `tokens`.
 
   C follows from static, padded shapes alone: real lengths would leak the future of a caption.
   """
@@ -65,8 +65,8 @@ def make_plan(
     output: of [B, S] tokens. Its logits determine E; choices of other experts are not kept.
     valid: bool [B, S], None where nothing is padded. Padding is neither routed nor counted.
     groups: into how many equal runs of positions S is split, each with its own capacity (2 for [words | queries]).
-    capacity_factor: f, or 0 for exact routing. Slots are given position by position over the batch, so that a later position
-      never takes a slot from an earlier one of any example; at one position first choices come first.
+    capacity_factor: f, or 0 for exact routing. Slots are given position by position over the batch, so that a later
+      position never takes a slot from an earlier one of any example; at one position first choices come first.
     backend: one of `gmm.BACKENDS`, 'auto' or 'xla'.
   """
   B, S, K = output.expert.shape
@@ -101,7 +101,7 @@ def make_plan(
 
 
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan) -> jax.Array:
-  """x [B, S, *in] through the experts kernel [E, *in, *out] and bias [E, *out] of its tokens → [B, S, *out].
+  """x [B, S, *in] through experts, kernel [E, *in, *out], bias [E, *out] → [B, S, *out].
 
   A token without a kept choice gets 0.
   """
@@ -130,8 +130,8 @@ def combine(y: jax.Array, plan: DispatchPlan) -> jax.Array:
 def _through_experts(backend, x, kernel, gates, source, slot, kept, sizes):
   """Σ_k gate · x W_e over a token's kept choices: [T, D], [E, D, F] → [T, F].
 
-  The gradient of a gate, x W_e · dy, is computed as x · (dy W_eᵀ), whose right side makes dx anyway. So the backward pass does not
-  need the outputs of experts, and a rematerialized block does not compute them again.
+  The gradient of a gate, x W_e · dy, is computed as x · (dy W_eᵀ), whose right side makes dx anyway. So the backward
+  pass does not need the outputs of experts, and a rematerialized block does not compute them again.
   """
   y = gmm.grouped_matmul(_tokens_of_slots(x, source, slot), kernel, sizes, backend)
   return _sum_of_choices(y, slot, kept, gates)

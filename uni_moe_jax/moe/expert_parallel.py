@@ -1,18 +1,19 @@
-"""Expert parallelism: every device assigns slots to its own tokens, and tokens move to the devices that hold their experts.
+"""Expert parallelism: dispatch on a mesh whose devices hold different experts.
 
-Batches are sharded over the batch axes, experts over `expert`: the devices of one row of that axis hold all experts between
-them, and tokens never leave their row. With one device on the axis all experts are local. Otherwise there are two transports,
-both with static shapes:
+Every device assigns slots to its own tokens, and tokens move to the devices of their experts. Batches are sharded over
+the batch axes, experts over `expert`: the devices of one row of that axis hold all experts between them, and tokens
+never leave their row. With one device on the axis all experts are local. Otherwise there are two transports, both with
+static shapes:
 
-all_to_all (with a capacity): an all-to-all takes the buffers of E · C slots, which every device fills with its own tokens, to the
-  experts; a second one takes the results back.
-all_gather (exact routing, where every token may choose one expert): all devices of the row gather its tokens, and compute what
-  their experts add; a reduce-scatter sums it on the devices of the tokens. Buffers for the worst case would move as much and
-  multiply E / K times as much.
+all_to_all (with a capacity): an all-to-all takes the buffers of E · C slots, which every device fills with its own
+  tokens, to the experts; a second one takes the results back.
+all_gather (exact routing, where every token may choose one expert): all devices of the row gather its tokens, and
+  compute what their experts add; a reduce-scatter sums it on the devices of the tokens. Buffers for the worst case
+  would move as much and multiply E / K times as much.
 
-A capacity bounds the tokens of one device: C = ⌈f · K · B · S / E⌉ with the B examples of that device. So the number of batch
-shards decides which tokens are dropped, if any are. Slots are given position by position over these examples, so that later
-positions never evict earlier ones, as on one device.
+A capacity bounds the tokens of one device: C = ⌈f · K · B · S / E⌉ with the B examples of that device. So the number of
+batch shards decides which tokens are dropped, if any are. Slots are given position by position over these examples, so
+that later positions never evict earlier ones, as on one device.
 """
 
 import functools
@@ -33,7 +34,10 @@ _BATCH = P(sharding.BATCH_AXES)
 
 
 def route(logits: jax.Array, top_k: int, mesh: Mesh | None) -> RouterOutput:
-  """Keeps the K best experts of every token on its device: a partitioner would gather the logits [B, S, E] f32 to sort them."""
+  """Keeps the K best experts of every token, from logits [B, S, E] f32.
+
+  On the device of the token: a partitioner would gather the logits to sort them.
+  """
   keep = functools.partial(routers.keep_top_k, top_k=top_k)
   if mesh is None:
     return RouterOutput(logits, *keep(logits))
@@ -44,7 +48,7 @@ def route(logits: jax.Array, top_k: int, mesh: Mesh | None) -> RouterOutput:
 def make_plan(
     output: RouterOutput, valid: jax.Array | None, groups: int, capacity_factor: float, backend: str,
     mesh: Mesh | None) -> DispatchPlan:
-  """Assigns slots to the choices of a segment; arguments as in `dispatch.make_plan`, and the mesh of the segment.
+  """Assigns slots to the choices of a segment; arguments as in `dispatch.make_plan`.
 
   On a mesh the leaves are those of all devices, concatenated; `gates` and `coef` carry gradients as on one device.
   """
@@ -73,7 +77,7 @@ def make_plan(
 
 
 def project(x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh | None) -> jax.Array:
-  """x [B, S, *in] through the experts of its tokens, kernels [E, *in, *out], → [B, S, *out]; see `dispatch.project`."""
+  """x [B, S, *in] through the experts of its tokens → [B, S, *out], see `dispatch.project`."""
   if mesh is None:
     return dispatch.project(x, projection.kernel, projection.bias, plan)
   in_axes, out_axes = sharding.named_spec(projection.in_axes), sharding.named_spec(projection.out_axes)
@@ -99,12 +103,13 @@ def project(x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh
 
 
 def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan) -> jax.Array:
-  """`dispatch.project` of tokens whose experts are on the devices of this row, kernel [E / devices, *in, *out] on this one."""
+  """`dispatch.project` with experts on all devices of the row, kernel [E / devices, *in, *out]."""
   B, S = x.shape[:2]
   experts, out = kernel.shape[0], bias.shape[1:]
   rows = dispatch.permute(x.reshape(B * S, -1), plan)
   D, exchange = rows.shape[1], functools.partial(jax.lax.all_to_all, axis_name='expert', split_axis=0, concat_axis=0)
-  rows = exchange(rows.reshape(-1, experts, rows.shape[0] // plan.sizes.shape[0], D))  # [devices, own experts, slots, D]
+  # [devices, own experts, slots, D]
+  rows = exchange(rows.reshape(-1, experts, rows.shape[0] // plan.sizes.shape[0], D))
   n, _, slots, _ = rows.shape
   rows = rows.transpose(1, 0, 2, 3).reshape(experts * n * slots, D)
   y = gmm.grouped_matmul(rows, kernel.reshape(experts, D, -1), plan.sizes, 'batched')
@@ -125,6 +130,6 @@ def _pad_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def _on(mesh: Mesh, function, in_specs, out_specs):
-  # Loops and kernels of grouped matmuls do not declare what varies over which axis. Nothing relies on it: every output differs
-  # by its device, a sum over `model` included.
+  # Loops and kernels of grouped matmuls do not declare what varies over which axis. Nothing relies on it: every output
+  # differs by its device, a sum over `model` included.
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

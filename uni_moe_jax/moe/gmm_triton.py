@@ -1,8 +1,8 @@
-"""The grouped matrix product on GPUs: Pallas kernels that Triton compiles.
+"""Grouped matmul on GPUs: Pallas kernels that Triton compiles.
 
-A tile of rows may hold rows of several groups. So the work is cut into *items*, each the part of one tile that is in one group:
-there are at most tiles + E - 1 of them, whatever the groups are, and each writes its own rows alone. What is no whole number of tiles
-is masked: nothing is padded or copied.
+A tile of rows may have rows of several groups. So the work is split into *items*, each the part of one tile in one
+group: there are at most tiles + E - 1 of them, whatever the groups are, and each writes its own rows alone. Incomplete
+tiles are masked, and nothing is padded or copied.
 """
 
 import functools
@@ -14,7 +14,8 @@ from jax.experimental.pallas import triton
 
 from uni_moe_jax.moe import pallas_kernels
 
-# Of an output: rows and columns; of what is contracted at once. A float32 tile of each operand is 8 kB, twice that in flight.
+# Tile sizes: rows and columns of the output, and the contracted axis. A float32 tile of each operand is 8 kB, twice
+# that in flight.
 _ROWS, _COLUMNS, _CONTRACTED = 64, 64, 32
 _GPUS = 'cuda', 'rocm'
 _PARAMS = triton.CompilerParams(num_warps=4, num_stages=2)
@@ -22,7 +23,7 @@ _PARAMS = triton.CompilerParams(num_warps=4, num_stages=2)
 
 @jax.custom_vjp
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
-  """x [G, D], kernel [E, D, F], sizes int32 [E] → [G, F]; as `grouped.grouped_matmul`."""
+  """x [G, D], kernel [E, D, F], sizes int32 [E] → [G, F]; as `gmm.grouped_matmul`."""
   return pallas_kernels.compiled_on(_GPUS, functools.partial(_products, contract=0), x, kernel, sizes)
 
 
@@ -43,13 +44,14 @@ def _products(x: jax.Array, kernel: jax.Array, sizes: jax.Array, *, contract: in
   """x [G, ·] times kernel [E, …], contracted over axis `contract` (0 or 1) of a group's kernel: [G, ·]."""
   items = _items(sizes, x.shape[0])
   width = kernel.shape[2 - contract]
-  return pl.pallas_call(
+  call = pl.pallas_call(
       functools.partial(_product, contract=contract), out_shape=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
-      grid=(items[0].shape[0], pl.cdiv(width, _COLUMNS)), compiler_params=_PARAMS, interpret=interpret)(*items, x, kernel)
+      grid=(items[0].shape[0], pl.cdiv(width, _COLUMNS)), compiler_params=_PARAMS, interpret=interpret)
+  return call(*items, x, kernel)
 
 
 def _items(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """int32 [tiles + E - 1] each, of every item: its group, its tile's first row, and from which row to which it is."""
+  """(group, first row of the tile, first row, end row) of every item, int32 [tiles + E - 1] each."""
   end = jnp.cumsum(sizes)
   start = end - sizes
   tile = start // _ROWS
@@ -65,19 +67,19 @@ def _items(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array
 def _product(group, first, start, end, x, kernel, out, *, contract: int):
   item, column = pl.program_id(0), pl.program_id(1) * _COLUMNS + jnp.arange(_COLUMNS)
   g, row = group[item], first[item] + jnp.arange(_ROWS)
-  mine, there = (row >= start[item]) & (row < end[item]), column < out.shape[1]
+  in_group, in_width = (row >= start[item]) & (row < end[item]), column < out.shape[1]
   depth = x.shape[1]
 
   def add(i, total):
     inner = i * _CONTRACTED + jnp.arange(_CONTRACTED)
-    inside = inner < depth
-    a = _tile(x, (), row, inner, mine, inside)
+    in_depth = inner < depth
+    a = _load(x, (), row, inner, in_group, in_depth)
     if contract == 0:
-      return total + triton.dot(a, _tile(kernel, (g,), inner, column, inside, there))
-    return total + triton.dot(a, _tile(kernel, (g,), column, inner, there, inside), trans_b=True)
+      return total + triton.dot(a, _load(kernel, (g,), inner, column, in_depth, in_width))
+    return total + triton.dot(a, _load(kernel, (g,), column, inner, in_width, in_depth), trans_b=True)
 
   total = jax.lax.fori_loop(0, pl.cdiv(depth, _CONTRACTED), add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))
-  triton.store(out.at[row[:, None], column[None]], total.astype(out.dtype), mask=mine[:, None] & there[None])
+  triton.store(out.at[row[:, None], column[None]], total.astype(out.dtype), mask=in_group[:, None] & in_width[None])
 
 
 def _gradients(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtype, interpret: bool) -> jax.Array:
@@ -92,19 +94,21 @@ def _gradients(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtyp
 def _gradient(start, end, x, dy, out):
   inner, column = pl.program_id(0) * _ROWS + jnp.arange(_ROWS), pl.program_id(1) * _COLUMNS + jnp.arange(_COLUMNS)
   g = pl.program_id(2)
-  inside, there = inner < x.shape[1], column < dy.shape[1]
+  in_depth, in_width = inner < x.shape[1], column < dy.shape[1]
   low, high = start[g], end[g]
 
   def add(i, total):
     row = low + i * _CONTRACTED + jnp.arange(_CONTRACTED)
-    mine = row < high
-    return total + triton.dot(_tile(x, (), row, inner, mine, inside), _tile(dy, (), row, column, mine, there), trans_a=True)
+    in_group = row < high
+    x_tile, dy_tile = _load(x, (), row, inner, in_group, in_depth), _load(dy, (), row, column, in_group, in_width)
+    return total + triton.dot(x_tile, dy_tile, trans_a=True)
 
   tiles = jax.lax.div(high - low + _CONTRACTED - 1, _CONTRACTED)
   total = jax.lax.fori_loop(0, tiles, add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))
-  triton.store(out.at[g, inner[:, None], column[None]], total.astype(out.dtype), mask=inside[:, None] & there[None])
+  mask = in_depth[:, None] & in_width[None]
+  triton.store(out.at[g, inner[:, None], column[None]], total.astype(out.dtype), mask=mask)
 
 
-def _tile(x, lead, rows, columns, these, those):
-  """x [*lead, ·, ·] at rows [R] and columns [C], 0 where not `these` or not `those`: [R, C]."""
-  return triton.load(x.at[(*lead, rows[:, None], columns[None])], mask=these[:, None] & those[None], other=0)
+def _load(x, lead, rows, columns, row_mask, column_mask):
+  """x [*lead, ·, ·] at rows [R] and columns [C], 0 where masked: [R, C]."""
+  return triton.load(x.at[(*lead, rows[:, None], columns[None])], mask=row_mask[:, None] & column_mask[None], other=0)

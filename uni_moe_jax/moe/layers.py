@@ -1,8 +1,8 @@
-"""The MoE layer: linear projections whose experts are merged before they multiply, or kept apart for dispatch.
+"""The MoE layer: linear projections whose experts are merged, or kept for dispatch.
 
-Experts are linear, so Σ_e c_e (x W_e + b_e) = x (Σ_e c_e W_e) + Σ_e c_e b_e: for a router that does not read tokens it is exact,
-and nearly free, to add the kernels first (Uni-Perceiver-MoE, section 3.4). `MoeDense.bind` does so once per layer, for each
-distinct condition. With a token router nothing merges (see `dispatch.py`).
+Experts are linear, so Σ_e c_e (x W_e + b_e) = x (Σ_e c_e W_e) + Σ_e c_e b_e: for a router that does not read tokens it
+is exact, and nearly free, to add the kernels first (Uni-Perceiver-MoE, section 3.4). `MoeDense.bind` does so once per
+layer, for each distinct condition. With a token router nothing merges (see `dispatch.py`).
 """
 
 import math
@@ -24,8 +24,8 @@ NORM_EPSILON = 1e-5
 def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
   """Contracts experts: kernel [E, …], coef [A, E] → [A, …].
 
-  A contraction over E and not a gather `kernel[expert]`: with sharded experts, the contraction is local plus one reduction of
-  the merged kernel, while a gather moves every kernel.
+  A contraction over E and not a gather `kernel[expert]`: with sharded experts, the contraction is local plus one
+  reduction of the merged kernel, while a gather moves every kernel.
   """
   return jnp.tensordot(coef, kernel, axes=1)
 
@@ -35,7 +35,7 @@ def _merge_forward(kernel, coef):
 
 
 def _merge_backward(saved, d):
-  """JAX's own rule would contract with E last, and transpose all kernels and all of their gradients for that."""
+  """Contracts with E first; JAX's own rule would transpose all kernels and all of their gradients."""
   kernel, coef = saved
   rest = tuple(range(1, kernel.ndim))
   dcoef = jnp.tensordot(kernel, d, axes=(rest, rest)).T
@@ -92,8 +92,8 @@ class Projection:
   def scaled(self, scale: jax.Array) -> 'Projection':
     """The projection with outputs multiplied by a scale of their last axis.
 
-    Weights are multiplied and not outputs: then the gradient of the scale does not need the outputs, which a rematerialized block
-    would have to compute again.
+    Weights are multiplied and not outputs: then the gradient of the scale does not need the outputs, which a
+    rematerialized block would have to compute again.
     """
     times = lambda x: x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
     return self.replace(kernel=times(self.kernel), bias=times(self.bias))
@@ -118,7 +118,10 @@ class MoeDense(nn.Module):
 
   @nn.compact
   def bind(self, routing: Any) -> Projection:
-    """The projection of a layer: one kernel per condition of a `MergedRouting`; all E experts where none is given or to merge."""
+    """The projection of a layer, with one kernel per condition of a `MergedRouting`.
+
+    Without a routing, or with nothing to merge, it has the E kernels as they are, or the dense one.
+    """
     (in_names, in_shape), (out_names, out_shape) = zip(*self.in_axes), zip(*self.out_axes)
     lead, lead_names = ((self.num_experts,), ('experts',)) if self.num_experts else ((), ())
     kernel = self.param(

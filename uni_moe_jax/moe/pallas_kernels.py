@@ -1,4 +1,4 @@
-"""Kernels that are written for one sort of device."""
+"""Pallas kernels that are written for one type of device."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,9 +7,10 @@ import jax
 
 
 def compiled_on(platforms: Sequence[str], kernel: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-  """kernel(*operands, interpret=…): compiled on the platforms that it is written for, elsewhere interpreted, which is how it is tested.
+  """kernel(*operands, interpret=…): compiled on its own platforms, interpreted on others, as in tests.
 
-  What counts is what a program is made for, not the machine that makes it: a TPU's or a GPU's may be made without one.
+  The platform of the lowering counts, not the machine that lowers: programs for TPUs and GPUs are also made without
+    one.
   """
   compiled = functools.partial(kernel, interpret=False)
   return jax.lax.platform_dependent(

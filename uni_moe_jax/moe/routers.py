@@ -1,9 +1,9 @@
 """Routers: which experts, with which gates.
 
 gates = top-K of softmax(W_g h + noise), renormalized to sum to 1, in float32 (Uni-Perceiver-MoE, section 3.2, eq. 4-6).
-Routers differ in h alone. Three read the *condition* of a segment, not its tokens: they route each distinct router input
-once, and experts merge (`MergedRouting`). Two read tokens (`token_routers.py`) and route each of them (`DispatchRouting`).
-A new condition router is an entry of `tasks.router_names.CONDITION_ROUTERS`.
+Routers differ in h alone. Three read the *condition* of a segment, not its tokens: they route each distinct router
+input once, and experts merge (`MergedRouting`). Two read tokens (`token_routers.py`) and route each of them
+(`DispatchRouting`). A new condition router is an entry of `tasks.router_names.CONDITION_ROUTERS`.
 """
 
 import zlib
@@ -39,7 +39,8 @@ class RouterOutput:
   @property
   def coef(self) -> jax.Array:
     """f32 [..., E]: the gates as coefficients of all experts, K of them not zero."""
-    return jnp.einsum('...k,...ke->...e', self.gates, jax.nn.one_hot(self.expert, self.logits.shape[-1], dtype=jnp.float32))
+    one_hot = jax.nn.one_hot(self.expert, self.logits.shape[-1], dtype=jnp.float32)
+    return jnp.einsum('...k,...ke->...e', self.gates, one_hot)
 
   @property
   def used(self) -> jax.Array:
@@ -63,7 +64,7 @@ def entropy(shares: jax.Array) -> jax.Array:
 
 
 def overlap(shares: jax.Array) -> jax.Array:
-  """Σ_e min(p_e, q_e) of shares [..., A, E] → [..., A, A]: 1 for the same use of experts, 0 for no expert in common."""
+  """Σ_e min(p_e, q_e) of shares [..., A, E] → [..., A, A]: 1 for equal shares, 0 for disjoint experts."""
   return jnp.minimum(shares[..., :, None, :], shares[..., None, :, :]).sum(-1)
 
 
@@ -73,7 +74,7 @@ def effective_experts(shares: jax.Array) -> jax.Array:
 
 
 def keep_top_k(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-  """The K most probable experts, best first, and their renormalized probabilities: logits [..., E] f32 → [..., K] each."""
+  """(experts, gates) [..., K] of the K most probable experts, best first, from logits [..., E] f32."""
   gates, expert = jax.lax.top_k(jax.nn.softmax(logits), top_k)
   return expert, gates / gates.sum(-1, keepdims=True)
 
@@ -86,7 +87,7 @@ def route(logits: jax.Array, top_k: int) -> RouterOutput:
 
 
 def input_hash(router_input: RouterInput) -> int:
-  """A stable 32-bit value: the noise of a condition must not depend on which other conditions share the step."""
+  """A stable 32-bit hash: the noise of an input must not depend on the other inputs of the step."""
   return zlib.crc32(repr(router_input).encode())
 
 
@@ -122,8 +123,8 @@ class NameEmbedding(nn.Module):
     missing = [x for x in inputs if x not in self.names]
     if missing:
       raise UsageError(
-          f'the router has no embedding for {missing[0]!r}, only for {", ".join(self.names)}. A task type that was added '
-          'after training needs attribute or modality routing, or a dense model.')
+          f'the router has no embedding for {missing[0]!r}, only for {", ".join(self.names)}. A task type that was '
+          'added after training needs attribute or modality routing, or a dense model.')
     table = self.param(
         'embedding', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('router_table', 'embed')),
         (len(self.names), self.width))

@@ -1,6 +1,6 @@
-"""How the tokens of a segment pass through projections with experts: by a merged kernel, or each to its own experts.
+"""The routing of a segment: all tokens through a merged kernel, or each token to its own experts.
 
-A router makes one of the two; `routing.apply(x, projection)` does the rest, and returns how experts were used.
+A router makes one of the two values; `routing.apply(x, projection) -> (y, usage)` is the rest of the MoE layer.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from uni_moe_jax.moe.usage import Usage
 
 @flax.struct.dataclass
 class MergedRouting:
-  """All tokens through one kernel of a projection: the merge of its experts, or one that was merged or dense before.
+  """All tokens through one kernel of a projection, merged from its experts or dense.
 
   Attributes:
     output: of the condition router for A conditions; None where nothing is left to merge.

@@ -1,7 +1,7 @@
 """Routers that read tokens: every token has its own experts, and is dispatched to them.
 
-token: logits = W x. context: logits = W x + W_c pool, where the pool is a softmax average, by a learned query, of the tokens
-that every token of the sequence may see. x is the input of the projection itself, after the block's norm.
+token: logits = W x. context: logits = W x + W_c pool, where the pool is a softmax average, by a learned query, of the
+tokens that every token of the sequence may see. x is the input of the projection itself, after the block's norm.
 """
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ _QUERY_STD = 0.02
 
 
 def token_noise(key: jax.Array, ids: jax.Array, positions: jax.Array, num_experts: int, noise_std: float) -> jax.Array:
-  """[B, S, E] f32, N(0, (noise_std / E)²): one draw per example and position, whatever else is in the batch.
+  """[B, S, E] f32, N(0, (noise_std / E)²): one draw per example and position.
 
   Args:
     key: of the step, the layer and the router.
@@ -76,9 +76,10 @@ class TokenRouter(nn.Module):
   def __call__(
       self, x: jax.Array, pool: jax.Array | None, noise_key: jax.Array | None, ids: jax.Array, positions: jax.Array,
       valid: jax.Array | None = None, groups: int = 1) -> DispatchRouting:
-    """Routes the tokens of a segment; without a noise key (evaluation) there is neither noise nor capacity.
+    """Routes the tokens of a segment.
 
     Args:
+      noise_key: None at evaluation, which has neither noise nor capacity.
       x: [B, S, D]. pool: [B, D], for a context router. ids, positions: see `token_noise`.
       valid, groups: see `dispatch.make_plan`.
     """

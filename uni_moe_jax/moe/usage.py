@@ -12,13 +12,13 @@ from uni_moe_jax.moe.routers import RouterOutput, entropy
 
 @flax.struct.dataclass
 class Usage:
-  """Sums over the unpadded tokens of one router. Usages add up; `stack` gives them an axis A of conditions.
+  """Sums over the unpadded tokens of one router, which add up; `stack` adds an axis A of conditions.
 
   Attributes:
     tokens: f32 [A], number of tokens.
     chosen: f32 [A, E], choices of every expert.
-    requested: f32 [A], slots that dispatches requested. kept: f32 [A, E], slots that they gave. The last block dispatches the
-      rows of its readout a second time.
+    requested: f32 [A], slots that dispatches requested. kept: f32 [A, E], slots that they gave. The last block
+      dispatches the rows of its readout a second time.
     probability: f32 [A, E], of the softmax over all experts. importance: f32 [A, E], of the gates.
     z: f32 [A], of logsumexp(logits)². entropies: f32 [A], of the gates, in nats.
   """
@@ -95,8 +95,9 @@ class Usage:
     """Auxiliary losses, f32 [...] each, over the tokens of all conditions together.
 
     balance: E · Σ_e f_e P_e, with f the share of choices and P the mean probability; 1 when even (GShard; Switch
-    Transformer eq. 4, here with f over all K choices). importance: (standard deviation / mean)² of the experts' summed gates
-    (Shazeer et al. 2017; V-MoE). z: mean of logsumexp(logits)² (ST-MoE eq. 5). Gradients pass through P, gates and logits.
+    Transformer eq. 4, here with f over all K choices). importance: (standard deviation / mean)² of the experts' summed
+    gates (Shazeer et al. 2017; V-MoE). z: mean of logsumexp(logits)² (ST-MoE eq. 5). Gradients pass through P, gates
+    and logits.
     """
     tokens = jnp.maximum(self.tokens.sum(-1), 1)[..., None]
     chosen = self.chosen.sum(-2)

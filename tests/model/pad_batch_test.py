@@ -26,22 +26,22 @@ def _texts(valid=True):
   return texts.replace(text_valid=mask if valid else None)
 
 
-class FilledTest(parameterized.TestCase):
+class PadBatchTest(parameterized.TestCase):
 
-  def test_rows_and_their_padding(self):
+  def test_padding_has_no_valid_token(self):
     filled = _texts().pad_batch(_MULTIPLE)
     chex.assert_shape([filled.text, filled.text_valid], (_MULTIPLE, small_model.WORDS))
     np.testing.assert_array_equal(filled.text_valid.sum(1), [3, 2, 1, 0])
     np.testing.assert_array_equal(_texts(valid=False).pad_batch(_MULTIPLE).text_valid.sum(1), [3, 3, 3, 0])
     np.testing.assert_array_equal(filled.ids, [0, 1, 2, 0])
 
-  def test_what_divides_and_what_has_pictures_stays_as_it_is(self):
-    texts, pictures = _texts(), small_model.sequence('image_classification', batch=_N)
+  def test_even_batches_and_images_stay_unchanged(self):
+    texts, images = _texts(), small_model.sequence('image_classification', batch=_N)
     self.assertIs(texts.pad_batch(_N), texts)
-    self.assertIs(pictures.pad_batch(_MULTIPLE), pictures)
+    self.assertIs(images.pad_batch(_MULTIPLE), images)
 
   @parameterized.product(router=['attribute', 'token', 'context', 'dense'], valid=[True, False])
-  def test_features_gradients_and_counts_are_those_without(self, router, valid):
+  def test_padding_changes_no_feature_gradient_or_count(self, router, valid):
     # Training, with noise and dropped paths, which are drawn by ids; capacity follows shapes, so it is left out.
     routes_tokens = router in ('token', 'context')
     spec = small_model.spec(router, drop_path=0.3, noise_std=0.1)
@@ -54,32 +54,33 @@ class FilledTest(parameterized.TestCase):
       return (rows[0][:_N] * weights).sum() + balance, (rows[0][:_N], _counts(collected))
 
     grads_of = small_model.jit(jax.value_and_grad(run, has_aux=True))
-    found = lambda sequence: grads_of(small_model.params(spec), sequence)
+    actual = lambda sequence: grads_of(small_model.params(spec), sequence)
     filled = texts.pad_batch(_MULTIPLE)
-    (_, (rows, counts)), grads = found(texts)
-    (_, (rows_filled, counts_filled)), grads_filled = found(filled)
+    (_, (rows, counts)), grads = actual(texts)
+    (_, (rows_filled, counts_filled)), grads_filled = actual(filled)
     chex.assert_trees_all_close(rows_filled, rows, atol=1e-5)
     chex.assert_trees_all_close(grads_filled, grads, atol=2e-4, rtol=1e-4)
     chex.assert_tree_all_finite(grads_filled)
     chex.assert_trees_all_close(counts_filled, counts, rtol=1e-5)
     if routes_tokens:  # the control: rows that are valid are counted
-      (_, (_, more)), _ = found(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
+      (_, (_, more)), _ = actual(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
       self.assertGreater(float(more[0]['mlp'].tokens.sum()), float(counts[0]['mlp'].tokens.sum()))
 
 
   @parameterized.parameters('shape', 'text')  # names in the order of their set, and words as they are
-  def test_on_a_mesh_every_device_encodes_as_many_entries_of_a_set(self, task):
+  def test_every_device_of_a_mesh_encodes_equally_many_entries(self, task):
     run = meshes.run(meshes.Case('attribute', (task,)), 'data')
     name, [of_set] = run.plan.sets[0].name, run.plan.sets
     shards, entries, encoded = run.spec.model.shards, run.data.target_sets[name].size, []
 
-    def join(streams, keys, shards):
-      encoded.append([len(s.ids) for s in streams])
-      return join_equal(streams, keys, shards)
+    def join(sequences, keys, shards):
+      encoded.append([len(s.ids) for s in sequences])
+      return join_equal(sequences, keys, shards)
 
     with mock.patch.object(uni_perceiver, 'join_equal', join):
       features = jax.eval_shape(
-          lambda params: forward(run.spec, params, {}, run.target_sets(), {}, jax.random.key(0))[0].target_sets[name], run.shapes.params)
+          lambda params: forward(run.spec, params, {}, run.target_sets(), {}, jax.random.key(0))[0].target_sets[name],
+          run.shapes.params)
       [sequence] = predictor.set_sequences(of_set, run.data.target_sets[name], run.data.tokenizer.eot)
       evaluated = jax.eval_shape(functools.partial(predictor.encode, run.spec.model), run.shapes.params, sequence)
     self.assertTrue(entries % shards)
