@@ -28,9 +28,9 @@ def manifest() -> dict[str, Any]:
   return json.loads((FOLDER / 'manifest.json').read_text())
 
 
-def files(*kinds: str) -> dict[str, dict[str, Any]]:
-  """Manifest entries of some kinds, by name."""
-  return {name: entry for name, entry in manifest()['files'].items() if entry['kind'] in kinds}
+def files(*sections: str) -> dict[str, dict[str, Any]]:
+  """Manifest entries of some sections, by name."""
+  return {name: entry for name, entry in manifest()['files'].items() if entry['kind'] in sections}
 
 
 def excluded() -> dict[str, str]:
@@ -42,9 +42,9 @@ def excluded() -> dict[str, str]:
   return out
 
 
-def cases(*kinds: str) -> list[str]:
-  """Names of the compared cases of some kinds."""
-  return [name for name in files(*kinds) if name not in excluded()]
+def cases(*sections: str) -> list[str]:
+  """Names of the compared cases of some sections."""
+  return [name for name in files(*sections) if name not in excluded()]
 
 
 class Arrays:

@@ -41,7 +41,8 @@ def task_spec(name: str) -> TaskSpec:
   return TaskSpec(
       name=name, type=task_type, group=task_type.name, source='', split='', batch_size=0, loss_weight=t['loss_weight'],
       sampling_weight=1.0, temperature=t['temperature'].removeprefix('logit_scale_'),
-      target_set=t['target_set'] or '', label_column='', caption_templates=(), template='', max_len=0, max_predictions=0, label_smoothing=smoothing, max_shift=0)
+      target_set=t['target_set'] or '', label_column='', caption_templates=(), template='', max_len=0,
+      max_predictions=0, label_smoothing=smoothing, max_shift=0)
 
 
 def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[str, Any], dict[str, Any]]:
@@ -118,9 +119,9 @@ def _labels(task: TaskSpec, target: np.ndarray) -> dict[str, np.ndarray]:
   if task.type.readout != 'masked':
     return {'label': label, 'weight': weight}
   most = int(weight.sum(1).max())
-  place = np.argsort(-weight, axis=1, kind='stable')[:, :most]
-  take = lambda x: np.take_along_axis(x, place, axis=1)
-  return {'position': place.astype(np.int32), 'label': take(label), 'weight': take(weight)}
+  order = np.argsort(-weight, axis=1, kind='stable')[:, :most]
+  take = lambda x: np.take_along_axis(x, order, axis=1)
+  return {'position': order.astype(np.int32), 'label': take(label), 'weight': take(weight)}
 
 
 def _check_attributes(actual: np.ndarray | None, conditions) -> None:
