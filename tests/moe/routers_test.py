@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import attributes, router_names, task_types
 from uni_moe_jax.tasks.attributes import Condition
+from uni_moe_jax.utils.errors import UsageError
 
 _LOGITS = np.log([[1., 2., 3., 4.]])  # probabilities .1 .2 .3 .4
 
@@ -102,7 +103,7 @@ class EmbeddingTest(absltest.TestCase):
     module = routers.NameEmbedding(2, ('mlm', 'words'))
     message = (r"the router has no embedding for 'search', only for mlm, words\. A task type that was added after "
                'training needs attribute or modality routing, or a dense model')
-    with self.assertRaisesRegex(ValueError, message):
+    with self.assertRaisesRegex(UsageError, message):
       module.apply({'params': {'embedding': jnp.zeros((2, 2))}}, ('mlm', 'search'))
 
 
