@@ -21,11 +21,14 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write; must not exist.'
 _TASKS = flags.DEFINE_list('tasks', [], 'Tasks of the run to export; all by default.')
 _BAKE_TARGETS = flags.DEFINE_bool('bake_targets', False,
                                    'Only the entries of target sets are answers; only retrieval still encodes texts.')
-_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], "Of matrix products; the run's by default. Parameters stay float32.")
+_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'],
+                           "Of matrix products; the run's by default. Parameters stay float32.")
 _NUM_EXAMPLES = flags.DEFINE_integer(
-    'num_examples', 0, 'Examples per task to include, with answers, except for retrieval and masked words; the folder then contains '
+    'num_examples', 0, 'Examples per task to include, with answers, except for retrieval and masked words; the folder '
+                       'then contains '
     'data of the run.', lower_bound=0)
-_TORCH = flags.DEFINE_bool('torch', False, 'Add model.pth in the layout of the published dense model (one condition only).')
+_TORCH = flags.DEFINE_bool('torch', False,
+                           'Add model.pth in the layout of the published dense model (one condition only).')
 
 
 def main() -> int:
@@ -46,7 +49,8 @@ def main() -> int:
     run = train_run.build(config)
     _, params = train_run.predictor(run, checkpoints)
   exported = contents.make_contents(
-      run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value, dtype=_DTYPE.value,
+      run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
+      dtype=_DTYPE.value,
       num_examples=_NUM_EXAMPLES.value)
   evaluated = step == suite.evaluated_step(workdir)
   rows = json.loads((workdir / suite.EVALUATION_FILE).read_text()) if evaluated else []

@@ -30,7 +30,8 @@ from uni_moe_jax.utils.tree_paths import by_path
 
 _BOUND = 1e-5  # relative, float32
 _BATCHES = shipped.BATCHES
-_ROWS = [dict(evaluator='captions', metric='exact_match', value=0.625, chance=1 / 3, baselines={'majority': 0.5}, standard_error=0.1,
+_ROWS = [dict(evaluator='captions', metric='exact_match', value=0.625, chance=1 / 3, baselines={'majority': 0.5},
+              standard_error=0.1,
               count=24, step=2, higher_is_better=True)]
 
 
@@ -73,11 +74,13 @@ def _exported(trained, tmp_path_factory):
 @pytest.fixture(name='served', scope='module')
 def _served(exported, tmp_path_factory):
   """(pixels, arrays, output) of a process that has only the folder."""
-  pixels = np.random.default_rng(0).integers(0, 256, (max(_BATCHES), 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1), dtype=np.uint8)
+  pixels = np.random.default_rng(0).integers(0, 256, (max(_BATCHES), 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1),
+                                             dtype=np.uint8)
   folder = tmp_path_factory.mktemp('served')
   np.savez(folder / 'in.npz', pixels=pixels)
   done = subprocess.run(
-      [sys.executable, '-c', shipped.SERVER, folder / 'in.npz', folder / 'out.npz'], capture_output=True, text=True, cwd=exported[0],
+      [sys.executable, '-c', shipped.SERVER, folder / 'in.npz', folder / 'out.npz'], capture_output=True, text=True,
+      cwd=exported[0],
       timeout=300, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
   return pixels, dict(np.load(folder / 'out.npz')), done.stdout
@@ -109,7 +112,8 @@ def _greedy(trained, served, exported):
 def _search(trained, pixels, words, **search) -> decoding.Captions:
   """Captions by the model with its experts."""
   task, (_, run, params), model = _task(trained, 'caption'), trained, UniPerceiver(_with_experts(trained))
-  search |= dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, max_len=task.max_len)
+  search |= dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot,
+                 max_len=task.max_len)
   captions = small_model.jit(lambda values: decoding.beam_search(model, values, task.type, pixels, words, **search))
   return jax.device_get(captions(params))
 
@@ -176,7 +180,8 @@ def test_pairs_have_the_scores_of_the_model_with_experts(trained, served, expect
   pixels, served_arrays, _ = served
   task, tokenizer = _task(trained, 'pair'), trained[1].data.tokenizer
   image = expected.inputs(task.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})[:batch, 0]
-  text = np.resize(expected.pairs(task.type, {**_texts(tokenizer), 'id': np.zeros(2, np.uint32)}), (batch, image.shape[-1]))
+  text = np.resize(expected.pairs(task.type, {**_texts(tokenizer), 'id': np.zeros(2, np.uint32)}),
+                   (batch, image.shape[-1]))
   text_valid = served_arrays['text_valid']
   np.testing.assert_array_equal(text_valid, np.resize(_texts(tokenizer)['target_valid'], text_valid.shape))
   _assert_close(served_arrays[f'image{batch}'], np.asarray(normalize(image)), 'image')
@@ -209,7 +214,8 @@ def test_a_changed_byte_in_any_file_is_detected(exported):
   load, rng = shipped.module(folder), np.random.default_rng(1)
   load.verify(folder)
   files = [p for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts]
-  assert {p.name for p in files} >= {'manifest.json', 'SHA256SUMS', 'load.py', 'README.md', 'params.safetensors', 'tokenizer.model'}
+  assert {p.name for p in files} >= {'manifest.json', 'SHA256SUMS', 'load.py', 'README.md', 'params.safetensors',
+                                     'tokenizer.model'}
   sums = (folder / 'SHA256SUMS').read_bytes()
   positions = [(folder / 'SHA256SUMS', i) for i in (*range(64, 80), sums.index(b'\n'), len(sums) - 1)]
   for path, i in [(p, int(rng.integers(p.stat().st_size))) for p in files if p.stat().st_size] + positions:
@@ -247,8 +253,9 @@ def test_a_folder_that_lacks_a_file_is_refused(exported):
 
 
 def test_another_format_is_refused(exported, tmp_path):
-  (tmp_path / 'manifest.json').write_text((exported[0] / 'manifest.json').read_text().replace('"format": 2', '"format": 3'))
-  with pytest.raises(ValueError, match=r'has format 3, and this loader reads format 2: use the load\.py of that folder'):
+  manifest = (exported[0] / 'manifest.json').read_text()
+  (tmp_path / 'manifest.json').write_text(manifest.replace('"format": 2', '"format": 3'))
+  with pytest.raises(ValueError, match=r'has format 3, and this loader reads format 2: use the load\.py of that'):
     shipped.module(exported[0]).Model(tmp_path)
 
 
@@ -258,11 +265,14 @@ def test_the_card_describes_model_and_provenance(trained, exported):
   config = json.loads((trained[0] / 'config.json').read_text())
   for part in ('Trained with router attribute, 4 experts', 'merged permanently', '4 kernels', '2 layers, width 16',
                'products are full float32', 'with products in bfloat16 (here float32', '### shape', '### pair',
-               '`classify`: pixels uint8[b, 1, 16, 16, 1]', 'bar, disc, star', 'captions   exact_match', '0.625', config['data'],
-               'seed: 0', 'step: 2', 'trained by commit', hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
+               '`classify`: pixels uint8[b, 1, 16, 16, 1]', 'bar, disc, star', 'captions   exact_match', '0.625',
+               config['data'],
+               'seed: 0', 'step: 2', 'trained by commit',
+               hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
     assert part in text, part
   listed = {line.partition('  ')[2] for line in (folder / 'SHA256SUMS').read_text().splitlines()}
-  assert listed >= {'README.md', 'manifest.json', 'load.py', 'texts.py', 'example.py', 'params.safetensors', 'target_sets.safetensors',
+  assert listed >= {'README.md', 'manifest.json', 'load.py', 'texts.py', 'example.py', 'params.safetensors',
+                    'target_sets.safetensors',
                     'tokenizer.model'}
   assert all(name in text for name in listed - {'README.md'})
   # Images, texts of names and of pairs, images of captions, words of captions.
@@ -314,7 +324,8 @@ def _operations(exported) -> collections.Counter:
 
 
 def _flops(exported, params) -> float:
-  shapes = {'pixels': jax.ShapeDtypeStruct((3, 1, 16, 16, 1), jnp.uint8), 'targets': jax.ShapeDtypeStruct((3, 16), jnp.float32)}
+  shapes = {'pixels': jax.ShapeDtypeStruct((3, 1, 16, 16, 1), jnp.uint8),
+            'targets': jax.ShapeDtypeStruct((3, 16), jnp.float32)}
   return jax.jit(exported.call).lower(params, shapes).compile().cost_analysis()['flops']
 
 
@@ -356,10 +367,12 @@ def test_one_condition_is_written_in_the_published_dense_layout(dense, tmp_path)
   # The run names temperature groups by task type; the file has only that of the exported task, by its published name.
   artifact.write(tmp_path / 'model', dense, {'name': 'mine'}, [], torch=True)
   state, _ = torch_file.read(tmp_path / 'model/model.pth')
-  assert 'fused_encoder.layers.1.self_attn.in_proj_weight' in state and not any('expert' in k or 'gate' in k for k in state)
+  assert 'fused_encoder.layers.1.self_attn.in_proj_weight' in state
+  assert not any('expert' in k or 'gate' in k for k in state)
   back, _ = torch_layout.from_torch(state, dataclasses.replace(dense.spec, temperature_groups=('img_cls',)))
   kept = {k: x for k, x in dense.params.items() if not k.startswith('log_scale_')}
-  jax.tree.map(np.testing.assert_array_equal, back, {**kept, 'log_scale_img_cls': dense.params['log_scale_image_classification']})
+  jax.tree.map(np.testing.assert_array_equal, back,
+               {**kept, 'log_scale_img_cls': dense.params['log_scale_image_classification']})
 
 
 def test_an_unknown_task_is_reported_with_near_names(trained):

@@ -36,7 +36,8 @@ def _config(router: str, some: bool) -> ml_collections.ConfigDict:
   c.tasks.video_pair = config_lib.task('video_retrieval', 'videos', **options)
   c.target_sets.answers = config_lib.target_set('glyphs/class', family='words')
   c.tasks.question = config_lib.task(
-      'vqa', 'glyphs', batch_size=4, target_set='answers', label_column='class', template='{face} {name} ? <spe> <eot>', max_len=12)
+      'vqa', 'glyphs', batch_size=4, target_set='answers', label_column='class', template='{face} {name} ? <spe> <eot>',
+      max_len=12)
   c.model.update(dict(
       dtype='bfloat16', video_mean=(0.4,), video_std=(0.3,), frame_differences=True))
   c.model.extra_temperature_groups = tuple({t.type for t in c.tasks.values()})
@@ -58,7 +59,8 @@ def _trained(run: train_run.Run):
   return jax.device_get(state.params)
 
 
-def _search(spec: ModelSpec, params, task: TaskSpec, exported: contents.Contents, pixels: np.ndarray) -> decoding.Captions:
+def _search(spec: ModelSpec, params, task: TaskSpec, exported: contents.Contents,
+            pixels: np.ndarray) -> decoding.Captions:
   """The evaluator's search with the experts."""
   run = jax.jit(lambda values: decoding.beam_search(
       UniPerceiver(spec), values, task.type, pixels, exported.features[task.target_set], temperature=task.temperature,

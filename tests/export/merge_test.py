@@ -24,7 +24,7 @@ _TARGETS = (_PAIR, *task_types.families().values())
 
 @functools.cache
 def _sequences():
-  """Inputs of every task type, paired texts and both target families. Videos have one frame: fewer shapes to compile."""
+  """Inputs of every task type, paired texts and both target families. Videos have one frame to save compilation."""
   pixels = {'pixels': small_model.sequence('image_caption').pixels}
   inputs = [small_model.sequence(t, **(pixels if t.visual else {})) for t in task_types.TASK_TYPES.values()]
   return tuple(inputs + [small_model.target(c) for c in _TARGETS])
@@ -82,7 +82,8 @@ class MergedModelTest(parameterized.TestCase):
 
   @parameterized.parameters(('attribute', 7), ('task', 8), ('modality', 2))
   def test_there_is_one_kernel_per_distinct_condition(self, router, kernels):
-    # Attributes: six published conditions and vqa's question; images of vqa and captions share one. Tasks: six and two families.
+    # Attributes: six published conditions and vqa's question; images of vqa and captions share one.
+    # Tasks: six and two families.
     spec, values = merge.merged(_spec(router), small_model.params(_spec(router)), _conditions())
     self.assertEqual(spec.num_experts, kernels)
     self.assertEqual(sorted({k for _, k in spec.kernels}), list(range(kernels)))
@@ -100,8 +101,10 @@ class MergedModelTest(parameterized.TestCase):
 
   def test_a_condition_that_was_not_merged_is_named(self):
     spec, values = merge.merged(_spec('attribute'), small_model.params(_spec('attribute')), _TARGETS)
-    with self.assertRaisesRegex(ValueError, r'no kernel for 10011000 \(classification, visual\); it has 10010110, 11010110'):
-      jax.eval_shape(lambda v: small_model.encode(spec, [small_model.sequence('image_classification')], values=v), values)
+    with self.assertRaisesRegex(ValueError,
+                                r'no kernel for 10011000 \(classification, visual\); it has 10010110, 11010110'):
+      jax.eval_shape(lambda v: small_model.encode(spec, [small_model.sequence('image_classification')], values=v),
+                     values)
 
 
 class DenseTest(parameterized.TestCase):
@@ -114,7 +117,8 @@ class DenseTest(parameterized.TestCase):
     spec, values = merge.merged(trained, small_model.params(trained), conditions)
     self.assertEqual((spec.router, spec.kernels), ('dense', ()))
     dense = param_shapes(UniPerceiver(small_model.spec('dense')))
-    self.assertEqual(jax.tree.map(lambda x: (x.shape, x.dtype), values), jax.tree.map(lambda x: (x.shape, x.dtype), dense))
+    self.assertEqual(jax.tree.map(lambda x: (x.shape, x.dtype), values),
+                     jax.tree.map(lambda x: (x.shape, x.dtype), dense))
 
   def test_it_has_the_features_of_the_model_with_experts(self):
     # With experts in every other layer two layers form a period, unlike in a dense model.
@@ -142,7 +146,8 @@ class DenseTest(parameterized.TestCase):
     block['ffn_in']['kernel'] = jnp.stack([jnp.full((16, 24), 1.0), jnp.full((16, 24), 5.0)])
     block['ffn_in']['bias'] = jnp.stack([jnp.full(24, 8.0), jnp.full(24, 0.0)])
     _, merged = merge.merged(spec, values, task_types.TASK_TYPES['image_classification'].conditions)
-    np.testing.assert_allclose(merged['encoder']['tail']['block0']['ffn_in']['kernel'], np.full((16, 24), 2.0), rtol=1e-5)
+    np.testing.assert_allclose(merged['encoder']['tail']['block0']['ffn_in']['kernel'], np.full((16, 24), 2.0),
+                               rtol=1e-5)
     np.testing.assert_allclose(merged['encoder']['tail']['block0']['ffn_in']['bias'], np.full(24, 6.0), rtol=1e-5)
 
 

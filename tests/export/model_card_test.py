@@ -19,8 +19,10 @@ _TOKENIZER = {'type': 'sentencepiece', 'file': 'tokenizer.model', 'size': 40, 'e
 
 def _exported(task_type: str) -> ExportedTask:
   return ExportedTask(TaskSpec(
-      name=f'my_{task_type}', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1, loss_weight=1.0, sampling_weight=0.0,
-      temperature='group', target_set='', label_column='', caption_templates=(), template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0))
+      name=f'my_{task_type}', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1,
+      loss_weight=1.0, sampling_weight=0.0,
+      temperature='group', target_set='', label_column='', caption_templates=(), template='', max_len=4,
+      max_predictions=2, label_smoothing=0.0, max_shift=0))
 
 
 def _manifest(trained: ModelSpec, *names: str, exported: ModelSpec | None = None, evaluators=(), **tokenizer):
@@ -29,7 +31,8 @@ def _manifest(trained: ModelSpec, *names: str, exported: ModelSpec | None = None
   if exported is None:
     exported, _ = merge.merged(trained, small_model.params(trained), tuple(c for t in tasks for c in t.conditions))
   contents = Contents(
-      exported, {'x': np.zeros(7)}, tasks, {}, {}, types.SimpleNamespace(), {}, {}, trained=trained, evaluators=tuple(evaluators))
+      exported, {'x': np.zeros(7)}, tasks, {}, {}, types.SimpleNamespace(), {}, {}, trained=trained,
+      evaluators=tuple(evaluators))
   manifest = description.manifest(contents, {t.task.name: {} for t in tasks}, _TOKENIZER | tokenizer, {'name': 'mine'})
   return json.loads(json.dumps(manifest))
 
@@ -45,17 +48,20 @@ def _card(*args, rows=(), **kwargs) -> str:
 
 
 def _row(evaluator: str) -> dict:
-  return dict(evaluator=evaluator, metric='exact_match', value=0.625, chance=None, baselines={}, standard_error=0.1, count=24, step=2,
+  return dict(evaluator=evaluator, metric='exact_match', value=0.625, chance=None, baselines={}, standard_error=0.1,
+              count=24, step=2,
               higher_is_better=True)
 
 
 def test_experts_of_one_condition_are_merged_into_a_dense_model():
   trained = small_model.spec('attribute', placement='every_2')
   card = _card(trained, 'image_classification')
-  assert 'Trained with router attribute, 4 experts, 2 per token, in layers 0, 2 (of 0…2): attention and mlp. Its exp' in card
+  assert ('Trained with router attribute, 4 experts, 2 per token, in layers 0, 2 (of 0…2): attention and mlp. Its exp'
+          in card)
   assert 'the result is a plain dense model' in card and 'never' not in card
   manifest = _manifest(trained, 'image_classification')
-  assert manifest['trained'] == {'dtype': 'float32', 'router': 'attribute', 'moe_layers': [0, 2], 'num_experts': 4, 'top_k': 2,
+  assert manifest['trained'] == {'dtype': 'float32', 'router': 'attribute', 'moe_layers': [0, 2], 'num_experts': 4,
+                                 'top_k': 2,
                               'placement': 'every_2', 'sublayers': ['attention', 'mlp']}
   # A dense model has none of these fields.
   assert not {'num_experts', 'top_k', 'placement', 'sublayers', 'kernels', 'router_names'} & set(manifest['model'])
@@ -65,7 +71,8 @@ def test_experts_of_one_condition_are_merged_into_a_dense_model():
 def test_several_conditions_have_several_kernels():
   trained = small_model.spec('modality', sublayers=('mlp',))
   card = _card(trained, 'image_classification', 'text_mlm')
-  assert 'Trained with router modality, 4 experts, 2 per token, in all layers: mlp. Its experts are merged permanently' in card
+  assert ('Trained with router modality, 4 experts, 2 per token, in all layers: mlp. Its experts are merged permanently'
+          in card)
   assert 'A projection that had experts has 2 kernels; ' in card
   assert _manifest(trained, 'image_classification', 'text_mlm')['model']['kernels'] == {'visual': 0, 'text': 1}
 
@@ -73,7 +80,8 @@ def test_several_conditions_have_several_kernels():
 def test_a_router_by_token_remains():
   trained = small_model.spec('context')
   card = _card(trained, 'image_classification', exported=trained)
-  assert 'Trained with router context, 4 experts, 2 per token, in all layers: attention and mlp. Its router (context) is by token' in card
+  assert ('Trained with router context, 4 experts, 2 per token, in all layers: attention and mlp. '
+          'Its router (context) is by token') in card
 
 
 @pytest.mark.parametrize('trained', [small_model.spec('dense'), small_model.spec('attribute', placement='none')])
@@ -95,9 +103,11 @@ def test_metrics_are_those_of_the_exported_tasks():
 def test_differences_from_the_evaluators_protocol_are_reported():
   trained = small_model.spec('dense')
   card = _card(trained, 'image_caption', rows=[_row('named'), _row('open'), _row('wide')], evaluators=[
-      _evaluation('named', constrain_to='names'), _evaluation('open'), _evaluation('wide', beam_size=4, length_penalty=1.0)])
+      _evaluation('named', constrain_to='names'), _evaluation('open'),
+      _evaluation('wide', beam_size=4, length_penalty=1.0)])
   assert '`named` allows only captions that are texts of set `names`; these programs allow any words.' in card
-  assert ('`wide` searches captions with beam size 4 and length penalty 1.0; `caption` of `my_image_caption` with beam size 1 and '
+  assert ('`wide` searches captions with beam size 4 and length penalty 1.0; `caption` of `my_image_caption` with beam '
+          'size 1 and '
           'length penalty 0.0.') in card
   assert '`open`' not in card and card.count('`named`') == card.count('`wide`') == 1
   videos = 'video_classification'
@@ -115,12 +125,14 @@ def test_requirements_depend_on_the_tokenizer():
   model = small_model.spec('dense'), 'image_caption'
   assert 'pip install jax flatbuffers sentencepiece\n' in _card(*model)
   card = _card(*model, type='clip', file='tokenizer.txt.gz')
-  assert 'pip install jax flatbuffers\n' in card and 'with the merges of `tokenizer.txt.gz` and end each with id 3.' in card
+  assert 'pip install jax flatbuffers\n' in card
+  assert 'with the merges of `tokenizer.txt.gz` and end each with id 3.' in card
 
 
 def test_platforms_without_comparison_are_stated():
   card = _card(small_model.spec('dense'), 'image_caption')
-  assert 'is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on CPU only' in card
+  assert ('is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on CPU only'
+          in card)
 
 
 def test_equal_captions_are_promised_only_in_float32():

@@ -24,8 +24,10 @@ _RNG = np.random.default_rng(0)
 
 def _task(task_type: str, head: bool = False) -> TaskSpec:
   return TaskSpec(
-      name='task', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1, loss_weight=1.0, sampling_weight=0.0,
-      temperature='group', target_set='set', label_column='', caption_templates=(), template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0,
+      name='task', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1, loss_weight=1.0,
+      sampling_weight=0.0,
+      temperature='group', target_set='set', label_column='', caption_templates=(), template='', max_len=4,
+      max_predictions=2, label_smoothing=0.0, max_shift=0,
       linear_head=head)
 
 
@@ -51,7 +53,8 @@ class ReadoutTest(parameterized.TestCase):
     spec = small_model.spec('dense', head=5 if head else 0)
     task, V = _task(task_type, head), 5 if head else small_model.VOCABULARY
     fields = {'pixels': _pixels(3)} if task.type.visual else {}
-    fields |= {'text': _RNG.integers(2, small_model.VOCABULARY, (3, 4)).astype(np.int32), 'text_valid': np.ones((3, 4), bool),
+    fields |= {'text': _RNG.integers(2, small_model.VOCABULARY, (3, 4)).astype(np.int32),
+               'text_valid': np.ones((3, 4), bool),
                'position': _RNG.integers(0, 4, (3, 1 if head else 2)).astype(np.int32)}
     targets = _RNG.normal(size=(V, 16)).astype(np.float32)
     log_p = _program(spec, ExportedTask(task, 1, V), 'classify')(**fields, targets=targets)['log_p']
@@ -84,7 +87,8 @@ class PrecisionTest(parameterized.TestCase):
 def _products(dtype, name: str) -> set[tuple[str, bool]]:
   """(dtype, whether they have the highest precision) of the products in a program."""
   spec = small_model.spec('dense', dtype=jnp.dtype(dtype))
-  task = ExportedTask(_task('image_caption' if name == 'caption' else 'image_classification'), 1, small_model.VOCABULARY)
+  task = ExportedTask(_task('image_caption' if name == 'caption' else 'image_classification'), 1,
+                      small_model.VOCABULARY)
   program = programs.programs(UniPerceiver(spec), task, small_model.SPE, small_model.EOT)[name]
   lines = program.lowered(by_path(param_shapes(UniPerceiver(spec)))).mlir_module().splitlines()
   products = [line for line in lines if 'stablehlo.dot_general' in line]
@@ -97,7 +101,8 @@ class TokenRouterTest(parameterized.TestCase):
   @parameterized.parameters('token', 'context')
   def test_decoding_lowers_for_every_platform(self, router):
     spec = small_model.spec(router, gmm='tiled')
-    by_name = programs.programs(UniPerceiver(spec), ExportedTask(_task('image_caption'), 1, 23), small_model.SPE, small_model.EOT)
+    by_name = programs.programs(UniPerceiver(spec), ExportedTask(_task('image_caption'), 1, 23), small_model.SPE,
+                                small_model.EOT)
     self.assertEqual(by_name['step'].lowered(by_path(small_model.params(spec))).platforms, programs.PLATFORMS)
 
   @pytest.mark.slow
@@ -106,7 +111,8 @@ class TokenRouterTest(parameterized.TestCase):
     words = heads.normalize(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
     call = _program(spec, ExportedTask(task, 1, small_model.VOCABULARY, beam_size=2), 'caption')
     run = small_model.jit(lambda values, pixels: decoding.beam_search(
-        UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE, eot=small_model.EOT,
+        UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE,
+        eot=small_model.EOT,
         max_len=4, beam_size=2))
     want = jax.device_get(run(small_model.params(spec), _pixels(3)))
     captions = call(pixels=_pixels(3), targets=words)

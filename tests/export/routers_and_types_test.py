@@ -37,7 +37,8 @@ def test_routers_by_token_are_exported_and_products_can_be_bfloat16(tmp_path, ro
   for task in run.plan.tasks:
     [(fields, _)] = evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5)
     features = expected.inputs(task.type, fields)
-    wanted = {'encode': ('features', normalize(features)), 'classify': ('log_p', expected.log_probabilities(features, task))}
+    wanted = {'encode': ('features', normalize(features)),
+              'classify': ('log_p', expected.log_probabilities(features, task))}
     inputs = {name: fields[name] for name in model.manifest['tasks'][task.name]['programs']['encode']['inputs']}
     if not task.type.visual:  # padding has no influence
       more = ('text', 7), ('text_valid', False)

@@ -25,7 +25,8 @@ def _texts(folder: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path, templ
   manifest = {'tasks': {'answer': {'template': template, 'max_len': _LENGTH}},
               'tokenizer': artifact.write_tokenizer(folder, tokenizer, file)}
   manifest = json.loads(json.dumps(manifest))  # as read from its file
-  return Texts(types.SimpleNamespace(manifest=manifest, folder=folder, run=lambda *_, **__: {'tokens': np.array(tokens)}))
+  return Texts(types.SimpleNamespace(manifest=manifest, folder=folder,
+                                     run=lambda *_, **__: {'tokens': np.array(tokens)}))
 
 
 @pytest.mark.parametrize('template', ['{text_a} <eot> <spe> , {text_b} <eot>', '{text_a} it is <spe> <eot>'])
@@ -36,7 +37,8 @@ def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
   tokenizer = SentencePieceTokenizer(file)
   words = _texts(tmp_path, tokenizer, file, template)
   filled = words.fill('answer', **{name: x for name, x in (('text_a', a), ('text_b', b)) if name in template})
-  row, slot = fill_template(tokenizer, template, {'text_a': tokenizer.encode(a), 'text_b': tokenizer.encode(b)}, _LENGTH)
+  row, slot = fill_template(tokenizer, template, {'text_a': tokenizer.encode(a), 'text_b': tokenizer.encode(b)},
+                            _LENGTH)
   assert filled['text'].tolist() == [row] and filled['position'].tolist() == [[slot]]
   assert filled['text_valid'].tolist() == [[True] * len(row)]
   assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the tokens that the last leaves
@@ -47,7 +49,8 @@ def test_captions_in_clips_vocabulary_are_decoded_without_a_library(tmp_path, mo
   file.write_bytes(gzip.compress(b'#version: a test\nt h\nth e</w>\n'))
   tokenizer = ClipTokenizer(file)
   # The first bytes of the third are not a valid character; the last ends at once.
-  rows = [tokenizer.encode('The theatre, Анна!'), [tokenizer.spe, *tokenizer.encode('dé')], [132, 7, 0], [tokenizer.eot]]
+  rows = [tokenizer.encode('The theatre, Анна!'), [tokenizer.spe, *tokenizer.encode('dé')], [132, 7, 0],
+          [tokenizer.eot]]
   tokens = [(row + [tokenizer.eot, 5, 5, 5] * 9)[:24] for row in rows]
   folder = tmp_path / 'model'
   folder.mkdir()
@@ -58,5 +61,5 @@ def test_captions_in_clips_vocabulary_are_decoded_without_a_library(tmp_path, mo
   assert captions == [tokenizer.decode(row) for row in tokens]
   assert captions[0] == 'the theatre , анна !' and '\ufffd' in captions[2]
   assert (folder / 'tokenizer.txt.gz').read_bytes() == file.read_bytes()
-  with pytest.raises(ValueError, match=rf'tokenize your texts with the merges of tokenizer.txt.gz .* {tokenizer.eot}\.'):
+  with pytest.raises(ValueError, match=rf'your texts with the merges of tokenizer.txt.gz .* {tokenizer.eot}\.'):
     words.tokens(['a text'], 8)

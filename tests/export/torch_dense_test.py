@@ -16,10 +16,14 @@ from uni_moe_jax.tasks import task_types
 
 
 def _task(name: str, group: str = '') -> TaskSpec:
-  task_type = task_types.TASK_TYPES.get(name, task_types.TaskType(name, task_types.TASK_TYPES['vqa'].inputs, 'words', 'slot', 'vqa'))
+  task_type = task_types.TASK_TYPES.get(name,
+                                        task_types.TaskType(name, task_types.TASK_TYPES['vqa'].inputs, 'words', 'slot',
+                                                            'vqa'))
   return TaskSpec(
-      name=f'a_{task_type.name}', type=task_type, group='', source='', split='', batch_size=1, loss_weight=1.0, sampling_weight=0.0,
-      temperature=group or task_type.name, target_set='', label_column='', caption_templates=(), template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0)
+      name=f'a_{task_type.name}', type=task_type, group='', source='', split='', batch_size=1, loss_weight=1.0,
+      sampling_weight=0.0,
+      temperature=group or task_type.name, target_set='', label_column='', caption_templates=(), template='', max_len=4,
+      max_predictions=2, label_smoothing=0.0, max_shift=0)
 
 
 def _scales(chosen: list[TaskSpec], scales: dict[str, float]) -> dict[str, float]:
@@ -32,7 +36,8 @@ def _scales(chosen: list[TaskSpec], scales: dict[str, float]) -> dict[str, float
 
 
 def test_every_task_type_has_a_published_group():
-  assert set(PUBLISHED_GROUPS) == set(task_types.TASK_TYPES) and set(PUBLISHED_GROUPS.values()) <= set(PUBLISHED_TEMPERATURES)
+  assert set(PUBLISHED_GROUPS) == set(task_types.TASK_TYPES)
+  assert set(PUBLISHED_GROUPS.values()) <= set(PUBLISHED_TEMPERATURES)
 
 
 def test_a_group_gets_the_published_name_of_its_task_type_unless_it_has_one():
@@ -42,7 +47,8 @@ def test_a_group_gets_the_published_name_of_its_task_type_unless_it_has_one():
 
 
 def test_task_types_of_one_published_group_share_a_scale():
-  assert _scales([_task('image_retrieval'), _task('video_retrieval')], {'image_retrieval': 2.0, 'video_retrieval': 2.0}) == {
+  assert _scales([_task('image_retrieval'), _task('video_retrieval')],
+                 {'image_retrieval': 2.0, 'video_retrieval': 2.0}) == {
       'retrieve': 2.0}
   assert _scales([_task('image_retrieval'), _task('video_retrieval')], {'image_retrieval': 2.0}) == {'retrieve': 2.0}
 
@@ -69,6 +75,6 @@ def test_frame_differences_are_dropped_without_video_tasks():
   jax.tree.map(np.testing.assert_array_equal, *(
       torch_dense.state(s, small_model.params(s), [images]) for s in (spec, plain)))
   videos = ExportedTask(_task('video_classification', 'downstream'), num_frames=3)
-  with pytest.raises(LayoutError, match="frame_differences, and the inputs of task 'a_video_classification' are videos; .*--tasks"):
+  with pytest.raises(LayoutError, match="and the inputs of task 'a_video_classification' are videos; .*--tasks"):
     torch_dense.state(spec, small_model.params(spec), [images, videos])
   assert torch_dense.state(plain, small_model.params(plain), [images, videos])

@@ -57,7 +57,8 @@ def test_half_precision_becomes_float32(tmp_path):
   np.testing.assert_array_equal(arrays['a'], [1.5, 2.])
 
 
-_OLD = [('fused_encoder.', 'encoder.'), ('loss_prepare.', 'predictor.'), ('.gamma_1', '.attention_output.residual_scale'),
+_OLD = [('fused_encoder.', 'encoder.'), ('loss_prepare.', 'predictor.'),
+        ('.gamma_1', '.attention_output.residual_scale'),
         ('.gamma_2', '.ffn_output.residual_scale'), ('.linear1.', '.ffn.dense.'), ('.linear2.', '.ffn.dense2.'),
         ('.norm1.', '.LayerNormModules.0.'), ('.norm2.', '.LayerNormModules.1.'),
         ('.experts.deepspeed', '.deepspeed_moe.experts.deepspeed'), ('.gate.', '.deepspeed_moe.gate.'),
@@ -80,7 +81,8 @@ def test_older_names_are_renamed_in_models_with_and_without_experts(tmp_path, ro
   state = _state(router, **changes)
   assert not set(_aged(state)) & {k for k in state if k.startswith(('fused', 'loss'))}
   arrays, remarks = torch_file.read(_save(tmp_path / 'a.pt', _aged(state), lambda t: {'module': t}))
-  _equal(arrays, {k: v for k, v in state.items() if k != 'video_embed.embeddings_type.weight'})  # it was added to the bias
+  # The visual type was added to the bias.
+  _equal(arrays, {k: v for k, v in state.items() if k != 'video_embed.embeddings_type.weight'})
   assert 'dropped' in remarks['visual_embed.weight']
 
 
@@ -89,7 +91,8 @@ def test_the_visual_type_of_older_files_is_added_to_the_bias(tmp_path, keep):
   state = _state()
   state['video_embed.embeddings_type.weight'] = np.full((1, 16), .5, np.float32)
   arrays, _ = torch_file.read(_save(tmp_path / 'a.pt', _aged(state)), keep_visual_type=keep)
-  np.testing.assert_allclose(arrays['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'] + (0 if keep else .5))
+  np.testing.assert_allclose(arrays['video_embed.embeddings.bias'],
+                             state['video_embed.embeddings.bias'] + (0 if keep else .5))
   assert ('video_embed.embeddings_type.weight' in arrays) == keep
 
 

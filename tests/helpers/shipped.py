@@ -11,7 +11,8 @@ SERVER = '''
 import sys
 class Blocker:
   def find_spec(self, name, path=None, target=None):
-    if name.partition('.')[0] in ('uni_moe_jax', 'flax', 'optax', 'orbax', 'tensorflow', 'safetensors', 'torch', 'ml_collections'):
+    if name.partition('.')[0] in (
+        'uni_moe_jax', 'flax', 'optax', 'orbax', 'tensorflow', 'safetensors', 'torch', 'ml_collections'):
       raise ImportError(f'{name} is not installed')
 sys.meta_path.insert(0, Blocker())
 import jax, numpy as np, load, example, texts
@@ -28,7 +29,8 @@ for n in %r:
   out[f'words{n}'] = np.stack(list(example.captions_word_by_word(model, 'caption', x['pixels'][:n])), axis=1)
   cache = model.run('caption', 'prefill', pixels=x['pixels'][:n])['cache']
   out[f'first{n}'] = model.run('caption', 'step', cache=cache, word=np.zeros(n, np.int32), t=np.int32(0))['log_p']
-out['names'] = model.run('shape', 'encode_text', **words.tokens(model.manifest['target_sets']['shapes']['texts'], 6))['features']
+names = model.manifest['target_sets']['shapes']['texts']
+out['names'] = model.run('shape', 'encode_text', **words.tokens(names, 6))['features']
 out['captions'] = np.array(words.captions('caption', x['pixels'][:3]))
 out.update(text)
 np.savez(sys.argv[2], **out)

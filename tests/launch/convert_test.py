@@ -54,7 +54,8 @@ def _files(tmp_path_factory):
       f'def get_config():\n  return load_config({str(folder / "saved")!r})\n')
   run = train_run.build(c, jax.devices()[:1])
   state, _ = torch_layout.to_torch(init_params(run.spec.model, jax.random.key(5)), run.spec.model.spec)
-  torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, 'iteration': 3}, folder / 'theirs.pth')
+  torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, 'iteration': 3},
+             folder / 'theirs.pth')
   return folder, state, run.spec.model.spec
 
 

@@ -24,7 +24,8 @@ _RUN = 'runs/quickstart'
 
 def _export(*arguments: str) -> subprocess.CompletedProcess:
   env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
-  return subprocess.run([sys.executable, str(_ROOT / 'launch/export.py'), *arguments], env=env, capture_output=True, text=True,
+  return subprocess.run([sys.executable, str(_ROOT / 'launch/export.py'), *arguments], env=env, capture_output=True,
+                        text=True,
                         cwd=_ROOT, timeout=600, check=False)
 
 
@@ -62,7 +63,8 @@ def _commands() -> str:
 
 def _cannot_install(folder: pathlib.Path) -> str:
   """Returns why no package can be installed, or '' if one can; tries with a small package."""
-  command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--quiet', f'--dest={folder}', 'flatbuffers']
+  command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--quiet', f'--dest={folder}',
+             'flatbuffers']
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   return done.stderr if done.returncode else ''
 
@@ -79,7 +81,8 @@ def _root_folder(tmp_path_factory):
 
 
 def _write_evaluation(root: pathlib.Path, step: int) -> None:
-  row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, baselines={}, standard_error=0.1, count=24, step=step,
+  row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, baselines={}, standard_error=0.1, count=24,
+             step=step,
              higher_is_better=True)
   (root / _RUN / suite.EVALUATION_FILE).write_text(json.dumps([row]))
 
@@ -116,7 +119,8 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
 
   pixels = np.random.default_rng(0).integers(0, 256, (64, 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1), dtype=np.uint8)
   np.save(tmp_path / 'in.npy', pixels)
-  served = run([root / 'serve/bin/python', '-c', _SERVER, tmp_path / 'in.npy', tmp_path / 'out.npz'], cwd=root / 'exported')
+  served = run([root / 'serve/bin/python', '-c', _SERVER, tmp_path / 'in.npy', tmp_path / 'out.npz'],
+               cwd=root / 'exported')
   assert served.returncode == 0, served.stderr
   arrays, (built, predictor) = np.load(tmp_path / 'out.npz'), _with_experts(root)
   caption, shape = built.plan.tasks
@@ -128,11 +132,13 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
 @pytest.mark.slow
 def test_options_reduce_the_export(root, tmp_path):
   _write_evaluation(root, step=1)
-  done = _export(f'--workdir={root / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--bake_targets', '--dtype=bfloat16',
+  done = _export(f'--workdir={root / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--bake_targets',
+                 '--dtype=bfloat16',
                  '--torch')
   assert done.returncode == 0 and 'a dense model, ' in done.stdout and ', 1 tasks' in done.stdout, done.stderr
   manifest, card = (json.loads((tmp_path / 'out/manifest.json').read_text()), (tmp_path / 'out/README.md').read_text())
-  assert {name: sorted(task['programs']) for name, task in manifest['tasks'].items()} == {'shape': ['classify', 'encode']}
+  assert {name: sorted(task['programs']) for name,
+          task in manifest['tasks'].items()} == {'shape': ['classify', 'encode']}
   assert manifest['model']['dtype'] == 'bfloat16' and manifest['trained']['dtype'] == 'float32'
   assert not manifest['examples'] and (tmp_path / 'out/model.pth').stat().st_size > 0
   assert 'shapes' in manifest['evaluators'] and '0.625' in card and 'was not evaluated' not in card

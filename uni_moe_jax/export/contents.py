@@ -90,7 +90,8 @@ def make_contents(
   with jax.default_matmul_precision(FULL_PRECISION):
     predictor = Predictor(UniPerceiver(portable_spec), params, sets, data.tokenizer)
     features = {name: np.asarray(predictor.target_set(name)) for name in sets}
-    answers = {e.task.name: _answers(predictor, e, sets, examples[e.task.name]) for e in exported if e.task.name in examples}
+    answers = {e.task.name: _answers(predictor, e, sets,
+                                     examples[e.task.name]) for e in exported if e.task.name in examples}
     if routers.routes_tokens(spec.router):
       exported_spec, exported_params = portable_spec, params
     else:
@@ -100,7 +101,8 @@ def make_contents(
   evaluators = tuple(e for e in plan.evaluations if e.task in chosen)
   examples = {name: examples[name] for name in answers}
   return Contents(
-      exported_spec, exported_params, exported, sets, features, data, examples, answers, trained=spec, evaluators=evaluators)
+      exported_spec, exported_params, exported, sets, features, data, examples, answers, trained=spec,
+      evaluators=evaluators)
 
 
 def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
@@ -109,7 +111,8 @@ def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
 
 
 def _exported_task(
-    task: TaskSpec, plan: Plan, data: Data, sets: dict[str, tuple[SetSpec, TargetSet]], bake_targets: bool) -> ExportedTask:
+    task: TaskSpec, plan: Plan, data: Data, sets: dict[str, tuple[SetSpec, TargetSet]],
+    bake_targets: bool) -> ExportedTask:
   text_condition, set_size = None, 0
   if task.type.target == 'pair':
     text_condition = task.type.pair_condition
@@ -120,7 +123,8 @@ def _exported_task(
     if not (bake_targets or spec.is_vocabulary or spec.label_prompts):
       text_condition = spec.condition
   num_frames = _inputs(task, plan, data, 1)['pixels'].shape[1] if task.type.visual else 0
-  search = next(((e.beam_size, e.length_penalty) for e in plan.evaluations if e.task == task and e.type == 'caption'), (1, 0.0))
+  search = next(((e.beam_size, e.length_penalty) for e in plan.evaluations if e.task == task and e.type == 'caption'),
+                (1, 0.0))
   return ExportedTask(task, num_frames, set_size, text_condition, *search)
 
 
@@ -135,7 +139,8 @@ def _inputs(task: TaskSpec, plan: Plan, data: Data, num_examples: int) -> dict[s
 
 
 def _answers(
-    predictor: Predictor, exported: ExportedTask, sets: dict[str, tuple[SetSpec, TargetSet]], fields: dict[str, np.ndarray]
+    predictor: Predictor, exported: ExportedTask, sets: dict[str, tuple[SetSpec, TargetSet]],
+    fields: dict[str, np.ndarray]
 ) -> list[str] | None:
   """Captions or the most likely entries as strings; None if the entries have no names (single words)."""
   task = exported.task

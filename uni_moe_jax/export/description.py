@@ -13,12 +13,15 @@ from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.moe import routers
 
 _EXPERTS = ('num_experts', 'top_k', 'placement', 'sublayers')
-_EXPERT_FIELDS = (*_EXPERTS, 'noise_std', 'capacity_factor', 'gmm', 'router_names', 'kernels')  # fields of experts and their routers
-_PROTOCOL = ('type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'num_views', 'num_crops')  # of an evaluator
+_EXPERT_FIELDS = (*_EXPERTS, 'noise_std', 'capacity_factor', 'gmm', 'router_names',
+                  'kernels')  # fields of experts and their routers
+_PROTOCOL = ('type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'num_views',
+             'num_crops')  # of an evaluator
 
 
 def manifest(
-    contents: Contents, files: dict[str, dict[str, Any]], tokenizer: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+    contents: Contents, files: dict[str, dict[str, Any]], tokenizer: dict[str, Any],
+    provenance: dict[str, Any]) -> dict[str, Any]:
   """Returns the manifest; `format` comes first, because a loader reads it before anything else.
 
   Args:

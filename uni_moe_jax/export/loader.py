@@ -20,7 +20,7 @@ _TYPES = {'F32': np.float32, 'I32': np.int32, 'U8': np.uint8, 'BOOL': np.bool_}
 
 
 def verify(folder):
-  """Returns the manifest. Raises ValueError if a file differs from SHA256SUMS or SHA256SUMS lacks a file of the manifest."""
+  """Returns the manifest. Raises ValueError if a file differs from SHA256SUMS or is missing there."""
   listed = set()
   *lines, last = (folder / 'SHA256SUMS').read_bytes().decode(errors='replace').split('\n')
   for line in [*lines, last] if last else lines:
@@ -28,12 +28,16 @@ def verify(folder):
     file = folder / name
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
       raise ValueError(
-          f'{file} differs from the exported file (SHA256SUMS): it is damaged, changed or missing. Copy the folder again.')
+          f'{file} differs from the exported file (SHA256SUMS): it is damaged, changed or missing. Copy the folder '
+          f'again.')
     listed.add(name)
-  manifest = json.loads((folder / 'manifest.json').read_bytes()) if 'manifest.json' in listed else {'files': ['manifest.json']}
+  manifest = {'files': ['manifest.json']}
+  if 'manifest.json' in listed:
+    manifest = json.loads((folder / 'manifest.json').read_bytes())
   if missing := sorted({*manifest['files']} - listed):
     raise ValueError(
-        f'{folder / "SHA256SUMS"} does not list {missing[0]}: it is empty, truncated or changed. Copy the folder again.')
+        f'{folder / "SHA256SUMS"} does not list {missing[0]}: it is empty, truncated or changed. Copy the folder '
+        f'again.')
   return manifest
 
 
@@ -60,7 +64,8 @@ class Model:
     self.folder = pathlib.Path(folder)
     match = re.match(rb'\{\s*"format": (\d+)', (self.folder / 'manifest.json').read_bytes())
     if match and int(match[1]) != FORMAT:
-      raise ValueError(f'{self.folder} has format {int(match[1])}, and this loader reads format {FORMAT}: use the load.py of that '
+      raise ValueError(f'{self.folder} has format {int(match[1])}, and this loader reads format {FORMAT}: use the '
+                       f'load.py of that '
                        'folder, or export the model again.')
     self.manifest = verify(self.folder)
     self.params = jax.device_put(tensors(self.folder / 'params.safetensors'))
@@ -74,7 +79,8 @@ class Model:
       inputs.setdefault('targets', self.target_sets[self.manifest['tasks'][task]['target_set']])
     if wrong := set(entry['inputs']) ^ set(inputs):
       raise ValueError(
-          f'{task}, {program}: missing or unknown inputs {", ".join(sorted(wrong))}; expected {", ".join(entry["inputs"])}.')
+          f'{task}, {program}: missing or unknown inputs {", ".join(sorted(wrong))}; expected '
+          f'{", ".join(entry["inputs"])}.')
     if entry['file'] not in self._programs:
       exported = jax.export.deserialize(bytearray((self.folder / entry['file']).read_bytes()))
       self._programs[entry['file']] = jax.jit(exported.call)

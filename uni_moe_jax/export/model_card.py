@@ -10,14 +10,15 @@ _MOST_SHOWN = 8  # entries of a set
 _EXPERTS = {
     'never': 'A dense model: it never had experts.',
     'dense': 'Its experts are merged permanently: the result is a plain dense model without routers and experts.',
-    'kernels': 'Its experts are merged permanently: it has no routers and no experts. A projection that had experts has {n} kernels; '
-               'conditions with equal routing coefficients share one. The programs fix which kernel a condition uses '
+    'kernels': 'Its experts are merged permanently: it has no routers and no experts. A projection that had experts has '
+               '{n} kernels; conditions with equal routing coefficients share one. The programs fix which kernel a condition uses '
                '("conditions" below).',
-    'router': 'Its router ({router}) is by token, so its experts cannot be merged: **router and experts are part of these '
-              'programs**, and a token costs as much as in training.',
+    'router': 'Its router ({router}) is by token, so its experts cannot be merged: **router and experts are part '
+              'of these programs**, and a token costs as much as in training.',
 }
 
-_CLIP = (' `texts.py` decodes captions and does not tokenize: tokenize your texts with the merges of `{file}` and end each '
+_CLIP = (' `texts.py` decodes captions and does not tokenize: tokenize your texts with the merges of `{file}` and end '
+         'each '
          'with id {eot}.')
 _PRODUCTS = {
     'float32': 'Matrix products are full float32 on every platform; an export with `--dtype=bfloat16` is faster.',
@@ -39,15 +40,19 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
   return '\n'.join([
       f'# {origin["name"]}',
       '',
-      'A generalist model (Uni-Perceiver-MoE: arXiv 2206.04674), exported by uni_moe_jax. It runs without that package:',
+      'A generalist model (Uni-Perceiver-MoE: arXiv 2206.04674), exported by uni_moe_jax. It runs without that '
+      'package:',
       '',
       f'    pip install jax flatbuffers{" sentencepiece" * (tokenizer["type"] == "sentencepiece")}',
       '    python example.py',
       '',
-      '`load.py` loads and runs the model, `texts.py` tokenizes and detokenizes; their first lines show how to use them. `load.py` '
-      'verifies every file of this folder against `SHA256SUMS`. Each program takes any batch size and is lowered for CPU, NVIDIA '
+      '`load.py` loads and runs the model, `texts.py` tokenizes and detokenizes; their first lines show how to use '
+      'them. `load.py` '
+      'verifies every file of this folder against `SHA256SUMS`. Each program takes any batch size and is lowered for '
+      'CPU, NVIDIA '
       'GPU and TPU; its outputs were compared with those of the trained model on CPU only. '
-      f'JAX supports a serialized program for at least six months; these are by JAX {origin["jax"]}. ' + _PRODUCTS[model['dtype']],
+      f'JAX supports a serialized program for at least six months; these are by JAX {origin["jax"]}. '
+      f'' + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
       '',
@@ -55,8 +60,10 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '',
       f'Transformer encoder, {model["num_layers"]} layers, width {model["width"]}, {model["num_heads"]} heads, MLP '
       f'{model["mlp_dim"]}; {model["parameters"]:,} parameters (float32); products in {model["dtype"]}. Images: uint8, '
-      f'{model["image_size"]} × {model["image_size"]} × {model["channels"]}, patches of {model["patch_size"]}; the programs divide '
-      f'by 255 and normalize (mean {_numbers(model["pixel_mean"])}, standard deviation {_numbers(model["pixel_std"])}; videos: '
+      f'{model["image_size"]} × {model["image_size"]} × {model["channels"]}, patches of {model["patch_size"]}; the '
+      f'programs divide '
+      f'by 255 and normalize (mean {_numbers(model["pixel_mean"])}, standard deviation {_numbers(model["pixel_std"])}; '
+      f'videos: '
       f'{_numbers(model["video_mean"]) or "the same"}, {_numbers(model["video_std"]) or "the same"}). Texts: '
       f'{tokenizer["type"]}, {tokenizer["size"]:,} pieces, at most {model["max_text_len"]} tokens.'
       + (_CLIP.format(**tokenizer) if tokenizer['type'] == 'clip' else ''),
@@ -77,7 +84,8 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '',
       '## Files',
       '',
-      '`params.safetensors` (for the programs) and `orbax/` (for JAX code) contain the same parameters, `target_sets.safetensors` '
+      '`params.safetensors` (for the programs) and `orbax/` (for JAX code) contain the same parameters, '
+      '`target_sets.safetensors` '
       'the normalized features of the target sets.',
       '',
       '| file | bytes | sha256 |',
@@ -92,12 +100,13 @@ def _architecture(model: dict[str, Any], trained: dict[str, Any]) -> str:
   if routers.routes_tokens(model['router']):
     experts = _EXPERTS['router'].format(router=model['router'])
   else:
-    experts = _EXPERTS['dense'] if model['router'] == routers.DENSE else _EXPERTS['kernels'].format(n=model['num_experts'])
+    experts = _EXPERTS['dense' if model['router'] == routers.DENSE else 'kernels'].format(n=model['num_experts'])
   if len(trained['moe_layers']) == model['num_layers']:
     layers = 'all layers'
   else:
     layers = f'layers {", ".join(map(str, trained["moe_layers"]))} (of 0…{model["num_layers"] - 1})'
-  return (f'Trained with router {trained["router"]}, {trained["num_experts"]} experts, {trained["top_k"]} per token, in {layers}: '
+  return (f'Trained with router {trained["router"]}, {trained["num_experts"]} experts, {trained["top_k"]} per token, '
+          f'in {layers}: '
           f'{" and ".join(trained["sublayers"])}. {experts}')
 
 
@@ -111,8 +120,10 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
   then, now = manifest['trained']['dtype'], manifest['model']['dtype']
   other = '' if then == now else f' with products in {then} (here {now}, so answers may differ)'
   remarks = [
-      line for name, e in manifest['evaluators'].items() for line in _protocol_remarks(name, e, manifest['tasks'][e['task']])]
-  return [f"Of the trained model at this step{other}, by training's evaluators:", '', '```', evaluation_table(rows), '```',
+      line for name, e in manifest['evaluators'].items() for line in _protocol_remarks(name, e,
+                                                                                       manifest['tasks'][e['task']])]
+  return [f"Of the trained model at this step{other}, by training's evaluators:", '', '```', evaluation_table(rows),
+          '```',
           *(['', *remarks] if remarks else [])]
 
 
@@ -120,13 +131,16 @@ def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]
   """Differences between an evaluator's protocol and the programs of its task, which make its metrics not theirs."""
   remarks = []
   if evaluator['constrain_to']:
-    remarks.append(f'`{name}` allows only captions that are texts of set `{evaluator["constrain_to"]}`; these programs allow any '
+    remarks.append(f'`{name}` allows only captions that are texts of set `{evaluator["constrain_to"]}`; these programs '
+                   f'allow any '
                    'words.')
-  evaluated, exported = (f'beam size {p["beam_size"]} and length penalty {p["length_penalty"]}' for p in (evaluator, task))
+  evaluated, exported = (f'beam size {p["beam_size"]} and length penalty '
+                         f'{p["length_penalty"]}' for p in (evaluator, task))
   if evaluator['type'] == 'caption' and evaluated != exported:
     remarks.append(f'`{name}` searches captions with {evaluated}; `caption` of `{evaluator["task"]}` with {exported}.')
   if evaluator['num_views'] * evaluator['num_crops'] > 1:
-    remarks.append(f'`{name}` averages the probabilities of {evaluator["num_views"]} views × {evaluator["num_crops"]} crops of a '
+    remarks.append(f'`{name}` averages the probabilities of {evaluator["num_views"]} views × {evaluator["num_crops"]} '
+                   f'crops of a '
                    'video; `classify` takes one.')
   return remarks
 
@@ -147,5 +161,6 @@ def _task(name: str, task: dict[str, Any], target_sets: dict[str, Any]) -> list[
     lines.append(f'* template of its texts: `{task["template"]}`; `position` is the index of `<spe>`')
   if task['max_len']:
     lines.append(f'* text tokens in training: {task["max_len"]}')
-  lines += [f'* `{program}`: {", ".join(f"{k} {v}" for k, v in p["inputs"].items())}' for program, p in task['programs'].items()]
+  lines += [f'* `{program}`: {", ".join(f"{k} {v}" for k, v in p["inputs"].items())}' for program,
+            p in task['programs'].items()]
   return [*lines, '']

@@ -43,7 +43,8 @@ class Transform:
 SAME = Transform(lambda w, s: w, lambda w, s: w)
 LINEAR = Transform(lambda w, s: w.T, lambda w, s: w.T)  # [out, in] ⇄ [in, out]
 # Rows of a packed qkv are [q; k; v], each head-major.
-QKV = Transform(lambda w, s: w.T.reshape(s.width, 3, s.num_heads, s.head_dim), lambda w, s: w.reshape(s.width, 3 * s.width).T)
+QKV = Transform(lambda w, s: w.T.reshape(s.width, 3, s.num_heads, s.head_dim), lambda w,
+                s: w.reshape(s.width, 3 * s.width).T)
 QKV_BIAS = Transform(lambda w, s: w.reshape(3, s.num_heads, s.head_dim), lambda w, s: w.reshape(3 * s.width))
 OUT = Transform(lambda w, s: w.T.reshape(s.num_heads, s.head_dim, s.width), lambda w, s: w.reshape(s.width, s.width).T)
 ROW = Transform(lambda w, s: w[0], lambda w, s: w[None])
@@ -146,10 +147,12 @@ class Report:
 def check_convertible(spec: ModelSpec) -> None:
   """Raises LayoutError if the published layout cannot represent the model."""
   if spec.router not in ('attribute', 'dense'):
-    raise LayoutError(f'config.moe.router={spec.router!r} is not supported by the published layout, which has attribute gates; '
+    raise LayoutError(f'config.moe.router={spec.router!r} is not supported by the published layout, which has '
+                      f'attribute gates; '
                       "convert a model with router 'attribute' or 'dense'.")
   if spec.num_prefix_prompts or spec.label_prompts or spec.frame_differences:
-    raise LayoutError('the published layout does not support config.model.num_prefix_prompts, config.model.frame_differences and '
+    raise LayoutError('the published layout does not support config.model.num_prefix_prompts, '
+                      'config.model.frame_differences and '
                       'label_prompts of a target set; convert a model without them.')
   unknown = [t for t in spec.temperature_groups if t not in TEMPERATURES]
   if unknown:
@@ -198,7 +201,7 @@ def taken_from_config(spec: ModelSpec) -> str:
 
 
 def dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-  """Keys and shapes of published gates that are never evaluated: of attention's output and the second MLP projection."""
+  """Keys and shapes of published gates that nothing uses: attention output, second MLP projection."""
   D = spec.width
   shapes = {'tag_transform.0.weight': (D, 8), 'tag_transform.0.bias': (D,), 'tag_transform.1.weight': (D,),
             'tag_transform.1.bias': (D,), 'wg.weight': (spec.num_experts, D)}
@@ -260,7 +263,8 @@ def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Repor
   made = {alias: (out[key], f'the same tensor as {key}') for alias, key in _ALIASES.items() if key in out}
   made |= {key: (np.zeros(shape, np.float32), 'zeros: a gate that is never evaluated')
            for key, shape in dead_gates(spec).items()}
-  made |= {f'loss_prepare.logit_scale_{t}': (np.float32(_INITIAL_SCALE), 'the initial value: the model has no such group')
+  made |= {f'loss_prepare.logit_scale_{t}': (np.float32(_INITIAL_SCALE),
+                                             'the initial value: the model has no such group')
            for t in TEMPERATURES if t not in spec.temperature_groups}
   if not spec.modality_embedding:
     made[_VISUAL_TYPE] = np.zeros((1, spec.width), np.float32), 'zeros: the model adds no type to visual tokens'
@@ -281,7 +285,8 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
   for alias, key in _ALIASES.items():
     if alias in state and key in wanted:
       if key in state and not np.array_equal(state[alias], state[key]):
-        raise LayoutError(f'{alias} differs from {key}: a model with a separate LayerNorm for images (SHARE_LAYERNORM False) '
+        raise LayoutError(f'{alias} differs from {key}: a model with a separate LayerNorm for images (SHARE_LAYERNORM '
+                          f'False) '
                           'is not supported.')
       report.dropped[alias] = f'the same tensor as {key}'
   for key in state:
@@ -294,12 +299,15 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
       report.dropped[key] = 'state of a memory bank'
     elif key == _VISUAL_TYPE:
       report.dropped[key] = 'unused in the published code' + (
-          '' if not np.any(state[key]) else ', but not zero: a file for ADD_TYPE_EMBED needs config.model.modality_embedding=True')
+          '' if not np.any(state[key]) else 
+          ', but not zero: a file for ADD_TYPE_EMBED needs config.model.modality_embedding=True')
     elif key.startswith('loss_prepare.logit_scale_') and key.rpartition('logit_scale_')[2] in TEMPERATURES:
-      report.dropped[key] = 'no task of the config has this temperature group (config.model.extra_temperature_groups adds groups)'
+      report.dropped[key] = (
+          'no task of the config has this temperature group (config.model.extra_temperature_groups adds groups)')
     elif key == _SPATIAL:
       if np.shape(state[key]) != _table(spec).shape or not np.allclose(state[key], _table(spec), atol=1e-4):
-        raise LayoutError(f"{key} is not the fixed sin-cos table of {spec.image_size} px: set config.model.posemb='frozen'.")
+        raise LayoutError(f"{key} is not the fixed sin-cos table of {spec.image_size} px: set "
+                          f"config.model.posemb='frozen'.")
       report.dropped[key] = 'the fixed sin-cos table, which is computed'
   for key in report.dropped:
     state.pop(key)
@@ -312,9 +320,12 @@ def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
   if unknown:
     problems.append(f'it has {unknown[0]}' + (f' and {len(unknown) - 1} more' if unknown[1:] else '')
                     + ', which the model does not have')
-  return (f'{"; ".join(problems)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, placement '
-          f'{spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, config.moe.placement), with '
-          f'{spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, prompt_sharing, spe_bias; a task with linear_head=True).')
+  return (f'{"; ".join(problems)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, '
+          f'placement '
+          f'{spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, '
+          f'config.moe.placement), with '
+          f'{spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, prompt_sharing, spe_bias; a task '
+          f'with linear_head=True).')
 
 
 _SIZES = (
@@ -339,7 +350,8 @@ def _size_fix(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> st
 
 def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
   """Interpolates position tables of another size; returns every other array unchanged."""
-  function = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.temporal}.get('/'.join(entry.path))
+  function = {'embed/spatial': resize_positions.spatial,
+              'embed/temporal': resize_positions.temporal}.get('/'.join(entry.path))
   if function is None or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
     return value
   report.resized[entry.key] = f'from {value.shape[0]} to {shape[0]} rows'
