@@ -131,8 +131,8 @@ def test_requirements_depend_on_the_tokenizer():
 
 def test_platforms_without_comparison_are_stated():
   card = _card(small_model.spec('dense'), 'image_caption')
-  assert ('is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on CPU only'
-          in card)
+  assert ('is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on CPU '
+          'only') in card
 
 
 def test_equal_captions_are_promised_only_in_float32():

@@ -39,7 +39,7 @@ try:
   import uni_moe_jax
 except ImportError as e:
   print(e)
-''' % (BATCHES,)
+''' % (BATCHES,)  # noqa: UP031
 
 
 def module(folder: pathlib.Path, name: str = 'load') -> types.ModuleType:

@@ -10,8 +10,9 @@ _MOST_SHOWN = 8  # entries of a set
 _EXPERTS = {
     'never': 'A dense model: it never had experts.',
     'dense': 'Its experts are merged permanently: the result is a plain dense model without routers and experts.',
-    'kernels': 'Its experts are merged permanently: it has no routers and no experts. A projection that had experts has '
-               '{n} kernels; conditions with equal routing coefficients share one. The programs fix which kernel a condition uses '
+    'kernels': 'Its experts are merged permanently: it has no routers and no experts. A projection that had experts '
+               'has {n} kernels; conditions with equal routing coefficients share one. The programs fix which kernel a '
+               'condition uses '
                '("conditions" below).',
     'router': 'Its router ({router}) is by token, so its experts cannot be merged: **router and experts are part '
               'of these programs**, and a token costs as much as in training.',
@@ -100,7 +101,8 @@ def _architecture(model: dict[str, Any], trained: dict[str, Any]) -> str:
   if routers.routes_tokens(model['router']):
     experts = _EXPERTS['router'].format(router=model['router'])
   else:
-    experts = _EXPERTS['dense' if model['router'] == routers.DENSE else 'kernels'].format(n=model['num_experts'])
+    name = 'dense' if model['router'] == routers.DENSE else 'kernels'
+    experts = _EXPERTS[name].format(n=model.get('num_experts'))
   if len(trained['moe_layers']) == model['num_layers']:
     layers = 'all layers'
   else:

@@ -299,7 +299,7 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
       report.dropped[key] = 'state of a memory bank'
     elif key == _VISUAL_TYPE:
       report.dropped[key] = 'unused in the published code' + (
-          '' if not np.any(state[key]) else 
+          '' if not np.any(state[key]) else
           ', but not zero: a file for ADD_TYPE_EMBED needs config.model.modality_embedding=True')
     elif key.startswith('loss_prepare.logit_scale_') and key.rpartition('logit_scale_')[2] in TEMPERATURES:
       report.dropped[key] = (
