@@ -44,7 +44,7 @@ def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
   assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the tokens that the last leaves
 
 
-def test_captions_in_clips_vocabulary_are_decoded_without_a_library(tmp_path, monkeypatch):
+def test_captions_in_the_clip_vocabulary_are_decoded_without_a_library(tmp_path, monkeypatch):
   file = tmp_path / 'merges.txt.gz'
   file.write_bytes(gzip.compress(b'#version: a test\nt h\nth e</w>\n'))
   tokenizer = ClipTokenizer(file)
