@@ -341,11 +341,11 @@ def test_local_processes_share_a_port_and_have_their_own_numbers(tmp_path):
   process = _processes(tmp_path, '0', '0')
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 0
-  said = [(tmp_path / f'ran{i}').read_text().split() for i in range(2)]
-  places = [[word.partition('=')[2] for word in words[-3:]] for words in said]
-  assert [words[0] for words in said] == ['--config=c.py'] * 2
-  assert places[0][0] == places[1][0] and places[0][0].startswith('127.0.0.1:')
-  assert [p[1:] for p in places] == [['2', '0'], ['2', '1']]
+  arguments = [(tmp_path / f'ran{i}').read_text().split() for i in range(2)]
+  clusters = [[word.partition('=')[2] for word in words[-3:]] for words in arguments]
+  assert [words[0] for words in arguments] == ['--config=c.py'] * 2
+  assert clusters[0][0] == clusters[1][0] and clusters[0][0].startswith('127.0.0.1:')
+  assert [p[1:] for p in clusters] == [['2', '0'], ['2', '1']]
   assert sorted(errors.splitlines()) == ['[0] failed', '[1] failed']
 
 

@@ -91,11 +91,11 @@ def image(draw, folder: pathlib.Path) -> Case:
 
   def main() -> int | str:
     try:
-      found = media.read_image(path)
+      media_file = media.read_image(path)
     except media.CorruptFile as e:
       return skipped(str(e))
-    pixels = tf.io.decode_image(found.data, channels=3, expand_animations=False).numpy()
-    assert pixels.shape == (*found.size[::-1], 3), f'an image of size {found.size} is decoded as {pixels.shape}'
+    pixels = tf.io.decode_image(media_file.data, channels=3, expand_animations=False).numpy()
+    assert pixels.shape == (*media_file.size[::-1], 3), f'an image {media_file.size} is decoded as {pixels.shape}'
     return 0
   return Case(main)
 
@@ -110,12 +110,12 @@ def video_file(draw, folder: pathlib.Path) -> Case:
 
   def main() -> int | str:
     try:
-      found = media.FrameArrays().read_video(path, 0) if extension == 'npz' else media.read_video(path)
+      media_file = media.FrameArrays().read_video(path, 0) if extension == 'npz' else media.read_video(path)
     except media.CorruptFile as e:
       return skipped(str(e))
-    frames = video.sample_frames(found.data, np.array([0.1, 0.5, 0.9]))
-    assert (frames.shape, frames.dtype) == ((3, *found.size[:0:-1], 3), np.uint8), (
-        f'a video of size {found.size} gives frames {frames.dtype}{frames.shape}')
+    frames = video.sample_frames(media_file.data, np.array([0.1, 0.5, 0.9]))
+    assert (frames.shape, frames.dtype) == ((3, *media_file.size[:0:-1], 3), np.uint8), (
+        f'a video of size {media_file.size} gives frames {frames.dtype}{frames.shape}')
     return 0
   return Case(main)
 

@@ -209,21 +209,21 @@ def _has_other_type(path: tuple[str, ...], value: Any) -> bool:
 @st.composite
 def bad_fields(draw) -> tuple[tuple[str, ...], Any, bool]:
   """Draw (path, value, whether the value is surely bad) of a config field."""
-  kind = draw(st.sampled_from(
+  mistake = draw(st.sampled_from(
       ('wrong type', 'not finite', 'negative', 'unknown choice', 'unknown field', 'odd string')))
-  if kind == 'wrong type':
+  if mistake == 'wrong type':
     path, value = draw(st.sampled_from(_LEAVES)), draw(JSON)
     return path, value, _has_other_type(path, value)
-  if kind == 'not finite':
+  if mistake == 'not finite':
     return draw(st.sampled_from(_NUMBERS)), draw(st.sampled_from(_NOT_FINITE)), True
-  if kind == 'negative':
+  if mistake == 'negative':
     path = draw(st.sampled_from([p for p in _NUMBERS if p[0] in _NOT_NEGATIVE]))
     size = draw(st.sampled_from((2, 3, 10**6) if isinstance(_get(_BASE, path), int) else (.5, 2., 1e6)))
     return path, -size, True
-  if kind == 'unknown choice':
+  if mistake == 'unknown choice':
     path = draw(st.sampled_from([p for p in _STRINGS if p[-1] in _CHOICES and _get(_BASE, p)]))
     return path, _get(_BASE, path) + draw(st.sampled_from(('x', '?', '_', ' '))), True
-  if kind == 'unknown field':
+  if mistake == 'unknown field':
     section = draw(st.sampled_from(_SECTIONS))
     return (*section, draw(st.sampled_from(('widht', 'lr', '__class__', 'items'))) + '7'), 3, True
   return draw(st.sampled_from(_STRINGS)), draw(ODD_STRINGS), False
@@ -304,23 +304,23 @@ def checkpoint(draw, folder: pathlib.Path) -> Case:
 def _commands(draw, folder: pathlib.Path) -> list[str]:
   """Draw a command with a mistake: script and arguments. What is wrong is found before slow libraries are imported."""
   train = ['train.py', f'--config={ROOT}/configs/quickstart.py']
-  kind = draw(st.sampled_from(('override', 'flag', 'damaged work directory', 'unreachable path', 'own data')))
-  if kind == 'override':
+  mistake = draw(st.sampled_from(('override', 'flag', 'damaged work directory', 'unreachable path', 'own data')))
+  if mistake == 'override':
     path = draw(st.sampled_from([p for p in _NUMBERS if p[0] in ('model', 'moe', 'train', 'optim')]))
     value = draw(st.sampled_from(('wide', 'nan', '-1000000', '1e300', '[]')))
     field = '.'.join(path) + draw(st.sampled_from(('', '', 'x')))
     return [*train, f'--workdir={folder}/run', f'--config.{field}={value}']
-  if kind == 'flag':
+  if mistake == 'flag':
     script = draw(st.sampled_from(('train', 'evaluate', 'report', 'benchmark', 'prepare_data', 'convert'))) + '.py'
     flags = ('--wrokdir=x', '--workdir', 'x', '--config=nowhere.py', '--config=../../x.py:a', '--=',
              '--config.model.width=3')
     return [script, *draw(st.permutations([f'--nothing{draw(st.integers(0, 99))}', draw(st.sampled_from(flags))]))]
-  if kind == 'damaged work directory':
+  if mistake == 'damaged work directory':
     _write_config(folder, {})
     content = (folder / workdir.CONFIG_FILE).read_bytes()
     _write_config(folder, content[:draw(st.integers(1, 50))])
     return [*draw(st.sampled_from((train, ['evaluate.py'], ['interference.py']))), f'--workdir={folder}']
-  if kind == 'unreachable path':
+  if mistake == 'unreachable path':
     path = draw(st.sampled_from(UNREACHABLE))
     (folder / 'train.txt').write_text('one line\n')
     prepare = ['prepare_data.py', '--name=x']

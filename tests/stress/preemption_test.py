@@ -26,17 +26,17 @@ def test_steps_are_lost_if_more_than_the_running_save_is_missing(tmp_path, last_
   assert bool(tally.findings) == lost
 
 
-@pytest.mark.parametrize('expected, output, found', [
+@pytest.mark.parametrize('expected, output, is_finding', [
     (None, 'ready after 1 s; the first step compiles', False),
     (20, 'resumed from step 20\nready after 1 s; the first step compiles', False),
     (20, 'importing', False),  # killed before it could print
     (20, 'resumed from step 10\nready after 1 s; the first step compiles', True),
     (20, 'ready after 1 s; the first step compiles', True),
     (None, 'resumed from step 10\nready after 1 s; the first step compiles', True)])
-def test_a_start_must_resume_from_the_newest_intact_checkpoint(expected, output, found):
+def test_a_start_must_resume_from_the_newest_intact_checkpoint(expected, output, is_finding):
   tally = Tally()
   preemption._check_resumed(expected, output, tally)
-  assert bool(tally.findings) == found
+  assert bool(tally.findings) == is_finding
 
 
 class _StandIn(trainer.Trainer):

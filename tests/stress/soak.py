@@ -241,8 +241,8 @@ def evaluate(data: Observation, constant: Observation, minutes: float, max_check
   Raises:
     RunError: the observations are too few.
   """
-  found = ratios(data.turns, constant.turns)
-  if not len(found) or len(data.seconds) < 8 or len(data.after_saves) < 8:
+  turn_ratios = ratios(data.turns, constant.turns)
+  if not len(turn_ratios) or len(data.seconds) < 8 or len(data.after_saves) < 8:
     raise RunError(f'the run on the data (exit code {data.code}) or the one on a constant batch (exit code '
                    f'{constant.code}) ended before they could be compared, or saved too rarely: raise --time_budget or '
                    'config.train.steps, or lower config.train.checkpoint_every.')
@@ -250,10 +250,10 @@ def evaluate(data: Observation, constant: Observation, minutes: float, max_check
   # allowed growth per hour, so that only growth of several times as much shows.
   rate, error = slope(*np.array(data.after_saves).T)
   between, between_error = slope(np.array(data.seconds), np.array(data.megabytes), _INTERVALS)
-  low, ratio, high = (float(q) for q in np.quantile(found, (.25, .5, .75)))
+  low, ratio, high = (float(q) for q in np.quantile(turn_ratios, (.25, .5, .75)))
   # Standard error of the median of normal ratios; their deviation comes from the quartiles, which are robust to
   # outliers.
-  ratio_error = float(np.sqrt(np.pi / 2 / len(found)) * (high - low) / 1.349)
+  ratio_error = float(np.sqrt(np.pi / 2 / len(turn_ratios)) * (high - low) / 1.349)
   min_step, newest = (max_checkpoints + _EXTRA_SAVES) * checkpoint_every, max(data.kept, default=0)
   verdicts = {
       f'load average before the start {load:.2f} (at most {MAX_IDLE_LOAD}: no other work)': load <= MAX_IDLE_LOAD,
@@ -265,7 +265,7 @@ def evaluate(data: Observation, constant: Observation, minutes: float, max_check
       f'its upper quartiles between saves grow by {between:.1f} ± {between_error:.1f} MB/h (not clearly more than '
       f'{MAX_SLOPE:g})': between - 2 * between_error < MAX_SLOPE,
       (f'step on the data / step on a constant batch {ratio:.3f} (at most {MAX_RATIO}), the median of '
-       f'{len(found)} turns'): ratio <= MAX_RATIO,
+       f'{len(turn_ratios)} turns'): ratio <= MAX_RATIO,
       (f'its standard error is {ratio_error:.3f} (at most {_MAX_RATIO_ERROR:.3f}), the quartiles {low:.3f} and '
        f'{high:.3f}'): ratio_error <= _MAX_RATIO_ERROR,
       f'the newest checkpoint is of step {newest} (at least {min_step}, so that old ones had to be deleted)':
@@ -279,5 +279,6 @@ def evaluate(data: Observation, constant: Observation, minutes: float, max_check
   for sentence, passed in verdicts.items():
     print(f'{"PASS" if passed else "FAIL"} {sentence}', flush=True)
   return {'slope_mb_per_hour': rate, 'slope_error': error, 'between_saves': between,
-          'between_saves_error': between_error, 'ratio': ratio, 'ratio_error': ratio_error, 'ratios': found.tolist(),
-          'verdicts': verdicts, 'observed': {DATA: dataclasses.asdict(data), CONSTANT: dataclasses.asdict(constant)}}
+          'between_saves_error': between_error, 'ratio': ratio, 'ratio_error': ratio_error,
+          'ratios': turn_ratios.tolist(), 'verdicts': verdicts,
+          'observed': {DATA: dataclasses.asdict(data), CONSTANT: dataclasses.asdict(constant)}}

@@ -136,7 +136,7 @@ def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def differences(undisturbed: pathlib.Path, other: pathlib.Path) -> list[str]:
-  """Compare a finished run with an undisturbed one: the whole state bit for bit, and every line of the log."""
+  """Compare a finished run with an undisturbed one: the entire state bit for bit, and every line of the log."""
   import jax
 
   from uni_moe_jax.train.checkpoint import Checkpoints

@@ -1,4 +1,4 @@
-"""Mistakes at the command line: one sentence, no traceback, exit code 2, and at once."""
+"""Mistakes at the command line end at once in one sentence without a traceback, and exit code 2."""
 
 import errno
 import os
@@ -27,8 +27,8 @@ def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
       capture_output=True, text=True, cwd=_ROOT, timeout=60)
 
 
-def _complaint(done: subprocess.CompletedProcess) -> str:
-  """What was said, once it is sure that it is one sentence on stderr and exit code 2."""
+def _usage_error(done: subprocess.CompletedProcess) -> str:
+  """Return the error, after checks that it is one sentence on stderr with exit code 2."""
   assert done.returncode == 2, done.stderr
   lines = [line for line in done.stderr.splitlines() if line]
   assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
@@ -36,10 +36,10 @@ def _complaint(done: subprocess.CompletedProcess) -> str:
 
 
 def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> str:
-  return _complaint(_run('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}', *arguments))
+  return _usage_error(_run('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}', *arguments))
 
 
-@pytest.mark.parametrize('arguments, said', [
+@pytest.mark.parametrize('arguments, message', [
     (['--config.model.widht=3'], "--config.model.widht: the config has no field 'widht'. Did you mean \"width\""),
     (['--config.modle.width=3'], "the config has no field 'modle'. Did you mean \"model\""),
     (['--config.model.width=wide'], 'invalid literal for int'),
@@ -51,25 +51,25 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--stpes=3'], 'stpes'),
     (['steps=3'], "unexpected argument 'steps=3'"),
 ])
-def test_training_says_what_is_wrong(tmp_path, arguments, said):
-  assert said in _train(tmp_path, *arguments)
+def test_training_reports_what_is_wrong(tmp_path, arguments, message):
+  assert message in _train(tmp_path, *arguments)
 
 
 @pytest.mark.parametrize('argument', [
     '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x', '--config=configs/own.py:sources=gs://b/x'])
 @pytest.mark.parametrize('joined', [True, False])
-def test_an_address_where_a_path_belongs_says_to_mount_it(argument, joined, capsys):
+def test_a_url_instead_of_a_path_suggests_to_mount_it(argument, joined, capsys):
   argv = [argument] if joined else argument.split('=', 1)
   with pytest.raises(SystemExit) as stopped:
     cli._parse(['prepare_data.py', '--name=pets', *argv], remote=False)
   assert stopped.value.code == 2
-  said = capsys.readouterr().err
-  assert said.startswith(f'error: {argument.partition("=")[0]}=') and 'gs://b/x' in said and 'gcsfuse' in said
+  message = capsys.readouterr().err
+  assert message.startswith(f'error: {argument.partition("=")[0]}=') and 'gs://b/x' in message and 'gcsfuse' in message
 
 
 @pytest.mark.parametrize('argv', [
     ['--config.tasks.text.template=a photo of http://pets.org/{name}'], ['--config.tasks.text.template', 'http://pets.org/{name}']])
-def test_a_template_may_have_an_address_in_it(argv):
+def test_a_template_may_contain_a_url(argv):
   argv = ['train.py', *argv]
   with mock.patch.object(cli.flags, 'FLAGS', lambda argv: argv[:1]):
     assert cli._parse(argv, remote=False) == argv[:1]
@@ -87,7 +87,7 @@ def test_a_config_file_that_names_missing_data_reports_the_data(tmp_path, overri
   assert message.startswith('error: source own:pets is not in ') and '--name=pets' in message
 
 
-def test_an_argument_that_a_config_refuses_is_told_in_its_own_words(tmp_path):
+def test_an_argument_that_a_config_refuses_is_reported_with_its_message(tmp_path):
   assert "configs/embedded.py:router=attribut: router='attribut' is unknown; did you mean 'attribute'?" in _train(
       tmp_path, config='configs/embedded.py:router=attribut')
 
@@ -97,25 +97,25 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
   assert 'belongs to a run with another config' in _train(tmp_path, f'--config.data.dir={tmp_path}')
 
 
-def test_evaluating_a_folder_without_a_run_says_how_to_train(tmp_path):
-  said = _complaint(_run('evaluate.py', f'--workdir={tmp_path}'))
-  assert 'holds no run' in said and 'launch/train.py' in said
+def test_evaluating_a_folder_without_a_run_explains_how_to_train(tmp_path):
+  message = _usage_error(_run('evaluate.py', f'--workdir={tmp_path}'))
+  assert 'holds no run' in message and 'launch/train.py' in message
 
 
 def _zero_shot(tmp_path, script: str, argument: str) -> str:
   config = f'--config=configs/zero_shot.py:{argument.format(run=tmp_path / "trained")}'
-  return _complaint(_run(script, config, f'--workdir={tmp_path / "new"}'))
+  return _usage_error(_run(script, config, f'--workdir={tmp_path / "new"}'))
 
 
-@pytest.mark.parametrize('script, argument, said', [
+@pytest.mark.parametrize('script, argument, message', [
     ('evaluate.py', 'run={run}', "argument 'task' is missing; give run=RUN,task=TASK"),
     ('evaluate.py', 'run={run}x,task=digits',
      "trainedx' is no work directory of a run (config.json is missing); did you mean 'trained'"),
     ('evaluate.py', 'run={run},task=digit', "task 'digit' is unknown; did you mean 'digits'"),
     ('train.py', 'run={run},task=digits', 'every task has batch_size=0, so that there is nothing to train; evaluate')])
-def test_a_run_or_a_task_that_is_mistyped_is_told(tmp_path, script, argument, said):
+def test_a_mistyped_run_or_task_is_reported(tmp_path, script, argument, message):
   workdir_lib.claim_workdir(tmp_path / 'trained', tiny.config('shape'), 'print')
-  assert said in _zero_shot(tmp_path, script, argument)
+  assert message in _zero_shot(tmp_path, script, argument)
   assert not (tmp_path / 'new').exists()
 
 
@@ -126,7 +126,7 @@ def test_evaluating_into_a_folder_of_another_run_is_refused(tmp_path):
 
 
 def test_a_missing_workdir_flag_is_named():
-  assert '--workdir' in _complaint(_run('train.py', '--config=configs/quickstart.py'))
+  assert '--workdir' in _usage_error(_run('train.py', '--config=configs/quickstart.py'))
 
 
 def test_a_defect_keeps_its_traceback(tmp_path):
@@ -136,16 +136,16 @@ def test_a_defect_keeps_its_traceback(tmp_path):
   assert done.returncode == 1 and 'Traceback' in done.stderr
 
 
-# What is found only with data and devices at hand: in this process, which has loaded the libraries.
+# Errors that need data and devices are tested in this process, which has imported the libraries.
 def _refused(capsys, config, workdir, devices=None) -> str:
   with mock.patch.object(loop, '_loop', side_effect=AssertionError('it was trained')):
     assert cli.guarded(lambda: loop.train(config, str(workdir), devices)) == 2
-  said = capsys.readouterr().err
-  assert said.startswith('error: ') and said.count('\n') == 1
-  return said
+  message = capsys.readouterr().err
+  assert message.startswith('error: ') and message.count('\n') == 1
+  return message
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_says_what_would(tmp_path, capsys):
+def test_a_batch_that_does_not_divide_over_the_devices_suggests_one_that_does(tmp_path, capsys):
   config = tiny.config('shape', data_dir=tiny.data_dir())
   config.tasks.shape.batch_size = 12
   assert ('config.tasks.shape.batch_size=12 must be a multiple of 8 (8 batch shards of the mesh × 1 micro-steps); try 8'
@@ -158,9 +158,9 @@ def test_a_mesh_of_more_devices_than_there_are_is_refused(tmp_path, capsys):
   assert 'needs 3 devices, there are 1; set one axis to -1' in _refused(capsys, config, tmp_path, jax.devices()[:1])
 
 
-def test_a_source_that_is_not_prepared_says_how(tmp_path, capsys):
-  said = _refused(capsys, tiny.config('shape', data_dir=tmp_path), tmp_path / 'run', jax.devices()[:1])
-  assert f'Run: python launch/prepare_data.py --data_dir={tmp_path}' in said
+def test_a_source_that_is_not_prepared_names_the_command(tmp_path, capsys):
+  message = _refused(capsys, tiny.config('shape', data_dir=tmp_path), tmp_path / 'run', jax.devices()[:1])
+  assert f'Run: python launch/prepare_data.py --data_dir={tmp_path}' in message
 
 
 @pytest.mark.parametrize('code', [0, 1, 75])
@@ -182,7 +182,7 @@ def test_an_error_of_another_library_is_a_defect(error):
     cli.guarded(main)
 
 
-@pytest.mark.parametrize('error, said', [
+@pytest.mark.parametrize('error, message', [
     (RunError('every checkpoint\n  is damaged.'), 'error: every checkpoint is damaged.\n'),
     (OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl'),
      'error: the disk is full: metrics.jsonl could not be written'),
@@ -191,15 +191,15 @@ def test_an_error_of_another_library_is_a_defect(error):
     (OSError(errno.ENAMETOOLONG, 'File name too long', 'x' * 9999), f'error: {"x" * 200}: File name too long. Check'),
     (RuntimeError('RESOURCE_EXHAUSTED: writing: No space left on device [a C++ trace]'),
      'error: the disk is full. Free some space')])
-def test_what_befalls_a_run_is_one_sentence_and_exit_code_1(capsys, error, said):
+def test_a_failure_of_a_run_is_one_sentence_and_exit_code_1(capsys, error, message):
   def main():
     raise error
 
   assert cli.guarded(main) == 1
-  assert (got := capsys.readouterr().err).startswith(said) and got.count('\n') == 1
+  assert (got := capsys.readouterr().err).startswith(message) and got.count('\n') == 1
 
 
-def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
+def test_a_usage_error_of_a_launch_script_is_reported(capsys):
   def main():
     raise UsageError('--a and --b\n  exclude each other')
 
@@ -207,14 +207,14 @@ def test_a_mistake_that_a_launch_script_finds_is_told(capsys):
   assert capsys.readouterr().err == 'error: --a and --b exclude each other\n'
 
 
-@pytest.mark.parametrize('arguments, said', [
+@pytest.mark.parametrize('arguments, message', [
     (['--suites=routers,decodin'], "--suites: 'decodin' is unknown; did you mean 'decoding'?"),
     (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist'),
     (['--output=/not/there/file.json'], '--output=/not/there/file.json: its folder does not exist'),
     (['--dtype=float16'], 'float16'),
 ])
-def test_the_benchmark_says_what_is_wrong(arguments, said):
-  assert said in _complaint(_run('benchmark.py', *arguments))
+def test_the_benchmark_reports_what_is_wrong(arguments, message):
+  assert message in _usage_error(_run('benchmark.py', *arguments))
 
 
 _SLOW_START = """
@@ -236,7 +236,7 @@ def test_a_signal_before_training_begins_is_an_orderly_stop(number):
   assert process.returncode == 75
 
 
-def test_signals_are_given_back():
+def test_signal_handlers_are_restored():
   old = signal.getsignal(signal.SIGTERM)
   with cli.exit_on_signals(75):
     assert signal.getsignal(signal.SIGTERM) != old
