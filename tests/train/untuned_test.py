@@ -65,7 +65,8 @@ def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   c.evaluators[next(iter(c.evaluators))].num_examples = 20
   made, predictor, _ = saved_run.load(c, tmp_path)
   rows = suite.evaluate(made.plan, made.data, predictor, 0, tmp_path)
-  assert rows[0]['chance'] == 0.1 and rows[0]['count'] == 20 and set(rows[0]['baselines']) == {'majority', 'nearest neighbor'}
+  assert rows[0]['chance'] == 0.1 and rows[0]['count'] == 20
+  assert set(rows[0]['baselines']) == {'majority', 'nearest neighbor'}
   assert json.loads((tmp_path / suite.EVALUATION_FILE).read_text()) == rows
 
 

@@ -59,7 +59,8 @@ def test_conditions_that_use_an_expert_are_counted_per_layer():
   # Two scanned layers and a tail, two rows of condition, two of four experts kept; a coefficient says which.
   scanned = np.array([[[.6, .4, 0, 0], [0, .9, .1, 0]], [[0, 0, .5, .5], [0, 0, .2, .8]]])
   tail = np.array([[.7, 0, 0, .3], [.7, .3, 0, 0]])
-  decision = lambda coef: routers.RouterOutput(jnp.asarray(coef), np.broadcast_to(np.arange(4), coef.shape), jnp.asarray(coef))
+  experts = lambda coef: np.broadcast_to(np.arange(4), coef.shape)
+  decision = lambda coef: routers.RouterOutput(jnp.asarray(coef), experts(coef), jnp.asarray(coef))
   counts = used_params.used_experts({
       'blocks': ({'router_stats': {'attention': decision(scanned), 'mlp': decision(scanned[::-1])}},),
       'tail': ({'router_stats': {'attention': decision(tail)}}, {'router_stats': {}})})
