@@ -69,18 +69,18 @@ class SincosTest(absltest.TestCase):
     np.testing.assert_allclose(np.square(rows).mean(), .25, rtol=1e-6)
 
   def test_initial_tables_follow_the_spec(self):
-    for position_init, query_key_init in (('sincos', 'equal'), ('normal', 'independent')):
-      spec = small_model.spec(text_posemb_init=position_init, text_posemb_std=.06, mimetic_init=query_key_init)
+    for posemb_init, mimetic_init in (('sincos', True), ('normal', False)):
+      spec = small_model.spec(text_posemb_init=posemb_init, text_posemb_std=.06, mimetic_init=mimetic_init)
       text = small_model.sequence('text_classification', batch=1)
       init = small_model.jit(UniPerceiver(spec).init)
-      params = nn.unbox(init(jax.random.key(0), (text,)))['params']
+      params = nn.unbox(init(jax.random.key(0), text))['params']
       table = params['embed']['position']
       np.testing.assert_allclose(np.sqrt(np.square(table).mean()), .06, rtol=.2)
-      self.assertEqual(np.allclose(table, embedders.sincos_rows(.06)(None, table.shape)), position_init == 'sincos')
+      self.assertEqual(np.allclose(table, embedders.sincos_rows(.06)(None, table.shape)), posemb_init == 'sincos')
       for subtree in ('blocks', 'tail'):
         kernel = params['encoder'][subtree]['block0']['qkv']['kernel']
         equal = np.array_equal(kernel[..., 0, :, :], kernel[..., 1, :, :])
-        self.assertEqual(equal, query_key_init == 'equal', subtree)
+        self.assertEqual(equal, mimetic_init, subtree)
         self.assertFalse(np.array_equal(kernel[..., 0, :, :], kernel[..., 2, :, :]))
 
 

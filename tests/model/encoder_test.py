@@ -170,8 +170,8 @@ class CollectedTest(absltest.TestCase):
   def test_router_stats_have_an_entry_per_condition(self):
     taken = self._collected()
     for part in ('attention', 'mlp'):  # caption image, caption text, names
-      self.assertEqual(taken['blocks'][0]['router_stats'][part].coef.shape, (2, 3, 4))
-      self.assertEqual(taken['tail'][0]['router_stats'][part].coef.shape, (3, 4))
+      self.assertEqual(taken['blocks'][0]['router_stats'][part].logits.shape, (2, 3, 4))
+      self.assertEqual(taken['tail'][0]['router_stats'][part].logits.shape, (3, 4))
 
   def test_only_router_stats_are_collected_by_default(self):
     self.assertEqual(set(self._collected()['tail'][0]), {'router_stats'})
