@@ -1,4 +1,4 @@
-"""Attention over keys that lie apart, against the same over keys that were joined."""
+"""Attention over separate parts of keys, against attention over concatenated keys."""
 
 import chex
 import jax
@@ -19,7 +19,7 @@ def _q(dtype=jnp.float32):
   return jnp.asarray(np.random.default_rng(9).normal(size=(_B, _Q, _N, _H)) * 3, dtype)
 
 
-def _apart(kv, mask=None):
+def _part(kv, mask=None):
   return (*(heads_first(x) for x in kv), mask)
 
 
@@ -37,8 +37,8 @@ class AttendTest(parameterized.TestCase):
     mask = jnp.asarray(np.random.default_rng(3).random((_B, 1, 1, 5)) < .5)
     structure = jnp.asarray(np.tril(np.ones((_Q, 5), bool)))[None, None]
 
-    def apart(q, own, shared, all_share):
-      return attend(q, [_apart(shared), _apart(all_share), _apart(own, mask & structure)])
+    def separate(q, own, shared, all_share):
+      return attend(q, [_part(shared), _part(all_share), _part(own, mask & structure)])
 
     def joined(q, own, shared, all_share):
       # Rows 0 and 1 share the first of two, rows 2 and 3 the second.
@@ -48,26 +48,26 @@ class AttendTest(parameterized.TestCase):
       return jax.nn.dot_product_attention(q, k, v, mask=seen)
 
     args = (_q(dtype), own, shared, all_share)
-    a, b = apart(*args), joined(*args)
+    a, b = separate(*args), joined(*args)
     self.assertEqual(a.dtype, dtype)
     chex.assert_trees_all_close(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance)
     self.assertGreater(float(jnp.abs(b - joined(args[0], _keys(7, _B, 5, dtype), *args[2:])).max()), .1)  # keys matter
     if dtype == jnp.float32:
       total = lambda f: lambda *args: (f(*args) * jnp.arange(_B * _Q * _N * _H).reshape(_B, _Q, _N, _H)).sum()
-      grads = [jax.grad(total(f), argnums=(0, 1, 2, 3))(*args) for f in (apart, joined)]
+      grads = [jax.grad(total(f), argnums=(0, 1, 2, 3))(*args) for f in (separate, joined)]
       chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-3)
 
   def test_a_fully_masked_part_adds_nothing(self):
     kept, hidden = _keys(0, _B, 5), _keys(1, _B, 3)
     nothing, q = jnp.zeros((_B, 1, 1, 3), bool), _q()
-    chex.assert_trees_all_equal(attend(q, [_apart(hidden, nothing), _apart(kept)]), attend(q, [_apart(kept)]))
-    grads = jax.grad(lambda kv: attend(q, [_apart(kv, nothing), _apart(kept)]).sum())(hidden)
+    chex.assert_trees_all_equal(attend(q, [_part(hidden, nothing), _part(kept)]), attend(q, [_part(kept)]))
+    grads = jax.grad(lambda kv: attend(q, [_part(kv, nothing), _part(kept)]).sum())(hidden)
     chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, hidden))
-    self.assertFalse(np.array_equal(attend(q, [_apart(hidden, ~nothing), _apart(kept)]), attend(q, [_apart(kept)])))
+    self.assertFalse(np.array_equal(attend(q, [_part(hidden, ~nothing), _part(kept)]), attend(q, [_part(kept)])))
 
   def test_large_scores_do_not_overflow(self):
     k, v = _keys(0, _B, 5)
-    out = attend(_q() * 1e4, [_apart((k, v)), _apart(_keys(1, _B, 2))])
+    out = attend(_q() * 1e4, [_part((k, v)), _part(_keys(1, _B, 2))])
     self.assertTrue(bool(jnp.isfinite(out).all()))
 
 

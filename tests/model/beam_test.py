@@ -1,4 +1,4 @@
-"""Beam search: equal to a search that encodes everything anew at each step; its ends, its penalty, its answer trie."""
+"""Beam search: equal to a search without caches; ends, length penalty and answer trie."""
 
 import functools
 
@@ -16,16 +16,16 @@ from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tools.bench import uncached_search
 
 _SPEC = small_model.spec()
-_CLIPS = small_model.spec(frame_differences=True)  # is asked clips of two frames, the others images
+_VIDEOS = small_model.spec(frame_differences=True)  # captions videos of two frames, the others images
 _PROMPTED = small_model.spec(num_deep_prompts=2, num_prefix_prompts=3, prompt_sharing='separate', spe_bias=True)
 _TOKEN, _CONTEXT, _TASK = (small_model.spec(router) for router in ('token', 'context', 'task'))
 _B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
 _NEVER = -1  # an `eot` that no word is
-_ROWS = 12  # as many as any test asks features of: all pad to them, so that one program serves every beam
+_ROWS = 12  # the most that any test needs: all pad to them, so that one program serves every beam
 
 
 def _task_type(spec):
-  return task_types.TASK_TYPES['video_caption' if spec is _CLIPS else 'image_caption']
+  return task_types.TASK_TYPES['video_caption' if spec is _VIDEOS else 'image_caption']
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def _pixels(spec=_SPEC):
 
 @functools.cache
 def _features(spec=_SPEC):
-  """(pixels [R, …], words [R, n]) → normalized features [R, n, D] of every query, by the forward of training."""
+  """(pixels [R, …], words [R, n]) → normalized features [R, n, D] of every query, without a cache."""
   @small_model.jit
   def run(values, pixels, words):
     text = jnp.concatenate([words, jnp.full_like(words, small_model.SPE)], axis=1)
@@ -50,7 +50,7 @@ def _features(spec=_SPEC):
 
 @functools.cache
 def _words(spec=_SPEC) -> jax.Array:
-  """[V, D] normalized features of words, spread as those of queries are: captions of random ones would be dull."""
+  """[V, D] normalized features of words, spread like queries, so that captions vary."""
   rng = np.random.default_rng(3)
   texts = [rng.integers(0, _V, (_B, _N)).astype(np.int32) for _ in range(3)]
   rows = np.concatenate([_features(spec)(_pixels(spec), t) for t in texts]).reshape(-1, 16)[:_V]
@@ -106,7 +106,7 @@ class SearchTest(parameterized.TestCase):
 
   @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT),
       (_K, _TASK),
-                            (1, _CLIPS), (_K, _CLIPS))
+                            (1, _VIDEOS), (_K, _VIDEOS))
   def test_it_equals_a_search_without_caches(self, beams, spec):
     actual = _search(beams, _NEVER, spec=spec)
     tokens, sums = _without_cache(beams, _NEVER, spec)
@@ -114,7 +114,7 @@ class SearchTest(parameterized.TestCase):
     np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
     np.testing.assert_allclose(actual.log_p.sum(-1), sums, rtol=1e-5)
 
-  @parameterized.parameters(_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _CLIPS)
+  @parameterized.parameters(_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _VIDEOS)
   def test_hypotheses_that_end_early_equal_a_search_without_caches(self, spec):
     eot = _an_end(spec)
     actual = _search(_K, eot, spec=spec)

@@ -40,7 +40,7 @@ def _query_features(router: str):
 
 @functools.cache
 def _vocabulary(router: str) -> np.ndarray:
-  """[V, D] normalized features of words, spread as those of queries are: captions of random ones would be dull."""
+  """[V, D] normalized features of words, spread like queries, so that captions vary."""
   rng = np.random.default_rng(3)
   rows = [_query_features(router)(rng.integers(0, small_model.VOCABULARY, (_BATCH, _LENGTH))) for _ in range(2)]
   rows = np.concatenate(rows).reshape(-1, 16)[:small_model.VOCABULARY]

@@ -1,4 +1,4 @@
-"""Models whose routers look at tokens: equal to merging where gates are constant, no leak, what they count."""
+"""Models with token routers: equal to merging with constant gates, no leak of later words, counts."""
 
 import dataclasses
 import functools
@@ -150,9 +150,9 @@ class ContextTest(absltest.TestCase):
     valid = jnp.array([[True, True, False]] * 2)
     one = small_model.sequence('vqa', text_valid=valid, positions=jnp.zeros((2, 1), jnp.int32))
     padded = one.replace(text=one.text.at[:, 2].set(5 + (one.text[:, 2] == 5)))
-    asked = one.replace(text=one.text.at[:, 1].set(5 + (one.text[:, 1] == 5)))
+    other_question = one.replace(text=one.text.at[:, 1].set(5 + (one.text[:, 1] == 5)))
     pools = [_forward(spec, keys=True)(small_model.params(spec), (s,), None)[1]['tail'][0]['pools'][0]
-             for s in (one, padded, asked)]
+             for s in (one, padded, other_question)]
     for part in SUBLAYERS:
       np.testing.assert_allclose(pools[1][part], pools[0][part], atol=1e-5)
       self.assertGreater(np.abs(pools[2][part] - pools[0][part]).max(), 1e-3)
@@ -208,7 +208,7 @@ class UsageTest(absltest.TestCase):
     for usage in (*first.values(), last['attention']):
       self.assertEqual(usage.tokens.tolist(), [10, 12, 6])
       self.assertEqual(usage.chosen.sum(-1).tolist(), [20, 24, 12])
-    # The last block asks anew for the queries of the readout, and sends them alone through the FFN: 3 queries, 1 pick.
+    # The last block dispatches the readout rows a second time, and only they pass the MLP: 3 queries, 1 position.
     self.assertEqual(last['attention'].requested.tolist(), [20, 24 + 12, 12 + 4])
     self.assertEqual(last['mlp'].tokens.tolist(), [0, 6, 2])
 

@@ -162,8 +162,8 @@ class VisualTest(parameterized.TestCase):
     pixels = jnp.full((1, 1, 8, 8, 3), 255, jnp.uint8)
     _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', by_hand, 0, spec=spec))
 
-  def test_clips_have_constants_of_their_own_where_there_are_some(self):
-    # 0 and 255 are 0 and 1. A clip's, with mean 1 and deviation .5: -2, 0; an image's, with .5 and .25: -2, 2.
+  def test_videos_have_constants_of_their_own_where_there_are_some(self):
+    # 0 and 255 are 0 and 1. A video's, with mean 1 and deviation .5: -2, 0; an image's, with .5 and .25: -2, 2.
     own = small_model.spec(video_mean=(1.,), video_std=(.5,))
     for frames, spec, by_hand in ((2, own, (-2., 0.)), (1, own, (-2., 2.)), (2, small_model.spec(), (-2., 2.))):
       ones = jnp.ones((1, frames, 8, 8, 1))
@@ -171,7 +171,7 @@ class VisualTest(parameterized.TestCase):
       expected = jnp.array(by_hand)[:, None, None, None, None] * ones
       _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', expected, 0))
 
-  def test_a_clip_that_is_already_normalised_stays_as_it_is(self):
+  def test_a_video_that_is_already_normalised_stays_as_it_is(self):
     own = small_model.spec(video_mean=(1.,), video_std=(.5,))
     _assert_close(_apply('visual', _pixels(2), 0, spec=own), _apply('visual', _pixels(2), 0))
 
@@ -187,20 +187,20 @@ class VisualTest(parameterized.TestCase):
     for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
       np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
 
-  def test_patches_of_a_clip_bring_their_change_since_the_frame_before(self):
+  def test_patches_of_a_video_bring_their_change_since_the_frame_before(self):
     spec = small_model.spec(frame_differences=True)
     kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
-    clip = np.asarray(_pixels(2))
-    actual = _jitted('visual', spec)(dict(_tables(), difference=kernel), clip, 0)
+    video = np.asarray(_pixels(2))
+    actual = _jitted('visual', spec)(dict(_tables(), difference=kernel), video, 0)
     t = _tables()
-    x = np.asarray(embedders.patchify(clip, 4)) @ t['patch'] + t['patch_bias']
+    x = np.asarray(embedders.patchify(video, 4)) @ t['patch'] + t['patch_bias']
     # four patches a frame; the first has none
-    x[:, 4:] += np.asarray(embedders.patchify(clip[:, 1:] - clip[:, :1], 4)) @ kernel
+    x[:, 4:] += np.asarray(embedders.patchify(video[:, 1:] - video[:, :1], 4)) @ kernel
     place = np.concatenate([embedders.sincos_table(2, 16) + f for f in t['temporal'][:2]])
     _assert_close(actual, _norm(x + place))
-    self.assertGreater(np.abs(actual - self._expected(clip, 0)).max(), .1)
+    self.assertGreater(np.abs(actual - self._expected(video, 0)).max(), .1)
 
-  def test_an_image_and_a_clip_that_stands_still_have_no_change(self):
+  def test_an_image_and_a_video_that_stands_still_have_no_change(self):
     spec = small_model.spec(frame_differences=True)
     kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
     still = np.repeat(np.asarray(_pixels(1)), 2, axis=1)

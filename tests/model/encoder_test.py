@@ -1,4 +1,4 @@
-"""The encoder computes one thing however it is asked: joined or apart, scanned or unrolled, all rows or few."""
+"""The encoder: equal results joined or separate, scanned or unrolled, with all rows or the readout."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A model whose experts are all equal is the dense model: in the training loss, and in the sum of their gradients."""
+"""A model with equal experts is the dense model, in the loss and in the sum of their gradients."""
 
 import functools
 
@@ -51,7 +51,7 @@ def _data():
 
 @functools.cache
 def _loss(router: str, gradient: bool = False):
-  """parameters → the total loss of a training step, noise of the routers included, and its gradient if asked for."""
+  """parameters → total loss of a training step with router noise, optionally with its gradient."""
   spec = forward.StepSpec(
       model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), learning_rate=None, grad_accum_steps=1,
       ema_decay=0.0,

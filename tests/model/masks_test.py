@@ -1,4 +1,4 @@
-"""Who may look at whom: masks drawn by hand, and zero gradients through the whole encoder, each with a control."""
+"""Attention masks drawn by hand, and zero gradients through the whole encoder, each with a control."""
 
 import functools
 

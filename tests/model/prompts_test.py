@@ -45,7 +45,7 @@ def _weighted_gradient(spec):
 
 @functools.cache
 def _gradient(spec, index: int):
-  """Gradient of one sequence's features with respect to all parameters, as paths; the others' are weighted by 0."""
+  """Gradient of one sequence's features by all parameters, by path."""
   gradient = _weighted_gradient(spec)(small_model.params(spec), np.eye(len(_sequences()), dtype=np.float32)[index])
   return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
           for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
@@ -66,7 +66,7 @@ class DeepPromptsTest(parameterized.TestCase):
 
   @parameterized.parameters(('shared', True), ('separate', False), ('inputs', False))
   def test_texts_of_both_sides_share_their_products_only_where_they_share_prompts(self, sides, same):
-    # A dense model knows no conditions: only the side of a text says which prompts it sees.
+    # A dense model knows no conditions: only the side of a text determines its prompts.
     search = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
     text = small_model.sequence(search)
     sequences = (text, text.replace(layout=small_model.target(search.pair_condition).layout))

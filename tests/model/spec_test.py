@@ -113,7 +113,7 @@ class RouterInputNamesTest(absltest.TestCase):
     self.assertEqual(names, {
         'attribute': ('11011000', '11010101', '11010110'), 'task': ('caption', 'words'),
         'modality': ('visual', 'text'), 'dense': ('all tokens',),
-        # Of tokens: what tells arrays apart.
+        # Of tokens: what separates segments.
         'token': ('11011000', '11010101', '11010110'), 'context': ('11011000', '11010101', '11010110')})
 
   def test_bits_are_those_of_the_condition(self):

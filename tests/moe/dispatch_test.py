@@ -38,7 +38,7 @@ class NamesTest(absltest.TestCase):
 class CapacityTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      # ⌈1 · 2 · 12 / 8⌉ = 3; ⌈1.25 · 3⌉ = 4; ⌈.5 · 3⌉ = 2; at most every token once; 0: room for all.
+      # ⌈1 · 2 · 12 / 8⌉ = 3; ⌈1.25 · 3⌉ = 4; ⌈.5 · 3⌉ = 2; at most every token once; 0: all tokens.
       (1.0, 12, 2, 8, 3), (1.25, 12, 2, 8, 4), (.5, 12, 2, 8, 2), (9.0, 12, 2, 8, 12), (0.0, 12, 2, 8, 12))
   def test_by_hand(self, factor, tokens, top_k, num_experts, capacity):
     self.assertEqual(dispatch.capacity_of(factor, tokens, top_k, num_experts), capacity)
@@ -49,7 +49,7 @@ _BEHIND = [-1] * 127  # slots behind the groups, for the last tile of a loop
 
 class TableTest(parameterized.TestCase):
 
-  # Two samples of three positions, one expert each. Expert 0 is asked for by (sample, position) 00, 01, 10, 12;
+  # Two samples of three positions, one expert each. Expert 0 is the choice of (sample, position) 00, 01, 10, 12;
   # expert 1 by 02; expert 2 by 11.
   _EXPERT = [[[0], [0], [1]], [[0], [2], [0]]]
 
@@ -62,7 +62,7 @@ class TableTest(parameterized.TestCase):
     self.assertTrue(bool(plan.kept.all()))
 
   def test_capacity_is_given_to_earlier_positions_of_any_sample(self):
-    # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both samples; 01 and 12 find no room.
+    # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both samples; 01 and 12 are dropped.
     plan = _plan(_output(self._EXPERT), None, 1, 1.0, 'tiled')
     self.assertEqual(_kept(plan, 2, 3), [[1, 0, 1], [1, 1, 0]])
     self.assertEqual((plan.sizes.tolist(), int(plan.requested)), ([2, 1, 1], 6))
@@ -90,10 +90,10 @@ class TableTest(parameterized.TestCase):
     self.assertEqual(_kept(plan, 2, 2), [[1, 1], [0, 1]])
 
   def test_words_and_queries_have_separate_capacities(self):
-    # [words | queries], all asking for expert 0: C = ⌈.5 · 1 · 4 / 3⌉ = 1 each, of sample 0's first.
+    # [words | queries], all with expert 0: C = ⌈.5 · 1 · 4 / 3⌉ = 1 each, of sample 0's first.
     expert = [[[0], [0], [0], [0]], [[0], [0], [0], [0]]]
-    apart = _plan(_output(expert), None, 2, .5, 'tiled')
-    self.assertEqual(_kept(apart, 2, 4), [[1, 0, 1, 0], [0, 0, 0, 0]])
+    separate = _plan(_output(expert), None, 2, .5, 'tiled')
+    self.assertEqual(_kept(separate, 2, 4), [[1, 0, 1, 0], [0, 0, 0, 0]])
     together = _plan(_output(expert), None, 1, .5, 'tiled')  # C = ⌈.5 · 8 / 3⌉ = 2
     self.assertEqual(_kept(together, 2, 4), [[1, 0, 0, 0], [1, 0, 0, 0]])
 
@@ -188,7 +188,7 @@ class ExactTest(parameterized.TestCase):
 
   @parameterized.parameters(*gmm.BACKENDS)
   def test_enough_capacity_drops_nothing(self, backend):
-    # room for every token at every expert
+    # a slot for every token at every expert
     run = small_model.jit(functools.partial(_dispatched, capacity=_E / _K, backend=backend))
     actual = run(*_inputs())
     np.testing.assert_allclose(actual, _expected()[0], atol=2e-5)

@@ -1,4 +1,4 @@
-"""Dispatch on a mesh: equal to the loop over tokens on one device, however they travel."""
+"""Dispatch on a mesh: equal to the loop over tokens on one device, with every transport."""
 
 import functools
 
@@ -14,7 +14,7 @@ from uni_moe_jax.parallel import sharding
 
 _B, _S, _D, _N, _H, _E, _K = 8, 5, 6, 2, 3, 4, 2
 _NAMES = ('x', 'logits', 'kernel in', 'bias in', 'kernel out', 'bias out')
-_ENOUGH = _E / _K  # a capacity with room for every token at every expert
+_ENOUGH = _E / _K  # a capacity with a slot for every token at every expert
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def _route(logits, mesh=None):
 
 
 def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='batched'):
-  """Two projections that share a decision: to heads and back, as attention has them. ([B, S, D], routes)."""
+  """([B, S, D], plan) of two projections with one plan: to heads and back, as in attention."""
   plan = expert_parallel.make_plan(_route(logits, mesh), valid, 1, capacity, backend, mesh)
   first = Projection(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
   second = Projection(weights[2], weights[3], ('heads', 'head_dim'), ('embed',))

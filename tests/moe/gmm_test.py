@@ -38,7 +38,7 @@ def _grouped(x, kernel, sizes, backend):
 
 @functools.cache
 def _program(backend, rows: int):
-  """(x, kernel, member) → values, dx, dkernel of the rows in groups, by a backend or (None) the plain loop.
+  """(x, kernel, member) → values, dx, dkernel of the rows in groups, by a backend or the plain loop.
 
   Groups are data: one program serves all.
   """

@@ -1,4 +1,4 @@
-"""Routers that look at tokens: gates and pools by hand, noise that follows examples, losses and statistics by hand."""
+"""Token routers: gates, pools, losses and statistics by hand, and noise that follows examples."""
 
 import math
 
@@ -121,7 +121,7 @@ def _usage(expert, logits=None, valid=None, capacity=0.0) -> Usage:
 class UsageTest(absltest.TestCase):
 
   def test_counts_by_hand(self):
-    # Two samples, two positions; the last token is padding. C = ⌈.5 · 2 · 4 / 3⌉ = 2: expert 0 is asked three times.
+    # Two samples, two positions; the last token is padding. C = ⌈.5 · 2 · 4 / 3⌉ = 2: three choices of expert 0.
     usage = _usage([[[0, 1], [0, 2]], [[0, 1], [0, 1]]], valid=jnp.array([[True, True], [True, False]]), capacity=.5)
     self.assertEqual((usage.tokens.tolist(), usage.chosen.tolist()), ([3], [[3, 2, 1]]))
     self.assertEqual((usage.requested.tolist(), usage.kept.tolist()), ([6], [[2, 2, 1]]))

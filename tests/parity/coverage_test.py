@@ -1,4 +1,4 @@
-"""The suite leaves nothing out silently: every file of the folder is compared, or excluded by name with a reason."""
+"""Every golden file is compared, or excluded by name with a reason."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_only_listed_cases_are_excluded():
 def test_an_unread_array_is_reported():
   arrays = Arrays(fixtures.cases(*fixtures.TASK_TYPES)[0])
   first, *rest = arrays.keys()
-  assert first in arrays  # asking whether it is there is no reading
+  assert first in arrays  # a membership test is no reading
   assert arrays[first] is not None
   assert arrays.unread == set(rest)
 

@@ -1,6 +1,6 @@
-"""A folder of numbers computed by the published system: models and cases, built from its manifest alone.
+"""Golden numbers of the published system: models and cases, built from the manifest alone.
 
-Every array that a test reads is noted, so that a case can say which of its arrays nothing looked at.
+Every array that a test reads is recorded, so that a case can report its unread arrays.
 """
 
 import dataclasses
@@ -53,9 +53,9 @@ class Arrays:
   def __init__(self, name: str):
     entry = manifest()['files'][name]
     self._arrays = dict(np.load(FOLDER / entry['file']))
-    said = {k: (tuple(shape), dtype) for k, (shape, dtype) in entry['arrays'].items()}
+    declared = {k: (tuple(shape), dtype) for k, (shape, dtype) in entry['arrays'].items()}
     actual = {k: (v.shape, str(v.dtype)) for k, v in self._arrays.items()}
-    assert said == actual, f'{name}: the arrays are not those of the manifest'
+    assert declared == actual, f'{name}: the arrays are not those of the manifest'
     self._read: set[str] = set()
 
   def __getitem__(self, key: str) -> np.ndarray:

@@ -1,5 +1,4 @@
-"""Captions equal to the published system's, token for token: beam search with cached keys and values against its own,
-which encodes everything anew at each step."""
+"""Captions of the published beam search, token for token, with cached keys and values here."""
 
 import functools
 

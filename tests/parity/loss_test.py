@@ -56,13 +56,13 @@ def _compare_features(arrays: Arrays, case: Problem, features, targets) -> None:
 
 
 def _compare_losses(arrays: Arrays, case: Problem, tally, features, targets) -> None:
-  """Each entry of the published dictionary carries the task's weight; both ways of retrieval are entries there."""
-  said = {k: float(arrays[k]) for k in arrays.keys('loss.')}
-  total, null = said.pop('loss.total_backpropagated', None), said.pop('loss.null_loss', 0)
+  """Published entries carry the task's weight; both directions of retrieval are entries."""
+  published = {k: float(arrays[k]) for k in arrays.keys('loss.')}
+  total, null = published.pop('loss.total_backpropagated', None), published.pop('loss.null_loss', 0)
   assert null == 0
-  accuracy = {k: said.pop(k) for k in list(said) if 'Accuracy' in k}
+  accuracy = {k: published.pop(k) for k in list(published) if 'Accuracy' in k}
   loss = case.task.loss_weight * float(tally.loss)
-  assert_close(loss, sum(said.values()), LOSS, 'loss')
+  assert_close(loss, sum(published.values()), LOSS, 'loss')
   # Accuracy carries no gradient, yet the published trainer logs and adds it.
   if total is not None:
     assert_close(loss + sum(accuracy.values()), total, LOSS, 'total')

@@ -29,7 +29,7 @@ def test_tables_and_their_resizing(name):
 
 
 def _start(model: str):
-  """A fresh model of the published sizes and choices under published names, and what our tree has nothing for."""
+  """(fresh parameters under published names, published parameters that our tree lacks)."""
   spec = fixtures.model_spec(model)
   return torch_layout.to_torch(init_params(UniPerceiver(spec), jax.random.key(0)), spec)
 

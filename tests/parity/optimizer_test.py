@@ -1,4 +1,4 @@
-"""Five training steps equal to the published system's, in both of its conventions for parameters without a gradient."""
+"""Five training steps of the published system, in both conventions for unused parameters."""
 
 import dataclasses
 import functools
@@ -94,9 +94,9 @@ def test_optimizer_steps(name):
 def _compare_final(ours: np.ndarray, theirs: np.ndarray, key: str, entry) -> None:
   """Parameters after the last step.
 
-  The gradient of a key's bias is zero in exact arithmetic. What there is is rounding, which Adam divides by its own
-  size: of keys, it says nothing. The manifest tells how far the published float32 lies from float64; both sides have as
-  much.
+  The gradient of a key's bias is zero in exact arithmetic. The rest is rounding, which Adam divides by its own size, so
+  key biases are only bounded by the learning rate. The manifest has the distance of the published float32 from float64;
+  both sides may have as much.
   """
   if re.search(r'(in_proj_|qkv_proj\.(.*\.)?)bias$', key):
     D = len(theirs) // 3

@@ -1,4 +1,4 @@
-"""Training problems of the published system: tasks, target sets and batches, by the functions of training."""
+"""Training problems of the published system: tasks, target sets and batches."""
 
 import dataclasses
 from typing import Any
@@ -160,7 +160,7 @@ def problem(name: str, arrays: Arrays, **changes: Any) -> Problem:
   task = dataclasses.replace(sized(task, batch), linear_head=bool(head))
   if task.type.readout == 'slot' and 'position' not in batch:  # without an index of its slot a text is read at token 0
     task = dataclasses.replace(task, type=dataclasses.replace(task.type, readout='cls'))
-  # The prefix of the older code is an ordinary word; only the case's name says so.
+  # The prefix of the older code is an ordinary word; only the case's name shows it.
   changed = UniPerceiver(fixtures.model_spec(model, prefix_is_word='newspe' in name, **changes))
   spec = step_spec(model, (task,), specs, model=changed)
   return Problem(spec, task, {task.group: batch}, bucketed, whole)
