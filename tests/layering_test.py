@@ -50,18 +50,18 @@ _NOT_IMPORTED = {
 
 def _imports(path: pathlib.Path) -> list[tuple[int, str]]:
   """Returns (line, dotted name) of every import in a file, inside functions and by string, too."""
-  found = []
+  matches = []
   for node in ast.walk(ast.parse(path.read_text(), str(path))):
     if isinstance(node, ast.Import):
-      found += [(node.lineno, alias.name) for alias in node.names]
+      matches += [(node.lineno, alias.name) for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       base = '.' * node.level + (node.module or '')
-      found += [(node.lineno, f'{base}.{alias.name}') for alias in node.names]
+      matches += [(node.lineno, f'{base}.{alias.name}') for alias in node.names]
     elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
       function = ast.unparse(node.func).rpartition('.')[2]
       if function in ('import_module', '__import__'):
-        found.append((node.lineno, str(node.args[0].value)))
-  return found
+        matches.append((node.lineno, str(node.args[0].value)))
+  return matches
 
 
 def _package_of(parts: tuple[str, ...]) -> str:
@@ -72,38 +72,38 @@ def _package_of(parts: tuple[str, ...]) -> str:
 
 def violations(root: pathlib.Path) -> list[str]:
   """Returns one sentence, 'file:line: what, why', for every breach of the rules below `root`."""
-  found = []
+  matches = []
   folders = (_PACKAGE, 'launch', 'configs', 'tests')
   for path in sorted(path for folder in folders for path in (root / folder).rglob('*.py')):
     name = path.relative_to(root)
     lines = len(path.read_text().splitlines())
     limit = _MAX_MAIN_LINES - 1 if name.parts[0] == 'launch' else _MAX_LINES
     if lines > limit:
-      found.append(f'{name}: {lines} lines, at most {limit}: split it')
+      matches.append(f'{name}: {lines} lines, at most {limit}: split it')
     in_package = name.parts[0] == _PACKAGE
     package = _package_of(name.parts[1:]) if in_package else None
     if package and package not in _RULES:
-      found.append(f'{name}: {package!r} is no known package ({", ".join(_RULES)})')
+      matches.append(f'{name}: {package!r} is no known package ({", ".join(_RULES)})')
       continue
     for line, target in _imports(path):
       top, *below = target.split('.')
       if not top:
-        found.append(f'{name}:{line}: relative import {target!r}; write the full name')
+        matches.append(f'{name}:{line}: relative import {target!r}; write the full name')
       elif top in _NOT_IMPORTED and name.parts[0] != 'tests':
-        found.append(f'{name}:{line}: imports {target}, but {_NOT_IMPORTED[top]}')
+        matches.append(f'{name}:{line}: imports {target}, but {_NOT_IMPORTED[top]}')
       elif in_package and top == _PACKAGE:
         other = _package_of(tuple(below))
         # `from uni_moe_jax import __version__` and `import uni_moe_jax` name no package.
         if other and not other.startswith('__') and other != package:
           allowed, why = _RULES.get(package, ((), 'importing the package must cost nothing'))
           if other not in allowed:
-            found.append(f'{name}:{line}: {package or "__init__"} imports {other}, but {why}')
-  return found
+            matches.append(f'{name}:{line}: {package or "__init__"} imports {other}, but {why}')
+  return matches
 
 
 def test_the_repository_keeps_its_rules():
-  found = violations(_ROOT)
-  assert not found, '\n'.join(found)
+  matches = violations(_ROOT)
+  assert not matches, '\n'.join(matches)
 
 
 def test_the_rules_allow_no_circle():
@@ -141,8 +141,8 @@ def test_the_rules_allow_no_circle():
 def test_a_planted_breach_is_found(tmp_path, file, source, message):
   (tmp_path / file).parent.mkdir(parents=True)
   (tmp_path / file).write_text(source)
-  [found] = violations(tmp_path)
-  assert message in found
+  [matches] = violations(tmp_path)
+  assert message in matches
 
 
 @pytest.mark.parametrize('file, source', [

@@ -28,7 +28,7 @@ def _config(answers=ANSWERS):
   c.tasks.caption.max_len = LENGTH
   c.model.num_layers = 1
   c.target_sets.closed = config_lib.target_set(answers, family='names')
-  # What a clip is called was never asked in training; its scale is that of pictures.
+  # What a clip is called was never evaluated in training; its scale is that of images.
   c.tasks.clip = config_lib.task(
       'video_caption', 'videos', batch_size=0, target_set='words', caption_templates=('{name}',), max_len=LENGTH, temperature='image_caption')
   for name, chosen in (('clips', ''), ('closed clips', 'closed')):
@@ -65,7 +65,7 @@ class _Numbers:
     return [[int(w) for w in t.split()] for t in texts]
 
 
-def _ask(name: str):
+def _evaluate(name: str):
   """(task, pixels) of four examples."""
   data = _run()[0].data
   task = next(t for t in (*_run()[0].plan.tasks, *_run()[0].plan.probes) if t.name == name)
@@ -73,33 +73,33 @@ def _ask(name: str):
 
 
 def test_captions_of_a_closed_set_are_always_its_members():
-  predictor, asked = _predictor(), _ask('caption')
-  assert set(predictor.captions(*asked, BEAMS, 0.0, 'closed')) <= set(ANSWERS)
-  assert not set(predictor.captions(*asked, BEAMS)) & set(ANSWERS)  # by themselves they would be others
+  predictor, evaluated = _predictor(), _evaluate('caption')
+  assert set(predictor.captions(*evaluated, BEAMS, 0.0, 'closed')) <= set(ANSWERS)
+  assert not set(predictor.captions(*evaluated, BEAMS)) & set(ANSWERS)  # by themselves they would be others
 
 
-def test_a_set_that_holds_what_is_said_anyway_changes_nothing():
-  asked = _ask('caption')
-  said = _predictor(_Numbers()).captions(*asked, BEAMS)
+def test_a_set_that_contains_what_is_reported_anyway_changes_nothing():
+  evaluated = _evaluate('caption')
+  output = _predictor(_Numbers()).captions(*evaluated, BEAMS)
   # As long as what is said: shorter answers, which a beam of any words lets go early, can be likelier.
   others = tuple(' '.join([word] * LENGTH) for word in ('5', '9'))
-  assert not set(said) & set(others)
-  assert _predictor(_Numbers(), said=(*said, *others)).captions(*asked, BEAMS, 0.0, 'said') == said
+  assert not set(output) & set(others)
+  assert _predictor(_Numbers(), output=(*output, *others)).captions(*evaluated, BEAMS, 0.0, 'said') == output
 
 
-def test_clips_are_captioned_by_a_model_that_learnt_pictures_alone(tmp_path):
+def test_videos_are_captioned_by_a_model_that_learned_images_alone(tmp_path):
   run, _ = _run()
   assert [t.type.name for t in run.plan.tasks] == ['image_caption']
   rows = suite.evaluate(run.plan, run.data, _predictor(), 0, tmp_path)
-  found = {(r['evaluator'], r['metric']): r for r in rows}
-  assert {m for e, m in found if e == 'clips'} == {'exact_match', 'BLEU-4', 'ROUGE-L', 'CIDEr-D', 'word F1'}
+  matches = {(r['evaluator'], r['metric']): r for r in rows}
+  assert {m for e, m in matches if e == 'clips'} == {'exact_match', 'BLEU-4', 'ROUGE-L', 'CIDEr-D', 'word F1'}
   assert all(r['baselines'] for r in rows)
-  assert found['clips', 'exact_match']['count'] == 10 and found['closed clips', 'exact_match']['count'] == 10
+  assert matches['clips', 'exact_match']['count'] == 10 and matches['closed clips', 'exact_match']['count'] == 10
   shown = json.loads((tmp_path / 'samples.json').read_text())['closed clips']
   assert {s['prediction'] for s in shown} <= set(ANSWERS)
 
 
-def test_clips_need_a_scale_that_some_trained_task_has():
+def test_videos_need_a_scale_that_some_trained_task_has():
   config = _config()
   config.tasks.clip.temperature = ''
   with pytest.raises(ValueError, match="config.tasks.clip.temperature='video_caption': no trained task has this group"):

@@ -1,4 +1,4 @@
-"""Each floor on data small enough to know its answer, or built so that only one floor can win."""
+"""Each baseline on data small enough to know its answer, or built so that only one baseline can win."""
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -41,7 +41,7 @@ class NearestTest(parameterized.TestCase):
     np.testing.assert_array_equal(baselines.nearest_neighbor(train, test),
                                   np.square(gap).sum(axis=(2, 3)).argmin(axis=1))
 
-  def test_pictures_that_float32_cannot_tell_apart_are_told_apart(self):
+  def test_images_that_float32_cannot_distinguish_are_distinguished(self):
     # Squared norms are near 2 ** 26, where float32 knows multiples of 4 or 8 only; the distances
     # are 3, 2 and 1.
     test = np.full((1, 32, 32), 250, np.uint8)
@@ -51,7 +51,7 @@ class NearestTest(parameterized.TestCase):
     train[2, 0, :1] -= 1
     np.testing.assert_array_equal(baselines.nearest_neighbor(train, test), [2])
 
-  def test_of_equal_pictures_the_first_is_taken(self):
+  def test_of_equal_images_the_first_is_taken(self):
     train = np.zeros((9, 2, 2), np.uint8)
     np.testing.assert_array_equal(baselines.nearest_neighbor(train, train[:2]), [0, 0])
 
@@ -70,7 +70,7 @@ class NearestTest(parameterized.TestCase):
     np.testing.assert_array_equal(first, again)
     self.assertFalse(np.array_equal(first, other))
 
-  def test_unequal_pictures_are_named(self):
+  def test_unequal_images_are_named(self):
     with self.assertRaisesRegex(ValueError, r'uint8\[2, 4, 4\] and test pixels float32\[2, 4, 4\]'):
       baselines.nearest_neighbor(np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4), np.float32))
 
@@ -98,14 +98,14 @@ class NamesTest(parameterized.TestCase):
 
 class FittedTest(parameterized.TestCase):
 
-  def test_tfidf_finds_the_words_that_tell_labels_apart(self):
+  def test_tfidf_finds_the_words_that_distinguish_labels(self):
     texts = np.array(['the array has a shape', 'the figure has an axis'] * 20)
     labels = np.array(['numpy', 'matplotlib'] * 20)
     predictions = baselines.tfidf_logistic((texts,), labels, (np.array(['an axis', 'a shape']),))
     np.testing.assert_array_equal(predictions, ['matplotlib', 'numpy'])
 
   def test_pairs_are_judged_by_agreement_not_by_either_half(self):
-    # Every word occurs equally often in both halves under both labels: only agreement tells.
+    # Every word occurs equally often in both halves under both labels: only agreement shows.
     rng = np.random.default_rng(0)
     words = np.array(['alpha', 'beta', 'gamma', 'delta', 'omega', 'sigma'])
     a = rng.integers(0, 6, 600)
@@ -124,21 +124,21 @@ class FittedTest(parameterized.TestCase):
     # A bar moves left or right through the same middle frame.
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 300)
-    clips = np.zeros((300, 5, 8, 8), np.uint8)
+    videos = np.zeros((300, 5, 8, 8), np.uint8)
     for i, label in enumerate(labels):
       start = rng.integers(0, 2)
       for t in range(5):
-        clips[i, t, :, 3 + start + (t - 2) * (1 if label else -1)] = rng.integers(200, 256)
-    found = {frames: metrics.accuracy(
-        baselines.frame_logistic(clips[:200], labels[:200], clips[200:], frames), labels[200:])
+        videos[i, t, :, 3 + start + (t - 2) * (1 if label else -1)] = rng.integers(200, 256)
+    matches = {frames: metrics.accuracy(
+        baselines.frame_logistic(videos[:200], labels[:200], videos[200:], frames), labels[200:])
              for frames in ('all', 'middle')}
-    self.assertEqual(found['all'], 1)
-    self.assertLess(found['middle'], .65)
+    self.assertEqual(matches['all'], 1)
+    self.assertLess(matches['middle'], .65)
 
   def test_large_colour_frames_are_averaged_down(self):
-    clips = np.zeros((2, 3, 64, 48, 3), np.uint8)
-    clips[1, :, :3, :3] = 90  # one 3x3 tile of 21x16 tiles
-    features = baselines._frame_features(clips, 'middle')
+    videos = np.zeros((2, 3, 64, 48, 3), np.uint8)
+    videos[1, :, :3, :3] = 90  # one 3x3 tile of 21x16 tiles
+    features = baselines._frame_features(videos, 'middle')
     self.assertEqual(features.shape, (2, 21 * 16 * 3))
     np.testing.assert_allclose(features[1, :4], [90 / 255] * 3 + [0], rtol=1e-6)
 

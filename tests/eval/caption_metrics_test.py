@@ -45,7 +45,7 @@ class CiderTest(parameterized.TestCase):
     expected = 10 * u / math.hypot(u, w) / 4 * math.exp(-1 / 72) / 3
     self.assertAlmostEqual(caption_metrics.cider_d(['a', 'x', 'x'], ['a b', 'a', 'c']).mean(), expected)
 
-  def test_repeating_a_word_is_clipped_at_the_reference(self):
+  def test_repeating_a_word_is_videoped_at_the_reference(self):
     # n = 1: prediction 3w, reference w, clipped to w · w / (3w · w) = 1/3, where a cosine would be 1. n = 2: "a a" is in no
     # reference. Two words too long: exp(-4 / 72). Mean over n: / 4, over two examples: / 2.
     self.assertAlmostEqual(
@@ -57,7 +57,7 @@ class CiderTest(parameterized.TestCase):
     expected = (10 / 4 + 10 / 4 / math.sqrt(2) * math.exp(-1 / 72)) / 2 / 2
     self.assertAlmostEqual(caption_metrics.cider_d(['a', 'x'], [['a', 'a c'], ['b']]).mean(), expected)
 
-  def test_words_of_every_example_tell_nothing(self):
+  def test_words_of_every_example_carry_no_information(self):
     self.assertEqual(caption_metrics.cider_d(['a', 'a'], ['a', 'a']).tolist(), [0., 0.])
 
 
@@ -68,8 +68,8 @@ class BothTest(parameterized.TestCase):
     predictions = ['a small red star on the left', 'two discs move to the right', 'a bar', 'the the the star of a']
     references = [['a red star on the left', 'one small star'], ['two discs go right', 'discs that move to the right'],
                   ['a long bar at the left'], ['the star', 'a star of the left', 'a big star']]
-    self.assertAlmostEqual(caption_metrics.cider_d(predictions, references).mean(), 2.652638653975, places=9)
-    self.assertAlmostEqual(caption_metrics.rouge_l(predictions, references).mean(), 0.694397720125, places=9)
+    self.assertAlmostEqual(caption_metrics.cider_d(predictions, references).mean(), 2.652638653975, indices=9)
+    self.assertAlmostEqual(caption_metrics.rouge_l(predictions, references).mean(), 0.694397720125, indices=9)
 
   @parameterized.named_parameters(*_BOTH)
   def test_case_and_punctuation_do_not_count_and_words_do(self, metric):

@@ -1,4 +1,4 @@
-"""Protocols of the evaluators, asked of predictors that know everything or nothing."""
+"""Protocols of the evaluators, evaluated of predictors that know everything or nothing."""
 
 import dataclasses
 
@@ -18,9 +18,9 @@ from uni_moe_jax.eval.suite import EVALUATORS
 @pytest.fixture(scope='module')
 def data():
   config = tiny.config(*tiny.TASKS, data_dir=tiny.data_dir())
-  for kind, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
+  for task_type, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
                      ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
-    config.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch_size=5)
+    config.evaluators[task] = config_lib.evaluator(task_type, task, split='train', batch_size=5)
   plan = make_plan(config)
   return plan, Data(config, plan)
 
@@ -40,14 +40,14 @@ class _Oracle:
     self.targets, self.right, self.texts = targets, right, iter(captions or ())
     self.seen = []
 
-  def inputs(self, kind, fields):
+  def inputs(self, task_type, fields):
     self.seen += fields['id'].tolist()
-    if kind.target == 'pair':
-      return self.pairs(kind, fields)[:, None]
+    if task_type.target == 'pair':
+      return self.pairs(task_type, fields)[:, None]
     self.labels = fields['label']
     return np.zeros((len(fields['id']), fields['label'].shape[1], 1), np.float32)
 
-  def pairs(self, kind, fields):
+  def pairs(self, task_type, fields):
     return np.eye(64, dtype=np.float32)[fields['id']]
 
   def similarities(self, left, right):
@@ -68,11 +68,11 @@ def _scores(data, name, predictor, **changes):
   return {s.name: s for s in EVALUATORS[question.evaluation.type](question)}
 
 
-def test_views_of_a_clip_are_averaged_as_probabilities(data):
+def test_views_of_a_video_are_averaged_as_probabilities(data):
   class Looks(_Oracle):
     """Says class 0 with the brightness of a clip as its probability, in percent."""
 
-    def inputs(self, kind, fields):
+    def inputs(self, task_type, fields):
       return fields['pixels'].mean(axis=(1, 2, 3, 4), dtype=np.float32)[:, None, None]
 
     def log_probabilities(self, features, task):
@@ -82,8 +82,8 @@ def test_views_of_a_clip_are_averaged_as_probabilities(data):
   # Two clips of two views each, one frame of 1 × 1: (0.9 + 0.2) / 2 and (1.0 + 0.3) / 2; a mean of logarithms would say 0.6 and 1.
   pixels = np.array([[90, 20], [100, 30]], np.uint8).reshape(2, 2, 1, 1, 1, 1)
   with np.errstate(divide='ignore'):
-    found = np.exp(evaluators._view_mean(question, {'pixels': pixels}))
-    np.testing.assert_allclose(found, [[0.55, 0.45], [0.65, 0.35]], rtol=1e-6)
+    matches = np.exp(evaluators._view_mean(question, {'pixels': pixels}))
+    np.testing.assert_allclose(matches, [[0.55, 0.45], [0.65, 0.35]], rtol=1e-6)
     # A clip of one view is what it is.
     np.testing.assert_allclose(np.exp(evaluators._view_mean(question, {'pixels': pixels[:, 0]}))[:, 0], [0.9, 1.0], rtol=1e-6)
 
@@ -97,53 +97,53 @@ def test_classification_counts_right_answers_and_wrong_ones(data, name, targets)
   assert 'majority' in right['top-1'].baselines
 
 
-def test_each_example_is_asked_and_counted_once_although_the_last_batch_is_filled_up(data):
+def test_each_example_is_evaluated_and_counted_once_although_the_last_batch_is_filled_up(data):
   score = _scores(data, 'package', oracle := _Oracle(2))['top-1']
   assert score.count == 16  # 24 paragraphs, a third of them without a label; batches of 5
   assert set(oracle.seen) == set(range(16)) and len(oracle.seen) == 20
 
 
-def test_floors_fit_the_input(data):
-  floors = {name: set(_scores(data, name, _Oracle(n))['top-1'].baselines)
+def test_baselines_fit_the_input(data):
+  baseline_names = {name: set(_scores(data, name, _Oracle(n))['top-1'].baselines)
             for name, n in (('shape', 3), ('motion', 2), ('package', 2))}
-  assert floors == {'shape': {'majority', 'nearest neighbor'}, 'motion': {'majority', 'one frame', 'all frames'},
+  assert baseline_names == {'shape': {'majority', 'nearest neighbor'}, 'motion': {'majority', 'one frame', 'all frames'},
                     'package': {'majority', 'tf-idf'}}
 
 
 def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(data):
   class Shifted(_Oracle):
-    def pairs(self, kind, fields):
-      return np.roll(super().pairs(kind, fields), 1, axis=1)
+    def pairs(self, task_type, fields):
+      return np.roll(super().pairs(task_type, fields), 1, axis=1)
 
-    def inputs(self, kind, fields):
-      return _Oracle.pairs(self, kind, fields)[:, None]
+    def inputs(self, task_type, fields):
+      return _Oracle.pairs(self, task_type, fields)[:, None]
 
   perfect = _scores(data, 'pair', _Oracle(1), num_examples=12)
   shifted = _scores(data, 'pair', Shifted(1), num_examples=12)
   assert perfect['i2t_R@1'].value == perfect['t2i_R@1'].value == 1.0
   assert shifted['i2t_R@1'].value == 0.0
   assert perfect['i2t_R@1'].chance == 1 / 12 and perfect['t2i_R@5'].chance == 5 / 12
-  assert perfect['i2t_R@1'].baselines["nearest neighbor's name"] > 0.9  # the neighbour of a training picture is itself
+  assert perfect['i2t_R@1'].baselines["nearest neighbor's name"] > 0.9  # the neighbor of a training image is itself
 
 
-# Pictures 0 and 1 have a caption in common, in the tokenizer's eyes; four distinct texts.
+# Images 0 and 1 have a caption in common, in the tokenizer's eyes; four distinct texts.
 _SHARED = [('a red bar', 'a picture'), ('A  picture', 'a blue disc'), ('a star',)]
 
 
 class _Reader(_Oracle):
-  """Knows which pictures have a text: a text is the sum of its pictures. turned: every picture shows the next one."""
+  """Knows which images have a text: a text is the sum of its images. turned: every image shows the next one."""
 
   def __init__(self, tokenizer, turned: int = 0):
     super().__init__(1)
     self._tokenizer, self._turned, self.read = tokenizer, turned, []
 
-  def inputs(self, kind, fields):
+  def inputs(self, task_type, fields):
     return np.roll(np.eye(3, dtype=np.float32), self._turned, axis=1)[fields['id']][:, None]
 
-  def pairs(self, kind, fields):
-    said = [self._tokenizer.decode(row[:valid.sum()].tolist()) for row, valid in zip(fields['target'], fields['target_valid'])]
-    self.read += said
-    owners = np.array([[text in map(self._fold, texts) for texts in _SHARED] for text in said], np.float32)
+  def pairs(self, task_type, fields):
+    output = [self._tokenizer.decode(row[:valid.sum()].tolist()) for row, valid in zip(fields['target'], fields['target_valid'])]
+    self.read += output
+    owners = np.array([[text in map(self._fold, texts) for texts in _SHARED] for text in output], np.float32)
     return owners / np.linalg.norm(owners, axis=1, keepdims=True)
 
   def _fold(self, text):
@@ -153,30 +153,30 @@ class _Reader(_Oracle):
 def _of_all(data, **reader):
   question = _question(data, 'pair', oracle := _Reader(data[1].tokenizer, **reader), num_examples=0, batch_size=3)
   examples = dataclasses.replace(question.examples, size=3, references=lambda ids: [_SHARED[i] for i in ids])
-  whole = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, max_len=30))
-  return {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=whole, examples=examples))}, oracle
+  complete = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, max_len=30))
+  return {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=complete, examples=examples))}, oracle
 
 
-def test_pictures_that_share_a_caption_are_right_for_it_and_it_is_asked_once(data):
+def test_images_that_share_a_caption_are_right_for_it_and_it_is_evaluated_once(data):
   perfect, oracle = _of_all(data)
-  assert {name: s.value for name, s in perfect.items()} == {f'{way}_R@{k}': 1.0 for k in (1, 5, 10) for way in ('i2t', 't2i')}
+  assert {name: s.value for name, s in perfect.items()} == {f'{direction}_R@{k}': 1.0 for k in (1, 5, 10) for direction in ('i2t', 't2i')}
   assert (perfect['i2t_R@1'].count, perfect['t2i_R@1'].count) == (3, 4)
   assert len(set(oracle.read)) == 4 and len(oracle.read) == 6  # two batches of three, the last filled up
-  # Two, two and one of four texts; one, two, one and one of three pictures.
+  # Two, two and one of four texts; one, two, one and one of three images.
   assert perfect['i2t_R@1'].chance == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
   assert perfect['t2i_R@1'].chance == pytest.approx((1 / 3 + 2 / 3 + 1 / 3 + 1 / 3) / 4)
 
 
-def test_recall_of_files_of_a_model_that_takes_every_picture_for_the_next(data):
+def test_recall_of_files_of_a_model_that_takes_every_image_for_the_next(data):
   wrong, _ = _of_all(data, turned=1)
   # 0 as 1: its blue disc is closest, which 0 has not; 1 as 2: the star; 2 as 0: the red bar.
   assert wrong['i2t_R@1'].value == 0.0
-  # The shared text: pictures 2 and 0 are as close as can be, and 0 has it, but a tie counts against the model.
+  # The shared text: images 2 and 0 are as close as can be, and 0 has it, but a tie counts against the model.
   assert wrong['t2i_R@1'].value == 0.0 and wrong['t2i_R@5'].value == wrong['i2t_R@5'].value == 1.0
 
 
 def test_texts_that_differ_after_their_cut_are_one_candidate(data):
-  # Cut to three words and the end, those of pictures 0 and 1 are alike: two candidates, right for two pictures and for one.
+  # Cut to three words and the end, those of images 0 and 1 are equal: two candidates, right for two images and for one.
   first = data[1].tokenizer.encode('a red bar')
   long = [('a red bar and a disc',), ('a red bar and a star', 'a red bar'), ('a star',)]
   question = _question(data, 'pair', _Reader(data[1].tokenizer), num_examples=0, batch_size=3)

@@ -12,17 +12,17 @@ from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.samples import Samples
 from uni_moe_jax.eval.suite import EVALUATORS
 
-LABELS = np.array([1, 1, 0, 1, 0, 0, 1])  # seven, asked in batches of three
+LABELS = np.array([1, 1, 0, 1, 0, 0, 1])  # seven, evaluated in batches of three
 ANSWERS = [('A cat',) * 4 + ('dog',) * 6, ('cat.',) * 10, ('bird',) * 10]
 
 
-class _Says:
-  """The answers of a predictor by example id, as log p; remembers who was asked."""
+class _Predicts:
+  """The answers of a predictor by example id, as log p; remembers who was evaluated."""
 
   def __init__(self, answers, V):
     self.answers, self.V, self.seen = np.asarray(answers), V, []
 
-  def inputs(self, kind, fields):
+  def inputs(self, task_type, fields):
     self.seen += fields['id'].tolist()
     return fields['id'].astype(int)
 
@@ -30,15 +30,15 @@ class _Says:
     return np.log(np.eye(self.V)[self.answers[ids]] * 0.8 + 0.1)[:, None]
 
 
-def _ask(kind, task, keys, examples, says, labels=None):
+def _evaluate(task_type, task, keys, examples, predicts, labels=None):
   c = tiny.config(data_dir='')
   c.target_sets.s = config_lib.target_set(keys, family='words')
   c.tasks.t = task
-  c.evaluators.e = config_lib.evaluator(kind, 't', split='test', batch_size=3)
+  c.evaluators.e = config_lib.evaluator(task_type, 't', split='test', batch_size=3)
   [e] = make_plan(c).evaluations
   records = FileDataset('own:x', examples.size, None, {}, {'label': keys}, {} if labels is None else {'label': labels}, '')
-  question = Query(e, says, examples, records, records, keys, keys, None, Samples())
-  return {s.name: s for s in EVALUATORS[kind](question)}
+  question = Query(e, predicts, examples, records, records, keys, keys, None, Samples())
+  return {s.name: s for s in EVALUATORS[task_type](question)}
 
 
 def _text(**fields):
@@ -56,26 +56,26 @@ def _examples(size, references=None):
 
 def test_glue_counts_every_example_once_and_scores_by_hand():
   # Always 1: of seven, four are 1. F1 = 2 · 4 / (7 + 4).
-  says = _Says(np.ones(7, int), 2)
-  scores = _ask('glue', _text(), ('no', 'yes'), _examples(7), says, labels=np.array([0, 0, 1, -1]))
-  assert sorted(set(says.seen)) == list(range(7)) and scores['accuracy'].count == 7
+  predicts = _Predicts(np.ones(7, int), 2)
+  scores = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), predicts, labels=np.array([0, 0, 1, -1]))
+  assert sorted(set(predicts.seen)) == list(range(7)) and scores['accuracy'].count == 7
   assert scores['accuracy'].value == pytest.approx(4 / 7)
   assert scores['F1'].value == pytest.approx(8 / 11)
   assert scores['Matthews'].value == 0
   assert scores['accuracy'].baselines == {'majority': pytest.approx(3 / 7)}  # no, the most frequent in training
-  right = _ask('glue', _text(), ('no', 'yes'), _examples(7), _Says(LABELS, 2))
+  right = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), _Predicts(LABELS, 2))
   assert {name: s.value for name, s in right.items()} == {'accuracy': 1, 'F1': 1, 'Matthews': 1}
   assert right['accuracy'].baselines == {}  # nothing is known of the training labels
 
 
 def test_three_label_words_have_an_accuracy_alone():
-  assert set(_ask('glue', _text(), ('no', 'maybe', 'yes'), _examples(7), _Says(LABELS, 3))) == {'accuracy'}
+  assert set(_evaluate('glue', _text(), ('no', 'maybe', 'yes'), _examples(7), _Predicts(LABELS, 3))) == {'accuracy'}
 
 
 def test_questions_score_by_how_many_people_agree():
   task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers', template='{q} <spe> <eot>', max_len=8, max_predictions=10)
   examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
-  scores = _ask('vqa', task, ('Cat', 'dog'), examples, _Says([0, 0, 1], 2))
+  scores = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2))
   # Four of ten said cat: 1; ten: 1; nobody dog: 0. Most said dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
   assert scores['exact_match'].value == pytest.approx(1 / 3)

@@ -14,7 +14,7 @@ from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.train import run as train_run
 
 _MESHES = {'one': {}, 'eight': dict(data=2, expert=2, model=2)}
-_ASKED = 6  # examples in batches of five: neither divides over four batch shards
+_EVALUATED = 6  # examples in batches of five: neither divides over four batch shards
 
 
 @functools.cache
@@ -23,8 +23,8 @@ def _on(router: str, mesh: str) -> tuple[train_run.Run, Predictor]:
   c.tokenizer.path = tiny.tokenizer_file()
   for task in c.tasks.values():
     task.batch_size = 8
-  for kind, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption')):
-    c.evaluators[task] = config_lib.evaluator(kind, task, split='train', batch_size=5, num_examples=_ASKED)
+  for task_type, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption')):
+    c.evaluators[task] = config_lib.evaluator(task_type, task, split='train', batch_size=5, num_examples=_EVALUATED)
   c.moe.update(dict(router=router, num_experts=8, top_k=2, gmm='batched', capacity_factor=0.5 if router == 'token' else 0.0))
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1), **_MESHES[mesh]})
   run = train_run.build(c, jax.devices()[:8 if mesh == 'eight' else 1])
@@ -33,7 +33,7 @@ def _on(router: str, mesh: str) -> tuple[train_run.Run, Predictor]:
   return run, Predictor(run.spec.model, params, sets, run.data.tokenizer)
 
 
-def _asked(router: str, mesh: str) -> dict[str, np.ndarray]:
+def _evaluated(router: str, mesh: str) -> dict[str, np.ndarray]:
   run, predictor = _on(router, mesh)
   tasks = {t.name: t for t in run.plan.tasks}
   batch = lambda name: next(evaluation_batches(run.data.examples(tasks[name], 'train'), np.arange(5), 5))[0]
@@ -46,7 +46,7 @@ def _asked(router: str, mesh: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize('router', ['attribute', pytest.param('token', marks=pytest.mark.slow)])
 def test_features_and_probabilities_are_those_of_one_device(router):
-  one, eight = _asked(router, 'one'), _asked(router, 'eight')
+  one, eight = _evaluated(router, 'one'), _evaluated(router, 'eight')
   for name, value in one.items():
     assert eight[name].shape == value.shape
     np.testing.assert_allclose(eight[name], value, rtol=0, atol=2e-5, err_msg=name)
@@ -55,14 +55,14 @@ def test_features_and_probabilities_are_those_of_one_device(router):
 
 @pytest.mark.parametrize('router, beams', [('attribute', 2), pytest.param('token', 1, marks=pytest.mark.slow)])
 def test_captions_are_those_of_one_device(router, beams):
-  said = []
+  output = []
   for mesh in _MESHES:
     run, predictor = _on(router, mesh)
     [task] = [t for t in run.plan.tasks if t.name == 'caption']
     fields = next(evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5))[0]
-    said.append(predictor.captions(task, fields['pixels'], beam_size=beams))
-  assert said[0] == said[1]
-  assert len(said[0]) == 5 and any(said[0])
+    output.append(predictor.captions(task, fields['pixels'], beam_size=beams))
+  assert output[0] == output[1]
+  assert len(output[0]) == 5 and any(output[0])
 
 
 def test_every_row_of_the_table_is_that_of_one_device_and_counts_each_example_once(tmp_path):
@@ -71,7 +71,7 @@ def test_every_row_of_the_table_is_that_of_one_device_and_counts_each_example_on
     run, predictor = _on('attribute', mesh)
     tables.append(suite.evaluate(run.plan, run.data, predictor, 1, tmp_path, writes=mesh == 'one'))
   assert tables[0] == tables[1]
-  assert {r['count'] for r in tables[0] if r['evaluator'] == 'shape'} == {_ASKED}
+  assert {r['count'] for r in tables[0] if r['evaluator'] == 'shape'} == {_EVALUATED}
 
 
 def test_one_device_in_the_mesh_computes_its_part_of_the_batch_alone():

@@ -20,7 +20,7 @@ class AnswerTest(parameterized.TestCase):
     self.assertEqual(metrics.f1(labels, labels), 1.0)
     self.assertEqual(metrics.matthews(1 - labels, labels), -1.0)
 
-  def test_a_constant_answer_says_nothing(self):
+  def test_a_constant_answer_is_at_chance(self):
     labels = np.array([1, 0, 1, 0])
     self.assertEqual(metrics.matthews(np.ones(4, int), labels), 0.0)
     self.assertAlmostEqual(metrics.f1(np.ones(4, int), labels), 2 / 3)  # TP 2, FP 2
@@ -29,8 +29,8 @@ class AnswerTest(parameterized.TestCase):
   @parameterized.parameters((0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0))
   def test_an_answer_scores_by_how_many_of_ten_gave_it(self, same, score):
     people = ['yes'] * same + [f'other {i}' for i in range(10 - same)]
-    [found] = metrics.vqa_score(['yes'], [people])
-    self.assertAlmostEqual(found, score)
+    [matches] = metrics.vqa_score(['yes'], [people])
+    self.assertAlmostEqual(matches, score)
 
 
 class RecallTest(parameterized.TestCase):
@@ -143,9 +143,9 @@ class TextTest(parameterized.TestCase):
 
   def test_balanced_accuracy_has_an_error_of_its_classes(self):
     # Shares 1/2 of 4 and 2/3 of 3: sqrt(¼ / 4 + 2/9 / 3) / 2.
-    labels, said = np.array([0, 0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 1, 0])
-    self.assertAlmostEqual(metrics.balanced_accuracy(said, labels), 7 / 12)
-    self.assertAlmostEqual(metrics.balanced_accuracy_error(said, labels), math.sqrt(1 / 16 + 2 / 27) / 2)
+    labels, output = np.array([0, 0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 1, 0])
+    self.assertAlmostEqual(metrics.balanced_accuracy(output, labels), 7 / 12)
+    self.assertAlmostEqual(metrics.balanced_accuracy_error(output, labels), math.sqrt(1 / 16 + 2 / 27) / 2)
 
   def test_bleu4_by_hand(self):
     # Precisions of 1- to 4-grams: 4/5, 3/4, 2/3, 1/2; product 1/5; equal lengths, so no penalty.
@@ -185,7 +185,7 @@ class TableTest(parameterized.TestCase):
     self.assertEqual(metrics.verdict(
         metrics.Score('p', 63.2, 5, higher_is_better=False).row('mlm', 1), reference), expected)
 
-  def test_nan_is_worse_than_any_floor(self):
+  def test_nan_is_worse_than_any_baseline(self):
     self.assertEqual(metrics.verdict({'metric': 'top1', 'value': math.nan}, 0.), metrics.WORSE)
 
   def test_table_is_aligned_and_marks_every_baseline(self):
@@ -202,7 +202,7 @@ class TableTest(parameterized.TestCase):
         'mlm        perplexity (lower is better)   63.2       —  18,000        —  unigram 63.2 =',
     ])
 
-  def test_no_rows_are_said(self):
+  def test_no_rows_are_reported(self):
     self.assertEqual(metrics.evaluation_table([]), 'no evaluation rows')
 
   def test_a_score_prints_as_its_row(self):

@@ -14,7 +14,7 @@ from uni_moe_jax.eval import suite
 
 pytestmark = pytest.mark.slow
 _BATCH, _STEP = 5, 3
-_ASKED = {'photos': 7, 'pairs': 11, 'clips': 6}  # batches of five leave a remainder of each
+_EVALUATED = {'photos': 7, 'pairs': 11, 'clips': 6}  # batches of five leave a remainder of each
 # Task → its source, its evaluator, whose kinds are all that there are.
 _TASKS = {
     'color': ('photos', 'classification'), 'caption': ('photos', 'caption'), 'match': ('photos', 'retrieval'),
@@ -22,15 +22,15 @@ _TASKS = {
 
 
 def _prepare(root, data):
-  """Pictures with captions, a question and its answers; pairs of texts; clips."""
-  own_files.write_captioned_images(root / 'photos', 5 * _ASKED['photos'])  # every fifth is for the test
+  """Images with captions, a question and its answers; pairs of texts; clips."""
+  own_files.write_captioned_images(root / 'photos', 5 * _EVALUATED['photos'])  # every fifth is for the test
   file = root / 'photos/data.jsonl'
   rows = [json.loads(line) for line in file.read_text().splitlines()]
-  asked = [{'question': f'which {row["color"]} has number {i}', 'answers': synthetic_records.answers(i // 5)} for i, row in enumerate(rows)]
-  file.write_text(''.join(json.dumps({**row, **more}) + '\n' for row, more in zip(rows, asked)))
+  evaluated = [{'question': f'which {row["color"]} has number {i}', 'answers': synthetic_records.answers(i // 5)} for i, row in enumerate(rows)]
+  file.write_text(''.join(json.dumps({**row, **more}) + '\n' for row, more in zip(rows, evaluated)))
   prepare.prepare(root / 'photos', data, 'photos')
-  prepare.prepare(own_files.write_text_pairs(root / 'pairs', _ASKED['pairs']), data, 'pairs')
-  prepare.prepare(own_files.write_videos(root / 'clips', count=_ASKED['clips']), data, 'clips', test_fraction=0.0)
+  prepare.prepare(own_files.write_text_pairs(root / 'pairs', _EVALUATED['pairs']), data, 'pairs')
+  prepare.prepare(own_files.write_videos(root / 'clips', count=_EVALUATED['clips']), data, 'clips', test_fraction=0.0)
 
 
 def _config(data):
@@ -70,7 +70,7 @@ def _picks(run, examples):
 
 
 def _found(folder):
-  """(rows, what was said of pictures and clips) of an evaluation."""
+  """(rows, what was said of images and clips) of an evaluation."""
   return tuple(json.loads((folder / name).read_text()) for name in (suite.EVALUATION_FILE, 'samples.json'))
 
 
@@ -83,14 +83,14 @@ def test_every_row_and_every_answer_is_that_of_one_device_and_counts_each_exampl
   run, predictor, _ = saved_run.load(c, two)
   one.mkdir()
   suite.evaluate(run.plan, run.data, predictor, _STEP, one)
-  rows, said = _found(one)
-  counts = {name: _ASKED[source] for name, (source, _) in _TASKS.items()} | {'words': _picks(run, _ASKED['pairs'])}
+  rows, output = _found(one)
+  counts = {name: _EVALUATED[source] for name, (source, _) in _TASKS.items()} | {'words': _picks(run, _EVALUATED['pairs'])}
   assert {(r['evaluator'], r['count']) for r in rows if not r['metric'].startswith('t2')} == set(counts.items())  # t2i counts texts
   # The control: one example in the place of another would tell, since answers differ.
   assert next(r['value'] for r in rows if r['metric'] == 'Matthews') != 0
-  assert all(len({shown['prediction'] for shown in said[name]}) > 1 for name in ('color', 'caption', 'question', 'moves'))
+  assert all(len({shown['prediction'] for shown in output[name]}) > 1 for name in ('color', 'caption', 'question', 'moves'))
 
   processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={two}'])
   # What follows from the greatest of some numbers, or from their order, is the same to the bit; a mean of logarithms is rounded.
   rounded = [{**r, 'value': pytest.approx(r['value'], rel=1e-5)} if r['metric'] == 'perplexity' else r for r in rows]
-  assert _found(two) == (rounded, said)
+  assert _found(two) == (rounded, output)

@@ -22,8 +22,8 @@ def finished(tmp_path_factory):
   c = tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir())
   c.moe.router = 'task'
   c.train.update(dict(steps=3, ema_decay=0.5))
-  for kind, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
-    c.evaluators[f'my {task}'] = config_lib.evaluator(kind, task, split='train', batch_size=6)
+  for task_type, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
+    c.evaluators[f'my {task}'] = config_lib.evaluator(task_type, task, split='train', batch_size=6)
   assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     run = train_run.build(load_config(workdir), jax.devices()[:1])

@@ -36,7 +36,7 @@ class FiguresTest(parameterized.TestCase):
   def test_axis_labels_are_short(self, value, expected):
     self.assertEqual(figures.short_number(value), expected)
 
-  def test_a_falling_curve_falls_in_the_picture(self):
+  def test_a_falling_curve_falls_in_the_image(self):
     [path] = _elements(figures.line_panel('loss', [1, 2, 3], [3., 2., 1.], '1', smoothed=False),
                        'path', 'curve')
     points = np.array(re.findall(r'([\d.]+) ([\d.]+)', path.get('d')), float)
@@ -54,7 +54,7 @@ class FiguresTest(parameterized.TestCase):
     self.assertNotIn('nan', svg)
 
   @parameterized.parameters(([np.nan],), ([0.],), ([1e-12],), ([-3.],))
-  def test_a_single_point_is_drawn_or_said(self, values):
+  def test_a_single_point_is_drawn_or_printed(self, values):
     xml.etree.ElementTree.fromstring(figures.line_panel('x', [7], values, ''))
 
   def test_a_spike_survives_thinning(self):
@@ -62,7 +62,7 @@ class FiguresTest(parameterized.TestCase):
     values[2345] = 9.
     [path] = _elements(figures.line_panel('loss', np.arange(5000), values, '1'), 'path', 'raw')
     heights = [float(y) for _, y in re.findall(r'([\d.]+) ([\d.]+)', path.get('d'))]
-    self.assertLess(min(heights), 50)  # the picture's top
+    self.assertLess(min(heights), 50)  # the image's top
     self.assertLess(len(heights), 500)
 
   def test_the_bar_and_its_ticks_share_a_scale(self):

@@ -109,16 +109,16 @@ def test_decay_does_not_depend_on_the_gradient():
   np.testing.assert_allclose(params['word'], 5 * (1 - .1 * .5), rtol=1e-6)
 
 
-def test_gradients_are_clipped_to_their_global_norm():
+def test_gradients_are_videoped_to_their_global_norm():
   # Norm 5 over kernel (3, 0) and bias 4: clipped to 1 they are 0.6 and 0.8.
   params, _ = _update(_config(grad_clip_norm=1.), _gradient([3., 0.], bias=4.))
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * .6 / 1.6, rtol=1e-6)
   np.testing.assert_allclose(params['block']['bias'], 1 - .1 * .8 / 1.8, rtol=1e-6)
 
 
-def test_clipping_leaves_short_and_zero_gradients_unchanged():
+def test_videoping_leaves_short_and_zero_gradients_unchanged():
   for gradient in ([.3, .4], [0., 0.]):
-    clipped, plain = (_update(_config(grad_clip_norm=clip), _gradient(gradient))[0] for clip in (1., 0.))
+    clipped, plain = (_update(_config(grad_clip_norm=video), _gradient(gradient))[0] for video in (1., 0.))
     np.testing.assert_array_equal(clipped['block']['kernel'], plain['block']['kernel'])
     assert np.isfinite(clipped['block']['kernel']).all()
 
@@ -137,7 +137,7 @@ def test_frozen_parameters_have_no_moments():
   assert sorted(shapes) == [(1,), (1,), (2,), (2,)]  # two moments of bias and kernel each
 
 
-def test_frozen_gradients_do_not_count_in_the_clip():
+def test_frozen_gradients_do_not_count_in_the_video():
   gradient = _gradient([.6, .8], 0., 100.)  # of norm 1 without the frozen one
   params, _ = _update(_config(FROZEN, grad_clip_norm=1.), gradient)
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * (.6 / 1.6 + .5 * 2), rtol=1e-6)

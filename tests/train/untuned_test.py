@@ -22,7 +22,7 @@ _FILE = _ROOT / 'configs' / 'zero_shot.py'
 
 
 def _config(router):
-  """Text alone; pictures of 32 pixels, as digits have."""
+  """Text alone; images of 32 pixels, as digits have."""
   c = tiny.config('package', data_dir=tiny.data_dir())
   c.model.update(dict(image_size=32, patch_size=16, num_layers=1))
   c.moe.router = router
@@ -56,12 +56,12 @@ def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
 @pytest.mark.parametrize('task, kind', [
     ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow),
     ('digit_word', 'image_word')])
-def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
+def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, task_type):
   c = _zero_shot(f'run={run[0]},task={task}')
-  assert c.tasks[task].type == kind
-  # The gates have never seen the rows of what is asked: attribute routing reads their bits.
-  trained, asked = ([str(row)[:8] for row in train_run.conditions(make_plan(config))] for config in (run[1], c))
-  assert asked[0] not in trained
+  assert c.tasks[task].type == task_type
+  # The gates have never seen the rows of what is evaluated: attribute routing reads their bits.
+  trained, queried = ([str(row)[:8] for row in train_run.conditions(make_plan(config))] for config in (run[1], c))
+  assert queried[0] not in trained
   c.evaluators[next(iter(c.evaluators))].num_examples = 20
   made, predictor, _ = saved_run.load(c, tmp_path)
   rows = suite.evaluate(made.plan, made.data, predictor, 0, tmp_path)
@@ -70,7 +70,7 @@ def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, kind):
   assert json.loads((tmp_path / suite.EVALUATION_FILE).read_text()) == rows
 
 
-def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(run, tmp_path, monkeypatch, capfd):
+def test_it_is_evaluated_again_when_the_run_has_gone_on_or_another_question_is_put(run, tmp_path, monkeypatch, capfd):
   folder, trained = tmp_path / 'run', train_run.build(run[1], jax.devices()[:1])
   shutil.copytree(run[0], folder)
   build = train_run.build
@@ -91,11 +91,11 @@ def test_it_is_asked_again_when_the_run_has_gone_on_or_another_question_is_put(r
 
 def test_the_new_kind_has_a_row_of_bits_by_rule_and_targets_of_a_known_family(run):
   plan = train_run.build(_zero_shot(f'run={run[0]},task=digit_word'), jax.devices()[:1]).plan
-  # Pictures in, text out; a visual input token. Words: 11 (both inputs), 01 (text), 01 (text), 1 (target), 0.
+  # Images in, text out; a visual input token. Words: 11 (both inputs), 01 (text), 01 (text), 1 (target), 0.
   assert [str(c)[:8] for c in train_run.conditions(plan)] == ['10011000', '11010110']
 
 
-def test_a_task_router_takes_known_names_and_says_which_it_has_not(tmp_path):
+def test_a_task_router_takes_known_names_and_reports_which_it_has_not(tmp_path):
   workdir.claim_workdir(tmp_path, _config('task'), 'print')
   workdir.copy_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
   for task in ('digits', 'digit_question'):

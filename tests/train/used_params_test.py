@@ -34,7 +34,7 @@ def _shapes(spec):
   return {path: leaf.shape for path, leaf in by_path(small_model.params(spec)).items()}
 
 
-# What layers 0, 1 and 2 chose: rows per expert. No two are alike.
+# What layers 0, 1 and 2 chose: rows per expert. No two are equal.
 USED_EXPERTS = {
     'blocks': ({'attention': jnp.array([[3, 3, 0, 0], [0, 1, 5, 0]]), 'mlp': jnp.array([[0, 0, 2, 4], [6, 0, 0, 0]])},),
     'tail': ({'attention': jnp.array([0, 2, 0, 4]), 'mlp': jnp.array([1, 1, 1, 0])},)}
@@ -51,7 +51,7 @@ def _used(contents=('head', 'target', 'text', 'visual'), temperatures=('group', 
 
 
 def _unused(**kw):
-  """Paths of the parameters without experts that are not touched."""
+  """Paths of the parameters without experts that are not used."""
   return {path for path, used in _used(**kw).items() if used.ndim == 0 and not used}
 
 

@@ -1,0 +1,144 @@
+"""Retired names stay away: the words of a private dialect that the field's words replaced, in code, messages, flags and docs.
+
+`violations(root)` reads source text alone, so that it can be pointed at any tree: python tests/names_test.py [ROOT]
+"""
+
+import collections
+import io
+import pathlib
+import re
+import sys
+import tokenize
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_FOLDERS = ('uni_moe_jax', 'configs', 'launch', 'tests', 'docs')
+_SUFFIXES = ('.py', '.md', '.sh', '.sbatch', '.yaml')
+_EXEMPT = ('tests/names_test.py', 'tests/golden')
+
+# Words that no identifier has as a part (split at underscores and capitals), and what replaced them.
+_IDENTIFIER_WORDS = {
+    'floor': 'baseline', 'floors': 'baselines', 'room': 'module, package, capacity', 'rooms': 'modules, packages',
+    'ask': 'evaluate, query', 'asks': 'evaluate, query', 'asked': 'evaluated, requested', 'tell': 'report, raise', 'tells': 'reports',
+    'told': 'reported', 'said': 'message, output', 'says': 'reports, prints', 'way': 'route, path', 'ways': 'routing',
+    'travel': 'all-to-all, expert_parallel', 'touched': 'used', 'apart': 'extra_kv', 'picture': 'image', 'pictures': 'images',
+    'regime': 'recipe', 'regimes': 'recipes', 'befall': 'happen', 'befell': 'happened', 'mend': 'fix', 'alike': 'the noun of what it is',
+    'clips': 'videos', 'kinds': 'types', 'lies': 'the noun of what it is', 'holds': 'contents, contains',
+}
+# Whole identifiers that are too vague to keep, or that have another name now.
+_IDENTIFIERS = {
+    'here': 'the noun of what it is', 'whole': 'the noun of what it is', 'place': 'offset, index, position', 'places': 'indices',
+    'found': 'matches, the noun of what it is', 'clip': 'video (clip is gradient clipping, CLIP the tokenizer)',
+    'kind': 'type, task_type', 'speaks': 'is_primary', 'first_says': 'broadcast_from_primary', 'over_batch': 'shard_batch',
+    'everywhere': 'replicate', 'past': 'kv_cache', 'completed': '(no old configs)',
+}
+# Words that no comment, docstring, message or page has.
+_PROSE = {
+    r'floors?': 'baseline', r'rooms?': 'module, capacity', r'asks|asked': 'evaluates, requests', r'tells|told': 'reports',
+    r'travels?': 'moves', r'touched': 'used', r'pictures?': 'image', r'regimes?': 'recipe', r'befalls?|befell|befallen': 'happens',
+    r'mend|mends|mended': 'fix', r'seldom': 'rarely', r'beforehand': 'before', r'alike': 'the same way', r'in effect': 'plain words',
+    r'see to it': 'make sure', r'learnt': 'learned', r'colours?': 'color', r'normalis\w+': 'normalize', r'neighbours?': 'neighbor',
+}
+# Strings that were names of config fields, flags, metrics and values.
+_STRINGS = {
+    'gate_entropy': 'router/entropy', 'row_overlap': 'router/condition_overlap', 'bad_examples': 'corrupt_examples',
+    'dropped_words': 'sampled_softmax/dropped_labels', 'used_per_token': 'active parameters', 'fixed_sets': 'bake_targets',
+    'accept_versions': 'allow_version_mismatch', 'holdout': 'test_fraction', 'query_key_init': 'mimetic_init',
+    'without_gradient': 'unused_params', 'gate_factor': 'router_lr_multiplier', 'layer_decay': 'layerwise_lr_decay',
+    'max_bad_steps': 'max_nonfinite_steps', 'max_bad_fraction': 'max_corrupt_fraction', 'keep_best': 'best_metric',
+    'save_every': 'checkpoint_every', 'mask_specials': 'random_special_tokens', 'per_class': 'shots', 'visual_type=': 'modality_embedding',
+    'position_init': 'text_posemb_init', 'prompt_sides': 'prompt_sharing', 'max_text=': 'max_text_len', 'max_frames=': 'max_num_frames',
+    'config.sets': 'config.target_sets', 'config.kinds': 'config.task_types', 'config.families': 'config.target_families',
+    'config.declared': 'config.preflight', '→ text': 'i2t_R@1', '← text': 't2i_R@1',
+}
+_MODULES = {
+    'ways', 'travel', 'experts', 'touched', 'streams', 'inputs', 'decisions', 'agreement', 'floors', 'slots', 'parts', 'setup', 'measure',
+    'remedy', 'changes', 'fit', 'planted', 'moves', 'stops', 'kills', 'cells', 'regimes', 'look_alikes', 'harvest', 'prose', 'stored',
+    'stored_rows', 'stored_examples', 'card', 'failures', 'resolve', 'recipes',
+}
+# The authors' and libraries' own words, and where the paper's or English has no other.
+_ALLOWED_NAMES = {'np.clip', 'jnp.clip', 'dtype.kind', 'math.floor', 'tf.floor', 'np.floor', 'jnp.floor'}
+# Lines of other words than ours: arguments of libraries, a hash salt, names of characters, tests of CLIP's tokenizer.
+_ALLOWED_LINES = re.compile(r"kind='stable'|\bplaces=|glyph clip|bracket\|parenthesis")
+_ALLOWED_CLIP = 'tests/data/pipeline/clip_tokenizer_test.py'
+
+
+def _parts(identifier: str) -> list[str]:
+  return re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', identifier).lower().split('_')
+
+
+def _of_code(source: str) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+  """(line, identifier) pairs and (line, comment or string) pairs of Python source."""
+  names, prose = [], []
+  tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+  for i, token in enumerate(tokens):
+    if token.type == tokenize.NAME:
+      owner = tokens[i - 2].string if i > 1 and tokens[i - 1].string == '.' else ''
+      if f'{owner}.{token.string}' not in _ALLOWED_NAMES:
+        names.append((token.start[0], token.string))
+    elif token.type in (tokenize.COMMENT, tokenize.STRING):
+      prose += [(token.start[0] + n, line) for n, line in enumerate(token.string.split('\n'))]
+  return names, prose
+
+
+def violations(root: pathlib.Path) -> list[str]:
+  """Returns 'file:line: retired name → replacement' for every retired name below `root`."""
+  matches = []
+  pages = [p for p in (root / 'README.md', root / 'CONTRIBUTING.md') if p.exists()]
+  files = sorted(p for folder in _FOLDERS for p in (root / folder).rglob('*') if p.suffix in _SUFFIXES)
+  for path in [*pages, *files]:
+    name = str(path.relative_to(root))
+    if name.startswith(_EXEMPT):
+      continue
+    source = path.read_text()
+    lines = ['', *source.split('\n')]
+    if path.suffix == '.py':
+      names, prose = _of_code(source)
+      if name.startswith('uni_moe_jax') and path.stem in _MODULES:
+        matches.append(f'{name}:1: module {path.stem}')
+    else:
+      names, prose = [], list(enumerate(source.split('\n'), 1))
+    for line, identifier in names:
+      if _ALLOWED_LINES.search(lines[line]) or identifier == 'clip' and name == _ALLOWED_CLIP:
+        continue
+      for part in _parts(identifier):
+        if part in _IDENTIFIER_WORDS:
+          matches.append(f'{name}:{line}: {identifier} → {_IDENTIFIER_WORDS[part]}')
+      if identifier in _IDENTIFIERS:
+        matches.append(f'{name}:{line}: {identifier} → {_IDENTIFIERS[identifier]}')
+    for line, text in prose:
+      if _ALLOWED_LINES.search(lines[line]):
+        continue
+      for pattern, instead in _PROSE.items():
+        if found := re.search(rf'(?<![\w\'"/-])(?:{pattern})(?![\w/=-])', text, re.IGNORECASE):
+          matches.append(f'{name}:{line}: {found.group()!r} → {instead}')
+      for string, instead in _STRINGS.items():
+        if re.search(rf'(?<![\w]){re.escape(string)}(?!\w)', text):
+          matches.append(f'{name}:{line}: {string!r} → {instead}')
+  return matches
+
+
+def test_no_retired_name_is_left():
+  found = violations(_ROOT)
+  assert not found, f'{len(found)} retired names:\n' + '\n'.join(found[:200])
+
+
+@pytest.mark.parametrize('file, source, count', [
+    ('uni_moe_jax/eval/bad.py', 'floors = 1', 1), ('uni_moe_jax/eval/bad.py', 'def read_pictures(): pass', 1),
+    ('uni_moe_jax/eval/bad.py', 'class TokenWays: pass', 1), ('uni_moe_jax/eval/bad.py', '"""Asks a model."""', 1),
+    ('uni_moe_jax/eval/bad.py', "print('gate_entropy')", 1), ('uni_moe_jax/eval/floors.py', '', 1),
+    ('docs/bad.md', 'What befalls a run.', 1), ('launch/bad.sh', '# tells who asks', 1),
+    ('uni_moe_jax/eval/good.py', 'x = np.clip(x, 0, 1)\nbaselines = [x.dtype.kind]  # the image of a video', 0),
+    ('docs/good.md', 'CLIP, gradient clipping and a kind word.', 0)])
+def test_a_planted_name_is_found_and_a_good_one_is_not(tmp_path, file, source, count):
+  (tmp_path / file).parent.mkdir(parents=True)
+  (tmp_path / file).write_text(source)
+  assert len(violations(tmp_path)) == count
+
+
+if __name__ == '__main__':
+  matches = violations(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else _ROOT)
+  counts = collections.Counter('/'.join(m.split(':')[0].split('/')[:-1]) for m in matches)
+  print('\n'.join(matches))
+  print(*(f'{count:5} {folder}' for folder, count in counts.most_common()), f'{len(matches)} retired names', sep='\n')
