@@ -21,7 +21,7 @@ def digit_question(c: ml_collections.ConfigDict) -> None:
   _digit_words(c)
   c.tasks.digit_question = config.task(
       'vqa', 'digits', batch_size=0, target_set='digit_words', label_column='name',
-      template='the picture is <spe> . <eot>', max_len=16)
+      template='the image is <spe> . <eot>', max_len=16)
   c.evaluators['digit question'] = config.evaluator('classification', 'digit_question', split='test')
 
 

@@ -28,11 +28,11 @@ def _config(answers=ANSWERS):
   c.tasks.caption.max_len = LENGTH
   c.model.num_layers = 1
   c.target_sets.closed = config_lib.target_set(answers, family='names')
-  # What a clip is called was never evaluated in training; its scale is that of images.
-  c.tasks.clip = config_lib.task(
+  # No training task has names of videos; their scale is that of images.
+  c.tasks.video = config_lib.task(
       'video_caption', 'videos', batch_size=0, target_set='words', caption_templates=('{name}',), max_len=LENGTH, temperature='image_caption')
   for name, chosen in (('clips', ''), ('closed clips', 'closed')):
-    c.evaluators[name] = config_lib.evaluator('caption', 'clip', split='train', batch_size=8, constrain_to=chosen)
+    c.evaluators[name] = config_lib.evaluator('caption', 'video', split='train', batch_size=8, constrain_to=chosen)
   return c
 
 
@@ -101,13 +101,13 @@ def test_videos_are_captioned_by_a_model_that_learned_images_alone(tmp_path):
 
 def test_videos_need_a_scale_that_some_trained_task_has():
   config = _config()
-  config.tasks.clip.temperature = ''
-  with pytest.raises(ValueError, match="config.tasks.clip.temperature='video_caption': no trained task has this group"):
+  config.tasks.video.temperature = ''
+  with pytest.raises(ValueError, match="config.tasks.video.temperature='video_caption': no trained task has this group"):
     make_plan(config)
 
 
 def test_an_answer_that_is_longer_than_a_caption_is_named_before_anything_runs():
   config = _config((*ANSWERS, 'small shape'))
-  with pytest.raises(ValueError, match="config.tasks.clip.max_len=5 is too short for answer 'small shape' of "
+  with pytest.raises(ValueError, match="config.tasks.video.max_len=5 is too short for answer 'small shape' of "
                                        "config.evaluators.closed clips.constrain_to='closed', which has [0-9]+ tokens"):
     Data(config, make_plan(config))

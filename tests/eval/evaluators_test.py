@@ -127,7 +127,7 @@ def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(d
 
 
 # Images 0 and 1 have a caption in common, in the tokenizer's eyes; four distinct texts.
-_SHARED = [('a red bar', 'a picture'), ('A  picture', 'a blue disc'), ('a star',)]
+_SHARED = [('a red bar', 'a image'), ('A  image', 'a blue disc'), ('a star',)]
 
 
 class _Reader(_Oracle):

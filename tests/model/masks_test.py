@@ -49,9 +49,9 @@ class AttentionMaskTest(absltest.TestCase):
     np.testing.assert_array_equal(mask[0, 0], _drawn('111000/111100/110010/111001').astype(int))
 
   def test_queries_only_are_the_lower_half(self):
-    whole = self._rows(_CAPTION, 1, (2, 4), (None, None))
+    full = self._rows(_CAPTION, 1, (2, 4), (None, None))
     half = self._rows(_CAPTION, 1, (2, 4), (None, None), queries_only=True)
-    np.testing.assert_array_equal(half, whole[:, :, 2:])
+    np.testing.assert_array_equal(half, full[:, :, 2:])
 
   def test_padding_is_masked(self):
     # Two samples; the second has one word of two.

@@ -288,9 +288,9 @@ class DecodingTest(absltest.TestCase):
       scale = UniPerceiver(spec).apply({'params': values}, 'group', method='scale')
       all_p = jax.nn.log_softmax(scale * normalize(features) @ words.T)
       return log_p, jnp.take_along_axis(all_p, tokens[..., None], axis=-1)[..., 0], all_p.argmax(-1) == tokens
-    cached, whole, same = both(values)
+    cached, full, same = both(values)
     self.assertTrue(np.asarray(same).all())
-    np.testing.assert_allclose(cached, whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(cached, full, rtol=1e-4, atol=1e-5)
 
 
 if __name__ == '__main__':

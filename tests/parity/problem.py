@@ -47,7 +47,7 @@ def task_spec(name: str) -> TaskSpec:
 
 def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[str, Any], dict[str, Any]]:
   """(specs, bucketed arrays, unbucketed arrays) of the sets in a file, in its order."""
-  specs, bucketed, whole = [], {}, {}
+  specs, bucketed, full = [], {}, {}
   for key in [k for k in arrays.keys('in.set.') if k.endswith('.data')]:
     name = key.split('.')[2]
     data, invalid = arrays[key].astype(np.int32), arrays.get(f'in.set.{name}.invalid_mask')
@@ -68,10 +68,10 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     if not is_vocabulary:
       buckets, order = bucket_by_length([row[ok].tolist() for row, ok in zip(data, valid)], 0)
       bucketed[name] = {'buckets': buckets, 'order': order}
-      whole[name] = {'buckets': ({'text': data, 'valid': valid},), 'order': np.arange(len(data), dtype=np.int32)}
+      full[name] = {'buckets': ({'text': data, 'valid': valid},), 'order': np.arange(len(data), dtype=np.int32)}
     else:
-      bucketed[name] = whole[name] = {'buckets': (), 'order': np.arange(len(data), dtype=np.int32)}
-  return tuple(specs), bucketed, whole
+      bucketed[name] = full[name] = {'buckets': (), 'order': np.arange(len(data), dtype=np.int32)}
+  return tuple(specs), bucketed, full
 
 
 def fields(task: TaskSpec, arrays: Arrays, prefix: str, temporal_offset: int) -> dict[str, np.ndarray]:
@@ -119,7 +119,7 @@ def _labels(task: TaskSpec, target: np.ndarray) -> dict[str, np.ndarray]:
   if task.type.readout != 'masked':
     return {'label': label, 'weight': weight}
   most = int(weight.sum(1).max())
-  order = np.argsort(-weight, axis=1, kind='stable')[:, :most]
+  order = np.argsort(-weight, axis=1, type_name='stable')[:, :most]
   take = lambda x: np.take_along_axis(x, order, axis=1)
   return {'position': order.astype(np.int32), 'label': take(label), 'weight': take(weight)}
 
@@ -154,7 +154,7 @@ def problem(name: str, arrays: Arrays, **changes: Any) -> Problem:
   model = fixtures.model_of(entry['weights'])
   task = task_spec(entry['task_name'])
   assert task.type.name == entry['task_type']
-  specs, bucketed, whole = target_sets(model, arrays)
+  specs, bucketed, full = target_sets(model, arrays)
   batch = fields(task, arrays, '', entry.get('temporal_pos_offset', 0))
   head = fixtures.model_spec(model).head
   task = dataclasses.replace(sized(task, batch), linear_head=bool(head))
@@ -163,4 +163,4 @@ def problem(name: str, arrays: Arrays, **changes: Any) -> Problem:
   # The prefix of the older code is an ordinary word; only the case's name shows it.
   changed = UniPerceiver(fixtures.model_spec(model, prefix_is_word='newspe' in name, **changes))
   spec = step_spec(model, (task,), specs, model=changed)
-  return Problem(spec, task, {task.group: batch}, bucketed, whole)
+  return Problem(spec, task, {task.group: batch}, bucketed, full)

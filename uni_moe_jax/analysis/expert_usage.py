@@ -206,7 +206,7 @@ def task_shares(shares: np.ndarray, tasks: Sequence[Sequence[int]]) -> np.ndarra
 
 def to_json(
     facts: Mapping[str, Any], spec: ModelSpec, conditions: Sequence[str], tasks: Mapping[str, Mapping[str, int]],
-    shares: np.ndarray, tokens: np.ndarray | None = None, gate_entropy: np.ndarray | None = None) -> dict[str, Any]:
+    shares: np.ndarray, tokens: np.ndarray | None = None, router_entropy: np.ndarray | None = None) -> dict[str, Any]:
   """Content of experts.json.
 
   Args:
@@ -215,7 +215,7 @@ def to_json(
     conditions: A names.
     tasks: index of the condition by task and span.
     shares: [L, R, A, E], summing to 1 over experts.
-    tokens, gate_entropy: [A] number of tokens and [L, R, A] their mean entropy; None if a condition is one decision.
+    tokens, router_entropy: [A] number of tokens and [L, R, A] their mean entropy; None if a condition is one decision.
 
   Returns:
     {**facts, 'router', 'num_experts' (E), 'top_k', 'layers' (indices), 'sublayers' (names of the R routers),
@@ -231,7 +231,7 @@ def to_json(
       'layers': list(expert_layers(spec)), 'sublayers': list(spec.sublayers), 'conditions': list(conditions),
       'tokens': None if tokens is None else [int(n) for n in tokens],
       'tasks': {task: dict(by_span) for task, by_span in tasks.items()}, 'coefficients': _rounded(shares),
-      'router_entropy': _rounded(entropy if gate_entropy is None else gate_entropy), 'entropy': _rounded(entropy),
+      'router_entropy': _rounded(entropy if router_entropy is None else router_entropy), 'entropy': _rounded(entropy),
       'effective_experts': _rounded(routers.effective_experts(shares)), 'task_overlap': _rounded(overlap),
       'mean_task_overlap': _rounded(overlap.mean((0, 1)))}
 

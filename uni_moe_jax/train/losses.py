@@ -58,7 +58,7 @@ def contrastive(
     reduction: 'mean' of the two directions, or 'sum' (published).
 
   Returns:
-    A `Tally`, whose `hits` count input → text.
+    A `Tally`, whose `hits` count inputs whose own text is the closest.
   """
   n = logits.shape[0]
   own = jnp.eye(n, dtype=bool)

@@ -315,7 +315,7 @@ def test_the_error_for_damaged_prepared_data_gives_the_command(tmp_path, name, d
 
 def test_errors_for_unknown_names_suggest_the_nearest(images):
   with pytest.raises(FileNotFoundError, match="did you mean 'colors'"):
-    file_dataset.load('own:colours', images[0], 'train')
+    file_dataset.load('own:coolors', images[0], 'train')
   with pytest.raises(ValueError, match="did you mean 'train'"):
     file_dataset.load('own:colors', images[0], 'trains')
 

@@ -43,7 +43,7 @@ def _step() -> Program:
   return _findings().programs[0]
 
 
-def test_every_device_holds_all_parameters_and_two_moments_of_each():
+def test_every_device_has_all_parameters_and_two_moments_of_each():
   total = _findings().parameters['total']
   assert _step().memory.params == 4 * total
   # Two moments, and a few counters.
@@ -119,7 +119,7 @@ def test_the_report_for_a_chip_has_times_and_a_verdict():
   assert findings.as_json(fitting)['programs'][0]['fits'] is True
 
 
-def test_the_report_says_what_to_change():
+def test_the_report_names_the_change():
   change = remedies.Change((('model.remat', True),), 'a third more work')
   fits, fails = (remedies.Trial((change,), 2.0**30), remedies.Trial((change,), None, 'evaluation, mlm'))
   text = findings.render(dataclasses.replace(_findings(), memory=1.0, trials=(fits,)))
