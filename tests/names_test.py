@@ -113,7 +113,7 @@ def violations(root: pathlib.Path) -> list[str]:
       if _ALLOWED_LINES.search(lines[line]):
         continue
       for pattern, instead in _PROSE.items():
-        if found := re.search(rf'(?<![\w\'"/-])(?:{pattern})(?![\w/=-])', text, re.IGNORECASE):
+        if found := re.search(rf'(?<![\w\'/-])(?:{pattern})(?![\w/=-])', text, re.IGNORECASE):
           matches.append(f'{name}:{line}: {found.group()!r} → {instead}')
       for string, instead in _STRINGS.items():
         if re.search(rf'(?<![\w]){re.escape(string)}(?!\w)', text):
@@ -130,7 +130,7 @@ def test_no_retired_name_is_left():
     ('uni_moe_jax/eval/bad.py', 'floors = 1', 1), ('uni_moe_jax/eval/bad.py', 'def read_pictures(): pass', 1),
     ('uni_moe_jax/eval/bad.py', 'class TokenWays: pass', 1), ('uni_moe_jax/eval/bad.py', '"""Asks a model."""', 1),
     ('uni_moe_jax/eval/bad.py', "print('gate_entropy')", 1), ('uni_moe_jax/eval/floors.py', '', 1),
-    ('docs/bad.md', 'What befalls a run.', 1), ('launch/bad.sh', '# tells who asks', 1),
+    ('docs/bad.md', 'What befalls a run.', 1), ('launch/bad.sh', '# tells who asks', 2),
     ('uni_moe_jax/eval/good.py', 'x = np.clip(x, 0, 1)\nbaselines = [x.dtype.kind]  # the image of a video', 0),
     ('docs/good.md', 'CLIP, gradient clipping and a kind word.', 0)])
 def test_a_planted_name_is_found_and_a_good_one_is_not(tmp_path, file, source, count):
