@@ -189,9 +189,9 @@ class PlacementTest(parameterized.TestCase):
       run = lambda values, s=spec: small_model.encode(
           s, [small_model.sequence('image_caption')], values=values, key=jax.random.key(0))[0]
       self.assertEqual([f.shape for f in jax.eval_shape(run, shapes)], [(2, 3, 16)])
-      for layer, here in enumerate(spec.pattern):
+      for layer, local in enumerate(spec.pattern):
         subtree, _, block = spec.stack.locate(layer)
-        self.assertEqual({p for p in SUBLAYERS if ROUTER_PARAMS[p] in shapes['encoder'][subtree][block]}, set(here))
+        self.assertEqual({p for p in SUBLAYERS if ROUTER_PARAMS[p] in shapes['encoder'][subtree][block]}, set(local))
 
 
 class UsageTest(absltest.TestCase):

@@ -114,10 +114,10 @@ class TextTest(absltest.TestCase):
     _assert_close(_apply('text', self._IDS, self._PLACES), expected)
 
   def test_each_sample_may_have_positions_of_its_own(self):
-    places = jnp.array([[0, 1, 4], [2, 2, 3]])
-    both = _apply('text', self._IDS, places)
-    _assert_close(both[0], _apply('text', self._IDS, places[0])[0])
-    _assert_close(both[1], _apply('text', self._IDS, places[1])[1])
+    indices = jnp.array([[0, 1, 4], [2, 2, 3]])
+    both = _apply('text', self._IDS, indices)
+    _assert_close(both[0], _apply('text', self._IDS, indices[0])[0])
+    _assert_close(both[1], _apply('text', self._IDS, indices[1])[1])
 
 
 class PrefixTest(absltest.TestCase):
@@ -137,8 +137,8 @@ class VisualTest(parameterized.TestCase):
     t = _tables()
     x = np.asarray(embedders.patchify(pixels, 4)) @ t['patch'] + t['patch_bias']
     frames = t['temporal'][first_frame:first_frame + pixels.shape[1]]
-    place = np.concatenate([spatial + f for f in frames])
-    return _norm(x + place)
+    index = np.concatenate([spatial + f for f in frames])
+    return _norm(x + index)
 
   @parameterized.parameters((1, 0), (1, 2), (2, 0), (2, 1), (3, 0))
   def test_patch_place_and_frame_are_summed_under_the_norm_of_texts(self, frames, offset):
@@ -196,8 +196,8 @@ class VisualTest(parameterized.TestCase):
     x = np.asarray(embedders.patchify(video, 4)) @ t['patch'] + t['patch_bias']
     # four patches a frame; the first has none
     x[:, 4:] += np.asarray(embedders.patchify(video[:, 1:] - video[:, :1], 4)) @ kernel
-    place = np.concatenate([embedders.sincos_table(2, 16) + f for f in t['temporal'][:2]])
-    _assert_close(actual, _norm(x + place))
+    index = np.concatenate([embedders.sincos_table(2, 16) + f for f in t['temporal'][:2]])
+    _assert_close(actual, _norm(x + index))
     self.assertGreater(np.abs(actual - self._expected(video, 0)).max(), .1)
 
   def test_an_image_and_a_video_that_stands_still_have_no_change(self):
@@ -235,7 +235,7 @@ class ParametersTest(absltest.TestCase):
     names = set(small_model.boxed(small_model.spec())['embed'])
     self.assertEqual(names, {'word', 'position', 'type', 'patch', 'patch_bias', 'temporal', 'norm'})
 
-  def test_optional_tables_are_parameters_where_they_are_asked_for(self):
+  def test_optional_tables_are_parameters_where_they_are_requested_for(self):
     plain = set(small_model.boxed(small_model.spec())['embed'])
     spec = small_model.spec(posemb='frozen', modality_embedding=True, frame_differences=True)
     both = set(small_model.boxed(spec)['embed'])

@@ -168,14 +168,14 @@ class LossesTest(absltest.TestCase):
 
   def test_losses_are_over_the_tokens_of_all_conditions_without_padding(self):
     expert, logits = [[[0], [1], [2]]], np.random.default_rng(0).normal(size=(1, 3, 3))
-    whole = _usage(expert, logits).losses
+    complete = _usage(expert, logits).losses
     one, two = _usage([expert[0][:1]], logits[:, :1]), _usage([expert[0][1:]], logits[:, 1:])
     parts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, two).losses
     padded = _usage([expert[0] + [[0]]], np.concatenate([logits, np.full((1, 1, 3), 9.)], 1),
                     jnp.array([[True] * 3 + [False]])).losses
-    for name in whole:
-      np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, err_msg=name)
-      np.testing.assert_allclose(padded[name], whole[name], rtol=1e-5, err_msg=name)
+    for name in complete:
+      np.testing.assert_allclose(parts[name], complete[name], rtol=1e-5, err_msg=name)
+      np.testing.assert_allclose(padded[name], complete[name], rtol=1e-5, err_msg=name)
 
   def test_a_step_down_the_balance_loss_moves_probability_to_idle_experts(self):
     def loss(logits):
