@@ -53,10 +53,10 @@ def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
   assert f'starts from {folder}; fresh: nothing; dropped: nothing' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('task, kind', [
+@pytest.mark.parametrize('task, task_type', [
     ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow),
     ('digit_word', 'image_word')])
-def test_a_new_task_and_a_new_kind_are_config_alone(run, tmp_path, task, task_type):
+def test_a_new_task_and_a_new_task_type_are_config_alone(run, tmp_path, task, task_type):
   c = _zero_shot(f'run={run[0]},task={task}')
   assert c.tasks[task].type == task_type
   # The gates have never seen the rows of what is evaluated: attribute routing reads their bits.
