@@ -58,7 +58,7 @@ def _config(data):
   more = {'caption': dict(beam_size=2), 'moves': dict(split='train', num_views=2, num_crops=3)}
   for name, (source, evaluator) in _TASKS.items():
     c.tasks[name] = config_lib.task(source=f'own:{source}', batch_size=8, **fields[name])
-    c.evaluators[name] = config_lib.evaluator(evaluator, name, **{'split': 'test', 'batch': _BATCH, **more.get(name, {})})
+    c.evaluators[name] = config_lib.evaluator(evaluator, name, **{'split': 'test', 'batch_size': _BATCH, **more.get(name, {})})
   return c
 
 
