@@ -84,7 +84,7 @@ def test_a_set_that_contains_what_is_reported_anyway_changes_nothing():
   # As long as what is said: shorter answers, which a beam of any words lets go early, can be likelier.
   others = tuple(' '.join([word] * LENGTH) for word in ('5', '9'))
   assert not set(output) & set(others)
-  assert _predictor(_Numbers(), output=(*output, *others)).captions(*evaluated, BEAMS, 0.0, 'said') == output
+  assert _predictor(_Numbers(), output=(*output, *others)).captions(*evaluated, BEAMS, 0.0, 'output') == output
 
 
 def test_videos_are_captioned_by_a_model_that_learned_images_alone(tmp_path):

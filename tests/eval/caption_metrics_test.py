@@ -68,8 +68,8 @@ class BothTest(parameterized.TestCase):
     predictions = ['a small red star on the left', 'two discs move to the right', 'a bar', 'the the the star of a']
     references = [['a red star on the left', 'one small star'], ['two discs go right', 'discs that move to the right'],
                   ['a long bar at the left'], ['the star', 'a star of the left', 'a big star']]
-    self.assertAlmostEqual(caption_metrics.cider_d(predictions, references).mean(), 2.652638653975, indices=9)
-    self.assertAlmostEqual(caption_metrics.rouge_l(predictions, references).mean(), 0.694397720125, indices=9)
+    self.assertAlmostEqual(caption_metrics.cider_d(predictions, references).mean(), 2.652638653975, places=9)
+    self.assertAlmostEqual(caption_metrics.rouge_l(predictions, references).mean(), 0.694397720125, places=9)
 
   @parameterized.named_parameters(*_BOTH)
   def test_case_and_punctuation_do_not_count_and_words_do(self, metric):

@@ -27,14 +27,14 @@ root = pathlib.Path(sys.argv[0]).parents[1].absolute()
 with open(root / 'log', 'a') as log:
   log.write(' '.join([name, *sys.argv[1:]]) + '\\n')
 ''' + stand_in.ENDS + '''
-if name == 'evaluate' and does == '0':
+if name == 'evaluate' and action == '0':
   workdir = pathlib.Path(next(a for a in sys.argv if a.startswith('--workdir=')).partition('=')[2])
   workdir.mkdir(parents=True, exist_ok=True)
   value = .6 if 'prompt' in workdir.name else .5
   row = dict(evaluator='e', metric='top-1', value=value, standard_error=.1, chance=.1,
             baselines={}, higher_is_better=True)
   (workdir / 'evaluation.json').write_text(json.dumps([row]))
-sys.exit(int(does))
+sys.exit(int(action))
 '''
 _CONFIG = '''
 from tests.helpers import tiny

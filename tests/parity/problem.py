@@ -119,7 +119,7 @@ def _labels(task: TaskSpec, target: np.ndarray) -> dict[str, np.ndarray]:
   if task.type.readout != 'masked':
     return {'label': label, 'weight': weight}
   most = int(weight.sum(1).max())
-  order = np.argsort(-weight, axis=1, type_name='stable')[:, :most]
+  order = np.argsort(-weight, axis=1, kind='stable')[:, :most]
   take = lambda x: np.take_along_axis(x, order, axis=1)
   return {'position': order.astype(np.int32), 'label': take(label), 'weight': take(weight)}
 
