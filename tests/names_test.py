@@ -1,6 +1,6 @@
-"""Retired names stay away: the words of a private dialect that the field's words replaced, in code, messages, flags and docs.
+"""Retired names stay away: the field's words replaced those of a private dialect in code, messages, flags and docs.
 
-`violations(root)` reads source text alone, so that it can be pointed at any tree: python tests/names_test.py [ROOT]
+`violations(root)` reads source text alone, so it can check any tree: python tests/names_test.py [ROOT]
 """
 
 import collections
@@ -20,48 +20,55 @@ _EXEMPT = ('tests/names_test.py', 'tests/golden')
 # Words that no identifier has as a part (split at underscores and capitals), and what replaced them.
 _IDENTIFIER_WORDS = {
     'floor': 'baseline', 'floors': 'baselines', 'room': 'module, package, capacity', 'rooms': 'modules, packages',
-    'ask': 'evaluate, query', 'asks': 'evaluate, query', 'asked': 'evaluated, requested', 'tell': 'report, raise', 'tells': 'reports',
-    'told': 'reported', 'said': 'message, output', 'says': 'reports, prints', 'way': 'route, path', 'ways': 'routing',
-    'travel': 'all-to-all, expert_parallel', 'touched': 'used', 'apart': 'extra_kv', 'picture': 'image', 'pictures': 'images',
-    'regime': 'recipe', 'regimes': 'recipes', 'befall': 'happen', 'befell': 'happened', 'mend': 'fix', 'alike': 'the noun of what it is',
-    'clips': 'videos', 'kinds': 'types', 'lies': 'the noun of what it is', 'holds': 'contents, contains',
+    'ask': 'evaluate, query', 'asks': 'evaluate, query', 'asked': 'evaluated, requested', 'tell': 'report, raise',
+    'tells': 'reports', 'told': 'reported', 'said': 'message, output', 'says': 'reports, prints', 'way': 'route, path',
+    'ways': 'routing', 'travel': 'all-to-all, expert_parallel', 'touched': 'used', 'apart': 'extra_kv',
+    'picture': 'image', 'pictures': 'images', 'regime': 'recipe', 'regimes': 'recipes', 'befall': 'happen',
+    'befell': 'happened', 'mend': 'fix', 'alike': 'the noun of what it is', 'clips': 'videos', 'kinds': 'types',
+    'lies': 'the noun of what it is', 'holds': 'contents, contains',
 }
 # Whole identifiers that are too vague to keep, or that have another name now.
 _IDENTIFIERS = {
-    'here': 'the noun of what it is', 'whole': 'the noun of what it is', 'place': 'offset, index, position', 'places': 'indices',
-    'found': 'matches, the noun of what it is', 'clip': 'video (clip is gradient clipping, CLIP the tokenizer)',
-    'kind': 'type, task_type', 'speaks': 'is_primary', 'first_says': 'broadcast_from_primary', 'over_batch': 'shard_batch',
-    'everywhere': 'replicate', 'past': 'kv_cache', 'completed': '(no old configs)',
+    'here': 'the noun of what it is', 'whole': 'the noun of what it is', 'place': 'offset, index, position',
+    'places': 'indices', 'found': 'matches, the noun of what it is',
+    'clip': 'video (clip is gradient clipping, CLIP the tokenizer)', 'kind': 'type, task_type', 'speaks': 'is_primary',
+    'first_says': 'broadcast_from_primary', 'over_batch': 'shard_batch', 'everywhere': 'replicate', 'past': 'kv_cache',
+    'completed': '(no old configs)',
 }
 # Words that no comment, docstring, message or page has.
 _PROSE = {
-    r'floors?': 'baseline', r'rooms?': 'module, capacity', r'asks|asked': 'evaluates, requests', r'tells|told': 'reports',
-    r'travels?': 'moves', r'touched': 'used', r'pictures?': 'image', r'regimes?': 'recipe', r'befalls?|befell|befallen': 'happens',
-    r'mend|mends|mended': 'fix', r'seldom': 'rarely', r'beforehand': 'before', r'alike': 'the same way', r'in effect': 'plain words',
-    r'see to it': 'make sure', r'learnt': 'learned', r'colours?': 'color', r'normalis\w+': 'normalize', r'neighbours?': 'neighbor',
+    r'floors?': 'baseline', r'rooms?': 'module, capacity', r'asks|asked': 'evaluates, requests',
+    r'tells|told': 'reports', r'travels?': 'moves', r'touched': 'used', r'pictures?': 'image', r'regimes?': 'recipe',
+    r'befalls?|befell|befallen': 'happens', r'mend|mends|mended': 'fix', r'seldom': 'rarely', r'beforehand': 'before',
+    r'alike': 'the same way', r'in effect': 'plain words', r'see to it': 'make sure', r'learnt': 'learned',
+    r'colours?': 'color', r'normalis\w+': 'normalize', r'neighbours?': 'neighbor',
 }
 # Strings that were names of config fields, flags, metrics and values.
 _STRINGS = {
     'gate_entropy': 'router/entropy', 'row_overlap': 'router/condition_overlap', 'bad_examples': 'corrupt_examples',
-    'dropped_words': 'sampled_softmax/dropped_labels', 'used_per_token': 'active parameters', 'fixed_sets': 'bake_targets',
-    'accept_versions': 'allow_version_mismatch', 'holdout': 'test_fraction', 'query_key_init': 'mimetic_init',
-    'without_gradient': 'unused_params', 'gate_factor': 'router_lr_multiplier', 'layer_decay': 'layerwise_lr_decay',
-    'max_bad_steps': 'max_nonfinite_steps', 'max_bad_fraction': 'max_corrupt_fraction', 'keep_best': 'best_metric',
-    'save_every': 'checkpoint_every', 'mask_specials': 'random_special_tokens', 'per_class': 'shots', 'visual_type=': 'modality_embedding',
-    'position_init': 'text_posemb_init', 'prompt_sides': 'prompt_sharing', 'max_text=': 'max_text_len', 'max_frames=': 'max_num_frames',
-    'config.sets': 'config.target_sets', 'config.kinds': 'config.task_types', 'config.families': 'config.target_families',
-    'config.declared': 'config.preflight', '→ text': 'i2t_R@1', '← text': 't2i_R@1',
+    'dropped_words': 'sampled_softmax/dropped_labels', 'used_per_token': 'active parameters',
+    'fixed_sets': 'bake_targets', 'accept_versions': 'allow_version_mismatch', 'holdout': 'test_fraction',
+    'query_key_init': 'mimetic_init', 'without_gradient': 'unused_params', 'gate_factor': 'router_lr_multiplier',
+    'layer_decay': 'layerwise_lr_decay', 'max_bad_steps': 'max_nonfinite_steps',
+    'max_bad_fraction': 'max_corrupt_fraction', 'keep_best': 'best_metric', 'save_every': 'checkpoint_every',
+    'mask_specials': 'random_special_tokens', 'per_class': 'shots', 'visual_type=': 'modality_embedding',
+    'position_init': 'text_posemb_init', 'prompt_sides': 'prompt_sharing', 'max_text=': 'max_text_len',
+    'max_frames=': 'max_num_frames', 'config.sets': 'config.target_sets', 'config.kinds': 'config.task_types',
+    'config.families': 'config.target_families', 'config.declared': 'config.preflight', '→ text': 'i2t_R@1',
+    '← text': 't2i_R@1',
 }
 _MODULES = {
-    'ways', 'travel', 'experts', 'touched', 'streams', 'inputs', 'decisions', 'agreement', 'floors', 'slots', 'parts', 'setup', 'measure',
-    'remedy', 'changes', 'fit', 'planted', 'moves', 'stops', 'kills', 'cells', 'regimes', 'look_alikes', 'harvest', 'prose', 'stored',
-    'stored_rows', 'stored_examples', 'card', 'failures', 'resolve', 'recipes',
+    'ways', 'travel', 'experts', 'touched', 'streams', 'inputs', 'decisions', 'agreement', 'floors', 'slots', 'parts',
+    'setup', 'measure', 'remedy', 'changes', 'fit', 'planted', 'moves', 'stops', 'kills', 'cells', 'regimes',
+    'look_alikes', 'harvest', 'prose', 'stored', 'stored_rows', 'stored_examples', 'card', 'failures', 'resolve',
+    'recipes',
 }
 # The authors' and libraries' own words, and where the paper's or English has no other.
 _ALLOWED_NAMES = {'np.clip', 'jnp.clip', 'dtype.kind', 'math.floor', 'tf.floor', 'np.floor', 'jnp.floor'}
 _ALLOWED_METHODS = {'clip', 'tell'}  # of arrays, of files
 # Lines of other words than ours: arguments of libraries, a hash salt, names of characters, tests of CLIP's tokenizer.
-_ALLOWED_LINES = re.compile(r"kind='stable'|\bplaces=|glyph clip|bracket\|parenthesis|math\.floor|a picture of the small shape")
+_ALLOWED_LINES = re.compile(
+    r"kind='stable'|\bplaces=|glyph clip|bracket\|parenthesis|math\.floor|a picture of the small shape")
 _ALLOWED_CLIP = 'tests/data/pipeline/clip_tokenizer_test.py'
 
 
