@@ -67,7 +67,7 @@ class FiguresTest(parameterized.TestCase):
 
   def test_the_bar_and_its_ticks_share_a_scale(self):
     # The largest, .8, stands at 1 / 1.1 of the width; the value .4 at half of that.
-    svg = figures.bullet(.4, {'floor': .8}, width=110)
+    svg = figures.bullet(.4, {'baseline': .8}, width=110)
     [bar], [tick] = _elements(svg, 'rect', 'bar'), _elements(svg, 'rect', 'tick')
     self.assertEqual(float(bar.get('width')), 50)
     self.assertEqual(float(tick.get('x')) + 1, 100)
