@@ -125,7 +125,7 @@ def _gather_row(x: jax.Array) -> jax.Array:
 
 def _pad_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
   """Pads examples [B, …] with zeros (a mask with False) until B is a multiple of the batch shards."""
-  missing = -x.shape[0] % sharding.batch_shards(mesh)
+  missing = -x.shape[0] % sharding.batch_shards(mesh.shape)
   return jnp.pad(x, ((0, missing), *([(0, 0)] * (x.ndim - 1)))) if missing else x
 
 

@@ -5,6 +5,7 @@ Batches are sharded over (replica, data, expert), so that no two groups of `mode
 """
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -60,14 +61,14 @@ def make_mesh(requested: dict[str, int], devices=None) -> Mesh:
   return Mesh(placed, AXES)
 
 
-def batch_shards(mesh: Mesh) -> int:
-  """Number of shards of a batch."""
-  return math.prod(mesh.shape[a] for a in BATCH_AXES)
+def batch_shards(shape: Mapping[str, int]) -> int:
+  """Number of shards of a batch on a mesh of this shape."""
+  return math.prod(shape[a] for a in BATCH_AXES)
 
 
 def local_shards(mesh: Mesh) -> tuple[int, ...]:
   """Batch shards on devices of this process. If `model` spans processes, several have the same shard."""
-  indices = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_shards(mesh),)).values()
+  indices = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_shards(mesh.shape),)).values()
   return tuple(sorted({index.start or 0 for index, in indices}))
 
 

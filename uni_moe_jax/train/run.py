@@ -211,7 +211,7 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
     _check_router(config, plan, workdir.load_config(config.train.init))
   mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in sharding.AXES}, devices)
   validate.check_mesh(plan.config, mesh.shape)
-  shards = sharding.batch_shards(mesh)
+  shards = sharding.batch_shards(mesh.shape)
   plan.check_batches(shards, config.train.grad_accum_steps)
   if config.train.interference_every:
     plan.check_halves(shards, config.train.grad_accum_steps)

@@ -10,7 +10,7 @@ from uni_moe_jax.model import decoding
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.initialization import init_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe.routers import DENSE
+from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.tools.bench import machine, uncached_search
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Budget, Row

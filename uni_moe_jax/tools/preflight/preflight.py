@@ -66,8 +66,7 @@ def estimate_largest_batch(compiler: Compiler, config: Config, task: str | None,
   Returns:
     None if there is no other batch, no time to compile it, or the compiler did not report what a program needs.
   """
-  mesh = compiler.mesh(config)
-  shards = math.prod(mesh[axis] for axis in sharding.BATCH_AXES)
+  shards = sharding.batch_shards(compiler.mesh(config))
   tasks = [name for name, t in config.tasks.items() if t.batch_size and task in (None, name)]
   examples = lambda c: sum(c.tasks[name].batch_size for name in tasks) // (shards * c.train.grad_accum_steps)
   own = compiler.program(config, task)

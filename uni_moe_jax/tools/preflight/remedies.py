@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax.parallel import sharding
+from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Program, Which
 from uni_moe_jax.tools.preflight.compiler import Compiler
 
@@ -105,7 +106,7 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
   Args:
     config: of the run. mesh: size per axis. evaluation: evaluation does not fit, as opposed to a training step.
   """
-  m, shards = config.model, mesh['replica'] * mesh['data'] * mesh['expert']
+  m, shards = config.model, sharding.batch_shards(mesh)
   if evaluation:
     halved = tuple(
         (f'evaluators.{n}.batch_size', e.batch_size // 2) for n, e in config.evaluators.items() if e.batch_size > 1)
@@ -122,7 +123,7 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
   inferred = () if is_inferred else (('mesh.data', -1),)
   can_split = not is_inferred or config.mesh.data == -1
   experts = math.gcd(config.moe.num_experts, mesh['data'])
-  if config.moe.router != 'dense' and mesh['expert'] == 1 and experts > 1 and can_split:
+  if config.moe.router != DENSE and mesh['expert'] == 1 and experts > 1 and can_split:
     yield Change((*inferred, ('mesh.expert', experts)), 'merged kernels or tokens are sent over the expert axis')
   trained = [n for n, t in config.tasks.items() if t.batch_size]
   if not evaluation and config.train.mixture == 'all_tasks' and all(
