@@ -1,8 +1,8 @@
 """Measure speed and print each figure with its budget.
 
-  python launch/benchmark.py                                   all suites; long
-  python launch/benchmark.py --quick                           all suites at reduced sizes, in minutes: does everything
-  run? python launch/benchmark.py --suites=routers,decoding --output=benchmark.json
+  python launch/benchmark.py             all suites; long
+  python launch/benchmark.py --quick     all suites at reduced sizes, in minutes: does everything run?
+  python launch/benchmark.py --suites=routers,decoding --output=benchmark.json
 
 Suites: routers, mixed, published, decoding, input, files, compile. `mixed`, `input` and `compile` take tasks and data
 from --config (default: the quickstart); the others create their own. Everything runs on the first device.

@@ -22,7 +22,7 @@ jit = functools.partial(jax.jit, compiler_options=fast_compile.OPTIONS)
 
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 VOCABULARY, SPE, EOT = 23, 0, 1
-SIDE, PATCHES = 8, 4  # pixels; tokens of a image
+SIDE, PATCHES = 8, 4  # pixels; tokens of an image
 WORDS = 3  # tokens of a text; a caption has as many queries again
 
 
@@ -64,7 +64,7 @@ def params(model_spec: ModelSpec) -> Any:
 
 def sequence(task_type: str | task_types.TaskType, batch: int = 2, seed: int = 0, words: int = WORDS,
              **fields) -> Sequence:
-  """The input side of a task_type; `fields` replace the random ones."""
+  """The input side of a task type; `fields` replace the random ones."""
   task_type = task_types.TASK_TYPES[task_type] if isinstance(task_type, str) else task_type
   rng = np.random.default_rng(seed)
   made = {'ids': jnp.arange(10, 10 + batch, dtype=jnp.uint32)}

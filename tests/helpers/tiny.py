@@ -23,7 +23,7 @@ TASKS = ('shape', 'motion', 'text', 'caption', 'pair', 'package', 'answer')
 
 
 def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
-  """Returns a config with the named tasks (of `TASKS`), two layers of width 16 and four experts."""
+  """Return a config with the named tasks (of `TASKS`), two layers of width 16 and four experts."""
   c = config_lib.base()
   c.data.dir = str(data_dir)
   c.tokenizer.vocab_size = 40
@@ -71,7 +71,7 @@ def _sentences(rng: np.random.Generator, count: int, words: int) -> np.ndarray:
 
 @functools.cache
 def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]]:
-  """Returns (columns, classes) by source."""
+  """Return (columns, classes) by source."""
   rng = np.random.default_rng(0)
   shapes, colors = rng.choice(CLASSES, 24), rng.choice(COLORS, 24)
   packages = np.array(['alpha', 'beta', ''] * 8)
@@ -93,7 +93,7 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
 
 
 def records(source: str):
-  """Returns a source's records, in memory."""
+  """Return a source's records, in memory."""
   from uni_moe_jax.data.pipeline import npz_records
   from uni_moe_jax.data.pipeline.records import Records
   values, classes = columns()[source]
@@ -102,7 +102,7 @@ def records(source: str):
 
 @functools.cache
 def data_dir() -> str:
-  """Returns a folder of prepared data, made once per process and deleted at its end."""
+  """Return a folder of prepared data, made once per process and deleted at its end."""
   from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
   from uni_moe_jax.data.pipeline import npz_records
   root, texts = _folder().name, docstring_texts._FOLDER
@@ -121,7 +121,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def tokenizer_file() -> str:
-  """Returns a tokenizer file, trained on all the text once per process."""
+  """Return a tokenizer file, trained on all the text once per process."""
   from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
   texts = [t for values, _ in columns().values() for c in values.values() if c.dtype.kind == 'U' for t in c.tolist()]
   path = f'{_folder().name}/tiny.model'
