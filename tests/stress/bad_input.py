@@ -139,7 +139,7 @@ def outcome(case: Case) -> str:
       code = cli.guarded(case.main)
   except _Hang:
     return f'HANGS for more than {case.timeout} s'
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     frame = traceback.extract_tb(e.__traceback__)[-1]
     return f'TRACEBACK {type(e).__name__}: {str(e)[:80]!r} at {pathlib.Path(frame.filename).name}:{frame.lineno}'
   if isinstance(code, str):

@@ -1,6 +1,7 @@
 """Bad input ends in one sentence or a counted skip, and the checks detect what does not."""
 
 import pathlib
+import sys
 import time
 
 import pytest
@@ -54,10 +55,11 @@ def _raise(error):
 @pytest.mark.parametrize('main, bad, message', [
     (lambda: 0, True, 'accepted, although it is bad'),
     (lambda: {}['x'], False, 'TRACEBACK KeyError'),
+    (lambda: sys.exit(0), False, 'TRACEBACK SystemExit'),
     (lambda: time.sleep(9), False, 'HANGS'),
     (lambda: 1, False, 'WITHOUT ONE SENTENCE'),
     (lambda: pathlib.Path('executed').touch() or 'skipped: it', False, 'code was executed'),
-], ids=['accepted', 'traceback', 'hang', 'silent', 'executed'])
+], ids=['accepted', 'traceback', 'exit', 'hang', 'silent', 'executed'])
 def test_a_violation_is_detected(tmp_path, main, bad, message):
   with pytest.raises(AssertionError, match=message):
     bad_input.check(lambda draw, folder: Case(main, bad, timeout=1), 1, 0, tmp_path, shrink=False)
