@@ -244,15 +244,14 @@ def _main() -> Callable[[], int]:
   def main() -> int:
     if unknown := [s for s in suites.value if s not in (*SUITES, SOAK)]:
       raise UsageError(f'--suites: {unknown[0]!r} is unknown; {nearest(unknown[0], (*SUITES, SOAK))}.')
-    others = [s for s in suites.value if s != SOAK]
-    if len(others) < len(suites.value) and not flags.FLAGS['config'].present:
+    others, with_soak = [s for s in suites.value if s != SOAK], SOAK in suites.value
+    if with_soak and not flags.FLAGS['config'].present:
       raise UsageError('--suites=soak needs --config, for example --config=configs/embedded.py.')
     folder = pathlib.Path(workdir.value or tempfile.mkdtemp(prefix='stress_')).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     size = QUICK if quick.value else Size(num_kills.value, num_saves.value, num_inputs.value, num_commands.value)
-    keep = workdir.value is not None or len(others) < len(suites.value)
-    code = run(others, size, seed.value, folder, keep) if others else 0
-    return max(code, soak(config, time_budget.value, folder)) if len(others) < len(suites.value) else code
+    code = run(others, size, seed.value, folder, keep=workdir.value is not None or with_soak) if others else 0
+    return max(code, soak(config, time_budget.value, folder)) if with_soak else code
 
   return main
 
