@@ -36,8 +36,8 @@ _RULES = {
         ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data', 'eval'),
         'a finished model is exported without the machinery that trained it'),
     'tools': (
-        ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data', 'eval', 'train', 'export'),
-        'preflight and benchmarks run the real step, decoder and merged model'),
+        ('utils', 'tasks', 'config', 'parallel', 'moe', 'model', 'data', 'eval', 'train'),
+        'preflight and benchmarks run the real step and decoder'),
     'reporting': (
         ('utils', 'tasks', 'config', 'data', 'eval', 'analysis'),
         'it draws what the commands wrote into the work directory and needs no model'),
