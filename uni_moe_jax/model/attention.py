@@ -43,6 +43,8 @@ class Attention(Sublayer):
     """
     merged = self.merge_routing(context)
     qkv = self.qkv.bind(merged)
+    # Sliced once: each slice would add a padded copy to the gradient of the kernels.
+    q_only, kv_only = qkv.slice(slice(0, 1)), qkv.slice(slice(1, None))
     out, scale = scale_output(self.attention_out.bind(merged), scale, context)
     outputs, all_kv, usages, token_routing = [], [], [], []
     for sequence, segments, cache, pool in zip(context.sequences, hidden, caches, pools, strict=True):
@@ -50,7 +52,7 @@ class Attention(Sublayer):
       extra_kv = [] if cache is None else cache.parts(sequence.cache_valid)
       table = prompt_table(self.spec, layout.is_target)
       if table in prompts:
-        part, usage = self._prompt_kv(prompts[table], merged, qkv, sequence, pool, context)
+        part, usage = self._prompt_kv(prompts[table], merged, kv_only, sequence, pool, context)
         extra_kv.append(part)
         usages.append((layout.prompt_condition, usage))
 
@@ -62,11 +64,11 @@ class Attention(Sublayer):
           y, usage = routing.apply(x, qkv)
           queries[i], k, v = (y[:, :, j] for j in range(3))
         else:
-          y, usage = routing.apply(x, qkv.slice(slice(1, None)))
+          y, usage = routing.apply(x, kv_only)
           k, v = y[:, :, 0], y[:, :, 1]
           if i == layout.readout_segment:
             routings[i] = routing.take(rows)
-            y, repeated = routings[i].apply(rows(x), qkv.slice(slice(0, 1)))
+            y, repeated = routings[i].apply(rows(x), q_only)
             queries[i] = y[:, :, 0]
             usages.append((condition, repeated))
         kv.append((k, v))
@@ -83,14 +85,14 @@ class Attention(Sublayer):
     return tuple(outputs), {**collected, 'kv': tuple(all_kv)}
 
   def _prompt_kv(
-      self, prompts: jax.Array, merged: MergedRouting | None, qkv: Projection, sequence: EmbeddedSequence,
+      self, prompts: jax.Array, merged: MergedRouting | None, kv_only: Projection, sequence: EmbeddedSequence,
       pool: dict[str, jax.Array], context: Context):
     """(keys and values, usage) of deep prompts [1, P, D], under the sequence's prompt condition."""
     if merged is None:  # a token router routes them for each example
       prompts = jnp.broadcast_to(prompts, (sequence.ids.shape[0], *prompts.shape[1:]))
     tokens = sequence.prompt_tokens(prompts.shape[1])
     routing = self.route(prompts, merged, sequence.layout.prompt_condition, tokens, pool, context)
-    y, usage = routing.apply(prompts, qkv.slice(slice(1, None)))
+    y, usage = routing.apply(prompts, kv_only)
     return (heads_first(y[:, :, 0]), heads_first(y[:, :, 1]), None), usage
 
   def _attend(
