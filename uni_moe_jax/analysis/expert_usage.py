@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.config.plan import SetSpec, TaskSpec
-from uni_moe_jax.model import batching, router_outputs
+from uni_moe_jax.model import router_outputs
+from uni_moe_jax.model.sequences import take_rows
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition
@@ -155,7 +156,7 @@ def gate_sums(
   def select(x, s):
     """The tokens of a slice in [B, S, …]."""
     if s.examples is not None:
-      x = batching.task_rows(x, slice(*s.examples), shards)
+      x = take_rows(x, slice(*s.examples), shards)
     if s.half is not None:
       n = x.shape[1] // 2
       x = x[:, s.half * n:(s.half + 1) * n]

@@ -10,22 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model.sequences import Layout
+from uni_moe_jax.model.sequences import Layout, flatten
 from uni_moe_jax.model.uni_perceiver import Sequence
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.tasks.task_types import TaskType
 
 Fields = dict[str, jax.Array]
-
-
-def flatten(x: jax.Array) -> jax.Array:
-  """[shards, b, …] → [shards · b, …]: a sharded axis stays the major one, nothing moves."""
-  return x.reshape(-1, *x.shape[2:])
-
-
-def task_rows(x: jax.Array, rows: slice, shards: int) -> jax.Array:
-  """Rows of one task: [shards · b, …] → [shards · (stop - start), …]."""
-  return flatten(x.reshape(shards, -1, *x.shape[1:])[:, rows])
 
 
 def input_sequence(task_type: TaskType, fields: Fields) -> Sequence:

@@ -168,6 +168,21 @@ def take_readout(x: jax.Array, readout: str, positions: jax.Array | None) -> jax
   return jnp.take_along_axis(x, positions.reshape(positions.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
+def flatten(x: jax.Array) -> jax.Array:
+  """[shards, b, …] → [shards · b, …]: a sharded axis stays the major one, nothing moves."""
+  return x.reshape(-1, *x.shape[2:])
+
+
+def split_shards(x: jax.Array, shards: int) -> jax.Array:
+  """[shards · b, …] → [shards, b, …]."""
+  return x.reshape(shards, -1, *x.shape[1:])
+
+
+def take_rows(x: jax.Array, rows: slice, shards: int) -> jax.Array:
+  """The same rows of every shard: [shards · b, …] → [shards · (stop - start), …]."""
+  return flatten(split_shards(x, shards)[:, rows])
+
+
 def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], shards: int):
   """Joins sequences whose key and shapes are equal along the batch, so that they share their products.
 
@@ -192,9 +207,10 @@ def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], s
     divides = s.ids.shape[0] % shards == 0
     groups.setdefault((key, shapes, padded, read) if divides else i, []).append(i)
 
-  by_shard = lambda x: x.reshape(shards, -1, *x.shape[1:])
-  flat = lambda x: x.reshape(-1, *x.shape[2:])
-  join = lambda *leaves: leaves[0] if len(leaves) == 1 else flat(jnp.concatenate([by_shard(x) for x in leaves], axis=1))
+  def join(*leaves):
+    if len(leaves) == 1:
+      return leaves[0]
+    return flatten(jnp.concatenate([split_shards(x, shards) for x in leaves], axis=1))
 
   joined = []
   for members in groups.values():
@@ -210,7 +226,7 @@ def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], s
       start = 0
       for i in members:
         own = slice(start, start + sequences[i].ids.shape[0] // shards)
-        out[i] = jax.tree.map(lambda x, own=own: flat(by_shard(x)[:, own]), result)
+        out[i] = jax.tree.map(lambda x, own=own: take_rows(x, own, shards), result)
         start = own.stop
     return tuple(out)
 

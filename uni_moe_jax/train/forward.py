@@ -12,6 +12,7 @@ import optax
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.model import batching, heads
 from uni_moe_jax.model.encoder import Collected
+from uni_moe_jax.model.sequences import flatten, take_rows
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import losses
@@ -151,13 +152,13 @@ def forward(
 
 
 def _task_rows(spec: StepSpec, task: TaskSpec, x: jax.Array) -> jax.Array:
-  return batching.task_rows(x, spec.task_slices[task.name], spec.model.shards)
+  return take_rows(x, spec.task_slices[task.name], spec.model.shards)
 
 
 def task_fields(spec: StepSpec, batch: Batch, task: TaskSpec) -> dict[str, jax.Array]:
   """A task's part of a (micro-)batch: {'label' [B, M], 'weight' [B, M]} or {'text_id' [B], 'weight' [B, 1]}."""
   fields = batch[task.group]
-  return {k: _task_rows(spec, task, batching.flatten(fields[k])) for k in ('label', 'weight', 'text_id') if k in fields}
+  return {k: _task_rows(spec, task, flatten(fields[k])) for k in ('label', 'weight', 'text_id') if k in fields}
 
 
 def _targets(task: TaskSpec, fields: dict[str, jax.Array], sampled: Sampled) -> tuple[jax.Array, jax.Array]:
