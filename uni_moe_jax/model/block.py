@@ -60,8 +60,8 @@ class Block(nn.Module):
     norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
     scale_init = nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale_init), ('embed',))
     scale1, scale2 = (
-        sharding.as_used(self.param(name, scale_init, (spec.width,)), ('embed',), mesh) for name in ('scale1',
-            'scale2'))
+        sharding.as_used(self.param(name, scale_init, (spec.width,)), ('embed',), mesh)
+        for name in ('scale1', 'scale2'))
     attention = Attention(spec, 'attention' in self.sublayers, mesh, name='attention')
     mlp = Mlp(spec, 'mlp' in self.sublayers, mesh, name='mlp')
     nn.share_scope(self, attention)

@@ -81,8 +81,8 @@ class ModelSpec(ModelConfig, MoeConfig):
   @property
   def pattern(self) -> tuple[tuple[str, ...], ...]:
     """Per layer, the sublayers that have experts. 'every_2' is indices 0, 2, 4, … as published."""
-    step = {'all': 1, 'every_2': 2, 'every_4': 4, 'none': self.num_layers + 1}
-    if self.router == 'dense' or self.placement == 'none':
+    step = {'all': 1, 'every_2': 2, 'every_4': 4}
+    if self.router == routers.DENSE or self.placement == 'none':
       chosen = ()
     elif isinstance(self.placement, str):
       chosen = range(0, self.num_layers, step[self.placement])

@@ -10,7 +10,7 @@ def compiled_on(platforms: Sequence[str], kernel: Callable[..., jax.Array], *ope
   """kernel(*operands, interpret=…): compiled on its own platforms, interpreted on others, as in tests.
 
   The platform of the lowering counts, not the machine that lowers: programs for TPUs and GPUs are also made without
-    one.
+  one.
   """
   compiled = functools.partial(kernel, interpret=False)
   return jax.lax.platform_dependent(

@@ -17,8 +17,8 @@ class ConditionInput:
 
   Attributes:
     read: the part of a condition that the router sees: its attribute bits, or a name.
-    names: rows of the embedding table of names, in order, given the names of task types and target families; None: the router
-      projects attribute bits.
+    names: rows of the embedding table of names, in order, given the names of task types and target families; None: the
+      router projects attribute bits.
   """
   read: Callable[[Condition], Hashable]
   names: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None

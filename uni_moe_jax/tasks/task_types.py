@@ -1,8 +1,7 @@
 """Task types: one declarative row each. Layout, attributes, targets, readout and loss follow from it.
 
 A *task type* is a row of `TASK_TYPES` (or of `config.task_types`); a *task* is a named instance of it in a config. A
-new task type
-is a new row: neither the model nor the trainer names any of them.
+new task type is a new row: neither the model nor the trainer names any of them.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models, data or tasks."""
+"""Helpers that depend on no model, data or task."""
