@@ -99,41 +99,41 @@ class MoeDenseTest(absltest.TestCase):
   def _routing(self, conditions: int = 3) -> MergedRouting:
     return MergedRouting.of(route(_normal(0, conditions, 4), 2))
 
-  def _bound(self, num_experts: int, routing: MergedRouting | None, dtype=jnp.float32):
+  def _init(self, num_experts: int, routing: MergedRouting | None, dtype=jnp.float32):
     """(projection, parameters)."""
-    bound, variables = self._dense(num_experts, dtype).init_with_output(jax.random.key(0), routing, method='bind')
-    return bound, nn.unbox(variables)['params']
+    projection, variables = self._dense(num_experts, dtype).init_with_output(jax.random.key(0), routing)
+    return projection, nn.unbox(variables)['params']
 
   def test_each_condition_has_one_kernel_and_bias(self):
-    bound, _ = self._bound(4, self._routing())
-    self.assertEqual((bound.kernel.shape, bound.bias.shape), ((3, 40, 3, 5, 8), (3, 3, 5, 8)))
-    self.assertEqual((bound.in_axes, bound.out_axes), (('embed',), ('qkv', 'heads', 'head_dim')))
+    projection, _ = self._init(4, self._routing())
+    self.assertEqual((projection.kernel.shape, projection.bias.shape), ((3, 40, 3, 5, 8), (3, 3, 5, 8)))
+    self.assertEqual((projection.in_axes, projection.out_axes), (('embed',), ('qkv', 'heads', 'head_dim')))
 
   def test_kernels_and_biases_are_merged_by_the_same_coefficients(self):
     values = {'kernel': _normal(1, 4, 40, 3, 5, 8), 'bias': _normal(2, 4, 3, 5, 8)}
-    bound = self._dense(4).apply({'params': values}, self._routing(), method='bind')
-    for name, merged in (('kernel', bound.kernel), ('bias', bound.bias)):
+    projection = self._dense(4).apply({'params': values}, self._routing())
+    for name, merged in (('kernel', projection.kernel), ('bias', projection.bias)):
       expected = np.einsum('ae,e...->a...', self._routing().output.coef, values[name])
       np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
   def test_a_dense_projection_has_one_kernel(self):
-    bound, params = self._bound(0, None)
-    np.testing.assert_array_equal(bound.kernel, params['kernel'][None])
+    projection, params = self._init(0, None)
+    np.testing.assert_array_equal(projection.kernel, params['kernel'][None])
 
-  def test_the_bound_kernel_has_the_dtype_of_the_product_and_parameters_are_float32(self):
-    bound, params = self._bound(0, None, jnp.bfloat16)
-    self.assertEqual({bound.kernel.dtype, bound.bias.dtype}, {jnp.dtype('bfloat16')})
+  def test_the_kernel_has_the_dtype_of_the_product_and_parameters_are_float32(self):
+    projection, params = self._init(0, None, jnp.bfloat16)
+    self.assertEqual({projection.kernel.dtype, projection.bias.dtype}, {jnp.dtype('bfloat16')})
     self.assertEqual({x.dtype for x in jax.tree.leaves(params)}, {jnp.dtype('float32')})
 
   def test_initial_kernels_are_uniform_within_the_bound_of_the_fans(self):
     # Fans (40, 40): ±√(6/80) = ±.274, whatever the axes of the shape; 4800 draws a kernel.
-    kernel = np.asarray(self._bound(4, self._routing(1))[1]['kernel'])
+    kernel = np.asarray(self._init(4, self._routing(1))[1]['kernel'])
     bound = math.sqrt(6 / 80)
     self.assertLessEqual(np.abs(kernel).max(), bound)
     np.testing.assert_allclose(kernel.std(axis=(1, 2, 3, 4)), bound / math.sqrt(3), rtol=.05)
 
   def test_experts_start_different_from_each_other(self):
-    self.assertLen(np.unique(self._bound(4, self._routing(1))[1]['kernel'][:, 0, 0, 0, 0]), 4)
+    self.assertLen(np.unique(self._init(4, self._routing(1))[1]['kernel'][:, 0, 0, 0, 0]), 4)
 
   def test_keys_may_start_as_a_copy_of_the_queries(self):
     plain = layers.xavier_uniform(40, 40)

@@ -42,10 +42,10 @@ class Attention(Sublayer):
       {'router_stats', 'token_routing', 'kv'}, see `Encoder`.
     """
     merged = self.merge_routing(context)
-    qkv = self.qkv.bind(merged)
+    qkv = self.qkv(merged)
     # Sliced once: each slice would add a padded copy to the gradient of the kernels.
     q_only, kv_only = qkv.slice(slice(0, 1)), qkv.slice(slice(1, None))
-    out, scale = scale_output(self.attention_out.bind(merged), scale, context)
+    out, scale = scale_output(self.attention_out(merged), scale, context)
     outputs, all_kv, usages, token_routing = [], [], [], []
     for sequence, segments, cache, pool in zip(context.sequences, hidden, caches, pools, strict=True):
       layout, rows = sequence.layout, sequence.take_readout

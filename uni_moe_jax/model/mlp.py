@@ -24,8 +24,8 @@ class Mlp(Sublayer):
       self, hidden: Hidden, scale: jax.Array, pools: Pools, context: Context) -> tuple[Hidden, dict[str, Any]]:
     """(outputs, {'router_stats', 'token_routing'}) of every sequence; arguments as in `Attention`."""
     merged = self.merge_routing(context)
-    ffn_in = self.ffn_in.bind(merged)
-    ffn_out, scale = scale_output(self.ffn_out.bind(merged), scale, context)
+    ffn_in = self.ffn_in(merged)
+    ffn_out, scale = scale_output(self.ffn_out(merged), scale, context)
     outputs, usages, token_routing = [], [], []
     for sequence, segments, pool in zip(context.sequences, hidden, pools, strict=True):
       ys, routed = [], []

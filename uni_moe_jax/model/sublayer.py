@@ -13,7 +13,7 @@ from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.moe.layers import MoeDense, Projection
 from uni_moe_jax.moe.routers import ConditionRouter, RouterOutput
-from uni_moe_jax.moe.routing import DispatchRouting, MergedRouting
+from uni_moe_jax.moe.routing import MergedRouting, Routing
 from uni_moe_jax.moe.token_routers import TokenRouter
 from uni_moe_jax.moe.usage import Usage
 from uni_moe_jax.tasks.attributes import Condition
@@ -107,7 +107,7 @@ class Sublayer(nn.Module):
 
   def route(
       self, x: jax.Array, merged: MergedRouting | None, condition: Condition, tokens: dict[str, Any],
-      pool: dict[str, jax.Array], context: Context) -> MergedRouting | DispatchRouting:
+      pool: dict[str, jax.Array], context: Context) -> Routing:
     """The routing of one segment.
 
     Args:

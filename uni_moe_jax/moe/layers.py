@@ -1,8 +1,8 @@
 """The MoE layer: linear projections whose experts are merged, or kept for dispatch.
 
 Experts are linear, so Σ_e c_e (x W_e + b_e) = x (Σ_e c_e W_e) + Σ_e c_e b_e: for a router that does not read tokens it
-is exact, and nearly free, to add the kernels first (Uni-Perceiver-MoE, section 3.4). `MoeDense.bind` does so once per
-layer, for each distinct condition. With a token router nothing merges (see `dispatch.py`).
+is exact, and nearly free, to add the kernels first (Uni-Perceiver-MoE, section 3.4). `MoeDense` does so once per layer,
+for each distinct condition. With a token router nothing merges (see `dispatch.py`).
 """
 
 import math
@@ -106,7 +106,7 @@ class MoeDense(nn.Module):
     in_axes, out_axes: (logical name, size) of the contracted and of the resulting axes.
     kernel_init: initializer of the kernel.
     num_experts: E, or 0 for a dense projection.
-    dtype: of the bound kernels, that is of the product.
+    dtype: of the kernels that are returned, that is of the product.
     mesh: mesh of the kernels; None on one device.
   """
   in_axes: tuple[tuple[str, int], ...]
@@ -117,7 +117,7 @@ class MoeDense(nn.Module):
   mesh: Mesh | None = None
 
   @nn.compact
-  def bind(self, routing: Any) -> Projection:
+  def __call__(self, routing: Any) -> Projection:
     """The projection of a layer, with one kernel per condition of a `MergedRouting`.
 
     Without a routing, or with nothing to merge, it has the E kernels as they are, or the dense one.

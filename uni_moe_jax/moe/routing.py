@@ -22,8 +22,8 @@ class MergedRouting:
 
   Attributes:
     output: of the condition router for A conditions; None where nothing is left to merge.
-    coef: f32 [A, E], its coefficients, by which `MoeDense.bind` merges experts; or None.
-    kernel: which kernel of the bound projection, 0 … A - 1.
+    coef: f32 [A, E], its coefficients, by which `MoeDense` merges experts; or None.
+    kernel: which kernel of the projection, 0 … A - 1.
   """
   output: RouterOutput | None = None
   coef: jax.Array | None = None
