@@ -36,8 +36,8 @@ def _tables() -> dict[str, np.ndarray]:
 def _norm(x: np.ndarray) -> np.ndarray:
   """The one LayerNorm of the embedder."""
   n = _tables()['norm']
-  centred = x - x.mean(-1, keepdims=True)
-  return centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5) * n['scale'] + n['bias']
+  centered = x - x.mean(-1, keepdims=True)
+  return centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + 1e-5) * n['scale'] + n['bias']
 
 
 def _pixels(frames: int = 1, batch: int = 2) -> jax.Array:
@@ -58,7 +58,7 @@ class SincosTest(absltest.TestCase):
     np.testing.assert_allclose(table[1], [0, 0, 1, 1, *s, *c], rtol=1e-6)
 
   def test_scale_stretches_coordinates(self):
-    # Twice as fine a grid at half the scale: token (2, 0) lies where (1, 0) lay.
+    # Twice as fine a grid at half the scale: token (2, 0) has the position that (1, 0) had.
     np.testing.assert_allclose(embedders.sincos_table(4, 8, .5)[8], embedders.sincos_table(2, 8)[2], rtol=1e-6)
 
   def test_text_positions_by_hand(self):
@@ -106,18 +106,18 @@ class PatchifyTest(absltest.TestCase):
 
 class TextTest(absltest.TestCase):
 
-  _IDS, _PLACES = jnp.array([[5, 7, 5], [9, 2, 22]]), jnp.array([0, 1, 4])
+  _IDS, _POSITIONS = jnp.array([[5, 7, 5], [9, 2, 22]]), jnp.array([0, 1, 4])
 
   def test_word_position_and_type_are_summed_under_the_norm(self):
     t = _tables()
     expected = _norm(t['word'][np.asarray(self._IDS)] + t['position'][[0, 1, 4]] + t['type'][0])
-    _assert_close(_apply('text', self._IDS, self._PLACES), expected)
+    _assert_close(_apply('text', self._IDS, self._POSITIONS), expected)
 
-  def test_each_sample_may_have_positions_of_its_own(self):
-    indices = jnp.array([[0, 1, 4], [2, 2, 3]])
-    both = _apply('text', self._IDS, indices)
-    _assert_close(both[0], _apply('text', self._IDS, indices[0])[0])
-    _assert_close(both[1], _apply('text', self._IDS, indices[1])[1])
+  def test_each_example_may_have_its_own_positions(self):
+    positions = jnp.array([[0, 1, 4], [2, 2, 3]])
+    both = _apply('text', self._IDS, positions)
+    _assert_close(both[0], _apply('text', self._IDS, positions[0])[0])
+    _assert_close(both[1], _apply('text', self._IDS, positions[1])[1])
 
 
 class PrefixTest(absltest.TestCase):
@@ -137,11 +137,11 @@ class VisualTest(parameterized.TestCase):
     t = _tables()
     x = np.asarray(embedders.patchify(pixels, 4)) @ t['patch'] + t['patch_bias']
     frames = t['temporal'][first_frame:first_frame + pixels.shape[1]]
-    index = np.concatenate([spatial + f for f in frames])
-    return _norm(x + index)
+    position = np.concatenate([spatial + f for f in frames])
+    return _norm(x + position)
 
   @parameterized.parameters((1, 0), (1, 2), (2, 0), (2, 1), (3, 0))
-  def test_patch_place_and_frame_are_summed_under_the_norm_of_texts(self, frames, offset):
+  def test_patch_position_and_frame_are_summed_under_the_norm_of_texts(self, frames, offset):
     pixels = _pixels(frames)
     _assert_close(_apply('visual', pixels, offset), self._expected(pixels, offset))
 
@@ -149,20 +149,20 @@ class VisualTest(parameterized.TestCase):
     video = _pixels(frames=2)
     _assert_close(_apply('visual', video, 0)[:, :4], _apply('visual', video[:, :1], 0))
 
-  def test_bytes_are_scaled_and_normalised(self):
+  def test_bytes_are_scaled_and_normalized(self):
     # Mean .5, deviation .25: 0 → -2, 255 → 2.
     pixels = jnp.array([0, 255], jnp.uint8)[:, None, None, None, None] * jnp.ones((1, 1, 8, 8, 1), jnp.uint8)
     by_hand = jnp.array([-2., 2.])[:, None, None, None, None] * jnp.ones((1, 1, 8, 8, 1))
     _assert_close(_apply('visual', pixels, 0), _apply('visual', by_hand, 0))
 
-  def test_each_colour_has_its_own_mean_and_deviation(self):
+  def test_each_color_has_its_own_mean_and_deviation(self):
     # 255 is 1: (1 - 0)/1 = 1, (1 - 1)/2 = 0, (1 - .5)/.25 = 2.
     spec = small_model.spec(channels=3, pixel_mean=(0., 1., .5), pixel_std=(1., 2., .25))
     by_hand = jnp.array([1., 0., 2.]).reshape(1, 1, 1, 1, 3) * jnp.ones((1, 1, 8, 8, 3))
     pixels = jnp.full((1, 1, 8, 8, 3), 255, jnp.uint8)
     _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', by_hand, 0, spec=spec))
 
-  def test_videos_have_constants_of_their_own_where_there_are_some(self):
+  def test_videos_may_have_their_own_constants(self):
     # 0 and 255 are 0 and 1. A video's, with mean 1 and deviation .5: -2, 0; an image's, with .5 and .25: -2, 2.
     own = small_model.spec(video_mean=(1.,), video_std=(.5,))
     for frames, spec, by_hand in ((2, own, (-2., 0.)), (1, own, (-2., 2.)), (2, small_model.spec(), (-2., 2.))):
@@ -171,14 +171,14 @@ class VisualTest(parameterized.TestCase):
       expected = jnp.array(by_hand)[:, None, None, None, None] * ones
       _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', expected, 0))
 
-  def test_a_video_that_is_already_normalised_stays_as_it_is(self):
+  def test_a_video_that_is_already_normalized_stays_unchanged(self):
     own = small_model.spec(video_mean=(1.,), video_std=(.5,))
     _assert_close(_apply('visual', _pixels(2), 0, spec=own), _apply('visual', _pixels(2), 0))
 
   def test_a_type_of_visual_tokens_is_added_to_each_of_them(self):
     row = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
-    actual = _jitted('visual', small_model.spec(modality_embedding=True))(dict(_tables(), visual_type=row), _pixels(2),
-        1)
+    run = _jitted('visual', small_model.spec(modality_embedding=True))
+    actual = run(dict(_tables(), visual_type=row), _pixels(2), 1)
     _assert_close(actual, self._expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row))
     self.assertGreater(np.abs(actual - self._expected(_pixels(2), 1)).max(), .1)
 
@@ -187,7 +187,7 @@ class VisualTest(parameterized.TestCase):
     for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
       np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
 
-  def test_patches_of_a_video_bring_their_change_since_the_frame_before(self):
+  def test_patches_of_a_video_include_their_change_since_the_frame_before(self):
     spec = small_model.spec(frame_differences=True)
     kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
     video = np.asarray(_pixels(2))
@@ -196,8 +196,8 @@ class VisualTest(parameterized.TestCase):
     x = np.asarray(embedders.patchify(video, 4)) @ t['patch'] + t['patch_bias']
     # four patches a frame; the first has none
     x[:, 4:] += np.asarray(embedders.patchify(video[:, 1:] - video[:, :1], 4)) @ kernel
-    index = np.concatenate([embedders.sincos_table(2, 16) + f for f in t['temporal'][:2]])
-    _assert_close(actual, _norm(x + index))
+    position = np.concatenate([embedders.sincos_table(2, 16) + f for f in t['temporal'][:2]])
+    _assert_close(actual, _norm(x + position))
     self.assertGreater(np.abs(actual - self._expected(video, 0)).max(), .1)
 
   def test_an_image_and_a_video_that_stands_still_have_no_change(self):
@@ -208,10 +208,10 @@ class VisualTest(parameterized.TestCase):
       actual = _jitted('visual', spec)(dict(_tables(), difference=kernel), pixels, 0)
       _assert_close(actual, self._expected(pixels, 0))
 
-  @parameterized.parameters('learned', 'stored')
-  def test_a_spatial_table_of_parameters_replaces_the_computed_one(self, spatial):
+  @parameterized.parameters('learned', 'frozen')
+  def test_a_spatial_table_of_parameters_replaces_the_computed_one(self, posemb):
     table = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
-    actual = _jitted('visual', small_model.spec(posemb=spatial))(dict(_tables(), spatial=table), _pixels(), 0)
+    actual = _jitted('visual', small_model.spec(posemb=posemb))(dict(_tables(), spatial=table), _pixels(), 0)
     _assert_close(actual, self._expected(_pixels(), 0, table))
 
   def test_the_computed_table_is_no_parameter(self):
@@ -220,9 +220,9 @@ class VisualTest(parameterized.TestCase):
 
 class StartTest(parameterized.TestCase):
 
-  @parameterized.parameters(('stored', True), ('learned', False))
-  def test_a_stored_spatial_table_starts_as_the_computed_one(self, spatial, computed):
-    module = embedders.Embed(small_model.spec(posemb=spatial))
+  @parameterized.parameters(('frozen', True), ('learned', False))
+  def test_a_frozen_spatial_table_starts_as_the_computed_one(self, posemb, computed):
+    module = embedders.Embed(small_model.spec(posemb=posemb))
     init = small_model.jit(functools.partial(module.init, method='prefix'), static_argnums=1)
     table = nn.unbox(init(jax.random.key(0), 1))['params']['spatial']
     self.assertEqual(table.shape, (4, 16))
@@ -235,7 +235,7 @@ class ParametersTest(absltest.TestCase):
     names = set(small_model.boxed(small_model.spec())['embed'])
     self.assertEqual(names, {'word', 'position', 'type', 'patch', 'patch_bias', 'temporal', 'norm'})
 
-  def test_optional_tables_are_parameters_where_they_are_requested_for(self):
+  def test_optional_tables_are_parameters_when_they_are_requested(self):
     plain = set(small_model.boxed(small_model.spec())['embed'])
     spec = small_model.spec(posemb='frozen', modality_embedding=True, frame_differences=True)
     both = set(small_model.boxed(spec)['embed'])

@@ -71,7 +71,7 @@ class HeadTest(absltest.TestCase):
     np.testing.assert_allclose(f, np.broadcast_to([4.5, 40.], (4, 3, 1, 2)), rtol=1e-4)
 
   def test_bfloat16_inputs_are_computed_in_float32(self):
-    # Scale 2.1, which bfloat16 does not know: (-2.1·1 + 2·3 + .5, -2.1·10 + 2·30).
+    # Scale 2.1, which bfloat16 cannot represent: (-2.1·1 + 2·3 + .5, -2.1·10 + 2·30).
     values = {**_PARAMS, 'norm': {'scale': jnp.array([2.1, 1.]), 'bias': jnp.array([0., 1.])}}
     f = heads.SimilarityHead(2).apply({'params': values}, jnp.array([[1., 3.]], jnp.bfloat16))
     self.assertEqual(f.dtype, jnp.float32)

@@ -54,7 +54,7 @@ class AttentionMaskTest(absltest.TestCase):
     np.testing.assert_array_equal(half, full[:, :, 2:])
 
   def test_padding_is_masked(self):
-    # Two samples; the second has one word of two.
+    # Two examples; the second has one word of two.
     valid = jnp.array([[True, True], [True, False]])
     mask = self._rows(_VQA, 0, (2, 2), (None, valid))
     np.testing.assert_array_equal(mask[:, 0, 0], [[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -67,7 +67,7 @@ class AttentionMaskTest(absltest.TestCase):
 
 @functools.cache
 def _influence_of(layout: Layout):
-  spec = small_model.spec('dense')  # masks know no router, and less is compiled
+  spec = small_model.spec('dense')  # masks do not depend on the router, and less is compiled
   values = small_model.params(spec)['encoder']
   weights = jnp.asarray(np.random.default_rng(5).normal(size=spec.width), jnp.float32)
 
@@ -90,9 +90,9 @@ def _influence(task_type: str, lengths: tuple[int, ...], padded: tuple[int, ...]
   """How much each token after the encoder depends on each token before it: gradient norms [S, S].
 
   Args:
-    task_type: task task_type; its layout is encoded by three layers.
-    lengths: tokens per array.
-    padded: tokens of the last array that are padding.
+    task_type: its layout is encoded by three layers.
+    lengths: tokens per segment.
+    padded: tokens of the last segment that are padding.
   """
   rng = np.random.default_rng(0)
   arrays = tuple(jnp.asarray(rng.normal(size=(1, n, 16)), jnp.float32) for n in lengths)

@@ -1,4 +1,4 @@
-"""Rows that fill a batch up: they change nothing for the others, and nothing counts them."""
+"""Examples that pad a batch change no result of the others and are not counted."""
 
 import functools
 from unittest import mock
@@ -62,10 +62,9 @@ class PadBatchTest(parameterized.TestCase):
     chex.assert_trees_all_close(grads_filled, grads, atol=2e-4, rtol=1e-4)
     chex.assert_tree_all_finite(grads_filled)
     chex.assert_trees_all_close(counts_filled, counts, rtol=1e-5)
-    if routes_tokens:  # the control: rows that are valid are counted
+    if routes_tokens:  # the control: valid examples are counted
       (_, (_, more)), _ = actual(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
       self.assertGreater(float(more[0]['mlp'].tokens.sum()), float(counts[0]['mlp'].tokens.sum()))
-
 
   @parameterized.parameters('shape', 'text')  # names in the order of their set, and words as they are
   def test_every_device_of_a_mesh_encodes_equally_many_entries(self, task):
@@ -89,7 +88,7 @@ class PadBatchTest(parameterized.TestCase):
 
 
 def _counts(collected):
-  """What routers that look at tokens summed up; of the others decisions, which no row changes."""
+  """Router statistics by block: the sums of token routers, and the outputs of other routers, which padding keeps."""
   return [out['router_stats'] for sub in ('blocks', 'tail') for out in collected[sub]]
 
 

@@ -34,9 +34,9 @@ class LayoutTest(parameterized.TestCase):
     self.assertIsNone(Layout((), (), READ_NOTHING).readout_segment)
 
 
-class TakeRouterInputsTest(absltest.TestCase):
+class TakeReadoutTest(absltest.TestCase):
 
-  # Token s of sample b is 10 b + s.
+  # Token s of example b is 10 b + s.
   _X = jnp.arange(2)[:, None, None] * 10 + jnp.arange(6)[None, :, None]
 
   def test_cls_is_token_zero(self):
@@ -53,13 +53,13 @@ class TakeRouterInputsTest(absltest.TestCase):
     np.testing.assert_array_equal(take_readout(self._X, 'slot', jnp.array([[2], [3]]))[..., 0], [[2], [13]])
 
 
-def _embedded(start: int, batch: int, tokens: int = 2, padded: bool = False, picks: int = 0) -> EmbeddedSequence:
-  """Sample i holds the number start + i everywhere."""
+def _embedded(start: int, batch: int, tokens: int = 2, padded: bool = False, masked: int = 0) -> EmbeddedSequence:
+  """Every value of example i is start + i."""
   number = start + jnp.arange(batch)
   return EmbeddedSequence(
       segments=(number[:, None, None] * jnp.ones((1, tokens, 3)),),
       valid=(jnp.ones((batch, tokens), bool) if padded else None,),
-      readout_positions=jnp.zeros((batch, picks), jnp.int32) if picks else None, ids=number.astype(jnp.uint32),
+      readout_positions=jnp.zeros((batch, masked), jnp.int32) if masked else None, ids=number.astype(jnp.uint32),
       layout=_TEXT)
 
 
@@ -98,7 +98,7 @@ class JoinTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
       ('key', {}, {}, 'b'), ('length', {}, dict(tokens=3), 'a'), ('padding', {}, dict(padded=True), 'a'),
-      ('masked', dict(picks=1), dict(picks=2), 'a'), ('readout', {}, dict(picks=2), 'a'))
+      ('masked', dict(masked=1), dict(masked=2), 'a'), ('readout', {}, dict(masked=2), 'a'))
   def test_different_sequences_stay_separate(self, one, other, key):
     joined, _ = join_equal((_embedded(0, 2, **one), _embedded(10, 2, **other)), ('a', key), shards=1)
     self.assertEqual([_numbers(s) for s in joined], [[0, 1], [10, 11]])
@@ -125,13 +125,13 @@ class ModelJoinsTest(parameterized.TestCase):
       jax.eval_shape(lambda: small_model.encode(small_model.spec(router), sequences)[0])
     return counts[-1]  # init may have come before
 
-  # The two images have one attribute row and one modality, but two tasks.
+  # The two images have the same attributes and modality, but two tasks.
   @parameterized.parameters(('attribute', 1), ('modality', 1), ('dense', 1), ('task', 2))
   def test_sequences_with_one_router_input_share_their_products(self, router, count):
     images = small_model.sequence('image_classification'), small_model.sequence('image_retrieval')
     self.assertEqual(self._count_joined(router, *images), count)
 
-  # A image with its prefix and a text with its prefix are both five tokens.
+  # An image and a text, each with its prefix, have five tokens.
   @parameterized.parameters(('attribute', 2), ('modality', 2), ('task', 2), ('dense', 1))
   def test_an_image_and_a_text_of_one_length_share_theirs_in_a_dense_model_only(self, router, count):
     names = small_model.target(task_types.families()['names'], words=4).replace(text_valid=None)

@@ -1,4 +1,4 @@
-"""Which layers have experts, how layers lie in the parameter tree, and how a config becomes a spec."""
+"""Which layers have experts, where layers are in the parameter tree, and how a config becomes a spec."""
 
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
@@ -33,8 +33,8 @@ class PatternTest(parameterized.TestCase):
     self.assertEqual(_chosen(small_model.spec('dense', placement='all')), [])
 
   def test_only_the_named_sublayers_have_experts(self):
-    self.assertEqual(small_model.spec(num_layers=3, placement='every_2', sublayers=('mlp',)).pattern,
-        (('mlp',), (), ('mlp',)))
+    spec = small_model.spec(num_layers=3, placement='every_2', sublayers=('mlp',))
+    self.assertEqual(spec.pattern, (('mlp',), (), ('mlp',)))
 
 
 class StackTest(parameterized.TestCase):
@@ -49,7 +49,7 @@ class StackTest(parameterized.TestCase):
       ('every_2', 2, 2, 0, 2),
       ('every_4', 9, 4, 1, 5),
       ('every_4', 8, 4, 1, 4))
-  def test_whole_periods_are_scanned_but_for_the_last(self, placement, layers, period, periods, tail):
+  def test_all_periods_but_the_last_are_scanned(self, placement, layers, period, periods, tail):
     stack = small_model.spec(num_layers=layers, placement=placement).stack
     self.assertEqual((len(stack.period), stack.periods, len(stack.tail)), (period, periods, tail))
 
@@ -69,22 +69,22 @@ class StackTest(parameterized.TestCase):
         ('blocks', 0, 'block0'), ('blocks', 0, 'block1'), ('tail', None, 'block0'), ('tail', None, 'block1'),
         ('tail', None, 'block2')])
 
-  @parameterized.parameters(('all', 5), ('every_2', 5), ('every_2', 6), ('every_4', 9), ('none', 3), ((0, 1, 4), 6),
-      ((1, 2), 4))
+  @parameterized.parameters(
+      ('all', 5), ('every_2', 5), ('every_2', 6), ('every_4', 9), ('none', 3), ((0, 1, 4), 6), ((1, 2), 4))
   def test_locate_finds_every_block_of_the_tree_once(self, placement, layers):
     spec = small_model.spec(num_layers=layers, placement=placement)
     encoder = small_model.nn.unbox(small_model.boxed(spec))['encoder']
     actual = []
     for layer in range(layers):
       subtree, index, block = spec.stack.locate(layer)
-      # A layer with experts is actual where a router is, and a layer without where there is none.
+      # The block of a layer has a router if, and only if, the layer has experts.
       self.assertEqual('attention_router' in encoder[subtree][block], bool(spec.pattern[layer]), layer)
       depth = encoder[subtree][block]['norm1']['scale'].shape[0] if subtree == 'blocks' else None
       self.assertTrue(index is None if depth is None else index < depth, layer)
       actual.append((subtree, index, block))
-    there = [(s, i, b) for s, blocks in encoder.items() for b, block in blocks.items()
-             for i in (range(block['norm1']['scale'].shape[0]) if s == 'blocks' else (None,))]
-    self.assertCountEqual(actual, there)
+    expected = [(s, i, b) for s, blocks in encoder.items() for b, block in blocks.items()
+                for i in (range(block['norm1']['scale'].shape[0]) if s == 'blocks' else (None,))]
+    self.assertCountEqual(actual, expected)
 
   @parameterized.parameters(-1, 5)
   def test_an_unknown_layer_is_an_error(self, layer):
@@ -113,7 +113,7 @@ class RouterInputNamesTest(absltest.TestCase):
     self.assertEqual(names, {
         'attribute': ('11011000', '11010101', '11010110'), 'task': ('caption', 'words'),
         'modality': ('visual', 'text'), 'dense': ('all tokens',),
-        # Of tokens: what separates segments.
+        # Token routers read no condition: their names are those of separate segments.
         'token': ('11011000', '11010101', '11010110'), 'context': ('11011000', '11010101', '11010110')})
 
   def test_bits_are_those_of_the_condition(self):

@@ -27,8 +27,8 @@ def _decide(values, x, pool=None, key=None, **options):
 
 
 _GATE = jnp.array([[math.log(2), 0., 0.], [0., 0., math.log(3)]])
-_CONTEXT = {'gate': _GATE, 'context_gate': jnp.array([[0., math.log(6), 0.], [0., 0., 0.]]),
-    'query': jnp.array([1., 0.])}
+_CONTEXT = {
+    'gate': _GATE, 'context_gate': jnp.array([[0., math.log(6), 0.], [0., 0., 0.]]), 'query': jnp.array([1., 0.])}
 
 
 class GateTest(parameterized.TestCase):
@@ -39,7 +39,7 @@ class GateTest(parameterized.TestCase):
     self.assertEqual(choice.expert.tolist(), [[[0, 1], [2, 0]]])
     np.testing.assert_allclose(choice.gates, [[[2 / 3, 1 / 3], [3 / 4, 1 / 4]]], rtol=1e-6)
 
-  def test_context_adds_what_the_sequence_pooled_by_hand(self):
+  def test_context_adds_the_pool_of_the_sequence_by_hand(self):
     # Pool (1, ·) adds log 6 to expert 1: (2, 6, 1) keeps 6/8, 2/8 and (1, 6, 3) keeps 6/9, 3/9. Pool 0 adds nothing.
     choice = _decide(_CONTEXT, [[[1, 0], [0, 1]], [[1, 0], [0, 1]]], jnp.array([[1., 5.], [0., 5.]]))
     self.assertEqual(choice.expert.tolist(), [[[1, 0], [1, 2]], [[0, 1], [2, 0]]])
@@ -47,8 +47,8 @@ class GateTest(parameterized.TestCase):
 
   def test_outputs_are_float32_for_any_input_dtype(self):
     x = jnp.ones((1, 2, 2), jnp.bfloat16)
-    choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, jnp.zeros(1, jnp.uint32),
-        jnp.zeros((1, 2), int)).output
+    ids, positions = jnp.zeros(1, jnp.uint32), jnp.zeros((1, 2), int)
+    choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, ids, positions).output
     self.assertEqual({choice.logits.dtype, choice.gates.dtype}, {jnp.dtype('float32')})
 
 
@@ -111,7 +111,7 @@ def _of(output, plan, valid) -> Usage:
 
 
 def _usage(expert, logits=None, valid=None, capacity=0.0) -> Usage:
-  """Of one task_type of array; expert [B, S, K] of three, gates even."""
+  """Usage by one segment; expert [B, S, K] of three, even gates."""
   expert = jnp.asarray(expert, jnp.int32)
   logits = jnp.zeros((*expert.shape[:2], 3)) if logits is None else jnp.asarray(logits, jnp.float32)
   output = routers.RouterOutput(logits, expert, jnp.full(expert.shape, 1 / expert.shape[2]))
