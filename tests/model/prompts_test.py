@@ -15,6 +15,7 @@ from uni_moe_jax.model import initialization as params_lib
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
+from uni_moe_jax.utils.tree_paths import by_path
 
 _P = 2
 _TASK_TYPES = ('image_classification', 'image_caption', 'text_mlm')
@@ -26,7 +27,7 @@ def _spec(**changes):
 
 def _sequences():
   return (*(small_model.sequence(k, seed=i) for i, k in enumerate(_TASK_TYPES)),
-      small_model.target(task_types.families()['names']))
+          small_model.target(task_types.families()['names']))
 
 
 @functools.cache
@@ -47,8 +48,7 @@ def _weighted_gradient(spec):
 def _gradient(spec, index: int):
   """Gradient of one sequence's features by all parameters, by path."""
   gradient = _weighted_gradient(spec)(small_model.params(spec), np.eye(len(_sequences()), dtype=np.float32)[index])
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
-          for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
+  return jax.tree.map(np.asarray, by_path(gradient))
 
 
 class DeepPromptsTest(parameterized.TestCase):
@@ -66,7 +66,7 @@ class DeepPromptsTest(parameterized.TestCase):
 
   @parameterized.parameters(('shared', True), ('separate', False), ('inputs', False))
   def test_texts_of_both_sides_share_their_products_only_where_they_share_prompts(self, sides, same):
-    # A dense model knows no conditions: only the side of a text determines its prompts.
+    # A dense model has no conditions: only the side of a text determines its prompts.
     search = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
     text = small_model.sequence(search)
     sequences = (text, text.replace(layout=small_model.target(search.pair_condition).layout))
@@ -92,11 +92,11 @@ class DeepPromptsTest(parameterized.TestCase):
           self.assertEqual(np.abs(g).max(), 0, path)
 
   def test_the_condition_of_prompts_is_that_of_the_first_segment(self):
-    # Of a caption's two conditions, prompts take the image's: with it alone in the experts' choice they still move it.
+    # Of a caption's two conditions, prompts have the image's, also in a decoding step, which has no image.
     layout = small_model.sequence('image_caption').layout
     self.assertEqual(layout.prompt_condition, layout.conditions[0])
-    self.assertEqual(decoding.step_layout(task_types.TASK_TYPES['image_caption']).prompt_condition,
-        layout.conditions[0])
+    step = decoding.step_layout(task_types.TASK_TYPES['image_caption'])
+    self.assertEqual(step.prompt_condition, layout.conditions[0])
     self.assertNotEqual(layout.conditions[0], layout.conditions[1])
 
 
@@ -175,9 +175,9 @@ def _label_spec(entries: int = _ENTRIES):
 
 def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):
   rng = np.random.default_rng(seed)
-  return tuple({'text': rng.integers(2, small_model.VOCABULARY, (n, s)).astype(np.int32),
-      'valid': np.ones((n, s), bool)}
-               for n, s in lengths)
+  return tuple(
+      {'text': rng.integers(2, small_model.VOCABULARY, (n, s)).astype(np.int32), 'valid': np.ones((n, s), bool)}
+      for n, s in lengths)
 
 
 @functools.cache
@@ -264,8 +264,8 @@ class LinearHeadTest(absltest.TestCase):
     # 2 · 5 + (1, 2) · (10, 100) + 7
     head = {'kernel': jnp.array([[10.], [100.]]), 'bias': jnp.array([7.]), 'similarity_weight': jnp.float32(2.)}
     model = UniPerceiver(small_model.spec(head=1, width=2, num_heads=1, temperature_groups=()))
-    actual = model.apply({'params': {'linear_head': head}}, jnp.array([[[1., 2.]]]), jnp.array([[[5.]]]),
-        method='with_head')
+    features, logits = jnp.array([[[1., 2.]]]), jnp.array([[[5.]]])
+    actual = model.apply({'params': {'linear_head': head}}, features, logits, method='with_head')
     np.testing.assert_allclose(actual, [[[227.]]])
 
 
@@ -279,12 +279,13 @@ class DecodingTest(absltest.TestCase):
 
     @small_model.jit
     def both(values):
-      actual = decoding.beam_search(UniPerceiver(spec), values, task_type, pixels, words, temperature='group',
-                            spe=small_model.SPE, eot=-1, max_len=length)
+      actual = decoding.beam_search(
+          UniPerceiver(spec), values, task_type, pixels, words, temperature='group', spe=small_model.SPE, eot=-1,
+          max_len=length)
       tokens, log_p = actual.tokens[:, 0], actual.log_p[:, 0]
       text = jnp.concatenate([tokens, jnp.full_like(tokens, small_model.SPE)], axis=1)
-      features, = small_model.encode(spec, [small_model.sequence(task_type, 2, pixels=pixels, text=text)],
-          values=values)[0]
+      sequence = small_model.sequence(task_type, 2, pixels=pixels, text=text)
+      [features] = small_model.encode(spec, [sequence], values=values)[0]
       scale = UniPerceiver(spec).apply({'params': values}, 'group', method='scale')
       all_p = jax.nn.log_softmax(scale * normalize(features) @ words.T)
       return log_p, jnp.take_along_axis(all_p, tokens[..., None], axis=-1)[..., 0], all_p.argmax(-1) == tokens

@@ -14,6 +14,7 @@ from tests.helpers import small_model
 from uni_moe_jax.model.initialization import boxed_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
+from uni_moe_jax.utils.tree_paths import path_of
 
 _ONE = dict(replica=1, data=1, expert=1, model=1)
 
@@ -34,7 +35,7 @@ def _boxed(router: str):
 def _leaves(router: str):
   """(path, box or bare leaf) of every parameter."""
   leaves = jax.tree_util.tree_leaves_with_path(_boxed(router), is_leaf=_is_box)
-  return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
+  return [(path_of(path), leaf) for path, leaf in leaves]
 
 
 @pytest.mark.parametrize('router', small_model.ROUTERS)

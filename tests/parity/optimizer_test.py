@@ -19,6 +19,7 @@ from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import optimizer, step
 from uni_moe_jax.train.used_params import unit_axes
+from uni_moe_jax.utils.tree_paths import by_path
 
 BOUND = 1e-5
 EMA = 'final_ema'
@@ -108,7 +109,7 @@ def _compare_final(ours: np.ndarray, theirs: np.ndarray, key: str, entry) -> Non
 
 
 def _state_dict(model: str, params, spec) -> dict[str, np.ndarray]:
-  """Published names; what has no place in our tree never had a gradient there and stands as it did."""
+  """Published names; parameters that our tree lacks never had a gradient there, and keep their values."""
   ours, report = torch_layout.to_torch(params, spec.model.spec)
   return {**ours, **{k: fixtures.weights(model)[k] for k in report.made if k not in _ALIASES}}
 
@@ -117,8 +118,8 @@ _ALIASES = ('video_embed.embeddings_norm.weight', 'video_embed.embeddings_norm.b
 
 
 def _compare_groups(entry, spec, rules) -> None:
-  """Learning rate and weight decay of every published parameter that lives on."""
-  flat = {optimizer.path_of(path): rule for path, rule in jax.tree_util.tree_leaves_with_path(rules)}
+  """Learning rate and weight decay of every published parameter that our tree has."""
+  flat = by_path(rules)
   path_of = {e.key: '/'.join(e.path) for e in torch_layout.entries(spec.model.spec)}
   theirs = {g['name']: g for g in _groups(entry)}
   for key, path in path_of.items():
