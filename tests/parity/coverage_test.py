@@ -8,7 +8,7 @@ from tests.parity.fixtures import Arrays, relative
 
 
 def test_every_case_is_compared_or_excluded_by_name():
-  compared = set(fixtures.cases(*fixtures.TASK_TYPES, *fixtures.WEIGHTS))
+  compared = set(fixtures.cases(*fixtures.SECTIONS, *fixtures.WEIGHTS))
   left_out = fixtures.excluded()
   everything = set(fixtures.manifest()['files'])
   assert compared | set(left_out) == everything, sorted(everything - compared - set(left_out))
@@ -25,7 +25,7 @@ def test_only_listed_cases_are_excluded():
 
 
 def test_an_unread_array_is_reported():
-  arrays = Arrays(fixtures.cases(*fixtures.TASK_TYPES)[0])
+  arrays = Arrays(fixtures.cases(*fixtures.SECTIONS)[0])
   first, *rest = arrays.keys()
   assert first in arrays  # a membership test is no reading
   assert arrays[first] is not None

@@ -20,7 +20,7 @@ FOLDER = pathlib.Path(os.environ.get('UNI_MOE_FIXTURES') or _DEFAULT).expanduser
 _SPE_WORD = 'spe word (used when OLD_CHECKPONT False)'
 
 WEIGHTS = ('state_dict', 'state_dict_overlay')
-TASK_TYPES = ('forward', 'train_loss_and_grad', 'optimizer', 'misc', 'generation')  # that this suite compares
+SECTIONS = ('forward', 'train_loss_and_grad', 'optimizer', 'misc', 'generation')  # that this suite compares
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def model_of(weights_: str) -> str:
 
 
 def base_of(model: str) -> str | None:
-  """The model whose weights a model's own file adds to."""
+  """The model to which a model's own file adds weights; None: it has all of them."""
   base = manifest()['files'][f'weights_{model}'].get('base')
   return None if base is None else model_of(base)
 
@@ -109,8 +109,7 @@ def model_spec(model: str, prefix_is_word: bool = False, **changes: Any) -> Mode
   if prompt:
     spec = dataclasses.replace(
         spec, num_deep_prompts=prompt['length'], prompt_sharing='shared' if prompt['share'] else 'separate',
-        spe_bias=True,
-        head=prompt['fc_out'] if prompt['fc'] else 0)
+        spe_bias=True, head=prompt['fc_out'] if prompt['fc'] else 0)
   return dataclasses.replace(spec, **changes)
 
 

@@ -34,7 +34,7 @@ def _scored(spec, params, batch, sets):
 
 @functools.partial(small_model.jit, static_argnums=0)
 def _encoded(spec, params, batch, sets):
-  """(features, what the encoder collected) with all rows and taps; streams in published order."""
+  """(features, what the encoder collected) with all rows and taps; sequences in published order."""
   def run(model):
     inputs = step_inputs(spec, batch, sets, {})
     in_order = (*inputs.inputs.values(), *inputs.pairs.values(), *(inputs.target_sets[s.name] for s in spec.plan.sets))
@@ -63,7 +63,7 @@ def _counted(case: Problem, rows: np.ndarray) -> np.ndarray:
     return rows[:, 0]
   weight = case.batch[case.task.group]['weight'][0]
   order = np.ones(weight.shape, bool)
-  if case.task.type.readout == 'masked':  # picks come in the order of the text
+  if case.task.type.readout == 'masked':  # masked words are in the order of the text
     assert (np.diff(case.batch[case.task.group]['position'][0], axis=1)[weight[:, 1:] > 0] > 0).all()
   return rows[order & (weight > 0)]
 
@@ -101,11 +101,11 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
 
   conditions = tuple(c for s in collected['sequences'] for c in s.layout.conditions)
   rows = routers.distinct_inputs(case.spec.model.spec.router, conditions)
-  for n, stream in enumerate(collected['sequences']):
+  for n, sequence in enumerate(collected['sequences']):
     # A token's own embedder comes first, then the prefix.
-    parts = [np.asarray(a) for a in stream.segments]
+    parts = [np.asarray(a) for a in sequence.segments]
     tokens = [parts[0][:, 1:], *parts[1:]]
-    for modality, part in (*zip(stream.layout.modalities, tokens), ('text', parts[0][:1, :1])):
+    for modality, part in (*zip(sequence.layout.modalities, tokens), ('text', parts[0][:1, :1])):
       embedder = 'video_embed' if modality == 'visual' else 'token_embed'
       key = f'tokenizer.{embedder}.call{calls[embedder]}'
       calls[embedder] += 1
@@ -113,7 +113,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
         theirs = arrays[key]
         assert_close(part[:len(theirs)], theirs, BOUND, key)
     invalid = [np.zeros(a.shape[:2], np.uint8) if v is None else (~v).astype(np.uint8)
-               for a, v in zip(parts, stream.valid)]
+               for a, v in zip(parts, sequence.valid)]
     _compare(arrays, f'enc{n}.fused_in', np.concatenate(parts, 1))
     _compare(arrays, f'enc{n}.fused_invalid_mask', np.concatenate(invalid, 1))
     for layer in range(stack.num_layers):
@@ -123,7 +123,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
         at = f'enc{n}.gate.L{layer}.{projection}.'
         if at + 'logits' in arrays:
           decision = after(layer, 'router_stats')[part]
-          index = [rows.index(routers.router_input(case.spec.model.spec.router, c)) for c in stream.layout.conditions]
+          index = [rows.index(routers.router_input(case.spec.model.spec.router, c)) for c in sequence.layout.conditions]
           assert_close(decision.logits[index], arrays[at + 'logits'], BOUND, at)
           np.testing.assert_array_equal(decision.expert[index], arrays[at + 'top2'])
           weight = np.take_along_axis(np.asarray(decision.coef)[index], decision.expert[index], axis=1)

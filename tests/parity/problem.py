@@ -84,8 +84,8 @@ def fields(task: TaskSpec, arrays: Arrays, prefix: str, temporal_offset: int) ->
     assert name in {'visual': ('image', 'video'), 'text': ('text',)}[segment.modality], name
     conditions = task.type.conditions
     attributes = arrays.get(at + 'moe_embedding')
-    _check_attributes(attributes,
-        conditions if attributes is None or len(attributes) > 1 else conditions[index:index + 1])
+    own = attributes is not None and len(attributes) == 1  # of this segment, not of all
+    _check_attributes(attributes, conditions[index:index + 1] if own else conditions)
     if segment.modality == 'visual':
       frames = data if name == 'video' else data[:, None]  # [B, T, C, H, W]
       out['pixels'] = frames.transpose(0, 1, 3, 4, 2)
@@ -130,16 +130,15 @@ def _check_attributes(actual: np.ndarray | None, conditions) -> None:
     np.testing.assert_array_equal(actual, np.array([c.bits for c in conditions], np.float32))
 
 
-def step_spec(name: str, tasks_: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...], **changes: Any) -> StepSpec:
+def step_spec(name: str, tasks: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...], **changes: Any) -> StepSpec:
   """Static arguments of the step, with the published choices."""
-  plan = Plan(task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks_, sets=sets, probes=(), probe_sets=(),
-      evaluations=(),
-              temperatures=fixtures.model_spec(name).temperature_groups, encode_all_sets=True)
+  plan = Plan(
+      task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks, sets=sets, probes=(), probe_sets=(),
+      evaluations=(), temperatures=fixtures.model_spec(name).temperature_groups, encode_all_sets=True)
   spec = StepSpec(
       model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, learning_rate=None, grad_accum_steps=1,
-      ema_decay=0.0,
-      eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'], contrastive_reduction='sum',
-      mask_duplicate_texts=False)
+      ema_decay=0.0, eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'],
+      contrastive_reduction='sum', mask_duplicate_texts=False)
   return dataclasses.replace(spec, **changes)
 
 
