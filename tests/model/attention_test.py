@@ -42,8 +42,8 @@ class AttendTest(parameterized.TestCase):
 
     def joined(q, own, shared, all_share):
       # Rows 0 and 1 share the first of two, rows 2 and 3 the second.
-      k, v = (jnp.concatenate([jnp.repeat(s, 2, 0), jnp.repeat(a, 4, 0), o], 1) for s, a,
-          o in zip(shared, all_share, own))
+      k, v = (jnp.concatenate([jnp.repeat(s, 2, 0), jnp.repeat(a, 4, 0), o], 1)
+              for s, a, o in zip(shared, all_share, own))
       seen = jnp.concatenate([jnp.ones((_B, 1, _Q, 11), bool), mask & structure], -1)
       return jax.nn.dot_product_attention(q, k, v, mask=seen)
 

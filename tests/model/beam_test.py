@@ -64,16 +64,16 @@ def _program(beams: int, answers: tuple, spec):
 
   @small_model.jit
   def run(values, pixels, words, eot, penalty):
-    return decoding.beam_search(UniPerceiver(spec), values, _task_type(spec), pixels, words, temperature='group',
-        spe=small_model.SPE,
-                         eot=eot, max_len=_N, beam_size=beams, length_penalty=penalty, trie=trie)
+    return decoding.beam_search(
+        UniPerceiver(spec), values, _task_type(spec), pixels, words, temperature='group', spe=small_model.SPE, eot=eot,
+        max_len=_N, beam_size=beams, length_penalty=penalty, trie=trie)
   return run
 
 
 @functools.cache
 def _search(beams: int, eot: int, penalty: float = 0.0, answers: tuple = (), spec=_SPEC):
-  return jax.device_get(_program(beams, answers, spec)(small_model.params(spec), _pixels(spec), _words(spec), eot,
-      penalty))
+  run = _program(beams, answers, spec)
+  return jax.device_get(run(small_model.params(spec), _pixels(spec), _words(spec), eot, penalty))
 
 
 @functools.cache
@@ -105,8 +105,7 @@ def _an_end(spec=_SPEC) -> int:
 class SearchTest(parameterized.TestCase):
 
   @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT),
-      (_K, _TASK),
-                            (1, _VIDEOS), (_K, _VIDEOS))
+                            (_K, _TASK), (1, _VIDEOS), (_K, _VIDEOS))
   def test_it_equals_a_search_without_caches(self, beams, spec):
     actual = _search(beams, _NEVER, spec=spec)
     tokens, sums = _without_cache(beams, _NEVER, spec)

@@ -55,9 +55,9 @@ def _greedy(router: str):
 
   @small_model.jit
   def run(values, pixels, words, eot):
-    actual = decoding.beam_search(UniPerceiver(spec), values, _TASK_TYPE, pixels, words, temperature='group',
-        spe=small_model.SPE,
-                          eot=eot, max_len=_LENGTH)
+    actual = decoding.beam_search(
+        UniPerceiver(spec), values, _TASK_TYPE, pixels, words, temperature='group', spe=small_model.SPE, eot=eot,
+        max_len=_LENGTH)
     return actual.tokens[:, 0], actual.log_p[:, 0]
 
   return lambda eot: jax.tree.map(
@@ -129,7 +129,7 @@ class LayoutTest(absltest.TestCase):
   def test_a_prefill_is_the_image_alone(self):
     layout = decoding.prefill_layout(_TASK_TYPE)
     self.assertEqual((layout.conditions, layout.masks, layout.readout),
-        (_TASK_TYPE.conditions[:1], ('full',), 'nothing'))
+                     (_TASK_TYPE.conditions[:1], ('full',), 'nothing'))
 
   def test_a_step_is_a_word_and_a_query_under_the_captions_condition(self):
     layout = decoding.step_layout(_TASK_TYPE)

@@ -33,7 +33,7 @@ def _mix(batch: int = 2):
 
 
 def _without_gates(spec: ModelSpec):
-  """Its parameters, with gates of zero: every decision keeps half of experts 0 and 1."""
+  """Its parameters with zero gates: every token gets experts 0 and 1, half each."""
   return jax.tree_util.tree_map_with_path(
       lambda path, x: x * ('gate' not in jax.tree_util.keystr(path)), small_model.params(spec))
 
@@ -60,7 +60,7 @@ _WORDS, _CHANGED = 4, 2  # words from the third on are changed
 
 
 def _captions(seed: int, first: int):
-  """Captions [words | queries] of three images, whose words from `first` on follow the seed."""
+  """Captions [words | queries] of three images; the seed determines their words from `first` on."""
   one = small_model.sequence('image_caption', 3, seed=5, words=_WORDS)
   words = np.random.default_rng(seed).integers(2, small_model.VOCABULARY, (3, _WORDS))
   text = np.asarray(one.text).copy()
@@ -106,16 +106,16 @@ class NoLeakTest(parameterized.TestCase):
   def _check_at_half_the_capacity(self, router, grouped):
     spec = small_model.spec(router, num_layers=2, capacity_factor=.5, gmm=grouped)
     self._assert_no_leak(spec, jax.random.key(0))
-    # Capacity was at work: an exact model has other states.
+    # Capacity drops tokens here: an exact model has other states.
     dropping, _ = _states(spec, _captions(1, _CHANGED), jax.random.key(0))
     exact, _ = _states(small_model.spec(router, num_layers=2), _captions(1, _CHANGED), jax.random.key(0))
     self.assertGreater(np.abs(dropping - exact)[:, :, self._EARLIER].max(), 1e-2)
 
-  def test_slots_given_sample_by_sample_would_leak(self):
-    # A positive control: the same comparison detects a dispatch that serves whole samples first.
+  def test_slots_given_example_by_example_would_leak(self):
+    # A positive control: the same comparison detects a dispatch that gives all slots of an example first.
     make_plan = dispatch.make_plan
 
-    def sample_major(output, valid, groups, capacity_factor, backend):
+    def example_major(output, valid, groups, capacity_factor, backend):
       swapped = jax.tree.map(lambda x: x.swapaxes(0, 1), output)
       plan = make_plan(swapped, None if valid is None else valid.T, 1, capacity_factor, backend)
       B, S, K = output.expert.shape
@@ -128,7 +128,7 @@ class NoLeakTest(parameterized.TestCase):
 
     # its own value: nothing is cached
     spec = small_model.spec('token', num_layers=2, capacity_factor=.5, drop_path=1e-9)
-    with mock.patch.object(dispatch, 'make_plan', sample_major), self.assertRaisesRegex(AssertionError, 'not equal'):
+    with mock.patch.object(dispatch, 'make_plan', example_major), self.assertRaisesRegex(AssertionError, 'not equal'):
       self._assert_no_leak(spec, jax.random.key(0))
 
   def test_a_pool_over_the_caption_would_leak(self):

@@ -29,7 +29,7 @@ def _features(spec: ModelSpec, sequences, key=None, shards: int = 1, **options):
 
 
 def _mix(batch: int = 2):
-  """One array and two, full and two-stream; the two images are joined."""
+  """One segment and two, full and two-stream; the two images are joined."""
   names = ('image_classification', 'image_caption', 'image_retrieval', 'vqa')
   return tuple(small_model.sequence(k, batch, seed=i) for i, k in enumerate(names))
 
@@ -94,15 +94,15 @@ def _rearranged(values, source: Stack, destination: Stack):
   for layer in range(source.num_layers):
     subtree, index, block = source.locate(layer)
     _, _, name = destination.locate(layer)
-    there = values['encoder'][subtree][block]
-    encoder['tail'][name] = there if index is None else jax.tree.map(lambda x, i=index: x[i], there)
+    params = values['encoder'][subtree][block]
+    encoder['tail'][name] = params if index is None else jax.tree.map(lambda x, i=index: x[i], params)
   return {**values, 'encoder': encoder}
 
 
 class StackTest(absltest.TestCase):
 
   def test_scanned_layers_equal_unrolled_ones(self):
-    # Noise and stochastic depth are on: both are keyed by the layer, not by where it lies.
+    # Noise and stochastic depth are on: both are keyed by the layer, not by its subtree.
     scanned = small_model.spec(drop_path=.3)
     unrolled, values = _Unrolled(**vars(scanned)), small_model.params(scanned)
     sequences, key = (small_model.sequence('image_classification', 4),), jax.random.key(1)
@@ -127,7 +127,7 @@ class RematTest(absltest.TestCase):
 class PositionsTest(absltest.TestCase):
 
   def test_positions_count_the_tokens_of_the_text(self):
-    # Of a text, whose array begins with the prefix, and of a question, whose array does not.
+    # The segment of a text begins with the prefix, that of a question does not.
     sequences = small_model.sequence('text_mlm'), small_model.sequence('vqa')
     features, collected = _forward(small_model.spec('dense'), taps=True, all_rows=True)(
         small_model.params(small_model.spec('dense')), sequences, None)

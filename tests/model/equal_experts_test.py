@@ -22,7 +22,7 @@ _PROJECTIONS = ('qkv', 'attention_out', 'ffn_in', 'ffn_out')
 
 @functools.cache
 def _plan():
-  """Captions among the vocabulary: three condition rows, arrays that join keys and values, two streams."""
+  """Captions among the vocabulary: three conditions, segments that join keys and values, two sequences."""
   c = config.base()
   c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
   c.tasks.caption = config.task(
@@ -54,8 +54,7 @@ def _loss(router: str, gradient: bool = False):
   """parameters → total loss of a training step with router noise, optionally with its gradient."""
   spec = forward.StepSpec(
       model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), learning_rate=None, grad_accum_steps=1,
-      ema_decay=0.0,
-      eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
+      ema_decay=0.0, eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
 
   def loss(values, batch, sets):
     features, _ = forward.forward(spec, values, batch, sets, {}, jax.random.key(4))
@@ -74,13 +73,13 @@ def _is_expert(path: str) -> bool:
 
 
 def _expert_axis(path: str) -> int:
-  """Stacked parameters have it behind the layers."""
+  """The axis of experts, which follows that of stacked layers."""
   return 1 if '/blocks/' in path else 0
 
 
 @functools.cache
 def _equal_experts(router: str):
-  """Parameters whose every expert is the dense model's projection; the routers keep their own."""
+  """Parameters in which every expert is the dense model's projection; routers keep their own."""
   values, dense = _flat(small_model.params(_spec(router))), _flat(small_model.params(_spec('dense')))
   for path, leaf in dense.items():
     expert = lambda x, p=path: np.repeat(np.expand_dims(x, _expert_axis(p)), 4, axis=_expert_axis(p))

@@ -28,7 +28,7 @@ class MergeExpertsTest(parameterized.TestCase):
     spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
 
     def run(values):
-      actual = merging.merge_experts(spec, values, _VQA)  # prompts have the condition of the first array
+      actual = merging.merge_experts(spec, values, _VQA)  # prompts have the condition of the first segment
       wrong = actual[0], merging.merge_experts(spec, values, others)[1]
       return [small_model.encode(s, [sequence], values=v)[0][0] for s, v in ((spec, values), actual, wrong)]
 
@@ -50,9 +50,9 @@ class MergeExpertsTest(parameterized.TestCase):
     pixels = jnp.zeros((2, 1, small_model.SIDE, small_model.SIDE, 1))
 
     def search(values):
-      return decoding.beam_search(UniPerceiver(spec), values, _TASK_TYPE, pixels, jnp.zeros((7, spec.width)),
-          temperature='group',
-                           spe=small_model.SPE, eot=small_model.EOT, max_len=3, beam_size=2)
+      return decoding.beam_search(
+          UniPerceiver(spec), values, _TASK_TYPE, pixels, jnp.zeros((7, spec.width)), temperature='group',
+          spe=small_model.SPE, eot=small_model.EOT, max_len=3, beam_size=2)
 
     [loop] = [e for e in jax.make_jaxpr(search)(small_model.params(spec)).eqns if e.primitive.name == 'while']
     self.assertEqual(any(_EXPERTS in v.aval.shape for v in loop.invars), reads)

@@ -44,25 +44,25 @@ class CapacityTest(parameterized.TestCase):
     self.assertEqual(dispatch.capacity_of(factor, tokens, top_k, num_experts), capacity)
 
 
-_BEHIND = [-1] * 127  # slots behind the groups, for the last tile of a loop
+_BEHIND = [-1] * 127  # slots behind the groups, for the last tile
 
 
 class TableTest(parameterized.TestCase):
 
-  # Two samples of three positions, one expert each. Expert 0 is the choice of (sample, position) 00, 01, 10, 12;
+  # Two examples of three positions, one expert each. Expert 0 is the choice of (example, position) 00, 01, 10, 12;
   # expert 1 by 02; expert 2 by 11.
   _EXPERT = [[[0], [0], [1]], [[0], [2], [0]]]
 
   def test_exact_routing_sorts_by_expert_and_position(self):
     plan = _plan(_output(self._EXPERT), None, 1, 0.0, 'tiled')
     self.assertEqual(plan.sizes.tolist(), [4, 1, 1])
-    # Tokens are numbered 00 01 02 10 11 12. Expert 0: position 0 of both samples, then 01, then 12.
+    # Tokens are numbered 00 01 02 10 11 12. Expert 0: position 0 of both examples, then 01, then 12.
     self.assertEqual(plan.source.tolist(), [0, 3, 1, 5, 2, 4] + _BEHIND)
     self.assertEqual(plan.slot[:, 0].tolist(), [0, 2, 4, 1, 5, 3])
     self.assertTrue(bool(plan.kept.all()))
 
-  def test_capacity_is_given_to_earlier_positions_of_any_sample(self):
-    # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both samples; 01 and 12 are dropped.
+  def test_capacity_is_given_to_earlier_positions_of_any_example(self):
+    # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both examples; 01 and 12 are dropped.
     plan = _plan(_output(self._EXPERT), None, 1, 1.0, 'tiled')
     self.assertEqual(_kept(plan, 2, 3), [[1, 0, 1], [1, 1, 0]])
     self.assertEqual((plan.sizes.tolist(), int(plan.requested)), ([2, 1, 1], 6))
@@ -74,14 +74,14 @@ class TableTest(parameterized.TestCase):
     self.assertEqual(np.asarray(plan.slot)[np.asarray(plan.kept)].tolist(), [0, 2, 1, 4])
 
   def test_padding_is_neither_routed_nor_counted(self):
-    # Position 0 of sample 1 is padding: its slot goes to 01.
+    # Position 0 of example 1 is padding: its slot goes to 01.
     valid = jnp.array([[True, True, True], [False, True, True]])
     plan = _plan(_output(self._EXPERT), valid, 1, 1.0, 'tiled')
     self.assertEqual(_kept(plan, 2, 3), [[1, 1, 1], [0, 1, 0]])
     self.assertEqual((plan.sizes.tolist(), int(plan.requested)), ([2, 1, 1], 5))
 
   def test_at_one_position_first_choices_come_first(self):
-    # One position, two samples, experts (0, 1) and (2, 0): C = ⌈.75 · 2 · 2 / 3⌉ = 1. Expert 0 takes the first choice.
+    # One position, two examples, experts (0, 1) and (2, 0): C = ⌈.75 · 2 · 2 / 3⌉ = 1. Expert 0 takes the first choice.
     plan = _plan(_output([[[1, 0]], [[0, 2]]]), None, 1, .75, 'tiled')
     self.assertEqual(_kept(plan, 2, 2), [[1, 0], [1, 1]])
 
@@ -90,7 +90,7 @@ class TableTest(parameterized.TestCase):
     self.assertEqual(_kept(plan, 2, 2), [[1, 1], [0, 1]])
 
   def test_words_and_queries_have_separate_capacities(self):
-    # [words | queries], all with expert 0: C = ⌈.5 · 1 · 4 / 3⌉ = 1 each, of sample 0's first.
+    # [words | queries], all with expert 0: C = ⌈.5 · 1 · 4 / 3⌉ = 1 each, of example 0's first.
     expert = [[[0], [0], [0], [0]], [[0], [0], [0], [0]]]
     separate = _plan(_output(expert), None, 2, .5, 'tiled')
     self.assertEqual(_kept(separate, 2, 4), [[1, 0, 1, 0], [0, 0, 0, 0]])
@@ -99,7 +99,7 @@ class TableTest(parameterized.TestCase):
 
   @parameterized.parameters(*gmm.BACKENDS)
   def test_tokens_are_conserved(self, backend):
-    # Every kept choice lies in one slot, and that slot holds it; no slot holds anything else.
+    # Every kept choice has one slot, the source of that slot is the choice, and all other slots are empty.
     expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
     valid = jnp.asarray(np.random.default_rng(1).random((4, 6)) > .2)
     for capacity, groups in ((0.0, 1), (.5, 1), (.5, 2), (1.5, 2)):
@@ -176,7 +176,7 @@ class ExactTest(parameterized.TestCase):
       self.assertGreater(np.abs(b).max(), .1, name)
 
   @parameterized.parameters(*gmm.BACKENDS)
-  def test_with_capacity_it_equals_the_loop_over_what_is_kept(self, backend):
+  def test_with_capacity_it_equals_the_loop_over_kept_choices(self, backend):
     logits = _inputs()[-1]
     valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
     output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
@@ -195,8 +195,8 @@ class ExactTest(parameterized.TestCase):
 
   @parameterized.product(backend=('batched', 'tiled'), at_once=(True, False))
   def test_a_rematerialized_product_is_not_computed_again(self, backend, at_once):
-    # Forward, and the gradients of x and of the kernels; the fourth is what experts gave, for the gradient of the
-    # gates.
+    # Forward, and the gradients of x and of the kernels; a fourth computes the outputs of experts again, for the
+    # gradient of the gates.
     def block(x, kernel, bias, logits):
       output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
       plan = dispatch.make_plan(output, None, 1, 1., backend)

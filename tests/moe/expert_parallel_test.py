@@ -54,7 +54,7 @@ def _looped(x, logits, *weights, kept=None):
 
 
 def _with_gradients(run, operands=None):
-  """(y and what else `run` gives, gradients of Σ sin y by every operand)."""
+  """(results of `run`, of which y is the first, gradients of Σ sin y by every operand)."""
   def loss(*operands):
     actual = run(*operands)
     return jnp.sum(jnp.sin(actual[0])), actual
@@ -79,7 +79,7 @@ def _assert_equal(actual, gradients, kept=None):
 
 
 def _margin() -> float:
-  """By how much the last expert that is kept is ahead of the first that is not, at least."""
+  """The smallest lead of the last expert that is kept over the first that is not."""
   order = np.sort(np.asarray(_operands()[1]), axis=-1)
   return (order[..., -_K] - order[..., -_K - 1]).min()
 
@@ -120,8 +120,8 @@ class CapacityTest(absltest.TestCase):
     actual, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=mesh))
     of_shard = small_model.jit(dispatch.make_plan, static_argnums=(1, 2, 3, 4))
     output = _route(_operands()[1])
-    plans = [of_shard(jax.tree.map(lambda c, i=i: c[2 * i:2 * i + 2], output), None, 1, capacity,
-        'batched') for i in range(4)]
+    shards = [jax.tree.map(lambda x, i=i: x[2 * i:2 * i + 2], output) for i in range(4)]
+    plans = [of_shard(shard, None, 1, capacity, 'batched') for shard in shards]
     kept = np.concatenate([np.asarray(plan.kept) for plan in plans])
     np.testing.assert_array_equal(actual[1].kept, kept)
     self.assertBetween(kept.mean(), .3, .7)  # C = ⌈.5 · 2 · 2 · 5 / 4⌉ = 3 of 5 on average

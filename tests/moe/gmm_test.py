@@ -15,10 +15,9 @@ _E, _D, _F, _G = 4, 6, 5, 16
 _TILES = (4,)
 _TRITON_TILES = {'_ROWS': 4, '_COLUMNS': 2, '_CONTRACTED': 4}  # of an odd width and depth the last ones are cut off
 # Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one; and one whose last tile
-# reaches behind all rows.
+# reaches beyond all rows.
 _SIZES = (('uneven', (3, 0, 9, 2)), ('whole_tiles', (4, 8, 0, 4)), ('last_only', (0, 0, 0, 14)),
-          ('first_only', (16, 0, 0, 0)),
-          ('none', (0, 0, 0, 0)), ('beyond', (3, 0, 6, 7)))
+          ('first_only', (16, 0, 0, 0)), ('none', (0, 0, 0, 0)), ('beyond', (3, 0, 6, 7)))
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
@@ -31,7 +30,7 @@ def _plain(x, kernel, member):
 
 
 def _grouped(x, kernel, sizes, backend):
-  """With as many rows as the backend wants."""
+  """The backend's product, of as many rows as it needs."""
   more = gmm.num_rows(backend, x.shape[0]) - x.shape[0]
   return gmm.grouped_matmul(jnp.pad(x, ((0, more), (0, 0))), kernel, sizes, backend)[:x.shape[0]]
 
@@ -114,8 +113,8 @@ class TritonTest(parameterized.TestCase):
     kernels = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text().count('__gpu$xla.gpu.triton')
     self.assertEqual((kernels(platform), kernels('cpu')), (3, 0))
 
-  @parameterized.parameters(((0, 1, 4, 0, 130, 65),), ((0, 0, 0, 0, 0, 0),), ((200, 0, 0, 0, 0, 0),),
-      ((64, 64, 0, 64, 0, 8),))
+  @parameterized.parameters(
+      ((0, 1, 4, 0, 130, 65),), ((0, 0, 0, 0, 0, 0),), ((200, 0, 0, 0, 0, 0),), ((64, 64, 0, 64, 0, 8),))
   def test_items_cover_every_row_of_every_group_once(self, sizes):
     sizes, rows = np.array(sizes), 200
     group, first, start, end = (np.asarray(a) for a in gmm_triton._items(jnp.asarray(sizes), rows))
@@ -135,13 +134,12 @@ class ChooseBackendTest(parameterized.TestCase):
       self.assertEqual(gmm.choose_backend('auto', capacity), backend)
 
   @parameterized.parameters(('cpu', False, 'tiled'), ('tpu', False, 'ragged'), ('tpu', True, 'batched'),
-      ('gpu', True, 'batched'),
-                            ('gpu', False, 'ragged'))
+                            ('gpu', True, 'batched'), ('gpu', False, 'ragged'))
   def test_xla_is_auto_without_the_kernel(self, device, capacity, backend):
     self.assertEqual(gmm.choose_backend('xla', capacity, device), backend)
 
   @parameterized.parameters(('tiled', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200),
-      ('ragged', 200, 200))
+                            ('ragged', 200, 200))
   def test_rows_that_a_backend_needs(self, backend, most, rows):
     # A tile of 128 rows has at least one of its group.
     self.assertEqual(gmm.num_rows(backend, most), rows)

@@ -182,7 +182,7 @@ class ScaledTest(parameterized.TestCase):
 
   @parameterized.parameters((True, 3), (False, 4))
   def test_a_rematerialized_product_is_not_computed_again(self, weights, products):
-    # Forward, and the gradients of x and of the kernel; the fourth is what was made, for the gradient of `by`.
+    # Forward, and the gradients of x and of the kernel; a fourth computes the output again, for the gradient of `by`.
     def block(x, linear, by):
       of = linear.scaled(by) if weights else linear
       y = layers.project(jnp.sin(x), of.kernel[0], of.bias[0])

@@ -68,7 +68,8 @@ def test_a_url_instead_of_a_path_suggests_to_mount_it(argument, joined, capsys):
 
 
 @pytest.mark.parametrize('argv', [
-    ['--config.tasks.text.template=a photo of http://pets.org/{name}'], ['--config.tasks.text.template', 'http://pets.org/{name}']])
+    ['--config.tasks.text.template=a photo of http://pets.org/{name}'],
+    ['--config.tasks.text.template', 'http://pets.org/{name}']])
 def test_a_template_may_contain_a_url(argv):
   argv = ['train.py', *argv]
   with mock.patch.object(cli.flags, 'FLAGS', lambda argv: argv[:1]):

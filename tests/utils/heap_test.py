@@ -1,4 +1,4 @@
-"""glibc's heaps, counted by itself (malloc_info) in processes of their own: the limit is looked at once."""
+"""glibc's heaps, counted by itself (malloc_info) in separate processes, because glibc reads the limit once."""
 
 import ctypes
 import subprocess
