@@ -22,7 +22,7 @@ jit = functools.partial(jax.jit, compiler_options=fast_compile.OPTIONS)
 
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context', 'dense')
 VOCABULARY, SPE, EOT = 23, 0, 1
-SIDE, PATCHES = 8, 4  # pixels; tokens of an image
+SIDE = 8  # pixels
 WORDS = 3  # tokens of a text; a caption has as many queries again
 
 
