@@ -25,8 +25,7 @@ _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'],
                            "Of matrix products; the run's by default. Parameters stay float32.")
 _NUM_EXAMPLES = flags.DEFINE_integer(
     'num_examples', 0, 'Examples per task to include, with answers, except for retrieval and masked words; the folder '
-                       'then contains '
-    'data of the run.', lower_bound=0)
+    'then contains data of the run.', lower_bound=0)
 _TORCH = flags.DEFINE_bool('torch', False,
                            'Add model.pth in the layout of the published dense model (one condition only).')
 
@@ -50,8 +49,7 @@ def main() -> int:
     _, params = train_run.predictor(run, checkpoints)
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
-      dtype=_DTYPE.value,
-      num_examples=_NUM_EXAMPLES.value)
+      dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)
   evaluated = step == suite.evaluated_step(workdir)
   rows = json.loads((workdir / suite.EVALUATION_FILE).read_text()) if evaluated else []
   provenance = workdir_lib.provenance(workdir, step) | {'exported by commit': loop.commit()}

@@ -41,9 +41,9 @@ def field(
     path: a path of a file system, or a string that may name one: addresses such as gs://… are refused.
     pattern: a regular expression.
   """
-  metadata = dict(doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices),
-                  off=off,
-                  published=published, path=path, pattern=pattern)
+  metadata = dict(
+      doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices), off=off,
+      published=published, path=path, pattern=pattern)
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -84,7 +84,7 @@ def parse(cls: type[T], given: Any, name: str = '') -> T:
 
   Raises:
     UsageError: a field is missing, unknown, of another type, not finite, out of bounds, unknown as a choice, or an
-  address.
+      address.
   """
   declared = {f.name: f for f in dataclasses.fields(cls)}
   if not isinstance(given, ml_collections.ConfigDict):
@@ -157,8 +157,8 @@ def bounds(m: Mapping[str, Any]) -> str:
   high = [f'{m[b]:g}{bracket}' for b, bracket in (('at_most', ']'), ('below', ')')) if m[b] is not None]
   if low and high:
     return f'in {low[0]}, {high[0]}'
-  return ' or '.join(f'{b.replace("_", " ")} {m[b]:g}' for b in ('at_least', 'above', 'at_most',
-                                                                 'below') if m[b] is not None)
+  return ' or '.join(
+      f'{b.replace("_", " ")} {m[b]:g}' for b in ('at_least', 'above', 'at_most', 'below') if m[b] is not None)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

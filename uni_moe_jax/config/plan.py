@@ -170,9 +170,8 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
   answers = {e.constrain_to for e in evaluations} - used - probed
   return Plan(
       task_types=tuple(types.values()), tasks=tasks, sets=_named(used, sets), probes=probes,
-      probe_sets=_named(probed, sets),
-      evaluations=evaluations, temperatures=temperatures, encode_all_sets=config.train.encode_all_sets,
-      answer_sets=_named(answers, sets), config=config)
+      probe_sets=_named(probed, sets), evaluations=evaluations, temperatures=temperatures,
+      encode_all_sets=config.train.encode_all_sets, answer_sets=_named(answers, sets), config=config)
 
 
 def _named(names: set[str], sets: Mapping[str, SetSpec]) -> tuple[SetSpec, ...]:
@@ -199,8 +198,7 @@ def _own_task_type(name: str, values: Any) -> TaskType:
                      f'{", ".join(sorted(expected))}.')
   if any(isinstance(s, str) or len(s) not in (1, 2) for s in values.inputs):
     raise UsageError(f'config.task_types.{name}.inputs={values.inputs!r} must contain (modality, mask) pairs, for '
-                     'example '
-                     "(('visual', 'full'),).")
+                     "example (('visual', 'full'),).")
   return TaskType(**{**values, 'name': name, 'inputs': tuple(task_types.Segment(*s) for s in values.inputs)})
 
 
@@ -209,8 +207,7 @@ def _set_spec(name: str, s: TargetSetConfig, families: Mapping[str, Condition]) 
   check_choice(f'target_sets.{name}.family', s.family, families)
   if s.softmax == 'sampled' and (s.entries != VOCABULARY or s.num_sampled < 1):
     raise UsageError(f"{field}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not "
-                     f"entries={s.entries!r}, "
-                     f'num_sampled={s.num_sampled}.')
+                     f'entries={s.entries!r}, num_sampled={s.num_sampled}.')
   if s.label_prompts and s.entries == VOCABULARY:
     raise UsageError(f'{field}.label_prompts=True is for sets of texts: each word of the vocabulary already has a '
                      'learned embedding; set it to False.')
@@ -241,8 +238,7 @@ def _check_target_set(name: str, t: TaskConfig, task_type: TaskType, sets: Mappi
   if task_type.target == 'pair':
     if t.target_set:
       raise UsageError(f'{field}.target_set={t.target_set!r}: task type {t.type!r} is matched with its own texts; set '
-                       'it to '
-                       "''.")
+                       "it to ''.")
   else:
     check_choice(f'tasks.{name}.target_set', t.target_set, sets)
     family = sets[t.target_set].family
@@ -273,8 +269,7 @@ def _evaluation(name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapp
     check_choice(f'evaluators.{name}.constrain_to', e.constrain_to, sets)
     if sets[e.constrain_to].is_vocabulary:
       raise UsageError(f"{field}.constrain_to={e.constrain_to!r} is the vocabulary, which constrains nothing; set it "
-                       "to '', or "
-                       'to a set of texts.')
+                       "to '', or to a set of texts.")
   if e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames):
     raise UsageError(f'{field}: num_views={e.num_views}, num_crops={e.num_crops} are for the classification of videos '
                      'of files (a task with num_frames > 0); set them to 1.')

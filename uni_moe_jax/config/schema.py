@@ -23,8 +23,7 @@ GMM_BACKENDS = ('auto', 'xla', 'tiled', 'batched', 'ragged', 'megablox', 'triton
 # Temperature groups of the published system; each of its checkpoints has all of them.
 PUBLISHED_TEMPERATURES = (
     'img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
-    'tqa_retrieve',
-    'downstream')
+    'tqa_retrieve', 'downstream')
 # Task type → its published group. Text classification shares that of masked language modeling.
 PUBLISHED_GROUPS = {
     'image_classification': 'img_cls', 'video_classification': 'video_cls', 'image_caption': 'caption',
@@ -66,8 +65,7 @@ class ModelConfig:
   """Sizes and choices of the model."""
   variant: str = field(
       '', 'Published sizes: sets num_layers, width, num_heads, mlp_dim and patch_size, which must then be left at '
-          'their '
-      "defaults. '' = the sizes as given.", choices=('', *VARIANTS))
+      "their defaults. '' = the sizes as given.", choices=('', *VARIANTS))
   num_layers: int = field(12, 'L, number of blocks.', at_least=1)
   width: int = field(192, 'D, width of the residual stream; a multiple of num_heads and of 4.', at_least=4)
   num_heads: int = field(3, 'N, attention heads.', at_least=1)
@@ -86,10 +84,9 @@ class ModelConfig:
   video_std: tuple[float, ...] = field((), 'pixel_std of videos; () = as images.', above=0, published=(0.5,) * 3)
   posemb: str = field(
       'sincos2d', 'Image position embedding: sincos2d (computed), frozen (a parameter that starts as sincos2d and '
-                  'never '
-      'changes), learned.', choices=('sincos2d', 'frozen', 'learned'), published='frozen')
-  modality_embedding: bool = field(False, 'Adds a learned row to every visual token (some published checkpoints have '
-                                          'it).')
+      'never changes), learned.', choices=('sincos2d', 'frozen', 'learned'), published='frozen')
+  modality_embedding: bool = field(
+      False, 'Adds a learned row to every visual token (some published checkpoints have it).')
   text_posemb_init: str = field(
       'normal', 'Initial text position table: normal, or sincos (neighbors start similar; short runs).',
       choices=('normal', 'sincos'), published='normal')
@@ -100,8 +97,7 @@ class ModelConfig:
       published=False)
   frame_differences: bool = field(
       False, 'Adds to every video patch its change since the previous frame, through a kernel of its own. Without it, '
-             'the '
-      'direction of a motion is a product of time, position and brightness, which an hour of training did not find '
+      'the direction of a motion is a product of time, position and brightness, which an hour of training did not find '
       '(docs/results/embedded.md).', published=False)
   temporal_posemb_std: float = field(
       0.02, 'Initial standard deviation of the temporal position table.', at_least=0, published=0.02)
@@ -131,8 +127,7 @@ class MoeConfig:
   """Routers and experts."""
   router: str = field(
       'attribute', 'Router input: attribute, task or modality (of the condition; kernels merge), token or context (of '
-                   'the '
-      'token; tokens are dispatched), or dense: no experts.', choices=ROUTERS)
+      'the token; tokens are dispatched), or dense: no experts.', choices=ROUTERS)
   num_experts: int = field(8, 'E, experts per layer.', at_least=1)
   top_k: int = field(2, 'K, experts kept per router input; their gates are renormalized to sum to 1.', at_least=1)
   noise_std: float = field(1.0, 'Standard deviation of the training noise of gate logits, divided by E.', at_least=0)
@@ -146,8 +141,7 @@ class MoeConfig:
       off=0)
   gmm: str = field(
       'auto', 'Grouped matrix multiplication of token routers: auto (by device), xla (as auto, but without custom '
-              'kernels), '
-      'tiled, batched, ragged, megablox, triton.', choices=GMM_BACKENDS)
+      'kernels), tiled, batched, ragged, megablox, triton.', choices=GMM_BACKENDS)
   balance_loss_weight: float = field(0.0, 'Token routers: weight of the load balancing loss.', at_least=0, off=0)
   importance_loss_weight: float = field(0.0, 'Token routers: weight of the importance loss.', at_least=0, off=0)
   z_loss_weight: float = field(0.0, 'Token routers: weight of the z-loss of gate logits.', at_least=0, off=0)
@@ -157,8 +151,8 @@ class MoeConfig:
 class TokenizerConfig:
   """Tokenizer."""
   type: str = field(
-      'sentencepiece', "sentencepiece (learned from the run's text), or clip (the published one; needs the extra "
-                       "`clip`).",
+      'sentencepiece',
+      "sentencepiece (learned from the run's text), or clip (the published one; needs the extra `clip`).",
       choices=('sentencepiece', 'clip'))
   vocab_size: int = field(
       2000, 'V, special tokens included, of sentencepiece; with clip it follows from merges_path.', at_least=1)
@@ -208,8 +202,7 @@ class OptimConfig:
       off=1)
   unused_params: str = field(
       'update', 'Parameters and experts that a step does not use: update (gradient zero; moments and weights decay), '
-                'or '
-      "settonone, zerograd: unchanged, as by PyTorch's two resets of gradients (train/adam.py).",
+      "or settonone, zerograd: unchanged, as by PyTorch's two resets of gradients (train/adam.py).",
       choices=('update', 'settonone', 'zerograd'),
       published='zerograd')  # PyTorch of its time; 'settonone' is what PyTorch 2 does with the same code
   param_groups: tuple[tuple, ...] = field(
@@ -248,15 +241,14 @@ class TrainConfig:
       0, 'Steps between estimates of task interference (analysis/interference_hook.py).', at_least=0, off=0)
   interference_parameters: str = field(
       r'ffn_out/kernel$', 'Pattern of the parameters whose gradients are compared; of models with more than 7 layers, '
-                          'in '
-      'every fourth layer (3, 7, 11 …).', pattern=True)
+      'in every fourth layer (3, 7, 11 …).', pattern=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
   """Device mesh. One axis may be -1: the devices that the other axes leave."""
-  replica: int = field(1, 'Devices of the replica axis: parameters and batch are split as on data, across slower '
-                          'links.')
+  replica: int = field(
+      1, 'Devices of the replica axis: parameters and batch are split as on data, across slower links.')
   data: int = field(-1, 'Devices of the data axis, which splits the batch.')
   expert: int = field(1, 'Devices of the expert axis, which splits experts and the batch.')
   model: int = field(1, 'Devices of the model axis, which splits heads and the MLP.')
@@ -269,16 +261,15 @@ class Config:
   seed: int = field(0, 'Seed of parameters, data order and noise.')
   compat: str = field(
       '', "'published' sets every field that has a published value to it. These fields must then be left at their "
-          "defaults; "
-      'of param_groups, the weight decay of kernels may differ. A config file that wants to deviate calls '
+      'defaults; of param_groups, the weight decay of kernels may differ. A config file that wants to deviate calls '
       '`presets.published` instead.', choices=('', 'published'))
   model: ModelConfig = section(ModelConfig)
   moe: MoeConfig = section(MoeConfig)
   tokenizer: TokenizerConfig = section(TokenizerConfig)
   data: DataConfig = section(DataConfig)
   preflight: PreflightConfig = section(PreflightConfig)
-  task_types: Mapping[str, Any] = entries(None, 'Task types of your own: {name: {inputs, target, readout, '
-                                                'router_task}}.')
+  task_types: Mapping[str, Any] = entries(
+      None, 'Task types of your own: {name: {inputs, target, readout, router_task}}.')
   target_families: Mapping[str, Any] = entries(None, 'Target families of your own: {name: four task bits}.')
   target_sets: Mapping[str, TargetSetConfig] = entries(TargetSetConfig, '{name: config.target_set(…)}')
   tasks: Mapping[str, TaskConfig] = entries(TaskConfig, '{name: config.task(…)}')
@@ -325,8 +316,7 @@ def _set(c: ml_collections.ConfigDict, field_name: str, value: str, sections: Ma
                if c[s][name] not in (x, defaults[s][name])]
   if conflicts:
     raise UsageError(f'config.{field_name}={value!r} sets {", ".join(conflicts)} to another value; leave these fields '
-                     'at their '
-                     f"defaults, or set config.{field_name}=''.")
+                     f"at their defaults, or set config.{field_name}=''.")
   for name, values in sections.items():
     c[name].update(values)
 

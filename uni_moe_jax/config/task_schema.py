@@ -24,15 +24,13 @@ class TaskConfig:
   loss_weight: float = field(1.0, "Weight of the task's loss.", at_least=0)
   sampling_weight: float = field(
       0.0, "How often mixture='one_task' draws the task, relative to the others; 0: by its loss_weight, and its loss "
-           "has "
-      'weight 1.', at_least=0)
+      'has weight 1.', at_least=0)
   temperature: str = field(
       '', "Temperature group: tasks of a group share a learned scale. '' = the name of the task type.")
   target_set: str = field('', 'Entry of config.target_sets, for task types with a target family.')
   label_column: str = field(
       '', 'Column with the class name (for task types that choose among names, label words or answers); of files also '
-          'a '
-      "column with a list of answers. Masked language modeling of files: the column of texts ('' = 'text').")
+      "a column with a list of answers. Masked language modeling of files: the column of texts ('' = 'text').")
   caption_templates: tuple[str, ...] = field(
       (), "Templates over the source's columns, such as '{name}' or '{name} in {face}'; one is drawn per example.")
   template: str = field('', "For readout 'slot': a template such as '{text} <eot> it is <spe> . <eot>'.")
@@ -48,16 +46,14 @@ class TaskConfig:
              "task.")
   train_fraction: float = field(
       1.0, 'Fraction of the training examples used, chosen by seed and example. Of each class its share, if classes '
-           'are known '
-      'in advance (not in TFDS data). A smaller subset is part of a larger one.', above=0, at_most=1)
+      'are known in advance (not in TFDS data). A smaller subset is part of a larger one.', above=0, at_most=1)
   shots: int = field(0, 'Training examples used per class, instead of train_fraction.', at_least=0, off=0)
   num_frames: int = field(
       0, 'T, frames that the model sees of a video (sources in files): one of each of T equal parts.', at_least=0)
   crop: str = field(
       'resize_crop', 'Crop of images and videos of files: resize_crop (the short side is resized to image_size, then a '
-                     'window), '
-      'random_resized_crop (a random part of 8–100 % of the area; evaluation: the center of 256/224 of the size), '
-      'jittered_crop (resize_crop with a short side of 256/224 to 320/224 of the size; published for videos).',
+      'window), random_resized_crop (a random part of 8–100 % of the area; evaluation: the center of 256/224 of the '
+      'size), jittered_crop (resize_crop with a short side of 256/224 to 320/224 of the size; published for videos).',
       choices=('resize_crop', 'random_resized_crop', 'jittered_crop'))
   random_flip: bool = field(False, 'Mirrors half of the training images and videos of files.')
   randaugment: float = field(
@@ -66,8 +62,7 @@ class TaskConfig:
       0.0, 'Probability that a rectangle of an image of files becomes noise.', at_least=0, at_most=1, off=0)
   mixup_alpha: float = field(
       0.0, 'α of the share with which neighbors in a batch and their classes are blended. With both mixup and CutMix, '
-           'each is '
-      'used in half of the cases.', at_least=0, off=0)
+      'each is used in half of the cases.', at_least=0, off=0)
   cutmix_alpha: float = field(
       0.0, 'α of the share of area with which neighbors in a batch are cut into each other.', at_least=0, off=0)
 
@@ -82,9 +77,8 @@ class TargetSetConfig:
   """A target set: texts that serve as the answer space of tasks."""
   entries: str | tuple[str | tuple[str, ...], ...] = field(
       REQUIRED, "The texts; 'SOURCE/COLUMN' (the classes of a column: 'glyphs/class', 'own:pets/breed'); 'file:PATH' "
-                "(a file "
-      "of class names, data/pipeline/class_names.py, relative to data.dir); or 'vocabulary' (every word id). A tuple "
-      "in place of a text is the source's name of the class, then its name and synonyms.", path=True)
+      "(a file of class names, data/pipeline/class_names.py, relative to data.dir); or 'vocabulary' (every word id). A "
+      "tuple in place of a text is the source's name of the class, then its name and synonyms.", path=True)
   family: str = field(REQUIRED, "Target family: 'names', 'words' or one of config.target_families.")
   softmax: str = field(
       'full', "full; or sampled (vocabulary only): in training, over the step's positives and a uniform sample.",
@@ -99,8 +93,8 @@ class TargetSetConfig:
 class EvaluatorConfig:
   """An evaluation with a fixed protocol; see `eval/evaluators.py`."""
   type: str = field(REQUIRED, 'classification, retrieval, mlm, caption, glue or vqa.')
-  task: str = field(REQUIRED, 'Entry of config.tasks, trained or not (batch_size=0), whose source and readout are '
-                              'evaluated.')
+  task: str = field(
+      REQUIRED, 'Entry of config.tasks, trained or not (batch_size=0), whose source and readout are evaluated.')
   split: str = field(REQUIRED, 'Split that is evaluated.')
   num_examples: int = field(
       0, 'Retrieval in memory: candidates, with distinct texts. Otherwise, examples; 0 = all.', at_least=0)
@@ -110,8 +104,7 @@ class EvaluatorConfig:
       0.0, 'Caption: final scores are divided by (words + 1)^length_penalty.', at_least=0, off=0)
   constrain_to: str = field(
       '', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = any words. No task "
-          "needs to use "
-      'the set.')
+      'needs to use the set.')
   num_views: int = field(
       1, 'Classification of videos of files: probabilities are averaged over num_views in time × num_crops.',
       at_least=1)

@@ -19,8 +19,7 @@ def check_sections(c: Config) -> None:
   _check_moe(c)
   if c.tokenizer.type == 'clip' and not c.tokenizer.merges_path:
     raise UsageError("config.tokenizer.merges_path='' must be a path when config.tokenizer.type='clip'; give that of "
-                     "CLIP's "
-                     'bpe_simple_vocab_16e6.txt.gz.')
+                     "CLIP's bpe_simple_vocab_16e6.txt.gz.")
   _check_train(c)
   _check_preflight(c)
 
@@ -49,8 +48,7 @@ def _check_moe(c: Config) -> None:
   for name in _TOKEN_ROUTER_FIELDS if moe.router not in DISPATCHED else ():
     if value := getattr(moe, name):
       raise UsageError(f"config.moe.{name}={value} needs config.moe.router='token' or 'context'; kernels of "
-                       f"{moe.router!r} "
-                       'merge. Set it to 0.')
+                       f'{moe.router!r} merge. Set it to 0.')
   if moe.top_k > moe.num_experts:
     raise UsageError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
   last = c.model.num_layers - 1
@@ -73,8 +71,7 @@ def _check_train(c: Config) -> None:
                      "'one_task'.")
   if t.mixture == 'one_task' and t.interference_every:
     raise UsageError(f"config.train.interference_every={t.interference_every} needs config.train.mixture='all_tasks': "
-                     "it "
-                     'compares the tasks of one step. Set it to 0, and use launch/interference.py.')
+                     'it compares the tasks of one step. Set it to 0, and use launch/interference.py.')
   for i, group in enumerate(c.optim.param_groups):
     if len(group) != 3 and not (len(group) == 2 and group[1] == FREEZE):
       raise UsageError(f"config.optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor "
@@ -110,9 +107,8 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
     raise UsageError(f"{field}.shots={t.shots} needs a label_column; set shots=0, and train_fraction instead.")
   if c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0:
     raise UsageError(f"{field}: sampling_weight={t.sampling_weight}, loss_weight={t.loss_weight}: mixture='one_task' "
-                     "draws tasks "
-                     'by sampling_weight, or by loss_weight where that is 0; give one that is above 0, or batch_size=0 '
-                     'to leave the task out.')
+                     'draws tasks by sampling_weight, or by loss_weight where that is 0; give one that is above 0, or '
+                     'batch_size=0 to leave the task out.')
   if (task_type.text_index is not None or task_type.target == 'pair') and t.max_len < 2:
     raise UsageError(f'{field}.max_len={t.max_len} must be at least 2 tokens.')
   if t.max_len > c.model.max_text_len:
