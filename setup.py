@@ -42,7 +42,7 @@ setuptools.setup(
         'etils[epath]>=1.15,<2',
         'flax>=0.12.8,<0.13',
         'fonttools>=4.68,<5',
-        'importlib_resources>=7.1,<8',  # tensorflow-datasets imports it and does not ask for it
+        'importlib_resources>=7.1,<8',  # tensorflow-datasets imports it without declaring it
         'jax>=0.10.2,<0.11',
         'matplotlib>=3.11,<4',
         'ml-collections>=1.1,<2',

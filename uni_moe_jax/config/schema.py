@@ -104,7 +104,7 @@ class ModelConfig:
   readout_token: str = field(
       '<spe>', 'Token in front of every sequence: <spe>, as LN(Word[spe]); or a word, embedded as a text of length 1.',
       published='<spe>')
-  layer_scale_init: float = field(1e-3, 'Initial LayerScale; small models want about 0.1.', at_least=0, published=1e-3)
+  layer_scale_init: float = field(1e-3, 'Initial LayerScale; about 0.1 for small models.', at_least=0, published=1e-3)
   drop_path: float = field(0.0, 'Rate of stochastic depth, the same in every layer.', at_least=0, below=1)
   temperature_init: float = field(0.07, 'Initial τ of every temperature group.', above=0)
   num_deep_prompts: int = field(0, 'P, learned tokens per layer.', at_least=0)
@@ -248,7 +248,7 @@ class TrainConfig:
 class MeshConfig:
   """Device mesh. One axis may be -1: the devices that the other axes leave."""
   replica: int = field(
-      1, 'Devices of the replica axis: parameters and batch are split as on data, across slower links.')
+      1, 'Devices of the replica axis, which splits the batch; for slower links.')
   data: int = field(-1, 'Devices of the data axis, which splits the batch.')
   expert: int = field(1, 'Devices of the expert axis, which splits experts and the batch.')
   model: int = field(1, 'Devices of the model axis, which splits heads and the MLP.')
