@@ -4,10 +4,10 @@ Or evaluates a run zero-shot on another task, in a work directory of its own:
 
   python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits
 
-Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints one table and
-writes evaluation.json, samples.json and, for routers by condition, experts.json and experts.png. A finished evaluation is
-not repeated without --force. All devices take part; on several hosts run the same command in every process, with
---distributed=auto.
+Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints one table
+and writes evaluation.json, samples.json and, for routers by condition, experts.json and experts.png. A finished
+evaluation is not repeated without --force. All devices take part; on several hosts run the same command in every
+process, with --distributed=auto.
 """
 
 import json
@@ -22,7 +22,8 @@ from uni_moe_jax.utils.errors import UsageError
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Work directory of a run; with --config, a new one to write to.', required=True)
-_BEST = flags.DEFINE_bool('best', False, 'Evaluate the checkpoint with the lowest config.train.best_metric, not the newest.')
+_BEST = flags.DEFINE_bool(
+    'best', False, 'Evaluate the checkpoint with the lowest config.train.best_metric, not the newest.')
 _FORCE = flags.DEFINE_bool('force', False, 'Repeat a finished evaluation.')
 _CLUSTER = distributed.define_flags()
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data, if not that of training.')

@@ -78,7 +78,8 @@ phase() {
 
 phase '1 environment' install_environment
 phase '2 data' "$python" launch/prepare_data.py --data_dir="$UNI_MOE_DATA"
-train=("$python" launch/train.py --config=configs/quickstart.py --workdir="$workdir" --config.data.dir="$UNI_MOE_DATA" "$@")
+train=("$python" launch/train.py --config=configs/quickstart.py --workdir="$workdir"
+  --config.data.dir="$UNI_MOE_DATA" "$@")
 # On CPU, a process that has compiled trains more slowly, see `compile_steps`: compile in a process of its own.
 phase '3 compile' "${train[@]}" --compile_only
 phase '4 train' "${train[@]}"

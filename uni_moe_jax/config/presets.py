@@ -19,9 +19,8 @@ SIZES = {'tiny': 'Ti/16', 'small': 'S/16', 'base': 'B/16', 'large': 'L/16'}  # a
 def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
   """Sets every field that has a published value, for a config that then deviates.
 
-  A config that does not deviate sets `config.compat` instead.
-  docs/guides/conversion.md lists what no field offers because it is a defect in the published code. Published tasks
-  have a sampling weight beside their loss weight.
+  A config that does not deviate sets `config.compat` instead. docs/guides/conversion.md lists what no field offers
+  because it is a defect in the published code. Published tasks have a sampling weight beside their loss weight.
 
   Args:
     c: config to change.
