@@ -90,6 +90,6 @@ if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"
 # The run is detached, because the connection may end. Its output and exit code are written to files.
 on_all "cd ~/uni_moe_jax || exit; { kill -0 \"\$(cat ~/run.pid)\" 2>/dev/null || { rm -f ~/run.code; : >~/run.log; \
-setsid nohup bash -c '\"\$@\"; echo \$? >~/run.code' run .venv/bin/python launch/$script ${arguments}--distributed=auto \
-</dev/null >>~/run.log 2>&1 & echo \$! >~/run.pid; }; }; \
+setsid nohup bash -c '\"\$@\"; echo \$? >~/run.code' run .venv/bin/python launch/$script \
+${arguments}--distributed=auto </dev/null >>~/run.log 2>&1 & echo \$! >~/run.pid; }; }; \
 tail --pid=\"\$(cat ~/run.pid)\" -n +1 -f ~/run.log; exit \"\$(cat ~/run.code)\""
