@@ -14,8 +14,7 @@ import pathlib
 from absl import flags
 
 from uni_moe_jax.tools.bench import settings
-from uni_moe_jax.utils import cli
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils import cli, files
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CONFIG = cli.define_config(default=str(_ROOT / 'configs/quickstart.py'))
@@ -30,8 +29,8 @@ def main() -> int:
   from uni_moe_jax.data.pipeline import npz_records
   # Usage errors come before the slow imports below.
   names = settings.choose(_SUITES.value)
-  if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
-    raise UsageError(f'--output={_OUTPUT.value}: its folder does not exist; create it first.')
+  if _OUTPUT.value:
+    files.check_folder_of(_OUTPUT.value, '--output')
   config = cli.config_of(_CONFIG)
   make_plan(config)
   if set(names) & set(settings.FROM_CONFIG):

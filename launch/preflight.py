@@ -16,8 +16,7 @@ import time
 
 from absl import flags
 
-from uni_moe_jax.utils import cli
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils import cli, files
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'GENERATION:SHAPE in chips, or cpu:N virtual devices.', required=True)
@@ -36,8 +35,8 @@ def main() -> int:
   target = topology.parse(_TOPOLOGY.value)
   config = cli.config_of(_CONFIG)
   make_plan(config)
-  if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
-    raise UsageError(f'--output={_OUTPUT.value}: its folder does not exist; create it first.')
+  if _OUTPUT.value:
+    files.check_folder_of(_OUTPUT.value, '--output')
   topology.prepare_environment(target)
   from uni_moe_jax.tools.preflight import findings, preflight
   name = next(a for a in sys.argv[1:] if a.lstrip('-').startswith('config')).partition('=')[2]

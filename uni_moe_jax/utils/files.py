@@ -1,4 +1,4 @@
-"""JSON files, written atomically, and a check that a path is not a URL."""
+"""JSON files, written atomically, and checks of paths that are given on the command line."""
 
 import json
 import pathlib
@@ -36,3 +36,17 @@ def check_local(path: str, name: str) -> None:
   if '://' in path:
     raise UsageError(f'{name}={path!r} is a URL, but must be a path; mount the bucket (for example with gcsfuse) or '
                      'copy its files, and give that folder.')
+
+
+def check_folder_of(path: str, name: str) -> None:
+  """Reject a file to write whose folder does not exist, before the work whose result it would get.
+
+  Args:
+    path: value of the flag.
+    name: of the flag.
+
+  Raises:
+    UsageError: the folder does not exist.
+  """
+  if not pathlib.Path(path).absolute().parent.is_dir():
+    raise UsageError(f'{name}={path}: its folder does not exist; create it first.')
