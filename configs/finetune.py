@@ -1,4 +1,4 @@
-"""Fine-tunes a trained run on one task: every parameter trains, lower layers more slowly.
+"""Fine-tune a trained run on one task: every parameter trains, lower layers more slowly.
 
   python launch/train.py --config=configs/finetune.py:run=runs/quickstart,task=digits --workdir=runs/digits-finetuned
   python launch/evaluate.py --workdir=runs/digits-finetuned

@@ -1,4 +1,4 @@
-"""Your own data: trains a model from scratch, or adapts a trained run.
+"""Your own data: train a model from scratch, or adapt a trained run.
 
   python launch/prepare_data.py --input=photos --name=pets
   python launch/train.py --config=configs/own.py:sources=pets --workdir=runs/pets

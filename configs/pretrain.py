@@ -76,7 +76,7 @@ def _second_stage(c: ml_collections.ConfigDict) -> None:
 
 
 def _weigh(c: ml_collections.ConfigDict, one_task: bool) -> None:
-  """Turns the batches and weights of one rank into those of a step over all devices."""
+  """Turn the batches and weights of one rank into those of a step over all devices."""
   total = sum(t.sampling_weight for t in c.tasks.values())
   c.train.update(dict(mixture='one_task' if one_task else 'all_tasks', encode_all_sets=one_task))
   c.optim.unused_params = 'zerograd' if one_task else 'update'

@@ -1,4 +1,4 @@
-"""Tunes prompts, norms and a linear head of a trained run for one task.
+"""Tune prompts, norms and a linear head of a trained run for one task.
 
   python launch/train.py --config=configs/prompt_tune.py:run=runs/quickstart,task=digits --workdir=runs/digits-prompts
   python launch/evaluate.py --workdir=runs/digits-prompts

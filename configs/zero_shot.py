@@ -1,4 +1,4 @@
-"""Evaluates a trained run on another task, beside chance and baselines. Nothing trains.
+"""Evaluate a trained run on another task, beside chance and baselines. Nothing trains.
 
   python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits-untuned
 

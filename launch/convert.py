@@ -1,4 +1,4 @@
-"""Converts the authors' PyTorch checkpoints in both directions.
+"""Convert the authors' PyTorch checkpoints in both directions.
 
   python launch/convert.py --checkpoint=model.pth --config=configs/published.py --workdir=runs/converted \
       --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz

@@ -1,6 +1,6 @@
-"""Evaluates a trained work directory: python launch/evaluate.py --workdir=runs/quickstart
+"""Evaluate a trained work directory: python launch/evaluate.py --workdir=runs/quickstart
 
-Or evaluates a run zero-shot on another task, in a work directory of its own:
+Or evaluate a run zero-shot on another task, in a work directory of its own:
 
   python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits
 

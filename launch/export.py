@@ -1,4 +1,4 @@
-"""Exports a trained work directory as a folder that runs without this package.
+"""Export a trained work directory as a folder that runs without this package.
 
   python launch/export.py --workdir=runs/quickstart --output=exported --num_examples=4
   python exported/example.py

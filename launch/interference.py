@@ -1,4 +1,4 @@
-"""Measures task interference at a checkpoint: python launch/interference.py --workdir=runs/quickstart
+"""Measure task interference at a checkpoint: python launch/interference.py --workdir=runs/quickstart
 
 Measures how much a step on one task changes the loss of another (uni_moe_jax/analysis/interference.py), over a set of
 parameters and for each layer and projection in it. Writes interference.json and two heat maps; with --step or

@@ -1,4 +1,4 @@
-"""Restarts a command until it has finished:
+"""Restart a command until it has finished:
 
   python launch/keep_running.py -- python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
 

@@ -1,4 +1,4 @@
-"""Prepares data once.
+"""Prepare data once.
 
 Embedded data:    python launch/prepare_data.py
 Your own data:    python launch/prepare_data.py --input=photos --name=pets

@@ -1,7 +1,7 @@
-"""Writes report.html into the workdir of a run, and prints its path.
+"""Write report.html into the work directory of a run, and print its path.
 
-  python launch/report.py --workdir=/tmp/quickstart
-  python launch/report.py --workdir=/tmp/quickstart --output=quickstart.png
+  python launch/report.py --workdir=runs/quickstart
+  python launch/report.py --workdir=runs/quickstart --output=quickstart.png
 """
 
 import pathlib

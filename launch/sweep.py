@@ -1,4 +1,4 @@
-"""Trains and evaluates a grid of runs and compares them.
+"""Train and evaluate a grid of runs, and compare them.
 
   python launch/sweep.py --sweep=routers --workdir=runs/routers                        # 2 h 20 min on two CPU cores
   python launch/sweep.py --sweep=routers --workdir=runs/routers --routers=dense,task   # some of the routers

@@ -24,7 +24,7 @@ def _blocks(change: str) -> tuple[str, str]:
 
 
 def _apply(root: pathlib.Path, diff: str) -> None:
-  """Applies a diff of one hunk that begins with, or ends at, a line of the file."""
+  """Apply a diff of one hunk that begins with, or ends at, a line of the file."""
   lines = diff.splitlines()
   file = root / re.fullmatch(r'\+\+\+ b/(.*)', lines[1])[1]
   old = [line[1:] for line in lines[3:] if not line.startswith('+')]

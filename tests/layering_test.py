@@ -49,7 +49,7 @@ _NOT_IMPORTED = {
 
 
 def _imports(path: pathlib.Path) -> list[tuple[int, str]]:
-  """Returns (line, dotted name) of every import in a file, inside functions and by string, too."""
+  """Return (line, dotted name) of every import in a file, inside functions and by string, too."""
   matches = []
   for node in ast.walk(ast.parse(path.read_text(), str(path))):
     if isinstance(node, ast.Import):
@@ -65,13 +65,13 @@ def _imports(path: pathlib.Path) -> list[tuple[int, str]]:
 
 
 def _package_of(parts: tuple[str, ...]) -> str:
-  """Returns the package of a dotted name or path below the package; '' is the package itself."""
+  """Return the package of a dotted name or path below the package; '' is the package itself."""
   first = parts[0].removesuffix('.py') if parts else ''
   return '' if first == '__init__' else first
 
 
 def violations(root: pathlib.Path) -> list[str]:
-  """Returns one sentence, 'file:line: what, why', for every breach of the rules below `root`."""
+  """Return one sentence, 'file:line: what, why', for every breach of the rules below `root`."""
   matches = []
   folders = (_PACKAGE, 'launch', 'configs', 'tests')
   for path in sorted(path for folder in folders for path in (root / folder).rglob('*.py')):

@@ -62,7 +62,7 @@ def _commands() -> str:
 
 
 def _cannot_install(folder: pathlib.Path) -> str:
-  """Returns why no package can be installed, or '' if one can; tries with a small package."""
+  """Return why no package can be installed, or '' if one can; tries with a small package."""
   command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--quiet', f'--dest={folder}',
              'flatbuffers']
   done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ _BOOLS = {'true': True, 'false': False}
 def arguments(
     arg: str | None, file: str, defaults: dict[str, Any], choices: dict[str, Collection[Any]] | None = None,
     required: Collection[str] = ()) -> types.SimpleNamespace:
-  """Parses NAME=VALUE[,NAME=VALUE…].
+  """Parse NAME=VALUE[,NAME=VALUE…].
 
   Args:
     arg: as the config file's `get_config` receives it.

@@ -1,4 +1,4 @@
-"""The published pretraining tasks and downstream benchmarks: sources, target sets, batches, evaluation.
+"""The published pretraining tasks and benchmarks: sources, target sets, batches, evaluation.
 
 Sources are TFDS data sets if TFDS has them, otherwise own data under these names; docs/guides/benchmarks.md says how to
 obtain them. Sizes, weights, lengths and augmentations are those of the published configs; batches are those of one
@@ -58,13 +58,13 @@ def _task(task_type: str, source: str, **values: Any) -> ml_collections.ConfigDi
 
 
 def vocabulary(c: ml_collections.ConfigDict) -> str:
-  """Adds the target set of all words; returns its name."""
+  """Add the target set of all words; return its name."""
   c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
   return 'vocabulary'
 
 
 def pretraining(c: ml_collections.ConfigDict) -> None:
-  """Adds sixteen tasks: images, two of videos, running text, captioning and retrieval of six sources.
+  """Add sixteen tasks: images, two of videos, running text, captioning and retrieval of six sources.
 
   Moments in Time has three frames and Kinetics four, so that they are two groups of videos.
   """
@@ -145,7 +145,7 @@ TUNING |= {f'msrvtt_{task}': TUNING[f'msvd_{task}'] for task in ('caption', 'ret
 
 
 def finetuning(c: ml_collections.ConfigDict, name: str) -> None:
-  """Sets the optimizer and steps of one benchmark; every parameter trains."""
+  """Set the optimizer and steps of one benchmark; every parameter trains."""
   t = TUNING[name]
   c.optim.update(dict(
       schedule='published', learning_rate=t.learning_rate, final_lr_fraction=t.min_learning_rate / t.learning_rate,
@@ -191,7 +191,7 @@ GLUE = {
 
 
 def glue(c: ml_collections.ConfigDict, name: str) -> None:
-  """Adds one GLUE task; the hidden labels of the test splits are not evaluated."""
+  """Add one GLUE task; the hidden labels of the test splits are not evaluated."""
   g = GLUE[name]
   c.target_sets[name] = config.target_set(g.words, family='words')
   c.tasks[name] = _tuned(
@@ -202,7 +202,7 @@ def glue(c: ml_collections.ConfigDict, name: str) -> None:
 
 
 def imagenet1k(c: ml_collections.ConfigDict) -> None:
-  """Adds the classification of images into 1000 classes."""
+  """Add the classification of images into 1000 classes."""
   c.target_sets.imagenet1k = config.target_set(IMAGENET_NAMES, family='names', max_len=32)
   c.preflight.target_lengths.imagenet1k = ((4, 500), (8, 500))  # here and below, the lengths are an assumption
   c.tasks.imagenet1k = _tuned(
@@ -212,7 +212,7 @@ def imagenet1k(c: ml_collections.ConfigDict) -> None:
 
 
 def kinetics400(c: ml_collections.ConfigDict) -> None:
-  """Adds the classification of videos into 400 actions: eight frames, four views × three crops."""
+  """Add the classification of videos into 400 actions: eight frames, four views × three crops."""
   c.target_sets.kinetics400 = config.target_set('own:kinetics400/label', family='names', max_len=32)
   c.preflight.target_lengths.kinetics400 = ((4, 200), (8, 200))
   c.tasks.kinetics400 = _tuned(
@@ -242,7 +242,7 @@ def _retrieval(name: str, source: str, split: str = 'train', column: str = CAPTI
 
 
 def vqa(c: ml_collections.ConfigDict) -> None:
-  """Adds questions about images, with ten answers each.
+  """Add questions about images, with ten answers each.
 
   The target set has the answers of at least nine questions. Images are not mirrored: published training mirrors them,
   and swaps left and right in words.

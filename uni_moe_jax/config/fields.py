@@ -29,7 +29,7 @@ def field(
     default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,
     below: float | None = None, choices: Iterable[str] = (), off: float | None = None, published: Any = REQUIRED,
     path: bool = False, pattern: bool = False) -> Any:
-  """Declares a config field.
+  """Declare a config field.
 
   Args:
     default: default value; `REQUIRED` if there is none.
@@ -48,12 +48,12 @@ def field(
 
 
 def section(cls: type, doc: str = '') -> Any:
-  """Declares a section: a field whose value is another config dataclass."""
+  """Declare a section: a field whose value is another config dataclass."""
   return dataclasses.field(default_factory=cls, metadata=dict(doc=doc or first_line(cls)))
 
 
 def entries(cls: type | None, doc: str) -> Any:
-  """Declares a section of named entries, each a `cls`; None: of rows that `make_plan` parses."""
+  """Declare a section of named entries, each a `cls`; None: of values that `make_plan` parses."""
   return dataclasses.field(default_factory=dict, hash=False, metadata=dict(doc=doc, entry=cls))
 
 
@@ -75,7 +75,7 @@ def to_config_dict(value: Any) -> ml_collections.ConfigDict:
 
 
 def parse(cls: type[T], given: Any, name: str = '') -> T:
-  """Checks names, types and bounds of a section; returns its dataclass.
+  """Check names, types and bounds of a section; return its dataclass.
 
   Args:
     cls: config dataclass.
@@ -162,13 +162,13 @@ def bounds(m: Mapping[str, Any]) -> str:
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-  """Raises UsageError unless `value` is one of `choices`."""
+  """Raise UsageError unless `value` is one of `choices`."""
   if value not in choices:
     raise UsageError(f'config.{name}={value!r} is unknown; {nearest(value, choices)}.')
 
 
 def check_pattern(name: str, pattern: str) -> None:
-  """Raises UsageError unless `pattern` is a regular expression."""
+  """Raise UsageError unless `pattern` is a regular expression."""
   try:
     re.compile(pattern)
   except re.error as e:

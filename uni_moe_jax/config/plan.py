@@ -106,13 +106,13 @@ class Plan:
     return dataclasses.replace(self, tasks=(chosen,), sets=sets)
 
   def check_trains(self) -> None:
-    """Raises UsageError if the plan only evaluates."""
+    """Raise UsageError if the plan only evaluates."""
     if not self.tasks:
       raise UsageError('config.tasks: every task has batch_size=0, so that there is nothing to train; evaluate the run '
                        'in config.train.init: python launch/evaluate.py --config=… --workdir=….')
 
   def check_batches(self, shards: int, accum: int) -> None:
-    """Raises UsageError if a task's micro-batch does not divide over the batch shards of the mesh."""
+    """Raise UsageError if a task's micro-batch does not divide over the batch shards of the mesh."""
     for t in self.tasks:
       reason = f'({shards} batch shards of the mesh × {accum} micro-steps)'
       _check_multiple(t, shards * accum, reason)
@@ -121,7 +121,7 @@ class Plan:
                         f'({shards} batch shards × {accum} micro-steps × 2)')
 
   def check_halves(self, shards: int, accum: int) -> None:
-    """Raises UsageError if the interference metric cannot halve a task's micro-batch on a shard."""
+    """Raise UsageError if the interference metric cannot halve a task's micro-batch on a shard."""
     for t in self.tasks:
       _check_multiple(t, 2 * shards * accum, 'for config.train.interference_every > 0, which halves it '
                       f'({shards} batch shards × {accum} micro-steps × 2)', ', or interference_every=0')
@@ -134,7 +134,7 @@ def _check_multiple(t: TaskSpec, unit: int, reason: str, otherwise: str = '') ->
 
 
 def make_plan(c: ml_collections.ConfigDict) -> Plan:
-  """Checks the whole config and returns its plan.
+  """Check the whole config and return its plan.
 
   Raises:
     UsageError: the first field that is wrong: its name, its value, the bound and the fix.

@@ -17,7 +17,7 @@ SIZES = {'tiny': 'Ti/16', 'small': 'S/16', 'base': 'B/16', 'large': 'L/16'}  # a
 
 
 def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
-  """Sets every field that has a published value, for a config that then deviates.
+  """Set every field that has a published value, for a config that then deviates.
 
   A config that does not deviate sets `config.compat` instead. docs/guides/conversion.md lists what no field offers
   because it is a defect in the published code. Published tasks have a sampling weight beside their loss weight.
@@ -31,7 +31,7 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
 
 
 def prompt_tune(c: ml_collections.ConfigDict, num_prompts: int = 8, sharing: str = 'shared') -> None:
-  """Trains prompts, norms, the bias of `spe` and a linear head; freezes everything else.
+  """Train prompts, norms, the bias of `spe` and a linear head; freeze everything else.
 
   This is the published list. Prefix prompts (`model.num_prefix_prompts`) and label prompts of a set train, too, if the
   config has them. The run to start from is `train.init`; a task gets a head by `linear_head=True`.
@@ -59,7 +59,7 @@ def small(c: ml_collections.ConfigDict) -> None:
 def own(
     c: ml_collections.ConfigDict, name: str, columns: Mapping[str, str], classes: Mapping[str, Sequence[str]],
     splits: Collection[str]) -> None:
-  """Adds tasks and evaluators for the columns of your own prepared data.
+  """Add tasks and evaluators for the columns of your own prepared data.
 
   Tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes, with '_' for a dot
   (which no config key can have), and '_2' appended if the name is taken.

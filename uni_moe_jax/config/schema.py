@@ -322,7 +322,7 @@ def _set(c: ml_collections.ConfigDict, field_name: str, value: str, sections: Ma
 
 
 def parse_config(c: ml_collections.ConfigDict) -> Config:
-  """Checks names, types and bounds; returns the config with `model.variant` and `compat` applied.
+  """Check names, types and bounds; return the config with `model.variant` and `compat` applied.
 
   Raises:
     UsageError: the first field that is wrong: its name, its value, the bound and the fix.

@@ -14,7 +14,7 @@ _TOKEN_ROUTER_FIELDS = ('capacity_factor', 'balance_loss_weight', 'importance_lo
 
 
 def check_sections(c: Config) -> None:
-  """Raises UsageError if fields of the sections of a config contradict each other."""
+  """Raise UsageError if fields of the sections of a config contradict each other."""
   _check_model(c)
   _check_moe(c)
   if c.tokenizer.type == 'clip' and not c.tokenizer.merges_path:
@@ -98,7 +98,7 @@ def _check_preflight(c: Config) -> None:
 
 
 def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None:
-  """Raises UsageError if fields of a task contradict each other or those of other sections."""
+  """Raise UsageError if fields of a task contradict each other or those of other sections."""
   field, accum = f'config.tasks.{name}', c.train.grad_accum_steps
   if t.batch_size < 0 or t.batch_size % accum:
     raise UsageError(f'{field}.batch_size={t.batch_size} must be a positive multiple of '
@@ -128,7 +128,7 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
 
 
 def check_mesh(c: Config, mesh: Mapping[str, int]) -> None:
-  """Raises UsageError if an axis does not divide the dimension that it splits. mesh: size per axis."""
+  """Raise UsageError if an axis does not divide the dimension that it splits. mesh: size per axis."""
   split = [('model', 'model.num_heads', c.model.num_heads), ('model', 'model.mlp_dim', c.model.mlp_dim)]
   if c.moe.router != DENSE:
     split.append(('expert', 'moe.num_experts', c.moe.num_experts))
