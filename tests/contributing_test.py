@@ -14,7 +14,8 @@ from tests.helpers import processes
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _MAX_LINES = 20
 _CHANGES = dict(re.findall(
-    r'^## (.+?)\n.*?^(```diff\n.*?^```\n\n```bash\n.*?^```)', (_ROOT / 'CONTRIBUTING.md').read_text(), re.MULTILINE | re.DOTALL))
+    r'^## (.+?)\n.*?^(```diff\n.*?^```\n\n```bash\n.*?^```)', (_ROOT / 'CONTRIBUTING.md').read_text(),
+    re.MULTILINE | re.DOTALL))
 
 
 def _blocks(change: str) -> tuple[str, str]:

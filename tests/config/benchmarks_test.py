@@ -293,8 +293,7 @@ def _written(data_dir, name: str, splits: dict) -> None:
   builder = file_dataset.tfds_builder(f'tfds:{name}', data_dir)
   tfds.dataset_builders.store_as_tfds_dataset(
       builder.name, builder.version, builder.info.features, splits, config=builder.builder_config.name,
-      data_dir=data_dir / 'tfds',
-      file_format='array_record', disable_shuffling=True)
+      data_dir=data_dir / 'tfds', file_format='array_record', disable_shuffling=True)
 
 
 def test_coco_is_read_as_tfds_prepares_it(tmp_path):

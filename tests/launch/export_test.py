@@ -25,8 +25,7 @@ _RUN = 'runs/quickstart'
 def _export(*arguments: str) -> subprocess.CompletedProcess:
   env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
   return subprocess.run([sys.executable, str(_ROOT / 'launch/export.py'), *arguments], env=env, capture_output=True,
-                        text=True,
-                        cwd=_ROOT, timeout=600, check=False)
+                        text=True, cwd=_ROOT, timeout=600, check=False)
 
 
 def test_mistakes_end_in_one_sentence(tmp_path):
@@ -82,8 +81,7 @@ def _root_folder(tmp_path_factory):
 
 def _write_evaluation(root: pathlib.Path, step: int) -> None:
   row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, baselines={}, standard_error=0.1, count=24,
-             step=step,
-             higher_is_better=True)
+             step=step, higher_is_better=True)
   (root / _RUN / suite.EVALUATION_FILE).write_text(json.dumps([row]))
 
 
@@ -133,12 +131,11 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
 def test_options_reduce_the_export(root, tmp_path):
   _write_evaluation(root, step=1)
   done = _export(f'--workdir={root / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--bake_targets',
-                 '--dtype=bfloat16',
-                 '--torch')
+                 '--dtype=bfloat16', '--torch')
   assert done.returncode == 0 and 'a dense model, ' in done.stdout and ', 1 tasks' in done.stdout, done.stderr
-  manifest, card = (json.loads((tmp_path / 'out/manifest.json').read_text()), (tmp_path / 'out/README.md').read_text())
-  assert {name: sorted(task['programs']) for name,
-          task in manifest['tasks'].items()} == {'shape': ['classify', 'encode']}
+  manifest, card = json.loads((tmp_path / 'out/manifest.json').read_text()), (tmp_path / 'out/README.md').read_text()
+  programs = {name: sorted(task['programs']) for name, task in manifest['tasks'].items()}
+  assert programs == {'shape': ['classify', 'encode']}
   assert manifest['model']['dtype'] == 'bfloat16' and manifest['trained']['dtype'] == 'float32'
   assert not manifest['examples'] and (tmp_path / 'out/model.pth').stat().st_size > 0
   assert 'shapes' in manifest['evaluators'] and '0.625' in card and 'was not evaluated' not in card

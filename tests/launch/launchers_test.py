@@ -77,8 +77,7 @@ def test_local_processes_differ_only_in_their_number():
   assert [line[2] for line in lines] == [f'XLA_FLAGS={flags}=1'] * 2
   [first, _] = _dry('local_processes.sh', '--evaluate', '--port', '7733', '--dry_run', '--', '--workdir=w')
   assert first[-5:] == ['launch/evaluate.py', '--workdir=w', '--coordinator_address=127.0.0.1:7733',
-                        '--num_processes=2',
-                        '--process_id=0']
+                        '--num_processes=2', '--process_id=0']
 
 
 def test_each_local_process_has_an_accelerator_of_its_own():
@@ -134,12 +133,10 @@ def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path)
   host = _host(tmp_path)
   (tmp_path / 'wait').touch()
   command, env = [_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], {**os.environ, **host}
-  first = subprocess.Popen(command, env=env,
-                           stdout=subprocess.PIPE, text=True, start_new_session=True)
+  first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
   assert first.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
   os.killpg(first.pid, signal.SIGKILL)
-  second = subprocess.Popen(command, env=env,
-                            stdout=subprocess.PIPE, text=True)
+  second = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
   assert second.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'  # shown again
   assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
   assert second.communicate(timeout=10) == ('saved\n', None)
