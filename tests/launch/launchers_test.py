@@ -8,10 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
+
+from tests.helpers import stand_in
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SCRIPTS = ('local_processes.sh', 'tpu_pod.sh', 'slurm.sbatch', 'gke.sh')
@@ -212,7 +213,7 @@ def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after
           'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17',
           'SLURM_RESTART_COUNT': count})
   if after_signal:
-    _wait_for(tmp_path / 'started')
+    stand_in.wait_for(tmp_path / 'started')
     process.terminate()
   message = process.communicate(timeout=20)[1]
   assert process.returncode == int(after_signal or code)
@@ -327,13 +328,6 @@ def _processes(folder: pathlib.Path, *does: str) -> subprocess.Popen:
       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def _wait_for(path: pathlib.Path) -> None:
-  end = time.monotonic() + 20
-  while not path.exists():
-    assert time.monotonic() < end, path
-    time.sleep(0.01)
-
-
 def test_local_processes_share_a_port_and_have_their_own_numbers(tmp_path):
   process = _processes(tmp_path, '0', '0')
   _, errors = process.communicate(timeout=30)
@@ -350,7 +344,7 @@ def test_local_processes_share_a_port_and_have_their_own_numbers(tmp_path):
 def test_a_signal_reaches_every_local_process_once_and_waits_for_all(tmp_path, number):
   process = _processes(tmp_path, 'train', 'train')
   for i in range(2):
-    _wait_for(tmp_path / f'started{i}')
+    stand_in.wait_for(tmp_path / f'started{i}')
   process.send_signal(number)
   process.communicate(timeout=30)
   assert process.returncode == 75

@@ -6,9 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+
+from tests.helpers import stand_in
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -76,13 +77,6 @@ def _run(root, *arguments, **environment):
   return process.returncode, output, errors
 
 
-def _started(root):
-  end = time.monotonic() + 20
-  while not (root / 'started').exists():
-    assert time.monotonic() < end, 'the stand-in never started'
-    time.sleep(0.01)
-
-
 def test_runs_every_phase_in_order_and_names_the_report(root):
   code, output, errors = _run(root, '--config.seed=3')
   train = ('--config=configs/quickstart.py --workdir=runs/quickstart '
@@ -134,7 +128,7 @@ def test_preempted_training_is_reported_as_resumable(root):
 def test_a_signal_reaches_training_once_and_waits_for_it(root, number, name, send):
   (root / 'train').write_text('save')
   process = _start(root)
-  _started(root)
+  stand_in.wait_for(root / 'started')
   send(process.pid, number)
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 75
@@ -146,7 +140,7 @@ def test_a_signal_reaches_training_once_and_waits_for_it(root, number, name, sen
 def test_a_signal_ends_a_phase_that_cannot_save(root):
   (root / 'prepare_data').write_text('sleep')
   process = _start(root)
-  _started(root)
+  stand_in.wait_for(root / 'started')
   process.terminate()
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 75

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -163,10 +162,7 @@ def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, 
 def test_a_signal_reaches_the_running_script_once_and_the_sweep_can_be_continued(root, command, send):
   (root / 'train').write_text('wait')
   process = _start(root, command(root))
-  end = time.monotonic() + 60
-  while not (root / 'started').exists():
-    assert time.monotonic() < end and process.poll() is None
-    time.sleep(0.05)
+  stand_in.wait_for(root / 'started', process, seconds=60)
   send(process.pid, signal.SIGINT)
   process.communicate(timeout=30)
   assert process.returncode == 75 and not (root / 'out/results').exists()

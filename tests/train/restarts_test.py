@@ -6,9 +6,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+
+from tests.helpers import stand_in
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Executes the next word of the file `script`: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for
@@ -57,13 +58,6 @@ def _run(folder, script, *flags, **options):
   return process.returncode, out + err, [float(line.split()[0]) for line in starts]
 
 
-def _wait_for(path):
-  end = time.monotonic() + 20
-  while not path.exists():
-    assert time.monotonic() < end, path
-    time.sleep(.01)
-
-
 @pytest.mark.parametrize('script, code, starts', [
     ('0', 0, 1),
     ('75 0', 0, 2),
@@ -107,9 +101,9 @@ def test_without_a_workdir_progress_is_unknown(tmp_path):
 @pytest.mark.skipif(sys.platform != 'linux', reason="it is Linux's prctl")
 def test_the_command_is_terminated_when_keep_running_is_killed(tmp_path):
   process = _start(tmp_path, 'wait 0')
-  _wait_for(tmp_path / 'started')
+  stand_in.wait_for(tmp_path / 'started')
   process.kill()
-  _wait_for(tmp_path / 'received')
+  stand_in.wait_for(tmp_path / 'received')
   process.communicate(timeout=10)
   assert (tmp_path / 'received').read_text() == '1'
   assert len((tmp_path / 'log').read_text().splitlines()) == 1
@@ -124,7 +118,7 @@ def test_pauses_double_with_crashes_in_a_row(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_the_command_once_and_prevents_a_restart(tmp_path, number):
   process = _start(tmp_path, 'wait 0')
-  _wait_for(tmp_path / 'started')
+  stand_in.wait_for(tmp_path / 'started')
   os.killpg(process.pid, number)  # as a terminal does
   process.communicate(timeout=30)
   assert process.returncode == 75
