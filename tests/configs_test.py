@@ -9,6 +9,7 @@ import pathlib
 import runpy
 import tempfile
 
+import flax.linen as nn
 import jax
 import ml_collections
 import pytest
@@ -94,7 +95,7 @@ def test_a_config_has_a_plan_and_a_model_and_no_field_that_the_base_lacks(name):
   c = _default(name)
   plan = make_plan(c)
   assert plan.probes if name == 'zero_shot' else plan.tasks
-  shapes = jax.tree.map(lambda leaf: leaf.shape, small_model.nn.unbox(small_model.boxed(_spec(c))))
+  shapes = jax.tree.map(lambda leaf: leaf.shape, nn.unbox(small_model.boxed(_spec(c))))
   assert shapes['embed']['word'] == (c.tokenizer.vocab_size, plan.config.model.width)
   # Sections whose names are the config's own.
   open_ended = ('preflight', 'task_types', 'target_families', 'target_sets', 'tasks', 'evaluators')
@@ -165,7 +166,7 @@ def test_a_wrong_argument_is_an_error_with_its_choices(name, arg, message):
 def test_prompt_tuning_of_the_quickstart_trains_less_than_two_percent(task):
   c = _config('prompt_tune', f'run={_temporary()}/run,task={task}')
   spec = dataclasses.replace(_spec(c), head=10 if c.tasks[task].linear_head else 0)
-  params = small_model.nn.unbox(small_model.boxed(spec))
+  params = nn.unbox(small_model.boxed(spec))
   groups = jax.tree.leaves(optimizer.match_param_groups(params, c.optim.param_groups))
   sizes = [leaf.size for leaf in jax.tree.leaves(params)]
   trained = sum(size for size, group in zip(sizes, groups, strict=True) if not group.frozen)
