@@ -15,6 +15,7 @@ import sys
 import time
 
 from absl import flags
+from ml_collections import config_flags
 
 from uni_moe_jax.utils import cli, files
 
@@ -39,7 +40,7 @@ def main() -> int:
     files.check_folder_of(_OUTPUT.value, '--output')
   topology.prepare_environment(target)
   from uni_moe_jax.tools.preflight import findings, preflight
-  name = next(a for a in sys.argv[1:] if a.lstrip('-').startswith('config')).partition('=')[2]
+  name = config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])  # with its argument
   memory = None if _DEVICE_MEMORY.value is None else _DEVICE_MEMORY.value * topology.GIB
   report = lambda message: print(f'{message} …', file=sys.stderr, flush=True)
   result = preflight.preflight(config, name, target, memory, _SEARCH.value, report, _TIME_BUDGET.value, started)
