@@ -130,7 +130,7 @@ class Plan:
 def _check_multiple(t: TaskSpec, unit: int, reason: str, otherwise: str = '') -> None:
   if t.batch_size % unit:
     raise UsageError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} {reason}; try '
-                     f'{max(unit, t.batch_size - t.batch_size % unit)}{otherwise}.')
+                     f'{validate.nearest_multiple(t.batch_size, unit)}{otherwise}.')
 
 
 def make_plan(c: ml_collections.ConfigDict) -> Plan:

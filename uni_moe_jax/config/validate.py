@@ -24,10 +24,15 @@ def check_sections(c: Config) -> None:
   _check_preflight(c)
 
 
+def nearest_multiple(value: int, unit: int) -> int:
+  """The largest multiple of `unit` up to `value`, for the fix in a message; `unit` if there is none."""
+  return max(unit, value - value % unit)
+
+
 def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
   if value % divisor:
     raise UsageError(f'config.{name}={value} must be a multiple of config.{divisor_name}={divisor}; try '
-                     f'{max(divisor, value - value % divisor)}.')
+                     f'{nearest_multiple(value, divisor)}.')
 
 
 def _check_model(c: Config) -> None:
@@ -36,7 +41,7 @@ def _check_model(c: Config) -> None:
   _check_multiple('model.image_size', m.image_size, 'model.patch_size', m.patch_size)
   if m.width % 4:
     raise UsageError(f'config.model.width={m.width} must be a multiple of 4 (the image position table); try '
-                     f'{m.width // 4 * 4}.')
+                     f'{nearest_multiple(m.width, 4)}.')
   for name in ('pixel_mean', 'pixel_std', 'video_mean', 'video_std'):
     values = getattr(m, name)
     if len(values) != m.channels and not (name.startswith('video') and not values):
@@ -102,7 +107,7 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
   field, accum = f'config.tasks.{name}', c.train.grad_accum_steps
   if t.batch_size < 0 or t.batch_size % accum:
     raise UsageError(f'{field}.batch_size={t.batch_size} must be a positive multiple of '
-                     f'config.train.grad_accum_steps={accum}; try {max(accum, t.batch_size - t.batch_size % accum)}.')
+                     f'config.train.grad_accum_steps={accum}; try {nearest_multiple(t.batch_size, accum)}.')
   if t.shots and not t.label_column:
     raise UsageError(f"{field}.shots={t.shots} needs a label_column; set shots=0, and train_fraction instead.")
   if c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0:
