@@ -15,10 +15,11 @@ import time
 
 from absl import flags
 
+from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
-_DATA_DIR = flags.DEFINE_string('data_dir', '~/.cache/uni_moe_jax', 'Folder of prepared data.')
+_DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepared data.')
 _INPUT = flags.DEFINE_string('input', None, 'Folder or file of your own data; none for the embedded data.')
 _NAME = flags.DEFINE_string('name', None, 'Name of your data set: lower-case letters, digits, underscores.')
 _TFDS = flags.DEFINE_string('tfds', None, 'TFDS data set NAME[/CONFIG][:VERSION], written as array records.')
