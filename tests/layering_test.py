@@ -12,14 +12,14 @@ _MAX_MAIN_LINES = 80
 
 # package -> (the packages it may import besides itself, why)
 _RULES = {
-    'utils': ((), 'helpers that know nothing of models, data or tasks'),
+    'utils': ((), 'helpers are independent of models, data and tasks'),
     'tasks': (('utils',), 'a task type is a declaration from which attributes follow'),
     'config': (('utils', 'tasks'), 'a config is checked against the tables, before any model or data exists'),
-    'parallel': (('utils',), 'one table of axis names that knows no module'),
-    'moe': (('utils', 'tasks', 'parallel'), 'routers and experts are parts of a model and know no model'),
+    'parallel': (('utils',), 'one table of axis names is independent of modules'),
+    'moe': (('utils', 'tasks', 'parallel'), 'routers and experts are parts of a model and independent of it'),
     'model': (
         ('utils', 'tasks', 'config', 'parallel', 'moe'),
-        'a model knows neither where its batches come from nor what becomes of its outputs'),
+        'a model is independent of where its batches come from and of what its outputs are used for'),
     'data': (
         ('utils', 'tasks', 'config'),
         'records become batches of declared task types, and no model is needed for that'),
@@ -71,7 +71,7 @@ def _package_of(parts: tuple[str, ...]) -> str:
 
 
 def violations(root: pathlib.Path) -> list[str]:
-  """Return one sentence, 'file:line: what, why', for every breach of the rules below `root`."""
+  """Return one sentence, 'file:line: what, why', for every violation of the rules below `root`."""
   matches = []
   folders = (_PACKAGE, 'launch', 'configs', 'tests')
   for path in sorted(path for folder in folders for path in (root / folder).rglob('*.py')):
@@ -106,7 +106,7 @@ def test_the_repository_keeps_its_rules():
   assert not matches, '\n'.join(matches)
 
 
-def test_the_rules_allow_no_circle():
+def test_the_rules_allow_no_cycle():
   order = list(_RULES)
   for package, (allowed, _) in _RULES.items():
     assert all(order.index(other) < order.index(package) for other in allowed), package
@@ -138,7 +138,7 @@ def test_the_rules_allow_no_circle():
     ('uni_moe_jax/data/long.py', '\n' * 401, '401 lines, at most 400'),
     ('launch/long.py', '\n' * 80, '80 lines, at most 79'),
 ])
-def test_a_planted_breach_is_found(tmp_path, file, source, message):
+def test_a_violation_is_found(tmp_path, file, source, message):
   (tmp_path / file).parent.mkdir(parents=True)
   (tmp_path / file).write_text(source)
   [matches] = violations(tmp_path)

@@ -261,7 +261,7 @@ class Config:
   seed: int = field(0, 'Seed of parameters, data order and noise.')
   compat: str = field(
       '', "'published' sets every field that has a published value to it. These fields must then be left at their "
-      'defaults; of param_groups, the weight decay of kernels may differ. A config file that wants to deviate calls '
+      'defaults; of param_groups, the weight decay of kernels may differ. A config file that deviates calls '
       '`presets.published` instead.', choices=('', 'published'))
   model: ModelConfig = section(ModelConfig)
   moe: MoeConfig = section(MoeConfig)
