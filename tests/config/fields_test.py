@@ -63,11 +63,7 @@ def test_valid_configs_pass():
 ])
 def test_the_error_names_the_field(path, value, message):
   tree = _plain()
-  *sections, name = path.split('.')
-  section = tree
-  for key in sections:
-    section = section[key]
-  section[name] = value
+  small_config.assign(tree, path, value)
   with pytest.raises(UsageError, match=message):
     _check(tree)
 

@@ -14,11 +14,7 @@ from uni_moe_jax.utils.errors import UsageError
 def _make_plan(changes):
   c = small_config.config()
   for path, value in changes.items():
-    *sections, name = path.split('.')
-    section = c
-    for s in sections:
-      section = section[s]
-    section[name] = value
+    small_config.assign(c, path, value)
   return make_plan(c)
 
 

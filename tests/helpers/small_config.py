@@ -1,5 +1,8 @@
 """A small valid config, which tests change."""
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import ml_collections
 
 from uni_moe_jax import config as fields
@@ -24,3 +27,11 @@ def config() -> ml_collections.ConfigDict:
       'text_classification', 'texts', batch_size=4, target_set='packages', label_column='package', template=SLOT,
       max_len=16)
   return c
+
+
+def assign(tree: MutableMapping[str, Any] | ml_collections.ConfigDict, path: str, value: Any) -> None:
+  """Set the field at `path`, such as 'tasks.shape.batch_size'."""
+  *sections, name = path.split('.')
+  for section in sections:
+    tree = tree[section]
+  tree[name] = value
