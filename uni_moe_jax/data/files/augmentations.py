@@ -104,7 +104,7 @@ def rotate(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
   a = sign * level * math.pi / 6
   x, y = (W - 1) / 2, (H - 1) / 2
   return _affine(image, [tf.cos(a), -tf.sin(a), x - x * tf.cos(a) + y * tf.sin(a),
-                           tf.sin(a), tf.cos(a), y - x * tf.sin(a) - y * tf.cos(a)])
+                         tf.sin(a), tf.cos(a), y - x * tf.sin(a) - y * tf.cos(a)])
 
 
 def _translation(level: tf.Tensor, sign: tf.Tensor, side: tf.Tensor) -> tf.Tensor:

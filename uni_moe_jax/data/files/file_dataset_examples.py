@@ -194,7 +194,7 @@ class _Batch:
     types = [tf.string, tf.string] + [dtype for dtype, _ in self._specs.values()]
     problems, data, *values = tf.numpy_function(self._read, [ids, hashes], types)
     features = {name: tf.ensure_shape(value, [None, *shape])
-              for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
+                for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
     if self._media_column and not self._is_video:
       data.set_shape([None])
       features['pixels'], decoded = decode(data, hashes, self._image, self._builder.size, self._builder.channels)

@@ -80,7 +80,7 @@ def pair_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, trai
     ids, valid = _pad(tokenizer, *encode_texts([text], tokenizer, S), S)
     return {'target': ids, 'target_valid': valid, 'text_id': zlib.crc32(text.encode()) & 0x7FFFFFFF, 'weight': [1.0]}
   return FeatureReader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
-                      'weight': (np.float32, (1,))}, read)
+                        'weight': (np.float32, (1,))}, read)
 
 
 def caption_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
@@ -92,7 +92,7 @@ def caption_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, t
     return {'text': np.concatenate([words, np.full(S, tokenizer.spe)]), 'text_valid': np.concatenate([valid, valid]),
             'label': words, 'weight': valid}
   return FeatureReader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
-                      'weight': (np.float32, (S,))}, read)
+                        'weight': (np.float32, (S,))}, read)
 
 
 def template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:
@@ -158,8 +158,8 @@ class TextStream:
         return out
       records = read_or_stop(self.records, next_ids[unfilled], self.counter)
       self.counter.count(len(records), [f'{self.records.location(int(i))}: {record}'
-                                       for i, record in zip(next_ids[unfilled], records, strict=True)
-                                       if isinstance(record, CorruptExample)])
+                                        for i, record in zip(next_ids[unfilled], records, strict=True)
+                                        if isinstance(record, CorruptExample)])
       for i, record in zip(unfilled, records, strict=True):
         if isinstance(record, CorruptExample):
           continue
