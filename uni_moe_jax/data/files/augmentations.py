@@ -153,8 +153,7 @@ def random_erasing(image: tf.Tensor, h: tf.Tensor, probability: float) -> tf.Ten
   left = hashing.randint(hashing.mix_tensor(h, 'erased right'), tf.maximum(W - width, 1))
   rows, columns = tf.range(H)[:, None, None], tf.range(W)[None, :, None]
   inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
-  seed = tf.cast(tf.bitwise.bitwise_and(hashing.mix_tensor(h[None], tf.range(2, dtype=tf.int64)), 0x7FFFFFFF), tf.int32)
-  noise = _NOISE_MEAN + _NOISE_STD * tf.random.stateless_normal(tf.shape(image), seed)
+  noise = _NOISE_MEAN + _NOISE_STD * tf.random.stateless_normal(tf.shape(image), hashing.seeds(h, 2))
   is_applied = (hashing.uniform(hashing.mix_tensor(h, 'erased at all')) < probability) & tf.reduce_any(fits)
   return tf.where(is_applied & inside, _levels(tf.round(255 * noise)), image)
 

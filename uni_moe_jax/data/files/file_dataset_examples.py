@@ -167,7 +167,7 @@ class _Batch:
 
   def _replace_corrupt(self, ids: tf.Tensor, hashes: tf.Tensor, features: Features, ok: tf.Tensor) -> Features:
     """Makes the whole batch again until every example can be used, which is rare."""
-    seed = tf.constant(np.uint64(hashing.mix(self._builder.seed, self._task.name, 'replacement')))
+    seed = hashing.mix_constant(self._builder.seed, self._task.name, 'replacement')
     names = list(features)
 
     def is_incomplete(attempt, _, ok, *__):

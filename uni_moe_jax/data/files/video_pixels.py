@@ -34,13 +34,13 @@ class VideoReader:
   def __call__(self, data: bytes, h: int) -> np.ndarray:
     """Raises video.CorruptVideo."""
     if self._training:
-      offsets = np.array([_uniform(h, 'frame', t) for t in range(self._num_frames)])
+      offsets = np.array([hashing.mix_uniform(h, 'frame', t) for t in range(self._num_frames)])
     else:
       offsets = video.view_offsets(self._num_views, self._num_frames)
     frames = video.sample_frames(data, offsets)
     H, W = frames.shape[1:3]
     boxes = [self._random_box(h, H, W)] if self._training else _spread_boxes(H, W, self._num_crops)
-    mirrored = self._training and self._flip and _uniform(h, 'flip') < 0.5
+    mirrored = self._training and self._flip and hashing.mix_uniform(h, 'flip') < 0.5
     out = np.stack([[_crop(f, box, self._size, mirrored) for f in frames] for box in boxes])
     out = out.reshape(self._num_crops, self._num_views, *self.shape[-4:]).swapaxes(0, 1)
     return out.reshape(self.shape)
@@ -51,9 +51,10 @@ class VideoReader:
       height, width = _random_sides(h, H, W)
     else:
       # A window of S in a frame with a short side of r · S: 1 / r of the short side of the original.
-      r = 1.0 if self._crop == 'resize_crop' else JITTER[0] + (JITTER[1] - JITTER[0]) * _uniform(h, 'short side')
+      low, high = JITTER
+      r = 1.0 if self._crop == 'resize_crop' else low + (high - low) * hashing.mix_uniform(h, 'short side')
       height = width = min(H, W) / r
-    left, top = (W - width) * _uniform(h, 'crop right'), (H - height) * _uniform(h, 'crop down')
+    left, top = (W - width) * hashing.mix_uniform(h, 'crop right'), (H - height) * hashing.mix_uniform(h, 'crop down')
     return left, top, left + width, top + height
 
 
@@ -68,8 +69,8 @@ def _random_sides(h: int, H: int, W: int) -> tuple[float, float]:
   """Height and width of a random part; if no draw fits, the largest that the ratios allow."""
   (low, high), log = AREA_RANGE, [math.log(r) for r in ASPECT_RANGE]
   for t in range(MAX_DRAWS):
-    area = H * W * (low + (high - low) * _uniform(h, 'area', t))
-    ratio = math.exp(log[0] + (log[1] - log[0]) * _uniform(h, 'ratio', t))
+    area = H * W * (low + (high - low) * hashing.mix_uniform(h, 'area', t))
+    ratio = math.exp(log[0] + (log[1] - log[0]) * hashing.mix_uniform(h, 'ratio', t))
     height, width = math.sqrt(area / ratio), math.sqrt(area * ratio)
     if height <= H and width <= W:
       return height, width
@@ -79,7 +80,3 @@ def _random_sides(h: int, H: int, W: int) -> tuple[float, float]:
 def _crop(frame: np.ndarray, box: Box, size: int, mirrored: bool) -> np.ndarray:
   pixels = np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BILINEAR, box=box))
   return pixels[:, ::-1] if mirrored else pixels
-
-
-def _uniform(h: int, *purpose: int | str) -> float:
-  return hashing.mix(h, *purpose) / 2**64

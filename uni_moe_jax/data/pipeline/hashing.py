@@ -27,6 +27,16 @@ def mix(*values: int | str) -> int:
   return h
 
 
+def mix_uniform(*values: int | str) -> float:
+  """Returns a number in [0, 1] from `mix` of the values; 1 only by rounding."""
+  return mix(*values) / 2**64
+
+
+def mix_constant(*values: int | str) -> tf.Tensor:
+  """Returns `mix` of the values as a tensor, uint64 scalar."""
+  return _u64(mix(*values))
+
+
 def _u64(value: int) -> tf.Tensor:
   return tf.constant(np.uint64(value & _MASK))
 
@@ -53,6 +63,12 @@ def randint(h: tf.Tensor, bound: tf.Tensor | int) -> tf.Tensor:
   return tf.cast(h % tf.cast(bound, tf.uint64), tf.int32)
 
 
+def seeds(h: tf.Tensor, count: int) -> tf.Tensor:
+  """Returns seeds of TensorFlow's random ops, int32 [..., count], not negative, from hashes [...]."""
+  words = mix_tensor(h[..., None], tf.range(count, dtype=tf.int64))
+  return tf.cast(tf.bitwise.bitwise_and(words, _u64(0x7FFFFFFF)), tf.int32)
+
+
 def shuffled_ids(position: tf.Tensor, size: int, seed: int, name: str) -> tuple[tf.Tensor, tf.Tensor]:
   """Returns the example ids at positions of an endless sequence of shuffled epochs.
 
@@ -67,13 +83,12 @@ def shuffled_ids(position: tf.Tensor, size: int, seed: int, name: str) -> tuple[
   """
   epoch, index = position // size, position % size
   # Adjacent seeds give correlated permutations, and 4 rounds (the default) a visible order: hash, and use 16 rounds.
-  h = mix_tensor(_u64(mix(seed, name, 'order')), epoch)
-  words = [tf.cast(tf.bitwise.bitwise_and(mix_tensor(h, k), _u64(0x7FFFFFFF)), tf.int32) for k in range(3)]
+  h = mix_tensor(mix_constant(seed, name, 'order'), epoch)
   ids = tf.raw_ops.RandomIndexShuffle(
-      index=index, seed=tf.stack(words, axis=-1), max_index=tf.cast(size - 1, tf.int64), rounds=16)
+      index=index, seed=seeds(h, 3), max_index=tf.cast(size - 1, tf.int64), rounds=16)
   return ids, epoch
 
 
 def example_hash(seed: int, name: str, epoch: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
   """Returns uint64 [n], the base hash of an example in an epoch; fold a purpose into it before use."""
-  return mix_tensor(mix_tensor(_u64(mix(seed, name, 'example')), epoch), ids)
+  return mix_tensor(mix_tensor(mix_constant(seed, name, 'example'), epoch), ids)

@@ -106,7 +106,7 @@ class Mixture:
       features = {k: tf.concat([m[k] for m in members], axis=axis) for k in members[0]}
       if 'pixels' in features:
         num_offsets = self.max_num_frames - features['pixels'].shape[axis + 1] + 1
-        h = hashing.mix_tensor(tf.constant(np.uint64(hashing.mix(self.seed, group, 'temporal offset'))), step)
+        h = hashing.mix_tensor(hashing.mix_constant(self.seed, group, 'temporal offset'), step)
         offsets = hashing.randint(hashing.mix_tensor(h, tf.range(accum_steps, dtype=tf.int64)), num_offsets)
         features['temporal_offset'] = offsets[0] if accum_steps == 1 else offsets
       batch[group] = features
@@ -143,7 +143,7 @@ def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
   """Draws the task of each step 0…steps-1 of a 'one_task' mixture: names, unicode [steps]."""
   weights = np.array([t.sampling_weight or t.loss_weight for t in plan.tasks])
   edges = np.cumsum(weights / weights.sum())
-  u = np.array([hashing.mix(seed, step, 'task') / 2**64 for step in range(steps)])
+  u = np.array([hashing.mix_uniform(seed, step, 'task') for step in range(steps)])
   names = np.array([t.name for t in plan.tasks])
   return names[np.minimum(np.searchsorted(edges, u, side='right'), len(names) - 1)]
 

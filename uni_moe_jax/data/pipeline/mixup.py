@@ -5,7 +5,6 @@ one shard, so the batch is the same on any mesh. Each pair has its own λ. (The 
 batch of its process and uses one λ for all.)
 """
 
-import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.data.pipeline import hashing
@@ -15,11 +14,9 @@ SWITCH_PROB = 0.5  # probability of CutMix where both are enabled
 
 def sample_lambda(alpha: float, num_pairs: int, seed: int, name: str, count: tf.Tensor) -> tf.Tensor:
   """Draws λ ~ Beta(α, α), f32 [num_pairs], for every pair of a task's global batch number `count`."""
-  h = hashing.mix_tensor(tf.constant(np.uint64(hashing.mix(seed, name, 'mix'))), count)
-  words = tf.bitwise.bitwise_and(hashing.mix_tensor(h, tf.range(4, dtype=tf.int64)), 0x7FFFFFFF)
-  words = tf.cast(words, tf.int32)
+  seeds = hashing.seeds(hashing.mix_tensor(hashing.mix_constant(seed, name, 'mix'), count), 4)
   # Mixup and CutMix with the same α may share their draws: no pair uses both.
-  a, b = (tf.random.stateless_gamma([num_pairs], words[2 * i:2 * i + 2], alpha, dtype=tf.float32) for i in range(2))
+  a, b = (tf.random.stateless_gamma([num_pairs], seeds[2 * i:2 * i + 2], alpha, dtype=tf.float32) for i in range(2))
   return a / tf.maximum(a + b, 1e-30)
 
 
