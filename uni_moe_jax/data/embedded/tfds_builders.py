@@ -11,8 +11,8 @@ Nothing is downloaded: `download_dir` is the data directory of `launch/prepare_d
 are made first. A data source returns a video as a list of its frames.
 """
 
-import abc
 import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,16 +36,15 @@ class SubsetConfig(tfds.core.BuilderConfig):
 
 
 class _EmbeddedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Writes the columns of Records in order; a subclass names their features and source."""
+  """Writes the columns of Records in order; a subclass names their features and the module that makes them."""
 
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'First release.'}
   BUILDER_CONFIGS = [SubsetConfig('full')]
-  _splits: tuple[str, ...] = glyphs.SPLITS
+  _module: types.ModuleType  # with SPLITS, build and load
 
-  @abc.abstractmethod
-  def _records(self, directory: str, split: str) -> Records:
-    """Returns the records of a split, after making them in `directory` if they do not exist."""
+  def _load(self, directory: str, split: str) -> Records:
+    return self._module.load(directory, split)
 
   def _describe(
       self, description: str, features: dict[str, Any], supervised_keys: tuple[str, str]) -> tfds.core.DatasetInfo:
@@ -60,9 +59,10 @@ class _EmbeddedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _split_generators(
       self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-    generators = {}
-    for split in self._splits:
-      records = self._records(str(dl_manager.download_dir), split)
+    directory, generators = str(dl_manager.download_dir), {}
+    self._module.build(directory)
+    for split in self._module.SPLITS:
+      records = self._load(directory, split)
       # The content depends on the installed packages, so the version alone does not identify it.
       self.info.metadata[f'fingerprint_{split}'] = records.fingerprint
       generators[split] = self._generate_examples(records)
@@ -83,6 +83,8 @@ class _EmbeddedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class EmbeddedGlyphs(_EmbeddedBuilder):
   """Images of characters with their names, faces and classes: see `data/embedded/glyphs.py`."""
 
+  _module = glyphs
+
   def _info(self) -> tfds.core.DatasetInfo:
     return self._describe(
         'Named Unicode characters, drawn in the faces of DejaVu and STIX.',
@@ -95,13 +97,11 @@ class EmbeddedGlyphs(_EmbeddedBuilder):
         supervised_keys=('pixels', 'class'),
     )
 
-  def _records(self, directory: str, split: str) -> Records:
-    glyphs.build(directory)
-    return glyphs.load(directory, split)
-
 
 class EmbeddedVideos(_EmbeddedBuilder):
   """Videos of characters in motion with their names, faces and motions: see `data/embedded/glyph_videos.py`."""
+
+  _module = glyph_videos
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self._describe(
@@ -115,10 +115,6 @@ class EmbeddedVideos(_EmbeddedBuilder):
         supervised_keys=('pixels', 'motion'),
     )
 
-  def _records(self, directory: str, split: str) -> Records:
-    glyph_videos.build(directory)
-    return glyph_videos.load(directory, split)
-
 
 @dataclasses.dataclass(eq=False)
 class TextConfig(SubsetConfig):
@@ -130,7 +126,7 @@ class EmbeddedText(_EmbeddedBuilder):
   """Paragraphs with their packages, or pairs of a summary and a paragraph: see `data/embedded/docstring_texts.py`."""
 
   BUILDER_CONFIGS = [TextConfig(part, part=part) for part in ('paragraphs', 'pairs')]
-  _splits = docstring_texts.SPLITS
+  _module = docstring_texts
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
@@ -144,7 +140,6 @@ class EmbeddedText(_EmbeddedBuilder):
         {'text': text, 'package': tfds.features.ClassLabel(names=docstring_texts.PACKAGES)},
         supervised_keys=('text', 'package'))
 
-  def _records(self, directory: str, split: str) -> Records:
-    docstring_texts.build(directory)
+  def _load(self, directory: str, split: str) -> Records:
     load = docstring_texts.load_pairs if self.builder_config.part == 'pairs' else docstring_texts.load_paragraphs
     return load(directory, split)
