@@ -18,9 +18,9 @@ from uni_moe_jax.data.files import file_dataset_features, image_transforms, vide
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
 from uni_moe_jax.data.files.file_dataset_features import FeatureReader
 from uni_moe_jax.data.files.video import CorruptVideo
-from uni_moe_jax.data.pipeline import hashing, masking
+from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.pipeline.examples import Examples, Features, subset
+from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, subset
 from uni_moe_jax.data.pipeline.templates import template_columns
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
@@ -58,12 +58,7 @@ class FileExampleBuilder:
     """Examples of a task over one split. Raises UsageError if the config does not fit the source."""
     corrupt_counter = CorruptExampleCounter(f'tasks.{task.name}', self.max_corrupt_fraction if self.training else 0.0)
     if task.type.readout == 'masked':
-      if self.training and task.train_fraction < 1:
-        raise UsageError(
-            f'config.tasks.{task.name}.train_fraction={task.train_fraction}: text in files is read as a stream, of '
-            'which no fraction can be taken; set it to 1, or prepare a smaller file.')
-      stream = file_dataset_features.TextStream.create(task, records, self.tokenizer, self.training, corrupt_counter)
-      return Examples(records.size, self._masked(task, stream), corrupt_counter=corrupt_counter)
+      return self._masked(task, records, corrupt_counter)
     readers = self._readers(task, records)
     keep = example_ids(records, task, self.seed if self.training else None)
     references = None
@@ -86,17 +81,19 @@ class FileExampleBuilder:
       readers.append(file_dataset_features.template_reader(task, records, self.tokenizer))
     return readers
 
-  def _masked(self, task: TaskSpec, stream: file_dataset_features.TextStream):
-    tables = masking.word_tables(self.tokenizer, self.random_special_tokens)
+  def _masked(self, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter) -> Examples:
+    if self.training and task.train_fraction < 1:
+      raise UsageError(
+          f'config.tasks.{task.name}.train_fraction={task.train_fraction}: text in files is read as a stream, of '
+          'which no fraction can be taken; set it to 1, or prepare a smaller file.')
+    stream = file_dataset_features.TextStream.create(task, records, self.tokenizer, self.training, corrupt_counter)
 
-    def make(ids, hashes):
+    def make_text(ids, hashes):
       text = tf.numpy_function(stream.rows, [ids, hashes], tf.int32, stateful=False)
-      text = tf.ensure_shape(text, [None, task.max_len])
-      valid = tf.ones_like(text, tf.bool)
-      masked = masking.mask_words(
-          text, valid, hashes, tables, max_predictions=task.max_predictions, always_mask=not self.training)
-      return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
-    return make
+      return tf.ensure_shape(text, [None, task.max_len])
+
+    make = mask_maker(make_text, task, self.tokenizer, self.training, self.random_special_tokens)
+    return Examples(records.size, make, corrupt_counter=corrupt_counter)
 
 
 def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:

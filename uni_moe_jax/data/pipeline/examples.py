@@ -128,6 +128,27 @@ def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np
   return indices if seed is None else subset(indices, labels, task, seed)
 
 
+def mask_maker(make_text: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], task: TaskSpec, tokenizer: Tokenizer,
+               training: bool, random_special_tokens: bool) -> MakeFeatures:
+  """Returns the function that makes the features of masked language modeling.
+
+  Args:
+    make_text: (ids int64 [n], hashes uint64 [n]) → int32 [n, S], rows of text.
+    task: The task.
+    tokenizer: Tokenizer of the run.
+    training, random_special_tokens: See `Builder`.
+  """
+  tables = masking.word_tables(tokenizer, random_special_tokens)
+
+  def make(ids, hashes):
+    text = make_text(ids, hashes)
+    valid = tf.ones_like(text, tf.bool)
+    masked = masking.mask_words(
+        text, valid, hashes, tables, max_predictions=task.max_predictions, always_mask=not training)
+    return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
+  return make
+
+
 @dataclasses.dataclass(frozen=True)
 class Builder:
   """Builds examples of tasks from records in memory.
@@ -256,15 +277,7 @@ class Builder:
     if 'text' not in records.columns:
       raise UsageError(f"config.{field}: source {task.source!r} has no column 'text'; it has "
                        f'{", ".join(sorted(records.columns))}.')
-    tokenizer = self.tokenizer
-    encoded = tokenizer.encode_batch(records.columns['text'][indices].tolist())
-    rows = tf.constant(pack_tokens(encoded, task.max_len, tokenizer.eot))
-    tables = masking.word_tables(tokenizer, self.random_special_tokens)
-
-    def make(ids, hashes):
-      text = tf.gather(rows, ids)
-      valid = tf.ones_like(text, tf.bool)
-      masked = masking.mask_words(
-          text, valid, hashes, tables, max_predictions=task.max_predictions, always_mask=not self.training)
-      return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
-    return Examples(len(rows), make)
+    encoded = self.tokenizer.encode_batch(records.columns['text'][indices].tolist())
+    rows = tf.constant(pack_tokens(encoded, task.max_len, self.tokenizer.eot))
+    return Examples(len(rows), mask_maker(
+        lambda ids, _: tf.gather(rows, ids), task, self.tokenizer, self.training, self.random_special_tokens))
