@@ -39,7 +39,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     raise UsageError(f'configs/own.py:{arg}: the sources are in several data directories '
                      f'({", ".join(sorted(directories))}); a run reads one.')
   [directory] = directories
-  summaries = {p.name: file_dataset.read_summary(p.name, directory) for p in paths}
+  summaries = {p.name: file_dataset.read_summary(file_dataset.own_folder(p.name, directory)) for p in paths}
   if a.run:
     c, plan = finetuning.start_from(a.run, f'configs/own.py:{arg}')
   else:

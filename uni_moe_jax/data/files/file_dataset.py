@@ -145,21 +145,21 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
   Raises:
     MissingFileError: it does not exist.
   """
-  root, (name, _, version) = pathlib.Path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
-  folders = sorted((p.parent for p in (root / name).glob(f'*/{prepare.SUMMARY}')),
+  root, (base, _, version) = pathlib.Path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
+  folders = sorted((p.parent for p in (root / base).glob(f'*/{prepare.SUMMARY}')),
                    key=lambda p: tuple(map(int, p.name.split('.'))))
   matches = [p for p in folders if not version or p.name == version]
   if not matches:
-    choices = [f'{name}/{p.name}' for p in folders] or [p.name for p in root.glob('*')]
+    choices = [f'{base}/{p.name}' for p in folders] or [p.name for p in root.glob('*')]
     raise MissingFileError(
-        f'source {OWN}{name}{"/" * bool(version)}{version} is not in {root}; {nearest(name, choices)}. '
-        f'Prepare it: python launch/prepare_data.py --input=FOLDER --name={name} --data_dir={directory}')
+        f'source {OWN}{name} is not in {root}; {nearest(name, choices)}. '
+        f'Prepare it: python launch/prepare_data.py --input=FOLDER --name={base} --data_dir={directory}')
   return matches[-1]
 
 
-def read_summary(name: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
-  """The content of prepared.json. Raises UsageError if it is missing, damaged or of another format."""
-  path = own_folder(name, directory) / prepare.SUMMARY
+def read_summary(folder: pathlib.Path) -> dict[str, Any]:
+  """The content of prepared.json of an `own_folder`. Raises UsageError if it is damaged or of another format."""
+  path = folder / prepare.SUMMARY
   try:
     summary = json.loads(path.read_text())
   except (ValueError, RecursionError) as e:
@@ -170,8 +170,8 @@ def read_summary(name: str, directory: str | os.PathLike[str]) -> dict[str, Any]
 
 
 def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
-  name = source.removeprefix(OWN)
-  folder, summary = own_folder(name, directory), read_summary(name, directory)
+  folder = own_folder(source.removeprefix(OWN), directory)
+  summary = read_summary(folder)
   if split not in summary['splits']:
     raise UsageError(f'split {split!r} is not in source {source!r}; {nearest(split, summary["splits"])}.')
   classes = {column: tuple(c['names']) for column, c in summary['classes'].items()}
