@@ -91,4 +91,4 @@ def _declared_set(
   lengths = lengths or ((spec.max_len, len(spec.entries)),)
   rows = [[tokenizer.word] * (tokens - 1) + [tokenizer.eot] for tokens, entries in lengths for _ in range(entries)]
   buckets, order = bucket_by_length(rows, tokenizer.pad)
-  return TargetSet(buckets, order, ('',) * len(rows), len(rows))
+  return TargetSet(buckets, order, ('',) * len(rows))

@@ -30,17 +30,20 @@ class TargetSet:
       rows of an entry are its names. The longest name determines the bucket of an entry.
     order: int32 [V], index of each entry in the concatenated buckets.
     names: First name of each entry (empty for the vocabulary).
-    size: V.
   """
   buckets: Buckets
   order: np.ndarray
   names: tuple[str, ...]
-  size: int
+
+  @property
+  def size(self) -> int:
+    """V."""
+    return len(self.order)
 
 
 def vocabulary_set(size: int) -> TargetSet:
   """Returns the target set of all token ids."""
-  return TargetSet((), np.arange(size, dtype=np.int32), (), size)
+  return TargetSet((), np.arange(size, dtype=np.int32), ())
 
 
 def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> TargetSet:
@@ -74,7 +77,7 @@ def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokeni
     buckets, order = bucket_synonyms([[next(remaining) for _ in names] for names in entries], tokenizer.pad)
   else:
     buckets, order = bucket_by_length(rows, tokenizer.pad)
-  return TargetSet(buckets, order, tuple(names[0] for names in entries), len(entries))
+  return TargetSet(buckets, order, tuple(names[0] for names in entries))
 
 
 def bucket_by_length(rows: Sequence[Sequence[int]], pad: int) -> tuple[Buckets, np.ndarray]:

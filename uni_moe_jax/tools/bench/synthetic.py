@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.data.pipeline.examples import Examples
-from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length
+from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length, vocabulary_set
 
 _EXAMPLES = 64
 # Share of names per length in tokens, `eot` included: an assumption about class names, two to three pieces each.
@@ -32,19 +32,15 @@ class SyntheticData:
   def __init__(self, plan: Plan, sizes: tuple[int, int], vocabulary: int, entries: int, lengths: Mapping[int, float]):
     """sizes: pixels per side, channels. vocabulary: V. entries: of every other set. lengths: their shares."""
     self._pixels, self.tokenizer = sizes, Ids(vocabulary)
-    names = lambda s: self._vocabulary() if s.is_vocabulary else self._names(entries, lengths)
-    self.target_sets = {s.name: names(s) for s in plan.sets}
-
-  def _vocabulary(self) -> TargetSet:
-    size = self.tokenizer.size
-    return TargetSet((), np.arange(size, dtype=np.int32), (), size)
+    self.target_sets = {s.name: vocabulary_set(vocabulary) if s.is_vocabulary else self._names(entries, lengths)
+                        for s in plan.sets}
 
   def _names(self, entries: int, lengths: Mapping[int, float]) -> TargetSet:
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(self.tokenizer.first, self.tokenizer.size, n - 1).tolist(), self.tokenizer.eot]
             for n in rng.permutation(spread_lengths(entries, lengths))]
     buckets, order = bucket_by_length(rows, self.tokenizer.pad)
-    return TargetSet(buckets, order, ('',) * entries, entries)
+    return TargetSet(buckets, order, ('',) * entries)
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
     """Return random examples; every text has all of the task's tokens."""
