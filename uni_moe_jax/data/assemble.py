@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import tempfile
 
 import ml_collections
 import numpy as np
@@ -147,14 +146,10 @@ class Data:
     digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]
     path = pathlib.Path(os.path.expanduser(self._dir)) / 'tokenizers' / f'{digest}.model'
     if not path.exists():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = pathlib.Path(folder) / path.name
-        try:
-          SentencePieceTokenizer.train(texts, unfinished, vocab_size, allow_smaller)
-        except ValueError as e:
-          raise UsageError(f'config.tokenizer.vocab_size={vocab_size}: {e}') from e
-        unfinished.rename(path)
+      try:
+        SentencePieceTokenizer.train(texts, path, vocab_size, allow_smaller)
+      except ValueError as e:
+        raise UsageError(f'config.tokenizer.vocab_size={vocab_size}: {e}') from e
     return path
 
 

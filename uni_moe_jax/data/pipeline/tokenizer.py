@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -102,9 +103,11 @@ class SentencePieceTokenizer:
       raise UsageError(f'These texts cannot give a vocabulary of {vocab_size} pieces: {error}') from error
     model_file = pathlib.Path(model_file)
     model_file.parent.mkdir(parents=True, exist_ok=True)
-    partial = model_file.with_name(f'.{model_file.name}.{os.getpid()}')
-    partial.write_bytes(model.getvalue())
-    partial.replace(model_file)
+    # Processes on several hosts may train the same tokenizer at the same time: each writes in a folder of its own.
+    with tempfile.TemporaryDirectory(dir=model_file.parent) as folder:
+      unfinished = pathlib.Path(folder) / model_file.name
+      unfinished.write_bytes(model.getvalue())
+      unfinished.replace(model_file)
     return SentencePieceTokenizer(model_file)
 
   def encode(self, text: str) -> list[int]:
