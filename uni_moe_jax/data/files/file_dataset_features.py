@@ -50,21 +50,18 @@ def label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> F
     raise UsageError(
         f'config.tasks.{task.name}.label_column={column!r} is not a column of classes or answers of source '
         f'{task.source!r}; {nearest(column, _columns_of_type(records, "class", "texts"))}.')
-  if column_type == 'class':
-    M, normalize = 1, str
-    known = set(keys)
-    if unknown := [name for name in records.classes[column] if name not in known]:
-      raise UsageError(
-          f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
-          f'{nearest(unknown[0], keys)}.')
-  else:
-    M, normalize = max(1, task.max_predictions), normalize_answer
+  is_class = column_type == 'class'
+  M, normalize = (1, str) if is_class else (max(1, task.max_predictions), normalize_answer)
   index = {normalize(key): i for i, key in enumerate(keys)}
+  if is_class and (unknown := [name for name in records.classes[column] if name not in index]):
+    raise UsageError(
+        f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
+        f'{nearest(unknown[0], keys)}.')
 
   def read(record, _):
-    values = [record[column]] if column_type == 'class' and record[column] else record[column]
-    if not values:
+    if not record[column]:
       raise CorruptExample(f'no {column}')
+    values = [record[column]] if is_class else record[column]
     counts = [(v, n) for v, n in collections.Counter(map(normalize, values)).most_common() if v in index][:M]
     padding = [0] * (M - len(counts))
     return {'label': [index[v] for v, _ in counts] + padding, 'weight': [n / len(values) for _, n in counts] + padding}

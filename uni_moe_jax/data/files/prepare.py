@@ -190,15 +190,18 @@ def _examples(members: list[CheckedRow], columns: dict[str, str], digest) -> Ite
         content = c.row.path.read_bytes() if is_plain_file else open_media(c.row, arrays).data
         example[column] = io.BytesIO(content) if column_type == 'image' else content
       else:
-        if column_type == 'class':
-          value = c.row.labels.get(column, -1)
-        elif column_type == 'texts':
-          value = list(_text(c.row, column) or ())
-        else:
-          value = _text(c.row, column) or ''
-        example[column], content = value, repr(value).encode()
+        example[column] = _value(c.row, column, column_type)
+        content = repr(example[column]).encode()
       digest.update(hashlib.sha256(content).digest())
     yield i, example
+
+
+def _value(row: Row, column: str, column_type: str) -> int | str | list[str]:
+  """The value of a class or of texts, as TFDS encodes it; -1 for no class."""
+  if column_type == 'class':
+    return row.labels.get(column, -1)
+  text = _text(row, column)
+  return list(text or ()) if column_type == 'texts' else text or ''
 
 
 @contextlib.contextmanager

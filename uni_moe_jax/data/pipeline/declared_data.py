@@ -59,7 +59,7 @@ class DeclaredData:
                           config.data.random_special_tokens, config.seed)
         for training in (True, False)}
 
-  def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
+  def examples(self, task: TaskSpec, training: bool = False) -> Examples:
     """Returns examples with the shapes of a task's; their content is meaningless."""
     # Every task gets its own source: two tasks with one source may declare videos of different lengths.
     task = dataclasses.replace(task, source=task.name, train_fraction=1.0, shots=0)
