@@ -31,7 +31,7 @@ def draw(values: np.ndarray) -> np.ndarray:
 
 
 def assign_splits(labels: np.ndarray) -> np.ndarray:
-  """Assigns a split to each image, unicode [N]: images of a class are ordered by a hash of their index and cut."""
+  """Assigns a split to each image, unicode [N]: orders a class by hashes of its indices and cuts it."""
   splits = np.full(len(labels), SPLITS[0], dtype='U10')
   for label in np.unique(labels):
     indices = sorted(np.flatnonzero(labels == label), key=lambda i: hashlib.sha256(f'digit {i}'.encode()).digest())

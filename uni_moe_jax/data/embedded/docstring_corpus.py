@@ -1,7 +1,7 @@
-"""English text from installed packages: docstrings, help topics and licenses. Code is parsed, never run.
+"""English text from installed packages: docstrings, help topics and licenses.
 
-The sources are fixed: Python's standard library and pinned dependencies of this project. Other installed packages and
-the order in which a file system lists files have no influence.
+Code is parsed, never run. The sources are fixed: Python's standard library and pinned dependencies of this project.
+Other installed packages and the order in which a file system lists files have no influence.
 """
 
 import ast
@@ -80,7 +80,7 @@ def documents() -> list[Document]:
 
 
 def folder_documents(source: str, package: str, folder: str | os.PathLike[str]) -> list[Document]:
-  """Returns the docstrings of a package's Python files under `folder`, without tests and bundled other projects."""
+  """Returns the docstrings of a package's files under `folder`, without tests and bundled projects."""
   return [Document(source, f'{package}/{path}', text) for path in _python_files(folder, package)
           for text in docstrings(pathlib.Path(folder, path).read_bytes())]
 
@@ -117,7 +117,7 @@ def docstrings(code: bytes) -> list[str]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-  """Yields statements in the order of the file; does not descend into expressions, which are most of a tree."""
+  """Yields statements in the order of the file, without expressions, which are most of a tree."""
   for block in ('body', 'handlers', 'orelse', 'finalbody', 'cases'):
     for child in getattr(node, block, ()):
       yield child

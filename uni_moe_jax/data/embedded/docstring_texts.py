@@ -1,4 +1,4 @@
-"""Text datasets from docstrings: paragraphs with their package, and pairs of a summary and a paragraph.
+"""Text datasets from docstrings: paragraphs and their packages, pairs of a summary and a paragraph.
 
 No paragraph occurs twice, not even with other numbers, punctuation or rare names. All paragraphs of a file are in one
 split, and text that was copied between files is left out of the test splits: no test can be solved by memorization.
@@ -74,7 +74,10 @@ def extract_entries(documents: Iterable[docstring_corpus.Document]) -> list[Entr
 
 
 def split_entries(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-  """Returns entries by split; entries of the test splits that share half of their wording with train are left out."""
+  """Returns entries by split.
+
+  Entries of the test splits that share half of their wording with train are left out.
+  """
   splits = {split: [] for split in SPLITS}
   for entry in entries:
     splits[split_of(entry.unit)].append(entry)
@@ -94,9 +97,10 @@ def common_words(entries: Sequence[Entry]) -> frozenset[str]:
 
 
 def drop_duplicates(entries: Sequence[Entry], common: frozenset[str]) -> list[Entry]:
-  """Keeps the first of entries with the same words; only `common` words are compared if an entry has enough of them.
+  """Keeps the first of entries with the same words.
 
-  "Samples a Beta variable of the given shape and type." equals "Samples a Gumbel variable of …".
+  Only `common` words are compared if an entry has enough of them: "Samples a Beta variable of the given shape and
+  type." equals "Samples a Gumbel variable of …".
   """
   kept = {}
   for entry in entries:
@@ -172,7 +176,10 @@ def build(directory: str | os.PathLike[str], report: Callable[[str], None] = pri
 
 
 def load_paragraphs(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of SPLITS: text, package ('' if it is not one of PACKAGES). Raises: see `npz_records.load`."""
+  """Loads one of SPLITS: text, package ('' if it is not one of PACKAGES).
+
+  Raises: see `npz_records.load`.
+  """
   return npz_records.load(pathlib.Path(directory) / _FOLDER / 'paragraphs', split, directory)
 
 

@@ -16,7 +16,7 @@ _CHUNK = 1024  # images that are compared with all others at a time
 
 
 def outline_key(font: ttLib.TTFont, glyph: str) -> bytes:
-  """Returns a key of a glyph's outline, independent of its horizontal position; empty if it draws nothing."""
+  """Returns a key of a glyph's outline, whatever its horizontal position; empty if it draws nothing."""
   coordinates, ends, _ = font['glyf'][glyph].getCoordinates(font['glyf'])
   if not coordinates:
     return b''

@@ -36,7 +36,7 @@ class SubsetConfig(tfds.core.BuilderConfig):
 
 
 class _EmbeddedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Writes the columns of Records in order; a subclass names their features and the module that makes them."""
+  """Writes the columns of Records in order; a subclass names their features and their module."""
 
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'First release.'}
@@ -99,7 +99,7 @@ class EmbeddedGlyphs(_EmbeddedBuilder):
 
 
 class EmbeddedVideos(_EmbeddedBuilder):
-  """Videos of characters in motion with their names, faces and motions: see `data/embedded/glyph_videos.py`."""
+  """Videos of characters with their names, faces and motions: see `data/embedded/glyph_videos.py`."""
 
   _module = glyph_videos
 
@@ -123,7 +123,7 @@ class TextConfig(SubsetConfig):
 
 
 class EmbeddedText(_EmbeddedBuilder):
-  """Paragraphs with their packages, or pairs of a summary and a paragraph: see `data/embedded/docstring_texts.py`."""
+  """Paragraphs, or pairs of a summary and a paragraph: see `data/embedded/docstring_texts.py`."""
 
   BUILDER_CONFIGS = [TextConfig(part, part=part) for part in ('paragraphs', 'pairs')]
   _module = docstring_texts

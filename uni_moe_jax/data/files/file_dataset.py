@@ -158,7 +158,11 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-  """The content of prepared.json of an `own_folder`. Raises UsageError if it is damaged or of another format."""
+  """The content of prepared.json in an `own_folder`.
+
+  Raises:
+    UsageError: it is damaged or of another format.
+  """
   path = folder / prepare.SUMMARY
   try:
     summary = json.loads(path.read_text())

@@ -77,7 +77,7 @@ class ClipTokenizer:
     self._encode_word = functools.lru_cache(_CACHED_WORDS)(self._encode_word_uncached)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text, including those of special tokens that it spells (see the module docstring)."""
+    """Returns the ids of a text, and of special tokens that it spells (see the module docstring)."""
     # Entities are unescaped twice, as published. The published normalization of spaces has no effect: they are dropped.
     clean = html.unescape(html.unescape(self._fix_text(text))).lower()
     return [i for word in self._split(clean) for i in self._encode_word(word)]
@@ -86,7 +86,7 @@ class ClipTokenizer:
     return [self.encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text before the first `eot`, without special tokens; one space between words and punctuation."""
+    """Returns the text before the first `eot`, without special tokens, one space between words."""
     pieces = [self.pieces[i] for i in before_eot(ids, self.eot) if i not in self.special_ids]
     # A model may join bytes that are not a character together: they become U+FFFD.
     return b''.join(pieces).decode(errors='replace').strip()

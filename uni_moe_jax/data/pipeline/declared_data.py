@@ -81,7 +81,7 @@ class DeclaredData:
 
 def _declared_set(
     spec: SetSpec, lengths: tuple[tuple[int, int], ...] | None, tokenizer: PlaceholderTokenizer) -> TargetSet:
-  """Makes a target set of ((tokens, entries), …); entries that the config itself lists have `max_len` tokens."""
+  """Makes a target set of ((tokens, entries), …); entries listed in the config have `max_len` tokens."""
   if spec.is_vocabulary:
     return vocabulary_set(tokenizer.size)
   if lengths is None and isinstance(spec.entries, str):

@@ -78,7 +78,7 @@ def fill_captions(records: Records, templates: tuple[str, ...], field: str) -> n
 
 
 def class_indices(records: Records, column: str, classes: Sequence[str], field: str) -> np.ndarray:
-  """Returns int32 [N], the index of each record's class in the target set, -1 for records without a class."""
+  """Returns int32 [N], the index of each record's class in the target set; -1 for no class."""
   if column not in records.columns:
     raise UsageError(f'config.{field}.label_column={column!r} is no column; {nearest(column, records.columns)}.')
   index = {name: i for i, name in enumerate(classes)} | {'': -1}
@@ -113,7 +113,9 @@ def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed:
 
 
 def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndarray:
-  """Returns the indices of the records that are examples of a task; a classification task skips those without a class.
+  """Returns the indices of the records that are examples of a task.
+
+  A classification task skips the records without a class.
 
   Args:
     records: Records of its split.
@@ -226,7 +228,7 @@ class Builder:
     return make
 
   def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str):
-    """Returns (ids, hashes) → (text id int32 [n], tokens int32 [n, S], valid bool [n, S]) of one caption each."""
+    """Returns (ids, hashes) → (text id int32 [n], tokens int32 [n, S], valid bool [n, S])."""
     texts, index = unique_texts(fill_captions(records, task.caption_templates, f'{field}.caption_templates')[indices])
     tokens, valid = pad_tokens(
         encode_texts(texts, self.tokenizer, task.max_len), task.max_len, self.tokenizer.pad)

@@ -42,7 +42,7 @@ def _u64(value: int) -> tf.Tensor:
 
 
 def mix_tensor(h: tf.Tensor, value: tf.Tensor | int | str) -> tf.Tensor:
-  """Folds a value into hashes, uint64 [...], broadcast against `value`; equals `mix` with the value appended."""
+  """Folds a value into hashes, uint64 [...], as `mix` with the value appended; both are broadcast."""
   if isinstance(value, str):
     value = zlib.crc32(value.encode())
   value = _u64(value) if isinstance(value, int) else tf.cast(value, tf.uint64)

@@ -28,7 +28,7 @@ class WordTables:
 
 
 def word_tables(tokenizer: Tokenizer, random_special_tokens: bool) -> WordTables:
-  """Returns a tokenizer's tables; random replacements may be special tokens if `random_special_tokens` is True."""
+  """Returns a tokenizer's tables; `random_special_tokens`: random tokens may be special ones."""
   excluded = frozenset() if random_special_tokens else tokenizer.special_ids
   random_ids = sorted(set(range(tokenizer.size)) - excluded)
   return WordTables(tf.constant(tokenizer.word_start), tf.constant(tokenizer.word_end),

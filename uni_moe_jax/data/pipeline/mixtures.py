@@ -66,7 +66,7 @@ class Mixture:
   layout: BatchLayout
 
   def iterate(self, start: int, stop: int) -> Iterator[tuple[str | None, Batch]]:
-    """Yields (task name or None, batch) of steps start…stop-1; the name is given if the step holds one task."""
+    """Yields (task name, batch) of steps start…stop-1; the name is None if a step has every task."""
     if self.mode == 'all_tasks':
       steps = np.arange(start, stop, dtype=np.int64)
       for batch in self._dataset(self.plan.tasks, steps, steps):

@@ -19,7 +19,7 @@ _CLASSES = 'classes of '  # prefix of the arrays that hold class names
 
 
 def fingerprint(columns: Mapping[str, np.ndarray], classes: Mapping[str, tuple[str, ...]]) -> str:
-  """Returns a hex sha256 of names, shapes and values; equal content has equal fingerprints, however it is stored."""
+  """Returns a hex sha256 of names, shapes and values, which does not depend on how they are stored."""
   digest = hashlib.sha256()
 
   def put(part: bytes) -> None:
@@ -62,7 +62,7 @@ def atomic_folder(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 def save(
     directory: str | os.PathLike[str], split: str, columns: Mapping[str, np.ndarray],
     classes: Mapping[str, tuple[str, ...]]) -> None:
-  """Writes a split: columns with the same leading axis N, and the ordered class names of its label columns.
+  """Writes a split: columns with the same leading axis N, and the class names of its label columns.
 
   Raises:
     UsageError: The columns differ in length.

@@ -12,7 +12,7 @@ _PART = re.compile(r'(<spe>|<eot>|\{\w*\})')
 
 
 def template_columns(template: str) -> list[str]:
-  """Returns the columns that a template names, each once, in order: '{name} in {face}' → ['name', 'face']."""
+  """Returns the columns that a template names, in order: '{name} in {face}' → ['name', 'face']."""
   return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
 
 
