@@ -1,1 +1,1 @@
-"""Records become batches: sources, tokenizer, preprocessing, examples, mixtures; never sees the model."""
+"""From records to batches: sources, tokenizers, examples, mixtures. Nothing here depends on the model."""

@@ -43,5 +43,5 @@ def load(name: str, directory: str, split: str) -> Records | FileDataset:
     return file_dataset.load(name, directory, split)
   if name not in SOURCES:
     raise UsageError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is "
-                     f"'{file_dataset.OWN}NAME', a TFDS data set '{file_dataset.TFDS}NAME'.")
+                     f"'{file_dataset.OWN}NAME', a TFDS dataset '{file_dataset.TFDS}NAME'.")
   return SOURCES[name](os.path.expanduser(directory), split)

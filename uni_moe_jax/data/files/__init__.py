@@ -1,1 +1,1 @@
-"""Data sets from people's own files."""
+"""Datasets from a user's own files, and TFDS datasets."""

@@ -1,4 +1,4 @@
-"""Comparison of rows: a data set has one media type, and one type per field, those of most rows.
+"""Comparison of rows: a dataset has one media type, and one type per field, those of most rows.
 
 Each row is valid by itself when it is read. A row of another type would stop a preparation or a training run hours
 later. An extra field of another type is dropped from its row.

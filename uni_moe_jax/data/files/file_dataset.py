@@ -1,7 +1,7 @@
-"""Data sets in files, read record by record: a user's own prepared data, and TFDS data sets.
+"""Datasets in files, read record by record: a user's own prepared data, and TFDS datasets.
 
 A source is named 'own:NAME' (`launch/prepare_data.py --name=NAME`; the newest version, or 'own:NAME/1.0.0') or
-'tfds:NAME[/CONFIG][:VERSION]' (`launch/prepare_data.py --tfds=…`). The columns of a TFDS data set are its features:
+'tfds:NAME[/CONFIG][:VERSION]' (`launch/prepare_data.py --tfds=…`). The columns of a TFDS dataset are its features:
 images, strings, lists of strings and class labels, nested names joined by '/'. A split is any that TFDS can read by
 index, such as 'train+restval'.
 """
@@ -45,10 +45,10 @@ class FileDataset:
       a class ('' for none).
     columns: name → 'image', 'video', 'text', 'texts' or 'class'.
     classes: class column → names in order.
-    labels: class column → int32 [N], -1 for none. Own data alone has them; elsewhere a label is known once its record
+    labels: class column → int32 [N], -1 for none. Only own data has them; elsewhere a label is known once its record
       is read.
     fingerprint: hex sha256 of the content.
-    present: column of texts → bool [N], whether a record has one. Own data alone has them.
+    present: column of texts → bool [N], whether a record has one. Only own data has them.
   """
   name: str
   size: int
@@ -126,7 +126,7 @@ def _evenly_spaced(size: int, number: int) -> np.ndarray:
 
 
 def is_file_source(source: str) -> bool:
-  """Whether a source name denotes a data set in files."""
+  """Whether a source name denotes a dataset in files."""
   return source.startswith((OWN, TFDS))
 
 
@@ -212,7 +212,7 @@ def _load_tfds(source: str, directory: str | os.PathLike[str], split: str) -> Fi
   _check_prepared(builder, source, directory, split)
   columns, classes = tfds_columns(builder.info.features)
   reader = _open(builder, split, columns)
-  # Name and version of a TFDS data set identify its content.
+  # Name and version of a TFDS dataset identify its content.
   fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {len(reader)}'.encode()).hexdigest()
   read = functools.partial(_read_records, reader, columns, classes)
   return FileDataset(source, len(reader), read, columns, classes, {}, fingerprint)
@@ -227,7 +227,7 @@ def _check_prepared(builder, source: str, directory: str | os.PathLike[str], spl
 
 
 def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-  """(column → type of every usable column, class column → names) of a TFDS data set's features."""
+  """(column → type of every usable column, class column → names) of a TFDS dataset's features."""
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.utils import dtype_utils
   f, columns, classes = tfds.features, {}, {}

@@ -30,7 +30,7 @@ _MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all
 
 @dataclasses.dataclass(frozen=True)
 class FileExampleBuilder:
-  """Builds the examples of tasks over data sets in files.
+  """Builds the examples of tasks over datasets in files.
 
   Attributes:
     tokenizer: of the run.
@@ -99,7 +99,7 @@ class FileExampleBuilder:
 def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:
   """Ids of the records that are examples: those with a label and the columns of templates.
 
-  Whether a record has them is known in advance for own data alone; otherwise all ids are returned.
+  Whether a record has them is known in advance only for own data; otherwise all ids are returned.
 
   Args:
     records: of the task's split.
@@ -252,7 +252,7 @@ def decode(data: tf.Tensor, hashes: tf.Tensor, decode_one, size: int, channels: 
   Args:
     data: bytes [n].
     hashes: uint64 [n].
-    decode_one: (bytes, hash) → uint8 [1, size, size, channels]; if it raises, that image alone is lost.
+    decode_one: (bytes, hash) → uint8 [1, size, size, channels]; if it raises, only that image is lost.
 
   Returns:
     (pixels uint8 [n, 1, size, size, channels], ok bool [n]); an image that is not ok is black.

@@ -106,7 +106,7 @@ def template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) 
 
 def read_or_stop(
     records: FileDataset, ids: np.ndarray, counter: CorruptExampleCounter) -> list[Record | CorruptExample]:
-  """Reads records by id. If the source is unreachable, the loop raises, and all records are corrupt."""
+  """Reads records by id. If the source is unreachable, all are corrupt, and the training loop raises."""
   if not counter.failed:
     try:
       return records.read_valid(ids)
@@ -120,8 +120,8 @@ class TextStream:
   """Running text for masked language modeling.
 
   Row i starts with record i and continues with the next ones until it is full. A row is thus found without packing the
-  whole text, and every record begins a row. Of a long record a window is read, another one in every epoch. A record
-  that cannot be read is skipped.
+  whole text, and every record begins a row. Of a long record only a window is read, another one in every epoch. A
+  record that cannot be read is skipped.
 
   Attributes:
     records: with the text column `column`.

@@ -1,6 +1,6 @@
 """Input formats of a user's own data: JSONL, text, arrays of frames, folders per class.
 
-Readers yield one row per example. They open text alone: a row names its image or video, which `check.py` opens.
+Readers yield one row per example. They open only text files: a row names its image or video, which `check.py` opens.
 Whatever is not a row is yielded as skipped, with the reason.
 """
 

@@ -63,7 +63,7 @@ def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
   ratio = tf.exp(log[0] + (log[1] - log[0]) * hashing.uniform(hashing.mix_tensor(draws, 'ratio')))
   height, width = tf.round(tf.sqrt(area / ratio)), tf.round(tf.sqrt(area * ratio))
   fits = (height <= H) & (width <= W) & (height >= 1) & (width >= 1)
-  # The fallback stands behind the draws and always fits.
+  # The fallback comes after the draws and always fits.
   height = tf.concat([height, [tf.minimum(H, tf.round(W / ASPECT_RANGE[0]))]], 0)
   width = tf.concat([width, [tf.minimum(W, tf.round(H * ASPECT_RANGE[1]))]], 0)
   first = tf.where(tf.concat([fits, [True]], 0))[0, 0]

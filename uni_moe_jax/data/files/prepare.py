@@ -1,4 +1,4 @@
-"""Preparation of a user's own data: read, check, split, write as a TFDS data set of array records.
+"""Preparation of a user's own data: read, check, split, write as a TFDS dataset of array records.
 
   data_dir/own/NAME/VERSION/      features and shards as TFDS lays them out; tfds.builder_from_directory(…) reads them
                     prepared.json splits, columns, classes, statistics, skipped rows (first locations), fingerprints
@@ -30,7 +30,7 @@ from uni_moe_jax.utils.errors import UsageError
 
 FOLDER, SUMMARY, LABELS = 'own', 'prepared.json', 'labels.npz'
 FORMAT = 2  # of prepared data; data of another format must be prepared again
-VERSION = '1.0.0'  # of a data set, by default
+VERSION = '1.0.0'  # of a dataset, by default
 SPLITS = ('train', 'validation', 'test')
 _MAX_CLASSES = 10_000  # of a field; a field of more values is text
 
@@ -40,7 +40,7 @@ Splits = dict[str, list[CheckedRow]]
 def prepare(
     source: pathlib.Path, data_dir: pathlib.Path, name: str, version: str = VERSION, gif: str = 'image',
     test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1) -> dict:
-  """Prepares a file or folder as data set `name`; returns the content of prepared.json.
+  """Prepares a file or folder as dataset `name`; returns the content of prepared.json.
 
   Args:
     source: see `formats.read_rows`.

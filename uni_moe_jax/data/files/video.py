@@ -86,7 +86,7 @@ def sample_frames(data: bytes, offsets: np.ndarray) -> np.ndarray:
     if not frames:
       raise CorruptVideo('no frames')
     _check_one_size([frame.shape for frame in frames.values()])
-    # A container may declare more frames than it has: the last one stands for those.
+    # A container may declare more frames than it has: the last one replaces those.
     return np.stack([frames.get(i, last) for i in indices])
 
 
@@ -124,7 +124,7 @@ def _check_one_size(sizes: list[tuple[int, ...]]) -> None:
 
 
 def _quarter_turns(frame: Any) -> int:
-  """Quarter turns to the left until a frame is upright: a phone records its orientation alone."""
+  """Quarter turns to the left until a frame is upright: a phone stores the rotation as metadata."""
   return round(frame.rotation / 90)
 
 

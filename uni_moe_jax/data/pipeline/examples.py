@@ -98,7 +98,7 @@ def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed:
   Args:
     indices: Indices of the available examples.
     labels: Class of each, or None. Every class is sampled separately.
-    task: Its `train_fraction` and `shots` say how many are taken.
+    task: Its `train_fraction` and `shots` determine how many are taken.
     seed: Seed of the run.
   """
   if task.train_fraction == 1 and not task.shots:
