@@ -65,10 +65,10 @@ def test_sharpness_blends_with_pillows_smoothing():
 
 @pytest.mark.parametrize('seed', range(3))
 def test_equalize_and_autocontrast_equal_pillows(seed):
-  image = _noise(seed, (40, 50))
-  image = Image.fromarray(image)
-  np.testing.assert_array_equal(_apply('equalize', image), np.asarray(ImageOps.equalize(image)))
-  assert np.abs(_apply('autocontrast', image).astype(int) - np.asarray(ImageOps.autocontrast(image))).max() <= 1
+  pixels = _noise(seed, (40, 50))
+  image = Image.fromarray(pixels)
+  np.testing.assert_array_equal(_apply('equalize', pixels), np.asarray(ImageOps.equalize(image)))
+  assert np.abs(_apply('autocontrast', pixels).astype(int) - np.asarray(ImageOps.autocontrast(image))).max() <= 1
 
 
 def test_geometric_operations_move_a_pixel():
