@@ -10,7 +10,7 @@ from uni_moe_jax.data.pipeline import hashing
 
 
 def _h(i):
-  return tf.constant(np.uint64(hashing.mix('augment', i)))
+  return hashing.mix_constant('augment', i)
 
 
 def _apply(name, image, level=1.0, sign=1.0):

@@ -10,7 +10,7 @@ from uni_moe_jax.data.pipeline import hashing
 
 
 def _h(i=0):
-  return tf.constant(np.uint64(hashing.mix('pictures', i)))
+  return hashing.mix_constant('pictures', i)
 
 
 def _numbered(*shape):

@@ -49,6 +49,14 @@ def test_uniform_draws_are_uniform():
   assert abs(counts - 2000).max() < 5 * np.sqrt(2000)
 
 
+def test_seeds_are_the_lower_31_bits_of_the_hash_with_a_number_appended():
+  expected = [[hashing.mix('a', epoch, k) & (2**31 - 1) for k in range(3)] for epoch in (5, 6)]
+  h = hashing.mix_tensor(hashing.mix_constant('a'), tf.constant([5, 6], tf.int64))
+  np.testing.assert_array_equal(hashing.seeds(h, 3), expected)
+  np.testing.assert_array_equal(hashing.seeds(hashing.mix_constant('a', 5), 3), expected[0])
+  assert hashing.seeds(h, 3).dtype == tf.int32
+
+
 def test_randint_is_the_remainder():
   draws = hashing.randint(_hashes([0, 7, 10, 2**63 + 5]), 7)
   np.testing.assert_array_equal(draws, [0, 0, 3, (2**63 + 5) % 7])
