@@ -1,8 +1,9 @@
 """ROUGE-L and CIDEr-D of captions, as the COCO caption toolkit counts them, without Java.
 
-The toolkit splits texts with the Penn Treebank tokenizer, a Java program. Here they are split as BLEU's are (sacrebleu's 13a,
-folded case), and the toolkit's list of punctuation is dropped after that, as there. The difference: 13a keeps "don't" and
-"half-full" whole, where the Treebank's makes "do n't" of the first. Numbers of texts without such words are the toolkit's.
+The toolkit splits texts with the Penn Treebank tokenizer, a Java program. Here they are split as for BLEU (sacrebleu's
+13a, folded case); then the toolkit's list of punctuation is dropped, as in the toolkit. The difference: 13a keeps
+"don't" and "half-full" whole, where the Treebank tokenizer splits the first into "do n't". For texts without such words
+the numbers are the toolkit's.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class _Words:
 def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
   """Returns the ROUGE-L in [0, 1] (Lin, 2004) of each example with β = 1.2: float64 [N].
 
-  P and R are the longest common subsequence over the words of the prediction and of the reference, each the best over the
-  references on its own (so in the COCO toolkit); the score is (1 + β²) P R / (R + β² P).
+  P and R are the longest common subsequence over the words of the prediction and of the reference, each maximized over
+  the references on its own (as in the COCO toolkit); the score is (1 + β²) P R / (R + β² P).
 
   Args:
     predictions: N texts.
@@ -60,12 +61,13 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]
 
 
 def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
-  """Returns the CIDEr-D in [0, 10] (Vedantam et al., CVPR 2015, section 4 and variant D of section 7) of each example: float64 [N].
+  """Returns the CIDEr-D in [0, 10] of each example: float64 [N].
 
-  For n = 1…4, a text is the vector of its n-grams' counts times log(N / number of examples with the n-gram in a reference).
-  A pair scores the cosine, with each of the prediction's entries clipped at the reference's, times
-  exp(-(difference in words)² / (2 · 6²)); 10 times the mean over n and references. Rare words are judged by this corpus: the
-  score of one example alone is 0, and scores of corpora of other sizes do not compare.
+  Vedantam et al., CVPR 2015, section 4 and variant D of section 7. For n = 1…4, a text is the vector of its n-grams'
+  counts times log(N / number of examples with the n-gram in a reference). A pair scores the cosine, with each of the
+  prediction's entries clipped at the reference's, times exp(-(difference in words)² / (2 · 6²)); the result is 10 times
+  the mean over n and references. This corpus decides which words are rare: the score of one example alone is 0, and
+  scores of corpora of different sizes are not comparable.
 
   Args:
     predictions: N texts.

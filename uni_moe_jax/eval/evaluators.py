@@ -1,7 +1,7 @@
 """Evaluators: fixed protocols that turn a predictor and records into scores, beside chance and simple baselines.
 
-Examples, candidates, phrasing and number of draws are fixed here and seeded by the evaluator's name. Baselines are computed
-from the same records in the same command. An evaluator receives a `Predictor`, never a model.
+Examples, candidates, phrasing and number of draws are fixed here and seeded by the evaluator's name. Baselines are
+computed from the same records in the same command. An evaluator receives a `Predictor`, never a model.
 """
 
 import dataclasses
@@ -35,9 +35,10 @@ class Query:
     evaluation: its config entry.
     predictor: the model.
     examples: of the evaluated split, built for evaluation (first phrase, every masked position replaced).
-    evaluated, trained: records of the evaluated split and of the task's training split. Baselines need the latter; records in
-      files have baselines only where labels are known without reading them.
-    names: first name of each entry of the task's target set ('' for the vocabulary). keys: the records' names for them.
+    evaluated, trained: records of the evaluated split and of the task's training split. Baselines need the latter;
+      records in files have baselines only where labels are known without reading them.
+    names: first name of each entry of the task's target set ('' for the vocabulary).
+    keys: the records' names for these entries.
     tokenizer: of the run.
     samples: collects some predictions for the report.
   """
@@ -159,9 +160,9 @@ def _input_baselines(test: _Columns, train: _Columns, train_labels: np.ndarray) 
 def retrieval(q: Query) -> list[Score]:
   """R@1, 5, 10 in both directions among `num_examples` examples with distinct texts, mean of three seeded draws.
 
-  The baseline copies the name of the nearest training image (of a video: of its middle frame) and takes the candidate that
-  shares most words with it. Of records in files every example and each of its texts counts, as published: any text of an
-  image is correct for it, and an image is correct if the text is one of its own.
+  The baseline copies the name of the nearest training image (of a video: of its middle frame) and takes the candidate
+  that shares most words with it. Of records in files every example and each of its texts counts, as published: any text
+  of an image is correct for it, and an image is correct if the text is one of its own.
   """
   if q.examples.references:
     return _full_retrieval(q)
@@ -197,12 +198,16 @@ def _directions(q: Query) -> tuple[tuple[str, Callable[[np.ndarray], np.ndarray]
 
 
 def _full_retrieval(q: Query) -> list[Score]:
-  """R@k of every image and every distinct text. Images that share a text are all correct for it, and it for all of them."""
+  """R@k of every image and every distinct text.
+
+  Images that share a text are all correct for it, and it is correct for all of them.
+  """
   ids = q.ids()
   texts = q.examples.references(ids)
   length = q.task.max_len
   rows = [tuple(row) for row in encode_texts([t for several in texts for t in several], q.tokenizer, length)]
-  codes = {row: i for i, row in enumerate(dict.fromkeys(rows))}  # texts with the same tokens, cut to the task's length, count as one
+  # Texts with the same tokens, cut to the task's length, count as one.
+  codes = {row: i for i, row in enumerate(dict.fromkeys(rows))}
   owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])
   positives = np.zeros((len(ids), len(codes)), bool)
   positives[owner, [codes[row] for row in rows]] = True
@@ -238,7 +243,8 @@ def _distinct(texts: np.ndarray, number: int, rng: np.random.Generator) -> np.nd
   order = rng.permutation(len(texts))
   _, first = np.unique(texts[order], return_index=True)
   if len(first) < number:
-    raise UsageError(f'the evaluator needs {number} distinct texts, the split has {len(first)}; lower its num_examples.')
+    raise UsageError(f'the evaluator needs {number} distinct texts, the split has {len(first)}; lower its '
+                     'num_examples.')
   return np.sort(order[rng.permutation(first)[:number]])
 
 
@@ -271,10 +277,12 @@ def caption(q: Query) -> list[Score]:
   def score(name, metric):
     return Score.mean(name, metric(predicted, truth), baseline(metric))
 
-  q.samples.add(q.evaluation.name, q.pixels, ids, [t if isinstance(t, str) else ' | '.join(t) for t in truth], predicted)
+  shown = [t if isinstance(t, str) else ' | '.join(t) for t in truth]
+  q.samples.add(q.evaluation.name, q.pixels, ids, shown, predicted)
+  exact = metrics.exact_match
   return [
-      Score.proportion('exact_match', metrics.exact_match(predicted, truth), n, baselines=baseline(metrics.exact_match)),
-      # One figure for the corpus, so no standard error.
+      Score.proportion('exact_match', exact(predicted, truth), n, baselines=baseline(exact)),
+      # One number for the corpus, so no standard error.
       Score('BLEU-4', metrics.bleu4(predicted, truth), n, baselines=baseline(metrics.bleu4)),
       score('ROUGE-L', caption_metrics.rouge_l),
       score('CIDEr-D', caption_metrics.cider_d),
@@ -283,7 +291,10 @@ def caption(q: Query) -> list[Score]:
 
 
 def masked_language_modeling(q: Query) -> list[Score]:
-  """Accuracy and perplexity over the whole vocabulary, every masked position replaced by `spe`, beside the unigram's."""
+  """Accuracy and perplexity over the whole vocabulary, beside those of the unigram baseline.
+
+  Every masked position is replaced by `spe`.
+  """
   def score(fields):
     features = q.predictor.inputs(q.task.type, fields)
     log_p = q.predictor.log_probabilities(features, q.task)
@@ -291,14 +302,16 @@ def masked_language_modeling(q: Query) -> list[Score]:
     return nll, log_p.argmax(-1) == fields['label'], fields['label'], fields['weight'] > 0
 
   nll, hits, labels, counted = q.gather(q.ids(), score)
-  texts = q.trained.sample_texts(_COUNTED) if isinstance(q.trained, FileDataset) else q.trained.columns['text'].tolist()
-  tokens = q.tokenizer.encode_batch(texts)
+  in_files = isinstance(q.trained, FileDataset)
+  tokens = q.tokenizer.encode_batch(
+      q.trained.sample_texts(_COUNTED) if in_files else q.trained.columns['text'].tolist())
   counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=q.tokenizer.size)
   counts[q.tokenizer.eot] += len(tokens)
   unigram = baselines.unigram(counts, labels[counted])
   n = int(counted.sum())
+  V = q.tokenizer.size
   return [
-      Score.proportion('accuracy', float(hits[counted].mean()), n, 1 / q.tokenizer.size, {'unigram': unigram.accuracy}),
-      Score('perplexity', metrics.perplexity(float(nll[counted].sum()), n), n, q.tokenizer.size,
+      Score.proportion('accuracy', float(hits[counted].mean()), n, 1 / V, {'unigram': unigram.accuracy}),
+      Score('perplexity', metrics.perplexity(float(nll[counted].sum()), n), n, V,
             {'unigram': unigram.perplexity}, higher_is_better=False),
   ]

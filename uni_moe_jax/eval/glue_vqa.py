@@ -27,7 +27,10 @@ def glue(q: Query) -> list[Score]:
 
 
 def vqa(q: Query) -> list[Score]:
-  """The soft score of the most likely answer (`metrics.vqa_score`), and how often it is the annotators' most frequent answer."""
+  """Soft score of the most likely answer, and how often it is the annotators' most frequent answer.
+
+  See `metrics.vqa_score`.
+  """
   ids = q.ids()
   [predicted] = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1),))
   answers = [normalize_answer(q.keys[i]) for i in predicted]
@@ -36,5 +39,6 @@ def vqa(q: Query) -> list[Score]:
   common = metrics.most_common(first)
   baseline = float(np.mean(metrics.vqa_score([common] * len(truth), truth)))
   q.samples.add(q.evaluation.name, q.pixels, ids, first, answers)
-  return [Score('soft score', float(np.mean(values)), len(ids), 1 / len(q.names), {f'always {common!r}': baseline}),
-          Score.proportion('exact_match', metrics.accuracy(np.array(answers), np.array(first)), len(ids), 1 / len(q.names))]
+  n, chance = len(ids), 1 / len(q.names)
+  return [Score('soft score', float(np.mean(values)), n, chance, {f'always {common!r}': baseline}),
+          Score.proportion('exact_match', metrics.accuracy(np.array(answers), np.array(first)), n, chance)]

@@ -62,7 +62,9 @@ def recall_at_k(similarity: np.ndarray, positives: np.ndarray, k: int) -> float:
 
 
 def recall_by_chance(positives: np.ndarray, k: int) -> float:
-  """Returns the recall at k of a random order: with m right ones among V, C(V - m, k) of the C(V, k) first k hold none of them.
+  """Returns the recall at k of a random order.
+
+  With m positives among V targets, C(V - m, k) of the C(V, k) possible sets of the first k contain none of them.
 
   Args:
     positives: bool [Q, V].
@@ -118,7 +120,10 @@ def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def balanced_accuracy_error(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the standard error of the balanced accuracy: of C classes with shares p_c of n_c, sqrt(Σ p_c (1 - p_c) / n_c) / C."""
+  """Returns the standard error of the balanced accuracy.
+
+  It is sqrt(Σ p_c (1 - p_c) / n_c) / C, for C classes with a share p_c of their n_c examples predicted correctly.
+  """
   share, count = _class_recall(predictions, labels)
   return float(np.sqrt(np.sum(share * (1 - share) / count))) / len(share)
 
@@ -230,7 +235,7 @@ class Score:
 
   name: str
   value: float
-  count: int  # examples (or picks) behind the value
+  count: int  # examples (or masked positions) behind the value
   chance: float | None = None  # what a blind guess scores; None where the notion is empty
   baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)  # name -> value
   standard_error: float | None = None

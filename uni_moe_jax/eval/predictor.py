@@ -52,7 +52,8 @@ class Predictor:
         rows = [_mean_of_synonyms(r, b) for r, b in zip(rows, target.buckets, strict=True)]
       rows = normalize(jnp.concatenate(rows))
       rows = rows if spec.is_vocabulary else rows[target.order]
-      self._features[name] = rows if self._model.mesh is None else jax.device_put(rows, sharding.replicated(self._model.mesh))
+      mesh = self._model.mesh
+      self._features[name] = rows if mesh is None else jax.device_put(rows, sharding.replicated(mesh))
     return self._features[name]
 
   def log_probabilities(self, features: np.ndarray, task: TaskSpec) -> np.ndarray:
@@ -135,7 +136,8 @@ def _log_p(model: UniPerceiver, params, features, targets, temperature: str, hea
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _captions(model: UniPerceiver, task_type: TaskType, options: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
+def _captions(
+    model: UniPerceiver, task_type: TaskType, options: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
   tokens = decoding.beam_search(model, params, task_type, pixels, words, trie=trie, **dict(options)).tokens[:, 0]
   return sharding.replicate(tokens, model.mesh)
 

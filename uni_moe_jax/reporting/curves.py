@@ -54,7 +54,8 @@ def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], ti
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   names = [name for group in groups for name in sorted(curves) if name.startswith(f'{group}/')]
   if not names:
-    raise UsageError(f'no curve is named {" or ".join(f"{g}/…" for g in groups)}; there are {", ".join(sorted(curves))}')
+    raise UsageError(f'no curve is named {" or ".join(f"{g}/…" for g in groups)}; there are '
+                     f'{", ".join(sorted(curves))}')
   rows = -(-len(names) // _COLUMNS)
   sheet = figure.Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * rows + 0.4), layout='constrained')
   FigureCanvasAgg(sheet)

@@ -195,16 +195,19 @@ def signed_map(
   for i, name in enumerate(names):
     y, x = top + i * cell, left + i * cell + cell / 2
     parts.append(_text(left - 8, y + cell / 2 + 4, name, 'row', 'end'))
-    parts.append(f'<text class="row" transform="translate({x:.1f} {top - 6:.1f}) rotate(-35)">{html.escape(name)}</text>')
+    parts.append(f'<text class="row" transform="translate({x:.1f} {top - 6:.1f}) rotate(-35)">{html.escape(name)}'
+                 '</text>')
     for j, value in enumerate(values[i]):
       known = math.isfinite(value)
       css = 'minus' if known and value < 0 else 'cell'
       shade = 0.75 * min(abs(value), 1.0) if known and sure[i] else 0.0
       parts.append(f'<rect class="{css}" x="{left + j * cell:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" '
                    f'fill-opacity="{shade:.3f}"><title>{html.escape(notes[i][j])}</title></rect>')
-      parts.append(_text(left + (j + 0.5) * cell, y + cell / 2 + 4, f'{value:.2f}' if known else '–', 'inside', 'middle'))
+      number = f'{value:.2f}' if known else '–'
+      parts.append(_text(left + (j + 0.5) * cell, y + cell / 2 + 4, number, 'inside', 'middle'))
   side = len(names) * cell
-  return _svg(math.ceil(left + side + letter * len(names[-1])), math.ceil(top + side + 4), parts, 'signed matrix', fixed=True)
+  width, height = left + side + letter * len(names[-1]), top + side + 4
+  return _svg(math.ceil(width), math.ceil(height), parts, 'signed matrix', fixed=True)
 
 
 def _shade(share: float) -> float:

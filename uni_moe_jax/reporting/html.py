@@ -288,8 +288,8 @@ def _experts(experts: Mapping[str, Any]) -> str:
   coefficients = np.asarray(experts['coefficients'], np.float64)  # [L, router, A, E]
   if coefficients.ndim != 4 or coefficients.shape[1] != len(experts['sublayers']):
     raise UsageError(f'coefficients {coefficients.shape} must be [layer, router, condition, expert]')
-  parts = ['<p class="quiet">How much each condition uses each expert of a layer (no noise, exact routing); columns are experts, '
-           'a fuller color is a larger share. Hover for numbers.</p>']
+  parts = ['<p class="quiet">How much each condition uses each expert of a layer (no noise, exact routing); columns '
+           'are experts, a fuller color is a larger share. Hover for numbers.</p>']
   for index, router in enumerate(experts['sublayers']):
     figure = figures.heat_map(expert_usage_file.labels(experts), experts['layers'], coefficients[:, index])
     parts.append(f'<h3>{html.escape(router)} router</h3><div class="wide">{figure}</div>')
@@ -304,15 +304,19 @@ def _condition_table(experts: Mapping[str, Any]) -> str:
            + ''.join(f'<td class="number">{of_router[a]:.2f}</td>' for of_router in effective) + '</tr>'
            for a, condition in enumerate(experts['conditions'])]
   return (f'<h3>Effective number of experts at {html.escape(experts["checkpoint"])}, mean over layers (1 to '
-          f'{int(experts["num_experts"])})</h3><div class="wide"><table><thead><tr><th>condition</th><th>of</th>{head}</tr></thead>'
-          f'<tbody>{"".join(lines)}</tbody></table></div>')
+          f'{int(experts["num_experts"])})</h3><div class="wide"><table><thead><tr><th>condition</th><th>of</th>{head}'
+          f'</tr></thead><tbody>{"".join(lines)}</tbody></table></div>')
 
 
 def _task_overlap(experts: Mapping[str, Any]) -> str:
   names, values = list(experts['tasks']), np.asarray(experts['mean_task_overlap'], np.float64)
   by_layer = np.asarray(experts['task_overlap'], np.float64).mean(1)  # [L, T, T]
-  notes = [[f'{a} and {b}; ' + ', '.join(f'layer {layer}: {of[i, j]:.2f}' for layer, of in zip(experts['layers'], by_layer))
-            for j, b in enumerate(names)] for i, a in enumerate(names)]
+
+  def note(i: int, j: int) -> str:
+    overlaps = (f'layer {layer}: {overlap[i, j]:.2f}' for layer, overlap in zip(experts['layers'], by_layer))
+    return f'{names[i]} and {names[j]}; {", ".join(overlaps)}'
+
+  notes = [[note(i, j) for j in range(len(names))] for i in range(len(names))]
   return ('<h3>Overlap of two tasks: 1 for the same usage, 0 without a common expert</h3>'
           f'<div class="wide">{figures.signed_map(names, values, [True] * len(names), notes)}</div>')
 
@@ -321,10 +325,10 @@ def _interference(content: Mapping[str, Any]) -> str:
   tasks = content['tasks']
   parts = [
       f'<p class="quiet">I(i, j) at {html.escape(content["checkpoint"])}, over '
-      f'<code>{html.escape(content["parameters"])}</code>, {int(content["num_batches"])} batches per task: what a short step on '
-      'the task of the column takes from the loss of the task of the row, relative to a step on the row’s own task. Below 0 '
-      'it hurts. Hover for 95 % intervals and for the mean of ratios. ° the own step has no sure effect: such a row says '
-      'nothing.</p>']
+      f'<code>{html.escape(content["parameters"])}</code>, {int(content["num_batches"])} batches per task: what a '
+      'short step on the task of the column takes from the loss of the task of the row, relative to a step on the '
+      'row’s own task. Below 0 it hurts. Hover for 95 % intervals and for the mean of ratios. ° the own step has no '
+      'sure effect: such a row says nothing.</p>']
   for subset in content['subsets']:
     sure, ratio = interference_file.has_base(subset), subset['ratio_of_means']
     names = [name if ok else f'{name} °' for name, ok in zip(tasks, sure, strict=True)]
