@@ -1,4 +1,4 @@
-"""Captions of a closed set of answers, and of clips by a model that was never trained to caption any."""
+"""Captions of a closed set of answers, and of videos by a model that was never trained to caption videos."""
 
 import dataclasses
 import functools
@@ -30,8 +30,9 @@ def _config(answers=ANSWERS):
   c.target_sets.closed = config_lib.target_set(answers, family='names')
   # No training task has names of videos; their scale is that of images.
   c.tasks.video = config_lib.task(
-      'video_caption', 'videos', batch_size=0, target_set='words', caption_templates=('{name}',), max_len=LENGTH, temperature='image_caption')
-  for name, chosen in (('clips', ''), ('closed clips', 'closed')):
+      'video_caption', 'videos', batch_size=0, target_set='words', caption_templates=('{name}',), max_len=LENGTH,
+      temperature='image_caption')
+  for name, chosen in (('videos', ''), ('closed videos', 'closed')):
     c.evaluators[name] = config_lib.evaluator('caption', 'video', split='train', batch_size=8, constrain_to=chosen)
   return c
 
@@ -45,14 +46,15 @@ def _run():
 def _predictor(tokenizer=None, **texts) -> Predictor:
   """A predictor of fresh parameters; its tokenizer, or the texts of some sets, replaced."""
   run, params = _run()
-  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  plan = run.plan
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets, *plan.answer_sets)}
   for name, given in texts.items():
     sets[name] = (sets['closed'][0], dataclasses.replace(sets['closed'][1], names=tuple(given)))
   return Predictor(UniPerceiver(run.spec.model.spec), params, sets, tokenizer or run.data.tokenizer)
 
 
 class _Numbers:
-  """A tokenizer that writes ids as they are, so that whatever is said is a text and back."""
+  """A tokenizer that writes ids as they are, so that every output is a text that encodes to the same ids."""
 
   def __init__(self):
     given = _run()[0].data.tokenizer
@@ -65,49 +67,51 @@ class _Numbers:
     return [[int(w) for w in t.split()] for t in texts]
 
 
-def _evaluate(name: str):
+def _batch(name: str):
   """(task, pixels) of four examples."""
-  data = _run()[0].data
-  task = next(t for t in (*_run()[0].plan.tasks, *_run()[0].plan.probes) if t.name == name)
-  return task, next(evaluation_batches(data.examples(task), np.arange(4), 4))[0]['pixels']
+  run, _ = _run()
+  task = next(t for t in (*run.plan.tasks, *run.plan.probes) if t.name == name)
+  return task, next(evaluation_batches(run.data.examples(task), np.arange(4), 4))[0]['pixels']
 
 
 def test_captions_of_a_closed_set_are_always_its_members():
-  predictor, evaluated = _predictor(), _evaluate('caption')
-  assert set(predictor.captions(*evaluated, BEAMS, 0.0, 'closed')) <= set(ANSWERS)
-  assert not set(predictor.captions(*evaluated, BEAMS)) & set(ANSWERS)  # by themselves they would be others
+  predictor, batch = _predictor(), _batch('caption')
+  assert set(predictor.captions(*batch, BEAMS, 0.0, 'closed')) <= set(ANSWERS)
+  assert not set(predictor.captions(*batch, BEAMS)) & set(ANSWERS)  # without the constraint they are others
 
 
-def test_a_set_that_contains_what_is_reported_anyway_changes_nothing():
-  evaluated = _evaluate('caption')
-  output = _predictor(_Numbers()).captions(*evaluated, BEAMS)
-  # As long as what is said: shorter answers, which a beam of any words lets go early, can be likelier.
+def test_a_set_that_contains_the_unconstrained_captions_changes_nothing():
+  batch = _batch('caption')
+  output = _predictor(_Numbers()).captions(*batch, BEAMS)
+  # As long as the output: shorter answers, which an unconstrained beam drops early, can be likelier.
   others = tuple(' '.join([word] * LENGTH) for word in ('5', '9'))
   assert not set(output) & set(others)
-  assert _predictor(_Numbers(), output=(*output, *others)).captions(*evaluated, BEAMS, 0.0, 'output') == output
+  assert _predictor(_Numbers(), output=(*output, *others)).captions(*batch, BEAMS, 0.0, 'output') == output
 
 
 def test_videos_are_captioned_by_a_model_that_learned_images_alone(tmp_path):
   run, _ = _run()
   assert [t.type.name for t in run.plan.tasks] == ['image_caption']
   rows = suite.evaluate(run.plan, run.data, _predictor(), 0, tmp_path)
-  matches = {(r['evaluator'], r['metric']): r for r in rows}
-  assert {m for e, m in matches if e == 'clips'} == {'exact_match', 'BLEU-4', 'ROUGE-L', 'CIDEr-D', 'word F1'}
+  by_metric = {(r['evaluator'], r['metric']): r for r in rows}
+  assert {m for e, m in by_metric if e == 'videos'} == {'exact_match', 'BLEU-4', 'ROUGE-L', 'CIDEr-D', 'word F1'}
   assert all(r['baselines'] for r in rows)
-  assert matches['clips', 'exact_match']['count'] == 10 and matches['closed clips', 'exact_match']['count'] == 10
-  shown = json.loads((tmp_path / 'samples.json').read_text())['closed clips']
+  assert by_metric['videos', 'exact_match']['count'] == by_metric['closed videos', 'exact_match']['count'] == 10
+  shown = json.loads((tmp_path / 'samples.json').read_text())['closed videos']
   assert {s['prediction'] for s in shown} <= set(ANSWERS)
 
 
 def test_videos_need_a_scale_that_some_trained_task_has():
   config = _config()
   config.tasks.video.temperature = ''
-  with pytest.raises(ValueError, match="config.tasks.video.temperature='video_caption': no trained task has this group"):
+  message = "config.tasks.video.temperature='video_caption': no trained task has this group"
+  with pytest.raises(ValueError, match=message):
     make_plan(config)
 
 
-def test_an_answer_that_is_longer_than_a_caption_is_named_before_anything_runs():
+def test_an_answer_that_is_longer_than_a_caption_is_an_error_before_anything_runs():
   config = _config((*ANSWERS, 'small shape'))
-  with pytest.raises(ValueError, match="config.tasks.video.max_len=5 is too short for answer 'small shape' of "
-                                       "config.evaluators.closed clips.constrain_to='closed', which has [0-9]+ tokens"):
+  message = ("config.tasks.video.max_len=5 is too short for answer 'small shape' of "
+             "config.evaluators.closed videos.constrain_to='closed', which has [0-9]+ tokens")
+  with pytest.raises(ValueError, match=message):
     Data(config, make_plan(config))

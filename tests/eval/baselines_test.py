@@ -1,4 +1,4 @@
-"""Each baseline on data small enough to know its answer, or built so that only one baseline can win."""
+"""Each baseline on data whose result is known, or on data that only one baseline can solve."""
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -19,21 +19,21 @@ class CountsTest(parameterized.TestCase):
     np.testing.assert_array_equal(baselines.most_frequent(np.array([5, 3, 3, 5, 9]), 2), [3, 5])
 
   def test_unigram_by_hand(self):
-    # Counts 5, 2, 0 plus one each: 6/10, 3/10, 1/10. Picks 0, 0, 2: (.6 * .6 * .1) ** (-1/3).
+    # Counts 5, 2, 0 plus one each: 6/10, 3/10, 1/10. Tokens 0, 0, 2: (.6 * .6 * .1) ** (-1/3).
     result = baselines.unigram(np.array([5, 2, 0]), np.array([0, 0, 2]))
     self.assertEqual(result.token, 0)
     self.assertAlmostEqual(result.accuracy, 2 / 3)
     self.assertAlmostEqual(result.perplexity, (.6 * .6 * .1) ** (-1 / 3))
 
   @parameterized.parameters(([0, 3], r'\[0, 3\).*from 0 to 3'), ([], 'got none'))
-  def test_unigram_names_picks_it_cannot_score(self, picks, message):
+  def test_unigram_names_tokens_that_it_cannot_score(self, tokens, message):
     with self.assertRaisesRegex(ValueError, message):
-      baselines.unigram(np.array([5, 2, 0]), np.array(picks, int))
+      baselines.unigram(np.array([5, 2, 0]), np.array(tokens, int))
 
 
 class NearestTest(parameterized.TestCase):
 
-  def test_neighbours_equal_the_exact_search_across_blocks(self):
+  def test_neighbors_equal_the_exact_search_across_blocks(self):
     rng = np.random.default_rng(0)
     train = rng.integers(0, 256, (baselines._TRAIN_BLOCK + 300, 3, 4), np.uint8)
     test = rng.integers(0, 256, (baselines._QUERY_BLOCK + 9, 3, 4), np.uint8)
@@ -42,8 +42,7 @@ class NearestTest(parameterized.TestCase):
                                   np.square(gap).sum(axis=(2, 3)).argmin(axis=1))
 
   def test_images_that_float32_cannot_distinguish_are_distinguished(self):
-    # Squared norms are near 2 ** 26, where float32 knows multiples of 4 or 8 only; the distances
-    # are 3, 2 and 1.
+    # Squared norms are near 2 ** 26, where float32 has multiples of 4 or 8 only; the distances are 3, 2 and 1.
     test = np.full((1, 32, 32), 250, np.uint8)
     train = np.repeat(test, 3, axis=0)
     train[0, 0, :3] -= 1
@@ -61,7 +60,7 @@ class NearestTest(parameterized.TestCase):
     np.testing.assert_array_equal(
         baselines.nearest_neighbor(train, np.zeros((1, 1, 1), np.uint8)), [1])
 
-  def test_a_limit_searches_a_seeded_subset_and_returns_indices_of_the_whole(self):
+  def test_a_limit_searches_a_seeded_subset_and_returns_indices_of_all_images(self):
     train = np.arange(200, dtype=np.uint8)[:, None, None]
     first, again, other = (baselines.nearest_neighbor(train, train, limit=50, seed=seed)
                            for seed in (0, 0, 1))
@@ -83,15 +82,15 @@ class NamesTest(parameterized.TestCase):
     expected = [[metrics.word_f1([x], [y])[0] for y in right] for x in left]
     np.testing.assert_allclose(baselines.name_similarity(left, right), expected, atol=2e-7)
 
-  def test_the_candidate_closest_to_the_neighbours_name_is_chosen(self):
+  def test_the_candidate_closest_to_the_neighbors_name_is_chosen(self):
     names = ['leftwards arrow', 'full block', 'greek small letter beta']
     chosen = baselines.nearest_name(['greek small letter alpha', 'upwards arrow'], names)
     np.testing.assert_array_equal(chosen, [2, 0])
 
   def test_ties_are_neither_all_won_nor_all_lost(self):
     # Four equal candidates: a fair draw is right in a quarter of 400 cases, give or take 3 * .022.
-    similarity = baselines.name_similarity(['arrow'] * 400, ['left arrow', 'up arrow', 'down arrow',
-                                                          'right arrow'])
+    similarity = baselines.name_similarity(
+        ['arrow'] * 400, ['left arrow', 'up arrow', 'down arrow', 'right arrow'])
     positives = np.arange(400)[:, None] % 4 == np.arange(4)
     self.assertBetween(metrics.recall_at_k(similarity, positives, 1), .18, .32)
 
@@ -112,8 +111,8 @@ class FittedTest(parameterized.TestCase):
     same = rng.random(600) < .5
     b = np.where(same, a, (a + rng.integers(1, 6, 600)) % 6)
     labels = np.where(same, 'yes', 'no')
-    predictions = baselines.tfidf_logistic((words[a[:400]], words[b[:400]]), labels[:400],
-                                        (words[a[400:]], words[b[400:]]))
+    predictions = baselines.tfidf_logistic(
+        (words[a[:400]], words[b[:400]]), labels[:400], (words[a[400:]], words[b[400:]]))
     self.assertGreater(metrics.accuracy(predictions, labels[400:]), .95)
 
   def test_unequal_columns_are_named(self):
@@ -129,13 +128,13 @@ class FittedTest(parameterized.TestCase):
       start = rng.integers(0, 2)
       for t in range(5):
         videos[i, t, :, 3 + start + (t - 2) * (1 if label else -1)] = rng.integers(200, 256)
-    matches = {frames: metrics.accuracy(
+    accuracy = {frames: metrics.accuracy(
         baselines.frame_logistic(videos[:200], labels[:200], videos[200:], frames), labels[200:])
-             for frames in ('all', 'middle')}
-    self.assertEqual(matches['all'], 1)
-    self.assertLess(matches['middle'], .65)
+                for frames in ('all', 'middle')}
+    self.assertEqual(accuracy['all'], 1)
+    self.assertLess(accuracy['middle'], .65)
 
-  def test_large_colour_frames_are_averaged_down(self):
+  def test_large_color_frames_are_averaged_down(self):
     videos = np.zeros((2, 3, 64, 48, 3), np.uint8)
     videos[1, :, :3, :3] = 90  # one 3x3 tile of 21x16 tiles
     features = baselines._frame_features(videos, 'middle')
@@ -148,8 +147,8 @@ class FittedTest(parameterized.TestCase):
 
   def test_an_unknown_frame_choice_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, "'first'; it must be 'all' or 'middle'"):
-      baselines.frame_logistic(np.zeros((1, 2, 8, 8), np.uint8), [0],
-                            np.zeros((1, 2, 8, 8), np.uint8), 'first')
+      baselines.frame_logistic(
+          np.zeros((1, 2, 8, 8), np.uint8), [0], np.zeros((1, 2, 8, 8), np.uint8), 'first')
 
 
 if __name__ == '__main__':

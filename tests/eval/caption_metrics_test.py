@@ -1,4 +1,4 @@
-"""ROUGE-L and CIDEr-D against numbers worked out by hand, in the comments, and against those of the COCO caption toolkit."""
+"""ROUGE-L and CIDEr-D against numbers worked out by hand, in the comments, and against the COCO caption toolkit."""
 
 import math
 
@@ -39,21 +39,22 @@ class CiderTest(parameterized.TestCase):
     self.assertAlmostEqual(caption_metrics.cider_d(['a', 'b'], ['a', 'c']).mean(), 10 / 4 / 2)
 
   def test_rare_words_weigh_more_and_length_fades(self):
-    # Three examples; a is in 2 of 3 references, b in 1, so with u = log(3/2), w = log 3, n = 1: prediction "a" = (u, 0),
-    # reference "a b" = (u, w), cosine u / √(u² + w²); no longer n-gram. One word too short: exp(-1 / 72). The others: 0.
+    # Three examples; a is in 2 of 3 references, b in 1, so with u = log(3/2), w = log 3, n = 1: prediction
+    # "a" = (u, 0), reference "a b" = (u, w), cosine u / √(u² + w²); no longer n-gram. One word too short:
+    # exp(-1 / 72). The others: 0.
     u, w = math.log(3 / 2), math.log(3)
     expected = 10 * u / math.hypot(u, w) / 4 * math.exp(-1 / 72) / 3
     self.assertAlmostEqual(caption_metrics.cider_d(['a', 'x', 'x'], ['a b', 'a', 'c']).mean(), expected)
 
-  def test_repeating_a_word_is_videoped_at_the_reference(self):
-    # n = 1: prediction 3w, reference w, clipped to w · w / (3w · w) = 1/3, where a cosine would be 1. n = 2: "a a" is in no
-    # reference. Two words too long: exp(-4 / 72). Mean over n: / 4, over two examples: / 2.
+  def test_repeating_a_word_is_clipped_at_the_reference(self):
+    # n = 1: prediction 3w, reference w, clipped to w · w / (3w · w) = 1/3, where a cosine would be 1. n = 2: "a a" is
+    # in no reference. Two words too long: exp(-4 / 72). Mean over n: / 4, over two examples: / 2.
     self.assertAlmostEqual(
         caption_metrics.cider_d(['a a a', 'x'], ['a', 'b']).mean(), 10 / 3 / 4 * math.exp(-4 / 72) / 2)
 
   def test_several_references_are_averaged_and_count_an_ngram_once(self):
-    # "a" is in both references of the first example: still one example of two, weight log 2 as "c" has. Reference "a": 10/4.
-    # Reference "a c": cosine 1/√2 for n = 1, one word too short. Mean over references: / 2, over examples: / 2.
+    # "a" is in both references of the first example: still one example of two, weight log 2 like "c". Reference "a":
+    # 10/4. Reference "a c": cosine 1/√2 for n = 1, one word too short. Mean over references: / 2, over examples: / 2.
     expected = (10 / 4 + 10 / 4 / math.sqrt(2) * math.exp(-1 / 72)) / 2 / 2
     self.assertAlmostEqual(caption_metrics.cider_d(['a', 'x'], [['a', 'a c'], ['b']]).mean(), expected)
 

@@ -1,4 +1,4 @@
-"""Protocols of the evaluators, evaluated of predictors that know everything or nothing."""
+"""Protocols of the evaluators, run with predictors that are always right or always wrong."""
 
 import dataclasses
 
@@ -18,19 +18,19 @@ from uni_moe_jax.eval.suite import EVALUATORS
 @pytest.fixture(scope='module')
 def data():
   config = tiny.config(*tiny.TASKS, data_dir=tiny.data_dir())
-  for task_type, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
-                     ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
-    config.evaluators[task] = config_lib.evaluator(task_type, task, split='train', batch_size=5)
+  for evaluator, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
+                          ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
+    config.evaluators[task] = config_lib.evaluator(evaluator, task, split='train', batch_size=5)
   plan = make_plan(config)
   return plan, Data(config, plan)
 
 
-def _question(data, entry: str, predictor, **changes) -> Query:
+def _query(data, entry: str, predictor, **changes) -> Query:
   plan, d = data
   e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
-  texts = d.target_sets[e.task.target_set].names if e.task.target_set else ()
-  records = d.records(e.task.source, 'train')
-  return Query(e, predictor, d.examples(e.task), records, records, texts, d.entry_keys.get(e.task.target_set, ()), d.tokenizer, Samples())
+  names = d.target_sets[e.task.target_set].names if e.task.target_set else ()
+  keys, records = d.entry_keys.get(e.task.target_set, ()), d.records(e.task.source, 'train')
+  return Query(e, predictor, d.examples(e.task), records, records, names, keys, d.tokenizer, Samples())
 
 
 class _Oracle:
@@ -59,18 +59,21 @@ class _Oracle:
     np.put_along_axis(p, answer[..., None], 0.9, axis=-1)
     return np.log(p)
 
-  def captions(self, task, pixels, beams, penalty, answers):
+  def captions(self, task, pixels, beam_size, length_penalty, constrain_to):
     return [next(self.texts, '') for _ in pixels]
 
 
 def _scores(data, name, predictor, **changes):
-  question = _question(data, name, predictor, **changes)
-  return {s.name: s for s in EVALUATORS[question.evaluation.type](question)}
+  return _run(_query(data, name, predictor, **changes))
+
+
+def _run(query):
+  return {s.name: s for s in EVALUATORS[query.evaluation.type](query)}
 
 
 def test_views_of_a_video_are_averaged_as_probabilities(data):
-  class Looks(_Oracle):
-    """Says class 0 with the brightness of a clip as its probability, in percent."""
+  class Brightness(_Oracle):
+    """Predicts class 0 with the brightness of a video as its probability, in percent."""
 
     def inputs(self, task_type, fields):
       return fields['pixels'].mean(axis=(1, 2, 3, 4), dtype=np.float32)[:, None, None]
@@ -78,14 +81,15 @@ def test_views_of_a_video_are_averaged_as_probabilities(data):
     def log_probabilities(self, features, task):
       return np.log(np.concatenate([features, 100 - features], axis=-1) / 100)
 
-  question = _question(data, 'motion', Looks(2))
-  # Two clips of two views each, one frame of 1 × 1: (0.9 + 0.2) / 2 and (1.0 + 0.3) / 2; a mean of logarithms would say 0.6 and 1.
+  query = _query(data, 'motion', Brightness(2))
+  # Two videos of two views each, one frame of 1 × 1: (0.9 + 0.2) / 2 and (1.0 + 0.3) / 2; a mean of logarithms would
+  # give 0.6 and 1.
   pixels = np.array([[90, 20], [100, 30]], np.uint8).reshape(2, 2, 1, 1, 1, 1)
   with np.errstate(divide='ignore'):
-    matches = np.exp(evaluators._view_mean(question, {'pixels': pixels}))
-    np.testing.assert_allclose(matches, [[0.55, 0.45], [0.65, 0.35]], rtol=1e-6)
-    # A clip of one view is what it is.
-    np.testing.assert_allclose(np.exp(evaluators._view_mean(question, {'pixels': pixels[:, 0]}))[:, 0], [0.9, 1.0], rtol=1e-6)
+    p = np.exp(evaluators._view_mean(query, {'pixels': pixels}))
+    np.testing.assert_allclose(p, [[0.55, 0.45], [0.65, 0.35]], rtol=1e-6)
+    one_view = np.exp(evaluators._view_mean(query, {'pixels': pixels[:, 0]}))
+    np.testing.assert_allclose(one_view[:, 0], [0.9, 1.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize('name, targets', [('shape', 3), ('motion', 2), ('package', 2)])
@@ -105,9 +109,10 @@ def test_each_example_is_evaluated_and_counted_once_although_the_last_batch_is_f
 
 def test_baselines_fit_the_input(data):
   baseline_names = {name: set(_scores(data, name, _Oracle(n))['top-1'].baselines)
-            for name, n in (('shape', 3), ('motion', 2), ('package', 2))}
-  assert baseline_names == {'shape': {'majority', 'nearest neighbor'}, 'motion': {'majority', 'one frame', 'all frames'},
-                    'package': {'majority', 'tf-idf'}}
+                    for name, n in (('shape', 3), ('motion', 2), ('package', 2))}
+  assert baseline_names == {
+      'shape': {'majority', 'nearest neighbor'}, 'motion': {'majority', 'one frame', 'all frames'},
+      'package': {'majority', 'tf-idf'}}
 
 
 def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(data):
@@ -126,12 +131,12 @@ def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(d
   assert perfect['i2t_R@1'].baselines["nearest neighbor's name"] > 0.9  # the neighbor of a training image is itself
 
 
-# Images 0 and 1 have a caption in common, in the tokenizer's eyes; four distinct texts.
-_SHARED = [('a red bar', 'a image'), ('A  image', 'a blue disc'), ('a star',)]
+# Images 0 and 1 have a caption in common, which the tokenizer encodes the same; four distinct texts.
+_SHARED = [('a red bar', 'an image'), ('An  image', 'a blue disc'), ('a star',)]
 
 
 class _Reader(_Oracle):
-  """Knows which images have a text: a text is the sum of its images. turned: every image shows the next one."""
+  """Encodes a text as the sum of its images. turned: every image is taken for the one `turned` further on."""
 
   def __init__(self, tokenizer, turned: int = 0):
     super().__init__(1)
@@ -141,35 +146,39 @@ class _Reader(_Oracle):
     return np.roll(np.eye(3, dtype=np.float32), self._turned, axis=1)[fields['id']][:, None]
 
   def pairs(self, task_type, fields):
-    output = [self._tokenizer.decode(row[:valid.sum()].tolist()) for row, valid in zip(fields['target'], fields['target_valid'])]
-    self.read += output
-    owners = np.array([[text in map(self._fold, texts) for texts in _SHARED] for text in output], np.float32)
+    rows = zip(fields['target'], fields['target_valid'])
+    decoded = [self._tokenizer.decode(row[:valid.sum()].tolist()) for row, valid in rows]
+    self.read += decoded
+    owners = np.array([[text in map(self._fold, texts) for texts in _SHARED] for text in decoded], np.float32)
     return owners / np.linalg.norm(owners, axis=1, keepdims=True)
 
   def _fold(self, text):
     return self._tokenizer.decode(self._tokenizer.encode(text))
 
 
-def _of_all(data, **reader):
-  question = _question(data, 'pair', oracle := _Reader(data[1].tokenizer, **reader), num_examples=0, batch_size=3)
-  examples = dataclasses.replace(question.examples, size=3, references=lambda ids: [_SHARED[i] for i in ids])
-  complete = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, max_len=30))
-  return {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=complete, examples=examples))}, oracle
+def _retrieve(data, reader, texts, max_len):
+  """Scores of retrieval among three images with these texts."""
+  query = _query(data, 'pair', reader, num_examples=0, batch_size=3)
+  examples = dataclasses.replace(query.examples, size=3, references=lambda ids: [texts[i] for i in ids])
+  evaluation = dataclasses.replace(query.evaluation, task=dataclasses.replace(query.task, max_len=max_len))
+  return _run(dataclasses.replace(query, evaluation=evaluation, examples=examples))
 
 
 def test_images_that_share_a_caption_are_right_for_it_and_it_is_evaluated_once(data):
-  perfect, oracle = _of_all(data)
-  assert {name: s.value for name, s in perfect.items()} == {f'{direction}_R@{k}': 1.0 for k in (1, 5, 10) for direction in ('i2t', 't2i')}
+  reader = _Reader(data[1].tokenizer)
+  perfect = _retrieve(data, reader, _SHARED, 30)
+  assert {name: s.value for name, s in perfect.items()} == {
+      f'{direction}_R@{k}': 1.0 for k in (1, 5, 10) for direction in ('i2t', 't2i')}
   assert (perfect['i2t_R@1'].count, perfect['t2i_R@1'].count) == (3, 4)
-  assert len(set(oracle.read)) == 4 and len(oracle.read) == 6  # two batches of three, the last filled up
+  assert len(set(reader.read)) == 4 and len(reader.read) == 6  # two batches of three, the last filled up
   # Two, two and one of four texts; one, two, one and one of three images.
   assert perfect['i2t_R@1'].chance == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
   assert perfect['t2i_R@1'].chance == pytest.approx((1 / 3 + 2 / 3 + 1 / 3 + 1 / 3) / 4)
 
 
 def test_recall_of_files_of_a_model_that_takes_every_image_for_the_next(data):
-  wrong, _ = _of_all(data, turned=1)
-  # 0 as 1: its blue disc is closest, which 0 has not; 1 as 2: the star; 2 as 0: the red bar.
+  wrong = _retrieve(data, _Reader(data[1].tokenizer, turned=1), _SHARED, 30)
+  # 0 as 1: its blue disc is closest, which 0 does not have; 1 as 2: the star; 2 as 0: the red bar.
   assert wrong['i2t_R@1'].value == 0.0
   # The shared text: images 2 and 0 are as close as can be, and 0 has it, but a tie counts against the model.
   assert wrong['t2i_R@1'].value == 0.0 and wrong['t2i_R@5'].value == wrong['i2t_R@5'].value == 1.0
@@ -177,12 +186,9 @@ def test_recall_of_files_of_a_model_that_takes_every_image_for_the_next(data):
 
 def test_texts_that_differ_after_their_cut_are_one_candidate(data):
   # Cut to three words and the end, those of images 0 and 1 are equal: two candidates, right for two images and for one.
-  first = data[1].tokenizer.encode('a red bar')
-  long = [('a red bar and a disc',), ('a red bar and a star', 'a red bar'), ('a star',)]
-  question = _question(data, 'pair', _Reader(data[1].tokenizer), num_examples=0, batch_size=3)
-  examples = dataclasses.replace(question.examples, size=3, references=lambda ids: [long[i] for i in ids])
-  cut = dataclasses.replace(question.evaluation, task=dataclasses.replace(question.task, max_len=len(first) + 1))
-  scores = {s.name: s for s in EVALUATORS['retrieval'](dataclasses.replace(question, evaluation=cut, examples=examples))}
+  tokenizer = data[1].tokenizer
+  texts = [('a red bar and a disc',), ('a red bar and a star', 'a red bar'), ('a star',)]
+  scores = _retrieve(data, _Reader(tokenizer), texts, len(tokenizer.encode('a red bar')) + 1)
   assert (scores['i2t_R@1'].count, scores['t2i_R@1'].count) == (3, 2)
   assert scores['t2i_R@1'].chance == pytest.approx((2 / 3 + 1 / 3) / 2)
 
@@ -219,5 +225,5 @@ def test_perplexity_is_the_inverse_of_a_constant_probability(data):
 
 
 def test_a_subset_is_seeded_by_the_evaluators_name(data):
-  ids = [_question(data, 'shape', None, name=name, num_examples=6).ids().tolist() for name in ('x', 'x', 'y')]
+  ids = [_query(data, 'shape', None, name=name, num_examples=6).ids().tolist() for name in ('x', 'x', 'y')]
   assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 6

@@ -1,4 +1,4 @@
-"""Answers at a slot: GLUE's metrics and VQA's soft score, of predictors that always say the same."""
+"""Answers at a slot: GLUE's metrics and VQA's soft score, of predictors with given answers."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ ANSWERS = [('A cat',) * 4 + ('dog',) * 6, ('cat.',) * 10, ('bird',) * 10]
 
 
 class _Predicts:
-  """The answers of a predictor by example id, as log p; remembers who was evaluated."""
+  """A predictor with given answers by example id, as log p; records which examples were evaluated."""
 
   def __init__(self, answers, V):
     self.answers, self.V, self.seen = np.asarray(answers), V, []
@@ -30,20 +30,21 @@ class _Predicts:
     return np.log(np.eye(self.V)[self.answers[ids]] * 0.8 + 0.1)[:, None]
 
 
-def _evaluate(task_type, task, keys, examples, predicts, labels=None):
+def _evaluate(evaluator, task, keys, examples, predicts, labels=None):
   c = tiny.config(data_dir='')
   c.target_sets.s = config_lib.target_set(keys, family='words')
   c.tasks.t = task
-  c.evaluators.e = config_lib.evaluator(task_type, 't', split='test', batch_size=3)
+  c.evaluators.e = config_lib.evaluator(evaluator, 't', split='test', batch_size=3)
   [e] = make_plan(c).evaluations
-  records = FileDataset('own:x', examples.size, None, {}, {'label': keys}, {} if labels is None else {'label': labels}, '')
-  question = Query(e, predicts, examples, records, records, keys, keys, None, Samples())
-  return {s.name: s for s in EVALUATORS[task_type](question)}
+  labels = {} if labels is None else {'label': labels}
+  records = FileDataset('own:x', examples.size, None, {}, {'label': keys}, labels, '')
+  query = Query(e, predicts, examples, records, records, keys, keys, None, Samples())
+  return {s.name: s for s in EVALUATORS[evaluator](query)}
 
 
 def _text(**fields):
-  return config_lib.task('text_classification', 'own:x', batch_size=1, target_set='s', label_column='label', template='{a} <spe> <eot>',
-                         max_len=8, **fields)
+  return config_lib.task('text_classification', 'own:x', batch_size=1, target_set='s', label_column='label',
+                         template='{a} <spe> <eot>', max_len=8, **fields)
 
 
 def _examples(size, references=None):
@@ -73,10 +74,11 @@ def test_three_label_words_have_an_accuracy_alone():
 
 
 def test_questions_score_by_how_many_people_agree():
-  task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers', template='{q} <spe> <eot>', max_len=8, max_predictions=10)
+  task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers',
+                         template='{q} <spe> <eot>', max_len=8, max_predictions=10)
   examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
   scores = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2))
-  # Four of ten said cat: 1; ten: 1; nobody dog: 0. Most said dog, cat, bird.
+  # Four of ten answered cat: 1; ten: 1; nobody dog: 0. The most frequent answers are dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
   assert scores['exact_match'].value == pytest.approx(1 / 3)
   assert scores['soft score'].baselines == {"always 'dog'": pytest.approx(1 / 3)}

@@ -23,13 +23,15 @@ def _on(router: str, mesh: str) -> tuple[train_run.Run, Predictor]:
   c.tokenizer.path = tiny.tokenizer_file()
   for task in c.tasks.values():
     task.batch_size = 8
-  for task_type, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption')):
-    c.evaluators[task] = config_lib.evaluator(task_type, task, split='train', batch_size=5, num_examples=_EVALUATED)
-  c.moe.update(dict(router=router, num_experts=8, top_k=2, gmm='batched', capacity_factor=0.5 if router == 'token' else 0.0))
+  for evaluator, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption')):
+    c.evaluators[task] = config_lib.evaluator(evaluator, task, split='train', batch_size=5, num_examples=_EVALUATED)
+  capacity_factor = 0.5 if router == 'token' else 0.0
+  c.moe.update(dict(router=router, num_experts=8, top_k=2, gmm='batched', capacity_factor=capacity_factor))
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1), **_MESHES[mesh]})
   run = train_run.build(c, jax.devices()[:8 if mesh == 'eight' else 1])
   params = jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params)
-  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)}
+  plan = run.plan
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets, *plan.answer_sets)}
   return run, Predictor(run.spec.model, params, sets, run.data.tokenizer)
 
 

@@ -22,8 +22,8 @@ def finished(tmp_path_factory):
   c = tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir())
   c.moe.router = 'task'
   c.train.update(dict(steps=3, ema_decay=0.5))
-  for task_type, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
-    c.evaluators[f'my {task}'] = config_lib.evaluator(task_type, task, split='train', batch_size=6)
+  for evaluator, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
+    c.evaluators[f'my {task}'] = config_lib.evaluator(evaluator, task, split='train', batch_size=6)
   assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     run = train_run.build(load_config(workdir), jax.devices()[:1])
@@ -34,7 +34,8 @@ def finished(tmp_path_factory):
 
 def test_every_evaluator_has_its_rows(finished):
   _, rows = finished
-  assert [(r['evaluator'], r['metric']) for r in rows if r['metric'] in ('top-1', 'i2t_R@1', 'exact_match', 'perplexity')] == [
+  first = ('top-1', 'i2t_R@1', 'exact_match', 'perplexity')
+  assert [(r['evaluator'], r['metric']) for r in rows if r['metric'] in first] == [
       ('my caption', 'exact_match'), ('my pair', 'i2t_R@1'), ('my shape', 'top-1'), ('my text', 'perplexity')]
   assert all(r['baselines'] and r['step'] == 3 for r in rows)
 
@@ -44,12 +45,12 @@ def test_perplexity_of_an_untrained_model_is_about_the_vocabulary(finished):
   assert 20 < value < 60  # V is 40
 
 
-def test_what_was_evaluated_is_remembered_with_its_step(finished, tmp_path):
+def test_an_evaluation_has_the_step_of_its_checkpoint(finished, tmp_path):
   assert suite.evaluated_step(finished[0]) == 3
   assert suite.evaluated_step(tmp_path) is None
 
 
-def test_experts_hold_two_coefficients_per_layer_router_and_row(finished):
+def test_experts_have_two_coefficients_per_layer_router_and_condition(finished):
   experts = json.loads((finished[0] / 'experts.json').read_text())
   assert experts['checkpoint'] == 'step 3' and (finished[0] / 'experts.png').exists()
   assert experts['conditions'] == ['caption', 'retrieval', 'classification', 'mlm', 'names', 'words']
