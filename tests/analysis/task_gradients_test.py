@@ -15,6 +15,7 @@ from uni_moe_jax.analysis.interference_hook import InterferenceMetric, interfere
 from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.utils.tree_paths import by_path
 
 TASKS = ('answer', 'package')  # of one type, so that they share experts
 PATTERN = r'ffn_out/kernel$'
@@ -51,8 +52,7 @@ def _slices():
 
 def _spread(tree, slices, like):
   """Subsets, put back into a tree like the parameters; zero elsewhere."""
-  flat = {'/'.join(str(k.key) for k in path): np.zeros(leaf.shape, np.float32)
-          for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+  flat = {path: np.zeros(leaf.shape, np.float32) for path, leaf in by_path(like).items()}
   for s in slices:
     array = flat[s.path] if s.period is None else flat[s.path][s.period]
     array[...] = np.asarray(tree[s.subset][s.path])

@@ -13,6 +13,7 @@ from uni_moe_jax.utils.files import write_json
 FILE = 'interference.json'  # of the newest checkpoint; the report shows it
 _CELL = 0.95  # inches
 _LEGEND = 'row: task whose loss is measured; column: task of the step; below each value: 95 % interval'
+NO_BASE_LEGEND = '° a step on the task itself has no certain effect: its row has no meaning'  # of the mark °
 
 
 def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[pathlib.Path]:
@@ -74,7 +75,7 @@ def draw(
     heat_map.draw(axes, values, labels, tasks, texts, colormap='RdBu', lowest=-1)
     axes.set_title(subset['subset'], fontsize=10)
   if not all(all(has_base(s)) for s in subsets if s):
-    figure.supxlabel('° a step on the task itself has no certain effect: its row has no meaning', fontsize=9)
+    figure.supxlabel(NO_BASE_LEGEND, fontsize=9)
   figure.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)
 
 

@@ -1,6 +1,5 @@
 """Runs a plan's evaluators and writes evaluation.json and samples.json."""
 
-import json
 import os
 import pathlib
 import time
@@ -13,7 +12,7 @@ from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.eval.samples import Samples
-from uni_moe_jax.utils.files import write_json
+from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
 EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
@@ -56,8 +55,5 @@ def evaluate(
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:
   """The step of the evaluation in a work directory, or None."""
-  path = pathlib.Path(workdir) / EVALUATION_FILE
-  if not path.exists():
-    return None
-  rows = json.loads(path.read_text())
+  rows = read_json(pathlib.Path(workdir) / EVALUATION_FILE)
   return rows[0]['step'] if rows else None

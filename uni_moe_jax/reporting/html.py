@@ -327,8 +327,8 @@ def _interference(content: Mapping[str, Any]) -> str:
       f'<p class="quiet">I(i, j) at {html.escape(content["checkpoint"])}, over '
       f'<code>{html.escape(content["parameters"])}</code>, {int(content["num_batches"])} batches per task: what a '
       'short step on the task of the column takes from the loss of the task of the row, relative to a step on the '
-      'row’s own task. Below 0 it hurts. Hover for 95 % intervals and for the mean of ratios. ° the own step has no '
-      'sure effect: such a row says nothing.</p>']
+      'row’s own task. Below 0 it hurts. Hover for 95 % intervals and for the mean of ratios. '
+      f'{interference_file.NO_BASE_LEGEND}.</p>']
   for subset in content['subsets']:
     sure, ratio = interference_file.has_base(subset), subset['ratio_of_means']
     names = [name if ok else f'{name} °' for name, ok in zip(tasks, sure, strict=True)]

@@ -73,10 +73,11 @@ def router_grid(
     raise UsageError(f'--config={config}: there is no such file.')
   cells, batches = [], f'--num_batches={num_batches}'
   for router in dict.fromkeys(routers):
-    is_dense = _check(f'{file}:router={router}', overrides).moe.router == 'dense'
+    with_router = f'{file}:router={router}'
+    is_dense = _check(with_router, overrides).moe.router == 'dense'
     for seed in range(num_seeds or 1):
       path = folder / f'{router}-{seed}'
-      workdir_flag, config_flags = f'--workdir={path}', _config_flags(f'{file}:router={router}', seed, overrides)
+      workdir_flag, config_flags = f'--workdir={path}', _config_flags(with_router, seed, overrides)
       cells.append(Cell(path, router, '', seed, (
           Stage('interference at init',
                 ('launch/interference.py', '--at_init', *config_flags, workdir_flag, batches)),

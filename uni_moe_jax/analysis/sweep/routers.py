@@ -118,7 +118,7 @@ def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[
               f'{_number(c["experts"]["overlap"])} |' for c in with_experts]
   lines += ['', '## Interference and expert usage', '',
             "I(i, j): how much a short step on the column's task lowers the loss of the row's task, relative to a step "
-            "on the row's own task. ° a step on the task itself has no certain effect: its row has no meaning."]
+            f"on the row's own task. {interference_file.NO_BASE_LEGEND}."]
   for c in cells:
     for m in filter(None, c['interference'].values()):
       lines += ['', f'{c["name"]} at {m["checkpoint"]}:', '', *_matrix(m)]
