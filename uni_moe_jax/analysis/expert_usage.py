@@ -150,7 +150,10 @@ def coefficients(spec: ModelSpec, params: Any, inputs: Sequence[routers.RouterIn
 
 def gate_sums(
     spec: ModelSpec, collected: Any, slices: Sequence[TokenSlice], num_conditions: int, shards: int) -> GateSums:
-  """Sums the gates of routers by token. collected: see `Encoder`, with taps and all rows; shards: of the batch."""
+  """Sums the gates of routers by token.
+
+  collected: see `Encoder`, with taps and all rows. shards: of the batch.
+  """
   sequences = collected['sequences']
 
   def select(x, s):
@@ -201,7 +204,7 @@ def gate_sums(
 
 
 def task_shares(shares: np.ndarray, tasks: Sequence[Sequence[int]]) -> np.ndarray:
-  """[L, R, A, E] → [L, R, T, E]: the mean over each task's conditions; one that is listed twice counts twice."""
+  """[L, R, A, E] → [L, R, T, E]: the mean over each task's conditions; a repeated one counts twice."""
   return np.stack([shares[:, :, list(conditions)].mean(2) for conditions in tasks], axis=2)
 
 

@@ -30,7 +30,7 @@ def write(content: dict[str, Any], workdir: str | os.PathLike[str], stem: str) -
 
 
 def labels(content: Mapping[str, Any]) -> list[str]:
-  """Names of conditions, with the spans that have them unless the name contains one: '10011000 (visual)'."""
+  """Names of conditions, with their spans unless the name contains one: '10011000 (visual)'."""
   names = []
   for i, condition in enumerate(content['conditions']):
     spans = list(dict.fromkeys(span for spans in _users(content, i).values() for span in spans))
@@ -55,7 +55,7 @@ def mean_effective(content: Mapping[str, Any]) -> np.ndarray:
 
 
 def _draw(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-  """Coefficients as a grid of heat maps (a row per router, a column per layer); below, the overlap of tasks."""
+  """Draws coefficients as a grid of heat maps, router by layer; below, the overlap of tasks."""
   from matplotlib.figure import Figure  # slow to import, and only figures need it
   shares, effective = (np.asarray(content[k], np.float64) for k in ('coefficients', 'effective_experts'))
   L, R, A, E = shares.shape

@@ -58,7 +58,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Measurements over one subset: three [T, T] matrices (affected task, task of the step) and two scalars.
+  """Measurements over one subset: three matrices [T, T] (affected task, task of the step), two scalars.
 
   Attributes:
     delta: mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row has no
@@ -159,7 +159,10 @@ def _interval(value: np.ndarray, draws: np.ndarray) -> Interval:
 
 
 def _ratios(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-  """(delta, ratio of means, mean of ratios) [R, T, T]; each batch of each task counts `weights` [R, T, N] times."""
+  """(delta, ratio of means, mean of ratios), each [R, T, T].
+
+  weights: [R, T, N], how often each batch of each task counts.
+  """
   N, diagonal = rows.shape[-1], np.arange(len(rows))
   shift = np.einsum('rjb,ijb->rij', weights - 1, columns) / N
   delta = np.einsum('ria,ija->rij', weights, rows) / N + shift

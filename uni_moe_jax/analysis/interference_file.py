@@ -33,7 +33,7 @@ def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str
 
 
 def has_base(subset: Mapping[str, Any]) -> list[bool]:
-  """Whether Δ of a step on the task itself is certainly above 0, per task; else its row of ratios has no base."""
+  """Whether Δ of a step on the task itself is certainly above 0, per task; else its row has no base."""
   low = subset['delta']['low']
   return [low[i][i] is not None and low[i][i] > 0 for i in range(len(low))]
 
@@ -58,7 +58,10 @@ def note(subset: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str
 
 def draw(
     path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
-  """Draws a heat map of I(i, j) per subset: blue helps, red hurts, white is 0, saturated at ±1. None leaves a gap."""
+  """Draws a heat map of I(i, j) per subset; None leaves a gap.
+
+  Blue helps, red hurts, white is 0; colors are saturated at ±1.
+  """
   from matplotlib.figure import Figure  # slow to import, and only figures need it
   size = _CELL * len(tasks) + 0.085 * max(map(len, tasks)) + 0.9
   figure = Figure(figsize=(max(len(grid[0]) * size, 6), len(grid) * size + 0.6), layout='constrained')

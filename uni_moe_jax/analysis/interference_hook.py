@@ -1,4 +1,4 @@
-"""Task interference as a training metric: an estimate from the batch of a step, before the step is taken.
+"""Task interference as a training metric, estimated from the batch of a step before it is taken.
 
 Every task's examples are split into halves, for two independent gradients of each task, and `analysis.interference`
 measures these N = 2 batches. The metric 'interference/<i><-<j>' is Δ_{j→i}: the decrease of the loss of i by a short
@@ -35,7 +35,10 @@ class InterferenceMetric:
         half_gradient, spec=run.spec, task=t.name, slices=slices)) for t in run.plan.tasks}
 
   def __call__(self, step: int, params: Any, batch: Batch, sets: TargetSets) -> dict[str, jax.Array]:
-    """Scalars for step 0, 1, …, which is about to be taken; {} unless it is one of every `interference_every` steps."""
+    """Scalars for step 0, 1, …, which is about to be taken.
+
+    {} unless it is one of every `interference_every` steps.
+    """
     if (step + 1) % self._every:
       return {}
     key = jax.random.fold_in(jax.random.key(self._seed), step)

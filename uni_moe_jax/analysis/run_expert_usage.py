@@ -59,7 +59,10 @@ def write_after_evaluation(run: Run, params: Any, step: int, workdir: str | os.P
 
 
 def compute_usage(run: Run, params: Any, checkpoint: str, num_batches: int, seed: int) -> dict[str, Any]:
-  """Content of experts.json, see `expert_usage.to_json`. Routers that merge need no batches. checkpoint: its name."""
+  """Content of experts.json, see `expert_usage.to_json`.
+
+  Routers that merge need no batches. checkpoint: its name.
+  """
   spec, plan = run.spec.model.spec, run.plan
   sets = {s.name: s for s in (*plan.sets, *plan.probe_sets)}
   facts = {'checkpoint': checkpoint, 'num_batches': 0, 'seed': seed}
@@ -80,7 +83,10 @@ def compute_usage(run: Run, params: Any, checkpoint: str, num_batches: int, seed
 def _sum_batches(
     run: Run, params: Any, by_task: expert_usage.Conditions, num_conditions: int, num_batches: int, seed: int
 ) -> expert_usage.GateSums:
-  """Sums over batches that the training mixture draws with another seed; routing is exact and without noise."""
+  """Sums over batches that the training mixture draws with another seed.
+
+  Routing is exact and without noise.
+  """
   seed = hashing.mix(run.config.seed, 'experts', seed)
   mixture = dataclasses.replace(run.mixture(), seed=seed, mode='all_tasks')
   step = jax.jit(functools.partial(step_sums, spec=run.spec, by_task=by_task, num_conditions=num_conditions))

@@ -1,4 +1,4 @@
-"""Measures the task interference of a run: joins its checkpoints, the gradients of its tasks and the estimator."""
+"""Measures the task interference of a run: joins checkpoints, gradients of tasks and the estimator."""
 
 import os
 import pathlib
@@ -21,7 +21,9 @@ from uni_moe_jax.utils.errors import UsageError
 def measure_interference(
     config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], step: int | None, at_init: bool, pattern: str,
     layers: list[int] | None, num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
-  """Measures the parameters that training updates, not their averages; returns the paths of the files it wrote.
+  """Measures a run and returns the paths of the files it wrote.
+
+  The parameters are those that training updates, not their averages.
 
   Args:
     config, workdir: of the run.
@@ -80,7 +82,10 @@ def to_json(
 
 
 def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_init: bool) -> tuple[TrainState, str]:
-  """(state, name) of the checkpoint of a step, None for the newest one; or of the state that the run starts from."""
+  """(state, name) of a checkpoint, or of the state that the run starts from.
+
+  step: None for the newest checkpoint.
+  """
   if at_init:
     return initial_state(run), 'init'
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:

@@ -33,9 +33,9 @@ def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
 def task_gradient(
     params: Any, batch: Batch, sets: TargetSets, key: jax.Array, *, spec: StepSpec, slices: Sequence[ParamSlice]
 ) -> tuple[dict[str, Any], jax.Array]:
-  """(gradient by subset, loss) of the only task of a `quiet_spec`. Under jit no other gradient is computed.
+  """(gradient by subset, loss) of the only task of a `quiet_spec`.
 
-  The key draws the sampled vocabulary and synonyms.
+  Under jit no other gradient is computed. The key draws the sampled vocabulary and synonyms.
   """
   output = gradients(spec, params, batch, sets, key)
   return param_subsets.extract(slices, output.grads), output.loss

@@ -91,7 +91,10 @@ def _counts(words: list[str]) -> collections.Counter:
 
 def _similarity(
     prediction: collections.Counter, reference: collections.Counter, documents: collections.Counter, N: int) -> float:
-  """CIDEr-D of one text against one reference; documents: number of examples with each n-gram in a reference, of N."""
+  """CIDEr-D of one text against one reference.
+
+  documents: number of examples, of N, that have each n-gram in a reference.
+  """
   def vector(counts: collections.Counter, n: int) -> dict[tuple[str, ...], float]:
     # An n-gram of no reference is as rare as one of a single example.
     return {g: c * math.log(N / max(1, documents[g])) for g, c in counts.items() if len(g) == n}

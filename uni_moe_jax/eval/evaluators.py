@@ -1,4 +1,4 @@
-"""Evaluators: fixed protocols that turn a predictor and records into scores, beside chance and simple baselines.
+"""Evaluators: fixed protocols for scores of a predictor, beside chance and simple baselines.
 
 Examples, candidates, phrasing and number of draws are fixed here and seeded by the evaluator's name. Baselines are
 computed from the same records in the same command. An evaluator receives a `Predictor`, never a model.
@@ -113,7 +113,10 @@ def _view_mean(q: Query, fields: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def baseline_labels(q: Query, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """(training labels [N], empty if unknown; labels [Q] that each baseline predicts for the evaluated examples)."""
+  """(training labels [N], labels [Q] of the evaluated examples as each baseline predicts them).
+
+  Training labels are empty if they are unknown.
+  """
   if isinstance(q.trained, FileDataset):
     column = q.task.label_column
     if column not in q.trained.labels:
@@ -136,7 +139,7 @@ class _Columns:
 
 
 def _labeled(q: Query, records: Records, ids: np.ndarray | None = None) -> tuple[np.ndarray, _Columns]:
-  """Labels and input columns of the labeled records (those with an example id of the task), or of some of them."""
+  """Labels and input columns of the labeled records, which have an example id, or of some of them."""
   index = example_ids(records, q.task)
   if ids is not None:
     index = index[ids]
@@ -158,11 +161,12 @@ def _input_baselines(test: _Columns, train: _Columns, train_labels: np.ndarray) 
 
 
 def retrieval(q: Query) -> list[Score]:
-  """R@1, 5, 10 in both directions among `num_examples` examples with distinct texts, mean of three seeded draws.
+  """R@1, 5, 10 in both directions among examples with distinct texts.
 
-  The baseline copies the name of the nearest training image (of a video: of its middle frame) and takes the candidate
-  that shares most words with it. Of records in files every example and each of its texts counts, as published: any text
-  of an image is correct for it, and an image is correct if the text is one of its own.
+  The value is the mean over three seeded draws of `num_examples` examples. The baseline copies the name of the nearest
+  training image (of a video: of its middle frame) and takes the candidate that shares most words with it. Of records in
+  files every example and each of its texts counts, as published: any text of an image is correct for it, and an image
+  is correct if the text is one of its own.
   """
   if q.examples.references:
     return _full_retrieval(q)
@@ -258,9 +262,10 @@ def _neighbor_names(q: Query, ids: np.ndarray) -> np.ndarray:
 
 
 def caption(q: Query) -> list[Score]:
-  """Captions, greedy or by beam search, of any words or of a closed set, beside the nearest neighbor's text.
+  """Exact match, BLEU-4, ROUGE-L, CIDEr-D (up to 10) and word F1 of captions.
 
-  Exact match, BLEU-4, ROUGE-L, CIDEr-D (up to 10) and word F1.
+  Captions are decoded greedily or by beam search, from any words or from a closed set. The baseline is the nearest
+  neighbor's text.
   """
   ids, e = q.ids(), q.evaluation
   predicted = []

@@ -110,11 +110,11 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the mean, over the classes present in labels, of the share of each that was predicted correctly.
+  """Returns the mean recall of the classes that are present in labels.
 
   Args:
     predictions: int or string [N].
-    labels: int or string [N]. A class that is only predicted, never right, has no share to count.
+    labels: int or string [N]. A class that is only predicted has no recall and does not count.
   """
   return _mean(_class_recall(predictions, labels)[0])
 
@@ -136,7 +136,7 @@ def _class_recall(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarr
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Returns F1 of label 1 of two, 2 TP / (2 TP + FP + FN); 0 where label 1 neither occurs nor is predicted."""
+  """Returns F1 of label 1 of two: 2 TP / (2 TP + FP + FN); 0 if label 1 occurs nowhere."""
   predictions, labels = np.asarray(predictions), np.asarray(labels)
   hits = int((_pair_up(predictions, labels) & (labels == 1)).sum())
   return 2 * hits / max(int((predictions == 1).sum() + (labels == 1).sum()), 1)
@@ -151,16 +151,17 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-  """Returns the soft score of each answer: the mean over annotators of min(1, others who gave the same answer / 3).
+  """Returns the soft score of each answer, the official measure of VQA v2.
 
-  The official measure of VQA v2: of ten people, an answer that 1, 2, 3, 4 of them gave scores 0.3, 0.6, 0.9, 1.
+  It is the mean over annotators of min(1, others who gave the same answer / 3): an answer that 1, 2, 3, 4 of ten
+  annotators gave scores 0.3, 0.6, 0.9, 1.
 
   Args:
     predictions: N answers.
     answers: for each the annotators' answers, normalized like the predictions (`data/pipeline/vqa_answers.py`).
 
   Raises:
-    UsageError: not as many of each, or a question that nobody answered.
+    UsageError: not as many of each, or a question without answers.
   """
   scores = []
   for answer, people in with_references(predictions, answers):
@@ -199,8 +200,9 @@ def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[
 
 
 def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
-  """Returns the F1 of the bags of words of each example (against the closest of several references): float64 [N].
+  """Returns the F1 of the bags of words of each example: float64 [N].
 
+  Of several references the closest one counts.
   "greek small letter" against "greek letter alpha" shares 2 of 3 words both ways: 2/3.
   """
   return each(max(_bag_f1(_words(prediction), _words(one)) for one in several)
@@ -249,13 +251,16 @@ class Score:
 
   @classmethod
   def mean(cls, name: str, values: np.ndarray, baselines: Mapping[str, np.ndarray]) -> Score:
-    """Returns a Score of the mean of a value per example, [N] each, with its standard error (none of one example)."""
+    """Returns a Score of the mean of values [N], one per example, with its standard error.
+
+    A single example has no standard error. baselines: their values [N], by name.
+    """
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return cls(name, float(np.mean(values)), len(values), standard_error=error,
                baselines={k: float(np.mean(v)) for k, v in baselines.items()})
 
   def row(self, evaluator: str, step: int) -> dict[str, Any]:
-    """Returns the JSON object that evaluation.json holds for this score."""
+    """Returns the row of evaluation.json for this score."""
     return dict(evaluator=evaluator, metric=self.name, value=float(self.value), chance=self.chance,
                 baselines={name: float(value) for name, value in self.baselines.items()},
                 standard_error=self.standard_error, count=int(self.count), step=int(step),
@@ -293,7 +298,7 @@ def evaluation_table(rows: Iterable[Mapping[str, Any]]) -> str:
   """Returns evaluation rows as an aligned plain-text table, with a legend line under it.
 
   Args:
-    rows: objects as `Score.row` gives them and as evaluation.json holds them.
+    rows: as returned by `Score.row` and as read from evaluation.json.
   """
   header = ('evaluator', 'metric', 'value', '± s.e.', 'count', 'chance', 'baselines')
   table = [header] + [_cells(row) for row in rows]

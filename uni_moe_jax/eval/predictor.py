@@ -1,4 +1,4 @@
-"""The model as evaluators use it: features, target sets and captions, as jitted functions over one set of parameters.
+"""The model as evaluators use it: jitted functions for features, target sets and captions.
 
 On a mesh every batch shard computes its examples. All processes make the same calls, and each gets the complete result.
 """
@@ -25,7 +25,10 @@ _WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
 
 
 class Predictor:
-  """A trained model as functions of evaluation batches (numpy in, numpy out). Target sets are encoded once and kept."""
+  """A trained model as functions of evaluation batches, numpy in, numpy out.
+
+  Target sets are encoded once and kept.
+  """
 
   def __init__(self, model: UniPerceiver, params, sets: dict[str, tuple[SetSpec, TargetSet]], tokenizer: Tokenizer):
     """model, params: the model and its parameters, on its mesh. sets: every target set in use, by name."""
@@ -88,7 +91,7 @@ class Predictor:
 
 
 def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence, ...]:
-  """The sequences of a target set, each encoded at once: the texts of one length, or a part of a vocabulary."""
+  """The sequences of a target set, each the texts of one length, or a part of a vocabulary."""
   if spec.is_vocabulary:
     words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))
     return tuple(batching.vocabulary_sequence(spec.name, spec.condition, ids, eot) for ids in words)
@@ -104,7 +107,7 @@ def _all_texts(bucket: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Array | np.ndarray:
-  """Features [n · Y, D] of a bucket's texts → [n, D]: the mean over the synonyms of each entry, normalized."""
+  """Features [n · Y, D] of a bucket's texts → [n, D]: per entry, the mean over normalized synonyms."""
   if 'count' not in bucket:
     return rows
   n, Y = bucket['text'].shape[:2]
@@ -143,5 +146,5 @@ def _captions(
 
 
 def seed_of(name: str) -> int:
-  """Seed of an evaluator's subset: fixed by its name, so that every model is evaluated on the same examples."""
+  """Seed of an evaluator's subset, fixed by its name: every model gets the same examples."""
   return zlib.crc32(name.encode())

@@ -1,7 +1,7 @@
 """One page that shows what a run did: report.html, from the files in a workdir.
 
-The page needs no network and no other file. A file that is missing, half written or of another
-shape costs its own section a sentence, never the page: a report is read when something went wrong.
+The page needs no network and no other file. A section whose file is missing, half written or of another shape is
+replaced by a sentence, because a report is also read when something went wrong.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
 
 
 class _Source:
-  """One file of the workdir: its content, or the sentence that stands in its place."""
+  """One file of the workdir: its content, or the sentence that replaces it."""
 
   def __init__(self, path: epath.Path, read: Callable[[str], Any], origin: str):
     self.name, self.content, self.absence = path.name, None, ''

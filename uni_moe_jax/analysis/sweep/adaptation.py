@@ -65,7 +65,10 @@ def find_errors(cells: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
 
 
 def _tasks_without_gain(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Sentences for evaluators whose `_CAPTION_METRIC`, or else first metric, is no better after prompt tuning."""
+  """Sentences for evaluators that prompt tuning does not improve.
+
+  `_CAPTION_METRIC` decides if the evaluator has it, else its first metric.
+  """
   by_evaluator: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
   for s in scores:
     by_evaluator.setdefault((s['task'], s['evaluator']), {}).setdefault(s['metric'], {})[s['variant']] = s
@@ -82,7 +85,10 @@ def _tasks_without_gain(scores: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Lines of Markdown: what every recipe trained for every task. Seeds that have not trained are not counted."""
+  """Lines of Markdown: what every recipe trained for every task.
+
+  Seeds that have not trained are not counted.
+  """
   lines = ['| task | recipe | seeds | steps | examples | drawn | trained | share | frozen parameters |',
            '| --- ' * 9 + '|']
   groups: dict[tuple[str, str], list[dict[str, Any]]] = {}

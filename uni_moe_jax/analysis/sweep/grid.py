@@ -1,7 +1,7 @@
-"""The grid of a sweep: its cells, each one work directory, and the commands that make them. Imports no JAX.
+"""The grid of a sweep: its cells, each one work directory, and the commands that make them.
 
-Every command can be typed by hand, so that each cell can be repeated without the sweep. All configs are checked before
-anything runs.
+Imports no JAX. Every command can be typed by hand, so that each cell can be repeated without the sweep. All configs are
+checked before anything runs.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Results of a sweep: results.json, results.md and figures in the folder `results` of its work directory.
+"""Results of a sweep: results.json, results.md and figures in `results` in its work directory.
 
 Failed cells are reported with what they left. Nothing in the folder names a machine, so that it can be published.
 """

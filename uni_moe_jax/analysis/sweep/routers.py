@@ -1,4 +1,4 @@
-"""The router ablation: what every run measured, whether runs differ only in their router, sections of the report."""
+"""The router ablation: what every run measured, checks of the runs, and sections of the report."""
 
 import json
 import pathlib
@@ -38,8 +38,11 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _expert_summary(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
-  """{'effective': {sublayer: mean over layers and conditions}, 'overlap': mean over pairs of different tasks, 'tasks',
-  'task_overlap' [T, T]}."""
+  """Means of experts.json.
+
+  {'effective': {sublayer: mean over layers and conditions}, 'overlap': mean over pairs of different tasks, 'tasks',
+  'task_overlap' [T, T]}.
+  """
   if content is None:
     return None
   overlap = np.asarray(content['mean_task_overlap'])
@@ -68,7 +71,7 @@ def find_errors(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]) -> 
 
 
 def draw_figures(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path, out: pathlib.Path) -> dict[str, list[str]]:
-  """Writes the heat maps of every cell into `out`; returns the names of the files by the name of the cell."""
+  """Writes the heat maps of every cell into `out`; returns the names of the files by name of cell."""
   figures: dict[str, list[str]] = {}
   for c in cells:
     names = figures[c['name']] = []

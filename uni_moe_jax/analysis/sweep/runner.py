@@ -46,9 +46,10 @@ def is_finished(log: Sequence[dict[str, Any]], stage: str) -> bool:
 
 
 def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> bool:
-  """Runs every unfinished stage whose `needs` has finished. A failure does not stop the other stages and cells.
+  """Runs every unfinished stage whose `needs` has finished.
 
-  `start` runs a command and returns its exit code. False: a signal stopped a command, and nothing was started after it.
+  A failure does not stop the other stages and cells. `start` runs a command and returns its exit code. False: a signal
+  stopped a command, and nothing was started after it.
   """
   for number, cell in enumerate(cells, 1):
     log = read_log(cell.folder)
