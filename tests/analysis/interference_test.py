@@ -131,8 +131,8 @@ def test_intervals_contain_minus_one_for_opposite_tasks_and_one_for_the_same_tas
 
 
 def test_quadratic_losses_by_closed_form_without_noise():
-  theta, centres = np.array([1., 2.]), dict(a=(-2., -2.), b=(1., -4.), c=(5., 6.))
-  gradients = {name: (theta - np.array(c),) * 2 for name, c in centres.items()}  # (3, 4), (0, 6), (-4, -4)
+  theta, centers = np.array([1., 2.]), dict(a=(-2., -2.), b=(1., -4.), c=(5., 6.))
+  gradients = {name: (theta - np.array(c),) * 2 for name, c in centers.items()}  # (3, 4), (0, 6), (-4, -4)
   _, estimate = _measure(gradients, 2)
   s = 2**.5
   expected = [[1, 4 / 5, -7 / 5 / s], [4 / 5, 1, -1 / s], [-7 / 5 / s, -1 / s, 1]]

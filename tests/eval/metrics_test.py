@@ -29,8 +29,8 @@ class AnswerTest(parameterized.TestCase):
   @parameterized.parameters((0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0))
   def test_an_answer_scores_by_how_many_of_ten_gave_it(self, same, score):
     people = ['yes'] * same + [f'other {i}' for i in range(10 - same)]
-    [matches] = metrics.vqa_score(['yes'], [people])
-    self.assertAlmostEqual(matches, score)
+    [value] = metrics.vqa_score(['yes'], [people])
+    self.assertAlmostEqual(value, score)
 
 
 class RecallTest(parameterized.TestCase):
@@ -87,7 +87,7 @@ class AccuracyTest(parameterized.TestCase):
 
   @parameterized.parameters(('ints', [0, 1, 2]), ('names', ['arrow', 'box', 'letter']))
   def test_balanced_accuracy_is_the_mean_recall_of_present_classes(self, _, classes):
-    # Class 0: 3 of 4 found; class 1: 1 of 2; class 2: 0 of 1; a fourth class is predicted only.
+    # Class 0: 3 of 4 correct; class 1: 1 of 2; class 2: 0 of 1; a fourth class is predicted only.
     labels = np.array(classes)[[0, 0, 0, 0, 1, 1, 2]]
     predictions = np.array(classes)[[0, 0, 0, 1, 1, 0, 0]]
     self.assertAlmostEqual(metrics.balanced_accuracy(predictions, labels), (3/4 + 1/2 + 0) / 3)
@@ -111,7 +111,7 @@ class AccuracyTest(parameterized.TestCase):
 class TextTest(parameterized.TestCase):
 
   def test_perplexity_is_exp_of_the_weighted_mean(self):
-    # Two picks of probability 1/2 and 1/8: sqrt(2 * 8) = 4.
+    # Two tokens of probability 1/2 and 1/8: sqrt(2 * 8) = 4.
     self.assertAlmostEqual(metrics.perplexity(math.log(2) + math.log(8), 2), 4)
     self.assertEqual(metrics.perplexity(1e6, 1), math.inf)
     with self.assertRaisesRegex(ValueError, 'weights sum to 0'):

@@ -94,7 +94,7 @@ class FiguresTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r'\(1, 2, 3\) must be \[2 layers, 2 rows, experts\]'):
       figures.heat_map(['a', 'b'], [0, 2], np.zeros((1, 2, 3)))
 
-  def test_a_signed_map_shows_sign_by_colour_size_by_depth_and_the_number(self):
+  def test_a_signed_map_shows_sign_by_color_size_by_depth_and_the_number(self):
     values, notes = np.array([[1., -.5], [0., np.nan]]), [['aa', 'ab'], ['ba', '<bb>']]
     svg = figures.signed_map(['a', 'b'], values, [True, True], notes)
     cells = {cell[0].text: (css, float(cell.get('fill-opacity'))) for css in ('cell', 'minus')

@@ -46,7 +46,7 @@ def _write_all(workdir):
 
 
 class _Balance(html.parser.HTMLParser):
-  """Fails on a tag that is closed in the wrong place."""
+  """Fails on a tag that is closed in the wrong order."""
 
   def __init__(self):
     super().__init__()
