@@ -18,11 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from uni_moe_jax.data.pipeline.mixtures import Batch, Mixture
 from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, initial_state
+from uni_moe_jax.train.step import Step, TrainState
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, lock, saved_step
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
@@ -159,20 +161,19 @@ def _loop(
     return FINISHED
   with detector.phase(START):
     log = MetricsLog(workdir, first, last, distributed.is_primary())
-    active_hooks = [hook for make in hooks if (hook := make(run))]
+    steps = _Steps(run, detector, hooks)
     if saved is not None:  # may be step 0, which launch/convert.py writes
       state = checkpoints.restore(run.abstract_state())
       print(f'resumed from step {first}', flush=True)
     else:
       state = initial_state(run)
-    target_sets, steps, mixture = run.target_sets(), {}, run.mixture()
+    mixture = run.mixture()
     batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
 
   stops = multihost.AnyProcess(run.mesh)
   with log:
-    done, pending = first, None  # metrics of the running step are read once the next step is queued
-    means = {}  # as logged at step `done`, if it is logged
+    done, metrics_log = first, _StepMetrics(log, detector, mixture, c)
     for step in range(first, last):
       with detector.phase(STEP, step):
         if stops(stop.requested):
@@ -181,39 +182,19 @@ def _loop(
         checkpoints.check()
       with detector.phase(START if step == first else BATCH, step + 1):  # the first batch opens files
         task, batch = next(batches)
-      compiles = task not in steps
-      if compiles:
-        steps[task] = run.step_fn(task)
-      with detector.phase(START, step + 1):  # hooks compile, too
-        batch = run.put_batch(batch)
-        # Hooks run before the step, which donates the buffers of the state.
-        extra = {k: v for hook in active_hooks for k, v in hook(step, state.params, batch, target_sets).items()}
-      with detector.phase(START if compiles else STEP, step + 1):
-        state, metrics = steps[task](state, batch, target_sets)
-        if compiles:
-          jax.block_until_ready(metrics)
+      state, metrics = steps.take(step, task, state, batch)
       if step == first:
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
       done = step + 1
-      with detector.phase(STEP, step):
-        if pending is not None and not _log_step(log, pending, c.max_nonfinite_steps, step):
-          return ERROR
-      pending, means = {**metrics, **extra}, {}
-      if done % c.log_every == 0 or done == last:
-        with detector.phase(STEP, done):
-          if corrupt := multihost.sum_over_processes(mixture.num_corrupt_examples()):  # since the processes started
-            pending['corrupt_examples'] = corrupt
-          if not _log_step(log, pending, c.max_nonfinite_steps, done):
-            return ERROR
-        with detector.phase(SAVE, done):
-          pending, means = None, log.write(done)
+      if not metrics_log.add(done, metrics):
+        return ERROR
       if done % c.checkpoint_every == 0 and done != last:
         with detector.phase(SAVE, done):
-          checkpoints.save(done, state, means)
+          checkpoints.save(done, state, metrics_log.means)
     with detector.phase(STEP, done):
       done = int(jax.device_get(state.step))
     with detector.phase(SAVE, done):
-      checkpoints.save(done, state, means)
+      checkpoints.save(done, state, metrics_log.means)
       checkpoints.finish()
   if done < last:
     print(f'stopped at step {done} of {last}; the same command continues.', flush=True)
@@ -222,15 +203,70 @@ def _loop(
   return FINISHED
 
 
-def _log_step(log: MetricsLog, metrics, max_nonfinite_steps: int, step: int) -> bool:
-  """Adds a step's metrics to the log; False after too many consecutive steps that were not finite."""
-  values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-  streak = int(values['nonfinite_streak'])
-  if streak >= max_nonfinite_steps:
-    names = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
-    print(f'error: {streak} steps in a row up to step {step} were not finite '
-          f'({", ".join(names) or "the gradient norm"}); the parameters are those of step {step - streak}. Lower '
-          'config.optim.learning_rate, or check the data of those tasks.', file=sys.stderr, flush=True)
-    return False
-  log.add({k: v for k, v in values.items() if np.isfinite(v)})
-  return True
+class _Steps:
+  """The jitted step of every task that a step can have, with the hooks of the run; each compiles when first taken."""
+
+  def __init__(self, run: Run, detector: HangDetector, hooks):
+    self._run, self._detector = run, detector
+    self._hooks = [hook for make in hooks if (hook := make(run))]
+    self._target_sets = run.target_sets()
+    self._by_task: dict[str | None, Step] = {}
+
+  def take(self, step: int, task: str | None, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    """(state, metrics with those of the hooks) after step `step + 1`; donates the buffers of the state."""
+    compiles = task not in self._by_task
+    if compiles:
+      self._by_task[task] = self._run.step_fn(task)
+    with self._detector.phase(START, step + 1):  # hooks compile, too
+      batch = self._run.put_batch(batch)
+      # Hooks run before the step, which donates the buffers of the state.
+      extra = {k: v for hook in self._hooks for k, v in hook(step, state.params, batch, self._target_sets).items()}
+    with self._detector.phase(START if compiles else STEP, step + 1):
+      state, metrics = self._by_task[task](state, batch, self._target_sets)
+      if compiles:
+        jax.block_until_ready(metrics)
+    return state, {**metrics, **extra}
+
+
+class _StepMetrics:
+  """Reads the metrics of a step when the next one is queued, and logs their means every `log_every` steps.
+
+  Attributes:
+    means: as logged at the newest step; {} if that step is not logged.
+  """
+
+  def __init__(self, log: MetricsLog, detector: HangDetector, mixture: Mixture, c):
+    """c: `config.train`."""
+    self._log, self._detector, self._mixture, self._config = log, detector, mixture, c
+    self._pending = None  # metrics of the running step
+    self.means: dict[str, float] = {}
+
+  def add(self, done: int, metrics: dict[str, Any]) -> bool:
+    """Adds the metrics of step `done`. False after too many consecutive steps that were not finite."""
+    with self._detector.phase(STEP, done - 1):
+      if self._pending is not None and not self._read(done - 1):
+        return False
+    self._pending, self.means = metrics, {}
+    if done % self._config.log_every and done != self._config.steps:
+      return True
+    with self._detector.phase(STEP, done):
+      if corrupt := multihost.sum_over_processes(self._mixture.num_corrupt_examples()):  # since the processes started
+        self._pending['corrupt_examples'] = corrupt
+      if not self._read(done):
+        return False
+    with self._detector.phase(SAVE, done):
+      self._pending, self.means = None, self._log.write(done)
+    return True
+
+  def _read(self, step: int) -> bool:
+    """Adds the pending metrics, those of `step`, to the log. Returns as `add` does."""
+    values = {k: float(v) for k, v in jax.device_get(self._pending).items()}
+    streak = int(values['nonfinite_streak'])
+    if streak >= self._config.max_nonfinite_steps:
+      names = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
+      print(f'error: {streak} steps in a row up to step {step} were not finite '
+            f'({", ".join(names) or "the gradient norm"}); the parameters are those of step {step - streak}. Lower '
+            'config.optim.learning_rate, or check the data of those tasks.', file=sys.stderr, flush=True)
+      return False
+    self._log.add({k: v for k, v in values.items() if np.isfinite(v)})
+    return True
