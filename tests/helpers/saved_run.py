@@ -1,6 +1,7 @@
 """A work directory with a checkpoint of a run that was not trained."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,18 +12,21 @@ from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.step import TrainState
 
 Folder = str | os.PathLike[str]
 
 
-def save(folder: Folder, config: ml_collections.ConfigDict, step: int, devices: int = 1) -> Any:
-  """Save a checkpoint with parameters that are nowhere zero. Return them."""
+def save(
+    folder: Folder, config: ml_collections.ConfigDict, step: int, devices: int = 1,
+    change: Callable[[TrainState], TrainState] = lambda state: state) -> Any:
+  """Save a checkpoint with parameters that are nowhere zero. Return them. change: applied to the state."""
   run = train_run.build(config, jax.devices()[:devices])
   params = small_model.params(run.spec.model.spec)
   workdir.claim_workdir(folder, config, run.data.fingerprint)
   workdir.copy_tokenizer(folder, run.data.tokenizer_file)
   with Checkpoints(folder, 1) as checkpoints:
-    checkpoints.save(step, run.state_from(params))
+    checkpoints.save(step, change(run.state_from(params)))
   return params
 
 

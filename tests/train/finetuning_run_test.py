@@ -8,15 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import small_model, tiny
+from tests.helpers import saved_run, small_model, tiny
 from uni_moe_jax.config import presets
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.forward import forward
-from uni_moe_jax.utils.tree_paths import path_of
+from uni_moe_jax.utils.tree_paths import by_path
 
 
 def _config(*tasks: str):
@@ -30,24 +29,14 @@ def _params(config, workdir):
   run = train_run.build(config, jax.devices()[:1])
   with Checkpoints(workdir, 2) as checkpoints:
     state = checkpoints.restore(run.abstract_state())
-  return {path_of(p): np.asarray(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
-
-
-def _saved(config, workdir, change=lambda state: state):
-  """Writes the work directory of a run at step 2 with random parameters, without training it."""
-  run = train_run.build(config, jax.devices()[:1])
-  workdir_lib.claim_workdir(workdir, config, run.data.fingerprint)
-  workdir_lib.copy_tokenizer(workdir, run.data.tokenizer_file)
-  with Checkpoints(workdir, 1) as checkpoints:
-    checkpoints.save(2, change(run.state_from(small_model.params(run.spec.model.spec))))
-  return run
+  return {path: np.asarray(leaf) for path, leaf in by_path(state.params).items()}
 
 
 @pytest.fixture(name='base', scope='module')
 def _base(tmp_path_factory):
   """A run to start from: (workdir, config)."""
   workdir, config = tmp_path_factory.mktemp('base'), _config('shape', 'pair')
-  _saved(config, workdir)
+  saved_run.save(workdir, config, step=2)
   return workdir, config
 
 
@@ -113,8 +102,9 @@ def test_the_tokenizer_is_that_of_the_initial_run(base):
 def test_a_run_starts_from_averaged_parameters(tmp_path):
   c, other = _config('shape'), _config('shape')
   c.train.ema_decay, other.train.init = .5, str(tmp_path)
-  run = _saved(c, tmp_path, lambda state: state.replace(
+  saved_run.save(tmp_path, c, step=2, change=lambda state: state.replace(
       ema_params=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
+  run = train_run.build(c, jax.devices()[:1])
   with Checkpoints(tmp_path, 1) as checkpoints:
     state, averaged = checkpoints.restore(run.abstract_state()), checkpoints.restore_params()
   jax.tree.map(np.testing.assert_array_equal, averaged, state.ema_params)

@@ -13,10 +13,12 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from uni_moe_jax.parallel import distributed
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps
+from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps
 from uni_moe_jax.utils import errors, heap
 from uni_moe_jax.utils.errors import RunError, UsageError
+from uni_moe_jax.utils.tree_paths import by_path
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step: there is no checkpoint; all are damaged
 
@@ -137,8 +139,8 @@ class Checkpoints:
       self._manager.close()
 
   def _newest_in_all_processes(self, clean: bool) -> int | None:
-    """The newest intact step, which the first process determines for all."""
-    step = _newest_intact(self._workdir, self._folder, clean) if jax.process_index() == 0 else _NONE
+    """The newest intact step, which the primary process determines for all."""
+    step = _newest_intact(self._workdir, self._folder, clean) if distributed.is_primary() else _NONE
     if jax.process_count() > 1:
       step = int(multihost_utils.broadcast_one_to_all(step))
     if step == _ALL_DAMAGED:
@@ -189,7 +191,7 @@ class Checkpoints:
         raise
       step, self._pending = self._pending, None
       # Orbax has removed old steps from its list, but deletes them only after a save that succeeds.
-      kept = max(saved_steps(self._workdir), default=None)
+      kept = saved_step(self._workdir)
       safe = 'nothing was saved before it' if kept is None else f'that of step {kept} is safe'
       fix = 'Free some space' if is_full else 'Check whether the disk can be reached, and who may write there'
       raise RunError(
@@ -235,9 +237,4 @@ def _move_away(workdir: str | os.PathLike[str], folder: pathlib.Path, step: int)
 
 def _describe_arrays(tree: Any) -> dict[str, str]:
   """{path: 'float32[8, 3]'} of a tree of shapes or of Orbax's description of one."""
-  arrays = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if hasattr(leaf, 'shape'):
-      name = '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
-      arrays[name] = f'{leaf.dtype}{list(leaf.shape)}'
-  return arrays
+  return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in by_path(tree).items() if hasattr(leaf, 'shape')}

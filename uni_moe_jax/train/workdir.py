@@ -19,7 +19,7 @@ from uni_moe_jax import __version__
 from uni_moe_jax.config.schema import PATHS, apply_choices
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
-from uni_moe_jax.utils.files import write_json
+from uni_moe_jax.utils.files import read_json, write_json
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
@@ -192,8 +192,8 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: 
 
 def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   """Origin of a run's parameters, as JSON for an export. Files and folders appear only by name."""
-  stored, trained, converted = (json.loads(file.read_text()) if file.exists() else {} for file in (
-      pathlib.Path(workdir) / name for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE)))
+  stored, trained, converted = (
+      read_json(pathlib.Path(workdir) / name, {}) for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE))
   config = stored['config']
   for section, field in PATHS:
     if field in config.get(section, {}):
