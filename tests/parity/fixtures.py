@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.config.schema import PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.model.spec import ModelSpec
 
@@ -104,8 +105,8 @@ def model_spec(model: str, prefix_is_word: bool = False, **changes: Any) -> Mode
       max_text_len=m['text_pos_max_len'], posemb='frozen',
       prefix_word=special[_SPE_WORD] if prefix_is_word or not m['OLD_CHECKPONT'] else None,
       router='attribute' if moe else 'dense', num_experts=moe['experts'] if moe else 8,
-      top_k=moe['top_k'] if moe else 2,
-      placement=moe['location'] if moe else 'none', noise_std=0.0, temperature_groups=torch_layout.TEMPERATURES)
+      top_k=moe['top_k'] if moe else 2, placement=moe['location'] if moe else 'none', noise_std=0.0,
+      temperature_groups=PUBLISHED_TEMPERATURES)
   if prompt:
     spec = dataclasses.replace(
         spec, num_deep_prompts=prompt['length'], prompt_sharing='shared' if prompt['share'] else 'separate',

@@ -11,10 +11,9 @@ from uni_moe_jax.config.schema import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.export.torch_layout import LayoutError
+from uni_moe_jax.model.heads import LOG_SCALE
 from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.moe import routers
-
-_SCALE = 'log_scale_'  # prefix of the path of a temperature group's parameter
 
 
 def state(spec: ModelSpec, params: Any, tasks: Sequence[ExportedTask]) -> dict[str, np.ndarray]:
@@ -40,7 +39,7 @@ def state(spec: ModelSpec, params: Any, tasks: Sequence[ExportedTask]) -> dict[s
                       'of task '
                       f'{of_videos[0]!r} are videos; choose tasks of images with --tasks.')
   groups = _groups(spec, params, [e.task for e in tasks])
-  renamed = params | {_SCALE + published: params[_SCALE + own] for published, own in groups.items()}
+  renamed = params | {LOG_SCALE + published: params[LOG_SCALE + own] for published, own in groups.items()}
   return torch_layout.to_torch(renamed, dataclasses.replace(spec, temperature_groups=tuple(groups),
                                                             frame_differences=False))[0]
 
@@ -61,7 +60,7 @@ def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str
                         f'{task.type.name!r}; it has those of {", ".join(PUBLISHED_GROUPS)}. Leave the task out with '
                         f'--tasks.')
     other = groups.setdefault(published, own)
-    scales = [float(np.exp(params[_SCALE + name])) for name in (other, own)]
+    scales = [float(np.exp(params[LOG_SCALE + name])) for name in (other, own)]
     if scales[0] != scales[1]:
       raise LayoutError(f'--torch: temperature groups {other!r} (1/τ = {scales[0]:.4g}) and {own!r} ({scales[1]:.4g}) '
                         f'would both '

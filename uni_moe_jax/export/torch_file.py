@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.export.torch_layout import LayoutError
+from uni_moe_jax.export.torch_layout import PATCH_BIAS, VISUAL_TYPE, LayoutError
 from uni_moe_jax.utils.errors import MissingFileError
 
 _STATES = ('model', 'module', 'state_dict')  # keys of the parameters; a file without them is a state dict itself
@@ -45,7 +45,6 @@ _OLDER_MOE = (
 _UNUSED_OLDER = 'visual_embed.'
 _LEGACY_PICKLES = 4  # magic number, protocol, system, contents
 _HARMLESS = r'collections\.OrderedDict|torch\._utils\.\w+|torch\.\w+Storage|torch\.\w+'
-_PATCH_BIAS, _VISUAL_TYPE = 'video_embed.embeddings.bias', 'video_embed.embeddings_type.weight'
 
 
 def _torch():
@@ -172,7 +171,7 @@ def _renamed(arrays: dict[str, np.ndarray], keep_visual_type: bool) -> tuple[dic
     if name in out:
       raise LayoutError(f'{key} and another key are both {name}.')
     out[name] = value.reshape(-1) if name.endswith(('.gamma_1', '.gamma_2')) else value  # [1, 1, D] there
-  if not keep_visual_type and {_PATCH_BIAS, _VISUAL_TYPE} <= set(out):
-    out[_PATCH_BIAS] = out[_PATCH_BIAS] + out.pop(_VISUAL_TYPE)[0]
-    remarks[_VISUAL_TYPE] = f'added to {_PATCH_BIAS}: older code added it to every visual token'
+  if not keep_visual_type and {PATCH_BIAS, VISUAL_TYPE} <= set(out):
+    out[PATCH_BIAS] = out[PATCH_BIAS] + out.pop(VISUAL_TYPE)[0]
+    remarks[VISUAL_TYPE] = f'added to {PATCH_BIAS}: older code added it to every visual token'
   return out, remarks

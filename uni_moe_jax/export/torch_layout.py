@@ -16,6 +16,7 @@ import numpy as np
 from uni_moe_jax.config.schema import PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import resize_positions
 from uni_moe_jax.model.embedders import sincos_table
+from uni_moe_jax.model.heads import LOG_SCALE
 from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -23,10 +24,10 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 State = Mapping[str, np.ndarray]
-TEMPERATURES = PUBLISHED_TEMPERATURES
 _INITIAL_SCALE = math.log(1 / 0.07)
+_LOGIT_SCALE = 'loss_prepare.logit_scale_'
 _SPATIAL = 'video_embed.embeddings_st_pos.spatial_pos_embed.weight'
-_VISUAL_TYPE = 'video_embed.embeddings_type.weight'
+VISUAL_TYPE, PATCH_BIAS = 'video_embed.embeddings_type.weight', 'video_embed.embeddings.bias'
 
 
 class LayoutError(UsageError):
@@ -60,10 +61,10 @@ _ONCE = (
     ('token_embed.embeddings_pos.position_embeddings.weight', 'embed/position', SAME),
     ('token_embed.embeddings_token_type.weight', 'embed/type', SAME),
     ('video_embed.embeddings.weight', 'embed/patch', PATCH),
-    ('video_embed.embeddings.bias', 'embed/patch_bias', SAME),
+    (PATCH_BIAS, 'embed/patch_bias', SAME),
     ('video_embed.embeddings_st_pos.temporal_pos_embed.weight', 'embed/temporal', SAME),
     (_SPATIAL, 'embed/spatial', SAME),
-    (_VISUAL_TYPE, 'embed/visual_type', SAME),
+    (VISUAL_TYPE, 'embed/visual_type', SAME),
     ('loss_prepare.ln_post.weight', 'similarity/norm/scale', SAME),
     ('loss_prepare.ln_post.bias', 'similarity/norm/bias', SAME),
     ('loss_prepare.proj.weight', 'similarity/kernel', LINEAR),
@@ -154,10 +155,10 @@ def check_convertible(spec: ModelSpec) -> None:
     raise LayoutError('the published layout does not support config.model.num_prefix_prompts, '
                       'config.model.frame_differences and '
                       'label_prompts of a target set; convert a model without them.')
-  unknown = [t for t in spec.temperature_groups if t not in TEMPERATURES]
+  unknown = [t for t in spec.temperature_groups if t not in PUBLISHED_TEMPERATURES]
   if unknown:
     raise LayoutError(f'the published layout has no temperature group {unknown[0]!r}; '
-                      f'{nearest(unknown[0], TEMPERATURES)}. Set `temperature` of the tasks that use it.')
+                      f'{nearest(unknown[0], PUBLISHED_TEMPERATURES)}. Set `temperature` of the tasks that use it.')
 
 
 def entries(spec: ModelSpec) -> list[Entry]:
@@ -167,7 +168,7 @@ def entries(spec: ModelSpec) -> list[Entry]:
             'embed/spe_bias': not spec.spe_bias}
   absent |= {path: not spec.head for _, path, _ in _ONCE if path.startswith('linear_head/')}
   out = [Entry(key, tuple(path.split('/')), (), transform) for key, path, transform in _ONCE if not absent.get(path)]
-  out += [Entry(f'loss_prepare.logit_scale_{t}', (f'log_scale_{t}',), (), SAME) for t in spec.temperature_groups]
+  out += [Entry(_LOGIT_SCALE + t, (LOG_SCALE + t,), (), SAME) for t in spec.temperature_groups]
   for layer, sublayers in enumerate(spec.pattern):
     subtree, period, block = spec.stack.locate(layer)
     index = () if period is None else (period,)
@@ -263,11 +264,10 @@ def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Repor
   made = {alias: (out[key], f'the same tensor as {key}') for alias, key in _ALIASES.items() if key in out}
   made |= {key: (np.zeros(shape, np.float32), 'zeros: a gate that is never evaluated')
            for key, shape in dead_gates(spec).items()}
-  made |= {f'loss_prepare.logit_scale_{t}': (np.float32(_INITIAL_SCALE),
-                                             'the initial value: the model has no such group')
-           for t in TEMPERATURES if t not in spec.temperature_groups}
+  made |= {_LOGIT_SCALE + t: (np.float32(_INITIAL_SCALE), 'the initial value: the model has no such group')
+           for t in PUBLISHED_TEMPERATURES if t not in spec.temperature_groups}
   if not spec.modality_embedding:
-    made[_VISUAL_TYPE] = np.zeros((1, spec.width), np.float32), 'zeros: the model adds no type to visual tokens'
+    made[VISUAL_TYPE] = np.zeros((1, spec.width), np.float32), 'zeros: the model adds no type to visual tokens'
   if spec.posemb == 'sincos2d':
     made[_SPATIAL] = _table(spec), 'the fixed sin-cos table'
   for key, (value, why) in made.items():
@@ -297,11 +297,11 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
                              '(FFN_SHARE_GATE_DECISION, as in every published config)')
     elif _BANK.match(key):
       report.dropped[key] = 'state of a memory bank'
-    elif key == _VISUAL_TYPE:
+    elif key == VISUAL_TYPE:
       report.dropped[key] = 'unused in the published code' + (
           '' if not np.any(state[key]) else
           ', but not zero: a file for ADD_TYPE_EMBED needs config.model.modality_embedding=True')
-    elif key.startswith('loss_prepare.logit_scale_') and key.rpartition('logit_scale_')[2] in TEMPERATURES:
+    elif key.startswith(_LOGIT_SCALE) and key.removeprefix(_LOGIT_SCALE) in PUBLISHED_TEMPERATURES:
       report.dropped[key] = (
           'no task of the config has this temperature group (config.model.extra_temperature_groups adds groups)')
     elif key == _SPATIAL:

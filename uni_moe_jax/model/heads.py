@@ -15,6 +15,7 @@ from uni_moe_jax.moe.layers import layer_norm, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 MAX_SCALE = 100.0
+LOG_SCALE = 'log_scale_'  # prefix of the path of a temperature group's parameter
 MIN_SQUARE = 1e-24  # (1e-12)²; its power -3/2, a factor of the gradient, is still finite in float32
 
 

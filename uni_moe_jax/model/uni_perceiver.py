@@ -95,7 +95,7 @@ class UniPerceiver(nn.Module):
     if spec.head:
       self.linear_head = LinearHead(spec.head)
     init = heads.log_scale_init(spec.temperature_init)
-    self.log_scales = {name: self.param(f'log_scale_{name}', init, ()) for name in spec.temperature_groups}
+    self.log_scales = {name: self.param(heads.LOG_SCALE + name, init, ()) for name in spec.temperature_groups}
 
   def __call__(self, sequence: Sequence):
     """Uses every parameter; for `init`."""

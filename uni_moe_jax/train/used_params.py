@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.config.plan import Plan
 from uni_moe_jax.model.encoder import Collected
-from uni_moe_jax.model.heads import MAX_SCALE
+from uni_moe_jax.model.heads import LOG_SCALE, MAX_SCALE
 from uni_moe_jax.model.spec import PROJECTIONS, ModelSpec
 from uni_moe_jax.utils.tree_paths import path_of
 
@@ -26,7 +26,6 @@ _NEEDS = (
     (r'^linear_head/', 'head'),
     (r'^embed/prompts/(label_.+)$', r'\1'),
 )
-_SCALE = 'log_scale_'
 
 UsedExperts = dict[str, tuple[dict[str, jax.Array], ...]]
 
@@ -84,8 +83,8 @@ def used_mask(
     if (expert := expert_sublayer(spec, path)) is not None:
       subtree, block, sublayer = expert
       return used[subtree][block][sublayer] > 0
-    if path.startswith(_SCALE):
-      return jnp.asarray(path.removeprefix(_SCALE) in temperatures) & (jnp.exp(leaf) <= MAX_SCALE)
+    if path.startswith(LOG_SCALE):
+      return jnp.asarray(path.removeprefix(LOG_SCALE) in temperatures) & (jnp.exp(leaf) <= MAX_SCALE)
     need = next((m.expand(content) for pattern, content in _NEEDS if (m := re.search(pattern, path))), None)
     if need == 'text' and spec.prefix_word is not None:  # a word as readout token has a position, too
       need = None
