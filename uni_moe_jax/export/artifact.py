@@ -122,8 +122,8 @@ def _input_types(program: Program) -> dict[str, str]:
   """{input: 'uint8[b, 1, 32, 32, 3]'}"""
   def type_of(x):
     return f'{np.dtype(x.dtype).name}[{", ".join(map(str, x.shape))}]'
-  return {k: 'the cache that prefill or the previous step returned' if k == 'cache' else type_of(x) for k,
-          x in program.inputs.items()}
+  return {name: 'the cache that prefill or the previous step returned' if name == 'cache' else type_of(x)
+          for name, x in program.inputs.items()}
 
 
 def _write_parameters(folder: pathlib.Path, params: Any) -> None:
@@ -136,5 +136,5 @@ def _write_parameters(folder: pathlib.Path, params: Any) -> None:
 def _checksums(folder: pathlib.Path) -> dict[str, tuple[str, int]]:
   """{file: (sha256, bytes)} of every file in a folder, sorted."""
   paths = sorted(p for p in folder.rglob('*') if p.is_file())
-  return {p.relative_to(folder).as_posix(): (hashlib.sha256(p.read_bytes()).hexdigest(),
-                                             p.stat().st_size) for p in paths}
+  return {p.relative_to(folder).as_posix(): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_size)
+          for p in paths}

@@ -90,8 +90,8 @@ def make_contents(
   with jax.default_matmul_precision(FULL_PRECISION):
     predictor = Predictor(UniPerceiver(portable_spec), params, sets, data.tokenizer)
     features = {name: np.asarray(predictor.target_set(name)) for name in sets}
-    answers = {e.task.name: _answers(predictor, e, sets,
-                                     examples[e.task.name]) for e in exported if e.task.name in examples}
+    answers = {e.task.name: _answers(predictor, e, sets, examples[e.task.name])
+               for e in exported if e.task.name in examples}
     if routers.routes_tokens(spec.router):
       exported_spec, exported_params = portable_spec, params
     else:
@@ -140,8 +140,7 @@ def _inputs(task: TaskSpec, plan: Plan, data: Data, num_examples: int) -> dict[s
 
 def _answers(
     predictor: Predictor, exported: ExportedTask, sets: dict[str, tuple[SetSpec, TargetSet]],
-    fields: dict[str, np.ndarray]
-) -> list[str] | None:
+    fields: dict[str, np.ndarray]) -> list[str] | None:
   """Captions or the most likely entries as strings; None if the entries have no names (single words)."""
   task = exported.task
   if task.type.readout == 'queries':

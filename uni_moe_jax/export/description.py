@@ -13,10 +13,9 @@ from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.moe import routers
 
 _EXPERTS = ('num_experts', 'top_k', 'placement', 'sublayers')
-_EXPERT_FIELDS = (*_EXPERTS, 'noise_std', 'capacity_factor', 'gmm', 'router_names',
-                  'kernels')  # fields of experts and their routers
-_PROTOCOL = ('type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'num_views',
-             'num_crops')  # of an evaluator
+# Fields of experts and their routers, and of an evaluator.
+_EXPERT_FIELDS = (*_EXPERTS, 'noise_std', 'capacity_factor', 'gmm', 'router_names', 'kernels')
+_PROTOCOL = ('type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'num_views', 'num_crops')
 
 
 def manifest(

@@ -27,17 +27,15 @@ def verify(folder):
     digest, _, name = line.partition('  ')
     file = folder / name
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-      raise ValueError(
-          f'{file} differs from the exported file (SHA256SUMS): it is damaged, changed or missing. Copy the folder '
-          f'again.')
+      raise ValueError(f'{file} differs from the exported file (SHA256SUMS): it is damaged, changed or missing. Copy '
+                       'the folder again.')
     listed.add(name)
   manifest = {'files': ['manifest.json']}
   if 'manifest.json' in listed:
     manifest = json.loads((folder / 'manifest.json').read_bytes())
   if missing := sorted({*manifest['files']} - listed):
-    raise ValueError(
-        f'{folder / "SHA256SUMS"} does not list {missing[0]}: it is empty, truncated or changed. Copy the folder '
-        f'again.')
+    raise ValueError(f'{folder / "SHA256SUMS"} does not list {missing[0]}: it is empty, truncated or changed. Copy the '
+                     'folder again.')
   return manifest
 
 
@@ -65,8 +63,7 @@ class Model:
     match = re.match(rb'\{\s*"format": (\d+)', (self.folder / 'manifest.json').read_bytes())
     if match and int(match[1]) != FORMAT:
       raise ValueError(f'{self.folder} has format {int(match[1])}, and this loader reads format {FORMAT}: use the '
-                       f'load.py of that '
-                       'folder, or export the model again.')
+                       'load.py of that folder, or export the model again.')
     self.manifest = verify(self.folder)
     self.params = jax.device_put(tensors(self.folder / 'params.safetensors'))
     self.target_sets = jax.device_put(tensors(self.folder / 'target_sets.safetensors'))
@@ -78,9 +75,8 @@ class Model:
     if 'targets' in entry['inputs']:
       inputs.setdefault('targets', self.target_sets[self.manifest['tasks'][task]['target_set']])
     if wrong := set(entry['inputs']) ^ set(inputs):
-      raise ValueError(
-          f'{task}, {program}: missing or unknown inputs {", ".join(sorted(wrong))}; expected '
-          f'{", ".join(entry["inputs"])}.')
+      raise ValueError(f'{task}, {program}: missing or unknown inputs {", ".join(sorted(wrong))}; expected '
+                       f'{", ".join(entry["inputs"])}.')
     if entry['file'] not in self._programs:
       exported = jax.export.deserialize(bytearray((self.folder / entry['file']).read_bytes()))
       self._programs[entry['file']] = jax.jit(exported.call)

@@ -42,8 +42,8 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
   with jax.default_matmul_precision(FULL_PRECISION):
     params = jax.device_get(merging.merge_params(float32, params, tuple(inputs[i] for i in chosen)))
   if len(chosen) > 1:
-    return dataclasses.replace(spec, num_experts=len(chosen), router_names=(),
-                               kernels=tuple(zip(inputs, kernel))), params
+    kernels = tuple(zip(inputs, kernel))
+    return dataclasses.replace(spec, num_experts=len(chosen), router_names=(), kernels=kernels), params
   new = dataclasses.replace(spec, router=routers.DENSE, router_names=(), kernels=())
   layers = [_dense(router_outputs.layer_params(spec, params, i), sublayers) for i, sublayers in enumerate(spec.pattern)]
   return new, {**params, 'encoder': _stacked(layers, new.stack)}
@@ -67,8 +67,8 @@ def _groups(coefficients: dict[int, dict[str, np.ndarray]], num_conditions: int)
 
 def _dense(tree: Any, sublayers: tuple[str, ...]) -> Any:
   """A layer's parameters without the axis of the only kernel."""
-  return {name: jax.tree.map(lambda x: x[0], sub) if PROJECTIONS.get(name) in sublayers else sub for name,
-          sub in tree.items()}
+  return {name: jax.tree.map(lambda x: x[0], sub) if PROJECTIONS.get(name) in sublayers else sub
+          for name, sub in tree.items()}
 
 
 def _stacked(layers: list[Any], stack: Stack) -> Any:

@@ -12,19 +12,17 @@ _EXPERTS = {
     'dense': 'Its experts are merged permanently: the result is a plain dense model without routers and experts.',
     'kernels': 'Its experts are merged permanently: it has no routers and no experts. A projection that had experts '
                'has {n} kernels; conditions with equal routing coefficients share one. The programs fix which kernel a '
-               'condition uses '
-               '("conditions" below).',
-    'router': 'Its router ({router}) is by token, so its experts cannot be merged: **router and experts are part '
-              'of these programs**, and a token costs as much as in training.',
+               'condition uses ("conditions" below).',
+    'router': 'Its router ({router}) is by token, so its experts cannot be merged: **router and experts are part of '
+              'these programs**, and a token costs as much as in training.',
 }
 
 _CLIP = (' `texts.py` decodes captions and does not tokenize: tokenize your texts with the merges of `{file}` and end '
-         'each '
-         'with id {eot}.')
+         'each with id {eot}.')
 _PRODUCTS = {
     'float32': 'Matrix products are full float32 on every platform; an export with `--dtype=bfloat16` is faster.',
-    'bfloat16': 'Matrix products of layers are bfloat16; the platform may round the few float32 products. '
-                "If two words are nearly equally likely, captions may differ from those of training's evaluator; with "
+    'bfloat16': 'Matrix products of layers are bfloat16; the platform may round the few float32 products. If two words '
+                "are nearly equally likely, captions may differ from those of training's evaluator; with "
                 '`--dtype=float32` they equal those of the trained model in float32, token for token.',
 }
 
@@ -48,12 +46,10 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '    python example.py',
       '',
       '`load.py` loads and runs the model, `texts.py` tokenizes and detokenizes; their first lines show how to use '
-      'them. `load.py` '
-      'verifies every file of this folder against `SHA256SUMS`. Each program takes any batch size and is lowered for '
-      'CPU, NVIDIA '
-      'GPU and TPU; its outputs were compared with those of the trained model on CPU only. '
+      'them. `load.py` verifies every file of this folder against `SHA256SUMS`. Each program takes any batch size and '
+      'is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on CPU only. '
       f'JAX supports a serialized program for at least six months; these are by JAX {origin["jax"]}. '
-      f'' + _PRODUCTS[model['dtype']],
+      + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
       '',
@@ -62,11 +58,10 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       f'Transformer encoder, {model["num_layers"]} layers, width {model["width"]}, {model["num_heads"]} heads, MLP '
       f'{model["mlp_dim"]}; {model["parameters"]:,} parameters (float32); products in {model["dtype"]}. Images: uint8, '
       f'{model["image_size"]} × {model["image_size"]} × {model["channels"]}, patches of {model["patch_size"]}; the '
-      f'programs divide '
-      f'by 255 and normalize (mean {_numbers(model["pixel_mean"])}, standard deviation {_numbers(model["pixel_std"])}; '
-      f'videos: '
-      f'{_numbers(model["video_mean"]) or "the same"}, {_numbers(model["video_std"]) or "the same"}). Texts: '
-      f'{tokenizer["type"]}, {tokenizer["size"]:,} pieces, at most {model["max_text_len"]} tokens.'
+      f'programs divide by 255 and normalize (mean {_numbers(model["pixel_mean"])}, standard deviation '
+      f'{_numbers(model["pixel_std"])}; videos: {_numbers(model["video_mean"]) or "the same"}, '
+      f'{_numbers(model["video_std"]) or "the same"}). Texts: {tokenizer["type"]}, {tokenizer["size"]:,} pieces, at '
+      f'most {model["max_text_len"]} tokens.'
       + (_CLIP.format(**tokenizer) if tokenizer['type'] == 'clip' else ''),
       '',
       '## Tasks',
@@ -86,8 +81,7 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '## Files',
       '',
       '`params.safetensors` (for the programs) and `orbax/` (for JAX code) contain the same parameters, '
-      '`target_sets.safetensors` '
-      'the normalized features of the target sets.',
+      '`target_sets.safetensors` the normalized features of the target sets.',
       '',
       '| file | bytes | sha256 |',
       '| --- | --- | --- |',
@@ -108,8 +102,7 @@ def _architecture(model: dict[str, Any], trained: dict[str, Any]) -> str:
   else:
     layers = f'layers {", ".join(map(str, trained["moe_layers"]))} (of 0…{model["num_layers"] - 1})'
   return (f'Trained with router {trained["router"]}, {trained["num_experts"]} experts, {trained["top_k"]} per token, '
-          f'in {layers}: '
-          f'{" and ".join(trained["sublayers"])}. {experts}')
+          f'in {layers}: {" and ".join(trained["sublayers"])}. {experts}')
 
 
 def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list[str]:
@@ -121,12 +114,10 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
     return ['The run has no evaluator of these tasks.']
   then, now = manifest['trained']['dtype'], manifest['model']['dtype']
   other = '' if then == now else f' with products in {then} (here {now}, so answers may differ)'
-  remarks = [
-      line for name, e in manifest['evaluators'].items() for line in _protocol_remarks(name, e,
-                                                                                       manifest['tasks'][e['task']])]
+  remarks = [remark for name, e in manifest['evaluators'].items()
+             for remark in _protocol_remarks(name, e, manifest['tasks'][e['task']])]
   return [f"Of the trained model at this step{other}, by training's evaluators:", '', '```', evaluation_table(rows),
-          '```',
-          *(['', *remarks] if remarks else [])]
+          '```', *(['', *remarks] if remarks else [])]
 
 
 def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]) -> list[str]:
@@ -134,16 +125,14 @@ def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]
   remarks = []
   if evaluator['constrain_to']:
     remarks.append(f'`{name}` allows only captions that are texts of set `{evaluator["constrain_to"]}`; these programs '
-                   f'allow any '
-                   'words.')
-  evaluated, exported = (f'beam size {p["beam_size"]} and length penalty '
-                         f'{p["length_penalty"]}' for p in (evaluator, task))
+                   'allow any words.')
+  evaluated, exported = (
+      f'beam size {p["beam_size"]} and length penalty {p["length_penalty"]}' for p in (evaluator, task))
   if evaluator['type'] == 'caption' and evaluated != exported:
     remarks.append(f'`{name}` searches captions with {evaluated}; `caption` of `{evaluator["task"]}` with {exported}.')
   if evaluator['num_views'] * evaluator['num_crops'] > 1:
     remarks.append(f'`{name}` averages the probabilities of {evaluator["num_views"]} views × {evaluator["num_crops"]} '
-                   f'crops of a '
-                   'video; `classify` takes one.')
+                   'crops of a video; `classify` takes one.')
   return remarks
 
 
@@ -152,8 +141,8 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _task(name: str, task: dict[str, Any], target_sets: dict[str, Any]) -> list[str]:
-  lines = [f'### {name}', '', f'* task type: {task["type"]}; conditions and their kernels: '
-           + ', '.join(f'{c}: {k}' for c, k in task['conditions'].items())]
+  conditions = ', '.join(f'{condition}: {kernel}' for condition, kernel in task['conditions'].items())
+  lines = [f'### {name}', '', f'* task type: {task["type"]}; conditions and their kernels: {conditions}']
   if task['target_set']:
     texts = target_sets[task['target_set']]['texts']
     shown = ', '.join(texts[:_MOST_SHOWN]) + (', …' if len(texts) > _MOST_SHOWN else '')
@@ -163,6 +152,6 @@ def _task(name: str, task: dict[str, Any], target_sets: dict[str, Any]) -> list[
     lines.append(f'* template of its texts: `{task["template"]}`; `position` is the index of `<spe>`')
   if task['max_len']:
     lines.append(f'* text tokens in training: {task["max_len"]}')
-  lines += [f'* `{program}`: {", ".join(f"{k} {v}" for k, v in p["inputs"].items())}' for program,
-            p in task['programs'].items()]
+  lines += [f'* `{program}`: {", ".join(f"{k} {v}" for k, v in p["inputs"].items())}'
+            for program, p in task['programs'].items()]
   return [*lines, '']

@@ -196,8 +196,8 @@ class _Programs:
     def caption(params, x):
       captions = decoding.beam_search(
           model, _tree(params), task_type, x['pixels'], x['targets'], temperature=self._task.temperature, spe=spe,
-          eot=eot,
-          max_len=max_len, beam_size=self._exported.beam_size, length_penalty=self._exported.length_penalty)
+          eot=eot, max_len=max_len, beam_size=self._exported.beam_size,
+          length_penalty=self._exported.length_penalty)
       return {'tokens': captions.tokens[:, 0], 'score': captions.scores[:, 0]}
 
     def kv_cache(params, x):

@@ -31,8 +31,7 @@ class Texts:
     """The SentencePiece processor."""
     if self._entry['type'] != 'sentencepiece':
       raise ValueError("this model uses CLIP's vocabulary, and this file does not tokenize with it: tokenize your "
-                       "texts with the "
-                       f'merges of {self._entry["file"]} and end each with id {self._entry["eot"]}.')
+                       f'texts with the merges of {self._entry["file"]} and end each with id {self._entry["eot"]}.')
     import sentencepiece
     return sentencepiece.SentencePieceProcessor(model_file=str(self._model.folder / self._entry['file']))
 

@@ -31,17 +31,16 @@ def state(spec: ModelSpec, params: Any, tasks: Sequence[ExportedTask]) -> dict[s
       contents = f'{len(spec.kernels)} conditions ({inputs})'
     raise LayoutError(
         f'--torch: the published dense layout has one kernel per projection, and this export has {contents}; choose '
-        f'tasks of one '
-        'condition with --tasks and add --bake_targets. `launch/convert.py --output` writes the layout with experts.')
+        'tasks of one condition with --tasks and add --bake_targets. `launch/convert.py --output` writes the layout '
+        'with experts.')
   of_videos = [e.task.name for e in tasks if e.num_frames > 1]
   if spec.frame_differences and of_videos:
     raise LayoutError('--torch: the published layout does not support config.model.frame_differences, and the inputs '
-                      'of task '
-                      f'{of_videos[0]!r} are videos; choose tasks of images with --tasks.')
+                      f'of task {of_videos[0]!r} are videos; choose tasks of images with --tasks.')
   groups = _groups(spec, params, [e.task for e in tasks])
   renamed = params | {LOG_SCALE + published: params[LOG_SCALE + own] for published, own in groups.items()}
-  return torch_layout.to_torch(renamed, dataclasses.replace(spec, temperature_groups=tuple(groups),
-                                                            frame_differences=False))[0]
+  plain = dataclasses.replace(spec, temperature_groups=tuple(groups), frame_differences=False)
+  return torch_layout.to_torch(renamed, plain)[0]
 
 
 def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str, str]:
@@ -58,13 +57,11 @@ def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str
     if published is None:
       raise LayoutError(f'--torch: the published layout has no temperature group for config.tasks.{task.name}.type='
                         f'{task.type.name!r}; it has those of {", ".join(PUBLISHED_GROUPS)}. Leave the task out with '
-                        f'--tasks.')
+                        '--tasks.')
     other = groups.setdefault(published, own)
     scales = [float(np.exp(params[LOG_SCALE + name])) for name in (other, own)]
     if scales[0] != scales[1]:
       raise LayoutError(f'--torch: temperature groups {other!r} (1/τ = {scales[0]:.4g}) and {own!r} ({scales[1]:.4g}) '
-                        f'would both '
-                        f'be {published!r} in the published layout; leave the tasks of one out with --tasks, or train '
-                        f'all of '
-                        'them with one `temperature`.')
+                        f'would both be {published!r} in the published layout; leave the tasks of one out with '
+                        '--tasks, or train all of them with one `temperature`.')
   return groups

@@ -105,14 +105,15 @@ def _load(path: pathlib.Path) -> Any:
   except pickle.UnpicklingError as e:
     refused = _refused(path, str(e))
     if not refused:
-      raise LayoutError(f'{path} is not a PyTorch checkpoint, or is truncated or damaged '
-                        f'({type(e).__name__}).') from None
-    raise LayoutError(
-        f'{path} needs {", ".join(refused)}, which could execute code: refused, and nothing was executed. Save only '
-        f'the '
-        'state dict: torch.save({"model": model.state_dict()}, FILE).') from None
+      raise _damaged(path, e) from None
+    raise LayoutError(f'{path} needs {", ".join(refused)}, which could execute code: refused, and nothing was '
+                      'executed. Save only the state dict: torch.save({"model": model.state_dict()}, FILE).') from None
   except Exception as e:  # pylint: disable=broad-except; a damaged file can raise anything
-    raise LayoutError(f'{path} is not a PyTorch checkpoint, or is truncated or damaged ({type(e).__name__}).') from None
+    raise _damaged(path, e) from None
+
+
+def _damaged(path: pathlib.Path, e: Exception) -> LayoutError:
+  return LayoutError(f'{path} is not a PyTorch checkpoint, or is truncated or damaged ({type(e).__name__}).')
 
 
 def _refused(path: pathlib.Path, message: str) -> list[str]:
@@ -147,9 +148,9 @@ def _state_of(loaded: Any, path: pathlib.Path) -> dict[str, Any]:
   state = loaded if isinstance(loaded, Mapping) else {}
   strange = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
   if not state or strange:
+    entry = f', but its entry {strange[0]!r} is not a named tensor' if strange else ''
     raise LayoutError(f'{path} has no parameters: it should be a state dict or contain one under '
-                      f'{", ".join(map(repr, _STATES))}'
-                      + (f', but its entry {strange[0]!r} is not a named tensor.' if strange else '.'))
+                      f'{", ".join(map(repr, _STATES))}{entry}.')
   return dict(state)
 
 

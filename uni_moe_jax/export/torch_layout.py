@@ -44,14 +44,15 @@ class Transform:
 SAME = Transform(lambda w, s: w, lambda w, s: w)
 LINEAR = Transform(lambda w, s: w.T, lambda w, s: w.T)  # [out, in] ⇄ [in, out]
 # Rows of a packed qkv are [q; k; v], each head-major.
-QKV = Transform(lambda w, s: w.T.reshape(s.width, 3, s.num_heads, s.head_dim), lambda w,
-                s: w.reshape(s.width, 3 * s.width).T)
+QKV = Transform(
+    lambda w, s: w.T.reshape(s.width, 3, s.num_heads, s.head_dim), lambda w, s: w.reshape(s.width, 3 * s.width).T)
 QKV_BIAS = Transform(lambda w, s: w.reshape(3, s.num_heads, s.head_dim), lambda w, s: w.reshape(3 * s.width))
 OUT = Transform(lambda w, s: w.T.reshape(s.num_heads, s.head_dim, s.width), lambda w, s: w.reshape(s.width, s.width).T)
 ROW = Transform(lambda w, s: w[0], lambda w, s: w[None])
 # A convolution's [D, C, p, p] ⇄ rows in the order of a patch: row, column, channel.
-PATCH = Transform(lambda w, s: w.transpose(2, 3, 1, 0).reshape(-1, s.width),
-             lambda w, s: w.reshape(s.patch_size, s.patch_size, s.channels, s.width).transpose(3, 2, 0, 1))
+PATCH = Transform(
+    lambda w, s: w.transpose(2, 3, 1, 0).reshape(-1, s.width),
+    lambda w, s: w.reshape(s.patch_size, s.patch_size, s.channels, s.width).transpose(3, 2, 0, 1))
 
 # Published name, our path, transform. First what a model has once …
 _ONCE = (
@@ -149,12 +150,11 @@ def check_convertible(spec: ModelSpec) -> None:
   """Raises LayoutError if the published layout cannot represent the model."""
   if spec.router not in ('attribute', 'dense'):
     raise LayoutError(f'config.moe.router={spec.router!r} is not supported by the published layout, which has '
-                      f'attribute gates; '
-                      "convert a model with router 'attribute' or 'dense'.")
+                      "attribute gates; convert a model with router 'attribute' or 'dense'.")
   if spec.num_prefix_prompts or spec.label_prompts or spec.frame_differences:
     raise LayoutError('the published layout does not support config.model.num_prefix_prompts, '
-                      'config.model.frame_differences and '
-                      'label_prompts of a target set; convert a model without them.')
+                      'config.model.frame_differences and label_prompts of a target set; convert a model without '
+                      'them.')
   unknown = [t for t in spec.temperature_groups if t not in PUBLISHED_TEMPERATURES]
   if unknown:
     raise LayoutError(f'the published layout has no temperature group {unknown[0]!r}; '
@@ -206,8 +206,8 @@ def dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
   D = spec.width
   shapes = {'tag_transform.0.weight': (D, 8), 'tag_transform.0.bias': (D,), 'tag_transform.1.weight': (D,),
             'tag_transform.1.bias': (D,), 'wg.weight': (spec.num_experts, D)}
-  return {f'fused_encoder.layers.{layer}.{_DEAD_GATES[part]}{key}': shape
-          for layer, parts in enumerate(spec.pattern) for part in parts for key, shape in shapes.items()}
+  return {f'fused_encoder.layers.{layer}.{_DEAD_GATES[sublayer]}{key}': shape
+          for layer, sublayers in enumerate(spec.pattern) for sublayer in sublayers for key, shape in shapes.items()}
 
 
 def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
@@ -286,8 +286,7 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
     if alias in state and key in wanted:
       if key in state and not np.array_equal(state[alias], state[key]):
         raise LayoutError(f'{alias} differs from {key}: a model with a separate LayerNorm for images (SHARE_LAYERNORM '
-                          f'False) '
-                          'is not supported.')
+                          'False) is not supported.')
       report.dropped[alias] = f'the same tensor as {key}'
   for key in state:
     if key in wanted or key in report.dropped:
@@ -306,8 +305,8 @@ def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], repor
           'no task of the config has this temperature group (config.model.extra_temperature_groups adds groups)')
     elif key == _SPATIAL:
       if np.shape(state[key]) != _table(spec).shape or not np.allclose(state[key], _table(spec), atol=1e-4):
-        raise LayoutError(f"{key} is not the fixed sin-cos table of {spec.image_size} px: set "
-                          f"config.model.posemb='frozen'.")
+        raise LayoutError(f'{key} is not the fixed sin-cos table of {spec.image_size} px: set '
+                          "config.model.posemb='frozen'.")
       report.dropped[key] = 'the fixed sin-cos table, which is computed'
   for key in report.dropped:
     state.pop(key)
@@ -321,11 +320,9 @@ def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
     problems.append(f'it has {unknown[0]}' + (f' and {len(unknown) - 1} more' if unknown[1:] else '')
                     + ', which the model does not have')
   return (f'{"; ".join(problems)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, '
-          f'placement '
-          f'{spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, '
-          f'config.moe.placement), with '
-          f'{spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, prompt_sharing, spe_bias; a task '
-          f'with linear_head=True).')
+          f'placement {spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, '
+          f'config.moe.placement), with {spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, '
+          'prompt_sharing, spe_bias; a task with linear_head=True).')
 
 
 _SIZES = (
@@ -350,8 +347,8 @@ def _size_fix(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> st
 
 def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
   """Interpolates position tables of another size; returns every other array unchanged."""
-  function = {'embed/spatial': resize_positions.spatial,
-              'embed/temporal': resize_positions.temporal}.get('/'.join(entry.path))
+  functions = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.temporal}
+  function = functions.get('/'.join(entry.path))
   if function is None or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
     return value
   report.resized[entry.key] = f'from {value.shape[0]} to {shape[0]} rows'
