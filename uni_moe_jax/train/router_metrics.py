@@ -11,8 +11,8 @@ from uni_moe_jax.moe import routers
 LossWeights = tuple[tuple[str, float], ...]  # (auxiliary loss, weight)
 
 
-def _decisions(collected: Collected) -> list[Any]:
-  """Of every router a `RouterOutput` or `Usage`; those of scanned layers are stacked."""
+def _router_stats(collected: Collected) -> list[Any]:
+  """The `RouterOutput` or `Usage` of every router; those of scanned layers are stacked."""
   return [d for subtree in ('blocks', 'tail') for out in collected[subtree] for d in out['router_stats'].values()]
 
 
@@ -24,7 +24,7 @@ def _mean(values: list[jax.Array]) -> jax.Array:
 
 def auxiliary_loss(weights: LossWeights, collected: Collected) -> jax.Array:
   """Σ weight · auxiliary loss, each the mean over layers and routers; 0 without weights."""
-  return sum((w * _mean([d.losses[name] for d in _decisions(collected)]) for name, w in weights), jnp.zeros(()))
+  return sum((w * _mean([d.losses[name] for d in _router_stats(collected)]) for name, w in weights), jnp.zeros(()))
 
 
 def _effective_experts(shares: jax.Array) -> jax.Array:
@@ -49,13 +49,13 @@ def metrics(collected: Collected) -> dict[str, jax.Array]:
   routers add 'router/drop_rate' and 'router/<auxiliary loss>'. Metrics of several encodings may be averaged; with
   accumulation, conditions of target sets are not compared with those of micro-steps.
   """
-  decisions = _decisions(collected)
-  if not decisions:
+  stats = _router_stats(collected)
+  if not stats:
     return {}
-  out = {'router/entropy': _mean([d.entropy for d in decisions]),
-         'router/effective_experts': _mean([_effective_experts(d.shares) for d in decisions]),
-         'router/condition_overlap': _mean([_condition_overlap(d.shares) for d in decisions])}
-  if hasattr(decisions[0], 'losses'):
-    out['router/drop_rate'] = _mean([d.drop_rate for d in decisions])
-    out |= {f'router/{name}': _mean([d.losses[name] for d in decisions]) for name in decisions[0].losses}
+  out = {'router/entropy': _mean([d.entropy for d in stats]),
+         'router/effective_experts': _mean([_effective_experts(d.shares) for d in stats]),
+         'router/condition_overlap': _mean([_condition_overlap(d.shares) for d in stats])}
+  if hasattr(stats[0], 'losses'):
+    out['router/drop_rate'] = _mean([d.drop_rate for d in stats])
+    out |= {f'router/{name}': _mean([d.losses[name] for d in stats]) for name in stats[0].losses}
   return out
