@@ -31,8 +31,7 @@ from uni_moe_jax.utils.tree_paths import by_path
 _BOUND = 1e-5  # relative, float32
 _BATCHES = shipped.BATCHES
 _ROWS = [dict(evaluator='captions', metric='exact_match', value=0.625, chance=1 / 3, baselines={'majority': 0.5},
-              standard_error=0.1,
-              count=24, step=2, higher_is_better=True)]
+              standard_error=0.1, count=24, step=2, higher_is_better=True)]
 
 
 def _config():
@@ -74,14 +73,13 @@ def _exported(trained, tmp_path_factory):
 @pytest.fixture(name='served', scope='module')
 def _served(exported, tmp_path_factory):
   """(pixels, arrays, output) of a process that has only the folder."""
-  pixels = np.random.default_rng(0).integers(0, 256, (max(_BATCHES), 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1),
-                                             dtype=np.uint8)
+  shape = max(_BATCHES), 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1
+  pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
   folder = tmp_path_factory.mktemp('served')
   np.savez(folder / 'in.npz', pixels=pixels)
   done = subprocess.run(
       [sys.executable, '-c', shipped.SERVER, folder / 'in.npz', folder / 'out.npz'], capture_output=True, text=True,
-      cwd=exported[0],
-      timeout=300, check=False)
+      cwd=exported[0], timeout=300, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
   return pixels, dict(np.load(folder / 'out.npz')), done.stdout
 
@@ -266,14 +264,12 @@ def test_the_card_describes_model_and_provenance(trained, exported):
   for part in ('Trained with router attribute, 4 experts', 'merged permanently', '4 kernels', '2 layers, width 16',
                'products are full float32', 'with products in bfloat16 (here float32', '### shape', '### pair',
                '`classify`: pixels uint8[b, 1, 16, 16, 1]', 'bar, disc, star', 'captions   exact_match', '0.625',
-               config['data'],
-               'seed: 0', 'step: 2', 'trained by commit',
+               config['data'], 'seed: 0', 'step: 2', 'trained by commit',
                hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
     assert part in text, part
   listed = {line.partition('  ')[2] for line in (folder / 'SHA256SUMS').read_text().splitlines()}
   assert listed >= {'README.md', 'manifest.json', 'load.py', 'texts.py', 'example.py', 'params.safetensors',
-                    'target_sets.safetensors',
-                    'tokenizer.model'}
+                    'target_sets.safetensors', 'tokenizer.model'}
   assert all(name in text for name in listed - {'README.md'})
   # Images, texts of names and of pairs, images of captions, words of captions.
   assert exported_contents.spec.num_experts == 4 and exported_contents.spec.router == 'attribute'

@@ -38,8 +38,7 @@ def _config(router: str, some: bool) -> ml_collections.ConfigDict:
   c.tasks.question = config_lib.task(
       'vqa', 'glyphs', batch_size=4, target_set='answers', label_column='class', template='{face} {name} ? <spe> <eot>',
       max_len=12)
-  c.model.update(dict(
-      dtype='bfloat16', video_mean=(0.4,), video_std=(0.3,), frame_differences=True))
+  c.model.update(dict(dtype='bfloat16', video_mean=(0.4,), video_std=(0.3,), frame_differences=True))
   c.model.extra_temperature_groups = tuple({t.type for t in c.tasks.values()})
   for name in {*c.tasks} - _TRAINED:
     c.tasks[name].batch_size = 0  # a training step of every type takes half a minute to compile
@@ -59,8 +58,8 @@ def _trained(run: train_run.Run):
   return jax.device_get(state.params)
 
 
-def _search(spec: ModelSpec, params, task: TaskSpec, exported: contents.Contents,
-            pixels: np.ndarray) -> decoding.Captions:
+def _search(
+    spec: ModelSpec, params, task: TaskSpec, exported: contents.Contents, pixels: np.ndarray) -> decoding.Captions:
   """The evaluator's search with the experts."""
   run = jax.jit(lambda values: decoding.beam_search(
       UniPerceiver(spec), values, task.type, pixels, exported.features[task.target_set], temperature=task.temperature,

@@ -159,12 +159,12 @@ class GroupsTest(absltest.TestCase):
     values = jax.tree.map(jnp.zeros_like, small_model.params(spec))
     block = values['encoder']['tail']['block0']
     names = spec.router_names
-    for part in ('attention_router', 'ffn_router'):
+    for router in ('attention_router', 'ffn_router'):
       table = np.zeros((len(names), 16), np.float32)
       table[:, 0] = [1.0 if n == 'mlm' else -1.0 for n in names]
-      block[part]['embed']['embedding'] = jnp.asarray(table)
-      block[part]['norm']['scale'] = jnp.ones(16)
-      block[part]['gate'] = jnp.zeros((16, 2)).at[0, 1].set(1.0)
+      block[router]['embed']['embedding'] = jnp.asarray(table)
+      block[router]['norm']['scale'] = jnp.ones(16)
+      block[router]['gate'] = jnp.zeros((16, 2)).at[0, 1].set(1.0)
     conditions = _conditions()
     merged, _ = merge.merged(spec, values, conditions)
     self.assertEqual(merged.num_experts, 2)

@@ -20,9 +20,8 @@ _TOKENIZER = {'type': 'sentencepiece', 'file': 'tokenizer.model', 'size': 40, 'e
 def _exported(task_type: str) -> ExportedTask:
   return ExportedTask(TaskSpec(
       name=f'my_{task_type}', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1,
-      loss_weight=1.0, sampling_weight=0.0,
-      temperature='group', target_set='', label_column='', caption_templates=(), template='', max_len=4,
-      max_predictions=2, label_smoothing=0.0, max_shift=0))
+      loss_weight=1.0, sampling_weight=0.0, temperature='group', target_set='', label_column='', caption_templates=(),
+      template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0))
 
 
 def _manifest(trained: ModelSpec, *names: str, exported: ModelSpec | None = None, evaluators=(), **tokenizer):
@@ -49,8 +48,7 @@ def _card(*args, rows=(), **kwargs) -> str:
 
 def _row(evaluator: str) -> dict:
   return dict(evaluator=evaluator, metric='exact_match', value=0.625, chance=None, baselines={}, standard_error=0.1,
-              count=24, step=2,
-              higher_is_better=True)
+              count=24, step=2, higher_is_better=True)
 
 
 def test_experts_of_one_condition_are_merged_into_a_dense_model():
@@ -61,8 +59,7 @@ def test_experts_of_one_condition_are_merged_into_a_dense_model():
   assert 'the result is a plain dense model' in card and 'never' not in card
   manifest = _manifest(trained, 'image_classification')
   assert manifest['trained'] == {'dtype': 'float32', 'router': 'attribute', 'moe_layers': [0, 2], 'num_experts': 4,
-                                 'top_k': 2,
-                              'placement': 'every_2', 'sublayers': ['attention', 'mlp']}
+                                 'top_k': 2, 'placement': 'every_2', 'sublayers': ['attention', 'mlp']}
   # A dense model has none of these fields.
   assert not {'num_experts', 'top_k', 'placement', 'sublayers', 'kernels', 'router_names'} & set(manifest['model'])
   assert manifest['model']['router'] == 'dense'
@@ -107,8 +104,7 @@ def test_differences_from_the_evaluators_protocol_are_reported():
       _evaluation('wide', beam_size=4, length_penalty=1.0)])
   assert '`named` allows only captions that are texts of set `names`; these programs allow any words.' in card
   assert ('`wide` searches captions with beam size 4 and length penalty 1.0; `caption` of `my_image_caption` with beam '
-          'size 1 and '
-          'length penalty 0.0.') in card
+          'size 1 and length penalty 0.0.') in card
   assert '`open`' not in card and card.count('`named`') == card.count('`wide`') == 1
   videos = 'video_classification'
   card = _card(trained, videos, rows=[_row('videos'), _row('once')], evaluators=[

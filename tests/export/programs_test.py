@@ -25,10 +25,8 @@ _RNG = np.random.default_rng(0)
 def _task(task_type: str, head: bool = False) -> TaskSpec:
   return TaskSpec(
       name='task', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1, loss_weight=1.0,
-      sampling_weight=0.0,
-      temperature='group', target_set='set', label_column='', caption_templates=(), template='', max_len=4,
-      max_predictions=2, label_smoothing=0.0, max_shift=0,
-      linear_head=head)
+      sampling_weight=0.0, temperature='group', target_set='set', label_column='', caption_templates=(), template='',
+      max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0, linear_head=head)
 
 
 def _pixels(batch: int) -> np.ndarray:
@@ -112,8 +110,7 @@ class TokenRouterTest(parameterized.TestCase):
     call = _program(spec, ExportedTask(task, 1, small_model.VOCABULARY, beam_size=2), 'caption')
     run = small_model.jit(lambda values, pixels: decoding.beam_search(
         UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE,
-        eot=small_model.EOT,
-        max_len=4, beam_size=2))
+        eot=small_model.EOT, max_len=4, beam_size=2))
     want = jax.device_get(run(small_model.params(spec), _pixels(3)))
     captions = call(pixels=_pixels(3), targets=words)
     np.testing.assert_array_equal(captions['tokens'], want.tokens[:, 0])

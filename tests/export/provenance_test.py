@@ -37,11 +37,11 @@ def test_a_converted_checkpoint_is_named_with_its_checksum(tmp_path):
 
 
 def test_files_and_folders_are_reduced_to_their_names(tmp_path):
-  provenance = _provenance(tmp_path, tokenizer={'merges_path': '/home/me/merges.txt.gz',
-                                                'path': '/home/me/tokenizer.model'},
-               train={'init': '/home/me/runs/quickstart'}, target_sets={
-                   'shapes': config_lib.target_set('file:/home/me/names.tsv', family='names'),
-                   'colors': config_lib.target_set(('file:a/red', 'b/c'), family='names')})
+  provenance = _provenance(
+      tmp_path, tokenizer={'merges_path': '/home/me/merges.txt.gz', 'path': '/home/me/tokenizer.model'},
+      train={'init': '/home/me/runs/quickstart'}, target_sets={
+          'shapes': config_lib.target_set('file:/home/me/names.tsv', family='names'),
+          'colors': config_lib.target_set(('file:a/red', 'b/c'), family='names')})
   assert {name: s['entries'] for name, s in provenance['config']['target_sets'].items()} == {
       'shapes': 'file:names.tsv', 'colors': ['file:a/red', 'b/c']}
   assert provenance['config']['data']['dir'] == 'prepared'

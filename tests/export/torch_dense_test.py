@@ -16,14 +16,12 @@ from uni_moe_jax.tasks import task_types
 
 
 def _task(name: str, group: str = '') -> TaskSpec:
-  task_type = task_types.TASK_TYPES.get(name,
-                                        task_types.TaskType(name, task_types.TASK_TYPES['vqa'].inputs, 'words', 'slot',
-                                                            'vqa'))
+  own = task_types.TaskType(name, task_types.TASK_TYPES['vqa'].inputs, 'words', 'slot', 'vqa')
+  task_type = task_types.TASK_TYPES.get(name, own)
   return TaskSpec(
       name=f'a_{task_type.name}', type=task_type, group='', source='', split='', batch_size=1, loss_weight=1.0,
-      sampling_weight=0.0,
-      temperature=group or task_type.name, target_set='', label_column='', caption_templates=(), template='', max_len=4,
-      max_predictions=2, label_smoothing=0.0, max_shift=0)
+      sampling_weight=0.0, temperature=group or task_type.name, target_set='', label_column='', caption_templates=(),
+      template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0)
 
 
 def _scales(chosen: list[TaskSpec], scales: dict[str, float]) -> dict[str, float]:
@@ -47,10 +45,9 @@ def test_a_group_gets_the_published_name_of_its_task_type_unless_it_has_one():
 
 
 def test_task_types_of_one_published_group_share_a_scale():
-  assert _scales([_task('image_retrieval'), _task('video_retrieval')],
-                 {'image_retrieval': 2.0, 'video_retrieval': 2.0}) == {
-      'retrieve': 2.0}
-  assert _scales([_task('image_retrieval'), _task('video_retrieval')], {'image_retrieval': 2.0}) == {'retrieve': 2.0}
+  chosen = [_task('image_retrieval'), _task('video_retrieval')]
+  assert _scales(chosen, {'image_retrieval': 2.0, 'video_retrieval': 2.0}) == {'retrieve': 2.0}
+  assert _scales(chosen, {'image_retrieval': 2.0}) == {'retrieve': 2.0}
 
 
 @pytest.mark.parametrize('chosen, message', [

@@ -58,8 +58,8 @@ def test_half_precision_becomes_float32(tmp_path):
 
 
 _OLD = [('fused_encoder.', 'encoder.'), ('loss_prepare.', 'predictor.'),
-        ('.gamma_1', '.attention_output.residual_scale'),
-        ('.gamma_2', '.ffn_output.residual_scale'), ('.linear1.', '.ffn.dense.'), ('.linear2.', '.ffn.dense2.'),
+        ('.gamma_1', '.attention_output.residual_scale'), ('.gamma_2', '.ffn_output.residual_scale'),
+        ('.linear1.', '.ffn.dense.'), ('.linear2.', '.ffn.dense2.'),
         ('.norm1.', '.LayerNormModules.0.'), ('.norm2.', '.LayerNormModules.1.'),
         ('.experts.deepspeed', '.deepspeed_moe.experts.deepspeed'), ('.gate.', '.deepspeed_moe.gate.'),
         ('.self_attn.in_proj_', '.attention.self.qkv_proj.'), ('.self_attn.out_proj.', '.attention.output.dense.'),

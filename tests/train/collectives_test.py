@@ -62,7 +62,7 @@ def test_merged_kernels_of_the_last_layer_are_reduced_once_and_recomputed_once()
 
 @slow
 def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
-  """One reduction for every product with a merged kernel: there are three arrays, of two rows."""
+  """One reduction for every product with a merged kernel: there are three arrays, of two conditions."""
   sent = _of_layer(_sent('attribute', 0.0), True)
   sizes = [s.size for s in sent if s.opcode == 'all-reduce' and s.groups == _GROUPS['all']]
   # In elements: the fused projection may come in its three parts, each as large as the kernel after attention.
@@ -114,6 +114,6 @@ def test_expert_kernels_are_not_sent_and_their_gradients_are_summed_over_data(ta
   large = [s for s in _of_layer(sent, True, tail) if s.opcode == 'all-reduce' and s.size >= min(_KERNELS.values())]
   of_experts = [s for s in large if s.groups == _GROUPS['data']]
   assert 1 <= sum(s.size for s in of_experts) / sum(_KERNELS.values()) <= len(base_step.TOKENS)
-  # Behind the layers come the tables of patches and words, which every device has.
+  # After the layers come the tables of patches and words, which every device has.
   tables = {(16 * 16 * 3, _D), (base_step.VOCAB_SIZE, _D)}
   assert {s.shape for s in large if s not in of_experts} == (tables if tail else set())

@@ -92,7 +92,7 @@ def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_does_n
   assert prompt.model.num_deep_prompts > 0 and prompt.tasks.digits.linear_head
   assert prompt.model.prompt_sharing == 'inputs'  # the embeddings of other answers do not change
   assert not finetuning.prompt_tune(f'run={run},task=video_name').tasks.video_name.linear_head
-  assert not any(rule[1] == FREEZE for rule in fine.optim.param_groups)
+  assert not any(group[1] == FREEZE for group in fine.optim.param_groups)
   assert fine.model.num_deep_prompts == 0 and not fine.tasks.digits.linear_head
 
 

@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand, in the comments; and what the sampled vocabulary promises."""
+"""Losses against numbers worked out by hand, in the comments; and properties of the sampled vocabulary."""
 
 import math
 
@@ -27,7 +27,7 @@ def _cross_entropy(logits, labels, weights, smoothing=0., correction=None):
 
 def test_cross_entropy_sums_weighted_nll_hits_and_weights():
   # Sample 0 reads two rows: label 0 of HALF (p = 1/2, a hit, weight 1) and label 1 of MOST (p = 1/10, a miss,
-  # weight 2); sample 1: label 2 of HALF (p = 1/4, a miss, weight 3), and a pick of weight 0 that counts nothing.
+  # weight 2); sample 1: label 2 of HALF (p = 1/4, a miss, weight 3), and a label of weight 0, which does not count.
   tally = _cross_entropy([[HALF, MOST], [HALF, MOST]], [[0, 1], [2, 0]], [[1., 2.], [3., 0.]])
   np.testing.assert_allclose(tally.loss, math.log(2) + 2 * math.log(10) + 3 * math.log(4), rtol=1e-6)
   assert float(tally.hits) == 1
@@ -175,8 +175,8 @@ def test_the_correction_compensates_for_words_left_out():
 
 
 def test_a_sampled_word_represents_those_left_out_in_the_sum_and_in_smoothing():
-  # Values 2 and 1, the second drawn for three words: their sum is 2 + 3 · 1, so that log p is ln 2/5 and three times ln
-  # 1/5.
+  # Values 2 and 1, the second drawn for three words: their sum is 2 + 3 · 1, so log p is ln 2/5, and ln 1/5 three
+  # times.
   tally = _cross_entropy([[[math.log(2), 0.]]], [[0]], [[1.]], .1, [0., math.log(3)])
   expected = .9 * math.log(5 / 2) + .1 * (math.log(5 / 2) + 3 * math.log(5)) / 4
   np.testing.assert_allclose(tally.loss, expected, rtol=1e-6)
@@ -191,7 +191,7 @@ def test_averaged_over_keys_the_corrected_partition_function_is_the_full_one():
   error = sums.std() / math.sqrt(draws)
   full = np.exp(logits).sum()
   assert abs(sums.mean() - full) < 4 * error
-  assert 4 * error < .05 * full  # the bound is tight enough to see a missing correction
+  assert 4 * error < .05 * full  # the bound is tight enough to detect a missing correction
 
 
 def test_labels_beyond_the_sample_size_are_counted_and_absent():

@@ -20,8 +20,8 @@ FAST = {
     'context-expert': (Case('context', ('pair',), num_layers=1), 'expert'),
 }
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')
-# A step of every task takes minutes to compile where tokens are sent: one router has them all, each on every mesh has a
-# loss with negatives of all devices, and on one mesh causal words too.
+# A step of every task takes minutes to compile where tokens are sent. One router has all tasks; every router has, on
+# every mesh, a loss with negatives from all devices, and on one mesh causal words, too.
 EVERY, CAUSAL, PAIR = ('shape', 'text', 'caption', 'pair'), ('caption', 'pair'), ('pair',)
 
 
@@ -32,7 +32,7 @@ def _full(router: str, tasks: tuple[str, ...] = CAUSAL, **changes) -> Case:
 
 def _assert_equal(case: Case, mesh: str):
   expected, result = meshes.result(case, meshes.ONE), meshes.result(case, mesh)
-  # No decision hangs by a rounding error, and every leaf has a gradient to compare.
+  # No routing depends on a rounding error, and every leaf has a gradient to compare.
   assert 1e-5 < expected.margin < 10
   silent = {path for path, g in expected.gradients.items() if not g.any()}
   assert silent <= {'embed/temporal'}, silent
@@ -42,7 +42,7 @@ def _assert_equal(case: Case, mesh: str):
 
 
 def _fast(*names: str):
-  """Parameters of a test: one is that of the default suite, and for one CI has no time."""
+  """Parameters of a test: one runs in the default suite, and one only nightly."""
   marks = {'attribute-mixed': [], 'token-fsdp': pytest.mark.nightly}
   return [pytest.param(*FAST[n], id=n, marks=marks.get(n, pytest.mark.slow)) for n in names]
 
@@ -94,7 +94,7 @@ def test_other_examples_or_noise_change_the_gradients(case, mesh):
   expected = meshes.result(case, meshes.ONE)
   [(group, fields)] = [(g, f) for g, f in batch.items() if 'target' in f]
   less = {**fields, 'weight': fields['weight'].at[-1].set(0.5)}
-  # Of the last pair the temperature of the other task does not depend.
+  # The temperature of the other task does not depend on the last pair.
   other = {path for path in expected.gradients if path.startswith('log_scale') and 'retrieval' not in path}
   assert len(other) == 1
   for changed, same in (((params, batch, sets, key + 1), set()), ((params, {**batch, group: less}, sets, key), other)):
@@ -121,7 +121,7 @@ def _program(name: str = 'attribute-mixed') -> str:
 def test_merged_kernels_are_reduced_once_and_no_expert_is_sent():
   sent = hlo.collectives(_program())
   assert {s.opcode for s in sent} == {'all-reduce', 'all-gather'}
-  # Of two rows (images, texts on the target side); half of heads and hidden: qkv, attention out, FFN in, FFN out.
+  # Of two conditions (images, texts on the target side); half of heads and hidden: qkv, attention out, FFN in, FFN out.
   kernels = [(2, 16, 3, 1, 8), (2, 1, 8, 16), (2, 16, 8), (2, 8, 16)]
   forward = [s.shape for s in sent if s.opcode == 'all-reduce' and 'transpose' not in s.op_name]
   assert [forward.count(shape) for shape in kernels] == [2, 2, 2, 2], forward  # two layers

@@ -109,16 +109,16 @@ def test_decay_does_not_depend_on_the_gradient():
   np.testing.assert_allclose(params['word'], 5 * (1 - .1 * .5), rtol=1e-6)
 
 
-def test_gradients_are_videoped_to_their_global_norm():
+def test_gradients_are_clipped_to_their_global_norm():
   # Norm 5 over kernel (3, 0) and bias 4: clipped to 1 they are 0.6 and 0.8.
   params, _ = _update(_config(grad_clip_norm=1.), _gradient([3., 0.], bias=4.))
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * .6 / 1.6, rtol=1e-6)
   np.testing.assert_allclose(params['block']['bias'], 1 - .1 * .8 / 1.8, rtol=1e-6)
 
 
-def test_videoping_leaves_short_and_zero_gradients_unchanged():
+def test_clipping_leaves_short_and_zero_gradients_unchanged():
   for gradient in ([.3, .4], [0., 0.]):
-    clipped, plain = (_update(_config(grad_clip_norm=video), _gradient(gradient))[0] for video in (1., 0.))
+    clipped, plain = (_update(_config(grad_clip_norm=norm), _gradient(gradient))[0] for norm in (1., 0.))
     np.testing.assert_array_equal(clipped['block']['kernel'], plain['block']['kernel'])
     assert np.isfinite(clipped['block']['kernel']).all()
 
@@ -137,7 +137,7 @@ def test_frozen_parameters_have_no_moments():
   assert sorted(shapes) == [(1,), (1,), (2,), (2,)]  # two moments of bias and kernel each
 
 
-def test_frozen_gradients_do_not_count_in_the_video():
+def test_frozen_gradients_do_not_count_in_the_clipped_norm():
   gradient = _gradient([.6, .8], 0., 100.)  # of norm 1 without the frozen one
   params, _ = _update(_config(FROZEN, grad_clip_norm=1.), gradient)
   np.testing.assert_allclose(params['block']['kernel'][0], 2 - .1 * (.6 / 1.6 + .5 * 2), rtol=1e-6)
@@ -261,8 +261,8 @@ def test_layers_above_count_from_the_output():
 
 
 def test_lower_layers_learn_more_slowly_by_the_decay():
-  # Adam's first direction is 3 / (3 + 1) = .75; the rate .1 is multiplied by .5^2 and .5^1 in a stack, by .5^3 below
-  # it.
+  # Adam's first direction is 3 / (3 + 1) = .75; the rate .1 is multiplied by .5^2 and .5^1 in a stack, and by .5^3
+  # below it.
   params = {'stacked': jnp.zeros((2, 1)), 'low': jnp.zeros((1,)), 'top': jnp.zeros((1,))}
   depth = {'stacked': np.array([2, 1]), 'low': np.array(3), 'top': np.array(0)}
   c = _config(layerwise_lr_decay=.5)

@@ -66,7 +66,7 @@ def _sets():
 
 
 def _take(state, batch):
-  """One step that leaves its arguments alone (the step itself takes the state's buffers)."""
+  """One step that does not change its arguments (the step itself donates the buffers of the state)."""
   return _step()(_copy()(state), batch, _sets())
 
 
@@ -258,7 +258,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch():
 
 
 def test_micro_steps_and_sets_use_the_experts_of_one_big_batch():
-  # Rows of the texts and of their words choose two experts each; the texts' row does so in both micro-steps.
+  # The conditions of the texts and of their words use two experts each; that of the texts in both micro-steps.
   [ones], [twos] = (_gradients(accum).used_experts['tail'] for accum in (1, 2))
   for part in ('attention', 'mlp'):
     np.testing.assert_array_equal(ones[part] > 0, twos[part] > 0)
@@ -266,7 +266,8 @@ def test_micro_steps_and_sets_use_the_experts_of_one_big_batch():
 
 
 def test_unequal_weights_make_no_mean_of_means():
-  # The masked words of a row vary, so micro-batches differ in weight: their norm is that of the global batch.
+  # The number of masked words of a text varies, so micro-batches differ in weight: their norm is that of the global
+  # batch.
   run = _set_run()
   batch = _global_batch(run, 2)
   norm = forward.weight_sums(run.spec, batch, forward.sample_vocabularies(run.spec, batch, jax.random.key(7)))
@@ -306,7 +307,7 @@ def _four_rows():
 
 
 def test_labels_of_positive_weight_are_sampled():
-  spec, batch = _mlm(*_four_rows(), num_sampled=8)  # 5, 6, 7, 9, 10, 11, 12, 13; the pick of 8 counts nothing
+  spec, batch = _mlm(*_four_rows(), num_sampled=8)  # 5, 6, 7, 9, 10, 11, 12, 13; 8 has weight 0
   words = forward.sample_vocabularies(spec, batch, jax.random.key(0))['words']
   assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
   assert float(words.dropped) == 0

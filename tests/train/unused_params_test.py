@@ -1,4 +1,4 @@
-"""One sampled step as published: what it did not use or does not train stays bit-identical and counts in no norm."""
+"""A published step of one task: parameters that it does not use or train stay bit-identical and count in no norm."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ FROZEN = {'similarity/kernel', 'encoder/tail/block0/ffn_in/kernel'}
 
 @functools.cache
 def _run() -> train_run.Run:
-  """A scanned layer and a tail. Decay moves whatever an update reaches, even where the gradient is zero."""
+  """A scanned layer and a tail. Weight decay changes every updated parameter, even where its gradient is zero."""
   c = tiny.config('shape', 'text', data_dir=tiny.data_dir())
   c.train.update(mixture='one_task', encode_all_sets=True)
   c.optim.update(unused_params='settonone', warmup_steps=0)
@@ -45,7 +45,7 @@ def _batch():
 
 @functools.cache
 def _step():
-  """(state, metrics, {path: gradient}, used_experts experts) of the first step, of masked language modelling."""
+  """(state, metrics, {path: gradient}, used experts) of the first step, of masked language modeling."""
   run, seen = _run(), []
   spec = dataclasses.replace(run.spec, plan=run.plan.only('text'))
 
@@ -53,20 +53,20 @@ def _step():
     seen.append(real(*args))
     return seen[-1]
 
-  def showing_its_gradients(*args):
+  def step_with_gradients(*args):
     with mock.patch.object(step, 'gradients', gradients):
       state, metrics = step.train_step(*args, jax.random.key(0), spec=spec)
     output = seen.pop()
     return state, metrics, output.grads, output.used_experts
 
-  state, metrics, grads, used_experts = small_model.jit(showing_its_gradients)(
+  state, metrics, grads, used_experts = small_model.jit(step_with_gradients)(
       run.state_from(_params()), _batch(), run.target_sets())
   return state, metrics, _by_path(grads), used_experts
 
 
 @functools.cache
 def _used():
-  """{path: bool or bools}: texts are all that is encoded, the target sets included."""
+  """{path: bool or bools}. Only texts are encoded, those of target sets included."""
   used_experts = _step()[3]
   return _by_path(used_params.used_mask(_run().spec.model.spec, _params(), used_experts, ('text',), ('text_mlm',)))
 
@@ -104,7 +104,7 @@ def test_unused_parameters_have_gradient_zero():
 
 
 def test_a_set_of_no_task_uses_experts_whose_gradient_is_zero():
-  # Router rows: of the texts, of their words, and of the shapes' names, which the step encodes but does not score.
+  # Conditions: of the texts, of their words, and of the shapes' names, which the step encodes but does not score.
   _, _, grads, used_experts = _step()
   assert [counts.sum(-1).tolist() for counts in jax.tree.leaves(used_experts)] == [[3 * 2], [3 * 2], 3 * 2, 3 * 2]
   kernels = [path for path, used in _used().items() if used.ndim and path.endswith('/kernel')]

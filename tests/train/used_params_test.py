@@ -1,4 +1,4 @@
-"""What a step gave a gradient: which experts its rows chose, which tables its modalities read, whose scales it used."""
+"""Parameters that a step uses: experts of its conditions, tables of its modalities, scales of its tasks."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ TEXT = {'embed/position', 'embed/type'}
 
 @functools.cache
 def _spec(**changes):
-  """Four experts; layers 0 and 1 are scanned, layer 2 is the tail. Every table there is, two temperatures."""
+  """Four experts; layers 0 and 1 are scanned, layer 2 is the tail. All tables, and two temperatures."""
   return small_model.spec(
       posemb='learned', modality_embedding=True, frame_differences=True, temperature_groups=('group', 'other'),
       **changes)
@@ -34,14 +34,15 @@ def _shapes(spec):
   return {path: leaf.shape for path, leaf in by_path(small_model.params(spec)).items()}
 
 
-# What layers 0, 1 and 2 chose: rows per expert. No two are equal.
+# Conditions per expert in layers 0, 1 and 2. No two are equal.
 USED_EXPERTS = {
     'blocks': ({'attention': jnp.array([[3, 3, 0, 0], [0, 1, 5, 0]]), 'mlp': jnp.array([[0, 0, 2, 4], [6, 0, 0, 0]])},),
     'tail': ({'attention': jnp.array([0, 2, 0, 4]), 'mlp': jnp.array([1, 1, 1, 0])},)}
 
 
-def _used(contents=('head', 'target', 'text', 'visual'), temperatures=('group', 'other'), spec=None, params=None,
-             used_experts=USED_EXPERTS):
+def _used(
+    contents=('head', 'target', 'text', 'visual'), temperatures=('group', 'other'), spec=None, params=None,
+    used_experts=USED_EXPERTS):
   """{path: bool or bools}, on the host."""
   spec = spec or _spec()
   params = small_model.params(spec) if params is None else params
@@ -56,7 +57,7 @@ def _unused(**kw):
 
 
 def test_conditions_that_use_an_expert_are_counted_per_layer():
-  # Two scanned layers and a tail, two rows of condition, two of four experts kept; a coefficient says which.
+  # Two scanned layers and a tail, two conditions, two of four experts each: those with a coefficient.
   scanned = np.array([[[.6, .4, 0, 0], [0, .9, .1, 0]], [[0, 0, .5, .5], [0, 0, .2, .8]]])
   tail = np.array([[.7, 0, 0, .3], [.7, .3, 0, 0]])
   experts = lambda coef: np.broadcast_to(np.arange(4), coef.shape)
@@ -76,7 +77,7 @@ def test_used_experts_are_collected_by_the_encoder():
   counts = used_params.used_experts(collected)
   assert jax.tree.map(jnp.shape, counts) == jax.tree.map(jnp.shape, USED_EXPERTS)
   for count in jax.tree.leaves(counts):
-    assert (count.sum(-1) == 2 * 2).all()  # two rows, two experts each
+    assert (count.sum(-1) == 2 * 2).all()  # two conditions, two experts each
 
 
 @pytest.mark.parametrize('changes, experts', [
@@ -194,7 +195,7 @@ def test_a_scale_above_its_clamp_is_unused(scale, unused):
   params = {**small_model.params(_spec()), 'log_scale_group': jnp.float32(math.log(scale))}
   assert _unused(params=params) == unused
   gradient = jax.grad(lambda x: _scale(params, x))(params['log_scale_group'])
-  assert (gradient == 0) == bool(unused)  # what the model itself says
+  assert (gradient == 0) == bool(unused)  # as the model computes it
 
 
 def _scale(params, log_scale):

@@ -1,4 +1,4 @@
-"""Evaluated as it is: a run answers questions of other configs with its own parameters, and nothing is trained."""
+"""Zero-shot evaluation: a run is evaluated on tasks of other configs with its own parameters; nothing is trained."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def _zero_shot(argument):
   return module.get_config(argument)
 
 
-def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
+def test_its_parameters_are_those_of_the_run(run, tmp_path, capsys):
   folder, _, trained = run
   params = saved_run.load(finetuning.zero_shot(f'run={folder},task=package'), tmp_path)[2]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), trained)
@@ -59,8 +59,9 @@ def test_its_parameters_are_the_run_s(run, tmp_path, capsys):
 def test_a_new_task_and_a_new_task_type_are_config_alone(run, tmp_path, task, task_type):
   c = _zero_shot(f'run={run[0]},task={task}')
   assert c.tasks[task].type == task_type
-  # The gates have never seen the rows of what is evaluated: attribute routing reads their bits.
-  trained, queried = ([str(row)[:8] for row in train_run.conditions(make_plan(config))] for config in (run[1], c))
+  # The run was not trained on the conditions that are evaluated: attribute routing reads their bits.
+  trained, queried = ([str(condition)[:8] for condition in train_run.conditions(make_plan(config))]
+                      for config in (run[1], c))
   assert queried[0] not in trained
   c.evaluators[next(iter(c.evaluators))].num_examples = 20
   made, predictor, _ = saved_run.load(c, tmp_path)
@@ -70,7 +71,7 @@ def test_a_new_task_and_a_new_task_type_are_config_alone(run, tmp_path, task, ta
   assert json.loads((tmp_path / suite.EVALUATION_FILE).read_text()) == rows
 
 
-def test_it_is_evaluated_again_when_the_run_has_gone_on_or_another_question_is_put(run, tmp_path, monkeypatch, capfd):
+def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evaluator(run, tmp_path, monkeypatch, capfd):
   folder, trained = tmp_path / 'run', train_run.build(run[1], jax.devices()[:1])
   shutil.copytree(run[0], folder)
   build = train_run.build
@@ -89,13 +90,13 @@ def test_it_is_evaluated_again_when_the_run_has_gone_on_or_another_question_is_p
   assert suite.evaluated_step(tmp_path / 'new') == 5 and not evaluated()
 
 
-def test_the_new_kind_has_a_row_of_bits_by_rule_and_targets_of_a_known_family(run):
+def test_the_new_task_type_has_attribute_bits_by_rule_and_targets_of_a_known_family(run):
   plan = train_run.build(_zero_shot(f'run={run[0]},task=digit_word'), jax.devices()[:1]).plan
   # Images in, text out; a visual input token. Words: 11 (both inputs), 01 (text), 01 (text), 1 (target), 0.
   assert [str(c)[:8] for c in train_run.conditions(plan)] == ['10011000', '11010110']
 
 
-def test_a_task_router_takes_known_names_and_reports_which_it_has_not(tmp_path):
+def test_a_task_router_accepts_known_names_and_reports_unknown_ones(tmp_path):
   workdir.claim_workdir(tmp_path, _config('task'), 'print')
   workdir.copy_tokenizer(tmp_path, pathlib.Path(tiny.tokenizer_file()))
   for task in ('digits', 'digit_question'):
@@ -108,7 +109,7 @@ def test_a_task_router_takes_known_names_and_reports_which_it_has_not(tmp_path):
   assert train_run.build(known, jax.devices()[:1]).plan.probes
 
 
-def test_what_trains_nothing_is_not_trained(run, tmp_path):
+def test_a_config_that_trains_nothing_is_refused_by_training(run, tmp_path):
   with pytest.raises(ValueError, match='nothing to train'):
     loop.train(finetuning.zero_shot(f'run={run[0]},task=package'), str(tmp_path / 'new'), jax.devices()[:1])
   assert not (tmp_path / 'new').exists()
