@@ -7,21 +7,17 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
-from uni_moe_jax.config.plan import Evaluation, TaskSpec
+from uni_moe_jax.config.plan import Evaluation
 from uni_moe_jax.export import description, merge, model_card
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.tasks import task_types
 
 _TOKENIZER = {'type': 'sentencepiece', 'file': 'tokenizer.model', 'size': 40, 'eot': 3}
 
 
 def _exported(task_type: str) -> ExportedTask:
-  return ExportedTask(TaskSpec(
-      name=f'my_{task_type}', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1,
-      loss_weight=1.0, sampling_weight=0.0, temperature='group', target_set='', label_column='', caption_templates=(),
-      template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0))
+  return ExportedTask(small_model.task_spec(task_type, name=f'my_{task_type}'))
 
 
 def _manifest(trained: ModelSpec, *names: str, exported: ModelSpec | None = None, evaluators=(), **tokenizer):

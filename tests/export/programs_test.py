@@ -16,17 +16,13 @@ from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model import batching, decoding, heads
 from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path
 
 _RNG = np.random.default_rng(0)
 
 
 def _task(task_type: str, head: bool = False) -> TaskSpec:
-  return TaskSpec(
-      name='task', type=task_types.TASK_TYPES[task_type], group='', source='', split='', batch_size=1, loss_weight=1.0,
-      sampling_weight=0.0, temperature='group', target_set='set', label_column='', caption_templates=(), template='',
-      max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0, linear_head=head)
+  return small_model.task_spec(task_type, target_set='set', linear_head=head)
 
 
 def _pixels(batch: int) -> np.ndarray:

@@ -18,10 +18,7 @@ from uni_moe_jax.tasks import task_types
 def _task(name: str, group: str = '') -> TaskSpec:
   own = task_types.TaskType(name, task_types.TASK_TYPES['vqa'].inputs, 'words', 'slot', 'vqa')
   task_type = task_types.TASK_TYPES.get(name, own)
-  return TaskSpec(
-      name=f'a_{task_type.name}', type=task_type, group='', source='', split='', batch_size=1, loss_weight=1.0,
-      sampling_weight=0.0, temperature=group or task_type.name, target_set='', label_column='', caption_templates=(),
-      template='', max_len=4, max_predictions=2, label_smoothing=0.0, max_shift=0)
+  return small_model.task_spec(task_type, name=f'a_{task_type.name}', temperature=group or task_type.name)
 
 
 def _scales(chosen: list[TaskSpec], scales: dict[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers import fast_compile
+from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.model.sequences import Layout
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
@@ -35,6 +36,13 @@ def spec(router: str = 'attribute', **changes: Any) -> ModelSpec:
       router_names=routers.table_names(router, task_types.router_tasks()),
       temperature_groups=('group',), gmm='batched')  # it compiles fastest; backends are compared in tests/moe
   return dataclasses.replace(small, **changes)
+
+
+def task_spec(task_type: str | task_types.TaskType, **changes: Any) -> TaskSpec:
+  """A task with one example per step and texts of four tokens."""
+  task_type = task_types.TASK_TYPES[task_type] if isinstance(task_type, str) else task_type
+  fields = dict(name='task', group='', source='', batch_size=1, temperature='group', max_len=4, max_predictions=2)
+  return TaskSpec(type=task_type, **fields | changes)
 
 
 def boxed(model_spec: ModelSpec) -> Any:
