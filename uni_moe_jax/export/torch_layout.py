@@ -1,8 +1,8 @@
 """The published PyTorch state dict ⇄ our parameter tree: one ordered table, strict in both directions.
 
 `entries(spec)` lists the path of every published key in our tree and the transform of its array. `from_torch` and
-`to_torch` use that list only: every key is consumed or dropped for a stated reason, and every parameter is filled.
-Names and shapes: section 16 of the notes on the published system, whose `Linear` weights are [out, in].
+`to_torch` use that list only: every key is consumed or dropped for a stated reason, and every parameter is filled. The
+published `Linear` weights are [out, in].
 """
 
 import dataclasses
