@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from concurrent import futures
 from typing import Any
 
+from uni_moe_jax.utils.files import write_bytes
+
 FILE = 'manifest.json'
 _METADATA, _COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
 _COMPLETED_LATER = 'commit_timestamp_nsecs'
@@ -32,9 +34,7 @@ def write(folder: pathlib.Path, final: pathlib.Path, metrics: Mapping[str, float
     sums = dict(zip(names, pool.map(lambda name: _checksum(folder / name), names)))
   content = {'files': sums, 'metadata': _metadata(folder), 'committed': f'Checkpoint commit was successful to {final}',
              'metrics': dict(metrics)}
-  temporary = folder / f'{FILE}.tmp'
-  temporary.write_text(json.dumps({**content, 'sha256': _own_checksum(content)}))
-  temporary.rename(folder / FILE)
+  write_bytes(folder / FILE, json.dumps({**content, 'sha256': _own_checksum(content)}).encode())
 
 
 def damage(folder: pathlib.Path) -> str:

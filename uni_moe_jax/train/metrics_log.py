@@ -9,6 +9,8 @@ import time
 import tensorflow as tf
 import tqdm
 
+from uni_moe_jax.utils.files import write_bytes
+
 
 class MetricsLog:
   """Averages scalars over the steps between two logs and writes them; a context manager."""
@@ -25,9 +27,7 @@ class MetricsLog:
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     if self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first]
-      temporary = self._path.with_suffix('.tmp')  # a process that is killed here loses no line
-      temporary.write_text(''.join(line + '\n' for line in lines))
-      temporary.rename(self._path)
+      write_bytes(self._path, ''.join(line + '\n' for line in lines).encode())  # a process killed here loses no line
     self._file = self._path.open('a')
     self._board = tf.summary.create_file_writer(os.fspath(pathlib.Path(workdir) / 'tensorboard'))
     self._bar = tqdm.tqdm(total=last, initial=first, unit='step', dynamic_ncols=True) if sys.stderr.isatty() else None

@@ -19,7 +19,7 @@ from uni_moe_jax import __version__
 from uni_moe_jax.config.schema import PATHS, apply_choices
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
-from uni_moe_jax.utils.files import read_json, write_json
+from uni_moe_jax.utils.files import read_json, write_bytes, write_json
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
@@ -185,9 +185,7 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: 
                        f'another version of sentencepiece gives another one. Copy {path} over it, or give another '
                        '--workdir.')
   elif writes:
-    temporary = path.with_suffix('.tmp')
-    temporary.write_bytes(file.read_bytes())
-    temporary.rename(path)
+    write_bytes(path, file.read_bytes())
 
 
 def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:

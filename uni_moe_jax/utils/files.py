@@ -1,4 +1,4 @@
-"""JSON files, written atomically, and checks of paths that are given on the command line."""
+"""Files and JSON, written atomically, and checks of paths that are given on the command line."""
 
 import json
 import pathlib
@@ -7,15 +7,20 @@ from typing import Any
 from uni_moe_jax.utils.errors import UsageError
 
 
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """Write a file atomically: a process that is killed leaves the old file."""
+  temporary = path.with_suffix('.tmp')
+  temporary.write_bytes(content)
+  temporary.rename(path)
+
+
 def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None:
-  """Write content as JSON atomically: a process that is killed leaves the old file.
+  """Write content as JSON, atomically.
 
   Raises:
     ValueError: a number is not finite and allow_nan is False: not every JSON reader accepts NaN.
   """
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(content, indent=1, allow_nan=allow_nan))
-  temporary.rename(path)
+  write_bytes(path, json.dumps(content, indent=1, allow_nan=allow_nan).encode())
 
 
 def read_json(path: pathlib.Path, default: Any = None) -> Any:
