@@ -38,7 +38,7 @@ def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatc
     outputs.append(capfd.readouterr().out)
   # Forty images with two captions each, every fifth in the test split.
   assert 'pets 1.0.0: train 32, test 8' in outputs[0] and 'captions (texts)' in outputs[0]
-  [row] = [line for line in outputs[2].splitlines() if 'i2t_R@1' in line]
+  [row] = [line for line in outputs[2].splitlines() if 'i2t_R@1' in line.split()]
   assert row.split()[:2] == ['pets', 'retrieval'] and (tmp_path / 'runs/pets/evaluation.json').exists()
 
 
