@@ -36,7 +36,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c.model.variant = presets.SIZES['tiny']
     c.train.mixture, c.train.encode_all_sets = 'all_tasks', False  # there is one task
     c.tokenizer.type = 'clip'
-  benchmarks.DOWNSTREAM[a.task](c)
+  benchmarks.downstream(c, a.task)
   if a.run:
     for t in c.tasks.values():  # a run has its own temperature groups and text length
       t.temperature = t.temperature if t.temperature in plan.temperatures else ''

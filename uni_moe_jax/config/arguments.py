@@ -26,8 +26,7 @@ def arguments(
   Raises:
     UsageError: a name or value is unknown, given twice, or missing.
   """
-  path, values = f'configs/{pathlib.Path(file).name}', dict(defaults)
-  given: dict[str, str] = {}
+  path, given = f'configs/{pathlib.Path(file).name}', {}
   for part in arg.split(',') if arg else ():
     name, equals, value = part.partition('=')
     if not equals:
@@ -37,22 +36,17 @@ def arguments(
       raise UsageError(f'{path}:{arg}: argument {name!r} is unknown; {nearest(name, defaults)}.')
     if name in given:
       raise UsageError(f'{path}:{arg}: argument {name!r} is given twice.')
-    given[name] = value
-    values[name] = _value(value, defaults[name])
-    valid = _BOOLS if isinstance(defaults[name], bool) else (choices or {}).get(name)
-    if valid is not None and values[name] not in (_BOOLS.values() if valid is _BOOLS else valid):
+    # Valid values by how they are written.
+    valid = _BOOLS if isinstance(defaults[name], bool) else {str(x): x for x in (choices or {}).get(name, ())}
+    written = value.lower() if valid is _BOOLS else value
+    if valid and written not in valid:
       raise UsageError(f'{path}:{arg}: {name}={value!r} is unknown; {nearest(value, valid)}.')
+    given[name] = valid.get(written, int(value) if isinstance(defaults[name], int) and value.isdecimal() else value)
+  values = defaults | given
   for name in required:
     if not values[name]:
-      raise UsageError(f'{path}:{arg or ""}: argument {name!r} is missing; give '
-                       f'{_example(defaults, required)}.')
+      raise UsageError(f'{path}:{arg or ""}: argument {name!r} is missing; give {_example(defaults, required)}.')
   return types.SimpleNamespace(**values)
-
-
-def _value(text: str, default: Any) -> Any:
-  if isinstance(default, bool):
-    return _BOOLS.get(text.lower(), text)
-  return int(text) if isinstance(default, int) and text.isdecimal() else text
 
 
 def _example(defaults: dict[str, Any], required: Collection[str]) -> str:

@@ -4,6 +4,7 @@ A `ConfigDict` is what users write and override (`to_config_dict`); `parse` chec
 """
 
 import dataclasses
+import operator
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 REQUIRED = dataclasses.MISSING
+_BOUNDS = {'at_least': operator.ge, 'above': operator.gt, 'at_most': operator.le, 'below': operator.lt}
 _LARGEST = 2**53  # beyond it, not every integer is a float
 _NAMES = {bool: 'True or False', int: 'a whole number', float: 'a finite number', str: 'a string', tuple: 'a tuple'}
 _PLURALS = {int: 'whole numbers', float: 'numbers', str: 'strings', tuple: 'tuples'}
@@ -32,24 +34,19 @@ def field(
   """Declare a config field.
 
   Args:
-    default: default value; `REQUIRED` if there is none.
+    default: `REQUIRED` if there is none.
     doc: meaning and unit, for the reference.
     at_least, above, at_most, below: bounds of a number, or of every number of a tuple.
     choices: valid strings of a string field, or of the items of a tuple.
     off: value that disables the feature, for the error message.
     published: value in the published system, which `compat='published'` sets.
-    path: a path of a file system, or a string that may name one: addresses such as gs://… are refused.
-    pattern: a regular expression.
+    path: whether it is, or may be, a path of a file system: addresses such as gs://… are refused.
+    pattern: whether it is a regular expression.
   """
   metadata = dict(
       doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices), off=off,
       published=published, path=path, pattern=pattern)
   return dataclasses.field(default=default, metadata=metadata)
-
-
-def section(cls: type, doc: str = '') -> Any:
-  """Declare a section: a field whose value is another config dataclass."""
-  return dataclasses.field(default_factory=cls, metadata=dict(doc=doc or first_line(cls)))
 
 
 def entries(cls: type | None, doc: str) -> Any:
@@ -63,30 +60,25 @@ def first_line(cls: type) -> str:
 
 def to_config_dict(value: Any) -> ml_collections.ConfigDict:
   """The ConfigDict of a config dataclass."""
-  hints, out = typing.get_type_hints(type(value)), {}
-  for f in dataclasses.fields(value):
-    x = getattr(value, f.name)
-    if dataclasses.is_dataclass(x) or 'entry' in f.metadata:
-      x = to_config_dict(x) if dataclasses.is_dataclass(x) else ml_collections.ConfigDict(x)
-    elif isinstance(hints[f.name], types.UnionType):
-      x = config_dict.FieldReference(x, field_type=object)  # a value of another type of the union can be assigned
-    out[f.name] = x
-  return ml_collections.ConfigDict(out)
+  hints = typing.get_type_hints(type(value))
+
+  def entry(name: str, x: Any) -> Any:
+    if dataclasses.is_dataclass(x):
+      return to_config_dict(x)
+    # A value of another type of a union can be assigned.
+    return config_dict.FieldReference(x, field_type=object) if isinstance(hints[name], types.UnionType) else x
+
+  return ml_collections.ConfigDict({name: entry(name, x) for name, x in vars(value).items()})
 
 
 def parse(cls: type[T], given: Any, name: str = '') -> T:
-  """Check names, types and bounds of a section; return its dataclass.
-
-  Args:
-    cls: config dataclass.
-    given: section of a ConfigDict.
-    name: of the section; '' for the whole config.
+  """Check names, types and bounds of a ConfigDict; return the dataclass. name: of a section; '' for the whole config.
 
   Raises:
     UsageError: a field is missing, unknown, of another type, not finite, out of bounds, unknown as a choice, or an
       address.
   """
-  declared = {f.name: f for f in dataclasses.fields(cls)}
+  declared, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
   if not isinstance(given, ml_collections.ConfigDict):
     raise UsageError(f'config.{name}={_short(given)} must be a section with the fields {", ".join(declared)}.')
   prefix = f'{name}.' if name else ''
@@ -97,7 +89,6 @@ def parse(cls: type[T], given: Any, name: str = '') -> T:
     if key not in given:
       default = f'; its default is {_short(f.default)}' if f.default is not REQUIRED else ''
       raise UsageError(f'config.{prefix}{key} is missing{default}.')
-  hints = typing.get_type_hints(cls)
   return cls(**{key: _parse_field(f'{prefix}{key}', given[key], f, hints[key]) for key, f in declared.items()})
 
 
@@ -144,9 +135,8 @@ def _check_value(name: str, value: Any, m: Mapping[str, Any]) -> None:
     check_choice(name, value, m['choices'])
   if m['pattern']:
     check_pattern(name, value)
-  if isinstance(value, (int, float)) and not (
-      (m['at_least'] is None or value >= m['at_least']) and (m['above'] is None or value > m['above']) and
-      (m['at_most'] is None or value <= m['at_most']) and (m['below'] is None or value < m['below'])):
+  limits = {b: inside for b, inside in _BOUNDS.items() if m[b] is not None and isinstance(value, (int, float))}
+  if not all(inside(value, m[b]) for b, inside in limits.items()):
     off = '' if m['off'] is None else f'; {m["off"]:g} is off'
     raise UsageError(f'config.{name}={value} must be {bounds(m)}{off}.')
 
@@ -157,8 +147,13 @@ def bounds(m: Mapping[str, Any]) -> str:
   high = [f'{m[b]:g}{bracket}' for b, bracket in (('at_most', ']'), ('below', ')')) if m[b] is not None]
   if low and high:
     return f'in {low[0]}, {high[0]}'
-  return ' or '.join(
-      f'{b.replace("_", " ")} {m[b]:g}' for b in ('at_least', 'above', 'at_most', 'below') if m[b] is not None)
+  return ' or '.join(f'{b.replace("_", " ")} {m[b]:g}' for b in _BOUNDS if m[b] is not None)
+
+
+def fail_if(wrong: Any, message: str) -> None:
+  """Raise UsageError with a message, which 'config.' precedes, if something is wrong."""
+  if wrong:
+    raise UsageError(f'config.{message}')
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

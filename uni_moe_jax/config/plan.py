@@ -7,13 +7,12 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax.config import schema, validate
-from uni_moe_jax.config.fields import check_choice
+from uni_moe_jax.config.fields import check_choice, fail_if
 from uni_moe_jax.config.schema import Config
 from uni_moe_jax.config.task_schema import VOCABULARY, EvaluatorConfig, TargetSetConfig, TaskConfig
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.tasks.task_types import TaskType
-from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 # Evaluator type → whether it can evaluate a task type.
@@ -82,10 +81,8 @@ class Plan:
   @property
   def groups(self) -> dict[str, tuple[TaskSpec, ...]]:
     """Tasks by group, in order."""
-    out: dict[str, tuple[TaskSpec, ...]] = {}
-    for t in self.tasks:
-      out[t.group] = (*out.get(t.group, ()), t)
-    return out
+    names = dict.fromkeys(t.group for t in self.tasks)
+    return {name: tuple(t for t in self.tasks if t.group == name) for name in names}
 
   def task_slices(self, divisor: int = 1) -> dict[str, slice]:
     """{task: its slice of its group's batch}, with batch sizes divided by `divisor`, shards · micro-steps."""
@@ -107,15 +104,14 @@ class Plan:
 
   def check_trains(self) -> None:
     """Raise UsageError if the plan only evaluates."""
-    if not self.tasks:
-      raise UsageError('config.tasks: every task has batch_size=0, so that there is nothing to train; evaluate the run '
-                       'in config.train.init: python launch/evaluate.py --config=… --workdir=….')
+    fail_if(not self.tasks,
+            'tasks: every task has batch_size=0, so that there is nothing to train; evaluate the run in '
+            'config.train.init: python launch/evaluate.py --config=… --workdir=….')
 
   def check_batches(self, shards: int, accum: int) -> None:
     """Raise UsageError if a task's micro-batch does not divide over the batch shards of the mesh."""
     for t in self.tasks:
-      reason = f'({shards} batch shards of the mesh × {accum} micro-steps)'
-      _check_multiple(t, shards * accum, reason)
+      _check_multiple(t, shards * accum, f'({shards} batch shards of the mesh × {accum} micro-steps)')
       if t.mixes:
         _check_multiple(t, 2 * shards * accum, 'for mixup or CutMix, which mix pairs of a shard '
                         f'({shards} batch shards × {accum} micro-steps × 2)')
@@ -128,9 +124,8 @@ class Plan:
 
 
 def _check_multiple(t: TaskSpec, unit: int, reason: str, otherwise: str = '') -> None:
-  if t.batch_size % unit:
-    raise UsageError(f'config.tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} {reason}; try '
-                     f'{validate.nearest_multiple(t.batch_size, unit)}{otherwise}.')
+  fail_if(t.batch_size % unit, f'tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} {reason}; try '
+                               f'{validate.nearest_multiple(t.batch_size, unit)}{otherwise}.')
 
 
 def make_plan(c: ml_collections.ConfigDict) -> Plan:
@@ -146,25 +141,24 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
   for name in config.task_types:
     task_types.check_task_type(types[name], families)
   sets = {name: _set_spec(name, s, families) for name, s in config.target_sets.items()}
-  if not any(t.batch_size for t in config.tasks.values()) and not (config.train.init and config.evaluators):
-    raise UsageError('config.tasks has no task with batch_size > 0; add one with config.task(…). To evaluate another '
-                     'run as it is, set config.train.init to its work directory and add config.evaluators.')
+  fail_if(not any(t.batch_size for t in config.tasks.values()) and not (config.train.init and config.evaluators),
+          'tasks has no task with batch_size > 0; add one with config.task(…). To evaluate another run as it is, set '
+          'config.train.init to its work directory and add config.evaluators.')
   with_head = [name for name, t in config.tasks.items() if t.linear_head]
-  if len(with_head) > 1:
-    raise UsageError(f'config.tasks: {" and ".join(with_head)} both have linear_head=True; one task at most has a '
-                     'linear head.')
+  fail_if(len(with_head) > 1, f'tasks: {" and ".join(with_head)} both have linear_head=True; one task at most has a '
+                              'linear head.')
   every = [_task_spec(name, t, types, sets, config) for name, t in config.tasks.items()]
   tasks, probes = tuple(t for t in every if t.batch_size), tuple(t for t in every if not t.batch_size)
   temperatures = tuple(sorted({t.temperature for t in tasks} | set(config.model.extra_temperature_groups)))
   used = set(sets) if config.train.encode_all_sets else {t.target_set for t in tasks}
   for t in probes:
     # Retrieval only orders candidates, which needs no scale.
-    if t.temperature not in temperatures and t.type.target != 'pair':
-      raise UsageError(f'config.tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that '
-                       f'its scale would be unknown; {nearest(t.temperature, temperatures)}.')
-    if t.target_set and t.target_set not in used and sets[t.target_set].label_prompts:
-      raise UsageError(f'config.target_sets.{t.target_set}.label_prompts=True: no trained task uses this set, so that '
-                       'its prompts would stay zero; train a task with it, or set it to False.')
+    fail_if(t.temperature not in temperatures and t.type.target != 'pair',
+            f'tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its scale would be '
+            f'unknown; {nearest(t.temperature, temperatures)}.')
+    fail_if(t.target_set and t.target_set not in used and sets[t.target_set].label_prompts,
+            f'target_sets.{t.target_set}.label_prompts=True: no trained task uses this set, so that its prompts would '
+            'stay zero; train a task with it, or set it to False.')
   evaluations = tuple(_evaluation(name, e, every, sets) for name, e in config.evaluators.items())
   probed = {t.target_set for t in probes} - used
   answers = {e.constrain_to for e in evaluations} - used - probed
@@ -179,39 +173,35 @@ def _named(names: set[str], sets: Mapping[str, SetSpec]) -> tuple[SetSpec, ...]:
 
 
 def _own_family(name: str, bits: Any) -> Condition:
-  if name in task_types.families():
-    raise UsageError(f'config.target_families.{name}: a built-in family has this name, and its bits are frozen; choose '
-                     'another.')
-  if isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits):
-    raise UsageError(f'config.target_families.{name}={bits!r} must be four bits: input visual, input text, target '
-                     'visual, target text; for example (1, 0, 0, 1).')
+  field = f'target_families.{name}'
+  fail_if(name in task_types.families(),
+          f'{field}: a built-in family has this name, and its bits are frozen; choose another.')
+  fail_if(isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits),
+          f'{field}={bits!r} must be four bits: input visual, input text, target visual, target text; for example '
+          '(1, 0, 0, 1).')
   return task_types.family_condition(name, tuple(bits))
 
 
 def _own_task_type(name: str, values: Any) -> TaskType:
-  if name in task_types.TASK_TYPES:
-    raise UsageError(f'config.task_types.{name}: a built-in task type has this name; choose another.')
-  expected = {f.name for f in dataclasses.fields(TaskType)} - {'name'}
-  if set(values) != expected:
-    wrong = sorted(set(values) ^ expected)
-    raise UsageError(f'config.task_types.{name}: {", ".join(wrong)} missing or unknown; give '
-                     f'{", ".join(sorted(expected))}.')
-  if any(isinstance(s, str) or len(s) not in (1, 2) for s in values.inputs):
-    raise UsageError(f'config.task_types.{name}.inputs={values.inputs!r} must contain (modality, mask) pairs, for '
-                     "example (('visual', 'full'),).")
+  field, expected = f'task_types.{name}', {f.name for f in dataclasses.fields(TaskType)} - {'name'}
+  fail_if(name in task_types.TASK_TYPES, f'{field}: a built-in task type has this name; choose another.')
+  wrong = set(values) ^ expected
+  fail_if(wrong, f'{field}: {", ".join(sorted(wrong))} missing or unknown; give {", ".join(sorted(expected))}.')
+  fail_if(any(isinstance(s, str) or len(s) not in (1, 2) for s in values.inputs),
+          f"{field}.inputs={values.inputs!r} must contain (modality, mask) pairs, for example (('visual', 'full'),).")
   return TaskType(**{**values, 'name': name, 'inputs': tuple(task_types.Segment(*s) for s in values.inputs)})
 
 
 def _set_spec(name: str, s: TargetSetConfig, families: Mapping[str, Condition]) -> SetSpec:
-  field = f'config.target_sets.{name}'
-  check_choice(f'target_sets.{name}.family', s.family, families)
-  if s.softmax == 'sampled' and (s.entries != VOCABULARY or s.num_sampled < 1):
-    raise UsageError(f"{field}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not "
-                     f'entries={s.entries!r}, num_sampled={s.num_sampled}.')
-  if s.label_prompts and s.entries == VOCABULARY:
-    raise UsageError(f'{field}.label_prompts=True is for sets of texts: each word of the vocabulary already has a '
-                     'learned embedding; set it to False.')
-  return SetSpec(**vars(s), name=name, condition=families[s.family])
+  field = f'target_sets.{name}'
+  check_choice(f'{field}.family', s.family, families)
+  spec = SetSpec(**vars(s), name=name, condition=families[s.family])
+  fail_if(s.softmax == 'sampled' and (not spec.is_vocabulary or s.num_sampled < 1),
+          f"{field}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not entries={s.entries!r}, "
+          f'num_sampled={s.num_sampled}.')
+  fail_if(s.label_prompts and spec.is_vocabulary, f'{field}.label_prompts=True is for sets of texts: each word of the '
+                                                  'vocabulary already has a learned embedding; set it to False.')
+  return spec
 
 
 def _array_shape(t: TaskConfig) -> tuple[int, ...]:
@@ -234,43 +224,39 @@ def _task_spec(
 
 
 def _check_target_set(name: str, t: TaskConfig, task_type: TaskType, sets: Mapping[str, SetSpec]) -> None:
-  field = f'config.tasks.{name}'
+  field = f'tasks.{name}.target_set'
   if task_type.target == 'pair':
-    if t.target_set:
-      raise UsageError(f'{field}.target_set={t.target_set!r}: task type {t.type!r} is matched with its own texts; set '
-                       "it to ''.")
+    fail_if(t.target_set,
+            f"{field}={t.target_set!r}: task type {t.type!r} is matched with its own texts; set it to ''.")
   else:
-    check_choice(f'tasks.{name}.target_set', t.target_set, sets)
-    family = sets[t.target_set].family
-    if family != task_type.target:
-      raise UsageError(f'{field}.target_set={t.target_set!r} is of family {family!r}, but task type {t.type!r} chooses '
-                       f'among {task_type.target!r}.')
-    if task_type.readout in ('masked', 'queries') and not sets[t.target_set].is_vocabulary:
-      raise UsageError(f'{field}.target_set={t.target_set!r}: task type {t.type!r} predicts words; its set must have '
-                       f"entries='{VOCABULARY}'.")
-  if t.linear_head and not (task_type.has_classes and not sets[t.target_set].is_vocabulary):
-    raise UsageError(f'{field}.linear_head=True needs a task type that chooses among the entries of a set; {t.type!r} '
-                     f'with target_set={t.target_set!r} does not.')
+    check_choice(field, t.target_set, sets)
+    chosen = sets[t.target_set]
+    fail_if(chosen.family != task_type.target,
+            f'{field}={t.target_set!r} is of family {chosen.family!r}, but task type {t.type!r} chooses among '
+            f'{task_type.target!r}.')
+    fail_if(task_type.readout in ('masked', 'queries') and not chosen.is_vocabulary,
+            f'{field}={t.target_set!r}: task type {t.type!r} predicts words; its set must have '
+            f"entries='{VOCABULARY}'.")
+  fail_if(t.linear_head and not (task_type.has_classes and not sets[t.target_set].is_vocabulary),
+          f'tasks.{name}.linear_head=True needs a task type that chooses among the entries of a set; {t.type!r} with '
+          f'target_set={t.target_set!r} does not.')
 
 
 def _evaluation(name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapping[str, SetSpec]) -> Evaluation:
-  field, by_name = f'config.evaluators.{name}', {t.name: t for t in tasks}
-  check_choice(f'evaluators.{name}.type', e.type, EVALUATIONS)
-  check_choice(f'evaluators.{name}.task', e.task, by_name)
-  task, accepts = by_name[e.task], EVALUATIONS[e.type]
-  if not accepts(task.type):
-    valid = [t.name for t in tasks if accepts(t.type)]
-    raise UsageError(f'{field}.task={e.task!r} is of task type {task.type.name!r}, which evaluator {e.type!r} cannot '
-                     f'evaluate; choices: {", ".join(valid) or "none"}.')
+  field, by_name = f'evaluators.{name}', {t.name: t for t in tasks}
+  check_choice(f'{field}.type', e.type, EVALUATIONS)
+  check_choice(f'{field}.task', e.task, by_name)
+  task, valid = by_name[e.task], [t.name for t in tasks if EVALUATIONS[e.type](t.type)]
+  fail_if(e.task not in valid,
+          f'{field}.task={e.task!r} is of task type {task.type.name!r}, which evaluator {e.type!r} cannot evaluate; '
+          f'choices: {", ".join(valid) or "none"}.')
   if e.constrain_to:
-    if e.type != 'caption':
-      raise UsageError(f"{field}.constrain_to={e.constrain_to!r} is for evaluators of type 'caption', not {e.type!r}; "
-                       "set it to ''.")
-    check_choice(f'evaluators.{name}.constrain_to', e.constrain_to, sets)
-    if sets[e.constrain_to].is_vocabulary:
-      raise UsageError(f"{field}.constrain_to={e.constrain_to!r} is the vocabulary, which constrains nothing; set it "
-                       "to '', or to a set of texts.")
-  if e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames):
-    raise UsageError(f'{field}: num_views={e.num_views}, num_crops={e.num_crops} are for the classification of videos '
-                     'of files (a task with num_frames > 0); set them to 1.')
+    given = f'{field}.constrain_to={e.constrain_to!r}'
+    fail_if(e.type != 'caption', f"{given} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
+    check_choice(f'{field}.constrain_to', e.constrain_to, sets)
+    fail_if(sets[e.constrain_to].is_vocabulary,
+            f"{given} is the vocabulary, which constrains nothing; set it to '', or to a set of texts.")
+  fail_if(e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames),
+          f'{field}: num_views={e.num_views}, num_crops={e.num_crops} are for the classification of videos of files (a '
+          'task with num_frames > 0); set them to 1.')
   return Evaluation(**{**vars(e), 'name': name, 'task': task})

@@ -21,10 +21,7 @@ def published(c: ml_collections.ConfigDict, weight_decay: float = 0.05) -> None:
 
   A config that does not deviate sets `config.compat` instead. docs/guides/conversion.md lists what no field offers
   because it is a defect in the published code. Published tasks have a sampling weight beside their loss weight.
-
-  Args:
-    c: config to change.
-    weight_decay: of kernels; 0.2 for the published base size, 0.05 for tiny and fine-tuning.
+  weight_decay: of kernels; 0.2 for the published base size, 0.05 for tiny and fine-tuning.
   """
   for section, values in schema.published_values(weight_decay).items():
     c[section].update(values)
@@ -34,12 +31,8 @@ def prompt_tune(c: ml_collections.ConfigDict, num_prompts: int = 8, sharing: str
   """Train prompts, norms, the bias of `spe` and a linear head; freeze everything else.
 
   This is the published list. Prefix prompts (`model.num_prefix_prompts`) and label prompts of a set train, too, if the
-  config has them. The run to start from is `train.init`; a task gets a head by `linear_head=True`.
-
-  Args:
-    c: config to change.
-    num_prompts: deep prompts per layer.
-    sharing: see `model.prompt_sharing`.
+  config has them. The run to start from is `train.init`; a task gets a head by `linear_head=True`. num_prompts: deep
+  prompts per layer; sharing: see `model.prompt_sharing`.
   """
   c.model.update(dict(num_deep_prompts=num_prompts, prompt_sharing=sharing, spe_bias=True))
   c.optim.param_groups = (
@@ -70,25 +63,23 @@ def own(
     columns: column → its content, classes: class column → its classes, splits: existing splits; all as in
       prepared.json.
   """
-  source, contents = f'own:{name}', set(columns.values())
-  visual = 'image' if 'image' in contents else 'video' if 'video' in contents else ''
+  source = f'own:{name}'
+  visual = next((media for media in ('image', 'video') if media in columns.values()), '')
   test_split = next((s for s in ('test', 'validation') if s in splits), None)
   video = dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop') if visual == 'video' else {}
-  texts = [column for column in ('text', 'text_a', 'text_b') if column in columns]
-
-  def add(suffix: str, evaluator: str, task_type: str, **values: Any) -> None:
-    task_name = unused_name(suffix)
-    c.tasks[task_name] = config.task(task_type, source, **values)
-    num_examples = _CANDIDATES if evaluator == 'retrieval' else 0
-    if test_split:
-      c.evaluators[task_name.replace('_', ' ')] = config.evaluator(
-          evaluator, task_name, split=test_split, num_examples=num_examples)
+  text = next((column for column in ('text', 'text_a', 'text_b') if column in columns), None)
 
   def unused_name(suffix: str) -> str:
     task_name, taken = f'{name}_{suffix}'.replace('.', '_'), {t.replace('_', ' ') for t in c.tasks}
     while task_name.replace('_', ' ') in taken:
       task_name += '_2'
     return task_name
+
+  def add(task_name: str, evaluator: str, task_type: str, **values: Any) -> None:
+    c.tasks[task_name] = config.task(task_type, source, **values)
+    if test_split:
+      c.evaluators[task_name.replace('_', ' ')] = config.evaluator(
+          evaluator, task_name, split=test_split, num_examples=_CANDIDATES if evaluator == 'retrieval' else 0)
 
   def vocabulary() -> str:
     if 'vocabulary' not in c.target_sets:
@@ -97,22 +88,20 @@ def own(
 
   if visual and 'captions' in columns:
     captions = dict(caption_templates=('{captions}',), max_len=32, **video)
-    add('retrieval', 'retrieval', f'{visual}_retrieval', batch_size=32, **captions)
-    add('caption', 'caption', f'{visual}_caption', batch_size=16, target_set=vocabulary(), **captions)
+    add(unused_name('retrieval'), 'retrieval', f'{visual}_retrieval', batch_size=32, **captions)
+    add(unused_name('caption'), 'caption', f'{visual}_caption', batch_size=16, target_set=vocabulary(), **captions)
   if not visual and columns.get('text') == 'text':
-    add('words', 'mlm', 'text_mlm', batch_size=32, target_set=vocabulary(), max_len=TEXT_TOKENS, max_predictions=12)
+    add(unused_name('words'), 'mlm', 'text_mlm', batch_size=32, target_set=vocabulary(), max_len=TEXT_TOKENS,
+        max_predictions=12)
+  template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in columns else f'{{{text}}} <eot> it is <spe> . <eot>'
+  values = video if visual else dict(template=template, max_len=TEXT_TOKENS)
   for column, names in classes.items():
-    if len(names) < 2 or not (visual or texts):
-      continue
-    target_set, family = unused_name(column), 'names' if visual else 'words'
-    c.target_sets[target_set] = config.target_set(f'{source}/{column}', family=family, max_len=32)
-    values = dict(batch_size=32, target_set=target_set, label_column=column)
-    if visual:
-      add(column, 'classification', f'{visual}_classification', **values, **video)
-    else:
-      template = (
-          '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in texts else f'{{{texts[0]}}} <eot> it is <spe> . <eot>')
-      add(column, 'classification', 'text_classification', template=template, max_len=TEXT_TOKENS, **values)
+    if len(names) >= 2 and (visual or text):
+      task_name = unused_name(column)
+      c.target_sets[task_name] = config.target_set(
+          f'{source}/{column}', family='names' if visual else 'words', max_len=32)
+      add(task_name, 'classification', f'{visual or "text"}_classification', batch_size=32, target_set=task_name,
+          label_column=column, **values)
 
 
 def embedded(c: ml_collections.ConfigDict) -> None:

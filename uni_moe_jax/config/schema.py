@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax.config import fields
-from uni_moe_jax.config.fields import entries, field, section
+from uni_moe_jax.config.fields import entries, field
 from uni_moe_jax.config.task_schema import EvaluatorConfig, TargetSetConfig, TaskConfig
 from uni_moe_jax.tasks.router_names import ROUTERS
 from uni_moe_jax.utils.errors import UsageError
@@ -263,20 +263,20 @@ class Config:
       '', "'published' sets every field that has a published value to it. These fields must then be left at their "
       'defaults; of param_groups, the weight decay of kernels may differ. A config file that deviates calls '
       '`presets.published` instead.', choices=('', 'published'))
-  model: ModelConfig = section(ModelConfig)
-  moe: MoeConfig = section(MoeConfig)
-  tokenizer: TokenizerConfig = section(TokenizerConfig)
-  data: DataConfig = section(DataConfig)
-  preflight: PreflightConfig = section(PreflightConfig)
+  model: ModelConfig = ModelConfig()
+  moe: MoeConfig = MoeConfig()
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  data: DataConfig = DataConfig()
+  preflight: PreflightConfig = PreflightConfig()
   task_types: Mapping[str, Any] = entries(
       None, 'Task types of your own: {name: {inputs, target, readout, router_task}}.')
   target_families: Mapping[str, Any] = entries(None, 'Target families of your own: {name: four task bits}.')
   target_sets: Mapping[str, TargetSetConfig] = entries(TargetSetConfig, '{name: config.target_set(…)}')
   tasks: Mapping[str, TaskConfig] = entries(TaskConfig, '{name: config.task(…)}')
-  optim: OptimConfig = section(OptimConfig)
-  train: TrainConfig = section(TrainConfig)
+  optim: OptimConfig = OptimConfig()
+  train: TrainConfig = TrainConfig()
   evaluators: Mapping[str, EvaluatorConfig] = entries(EvaluatorConfig, '{name: config.evaluator(…)}')
-  mesh: MeshConfig = section(MeshConfig)
+  mesh: MeshConfig = MeshConfig()
 
 
 def base() -> ml_collections.ConfigDict:

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Mapping
 
-from uni_moe_jax.config.fields import check_choice, check_pattern
+from uni_moe_jax.config.fields import check_choice, check_pattern, fail_if
 from uni_moe_jax.config.schema import FREEZE, Config
 from uni_moe_jax.config.task_schema import TaskConfig
 from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED
 from uni_moe_jax.tasks.task_types import TaskType
-from uni_moe_jax.utils.errors import UsageError
 
 _TOKEN_ROUTER_FIELDS = ('capacity_factor', 'balance_loss_weight', 'importance_loss_weight', 'z_loss_weight')
 
@@ -17,9 +16,9 @@ def check_sections(c: Config) -> None:
   """Raise UsageError if fields of the sections of a config contradict each other."""
   _check_model(c)
   _check_moe(c)
-  if c.tokenizer.type == 'clip' and not c.tokenizer.merges_path:
-    raise UsageError("config.tokenizer.merges_path='' must be a path when config.tokenizer.type='clip'; give that of "
-                     "CLIP's bpe_simple_vocab_16e6.txt.gz.")
+  fail_if(c.tokenizer.type == 'clip' and not c.tokenizer.merges_path,
+          "tokenizer.merges_path='' must be a path when config.tokenizer.type='clip'; give that of CLIP's "
+          'bpe_simple_vocab_16e6.txt.gz.')
   _check_train(c)
   _check_preflight(c)
 
@@ -30,57 +29,52 @@ def nearest_multiple(value: int, unit: int) -> int:
 
 
 def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
-  if value % divisor:
-    raise UsageError(f'config.{name}={value} must be a multiple of config.{divisor_name}={divisor}; try '
-                     f'{nearest_multiple(value, divisor)}.')
+  fail_if(value % divisor, f'{name}={value} must be a multiple of {divisor_name}; try '
+                           f'{nearest_multiple(value, divisor)}.')
 
 
 def _check_model(c: Config) -> None:
   m = c.model
-  _check_multiple('model.width', m.width, 'model.num_heads', m.num_heads)
-  _check_multiple('model.image_size', m.image_size, 'model.patch_size', m.patch_size)
-  if m.width % 4:
-    raise UsageError(f'config.model.width={m.width} must be a multiple of 4 (the image position table); try '
-                     f'{nearest_multiple(m.width, 4)}.')
+  _check_multiple('model.width', m.width, f'config.model.num_heads={m.num_heads}', m.num_heads)
+  _check_multiple('model.image_size', m.image_size, f'config.model.patch_size={m.patch_size}', m.patch_size)
+  _check_multiple('model.width', m.width, '4 (the image position table)', 4)
   for name in ('pixel_mean', 'pixel_std', 'video_mean', 'video_std'):
-    values = getattr(m, name)
-    if len(values) != m.channels and not (name.startswith('video') and not values):
-      raise UsageError(f'config.model.{name} has {len(values)} values for config.model.channels={m.channels}.')
+    number = len(getattr(m, name))
+    fail_if(number != m.channels and (number or name.startswith('pixel')),
+            f'model.{name} has {number} values for config.model.channels={m.channels}.')
 
 
 def _check_moe(c: Config) -> None:
-  moe = c.moe
+  moe, last = c.moe, c.model.num_layers - 1
   for name in _TOKEN_ROUTER_FIELDS if moe.router not in DISPATCHED else ():
-    if value := getattr(moe, name):
-      raise UsageError(f"config.moe.{name}={value} needs config.moe.router='token' or 'context'; kernels of "
-                       f'{moe.router!r} merge. Set it to 0.')
-  if moe.top_k > moe.num_experts:
-    raise UsageError(f'config.moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
-  last = c.model.num_layers - 1
-  if isinstance(moe.placement, tuple) and any(not 0 <= i <= last for i in moe.placement):
-    raise UsageError(f'config.moe.placement={moe.placement} has an index outside 0…{last}.')
+    fail_if(value := getattr(moe, name),
+            f"moe.{name}={value} needs config.moe.router='token' or 'context'; kernels of {moe.router!r} merge. Set it "
+            'to 0.')
+  fail_if(moe.top_k > moe.num_experts, f'moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
+  fail_if(isinstance(moe.placement, tuple) and any(not 0 <= i <= last for i in moe.placement),
+          f'moe.placement={moe.placement} has an index outside 0…{last}.')
 
 
 def _check_train(c: Config) -> None:
   t = c.train
   for axis, size in vars(c.mesh).items():
-    if axis != 'fsdp' and size < 1 and size != -1:
-      raise UsageError(f'config.mesh.{axis}={size} must be at least 1, or -1 (the devices that the other axes leave).')
+    fail_if(axis != 'fsdp' and size < 1 and size != -1,
+            f'mesh.{axis}={size} must be at least 1, or -1 (the devices that the other axes leave).')
   if t.best_metric:
     check_choice('train.best_metric', t.best_metric,
                  ('loss/total', *(f'loss/{n}' for n, x in c.tasks.items() if x.batch_size)))
     # A checkpoint is compared by a logged loss.
-    _check_multiple('train.checkpoint_every', t.checkpoint_every, 'train.log_every', t.log_every)
-  if t.mixture == 'one_task' and t.grad_accum_steps > 1:
-    raise UsageError(f"config.train.grad_accum_steps={t.grad_accum_steps} needs config.train.mixture='all_tasks', not "
-                     "'one_task'.")
-  if t.mixture == 'one_task' and t.interference_every:
-    raise UsageError(f"config.train.interference_every={t.interference_every} needs config.train.mixture='all_tasks': "
-                     'it compares the tasks of one step. Set it to 0, and use launch/interference.py.')
+    _check_multiple(
+        'train.checkpoint_every', t.checkpoint_every, f'config.train.log_every={t.log_every}', t.log_every)
+  one_task = t.mixture == 'one_task'
+  fail_if(one_task and t.grad_accum_steps > 1,
+          f"train.grad_accum_steps={t.grad_accum_steps} needs config.train.mixture='all_tasks', not 'one_task'.")
+  fail_if(one_task and t.interference_every,
+          f"train.interference_every={t.interference_every} needs config.train.mixture='all_tasks': it compares the "
+          'tasks of one step. Set it to 0, and use launch/interference.py.')
   for i, group in enumerate(c.optim.param_groups):
-    if len(group) != 3 and not (len(group) == 2 and group[1] == FREEZE):
-      raise UsageError(f"config.optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor "
-                       f"(pattern, '{FREEZE}').")
+    fail_if(len(group) != 3 and not (len(group) == 2 and group[1] == FREEZE),
+            f"optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
     check_pattern(f'optim.param_groups[{i}][0]', group[0])
 
 
@@ -91,55 +85,50 @@ def _check_preflight(c: Config) -> None:
     longest = c.target_sets[name].max_len
     pairs = isinstance(lengths, tuple) and all(
         isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in lengths)
-    if not pairs or not lengths or any(not 2 <= tokens <= longest or number < 1 for tokens, number in lengths):
-      raise UsageError(f'config.{field}={lengths!r} must contain (tokens, entries) pairs, tokens in '
-                       f'2…config.target_sets.{name}.max_len={longest}, entries at least 1; for example (({longest}, '
-                       '1000),).')
+    fail_if(not pairs or not lengths or any(not 2 <= tokens <= longest or number < 1 for tokens, number in lengths),
+            f'{field}={lengths!r} must contain (tokens, entries) pairs, tokens in 2…config.target_sets.{name}.max_len='
+            f'{longest}, entries at least 1; for example (({longest}, 1000),).')
   for name, frames in c.preflight.num_frames.items():
     check_choice(f'preflight.num_frames.{name}', name, c.tasks)
-    if type(frames) is not int or not 1 <= frames <= c.model.max_num_frames:
-      raise UsageError(f'config.preflight.num_frames.{name}={frames!r} must be a whole number in '
-                       f'1…config.model.max_num_frames={c.model.max_num_frames}.')
+    fail_if(type(frames) is not int or not 1 <= frames <= c.model.max_num_frames,
+            f'preflight.num_frames.{name}={frames!r} must be a whole number in '
+            f'1…config.model.max_num_frames={c.model.max_num_frames}.')
 
 
 def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None:
   """Raise UsageError if fields of a task contradict each other or those of other sections."""
-  field, accum = f'config.tasks.{name}', c.train.grad_accum_steps
-  if t.batch_size < 0 or t.batch_size % accum:
-    raise UsageError(f'{field}.batch_size={t.batch_size} must be a positive multiple of '
-                     f'config.train.grad_accum_steps={accum}; try {nearest_multiple(t.batch_size, accum)}.')
-  if t.shots and not t.label_column:
-    raise UsageError(f"{field}.shots={t.shots} needs a label_column; set shots=0, and train_fraction instead.")
-  if c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0:
-    raise UsageError(f"{field}: sampling_weight={t.sampling_weight}, loss_weight={t.loss_weight}: mixture='one_task' "
-                     'draws tasks by sampling_weight, or by loss_weight where that is 0; give one that is above 0, or '
-                     'batch_size=0 to leave the task out.')
-  if (task_type.text_index is not None or task_type.target == 'pair') and t.max_len < 2:
-    raise UsageError(f'{field}.max_len={t.max_len} must be at least 2 tokens.')
-  if t.max_len > c.model.max_text_len:
-    raise UsageError(f'{field}.max_len={t.max_len} is above config.model.max_text_len={c.model.max_text_len}.')
-  if task_type.readout == 'masked' and not 1 <= t.max_predictions <= t.max_len:
-    raise UsageError(f'{field}.max_predictions={t.max_predictions} must be in 1…max_len={t.max_len}.')
-  if task_type.readout == 'slot' and t.template.count('<spe>') != 1:
-    raise UsageError(f"{field}.template={t.template!r} must contain exactly one '<spe>' slot.")
-  if (task_type.two_stream or task_type.target == 'pair') and not t.caption_templates:
-    raise UsageError(f"{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
-  if t.num_frames > c.model.max_num_frames:
-    raise UsageError(f'{field}.num_frames={t.num_frames} is above '
-                     f'config.model.max_num_frames={c.model.max_num_frames}.')
-  if t.mixes and not (task_type.visual and task_type.readout == 'cls' and task_type.target != 'pair'):
-    raise UsageError(f'{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix images and their '
-                     f'classes; task type {task_type.name!r} has none. Set them to 0.')
+  field, accum, m = f'tasks.{name}', c.train.grad_accum_steps, c.model
+  pair = task_type.target == 'pair'
+  fail_if(t.batch_size < 0 or t.batch_size % accum,
+          f'{field}.batch_size={t.batch_size} must be a positive multiple of config.train.grad_accum_steps={accum}; '
+          f'try {nearest_multiple(t.batch_size, accum)}.')
+  fail_if(t.shots and not t.label_column,
+          f'{field}.shots={t.shots} needs a label_column; set shots=0, and train_fraction instead.')
+  fail_if(c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0,
+          f"{field}: sampling_weight={t.sampling_weight}, loss_weight={t.loss_weight}: mixture='one_task' draws tasks "
+          'by sampling_weight, or by loss_weight where that is 0; give one that is above 0, or batch_size=0 to leave '
+          'the task out.')
+  fail_if((task_type.text_index is not None or pair) and t.max_len < 2,
+          f'{field}.max_len={t.max_len} must be at least 2 tokens.')
+  for field_name, limit in (('max_len', 'max_text_len'), ('num_frames', 'max_num_frames')):
+    value, most = getattr(t, field_name), getattr(m, limit)
+    fail_if(value > most, f'{field}.{field_name}={value} is above config.model.{limit}={most}.')
+  fail_if(task_type.readout == 'masked' and not 1 <= t.max_predictions <= t.max_len,
+          f'{field}.max_predictions={t.max_predictions} must be in 1…max_len={t.max_len}.')
+  fail_if(task_type.readout == 'slot' and t.template.count('<spe>') != 1,
+          f"{field}.template={t.template!r} must contain exactly one '<spe>' slot.")
+  fail_if((task_type.two_stream or pair) and not t.caption_templates,
+          f"{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
+  fail_if(t.mixes and not (task_type.visual and task_type.readout == 'cls' and not pair),
+          f'{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix images and their classes; task '
+          f'type {task_type.name!r} has none. Set them to 0.')
 
 
 def check_mesh(c: Config, mesh: Mapping[str, int]) -> None:
   """Raise UsageError if an axis does not divide the dimension that it splits. mesh: size per axis."""
   split = [('model', 'model.num_heads', c.model.num_heads), ('model', 'model.mlp_dim', c.model.mlp_dim)]
-  if c.moe.router != DENSE:
-    split.append(('expert', 'moe.num_experts', c.moe.num_experts))
-  if c.mesh.fsdp:
-    split.append(('data', 'model.width', c.model.width))
+  split += [('expert', 'moe.num_experts', c.moe.num_experts)] if c.moe.router != DENSE else []
+  split += [('data', 'model.width', c.model.width)] if c.mesh.fsdp else []
   for axis, field, size in split:
-    if size % mesh[axis]:
-      raise UsageError(f'config.mesh.{axis}={mesh[axis]} must divide config.{field}={size}, which it splits; try '
-                       f'{math.gcd(size, mesh[axis])}.')
+    fail_if(size % mesh[axis], f'mesh.{axis}={mesh[axis]} must divide config.{field}={size}, which it splits; try '
+                               f'{math.gcd(size, mesh[axis])}.')
