@@ -1,61 +1,62 @@
-"""Small figures as inline SVG, in the colors of the page that contains them.
+"""Figures of the report as inline SVG and HTML: text stays text, and colors follow the light or dark page.
 
-Drawn by hand rather than by a plotting library, so that text stays text, one file works without a
-network, and light and dark need no second figure: every mark only names a CSS class, and
-`STYLE` maps the classes to the page's custom properties (--ink, --muted, --line, --accent,
---second).
-
-Axis letters: L layers, A condition rows, E experts.
+Marks have CSS classes, which `STYLE` maps to the custom properties of the page (--ink, --muted, --line, --accent,
+--second). Axis letters: L layers, A condition rows, E experts, T tasks.
 """
 
-from __future__ import annotations
-
-import html
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import numpy as np
 
 from uni_moe_jax.utils.errors import UsageError
 
 STYLE = """
-svg text { font: 10px var(--sans); fill: var(--muted); font-variant-numeric: tabular-nums; }
-svg .name { font-size: 11px; font-weight: 600; fill: var(--ink); }
-svg .now { font-size: 11px; fill: var(--accent); font-weight: 600; }
-svg .row { font-size: 11px; }
+.panel { padding: 6px; }
+.panel figcaption { display: flex; gap: 8px; padding: 0 6px; font-size: 11px; line-height: 15px; }
+.panel figcaption.detail { justify-content: space-between; height: 15px; color: var(--muted); }
+.panel .name { flex: 1; font-weight: 600; }
+.panel span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.panel .now { font-weight: 600; color: var(--accent); font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; }
+svg text { font: 10px var(--sans); fill: var(--muted); font-variant-numeric: tabular-nums; text-anchor: end; }
+svg .step { text-anchor: middle; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .raw { stroke: var(--accent); stroke-width: 1; opacity: .28; fill: none; }
-svg .curve { stroke: var(--accent); stroke-width: 1.8; fill: none; stroke-linejoin: round; }
+svg path { stroke: var(--accent); stroke-width: 1.8; fill: none; stroke-linejoin: round; }
+svg .raw { stroke-width: 1; opacity: .28; }
 svg .dot { fill: var(--accent); }
 svg .reference { stroke: var(--second); stroke-width: 1.2; stroke-dasharray: 4 3; }
 svg .reference-name { fill: var(--second); }
-svg .track { fill: var(--line); }
-svg .bar { fill: var(--accent); }
-svg .tick { fill: var(--second); }
-svg .cell { fill: var(--accent); }
-svg .minus { fill: var(--second); }
-svg .inside { fill: var(--ink); }
+.bullet { position: relative; display: block; width: 150px; height: 6px; margin: 7px 0; border-radius: 1px;
+  background: var(--line); }
+.bullet * { position: absolute; top: 0; height: 6px; border-radius: 1px; background: var(--accent); }
+.bullet .tick { top: -4px; height: 14px; width: 2px; margin-left: -1px; background: var(--second); }
+.map { border-collapse: separate; border-spacing: 1px; font-size: 11px; --hue: var(--accent); }
+.map th, .map td { padding: 0; border: 0; vertical-align: middle; text-align: center; font-weight: 400; }
+.map th { font-size: inherit; text-align: left; } .map .row { text-align: right; padding: 0 8px; }
+.map td { min-width: 15px; height: 15px; background: color-mix(in srgb, var(--hue) var(--share), transparent); }
+.map .minus { --hue: var(--second); } .map.signed td { min-width: 43px; height: 43px; }
+.map .column { writing-mode: vertical-rl; transform: rotate(180deg); padding: 4px 0; }
+.map, .bullet { print-color-adjust: exact; }
 """
 
-_WIDTH, _HEIGHT = 270, 164  # of a line panel, in SVG units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 30, 20
-_MOST_POINTS = 240  # drawn per curve: more than pixels that could show them
+_LEFT, _RIGHT, _TOP, _BOTTOM, _HEIGHT = 40, 260, 14, 120, 138  # of the axes of a panel 270 wide, in SVG units
+_MAX_POINTS = 240  # drawn per curve: more than pixels that could show them
 _LOG_SPAN = 40  # a positive curve that spans more than this factor gets a logarithmic axis
-_MOST_COLUMNS = 48  # expert columns in one line of a heat map
+_MAX_COLUMNS = 48  # expert columns in one line of a heat map
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
   """Returns float [n]: each point averaged over a window that grows with its place in the curve.
 
-  Point i becomes the mean of points 0.9 i - 2 to 1.1 i + 2 (the first ones of as many as there are
-  on both sides): nearly constant on a logarithmic axis, so the steep start keeps its shape and
-  the long tail loses its noise.
+  Point i becomes the mean of points 0.9 i - 2 to 1.1 i + 2 (the first ones of as many as there are on both sides):
+  nearly constant on a logarithmic axis, so the steep start keeps its shape and the long tail loses its noise.
   """
-  values = np.asarray(values, np.float64)
   index = np.arange(len(values))
   half = np.minimum(index // 10 + 2, index)
   low, high = index - half, np.minimum(index + half, len(values) - 1) + 1
-  sums = np.concatenate([[0.0], np.cumsum(values)])
+  sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
   return (sums[high] - sums[low]) / (high - low)
 
 
@@ -64,31 +65,24 @@ def nice_ticks(low: float, high: float, most: int = 4) -> list[float]:
   if not high > low:
     return [low]
   power = 10.0 ** math.floor(math.log10((high - low) / most))
+  for step in (power * factor for factor in (1, 2, 2.5, 5, 10, 20, 25, 50)):
+    ticks = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    if len(ticks) <= most:
+      return [i * step for i in ticks]
 
-  def between(step: float) -> range:
-    return range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-
-  step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20, 25, 50)
-              if len(between(power * factor)) <= most)
-  return [i * step for i in between(step)]
 
 
 def short_number(value: float) -> str:
   """Returns an axis label: 1500 as 1.5k, 2000000 as 2M, 0.0001 as 1e-4, 0.25 as it is."""
-  size = abs(value)
-  for bound, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-    if size >= bound:
-      return f'{value / bound:.4g}{letter}'
-  if size >= 1e-2 or value == 0:
-    return f'{value:.4g}'
-  mantissa, exponent = f'{value:.2e}'.split('e')
-  return f'{float(mantissa):g}e{int(exponent)}'
+  if 0 < abs(value) < 0.01:
+    return np.format_float_scientific(value, 2, trim='-', exp_digits=1)
+  bound, letter = next((b for b in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')) if abs(value) >= b[0]), (1, ''))
+  return f'{value / bound:.4g}{letter}'
 
 
-def line_panel(name: str, steps: Sequence[float], values: Sequence[float], latest: str,
-               detail: str = '', reference: tuple[str, float] | None = None, smoothed: bool = True
-               ) -> str:
-  """Returns one titled curve over steps as an <svg> element.
+def line_panel(name: str, steps: Sequence[float], values: Sequence[float], latest: str, detail: str = '',
+               reference: tuple[str, float] | None = None, smoothed: bool = True) -> str:
+  """Returns one titled curve over steps as a <figure> element.
 
   Args:
     name: title of the panel.
@@ -97,49 +91,80 @@ def line_panel(name: str, steps: Sequence[float], values: Sequence[float], lates
     latest: text of the newest value, at the top right.
     detail: a second, quieter line under the title.
     reference: name and height of a dashed horizontal line, such as a baseline.
-    smoothed: draw the smoothed curve over a faint raw one; False for a few measured points,
-      which get dots instead.
+    smoothed: draw the smoothed curve over a faint raw one; False for a few measured points, which get dots instead.
   """
   steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
   finite = np.isfinite(values)
-  parts = [_text(6, 13, _fit(name, latest), 'name'),
-           _text(_WIDTH - _RIGHT, 13, latest, 'now', 'end'), _text(6, 26, detail, '')]
-  if not finite.all():
-    parts.append(_text(_WIDTH - _RIGHT, 26, f'{(~finite).sum()} not finite', '', 'end'))
-  if finite.any():
-    heights = values[finite] if reference is None else np.append(values[finite], reference[1])
-    y_of, y_ticks = _vertical_axis(heights)
-    x_of = _horizontal_axis(steps)
-    parts += _axes(x_of, nice_ticks(steps[0], steps[-1], 5), y_of, y_ticks)
-    if reference is not None:
-      parts.append(_horizontal('reference', y_of(reference[1])))
-      parts.append(_text(_WIDTH - _RIGHT, y_of(reference[1]) - 3, reference[0], 'reference-name',
-                         'end'))
-    points = np.stack([steps[finite], values[finite]], axis=1)
-    if smoothed and len(points) > 1:
-      parts.append(_path('raw', _extremes(points), x_of, y_of))
-      even = _evenly(np.stack([points[:, 0], smooth(points[:, 1])], axis=1))
-      parts.append(_path('curve', even, x_of, y_of))
-    else:
-      parts.append(_path('curve', points, x_of, y_of))
-      parts += [f'<circle class="dot" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.4"/>'
-                for x, y in points]
-  return _svg(_WIDTH, _HEIGHT, parts, f'{name} {detail}, latest {latest}')
+  count = '' if finite.all() else f'<span>{(~finite).sum()} not finite</span>'
+  plot = _plot(steps, finite, values[finite], reference, smoothed) if finite.any() else ''
+  label = escape(f'{name} {detail}, latest {latest}')
+  return (f'<figure class="panel"><figcaption><span class="name">{escape(name)}</span>'
+          f'<span class="now">{escape(latest)}</span></figcaption><figcaption class="detail"><span>{escape(detail)}'
+          f'</span>{count}</figcaption><svg viewBox="0 0 270 {_HEIGHT}" role="img" aria-label="{label}">{plot}</svg>'
+          '</figure>')
 
 
-def bullet(value: float, references: Mapping[str, float], width: int = 150) -> str:
+def _plot(steps: np.ndarray, finite: np.ndarray, values: np.ndarray, reference: tuple[str, float] | None,
+          smoothed: bool) -> str:
+  """Axes and marks of a panel. values: the finite ones."""
+  heights = values if reference is None else np.append(values, reference[1])
+  low, high, scale = heights.min(), heights.max(), np.asarray
+  if low > 0 and high / low > _LOG_SPAN:
+    scale = np.log10
+    y_ticks = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    y_ticks = y_ticks[::math.ceil(len(y_ticks) / 5)]
+    low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
+  else:
+    if 0 <= low < 0.5 * high:
+      low = 0.0  # a curve that comes near zero is read against zero
+    if low == high:
+      low, high = low - abs(low) * 0.1 - 1e-9, high + abs(high) * 0.1 + 1e-9
+    y_ticks = nice_ticks(low, high)
+  margin = 0.5 if steps[0] == steps[-1] else 0
+  x_of = lambda x: np.interp(x, (steps[0] - margin, steps[-1] + margin), (_LEFT + 2, _RIGHT))
+  y_of = lambda y: np.interp(scale(y), scale([low, high]), (_BOTTOM, _TOP))
+
+  def horizontal(css: str, y: float) -> str:
+    return f'<line class="{css}" x1="{_LEFT}" x2="{_RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>'
+
+  def path(css: str, y: np.ndarray) -> str:
+    x, y = _extremes(steps[finite], y)
+    return f'<path class="{css}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x_of(x), y_of(y)))}"/>'
+
+  parts = [horizontal('grid', y) + _text('', _LEFT - 5, y_of(y) + 3.5, short_number(y)) for y in y_ticks]
+  # A centered label at the edge would leave the figure.
+  parts += [_text('' if x_of(x) > _RIGHT - 12 else 'step', x_of(x), _HEIGHT - 5, short_number(x))
+            for x in nice_ticks(steps[0], steps[-1], 5)]
+  if reference is not None:
+    parts += [horizontal('reference', reference[1]),
+              _text('reference-name', _RIGHT, y_of(reference[1]) - 3, reference[0])]
+  if smoothed and len(values) > 1:
+    return ''.join([*parts, path('raw', values), path('curve', smooth(values))])
+  return ''.join([*parts, path('curve', values), *(
+      f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in zip(x_of(steps[finite]), y_of(values)))])
+
+
+def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Thins a curve to the lowest and highest point of each bucket, so that no spike is lost."""
+  if len(x) <= _MAX_POINTS:
+    return x, y
+  buckets = np.array_split(np.arange(len(x)), _MAX_POINTS // 2)
+  kept = [i for bucket in buckets for i in sorted({bucket[y[bucket].argmin()], bucket[y[bucket].argmax()]})]
+  return x[kept], y[kept]
+
+
+def _text(css: str, x: float, y: float, text: str) -> str:
+  return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def bullet(value: float, references: Mapping[str, float]) -> str:
   """Returns a bar to `value` with a tick at each reference, scaled to the largest of them."""
-  heights = [x for x in (value, *references.values()) if math.isfinite(x)]
-  top = 1.1 * max(heights, default=0)
+  top = 1.1 * max((x for x in (value, *references.values()) if math.isfinite(x)), default=0)
   if top <= 0 or not math.isfinite(value):
     return ''
-  parts = [f'<rect class="track" x="0" y="5" width="{width}" height="6" rx="1"/>',
-           f'<rect class="bar" x="0" y="5" width="{max(value, 0) / top * width:.1f}" height="6" '
-           'rx="1"/>']
-  parts += [f'<rect class="tick" x="{x / top * width - 1:.1f}" y="1" width="2" height="14">'
-            f'<title>{html.escape(name)} {x:.4g}</title></rect>'
-            for name, x in references.items() if math.isfinite(x) and x >= 0]
-  return _svg(width, 16, parts, 'value as a bar, references as ticks', fixed=True)
+  ticks = [f'<i class="tick" style="left: {x / top:.1%}" title="{escape(name)} {x:.4g}"></i>'
+           for name, x in references.items() if math.isfinite(x) and x >= 0]
+  return f'<span class="bullet"><i class="bar" style="width: {max(value, 0) / top:.1%}"></i>{"".join(ticks)}</span>'
 
 
 def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarray) -> str:
@@ -152,28 +177,20 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
   """
   coefficients = np.asarray(coefficients, np.float64)
   if coefficients.ndim != 3 or coefficients.shape[:2] != (len(layers), len(rows)):
-    raise UsageError(f'coefficients {coefficients.shape} must be [{len(layers)} layers, '
-                     f'{len(rows)} rows, experts].')
-  experts, cell, gap = coefficients.shape[2], 16, 10
-  per_line = max(1, _MOST_COLUMNS // max(experts, 1))
-  left = 12 + 6.4 * max(len(row) for row in rows)
-  line_height = 30 + cell * len(rows)
-  parts = []
-  for i, layer in enumerate(layers):
-    column, line = i % per_line, i // per_line
-    x0, y0 = left + column * (experts * cell + gap), line * line_height + 16
-    parts.append(_text(x0, y0 - 5, f'layer {layer}', ''))
-    if column == 0:
-      parts += [_text(left - 8, y0 + a * cell + 11.5, row, 'row', 'end')
-                for a, row in enumerate(rows)]
+    raise UsageError(f'coefficients {coefficients.shape} must be [{len(layers)} layers, {len(rows)} rows, experts].')
+  experts = coefficients.shape[2]
+  per_line = max(1, _MAX_COLUMNS // max(experts, 1))
+  lines = []
+  for start in range(0, len(layers), per_line):
+    line = range(start, min(start + per_line, len(layers)))
+    lines.append(''.join(f'<th></th><th colspan="{experts}">layer {layers[i]}</th>' for i in line))
     for a, row in enumerate(rows):
-      parts += [f'<rect class="cell" x="{x0 + e * cell:.1f}" y="{y0 + a * cell:.1f}" '
-                f'width="{cell - 1}" height="{cell - 1}" fill-opacity="{_shade(share):.3f}">'
-                f'<title>layer {layer}, {html.escape(row)}, expert {e}: {share:.3f}</title></rect>'
-                for e, share in enumerate(coefficients[i, a])]
-  width = left + min(per_line, len(layers)) * (experts * cell + gap)
-  lines = -(-len(layers) // per_line)
-  return _svg(math.ceil(width), lines * line_height, parts, 'expert coefficients', fixed=True)
+      # Cells that hold nothing stay faintly visible, so that the grid can be counted.
+      cells = {i: ''.join(_cell(
+          0.07 + 0.93 * np.clip(share, 0, 1), f'layer {layers[i]}, {row}, expert {e}: {share:.3f}')
+                          for e, share in enumerate(coefficients[i, a])) for i in line}
+      lines.append(''.join(f'<th class="row">{escape(row) if i == start else ""}</th>{cells[i]}' for i in line))
+  return _map('map', 'expert coefficients', lines)
 
 
 def signed_map(
@@ -189,106 +206,18 @@ def signed_map(
   values = np.asarray(values, np.float64)
   if values.shape != (len(names),) * 2:
     raise UsageError(f'values {values.shape} must be [{len(names)}, {len(names)}].')
-  cell, letter = 44, 6.4
-  left, top = 12 + letter * max(map(len, names)), 14 + 0.6 * letter * max(map(len, names))
-  parts = []
+  lines = ['<th></th>' + ''.join(f'<th class="column">{escape(name)}</th>' for name in names)]
   for i, name in enumerate(names):
-    y, x = top + i * cell, left + i * cell + cell / 2
-    parts.append(_text(left - 8, y + cell / 2 + 4, name, 'row', 'end'))
-    parts.append(f'<text class="row" transform="translate({x:.1f} {top - 6:.1f}) rotate(-35)">{html.escape(name)}'
-                 '</text>')
-    for j, value in enumerate(values[i]):
-      known = math.isfinite(value)
-      css = 'minus' if known and value < 0 else 'cell'
-      shade = 0.75 * min(abs(value), 1.0) if known and sure[i] else 0.0
-      parts.append(f'<rect class="{css}" x="{left + j * cell:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" '
-                   f'fill-opacity="{shade:.3f}"><title>{html.escape(notes[i][j])}</title></rect>')
-      number = f'{value:.2f}' if known else '–'
-      parts.append(_text(left + (j + 0.5) * cell, y + cell / 2 + 4, number, 'inside', 'middle'))
-  side = len(names) * cell
-  width, height = left + side + letter * len(names[-1]), top + side + 4
-  return _svg(math.ceil(width), math.ceil(height), parts, 'signed matrix', fixed=True)
+    lines.append(f'<th class="row">{escape(name)}</th>' + ''.join(
+        _cell(0.75 * min(abs(value), 1) * sure[i], note, f'{value:.2f}', 'minus' if value < 0 else 'cell')
+        if math.isfinite(value) else _cell(0, note, '–') for value, note in zip(values[i], notes[i], strict=True)))
+  return _map('map signed', 'signed matrix', lines)
 
 
-def _shade(share: float) -> float:
-  # Cells that hold nothing stay faintly visible, so that the grid can be counted.
-  return 0.07 + 0.93 * min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
+def _cell(share: float, note: str, text: str = '', css: str = 'cell') -> str:
+  share = share if math.isfinite(share) else 0
+  return f'<td class="{css}" style="--share: {share:.1%}" title="{escape(note)}">{text}</td>'
 
 
-def _vertical_axis(heights: np.ndarray):
-  low, high = float(heights.min()), float(heights.max())
-  if low > 0 and high / low > _LOG_SPAN:
-    ticks = [10.0 ** p for p in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    ticks = ticks[::-(-len(ticks) // 5)]
-    inner = _scale(math.log10(min(low, ticks[0])), math.log10(max(high, ticks[-1])),
-                   _HEIGHT - _BOTTOM, _TOP + 8)
-    return (lambda y: inner(math.log10(y))), ticks
-  if 0 <= low < 0.5 * high:
-    low = 0.0  # a curve that comes near zero is read against zero
-  if low == high:
-    low, high = low - abs(low) * 0.1 - 1e-9, high + abs(high) * 0.1 + 1e-9
-  return _scale(low, high, _HEIGHT - _BOTTOM, _TOP + 8), nice_ticks(low, high)
-
-
-def _horizontal_axis(steps: np.ndarray):
-  low, high = float(steps[0]), float(steps[-1])
-  if low == high:
-    low, high = low - 0.5, high + 0.5
-  return _scale(low, high, _LEFT + 2, _WIDTH - _RIGHT)
-
-
-def _scale(low: float, high: float, start: float, end: float):
-  return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _axes(x_of, x_ticks: list[float], y_of, y_ticks: list[float]) -> list[str]:
-  parts = []
-  for y in y_ticks:
-    parts.append(_horizontal('grid', y_of(y)))
-    parts.append(_text(_LEFT - 5, y_of(y) + 3.5, short_number(y), '', 'end'))
-  for x in x_ticks:
-    # A centered label at the edge would leave the figure.
-    side = 'end' if x_of(x) > _WIDTH - _RIGHT - 12 else 'middle'
-    parts.append(_text(x_of(x), _HEIGHT - 5, short_number(x), '', side))
-  return parts
-
-
-def _evenly(points: np.ndarray) -> np.ndarray:
-  if len(points) <= _MOST_POINTS:
-    return points
-  return points[np.linspace(0, len(points) - 1, _MOST_POINTS).round().astype(int)]
-
-
-def _extremes(points: np.ndarray) -> np.ndarray:
-  """Thins [n, 2] to the lowest and highest point of each bucket, so that no spike is lost."""
-  if len(points) <= _MOST_POINTS:
-    return points
-  kept = []
-  for bucket in np.array_split(np.arange(len(points)), _MOST_POINTS // 2):
-    kept += sorted({bucket[points[bucket, 1].argmin()], bucket[points[bucket, 1].argmax()]})
-  return points[kept]
-
-
-def _path(css: str, points: np.ndarray, x_of, y_of) -> str:
-  return f'<path class="{css}" d="M' + 'L'.join(
-      f'{x_of(x):.1f} {y_of(y):.1f}' for x, y in points) + '"/>'
-
-
-def _horizontal(css: str, y: float) -> str:
-  return f'<line class="{css}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-
-
-def _fit(name: str, latest: str) -> str:
-  most = int((_WIDTH - _RIGHT - 14) / 6.3) - len(latest)  # bold 11 px letters are about 6.3 wide
-  return name if len(name) <= most else name[:most - 1] + '…'
-
-
-def _text(x: float, y: float, text: str, css: str, anchor: str = 'start') -> str:
-  return (f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
-          f'{html.escape(text)}</text>')
-
-
-def _svg(width: int, height: int, parts: list[str], label: str, fixed: bool = False) -> str:
-  size = f' width="{width}" height="{height}"' if fixed else ''
-  return (f'<svg viewBox="0 0 {width} {height}"{size} role="img" '
-          f'aria-label="{html.escape(label)}">' + ''.join(parts) + '</svg>')
+def _map(css: str, label: str, lines: Sequence[str]) -> str:
+  return f'<table class="{css}" aria-label="{label}"><tr>{"</tr><tr>".join(lines)}</tr></table>'
