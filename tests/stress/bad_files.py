@@ -110,7 +110,7 @@ def video_file(draw, folder: pathlib.Path) -> Case:
 
   def main() -> int | str:
     try:
-      media_file = media.FrameArrays().read_video(path, 0) if extension == 'npz' else media.read_video(path)
+      media_file = media.select_video(media.load_videos(path), 0) if extension == 'npz' else media.read_video(path)
     except media.CorruptFile as e:
       return skipped(str(e))
     frames = video.sample_frames(media_file.data, np.array([0.1, 0.5, 0.9]))

@@ -35,7 +35,7 @@ def test_bad_commands_end_in_one_sentence(tmp_path):
 @pytest.mark.parametrize('name, function, replacement, message', [
     ('image', 'media.read_image', lambda path: media.Media(path.read_bytes(), (32, 24)), 'TRACEBACK'),
     ('video', 'media.read_video', lambda path: media.Media(path.read_bytes(), (8, 24, 24)), 'TRACEBACK CorruptVideo'),
-    ('jsonl', 'check.keep_consistent', lambda rows: (rows[2:], []), '5 rows are good, 4 were kept'),
+    ('jsonl', 'check.mark_inconsistent', lambda rows: rows[2:], '5 rows are good, 4 were kept'),
 ], ids=['an image that TensorFlow cannot decode', 'a video without frames', 'a good row that is lost'])
 def test_a_defect_in_reading_data_is_detected(tmp_path, monkeypatch, name, function, replacement, message):
   monkeypatch.setattr(f'uni_moe_jax.data.files.{function}', replacement)

@@ -10,7 +10,7 @@ from uni_moe_jax.data.pipeline import hashing
 
 
 def _h(i=0):
-  return hashing.mix_constant('pictures', i)
+  return hashing.mix_constant('images', i)
 
 
 def _numbered(*shape):

@@ -214,17 +214,14 @@ def test_the_test_split_has_its_fraction_of_groups_for_any_file_names(tmp_path, 
   if has_images:
     own_files.write_jsonl(tmp_path / 'all.jsonl', [
         {'image': f'{i // 2:04}/image.png', 'captions': [f'number {i}'], 'key': f'row {i}'} for i in range(600)])
-  rows = [check.CheckedRow(row, (), '') for row in check.drop_duplicates(read_rows(tmp_path), {})]
+  rows = list(check.mark_duplicates(read_rows(tmp_path)))
   splits = prepare.split_rows(rows, 0.1, tmp_path)
   assert 0.06 < len(splits['test']) / len(rows) < 0.14
   if has_images:  # rows of one image stay together
-    assert not {c.row.path for c in splits['train']} & {c.row.path for c in splits['test']}
-
-  def move(c):
-    path = c.row.path and pathlib.Path('/elsewhere', c.row.path.relative_to(tmp_path))
-    return dataclasses.replace(c, row=dataclasses.replace(c.row, path=path))
-
-  moved = prepare.split_rows([move(c) for c in rows], 0.1, pathlib.Path('/elsewhere'))
+    assert not {row.path for row in splits['train']} & {row.path for row in splits['test']}
+  elsewhere = pathlib.Path('/elsewhere')
+  moved = [dataclasses.replace(row, path=row.path and elsewhere / row.path.relative_to(tmp_path)) for row in rows]
+  moved = prepare.split_rows(moved, 0.1, elsewhere)
   assert {s: len(members) for s, members in moved.items()} == {s: len(members) for s, members in splits.items()}
 
 

@@ -1,35 +1,34 @@
-"""Reading and checking of a user's own data: every row once, every image and video decoded once."""
+"""Checks of a user's own data: every row once, every image and video decoded once, one type per field.
+
+Each check yields all rows that it is given, in order; it sets `skipped` of those that are not examples.
+"""
 
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
 
 from uni_moe_jax.data.files import media
-from uni_moe_jax.data.files.consistency import keep_consistent
-from uni_moe_jax.data.files.formats import Row, SkippedRow, read_rows
+from uni_moe_jax.data.files.formats import MEDIA_TYPES, NO_CONTENT, Row, is_reserved, is_text_field, read_rows, shorten
 from uni_moe_jax.utils.errors import UsageError
 
 _CHUNK = 256  # rows whose files are read at once
+_NOUNS = {'image': 'an image', 'video': 'a video'}
+_LIST, _SINGLE = 'a list', 'a single value'
 
 Skipped = dict[str, list[str]]  # reason → locations
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckedRow:
-  """A row whose file is valid. size, note: see `media.Media`."""
-  row: Row
-  size: tuple[int, ...]
-  note: str
-
-
 def read_checked_rows(
-    source: pathlib.Path, gif: str = 'image', max_corrupt_fraction: float = 0.1) -> tuple[list[CheckedRow], Skipped]:
-  """Returns the valid rows of a file or folder, in order, and the skipped ones.
+    source: pathlib.Path, gif: str = 'image', max_corrupt_fraction: float = 0.1) -> tuple[list[Row], Skipped]:
+  """Returns the examples of a file or folder, in order, and the locations of skipped rows by reason.
 
   Args:
     source, gif: see `formats.read_rows`.
@@ -39,66 +38,102 @@ def read_checked_rows(
     UsageError: nothing to read, or too many rows are skipped.
   """
   skipped: Skipped = collections.defaultdict(list)
-  rows, inconsistent = keep_consistent(list(drop_duplicates(read_rows(source, gif), skipped)))
-  for row in inconsistent:
-    skipped[row.reason].append(row.location)
+  rows: Iterable[Row] = read_rows(source, gif)
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', module='PIL')  # damaged images are counted, not printed
-    checked = list(_check_files(rows, skipped))
+    for check in (mark_duplicates, mark_inconsistent, _open_files):
+      checked, rows = check(rows), []
+      for row in checked:
+        if row.skipped:
+          skipped[row.skipped].append(row.location)
+        else:
+          rows.append(row)
   num_skipped = sum(map(len, skipped.values()))
-  total = len(checked) + num_skipped
-  if not checked or num_skipped > max_corrupt_fraction * total:
+  total = len(rows) + num_skipped
+  if not rows or num_skipped > max_corrupt_fraction * total:
     reason = max(skipped, key=lambda r: len(skipped[r]), default='')
     detail = f'; most often: {reason!r} ({len(skipped[reason])}, first {skipped[reason][0]})' if reason else ''
     raise UsageError(f'{num_skipped} of {total} rows of {source} cannot be used{detail}. '
                      f'Fix them, or raise --max_corrupt_fraction={max_corrupt_fraction}.')
-  return checked, skipped
+  return rows, skipped
 
 
-def drop_duplicates(rows: Iterable[Row | SkippedRow], skipped: Skipped) -> Iterator[Row]:
-  """Yields each row once, identified by its key, else by its content; adds the others to `skipped`."""
+def mark_duplicates(rows: Iterable[Row]) -> Iterator[Row]:
+  """Skips rows that occurred before, identified by their key, else by their content."""
   seen = set()
   for row in rows:
-    if isinstance(row, SkippedRow):
-      skipped[row.reason].append(row.location)
-      continue
     content = (row.media_type, str(row.path), row.array_index, *sorted(row.texts.items()), *sorted(row.labels.items()))
-    key = row.key or content
-    digest = hashlib.sha256(repr(key).encode()).digest()  # smaller than the texts
-    if digest in seen:
-      skipped['duplicate key' if row.key else 'duplicate'].append(row.location)
-      continue
+    digest = hashlib.sha256(repr(row.key or content).encode()).digest()  # smaller than the texts
+    if digest in seen and not row.skipped:
+      row = dataclasses.replace(row, skipped='duplicate key' if row.key else 'duplicate')
     seen.add(digest)
     yield row
 
 
-def _check_files(rows: list[Row], skipped: Skipped) -> Iterator[CheckedRow]:
-  """Yields the rows whose file is valid, in order."""
-  arrays = media.FrameArrays()
+def mark_inconsistent(rows: list[Row]) -> Iterator[Row]:
+  """Skips rows whose media type or types of fields differ from those of most rows.
 
-  def check(row: Row) -> CheckedRow | str:
+  Each row is valid by itself, but one of another type would stop a preparation or a training run hours later. An extra
+  field of another type is dropped from its row.
+  """
+  media_counts = collections.Counter(row.media_type for row in rows)
+  media_type = max((*MEDIA_TYPES, ''), key=lambda m: media_counts[m])  # ties: images before videos before neither
+  type_counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+  for row in rows:
+    if row.media_type == media_type:
+      for name, field_type in _field_types(row).items():
+        type_counts[name][field_type] += 1
+  usual = {name: max((_LIST, _SINGLE), key=lambda t: counts[t]) for name, counts in type_counts.items()}
+  required = [name for name, counts in sorted(type_counts.items())
+              if is_text_field(name) and counts.total() > media_counts[media_type] / 2]
+  for row in rows:
+    unusual = [name for name, t in _field_types(row).items() if not is_reserved(name) and t != usual.get(name, t)]
+    texts, labels = ({k: v for k, v in fields.items() if k not in unusual} for fields in (row.texts, row.labels))
+    row = dataclasses.replace(
+        row, texts=texts, labels=labels, dropped_fields=(*row.dropped_fields, *map(shorten, unusual)))
+    yield dataclasses.replace(row, skipped=_difference(row, media_type, usual, required))
+
+
+def _field_types(row: Row) -> dict[str, str]:
+  return {name: _LIST if isinstance(v, tuple) else _SINGLE for name, v in {**row.texts, **row.labels}.items()}
+
+
+def _difference(row: Row, media_type: str, usual: dict[str, str], required: list[str]) -> str:
+  """The difference of a row from most rows, or ''."""
+  if row.media_type != media_type:
+    return f'has {_NOUNS[row.media_type]}, unlike most rows' if row.media_type else f'no {media_type}'
+  if not media_type and not row.texts:
+    return NO_CONTENT
+  field_types = _field_types(row)
+  for name, field_type in field_types.items():
+    if field_type != usual[name]:
+      return f'{name!r} is {field_type}, unlike in most rows'
+  return next((f'no {name!r}' for name in required if name not in field_types), '')
+
+
+def _open_files(rows: list[Row]) -> Iterator[Row]:
+  """Skips rows whose image or video is damaged."""
+  # One file of videos stays in memory: two threads would read two files alternately, again and again.
+  load = functools.lru_cache(maxsize=1)(media.load_videos)
+
+  def check(row: Row) -> Row:
     try:
-      content = open_media(row, arrays)
-      return CheckedRow(row, content.size, content.note)
+      content = open_media(row, load)
+      return dataclasses.replace(row, size=content.size, note=content.note)
     except media.CorruptFile as e:
-      return str(e)
+      return dataclasses.replace(row, skipped=str(e))
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for start in range(0, len(rows), _CHUNK):
       chunk = rows[start:start + _CHUNK]
-      # `arrays` keeps one file: two threads would read two files alternately, again and again.
       in_order = any(row.array_index is not None for row in chunk)
-      for row, result in zip(chunk, (map if in_order else pool.map)(check, chunk)):
-        if isinstance(result, str):
-          skipped[result].append(row.location)
-        else:
-          yield result
+      yield from (map if in_order else pool.map)(check, chunk)
 
 
-def open_media(row: Row, arrays: media.FrameArrays) -> media.Media:
+def open_media(row: Row, load_videos: Callable[[pathlib.Path], np.ndarray | None]) -> media.Media:
   """Reads the image or video of a row; a text has none. Raises media.CorruptFile."""
   if not row.media_type:
     return media.Media(b'', ())
   if row.array_index is not None:
-    return arrays.read_video(row.path, row.array_index)
+    return media.select_video(load_videos(row.path), row.array_index)
   return media.read_image(row.path) if row.media_type == 'image' else media.read_video(row.path)

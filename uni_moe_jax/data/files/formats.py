@@ -1,7 +1,7 @@
 """Input formats of a user's own data: JSONL, text, arrays of frames, folders per class.
 
-Readers yield one row per example. They open only text files: a row names its image or video, which `check.py` opens.
-Whatever is not a row is yielded as skipped, with the reason.
+Readers yield one row per example; whatever is not an example gives a row with the reason to skip it. They open only
+text files: a row names its image or video, which `check.py` opens.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ from typing import Any
 
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
-VIDEO_SUFFIXES = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')
+_SUFFIXES = {'image': ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp'),
+             'video': ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')}
+_MEDIA_SUFFIXES = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
+MEDIA_TYPES = tuple(_SUFFIXES)
 # Names of folders and files that stand for a split.
-SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation',
-               'validation': 'validation', 'dev': 'validation', 'test': 'test', 'testing': 'test'}
-MEDIA_TYPES = ('image', 'video')
+_SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation',
+                'validation': 'validation', 'dev': 'validation', 'test': 'test', 'testing': 'test'}
 LOCATION = 'source_location'  # column of the file or line that a row was read from
 NO_CONTENT = 'no image, video or text'
 _NOT_UTF8 = 'not UTF-8'
@@ -30,7 +31,7 @@ _FIELD_NAME = re.compile(r'\w[\w .:-]{0,49}')  # files are named after fields
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One example, before its file is opened.
+  """One example, or input that is not an example.
 
   Attributes:
     location: file and line, or path, relative to the input.
@@ -43,6 +44,8 @@ class Row:
     key: identity of the row; a second row of the same key is a duplicate. '': file, texts and labels identify it.
     group: rows of one group belong to the same split, or ''.
     dropped_fields: quoted names of fields that cannot be a column.
+    skipped: why it is not an example, in a few words, the same for equal causes; '' for an example.
+    size, note: see `media.Media`, once the file has been opened.
   """
   location: str
   split: str = ''
@@ -54,20 +57,16 @@ class Row:
   key: str = ''
   group: str = ''
   dropped_fields: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class SkippedRow:
-  """Input that is not an example. location: as of `Row`. reason: a few words, the same for equal causes."""
-  location: str
-  reason: str
+  skipped: str = ''
+  size: tuple[int, ...] = ()
+  note: str = ''
 
 
 class _Skip(Exception):
-  """The reason to skip a JSON value."""
+  """The reason to skip a line."""
 
 
-def read_rows(root: pathlib.Path, gif: str = 'image') -> Iterator[Row | SkippedRow]:
+def read_rows(root: pathlib.Path, gif: str = 'image') -> Iterator[Row]:
   """Yields the rows of a .jsonl or .txt file, a folder of such files, or a folder [split/]class/file.
 
   Args:
@@ -79,67 +78,48 @@ def read_rows(root: pathlib.Path, gif: str = 'image') -> Iterator[Row | SkippedR
   """
   if not root.exists():
     raise MissingFileError(f'--input={root} does not exist.')
-  files, folder = _row_files(root), root if root.is_dir() else root.parent
-  for file in files:
-    read = _read_jsonl if file.suffix.lower() == '.jsonl' else _read_lines
-    yield from read(file, folder, SPLIT_NAMES.get(file.stem.lower(), ''))
-  if files:
-    return
-  if root.is_file():
+  if files := _row_files(root):
+    for file in files:
+      read = _read_jsonl if file.suffix.lower() == '.jsonl' else _read_lines
+      yield from read(file, root if root.is_dir() else root.parent, _SPLIT_NAMES.get(file.stem.lower(), ''))
+  elif root.is_file():
     raise UsageError(f'--input={root}: a file must end in .jsonl or .txt.')
-  is_empty = True
-  for row in _read_class_folders(root, gif):
-    is_empty = False
-    yield row
-  if is_empty:
+  elif rows := list(_read_class_folders(root, gif)):
+    yield from rows
+  else:
     raise UsageError(f'--input={root} has no .jsonl file, no .txt file and no folder of images or videos per class '
-                     f'({", ".join(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))}).')
+                     f'({", ".join(sorted(_MEDIA_SUFFIXES))}).')
 
 
 def _row_files(root: pathlib.Path) -> list[pathlib.Path]:
-  """The .jsonl files of a folder, else its .txt files; of a file the file itself."""
+  """The .jsonl files of a folder, else its .txt files, which are notes beside folders of media; of a file the file."""
   # Some systems leave '._data.jsonl' beside a file.
   paths = [root] if root.is_file() else sorted(p for p in root.iterdir() if not p.name.startswith('.'))
   jsonl, text = ([p for p in paths if p.suffix.lower() == suffix] for suffix in ('.jsonl', '.txt'))
-  return jsonl or ([] if root.is_dir() and text and _has_class_folders(root) else text)
+  has_media = lambda: any(p.suffix.lower() in _MEDIA_SUFFIXES and not p.name.startswith('.')
+                          for pattern in ('*/*', '*/*/*') for p in root.glob(pattern))
+  return jsonl or ([] if text and root.is_dir() and has_media() else text)
 
 
-def _has_class_folders(root: pathlib.Path) -> bool:
-  """Whether a folder contains folders of images or videos; its .txt files are notes, not data, then."""
-  suffixes = {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}
-  return any(p.suffix.lower() in suffixes and not p.name.startswith('.')
-             for pattern in ('*/*', '*/*/*') for p in root.glob(pattern))
-
-
-def _read_class_folders(root: pathlib.Path, gif: str) -> Iterator[Row | SkippedRow]:
+def _read_class_folders(root: pathlib.Path, gif: str) -> Iterator[Row]:
   """Yields a row for each [split/]class/file. Suffixes may be upper case; hidden files are ignored."""
   for path in sorted(p for p in root.rglob('*') if p.is_file()):
-    name = path.relative_to(root)
+    name, suffix = path.relative_to(root), path.suffix.lower()
     if any(part.startswith('.') for part in name.parts):
       continue
-    location, folders = _printable(str(name)), name.parts[:-1]
-    media_type = _media_type(path.suffix.lower(), gif)
-    split = SPLIT_NAMES.get(folders[0].lower(), '') if len(folders) == 2 else ''
-    label = _one_line(folders[-1]) if folders else ''
-    if not media_type:
-      is_note = path.suffix.lower() == '.txt' and not folders
-      yield SkippedRow(location, 'text beside folders of classes' if is_note else 'not an image or video')
-    elif len(folders) not in (1, 2):
-      yield SkippedRow(location, 'not in a folder [split/]class')
-    elif len(folders) == 2 and not split:
-      yield SkippedRow(location, 'split folder is not train, validation or test')
-    elif _printable(folders[-1]) != folders[-1]:
-      yield SkippedRow(location, _NOT_UTF8)
-    elif not label:
-      yield SkippedRow(location, 'empty label')
-    else:
-      yield Row(location, split, media_type, path, labels={'label': label})
-
-
-def _media_type(suffix: str, gif: str) -> str:
-  if suffix == '.gif':
-    return gif
-  return 'image' if suffix in IMAGE_SUFFIXES else 'video' if suffix in VIDEO_SUFFIXES else ''
+    folders = name.parts[:-1]
+    media_type = gif if suffix == '.gif' else next((m for m, suffixes in _SUFFIXES.items() if suffix in suffixes), '')
+    split = _SPLIT_NAMES.get(folders[0].lower(), '') if len(folders) == 2 else ''
+    folder = folders[-1] if folders else ''
+    label = _one_line(folder)
+    reasons = {'text beside folders of classes': suffix == '.txt' and not folders,
+               'not an image or video': not media_type,
+               'not in a folder [split/]class': len(folders) not in (1, 2),
+               'split folder is not train, validation or test': len(folders) == 2 and not split,
+               _NOT_UTF8: _printable(folder) != folder,
+               'empty label': not label}
+    skipped = next((reason for reason, applies in reasons.items() if applies), '')
+    yield Row(_printable(str(name)), split, media_type, path, labels={'label': label}, skipped=skipped)
 
 
 def _read_lines(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row]:
@@ -155,28 +135,29 @@ def _read_lines(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterato
         document += 1
 
 
-def _read_jsonl(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row | SkippedRow]:
+def _read_jsonl(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row]:
   frames = file.with_suffix('.npz')
   frames = frames if frames.is_file() else None
   with file.open('rb') as lines:  # decoded line by line, so that a byte of another encoding costs one line
     for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      location = _printable(f'{file.relative_to(folder)}:{number}')
-      try:
-        value = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
-        json.dumps(value, ensure_ascii=False).encode()  # fails for an unpaired surrogate
-      except UnicodeError:
-        yield SkippedRow(location, _NOT_UTF8)
-        continue
-      except (ValueError, RecursionError):
-        yield SkippedRow(location, 'not JSON')
-        continue
-      try:
-        row = _parse(value, location, folder, split, frames, number - 1)
-      except _Skip as e:
-        row = SkippedRow(location, str(e))
-      yield row
+      if line.strip():
+        location = _printable(f'{file.relative_to(folder)}:{number}')
+        try:
+          value = _decode(line, 'utf-8-sig' if number == 1 else 'utf-8')
+          yield _parse(value, location, folder, split, frames, number - 1)
+        except _Skip as e:
+          yield Row(location, skipped=str(e))
+
+
+def _decode(line: bytes, encoding: str) -> Any:
+  try:
+    value = json.loads(line.decode(encoding))
+    json.dumps(value, ensure_ascii=False).encode()  # fails for an unpaired surrogate
+    return value
+  except UnicodeError:
+    raise _Skip(_NOT_UTF8) from None
+  except (ValueError, RecursionError):
+    raise _Skip('not JSON') from None
 
 
 def _parse(value: Any, location: str, folder: pathlib.Path, split: str, frames: pathlib.Path | None, index: int) -> Row:
@@ -188,25 +169,23 @@ def _parse(value: Any, location: str, folder: pathlib.Path, split: str, frames: 
   if wrong := next(filter(is_reserved, dropped), ''):
     raise _Skip(f'wrong type of {shorten(wrong)}')
   value = {k: v for k, v in value.items() if k not in dropped}
-  named = [m for m in MEDIA_TYPES if m in value]
-  if len(named) > 1:
+  media_type, *others = [m for m in MEDIA_TYPES if m in value] or ['']
+  if others:
     raise _Skip('both an image and a video')
-  media_type, path, array_index = '', None, None
-  if named:
-    media_type, path = named[0], folder / value.pop(named[0])
-  elif frames is not None:
+  path, array_index = folder / value.pop(media_type) if media_type else None, None
+  if not media_type and frames is not None:
     media_type, path, array_index = 'video', frames, index
   if 'caption' in value:
     value['captions'] = [*value.get('captions', ()), value.pop('caption')]
   split, key, group = (str(value.pop(k, default)) for k, default in (('split', split), ('key', ''), ('group', '')))
-  if split and split.lower() not in SPLIT_NAMES:
+  if split and split.lower() not in _SPLIT_NAMES:
     raise _Skip(f'split {shorten(split)} is not train, validation or test')
   if 'label_name' in value:
     value['label'] = value.pop('label_name')
   texts, labels = _texts_and_labels(value)
   if not media_type and not texts:
     raise _Skip(NO_CONTENT)
-  return Row(location, SPLIT_NAMES.get(split.lower(), ''), media_type, path, array_index, texts, labels, key, group,
+  return Row(location, _SPLIT_NAMES.get(split.lower(), ''), media_type, path, array_index, texts, labels, key, group,
              tuple(map(shorten, dropped)))
 
 
@@ -227,7 +206,6 @@ def _texts_and_labels(fields: dict[str, Any]) -> tuple[dict[str, str | tuple[str
 
 
 def _can_be_column(name: str, value: Any) -> bool:
-  """Whether a field is a string, a list of strings or a possible class, as its name requires."""
   is_string_list = isinstance(value, list) and all(isinstance(x, str) for x in value)
   if name == 'captions':
     return is_string_list

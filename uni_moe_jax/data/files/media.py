@@ -25,12 +25,9 @@ class CorruptFile(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-  """Stored content of a file.
+  """Stored bytes; (width, height) of an image as displayed or (frames, width, height) of a video.
 
-  Attributes:
-    data: bytes.
-    size: (width, height) of an image as displayed, (frames, width, height) of a video.
-    note: why the bytes differ from those of the file, or ''.
+  note: why the bytes differ from those of the file, or ''.
   """
   data: bytes
   size: tuple[int, ...]
@@ -38,11 +35,7 @@ class Media:
 
 
 def read_image(path: pathlib.Path) -> Media:
-  """Reads an image: of an animation the first frame, transparent pixels on white.
-
-  Raises:
-    CorruptFile: missing, not an image, truncated, too small or too large.
-  """
+  """Reads an image: of an animation the first frame, transparent pixels on white. Raises CorruptFile."""
   data = _read_bytes(path)
   try:
     return _as_displayed(data)
@@ -77,7 +70,10 @@ def _as_displayed(data: bytes) -> Media:
     notes.append(f'color mode {image.mode}')  # TensorFlow reads a PNG of 16 bits itself, and drops the lower 8
   if not notes and file_format not in _PLAIN_FORMATS:
     notes.append(f'format {file_format}')
-  return Media(_encode_png(image) if notes else data, image.size, '; '.join(notes))
+  if notes:
+    image.convert('RGB').save(out := io.BytesIO(), 'PNG')
+    data = out.getvalue()
+  return Media(data, image.size, '; '.join(notes))
 
 
 def read_video(path: pathlib.Path) -> Media:
@@ -90,33 +86,28 @@ def read_video(path: pathlib.Path) -> Media:
     raise CorruptFile('corrupt video') from e
 
 
-class FrameArrays:
-  """Videos of .npz files; the file read last stays in memory."""
+def load_videos(path: pathlib.Path) -> np.ndarray | None:
+  """The first array of an .npz file; None: it is damaged."""
+  try:
+    with np.load(path) as arrays:
+      return arrays[arrays.files[0]]
+  except Exception:  # numpy, zipfile and zlib document no closed set of errors for damaged files
+    return None
 
-  def __init__(self):
-    self._path, self._frames = None, None
 
-  def read_video(self, path: pathlib.Path, index: int) -> Media:
-    """Video `index` of a file's first array, uint8 [N, T, H, W(, 3)], as .npy. Raises CorruptFile."""
-    if path != self._path:
-      self._path, self._frames = path, None
-      try:
-        with np.load(path) as arrays:
-          self._frames = arrays[arrays.files[0]]
-      except Exception:  # numpy, zipfile and zlib document no closed set of errors for damaged files
-        pass
-    frames = self._frames
-    if not isinstance(frames, np.ndarray):
-      raise CorruptFile('corrupt array')
-    if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[-1] != 3:
-      raise CorruptFile('array is not uint8 [N, T, H, W, 3]')
-    if index >= len(frames):
-      raise CorruptFile('more lines than the array has videos')
-    video = frames[index] if frames.ndim == 5 else np.repeat(frames[index][..., None], 3, -1)
-    out = io.BytesIO()
-    np.save(out, video)
-    T, H, W, _ = video.shape
-    return Media(out.getvalue(), (T, W, H))
+def select_video(videos: np.ndarray | None, index: int) -> Media:
+  """One of the `load_videos` of a file, uint8 [N, T, H, W(, 3)], as .npy. Raises CorruptFile."""
+  if not isinstance(videos, np.ndarray):
+    raise CorruptFile('corrupt array')
+  if videos.dtype != np.uint8 or videos.ndim not in (4, 5) or videos.ndim == 5 and videos.shape[-1] != 3:
+    raise CorruptFile('array is not uint8 [N, T, H, W, 3]')
+  if index >= len(videos):
+    raise CorruptFile('more lines than the array has videos')
+  video = videos[index] if videos.ndim == 5 else np.repeat(videos[index][..., None], 3, -1)
+  out = io.BytesIO()
+  np.save(out, video)
+  T, H, W, _ = video.shape
+  return Media(out.getvalue(), (T, W, H))
 
 
 def _read_bytes(path: pathlib.Path) -> bytes:
@@ -128,9 +119,3 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     raise CorruptFile('missing file') from None
   except (OSError, ValueError):  # ValueError: a null character in the name
     raise CorruptFile('unreadable file') from None
-
-
-def _encode_png(image: Image.Image) -> bytes:
-  out = io.BytesIO()
-  image.convert('RGB').save(out, 'PNG')
-  return out.getvalue()

@@ -10,19 +10,21 @@ Images and videos keep the bytes of their files, except the few that `media.py` 
 
 import collections
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
 
 from uni_moe_jax.data.files import media
-from uni_moe_jax.data.files.check import CheckedRow, open_media, read_checked_rows
+from uni_moe_jax.data.files.check import open_media, read_checked_rows
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES, Row
 from uni_moe_jax.data.files.prepare_summary import summarize
 from uni_moe_jax.data.pipeline import npz_records
@@ -34,18 +36,17 @@ VERSION = '1.0.0'  # of a dataset, by default
 SPLITS = ('train', 'validation', 'test')
 _MAX_CLASSES = 10_000  # of a field; a field of more values is text
 
-Splits = dict[str, list[CheckedRow]]
+Splits = dict[str, list[Row]]
 
 
 def prepare(
     source: pathlib.Path, data_dir: pathlib.Path, name: str, version: str = VERSION, gif: str = 'image',
     test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1) -> dict:
-  """Prepares a file or folder as dataset `name`; returns the content of prepared.json.
+  """Prepares a file or folder as dataset `name`, of lower-case letters, digits and '_'; returns prepared.json.
 
   Args:
     source: see `formats.read_rows`.
     data_dir: folder of prepared data.
-    name: lower-case letters, digits and '_'.
     version: 'x.y.z'.
     gif: media type of .gif files in a folder by class: 'image' (the first frame) or 'video'.
     test_fraction: fraction of the groups that becomes the split 'test' if the data names no splits.
@@ -61,10 +62,11 @@ def prepare(
   classes = _find_classes(rows)
   columns = _find_columns(rows, classes)
   arrays = _label_arrays(splits, columns, classes)
+  num_splits = collections.Counter(g for members in splits.values() for g in {_group(row, root) for row in members})
   with npz_records.atomic_folder(folder) as unfinished:
     fingerprints = _write_shards(unfinished, name, version, splits, columns, classes)
     summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints,
-               'groups_in_several_splits': _count_shared_groups(splits, root),
+               'groups_in_several_splits': sum(n > 1 for n in num_splits.values()),
                **summarize(splits, columns, classes, arrays, skipped, test_fraction)}
     np.savez_compressed(unfinished / LABELS, **arrays)
     (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
@@ -82,18 +84,18 @@ def _new_folder(data_dir: pathlib.Path, name: str, version: str) -> pathlib.Path
   return folder
 
 
-def split_rows(rows: list[CheckedRow], test_fraction: float, root: pathlib.Path) -> Splits:
+def split_rows(rows: list[Row], test_fraction: float, root: pathlib.Path) -> Splits:
   """Sorts rows by the split that they name; if none does, a hash of each group's name selects one."""
   splits: Splits = {s: [] for s in SPLITS}
-  if any(c.row.split for c in rows):
-    for c in rows:
-      splits[c.row.split or 'train'].append(c)
-  else:
-    for c in rows:
-      digest = hashlib.sha256(_group(c.row, root).encode(errors='backslashreplace')).digest()
-      splits['test' if int.from_bytes(digest[:8]) / 2**64 < test_fraction else 'train'].append(c)
-    if not splits['train'] and test_fraction < 1:
-      splits = {'train': splits['test']}  # too few groups: keep them for training
+  names_splits = any(row.split for row in rows)
+  for row in rows:
+    split = row.split or 'train'
+    if not names_splits:
+      digest = hashlib.sha256(_group(row, root).encode(errors='backslashreplace')).digest()
+      split = 'test' if int.from_bytes(digest[:8]) / 2**64 < test_fraction else 'train'
+    splits[split].append(row)
+  if not names_splits and not splits['train'] and test_fraction < 1:
+    splits = {'train': splits['test']}  # too few groups: keep them for training
   return {s: members for s, members in splits.items() if members}
 
 
@@ -104,17 +106,11 @@ def _group(row: Row, root: pathlib.Path) -> str:
   return row.group or file or row.key or row.location
 
 
-def _count_shared_groups(splits: Splits, root: pathlib.Path) -> int:
-  """The number of groups in several splits, which happens only if the data names its splits."""
-  counts = collections.Counter(group for members in splits.values() for group in {_group(c.row, root) for c in members})
-  return sum(n > 1 for n in counts.values())
-
-
-def _find_classes(rows: list[CheckedRow]) -> dict[str, tuple[str, ...]]:
+def _find_classes(rows: list[Row]) -> dict[str, tuple[str, ...]]:
   """Class names of 'label' and of every field whose values occur at least twice on average."""
   values: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-  for c in rows:
-    for name, value in c.row.labels.items():
+  for row in rows:
+    for name, value in row.labels.items():
       values[name][value] += 1
   classes = {}
   for name, counts in values.items():
@@ -124,33 +120,37 @@ def _find_classes(rows: list[CheckedRow]) -> dict[str, tuple[str, ...]]:
   return classes
 
 
-def _find_columns(rows: list[CheckedRow], classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _find_columns(rows: list[Row], classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
   """Column → 'image', 'video', 'texts', 'text' or 'class'."""
   columns = {}
-  for c in rows:
-    if c.row.media_type:
-      columns[c.row.media_type] = c.row.media_type
-    columns |= {name: 'texts' if isinstance(v, tuple) else 'text' for name, v in c.row.texts.items()}
-    columns |= {name: 'class' if name in classes else 'text' for name in c.row.labels}
+  for row in rows:
+    if row.media_type:
+      columns[row.media_type] = row.media_type
+    columns |= {name: 'texts' if isinstance(v, tuple) else 'text' for name, v in row.texts.items()}
+    columns |= {name: 'class' if name in classes else 'text' for name in row.labels}
   return dict(sorted(columns.items()))
+
+
+def _value(row: Row, column: str, column_type: str) -> int | str | list[str]:
+  """The value of a class or of texts, as TFDS encodes it; -1 for no class."""
+  if column_type == 'class':
+    return row.labels.get(column, -1)
+  text = row.texts.get(column) or row.labels.get(column)
+  return list(text or ()) if column_type == 'texts' else text or ''
 
 
 def _label_arrays(
     splits: Splits, columns: dict[str, str], classes: dict[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
-  """'{split}/{column}' → class indices int32 [N], -1 for none, or whether a text is present, bool [N]."""
+  """The content of labels.npz."""
   arrays = {}
   for column, column_type in columns.items():
     index = {name: i for i, name in enumerate(classes.get(column, ()))}
-    for split, members in splits.items():
-      if column_type == 'class':
-        arrays[f'{split}/{column}'] = np.array([index.get(c.row.labels.get(column), -1) for c in members], np.int32)
-      elif column_type not in MEDIA_TYPES:
-        arrays[f'{split}/{column}'] = np.array([bool(_text(c.row, column)) for c in members], bool)
+    for split, rows in splits.items() if column_type not in MEDIA_TYPES else ():
+      values = [_value(row, column, column_type) for row in rows]
+      arrays[f'{split}/{column}'] = (
+          np.array([index.get(v, -1) for v in values], np.int32) if column_type == 'class' else
+          np.array([bool(v) for v in values]))
   return arrays
-
-
-def _text(row: Row, column: str) -> str | tuple[str, ...] | None:
-  return row.texts.get(column) or row.labels.get(column)
 
 
 def _write_shards(
@@ -166,42 +166,32 @@ def _write_shards(
       column: features.ClassLabel(names=list(classes[column])) if column_type == 'class' else make[column_type]()
       for column, column_type in {**columns, LOCATION: 'text'}.items()})
   digests = {split: hashlib.sha256() for split in splits}
-  unfinished = folder / 'unfinished'
-  with _quiet():
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name, version, features_dict, {s: _examples(members, columns, digests[s]) for s, members in splits.items()},
-        data_dir=unfinished, description='Prepared by uni_moe_jax.', file_format='array_record', disable_shuffling=True)
-  for path in (unfinished / name / version).iterdir():
-    path.rename(folder / path.name)
-  for path in sorted(unfinished.rglob('*'), reverse=True):
-    path.rmdir()
-  unfinished.rmdir()
+  with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+    with _quiet():
+      tfds.dataset_builders.store_as_tfds_dataset(
+          name, version, features_dict, {s: _examples(rows, columns, digests[s]) for s, rows in splits.items()},
+          data_dir=unfinished, description='Prepared by uni_moe_jax.', file_format='array_record',
+          disable_shuffling=True)
+    for path in pathlib.Path(unfinished, name, version).iterdir():
+      path.rename(folder / path.name)
   return {split: digest.hexdigest() for split, digest in digests.items()}
 
 
-def _examples(members: list[CheckedRow], columns: dict[str, str], digest) -> Iterator[tuple[int, dict]]:
+def _examples(rows: list[Row], columns: dict[str, str], digest) -> Iterator[tuple[int, dict]]:
   """Yields TFDS examples, and updates `digest` with the content of every column."""
-  arrays = media.FrameArrays()
-  for i, c in enumerate(members):
-    example = {LOCATION: c.row.location}
+  load_videos = functools.lru_cache(maxsize=1)(media.load_videos)
+  for i, row in enumerate(rows):
+    example = {LOCATION: row.location}
     for column, column_type in columns.items():
       if column_type in MEDIA_TYPES:
-        is_plain_file = not c.note and c.row.array_index is None
-        content = c.row.path.read_bytes() if is_plain_file else open_media(c.row, arrays).data
+        is_plain_file = not row.note and row.array_index is None
+        content = row.path.read_bytes() if is_plain_file else open_media(row, load_videos).data
         example[column] = io.BytesIO(content) if column_type == 'image' else content
       else:
-        example[column] = _value(c.row, column, column_type)
+        example[column] = _value(row, column, column_type)
         content = repr(example[column]).encode()
       digest.update(hashlib.sha256(content).digest())
     yield i, example
-
-
-def _value(row: Row, column: str, column_type: str) -> int | str | list[str]:
-  """The value of a class or of texts, as TFDS encodes it; -1 for no class."""
-  if column_type == 'class':
-    return row.labels.get(column, -1)
-  text = _text(row, column)
-  return list(text or ()) if column_type == 'texts' else text or ''
 
 
 @contextlib.contextmanager

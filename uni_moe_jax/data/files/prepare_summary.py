@@ -6,43 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.data.files.check import CheckedRow, Skipped
+from uni_moe_jax.data.files.check import Skipped
+from uni_moe_jax.data.files.formats import Row
 
 _MAX_LOCATIONS = 5  # per reason
 _MAX_DROPPED_FIELDS = 20  # by name
 
 
 def summarize(
-    splits: Mapping[str, list[CheckedRow]], columns: dict[str, str], classes: Mapping[str, tuple[str, ...]],
+    splits: Mapping[str, list[Row]], columns: dict[str, str], classes: Mapping[str, tuple[str, ...]],
     arrays: Mapping[str, np.ndarray], skipped: Skipped, test_fraction: float) -> dict[str, Any]:
   """Statistics of splits, classes and skipped rows. arrays: '{split}/{column}' → class indices."""
-  rows = [c for members in splits.values() for c in members]
-  counts = {column: {s: np.bincount(arrays[f'{s}/{column}'] + 1, minlength=len(names) + 1)[1:].tolist() for s in splits}
-            for column, names in classes.items()}
+  rows = [row for members in splits.values() for row in members]
+  most_common = lambda values, n=None: dict(collections.Counter(values).most_common(n))
+  count = lambda indices, num_classes: np.bincount(indices + 1, minlength=num_classes + 1)[1:].tolist()
+  warnings = []
+  if 'train' not in splits:
+    warnings.append('there is no split train; this data can only be evaluated')
+  elif test_fraction and 'test' not in splits and not any(row.split for row in rows):
+    warnings.append(f'the split test is empty with --test_fraction={test_fraction}: too few groups; raise it, or name '
+                    'the split of each row')
   return {
       'columns': columns, 'splits': {s: len(members) for s, members in splits.items()},
-      'classes': {column: {'names': list(names), 'counts': counts[column]} for column, names in classes.items()},
-      'sizes': _spread([c.size for c in rows if c.size]),
-      'captions_per_example': _spread([(len(c.row.texts['captions']),) for c in rows if 'captions' in c.row.texts]),
-      'rewritten': _most_common(c.note for c in rows if c.note),
-      'dropped_fields': _most_common((name for c in rows for name in c.row.dropped_fields), _MAX_DROPPED_FIELDS),
-      'warnings': _warnings(splits, test_fraction),
+      'classes': {column: {'names': list(names), 'counts': {s: count(arrays[f'{s}/{column}'], len(names))
+                                                            for s in splits}} for column, names in classes.items()},
+      'sizes': _spread([row.size for row in rows if row.size]),
+      'captions_per_example': _spread([(len(row.texts['captions']),) for row in rows if 'captions' in row.texts]),
+      'rewritten': most_common(row.note for row in rows if row.note),
+      'dropped_fields': most_common((name for row in rows for name in row.dropped_fields), _MAX_DROPPED_FIELDS),
+      'warnings': warnings,
       'skipped': {reason: {'count': len(locations), 'first': locations[:_MAX_LOCATIONS]}
                   for reason, locations in sorted(skipped.items(), key=lambda item: -len(item[1]))}}
-
-
-def _most_common(values, n: int | None = None) -> dict[str, int]:
-  return dict(collections.Counter(values).most_common(n))
-
-
-def _warnings(splits: Mapping[str, list[CheckedRow]], test_fraction: float) -> list[str]:
-  if 'train' not in splits:
-    return ['there is no split train; this data can only be evaluated']
-  names_splits = any(c.row.split for members in splits.values() for c in members)
-  if test_fraction and 'test' not in splits and not names_splits:
-    return [f'the split test is empty with --test_fraction={test_fraction}: too few groups; raise it, or name '
-            'the split of each row']
-  return []
 
 
 def _spread(values: list[tuple[int, ...]]) -> dict[str, list[int]]:
