@@ -18,6 +18,7 @@ from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils import signals
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -129,19 +130,17 @@ def test_a_run_that_was_killed_ends_with_the_same_state_and_lines(uninterrupted,
 @pytest.fixture
 def ignore_signals():
   """A signal that the loop does not catch must not end the test."""
-  old = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
-  yield
-  for s, handler in old.items():
-    signal.signal(s, handler)
+  with signals.handled(lambda *_: None, signal.SIGTERM, signal.SIGINT):
+    yield
 
 
 @pytest.mark.usefixtures('ignore_signals')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_requests_a_stop_and_a_second_one_ends_the_process(number, monkeypatch, capsys):
-  ended = []
+  ended, stop = [], loop.Stop()
   monkeypatch.setattr(os, '_exit', ended.append)
   before = signal.getsignal(number)
-  with loop.Stop() as stop:
+  with stop.on_signals():
     assert not stop.requested
     signal.raise_signal(number)
     assert stop.requested and not ended

@@ -1,6 +1,7 @@
 """The forward pass of a step: from a batch and target sets to features and losses of the tasks."""
 
 import dataclasses
+import math
 import zlib
 from typing import Any
 
@@ -27,32 +28,20 @@ Sampled = dict[str, SampledVocabulary]
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-  """Static arguments of the step.
-
-  Attributes:
-    model, plan: see their classes.
-    tx, learning_rate: the optimizer and its schedule.
-    grad_accum_steps: number of micro-steps.
-    ema_decay: of averaged parameters; 0 = off.
-    eot: token id that ends every text.
-    vocab_size: V of the vocabulary.
-    contrastive_reduction, mask_duplicate_texts, unused_params: fields of config.train and config.optim.
-    frozen: paths of parameters that do not train.
-    auxiliary: (auxiliary loss of routers, weight), without those of weight 0.
-  """
+  """Static arguments of the step; see also the fields of config.train and config.optim with the same names."""
   model: UniPerceiver
   plan: Plan
   tx: optax.GradientTransformation
-  learning_rate: Any
-  grad_accum_steps: int
-  ema_decay: float
-  eot: int
+  learning_rate: optax.Schedule
+  grad_accum_steps: int  # number of micro-steps
+  ema_decay: float  # 0: no averaged parameters
+  eot: int  # token id that ends every text
   vocab_size: int
   contrastive_reduction: str = 'mean'
   mask_duplicate_texts: bool = True
   unused_params: str = 'update'
-  frozen: frozenset[str] = frozenset()
-  auxiliary: LossWeights = ()
+  frozen: frozenset[str] = frozenset()  # paths of parameters that do not train
+  auxiliary: LossWeights = ()  # without those of weight 0
 
   @property
   def task_slices(self) -> dict[str, slice]:
@@ -62,16 +51,10 @@ class StepSpec:
 
 @flax.struct.dataclass
 class StepInputs:
-  """What one step encodes. Hidden states and features have the same structure.
-
-  Attributes:
-    inputs: {group: input side of the group's batch}.
-    pairs: {group: paired texts}, for groups whose targets are the texts of the batch itself.
-    target_sets: {set: a tuple with one sequence per length bucket}.
-  """
-  inputs: dict[str, Any]
-  pairs: dict[str, Any]
-  target_sets: dict[str, Any]
+  """What one step encodes. Hidden states and features have the same structure."""
+  inputs: dict[str, Any]  # {group: input side of the group's batch}
+  pairs: dict[str, Any]  # {group: paired texts}, for groups whose targets are the texts of the batch itself
+  target_sets: dict[str, Any]  # {set: a tuple with one sequence per length bucket}
 
 
 def sample_synonyms(target_sets: TargetSets, key: jax.Array) -> TargetSets:
@@ -94,15 +77,12 @@ def sample_synonyms(target_sets: TargetSets, key: jax.Array) -> TargetSets:
 def sample_vocabularies(spec: StepSpec, batch: Batch, key: jax.Array) -> Sampled:
   """{set: labels of all micro-steps and a uniform sample of other words}, for sampled softmaxes."""
   sampled = {}
-  for s in spec.plan.sets:
-    if s.softmax == 'sampled':
-      is_label = jnp.zeros((spec.vocab_size,), bool)
-      for t in spec.plan.tasks:
-        if t.target_set == s.name:
-          fields = batch[t.group]
-          # Labels of the group's other tasks may be among them: one more label is a word with correction 0.
-          is_label = is_label.at[fields['label']].max(fields['weight'] > 0)
-      sampled[s.name] = losses.sample_vocabulary(key, is_label, min(s.num_sampled, spec.vocab_size))
+  for s in (s for s in spec.plan.sets if s.softmax == 'sampled'):
+    is_label = jnp.zeros((spec.vocab_size,), bool)
+    for fields in (batch[t.group] for t in spec.plan.tasks if t.target_set == s.name):
+      # Labels of the group's other tasks may be among them: one more label is a word with correction 0.
+      is_label = is_label.at[fields['label']].max(fields['weight'] > 0)
+    sampled[s.name] = losses.sample_vocabulary(key, is_label, min(s.num_sampled, spec.vocab_size))
   return sampled
 
 
@@ -214,10 +194,9 @@ def task_losses(
   return total, tallies
 
 
-def num_tokens(spec: StepSpec, inputs: StepInputs) -> int:
-  """Number of tokens, padding included."""
-  count = 0
-  for s in jax.tree.leaves(inputs, is_leaf=lambda x: isinstance(x, Sequence)):
-    count += 0 if s.text is None else s.text.size
-    count += 0 if s.pixels is None else s.pixels.shape[0] * s.pixels.shape[1] * spec.model.spec.patches
-  return count
+def num_tokens(spec: StepSpec, batch: Batch, target_sets: TargetSets, sampled: Sampled) -> int:
+  """Number of tokens that `forward` encodes, padding included."""
+  inputs = step_inputs(spec, batch, target_sets, sampled)
+  sequences = jax.tree.leaves(inputs, is_leaf=lambda x: isinstance(x, Sequence))
+  num_frames = sum(math.prod(s.pixels.shape[:2]) for s in sequences if s.pixels is not None)
+  return sum(s.text.size for s in sequences if s.text is not None) + num_frames * spec.model.spec.patches

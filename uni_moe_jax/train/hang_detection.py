@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from uni_moe_jax.utils.exit_codes import ERROR
 
@@ -29,16 +29,12 @@ _CHECKS = {
 }
 
 
-def _end(code: int) -> None:
-  os._exit(code)  # sys.exit would wait for the hanging threads
-
-
 class HangDetector:
   """Watches the phases of a loop from a thread of its own; a context manager."""
 
-  def __init__(self, timeout: float, end: Callable[[int], None] = _end):
-    """timeout: seconds per phase, six times as many for START; 0 disables. end: gets the exit code."""
-    self._timeout, self._end = timeout, end
+  def __init__(self, timeout: float):
+    """timeout: seconds per phase, six times as many for START; 0 disables."""
+    self._timeout = timeout
     self._phase: tuple[str, int | None] | None = None
     self._waited = 0.0
     self._stop = threading.Event()
@@ -81,4 +77,4 @@ class HangDetector:
           f'the limit. {_CHECKS[name]} If it is only slow, raise hang_timeout; 0 disables it. The same command '
           'continues from the newest checkpoint. Stack of every thread:', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    self._end(ERROR)
+    os._exit(ERROR)  # sys.exit would wait for the hanging threads

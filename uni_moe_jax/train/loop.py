@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.data.pipeline.mixtures import Batch, Mixture
+from uni_moe_jax.data.pipeline.mixtures import Batch
 from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
@@ -26,26 +26,20 @@ from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, initial_state
 from uni_moe_jax.train.step import Step, TrainState
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, lock, saved_step
+from uni_moe_jax.utils import signals
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import write_json
 
 
 class Stop:
-  """Turns SIGINT and SIGTERM into a request to stop after the step; a second one ends the process."""
+  """A request to stop after the step, by SIGINT or SIGTERM; a second one ends the process."""
+  requested = False
 
-  def __init__(self):
-    self.requested = False
+  def on_signals(self) -> contextlib.AbstractContextManager[None]:
+    return signals.handled(self._request, signal.SIGINT, signal.SIGTERM)
 
-  def __enter__(self) -> 'Stop':
-    self._old = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
-    return self
-
-  def __exit__(self, *_) -> None:
-    for s, handler in self._old.items():
-      signal.signal(s, handler)
-
-  def _request(self, number, _) -> None:
+  def _request(self, number: int, _) -> None:
     if self.requested:
       os._exit(PREEMPTED)
     self.requested = True
@@ -53,8 +47,7 @@ class Stop:
           'without saving).', file=sys.stderr, flush=True)
 
 
-def describe(run: Run) -> str:
-  """Summary of a run for the log."""
+def _describe(run: Run) -> str:
   counts, router = run.parameter_counts(), run.config.moe.router
   names = run.spec.model.spec.router_input_names(conditions(run.plan))
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.target_sets.items())
@@ -66,15 +59,15 @@ def describe(run: Run) -> str:
 
 def commit() -> str:
   """Git commit of this package's working tree, or 'unknown'."""
+  command, folder = ['git', 'rev-parse', 'HEAD'], pathlib.Path(__file__).parent
   try:
-    done = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5,
-                          cwd=pathlib.Path(__file__).parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=folder)
   except (OSError, subprocess.TimeoutExpired):
     return 'unknown'
   return done.stdout.strip() or 'unknown'
 
 
-def run_facts(run: Run) -> dict:
+def _run_facts(run: Run) -> dict[str, Any]:
   """Content of run.json, for readers of the results."""
   return {'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
           'conditions': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit(),
@@ -86,23 +79,19 @@ StepHook = Callable[[int, Any, Any, Any], dict[str, jax.Array]]
 
 
 def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], StepHook | None]] = ()) -> int:
-  """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one.
+  """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one. Returns an exit code.
 
   Args:
-    config: of the run.
-    workdir: its folder.
+    config, workdir: of the run.
     devices: of the mesh; default: all.
     hooks: called with the run before the first step; each returns a `StepHook`, or None if the config disables it.
-
-  Returns:
-    An exit code.
 
   Raises:
     UsageError: another process trains in `workdir`, or what `build`, `claim_workdir`, `check_versions`,
       `copy_tokenizer` and `Checkpoints` raise.
   """
-  started = time.perf_counter()
-  with Stop() as stop, HangDetector(config.train.hang_timeout) as detector, contextlib.ExitStack() as stack:
+  started, stop = time.perf_counter(), Stop()
+  with stop.on_signals(), HangDetector(config.train.hang_timeout) as detector, contextlib.ExitStack() as stack:
     with detector.phase(START), multihost.exit_with_peers():
       run = build(config, devices)
       run.plan.check_trains()
@@ -114,8 +103,8 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       check_versions(workdir)
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       if is_primary:
-        write_json(pathlib.Path(workdir, RUN_FILE), run_facts(run))
-      print(describe(run), flush=True)
+        write_json(pathlib.Path(workdir, RUN_FILE), _run_facts(run))
+      print(_describe(run), flush=True)
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric)
     stack.push(functools.partial(_close, checkpoints, detector))
     with multihost.exit_with_peers():
@@ -139,9 +128,9 @@ def compile_steps(config, workdir: str, devices=None) -> int:
     print(f'{workdir} is finished: nothing to compile.')
     return FINISHED
   run = build(config, devices)
-  target_sets, batches = run.target_sets(), run.mixture().iterate(0, config.train.steps)
+  target_sets = run.target_sets()
   tasks = {t.name for t in run.plan.tasks} if run.config.train.mixture == 'one_task' else {None}
-  for task, batch in batches:
+  for task, batch in run.mixture().iterate(0, config.train.steps):
     if task in tasks:
       run.step_fn(task).lower(run.abstract_state(), run.put_batch(batch), target_sets).compile()
       tasks.remove(task)
@@ -153,49 +142,24 @@ def compile_steps(config, workdir: str, devices=None) -> int:
 
 def _loop(
     run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector: HangDetector, started: float, hooks) -> int:
-  c, last = run.config.train, run.config.train.steps
-  saved = checkpoints.latest()
+  saved, last = checkpoints.latest(), run.config.train.steps
   first = saved or 0
   if first >= last:
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
   with detector.phase(START):
     log = MetricsLog(workdir, first, last, distributed.is_primary())
-    steps = _Steps(run, detector, hooks)
+    trainer = _Trainer(run, checkpoints, detector, log, hooks)
     if saved is not None:  # may be step 0, which launch/convert.py writes
       state = checkpoints.restore(run.abstract_state())
       print(f'resumed from step {first}', flush=True)
     else:
       state = initial_state(run)
-    mixture = run.mixture()
-    batches = mixture.iterate(first, last)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
-
-  stops = multihost.AnyProcess(run.mesh)
   with log:
-    done, metrics_log = first, _StepMetrics(log, detector, mixture, c)
-    for step in range(first, last):
-      with detector.phase(STEP, step):
-        if stops(stop.requested):
-          break
-      with detector.phase(SAVE, step):
-        checkpoints.check()
-      with detector.phase(START if step == first else BATCH, step + 1):  # the first batch opens files
-        task, batch = next(batches)
-      state, metrics = steps.take(step, task, state, batch)
-      if step == first:
-        print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
-      done = step + 1
-      if not metrics_log.add(done, metrics):
-        return ERROR
-      if done % c.checkpoint_every == 0 and done != last:
-        with detector.phase(SAVE, done):
-          checkpoints.save(done, state, metrics_log.means)
-    with detector.phase(STEP, done):
-      done = int(jax.device_get(state.step))
-    with detector.phase(SAVE, done):
-      checkpoints.save(done, state, metrics_log.means)
-      checkpoints.finish()
+    done = trainer.train(state, first, stop, started)
+  if done is None:
+    return ERROR
   if done < last:
     print(f'stopped at step {done} of {last}; the same command continues.', flush=True)
     return PREEMPTED
@@ -203,70 +167,85 @@ def _loop(
   return FINISHED
 
 
-class _Steps:
-  """The jitted step of every task that a step can have, with the hooks of the run; each compiles when first taken."""
+class _Trainer:
+  """Takes the steps of a run, logs their metrics and saves checkpoints; each phase has a time limit."""
 
-  def __init__(self, run: Run, detector: HangDetector, hooks):
-    self._run, self._detector = run, detector
+  def __init__(self, run: Run, checkpoints: Checkpoints, detector: HangDetector, log: MetricsLog, hooks):
+    self._run, self._checkpoints, self._phase, self._log = run, checkpoints, detector.phase, log
+    self._config, self._mixture, self._target_sets = run.config.train, run.mixture(), run.target_sets()
     self._hooks = [hook for make in hooks if (hook := make(run))]
-    self._target_sets = run.target_sets()
-    self._by_task: dict[str | None, Step] = {}
+    self._step_fns: dict[str | None, Step] = {}  # by task; each compiles when it is first called
+    self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
+    self._means: dict[str, float] = {}  # as logged at the newest step; {} if that step is not logged
 
-  def take(self, step: int, task: str | None, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+  def train(self, state: TrainState, first: int, stop: Stop, started: float) -> int | None:
+    """Number of steps taken when a stop was requested or all are; None after too many that were not finite."""
+    stops, batches, done = multihost.AnyProcess(self._run.mesh), self._mixture.iterate(first, self._config.steps), first
+    for step in range(first, self._config.steps):
+      with self._phase(STEP, step):
+        if stops(stop.requested):
+          break
+      with self._phase(SAVE, step):
+        self._checkpoints.check()
+      with self._phase(START if step == first else BATCH, step + 1):  # the first batch opens files
+        task, batch = next(batches)
+      state, metrics = self._take(step, task, state, batch)
+      if step == first:
+        print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
+      done = step + 1
+      if not self._add_metrics(done, metrics):
+        return None
+      if done % self._config.checkpoint_every == 0 and done != self._config.steps:
+        with self._phase(SAVE, done):
+          self._checkpoints.save(done, state, self._means)
+    with self._phase(STEP, done):
+      jax.block_until_ready(state.step)
+    with self._phase(SAVE, done):
+      self._checkpoints.save(done, state, self._means)
+      self._checkpoints.finish()
+    return done
+
+  def _take(self, step: int, task: str | None, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     """(state, metrics with those of the hooks) after step `step + 1`; donates the buffers of the state."""
-    compiles = task not in self._by_task
+    compiles = task not in self._step_fns
     if compiles:
-      self._by_task[task] = self._run.step_fn(task)
-    with self._detector.phase(START, step + 1):  # hooks compile, too
+      self._step_fns[task] = self._run.step_fn(task)
+    with self._phase(START, step + 1):  # hooks compile, too
       batch = self._run.put_batch(batch)
       # Hooks run before the step, which donates the buffers of the state.
       extra = {k: v for hook in self._hooks for k, v in hook(step, state.params, batch, self._target_sets).items()}
-    with self._detector.phase(START if compiles else STEP, step + 1):
-      state, metrics = self._by_task[task](state, batch, self._target_sets)
+    with self._phase(START if compiles else STEP, step + 1):
+      state, metrics = self._step_fns[task](state, batch, self._target_sets)
       if compiles:
         jax.block_until_ready(metrics)
     return state, {**metrics, **extra}
 
-
-class _StepMetrics:
-  """Reads the metrics of a step when the next one is queued, and logs their means every `log_every` steps.
-
-  Attributes:
-    means: as logged at the newest step; {} if that step is not logged.
-  """
-
-  def __init__(self, log: MetricsLog, detector: HangDetector, mixture: Mixture, c):
-    """c: `config.train`."""
-    self._log, self._detector, self._mixture, self._config = log, detector, mixture, c
-    self._pending = None  # metrics of the running step
-    self.means: dict[str, float] = {}
-
-  def add(self, done: int, metrics: dict[str, Any]) -> bool:
-    """Adds the metrics of step `done`. False after too many consecutive steps that were not finite."""
-    with self._detector.phase(STEP, done - 1):
+  def _add_metrics(self, done: int, metrics: dict[str, Any]) -> bool:
+    """Queues the metrics of step `done`; logs means every `log_every` steps. Returns as `_read` does."""
+    with self._phase(STEP, done - 1):
       if self._pending is not None and not self._read(done - 1):
         return False
-    self._pending, self.means = metrics, {}
+    self._pending, self._means = metrics, {}
     if done % self._config.log_every and done != self._config.steps:
       return True
-    with self._detector.phase(STEP, done):
+    with self._phase(STEP, done):
       if corrupt := multihost.sum_over_processes(self._mixture.num_corrupt_examples()):  # since the processes started
         self._pending['corrupt_examples'] = corrupt
       if not self._read(done):
         return False
-    with self._detector.phase(SAVE, done):
-      self._pending, self.means = None, self._log.write(done)
+    with self._phase(SAVE, done):
+      self._pending, self._means = None, self._log.write(done)
     return True
 
   def _read(self, step: int) -> bool:
-    """Adds the pending metrics, those of `step`, to the log. Returns as `add` does."""
+    """Adds the pending metrics, those of `step`, to the log. False after too many steps in a row were not finite."""
     values = {k: float(v) for k, v in jax.device_get(self._pending).items()}
     streak = int(values['nonfinite_streak'])
-    if streak >= self._config.max_nonfinite_steps:
-      names = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
-      print(f'error: {streak} steps in a row up to step {step} were not finite '
-            f'({", ".join(names) or "the gradient norm"}); the parameters are those of step {step - streak}. Lower '
-            'config.optim.learning_rate, or check the data of those tasks.', file=sys.stderr, flush=True)
-      return False
-    self._log.add({k: v for k, v in values.items() if np.isfinite(v)})
-    return True
+    if streak < self._config.max_nonfinite_steps:
+      self._log.add({k: v for k, v in values.items() if np.isfinite(v)})
+      return True
+    names = [k for k, v in values.items() if k.startswith('loss/') and not np.isfinite(v)]
+    print(f'error: {streak} steps in a row up to step {step} were not finite '
+          f'({", ".join(names) or "the gradient norm"}); the parameters are those of step {step - streak}. Lower '
+          'config.optim.learning_rate, or check the data of those tasks.', file=sys.stderr, flush=True)
+    return False

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from uni_moe_jax.train.workdir import saved_step
+from uni_moe_jax.utils import signals
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED, USAGE
 
-MAX_BACKOFF = 600.0  # seconds
+_MAX_BACKOFF = 600.0  # seconds
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _TERMINATED = 128 + signal.SIGTERM  # the command was stopped before it could save
 
@@ -29,9 +30,9 @@ def keep_running(command: Sequence[str], max_restarts: int, backoff: float) -> i
   Returns:
     An exit code: the command's; 75 if a signal to this process stopped it; 128 + number if a signal killed the command.
   """
-  workdir, failures = _workdir(command), 0
+  workdir, failures, child = _workdir(command), 0, _Child()
   worked = _saved(workdir) is not None  # whether a start has ever passed the checks of its command
-  with _Child() as child:
+  with signals.handled(child.pass_on, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     while True:
       started, before = time.monotonic(), _saved(workdir)
       code = child.run(command)
@@ -39,7 +40,7 @@ def keep_running(command: Sequence[str], max_restarts: int, backoff: float) -> i
       is_newer = after is not None and (before is None or after > before)
       report = f'{_ending(code)} after {time.monotonic() - started:.0f} s, {_progress(workdir, after, is_newer)}'
       code = code if code >= 0 else 128 - code
-      if child.signaled:  # do not restart: the machine is needed for something else
+      if child.signaled.is_set():  # do not restart: the machine is needed for something else
         return FINISHED if code == FINISHED else PREEMPTED if code in (PREEMPTED, _TERMINATED) else code
       if code == FINISHED:
         return code
@@ -52,9 +53,9 @@ def keep_running(command: Sequence[str], max_restarts: int, backoff: float) -> i
       if failures >= max_restarts:
         _print(f'{report}; giving up after {failures} starts in a row without a newer checkpoint.')
         return code
-      pause = min(MAX_BACKOFF, backoff * (1 if code == PREEMPTED else 2 ** max(0, failures - 1)))
+      pause = min(_MAX_BACKOFF, backoff * (1 if code == PREEMPTED else 2 ** max(0, failures - 1)))
       _print(f'{report}; restarting in {pause:g} s ({failures} of {max_restarts} starts without progress).')
-      if child.signaled_within(pause):
+      if child.signaled.wait(pause):
         return PREEMPTED
 
 
@@ -64,33 +65,18 @@ class _Child:
   def __init__(self):
     self._process: subprocess.Popen | None = None
     self._passed_on = False
-    self._signal = threading.Event()
-
-  def __enter__(self) -> '_Child':
-    self._old = {s: signal.signal(s, self._pass_on) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    return self
-
-  def __exit__(self, *_) -> None:
-    for s, handler in self._old.items():
-      signal.signal(s, handler)
-
-  @property
-  def signaled(self) -> bool:
-    return self._signal.is_set()
-
-  def signaled_within(self, seconds: float) -> bool:
-    return self._signal.wait(seconds)
+    self.signaled = threading.Event()
 
   def run(self, command: Sequence[str]) -> int:
     """Exit code of the command; minus the number of the signal that killed it."""
     # In our process group a terminal's Ctrl-C would reach it a second time, which means: stop at once, without saving.
     self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=_terminate_with(os.getpid()))
-    if self.signaled and not self._passed_on:  # just before it started
+    if self.signaled.is_set() and not self._passed_on:  # just before it started
       self._process.terminate()
     return self._process.wait()
 
-  def _pass_on(self, *_) -> None:
-    self._signal.set()
+  def pass_on(self, *_) -> None:
+    self.signaled.set()
     if self._process is not None and self._process.poll() is None:
       self._process.terminate()
       self._passed_on = True

@@ -15,60 +15,31 @@ import optax
 from jax.sharding import NamedSharding
 
 from uni_moe_jax.model.encoder import Collected
-from uni_moe_jax.train import router_metrics, used_params
-from uni_moe_jax.train.accumulation import accumulate
-from uni_moe_jax.train.forward import (
-  Batch,
-  Sampled,
-  StepSpec,
-  TargetSets,
-  forward,
-  num_tokens,
-  sample_synonyms,
-  sample_vocabularies,
-  step_inputs,
-  task_losses,
-  weight_sums,
-)
+from uni_moe_jax.train import forward, router_metrics, used_params
+from uni_moe_jax.train.forward import Batch, Sampled, StepSpec, TargetSets
 from uni_moe_jax.train.losses import Tally
 from uni_moe_jax.utils.tree_paths import path_of
 
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a checkpoint stores.
-
-  Attributes:
-    step: int32, steps taken, skipped ones included.
-    params, opt_state: pytrees.
-    ema_params: exponential moving average of the parameters, or None.
-    nonfinite_streak: int32, consecutive steps up to this one whose loss or gradient was not finite.
-    skipped_steps: int32, all such steps.
-  """
-  step: jax.Array
+  """Everything that a checkpoint stores. Counters are int32."""
+  step: jax.Array  # steps taken, skipped ones included
   params: Any
   opt_state: Any
-  ema_params: Any
-  nonfinite_streak: jax.Array
-  skipped_steps: jax.Array
+  ema_params: Any  # exponential moving average of the parameters, or None
+  nonfinite_streak: jax.Array  # consecutive steps up to this one whose loss or gradient was not finite
+  skipped_steps: jax.Array  # all such steps
 
 
 @flax.struct.dataclass
 class StepOutput:
-  """What a step, or a part of it, computes.
-
-  Attributes:
-    loss: f32 scalar, weighted losses of the tasks plus auxiliary losses of the routers.
-    tallies: {task: its `Tally`, divided by the task's weight in the global batch}.
-    metrics: {name: scalar}.
-    used_experts: see `used_params.used_experts`.
-    grads: gradient of the loss with respect to the parameters.
-  """
-  loss: jax.Array
-  tallies: dict[str, Tally]
-  metrics: dict[str, jax.Array]
+  """What a step, or a part of it, computes."""
+  loss: jax.Array  # f32 scalar, weighted losses of the tasks plus auxiliary losses of the routers
+  tallies: dict[str, Tally]  # by task, divided by the task's weight in the global batch
+  metrics: dict[str, jax.Array]  # scalars
   used_experts: used_params.UsedExperts
-  grads: Any = None
+  grads: Any = None  # of the loss with respect to the parameters
 
 
 def init_state(spec: StepSpec, params: Any) -> TrainState:
@@ -90,10 +61,10 @@ def _output(
     key: jax.Array, set_features: dict[str, jax.Array] | None = None, share: float = 1.0
 ) -> tuple[jax.Array, StepOutput]:
   """(loss, output) of a (micro-)batch. set_features: of target sets that are already encoded."""
-  features, collected = forward(spec, params, batch, target_sets, sampled, key)
+  features, collected = forward.forward(spec, params, batch, target_sets, sampled, key)
   if set_features is not None:
     features = features.replace(target_sets=set_features)
-  loss, tallies = task_losses(spec, params, batch, features, sampled, sums)
+  loss, tallies = forward.task_losses(spec, params, batch, features, sampled, sums)
   output = _router_output(spec, collected, share)
   output = output.replace(loss=loss + output.loss, tallies=tallies)
   return output.loss, output
@@ -101,15 +72,14 @@ def _output(
 
 def gradients(spec: StepSpec, params: Any, batch: Batch, target_sets: TargetSets, key: jax.Array) -> StepOutput:
   """Loss, gradients and metrics of one step."""
-  sampled, target_sets = sample_vocabularies(spec, batch, key), sample_synonyms(target_sets, key)
-  sums = weight_sums(spec, batch, sampled)
+  sampled, target_sets = forward.sample_vocabularies(spec, batch, key), forward.sample_synonyms(target_sets, key)
+  sums = forward.weight_sums(spec, batch, sampled)
   if spec.grad_accum_steps == 1:
     grads, output = jax.grad(lambda p: _output(spec, p, batch, target_sets, sampled, sums, key), has_aux=True)(params)
   else:
     grads, output = _accumulated(spec, params, batch, target_sets, sampled, sums, key)
-  if sampled:
-    output.metrics['sampled_softmax/dropped_labels'] = sum(s.dropped for s in sampled.values())
-  return output.replace(grads=grads)
+  dropped = {'sampled_softmax/dropped_labels': sum(s.dropped for s in sampled.values())} if sampled else {}
+  return output.replace(grads=grads, metrics={**output.metrics, **dropped})
 
 
 def _accumulated(
@@ -117,23 +87,32 @@ def _accumulated(
     key: jax.Array) -> tuple[Any, StepOutput]:
   """(gradients, output) over micro-steps; target sets are encoded once.
 
-  Auxiliary losses and metrics of the routers are means over the encodings, each weighted by its number of tokens.
+  The micro-steps add up their gradients with respect to the parameters and to the features of the target sets. One
+  backward pass through the encoding of the sets then turns the latter into gradients of the parameters. Auxiliary
+  losses and metrics of the routers are means over the encodings, each weighted by its number of tokens.
   """
   micro_batch = jax.tree.map(lambda x: x[0], batch)
-  micro_tokens = num_tokens(spec, step_inputs(spec, micro_batch, {}, sampled))
-  total_tokens = spec.grad_accum_steps * micro_tokens + num_tokens(spec, step_inputs(spec, {}, target_sets, sampled))
-  share = micro_tokens / total_tokens
+  micro_tokens = forward.num_tokens(spec, micro_batch, {}, sampled)
+  share = micro_tokens / (spec.grad_accum_steps * micro_tokens + forward.num_tokens(spec, {}, target_sets, sampled))
 
   def encode_sets(params):
-    features, collected = forward(spec, params, {}, target_sets, sampled, key)
+    features, collected = forward.forward(spec, params, {}, target_sets, sampled, key)
     output = _router_output(spec, collected, 1 - spec.grad_accum_steps * share)
     return (features.target_sets, output.loss), output
 
-  def micro_loss(params, set_features, micro):
-    return _output(spec, params, micro, {}, sampled, sums, key, set_features, share)
+  def micro_step(micro):
+    def loss(params, set_features):
+      return _output(spec, params, micro, {}, sampled, sums, key, set_features, share)
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, set_features)
 
-  grads, output, of_sets = accumulate(encode_sets if spec.plan.sets else None, micro_loss, params, batch)
-  if of_sets is not None:
+  set_features = {}
+  if spec.plan.sets:
+    (set_features, set_loss), pull_back, of_sets = jax.vjp(encode_sets, params, has_aux=True)
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro_step, micro_batch))
+  ((grads, set_grads), output), _ = jax.lax.scan(
+      lambda total, micro: (jax.tree.map(jnp.add, total, micro_step(micro)), None), zeros, batch)
+  if spec.plan.sets:
+    grads = jax.tree.map(jnp.add, grads, pull_back((set_grads, jnp.ones_like(set_loss)))[0])
     output = jax.tree.map(jnp.add, output.replace(tallies={}), of_sets).replace(tallies=output.tallies)
   return grads, output
 
@@ -143,11 +122,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer step.
 
-  Args:
-    state: donated by the caller's jit.
-    batch, target_sets: of the plan; see `Batch` and `TargetSets`.
-    key: of the run. It is not part of `spec`, so that runs which differ only in their seed share a compiled program.
-    spec: static.
+  The key of the run is not part of `spec`, so that runs which differ only in their seed share a compiled program.
 
   Returns:
     (state, metrics): scalars 'loss/total', 'loss/<task>', 'accuracy/<task>', 'grad_norm', 'learning_rate', …. A step

@@ -12,7 +12,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from uni_moe_jax.utils import errors, files, heap
+from uni_moe_jax.utils import errors, files, heap, signals
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, USAGE
 from uni_moe_jax.utils.suggest import nearest
@@ -92,12 +92,8 @@ def exit_on_signals(code: int) -> Iterator[None]:
     os.write(2, f'\n{signal.Signals(number).name}: stopped; the same command continues.\n'.encode())
     os._exit(code)
 
-  old = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
-  try:
+  with signals.handled(end, signal.SIGINT, signal.SIGTERM):
     yield
-  finally:
-    for s, handler in old.items():
-      signal.signal(s, handler)
 
 
 def _silence_repeated_errors() -> None:

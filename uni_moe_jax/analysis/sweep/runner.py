@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from uni_moe_jax.analysis.sweep.grid import Cell
+from uni_moe_jax.utils import signals
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import read_json, write_json
@@ -78,9 +79,7 @@ def run_command(command: Sequence[str], root: pathlib.Path) -> int:
   print('$ python', *command, flush=True)
   received = []
   child = subprocess.Popen([sys.executable, *command], cwd=root, start_new_session=True)
-  old = {number: signal.signal(number, lambda n, _: (received.append(n), child.send_signal(n)))
-         for number in (signal.SIGINT, signal.SIGTERM)}
-  code = child.wait()
-  for number, handler in old.items():
-    signal.signal(number, handler)
+  pass_on = lambda number, _: (received.append(number), child.send_signal(number))
+  with signals.handled(pass_on, signal.SIGINT, signal.SIGTERM):
+    code = child.wait()
   return PREEMPTED if received and code <= 0 else code
