@@ -9,7 +9,9 @@ the numbers are the toolkit's.
 from __future__ import annotations
 
 import collections
+import functools
 import math
+import types
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,16 +25,14 @@ _LONGEST = 4  # words of an n-gram
 _SIGMA = 6.0  # words: by how much a caption may be too long or too short before CIDEr-D fades
 
 
-class _Words:
-  """Splits a text; the interface is that of rouge_score's tokenizers."""
+@functools.cache
+def _tokenizer():
+  from sacrebleu.tokenizers import tokenizer_13a  # Costs time to load, and only captioning needs it.
+  return tokenizer_13a.Tokenizer13a()
 
-  def __init__(self):
-    from sacrebleu.tokenizers import tokenizer_13a  # Costs time to load, and only captioning needs it.
 
-    self._split = tokenizer_13a.Tokenizer13a()
-
-  def tokenize(self, text: str) -> list[str]:
-    return [w for w in self._split(text.casefold()).split() if w not in _PUNCTUATION]
+def _words(text: str) -> list[str]:
+  return [w for w in _tokenizer()(text.casefold()).split() if w not in _PUNCTUATION]
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
@@ -46,18 +46,18 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]
     references: for each one text, or several.
 
   Raises:
-    UsageError: there are no examples, an example has no reference, or lengths differ.
+    UsageError: see `metrics.with_references`.
   """
   from rouge_score import rouge_scorer  # Costs time to load, and only captioning needs it.
 
-  scorer = rouge_scorer.RougeScorer(['rougeL'], tokenizer=_Words())
+  scorer = rouge_scorer.RougeScorer(['rougeL'], tokenizer=types.SimpleNamespace(tokenize=_words))
 
-  def one(prediction: str, several: Sequence[str]) -> float:
+  def score(prediction: str, several: Sequence[str]) -> float:
     scores = [scorer.score(reference, prediction)['rougeL'] for reference in several]
     P, R = max(s.precision for s in scores), max(s.recall for s in scores)
     return (1 + _BETA ** 2) * P * R / (R + _BETA ** 2 * P) if P and R else 0.0
 
-  return metrics.each(one(*pair) for pair in metrics.with_references(predictions, references))
+  return metrics.each_score(score, predictions, references)
 
 
 def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
@@ -67,34 +67,24 @@ def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]
   counts times log(N / number of examples with the n-gram in a reference). A pair scores the cosine, with each of the
   prediction's entries clipped at the reference's, times exp(-(difference in words)² / (2 · 6²)); the result is 10 times
   the mean over n and references. This corpus decides which words are rare: the score of one example alone is 0, and
-  scores of corpora of different sizes are not comparable.
-
-  Args:
-    predictions: N texts.
-    references: for each one text, or several.
-
-  Raises:
-    UsageError: there are no examples, an example has no reference, or lengths differ.
+  scores of corpora of different sizes are not comparable. Arguments and errors as in `rouge_l`.
   """
-  split = _Words().tokenize
-  pairs = [(_counts(split(prediction)), [_counts(split(one)) for one in several])
+  pairs = [(_counts(prediction), list(map(_counts, several)))
            for prediction, several in metrics.with_references(predictions, references)]
   documents = collections.Counter(gram for _, several in pairs for gram in set().union(*several))
-  return metrics.each(np.mean([_similarity(prediction, one, documents, len(pairs)) for one in several])
-                      for prediction, several in pairs)
+  return np.array([np.mean([_similarity(prediction, one, documents, len(pairs)) for one in several])
+                   for prediction, several in pairs])
 
 
-def _counts(words: list[str]) -> collections.Counter:
+def _counts(text: str) -> collections.Counter:
   """How often each n-gram of 1 to 4 words occurs; an n-gram is a tuple."""
+  words = _words(text)
   return collections.Counter(tuple(words[i:i + n]) for n in range(1, _LONGEST + 1) for i in range(len(words) - n + 1))
 
 
 def _similarity(
     prediction: collections.Counter, reference: collections.Counter, documents: collections.Counter, N: int) -> float:
-  """CIDEr-D of one text against one reference.
-
-  documents: number of examples, of N, that have each n-gram in a reference.
-  """
+  """CIDEr-D of one text against one reference; documents: examples, of N, that have each n-gram in a reference."""
   def vector(counts: collections.Counter, n: int) -> dict[tuple[str, ...], float]:
     # An n-gram of no reference is as rare as one of a single example.
     return {g: c * math.log(N / max(1, documents[g])) for g, c in counts.items() if len(g) == n}

@@ -35,8 +35,8 @@ def vqa(q: Query) -> list[Score]:
   [predicted] = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1),))
   answers = [normalize_answer(q.keys[i]) for i in predicted]
   truth = [[normalize_answer(a) for a in several] for several in q.examples.references(ids)]
-  values, first = metrics.vqa_score(answers, truth), [metrics.most_common(t) for t in truth]
-  common = metrics.most_common(first)
+  values, first = metrics.vqa_score(answers, truth), [statistics.mode(t) for t in truth]
+  common = statistics.mode(first)
   baseline = float(np.mean(metrics.vqa_score([common] * len(truth), truth)))
   q.samples.add(q.evaluation.name, q.pixels, ids, first, answers)
   n, chance = len(ids), 1 / len(q.names)
