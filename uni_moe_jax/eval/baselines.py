@@ -86,7 +86,7 @@ def nearest_neighbor(
                      'must be uint8 and agree after axis 0.')
   if not len(train):
     raise UsageError('there are no train images: there must be at least 1.')
-  kept = _subset(len(train), limit, seed)
+  kept = subset(len(train), limit, seed)
   flat = lambda images: images.reshape(len(images), -1).astype(np.float32)
   # scikit-learn sums in float64, where squared distances of bytes are exact, so that the result is that of any machine.
   return kept[pairwise.pairwise_distances_argmin(flat(test), flat(train[kept]))]
@@ -134,7 +134,7 @@ def tfidf_logistic(
   if len(train_texts) not in (1, 2) or len(train_texts) != len(test_texts):
     raise UsageError(f'{len(train_texts)} train and {len(test_texts)} test text columns: there must be one of each, or '
                      'two of each.')
-  kept = _subset(len(train_labels), limit, seed)
+  kept = subset(len(train_labels), limit, seed)
   train_texts = [np.asarray(column)[kept] for column in train_texts]
   vectorizer = text.TfidfVectorizer(
       sublinear_tf=True, ngram_range=(1, 2), token_pattern=r'\w+', max_features=20_000,
@@ -171,7 +171,7 @@ def frame_logistic(
   """
   if frames not in ('all', 'middle'):
     raise UsageError(f"frames is {frames!r}; it must be 'all' or 'middle'.")
-  kept = _subset(len(train_videos), limit, seed)
+  kept = subset(len(train_videos), limit, seed)
   scaler = preprocessing.StandardScaler(with_std=False)
   train = scaler.fit_transform(_frame_features(np.asarray(train_videos)[kept], frames))
   test = scaler.transform(_frame_features(np.asarray(test_videos), frames))
@@ -200,7 +200,8 @@ def _logistic(
     return model.fit(train, labels).predict(test)
 
 
-def _subset(count: int, limit: int, seed: int) -> np.ndarray:
+def subset(count: int, limit: int, seed: int) -> np.ndarray:
+  """Returns range(count), or `limit` of these, drawn with `seed`, in order."""
   if count <= limit:
     return np.arange(count)
   return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))

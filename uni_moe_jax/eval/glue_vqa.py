@@ -1,5 +1,7 @@
 """Evaluators of answers at a slot: the GLUE tasks with their own metrics, and questions about images."""
 
+import statistics
+
 import numpy as np
 
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
@@ -16,9 +18,8 @@ def glue(q: Query) -> list[Score]:
   """
   ids = q.ids()
   predicted, labels = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1), fields['label'][:, 0]))
-  _, answers = evaluators.baseline_labels(q, ids, labels)
+  _, by = evaluators.label_baselines(q, ids, labels)
   n, V = len(labels), len(q.names)
-  by = lambda metric: {name: metric(a, labels) for name, a in answers.items()}
   scores = [Score.proportion('accuracy', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
   if V == 2:
     scores += [Score('F1', metrics.f1(predicted, labels), n, baselines=by(metrics.f1)),
@@ -27,18 +28,14 @@ def glue(q: Query) -> list[Score]:
 
 
 def vqa(q: Query) -> list[Score]:
-  """Soft score of the most likely answer, and how often it is the annotators' most frequent answer.
-
-  See `metrics.vqa_score`.
-  """
+  """Soft score (see `metrics.vqa_score`) of the most likely answer, and how often it is the most frequent answer."""
   ids = q.ids()
-  [predicted] = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1),))
-  answers = [normalize_answer(q.keys[i]) for i in predicted]
+  answers = [normalize_answer(q.keys[i]) for i in q.gather(ids, lambda fields: q.log_p(fields).argmax(-1))]
   truth = [[normalize_answer(a) for a in several] for several in q.examples.references(ids)]
-  values, first = metrics.vqa_score(answers, truth), [statistics.mode(t) for t in truth]
+  first = [statistics.mode(several) for several in truth]
   common = statistics.mode(first)
-  baseline = float(np.mean(metrics.vqa_score([common] * len(truth), truth)))
+  soft = lambda answers: float(np.mean(metrics.vqa_score(answers, truth)))
   q.samples.add(q.evaluation.name, q.pixels, ids, first, answers)
   n, chance = len(ids), 1 / len(q.names)
-  return [Score('soft score', float(np.mean(values)), n, chance, {f'always {common!r}': baseline}),
+  return [Score('soft score', soft(answers), n, chance, {f'always {common!r}': soft([common] * n)}),
           Score.proportion('exact_match', metrics.accuracy(np.array(answers), np.array(first)), n, chance)]

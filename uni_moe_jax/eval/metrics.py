@@ -147,7 +147,7 @@ def perplexity(nll_sum: float, weight_sum: float) -> float:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-  """Returns the share of N predictions equal to their reference, or to any of several; case and spacing do not count."""
+  """Returns the share of predictions equal to a reference, one or several each; case and spacing do not count."""
   return float(each_score(lambda text, several: _words(text) in map(_words, several), predictions, references).mean())
 
 
