@@ -39,7 +39,7 @@ def load(name: str, directory: str, split: str) -> Records | FileDataset:
   Raises:
     UsageError: unknown name or split. MissingFileError: the source is not prepared in the directory.
   """
-  if file_dataset.is_file_source(name):
+  if name.startswith((file_dataset.OWN, file_dataset.TFDS)):
     return file_dataset.load(name, directory, split)
   if name not in SOURCES:
     raise UsageError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is "

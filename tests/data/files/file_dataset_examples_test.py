@@ -237,7 +237,8 @@ def test_an_unreachable_source_ends_the_run_with_one_sentence():
 
 
 def test_running_text_skips_records_that_cannot_be_read(run):
-  tokenizer = run[1].tokenizer
+  plan, data = run
+  tokenizer, task = data.tokenizer, dataclasses.replace(next(t for t in plan.tasks if t.name == 'book'), max_len=24)
   records = [{'text': f'the red bar has number {i}', LOCATION: f'line {i}'} for i in range(6)]
 
   def stream(*unreadable):
@@ -247,19 +248,19 @@ def test_running_text_skips_records_that_cannot_be_read(run):
       return [records[i] for i in ids]
     dataset = file_dataset.FileDataset('own:x', 6, read, {'text': 'text', LOCATION: 'text'}, {}, {}, '')
     counter = CorruptExampleCounter('tasks.x', 0.5)
-    return file_dataset_features.TextStream(dataset, 'text', tokenizer, 24, True, counter)
+    return file_dataset_features.running_text(task, dataset, tokenizer, True, counter), counter
 
   ids, hashes = np.array([0, 3]), np.zeros(2, np.uint64)
   tokens = lambda *ids: [t for i in ids for t in [*tokenizer.encode(records[i]['text']), tokenizer.eot]][:24]
   assert len(tokens(0)) < 24
-  assert stream().rows(ids, hashes).tolist() == [tokens(0, 1, 2), tokens(3, 4, 5)]
-  damaged = stream(1, 3)
-  assert damaged.rows(ids, hashes).tolist() == [tokens(0, 2, 4), tokens(4, 5, 0)]
-  assert damaged.counter.num_corrupt == 2 + (len(tokens(0, 2)) < 24)  # a row that is not full yet reads record 3, too
-  unreachable = stream(*range(6))
-  unreachable.rows(ids, hashes)
+  assert stream()[0](ids, hashes).tolist() == [tokens(0, 1, 2), tokens(3, 4, 5)]
+  damaged, counter = stream(1, 3)
+  assert damaged(ids, hashes).tolist() == [tokens(0, 2, 4), tokens(4, 5, 0)]
+  assert counter.num_corrupt == 2 + (len(tokens(0, 2)) < 24)  # a row that is not full yet reads record 3, too
+  unreachable, counter = stream(*range(6))
+  unreachable(ids, hashes)
   with pytest.raises(RunError, match="source 'own:x' cannot be read"):
-    unreachable.counter.check()
+    counter.check()
 
 
 def test_a_damaged_shard_costs_the_damaged_records_only(tmp_path):

@@ -9,6 +9,7 @@ index, such as 'train+restval'.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -45,10 +46,9 @@ class FileDataset:
       a class ('' for none).
     columns: name → 'image', 'video', 'text', 'texts' or 'class'.
     classes: class column → names in order.
-    labels: class column → int32 [N], -1 for none. Only own data has them; elsewhere a label is known once its record
-      is read.
+    labels: class column → int32 [N], -1 for none. Only of own data; elsewhere a label is in its record alone.
     fingerprint: hex sha256 of the content.
-    present: column of texts → bool [N], whether a record has one. Only own data has them.
+    present: column of texts → bool [N], whether a record has one. Only of own data.
   """
   name: str
   size: int
@@ -64,30 +64,20 @@ class FileDataset:
     return next((c for c, column_type in self.columns.items() if column_type in MEDIA_TYPES), None)
 
   def read_valid(self, ids: np.ndarray) -> list[Record | CorruptExample]:
-    """Reads records; for one that cannot be read returns the reason.
-
-    Raises:
-      RunError: no record can be read, neither these nor others.
-    """
+    """Reads records; one that cannot be read is the reason. Raises RunError if no record of the source can be read."""
     try:
       return self.read(ids)
     except Exception as e:  # array_record and TFDS document no closed set of errors for damaged files
-      error = e
-    records = [self._read_one(i) for i in ids]
-    if all(isinstance(record, CorruptExample) for record in records):
-      probes = _evenly_spaced(self.size, _NUM_PROBES)
-      if all(isinstance(self._read_one(i), CorruptExample) for i in probes):
+      records = [self._read_one(i) for i in ids]
+      probes = (self._read_one(i) for i in _evenly_spaced(self.size, _NUM_PROBES))
+      if all(isinstance(record, CorruptExample) for record in itertools.chain(records, probes)):
         raise RunError(
-            f'source {self.name!r} cannot be read ({error}). Check that its data directory exists and that its disk '
-            'can be reached; then run the same command to continue.') from error
-    return records
+            f'source {self.name!r} cannot be read ({e}). Check that its data directory exists and that its disk '
+            'can be reached; then run the same command to continue.') from e
+      return records
 
   def map(self, function: Callable[[Record], Any], ids: np.ndarray) -> list[Any]:
-    """Applies a function to records, chunk by chunk: the images of a whole split do not fit into memory.
-
-    Raises:
-      RunError: names the first record that cannot be read.
-    """
+    """Applies a function to records. Raises RunError with the first one that cannot be read."""
     results = []
     for i, record in self._read_chunks(ids):
       if isinstance(record, CorruptExample):
@@ -96,6 +86,7 @@ class FileDataset:
     return results
 
   def _read_chunks(self, ids: np.ndarray) -> Iterator[tuple[int, Record | CorruptExample]]:
+    """Yields ids and records chunk by chunk: the images of a whole split do not fit into memory."""
     for start in range(0, len(ids), _CHUNK):
       chunk = ids[start:start + _CHUNK]
       yield from zip(chunk, self.read_valid(chunk), strict=True)
@@ -125,13 +116,8 @@ def _evenly_spaced(size: int, number: int) -> np.ndarray:
   return np.unique(np.linspace(0, size - 1, min(number, size)).astype(np.int64))
 
 
-def is_file_source(source: str) -> bool:
-  """Whether a source name denotes a dataset in files."""
-  return source.startswith((OWN, TFDS))
-
-
 def load(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
-  """Opens one split of a source in a data directory.
+  """Opens one split of a source 'own:…' or 'tfds:…' in a data directory.
 
   Raises:
     MissingFileError: the source is not prepared; gives the command. UsageError: it has no such split, or is damaged.
@@ -140,11 +126,7 @@ def load(source: str, directory: str | os.PathLike[str], split: str) -> FileData
 
 
 def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
-  """The folder of the newest version of own data, or of the named one ('pets/1.0.0').
-
-  Raises:
-    MissingFileError: it does not exist.
-  """
+  """The folder of the newest version of own data, or of the named one ('pets/1.0.0'). Raises MissingFileError."""
   root, (base, _, version) = pathlib.Path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
   folders = sorted((p.parent for p in (root / base).glob(f'*/{prepare.SUMMARY}')),
                    key=lambda p: tuple(map(int, p.name.split('.'))))
@@ -158,11 +140,7 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-  """The content of prepared.json in an `own_folder`.
-
-  Raises:
-    UsageError: it is damaged or of another format.
-  """
+  """The content of prepared.json in an `own_folder`. Raises UsageError if it is damaged or of another format."""
   path = folder / prepare.SUMMARY
   try:
     summary = json.loads(path.read_text())
@@ -186,7 +164,7 @@ def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> Fil
   except Exception as e:  # numpy, zipfile and zlib document no closed set of errors for damaged files
     raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_PREPARE_AGAIN}') from e
   columns = {**summary['columns'], LOCATION: 'text'}
-  read = functools.partial(_read_records, _open(_builder(str(folder)), split, columns), columns, classes)
+  read = _record_reader(_open(_builder(str(folder)), split, columns), columns, classes)
   return FileDataset(
       source, summary['splits'][split], read, columns, classes, labels, summary['fingerprints'][split], present)
 
@@ -214,8 +192,8 @@ def _load_tfds(source: str, directory: str | os.PathLike[str], split: str) -> Fi
   reader = _open(builder, split, columns)
   # Name and version of a TFDS dataset identify its content.
   fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {len(reader)}'.encode()).hexdigest()
-  read = functools.partial(_read_records, reader, columns, classes)
-  return FileDataset(source, len(reader), read, columns, classes, {}, fingerprint)
+  return FileDataset(
+      source, len(reader), _record_reader(reader, columns, classes), columns, classes, {}, fingerprint)
 
 
 def _check_prepared(builder, source: str, directory: str | os.PathLike[str], split: str) -> None:
@@ -256,26 +234,21 @@ def _open(builder, split: str, columns: dict[str, str]):
   return builder.as_data_source(split, decoders=decoders or None)
 
 
-def _read_records(
-    reader, columns: dict[str, str], classes: dict[str, tuple[str, ...]], ids: np.ndarray) -> list[Record]:
-  return [{c: _value(_get(example, c), column_type, classes.get(c)) for c, column_type in columns.items()}
-          for example in reader.__getitems__(np.asarray(ids).tolist())]
+def _record_reader(
+    reader, columns: dict[str, str], classes: dict[str, tuple[str, ...]]) -> Callable[[np.ndarray], list[Record]]:
+  """`FileDataset.read` of a TFDS data source."""
+  string = lambda value: value.decode() if isinstance(value, bytes) else str(value)
 
+  def get(example, name, column_type, names):
+    while name not in example:  # a nested feature
+      head, _, name = name.partition('/')
+      example = example[head]
+    value = example[name]
+    if column_type == 'class':
+      return names[int(value)] if value >= 0 else ''
+    if column_type == 'texts':
+      return tuple(map(string, value))
+    return string(value) if column_type == 'text' else value
 
-def _get(example: Mapping[str, Any], column: str) -> Any:
-  if column in example:
-    return example[column]
-  head, _, rest = column.partition('/')
-  return _get(example[head], rest)
-
-
-def _value(value: Any, column_type: str, names: tuple[str, ...] | None) -> Any:
-  if column_type == 'class':
-    return names[int(value)] if value >= 0 else ''
-  if column_type == 'texts':
-    return tuple(map(_string, value))
-  return _string(value) if column_type == 'text' else value
-
-
-def _string(value: Any) -> str:
-  return value.decode() if isinstance(value, bytes) else str(value)
+  return lambda ids: [{c: get(example, c, column_type, classes.get(c)) for c, column_type in columns.items()}
+                      for example in reader.__getitems__(np.asarray(ids).tolist())]

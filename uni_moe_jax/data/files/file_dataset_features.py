@@ -1,14 +1,10 @@
 """Records in files to the text features of a task type: labels, captions, templates, running text.
-
-A reader is made once per task and checks the config against the source's columns. `read(record, h)` then returns the
-features of one record, without the batch axis, or raises `CorruptExample`; `h` is the example's hash, an int.
 """
 
 import collections
-import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,21 +25,41 @@ _WINDOW_CHARS_PER_TOKEN = 12  # more than S tokens of any language
 FeatureSpecs = dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape of one example
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureReader:
-  """Reads features of one record. specs: of the features that `read` returns."""
+class FeatureReader(NamedTuple):
+  """Reads features of one record, without the batch axis.
+
+  specs: of the features that `read` returns.
+  read: (record, the example's hash) → features. Raises CorruptExample.
+  """
   specs: FeatureSpecs
   read: Callable[[Record, int], dict[str, Any]]
 
 
-def label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> FeatureReader:
+def feature_reader(
+    task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, keys: Sequence[str], training: bool) -> FeatureReader:
+  """Reader of all features of a task but its pixels. keys: what records call the classes of its target set, in order.
+
+  Raises:
+    UsageError: the config names a column or class that the source does not have.
+  """
+  readers = []
+  if task.type.has_classes:
+    readers.append(_label_reader(task, records, keys))
+  if task.type.target == 'pair':
+    readers.append(_pair_reader(task, records, tokenizer, training))
+  if task.type.readout == 'queries':
+    readers.append(_caption_reader(task, records, tokenizer, training))
+  if task.type.readout == 'slot':
+    readers.append(_template_reader(task, records, tokenizer))
+  return FeatureReader({name: spec for r in readers for name, spec in r.specs.items()},
+                       lambda record, h: {k: v for r in readers for k, v in r.read(record, h).items()})
+
+
+def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> FeatureReader:
   """Reader of `label` and `weight`: the class of a record as an index into `keys`, or its answers.
 
   Of several answers at most M are kept, the most frequent first, each weighted by the share of annotators that gave
   it. Answers outside the target set have no weight.
-
-  Raises:
-    UsageError: there is no such column, or one of its classes is not in the target set.
   """
   column, column_type = task.label_column, records.columns.get(task.label_column)
   if column_type not in ('class', 'texts'):
@@ -68,38 +84,38 @@ def label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> F
   return FeatureReader({'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}, read)
 
 
-def pair_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
+def _pair_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
   """Reader of `target`, `target_valid`, `text_id` (equal for equal texts) and `weight`."""
   choose, S = phrase_chooser(task, records, training), task.max_len
 
   def read(record, h):
     text = choose(record, h)
-    ids, valid = _pad(tokenizer, *encode_texts([text], tokenizer, S), S)
+    [ids], [valid] = pad_tokens(encode_texts([text], tokenizer, S), S, tokenizer.pad)
     return {'target': ids, 'target_valid': valid, 'text_id': zlib.crc32(text.encode()) & 0x7FFFFFFF, 'weight': [1.0]}
   return FeatureReader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
                         'weight': (np.float32, (1,))}, read)
 
 
-def caption_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
+def _caption_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
   """Reader of `text` [words | queries], `text_valid`, `label` and `weight`."""
   choose, S = phrase_chooser(task, records, training), task.max_len
 
   def read(record, h):
-    words, valid = _pad(tokenizer, *encode_texts([choose(record, h)], tokenizer, S), S)
+    [words], [valid] = pad_tokens(encode_texts([choose(record, h)], tokenizer, S), S, tokenizer.pad)
     return {'text': np.concatenate([words, np.full(S, tokenizer.spe)]), 'text_valid': np.concatenate([valid, valid]),
             'label': words, 'weight': valid}
   return FeatureReader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
                         'weight': (np.float32, (S,))}, read)
 
 
-def template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:
+def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:
   """Reader of `text`, `text_valid` and `position`: a filled template and the position of its `spe`."""
   columns, S = template_columns(task.template), task.max_len
   _check_columns(task, records, 'template', columns, 'text', 'class')
 
   def read(record, _):
     ids, position = fill_template(tokenizer, task.template, {c: tokenizer.encode(record[c]) for c in columns}, S)
-    text, valid = _pad(tokenizer, ids, S)
+    [text], [valid] = pad_tokens([ids], S, tokenizer.pad)
     return {'text': text, 'text_valid': valid, 'position': [position]}
   return FeatureReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
 
@@ -115,67 +131,50 @@ def read_or_stop(
   return [CorruptExample('source unreachable')] * len(ids)
 
 
-@dataclasses.dataclass(frozen=True)
-class TextStream:
-  """Running text for masked language modeling.
+def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool,
+                 counter: CorruptExampleCounter) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+  """Running text for masked language modeling: (ids int [n], hashes uint64 [n]) → int32 [n, S].
 
   Row i starts with record i and continues with the next ones until it is full. A row is thus found without packing the
-  whole text, and every record begins a row. Of a long record only a window is read, another one in every epoch. A
-  record that cannot be read is skipped.
-
-  Attributes:
-    records: with the text column `column`.
-    length: S.
-    counter: counts the records that are read.
+  whole text, and every record begins a row. Of a long record only a window is read, another one in every epoch, which
+  the hashes choose. A record that cannot be read is skipped and counted.
   """
-  records: FileDataset
-  column: str
-  tokenizer: Tokenizer
-  length: int
-  training: bool
-  counter: CorruptExampleCounter
+  column, S, N = task.label_column or 'text', task.max_len, records.size
+  if records.columns.get(column) != 'text':
+    raise UsageError(
+        f'config.tasks.{task.name}: source {task.source!r} has no text column {column!r} (set by label_column; the '
+        f"default is 'text'); {nearest(column, _columns_of_type(records, 'text'))}.")
 
-  @classmethod
-  def create(cls, task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool,
-             counter: CorruptExampleCounter) -> 'TextStream':
-    column = task.label_column or 'text'
-    if records.columns.get(column) != 'text':
-      raise UsageError(
-          f'config.tasks.{task.name}: source {task.source!r} has no text column {column!r} (set by label_column; the '
-          f"default is 'text'); {nearest(column, _columns_of_type(records, 'text'))}.")
-    return cls(records, column, tokenizer, task.max_len, training, counter)
-
-  def rows(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """int32 [n, S]; hashes choose the windows."""
-    out = np.zeros((len(ids), self.length), np.int32)
-    lengths, next_ids = np.zeros(len(ids), int), np.asarray(ids) % self.records.size
-    for turn in range(_MAX_READS_PER_TOKEN * self.length):  # a valid record gives at least one token, its `eot`
-      unfilled = np.flatnonzero(lengths < self.length)
-      if not len(unfilled):
-        return out
-      records = read_or_stop(self.records, next_ids[unfilled], self.counter)
-      self.counter.count(len(records), [f'{self.records.location(int(i))}: {record}'
-                                        for i, record in zip(next_ids[unfilled], records, strict=True)
-                                        if isinstance(record, CorruptExample)])
-      for i, record in zip(unfilled, records, strict=True):
-        if isinstance(record, CorruptExample):
-          continue
-        text = self._window(record[self.column], int(hashes[i])) if turn == 0 else record[self.column]
-        tokens = [*self.tokenizer.encode(text), self.tokenizer.eot][:self.length - lengths[i]]
-        out[i, lengths[i]:lengths[i] + len(tokens)] = tokens
-        lengths[i] += len(tokens)
-      next_ids[unfilled] = (next_ids[unfilled] + 1) % self.records.size
-    self.counter.fail_replacement()
-    return out
-
-  def _window(self, text: str, h: int) -> str:
+  def window(text, h):
     """A part of a text much longer than a row, from the beginning of a word."""
-    size = _WINDOW_CHARS_PER_TOKEN * self.length
+    size = _WINDOW_CHARS_PER_TOKEN * S
     if len(text) <= 2 * size:
       return text
-    start = hashing.mix(h, 'window') % (len(text) - size) if self.training else 0
+    start = hashing.mix(h, 'window') % (len(text) - size) if training else 0
     start = text.find(' ', start) + 1 if start else 0
     return text[start:start + size]
+
+  def read(ids, hashes):
+    out = np.zeros((len(ids), S), np.int32)
+    lengths, next_ids = np.zeros(len(ids), int), np.asarray(ids) % N
+    for turn in range(_MAX_READS_PER_TOKEN * S):  # a valid record gives at least one token, its `eot`
+      unfilled = np.flatnonzero(lengths < S)
+      if not len(unfilled):
+        return out
+      corrupt, chunk = [], read_or_stop(records, next_ids[unfilled], counter)
+      for i, record in zip(unfilled, chunk, strict=True):
+        if isinstance(record, CorruptExample):
+          corrupt.append(f'{records.location(int(next_ids[i]))}: {record}')
+          continue
+        text = window(record[column], int(hashes[i])) if turn == 0 else record[column]
+        tokens = [*tokenizer.encode(text), tokenizer.eot][:S - lengths[i]]
+        out[i, lengths[i]:lengths[i] + len(tokens)] = tokens
+        lengths[i] += len(tokens)
+      counter.count(len(chunk), corrupt)
+      next_ids[unfilled] = (next_ids[unfilled] + 1) % N
+    counter.fail_replacement()
+    return out
+  return read
 
 
 def phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Record, int], str]:
@@ -222,9 +221,3 @@ def _check_columns(task: TaskSpec, records: FileDataset, field: str, names: Sequ
       raise UsageError(
           f'config.tasks.{task.name}.{field} names column {name!r} of source {task.source!r}; '
           f'{nearest(name, choices)}.')
-
-
-def _pad(tokenizer: Tokenizer, ids: list[int], S: int) -> tuple[np.ndarray, np.ndarray]:
-  """(ids int32 [S], valid bool [S]) of one text's tokens."""
-  ids, valid = pad_tokens([ids], S, tokenizer.pad)
-  return ids[0], valid[0]
