@@ -26,10 +26,6 @@ class AdamState(NamedTuple):
   nu: Any
 
 
-def _is_frozen(x) -> bool:
-  return isinstance(x, optax.MaskedNode)
-
-
 def adamw(
     b1: float, b2: float, eps: float, weight_decay: Any, units: Any, convention: str
 ) -> optax.GradientTransformationExtraArgs:
@@ -37,39 +33,34 @@ def adamw(
 
   Args:
     b1, b2, eps: of Adam; eps is added after the bias correction.
-    weight_decay: a float per parameter, `optax.MaskedNode` for frozen ones.
-    units: a shape per parameter, the leading axes over slices that are updated separately; `optax.MaskedNode` as above.
+    weight_decay: a float per parameter.
+    units: a shape per parameter, the leading axes over slices that are updated separately.
     convention: one of `CONVENTIONS`.
 
   Returns:
     A transformation whose update takes `used`, see `used_params.used_mask`.
   """
   def init(params):
-    is_shape = lambda x: isinstance(x, tuple) and not _is_frozen(x)
-    counts = jax.tree.map(lambda shape: jnp.zeros(shape, jnp.int32), units, is_leaf=is_shape)
+    counts = jax.tree.map(lambda shape: jnp.zeros(shape, jnp.int32), units, is_leaf=lambda x: type(x) is tuple)
     zeros = jax.tree.map(jnp.zeros_like, params)
     return AdamState(counts, zeros, jax.tree.map(jnp.copy, zeros))
 
+  def update_param(g, count, mu, nu, p, decay, is_used):
+    updates = is_used if convention == 'settonone' else is_used | (count > 0)
+    count = count + updates
+
+    def expand(x):  # [units] → the parameter's rank
+      return x.reshape(x.shape + (1,) * (g.ndim - x.ndim))
+
+    t = expand(jnp.maximum(count, 1)).astype(g.dtype)
+    new_mu = jnp.where(expand(updates), b1 * mu + (1 - b1) * g, mu)
+    new_nu = jnp.where(expand(updates), b2 * nu + (1 - b2) * g * g, nu)
+    direction = new_mu / (1 - b1**t) / (jnp.sqrt(new_nu / (1 - b2**t)) + eps) + decay * p
+    return jnp.where(expand(updates), direction, 0), count, new_mu, new_nu
+
   def update(grads, state, params, *, used):
-    def update_param(g, count, mu, nu, p, decay, is_used):
-      if _is_frozen(g):
-        return g, g, g, g
-      updates = is_used if convention == 'settonone' else is_used | (count > 0)
-      count = count + updates
-
-      def expand(x):  # [units] → the parameter's rank
-        return x.reshape(x.shape + (1,) * (g.ndim - x.ndim))
-
-      t = expand(jnp.maximum(count, 1)).astype(g.dtype)
-      new_mu = jnp.where(expand(updates), b1 * mu + (1 - b1) * g, mu)
-      new_nu = jnp.where(expand(updates), b2 * nu + (1 - b2) * g * g, nu)
-      direction = new_mu / (1 - b1**t) / (jnp.sqrt(new_nu / (1 - b2**t)) + eps) + decay * p
-      return jnp.where(expand(updates), direction, 0), count, new_mu, new_nu
-
-    out = jax.tree.map(
-        update_param, grads, state.count, state.mu, state.nu, params, weight_decay, used, is_leaf=_is_frozen)
-    updates, *new = (
-        jax.tree.map(lambda _, o, i=i: o[i], grads, out, is_leaf=_is_frozen) for i in range(4))
+    out = jax.tree.map(update_param, grads, *state, params, weight_decay, used)
+    updates, *new = jax.tree.transpose(jax.tree.structure(grads), None, out)
     return updates, AdamState(*new)
 
   return optax.GradientTransformationExtraArgs(init, update)

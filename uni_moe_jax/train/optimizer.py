@@ -28,8 +28,10 @@ class ParamGroup:
   frozen: bool = False
 
 
-def match_param_groups(params: Any, groups) -> Any:
-  """A tree of `ParamGroup` for a parameter tree; groups: `config.optim.param_groups`.
+def match_param_groups(params: Any, groups, router_lr_multiplier: float = 1.0) -> Any:
+  """A tree of `ParamGroup` for a parameter tree, by `config.optim.param_groups`.
+
+  router_lr_multiplier: of the learning rate of routers (the published WG_LR_FACTOR).
 
   Raises:
     UsageError: a parameter that no pattern matches, or a freezing pattern that freezes nothing.
@@ -38,27 +40,21 @@ def match_param_groups(params: Any, groups) -> Any:
 
   def match(key_path, _):
     path = path_of(key_path)
-    for i, group in enumerate(groups):
-      if re.search(group[0], path):
+    for i, (pattern, factor, *weight_decay) in enumerate(groups):
+      if re.search(pattern, path):
         used.add(i)
-        return ParamGroup(0.0, 0.0, True) if group[1] == FREEZE else ParamGroup(float(group[1]), float(group[2]))
+        if factor == FREEZE:
+          return ParamGroup(0.0, 0.0, True)
+        return ParamGroup(float(factor) * (router_lr_multiplier if '_router/' in path else 1), float(*weight_decay))
     raise UsageError(f"config.optim.param_groups: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
                      f"('.*', '{FREEZE}').")
 
   tree = jax.tree_util.tree_map_with_path(match, params)
-  for i, group in enumerate(groups):
-    if group[1] == FREEZE and i not in used:
-      raise UsageError(f'config.optim.param_groups: {group[0]!r} freezes nothing: no parameter matches it, or an '
+  for i, (pattern, factor, *_) in enumerate(groups):
+    if factor == FREEZE and i not in used:
+      raise UsageError(f'config.optim.param_groups: {pattern!r} freezes nothing: no parameter matches it, or an '
                        'earlier pattern does; correct it, move it up or remove it.')
   return tree
-
-
-def _scale_routers(groups: Any, multiplier: float) -> Any:
-  """Multiplies the learning rate of routers (the published WG_LR_FACTOR)."""
-  def scale(path, group):
-    factor = multiplier if '_router/' in path_of(path) else 1
-    return dataclasses.replace(group, lr_factor=group.lr_factor * factor)
-  return jax.tree_util.tree_map_with_path(scale, groups)
 
 
 def frozen_paths(groups: Any) -> frozenset[str]:
@@ -75,16 +71,11 @@ def schedule(c) -> optax.Schedule:
   """
   peak, warmup, steps, final = c.optim.learning_rate, c.optim.warmup_steps, c.train.steps, c.optim.final_lr_fraction
 
-  def published(count):
-    t = jnp.asarray(count, jnp.float32)
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * (t - warmup) / max(1, steps - warmup)))
-    return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(final, cosine))
-
-  if c.optim.schedule == 'published':
-    return published
-
   def rate(count):
     t = jnp.asarray(count, jnp.float32)
+    if c.optim.schedule == 'published':
+      cosine = 0.5 * (1 + jnp.cos(jnp.pi * (t - warmup) / max(1, steps - warmup)))
+      return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(final, cosine))
     rise = (t + 1) / max(1, warmup)
     progress = jnp.clip((t - warmup) / max(1, steps - warmup), 0.0, 1.0)
     fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
@@ -92,21 +83,10 @@ def schedule(c) -> optax.Schedule:
   return rate
 
 
-def _layer_factors(decay: float, groups: Any, params: Any, depth: Callable[[str], Any]) -> Any:
-  """decay^(layers above) of every parameter, in a shape that multiplies it."""
-  def factor_of(path, p, group):
-    if group.frozen:
-      return optax.MaskedNode()
-    factor = decay ** np.asarray(depth(path_of(path)), np.float32)
-    return factor.reshape(factor.shape + (1,) * (len(p.shape) - factor.ndim))
-  return jax.tree_util.tree_map_with_path(factor_of, params, groups)
-
-
 def layers_above(stack: Stack, path: str) -> np.ndarray:
   """Layers between a parameter and the output: 0 in the last block and the head, L in the embedders.
 
-  Returns:
-    int [], or [periods] for parameters that are stacked over periods.
+  The array has the shape [], or [periods] for parameters that are stacked over periods.
   """
   names = path.split('/')
   if names[0] == 'embed':
@@ -120,7 +100,6 @@ def layers_above(stack: Stack, path: str) -> np.ndarray:
 
 
 def _scale_by(factors) -> optax.GradientTransformation:
-  """Multiplies each update by its own factor."""
   def scale(u, f):
     return u if isinstance(f, float) and f == 1.0 else u * f
   return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, factors))
@@ -139,14 +118,13 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
 
 
 def _decay(weight_decays) -> optax.GradientTransformation:
-  """Adds each parameter's own decoupled weight decay."""
   return optax.stateless(lambda updates, params: jax.tree.map(
       lambda u, p, w: u if w == 0.0 else u + w * p, updates, params, weight_decays))
 
 
 def make_optimizer(
-    c, params: Any, units: Callable[[str], int] = lambda path: 0, depth: Callable[[str], Any] | None = None) -> tuple[
-        optax.GradientTransformation, optax.Schedule, Any]:
+    c, params: Any, units: Callable[[str], int] = lambda path: 0, depth: Callable[[str], Any] | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule, Any]:
   """(optimizer, learning-rate schedule, tree of `ParamGroup`) of a config.
 
   Frozen parameters have no moments, and the gradient norm for clipping excludes them.
@@ -158,24 +136,29 @@ def make_optimizer(
       conventions of `optim.unused_params`, whose update takes `used`.
     depth: path → `layers_above`, for `optim.layerwise_lr_decay`.
   """
-  groups = _scale_routers(match_param_groups(params, c.optim.param_groups), c.optim.router_lr_multiplier)
-  learning_rate = schedule(c)
+  optim, learning_rate = c.optim, schedule(c)
+  groups = match_param_groups(params, optim.param_groups, optim.router_lr_multiplier)
 
   def unless_frozen(f):  # optax.masked replaces frozen leaves by nodes without leaves
     return jax.tree_util.tree_map_with_path(
         lambda path, p, g: optax.MaskedNode() if g.frozen else f(path_of(path), p, g), params, groups)
 
+  def layer_factor(path, p, _):  # in a shape that multiplies the parameter
+    factor = optim.layerwise_lr_decay ** np.asarray(depth(path), np.float32)
+    return factor.reshape(factor.shape + (1,) * (p.ndim - factor.ndim))
+
   weight_decay = unless_frozen(lambda path, p, g: g.weight_decay)
-  steps = [_clip(c.optim.grad_clip_norm)] if c.optim.grad_clip_norm else []
-  if c.optim.unused_params == 'update':
-    steps += [optax.scale_by_adam(b1=c.optim.b1, b2=c.optim.b2, eps=c.optim.eps), _decay(weight_decay)]
+  steps = [_clip(optim.grad_clip_norm)] if optim.grad_clip_norm else []
+  if optim.unused_params == 'update':
+    steps += [optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps), _decay(weight_decay)]
   else:
     shapes = unless_frozen(lambda path, p, g: p.shape[:units(path)])
-    steps.append(adam.adamw(c.optim.b1, c.optim.b2, c.optim.eps, weight_decay, shapes, c.optim.unused_params))
+    steps.append(adam.adamw(optim.b1, optim.b2, optim.eps, weight_decay, shapes, optim.unused_params))
   steps.append(_scale_by(unless_frozen(lambda path, p, g: g.lr_factor)))
-  if c.optim.layerwise_lr_decay != 1:
-    steps.append(_scale_by(_layer_factors(c.optim.layerwise_lr_decay, groups, params, depth)))
+  if optim.layerwise_lr_decay != 1:
+    steps.append(_scale_by(unless_frozen(layer_factor)))
   steps.append(optax.scale_by_learning_rate(learning_rate))
   frozen, trained = (jax.tree.map(lambda g, f=f: g.frozen == f, groups) for f in (True, False))
-  tx = optax.chain(optax.masked(optax.chain(*steps), trained), optax.masked(optax.set_to_zero(), frozen))
+  tx = optax.chain(optax.masked(optax.chain(*steps), trained, mask_compatible_extra_args=True),
+                   optax.masked(optax.set_to_zero(), frozen))
   return tx, learning_rate, groups
