@@ -39,11 +39,7 @@ def define_flags() -> Callable[[], Cluster | None]:
 
 
 def parse(mode: str, address: str | None, num_processes: int | None, process_id: int | None) -> Cluster | None:
-  """The cluster that the flags describe; None for a single process.
-
-  Raises:
-    UsageError: flags that are missing, invalid, or do not fit together.
-  """
+  """The cluster that the flags describe; None for a single process. Raises UsageError for flags that do not fit."""
   values = {'coordinator_address': address, 'num_processes': num_processes, 'process_id': process_id}
   given = {name: value for name, value in values.items() if value is not None}
   if not given:
@@ -60,10 +56,7 @@ def parse(mode: str, address: str | None, num_processes: int | None, process_id:
 
 
 def initialize(cluster: Cluster | None) -> bool:
-  """Joins the other processes of the run, and silences standard output unless this is process 0.
-
-  Returns:
-    Whether this process is the primary one.
+  """Joins the other processes of the run. Returns whether this one is primary; the others get no standard output.
 
   Raises:
     UsageError: no cluster is detected. Going on alone would let several processes write into one work directory.

@@ -46,9 +46,9 @@ class AnyProcess:
     return previous is not None and bool(previous)
 
 
-def broadcast_from_primary(flag: bool) -> bool:
-  """The primary process's flag, in all processes."""
-  return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+def broadcast_from_primary(number: int) -> int:
+  """The primary process's number or flag, in all processes."""
+  return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def sum_over_processes(number: int) -> int:
@@ -93,10 +93,7 @@ def _messages(e: BaseException | None) -> Iterator[str]:
 
 
 def check_same_data(inputs: str) -> None:
-  """Raises UsageError in every process if one has other data or another tokenizer.
-
-  inputs: `Data.inputs_fingerprint`.
-  """
+  """Raises UsageError in every process if one has other data or tokenizer files. inputs: `Data.inputs_fingerprint`."""
   if jax.process_count() == 1:
     return
   digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(inputs), np.uint8))

@@ -26,21 +26,12 @@ RULES = {
 
 
 def mesh_shape(requested: dict[str, int], devices: int) -> dict[str, int]:
-  """Infers the one axis that is -1, and checks that the mesh covers the devices.
-
-  Args:
-    requested: size of every axis of `AXES`; at most one is -1.
-    devices: number of devices.
-
-  Raises:
-    UsageError: the sizes do not multiply to the number of devices.
-  """
+  """Infers the one axis of `AXES` that is -1. Raises UsageError unless the mesh covers the number of devices."""
   shape = {axis: int(requested[axis]) for axis in AXES}
   free = [a for a, n in shape.items() if n == -1]
   if len(free) > 1:
     raise UsageError(f'config.mesh: {" and ".join(free)} are both -1; at most one axis can be inferred.')
-  bad = {a: n for a, n in shape.items() if n < 1 and n != -1}
-  if bad:
+  if bad := {a: n for a, n in shape.items() if n < 1 and n != -1}:
     raise UsageError(f'config.mesh: {bad} must be positive, or -1 for one inferred axis.')
   known = math.prod(n for n in shape.values() if n != -1)
   if free:
@@ -89,20 +80,21 @@ def named_spec(names: tuple[str | None, ...]) -> PartitionSpec:
 
 def as_used(x: jax.Array, names: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
   """Lays out a parameter for its use: gathers it over FSDP's axis and leaves it split over the others."""
-  return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, named_spec(names)))
+  return _constrained(x, mesh, named_spec(names))
 
 
 def shard_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Shards examples [B, …] over the batch axes. B need not be divisible, since XLA pads."""
-  if mesh is None:
-    return x
-  spec = PartitionSpec(BATCH_AXES, *([None] * (x.ndim - 1)))
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+  return _constrained(x, mesh, PartitionSpec(BATCH_AXES, *([None] * (x.ndim - 1))))
 
 
 def replicate(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Gathers an array to every device."""
-  return x if mesh is None else jax.lax.with_sharding_constraint(x, replicated(mesh))
+  return _constrained(x, mesh, PartitionSpec())
+
+
+def _constrained(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
+  return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

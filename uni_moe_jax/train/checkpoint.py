@@ -1,26 +1,26 @@
 """Checkpoints by Orbax: atomic, verified before they are read. The newest are kept, and the best."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from uni_moe_jax.parallel import distributed
+from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps
 from uni_moe_jax.utils import errors, heap
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
-_NONE, _ALL_DAMAGED = -1, -2  # in place of a step: there is no checkpoint; all are damaged
+_NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 
 
 class Checkpoints:
@@ -43,8 +43,12 @@ class Checkpoints:
     """
     self._workdir, self._folder = workdir, pathlib.Path(workdir).absolute() / CHECKPOINTS
     writes = max_to_keep is not None
-    # The newest intact step when this was opened; later steps are saved by this process.
-    self._opened = self._newest_in_all_processes(writes)
+    # The newest intact step when this was opened, as the primary process finds it; later steps are of this process.
+    self._opened = multihost.broadcast_from_primary(self._newest_intact(writes) if distributed.is_primary() else _NONE)
+    if self._opened == _ALL_DAMAGED:
+      raise RunError(
+          f'every checkpoint in {self._folder} is damaged (see above), so nothing of this run can be trusted. Copy an '
+          f'intact one back, or delete {self._folder} to train from the start.')
     self._own, self._pending = set(), None
     self._best_metric = best_metric
     self._metrics = {step: manifest.metrics(self._folder / str(step)) for step in saved_steps(workdir)}
@@ -67,16 +71,12 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Saved steps up to the newest intact one, in order."""
-    return [s for s in sorted(self._manager.all_steps())
-            if s in self._own or self._opened is not None and s <= self._opened]
+    return [s for s in sorted(self._manager.all_steps()) if s in self._own or s <= self._opened]
 
   def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
     """Starts an asynchronous save, unless the step is saved. Raises RunError if the last save failed.
 
-    Args:
-      step: of the state.
-      state: a pytree of arrays.
-      metrics: logged with this step, by name.
+    metrics: logged with this step, by name.
     """
     self.finish()
     if step in self.steps():
@@ -138,16 +138,26 @@ class Checkpoints:
     finally:
       self._manager.close()
 
-  def _newest_in_all_processes(self, clean: bool) -> int | None:
-    """The newest intact step, which the primary process determines for all."""
-    step = _newest_intact(self._workdir, self._folder, clean) if distributed.is_primary() else _NONE
-    if jax.process_count() > 1:
-      step = int(multihost_utils.broadcast_one_to_all(step))
-    if step == _ALL_DAMAGED:
-      raise RunError(
-          f'every checkpoint in {self._folder} is damaged (see above), so nothing of this run can be trusted. Copy an '
-          f'intact one back, or delete {self._folder} to train from the start.')
-    return None if step == _NONE else step
+  def _newest_intact(self, clean: bool) -> int:
+    """The newest intact step, _NONE or _ALL_DAMAGED, with warnings. clean: move damaged ones away."""
+    steps = saved_steps(self._workdir)
+    for i, step in reversed(list(enumerate(steps))):
+      damage = manifest.damage(self._folder / str(step))
+      if not damage:
+        for damaged in steps[i + 1:] if clean else ():
+          self._move_away(damaged)
+        return step
+      fallback = f'falling back to the previous one, of step {steps[i - 1]}' if i else 'there is no earlier one'
+      print(f'warning: the checkpoint of step {step} in {self._workdir} is damaged: {damage}; {fallback}.',
+            file=sys.stderr, flush=True)
+    return _ALL_DAMAGED if steps else _NONE
+
+  def _move_away(self, step: int) -> None:
+    target = pathlib.Path(self._workdir) / DAMAGED / str(step)
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    (self._folder / str(step)).rename(target)
+    print(f'warning: it was moved to {target}; delete that folder after inspecting it.', file=sys.stderr, flush=True)
 
   def _verified(self, step: int | None) -> int:
     """The given or newest step, after pending saves. Raises RunError if it is damaged."""
@@ -199,40 +209,17 @@ class Checkpoints:
           f'({errors.free_space(self._folder)}); {safe}. {fix}, then the same command continues.') from e
 
 
+@dataclasses.dataclass(frozen=True)
 class _Retention:
   """Orbax's interface for which steps to keep: the newest `max_to_keep` (None: all) and the best."""
-
-  def __init__(self, max_to_keep: int | None, best_of):
-    self._max_to_keep, self._best_of = max_to_keep, best_of
+  max_to_keep: int | None
+  best_of: Callable[[Sequence[int]], int | None]
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     steps = [c.step for c in checkpoints]
-    kept = {self._best_of(steps), *(steps if self._max_to_keep is None else sorted(steps)[-self._max_to_keep:])}
+    kept = {self.best_of(steps), *(steps if self.max_to_keep is None else sorted(steps)[-self.max_to_keep:])}
     return [s in kept for s in steps]
-
-
-def _newest_intact(workdir: str | os.PathLike[str], folder: pathlib.Path, clean: bool) -> int:
-  """The newest intact step, _NONE or _ALL_DAMAGED, with warnings. clean: move damaged ones away."""
-  steps = saved_steps(workdir)
-  for i, step in reversed(list(enumerate(steps))):
-    damage = manifest.damage(folder / str(step))
-    if not damage:
-      for damaged in steps[i + 1:] if clean else ():
-        _move_away(workdir, folder, damaged)
-      return step
-    fallback = f'falling back to the previous one, of step {steps[i - 1]}' if i else 'there is no earlier one'
-    print(f'warning: the checkpoint of step {step} in {workdir} is damaged: {damage}; {fallback}.', file=sys.stderr,
-          flush=True)
-  return _ALL_DAMAGED if steps else _NONE
-
-
-def _move_away(workdir: str | os.PathLike[str], folder: pathlib.Path, step: int) -> None:
-  target = pathlib.Path(workdir) / DAMAGED / str(step)
-  shutil.rmtree(target, ignore_errors=True)
-  target.parent.mkdir(exist_ok=True)
-  (folder / str(step)).rename(target)
-  print(f'warning: it was moved to {target}; delete that folder after inspecting it.', file=sys.stderr, flush=True)
 
 
 def _describe_arrays(tree: Any) -> dict[str, str]:

@@ -56,15 +56,10 @@ def contrastive(
     weights: f32 [B].
     smoothing: as in `cross_entropy`, over the allowed targets.
     reduction: 'mean' of the two directions, or 'sum' (published).
-
-  Returns:
-    A `Tally`, whose `hits` count inputs whose own text is the closest.
   """
   n = logits.shape[0]
   own = jnp.eye(n, dtype=bool)
-  masked = jnp.zeros((n, n), bool)
-  if text_ids is not None:
-    masked = (text_ids[:, None] == text_ids[None, :]) & ~own
+  masked = jnp.zeros((n, n), bool) if text_ids is None else (text_ids[:, None] == text_ids[None, :]) & ~own
   logits = jnp.where(masked, -jnp.inf, logits)
   allowed = jnp.where(masked, 0.0, 1.0)
   allowed = allowed / allowed.sum(-1, keepdims=True)
@@ -88,26 +83,19 @@ def contrastive(
 class SampledVocabulary:
   """Part of the vocabulary that represents all of it in one step.
 
-  Attributes:
-    ids: int32 [K] distinct word ids.
-    index: int32 [V], position of a word in `ids`; K if it is absent.
-    correction: f32 [K], -log of the probability that the word was sampled, 0 for labels: Σ_v exp(logit_v + c_v) is an
-      unbiased estimate of the full partition function.
-    dropped: f32 scalar, labels for which K was too small; they get weight 0.
+  The correction is -log of the probability that a word was sampled, 0 for labels: Σ_v exp(logit_v + c_v) is an unbiased
+  estimate of the full partition function.
   """
-  ids: jax.Array
-  index: jax.Array
-  correction: jax.Array
-  dropped: jax.Array
+  ids: jax.Array  # int32 [K], distinct words
+  index: jax.Array  # int32 [V], position of a word in `ids`; K if it is absent
+  correction: jax.Array  # f32 [K]
+  dropped: jax.Array  # f32 scalar, labels for which K was too small; they get weight 0
 
 
 def sample_vocabulary(key: jax.Array, is_label: jax.Array, size: int) -> SampledVocabulary:
   """All labels of a step and a uniform sample, without replacement, of the other words.
 
-  Args:
-    key: random key of the step.
-    is_label: bool [V], words that are a label with positive weight in any micro-step.
-    size: K ≤ V.
+  is_label: bool [V], words that are a label with positive weight in any micro-step. size: K ≤ V.
   """
   V = is_label.shape[0]
   order = jnp.where(is_label, 2.0, jax.random.uniform(key, (V,)))

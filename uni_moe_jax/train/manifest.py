@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -22,16 +22,12 @@ _THREADS = 4
 
 
 def write(folder: pathlib.Path, final: pathlib.Path, metrics: Mapping[str, float]) -> None:
-  """Writes the manifest of a checkpoint that is complete except for its name.
+  """Writes the manifest of a checkpoint in `folder`, which is complete except for its name, with its metrics.
 
-  Args:
-    folder: where the checkpoint is now.
-    final: where it will be.
-    metrics: logged with the saved step.
+  final: where it will be.
   """
-  names = [name for name in _files(folder) if name not in (FILE, _METADATA, _COMMITTED)]
-  with futures.ThreadPoolExecutor(_THREADS) as pool:
-    sums = dict(zip(names, pool.map(lambda name: _checksum(folder / name), names)))
+  files = sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+  sums = _checksums(folder, [name for name in files if name not in (FILE, _METADATA, _COMMITTED)])
   content = {'files': sums, 'metadata': _metadata(folder), 'committed': f'Checkpoint commit was successful to {final}',
              'metrics': dict(metrics)}
   write_bytes(folder / FILE, json.dumps({**content, 'sha256': _own_checksum(content)}).encode())
@@ -45,16 +41,12 @@ def damage(folder: pathlib.Path) -> str:
       return f'{_METADATA} differs from what was saved'
     if (folder / _COMMITTED).read_text() != content['committed']:
       return f'{_COMMITTED} differs from what was saved'
-    names = list(content['files'])
-    # Sizes first: a truncated file need not be read.
-    for name in names:
-      size = (folder / name).stat().st_size
-      if size != content['files'][name]['bytes']:
-        return f'{name} has {size} bytes instead of {content["files"][name]["bytes"]}'
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
-      for name, checksum in zip(names, pool.map(lambda name: _checksum(folder / name), names)):
-        if checksum != content['files'][name]:
-          return f'{name} differs from what was saved (by its SHA-256)'
+    for name, recorded in content['files'].items():  # a truncated file need not be read
+      if (size := (folder / name).stat().st_size) != recorded['bytes']:
+        return f'{name} has {size} bytes instead of {recorded["bytes"]}'
+    for name, checksum in _checksums(folder, content['files']).items():
+      if checksum != content['files'][name]:
+        return f'{name} differs from what was saved (by its SHA-256)'
   except FileNotFoundError as e:
     return f'{os.path.relpath(e.filename, folder)} is missing'
   except (OSError, ValueError) as e:
@@ -82,14 +74,15 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _files(folder: pathlib.Path) -> list[str]:
-  return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+def _checksums(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+  """Size and SHA-256 of files by name."""
+  def checksum(name):
+    with (folder / name).open('rb') as file:
+      digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      return {'bytes': file.tell(), 'sha256': digest}
 
-
-def _checksum(path: pathlib.Path) -> dict[str, Any]:
-  with path.open('rb') as file:
-    digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    return {'bytes': file.tell(), 'sha256': digest}
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    return dict(zip(names, pool.map(checksum, names), strict=True))
 
 
 def _own_checksum(content: Mapping[str, Any]) -> str:

@@ -29,33 +29,22 @@ from uni_moe_jax.train.used_params import expert_sublayer, unit_axes
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
-AUXILIARY_LOSSES = ('balance', 'importance', 'z')
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run ready to start.
-
-  Attributes:
-    config, plan, data: what is trained on what.
-    mesh: of devices.
-    spec: static arguments of the step; its plan has every task.
-    param_groups: `optimizer.ParamGroup` of every parameter.
-    shapes, shardings: of the train state.
-  """
+  """A run ready to start."""
   config: ml_collections.ConfigDict
   plan: Plan
   data: Data
   mesh: Mesh
-  spec: StepSpec
-  param_groups: Any
+  spec: StepSpec  # its plan has every task
+  param_groups: Any  # an `optimizer.ParamGroup` for every parameter
   shapes: TrainState
   shardings: TrainState
 
   def init(self) -> TrainState:
     """A fresh state. It is created sharded, so that no device ever has all of it."""
-    def fresh(key):
-      return init_state(self.spec, init_params(self.spec.model, key))
+    fresh = lambda key: init_state(self.spec, init_params(self.spec.model, key))
     return jax.jit(fresh, out_shardings=self.shardings)(jax.random.key(self.config.seed))
 
   def state_from(self, params: Any) -> TrainState:
@@ -97,15 +86,13 @@ class Run:
 
   def parameter_counts(self) -> dict[str, int]:
     """{'total', 'active'}: of E experts, K are active for a token, by merging or by dispatch."""
-    spec, total, active = self.spec.model.spec, 0, 0
-    for path, leaf in by_path(self.shapes.params).items():
-      total += leaf.size
-      active += leaf.size // spec.num_experts * spec.top_k if expert_sublayer(spec, path) is not None else leaf.size
-    return {'total': total, 'active': active}
+    spec, params = self.spec.model.spec, by_path(self.shapes.params)
+    active = {path: leaf.size // spec.num_experts * spec.top_k if expert_sublayer(spec, path) else leaf.size
+              for path, leaf in params.items()}
+    return {'total': sum(leaf.size for leaf in params.values()), 'active': sum(active.values())}
 
 
-def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> ModelSpec:
-  """The model of a run."""
+def _model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> ModelSpec:
   prefix = None
   if config.model.readout_token != '<spe>':
     ids = data.tokenizer.encode(config.model.readout_token)
@@ -115,12 +102,12 @@ def model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mod
     prefix = ids[0]
   return ModelSpec.from_config(
       plan.config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
-      temperatures=plan.temperatures, router_tasks=router_tasks(plan),
+      temperatures=plan.temperatures, router_tasks=_router_tasks(plan),
       head=sum(data.target_sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.linear_head),
       label_prompts=tuple((s.name, data.target_sets[s.name].size) for s in plan.sets if s.label_prompts))
 
 
-def router_tasks(plan: Plan) -> tuple[str, ...]:
+def _router_tasks(plan: Plan) -> tuple[str, ...]:
   """Names in the task router's table: built-in ones, then those of the config."""
   own = [t.router_task for t in plan.task_types] + [t.target for t in plan.task_types if t.target != 'pair']
   own += [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
@@ -129,8 +116,8 @@ def router_tasks(plan: Plan) -> tuple[str, ...]:
 
 def target_set_arrays(data: Data, plan: Plan) -> TargetSets:
   """Target sets as host arrays."""
-  sets = {s.name: data.target_sets[s.name] for s in plan.sets}
-  return {name: {'buckets': s.buckets, 'order': s.order} for name, s in sets.items()}
+  sets = ((s.name, data.target_sets[s.name]) for s in plan.sets)
+  return {name: {'buckets': s.buckets, 'order': s.order} for name, s in sets}
 
 
 def conditions(plan: Plan) -> tuple[Condition, ...]:
@@ -182,9 +169,9 @@ def initial_state(run: Run) -> TrainState:
 
 def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collections.ConfigDict) -> None:
   """Raises UsageError unless a task router has the same names as in the run to start from."""
-  if config.moe.router != 'task' or old.moe.router != 'task':
+  if not config.moe.router == old.moe.router == 'task':
     return
-  known, names = router_tasks(make_plan(old)), router_tasks(plan)
+  known, names = _router_tasks(make_plan(old)), _router_tasks(plan)
   if new := [name for name in names if name not in known]:
     raise UsageError(f"config.moe.router='task': {config.train.init!r} has no embedding for {', '.join(new)}; it has "
                      f"{', '.join(known)}. Give the task type one of these as router_task, or start from a run with "
@@ -195,12 +182,7 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
 
 
 def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = None) -> Run:
-  """Checks a config and builds its run.
-
-  Args:
-    config: see `config.base`.
-    devices: of the mesh; default: all.
-    data: default: what the config names.
+  """Checks a config and builds its run, on all devices and the data that the config names by default.
 
   Raises:
     UsageError: a field is wrong or data is missing; see `make_plan` and `Data`.
@@ -216,13 +198,13 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   if config.train.interference_every:
     plan.check_halves(shards, config.train.grad_accum_steps)
   data = Data(config, plan) if data is None else data
-  model = UniPerceiver(model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
+  model = UniPerceiver(_model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
   tx, learning_rate, groups = optimizer.make_optimizer(
       config, params, functools.partial(unit_axes, model.spec),
       functools.partial(optimizer.layers_above, model.spec.stack))
-  weights = {name: config.moe[f'{name}_loss_weight'] for name in AUXILIARY_LOSSES}
+  weights = {name: config.moe[f'{name}_loss_weight'] for name in ('balance', 'importance', 'z')}
   spec = StepSpec(
       model=model, plan=plan, tx=tx, learning_rate=learning_rate, grad_accum_steps=config.train.grad_accum_steps,
       ema_decay=config.train.ema_decay, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
@@ -230,16 +212,16 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
       unused_params=config.optim.unused_params, frozen=optimizer.frozen_paths(groups),
       auxiliary=tuple((name, weight) for name, weight in weights.items() if weight))
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
-  shardings = state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
+  shardings = _state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
   return Run(config, plan, data, mesh, spec, groups, shapes, shardings)
 
 
-def state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh) -> TrainState:
+def _state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh) -> TrainState:
   """Shardings of a train state: moments and averages as their parameters, all else replicated."""
   replicated = sharding.replicated(mesh)
   # A frozen parameter has a node without leaves in place of moments.
   opt_state = optax.tree.map_params(
       spec.tx, lambda moment, s: moment if isinstance(moment, optax.MaskedNode) else s, shapes.opt_state, params,
       transform_non_params=lambda _: replicated, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-  return TrainState(step=replicated, params=params, opt_state=opt_state, ema_params=params if spec.ema_decay else None,
-                    nonfinite_streak=replicated, skipped_steps=replicated)
+  ema_params = params if spec.ema_decay else None
+  return TrainState(replicated, params, opt_state, ema_params, nonfinite_streak=replicated, skipped_steps=replicated)

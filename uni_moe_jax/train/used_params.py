@@ -71,8 +71,7 @@ def used_mask(
   """A bool per parameter, or per expert slice ([periods, E] or [E]): whether the step uses it.
 
   Args:
-    spec: of the model.
-    params: its parameters.
+    spec, params: of the model.
     used: see `used_experts`, over everything encoded, also target sets whose loss has weight 0.
     contents: 'visual' or 'text' segments, a 'target' side, a task with a linear 'head', 'label_<set>' for each set with
       label prompts.

@@ -15,15 +15,12 @@ ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference)$', r'^linear_h
 
 
 def merge_params(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]]:
-  """Parameters of a new run.
+  """(parameters of a new run, paths that stay fresh, paths of `old` that are dropped).
 
   Args:
     fresh: its fresh parameters, or their shapes.
     old: those of the run to start from.
     source: name of that run for errors.
-
-  Returns:
-    (parameters, paths that stay fresh, paths of `old` that are dropped).
 
   Raises:
     UsageError: a parameter has another shape, or only one of the models has it and it is not among `ADDED`.
@@ -45,11 +42,7 @@ def merge_params(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], lis
 
 
 def compare_params(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:
-  """How tuning changed parameters.
-
-  Args:
-    before, after: parameters of the run that was started from, and of the tuned one, on the host.
-    frozen: paths that do not train.
+  """How tuning changed parameters on the host, of which those at the paths in `frozen` do not train.
 
   Returns:
     {'parameters', 'trained': number of values, and of those that train; 'identical': whether every frozen parameter

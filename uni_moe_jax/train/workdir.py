@@ -63,11 +63,6 @@ def versions() -> dict[str, str]:
   return out
 
 
-def _plain(value: Any) -> Any:
-  """Config values as JSON stores them: tuples become lists."""
-  return json.loads(json.dumps(value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value))
-
-
 def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
   if not isinstance(tree, dict) or not tree:
     return {prefix: tree}
@@ -87,8 +82,7 @@ def claim_workdir(
   """Creates a work directory for this run, or checks that it is this run's.
 
   Args:
-    workdir: folder of the run.
-    config: of the run.
+    workdir, config: of the run.
     fingerprint: of its data; None before the data is read: checks only, and creates nothing.
     writes: whether this process creates it; one of several does.
     inputs: digest of the data and of the files it depends on, see `Data.inputs_fingerprint`; None: not compared.
@@ -97,7 +91,8 @@ def claim_workdir(
     UsageError: it belongs to a run with another config or other data; names the fields.
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
-  new = {'config': _plain(apply_choices(config)), 'data': fingerprint, 'inputs': inputs}
+  plain = json.loads(json.dumps(apply_choices(config).to_dict()))  # as JSON stores it: tuples become lists
+  new = {'config': plain, 'data': fingerprint, 'inputs': inputs}
   if path.exists():
     old = _read(path)
     changed = differences(old['config'], new['config'])
@@ -115,11 +110,9 @@ def claim_workdir(
 
 
 def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False) -> None:
-  """Checks that a run continues with its package versions; notes other patch versions.
+  """Checks that a run continues with its package versions; notes other patch versions. A new folder passes.
 
-  Args:
-    workdir: folder of the run; a new one passes.
-    allow_mismatch: record the installed versions as the run's instead.
+  allow_mismatch: record the installed versions as the run's instead.
 
   Raises:
     UsageError: a package's major or minor version differs, so that the run might not continue as it started.
@@ -167,12 +160,9 @@ def lock(workdir: str | os.PathLike[str], stack: contextlib.ExitStack) -> bool:
 
 
 def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: bool = True) -> None:
-  """Copies a run's tokenizer into its folder, since runs that start from this one need the same ids.
+  """Copies a run's tokenizer file into its folder, since runs that start from this one need the same ids.
 
-  Args:
-    workdir: folder of the run.
-    file: of its tokenizer.
-    writes: whether this process copies; one of several does.
+  writes: whether this process copies; one of several does.
 
   Raises:
     UsageError: the folder has another tokenizer, with which its parameters would mean other words.
@@ -196,9 +186,9 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   for section, field in PATHS:
     if field in config.get(section, {}):
       config[section][field] = pathlib.Path(config[section][field]).name
+  prefix = class_names.FILE_PREFIX
   for target_set in config['target_sets'].values():
     entries = target_set['entries']
-    prefix = class_names.FILE_PREFIX
     if isinstance(entries, str) and entries.startswith(prefix):
       target_set['entries'] = prefix + pathlib.Path(entries.removeprefix(prefix)).name
   init = config['train'].get('init')
@@ -217,10 +207,9 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   if not path.exists():
     raise MissingFileError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
                            f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
+  content = _read(path)
   try:
-    return ml_collections.ConfigDict(_tuples(_read(path)['config']))
-  except UsageError:
-    raise
+    return ml_collections.ConfigDict(_tuples(content['config']))
   except ValueError as e:  # of ml_collections: a name with a dot
     raise UsageError(f'{path} is damaged ({e}); restore an intact copy, or give another --workdir.') from None
 

@@ -15,11 +15,7 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None:
-  """Write content as JSON, atomically.
-
-  Raises:
-    ValueError: a number is not finite and allow_nan is False: not every JSON reader accepts NaN.
-  """
+  """Write content as JSON, atomically. With allow_nan=False, numbers that are not finite raise ValueError."""
   write_bytes(path, json.dumps(content, indent=1, allow_nan=allow_nan).encode())
 
 
@@ -29,29 +25,13 @@ def read_json(path: pathlib.Path, default: Any = None) -> Any:
 
 
 def check_local(path: str, name: str) -> None:
-  """Reject a URL, because as a path 'gs://bucket/x' would create a folder 'gs:'.
-
-  Args:
-    path: value of the flag or field.
-    name: of the flag or field.
-
-  Raises:
-    UsageError: path is a URL.
-  """
+  """Raise UsageError if `path`, the value of flag or field `name`, is a URL: 'gs://b/x' would create a folder 'gs:'."""
   if '://' in path:
     raise UsageError(f'{name}={path!r} is a URL, but must be a path; mount the bucket (for example with gcsfuse) or '
                      'copy its files, and give that folder.')
 
 
 def check_folder_of(path: str, name: str) -> None:
-  """Reject a file to write whose folder does not exist, before the work whose result it would get.
-
-  Args:
-    path: value of the flag.
-    name: of the flag.
-
-  Raises:
-    UsageError: the folder does not exist.
-  """
+  """Raise UsageError if the folder of a file to write does not exist, before the work whose result it would get."""
   if not pathlib.Path(path).absolute().parent.is_dir():
     raise UsageError(f'{name}={path}: its folder does not exist; create it first.')
