@@ -1,5 +1,7 @@
 """Whole-word masking: which tokens are selected, and what replaces them."""
 
+import types
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,21 +12,17 @@ SPE, EOT = 2, 3
 STARTS, INSIDE = range(4, 12), range(12, 20)  # pieces that start a word, and that continue one
 WORD_START = np.array([i not in INSIDE for i in range(20)])
 WORD_END = np.zeros(20, bool)  # these pieces mark where words start
-ORDINARY = np.array([*STARTS, *INSIDE], np.int32)
+SPECIAL = {0, 1, SPE, EOT}
 
 
 def _hashes(count, seed=0):
   return tf.constant(np.array([hashing.mix(seed, i) for i in range(count)], np.uint64))
 
 
-def _mask(text, max_predictions, valid=None, always_mask=False, hashes=None, word_start=WORD_START, word_end=WORD_END,
-          random_ids=ORDINARY):
-  text = np.array(text, np.int32)
-  tables = masking.WordTables(tf.constant(word_start), tf.constant(word_end), tf.constant(random_ids), SPE)
-  out = masking.mask_words(
-      tf.constant(text), tf.constant(np.ones(text.shape, bool) if valid is None else valid),
-      _hashes(len(text)) if hashes is None else hashes, tables, max_predictions=max_predictions,
-      always_mask=always_mask)
+def _mask(text, max_predictions, always_mask=False, hashes=None, word_start=WORD_START, word_end=WORD_END, **options):
+  tokenizer = types.SimpleNamespace(size=20, spe=SPE, special_ids=SPECIAL, word_start=word_start, word_end=word_end)
+  out = masking.mask_words(tf.constant(text, tf.int32), _hashes(len(text)) if hashes is None else hashes, tokenizer,
+                           max_predictions=max_predictions, always_mask=always_mask, **options)
   return {k: v.numpy() for k, v in out.items()}
 
 
@@ -90,14 +88,6 @@ def test_longer_words_stay_within_the_budget():
   assert counts.mean() > 3
 
 
-def test_padding_is_neither_selected_nor_counted():
-  text = np.random.default_rng(0).choice(STARTS, (200, 40))
-  valid = np.broadcast_to(np.arange(40) < 20, text.shape)
-  out = _mask(text, 20, valid=valid)
-  np.testing.assert_array_equal(out['weight'].sum(1), 3)  # 15 % of 20
-  assert not _selected(out, text.shape)[~valid].any()
-
-
 def test_labels_are_the_original_tokens():
   text = _random_text(100, 40)
   out = _mask(text, 10)
@@ -138,11 +128,11 @@ def test_all_tokens_of_a_word_are_replaced_in_the_same_manner():
   assert set(shares) == {0., 1.}
 
 
-@pytest.mark.parametrize('random_ids', [ORDINARY, np.arange(20, dtype=np.int32)], ids=['ordinary', 'all'])
-def test_random_tokens_come_from_the_table_and_all_of_it_occurs(random_ids):
-  out = _mask(np.full((4000, 40), 4, np.int32), 6, random_ids=random_ids)
+@pytest.mark.parametrize('random_special_tokens', [False, True])
+def test_all_ordinary_tokens_occur_as_random_ones_and_special_ones_only_if_configured(random_special_tokens):
+  out = _mask(np.full((4000, 40), 4, np.int32), 6, random_special_tokens=random_special_tokens)
   changed = out['text'][(out['text'] != 4) & (out['text'] != SPE)]
-  assert set(changed) == set(random_ids) - {4, SPE}
+  assert set(changed) == set(range(20)) - {4, SPE} - (set() if random_special_tokens else SPECIAL)
 
 
 def test_evaluation_masks_every_selected_token():

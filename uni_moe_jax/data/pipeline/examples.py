@@ -59,68 +59,29 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> lis
   return [row[:length - 1] + [tokenizer.eot] for row in tokenizer.encode_batch(list(texts))]
 
 
-def unique_texts(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (distinct texts [U], index int32 of the shape of `texts`)."""
-  distinct, index = np.unique(texts, return_inverse=True)
-  return distinct, index.reshape(texts.shape).astype(np.int32)
-
-
-def fill_captions(records: Records, templates: tuple[str, ...], field: str) -> np.ndarray:
-  """Fills every template with every record's columns: unicode [N, P]."""
-  columns = sorted(name for name, c in records.columns.items() if c.dtype.kind == 'U')
-  for template in templates:
-    for name in template_columns(template):
-      if name not in columns:
-        raise UsageError(f'config.{field}: template {template!r} names column {name!r}; {nearest(name, columns)}.')
-  values = zip(*(records.columns[k].tolist() for k in columns))
-  rows = [dict(zip(columns, row)) for row in values] or [{}] * records.size
-  return np.array([[t.format(**row) for t in templates] for row in rows])
-
-
-def class_indices(records: Records, column: str, classes: Sequence[str], field: str) -> np.ndarray:
-  """Returns int32 [N], the index of each record's class in the target set; -1 for no class."""
-  if column not in records.columns:
-    raise UsageError(f'config.{field}.label_column={column!r} is no column; {nearest(column, records.columns)}.')
-  index = {name: i for i, name in enumerate(classes)} | {'': -1}
-  values = records.columns[column]
-  if unknown := sorted(set(np.unique(values).tolist()) - set(index)):
-    raise UsageError(
-        f'config.{field}: class {unknown[0]!r} is not in the target set; {nearest(unknown[0], classes)}.')
-  return np.array([index[v] for v in values.tolist()], np.int32)
-
-
 def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: int) -> np.ndarray:
   """Chooses a task's training examples, by `train_fraction` or `shots`, in order.
 
   The choice is a function of the seed and of each example's index in its split. Those with the lowest hashes are taken,
-  so a smaller subset is part of a larger one.
-
-  Args:
-    indices: Indices of the available examples.
-    labels: Class of each, or None. Every class is sampled separately.
-    task: Its `train_fraction` and `shots` determine how many are taken.
-    seed: Seed of the run.
+  so a smaller subset is part of a larger one. Every class is sampled separately, where there are `labels` of the
+  examples.
   """
   if task.train_fraction == 1 and not task.shots:
     return indices
   hashes = np.array([hashing.mix(seed, task.source, task.split, 'subset', int(i)) for i in indices], np.uint64)
-  chosen = []
-  for label in [None] if labels is None else np.unique(labels):
-    members = np.arange(len(indices)) if label is None else np.flatnonzero(labels == label)
+  labels = np.zeros(len(indices), int) if labels is None else labels
+  chosen = np.zeros(len(indices), bool)
+  for label in np.unique(labels):
+    members = np.flatnonzero(labels == label)
     count = task.shots or math.ceil(task.train_fraction * len(members))
-    chosen.append(members[np.argsort(hashes[members], kind='stable')[:count]])
-  return indices[np.sort(np.concatenate(chosen))]
+    chosen[members[np.argsort(hashes[members], kind='stable')[:count]]] = True
+  return indices[chosen]
 
 
 def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndarray:
-  """Returns the indices of the records that are examples of a task.
+  """Returns the indices of the records that are examples of a task: for classification, those with a class.
 
-  A classification task skips the records without a class.
-
-  Args:
-    records: Records of its split.
-    task: The task.
-    seed: Seed of a run that trains on its subset; None returns all.
+  With the seed of a run that trains on them, only of its subset.
   """
   indices, labels = np.arange(records.size), None
   if task.type.has_classes:
@@ -132,22 +93,16 @@ def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np
 
 def mask_maker(make_text: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], task: TaskSpec, tokenizer: Tokenizer,
                training: bool, random_special_tokens: bool) -> MakeFeatures:
-  """Returns the function that makes the features of masked language modeling.
+  """Returns the function that makes the features of masked language modeling; the flags are those of `Builder`.
 
-  Args:
-    make_text: (ids int64 [n], hashes uint64 [n]) → int32 [n, S], rows of text.
-    task: The task.
-    tokenizer: Tokenizer of the run.
-    training, random_special_tokens: See `Builder`.
+  make_text: (ids int64 [n], hashes uint64 [n]) → int32 [n, S], full rows of text.
   """
-  tables = masking.word_tables(tokenizer, random_special_tokens)
-
   def make(ids, hashes):
     text = make_text(ids, hashes)
-    valid = tf.ones_like(text, tf.bool)
     masked = masking.mask_words(
-        text, valid, hashes, tables, max_predictions=task.max_predictions, always_mask=not training)
-    return {'id': tf.cast(ids, tf.int64), 'text_valid': valid, **masked}
+        text, hashes, tokenizer, max_predictions=task.max_predictions, always_mask=not training,
+        random_special_tokens=random_special_tokens)
+    return {'id': tf.cast(ids, tf.int64), 'text_valid': tf.ones_like(text, tf.bool), **masked}
   return make
 
 
@@ -178,42 +133,35 @@ class Builder:
     Raises:
       UsageError: The config names a column, class or template that the records do not have.
     """
-    task_type, field = task.type, f'tasks.{task.name}'
-    labels = None
-    if task_type.has_classes:
-      labels = class_indices(records, task.label_column, self.classes[task.target_set], field)
+    makers, labels = [], None
+    if task.type.has_classes:
+      labels = _class_indices(records, task, self.classes[task.target_set])
     indices = example_ids(records, task, self.seed if self.training else None)
-    makers = [] if labels is None else [self._labels(labels[indices])]
-    if task_type.readout == 'masked':
-      return self._masked(task, records, indices, field)
-    if task_type.visual:
-      makers.append(self._pixels(task, records, indices, field))
-    if task_type.target == 'pair':
-      makers.append(self._pair(task, records, indices, field))
-    if task_type.readout == 'queries':
-      makers.append(self._caption(task, records, indices, field))
-    if task_type.readout == 'slot':
-      makers.append(self._template(task, records, indices, field))
+    if task.type.readout == 'masked':
+      return self._masked(task, records, indices)
+    if labels is not None:
+      makers.append(_lookup(label=labels[indices, None], weight=np.ones((len(indices), 1), np.float32)))
+    if task.type.visual:
+      makers.append(self._pixels(task, records, indices))
+    if task.type.target == 'pair' or task.type.readout == 'queries':
+      makers.append(self._captions(task, records, indices))
+    if task.type.readout == 'slot':
+      makers.append(self._template(task, records, indices))
     if not len(indices):
-      raise UsageError(
-          f'config.{field}: no record of source {task.source!r}, split {task.split!r}, has a {task.label_column!r}.')
+      raise UsageError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has a '
+                       f'{task.label_column!r}.')
 
     def make(ids, hashes):
       features = {'id': tf.cast(ids, tf.int64)}
       for maker in makers:
-        features.update(maker(ids, hashes))
+        features |= maker(ids, hashes)
       return features
-
     return Examples(len(indices), make)
 
-  def _labels(self, labels: np.ndarray) -> MakeFeatures:
-    labels = tf.constant(labels)
-    return lambda ids, _: {'label': tf.gather(labels, ids)[:, None], 'weight': tf.ones([tf.size(ids), 1], tf.float32)}
-
-  def _pixels(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> MakeFeatures:
+  def _pixels(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
     if 'pixels' not in records.columns:
-      raise UsageError(f'config.{field}: source {task.source!r} has no pixels, which task type {task.type.name!r} '
-                       'needs.')
+      raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has no pixels, which task type '
+                       f'{task.type.name!r} needs.')
     key = (task.source, task.split)
     if key not in self.pixels:
       pixels = records.columns['pixels']
@@ -227,59 +175,75 @@ class Builder:
       return {'pixels': image_shift.random_shift(frames, hashes, max_shift)}
     return make
 
-  def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str):
-    """Returns (ids, hashes) → (text id int32 [n], tokens int32 [n, S], valid bool [n, S])."""
-    texts, index = unique_texts(fill_captions(records, task.caption_templates, f'{field}.caption_templates')[indices])
-    tokens, valid = pad_tokens(
-        encode_texts(texts, self.tokenizer, task.max_len), task.max_len, self.tokenizer.pad)
-    tokens, valid, index = tf.constant(tokens), tf.constant(valid), tf.constant(index)
+  def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
+    """Returns the maker of a text that is paired with its image, or of a caption to generate."""
+    texts, index = np.unique(_fill_captions(records, task)[indices], return_inverse=True)
+    tokens, valid = map(tf.constant, pad_tokens(
+        encode_texts(texts, self.tokenizer, task.max_len), task.max_len, self.tokenizer.pad))
+    index = tf.constant(index, tf.int32)  # [n, P], of the text that each template makes
 
-    def choose(ids, hashes):
-      text_ids = tf.gather(index, ids)
+    def make(ids, hashes):
+      text_id = tf.gather(index, ids)
       if self.training:
-        drawn = hashing.randint(hashing.mix_tensor(hashes, 'phrase'), index.shape[1])
-        text_ids = tf.gather(text_ids, drawn, batch_dims=1)
+        text_id = tf.gather(
+            text_id, hashing.randint(hashing.mix_tensor(hashes, 'phrase'), index.shape[1]), batch_dims=1)
       else:
-        text_ids = text_ids[:, 0]
-      return text_ids, tf.gather(tokens, text_ids), tf.gather(valid, text_ids)
-    return choose
-
-  def _pair(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> MakeFeatures:
-    choose = self._captions(task, records, indices, field)
-
-    def make(ids, hashes):
-      text_ids, tokens, valid = choose(ids, hashes)
-      return {'target': tokens, 'target_valid': valid, 'text_id': text_ids,
-              'weight': tf.ones([tf.size(ids), 1], tf.float32)}
+        text_id = text_id[:, 0]
+      words, is_word = tf.gather(tokens, text_id), tf.gather(valid, text_id)
+      if task.type.target == 'pair':
+        return {'target': words, 'target_valid': is_word, 'text_id': text_id,
+                'weight': tf.ones([tf.size(ids), 1], tf.float32)}
+      return {'text': tf.concat([words, tf.fill(tf.shape(words), self.tokenizer.spe)], axis=1),
+              'text_valid': tf.concat([is_word, is_word], axis=1), 'label': words,
+              'weight': tf.cast(is_word, tf.float32)}
     return make
 
-  def _caption(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> MakeFeatures:
-    choose = self._captions(task, records, indices, field)
-
-    def make(ids, hashes):
-      _, tokens, valid = choose(ids, hashes)
-      return {'text': tf.concat([tokens, tf.fill(tf.shape(tokens), self.tokenizer.spe)], axis=1),
-              'text_valid': tf.concat([valid, valid], axis=1), 'label': tokens, 'weight': tf.cast(valid, tf.float32)}
-    return make
-
-  def _template(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> MakeFeatures:
+  def _template(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
     columns = template_columns(task.template)
     for name in columns:
       if name not in records.columns:
-        raise UsageError(f'config.{field}.template names column {name!r}; {nearest(name, records.columns)}.')
+        raise UsageError(f'config.tasks.{task.name}.template names column {name!r}; {nearest(name, records.columns)}.')
     encoded = {n: self.tokenizer.encode_batch(records.columns[n][indices].tolist()) for n in columns}
     filled = [fill_template(self.tokenizer, task.template, {n: encoded[n][i] for n in columns}, task.max_len)
               for i in range(len(indices))]
     tokens, valid = pad_tokens([row for row, _ in filled], task.max_len, self.tokenizer.pad)
-    tokens, valid, slots = tf.constant(tokens), tf.constant(valid), tf.constant([slot for _, slot in filled])
-    return lambda ids, _: {'text': tf.gather(tokens, ids), 'text_valid': tf.gather(valid, ids),
-                           'position': tf.cast(tf.gather(slots, ids), tf.int32)[:, None]}
+    return _lookup(text=tokens, text_valid=valid, position=np.array([[slot] for _, slot in filled], np.int32))
 
-  def _masked(self, task: TaskSpec, records: Records, indices: np.ndarray, field: str) -> Examples:
+  def _masked(self, task: TaskSpec, records: Records, indices: np.ndarray) -> Examples:
     if 'text' not in records.columns:
-      raise UsageError(f"config.{field}: source {task.source!r} has no column 'text'; it has "
+      raise UsageError(f"config.tasks.{task.name}: source {task.source!r} has no column 'text'; it has "
                        f'{", ".join(sorted(records.columns))}.')
     encoded = self.tokenizer.encode_batch(records.columns['text'][indices].tolist())
     rows = tf.constant(pack_tokens(encoded, task.max_len, self.tokenizer.eot))
     return Examples(len(rows), mask_maker(
         lambda ids, _: tf.gather(rows, ids), task, self.tokenizer, self.training, self.random_special_tokens))
+
+
+def _lookup(**tables: np.ndarray) -> MakeFeatures:
+  """Returns the maker of features that are rows of tables."""
+  tensors = {name: tf.constant(table) for name, table in tables.items()}
+  return lambda ids, _: {name: tf.gather(table, ids) for name, table in tensors.items()}
+
+
+def _fill_captions(records: Records, task: TaskSpec) -> np.ndarray:
+  """Fills every template with every record's columns: unicode [N, P]."""
+  columns = {name: column.tolist() for name, column in records.columns.items() if column.dtype.kind == 'U'}
+  for template in task.caption_templates:
+    for name in template_columns(template):
+      if name not in columns:
+        raise UsageError(f'config.tasks.{task.name}.caption_templates: template {template!r} names column {name!r}; '
+                         f'{nearest(name, columns)}.')
+  rows = ({name: column[i] for name, column in columns.items()} for i in range(records.size))
+  return np.array([[template.format(**row) for template in task.caption_templates] for row in rows])
+
+
+def _class_indices(records: Records, task: TaskSpec, classes: Sequence[str]) -> np.ndarray:
+  """Returns int32 [N], the index of each record's class in the target set; -1 for no class."""
+  field, column = f'config.tasks.{task.name}', task.label_column
+  if column not in records.columns:
+    raise UsageError(f'{field}.label_column={column!r} is no column; {nearest(column, records.columns)}.')
+  index = {name: i for i, name in enumerate(classes)} | {'': -1}
+  values = records.columns[column].tolist()
+  if unknown := sorted(set(values) - set(index)):
+    raise UsageError(f'{field}: class {unknown[0]!r} is not in the target set; {nearest(unknown[0], classes)}.')
+  return np.array([index[value] for value in values], np.int32)
