@@ -218,9 +218,9 @@ def test_a_record_that_cannot_be_read_costs_itself_only():
   valid = _make(_build(_dataset(set())), range(8))
   replaced = _make(examples := _build(_dataset(set(), {2})), range(8))
   assert [np.array_equal(a, b) for a, b in zip(valid['pixels'], replaced['pixels'])] == [i != 2 for i in range(8)]
-  assert examples.corrupt_counter.num_corrupt == 1 and not examples.corrupt_counter.failed
+  assert examples.corrupt_counter.num_corrupt == 1 and not examples.corrupt_counter.failure
   _make(examples, [2])  # a batch of nothing else
-  assert examples.corrupt_counter.num_corrupt == 2 and not examples.corrupt_counter.failed
+  assert examples.corrupt_counter.num_corrupt == 2 and not examples.corrupt_counter.failure
   examples = _build(_dataset(set(), {3}), training=False)
   with pytest.raises(RunError, match=r'1 of 4 .* own:x, record 3: a record that cannot be read \(chunk data hash'):
     next(evaluation_batches(examples, np.arange(4), 4))

@@ -163,7 +163,7 @@ class _Batch:
 
   def _give_up_unless(self, ok: np.ndarray) -> np.bool_:
     if not ok.all():
-      self._corrupt_counter.fail_replacement()
+      self._corrupt_counter.has_no_replacement = True
     return np.bool_(True)
 
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:

@@ -123,11 +123,11 @@ def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer)
 def read_or_stop(
     records: FileDataset, ids: np.ndarray, counter: CorruptExampleCounter) -> list[Record | CorruptExample]:
   """Reads records by id. If the source is unreachable, all are corrupt, and the training loop raises."""
-  if not counter.failed:
+  if not counter.failure:
     try:
       return records.read_valid(ids)
     except RunError as e:  # raised in a thread of TensorFlow it would arrive with an unrelated traceback
-      counter.fail(e)
+      counter.failure = e
   return [CorruptExample('source unreachable')] * len(ids)
 
 
@@ -172,7 +172,7 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
         lengths[i] += len(tokens)
       counter.count(len(chunk), corrupt)
       next_ids[unfilled] = (next_ids[unfilled] + 1) % N
-    counter.fail_replacement()
+    counter.has_no_replacement = True
     return out
   return read
 

@@ -8,20 +8,21 @@ _MIN_CORRUPT = 10  # the fraction of fewer corrupt examples is not yet meaningfu
 
 
 class CorruptExampleCounter:
-  """Counts corrupt examples of one task; input pipeline threads write it, the training loop reads it."""
+  """Counts corrupt examples of one task; input pipeline threads write it, the training loop reads it.
+
+  Attributes:
+    has_no_replacement: Whether no replacement for a corrupt example could be read.
+    failure: Why no example can be read any more; None while they can.
+  """
 
   def __init__(self, field: str, max_fraction: float):
-    """Initializes the counter.
-
-    Args:
-      field: Config name of the task.
-      max_fraction: Largest allowed fraction of the examples read; 0 allows none.
-    """
+    """field: Config name of the task. max_fraction: Largest allowed fraction of the examples read; 0 allows none."""
     self._field, self._max_fraction = field, max_fraction
     self._lock = threading.Lock()
+    self._first = ''
     self.num_read = self.num_corrupt = 0
-    self._first, self._no_replacement = '', False
-    self._failure: RunError | None = None
+    self.has_no_replacement = False
+    self.failure: RunError | None = None
 
   def count(self, num_read: int, corrupt: list[str]) -> None:
     """Adds examples that were read, and for each corrupt one its location and the reason."""
@@ -30,25 +31,13 @@ class CorruptExampleCounter:
       self.num_corrupt += len(corrupt)
       self._first = self._first or (corrupt[0] if corrupt else '')
 
-  def fail_replacement(self) -> None:
-    """Records that no replacement for a corrupt example could be read."""
-    self._no_replacement = True
-
-  def fail(self, failure: RunError) -> None:
-    """Records that no example can be read any more; `check` raises the failure."""
-    self._failure = failure
-
-  @property
-  def failed(self) -> bool:
-    return self._failure is not None
-
   def check(self) -> None:
-    """Raises the error given to `fail`, or RunError with the first corrupt example if there are too many."""
-    if self._failure:
-      raise self._failure
+    """Raises `failure`, or RunError with the first corrupt example if there are too many."""
+    if self.failure:
+      raise self.failure
     with self._lock:
       too_many = self.num_corrupt > self._max_fraction * self.num_read
-      if self._no_replacement or too_many and (self.num_corrupt >= _MIN_CORRUPT or not self._max_fraction):
+      if self.has_no_replacement or too_many and (self.num_corrupt >= _MIN_CORRUPT or not self._max_fraction):
         raise RunError(
             f'config.{self._field}: {self.num_corrupt} of {self.num_read} examples could not be used, more than '
             f'config.data.max_corrupt_fraction={self._max_fraction}; the first: {self._first}. Prepare the source '
