@@ -66,7 +66,7 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     specs.append(SetSpec(
         name=name, entries=values, family=condition.task, condition=condition, max_len=data.shape[1]))
     if not is_vocabulary:
-      buckets, order = bucket_by_length([row[ok].tolist() for row, ok in zip(data, valid)], 0)
+      buckets, order = bucket_by_length([[row[ok].tolist()] for row, ok in zip(data, valid)], 0)
       bucketed[name] = {'buckets': buckets, 'order': order}
       full[name] = {'buckets': ({'text': data, 'valid': valid},), 'order': np.arange(len(data), dtype=np.int32)}
     else:

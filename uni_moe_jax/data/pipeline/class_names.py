@@ -22,27 +22,21 @@ Entry = tuple[str, tuple[str, ...]]  # the source's key of a class; its name, th
 def parse_entries(values: Sequence[str | tuple[str, ...]], field: str) -> tuple[Entry, ...]:
   """Parses entries of a set: a string is both key and name, a tuple is (key, name, synonyms …).
 
-  Raises:
-    UsageError: A tuple has no name, or two entries have the same key.
+  Raises UsageError for an entry without a name and for two with the same key.
   """
-  entries = tuple((v, (v,)) if isinstance(v, str) else (v[0], tuple(v[1:])) for v in values)
-  keys = set()
-  for key, names in entries:
+  entries = {}
+  for value in values:
+    key, *names = (value, value) if isinstance(value, str) else value
     if not names or not all(names):
       raise UsageError(f'config.{field}: entry {key!r} has no name or an empty one; give (key, name, synonyms …).')
-    if key in keys:
+    if key in entries:
       raise UsageError(f'config.{field}: entry {key!r} occurs twice.')
-    keys.add(key)
-  return entries
+    entries[key] = tuple(names)
+  return tuple(entries.items())
 
 
 def read_entries(values: str, directory: str | os.PathLike[str], field: str) -> tuple[Entry, ...]:
-  """Reads the entries of 'file:PATH'; PATH is relative to the data directory.
-
-  Raises:
-    MissingFileError: The file does not exist.
-    UsageError: See `parse_entries`.
-  """
+  """Reads the entries of 'file:PATH', relative to the data directory. Raises MissingFileError, UsageError."""
   path = pathlib.Path(os.path.expanduser(directory)) / values.removeprefix(FILE_PREFIX)
   if not path.is_file():
     raise MissingFileError(f'config.{field}: the file of class names {path} does not exist; see '

@@ -90,5 +90,5 @@ def _declared_set(
                      f'(({spec.max_len}, 1000),).')
   lengths = lengths or ((spec.max_len, len(spec.entries)),)
   rows = [[tokenizer.word] * (tokens - 1) + [tokenizer.eot] for tokens, entries in lengths for _ in range(entries)]
-  buckets, order = bucket_by_length(rows, tokenizer.pad)
+  buckets, order = bucket_by_length([[row] for row in rows], tokenizer.pad)
   return TargetSet(buckets, order, ('',) * len(rows))

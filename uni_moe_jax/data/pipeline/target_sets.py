@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from uni_moe_jax.config.plan import SetSpec
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.pipeline.examples import pad_tokens
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
 
@@ -37,7 +37,6 @@ class TargetSet:
 
   @property
   def size(self) -> int:
-    """V."""
     return len(self.order)
 
 
@@ -47,12 +46,7 @@ def vocabulary_set(size: int) -> TargetSet:
 
 
 def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> TargetSet:
-  """Tokenizes and buckets a set.
-
-  Args:
-    spec: Specification of the set.
-    entries: Name and synonyms of each entry.
-    tokenizer: Tokenizer of the run.
+  """Tokenizes and buckets a set, given name and synonyms of each entry.
 
   Raises:
     UsageError: There are no entries, or one is longer than the set's `max_len`.
@@ -62,46 +56,36 @@ def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokeni
   field = f'config.target_sets.{spec.name}'
   if not entries:
     raise UsageError(f'{field} has no entries; give {field}.entries at least one string.')
-  texts = [name for names in entries for name in names]
-  longest = max(([*tokenizer.encode(t), tokenizer.eot] for t in texts), key=len)
+  rows = [[[*tokenizer.encode(name), tokenizer.eot] for name in names] for names in entries]
+  longest = max((row for names in rows for row in names), key=len)
   if len(longest) > spec.max_len:
     raise UsageError(f'{field}.max_len={spec.max_len} is too short for {tokenizer.decode(longest)!r}, which has '
                      f'{len(longest)} tokens; raise it to {len(longest)}.')
-  has_synonyms = len(texts) > len(entries)
-  if has_synonyms and spec.label_prompts:
+  if spec.label_prompts and max(map(len, entries)) > 1:
     raise UsageError(f'{field}.label_prompts=True requires entries with one name each; set it to False, or remove the '
                      'synonyms.')
-  rows = encode_texts(texts, tokenizer, spec.max_len)
-  if has_synonyms:
-    remaining = iter(rows)
-    buckets, order = bucket_synonyms([[next(remaining) for _ in names] for names in entries], tokenizer.pad)
-  else:
-    buckets, order = bucket_by_length(rows, tokenizer.pad)
+  buckets, order = bucket_by_length(rows, tokenizer.pad)
   return TargetSet(buckets, order, tuple(names[0] for names in entries))
 
 
-def bucket_by_length(rows: Sequence[Sequence[int]], pad: int) -> tuple[Buckets, np.ndarray]:
-  """Returns (buckets, order) of tokenized entries; see `TargetSet`."""
-  buckets, order = bucket_synonyms([[row] for row in rows], pad)
-  return tuple({'text': b['text'][:, 0], 'valid': b['valid'][:, 0]} for b in buckets), order
-
-
-def bucket_synonyms(entries: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[Buckets, np.ndarray]:
-  """Returns (buckets, order) of entries with several tokenized names each; see `TargetSet`."""
+def bucket_by_length(entries: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[Buckets, np.ndarray]:
+  """Returns (buckets, order) of entries, each with one or more tokenized names; see `TargetSet`."""
   bucket = np.searchsorted(BUCKET_LENGTHS, [max(map(len, names)) for names in entries])
   for b in np.unique(bucket)[:-1]:
     if (bucket == b).sum() < MIN_BUCKET_SIZE:
       bucket[bucket == b] = bucket[bucket > b].min()
   order = np.empty(len(entries), np.int32)
   order[np.argsort(bucket, kind='stable')] = np.arange(len(entries))
-  buckets = []
+  has_synonyms, buckets = any(len(names) > 1 for names in entries), []
   for b in np.unique(bucket):
     members = [entries[i] for i in np.flatnonzero(bucket == b)]
     Y = max(map(len, members))
     # Padding repeats the first name of an entry: every row has a valid token.
     rows = [row for names in members for row in (*names, *[names[0]] * (Y - len(names)))]
     ids, valid = pad_tokens(rows, max(map(len, rows)), pad)
-    shape = (len(members), Y, -1)
-    buckets.append({'text': ids.reshape(shape), 'valid': valid.reshape(shape),
-                    'count': np.array([len(names) for names in members], np.int32)})
+    if has_synonyms:
+      shape, count = (len(members), Y, -1), np.array([len(names) for names in members], np.int32)
+      buckets.append({'text': ids.reshape(shape), 'valid': valid.reshape(shape), 'count': count})
+    else:
+      buckets.append({'text': ids, 'valid': valid})
   return tuple(buckets), order

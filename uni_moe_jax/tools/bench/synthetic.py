@@ -37,7 +37,7 @@ class SyntheticData:
 
   def _names(self, entries: int, lengths: Mapping[int, float]) -> TargetSet:
     rng = np.random.default_rng(0)
-    rows = [[*rng.integers(self.tokenizer.first, self.tokenizer.size, n - 1).tolist(), self.tokenizer.eot]
+    rows = [[[*rng.integers(self.tokenizer.first, self.tokenizer.size, n - 1).tolist(), self.tokenizer.eot]]
             for n in rng.permutation(spread_lengths(entries, lengths))]
     buckets, order = bucket_by_length(rows, self.tokenizer.pad)
     return TargetSet(buckets, order, ('',) * entries)
