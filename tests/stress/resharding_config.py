@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 import pathlib
 
 import ml_collections
@@ -61,8 +60,7 @@ def register() -> None:
   """Register the strings in memory as a source of this process."""
   from uni_moe_jax.data import sources
   from uni_moe_jax.data.pipeline import npz_records
-  sources.SOURCES[SYNTHETIC] = lambda directory, split: npz_records.load(
-      os.path.join(directory, SYNTHETIC), split, directory)
+  sources.SOURCES[SYNTHETIC] = lambda directory, split: npz_records.load(directory, SYNTHETIC, split)
 
 
 def prepare(folder: pathlib.Path) -> None:

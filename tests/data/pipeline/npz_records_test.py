@@ -68,7 +68,7 @@ class TestFiles:
 
   def test_records_are_read_as_they_were_saved(self, tmp_path):
     npz_records.save(tmp_path, 'train', _COLUMNS, _CLASSES)
-    records = npz_records.load(tmp_path, 'train', tmp_path)
+    records = npz_records.load(tmp_path, '.', 'train')
     np.testing.assert_array_equal(records.columns['pixels'], _COLUMNS['pixels'])
     assert records.columns['name'].tolist() == ['a', 'b', '']
     assert records.classes == _CLASSES
@@ -90,4 +90,4 @@ class TestFiles:
     damage(tmp_path / 'train.npz')
     message = r'train\.npz cannot be read \(.*damaged: delete .* and run: python launch/prepare_data'
     with pytest.raises(ValueError, match=message):
-      npz_records.load(tmp_path, 'train', '/data')
+      npz_records.load(tmp_path, '.', 'train')

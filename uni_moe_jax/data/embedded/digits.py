@@ -42,11 +42,7 @@ def assign_splits(labels: np.ndarray) -> np.ndarray:
 
 
 def load(split: str) -> Records:
-  """Loads one of SPLITS: pixels uint8 [N, 32, 32], and name as text [N], with its classes.
-
-  Raises:
-    UsageError: The split does not exist.
-  """
+  """Loads one of SPLITS: pixels uint8 [N, 32, 32], and name as text [N]. Raises UsageError for another split."""
   from sklearn import datasets  # imported late: it takes a second
   if split not in SPLITS:
     raise UsageError(f'split {split!r} is not in digits; choose from {", ".join(SPLITS)}.')

@@ -50,23 +50,16 @@ _LICENSE_FILE = re.compile(r'licen[cs]e|copying|notice', re.IGNORECASE)
 
 
 class Document(NamedTuple):
-  """One docstring, help topic or license.
-
-  Attributes:
-    source: A key of `PACKAGES`, `STDLIB` or `LICENSES`.
-    unit: Name of the file (or topic) that contains the text; a split must not divide it.
-    text: The text, without common indentation, lines separated by newlines.
-  """
-  source: str
-  unit: str
-  text: str
+  """One docstring, help topic or license."""
+  source: str  # a key of `PACKAGES`, `STDLIB` or `LICENSES`
+  unit: str  # name of the file (or topic) that contains the text; a split must not divide it
+  text: str  # without common indentation, lines separated by newlines
 
 
 def documents() -> list[Document]:
   """Returns all documents, in an order that depends on names only.
 
-  Raises:
-    UsageError: Packages of the fixed list are not installed; the message names them.
+  Raises UsageError if packages of the fixed list are not installed.
   """
   roots = [(STDLIB, STDLIB, [sysconfig.get_path('stdlib')])]
   roots += [(source, package, _folders(package)) for source, packages in PACKAGES.items() for package in packages]
@@ -86,13 +79,9 @@ def folder_documents(source: str, package: str, folder: str | os.PathLike[str]) 
 
 
 def docstrings(code: bytes) -> list[str]:
-  """Extracts strings that document something: those that are a statement, and arguments of `add_newdoc`.
+  """Extracts strings that document something, dedented: those that are a statement, and arguments of `add_newdoc`.
 
-  Args:
-    code: A Python file, in the encoding that it declares.
-
-  Returns:
-    The strings, dedented. Nothing if this Python cannot parse the file.
+  A file that this Python cannot parse has none.
   """
   if b'"""' not in code and b"'''" not in code:
     return []  # parsing takes half of the time, and prose in other quotes is rare
@@ -150,10 +139,7 @@ def _help_topics() -> list[Document]:
 
 def _licenses() -> list[Document]:
   """Returns license texts. All of them are one unit, because they quote each other nearly word for word."""
-  docs = []
-  for name in LICENSED:
-    for path in sorted(importlib.metadata.files(name) or (), key=str):
-      if path.parts[0].endswith('.dist-info') and _LICENSE_FILE.search(path.name):
-        text = path.locate().read_text(encoding='utf-8', errors='replace')
-        docs.append(Document(LICENSES, LICENSES, inspect.cleandoc(text)))
-  return docs
+  paths = (path for name in LICENSED for path in sorted(importlib.metadata.files(name) or (), key=str)
+           if path.parts[0].endswith('.dist-info') and _LICENSE_FILE.search(path.name))
+  return [Document(LICENSES, LICENSES, inspect.cleandoc(path.locate().read_text(encoding='utf-8', errors='replace')))
+          for path in paths]

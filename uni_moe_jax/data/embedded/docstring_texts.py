@@ -8,10 +8,8 @@ import collections
 import hashlib
 import itertools
 import os
-import pathlib
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +19,7 @@ from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
 
 SPLITS = ('train', 'validation', 'test')
-# The ten largest sources.
-PACKAGES = (
+PACKAGES = (  # the ten largest sources
     'fonttools', 'jax', 'keras', 'matplotlib', 'numpy', 'orbax', 'python', 'scipy', 'sklearn', 'tensorflow')
 ANSWERS = ('no', 'yes')  # does the paragraph continue the summary?
 
@@ -36,19 +33,11 @@ _FOLDER = 'texts-1'  # the number changes with the content: an older folder is n
 
 
 class Entry(NamedTuple):
-  """A paragraph with its origin.
-
-  Attributes:
-    source: A source of `docstring_corpus`.
-    unit: What a split must not divide.
-    document: Index of its document; paragraphs of a document are adjacent.
-    role: A role of `prose_filter`.
-    text: The paragraph.
-  """
-  source: str
-  unit: str
-  document: int
-  role: str
+  """A paragraph with its origin."""
+  source: str  # of `docstring_corpus`
+  unit: str  # what a split must not divide
+  document: int  # index of its document; paragraphs of a document are adjacent
+  role: str  # of `prose_filter`
   text: str
 
   @property
@@ -74,10 +63,7 @@ def extract_entries(documents: Iterable[docstring_corpus.Document]) -> list[Entr
 
 
 def split_entries(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-  """Returns entries by split.
-
-  Entries of the test splits that share half of their wording with train are left out.
-  """
+  """Returns entries by split, without those of test splits that share half of their wording with train."""
   splits = {split: [] for split in SPLITS}
   for entry in entries:
     splits[split_of(entry.unit)].append(entry)
@@ -146,43 +132,34 @@ def make_pairs(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
 
 
 def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes paragraphs and pairs in `directory`, unless they exist; reports sizes and seconds.
+  """Makes paragraphs and pairs in `directory`, unless they exist, and reports their numbers.
 
-  Raises:
-    UsageError: A package that the text is read from is not installed.
+  Raises UsageError if a package that the text is read from is not installed.
   """
-  folder = pathlib.Path(directory) / _FOLDER
-  if folder.is_dir():
-    return
-  start = time.monotonic()
+  npz_records.build(directory, _FOLDER, _make_splits(report))
+
+
+def _make_splits(report: Callable[[str], None]) -> Iterator[npz_records.Split]:
   entries = extract_entries(docstring_corpus.documents())
-  with npz_records.atomic_folder(folder) as temporary:
-    for name in ('paragraphs', 'pairs'):
-      (temporary / name).mkdir()
-    for split, members in split_entries(entries).items():
-      paragraphs = [entry for entry in members if entry.is_paragraph]
-      npz_records.save(temporary / 'paragraphs', split, {
-          'text': np.array([entry.text for entry in paragraphs], str),
-          'package': np.array([entry.source if entry.source in PACKAGES else '' for entry in paragraphs], str),
-      }, {'package': PACKAGES})
-      rows = make_pairs(members)
-      npz_records.save(temporary / 'pairs', split, {
-          name: np.array([row[i] for row in rows], str) for i, name in enumerate(('text_a', 'text_b', 'label'))
-      }, {'label': ANSWERS})
-      size = sum(len(entry.text.encode()) for entry in paragraphs) / 1e6
-      report(f'texts: {split} has {len(paragraphs)} paragraphs ({size:.1f} MB) and {len(rows)} pairs')
-  sources = len({entry.source for entry in entries})
-  report(f'texts: from {sources} sources; {time.monotonic() - start:.1f} s')
+  report(f'texts: from {len({entry.source for entry in entries})} sources')
+  for split, members in split_entries(entries).items():
+    paragraphs, pairs = [entry for entry in members if entry.is_paragraph], make_pairs(members)
+    size = sum(len(entry.text.encode()) for entry in paragraphs) / 1e6
+    report(f'texts: {split} has {len(paragraphs)} paragraphs ({size:.1f} MB) and {len(pairs)} pairs')
+    yield f'paragraphs/{split}', {
+        'text': np.array([entry.text for entry in paragraphs], str),
+        'package': np.array([entry.source if entry.source in PACKAGES else '' for entry in paragraphs], str),
+    }, {'package': PACKAGES}
+    yield f'pairs/{split}', {
+        name: np.array([pair[i] for pair in pairs], str) for i, name in enumerate(('text_a', 'text_b', 'label'))
+    }, {'label': ANSWERS}
 
 
 def load_paragraphs(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of SPLITS: text, package ('' if it is not one of PACKAGES).
-
-  Raises: see `npz_records.load`.
-  """
-  return npz_records.load(pathlib.Path(directory) / _FOLDER / 'paragraphs', split, directory)
+  """Loads one of SPLITS: text, package ('' if it is not one of PACKAGES)."""
+  return npz_records.load(directory, f'{_FOLDER}/paragraphs', split)
 
 
 def load_pairs(directory: str | os.PathLike[str], split: str) -> Records:
   """Loads one of SPLITS: text_a (summary), text_b (paragraph), label ('yes': b continues a)."""
-  return npz_records.load(pathlib.Path(directory) / _FOLDER / 'pairs', split, directory)
+  return npz_records.load(directory, f'{_FOLDER}/pairs', split)

@@ -1,7 +1,6 @@
 """Classes of characters, derived from their Unicode names.
 
-A rule is a class and a pattern of lower-cased names; the first rule whose pattern matches from the start of the name
-decides. Characters that look like those of another class (a mathematical bold A is an A in a bold face, a roman numeral
+Characters that look like those of another class (a mathematical bold A is an A in a bold face, a roman numeral
 one is an I) get no class: they train captions and retrieval only.
 """
 
@@ -15,13 +14,11 @@ _ACCENTS = (
     'acute|grave|circumflex|diaeresis|macron|breve|caron|tilde|dot above|dot below|ring above'
     '|ring below|ogonek|cedilla|hook above|line above|line below|comma above|comma below|horn')
 
-# The first matching rule decides.
+# Class, pattern of lower-cased names. The first rule whose pattern matches from the start of the name decides.
 _RULES = (
     # Copies of other characters in another style, size or place.
-    (UNLABELED, r'(latin|greek) (letter small capital|subscript)|latin letter'),
-    (UNLABELED, r'superscript|subscript'),
-    (UNLABELED, r'modifier|roman numeral|small roman numeral|lisu|coptic|old italic'),
-    (UNLABELED, r'mathematical .*digit|arabic mathematical'),
+    (UNLABELED, r'(latin|greek) (letter small capital|subscript)|latin letter|superscript|subscript|modifier'),
+    (UNLABELED, r'(small )?roman numeral|lisu|coptic|old italic|mathematical .*digit|arabic mathematical'),
     # Mathematical letters with their own shapes.
     ('double-struck letter', r'(mathematical )?double-struck (italic )?(capital|small)'),
     ('fraktur letter', r'mathematical (bold )?fraktur|black-letter'),
@@ -30,19 +27,9 @@ _RULES = (
     # Scripts.
     ('accented latin capital letter', rf'latin capital letter .*\bwith .*\b({_ACCENTS})\b'),
     ('accented latin small letter', rf'latin small letter .*\bwith .*\b({_ACCENTS})\b'),
-    ('latin capital letter', r'latin capital (letter|ligature)'),
-    ('latin small letter', r'latin small (letter|ligature)'),
-    ('greek capital letter', r'greek capital letter'),
-    ('greek small letter', r'greek small letter'),
-    ('cyrillic capital letter', r'cyrillic capital (letter|ligature)'),
-    ('cyrillic small letter', r'cyrillic small (letter|ligature)'),
-    ('armenian capital letter', r'armenian capital letter'),
-    ('armenian small letter', r'armenian small (letter|ligature)'),
-    ('georgian capital letter', r'georgian capital letter'),
-    ('georgian small letter', r'georgian small letter'),
-    ('georgian letter', r'georgian letter'),
-    ('hebrew letter', r'hebrew (letter|ligature)'),
-    ('arabic letter', r'arabic (letter|ligature)'),
+    *((f'{script} {case} letter', f'{script} {case} (letter|ligature)')
+      for script in ('latin', 'greek', 'cyrillic', 'armenian', 'georgian') for case in ('capital', 'small')),
+    *((f'{script} letter', f'{script} (letter|ligature)') for script in ('georgian', 'hebrew', 'arabic')),
     ('nko character', r'nko'),
     ('tifinagh letter', r'tifinagh letter'),
     ('ogham letter', r'ogham letter'),
@@ -52,10 +39,7 @@ _RULES = (
     ('braille pattern', r'braille pattern'),
     ('box drawing', r'box drawings'),
     ('block element', r'.*\bblock$|quadrant|(light|medium|dark) shade'),
-    ('domino tile', r'domino tile'),
-    ('hexagram', r'hexagram'),
-    ('tetragram', r'tetragram'),
-    ('playing card', r'playing card'),
+    *((name, name) for name in ('domino tile', 'hexagram', 'tetragram', 'playing card')),
     ('apl symbol', r'apl functional symbol'),
     ('circled letter', r'circled latin'),
     ('circled number', r'(dingbat )?(negative )?circled (sans-serif )?(digit|number)'),
@@ -78,9 +62,8 @@ _RULES = (
     ('subset or superset', r'.*\b(subset|superset)\b'),
     ('membership relation', r'.*\b(element of|contains|contain)\b'),
     # Relations with the same few strokes, and signs that are part of many others.
-    (UNLABELED, r'.*\b(precedes?|succeeds?|equals?|equivalent|identical|congruent)\b'),
-    (UNLABELED, r'.*\b(tilde|similar|plus|minus|quotation mark|logical|tack|angle)\b'),
-    (UNLABELED, r'square (root|cap|cup|image|original)'),
+    (UNLABELED, r'.*\b(precedes?|succeeds?|equals?|equivalent|identical|congruent|tilde|similar|plus|minus)\b'),
+    (UNLABELED, r'.*\b(quotation mark|logical|tack|angle)\b|square (root|cap|cup|image|original)'),
     # Shapes.
     ('triangle', r'.*\btriangle\b'),
     ('diamond', r'.*\b(diamond|lozenge)\b'),
@@ -88,8 +71,6 @@ _RULES = (
     ('circle', r'.*\bcircle\b(?! (above|below))'),
     ('star or asterisk', r'.*\b(star|asterisk|snowflake|florette)\b'),
 )
-_COMPILED = tuple((label, re.compile(pattern)) for label, pattern in _RULES)
-
 # Every class, in the order of the rules, which is the order of a classifier's outputs.
 CLASSES = tuple(dict.fromkeys(label for label, _ in _RULES if label != UNLABELED))
 
@@ -97,4 +78,4 @@ CLASSES = tuple(dict.fromkeys(label for label, _ in _RULES if label != UNLABELED
 @functools.cache
 def class_of(name: str) -> str:
   """Returns the class of the character with this lower-cased Unicode name; '' if it has none."""
-  return next((label for label, pattern in _COMPILED if pattern.match(name)), UNLABELED)
+  return next((label for label, pattern in _RULES if re.match(pattern, name)), UNLABELED)

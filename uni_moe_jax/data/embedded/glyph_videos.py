@@ -7,9 +7,7 @@ motion, so a single frame says little about the motion: a model has to compare f
 import hashlib
 import math
 import os
-import pathlib
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -65,11 +63,12 @@ def poses(motion: str, draws: np.ndarray) -> np.ndarray:
   Returns:
     float64 [T, 5]: x, y (pixels), size (factor), angle (degrees, clockwise), brightness.
   """
-  low, high = _STARTS.T
-  start = low + (high - low) * draws[:5]
-  anchor = _ANCHORS[0] + (_ANCHORS[1] - _ANCHORS[0]) * draws[5]
-  slow, fast = _SPEEDS.T
-  rate = np.array(_DIRECTIONS[motion]) * (slow + (fast - slow) * draws[6])
+  def draw(ranges, u):
+    low, high = np.transpose(ranges)
+    return low + (high - low) * u
+
+  start, anchor = draw(_STARTS, draws[:5]), draw(_ANCHORS, draws[5])
+  rate = np.array(_DIRECTIONS[motion]) * draw(_SPEEDS, draws[6])
   frames = np.arange(FRAMES)
   pose = start + rate * (frames - anchor)[:, None]
   pose[:, 2] = np.exp2(pose[:, 2])
@@ -84,59 +83,41 @@ def poses(motion: str, draws: np.ndarray) -> np.ndarray:
 
 def render(image: np.ndarray, pose: np.ndarray) -> np.ndarray:
   """Draws an image, uint8 [SIZE, SIZE], in the poses [T, 5] of `poses`: uint8 [T, SIZE, SIZE]."""
-  source = Image.fromarray(image)
-  middle = SIZE / 2
-  frames = []
+  source, middle, frames = Image.fromarray(image), SIZE / 2, []
   for x, y, size, angle, _ in pose:
     # Pillow maps output pixels to input pixels, so the matrix is that of the inverse motion.
-    cos = math.cos(math.radians(angle)) / size
-    sin = math.sin(math.radians(angle)) / size
-    matrix = (
-        cos, sin, middle - cos * (middle + x) - sin * (middle + y),
-        -sin, cos, middle + sin * (middle + x) - cos * (middle + y),
-    )
-    frames.append(np.asarray(
-        source.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)))
+    cos, sin = math.cos(math.radians(angle)) / size, math.sin(math.radians(angle)) / size
+    matrix = (cos, sin, middle - cos * (middle + x) - sin * (middle + y),
+              -sin, cos, middle + sin * (middle + x) - cos * (middle + y))
+    frames.append(source.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
   brightness = pose[:, 4].astype(np.float32)[:, None, None]
   return np.rint(np.stack(frames) * brightness).astype(np.uint8)
 
 
 def _make_columns(split: str, images: Records) -> dict[str, np.ndarray]:
   """Returns the columns of the videos of one split; motions alternate."""
-  columns = images.columns
-  count = _NUM_VIDEOS[split]
-  pixels = np.empty((count, FRAMES, SIZE, SIZE), np.uint8)
-  chosen = np.empty(count, np.int64)
-  for index in range(count):
-    draws = _draws(split, index)
-    chosen[index] = draws[0] * len(columns['pixels'])
-    pixels[index] = render(columns['pixels'][chosen[index]], poses(MOTIONS[index % len(MOTIONS)], draws[1:]))
-  return {'pixels': pixels, 'name': columns['name'][chosen], 'face': columns['face'][chosen],
-          'motion': np.resize(np.array(MOTIONS), count)}
+  columns, motions = images.columns, np.resize(MOTIONS, _NUM_VIDEOS[split])
+  draws = np.stack([_draws(split, index) for index in range(len(motions))])
+  chosen = (draws[:, 0] * images.size).astype(np.int64)
+  pixels = np.empty((len(motions), FRAMES, SIZE, SIZE), np.uint8)
+  for index, motion in enumerate(motions):
+    pixels[index] = render(columns['pixels'][chosen[index]], poses(motion, draws[index, 1:]))
+  return {'pixels': pixels, 'name': columns['name'][chosen], 'face': columns['face'][chosen], 'motion': motions}
 
 
 def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes the videos in `directory`, unless they exist, and first the images that they show.
+  """Makes the videos in `directory`, unless they exist, and first the images that they show, see `glyphs.build`."""
+  npz_records.build(directory, _FOLDER, _make_splits(directory, report))
 
-  Raises: see `glyphs.build`.
-  """
-  folder = pathlib.Path(directory) / _FOLDER
-  if folder.is_dir():
-    return
+
+def _make_splits(directory: str | os.PathLike[str], report: Callable[[str], None]) -> Iterator[npz_records.Split]:
   glyphs.build(directory, report)
-  start = time.monotonic()
-  with npz_records.atomic_folder(folder) as temporary:
-    for split in SPLITS:
-      columns = _make_columns(split, glyphs.load(directory, split))
-      npz_records.save(temporary, split, columns, {'motion': MOTIONS})
-      names = columns['name']
-      report(f'videos: {split} has {len(names)} videos of {len(np.unique(names))} characters')
-  report(f'videos: took {time.monotonic() - start:.1f} s')
+  for split in SPLITS:
+    columns = _make_columns(split, glyphs.load(directory, split))
+    report(f'videos: {split} has {_NUM_VIDEOS[split]} videos of {len(np.unique(columns["name"]))} characters')
+    yield split, columns, {'motion': MOTIONS}
 
 
 def load(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of SPLITS: pixels uint8 [N, 8, 32, 32], and name, face, motion as text [N].
-
-  Raises: see `npz_records.load`.
-  """
-  return npz_records.load(pathlib.Path(directory) / _FOLDER, split, directory)
+  """Loads one of SPLITS: pixels uint8 [N, 8, 32, 32], and name, face, motion as text [N]."""
+  return npz_records.load(directory, _FOLDER, split)

@@ -10,9 +10,8 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import time
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -58,16 +57,10 @@ _FOLDER = 'glyphs-1'  # the number changes with the content: an older folder is 
 
 @dataclasses.dataclass(frozen=True)
 class Font:
-  """A font.
-
-  Attributes:
-    face: Its name, a value of FACES.
-    outlines: Character → key of its outline, for every character that the font draws.
-    images: Character → uint8 [SIZE, SIZE], for those that fit.
-  """
-  face: str
-  outlines: dict[int, bytes]
-  images: dict[int, np.ndarray]
+  """The characters of a font."""
+  face: str  # a value of FACES
+  outlines: dict[int, bytes]  # key of the outline of every character that the font draws
+  images: dict[int, np.ndarray]  # uint8 [SIZE, SIZE], of those that fit
 
 
 def _name(code: int) -> str:
@@ -80,12 +73,10 @@ def _is_sign(code: int) -> bool:
 
 
 def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-  """Draws a character in white on black, on a fixed baseline and centered horizontally.
+  """Draws a character in white on black, uint8 [SIZE, SIZE]; None if it draws nothing or does not fit.
 
-  The advance box of the character is centered, not its ink: a dot on the left of its box, as in braille, stays left.
-
-  Returns:
-    uint8 [SIZE, SIZE], or None if the character draws nothing or does not fit.
+  It is on a fixed baseline. Its advance box is centered horizontally, not its ink: a dot on the left of its box, as in
+  braille, stays left.
   """
   left, top, right, bottom = font.getbbox(character, anchor='ls')
   if right - left > SIZE or -top > _BASELINE or bottom > SIZE - _BASELINE:
@@ -93,8 +84,7 @@ def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
   image = Image.new('L', (SIZE, SIZE))
   position = ((SIZE - (right - left)) // 2 - left, _BASELINE)
   ImageDraw.Draw(image).text(position, character, fill=255, font=font, anchor='ls')
-  pixels = np.asarray(image)
-  return pixels if pixels.any() else None
+  return np.asarray(image) if image.getbbox() else None
 
 
 def load_font(file_name: str) -> ImageFont.FreeTypeFont:
@@ -143,29 +133,18 @@ def assign_splits(groups: Sequence[Sequence[int]]) -> dict[int, str]:
   splits = {}
   for members in by_class.values():
     members.sort(key=lambda group: hashlib.sha256(f'glyph group {group[0]}'.encode()).digest())
-    num_test = round(_TEST_FRACTION * len(members))
-    num_held_out = num_test + round(_VALIDATION_FRACTION * len(members))
+    num_test, num_validation = (round(fraction * len(members)) for fraction in (_TEST_FRACTION, _VALIDATION_FRACTION))
     for i, group in enumerate(members):
-      split = 'test_characters' if i < num_test else 'validation' if i < num_held_out else 'train'
-      splits.update(dict.fromkeys(group, split))
+      split = 'test_characters' if i < num_test else 'validation' if i < num_test + num_validation else 'train'
+      splits |= dict.fromkeys(group, split)
   return splits
 
 
 def select_images(
     fonts: Sequence[Font], splits: Mapping[int, str]
 ) -> tuple[dict[str, list[tuple[np.ndarray, str, str, str]]], collections.Counter[str]]:
-  """Selects the images of every split.
-
-  Args:
-    fonts: Seen and unseen faces in any order.
-    splits: Split of every character, see `assign_splits`.
-
-  Returns:
-    Rows (pixels, name, face, class) by split, and counts of what was left out, by reason.
-  """
-  rows = {split: [] for split in SPLITS}
-  left_out = collections.Counter()
-  seen = set()
+  """Returns rows (pixels, name, face, class) by split, and counts of what was left out, by reason."""
+  rows, left_out, seen = {split: [] for split in SPLITS}, collections.Counter(), set()
   # Seen faces first: of two equal images the first is kept, never the one of an unseen face.
   for font in sorted(fonts, key=lambda font: font.face in UNSEEN_FACES):
     unseen = font.face in UNSEEN_FACES
@@ -187,36 +166,29 @@ def select_images(
 
 
 def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes the glyph images in `directory`, unless they exist; reports sizes and seconds.
+  """Makes the glyph images in `directory`, unless they exist, and reports their numbers.
 
   Raises:
     MissingFileError: The installed matplotlib lacks one of the fonts.
     UsageError: A class of a test or validation image has no image in train.
   """
-  folder = pathlib.Path(directory) / _FOLDER
-  if folder.is_dir():
-    return
-  start = time.monotonic()
+  npz_records.build(directory, _FOLDER, _make_splits(report))
+
+
+def _make_splits(report: Callable[[str], None]) -> Iterator[npz_records.Split]:
   fonts = [_read_font(name) for name in FACES]
   rows, left_out = select_images(fonts, assign_splits(_homoglyph_groups(fonts)))
   trained = {label for *_, label in rows['train']}
   for split in SPLITS:
     if missing := {label for *_, label in rows[split]} - trained:
       raise UsageError(f'split {split!r} has classes that train lacks: {sorted(missing)}.')
-  with npz_records.atomic_folder(folder) as temporary:
-    for split in SPLITS:
-      pixels, names, faces, labels = zip(*rows[split], strict=True)
-      columns = {
-          'pixels': np.stack(pixels), 'name': np.array(names), 'face': np.array(faces), 'class': np.array(labels)}
-      npz_records.save(temporary, split, columns, {'class': CLASSES})
-      report(f'glyphs: {split} has {len(names)} images of {len(set(names))} characters')
-  reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.items())
-  report(f'glyphs: left out {reasons}; took {time.monotonic() - start:.1f} s')
+    columns = {name: np.array(column) for name, column in zip(
+        ('pixels', 'name', 'face', 'class'), zip(*rows[split], strict=True), strict=True)}
+    report(f'glyphs: {split} has {len(rows[split])} images of {len(set(columns["name"]))} characters')
+    yield split, columns, {'class': CLASSES}
+  report('glyphs: left out ' + ', '.join(f'{count} {reason}' for reason, count in left_out.items()))
 
 
 def load(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of SPLITS: pixels uint8 [N, 32, 32], and name, face, class ('' for no class) as text [N].
-
-  Raises: see `npz_records.load`.
-  """
-  return npz_records.load(pathlib.Path(directory) / _FOLDER, split, directory)
+  """Loads one of SPLITS: pixels uint8 [N, 32, 32], and name, face, class ('' for no class) as text [N]."""
+  return npz_records.load(directory, _FOLDER, split)

@@ -1,6 +1,5 @@
 """Groups of characters that look the same: in some font they share an outline, or nearly an image."""
 
-import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -61,26 +60,12 @@ def group_characters(
   Returns:
     Sorted groups in the order of their first character; every character is in exactly one.
   """
-  parent: dict[int, int] = {}
-
-  def root(code: int) -> int:
-    while parent[code] != code:
-      parent[code] = parent[parent[code]]
-      code = parent[code]
-    return code
-
-  def unite(a: int, b: int) -> None:
-    low, high = sorted((root(a), root(b)))
-    parent[high] = low
-
-  first: dict[bytes, int] = {}
+  from scipy.cluster.hierarchy import DisjointSet  # imported late: it takes a second
+  groups, first = DisjointSet(), {}
   for font in outlines:
     for code, key in font.items():
-      parent.setdefault(code, code)
-      unite(code, first.setdefault(key, code))
+      groups.add(code)
+      groups.merge(code, first.setdefault(key, code))
   for a, b in pairs:
-    unite(a, b)
-  groups = collections.defaultdict(list)
-  for code in sorted(parent):
-    groups[root(code)].append(code)
-  return [tuple(groups[code]) for code in sorted(groups)]
+    groups.merge(a, b)
+  return sorted(tuple(sorted(group)) for group in groups.subsets())

@@ -13,7 +13,7 @@ are made first. A data source returns a video as a list of its frames.
 
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,7 @@ _NO_LABEL = -1  # as TFDS writes it
 
 @dataclasses.dataclass(eq=False)
 class SubsetConfig(tfds.core.BuilderConfig):
-  """Size of every split.
-
-  Attributes:
-    limit: At most this many records, evenly spaced over the split; 0 takes all.
-  """
+  """limit: at most this many records of every split, evenly spaced over it; 0 takes all."""
   limit: int = 0
 
 
@@ -46,19 +42,18 @@ class _EmbeddedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _load(self, directory: str, split: str) -> Records:
     return self._module.load(directory, split)
 
-  def _describe(
-      self, description: str, features: dict[str, Any], supervised_keys: tuple[str, str]) -> tfds.core.DatasetInfo:
+  def _describe(self, description: str, label: str, classes: Sequence[str], **inputs: Any) -> tfds.core.DatasetInfo:
+    """Returns the info of a dataset that is labeled for its first input."""
     return tfds.core.DatasetInfo(
         builder=self,
         description=description,
-        features=tfds.features.FeaturesDict(features),
-        supervised_keys=supervised_keys,
+        features=tfds.features.FeaturesDict({**inputs, label: tfds.features.ClassLabel(names=classes)}),
+        supervised_keys=(next(iter(inputs)), label),
         metadata=tfds.core.MetadataDict(),
         disable_shuffling=True,  # example i stays example i: training shuffles ids, not files
     )
 
-  def _split_generators(
-      self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
     directory, generators = str(dl_manager.download_dir), {}
     self._module.build(directory)
     for split in self._module.SPLITS:
@@ -71,13 +66,9 @@ class _EmbeddedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _generate_examples(self, records: Records) -> Iterator[tuple[int, dict[str, Any]]]:
     limit = min(self.builder_config.limit or records.size, records.size)
     for index in np.linspace(0, records.size - 1, limit).astype(int).tolist():
-      example = {}
-      for name, column in records.columns.items():
-        if name in records.classes:
-          example[name] = str(column[index]) or _NO_LABEL
-        else:
-          example[name] = str(column[index]) if column.dtype.kind == 'U' else column[index][..., None]  # gray
-      yield index, example
+      example = {name: str(column[index]) if column.dtype.kind == 'U' else column[index][..., None]  # gray
+                 for name, column in records.columns.items()}
+      yield index, example | {name: example[name] or _NO_LABEL for name in records.classes}
 
 
 class EmbeddedGlyphs(_EmbeddedBuilder):
@@ -87,15 +78,9 @@ class EmbeddedGlyphs(_EmbeddedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self._describe(
-        'Named Unicode characters, drawn in the faces of DejaVu and STIX.',
-        {
-            'pixels': tfds.features.Image(shape=(glyphs.SIZE, glyphs.SIZE, 1), encoding_format='png'),
-            'name': tfds.features.Text(),
-            'face': tfds.features.Text(),
-            'class': tfds.features.ClassLabel(names=glyph_classes.CLASSES),
-        },
-        supervised_keys=('pixels', 'class'),
-    )
+        'Named Unicode characters, drawn in the faces of DejaVu and STIX.', 'class', glyph_classes.CLASSES,
+        pixels=tfds.features.Image(shape=(glyphs.SIZE, glyphs.SIZE, 1), encoding_format='png'),
+        name=tfds.features.Text(), face=tfds.features.Text())
 
 
 class EmbeddedVideos(_EmbeddedBuilder):
@@ -105,15 +90,9 @@ class EmbeddedVideos(_EmbeddedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self._describe(
-        'Named Unicode characters, in the faces of DejaVu and STIX, that move, turn, grow or fade.',
-        {
-            'pixels': tfds.features.Video(shape=(glyph_videos.FRAMES, glyphs.SIZE, glyphs.SIZE, 1)),
-            'name': tfds.features.Text(),
-            'face': tfds.features.Text(),
-            'motion': tfds.features.ClassLabel(names=glyph_videos.MOTIONS),
-        },
-        supervised_keys=('pixels', 'motion'),
-    )
+        'Named Unicode characters, in the faces of DejaVu and STIX, that move, turn, grow or fade.', 'motion',
+        glyph_videos.MOTIONS, pixels=tfds.features.Video(shape=(glyph_videos.FRAMES, glyphs.SIZE, glyphs.SIZE, 1)),
+        name=tfds.features.Text(), face=tfds.features.Text())
 
 
 @dataclasses.dataclass(eq=False)
@@ -131,15 +110,11 @@ class EmbeddedText(_EmbeddedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
     if self.builder_config.part == 'pairs':
-      label = tfds.features.ClassLabel(names=docstring_texts.ANSWERS)
       return self._describe(
-          'Does this paragraph continue this summary? From the documentation of Python packages.',
-          {'text_a': text, 'text_b': text, 'label': label}, supervised_keys=('text_a', 'label'))
+          'Does this paragraph continue this summary? From the documentation of Python packages.', 'label',
+          docstring_texts.ANSWERS, text_a=text, text_b=text)
     return self._describe(
-        'Paragraphs of the documentation of Python packages.',
-        {'text': text, 'package': tfds.features.ClassLabel(names=docstring_texts.PACKAGES)},
-        supervised_keys=('text', 'package'))
+        'Paragraphs of the documentation of Python packages.', 'package', docstring_texts.PACKAGES, text=text)
 
   def _load(self, directory: str, split: str) -> Records:
-    load = docstring_texts.load_pairs if self.builder_config.part == 'pairs' else docstring_texts.load_paragraphs
-    return load(directory, split)
+    return getattr(docstring_texts, f'load_{self.builder_config.part}')(directory, split)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 _CLASSES = 'classes of '  # prefix of the arrays that hold class names
+Split = tuple[str, Mapping[str, np.ndarray], Mapping[str, tuple[str, ...]]]  # its name, columns and classes
 
 
 def fingerprint(columns: Mapping[str, np.ndarray], classes: Mapping[str, tuple[str, ...]]) -> str:
@@ -64,50 +65,55 @@ def save(
     classes: Mapping[str, tuple[str, ...]]) -> None:
   """Writes a split: columns with the same leading axis N, and the class names of its label columns.
 
-  Raises:
-    UsageError: The columns differ in length.
+  Raises UsageError if the columns differ in length.
   """
   sizes = {name: len(column) for name, column in columns.items()}
   if len(set(sizes.values())) > 1:
     raise UsageError(f'split {split!r}: columns must have the same length, got {sizes}.')
-  names = {_CLASSES + name: np.array(labels) for name, labels in classes.items()}
-  np.savez_compressed(pathlib.Path(directory) / f'{split}.npz', **columns, **names)
+  path = pathlib.Path(directory) / f'{split}.npz'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  np.savez_compressed(path, **columns, **{_CLASSES + name: np.array(labels) for name, labels in classes.items()})
+
+
+def build(root: str | os.PathLike[str], name: str, splits: Iterable[Split]) -> None:
+  """Saves splits in the folder `name` of a data directory; if that folder exists, they are not even generated."""
+  folder = pathlib.Path(root) / name
+  if not folder.is_dir():
+    with atomic_folder(folder) as temporary:
+      for split, columns, classes in splits:
+        save(temporary, split, columns, classes)
+
+
+def _command(root: str | os.PathLike[str]) -> str:
+  return f'python launch/prepare_data.py --data_dir={root}'
 
 
 def check_directory(root: str | os.PathLike[str]) -> None:
   """Raises MissingFileError unless the data directory exists."""
   if not pathlib.Path(os.path.expanduser(root)).is_dir():
-    raise MissingFileError(
-        f'Data directory {root} does not exist. Run: python launch/prepare_data.py --data_dir={root}')
+    raise MissingFileError(f'Data directory {root} does not exist. Run: {_command(root)}')
 
 
-def load(directory: str | os.PathLike[str], split: str, root: str | os.PathLike[str]) -> Records:
-  """Reads a split that `save` wrote.
-
-  Args:
-    directory: The prepared folder, inside `root`.
-    split: Name of a saved split.
-    root: The data directory that the user gave, for error messages.
+def load(root: str | os.PathLike[str], name: str, split: str) -> Records:
+  """Reads a split of the folder `name` of a data directory.
 
   Raises:
     MissingFileError: The folder does not exist; the message names the command that prepares it.
     UsageError: The folder has no such split (the message lists its splits), or the file cannot be read.
   """
-  directory = pathlib.Path(directory)
-  command = f'python launch/prepare_data.py --data_dir={root}'
+  directory = pathlib.Path(root) / name
   if not directory.is_dir():
-    raise MissingFileError(f'No prepared data {directory.name!r} in {root}. Run: {command}')
+    raise MissingFileError(f'No prepared data {directory.name!r} in {root}. Run: {_command(root)}')
   path = directory / f'{split}.npz'
   if not path.exists():
     splits = sorted(file.stem for file in directory.glob('*.npz'))
     raise UsageError(f'split {split!r} is not in {directory}; choose from {", ".join(splits)}.')
   try:
     with np.load(path) as file:
-      arrays = {name: file[name] for name in file.files}
+      columns = dict(file)
   except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
     raise UsageError(f'{path} cannot be read ({e}). If its disk is accessible, the file is damaged: delete {directory} '
-                     f'and run: {command}') from e
-  classes = {name.removeprefix(_CLASSES): tuple(array.tolist())
-             for name, array in arrays.items() if name.startswith(_CLASSES)}
-  columns = {name: array for name, array in arrays.items() if not name.startswith(_CLASSES)}
+                     f'and run: {_command(root)}') from e
+  labels = [key for key in columns if key.startswith(_CLASSES)]
+  classes = {key.removeprefix(_CLASSES): tuple(columns.pop(key).tolist()) for key in labels}
   return Records(columns, classes, fingerprint(columns, classes))
