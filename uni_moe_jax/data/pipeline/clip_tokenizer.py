@@ -46,21 +46,26 @@ class ClipTokenizer:
   """
 
   def __init__(self, merges_file: str | os.PathLike[str]):
-    """Reads a merges file.
+    """Reads a merges file: text, plain or gzipped, a version comment, then one merge per line ('th e</w>').
 
-    Args:
-      merges_file: Text, plain or gzipped: a version comment, then one merge per line ('th e</w>'), first learned first.
-        The published one is CLIP's bpe_simple_vocab_16e6.txt.gz. A shorter file gives a smaller vocabulary.
+    Merges are in the order in which they were learned. The published file is CLIP's bpe_simple_vocab_16e6.txt.gz. A
+    shorter one gives a smaller vocabulary.
 
     Raises:
       MissingFileError: The file does not exist.
       UsageError: It is not a merges file (the message names the line), or a library of the extra `clip` is missing.
     """
-    ftfy, regex, models = _libraries()
+    try:
+      import ftfy
+      import regex
+      from tokenizers import models
+    except ModuleNotFoundError as error:  # they are an optional extra
+      raise UsageError(
+          f"config.tokenizer.type='clip' requires pip install '.[clip]': {error.name} is not installed.") from error
     self._symbol = _byte_symbols()
-    symbols = list(self._symbol.values())
-    merges = _read_merges(merges_file, symbols)
-    pieces = [*symbols, *(s + _END for s in symbols), *(a + b for a, b in merges)]
+    pieces = [symbol + end for end in ('', _END) for symbol in self._symbol.values()]
+    merges = _read_merges(merges_file, pieces)
+    pieces += map(''.join, merges)
     self.size = len(pieces) + len(SPECIAL_TOKENS)
     self._special = {token: len(pieces) + i for i, token in enumerate(SPECIAL_TOKENS)}
     self.pad, self.eot, self.spe = 0, self._special['<|endoftext|>'], self._special['<|spe|>']
@@ -97,18 +102,6 @@ class ClipTokenizer:
     return tuple(token.id for token in self._bpe.tokenize(''.join(self._symbol[b] for b in word.encode())))
 
 
-def _libraries():
-  """Returns (ftfy, regex, tokenizers.models); imported late, because they are an optional extra."""
-  try:
-    import ftfy  # pylint: disable=g-import-not-at-top
-    import regex
-    from tokenizers import models
-  except ModuleNotFoundError as error:
-    raise UsageError(
-        f"config.tokenizer.type='clip' requires pip install '.[clip]': {error.name} is not installed.") from error
-  return ftfy, regex, models
-
-
 def _byte_symbols() -> dict[int, str]:
   """Returns {byte: the character that represents it in merges files}, in the order of ids.
 
@@ -119,7 +112,7 @@ def _byte_symbols() -> dict[int, str]:
   return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
-def _read_merges(merges_file: str | os.PathLike[str], symbols: Sequence[str]) -> list[tuple[str, str]]:
+def _read_merges(merges_file: str | os.PathLike[str], pieces: Sequence[str]) -> list[tuple[str, str]]:
   """Reads the first `MAX_MERGES` merges of a file; each joins two earlier pieces into a new one."""
   field = f'config.tokenizer.merges_path={os.fspath(merges_file)!r}'
   path = pathlib.Path(os.path.expanduser(merges_file))
@@ -133,7 +126,7 @@ def _read_merges(merges_file: str | os.PathLike[str], symbols: Sequence[str]) ->
   # Without this check, a file without the comment would lose a merge, and every later id would be one too small.
   if not lines or '#version' not in lines[0]:
     raise UsageError(f"{field}: line 1 must be the version comment, such as '#version: 0.2', not {lines[:1]}.")
-  known, merges = {*symbols, *(s + _END for s in symbols)}, []
+  known, merges = set(pieces), []
   for number, line in enumerate(lines[1:MAX_MERGES + 1], start=2):
     pair = tuple(line.split(' '))
     if len(pair) != 2 or not known.issuperset(pair) or pair[0].endswith(_END) or ''.join(pair) in known:

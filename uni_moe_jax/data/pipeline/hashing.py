@@ -9,8 +9,7 @@ import zlib
 import numpy as np
 import tensorflow as tf
 
-_GAMMA = 0x9E3779B97F4A7C15
-_STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_GAMMA, _STEPS = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _MASK = (1 << 64) - 1
 _MANTISSA = 24  # bits of a float32 in [0, 1)
 
@@ -70,16 +69,9 @@ def seeds(h: tf.Tensor, count: int) -> tf.Tensor:
 
 
 def shuffled_ids(position: tf.Tensor, size: int, seed: int, name: str) -> tuple[tf.Tensor, tf.Tensor]:
-  """Returns the example ids at positions of an endless sequence of shuffled epochs.
+  """Returns (example ids in 0…size-1, epochs), int64 [n], at positions 0, 1, 2 … of an endless sequence of epochs.
 
-  Args:
-    position: int64 [n], 0, 1, 2 …; position // size is the epoch.
-    size: N.
-    seed: Seed of the run.
-    name: Name of the task; two tasks with the same source have different orders.
-
-  Returns:
-    (id int64 [n] in 0…N-1, epoch int64 [n]). Every id occurs once per epoch.
+  Every id occurs once per epoch. Two tasks (`name`) with the same source have different orders.
   """
   epoch, index = position // size, position % size
   # Adjacent seeds give correlated permutations, and 4 rounds (the default) a visible order: hash, and use 16 rounds.

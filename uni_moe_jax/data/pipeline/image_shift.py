@@ -6,19 +6,14 @@ from uni_moe_jax.data.pipeline import hashing
 
 
 def random_shift(pixels: tf.Tensor, hashes: tf.Tensor, max_shift: int) -> tf.Tensor:
-  """Shifts about half of the examples by up to `max_shift` pixels per axis and fills with zeros.
+  """Shifts half of the examples, uint8 [n, T, H, W, C], by up to `max_shift` pixels per axis and fills with zeros.
 
   All frames of an example shift by the same amount. Half of the examples stay in place: if all of them shifted, a short
-  training run would hardly begin to learn shapes.
-
-  Args:
-    pixels: uint8 [n, T, H, W, C].
-    hashes: uint64 [n], see `hashing.example_hash`.
-    max_shift: In pixels; 0 returns the pixels unchanged.
+  training run would hardly begin to learn shapes. hashes: uint64 [n], see `hashing.example_hash`.
   """
   if not max_shift:
     return pixels
-  n, T, H, W = tf.shape(pixels)[0], pixels.shape[1], pixels.shape[2], pixels.shape[3]
+  n, T, H, W = tf.shape(pixels)[0], *pixels.shape[1:4]
   padding = [max_shift, max_shift]
   padded = tf.pad(pixels, [[0, 0], [0, 0], padding, padding, [0, 0]])
   down = hashing.randint(hashing.mix_tensor(hashes, 'shift down'), 2 * max_shift + 1)

@@ -1,7 +1,7 @@
 """Training batches as a pure function of (seed, step): the data order and the layout of a batch.
 
-Order. There is no shuffle buffer and no iterator state; a run that resumes at step t reads exactly what an
-uninterrupted run would have read. For every task:
+Order. There is no shuffle buffer and no iterator state; a resumed run reads exactly what an uninterrupted one would.
+For every task:
 
 1. The k-th batch of a task covers positions k · B … (k + 1) · B - 1 of an endless sequence of epochs, B = batch_size.
    With mixture 'all_tasks' step t reads batch k = t of every task. With 'one_task' a hash of (seed, t) draws one task
@@ -31,16 +31,10 @@ UNBATCHED_FIELDS = ('temporal_offset',)  # features without an example axis
 
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
-  """Layout of a global batch, and the part of it that this process makes.
-
-  Attributes:
-    accum_steps: Micro-steps per step; 1 omits the leading axis.
-    num_shards: Shards of a batch on the mesh.
-    local_shards: Indices of this process's shards, in order.
-  """
-  accum_steps: int = 1
-  num_shards: int = 1
-  local_shards: tuple[int, ...] = (0,)
+  """Layout of a global batch, and the part of it that this process makes."""
+  accum_steps: int = 1  # micro-steps per step; 1 omits the leading axis
+  num_shards: int = 1  # of a batch on the mesh
+  local_shards: tuple[int, ...] = (0,)  # indices of this process's shards, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +44,19 @@ class Mixture:
   A batch is {group: features}; a feature is [shards, b, …], or [accum_steps, shards, b, …] with accumulation. The tasks
   of a group are concatenated on axis b, each with batch_size / (accum_steps · shards) rows per shard.
 
-  Attributes:
-    plan: Tasks and groups.
-    examples: Examples by task name.
-    seed: Seed of the run.
-    mode: 'all_tasks' (every task in every step) or 'one_task' (one task per step, drawn by weight).
-    max_num_frames: Rows of the temporal table: visual groups get one random offset per micro-step.
-    layout: Layout of a batch.
   """
   plan: Plan
-  examples: dict[str, Examples]
+  examples: dict[str, Examples]  # by task name
   seed: int
-  mode: str
-  max_num_frames: int
+  mode: str  # 'all_tasks' (every task in every step) or 'one_task' (one task per step, drawn by weight)
+  max_num_frames: int  # rows of the temporal table: visual groups get one random offset per micro-step
   layout: BatchLayout
 
   def iterate(self, start: int, stop: int) -> Iterator[tuple[str | None, Batch]]:
     """Yields (task name, batch) of steps start…stop-1; the name is None if a step has every task."""
     if self.mode == 'all_tasks':
       steps = np.arange(start, stop, dtype=np.int64)
-      for batch in self._dataset(self.plan.tasks, steps, steps):
-        yield None, batch
+      yield from ((None, batch) for batch in self._dataset(self.plan.tasks, steps, steps))
       return
     drawn = draw_tasks(self.plan, self.seed, stop)
     iterators = {}
@@ -87,8 +73,7 @@ class Mixture:
 
   def _dataset(self, tasks: tuple[TaskSpec, ...], steps: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:
     """Yields batches; counts[i] is the batch number that every task reads at steps[i]."""
-    dataset = tf.data.Dataset.from_tensor_slices((steps, counts))
-    dataset = dataset.map(
+    dataset = tf.data.Dataset.from_tensor_slices((steps, counts)).map(
         lambda step, count: self._batch(tasks, step, count), num_parallel_calls=2, deterministic=True)
     for batch in dataset.prefetch(2).as_numpy_iterator():
       for e in self.examples.values():
@@ -123,9 +108,7 @@ class Mixture:
     if t.mixes:
       features = self._mixed(t, count, position, hashes, features)
     features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
-    leading = [len(layout.local_shards), per_shard]
-    if layout.accum_steps > 1:
-      leading.insert(0, layout.accum_steps)
+    leading = [layout.accum_steps, len(layout.local_shards), per_shard][layout.accum_steps == 1:]
     return {k: tf.reshape(v, leading + v.shape[1:].as_list()) for k, v in features.items()}
 
   def _mixed(self, t: TaskSpec, count: tf.Tensor, position: np.ndarray, hashes: tf.Tensor, features: Features):
@@ -143,7 +126,7 @@ def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
   """Draws the task of each step 0…steps-1 of a 'one_task' mixture: names, unicode [steps]."""
   weights = np.array([t.sampling_weight or t.loss_weight for t in plan.tasks])
   edges = np.cumsum(weights / weights.sum())
-  u = np.array([hashing.mix_uniform(seed, step, 'task') for step in range(steps)])
+  u = [hashing.mix_uniform(seed, step, 'task') for step in range(steps)]
   names = np.array([t.name for t in plan.tasks])
   return names[np.minimum(np.searchsorted(edges, u, side='right'), len(names) - 1)]
 

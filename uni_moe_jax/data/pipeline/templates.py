@@ -34,16 +34,23 @@ def fill_template(
     (ids, slot): at most `length` ids, the last of them `eot`, and the index of `spe` in them.
 
   Raises:
-    UsageError: The template has not exactly one slot, does not end in `<eot>`, names a field that `texts` lacks or has
-      a brace that encloses no field; or `length` is too small for one token per field.
+    UsageError: The template is malformed or names a field that `texts` lacks, or `length` is too small for it.
   """
   parts = [part for part in map(str.strip, _PART.split(template)) if part]
   if (num_slots := parts.count('<spe>')) != 1:
     raise UsageError(f'Template {template!r} has {num_slots} slots <spe>; it needs exactly one.')
   if parts[-1] != '<eot>':
     raise UsageError(f'Template {template!r} must end in <eot>.')
-  fields = [i for i, part in enumerate(parts) if _PART.fullmatch(part) and part[0] == '{']
-  ids = [() if i in fields else _encode_fixed(tokenizer, template, part) for i, part in enumerate(parts)]
+  special = {'<spe>': [tokenizer.spe], '<eot>': [tokenizer.eot]}
+  fields, ids = [], []
+  for index, part in enumerate(parts):
+    if part[0] == '{' and _PART.fullmatch(part):
+      fields.append(index)
+      ids.append(())
+    elif '{' in part or '}' in part:
+      raise UsageError(f'Template {template!r} has a brace that encloses no field name; fields look like {{a}}.')
+    else:
+      ids.append(special.get(part) or tokenizer.encode(part))
   free = length - sum(map(len, ids))
   if free < len(fields):
     raise UsageError(f'length {length} is too small for template {template!r}: it needs at least '
@@ -58,13 +65,3 @@ def fill_template(
     free -= len(ids[index])
   slot = sum(map(len, ids[:parts.index('<spe>')]))
   return [token for part in ids for token in part], slot
-
-
-def _encode_fixed(tokenizer: Tokenizer, template: str, part: str) -> Sequence[int]:
-  if part == '<spe>':
-    return [tokenizer.spe]
-  if part == '<eot>':
-    return [tokenizer.eot]
-  if '{' in part or '}' in part:
-    raise UsageError(f'Template {template!r} has a brace that encloses no field name; fields look like {{a}}.')
-  return tokenizer.encode(part)

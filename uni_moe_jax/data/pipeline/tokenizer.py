@@ -66,20 +66,17 @@ class SentencePieceTokenizer:
   """A `Tokenizer` over NFKC case-folded text; a character that did not occur in training is `unk`."""
 
   def __init__(self, model_file: str | os.PathLike[str]):
-    """Reads a model that `train` wrote.
-
-    Raises:
-      MissingFileError: The file does not exist.
-      UsageError: The model lacks one of the special tokens.
-    """
+    """Reads a model that `train` wrote. Raises MissingFileError; UsageError if it lacks one of the special tokens."""
     if not pathlib.Path(model_file).is_file():
       raise MissingFileError(f'No tokenizer {model_file}. SentencePieceTokenizer.train makes one from texts.')
     self._model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(model_file))
     self.size = self._model.get_piece_size()
-    self.pad, self.unk, self.spe, self.eot = (
-        self._special_id(piece, model_file) for piece in ('<pad>', '<unk>', '<spe>', '<eot>'))
-    self.special_ids = frozenset((self.pad, self.unk, self.spe, self.eot))
     pieces = [self._model.id_to_piece(i) for i in range(self.size)]
+    special = ('<pad>', '<unk>', '<spe>', '<eot>')
+    if missing := [piece for piece in special if piece not in pieces]:
+      raise UsageError(f'The tokenizer {model_file} has no {missing[0]}. SentencePieceTokenizer.train adds it.')
+    self.pad, self.unk, self.spe, self.eot = map(pieces.index, special)
+    self.special_ids = frozenset((self.pad, self.unk, self.spe, self.eot))
     self.word_start = np.array([
         i in self.special_ids or piece.startswith('▁') or not any(map(str.isalnum, piece))
         for i, piece in enumerate(pieces)])
@@ -119,12 +116,6 @@ class SentencePieceTokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     return self._model.decode([i for i in before_eot(ids, self.eot) if i not in self.special_ids])
 
-  def _special_id(self, piece: str, model_file: str | os.PathLike[str]) -> int:
-    index = self._model.piece_to_id(piece)
-    if self._model.id_to_piece(index) != piece:
-      raise UsageError(f'The tokenizer {model_file} has no {piece}. SentencePieceTokenizer.train adds it.')
-    return index
-
 
 def before_eot(ids: Iterable[int], eot: int) -> list[int]:
   """Returns the ids before the first `eot`."""
@@ -133,18 +124,9 @@ def before_eot(ids: Iterable[int], eot: int) -> list[int]:
 
 
 def pack_tokens(token_lists: Iterable[Sequence[int]], length: int, eot: int) -> np.ndarray:
-  """Concatenates texts, each followed by `eot`, and cuts them into full rows.
+  """Concatenates tokenized texts, each followed by `eot`, and cuts them into full rows, int32 [N, length].
 
-  Args:
-    token_lists: Token ids of each text, without `eot`.
-    length: Tokens per row.
-    eot: Id that ends a text.
-
-  Returns:
-    int32 [N, length]. The last tokens are dropped if they do not fill a row.
-
-  Raises:
-    UsageError: The texts do not fill one row.
+  The last tokens are dropped if they do not fill a row. Raises UsageError if the texts do not fill one.
   """
   flat = np.array([token for ids in token_lists for token in (*ids, eot)], np.int32)
   if len(flat) < length:
