@@ -20,8 +20,7 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the batches, independent of tra
 def main() -> int:
   run = _RUN()  # reports mistakes before slow libraries are imported
   from uni_moe_jax.analysis.run_expert_usage import measure_expert_usage
-  for path in measure_expert_usage(
-      run.config, run.workdir, run.step, run.at_init, _NUM_BATCHES.value, _SEED.value):
+  for path in measure_expert_usage(*run, _NUM_BATCHES.value, _SEED.value):
     print(path)
   return 0
 

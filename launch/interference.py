@@ -27,8 +27,7 @@ def main() -> int:
   run = _RUN()  # reports mistakes before slow libraries are imported
   from uni_moe_jax.analysis.run_interference import measure_interference
   layers = None if _LAYERS.value is None else [int(i) for i in _LAYERS.value]
-  for path in measure_interference(
-      run.config, run.workdir, run.step, run.at_init, _PARAMETERS.value, layers, _NUM_BATCHES.value, _SEED.value):
+  for path in measure_interference(*run, _PARAMETERS.value, layers, _NUM_BATCHES.value, _SEED.value):
     print(path)
   return 0
 

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.small_model import jit
 from uni_moe_jax.analysis import interference, param_subsets, run_interference
-from uni_moe_jax.analysis.interference_hook import InterferenceMetric, interference_hook
+from uni_moe_jax.analysis.interference_hook import interference_hook
 from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
@@ -155,13 +155,14 @@ def test_the_gradient_of_a_half_is_that_of_its_examples(accum):
 
 def test_the_metric_is_delta_of_the_two_halves_at_every_nth_step():
   run = train_run.build(_config(interference_every=3), _one_device())
-  metric, params, sets = InterferenceMetric(run), _params(), run.target_sets()
+  metric, params, sets = interference_hook(run), _params(), run.target_sets()
   _, batch = next(run.mixture().iterate(0, 1))
   batch = run.put_batch(batch)
   assert metric(0, params, batch, sets) == metric(1, params, batch, sets) == metric(3, params, batch, sets) == {}
   got = metric(2, params, batch, sets)
+  half = {t: jit(functools.partial(half_gradient, spec=run.spec, task=t, slices=_slices())) for t in TASKS}
   g = {(t, h): np.concatenate([np.ravel(x) for x in jax.tree.leaves(
-      metric._functions[t](params, batch, sets, jax.random.key(0), h))]) for t in TASKS for h in (0, 1)}
+      half[t](params, batch, sets, jax.random.key(0), h))]) for t in TASKS for h in (0, 1)}
   u = {k: v / np.linalg.norm(v) for k, v in g.items()}
   own = (g['answer', 0] @ u['answer', 1] + g['answer', 1] @ u['answer', 0]) / 2
   cross = (g['answer', 0] + g['answer', 1]) @ (u['package', 0] + u['package', 1]) / 4

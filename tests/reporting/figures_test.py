@@ -104,8 +104,8 @@ def test_a_signed_map_shows_sign_by_color_size_by_depth_and_the_number():
 
   def cells(sure):
     table = figures.signed_map(['a', 'b'], values, sure, notes)
-    found = [cell for css in ('cell', 'minus') for cell in _elements(table, 'td', css)]
-    return {c.get('title'): (c.get('class'), _percent(c, '--share'), c.text) for c in found}
+    elements = [cell for css in ('cell', 'minus') for cell in _elements(table, 'td', css)]
+    return {c.get('title'): (c.get('class'), _percent(c, '--share'), c.text) for c in elements}
 
   assert cells([True, True]) == {'aa': ('cell', 75, '1.00'), 'ab': ('minus', 37.5, '-0.50'), 'ba': ('cell', 0, '0.00'),
                                  '<bb>': ('cell', 0, '–')}

@@ -34,51 +34,30 @@ Conditions = dict[str, dict[str, int]]  # task → span → index of its conditi
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """Tokens of a task that have one condition.
-
-  Attributes:
-    name: 'visual', 'text', 'words', 'queries', `PAIRED_TEXT`, or 'set' and the name of the target set.
-    role: INPUT, PAIR or SET.
-    array: index in the sequence.
-    half: of a two-stream array: 0 its words, 1 its queries; None: the full array.
-    condition: of the array.
-  """
-  name: str
-  role: str
-  array: int
-  half: int | None
+  """Tokens of a task that have one condition."""
+  name: str  # 'visual', 'text', 'words', 'queries', `PAIRED_TEXT`, or 'set' and the name of the target set
+  role: str  # INPUT, PAIR or SET
+  array: int  # index in the sequence
+  half: int | None  # of a two-stream array: 0 its words, 1 its queries; None: the full array
   condition: Condition
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenSlice:
-  """Tokens of one array of one encoded sequence that count for a condition.
-
-  Attributes:
-    condition: index among A.
-    sequence, array: which sequence, and which of its arrays.
-    half: as in `Span`.
-    examples: (first, last + 1) of the examples in a shard; None: all of them.
-  """
-  condition: int
+  """Tokens of one array of one encoded sequence that count for a condition."""
+  condition: int  # index among A
   sequence: int
   array: int
-  half: int | None = None
-  examples: tuple[int, int] | None = None
+  half: int | None = None  # as in `Span`
+  examples: tuple[int, int] | None = None  # (first, last + 1) in a shard; None: all of them
 
 
 @flax.struct.dataclass
 class GateSums:
-  """Sums over the unpadded tokens of every condition.
-
-  Attributes:
-    tokens: f32 [A], their number.
-    gates: f32 [L, R, A, E].
-    entropy: f32 [L, R, A], of the gates of each token, in nats.
-  """
-  tokens: jax.Array
-  gates: jax.Array
-  entropy: jax.Array
+  """Sums over the unpadded tokens of every condition."""
+  tokens: jax.Array  # f32 [A], their number
+  gates: jax.Array  # f32 [L, R, A, E]
+  entropy: jax.Array  # f32 [L, R, A], of the gates of each token, in nats
 
 
 def token_spans(task: TaskSpec, sets: Mapping[str, SetSpec]) -> tuple[Span, ...]:
@@ -102,10 +81,7 @@ def expert_layers(spec: ModelSpec) -> tuple[int, ...]:
 def merging_conditions(
     spec: ModelSpec, conditions: Sequence[Condition], tasks: Sequence[TaskSpec], sets: Mapping[str, SetSpec]
 ) -> tuple[tuple[routers.RouterInput, ...], Conditions]:
-  """(the distinct inputs of a router that merges, which of them each span of a task has).
-
-  conditions: all that are routed, those of the tasks included.
-  """
+  """(the distinct inputs of a merging router, which of them each span of a task has). conditions: all routed ones."""
   inputs = routers.distinct_inputs(spec.router, tuple(conditions))
   index = {condition: inputs.index(routers.router_input(spec.router, condition)) for condition in conditions}
   return inputs, {t.name: {s.name: index[s.condition] for s in token_spans(t, sets)} for t in tasks}
@@ -150,10 +126,7 @@ def coefficients(spec: ModelSpec, params: Any, inputs: Sequence[routers.RouterIn
 
 def gate_sums(
     spec: ModelSpec, collected: Any, slices: Sequence[TokenSlice], num_conditions: int, shards: int) -> GateSums:
-  """Sums the gates of routers by token.
-
-  collected: see `Encoder`, with taps and all rows. shards: of the batch.
-  """
+  """Sums the gates of routers by token. collected: see `Encoder`, with taps and all rows. shards: of the batch."""
   sequences = collected['sequences']
 
   def select(x, s):
@@ -211,34 +184,23 @@ def task_shares(shares: np.ndarray, tasks: Sequence[Sequence[int]]) -> np.ndarra
 def to_json(
     facts: Mapping[str, Any], spec: ModelSpec, conditions: Sequence[str], tasks: Mapping[str, Mapping[str, int]],
     shares: np.ndarray, tokens: np.ndarray | None = None, router_entropy: np.ndarray | None = None) -> dict[str, Any]:
-  """Content of experts.json.
+  """Content of experts.json: facts about the measurement, and for shares [L, R, A, E] that sum to 1 over experts:
 
-  Args:
-    facts: about the measurement, copied.
-    spec: of the model.
-    conditions: A names.
-    tasks: index of the condition by task and span.
-    shares: [L, R, A, E], summing to 1 over experts.
-    tokens, router_entropy: [A] number of tokens and [L, R, A] their mean entropy; None if a condition is one decision.
-
-  Returns:
-    {**facts, 'router', 'num_experts' (E), 'top_k', 'layers' (indices), 'sublayers' (names of the R routers),
-    'conditions', 'tokens', 'tasks', 'coefficients' [L, R, A, E], 'router_entropy' [L, R, A] (of single decisions,
-    nats, at most ln K), 'entropy' [L, R, A] (of the coefficients, nats, at most ln E), 'effective_experts' [L, R, A]
-    (its exponential), 'task_overlap' [L, R, T, T] in the order of 'tasks', 'mean_task_overlap' [T, T] (over layers
-    and routers)}.
+  'router', 'num_experts' (E), 'top_k', 'layers' (indices), 'sublayers' (names of the R routers), 'conditions' (A
+  names), 'tokens' [A] (None if a condition is one decision), 'tasks' (index of the condition by task and span),
+  'coefficients' [L, R, A, E], 'router_entropy' [L, R, A] (of single decisions, nats, at most ln K), 'entropy' [L, R, A]
+  (of the coefficients, nats, at most ln E), 'effective_experts' [L, R, A] (its exponential), 'task_overlap'
+  [L, R, T, T] in the order of 'tasks', 'mean_task_overlap' [T, T] (over layers and routers).
   """
   entropy = np.asarray(routers.entropy(shares))
   overlap = np.asarray(routers.overlap(task_shares(shares, [tuple(by_span.values()) for by_span in tasks.values()])))
+  measured = {
+      'coefficients': shares, 'router_entropy': entropy if router_entropy is None else router_entropy,
+      'entropy': entropy, 'effective_experts': routers.effective_experts(shares), 'task_overlap': overlap,
+      'mean_task_overlap': overlap.mean((0, 1))}
   return {
       **facts, 'router': spec.router, 'num_experts': spec.num_experts, 'top_k': spec.top_k,
       'layers': list(expert_layers(spec)), 'sublayers': list(spec.sublayers), 'conditions': list(conditions),
       'tokens': None if tokens is None else [int(n) for n in tokens],
-      'tasks': {task: dict(by_span) for task, by_span in tasks.items()}, 'coefficients': _rounded(shares),
-      'router_entropy': _rounded(entropy if router_entropy is None else router_entropy), 'entropy': _rounded(entropy),
-      'effective_experts': _rounded(routers.effective_experts(shares)), 'task_overlap': _rounded(overlap),
-      'mean_task_overlap': _rounded(overlap.mean((0, 1)))}
-
-
-def _rounded(x: Any) -> list:
-  return np.round(np.asarray(x, np.float64), 6).tolist()
+      'tasks': {task: dict(by_span) for task, by_span in tasks.items()},
+      **{key: np.round(np.asarray(x, np.float64), 6).tolist() for key, x in measured.items()}}

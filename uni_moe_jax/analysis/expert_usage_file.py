@@ -21,9 +21,8 @@ def write(content: dict[str, Any], workdir: str | os.PathLike[str], stem: str) -
   Raises:
     ValueError: a number is not finite.
   """
-  folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  paths = [folder / f'{stem}{end}' for end in ('.json', '.png')]
+  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+  paths = [pathlib.Path(workdir, stem + end) for end in ('.json', '.png')]
   _draw(paths[1], content)
   write_json(paths[0], content, allow_nan=False)
   return paths

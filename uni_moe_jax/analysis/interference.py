@@ -18,7 +18,7 @@ Axis letters: P subsets of the parameters, T tasks, N batches, R resamples.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +35,14 @@ _CHUNK = 200  # resamples in memory
 Gradient = dict[str, Any]  # subset → tree of arrays
 
 
-@dataclasses.dataclass(frozen=True)
-class Products:
-  """Inner products over one subset, for every pair of an affected task i and a task j of the step.
+class Products(NamedTuple):
+  """Inner products over one subset, for every pair of an affected task i and a task j of the step, f32 [T, T, N].
 
-  Attributes:
-    rows: f32 [T, T, N], rows[i, j, a] = Δ_{j→i}(a).
-    columns: f32 [T, T, N], columns[i, j, b] = mean_a g_i^a · ĝ_j^b (for i = j without a = b): the decrease of the
-      loss of i along the b-th direction of j. Its mean over the last axis is that of `rows`.
+  The mean over the last axis is the same for both.
   """
-  rows: jax.Array
+  rows: jax.Array  # rows[i, j, a] = Δ_{j→i}(a)
+  # columns[i, j, b] = mean_a g_i^a · ĝ_j^b (for i = j without a = b): the decrease of the loss of i along the b-th
+  # direction of j.
   columns: jax.Array
 
 
@@ -58,23 +56,14 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Measurements over one subset: three matrices [T, T] (affected task, task of the step), two scalars.
-
-  Attributes:
-    delta: mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row has no
-      meaning.
-    ratio_of_means: I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a).
-    mean_of_ratios: mean_a [Δ_{j→i}(a) / Δ_{i→i}(a)], as in the published notebook; a batch whose own Δ is near 0
-      dominates.
-    mean_of_pairs: mean of ratio_of_means over pairs of different tasks, in the rows that have a base; NaN without
-      pairs.
-    negative_share: share of these pairs below 0. Its interval is wide, because resampling moves pairs near 0 across it.
-  """
+  """Measurements over one subset: three matrices [T, T] (affected task, task of the step), two scalars."""
+  # mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row has no meaning.
   delta: Interval
-  ratio_of_means: Interval
+  ratio_of_means: Interval  # I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a)
+  # mean_a [Δ_{j→i}(a) / Δ_{i→i}(a)], as in the published notebook; a batch whose own Δ is near 0 dominates.
   mean_of_ratios: Interval
-  mean_of_pairs: Interval
-  negative_share: Interval
+  mean_of_pairs: Interval  # of ratio_of_means, different tasks, in the rows that have a base; NaN without pairs
+  negative_share: Interval  # of these pairs. Wide, because resampling moves pairs near 0 across it.
 
 
 def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num_batches: int) -> dict[str, Products]:
@@ -94,29 +83,21 @@ def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num
   """
   if num_batches < 2:
     raise UsageError(f'num_batches={num_batches} must be at least 2: a task is compared with itself on another batch.')
-  units, sums = [], []  # per task: Σ_b ĝ^b, Σ_a g^a
+  totals = []  # per task: (Σ_b ĝ^b, Σ_a g^a)
   for task in tasks:
     g = gradient(task, 0)
     total = _units(g), jax.tree.map(jnp.copy, g)  # a copy: `_add` donates its first arguments
     for b in range(1, num_batches):
       total = _add(*total, gradient(task, b))
-    units.append(total[0])
-    sums.append(total[1])
+    totals.append(total)
+  units, sums = zip(*totals, strict=True)
 
-  rows, columns = [], []
+  measured = []
   for k, task in enumerate(tasks):
-    count = np.full((1, len(tasks)), num_batches, np.float32)
-    count[0, k] -= 1
-    by_batch = []
-    for b in range(num_batches):
-      g = gradient(task, b)
-      row, column = _multiply(g, units, sums)
-      own = _norms(g)  # the product of a batch with itself is left out
-      by_batch.append((row.at[:, k].add(-own) / count, column.at[:, k].add(-own) / count))
-    for of_tasks, of_batches in zip((rows, columns), zip(*by_batch, strict=True), strict=True):
-      of_tasks.append(jnp.stack(of_batches, -1))
-  rows, columns = jnp.array(rows), jnp.array(columns)  # [T, P, T, N]
+    measured.append(jnp.stack([_multiply(gradient(task, b), units, sums, k) for b in range(num_batches)], -1))
+  counts = num_batches - np.eye(len(tasks), dtype=np.float32)
   # The batch axis belongs to the first task axis: the affected task in `rows`, the task of the step in `columns`.
+  rows, columns = (x / counts[:, None, :, None] for x in jnp.stack(measured, 1))  # [T, P, T, N]
   subsets = (ALL, *sorted(sums[0]))
   return {subset: Products(rows[:, p], columns[:, p].swapaxes(0, 1)) for p, subset in enumerate(subsets)}
 
@@ -127,11 +108,6 @@ def estimate(measured: Products, num_resamples: int = 2000, seed: int = 0) -> Es
   The batches of every task are resampled with replacement, both as affected and as step batches. A resampled mean
   direction would need all T·N gradients at once. Its effect on Δ_{j→i}(a) is approximated by its effect on the mean
   over a, from `columns`: exact for ratio_of_means, except for products of both resamplings, which are of order 1/N.
-
-  Args:
-    measured: of one subset.
-    num_resamples: R.
-    seed: of the resampling.
   """
   rows, columns = np.asarray(measured.rows, np.float64), np.asarray(measured.columns, np.float64)
   T, _, N = rows.shape
@@ -195,16 +171,11 @@ def _add(units: Gradient, total: Gradient, g: Gradient) -> tuple[Gradient, Gradi
 
 
 @jax.jit
-def _multiply(g: Gradient, units: list[Gradient], sums: list[Gradient]) -> tuple[jax.Array, jax.Array]:
-  """([P, T] g · Σ_b ĝ_j^b, [P, T] ĝ · Σ_a g_i^a)."""
+def _multiply(g: Gradient, units: Sequence[Gradient], sums: Sequence[Gradient], k: int) -> jax.Array:
+  """[2, P, T]: g · Σ_b ĝ_j^b and ĝ · Σ_a g_i^a, without the product of g with itself in the sums of task k."""
   trees = _with_all(g)
   rows = [[optax.tree.vdot(tree, u[subset]) for u in units] for subset, tree in trees.items()]
   columns = [[_inverse_norm(tree) * optax.tree.vdot(tree, _with_all(s)[subset]) for s in sums]
              for subset, tree in trees.items()]
-  return jnp.array(rows), jnp.array(columns)
-
-
-@jax.jit
-def _norms(g: Gradient) -> jax.Array:
-  """[P] g · ĝ."""
-  return jnp.array([_inverse_norm(tree) * optax.tree.vdot(tree, tree) for tree in _with_all(g).values()])
+  own = [optax.tree.norm(tree) for tree in trees.values()]
+  return jnp.array([rows, columns]).at[:, :, k].add(-jnp.array(own))

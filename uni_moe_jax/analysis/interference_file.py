@@ -11,6 +11,7 @@ from uni_moe_jax.analysis import heat_map
 from uni_moe_jax.utils.files import write_json
 
 FILE = 'interference.json'  # of the newest checkpoint; the report shows it
+_BOUNDS = ('value', 'low', 'high')
 _CELL = 0.95  # inches
 _LEGEND = 'row: task whose loss is measured; column: task of the step; below each value: 95 % interval'
 NO_BASE_LEGEND = '° a step on the task itself has no certain effect: its row has no meaning'  # of the mark °
@@ -18,16 +19,14 @@ NO_BASE_LEGEND = '° a step on the task itself has no certain effect: its row ha
 
 def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[pathlib.Path]:
   """Writes <stem>.json, <stem>.png (all parameters) and <stem>_subsets.png (layers × projections)."""
-  folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  paths = [folder / f'{stem}{end}' for end in ('.json', '.png', '_subsets.png')]
+  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+  paths = [pathlib.Path(workdir, stem + end) for end in ('.json', '.png', '_subsets.png')]
   total, *subsets = content['subsets']
-  tasks, title = content['tasks'], f'I(i, j), {content["parameters"]}, {content["checkpoint"]}'
-  draw(paths[1], [[total]], tasks, title)
-  layers = list(dict.fromkeys(s['layer'] for s in subsets))
-  projections = list(dict.fromkeys(s['projection'] for s in subsets))
   by_key = {(s['layer'], s['projection']): s for s in subsets}
-  draw(paths[2], [[by_key.get((layer, p)) for p in projections] for layer in layers], tasks, title)
+  layers, projections = (dict.fromkeys(keys) for keys in zip(*by_key, strict=True))
+  by_layer = [[by_key.get((layer, p)) for p in projections] for layer in layers]
+  for path, grid in zip(paths[1:], ([[total]], by_layer), strict=True):
+    draw(path, grid, content['tasks'], f'I(i, j), {content["parameters"]}, {content["checkpoint"]}')
   write_json(paths[0], content)
   return paths
 
@@ -36,6 +35,11 @@ def has_base(subset: Mapping[str, Any]) -> list[bool]:
   """Whether Δ of a step on the task itself is certainly above 0, per task; else its row has no base."""
   low = subset['delta']['low']
   return [low[i][i] is not None and low[i][i] > 0 for i in range(len(low))]
+
+
+def labels(subset: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+  """The tasks, with ° where a row has no base."""
+  return [task if ok else f'{task} °' for task, ok in zip(tasks, has_base(subset), strict=True)]
 
 
 def summary(subset: Mapping[str, Any]) -> str:
@@ -51,7 +55,7 @@ def note(subset: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str
   """One line about a pair of tasks: both ratios with their intervals."""
   phrases = [f'a step on {tasks[j]} for the loss of {tasks[i]}']
   for key in ('ratio_of_means', 'mean_of_ratios'):
-    name, bounds = key.replace('_', ' '), [subset[key][bound][i][j] for bound in ('value', 'low', 'high')]
+    name, bounds = key.replace('_', ' '), [subset[key][bound][i][j] for bound in _BOUNDS]
     phrases.append(f'{name} unknown' if None in bounds else '{} {:.3f} ({:.3f} … {:.3f})'.format(name, *bounds))
   return '; '.join(phrases)
 
@@ -71,20 +75,16 @@ def draw(
     if subset is None:
       axes.set_axis_off()
       continue
-    valid = np.array(has_base(subset))
-    values = np.where(valid[:, None], np.array(subset['ratio_of_means']['value'], np.float64), np.nan)
-    labels = [task if ok else f'{task} °' for task, ok in zip(tasks, valid, strict=True)]
-    texts = [[_cell(subset['ratio_of_means'], i, j) for j in range(len(tasks))] for i in range(len(tasks))]
-    heat_map.draw(axes, values, labels, tasks, texts, colormap='RdBu', lowest=-1)
+    ratio, indices = subset['ratio_of_means'], range(len(tasks))
+    values = np.where(np.array(has_base(subset))[:, None], np.array(ratio['value'], np.float64), np.nan)
+    texts = [[_cell(*(ratio[k][i][j] for k in _BOUNDS), i == j) for j in indices] for i in indices]
+    heat_map.draw(axes, values, labels(subset, tasks), tasks, texts, colormap='RdBu', lowest=-1)
     axes.set_title(subset['subset'], fontsize=10)
   if not all(all(has_base(s)) for s in subsets if s):
     figure.supxlabel(NO_BASE_LEGEND, fontsize=9)
   figure.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)
 
 
-def _cell(matrix: Mapping[str, Any], i: int, j: int) -> str:
-  value, low, high = (matrix[k][i][j] for k in ('value', 'low', 'high'))
-  if value is None:
-    return '–'
-  bounds = '' if i == j or low is None or high is None else f'\n{low:.2f} … {high:.2f}'
-  return f'{value:.2f}{bounds}'
+def _cell(value: float | None, low: float | None, high: float | None, is_own: bool) -> str:
+  bounds = '' if is_own or low is None or high is None else f'\n{low:.2f} … {high:.2f}'
+  return '–' if value is None else f'{value:.2f}{bounds}'

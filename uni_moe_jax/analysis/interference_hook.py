@@ -11,6 +11,7 @@ selected parameters per task. It only reads the state: the trained parameters ar
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,35 +22,30 @@ from uni_moe_jax.train.forward import Batch, TargetSets
 from uni_moe_jax.train.run import Run
 
 
-class InterferenceMetric:
-  """Estimates for the steps of a run; see `config.train.interference_every`."""
+def interference_hook(run: Run) -> Callable[[int, Any, Batch, TargetSets], dict[str, jax.Array]] | None:
+  """A hook for `train.loop.train`; None if `config.train.interference_every` is 0.
 
-  def __init__(self, run: Run):
-    """Raises UsageError if `config.train.interference_parameters` matches no parameter."""
-    c = run.config.train
-    self._every, self._seed = c.interference_every, run.config.seed
-    slices = param_subsets.select(
-        run.shapes.params, run.spec.model.spec.stack, c.interference_parameters,
-        field='config.train.interference_parameters')
-    self._functions = {t.name: jax.jit(functools.partial(
-        half_gradient, spec=run.spec, task=t.name, slices=slices)) for t in run.plan.tasks}
+  It returns scalars for step 0, 1, …, which is about to be taken; {} unless it is one of every `interference_every`.
 
-  def __call__(self, step: int, params: Any, batch: Batch, sets: TargetSets) -> dict[str, jax.Array]:
-    """Scalars for step 0, 1, …, which is about to be taken.
+  Raises:
+    UsageError: `config.train.interference_parameters` matches no parameter.
+  """
+  c, seed = run.config.train, run.config.seed
+  if not c.interference_every:
+    return None
+  slices = param_subsets.select(run.shapes.params, run.spec.model.spec.stack, c.interference_parameters,
+                                field='config.train.interference_parameters')
+  functions = {t.name: jax.jit(functools.partial(half_gradient, spec=run.spec, task=t.name, slices=slices))
+               for t in run.plan.tasks}
 
-    {} unless it is one of every `interference_every` steps.
-    """
-    if (step + 1) % self._every:
+  def metric(step: int, params: Any, batch: Batch, sets: TargetSets) -> dict[str, jax.Array]:
+    if (step + 1) % c.interference_every:
       return {}
-    key = jax.random.fold_in(jax.random.key(self._seed), step)
+    key = jax.random.fold_in(jax.random.key(seed), step)
     gradients = {(task, half): f(params, batch, sets, jax.random.fold_in(key, half), half)
-                 for task, f in self._functions.items() for half in (0, 1)}
-    tasks = tuple(self._functions)
-    products = interference.products(lambda task, half: gradients[task, half], tasks, 2)
+                 for task, f in functions.items() for half in (0, 1)}
+    products = interference.products(lambda task, half: gradients[task, half], tuple(functions), 2)
     delta = products[interference.ALL].rows.mean(-1)
-    return {f'interference/{i}<-{j}': delta[a, b] for a, i in enumerate(tasks) for b, j in enumerate(tasks)}
+    return {f'interference/{i}<-{j}': delta[a, b] for a, i in enumerate(functions) for b, j in enumerate(functions)}
 
-
-def interference_hook(run: Run) -> InterferenceMetric | None:
-  """A hook for `train.loop.train`; None if `config.train.interference_every` is 0."""
-  return InterferenceMetric(run) if run.config.train.interference_every else None
+  return metric

@@ -3,8 +3,8 @@
 This module imports nothing slow, so that mistakes are reported at once.
 """
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import ml_collections
 from absl import flags
@@ -15,8 +15,7 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 
-@dataclasses.dataclass(frozen=True)
-class MeasuredRun:
+class MeasuredRun(NamedTuple):
   """A run, and which of its parameters are measured: those of `step` (None: the newest), or the initial ones."""
   config: ml_collections.ConfigDict
   workdir: str

@@ -12,25 +12,18 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 from uni_moe_jax.utils.tree_paths import by_path
 
+_LAYERS = 'encoder/(blocks|tail)/'  # paths of their parameters
 _MAX_LAYERS = 7  # of a model whose layers are all selected by default
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSlice:
-  """One array of a subset.
-
-  Attributes:
-    subset: its name: 'layer 3 ffn_out', or the path of a parameter outside the layers.
-    layer: index, or None outside the layers.
-    projection: 'ffn_out', 'attention_router'.
-    path: in the parameter tree, 'encoder/blocks/block0/ffn_out/kernel'.
-    period: index on the stacked axis, or None.
-  """
-  subset: str
-  layer: int | None
-  projection: str
-  path: str
-  period: int | None
+  """One array of a subset."""
+  subset: str  # its name: 'layer 3 ffn_out', or the path of a parameter outside the layers
+  layer: int | None  # None outside the layers
+  projection: str  # 'ffn_out', 'attention_router'
+  path: str  # in the parameter tree, 'encoder/blocks/block0/ffn_out/kernel'
+  period: int | None  # index on the stacked axis
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
@@ -44,11 +37,9 @@ def select(
   """The parameters whose path a pattern matches.
 
   Args:
-    params: the tree, or its shapes.
-    stack: how the tree stacks the model's layers.
-    pattern: regular expression, searched in paths such as 'encoder/blocks/block0/ffn_out/kernel'.
-    layers: indices of the layers to select from; None for `default_layers`. The pattern alone selects parameters
-      outside the layers.
+    params: the tree, or its shapes; `stack` describes its layers.
+    pattern: regular expression, searched in paths. It alone selects parameters outside the layers.
+    layers: indices of the layers to select from; None for `default_layers`.
     field: name of the flag or config field that gave the pattern.
 
   Raises:
@@ -65,13 +56,11 @@ def select(
   for layer in sorted(set(layers)):
     subtree, period, block = stack.locate(layer)
     root = f'encoder/{subtree}/{block}/'
-    for path in matched:
-      if path.startswith(root):
-        name = path.removeprefix(root)
-        projection = name.rpartition('/')[0] or name
-        slices.append(ParamSlice(f'layer {layer} {projection}', layer, projection, path, period))
-  others = [path for path in matched if not re.match('encoder/(blocks|tail)/', path)]
-  slices += [ParamSlice(path, None, path, path, None) for path in others]
+    for path in (path for path in matched if path.startswith(root)):
+      name = path.removeprefix(root)
+      projection = name.rpartition('/')[0] or name
+      slices.append(ParamSlice(f'layer {layer} {projection}', layer, projection, path, period))
+  slices += [ParamSlice(path, None, path, path, None) for path in matched if not re.match(_LAYERS, path)]
   if not slices:
     raise UsageError(f'{field}={pattern!r} matches nothing in the layers {", ".join(map(str, layers))} or outside the '
                      f'layers; {nearest(pattern, list(by_path(params)))}.')

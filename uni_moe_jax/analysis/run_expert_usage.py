@@ -27,8 +27,7 @@ def measure_expert_usage(
   """Measures averaged parameters if the run keeps them; returns the paths of the files it wrote.
 
   Args:
-    config, workdir: of the run.
-    step, at_init: see `load_state`.
+    config, workdir, step, at_init: see `measured_run.MeasuredRun`.
     num_batches, seed: of the batches that routers by token are measured on.
     devices: all of them by default.
 
@@ -59,10 +58,7 @@ def write_after_evaluation(run: Run, params: Any, step: int, workdir: str | os.P
 
 
 def compute_usage(run: Run, params: Any, checkpoint: str, num_batches: int, seed: int) -> dict[str, Any]:
-  """Content of experts.json, see `expert_usage.to_json`.
-
-  Routers that merge need no batches. checkpoint: its name.
-  """
+  """Content of experts.json, see `expert_usage.to_json`. Routers that merge need no batches."""
   spec, plan = run.spec.model.spec, run.plan
   sets = {s.name: s for s in (*plan.sets, *plan.probe_sets)}
   facts = {'checkpoint': checkpoint, 'num_batches': 0, 'seed': seed}
@@ -83,10 +79,7 @@ def compute_usage(run: Run, params: Any, checkpoint: str, num_batches: int, seed
 def _sum_batches(
     run: Run, params: Any, by_task: expert_usage.Conditions, num_conditions: int, num_batches: int, seed: int
 ) -> expert_usage.GateSums:
-  """Sums over batches that the training mixture draws with another seed.
-
-  Routing is exact and without noise.
-  """
+  """Sums over batches that the training mixture draws with another seed. Routing is exact and without noise."""
   seed = hashing.mix(run.config.seed, 'experts', seed)
   mixture = dataclasses.replace(run.mixture(), seed=seed, mode='all_tasks')
   step = jax.jit(functools.partial(step_sums, spec=run.spec, by_task=by_task, num_conditions=num_conditions))
@@ -105,7 +98,7 @@ def step_sums(
     num_conditions: int) -> expert_usage.GateSums:
   """Sums the gates of the tokens of one (micro-)batch and of its target sets, over all layers.
 
-  The key draws the sampled vocabulary and synonyms. by_task, num_conditions: see `expert_usage.token_conditions`.
+  The key draws sampled vocabularies and synonyms. by_task, num_conditions: see `expert_usage.token_conditions`.
   """
   inputs = step_inputs(spec, batch, sample_synonyms(sets, key), sample_vocabularies(spec, batch, key))
   leaves = jax.tree_util.tree_leaves_with_path(inputs, is_leaf=lambda x: isinstance(x, Sequence))

@@ -26,8 +26,7 @@ def measure_interference(
   The parameters are those that training updates, not their averages.
 
   Args:
-    config, workdir: of the run.
-    step, at_init: see `load_state`.
+    config, workdir, step, at_init: see `measured_run.MeasuredRun`.
     pattern, layers: which parameters, see `param_subsets.select`.
     num_batches: N, per task.
     seed: of the batches and of the resampling.
@@ -56,9 +55,8 @@ def measure_interference(
   if wrong := [task for i, task in enumerate(tasks) if not np.isfinite(rows[i, i]).all()]:
     raise UsageError(f'the gradient of {", ".join(wrong)} is not finite at {checkpoint}; measure an earlier --step.')
   estimates = {subset: interference.estimate(p, seed=seed) for subset, p in measured.items()}
-  facts = dict(
-      checkpoint=checkpoint, router=config.moe.router, parameters=pattern, num_batches=num_batches, seed=seed,
-      noise=False, confidence=interference.CONFIDENCE, epochs=gradients.epochs())
+  facts = dict(checkpoint=checkpoint, router=config.moe.router, parameters=pattern, num_batches=num_batches, seed=seed,
+               noise=False, confidence=interference.CONFIDENCE, epochs=gradients.epochs())
   stem = file_stem(interference_file.FILE, checkpoint, step is not None or at_init)
   return interference_file.write(to_json(facts, tasks, estimates, slices), workdir, stem)
 
@@ -74,18 +72,20 @@ def to_json(
   """Content of interference.json: facts about the measurement, the tasks, and every subset, `ALL` first."""
   subsets = {interference.ALL: (None, None), **{s.subset: (s.layer, s.projection) for s in slices}}  # by layer
   axes = {'rows': 'task whose loss is measured', 'columns': 'task of the step'}
+
+  def plain(values: np.ndarray) -> Any:
+    """Nested lists; None for NaN, which JSON does not have."""
+    return np.where(np.isfinite(values), values, None).tolist()
+
   return {**facts, 'tasks': list(tasks), **axes, 'subsets': [
       {'subset': subset, 'layer': layer, 'projection': projection, **{
-          key: {bound: _plain(values) for bound, values in vars(interval).items()}
+          key: {bound: plain(values) for bound, values in vars(interval).items()}
           for key, interval in vars(estimates[subset]).items()}}
       for subset, (layer, projection) in subsets.items()]}
 
 
 def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_init: bool) -> tuple[TrainState, str]:
-  """(state, name) of a checkpoint, or of the state that the run starts from.
-
-  step: None for the newest checkpoint.
-  """
+  """(state, name) of a checkpoint, of the newest one if step is None, or of the state that the run starts from."""
   if at_init:
     return initial_state(run), 'init'
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
@@ -97,10 +97,3 @@ def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_i
       raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of '
                        f'{", ".join(map(str, steps))}.')
     return checkpoints.restore(run.abstract_state(), step), f'step {step}'
-
-
-def _plain(values: np.ndarray) -> Any:
-  """Nested lists; None for NaN, which JSON does not have."""
-  if np.ndim(values):
-    return [_plain(v) for v in values]
-  return float(values) if np.isfinite(values) else None

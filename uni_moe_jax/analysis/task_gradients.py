@@ -33,19 +33,18 @@ def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
 def task_gradient(
     params: Any, batch: Batch, sets: TargetSets, key: jax.Array, *, spec: StepSpec, slices: Sequence[ParamSlice]
 ) -> tuple[dict[str, Any], jax.Array]:
-  """(gradient by subset, loss) of the only task of a `quiet_spec`.
-
-  Under jit no other gradient is computed. The key draws the sampled vocabulary and synonyms.
-  """
+  """(gradient by subset, loss) of the only task of a `quiet_spec`. The key draws sampled vocabularies and synonyms."""
   output = gradients(spec, params, batch, sets, key)
   return param_subsets.extract(slices, output.grads), output.loss
 
 
 class TaskGradients:
-  """(task, batch) → gradient by subset, on batches that the training mixture draws with another seed."""
+  """(task, batch) → gradient by subset, on batches that the training mixture draws with another seed.
+
+  Whatever the seed is, the batches are independent of those of training.
+  """
 
   def __init__(self, run: Run, params: Any, slices: Sequence[ParamSlice], num_batches: int, seed: int):
-    """seed: of the batches, which are independent of those of training whatever it is."""
     self._run, self._params, self._num_batches, self._sets = run, params, num_batches, run.target_sets()
     self._seed = hashing.mix(run.config.seed, 'interference', seed)
     self._mixture = dataclasses.replace(run.mixture(), seed=self._seed, mode='all_tasks')

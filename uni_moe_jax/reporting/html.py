@@ -296,7 +296,7 @@ def _interference(content: Mapping[str, Any]) -> str:
       f'intervals and for the mean of ratios. {interference_file.NO_BASE_LEGEND}.')]
   for subset in content['subsets']:
     sure, short = interference_file.has_base(subset), interference_file.summary(subset)
-    names = [name if ok else f'{name} °' for name, ok in zip(tasks, sure, strict=True)]
+    names = interference_file.labels(subset, tasks)
     notes = [[interference_file.note(subset, tasks, i, j) for j in range(len(tasks))] for i in range(len(tasks))]
     figure = figures.signed_map(names, np.array(subset['ratio_of_means']['value'], np.float64), sure, notes)
     parts.append(f'<h3>{escape(subset["subset"])}{short and f": {short}"}</h3><div class="wide">{figure}</div>')

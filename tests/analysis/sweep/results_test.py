@@ -106,7 +106,7 @@ def test_the_table_has_what_was_trained():
   assert 'CHANGED' in last_line(_cell(), _cell(identical=False))
   assert last_line(_cell(trained=1000, share=1.)).endswith('| 1,000 | 100.00% | — |')  # nothing is frozen
   assert last_line(_cell('zero-shot')) == '| digits | zero-shot | 1 | 0 | 0 | 0 | 0 | 0.00% | all |'
-  assert last_line({**_cell(), 'training': None}) == '| digits | prompts | 0 | | | | | | |'
+  assert last_line({**_cell(), 'training': None}) == '| digits | prompts | 0 |  |  |  |  |  |  |'
 
 
 def _shapes(folder):

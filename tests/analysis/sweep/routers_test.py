@@ -17,7 +17,7 @@ def _subset(sign):
   def bounds(value):
     return {'value': value, 'low': np.subtract(value, .1).tolist(), 'high': np.add(value, .1).tolist()}
   return {'subset': 'all', 'delta': bounds([[2, sign * .5], [.3, .05]]),
-          'ratio_of_means': bounds([[1, sign * .25], [6, 1]]),
+          'ratio_of_means': bounds([[1., sign * .25], [6., 1.]]),
           'mean_of_pairs': {'value': sign * .25, 'low': sign * .25 - .1, 'high': sign * .25 + .1},
           'negative_share': {'value': float(sign < 0), 'low': 0., 'high': 1.}}
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uni_moe_jax.analysis.sweep import markdown
 from uni_moe_jax.analysis.sweep.grid import TRAIN, ZERO_SHOT
 from uni_moe_jax.analysis.sweep.runner import is_finished
 from uni_moe_jax.config.plan import make_plan
@@ -51,9 +52,7 @@ def _run_params(run: str) -> Any:
 def find_errors(cells: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
   """Sentences for what a recipe promises and a cell breaks."""
   errors = []
-  for cell in cells:
-    if (training := cell['training']) is None:
-      continue
+  for cell, training in ((cell, cell['training']) for cell in cells if cell['training']):
     if not training['identical']:
       errors.append(f'{cell["name"]}: a frozen parameter differs from that of the trained run.')
     if not training['moved']:
@@ -61,48 +60,35 @@ def find_errors(cells: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     if cell['variant'] == PROMPTS and training['share'] >= MAX_PROMPT_SHARE:
       errors.append(f'{cell["name"]}: {training["share"]:.2%} of the parameters train; prompt tuning trains less than '
                     f'{MAX_PROMPT_SHARE:.0%}.')
-  return errors + _tasks_without_gain(scores)
-
-
-def _tasks_without_gain(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Sentences for evaluators that prompt tuning does not improve.
-
-  `_CAPTION_METRIC` decides if the evaluator has it, else its first metric.
-  """
+  # Prompt tuning must be better than zero-shot evaluation.
   by_evaluator: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
   for s in scores:
     by_evaluator.setdefault((s['task'], s['evaluator']), {}).setdefault(s['metric'], {})[s['variant']] = s
-  errors = []
   for (task, evaluator), by_metric in by_evaluator.items():
     metric = _CAPTION_METRIC if _CAPTION_METRIC in by_metric else next(iter(by_metric))
     if {PROMPTS, ZERO_SHOT} <= by_metric[metric].keys():
       tuned, zero_shot = (by_metric[metric][variant]['mean'] for variant in (PROMPTS, ZERO_SHOT))
-      higher_is_better = by_metric[metric][PROMPTS]['higher_is_better']
-      if not (tuned > zero_shot if higher_is_better else tuned < zero_shot):
+      if not (tuned > zero_shot if by_metric[metric][PROMPTS]['higher_is_better'] else tuned < zero_shot):
         errors.append(f'{task}, {evaluator}: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} '
                       'zero-shot.')
   return errors
 
 
 def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Lines of Markdown: what every recipe trained for every task.
-
-  Seeds that have not trained are not counted.
-  """
-  lines = ['| task | recipe | seeds | steps | examples | drawn | trained | share | frozen parameters |',
-           '| --- ' * 9 + '|']
+  """Lines of Markdown: what every recipe trained for every task, in how many seeds that have trained."""
   groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
   for c in cells:
     groups.setdefault((c['task'], c['variant']), []).extend([c['training']] if c['training'] else [])
-  for (task, recipe), members in groups.items():
+
+  def row(recipe: str, trained: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     if recipe == ZERO_SHOT:
-      lines.append(f'| {task} | {recipe} | 1 | 0 | 0 | 0 | 0 | 0.00% | all |')
-    elif not members:
-      lines.append(f'| {task} | {recipe} | 0 | | | | | | |')
-    else:
-      t = members[0]
-      frozen = '—' if t['trained'] == t['parameters'] else (
-          'identical' if all(m['identical'] for m in members) else 'CHANGED')
-      lines.append(f'| {task} | {recipe} | {len(members)} | {t["steps"]} | {t["examples"]} | {t["drawn"]} | '
-                   f'{t["trained"]:,} | {t["share"]:.2%} | {frozen} |')
-  return lines
+      return 1, 0, 0, 0, 0, '0.00%', 'all'
+    if not trained:
+      return 0, *[None] * 6
+    t, identical = trained[0], all(t['identical'] for t in trained)
+    frozen = '—' if t['trained'] == t['parameters'] else 'identical' if identical else 'CHANGED'
+    return len(trained), t['steps'], t['examples'], t['drawn'], f'{t["trained"]:,}', f'{t["share"]:.2%}', frozen
+
+  return markdown.table(
+      ['task', 'recipe', 'seeds', 'steps', 'examples', 'drawn', 'trained', 'share', 'frozen parameters'],
+      [(task, recipe, *row(recipe, trained)) for (task, recipe), trained in groups.items()])

@@ -1,7 +1,7 @@
-"""The grid of a sweep: its cells, each one work directory, and the commands that make them.
+"""The grid of a sweep: its cells, each one work directory, and the commands that make them. Imports no JAX.
 
-Imports no JAX. Every command can be typed by hand, so that each cell can be repeated without the sweep. All configs are
-checked before anything runs.
+Every command can be typed by hand, so that each cell can be repeated without the sweep. All configs are checked before
+anything runs.
 """
 
 import dataclasses
@@ -30,18 +30,10 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One work directory of a sweep.
-
-  Attributes:
-    folder: path of the work directory; its name identifies the cell.
-    variant: what the sweep compares: a router or a fine-tuning recipe.
-    task: that the recipe adapts to; '' in the router ablation.
-    seed: of the run.
-    stages: in order.
-  """
-  folder: pathlib.Path
-  variant: str
-  task: str
+  """One work directory of a sweep."""
+  folder: pathlib.Path  # its name identifies the cell
+  variant: str  # what the sweep compares: a router or a fine-tuning recipe
+  task: str  # that the recipe adapts to; '' in the router ablation
   seed: int
   stages: tuple[Stage, ...]
 
@@ -52,16 +44,14 @@ Grid = tuple[list[Cell], dict[str, Any]]  # cells, and the settings that all cel
 def router_grid(
     folder: pathlib.Path, config: str, routers: Sequence[str], num_batches: int, num_seeds: int | None,
     overrides: Sequence[str], root: pathlib.Path) -> Grid:
-  """Trains, evaluates and measures every router with every seed.
+  """Trains, evaluates and measures every router with every seed, one by default.
 
   Args:
     folder: work directory of the sweep.
-    config: path of a config file with the argument router=ROUTER, relative to root.
+    config: path of a config file with the argument router=ROUTER, relative to the root of the repository.
     routers: names that the config file accepts.
     num_batches: for measuring interference, per task.
-    num_seeds: 1 by default.
-    overrides: 'train.steps=20', of fields of the config.
-    root: of the repository.
+    num_seeds, overrides, root: see `adaptation_grid`.
 
   Raises:
     UsageError: no router, no such file, or a config that is not valid.
@@ -79,8 +69,7 @@ def router_grid(
       path = folder / f'{router}-{seed}'
       workdir_flag, config_flags = f'--workdir={path}', _config_flags(with_router, seed, overrides)
       cells.append(Cell(path, router, '', seed, (
-          Stage('interference at init',
-                ('launch/interference.py', '--at_init', *config_flags, workdir_flag, batches)),
+          Stage('interference at init', ('launch/interference.py', '--at_init', *config_flags, workdir_flag, batches)),
           # A process that has compiled trains more slowly, see `train.loop.compile_steps`.
           Stage('compile', ('launch/train.py', *config_flags, workdir_flag, '--compile_only')),
           Stage(TRAIN, ('launch/train.py', *config_flags, workdir_flag)),
@@ -99,11 +88,13 @@ def adaptation_grid(
   Seeds vary fastest, because cells of one task and recipe share a compiled step. Zero-shot evaluation has one seed.
 
   Args:
-    folder, overrides, root: as in `router_grid`.
+    folder: work directory of the sweep.
     run: work directory of the trained run.
     tasks: of the run, or of `finetuning.TRANSFER`.
     recipes: names in `finetuning.RECIPES`.
     num_seeds: 3 by default; a seed draws the examples, their order and fresh parameters.
+    overrides: 'train.steps=20', of fields of the config.
+    root: of the repository.
 
   Raises:
     UsageError: no run, an unknown recipe or task, or a config that is not valid.
@@ -121,10 +112,10 @@ def adaptation_grid(
       for seed in range(1 if name == ZERO_SHOT else num_seeds or 3):
         path = folder / (f'{task}-{name}' + ('' if name == ZERO_SHOT else f'-{seed}'))
         workdir_flag, config_flags = f'--workdir={path}', _config_flags(config, seed, overrides)
-        cells.append(Cell(path, name, task, seed, (
-            Stage(EVALUATE, ('launch/evaluate.py', *config_flags, workdir_flag)),) if name == ZERO_SHOT else (
+        stages = (Stage(EVALUATE, ('launch/evaluate.py', *config_flags, workdir_flag)),) if name == ZERO_SHOT else (
             Stage(TRAIN, ('launch/train.py', *config_flags, workdir_flag)),
-            Stage(EVALUATE, ('launch/evaluate.py', workdir_flag), TRAIN))))
+            Stage(EVALUATE, ('launch/evaluate.py', workdir_flag), TRAIN))
+        cells.append(Cell(path, name, task, seed, stages))
   return cells, {'sweep': ADAPTATION, 'run': run, 'step': workdir.saved_step(run), 'overrides': overrides}
 
 

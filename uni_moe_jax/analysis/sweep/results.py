@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from uni_moe_jax.analysis.sweep import adaptation, grid, routers, runner
+from uni_moe_jax.analysis.sweep import adaptation, grid, markdown, routers, runner
 from uni_moe_jax.analysis.sweep.grid import Cell
 from uni_moe_jax.eval import metrics, suite
 from uni_moe_jax.train import workdir
@@ -26,12 +26,7 @@ _UPPER = 0.975  # quantile at the upper end of a 95 % interval
 
 
 def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dict[str, Any]:
-  """Reads the work directories of all cells.
-
-  Args:
-    sweep, cells: see `grid`.
-    source: the config file of a router ablation, the trained run of an adaptation study.
-    command: that was typed.
+  """Reads the work directories of all cells. source: the config file of a router ablation, or the run that is adapted.
 
   Returns:
     {'sweep', 'command', 'source', 'python', 'cores', 'cells': [{'name', 'variant', 'task', 'seed', 'status',
@@ -55,12 +50,9 @@ def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dic
 
 def _history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """{'status', 'exit_codes', 'seconds'} of a cell."""
-  codes: dict[str, list[int]] = {}
-  seconds: dict[str, float] = {}
-  for attempt in log:
-    stage = attempt['stage']
-    codes.setdefault(stage, []).append(attempt['exit_code'])
-    seconds[stage] = round(seconds.get(stage, 0) + attempt['seconds'], 1)
+  attempts = {stage: [a for a in log if a['stage'] == stage] for stage in dict.fromkeys(a['stage'] for a in log)}
+  codes = {stage: [a['exit_code'] for a in of_stage] for stage, of_stage in attempts.items()}
+  seconds = {stage: round(sum(a['seconds'] for a in of_stage), 1) for stage, of_stage in attempts.items()}
   failed = [f'{stage} failed with exit code {c[-1]}' for stage, c in codes.items() if FINISHED not in c]
   status = '; '.join(failed) or ('finished' if log else 'not started')
   return {'status': status, 'exit_codes': codes, 'seconds': seconds}
@@ -83,18 +75,16 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     groups.setdefault((row['task'], row['evaluator'], row['metric'], row['variant']), []).append(row)
   scores = []
   for (task, evaluator, metric, variant), members in groups.items():
-    values = [m['value'] for m in members]
+    values, first = [m['value'] for m in members], members[0]
     errors = [m['standard_error'] for m in members if m['standard_error'] is not None]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     error = float(np.mean(errors)) if errors else None
     known = [] if error is None else [stats.norm.ppf(_UPPER) * error]
-    if spread is not None:
-      known.append(stats.t.ppf(_UPPER, len(values) - 1) * spread / math.sqrt(len(values)))
+    known += [] if spread is None else [stats.t.ppf(_UPPER, len(values) - 1) * spread / math.sqrt(len(values))]
     scores.append({
         'task': task, 'evaluator': evaluator, 'metric': metric, 'variant': variant, 'mean': float(np.mean(values)),
         'spread': spread, 'error': error, 'interval': math.hypot(*known) if known else None, 'seeds': len(values),
-        'chance': members[0]['chance'], 'baselines': members[0]['baselines'],
-        'higher_is_better': metrics.higher_is_better(members[0])})
+        **{k: first[k] for k in ('chance', 'baselines')}, 'higher_is_better': metrics.higher_is_better(first)})
   return scores
 
 
@@ -103,47 +93,44 @@ def write(results: Mapping[str, Any], folder: pathlib.Path) -> str:
   out = folder / FOLDER
   out.mkdir(parents=True, exist_ok=True)
   figures = routers.draw_figures(results['cells'], folder, out) if results['sweep'] == grid.ROUTERS else {}
-  report = markdown(results, figures)
+  report = '\n'.join(_report(results, figures))
   files.write_json(out / RESULTS, results, allow_nan=False)
   (out / TABLE).write_text(report + '\n')
   return report
 
 
-def markdown(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -> str:
-  """The report. figures: names of files by the name of the cell."""
+def _report(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -> list[str]:
   cells, is_ablation = results['cells'], results['sweep'] == grid.ROUTERS
   seeds = sorted({c['seed'] for c in cells})
   commits = list(dict.fromkeys(c['commit'][:12] for c in cells if c['commit'])) or ['unknown']
   source = f'{"config" if is_ablation else "run"} `{results["source"]}`'
-  lines = [f'# {_TITLES[results["sweep"]]}', '',
-           f'`{results["command"]}`; {source}, seed{"s"[:len(seeds) - 1]} {", ".join(map(str, seeds))}, commit '
-           f'{", ".join(commits)}, Python {results["python"]}, {results["cores"]} cores.', '', '## Runs', '',
-           *(routers.runs_table(cells) if is_ablation else adaptation.runs_table(cells)), '',
-           *(f'* {e}' for e in results['errors']), *([''] if results['errors'] else []), '## Evaluation', '',
-           *score_table(results['scores'], list(dict.fromkeys(c['variant'] for c in cells))), '',
-           '± 95 %: the error of the test examples, which BLEU-4 lacks, ' + (
-               "and the spread of the seeds (Student's t)." if len(seeds) > 1 else
-               'alone: one seed does not show how runs differ.') + ' Baselines are fitted on all training examples.']
-  return '\n'.join(lines + (routers.sections(cells, figures) if is_ablation else []))
+  return [
+      f'# {_TITLES[results["sweep"]]}', '',
+      f'`{results["command"]}`; {source}, seed{"s"[:len(seeds) - 1]} {", ".join(map(str, seeds))}, commit '
+      f'{", ".join(commits)}, Python {results["python"]}, {results["cores"]} cores.', '', '## Runs', '',
+      *(routers.runs_table(cells) if is_ablation else adaptation.runs_table(cells)), '',
+      *(f'* {e}' for e in results['errors']), *([''] if results['errors'] else []), '## Evaluation', '',
+      *score_table(results['scores'], list(dict.fromkeys(c['variant'] for c in cells))), '',
+      '± 95 %: the error of the test examples, which BLEU-4 lacks, ' + (
+          "and the spread of the seeds (Student's t)." if len(seeds) > 1 else
+          'alone: one seed does not show how runs differ.') + ' Baselines are fitted on all training examples.',
+      *(routers.sections(cells, figures) if is_ablation else [])]
 
 
 def score_table(scores: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
   """Lines of Markdown: a row per evaluator and metric with chance and baselines, a column per variant."""
-  lines = [f'| evaluator | metric | chance | baselines | {" | ".join(variants)} |',
-           '| --- ' * (4 + len(variants)) + '|']
-  rows: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+  by_metric: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
   for s in scores:
-    rows.setdefault((s['evaluator'], s['metric']), {})[s['variant']] = s
-  for (evaluator, metric), by_variant in rows.items():
+    by_metric.setdefault((s['evaluator'], s['metric']), {})[s['variant']] = s
+  rows = []
+  for key, by_variant in by_metric.items():
     first = next(iter(by_variant.values()))
-    baselines = ', '.join(f'{name} {value:.3f}' for name, value in first['baselines'].items())
-    chance = '' if first['chance'] is None else f'{first["chance"]:.4g}'
-    values = ' | '.join(_score(by_variant.get(v)) for v in variants)
-    lines.append(f'| {evaluator} | {metric} | {chance} | {baselines} | {values} |')
-  return lines
+    rows.append([
+        *key, None if first['chance'] is None else f'{first["chance"]:.4g}',
+        ', '.join(f'{name} {value:.3f}' for name, value in first['baselines'].items()),
+        *(_score(by_variant[v]) if v in by_variant else None for v in variants)])
+  return markdown.table(['evaluator', 'metric', 'chance', 'baselines', *variants], rows)
 
 
-def _score(s: Mapping[str, Any] | None) -> str:
-  if s is None:
-    return ''
+def _score(s: Mapping[str, Any]) -> str:
   return f'{s["mean"]:.3f}' + ('' if s['interval'] is None else f' ± {s["interval"]:.3f}')

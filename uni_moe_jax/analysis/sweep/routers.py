@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
+from uni_moe_jax.analysis.sweep import markdown
 from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils.files import read_json
@@ -27,13 +28,14 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
   metrics = folder / 'metrics.jsonl'
   lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
   rates = [line['steps_per_second'] for line in lines if 'steps_per_second' in line]
-  interference = {checkpoint: read_json(folder / file) for checkpoint, file in _INTERFERENCE.items()}
+  interference = {}
+  for checkpoint, file in _INTERFERENCE.items():
+    content = interference[checkpoint] = read_json(folder / file)
+    if content:
+      content['subset'] = content.pop('subsets')[0]
   return {
       'steps': lines[-1]['step'] if lines else 0, 'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
-      'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'),
-      'interference': {checkpoint: content and {
-          **{k: v for k, v in content.items() if k != 'subsets'}, 'subset': content['subsets'][0]}
-                       for checkpoint, content in interference.items()},
+      'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'), 'interference': interference,
       'experts': _expert_summary(read_json(folder / expert_usage_file.FILE))}
 
 
@@ -75,8 +77,7 @@ def draw_figures(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path, out: 
   figures: dict[str, list[str]] = {}
   for c in cells:
     names = figures[c['name']] = []
-    measured = {checkpoint: m for checkpoint, m in c['interference'].items() if m}
-    if measured:
+    if measured := {checkpoint: m for checkpoint, m in c['interference'].items() if m}:
       names.append(f'interference_{c["name"]}.png')
       subsets = [{**m['subset'], 'subset': f'{c["name"]}, {checkpoint}'} for checkpoint, m in measured.items()]
       content = next(iter(measured.values()))
@@ -90,60 +91,44 @@ def draw_figures(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path, out: 
 
 def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
   """Lines of Markdown: a row per run."""
-  lines = ['| run | steps | parameters | active parameters | s / step | training s | total s | status |',
-           '| --- ' * 8 + '|']
-  for c in cells:
-    counts = [f'{c["parameters"][k]:,}' if c['parameters'] else '' for k in ('total', 'active')]
-    lines.append(
-        f'| {c["name"]} | {c["steps"]} | {counts[0]} | {counts[1]} | {_number(c["seconds_per_step"])} | '
-        f'{c["seconds"].get(TRAIN, 0):.0f} | {sum(c["seconds"].values()):.0f} | {c["status"]} |')
-  return lines
+  columns = ['run', 'steps', 'parameters', 'active parameters', 's / step', 'training s', 'total s', 'status']
+  return markdown.table(columns, [(
+      c['name'], c['steps'], *(f'{c["parameters"][k]:,}' if c['parameters'] else None for k in ('total', 'active')),
+      c['seconds_per_step'], f'{c["seconds"].get(TRAIN, 0):.0f}', f'{sum(c["seconds"].values()):.0f}', c['status'])
+                                  for c in cells])
 
 
 def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[str]]) -> list[str]:
   """Lines of Markdown about interference and expert usage. figures: see `draw_figures`."""
   lines = ['', '## Summary of interference', '',
            'Over pairs of different tasks, in rows whose own step has a certain effect: the mean of I(i, j), and the '
-           'share of pairs below 0, with 95 % bootstrap intervals over batches.', '',
-           '| run | mean at init | below 0 at init | final mean | final below 0 |', '| --- ' * 5 + '|']
-  for c in cells:
-    values = [_interval(m, key) for m in c['interference'].values() for key in ('mean_of_pairs', 'negative_share')]
-    lines.append(f'| {c["name"]} | {" | ".join(values)} |')
-  with_experts = [c for c in cells if c['experts']]
-  if with_experts:
+           'share of pairs below 0, with 95 % bootstrap intervals over batches.', '', *markdown.table(
+               ['run', 'mean at init', 'below 0 at init', 'final mean', 'final below 0'],
+               [(c['name'], *(_interval(m, key) for m in c['interference'].values()
+                              for key in ('mean_of_pairs', 'negative_share'))) for c in cells])]
+  if with_experts := [c for c in cells if c['experts']]:
     sublayers = list(dict.fromkeys(s for c in with_experts for s in c['experts']['effective']))
     lines += ['', '## Summary of expert usage', '',
               'Means: the effective number of experts of a condition, and the overlap of two different tasks (1: the '
-              'same usage).', '',
-              f'| run | {" | ".join(f"{s} experts" for s in sublayers)} | overlap |',
-              '| --- ' * (2 + len(sublayers)) + '|']
-    lines += [f'| {c["name"]} | {" | ".join(_number(c["experts"]["effective"].get(s)) for s in sublayers)} | '
-              f'{_number(c["experts"]["overlap"])} |' for c in with_experts]
+              'same usage).', '', *markdown.table(
+                  ['run', *(f'{s} experts' for s in sublayers), 'overlap'],
+                  [(c['name'], *map(c['experts']['effective'].get, sublayers), c['experts']['overlap'])
+                   for c in with_experts])]
   lines += ['', '## Interference and expert usage', '',
             "I(i, j): how much a short step on the column's task lowers the loss of the row's task, relative to a step "
             f"on the row's own task. {interference_file.NO_BASE_LEGEND}."]
   for c in cells:
     for m in filter(None, c['interference'].values()):
-      lines += ['', f'{c["name"]} at {m["checkpoint"]}:', '', *_matrix(m)]
+      labels = interference_file.labels(m['subset'], m['tasks'])
+      rows = zip(labels, m['subset']['ratio_of_means']['value'], strict=True)
+      lines += ['', f'{c["name"]} at {m["checkpoint"]}:', '', *markdown.table(
+          ['', *m['tasks']], [(label, *row) for label, row in rows])]
     for name in figures[c['name']]:
       lines += ['', f'![{name.partition("_")[0]}, {c["name"]}]({name})']
   return lines
 
 
-def _matrix(measured: Mapping[str, Any]) -> list[str]:
-  tasks, subset = measured['tasks'], measured['subset']
-  lines = [f'| | {" | ".join(tasks)} |', '| --- ' * (1 + len(tasks)) + '|']
-  has_base = interference_file.has_base(subset)
-  for task, row, valid in zip(tasks, subset['ratio_of_means']['value'], has_base, strict=True):
-    lines.append(f'| {task}{"" if valid else " °"} | {" | ".join(map(_number, row))} |')
-  return lines
-
-
-def _interval(measured: Mapping[str, Any] | None, key: str) -> str:
+def _interval(measured: Mapping[str, Any] | None, key: str) -> str | None:
   if measured is None or measured['subset'][key]['value'] is None:
-    return ''
+    return None
   return '{value:.2f} ({low:.2f} … {high:.2f})'.format(**measured['subset'][key])
-
-
-def _number(value: float | None) -> str:
-  return '' if value is None else f'{value:.2f}'

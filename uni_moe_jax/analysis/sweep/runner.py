@@ -1,7 +1,6 @@
 """Runs the cells of a sweep, stage by stage, as processes. Imports no JAX.
 
-A finished stage is never repeated. A failed or interrupted one is tried again by the next call; the log keeps every
-attempt.
+A finished stage is never repeated. A failed or interrupted one is tried again by the next call.
 """
 
 import pathlib
@@ -23,11 +22,7 @@ LOG = 'stages.json'  # in the work directory of a cell
 
 
 def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Records the settings of a sweep in its work directory.
-
-  Raises:
-    UsageError: the finished cells there have other settings.
-  """
+  """Records the settings of a sweep in its work directory; raises UsageError if it has cells with other settings."""
   path = folder / SETTINGS
   if (old := read_json(path, settings)) != settings:
     changed = ', '.join(f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v)
