@@ -67,19 +67,16 @@ class Estimate:
 
 
 def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num_batches: int) -> dict[str, Products]:
-  """Measures every pair of tasks.
+  """Measures every pair of tasks; returns {subset: Products}, `ALL` first. Does not wait for the device.
 
   Args:
     gradient: (task, batch) → gradient of the task's loss on its batch 0…N-1, by subset. It is called twice for each,
       in the order of the batches, and must return the same both times.
     tasks: T names.
-    num_batches: N, at least 2.
-
-  Returns:
-    {subset: Products}, `ALL` first. They stay on the device; the call does not wait for them.
+    num_batches: N.
 
   Raises:
-    UsageError: too few batches.
+    UsageError: N is below 2.
   """
   if num_batches < 2:
     raise UsageError(f'num_batches={num_batches} must be at least 2: a task is compared with itself on another batch.')
@@ -149,10 +146,6 @@ def _ratios(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> tuple
   return delta, np.where(np.isfinite(ratio), ratio, np.nan), np.where(np.isfinite(mean), mean, np.nan)
 
 
-def _with_all(g: Gradient) -> Gradient:
-  return {ALL: g, **g}
-
-
 def _inverse_norm(tree: Any) -> jax.Array:
   """1 / norm; 0 for a gradient that is zero, which has no direction."""
   norm = optax.tree.norm(tree)
@@ -162,7 +155,7 @@ def _inverse_norm(tree: Any) -> jax.Array:
 @jax.jit
 def _units(g: Gradient) -> Gradient:
   """ĝ of every subset, `ALL` included."""
-  return {subset: optax.tree.scale(_inverse_norm(tree), tree) for subset, tree in _with_all(g).items()}
+  return {subset: optax.tree.scale(_inverse_norm(tree), tree) for subset, tree in {ALL: g, **g}.items()}
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -173,9 +166,9 @@ def _add(units: Gradient, total: Gradient, g: Gradient) -> tuple[Gradient, Gradi
 @jax.jit
 def _multiply(g: Gradient, units: Sequence[Gradient], sums: Sequence[Gradient], k: int) -> jax.Array:
   """[2, P, T]: g · Σ_b ĝ_j^b and ĝ · Σ_a g_i^a, without the product of g with itself in the sums of task k."""
-  trees = _with_all(g)
+  trees = {ALL: g, **g}
   rows = [[optax.tree.vdot(tree, u[subset]) for u in units] for subset, tree in trees.items()]
-  columns = [[_inverse_norm(tree) * optax.tree.vdot(tree, _with_all(s)[subset]) for s in sums]
+  columns = [[_inverse_norm(tree) * optax.tree.vdot(tree, {ALL: s, **s}[subset]) for s in sums]
              for subset, tree in trees.items()]
   own = [optax.tree.norm(tree) for tree in trees.values()]
   return jnp.array([rows, columns]).at[:, :, k].add(-jnp.array(own))

@@ -1,10 +1,8 @@
 """Task interference as a training metric, estimated from the batch of a step before it is taken.
 
-Every task's examples are split into halves, for two independent gradients of each task, and `analysis.interference`
-measures these N = 2 batches. The metric 'interference/<i><-<j>' is Δ_{j→i}: the decrease of the loss of i by a short
-step on j, per unit of step size. One estimate is noisy. I(i, j) for half batches is the mean of
-'interference/<i><-<j>' over some steps, divided by that of 'interference/<i><-<i>'; do not average ratios of single
-steps.
+Every task's examples are split into halves: the N = 2 batches of `analysis.interference`. 'interference/<i><-<j>' is
+Δ_{j→i}, and noisy. I(i, j) for half batches is its mean over some steps, divided by that of 'interference/<i><-<i>'; do
+not average ratios of single steps.
 
 It costs two forward and backward passes of half a batch per task, and the memory of about eight gradients of the
 selected parameters per task. It only reads the state: the trained parameters are the same with and without it.

@@ -21,15 +21,12 @@ from uni_moe_jax.utils.errors import UsageError
 def measure_interference(
     config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], step: int | None, at_init: bool, pattern: str,
     layers: list[int] | None, num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
-  """Measures a run and returns the paths of the files it wrote.
-
-  The parameters are those that training updates, not their averages.
+  """Measures a run, at the parameters that training updates, not their averages; returns the paths of the files.
 
   Args:
     config, workdir, step, at_init: see `measured_run.MeasuredRun`.
     pattern, layers: which parameters, see `param_subsets.select`.
-    num_batches: N, per task.
-    seed: of the batches and of the resampling.
+    num_batches, seed: N, per task; of the batches and of the resampling.
     devices: all of them by default.
 
   Raises:
@@ -94,6 +91,5 @@ def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_i
       raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first, or measure --at_init.')
     step = steps[-1] if step is None else step
     if step not in steps:
-      raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of '
-                       f'{", ".join(map(str, steps))}.')
+      raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of {str(steps)[1:-1]}.')
     return checkpoints.restore(run.abstract_state(), step), f'step {step}'

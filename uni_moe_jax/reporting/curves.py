@@ -1,10 +1,9 @@
 """Curves of a run: metrics.jsonl as numbers, and as one figure."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
-
-import numpy as np
 
 from uni_moe_jax.reporting import figures
 from uni_moe_jax.utils.errors import UsageError
@@ -39,32 +38,24 @@ def read(text: str) -> tuple[Curves, int]:
 
 
 def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], title: str) -> None:
-  """Draws every curve of some groups, a panel each: every point faint, smoothed strong.
-
-  Args:
-    path: of the figure; its suffix names the format.
-    curves: see `read`.
-    groups: prefixes of names, such as 'loss', in the order of the panels.
-    title: above all panels.
+  """Draws every curve of some groups, such as 'loss', a panel each: every point faint, smoothed strong.
 
   Raises:
     UsageError: no curve belongs to one of the groups.
   """
   from matplotlib import figure  # slow to import, and only figures need it
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   names = [name for group in groups for name in sorted(curves) if name.startswith(f'{group}/')]
   if not names:
-    raise UsageError(f'no curve is named {" or ".join(f"{g}/…" for g in groups)}; there are '
-                     f'{", ".join(sorted(curves))}')
-  rows = -(-len(names) // _COLUMNS)
+    wanted = ' or '.join(f'{group}/…' for group in groups)
+    raise UsageError(f'no curve is named {wanted}; there are {", ".join(sorted(curves))}')
+  rows = math.ceil(len(names) / _COLUMNS)
   sheet = figure.Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * rows + 0.4), layout='constrained')
-  FigureCanvasAgg(sheet)
   sheet.suptitle(title, fontsize=9)
   panels = sheet.subplots(rows, _COLUMNS, squeeze=False).flat
   for name, axes in zip(names, panels):  # names first: panels without a curve are hidden below
     steps, values = curves[name]
     axes.plot(steps, values, color='#9db8cc', linewidth=0.6)
-    axes.plot(steps, figures.smooth(np.asarray(values)), color='#28608f', linewidth=1.5)
+    axes.plot(steps, figures.smooth(values), color='#28608f', linewidth=1.5)
     axes.set_title(f'{name}  {values[-1]:.3g}', fontsize=8, loc='left')
     axes.tick_params(labelsize=7, length=2)
     axes.spines[['top', 'right']].set_visible(False)

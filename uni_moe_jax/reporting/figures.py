@@ -71,7 +71,6 @@ def nice_ticks(low: float, high: float, most: int = 4) -> list[float]:
       return [i * step for i in ticks]
 
 
-
 def short_number(value: float) -> str:
   """Returns an axis label: 1500 as 1.5k, 2000000 as 2M, 0.0001 as 1e-4, 0.25 as it is."""
   if 0 < abs(value) < 0.01:
@@ -85,11 +84,9 @@ def line_panel(name: str, steps: Sequence[float], values: Sequence[float], lates
   """Returns one titled curve over steps as a <figure> element.
 
   Args:
-    name: title of the panel.
+    name, latest, detail: title, newest value, and a second, quieter line.
     steps: increasing [n], n ≥ 1.
     values: [n]; values that are not finite leave a gap and are counted beside the title.
-    latest: text of the newest value, at the top right.
-    detail: a second, quieter line under the title.
     reference: name and height of a dashed horizontal line, such as a baseline.
     smoothed: draw the smoothed curve over a faint raw one; False for a few measured points, which get dots instead.
   """
@@ -168,12 +165,9 @@ def bullet(value: float, references: Mapping[str, float]) -> str:
 
 
 def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarray) -> str:
-  """Returns coefficients in [0, 1] as shaded cells: condition rows down, experts of layers across.
+  """Returns coefficients [L, A, E] in [0, 1] as shaded cells: condition rows down, experts of layers across.
 
-  Args:
-    rows: A names.
-    layers: L indices of the layers that have experts.
-    coefficients: float [L, A, E].
+  rows: A names. layers: indices of the L layers.
   """
   coefficients = np.asarray(coefficients, np.float64)
   if coefficients.ndim != 3 or coefficients.shape[:2] != (len(layers), len(rows)):
@@ -195,16 +189,12 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
 
 def signed_map(
     names: Sequence[str], values: np.ndarray, sure: Sequence[bool], notes: Sequence[Sequence[str]]) -> str:
-  """Returns numbers between names as cells of two colors, blank at 0 and full from ±1 on.
+  """Returns numbers [T, T] between names as cells of two colors, blank at 0 and full from ±1 on; NaN is a dash.
 
-  Args:
-    names: T names, of both rows and columns.
-    values: float [T, T]; what is not finite is a dash.
-    sure: [T], whether a row has colors: False for numbers without a reliable base.
-    notes: [T, T], text shown when the pointer is over a cell.
+  sure: whether a row has colors: False for numbers without a reliable base. notes: texts under the pointer, by cell.
   """
   values = np.asarray(values, np.float64)
-  if values.shape != (len(names),) * 2:
+  if values.shape != (len(names), len(names)):
     raise UsageError(f'values {values.shape} must be [{len(names)}, {len(names)}].')
   lines = ['<th></th>' + ''.join(f'<th class="column">{escape(name)}</th>' for name in names)]
   for i, name in enumerate(names):

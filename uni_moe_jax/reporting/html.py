@@ -57,8 +57,7 @@ th { font-weight: 600; font-size: 12px; color: var(--muted); white-space: nowrap
 .worse { color: var(--second); font-weight: 600; }
 .panels, .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: 14px; }
 .cards { grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); }
-.cards.videos { grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); }
-@media (max-width: 520px) { .cards.videos { grid-template-columns: 1fr; } }
+.cards.videos { grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); }
 figure { margin: 0; padding: 12px; font-size: 13px; line-height: 1.4; }
 figure img { image-rendering: pixelated; width: 84px; height: 84px; object-fit: contain; display: block;
   margin-bottom: 8px; border: 1px solid var(--line); border-radius: 3px; }
@@ -72,13 +71,10 @@ summary { cursor: pointer; color: var(--accent); margin: 10px 0; }
 
 
 def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
-  """Writes report.html from the files in a workdir and returns its path.
+  """Writes report.html from the files in a workdir, local or remote (gs://), and returns its path.
 
   Reads metrics.jsonl, evaluation.json, experts.json, samples.json and run.json; a missing or unreadable one is named
   in the page. Reads interference.json where it is.
-
-  Args:
-    workdir: local or remote (gs://) folder of a run.
 
   Raises:
     MissingFileError: the folder does not exist.
@@ -100,7 +96,8 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
       'Samples': samples.render(_samples), 'Experts': experts.render(_experts),
       **({'Interference': interference.render(_interference)} if interference.exists else {}),
       'Run': run.render(_run)}
-  facts = curves.render(_last_step, otherwise=[]) + run.render(_headline, otherwise=[])
+  last_step = lambda content: [f'step {max(steps[-1] for steps, _ in content[0].values()):,}']
+  facts = curves.render(last_step, otherwise=[]) + run.render(_headline, otherwise=[])
   facts = _NOTE.format(' · '.join(facts)) if facts else ''
   name, verdicts = escape(workdir.name), evaluation.render(_verdict_line, otherwise='')
   body = ''.join(f'<section id="{title.lower()}"><h2>{title}</h2>{body}</section>' for title, body in sections.items())
@@ -150,10 +147,6 @@ def _table(columns: Mapping[str, str], rows: Iterable[Sequence[str]], css: str =
       '<tr>' + ''.join(f'<td class="{column}">{cell}</td>' for column, cell in zip(columns.values(), row, strict=True))
       + '</tr>' for row in rows)
   return f'<div class="wide"><table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _last_step(content: tuple[reporting_curves.Curves, int]) -> list[str]:
-  return [f'step {max(steps[-1] for steps, _ in content[0].values()):,}']
 
 
 def _headline(run: Mapping[str, Any]) -> list[str]:
@@ -235,12 +228,9 @@ def _curves(curves: reporting_curves.Curves, bad_lines: int, references: Mapping
 
 
 def _samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-  parts = []
-  for evaluator, cards in samples.items():
-    if cards:
-      videos = ' videos' if 'frames' in cards[0] else ''
-      parts.append(f'<h3>{escape(evaluator.capitalize())} · {sum(map(_is_exact, cards))} of {len(cards)} exact</h3>'
-                   f'<div class="cards{videos}">{"".join(map(_card, cards))}</div>')
+  parts = [f'<h3>{escape(evaluator.capitalize())} · {sum(map(_is_exact, cards))} of {len(cards)} exact</h3>'
+           f'<div class="cards{" videos" if "frames" in cards[0] else ""}">{"".join(map(_card, cards))}</div>'
+           for evaluator, cards in samples.items() if cards]
   if not parts:
     raise UsageError('no samples')
   return ''.join(parts)

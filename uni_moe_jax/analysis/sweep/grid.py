@@ -47,11 +47,9 @@ def router_grid(
   """Trains, evaluates and measures every router with every seed, one by default.
 
   Args:
-    folder: work directory of the sweep.
-    config: path of a config file with the argument router=ROUTER, relative to the root of the repository.
-    routers: names that the config file accepts.
+    folder, overrides, root: see `adaptation_grid`.
+    config: path of a config file with the argument router=ROUTER, relative to root; it accepts the names of `routers`.
     num_batches: for measuring interference, per task.
-    num_seeds, overrides, root: see `adaptation_grid`.
 
   Raises:
     UsageError: no router, no such file, or a config that is not valid.
@@ -88,10 +86,8 @@ def adaptation_grid(
   Seeds vary fastest, because cells of one task and recipe share a compiled step. Zero-shot evaluation has one seed.
 
   Args:
-    folder: work directory of the sweep.
-    run: work directory of the trained run.
-    tasks: of the run, or of `finetuning.TRANSFER`.
-    recipes: names in `finetuning.RECIPES`.
+    folder, run: work directories of the sweep and of the trained run.
+    tasks, recipes: of the run or of `finetuning.TRANSFER`; of `finetuning.RECIPES`.
     num_seeds: 3 by default; a seed draws the examples, their order and fresh parameters.
     overrides: 'train.steps=20', of fields of the config.
     root: of the repository.

@@ -62,8 +62,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Scores over seeds, from rows of evaluation.json with the task and variant of their cell.
 
   All seeds are evaluated on the same test examples, so that the error of the examples does not shrink with the number
-  n of seeds. The interval is ± sqrt((t · spread)² / n + (1.96 · error)²) with Student's t of n - 1 degrees of freedom
-  (4.30 for three seeds).
+  n of seeds. The interval is ± sqrt((t · spread)² / n + (1.96 · error)²) with Student's t of n - 1 degrees of freedom.
 
   Returns:
     One row per task, evaluator, metric and variant: 'mean', 'spread' (standard deviation over seeds, None for one
