@@ -8,7 +8,6 @@ Suites: routers, mixed, published, decoding, input, files, compile. `mixed`, `in
 from --config (default: the quickstart); the others create their own. Everything runs on the first device.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -42,8 +41,7 @@ def main() -> int:
   header, rows = suites.measure(names, sizes, config, _DTYPE.value)
   print(results_table.render(rows, header, sizes.reduced))
   if _OUTPUT.value:
-    results = results_table.as_json(rows, header, sizes.reduced)
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + '\n')
+    files.write_json(pathlib.Path(_OUTPUT.value), results_table.as_json(rows, header, sizes.reduced))
   return 0
 
 

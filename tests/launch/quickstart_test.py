@@ -116,9 +116,7 @@ def test_a_failed_phase_ends_the_run_with_its_exit_code(root, name, code, phase)
 
 def test_preempted_training_is_reported_as_resumable(root):
   (root / 'train').write_text('75')
-  assert _run(root)[::2] == (
-      75, 'Stopped in phase 4 train; the same command continues from here.\n'
-  )
+  assert _run(root)[::2] == (75, 'Stopped in phase 4 train; the same command continues from here.\n')
 
 
 @pytest.mark.parametrize('number, name', [

@@ -39,8 +39,7 @@ def test_generation(name):
     np.testing.assert_array_equal(attributes, np.array([c.bits for c in task.type.conditions], np.float32))
   options = tuple(dict(eot=entry['eos_token_id'], max_len=entry['max_seq_len'], beam_size=entry['beam_size'],
                        length_penalty=entry['len_penalty']).items())
-  actual = jax.device_get(_searched(
-      spec, task, options, fixtures.params(model), frames.transpose(0, 1, 3, 4, 2), sets))
+  actual = jax.device_get(_searched(spec, task, options, fixtures.params(model), frames.transpose(0, 1, 3, 4, 2), sets))
 
   np.testing.assert_array_equal(actual.tokens, arrays['out.tokens_all_beams'])
   np.testing.assert_array_equal(actual.tokens[:, 0], arrays['out.tokens'])

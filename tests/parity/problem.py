@@ -63,8 +63,7 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     everything = np.stack([words, np.full_like(words, fixtures.end_of_text(model))], axis=1)
     is_vocabulary = np.array_equal(data, everything) and valid.all()
     values = VOCABULARY if is_vocabulary else tuple(map(str, range(len(data))))
-    specs.append(SetSpec(
-        name=name, entries=values, family=condition.task, condition=condition, max_len=data.shape[1]))
+    specs.append(SetSpec(name=name, entries=values, family=condition.task, condition=condition, max_len=data.shape[1]))
     if not is_vocabulary:
       buckets, order = bucket_by_length([[row[ok].tolist()] for row, ok in zip(data, valid)], 0)
       bucketed[name] = {'buckets': buckets, 'order': order}

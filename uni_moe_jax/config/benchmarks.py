@@ -133,8 +133,7 @@ def finetuning(c: ml_collections.ConfigDict, name: str) -> None:
 def _tuned(task_type: str, source: str, name: str, **values: Any) -> ml_collections.ConfigDict:
   """The task of a benchmark, with the sizes of its row in `TUNING`."""
   t = TUNING[name]
-  return _task(
-      task_type, source, batch_size=t.batch_size, loss_weight=t.loss_weight, max_len=t.max_len, **values)
+  return _task(task_type, source, batch_size=t.batch_size, loss_weight=t.loss_weight, max_len=t.max_len, **values)
 
 
 _ENTAILS = (('not_entailment', 'no'), ('entailment', 'yes'))

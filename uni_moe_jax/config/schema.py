@@ -134,8 +134,7 @@ class MoeConfig:
   placement: str | tuple[int, ...] = field(
       'all', 'Layers with experts: all, every_2 (0, 2, 4, …), every_4, none, or a tuple of layer indices.',
       choices=('all', 'every_2', 'every_4', 'none'))
-  sublayers: tuple[str, ...] = field(
-      SUBLAYERS, 'Sublayers whose projections have experts.', choices=SUBLAYERS)
+  sublayers: tuple[str, ...] = field(SUBLAYERS, 'Sublayers whose projections have experts.', choices=SUBLAYERS)
   capacity_factor: float = field(
       0.0, 'Token routers: in training, an expert takes ⌈factor · K · tokens / E⌉ tokens of an array.', at_least=0,
       off=0)
@@ -220,15 +219,13 @@ class TrainConfig:
   mixture: str = field(
       'all_tasks', 'all_tasks: every task in every step; one_task: one task per step, drawn by its sampling_weight.',
       choices=('all_tasks', 'one_task'), published='one_task')
-  grad_accum_steps: int = field(
-      1, 'Micro-steps per step; target sets are encoded once for all of them.', at_least=1)
+  grad_accum_steps: int = field(1, 'Micro-steps per step; target sets are encoded once for all of them.', at_least=1)
   encode_all_sets: bool = field(False, 'Encodes also the target sets that no task of the step uses.', published=True)
   contrastive_reduction: str = field(
       'mean', 'Of the two directions of the retrieval loss.', choices=('mean', 'sum'), published='sum')
   mask_duplicate_texts: bool = field(
       True, 'Equal texts in a retrieval batch are masked; False: they are negatives of each other.', published=False)
-  ema_decay: float = field(
-      0.0, 'Decay of averaged parameters, which evaluation then uses.', at_least=0, below=1, off=0)
+  ema_decay: float = field(0.0, 'Decay of averaged parameters, which evaluation then uses.', at_least=0, below=1, off=0)
   log_every: int = field(20, 'Steps.', at_least=1)
   checkpoint_every: int = field(200, 'Steps.', at_least=1)
   max_to_keep: int = field(2, 'Number of newest checkpoints kept.', at_least=1)
@@ -247,8 +244,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
   """Device mesh. One axis may be -1: the devices that the other axes leave."""
-  replica: int = field(
-      1, 'Devices of the replica axis, which splits the batch; for slower links.')
+  replica: int = field(1, 'Devices of the replica axis, which splits the batch; for slower links.')
   data: int = field(-1, 'Devices of the data axis, which splits the batch.')
   expert: int = field(1, 'Devices of the expert axis, which splits experts and the batch.')
   model: int = field(1, 'Devices of the model axis, which splits heads and the MLP.')

@@ -64,8 +64,7 @@ def _check_train(c: Config) -> None:
     check_choice('train.best_metric', t.best_metric,
                  ('loss/total', *(f'loss/{n}' for n, x in c.tasks.items() if x.batch_size)))
     # A checkpoint is compared by a logged loss.
-    _check_multiple(
-        'train.checkpoint_every', t.checkpoint_every, f'config.train.log_every={t.log_every}', t.log_every)
+    _check_multiple('train.checkpoint_every', t.checkpoint_every, f'config.train.log_every={t.log_every}', t.log_every)
   one_task = t.mixture == 'one_task'
   fail_if(one_task and t.grad_accum_steps > 1,
           f"train.grad_accum_steps={t.grad_accum_steps} needs config.train.mixture='all_tasks', not 'one_task'.")
