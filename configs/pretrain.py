@@ -36,16 +36,14 @@ STAGE_2_BATCH = {'image_classification': 440, 'text_mlm': 512, 'image_caption': 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Sixteen tasks, patches of 16, CLIP's vocabulary, experts in every other layer."""
-  a = config.arguments(
-      arg, __file__, dict(size='base', router='attribute', stage=1, mixture='all_tasks'),
-      dict(size=presets.SIZES, router=ROUTERS, stage=(1, 2), mixture=('all_tasks', 'one_task')))
+  a = config.arguments(arg, __file__, dict(size='base', router='attribute', stage=1, mixture='all_tasks'),
+                       dict(size=presets.SIZES, router=ROUTERS, stage=(1, 2), mixture=('all_tasks', 'one_task')))
   first = a.stage == 1
   c = config.base()
   presets.published(c, weight_decay=0.2 if first and a.size in ('base', 'large') else 0.05)
   c.optim.param_groups = tuple(group for group in c.optim.param_groups if group[0] != 'embed/spatial$')  # computed here
-  c.model.update(dict(
-      variant=presets.SIZES[a.size], image_size=160 if first else 224, posemb='sincos2d', drop_path=0.1,
-      dtype='bfloat16'))
+  c.model.update(dict(variant=presets.SIZES[a.size], image_size=160 if first else 224, posemb='sincos2d', drop_path=0.1,
+                      dtype='bfloat16'))
   c.moe.update(dict(router=a.router, placement='every_2'))
   if a.router in DISPATCHED:
     c.moe.update(dict(capacity_factor=1.25, balance_loss_weight=0.01))

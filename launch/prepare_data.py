@@ -42,9 +42,8 @@ def main() -> int:
     print(f'{builder.info.full_name}: {", ".join(f"{s} {i.num_examples}" for s, i in builder.info.splits.items())}')
   elif _INPUT.value is not None:
     from uni_moe_jax.data.files import prepare, prepare_summary
-    summary = prepare.prepare(
-        pathlib.Path(os.path.expanduser(_INPUT.value)), directory, _NAME.value, _VERSION.value, _GIF.value,
-        _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value)
+    summary = prepare.prepare(pathlib.Path(os.path.expanduser(_INPUT.value)), directory, _NAME.value, _VERSION.value,
+                              _GIF.value, _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value)
     print(prepare_summary.describe(summary))
   else:
     from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs

@@ -73,9 +73,8 @@ def _quickstart(router: str) -> ml_collections.ConfigDict:
 def _spec(c: ml_collections.ConfigDict, **derived) -> ModelSpec:
   """The model of a config, without its data."""
   plan = make_plan(c)
-  return ModelSpec.from_config(
-      plan.config, vocab_size=c.tokenizer.vocab_size, spe_id=1, temperatures=plan.temperatures,
-      router_tasks=task_types.router_tasks(), **derived)
+  return ModelSpec.from_config(plan.config, vocab_size=c.tokenizer.vocab_size, spe_id=1, temperatures=plan.temperatures,
+                               router_tasks=task_types.router_tasks(), **derived)
 
 
 @functools.cache
@@ -156,7 +155,10 @@ def test_all_tasks_per_step_have_the_batches_and_weights_that_drawing_would_give
     ('pretrain', 'stage=3', "stage='3' is unknown; choices: 1, 2"),
     ('pretrain', 'mixture=x', "mixture='x' is unknown; choices: "),
     ('ablation', 'router=tokens', "router='tokens' is unknown; did you mean 'token'"),
-    ('own', 'run=x', "argument 'sources' is missing")])
+    ('own', 'run=x', "argument 'sources' is missing"),
+    ('benchmark', 'task=imagenet', "task='imagenet' is unknown; did you mean 'imagenet1k'"),
+    ('benchmark', 'task=cola,mode=prompt', "mode='prompt' is unknown; did you mean 'prompts'"),
+    ('benchmark', 'task=cola,run=nowhere', "'nowhere' is no work directory of a run")])
 def test_a_wrong_argument_is_an_error_with_its_choices(name, arg, message):
   with pytest.raises(UsageError, match=f'configs/{name}.py:{arg}: {message}'):
     _config(name, arg)

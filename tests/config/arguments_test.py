@@ -7,9 +7,8 @@ from uni_moe_jax.utils.errors import UsageError
 
 
 def _parse(arg, required=()):
-  return vars(config.arguments(
-      arg, '/repository/configs/c.py', dict(size='base', stage=1, moe=True, run=''),
-      dict(size=('base', 'tiny'), stage=(1, 2)), required))
+  return vars(config.arguments(arg, '/repository/configs/c.py', dict(size='base', stage=1, moe=True, run=''),
+                               dict(size=('base', 'tiny'), stage=(1, 2)), required))
 
 
 @pytest.mark.parametrize('arg, changes', [

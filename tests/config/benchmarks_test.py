@@ -4,13 +4,14 @@ import io
 import itertools
 import pathlib
 import runpy
+import types
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests.helpers import small_model, synthetic_records, tiny
+from tests.helpers import saved_run, small_model, synthetic_records, tiny
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets, schema
 from uni_moe_jax.config.plan import make_plan
@@ -22,7 +23,7 @@ from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.tasks.router_names import ROUTERS
 from uni_moe_jax.tools.preflight import compiled_programs
-from uni_moe_jax.train import checkpoint, finetuning, loop, workdir
+from uni_moe_jax.train import finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -34,19 +35,19 @@ def _config(arg: str, file: str = 'benchmark'):
   return runpy.run_path(str(_ROOT / f'configs/{file}.py'))['get_config'](arg if '=' in arg else f'task={arg}')
 
 
-@pytest.fixture(name='named', scope='module')
-def _named(tmp_path_factory):
-  """A folder of data with the files of class names, which no test changes."""
-  folder = tmp_path_factory.mktemp('data')
-  synthetic_records.write_class_names(folder)
-  return folder
-
-
 @pytest.fixture
-def synthetic(monkeypatch, named):
+def synthetic(monkeypatch, tmp_path):
   """Data of every source, and the files of class names."""
+  synthetic_records.write_class_names(tmp_path)
   with synthetic_records.records(monkeypatch):
-    yield named
+    yield tmp_path
+
+
+def _small_batches(c):
+  for t in c.tasks.values():
+    t.batch_size = 4 * bool(t.batch_size)
+  for e in c.evaluators.values():
+    e.batch_size = 4
 
 
 def _small(c, data_dir):
@@ -56,10 +57,7 @@ def _small(c, data_dir):
   c.model.update(dict(variant='', num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8,
                       drop_path=0.0, remat=False))
   c.moe.num_experts = 2
-  for t in c.tasks.values():
-    t.batch_size = 4 * bool(t.batch_size)
-  for e in c.evaluators.values():
-    e.batch_size = 4
+  _small_batches(c)
   return c
 
 
@@ -67,14 +65,10 @@ def _run(c, devices: int = 1):
   return train_run.build(c, jax.devices()[:devices])
 
 
-def _predictor(run, params):
-  every = (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)
-  sets = {s.name: (s, run.data.target_sets[s.name]) for s in every}
-  return Predictor(run.spec.model, params, sets, run.data.tokenizer)
-
-
 def _rows(run, params, folder):
-  return suite.evaluate(run.plan, run.data, _predictor(run, params), 1, folder)
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*run.plan.sets, *run.plan.probe_sets)}
+  predictor = Predictor(run.spec.model, params, sets, run.data.tokenizer)
+  return suite.evaluate(run.plan, run.data, predictor, 1, folder)
 
 
 def _step(run):
@@ -129,9 +123,8 @@ def _shapes(c, task: str | None = None):
                                      train_run.target_set_arrays(run.data, run.plan))
 
 
-_ENTRIES = {
-    'imagenet1k': 1000, 'kinetics400': 400, 'vqa': 3129, 'cola': 2, 'sst2': 2, 'mrpc': 2, 'qqp': 2, 'mnli': 3,
-    'qnli': 2, 'rte': 2}
+_ENTRIES = {'imagenet1k': 1000, 'kinetics400': 400, 'vqa': 3129, 'cola': 2, 'sst2': 2, 'mrpc': 2, 'qqp': 2, 'mnli': 3,
+            'qnli': 2, 'rte': 2}
 
 
 @pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM, ('imagenet1k', 'msvd_caption', 'coco_retrieval', 'mnli')))
@@ -255,22 +248,12 @@ _GLUE = {
 }
 
 
-class _WordTokenizer:
-  """A tokenizer whose tokens are words."""
-  spe, eot = '<spe>', '<eot>'
-
-  @staticmethod
-  def encode(text):
-    return text.split()
-
-
 @pytest.mark.parametrize('name', list(_GLUE))
 def test_glue_has_the_published_templates_and_label_words(name):
-  record, text, words = _GLUE[name]
-  c = _config(name)
-  t = c.tasks[name]
-  columns = {column: value.split() for column, value in record.items()}
-  tokens, slot = fill_template(_WordTokenizer, t.template, columns, t.max_len)
+  (record, text, words), c = _GLUE[name], _config(name)
+  t, columns = c.tasks[name], {column: value.split() for column, value in record.items()}
+  tokenizer = types.SimpleNamespace(spe='<spe>', eot='<eot>', encode=str.split)  # its tokens are words
+  tokens, slot = fill_template(tokenizer, t.template, columns, t.max_len)
   assert ' '.join(tokens) == text and tokens[slot] == '<spe>'
   assert dict(c.target_sets[name].entries) == words
   # Of two, F1 is of the second.
@@ -288,14 +271,6 @@ def test_records_of_glue_have_its_columns_and_classes(name, synthetic):
   assert set(data.records(t.source, 'train').classes['label']) == set(_GLUE[name][2])
 
 
-def _written(data_dir, name: str, splits: dict) -> None:
-  """Some examples of a TFDS data set, where and as TFDS would prepare it."""
-  builder = file_dataset.tfds_builder(f'tfds:{name}', data_dir)
-  tfds.dataset_builders.store_as_tfds_dataset(
-      builder.name, builder.version, builder.info.features, splits, config=builder.builder_config.name,
-      data_dir=data_dir / 'tfds', file_format='array_record', disable_shuffling=True)
-
-
 def test_coco_is_read_as_tfds_prepares_it(tmp_path):
   c = _config('coco_retrieval')
   with pytest.raises(FileNotFoundError, match="source 'tfds:coco_captions' is not in .*--tfds=coco_captions"):
@@ -305,9 +280,13 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
     return {'image': io.BytesIO(synthetic_records.image(i)), 'image/filename': f'{i}.jpg', 'image/id': i, 'objects': [],
             'captions': {'id': [2 * i, 2 * i + 1], 'text': [f'an image {i}', f'the shape {i}']}}
 
-  _written(tmp_path, 'coco_captions', {
-      split: [(i, example(i)) for i in ids]
-      for split, ids in {'train': (0, 1), 'restval': (2,), 'test': (3, 4, 5)}.items()})
+  # Written where and as TFDS would prepare it.
+  builder = file_dataset.tfds_builder('tfds:coco_captions', tmp_path)
+  splits = {'train': (0, 1), 'restval': (2,), 'test': (3, 4, 5)}
+  tfds.dataset_builders.store_as_tfds_dataset(
+      builder.name, builder.version, builder.info.features,
+      {split: [(i, example(i)) for i in ids] for split, ids in splits.items()}, config=builder.builder_config.name,
+      data_dir=tmp_path / 'tfds', file_format='array_record', disable_shuffling=True)
   run = _run(_small(_config('coco_retrieval'), tmp_path))
   [t] = run.plan.tasks
   assert run.data.examples(t, training=True).size == 3  # train and restval
@@ -352,15 +331,10 @@ def test_a_run_is_adapted_to_a_benchmark_or_evaluated_on_it(name, mode, syntheti
   assert loop.train(first, str(tmp_path / 'first'), jax.devices()[:1]) == loop.FINISHED
   c = _config(f'task={name},run={tmp_path / "first"},mode={mode}')
   c.train.update(dict(steps=1, log_every=1))
-  for t in c.tasks.values():
-    t.batch_size = 4 * bool(t.batch_size)
-  for e in c.evaluators.values():
-    e.batch_size = 4
+  _small_batches(c)
   if mode != 'zero_shot':
     assert loop.train(c, str(tmp_path / 'then'), jax.devices()[:1]) == loop.FINISHED
-  run = _run(c)
-  with checkpoint.Checkpoints(tmp_path / ('first' if mode == 'zero_shot' else 'then'), max_to_keep=None) as checkpoints:
-    predictor, _ = train_run.predictor(run, checkpoints)
+  run, predictor, _ = saved_run.load(c, tmp_path / ('first' if mode == 'zero_shot' else 'then'))
   rows = suite.evaluate(run.plan, run.data, predictor, 1, tmp_path)
   assert {r['evaluator'] for r in rows} == set(c.evaluators) and all(np.isfinite(r['value']) for r in rows)
   assert {r['count'] for r in rows if 't2' not in r['metric']} == {_EXAMPLES}
@@ -386,12 +360,3 @@ def test_a_benchmark_starts_from_a_run(trained, name, mode):
     assert c.model.num_deep_prompts == expected.model.num_deep_prompts
   # A run has its own scales: the captions' is the only one here.
   assert t.temperature == ('image_caption' if name == 'coco_caption' or mode == ',mode=zero_shot' else '')
-
-
-@pytest.mark.parametrize('arg, message', [
-    ('imagenet', "task='imagenet' is unknown; did you mean 'imagenet1k'"),
-    ('task=cola,mode=prompt', "mode='prompt' is unknown; did you mean 'prompts'"),
-    ('task=cola,run=nowhere', "'nowhere' is no work directory of a run")])
-def test_a_wrong_argument_is_named(arg, message):
-  with pytest.raises(ValueError, match=message):
-    _config(arg)

@@ -30,9 +30,8 @@ def test_a_class_column_may_have_any_name():
 
 
 def test_tasks_of_two_sources_with_one_name_are_two_tasks():
-  tasks, _, _ = _own({
-      'pets': {'image': 'image', 'old_label': 'class'},
-      'pets_old': {'text': 'text', 'label': 'class', 'words': 'class'}})
+  tasks, _, _ = _own({'pets': {'image': 'image', 'old_label': 'class'},
+                      'pets_old': {'text': 'text', 'label': 'class', 'words': 'class'}})
   assert tasks == {
       'pets_old_label': ('image_classification', 'old_label'), 'pets_old_label_2': ('text_classification', 'label'),
       'pets_old_words': ('text_mlm', ''), 'pets_old_words_2': ('text_classification', 'words')}

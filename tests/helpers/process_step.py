@@ -30,7 +30,6 @@ def main(folder: str, *arguments: str) -> None:
     case = meshes.Case(name, ('shape', 'pair'), num_layers=1, capacity_factor=CASES[name])
     expected = meshes.run_step(meshes.run(case, meshes.ONE, jax.local_devices()))
     result = meshes.run_step(meshes.run(case, MESH, jax.devices()))
-    out['cases'][name] = {
-        'loss': abs(result.loss - expected.loss), 'gradients': max(meshes.differences(result, expected).values()),
-        'margin': expected.margin}
+    out['cases'][name] = {'loss': abs(result.loss - expected.loss),
+                          'gradients': max(meshes.differences(result, expected).values()), 'margin': expected.margin}
   (pathlib.Path(folder) / f'{jax.process_index()}.json').write_text(json.dumps(out))

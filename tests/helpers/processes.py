@@ -1,4 +1,4 @@
-"""Processes with several virtual devices on this machine."""
+"""Processes on this machine: Python in the repository's root, and commands with several virtual devices."""
 
 import os
 import pathlib
@@ -24,3 +24,17 @@ def run(command: Sequence[str], devices: int = 4, folder: pathlib.Path = ROOT) -
   output = done.stdout.decode()
   assert done.returncode == 0, output
   return output
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+  """Run Python with these arguments in the repository's root, with all of this process's path."""
+  path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
+  return subprocess.run([sys.executable, *arguments], env={**os.environ, 'PYTHONPATH': path, **variables}, cwd=ROOT,
+                        capture_output=True, text=True)
+
+
+def printed(script: str) -> str:
+  """Return the output of a script, which must exit with 0. A process can load libtpu only once, for one topology."""
+  done = python('-c', script)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return done.stdout

@@ -23,9 +23,8 @@ def config() -> ml_collections.ConfigDict:
   c.tasks.name = fields.task(
       'image_caption', 'glyphs', batch_size=4, target_set='vocabulary', caption_templates=('{name}',), max_len=6)
   c.tasks.pair = fields.task('image_retrieval', 'glyphs', batch_size=4, caption_templates=('{name}',), max_len=8)
-  c.tasks.package = fields.task(
-      'text_classification', 'texts', batch_size=4, target_set='packages', label_column='package', template=SLOT,
-      max_len=16)
+  c.tasks.package = fields.task('text_classification', 'texts', batch_size=4, target_set='packages',
+                                label_column='package', template=SLOT, max_len=16)
   return c
 
 

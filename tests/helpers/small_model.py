@@ -93,10 +93,9 @@ def sequence(task_type: str | task_types.TaskType, batch: int = 2, seed: int = 0
 def target(condition, batch: int = 2, seed: int = 0, words: int = WORDS) -> Sequence:
   """Texts on the target side."""
   rng = np.random.default_rng(seed)
-  return Sequence(
-      layout=Layout.of_text(condition), ids=jnp.arange(batch, dtype=jnp.uint32),
-      text=jnp.asarray(rng.integers(2, VOCABULARY, (batch, words)), jnp.int32),
-      text_valid=jnp.ones((batch, words), bool))
+  return Sequence(layout=Layout.of_text(condition), ids=jnp.arange(batch, dtype=jnp.uint32),
+                  text=jnp.asarray(rng.integers(2, VOCABULARY, (batch, words)), jnp.int32),
+                  text_valid=jnp.ones((batch, words), bool))
 
 
 def encode(model_spec: ModelSpec, sequences, *, values=None, shards: int = 1, **options):

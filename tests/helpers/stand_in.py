@@ -4,19 +4,23 @@ import pathlib
 import subprocess
 import time
 
-# End of a script `name` in the folder `root`. The file `name` there has an exit code, or 'wait': wait for a signal and
-# exit like preempted training. The exit code shows whether exactly one signal came.
-ENDS = '''
-action = (root / name).read_text() if (root / name).exists() else '0'
-if action == 'wait':
+# Source of `end`, with which a stand-in ends: an exit code; 'wait' for a signal and exit like preempted training; or
+# 'sleep' without handling one. The exit code and the file `signals` show whether exactly one signal came.
+END = '''
+import pathlib, signal, sys, time
+def end(action, folder=pathlib.Path(), suffix='', number=signal.SIGTERM):
   received = []
-  signal.signal(signal.SIGINT, lambda *_: received.append(1))
-  (root / 'started').touch()
-  end = time.monotonic() + 20
-  while not received and time.monotonic() < end:
-    time.sleep(0.01)
-  time.sleep(0.2)
-  sys.exit(75 if received == [1] else 1)
+  if action == 'wait':
+    signal.signal(number, lambda *_: received.append(1))
+  if action in ('wait', 'sleep'):
+    (folder / f'started{suffix}').touch()
+    stop = time.monotonic() + 20
+    while not received and time.monotonic() < stop:
+      time.sleep(0.01)
+    time.sleep(0.2)
+    (folder / f'signals{suffix}').write_text(str(len(received)))
+    action = 75 if received == [1] else 1
+  sys.exit(int(action))
 '''
 
 

@@ -57,9 +57,8 @@ def _own(source: str) -> FileDataset:
   columns |= {'label': 'class'} if has_class else (
       {'question': 'text', 'answers': 'texts'} if name == 'vqa' else {'captions': 'texts'})
   columns = {'text': 'text'} if name == 'bookswiki' else columns
-  value = {
-      'image': image, 'video': _video, 'label': lambda i: classes['label'][i % 2], 'question': _text, 'text': _text,
-      'answers': answers, 'captions': lambda i: (_text(i), _text(i + 100))}
+  value = {'image': image, 'video': _video, 'label': lambda i: classes['label'][i % 2], 'question': _text,
+           'text': _text, 'answers': answers, 'captions': lambda i: (_text(i), _text(i + 100))}
   rows = lambda ids: [{c: value[c](i) for c in columns} for i in ids.tolist()]
   return FileDataset(source, EXAMPLES, rows, columns, classes, {}, source)
 

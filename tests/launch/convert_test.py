@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers import in_process, tiny
+from tests.helpers import in_process, processes, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets, schema
 from uni_moe_jax.export import torch_layout
@@ -21,8 +19,7 @@ from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_SCRIPT = _ROOT / 'launch/convert.py'
+_SCRIPT = processes.ROOT / 'launch/convert.py'
 _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
 
 
@@ -60,10 +57,9 @@ def _files(tmp_path_factory):
 
 
 def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
-  return subprocess.run(
-      [sys.executable, str(_ROOT / 'launch' / script), *arguments], env=env, capture_output=True, text=True, cwd=_ROOT,
-      timeout=300)
+  done = processes.python(f'launch/{script}.py', *arguments, XLA_FLAGS='--xla_backend_optimization_level=0')
+  assert done.returncode == 0, done.stderr
+  return done
 
 
 def _arguments(folder, workdir, checkpoint='theirs.pth'):
@@ -74,28 +70,23 @@ def _arguments(folder, workdir, checkpoint='theirs.pth'):
 def test_a_converted_checkpoint_evaluates_trains_and_converts_back(files, tmp_path):
   folder, state, _ = files
   workdir = tmp_path / 'run'
-  done = _run('convert.py', *_arguments(folder, workdir))
-  assert done.returncode == 0, done.stderr
-  assert 'arrays converted' in done.stdout
-  assert 'a gate that is never evaluated' in done.stdout
+  done = _run('convert', *_arguments(folder, workdir))
+  assert 'arrays converted' in done.stdout and 'a gate that is never evaluated' in done.stdout
   assert json.loads((workdir / 'conversion.json').read_text())['dropped']
   checksum = hashlib.sha256((folder / 'theirs.pth').read_bytes()).hexdigest()
   assert workdir_lib.provenance(workdir, 0)['converted from'] == f'theirs.pth (sha256 {checksum})'
 
-  back = _run('convert.py', f'--workdir={workdir}', f'--output={tmp_path / "ours.pth"}')
-  assert back.returncode == 0, back.stderr
+  _run('convert', f'--workdir={workdir}', f'--output={tmp_path / "ours.pth"}')
   ours = torch.load(tmp_path / 'ours.pth', weights_only=True)['model']
   assert set(ours) == set(state)
   for key, value in state.items():
     np.testing.assert_array_equal(ours[key].numpy(), value, key)
 
-  evaluated = _run('evaluate.py', f'--workdir={workdir}')
-  assert evaluated.returncode == 0, evaluated.stderr
+  _run('evaluate', f'--workdir={workdir}')
   assert json.loads((workdir / 'evaluation.json').read_text())[0]['step'] == 0
 
   assert loop.train(_config(folder), str(workdir), jax.devices()[:1]) == 0
-  again = _run('convert.py', f'--workdir={workdir}', f'--output={tmp_path / "trained.pth"}')
-  assert again.returncode == 0, again.stderr
+  _run('convert', f'--workdir={workdir}', f'--output={tmp_path / "trained.pth"}')
   trained = torch.load(tmp_path / 'trained.pth', weights_only=True)['model']
   moved = [k for k in state if not np.array_equal(trained[k].numpy(), state[k])]
   assert 'token_embed.embeddings.weight' in moved and 'loss_prepare.proj.weight' in moved
@@ -105,8 +96,7 @@ def test_a_converted_checkpoint_evaluates_trains_and_converts_back(files, tmp_pa
 
 def test_mistakes_end_in_one_sentence(files, tmp_path, capfd):
   folder, state, spec = files
-  cut = (folder / 'theirs.pth').read_bytes()[:-1000]
-  (folder / 'cut.pth').write_bytes(cut)
+  (folder / 'cut.pth').write_bytes((folder / 'theirs.pth').read_bytes()[:-1000])
   short = {k: torch.from_numpy(np.array(v)) for k, v in state.items() if k != 'loss_prepare.proj.bias'}
   torch.save({'model': short}, folder / 'short.pth')
   for checkpoint, message in (
@@ -115,8 +105,7 @@ def test_mistakes_end_in_one_sentence(files, tmp_path, capfd):
       ('none.pth', 'none.pth does not exist')):
     capfd.readouterr()
     code, errors = in_process.run(_SCRIPT, *_arguments(folder, tmp_path / 'a', checkpoint)), capfd.readouterr().err
-    assert code == 2, errors
-    assert errors.count('\n') == 1 and message in errors, errors
+    assert code == 2 and errors.count('\n') == 1 and message in errors, errors
   # A failed conversion leaves nothing that could be trained from fresh parameters by mistake.
   assert not (tmp_path / 'a').exists()
   assert in_process.run(_SCRIPT, f'--workdir={tmp_path / "a"}') == 2

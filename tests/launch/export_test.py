@@ -11,31 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import processes, saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval import suite
-from uni_moe_jax.train import checkpoint, loop
-from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import loop
 from uni_moe_jax.train import workdir as workdir_lib
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_ROOT = processes.ROOT
 _RUN = 'runs/quickstart'
 
 
 def _export(*arguments: str) -> subprocess.CompletedProcess:
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
-  return subprocess.run([sys.executable, str(_ROOT / 'launch/export.py'), *arguments], env=env, capture_output=True,
-                        text=True, cwd=_ROOT, timeout=600, check=False)
-
-
-def test_mistakes_end_in_one_sentence(tmp_path):
-  for arguments, message in (
-      ([f'--workdir={tmp_path}/none', f'--output={tmp_path}/out'], 'holds no run (config.json is missing)'),
-      ([f'--workdir={tmp_path}'], 'output'), ([f'--output={tmp_path}/out'], 'workdir')):
-    done = _export(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count('\n') == 1 and message in done.stderr, done.stderr
-  assert not (tmp_path / 'out').exists()
+  return processes.python('launch/export.py', *arguments, XLA_FLAGS='--xla_backend_optimization_level=0')
 
 
 # The code of a server that has only the folder; compiled with optimizations, unlike the tests.
@@ -85,13 +72,6 @@ def _write_evaluation(root: pathlib.Path, step: int) -> None:
   (root / _RUN / suite.EVALUATION_FILE).write_text(json.dumps([row]))
 
 
-def _with_experts(root: pathlib.Path):
-  """(run, predictor) of the model with its experts."""
-  run = train_run.build(workdir_lib.load_config(root / _RUN), jax.devices()[:1])
-  with checkpoint.Checkpoints(root / _RUN, max_to_keep=None) as checkpoints:
-    return run, train_run.predictor(run, checkpoints)[0]
-
-
 @pytest.mark.slow
 def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tmp_path):
   assert _commands().count('\n') == 5
@@ -120,7 +100,8 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
   served = run([root / 'serve/bin/python', '-c', _SERVER, tmp_path / 'in.npy', tmp_path / 'out.npz'],
                cwd=root / 'exported')
   assert served.returncode == 0, served.stderr
-  arrays, (built, predictor) = np.load(tmp_path / 'out.npz'), _with_experts(root)
+  arrays = np.load(tmp_path / 'out.npz')
+  built, predictor, _ = saved_run.load(workdir_lib.load_config(root / _RUN), root / _RUN)
   caption, shape = built.plan.tasks
   features = predictor.inputs(shape.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
   np.testing.assert_allclose(arrays['log_p'], predictor.log_probabilities(features, shape)[:, 0], rtol=1e-5, atol=1e-6)

@@ -14,27 +14,12 @@ from tests.helpers import stand_in
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # train.py --compile_only is called `compile` here. Appends its arguments to `log`, then follows the file with its name:
-# an exit code, 'sleep', or 'save' (like training: exit code 75 on SIGTERM).
-_STAND_IN = '''
-import pathlib, signal, sys, time
+# an exit code, 'sleep', or 'wait' (like training: exit code 75 on SIGTERM).
+_STAND_IN = stand_in.END + '''
 name = 'compile' if '--compile_only' in sys.argv else pathlib.Path(sys.argv[0]).stem
 with open('log', 'a') as log:
   log.write(' '.join([name, *sys.argv[1:]]) + '\\n')
-does = pathlib.Path(name).read_text() if pathlib.Path(name).exists() else ''
-def save(*_):
-  pathlib.Path('saved').write_text(str(len(received)))
-  received.append(1)
-received = []
-if does == 'save':
-  signal.signal(signal.SIGTERM, save)
-if does in ('save', 'sleep'):
-  pathlib.Path('started').touch()
-  end = time.monotonic() + 20
-  while not received and time.monotonic() < end:
-    time.sleep(0.01)
-  time.sleep(0.1)
-  sys.exit(75 if received else 1)
-sys.exit(int(does or 0))
+end(pathlib.Path(name).read_text() if pathlib.Path(name).exists() else 0)
 '''
 
 
@@ -48,8 +33,7 @@ def _root(tmp_path):
   return tmp_path
 
 
-# A shell cannot trap a signal that it inherits as ignored, for example from nohup or background jobs, such as the
-# tests.
+# A shell cannot trap a signal that it inherits as ignored, for example from nohup or background jobs, such as tests.
 _WITH_SIGNALS = '''
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGHUP):
@@ -61,14 +45,9 @@ os.execvp('bash', ['bash', *sys.argv[1:]])
 def _start(root, *arguments, **environment):
   inherited = {k: v for k, v in os.environ.items() if k not in ('UNI_MOE_DATA', 'WORKDIR')}
   return subprocess.Popen(
-      [sys.executable, '-S', '-c', _WITH_SIGNALS, 'launch/quickstart.sh', *arguments],
-      cwd=root,
-      env=inherited | {'UNI_MOE_PYTHON': sys.executable, 'HOME': str(root)} | environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      start_new_session=True,
-  )
+      [sys.executable, '-S', '-c', _WITH_SIGNALS, 'launch/quickstart.sh', *arguments], cwd=root, text=True,
+      env=inherited | {'UNI_MOE_PYTHON': sys.executable, 'HOME': str(root)} | environment, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, start_new_session=True)
 
 
 def _run(root, *arguments, **environment):
@@ -83,30 +62,24 @@ def test_runs_every_phase_in_order_and_names_the_report(root):
            f'--config.data.dir={root}/.cache/uni_moe_jax --config.seed=3')
   assert (code, errors) == (0, '')
   assert (root / 'log').read_text().splitlines() == [
-      f'prepare_data --data_dir={root}/.cache/uni_moe_jax',
-      f'compile {train} --compile_only',
-      f'train {train}',
-      'evaluate --workdir=runs/quickstart',
-      'report --workdir=runs/quickstart',
-  ]
+      f'prepare_data --data_dir={root}/.cache/uni_moe_jax', f'compile {train} --compile_only', f'train {train}',
+      'evaluate --workdir=runs/quickstart', 'report --workdir=runs/quickstart']
   durations = [line for line in output.splitlines() if line.endswith(' s')]
   assert [line.split(':')[0] for line in durations] == [
-      '== 1 environment', '== 2 data', '== 3 compile', '== 4 train', '== 5 evaluate', '== 6 report'
-  ]
+      '== 1 environment', '== 2 data', '== 3 compile', '== 4 train', '== 5 evaluate', '== 6 report']
   assert output.splitlines()[-1].endswith('Report: runs/quickstart/report.html')
 
 
 def test_folders_come_from_the_environment(root):
   _run(root, UNI_MOE_DATA='/some where', WORKDIR='my run')
   log = (root / 'log').read_text()
-  assert log.count('data_dir=/some where\n') == 1
-  assert log.count('data.dir=/some where') == 2
-  assert log.count('--workdir=my run') == 4
+  parts = ('data_dir=/some where\n', 'data.dir=/some where', '--workdir=my run')
+  assert [log.count(part) for part in parts] == [1, 2, 4]
 
 
 @pytest.mark.parametrize('name, code, phase', [
-    ('prepare_data', 1, '2 data'), ('compile', 2, '3 compile'), ('train', 2, '4 train'), ('evaluate', 1, '5 evaluate')
-])
+    ('prepare_data', 1, '2 data'), ('compile', 2, '3 compile'), ('train', 2, '4 train'),
+    ('evaluate', 1, '5 evaluate')])
 def test_a_failed_phase_ends_the_run_with_its_exit_code(root, name, code, phase):
   (root / name).write_text(str(code))
   got, _, errors = _run(root)
@@ -120,18 +93,17 @@ def test_preempted_training_is_reported_as_resumable(root):
 
 
 @pytest.mark.parametrize('number, name', [
-    (signal.SIGINT, 'Ctrl-C'), (signal.SIGTERM, 'SIGTERM'), (signal.SIGHUP, 'SIGHUP')
-])
+    (signal.SIGINT, 'Ctrl-C'), (signal.SIGTERM, 'SIGTERM'), (signal.SIGHUP, 'SIGHUP')])
 @pytest.mark.parametrize('send', [os.kill, os.killpg], ids=['to the script', 'to everybody'])
 def test_a_signal_reaches_training_once_and_waits_for_it(root, number, name, send):
-  (root / 'train').write_text('save')
+  (root / 'train').write_text('wait')
   process = _start(root)
   stand_in.wait_for(root / 'started')
   send(process.pid, number)
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 75
   assert errors == f'Stopped by {name} in phase 4 train; the same command continues from here.\n'
-  assert (root / 'saved').read_text() == '0'  # the first signal, and no second one
+  assert (root / 'signals').read_text() == '1'
   assert 'evaluate' not in (root / 'log').read_text()
 
 
@@ -141,17 +113,14 @@ def test_a_signal_ends_a_phase_that_cannot_save(root):
   stand_in.wait_for(root / 'started')
   process.terminate()
   _, errors = process.communicate(timeout=30)
-  assert process.returncode == 75
-  assert 'Stopped by SIGTERM in phase 2 data' in errors
+  assert process.returncode == 75 and 'Stopped by SIGTERM in phase 2 data' in errors
 
 
 def test_an_unusable_interpreter_is_named(root):
   code, _, errors = _run(root, UNI_MOE_PYTHON='/no/python')
-  assert code == 1
-  assert errors.startswith('UNI_MOE_PYTHON=/no/python is not an executable program.')
+  assert code == 1 and errors.startswith('UNI_MOE_PYTHON=/no/python is not an executable program.')
 
 
 def test_help_runs_nothing(root):
   code, output, _ = _run(root, '--help')
-  assert code == 0 and output.startswith('Usage: ./launch/quickstart.sh')
-  assert not (root / 'log').exists()
+  assert code == 0 and output.startswith('Usage: ./launch/quickstart.sh') and not (root / 'log').exists()

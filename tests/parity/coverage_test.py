@@ -19,8 +19,7 @@ def test_every_case_is_compared_or_excluded_by_name():
 
 def test_only_listed_cases_are_excluded():
   for name in fixtures.excluded():
-    entry = fixtures.manifest()['files'][name]
-    assert 'queue_len' in entry, name
+    assert 'queue_len' in fixtures.entry(name), name
   assert fixtures.cases('forward') and fixtures.cases('state_dict')
 
 
@@ -28,8 +27,7 @@ def test_an_unread_array_is_reported():
   arrays = Arrays(fixtures.cases(*fixtures.SECTIONS)[0])
   first, *rest = arrays.keys()
   assert first in arrays  # a membership test is no reading
-  assert arrays[first] is not None
-  assert arrays.unread == set(rest)
+  assert arrays[first] is not None and arrays.unread == set(rest)
 
 
 @pytest.mark.parametrize('theirs, ours, error', [

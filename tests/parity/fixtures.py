@@ -29,32 +29,28 @@ def manifest() -> dict[str, Any]:
   return json.loads((FOLDER / 'manifest.json').read_text())
 
 
-def files(*sections: str) -> dict[str, dict[str, Any]]:
-  """Manifest entries of some sections, by name."""
-  return {name: entry for name, entry in manifest()['files'].items() if entry['kind'] in sections}
+def entry(name: str) -> dict[str, Any]:
+  """The manifest's entry of a file."""
+  return manifest()['files'][name]
 
 
 def excluded() -> dict[str, str]:
   """Cases that the suite leaves out, by name, each with the reason."""
-  out = {}
-  for name, entry in manifest()['files'].items():
-    if 'queue_len' in entry:
-      out[name] = 'no published config uses the memory bank'
-  return out
+  reason = 'no published config uses the memory bank'
+  return {name: reason for name, e in manifest()['files'].items() if 'queue_len' in e}
 
 
 def cases(*sections: str) -> list[str]:
   """Names of the compared cases of some sections."""
-  return [name for name in files(*sections) if name not in excluded()]
+  return [name for name, e in manifest()['files'].items() if e['kind'] in sections and name not in excluded()]
 
 
 class Arrays:
   """The arrays of one file; remembers which were read."""
 
   def __init__(self, name: str):
-    entry = manifest()['files'][name]
-    self._arrays = dict(np.load(FOLDER / entry['file']))
-    declared = {k: (tuple(shape), dtype) for k, (shape, dtype) in entry['arrays'].items()}
+    self._arrays = dict(np.load(FOLDER / entry(name)['file']))
+    declared = {k: (tuple(shape), dtype) for k, (shape, dtype) in entry(name)['arrays'].items()}
     actual = {k: (v.shape, str(v.dtype)) for k, v in self._arrays.items()}
     assert declared == actual, f'{name}: the arrays are not those of the manifest'
     self._read: set[str] = set()
@@ -84,7 +80,7 @@ def model_of(weights_: str) -> str:
 
 def base_of(model: str) -> str | None:
   """The model to which a model's own file adds weights; None: it has all of them."""
-  base = manifest()['files'][f'weights_{model}'].get('base')
+  base = entry(f'weights_{model}').get('base')
   return None if base is None else model_of(base)
 
 
@@ -99,14 +95,13 @@ def model_spec(model: str, prefix_is_word: bool = False, **changes: Any) -> Mode
   m = sizes(model)
   moe, special, prompt = m['moe'], m['special_ids'], m['prompt']
   assert m['share_layernorm'] and m['layer_scale'] and m['output_proj'] and m['ln_eps'] == 1e-5, m
-  spec = ModelSpec(
-      num_layers=m['layers'], width=m['hidden'], num_heads=m['heads'], mlp_dim=m['ffn'], vocab_size=m['vocab'],
-      spe_id=special['<|spe|>'], image_size=m['image'], patch_size=m['patch'], max_num_frames=m['max_frames'],
-      max_text_len=m['text_pos_max_len'], posemb='frozen',
-      prefix_word=special[_SPE_WORD] if prefix_is_word or not m['OLD_CHECKPONT'] else None,
-      router='attribute' if moe else 'dense', num_experts=moe['experts'] if moe else 8,
-      top_k=moe['top_k'] if moe else 2, placement=moe['location'] if moe else 'none', noise_std=0.0,
-      temperature_groups=PUBLISHED_TEMPERATURES)
+  spec = ModelSpec(num_layers=m['layers'], width=m['hidden'], num_heads=m['heads'], mlp_dim=m['ffn'],
+                   vocab_size=m['vocab'], spe_id=special['<|spe|>'], image_size=m['image'], patch_size=m['patch'],
+                   max_num_frames=m['max_frames'], max_text_len=m['text_pos_max_len'], posemb='frozen',
+                   prefix_word=special[_SPE_WORD] if prefix_is_word or not m['OLD_CHECKPONT'] else None,
+                   router='attribute' if moe else 'dense', num_experts=moe['experts'] if moe else 8,
+                   top_k=moe['top_k'] if moe else 2, placement=moe['location'] if moe else 'none', noise_std=0.0,
+                   temperature_groups=PUBLISHED_TEMPERATURES)
   if prompt:
     spec = dataclasses.replace(
         spec, num_deep_prompts=prompt['length'], prompt_sharing='shared' if prompt['share'] else 'separate',

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
-from tests.parity.problem import Problem, problem
+from tests.parity.problem import Problem, counted, input_and_target, problem
 from uni_moe_jax.model import heads
 from uni_moe_jax.moe import routers
 from uni_moe_jax.train.forward import forward, step_inputs
@@ -22,9 +22,7 @@ _PART = {'self_attn.qkv_proj': 'attention', 'linear1': 'mlp'}
 def _scored(spec, params, batch, sets):
   """(input features, target features, logits) of the step's one task."""
   task, = spec.plan.tasks
-  actual, _ = forward(spec, params, batch, sets, {}, jax.random.key(0))
-  features = actual.inputs[task.group]
-  targets = actual.pairs[task.group] if task.type.target == 'pair' else actual.target_sets[task.target_set]
+  features, targets = input_and_target(task, forward(spec, params, batch, sets, {}, jax.random.key(0))[0])
   scale = spec.model.apply({'params': params}, task.temperature, method='scale')
   logits = heads.logits(features, targets, scale)
   if task.linear_head:
@@ -47,7 +45,7 @@ def _encoded(spec, params, batch, sets):
 def test_forward(name):
   arrays = Arrays(name)
   case = problem(name, arrays)
-  params = fixtures.params(fixtures.model_of(fixtures.manifest()['files'][name]['weights']))
+  params = fixtures.params(fixtures.model_of(fixtures.entry(name)['weights']))
   features, targets, logits = map(np.asarray, _scored(case.spec, params, case.batch, case.sets))
   _compare_outputs(arrays, case, features, targets, logits)
   taken, collected = jax.device_get(_encoded(case.spec, params, case.batch, case.whole_sets))
@@ -57,24 +55,13 @@ def test_forward(name):
   assert not arrays.unread, sorted(arrays.unread)
 
 
-def _counted(case: Problem, rows: np.ndarray) -> np.ndarray:
-  """Rows of the readout that have a target, in row-major order."""
-  if case.task.type.readout not in ('masked', 'queries'):
-    return rows[:, 0]
-  weight = case.batch[case.task.group]['weight'][0]
-  order = np.ones(weight.shape, bool)
-  if case.task.type.readout == 'masked':  # masked words are in the order of the text
-    assert (np.diff(case.batch[case.task.group]['position'][0], axis=1)[weight[:, 1:] > 0] > 0).all()
-  return rows[order & (weight > 0)]
-
-
 def _compare_outputs(arrays: Arrays, case: Problem, features, targets, logits) -> None:
-  left = _counted(case, features)
+  left, scores = counted(case, features), counted(case, logits)
   for key, ours in (('feat0', left), ('feat1', targets)):
-    theirs = arrays[key]
-    assert_close(ours[:len(theirs)], theirs, BOUND, key)
-  ours = {'out.logits0': _counted(case, logits), 'out.output': _counted(case, logits),
-          'out.input_feats': np.asarray(heads.normalize(left)), 'out.tgt_feats': np.asarray(heads.normalize(targets))}
+    assert key in arrays
+    _compare(arrays, key, ours)
+  ours = {'out.logits0': scores, 'out.output': scores, 'out.input_feats': np.asarray(heads.normalize(left)),
+          'out.tgt_feats': np.asarray(heads.normalize(targets))}
   if case.task.type.target == 'pair':
     ours['out.logits1'] = ours['out.logits0'].T
   for key in arrays.keys('out.'):
@@ -109,9 +96,7 @@ def _compare_hidden(arrays: Arrays, case: Problem, collected) -> None:
       embedder = 'video_embed' if modality == 'visual' else 'token_embed'
       key = f'tokenizer.{embedder}.call{calls[embedder]}'
       calls[embedder] += 1
-      if key in arrays:
-        theirs = arrays[key]
-        assert_close(part[:len(theirs)], theirs, BOUND, key)
+      _compare(arrays, key, part)
     invalid = [np.zeros(a.shape[:2], np.uint8) if v is None else (~v).astype(np.uint8)
                for a, v in zip(parts, sequence.valid)]
     _compare(arrays, f'enc{n}.fused_in', np.concatenate(parts, 1))

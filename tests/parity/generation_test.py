@@ -21,14 +21,13 @@ _NONE = -999.0  # what the published search calls a candidate that is none
 @functools.partial(small_model.jit, static_argnums=(0, 1, 2))
 def _searched(spec, task, options, params, pixels, sets):
   set_features = forward(spec, params, {}, sets, {}, None)[0].target_sets
-  return decoding.beam_search(
-      spec.model, params, task.type, pixels, normalize(set_features[task.target_set]), temperature=task.temperature,
-      spe=spec.model.spec.spe_id, **dict(options))
+  return decoding.beam_search(spec.model, params, task.type, pixels, normalize(set_features[task.target_set]),
+                              temperature=task.temperature, spe=spec.model.spec.spe_id, **dict(options))
 
 
 @pytest.mark.parametrize('name', fixtures.cases('generation'))
 def test_generation(name):
-  entry, arrays = fixtures.manifest()['files'][name], Arrays(name)
+  entry, arrays = fixtures.entry(name), Arrays(name)
   model, task = fixtures.model_of(entry['weights']), task_spec(entry['task_name'])
   specs, sets, _ = target_sets(model, arrays)
   spec = step_spec(model, (task,), specs)

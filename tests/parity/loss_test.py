@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
-from tests.parity.problem import Problem, problem
+from tests.parity.problem import Problem, counted, input_and_target, problem
 from uni_moe_jax.export import torch_layout
 from uni_moe_jax.model import heads
 from uni_moe_jax.train import step
@@ -25,16 +25,15 @@ def _step(spec, params, batch, sets):
   """(gradients, tallies, input features, target features) of the step's one task."""
   task, = spec.plan.tasks
   output = step.gradients(spec, params, batch, sets, jax.random.key(0))
-  features, _ = forward(spec, params, batch, sets, {}, jax.random.key(0))
-  targets = features.pairs[task.group] if task.type.target == 'pair' else features.target_sets[task.target_set]
-  return output.grads, output.tallies[task.name], features.inputs[task.group], targets
+  features = input_and_target(task, forward(spec, params, batch, sets, {}, jax.random.key(0))[0])
+  return output.grads, output.tallies[task.name], *features
 
 
 @pytest.mark.parametrize('name', fixtures.cases('train_loss_and_grad'))
 def test_loss_and_gradients(name):
   arrays = Arrays(name)
   case = problem(name, arrays)
-  model = fixtures.model_of(fixtures.manifest()['files'][name]['weights'])
+  model = fixtures.model_of(fixtures.entry(name)['weights'])
   grads, tally, features, targets = jax.device_get(_step(case.spec, fixtures.params(model), case.batch, case.sets))
   _compare_features(arrays, case, features, targets)
   _compare_losses(arrays, case, tally, features, targets)
@@ -42,14 +41,8 @@ def test_loss_and_gradients(name):
   assert not arrays.unread, sorted(arrays.unread)
 
 
-def _rows(case: Problem, x: np.ndarray) -> np.ndarray:
-  if case.task.type.readout not in ('masked', 'queries'):
-    return x[:, 0]
-  return x[case.batch[case.task.group]['weight'][0] > 0]
-
-
 def _compare_features(arrays: Arrays, case: Problem, features, targets) -> None:
-  for key, ours in (('feat_input', _rows(case, features)), ('feat_target', targets)):
+  for key, ours in (('feat_input', counted(case, features)), ('feat_target', targets)):
     if key in arrays:
       theirs = arrays[key]
       assert_close(ours[:len(theirs)], theirs, LOSS, key)
@@ -100,9 +93,8 @@ def _compare_norms(arrays: Arrays, model: str, ours) -> None:
   """The norm of every parameter's gradient, and of all together."""
   names = fixtures.manifest()['models'][model]['param_names']
   norms = arrays['grad_norm_per_param']
-  assert len(norms) == len(names)
   top = norms.max()
-  for key, theirs in zip(names, norms):
+  for key, theirs in zip(names, norms, strict=True):
     mine = np.linalg.norm(ours[key].astype(np.float64))
     if theirs <= 0:  # -1: no gradient at all
       assert mine == 0, (key, mine, theirs)

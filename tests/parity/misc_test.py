@@ -35,11 +35,11 @@ def _start(model: str):
 
 
 @pytest.mark.parametrize('name, model', [
-    (name, model) for name in fixtures.cases('misc') for model in fixtures.manifest()['files'][name]['init_stats']
+    (name, model) for name in fixtures.cases('misc') for model in fixtures.entry(name)['init_stats']
     if model in fixtures.manifest()['models']])
 def test_parameters_start_as_published(name, model):
   ours, report = _start(model)
-  for key, stats in fixtures.manifest()['files'][name]['init_stats'][model].items():
+  for key, stats in fixtures.entry(name)['init_stats'][model].items():
     assert list(ours[key].shape) == stats['shape'], key
     if key in report.made:
       continue  # gates that nothing evaluates, and one unused row

@@ -30,10 +30,9 @@ def _config(hyper, convention: str):
   c = config_lib.base()
   presets.published(c, weight_decay=hyper['weight_decay'])
   b1, b2 = hyper['betas']
-  c.optim.update(dict(
-      learning_rate=hyper['base_lr'], warmup_steps=hyper['warmup'],
-      final_lr_fraction=hyper['min_lr'] / hyper['base_lr'], b1=b1, b2=b2,
-      eps=hyper['eps'], grad_clip_norm=hyper['grad_clip'], unused_params=convention))
+  c.optim.update(dict(learning_rate=hyper['base_lr'], warmup_steps=hyper['warmup'],
+                      final_lr_fraction=hyper['min_lr'] / hyper['base_lr'], b1=b1, b2=b2, eps=hyper['eps'],
+                      grad_clip_norm=hyper['grad_clip'], unused_params=convention))
   c.train.steps = hyper['max_iter']
   return c
 
@@ -41,13 +40,13 @@ def _config(hyper, convention: str):
 def _groups(entry):
   groups = entry['param_groups']
   if isinstance(groups, str):  # 'same as NAME'
-    groups = fixtures.manifest()['files'][groups.removeprefix('same as ')]['param_groups']
+    groups = fixtures.entry(groups.removeprefix('same as '))['param_groups']
   return groups
 
 
 @pytest.mark.parametrize('name', fixtures.cases('optimizer'))
 def test_optimizer_steps(name):
-  entry = fixtures.manifest()['files'][name]
+  entry = fixtures.entry(name)
   arrays, given = Arrays(name), Arrays(entry['inputs_in'].removesuffix('.npz'))
   if entry['inputs_in'] == entry['file']:
     given = arrays
@@ -58,14 +57,12 @@ def test_optimizer_steps(name):
              for i, t in enumerate(entry['tasks'])]
   ema_key = {re.split(r'\.(?:loss_prepare|fused|token|video)', k)[0] for k in arrays.keys(EMA)}
   ema_key = min(ema_key, default=f'{EMA}0')
-  tx, rate, rules = optimizer.make_optimizer(
-      c, param_shapes(UniPerceiver(fixtures.model_spec(model))),
-      functools.partial(unit_axes, fixtures.model_spec(model)))
+  tx, rate, rules = optimizer.make_optimizer(c, param_shapes(UniPerceiver(fixtures.model_spec(model))),
+                                             functools.partial(unit_axes, fixtures.model_spec(model)))
   spec = step_spec(
       model, (), specs, tx=tx, learning_rate=rate, ema_decay=float(ema_key.removeprefix(EMA)),
-      contrastive_reduction=c.train.contrastive_reduction,
-      mask_duplicate_texts=c.train.mask_duplicate_texts, unused_params=c.optim.unused_params,
-      frozen=optimizer.frozen_paths(rules))
+      contrastive_reduction=c.train.contrastive_reduction, mask_duplicate_texts=c.train.mask_duplicate_texts,
+      unused_params=c.optim.unused_params, frozen=optimizer.frozen_paths(rules))
   _compare_groups(entry, spec, rules)
   for key in arrays.keys('lr_schedule'):
     np.testing.assert_allclose([rate(i) for i in range(len(arrays[key]))], arrays[key], rtol=BOUND, atol=1e-12)

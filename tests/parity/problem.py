@@ -32,6 +32,22 @@ class Problem:
   whole_sets: dict[str, Any]
 
 
+def input_and_target(task: TaskSpec, features) -> tuple[Any, Any]:
+  """The features of a task's inputs and of its targets, among those of a forward pass."""
+  pair = task.type.target == 'pair'
+  return features.inputs[task.group], features.pairs[task.group] if pair else features.target_sets[task.target_set]
+
+
+def counted(case: Problem, rows: np.ndarray) -> np.ndarray:
+  """Rows of the readout that have a target, in row-major order."""
+  if case.task.type.readout not in ('masked', 'queries'):
+    return rows[:, 0]
+  weight = case.batch[case.task.group]['weight'][0]
+  if case.task.type.readout == 'masked':  # masked words are in the order of the text
+    assert (np.diff(case.batch[case.task.group]['position'][0], axis=1)[weight[:, 1:] > 0] > 0).all()
+  return rows[weight > 0]
+
+
 def task_spec(name: str) -> TaskSpec:
   """A task from the manifest's table."""
   t = fixtures.manifest()['tasks'][name]
@@ -45,13 +61,18 @@ def task_spec(name: str) -> TaskSpec:
       max_predictions=0, label_smoothing=smoothing, max_shift=0)
 
 
+def _text(arrays: Arrays, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens, which of them are valid)."""
+  tokens, invalid = arrays[f'{prefix}data'].astype(np.int32), arrays.get(f'{prefix}invalid_mask')
+  return tokens, np.ones(tokens.shape, bool) if invalid is None else invalid == 0
+
+
 def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[str, Any], dict[str, Any]]:
   """(specs, bucketed arrays, unbucketed arrays) of the sets in a file, in its order."""
   specs, bucketed, full = [], {}, {}
   for key in [k for k in arrays.keys('in.set.') if k.endswith('.data')]:
     name = key.split('.')[2]
-    data, invalid = arrays[key].astype(np.int32), arrays.get(f'in.set.{name}.invalid_mask')
-    valid = np.ones(data.shape, bool) if invalid is None else invalid == 0
+    data, valid = _text(arrays, f'in.set.{name}.')
     families = {task_types.TASK_TYPES[t['task_type']].target
                 for t in fixtures.manifest()['tasks'].values() if t['target_set'] == name}
     attributes = arrays.get(f'in.set.{name}.moe_embedding')
@@ -64,12 +85,12 @@ def target_sets(model: str, arrays: Arrays) -> tuple[tuple[SetSpec, ...], dict[s
     is_vocabulary = np.array_equal(data, everything) and valid.all()
     values = VOCABULARY if is_vocabulary else tuple(map(str, range(len(data))))
     specs.append(SetSpec(name=name, entries=values, family=condition.task, condition=condition, max_len=data.shape[1]))
+    rows = np.arange(len(data), dtype=np.int32)
+    bucketed[name] = full[name] = {'buckets': (), 'order': rows}
     if not is_vocabulary:
       buckets, order = bucket_by_length([[row[ok].tolist()] for row, ok in zip(data, valid)], 0)
       bucketed[name] = {'buckets': buckets, 'order': order}
-      full[name] = {'buckets': ({'text': data, 'valid': valid},), 'order': np.arange(len(data), dtype=np.int32)}
-    else:
-      bucketed[name] = full[name] = {'buckets': (), 'order': np.arange(len(data), dtype=np.int32)}
+      full[name] = {'buckets': ({'text': data, 'valid': valid},), 'order': rows}
   return tuple(specs), bucketed, full
 
 
@@ -90,17 +111,13 @@ def fields(task: TaskSpec, arrays: Arrays, prefix: str, temporal_offset: int) ->
       out['pixels'] = frames.transpose(0, 1, 3, 4, 2)
       out['temporal_offset'] = np.int32(temporal_offset)
     else:
-      invalid = arrays.get(at + 'invalid_mask')
-      out['text'] = data.astype(np.int32)
-      out['text_valid'] = np.ones(data.shape, bool) if invalid is None else invalid == 0
+      out['text'], out['text_valid'] = _text(arrays, at)
       if at + 'spe_index' in arrays:
         out['position'] = arrays[at + 'spe_index'].astype(np.int32)[:, None]
   out['id'] = np.arange(len(next(iter(v for v in out.values() if v.ndim))), dtype=np.uint32)
   if task.type.target == 'pair':
     at = f'{prefix}in.target0.text.'
-    out['target'] = arrays[at + 'data'].astype(np.int32)
-    invalid = arrays.get(at + 'invalid_mask')
-    out['target_valid'] = np.ones(out['target'].shape, bool) if invalid is None else invalid == 0
+    out['target'], out['target_valid'] = _text(arrays, at)
     _check_attributes(arrays.get(at + 'moe_embedding'), [task.type.pair_condition])
     out |= {'text_id': np.zeros(len(out['id']), np.int32), 'weight': np.ones((len(out['id']), 1), np.float32)}
   else:
@@ -112,8 +129,7 @@ def _labels(task: TaskSpec, target: np.ndarray) -> dict[str, np.ndarray]:
   """Class indices [B], soft targets [B, V] or word labels [B, S] (-1: none) as labels and weights."""
   if target.dtype.kind == 'f':
     return {'label': np.tile(np.arange(target.shape[1], dtype=np.int32), (len(target), 1)), 'weight': target}
-  if target.ndim == 1:
-    return {'label': target.astype(np.int32)[:, None], 'weight': np.ones((len(target), 1), np.float32)}
+  target = target[:, None] if target.ndim == 1 else target
   label, weight = np.maximum(target, 0).astype(np.int32), (target >= 0).astype(np.float32)
   if task.type.readout != 'masked':
     return {'label': label, 'weight': weight}
@@ -131,13 +147,11 @@ def _check_attributes(actual: np.ndarray | None, conditions) -> None:
 
 def step_spec(name: str, tasks: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...], **changes: Any) -> StepSpec:
   """Static arguments of the step, with the published choices."""
-  plan = Plan(
-      task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks, sets=sets, probes=(), probe_sets=(),
-      evaluations=(), temperatures=fixtures.model_spec(name).temperature_groups, encode_all_sets=True)
-  spec = StepSpec(
-      model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, learning_rate=None, grad_accum_steps=1,
-      ema_decay=0.0, eot=fixtures.end_of_text(name), vocab_size=fixtures.sizes(name)['vocab'],
-      contrastive_reduction='sum', mask_duplicate_texts=False)
+  plan = Plan(task_types=tuple(task_types.TASK_TYPES.values()), tasks=tasks, sets=sets, probes=(), probe_sets=(),
+              evaluations=(), temperatures=fixtures.model_spec(name).temperature_groups, encode_all_sets=True)
+  spec = StepSpec(model=UniPerceiver(fixtures.model_spec(name)), plan=plan, tx=None, learning_rate=None,
+                  grad_accum_steps=1, ema_decay=0.0, eot=fixtures.end_of_text(name),
+                  vocab_size=fixtures.sizes(name)['vocab'], contrastive_reduction='sum', mask_duplicate_texts=False)
   return dataclasses.replace(spec, **changes)
 
 
@@ -148,7 +162,7 @@ def sized(task: TaskSpec, batch: dict[str, np.ndarray]) -> TaskSpec:
 
 def problem(name: str, arrays: Arrays, **changes: Any) -> Problem:
   """A forward or loss case; `changes` of the model."""
-  entry = fixtures.manifest()['files'][name]
+  entry = fixtures.entry(name)
   model = fixtures.model_of(entry['weights'])
   task = task_spec(entry['task_name'])
   assert task.type.name == entry['task_type']

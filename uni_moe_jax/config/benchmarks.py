@@ -62,9 +62,8 @@ def pretraining(c: ml_collections.ConfigDict) -> None:
     c.tasks[name] = _task(
         'video_classification', f'own:{name}', batch_size=batch_size, loss_weight=0.1, sampling_weight=sampling_weight,
         target_set=name, label_column='label', num_frames=num_frames, **_SMOOTHING, **_VIDEO)
-  c.tasks.bookswiki = _task(
-      'text_mlm', 'own:bookswiki', batch_size=512, loss_weight=0.5, sampling_weight=2.75, target_set=words, max_len=128,
-      max_predictions=20)
+  c.tasks.bookswiki = _task('text_mlm', 'own:bookswiki', batch_size=512, loss_weight=0.5, sampling_weight=2.75,
+                            target_set=words, max_len=128, max_predictions=20)
   for name, (source, sampling_weight, template, max_len) in PRETRAINING_PAIRS.items():
     text = dict(sampling_weight=sampling_weight, caption_templates=(template,), max_len=max_len, **_FLIPPED)
     for task_type, own in (('caption', dict(batch_size=300, loss_weight=1.0, target_set=words)),
@@ -216,10 +215,9 @@ def _vqa(c: ml_collections.ConfigDict, name: str) -> None:
 
 
 # Benchmark → function that adds it to a config with a model.
-_DOWNSTREAM = {
-    'imagenet1k': _imagenet1k, 'kinetics400': _kinetics400,
-    **{f'{data}_{task_type}': _captioned for data in _CAPTIONED for task_type in ('caption', 'retrieval')},
-    'vqa': _vqa, **dict.fromkeys(GLUE, _glue)}
+_DOWNSTREAM = {'imagenet1k': _imagenet1k, 'kinetics400': _kinetics400,
+               **{f'{data}_{task_type}': _captioned for data in _CAPTIONED for task_type in ('caption', 'retrieval')},
+               'vqa': _vqa, **dict.fromkeys(GLUE, _glue)}
 DOWNSTREAM = tuple(_DOWNSTREAM)
 
 

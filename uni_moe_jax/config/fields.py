@@ -43,9 +43,8 @@ def field(
     path: whether it is, or may be, a path of a file system: addresses such as gs://… are refused.
     pattern: whether it is a regular expression.
   """
-  metadata = dict(
-      doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices), off=off,
-      published=published, path=path, pattern=pattern)
+  metadata = dict(doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices),
+                  off=off, published=published, path=path, pattern=pattern)
   return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -162,10 +162,9 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
   evaluations = tuple(_evaluation(name, e, every, sets) for name, e in config.evaluators.items())
   probed = {t.target_set for t in probes} - used
   answers = {e.constrain_to for e in evaluations} - used - probed
-  return Plan(
-      task_types=tuple(types.values()), tasks=tasks, sets=_named(used, sets), probes=probes,
-      probe_sets=_named(probed, sets), evaluations=evaluations, temperatures=temperatures,
-      encode_all_sets=config.train.encode_all_sets, answer_sets=_named(answers, sets), config=config)
+  return Plan(task_types=tuple(types.values()), tasks=tasks, sets=_named(used, sets), probes=probes,
+              probe_sets=_named(probed, sets), evaluations=evaluations, temperatures=temperatures,
+              encode_all_sets=config.train.encode_all_sets, answer_sets=_named(answers, sets), config=config)
 
 
 def _named(names: set[str], sets: Mapping[str, SetSpec]) -> tuple[SetSpec, ...]:

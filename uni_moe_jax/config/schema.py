@@ -21,9 +21,8 @@ FREEZE = 'freeze'
 SUBLAYERS = ('attention', 'mlp')
 GMM_BACKENDS = ('auto', 'xla', 'tiled', 'batched', 'ragged', 'megablox', 'triton')  # moe/gmm.py implements them
 # Temperature groups of the published system; each of its checkpoints has all of them.
-PUBLISHED_TEMPERATURES = (
-    'img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm', 'tqa_caption',
-    'tqa_retrieve', 'downstream')
+PUBLISHED_TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm',
+                          'tqa_caption', 'tqa_retrieve', 'downstream')
 # Task type → its published group. Text classification shares that of masked language modeling.
 PUBLISHED_GROUPS = {
     'image_classification': 'img_cls', 'video_classification': 'video_cls', 'image_caption': 'caption',
@@ -149,10 +148,9 @@ class MoeConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
   """Tokenizer."""
-  type: str = field(
-      'sentencepiece',
-      "sentencepiece (learned from the run's text), or clip (the published one; needs the extra `clip`).",
-      choices=('sentencepiece', 'clip'))
+  type: str = field('sentencepiece',
+                    "sentencepiece (learned from the run's text), or clip (the published one; needs the extra `clip`).",
+                    choices=('sentencepiece', 'clip'))
   vocab_size: int = field(
       2000, 'V, special tokens included, of sentencepiece; with clip it follows from merges_path.', at_least=1)
   allow_smaller_vocab: bool = field(

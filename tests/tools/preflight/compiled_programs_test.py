@@ -9,7 +9,7 @@ import runpy
 import jax
 import pytest
 
-from tests.helpers import beside_libtpu, tiny
+from tests.helpers import processes, tiny
 from uni_moe_jax import config
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, findings, preflight, remedies, topology
@@ -208,7 +208,7 @@ try:
 except jax.errors.JaxRuntimeError as e:
   print(len(devices), str(e).replace(chr(10), ' '))
 """
-  devices, _, message = beside_libtpu.printed(script).partition(' ')
+  devices, _, message = processes.printed(script).partition(' ')
   assert int(devices) == chips
   limit = topology.parse(name).chip.memory / topology.GIB
   assert f'exceeds available HBM ({limit:.2f}G)' in message, message[:500]
@@ -232,7 +232,7 @@ def _as_flags(changes) -> list[str]:
 
 def _launch(folder, topology_name: str, *arguments: str) -> dict:
   """The JSON that launch/preflight.py writes about configs/small.py."""
-  process = beside_libtpu.run(
+  process = processes.python(
       'launch/preflight.py', '--config=configs/small.py', f'--topology={topology_name}', '--nosearch',
       f'--output={folder}/preflight.json', *arguments)
   assert process.returncode == 0, process.stderr
@@ -259,7 +259,7 @@ spec, program = run.spec.model.spec, compiled_programs.compile_program(run, comp
 formula = 64 // 4 * flops.sequence(spec, spec.patches + 1, visual=True)
 print(program.cost.flops / formula, program.cost.unknown_kernels)
 """
-  ratio, unknown = map(float, beside_libtpu.printed(script).split())
+  ratio, unknown = map(float, processes.printed(script).split())
   assert 1.6 < ratio < 2 and unknown == 0  # of a dense model; every expert for every token would be more than six times
 
 

@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from tests.helpers import beside_libtpu, hlo, tpu_step
+from tests.helpers import hlo, processes, tpu_step
 
 _D, _F = tpu_step.WIDTH, tpu_step.MLP_DIM
 _KERNELS = {'qkv': 3 * _D * _D, 'attention_out': _D * _D, 'ffn_in': _D * _F, 'ffn_out': _F * _D}
@@ -21,7 +21,7 @@ def _arrays() -> list[hlo.CollectiveArray]:
   pytest.importorskip('libtpu')
   with tempfile.TemporaryDirectory() as folder:
     file = f'{folder}/step.hlo'
-    beside_libtpu.run('-m', 'tests.helpers.tpu_step', file).check_returncode()
+    processes.python('-m', 'tests.helpers.tpu_step', file).check_returncode()
     return hlo.collectives(pathlib.Path(file).read_text())
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.helpers import beside_libtpu
+from tests.helpers import processes
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import libtpu_plan, topology
 
@@ -58,7 +58,7 @@ for which in (None, compiled_programs.EVALUATION):
 @pytest.mark.slow
 def test_libtpu_plans_what_it_compiles():
   pytest.importorskip('libtpu')
-  lines = [json.loads(line) for line in beside_libtpu.printed(_PLANNED_AND_COMPILED).splitlines()]
+  lines = [json.loads(line) for line in processes.printed(_PLANNED_AND_COMPILED).splitlines()]
   for compiled, plan in zip(lines[::2], lines[1::2], strict=True):
     assert plan[:6] == pytest.approx(compiled[:6])
     # libtpu's analysis of a compiled program has more temporaries than its check against the device memory.
@@ -83,5 +83,5 @@ print(program.memory, program.needs)
 @pytest.mark.slow
 def test_libtpu_reports_the_need_of_a_program_that_is_too_large():
   pytest.importorskip('libtpu')
-  memory, needs = beside_libtpu.printed(_TOO_LARGE).split()
+  memory, needs = processes.printed(_TOO_LARGE).split()
   assert memory == 'None' and float(needs) > 15.75 * topology.GIB
