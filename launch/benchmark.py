@@ -18,8 +18,9 @@ from uni_moe_jax.utils import cli, files
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CONFIG = cli.define_config(default=str(_ROOT / 'configs/quickstart.py'))
 _SUITES = flags.DEFINE_list('suites', [], f'Some of {", ".join(settings.SUITES)}; default: all.')
-_QUICK = flags.DEFINE_bool('quick', False, 'Reduced sizes and rounds; no budget is judged.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matrix products.')
+_QUICK = flags.DEFINE_bool(
+    'quick', False, 'Reduced sizes and rounds, to see whether everything runs; no budget is judged.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of matrix products.')
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 
 

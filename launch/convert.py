@@ -11,18 +11,17 @@ the published layout (averaged ones if the run has them). Both print a report; t
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 
 from absl import flags
 
-from uni_moe_jax.utils import cli
+from uni_moe_jax.utils import cli, files
 from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to make, or, with --output, to read.', required=True)
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'PyTorch file to read (torch or DeepSpeed layout).')
-_OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write.')
+_OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write, in the published layout.')
 
 
 def main() -> int:
@@ -49,8 +48,8 @@ def _from_torch() -> int:
     checkpoints.save(0, run.state_from(params))
   with open(_CHECKPOINT.value, 'rb') as file:
     origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
-  pathlib.Path(_WORKDIR.value, workdir.CONVERSION_FILE).write_text(json.dumps(
-      {**origin, 'names': remarks, **dataclasses.asdict(report)}, indent=1))
+  files.write_json(pathlib.Path(_WORKDIR.value, workdir.CONVERSION_FILE),
+                   {**origin, 'names': remarks, **dataclasses.asdict(report)})
   for remark in sorted({r for r in remarks.values() if not r.startswith('older name')}):
     print(remark)
   if remarks:

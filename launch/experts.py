@@ -13,7 +13,8 @@ from uni_moe_jax.analysis import measured_run
 from uni_moe_jax.utils import cli
 
 _RUN = measured_run.define_flags()
-_NUM_BATCHES = flags.DEFINE_integer('num_batches', 4, 'Batches to measure routers by token on.', lower_bound=1)
+_NUM_BATCHES = flags.DEFINE_integer(
+    'num_batches', 4, 'Batches on which token and context routers are measured; others need none.', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the batches, independent of training.', lower_bound=0)
 
 

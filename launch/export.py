@@ -17,17 +17,17 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of launch/train.py.', required=True)
-_OUTPUT = flags.DEFINE_string('output', None, 'Folder to write; must not exist.', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder to write, which must not exist.', required=True)
 _TASKS = flags.DEFINE_list('tasks', [], 'Tasks of the run to export; all by default.')
-_BAKE_TARGETS = flags.DEFINE_bool('bake_targets', False,
-                                   'Only the entries of target sets are answers; only retrieval still encodes texts.')
+_BAKE_TARGETS = flags.DEFINE_bool(
+    'bake_targets', False, 'Store encoded target sets: only their entries are answers; only retrieval encodes texts.')
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'],
-                           "Of matrix products; the run's by default. Parameters stay float32.")
+                           'Type of matrix products; default: that of the run. Parameters stay float32.')
 _NUM_EXAMPLES = flags.DEFINE_integer(
     'num_examples', 0, 'Examples per task to include, with answers, except for retrieval and masked words; the folder '
     'then contains data of the run.', lower_bound=0)
-_TORCH = flags.DEFINE_bool('torch', False,
-                           'Add model.pth in the layout of the published dense model (one condition only).')
+_TORCH = flags.DEFINE_bool(
+    'torch', False, 'Add model.pth in the layout of the published dense model (one condition only).')
 
 
 def main() -> int:

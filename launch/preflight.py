@@ -19,9 +19,10 @@ from ml_collections import config_flags
 from uni_moe_jax.utils import cli, files
 
 _CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_string('topology', None, 'GENERATION:SHAPE in chips, or cpu:N virtual devices.', required=True)
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'GENERATION:SHAPE in chips, such as v5e:16x16, or cpu:N.', required=True)
 _DEVICE_MEMORY = flags.DEFINE_float('device_memory', None, 'GiB per device; default: the memory of the chip.')
-_SEARCH = flags.DEFINE_bool('search', True, 'Search for a change that fits; estimate the largest batch: more compiles.')
+_SEARCH = flags.DEFINE_bool('search', True, 'Search for a change that fits, and for the largest batch; compiles more.')
 _TIME_BUDGET = flags.DEFINE_float('time_budget', 9., 'Minutes within which compiles of the search must end.', 0.)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 flags.mark_flag_as_required('config')

@@ -28,7 +28,7 @@ _GIF = flags.DEFINE_enum('gif', 'image', ['image', 'video'], 'Media type of .gif
 _TEST_FRACTION = flags.DEFINE_float(
     'test_fraction', 0.1, 'Fraction that becomes the test split if the data names no splits.', 0, 1)
 _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
-    'max_corrupt_fraction', 0.1, 'Largest fraction of rows that may be skipped.', 0, 1)
+    'max_corrupt_fraction', 0.1, 'Largest fraction of rows that may be skipped; more are an error.', 0, 1)
 
 
 def main() -> int:

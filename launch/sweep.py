@@ -25,17 +25,18 @@ from uni_moe_jax.utils.errors import UsageError
 
 _SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the sweep, with those of its cells.', required=True)
-_NUM_SEEDS = flags.DEFINE_integer('num_seeds', None, '1 by default, 3 for adaptation: seeds 0, 1, 2.', lower_bound=1)
-_OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20.')
+_NUM_SEEDS = flags.DEFINE_integer(
+    'num_seeds', None, 'Seeds of every cell, from 0; default: 1 for routers, 3 for adaptation.', lower_bound=1)
+_OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20')
 _OWN_FLAGS = {
     'routers': (
-        flags.DEFINE_string('config', 'configs/ablation.py', 'routers: config file with the argument router=ROUTER.'),
-        flags.DEFINE_list('routers', 'dense,modality,task,attribute,token,context', 'routers: which to compare.'),
-        flags.DEFINE_integer('num_batches', 16, 'routers: batches per task for interference.', lower_bound=2)),
+        flags.DEFINE_string('config', 'configs/ablation.py', 'For routers: config with an argument router=ROUTER.'),
+        flags.DEFINE_list('routers', 'dense,modality,task,attribute,token,context', 'For routers: which to compare.'),
+        flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2)),
     'adaptation': (
-        flags.DEFINE_string('run', None, 'adaptation: work directory of the trained run.'),
-        flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'adaptation: these, or tasks of the run.'),
-        flags.DEFINE_list('recipes', 'zero-shot,prompts,finetune,finetune-all', 'adaptation: which to compare.'))}
+        flags.DEFINE_string('run', None, 'For adaptation: work directory of the trained run.'),
+        flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'For adaptation: these, or tasks of the run.'),
+        flags.DEFINE_list('recipes', 'zero-shot,prompts,finetune,finetune-all', 'For adaptation: which to compare.'))}
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -13,9 +13,11 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and the report.', required=True)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder for checkpoints and metrics; a run in it continues.', required=True)
 _COMPILE_ONLY = flags.DEFINE_bool(
-    'compile_only', False, 'Compile the step into JAX_COMPILATION_CACHE_DIR and stop; on CPU the run is then faster.')
+    'compile_only', False, 'Compile the step into the folder JAX_COMPILATION_CACHE_DIR (environment) and stop; on CPU '
+    'the run is then faster.')
 _CLUSTER = distributed.define_flags()
 _ALLOW_VERSION_MISMATCH = flags.DEFINE_bool(
     'allow_version_mismatch', False, 'Continue a run with other package versions than it was started with.')

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import pathlib
 import runpy
@@ -15,10 +14,9 @@ import ml_collections
 import pytest
 from flax import traverse_util
 
-from tests.helpers import small_model
+from tests.helpers import own_data, small_model
 from uni_moe_jax import config
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.files import prepare
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.router_names import ROUTERS
@@ -28,10 +26,6 @@ from uni_moe_jax.utils.errors import UsageError
 _CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 _NAMES = sorted(f.stem for f in _CONFIGS.glob('*.py'))
 _FROM_A_RUN = ('finetune', 'prompt_tune', 'zero_shot')
-_OWN_DATA = {
-    'pets': dict(columns={'image': 'image', 'captions': 'texts', 'breed': 'class'}, splits={'train': 9, 'test': 1},
-                 classes={'breed': {'names': ['cat', 'dog']}}),
-    'diary': dict(columns={'text': 'text'}, splits={'train': 9}, classes={})}
 
 
 def _config(name: str, arg: str | None = None) -> ml_collections.ConfigDict:
@@ -43,25 +37,20 @@ def _config(name: str, arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 @functools.cache
-def _temporary() -> pathlib.Path:
-  """Summaries of two sources of own data, and the work directory of a quickstart run."""
-  folder = pathlib.Path(_temporary_directory.name)
-  for name, summary in _OWN_DATA.items():
-    version = folder / 'own' / name / '1.0.0'
-    version.mkdir(parents=True)
-    (version / 'prepared.json').write_text(json.dumps({'format': prepare.FORMAT, **summary}))
-  workdir.claim_workdir(folder / 'run', _config('quickstart'), 'print')
-  return folder
+def _run() -> str:
+  """The work directory of a quickstart run, which has no steps yet."""
+  workdir.claim_workdir(f'{_temporary.name}/run', _config('quickstart'), 'print')
+  return f'{_temporary.name}/run'
 
 
-_temporary_directory = tempfile.TemporaryDirectory()  # until the process ends
+_temporary = tempfile.TemporaryDirectory()  # until the process ends
 
 
 def _default(name: str) -> ml_collections.ConfigDict:
   """A config with its default argument, or with the temporary run or data."""
-  if name in _FROM_A_RUN:
-    return _config(name, f'run={_temporary()}/run,task=digits')
-  return _config(name, f'sources={"+".join(f"{_temporary()}/own/{n}" for n in _OWN_DATA)}' if name == 'own' else None)
+  if name in ('finetune', 'prompt_tune', 'zero_shot'):
+    return _config(name, f'run={_run()},task=digits')
+  return _config(name, f'sources={"+".join(own_data.write(_temporary.name))}' if name == 'own' else None)
 
 
 def _quickstart(router: str) -> ml_collections.ConfigDict:
@@ -166,7 +155,7 @@ def test_a_wrong_argument_is_an_error_with_its_choices(name, arg, message):
 
 @pytest.mark.parametrize('task', ['digits', 'video_caption', 'video_name'])
 def test_prompt_tuning_of_the_quickstart_trains_less_than_two_percent(task):
-  c = _config('prompt_tune', f'run={_temporary()}/run,task={task}')
+  c = _config('prompt_tune', f'run={_run()},task={task}')
   spec = dataclasses.replace(_spec(c), head=10 if c.tasks[task].linear_head else 0)
   params = nn.unbox(small_model.boxed(spec))
   groups = jax.tree.leaves(optimizer.match_param_groups(params, c.optim.param_groups))

@@ -1,7 +1,9 @@
 """Launch scripts that run in this process, because starting Python and JAX takes seconds."""
 
+import contextlib
 import pathlib
 import runpy
+from collections.abc import Callable, Iterator
 
 import pytest
 from absl import flags
@@ -9,8 +11,9 @@ from absl import flags
 from uni_moe_jax.utils import cli
 
 
-def run(script: pathlib.Path, *arguments: str) -> int:
-  """Run a script with the output of this process. Remove its flags. Return the exit code."""
+@contextlib.contextmanager
+def loaded(script: pathlib.Path, *arguments: str) -> Iterator[Callable[[], int]]:
+  """Load a script and parse its flags; its `main`, which is not called. The flags exist until the block ends."""
   argv, others, own = [str(script), *arguments], set(flags.FLAGS), set()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('sys.argv', argv)  # config files read their overrides there
@@ -20,6 +23,12 @@ def run(script: pathlib.Path, *arguments: str) -> int:
         flags.FLAGS(argv)
       finally:
         own = set(flags.FLAGS) - others  # without flags of libraries that `main` imports, which still read them
-      return cli.guarded(main)
+      yield main
     finally:
       flags.FLAGS.remove_flag_values(own)
+
+
+def run(script: pathlib.Path, *arguments: str) -> int:
+  """Run a script with the output of this process. Remove its flags. Return the exit code."""
+  with loaded(script, *arguments) as main:
+    return cli.guarded(main)

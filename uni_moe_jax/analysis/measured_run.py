@@ -14,6 +14,8 @@ from uni_moe_jax.train.workdir import claim_workdir, load_config
 from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
+flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
+
 
 class MeasuredRun(NamedTuple):
   """A run, and which of its parameters are measured: those of `step` (None: the newest), or the initial ones."""

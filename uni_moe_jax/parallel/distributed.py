@@ -17,6 +17,7 @@ from uni_moe_jax.utils.errors import UsageError
 
 OFF, AUTO = 'off', 'auto'
 _ADDRESS = re.compile(r'[\w.\-\[\]:]+:\d+')
+flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ def define_flags() -> Callable[[], Cluster | None]:
   """Defines the flags of a command that several processes run; returns a function that parses them."""
   mode = flags.DEFINE_enum(
       'distributed', OFF, [OFF, AUTO],
-      'off: one process. auto: Slurm, Open MPI, GKE or a TPU VM provides the three flags below.')
+      'auto: Slurm, Open MPI, GKE or a TPU VM describes the processes of the run. off: one process, or several that '
+      '--coordinator_address, --num_processes and --process_id describe.')
   address = flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, with a free port there.')
   count = flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.')
   index = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')

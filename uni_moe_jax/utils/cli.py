@@ -21,10 +21,14 @@ _MAX_PATH = 200  # characters of a path in a message
 # Errors of parsing flags, which loads the config file.
 _PARSE_ERRORS = flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError
 
+flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
+
 
 def define_config(name: str = 'config', default: str | None = None) -> flags.FlagHolder:
   """Define --config=FILE.py[:argument], with --config.field=value overrides."""
-  return config_flags.DEFINE_config_file(name, default, help_string='Config file, for example configs/quickstart.py.')
+  return config_flags.DEFINE_config_file(name, default, help_string=(
+      'Config file, and its arguments, if any: FILE.py or FILE.py:NAME=VALUE,NAME=VALUE; the first lines of the file '
+      'describe them. --config.FIELD=VALUE overrides a field, for example --config.train.steps=100.'))
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:

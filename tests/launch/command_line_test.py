@@ -1,4 +1,4 @@
-"""Mistakes on the command line are one sentence and exit code 2, before slow imports."""
+"""Command lines: help, and mistakes, which are one sentence and exit code 2, before slow imports."""
 
 import pytest
 
@@ -33,3 +33,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, script, arguments, 
   assert (done.returncode, done.stdout) == (2, ''), done.stderr
   assert done.stderr.startswith('error: ') and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('script, expected', [
+    ('train', ('config', 'workdir', 'distributed', 'coordinator_address')),
+    ('experts', ('config', 'workdir', 'step', '[no]at_init', 'num_batches'))])
+def test_help_lists_the_flags_that_scripts_share(script, expected):
+  output = processes.python(f'launch/{script}.py', '--help').stdout
+  assert all(f'\n  --{flag}: ' in output for flag in expected), output
