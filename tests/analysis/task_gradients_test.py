@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import saved_run, tiny
 from tests.helpers.small_model import jit
 from uni_moe_jax.analysis import interference, param_subsets, run_interference
 from uni_moe_jax.analysis.interference_hook import interference_hook
@@ -198,14 +198,9 @@ class _StopAfterThree(loop.Stop):
     return self.steps > 3
 
 
-def _lines(workdir):
-  with open(f'{workdir}/metrics.jsonl') as file:
-    return [{k: v for k, v in json.loads(line).items() if k != 'steps_per_second'} for line in file]
-
-
 @pytest.mark.slow
 def test_the_metric_changes_no_other_metric_and_is_the_same_after_a_restart(runs):
-  off, on, stopped = (_lines(runs[k]) for k in ('off', 'on', 'stopped'))
+  off, on, stopped = (saved_run.lines(runs[k]) for k in ('off', 'on', 'stopped'))
   assert on == stopped
   assert [any(k.startswith('interference/') for k in line) for line in on] == [False, True, False, True, False]
   assert all(np.isfinite(v) for line in on for v in line.values())

@@ -1,6 +1,8 @@
-"""A work directory with a checkpoint of a run that was not trained."""
+"""Work directories: a checkpoint of a run that was not trained, and the metrics of one that was."""
 
+import json
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,3 +37,9 @@ def load(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.R
   run = train_run.build(config, jax.devices()[:1])
   with Checkpoints(folder, 1) as checkpoints:
     return run, *train_run.predictor(run, checkpoints)
+
+
+def lines(folder: Folder) -> list[dict[str, float]]:
+  """Return the lines of metrics.jsonl without the speed, in which equal runs differ."""
+  texts = pathlib.Path(folder, 'metrics.jsonl').read_text().splitlines()
+  return [{k: v for k, v in json.loads(text).items() if k != 'steps_per_second'} for text in texts]

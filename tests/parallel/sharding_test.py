@@ -19,10 +19,6 @@ from uni_moe_jax.utils.tree_paths import path_of
 _ONE = dict(replica=1, data=1, expert=1, model=1)
 
 
-def _is_box(x) -> bool:
-  return isinstance(x, nn.LogicallyPartitioned)
-
-
 @functools.cache
 def _boxed(router: str):
   """Boxed shapes of a model with every parameter that exists: learned positions, prompts, a head, …"""
@@ -34,14 +30,14 @@ def _boxed(router: str):
 
 def _leaves(router: str):
   """(path, box or bare leaf) of every parameter."""
-  leaves = jax.tree_util.tree_leaves_with_path(_boxed(router), is_leaf=_is_box)
-  return [(path_of(path), leaf) for path, leaf in leaves]
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return [(path_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(_boxed(router), is_leaf=is_box)]
 
 
 @pytest.mark.parametrize('router', small_model.ROUTERS)
 def test_every_parameter_names_every_axis_by_a_name_of_the_table(router):
   for path, leaf in _leaves(router):
-    assert _is_box(leaf), path
+    assert isinstance(leaf, nn.LogicallyPartitioned), path
     assert len(leaf.names) == leaf.value.ndim, path
     assert set(leaf.names) <= set(sharding.RULES), path
 
@@ -78,11 +74,8 @@ def test_a_mesh_that_does_not_fit_is_refused(requested, message):
 
 
 def _mesh(**axes) -> jax.sharding.Mesh:
-  return sharding.make_mesh({**_ONE, **axes}, jax.devices()[:8])
-
-
-def test_tests_have_eight_devices():
   assert jax.device_count() >= 8
+  return sharding.make_mesh({**_ONE, **axes}, jax.devices()[:8])
 
 
 def _assert_sharded(sharded: NamedSharding, spec, shape):
@@ -131,20 +124,11 @@ def test_an_expert_is_on_one_expert_shard():
     np.testing.assert_array_equal(shard.data, np.full((1, 24, 16), expert))
 
 
-def test_all_axes_except_model_shard_the_batch():
-  assert sharding.batch_shards(_mesh(replica=1, data=2, expert=2, model=2).shape) == 4
-
-
-def test_a_single_process_has_all_shards():
-  assert sharding.local_shards(_mesh(data=2, expert=2, model=2)) == (0, 1, 2, 3)
-  assert sharding.local_shards(_mesh(model=8)) == (0,)
-
-
-def test_a_batch_is_split_over_its_shard_axis_and_not_over_micro_steps():
-  mesh = _mesh(data=2, expert=2, model=2)
+def test_all_axes_except_model_shard_the_batch_and_none_its_micro_steps():
+  mesh = _mesh(replica=1, data=2, expert=2, model=2)
+  assert sharding.batch_shards(mesh.shape) == 4
   assert sharding.batch_sharding(mesh, 0).shard_shape((4, 3, 5)) == (1, 3, 5)
   assert sharding.batch_sharding(mesh, 1).shard_shape((6, 4, 5)) == (6, 1, 5)
-
-
-def test_replicated_arrays_are_on_every_device():
-  assert sharding.replicated(_mesh(data=8)).is_fully_replicated
+  assert sharding.local_shards(mesh) == (0, 1, 2, 3)  # a single process has all
+  assert sharding.local_shards(_mesh(model=8)) == (0,)
+  assert sharding.replicated(mesh).is_fully_replicated

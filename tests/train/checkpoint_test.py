@@ -5,6 +5,7 @@ import pathlib
 import resource
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,43 +32,34 @@ def _like(state, where=None):
 
 
 def _assert_identical(got, expected):
-  assert jax.tree.structure(got) == jax.tree.structure(expected)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
-    assert a.dtype == b.dtype
-    np.testing.assert_array_equal(a, b)
+  chex.assert_trees_all_equal_dtypes(got, expected)
+  chex.assert_trees_all_equal(got, expected)
+
+
+def _folders(workdir) -> list[str]:
+  return sorted(p.name for p in (workdir / 'checkpoints').iterdir())
 
 
 @pytest.mark.parametrize('ema', [True, False])
 def test_a_state_is_restored_bit_for_bit(tmp_path, ema):
   state = _state(ema=ema)
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
+    assert checkpoints.latest() is None
     checkpoints.save(3, state)
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     assert checkpoints.latest() == 3
     _assert_identical(checkpoints.restore(_like(state)), state)
 
 
-def test_a_new_folder_has_no_checkpoint(tmp_path):
-  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
-    assert checkpoints.latest() is None
-
-
-def test_the_newest_are_kept_and_restored(tmp_path):
+def test_the_newest_are_kept_and_restored_and_a_saved_step_is_not_saved_again(tmp_path):
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     for step in (1, 2, 4):
       checkpoints.save(step, _state(step))
-  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '4']
+    checkpoints.save(4, _state(5))
+  assert _folders(tmp_path) == ['2', '4']
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     _assert_identical(checkpoints.restore(_like(_state())), _state(4))
     _assert_identical(checkpoints.restore(_like(_state()), step=2), _state(2))
-
-
-def test_a_saved_step_is_not_saved_again(tmp_path):
-  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
-    checkpoints.save(3, _state(3))
-    checkpoints.save(3, _state(5))
-  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
-    _assert_identical(checkpoints.restore(_like(_state())), _state(3))
 
 
 def test_a_step_that_donates_its_state_does_not_change_a_pending_save(tmp_path):
@@ -161,7 +153,7 @@ def test_reading_creates_and_deletes_nothing(tmp_path):
   assert unfinished.exists()  # another process may be writing it
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(4, _state(4))
-  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']
+  assert _folders(tmp_path) == ['3', '4']
 
 
 def test_free_heap_pages_are_returned_to_the_system_after_each_save(tmp_path):

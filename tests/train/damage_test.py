@@ -1,6 +1,7 @@
 """Damaged checkpoints are skipped with a warning or refused, never read as if they were intact."""
 
 import errno
+import os
 import pathlib
 import shutil
 import time
@@ -130,12 +131,14 @@ def test_a_reader_moves_nothing_and_can_restore_any_intact_step(workdir):
   assert not (workdir / 'damaged').exists()
 
 
-def _no_space(*_):
-  raise OSError(errno.ENOSPC, 'No space left on device')
+def _refuse(number):
+  def refuse(folder, *_):
+    raise OSError(number, os.strerror(number), str(folder))
+  return refuse
 
 
 def test_a_full_disk_is_reported_with_the_step_that_is_safe(workdir, monkeypatch):
-  monkeypatch.setattr(manifest, 'write', _no_space)
+  monkeypatch.setattr(manifest, 'write', _refuse(errno.ENOSPC))
   with Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))
     end = time.monotonic() + 20
@@ -152,18 +155,10 @@ def test_a_full_disk_is_reported_with_the_step_that_is_safe(workdir, monkeypatch
     assert checkpoints.steps() == [2, 3]
 
 
-def test_a_write_error_is_not_reported_as_a_full_disk(workdir, monkeypatch):
-  def refuse(*_):
-    raise PermissionError(errno.EACCES, 'Permission denied', str(workdir))
-
-  monkeypatch.setattr(manifest, 'write', refuse)
-  message = 'Permission denied.*that of step 2 is safe. Check whether the disk can be reached'
-  with pytest.raises(RunError, match=message):
-    with Checkpoints(workdir, max_to_keep=1) as checkpoints:
-      checkpoints.save(3, _state(3))
-
-
-def test_a_failed_last_save_is_reported(workdir, monkeypatch):
-  monkeypatch.setattr(manifest, 'write', _no_space)
-  with pytest.raises(RunError, match='step 3 could not be written'), Checkpoints(workdir, max_to_keep=1) as checkpoints:
+@pytest.mark.parametrize('number, message', [
+    (errno.EACCES, 'Permission denied.*that of step 2 is safe. Check whether the disk can be reached'),
+    (errno.ENOSPC, 'step 3 could not be written')])
+def test_a_failed_last_save_is_reported_and_a_write_error_is_not_a_full_disk(workdir, monkeypatch, number, message):
+  monkeypatch.setattr(manifest, 'write', _refuse(number))
+  with pytest.raises(RunError, match=message), Checkpoints(workdir, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state(3))

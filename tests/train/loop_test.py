@@ -1,7 +1,6 @@
 """A run that is stopped and started again ends like one that is not."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import saved_run, tiny
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
@@ -46,11 +45,6 @@ def _state(workdir):
   run = train_run.build(_config(), jax.devices()[:1])
   with Checkpoints(workdir, 2) as checkpoints:
     return checkpoints.latest(), checkpoints.restore(run.abstract_state())
-
-
-def _lines(workdir) -> list[dict]:
-  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in lines]
 
 
 def test_compiling_ahead_trains_nothing_and_creates_no_work_directory(tmp_path, capsys):
@@ -94,8 +88,8 @@ def test_three_steps_restart_and_three_steps_are_six_steps_bit_for_bit(uninterru
 
 
 def test_a_restarted_run_has_the_same_metrics(uninterrupted, restarted):
-  assert [line['step'] for line in _lines(uninterrupted)] == [1, 2, 3, 4, 5, 6]
-  assert _lines(restarted) == _lines(uninterrupted)
+  assert [line['step'] for line in saved_run.lines(uninterrupted)] == [1, 2, 3, 4, 5, 6]
+  assert saved_run.lines(restarted) == saved_run.lines(uninterrupted)
 
 
 class _Killed(Exception):
@@ -117,14 +111,14 @@ def killed(tmp_path_factory):
     patch.setattr(loop.MetricsLog, 'write', kill)
     loop.train(_config(), str(workdir), jax.devices()[:1])
   assert _state(workdir)[0] == 4
-  assert [line['step'] for line in _lines(workdir)] == [1, 2, 3, 4, 5]
+  assert [line['step'] for line in saved_run.lines(workdir)] == [1, 2, 3, 4, 5]
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
   return workdir
 
 
 def test_a_run_that_was_killed_ends_with_the_same_state_and_lines(uninterrupted, killed):
   assert all(jax.tree.leaves(jax.tree.map(np.array_equal, _state(uninterrupted), _state(killed))))
-  assert _lines(killed) == _lines(uninterrupted)
+  assert saved_run.lines(killed) == saved_run.lines(uninterrupted)
 
 
 @pytest.fixture
@@ -213,9 +207,9 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
     assert 'Lower config.optim.learning_rate' in errors
   else:
     assert not errors
-    assert [line['skipped_steps'] for line in _lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
-    assert ['loss/shape' in line for line in _lines(tmp_path)] == [True, False, False, True, False, False]
-    assert [line.get('corrupt_examples') for line in _lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
+    assert [line['skipped_steps'] for line in saved_run.lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
+    assert ['loss/shape' in line for line in saved_run.lines(tmp_path)] == [True, False, False, True, False, False]
+    assert [line.get('corrupt_examples') for line in saved_run.lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
 
 
 @pytest.mark.slow
@@ -240,4 +234,4 @@ def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_
   assert process.returncode == 75, output
   assert 'the same command continues' in output
   subprocess.run(command('stopped'), env=environment, check=True, capture_output=True)
-  assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'uninterrupted')
+  assert saved_run.lines(tmp_path / 'stopped') == saved_run.lines(tmp_path / 'uninterrupted')

@@ -188,48 +188,25 @@ def test_the_router_multiplier_leaves_frozen_routers_frozen():
   assert groups['ffn_router']['gate'].frozen
 
 
-def _rate(t, schedule='cosine', final_lr_fraction=.2, warmup_steps=4):
-  c = _config(schedule=schedule, final_lr_fraction=final_lr_fraction, warmup_steps=warmup_steps)
-  c.train.steps = 12
-  return float(optimizer.schedule(c)(t))
-
-
 # Peak 0.1, four warm-up updates, then half a cosine over 8 to a fifth of the peak; after the end it stays there.
-@pytest.mark.parametrize('t, rate', [
-    (0, .025), (1, .05), (3, .1), (4, .1), (6, .02 + .08 * (1 + math.sqrt(.5)) / 2), (8, .06), (12, .02), (13, .02),
-    (1000, .02)])
-def test_warm_up_then_cosine_clamped_at_the_end(t, rate):
-  assert _rate(t) == pytest.approx(rate, rel=1e-5)
-
-
 # Published, of the same peak and end: t / 4; then the cosine, (1 + cos(π (t - 4) / 8)) / 2, where it is more than 1/5.
-# At 10 and 14 it is .146, at 12 zero; at 16 it has risen to 1/2, at 20 to 1.
-@pytest.mark.parametrize('t, rate', [
-    (0, 0.), (1, .025), (3, .075), (4, .1), (6, .05 * (1 + math.sqrt(.5))), (8, .05), (10, .02), (12, .02), (14, .02),
-    (16, .05), (20, .1)])
-def test_the_published_schedule_starts_at_zero_and_rises_again_past_the_end(t, rate):
-  assert _rate(t, schedule='published') == pytest.approx(rate, rel=1e-5, abs=1e-9)
-
-
-@pytest.mark.parametrize('final, rate', [(0., .05 * (1 - math.sqrt(.5))), (.1, .05 * (1 - math.sqrt(.5))), (.2, .02)])
-def test_the_published_final_fraction_is_a_lower_bound(final, rate):
-  # At 10 of 12 the cosine is (1 - √½) / 2 = .146 of the peak, whatever the end is, unless that is more.
-  assert _rate(10, schedule='published', final_lr_fraction=final) == pytest.approx(rate, rel=1e-5)
-
-
-@pytest.mark.parametrize('t, rate', [(0, .025), (3, .1), (4, .1), (12, .1), (100, .1)])
-def test_a_constant_schedule_warms_up_too(t, rate):
-  assert _rate(t, schedule='constant') == pytest.approx(rate, rel=1e-5)
-
-
-@pytest.mark.parametrize('warmup, t, rate', [(0, 0, .1), (12, 11, .1), (20, 9, .05)])
-def test_warm_up_may_be_nothing_or_longer_than_the_run(warmup, t, rate):
-  assert _rate(t, warmup_steps=warmup) == pytest.approx(rate, rel=1e-5)
-
-
-@pytest.mark.parametrize('warmup, t, rate', [(0, 0, .1), (12, 11, .1 * 11 / 12), (20, 9, .045)])
-def test_published_warm_up_may_be_nothing_or_longer_than_the_run(warmup, t, rate):
-  assert _rate(t, schedule='published', warmup_steps=warmup) == pytest.approx(rate, rel=1e-5)
+# At 10 and 14 it is (1 - √½) / 2 = .146, whatever the end is, at 12 zero; at 16 it has risen to 1/2, at 20 to 1.
+@pytest.mark.parametrize('changes, rates', [
+    ({}, {0: .025, 1: .05, 3: .1, 4: .1, 6: .02 + .08 * (1 + math.sqrt(.5)) / 2, 8: .06, 12: .02, 13: .02, 1000: .02}),
+    (dict(schedule='published'), {0: 0., 1: .025, 3: .075, 4: .1, 6: .05 * (1 + math.sqrt(.5)), 8: .05, 10: .02,
+                                  12: .02, 14: .02, 16: .05, 20: .1}),
+    (dict(schedule='published', final_lr_fraction=0.), {10: .05 * (1 - math.sqrt(.5))}),
+    (dict(schedule='published', final_lr_fraction=.1), {10: .05 * (1 - math.sqrt(.5))}),
+    (dict(schedule='constant'), {0: .025, 3: .1, 4: .1, 12: .1, 100: .1}),
+    # Warm-up may be nothing, or longer than the run.
+    (dict(warmup_steps=0), {0: .1}), (dict(warmup_steps=12), {11: .1}), (dict(warmup_steps=20), {9: .05}),
+    (dict(schedule='published', warmup_steps=0), {0: .1}),
+    (dict(schedule='published', warmup_steps=12), {11: .1 * 11 / 12}),
+    (dict(schedule='published', warmup_steps=20), {9: .045})])
+def test_the_learning_rate_over_a_run(changes, rates):
+  c = _config(**{**dict(schedule='cosine', final_lr_fraction=.2, warmup_steps=4), **changes})
+  c.train.steps = 12
+  assert {t: float(optimizer.schedule(c)(t)) for t in rates} == pytest.approx(rates, rel=1e-5, abs=1e-9)
 
 
 def test_updates_follow_the_schedule():

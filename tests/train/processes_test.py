@@ -1,7 +1,6 @@
 """Two processes of four devices: a step, a run that is stopped and continues, and its evaluation."""
 
 import json
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 
 import pytest
 
-from tests.helpers import process_step, processes, tiny
+from tests.helpers import process_step, processes, saved_run, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -56,11 +55,6 @@ def get_config():
 '''
 
 
-def _lines(workdir: pathlib.Path) -> list[dict]:
-  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in lines]
-
-
 def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path):
   config = tmp_path / 'config.py'
   config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=_STEPS))
@@ -78,13 +72,13 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
     output = process.communicate()[0].decode()
   assert process.returncode == 75, output
   assert output.count('the same command continues') == 1, output  # only process 0 prints
-  assert 2 < len(_lines(tmp_path / 'stopped')) < _STEPS
+  assert 2 < len(saved_run.lines(tmp_path / 'stopped')) < _STEPS
   assert 'resumed from step' in processes.run(command('stopped'))
-  assert _lines(tmp_path / 'stopped') == _lines(tmp_path / 'uninterrupted')
+  assert saved_run.lines(tmp_path / 'stopped') == saved_run.lines(tmp_path / 'uninterrupted')
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
   processes.run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
-  one, two = _lines(tmp_path / 'one'), _lines(tmp_path / 'uninterrupted')
+  one, two = saved_run.lines(tmp_path / 'one'), saved_run.lines(tmp_path / 'uninterrupted')
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
   for a, b in zip(one[:10], two[:10]):
     assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-5)

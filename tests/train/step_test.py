@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout
-from uni_moe_jax.train import forward, optimizer, step
+from uni_moe_jax.train import forward, step
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.utils.tree_paths import by_path
 
@@ -21,10 +21,6 @@ TASKS = ('shape', 'text', 'pair')
 FROZEN = ('blocks/block0/qkv/', 'tail/block0/ffn_router/gate', 'embed/patch$')
 EMA = 0.75
 WEIGHTS = {'shape': 2., 'text': .5, 'pair': 1.}
-
-
-def _one_device():
-  return jax.devices()[:1]
 
 
 @functools.cache
@@ -36,45 +32,37 @@ def _run() -> train_run.Run:
   c.train.ema_decay = EMA
   for name, weight in WEIGHTS.items():
     c.tasks[name].loss_weight = weight
-  return train_run.build(c, _one_device())
+  return _build(c)
+
+
+def _build(c) -> train_run.Run:
+  return train_run.build(c, jax.devices()[:1])
 
 
 @functools.cache
 def _step():
-  return _run().step_fn()
-
-
-@functools.cache
-def _copy():
-  return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-
-
-@functools.cache
-def _initial():
-  return _run().init()
-
-
-@functools.cache
-def _batches():
+  """(jitted step, five batches, target sets)."""
   run = _run()
-  return tuple(run.put_batch(batch) for _, batch in run.mixture().iterate(0, 5))
+  return run.step_fn(), [run.put_batch(batch) for _, batch in run.mixture().iterate(0, 5)], run.target_sets()
 
 
-@functools.cache
-def _sets():
-  return _run().target_sets()
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+def _batch(i: int):
+  return _step()[1][i]
 
 
 def _take(state, batch):
   """One step that does not change its arguments (the step itself donates the buffers of the state)."""
-  return _step()(_copy()(state), batch, _sets())
+  return _step()[0](_copy(state), batch, _step()[2])
 
 
 @functools.cache
 def _states():
   """States after 0, 1, … 5 steps, and the metrics of each."""
-  states, metrics = [_initial()], []
-  for batch in _batches():
+  states, metrics = [_run().init()], []
+  for batch in _step()[1]:
     state, m = _take(states[-1], batch)
     states.append(state)
     metrics.append(jax.device_get(m))
@@ -96,16 +84,12 @@ def _equal(a, b):
   return all((x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def _frozen_paths():
-  return optimizer.frozen_paths(_run().param_groups)
-
-
 def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
   states, metrics = _states()
   assert all(m['learning_rate'] > 0 for m in metrics)
   before, after = _by_path(states[0].params), _by_path(states[5].params)
   still = {path for path in before if (before[path] == after[path]).all()}
-  assert still == _frozen_paths()
+  assert still == _run().spec.frozen
   assert len(still) == 4  # qkv has a bias
 
 
@@ -120,7 +104,7 @@ def test_every_expert_of_every_layer_moves():
   before, after = _by_path(states[0].params), _by_path(states[5].params)
   parts = ('/qkv/', '/attention_out/', '/ffn_in/', '/ffn_out/')
   seen = 0
-  for path in before.keys() - _frozen_paths():
+  for path in before.keys() - _run().spec.frozen:
     if any(p in path for p in parts):
       experts = 2 if '/blocks/' in path else 1  # leading axes: [layers, E, …] or [E, …]
       moved = (before[path] != after[path]).reshape(*before[path].shape[:experts], -1).any(-1)
@@ -164,7 +148,7 @@ def _nonfinite(batch, group='image_classification'):
 def test_a_nonfinite_step_changes_only_the_counters():
   states, _ = _states()
   before = states[2]
-  after, metrics = _take(before, _nonfinite(_batches()[2]))
+  after, metrics = _take(before, _nonfinite(_batch(2)))
   _assert_identical(after.params, before.params)
   _assert_identical(after.opt_state, before.opt_state)
   _assert_identical(after.ema_params, before.ema_params)
@@ -181,15 +165,14 @@ def test_the_same_step_on_finite_data_changes_all_of_them():
 
 def test_nonfinite_steps_are_counted_in_a_row_and_in_total():
   state, counts = _states()[0][0], []
-  for is_nonfinite in (True, True, False, True):
-    batch = _batches()[0]
-    state, metrics = _take(state, _nonfinite(batch) if is_nonfinite else batch)
+  for batch in (_nonfinite(_batch(0)), _nonfinite(_batch(0)), _batch(0), _nonfinite(_batch(0))):
+    state, metrics = _take(state, batch)
     counts.append((int(metrics['nonfinite_streak']), int(metrics['skipped_steps'])))
   assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
 
 
 def test_a_step_is_deterministic():
-  state, batch = _states()[0][1], _batches()[1]
+  state, batch = _states()[0][1], _batch(1)
   (a, m), (b, n) = _take(state, batch), _take(state, batch)
   _assert_identical(a, b)
   _assert_identical(m, n)
@@ -197,16 +180,16 @@ def test_a_step_is_deterministic():
 
 def test_noise_differs_between_steps():
   one, two = _states()[0][1:3]
-  first, second = (_take(one.replace(step=step), _batches()[1])[1] for step in (one.step, two.step))
+  first, second = (_take(one.replace(step=step), _batch(1))[1] for step in (one.step, two.step))
   assert float(first['loss/total']) != float(second['loss/total'])
 
 
 def test_a_step_transfers_nothing_implicitly():
   run = _run()
-  state, host = _copy()(_states()[0][1]), next(run.mixture().iterate(1, 2))[1]
+  state, host = _copy(_states()[0][1]), next(run.mixture().iterate(1, 2))[1]
   _take(state, run.put_batch(host))  # compiled
   with jax.transfer_guard('disallow'):
-    state, metrics = _step()(state, run.put_batch(host), _sets())
+    state, metrics = _step()[0](state, run.put_batch(host), _step()[2])
     jax.block_until_ready(metrics)
     jax.device_get(metrics)
 
@@ -222,7 +205,7 @@ def _set_run():
   c = tiny.config('text', data_dir=tiny.data_dir())
   c.model.num_layers = 1
   c.train.grad_accum_steps = 2
-  return train_run.build(c, _one_device())
+  return _build(c)
 
 
 def _global_batch(run, accum):
@@ -292,41 +275,31 @@ def test_a_task_gets_its_own_rows_of_its_group_in_every_shard():
   assert rows['package']['weight'].tolist() == [[1.], [2.5]]
 
 
-def _mlm(labels, weights, num_sampled):
-  """(spec, batch) of a masked-language task whose vocabulary samples `num_sampled` words."""
+LABELS = [[5, 6, 7], [5, 8, 9], [10, 5, 11], [12, 13, 5]]
+LABEL_WEIGHTS = [[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]
+
+
+def _mlm(num_sampled, *leading):
+  """(spec, batch) of a masked-language task whose vocabulary samples `num_sampled` words, with these leading axes."""
   plan = _set_run().plan.only('text')
   plan = dataclasses.replace(plan, sets=(dataclasses.replace(plan.sets[0], num_sampled=num_sampled),))
-  spec = dataclasses.replace(_set_run().spec, plan=plan, grad_accum_steps=1)
-  fields = {'label': np.array(labels)[None], 'weight': np.array(weights, np.float32)[None]}
-  return spec, {'text_mlm': fields}
+  fields = {'label': np.array(LABELS), 'weight': np.array(LABEL_WEIGHTS, np.float32)}
+  spec = dataclasses.replace(_set_run().spec, plan=plan, grad_accum_steps=leading[0])
+  return spec, {'text_mlm': {k: v.reshape(*leading, -1, 3) for k, v in fields.items()}}
 
 
-@functools.cache
-def _four_rows():
-  return [[5, 6, 7], [5, 8, 9], [10, 5, 11], [12, 13, 5]], [[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]
-
-
-def test_labels_of_positive_weight_are_sampled():
-  spec, batch = _mlm(*_four_rows(), num_sampled=8)  # 5, 6, 7, 9, 10, 11, 12, 13; 8 has weight 0
-  words = forward.sample_vocabularies(spec, batch, jax.random.key(0))['words']
-  assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
+@pytest.mark.parametrize('leading', [(1,), (2, 1)])
+def test_labels_of_positive_weight_of_all_micro_steps_are_sampled_together(leading):
+  words = forward.sample_vocabularies(*_mlm(8, *leading), jax.random.key(0))['words']
+  assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]  # 8 has weight 0
   assert float(words.dropped) == 0
-
-
-def test_labels_of_all_micro_steps_are_sampled_together():
-  labels, weights = _four_rows()
-  spec, batch = _mlm(labels, weights, num_sampled=8)
-  batch = {'text_mlm': {k: v.reshape(2, 1, 2, 3) for k, v in batch['text_mlm'].items()}}
-  words = forward.sample_vocabularies(dataclasses.replace(spec, grad_accum_steps=2), batch, jax.random.key(0))['words']
-  assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]
 
 
 def test_dropped_labels_have_weight_zero():
   # A sample of 6 for 8 labels: the two that are dropped do not count. Label 5 occurs four times.
-  labels, weights = _four_rows()
-  spec, batch = _mlm(labels, weights, num_sampled=6)
+  spec, batch = _mlm(6, 1)
   sampled = forward.sample_vocabularies(spec, batch, jax.random.key(0))
-  kept = np.isin(labels, sampled['words'].ids) * np.array(weights)
+  kept = np.isin(LABELS, sampled['words'].ids) * np.array(LABEL_WEIGHTS)
   assert float(sampled['words'].dropped) == 2
   assert float(forward.weight_sums(spec, batch, sampled)['text']) == kept.sum() < 11
 
@@ -339,7 +312,7 @@ def _shapes(accum):
   c.target_sets.shapes = config_lib.target_set(tiny.CLASSES + tiny.COLORS, family='names')
   c.model.num_layers = 1
   c.train.grad_accum_steps = accum
-  run = train_run.build(c, _one_device())
+  run = _build(c)
   traced = jax.make_jaxpr(functools.partial(step.gradients, run.spec))(
       run.shapes.params, _global_batch(run, accum), run.target_sets(), jax.random.key(0))
   inside, outside = set(), set()
@@ -364,35 +337,20 @@ def test_target_sets_are_encoded_once_for_all_micro_steps():
 
 
 # A sampled mixture: one task a step.
-@functools.cache
-def _sampled_run():
+def test_a_one_task_step_has_only_the_loss_of_its_task_whose_weight_does_not_scale_it():
   c = tiny.config('shape', 'pair', data_dir=tiny.data_dir())
   c.model.num_layers = 1
   c.train.mixture = 'one_task'
   c.tasks.shape.loss_weight = 3.
   c.optim.param_groups = (('.*', 1., 0.),)
-  return train_run.build(c, _one_device())
-
-
-@functools.cache
-def _sampled_step():
-  """(parameters before, after, metrics) of a step of the task 'shape'."""
-  run = _sampled_run()
-  name, batch = next((name, b) for name, b in run.mixture().iterate(0, 20) if name == 'shape')
+  run = _build(c)
+  batch = next(batch for name, batch in run.mixture().iterate(0, 20) if name == 'shape')
   state = run.init()
   before = _by_path(jax.device_get(state.params))
-  state, metrics = run.step_fn(name)(state, run.put_batch(batch), run.target_sets())
-  return before, _by_path(state.params), jax.device_get(metrics)
-
-
-def test_a_one_task_step_has_only_the_loss_of_its_task():
-  before, after, metrics = _sampled_step()
+  state, metrics = run.step_fn('shape')(state, run.put_batch(batch), run.target_sets())
+  after = _by_path(state.params)
   assert [k for k in metrics if k.startswith('loss/')] == ['loss/shape', 'loss/total']
   moved = {path for path in before if (before[path] != after[path]).any()}
   assert 'log_scale_image_classification' in moved
   assert 'log_scale_image_retrieval' not in moved
-
-
-def test_the_loss_weight_of_a_sampled_task_does_not_scale_its_loss():
-  _, _, metrics = _sampled_step()
   assert metrics['loss/total'] == metrics['loss/shape']

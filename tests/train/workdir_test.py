@@ -19,6 +19,14 @@ def _claimed(tmp_path):
   return c
 
 
+def _rewrite(tmp_path, **changed):
+  """Changes fields of config.json; None deletes one. Returns the old content."""
+  path = tmp_path / workdir.CONFIG_FILE
+  content = json.loads(path.read_text())
+  path.write_text(json.dumps({k: v for k, v in {**content, **changed}.items() if v is not None}))
+  return content
+
+
 def test_a_config_is_stored_and_loaded_unchanged(tmp_path):
   c = _claimed(tmp_path)
   workdir.claim_workdir(tmp_path, c, 'print')
@@ -44,19 +52,15 @@ def test_another_config_is_refused_with_the_field(tmp_path, section, field, mess
       workdir.claim_workdir(tmp_path, c, fingerprint)
 
 
-def test_other_data_is_refused(tmp_path):
-  c = _claimed(tmp_path)
-  with pytest.raises(ValueError, match='the data'):
-    workdir.claim_workdir(tmp_path, c, 'another print')
-
-
-def test_other_files_of_the_tokenizer_or_class_names_are_refused(tmp_path):
+def test_other_data_and_other_files_of_the_tokenizer_or_class_names_are_refused(tmp_path):
   c = tiny.config('shape', data_dir='/somewhere')
   workdir.claim_workdir(tmp_path, c, 'print', inputs='these')
   for inputs in ('these', None):
     workdir.claim_workdir(tmp_path, c, 'print', inputs=inputs)
   with pytest.raises(ValueError, match='file of class names'):
     workdir.claim_workdir(tmp_path, c, 'print', inputs='others')
+  with pytest.raises(ValueError, match='the data'):
+    workdir.claim_workdir(tmp_path, c, 'another print')
 
 
 def test_another_tokenizer_than_the_runs_is_refused_by_every_process(tmp_path):
@@ -96,27 +100,20 @@ def test_a_folder_without_a_run_names_the_command(tmp_path):
     workdir.check_versions])
 def test_a_work_directory_of_another_version_is_refused(tmp_path, version, name, read):
   _claimed(tmp_path)
-  path = tmp_path / workdir.CONFIG_FILE
-  written = json.loads(path.read_text())
-  del written['uni_moe_jax']
-  path.write_text(json.dumps(written if version is None else {**written, 'uni_moe_jax': version}))
+  _rewrite(tmp_path, uni_moe_jax=version)
   with pytest.raises(ValueError, match=f'was written by uni_moe_jax {name}, and this is {uni_moe_jax.__version__}'):
     read(tmp_path)
 
 
 def test_a_work_directory_of_a_release_with_the_same_format_is_read(tmp_path):
   _claimed(tmp_path)
-  path = tmp_path / workdir.CONFIG_FILE
-  path.write_text(json.dumps({**json.loads(path.read_text()), 'uni_moe_jax': '0.2.99'}))
+  _rewrite(tmp_path, uni_moe_jax='0.2.99')
   workdir.load_config(tmp_path)
 
 
 def _started_with(tmp_path, **changed):
   _claimed(tmp_path)
-  path = tmp_path / workdir.CONFIG_FILE
-  content = json.loads(path.read_text())
-  content['versions'].update(changed)
-  path.write_text(json.dumps(content))
+  _rewrite(tmp_path, versions={**workdir.versions(), **changed})
 
 
 @pytest.mark.parametrize('damage', [
@@ -124,8 +121,7 @@ def _started_with(tmp_path, **changed):
     {'versions': {'jax': '0.1'}, 'earlier_versions': 3}])
 def test_versions_that_are_not_strings_are_damage(tmp_path, damage):
   _started_with(tmp_path)
-  path = tmp_path / workdir.CONFIG_FILE
-  path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+  _rewrite(tmp_path, **damage)
   with pytest.raises(ValueError, match=r'config.json is damaged \(its versions are not strings by package\)'):
     workdir.check_versions(tmp_path, allow_mismatch=True)
 
@@ -157,7 +153,7 @@ def test_an_allowed_mismatch_records_the_installed_versions(tmp_path, capsys):
   workdir.check_versions(tmp_path, allow_mismatch=True)
   workdir.check_versions(tmp_path)
   assert capsys.readouterr() == ('', '')
-  content = json.loads((tmp_path / workdir.CONFIG_FILE).read_text())
+  content = _rewrite(tmp_path)
   assert content['versions'] == workdir.versions() and content['earlier_versions'][0]['jax'] == '0.9.1'
   workdir.claim_workdir(tmp_path, tiny.config('shape', data_dir='/somewhere'), 'print')
 
