@@ -14,9 +14,7 @@ def _tree(**changes):
 
 
 def test_by_default_every_fourth_layer_is_selected_and_all_layers_of_a_small_model():
-  assert param_subsets.default_layers(3) == (0, 1, 2)
-  assert param_subsets.default_layers(8) == (3, 7)
-  assert param_subsets.default_layers(12) == (3, 7, 11)
+  assert [param_subsets.default_layers(n) for n in (3, 8, 12)] == [(0, 1, 2), (3, 7), (3, 7, 11)]
 
 
 def test_layers_of_the_stack_and_of_the_tail_are_separate_subsets():
@@ -51,8 +49,7 @@ def test_a_projection_is_one_subset_and_other_parameters_are_subsets_of_their_ow
     ('ffn_uot', None,
      r"parameters='ffn_uot' matches nothing in the layers 0, 1, 2 .*choices: .*encoder/tail/block0/ffn_out/kernel"),
     ('ffn_out', [1, 3], r'layers 3: the model has the layers 0…2'),
-    ('ffn_out(', None, r"parameters='ffn_out\(' is not a regular expression"),
-])
+    ('ffn_out(', None, r"parameters='ffn_out\(' is not a regular expression")])
 def test_a_wrong_selection_is_an_error(pattern, layers, message):
   stack, params = _tree()
   with pytest.raises(ValueError, match=message):

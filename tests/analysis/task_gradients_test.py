@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from tests.helpers import saved_run, tiny
 from tests.helpers.small_model import jit
@@ -21,8 +23,7 @@ TASKS = ('answer', 'package')  # of one type, so that they share experts
 PATTERN = r'ffn_out/kernel$'
 
 
-def _one_device():
-  return jax.devices()[:1]
+_one_device = lambda: jax.devices()[:1]
 
 
 def _config(*tasks, **train):
@@ -35,19 +36,14 @@ def _config(*tasks, **train):
   return c
 
 
-@functools.cache
-def _run():
-  return train_run.build(_config(), _one_device())
+_run = functools.cache(lambda: train_run.build(_config(), _one_device()))
+_params = functools.cache(lambda: _run().init().params)
+_slices = functools.cache(lambda: _select(_run()))
+_gradients = functools.cache(lambda: TaskGradients(_run(), _params(), _slices(), 2, 0))
 
 
-@functools.cache
-def _params():
-  return _run().init().params
-
-
-@functools.cache
-def _slices():
-  return param_subsets.select(_run().shapes.params, _run().spec.model.spec.stack, PATTERN)
+def _select(run):
+  return param_subsets.select(run.shapes.params, run.spec.model.spec.stack, PATTERN)
 
 
 def _spread(tree, slices, like):
@@ -60,16 +56,10 @@ def _spread(tree, slices, like):
 
 
 @functools.cache
-def _gradients():
-  return TaskGradients(_run(), _params(), _slices(), 2, 0)
-
-
-@functools.cache
 def _batches():
   """{task: [(batch 0, key), (batch 1, key)]}: the arguments of the gradient functions."""
-  gradients, out = TaskGradients(_run(), _params(), _slices(), 2, 0), {}
+  gradients, out = TaskGradients(_run(), _params(), _slices(), 2, 0), {name: [] for name in TASKS}
   for name in TASKS:
-    out[name] = []
     gradients._functions[name] = lambda params, batch, sets, key, n=name: (out[n].append((batch, key)), None)
     for b in range(2):
       gradients(name, b)
@@ -83,7 +73,7 @@ def test_delta_is_the_decrease_of_the_loss_by_a_short_step():
   measured = interference.products(lambda t, b: gradients[t, b], TASKS, 2)
   unit = {}
   for key, g in gradients.items():
-    norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(g)))
+    norm = np.linalg.norm(ravel_pytree(g)[0])
     unit[key] = _spread(jax.tree.map(lambda x, n=norm: x / n, g), slices, params)
   delta = np.array(measured[interference.ALL].rows)
   decrease = np.zeros_like(delta)
@@ -134,8 +124,7 @@ def test_the_gradient_of_a_half_is_that_of_its_examples(accum):
   c.tasks.other, c.tasks.pair.batch_size = c.tasks.pair.copy_and_resolve_references(), 8
   c.tasks = type(c.tasks)({name: c.tasks[name] for name in ('shape', 'other', 'pair')})
   run = train_run.build(c, _one_device())
-  slices = param_subsets.select(run.shapes.params, run.spec.model.spec.stack, PATTERN)
-  params, sets = run.init().params, run.target_sets()
+  slices, params, sets = _select(run), run.init().params, run.target_sets()
   _, batch = next(run.mixture().iterate(0, 1))
   names = [t.name for t in run.plan.tasks]
   start, size = (4 // accum if names.index('other') < names.index('pair') else 0), 4 // accum
@@ -147,9 +136,8 @@ def test_the_gradient_of_a_half_is_that_of_its_examples(accum):
     fields = {k: v if k == 'temporal_offset' else v[examples] for k, v in batch['image_retrieval'].items()}
     expected = separate(params, {'image_retrieval': fields}, sets, jax.random.key(0))[0]
     got = half_of_batch(params, run.put_batch(batch), sets, jax.random.key(0), half)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    results.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(got)]))
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
+    results.append(ravel_pytree(got)[0])
   assert np.abs(results[0] - results[1]).max() > 1e-3
 
 
@@ -161,8 +149,8 @@ def test_the_metric_is_delta_of_the_two_halves_at_every_nth_step():
   assert metric(0, params, batch, sets) == metric(1, params, batch, sets) == metric(3, params, batch, sets) == {}
   got = metric(2, params, batch, sets)
   half = {t: jit(functools.partial(half_gradient, spec=run.spec, task=t, slices=_slices())) for t in TASKS}
-  g = {(t, h): np.concatenate([np.ravel(x) for x in jax.tree.leaves(
-      half[t](params, batch, sets, jax.random.key(0), h))]) for t in TASKS for h in (0, 1)}
+  g = {(t, h): np.asarray(ravel_pytree(half[t](params, batch, sets, jax.random.key(0), h))[0])
+       for t in TASKS for h in (0, 1)}
   u = {k: v / np.linalg.norm(v) for k, v in g.items()}
   own = (g['answer', 0] @ u['answer', 1] + g['answer', 1] @ u['answer', 0]) / 2
   cross = (g['answer', 0] + g['answer', 1]) @ (u['package', 0] + u['package', 1]) / 4

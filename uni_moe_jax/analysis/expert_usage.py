@@ -127,39 +127,33 @@ def coefficients(spec: ModelSpec, params: Any, inputs: Sequence[routers.RouterIn
 def gate_sums(
     spec: ModelSpec, collected: Any, slices: Sequence[TokenSlice], num_conditions: int, shards: int) -> GateSums:
   """Sums the gates of routers by token. collected: see `Encoder`, with taps and all rows. shards: of the batch."""
-  sequences = collected['sequences']
-
   def select(x, s):
     """The tokens of a slice in [B, S, …]."""
     if s.examples is not None:
       x = take_rows(x, slice(*s.examples), shards)
-    if s.half is not None:
-      n = x.shape[1] // 2
-      x = x[:, s.half * n:(s.half + 1) * n]
-    return x
+    return x if s.half is None else jnp.split(x, 2, axis=1)[s.half]
 
-  def weight(s):
-    sequence = sequences[s.sequence]
-    valid = sequence.valid[s.array]
-    return select(jnp.ones(sequence.segments[s.array].shape[:2]) if valid is None else valid.astype(jnp.float32), s)
+  sequences, weights = collected['sequences'], []
+  for s in slices:
+    segment, valid = (getattr(sequences[s.sequence], field)[s.array] for field in ('segments', 'valid'))
+    weights.append(select(jnp.ones(segment.shape[:2]) if valid is None else valid.astype(jnp.float32), s))
+  condition = jnp.array([s.condition for s in slices])
+
+  def by_condition(values):
+    values = jnp.stack(values)
+    return jnp.zeros((num_conditions, *values.shape[1:])).at[condition].add(values)
 
   def router_sums(routings):
-    """(gates [A, E], entropy [A]) of one router; routings: (gates, experts) [B, S, K] per slice."""
-    gates, entropy = jnp.zeros((num_conditions, spec.num_experts)), jnp.zeros((num_conditions,))
-    for s, routing in zip(slices, routings, strict=True):
-      kept, expert = (select(x, s) for x in routing)
-      w = weight(s)
-      one_hot = jax.nn.one_hot(expert, spec.num_experts)
-      gates = gates.at[s.condition].add(jnp.einsum('bs,bsk,bske->e', w, kept, one_hot))
-      entropy = entropy.at[s.condition].add((w * routers.entropy(kept)).sum())
-    return gates, entropy
+    """(gates [A, E], entropy [A]) of one router; routings: `RouterOutput` [B, S, …] per slice."""
+    routings = [jax.tree.map(lambda x, s=s: select(x, s), routing) for s, routing in zip(slices, routings, strict=True)]
+    gates = [jnp.einsum('bs,bse->e', w, routing.coef) for w, routing in zip(weights, routings)]
+    return by_condition(gates), by_condition([(w * routing.entropy).sum() for w, routing in zip(weights, routings)])
 
   sums = {}  # (subtree, block, sublayer) → sums with an axis of periods: the program does not grow with the layers
   for subtree in ('blocks', 'tail'):
     for j, out in enumerate(collected[subtree]):
       for sublayer in out['router_stats']:
         routings = [out['token_routing'][sublayer][s.sequence][s.array] for s in slices]
-        routings = [(r.gates, r.expert) for r in routings]
         if subtree == 'tail':
           routings = jax.tree.map(lambda x: x[None], routings)
         sums[subtree, f'block{j}', sublayer] = jax.lax.map(router_sums, routings)
@@ -170,10 +164,7 @@ def gate_sums(
 
   gates, entropy = (jnp.stack([jnp.stack([layer_sums(layer, sublayer, i) for sublayer in spec.sublayers])
                                for layer in expert_layers(spec)]) for i in (0, 1))
-  tokens = jnp.zeros((num_conditions,))
-  for s in slices:
-    tokens = tokens.at[s.condition].add(weight(s).sum())
-  return GateSums(tokens, gates, entropy)
+  return GateSums(by_condition([w.sum() for w in weights]), gates, entropy)
 
 
 def task_shares(shares: np.ndarray, tasks: Sequence[Sequence[int]]) -> np.ndarray:

@@ -38,10 +38,6 @@ def _cells(folder, *routers):
   return [grid.Cell(folder / f'{router}-0', router, '', 0, stages) for router in routers]
 
 
-def _write(path, content):
-  path.write_text(json.dumps(content))
-
-
 def _attempt(stage, exit_code=0, seconds=10.):
   return {'stage': stage, 'command': '', 'exit_code': exit_code, 'seconds': seconds}
 
@@ -54,18 +50,18 @@ def _finish(workdir, router, steps=6, data='print', **optim):
   config.moe.router = router
   config.optim.update(optim)
   workdir_lib.claim_workdir(path, config, data)
-  _write(path / runner.LOG, [_attempt('train', 75, 2.5), *(_attempt(s.name) for s in cell.stages)])
-  _write(path / 'run.json', {'parameters': {'total': 3200, 'active': 1600}, 'seed': 0, 'commit': 'c' * 40})
   lines = [{'step': s, 'steps_per_second': r} for s, r in ((2, 1.), (4, 2.), (steps, 4.))]
   (path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-  row = dict(evaluator='class', metric='top-1', value=.5, standard_error=.1, chance=.1,
-            baselines={'nearest neighbor': .7})
-  _write(path / 'evaluation.json', [row])
-  _write(path / 'interference_init.json', _interference(1, 'init'))
-  _write(path / 'interference.json', _interference(-1, 'step 6'))
+  row = dict(evaluator='class', metric='top-1', value=.5, standard_error=.1, chance=.1, baselines={'neighbor': .7})
+  contents = {
+      runner.LOG: [_attempt('train', 75, 2.5), *(_attempt(s.name) for s in cell.stages)], 'evaluation.json': [row],
+      'run.json': {'parameters': {'total': 3200, 'active': 1600}, 'seed': 0, 'commit': 'c' * 40},
+      'interference_init.json': _interference(1, 'init'), 'interference.json': _interference(-1, 'step 6')}
   if router != 'dense':
-    _write(path / 'experts.json', _experts())
+    contents['experts.json'] = _experts()
     (path / 'experts.png').write_bytes(b'a figure')
+  for name, content in contents.items():
+    (path / name).write_text(json.dumps(content))
 
 
 @pytest.fixture(name='workdir', scope='module')
@@ -75,7 +71,7 @@ def _workdir(tmp_path_factory):
   _finish(workdir, 'dense')
   _finish(workdir, 'task')
   (workdir / 'token-0').mkdir()
-  _write(workdir / 'token-0' / runner.LOG, [_attempt('train', 1, 3.)] * 2)
+  (workdir / 'token-0' / runner.LOG).write_text(json.dumps([_attempt('train', 1, 3.)] * 2))
   return workdir
 
 
@@ -110,7 +106,7 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       '# Router ablation', '| dense-0 | 6 | 3,200 | 1,600 | 0.50 | 12 | 62 | finished |',
       '| token-0 | 0 |  |  |  | 6 | 6 | train failed with exit code 1 |', '* context-0: not started.',
       '| evaluator | metric | chance | baselines | dense | task | token | context |',
-      '| class | top-1 | 0.1 | nearest neighbor 0.700 | 0.500 ± 0.196 | 0.500 ± 0.196 |  |  |',
+      '| class | top-1 | 0.1 | neighbor 0.700 | 0.500 ± 0.196 | 0.500 ± 0.196 |  |  |',
       'alone: one seed does not show',
       '| task-0 | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) | -0.25 (-0.35 … -0.15) | 1.00 (0.00 … 1.00) |',
       '| token-0 |  |  |  |  |', '| run | attention experts | mlp experts | overlap |',

@@ -14,22 +14,20 @@ def _cell(folder, seed=0):
   return Cell(folder / f'cell-{seed}', 'cell', '', seed, _STAGES)
 
 
-class _Starter:
-  """Stands in for processes: returns the given exit codes and records what was started."""
+def _run(*cells, **codes):
+  """(whether no signal stopped the cells, the commands that were started); codes: the exit codes that are not 0."""
+  started = []
 
-  def __init__(self, **codes):
-    self.codes, self.started = codes, []
+  def start(command):
+    started.append(command[0].removeprefix('launch/').removesuffix('.py'))
+    return codes.get(started[-1], 0)
 
-  def __call__(self, command):
-    name = command[0].removeprefix('launch/').removesuffix('.py')
-    self.started.append(name)
-    return self.codes.get(name, 0)
+  return runner.run_cells(cells, start), started
 
 
 def test_finished_stages_are_not_repeated(tmp_path, capsys):
-  start = _Starter()
-  assert runner.run_cells([_cell(tmp_path)], start) and runner.run_cells([_cell(tmp_path)], start)
-  assert start.started == ['a', 't', 'b']
+  assert _run(_cell(tmp_path)) == (True, ['a', 't', 'b'])
+  assert _run(_cell(tmp_path)) == (True, [])
   assert capsys.readouterr().out == '1/1 cell-0\n1/1 cell-0: done\n'
   log = json.loads((tmp_path / 'cell-0' / runner.LOG).read_text())
   assert [(t['stage'], t['command'], t['exit_code']) for t in log] == [
@@ -38,22 +36,15 @@ def test_finished_stages_are_not_repeated(tmp_path, capsys):
 
 
 def test_a_failure_skips_what_needs_it_and_is_retried(tmp_path):
-  failing = _Starter(a=1, t=3)
-  assert runner.run_cells([_cell(tmp_path)], failing)
-  assert failing.started == ['a', 't']
-  fixed = _Starter()
-  assert runner.run_cells([_cell(tmp_path)], fixed)
-  assert fixed.started == ['a', 't', 'b']
+  assert _run(_cell(tmp_path), a=1, t=3) == (True, ['a', 't'])
+  assert _run(_cell(tmp_path)) == (True, ['a', 't', 'b'])
   assert [t['exit_code'] for t in runner.read_log(tmp_path / 'cell-0')] == [1, 3, 0, 0, 0]
 
 
 def test_a_signal_stops_all_cells_and_the_next_call_continues_there(tmp_path):
   cells = [_cell(tmp_path), _cell(tmp_path, 1)]
-  stopped = _Starter(t=75)
-  assert not runner.run_cells(cells, stopped)
-  assert stopped.started == ['a', 't']
-  resumed = _Starter()
-  assert runner.run_cells(cells, resumed) and resumed.started == ['t', 'b', 'a', 't', 'b']
+  assert _run(*cells, t=75) == (False, ['a', 't'])
+  assert _run(*cells) == (True, ['t', 'b', 'a', 't', 'b'])
   assert not runner.is_finished([{'stage': 'train', 'exit_code': 75}], 'train')
 
 
