@@ -94,10 +94,8 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
 
 def records(source: str):
   """Return a source's records, in memory."""
-  from uni_moe_jax.data.pipeline import npz_records
   from uni_moe_jax.data.pipeline.records import Records
-  values, classes = columns()[source]
-  return Records(dict(values), dict(classes), npz_records.fingerprint(values, classes))
+  return Records(*map(dict, columns()[source]))
 
 
 @functools.cache

@@ -8,7 +8,6 @@ import numpy as np
 from uni_moe_jax.data.embedded import digits, docstring_texts, glyph_videos, glyphs
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.data.files.file_dataset import FileDataset
-from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
@@ -20,7 +19,7 @@ def load_corpus(directory: str | os.PathLike[str], split: str) -> Records:
   if split == 'train':
     names = np.unique(glyphs.load(directory, split).columns['name'])
     columns['text'] = np.concatenate([columns['text'], names])
-  return Records(columns, {}, npz_records.fingerprint(columns, {}))
+  return Records(columns)
 
 
 SOURCES: dict[str, Callable[[str, str], Records]] = {

@@ -22,17 +22,12 @@ _BLINK = 'blink'
 # Change per frame, in units of _SPEEDS: x (to the right), y (down), size, angle (clockwise), brightness.
 _DIRECTIONS = {
     'stand still': (0, 0, 0, 0, 0),
-    'move left': (-1, 0, 0, 0, 0),
-    'move right': (1, 0, 0, 0, 0),
-    'move up': (0, -1, 0, 0, 0),
-    'move down': (0, 1, 0, 0, 0),
-    'grow': (0, 0, 1, 0, 0),
-    'shrink': (0, 0, -1, 0, 0),
-    'turn left': (0, 0, 0, -1, 0),
-    'turn right': (0, 0, 0, 1, 0),
+    'move left': (-1, 0, 0, 0, 0), 'move right': (1, 0, 0, 0, 0),
+    'move up': (0, -1, 0, 0, 0), 'move down': (0, 1, 0, 0, 0),
+    'grow': (0, 0, 1, 0, 0), 'shrink': (0, 0, -1, 0, 0),
+    'turn left': (0, 0, 0, -1, 0), 'turn right': (0, 0, 0, 1, 0),
     _BLINK: (0, 0, 0, 0, 0),
-    'fade in': (0, 0, 0, 0, 1),
-    'fade out': (0, 0, 0, 0, -1),
+    'fade in': (0, 0, 0, 0, 1), 'fade out': (0, 0, 0, 0, -1),
 }
 MOTIONS = tuple(_DIRECTIONS)
 

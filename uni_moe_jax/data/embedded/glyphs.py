@@ -28,22 +28,14 @@ SPLITS = ('train', 'validation', 'test_characters', 'test_fonts')
 
 # By file name. Other fonts of that folder map placeholders or legacy code points to characters.
 FACES = {
-    'DejaVuSans': 'regular sans',
-    'DejaVuSans-Bold': 'bold sans',
-    'DejaVuSans-Oblique': 'oblique sans',
-    'DejaVuSans-BoldOblique': 'bold oblique sans',
-    'DejaVuSansMono': 'regular mono',
-    'DejaVuSansMono-Bold': 'bold mono',
-    'DejaVuSansMono-Oblique': 'oblique mono',
-    'DejaVuSansMono-BoldOblique': 'bold oblique mono',
-    'DejaVuSerif': 'regular serif',
-    'DejaVuSerif-Bold': 'bold serif',
-    'DejaVuSerif-Italic': 'italic serif',
-    'DejaVuSerif-BoldItalic': 'bold italic serif',
-    'STIXGeneral': 'regular times',
-    'STIXGeneralBol': 'bold times',
-    'STIXGeneralItalic': 'italic times',
-    'STIXGeneralBolIta': 'bold italic times',
+    'DejaVuSans': 'regular sans', 'DejaVuSans-Bold': 'bold sans',
+    'DejaVuSans-Oblique': 'oblique sans', 'DejaVuSans-BoldOblique': 'bold oblique sans',
+    'DejaVuSansMono': 'regular mono', 'DejaVuSansMono-Bold': 'bold mono',
+    'DejaVuSansMono-Oblique': 'oblique mono', 'DejaVuSansMono-BoldOblique': 'bold oblique mono',
+    'DejaVuSerif': 'regular serif', 'DejaVuSerif-Bold': 'bold serif',
+    'DejaVuSerif-Italic': 'italic serif', 'DejaVuSerif-BoldItalic': 'bold italic serif',
+    'STIXGeneral': 'regular times', 'STIXGeneralBol': 'bold times',
+    'STIXGeneralItalic': 'italic times', 'STIXGeneralBolIta': 'bold italic times',
 }
 # Every word of these two names occurs in other faces, which are trained on.
 UNSEEN_FACES = ('bold italic serif', 'bold times')

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from uni_moe_jax.data.pipeline.tokenizer import before_eot
+from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, before_eot
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 MAX_MERGES = 48894  # of the published vocabulary; the published file has more, which are not used
@@ -34,7 +34,7 @@ _WORD = r"<\|(?:startoftext|endoftext|gen|spe)\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\
 _CACHED_WORDS = 1 << 16
 
 
-class ClipTokenizer:
+class ClipTokenizer(Tokenizer):
   """A `Tokenizer` over repaired, lower-cased text. It can encode every text: there is no `unk`.
 
   Ids: 256 bytes, 256 bytes that end a word, one per merge, `SPECIAL_TOKENS`. `pad` is 0 as published, which is also the
@@ -86,9 +86,6 @@ class ClipTokenizer:
     # Entities are unescaped twice, as published. The published normalization of spaces has no effect: they are dropped.
     clean = html.unescape(html.unescape(self._fix_text(text))).lower()
     return [i for word in self._split(clean) for i in self._encode_word(word)]
-
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    return [self.encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text before the first `eot`, without special tokens, one space between words."""

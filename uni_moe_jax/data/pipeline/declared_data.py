@@ -5,7 +5,6 @@ config contains (how many classes a dataset has, how many frames a video) are de
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -16,12 +15,13 @@ from uni_moe_jax.data.pipeline.examples import Builder, Examples
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length, vocabulary_set
 from uni_moe_jax.data.pipeline.templates import template_columns
+from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
 
 _WORD = 'word'
 
 
-class PlaceholderTokenizer:
+class PlaceholderTokenizer(Tokenizer):
   """A `Tokenizer` of V ids without a vocabulary: every word of a text becomes the same id."""
   pad, spe, eot, word = 0, 1, 2, 3
   special_ids = frozenset((pad, spe, eot))
@@ -33,9 +33,6 @@ class PlaceholderTokenizer:
 
   def encode(self, text: str) -> list[int]:
     return [self.word] * len(text.split())
-
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    return [self.encode(text) for text in texts]
 
   def decode(self, ids) -> str:
     return ' '.join(_WORD for i in ids if i == self.word)
@@ -76,7 +73,7 @@ class DeclaredData:
     if task.type.visual:
       T = self._num_frames.get(task.name, task.num_frames or 1)
       columns['pixels'] = np.zeros((1, T, side, side), np.uint8)
-    return Records(columns, {}, self.fingerprint)
+    return Records(columns)
 
 
 def _declared_set(

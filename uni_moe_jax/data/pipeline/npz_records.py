@@ -1,7 +1,6 @@
 """Prepared records on disk: an atomically written folder with one .npz file per split."""
 
 import contextlib
-import hashlib
 import os
 import pathlib
 import shutil
@@ -17,25 +16,6 @@ from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 _CLASSES = 'classes of '  # prefix of the arrays that hold class names
 Split = tuple[str, Mapping[str, np.ndarray], Mapping[str, tuple[str, ...]]]  # its name, columns and classes
-
-
-def fingerprint(columns: Mapping[str, np.ndarray], classes: Mapping[str, tuple[str, ...]]) -> str:
-  """Returns a hex sha256 of names, shapes and values, which does not depend on how they are stored."""
-  digest = hashlib.sha256()
-
-  def put(part: bytes) -> None:
-    digest.update(len(part).to_bytes(8, 'little'))
-    digest.update(part)
-
-  for name in sorted(columns):
-    column = np.ascontiguousarray(columns[name])
-    is_text = column.dtype.kind == 'U'
-    put(f'{name} {"text" if is_text else column.dtype.name} {column.shape}'.encode())
-    # A unicode array is padded to its longest item; padding is not content.
-    put('\0'.join(column.ravel().tolist()).encode() if is_text else column.data)
-  for name in sorted(classes):
-    put('\0'.join((name, *classes[name])).encode())
-  return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -116,4 +96,4 @@ def load(root: str | os.PathLike[str], name: str, split: str) -> Records:
                      f'and run: {_command(root)}') from e
   labels = [key for key in columns if key.startswith(_CLASSES)]
   classes = {key.removeprefix(_CLASSES): tuple(columns.pop(key).tolist()) for key in labels}
-  return Records(columns, classes, fingerprint(columns, classes))
+  return Records(columns, classes)

@@ -56,13 +56,13 @@ class Tokenizer(Protocol):
     """Returns the ids of a text, without special tokens around it."""
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Encodes every text."""
+    return [self.encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text before the first `eot`, without special tokens, normalized as by `encode`."""
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
   """A `Tokenizer` over NFKC case-folded text; a character that did not occur in training is `unk`."""
 
   def __init__(self, model_file: str | os.PathLike[str]):
