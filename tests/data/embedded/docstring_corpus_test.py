@@ -74,8 +74,7 @@ def test_documents_do_not_depend_on_the_order_of_the_file_system(tmp_path, monke
   assert [document.unit for document in expected] == ['p/a.py', 'p/a/b.py', 'p/a/c.py', 'p/b.py', 'p/d/x.py']
 
 
-@pytest.mark.parametrize(
-    'path', ['tests/a.py', 'a_test.py', 'test_a.py', 'conftest.py', '_vendor/a.py', 'a.txt'])
+@pytest.mark.parametrize('path', ['tests/a.py', 'a_test.py', 'test_a.py', 'conftest.py', '_vendor/a.py', 'a.txt'])
 def test_tests_bundled_projects_and_other_files_are_excluded(tmp_path, path):
   _write(tmp_path, path, 'Says what it is.')
   _write(tmp_path, 'doctest.py', 'Says what stays.')

@@ -3,6 +3,7 @@
 import collections
 import random
 import re
+from unittest import mock
 
 import pytest
 
@@ -13,13 +14,10 @@ from uni_moe_jax.data.embedded.docstring_texts import Entry
 _LETTERS = 'bcdfghjklmnprstvwz'
 
 
-def _word(rng):
-  return ''.join(rng.choice(_LETTERS) + rng.choice('aeiou') for _ in range(4))
-
-
 def _sentence(rng):
   """Twelve words; four of them occur in every sentence, too few to be compared without the others."""
-  a, b, c, d, e, f, g, h = (_word(rng) for _ in range(8))
+  a, b, c, d, e, f, g, h = (
+      ''.join(rng.choice(_LETTERS) + rng.choice('aeiou') for _ in range(4)) for _ in range(8))
   return f'Counts {a} {b} {c} when {d} {e} and {f} {g} are {h}.'
 
 
@@ -70,14 +68,11 @@ def test_entries_keep_order_origin_and_role():
   assert [entry.is_paragraph for entry in entries] == [False, True, False]
 
 
-def test_splits_have_their_fractions():
+def test_splits_have_their_fractions_and_licenses_are_in_train():
   counts = collections.Counter(docstring_texts.split_of(f'package/{i}.py') for i in range(20_000))
   # 4 standard errors of a binomial fraction at 20,000 are 0.0077 and 0.0055.
   assert counts['test'] / 20_000 == pytest.approx(0.08, abs=0.0077)
   assert counts['validation'] / 20_000 == pytest.approx(0.04, abs=0.0055)
-
-
-def test_licenses_are_in_train():
   assert docstring_texts.split_of(docstring_corpus.LICENSES) == 'train'
 
 
@@ -121,21 +116,15 @@ def test_a_document_without_a_summary_gives_no_pairs():
   assert docstring_texts.make_pairs(entries) == []
 
 
-@pytest.fixture(name='calls')
-def _calls(monkeypatch):
-  """A short corpus; the list gets one item per call of `documents`."""
-  calls = []
-  monkeypatch.setattr(docstring_corpus, 'documents', lambda: calls.append(1) or _documents())
-  return calls
+@pytest.fixture(name='build')
+def _build(monkeypatch):
+  """Builds the texts of a short corpus in a folder."""
+  monkeypatch.setattr(docstring_corpus, 'documents', mock.Mock(side_effect=_documents))
+  return lambda directory: docstring_texts.build(directory, report=lambda line: None)
 
 
-def _build(directory):
-  docstring_texts.build(directory, report=lambda line: None)
-
-
-@pytest.mark.usefixtures('calls')
-def test_no_text_is_in_two_splits_and_none_is_lost(tmp_path):
-  _build(tmp_path)
+def test_no_text_is_in_two_splits_and_none_is_lost(tmp_path, build):
+  build(tmp_path)
   texts = []
   for split in docstring_texts.SPLITS:
     pairs = docstring_texts.load_pairs(tmp_path, split).columns
@@ -145,9 +134,8 @@ def test_no_text_is_in_two_splits_and_none_is_lost(tmp_path):
   assert len(set.union(*texts)) == sum(map(len, texts)) == 2 * 150 * 2 * 3
 
 
-@pytest.mark.usefixtures('calls')
-def test_labels_are_packages_and_answers(tmp_path):
-  _build(tmp_path)
+def test_labels_are_packages_and_answers(tmp_path, build):
+  build(tmp_path)
   paragraphs = docstring_texts.load_paragraphs(tmp_path, 'train')
   assert set(paragraphs.columns['package']) == {'numpy', ''}  # flax is not one of the ten
   assert paragraphs.classes == {'package': docstring_texts.PACKAGES}
@@ -156,35 +144,26 @@ def test_labels_are_packages_and_answers(tmp_path):
   assert pairs.classes == {'label': ('no', 'yes')}
 
 
-@pytest.mark.usefixtures('calls')
-def test_equal_documents_give_equal_fingerprints(tmp_path):
+def test_equal_documents_give_equal_fingerprints(tmp_path, build):
   for folder in ('one', 'other'):
-    _build(tmp_path / folder)
+    build(tmp_path / folder)
   for load in (docstring_texts.load_paragraphs, docstring_texts.load_pairs):
     test = load(tmp_path / 'one', 'test').fingerprint
     assert test == load(tmp_path / 'other', 'test').fingerprint
     assert test != load(tmp_path / 'one', 'train').fingerprint
 
 
-def test_an_existing_dataset_is_not_built_again(tmp_path, calls):
-  _build(tmp_path)
-  _build(tmp_path)
-  assert len(calls) == 1
-
-
-@pytest.mark.usefixtures('calls')
-def test_a_failed_build_leaves_nothing_to_read(tmp_path, monkeypatch):
-  def interrupt(_):
-    raise KeyboardInterrupt
-  monkeypatch.setattr(docstring_texts, 'make_pairs', interrupt)
-  with pytest.raises(KeyboardInterrupt):
-    _build(tmp_path)
-  with pytest.raises(FileNotFoundError, match=re.escape(f'python launch/prepare_data.py --data_dir={tmp_path}')):
-    docstring_texts.load_paragraphs(tmp_path, 'train')
-
-
-@pytest.mark.usefixtures('calls')
-def test_an_unknown_split_lists_the_existing_ones(tmp_path):
-  _build(tmp_path)
+def test_an_existing_dataset_is_not_built_again_and_has_the_splits_that_an_error_lists(tmp_path, build):
+  build(tmp_path)
+  build(tmp_path)
+  assert docstring_corpus.documents.call_count == 1
   with pytest.raises(ValueError, match="split 'dev' .*test, train, validation"):
     docstring_texts.load_pairs(tmp_path, 'dev')
+
+
+def test_a_failed_build_leaves_nothing_to_read(tmp_path, build, monkeypatch):
+  monkeypatch.setattr(docstring_texts, 'make_pairs', mock.Mock(side_effect=KeyboardInterrupt))
+  with pytest.raises(KeyboardInterrupt):
+    build(tmp_path)
+  with pytest.raises(FileNotFoundError, match=re.escape(f'python launch/prepare_data.py --data_dir={tmp_path}')):
+    docstring_texts.load_paragraphs(tmp_path, 'train')

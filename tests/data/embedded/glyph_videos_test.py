@@ -8,7 +8,6 @@ import pytest
 from sklearn import linear_model
 
 from uni_moe_jax.data.embedded import glyph_videos, glyphs
-from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
 
 _MIDDLE = np.full(7, 0.5)
@@ -18,27 +17,23 @@ _X, _Y, _SIZE, _ANGLE, _BRIGHTNESS = range(5)
 @pytest.fixture(scope='module')
 def letters() -> Records:
   """Images of 62 letters and digits in one face."""
-  font = glyphs.load_font('DejaVuSans')
-  signs = string.ascii_letters + string.digits
-  columns = {
-      'pixels': np.stack([glyphs.render(font, sign) for sign in signs]),
-      'name': np.array(list(signs)),
-      'face': np.full(len(signs), 'regular sans'),
-      'class': np.full(len(signs), ''),
-  }
-  return Records(columns, {}, npz_records.fingerprint(columns, {}))
+  font, signs = glyphs.load_font('DejaVuSans'), string.ascii_letters + string.digits
+  columns = {'pixels': np.stack([glyphs.render(font, sign) for sign in signs]), 'name': np.array(list(signs)),
+             'face': np.full(len(signs), 'regular sans'), 'class': np.full(len(signs), '')}
+  return Records(columns)
 
 
 @pytest.fixture
-def few_videos(monkeypatch, letters):
-  """A build of 48 videos per split from the letters; the splits have different images."""
-  def load(directory, split):
-    del directory
+def few_videos(monkeypatch, letters, tmp_path):
+  """A folder with 48 videos per split of the letters; the splits have different images."""
+  def load(_, split):
     own = slice(glyphs.SPLITS.index(split), None, len(glyphs.SPLITS))
-    return Records({name: column[own] for name, column in letters.columns.items()}, {}, '')
+    return Records({name: column[own] for name, column in letters.columns.items()})
   monkeypatch.setattr(glyphs, 'build', lambda directory, report: None)
   monkeypatch.setattr(glyphs, 'load', load)
   monkeypatch.setattr(glyph_videos, '_NUM_VIDEOS', dict.fromkeys(glyphs.SPLITS, 48))
+  glyph_videos.build(tmp_path, report=lambda line: None)
+  return tmp_path
 
 
 class TestPoses:
@@ -68,16 +63,14 @@ class TestPoses:
       (0.25, 0.9, [0, 1, 1, 0, 0, 1, 1, 0]),
   ])
   def test_blinking_is_dim_for_one_or_two_frames_at_a_time(self, phase, speed, dim):
-    draws = np.array([0.5, 0.5, 0.5, 0.5, 0.5, phase, speed])
-    brightness = glyph_videos.poses('blink', draws)[:, _BRIGHTNESS]
+    brightness = glyph_videos.poses('blink', np.array([0.5] * 5 + [phase, speed]))[:, _BRIGHTNESS]
     np.testing.assert_allclose(brightness, np.where(dim, 0.35 * 0.675, 0.675))
 
   def test_brightness_is_at_most_1_and_never_0(self):
     for draws in (np.zeros(7), np.full(7, 0.999)):
       for motion in glyph_videos.MOTIONS:
         brightness = glyph_videos.poses(motion, draws)[:, _BRIGHTNESS]
-        assert brightness.min() >= 0.05
-        assert brightness.max() <= 1
+        assert 0.05 <= brightness.min() and brightness.max() <= 1
 
 
 class TestRender:
@@ -86,9 +79,9 @@ class TestRender:
     y, x = np.mgrid[:32, :32]
     return (frame * x).sum() / frame.sum(), (frame * y).sum() / frame.sum()
 
-  def _pose(self, **changes: float) -> np.ndarray:
+  def _draw(self, image: np.ndarray, **changes: float) -> np.ndarray:
     pose = {'x': 0.0, 'y': 0.0, 'size': 1.0, 'angle': 0.0, 'brightness': 1.0} | changes
-    return np.array([list(pose.values())])
+    return glyph_videos.render(image, np.array([list(pose.values())]))[0]
 
   @pytest.fixture
   def bar(self) -> np.ndarray:
@@ -97,80 +90,56 @@ class TestRender:
     image[4:16, 14:18] = 200
     return image
 
-  def test_the_neutral_pose_shows_the_image(self, bar):
-    np.testing.assert_array_equal(glyph_videos.render(bar, self._pose())[0], bar)
-
-  def test_whole_pixels_shift_the_image(self, bar):
-    shifted = glyph_videos.render(bar, self._pose(x=3, y=-2))[0]
-    np.testing.assert_array_equal(shifted, np.roll(bar, (-2, 3), (0, 1)))
-
-  def test_turning_right_by_90_degrees_points_the_bar_to_the_right(self, bar):
-    np.testing.assert_array_equal(
-        glyph_videos.render(bar, self._pose(angle=90))[0], np.rot90(bar, k=-1))
+  @pytest.mark.parametrize(('changes', 'expected'), [
+      (dict(), lambda bar: bar),
+      (dict(x=3, y=-2), lambda bar: np.roll(bar, (-2, 3), (0, 1))),
+      (dict(angle=90), lambda bar: np.rot90(bar, k=-1)),  # turned to the right, it points to the right
+      (dict(brightness=0.25), lambda bar: bar // 4),
+  ], ids=['neutral', 'shifted', 'turned', 'darker'])
+  def test_a_pose_shows_the_image_as_expected(self, bar, changes, expected):
+    np.testing.assert_array_equal(self._draw(bar, **changes), expected(bar))
 
   def test_a_glyph_turns_around_its_own_position(self, bar):
-    turned = glyph_videos.render(bar, self._pose(x=5, angle=180))[0]
     # Upside down around the middle of the image, then five pixels to the right.
     expected = np.roll(np.rot90(bar, k=2), 5, axis=1)
-    np.testing.assert_allclose(turned.astype(int), expected.astype(int), atol=1)
+    np.testing.assert_allclose(self._draw(bar, x=5, angle=180).astype(int), expected.astype(int), atol=1)
 
   def test_twice_the_size_has_four_times_the_ink(self, bar):
-    small = glyph_videos.render(bar, self._pose(size=0.5))[0]
+    small = self._draw(bar, size=0.5)
     assert small.astype(int).sum() == pytest.approx(bar.astype(int).sum() / 4, rel=0.05)
     assert self._center(small)[1] == pytest.approx((15.5 + self._center(bar)[1]) / 2, abs=0.1)
-
-  def test_brightness_scales_the_pixels(self, bar):
-    np.testing.assert_array_equal(glyph_videos.render(bar, self._pose(brightness=0.25))[0], bar // 4)
 
 
 class TestBuild:
 
-  def test_columns_are_pixels_name_face_and_motion(self, few_videos, tmp_path):
-    glyph_videos.build(tmp_path, report=lambda line: None)
-    records = glyph_videos.load(tmp_path, 'train')
+  @pytest.mark.parametrize('split', glyph_videos.SPLITS)
+  def test_videos_have_images_of_their_split_and_balanced_motions(self, few_videos, split):
+    records = glyph_videos.load(few_videos, split)
     assert set(records.columns) == {'pixels', 'name', 'face', 'motion'}
     assert records.columns['pixels'].shape == (48, 8, 32, 32)
     assert records.columns['pixels'].dtype == np.uint8
     assert records.classes == {'motion': glyph_videos.MOTIONS}
-
-  def test_motions_are_balanced(self, few_videos, tmp_path):
-    glyph_videos.build(tmp_path, report=lambda line: None)
-    for split in glyph_videos.SPLITS:
-      counts = collections.Counter(glyph_videos.load(tmp_path, split).columns['motion'].tolist())
-      assert counts == dict.fromkeys(glyph_videos.MOTIONS, 4)
+    assert collections.Counter(records.columns['motion'].tolist()) == dict.fromkeys(glyph_videos.MOTIONS, 4)
+    assert set(records.columns['name']) <= set(glyphs.load(few_videos, split).columns['name'])
 
   def test_every_full_split_divides_by_the_motions(self):
     assert {count % len(glyph_videos.MOTIONS) for count in glyph_videos._NUM_VIDEOS.values()} == {0}
 
-  def test_videos_of_a_split_show_images_of_that_split(self, few_videos, tmp_path):
-    glyph_videos.build(tmp_path, report=lambda line: None)
-    for split in glyph_videos.SPLITS:
-      own = set(glyphs.load(tmp_path, split).columns['name'].tolist())
-      assert set(glyph_videos.load(tmp_path, split).columns['name'].tolist()) <= own
-
-  def test_a_video_shows_the_glyph_of_its_name(self, few_videos, tmp_path):
-    glyph_videos.build(tmp_path, report=lambda line: None)
-    columns = glyph_videos.load(tmp_path, 'train').columns
-    images = glyphs.load(tmp_path, 'train').columns
+  def test_a_video_shows_the_glyph_of_its_name(self, few_videos):
+    columns, images = glyph_videos.load(few_videos, 'train').columns, glyphs.load(few_videos, 'train').columns
     index = columns['motion'].tolist().index('stand still')
     image = images['pixels'][images['name'].tolist().index(columns['name'][index])]
     pose = glyph_videos.poses('stand still', glyph_videos._draws('train', index)[1:])
     np.testing.assert_array_equal(columns['pixels'][index], glyph_videos.render(image, pose))
 
-  def test_two_builds_have_equal_fingerprints(self, few_videos, tmp_path):
-    fingerprints = []
-    for folder in ('one', 'other'):
-      glyph_videos.build(tmp_path / folder, report=lambda line: None)
-      fingerprints.append([glyph_videos.load(tmp_path / folder, split).fingerprint for split in glyph_videos.SPLITS])
-    assert fingerprints[0] == fingerprints[1]
+  def test_two_builds_have_equal_fingerprints(self, few_videos):
+    glyph_videos.build(few_videos / 'other', report=lambda line: None)
+    for split in glyph_videos.SPLITS:
+      one, other = (glyph_videos.load(folder, split).fingerprint for folder in (few_videos, few_videos / 'other'))
+      assert one == other
 
   def test_videos_of_two_splits_move_differently(self):
     assert not np.array_equal(glyph_videos._draws('train', 0), glyph_videos._draws('test_fonts', 0))
-
-  def test_missing_data_names_the_directory_and_the_command(self, tmp_path):
-    command = f'{tmp_path}. Run: python launch/prepare_data.py --data_dir={tmp_path}'
-    with pytest.raises(FileNotFoundError, match=command):
-      glyph_videos.load(tmp_path, 'train')
 
 
 class TestBaselines:
@@ -186,10 +155,8 @@ class TestBaselines:
     model = linear_model.LogisticRegression(max_iter=100).fit(features[0], motions[0])
     return model.score(features[1], motions[1])
 
-  def test_the_middle_frame_reveals_little(self, monkeypatch, letters):
+  @pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')
+  def test_all_frames_reveal_the_motion_and_the_middle_one_little(self, monkeypatch, letters):
     # Chance is 0.083.
     assert self._accuracy(monkeypatch, letters, [4]) < 0.22
-
-  @pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')
-  def test_all_frames_reveal_the_motion(self, monkeypatch, letters):
     assert self._accuracy(monkeypatch, letters, list(range(8))) > 0.6

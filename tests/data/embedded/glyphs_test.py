@@ -6,49 +6,42 @@ import numpy as np
 import pytest
 from fontTools import ttLib
 
-from uni_moe_jax.data.embedded import glyph_classes, glyphs
+from uni_moe_jax.data.embedded import glyph_classes, glyph_videos, glyphs
 from uni_moe_jax.data.pipeline.records import Records
 
-_TRAIN = 'train'
 _SEEN_FACE_SPLITS = ('train', 'validation', 'test_characters')
 
 
 @pytest.fixture(scope='module')
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Records]:
   directory = tmp_path_factory.mktemp('glyphs')
-  glyphs.build(directory, report=lambda line: None)
+  _build(directory)
   return {split: glyphs.load(directory, split) for split in glyphs.SPLITS}
 
 
-def _names(records: Records) -> set[str]:
-  return set(records.columns['name'].tolist())
+def _build(directory) -> None:
+  glyphs.build(directory, report=lambda line: None)
 
 
-def _images(records: Records) -> set[bytes]:
-  return {pixels.tobytes() for pixels in records.columns['pixels']}
+def _names(records: Records, column: str = 'name') -> set[str]:
+  return set(records.columns[column].tolist())
 
 
 class TestContent:
 
-  def test_columns_are_pixels_name_face_and_class_of_one_length(self, records):
-    for split in glyphs.SPLITS:
-      columns = records[split].columns
-      count = len(columns['name'])
-      assert set(columns) == {'pixels', 'name', 'face', 'class'}
-      assert columns['pixels'].shape == (count, 32, 32)
-      assert columns['pixels'].dtype == np.uint8
-      assert columns['face'].shape == columns['class'].shape == (count,)
-
-  def test_splits_are_large_enough(self, records):
-    sizes = {split: len(records[split].columns['name']) for split in glyphs.SPLITS}
-    assert sizes['train'] > 25_000
-    assert sizes['validation'] > 1_000
-    assert sizes['test_characters'] > 2_500
-    assert sizes['test_fonts'] > 2_000
-
-  def test_test_splits_have_more_than_500_distinct_names(self, records):
-    assert len(_names(records['test_characters'])) > 500
-    assert len(_names(records['test_fonts'])) > 500
+  @pytest.mark.parametrize(('split', 'min_images', 'min_names'), [
+      ('train', 25_000, 500), ('validation', 1_000, 200), ('test_characters', 2_500, 500), ('test_fonts', 2_000, 500)])
+  def test_columns_are_many_images_with_name_face_and_class(self, records, split, min_images, min_names):
+    columns, count = records[split].columns, records[split].size
+    assert set(columns) == {'pixels', 'name', 'face', 'class'}
+    assert columns['pixels'].shape == (count, 32, 32)
+    assert columns['pixels'].dtype == np.uint8
+    assert columns['pixels'].any((1, 2)).all()  # every image shows something
+    assert columns['name'].shape == columns['face'].shape == columns['class'].shape == (count,)
+    assert count > min_images
+    names = _names(records[split])
+    assert len(names) > min_names
+    assert all(name == name.lower() and not name.startswith('combining ') for name in names)
 
   def test_a_tenth_of_the_characters_is_in_test_and_a_twentieth_in_validation(self, records):
     count = {split: len(_names(records[split])) for split in _SEEN_FACE_SPLITS}
@@ -56,24 +49,12 @@ class TestContent:
     assert count['test_characters'] / total == pytest.approx(0.10, abs=0.01)
     assert count['validation'] / total == pytest.approx(0.05, abs=0.01)
 
-  def test_names_are_lower_cased_unicode_names(self, records):
-    names = _names(records[_TRAIN])
-    assert 'greek small letter alpha with tonos' in names
-    assert all(name == name.lower() for name in names)
-
-  def test_no_combining_mark_is_drawn(self, records):
-    for split in glyphs.SPLITS:
-      assert not [name for name in _names(records[split]) if name.startswith('combining ')]
-
-  def test_every_image_shows_something(self, records):
-    for split in glyphs.SPLITS:
-      assert records[split].columns['pixels'].any((1, 2)).all()
+  def test_names_are_unicode_names(self, records):
+    assert 'greek small letter alpha with tonos' in _names(records['train'])
 
   def test_images_are_centered_horizontally(self, records):
-    inked = records[_TRAIN].columns['pixels'].any(1)  # [N, W]
-    left = inked.argmax(1)
-    right = inked[:, ::-1].argmax(1)
-    assert (np.abs(left - right) <= 3).mean() > 0.95
+    inked = records['train'].columns['pixels'].any(1)  # [N, W]
+    assert (np.abs(inked.argmax(1) - inked[:, ::-1].argmax(1)) <= 3).mean() > 0.95
 
   def test_fingerprints_of_splits_differ(self, records):
     assert len({records[split].fingerprint for split in glyphs.SPLITS}) == len(glyphs.SPLITS)
@@ -82,8 +63,7 @@ class TestContent:
 class TestLeaks:
 
   def test_no_character_is_in_two_of_the_splits_by_character(self, records):
-    counts = collections.Counter(
-        name for split in _SEEN_FACE_SPLITS for name in _names(records[split]))
+    counts = collections.Counter(name for split in _SEEN_FACE_SPLITS for name in _names(records[split]))
     assert [name for name, count in counts.items() if count > 1] == []
 
   @pytest.mark.parametrize('names', [
@@ -92,45 +72,39 @@ class TestLeaks:
       ('greek capital letter phi', 'cyrillic capital letter ef'),  # drawn separately, not copied
   ])
   def test_homoglyphs_are_in_one_split(self, records, names):
-    splits = {split for split in _SEEN_FACE_SPLITS if _names(records[split]) & set(names)}
-    assert len(splits) == 1
+    assert len([split for split in _SEEN_FACE_SPLITS if _names(records[split]) & set(names)]) == 1
 
   def test_no_image_occurs_twice_in_or_across_splits(self, records):
-    images = [_images(records[split]) for split in glyphs.SPLITS]
-    total = sum(len(records[split].columns['pixels']) for split in glyphs.SPLITS)
-    assert len(set().union(*images)) == total
+    images = [pixels.tobytes() for r in records.values() for pixels in r.columns['pixels']]
+    assert len(set(images)) == len(images)
 
   def test_unseen_faces_occur_in_test_fonts_only(self, records):
     for split in _SEEN_FACE_SPLITS:
-      assert not set(records[split].columns['face'].tolist()) & set(glyphs.UNSEEN_FACES)
-    assert set(records['test_fonts'].columns['face'].tolist()) == set(glyphs.UNSEEN_FACES)
+      assert not _names(records[split], 'face') & set(glyphs.UNSEEN_FACES)
+    assert _names(records['test_fonts'], 'face') == set(glyphs.UNSEEN_FACES)
 
   def test_characters_of_test_fonts_are_trained_on(self, records):
-    assert _names(records['test_fonts']) <= _names(records[_TRAIN])
+    assert _names(records['test_fonts']) <= _names(records['train'])
 
   def test_every_word_of_an_unseen_face_name_is_trained_on(self, records):
-    seen = {word for face in set(records[_TRAIN].columns['face'].tolist()) for word in face.split()}
+    seen = {word for face in _names(records['train'], 'face') for word in face.split()}
     assert {word for face in glyphs.UNSEEN_FACES for word in face.split()} <= seen
 
 
 class TestClasses:
 
   def test_every_class_of_a_split_is_trained_on(self, records):
-    trained = set(records[_TRAIN].columns['class'].tolist())
     for split in glyphs.SPLITS:
-      assert set(records[split].columns['class'].tolist()) <= trained
+      assert _names(records[split], 'class') <= _names(records['train'], 'class')
 
   def test_every_class_has_at_least_twenty_characters(self, records):
-    characters = collections.defaultdict(set)
-    for split in _SEEN_FACE_SPLITS:
-      columns = records[split].columns
-      for name, label in zip(columns['name'].tolist(), columns['class'].tolist(), strict=True):
-        characters[label].add(name)
-    counts = {label: len(characters[label]) for label in glyph_classes.CLASSES}
-    assert {label: count for label, count in counts.items() if count < 20} == {}
+    columns = [records[split].columns for split in _SEEN_FACE_SPLITS]
+    characters = {pair for c in columns for pair in zip(c['name'].tolist(), c['class'].tolist(), strict=True)}
+    counts = collections.Counter(label for _, label in characters)
+    assert {label: counts[label] for label in glyph_classes.CLASSES if counts[label] < 20} == {}
 
   def test_class_names_are_in_the_order_of_the_rules(self, records):
-    assert records[_TRAIN].classes == {'class': glyph_classes.CLASSES}
+    assert records['train'].classes == {'class': glyph_classes.CLASSES}
 
   @pytest.mark.parametrize(('name', 'label'), [
       ('latin small letter a', 'latin small letter'),
@@ -165,8 +139,8 @@ class TestRender:
     return glyphs.load_font('DejaVuSans')
 
   def test_capital_and_small_letters_keep_their_sizes(self, font):
-    rows = [glyphs.render(font, letter).any(1).sum() for letter in 'Oo']
-    assert rows[0] > rows[1] + 2
+    capital, small = (glyphs.render(font, letter).any(1).sum() for letter in 'Oo')
+    assert capital > small + 2
 
   def test_letters_share_a_baseline(self, font):
     lowest = {32 - glyphs.render(font, letter).any(1)[::-1].argmax() for letter in 'EXx'}
@@ -188,15 +162,10 @@ class TestSplits:
     splits = glyphs.assign_splits(groups)
     assert all(splits[a] == splits[b] for a, b in groups)
 
-  def test_of_forty_groups_four_are_in_test_and_two_in_validation(self):
-    braille = [(code,) for code in range(0x2801, 0x2801 + 40)]
-    counts = collections.Counter(glyphs.assign_splits(braille).values())
-    assert counts == {'test_characters': 4, 'validation': 2, 'train': 34}
-
-  def test_splits_of_a_class_do_not_depend_on_other_classes(self):
-    braille = [(code,) for code in range(0x2801, 0x2801 + 40)]
-    hexagrams = [(code,) for code in range(0x4DC0, 0x4DC0 + 40)]
+  def test_of_forty_groups_four_are_in_test_and_two_in_validation_whatever_other_classes_there_are(self):
+    braille, hexagrams = ([(code,) for code in range(first, first + 40)] for first in (0x2801, 0x4DC0))
     splits = glyphs.assign_splits(braille)
+    assert collections.Counter(splits.values()) == {'test_characters': 4, 'validation': 2, 'train': 34}
     assert {code: glyphs.assign_splits(hexagrams + braille)[code] for code in splits} == splits
 
 
@@ -204,11 +173,9 @@ class TestSelection:
 
   def _select(self, splits: dict[int, str], **fonts: dict[int, int]) -> dict[str, list[tuple]]:
     """(name, face) of each split, for fonts that draw each character as a uniform gray."""
-    made = [
-        glyphs.Font(face.replace('_', ' '), dict.fromkeys(grays, b''), {
-            code: np.full((32, 32), gray, np.uint8) for code, gray in grays.items()})
-        for face, grays in fonts.items()
-    ]
+    made = [glyphs.Font(face.replace('_', ' '), dict.fromkeys(grays, b''),
+                        {code: np.full((32, 32), gray, np.uint8) for code, gray in grays.items()})
+            for face, grays in fonts.items()]
     rows, _ = glyphs.select_images(made, splits)
     return {split: [(name[-1], face) for _, name, face, _ in rows[split]] for split in rows}
 
@@ -218,15 +185,14 @@ class TestSelection:
     assert chosen['test_fonts'] == []
 
   def test_an_unseen_character_is_tested_in_seen_faces_only(self):
-    splits = {65: 'test_characters', 66: 'train'}
-    chosen = self._select(splits, regular_sans={65: 1, 66: 2}, bold_times={65: 3, 66: 4})
+    chosen = self._select(
+        {65: 'test_characters', 66: 'train'}, regular_sans={65: 1, 66: 2}, bold_times={65: 3, 66: 4})
     assert chosen['test_characters'] == [('a', 'regular sans')]
     assert chosen['test_fonts'] == [('b', 'bold times')]
 
   def test_a_character_that_is_not_trained_on_is_not_in_test_fonts(self):
     # In the seen face B equals A; that image belongs to A, so B is not trained on.
-    splits = {65: 'train', 66: 'train'}
-    chosen = self._select(splits, regular_sans={65: 1, 66: 1}, bold_times={65: 2, 66: 3})
+    chosen = self._select({65: 'train', 66: 'train'}, regular_sans={65: 1, 66: 1}, bold_times={65: 2, 66: 3})
     assert chosen['train'] == [('a', 'regular sans')]
     assert chosen['test_fonts'] == [('a', 'bold times')]
 
@@ -239,14 +205,14 @@ class TestBuild:
     monkeypatch.setattr(glyphs, 'FACES', {name: glyphs.FACES[name] for name in names})
 
   def test_two_builds_have_equal_fingerprints(self, few_faces, tmp_path):
-    fingerprints = []
-    for folder in ('one', 'other'):
-      glyphs.build(tmp_path / folder, report=lambda line: None)
-      fingerprints.append([glyphs.load(tmp_path / folder, split).fingerprint for split in glyphs.SPLITS])
-    assert fingerprints[0] == fingerprints[1]
+    one, other = tmp_path / 'one', tmp_path / 'other'
+    _build(one)
+    _build(other)
+    for split in glyphs.SPLITS:
+      assert glyphs.load(one, split).fingerprint == glyphs.load(other, split).fingerprint
 
   def test_a_second_build_does_nothing(self, few_faces, tmp_path, monkeypatch):
-    glyphs.build(tmp_path, report=lambda line: None)
+    _build(tmp_path)
     monkeypatch.setattr(ttLib, 'TTFont', None)  # would raise if a font were read
     lines = []
     glyphs.build(tmp_path, report=lines.append)
@@ -255,14 +221,15 @@ class TestBuild:
   def test_a_missing_font_is_named(self, tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, 'FACES', {'NoSuchFont': 'regular sans'})
     with pytest.raises(FileNotFoundError, match='NoSuchFont.ttf is missing.*constraints.txt'):
-      glyphs.build(tmp_path, report=lambda line: None)
+      _build(tmp_path)
 
-  def test_missing_data_names_the_directory_and_the_command(self, tmp_path):
-    command = f'{tmp_path}. Run: python launch/prepare_data.py --data_dir={tmp_path}'
-    with pytest.raises(FileNotFoundError, match=command):
-      glyphs.load(tmp_path, 'train')
+  @pytest.mark.parametrize('load', [glyphs.load, glyph_videos.load])
+  def test_missing_data_names_the_directory_and_the_command(self, tmp_path, load):
+    command = f'python launch/prepare_data.py --data_dir={tmp_path}'
+    with pytest.raises(FileNotFoundError, match=f'{tmp_path}. Run: {command}'):
+      load(tmp_path, 'train')
 
   def test_an_unknown_split_lists_the_existing_ones(self, few_faces, tmp_path):
-    glyphs.build(tmp_path, report=lambda line: None)
+    _build(tmp_path)
     with pytest.raises(ValueError, match="'test'.*test_characters, test_fonts, train, validation"):
       glyphs.load(tmp_path, 'test')

@@ -1,29 +1,21 @@
 """Homoglyphs: shared outlines and nearly equal images group characters."""
 
 import numpy as np
+import pytest
 from fontTools import ttLib
 
 from uni_moe_jax.data.embedded import glyphs, homoglyphs
 
 
-class TestGroups:
-
-  def test_a_chain_over_two_fonts_is_one_group(self):
+@pytest.mark.parametrize(('fonts', 'pairs', 'groups'), [
     # 1 and 2 look the same in one font, 2 and 3 in the other: 1 and 3 must stay in one group, too.
-    first = {1: b'a', 2: b'a', 3: b'b', 4: b'c'}
-    second = {1: b'd', 2: b'e', 3: b'e'}
-    assert homoglyphs.group_characters([first, second]) == [(1, 2, 3), (4,)]
-
-  def test_characters_with_one_outline_in_two_fonts_are_grouped(self):
-    # A mathematical italic letter of one font equals the letter of the italic font.
-    assert homoglyphs.group_characters([{7: b'x'}, {3: b'x'}]) == [(3, 7)]
-
-  def test_given_pairs_are_grouped(self):
-    assert homoglyphs.group_characters([{1: b'a', 2: b'b', 3: b'c'}], [(3, 1)]) == [(1, 3), (2,)]
-
-  def test_the_order_of_fonts_does_not_matter(self):
-    fonts = [{1: b'a', 2: b'a'}, {2: b'b', 3: b'b'}, {4: b'c', 3: b'd'}]
-    assert homoglyphs.group_characters(fonts) == homoglyphs.group_characters(fonts[::-1])
+    ([{1: b'a', 2: b'a', 3: b'b', 4: b'c'}, {1: b'd', 2: b'e', 3: b'e'}], (), [(1, 2, 3), (4,)]),
+    ([{1: b'a', 2: b'a'}, {2: b'b', 3: b'b'}, {4: b'c', 3: b'd'}], (), [(1, 2, 3), (4,)]),
+    ([{7: b'x'}, {3: b'x'}], (), [(3, 7)]),  # a mathematical italic letter equals the letter of the italic font
+    ([{1: b'a', 2: b'b', 3: b'c'}], [(3, 1)], [(1, 3), (2,)]),
+], ids=['a chain over two fonts', 'three fonts', 'one outline in two fonts', 'a given pair'])
+def test_characters_that_look_the_same_are_grouped_in_any_order_of_fonts(fonts, pairs, groups):
+  assert homoglyphs.group_characters(fonts, pairs) == homoglyphs.group_characters(fonts[::-1], pairs) == groups
 
 
 class TestSimilarPairs:
@@ -58,15 +50,10 @@ class TestOutline:
     with ttLib.TTFont(glyphs.font_path('DejaVuSans')) as font:
       return homoglyphs.outline_key(font, font.getBestCmap()[ord(character)])
 
-  def test_latin_and_cyrillic_a_share_an_outline(self):
+  def test_outlines_have_the_size_height_and_shape_of_a_character(self):
     assert self._key('A') == self._key('\N{CYRILLIC CAPITAL LETTER A}')
-
-  def test_capital_and_small_o_have_different_outlines(self):
     assert self._key('O') != self._key('o')
-
-  def test_height_distinguishes_outlines(self):
-    # A full stop and a middle dot have the same shape at different heights.
-    assert self._key('.') != self._key('\N{MIDDLE DOT}')
+    assert self._key('.') != self._key('\N{MIDDLE DOT}')  # the same shape at another height
 
   def test_a_blank_has_no_outline(self):
     assert self._key(' ') == b''

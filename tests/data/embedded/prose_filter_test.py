@@ -62,25 +62,19 @@ def test_google_style_with_a_list():
   ]
 
 
-def test_a_heading_is_not_a_paragraph_and_the_summary_follows_it():
-  (paragraph,) = extract_paragraphs('Sums\n====\nThis is where all of the sums are made and kept.')
-  assert paragraph.role == SUMMARY
+_SENTENCE = 'This is one of very many sentences in a row.'  # 44 characters, 45 with a space
 
 
-def test_a_list_item_continues_at_its_own_margin():
-  (paragraph,) = extract_paragraphs('* It is called with one array and\ngives one number for all of it.')
-  assert paragraph.text == 'It is called with one array and gives one number for all of it.'
-
-
-def test_short_paragraphs_are_only_kept_as_summaries():
-  text = 'This is so short.'
-  assert extract_paragraphs(f'{text}\n\n{text}') == [(text, SUMMARY)]
-
-
-def test_long_paragraphs_keep_their_first_sentences():
-  sentence = 'This is one of very many sentences in a row.'  # 44 characters, 45 with a space
-  (paragraph,) = extract_paragraphs(' '.join([sentence] * 20))
-  assert paragraph.text == ' '.join([sentence] * 11)  # 11 * 45 - 1 = 494 <= 500 < 539
+@pytest.mark.parametrize('document, paragraph', [
+    ('Sums\n====\nThis is where all of the sums are made and kept.',
+     ('This is where all of the sums are made and kept.', SUMMARY)),
+    ('* It is called with one array and\ngives one number for all of it.',
+     ('It is called with one array and gives one number for all of it.', ITEM)),
+    ('This is so short.\n\nThis is so short.', ('This is so short.', SUMMARY)),  # short ones are kept as summaries only
+    (' '.join([_SENTENCE] * 20), (' '.join([_SENTENCE] * 11), SUMMARY)),  # 11 * 45 - 1 = 494 <= 500 < 539
+], ids=['a summary follows a heading', 'an item continues at its margin', 'short', 'long'])
+def test_only_one_paragraph_is_kept_of(document, paragraph):
+  assert extract_paragraphs(document) == [paragraph]
 
 
 @pytest.mark.parametrize('raw, expected', [

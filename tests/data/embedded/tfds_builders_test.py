@@ -5,14 +5,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from uni_moe_jax.data.embedded import docstring_texts, glyph_classes, glyph_videos, glyphs, tfds_builders
-from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
 
 _COUNT = 9
-
-
-def _records(columns: dict[str, np.ndarray], classes: dict[str, tuple[str, ...]]) -> Records:
-  return Records(columns, classes, npz_records.fingerprint(columns, classes))
 
 
 def _pixels(split: str, *shape: int) -> np.ndarray:
@@ -29,19 +24,18 @@ def small_records(monkeypatch):
   faces = np.full(_COUNT, 'regular sans')
   labels = np.resize(np.array([glyph_classes.CLASSES[3], '', glyph_classes.CLASSES[0]]), _COUNT)
   loads = {
-      (glyphs, 'load'): lambda split: _records(
+      (glyphs, 'load'): lambda split: Records(
           {'pixels': _pixels(split, 32, 32), 'name': _texts(split), 'face': faces, 'class': labels},
           {'class': glyph_classes.CLASSES}),
-      (glyph_videos, 'load'): lambda split: _records(
+      (glyph_videos, 'load'): lambda split: Records(
           {'pixels': _pixels(split, 8, 32, 32), 'name': _texts(split), 'face': faces,
            'motion': np.array(glyph_videos.MOTIONS[:_COUNT])},
           {'motion': glyph_videos.MOTIONS}),
-      (docstring_texts, 'load_paragraphs'): lambda split: _records(
+      (docstring_texts, 'load_paragraphs'): lambda split: Records(
           {'text': _texts(split), 'package': np.resize(np.array(['', docstring_texts.PACKAGES[1]]), _COUNT)},
           {'package': docstring_texts.PACKAGES}),
-      (docstring_texts, 'load_pairs'): lambda split: _records(
-          {'text_a': _texts('a'), 'text_b': _texts('b'),
-           'label': np.resize(np.array(docstring_texts.ANSWERS), _COUNT)},
+      (docstring_texts, 'load_pairs'): lambda split: Records(
+          {'text_a': _texts('a'), 'text_b': _texts('b'), 'label': np.resize(docstring_texts.ANSWERS, _COUNT)},
           {'label': docstring_texts.ANSWERS}),
   }
   for (module, name), load in loads.items():
@@ -63,12 +57,8 @@ def test_image_i_of_the_source_is_record_i(tmp_path, split):
   assert len(source) == _COUNT
   for i in (4, 0, 8):  # random access
     np.testing.assert_array_equal(source[i]['pixels'][..., 0], columns['pixels'][i])
-    assert source[i]['name'].decode() == columns['name'][i]
-    assert source[i]['face'].decode() == columns['face'][i]
-
-
-def test_classes_are_numbered_in_order_and_no_class_is_minus_one(tmp_path):
-  source = _prepared(tmp_path, 'embedded_glyphs').as_data_source('train')
+    assert [source[i][name].decode() for name in ('name', 'face')] == [columns['name'][i], columns['face'][i]]
+  # Classes are numbered in order, and no class is -1.
   assert [int(source[i]['class']) for i in range(4)] == [3, -1, 0, 3]
 
 
@@ -79,16 +69,13 @@ def test_video_i_of_the_source_is_record_i(tmp_path):
   assert glyph_videos.MOTIONS[source[5]['motion']] == columns['motion'][5]
 
 
-def test_paragraphs_and_packages_are_read_back(tmp_path):
-  source = _prepared(tmp_path, 'embedded_text/paragraphs').as_data_source('test')
-  assert source[1]['text'].decode() == 'test 1 ü'
-  assert [int(source[i]['package']) for i in range(2)] == [-1, 1]
-
-
-def test_pairs_are_read_back(tmp_path):
-  source = _prepared(tmp_path, 'embedded_text/pairs').as_data_source('test')
-  assert (source[2]['text_a'].decode(), source[2]['text_b'].decode()) == ('a 2 ü', 'b 2 ü')
-  assert [int(source[i]['label']) for i in range(2)] == [0, 1]
+@pytest.mark.parametrize('part, texts, label, values', [
+    ('paragraphs', {'text': 'test 2 ü'}, 'package', [-1, 1]),
+    ('pairs', {'text_a': 'a 2 ü', 'text_b': 'b 2 ü'}, 'label', [0, 1])])
+def test_texts_and_their_labels_are_read_back(tmp_path, part, texts, label, values):
+  source = _prepared(tmp_path, f'embedded_text/{part}').as_data_source('test')
+  assert {name: source[2][name].decode() for name in texts} == texts
+  assert [int(source[i][label]) for i in range(2)] == values
 
 
 def test_tfrecords_are_streamed_in_the_order_of_the_records(tmp_path):
@@ -108,8 +95,8 @@ def test_a_limit_takes_evenly_spaced_records(tmp_path):
 
 def test_a_prepared_dataset_has_the_fingerprints_of_its_records(tmp_path):
   _prepared(tmp_path, 'embedded_glyphs')
-  read_again = tfds.builder('embedded_glyphs', data_dir=tmp_path)
-  assert read_again.info.metadata['fingerprint_train'] == glyphs.load(tmp_path, 'train').fingerprint
+  metadata = tfds.builder('embedded_glyphs', data_dir=tmp_path).info.metadata
+  assert metadata['fingerprint_train'] == glyphs.load(tmp_path, 'train').fingerprint
 
 
 def test_the_path_contains_dataset_config_and_version(tmp_path):

@@ -25,18 +25,13 @@ THE, SPE_WORD = 513, 515
 EOT, SPE = 517, 520
 
 
-@pytest.fixture(name='path')
-def _path(tmp_path):
-  return _written(tmp_path, _MERGES)
-
-
 @pytest.fixture(name='clip')
-def _clip(path):
-  return ClipTokenizer(path)
+def _clip(tmp_path):
+  return ClipTokenizer(_written(tmp_path, _MERGES))
 
 
-def _written(folder: pathlib.Path, text: str | bytes, name: str = 'merges.txt') -> pathlib.Path:
-  path = folder / name
+def _written(folder: pathlib.Path, text: str | bytes) -> pathlib.Path:
+  path = folder / 'merges.txt'
   path.write_bytes(text if isinstance(text, bytes) else text.encode())
   return path
 
@@ -48,6 +43,7 @@ def test_the_vocabulary_is_bytes_word_ends_merges_and_five_specials(clip):
 
 
 @pytest.mark.parametrize('text, ids', [
+    # Merges apply in order and only where they match.
     ('the', [THE]),  # t h → th, th e</w> → the</w>
     ('thea', [512, 68, 64 + END]),  # th is merged; the e does not end a word, so 'th e</w>' does not apply
     ('he', [71, 68 + END]),
@@ -55,8 +51,27 @@ def test_the_vocabulary_is_bytes_word_ends_merges_and_five_specials(clip):
     ('spspe', [514, SPE_WORD]),
     ('stp', [82, 83, 79 + END]),
     ('', []),
+    # Other alphabets are encoded as bytes. é is C3 A9: 195 - 68 = 127, and 169 - 67 = 102 at the end of the word.
+    ('é', [127, 102 + END]),
+    # 字 is E5 AD 97: 229 - 68 = 161. AD is not printable: with 33 below 33 and 34 in 127…160, it is the last of 68
+    # such bytes, 188 + 67 = 255. 97 (151) is number 33 + 24 = 57 of them: 188 + 57 = 245.
+    ('字', [161, 255, 245 + END]),
+    ('Éé', [127, 102, 127, 102 + END]),
+    # A text can spell four of the special tokens.
+    ('<|spe|>', [SPE]),
+    ('the<|SPE|>the', [THE, SPE, THE]),
+    ('the <|endoftext|>', [THE, EOT]),
+    ('<|startoftext|><|gen|>', [516, 519]),
+    ('<|spe|>.', [SPE, 13 + END]),
+    ('&lt;|spe|&gt;', [SPE]),
+    # The mask token is not among them: '<|', 'mask', '|>'; m 76, k 74; | 91, > 29. Neither is the word 'spe'.
+    ('<|mask|>', [27, 91 + END, 76, 64, 82, 74 + END, 91, 29 + END]),
+    ('spe', [SPE_WORD]),
+    # Matching proceeds from the left: '.<|', 'spe', '|>'. Punctuation before a special token absorbs its bracket.
+    ('.<|spe|>', [13, 27, 91 + END, SPE_WORD, 91, 29 + END]),
+    ('!!', [0, END]),
 ])
-def test_merges_apply_in_order_and_only_where_they_match(clip, text, ids):
+def test_a_text_is_encoded_as(clip, text, ids):
   assert clip.encode(text) == ids
 
 
@@ -65,18 +80,6 @@ def test_the_earlier_merge_wins(tmp_path):
   first, second = (ClipTokenizer(_written(tmp_path, f'#version: 0\n{m}\n')) for m in ('a t\nt h</w>', 't h</w>\na t'))
   assert first.encode('ath') == [512, 71 + END]  # at h
   assert second.encode('ath') == [64, 512]  # a th
-
-
-@pytest.mark.parametrize('text, ids', [
-    # é is C3 A9: 195 - 68 = 127, and 169 - 67 = 102 at the end of the word.
-    ('é', [127, 102 + END]),
-    # 字 is E5 AD 97: 229 - 68 = 161. AD is not printable: with 33 below 33 and 34 in 127…160, it is the last of 68
-    # such bytes, 188 + 67 = 255. 97 (151) is number 33 + 24 = 57 of them: 188 + 57 = 245.
-    ('字', [161, 255, 245 + END]),
-    ('Éé', [127, 102, 127, 102 + END]),
-])
-def test_other_alphabets_are_encoded_as_bytes(clip, text, ids):
-  assert clip.encode(text) == ids
 
 
 def test_the_alphabet_equals_that_of_byte_level_tokenizers():
@@ -116,33 +119,6 @@ def test_words_are_letters_single_digits_endings_and_punctuation_runs(clip, text
   assert clip.decode(clip.encode(text)) == ' '.join(words)
 
 
-@pytest.mark.parametrize('text, ids', [
-    ('<|spe|>', [SPE]),
-    ('the<|SPE|>the', [THE, SPE, THE]),
-    ('the <|endoftext|>', [THE, EOT]),
-    ('<|startoftext|><|gen|>', [516, 519]),
-    ('<|spe|>.', [SPE, 13 + END]),
-    ('&lt;|spe|&gt;', [SPE]),
-])
-def test_a_text_can_spell_four_of_the_special_tokens(clip, text, ids):
-  assert clip.encode(text) == ids
-
-
-def test_the_mask_token_cannot_be_spelled(clip):
-  # '<|', 'mask', '|>': m 76, k 74; | 91, > 29.
-  assert clip.encode('<|mask|>') == [27, 91 + END, 76, 64, 82, 74 + END, 91, 29 + END]
-
-
-def test_punctuation_before_a_special_token_absorbs_its_bracket(clip):
-  # '.<|', 'spe', '|>': matching proceeds from the left.
-  assert clip.encode('.<|spe|>') == [13, 27, 91 + END, SPE_WORD, 91, 29 + END]
-
-
-def test_the_word_spe_is_not_the_token(clip):
-  assert clip.encode('spe') == [SPE_WORD]
-  assert clip.encode('<|spe|>') == [SPE]
-
-
 def test_a_batch_is_encoded_text_by_text(clip):
   assert clip.encode_batch(np.array(['the', '', 'spe <|spe|>'])) == [[THE], [], [SPE_WORD, SPE]]
 
@@ -153,37 +129,28 @@ def test_decoding_restores_a_split_text(clip, text):
   assert clip.decode(clip.encode(text)) == text
 
 
-def test_decoding_stops_at_eot_and_drops_special_tokens(clip):
-  ids = [SPE, THE, 516, 518, 519, SPE_WORD, EOT, THE, EOT, 0]
-  assert clip.decode(np.array(ids, np.int32)) == 'the spe'
-
-
-def test_a_pad_before_eot_is_decoded_as_the_piece_with_its_id(clip):
-  assert clip.encode('!!') == [0, END]
-  assert clip.decode([0, END, EOT, 0, 0]) == '!!'
-
-
-def test_invalid_bytes_are_replaced(clip):
-  assert clip.decode([127, THE, EOT]) == '�the'  # C3 without its second byte
+@pytest.mark.parametrize('ids, text', [
+    ([SPE, THE, 516, 518, 519, SPE_WORD, EOT, THE, EOT, 0], 'the spe'),
+    ([0, END, EOT, 0, 0], '!!'),  # before `eot`, a pad is the piece with its id
+    ([127, THE, EOT], '�the'),  # C3 without its second byte
+])
+def test_decoding_stops_at_eot_drops_special_tokens_and_replaces_invalid_bytes(clip, ids, text):
+  assert clip.decode(np.array(ids, np.int32)) == text
 
 
 def test_a_masking_unit_ends_where_a_word_ends(clip):
-  assert (clip.word_start.shape, clip.word_start.dtype) == ((521,), bool)
-  assert (clip.word_end.shape, clip.word_end.dtype) == ((521,), bool)
+  for table in (clip.word_start, clip.word_end):
+    assert (table.shape, table.dtype) == ((521,), bool)
   # t h e a | the | . . | <|spe|> | a
   ids = clip.encode('thea the .. <|spe|> a')
   assert clip.word_end[ids].tolist() == [False, False, True, True, False, True, True, True]
   assert clip.word_start[ids].tolist() == [False] * 6 + [True, False]
 
 
-def test_a_gzipped_file_gives_the_same_tokenizer(clip, tmp_path):
-  packed = ClipTokenizer(_written(tmp_path, _PACKED, 'merges.txt.gz'))
-  assert packed.encode('the spe') == [THE, SPE_WORD]
-  assert packed.fingerprint == clip.fingerprint
-
-
-def test_windows_line_ends_give_the_same_tokenizer(clip, tmp_path):
-  other = ClipTokenizer(_written(tmp_path, _MERGES.replace('\n', '\r\n')))
+@pytest.mark.parametrize('content', [_PACKED, _MERGES.replace('\n', '\r\n')], ids=['gzipped', 'Windows line ends'])
+def test_the_same_merges_in_another_file_give_the_same_tokenizer(clip, tmp_path, content):
+  other = ClipTokenizer(_written(tmp_path, content))
+  assert other.encode('the spe') == [THE, SPE_WORD]
   assert other.fingerprint == clip.fingerprint
 
 
@@ -193,14 +160,11 @@ def test_other_merges_have_another_fingerprint(clip, tmp_path):
   assert other.fingerprint != clip.fingerprint
 
 
-def test_merges_beyond_the_published_vocabulary_are_ignored(clip, tmp_path):
+def test_merges_beyond_the_48894_of_the_published_vocabulary_are_ignored(clip, tmp_path):
   with mock.patch.object(clip_tokenizer, 'MAX_MERGES', 2):
     short = ClipTokenizer(_written(tmp_path, _MERGES + 'no merge at all\n'))
   assert short.size == clip.size - 2
   assert short.encode('the spe') == [THE, 82, 79, 68 + END]
-
-
-def test_the_published_vocabulary_has_48894_merges_and_49411_ids():
   assert (clip_tokenizer.MAX_MERGES, clip_tokenizer.VOCAB_SIZE) == (48894, 49411)
 
 
@@ -231,8 +195,7 @@ def test_an_invalid_file_is_named_with_field_and_line(tmp_path, content, message
 
 
 @pytest.mark.parametrize('library', ['ftfy', 'regex', 'tokenizers'])
-def test_a_missing_library_is_named_with_the_command_to_install_it(path, library):
-  with mock.patch.dict(sys.modules, {library: None}):
-    message = r"config\.tokenizer\.type='clip' requires pip install '\.\[clip\]': .*" + library
-    with pytest.raises(ValueError, match=message):
-      ClipTokenizer(path)
+def test_a_missing_library_is_named_with_the_command_to_install_it(tmp_path, library):
+  message = r"config\.tokenizer\.type='clip' requires pip install '\.\[clip\]': .*" + library
+  with mock.patch.dict(sys.modules, {library: None}), pytest.raises(ValueError, match=message):
+    ClipTokenizer(_written(tmp_path, _MERGES))

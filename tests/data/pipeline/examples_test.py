@@ -28,17 +28,16 @@ def _task(name, **changes):
   return dataclasses.replace(make_plan(tiny.config(name)).tasks[0], **changes)
 
 
-def _build(name, training=True, classes=None, records=None, channels=1, **changes):
+def _build(name, training=True, records=None, channels=1, random_special_tokens=False, classes=SETS, **changes):
   task = _task(name, **changes)
-  builder = Builder(_tokenizer(), {**SETS, **(classes or {})}, channels, training)
+  builder = Builder(_tokenizer(), classes, channels, training, random_special_tokens)
   return builder.build(task, records or tiny.records(task.source))
 
 
 def _make(examples, ids=range(N), epoch=0):
   ids = tf.constant(list(ids), tf.int64)
-  hashes = hashing.example_hash(0, 'task', tf.fill(tf.shape(ids), tf.constant(epoch, tf.int64)), ids)
-  features = examples.make(ids, hashes)
-  return {k: v.numpy() for k, v in features.items()}
+  hashes = hashing.example_hash(0, 'task', tf.cast(tf.broadcast_to(epoch, tf.shape(ids)), tf.int64), ids)
+  return {k: v.numpy() for k, v in examples.make(ids, hashes).items()}
 
 
 PIXELS, VIDEO = ((N, 1, 16, 16, 1), 'uint8'), ((N, 3, 16, 16, 1), 'uint8')
@@ -62,44 +61,29 @@ def test_features_of_a_task_type_have_their_shapes_and_dtypes(name, expected):
   assert {k: (v.shape, v.dtype.name) for k, v in features.items()} == {'id': ((N,), 'int64'), **expected}
 
 
-def test_labels_are_indices_into_the_target_set():
-  features = _make(_build('shape'), ids=range(24))
-  assert [tiny.CLASSES[i] for i in features['label'][:, 0]] == tiny.records('glyphs').columns['class'].tolist()
+def test_pixels_are_those_of_the_record_in_every_channel_and_labels_are_indices_into_the_target_set():
+  columns, ids = tiny.records('glyphs').columns, [3, 0, 3, *range(24)]
+  features = _make(_build('shape', channels=3), ids)
+  assert features['pixels'].shape == (27, 1, 16, 16, 3)
+  for channel in range(3):
+    np.testing.assert_array_equal(features['pixels'][:, 0, :, :, channel], columns['pixels'][ids])
+  assert [tiny.CLASSES[i] for i in features['label'][:, 0]] == columns['class'][ids].tolist()
   np.testing.assert_array_equal(features['weight'], 1)
 
 
-def test_pixels_are_those_of_the_record():
-  records = tiny.records('glyphs')
-  features = _make(_build('shape'), ids=[3, 0, 3])
-  np.testing.assert_array_equal(features['pixels'][:, 0, :, :, 0], records.columns['pixels'][[3, 0, 3]])
-
-
-def test_gray_is_repeated_for_three_channels():
-  features = _make(_build('shape', channels=3))
-  assert features['pixels'].shape == (N, 1, 16, 16, 3)
-  np.testing.assert_array_equal(features['pixels'][..., 0], features['pixels'][..., 2])
-
-
-def test_records_without_a_class_are_skipped():
+def test_records_without_a_class_are_skipped_with_their_texts():
   # Every third of 24 paragraphs has no package; ids count the others.
-  examples = _build('package')
+  examples, columns = _build('package'), tiny.records('paragraphs').columns
   assert examples.size == 16
-  labels = _make(examples, ids=range(16))['label'][:, 0]
-  kept = [p for p in tiny.records('paragraphs').columns['package'].tolist() if p]
-  assert [tiny.PACKAGES[i] for i in labels] == kept
-
-
-def test_texts_match_their_labels_when_records_are_skipped():
-  features, columns = _make(_build('package'), ids=range(16)), tiny.records('paragraphs').columns
-  texts = [t for t, p in zip(columns['text'].tolist(), columns['package'].tolist()) if p]
-  for row, text in zip(features['text'], texts):
+  features, kept = _make(examples, ids=range(16)), columns['package'] != ''
+  assert [tiny.PACKAGES[i] for i in features['label'][:, 0]] == columns['package'][kept].tolist()
+  for row, text in zip(features['text'], columns['text'][kept].tolist()):
     assert row[:5].tolist() == _tokenizer().encode(text)[:5]
 
 
 def test_images_match_their_labels_when_records_are_skipped():
   records = tiny.records('glyphs')
-  shapes = records.columns['class'].copy()
-  shapes[::2] = ''
+  shapes = np.where(np.arange(24) % 2, records.columns['class'], '')
   records = dataclasses.replace(records, columns={**records.columns, 'class': shapes})
   features = _make(_build('shape', records=records), ids=range(12))
   np.testing.assert_array_equal(features['pixels'][:, 0, :, :, 0], records.columns['pixels'][1::2])
@@ -107,23 +91,18 @@ def test_images_match_their_labels_when_records_are_skipped():
 
 
 def test_a_caption_is_its_tokens_and_as_many_queries():
-  tokenizer, features = _tokenizer(), _make(_build('caption', max_len=20))
+  tokenizer = _tokenizer()
+  features, truncated = (_make(_build('caption', max_len=n)) for n in (20, 4))
   for i in range(N):
-    words = [*tokenizer.encode(tiny.records('glyphs').columns['name'][i]), tokenizer.eot]
-    n = len(words)
-    np.testing.assert_array_equal(features['text'][i, :20], words + [tokenizer.pad] * (20 - n))
+    words = tokenizer.encode(tiny.records('glyphs').columns['name'][i])
+    n = len(words) + 1
+    np.testing.assert_array_equal(features['text'][i, :20], [*words, tokenizer.eot] + [tokenizer.pad] * (20 - n))
     np.testing.assert_array_equal(features['text'][i, 20:], tokenizer.spe)
-    np.testing.assert_array_equal(features['label'][i, :n], words)
+    np.testing.assert_array_equal(features['label'][i, :n], [*words, tokenizer.eot])
     used = [True] * n + [False] * (20 - n)
     np.testing.assert_array_equal(features['text_valid'][i], used * 2)
     np.testing.assert_array_equal(features['weight'][i], used)
-
-
-def test_a_truncated_caption_ends_in_eot():
-  tokenizer, features = _tokenizer(), _make(_build('caption', max_len=4))
-  for i in range(N):
-    words = tokenizer.encode(tiny.records('glyphs').columns['name'][i])
-    assert features['label'][i].tolist() == [*words[:3], tokenizer.eot]
+    assert truncated['label'][i].tolist() == [*words[:3], tokenizer.eot]
 
 
 def test_equal_texts_of_pairs_have_equal_ids():
@@ -146,16 +125,13 @@ def test_captions_change_between_epochs_in_training_only():
   assert texts(training=False) == [shapes, shapes]
 
 
-def test_the_readout_position_is_the_slot():
+def test_a_template_places_both_texts_around_the_slot_which_is_the_readout_position():
+  tokenizer, columns = _tokenizer(), tiny.records('pairs').columns
   features = _make(_build('answer'), ids=range(12))
   position = features['position'][:, 0]
   assert len(set(position.tolist())) > 1  # texts of different lengths
   for row, index in zip(features['text'], position):
-    assert np.flatnonzero(row == _tokenizer().spe).tolist() == [index]
-
-
-def test_a_template_places_both_texts_around_the_slot():
-  tokenizer, columns = _tokenizer(), tiny.records('pairs').columns
+    assert np.flatnonzero(row == tokenizer.spe).tolist() == [index]
   features = _make(_build('answer', max_len=100), ids=[4])
   a, b = (tokenizer.encode(columns[k][4]) for k in ('text_a', 'text_b'))
   expected = [*a, tokenizer.eot, tokenizer.spe, *tokenizer.encode(','), *b, tokenizer.eot]
@@ -190,11 +166,10 @@ def test_evaluation_masks_every_selected_token_and_training_does_not():
 
 @pytest.mark.parametrize('random_special_tokens', [False, True])
 def test_random_tokens_are_special_only_if_configured(random_special_tokens):
-  tokenizer, task = _tokenizer(), _task('text')
-  examples = Builder(tokenizer, SETS, 1, True, random_special_tokens).build(task, tiny.records('paragraphs'))
+  tokenizer, examples = _tokenizer(), _build('text', random_special_tokens=random_special_tokens)
   # Every row in 100 epochs: about 600 random tokens, 10 of each id.
-  epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:100, :20])
-  text = examples.make(ids, hashing.example_hash(0, 'task', epochs, ids))['text'].numpy()
+  epochs, ids = (a.reshape(-1) for a in np.mgrid[:100, :20])
+  text = _make(examples, ids, epochs)['text']
   # Texts contain `eot`, masks `spe`: the other two occur as random tokens or not at all.
   others = {tokenizer.pad, tokenizer.unk}
   assert others & set(text.ravel().tolist()) == (others if random_special_tokens else set())
@@ -236,6 +211,6 @@ def test_a_class_that_is_not_in_the_target_set_is_reported_with_the_nearest():
 
 def test_a_source_without_labels_is_an_error():
   records = tiny.records('paragraphs')
-  empty = Records({**records.columns, 'package': np.full(24, '')}, records.classes, '')
+  empty = Records({**records.columns, 'package': np.full(24, '')}, records.classes)
   with pytest.raises(ValueError, match=r"no record of source 'paragraphs', split 'train', has a 'package'"):
     _build('package', records=empty)

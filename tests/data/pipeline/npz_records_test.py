@@ -4,36 +4,26 @@ import numpy as np
 import pytest
 
 from uni_moe_jax.data.pipeline import npz_records
+from uni_moe_jax.data.pipeline.records import Records
 
-_COLUMNS = {
-    'pixels': np.arange(12, dtype=np.uint8).reshape(3, 2, 2),
-    'name': np.array(['a', 'b', '']),
-}
+_COLUMNS = {'pixels': np.arange(12, dtype=np.uint8).reshape(3, 2, 2), 'name': np.array(['a', 'b', ''])}
 _CLASSES = {'name': ('b', 'a')}
 
 
-class TestFingerprint:
+def test_equal_content_has_equal_fingerprints_however_it_is_stored():
+  other = {'name': _COLUMNS['name'].astype('<U40'), 'pixels': np.asfortranarray(_COLUMNS['pixels'])}
+  assert Records(other, _CLASSES).fingerprint == Records(_COLUMNS, _CLASSES).fingerprint
 
-  def test_equal_content_has_equal_fingerprints_however_it_is_stored(self):
-    other = {
-        'name': _COLUMNS['name'].astype('<U40'),
-        'pixels': np.asfortranarray(_COLUMNS['pixels']),
-    }
-    assert npz_records.fingerprint(other, _CLASSES) == npz_records.fingerprint(_COLUMNS, _CLASSES)
 
-  @pytest.mark.parametrize('change', [
-      {'pixels': _COLUMNS['pixels'] + 1},
-      {'pixels': _COLUMNS['pixels'].reshape(3, 4)},
-      {'pixels': _COLUMNS['pixels'].astype(np.int16)},
-      {'name': np.array(['ab', '', ''])},
-  ], ids=['values', 'shape', 'type', 'end of a text'])
-  def test_a_changed_column_changes_the_fingerprint(self, change):
-    changed = npz_records.fingerprint(_COLUMNS | change, _CLASSES)
-    assert changed != npz_records.fingerprint(_COLUMNS, _CLASSES)
-
-  def test_the_order_of_classes_changes_the_fingerprint(self):
-    changed = npz_records.fingerprint(_COLUMNS, {'name': ('a', 'b')})
-    assert changed != npz_records.fingerprint(_COLUMNS, _CLASSES)
+@pytest.mark.parametrize('columns, classes', [
+    ({'pixels': _COLUMNS['pixels'] + 1}, _CLASSES),
+    ({'pixels': _COLUMNS['pixels'].reshape(3, 4)}, _CLASSES),
+    ({'pixels': _COLUMNS['pixels'].astype(np.int16)}, _CLASSES),
+    ({'name': np.array(['ab', '', ''])}, _CLASSES),
+    ({}, {'name': ('a', 'b')}),
+], ids=['values', 'shape', 'type', 'end of a text', 'order of classes'])
+def test_a_change_changes_the_fingerprint(columns, classes):
+  assert Records(_COLUMNS | columns, classes).fingerprint != Records(_COLUMNS, _CLASSES).fingerprint
 
 
 class TestAtomicFolder:
@@ -72,7 +62,7 @@ class TestFiles:
     np.testing.assert_array_equal(records.columns['pixels'], _COLUMNS['pixels'])
     assert records.columns['name'].tolist() == ['a', 'b', '']
     assert records.classes == _CLASSES
-    assert records.fingerprint == npz_records.fingerprint(_COLUMNS, _CLASSES)
+    assert records.fingerprint == Records(_COLUMNS, _CLASSES).fingerprint
 
   def test_columns_of_different_lengths_are_refused(self, tmp_path):
     with pytest.raises(ValueError, match="'train'.*the same length.*'pixels': 3, 'name': 2"):

@@ -1,5 +1,7 @@
 """Target sets: every entry occurs once, in buckets of similar length, and `order` restores the order of the set."""
 
+import string
+
 import numpy as np
 import pytest
 
@@ -16,9 +18,6 @@ class _Letters:
 
   def encode(self, text):
     return [100 + ord(c) - ord('`') for c in text]
-
-  def encode_batch(self, texts):
-    return [self.encode(t) for t in texts]
 
   def decode(self, ids):
     return ''.join(chr(int(i) - 100 + ord('`')) for i in ids if i > 100)
@@ -44,8 +43,7 @@ def _check_rows(built, names):
 
 def _names(lengths):
   """Distinct names of the given numbers of letters."""
-  letters = 'abcdefghijklmnopqrstuvwxyz'
-  return [''.join(letters[(i // 26**p) % 26] for p in range(n)) for i, n in enumerate(lengths)]
+  return [''.join(string.ascii_lowercase[(i // 26**p) % 26] for p in range(n)) for i, n in enumerate(lengths)]
 
 
 def test_a_small_set_is_one_bucket_of_its_longest_entry():
@@ -69,34 +67,27 @@ def test_entries_are_in_the_smallest_bucket_that_fits_and_order_restores_them():
   assert sorted(built.order) == list(range(57))
 
 
-@pytest.mark.parametrize('num_short, shapes', [(15, [(35, 9)]), (16, [(16, 3), (20, 9)])])
-def test_a_bucket_with_few_entries_is_merged_into_the_next_longer_one(num_short, shapes):
-  names = _names([8] * 20 + [2] * num_short)
+@pytest.mark.parametrize('lengths, shapes', [
+    ([8] * 20 + [2] * 15, [(35, 9)]),
+    ([8] * 20 + [2] * 16, [(16, 3), (20, 9)]),  # not merged
+    ([2] * 5 + [6] * 20 + [12] * 20, [(25, 7), (20, 13)]),  # into the nearest
+    ([2] * 5 + [6] * 5 + [12] * 5, [(15, 13)]),  # repeatedly, up to the longest
+])
+def test_a_bucket_with_few_entries_is_merged_into_the_next_longer_one(lengths, shapes):
+  names = _names(lengths)
   built = _build(names)
   assert _shapes(built) == shapes
   _check_rows(built, names)
 
 
-@pytest.mark.parametrize('lengths, shapes', [
-    ([2] * 5 + [6] * 20 + [12] * 20, [(25, 7), (20, 13)]),  # into the nearest
-    ([2] * 5 + [6] * 5 + [12] * 5, [(15, 13)]),  # repeatedly, up to the longest
-])
-def test_small_buckets_are_merged_in_order_of_length(lengths, shapes):
-  assert _shapes(_build(_names(lengths))) == shapes
-
-
 def test_the_vocabulary_has_no_buckets():
   built = _build((), entries='vocabulary')
-  assert built.buckets == ()
-  assert built.size == 130
+  assert (built.buckets, built.size) == ((), 130)
   np.testing.assert_array_equal(built.order, np.arange(130))
 
 
-def test_a_name_of_exactly_max_len_fits():
+def test_a_name_has_at_most_max_len_tokens():
   assert _shapes(_build(['abc', 'a'], max_len=4)) == [(2, 4)]
-
-
-def test_a_too_long_name_is_reported_with_the_required_length():
   with pytest.raises(ValueError, match=r"config.target_sets.things.max_len=4 is too short for 'abcde', which has 6 "
                                        'tokens; raise it to 6'):
     _build(['ab', 'abcde'], max_len=4)
@@ -112,11 +103,8 @@ def test_synonyms_are_in_the_bucket_of_the_longest():
   assert (built.names, built.size) == (('abc', 'a'), 2)
 
 
-def test_a_set_without_entries_is_an_error():
+def test_no_entries_and_label_prompts_with_synonyms_are_errors():
   with pytest.raises(ValueError, match='config.target_sets.things has no entries'):
     _build([])
-
-
-def test_label_prompts_with_synonyms_are_an_error():
   with pytest.raises(ValueError, match='config.target_sets.things.label_prompts=True requires entries with one name'):
     _build([('abc', 'd'), 'a'], label_prompts=True)

@@ -31,9 +31,7 @@ def test_training_twice_gives_the_same_bytes_and_the_same_tokenizer(model_file, 
 
 
 def test_special_ids_are_distinct(words):
-  assert words.size == _SIZE
-  assert words.pad == 0
-  assert len({words.pad, words.unk, words.spe, words.eot}) == 4
+  assert (words.size, words.pad, len(words.special_ids)) == (_SIZE, 0, 4)
   assert words.special_ids == {words.pad, words.unk, words.spe, words.eot}
 
 
@@ -65,24 +63,18 @@ def test_decoding_stops_at_eot_and_drops_special_tokens(words):
   assert words.decode(np.array(ids, np.int32)) == 'the value'
 
 
-def test_a_batch_is_encoded_text_by_text(words):
-  ids = words.encode_batch(np.array(['the value', '', 'an object']))
-  assert ids == [words.encode('the value'), [], words.encode('an object')]
-
-
-def test_an_unseen_character_is_unknown(words):
-  assert words.unk in words.encode('字')
-  assert words.unk not in words.encode('the value')
+def test_a_batch_is_encoded_text_by_text_and_an_unseen_character_is_unknown(words):
+  ids = words.encode_batch(np.array(['the value', '', '字']))
+  assert ids == [words.encode('the value'), [], words.encode('字')]
+  assert words.unk not in ids[0] and words.unk in ids[2]
 
 
 def test_words_and_punctuation_start_units(words):
-  assert words.word_start.shape == (_SIZE,)
-  assert words.word_start.dtype == bool
+  assert (words.word_start.shape, words.word_start.dtype) == ((_SIZE,), bool)
   ids = words.encode('unforgettable, zebra')  # not in the training texts: several pieces per word
   comma = ids.index(words.encode('the,')[-1])
   assert np.flatnonzero(words.word_start[ids]).tolist() == [0, comma, comma + 1]
-  assert comma > 1
-  assert len(ids) > comma + 2
+  assert 1 < comma < len(ids) - 2
   assert words.word_start[list(words.special_ids)].all()
 
 
@@ -112,13 +104,10 @@ def test_a_smaller_vocabulary_is_allowed_on_request_and_used_only_if_necessary(w
   assert [full.encode(t) for t in _TEXTS] == [words.encode(t) for t in _TEXTS]
 
 
-def test_packed_texts_end_in_eot_and_fill_rows():
+def test_packed_texts_end_in_eot_and_fill_rows_and_at_least_one():
   rows = tokenizer.pack_tokens([[5, 6], [7], [8, 9, 10]], length=4, eot=3)
   # 5 6 3 7 | 3 8 9 10 | 3 (dropped)
   np.testing.assert_array_equal(rows, [[5, 6, 3, 7], [3, 8, 9, 10]])
   assert rows.dtype == np.int32
-
-
-def test_packing_less_than_a_row_is_refused():
   with pytest.raises(ValueError, match='3 tokens do not fill a row of length 4'):
     tokenizer.pack_tokens([[5, 6]], length=4, eot=3)
