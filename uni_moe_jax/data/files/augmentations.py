@@ -22,10 +22,9 @@ _NOISE_MEAN, _NOISE_STD = 0.45, 0.225  # of erased pixels in 0…1: about ImageN
 
 
 def randaugment(image: tf.Tensor, h: tf.Tensor, magnitude: float) -> tf.Tensor:
-  """Applies two of fifteen operations, each with probability 1/2: uint8 [H, W, C] of static shape.
+  """Applies two of fifteen operations to uint8 [H, W, C] of static shape, each with probability 1/2.
 
   Args:
-    image: uint8 [H, W, C].
     h: uint64 scalar, the example's hash.
     magnitude: 0…10, the mean of the magnitude of each operation.
   """
@@ -43,7 +42,7 @@ def randaugment(image: tf.Tensor, h: tf.Tensor, magnitude: float) -> tf.Tensor:
   return image
 
 
-def autocontrast(image: tf.Tensor, *_) -> tf.Tensor:
+def _autocontrast(image: tf.Tensor, *_) -> tf.Tensor:
   """Stretches each color channel from its darkest and brightest level to 0…255."""
   x = tf.cast(image, tf.float32)
   low, high = tf.reduce_min(x, (0, 1)), tf.reduce_max(x, (0, 1))
@@ -51,43 +50,17 @@ def autocontrast(image: tf.Tensor, *_) -> tf.Tensor:
   return _levels(tf.where(high > low, tf.floor(stretched), x))
 
 
-def equalize(image: tf.Tensor, *_) -> tf.Tensor:
+def _equalize(image: tf.Tensor, *_) -> tf.Tensor:
   """Equalizes the histogram of each color channel (Pillow's table)."""
-  def table(color):
-    counts = tf.math.bincount(tf.reshape(tf.cast(color, tf.int32), [-1]), minlength=256, maxlength=256)
-    last = counts[tf.reduce_max(tf.where(counts > 0))]
-    step = (tf.reduce_sum(counts) - last) // 255
-    before = tf.cumsum(counts, exclusive=True)
-    equalized = tf.minimum((step // 2 + before) // tf.maximum(step, 1), 255)
-    mapped = tf.where(step > 0, equalized, tf.range(256))
-    return tf.gather(tf.cast(mapped, tf.uint8), tf.cast(color, tf.int32))
-  return tf.stack([table(image[..., c]) for c in range(image.shape[-1])], -1)
+  def equalize(color):
+    counts = tf.math.bincount(tf.reshape(color, [-1]), minlength=256, maxlength=256)
+    step = (tf.reduce_sum(counts) - counts[tf.reduce_max(tf.where(counts > 0))]) // 255
+    table = tf.minimum((step // 2 + tf.cumsum(counts, exclusive=True)) // tf.maximum(step, 1), 255)
+    return tf.gather(tf.cast(tf.where(step > 0, table, tf.range(256)), tf.uint8), color)
+  return tf.stack([equalize(tf.cast(color, tf.int32)) for color in tf.unstack(image, axis=-1)], -1)
 
 
-def posterize(image: tf.Tensor, level: tf.Tensor, _) -> tf.Tensor:
-  """Keeps the upper 4 - ⌊4 · level⌋ bits."""
-  kept = 4 - tf.cast(level * 4, tf.int32)
-  return tf.bitwise.bitwise_and(image, tf.cast(tf.bitwise.left_shift(255, 8 - kept) % 256, tf.uint8))
-
-
-def solarize(image: tf.Tensor, level: tf.Tensor, _) -> tf.Tensor:
-  """Inverts pixels of at least 256 - ⌊256 · level⌋."""
-  return tf.where(tf.cast(image, tf.int32) >= 256 - tf.cast(level * 256, tf.int32), 255 - image, image)
-
-
-def solarize_add(image: tf.Tensor, level: tf.Tensor, _) -> tf.Tensor:
-  """Brightens pixels below 128 by ⌊110 · level⌋."""
-  x = tf.cast(image, tf.int32)
-  return tf.cast(tf.where(x < 128, tf.minimum(x + tf.cast(level * 110, tf.int32), 255), x), tf.uint8)
-
-
-def contrast(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
-  """Blends with the mean gray level, or away from it."""
-  mean = tf.floor(tf.reduce_mean(_gray(image)) + 0.5)
-  return _blend(tf.fill(tf.shape(image), mean), image, level, sign)
-
-
-def sharpness(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
+def _sharpness(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
   """Blends with a smoothed image, or away from it; the outermost pixels stay."""
   C = image.shape[-1]
   kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[..., None, None] / 13
@@ -98,40 +71,48 @@ def sharpness(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
   return _blend(tf.floor(smooth + 0.5), image, level, sign)
 
 
-def rotate(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
+def _rotate(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> tf.Tensor:
   """Rotates about the center by up to 30°."""
   H, W = (tf.cast(s, tf.float32) for s in tf.unstack(tf.shape(image)[:2]))
   a = sign * level * math.pi / 6
   x, y = (W - 1) / 2, (H - 1) / 2
-  return _affine(image, [tf.cos(a), -tf.sin(a), x - x * tf.cos(a) + y * tf.sin(a),
-                         tf.sin(a), tf.cos(a), y - x * tf.sin(a) - y * tf.cos(a)])
+  return _affine(image, tf.cos(a), -tf.sin(a), x - x * tf.cos(a) + y * tf.sin(a),
+                 tf.sin(a), tf.cos(a), y - x * tf.sin(a) - y * tf.cos(a))
 
 
-def _translation(level: tf.Tensor, sign: tf.Tensor, side: tf.Tensor) -> tf.Tensor:
-  """Up to 0.45 of a side."""
-  return sign * level * 0.45 * tf.cast(side, tf.float32)
+def _solarize_add(image: tf.Tensor, level: tf.Tensor, _) -> tf.Tensor:
+  """Brightens pixels below 128 by ⌊110 · level⌋."""
+  x = tf.cast(image, tf.int32)
+  return tf.cast(tf.where(x < 128, tf.minimum(x + tf.cast(level * 110, tf.int32), 255), x), tf.uint8)
 
 
 # (image uint8 [H, W, C], level in 0…1, sign ±1) → image. The order is part of a run's randomness.
 OPERATIONS: dict[str, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]] = {
-    'autocontrast': autocontrast,
-    'equalize': equalize,
+    'autocontrast': _autocontrast,
+    'equalize': _equalize,
     'invert': lambda image, *_: 255 - image,
-    'rotate': rotate,
-    'posterize': posterize,
-    'solarize': solarize,
-    'solarize_add': solarize_add,
+    'rotate': _rotate,
+    # Keeps the upper 4 - ⌊4 · level⌋ bits.
+    'posterize': lambda image, level, _: image & tf.cast(
+        tf.bitwise.left_shift(255, 4 + tf.cast(level * 4, tf.int32)) % 256, tf.uint8),
+    # Inverts pixels of at least 256 - ⌊256 · level⌋.
+    'solarize': lambda image, level, _: tf.where(
+        tf.cast(image, tf.int32) >= 256 - tf.cast(level * 256, tf.int32), 255 - image, image),
+    'solarize_add': _solarize_add,
+    # Four that blend with another image, or away from it: grays, their mean, black, a smoothed one.
     'color': lambda image, level, sign: _blend(_gray(image), image, level, sign),
-    'contrast': contrast,
+    'contrast': lambda image, level, sign: _blend(
+        tf.fill(tf.shape(image), tf.floor(tf.reduce_mean(_gray(image)) + 0.5)), image, level, sign),
     'brightness': lambda image, level, sign: _blend(tf.zeros(tf.shape(image)), image, level, sign),
-    'sharpness': sharpness,
+    'sharpness': _sharpness,
     # Row y moves left, column x up, by up to 0.3 of y or x.
-    'shear_x': lambda image, level, sign: _affine(image, [1.0, sign * level * 0.3, 0.0, 0.0, 1.0, 0.0]),
-    'shear_y': lambda image, level, sign: _affine(image, [1.0, 0.0, 0.0, sign * level * 0.3, 1.0, 0.0]),
+    'shear_x': lambda image, level, sign: _affine(image, 1.0, sign * level * 0.3, 0.0, 0.0, 1.0, 0.0),
+    'shear_y': lambda image, level, sign: _affine(image, 1.0, 0.0, 0.0, sign * level * 0.3, 1.0, 0.0),
+    # By up to 0.45 of a side.
     'translate_x': lambda image, level, sign: _affine(
-        image, [1.0, 0.0, _translation(level, sign, tf.shape(image)[1]), 0.0, 1.0, 0.0]),
+        image, 1.0, 0.0, sign * level * 0.45 * tf.cast(tf.shape(image)[1], tf.float32), 0.0, 1.0, 0.0),
     'translate_y': lambda image, level, sign: _affine(
-        image, [1.0, 0.0, 0.0, 0.0, 1.0, _translation(level, sign, tf.shape(image)[0])])}
+        image, 1.0, 0.0, 0.0, 0.0, 1.0, sign * level * 0.45 * tf.cast(tf.shape(image)[0], tf.float32))}
 
 
 def random_erasing(image: tf.Tensor, h: tf.Tensor, probability: float) -> tf.Tensor:
@@ -176,7 +157,7 @@ def _blend(other: tf.Tensor, image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor
   return _levels(tf.floor(other + factor * (tf.cast(image, tf.float32) - other)))
 
 
-def _affine(image: tf.Tensor, coefficients: list) -> tf.Tensor:
+def _affine(image: tf.Tensor, *coefficients: tf.Tensor | float) -> tf.Tensor:
   """Samples pixel (x, y) at (a x + b y + c, d x + e y + f), bilinearly; outside is ImageNet's mean."""
   transform = tf.stack([tf.cast(c, tf.float32) for c in coefficients] + [0.0, 0.0])[None]
   fill = tf.constant(_FILL if image.shape[-1] == 3 else _FILL[:1], tf.float32)

@@ -1,5 +1,4 @@
-"""Records in files to the text features of a task type: labels, captions, templates, running text.
-"""
+"""Records in files to the text features of a task type: labels, captions, templates, running text."""
 
 import collections
 import zlib
@@ -22,33 +21,24 @@ from uni_moe_jax.utils.suggest import nearest
 _MAX_READS_PER_TOKEN = 2  # of a row of running text; some records cannot be read
 _WINDOW_CHARS_PER_TOKEN = 12  # more than S tokens of any language
 
-FeatureSpecs = dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape of one example
-
 
 class FeatureReader(NamedTuple):
-  """Reads features of one record, without the batch axis.
-
-  specs: of the features that `read` returns.
-  read: (record, the example's hash) → features. Raises CorruptExample.
-  """
-  specs: FeatureSpecs
-  read: Callable[[Record, int], dict[str, Any]]
+  """Reads features of one record, without the batch axis."""
+  specs: dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape
+  read: Callable[[Record, int], dict[str, Any]]  # (record, the example's hash) → features; raises CorruptExample
 
 
 def feature_reader(
     task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, keys: Sequence[str], training: bool) -> FeatureReader:
-  """Reader of all features of a task but its pixels. keys: what records call the classes of its target set, in order.
+  """Reader of all features of a task but its pixels. Raises UsageError if the config does not fit the source.
 
-  Raises:
-    UsageError: the config names a column or class that the source does not have.
+  keys: what records call the classes of the task's target set, in order.
   """
   readers = []
   if task.type.has_classes:
     readers.append(_label_reader(task, records, keys))
-  if task.type.target == 'pair':
-    readers.append(_pair_reader(task, records, tokenizer, training))
-  if task.type.readout == 'queries':
-    readers.append(_caption_reader(task, records, tokenizer, training))
+  if task.type.target == 'pair' or task.type.readout == 'queries':
+    readers.append(_phrase_reader(task, records, tokenizer, training))
   if task.type.readout == 'slot':
     readers.append(_template_reader(task, records, tokenizer))
   return FeatureReader({name: spec for r in readers for name, spec in r.specs.items()},
@@ -84,28 +74,25 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> 
   return FeatureReader({'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}, read)
 
 
-def _pair_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
-  """Reader of `target`, `target_valid`, `text_id` (equal for equal texts) and `weight`."""
-  choose, S = phrase_chooser(task, records, training), task.max_len
+def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
+  """Reader of a paired text, whose `text_id` is equal for equal texts, or of a caption: `text` [words | queries]."""
+  choose, S = _phrase_chooser(task, records, training), task.max_len
 
-  def read(record, h):
+  def read_pair(record, h):
     text = choose(record, h)
     [ids], [valid] = pad_tokens(encode_texts([text], tokenizer, S), S, tokenizer.pad)
     return {'target': ids, 'target_valid': valid, 'text_id': zlib.crc32(text.encode()) & 0x7FFFFFFF, 'weight': [1.0]}
-  return FeatureReader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
-                        'weight': (np.float32, (1,))}, read)
 
-
-def _caption_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
-  """Reader of `text` [words | queries], `text_valid`, `label` and `weight`."""
-  choose, S = phrase_chooser(task, records, training), task.max_len
-
-  def read(record, h):
+  def read_caption(record, h):
     [words], [valid] = pad_tokens(encode_texts([choose(record, h)], tokenizer, S), S, tokenizer.pad)
     return {'text': np.concatenate([words, np.full(S, tokenizer.spe)]), 'text_valid': np.concatenate([valid, valid]),
             'label': words, 'weight': valid}
+
+  if task.type.target == 'pair':
+    return FeatureReader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
+                          'weight': (np.float32, (1,))}, read_pair)
   return FeatureReader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
-                        'weight': (np.float32, (S,))}, read)
+                        'weight': (np.float32, (S,))}, read_caption)
 
 
 def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:
@@ -177,23 +164,22 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
   return read
 
 
-def phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Record, int], str]:
+def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Record, int], str]:
   """(record, h) → phrase: random template and entries of lists in training, else the first ones."""
-  columns = [template_columns(t) for t in task.caption_templates]
-  for names in columns:
-    _check_columns(task, records, 'caption_templates', names, 'text', 'texts', 'class')
+  templates = task.caption_templates
+  for template in templates:
+    _check_columns(task, records, 'caption_templates', template_columns(template), 'text', 'texts', 'class')
+  draw = lambda items, *purpose: items[hashing.mix(*purpose) % len(items) if training else 0]
 
   def choose(record, h):
-    chosen = hashing.mix(h, 'phrase') % len(task.caption_templates) if training else 0
-    values = {}
-    for column in columns[chosen]:
-      value = record[column]
-      if not isinstance(value, str):
-        if not value:
+    template, values = draw(templates, h, 'phrase'), {}
+    for column in template_columns(template):
+      values[column] = record[column]
+      if not isinstance(record[column], str):
+        if not record[column]:
           raise CorruptExample(f'no {column}')
-        value = value[hashing.mix(h, column) % len(value) if training else 0]
-      values[column] = value
-    text = task.caption_templates[chosen].format(**values)
+        values[column] = draw(record[column], h, column)
+    text = template.format(**values)
     if not text.strip():
       raise CorruptExample('empty text')
     return text

@@ -6,6 +6,7 @@ function folds in.
 """
 
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -17,10 +18,9 @@ from uni_moe_jax.data.pipeline import hashing
 def transform(
     image: tf.Tensor, size: int, h: tf.Tensor | None, crop: str, flip: bool, randaugment: float = 0.0,
     erasing: float = 0.0) -> tf.Tensor:
-  """A decoded image as a task needs it: uint8 [size, size, C].
+  """A decoded image uint8 [H, W, C] as a task needs it: uint8 [size, size, C].
 
   Args:
-    image: uint8 [H, W, C].
     h: the example's hash in training. None in evaluation, which takes the center of an image whose short side is
       `size`, or 256/224 of it for classification.
     crop: 'resize_crop' (pairs and captions), 'random_resized_crop' (classification) or 'jittered_crop' (as for
@@ -53,8 +53,7 @@ def jittered_short_side(size: int, h: tf.Tensor) -> tf.Tensor:
 def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
   """Inception's crop: 8 to 100 % of the area, aspect ratio 3/4 to 4/3, to uint8 [size, size, C].
 
-  Takes the first of ten draws that fits. If none does, as in a very long image, takes the largest center that the
-  ratios allow.
+  The first of ten draws that fits; if none does, as in a very long image, the largest center that the ratios allow.
   """
   H, W = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
   draws = hashing.mix_tensor(h, tf.range(MAX_DRAWS, dtype=tf.int64))
@@ -94,22 +93,13 @@ def _resize(image: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
 
 
 def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
-  """The center: uint8 [size, size, C]. Half of an odd margin is rounded to even, as by `round`.
-
-  Raises:
-    InvalidArgumentError: a side is shorter than `size`.
-  """
-  margin = tf.cast(_margin(image, size), tf.float32)
-  return _crop(image, tf.cast(tf.round(margin / 2), tf.int32), size)
+  """The center: uint8 [size, size, C]. Half of an odd margin is rounded to even, as by `round`."""
+  return _crop(image, lambda margin: tf.cast(tf.round(tf.cast(margin, tf.float32) / 2), tf.int32), size)
 
 
 def random_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
-  """A crop at a uniformly distributed position: uint8 [size, size, C].
-
-  Raises:
-    InvalidArgumentError: a side is shorter than `size`.
-  """
-  return _crop(image, _random_corner(_margin(image, size), h), size)
+  """A crop at a uniformly distributed position: uint8 [size, size, C]."""
+  return _crop(image, lambda margin: _random_corner(margin, h), size)
 
 
 def random_flip(image: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
@@ -124,14 +114,9 @@ def _random_corner(margin: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
   return tf.stack([down, right])
 
 
-def _margin(image: tf.Tensor, size: int) -> tf.Tensor:
-  """int32 [2]: rows and columns beyond a crop."""
+def _crop(image: tf.Tensor, corner: Callable[[tf.Tensor], tf.Tensor], size: int) -> tf.Tensor:
+  """[size, size, C] from `corner` of the margin, both int32 [2]. Raises InvalidArgumentError for a shorter side."""
   sides = tf.shape(image)[:2]
   tf.debugging.assert_greater_equal(sides, size, 'The image is smaller than its crop; resize it first.')
-  return sides - size
-
-
-def _crop(image: tf.Tensor, corner: tf.Tensor, size: int) -> tf.Tensor:
-  """[size, size, C] from `corner`, int32 [2]."""
-  cropped = tf.slice(image, tf.pad(corner, [[0, 1]]), [size, size, -1])
+  cropped = tf.slice(image, tf.pad(corner(sides - size), [[0, 1]]), [size, size, -1])
   return tf.ensure_shape(cropped, [size, size, image.shape[-1]])  # unknown in a graph otherwise

@@ -60,9 +60,7 @@ def probe(data: bytes) -> tuple[int, int, int]:
 
 
 def sample_frames(data: bytes, offsets: np.ndarray) -> np.ndarray:
-  """Selected frames: uint8 [T, H, W, 3] for offsets [T], [V · T, H, W, 3] for offsets [V, T].
-
-  See `segment_frames`.
+  """Frames at the offsets (see `segment_frames`) [T] or [V, T]: uint8 [T, H, W, 3] or [V · T, H, W, 3].
 
   Raises:
     CorruptVideo: the bytes are not a video, or it has no frames.
