@@ -44,10 +44,7 @@ class Data:
     self._dir, self._model, self._plan = config.data.dir, config.model, plan
     self._records: dict[tuple[str, str], Records | FileDataset] = {}
     records = [self.records(t.source, t.split) for t in plan.tasks]
-    file = config.tokenizer.path
-    if config.train.init and not file:  # the initial parameters belong to the token ids of their run
-      file = str(pathlib.Path(config.train.init) / 'tokenizer.model')
-    self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config.tokenizer, file, records)
+    self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, records)
     specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
     entries = {s.name: self._entries(s) for s in specs}
     self.target_sets: dict[str, TargetSet] = {
@@ -61,15 +58,12 @@ class Data:
     from_files = [(s.name, entries[s.name]) for s in plan.sets
                   if isinstance(s.entries, str) and s.entries.startswith(class_names.FILE_PREFIX)]
     self.inputs_fingerprint = hashlib.sha256(repr((self.fingerprint, model, from_files)).encode()).hexdigest()
-    special, seed = config.data.random_special_tokens, config.seed
-    self._builders = {
-        training: Builder(self.tokenizer, self.entry_keys, self._model.channels, training, special, seed)
-        for training in (True, False)}
-    self._file_builders = {
-        training: FileExampleBuilder(
-            self.tokenizer, self.entry_keys, self._model.image_size, self._model.channels, training, special, seed,
-            config.data.max_corrupt_fraction)
-        for training in (True, False)}
+    self._builders = {}  # of records in memory and in files
+    for training in (True, False):
+      common = self._model.channels, training, config.data.random_special_tokens, config.seed
+      self._builders[training] = (
+          Builder(self.tokenizer, self.entry_keys, *common), FileExampleBuilder(
+              self.tokenizer, self.entry_keys, self._model.image_size, *common, config.data.max_corrupt_fraction))
 
   def _check_answers(self) -> None:
     """Raises UsageError for an answer that is longer than the captions that an evaluator restricts to it."""
@@ -92,17 +86,17 @@ class Data:
     """A task's examples of its own split or another; num_views, num_crops: of video files in evaluation."""
     task = task if split is None else dataclasses.replace(task, split=split)
     records = self.records(task.source, task.split)
+    builder, file_builder = self._builders[training]
     if isinstance(records, FileDataset):
-      builder = dataclasses.replace(self._file_builders[training], num_views=num_views, num_crops=num_crops)
-      return builder.build(task, records)
+      return dataclasses.replace(file_builder, num_views=num_views, num_crops=num_crops).build(task, records)
     if task.type.visual and 'pixels' in records.columns:
       self._check_size(task, records.columns['pixels'].shape[1:])
-    return self._builders[training].build(task, records)
+    return builder.build(task, records)
 
   def _check_size(self, task: TaskSpec, shape: tuple[int, ...]) -> None:
     """Raises UsageError for images [H, W] or videos [T, H, W] that the model does not accept."""
-    *frames, H, W = shape
-    T, size, max_frames = frames[0] if frames else 1, self._model.image_size, self._model.max_num_frames
+    T, H, W = (1, *shape)[-3:]
+    size, max_frames = self._model.image_size, self._model.max_num_frames
     if (H, W) != (size, size) or T > max_frames:
       raise UsageError(
           f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model accepts '
@@ -124,18 +118,20 @@ class Data:
       raise UsageError(f'config.{field}: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
     return class_names.parse_entries(classes[column], field)
 
-  def _make_tokenizer(self, config: ml_collections.ConfigDict, file: str,
+  def _make_tokenizer(self, config: ml_collections.ConfigDict,
                       records: list[Records | FileDataset]) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint of its content)."""
-    if config.type == 'clip':
-      tokenizer = ClipTokenizer(config.merges_path)
-      return tokenizer, pathlib.Path(os.path.expanduser(config.merges_path)), tokenizer.fingerprint
-    if file:
-      path = pathlib.Path(os.path.expanduser(file))
+    c, expand = config.tokenizer, lambda path: pathlib.Path(os.path.expanduser(path))
+    if c.type == 'clip':
+      tokenizer = ClipTokenizer(c.merges_path)
+      return tokenizer, expand(c.merges_path), tokenizer.fingerprint
+    # The initial parameters belong to the token ids of their run.
+    if file := c.path or config.train.init and os.path.join(config.train.init, 'tokenizer.model'):
+      path = expand(file)
       if not path.is_file():
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
       return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
-    path = self._train_tokenizer(records, config.vocab_size, config.allow_smaller_vocab)
+    path = self._train_tokenizer(records, c.vocab_size, c.allow_smaller_vocab)
     return SentencePieceTokenizer(path), path, path.stem
 
   def _train_tokenizer(

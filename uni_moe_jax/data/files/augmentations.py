@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from uni_moe_jax.data.files.video_pixels import MAX_DRAWS
 from uni_moe_jax.data.pipeline import hashing
 
 NUM_LAYERS, PROBABILITY = 2, 0.5  # operations per image, and how often each is applied
 MAGNITUDE_STD, MAX_MAGNITUDE = 0.5, 10.0
 _FILL = (124, 116, 104)  # ImageNet's mean, for pixels from outside the image
-_ERASED_AREA, _ERASED_ASPECT, _MAX_DRAWS = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
+_ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _NOISE_MEAN, _NOISE_STD = 0.45, 0.225  # of erased pixels in 0…1: about ImageNet's, the same for all colors
 
 
@@ -115,20 +116,27 @@ OPERATIONS: dict[str, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]] = 
         image, 1.0, 0.0, 0.0, 0.0, 1.0, sign * level * 0.45 * tf.cast(tf.shape(image)[0], tf.float32))}
 
 
+def random_sides(image: tf.Tensor, h: tf.Tensor, area_range: tuple[float, float], ratio_range: tuple[float, float],
+                 purposes: tuple[str, str]) -> tf.Tensor:
+  """Sides of ten random rectangles, float32 [2, 10], from areas relative to the image's, and ratios of both sides."""
+  draws = hashing.mix_tensor(h, tf.range(MAX_DRAWS, dtype=tf.int64))
+  area, ratio = (hashing.uniform(hashing.mix_tensor(draws, purpose)) for purpose in purposes)
+  (low, high), log = area_range, [math.log(r) for r in ratio_range]
+  area = tf.cast(tf.reduce_prod(tf.shape(image)[:2]), tf.float32) * (low + (high - low) * area)
+  ratio = tf.exp(log[0] + (log[1] - log[0]) * ratio)
+  return tf.round(tf.sqrt([area * ratio, area / ratio]))
+
+
 def random_erasing(image: tf.Tensor, h: tf.Tensor, probability: float) -> tf.Tensor:
   """With a probability replaces a rectangle of 2 to 33 % of the area by noise: uint8 [H, W, C].
 
   Takes the first of ten random rectangles that fits; if none does, the image stays as it is.
   """
   H, W = tf.unstack(tf.shape(image)[:2])
-  draws = hashing.mix_tensor(h, tf.range(_MAX_DRAWS, dtype=tf.int64))
-  (low, high), log = _ERASED_AREA, [math.log(a) for a in _ERASED_ASPECT]
-  area = tf.cast(H * W, tf.float32) * (low + (high - low) * hashing.uniform(hashing.mix_tensor(draws, 'erased area')))
-  aspect = tf.exp(log[0] + (log[1] - log[0]) * hashing.uniform(hashing.mix_tensor(draws, 'erased aspect')))
-  height = tf.cast(tf.round(tf.sqrt(area * aspect)), tf.int32)
-  width = tf.cast(tf.round(tf.sqrt(area / aspect)), tf.int32)
+  height, width = tf.unstack(tf.cast(
+      random_sides(image, h, _ERASED_AREA, _ERASED_ASPECT, ('erased area', 'erased aspect')), tf.int32))
   fits = (height < H) & (width < W)
-  first = tf.minimum(tf.where(tf.concat([fits, [True]], 0))[0, 0], _MAX_DRAWS - 1)
+  first = tf.minimum(tf.where(tf.concat([fits, [True]], 0))[0, 0], MAX_DRAWS - 1)
   height, width = height[first], width[first]
   top = hashing.randint(hashing.mix_tensor(h, 'erased down'), tf.maximum(H - height, 1))
   left = hashing.randint(hashing.mix_tensor(h, 'erased right'), tf.maximum(W - width, 1))

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from uni_moe_jax.data.files import media
-from uni_moe_jax.data.files.formats import MEDIA_TYPES, NO_CONTENT, Row, is_reserved, is_text_field, read_rows, shorten
+from uni_moe_jax.data.files import formats, media
+from uni_moe_jax.data.files.formats import Row
 from uni_moe_jax.utils.errors import UsageError
 
 _CHUNK = 256  # rows whose files are read at once
@@ -38,7 +38,7 @@ def read_checked_rows(
     UsageError: nothing to read, or too many rows are skipped.
   """
   skipped: Skipped = collections.defaultdict(list)
-  rows: Iterable[Row] = read_rows(source, gif)
+  rows: Iterable[Row] = formats.read_rows(source, gif)
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', module='PIL')  # damaged images are counted, not printed
     for check in (mark_duplicates, mark_inconsistent, _open_files):
@@ -77,38 +77,30 @@ def mark_inconsistent(rows: list[Row]) -> Iterator[Row]:
   field of another type is dropped from its row.
   """
   media_counts = collections.Counter(row.media_type for row in rows)
-  media_type = max((*MEDIA_TYPES, ''), key=lambda m: media_counts[m])  # ties: images before videos before neither
-  type_counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+  # Ties: images before videos before neither, lists before single values.
+  media_type = max((*formats.MEDIA_TYPES, ''), key=lambda m: media_counts[m])
+  counts = collections.Counter(
+      item for row in rows if row.media_type == media_type for item in _field_types(row).items())
+  usual = {name: max((_LIST, _SINGLE), key=lambda t: counts[name, t]) for name, _ in counts}
+  required = [name for name in formats.TEXT_FIELDS if counts[name, _SINGLE] > media_counts[media_type] / 2]
   for row in rows:
-    if row.media_type == media_type:
-      for name, field_type in _field_types(row).items():
-        type_counts[name][field_type] += 1
-  usual = {name: max((_LIST, _SINGLE), key=lambda t: counts[t]) for name, counts in type_counts.items()}
-  required = [name for name, counts in sorted(type_counts.items())
-              if is_text_field(name) and counts.total() > media_counts[media_type] / 2]
-  for row in rows:
-    unusual = [name for name, t in _field_types(row).items() if not is_reserved(name) and t != usual.get(name, t)]
-    texts, labels = ({k: v for k, v in fields.items() if k not in unusual} for fields in (row.texts, row.labels))
-    row = dataclasses.replace(
-        row, texts=texts, labels=labels, dropped_fields=(*row.dropped_fields, *map(shorten, unusual)))
-    yield dataclasses.replace(row, skipped=_difference(row, media_type, usual, required))
+    field_types = _field_types(row)
+    unusual = [name for name, t in field_types.items() if t != usual.get(name, t)]
+    dropped = [name for name in unusual if name not in formats.RESERVED_FIELDS]
+    texts, labels = ({k: v for k, v in fields.items() if k not in dropped} for fields in (row.texts, row.labels))
+    if row.media_type != media_type:
+      skipped = f'has {_NOUNS[row.media_type]}, unlike most rows' if row.media_type else f'no {media_type}'
+    elif not media_type and not texts:
+      skipped = formats.NO_CONTENT
+    else:
+      wrong = [f'{name!r} is {field_types[name]}, unlike in most rows' for name in unusual if name not in dropped]
+      skipped = next(iter([*wrong, *(f'no {name!r}' for name in required if name not in field_types)]), '')
+    yield dataclasses.replace(row, texts=texts, labels=labels, skipped=skipped,
+                              dropped_fields=(*row.dropped_fields, *map(formats.shorten, dropped)))
 
 
 def _field_types(row: Row) -> dict[str, str]:
   return {name: _LIST if isinstance(v, tuple) else _SINGLE for name, v in {**row.texts, **row.labels}.items()}
-
-
-def _difference(row: Row, media_type: str, usual: dict[str, str], required: list[str]) -> str:
-  """The difference of a row from most rows, or ''."""
-  if row.media_type != media_type:
-    return f'has {_NOUNS[row.media_type]}, unlike most rows' if row.media_type else f'no {media_type}'
-  if not media_type and not row.texts:
-    return NO_CONTENT
-  field_types = _field_types(row)
-  for name, field_type in field_types.items():
-    if field_type != usual[name]:
-      return f'{name!r} is {field_type}, unlike in most rows'
-  return next((f'no {name!r}' for name in required if name not in field_types), '')
 
 
 def _open_files(rows: list[Row]) -> Iterator[Row]:

@@ -39,25 +39,17 @@ class CorruptExample(Exception):
 class FileDataset:
   """Records of one split, read by index.
 
-  Attributes:
-    name: of the source.
-    size: N.
-    read: ids int [n] → n records; values are bytes of an image or video, a string, a tuple of strings, or the name of
-      a class ('' for none).
-    columns: name → 'image', 'video', 'text', 'texts' or 'class'.
-    classes: class column → names in order.
-    labels: class column → int32 [N], -1 for none. Only of own data; elsewhere a label is in its record alone.
-    fingerprint: hex sha256 of the content.
-    present: column of texts → bool [N], whether a record has one. Only of own data.
+  The value of a column is the bytes of an image or video, a string, a tuple of strings, or the name of a class, '' for
+  none. Labels and the presence of texts are known before a record is read for own data only.
   """
-  name: str
-  size: int
-  read: Callable[[np.ndarray], list[Record]]
-  columns: dict[str, str]
-  classes: dict[str, tuple[str, ...]]
-  labels: dict[str, np.ndarray]
-  fingerprint: str
-  present: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  name: str  # of the source
+  size: int  # N
+  read: Callable[[np.ndarray], list[Record]]  # ids int [n] → n records
+  columns: dict[str, str]  # name → 'image', 'video', 'text', 'texts' or 'class'
+  classes: dict[str, tuple[str, ...]]  # class column → names in order
+  labels: dict[str, np.ndarray]  # class column → int32 [N], -1 for none
+  fingerprint: str  # hex sha256 of the content
+  present: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # column of texts → bool [N]
 
   def media_column(self) -> str | None:
     """The column of images or videos."""

@@ -33,26 +33,18 @@ _MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all
 class FileExampleBuilder:
   """Builds the examples of tasks over datasets in files.
 
-  Attributes:
-    tokenizer: of the run.
-    keys: named target set → what records call its classes, in order.
-    size: side of the image in pixels.
-    channels: colors.
-    training: random phrases, crops and masks; otherwise the first phrase, the center crop, and every prediction
-      masked.
-    random_special_tokens, seed: as of `examples.Builder`.
-    max_corrupt_fraction: of the examples that are read, before the run stops.
-    num_views, num_crops: of every video in evaluation.
+  In training with random phrases, crops and masks; otherwise with the first phrase, the center crop, and every
+  prediction masked. `random_special_tokens` and `seed`: as of `examples.Builder`.
   """
   tokenizer: Tokenizer
-  keys: dict[str, tuple[str, ...]]
-  size: int
+  keys: dict[str, tuple[str, ...]]  # named target set → what records call its classes, in order
+  size: int  # side of the image in pixels
   channels: int
   training: bool
   random_special_tokens: bool
   seed: int
-  max_corrupt_fraction: float
-  num_views: int = 1
+  max_corrupt_fraction: float  # of the examples that are read, before the run stops
+  num_views: int = 1  # of every video in evaluation
   num_crops: int = 1
 
   def build(self, task: TaskSpec, records: FileDataset) -> Examples:

@@ -23,42 +23,29 @@ _SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'validation', 'val
 LOCATION = 'source_location'  # column of the file or line that a row was read from
 NO_CONTENT = 'no image, video or text'
 _NOT_UTF8 = 'not UTF-8'
-_TEXT_FIELDS = ('text', 'text_a', 'text_b')
-_STRING_FIELDS = (*MEDIA_TYPES, 'caption', 'label_name', 'split', *_TEXT_FIELDS)
-_RESERVED_FIELDS = (*_STRING_FIELDS, 'captions', 'label', 'key', 'group')
+# The text of an example itself; a row must not lack it where most rows have it.
+TEXT_FIELDS = ('text', 'text_a', 'text_b')
+_STRING_FIELDS = (*MEDIA_TYPES, 'caption', 'label_name', 'split', *TEXT_FIELDS)
+# Fields that the documented format defines. Others are extra, and a wrong one costs no row.
+RESERVED_FIELDS = (*_STRING_FIELDS, 'captions', 'label', 'key', 'group')
 _FIELD_NAME = re.compile(r'\w[\w .:-]{0,49}')  # files are named after fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One example, or input that is not an example.
-
-  Attributes:
-    location: file and line, or path, relative to the input.
-    split: 'train', 'validation' or 'test', as the data names it, or ''.
-    media_type: 'image', 'video' or ''.
-    path: of the image or video, or of the .npz of frames.
-    array_index: index of the video in the .npz.
-    texts: field → string or strings.
-    labels: field → value that may become a class.
-    key: identity of the row; a second row of the same key is a duplicate. '': file, texts and labels identify it.
-    group: rows of one group belong to the same split, or ''.
-    dropped_fields: quoted names of fields that cannot be a column.
-    skipped: why it is not an example, in a few words, the same for equal causes; '' for an example.
-    size, note: see `media.Media`, once the file has been opened.
-  """
-  location: str
-  split: str = ''
-  media_type: str = ''
-  path: pathlib.Path | None = None
-  array_index: int | None = None
-  texts: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
-  labels: dict[str, str] = dataclasses.field(default_factory=dict)
-  key: str = ''
-  group: str = ''
-  dropped_fields: tuple[str, ...] = ()
-  skipped: str = ''
-  size: tuple[int, ...] = ()
+  """One example, or input that is not an example."""
+  location: str  # file and line, or path, relative to the input
+  split: str = ''  # 'train', 'validation' or 'test', as the data names it
+  media_type: str = ''  # 'image' or 'video'
+  path: pathlib.Path | None = None  # of the image or video, or of the .npz of frames
+  array_index: int | None = None  # of the video in the .npz
+  texts: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)  # by field
+  labels: dict[str, str] = dataclasses.field(default_factory=dict)  # field → value that may become a class
+  key: str = ''  # two rows of one key are duplicates; '': file, texts and labels identify the row
+  group: str = ''  # rows of one group belong to the same split
+  dropped_fields: tuple[str, ...] = ()  # quoted names of fields that cannot be a column
+  skipped: str = ''  # why it is not an example, in a few words, the same for equal causes
+  size: tuple[int, ...] = ()  # this and the note: see `media.Media`, once the file has been opened
   note: str = ''
 
 
@@ -166,7 +153,7 @@ def _parse(value: Any, location: str, folder: pathlib.Path, split: str, frames: 
     raise _Skip('not an object')
   value = {k: v for k, v in value.items() if v is not None}
   dropped = [name for name, v in value.items() if not _can_be_column(name, v)]
-  if wrong := next(filter(is_reserved, dropped), ''):
+  if wrong := next((name for name in dropped if name in RESERVED_FIELDS), ''):
     raise _Skip(f'wrong type of {shorten(wrong)}')
   value = {k: v for k, v in value.items() if k not in dropped}
   media_type, *others = [m for m in MEDIA_TYPES if m in value] or ['']
@@ -196,7 +183,7 @@ def _texts_and_labels(fields: dict[str, Any]) -> tuple[dict[str, str | tuple[str
       texts[name] = tuple(filter(None, map(_one_line, value)))
       if name == 'captions' and not texts[name]:
         raise _Skip('empty caption')
-    elif is_text_field(name):
+    elif name in TEXT_FIELDS:
       texts[name] = _one_line(value)
       if not texts[name]:
         raise _Skip(f'empty {name}')
@@ -213,16 +200,6 @@ def _can_be_column(name: str, value: Any) -> bool:
     return isinstance(value, str)
   is_value = is_string_list or isinstance(value, (str, int, float))
   return is_value and bool(_FIELD_NAME.fullmatch(name)) and name != LOCATION
-
-
-def is_text_field(name: str) -> bool:
-  """Whether a field is the text of an example itself; a row must not lack it where most rows have it."""
-  return name in _TEXT_FIELDS
-
-
-def is_reserved(name: str) -> bool:
-  """Whether the documented format defines a field. Other fields are extra, and a wrong one costs no row."""
-  return name in _RESERVED_FIELDS
 
 
 def shorten(text: str) -> str:

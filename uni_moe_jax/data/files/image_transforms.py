@@ -5,7 +5,6 @@ choice is a function of the example's hash `h` (`hashing.example_hash`, a uint64
 function folds in.
 """
 
-import math
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -56,11 +55,7 @@ def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
   The first of ten draws that fits; if none does, as in a very long image, the largest center that the ratios allow.
   """
   H, W = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
-  draws = hashing.mix_tensor(h, tf.range(MAX_DRAWS, dtype=tf.int64))
-  (low, high), log = AREA_RANGE, [math.log(r) for r in ASPECT_RANGE]
-  area = H * W * (low + (high - low) * hashing.uniform(hashing.mix_tensor(draws, 'area')))
-  ratio = tf.exp(log[0] + (log[1] - log[0]) * hashing.uniform(hashing.mix_tensor(draws, 'ratio')))
-  height, width = tf.round(tf.sqrt(area / ratio)), tf.round(tf.sqrt(area * ratio))
+  width, height = tf.unstack(augmentations.random_sides(image, h, AREA_RANGE, ASPECT_RANGE, ('area', 'ratio')))
   fits = (height <= H) & (width <= W) & (height >= 1) & (width >= 1)
   # The fallback comes after the draws and always fits.
   height = tf.concat([height, [tf.minimum(H, tf.round(W / ASPECT_RANGE[0]))]], 0)

@@ -25,13 +25,10 @@ class CorruptFile(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-  """Stored bytes; (width, height) of an image as displayed or (frames, width, height) of a video.
-
-  note: why the bytes differ from those of the file, or ''.
-  """
+  """Stored content of a file."""
   data: bytes
-  size: tuple[int, ...]
-  note: str = ''
+  size: tuple[int, ...]  # (width, height) of an image as displayed, (frames, width, height) of a video
+  note: str = ''  # why the bytes differ from those of the file
 
 
 def read_image(path: pathlib.Path) -> Media:

@@ -55,7 +55,13 @@ def prepare(
   Raises:
     UsageError: nothing to read, an invalid name, an existing version, or too many skipped rows.
   """
-  folder = _new_folder(data_dir, name, version)
+  if not re.fullmatch('[a-z][a-z0-9_]*', name):
+    raise UsageError(f'--name={name!r} must consist of lower-case letters, digits and underscores, a letter first.')
+  if not re.fullmatch(r'\d+\.\d+\.\d+', version):
+    raise UsageError(f'--version={version!r} must look like {VERSION}.')
+  folder = pathlib.Path(data_dir) / FOLDER / name / version
+  if folder.is_dir():
+    raise UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
   rows, skipped = read_checked_rows(source, gif, max_corrupt_fraction)
   root = source if source.is_dir() else source.parent
   splits = split_rows(rows, test_fraction, root)
@@ -71,17 +77,6 @@ def prepare(
     np.savez_compressed(unfinished / LABELS, **arrays)
     (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
   return summary
-
-
-def _new_folder(data_dir: pathlib.Path, name: str, version: str) -> pathlib.Path:
-  if not re.fullmatch('[a-z][a-z0-9_]*', name):
-    raise UsageError(f'--name={name!r} must consist of lower-case letters, digits and underscores, a letter first.')
-  if not re.fullmatch(r'\d+\.\d+\.\d+', version):
-    raise UsageError(f'--version={version!r} must look like {VERSION}.')
-  folder = pathlib.Path(data_dir) / FOLDER / name / version
-  if folder.is_dir():
-    raise UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
-  return folder
 
 
 def split_rows(rows: list[Row], test_fraction: float, root: pathlib.Path) -> Splits:
@@ -167,7 +162,10 @@ def _write_shards(
       for column, column_type in {**columns, LOCATION: 'text'}.items()})
   digests = {split: hashlib.sha256() for split in splits}
   with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-    with _quiet():
+    with contextlib.ExitStack() as quiet:  # no messages of TFDS about downloads and temporary folders
+      quiet.callback(logging.set_verbosity, logging.get_verbosity())
+      logging.set_verbosity(logging.ERROR)
+      quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
       tfds.dataset_builders.store_as_tfds_dataset(
           name, version, features_dict, {s: _examples(rows, columns, digests[s]) for s, rows in splits.items()},
           data_dir=unfinished, description='Prepared by uni_moe_jax.', file_format='array_record',
@@ -192,15 +190,3 @@ def _examples(rows: list[Row], columns: dict[str, str], digest) -> Iterator[tupl
         content = repr(example[column]).encode()
       digest.update(hashlib.sha256(content).digest())
     yield i, example
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Suppresses TFDS's messages about downloads and temporary folders."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    logging.set_verbosity(verbosity)

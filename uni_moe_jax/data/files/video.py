@@ -7,7 +7,7 @@ of each is taken, a random one in training, the middle one in evaluation (Wang e
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,18 @@ def view_offsets(num_views: int, T: int) -> np.ndarray:
   return np.broadcast_to(((np.arange(num_views) + 0.5) / num_views)[:, None], (num_views, T))
 
 
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+  """Any error about the bytes becomes CorruptVideo: numpy and PyAV document no closed set of errors."""
+  try:
+    yield
+  except (CorruptVideo, UsageError):
+    raise
+  except Exception as e:
+    raise CorruptVideo(str(e) or type(e).__name__) from e
+
+
+@_reading()
 def probe(data: bytes) -> tuple[int, int, int]:
   """(frames, width, height) of a video as displayed. Decodes every frame to find all damage.
 
@@ -49,16 +61,16 @@ def probe(data: bytes) -> tuple[int, int, int]:
   if data.startswith(_NPY_MAGIC):
     T, H, W, _ = _load_array(data).shape
     return T, W, H
-  with _open(data) as (container, stream):
+  container, stream = _open(data)
+  with container:
     sizes = [(frame.width, frame.height)[::-1 if _quarter_turns(frame) % 2 else 1]
              for frame in container.decode(stream) if not frame.is_corrupt]
-    declared = stream.frames
-  if not sizes or len(sizes) < _MIN_DECODED * declared:
-    raise CorruptVideo(f'{len(sizes)} frames of {declared}')
-  _check_one_size(sizes)
-  return len(sizes), *sizes[0]
+    if not sizes or len(sizes) < _MIN_DECODED * stream.frames:
+      raise CorruptVideo(f'{len(sizes)} frames of {stream.frames}')
+  return len(sizes), *_one_size(sizes)
 
 
+@_reading()
 def sample_frames(data: bytes, offsets: np.ndarray) -> np.ndarray:
   """Frames at the offsets (see `segment_frames`) [T] or [V, T]: uint8 [T, H, W, 3] or [V · T, H, W, 3].
 
@@ -68,10 +80,9 @@ def sample_frames(data: bytes, offsets: np.ndarray) -> np.ndarray:
   if data.startswith(_NPY_MAGIC):
     array = _load_array(data)
     return array[segment_frames(len(array), offsets).reshape(-1)]
-  with _open(data) as (container, stream):
+  container, stream = _open(data)
+  with container:
     num_frames = stream.frames or sum(1 for _ in container.decode(stream))
-    if not num_frames:
-      raise CorruptVideo('no frames')
     if not stream.frames:
       container.seek(0)
     indices = segment_frames(num_frames, offsets).reshape(-1)
@@ -81,50 +92,38 @@ def sample_frames(data: bytes, offsets: np.ndarray) -> np.ndarray:
         frames[i] = last = np.rot90(frame.to_ndarray(format='rgb24'), _quarter_turns(frame))
       if i >= indices.max():
         break
-    if not frames:
-      raise CorruptVideo('no frames')
-    _check_one_size([frame.shape for frame in frames.values()])
-    # A container may declare more frames than it has: the last one replaces those.
-    return np.stack([frames.get(i, last) for i in indices])
+  if not frames:
+    raise CorruptVideo('no frames')
+  _one_size(frame.shape for frame in frames.values())
+  # A container may declare more frames than it has: the last one replaces those.
+  return np.stack([frames.get(i, last) for i in indices])
 
 
 def _load_array(data: bytes) -> np.ndarray:
-  try:
-    frames = np.load(io.BytesIO(data))
-  except Exception as e:  # numpy documents no closed set of errors for damaged files
-    raise CorruptVideo(_message(e)) from e
+  frames = np.load(io.BytesIO(data))
   if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
     raise CorruptVideo(f'an array {frames.dtype}{list(frames.shape)}, not uint8 [T, H, W, 3]')
   return frames
 
 
-@contextlib.contextmanager
-def _open(data: bytes) -> Iterator[tuple[Any, Any]]:
-  """PyAV's container and its first video stream; any error about the bytes becomes CorruptVideo."""
+def _open(data: bytes) -> tuple[Any, Any]:
+  """PyAV's container and its first video stream."""
   try:
     import av
   except ModuleNotFoundError:
     raise UsageError("Videos need PyAV; run: pip install 'uni-moe-jax[video]'") from None
-  try:
-    with av.open(io.BytesIO(data)) as container:
-      stream = container.streams.video[0]
-      stream.thread_type = 'AUTO'
-      yield container, stream
-  except CorruptVideo:
-    raise
-  except Exception as e:  # PyAV documents no closed set of errors either
-    raise CorruptVideo(_message(e)) from e
+  container = av.open(io.BytesIO(data))
+  stream = container.streams.video[0]
+  stream.thread_type = 'AUTO'
+  return container, stream
 
 
-def _check_one_size(sizes: list[tuple[int, ...]]) -> None:
-  if len(set(sizes)) > 1:
+def _one_size(sizes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+  if len(distinct := set(sizes)) > 1:
     raise CorruptVideo('frames of several sizes')
+  return distinct.pop()
 
 
 def _quarter_turns(frame: Any) -> int:
   """Quarter turns to the left until a frame is upright: a phone stores the rotation as metadata."""
   return round(frame.rotation / 90)
-
-
-def _message(e: Exception) -> str:
-  return str(e) or type(e).__name__
