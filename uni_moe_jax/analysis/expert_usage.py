@@ -102,10 +102,8 @@ def token_slices(
     sequences: Sequence[tuple[str, str]], task_slices: Mapping[str, slice]) -> tuple[TokenSlice, ...]:
   """The tokens of every condition of `token_conditions`, each once.
 
-  Args:
-    tasks, sets, conditions: of the plan, and what `token_conditions` gives for them.
-    sequences: that a step encodes: (INPUT | PAIR, group) or (SET, name); a set may have several.
-    task_slices: task → its examples in its group, in every shard.
+  sequences: that a step encodes: (INPUT | PAIR, group) or (SET, name); a set may have several. task_slices: task → its
+  examples in its group, in every shard.
   """
   slices = []
   for t in tasks:

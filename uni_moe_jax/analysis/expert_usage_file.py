@@ -74,6 +74,6 @@ def _draw(path: pathlib.Path, content: Mapping[str, Any]) -> None:
   overlap = np.asarray(content['mean_task_overlap'], np.float64)
   axes = bottom.subplots()
   heat_map.draw(axes, overlap, tasks, tasks, [[f'{value:.2f}' for value in row] for row in overlap])
-  axes.set_title(
-      'overlap of two tasks, mean over layers and routers\n(1: the same experts, 0: no common one)', fontsize=9)
+  axes.set_title('overlap of two tasks, mean over layers and routers\n(1: the same experts, 0: no common one)',
+                 fontsize=9)
   figure.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)

@@ -89,9 +89,8 @@ def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num
     totals.append(total)
   units, sums = zip(*totals, strict=True)
 
-  measured = []
-  for k, task in enumerate(tasks):
-    measured.append(jnp.stack([_multiply(gradient(task, b), units, sums, k) for b in range(num_batches)], -1))
+  measured = [jnp.stack([_multiply(gradient(task, b), units, sums, k) for b in range(num_batches)], -1)
+              for k, task in enumerate(tasks)]
   counts = num_batches - np.eye(len(tasks), dtype=np.float32)
   # The batch axis belongs to the first task axis: the affected task in `rows`, the task of the step in `columns`.
   rows, columns = (x / counts[:, None, :, None] for x in jnp.stack(measured, 1))  # [T, P, T, N]
@@ -108,34 +107,26 @@ def estimate(measured: Products, num_resamples: int = 2000, seed: int = 0) -> Es
   """
   rows, columns = np.asarray(measured.rows, np.float64), np.asarray(measured.columns, np.float64)
   T, _, N = rows.shape
-  rng = np.random.default_rng(seed)
-  value = _ratios(rows, columns, np.ones((1, T, N)))  # each [1, T, T]
-  chunks = []
-  for start in range(0, num_resamples, _CHUNK):
-    counts = rng.multinomial(N, np.full(N, 1 / N), (min(_CHUNK, num_resamples - start), T))
-    chunks.append(_ratios(rows, columns, counts.astype(np.float64)))
-  draws = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]  # each [R, T, T]
-  delta, ratio, mean = (_interval(v, d) for v, d in zip(value, draws, strict=True))
-  pairs = np.array(interference_file.has_base({'delta': vars(delta)}))[:, None] & ~np.eye(T, dtype=bool)
+  resamples = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), (num_resamples, T))
+  weights = np.concatenate([np.ones((1, T, N)), resamples])  # first the measurement itself
+  chunks = [_ratios(rows, columns, weights[i:i + _CHUNK]) for i in range(0, len(weights), _CHUNK)]
+  draws = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]  # each [1 + R, T, T]
+  intervals = [_interval(x) for x in draws]
+  pairs = np.array(interference_file.has_base({'delta': vars(intervals[0])}))[:, None] & ~np.eye(T, dtype=bool)
   if not pairs.any():
-    unknown = Interval(*[np.array(np.nan)] * 3)
-    return Estimate(delta, ratio, mean, unknown, unknown)
-  value, draws = value[1][:, pairs], draws[1][:, pairs]  # [·, pairs]
-  return Estimate(delta, ratio, mean, _interval(value.mean(-1), draws.mean(-1)),
-                  _interval((value < 0).mean(-1), (draws < 0).mean(-1)))
+    return Estimate(*intervals, *[Interval(*[np.array(np.nan)] * 3)] * 2)
+  ratios = draws[1][:, pairs]
+  return Estimate(*intervals, _interval(ratios.mean(-1)), _interval((ratios < 0).mean(-1)))
 
 
-def _interval(value: np.ndarray, draws: np.ndarray) -> Interval:
-  """value: [1, …], draws: [R, …]."""
+def _interval(draws: np.ndarray) -> Interval:
+  """draws: [1 + R, …], the value and its resamples."""
   tail = (1 - CONFIDENCE) / 2
-  return Interval(value[0], *np.quantile(draws, (tail, 1 - tail), axis=0))
+  return Interval(draws[0], *np.quantile(draws[1:], (tail, 1 - tail), axis=0))
 
 
 def _ratios(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-  """(delta, ratio of means, mean of ratios), each [R, T, T].
-
-  weights: [R, T, N], how often each batch of each task counts.
-  """
+  """(delta, ratio of means, mean of ratios), each [R, T, T]. weights: [R, T, N], how often each batch counts."""
   N, diagonal = rows.shape[-1], np.arange(len(rows))
   shift = np.einsum('rjb,ijb->rij', weights - 1, columns) / N
   delta = np.einsum('ria,ija->rij', weights, rows) / N + shift

@@ -34,13 +34,10 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 def select(
     params: Any, stack: Stack, pattern: str, layers: Sequence[int] | None = None, field: str = 'parameters'
 ) -> tuple[ParamSlice, ...]:
-  """The parameters whose path a pattern matches.
+  """The parameters, or shapes, whose path a regular expression matches.
 
-  Args:
-    params: the tree, or its shapes; `stack` describes its layers.
-    pattern: regular expression, searched in paths. It alone selects parameters outside the layers.
-    layers: indices of the layers to select from; None for `default_layers`.
-    field: name of the flag or config field that gave the pattern.
+  layers: to select from, `default_layers` if None; the pattern alone selects parameters outside the layers. field: the
+  flag or config field that gave the pattern.
 
   Raises:
     UsageError: not a regular expression, a layer that the model does not have, or no match.

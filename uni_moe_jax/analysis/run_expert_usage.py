@@ -26,10 +26,7 @@ def measure_expert_usage(
     num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
   """Measures averaged parameters if the run keeps them; returns the paths of the files it wrote.
 
-  Args:
-    config, workdir, step, at_init: see `measured_run.MeasuredRun`.
-    num_batches, seed: of the batches that routers by token are measured on.
-    devices: all of them by default.
+  The arguments are flags of launch/experts.py; devices: all of them by default.
 
   Raises:
     UsageError: a model without experts, a step without a checkpoint, a run that trains no task.

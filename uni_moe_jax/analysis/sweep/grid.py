@@ -46,10 +46,7 @@ def router_grid(
     overrides: Sequence[str], root: pathlib.Path) -> Grid:
   """Trains, evaluates and measures every router with every seed, one by default.
 
-  Args:
-    folder, overrides, root: see `adaptation_grid`.
-    config: path of a config file with the argument router=ROUTER, relative to root; it accepts the names of `routers`.
-    num_batches: for measuring interference, per task.
+  The arguments are flags of launch/sweep.py, and the root of the repository, to which `config` is relative.
 
   Raises:
     UsageError: no router, no such file, or a config that is not valid.
@@ -83,14 +80,9 @@ def adaptation_grid(
     overrides: Sequence[str], root: pathlib.Path) -> Grid:
   """Adapts a trained run to every task with every recipe and seed.
 
-  Seeds vary fastest, because cells of one task and recipe share a compiled step. Zero-shot evaluation has one seed.
-
-  Args:
-    folder, run: work directories of the sweep and of the trained run.
-    tasks, recipes: of the run or of `finetuning.TRANSFER`; of `finetuning.RECIPES`.
-    num_seeds: 3 by default; a seed draws the examples, their order and fresh parameters.
-    overrides: 'train.steps=20', of fields of the config.
-    root: of the repository.
+  Seeds, three by default, vary fastest, because cells of one task and recipe share a compiled step; a seed draws the
+  examples, their order and fresh parameters. Zero-shot evaluation has one seed. The arguments are flags of
+  launch/sweep.py, and the root of the repository.
 
   Raises:
     UsageError: no run, an unknown recipe or task, or a config that is not valid.
@@ -102,8 +94,7 @@ def adaptation_grid(
   run, cells = os.path.abspath(os.path.expanduser(run)), []
   for task in dict.fromkeys(tasks):
     for name in dict.fromkeys(recipes):
-      recipe = finetuning.RECIPES[name]
-      config = f'{recipe.file}:{recipe.argument(run, task)}'
+      config = f'{finetuning.RECIPES[name].file}:{finetuning.RECIPES[name].argument(run, task)}'
       _check(f'{root}/{config}', overrides)
       for seed in range(1 if name == ZERO_SHOT else num_seeds or 3):
         path = folder / (f'{task}-{name}' + ('' if name == ZERO_SHOT else f'-{seed}'))

@@ -3,6 +3,7 @@
 Failed cells are reported with what they left. Nothing in the folder names a machine, so that it can be published.
 """
 
+import collections
 import math
 import os
 import pathlib
@@ -69,11 +70,11 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     seed), 'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is known), 'seeds'
     (how many), 'chance', 'baselines', 'higher_is_better'.
   """
-  groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+  keys, groups = ('task', 'evaluator', 'metric', 'variant'), collections.defaultdict(list)
   for row in rows:
-    groups.setdefault((row['task'], row['evaluator'], row['metric'], row['variant']), []).append(row)
+    groups[tuple(row[k] for k in keys)].append(row)
   scores = []
-  for (task, evaluator, metric, variant), members in groups.items():
+  for members in groups.values():
     values, first = [m['value'] for m in members], members[0]
     errors = [m['standard_error'] for m in members if m['standard_error'] is not None]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -81,9 +82,9 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     known = [] if error is None else [stats.norm.ppf(_UPPER) * error]
     known += [] if spread is None else [stats.t.ppf(_UPPER, len(values) - 1) * spread / math.sqrt(len(values))]
     scores.append({
-        'task': task, 'evaluator': evaluator, 'metric': metric, 'variant': variant, 'mean': float(np.mean(values)),
-        'spread': spread, 'error': error, 'interval': math.hypot(*known) if known else None, 'seeds': len(values),
-        **{k: first[k] for k in ('chance', 'baselines')}, 'higher_is_better': metrics.higher_is_better(first)})
+        **{k: first[k] for k in keys}, 'mean': float(np.mean(values)), 'spread': spread, 'error': error,
+        'interval': math.hypot(*known) if known else None, 'seeds': len(values), 'chance': first['chance'],
+        'baselines': first['baselines'], 'higher_is_better': metrics.higher_is_better(first)})
   return scores
 
 
@@ -118,18 +119,15 @@ def _report(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) ->
 
 def score_table(scores: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
   """Lines of Markdown: a row per evaluator and metric with chance and baselines, a column per variant."""
-  by_metric: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+  by_metric = collections.defaultdict(dict)
   for s in scores:
-    by_metric.setdefault((s['evaluator'], s['metric']), {})[s['variant']] = s
+    by_metric[s['evaluator'], s['metric']][s['variant']] = s
   rows = []
   for key, by_variant in by_metric.items():
     first = next(iter(by_variant.values()))
     rows.append([
         *key, None if first['chance'] is None else f'{first["chance"]:.4g}',
         ', '.join(f'{name} {value:.3f}' for name, value in first['baselines'].items()),
-        *(_score(by_variant[v]) if v in by_variant else None for v in variants)])
+        *(s and f'{s["mean"]:.3f}' + ('' if s['interval'] is None else f' ± {s["interval"]:.3f}')
+          for s in map(by_variant.get, variants))])
   return markdown.table(['evaluator', 'metric', 'chance', 'baselines', *variants], rows)
-
-
-def _score(s: Mapping[str, Any]) -> str:
-  return f'{s["mean"]:.3f}' + ('' if s['interval'] is None else f' ± {s["interval"]:.3f}')
