@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import small_config, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.config.schema import FREEZE
@@ -96,24 +96,23 @@ def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_does_n
   assert fine.model.num_deep_prompts == 0 and not fine.tasks.digits.linear_head
 
 
-@pytest.mark.parametrize('argument, message', [
-    ('', r"configs/finetune.py:: argument 'run' is missing; give run=RUN,task=TASK"),
-    ('run={run}', "argument 'task' is missing"),
-    ('run={run},task=', "argument 'task' is missing"),
-    ('{run},digits', "trained' must be NAME=VALUE, with NAME one of run, task, data; for example .*:run=RUN,task=TASK"),
-    ('run={run},task=digits,data=some', "data='some' is unknown; .*choices: all, few"),
-    ('run={run},task=digits,data=few,data=all', "argument 'data' is given twice"),
-    ('run={run}x,task=digits', "trainedx' is no work directory of a run .*did you mean 'trained'"),
-    ('run={run},task=digit', "task 'digit' is unknown; did you mean 'digits'"),
-    ('run={run},task=shapes', "task 'shapes' is unknown; did you mean 'shape'")])
-def test_a_wrong_argument_is_reported(run, argument, message):
+@pytest.mark.parametrize('recipe, argument, message', [
+    *((finetuning.finetune, *case) for case in (
+        ('', r"configs/finetune.py:: argument 'run' is missing; give run=RUN,task=TASK"),
+        ('run={run}', "argument 'task' is missing"),
+        ('run={run},task=', "argument 'task' is missing"),
+        ('{run},digits',
+         "trained' must be NAME=VALUE, with NAME one of run, task, data; for example .*:run=RUN,task=TASK"),
+        ('run={run},task=digits,data=some', "data='some' is unknown; .*choices: all, few"),
+        ('run={run},task=digits,data=few,data=all', "argument 'data' is given twice"),
+        ('run={run}x,task=digits', "trainedx' is no work directory of a run .*did you mean 'trained'"),
+        ('run={run},task=digit', "task 'digit' is unknown; did you mean 'digits'"),
+        ('run={run},task=shapes', "task 'shapes' is unknown; did you mean 'shape'"))),
+    (finetuning.zero_shot, 'run={run},task=digits,data=few',
+     r"configs/zero_shot.py:.*argument 'data' is unknown; .*choices: run, task")])
+def test_a_wrong_argument_is_reported(run, recipe, argument, message):
   with pytest.raises(UsageError, match=message):
-    finetuning.finetune(argument.format(run=run))
-
-
-def test_zero_shot_has_no_argument_data(run):
-  with pytest.raises(UsageError, match=r"configs/zero_shot.py:.*argument 'data' is unknown; .*choices: run, task"):
-    finetuning.zero_shot(f'run={run},task=digits,data=few')
+    recipe(argument.format(run=run))
 
 
 def test_a_config_that_trains_nothing_needs_a_run_and_an_evaluator(run):
@@ -121,11 +120,8 @@ def test_a_config_that_trains_nothing_needs_a_run_and_an_evaluator(run):
   with pytest.raises(ValueError, match='nothing to train; .*launch/evaluate.py'):
     make_plan(c).check_trains()
   make_plan(finetuning.finetune(f'run={run},task=digits')).check_trains()
-  for section, field in (('train', 'init'), (None, 'evaluators')):
+  for path, value in (('train.init', ''), ('evaluators', {})):
     broken = finetuning.zero_shot(f'run={run},task=digits')
-    if section:
-      broken[section][field] = ''
-    else:
-      broken[field] = {}
+    small_config.assign(broken, path, value)
     with pytest.raises(ValueError, match='no task with batch_size > 0'):
       make_plan(broken)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -77,21 +78,6 @@ def restarted(tmp_path_factory):
   return workdir
 
 
-def test_three_steps_restart_and_three_steps_are_six_steps_bit_for_bit(uninterrupted, restarted):
-  (step, expected), (other_step, got) = _state(uninterrupted), _state(restarted)
-  assert step == other_step == 6
-  compared = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), expected, got)
-  assert all(jax.tree.leaves(compared))
-  fresh = train_run.build(_config(), jax.devices()[:1]).init()  # the positive control: six steps did move parameters
-  moved = jax.tree.map(lambda a, b: not np.array_equal(np.asarray(a), np.asarray(b)), expected.params, fresh.params)
-  assert sum(jax.tree.leaves(moved)) > 20
-
-
-def test_a_restarted_run_has_the_same_metrics(uninterrupted, restarted):
-  assert [line['step'] for line in saved_run.lines(uninterrupted)] == [1, 2, 3, 4, 5, 6]
-  assert saved_run.lines(restarted) == saved_run.lines(uninterrupted)
-
-
 class _Killed(Exception):
   pass
 
@@ -116,9 +102,16 @@ def killed(tmp_path_factory):
   return workdir
 
 
-def test_a_run_that_was_killed_ends_with_the_same_state_and_lines(uninterrupted, killed):
-  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, _state(uninterrupted), _state(killed))))
-  assert saved_run.lines(killed) == saved_run.lines(uninterrupted)
+@pytest.mark.parametrize('interrupted', ['restarted', 'killed'])
+def test_an_interrupted_run_ends_with_the_same_state_and_lines_bit_for_bit(uninterrupted, interrupted, request):
+  workdir, (step, expected) = request.getfixturevalue(interrupted), _state(uninterrupted)
+  assert step == 6
+  chex.assert_trees_all_equal(_state(workdir), (6, expected))
+  assert [line['step'] for line in saved_run.lines(uninterrupted)] == [1, 2, 3, 4, 5, 6]
+  assert saved_run.lines(workdir) == saved_run.lines(uninterrupted)
+  fresh = train_run.build(_config(), jax.devices()[:1]).init()  # the positive control: six steps did move parameters
+  moved = jax.tree.map(lambda a, b: not np.array_equal(np.asarray(a), np.asarray(b)), expected.params, fresh.params)
+  assert sum(jax.tree.leaves(moved)) > 20
 
 
 @pytest.fixture

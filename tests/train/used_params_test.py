@@ -105,19 +105,15 @@ def test_slices_are_counted_over_periods_and_experts_or_experts_alone():
     assert units[path] == ()
 
 
-def test_a_block_without_experts_has_no_slices():
-  # Experts in layers 0 and 2 of 4: a period of two blocks, and a tail of two.
-  spec = _spec(num_layers=4, placement='every_2')
-  for subtree, leading in (('blocks', 2), ('tail', 1)):
-    assert used_params.unit_axes(spec, f'encoder/{subtree}/block0/ffn_in/kernel') == leading
-    assert used_params.unit_axes(spec, f'encoder/{subtree}/block1/ffn_in/kernel') == 0
-
-
-def test_a_tail_of_an_irregular_placement_has_a_pattern_of_its_own():
-  # Experts in layers 0 and 5 of 6 repeat no period of up to four blocks: all six are the tail.
-  spec = _spec(num_layers=6, placement=(0, 5))
-  axes = [used_params.unit_axes(spec, f'encoder/tail/block{i}/qkv/kernel') for i in range(6)]
-  assert axes == [1, 0, 0, 0, 0, 1]
+@pytest.mark.parametrize('num_layers, placement, axes', [
+    (4, 'every_2', {'blocks': [2, 0], 'tail': [1, 0]}),  # layers 0 and 2: a period of two blocks, and a tail of two
+    (6, (0, 5), {'tail': [1, 0, 0, 0, 0, 1]})])  # they repeat no period of up to four blocks: all six are the tail
+def test_a_block_without_experts_has_no_slices(num_layers, placement, axes):
+  spec = _spec(num_layers=num_layers, placement=placement)
+  for subtree, expected in axes.items():
+    for kernel in ('ffn_in', 'qkv'):
+      paths = [f'encoder/{subtree}/block{i}/{kernel}/kernel' for i in range(len(expected))]
+      assert [used_params.unit_axes(spec, path) for path in paths] == expected
 
 
 def test_experts_of_scanned_and_tail_layers_are_those_that_were_chosen():
@@ -142,23 +138,20 @@ def test_tables_of_a_modality_that_is_not_encoded_are_unused(modalities, unused)
   assert _unused(contents=modalities) == unused
 
 
-@pytest.mark.parametrize('contents, unused', [
-    (('text',), {'embed/prompts/target', 'embed/prompts/label_names', 'embed/prompts/label_target'}),
-    (('text', 'target'), {'embed/prompts/label_names', 'embed/prompts/label_target'}),
-    (('text', 'target', 'label_names'), {'embed/prompts/label_target'}),
-    (('text', 'target', 'label_target'), {'embed/prompts/label_names'})])
-def test_prompts_that_are_tokens_are_used_by_their_side_and_by_their_set(contents, unused):
-  spec = small_model.spec(num_prefix_prompts=2, prompt_sharing='separate', temperature_groups=(),
-                          label_prompts=(('names', 3), ('target', 2)))
-  assert _unused(contents=contents, spec=spec) - VISUAL == unused
+PREFIX = dict(num_prefix_prompts=2, label_prompts=(('names', 3), ('target', 2)))
+DEEP = dict(num_deep_prompts=2, head=3)
 
 
-@pytest.mark.parametrize('contents, unused', [
-    (('text', 'head', 'target'), set()),
-    (('text', 'target'), {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}),
-    (('text', 'head'), {f'encoder/{block}/prompts/target' for block in ('blocks/block0', 'tail/block0')})])
-def test_a_head_and_target_prompts_are_unused_without_heads_and_targets(contents, unused):
-  spec = small_model.spec(num_deep_prompts=2, prompt_sharing='separate', head=3, temperature_groups=())
+@pytest.mark.parametrize('changes, contents, unused', [
+    (PREFIX, ('text',), {'embed/prompts/target', 'embed/prompts/label_names', 'embed/prompts/label_target'}),
+    (PREFIX, ('text', 'target'), {'embed/prompts/label_names', 'embed/prompts/label_target'}),
+    (PREFIX, ('text', 'target', 'label_names'), {'embed/prompts/label_target'}),
+    (PREFIX, ('text', 'target', 'label_target'), {'embed/prompts/label_names'}),
+    (DEEP, ('text', 'head', 'target'), set()),
+    (DEEP, ('text', 'target'), {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}),
+    (DEEP, ('text', 'head'), {f'encoder/{block}/prompts/target' for block in ('blocks/block0', 'tail/block0')})])
+def test_prompts_are_used_by_their_side_and_set_and_a_head_by_tasks_with_heads(changes, contents, unused):
+  spec = small_model.spec(prompt_sharing='separate', temperature_groups=(), **changes)
   assert _unused(contents=contents, spec=spec) - VISUAL == unused
 
 
@@ -194,12 +187,8 @@ def test_scales_of_other_temperature_groups_are_unused(temperatures, unused):
 def test_a_scale_above_its_clamp_is_unused(scale, unused):
   params = {**small_model.params(_spec()), 'log_scale_group': jnp.float32(math.log(scale))}
   assert _unused(params=params) == unused
-  gradient = jax.grad(lambda x: _scale(params, x))(params['log_scale_group'])
-  assert (gradient == 0) == bool(unused)  # as the model computes it
-
-
-def _scale(params, log_scale):
-  return UniPerceiver(_spec()).apply({'params': {**params, 'log_scale_group': log_scale}}, 'group', method='scale')
+  gradient = jax.grad(lambda p: UniPerceiver(_spec()).apply({'params': p}, 'group', method='scale'))(params)
+  assert (gradient['log_scale_group'] == 0) == bool(unused)  # as the model computes it
 
 
 def test_a_dense_model_has_no_unused_experts():

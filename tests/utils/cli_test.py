@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import small_config, tiny
 from uni_moe_jax.tasks import attributes
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import workdir as workdir_lib
@@ -138,7 +138,7 @@ def test_a_defect_keeps_its_traceback(tmp_path):
 
 
 # Errors that need data and devices are tested in this process, which has imported the libraries.
-def _refused(capsys, config, workdir, devices=None) -> str:
+def _refused(capsys, config, workdir, devices) -> str:
   with mock.patch.object(loop, '_loop', side_effect=AssertionError('it was trained')):
     assert cli.guarded(lambda: loop.train(config, str(workdir), devices)) == 2
   message = capsys.readouterr().err
@@ -146,17 +146,14 @@ def _refused(capsys, config, workdir, devices=None) -> str:
   return message
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_suggests_one_that_does(tmp_path, capsys):
+@pytest.mark.parametrize('field, value, devices, message', [
+    ('tasks.shape.batch_size', 12, 8, 'config.tasks.shape.batch_size=12 must be a multiple of 8 (8 batch shards of the '
+     'mesh × 1 micro-steps); try 8'),
+    ('mesh.data', 3, 1, 'needs 3 devices, there are 1; set one axis to -1')])
+def test_a_batch_or_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path, capsys, field, value, devices, message):
   config = tiny.config('shape', data_dir=tiny.data_dir())
-  config.tasks.shape.batch_size = 12
-  assert ('config.tasks.shape.batch_size=12 must be a multiple of 8 (8 batch shards of the mesh × 1 micro-steps); try 8'
-          in _refused(capsys, config, tmp_path))
-
-
-def test_a_mesh_of_more_devices_than_there_are_is_refused(tmp_path, capsys):
-  config = tiny.config('shape', data_dir=tiny.data_dir())
-  config.mesh.data = 3
-  assert 'needs 3 devices, there are 1; set one axis to -1' in _refused(capsys, config, tmp_path, jax.devices()[:1])
+  small_config.assign(config, field, value)
+  assert message in _refused(capsys, config, tmp_path, jax.devices()[:devices])
 
 
 def test_a_source_that_is_not_prepared_names_the_command(tmp_path, capsys):

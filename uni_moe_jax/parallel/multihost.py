@@ -24,7 +24,7 @@ _PEER_LOST = re.compile(
 
 
 class AnyProcess:
-  """Whether a flag is set in any process, with the same answer in all of them.
+  """Whether a flag is set in any process, with the same answer in all of them, which must call it equally often.
 
   It does not wait for the running step. With several processes the answer is that of the previous call: its sum, which
   queues behind a step, is ready by then.
@@ -38,7 +38,6 @@ class AnyProcess:
     self._pending = None
 
   def __call__(self, flag: bool) -> bool:
-    """Every process must call this equally often."""
     if not self._several:
       return flag
     flags = jax.make_array_from_process_local_data(self._split, np.full(self._local_devices, flag), (self._devices,))

@@ -7,7 +7,6 @@ run's own or of `TRANSFER`. `configs/finetune.py`, `prompt_tune.py` and `zero_sh
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import ml_collections
 
@@ -59,28 +58,20 @@ TRANSFER: dict[str, Edit] = {'digits': digits, 'video_caption': video_caption, '
 
 def finetune(arg: str) -> ml_collections.ConfigDict:
   """Trains every parameter, lower layers more slowly. arg: run=RUN,task=TASK[,data=few|all] (all)."""
-  c = _config_of(arg, 'configs/finetune.py', TRANSFER, 'all')
-  train_all(c)
-  return c
+  return _config_of(arg, 'configs/finetune.py', train_all, 'all')
 
 
 def prompt_tune(arg: str) -> ml_collections.ConfigDict:
   """Trains prompts, norms and a linear head. arg: run=RUN,task=TASK[,data=few|all] (few)."""
-  c = _config_of(arg, 'configs/prompt_tune.py', TRANSFER, 'few', linear_head=True)
-  train_prompts(c)
-  return c
+  return _config_of(arg, 'configs/prompt_tune.py', train_prompts, 'few', linear_head=True)
 
 
 def zero_shot(arg: str, own: Mapping[str, Edit] | None = None) -> ml_collections.ConfigDict:
   """Trains nothing: evaluates the run on the task. arg: run=RUN,task=TASK.
 
-  Args:
-    arg: argument of the config.
-    own: more tasks by name, as in `TRANSFER`. Their types may be new to the run: a row in `config.task_types`.
+  own: more tasks by name, as in `TRANSFER`. Their types may be new to the run: a row in `config.task_types`.
   """
-  c = _config_of(arg, 'configs/zero_shot.py', {**TRANSFER, **(own or {})})
-  train_nothing(c)
-  return c
+  return _config_of(arg, 'configs/zero_shot.py', train_nothing, own=own)
 
 
 def train_all(c: ml_collections.ConfigDict) -> None:
@@ -113,32 +104,22 @@ def train_nothing(c: ml_collections.ConfigDict) -> None:
 MODES: dict[str, Edit] = {'finetune': train_all, 'prompts': train_prompts, 'zero_shot': train_nothing}
 
 
-class Recipe(NamedTuple):
-  """A config file of an adaptation study, and its argument `data`; '' if it trains nothing."""
-  file: str
-  data: str
-
-  def argument(self, run: str, task: str) -> str:
-    """The argument of the config file."""
-    return f'run={run},task={task}' + (f',data={self.data}' if self.data else '')
-
-
-# The first three have the same few examples; the last one shows the gain of all examples.
-RECIPES: dict[str, Recipe] = {
-    'zero-shot': Recipe('configs/zero_shot.py', ''),
-    'prompts': Recipe('configs/prompt_tune.py', 'few'),
-    'finetune': Recipe('configs/finetune.py', 'few'),
-    'finetune-all': Recipe('configs/finetune.py', 'all'),
+# Configs of an adaptation study. The first three have the same few examples; the last shows the gain of all examples.
+RECIPES: dict[str, str] = {
+    'zero-shot': 'configs/zero_shot.py:run={run},task={task}',
+    'prompts': 'configs/prompt_tune.py:run={run},task={task},data=few',
+    'finetune': 'configs/finetune.py:run={run},task={task},data=few',
+    'finetune-all': 'configs/finetune.py:run={run},task={task},data=all',
 }
 
 
 def _config_of(
-    arg: str, file: str, transfer: Mapping[str, Edit], data: str = '',
-    linear_head: bool = False) -> ml_collections.ConfigDict:
+    arg: str, file: str, recipe: Edit, data: str = '', linear_head: bool = False, own: Mapping[str, Edit] | None = None
+) -> ml_collections.ConfigDict:
   """A config that starts from a run and has one task.
 
   Args:
-    arg, file: of the config. transfer: tasks beside those that the run has trained.
+    arg, file: of the config. recipe: what trains. own: tasks beside those of `TRANSFER` and of the run.
     data: 'few' or 'all' by default; '': the config trains nothing.
     linear_head: a task that chooses among classes gets a linear head.
 
@@ -147,6 +128,7 @@ def _config_of(
   """
   a = config.arguments(arg, file, dict(run='', task='', **(dict(data=data) if data else {})), dict(data=('few', 'all')),
                        required=('run', 'task'))
+  transfer = {**TRANSFER, **(own or {})}
   c, plan = start_from(a.run, f'{file}:{arg}')
   run_config = workdir.load_config(a.run).copy_and_resolve_references()
   if a.task in run_config.tasks and (run_config.tasks[a.task].batch_size or a.task not in transfer):
@@ -161,15 +143,12 @@ def _config_of(
   t.shots = SHOTS if few and has_classes else 0
   t.train_fraction = TRAIN_FRACTION if few and not has_classes else 1.0
   t.linear_head = linear_head and has_classes
+  recipe(c)
   return c
 
 
 def start_from(run: str, config_name: str) -> tuple[ml_collections.ConfigDict, Plan]:
-  """(config that starts from a run and has no task yet, the run's plan). config_name: for errors.
-
-  Raises:
-    UsageError: there is no such run.
-  """
+  """(config that starts from a run and has no task yet, the run's plan). Raises UsageError if there is no such run."""
   if not (pathlib.Path(run) / workdir.CONFIG_FILE).is_file():
     others = [p.parent.name for p in pathlib.Path(run).parent.glob(f'*/{workdir.CONFIG_FILE}')]
     raise UsageError(f'{config_name}: {run!r} is no work directory of a run ({workdir.CONFIG_FILE} is missing); '
@@ -185,9 +164,15 @@ def start_from(run: str, config_name: str) -> tuple[ml_collections.ConfigDict, P
 
 
 def share_temperatures(c: ml_collections.ConfigDict, plan: Plan) -> None:
-  """Gives tasks without a temperature group that of their task type in the run, or a new one."""
+  """Gives tasks without a temperature group that of their task type in the run, or a new one.
+
+  A task type that is equal but for its name (video as image) counts, too.
+  """
+  types = {t.name: dataclasses.replace(t, name='') for t in plan.task_types}
   for t in c.tasks.values():
-    t.temperature = t.temperature or _temperature(plan, t.type)
+    same = [trained for trained in plan.tasks if types[trained.type.name] == types.get(t.type)]
+    if same and not t.temperature:
+      t.temperature = min(same, key=lambda trained: trained.type.name != t.type).temperature
 
 
 def _copy_task(c: ml_collections.ConfigDict, run_config: ml_collections.ConfigDict, name: str) -> None:
@@ -200,10 +185,3 @@ def _copy_task(c: ml_collections.ConfigDict, run_config: ml_collections.ConfigDi
   for evaluator, e in run_config.evaluators.items():
     if e.task == name:
       c.evaluators[evaluator] = e
-
-
-def _temperature(plan: Plan, task_type: str) -> str:
-  """The run's group for a task type, or for one of equal inputs and targets (video as image), or ''."""
-  types = {t.name: dataclasses.replace(t, name='') for t in plan.task_types}
-  same = [t for t in plan.tasks if types[t.type.name] == types.get(task_type)]
-  return min(same, key=lambda t: t.type.name != task_type).temperature if same else ''

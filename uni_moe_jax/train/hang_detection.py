@@ -19,7 +19,7 @@ START = 'starting'
 BATCH = 'waiting for the batch'
 STEP = 'waiting for the result'
 SAVE = 'saving'
-_FACTORS = {START: 6}  # in multiples of the timeout, default 1; START reads data and compiles
+_START_FACTOR = 6  # START reads data and compiles
 _CHECKS = {
     START: 'Check the disk or network of the data and the work directory, the devices, and the logs of the other '
            'processes of this run.',
@@ -66,13 +66,13 @@ class HangDetector:
       # At most two ticks count, so that a process that was suspended for a while does not hang.
       self._waited, last = self._waited + min(now - last, 2 * tick), now
       phase = self._phase
-      if phase is not None and self._waited > self._timeout * _FACTORS.get(phase[0], 1):
+      if phase is not None and self._waited > self._timeout * (_START_FACTOR if phase[0] == START else 1):
         self._report(*phase)
         return
 
   def _report(self, name: str, step: int | None) -> None:
     what = name if step is None else f'{name} of step {step}'
-    factor = f'{_FACTORS[name]} times ' if name in _FACTORS else ''
+    factor = f'{_START_FACTOR} times ' if name == START else ''
     print(f'\nerror: {what} has taken {self._waited:.0f} s, and {factor}config.train.hang_timeout={self._timeout:g} is '
           f'the limit. {_CHECKS[name]} If it is only slow, raise hang_timeout; 0 disables it. The same command '
           'continues from the newest checkpoint. Stack of every thread:', file=sys.stderr, flush=True)

@@ -144,11 +144,7 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
 
 
 def load_init_params(run: Run) -> Any:
-  """Parameters from the run in `config.train.init`; prints which ones are fresh.
-
-  Raises:
-    UsageError: that run has no checkpoint, or the models do not fit, see `warm_start.merge_params`.
-  """
+  """Parameters of the run in `config.train.init`; prints which ones are fresh. Raises UsageError as `merge_params`."""
   init = run.config.train.init
   with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:

@@ -23,13 +23,12 @@ _NAMES = 'names'  # the target set of names that a caller gives
 
 
 class TrainedRun:
-  """The model of a work directory and its tasks, by the names that the run's config gives them.
+  """The model of a work directory and its tasks, by the names that the run's config gives them. Use `load`.
 
   Images are uint8 [B, H, W, C] and videos uint8 [B, T, H, W, C], of the size and channels of the run's model.
   """
 
   def __init__(self, run: run_lib.Run, predictor: Predictor, params):
-    """Use `load`. predictor, params: of one checkpoint of the run."""
     self._run, self._predictor, self._params = run, predictor, params
     self._tasks = {t.name: t for t in (*run.plan.tasks, *run.plan.probes)}
 
@@ -70,7 +69,8 @@ class TrainedRun:
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no classes; use `caption` or `embed`.')
     predictor, texts = self._predictor, self._run.data.target_sets[spec.target_set].names
     if names:
-      set_spec = dataclasses.replace(self._set_spec(spec), name=_NAMES, entries=tuple(names), label_prompts=False)
+      trained = next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == spec.target_set)
+      set_spec = dataclasses.replace(trained, name=_NAMES, entries=tuple(names), label_prompts=False)
       target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer)
       predictor = Predictor(self._run.spec.model, self._params, {_NAMES: (set_spec, target)}, self._run.data.tokenizer)
       spec, texts = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
@@ -107,9 +107,6 @@ class TrainedRun:
     if visual and not self._tasks[name].type.visual:
       raise UsageError(f'task {name!r} reads text alone; give a task that reads images or videos.')
     return self._tasks[name]
-
-  def _set_spec(self, task: TaskSpec):
-    return next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == task.target_set)
 
 
 def _fields(images: np.ndarray) -> dict[str, np.ndarray]:

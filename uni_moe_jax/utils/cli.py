@@ -32,12 +32,7 @@ def define_config(name: str = 'config', default: str | None = None) -> flags.Fla
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
-  """Return the config of a flag.
-
-  Raises:
-    UsageError: the file does not exist.
-    OSError: the config file raised it.
-  """
+  """Return the config of a flag. Raise UsageError if the file does not exist, OSError if the file raised it."""
   try:
     holder.value.keys()
     return holder.value

@@ -94,7 +94,7 @@ def adaptation_grid(
   run, cells = os.path.abspath(os.path.expanduser(run)), []
   for task in dict.fromkeys(tasks):
     for name in dict.fromkeys(recipes):
-      config = f'{finetuning.RECIPES[name].file}:{finetuning.RECIPES[name].argument(run, task)}'
+      config = finetuning.RECIPES[name].format(run=run, task=task)
       _check(f'{root}/{config}', overrides)
       for seed in range(1 if name == ZERO_SHOT else num_seeds or 3):
         path = folder / (f'{task}-{name}' + ('' if name == ZERO_SHOT else f'-{seed}'))
