@@ -38,8 +38,10 @@ def test_a_target_set_has_the_condition_of_its_family_and_only_the_vocabulary_is
 def test_only_a_run_that_encodes_all_sets_keeps_those_that_no_trained_task_uses(c):
   c.target_sets.unused = config.target_set(('a',), family='words')
   assert 'unused' not in _sets(make_plan(c))
-  c.tasks.shape.update(batch_size=0, temperature='text_mlm')
-  assert [s.name for s in make_plan(c).probe_sets] == ['classes']
+  c.tasks.shape.update(batch_size=0, temperature='text_mlm')  # it is evaluated, but not trained
+  plan = make_plan(c)
+  assert [t.name for t in plan.probes] == ['shape'] and [s.name for s in plan.probe_sets] == ['classes']
+  assert 'shape' not in [t.name for t in plan.tasks]
   c.train.encode_all_sets = True
   plan = make_plan(c)
   assert _sets(plan) == _sets(plan.only('package')) == ['classes', 'packages', 'unused', 'vocabulary']
@@ -87,13 +89,6 @@ def test_the_plan_of_one_task_has_its_target_set_only(c):
   assert ([t.name for t in only.tasks], _sets(only)) == (['package'], ['packages'])
 
 
-def test_a_task_of_batch_size_0_is_evaluated_but_not_trained(c):
-  c.tasks.shape.update(batch_size=0, temperature='text_mlm')
-  plan = make_plan(c)
-  assert [t.name for t in plan.probes] == ['shape'] and [s.name for s in plan.probe_sets] == ['classes']
-  assert 'shape' not in [t.name for t in plan.tasks]
-
-
 def test_an_evaluation_has_its_task(c):
   c.evaluators.top = config.evaluator('classification', 'shape', split='test')
   [evaluation] = make_plan(c).evaluations
@@ -135,14 +130,12 @@ def test_a_family_of_the_config_admits_a_task_type_that_would_change_the_built_i
 def test_a_micro_batch_must_divide_over_the_shards(c):
   c.train.grad_accum_steps = 2
   # shape: 8 / 2 = 4 examples per micro-step, which 4 shards divide; name: 4 / 2 = 2 examples, which they do not.
-  with pytest.raises(UsageError, match=(
-      r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 micro-steps\); '
-      'try 8')):
+  message = (r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 \(4 batch shards of the mesh × 2 '
+             r'micro-steps\); try 8')
+  with pytest.raises(UsageError, match=message):
     make_plan(c).check_batches(shards=4, accum=2)
   make_plan(c).check_batches(shards=2, accum=2)
-
-
-def test_the_next_smaller_batch_is_proposed_if_there_is_one(c):
+  # The next smaller batch is proposed if there is one.
   with pytest.raises(UsageError, match='batch_size=8 must be a multiple of 3 .*; try 6'):
     make_plan(c).only('shape').check_batches(shards=3, accum=1)
   make_plan(c).check_batches(shards=4, accum=1)
@@ -157,9 +150,9 @@ def test_mixup_needs_pairs_on_every_shard(c):
 
 def test_the_interference_metric_needs_halves(c):
   make_plan(c).check_halves(shards=2, accum=1)
-  with pytest.raises(UsageError, match=(
-      r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 for config\.train\.interference_every > 0, which '
-      r'halves it \(4 batch shards × 1 micro-steps × 2\); try 8, or interference_every=0')):
+  message = (r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 for config\.train\.interference_every > 0, '
+             r'which halves it \(4 batch shards × 1 micro-steps × 2\); try 8, or interference_every=0')
+  with pytest.raises(UsageError, match=message):
     make_plan(c).check_halves(shards=4, accum=1)
 
 
@@ -173,8 +166,6 @@ def test_an_axis_must_divide_what_it_splits(c, sizes, message):
   validate.check_mesh(make_plan(c).config, mesh)
   with pytest.raises(UsageError, match=message):
     validate.check_mesh(make_plan(c).config, {**mesh, **sizes})
-
-
-def test_only_fsdp_splits_the_width_and_only_experts_the_experts(c):
-  c.moe.router = 'dense'
+  # Only fsdp splits the width, and only a model with experts has experts to split.
+  c.mesh.fsdp, c.moe.router = False, 'dense'
   validate.check_mesh(make_plan(c).config, dict(replica=1, data=3, expert=3, model=1))

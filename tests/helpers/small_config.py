@@ -17,8 +17,8 @@ def config() -> ml_collections.ConfigDict:
   c.target_sets.classes = fields.target_set(('bar', 'disc'), family='names')
   c.target_sets.packages = fields.target_set(('alpha', 'beta'), family='words')
   c.target_sets.vocabulary = fields.target_set('vocabulary', family='words')
-  c.tasks.shape = fields.task('image_classification', 'glyphs', batch_size=8, target_set='classes',
-                              label_column='class')
+  c.tasks.shape = fields.task(
+      'image_classification', 'glyphs', batch_size=8, target_set='classes', label_column='class')
   c.tasks.text = fields.task('text_mlm', 'corpus', batch_size=4, target_set='vocabulary', max_len=16, max_predictions=3)
   c.tasks.name = fields.task(
       'image_caption', 'glyphs', batch_size=4, target_set='vocabulary', caption_templates=('{name}',), max_len=6)

@@ -89,33 +89,32 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
   create, archive, copy, install, before, train = _dry(
       'tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--project', 'mine', '--create', 'v5litepod-256',
       '--version', 'v2', '--before', 'mount it', '--dry_run', '--', *_TRAIN)
-  tpu_vm = ['gcloud', 'compute', 'tpus', 'tpu-vm']
-  location = ['--zone', 'zone', '--project', 'mine']
+  tpu_vm, location = ['gcloud', 'compute', 'tpus', 'tpu-vm'], ['--zone', 'zone', '--project', 'mine']
   assert create == [*tpu_vm, 'create', 'pod', *location, '--accelerator-type', 'v5litepod-256', '--version', 'v2']
   assert archive[:2] == ['git', 'archive'] and archive[-1] == 'HEAD'
   assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *location, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
   assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'" in install[-1]
-  assert '--python 3.11' in install[-1]
+  assert '--python 3.11' in install[-1] and 'launch/train.py' in train[-1]
   assert before[-1] == 'cd ~/uni_moe_jax && mount it'
-  assert 'launch/train.py' in train[-1]
+
+
+def _write_program(path: pathlib.Path, *lines: str) -> None:
+  """Write an executable script of bash."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('\n'.join(('#!/usr/bin/env bash', *lines, '')))
+  path.chmod(0o755)
 
 
 def _host(tmp_path) -> dict[str, str]:
   """Return the environment of a host: gcloud's ssh is a shell in `tmp_path`, and its Python prints its arguments."""
-  python = tmp_path / 'uni_moe_jax/.venv/bin/python'
-  python.parent.mkdir(parents=True)
-  python.write_text("#!/usr/bin/env bash\nprintf '<%s>' \"$@\"\necho\n"
-                    "trap 'echo saved; exit 75' TERM\nwhile [[ -e ~/wait ]]; do sleep 0.05; done\nexit 3\n")
-  gcloud = tmp_path / 'bin/gcloud'
-  gcloud.parent.mkdir()
-  gcloud.write_text('#!/usr/bin/env bash\necho "$4" >>~/called\n'
-                    '[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"\n'
-                    'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi\n')
-  for file in (python, gcloud):
-    file.chmod(0o755)
-  return {'HOME': str(tmp_path), 'PATH': f'{gcloud.parent}:{os.environ["PATH"]}'}
+  _write_program(tmp_path / 'uni_moe_jax/.venv/bin/python', "printf '<%s>' \"$@\"", 'echo',
+                 "trap 'echo saved; exit 75' TERM", 'while [[ -e ~/wait ]]; do sleep 0.05; done', 'exit 3')
+  _write_program(tmp_path / 'bin/gcloud', 'echo "$4" >>~/called',
+                 '[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"',
+                 'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi')
+  return {'HOME': str(tmp_path), 'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'}
 
 
 _POD = ('--name', 'pod', '--zone', 'zone')
@@ -138,8 +137,7 @@ def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path)
   second = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
   assert second.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'  # shown again
   assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
-  assert second.communicate(timeout=10) == ('saved\n', None)
-  assert second.returncode == 75
+  assert second.communicate(timeout=10) == ('saved\n', None) and second.returncode == 75
   assert (tmp_path / 'run.log').read_text().count('launch/train.py') == 1  # one run, not two
 
 
@@ -176,9 +174,8 @@ def test_slurm_runs_one_task_per_gpu_and_requeues_after_preemption():
   assert ' '.join(lines[-1]) == 'after exit code 75 or 143 or a signal, 50 times: scontrol requeue 17'
 
 
-# A stand-in for srun: exits with a code, or with another one when scancel signals its tasks. On SIGTERM srun kills
-# them.
-_SRUN = """#!/usr/bin/env bash
+# A stand-in for srun: exits with a code, or with another one when scancel signals its tasks; SIGTERM kills them.
+_SRUN = """
 if [[ {code} == wait ]]; then
   sleep 20 &
   trap 'kill "$!"; exit {after_signal}' USR1
@@ -198,12 +195,9 @@ exit {code}
     ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('137', '', '3', False),
     ('143', '', '3', True), ('143', '', '50', False)])  # only the tasks got the signal
 def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after_signal, count, requeued):
-  for name, content in (
-      ('srun', _SRUN.format(code=code, after_signal=after_signal)),
-      ('scontrol', '#!/usr/bin/env bash\necho "$@" >requeued\n'),
-      ('scancel', '#!/usr/bin/env bash\n[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"\n')):
-    (tmp_path / name).write_text(content)
-    (tmp_path / name).chmod(0o755)
+  _write_program(tmp_path / 'srun', _SRUN.format(code=code, after_signal=after_signal))
+  _write_program(tmp_path / 'scontrol', 'echo "$@" >requeued')
+  _write_program(tmp_path / 'scancel', '[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"')
   process = subprocess.Popen(
       ['bash', str(_ROOT / 'launch/slurm.sbatch'), *_TRAIN], stderr=subprocess.PIPE, text=True, env={
           'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17',
@@ -219,8 +213,7 @@ def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after
 
 
 def test_slurms_tasks_get_the_requested_processors(tmp_path):
-  (tmp_path / 'srun').write_text('#!/usr/bin/env bash\necho "$SRUN_CPUS_PER_TASK"\n')
-  (tmp_path / 'srun').chmod(0o755)
+  _write_program(tmp_path / 'srun', 'echo "$SRUN_CPUS_PER_TASK"')
   done = _run('slurm.sbatch', 'a', PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path),
               SLURM_CPUS_PER_TASK='12')
   assert done.stdout == '12\n'
@@ -236,8 +229,7 @@ def _job_set(*options: str) -> dict:
 def test_a_job_set_has_the_fields_of_its_controller():
   job_set = _job_set('--topology', '16x16', '--max_restarts', '3')
   assert (job_set['apiVersion'], job_set['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
-  assert job_set['metadata']['name'] == 'base'
-  assert job_set['spec']['failurePolicy']['maxRestarts'] == 3
+  assert (job_set['metadata']['name'], job_set['spec']['failurePolicy']['maxRestarts']) == ('base', 3)
   [job] = job_set['spec']['replicatedJobs']
   assert job['replicas'] == 1
   spec = job['template']['spec']
@@ -340,5 +332,4 @@ def test_a_signal_reaches_every_local_process_once_and_waits_for_all(tmp_path, n
 def test_if_one_local_process_fails_the_others_are_killed(tmp_path):
   process = _processes(tmp_path, 'wait', '4')
   process.communicate(timeout=15)
-  assert process.returncode == 4
-  assert not (tmp_path / 'signals0').exists()
+  assert process.returncode == 4 and not (tmp_path / 'signals0').exists()

@@ -55,10 +55,9 @@ def task_spec(name: str) -> TaskSpec:
   task_type = task_types.TASK_TYPES[t['task_type']]
   smoothing = t['smoothing'] if t['loss'] in _SMOOTHED else 0.0
   return TaskSpec(
-      name=name, type=task_type, group=task_type.name, source='', split='', batch_size=0, loss_weight=t['loss_weight'],
-      sampling_weight=1.0, temperature=t['temperature'].removeprefix('logit_scale_'),
-      target_set=t['target_set'] or '', label_column='', caption_templates=(), template='', max_len=0,
-      max_predictions=0, label_smoothing=smoothing, max_shift=0)
+      name=name, type=task_type, group=task_type.name, source='', batch_size=0, loss_weight=t['loss_weight'],
+      sampling_weight=1.0, temperature=t['temperature'].removeprefix('logit_scale_'), target_set=t['target_set'] or '',
+      label_smoothing=smoothing)
 
 
 def _text(arrays: Arrays, prefix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -62,9 +62,8 @@ def published_param_groups(weight_decay: float) -> tuple[tuple[Any, ...], ...]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """Sizes and choices of the model."""
-  variant: str = field(
-      '', 'Published sizes: sets num_layers, width, num_heads, mlp_dim and patch_size, which must then be left at '
-      "their defaults. '' = the sizes as given.", choices=('', *VARIANTS))
+  variant: str = field('', 'Published sizes: sets num_layers, width, num_heads, mlp_dim and patch_size, which must '
+                       "then be left at their defaults. '' = the sizes as given.", choices=('', *VARIANTS))
   num_layers: int = field(12, 'L, number of blocks.', at_least=1)
   width: int = field(192, 'D, width of the residual stream; a multiple of num_heads and of 4.', at_least=4)
   num_heads: int = field(3, 'N, attention heads.', at_least=1)
@@ -86,32 +85,25 @@ class ModelConfig:
       'never changes), learned.', choices=('sincos2d', 'frozen', 'learned'), published='frozen')
   modality_embedding: bool = field(
       False, 'Adds a learned row to every visual token (some published checkpoints have it).')
-  text_posemb_init: str = field(
-      'normal', 'Initial text position table: normal, or sincos (neighbors start similar; short runs).',
-      choices=('normal', 'sincos'), published='normal')
-  text_posemb_std: float = field(0.02, 'Initial standard deviation of the text position table.', at_least=0,
-                                 published=0.02)
-  mimetic_init: bool = field(
-      False, 'Keys start as a copy of the queries, so that attention starts among neighbors (short runs).',
-      published=False)
+  text_posemb_init: str = field('normal', 'Initial text position table: normal, or sincos (neighbors start similar; '
+                                'short runs).', choices=('normal', 'sincos'), published='normal')
+  text_posemb_std: float = field(0.02, 'Initial std of the text position table.', at_least=0, published=0.02)
+  mimetic_init: bool = field(False, 'Keys start as a copy of the queries, so that attention starts among neighbors '
+                             '(short runs).', published=False)
   frame_differences: bool = field(
       False, 'Adds to every video patch its change since the previous frame, through a kernel of its own. Without it, '
       'the direction of a motion is a product of time, position and brightness, which an hour of training did not find '
       '(docs/results/embedded.md).', published=False)
-  temporal_posemb_std: float = field(
-      0.02, 'Initial standard deviation of the temporal position table.', at_least=0, published=0.02)
-  readout_token: str = field(
-      '<spe>', 'Token in front of every sequence: <spe>, as LN(Word[spe]); or a word, embedded as a text of length 1.',
-      published='<spe>')
+  temporal_posemb_std: float = field(0.02, 'Initial std of the temporal position table.', at_least=0, published=0.02)
+  readout_token: str = field('<spe>', 'Token in front of every sequence: <spe>, as LN(Word[spe]); or a word, embedded '
+                             'as a text of length 1.', published='<spe>')
   layer_scale_init: float = field(1e-3, 'Initial LayerScale; about 0.1 for small models.', at_least=0, published=1e-3)
   drop_path: float = field(0.0, 'Rate of stochastic depth, the same in every layer.', at_least=0, below=1)
   temperature_init: float = field(0.07, 'Initial τ of every temperature group.', above=0)
   num_deep_prompts: int = field(0, 'P, learned tokens per layer.', at_least=0)
-  prompt_sharing: str = field(
-      'shared', 'Which sides have prompts: shared (one table for inputs and targets), separate (two tables), inputs '
-      '(targets have none).', choices=('shared', 'separate', 'inputs'))
-  num_prefix_prompts: int = field(0, 'Learned tokens after the readout token, on the sides of prompt_sharing.',
-                                  at_least=0)
+  prompt_sharing: str = field('shared', 'Which sides have prompts: shared (one table for inputs and targets), separate '
+                              '(two tables), inputs (targets have none).', choices=('shared', 'separate', 'inputs'))
+  num_prefix_prompts: int = field(0, 'Learned tokens after readout_token, on the sides of prompt_sharing.', at_least=0)
   spe_bias: bool = field(False, 'Adds a learned row to every <spe> token.')
   extra_temperature_groups: tuple[str, ...] = field(
       (), 'Temperature groups beside those of the trained tasks, such as those of a converted checkpoint.',
@@ -124,22 +116,18 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig:
   """Routers and experts."""
-  router: str = field(
-      'attribute', 'Router input: attribute, task or modality (of the condition; kernels merge), token or context (of '
-      'the token; tokens are dispatched), or dense: no experts.', choices=ROUTERS)
+  router: str = field('attribute', 'Router input: attribute, task or modality (of the condition; kernels merge), token '
+                      'or context (of the token; tokens are dispatched), or dense: no experts.', choices=ROUTERS)
   num_experts: int = field(8, 'E, experts per layer.', at_least=1)
   top_k: int = field(2, 'K, experts kept per router input; their gates are renormalized to sum to 1.', at_least=1)
   noise_std: float = field(1.0, 'Standard deviation of the training noise of gate logits, divided by E.', at_least=0)
-  placement: str | tuple[int, ...] = field(
-      'all', 'Layers with experts: all, every_2 (0, 2, 4, …), every_4, none, or a tuple of layer indices.',
-      choices=('all', 'every_2', 'every_4', 'none'))
+  placement: str | tuple[int, ...] = field('all', 'Layers with experts: all, every_2 (0, 2, 4, …), every_4, none, or a '
+                                           'tuple of layer indices.', choices=('all', 'every_2', 'every_4', 'none'))
   sublayers: tuple[str, ...] = field(SUBLAYERS, 'Sublayers whose projections have experts.', choices=SUBLAYERS)
-  capacity_factor: float = field(
-      0.0, 'Token routers: in training, an expert takes ⌈factor · K · tokens / E⌉ tokens of an array.', at_least=0,
-      off=0)
-  gmm: str = field(
-      'auto', 'Grouped matrix multiplication of token routers: auto (by device), xla (as auto, but without custom '
-      'kernels), tiled, batched, ragged, megablox, triton.', choices=GMM_BACKENDS)
+  capacity_factor: float = field(0.0, 'Token routers: in training, an expert takes ⌈factor · K · tokens / E⌉ tokens of '
+                                 'an array.', at_least=0, off=0)
+  gmm: str = field('auto', 'Grouped matrix multiplication of token routers: auto (by device), xla (as auto, but '
+                   'without custom kernels), tiled, batched, ragged, megablox, triton.', choices=GMM_BACKENDS)
   balance_loss_weight: float = field(0.0, 'Token routers: weight of the load balancing loss.', at_least=0, off=0)
   importance_loss_weight: float = field(0.0, 'Token routers: weight of the importance loss.', at_least=0, off=0)
   z_loss_weight: float = field(0.0, 'Token routers: weight of the z-loss of gate logits.', at_least=0, off=0)
@@ -148,13 +136,10 @@ class MoeConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
   """Tokenizer."""
-  type: str = field('sentencepiece',
-                    "sentencepiece (learned from the run's text), or clip (the published one; needs the extra `clip`).",
-                    choices=('sentencepiece', 'clip'))
-  vocab_size: int = field(
-      2000, 'V, special tokens included, of sentencepiece; with clip it follows from merges_path.', at_least=1)
-  allow_smaller_vocab: bool = field(
-      False, 'Takes the pieces there are if the texts are too few for vocab_size; False: an error.')
+  type: str = field('sentencepiece', "sentencepiece (learned from the run's text), or clip (the published one; needs "
+                    'the extra `clip`).', choices=('sentencepiece', 'clip'))
+  vocab_size: int = field(2000, 'V of sentencepiece, with special tokens; clip: follows from merges_path.', at_least=1)
+  allow_smaller_vocab: bool = field(False, 'Takes fewer pieces if texts are too few for vocab_size; False: an error.')
   path: str = field('', "A trained sentencepiece model, such as a run's tokenizer.model; '' trains one.", path=True)
   merges_path: str = field(
       '', "With clip: path of CLIP's bpe_simple_vocab_16e6.txt.gz, or of another file of this format.", path=True)
@@ -166,8 +151,7 @@ class DataConfig:
   dir: str = field('~/.cache/uni_moe_jax', 'Folder of the prepared data; see launch/prepare_data.py.', path=True)
   max_corrupt_fraction: float = field(
       0.01, 'Fraction of the examples read from files that may be unusable before the run stops.', at_least=0)
-  random_special_tokens: bool = field(
-      False, 'Random words of masked language modeling may be special tokens.', published=True)
+  random_special_tokens: bool = field(False, 'Random words of text_mlm may be special tokens.', published=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,19 +168,16 @@ class OptimConfig:
   """Optimizer: AdamW."""
   learning_rate: float = field(1e-3, 'Peak learning rate.', at_least=0)
   warmup_steps: int = field(200, 'Steps of linear warmup.', at_least=0)
-  schedule: str = field(
-      'cosine', 'cosine; constant; published (its first update has rate 0, and its cosine rises again past the end).',
-      choices=('cosine', 'constant', 'published'), published='published')
+  schedule: str = field('cosine', 'cosine; constant; published (its first update has rate 0, and its cosine rises '
+                        'again past the end).', choices=('cosine', 'constant', 'published'), published='published')
   final_lr_fraction: float = field(0.0, 'Learning rate at the end, as a fraction of the peak.', at_least=0)
   b1: float = field(0.9, 'Decay of the first moment.', at_least=0, below=1, published=0.9)
   b2: float = field(0.95, 'Decay of the second moment.', at_least=0, below=1, published=0.95)
   eps: float = field(1e-6, "Adam's epsilon.", above=0, published=1e-6)
   grad_clip_norm: float = field(1.0, 'Global norm to which gradients are clipped.', at_least=0, off=0, published=0.1)
-  router_lr_multiplier: float = field(
-      1.0, 'Factor of the learning rate of routers, on top of their parameter group.', at_least=0)
-  layerwise_lr_decay: float = field(
-      1.0, 'Factor of the learning rate per layer below the last; embeddings are the lowest.', above=0, at_most=1,
-      off=1)
+  router_lr_multiplier: float = field(1.0, 'Factor of the learning rate of routers, on top of their group.', at_least=0)
+  layerwise_lr_decay: float = field(1.0, 'Factor of the learning rate per layer below the last; embeddings are the '
+                                    'lowest.', above=0, at_most=1, off=1)
   unused_params: str = field(
       'update', 'Parameters and experts that a step does not use: update (gradient zero; moments and weights decay), '
       "or settonone, zerograd: unchanged, as by PyTorch's two resets of gradients (train/adam.py).",
@@ -211,12 +192,10 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
   """Training loop."""
-  init: str = field(
-      '', "Work directory of the run whose newest parameters this run starts from; '' = fresh parameters.", path=True)
+  init: str = field('', "Work directory of a run whose newest parameters this run starts from; '' = fresh.", path=True)
   steps: int = field(1000, 'Training steps.', at_least=1)
-  mixture: str = field(
-      'all_tasks', 'all_tasks: every task in every step; one_task: one task per step, drawn by its sampling_weight.',
-      choices=('all_tasks', 'one_task'), published='one_task')
+  mixture: str = field('all_tasks', 'all_tasks: every task in every step; one_task: one task per step, drawn by its '
+                       'sampling_weight.', choices=('all_tasks', 'one_task'), published='one_task')
   grad_accum_steps: int = field(1, 'Micro-steps per step; target sets are encoded once for all of them.', at_least=1)
   encode_all_sets: bool = field(False, 'Encodes also the target sets that no task of the step uses.', published=True)
   contrastive_reduction: str = field(
@@ -231,7 +210,7 @@ class TrainConfig:
       '', "Keeps also the checkpoint with the lowest value of this logged loss: loss/total or loss/TASK; '' = none.")
   max_nonfinite_steps: int = field(10, 'Consecutive steps with a non-finite loss before the run stops.', at_least=1)
   hang_timeout: float = field(
-      600.0, 'Seconds for a batch, a step or a checkpoint before the run ends as hung.', at_least=0, off=0)
+      600.0, 'Seconds of a batch, step or checkpoint until the run ends as hung.', at_least=0, off=0)
   interference_every: int = field(
       0, 'Steps between estimates of task interference (analysis/interference_hook.py).', at_least=0, off=0)
   interference_parameters: str = field(
@@ -253,18 +232,16 @@ class MeshConfig:
 class Config:
   """A run."""
   seed: int = field(0, 'Seed of parameters, data order and noise.')
-  compat: str = field(
-      '', "'published' sets every field that has a published value to it. These fields must then be left at their "
-      'defaults; of param_groups, the weight decay of kernels may differ. A config file that deviates calls '
-      '`presets.published` instead.', choices=('', 'published'))
+  compat: str = field('', "'published' sets every field that has a published value to it. These fields must then be "
+                      'left at their defaults; of param_groups, the weight decay of kernels may differ. A config file '
+                      'that deviates calls `presets.published` instead.', choices=('', 'published'))
   model: ModelConfig = ModelConfig()
   moe: MoeConfig = MoeConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
   data: DataConfig = DataConfig()
   preflight: PreflightConfig = PreflightConfig()
-  task_types: Mapping[str, Any] = entries(
-      None, 'Task types of your own: {name: {inputs, target, readout, router_task}}.')
-  target_families: Mapping[str, Any] = entries(None, 'Target families of your own: {name: four task bits}.')
+  task_types: Mapping[str, Any] = entries(None, 'Your own task types: {name: {inputs, target, readout, router_task}}.')
+  target_families: Mapping[str, Any] = entries(None, 'Your own target families: {name: four task bits}.')
   target_sets: Mapping[str, TargetSetConfig] = entries(TargetSetConfig, '{name: config.target_set(…)}')
   tasks: Mapping[str, TaskConfig] = entries(TaskConfig, '{name: config.task(…)}')
   optim: OptimConfig = OptimConfig()

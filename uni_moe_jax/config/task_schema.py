@@ -15,41 +15,33 @@ VOCABULARY = 'vocabulary'  # as a target set's entries: every word id
 class TaskConfig:
   """A task: an instance of a task type."""
   type: str = field(REQUIRED, 'Row of `task_types.TASK_TYPES` or of config.task_types.')
-  source: str = field(
-      REQUIRED, "Data source (data/sources.py), 'own:NAME' for your own prepared data, or 'tfds:NAME[/CONFIG]'.",
-      path=True)
+  source: str = field(REQUIRED, "Data source (data/sources.py), 'own:NAME' for your own prepared data, or "
+                      "'tfds:NAME[/CONFIG]'.", path=True)
   split: str = field('train', 'Split of the source.')
-  batch_size: int = field(
-      REQUIRED, 'Examples per step, over all devices and micro-steps; 0: the task is only evaluated (zero-shot).')
+  batch_size: int = field(REQUIRED, 'Examples per step, over devices and micro-steps; 0: only evaluated (zero-shot).')
   loss_weight: float = field(1.0, "Weight of the task's loss.", at_least=0)
-  sampling_weight: float = field(
-      0.0, "How often mixture='one_task' draws the task, relative to the others; 0: by its loss_weight, and its loss "
-      'has weight 1.', at_least=0)
-  temperature: str = field(
-      '', "Temperature group: tasks of a group share a learned scale. '' = the name of the task type.")
+  sampling_weight: float = field(0.0, "How often mixture='one_task' draws the task, relative to the others; 0: by its "
+                                 'loss_weight, and its loss has weight 1.', at_least=0)
+  temperature: str = field('', "Temperature group: tasks of a group share a learned scale. '' = the task type.")
   target_set: str = field('', 'Entry of config.target_sets, for task types with a target family.')
   label_column: str = field(
       '', 'Column with the class name (for task types that choose among names, label words or answers); of files also '
-      "a column with a list of answers. Masked language modeling of files: the column of texts ('' = 'text').")
+      "a column with a list of answers. text_mlm of files: the column of texts ('' = 'text').")
   caption_templates: tuple[str, ...] = field(
       (), "Templates over the source's columns, such as '{name}' or '{name} in {face}'; one is drawn per example.")
   template: str = field('', "For readout 'slot': a template such as '{text} <eot> it is <spe> . <eot>'.")
-  max_len: int = field(
-      0, 'Text tokens per example, the final `eot` included (a caption has as many queries again).', at_least=0)
+  max_len: int = field(0, 'Text tokens per example, `eot` included (a caption has as many queries again).', at_least=0)
   max_predictions: int = field(
-      0, 'M, maximum number of masked tokens per text (masked language modeling), or of answers per question.',
-      at_least=0)
+      0, 'M, maximum number of masked tokens per text (text_mlm), or of answers per question.', at_least=0)
   label_smoothing: float = field(0.0, 'Label smoothing.', at_least=0, below=1, off=0)
   max_shift: int = field(0, 'Pixels: random translation of training images of sources in memory.', at_least=0, off=0)
-  linear_head: bool = field(
-      False, "Adds a linear head, which starts at zero, to the similarity with the target set's entries; at most one "
-             "task.")
+  linear_head: bool = field(False, "Adds a linear head, which starts at zero, to the similarity with the target set's "
+                            'entries; at most one task.')
   train_fraction: float = field(
-      1.0, 'Fraction of the training examples used, chosen by seed and example. Of each class its share, if classes '
-      'are known in advance (not in TFDS data). A smaller subset is part of a larger one.', above=0, at_most=1)
+      1.0, 'Fraction of training examples used, chosen by seed and example; of each class its share, if classes are '
+      'known in advance (not in TFDS data). A smaller subset is part of a larger one.', above=0, at_most=1)
   shots: int = field(0, 'Training examples used per class, instead of train_fraction.', at_least=0, off=0)
-  num_frames: int = field(
-      0, 'T, frames that the model sees of a video (sources in files): one of each of T equal parts.', at_least=0)
+  num_frames: int = field(0, 'T, frames seen of a video (sources in files): one of each of T equal parts.', at_least=0)
   crop: str = field(
       'resize_crop', 'Crop of images and videos of files: resize_crop (the short side is resized to image_size, then a '
       'window), random_resized_crop (a random part of 8–100 % of the area; evaluation: the center of 256/224 of the '
@@ -60,9 +52,8 @@ class TaskConfig:
       0.0, 'Magnitude of RandAugment of images of files; published: 9.', at_least=0, at_most=10, off=0)
   random_erasing: float = field(
       0.0, 'Probability that a rectangle of an image of files becomes noise.', at_least=0, at_most=1, off=0)
-  mixup_alpha: float = field(
-      0.0, 'α of the share with which neighbors in a batch and their classes are blended. With both mixup and CutMix, '
-      'each is used in half of the cases.', at_least=0, off=0)
+  mixup_alpha: float = field(0.0, 'α of the share with which neighbors in a batch and their classes are blended. With '
+                             'both mixup and CutMix, each is used in half of the cases.', at_least=0, off=0)
   cutmix_alpha: float = field(
       0.0, 'α of the share of area with which neighbors in a batch are cut into each other.', at_least=0, off=0)
 
@@ -80,9 +71,8 @@ class TargetSetConfig:
       "(a file of class names, data/pipeline/class_names.py, relative to data.dir); or 'vocabulary' (every word id). A "
       "tuple in place of a text is the source's name of the class, then its name and synonyms.", path=True)
   family: str = field(REQUIRED, "Target family: 'names', 'words' or one of config.target_families.")
-  softmax: str = field(
-      'full', "full; or sampled (vocabulary only): in training, over the step's positives and a uniform sample.",
-      choices=('full', 'sampled'))
+  softmax: str = field('full', "full; or sampled (vocabulary only): in training, over the step's positives and a "
+                       'uniform sample.', choices=('full', 'sampled'))
   num_sampled: int = field(0, 'K, size of the sampled vocabulary, positives included.', at_least=0)
   max_len: int = field(16, 'Tokens of the longest text, `eot` included; a longer one is an error.', at_least=2)
   label_prompts: bool = field(
@@ -93,21 +83,16 @@ class TargetSetConfig:
 class EvaluatorConfig:
   """An evaluation with a fixed protocol; see `eval/evaluators.py`."""
   type: str = field(REQUIRED, 'classification, retrieval, mlm, caption, glue or vqa.')
-  task: str = field(
-      REQUIRED, 'Entry of config.tasks, trained or not (batch_size=0), whose source and readout are evaluated.')
+  task: str = field(REQUIRED, 'Entry of config.tasks, trained or not (batch_size=0); its source and readout are used.')
   split: str = field(REQUIRED, 'Split that is evaluated.')
-  num_examples: int = field(
-      0, 'Retrieval in memory: candidates, with distinct texts. Otherwise, examples; 0 = all.', at_least=0)
+  num_examples: int = field(0, 'Examples (retrieval in memory: candidates, with distinct texts); 0 = all.', at_least=0)
   batch_size: int = field(128, 'Examples encoded at once.', at_least=1)
   beam_size: int = field(1, 'Caption: hypotheses kept per image; 1: greedy.', at_least=1)
-  length_penalty: float = field(
-      0.0, 'Caption: final scores are divided by (words + 1)^length_penalty.', at_least=0, off=0)
-  constrain_to: str = field(
-      '', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = any words. No task "
-      'needs to use the set.')
-  num_views: int = field(
-      1, 'Classification of videos of files: probabilities are averaged over num_views in time × num_crops.',
-      at_least=1)
+  length_penalty: float = field(0.0, 'Caption: divides final scores by (words + 1)^length_penalty.', at_least=0, off=0)
+  constrain_to: str = field('', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = "
+                            'any words. No task needs to use the set.')
+  num_views: int = field(1, 'Classification of videos of files: probabilities are averaged over num_views in time × '
+                         'num_crops.', at_least=1)
   num_crops: int = field(1, 'Crops along the long side; see num_views.', at_least=1)
 
 
