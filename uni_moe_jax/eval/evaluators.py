@@ -88,8 +88,7 @@ class Query:
 
   def phrases(self, records: Records) -> np.ndarray:
     """The text [N] of each record in the evaluated phrasing, the task's first template."""
-    templates = self.task.caption_templates[:1]
-    return examples_lib.fill_captions(records, templates, f'tasks.{self.task.name}.caption_templates')[:, 0]
+    return examples_lib.fill_captions(records, self.task)[:, 0]
 
   def neighbor_phrases(self, ids: np.ndarray) -> np.ndarray:
     """Text of the nearest training image of each example; videos by their middle frames."""
@@ -141,7 +140,7 @@ def label_baselines(
     answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
     return train_labels, by
   trained, evaluated = examples_lib.example_ids(q.trained, q.task), examples_lib.example_ids(q.evaluated, q.task)[ids]
-  train_labels = examples_lib.class_indices(q.trained, column, q.keys, f'tasks.{q.task.name}')[trained]
+  train_labels = examples_lib.class_indices(q.trained, q.task, q.keys)[trained]
   answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
   texts = [k for k, c in q.trained.columns.items() if k.startswith('text') and c.dtype.kind == 'U']
   inputs = ['pixels'] if 'pixels' in q.trained.columns else texts

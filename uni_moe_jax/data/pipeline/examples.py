@@ -135,7 +135,7 @@ class Builder:
     """
     makers, labels = [], None
     if task.type.has_classes:
-      labels = _class_indices(records, task, self.classes[task.target_set])
+      labels = class_indices(records, task, self.classes[task.target_set])
     indices = example_ids(records, task, self.seed if self.training else None)
     if task.type.readout == 'masked':
       return self._masked(task, records, indices)
@@ -177,7 +177,7 @@ class Builder:
 
   def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
     """Returns the maker of a text that is paired with its image, or of a caption to generate."""
-    texts, index = np.unique(_fill_captions(records, task)[indices], return_inverse=True)
+    texts, index = np.unique(fill_captions(records, task)[indices], return_inverse=True)
     tokens, valid = map(tf.constant, pad_tokens(
         encode_texts(texts, self.tokenizer, task.max_len), task.max_len, self.tokenizer.pad))
     index = tf.constant(index, tf.int32)  # [n, P], of the text that each template makes
@@ -225,7 +225,7 @@ def _lookup(**tables: np.ndarray) -> MakeFeatures:
   return lambda ids, _: {name: tf.gather(table, ids) for name, table in tensors.items()}
 
 
-def _fill_captions(records: Records, task: TaskSpec) -> np.ndarray:
+def fill_captions(records: Records, task: TaskSpec) -> np.ndarray:
   """Fills every template with every record's columns: unicode [N, P]."""
   columns = {name: column.tolist() for name, column in records.columns.items() if column.dtype.kind == 'U'}
   for template in task.caption_templates:
@@ -237,7 +237,7 @@ def _fill_captions(records: Records, task: TaskSpec) -> np.ndarray:
   return np.array([[template.format(**row) for template in task.caption_templates] for row in rows])
 
 
-def _class_indices(records: Records, task: TaskSpec, classes: Sequence[str]) -> np.ndarray:
+def class_indices(records: Records, task: TaskSpec, classes: Sequence[str]) -> np.ndarray:
   """Returns int32 [N], the index of each record's class in the target set; -1 for no class."""
   field, column = f'config.tasks.{task.name}', task.label_column
   if column not in records.columns:
