@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax.tasks import router_names
-from uni_moe_jax.tools.bench import caption_rate, cases, compile_time, settings, suites, training_steps
+from uni_moe_jax.tools.bench import caption_rate, cases, settings, suites, training_steps
 
 _SIZES = settings.Sizes(
     rounds=1, num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, experts=2, batch_size=4,
@@ -103,8 +103,8 @@ def test_both_depths_are_compiled_twice_in_turn_after_an_uncounted_compile():
   depths, seconds = [], iter((99., 10., 12., 14., 11.))
   sizes = dataclasses.replace(_SIZES, rounds=11, compiled_layers=(12, 24))
   context = dataclasses.replace(_context(), sizes=sizes, config=_config())
-  with mock.patch.object(compile_time, '_compile_seconds', lambda _, layers: depths.append(layers) or next(seconds)):
-    small, large, growth = compile_time.compile_time(context)
+  with mock.patch.object(training_steps, '_compile_seconds', lambda _, layers: depths.append(layers) or next(seconds)):
+    small, large, growth = training_steps.compile_time(context)
   assert depths == [12, 12, 24, 24, 12]
   assert (small.figure.value, large.figure.value) == (10.5, 13.)
   assert growth.figure.value == pytest.approx(13 / 10.5)

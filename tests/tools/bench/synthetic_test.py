@@ -5,7 +5,7 @@ import pytest
 
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.tools.bench import synthetic
+from uni_moe_jax.tools.bench import cases, training_steps
 
 
 def _data(lengths, entries=20):
@@ -14,20 +14,20 @@ def _data(lengths, entries=20):
   c.tasks.classes = config_lib.task(
       'image_classification', 'synthetic', batch_size=2, target_set='names', label_column='class')
   plan = make_plan(c)
-  return synthetic.SyntheticData(plan, (4, 1), 50, entries, lengths), plan
+  return cases.SyntheticData(plan, (4, 1), 50, entries, lengths), plan
 
 
 def test_each_length_has_its_share():
-  np.testing.assert_array_equal(synthetic.spread_lengths(8, {2: 0.25, 3: 0.5, 9: 0.25}), [2, 2, 3, 3, 3, 3, 9, 9])
+  np.testing.assert_array_equal(cases.spread_lengths(8, {2: 0.25, 3: 0.5, 9: 0.25}), [2, 2, 3, 3, 3, 3, 9, 9])
 
 
 @pytest.mark.parametrize('entries', [1, 7, 1000])
 def test_shares_are_relative_to_their_sum_and_every_entry_has_a_length(entries):
-  assert len(synthetic.spread_lengths(entries, {2: 1, 3: 1, 4: 1})) == entries
+  assert len(cases.spread_lengths(entries, {2: 1, 3: 1, 4: 1})) == entries
 
 
 def test_the_realistic_shares_sum_to_one():
-  assert sum(synthetic.REALISTIC.values()) == pytest.approx(1)
+  assert sum(training_steps.REALISTIC.values()) == pytest.approx(1)
 
 
 def test_full_length_names_fill_their_bucket():

@@ -7,8 +7,7 @@ import pytest
 
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.tools.preflight import compiled_programs
-from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Program
-from uni_moe_jax.tools.preflight.compiler import Compiler
+from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Compiler, Program
 
 _STEP = None
 

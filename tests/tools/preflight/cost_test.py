@@ -1,9 +1,10 @@
 """Costs of hand-written HLO programs, against sums by hand; rooflines of costs."""
 
+import math
+
 import pytest
 
 from uni_moe_jax.tools.preflight import cost, hlo
-from uni_moe_jax.tools.preflight.cost import Roofline, roofline
 from uni_moe_jax.tools.preflight.topology import Chip
 
 _LOOP = '''HloModule loop, is_scheduled=true, num_partitions=4
@@ -53,15 +54,24 @@ ENTRY %main (x: f32[4,8], w: f32[7,8,16]) -> f32[4,8] {
 '''
 
 
-def _entry(lines: str, partitions: int = 8, more: str = '') -> cost.Cost:
-  """Cost of a program with these instructions in its entry, and more computations."""
-  body = '\n'.join(f'  {line}' for line in lines.strip().splitlines())
-  head = f'HloModule one, num_partitions={partitions}\n{more}'
-  return cost.of_module(hlo.parse(f'{head}\nENTRY %main () -> f32[] {{\n{body}\n}}\n'))
+def _cost(*changes: tuple[str, str]) -> cost.Cost:
+  """Cost of the loop, with some of its text replaced."""
+  text = _LOOP
+  for old, new in changes:
+    assert text.count(old) == 1, old
+    text = text.replace(old, new)
+  return cost.of_module(hlo.parse(text))
+
+
+def _entry(root: str, *shapes: str, more: str = '', lines: str = '') -> cost.Cost:
+  """Cost of an instruction of parameters %p0, %p1, … of these shapes, after other lines and computations."""
+  body = ''.join(f'  %p{i} = {shape} parameter({i})\n' for i, shape in enumerate(shapes)) + f'{lines}  ROOT %y = {root}'
+  return cost.of_module(hlo.parse(
+      f'HloModule one, num_partitions=8\n{more}\nENTRY %main () -> f32[] {{\n{body}\n}}\n'))
 
 
 def test_a_loop_body_counts_as_often_as_the_loop_runs():
-  total = cost.of_module(hlo.parse(_LOOP))
+  total = _cost()
   # [4, 8] x [8, 16], seven times: 7 · 2 · 4 · 8 · 16.
   assert total.flops == 7 * 1024
   assert total.calls == {'all-reduce': 7}
@@ -75,44 +85,12 @@ def test_memory_traffic_of_a_loop_by_hand():
   # 512, not the 128 of x, which is in fast memory, and writes 256; the reduction reads and writes 256. The counter
   # i + 1 reads 8 and writes 4. The condition reads i and n and writes one byte.
   iteration = (512 + 4 + 512) + (512 + 256) + (256 + 256) + (8 + 4) + (4 + 4 + 1)
-  assert cost.of_module(hlo.parse(_LOOP)).bytes == 7 * iteration
+  assert _cost().bytes == 7 * iteration
 
 
-def test_a_trip_count_written_by_xla_is_used():
-  text = _LOOP.replace('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
-  assert cost.of_module(hlo.parse(text)).flops == 3 * 1024
-
-
-def test_the_start_of_a_loop_counter_is_read():
-  text = _LOOP.replace('%start = s32[] constant(0)', '%start = s32[] constant(2)')
-  assert cost.of_module(hlo.parse(text)).flops == 5 * 1024
-
-
-def test_a_loop_of_unknown_length_counts_once_and_is_reported():
-  total = cost.of_module(hlo.parse(_LOOP.replace('direction=LT', 'direction=NE')))
-  assert (total.flops, total.unknown_loops) == (1024, 1)
-
-
-def _flops(*changes: tuple[str, str]) -> tuple[float, int]:
-  """FLOPs and unknown loops of the loop, with some of its text replaced."""
-  text = _LOOP
-  for old, new in changes:
-    assert text.count(old) == 1, old
-    text = text.replace(old, new)
-  total = cost.of_module(hlo.parse(text))
-  return total.flops, total.unknown_loops
-
-
-def test_a_loop_whose_counter_does_not_grow_by_one_has_an_unknown_length():
-  one = '%one = s32[] constant(1)'
-  assert _flops((one, one)) == (7 * 1024, 0)
-  assert _flops((one, one.replace('1)', '2)'))) == (1024, 1)
-  assert _flops(('tuple(%next, %x, %w)', 'tuple(%i, %x, %w)')) == (1024, 1)
-  assert _flops(('add(%i, %one)', 'multiply(%i, %one)')) == (1024, 1)
-
-
-def test_a_counter_may_grow_inside_a_fusion():
-  count = '''%count (c: s32[]) -> (s32[], s32[]) {
+_START, _ONE, _ADD = '%start = s32[] constant(0)', '%one = s32[] constant(1)', '%next = s32[] add(%i, %one)'
+_STATE = 'tuple(%next, %x, %w)'
+_COUNT = '''%count (c: s32[]) -> (s32[], s32[]) {
   %c = s32[] parameter(0)
   %by = s32[] constant(1)
   %more = s32[] add(%by, %c)
@@ -120,20 +98,32 @@ def test_a_counter_may_grow_inside_a_fusion():
 }
 
 %body (s:'''
-  add = '%next = s32[] add(%i, %one)'
-  fused = ('%both = (s32[], s32[]) fusion(%i), kind=kLoop, calls=%count\n'
-           '  %next = s32[] get-tuple-element(%both), index=INDEX')
-  assert _flops(('%body (s:', count), (add, fused.replace('INDEX', '1'))) == (7 * 1024, 0)
-  assert _flops(('%body (s:', count), (add, fused.replace('INDEX', '0'))) == (1024, 1)
+_FUSED = '''%both = (s32[], s32[]) fusion(%i), kind=kLoop, calls=%count
+  %next = s32[] get-tuple-element(%both), index=INDEX'''
+_LIMIT = '%n = s32[] get-tuple-element(%s), index=3'
+_LIMIT_IN_STATE = (
+    ('%n = s32[] constant(7)', _LIMIT), ('tuple(%start, %x, %w)', 'tuple(%start, %x, %w, %limit)'),
+    (_START, f'{_START}\n  %limit = s32[] constant(5)'), (_ONE, f'{_ONE}\n  {_LIMIT}'))
 
 
-def test_the_limit_of_a_loop_may_be_a_constant_part_of_its_state():
-  limit = '%n = s32[] get-tuple-element(%s), index=3'
-  state = [('%n = s32[] constant(7)', limit), ('tuple(%start, %x, %w)', 'tuple(%start, %x, %w, %limit)'),
-           ('%start = s32[] constant(0)', '%start = s32[] constant(0)\n  %limit = s32[] constant(5)'),
-           ('%one = s32[] constant(1)', f'%one = s32[] constant(1)\n  {limit}')]
-  assert _flops(*state, ('tuple(%next, %x, %w)', 'tuple(%next, %x, %w, %n)')) == (5 * 1024, 0)
-  assert _flops(*state, ('tuple(%next, %x, %w)', 'tuple(%next, %x, %w, %next)')) == (1024, 1)
+@pytest.mark.parametrize('changes, count', [
+    ([('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')], 3),  # XLA writes it
+    ([(_START, _START.replace('0)', '2)'))], 5),
+    ([('direction=LT', 'direction=NE')], None),
+    # The counter must grow by one.
+    ([(_ONE, _ONE.replace('1)', '2)'))], None),
+    ([(_STATE, 'tuple(%i, %x, %w)')], None),
+    ([('add(%i, %one)', 'multiply(%i, %one)')], None),
+    # It may grow inside a fusion.
+    ([('%body (s:', _COUNT), (_ADD, _FUSED.replace('INDEX', '1'))], 7),
+    ([('%body (s:', _COUNT), (_ADD, _FUSED.replace('INDEX', '0'))], None),
+    # The limit may be a constant part of the state.
+    ([*_LIMIT_IN_STATE, (_STATE, 'tuple(%next, %x, %w, %n)')], 5),
+    ([*_LIMIT_IN_STATE, (_STATE, 'tuple(%next, %x, %w, %next)')], None),
+])
+def test_the_trip_count_is_read_and_a_loop_of_unknown_length_counts_once_and_is_reported(changes, count):
+  total = _cost(*changes)
+  assert (total.flops, total.unknown_loops) == ((count or 1) * 1024, count is None)
 
 
 def test_of_two_branches_the_more_expensive_counts():
@@ -145,43 +135,31 @@ def test_of_two_branches_the_more_expensive_counts():
   ROOT %q = f32[8,8]{1,0} parameter(0)
 }
 '''
-  total = _entry('''%x = f32[8,8]{1,0} parameter(0)
-%which = pred[] parameter(1)
-ROOT %y = f32[8,8]{1,0} conditional(%which, %x, %x), branch_computations={%cheap, %expensive}''', more=more)
+  total = _entry('f32[8,8]{1,0} conditional(%p0, %p1, %p1), branch_computations={%cheap, %expensive}',
+                 'pred[]', 'f32[8,8]{1,0}', more=more)
   assert total.flops == 2 * 8**3
 
 
-def test_a_batched_product_as_a_convolution_counts_without_the_gaps():
-  # [8, 16, 4] x [8, 4, 32]: the batch of 8 is a window over gaps; of its 8 · 8 positions 8 are no gap.
-  total = _entry('''%a = f32[8,16,4]{2,1,0} parameter(0)
-%b = f32[8,4,32]{2,1,0} parameter(1)
-ROOT %y = f32[8,16,32]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, '''
-                 'dim_labels=0bf_0io->0bf')
-  assert total.flops == 2 * 8 * 16 * 4 * 32
-
-
-def test_a_plain_product_as_a_convolution():
-  total = _entry('''%a = bf16[256,512]{1,0} parameter(0)
-%b = bf16[512,64]{1,0} parameter(1)
-ROOT %y = bf16[256,64]{1,0} convolution(%a, %b), dim_labels=bf_io->bf''')
-  assert total.flops == 2 * 256 * 512 * 64
-  assert total.bytes == 2 * (256 * 512 + 512 * 64 + 256 * 64)
-
-
-def test_padding_of_a_convolution_does_not_count():
-  # Three taps over five positions, one of padding at each end: 5 · 3 - 2 products per channel pair.
-  total = _entry('''%a = f32[1,5,2]{2,1,0} parameter(0)
-%b = f32[3,2,6]{2,1,0} parameter(1)
-ROOT %y = f32[1,5,6]{2,1,0} convolution(%a, %b), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f''')
-  assert total.flops == 2 * 13 * 2 * 6
+@pytest.mark.parametrize('left, right, result, attributes, flops', [
+    # The batch of 8 is a window over gaps; of its 8 · 8 positions 8 are no gap.
+    ('8,16,4', '8,4,32', '8,16,32', 'window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf',
+     2 * 8 * 16 * 4 * 32),
+    # A plain product.
+    ('256,512', '512,64', '256,64', 'dim_labels=bf_io->bf', 2 * 256 * 512 * 64),
+    # Three taps over five positions, one of padding at each end: 5 · 3 - 2 products per channel pair.
+    ('1,5,2', '3,2,6', '1,5,6', 'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f', 2 * 13 * 2 * 6),
+])
+def test_a_convolution_counts_without_padding_and_gaps(left, right, result, attributes, flops):
+  total = _entry(f'bf16[{result}] convolution(%p0, %p1), {attributes}', f'bf16[{left}]', f'bf16[{right}]')
+  assert total.flops == flops
+  assert total.bytes == 2 * sum(math.prod(map(int, shape.split(','))) for shape in (left, right, result))
 
 
 @pytest.mark.parametrize('groups, size', [
     ('{{0,1,2,3},{4,5,6,7}}', 4), ('[2,4]<=[8]', 4), ('[4,2]<=[2,4]T(1,0)', 2), ('{}', 8),
     ("mesh['a'=2,'b'=4] {'b'}", 4), ("mesh['a'=2,'b'=4] {'a','b'}", 8)])
 def test_the_group_size_is_read_in_every_notation(groups, size):
-  total = _entry(f'''%x = f32[100]{{0}} parameter(0)
-ROOT %y = f32[100]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add''')
+  total = _entry(f'f32[100]{{0}} all-reduce(%p0), channel_id=1, replica_groups={groups}, to_apply=%add', 'f32[100]{0}')
   assert total.sent['all-reduce'] == pytest.approx(2 * 400 * (size - 1) / size)
 
 
@@ -204,28 +182,26 @@ ENTRY %main () -> f32[] {{
     ('all-gather', '400', 1600, 1200), ('reduce-scatter', '25', 400, 300), ('all-to-all', '100', 400, 300),
     ('all-reduce', '100', 400, 600)])
 def test_bytes_of_collectives_by_hand(opcode, result, payload, sent):
-  total = _entry(f'''%x = f32[100]{{0}} parameter(0)
-ROOT %y = f32[{result}]{{0}} {opcode}(%x), replica_groups=[2,4]<=[8], dimensions={{0}}''')
+  total = _entry(f'f32[{result}]{{0}} {opcode}(%p0), replica_groups=[2,4]<=[8], dimensions={{0}}', 'f32[100]{0}')
   assert (total.calls[opcode], total.payload[opcode], total.sent[opcode]) == (1, payload, sent)
 
 
 def test_an_asynchronous_collective_counts_where_it_starts():
-  total = _entry('''%x = f32[100]{0} parameter(0)
-%s = (f32[100]{0}, f32[400]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
-ROOT %d = f32[400]{0} all-gather-done(%s)''')
+  start = '  %s = (f32[100]{0}, f32[400]{0}) all-gather-start(%p0), replica_groups=[2,4]<=[8], dimensions={0}\n'
+  total = _entry('f32[400]{0} all-gather-done(%s)', 'f32[100]{0}', lines=start)
   assert (total.calls, total.payload) == ({'all-gather': 1}, {'all-gather': 1600})
   assert total.bytes == 400 + 1600
 
 
 def test_a_kernel_counts_its_cost_estimate_and_one_without_is_reported():
-  line = ('ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", '
-          'backend_config={"custom_call_config":{"body":"…"ESTIMATE}}')
-  one = '%x = f32[8]{0} parameter(0)\n'
-  assert _entry(one + line.replace('ESTIMATE', ',"cost_estimate":{"flops":"1200","bytes_accessed":"64"}')).flops == 1200
-  line = line.replace('ESTIMATE', '')
-  unknown = _entry(one + line)
-  assert (unknown.flops, unknown.unknown_kernels) == (0, 1)
-  assert _entry(one + line.replace('f32[8]{0} custom', '(s32[9]{0}, s32[1]{0}) custom')).unknown_kernels == 0
+  def kernel(result: str, estimate: str = '') -> tuple[float, int]:
+    config = f'{{"custom_call_config":{{"body":"…"{estimate}}}}}'
+    attributes = f'custom_call_target="tpu_custom_call", backend_config={config}'
+    total = _entry(f'{result} custom-call(%p0), {attributes}', 'f32[8]')
+    return total.flops, total.unknown_kernels
+  assert kernel('f32[8]', ',"cost_estimate":{"flops":"1200","bytes_accessed":"64"}') == (1200, 0)
+  assert kernel('f32[8]') == (0, 1)
+  assert kernel('(s32[9]{0}, s32[1]{0})') == (0, 0)
 
 
 def test_a_fusion_that_updates_a_slice_moves_the_slice():
@@ -237,10 +213,8 @@ def test_a_fusion_that_updates_a_slice_moves_the_slice():
   ROOT %new = f32[7,8]{1,0} dynamic-update-slice(%array, %part, %i, %zero)
 }
 '''
-  total = _entry('''%w = f32[7,8]{1,0} parameter(0)
-%p = f32[1,8]{1,0} parameter(1)
-%i = s32[] parameter(2)
-ROOT %y = f32[7,8]{1,0} fusion(%w, %p, %i), kind=kLoop, calls=%update''', more=more)
+  total = _entry('f32[7,8]{1,0} fusion(%p0, %p1, %p2), kind=kLoop, calls=%update', 'f32[7,8]{1,0}', 'f32[1,8]{1,0}',
+                 's32[]', more=more)
   assert total.bytes == 32 + 4 + 32  # part and index in, part out; the rest stays in memory
 
 
@@ -250,11 +224,8 @@ def test_a_collective_that_overlaps_with_products_counts_once():
     gather = f'all-gather(%p), channel_id={channel}, replica_groups=[2,4]<=[8], dimensions={{0}}'
     return f'%{name} (p: f32[8]) -> f32[32] {{\n  %p = f32[8] parameter(0)\n  ROOT %g = f32[32] {gather}\n}}\n'
   more = fused('start', 3) + fused('during', 3) + fused('end', 3) + fused('other', 4)
-  total = _entry('''%x = f32[8] parameter(0)
-%a = f32[32] fusion(%x), kind=kCustom, calls=%start
-%b = f32[32] fusion(%x), kind=kCustom, calls=%during
-%c = f32[32] fusion(%x), kind=kCustom, calls=%end
-ROOT %d = f32[32] fusion(%x), kind=kCustom, calls=%other''', more=more)
+  overlap = ''.join(f'  %{n}1 = f32[32] fusion(%p0), kind=kCustom, calls=%{n}\n' for n in ('start', 'during', 'end'))
+  total = _entry('f32[32] fusion(%p0), kind=kCustom, calls=%other', 'f32[8]', more=more, lines=overlap)
   assert total.calls == {'all-gather': 2}
   assert total.payload == {'all-gather': 2 * 32 * 4}
 
@@ -291,7 +262,7 @@ def test_a_slice_in_main_memory_is_read_and_written():
 def test_a_roofline_is_the_longest_of_three_times():
   chip = Chip(memory=1, flops=100, hbm=10, links=2, source='')
   work = cost.Cost(flops=300, bytes=50, sent={'all-reduce': 4, 'all-gather': 8})
-  limit = roofline(work, chip)
-  assert limit == Roofline(compute=3, memory=5, interconnect=6)
+  limit = cost.roofline(work, chip)
+  assert limit == cost.Roofline(compute=3, memory=5, interconnect=6)
   assert (limit.seconds, limit.bound) == (6, 'interconnect')
-  assert roofline(work, Chip(None, None, None, None, '')) is None
+  assert cost.roofline(work, Chip(None, None, None, None, '')) is None

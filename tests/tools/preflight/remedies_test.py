@@ -13,8 +13,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tools.preflight import compiled_programs, preflight, remedies
-from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Memory, Program
-from uni_moe_jax.tools.preflight.compiler import Compiler
+from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Compiler, Memory, Program
 
 _MESH = dict(replica=1, data=8, expert=1, model=1)
 _STEP = None  # of all tasks

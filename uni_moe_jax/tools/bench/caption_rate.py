@@ -11,8 +11,8 @@ from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.initialization import init_params
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks.router_names import DENSE
-from uni_moe_jax.tools.bench import machine, uncached_search
-from uni_moe_jax.tools.bench.cases import Context
+from uni_moe_jax.tools.bench import uncached_search
+from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.timing import estimate, interleaved, per_second, ratio
 
@@ -37,8 +37,8 @@ def caption_rate(context: Context) -> list[Row]:
     rows += [rate(f'attribute, {name}, uncached', ('uncached', k)),
              Row('decoding', f'{name}, cached / uncached', ratio(seconds['uncached', k], seconds['attribute', k]),
                  'x as fast', note=note)]
-  scale = context.peak / machine.RECORDED_PEAK
-  note = f'recorded captions/s are scaled by the peak of this run over {machine.RECORDED_PEAK / 1e9:.0f} GFLOP/s'
+  scale = context.peak / RECORDED_PEAK
+  note = f'recorded captions/s are scaled by the peak of this run over {RECORDED_PEAK / 1e9:.0f} GFLOP/s'
   return rows + [
       Row('decoding', f"{router}, beam 2 / the published code's {recorded}",
           estimate(s.small_batch / seconds[router, 2] / (recorded * scale)), 'x as fast', _BUDGET.get(router), note)

@@ -1,21 +1,28 @@
-"""Cases of the suites: the benchmark's own configs, the given config, and repeated training steps."""
+"""Cases of the suites: the benchmark's own configs on random data, the given config, and repeated training steps."""
 
 import dataclasses
-import functools
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
+import tensorflow as tf
 
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets
-from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.config.plan import Plan, TaskSpec, make_plan
+from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length, vocabulary_set
 from uni_moe_jax.tools.bench.settings import Sizes
-from uni_moe_jax.tools.bench.synthetic import SyntheticData
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.train.forward import StepSpec, forward
+from uni_moe_jax.train.forward import forward
 from uni_moe_jax.train.run import Run
+
+# Rate of the machine on which the published code was timed (float32, 2048 x 2048 x 2048).
+RECORDED_PEAK = 195e9  # FLOP/s
+_EXAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +30,7 @@ class Context:
   """The arguments of every suite, and the cases made from them.
 
   Attributes:
-    sizes: of the benchmark's own cases. config: the given one, with tasks, data and model of `mixed`, `input` and
-      `compile`.
+    sizes: of the benchmark's own cases. config: the given one, of `mixed`, `input` and `compile`.
     dtype: of products. peak: FLOP/s of float32 products, measured in this run. devices: to run on.
   """
   sizes: Sizes
@@ -86,6 +92,49 @@ class Context:
     return train_run.build(config, self.devices)
 
 
+class SyntheticData:
+  """Random images, and texts of given lengths, instead of `data.assemble.Data`: images with a class or a text."""
+  fingerprint, tokenizer_file = 'synthetic', None
+
+  def __init__(self, plan: Plan, sizes: tuple[int, int], vocabulary: int, entries: int, lengths: Mapping[int, float]):
+    """sizes: pixels per side, channels. vocabulary: V. entries: of every other set. lengths: their shares."""
+    self._pixels = sizes
+    self.tokenizer = types.SimpleNamespace(size=vocabulary, pad=0, spe=1, eot=2, first=3)  # first: of the words
+    self.target_sets = {s.name: vocabulary_set(vocabulary) if s.is_vocabulary else self._names(entries, lengths)
+                        for s in plan.sets}
+
+  def _names(self, entries: int, lengths: Mapping[int, float]) -> TargetSet:
+    rng = np.random.default_rng(0)
+    rows = [[[*rng.integers(self.tokenizer.first, self.tokenizer.size, n - 1).tolist(), self.tokenizer.eot]]
+            for n in rng.permutation(spread_lengths(entries, lengths))]
+    buckets, order = bucket_by_length(rows, self.tokenizer.pad)
+    return TargetSet(buckets, order, ('',) * entries)
+
+  def examples(self, task: TaskSpec, split: str | None = None, training: bool = False) -> Examples:
+    """Return random examples; every text has all of the task's tokens."""
+    rng, (side, channels) = np.random.default_rng(1), self._pixels
+    pixels = tf.constant(rng.integers(0, 256, (_EXAMPLES, 1, side, side, channels), dtype=np.uint8))
+    texts = rng.integers(self.tokenizer.first, self.tokenizer.size, (_EXAMPLES, max(1, task.max_len)))
+    texts[:, -1] = self.tokenizer.eot
+    texts = tf.constant(texts.astype(np.int32))
+
+    def make(ids, hashes):
+      fields = {'id': ids, 'pixels': tf.gather(pixels, ids), 'weight': tf.ones([tf.size(ids), 1])}
+      if task.type.target == 'pair':
+        target = tf.gather(texts, ids)
+        return {**fields, 'target': target, 'target_valid': tf.ones_like(target, tf.bool),
+                'text_id': tf.cast(ids, tf.int32)}
+      return {**fields, 'label': tf.cast(ids % self.target_sets[task.target_set].size, tf.int32)[:, None]}
+
+    return Examples(_EXAMPLES, make)
+
+
+def spread_lengths(entries: int, lengths: Mapping[int, float]) -> np.ndarray:
+  """Return int [entries], ascending: each length in its share, by rounding cumulative shares."""
+  edges = np.round(np.cumsum(list(lengths.values())) / sum(lengths.values()) * entries).astype(int)
+  return np.repeat(list(lengths), np.diff(edges, prepend=0))
+
+
 class RepeatedStep:
   """A training step on a constant batch; each call continues from the state of the last."""
 
@@ -106,10 +155,7 @@ class RepeatedStep:
 
   def infer(self):
     """Return features of the batch and sets, without noise."""
-    return features(self.run.spec, self.state.params, self.batch, self.sets)
+    return _features(self.run.spec, self.state.params, self.batch, self.sets)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def features(spec: StepSpec, params, batch, sets):
-  """Return features as `forward` does, in evaluation mode."""
-  return forward(spec, params, batch, sets, {}, None)[0]
+_features = jax.jit(lambda spec, *arrays: forward(spec, *arrays, {}, None)[0], static_argnums=0)

@@ -13,11 +13,9 @@ def layer(spec: ModelSpec, tokens: int, read: int | None = None) -> int:
   """FLOPs of a dense layer; the last one computes only `read` tokens, with keys and values of all."""
   D, F = spec.width, spec.mlp_dim
   computed = tokens if read is None else read
-  keys_and_values = 2 * tokens * D * 2 * D
-  query_and_out = 2 * computed * D * 2 * D
-  attention = 2 * computed * tokens * D * 2
-  ffn = 2 * computed * D * F * 2
-  return keys_and_values + query_and_out + attention + ffn
+  keys_and_values, query_and_out = 4 * tokens * D**2, 4 * computed * D**2
+  attention, mlp = 4 * computed * tokens * D, 4 * computed * D * F
+  return keys_and_values + query_and_out + attention + mlp
 
 
 def sequence(spec: ModelSpec, tokens: int, visual: bool) -> int:

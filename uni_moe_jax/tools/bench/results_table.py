@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,10 @@ class Budget:
 
   def verdict(self, value: float) -> str:
     """Return 'met', 'met, stretch' or 'missed'."""
-    if not self._meets(value, self.bound):
+    meets = operator.le if self.at_most else operator.ge
+    if not meets(value, self.bound):
       return 'missed'
-    return 'met, stretch' if self.stretch is not None and self._meets(value, self.stretch) else 'met'
-
-  def _meets(self, value: float, bound: float) -> bool:
-    return value <= bound if self.at_most else value >= bound
+    return 'met, stretch' if self.stretch is not None and meets(value, self.stretch) else 'met'
 
   def __str__(self) -> str:
     sign = '<=' if self.at_most else '>='
@@ -34,18 +33,13 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One figure.
-
-  Attributes:
-    suite: of `settings.SUITES`. name: of the measurement. figure: value and quartiles. unit: of them.
-    budget: in that unit, or None. note: conditions of the measurement.
-  """
+  """One figure."""
   suite: str
-  name: str
+  name: str  # of the measurement
   figure: Estimate
   unit: str
-  budget: Budget | None = None
-  note: str = ''
+  budget: Budget | None = None  # in that unit
+  note: str = ''  # conditions of the measurement
 
   def verdict(self, reduced: bool) -> str:
     """Return whether the budget is met; '' without one."""

@@ -6,38 +6,15 @@ import os
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
-# Suite → what it measures. `compile` is last: a CPU process that has compiled much is slower afterwards.
-SUITES = {
-    'routers': 'training and inference step of every router against dense, images and their names',
-    'mixed': 'step of all tasks of the config, every router against dense',
-    'published': "training step of the published setting against the published code's",
-    'decoding': 'captions per second, with and without cached keys and values',
-    'input': 'images and videos per second of the input pipeline; step on real batches against one constant batch',
-    'files': 'images and videos per second from JPEG, PNG and mp4 files',
-    'compile': 'compile time of the step of all tasks, and its growth with layers',
-}
+# `compile` is last: a CPU process that has compiled much is slower afterwards.
+SUITES = ('routers', 'mixed', 'published', 'decoding', 'input', 'files', 'compile')
 FROM_CONFIG = ('mixed', 'input', 'compile')  # they read the config's own data
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Sizes of a benchmark.
-
-  Attributes:
-    rounds: interleaved rounds, each candidate once per round.
-    num_layers, width, num_heads, mlp_dim, image_size, patch_size: of the model (L, D, N, F, pixels, pixels per side).
-    experts: E. batch_size: B of `routers`. small_batch: B of `published` and `decoding`.
-    names, name_tokens: entries of the target set, tokens of the longest.
-    vocabulary, words: word ids and length of captions.
-    gemm: n of the n × n × n product whose rate is the peak.
-    compiled_layers: L of the two compiled models.
-    steps: batches per round of `input` and `files`. files: number of image files of a type in `files`; of videos an
-      eighth.
-    own_layers: L of the config's model in `mixed` and `input`; 0: the config's own.
-    mixed_routers: of `mixed`, dense first; (): all.
-    reduced: figures are not judged by the budgets.
-  """
-  rounds: int = 11
+  """Sizes of a benchmark."""
+  rounds: int = 11  # interleaved, each candidate once per round
   num_layers: int = 12
   width: int = 192
   num_heads: int = 3
@@ -45,19 +22,19 @@ class Sizes:
   image_size: int = 224
   patch_size: int = 16
   experts: int = 8
-  batch_size: int = 16
-  small_batch: int = 8
-  names: int = 1000
-  name_tokens: int = 8
-  vocabulary: int = 4096
-  words: int = 20
-  gemm: int = 2048
+  batch_size: int = 16  # of `routers`
+  small_batch: int = 8  # of `published` and `decoding`
+  names: int = 1000  # entries of the target set
+  name_tokens: int = 8  # of the longest name
+  vocabulary: int = 4096  # word ids of captions
+  words: int = 20  # length of captions
+  gemm: int = 2048  # n of the n × n × n product whose rate is the peak
   compiled_layers: tuple[int, int] = (12, 24)
-  steps: int = 10
-  files: int = 256
-  own_layers: int = 0
-  mixed_routers: tuple[str, ...] = ()
-  reduced: bool = False
+  steps: int = 10  # batches per round of `input` and `files`
+  files: int = 256  # image files of a type; of videos an eighth
+  own_layers: int = 0  # of the config's model in `mixed` and `input`; 0: the config's own
+  mixed_routers: tuple[str, ...] = ()  # of `mixed`, dense first; (): all
+  reduced: bool = False  # figures are not judged by the budgets
 
   @property
   def model(self) -> dict[str, int]:
@@ -78,11 +55,7 @@ def set_quick_xla_flags() -> None:
 
 
 def choose(names: list[str]) -> tuple[str, ...]:
-  """Return the named suites in the benchmark's order; by default all.
-
-  Raises:
-    UsageError: an unknown name.
-  """
+  """Return the named suites in the benchmark's order, by default all; raises UsageError for an unknown name."""
   for name in names:
     if name not in SUITES:
       raise UsageError(f'--suites: {name!r} is unknown; {nearest(name, SUITES)}.')

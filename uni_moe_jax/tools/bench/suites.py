@@ -1,28 +1,32 @@
-"""Runs the suites of the benchmark."""
+"""Runs the suites of the benchmark, after a description of the machine and the rate of its matrix products."""
 
+import contextlib
+import importlib.metadata
+import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
-from uni_moe_jax.tools.bench import (
-  caption_rate,
-  compile_time,
-  file_rate,
-  input_rate,
-  machine,
-  training_steps,
-)
+from uni_moe_jax.tools.bench import caption_rate, input_rate, training_steps
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.settings import Sizes
+from uni_moe_jax.tools.bench.timing import interleaved, per_second
+from uni_moe_jax.train.loop import commit
 
 SUITE_FUNCTIONS = {
     'routers': training_steps.routers, 'mixed': training_steps.mixed, 'published': training_steps.published,
-    'decoding': caption_rate.caption_rate, 'input': input_rate.input_rate, 'files': file_rate.file_rate,
-    'compile': compile_time.compile_time}
+    'decoding': caption_rate.caption_rate, 'input': input_rate.input_rate, 'files': input_rate.file_rate,
+    'compile': training_steps.compile_time}
+_PACKAGES = ('uni-moe-jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy', 'tensorflow-cpu', 'tensorflow')
+# A call queues products up to this work, or this number: a small one alone would time its dispatch.
+_FLOPS_PER_CALL, _MAX_PER_CALL = 2e10, 100
 
 
 def measure(
@@ -30,13 +34,11 @@ def measure(
     dtype: str) -> tuple[dict[str, str], list[Row]]:
   """Run suites on the first device and return (header, rows); progress goes to stderr.
 
-  Args:
-    names: of `settings.SUITES`. sizes: of the cases. config: whose tasks and data some suites take.
-    dtype: of matrix products.
+  names: of `settings.SUITES`. config: whose tasks and data some suites take. dtype: of matrix products.
   """
   devices = jax.devices()[:1]
-  header = machine.header(devices, dtype)
-  peak, rows = machine.gemm(sizes, devices[0])
+  header = _header(devices, dtype)
+  peak, rows = _gemm(sizes, devices[0])
   context = Context(sizes, config, dtype, peak, devices)
   for name in names:
     start = time.perf_counter()
@@ -44,3 +46,45 @@ def measure(
     rows += SUITE_FUNCTIONS[name](context)
     print(f'{time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
   return header, rows
+
+
+def _header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
+  """Return what every figure depends on."""
+  versions = []
+  for name in _PACKAGES:  # one of the two builds of TensorFlow is missing; this package may be
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions.append(f'{name} {importlib.metadata.version(name)}')
+  cache = 'off: compiling makes later steps of a CPU process slower; set JAX_COMPILATION_CACHE_DIR and run twice'
+  return {
+      'command': ' '.join(['python', *sys.argv]),
+      'commit': commit(),
+      'device': f'{devices[0].device_kind} ({devices[0].platform}), {len(devices)} of {jax.device_count()} used',
+      'cores': f'{len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} usable',
+      'versions': ', '.join([f'python {platform.python_version()}', *versions]),
+      'dtype of products': dtype,
+      'budgets': 'set for float32 on two CPU cores',
+      'compilation cache': jax.config.jax_compilation_cache_dir or cache,
+  }
+
+
+def _gemm(sizes: Sizes, device: jax.Device) -> tuple[float, list[Row]]:
+  """Measure float32 products at JAX's default precision, n x n x n and in the shapes of a layer.
+
+  Returns (FLOP/s of the n x n x n product's fastest round, rows).
+  """
+  tokens = sizes.batch_size * ((sizes.image_size // sizes.patch_size) ** 2 + 1)
+  n, D, F = sizes.gemm, sizes.width, sizes.mlp_dim
+  shapes = [(n, n, n), (tokens, D, 3 * D), (tokens, D, D), (tokens, D, F), (tokens, F, D)]
+  rng = np.random.default_rng(0)
+  product, calls, work = jax.jit(jnp.matmul), {}, {}
+  for M, K, N in shapes:
+    a, b = (jax.device_put(rng.normal(size=s).astype(np.float32), device) for s in ((M, K), (K, N)))
+    name = f'GEMM {M} x {K} x {N}'
+    times = min(_MAX_PER_CALL, max(1, int(_FLOPS_PER_CALL / (2 * M * K * N))))
+    work[name] = 2.0 * M * K * N * times
+    calls[name] = lambda a=a, b=b, times=times: [product(a, b) for _ in range(times)][-1]
+  seconds = interleaved(calls, sizes.rounds)
+  peak = next(iter(work.values())) / next(iter(seconds.values())).min()
+  note = 'float32 at the default matmul precision'
+  rows = [Row('machine', name, per_second(work[name] / 1e9, s), 'GFLOP/s', note=note) for name, s in seconds.items()]
+  return float(peak), rows

@@ -54,26 +54,15 @@ def interleaved(
   follows the same other.
 
   Args:
-    calls: by name; each returns arrays to wait for.
-    rounds: at least 1.
-    before: untimed preparation of some calls.
-    clock: seconds.
+    calls: by name; each returns arrays to wait for. rounds: at least 1. before: untimed preparation of some calls.
   """
-  before = before or {}
-  names = list(calls)
-
-  def once(name):
-    if name in before:
-      jax.block_until_ready(before[name]())
-    start = clock()
-    jax.block_until_ready(calls[name]())
-    return clock() - start
-
-  for name in names:
-    once(name)
-  seconds = {name: [] for name in names}
-  for i in range(rounds):
+  names, seconds = list(calls), {name: [] for name in calls}
+  for i in (0, *range(rounds)):
     first = i % len(names)
     for name in names[first:] + names[:first]:
-      seconds[name].append(once(name))
-  return {name: np.array(s) for name, s in seconds.items()}
+      if before and name in before:
+        jax.block_until_ready(before[name]())
+      start = clock()
+      jax.block_until_ready(calls[name]())
+      seconds[name].append(clock() - start)
+  return {name: np.array(s[1:]) for name, s in seconds.items()}

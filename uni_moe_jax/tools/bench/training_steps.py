@@ -1,14 +1,17 @@
-"""Suites `routers`, `mixed` and `published`: training and inference steps."""
+"""Suites `routers`, `mixed`, `published` and `compile`: training and inference steps, and their compile time."""
 
+import time
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
-from uni_moe_jax.tools.bench import flops, machine
-from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
+from uni_moe_jax.tools.bench import flops
+from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
-from uni_moe_jax.tools.bench.synthetic import REALISTIC
 from uni_moe_jax.tools.bench.timing import Estimate, estimate, interleaved, per_second, ratio
 
 _MERGED = ('attribute', 'task', 'modality')
@@ -20,6 +23,10 @@ _CONTEXT = Budget(0.1, 0.03)  # more than token
 _SHARE = Budget(52, 65, at_most=False)
 _PUBLISHED, _PUBLISHED_REALISTIC = Budget(0.85, 0.7), Budget(0.6, 0.45)
 _PUBLISHED_SECONDS = 3.2  # B 8, 1000 names of 8 tokens, dense and MoE
+# Share of names per length in tokens, `eot` included: an assumption about class names, two to three pieces each.
+REALISTIC = {2: 0.15, 3: 0.30, 4: 0.25, 5: 0.15, 6: 0.08, 7: 0.04, 8: 0.03}
+_COMPILE, _GROWTH = Budget(60, 30), Budget(1.3)
+_COMPILES = 2  # of each depth; they take long
 
 
 def router_cases() -> dict[str, dict[str, Any]]:
@@ -83,9 +90,9 @@ def published(context: Context) -> list[Row]:
       'names of realistic length': (REALISTIC, _PUBLISHED_REALISTIC)}
   seconds = interleaved(
       {name: RepeatedStep(context.synthetic(c, lengths)) for name, (lengths, _) in settings.items()}, s.rounds)
-  recorded = _PUBLISHED_SECONDS * machine.RECORDED_PEAK / context.peak
+  recorded = _PUBLISHED_SECONDS * RECORDED_PEAK / context.peak
   note = (f'B {s.small_batch}, {s.names} names, attribute routing; recorded {_PUBLISHED_SECONDS} s, scaled by '
-          f'{machine.RECORDED_PEAK / 1e9:.0f} GFLOP/s over the peak of this run: {recorded:.3g} s; realistic lengths '
+          f'{RECORDED_PEAK / 1e9:.0f} GFLOP/s over the peak of this run: {recorded:.3g} s; realistic lengths '
           f'are assumed, tokens: share = {histogram}; the published code pads')
   rows = []
   for name, (_, budget) in settings.items():
@@ -93,3 +100,42 @@ def published(context: Context) -> list[Row]:
     rows.append(Row('published', f'train step, {name}', estimate(seconds[name]), 's', note=note))
     rows.append(Row('published', f"{name} / the published code's", relative, 'x', budget, note))
   return rows
+
+
+def compile_time(context: Context) -> list[Row]:
+  """Compile the step of the config's tasks at two depths, without any cache."""
+  s, (small, large) = context.sizes, context.sizes.compiled_layers
+  _compile_seconds(context, small)  # the first compile of a process is slower
+  seconds = {small: [], large: []}
+  for i in range(min(s.rounds, _COMPILES)):
+    # A process that has compiled much is slower: neither depth is always second.
+    for layers in (small, large) if i % 2 == 0 else (large, small):
+      seconds[layers].append(_compile_seconds(context, layers))
+  types = sorted({t.type.name for t in make_plan(context.own_config()).tasks})
+  devices = f'{len(context.devices)} {context.devices[0].platform} device{"s" * (len(context.devices) > 1)}'
+  note = (f"the config's step at D {s.width} on {devices}; tracing, lowering and compiling, after one uncounted "
+          f'compile; task types: {", ".join(types)}')
+  return [
+      Row('compile', f'{small} layers, all tasks, cold', estimate(seconds[small]), 's', _COMPILE, note),
+      Row('compile', f'{large} layers, all tasks, cold', estimate(seconds[large]), 's', None, note),
+      Row('compile', f'{large} layers / {small} layers', ratio(seconds[large], seconds[small]), 'x', _GROWTH, note)]
+
+
+def _compile_seconds(context: Context, layers: int) -> float:
+  s = context.sizes
+  config = context.own_config(num_layers=layers, width=s.width, num_heads=s.num_heads, mlp_dim=s.mlp_dim)
+  config.train.mixture = 'all_tasks'
+  run = context.build(config)
+  _, batch = next(run.mixture().iterate(0, 1))
+  batch, sets = run.put_batch(batch), run.target_sets()
+  enabled = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # JAX checks only once whether there is a cache
+  jax.clear_caches()
+  try:
+    start = time.perf_counter()
+    run.step_fn().lower(run.abstract_state(), batch, sets).compile()
+    return time.perf_counter() - start
+  finally:
+    jax.config.update('jax_enable_compilation_cache', enabled)
+    compilation_cache.reset_cache()

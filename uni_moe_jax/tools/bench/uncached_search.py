@@ -64,9 +64,7 @@ def next_word(
     t: jax.Array, *, temperature: str, spe: int) -> jax.Array:
   """Return log-probabilities [R, V] of word t, by the training forward pass.
 
-  Args:
-    pixels: [R, T, H, W, C]. vocabulary: normalized features [V, D]. words: int32 [R, n]. t: int32 scalar.
-    temperature: its group. spe: id of the queries.
+  pixels: [R, T, H, W, C]. vocabulary: normalized features [V, D]. words: int32 [R, n]. spe: id of the queries.
   """
   sequence = Sequence(
       layout=Layout.of_task_type(task_type), ids=jnp.arange(words.shape[0], dtype=jnp.uint32), pixels=pixels,

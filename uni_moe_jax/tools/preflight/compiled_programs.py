@@ -1,9 +1,9 @@
-"""The training step and the evaluation of a run, compiled for absent devices."""
+"""The training step and the evaluation of a run, compiled for absent devices, and a cache of them with a deadline."""
 
 import dataclasses
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.run import Run
 from uni_moe_jax.utils.errors import UsageError
 
+Config = ml_collections.ConfigDict
 EVALUATION = ('evaluation',)
 # A program of a run: the training step of all tasks (None) or of one task (its name), or EVALUATION.
 Which = str | None | tuple[str]
@@ -33,21 +34,13 @@ _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes per device while a program runs.
-
-  Attributes:
-    params, optimizer: of the train state (averaged parameters count as optimizer).
-    inputs: the other arguments: batch, target sets, padding.
-    results: results that do not reuse the memory of an argument.
-    temporaries: activations, gradients and other intermediate arrays.
-    code: the program; for a TPU an estimate from its number of fusions.
-  """
+  """Bytes per device while a program runs."""
   params: float
-  optimizer: float
-  inputs: float
-  results: float
-  temporaries: float
-  code: float
+  optimizer: float  # and averaged parameters
+  inputs: float  # the other arguments: batch, target sets, padding
+  results: float  # that do not reuse the memory of an argument
+  temporaries: float  # activations, gradients and other intermediate arrays
+  code: float  # for a TPU an estimate from the number of fusions
 
   @property
   def total(self) -> float:
@@ -56,27 +49,20 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled program.
-
-  Attributes:
-    name: for the report. examples: of one call, over all devices.
-    memory: None if the compiler refused the program because it is too large.
-    needs: bytes per device that the compiler reports, or None. cost: of one device; None without a program.
-    seconds: of tracing, lowering and compiling; for a TPU up to libtpu's plan, see `libtpu_plan`.
-  """
-  name: str
-  examples: int
-  memory: Memory | None
-  needs: float | None
-  cost: cost.Cost | None
-  seconds: float
+  """A compiled program."""
+  name: str  # for the report
+  examples: int  # of one call, over all devices
+  memory: Memory | None  # None: the compiler refused the program because it is too large
+  needs: float | None  # bytes per device; None if the compiler did not report them
+  cost: cost.Cost | None  # of one device; None without a program
+  seconds: float  # of tracing, lowering and compiling; for a TPU up to libtpu's plan
 
   def fits(self, memory: float | None) -> bool:
     """Return whether a device of `memory` bytes can run the program; None: unlimited."""
     return self.memory is not None and (memory is None or self.memory.total <= memory)
 
 
-def prepare(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Run:
+def prepare(config: Config, devices: Sequence[Any]) -> Run:
   """Build a run on devices that may be absent, and on declared instead of real data.
 
   Raises:
@@ -111,17 +97,11 @@ def lowered(run: Run, which: Which) -> jax.stages.Lowered:
   """Lower a program of a run."""
   if which != EVALUATION:
     return run.step_fn(which).lower(run.abstract_state(), batch_shapes(run, _tasks(run, which)), target_set_shapes(run))
-  replicated = sharding.replicated(run.mesh)
-  sequence = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), evaluated(run)[-1])
-  return predictor.encode.lower(run.spec.model, run.abstract_state().params, sequence)
+  return predictor.encode.lower(run.spec.model, run.abstract_state().params, _replicated(run, evaluated(run)[-1]))
 
 
 def compile_program(run: Run, which: Which, topology: Topology | None = None) -> Program:
-  """Compile a program of a run; for TPUs up to libtpu's plan.
-
-  Args:
-    run: see `prepare`. which: program. topology: of the run's devices; None: devices of this process.
-  """
+  """Compile a program of a run; for TPUs up to libtpu's plan. topology: None: devices of this process."""
   started = time.perf_counter()
   params, optimizer = state_bytes(run)
   if which == EVALUATION:
@@ -131,24 +111,18 @@ def compile_program(run: Run, which: Which, topology: Topology | None = None) ->
     name, examples = f'train step, {which}' if which else 'train step', sum(t.batch_size for t in _tasks(run, which))
   try:
     if topology is not None and topology.is_tpu:
-      plan = libtpu_plan.plan_program(run.config, which, topology)
+      text, sizes = libtpu_plan.plan_program(run.config, which, topology)
     else:
-      plan = libtpu_plan.plan_of(lowered(run, which).compile())
-  except (jax.errors.JaxRuntimeError, libtpu_plan.ProgramTooLarge) as error:
-    if not is_too_large(error):
+      text, sizes = libtpu_plan.plan_of(lowered(run, which).compile())
+  except jax.errors.JaxRuntimeError as error:
+    if not libtpu_plan.is_too_large(error):
       raise
     return Program(name, examples, None, _reported_bytes(str(error)), None, time.perf_counter() - started)
-  module = hlo.parse(plan.text)
+  module = hlo.parse(text)
   fusions = sum(op.opcode == 'fusion' for c in module.computations.values() for op in c.ops.values())
-  memory = Memory(
-      params=params, optimizer=optimizer, inputs=plan.arguments - params - optimizer, results=plan.results,
-      temporaries=plan.temporaries, code=_BYTES_PER_FUSION * fusions if plan.code is None else plan.code)
+  inputs = sizes.pop('arguments') - params - optimizer
+  memory = Memory(params, optimizer, inputs, **{'code': _BYTES_PER_FUSION * fusions, **sizes})
   return Program(name, examples, memory, memory.total, cost.of_module(module), time.perf_counter() - started)
-
-
-def is_too_large(error: Exception) -> bool:
-  """Return whether a compiler refused a program because it exceeds the device memory."""
-  return 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def evaluated(run: Run) -> tuple[str, int, Any]:
@@ -174,14 +148,11 @@ def evaluated(run: Run) -> tuple[str, int, Any]:
 def batch_shapes(run: Run, tasks: Sequence[TaskSpec]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
   """Return shapes and shardings of `Run.put_batch`: {group: {field: [accum,] shards, b, …}}."""
   accum, shards = run.config.train.grad_accum_steps, run.spec.model.shards
-  axis = 0 if accum == 1 else 1
-  lead = (accum,) * axis
-  split = sharding.batch_sharding(run.mesh, axis)
-  groups: dict[str, list[TaskSpec]] = {}
-  for t in tasks:
-    groups.setdefault(t.group, []).append(t)
+  lead = () if accum == 1 else (accum,)
+  split = sharding.batch_sharding(run.mesh, len(lead))
   batch = {}
-  for group, members in groups.items():
+  for group in dict.fromkeys(t.group for t in tasks):
+    members = [t for t in tasks if t.group == group]
     size = sum(t.batch_size for t in members) // (accum * shards)
     fields = {k: jax.ShapeDtypeStruct((*lead, shards, size, *shape), dtype, sharding=split)
               for k, (shape, dtype) in _field_shapes(run, members[0], training=True).items()}
@@ -194,8 +165,11 @@ def batch_shapes(run: Run, tasks: Sequence[TaskSpec]) -> dict[str, dict[str, jax
 
 def target_set_shapes(run: Run):
   """Return shapes and shardings of the target sets as `Run.target_sets` places them."""
+  return _replicated(run, train_run.target_set_arrays(run.data, run.plan))
+
+
+def _replicated(run: Run, arrays):
   replicated = sharding.replicated(run.mesh)
-  arrays = train_run.target_set_arrays(run.data, run.plan)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), arrays)
 
 
@@ -225,3 +199,53 @@ def _reported_bytes(message: str) -> float | None:
   """Parse the needed bytes: '… temporaries (52.01G) exceeds …', 'Used 20.1G of 15.75G hbm …'."""
   match = re.search(r'(?:temporaries \(|Used )([\d.]+)([KMGT]?)', message)
   return float(match[1]) * _UNITS[match[2]] if match else None
+
+
+class Compiler:
+  """Compiles programs of configs, each once, and predicts whether there is time for more."""
+
+  def __init__(self, topology: Topology | None, devices: Sequence[Any], report: Callable[[str], None], deadline: float):
+    """report: receives a line for each compile. deadline: of `has_time`, by `time.monotonic`."""
+    self._topology, self._devices, self._report, self._deadline = topology, devices, report, deadline
+    self._runs: dict[str, Run] = {}
+    self._programs: dict[tuple[Which, str], Program] = {}
+    self._seconds: dict[Which, float] = {}
+    self.out_of_time = False  # `has_time` returned False once
+
+  def run(self, config: Config) -> Run:
+    """See `prepare`."""
+    key = _key(config)
+    if key not in self._runs:
+      self._runs = {key: prepare(config, self._devices)}  # the latest alone: a run is large
+    return self._runs[key]
+
+  def program(self, config: Config, which: Which, note: str = '') -> Program:
+    """Compile a program of a config once. note: appended to the reported line."""
+    relevant = config.copy_and_resolve_references()
+    if which != EVALUATION:
+      relevant.evaluators = {}
+    key = which, _key(relevant)
+    if key not in self._programs:
+      name = 'evaluation' if which == EVALUATION else 'the training step' + (f' of {which}' if which else '')
+      self._report(f'compiling {name}{note}')
+      self._programs[key] = compile_program(self.run(config), which, self._topology)
+      self._seconds[which] = self._programs[key].seconds
+    return self._programs[key]
+
+  def has_time(self, programs: Sequence[Which]) -> bool:
+    """Return whether compiles of these programs, as long as their last ones, end before the deadline."""
+    seconds = sum(self._seconds[which] for which in programs)
+    self.out_of_time = self.out_of_time or time.monotonic() + seconds > self._deadline
+    return not self.out_of_time
+
+  def mesh(self, config: Config) -> dict[str, int]:
+    """Size per axis."""
+    return sharding.mesh_shape({axis: config.mesh[axis] for axis in sharding.AXES}, len(self._devices))
+
+  def state_bytes(self, config: Config) -> float:
+    """Bytes of the train state per device, without a compile."""
+    return sum(state_bytes(self.run(config)))
+
+
+def _key(config: Config) -> str:
+  return config.to_json_best_effort(sort_keys=True)

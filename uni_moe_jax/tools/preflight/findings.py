@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from uni_moe_jax.tools.preflight.compiled_programs import Program
-from uni_moe_jax.tools.preflight.cost import Roofline, roofline
+from uni_moe_jax.tools.preflight.cost import roofline
 from uni_moe_jax.tools.preflight.remedies import Trial
 from uni_moe_jax.tools.preflight.topology import GIB, Topology
 
@@ -19,28 +19,19 @@ class BatchEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-  """Results of a preflight.
-
-  Attributes:
-    config: name. topology, mesh, devices: what the run was compiled for. memory: bytes per device, or None.
-    parameters: {'total', 'active'}. assumptions: about data that was not read.
-    programs: the training steps, then evaluation. seconds: of the whole preflight.
-    largest_batch: None without a search, an estimate, or a known device memory.
-    trials: what was tried because a program does not fit; if the last one fits, it is the remedy.
-    out_of_time: the search had no time for another compile.
-  """
-  config: str
+  """Results of a preflight."""
+  config: str  # its name
   topology: Topology
   mesh: dict[str, int]
   devices: int
-  memory: float | None
-  parameters: dict[str, int]
-  assumptions: tuple[str, ...]
-  programs: tuple[Program, ...]
+  memory: float | None  # bytes per device, if known
+  parameters: dict[str, int]  # 'total', 'active'
+  assumptions: tuple[str, ...]  # about data that was not read
+  programs: tuple[Program, ...]  # the training steps, then evaluation
   seconds: float
-  largest_batch: BatchEstimate | None = None
-  trials: tuple[Trial, ...] = ()
-  out_of_time: bool = False
+  largest_batch: BatchEstimate | None = None  # None without a search, an estimate, or a known device memory
+  trials: tuple[Trial, ...] = ()  # because a program does not fit; if the last one fits, it is the remedy
+  out_of_time: bool = False  # the search had no time for another compile
 
   @property
   def fits(self) -> bool | None:
@@ -63,7 +54,7 @@ def as_json(f: Findings) -> dict[str, Any]:
 
 
 def _program_json(f: Findings, p: Program) -> dict[str, Any]:
-  limit = _roofline(f, p)
+  limit = roofline(p.cost, f.topology.chip)
   return {
       'name': p.name, 'examples': p.examples, 'fits': None if f.memory is None else p.fits(f.memory), 'bytes': p.needs,
       'memory': p.memory and dataclasses.asdict(p.memory), 'compile_seconds': p.seconds,
@@ -73,10 +64,6 @@ def _program_json(f: Findings, p: Program) -> dict[str, Any]:
                                  for k in sorted(p.cost.calls)},
       'unknown_loops': p.cost and p.cost.unknown_loops, 'unknown_kernels': p.cost and p.cost.unknown_kernels,
       'roofline': limit and {**dataclasses.asdict(limit), 'seconds': limit.seconds, 'bound': limit.bound}}
-
-
-def _roofline(f: Findings, p: Program) -> Roofline | None:
-  return roofline(p.cost, f.topology.chip) if p.cost else None
 
 
 def render(f: Findings) -> str:
@@ -105,7 +92,7 @@ def _program_lines(f: Findings, p: Program) -> Iterable[str]:
   yield f'{p.name}: {p.examples:,} examples per call; compiled in {p.seconds:.0f} s'
   verdict = '' if f.memory is None else f' of {_gib(f.memory)}: {"fits" if p.fits(f.memory) else "DOES NOT FIT"}'
   if p.memory is None:
-    yield f'  bytes per device: {"unknown" if p.needs is None else _gib(p.needs)}{verdict}; refused by the compiler'
+    yield f'  bytes per device: {_gib(p.needs)}{verdict}; refused by the compiler'
     return
   m = p.memory
   parts = {'parameters': m.params, 'optimizer': m.optimizer, 'batch and target sets': m.inputs, 'results': m.results,
@@ -118,7 +105,7 @@ def _program_lines(f: Findings, p: Program) -> Iterable[str]:
   for name in sorted(p.cost.calls):
     yield (f'  {name}: {p.cost.calls[name]:,} calls with {_gib(p.cost.payload[name])}; a device sends '
            f'{_gib(p.cost.sent[name])}')
-  if limit := _roofline(f, p):
+  if limit := roofline(p.cost, f.topology.chip):
     yield (f'  roofline: {1e3 * limit.seconds:.1f} ms, bound by {limit.bound} (compute {1e3 * limit.compute:.1f}, '
            f'memory {1e3 * limit.memory:.1f}, interconnect {1e3 * limit.interconnect:.1f} ms)')
   if p.cost.unknown_loops:
@@ -130,22 +117,18 @@ def _program_lines(f: Findings, p: Program) -> Iterable[str]:
 def _trial_lines(f: Findings) -> Iterable[str]:
   yield 'tried, because the config does not fit:'
   for t in f.trials:
-    verdict = 'fits' if t.fits else f'{t.too_large} does not fit'
-    yield (f'  {t.flags}: {"unknown bytes" if t.needs is None else _gib(t.needs)}, {verdict} '
-           f'({"; ".join(c.cost for c in t.changes)})')
-  if f.trials[-1].fits:
-    yield f'Change this: {f.trials[-1].flags}'
-  else:
-    fix = 'a larger --time_budget or more devices' if f.out_of_time else 'more devices'
-    yield f'No trial fits: use {fix}.'
+    needs, verdict = _gib(t.needs, 'unknown bytes'), 'fits' if t.fits else f'{t.too_large} does not fit'
+    yield f'  {t.flags}: {needs}, {verdict} ({"; ".join(c.cost for c in t.changes)})'
+  fix = 'a larger --time_budget or more devices' if f.out_of_time else 'more devices'
+  yield f'Change this: {f.trials[-1].flags}' if f.trials[-1].fits else f'No trial fits: use {fix}.'
 
 
-def _gib(size: float) -> str:
+def _gib(size: float | None, unknown: str = 'unknown') -> str:
+  if size is None:
+    return unknown
   return f'{size / GIB:.2f} GiB' if size >= GIB / 10 else f'{size / 2**20:.1f} MiB'
 
 
 def _flop(x: float) -> str:
-  for unit, size in (('P', 1e15), ('T', 1e12), ('G', 1e9)):
-    if x >= size:
-      return f'{x / size:.2f} {unit}FLOP'
-  return f'{x / 1e6:.2f} MFLOP'
+  unit, size = next(((u, n) for u, n in (('P', 1e15), ('T', 1e12), ('G', 1e9)) if x >= n), ('M', 1e6))
+  return f'{x / size:.2f} {unit}FLOP'

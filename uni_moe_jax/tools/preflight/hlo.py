@@ -4,7 +4,6 @@ No JAX interface gives costs with loops: XLA's own analysis counts the body of a
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping
@@ -13,12 +12,13 @@ import numpy as np
 
 _BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4,
           'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
-_SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
-_SPACE = re.compile(r'S\((\d+)\)')
-_HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
-_LINE = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = ')
+_SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{(?:[^}]*S\((\d+)\))?[^}]*\})?')  # S: memory space
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{\n((?:.*\n)*?)\}', re.MULTILINE)
+_LINE = re.compile(r'^ +(ROOT )?%?([\w.\-]+) = (.*)$', re.MULTILINE)
 _NAME = re.compile(r'%([\w.\-]+)')
 _ORDER = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # of devices: [8,8]T(1,0)
+# An integer of a program as (element, offset): an element of a loop's state, or None for a constant, plus an offset.
+_Number = tuple[int | None, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Op:
   def attribute(self, name: str) -> str:
     """Return the value of name=…, up to the next comma outside brackets; '' without one."""
     match = re.search(rf'(?:^|[\s,]){name}=', self.attributes)
-    return _until_comma(self.attributes[match.end():]) if match else ''
+    return self.attributes[match.end():_index_outside(self.attributes, ',', match.end())] if match else ''
 
   def called(self, *names: str) -> tuple[str, ...]:
     """Return the computations that these attributes name."""
@@ -62,27 +62,12 @@ class Op:
 @dataclasses.dataclass(frozen=True)
 class Computation:
   """Instructions by name, in order. root: name of the instruction that makes the result."""
-  name: str
   ops: Mapping[str, Op]
   root: str
 
   def shapes_of(self, op: Op) -> list[Shape]:
     """Return the shapes of an instruction's operands."""
     return [s for name in op.operands if name in self.ops for s in self.ops[name].shapes]
-
-  @functools.cached_property
-  def users(self) -> Mapping[str, list[Op]]:
-    """Instructions that read the result of an instruction, by its name."""
-    users: dict[str, list[Op]] = {}
-    for op in self.ops.values():
-      for name in op.operands:
-        users.setdefault(name, []).append(op)
-    return users
-
-  @functools.cached_property
-  def parameters(self) -> list[Op]:
-    """Parameters in order."""
-    return sorted((op for op in self.ops.values() if op.opcode == 'parameter'), key=lambda op: int(op.literal))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,68 +84,47 @@ class Module:
 def parse(text: str) -> Module:
   """Parse the text of `compiled.as_text()`."""
   computations, entry = {}, ''
-  name, ops, root = '', {}, ''
-  for line in text.splitlines():
-    if not name:
-      if head := _HEAD.match(line):
-        name, ops, root = head[2], {}, ''
-        entry = name if head[1] else entry
-    elif line.startswith('}'):
-      computations[name] = Computation(name, ops, root)
-      name = ''
-    elif start := _LINE.match(line):
-      ops[start[2]] = _op(start[2], line[start.end():])
-      root = start[2] if start[1] else root
-  head = text[:text.find('\n')]
-  counts = [int(n) for key in ('num_partitions', 'replica_count') for n in re.findall(rf'\b{key}=(\d+)', head)]
-  return Module(computations, entry, math.prod(counts))
+  for is_entry, name, body in _COMPUTATION.findall(text):
+    lines = _LINE.findall(body)
+    [root] = (op for is_root, op, _ in lines if is_root)
+    computations[name] = Computation({op: _op(op, rest) for _, op, rest in lines}, root)
+    entry = name if is_entry else entry
+  counts = re.findall(r'\b(?:num_partitions|replica_count)=(\d+)', text.partition('\n')[0])
+  return Module(computations, entry, math.prod(map(int, counts)))
 
 
-def _op(name: str, rest: str) -> Op:
-  if rest.startswith('('):
-    result = rest[:_closing(rest, 0) + 1]
-  else:
-    result = rest[:rest.index(' ')]
-  rest = rest[len(result) + 1:]
-  start = rest.index('(')
-  end = _closing(rest, start)
-  arguments = rest[start + 1:end]
-  operands, attributes = tuple(_NAME.findall(arguments)), rest[end + 1:].lstrip(', ')
-  return Op(name, rest[:start], _shapes(result), operands, attributes, arguments)
+def _op(name: str, text: str) -> Op:
+  """Parse 'SHAPES OPCODE(ARGUMENTS), ATTRIBUTES'."""
+  opcode = _index_outside(text, ' ')
+  start = text.index('(', opcode)
+  end = _index_outside(text, ')', start)
+  shapes = tuple(Shape(dtype, tuple(integers(dims)), space in ('', '0'))
+                 for dtype, dims, space in _SHAPE.findall(text[:opcode]))
+  arguments = text[start + 1:end]
+  operands, attributes = tuple(_NAME.findall(arguments)), text[end + 1:].lstrip(', ')
+  return Op(name, text[opcode + 1:start], shapes, operands, attributes, arguments)
 
 
-def _shapes(text: str) -> tuple[Shape, ...]:
-  def shape(match) -> Shape:
-    space = _SPACE.search(match[3] or '')
-    return Shape(match[1], tuple(int(n) for n in match[2].split(',') if n), not space or space[1] == '0')
-  return tuple(map(shape, _SHAPE.finditer(text)))
-
-
-def _closing(text: str, start: int) -> int:
-  """Return the index of the parenthesis that closes the one at `start`."""
+def _index_outside(text: str, letter: str, start: int = 0) -> int:
+  """Return the first index from `start` of a letter outside brackets, or of one that closes them; else the length."""
   depth = 0
   for i in range(start, len(text)):
-    depth += (text[i] == '(') - (text[i] == ')')
-    if not depth:
+    depth += (text[i] in '{[(') - (text[i] in '}])')
+    if text[i] == letter and depth <= 0:
       return i
-  raise ValueError(f'unbalanced parenthesis in {text[:80]!r}.')
+  return len(text)
 
 
-def _until_comma(text: str) -> str:
-  """Return the text up to the first comma outside brackets."""
-  depth = 0
-  for i, letter in enumerate(text):
-    depth += (letter in '{[(') - (letter in '}])')
-    if letter == ',' and depth <= 0:
-      return text[:i]
-  return text
+def integers(text: str) -> list[int]:
+  """Return the integers of a text: '{0,1}' → [0, 1]."""
+  return [int(n) for n in re.findall(r'\d+', text)]
 
 
 def groups(op: Op, devices: int) -> list[tuple[int, ...]]:
   """Return the device groups of a collective, in any of XLA's notations; by default one group of all."""
   text = op.attribute('replica_groups')
   if match := re.match(rf'\[([\d,]+)\]<={_ORDER}', text):
-    return list(map(tuple, _device_grid(match[2], match[3]).reshape(_numbers(match[1])).tolist()))
+    return list(map(tuple, _device_grid(match[2], match[3]).reshape(integers(match[1])).tolist()))
   # Not the attribute: this notation has a comma before device_ids, the order of devices in the mesh.
   if match := re.search(rf'replica_groups=mesh\[(.*?)\](?:, device_ids=\({_ORDER}\))?\s*\{{(.*?)\}}', op.attributes):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", match[1])}
@@ -169,17 +133,13 @@ def groups(op: Op, devices: int) -> list[tuple[int, ...]]:
     grid = _device_grid(match[2] or str(math.prod(sizes.values())), match[3])
     grid = grid.reshape(list(sizes.values())).transpose(axes)
     return list(map(tuple, grid.reshape(-1, math.prod(sizes[name] for name in over)).tolist()))
-  return [tuple(_numbers(group)) for group in re.findall(r'\{([\d,]+)\}', text)] or [tuple(range(devices))]
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(n) for n in text.split(',')]
+  return [tuple(integers(group)) for group in re.findall(r'\{([\d,]+)\}', text)] or [tuple(range(devices))]
 
 
 def _device_grid(shape: str, axes: str | None) -> np.ndarray:
   """Device numbers in a shape, transposed to the order of `axes`."""
-  grid = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-  return grid.transpose(_numbers(axes)) if axes else grid
+  grid = np.arange(math.prod(integers(shape))).reshape(integers(shape))
+  return grid.transpose(integers(axes)) if axes else grid
 
 
 def trip_count(module: Module, computation: Computation, loop: Op) -> int | None:
@@ -190,76 +150,60 @@ def trip_count(module: Module, computation: Computation, loop: Op) -> int | None
   """
   if match := re.search(r'known_trip_count[^\d]*(\d+)', loop.attributes):
     return int(match[1])
-  condition, body = (module[loop.called(name)[0]] for name in ('condition', 'body'))
-  inner, root, arguments = condition, condition.ops[condition.root], ()
-  if root.opcode == 'fusion':  # it contains the comparison
-    inner, arguments = _fused(module, condition, root, ())
-    root = inner.ops[inner.root]
-  if root.opcode != 'compare' or root.attribute('direction') not in ('LT', 'GT'):
+  condition, body = (_Scope(module, module[loop.called(name)[0]]) for name in ('condition', 'body'))
+  if condition.root.opcode == 'fusion':  # it contains the comparison
+    condition = condition.inside(condition.root)
+  direction, sides = condition.root.attribute('direction'), [condition.number(n) for n in condition.root.operands]
+  if direction not in ('LT', 'GT') or None in sides:
     return None
-  sides = [_number(module, inner, inner.ops[n], arguments) for n in root.operands]
-  if root.attribute('direction') == 'GT':
-    sides.reverse()
-  if None in sides:
-    return None
-  (counter, counter_offset), (limit, limit_offset) = sides
-  start, end = (_initial(module, computation, loop, element) for element in (counter, limit))
+  (counter, counter_offset), (limit, limit_offset) = sides if direction == 'LT' else reversed(sides)
   # The body must increment the counter and keep the limit.
-  after = lambda element: _element(module, body, body.ops[body.root], element, ())
+  after = lambda element: body.number(body.computation.root, element)
   increments = counter is not None and after(counter) == (counter, 1)
   keeps = limit is None or after(limit) == (limit, 0)
-  if not increments or not keeps or None in (start, end):
+  outside = _Scope(module, computation)
+  initial = [(None, 0) if e is None else outside.number(loop.operands[0], e) for e in (counter, limit)]
+  if not increments or not keeps or not all(number and number[0] is None for number in initial):
     return None
+  (_, start), (_, end) = initial
   return max(0, end + limit_offset - start - counter_offset)
 
 
-# An integer of a program as (element, offset): an element of the loop's state, or None for a constant, plus an offset.
-_Number = tuple[int | None, int]
+@dataclasses.dataclass(frozen=True)
+class _Scope:
+  """A computation; if it is that of a fusion, also the scope around the fusion and the names of its operands."""
+  module: Module
+  computation: Computation
+  outer: '_Scope | None' = None
+  operands: tuple[str, ...] = ()
 
+  @property
+  def root(self) -> Op:
+    return self.computation.ops[self.computation.root]
 
-def _initial(module: Module, computation: Computation, loop: Op, element: int | None) -> int | None:
-  """Return the constant with which an element of a loop's state starts, or None. Element None: 0."""
-  if element is None:
-    return 0
-  number = _element(module, computation, computation.ops[loop.operands[0]], element, ())
-  return number[1] if number and number[0] is None else None
+  def inside(self, fusion: Op) -> '_Scope':
+    return _Scope(self.module, self.module[fusion.called('calls')[0]], self, fusion.operands)
 
-
-def _fused(module: Module, computation: Computation, fusion: Op, arguments) -> tuple[Computation, tuple]:
-  """Return the computation of a fusion and its arguments, as functions that return their numbers."""
-  number = lambda name: lambda: _number(module, computation, computation.ops[name], arguments)
-  return module[fusion.called('calls')[0]], tuple(number(name) for name in fusion.operands)
-
-
-def _number(module: Module, computation: Computation, op: Op, arguments) -> _Number | None:
-  """Return the number that an instruction makes, or None. arguments: of the fusion around it, or ()."""
-  if op.opcode == 'constant':
-    return (None, int(op.literal)) if re.fullmatch(r'-?\d+', op.literal) else None
-  if op.opcode == 'parameter':
-    return arguments[int(op.literal)]() if arguments else None
-  if op.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done', 'opt-barrier'):
-    return _number(module, computation, computation.ops[op.operands[0]], arguments)
-  if op.opcode == 'get-tuple-element':
-    return _element(module, computation, computation.ops[op.operands[0]], int(op.attribute('index')), arguments)
-  if op.opcode == 'fusion':
-    inner, inner_arguments = _fused(module, computation, op, arguments)
-    return _number(module, inner, inner.ops[inner.root], inner_arguments)
-  if op.opcode == 'add':
-    left, right = (_number(module, computation, computation.ops[name], arguments) for name in op.operands)
-    if left and right and None in (left[0], right[0]):
-      return (left[0] if right[0] is None else right[0]), left[1] + right[1]
-  return None
-
-
-def _element(module: Module, computation: Computation, op: Op, index: int, arguments) -> _Number | None:
-  """Return an element of the tuple that an instruction makes, see `_number`."""
-  if op.opcode == 'parameter' and not arguments:  # the state of the loop
-    return index, 0
-  if op.opcode == 'tuple':
-    return _number(module, computation, computation.ops[op.operands[index]], arguments)
-  if op.opcode in ('copy', 'opt-barrier'):
-    return _element(module, computation, computation.ops[op.operands[0]], index, arguments)
-  if op.opcode == 'fusion':
-    inner, inner_arguments = _fused(module, computation, op, arguments)
-    return _element(module, inner, inner.ops[inner.root], index, inner_arguments)
-  return None
+  def number(self, name: str, element: int | None = None) -> _Number | None:
+    """Return the number that an instruction makes, or an element of the tuple that it makes; None if unknown."""
+    op = self.computation.ops[name]
+    if op.opcode == 'constant' and re.fullmatch(r'-?\d+', op.literal):
+      return None, int(op.literal)
+    if op.opcode == 'parameter' and self.outer:
+      return self.outer.number(self.operands[int(op.literal)], element)
+    if op.opcode == 'parameter' and element is not None:  # the state of the loop
+      return element, 0
+    if op.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done', 'opt-barrier'):
+      return self.number(op.operands[0], element)
+    if op.opcode == 'tuple' and element is not None:
+      return self.number(op.operands[element])
+    if op.opcode == 'get-tuple-element':
+      return self.number(op.operands[0], int(op.attribute('index')))
+    if op.opcode == 'fusion':
+      inner = self.inside(op)
+      return inner.number(inner.computation.root, element)
+    if op.opcode == 'add':
+      left, right = map(self.number, op.operands)
+      if left and right and None in (left[0], right[0]):
+        return (left[0] if right[0] is None else right[0]), left[1] + right[1]
+    return None

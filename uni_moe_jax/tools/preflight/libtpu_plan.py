@@ -4,7 +4,6 @@ Nine tenths of a libtpu compile turn the plan into machine code, which preflight
 to omit that. But XLA can dump the plan, so a subprocess compiles and is killed as soon as the dump is complete.
 """
 
-import dataclasses
 import os
 import pathlib
 import pickle
@@ -20,49 +19,35 @@ import ml_collections
 
 from uni_moe_jax.tools.preflight.topology import Topology
 
-ERROR_FILE = 'too_large.txt'  # the compiler's message for a program that is too large
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
 _PLAN = '*after_optimizations_after_buffer_assignment.txt'
 _BUFFERS = '*after_optimizations-buffer-assignment.txt'
+_TOO_LARGE = 'too_large.txt'  # the compiler's message for a program that is too large
 _ALLOCATION = re.compile(r'^allocation \d+: size (\d+), (.*)$', re.MULTILINE)
 _POLL_SECONDS = 0.1
 _LOG_CHARACTERS = 4000  # of a failed subprocess, in the error
 
 
-@dataclasses.dataclass(frozen=True)
-class MemoryPlan:
-  """The plan of a program for one device.
-
-  Attributes:
-    text: the scheduled HLO module.
-    arguments, results, temporaries: bytes in main memory; results that reuse an argument's buffer are not counted.
-    code: bytes of the program; None if it was not made.
-  """
-  text: str
-  arguments: float
-  results: float
-  temporaries: float
-  code: float | None = None
+def is_too_large(error: jax.errors.JaxRuntimeError) -> bool:
+  """Return whether a compiler refused a program because it exceeds the device memory."""
+  return 'RESOURCE_EXHAUSTED' in str(error)
 
 
-class ProgramTooLarge(Exception):
-  """The program needs more memory than the device has; the message is the compiler's."""
+def plan_program(config: ml_collections.ConfigDict, which: Any, topology: Topology) -> tuple[str, dict[str, float]]:
+  """Plan a program of a run on TPUs in a subprocess. which: see `compiled_programs.Which`.
 
-
-def plan_program(config: ml_collections.ConfigDict, which: Any, topology: Topology) -> MemoryPlan:
-  """Plan a program of a run in a subprocess.
-
-  Args:
-    config: of the run. which: see `compiled_programs.Which`. topology: of TPUs.
+  Returns:
+    (text of the scheduled HLO module, bytes on a device as `parse_buffers` returns them).
 
   Raises:
-    ProgramTooLarge: it does not fit. RuntimeError: the subprocess failed for another reason.
+    JaxRuntimeError: the program needs more memory than the device has; see `is_too_large`.
+    RuntimeError: the subprocess failed for another reason.
   """
   with tempfile.TemporaryDirectory() as name:
     folder, log = pathlib.Path(name), pathlib.Path(name) / 'log.txt'
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}
     with log.open('wb') as out:
-      child = subprocess.Popen([sys.executable, '-m', 'uni_moe_jax.tools.preflight.libtpu_process', name],
+      child = subprocess.Popen([sys.executable, '-m', 'uni_moe_jax.tools.preflight.libtpu_plan', name],
                                stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment)
     try:
       with child.stdin as pipe:
@@ -72,27 +57,41 @@ def plan_program(config: ml_collections.ConfigDict, which: Any, topology: Topolo
     finally:
       child.kill()
       child.wait()
-    if (folder / ERROR_FILE).exists():
-      raise ProgramTooLarge((folder / ERROR_FILE).read_text())
+    if (folder / _TOO_LARGE).exists():
+      raise jax.errors.JaxRuntimeError((folder / _TOO_LARGE).read_text())
     if not _is_complete(folder):
       tail = log.read_text(errors='replace')[-_LOG_CHARACTERS:]
       raise RuntimeError(f'compiling ended with exit code {child.returncode} and no plan: {tail}')
     [text], [buffers] = folder.glob(_PLAN), folder.glob(_BUFFERS)
-    return MemoryPlan(text.read_text(), **parse_buffers(buffers.read_text()))
+    return text.read_text(), parse_buffers(buffers.read_text())
 
 
-def plan_of(compiled: jax.stages.Compiled) -> MemoryPlan:
-  """Return the plan of a program that was compiled completely."""
+def _compile_in_subprocess(folder: pathlib.Path) -> None:
+  """Compile the program that standard input names; XLA dumps its plan into the folder."""
+  from uni_moe_jax.tools.preflight import compiled_programs, topology  # pylint: disable=g-import-not-at-top
+  config, which, name = pickle.load(sys.stdin.buffer)
+  run = compiled_programs.prepare(ml_collections.ConfigDict(config), topology.devices(topology.parse(name)))
+  options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
+  try:
+    compiled_programs.lowered(run, which).compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as error:
+    if not is_too_large(error):
+      raise
+    (folder / _TOO_LARGE).write_text(str(error))
+
+
+def plan_of(compiled: jax.stages.Compiled) -> tuple[str, dict[str, float]]:
+  """Return the plan of a program that was compiled completely, with the bytes of its 'code'."""
   sizes = compiled.memory_analysis()
-  return MemoryPlan(
-      compiled.as_text(), sizes.argument_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-      sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
+  return compiled.as_text(), {
+      'arguments': sizes.argument_size_in_bytes, 'results': sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+      'temporaries': sizes.temp_size_in_bytes, 'code': sizes.generated_code_size_in_bytes}
 
 
 def parse_buffers(text: str) -> dict[str, float]:
-  """Sum the bytes of {'arguments', 'results', 'temporaries'} in XLA's buffer assignment.
+  """Sum the bytes in main memory of {'arguments', 'results', 'temporaries'} in XLA's buffer assignment.
 
-  Memories with a color, which are not the main memory, do not count.
+  Results that reuse an argument's buffer do not count, nor other memories, which have a color.
   """
   total = dict(arguments=0., results=0., temporaries=0.)
   for size, what in _ALLOCATION.findall(text):
@@ -109,3 +108,7 @@ def _is_complete(folder: pathlib.Path) -> bool:
       f.seek(max(0, file.stat().st_size - 16))
       return f.read().rstrip().endswith(b'}')
   return False
+
+
+if __name__ == '__main__':
+  _compile_in_subprocess(pathlib.Path(sys.argv[1]))

@@ -4,19 +4,14 @@ import math
 import time
 from collections.abc import Callable
 
-import ml_collections
-
 from uni_moe_jax.config import schema
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks.router_names import DISPATCHED
 from uni_moe_jax.tools.preflight import compiled_programs, remedies, topology
-from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION
-from uni_moe_jax.tools.preflight.compiler import Compiler
+from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Compiler, Config
 from uni_moe_jax.tools.preflight.findings import BatchEstimate, Findings
 from uni_moe_jax.tools.preflight.topology import Topology
 from uni_moe_jax.train.run import Run
-
-Config = ml_collections.ConfigDict
 
 
 def preflight(
@@ -25,8 +20,7 @@ def preflight(
   """Compile the programs of a config for a topology and analyze them.
 
   Args:
-    config: of a run. name: of the config, for the report. target: topology.
-    memory: bytes per device; None: those of the chip.
+    config: of a run. name: of the config, for the report. memory: bytes per device; None: those of the chip.
     search: also search for a change that fits, if the config does not, and estimate the largest batch: more compiles.
     report: receives a line for each compile.
     time_budget: minutes for the compiles of the search; the config's own programs are always compiled.
@@ -57,14 +51,12 @@ def preflight(
 def estimate_largest_batch(compiler: Compiler, config: Config, task: str | None, memory: float) -> BatchEstimate | None:
   """Estimate the batch at which memory is full, by a line through the config's batch and another one.
 
-  The other batch is twice as large, or half as large if the config's own does not fit.
+  The other batch is twice as large, or half as large if the config's own does not fit. None: there is no other batch,
+  no time to compile it, or the compiler did not report what a program needs.
 
   Args:
-    compiler: for the devices. config: of a run. task: whose step is meant, of a 'one_task' mixture; None: all tasks,
-      whose batches keep their proportions. memory: bytes per device.
-
-  Returns:
-    None if there is no other batch, no time to compile it, or the compiler did not report what a program needs.
+    task: whose step is meant, of a 'one_task' mixture; None: all tasks, whose batches keep their proportions.
+    memory: bytes per device.
   """
   shards = sharding.batch_shards(compiler.mesh(config))
   tasks = [name for name, t in config.tasks.items() if t.batch_size and task in (None, name)]

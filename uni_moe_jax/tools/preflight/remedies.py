@@ -1,42 +1,32 @@
 """Changes to a config that does not fit in memory, and the search for one with which it does."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import ml_collections
-
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks.router_names import DENSE
-from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Program, Which
-from uni_moe_jax.tools.preflight.compiler import Compiler
+from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Compiler, Config, Program, Which
 
-Config = ml_collections.ConfigDict
 _MAX_SINGLE, _MAX_COMBINED = 5, 8  # trials of one change, and of several changes together
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """New values of config fields.
-
-  Attributes:
-    fields: (dotted name without 'config.', value). cost: what the change costs, for the report.
-    repeatable: the change can be made again, with a further value.
-  """
-  fields: tuple[tuple[str, Any], ...]
-  cost: str
-  repeatable: bool = False
+  """New values of config fields."""
+  fields: tuple[tuple[str, Any], ...]  # (dotted name without 'config.', value)
+  cost: str  # what the change costs, for the report
+  repeatable: bool = False  # the change can be made again, with a further value
 
   def apply(self, config: Config) -> Config:
     """Return a changed copy of the config."""
     changed = config.copy_and_resolve_references()
     for name, value in self.fields:
       *path, last = name.split('.')
-      node = changed
-      for part in path:
-        node = node[part]
-      node[last] = value
+      functools.reduce(operator.getitem, path, changed)[last] = value
     return changed
 
   @property
@@ -51,16 +41,10 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One or several changes that were compiled together.
-
-  Attributes:
-    changes: made to the config.
-    needs: bytes per device of the program that needed most before; None if the compiler did not report them.
-    too_large: name of a program that still does not fit; '' if all of them fit.
-  """
+  """One or several changes that were compiled together."""
   changes: tuple[Change, ...]
-  needs: float | None
-  too_large: str = ''
+  needs: float | None  # bytes per device of the program that needed most before; None if they were not reported
+  too_large: str = ''  # name of a program that still does not fit; '' if all of them fit
 
   @property
   def fits(self) -> bool:
@@ -103,8 +87,7 @@ def scale_batches(config: Config, shards: int, factor: float) -> Config:
 def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False) -> Iterator[Change]:
   """Yield the changes that a config admits: those that cost speed first, other trainings last.
 
-  Args:
-    config: of the run. mesh: size per axis. evaluation: evaluation does not fit, as opposed to a training step.
+  mesh: size per axis. evaluation: evaluation does not fit, as opposed to a training step.
   """
   m, shards = config.model, sharding.batch_shards(mesh)
   if evaluation:
@@ -150,11 +133,7 @@ def search(compiler: Compiler, config: Config, programs: Mapping[Which, Program]
 
   A trial compiles the steps that did not fit, and evaluation, which a change for a step may enlarge (an expert axis
   gathers tokens there). If only evaluation did not fit, it compiles evaluation and the largest step. If the last trial
-  fits, it is the remedy.
-
-  Args:
-    compiler: for the devices. memory: bytes per device.
-    config: one of its programs does not fit. programs: all of them.
+  fits, it is the remedy. programs: of the config, one of which does not fit `memory`, the bytes per device.
   """
   steps = steps_by_need(programs, memory)
   failed = [which for which in steps if not programs[which].fits(memory)]

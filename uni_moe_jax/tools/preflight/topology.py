@@ -15,27 +15,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip. Rates are the manufacturer's peaks.
-
-  Attributes:
-    memory: bytes that libtpu lets a program use, slightly less than the chip has.
-    flops: bfloat16 FLOPs per second, multiply and add counted as two. It is the peak of float32 too: by default JAX
-      multiplies float32 arrays on TPU in one bfloat16 pass.
-    hbm: bytes per second between memory and processor.
-    links: bytes per second that a chip can send over all its links together (half of the bidirectional bandwidth).
-    source: of the figures.
-  """
-  memory: float | None
+  """One chip. Rates are the manufacturer's peaks, per second."""
+  memory: float | None  # bytes that libtpu lets a program use, slightly less than the chip has
+  # In bfloat16; multiply and add count as two. It is the peak of float32 too: by default JAX multiplies float32 arrays
+  # on TPU in one bfloat16 pass.
   flops: float | None
-  hbm: float | None
-  links: float | None
-  source: str
+  hbm: float | None  # bytes between memory and processor
+  links: float | None  # bytes that a chip can send over all its links together (half of the bidirectional bandwidth)
+  source: str  # of the figures
 
 
 _DOCS = 'https://docs.cloud.google.com/tpu/docs/'
 CHIPS: Mapping[str, Chip] = {
-    # v4: six links of 50 GB/s, Jouppi et al., 2023 (arXiv 2304.01433). Others: half the bidirectional bandwidth per
-    # chip.
+    # v4: six links of 50 GB/s, Jouppi et al., 2023 (arXiv 2304.01433). Others: half a chip's bidirectional bandwidth.
     'v4': Chip(30.75 * GIB, 275e12, 1200e9, 300e9, _DOCS + 'v4'),
     'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9, _DOCS + 'v5e'),
     'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9, _DOCS + 'v5p'),
@@ -52,10 +44,10 @@ _OPTIONS = {'v4': {'chip_config_name': 'megacore'}}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A named topology: 'v5e:16x16', 'v4:2x2x4', 'cpu:64'. chips: their number. chip: their model."""
+  """A named topology: 'v5e:16x16', 'v4:2x2x4', 'cpu:64'."""
   name: str
   generation: str
-  chips: int
+  chips: int  # their number
   chip: Chip
 
   @property
@@ -64,11 +56,7 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-  """Parse the name of a topology.
-
-  Raises:
-    UsageError: unknown generation, or a shape that it does not have.
-  """
+  """Parse the name of a topology; raises UsageError for an unknown generation, or a shape that it does not have."""
   generation, _, shape = name.partition(':')
   if generation not in CHIPS:
     raise UsageError(f'--topology={name!r}: {generation!r} is unknown; {nearest(generation, CHIPS)}.')
@@ -92,7 +80,7 @@ def prepare_environment(topology: Topology) -> None:
 
 
 def devices(topology: Topology) -> list[Any]:
-  """Return the devices to compile for. Absent TPUs cannot hold arrays.
+  """Return the devices to compile for; absent TPUs cannot hold arrays.
 
   Raises:
     UsageError: libtpu is not installed, or does not support the topology.
@@ -111,8 +99,8 @@ def devices(topology: Topology) -> list[Any]:
     raise UsageError(f"--topology={topology.name!r} needs libtpu, the compiler for TPUs: "
                      "pip install -c constraints.txt -e '.[preflight]'.") from None
   try:
-    options = _OPTIONS.get(topology.generation, {})
-    return topologies.get_topology_desc(platform='tpu', topology_name=topology.name, **options).devices
+    return topologies.get_topology_desc(
+        platform='tpu', topology_name=topology.name, **_OPTIONS.get(topology.generation, {})).devices
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).splitlines()[0]
     raise UsageError(f'--topology={topology.name!r} is not supported by libtpu ({reason}).') from None
