@@ -33,8 +33,12 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
                         capture_output=True, text=True)
 
 
-def printed(script: str) -> str:
-  """Return the output of a script, which must exit with 0. A process can load libtpu only once, for one topology."""
-  done = python('-c', script)
+def printed(script: str, topology_name: str) -> str:
+  """Return the output of a script, which must exit with 0. A process can load libtpu only once, for one `target`."""
+  done = python('-c', f"""
+from uni_moe_jax.tools.preflight import topology
+target = topology.parse({topology_name!r})
+topology.prepare_environment(target)
+{script}""")
   assert done.returncode == 0, done.stderr[-2000:]
   return done.stdout

@@ -1,10 +1,12 @@
-"""Programs of a small run on two virtual devices: memory, FLOPs and traffic by hand and by formula."""
+"""Programs of a small run on two virtual devices: memory, FLOPs and traffic by hand and by formula. Their compiler."""
 
 import dataclasses
 import functools
 import json
 import pathlib
 import runpy
+import time
+from unittest import mock
 
 import jax
 import pytest
@@ -13,7 +15,7 @@ from tests.helpers import processes, tiny
 from uni_moe_jax import config
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, findings, preflight, remedies, topology
-from uni_moe_jax.tools.preflight.compiled_programs import Program
+from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Compiler, Program
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
 _TOKENS = (tiny.IMAGE_SIZE // 8) ** 2 + 1  # of an image, with its prefix
@@ -119,22 +121,22 @@ def test_the_report_for_a_chip_has_times_and_a_verdict():
   assert findings.as_json(fitting)['programs'][0]['fits'] is True
 
 
-def test_the_report_names_the_change():
-  change = remedies.Change((('model.remat', True),), 'a third more work')
-  fits, fails = (remedies.Trial((change,), 2.0**30), remedies.Trial((change,), None, 'evaluation, mlm'))
-  text = findings.render(dataclasses.replace(_findings(), memory=1.0, trials=(fits,)))
-  assert ('--config.model.remat=True: 1.00 GiB, fits (a third more work)\n'
-          'Change this: --config.model.remat=True\n') in text
-  text = findings.render(dataclasses.replace(_findings(), memory=1.0, trials=(fails,)))
-  assert ('--config.model.remat=True: unknown bytes, evaluation, mlm does not fit (a third more work)\n'
-          'No trial fits: use more devices.\n') in text
+_FLAG, _COST = '--config.model.remat=True', 'a third more work'
+
+
+@pytest.mark.parametrize('trial, line', [
+    (dict(needs=2.0**30), f'{_FLAG}: 1.00 GiB, fits ({_COST})\nChange this: {_FLAG}\n'),
+    (dict(needs=None, too_large='evaluation, mlm'),
+     f'{_FLAG}: unknown bytes, evaluation, mlm does not fit ({_COST})\nNo trial fits: use more devices.\n')])
+def test_the_report_names_the_change(trial, line):
+  trials = (remedies.Trial((remedies.Change((('model.remat', True),), _COST),), **trial),)
+  assert line in findings.render(dataclasses.replace(_findings(), memory=1.0, trials=trials))
 
 
 def test_the_report_has_the_largest_batch():
   estimate = findings.BatchEstimate(24.4, ((12, 2.0**30), (24, 2.0**31)))
-  text = findings.render(dataclasses.replace(_findings(), largest_batch=estimate))
   line = 'largest batch per device: about 24 examples, by a straight line through 12 (1.00 GiB) and 24 (2.00 GiB)\n'
-  assert line in text
+  assert line in findings.render(dataclasses.replace(_findings(), largest_batch=estimate))
 
 
 def test_mixed_images_have_two_classes_and_videos_the_frames_of_their_task():
@@ -189,15 +191,57 @@ def test_a_smaller_batch_is_suggested_for_an_evaluation_that_does_not_fit():
   assert result.trials[-1].fits and result.trials[-1].flags == '--config.evaluators.shape.batch_size=2048'
 
 
-@pytest.mark.parametrize('name, chips', [('v4:2x2x1', 4), ('v5e:2x2', 4), ('v5p:2x2x1', 4), ('v6e:2x2', 4)])
-def test_libtpu_has_one_device_per_chip_with_the_tabulated_memory(name, chips):
+@pytest.fixture
+def compile_program():
+  """A step takes 40 seconds, evaluation 5."""
+  fake = mock.Mock(side_effect=lambda run, which, _: Program('', 8, None, None, None, 5 if which == EVALUATION else 40))
+  with mock.patch.multiple(compiled_programs, prepare=mock.DEFAULT, compile_program=fake):
+    yield fake
+
+
+@pytest.fixture
+def compiler(compile_program):
+  """With a minute left, after a step and an evaluation."""
+  made = Compiler(None, (), lambda _: None, time.monotonic() + 60)
+  made.program(config.base(), None)
+  made.program(config.base(), EVALUATION)
+  return made
+
+
+def test_there_is_time_for_a_step_and_an_evaluation_but_not_for_two_steps_even_if_the_last_compile_was_short(compiler):
+  assert compiler.has_time([None, EVALUATION])
+  assert not compiler.out_of_time
+  assert not compiler.has_time([None, None])
+  assert compiler.out_of_time
+  assert not compiler.has_time([EVALUATION])  # the search is over
+
+
+def test_a_program_is_compiled_once_and_a_step_does_not_depend_on_evaluators(compiler, compile_program):
+  c = config.base()
+  c.evaluators.shape = config.evaluator('classification', 'shape', split='test')
+  compiler.program(c, None)
+  assert compile_program.call_count == 2
+  compiler.program(c, EVALUATION)
+  assert compile_program.call_count == 3
+  c.model.width *= 2
+  compiler.program(c, None)
+  assert compile_program.call_count == 4
+
+
+def test_each_compile_is_reported(compile_program):
+  messages = []
+  compiler = Compiler(None, (), messages.append, 0.0)
+  for which in (None, 'coco', EVALUATION):
+    compiler.program(config.base(), which, ', with a change')
+  assert messages == [
+      f'compiling {name}, with a change' for name in ('the training step', 'the training step of coco', 'evaluation')]
+
+
+@pytest.mark.parametrize('name', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+def test_libtpu_has_one_device_per_chip_with_the_tabulated_memory(name):
   """libtpu reports the memory if a program is too large."""
   pytest.importorskip('libtpu')
-  script = f"""
-import os
-from uni_moe_jax.tools.preflight import topology
-target = topology.parse({name!r})
-topology.prepare_environment(target)
+  script = """
 import jax, numpy as np
 from uni_moe_jax.parallel import sharding
 devices = topology.devices(target)
@@ -208,35 +252,17 @@ try:
 except jax.errors.JaxRuntimeError as e:
   print(len(devices), str(e).replace(chr(10), ' '))
 """
-  devices, _, message = processes.printed(script).partition(' ')
-  assert int(devices) == chips
+  devices, _, message = processes.printed(script, name).partition(' ')
+  assert int(devices) == 4
   limit = topology.parse(name).chip.memory / topology.GIB
   assert f'exceeds available HBM ({limit:.2f}G)' in message, message[:500]
 
 
-_SCANNED = dict(model=dict(num_layers=6, width=128, num_heads=2, mlp_dim=256), moe=dict(router='dense'))
-
-
-def small_config(changes):
-  """configs/small.py with changed fields: section → field → value."""
+def small_config(fields):
+  """configs/small.py with changed fields, by dotted name."""
   c = runpy.run_path(str(_ROOT / 'configs/small.py'))['get_config']()
-  for section, fields in changes.items():
-    c[section].update(fields)
+  c.update_from_flattened_dict(fields)
   return c
-
-
-def _as_flags(changes) -> list[str]:
-  """The same changes as flags."""
-  return [f'--config.{section}.{name}={value}' for section, fields in changes.items() for name, value in fields.items()]
-
-
-def _launch(folder, topology_name: str, *arguments: str) -> dict:
-  """The JSON that launch/preflight.py writes about configs/small.py."""
-  process = processes.python(
-      'launch/preflight.py', '--config=configs/small.py', f'--topology={topology_name}', '--nosearch',
-      f'--output={folder}/preflight.json', *arguments)
-  assert process.returncode == 0, process.stderr
-  return json.loads((folder / 'preflight.json').read_text())
 
 
 @pytest.mark.nightly
@@ -244,34 +270,36 @@ def test_libtpu_evaluates_a_token_model_on_the_selected_experts_alone():
   """Two of eight experts for every token, although training has a capacity."""
   pytest.importorskip('libtpu')
   script = """
-from uni_moe_jax.tools.preflight import topology
-target = topology.parse('v5e:2x2')
-topology.prepare_environment(target)
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, preflight
-config = compiled_programs_test.small_config(dict(
-    model=dict(num_layers=4, width=128, num_heads=2, mlp_dim=256, image_size=128),
-    moe=dict(router='token', num_experts=8, capacity_factor=1.25)))
-config.tasks.digit.batch_size = 64
+config = compiled_programs_test.small_config({
+    'model.num_layers': 4, 'model.width': 128, 'model.num_heads': 2, 'model.mlp_dim': 256, 'model.image_size': 128,
+    'moe.router': 'token', 'moe.num_experts': 8, 'moe.capacity_factor': 1.25, 'tasks.digit.batch_size': 64})
 run = compiled_programs.prepare(preflight.for_tpu(config), topology.devices(target))
 spec, program = run.spec.model.spec, compiled_programs.compile_program(run, compiled_programs.EVALUATION)
 formula = 64 // 4 * flops.sequence(spec, spec.patches + 1, visual=True)
 print(program.cost.flops / formula, program.cost.unknown_kernels)
 """
-  ratio, unknown = map(float, processes.printed(script).split())
+  ratio, unknown = map(float, processes.printed(script, 'v5e:2x2').split())
   assert 1.6 < ratio < 2 and unknown == 0  # of a dense model; every expert for every token would be more than six times
 
 
 @pytest.mark.slow
 def test_libtpu_compiles_the_step_for_absent_devices(tmp_path):
   pytest.importorskip('libtpu')
-  result = _launch(tmp_path, 'v5e:2x2', *_as_flags(_SCANNED))
+  model = {'num_layers': 6, 'width': 128, 'num_heads': 2, 'mlp_dim': 256}
+  fields = {'moe.router': 'dense', **{f'model.{name}': value for name, value in model.items()}}
+  process = processes.python(
+      'launch/preflight.py', '--config=configs/small.py', '--topology=v5e:2x2', '--nosearch',
+      f'--output={tmp_path}/preflight.json', *(f'--config.{name}={value}' for name, value in fields.items()))
+  assert process.returncode == 0, process.stderr
+  result = json.loads((tmp_path / 'preflight.json').read_text())
   assert result['fits'] and result['devices'] == 4
   step = result['programs'][0]
   assert step['roofline']['bound'] in ('compute', 'memory', 'interconnect')
   assert step['unknown_loops'] == 0
   # A device has two of eight images of 32 pixels, and three of ten names. Five of six layers are scanned.
-  spec = compiled_programs.prepare(small_config(_SCANNED), jax.devices()[:4]).spec.model.spec
+  spec = compiled_programs.prepare(small_config(fields), jax.devices()[:4]).spec.model.spec
   formula = flops.TRAIN * (2 * flops.sequence(spec, 4 + 1, visual=True) + 3 * flops.sequence(spec, 8 + 1, visual=False))
   assert step['flops_per_device'] == pytest.approx(formula, rel=0.1)

@@ -37,14 +37,11 @@ def test_a_subprocess_that_ends_without_a_plan_is_a_defect_and_its_output_is_sho
 
 _PLANNED_AND_COMPILED = """
 import json
-from uni_moe_jax.tools.preflight import topology
-target = topology.parse('v5e:2x2')
-topology.prepare_environment(target)
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import compiled_programs, cost, hlo
-config = compiled_programs_test.small_config(dict(
-    model=dict(num_layers=6, width=256, num_heads=4, mlp_dim=1024, remat=True), moe=dict(num_experts=8)))
-config.tasks.digit.batch_size = 64
+config = compiled_programs_test.small_config({
+    'model.num_layers': 6, 'model.width': 256, 'model.num_heads': 4, 'model.mlp_dim': 1024, 'model.remat': True,
+    'moe.num_experts': 8, 'tasks.digit.batch_size': 64})
 run = compiled_programs.prepare(config, topology.devices(target))
 for which in (None, compiled_programs.EVALUATION):
   for t in (None, target):
@@ -58,7 +55,7 @@ for which in (None, compiled_programs.EVALUATION):
 @pytest.mark.slow
 def test_libtpu_plans_what_it_compiles():
   pytest.importorskip('libtpu')
-  lines = [json.loads(line) for line in processes.printed(_PLANNED_AND_COMPILED).splitlines()]
+  lines = [json.loads(line) for line in processes.printed(_PLANNED_AND_COMPILED, 'v5e:2x2').splitlines()]
   for compiled, plan in zip(lines[::2], lines[1::2], strict=True):
     assert plan[:6] == pytest.approx(compiled[:6])
     # libtpu's analysis of a compiled program has more temporaries than its check against the device memory.
@@ -67,13 +64,10 @@ def test_libtpu_plans_what_it_compiles():
 
 
 _TOO_LARGE = """
-from uni_moe_jax.tools.preflight import topology
-target = topology.parse('v5e:2x2')
-topology.prepare_environment(target)
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.preflight import compiled_programs
-config = compiled_programs_test.small_config(dict(  # 51 GB with its moments
-    model=dict(num_layers=2, width=1024, num_heads=8, mlp_dim=2**20), moe=dict(router='dense')))
+config = compiled_programs_test.small_config({  # 51 GB with its moments
+    'model.num_layers': 2, 'model.width': 1024, 'model.num_heads': 8, 'model.mlp_dim': 2**20, 'moe.router': 'dense'})
 run = compiled_programs.prepare(config, topology.devices(target))
 program = compiled_programs.compile_program(run, None, target)
 print(program.memory, program.needs)
@@ -83,5 +77,5 @@ print(program.memory, program.needs)
 @pytest.mark.slow
 def test_libtpu_reports_the_need_of_a_program_that_is_too_large():
   pytest.importorskip('libtpu')
-  memory, needs = processes.printed(_TOO_LARGE).split()
+  memory, needs = processes.printed(_TOO_LARGE, 'v5e:2x2').split()
   assert memory == 'None' and float(needs) > 15.75 * topology.GIB

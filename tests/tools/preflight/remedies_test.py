@@ -31,7 +31,7 @@ def _config(evaluator: bool = False, **model):
 
 
 def _flags(config, evaluation: bool = False) -> list[str]:
-  return [c.flags for c in remedies.candidates(config, _MESH, evaluation)]
+  return [remedies.as_flags(c.fields) for c in remedies.candidates(config, _MESH, evaluation)]
 
 
 def test_changes_are_ordered_by_cost_and_offered_only_where_they_are_possible():
@@ -47,22 +47,17 @@ def test_changes_are_ordered_by_cost_and_offered_only_where_they_are_possible():
   assert _flags(c) == ['--config.tasks.shape.batch_size=8']
 
 
-def test_a_new_axis_takes_devices_from_a_fixed_data_axis():
+def test_a_new_axis_takes_devices_from_a_fixed_data_axis_but_not_beside_another_inferred_axis():
   c = _config()
   c.mesh.data = 8
   assert '--config.mesh.data=-1 --config.mesh.expert=8' in _flags(c)
-
-
-def test_a_data_axis_beside_another_inferred_axis_stays():
-  c = _config()
-  c.mesh.update(dict(replica=-1, data=8))
+  c.mesh.replica = -1
   assert not [f for f in _flags(c) if 'mesh.data' in f or 'mesh.expert' in f]
 
 
 def test_evaluation_that_does_not_fit_gets_a_smaller_batch_and_no_change_of_training():
-  c = _config()
-  c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='test', batch_size=64)
-  assert _flags(c, evaluation=True)[0] == '--config.evaluators.shape.batch_size=32'
+  c = _config(evaluator=True)
+  assert _flags(c, evaluation=True)[0] == '--config.evaluators.shape.batch_size=64'
   assert not [f for f in _flags(c, evaluation=True) if 'remat' in f or 'tasks' in f]
   assert not [f for f in _flags(c) if 'evaluators' in f]
 
@@ -72,7 +67,7 @@ def test_an_evaluator_whose_name_no_flag_can_have_is_changed_in_the_config_file(
   for name in ('shape', 'class, held out', 'masked words'):
     c.evaluators[name] = config_lib.evaluator('classification', 'shape', split='test', batch_size=64)
   change = next(remedies.candidates(c, _MESH, evaluation=True))
-  assert change.flags == (
+  assert remedies.as_flags(change.fields) == (
       '--config.evaluators.shape.batch_size=32, in the config file: '
       "config.evaluators['class, held out'].batch_size = 32; config.evaluators['masked words'].batch_size = 32")
   assert {e.batch_size for e in change.apply(c).evaluators.values()} == {32}
@@ -95,7 +90,7 @@ def test_the_flags_of_every_change_of_a_published_config_give_the_changed_config
   assert {'tasks', 'evaluators'} <= {name.split('.')[0] for change in changes for name in change.names}
   for change in changes:
     changed = change.apply(c)
-    assert _parse(file, *change.flags.split(' ')) == changed
+    assert _parse(file, *remedies.as_flags(change.fields).split(' ')) == changed
     mesh = sharding.mesh_shape({a: changed.mesh[a] for a in sharding.AXES}, 256)
     shards = mesh['replica'] * mesh['data'] * mesh['expert']
     make_plan(changed).check_batches(shards, changed.train.grad_accum_steps)
@@ -138,9 +133,6 @@ class _Compiler(Compiler):
     self.compiled.append(which)
     return _program(which, self._needs(which, config), self._memory)
 
-  def expire(self):
-    self._deadline = -math.inf
-
 
 def _program(which, needs: float | None, memory: float) -> Program:
   name = {EVALUATION: 'evaluation, mlm', _STEP: 'train step'}.get(which, f'train step, {which}')
@@ -154,7 +146,7 @@ def _search(needs, config, steps=(_STEP,), memory=600, expired: bool = False, **
   programs = {which: compiler.program(config, which) for which in (*steps, EVALUATION)}
   compiler.compiled.clear()
   if expired:
-    compiler.expire()
+    compiler._deadline = -math.inf
   trials = remedies.search(compiler, config, programs, memory)
   return [(t.flags, t.too_large) for t in trials], compiler.compiled, trials
 
@@ -240,13 +232,10 @@ def _with_state(which, c) -> float:
   return 0.0 if which == EVALUATION else step
 
 
-def test_the_first_change_that_fits_ends_the_search():
+def test_the_first_change_that_fits_ends_the_search_and_several_are_combined_if_one_is_not_enough():
   trials, _, objects = _search(_with_state, _config(), memory=950, state=_state)  # 400 + 500 with remat
   assert trials == [('--config.model.remat=True', '')]
   assert objects[-1].fits and objects[-1].needs == 900
-
-
-def test_several_changes_are_combined_if_one_is_not_enough():
   trials, _, _ = _search(_with_state, _config(), memory=450, state=_state)  # 400 / 8 + 1000 · 0.5 · 0.6 = 350
   assert trials[-1] == ('--config.model.remat=True --config.model.dtype=bfloat16 --config.mesh.fsdp=True', '')
 
@@ -255,10 +244,7 @@ def test_nothing_is_compiled_whose_train_state_alone_is_too_large():
   trials, _, _ = _search(_with_state, _config(), memory=390, state=_state)  # the state without FSDP is 400
   assert all('fsdp' in changed for changed, _ in trials)
   assert trials[-1][1] == ''
-
-
-def test_the_search_ends_if_nothing_fits():
-  _, _, trials = _search(_with_state, _config(), memory=10, state=_state)
+  _, _, trials = _search(_with_state, _config(), memory=10, state=_state)  # nothing fits
   assert not trials or not trials[-1].fits
 
 
@@ -279,14 +265,12 @@ def _estimate(needs, memory: float, config=None):
   return preflight.estimate_largest_batch(compiler, config, _STEP, memory)
 
 
-def test_the_largest_batch_is_estimated_by_a_line_through_twice_the_batch_or_half_of_it():
-  line = lambda n: 100 + 7 * n  # own batch: 5 · 64 examples on 8 devices, 380 bytes
-  estimate = _estimate(line, 1000)
-  assert estimate.compiled == ((40, 380), (80, 660))
-  assert estimate.examples == pytest.approx(900 / 7)
-  estimate = _estimate(line, 300)
-  assert estimate.compiled == ((40, 380), (20, 240))
-  assert estimate.examples == pytest.approx(200 / 7)
+@pytest.mark.parametrize('memory, compiled, examples', [
+    (1000, ((40, 380), (80, 660)), 900 / 7), (300, ((40, 380), (20, 240)), 200 / 7)])
+def test_the_largest_batch_is_estimated_by_a_line_through_twice_the_batch_or_half_of_it(memory, compiled, examples):
+  estimate = _estimate(lambda n: 100 + 7 * n, memory)  # own batch: 5 · 64 examples on 8 devices, 380 bytes
+  assert estimate.compiled == compiled
+  assert estimate.examples == pytest.approx(examples)
 
 
 def test_the_largest_batch_is_not_estimated_without_two_batches_and_their_needs():

@@ -1,6 +1,7 @@
 """Suite `decoding`: captions per second with and without caches, against the published code."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ _NO_EOT = -1  # no word's id: every caption takes all steps
 def caption_rate(context: Context) -> list[Row]:
   """Measure greedy and beam search, cached and uncached."""
   s = context.sizes
-  captioners = {router: Captioner(context, router) for router in ('attribute', DENSE)}
-  calls = {(router, k): functools.partial(c.cached, k) for router, c in captioners.items() for k in (1, 2)}
-  calls |= {('uncached', k): functools.partial(captioners['attribute'].uncached, k) for k in (1, 2)}
+  captioners = {router: captioner(context, router) for router in _PUBLISHED}
+  searches = {router: cached for router, (cached, _) in captioners.items()} | {'uncached': captioners['attribute'][1]}
+  calls = {(name, k): functools.partial(search, k) for name, search in searches.items() for k in (1, 2)}
   seconds = interleaved(calls, s.rounds)
   note = (f'B {s.small_batch}, {s.words} words each (no caption ends early), {s.vocabulary} words, {s.image_size} px; '
           'uncached: one forward pass of the whole two-stream caption per word')
@@ -45,33 +46,27 @@ def caption_rate(context: Context) -> list[Row]:
       for router, recorded in _PUBLISHED.items()]
 
 
-class Captioner:
-  """A caption model with random parameters, images and words."""
+def captioner(context: Context, router: str) -> tuple[Callable[[int], jax.Array], Callable[[int], np.ndarray]]:
+  """Return searches with and without caches, beam size → tokens int32 [B, k, n], of random parameters and images."""
+  s, run = context.sizes, context.synthetic(context.captions(router))
+  model, [task] = UniPerceiver(run.spec.model.spec), run.plan.tasks
+  options = dict(temperature=task.temperature, spe=run.data.tokenizer.spe)
+  limits = dict(max_len=task.max_len, eot=_NO_EOT)
+  params = jax.jit(functools.partial(init_params, model))(jax.random.key(run.config.seed))
+  rng = np.random.default_rng(0)
+  shape = (s.small_batch, 1, s.image_size, s.image_size, run.config.model.channels)
+  images = jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8))
+  vocabulary = normalize(jnp.asarray(rng.normal(size=(s.vocabulary, s.width)), jnp.float32))
 
-  def __init__(self, context: Context, router: str):
-    s, run = context.sizes, context.synthetic(context.captions(router))
-    self._model, [task] = UniPerceiver(run.spec.model.spec), run.plan.tasks
-    self._task_type, self._max_len = task.type, task.max_len
-    self._options = dict(temperature=task.temperature, spe=run.data.tokenizer.spe)
-    self._params = jax.jit(functools.partial(init_params, self._model))(jax.random.key(run.config.seed))
-    rng = np.random.default_rng(0)
-    shape = (s.small_batch, 1, s.image_size, s.image_size, run.config.model.channels)
-    self._pixels = jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8))
-    self._words = normalize(jnp.asarray(rng.normal(size=(s.vocabulary, s.width)), jnp.float32))
+  @functools.partial(jax.jit, static_argnums=3)
+  def beam_search(params, pixels, vocabulary, beam_size):
+    return decoding.beam_search(
+        model, params, task.type, pixels, vocabulary, **options, **limits, beam_size=beam_size).tokens
 
-    def beam_search(params, pixels, words, beam_size):
-      return decoding.beam_search(self._model, params, self._task_type, pixels, words, **self._options, eot=_NO_EOT,
-                                  max_len=self._max_len, beam_size=beam_size).tokens
-    self._beam_search = jax.jit(beam_search, static_argnums=3)
+  def log_probs(rows, words, t):
+    return uncached_search.next_word(
+        model, task.type, params, images[rows], vocabulary, words, jnp.int32(t), **options)
 
-  def cached(self, beam_size: int) -> jax.Array:
-    """Return tokens int32 [B, k, n] by `decoding.beam_search`."""
-    return self._beam_search(self._params, self._pixels, self._words, beam_size)
-
-  def uncached(self, beam_size: int) -> np.ndarray:
-    """Return tokens int32 [B, k, n] by `uncached_search`."""
-    def log_probs(images, words, t):
-      return uncached_search.next_word(self._model, self._task_type, self._params, self._pixels[images], self._words,
-                                       words, jnp.int32(t), **self._options)
-    return uncached_search.search(
-        log_probs, len(self._pixels), beam_size=beam_size, max_len=self._max_len, eot=_NO_EOT)[0]
+  cached = lambda beam_size: beam_search(params, images, vocabulary, beam_size)
+  uncached = lambda beam_size: uncached_search.search(log_probs, len(images), beam_size=beam_size, **limits)[0]
+  return cached, uncached

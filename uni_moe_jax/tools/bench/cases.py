@@ -136,7 +136,7 @@ def spread_lengths(entries: int, lengths: Mapping[int, float]) -> np.ndarray:
 
 
 class RepeatedStep:
-  """A training step on a constant batch; each call continues from the state of the last."""
+  """A training step, by default on a constant batch; each call continues from the state of the last."""
 
   def __init__(self, run: Run):
     self.run = run
@@ -145,12 +145,9 @@ class RepeatedStep:
     self._step = run.step_fn(task)
     self.metrics: dict[str, jax.Array] = {}
 
-  def __call__(self) -> dict[str, jax.Array]:
-    return self.step(self.batch)
-
-  def step(self, batch) -> dict[str, jax.Array]:
+  def __call__(self, batch=None) -> dict[str, jax.Array]:
     """Take a step on a batch on the devices, and return its metrics; the old state is donated."""
-    self.state, self.metrics = self._step(self.state, batch, self.sets)
+    self.state, self.metrics = self._step(self.state, self.batch if batch is None else batch, self.sets)
     return self.metrics
 
   def infer(self):

@@ -47,7 +47,7 @@ def input_rate(context: Context) -> list[Row]:
     return [step() for _ in range(s.steps)][-1]
 
   def real_steps():
-    return [step.step(run.put_batch(batch)) for batch in itertools.islice(real, s.steps)][-1]
+    return [step(run.put_batch(batch)) for batch in itertools.islice(real, s.steps)][-1]
 
   seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': _skip(real)})
   note = f'{s.steps} steps per round; {_PREFETCHED} batches are skipped before each, so that none is ready'

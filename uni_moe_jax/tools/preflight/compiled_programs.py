@@ -57,9 +57,9 @@ class Program:
   cost: cost.Cost | None  # of one device; None without a program
   seconds: float  # of tracing, lowering and compiling; for a TPU up to libtpu's plan
 
-  def fits(self, memory: float | None) -> bool:
-    """Return whether a device of `memory` bytes can run the program; None: unlimited."""
-    return self.memory is not None and (memory is None or self.memory.total <= memory)
+  def fits(self, memory: float) -> bool:
+    """Return whether a device of `memory` bytes can run the program."""
+    return self.memory is not None and self.memory.total <= memory
 
 
 def prepare(config: Config, devices: Sequence[Any]) -> Run:
@@ -95,9 +95,10 @@ def training_steps(run: Run) -> list[str | None]:
 
 def lowered(run: Run, which: Which) -> jax.stages.Lowered:
   """Lower a program of a run."""
-  if which != EVALUATION:
-    return run.step_fn(which).lower(run.abstract_state(), batch_shapes(run, _tasks(run, which)), target_set_shapes(run))
-  return predictor.encode.lower(run.spec.model, run.abstract_state().params, _replicated(run, evaluated(run)[-1]))
+  state = run.abstract_state()
+  if which == EVALUATION:
+    return predictor.encode.lower(run.spec.model, state.params, _replicated(run, evaluated(run)[-1]))
+  return run.step_fn(which).lower(state, batch_shapes(run, _tasks(run, which)), target_set_shapes(run))
 
 
 def compile_program(run: Run, which: Which, topology: Topology | None = None) -> Program:

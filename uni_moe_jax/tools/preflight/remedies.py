@@ -33,11 +33,6 @@ class Change:
   def names(self) -> tuple[str, ...]:
     return tuple(name for name, _ in self.fields)
 
-  @property
-  def flags(self) -> str:
-    """See `as_flags`."""
-    return as_flags(self.fields)
-
 
 @dataclasses.dataclass(frozen=True)
 class Trial:

@@ -17,12 +17,9 @@ def _data(lengths, entries=20):
   return cases.SyntheticData(plan, (4, 1), 50, entries, lengths), plan
 
 
-def test_each_length_has_its_share():
-  np.testing.assert_array_equal(cases.spread_lengths(8, {2: 0.25, 3: 0.5, 9: 0.25}), [2, 2, 3, 3, 3, 3, 9, 9])
-
-
 @pytest.mark.parametrize('entries', [1, 7, 1000])
-def test_shares_are_relative_to_their_sum_and_every_entry_has_a_length(entries):
+def test_each_length_has_its_share_relative_to_their_sum_and_every_entry_has_a_length(entries):
+  np.testing.assert_array_equal(cases.spread_lengths(8, {2: 0.25, 3: 0.5, 9: 0.25}), [2, 2, 3, 3, 3, 3, 9, 9])
   assert len(cases.spread_lengths(entries, {2: 1, 3: 1, 4: 1})) == entries
 
 
