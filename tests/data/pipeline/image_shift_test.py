@@ -1,4 +1,4 @@
-"""Random shifts of images, and gray images with several channels."""
+"""Random shifts of images."""
 
 import numpy as np
 import tensorflow as tf
@@ -59,8 +59,3 @@ def test_all_frames_and_channels_of_a_video_shift_equally():
 def test_a_shift_of_zero_returns_the_same_tensor():
   videos = tf.zeros([2, 1, 4, 4, 1], tf.uint8)
   assert image_shift.random_shift(videos, _hashes(2), 0) is videos
-
-
-def test_gray_is_repeated_to_equal_channels():
-  repeated = image_shift.repeat_channels(tf.constant(IMAGE[None]), 3).numpy()
-  np.testing.assert_array_equal(repeated, np.stack([IMAGE[None]] * 3, axis=-1))

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import chex
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -48,14 +50,8 @@ def _first(steps):
 
 
 def _assert_equal(a, b):
-  assert len(a) == len(b)
-  for (task, batch), (other_task, other) in zip(a, b):
-    assert task == other_task
-    assert batch.keys() == other.keys()
-    for group in batch:
-      assert batch[group].keys() == other[group].keys()
-      for k in batch[group]:
-        np.testing.assert_array_equal(batch[group][k], other[group][k])
+  assert [task for task, _ in a] == [task for task, _ in b]
+  chex.assert_trees_all_equal([batch for _, batch in a], [batch for _, batch in b])
 
 
 def _column(batches, field):
@@ -83,27 +79,16 @@ def test_tasks_of_one_type_are_concatenated_in_their_group():
   assert texts['label'].shape == (1, 24, 1)
   assert set(texts['label'][0, :16, 0]) == set(range(5))  # 16 of the 5 answers, then 8 of the 7 packages
   assert set(texts['label'][0, 16:, 0]) == set(range(7))
+  assert texts['id'].dtype == np.uint32
+  np.testing.assert_array_equal(texts['id'], texts['label'][..., 0])
+  assert 'temporal_offset' not in texts
 
 
-def test_ids_are_uint32():
-  [(_, batch)] = _first(1)
-  assert batch['text_classification']['id'].dtype == np.uint32
-  np.testing.assert_array_equal(batch['text_classification']['id'], batch['text_classification']['label'][..., 0])
-
-
-def test_each_example_occurs_once_per_epoch():
-  shown = np.concatenate([b['image_classification']['label'].reshape(-1) for _, b in _first(13)])
-  for epoch in shown.reshape(8, 13):  # 13 steps of 8 are 8 epochs of 13
-    assert sorted(epoch) == list(range(13))
-
-
-def test_the_hash_of_an_example_changes_from_epoch_to_epoch():
-  seen = {}
-  for _, batch in _first(13):
-    features = batch['image_classification']
-    for i, draw in zip(features['id'].reshape(-1), features['draw'].reshape(-1)):
-      seen.setdefault(int(i), []).append(int(draw))
-  assert all(len(set(draws)) == 8 for draws in seen.values())
+def test_each_example_occurs_once_per_epoch_with_another_hash_each_time():
+  ids, draws = (_column(_first(13), field).reshape(8, 13) for field in ('id', 'draw'))  # 8 epochs of 13
+  order = np.argsort(ids, axis=1)
+  np.testing.assert_array_equal(np.take_along_axis(ids, order, axis=1), [range(13)] * 8)
+  assert all(len(set(column)) == 8 for column in np.take_along_axis(draws, order, axis=1).T.tolist())
 
 
 def _as_sets(batches, group, fractions):
@@ -133,14 +118,14 @@ def test_processes_make_their_shards_of_the_same_global_batch(accum):
   global_batches = _read(0, 3, layout=BatchLayout(accum, 4, (0, 1, 2, 3)))
   # Shards of a process may be non-contiguous: on a pod, neighbors in the mesh may belong to two hosts.
   parts = [_read(0, 3, layout=BatchLayout(accum, 4, mine)) for mine in ((1,), (0, 2, 3))]
-  axis = 0 if accum == 1 else 1
-  in_order = lambda a, b: np.insert(b, 1, np.take(a, 0, axis=axis), axis=axis)
-  joined = [(None, {group: {
-      k: a[group][k] if k in mixtures.UNBATCHED_FIELDS else in_order(a[group][k], b[group][k])
-      for k in a[group]} for group in a}) for (_, a), (_, b) in zip(*parts)]
-  for (_, a), (_, b) in zip(parts[0], parts[1]):  # unbatched features are equal on all processes
-    np.testing.assert_array_equal(
-        a['image_classification']['temporal_offset'], b['image_classification']['temporal_offset'])
+
+  def join(path, a, b):
+    if path[-1].key in mixtures.UNBATCHED_FIELDS:  # equal on all processes
+      np.testing.assert_array_equal(a, b)
+      return a
+    return np.insert(b, 1, np.take(a, 0, axis=accum - 1), axis=accum - 1)
+
+  joined = [(None, jax.tree_util.tree_map_with_path(join, a, b)) for (_, a), (_, b) in zip(*parts)]
   _assert_equal(joined, global_batches)
 
 
@@ -165,11 +150,6 @@ def test_temporal_offsets_cover_all_positions_of_the_video():
   assert (offsets[:, 0] != offsets[:, 1]).any()  # each micro-step has its own
 
 
-def test_texts_have_no_temporal_offset():
-  [(_, batch)] = _first(1)
-  assert 'temporal_offset' not in batch['text_classification']
-
-
 WEIGHTS = {'shape': 3., 'package': 1., 'answer': 4.}
 
 
@@ -181,18 +161,15 @@ def test_tasks_are_drawn_in_proportion_to_their_loss_weights():
     assert abs(np.mean(drawn == name) - share) < 4 * np.sqrt(share * (1 - share) / steps), name
 
 
-def test_a_sampling_weight_replaces_the_loss_weight():
+@pytest.mark.parametrize('weights, sampling, equal', [
+    ({'shape': .1, 'package': 9.}, WEIGHTS, True),
+    ({'shape': .1, 'package': 9.}, None, False),
+    ({**WEIGHTS, 'answer': .5}, {'answer': 4.}, True),  # loss weights 3 and 1 and a sampling weight of 4 are WEIGHTS
+])
+def test_a_sampling_weight_replaces_the_loss_weight(weights, sampling, equal):
   by_weight = mixtures.draw_tasks(_mixture(weights=WEIGHTS).plan, 0, 400)
-  sampled = mixtures.draw_tasks(_mixture(weights={'shape': .1, 'package': 9.}, sampling=WEIGHTS).plan, 0, 400)
-  np.testing.assert_array_equal(sampled, by_weight)
-  other = mixtures.draw_tasks(_mixture(weights={'shape': .1, 'package': 9.}).plan, 0, 400)
-  assert (other != by_weight).any()
-
-
-def test_sampling_weights_and_loss_weights_may_be_combined():
-  # Loss weights 3 and 1 and a sampling weight of 4 equal WEIGHTS, so every step reads the same task.
-  drawn = mixtures.draw_tasks(_mixture(weights={**WEIGHTS, 'answer': .5}, sampling={'answer': 4.}).plan, 0, 400)
-  np.testing.assert_array_equal(drawn, mixtures.draw_tasks(_mixture(weights=WEIGHTS).plan, 0, 400))
+  drawn = mixtures.draw_tasks(_mixture(weights=weights, sampling=sampling).plan, 0, 400)
+  assert np.array_equal(drawn, by_weight) == equal
 
 
 def test_the_task_of_a_step_depends_on_seed_and_step_only():
@@ -217,18 +194,11 @@ def test_the_kth_draw_of_a_task_reads_its_kth_batch():
 
 
 def test_evaluation_batches_count_each_example_once():
-  examples, ids = _examples('shape'), np.array([4, 9, 2, 0, 11, 7, 3])
-  counted = []
-  for features, count in mixtures.evaluation_batches(examples, ids, 3):
-    assert features['id'].shape == (3,)  # the last batch is padded: one shape, one compilation
-    counted += features['id'][:count].tolist()
-  assert counted == ids.tolist()
-
-
-def test_an_evaluation_batch_larger_than_the_data_repeats_it():
-  [(features, count)] = mixtures.evaluation_batches(_examples('shape'), np.array([5, 6]), 5)
-  assert features['id'].tolist() == [5, 6, 5, 6, 5]
-  assert count == 2
+  read = lambda ids, batch: [
+      (f['id'].tolist(), n) for f, n in mixtures.evaluation_batches(_examples('shape'), np.array(ids), batch)]
+  # The last batch is padded by repetition: one shape, one compilation.
+  assert read([4, 9, 2, 0, 11, 7, 3], 3) == [([4, 9, 2], 3), ([0, 11, 7], 3), ([3, 3, 3], 1)]
+  assert read([5, 6], 5) == [([5, 6, 5, 6, 5], 2)]
 
 
 def test_the_randomness_of_evaluation_does_not_depend_on_the_batch():
@@ -244,8 +214,8 @@ def test_the_randomness_of_evaluation_does_not_depend_on_the_batch():
 def test_the_plan_of_a_step_with_one_task_contains_that_task_only():
   plan = _mixture(weights=WEIGHTS).plan
   chosen = plan.only('answer')
-  assert [t.loss_weight for t in chosen.tasks] == [1]  # its weight determines how often it is drawn
-  assert [t.name for t in chosen.tasks] == ['answer']
+  # Its loss weight is 1, because its weight determines how often it is drawn.
+  assert [(t.name, t.loss_weight) for t in chosen.tasks] == [('answer', 1)]
   assert [s.name for s in chosen.sets] == ['answers']
   assert dataclasses.replace(chosen, tasks=plan.tasks, sets=plan.sets) == plan
 

@@ -74,7 +74,13 @@ def documents() -> list[Document]:
 
 def folder_documents(source: str, package: str, folder: str | os.PathLike[str]) -> list[Document]:
   """Returns the docstrings of a package's files under `folder`, without tests and bundled projects."""
-  return [Document(source, f'{package}/{path}', text) for path in _python_files(folder, package)
+  paths = []  # relative to `folder`, with '/' as separator
+  for root, names, files in os.walk(folder):
+    parent = pathlib.PurePosixPath(pathlib.Path(root).relative_to(folder).as_posix())
+    names[:] = [name for name in names if name not in _EXCLUDED_FOLDERS
+                and (package / parent / name).as_posix() not in _EXCLUDED_PATHS]
+    paths += [(parent / name).as_posix() for name in files if name.endswith('.py') and not _TEST_FILE.search(name)]
+  return [Document(source, f'{package}/{path}', text) for path in sorted(paths)
           for text in docstrings(pathlib.Path(folder, path).read_bytes())]
 
 
@@ -116,17 +122,6 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 def _folders(package: str) -> Sequence[str]:
   spec = importlib.util.find_spec(package)  # does not import a top-level package
   return list(spec.submodule_search_locations or ()) if spec else ()
-
-
-def _python_files(folder: str | os.PathLike[str], package: str) -> list[str]:
-  """Returns paths of .py files under `folder`, relative to it, with '/' as separator, sorted."""
-  paths = []
-  for root, names, files in os.walk(folder):
-    parent = pathlib.PurePosixPath(pathlib.Path(root).relative_to(folder).as_posix())
-    names[:] = [name for name in names if name not in _EXCLUDED_FOLDERS
-                and (package / parent / name).as_posix() not in _EXCLUDED_PATHS]
-    paths += [(parent / name).as_posix() for name in files if name.endswith('.py') and not _TEST_FILE.search(name)]
-  return sorted(paths)
 
 
 def _help_topics() -> list[Document]:

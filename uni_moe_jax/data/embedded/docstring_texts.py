@@ -132,10 +132,7 @@ def make_pairs(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
 
 
 def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes paragraphs and pairs in `directory`, unless they exist, and reports their numbers.
-
-  Raises UsageError if a package that the text is read from is not installed.
-  """
+  """Makes paragraphs and pairs in `directory`, unless they exist. Raises UsageError for packages that are missing."""
   npz_records.build(directory, _FOLDER, _make_splits(report))
 
 

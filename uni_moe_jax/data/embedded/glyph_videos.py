@@ -49,14 +49,9 @@ def _draws(split: str, index: int) -> np.ndarray:
 
 
 def poses(motion: str, draws: np.ndarray) -> np.ndarray:
-  """Returns the pose of a glyph in every frame of a video.
+  """Returns the poses of a glyph, float64 [T, 5]: x, y (pixels), size, angle (degrees, clockwise), brightness.
 
-  Args:
-    motion: One of MOTIONS.
-    draws: Seven numbers in [0, 1), float [7]: start of x, y, size, angle and brightness; anchor; speed.
-
-  Returns:
-    float64 [T, 5]: x, y (pixels), size (factor), angle (degrees, clockwise), brightness.
+  draws: seven numbers in [0, 1): start of x, y, size, angle and brightness; anchor; speed.
   """
   def draw(ranges, u):
     low, high = np.transpose(ranges)

@@ -107,9 +107,8 @@ def _read_font(file_name: str) -> Font:
 def _homoglyph_groups(fonts: Sequence[Font]) -> list[tuple[int, ...]]:
   """Returns groups of homoglyphs over all fonts."""
   pairs = []
-  for font in fonts:
-    codes = tuple(font.images)
-    pairs += [(codes[i], codes[j]) for i, j in homoglyphs.similar_pairs(np.stack(list(font.images.values())))]
+  for codes, images in (zip(*font.images.items()) for font in fonts):
+    pairs += [(codes[i], codes[j]) for i, j in homoglyphs.similar_pairs(np.stack(images))]
   return homoglyphs.group_characters((font.outlines for font in fonts), pairs)
 
 
@@ -140,30 +139,23 @@ def select_images(
   # Seen faces first: of two equal images the first is kept, never the one of an unseen face.
   for font in sorted(fonts, key=lambda font: font.face in UNSEEN_FACES):
     unseen = font.face in UNSEEN_FACES
+    # Without characters whose images in seen faces all equal those of others.
+    trained = {name for _, name, _, _ in rows['train']}
     left_out['too large'] += len(font.outlines) - len(font.images)
     for code, pixels in font.images.items():
-      if unseen and splits[code] != 'train':
+      name = _name(code)
+      if unseen and name not in trained:
         left_out['of unseen characters in unseen faces'] += 1
       elif pixels.tobytes() in seen:
         left_out['equal to another'] += 1
       else:
         seen.add(pixels.tobytes())
-        name = _name(code)
         rows['test_fonts' if unseen else splits[code]].append((pixels, name, font.face, class_of(name)))
-  # A character whose images in seen faces all equal those of others was not trained on.
-  trained = {name for _, name, _, _ in rows['train']}
-  kept = [row for row in rows['test_fonts'] if row[1] in trained]
-  left_out['of unseen characters in unseen faces'] += len(rows['test_fonts']) - len(kept)
-  return rows | {'test_fonts': kept}, left_out
+  return rows, left_out
 
 
 def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes the glyph images in `directory`, unless they exist, and reports their numbers.
-
-  Raises:
-    MissingFileError: The installed matplotlib lacks one of the fonts.
-    UsageError: A class of a test or validation image has no image in train.
-  """
+  """Makes the glyph images in `directory`, unless they exist. Raises MissingFileError if matplotlib lacks a font."""
   npz_records.build(directory, _FOLDER, _make_splits(report))
 
 

@@ -51,14 +51,9 @@ def similar_pairs(pixels: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def group_characters(
     outlines: Iterable[Mapping[int, bytes]], pairs: Iterable[Sequence[int]] = ()) -> list[tuple[int, ...]]:
-  """Groups characters that are connected by shared outlines and given pairs.
+  """Returns sorted groups of characters that share an outline, or that `pairs` connect; every character is in one.
 
-  Args:
-    outlines: For each font, character → key of its outline. A character is one node in all fonts.
-    pairs: Further characters that look the same; all of them have an outline.
-
-  Returns:
-    Sorted groups in the order of their first character; every character is in exactly one.
+  outlines: for each font, character → key of its outline. A character is the same node in all fonts.
   """
   from scipy.cluster.hierarchy import DisjointSet  # imported late: it takes a second
   groups, first = DisjointSet(), {}

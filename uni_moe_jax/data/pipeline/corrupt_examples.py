@@ -8,12 +8,7 @@ _MIN_CORRUPT = 10  # the fraction of fewer corrupt examples is not yet meaningfu
 
 
 class CorruptExampleCounter:
-  """Counts corrupt examples of one task; input pipeline threads write it, the training loop reads it.
-
-  Attributes:
-    has_no_replacement: Whether no replacement for a corrupt example could be read.
-    failure: Why no example can be read any more; None while they can.
-  """
+  """Counts corrupt examples of one task; input pipeline threads write it, the training loop reads it."""
 
   def __init__(self, field: str, max_fraction: float):
     """field: Config name of the task. max_fraction: Largest allowed fraction of the examples read; 0 allows none."""
@@ -21,8 +16,8 @@ class CorruptExampleCounter:
     self._lock = threading.Lock()
     self._first = ''
     self.num_read = self.num_corrupt = 0
-    self.has_no_replacement = False
-    self.failure: RunError | None = None
+    self.has_no_replacement = False  # for a corrupt example
+    self.failure: RunError | None = None  # why no example can be read any more
 
   def count(self, num_read: int, corrupt: list[str]) -> None:
     """Adds examples that were read, and for each corrupt one its location and the reason."""

@@ -22,7 +22,7 @@ _WORD = 'word'
 
 
 class PlaceholderTokenizer(Tokenizer):
-  """A `Tokenizer` of V ids without a vocabulary: every word of a text becomes the same id."""
+  """V ids without a vocabulary: every word of a text becomes the same id."""
   pad, spe, eot, word = 0, 1, 2, 3
   special_ids = frozenset((pad, spe, eot))
 
@@ -33,9 +33,6 @@ class PlaceholderTokenizer(Tokenizer):
 
   def encode(self, text: str) -> list[int]:
     return [self.word] * len(text.split())
-
-  def decode(self, ids) -> str:
-    return ' '.join(_WORD for i in ids if i == self.word)
 
 
 class DeclaredData:

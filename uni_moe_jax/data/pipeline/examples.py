@@ -34,16 +34,12 @@ MakeFeatures = Callable[[tf.Tensor, tf.Tensor], Features]  # (ids int64 [n], has
 class Examples:
   """Examples of a task.
 
-  Attributes:
-    size: N.
-    make: Makes the features of example ids.
-    references: ids int [n] → the correct texts of each example; None: they are columns of the records.
-    corrupt_counter: Counts examples that could not be used; None: all can be used.
+  references: ids int [n] → the correct texts of each example; None: they are columns of the records.
   """
   size: int
   make: MakeFeatures
   references: Callable[[np.ndarray], list[tuple[str, ...]]] | None = None
-  corrupt_counter: CorruptExampleCounter | None = None
+  corrupt_counter: CorruptExampleCounter = CorruptExampleCounter('', 0.0)  # the default counts none: all can be used
 
 
 def pad_tokens(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,31 +104,18 @@ def mask_maker(make_text: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], task: Tas
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-  """Builds examples of tasks from records in memory.
-
-  Attributes:
-    tokenizer: Tokenizer of the run.
-    classes: For each named target set, the records' names of its entries, in order.
-    channels: Channels of images.
-    training: Random captions, masks and shifts; otherwise the first caption, and every selected token masked.
-    random_special_tokens: Masked language modeling may replace words by special tokens (published).
-    seed: Seed of the run; it chooses subsets of the training examples.
-    pixels: Tensors by (source, split): tasks with one source share its images.
-  """
+  """Builds examples of tasks from records in memory."""
   tokenizer: Tokenizer
-  classes: dict[str, tuple[str, ...]]
-  channels: int
-  training: bool
-  random_special_tokens: bool = False
-  seed: int = 0
+  classes: dict[str, tuple[str, ...]]  # for each target set, the records' names of its entries, in order
+  channels: int  # of images
+  training: bool  # random captions, masks and shifts; otherwise the first caption, and every selected token masked
+  random_special_tokens: bool = False  # masked language modeling may replace words by special tokens (published)
+  seed: int = 0  # of the run; it chooses subsets of the training examples
+  # By (source, split): tasks with one source share its images.
   pixels: dict[tuple[str, str], tf.Tensor] = dataclasses.field(default_factory=dict)
 
   def build(self, task: TaskSpec, records: Records) -> Examples:
-    """Builds the examples of a task over one split of its source.
-
-    Raises:
-      UsageError: The config names a column, class or template that the records do not have.
-    """
+    """Builds a task's examples of a split. Raises UsageError for columns and classes that the records do not have."""
     makers, labels = [], None
     if task.type.has_classes:
       labels = class_indices(records, task, self.classes[task.target_set])
@@ -171,7 +154,7 @@ class Builder:
     max_shift = task.max_shift if self.training else 0
 
     def make(ids, hashes):
-      frames = image_shift.repeat_channels(tf.gather(pixels, tf.gather(indices, ids)), self.channels)
+      frames = tf.repeat(tf.gather(pixels, tf.gather(indices, ids))[..., None], self.channels, axis=-1)
       return {'pixels': image_shift.random_shift(frames, hashes, max_shift)}
     return make
 

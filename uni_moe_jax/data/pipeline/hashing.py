@@ -44,12 +44,10 @@ def mix_tensor(h: tf.Tensor, value: tf.Tensor | int | str) -> tf.Tensor:
   """Folds a value into hashes, uint64 [...], as `mix` with the value appended; both are broadcast."""
   if isinstance(value, str):
     value = zlib.crc32(value.encode())
-  value = _u64(value) if isinstance(value, int) else tf.cast(value, tf.uint64)
-  shape = tf.broadcast_dynamic_shape(tf.shape(h), tf.shape(value))
-  h = tf.bitwise.bitwise_xor(tf.broadcast_to(h, shape), tf.broadcast_to(value, shape)) + _u64(_GAMMA)
+  h = (h ^ (_u64(value) if isinstance(value, int) else tf.cast(value, tf.uint64))) + _u64(_GAMMA)
   for shift, factor in _STEPS:
-    h = tf.bitwise.bitwise_xor(h, tf.bitwise.right_shift(h, _u64(shift))) * _u64(factor)
-  return tf.bitwise.bitwise_xor(h, tf.bitwise.right_shift(h, _u64(31)))
+    h = (h ^ tf.bitwise.right_shift(h, _u64(shift))) * _u64(factor)
+  return h ^ tf.bitwise.right_shift(h, _u64(31))
 
 
 def uniform(h: tf.Tensor) -> tf.Tensor:
@@ -65,7 +63,7 @@ def randint(h: tf.Tensor, bound: tf.Tensor | int) -> tf.Tensor:
 def seeds(h: tf.Tensor, count: int) -> tf.Tensor:
   """Returns seeds of TensorFlow's random ops, int32 [..., count], not negative, from hashes [...]."""
   words = mix_tensor(h[..., None], tf.range(count, dtype=tf.int64))
-  return tf.cast(tf.bitwise.bitwise_and(words, _u64(0x7FFFFFFF)), tf.int32)
+  return tf.cast(words & _u64(0x7FFFFFFF), tf.int32)
 
 
 def shuffled_ids(position: tf.Tensor, size: int, seed: int, name: str) -> tuple[tf.Tensor, tf.Tensor]:

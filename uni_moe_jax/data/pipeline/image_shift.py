@@ -1,4 +1,4 @@
-"""Random shifts and channels of image batches, in TensorFlow ops."""
+"""Random shifts of image batches, in TensorFlow ops."""
 
 import tensorflow as tf
 
@@ -23,8 +23,3 @@ def random_shift(pixels: tf.Tensor, hashes: tf.Tensor, max_shift: int) -> tf.Ten
   columns = tf.where(unshifted, max_shift, right)[:, None] + tf.range(W)[None]
   padded = tf.gather(padded, tf.broadcast_to(rows[:, None], [n, T, H]), axis=2, batch_dims=2)
   return tf.gather(padded, tf.broadcast_to(columns[:, None, None], [n, T, H, W]), axis=3, batch_dims=3)
-
-
-def repeat_channels(pixels: tf.Tensor, channels: int) -> tf.Tensor:
-  """Repeats gray [..., H, W] to [..., H, W, channels]."""
-  return tf.repeat(pixels[..., None], channels, axis=-1)

@@ -18,7 +18,6 @@ def mask_words(text: tf.Tensor, hashes: tf.Tensor, tokenizer: Tokenizer, *, max_
   Args:
     text: int32 [n, S], full rows.
     hashes: uint64 [n], see `hashing.example_hash`.
-    tokenizer: Its `word_start`, `word_end` and `spe` are used.
     max_predictions: M.
     always_mask: Replace every selected token by `spe`. Used in evaluation: with the training mixture, a model that
       copies its input would score.

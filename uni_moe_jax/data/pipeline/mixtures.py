@@ -43,7 +43,6 @@ class Mixture:
 
   A batch is {group: features}; a feature is [shards, b, …], or [accum_steps, shards, b, …] with accumulation. The tasks
   of a group are concatenated on axis b, each with batch_size / (accum_steps · shards) rows per shard.
-
   """
   plan: Plan
   examples: dict[str, Examples]  # by task name
@@ -69,7 +68,7 @@ class Mixture:
 
   def num_corrupt_examples(self) -> int:
     """Returns how many examples from files could not be used and were replaced so far."""
-    return sum(e.corrupt_counter.num_corrupt for e in self.examples.values() if e.corrupt_counter)
+    return sum(e.corrupt_counter.num_corrupt for e in self.examples.values())
 
   def _dataset(self, tasks: tuple[TaskSpec, ...], steps: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:
     """Yields batches; counts[i] is the batch number that every task reads at steps[i]."""
@@ -77,8 +76,7 @@ class Mixture:
         lambda step, count: self._batch(tasks, step, count), num_parallel_calls=2, deterministic=True)
     for batch in dataset.prefetch(2).as_numpy_iterator():
       for e in self.examples.values():
-        if e.corrupt_counter:
-          e.corrupt_counter.check()
+        e.corrupt_counter.check()
       yield batch
 
   def _batch(self, tasks: tuple[TaskSpec, ...], step: tf.Tensor, count: tf.Tensor) -> dict[str, Features]:
@@ -143,6 +141,5 @@ def evaluation_batches(
     rows = np.resize(part, batch_size)
     features = examples.make(tf.constant(ids[rows], tf.int64), tf.gather(hashes, rows))
     features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
-    if examples.corrupt_counter:
-      examples.corrupt_counter.check()
+    examples.corrupt_counter.check()
     yield {k: v.numpy() for k, v in features.items()}, len(part)

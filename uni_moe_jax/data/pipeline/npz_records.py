@@ -15,6 +15,7 @@ from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 _CLASSES = 'classes of '  # prefix of the arrays that hold class names
+_COMMAND = 'python launch/prepare_data.py --data_dir='
 Split = tuple[str, Mapping[str, np.ndarray], Mapping[str, tuple[str, ...]]]  # its name, columns and classes
 
 
@@ -64,14 +65,10 @@ def build(root: str | os.PathLike[str], name: str, splits: Iterable[Split]) -> N
         save(temporary, split, columns, classes)
 
 
-def _command(root: str | os.PathLike[str]) -> str:
-  return f'python launch/prepare_data.py --data_dir={root}'
-
-
 def check_directory(root: str | os.PathLike[str]) -> None:
   """Raises MissingFileError unless the data directory exists."""
   if not pathlib.Path(os.path.expanduser(root)).is_dir():
-    raise MissingFileError(f'Data directory {root} does not exist. Run: {_command(root)}')
+    raise MissingFileError(f'Data directory {root} does not exist. Run: {_COMMAND}{root}')
 
 
 def load(root: str | os.PathLike[str], name: str, split: str) -> Records:
@@ -83,7 +80,7 @@ def load(root: str | os.PathLike[str], name: str, split: str) -> Records:
   """
   directory = pathlib.Path(root) / name
   if not directory.is_dir():
-    raise MissingFileError(f'No prepared data {directory.name!r} in {root}. Run: {_command(root)}')
+    raise MissingFileError(f'No prepared data {directory.name!r} in {root}. Run: {_COMMAND}{root}')
   path = directory / f'{split}.npz'
   if not path.exists():
     splits = sorted(file.stem for file in directory.glob('*.npz'))
@@ -93,7 +90,7 @@ def load(root: str | os.PathLike[str], name: str, split: str) -> Records:
       columns = dict(file)
   except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
     raise UsageError(f'{path} cannot be read ({e}). If its disk is accessible, the file is damaged: delete {directory} '
-                     f'and run: {_command(root)}') from e
+                     f'and run: {_COMMAND}{root}') from e
   labels = [key for key in columns if key.startswith(_CLASSES)]
   classes = {key.removeprefix(_CLASSES): tuple(columns.pop(key).tolist()) for key in labels}
   return Records(columns, classes)

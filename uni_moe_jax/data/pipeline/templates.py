@@ -25,10 +25,8 @@ def fill_template(
   name the longer text first.
 
   Args:
-    tokenizer: Encodes the fixed words.
     template: Fixed words, the markers `<spe>` (once) and `<eot>` (at least at the end), and fields in braces.
     texts: Field → token ids of a text, without special tokens.
-    length: Maximum number of tokens of the result.
 
   Returns:
     (ids, slot): at most `length` ids, the last of them `eot`, and the index of `spe` in them.
