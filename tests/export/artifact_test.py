@@ -15,8 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.helpers import shipped, small_model, tiny
+from tests.helpers import shipped, tiny
+from tests.helpers.shipped import assert_close
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs, torch_file, torch_layout
 from uni_moe_jax.model import decoding
@@ -28,7 +30,6 @@ from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.utils.tree_paths import by_path
 
-_BOUND = 1e-5  # relative, float32
 _BATCHES = shipped.BATCHES
 _ROWS = [dict(evaluator='captions', metric='exact_match', value=0.625, chance=1 / 3, baselines={'majority': 0.5},
               standard_error=0.1, count=24, step=2, higher_is_better=True)]
@@ -46,8 +47,8 @@ def _config():
   return c
 
 
-@pytest.fixture(name='trained', scope='module')
-def _trained(tmp_path_factory):
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
   """(workdir, run, parameters) after two steps."""
   workdir = tmp_path_factory.mktemp('run')
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
@@ -61,8 +62,8 @@ def _contents(trained, dtype: str | None = 'float32', **options):
   return contents.make_contents(run.spec.model.spec, params, run.plan, run.data, dtype=dtype, **options)
 
 
-@pytest.fixture(name='exported', scope='module')
-def _exported(trained, tmp_path_factory):
+@pytest.fixture(scope='module')
+def exported(trained, tmp_path_factory):
   """(folder, its contents) of all tasks."""
   exported = _contents(trained, num_examples=2)
   folder = tmp_path_factory.mktemp('artifact') / 'model'
@@ -70,8 +71,8 @@ def _exported(trained, tmp_path_factory):
   return folder, exported
 
 
-@pytest.fixture(name='served', scope='module')
-def _served(exported, tmp_path_factory):
+@pytest.fixture(scope='module')
+def served(exported, tmp_path_factory):
   """(pixels, arrays, output) of a process that has only the folder."""
   shape = max(_BATCHES), 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1
   pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -84,8 +85,8 @@ def _served(exported, tmp_path_factory):
   return pixels, dict(np.load(folder / 'out.npz')), done.stdout
 
 
-@pytest.fixture(name='expected', scope='module')
-def _expected(trained, exported):
+@pytest.fixture(scope='module')
+def expected(trained, exported):
   """The trained model with its experts, in float32."""
   _, run, params = trained
   spec = _with_experts(trained)
@@ -93,27 +94,25 @@ def _expected(trained, exported):
   return Predictor(UniPerceiver(spec), params, exported[1].target_sets, run.data.tokenizer)
 
 
-@pytest.fixture(name='searched', scope='module')
-def _searched(trained, served, exported):
+@pytest.fixture(scope='module')
+def searched(trained, served, exported):
   """Token ids [64, n] of the evaluator's search with the experts."""
-  captions = _search(trained, served[0], exported[1].features['words'], beam_size=2, length_penalty=1.0)
-  tokens = captions.tokens[:, 0]
+  search = dict(beam_size=2, length_penalty=1.0)
+  tokens = _search(trained, served[0], exported[1].features['words'], **search).tokens[:, 0]
   assert len(set(map(tuple, tokens))) > 1  # otherwise equality would prove little
   return tokens
 
 
-@pytest.fixture(name='greedy', scope='module')
-def _greedy(trained, served, exported):
+@pytest.fixture(scope='module')
+def greedy(trained, served, exported):
   return _search(trained, served[0], exported[1].features['words'])
 
 
-def _search(trained, pixels, words, **search) -> decoding.Captions:
+def _search(trained, pixels, words, **options) -> decoding.Captions:
   """Captions by the model with its experts."""
-  task, (_, run, params), model = _task(trained, 'caption'), trained, UniPerceiver(_with_experts(trained))
-  search |= dict(temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot,
-                 max_len=task.max_len)
-  captions = small_model.jit(lambda values: decoding.beam_search(model, values, task.type, pixels, words, **search))
-  return jax.device_get(captions(params))
+  _, run, params = trained
+  task, tokenizer = _task(trained, 'caption'), run.data.tokenizer
+  return shipped.search(_with_experts(trained), params, task, tokenizer, pixels, words, **options)
 
 
 def _with_experts(trained):
@@ -122,11 +121,6 @@ def _with_experts(trained):
 
 def _task(trained, name):
   return next(t for t in (*trained[1].plan.tasks, *trained[1].plan.probes) if t.name == name)
-
-
-def _assert_close(actual, expected, name=''):
-  assert actual.shape == expected.shape, name
-  assert np.abs(actual - expected).max() <= _BOUND * np.abs(expected).max(), name
 
 
 @pytest.mark.slow
@@ -140,7 +134,7 @@ def test_class_probabilities_equal_those_of_the_model_with_experts(trained, serv
   pixels, served_arrays, _ = served
   task = _task(trained, 'shape')
   features = expected.inputs(task.type, {'pixels': pixels, 'id': np.zeros(len(pixels), np.uint32)})
-  _assert_close(served_arrays[f'shape{batch}'], expected.log_probabilities(features, task)[:batch, 0])
+  assert_close(served_arrays[f'shape{batch}'], expected.log_probabilities(features, task)[:batch, 0])
 
 
 @pytest.mark.slow
@@ -169,7 +163,7 @@ def test_streamed_words_equal_the_greedy_captions(trained, served, greedy, batch
   words, want = arrays[f'words{batch}'], greedy.tokens[:batch, 0]
   np.testing.assert_array_equal(words, want[:, :words.shape[1]])
   assert (want[:, words.shape[1]:] == eot).all()
-  _assert_close(arrays[f'first{batch}'].max(-1), greedy.log_p[:batch, 0, 0])
+  assert_close(arrays[f'first{batch}'].max(-1), greedy.log_p[:batch, 0, 0])
 
 
 @pytest.mark.slow
@@ -182,22 +176,20 @@ def test_pairs_have_the_scores_of_the_model_with_experts(trained, served, expect
                    (batch, image.shape[-1]))
   text_valid = served_arrays['text_valid']
   np.testing.assert_array_equal(text_valid, np.resize(_texts(tokenizer)['target_valid'], text_valid.shape))
-  _assert_close(served_arrays[f'image{batch}'], np.asarray(normalize(image)), 'image')
-  _assert_close(served_arrays[f'text{batch}'], np.asarray(normalize(text)), 'text')
+  assert_close(served_arrays[f'image{batch}'], normalize(image), 'image')
+  assert_close(served_arrays[f'text{batch}'], normalize(text), 'text')
   scale = np.exp(trained[2]['log_scale_image_retrieval'])
-  _assert_close(served_arrays[f'scores{batch}'], scale * expected.similarities(image, text), 'scores')
+  assert_close(served_arrays[f'scores{batch}'], scale * expected.similarities(image, text), 'scores')
 
 
 def _texts(tokenizer):
-  rows = [[*tokenizer.encode(t), tokenizer.eot] for t in ('a red star of moves', 'green disc')]
-  rows = [row[:7] + [tokenizer.eot] if len(row) > 8 else row for row in rows]
-  ids = np.array([row + [0] * (8 - len(row)) for row in rows], np.int32)
-  return {'target': ids, 'target_valid': np.arange(8) < np.array([[len(r)] for r in rows])}
+  rows = encode_texts(('a red star of moves', 'green disc'), tokenizer, 8)
+  return dict(zip(('target', 'target_valid'), pad_tokens(rows, 8, 0)))
 
 
 @pytest.mark.slow
 def test_encoded_entries_of_a_target_set_equal_the_stored_features(served, exported):
-  _assert_close(served[1]['names'], exported[1].features['shapes'])
+  assert_close(served[1]['names'], exported[1].features['shapes'])
 
 
 @pytest.mark.slow
@@ -299,8 +291,8 @@ def test_the_orbax_checkpoint_has_the_same_parameters(exported):
   assert set(stored) == set(by_path(param_shapes(UniPerceiver(exported_contents.spec))))
 
 
-@pytest.fixture(name='dense', scope='module')
-def _dense(trained):
+@pytest.fixture(scope='module')
+def dense(trained):
   """Contents of the export of one condition: images with baked targets."""
   return _contents(trained, tasks=['shape'], bake_targets=True)
 
@@ -312,7 +304,7 @@ def _dense_model(trained):
 
 def _lowered(model, exported, name='classify'):
   params = by_path(param_shapes(model))
-  return artifact.lowered(programs.programs(model, exported, 2, 3)[name], params), params
+  return programs.programs(model, exported, 2, 3)[name].lowered(params), params
 
 
 def _operations(exported) -> collections.Counter:

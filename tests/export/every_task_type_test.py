@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 
 from tests.helpers import shipped, tiny
+from tests.helpers.shipped import assert_close
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents
-from uni_moe_jax.model import decoding
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train import run as train_run
 
-_BOUND = 1e-5  # relative, float32
 _EXAMPLES = 3
 _TRAINED = {'motion', 'package'}
 _SOME = (*_TRAINED, 'caption')
@@ -58,20 +55,6 @@ def _trained(run: train_run.Run):
   return jax.device_get(state.params)
 
 
-def _search(
-    spec: ModelSpec, params, task: TaskSpec, exported: contents.Contents, pixels: np.ndarray) -> decoding.Captions:
-  """The evaluator's search with the experts."""
-  run = jax.jit(lambda values: decoding.beam_search(
-      UniPerceiver(spec), values, task.type, pixels, exported.features[task.target_set], temperature=task.temperature,
-      spe=exported.data.tokenizer.spe, eot=exported.data.tokenizer.eot, max_len=task.max_len))
-  return jax.device_get(run(params))
-
-
-def _assert_close(actual, expected, name: str) -> None:
-  assert actual.shape == expected.shape, name
-  assert np.abs(actual - expected).max() <= _BOUND * np.abs(expected).max(), name
-
-
 @pytest.fixture(name='compile_fast')
 def _compile_fast():
   """Disables most optimizations: compilation takes longer than computation."""
@@ -101,9 +84,10 @@ def test_programs_of_every_task_type_equal_the_model_with_experts(tmp_path, rout
     assert frames == (tiny.NUM_FRAMES if task.source == 'videos' else task.type.visual), task.name
     if task.type.readout == 'queries':
       captions = model.run(task.name, 'caption', pixels=fields['pixels'])
-      want = _search(spec, params, task, exported, fields['pixels'])
+      words = exported.features[task.target_set]
+      want = shipped.search(spec, params, task, run.data.tokenizer, fields['pixels'], words)
       np.testing.assert_array_equal(captions['tokens'], want.tokens[:, 0], task.name)
-      _assert_close(np.asarray(captions['score']), np.asarray(want.scores[:, 0]), task.name)
+      assert_close(captions['score'], want.scores[:, 0], task.name)
       continue
     inputs = {name: fields[name] for name in model.manifest['tasks'][task.name]['programs']['encode']['inputs']}
     features = expected.inputs(task.type, fields)
@@ -112,12 +96,12 @@ def test_programs_of_every_task_type_equal_the_model_with_experts(tmp_path, rout
       text = model.run(task.name, 'encode_text', text=fields['target'], text_valid=fields['target_valid'])['features']
       targets = expected.pairs(task.type, fields)
       assert not fields['target_valid'].all()
-      _assert_close(np.asarray(image), np.asarray(normalize(features[:, 0])), task.name)
-      _assert_close(np.asarray(text), np.asarray(normalize(targets)), task.name)
+      assert_close(image, normalize(features[:, 0]), task.name)
+      assert_close(text, normalize(targets), task.name)
       scale = np.exp(params[f'log_scale_{task.temperature}'])
       scores = model.run(task.name, 'score', features=image, texts=text)['scores']
-      _assert_close(np.asarray(scores), scale * expected.similarities(features[:, 0], targets), task.name)
+      assert_close(scores, scale * expected.similarities(features[:, 0], targets), task.name)
     else:
       want = expected.log_probabilities(features, task)
-      log_p = np.asarray(model.run(task.name, 'classify', **inputs)['log_p'])
-      _assert_close(log_p, want if task.type.readout == 'masked' else want[:, 0], task.name)
+      log_p = model.run(task.name, 'classify', **inputs)['log_p']
+      assert_close(log_p, want if task.type.readout == 'masked' else want[:, 0], task.name)

@@ -1,13 +1,11 @@
 """Programs of every readout, and of models with routers by token, equal the model at any batch size."""
 
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.config.plan import TaskSpec
@@ -29,7 +27,6 @@ def _pixels(batch: int) -> np.ndarray:
   return np.random.default_rng(batch).integers(0, 256, (batch, 1, 8, 8, 1), dtype=np.uint8)
 
 
-@functools.cache
 def _program(spec, task: ExportedTask, name: str):
   """Inputs → outputs of a program after serialization."""
   params = by_path(small_model.params(spec))
@@ -40,79 +37,65 @@ def _program(spec, task: ExportedTask, name: str):
   return lambda **x: jax.device_get(call(params, x))
 
 
-class ReadoutTest(parameterized.TestCase):
+@pytest.mark.parametrize('task_type, head', [('text_mlm', False), ('vqa', True)])
+def test_classify_equals_the_model(task_type, head):
+  spec = small_model.spec('dense', head=5 if head else 0)
+  task, V = _task(task_type, head), 5 if head else small_model.VOCABULARY
+  fields = {'pixels': _pixels(3)} if task.type.visual else {}
+  fields |= {'text': _RNG.integers(2, small_model.VOCABULARY, (3, 4)).astype(np.int32),
+             'text_valid': np.ones((3, 4), bool),
+             'position': _RNG.integers(0, 4, (3, 1 if head else 2)).astype(np.int32)}
+  targets = _RNG.normal(size=(V, 16)).astype(np.float32)
+  log_p = _program(spec, ExportedTask(task, 1, V), 'classify')(**fields, targets=targets)['log_p']
 
-  @parameterized.parameters(('text_mlm', False), ('vqa', True))
-  def test_classify_equals_the_model(self, task_type, head):
-    spec = small_model.spec('dense', head=5 if head else 0)
-    task, V = _task(task_type, head), 5 if head else small_model.VOCABULARY
-    fields = {'pixels': _pixels(3)} if task.type.visual else {}
-    fields |= {'text': _RNG.integers(2, small_model.VOCABULARY, (3, 4)).astype(np.int32),
-               'text_valid': np.ones((3, 4), bool),
-               'position': _RNG.integers(0, 4, (3, 1 if head else 2)).astype(np.int32)}
-    targets = _RNG.normal(size=(V, 16)).astype(np.float32)
-    log_p = _program(spec, ExportedTask(task, 1, V), 'classify')(**fields, targets=targets)['log_p']
+  @small_model.jit
+  def expected(values, fields, targets):
+    def run(m):
+      sequence = batching.input_sequence(task.type, {**fields, 'id': jnp.zeros(3, jnp.uint32)})
+      features = m.features(m.encode(sequence).hidden)
+      logits = heads.logits(features, targets, m.scale('group'))
+      return jax.nn.log_softmax(m.with_head(features, logits) if head else logits)
+    return UniPerceiver(spec).apply({'params': values}, method=run)
 
-    @small_model.jit
-    def expected(values, fields, targets):
-      def run(m):
-        sequence = batching.input_sequence(task.type, {**fields, 'id': jnp.zeros(3, jnp.uint32)})
-        features = m.features(m.encode(sequence).hidden)
-        logits = heads.logits(features, targets, m.scale('group'))
-        return jax.nn.log_softmax(m.with_head(features, logits) if head else logits)
-      return UniPerceiver(spec).apply({'params': values}, method=run)
-
-    want = np.asarray(expected(small_model.params(spec), fields, targets))
-    self.assertEqual(log_p.shape, (3, V) if head else (3, 2, V))
-    np.testing.assert_allclose(log_p, want[:, 0] if head else want, rtol=1e-5, atol=1e-5)
+  want = np.asarray(expected(small_model.params(spec), fields, targets))
+  assert log_p.shape == ((3, V) if head else (3, 2, V))
+  np.testing.assert_allclose(log_p, want[:, 0] if head else want, rtol=1e-5, atol=1e-5)
 
 
-class PrecisionTest(parameterized.TestCase):
-
-  @parameterized.parameters('classify', 'caption')
-  def test_float32_products_are_full_on_every_platform(self, name):
+@pytest.mark.parametrize('dtype, name, products', [
     # By default GPUs multiply in TF32 and TPUs in bfloat16; lowering fixes the precision of a program.
-    self.assertEqual(_products(jnp.float32, name), {('f32', True)})
-
-  def test_bfloat16_programs_have_default_precision(self):
-    self.assertEqual(_products(jnp.bfloat16, 'classify'), {('bf16', False), ('f32', False)})
-
-
-def _products(dtype, name: str) -> set[tuple[str, bool]]:
-  """(dtype, whether they have the highest precision) of the products in a program."""
+    (jnp.float32, 'classify', {('f32', True)}), (jnp.float32, 'caption', {('f32', True)}),
+    (jnp.bfloat16, 'classify', {('bf16', False), ('f32', False)})])
+def test_float32_products_are_full_on_every_platform_and_bfloat16_programs_have_default_precision(
+    dtype, name, products):
   spec = small_model.spec('dense', dtype=jnp.dtype(dtype))
-  task = ExportedTask(_task('image_caption' if name == 'caption' else 'image_classification'), 1,
-                      small_model.VOCABULARY)
+  task_type = 'image_caption' if name == 'caption' else 'image_classification'
+  task = ExportedTask(_task(task_type), 1, small_model.VOCABULARY)
   program = programs.programs(UniPerceiver(spec), task, small_model.SPE, small_model.EOT)[name]
   lines = program.lowered(by_path(param_shapes(UniPerceiver(spec)))).mlir_module().splitlines()
-  products = [line for line in lines if 'stablehlo.dot_general' in line]
-  assert len(products) > 5
-  return {(re.search(r'tensor<[?\dx]*(\w+)>', line)[1], 'precision = [HIGHEST, HIGHEST]' in line) for line in products}
+  lines = [line for line in lines if 'stablehlo.dot_general' in line]
+  assert len(lines) > 5
+  assert products == {
+      (re.search(r'tensor<[?\dx]*(\w+)>', line)[1], 'precision = [HIGHEST, HIGHEST]' in line) for line in lines}
 
 
-class TokenRouterTest(parameterized.TestCase):
-
-  @parameterized.parameters('token', 'context')
-  def test_decoding_lowers_for_every_platform(self, router):
-    spec = small_model.spec(router, gmm='tiled')
-    by_name = programs.programs(UniPerceiver(spec), ExportedTask(_task('image_caption'), 1, 23), small_model.SPE,
-                                small_model.EOT)
-    self.assertEqual(by_name['step'].lowered(by_path(small_model.params(spec))).platforms, programs.PLATFORMS)
-
-  @pytest.mark.slow
-  def test_captions_of_a_context_model_equal_the_model_at_any_batch_size(self):
-    spec, task = small_model.spec('context', gmm='tiled'), _task('image_caption')
-    words = heads.normalize(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
-    call = _program(spec, ExportedTask(task, 1, small_model.VOCABULARY, beam_size=2), 'caption')
-    run = small_model.jit(lambda values, pixels: decoding.beam_search(
-        UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE,
-        eot=small_model.EOT, max_len=4, beam_size=2))
-    want = jax.device_get(run(small_model.params(spec), _pixels(3)))
-    captions = call(pixels=_pixels(3), targets=words)
-    np.testing.assert_array_equal(captions['tokens'], want.tokens[:, 0])
-    np.testing.assert_allclose(captions['score'], want.scores[:, 0], rtol=1e-5)
-    np.testing.assert_array_equal(call(pixels=_pixels(3)[:1], targets=words)['tokens'], captions['tokens'][:1])
+@pytest.mark.parametrize('router', ['token', 'context'])
+def test_decoding_of_routers_by_token_lowers_for_every_platform(router):
+  spec, task = small_model.spec(router, gmm='tiled'), ExportedTask(_task('image_caption'), 1, 23)
+  step = programs.programs(UniPerceiver(spec), task, small_model.SPE, small_model.EOT)['step']
+  assert step.lowered(by_path(small_model.params(spec))).platforms == programs.PLATFORMS
 
 
-if __name__ == '__main__':
-  absltest.main()
+@pytest.mark.slow
+def test_captions_of_a_context_model_equal_the_model_at_any_batch_size():
+  spec, task = small_model.spec('context', gmm='tiled'), _task('image_caption')
+  words = heads.normalize(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
+  call = _program(spec, ExportedTask(task, 1, small_model.VOCABULARY, beam_size=2), 'caption')
+  run = small_model.jit(lambda values, pixels: decoding.beam_search(
+      UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE,
+      eot=small_model.EOT, max_len=4, beam_size=2))
+  want = jax.device_get(run(small_model.params(spec), _pixels(3)))
+  captions = call(pixels=_pixels(3), targets=words)
+  np.testing.assert_array_equal(captions['tokens'], want.tokens[:, 0])
+  np.testing.assert_allclose(captions['score'], want.scores[:, 0], rtol=1e-5)
+  np.testing.assert_array_equal(call(pixels=_pixels(3)[:1], targets=words)['tokens'], captions['tokens'][:1])

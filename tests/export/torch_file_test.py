@@ -4,6 +4,7 @@ import collections
 import os
 import pickle
 
+import chex
 import numpy as np
 import pytest
 import torch
@@ -23,12 +24,6 @@ def _save(path, state, wrap=lambda tensors: {'model': tensors}):
   return path
 
 
-def _equal(a, b):
-  assert set(a) == set(b)
-  for key in a:
-    np.testing.assert_array_equal(a[key], b[key], key)
-
-
 @pytest.mark.parametrize('wrap', [
     lambda t: {'model': t, 'iteration': 7, 'optimizer': {'state': {}, 'param_groups': [{'lr': .1}]}},
     lambda t: {'module': t, 'global_steps': 3},
@@ -38,14 +33,14 @@ def _equal(a, b):
 def test_each_layout_gives_the_same_arrays(tmp_path, wrap):
   state = _state()
   arrays, remarks = torch_file.read(_save(tmp_path / 'a.pth', state, wrap))
-  _equal(arrays, state)
+  chex.assert_trees_all_equal(arrays, state)
   assert not remarks
 
 
 def test_a_written_file_is_read_back_unchanged(tmp_path):
   state = _state()
   torch_file.write(tmp_path / 'new' / 'a.pth', state)
-  _equal(torch_file.read(tmp_path / 'new' / 'a.pth')[0], state)
+  chex.assert_trees_all_equal(torch_file.read(tmp_path / 'new' / 'a.pth')[0], state)
   assert os.listdir(tmp_path / 'new') == ['a.pth']
   assert set(torch.load(tmp_path / 'new' / 'a.pth', weights_only=True)) == {'model'}
 
@@ -82,42 +77,36 @@ def test_older_names_are_renamed_in_models_with_and_without_experts(tmp_path, ro
   assert not set(_aged(state)) & {k for k in state if k.startswith(('fused', 'loss'))}
   arrays, remarks = torch_file.read(_save(tmp_path / 'a.pt', _aged(state), lambda t: {'module': t}))
   # The visual type was added to the bias.
-  _equal(arrays, {k: v for k, v in state.items() if k != 'video_embed.embeddings_type.weight'})
+  chex.assert_trees_all_equal(arrays, {k: v for k, v in state.items() if k != 'video_embed.embeddings_type.weight'})
   assert 'dropped' in remarks['visual_embed.weight']
 
 
+@pytest.mark.parametrize('older', [False, True])
 @pytest.mark.parametrize('keep', [False, True])
-def test_the_visual_type_of_older_files_is_added_to_the_bias(tmp_path, keep):
-  state = _state()
-  state['video_embed.embeddings_type.weight'] = np.full((1, 16), .5, np.float32)
-  arrays, _ = torch_file.read(_save(tmp_path / 'a.pt', _aged(state)), keep_visual_type=keep)
-  np.testing.assert_allclose(arrays['video_embed.embeddings.bias'],
-                             state['video_embed.embeddings.bias'] + (0 if keep else .5))
-  assert ('video_embed.embeddings_type.weight' in arrays) == keep
-
-
-def test_files_of_current_code_keep_their_bias(tmp_path):
-  state = _state()
-  state['video_embed.embeddings_type.weight'] = np.full((1, 16), .5, np.float32)
-  arrays, _ = torch_file.read(_save(tmp_path / 'a.pt', state))
-  np.testing.assert_array_equal(arrays['video_embed.embeddings.bias'], state['video_embed.embeddings.bias'])
+def test_the_visual_type_of_older_files_alone_is_added_to_the_bias(tmp_path, older, keep):
+  state = _state() | {'video_embed.embeddings_type.weight': np.full((1, 16), .5, np.float32)}
+  arrays, _ = torch_file.read(_save(tmp_path / 'a.pt', _aged(state) if older else state), keep_visual_type=keep)
+  added = older and not keep
+  bias = state['video_embed.embeddings.bias']
+  np.testing.assert_array_equal(arrays['video_embed.embeddings.bias'], bias + .5 if added else bias)
+  assert ('video_embed.embeddings_type.weight' in arrays) != added
 
 
 class _Bomb:
-  """Unpickling this without restrictions makes a file."""
+  """Unpickling this without restrictions calls a function, such as one that makes a file."""
 
-  def __init__(self, path):
-    self.path = path
+  def __init__(self, function, *args):
+    self.call = function, args
 
   def __reduce__(self):
-    return open, (self.path, 'w')
+    return self.call
 
 
 @pytest.mark.parametrize('zipped', [True, False])
 def test_a_file_with_code_is_refused_by_name_and_not_executed(tmp_path, zipped):
   mark = tmp_path / 'executed'
-  torch.save({'model': {'a': torch.ones(2)}, 'args': _Bomb(str(mark))}, tmp_path / 'a.pth',
-             _use_new_zipfile_serialization=zipped)
+  contents = {'model': {'a': torch.ones(2)}, 'args': _Bomb(open, str(mark), 'w')}
+  torch.save(contents, tmp_path / 'a.pth', _use_new_zipfile_serialization=zipped)
   with pytest.raises(LayoutError, match=r'needs .*open.*, which could execute code: refused, and nothing was executed'):
     torch_file.read(tmp_path / 'a.pth')
   assert not mark.exists()
@@ -125,15 +114,9 @@ def test_a_file_with_code_is_refused_by_name_and_not_executed(tmp_path, zipped):
   assert mark.exists()  # it would have been
 
 
-class _Other(_Bomb):
-
-  def __reduce__(self):
-    return os.mkdir, (self.path,)
-
-
 def test_an_older_file_with_two_calls_names_both(tmp_path):
-  torch.save({'model': {'a': torch.ones(2)}, 'x': _Bomb(str(tmp_path / 'x')), 'y': _Other(str(tmp_path / 'y'))},
-             tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
+  calls = {'x': _Bomb(open, str(tmp_path / 'x'), 'w'), 'y': _Bomb(os.mkdir, str(tmp_path / 'y'))}
+  torch.save({'model': {'a': torch.ones(2)}, **calls}, tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
   with pytest.raises(LayoutError, match=r'needs .*open, posix\.mkdir, which could execute code'):
     torch_file.read(tmp_path / 'a.pth')
   assert not (tmp_path / 'x').exists() and not (tmp_path / 'y').exists()
@@ -155,7 +138,7 @@ def test_an_output_that_cannot_be_written_is_named_and_leaves_no_file(tmp_path, 
 
 def test_a_plain_pickle_with_code_is_refused_and_not_executed(tmp_path):
   mark = tmp_path / 'executed'
-  (tmp_path / 'a.pth').write_bytes(pickle.dumps(_Bomb(str(mark))))
+  (tmp_path / 'a.pth').write_bytes(pickle.dumps(_Bomb(open, str(mark), 'w')))
   with pytest.raises(LayoutError):
     torch_file.read(tmp_path / 'a.pth')
   assert not mark.exists()

@@ -1,8 +1,15 @@
-"""The modules in an exported folder."""
+"""The modules in an exported folder, and the model with experts that they are compared with."""
 
 import importlib.util
 import pathlib
 import types
+
+import jax
+import numpy as np
+
+from tests.helpers import small_model
+from uni_moe_jax.model import decoding
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 BATCHES = (1, 3, 64)
 
@@ -48,3 +55,18 @@ def module(folder: pathlib.Path, name: str = 'load') -> types.ModuleType:
   loaded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(loaded)
   return loaded
+
+
+def search(spec, params, task, tokenizer, pixels, words, **options) -> decoding.Captions:
+  """Captions by the evaluator's search; words: features of their target set."""
+  run = small_model.jit(lambda values: decoding.beam_search(
+      UniPerceiver(spec), values, task.type, pixels, words, temperature=task.temperature, spe=tokenizer.spe,
+      eot=tokenizer.eot, max_len=task.max_len, **options))
+  return jax.device_get(run(params))
+
+
+def assert_close(actual, expected, name: str = '') -> None:
+  """Numbers are equal up to 1e-5 of the largest."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.shape == expected.shape, name
+  assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max(), name

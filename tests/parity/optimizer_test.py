@@ -117,7 +117,7 @@ _ALIASES = ('video_embed.embeddings_norm.weight', 'video_embed.embeddings_norm.b
 def _compare_groups(entry, spec, rules) -> None:
   """Learning rate and weight decay of every published parameter that our tree has."""
   flat = by_path(rules)
-  path_of = {e.key: '/'.join(e.path) for e in torch_layout.entries(spec.model.spec)}
+  path_of = {e.key: e.path for e in torch_layout.entries(spec.model.spec)}
   theirs = {g['name']: g for g in _groups(entry)}
   for key, path in path_of.items():
     if flat[path].frozen:

@@ -22,6 +22,7 @@ from sklearn.metrics import pairwise
 from uni_moe_jax.eval import metrics
 from uni_moe_jax.utils.errors import UsageError
 
+_FITTED_TEXTS, _FITTED_VIDEOS = 20_000, 6_000  # at most this many train examples are fitted
 _ITERATIONS = 100  # of a logistic regression: a baseline must not take longer than the evaluation
 _FRAME_SIDE = 16  # frames are averaged down to about this side before the logistic regression
 
@@ -92,22 +93,18 @@ def nearest_neighbor(
   return kept[pairwise.pairwise_distances_argmin(flat(test), flat(train[kept]))]
 
 
-def name_similarity(neighbor_names: Sequence[str], candidate_names: Sequence[str], seed: int = 0) -> np.ndarray:
+def name_similarity(neighbor_names: Sequence[str], candidate_names: Sequence[str]) -> np.ndarray:
   """Returns the word F1 of each neighbor's name with each candidate, float64 [Q, V].
 
   With `metrics.recall_at_k` this is the nearest-neighbor baseline of retrieval (transposed for the other direction) and
   of zero-shot naming. Equal F1 values are common, and counting ties against a baseline would flatter the model, so they
-  are broken by noise, drawn with `seed`, far below any difference in F1.
-
-  Args:
-    neighbor_names: Q texts, the names of the nearest train images.
-    candidate_names: V texts to choose among.
+  are broken by seeded noise far below any difference in F1.
   """
   bags = text.CountVectorizer(analyzer=_numbered_words).fit_transform([*neighbor_names, *candidate_names])
   left, right = bags[:len(neighbor_names)], bags[len(neighbor_names):]
   lengths = np.asarray(left.sum(axis=1) + right.sum(axis=1).T)
   f1 = 2 * (left @ right.T).toarray() / np.maximum(lengths, 1)
-  return f1 + np.random.default_rng(seed).uniform(0, 1e-7, f1.shape)
+  return f1 + np.random.default_rng(0).uniform(0, 1e-7, f1.shape)
 
 
 def _numbered_words(name: str) -> list[tuple[str, int]]:
@@ -117,8 +114,7 @@ def _numbered_words(name: str) -> list[tuple[str, int]]:
 
 
 def tfidf_logistic(
-    train_texts: Sequence[np.ndarray], train_labels: np.ndarray, test_texts: Sequence[np.ndarray], limit: int = 20_000,
-    seed: int = 0) -> np.ndarray:
+    train_texts: Sequence[np.ndarray], train_labels: np.ndarray, test_texts: Sequence[np.ndarray]) -> np.ndarray:
   """Returns labels [Q] predicted by tf-idf of words and word pairs and a logistic regression.
 
   Args:
@@ -126,7 +122,6 @@ def tfidf_logistic(
       cosine are features too, as two linear halves cannot see agreement.
     train_labels: int or string [N].
     test_texts: as many columns [Q].
-    limit: at most this many train rows, drawn with `seed`, are fitted.
 
   Raises:
     UsageError: not one or two columns, or not as many of each.
@@ -134,7 +129,7 @@ def tfidf_logistic(
   if len(train_texts) not in (1, 2) or len(train_texts) != len(test_texts):
     raise UsageError(f'{len(train_texts)} train and {len(test_texts)} test text columns: there must be one of each, or '
                      'two of each.')
-  kept = subset(len(train_labels), limit, seed)
+  kept = subset(len(train_labels), _FITTED_TEXTS)
   train_texts = [np.asarray(column)[kept] for column in train_texts]
   vectorizer = text.TfidfVectorizer(
       sublinear_tf=True, ngram_range=(1, 2), token_pattern=r'\w+', max_features=20_000,
@@ -153,8 +148,7 @@ def tfidf_logistic(
 
 
 def frame_logistic(
-    train_videos: np.ndarray, train_labels: np.ndarray, test_videos: np.ndarray, frames: str = 'all',
-    limit: int = 6_000, seed: int = 0) -> np.ndarray:
+    train_videos: np.ndarray, train_labels: np.ndarray, test_videos: np.ndarray, frames: str) -> np.ndarray:
   """Returns labels [Q] predicted by a logistic regression on the pixels of videos.
 
   The middle frame shows what can be known without motion; all frames, what can be known from pixels alone.
@@ -163,15 +157,11 @@ def frame_logistic(
     train_videos: uint8 [N, T, H, W] or [N, T, H, W, 3].
     train_labels: int or string [N].
     test_videos: uint8 [Q, T, ...] with the same trailing axes.
-    frames: 'all' or 'middle'.
-    limit: at most this many train videos, drawn with `seed`, are fitted.
-
-  Raises:
-    UsageError: `frames` is another word.
+    frames: 'all' or 'middle'; another word raises UsageError.
   """
   if frames not in ('all', 'middle'):
     raise UsageError(f"frames is {frames!r}; it must be 'all' or 'middle'.")
-  kept = subset(len(train_videos), limit, seed)
+  kept = subset(len(train_videos), _FITTED_VIDEOS)
   scaler = preprocessing.StandardScaler(with_std=False)
   train = scaler.fit_transform(_frame_features(np.asarray(train_videos)[kept], frames))
   test = scaler.transform(_frame_features(np.asarray(test_videos), frames))
@@ -200,7 +190,7 @@ def _logistic(
     return model.fit(train, labels).predict(test)
 
 
-def subset(count: int, limit: int, seed: int) -> np.ndarray:
+def subset(count: int, limit: int, seed: int = 0) -> np.ndarray:
   """Returns range(count), or `limit` of these, drawn with `seed`, in order."""
   if count <= limit:
     return np.arange(count)

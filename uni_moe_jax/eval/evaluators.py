@@ -32,28 +32,16 @@ _NEAREST, _NEAREST_NAME = 'nearest neighbor', "nearest neighbor's name"
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-  """What an evaluator works with.
-
-  Attributes:
-    evaluation: its config entry.
-    predictor: the model.
-    examples: of the evaluated split, built for evaluation (first phrase, every masked position replaced).
-    evaluated, trained: records of the evaluated split and of the task's training split. Baselines need the latter;
-      records in files have baselines only where labels are known without reading them.
-    names: first name of each entry of the task's target set ('' for the vocabulary).
-    keys: the records' names for these entries.
-    tokenizer: of the run.
-    samples: collects some predictions for the report.
-  """
+  """What an evaluator works with. Records in files have baselines only where labels are known without reading them."""
   evaluation: Evaluation
   predictor: Predictor
-  examples: examples_lib.Examples
+  examples: examples_lib.Examples  # built for evaluation (first phrase, every masked position replaced)
   evaluated: Records | FileDataset
-  trained: Records | FileDataset
-  names: tuple[str, ...]
-  keys: tuple[str, ...]
+  trained: Records | FileDataset  # of the task's training split, for baselines
+  names: tuple[str, ...]  # first name of each entry of the task's target set ('' for the vocabulary)
+  keys: tuple[str, ...]  # the records' names for these entries
   tokenizer: Tokenizer
-  samples: Samples
+  samples: Samples  # collects some predictions for the report
 
   @property
   def task(self):

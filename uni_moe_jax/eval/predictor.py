@@ -4,7 +4,6 @@ On a mesh every batch shard computes its examples. All processes make the same c
 """
 
 import functools
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +30,16 @@ class Predictor:
   """
 
   def __init__(self, model: UniPerceiver, params, sets: dict[str, tuple[SetSpec, TargetSet]], tokenizer: Tokenizer):
-    """model, params: the model and its parameters, on its mesh. sets: every target set in use, by name."""
+    """model, params: on the model's mesh. sets: every target set in use, by name."""
     self._model, self._params, self._sets, self._tokenizer = model, params, sets, tokenizer
     self._features: dict[str, jax.Array] = {}
     self._tries: dict[str, Trie] = {}
 
   def inputs(self, task_type: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, R, D] of the readout of a task type's input, not normalized."""
-    return np.asarray(encode(self._model, self._params, batching.input_sequence(task_type, _without_targets(fields))))
+    # Labels and paired texts are left out, so that each task type compiles once.
+    fields = {k: v for k, v in fields.items() if k in INPUTS}
+    return np.asarray(encode(self._model, self._params, batching.input_sequence(task_type, fields)))
 
   def pairs(self, task_type: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, D] of the paired texts, not normalized."""
@@ -95,15 +96,9 @@ def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence,
   if spec.is_vocabulary:
     words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))
     return tuple(batching.vocabulary_sequence(spec.name, spec.condition, ids, eot) for ids in words)
-  return batching.set_sequences(
-      spec.name, spec.condition, tuple(_all_texts(b) for b in target.buckets), target.order, spec.label_prompts)
-
-
-def _all_texts(bucket: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A bucket with every synonym as a row of its own."""
-  if 'count' not in bucket:
-    return bucket
-  return {k: bucket[k].reshape(-1, bucket[k].shape[-1]) for k in ('text', 'valid')}
+  # Every synonym is a row of its own.
+  texts = tuple({k: b[k].reshape(-1, b[k].shape[-1]) for k in ('text', 'valid')} for b in target.buckets)
+  return batching.set_sequences(spec.name, spec.condition, texts, target.order, spec.label_prompts)
 
 
 def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Array | np.ndarray:
@@ -113,11 +108,6 @@ def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Ar
   n, Y = bucket['text'].shape[:2]
   weight = jnp.asarray(np.arange(Y)[None] < bucket['count'][:, None], rows.dtype) / bucket['count'][:, None]
   return jnp.einsum('nyd,ny->nd', normalize(rows).reshape(n, Y, -1), weight)
-
-
-def _without_targets(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Drops labels and paired texts, which are not inputs, so that each task type compiles once."""
-  return {k: v for k, v in fields.items() if k in INPUTS}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -143,8 +133,3 @@ def _captions(
     model: UniPerceiver, task_type: TaskType, options: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
   tokens = decoding.beam_search(model, params, task_type, pixels, words, trie=trie, **dict(options)).tokens[:, 0]
   return sharding.replicate(tokens, model.mesh)
-
-
-def seed_of(name: str) -> int:
-  """Seed of an evaluator's subset, fixed by its name: every model gets the same examples."""
-  return zlib.crc32(name.encode())

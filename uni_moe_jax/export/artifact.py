@@ -12,7 +12,6 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
@@ -22,7 +21,7 @@ from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.export import description, model_card, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
-from uni_moe_jax.export.programs import Program, programs
+from uni_moe_jax.export.programs import programs
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
@@ -63,7 +62,7 @@ def write(
     for source, name in _SHIPPED.items():
       (staging / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
     manifest = description.manifest(contents, files, tokenizer, provenance)
-    manifest |= {'files': sorted([_CARD, *_checksums(staging)])}
+    manifest['files'] = sorted([_CARD, *_checksums(staging)])
     (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     (staging / _CARD).write_text(model_card.card(manifest, evaluation, _checksums(staging)))
     (staging / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _checksums(staging).items()))
@@ -94,36 +93,20 @@ def _write_programs(folder: pathlib.Path, contents: Contents) -> dict[str, dict[
   params, files, result = by_path(contents.params), {}, {}
   for exported in contents.tasks:
     task = exported.task.name
-    result[task] = {}
+    entries = result[task] = {}
     for name, program in programs(model, exported, tokenizer.spe, tokenizer.eot).items():
-      data = bytes(lowered(program, params).serialize())
-      digest = hashlib.sha256(data).hexdigest()
-      if digest not in files:
-        files[digest] = f'programs/{task}.{name}.stablehlo'
-        (folder / files[digest]).write_bytes(data)
-      result[task][name] = {'file': files[digest], 'inputs': _input_types(program)}
+      data = bytes(program.lowered(params).serialize())
+      file = files.setdefault(hashlib.sha256(data).digest(), f'programs/{task}.{name}.stablehlo')
+      (folder / file).write_bytes(data)
+      entries[name] = {'file': file, 'inputs': {k: _type_of(k, x) for k, x in program.inputs.items()}}
   return result
 
 
-def lowered(program: Program, params: dict[str, Any]) -> jax.export.Exported:
-  """Lowers a program for every platform, without source locations.
-
-  Locations name folders of the exporting machine and would make equal programs differ.
-  """
-  before = jax.config.jax_traceback_in_locations_limit
-  jax.config.update('jax_traceback_in_locations_limit', 0)
-  try:
-    return program.lowered(params)
-  finally:
-    jax.config.update('jax_traceback_in_locations_limit', before)
-
-
-def _input_types(program: Program) -> dict[str, str]:
-  """{input: 'uint8[b, 1, 32, 32, 3]'}"""
-  def type_of(x):
-    return f'{np.dtype(x.dtype).name}[{", ".join(map(str, x.shape))}]'
-  return {name: 'the cache that prefill or the previous step returned' if name == 'cache' else type_of(x)
-          for name, x in program.inputs.items()}
+def _type_of(name: str, x: Any) -> str:
+  """'uint8[b, 1, 32, 32, 3]'"""
+  if name == 'cache':
+    return 'the cache that prefill or the previous step returned'
+  return f'{np.dtype(x.dtype).name}[{", ".join(map(str, x.shape))}]'
 
 
 def _write_parameters(folder: pathlib.Path, params: Any) -> None:

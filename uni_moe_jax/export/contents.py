@@ -21,33 +21,22 @@ from uni_moe_jax.moe import routers
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
+Sets = dict[str, tuple[SetSpec, TargetSet]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-  """An exported model and its data.
-
-  Attributes:
-    spec: of the exported model; a router by token remains in it.
-    params: of the exported model.
-    tasks: exported tasks.
-    target_sets: target sets of the tasks.
-    features: normalized features of their entries by the trained model, f32 [V, D] each.
-    data: of the run: its tokenizer, its fingerprint.
-    examples: inputs of some examples per task.
-    answers: predictions for the examples as strings.
-    trained: spec of the model as it was trained.
-    evaluators: the run's evaluators of the tasks.
-  """
-  spec: ModelSpec
+  """An exported model and its data."""
+  spec: ModelSpec  # of the exported model; a router by token remains in it
   params: Any
   tasks: tuple[ExportedTask, ...]
-  target_sets: dict[str, tuple[SetSpec, TargetSet]]
-  features: dict[str, np.ndarray]
-  data: Data
-  examples: dict[str, dict[str, np.ndarray]]
-  answers: dict[str, list[str]]
-  trained: ModelSpec
-  evaluators: tuple[Evaluation, ...]
+  target_sets: Sets  # of the tasks
+  features: dict[str, np.ndarray]  # of their entries by the trained model, normalized, f32 [V, D] each
+  data: Data  # of the run
+  examples: dict[str, dict[str, np.ndarray]]  # inputs of some examples per task
+  answers: dict[str, list[str]]  # predictions for the examples
+  trained: ModelSpec  # of the model as it was trained
+  evaluators: tuple[Evaluation, ...]  # of the tasks
 
   def summary(self) -> str:
     """One line for the terminal."""
@@ -72,7 +61,7 @@ def make_contents(
     bake_targets: only the entries of target sets can be answers, so no program encodes other texts and no kernel serves
       them.
     dtype: of matrix products; None: that of training. Parameters stay float32.
-    num_examples: examples per task.
+    num_examples: per task.
 
   Raises:
     UsageError: the run has no task of that name.
@@ -86,20 +75,21 @@ def make_contents(
   by_name = {s.name: (s, data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets)}
   exported = tuple(_exported_task(t, plan, data, by_name, bake_targets) for t in chosen)
   sets = {t.target_set: by_name[t.target_set] for t in chosen if t.target_set}
-  examples = {t.name: _inputs(t, plan, data, num_examples) for t in chosen if num_examples and t.type.target != 'pair'}
+  examples, answers = {}, {}
   with jax.default_matmul_precision(FULL_PRECISION):
     predictor = Predictor(UniPerceiver(portable_spec), params, sets, data.tokenizer)
     features = {name: np.asarray(predictor.target_set(name)) for name in sets}
-    answers = {e.task.name: _answers(predictor, e, sets, examples[e.task.name])
-               for e in exported if e.task.name in examples}
+    for e in exported:
+      # Pairs have no answers, and single words have no names.
+      if num_examples and e.task.target_set and (e.task.type.readout == 'queries' or sets[e.task.target_set][1].names):
+        examples[e.task.name] = _inputs(e.task, plan, data, num_examples)
+        answers[e.task.name] = _answers(predictor, e, sets, examples[e.task.name])
     if routers.routes_tokens(spec.router):
       exported_spec, exported_params = portable_spec, params
     else:
       conditions = tuple(dict.fromkeys(c for e in exported for c in e.conditions))
       exported_spec, exported_params = merged(portable_spec, params, conditions)
-  answers = {name: strings for name, strings in answers.items() if strings is not None}
   evaluators = tuple(e for e in plan.evaluations if e.task in chosen)
-  examples = {name: examples[name] for name in answers}
   return Contents(
       exported_spec, exported_params, exported, sets, features, data, examples, answers, trained=spec,
       evaluators=evaluators)
@@ -110,9 +100,7 @@ def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
   return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, gmm='tiled')
 
 
-def _exported_task(
-    task: TaskSpec, plan: Plan, data: Data, sets: dict[str, tuple[SetSpec, TargetSet]],
-    bake_targets: bool) -> ExportedTask:
+def _exported_task(task: TaskSpec, plan: Plan, data: Data, sets: Sets, bake_targets: bool) -> ExportedTask:
   text_condition, set_size = None, 0
   if task.type.target == 'pair':
     text_condition = task.type.pair_condition
@@ -138,16 +126,11 @@ def _inputs(task: TaskSpec, plan: Plan, data: Data, num_examples: int) -> dict[s
   return {name: fields[name] for name in names if name in fields and name != 'id'}
 
 
-def _answers(
-    predictor: Predictor, exported: ExportedTask, sets: dict[str, tuple[SetSpec, TargetSet]],
-    fields: dict[str, np.ndarray]) -> list[str] | None:
-  """Captions or the most likely entries as strings; None if the entries have no names (single words)."""
+def _answers(predictor: Predictor, exported: ExportedTask, sets: Sets, fields: dict[str, np.ndarray]) -> list[str]:
+  """Captions or the most likely entries as strings."""
   task = exported.task
   if task.type.readout == 'queries':
     return predictor.captions(task, fields['pixels'], exported.beam_size, exported.length_penalty)
-  names = sets[task.target_set][1].names
-  if not names:
-    return None
   ids = {'id': np.zeros(len(next(iter(fields.values()))), np.uint32)}
   best = predictor.log_probabilities(predictor.inputs(task.type, {**fields, **ids}), task)[:, 0].argmax(-1)
-  return [names[i] for i in best]
+  return [sets[task.target_set][1].names[i] for i in best]

@@ -29,11 +29,17 @@ def manifest(
     tokenizer: entry for `texts.py`.
     provenance: origin of the parameters.
   """
+  spec, trained = contents.spec, contents.trained
+  model = {**dataclasses.asdict(spec), 'dtype': np.dtype(spec.dtype).name,
+           'kernels': {router_input_name(condition): kernel for condition, kernel in spec.kernels},
+           'parameters': sum(np.size(x) for x in jax.tree.leaves(contents.params))}
+  moe_layers = [i for i, sublayers in enumerate(trained.pattern) if sublayers]
   return {
       'format': loader.FORMAT,
-      'model': _model(contents.spec, contents.params),
-      'trained': _trained(contents.trained),
-      'tasks': {e.task.name: _task(e, files[e.task.name], contents.spec) for e in contents.tasks},
+      'model': {name: x for name, x in model.items() if spec.router != routers.DENSE or name not in _EXPERT_FIELDS},
+      'trained': {'dtype': np.dtype(trained.dtype).name, 'router': trained.router, 'moe_layers': moe_layers,
+                  **({name: getattr(trained, name) for name in _EXPERTS} if moe_layers else {})},
+      'tasks': {e.task.name: _task(e, files[e.task.name], spec) for e in contents.tasks},
       'target_sets': {name: {'size': target.size, 'texts': list(target.names), 'condition': str(s.condition)}
                       for name, (s, target) in contents.target_sets.items()},
       'evaluators': {e.name: {'task': e.task.name, **{field: getattr(e, field) for field in _PROTOCOL}}
@@ -42,20 +48,6 @@ def manifest(
       'examples': contents.answers,
       'provenance': {**provenance, 'jax': jax.__version__},
   }
-
-
-def _model(spec: ModelSpec, params: Any) -> dict[str, Any]:
-  fields = {**dataclasses.asdict(spec), 'dtype': np.dtype(spec.dtype).name,
-            'kernels': {router_input_name(condition): kernel for condition, kernel in spec.kernels},
-            'parameters': sum(np.size(x) for x in jax.tree.leaves(params))}
-  return {name: x for name, x in fields.items() if spec.router != routers.DENSE or name not in _EXPERT_FIELDS}
-
-
-def _trained(spec: ModelSpec) -> dict[str, Any]:
-  """Facts of the trained model; `moe_layers` are the layers with experts."""
-  moe_layers = [i for i, sublayers in enumerate(spec.pattern) if sublayers]
-  return {'dtype': np.dtype(spec.dtype).name, 'router': spec.router, 'moe_layers': moe_layers,
-          **({name: getattr(spec, name) for name in _EXPERTS} if moe_layers else {})}
 
 
 def _task(exported: ExportedTask, files: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:

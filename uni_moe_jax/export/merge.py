@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from uni_moe_jax.export.programs import FULL_PRECISION
 from uni_moe_jax.model import merging, router_outputs
@@ -37,7 +38,7 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
   if not conditions:
     raise UsageError('merging needs at least one condition; choose at least one task.')
   inputs = routers.distinct_inputs(spec.router, conditions)
-  kernel, chosen = _groups(router_outputs.coefficients(spec, params, inputs), len(inputs))
+  kernel, chosen = _group(router_outputs.coefficients(spec, params, inputs), len(inputs))
   float32 = dataclasses.replace(spec, dtype=jnp.float32)
   with jax.default_matmul_precision(FULL_PRECISION):
     params = jax.device_get(merging.merge_params(float32, params, tuple(inputs[i] for i in chosen)))
@@ -45,38 +46,31 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
     kernels = tuple(zip(inputs, kernel))
     return dataclasses.replace(spec, num_experts=len(chosen), router_names=(), kernels=kernels), params
   new = dataclasses.replace(spec, router=routers.DENSE, router_names=(), kernels=())
-  layers = [_dense(router_outputs.layer_params(spec, params, i), sublayers) for i, sublayers in enumerate(spec.pattern)]
-  return new, {**params, 'encoder': _stacked(layers, new.stack)}
+  return new, {**params, 'encoder': _dense_encoder(spec, params, new.stack)}
 
 
-def _groups(coefficients: dict[int, dict[str, np.ndarray]], num_conditions: int) -> tuple[list[int], list[int]]:
+def _group(coefficients: dict[int, dict[str, np.ndarray]], num_conditions: int) -> tuple[list[int], list[int]]:
   """(kernel of every condition, first condition of every kernel): conditions with equal coefficients share a kernel.
 
   They must be equal in every router: layers are stacked, so all of them have the same number of kernels.
   """
-  numbers: dict[bytes, int] = {}
-  kernel, chosen = [], []
-  for i in range(num_conditions):
-    key = b''.join(coef[i].tobytes() for sublayers in coefficients.values() for coef in sublayers.values())
-    if key not in numbers:
-      numbers[key] = len(numbers)
-      chosen.append(i)
-    kernel.append(numbers[key])
-  return kernel, chosen
+  keys = [b''.join(coef[i].tobytes() for sublayers in coefficients.values() for coef in sublayers.values())
+          for i in range(num_conditions)]
+  distinct = list(dict.fromkeys(keys))
+  return [distinct.index(key) for key in keys], [keys.index(key) for key in distinct]
 
 
-def _dense(tree: Any, sublayers: tuple[str, ...]) -> Any:
-  """A layer's parameters without the axis of the only kernel."""
-  return {name: jax.tree.map(lambda x: x[0], sub) if PROJECTIONS.get(name) in sublayers else sub
-          for name, sub in tree.items()}
+def _dense_encoder(spec: ModelSpec, params: Any, stack: Stack) -> Any:
+  """Layers without the axis of their only kernel, stacked anew.
 
-
-def _stacked(layers: list[Any], stack: Stack) -> Any:
-  """Layers stacked as in an encoder. A dense model has shorter periods than one with experts in every other layer."""
-  trees: dict[str, dict[str, list[Any]]] = {}
-  for i, layer in enumerate(layers):
+  A dense model has shorter periods than one with experts in every other layer.
+  """
+  blocks: dict[tuple[str, str], list[Any]] = {}
+  for i, sublayers in enumerate(spec.pattern):
     subtree, _, block = stack.locate(i)
-    trees.setdefault(subtree, {}).setdefault(block, []).append(layer)
-  stacked = lambda blocks: jax.tree.map(lambda *x: np.stack(x), *blocks)
-  return {subtree: {name: stacked(blocks) if subtree == 'blocks' else blocks[0] for name, blocks in named.items()}
-          for subtree, named in trees.items()}
+    layer = {name: jax.tree.map(lambda x: x[0], sub) if PROJECTIONS.get(name) in sublayers else sub
+             for name, sub in router_outputs.layer_params(spec, params, i).items()}
+    blocks.setdefault((subtree, block), []).append(layer)
+  return traverse_util.unflatten_dict({
+      path: jax.tree.map(lambda *x: np.stack(x), *layers) if path[0] == 'blocks' else layers[0]
+      for path, layers in blocks.items()})

@@ -11,7 +11,7 @@ _EXPERTS = {
     'never': 'A dense model: it never had experts.',
     'dense': 'Its experts are merged permanently: the result is a plain dense model without routers and experts.',
     'kernels': 'Its experts are merged permanently: it has no routers and no experts. A projection that had experts '
-               'has {n} kernels; conditions with equal routing coefficients share one. The programs fix which kernel a '
+               'has {num_experts} kernels; conditions with equal routing coefficients share one. The programs fix which kernel a '
                'condition uses ("conditions" below).',
     'router': 'Its router ({router}) is by token, so its experts cannot be merged: **router and experts are part of '
               'these programs**, and a token costs as much as in training.',
@@ -90,19 +90,14 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
 
 
 def _architecture(model: dict[str, Any], trained: dict[str, Any]) -> str:
-  if not trained['moe_layers']:
+  moe_layers, router = trained['moe_layers'], model['router']
+  if not moe_layers:
     return _EXPERTS['never']
-  if routers.routes_tokens(model['router']):
-    experts = _EXPERTS['router'].format(router=model['router'])
-  else:
-    name = 'dense' if model['router'] == routers.DENSE else 'kernels'
-    experts = _EXPERTS[name].format(n=model.get('num_experts'))
-  if len(trained['moe_layers']) == model['num_layers']:
-    layers = 'all layers'
-  else:
-    layers = f'layers {", ".join(map(str, trained["moe_layers"]))} (of 0…{model["num_layers"] - 1})'
+  name = 'router' if routers.routes_tokens(router) else 'dense' if router == routers.DENSE else 'kernels'
+  layers = f'layers {", ".join(map(str, moe_layers))} (of 0…{model["num_layers"] - 1})'
   return (f'Trained with router {trained["router"]}, {trained["num_experts"]} experts, {trained["top_k"]} per token, '
-          f'in {layers}: {" and ".join(trained["sublayers"])}. {experts}')
+          f'in {"all layers" if len(moe_layers) == model["num_layers"] else layers}: '
+          f'{" and ".join(trained["sublayers"])}. {_EXPERTS[name].format_map(model)}')
 
 
 def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list[str]:
@@ -144,10 +139,9 @@ def _task(name: str, task: dict[str, Any], target_sets: dict[str, Any]) -> list[
   conditions = ', '.join(f'{condition}: {kernel}' for condition, kernel in task['conditions'].items())
   lines = [f'### {name}', '', f'* task type: {task["type"]}; conditions and their kernels: {conditions}']
   if task['target_set']:
-    texts = target_sets[task['target_set']]['texts']
+    size, texts = (target_sets[task['target_set']][key] for key in ('size', 'texts'))
     shown = ', '.join(texts[:_MOST_SHOWN]) + (', …' if len(texts) > _MOST_SHOWN else '')
-    lines.append(f'* answers: target set `{task["target_set"]}`, {target_sets[task["target_set"]]["size"]} entries'
-                 + (f': {shown}' if texts else ''))
+    lines.append(f'* answers: target set `{task["target_set"]}`, {size} entries' + (f': {shown}' if texts else ''))
   if task['template']:
     lines.append(f'* template of its texts: `{task["template"]}`; `position` is the index of `<spe>`')
   if task['max_len']:

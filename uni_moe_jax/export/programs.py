@@ -11,7 +11,6 @@ All use the code of training and evaluation.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,24 +32,16 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 # values there.
 FULL_PRECISION = 'highest'
 
-Arrays = dict[str, Any]
+Arrays, Shape = dict[str, Any], jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportedTask:
-  """A task whose programs are exported.
-
-  Attributes:
-    task: of the run.
-    num_frames: T of its images or videos; 0 without visual input.
-    set_size: V of its target set; 0 for pairs.
-    text_condition: condition of texts that can be its answers; None: only the entries of its target set can be answers.
-    beam_size, length_penalty: of its captions, as in `decoding.beam_search`.
-  """
+  """A task whose programs are exported; beam_size, length_penalty: of its captions, as in `decoding.beam_search`."""
   task: TaskSpec
-  num_frames: int = 0
-  set_size: int = 0
-  text_condition: Condition | None = None
+  num_frames: int = 0  # T of its images or videos; 0 without visual input
+  set_size: int = 0  # V of its target set; 0 for pairs
+  text_condition: Condition | None = None  # of texts that can be its answers; None: only entries of its target set can
   beam_size: int = 1
   length_penalty: float = 0.0
 
@@ -62,22 +53,24 @@ class ExportedTask:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A function with its inputs.
-
-  Attributes:
-    run: (parameters by path, inputs) → outputs; all are dictionaries.
-    inputs: shapes and dtypes, with symbolic sizes.
-    precision: of float32 products, for `jax.default_matmul_precision`.
-  """
-  run: Callable[[Arrays, Arrays], Arrays]
-  inputs: Arrays
-  precision: str
+  """A function with its inputs."""
+  run: Callable[[Arrays, Arrays], Arrays]  # (parameters by path, inputs) → outputs
+  inputs: Arrays  # shapes and dtypes, with symbolic sizes
+  precision: str  # of float32 products, for `jax.default_matmul_precision`
 
   def lowered(self, params: Arrays) -> jax.export.Exported:
-    """Lowers the program for every platform. params: arrays or shapes by path."""
-    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in params.items()}
-    with jax.default_matmul_precision(self.precision):  # a program keeps the precision of its lowering
-      return jax.export.export(jax.jit(self.run), platforms=PLATFORMS)(shapes, self.inputs)
+    """Lowers the program for every platform, without source locations. params: arrays or shapes by path.
+
+    Locations name folders of the exporting machine and would make equal programs differ.
+    """
+    shapes = {path: Shape(x.shape, x.dtype) for path, x in params.items()}
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update('jax_traceback_in_locations_limit', 0)
+    try:
+      with jax.default_matmul_precision(self.precision):  # a program keeps the precision of its lowering
+        return jax.export.export(jax.jit(self.run), platforms=PLATFORMS)(shapes, self.inputs)
+    finally:
+      jax.config.update('jax_traceback_in_locations_limit', before)
 
 
 def programs(model: UniPerceiver, exported: ExportedTask, spe: int, eot: int) -> dict[str, Program]:
@@ -87,29 +80,24 @@ def programs(model: UniPerceiver, exported: ExportedTask, spe: int, eot: int) ->
   inside the program); texts are int32 [b, s], each ended by `eot`, with a bool [b, s] that is False for padding;
   features are normalized f32 [b, D].
   """
-  made = _Programs(model, exported)
-  task_type = exported.task.type
+  made, task_type = _Programs(model, exported), exported.task.type
   if task_type.readout == 'queries':
-    return made.captions(spe, eot)
-  by_name = {'encode': made.encode()}
-  if task_type.target == 'pair':
-    by_name['score'] = made.score()
+    functions = made.captions(spe, eot)
   else:
-    by_name['classify'] = made.classify()
-  if exported.text_condition is not None:
-    by_name['encode_text'] = made.encode_text()
-  return by_name
+    answers = {'score': made.score} if task_type.target == 'pair' else {'classify': made.classify}
+    encode_text = {} if exported.text_condition is None else {'encode_text': made.encode_text}
+    functions = {name: make() for name, make in {'encode': made.encode, **answers, **encode_text}.items()}
+  # A bfloat16 export is for speed, so its few float32 products have the platform's fastest precision.
+  precision = FULL_PRECISION if jnp.dtype(model.spec.dtype) == jnp.float32 else 'default'
+  return {name: Program(run, inputs, precision) for name, (run, inputs) in functions.items()}
 
 
 class _Programs:
-  """Makes the programs of one task."""
+  """Makes the programs of one task, each as (run, inputs) of a `Program`."""
 
   def __init__(self, model: UniPerceiver, exported: ExportedTask):
     self._model, self._spec, self._exported, self._task = model, model.spec, exported, exported.task
-    self._task_type = exported.task.type
-    # A bfloat16 export is for speed, so its few float32 products have the platform's fastest precision.
-    fast = jnp.dtype(self._spec.dtype) != jnp.float32
-    self._program = functools.partial(Program, precision='default' if fast else FULL_PRECISION)
+    self._task_type, self._scale = exported.task.type, exported.task.temperature
 
   def _apply(self, params: Arrays, method, *args):
     return self._model.apply({'params': _tree(params)}, *args, method=method)
@@ -125,19 +113,21 @@ class _Programs:
     n = self._sizes(f'b{" s" * text}{" m" * masked}{more}', text)
     fields = {'pixels': self._pixels(n['b'])} if self._task_type.visual else {}
     if text:
-      fields |= _text(n)
-      fields['position'] = jax.ShapeDtypeStruct((n['b'], n['m'] if masked else 1), jnp.int32)
+      fields |= {**_text(n), 'position': Shape((n['b'], n['m'] if masked else 1), jnp.int32)}
     return fields, n
 
-  def _pixels(self, batch) -> jax.ShapeDtypeStruct:
+  def _pixels(self, batch) -> Shape:
     s = self._spec
-    return jax.ShapeDtypeStruct((batch, self._exported.num_frames, s.image_size, s.image_size, s.channels), jnp.uint8)
+    return Shape((batch, self._exported.num_frames, s.image_size, s.image_size, s.channels), jnp.uint8)
+
+  def _vectors(self, count) -> Shape:
+    return Shape((count, self._spec.width), jnp.float32)
 
   def _features(self, params: Arrays, fields: Arrays) -> jax.Array:
     """Features [b, R, D], not normalized."""
     batch = next(iter(fields.values())).shape[0]
-    sequence = batching.input_sequence(self._task_type, {**fields, 'id': jnp.zeros((batch,), jnp.uint32)})
-    return self._encoded(params, sequence)
+    return self._encoded(
+        params, batching.input_sequence(self._task_type, {**fields, 'id': jnp.zeros((batch,), jnp.uint32)}))
 
   def _encoded(self, params: Arrays, sequence: Sequence) -> jax.Array:
     return self._apply(params, lambda m: m.features(m.encode(sequence).hidden))
@@ -146,58 +136,51 @@ class _Programs:
     """Drops the axis of readout positions except for masked prediction."""
     return x if self._task_type.readout == 'masked' else x[:, 0]
 
-  def encode(self) -> Program:
-    fields, _ = self._fields()
-
+  def encode(self):
     def run(params, x):
       return {'features': self._read(heads.normalize(self._features(params, x)))}
-    return self._program(run, fields)
+    return run, self._fields()[0]
 
-  def classify(self) -> Program:
+  def classify(self):
     fields, n = self._fields(' v')
-    size = self._exported.set_size if self._task.linear_head else n['v']  # a linear head has a fixed number of classes
-    targets = jax.ShapeDtypeStruct((size, self._spec.width), jnp.float32)
+    head = self._task.linear_head  # it has a fixed number of classes
 
     def run(params, x):
       features = self._features(params, {name: a for name, a in x.items() if name != 'targets'})
-      scale = self._apply(params, 'scale', self._task.temperature)
-      logits = heads.logits(features, x['targets'], scale)
-      if self._task.linear_head:
+      logits = heads.logits(features, x['targets'], self._apply(params, 'scale', self._scale))
+      if head:
         logits = self._apply(params, 'with_head', features, logits)
       return {'log_p': self._read(jax.nn.log_softmax(logits))}
-    return self._program(run, {**fields, 'targets': targets})
+    return run, {**fields, 'targets': self._vectors(self._exported.set_size if head else n['v'])}
 
-  def encode_text(self) -> Program:
-    n = self._sizes('b s', True)
+  def encode_text(self):
     layout = Layout.of_text(self._exported.text_condition)
 
     def run(params, x):
       ids = jnp.zeros((x['text'].shape[0],), jnp.uint32)
       sequence = Sequence(layout=layout, ids=ids, text=x['text'], text_valid=x['text_valid'])
       return {'features': heads.normalize(self._encoded(params, sequence)[:, 0])}
-    return self._program(run, _text(n))
+    return run, _text(self._sizes('b s', True))
 
-  def score(self) -> Program:
+  def score(self):
     n = self._sizes('b c', False)
-    has_scale = self._task.temperature in self._spec.temperature_groups  # ranking pairs needs no scale
-    features = lambda size: jax.ShapeDtypeStruct((size, self._spec.width), jnp.float32)
+    has_scale = self._scale in self._spec.temperature_groups  # ranking pairs needs no scale
 
     def run(params, x):
-      scale = self._apply(params, 'scale', self._task.temperature) if has_scale else jnp.float32(1)
+      scale = self._apply(params, 'scale', self._scale) if has_scale else jnp.float32(1)
       return {'scores': heads.logits(x['features'], x['texts'], scale)}
-    return self._program(run, {'features': features(n['b']), 'texts': features(n['c'])})
+    return run, {'features': self._vectors(n['b']), 'texts': self._vectors(n['c'])}
 
-  def captions(self, spe: int, eot: int) -> dict[str, Program]:
-    task_type, max_len, model = self._task_type, self._task.max_len, self._model
+  def captions(self, spe: int, eot: int):
+    """All three programs of captions, by name."""
+    task_type, max_len, model, exported = self._task_type, self._task.max_len, self._model, self._exported
     [b] = self._sizes('b', False).values()
-    pixels = {'pixels': self._pixels(b)}
-    words = {'targets': jax.ShapeDtypeStruct((self._exported.set_size, self._spec.width), jnp.float32)}
+    pixels, words = {'pixels': self._pixels(b)}, {'targets': self._vectors(exported.set_size)}
 
     def caption(params, x):
       captions = decoding.beam_search(
-          model, _tree(params), task_type, x['pixels'], x['targets'], temperature=self._task.temperature, spe=spe,
-          eot=eot, max_len=max_len, beam_size=self._exported.beam_size,
-          length_penalty=self._exported.length_penalty)
+          model, _tree(params), task_type, x['pixels'], x['targets'], temperature=self._scale, spe=spe, eot=eot,
+          max_len=max_len, beam_size=exported.beam_size, length_penalty=exported.length_penalty)
       return {'tokens': captions.tokens[:, 0], 'score': captions.scores[:, 0]}
 
     def kv_cache(params, x):
@@ -206,19 +189,17 @@ class _Programs:
     def prefill(params, x):
       return {'cache': tuple(jax.tree.leaves(kv_cache(params, x)))}
 
-    shapes = jax.eval_shape(kv_cache, by_path(param_shapes(model)), pixels)
-    leaves, structure = jax.tree.flatten(shapes)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(kv_cache, by_path(param_shapes(model)), pixels))
 
     def step(params, x):
       features, new = decoding.decode_step(
           model, _tree(params), task_type, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe)
-      logits = self._apply(params, 'scale', self._task.temperature) * features @ x['targets'].T
+      logits = self._apply(params, 'scale', self._scale) * features @ x['targets'].T
       return {'log_p': jax.nn.log_softmax(logits), 'cache': tuple(jax.tree.leaves(new))}
 
-    token = {'word': jax.ShapeDtypeStruct((b,), jnp.int32), 't': jax.ShapeDtypeStruct((), jnp.int32)}
-    return {
-        'caption': self._program(caption, {**pixels, **words}), 'prefill': self._program(prefill, pixels),
-        'step': self._program(step, {'cache': tuple(leaves), **token, **words})}
+    token = {'word': Shape((b,), jnp.int32), 't': Shape((), jnp.int32)}
+    return {'caption': (caption, {**pixels, **words}), 'prefill': (prefill, pixels),
+            'step': (step, {'cache': tuple(leaves), **token, **words})}
 
 
 def _tree(params: Arrays) -> dict[str, Any]:
@@ -227,5 +208,4 @@ def _tree(params: Arrays) -> dict[str, Any]:
 
 
 def _text(n: dict[str, Any]) -> Arrays:
-  return {'text': jax.ShapeDtypeStruct((n['b'], n['s']), jnp.int32),
-          'text_valid': jax.ShapeDtypeStruct((n['b'], n['s']), jnp.bool_)}
+  return {'text': Shape((n['b'], n['s']), jnp.int32), 'text_valid': Shape((n['b'], n['s']), jnp.bool_)}

@@ -34,14 +34,12 @@ _OLDER = (
     (r'\.LayerNormModules\.0\.', '.norm1.'),
     (r'\.LayerNormModules\.1\.', '.norm2.'),
 )
-_OLDER_DENSE = (
-    (r'\.attention\.self\.qkv_proj\.', '.self_attn.in_proj_'),
-    (r'\.attention\.output\.dense\.', '.self_attn.out_proj.'),
-)
-_OLDER_MOE = (
-    (r'\.attention\.self\.qkv_proj\.', '.self_attn.qkv_proj.'),
-    (r'\.attention\.output\.dense\.', '.self_attn.dense.'),
-)
+_OLDER_ATTENTION = {  # has experts → …
+    False: ((r'\.attention\.self\.qkv_proj\.', '.self_attn.in_proj_'),
+            (r'\.attention\.output\.dense\.', '.self_attn.out_proj.')),
+    True: ((r'\.attention\.self\.qkv_proj\.', '.self_attn.qkv_proj.'),
+           (r'\.attention\.output\.dense\.', '.self_attn.dense.')),
+}
 _UNUSED_OLDER = 'visual_embed.'
 _LEGACY_PICKLES = 4  # magic number, protocol, system, contents
 _HARMLESS = r'collections\.OrderedDict|torch\._utils\.\w+|torch\.\w+Storage|torch\.\w+'
@@ -77,16 +75,14 @@ def read(path: str | os.PathLike[str], keep_visual_type: bool = False) -> tuple[
   if not path.is_file():
     raise MissingFileError(f'checkpoint {path} does not exist.')
   tensors = _state_of(_load(path), path)
-  wrapped = bool(tensors) and all(k.startswith(_WRAPPER) for k in tensors)
-  tensors = {k.removeprefix(_WRAPPER) if wrapped else k: v for k, v in tensors.items()}
-  arrays = {k: v.detach().float().numpy() for k, v in tensors.items()}
+  prefix = _WRAPPER if all(k.startswith(_WRAPPER) for k in tensors) else ''
+  arrays = {k.removeprefix(prefix): v.detach().float().numpy() for k, v in tensors.items()}
   return _renamed(arrays, keep_visual_type)
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
   """Writes {'model': state dict} atomically."""
-  torch = _torch()
-  path = pathlib.Path(path)
+  torch, path = _torch(), pathlib.Path(path)
   temporary = path.with_name(path.name + '.tmp')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,9 +95,8 @@ def write(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None
 
 
 def _load(path: pathlib.Path) -> Any:
-  torch = _torch()
   try:
-    return torch.load(path, map_location='cpu', weights_only=True)
+    return _torch().load(path, map_location='cpu', weights_only=True)
   except pickle.UnpicklingError as e:
     refused = _refused(path, str(e))
     if not refused:
@@ -139,14 +134,9 @@ def _globals(path: pathlib.Path) -> set[str]:
 
 def _state_of(loaded: Any, path: pathlib.Path) -> dict[str, Any]:
   """Returns the state dict in the contents of a file."""
-  torch = _torch()
-  if isinstance(loaded, Mapping):
-    for name in _STATES:
-      if isinstance(loaded.get(name), Mapping):
-        loaded = loaded[name]
-        break
-  state = loaded if isinstance(loaded, Mapping) else {}
-  strange = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
+  outer = loaded if isinstance(loaded, Mapping) else {}
+  state = next((outer[name] for name in _STATES if isinstance(outer.get(name), Mapping)), outer)
+  strange = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, _torch().Tensor)]
   if not state or strange:
     entry = f', but its entry {strange[0]!r} is not a named tensor' if strange else ''
     raise LayoutError(f'{path} has no parameters: it should be a state dict or contain one under '
@@ -158,7 +148,7 @@ def _renamed(arrays: dict[str, np.ndarray], keep_visual_type: bool) -> tuple[dic
   """Renames arrays of older files."""
   if not any(k.startswith(('encoder.', 'predictor.')) for k in arrays):
     return arrays, {}
-  table = _OLDER + (_OLDER_MOE if any('.deepspeed_moe.' in k for k in arrays) else _OLDER_DENSE)
+  table = _OLDER + _OLDER_ATTENTION[any('.deepspeed_moe.' in k for k in arrays)]
   out, remarks = {}, {}
   for key, value in arrays.items():
     if key.startswith(_UNUSED_OLDER):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from uni_moe_jax.config.schema import PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import resize_positions
@@ -22,6 +23,7 @@ from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
+from uni_moe_jax.utils.tree_paths import by_path
 
 State = Mapping[str, np.ndarray]
 _INITIAL_SCALE = math.log(1 / 0.07)
@@ -107,47 +109,42 @@ _ALIASES = {  # one tensor under two names
     'video_embed.embeddings_norm.bias': 'token_embed.embeddings_norm.bias',
     'token_embed.s_token_bias': 's_token_bias',
 }
+_ALIAS_OF = 'the same tensor as {}'
 _BANK = re.compile(r'loss_prepare\.queue_(h[12]|ptr[12])_\w+$')
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """Position of a published array in our tree: a leaf and an index on its leading axes (layers, experts)."""
+  """Position of a published array in our tree: path of a leaf, and index on its leading axes (layers, experts)."""
   key: str
-  path: tuple[str, ...]
+  path: str
   index: tuple[int, ...]
   transform: Transform
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Report of a conversion.
-
-  Attributes:
-    consumed: published key → our path.
-    dropped: published key → reason why our tree does not need it.
-    made: published key → origin of a value that our tree does not have (`to_torch`).
-    resized: published key → 'from shape to shape'.
-  """
-  consumed: dict[str, str] = dataclasses.field(default_factory=dict)
-  dropped: dict[str, str] = dataclasses.field(default_factory=dict)
-  made: dict[str, str] = dataclasses.field(default_factory=dict)
-  resized: dict[str, str] = dataclasses.field(default_factory=dict)
+  """Report of a conversion, by published key."""
+  consumed: dict[str, str] = dataclasses.field(default_factory=dict)  # our path
+  dropped: dict[str, str] = dataclasses.field(default_factory=dict)  # reason why our tree does not need it
+  made: dict[str, str] = dataclasses.field(default_factory=dict)  # origin of a value that our tree does not have
+  resized: dict[str, str] = dataclasses.field(default_factory=dict)  # 'from N to M rows'
 
   def __str__(self) -> str:
     lines = [f'{len(self.consumed)} arrays converted']
-    for title, remarks in (('resized', self.resized), ('dropped', self.dropped), ('made', self.made)):
+    for title in ('resized', 'dropped', 'made'):
       reasons: dict[str, list[str]] = {}
-      for key, why in remarks.items():
+      for key, why in getattr(self, title).items():
         reasons.setdefault(why, []).append(key)
-      for why, keys in reasons.items():
-        shown = ', '.join(keys[:3]) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
-        lines.append(f'{title}: {shown}: {why}')
+      lines += [f'{title}: {", ".join(keys[:3])}{_and_more(keys[3:])}: {why}' for why, keys in reasons.items()]
     return '\n'.join(lines)
 
 
-def check_convertible(spec: ModelSpec) -> None:
-  """Raises LayoutError if the published layout cannot represent the model."""
+def _and_more(keys: list[str]) -> str:
+  return f' and {len(keys)} more' if keys else ''
+
+
+def _check_convertible(spec: ModelSpec) -> None:
   if spec.router not in ('attribute', 'dense'):
     raise LayoutError(f'config.moe.router={spec.router!r} is not supported by the published layout, which has '
                       "attribute gates; convert a model with router 'attribute' or 'dense'.")
@@ -162,35 +159,35 @@ def check_convertible(spec: ModelSpec) -> None:
 
 
 def entries(spec: ModelSpec) -> list[Entry]:
-  """Returns every array of the published layout that a model's parameter tree has, in order."""
-  check_convertible(spec)
+  """Returns every array of the published layout that a model's parameter tree has, in order.
+
+  Raises:
+    LayoutError: the published layout cannot represent the model.
+  """
+  _check_convertible(spec)
   absent = {'embed/spatial': spec.posemb == 'sincos2d', 'embed/visual_type': not spec.modality_embedding,
             'embed/spe_bias': not spec.spe_bias}
   absent |= {path: not spec.head for _, path, _ in _ONCE if path.startswith('linear_head/')}
-  out = [Entry(key, tuple(path.split('/')), (), transform) for key, path, transform in _ONCE if not absent.get(path)]
-  out += [Entry(_LOGIT_SCALE + t, (LOG_SCALE + t,), (), SAME) for t in spec.temperature_groups]
+  out = [Entry(key, path, (), transform) for key, path, transform in _ONCE if not absent.get(path)]
+  out += [Entry(_LOGIT_SCALE + t, LOG_SCALE + t, (), SAME) for t in spec.temperature_groups]
   for layer, sublayers in enumerate(spec.pattern):
     subtree, period, block = spec.stack.locate(layer)
     index = () if period is None else (period,)
-    prefix = f'fused_encoder.layers.{layer}.'
-
-    def add(key, path, transform, *more, prefix=prefix, at=('encoder', subtree, block), index=index):
-      out.append(Entry(prefix + key, (*at, *path.split('/')), (*index, *more), transform))
-
-    for key, path, transform in _LAYER:
-      add(key, path, transform)
-    for published, own in _PROMPTS[spec.prompt_sharing] if spec.num_deep_prompts else ():
-      add(f'deep_prompt_embedding.{published}.weight', f'prompts/{own}', SAME)
+    rows = [(key, path, transform, ()) for key, path, transform in _LAYER]
+    if spec.num_deep_prompts:
+      rows += [(f'deep_prompt_embedding.{published}.weight', f'prompts/{own}', SAME, ())
+               for published, own in _PROMPTS[spec.prompt_sharing]]
     for dense, plain, path, sublayer, kernel_transform, bias_transform in _PROJECTIONS:
       for published, own, transform in (('weight', 'kernel', kernel_transform), ('bias', 'bias', bias_transform)):
         if sublayer in sublayers:
-          for e in range(spec.num_experts):
-            add(f'{plain}experts.deepspeed_experts.{e}.{published}', f'{path}/{own}', transform, e)
+          rows += [(f'{plain}experts.deepspeed_experts.{e}.{published}', f'{path}/{own}', transform, (e,))
+                   for e in range(spec.num_experts)]
         else:
-          add((dense if spec.router == 'dense' else plain) + published, f'{path}/{own}', transform)
-    for sublayer in sublayers:
-      for key, path, transform in _GATE:
-        add(_GATES[sublayer] + key, f'{ROUTER_PARAMS[sublayer]}/{path}', transform)
+          rows.append(((dense if spec.router == 'dense' else plain) + published, f'{path}/{own}', transform, ()))
+    rows += [(_GATES[sublayer] + key, f'{ROUTER_PARAMS[sublayer]}/{path}', transform, ())
+             for sublayer in sublayers for key, path, transform in _GATE]
+    out += [Entry(f'fused_encoder.layers.{layer}.{key}', f'encoder/{subtree}/{block}/{path}', index + expert, transform)
+            for key, path, transform, expert in rows]
   return out
 
 
@@ -201,7 +198,7 @@ def taken_from_config(spec: ModelSpec) -> str:
           '(the published sizes have 64 per head, top_k 2, prefix <spe>)')
 
 
-def dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def _dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
   """Keys and shapes of published gates that nothing uses: attention output, second MLP projection."""
   D = spec.width
   shapes = {'tag_transform.0.weight': (D, 8), 'tag_transform.0.bias': (D,), 'tag_transform.1.weight': (D,),
@@ -220,21 +217,16 @@ def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
   Raises:
     LayoutError: a key is missing or unknown, or its shape is not the model's; names the key and the field to change.
   """
-  expected, report = entries(spec), Report()
-  state, names = dict(state), {e.key for e in expected}
+  expected = entries(spec)
+  names = {e.key for e in expected}
+  report = Report(dropped=_dropped(state, spec, names))
   missing = [e.key for e in expected if e.key not in state]
-  _drop(state, spec, names, report)
-  unknown = [k for k in state if k not in names]
+  unknown = [k for k in state if k not in names and k not in report.dropped]
   if missing or unknown:
     raise LayoutError(_mismatch(missing, unknown, spec))
-  tree = _empty(param_shapes(UniPerceiver(spec)))
-  filled: dict[tuple[str, ...], int] = {}
+  leaves = {path: np.full(x.shape, np.nan, np.float32) for path, x in by_path(param_shapes(UniPerceiver(spec))).items()}
   for e in expected:
-    leaf = tree
-    for name in e.path:
-      leaf = leaf[name]
-    target = leaf[e.index] if e.index else leaf
-    value, torch_shape = np.asarray(state[e.key], np.float32), e.transform.to_torch(target, spec).shape
+    value, torch_shape = np.asarray(state[e.key], np.float32), e.transform.to_torch(leaves[e.path][e.index], spec).shape
     if not np.isfinite(value).all():
       raise LayoutError(f'{e.key} has values that are not finite: the checkpoint is damaged, or its training failed.')
     value = _resized(value, e, torch_shape, report)
@@ -242,11 +234,13 @@ def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
     if value.shape != torch_shape:
       raise LayoutError(f'{e.key} has shape {value.shape}, the model needs {torch_shape}: '
                         f'{_size_fix(e.key, value.shape, torch_shape)}.')
-    leaf[(*e.index, ...)] = e.transform.to_jax(value, spec)
-    filled[e.path] = filled.get(e.path, 0) + value.size
-    report.consumed[e.key] = '/'.join(e.path)
-  _check_filled(tree, filled)
-  return tree, report
+    leaves[e.path][e.index] = e.transform.to_jax(value, spec)
+    report.consumed[e.key] = e.path
+  for path, leaf in leaves.items():
+    if np.isnan(leaf).any():
+      raise LayoutError(f'parameter {path} has {np.isfinite(leaf).sum()} of {leaf.size} values: the table of '
+                        'export/torch_layout.py lacks a row for it.')
+  return traverse_util.unflatten_dict(leaves, sep='/'), report
 
 
 def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Report]:
@@ -254,16 +248,13 @@ def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Repor
 
   `params` can be any tree with the structure of the parameters, such as gradients.
   """
-  report, out = Report(), {}
+  report, out, leaves = Report(), {}, by_path(params)
   for e in entries(spec):
-    leaf = params
-    for name in e.path:
-      leaf = leaf[name]
-    out[e.key] = np.array(e.transform.to_torch(np.asarray(leaf)[e.index], spec), order='C')
-    report.consumed[e.key] = '/'.join(e.path)
-  made = {alias: (out[key], f'the same tensor as {key}') for alias, key in _ALIASES.items() if key in out}
+    out[e.key] = np.array(e.transform.to_torch(np.asarray(leaves[e.path])[e.index], spec), order='C')
+    report.consumed[e.key] = e.path
+  made = {alias: (out[key], _ALIAS_OF.format(key)) for alias, key in _ALIASES.items() if key in out}
   made |= {key: (np.zeros(shape, np.float32), 'zeros: a gate that is never evaluated')
-           for key, shape in dead_gates(spec).items()}
+           for key, shape in _dead_gates(spec).items()}
   made |= {_LOGIT_SCALE + t: (np.float32(_INITIAL_SCALE), 'the initial value: the model has no such group')
            for t in PUBLISHED_TEMPERATURES if t not in spec.temperature_groups}
   if not spec.modality_embedding:
@@ -279,46 +270,42 @@ def _table(spec: ModelSpec) -> np.ndarray:
   return sincos_table(spec.image_size // spec.patch_size, spec.width)
 
 
-def _drop(state: dict[str, np.ndarray], spec: ModelSpec, wanted: set[str], report: Report) -> None:
-  """Removes arrays that our tree does not need and reports the reasons."""
-  dead = dead_gates(spec)
-  for alias, key in _ALIASES.items():
-    if alias in state and key in wanted:
-      if key in state and not np.array_equal(state[alias], state[key]):
-        raise LayoutError(f'{alias} differs from {key}: a model with a separate LayerNorm for images (SHARE_LAYERNORM '
-                          'False) is not supported.')
-      report.dropped[alias] = f'the same tensor as {key}'
-  for key in state:
-    if key in wanted or key in report.dropped:
+def _dropped(state: State, spec: ModelSpec, wanted: set[str]) -> dict[str, str]:
+  """Arrays that our tree does not need: key → reason."""
+  dead, reasons = _dead_gates(spec), {}
+  for key, value in state.items():
+    original = _ALIASES.get(key)
+    if key in wanted:
       continue
-    if np.shape(state[key]) == dead.get(key):
-      report.dropped[key] = ('a gate that is never evaluated: the first projection of the pair decides '
-                             '(FFN_SHARE_GATE_DECISION, as in every published config)')
+    if original in wanted:
+      if original in state and not np.array_equal(value, state[original]):
+        raise LayoutError(f'{key} differs from {original}: a model with a separate LayerNorm for images '
+                          '(SHARE_LAYERNORM False) is not supported.')
+      reasons[key] = _ALIAS_OF.format(original)
+    elif np.shape(value) == dead.get(key):
+      reasons[key] = ('a gate that is never evaluated: the first projection of the pair decides '
+                      '(FFN_SHARE_GATE_DECISION, as in every published config)')
     elif _BANK.match(key):
-      report.dropped[key] = 'state of a memory bank'
+      reasons[key] = 'state of a memory bank'
     elif key == VISUAL_TYPE:
-      report.dropped[key] = 'unused in the published code' + (
-          '' if not np.any(state[key]) else
-          ', but not zero: a file for ADD_TYPE_EMBED needs config.model.modality_embedding=True')
+      reasons[key] = 'unused in the published code'
+      if np.any(value):
+        reasons[key] += ', but not zero: a file for ADD_TYPE_EMBED needs config.model.modality_embedding=True'
     elif key.startswith(_LOGIT_SCALE) and key.removeprefix(_LOGIT_SCALE) in PUBLISHED_TEMPERATURES:
-      report.dropped[key] = (
+      reasons[key] = (
           'no task of the config has this temperature group (config.model.extra_temperature_groups adds groups)')
     elif key == _SPATIAL:
-      if np.shape(state[key]) != _table(spec).shape or not np.allclose(state[key], _table(spec), atol=1e-4):
+      if np.shape(value) != _table(spec).shape or not np.allclose(value, _table(spec), atol=1e-4):
         raise LayoutError(f'{key} is not the fixed sin-cos table of {spec.image_size} px: set '
                           "config.model.posemb='frozen'.")
-      report.dropped[key] = 'the fixed sin-cos table, which is computed'
-  for key in report.dropped:
-    state.pop(key)
+      reasons[key] = 'the fixed sin-cos table, which is computed'
+  return reasons
 
 
 def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
-  problems = []
-  if missing:
-    problems.append(f'the checkpoint lacks {missing[0]}' + (f' and {len(missing) - 1} more' if missing[1:] else ''))
+  problems = [f'the checkpoint lacks {missing[0]}{_and_more(missing[1:])}'] if missing else []
   if unknown:
-    problems.append(f'it has {unknown[0]}' + (f' and {len(unknown) - 1} more' if unknown[1:] else '')
-                    + ', which the model does not have')
+    problems.append(f'it has {unknown[0]}{_and_more(unknown[1:])}, which the model does not have')
   return (f'{"; ".join(problems)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, '
           f'placement {spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, '
           f'config.moe.placement), with {spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, '
@@ -339,36 +326,18 @@ _SIZES = (
 
 def _size_fix(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
   """The field to change. Tables [rows, D] that differ only in D have another width."""
-  rows_agree = len(shape) == len(expected) > 0 and shape[0] == expected[0]
-  if len(shape) == 2 and rows_agree and 'linear2' not in key:
-    return 'set config.model.width'
-  return next((fix for pattern, fix in _SIZES if re.search(pattern, key)), 'set config.model.width')
+  fixes = [fix for pattern, fix in _SIZES if re.search(pattern, key)]
+  same_rows = len(shape) == len(expected) == 2 and shape[0] == expected[0] and 'linear2' not in key
+  return 'set config.model.width' if same_rows or not fixes else fixes[0]
 
 
 def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
   """Interpolates position tables of another size; returns every other array unchanged."""
   functions = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.temporal}
-  function = functions.get('/'.join(entry.path))
-  if function is None or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
+  if entry.path not in functions or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
     return value
   report.resized[entry.key] = f'from {value.shape[0]} to {shape[0]} rows'
   try:
-    return function(value, shape[0])
+    return functions[entry.path](value, shape[0])
   except (ValueError, ZeroDivisionError) as e:
     raise LayoutError(f'{entry.key}: {e}') from None
-
-
-def _empty(shapes: Any) -> Any:
-  """A tree of NaN arrays of these shapes."""
-  if isinstance(shapes, Mapping):
-    return {k: _empty(v) for k, v in shapes.items()}
-  return np.full(shapes.shape, np.nan, np.float32)
-
-
-def _check_filled(tree: Any, filled: dict[tuple[str, ...], int], at: tuple[str, ...] = ()) -> None:
-  if isinstance(tree, Mapping):
-    for name, sub in tree.items():
-      _check_filled(sub, filled, (*at, name))
-  elif filled.get(at, 0) != tree.size or np.isnan(tree).any():
-    raise LayoutError(f'parameter {"/".join(at)} has {filled.get(at, 0)} of {tree.size} values: the table of '
-                      'export/torch_layout.py lacks a row for it.')
