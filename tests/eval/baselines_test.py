@@ -125,8 +125,7 @@ def test_large_color_frames_are_averaged_down():
 
 
 def test_one_class_needs_no_fit():
-  np.testing.assert_array_equal(
-      baselines.tfidf_logistic((['a b', 'c d'],), ['x', 'x'], (['a b'] * 3,)), ['x'] * 3)
+  np.testing.assert_array_equal(baselines.tfidf_logistic((['a b', 'c d'],), ['x', 'x'], (['a b'] * 3,)), ['x'] * 3)
 
 
 _VIDEO = np.zeros((1, 2, 8, 8), np.uint8)

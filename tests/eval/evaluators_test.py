@@ -11,7 +11,6 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import evaluators
 from uni_moe_jax.eval.evaluators import Query
-from uni_moe_jax.eval.samples import Samples
 from uni_moe_jax.eval.suite import EVALUATORS
 
 
@@ -30,7 +29,7 @@ def _query(data, entry: str, predictor, **changes) -> Query:
   e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
   names = d.target_sets[e.task.target_set].names if e.task.target_set else ()
   keys, records = d.entry_keys.get(e.task.target_set, ()), d.records(e.task.source, 'train')
-  return Query(e, predictor, d.examples(e.task), records, records, names, keys, d.tokenizer, Samples())
+  return Query(e, predictor, d.examples(e.task), records, records, names, keys, d.tokenizer, {})
 
 
 class _Oracle:

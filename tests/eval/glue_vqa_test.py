@@ -9,7 +9,6 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.eval.evaluators import Query
-from uni_moe_jax.eval.samples import Samples
 from uni_moe_jax.eval.suite import EVALUATORS
 
 LABELS = np.array([1, 1, 0, 1, 0, 0, 1])  # seven, evaluated in batches of three
@@ -38,7 +37,7 @@ def _evaluate(evaluator, task, keys, examples, predicts, labels=None):
   [e] = make_plan(c).evaluations
   labels = {} if labels is None else {'label': labels}
   records = FileDataset('own:x', examples.size, None, {}, {'label': keys}, labels, '')
-  query = Query(e, predicts, examples, records, records, keys, keys, None, Samples())
+  query = Query(e, predicts, examples, records, records, keys, keys, None, {})
   return {s.name: s for s in EVALUATORS[evaluator](query)}
 
 

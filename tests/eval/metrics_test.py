@@ -163,8 +163,7 @@ def test_a_verdict_needs_three_standard_errors(reference, expected):
   assert metrics.verdict(row, reference) == expected
 
 
-@pytest.mark.parametrize('reference, expected', [
-    (118.4, metrics.BETTER), (63.2, metrics.LEVEL), (60., metrics.WORSE)])
+@pytest.mark.parametrize('reference, expected', [(118.4, metrics.BETTER), (63.2, metrics.LEVEL), (60., metrics.WORSE)])
 def test_a_lower_perplexity_is_better(reference, expected):
   assert metrics.verdict({'metric': 'perplexity', 'value': 63.2}, reference) == expected
   row = metrics.Score('p', 63.2, 5, higher_is_better=False).row('mlm', 1)

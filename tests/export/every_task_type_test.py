@@ -71,8 +71,7 @@ def test_programs_of_every_task_type_equal_the_model_with_experts(tmp_path, rout
   run = train_run.build(_config(router, some), jax.devices()[:1])
   params = _trained(run)
   assert some or {t.type.name for t in (*run.plan.tasks, *run.plan.probes)} == set(task_types.TASK_TYPES)
-  exported = contents.make_contents(
-      run.spec.model.spec, params, run.plan, run.data, dtype='float32', bake_targets=True)
+  exported = contents.make_contents(run.spec.model.spec, params, run.plan, run.data, dtype='float32', bake_targets=True)
   assert not exported.spec.router_names  # it has no router
   artifact.write(tmp_path / 'model', exported, {'name': 'mine'}, [])
   model = shipped.module(tmp_path / 'model').Model(tmp_path / 'model')

@@ -6,7 +6,7 @@ computed from the same records in the same command. An evaluator receives a `Pre
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,9 @@ from uni_moe_jax.data.pipeline import examples as examples_lib
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.eval import baselines, caption_metrics, metrics
+from uni_moe_jax.eval import baselines, caption_metrics, metrics, samples
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.eval.samples import Samples
 from uni_moe_jax.utils.errors import UsageError
 
 RECALLS = (1, 5, 10)
@@ -41,7 +40,7 @@ class Query:
   names: tuple[str, ...]  # first name of each entry of the task's target set ('' for the vocabulary)
   keys: tuple[str, ...]  # the records' names for these entries
   tokenizer: Tokenizer
-  samples: Samples  # collects some predictions for the report
+  samples: dict[str, list[dict[str, Any]]]  # some predictions of each evaluator for the report, see `show`
 
   @property
   def task(self):
@@ -63,6 +62,10 @@ class Query:
       return pixels[:, 0] if pixels.ndim == 6 else pixels
     pixels = self.evaluated.columns['pixels'][examples_lib.example_ids(self.evaluated, self.task)[ids]]
     return pixels[:, None] if pixels.ndim == 3 else pixels
+
+  def show(self, ids: np.ndarray, truth: Sequence[str], predicted: Sequence[str]) -> None:
+    """Adds some of the examples, with their references and predictions, to the samples."""
+    self.samples[self.evaluation.name] = samples.choose(self.pixels, ids, truth, predicted)
 
   def log_p(self, fields: dict[str, np.ndarray]) -> np.ndarray:
     """log p [B, V] over the task's target set, for inputs with one readout position."""
@@ -99,7 +102,7 @@ def classification(q: Query) -> list[Score]:
   scores.append(Score('balanced_accuracy', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)),
                       by(metrics.balanced_accuracy), metrics.balanced_accuracy_error(predicted, labels)))
   if q.task.type.visual:
-    q.samples.add(q.evaluation.name, q.pixels, ids, names[labels], names[predicted])
+    q.show(ids, names[labels], names[predicted])
   return scores
 
 
@@ -235,7 +238,7 @@ def caption(q: Query) -> list[Score]:
     truth, copied = fold(q.phrases(q.evaluated)[ids]), fold(q.neighbor_phrases(ids))
   by = lambda metric: {} if copied is None else {_NEAREST_NAME: metric(copied, truth)}
   shown = [t if isinstance(t, str) else ' | '.join(t) for t in truth]
-  q.samples.add(e.name, q.pixels, ids, shown, predicted)
+  q.show(ids, shown, predicted)
   n, exact, bleu4 = len(ids), metrics.exact_match, metrics.bleu4
   means = {'ROUGE-L': caption_metrics.rouge_l, 'CIDEr-D': caption_metrics.cider_d, 'word F1': metrics.word_f1}
   return [Score.proportion('exact_match', exact(predicted, truth), n, baselines=by(exact)),

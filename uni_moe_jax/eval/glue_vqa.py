@@ -35,7 +35,7 @@ def vqa(q: Query) -> list[Score]:
   first = [statistics.mode(several) for several in truth]
   common = statistics.mode(first)
   soft = lambda answers: float(np.mean(metrics.vqa_score(answers, truth)))
-  q.samples.add(q.evaluation.name, q.pixels, ids, first, answers)
+  q.show(ids, first, answers)
   n, chance = len(ids), 1 / len(q.names)
   return [Score('soft score', soft(answers), n, chance, {f'always {common!r}': soft([common] * n)}),
           Score.proportion('exact_match', metrics.accuracy(np.array(answers), np.array(first)), n, chance)]

@@ -1,5 +1,6 @@
 """Runs a plan's evaluators and writes evaluation.json and samples.json."""
 
+import json
 import os
 import pathlib
 import time
@@ -7,11 +8,10 @@ from collections.abc import Callable
 
 from uni_moe_jax.config.plan import Plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.eval import evaluators, glue_vqa
+from uni_moe_jax.eval import evaluators, glue_vqa, samples
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.eval.samples import Samples
 from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
@@ -37,18 +37,18 @@ def evaluate(
     workdir: folder of the run.
     writes: True in the one process that writes; all processes take part.
   """
-  samples, rows = Samples(), []
+  shown, rows = {}, []
   for e in plan.evaluations:
     start = time.perf_counter()
     names = data.target_sets[e.task.target_set].names if e.task.target_set else ()
     examples = data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
     query = Query(
         e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), names,
-        data.entry_keys.get(e.task.target_set, ()), data.tokenizer, samples)
+        data.entry_keys.get(e.task.target_set, ()), data.tokenizer, shown)
     rows += [score.row(e.name, step) for score in EVALUATORS[e.type](query)]
     print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
   if writes:
-    samples.write(pathlib.Path(workdir) / 'samples.json')
+    (pathlib.Path(workdir) / samples.FILE).write_text(json.dumps(shown))
     write_json(pathlib.Path(workdir) / EVALUATION_FILE, rows)
   return rows
 

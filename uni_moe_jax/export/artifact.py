@@ -27,8 +27,7 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
-_SUMS, _CARD, _MANIFEST, _TORCH = 'SHA256SUMS', 'README.md', 'manifest.json', 'model.pth'
-_PIECES = 'tokenizer_pieces.json'
+_CARD, _PIECES = 'README.md', 'tokenizer_pieces.json'
 
 
 def write(
@@ -52,9 +51,11 @@ def write(
   state = torch_dense.state(contents.spec, contents.params, contents.tasks) if torch else None
   with npz_records.atomic_folder(folder) as staging:
     files = _write_programs(staging, contents)
-    _write_parameters(staging, contents.params)
+    save(staging / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(contents.params).items()})
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save((staging / 'orbax').absolute(), contents.params)
     if state is not None:
-      torch_file.write(staging / _TORCH, state)
+      torch_file.write(staging / 'model.pth', state)
     save(staging / 'target_sets.safetensors', contents.features)
     save(staging / 'examples.safetensors', {
         f'{task}/{name}': x for task, fields in contents.examples.items() for name, x in fields.items()})
@@ -63,9 +64,10 @@ def write(
       (staging / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
     manifest = description.manifest(contents, files, tokenizer, provenance)
     manifest['files'] = sorted([_CARD, *_checksums(staging)])
-    (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (staging / 'manifest.json').write_text(json.dumps(manifest, indent=1))
     (staging / _CARD).write_text(model_card.card(manifest, evaluation, _checksums(staging)))
-    (staging / _SUMS).write_text(''.join(f'{digest}  {name}\n' for name, (digest, _) in _checksums(staging).items()))
+    sums = ''.join(f'{digest}  {name}\n' for name, (digest, _) in _checksums(staging).items())
+    (staging / 'SHA256SUMS').write_text(sums)
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path) -> dict[str, Any]:
@@ -107,13 +109,6 @@ def _type_of(name: str, x: Any) -> str:
   if name == 'cache':
     return 'the cache that prefill or the previous step returned'
   return f'{np.dtype(x.dtype).name}[{", ".join(map(str, x.shape))}]'
-
-
-def _write_parameters(folder: pathlib.Path, params: Any) -> None:
-  """Writes the parameters as safetensors and as an Orbax checkpoint of the tree."""
-  save(folder / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(params).items()})
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save((folder / 'orbax').absolute(), params)
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, tuple[str, int]]:

@@ -1,7 +1,6 @@
 """Reparameterization: merges the experts of a trained model permanently, which removes routers and experts.
 
-A router by condition makes the same decision for every input of a condition, and experts are linear, so their kernels
-can be added once (Uni-Perceiver-MoE, section 3.4). If every exported condition has the same coefficients in every
+See `model/merging.py` for why this is possible. If every exported condition has the same coefficients in every
 router, the result is a dense model, parameter for parameter. Otherwise each projection has one kernel per distinct
 vector of coefficients, and `ModelSpec.kernels` maps conditions to kernels.
 """

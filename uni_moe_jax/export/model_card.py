@@ -11,8 +11,8 @@ _EXPERTS = {
     'never': 'A dense model: it never had experts.',
     'dense': 'Its experts are merged permanently: the result is a plain dense model without routers and experts.',
     'kernels': 'Its experts are merged permanently: it has no routers and no experts. A projection that had experts '
-               'has {num_experts} kernels; conditions with equal routing coefficients share one. The programs fix which kernel a '
-               'condition uses ("conditions" below).',
+               'has {num_experts} kernels; conditions with equal routing coefficients share one. The programs fix '
+               'which kernel a condition uses ("conditions" below).',
     'router': 'Its router ({router}) is by token, so its experts cannot be merged: **router and experts are part of '
               'these programs**, and a token costs as much as in training.',
 }

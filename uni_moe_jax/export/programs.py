@@ -97,7 +97,7 @@ class _Programs:
 
   def __init__(self, model: UniPerceiver, exported: ExportedTask):
     self._model, self._spec, self._exported, self._task = model, model.spec, exported, exported.task
-    self._task_type, self._scale = exported.task.type, exported.task.temperature
+    self._task_type, self._temperature = exported.task.type, exported.task.temperature
 
   def _apply(self, params: Arrays, method, *args):
     return self._model.apply({'params': _tree(params)}, *args, method=method)
@@ -147,7 +147,7 @@ class _Programs:
 
     def run(params, x):
       features = self._features(params, {name: a for name, a in x.items() if name != 'targets'})
-      logits = heads.logits(features, x['targets'], self._apply(params, 'scale', self._scale))
+      logits = heads.logits(features, x['targets'], self._apply(params, 'scale', self._temperature))
       if head:
         logits = self._apply(params, 'with_head', features, logits)
       return {'log_p': self._read(jax.nn.log_softmax(logits))}
@@ -164,10 +164,10 @@ class _Programs:
 
   def score(self):
     n = self._sizes('b c', False)
-    has_scale = self._scale in self._spec.temperature_groups  # ranking pairs needs no scale
+    has_scale = self._temperature in self._spec.temperature_groups  # ranking pairs needs no scale
 
     def run(params, x):
-      scale = self._apply(params, 'scale', self._scale) if has_scale else jnp.float32(1)
+      scale = self._apply(params, 'scale', self._temperature) if has_scale else jnp.float32(1)
       return {'scores': heads.logits(x['features'], x['texts'], scale)}
     return run, {'features': self._vectors(n['b']), 'texts': self._vectors(n['c'])}
 
@@ -179,7 +179,7 @@ class _Programs:
 
     def caption(params, x):
       captions = decoding.beam_search(
-          model, _tree(params), task_type, x['pixels'], x['targets'], temperature=self._scale, spe=spe, eot=eot,
+          model, _tree(params), task_type, x['pixels'], x['targets'], temperature=self._temperature, spe=spe, eot=eot,
           max_len=max_len, beam_size=exported.beam_size, length_penalty=exported.length_penalty)
       return {'tokens': captions.tokens[:, 0], 'score': captions.scores[:, 0]}
 
@@ -194,7 +194,7 @@ class _Programs:
     def step(params, x):
       features, new = decoding.decode_step(
           model, _tree(params), task_type, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe)
-      logits = self._apply(params, 'scale', self._scale) * features @ x['targets'].T
+      logits = self._apply(params, 'scale', self._temperature) * features @ x['targets'].T
       return {'log_p': jax.nn.log_softmax(logits), 'cache': tuple(jax.tree.leaves(new))}
 
     token = {'word': Shape((b,), jnp.int32), 't': Shape((), jnp.int32)}
