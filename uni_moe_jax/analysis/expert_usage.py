@@ -9,11 +9,9 @@ tokens it has, so that routers can be compared.
 Axis letters: L layers with experts, R routers of a layer (attention, mlp), A conditions, T tasks, E experts.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +30,7 @@ _HALVES = ('words', 'queries')
 Conditions = dict[str, dict[str, int]]  # task → span → index of its condition
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
   """Tokens of a task that have one condition."""
   name: str  # 'visual', 'text', 'words', 'queries', `PAIRED_TEXT`, or 'set' and the name of the target set
   role: str  # INPUT, PAIR or SET
@@ -42,8 +39,7 @@ class Span:
   condition: Condition
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenSlice:
+class TokenSlice(NamedTuple):
   """Tokens of one array of one encoded sequence that count for a condition."""
   condition: int  # index among A
   sequence: int
@@ -52,8 +48,7 @@ class TokenSlice:
   examples: tuple[int, int] | None = None  # (first, last + 1) in a shard; None: all of them
 
 
-@flax.struct.dataclass
-class GateSums:
+class GateSums(NamedTuple):
   """Sums over the unpadded tokens of every condition."""
   tokens: jax.Array  # f32 [A], their number
   gates: jax.Array  # f32 [L, R, A, E]

@@ -1,9 +1,8 @@
 """A selection of the parameters, as one subset per layer and projection."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,8 +15,7 @@ _LAYERS = 'encoder/(blocks|tail)/'  # paths of their parameters
 _MAX_LAYERS = 7  # of a model whose layers are all selected by default
 
 
-@dataclasses.dataclass(frozen=True)
-class ParamSlice:
+class ParamSlice(NamedTuple):
   """One array of a subset."""
   subset: str  # its name: 'layer 3 ffn_out', or the path of a parameter outside the layers
   layer: int | None  # None outside the layers

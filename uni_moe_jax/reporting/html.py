@@ -4,7 +4,6 @@ The page needs no network and no other file. A section whose file is missing, ha
 replaced by a sentence, because a report is also read when something went wrong.
 """
 
-import itertools
 import json
 import os
 import re
@@ -202,12 +201,6 @@ def _judged(row: Mapping[str, Any], reference: float) -> str:
 
 
 def _curves(curves: reporting_curves.Curves, bad_lines: int, references: Mapping[str, tuple[str, float]]) -> str:
-  def group_of(name: str) -> str:
-    return name.split('/')[0] if '/' in name and name not in _OWN_PANELS else 'run'
-
-  def rank(item: str, order: Sequence[str]) -> int:
-    return order.index(item) if item in order else len(order)
-
   def panel(name: str, group: str) -> str:
     steps, values = curves[name]
     title, _, detail = name.removeprefix(f'{group}/').partition('/' if group == 'eval' else '\n')
@@ -218,11 +211,13 @@ def _curves(curves: reporting_curves.Curves, bad_lines: int, references: Mapping
                         'every point. Dashed: the strongest baseline.')]
   if bad_lines:
     parts.append(f'<p class="absent">Unreadable lines of metrics.jsonl that were skipped: {bad_lines}.</p>')
-  names = sorted(curves, key=lambda name: (rank(group_of(name), list(_GROUP_TITLES)), group_of(name),
-                                           rank(name, _OWN_PANELS), name))
-  for group, members in itertools.groupby(names, group_of):
+  groups = {group: [] for group in _GROUP_TITLES}
+  groups['run'] += [name for name in _OWN_PANELS if name in curves]
+  for name in sorted(set(curves) - set(_OWN_PANELS)):
+    groups.setdefault(name.split('/')[0] if '/' in name else 'run', []).append(name)
+  for group in filter(groups.get, groups):
     heading = _GROUP_TITLES.get(group, group.replace('_', ' ').capitalize())
-    panels = ''.join(panel(name, group) for name in members)
+    panels = ''.join(panel(name, group) for name in groups[group])
     parts.append(f'<h3>{escape(heading)}</h3><div class="panels">{panels}</div>')
   return ''.join(parts)
 

@@ -1,5 +1,6 @@
 """The adaptation study: what each fine-tuning recipe trained, and checks of what it promises."""
 
+import collections
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -61,9 +62,9 @@ def find_errors(cells: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
       errors.append(f'{cell["name"]}: {training["share"]:.2%} of the parameters train; prompt tuning trains less than '
                     f'{MAX_PROMPT_SHARE:.0%}.')
   # Prompt tuning must be better than zero-shot evaluation.
-  by_evaluator: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
+  by_evaluator = collections.defaultdict(lambda: collections.defaultdict(dict))
   for s in scores:
-    by_evaluator.setdefault((s['task'], s['evaluator']), {}).setdefault(s['metric'], {})[s['variant']] = s
+    by_evaluator[s['task'], s['evaluator']][s['metric']][s['variant']] = s
   for (task, evaluator), by_metric in by_evaluator.items():
     metric = _CAPTION_METRIC if _CAPTION_METRIC in by_metric else next(iter(by_metric))
     if {PROMPTS, ZERO_SHOT} <= by_metric[metric].keys():
@@ -76,9 +77,9 @@ def find_errors(cells: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
 
 def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
   """Lines of Markdown: what every recipe trained for every task, in how many seeds that have trained."""
-  groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+  groups = collections.defaultdict(list)
   for c in cells:
-    groups.setdefault((c['task'], c['variant']), []).extend([c['training']] if c['training'] else [])
+    groups[c['task'], c['variant']] += [c['training']] if c['training'] else []
 
   def row(recipe: str, trained: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     if recipe == ZERO_SHOT:

@@ -4,11 +4,10 @@ Every command can be typed by hand, so that each cell can be repeated without th
 anything runs.
 """
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.train import finetuning, workdir
@@ -20,16 +19,14 @@ TRAIN, EVALUATE = 'train', 'evaluate'  # stages
 ZERO_SHOT = 'zero-shot'  # the recipe that trains nothing
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
   """One command of a cell; it is skipped until the stage named by `needs` has finished."""
   name: str
   command: tuple[str, ...]
   needs: str = ''
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
   """One work directory of a sweep."""
   folder: pathlib.Path  # its name identifies the cell
   variant: str  # what the sweep compares: a router or a fine-tuning recipe
