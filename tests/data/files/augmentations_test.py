@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from uni_moe_jax.data.files import augmentations
 from uni_moe_jax.data.pipeline import hashing
@@ -56,7 +56,6 @@ def test_color_blends_with_gray_and_away_from_it():
 
 
 def test_sharpness_blends_with_pillows_smoothing():
-  from PIL import ImageEnhance
   image = _noise()
   for level, sign in ((1.0, -1.0), (0.5, 1.0)):
     expected = ImageEnhance.Sharpness(Image.fromarray(image)).enhance(max(0.1, 1 + sign * 0.9 * level))

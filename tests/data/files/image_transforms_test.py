@@ -1,5 +1,7 @@
 """Resizing, cropping and mirroring: gray levels by hand and against Pillow, and positions of crops."""
 
+import collections
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -18,9 +20,8 @@ def _numbered(*shape):
   return np.arange(1, np.prod(shape) + 1, dtype=np.uint8).reshape(*shape, 1)
 
 
-def _rows(values, count):
-  """An image of `count` equal rows."""
-  return np.tile(np.array(values, np.uint8)[None, :, None], (count, 1, 1))
+def _noise(h, w):
+  return np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
 
 def _resize_crop(image, size, h):
@@ -39,29 +40,21 @@ def _positions(made, image, size):
 
 
 # Keys' kernel k with a = -1/2: k(1/4) = .8672, k(3/4) = .2266, k(5/4) = -.0703.
-def test_enlarging_uses_keys_kernel():
-  # From 2 to 4 pixels, the new ones are at 1/4, 3/4, 5/4, 7/4 and the old ones, 0 and 100, at 1/2 and 3/2.
-  #   1/4: 100 · k(5/4) / (k(1/4) + k(5/4)) = -8.8, below black; 3/4: 100 · k(3/4) / (k(1/4) + k(3/4)) = 20.7
-  #   5/4: 100 - 20.7; 7/4: 100 + 8.8
-  np.testing.assert_array_equal(image_transforms.resize_short_side(_rows([0, 100], 2), 4), _rows([0, 21, 79, 109], 4))
-
-
-def test_levels_are_clipped_to_black_and_white():
-  # As before with 250: 250 · 1.088 = 272.
-  np.testing.assert_array_equal(image_transforms.resize_short_side(_rows([0, 250], 2), 4)[0, :, 0], [0, 52, 198, 255])
-
-
-def test_shrinking_uses_a_wider_kernel():
-  # From 4 to 2 pixels the kernel is twice as wide: a new pixel at 1 sees the old ones, at 1/2, 3/2, 5/2, 7/2, in
-  # distances of 1/4, 1/4, 3/4, 5/4. 200 · (k(3/4) + k(5/4)) / (2 k(1/4) + k(3/4) + k(5/4)) = 16.5; the narrow kernel
-  # would give 0.
-  np.testing.assert_array_equal(image_transforms.resize_short_side(_rows([0, 0, 200, 200], 4), 2), _rows([17, 183], 2))
-
-
-def test_both_axes_are_resized_equally():
-  image = _rows([0, 0, 200, 200], 4)
-  down = image_transforms.resize_short_side(image.transpose(1, 0, 2), 2).numpy()
-  np.testing.assert_array_equal(down.transpose(1, 0, 2), image_transforms.resize_short_side(image, 2))
+@pytest.mark.parametrize('before, size, after', [
+    # From 2 to 4 pixels, the new ones are at 1/4, 3/4, 5/4, 7/4 and the old ones, 0 and 100, at 1/2 and 3/2.
+    #   1/4: 100 · k(5/4) / (k(1/4) + k(5/4)) = -8.8, below black; 3/4: 100 · k(3/4) / (k(1/4) + k(3/4)) = 20.7
+    #   5/4: 100 - 20.7; 7/4: 100 + 8.8
+    ([0, 100], 4, [0, 21, 79, 109]),
+    ([0, 250], 4, [0, 52, 198, 255]),  # 250 · 1.088 = 272, above white
+    # From 4 to 2 pixels the kernel is twice as wide: a new pixel at 1 sees the old ones, at 1/2, 3/2, 5/2, 7/2, in
+    # distances of 1/4, 1/4, 3/4, 5/4. 200 · (k(3/4) + k(5/4)) / (2 k(1/4) + k(3/4) + k(5/4)) = 16.5; the narrow kernel
+    # would give 0.
+    ([0, 0, 200, 200], 2, [17, 183])], ids=['enlarged', 'clipped', 'shrunk'])
+def test_resized_levels_equal_those_computed_by_hand_on_both_axes(before, size, after):
+  image, expected = (np.tile(np.array(row, np.uint8)[None, :, None], (len(row), 1, 1)) for row in (before, after))
+  np.testing.assert_array_equal(image_transforms.resize_short_side(image, size), expected)
+  down = image_transforms.resize_short_side(image.transpose(1, 0, 2), size)
+  np.testing.assert_array_equal(down, expected.transpose(1, 0, 2))
 
 
 # The long side is size · long / short, rounded down.
@@ -78,12 +71,7 @@ def test_the_long_side_keeps_the_aspect_ratio(sides, size, expected):
 
 
 def test_an_image_of_the_requested_size_is_unchanged():
-  image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-  np.testing.assert_array_equal(image_transforms.resize_short_side(image, 5), image)
-
-
-def _noise(h, w):
-  return np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
+  np.testing.assert_array_equal(image_transforms.resize_short_side(_noise(5, 7), 5), _noise(5, 7))
 
 
 def _checks(h, w):
@@ -111,40 +99,30 @@ def test_levels_equal_pillows_within_two(make, sides, size):
 @pytest.mark.parametrize('margin, offset', [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2)])
 def test_half_of_an_odd_margin_is_rounded_to_even(margin, offset):
   image = _numbered(4 + margin, 5)
-  np.testing.assert_array_equal(image_transforms.center_crop(image, 4), image[offset:offset + 4, :4])
-  np.testing.assert_array_equal(
-      image_transforms.center_crop(image.transpose(1, 0, 2), 4), image.transpose(1, 0, 2)[:4, offset:offset + 4])
+  for axes in ((0, 1, 2), (1, 0, 2)):
+    expected = image[offset:offset + 4, :4].transpose(axes)
+    np.testing.assert_array_equal(image_transforms.center_crop(image.transpose(axes), 4), expected)
 
 
 def test_random_crops_are_uniformly_distributed():
   image, n = _numbered(5, 5), 900
+  np.testing.assert_array_equal(image_transforms.random_crop(image, 5, _h()), image)
   positions = [_positions(image_transforms.random_crop(image, 3, _h(i)).numpy(), image, 3) for i in range(n)]
-  corners = [(d, r) for [(d, r, mirrored)] in positions if not mirrored]
-  assert len(corners) == n
   # 3 · 3 positions, 100 each, give or take sqrt(900 · 1/9 · 8/9) = 9.4.
-  counts = {corner: corners.count(corner) for corner in set(corners)}
-  assert set(counts) == {(d, r) for d in range(3) for r in range(3)}
+  counts = collections.Counter(position for [position] in positions)
+  assert set(counts) == {(d, r, False) for d in range(3) for r in range(3)}
   assert all(abs(count - 100) < 4 * 9.4 for count in counts.values())
 
 
-def test_a_crop_of_the_full_size_is_the_image():
-  image = _numbered(4, 4)
-  np.testing.assert_array_equal(image_transforms.random_crop(image, 4, _h()), image)
-
-
-def test_half_of_the_images_are_mirrored():
-  image, n = _numbered(2, 3), 600
-  made = [image_transforms.random_flip(image, _h(i)).numpy() for i in range(n)]
-  mirrored = [np.array_equal(m, image[:, ::-1]) for m in made]
-  assert all(m or np.array_equal(p, image) for m, p in zip(mirrored, made))
-  assert abs(np.mean(mirrored) - .5) < 4 * np.sqrt(.25 / n)
-
-
-def test_mirroring_is_independent_of_the_crop():
+def test_half_of_the_images_are_mirrored_independently_of_the_crop():
   image, n = _numbered(3, 4), 600
-  made = [image_transforms.random_flip(image_transforms.random_crop(image, 3, _h(i)), _h(i)).numpy() for i in range(n)]
-  positions = [_positions(m, image, 3)[0] for m in made]
+  crops = [image_transforms.random_crop(image, 3, _h(i)).numpy() for i in range(n)]
+  made = [image_transforms.random_flip(crop, _h(i)).numpy() for i, crop in enumerate(crops)]
+  mirrored = [np.array_equal(m, crop[:, ::-1]) for m, crop in zip(made, crops)]
+  assert all(m or np.array_equal(p, crop) for m, p, crop in zip(mirrored, made, crops))
+  assert abs(np.mean(mirrored) - .5) < 4 * np.sqrt(.25 / n)
   # 2 positions, mirrored or not: 150 each, give or take sqrt(600 · 1/4 · 3/4) = 11.
+  positions = [_positions(m, image, 3)[0] for m in made]
   counts = [positions.count((0, right, mirrored)) for right in (0, 1) for mirrored in (False, True)]
   assert all(abs(count - 150) < 4 * 11 for count in counts)
 
@@ -206,24 +184,17 @@ def test_the_jittered_short_side_is_between_256_and_320_of_224():
   assert 256 <= min(drawn) < 260 and 316 < max(drawn) <= 320
 
 
-def test_classification_is_evaluated_at_the_center_of_a_larger_image():
-  # 256/224 · 7 = 8: an image of 8 pixels is not resized, and of its margin of one, half is 0.
-  image = _noise(8, 8)
-  np.testing.assert_array_equal(_evaluate(image, 7), image[:7, :7])
-  # 8 × 12: the margins are 1 and 5, with offsets 0 and 2.
-  image = _noise(8, 12)
-  np.testing.assert_array_equal(_evaluate(image, 7), image[:7, 2:9])
-
-
-def test_classification_is_evaluated_at_the_published_size():
-  # int(256 / 224 · 160) = 182 for images of 160: of 182 × 200 pixels, the margins are 22 and 40.
-  image = _noise(182, 200)
-  np.testing.assert_array_equal(_evaluate(image, 160), image[11:171, 20:180])
-
-
-def test_retrieval_is_evaluated_at_the_center_of_the_short_side():
-  image = _numbered(4, 7)  # the margin of 3 has the offset 2
-  np.testing.assert_array_equal(_evaluate(image, 4, 'resize_crop'), image[:, 2:6])
+@pytest.mark.parametrize('image, size, crop, down, right', [
+    # 256/224 · 7 = 8: images of 8 pixels are not resized. Half of a margin of one is 0, of five 2.
+    (_noise(8, 8), 7, 'random_resized_crop', 0, 0),
+    (_noise(8, 12), 7, 'random_resized_crop', 0, 2),
+    # int(256 / 224 · 160) = 182 for images of 160: of 182 × 200 pixels, the margins are 22 and 40.
+    (_noise(182, 200), 160, 'random_resized_crop', 11, 20),
+    (_numbered(4, 7), 4, 'resize_crop', 0, 2),  # the margin of 3 has the offset 2
+], ids=['square', 'wide', 'published size', 'retrieval'])
+def test_evaluation_takes_the_center_of_the_short_side_or_for_classification_of_a_larger_image(
+    image, size, crop, down, right):
+  np.testing.assert_array_equal(_evaluate(image, size, crop), image[down:down + size, right:right + size])
 
 
 def test_resize_crop_takes_any_part_along_the_long_side():
