@@ -5,11 +5,10 @@ import json
 import pathlib
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 SIDE = 24
 COLORS = {'red': (200, 30, 30), 'green': (30, 200, 30), 'blue': (30, 30, 200)}
-_EXIF_ORIENTATION = 0x0112
 
 
 def color_image(color: str, seed: int, size: tuple[int, int] = (SIDE, SIDE + 8)) -> Image.Image:
@@ -19,8 +18,7 @@ def color_image(color: str, seed: int, size: tuple[int, int] = (SIDE, SIDE + 8))
 
 
 def encode_image(image: Image.Image, file_format: str = 'JPEG', **options) -> bytes:
-  out = io.BytesIO()
-  image.save(out, file_format, **options)
+  image.save(out := io.BytesIO(), file_format, **options)
   return out.getvalue()
 
 
@@ -36,14 +34,18 @@ def write_jsonl(path: pathlib.Path, rows, mode: str = 'w') -> None:
     file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
 
 
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+  return list(map(json.loads, path.read_text().splitlines()))
+
+
 def write_captioned_images(root: pathlib.Path, count: int = 30) -> pathlib.Path:
   """Images with two captions each, whose color is a field, in a JSONL file."""
-  names, rows = list(COLORS), []
+  rows = []
   for i in range(count):
-    color, path = names[i % 3], f'images/{i:03}.{("jpg", "png")[i % 2]}'
+    color, path = list(COLORS)[i % 3], f'images/{i:03}.{("jpg", "png")[i % 2]}'
     write_image(root / path, color, i)
     rows.append({'image': path, 'captions': [f'a {color} square number {i}', f'number {i} is {color}'], 'color': color,
-                 'split': ('train', 'train', 'train', 'train', 'test')[i % 5], 'group': f'roll {i}'})
+                 'split': 'test' if i % 5 == 4 else 'train', 'group': f'roll {i}'})
   write_jsonl(root / 'data.jsonl', rows)
   return root
 
@@ -54,7 +56,7 @@ def append_odd_rows(root: pathlib.Path) -> dict[str, str]:
   alpha = red.convert('RGBA')
   alpha.putalpha(0)
   rotated = Image.Exif()
-  rotated[_EXIF_ORIENTATION] = 6
+  rotated[ExifTags.Base.Orientation] = 6
   deep = Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 100)
   moving = dict(save_all=True, append_images=[color_image('blue', 97)])
   files = {
@@ -111,9 +113,9 @@ def write_text_pairs(root: pathlib.Path, num_test: int = 9) -> pathlib.Path:
 def write_videos(root: pathlib.Path, suffix: str = 'mp4', count: int = 6) -> pathlib.Path:
   """Videos of 12 frames by class, in which a bright bar moves to the right or stands still."""
   for i in range(count):
-    folder = root / ('moves', 'stands')[i % 2]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'{i}.{suffix}').write_bytes(encode_video(moving_bar(i % 2 == 0), suffix))
+    path = root / ('moves', 'stands')[i % 2] / f'{i}.{suffix}'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_video(moving_bar(i % 2 == 0), suffix))
   return root
 
 
@@ -137,16 +139,14 @@ def encode_video(frames: np.ndarray, suffix: str = 'mp4', rotation: int = 0) -> 
 
 
 def npy_bytes(frames: np.ndarray) -> bytes:
-  """The bytes of an .npy file."""
-  out = io.BytesIO()
-  np.save(out, frames)
+  np.save(out := io.BytesIO(), frames)
   return out.getvalue()
 
 
 def moving_bar(moves: bool, num_frames: int = 12) -> np.ndarray:
   """uint8 [num_frames, 32, 48, 3]: a bar at the left, or in frame t at column 4 t if it moves."""
   out = np.zeros((num_frames, 32, 48, 3), np.uint8)
-  for t in range(num_frames):
+  for t, frame in enumerate(out):
     left = 4 * t if moves else 0
-    out[t, :, left:left + 4] = 255
+    frame[:, left:left + 4] = 255
   return out

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import threading
 
 import numpy as np
@@ -170,13 +169,18 @@ def _dataset(corrupt: set[int], unreadable=()) -> file_dataset.FileDataset:
   return file_dataset.FileDataset('own:x', 40, read, columns, {'label': ('a', 'b')}, {}, '')
 
 
-def _build(dataset, task_type='image_classification', training=True, max_corrupt_fraction=0.5, **fields):
+def _task(task_type, **fields):
   c = tiny.config(data_dir='')
-  c.target_sets.ab = config_lib.target_set(('a', 'b'), family='names')
-  c.tasks.x = config_lib.task(task_type, 'own:x', batch_size=4, target_set='ab', label_column='label', **fields)
-  builder = file_dataset_examples.FileExampleBuilder(
-      None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, max_corrupt_fraction)
-  return builder.build(make_plan(c).tasks[0], dataset)
+  c.target_sets.ab = config_lib.target_set(('a', 'b'), family='words' if task_type == 'vqa' else 'names')
+  c.tasks.x = config_lib.task(task_type, 'own:x', batch_size=4, **fields)
+  return make_plan(c).tasks[0]
+
+
+def _build(dataset, task_type='image_classification', training=True, max_corrupt_fraction=0.5, label_column='label',
+           target_set='ab', **fields):
+  task = _task(task_type, label_column=label_column, target_set=target_set, **fields)
+  return file_dataset_examples.FileExampleBuilder(
+      None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, max_corrupt_fraction).build(task, dataset)
 
 
 def _make(examples, ids):
@@ -188,8 +192,7 @@ def _make(examples, ids):
 def test_a_corrupt_example_is_replaced_in_place_and_the_others_stay():
   valid, replaced = _make(_build(_dataset(set())), range(8)), _make(examples := _build(_dataset({2, 5})), range(8))
   for i in range(8):
-    is_same = np.array_equal(valid['pixels'][i], replaced['pixels'][i]) and valid['label'][i] == replaced['label'][i]
-    assert is_same == (i not in (2, 5))
+    assert (i not in (2, 5)) == all(np.array_equal(valid[k][i], replaced[k][i]) for k in ('pixels', 'label'))
   for i in (2, 5):  # the replacement is one example: the level of its image gives its class
     level = replaced['pixels'][i].reshape(-1)[0]
     assert level not in (2, 5) and replaced['label'][i, 0] == level % 2 and (replaced['pixels'][i] == level).all()
@@ -305,33 +308,26 @@ def test_texts_of_a_whole_split_are_read_in_chunks():
 
   columns = {'image': 'image', 'captions': 'texts', 'q': 'text', 'answers': 'texts'}
   dataset = file_dataset.FileDataset('own:x', 1000, read, columns, {}, {}, '')
-  c = tiny.config(data_dir='')
-  c.target_sets.ab = config_lib.target_set(('a', 'b'), family='words')
-  c.tasks.pair = config_lib.task('image_retrieval', 'own:x', batch_size=4, caption_templates=('{captions}',), max_len=8)
-  c.tasks.answer = config_lib.task(
-      'vqa', 'own:x', batch_size=4, target_set='ab', label_column='answers', template='{q} <spe>', max_len=8)
-  vqa, pair = make_plan(c).tasks  # by name
-  builder = file_dataset_examples.FileExampleBuilder(None, {'ab': ('a', 'b')}, SIDE, 3, False, False, 0, 0.0)
+  pair = _build(
+      dataset, 'image_retrieval', False, label_column='', target_set='', caption_templates=('{captions}',), max_len=8)
+  vqa = _build(dataset, 'vqa', False, label_column='answers', template='{q} <spe>', max_len=8)
   ids = np.arange(1000)
-  assert builder.build(pair, dataset).references(ids) == [(f'text {i}', 'a text') for i in ids]
+  assert pair.references(ids) == [(f'text {i}', 'a text') for i in ids]
   ids = np.arange(999, 0, -3)
-  assert builder.build(vqa, dataset).references(ids) == [('yes', f'{i}') for i in ids]
+  assert vqa.references(ids) == [('yes', f'{i}') for i in ids]
   assert sum(sizes) == 1000 + 333 and max(sizes) <= 256
 
 
 def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path):
   root = own_files.write_captioned_images(tmp_path / 'in', 10)
-  rows = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]
+  rows = own_files.read_jsonl(root / 'data.jsonl')
   for name, i in (('captions', 5), ('color', 7)):
     del rows[i][name]
   own_files.write_jsonl(root / 'data.jsonl', rows)
   prepare.prepare(root, tmp_path, 'some')
   dataset = file_dataset.load('own:some', tmp_path, 'train')  # eight: 0…3 and 5…8
-  c = tiny.config(data_dir='')
-  c.tasks.x = config_lib.task('image_retrieval', 'own:some', batch_size=4, caption_templates=('{captions}',), max_len=8)
-  [pair] = make_plan(c).tasks
   ids = lambda *templates: file_dataset_examples.example_ids(
-      dataset, dataclasses.replace(pair, caption_templates=templates)).tolist()
+      dataset, _task('image_retrieval', caption_templates=templates, max_len=8)).tolist()
   assert ids('an image') == list(range(8))
   assert ids('{captions}') == [0, 1, 2, 3, 5, 6, 7]
   assert ids('{captions}', 'it is {color}') == [0, 1, 2, 3, 5, 7]

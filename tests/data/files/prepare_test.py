@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import pathlib
 import zipfile
 
@@ -34,10 +33,18 @@ def _counts(summary):
   return {reason: rows['count'] for reason, rows in summary['skipped'].items()}
 
 
-def test_splits_are_those_that_the_data_names(images):
+def _prepare(folder, rows, name, **options):
+  """The summary of rows in the split train."""
+  own_files.write_jsonl(folder / 'in/train.jsonl', rows)
+  return prepare.prepare(folder / 'in', folder, name, **options)
+
+
+def test_splits_are_those_that_the_data_names_and_statistics_report_sizes_and_captions(images):
   # 30 rows, every fifth in the test split. Training has in addition 13 valid odd images, one repeated, one without
   # captions, and seven with fields that cannot be columns.
   assert images[2]['splits'] == {'train': 24 + 13 + 2 + 7, 'test': 6}
+  assert images[2]['sizes']['median'] == [32, 24]
+  assert images[2]['captions_per_example'] == {'min': [1], 'median': [2], 'max': [2]}
 
 
 def test_every_skipped_row_has_a_reason_and_first_locations(images):
@@ -65,9 +72,8 @@ def test_an_extra_field_that_cannot_be_a_column_is_dropped_and_reported(images):
 
 
 def test_a_row_of_extra_fields_alone_is_skipped(tmp_path):
-  own_files.write_jsonl(tmp_path / 'train.jsonl', [
-      {'tags': ['one', 'two']}, {'text': 'a text', 'tags': 'three'}, {'text': 'a text', 'tags': 'four'}])
-  summary = prepare.prepare(tmp_path, tmp_path / 'out', 'texts', max_corrupt_fraction=0.5)
+  rows = [{'tags': ['one', 'two']}, {'text': 'a text', 'tags': 'three'}, {'text': 'a text', 'tags': 'four'}]
+  summary = _prepare(tmp_path, rows, 'texts', max_corrupt_fraction=0.5)
   assert summary['splits'] == {'train': 2} and set(summary['skipped']) == {'no image, video or text'}
 
 
@@ -137,11 +143,6 @@ def test_the_most_frequent_media_type_and_text_fields_are_kept(tmp_path):
   assert _counts(summary) == {'has a video, unlike most rows': 2}
 
 
-def test_statistics_report_sizes_and_captions(images):
-  assert images[2]['sizes']['median'] == [32, 24]
-  assert images[2]['captions_per_example'] == {'min': [1], 'median': [2], 'max': [2]}
-
-
 def test_a_version_is_written_once_and_the_newest_is_read(images, tmp_path):
   data, root, summary, _ = images
   with pytest.raises(ValueError, match='already exists'):
@@ -155,10 +156,9 @@ def test_a_version_is_written_once_and_the_newest_is_read(images, tmp_path):
 
 
 def test_too_many_skipped_rows_are_an_error_that_names_the_first(tmp_path):
-  own_files.write_jsonl(tmp_path / 'data.jsonl', [{'image': f'{x}.jpg', 'captions': [x]} for x in 'ab'])
-  with pytest.raises(ValueError, match=r"2 of 2 rows .* most often: 'missing file' \(2, first data.jsonl:1\)"):
-    prepare.prepare(tmp_path, tmp_path / 'out', 'none')
-  assert not list(tmp_path.glob('out/own/none/*'))
+  with pytest.raises(ValueError, match=r"2 of 2 rows .* most often: 'missing file' \(2, first train.jsonl:1\)"):
+    _prepare(tmp_path, [{'image': f'{x}.jpg', 'captions': [x]} for x in 'ab'], 'none')
+  assert not list(tmp_path.glob('own/none/*'))
 
 
 def test_a_folder_by_class_may_have_splits(tmp_path):
@@ -173,20 +173,17 @@ def test_a_folder_by_class_may_have_splits(tmp_path):
 
 def test_integer_labels_are_sorted_as_numbers(tmp_path):
   rows = [{'text_a': f'one {i}', 'text_b': 'two', 'label': i % 11} for i in range(33)]
-  own_files.write_jsonl(tmp_path / 'train.jsonl', rows)
-  own_files.write_jsonl(tmp_path / 'dev.jsonl', [{**rows[0], 'text_a': 'zero'}])
-  summary = prepare.prepare(tmp_path, tmp_path / 'out', 'pairs')
+  own_files.write_jsonl(tmp_path / 'in/dev.jsonl', [{**rows[0], 'text_a': 'zero'}])
+  summary = _prepare(tmp_path, rows, 'pairs')
   assert summary['classes']['label']['names'] == [str(i) for i in range(11)]
   assert summary['splits'] == {'train': 33, 'validation': 1}
-  assert _read_all(tmp_path / 'out', 'validation', 'own:pairs')[1][0]['text_a'] == 'zero'
+  assert _read_all(tmp_path, 'validation', 'own:pairs')[1][0]['text_a'] == 'zero'
 
 
 def test_labels_have_single_spaces_and_an_empty_label_is_none(tmp_path):
   labels = (' pad ', 'two\n  words', '', ' ', '\xa0', 'pad')
-  own_files.write_jsonl(
-      tmp_path / 'train.jsonl', [{'text': f'number {i}', 'label': label} for i, label in enumerate(labels)])
-  prepare.prepare(tmp_path, tmp_path / 'out', 'odd')
-  dataset, records = _read_all(tmp_path / 'out', source='own:odd')
+  _prepare(tmp_path, [{'text': f'number {i}', 'label': label} for i, label in enumerate(labels)], 'odd')
+  dataset, records = _read_all(tmp_path, source='own:odd')
   assert [r['label'] for r in records] == ['pad', 'two words', '', '', '', 'pad']
   assert dataset.classes == {'label': ('pad', 'two words')}
   assert dataset.labels['label'].tolist() == [0, 1, -1, -1, -1, 0]
@@ -227,7 +224,7 @@ def test_the_test_split_has_its_fraction_of_groups_for_any_file_names(tmp_path, 
 
 def test_groups_and_files_in_several_named_splits_are_reported(tmp_path):
   root = own_files.write_captioned_images(tmp_path / 'in', 5)
-  rows = [json.loads(line) for line in (root / 'data.jsonl').read_text().splitlines()]
+  rows = own_files.read_jsonl(root / 'data.jsonl')
   del rows[0]['group']
   again = {'captions': ['once more'], 'split': 'test'}
   own_files.write_jsonl(root / 'data.jsonl', [
@@ -270,20 +267,15 @@ def test_each_line_describes_one_video_of_an_array(tmp_path):
 
 
 def _zip(*names) -> bytes:
-  out = io.BytesIO()
-  with zipfile.ZipFile(out, 'w') as archive:
+  with zipfile.ZipFile(out := io.BytesIO(), 'w') as archive:
     for name in names:
       archive.writestr(name, b'')
   return out.getvalue()
 
 
 @pytest.mark.parametrize('damage', [
-    lambda data: data[:len(data) // 2],
-    lambda data: b'',
-    lambda data: data[:200] + bytes(100) + data[300:],
-    lambda data: data.replace(b'PK\x01\x02', b'PK\x01\x03'),
-    lambda data: _zip(),
-    lambda data: _zip('frames.txt'),
+    lambda data: data[:len(data) // 2], lambda data: b'', lambda data: data[:200] + bytes(100) + data[300:],
+    lambda data: data.replace(b'PK\x01\x02', b'PK\x01\x03'), lambda data: _zip(), lambda data: _zip('frames.txt'),
 ], ids=['truncated', 'empty', 'zeros', 'directory', 'no member', 'no array'])
 def test_a_damaged_array_costs_its_own_rows_only(tmp_path, damage):
   np.savez_compressed(tmp_path / 'bad.npz', frames=np.stack([own_files.moving_bar(True)] * 2))
@@ -318,9 +310,8 @@ def test_errors_for_unknown_names_suggest_the_nearest(images):
 
 
 def test_the_first_of_several_rows_with_one_key_is_kept(tmp_path):
-  rows = [('a', 'one'), ('b', 'two'), ('a', 'three'), ('c', 'one')]
-  own_files.write_jsonl(tmp_path / 'in/train.jsonl', [
-      {'key': key, 'text_a': text, 'text_b': 'other', 'label_name': 'same'} for key, text in rows])
-  summary = prepare.prepare(tmp_path / 'in', tmp_path, 'keyed', max_corrupt_fraction=0.5)
+  rows = [{'key': key, 'text_a': text, 'text_b': 'other', 'label_name': 'same'}
+          for key, text in (('a', 'one'), ('b', 'two'), ('a', 'three'), ('c', 'one'))]
+  summary = _prepare(tmp_path, rows, 'keyed', max_corrupt_fraction=0.5)
   assert summary['skipped'] == {'duplicate key': {'count': 1, 'first': ['train.jsonl:3']}}
   assert [r['text_a'] for r in _read_all(tmp_path, source='own:keyed')[1]] == ['one', 'two', 'one']
