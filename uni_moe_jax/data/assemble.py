@@ -58,12 +58,11 @@ class Data:
     from_files = [(s.name, entries[s.name]) for s in plan.sets
                   if isinstance(s.entries, str) and s.entries.startswith(class_names.FILE_PREFIX)]
     self.inputs_fingerprint = hashlib.sha256(repr((self.fingerprint, model, from_files)).encode()).hexdigest()
-    self._builders = {}  # of records in memory and in files
-    for training in (True, False):
-      common = self._model.channels, training, config.data.random_special_tokens, config.seed
-      self._builders[training] = (
-          Builder(self.tokenizer, self.entry_keys, *common), FileExampleBuilder(
-              self.tokenizer, self.entry_keys, self._model.image_size, *common, config.data.max_corrupt_fraction))
+    common = self.tokenizer, self.entry_keys, self._model.channels
+    special, seed = config.data.random_special_tokens, config.seed
+    self._builders = {training: Builder(*common, training, special, seed) for training in (True, False)}
+    self._file_builder = FileExampleBuilder(
+        *common, self._model.image_size, False, special, seed, config.data.max_corrupt_fraction)
 
   def _check_answers(self) -> None:
     """Raises UsageError for an answer that is longer than the captions that an evaluator restricts to it."""
@@ -86,12 +85,12 @@ class Data:
     """A task's examples of its own split or another; num_views, num_crops: of video files in evaluation."""
     task = task if split is None else dataclasses.replace(task, split=split)
     records = self.records(task.source, task.split)
-    builder, file_builder = self._builders[training]
     if isinstance(records, FileDataset):
-      return dataclasses.replace(file_builder, num_views=num_views, num_crops=num_crops).build(task, records)
+      builder = dataclasses.replace(self._file_builder, training=training, num_views=num_views, num_crops=num_crops)
+      return builder.build(task, records)
     if task.type.visual and 'pixels' in records.columns:
       self._check_size(task, records.columns['pixels'].shape[1:])
-    return builder.build(task, records)
+    return self._builders[training].build(task, records)
 
   def _check_size(self, task: TaskSpec, shape: tuple[int, ...]) -> None:
     """Raises UsageError for images [H, W] or videos [T, H, W] that the model does not accept."""
@@ -120,7 +119,7 @@ class Data:
 
   def _make_tokenizer(self, config: ml_collections.ConfigDict,
                       records: list[Records | FileDataset]) -> tuple[Tokenizer, pathlib.Path, str]:
-    """(tokenizer, its file, fingerprint of its content)."""
+    """(tokenizer, its file, fingerprint); one that is trained for this text and size is cached."""
     c, expand = config.tokenizer, lambda path: pathlib.Path(os.path.expanduser(path))
     if c.type == 'clip':
       tokenizer = ClipTokenizer(c.merges_path)
@@ -131,22 +130,16 @@ class Data:
       if not path.is_file():
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
       return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
-    path = self._train_tokenizer(records, c.vocab_size, c.allow_smaller_vocab)
-    return SentencePieceTokenizer(path), path, path.stem
-
-  def _train_tokenizer(
-      self, records: list[Records | FileDataset], vocab_size: int, allow_smaller: bool) -> pathlib.Path:
-    """The model file for this text and size; trained once."""
     texts = np.unique([text for r in records for text in _texts(r)]).tolist()
-    size = f'{vocab_size} or fewer' if allow_smaller else str(vocab_size)
+    size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
     digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]
-    path = pathlib.Path(os.path.expanduser(self._dir)) / 'tokenizers' / f'{digest}.model'
+    path = expand(self._dir) / 'tokenizers' / f'{digest}.model'
     if not path.exists():
       try:
-        SentencePieceTokenizer.train(texts, path, vocab_size, allow_smaller)
+        SentencePieceTokenizer.train(texts, path, c.vocab_size, c.allow_smaller_vocab)
       except ValueError as e:
-        raise UsageError(f'config.tokenizer.vocab_size={vocab_size}: {e}') from e
-    return path
+        raise UsageError(f'config.tokenizer.vocab_size={c.vocab_size}: {e}') from e
+    return SentencePieceTokenizer(path), path, digest
 
 
 def _texts(records: Records | FileDataset) -> list[str]:

@@ -180,7 +180,7 @@ def _build(dataset, task_type='image_classification', training=True, max_corrupt
            target_set='ab', **fields):
   task = _task(task_type, label_column=label_column, target_set=target_set, **fields)
   return file_dataset_examples.FileExampleBuilder(
-      None, {'ab': ('a', 'b')}, SIDE, 3, training, False, 0, max_corrupt_fraction).build(task, dataset)
+      None, {'ab': ('a', 'b')}, 3, SIDE, training, False, 0, max_corrupt_fraction).build(task, dataset)
 
 
 def _make(examples, ids):

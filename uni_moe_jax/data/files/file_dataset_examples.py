@@ -2,8 +2,7 @@
 
 A batch is one call of Python, which reads records and their texts, and TensorFlow ops that decode images. If an
 example cannot be used, the batch is made again with the id `hash(seed, id, attempt)` in its position: the other
-examples do not move, and the batch stays a function of (seed, step). Evaluation replaces nothing: a corrupt example is
-an error there, as any metric would count it wrongly.
+examples do not move, and the batch stays a function of (seed, step). In evaluation, it is an error.
 """
 
 import concurrent.futures
@@ -38,8 +37,8 @@ class FileExampleBuilder:
   """
   tokenizer: Tokenizer
   keys: dict[str, tuple[str, ...]]  # named target set → what records call its classes, in order
-  size: int  # side of the image in pixels
   channels: int
+  size: int  # side of the image in pixels
   training: bool
   random_special_tokens: bool
   seed: int
@@ -72,14 +71,9 @@ class FileExampleBuilder:
 
 
 def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:
-  """Ids of the records that are examples: those with a label and the columns of templates.
+  """Ids of the records that are examples: of own data those with a label and the columns of templates, else all.
 
-  Whether a record has them is known in advance only for own data; otherwise all ids are returned.
-
-  Args:
-    records: of the task's split.
-    task: with its `train_fraction` and `shots`, which are applied for the seed of a run that trains.
-    seed: of that run; None for all records.
+  A seed is of a run that trains on them; only then `train_fraction` and `shots` of the task apply.
 
   Raises:
     UsageError: there are none, or `shots` is set and labels are not known before records are read.

@@ -58,7 +58,7 @@ def read_rows(root: pathlib.Path, gif: str = 'image') -> Iterator[Row]:
 
   Args:
     root: the file or folder.
-    gif: media type of .gif files in a folder by class.
+    gif: media type of .gif files in a folder by class: 'image' (the first frame) or 'video'.
 
   Raises:
     MissingFileError: `root` does not exist. UsageError: it contains no known format.

@@ -37,20 +37,17 @@ SPLITS = ('train', 'validation', 'test')
 _MAX_CLASSES = 10_000  # of a field; a field of more values is text
 
 Splits = dict[str, list[Row]]
+Classes = dict[str, tuple[str, ...]]  # class column → names in order
 
 
 def prepare(
     source: pathlib.Path, data_dir: pathlib.Path, name: str, version: str = VERSION, gif: str = 'image',
     test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1) -> dict:
-  """Prepares a file or folder as dataset `name`, of lower-case letters, digits and '_'; returns prepared.json.
+  """Prepares a file or folder as dataset `name` in a folder of prepared data; returns the content of prepared.json.
 
   Args:
-    source: see `formats.read_rows`.
-    data_dir: folder of prepared data.
-    version: 'x.y.z'.
-    gif: media type of .gif files in a folder by class: 'image' (the first frame) or 'video'.
+    source, gif, max_corrupt_fraction: see `check.read_checked_rows`.
     test_fraction: fraction of the groups that becomes the split 'test' if the data names no splits.
-    max_corrupt_fraction: the largest fraction of skipped rows.
 
   Raises:
     UsageError: nothing to read, an invalid name, an existing version, or too many skipped rows.
@@ -65,8 +62,7 @@ def prepare(
   rows, skipped = read_checked_rows(source, gif, max_corrupt_fraction)
   root = source if source.is_dir() else source.parent
   splits = split_rows(rows, test_fraction, root)
-  classes = _find_classes(rows)
-  columns = _find_columns(rows, classes)
+  columns, classes = _find_columns(rows)
   arrays = _label_arrays(splits, columns, classes)
   num_splits = collections.Counter(g for members in splits.values() for g in {_group(row, root) for row in members})
   with npz_records.atomic_folder(folder) as unfinished:
@@ -101,29 +97,24 @@ def _group(row: Row, root: pathlib.Path) -> str:
   return row.group or file or row.key or row.location
 
 
-def _find_classes(rows: list[Row]) -> dict[str, tuple[str, ...]]:
-  """Class names of 'label' and of every field whose values occur at least twice on average."""
+def _find_columns(rows: list[Row]) -> tuple[dict[str, str], Classes]:
+  """(column → 'image', 'video', 'texts', 'text' or 'class', class names).
+
+  Classes are the values of 'label' and of every field whose values occur at least twice on average.
+  """
+  columns, classes = {row.media_type: row.media_type for row in rows if row.media_type}, {}
   values: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
   for row in rows:
+    columns |= {name: 'texts' if isinstance(v, tuple) else 'text' for name, v in row.texts.items()}
     for name, value in row.labels.items():
       values[name][value] += 1
-  classes = {}
   for name, counts in values.items():
+    columns[name] = 'text'
     if name == 'label' or len(counts) <= min(_MAX_CLASSES, counts.total() / 2):
       is_numeric = all(re.fullmatch(r'-?\d+', v) for v in counts)
+      columns[name] = 'class'
       classes[name] = tuple(sorted(counts, key=(lambda v: (int(v), v)) if is_numeric else None))
-  return classes
-
-
-def _find_columns(rows: list[Row], classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
-  """Column → 'image', 'video', 'texts', 'text' or 'class'."""
-  columns = {}
-  for row in rows:
-    if row.media_type:
-      columns[row.media_type] = row.media_type
-    columns |= {name: 'texts' if isinstance(v, tuple) else 'text' for name, v in row.texts.items()}
-    columns |= {name: 'class' if name in classes else 'text' for name in row.labels}
-  return dict(sorted(columns.items()))
+  return dict(sorted(columns.items())), classes
 
 
 def _value(row: Row, column: str, column_type: str) -> int | str | list[str]:
@@ -134,8 +125,7 @@ def _value(row: Row, column: str, column_type: str) -> int | str | list[str]:
   return list(text or ()) if column_type == 'texts' else text or ''
 
 
-def _label_arrays(
-    splits: Splits, columns: dict[str, str], classes: dict[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
+def _label_arrays(splits: Splits, columns: dict[str, str], classes: Classes) -> dict[str, np.ndarray]:
   """The content of labels.npz."""
   arrays = {}
   for column, column_type in columns.items():
@@ -148,9 +138,8 @@ def _label_arrays(
   return arrays
 
 
-def _write_shards(
-    folder: pathlib.Path, name: str, version: str, splits: Splits, columns: dict[str, str],
-    classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _write_shards(folder: pathlib.Path, name: str, version: str, splits: Splits, columns: dict[str, str],
+                  classes: Classes) -> dict[str, str]:
   """Writes shards and metadata; returns a hex sha256 of the content of each split."""
   import tensorflow_datasets as tfds
   tfds.disable_progress_bar()

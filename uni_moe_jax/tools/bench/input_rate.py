@@ -153,6 +153,6 @@ def _file_mixture(folder: pathlib.Path, suffix: str, file_type: FileType, count:
       num_frames=file_type.num_frames, crop=file_type.crop, random_flip=True)
   plan = make_plan(c)
   # No text, so no tokenizer.
-  builder = FileExampleBuilder(None, {'classes': _CLASSES}, file_type.image_size, 3, True, False, 0, 0.0)
+  builder = FileExampleBuilder(None, {'classes': _CLASSES}, 3, file_type.image_size, True, False, 0, 0.0)
   examples = builder.build(plan.tasks[0], file_dataset.load(f'own:{suffix}', folder, 'train'))
   return Mixture(plan, {suffix: examples}, 0, 'all_tasks', c.model.max_num_frames, BatchLayout())
