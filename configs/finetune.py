@@ -11,11 +11,6 @@ Arguments:
 200 steps. docs/results/adaptation.md compares it with configs/prompt_tune.py and configs/zero_shot.py.
 """
 
-import ml_collections
-
 from uni_moe_jax.train import finetuning
 
-
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """Model, tokenizer and data are those of the run."""
-  return finetuning.finetune(arg)
+get_config = finetuning.finetune  # model, tokenizer and data are those of the run

@@ -11,11 +11,6 @@ Arguments:
 Every other parameter stays bit-identical. 200 steps. docs/results/adaptation.md has the scores.
 """
 
-import ml_collections
-
 from uni_moe_jax.train import finetuning
 
-
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """Model, tokenizer and data are those of the run; the prompts are new."""
-  return finetuning.prompt_tune(arg)
+get_config = finetuning.prompt_tune  # model, tokenizer and data are those of the run; the prompts are new

@@ -8,12 +8,11 @@ so of kernels. --torch adds the published PyTorch layout of a model with one ker
 folder is the model card.
 """
 
-import json
 import pathlib
 
 from absl import flags
 
-from uni_moe_jax.utils import cli
+from uni_moe_jax.utils import cli, files
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of launch/train.py.', required=True)
@@ -50,8 +49,7 @@ def main() -> int:
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)
-  evaluated = step == suite.evaluated_step(workdir)
-  rows = json.loads((workdir / suite.EVALUATION_FILE).read_text()) if evaluated else []
+  rows = files.read_json(workdir / suite.EVALUATION_FILE) if step == suite.evaluated_step(workdir) else []
   provenance = workdir_lib.provenance(workdir, step) | {'exported by commit': loop.commit()}
   artifact.write(_OUTPUT.value, exported, provenance, rows, _TORCH.value)
   print(f'{_OUTPUT.value}: step {step}, {exported.summary()}')

@@ -56,12 +56,12 @@ def video_name(c: ml_collections.ConfigDict) -> None:
 TRANSFER: dict[str, Edit] = {'digits': digits, 'video_caption': video_caption, 'video_name': video_name}
 
 
-def finetune(arg: str) -> ml_collections.ConfigDict:
+def finetune(arg: str = '') -> ml_collections.ConfigDict:
   """Trains every parameter, lower layers more slowly. arg: run=RUN,task=TASK[,data=few|all] (all)."""
   return _config_of(arg, 'configs/finetune.py', train_all, 'all')
 
 
-def prompt_tune(arg: str) -> ml_collections.ConfigDict:
+def prompt_tune(arg: str = '') -> ml_collections.ConfigDict:
   """Trains prompts, norms and a linear head. arg: run=RUN,task=TASK[,data=few|all] (few)."""
   return _config_of(arg, 'configs/prompt_tune.py', train_prompts, 'few', linear_head=True)
 
