@@ -35,7 +35,7 @@ def tables() -> str:
 def _section(title: str, cls: type) -> str:
   hints = typing.get_type_hints(cls)
   rows = [_row(f, hints[f.name]) for f in dataclasses.fields(cls)]
-  return '\n'.join([f'## {title}', '', fields.first_line(cls), '', *_HEAD, *rows])
+  return '\n'.join([f'## {title}', '', cls.__doc__.partition('\n')[0], '', *_HEAD, *rows])
 
 
 def _row(f: dataclasses.Field, hint: typing.Any) -> str:

@@ -1,6 +1,5 @@
 """Training on a user's own data: the guide's commands, and several small data sets together."""
 
-import importlib.util
 import json
 import pathlib
 import shlex
@@ -13,10 +12,9 @@ from tests.helpers import in_process, saved_run
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import metrics, suite
 from uni_moe_jax.train import loop
+from uni_moe_jax.utils import cli
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
 # A small model and few steps; commands and all other fields are those of the guide.
 _SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.mlp_dim=16', 'model.image_size=16',
           'moe.num_experts=2', 'train.steps=2', 'train.log_every=1')
@@ -43,10 +41,7 @@ def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatc
 
 
 def _own(arg: str):
-  spec = importlib.util.spec_from_file_location('own', _ROOT / 'configs/own.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(arg)
+  return cli.config_from(f'{_ROOT}/configs/own.py:{arg}', [])
 
 
 @pytest.fixture(scope='module')

@@ -13,9 +13,6 @@ import ml_collections
 from uni_moe_jax import config
 from uni_moe_jax.config import schema
 
-IMAGENET_NAMES = 'file:class_names/imagenet1k.tsv'
-IMAGENET21K_NAMES = 'file:class_names/imagenet21k.tsv'
-VQA_ANSWERS = 'file:class_names/vqa_answers.tsv'
 CAPTIONS = '{captions}'
 _SMOOTHING = dict(label_smoothing=0.1)
 # Augmentation of classified images, of captioned images, and of videos.
@@ -51,7 +48,7 @@ def pretraining(c: ml_collections.ConfigDict) -> None:
   Moments in Time has three frames and Kinetics four, so that they are two groups of videos.
   """
   names = dict(family='names', max_len=32)
-  c.target_sets.imagenet21k = config.target_set(IMAGENET21K_NAMES, **names)
+  c.target_sets.imagenet21k = config.target_set('file:class_names/imagenet21k.tsv', **names)
   c.target_sets.kinetics700 = config.target_set('own:kinetics700/label', **names)
   c.target_sets.moments = config.target_set('own:moments/label', **names)
   words = vocabulary(c)
@@ -163,7 +160,7 @@ def _glue(c: ml_collections.ConfigDict, name: str) -> None:
 
 def _imagenet1k(c: ml_collections.ConfigDict, name: str) -> None:
   """Add the classification of images into 1000 classes."""
-  c.target_sets[name] = config.target_set(IMAGENET_NAMES, family='names', max_len=32)
+  c.target_sets[name] = config.target_set('file:class_names/imagenet1k.tsv', family='names', max_len=32)
   c.preflight.target_lengths[name] = ((4, 500), (8, 500))  # here and below, the lengths are an assumption
   c.tasks[name] = _tuned('image_classification', 'tfds:imagenet2012', name, target_set=name, label_column='label',
                          **_SMOOTHING, **_CLASSIFIED)
@@ -207,7 +204,7 @@ def _vqa(c: ml_collections.ConfigDict, name: str) -> None:
   The target set has the answers of at least nine questions. Images are not mirrored: published training mirrors them,
   and swaps left and right in words.
   """
-  c.target_sets.vqa_answers = config.target_set(VQA_ANSWERS, family='words', max_len=16)
+  c.target_sets.vqa_answers = config.target_set('file:class_names/vqa_answers.tsv', family='words', max_len=16)
   c.preflight.target_lengths.vqa_answers = ((4, 3129),)
   c.tasks[name] = _tuned('vqa', 'own:vqa', name, target_set='vqa_answers', label_column='answers', max_predictions=10,
                          template='{question} <spe> <eot>')

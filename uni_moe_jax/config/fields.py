@@ -53,10 +53,6 @@ def entries(cls: type | None, doc: str) -> Any:
   return dataclasses.field(default_factory=dict, hash=False, metadata=dict(doc=doc, entry=cls))
 
 
-def first_line(cls: type) -> str:
-  return cls.__doc__.partition('\n')[0]
-
-
 def to_config_dict(value: Any) -> ml_collections.ConfigDict:
   """The ConfigDict of a config dataclass."""
   hints = typing.get_type_hints(type(value))
