@@ -129,7 +129,7 @@ _FLAG, _COST = '--config.model.remat=True', 'a third more work'
     (dict(needs=None, too_large='evaluation, mlm'),
      f'{_FLAG}: unknown bytes, evaluation, mlm does not fit ({_COST})\nNo trial fits: use more devices.\n')])
 def test_the_report_names_the_change(trial, line):
-  trials = (remedies.Trial((remedies.Change((('model.remat', True),), _COST),), **trial),)
+  trials = (remedies.Trial((remedies.Change({'model.remat': True}, _COST),), **trial),)
   assert line in findings.render(dataclasses.replace(_findings(), memory=1.0, trials=trials))
 
 

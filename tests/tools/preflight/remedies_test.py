@@ -31,7 +31,7 @@ def _config(evaluator: bool = False, **model):
 
 
 def _flags(config, evaluation: bool = False) -> list[str]:
-  return [remedies.as_flags(c.fields) for c in remedies.candidates(config, _MESH, evaluation)]
+  return [remedies.as_flags(c.fields.items()) for c in remedies.candidates(config, _MESH, evaluation)]
 
 
 def test_changes_are_ordered_by_cost_and_offered_only_where_they_are_possible():
@@ -67,7 +67,7 @@ def test_an_evaluator_whose_name_no_flag_can_have_is_changed_in_the_config_file(
   for name in ('shape', 'class, held out', 'masked words'):
     c.evaluators[name] = config_lib.evaluator('classification', 'shape', split='test', batch_size=64)
   change = next(remedies.candidates(c, _MESH, evaluation=True))
-  assert remedies.as_flags(change.fields) == (
+  assert remedies.as_flags(change.fields.items()) == (
       '--config.evaluators.shape.batch_size=32, in the config file: '
       "config.evaluators['class, held out'].batch_size = 32; config.evaluators['masked words'].batch_size = 32")
   assert {e.batch_size for e in change.apply(c).evaluators.values()} == {32}
@@ -90,7 +90,7 @@ def test_the_flags_of_every_change_of_a_published_config_give_the_changed_config
   assert {'tasks', 'evaluators'} <= {name.split('.')[0] for change in changes for name in change.names}
   for change in changes:
     changed = change.apply(c)
-    assert _parse(file, *remedies.as_flags(change.fields).split(' ')) == changed
+    assert _parse(file, *remedies.as_flags(change.fields.items()).split(' ')) == changed
     mesh = sharding.mesh_shape({a: changed.mesh[a] for a in sharding.AXES}, 256)
     shards = mesh['replica'] * mesh['data'] * mesh['expert']
     make_plan(changed).check_batches(shards, changed.train.grad_accum_steps)

@@ -17,21 +17,21 @@ _MAX_SINGLE, _MAX_COMBINED = 5, 8  # trials of one change, and of several change
 @dataclasses.dataclass(frozen=True)
 class Change:
   """New values of config fields."""
-  fields: tuple[tuple[str, Any], ...]  # (dotted name without 'config.', value)
+  fields: Mapping[str, Any]  # by dotted name without 'config.'
   cost: str  # what the change costs, for the report
   repeatable: bool = False  # the change can be made again, with a further value
 
   def apply(self, config: Config) -> Config:
     """Return a changed copy of the config."""
     changed = config.copy_and_resolve_references()
-    for name, value in self.fields:
+    for name, value in self.fields.items():
       *path, last = name.split('.')
       functools.reduce(operator.getitem, path, changed)[last] = value
     return changed
 
   @property
   def names(self) -> tuple[str, ...]:
-    return tuple(name for name, _ in self.fields)
+    return tuple(self.fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Trial:
   @property
   def flags(self) -> str:
     """See `as_flags`."""
-    return as_flags(field for change in self.changes for field in change.fields)
+    return as_flags(field for change in self.changes for field in change.fields.items())
 
 
 def as_flags(fields: Iterable[tuple[str, Any]]) -> str:
@@ -86,33 +86,32 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
   """
   m, shards = config.model, sharding.batch_shards(mesh)
   if evaluation:
-    halved = tuple(
-        (f'evaluators.{n}.batch_size', e.batch_size // 2) for n, e in config.evaluators.items() if e.batch_size > 1)
+    halved = {f'evaluators.{n}.batch_size': e.batch_size // 2 for n, e in config.evaluators.items() if e.batch_size > 1}
     if halved:
       yield Change(halved, 'evaluation in twice as many calls', repeatable=True)
   elif not m.remat:
-    yield Change((('model.remat', True),), 'a third more work')
+    yield Change({'model.remat': True}, 'a third more work')
   if m.dtype == 'float32':
-    yield Change((('model.dtype', 'bfloat16'),), 'products in bfloat16')
+    yield Change({'model.dtype': 'bfloat16'}, 'products in bfloat16')
   if not config.mesh.fsdp and mesh['data'] > 1 and m.width % mesh['data'] == 0:
-    yield Change((('mesh.fsdp', True),), 'parameters are gathered in every layer')
+    yield Change({'mesh.fsdp': True}, 'parameters are gathered in every layer')
   # A new axis takes devices from the data axis. That needs an inferred data axis, and only one axis can be inferred.
   is_inferred = any(config.mesh[a] == -1 for a in sharding.AXES)
-  inferred = () if is_inferred else (('mesh.data', -1),)
+  inferred = {} if is_inferred else {'mesh.data': -1}
   can_split = not is_inferred or config.mesh.data == -1
   experts = math.gcd(config.moe.num_experts, mesh['data'])
   if config.moe.router != DENSE and mesh['expert'] == 1 and experts > 1 and can_split:
-    yield Change((*inferred, ('mesh.expert', experts)), 'merged kernels or tokens are sent over the expert axis')
+    yield Change({**inferred, 'mesh.expert': experts}, 'merged kernels or tokens are sent over the expert axis')
   trained = [n for n, t in config.tasks.items() if t.batch_size]
   if not evaluation and config.train.mixture == 'all_tasks' and all(
       config.tasks[n].batch_size % (2 * batch_unit(config, n, shards)) == 0 for n in trained):
-    yield Change((('train.grad_accum_steps', 2 * config.train.grad_accum_steps),),
+    yield Change({'train.grad_accum_steps': 2 * config.train.grad_accum_steps},
                  'twice as many micro-steps; negatives come from one micro-step', repeatable=True)
   if mesh['model'] == 1 and m.num_heads % 2 == m.mlp_dim % 2 == mesh['data'] % 2 == 0 and can_split:
-    yield Change((*inferred, ('mesh.model', 2)), 'activations are reduced twice in every layer')
+    yield Change({**inferred, 'mesh.model': 2}, 'activations are reduced twice in every layer')
   half = scale_batches(config, shards, 0.5)
-  halved = tuple((f'tasks.{n}.batch_size', half.tasks[n].batch_size) for n in trained
-                 if half.tasks[n].batch_size < config.tasks[n].batch_size)
+  halved = {f'tasks.{n}.batch_size': half.tasks[n].batch_size for n in trained
+            if half.tasks[n].batch_size < config.tasks[n].batch_size}
   if halved and not evaluation:
     yield Change(halved, 'half the batch where possible; the training differs', repeatable=True)
 
