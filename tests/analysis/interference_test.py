@@ -2,6 +2,7 @@
 
 import weakref
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,8 +80,7 @@ def test_each_subset_has_its_own_directions_and_all_subsets_the_joint_one():
 
 
 def test_a_task_without_gradient_has_no_ratios_and_changes_no_loss():
-  tasks = dict(one=((3, 4), (3, 4)), absent=((0, 0), (0, 0)))
-  _, estimate = _measure(tasks, 2)
+  _, estimate = _measure(dict(one=((3, 4), (3, 4)), absent=((0, 0), (0, 0))), 2)
   np.testing.assert_array_equal(estimate.ratio_of_means.value, [[1, 0], [np.nan, np.nan]])
   np.testing.assert_array_equal(estimate.delta.high[1], [0, 0])
 
@@ -113,7 +113,7 @@ _DIM = 12
 
 def _noisy(means, batches, seed, noise=2.0):
   rng = np.random.default_rng(seed)
-  return {name: tuple(np.asarray(m) + noise * rng.normal(size=(batches, _DIM))) for name, m in means.items()}
+  return {name: np.asarray(m) + noise * rng.normal(size=(batches, _DIM)) for name, m in means.items()}
 
 
 _DIRECTION = np.linspace(1, -1, _DIM) * 2
@@ -137,9 +137,7 @@ def test_quadratic_losses_by_closed_form_without_noise():
   s = 2**.5
   expected = [[1, 4 / 5, -7 / 5 / s], [4 / 5, 1, -1 / s], [-7 / 5 / s, -1 / s, 1]]
   for ratio in (estimate.ratio_of_means, estimate.mean_of_ratios):
-    np.testing.assert_allclose(ratio.value, expected, rtol=1e-6)
-    np.testing.assert_allclose(ratio.low, expected, rtol=1e-6)
-    np.testing.assert_allclose(ratio.high, expected, rtol=1e-6)
+    np.testing.assert_allclose(list(vars(ratio).values()), [expected] * 3, rtol=1e-6)
   # Of six pairs: 4/5 twice, -7/5/√2 and -1/√2 twice.
   for interval, share in ((estimate.mean_of_pairs, (8 / 5 - 24 / 5 / s) / 6), (estimate.negative_share, 4 / 6)):
     np.testing.assert_allclose(list(vars(interval).values()), [share] * 3, rtol=1e-6)
@@ -159,19 +157,20 @@ def test_values_over_all_pairs_have_intervals_and_leave_out_rows_without_a_base(
 
 def test_intervals_cover_the_truth_about_as_often_as_stated():
   """The directions are uncertain too: intervals from the batches of the affected task alone would cover about half."""
-  means = {'i': _DIRECTION, 'twin': _DIRECTION}
-  covered, repeats = 0, 150
+  means, covered, repeats = {'i': _DIRECTION, 'twin': _DIRECTION}, 0, 150
   for seed in range(repeats):
-    g = {k: np.array(v) for k, v in _noisy(means, 12, seed).items()}
-    estimate = interference.estimate(_by_hand(g), num_resamples=300, seed=seed)
+    estimate = interference.estimate(_by_hand(_noisy(means, 12, seed)), num_resamples=300, seed=seed)
     covered += estimate.ratio_of_means.low[0, 1] < 1 < estimate.ratio_of_means.high[0, 1]
   assert 0.88 <= covered / repeats <= 0.995, covered / repeats
 
 
+def _units(g):
+  return {k: v / np.linalg.norm(v, axis=1, keepdims=True) for k, v in g.items()}
+
+
 def _by_hand(g):
   """Products of [N, D] arrays with all gradients in memory: an independent computation."""
-  names, N = list(g), len(next(iter(g.values())))
-  unit = {k: v / np.linalg.norm(v, axis=1, keepdims=True) for k, v in g.items()}
+  names, N, unit = list(g), len(next(iter(g.values()))), _units(g)
   rows, columns = np.zeros((2, len(names), len(names), N))
   for i, a in enumerate(names):
     for j, b in enumerate(names):
@@ -184,16 +183,13 @@ def _by_hand(g):
 def test_streaming_equals_the_computation_with_all_gradients_in_memory():
   g = _noisy({'i': _DIRECTION, 'j': np.ones(_DIM), 'k': -_DIRECTION}, 5, seed=3)
   products, _ = _measure(g, 5)
-  expected = _by_hand({k: np.array(v) for k, v in g.items()})
-  np.testing.assert_allclose(products.rows, expected.rows, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(products.columns, expected.columns, rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_close(products, _by_hand(g), rtol=1e-4, atol=1e-5)
 
 
 def test_resampling_equals_its_definition_to_first_order():
   """The width of the interval against that of ratios recomputed from all N² products of resampled batches."""
-  N, g = 40, {k: np.array(v) for k, v in _noisy({'i': _DIRECTION, 'j': -_DIRECTION + 1}, 40, seed=4).items()}
-  rng, draws = np.random.default_rng(0), []
-  unit = {k: v / np.linalg.norm(v, axis=1, keepdims=True) for k, v in g.items()}
+  N, g = 40, _noisy({'i': _DIRECTION, 'j': -_DIRECTION + 1}, 40, seed=4)
+  rng, draws, unit = np.random.default_rng(0), [], _units(g)
   for _ in range(600):
     w = {k: rng.multinomial(N, np.full(N, 1 / N)) / N for k in g}
     own = np.outer(w['i'], w['i']) * (1 - np.eye(N))
@@ -205,8 +201,7 @@ def test_resampling_equals_its_definition_to_first_order():
 
 
 def test_estimates_repeat_with_their_seed_and_only_with_it():
-  g = _noisy({'i': _DIRECTION, 'j': np.ones(_DIM)}, 6, seed=5)
-  products, _ = _measure(g, 6)
+  products, _ = _measure(_noisy({'i': _DIRECTION, 'j': np.ones(_DIM)}, 6, seed=5), 6)
   one, two, other = (interference.estimate(products, num_resamples=50, seed=s).ratio_of_means for s in (1, 1, 2))
   np.testing.assert_array_equal(one.low, two.low)
   assert (one.low != other.low).any() and (one.value == other.value).all()

@@ -55,6 +55,11 @@ def _page(workdir):
   return (workdir / 'report.html').read_text()
 
 
+@pytest.fixture(name='page')
+def _whole_page(workdir):
+  return _page(workdir)
+
+
 class _Balance(html.parser.HTMLParser):
   """Fails on a tag that is closed in the wrong order."""
 
@@ -71,16 +76,15 @@ class _Balance(html.parser.HTMLParser):
     assert self.stack.pop() == tag, tag
 
 
-def test_a_whole_workdir_leaves_no_section_absent(workdir):
-  page = _page(workdir)
+def test_a_whole_workdir_leaves_no_section_absent(page):
   assert 'class="absent"' not in page
   for fact in ('step 5', '3,214,592 parameters', 'seed 0', 'commit 1f2e3d4', '1 of 2 metrics', 'a&amp;b', 'model.width',
                'attention router', 'layer 2', 'image 10011000'):
     assert fact in page, fact
 
 
-def test_the_page_is_well_formed_and_needs_no_network(workdir):
-  parser, page = _Balance(), _page(workdir)
+def test_the_page_is_well_formed_and_needs_no_network(page):
+  parser = _Balance()
   parser.feed(page)
   assert not parser.stack
   assert all(link.startswith('data:image/png;base64,') for link in parser.links)
@@ -88,20 +92,17 @@ def test_the_page_is_well_formed_and_needs_no_network(workdir):
   assert 'prefers-color-scheme: dark' in page
 
 
-def test_text_from_files_cannot_become_markup(workdir):
-  page = _page(workdir)
+def test_text_from_files_cannot_become_markup(page):
   assert '&lt;script&gt;' in page and 'quick&lt;start' in page
 
 
-def test_every_baseline_shows_whether_it_is_beaten(workdir):
-  page = _page(workdir)
+def test_every_baseline_shows_whether_it_is_beaten(page):
   for shown in ('majority 0.140 <span class="better"', 'pixels 0.630 <span class="worse"',
                 'unigram 118.4 <span class="better"', '<b>0.400</b> <span class="quiet">± 0.010</span>'):
     assert shown in page, shown
 
 
-def test_there_is_a_panel_per_metric_with_its_strongest_baseline_as_a_dashed_line(workdir):
-  page = _page(workdir)
+def test_there_is_a_panel_per_metric_with_its_strongest_baseline_as_a_dashed_line(page):
   panels = re.findall('<figure class="panel">.*?</figure>', page)
   assert len(panels) == 6
   for title, baseline in (('mlm', 'unigram'), ('g', 'pixels')):
@@ -110,8 +111,7 @@ def test_there_is_a_panel_per_metric_with_its_strongest_baseline_as_a_dashed_lin
   assert page.count('class="reference"') == 2
 
 
-def test_samples_count_exact_matches_as_the_metric_does(workdir):
-  page = _page(workdir)
+def test_samples_count_exact_matches_as_the_metric_does(page):
   assert 'Captions · 1 of 2 exact' in page and 'Videos · 0 of 1 exact' in page
   assert page.count('<img') == 2 + 8
 
