@@ -53,9 +53,8 @@ def test_no_docstring_is_read_from(code):
 
 
 def _write(folder, path, text):
-  path = folder / path
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(f'"""{text}"""')
+  (folder / path).parent.mkdir(parents=True, exist_ok=True)
+  (folder / path).write_text(f'"""{text}"""')
 
 
 def test_documents_do_not_depend_on_the_order_of_the_file_system(tmp_path, monkeypatch):

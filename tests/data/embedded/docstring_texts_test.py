@@ -16,8 +16,7 @@ _LETTERS = 'bcdfghjklmnprstvwz'
 
 def _sentence(rng):
   """Twelve words; four of them occur in every sentence, too few to be compared without the others."""
-  a, b, c, d, e, f, g, h = (
-      ''.join(rng.choice(_LETTERS) + rng.choice('aeiou') for _ in range(4)) for _ in range(8))
+  a, b, c, d, e, f, g, h = (''.join(rng.choice(_LETTERS) + rng.choice('aeiou') for _ in range(4)) for _ in range(8))
   return f'Counts {a} {b} {c} when {d} {e} and {f} {g} are {h}.'
 
 
@@ -42,16 +41,12 @@ def test_the_first_of_two_duplicates_is_kept(first, second):
   assert docstring_texts.drop_duplicates(entries, frozenset()) == entries[:1]
 
 
-def test_rare_words_do_not_count_beside_seven_common_ones():
+def test_rare_words_do_not_count_beside_seven_common_ones_which_fifty_paragraphs_have():
   common = frozenset('the value of a variable in this'.split())
   beta, gumbel = (_entry(f'The value of a {name} variable in this.') for name in ('Beta', 'Gumbel'))
   assert docstring_texts.drop_duplicates([beta, gumbel], common) == [beta]
   assert docstring_texts.drop_duplicates([beta, gumbel], common - {'this'}) == [beta, gumbel]
-
-
-def test_words_in_fifty_paragraphs_are_common():
-  entries = [_entry('all all some')] * 49 + [_entry('all')]
-  assert docstring_texts.common_words(entries) == {'all'}
+  assert docstring_texts.common_words([_entry('all all some')] * 49 + [_entry('all')]) == {'all'}
 
 
 def test_entries_keep_order_origin_and_role():
@@ -85,20 +80,15 @@ def test_wording_of_train_is_left_out_of_the_other_splits():
   assert docstring_texts.split_entries([trained, new, half]) == {'train': [trained], 'validation': [], 'test': [new]}
 
 
-def test_both_answers_have_the_same_summaries_and_paragraphs():
-  rows = docstring_texts.make_pairs(docstring_texts.extract_entries(_documents()))
-  yes, no = ([row for row in rows if row[2] == answer] for answer in ('yes', 'no'))
-  assert len(yes) == 2 * 150 * 2 * 2
-  for column in (0, 1):
-    assert sorted(row[column] for row in yes) == sorted(row[column] for row in no)
-
-
-def test_yes_is_the_same_document_and_no_another_one_of_the_source():
+def test_pairs_are_balanced_and_yes_is_the_same_document_and_no_another_one_of_the_source():
   documents = _documents()
   origin = {text: (index, document.source)
             for index, document in enumerate(documents) for text in document.text.split('\n\n')}
   rows = docstring_texts.make_pairs(docstring_texts.extract_entries(documents))
-  assert rows
+  yes, no = ([row for row in rows if row[2] == answer] for answer in ('yes', 'no'))
+  assert len(yes) == 2 * 150 * 2 * 2
+  for column in (0, 1):
+    assert sorted(row[column] for row in yes) == sorted(row[column] for row in no)
   for summary, text, answer in rows:
     assert (origin[summary][0] == origin[text][0]) == (answer == 'yes')
     assert origin[summary][1] == origin[text][1]

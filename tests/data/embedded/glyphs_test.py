@@ -56,9 +56,6 @@ class TestContent:
     inked = records['train'].columns['pixels'].any(1)  # [N, W]
     assert (np.abs(inked.argmax(1) - inked[:, ::-1].argmax(1)) <= 3).mean() > 0.95
 
-  def test_fingerprints_of_splits_differ(self, records):
-    assert len({records[split].fingerprint for split in glyphs.SPLITS}) == len(glyphs.SPLITS)
-
 
 class TestLeaks:
 
@@ -77,6 +74,7 @@ class TestLeaks:
   def test_no_image_occurs_twice_in_or_across_splits(self, records):
     images = [pixels.tobytes() for r in records.values() for pixels in r.columns['pixels']]
     assert len(set(images)) == len(images)
+    assert len({r.fingerprint for r in records.values()}) == len(glyphs.SPLITS)
 
   def test_unseen_faces_occur_in_test_fonts_only(self, records):
     for split in _SEEN_FACE_SPLITS:
@@ -94,6 +92,7 @@ class TestLeaks:
 class TestClasses:
 
   def test_every_class_of_a_split_is_trained_on(self, records):
+    assert records['train'].classes == {'class': glyph_classes.CLASSES}  # in the order of the rules
     for split in glyphs.SPLITS:
       assert _names(records[split], 'class') <= _names(records['train'], 'class')
 
@@ -103,30 +102,18 @@ class TestClasses:
     counts = collections.Counter(label for _, label in characters)
     assert {label: counts[label] for label in glyph_classes.CLASSES if counts[label] < 20} == {}
 
-  def test_class_names_are_in_the_order_of_the_rules(self, records):
-    assert records['train'].classes == {'class': glyph_classes.CLASSES}
-
   @pytest.mark.parametrize(('name', 'label'), [
-      ('latin small letter a', 'latin small letter'),
-      ('latin small letter a with acute', 'accented latin small letter'),
-      ('latin small letter d with hook', 'latin small letter'),  # a hook makes another letter
+      ('latin small letter a', 'latin small letter'), ('latin small letter d with hook', 'latin small letter'),
+      ('latin small letter a with acute', 'accented latin small letter'),  # a hook makes another letter
       ('greek capital letter omega with tonos', 'greek capital letter'),
-      ('long rightwards arrow from bar', 'rightwards arrow'),
-      ('left right double arrow', 'two-way arrow'),
+      ('long rightwards arrow from bar', 'rightwards arrow'), ('left right double arrow', 'two-way arrow'),
       ('north west arrow', 'diagonal arrow'),
       ('leftwards harpoon with barb up above rightwards harpoon with barb up', 'harpoon'),
-      ('left square bracket', 'bracket'),
-      ('black square', 'square'),
-      ('square root', ''),
-      ('circled latin small letter l', 'circled letter'),
-      ('white circle', 'circle'),
-      ('playing card queen of hearts', 'playing card'),
-      ('smiling face with sunglasses', 'face'),
-      ('die face-1', ''),
-      ('double-struck capital r', 'double-struck letter'),
-      ('mathematical bold capital a', ''),  # an A in a bold face
-      ('roman numeral one', ''),
-      ('modifier letter small h', ''),
+      ('left square bracket', 'bracket'), ('black square', 'square'), ('square root', ''),
+      ('circled latin small letter l', 'circled letter'), ('white circle', 'circle'),
+      ('playing card queen of hearts', 'playing card'), ('smiling face with sunglasses', 'face'), ('die face-1', ''),
+      ('double-struck capital r', 'double-struck letter'), ('mathematical bold capital a', ''),  # an A in a bold face
+      ('roman numeral one', ''), ('modifier letter small h', ''),
   ])
   def test_class_follows_from_the_name(self, name, label):
     assert glyph_classes.class_of(name) == label
@@ -138,13 +125,10 @@ class TestRender:
   def font(self):
     return glyphs.load_font('DejaVuSans')
 
-  def test_capital_and_small_letters_keep_their_sizes(self, font):
+  def test_letters_keep_their_sizes_and_share_a_baseline(self, font):
     capital, small = (glyphs.render(font, letter).any(1).sum() for letter in 'Oo')
     assert capital > small + 2
-
-  def test_letters_share_a_baseline(self, font):
-    lowest = {32 - glyphs.render(font, letter).any(1)[::-1].argmax() for letter in 'EXx'}
-    assert lowest == {24}
+    assert {32 - glyphs.render(font, letter).any(1)[::-1].argmax() for letter in 'EXx'} == {24}
 
   def test_a_dot_on_the_left_of_its_box_stays_on_the_left(self, font):
     left, right = (glyphs.render(font, dot) for dot in '\u2801\u2808')  # braille dots 1, 4
@@ -169,32 +153,24 @@ class TestSplits:
     assert {code: glyphs.assign_splits(hexagrams + braille)[code] for code in splits} == splits
 
 
-class TestSelection:
-
-  def _select(self, splits: dict[int, str], **fonts: dict[int, int]) -> dict[str, list[tuple]]:
-    """(name, face) of each split, for fonts that draw each character as a uniform gray."""
-    made = [glyphs.Font(face.replace('_', ' '), dict.fromkeys(grays, b''),
-                        {code: np.full((32, 32), gray, np.uint8) for code, gray in grays.items()})
-            for face, grays in fonts.items()]
-    rows, _ = glyphs.select_images(made, splits)
-    return {split: [(name[-1], face) for _, name, face, _ in rows[split]] for split in rows}
-
-  def test_of_equal_images_the_one_in_a_seen_face_is_kept(self):
-    chosen = self._select({65: 'train'}, bold_times={65: 1}, regular_sans={65: 1})
-    assert chosen['train'] == [('a', 'regular sans')]
-    assert chosen['test_fonts'] == []
-
-  def test_an_unseen_character_is_tested_in_seen_faces_only(self):
-    chosen = self._select(
-        {65: 'test_characters', 66: 'train'}, regular_sans={65: 1, 66: 2}, bold_times={65: 3, 66: 4})
-    assert chosen['test_characters'] == [('a', 'regular sans')]
-    assert chosen['test_fonts'] == [('b', 'bold times')]
-
-  def test_a_character_that_is_not_trained_on_is_not_in_test_fonts(self):
-    # In the seen face B equals A; that image belongs to A, so B is not trained on.
-    chosen = self._select({65: 'train', 66: 'train'}, regular_sans={65: 1, 66: 1}, bold_times={65: 2, 66: 3})
-    assert chosen['train'] == [('a', 'regular sans')]
-    assert chosen['test_fonts'] == [('a', 'bold times')]
+@pytest.mark.parametrize(('splits', 'fonts', 'selected'), [
+    # Of equal images the one in a seen face is kept.
+    ({65: 'train'}, {'bold times': {65: 1}, 'regular sans': {65: 1}}, {'train': [('a', 'regular sans')]}),
+    # An unseen character is tested in seen faces only.
+    ({65: 'test_characters', 66: 'train'}, {'regular sans': {65: 1, 66: 2}, 'bold times': {65: 3, 66: 4}}, {
+        'test_characters': [('a', 'regular sans')], 'train': [('b', 'regular sans')],
+        'test_fonts': [('b', 'bold times')]}),
+    # In the seen face B equals A. That image belongs to A, so B is neither trained on nor tested.
+    ({65: 'train', 66: 'train'}, {'regular sans': {65: 1, 66: 1}, 'bold times': {65: 2, 66: 3}}, {
+        'train': [('a', 'regular sans')], 'test_fonts': [('a', 'bold times')]}),
+])
+def test_images_are_selected_by_equality_character_and_face(splits, fonts, selected):
+  # Fonts draw each character as a uniform gray.
+  made = [glyphs.Font(face, dict.fromkeys(grays, b''), {c: np.full((32, 32), g, np.uint8) for c, g in grays.items()})
+          for face, grays in fonts.items()]
+  rows, _ = glyphs.select_images(made, splits)
+  assert {split: [(name[-1], face) for _, name, face, _ in rows[split]] for split in rows} == {
+      split: selected.get(split, []) for split in glyphs.SPLITS}
 
 
 class TestBuild:
@@ -210,6 +186,8 @@ class TestBuild:
     _build(other)
     for split in glyphs.SPLITS:
       assert glyphs.load(one, split).fingerprint == glyphs.load(other, split).fingerprint
+    with pytest.raises(ValueError, match="'test'.*test_characters, test_fonts, train, validation"):
+      glyphs.load(one, 'test')
 
   def test_a_second_build_does_nothing(self, few_faces, tmp_path, monkeypatch):
     _build(tmp_path)
@@ -228,8 +206,3 @@ class TestBuild:
     command = f'python launch/prepare_data.py --data_dir={tmp_path}'
     with pytest.raises(FileNotFoundError, match=f'{tmp_path}. Run: {command}'):
       load(tmp_path, 'train')
-
-  def test_an_unknown_split_lists_the_existing_ones(self, few_faces, tmp_path):
-    _build(tmp_path)
-    with pytest.raises(ValueError, match="'test'.*test_characters, test_fonts, train, validation"):
-      glyphs.load(tmp_path, 'test')

@@ -90,7 +90,7 @@ def test_only_one_paragraph_is_kept_of(document, paragraph):
      'It isn\'t the "best" way to do all of this but it is the first that was found.'),
 ], ids=['titled role', 'shortened role', 'markdown link', 'emphasis', 'typography'])
 def test_markup_is_removed(raw, expected):
-  assert [paragraph.text for paragraph in extract_paragraphs(raw)] == [expected]
+  assert extract_paragraphs(raw) == [(expected, SUMMARY)]
 
 
 @pytest.mark.parametrize('text', [

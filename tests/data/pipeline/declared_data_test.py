@@ -46,10 +46,9 @@ def test_batches_have_the_shapes_and_shardings_of_real_ones(accum):
 
 def test_a_set_without_declared_lengths_is_reported():
   c = _config()
-  with pytest.raises(ValueError) as raised:
+  with pytest.raises(ValueError, match=r'config\.preflight\.target_lengths\.answers is missing: .*give \(\(tokens, '
+                                       r'entries\), …\), for example \(\(16, 1000\),\)\.'):
     DeclaredData(c, make_plan(c))
-  assert 'config.preflight.target_lengths.answers is missing: ' in str(raised.value)
-  assert 'give ((tokens, entries), …), for example ((16, 1000),).' in str(raised.value)
 
 
 def test_entries_listed_in_the_config_have_the_max_len_of_their_set():
@@ -92,6 +91,4 @@ def test_presets_declare_the_sizes_of_the_embedded_data():
   assert {s.name: data.target_sets[s.name].size for s in plan.sets if not s.is_vocabulary} == {
       'glyph_classes': 52, 'motions': 12, 'packages': 10}
   make = data.examples(next(t for t in plan.tasks if t.name == 'video_motion')).make
-  shape = tf.function(make).get_concrete_function(
-      tf.TensorSpec([5], tf.int64), tf.TensorSpec([5], tf.uint64)).structured_outputs['pixels'].shape
-  assert shape == (5, 8, 32, 32, 3)
+  assert make(tf.zeros([5], tf.int64), tf.zeros([5], tf.uint64))['pixels'].shape == (5, 8, 32, 32, 3)

@@ -168,7 +168,7 @@ def test_evaluation_masks_every_selected_token_and_training_does_not():
 def test_random_tokens_are_special_only_if_configured(random_special_tokens):
   tokenizer, examples = _tokenizer(), _build('text', random_special_tokens=random_special_tokens)
   # Every row in 100 epochs: about 600 random tokens, 10 of each id.
-  epochs, ids = (a.reshape(-1) for a in np.mgrid[:100, :20])
+  epochs, ids = np.mgrid[:100, :20].reshape(2, -1)
   text = _make(examples, ids, epochs)['text']
   # Texts contain `eot`, masks `spe`: the other two occur as random tokens or not at all.
   others = {tokenizer.pad, tokenizer.unk}
@@ -182,11 +182,11 @@ def test_images_shift_in_training_only():
 
 
 def test_two_tasks_of_one_source_share_its_pixels():
-  builder, records = Builder(_tokenizer(), SETS, 1, True), tiny.records('glyphs')
-  builder.build(_task('shape'), records)
-  [pixels] = builder.pixels.values()
-  builder.build(_task('pair'), records)
-  assert list(builder.pixels.values())[0] is pixels and len(builder.pixels) == 1
+  builder, pixels = Builder(_tokenizer(), SETS, 1, True), []
+  for name in ('shape', 'pair'):
+    builder.build(_task(name), tiny.records('glyphs'))
+    pixels += builder.pixels.values()
+  assert len(pixels) == 2 and pixels[0] is pixels[1]
 
 
 @pytest.mark.parametrize('name, changes, message', [
@@ -204,13 +204,9 @@ def test_a_config_that_does_not_match_the_records_is_reported(name, changes, mes
     _build(name, **changes)
 
 
-def test_a_class_that_is_not_in_the_target_set_is_reported_with_the_nearest():
+def test_unknown_classes_and_a_source_without_labels_are_reported():
   with pytest.raises(ValueError, match="tasks.shape: class 'disc' is not in the target set; did you mean 'disk'"):
     _build('shape', classes={'shapes': ('bar', 'disk', 'star')})
-
-
-def test_a_source_without_labels_is_an_error():
-  records = tiny.records('paragraphs')
-  empty = Records({**records.columns, 'package': np.full(24, '')}, records.classes)
+  empty = Records({**tiny.records('paragraphs').columns, 'package': np.full(24, '')})
   with pytest.raises(ValueError, match=r"no record of source 'paragraphs', split 'train', has a 'package'"):
     _build('package', records=empty)

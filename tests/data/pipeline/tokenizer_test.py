@@ -78,12 +78,9 @@ def test_words_and_punctuation_start_units(words):
   assert words.word_start[list(words.special_ids)].all()
 
 
-def test_a_missing_file_is_named():
+def test_a_missing_file_and_a_model_without_special_tokens_are_refused(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match='no_such.model'):
     SentencePieceTokenizer('no_such.model')
-
-
-def test_a_model_without_special_tokens_is_refused(tmp_path, monkeypatch):
   monkeypatch.setitem(tokenizer._TRAINER, 'control_symbols', ['<eot>'])
   with pytest.raises(ValueError, match=r'plain\.model has no <spe>'):
     SentencePieceTokenizer.train(_TEXTS, tmp_path / 'plain.model', _SIZE)

@@ -3,7 +3,6 @@
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import NamedTuple
 
 MIN_WORDS = 9
 MIN_SUMMARY_WORDS = 4  # "Computes the mean along an axis." is enough for a question about what follows
@@ -15,13 +14,8 @@ BODY = 'body'  # a later one at the margin
 ITEM = 'item'  # indented or listed: the description of an argument, a note, a list item
 
 
-class Paragraph(NamedTuple):
-  text: str  # with normalized whitespace
-  role: str  # SUMMARY, BODY or ITEM
-
-
-def extract_paragraphs(document: str) -> list[Paragraph]:
-  """Returns the paragraphs of a dedented docstring that read as English, in order, without markup.
+def extract_paragraphs(document: str) -> list[tuple[str, str]]:
+  """Returns (text, role) of the paragraphs of a dedented docstring that read as English, without markup, in order.
 
   They have at least `MIN_WORDS` words, a summary `MIN_SUMMARY_WORDS`, and at most `MAX_CHARS` characters.
   """
@@ -30,7 +24,7 @@ def extract_paragraphs(document: str) -> list[Paragraph]:
     role = ITEM if not at_margin else BODY if index else SUMMARY
     text = _shorten(_remove_markup(raw))
     if reads_as_english(text, MIN_SUMMARY_WORDS if role == SUMMARY else MIN_WORDS):
-      paragraphs.append(Paragraph(text, role))
+      paragraphs.append((text, role))
   return paragraphs
 
 

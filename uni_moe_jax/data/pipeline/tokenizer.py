@@ -1,6 +1,7 @@
 """Tokenizers: the interface, and a SentencePiece tokenizer whose special tokens no text can spell."""
 
 import io
+import itertools
 import os
 import pathlib
 import tempfile
@@ -119,8 +120,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 def before_eot(ids: Iterable[int], eot: int) -> list[int]:
   """Returns the ids before the first `eot`."""
-  ids = [int(i) for i in ids]
-  return ids[:ids.index(eot)] if eot in ids else ids
+  return list(itertools.takewhile(lambda i: i != eot, map(int, ids)))
 
 
 def pack_tokens(token_lists: Iterable[Sequence[int]], length: int, eot: int) -> np.ndarray:
