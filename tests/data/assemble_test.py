@@ -33,15 +33,12 @@ def _merges(tmp_path):
   return path
 
 
-def test_the_config_selects_the_tokenizer(merges):
+def test_the_config_selects_the_tokenizer_and_its_vocabulary(merges):
   assert isinstance(_data().tokenizer, SentencePieceTokenizer)
   data = _data(merges)
   assert isinstance(data.tokenizer, ClipTokenizer)
   assert data.tokenizer_file == merges
-
-
-def test_a_vocabulary_set_has_an_entry_for_every_id_of_the_merges(merges):
-  assert _data(merges).target_sets['words'].size == 512 + 2 + 5  # not config.tokenizer.vocab_size
+  assert data.target_sets['words'].size == 512 + 2 + 5  # an entry for every id, not config.tokenizer.vocab_size
 
 
 def test_the_fingerprint_depends_on_the_content_of_the_merges_not_their_path(merges, tmp_path):
@@ -77,14 +74,18 @@ def test_a_missing_merges_file_is_an_error_that_names_the_field(tmp_path):
     _data(tmp_path / 'gone.txt')
 
 
+def _make(data, num_epochs, training, **changes):
+  """Features of all texts in several epochs."""
+  task = next(t for t in data._plan.tasks if t.name == 'text')
+  examples = data.examples(dataclasses.replace(task, **changes), training=training)
+  epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:num_epochs, :examples.size])
+  return {k: v.numpy() for k, v in examples.make(ids, hashing.example_hash(0, 'text', epochs, ids)).items()}
+
+
 @pytest.mark.parametrize('random_special_tokens', [False, True])
 def test_random_special_tokens_allows_special_tokens_as_random_words(merges, random_special_tokens):
   data = _data(merges, random_special_tokens=random_special_tokens)
-  task = next(t for t in data._plan.tasks if t.name == 'text')
-  examples = data.examples(task, training=True)
-  epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:400, :examples.size])
-  features = examples.make(ids, hashing.example_hash(0, 'text', epochs, ids))
-  drawn = set(features['text'].numpy().ravel().tolist())
+  drawn = set(_make(data, 400, training=True)['text'].ravel().tolist())
   # Texts contain `eot`, masks are `spe`: the other three occur as random words or not at all.
   others = data.tokenizer.special_ids - {data.tokenizer.eot, data.tokenizer.spe}
   assert others & drawn == (others if random_special_tokens else set())
@@ -92,10 +93,7 @@ def test_random_special_tokens_allows_special_tokens_as_random_words(merges, ran
 
 def test_words_of_the_published_tokenizer_are_masked_as_a_whole(merges):
   data = _data(merges)
-  task = next(t for t in data._plan.tasks if t.name == 'text')
-  examples = data.examples(dataclasses.replace(task, max_predictions=8, max_len=60))  # 15 % of 60: 9
-  epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:20, :examples.size])
-  made = {k: v.numpy() for k, v in examples.make(ids, hashing.example_hash(0, 'text', epochs, ids)).items()}
+  made = _make(data, 20, training=False, max_predictions=8, max_len=60)  # 15 % of 60: 9
   longest = 0
   for text, position, label, weight in zip(*(made[k] for k in ('text', 'position', 'label', 'weight'))):
     picked = np.zeros(60, bool)

@@ -14,12 +14,15 @@ _IDS = np.arange(100, 130)
 _LABELS = np.array([0] * 20 + [1] * 8 + [2] * 2)
 
 
-def _task(**changes):
-  return dataclasses.replace(make_plan(tiny.config('shape')).tasks[0], **changes)
+def _subset(labels=_LABELS, seed=3, **changes):
+  return subset(_IDS, labels, dataclasses.replace(make_plan(tiny.config('shape')).tasks[0], **changes), seed)
 
 
-def _counts(ids):
-  return np.bincount(_LABELS[ids - 100], minlength=3).tolist()
+def _examples(name, train_fraction, training=True):
+  config = tiny.config(name, data_dir=tiny.data_dir())
+  config.tasks[name].train_fraction = train_fraction
+  plan = make_plan(config)
+  return Data(config, plan).examples(plan.tasks[0], training=training)
 
 
 @pytest.mark.parametrize('changes, counts', [
@@ -28,48 +31,36 @@ def _counts(ids):
     (dict(shots=4), [4, 4, 2]),
     (dict(), [20, 8, 2])])
 def test_every_class_has_its_fraction(changes, counts):
-  chosen = subset(_IDS, _LABELS, _task(**changes), seed=3)
-  assert _counts(chosen) == counts
+  chosen = _subset(**changes)
+  assert np.bincount(_LABELS[chosen - 100], minlength=3).tolist() == counts
   assert (np.diff(chosen) > 0).all() and set(chosen) <= set(_IDS)
 
 
 def test_without_classes_the_fraction_is_of_all_examples():
-  assert len(subset(_IDS, None, _task(train_fraction=.1), seed=3)) == 3
+  assert len(_subset(labels=None, train_fraction=.1)) == 3
 
 
 def test_a_smaller_fraction_is_a_subset_of_a_larger_one():
-  small, large = (set(subset(_IDS, _LABELS, _task(train_fraction=s), seed=3)) for s in (.2, .6))
+  small, large = (set(_subset(train_fraction=fraction)) for fraction in (.2, .6))
   assert small < large
 
 
 def test_the_subset_depends_on_the_seed_alone():
-  first, again, other = (subset(_IDS, _LABELS, _task(train_fraction=.3), seed) for seed in (3, 3, 4))
+  first, again, other = (_subset(train_fraction=.3, seed=seed) for seed in (3, 3, 4))
   np.testing.assert_array_equal(first, again)
   assert set(first) != set(other)
 
 
 @pytest.mark.parametrize('name', ['shape', 'caption', 'pair', 'package', 'text'])
 def test_training_reads_the_subset_and_evaluation_all_examples(name):
-  config = tiny.config(name, data_dir=tiny.data_dir())
-  full = Data(config, make_plan(config))
-  task = full._plan.tasks[0]
-  config.tasks[name].train_fraction = .5
-  part = Data(config, make_plan(config))
-  smaller = part._plan.tasks[0]
-  assert part.examples(smaller, training=True).size < full.examples(task, training=True).size
-  assert part.examples(smaller).size == full.examples(task).size
+  assert _examples(name, .5).size < _examples(name, 1.0).size
+  assert _examples(name, .5, training=False).size == _examples(name, 1.0, training=False).size
 
 
 def test_a_subset_contains_unchanged_examples():
   """Images, labels and captions of one record stay together."""
-  config = tiny.config('caption', data_dir=tiny.data_dir())
-  full = Data(config, make_plan(config))
-  config.tasks.caption.train_fraction = .4
-  part = Data(config, make_plan(config))
-
-  def rows(data):
-    task = data._plan.tasks[0]
-    examples = data.examples(task, training=True)
+  def rows(train_fraction):
+    examples = _examples('caption', train_fraction)
     fields = examples.make(np.arange(examples.size), np.zeros(examples.size, np.uint64))
     return {(p.tobytes(), w.tobytes()) for p, w in zip(fields['pixels'].numpy(), fields['text'].numpy())}
-  assert rows(part) < rows(full)
+  assert rows(.4) < rows(1.0)

@@ -105,16 +105,19 @@ def test_fields_have_the_shapes_of_their_task_type(batches):
   assert batch['text_mlm']['label'].shape == (1, 4, 3)
 
 
-def _evaluation(run, name, **changes):
-  """(data, examples, features of all of them) of a task in evaluation."""
-  plan, data = run
-  task = dataclasses.replace(next(t for t in plan.tasks if t.name == name), **changes)
-  examples = data.examples(task, 'test' if task.source == 'own:colors' else 'train')
-  return data, examples, next(evaluation_batches(examples, np.arange(examples.size), examples.size))[0]
+def _run_task(run, name, **changes):
+  return dataclasses.replace(next(t for t in run[0].tasks if t.name == name), **changes)
+
+
+def _evaluation(run, name):
+  """(examples, features of all of them) of a task in evaluation."""
+  task = _run_task(run, name)
+  examples = run[1].examples(task, 'test' if task.source == 'own:colors' else 'train')
+  return examples, next(evaluation_batches(examples, np.arange(examples.size), examples.size))[0]
 
 
 def test_an_image_is_evaluated_at_the_center_of_its_short_side(run, data_dir):
-  _, _, features = _evaluation(run, 'pair')
+  _, features = _evaluation(run, 'pair')
   [record] = file_dataset.load('own:colors', data_dir, 'test').read(np.array([0]))
   image = Image.open(io.BytesIO(record['image'])).convert('RGB')  # 32 × 24
   expected = image.resize((21, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16))
@@ -123,32 +126,32 @@ def test_an_image_is_evaluated_at_the_center_of_its_short_side(run, data_dir):
 
 
 def test_labels_are_indices_of_the_sources_class_names(run):
-  _, _, features = _evaluation(run, 'color')
+  _, features = _evaluation(run, 'color')
   # Examples 4, 9, 14 … of red, green, blue in turn: green, red, blue; the set has green, red, blue.
   assert features['label'][:, 0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_texts_belong_to_their_records(run):
-  data, examples, features = _evaluation(run, 'caption')
-  assert data.tokenizer.decode(features['label'][0]) == 'a green square number 4'
-  assert features['text'][0, 20:].tolist() == [data.tokenizer.spe] * 20
+  tokenizer, (examples, features) = run[1].tokenizer, _evaluation(run, 'caption')
+  assert tokenizer.decode(features['label'][0]) == 'a green square number 4'
+  assert features['text'][0, 20:].tolist() == [tokenizer.spe] * 20
   assert examples.references(np.array([0])) == [('a green square number 4', 'number 4 is green')]
-  _, _, answer = _evaluation(run, 'answer')
-  assert answer['text'][0][answer['position'][0, 0]] == data.tokenizer.spe
+  _, answer = _evaluation(run, 'answer')
+  assert answer['text'][0][answer['position'][0, 0]] == tokenizer.spe
   assert answer['label'][:, 0].tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 1]  # no, yes
 
 
 def test_running_text_continues_with_the_next_records(run):
-  data, _, features = _evaluation(run, 'book')
-  text = np.where(features['text'] == data.tokenizer.spe, -1, features['text'])[0]
+  tokenizer, (_, features) = run[1].tokenizer, _evaluation(run, 'book')
+  text = np.where(features['text'] == tokenizer.spe, -1, features['text'])[0]
   weighted = features['weight'][0] > 0
   text[features['position'][0][weighted]] = features['label'][0][weighted]
-  tokens = [[*data.tokenizer.encode(f'the {c} bar has number 0'), data.tokenizer.eot] for c in own_files.COLORS]
+  tokens = [[*tokenizer.encode(f'the {c} bar has number 0'), tokenizer.eot] for c in own_files.COLORS]
   assert text.tolist() == sum(tokens * 2, [])[:20] and len(tokens[0]) < 20
 
 
 def test_a_video_shows_one_frame_of_each_third(run):
-  _, _, features = _evaluation(run, 'moves')
+  _, features = _evaluation(run, 'moves')
   # Twelve frames of 48 × 32, the bar of 4 at column 4 t: the middles of thirds are 2, 6 and 10, so columns 8, 24, 40.
   # The middle 32 columns are cropped: 0, 16 and 32 there, the last outside; 16 pixels of them are the model's.
   moving = features['pixels'][features['label'][:, 0] == 0][0].astype(int).mean(axis=(1, 3))  # [T, W]
@@ -202,15 +205,14 @@ def test_a_corrupt_example_is_replaced_in_place_and_the_others_stay():
 
 def test_videos_of_a_batch_are_decoded_in_parallel_and_in_order(monkeypatch):
   def read(ids):
-    level = lambda i: np.full((3, 20, 20, 3), i, np.uint8)
-    return [{'video': b'bytes' if i == 2 else own_files.npy_bytes(level(i)), 'label': 'ab'[i % 2]}
-            for i in ids.tolist()]
+    level = lambda i: own_files.npy_bytes(np.full((3, 20, 20, 3), i, np.uint8))
+    return [{'video': b'bytes' if i == 2 else level(i), 'label': 'ab'[i % 2]} for i in ids.tolist()]
 
   two, call = threading.Barrier(2, timeout=60), video_pixels.VideoReader.__call__
   monkeypatch.setattr(video_pixels.VideoReader, '__call__', lambda *args: [two.wait(), call(*args)][1])
   monkeypatch.setattr('os.cpu_count', lambda: 2)
-  columns = {'video': 'video', 'label': 'class'}
-  dataset = file_dataset.FileDataset('own:x', 40, read, columns, {'label': ('a', 'b')}, {}, '')
+  dataset = file_dataset.FileDataset(
+      'own:x', 40, read, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
   features = _make(_build(dataset, 'video_classification', num_frames=2), range(4))
   levels = features['pixels'].reshape(4, -1)
   assert (levels == levels[:, :1]).all() and (levels[:, 0] % 2 == features['label'][:, 0]).all()
@@ -240,8 +242,7 @@ def test_an_unreachable_source_ends_the_run_with_one_sentence():
 
 
 def test_running_text_skips_records_that_cannot_be_read(run):
-  plan, data = run
-  tokenizer, task = data.tokenizer, dataclasses.replace(next(t for t in plan.tasks if t.name == 'book'), max_len=24)
+  tokenizer, task = run[1].tokenizer, _run_task(run, 'book', max_len=24)
   records = [{'text': f'the red bar has number {i}', LOCATION: f'line {i}'} for i in range(6)]
 
   def stream(*unreadable):
@@ -340,11 +341,7 @@ def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path)
     ('moves', dict(num_frames=0), 'num_frames=0: source .* has videos'),
     ('book', dict(label_column='texts'), "no text column 'texts'"),
     ('book', dict(train_fraction=0.5), 'train_fraction=0.5: text in files is read as a stream'),
-    ('color', dict(source='own:pairs'), 'neither images nor videos')])
+    ('color', dict(source='own:pairs', target_set='answers', label_column='label'), 'neither images nor videos')])
 def test_a_config_that_does_not_fit_its_source_is_an_error(run, name, changes, message):
-  plan, data = run
-  task = next(t for t in plan.tasks if t.name == name)
-  if 'source' in changes:
-    changes = {**changes, 'target_set': 'answers', 'label_column': 'label'}
   with pytest.raises(ValueError, match=message):
-    data.examples(dataclasses.replace(task, **changes), training=True)
+    run[1].examples(_run_task(run, name, **changes), training=True)

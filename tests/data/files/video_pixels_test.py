@@ -37,21 +37,20 @@ def test_views_spread_evenly_within_the_segments():
 def test_three_crops_are_spread_along_the_long_side():
   # Columns of 4 × 12 pixels have the levels 0…11.
   frames = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None], (1, 4, 12, 3))
-  made = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, num_crops=3)(own_files.npy_bytes(frames), 0)
-  assert made[:, 0, 0, :, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-  middle = video_pixels.VideoReader(4, 1, 'resize_crop', True, False)(own_files.npy_bytes(frames), 0)
-  assert middle[0, 0, :, 0].tolist() == [4, 5, 6, 7]
-  tall = own_files.npy_bytes(frames.swapaxes(1, 2))
-  tall = video_pixels.VideoReader(4, 1, 'resize_crop', True, False, num_crops=3)(tall, 0)
-  assert tall[:, 0, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+  read = lambda frames, num_crops: video_pixels.VideoReader(4, 1, 'resize_crop', True, False, num_crops=num_crops)(
+      own_files.npy_bytes(frames), 0)
+  thirds = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+  assert read(frames, 3)[:, 0, 0, :, 0].tolist() == thirds
+  assert read(frames, 1)[0, 0, :, 0].tolist() == thirds[1]
+  assert read(frames.swapaxes(1, 2), 3)[:, 0, :, 0, 0].tolist() == thirds
 
 
 def test_training_draws_frames_positions_and_mirroring_from_the_hash():
   frames = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None] * 10, (6, 4, 8, 3)).copy()
   frames[..., 1] = np.arange(6)[:, None, None]
   reader = video_pixels.VideoReader(4, 3, 'resize_crop', True, True)
-  made = [reader(own_files.npy_bytes(frames), hashing.mix(i)) for i in range(80)]
-  np.testing.assert_array_equal(reader(own_files.npy_bytes(frames), hashing.mix(0)), made[0])
+  made = [reader(own_files.npy_bytes(frames), hashing.mix(i)) for i in (*range(80), 0)]
+  np.testing.assert_array_equal(made.pop(), made[0])
   seen = {tuple(m[:, 0, 0, 1]) for m in made}
   assert seen == {(a, b, c) for a in (0, 1) for b in (2, 3) for c in (4, 5)}
   mirrored = [m[0, 0, 0, 0] > m[0, 0, -1, 0] for m in made]
