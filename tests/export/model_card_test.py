@@ -47,40 +47,46 @@ def _row(evaluator: str) -> dict:
               count=24, step=2, higher_is_better=True)
 
 
-def test_experts_of_one_condition_are_merged_into_a_dense_model():
-  trained = small_model.spec('attribute', placement='every_2')
-  card = _card(trained, 'image_classification')
-  assert ('Trained with router attribute, 4 experts, 2 per token, in layers 0, 2 (of 0…2): attention and mlp. Its exp'
-          in card)
-  assert 'the result is a plain dense model' in card and 'never' not in card
-  manifest = _manifest(trained, 'image_classification')
+_DENSE = small_model.spec('dense')
+_EVERY_2 = small_model.spec('attribute', placement='every_2')
+_MLP = small_model.spec('modality', sublayers=('mlp',))
+_CONTEXT = small_model.spec('context')
+_PROMISE = "captions may differ from those of training's evaluator; with `--dtype=float32` they equal those of the"
+
+
+@pytest.mark.parametrize('trained, names, options, parts, absent', [
+    (_EVERY_2, ['image_classification'], {},
+     ['Trained with router attribute, 4 experts, 2 per token, in layers 0, 2 (of 0…2): attention and mlp. Its exp',
+      'the result is a plain dense model'], ['never']),
+    (_MLP, ['image_classification', 'text_mlm'], {},
+     ['Trained with router modality, 4 experts, 2 per token, in all layers: mlp. Its experts are merged permanently',
+      'A projection that had experts has 2 kernels; '], []),
+    (_CONTEXT, ['image_classification'], dict(exported=_CONTEXT),
+     ['Trained with router context, 4 experts, 2 per token, in all layers: attention and mlp. '
+      'Its router (context) is by token'], []),
+    *((spec, ['image_classification'], {}, ['A dense model: it never had experts.'], ['merged', 'router'])
+      for spec in (_DENSE, small_model.spec('attribute', placement='none'))),
+    (_DENSE, ['image_caption'], {},
+     ['pip install jax flatbuffers sentencepiece\n', 'is lowered for CPU, NVIDIA GPU and TPU; its outputs were '
+      'compared with those of the trained model on CPU only'], [_PROMISE]),
+    (_DENSE, ['image_caption'], dict(type='clip', file='tokenizer.txt.gz'),
+     ['pip install jax flatbuffers\n', 'with the merges of `tokenizer.txt.gz` and end each with id 3.'], []),
+    (small_model.spec('dense', dtype=np.dtype('bfloat16')), ['image_caption'], {}, [_PROMISE], []),
+], ids=['one condition', 'several', 'by token', 'dense', 'no experts', 'requirements', 'clip', 'bfloat16'])
+def test_the_card_describes_experts_requirements_and_precision(trained, names, options, parts, absent):
+  card = _card(trained, *names, **options)
+  assert [part for part in parts if part not in card] == []
+  assert [part for part in absent if part in card] == []
+
+
+def test_the_manifest_describes_kernels_and_the_trained_model():
+  manifest = _manifest(_EVERY_2, 'image_classification')
   assert manifest['trained'] == {'dtype': 'float32', 'router': 'attribute', 'moe_layers': [0, 2], 'num_experts': 4,
                                  'top_k': 2, 'placement': 'every_2', 'sublayers': ['attention', 'mlp']}
   # A dense model has none of these fields.
   assert not {'num_experts', 'top_k', 'placement', 'sublayers', 'kernels', 'router_names'} & set(manifest['model'])
   assert manifest['model']['router'] == 'dense'
-
-
-def test_several_conditions_have_several_kernels():
-  trained = small_model.spec('modality', sublayers=('mlp',))
-  card = _card(trained, 'image_classification', 'text_mlm')
-  assert ('Trained with router modality, 4 experts, 2 per token, in all layers: mlp. Its experts are merged permanently'
-          in card)
-  assert 'A projection that had experts has 2 kernels; ' in card
-  assert _manifest(trained, 'image_classification', 'text_mlm')['model']['kernels'] == {'visual': 0, 'text': 1}
-
-
-def test_a_router_by_token_remains():
-  trained = small_model.spec('context')
-  card = _card(trained, 'image_classification', exported=trained)
-  assert ('Trained with router context, 4 experts, 2 per token, in all layers: attention and mlp. '
-          'Its router (context) is by token') in card
-
-
-@pytest.mark.parametrize('trained', [small_model.spec('dense'), small_model.spec('attribute', placement='none')])
-def test_a_model_without_experts_is_described_as_dense(trained):
-  card = _card(trained, 'image_classification')
-  assert 'A dense model: it never had experts.' in card and 'merged' not in card and 'router' not in card
+  assert _manifest(_MLP, 'image_classification', 'text_mlm')['model']['kernels'] == {'visual': 0, 'text': 1}
 
 
 def test_metrics_are_those_of_the_exported_tasks():
@@ -111,23 +117,3 @@ def test_differences_from_the_evaluators_protocol_are_reported():
   fast = small_model.spec('dense', dtype=np.dtype('bfloat16'))
   assert 'with products in bfloat16 (here float32, so answers may differ)' in _card(
       fast, 'image_caption', exported=trained, rows=[_row('named')], evaluators=[_evaluation('named')])
-
-
-def test_requirements_depend_on_the_tokenizer():
-  model = small_model.spec('dense'), 'image_caption'
-  assert 'pip install jax flatbuffers sentencepiece\n' in _card(*model)
-  card = _card(*model, type='clip', file='tokenizer.txt.gz')
-  assert 'pip install jax flatbuffers\n' in card
-  assert 'with the merges of `tokenizer.txt.gz` and end each with id 3.' in card
-
-
-def test_platforms_without_comparison_are_stated():
-  card = _card(small_model.spec('dense'), 'image_caption')
-  assert ('is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on CPU '
-          'only') in card
-
-
-def test_equal_captions_are_promised_only_in_float32():
-  exact, fast = (_card(small_model.spec('dense', dtype=np.dtype(t)), 'image_caption') for t in ('float32', 'bfloat16'))
-  remark = "captions may differ from those of training's evaluator; with `--dtype=float32` they equal those of the"
-  assert remark in fast and remark not in exact

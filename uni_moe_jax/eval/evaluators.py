@@ -183,10 +183,7 @@ def _by_direction(q: Query, function: Callable[..., float], *matrices: np.ndarra
 
 
 def _full_retrieval(q: Query) -> list[Score]:
-  """R@k of every image and every distinct text.
-
-  Images that share a text are all correct for it, and it is correct for all of them.
-  """
+  """R@k of every image and every distinct text: images that share a text are correct for it, and it for them."""
   ids, length, batch_size = q.ids(), q.task.max_len, q.evaluation.batch_size
   texts = q.examples.references(ids)
   rows = examples_lib.encode_texts([t for several in texts for t in several], q.tokenizer, length)

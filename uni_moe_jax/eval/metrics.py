@@ -152,9 +152,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[
 
 
 def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
-  """Returns the F1 of the bags of words of each example: float64 [N].
+  """Returns the F1 of the bags of words of each example: float64 [N]. Of several references the closest one counts.
 
-  Of several references the closest one counts.
   "greek small letter" against "greek letter alpha" shares 2 of 3 words both ways: 2/3.
   """
   def f1_of_bags(left: list[str], right: list[str]) -> float:
@@ -222,10 +221,7 @@ def verdict(row: Mapping[str, Any], reference: float) -> str:
   """Returns 'better', 'level' or 'worse': how a row's value compares with chance or a baseline.
 
   Level means nearer than three standard errors, or equal where the row has no standard error.
-
-  Args:
-    row: as `Score.row` gives it; `higher_is_better` may be absent and is then read off the name.
-    reference: the value to compare with.
+  If `higher_is_better` is absent, the name decides.
   """
   gain = (row['value'] - reference) * (1 if higher_is_better(row) else -1)
   if gain == 0 or abs(gain) < SIGNIFICANT * (row.get('standard_error') or 0.0):
@@ -239,11 +235,7 @@ def higher_is_better(row: Mapping[str, Any]) -> bool:
 
 
 def evaluation_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  """Returns evaluation rows as an aligned plain-text table, with a legend line under it.
-
-  Args:
-    rows: as returned by `Score.row` and as read from evaluation.json.
-  """
+  """Returns rows of evaluation.json as an aligned plain-text table, with a legend line under it."""
   cells = [_cells(row) for row in rows]
   if not cells:
     return 'no evaluation rows'

@@ -30,12 +30,7 @@ def evaluate(
     writes: bool = True) -> list[dict]:
   """Runs every evaluator; returns the rows of evaluation.json and writes that file last.
 
-  Args:
-    plan, data: of the run.
-    predictor: of its parameters.
-    step: of those parameters.
-    workdir: folder of the run.
-    writes: True in the one process that writes; all processes take part.
+  step: of the predictor's parameters. writes: True in the one process that writes; all processes take part.
   """
   shown, rows = {}, []
   for e in plan.evaluations:

@@ -56,7 +56,6 @@ def make_contents(
   """Returns the contents of the export of a trained run.
 
   Args:
-    spec, params, plan, data: of the run.
     tasks: names of the tasks to export; all by default.
     bake_targets: only the entries of target sets can be answers, so no program encodes other texts and no kernel serves
       them.

@@ -23,11 +23,7 @@ def manifest(
     provenance: dict[str, Any]) -> dict[str, Any]:
   """Returns the manifest; `format` comes first, because a loader reads it before anything else.
 
-  Args:
-    contents: what is exported.
-    files: task → program → its file and inputs.
-    tokenizer: entry for `texts.py`.
-    provenance: origin of the parameters.
+  files: task → program → its file and inputs. tokenizer: entry for `texts.py`. provenance: origin of the parameters.
   """
   spec, trained = contents.spec, contents.trained
   model = {**dataclasses.asdict(spec), 'dtype': np.dtype(spec.dtype).name,

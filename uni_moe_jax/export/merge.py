@@ -24,9 +24,7 @@ from uni_moe_jax.utils.errors import UsageError
 def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
   """Returns (spec, f32 parameters on the host) of the model merged for some conditions.
 
-  Args:
-    spec, params: of a trained model.
-    conditions: of every array that the merged model will be given.
+  conditions: of every array that the merged model will be given.
 
   Raises:
     UsageError: the router is by token, so its kernels cannot be merged, or there is no condition.

@@ -28,13 +28,7 @@ _PRODUCTS = {
 
 
 def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[str, tuple[str, int]]) -> str:
-  """Returns README.md of the folder.
-
-  Args:
-    manifest: see `description.manifest`.
-    evaluation: rows of evaluation.json, or [].
-    sums: {file: (sha256, bytes)} of all other files.
-  """
+  """Returns README.md of the folder. evaluation: rows of evaluation.json. sums: {other file: (sha256, bytes)}."""
   model, origin, tokenizer = manifest['model'], manifest['provenance'], manifest['tokenizer']
   return '\n'.join([
       f'# {origin["name"]}',

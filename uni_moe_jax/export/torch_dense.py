@@ -44,10 +44,7 @@ def state(spec: ModelSpec, params: Any, tasks: Sequence[ExportedTask]) -> dict[s
 
 
 def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str, str]:
-  """{published name: name in the run} of the temperature groups of some tasks.
-
-  The published name is the run's own name if that is a published one, else that of the task type.
-  """
+  """{published name: name in the run} of the tasks' groups: the run's name if it is published, else the task type's."""
   groups: dict[str, str] = {}
   for task in tasks:
     own = task.temperature

@@ -208,11 +208,7 @@ def _dead_gates(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
-  """Converts published arrays to (f32 parameter tree, report).
-
-  Args:
-    state: arrays by published name (see `torch_file.read`).
-    spec: of the model to fill.
+  """Converts published arrays by name (see `torch_file.read`) to (f32 parameter tree of a model, report).
 
   Raises:
     LayoutError: a key is missing or unknown, or its shape is not the model's; names the key and the field to change.
