@@ -13,9 +13,9 @@ import numpy as np
 
 from tests.helpers import fast_compile
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.model.sequences import Layout
+from uni_moe_jax.model.sequences import Layout, Sequence
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import task_types
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.model import decoding
@@ -102,95 +102,97 @@ def _an_end(spec=_SPEC) -> int:
   raise AssertionError('every caption is equal')
 
 
-class SearchTest(parameterized.TestCase):
-
-  @parameterized.parameters((1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT),
-                            (_K, _TASK), (1, _VIDEOS), (_K, _VIDEOS))
-  def test_it_equals_a_search_without_caches(self, beams, spec):
-    actual = _search(beams, _NEVER, spec=spec)
-    tokens, sums = _without_cache(beams, _NEVER, spec)
-    np.testing.assert_array_equal(actual.tokens, tokens)
-    np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
-    np.testing.assert_allclose(actual.log_p.sum(-1), sums, rtol=1e-5)
-
-  @parameterized.parameters(_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _VIDEOS)
-  def test_hypotheses_that_end_early_equal_a_search_without_caches(self, spec):
-    eot = _an_end(spec)
-    actual = _search(_K, eot, spec=spec)
-    tokens, sums = _without_cache(_K, eot, spec)
-    np.testing.assert_array_equal(actual.tokens, tokens)
-    np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
-    ended = (tokens == eot).any(-1)
-    self.assertTrue(ended.any() and not ended.all())
-
-  def test_more_beams_find_better_captions(self):
-    one, many = _search(1, _NEVER).scores[:, 0], _search(_K, _NEVER).scores[:, 0]
-    self.assertTrue((many >= one - 1e-5).all())
-    self.assertGreater((many - one).max(), 1e-3)
-
-  def test_beams_of_an_image_are_distinct_and_sorted(self):
-    actual = _search(_K, _NEVER)
-    for tokens in actual.tokens.tolist():
-      self.assertLen(set(map(tuple, tokens)), _K)
-    self.assertTrue((np.diff(actual.scores, axis=1) <= 0).all())
-
-  def test_the_length_penalty_divides_by_the_words_and_reorders(self):
-    plain, divided = _search(_K, _an_end()), _search(_K, _an_end(), 2.0)
-    for b in range(_B):
-      expected = {}
-      for tokens, score in zip(plain.tokens[b].tolist(), plain.scores[b]):
-        expected[tuple(tokens)] = score / (sum(v != _an_end() for v in tokens) + 1) ** 2
-      order = sorted(expected, key=lambda h: -expected[h])
-      self.assertEqual([tuple(t) for t in divided.tokens[b].tolist()], order)
-      np.testing.assert_allclose(divided.scores[b], [expected[h] for h in order], rtol=1e-5)
-    self.assertTrue((plain.tokens != divided.tokens).any())  # some order changed
-    np.testing.assert_array_equal(divided.tokens, _without_cache(_K, _an_end(), penalty=2.0)[0])
-
-  def test_candidates_are_the_best_sums_and_the_first_discarded_one(self):
-    actual = _search(_K, _NEVER)
-    self.assertEqual(actual.candidates.shape, (_N, _B, _K + 1))
-    self.assertTrue((np.diff(actual.candidates, axis=-1) <= 0).all())
-    np.testing.assert_allclose(np.sort(actual.candidates[-1, :, :_K])[:, ::-1], actual.scores, rtol=1e-5)
-
-  def test_the_loop_stops_when_all_have_ended(self):
-    # Every caption may only be one word and the end: after two steps there is nothing left to do.
-    actual = _search(1, 1, answers=((5, 1), (7, 1)))
-    self.assertTrue(np.isneginf(actual.candidates[2:]).all())
-    self.assertTrue(np.isfinite(actual.candidates[:2, :, 0]).all())
+@pytest.mark.parametrize('beams, spec', [(1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN),
+    (_K, _CONTEXT), (_K, _TASK), (1, _VIDEOS), (_K, _VIDEOS)])
+def test_beam_search_equals_a_search_without_caches(beams, spec):
+  actual = _search(beams, _NEVER, spec=spec)
+  tokens, sums = _without_cache(beams, _NEVER, spec)
+  np.testing.assert_array_equal(actual.tokens, tokens)
+  np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
+  np.testing.assert_allclose(actual.log_p.sum(-1), sums, rtol=1e-5)
 
 
-class TrieTest(parameterized.TestCase):
-
-  ANSWERS = ((4, 9, 1), (4, 1), (8, 8, 8), (2, 1))
-
-  def test_only_answers_are_given_and_the_likeliest_of_them(self):
-    actual = _search(_K, 1, answers=self.ANSWERS)
-    padded = np.array([(*a, *[1] * (_N - len(a))) for a in self.ANSWERS])
-    log_p = _forward()(jnp.repeat(_pixels(), len(self.ANSWERS), axis=0), np.tile(padded, (_B, 1)).astype(np.int32))
-    steps = np.take_along_axis(log_p, np.tile(padded, (_B, 1))[..., None], axis=-1)[..., 0]
-    sums = np.array([row[:len(a)].sum() for row, a in zip(steps, self.ANSWERS * _B)]).reshape(_B, -1)
-    for b in range(_B):
-      self.assertIn(tuple(actual.tokens[b, 0]), set(map(tuple, padded.tolist())))
-      best = sums[b].argmax()
-      np.testing.assert_array_equal(actual.tokens[b, 0], padded[best])
-      np.testing.assert_allclose(actual.scores[b, 0], sums[b, best], rtol=1e-4)
-
-  def test_without_a_trie_other_captions_come_out(self):
-    answers = {(*a, *[1] * (_N - len(a))) for a in self.ANSWERS}
-    self.assertFalse(answers & set(map(tuple, _search(_K, 1).tokens[:, 0].tolist())))
-
-  def test_allowed_tokens_and_their_nodes(self):
-    trie = Trie.of(((3, 1), (3, 2), (0, 1)))
-    root = jnp.zeros((1, 1), jnp.int32)
-    np.testing.assert_array_equal(np.flatnonzero(allowed(trie, root, 5)[0, 0]), [0, 3])
-    after = follow(trie, root, jnp.array([[3]]), jnp.array([[False]]))
-    np.testing.assert_array_equal(np.flatnonzero(allowed(trie, after, 5)[0, 0]), [1, 2])
-    np.testing.assert_array_equal(follow(trie, after, jnp.array([[1]]), jnp.array([[True]])), after)  # it has ended
-
-  def test_an_empty_set_of_answers_is_an_error(self):
-    with self.assertRaisesRegex(ValueError, 'at least one answer'):
-      Trie.of(())
+@pytest.mark.parametrize('spec', [_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _VIDEOS])
+def test_hypotheses_that_end_early_equal_a_search_without_caches(spec):
+  eot = _an_end(spec)
+  actual = _search(_K, eot, spec=spec)
+  tokens, sums = _without_cache(_K, eot, spec)
+  np.testing.assert_array_equal(actual.tokens, tokens)
+  np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
+  ended = (tokens == eot).any(-1)
+  assert ended.any() and not ended.all()
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_more_beams_find_better_captions():
+  one, many = _search(1, _NEVER).scores[:, 0], _search(_K, _NEVER).scores[:, 0]
+  assert (many >= one - 1e-5).all()
+  assert (many - one).max() > 1e-3
+
+
+def test_beams_of_an_image_are_distinct_and_sorted():
+  actual = _search(_K, _NEVER)
+  for tokens in actual.tokens.tolist():
+    assert len(set(map(tuple, tokens))) == _K
+  assert (np.diff(actual.scores, axis=1) <= 0).all()
+
+
+def test_the_length_penalty_divides_by_the_words_and_reorders():
+  plain, divided = _search(_K, _an_end()), _search(_K, _an_end(), 2.0)
+  for b in range(_B):
+    expected = {}
+    for tokens, score in zip(plain.tokens[b].tolist(), plain.scores[b]):
+      expected[tuple(tokens)] = score / (sum(v != _an_end() for v in tokens) + 1) ** 2
+    order = sorted(expected, key=lambda h: -expected[h])
+    assert [tuple(t) for t in divided.tokens[b].tolist()] == order
+    np.testing.assert_allclose(divided.scores[b], [expected[h] for h in order], rtol=1e-5)
+  assert (plain.tokens != divided.tokens).any()  # some order changed
+  np.testing.assert_array_equal(divided.tokens, _without_cache(_K, _an_end(), penalty=2.0)[0])
+
+
+def test_candidates_are_the_best_sums_and_the_first_discarded_one():
+  actual = _search(_K, _NEVER)
+  assert actual.candidates.shape == (_N, _B, _K + 1)
+  assert (np.diff(actual.candidates, axis=-1) <= 0).all()
+  np.testing.assert_allclose(np.sort(actual.candidates[-1, :, :_K])[:, ::-1], actual.scores, rtol=1e-5)
+
+
+def test_the_loop_stops_when_all_have_ended():
+  # Every caption may only be one word and the end: after two steps there is nothing left to do.
+  actual = _search(1, 1, answers=((5, 1), (7, 1)))
+  assert np.isneginf(actual.candidates[2:]).all()
+  assert np.isfinite(actual.candidates[:2, :, 0]).all()
+
+
+ANSWERS = ((4, 9, 1), (4, 1), (8, 8, 8), (2, 1))
+
+
+def test_only_answers_are_given_and_the_likeliest_of_them():
+  actual = _search(_K, 1, answers=ANSWERS)
+  padded = np.array([(*a, *[1] * (_N - len(a))) for a in ANSWERS])
+  log_p = _forward()(jnp.repeat(_pixels(), len(ANSWERS), axis=0), np.tile(padded, (_B, 1)).astype(np.int32))
+  steps = np.take_along_axis(log_p, np.tile(padded, (_B, 1))[..., None], axis=-1)[..., 0]
+  sums = np.array([row[:len(a)].sum() for row, a in zip(steps, ANSWERS * _B)]).reshape(_B, -1)
+  for b in range(_B):
+    assert tuple(actual.tokens[b, 0]) in set(map(tuple, padded.tolist()))
+    best = sums[b].argmax()
+    np.testing.assert_array_equal(actual.tokens[b, 0], padded[best])
+    np.testing.assert_allclose(actual.scores[b, 0], sums[b, best], rtol=1e-4)
+
+
+def test_without_a_trie_other_captions_come_out():
+  answers = {(*a, *[1] * (_N - len(a))) for a in ANSWERS}
+  assert not answers & set(map(tuple, _search(_K, 1).tokens[:, 0].tolist()))
+
+
+def test_allowed_tokens_and_their_nodes():
+  trie = Trie.of(((3, 1), (3, 2), (0, 1)))
+  root = jnp.zeros((1, 1), jnp.int32)
+  np.testing.assert_array_equal(np.flatnonzero(allowed(trie, root, 5)[0, 0]), [0, 3])
+  after = follow(trie, root, jnp.array([[3]]), jnp.array([[False]]))
+  np.testing.assert_array_equal(np.flatnonzero(allowed(trie, after, 5)[0, 0]), [1, 2])
+  np.testing.assert_array_equal(follow(trie, after, jnp.array([[1]]), jnp.array([[True]])), after)  # it has ended
+
+
+def test_an_empty_set_of_answers_is_an_error():
+  with pytest.raises(ValueError, match='at least one answer'):
+    Trie.of(())

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.model import decoding
@@ -77,65 +77,50 @@ def _step_by_step(router: str, eot: int):
   return tokens[:, 0], log_p[:, 0]
 
 
-class GreedyTest(parameterized.TestCase):
-
-  @parameterized.parameters('attribute', 'dense')  # beam_test has the other routers
-  def test_it_equals_decoding_step_by_step(self, router):
-    tokens, log_p = _greedy(router)(_NEVER)
-    expected_tokens, expected_log_p = _step_by_step(router, _NEVER)
-    np.testing.assert_array_equal(tokens, expected_tokens)
-    np.testing.assert_allclose(log_p, expected_log_p, atol=1e-5, rtol=1e-5)
-
-  @parameterized.parameters('attribute', 'dense')
-  def test_captions_that_end_early_equal_decoding_step_by_step(self, router):
-    # The second word of the first caption ends captions; the others go on, or end elsewhere.
-    eot = int(_greedy(router)(_NEVER)[0][0, 1])
-    tokens, log_p = _greedy(router)(eot)
-    expected_tokens, expected_log_p = _step_by_step(router, eot)
-    np.testing.assert_array_equal(tokens, expected_tokens)
-    np.testing.assert_allclose(log_p, expected_log_p, atol=1e-5, rtol=1e-5)
-
-  def test_after_its_end_a_caption_is_eot_with_log_probability_zero(self):
-    eot = int(_greedy('attribute')(_NEVER)[0][0, 1])
-    tokens, log_p = _greedy('attribute')(eot)
-    first = int(np.argmax(tokens[0] == eot))
-    np.testing.assert_array_equal(tokens[0, first:], eot)
-    np.testing.assert_array_equal(log_p[0, first + 1:], 0)
-    self.assertTrue((log_p[0, :first + 1] < 0).all())
-
-  def test_a_caption_that_ends_does_not_end_the_others(self):
-    eot = int(_greedy('attribute')(_NEVER)[0][0, 1])
-    ends = (_greedy('attribute')(eot)[0] == eot).argmax(1) + _LENGTH * (_greedy('attribute')(eot)[0] != eot).all(1)
-    self.assertGreater(len(set(ends.tolist())), 1, ends)
-
-  @parameterized.parameters('attribute', 'dense')
-  def test_captions_of_these_images_differ_and_do_not_repeat_one_word(self, router):
-    # Otherwise equality would prove little.
-    tokens, _ = _greedy(router)(_NEVER)
-    self.assertGreater(len({tuple(row) for row in tokens}), 2, tokens)
-    self.assertGreater(np.mean([len(set(row)) for row in tokens.tolist()]), 2, tokens)
-
-  def test_later_words_do_not_change_earlier_queries(self):
-    tokens, _ = _greedy('attribute')(_NEVER)
-    for t in range(_LENGTH):
-      other = tokens.copy()
-      other[:, t:] = (other[:, t:] + 7) % small_model.VOCABULARY
-      np.testing.assert_array_equal(
-          _all_queries('attribute', other)[:, t], _all_queries('attribute', tokens)[:, t])
+def _an_end(router: str) -> int:
+  """The second word of the first caption; if it ends captions, others go on or end elsewhere."""
+  return int(_greedy(router)(_NEVER)[0][0, 1])
 
 
-class LayoutTest(absltest.TestCase):
-
-  def test_a_prefill_is_the_image_alone(self):
-    layout = decoding.prefill_layout(_TASK_TYPE)
-    self.assertEqual((layout.conditions, layout.masks, layout.readout),
-                     (_TASK_TYPE.conditions[:1], ('full',), 'nothing'))
-
-  def test_a_step_is_a_word_and_a_query_under_the_captions_condition(self):
-    layout = decoding.step_layout(_TASK_TYPE)
-    self.assertEqual((layout.conditions, layout.masks, layout.readout, layout.prefixed),
-                     (_TASK_TYPE.conditions[1:], ('causal',), 'queries', False))
+@pytest.mark.parametrize('router', ['attribute', 'dense'])  # beam_test has the other routers
+@pytest.mark.parametrize('ends', [False, True])
+def test_greedy_captions_equal_decoding_step_by_step(router, ends):
+  eot = _an_end(router) if ends else _NEVER
+  tokens, log_p = _greedy(router)(eot)
+  expected_tokens, expected_log_p = _step_by_step(router, eot)
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  np.testing.assert_allclose(log_p, expected_log_p, atol=1e-5, rtol=1e-5)
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_after_its_end_a_caption_is_eot_with_log_probability_zero_and_others_go_on():
+  eot = _an_end('attribute')
+  tokens, log_p = _greedy('attribute')(eot)
+  first = int(np.argmax(tokens[0] == eot))
+  np.testing.assert_array_equal(tokens[0, first:], eot)
+  np.testing.assert_array_equal(log_p[0, first + 1:], 0)
+  assert (log_p[0, :first + 1] < 0).all()
+  ends = (tokens == eot).argmax(1) + _LENGTH * (tokens != eot).all(1)
+  assert len(set(ends.tolist())) > 1, ends
+
+
+@pytest.mark.parametrize('router', ['attribute', 'dense'])
+def test_captions_of_these_images_differ_and_do_not_repeat_one_word(router):
+  # Otherwise equality would prove little.
+  tokens, _ = _greedy(router)(_NEVER)
+  assert len({tuple(row) for row in tokens}) > 2, tokens
+  assert np.mean([len(set(row)) for row in tokens.tolist()]) > 2, tokens
+
+
+def test_later_words_do_not_change_earlier_queries():
+  tokens, _ = _greedy('attribute')(_NEVER)
+  for t in range(_LENGTH):
+    other = tokens.copy()
+    other[:, t:] = (other[:, t:] + 7) % small_model.VOCABULARY
+    np.testing.assert_array_equal(_all_queries('attribute', other)[:, t], _all_queries('attribute', tokens)[:, t])
+
+
+def test_a_prefill_is_the_image_and_a_step_a_word_and_a_query_under_the_captions_condition():
+  fields = lambda layout: (layout.conditions, layout.masks, layout.readout, layout.prefixed)
+  image, caption = _TASK_TYPE.conditions
+  assert fields(decoding.prefill_layout(_TASK_TYPE)) == ((image,), ('full',), 'nothing', True)
+  assert fields(decoding.step_layout(_TASK_TYPE)) == ((caption,), ('causal',), 'queries', False)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.model import embedders
@@ -48,199 +48,182 @@ def _assert_close(a, b):
   np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-class SincosTest(absltest.TestCase):
-
-  def test_by_hand(self):
-    # Width 8: two frequencies, 1 and 1/100. Token 3 of a 2 × 2 grid is row 1, column 1; token 1 is row 0, column 1.
-    table = embedders.sincos_table(2, 8)
-    s, c = np.sin([1, .01]), np.cos([1, .01])
-    np.testing.assert_allclose(table[3], [*s, *c, *s, *c], rtol=1e-6)
-    np.testing.assert_allclose(table[1], [0, 0, 1, 1, *s, *c], rtol=1e-6)
-
-  def test_scale_stretches_coordinates(self):
-    # Twice as fine a grid at half the scale: token (2, 0) has the position that (1, 0) had.
-    np.testing.assert_allclose(embedders.sincos_table(4, 8, .5)[8], embedders.sincos_table(2, 8)[2], rtol=1e-6)
-
-  def test_text_positions_by_hand(self):
-    # D = 4: two frequencies, 1 and 1/100; std .5 → amplitude .5 · √2.
-    rows = embedders.sincos_rows(.5)(None, (3, 4))
-    angle = np.array([[0, 0], [1, .01], [2, .02]])
-    np.testing.assert_allclose(rows, math.sqrt(.5) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1), rtol=1e-6)
-    np.testing.assert_allclose(np.square(rows).mean(), .25, rtol=1e-6)
-
-  def test_initial_tables_follow_the_spec(self):
-    for posemb_init, mimetic_init in (('sincos', True), ('normal', False)):
-      spec = small_model.spec(text_posemb_init=posemb_init, text_posemb_std=.06, mimetic_init=mimetic_init)
-      text = small_model.sequence('text_classification', batch=1)
-      init = small_model.jit(UniPerceiver(spec).init)
-      params = nn.unbox(init(jax.random.key(0), text))['params']
-      table = params['embed']['position']
-      np.testing.assert_allclose(np.sqrt(np.square(table).mean()), .06, rtol=.2)
-      self.assertEqual(np.allclose(table, embedders.sincos_rows(.06)(None, table.shape)), posemb_init == 'sincos')
-      for subtree in ('blocks', 'tail'):
-        kernel = params['encoder'][subtree]['block0']['qkv']['kernel']
-        equal = np.array_equal(kernel[..., 0, :, :], kernel[..., 1, :, :])
-        self.assertEqual(equal, mimetic_init, subtree)
-        self.assertFalse(np.array_equal(kernel[..., 0, :, :], kernel[..., 2, :, :]))
+def test_sincos_table_by_hand():
+  # Width 8: two frequencies, 1 and 1/100. Token 3 of a 2 × 2 grid is row 1, column 1; token 1 is row 0, column 1.
+  table = embedders.sincos_table(2, 8)
+  s, c = np.sin([1, .01]), np.cos([1, .01])
+  np.testing.assert_allclose(table[3], [*s, *c, *s, *c], rtol=1e-6)
+  np.testing.assert_allclose(table[1], [0, 0, 1, 1, *s, *c], rtol=1e-6)
 
 
-class PatchifyTest(absltest.TestCase):
-
-  def test_patches_are_in_reading_order(self):
-    # Pixel values are row · 10 + column.
-    r, c = np.mgrid[:4, :4]
-    x = jnp.asarray(r * 10 + c).reshape(1, 1, 4, 4, 1)
-    np.testing.assert_array_equal(
-        embedders.patchify(x, 2)[0], [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
-
-  def test_frames_are_in_order(self):
-    x = jnp.arange(3).reshape(1, 3, 1, 1, 1) * jnp.ones((1, 3, 4, 4, 1), int)
-    np.testing.assert_array_equal(embedders.patchify(x, 2)[0, :, 0], [0] * 4 + [1] * 4 + [2] * 4)
-
-  def test_colors_are_the_last_axis_of_a_patch(self):
-    # Two patches of 2 × 2 pixels, side by side; an image's row is 12 numbers.
-    x = jnp.arange(24).reshape(1, 1, 2, 4, 3)
-    np.testing.assert_array_equal(
-        embedders.patchify(x, 2)[0], [[*range(0, 6), *range(12, 18)], [*range(6, 12), *range(18, 24)]])
+def test_text_positions_by_hand():
+  # D = 4: two frequencies, 1 and 1/100; std .5 → amplitude .5 · √2.
+  rows = embedders.sincos_rows(.5)(None, (3, 4))
+  angle = np.array([[0, 0], [1, .01], [2, .02]])
+  np.testing.assert_allclose(rows, math.sqrt(.5) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1), rtol=1e-6)
+  np.testing.assert_allclose(np.square(rows).mean(), .25, rtol=1e-6)
 
 
-class TextTest(absltest.TestCase):
-
-  _IDS, _POSITIONS = jnp.array([[5, 7, 5], [9, 2, 22]]), jnp.array([0, 1, 4])
-
-  def test_word_position_and_type_are_summed_under_the_norm(self):
-    t = _tables()
-    expected = _norm(t['word'][np.asarray(self._IDS)] + t['position'][[0, 1, 4]] + t['type'][0])
-    _assert_close(_apply('text', self._IDS, self._POSITIONS), expected)
-
-  def test_each_example_may_have_its_own_positions(self):
-    positions = jnp.array([[0, 1, 4], [2, 2, 3]])
-    both = _apply('text', self._IDS, positions)
-    _assert_close(both[0], _apply('text', self._IDS, positions[0])[0])
-    _assert_close(both[1], _apply('text', self._IDS, positions[1])[1])
+@pytest.mark.parametrize('posemb_init, mimetic_init', [('sincos', True), ('normal', False)])
+def test_initial_tables_follow_the_spec(posemb_init, mimetic_init):
+  spec = small_model.spec(text_posemb_init=posemb_init, text_posemb_std=.06, mimetic_init=mimetic_init)
+  init = small_model.jit(UniPerceiver(spec).init)
+  params = nn.unbox(init(jax.random.key(0), small_model.sequence('text_classification', batch=1)))['params']
+  table = params['embed']['position']
+  np.testing.assert_allclose(np.sqrt(np.square(table).mean()), .06, rtol=.2)
+  assert np.allclose(table, embedders.sincos_rows(.06)(None, table.shape)) == (posemb_init == 'sincos')
+  for subtree in ('blocks', 'tail'):
+    query, key, value = np.moveaxis(params['encoder'][subtree]['block0']['qkv']['kernel'], -3, 0)
+    assert np.array_equal(query, key) == mimetic_init, subtree
+    assert not np.array_equal(query, value)
 
 
-class PrefixTest(absltest.TestCase):
-
-  def test_it_is_the_word_spe_alone_under_the_norm(self):
-    expected = np.broadcast_to(_norm(_tables()['word'][small_model.SPE]), (3, 1, 16))
-    _assert_close(_apply('prefix', 3), expected)
-
-  def test_a_word_as_prefix_is_a_text_of_length_one(self):
-    prefix = _apply('prefix', 2, spec=small_model.spec(prefix_word=6))
-    _assert_close(prefix, _apply('text', jnp.array([[6], [6]]), jnp.array([0])))
+def test_patches_are_in_reading_order():
+  # Pixel values are row · 10 + column.
+  r, c = np.mgrid[:4, :4]
+  x = jnp.asarray(r * 10 + c).reshape(1, 1, 4, 4, 1)
+  np.testing.assert_array_equal(
+      embedders.patchify(x, 2)[0], [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
 
 
-class VisualTest(parameterized.TestCase):
-
-  def _expected(self, pixels, first_frame: int, spatial: np.ndarray = embedders.sincos_table(2, 16)) -> np.ndarray:
-    t = _tables()
-    x = np.asarray(embedders.patchify(pixels, 4)) @ t['patch'] + t['patch_bias']
-    frames = t['temporal'][first_frame:first_frame + pixels.shape[1]]
-    position = np.concatenate([spatial + f for f in frames])
-    return _norm(x + position)
-
-  @parameterized.parameters((1, 0), (1, 2), (2, 0), (2, 1), (3, 0))
-  def test_patch_position_and_frame_are_summed_under_the_norm_of_texts(self, frames, offset):
-    pixels = _pixels(frames)
-    _assert_close(_apply('visual', pixels, offset), self._expected(pixels, offset))
-
-  def test_an_image_is_a_video_of_one_frame(self):
-    video = _pixels(frames=2)
-    _assert_close(_apply('visual', video, 0)[:, :4], _apply('visual', video[:, :1], 0))
-
-  def test_bytes_are_scaled_and_normalized(self):
-    # Mean .5, deviation .25: 0 → -2, 255 → 2.
-    pixels = jnp.array([0, 255], jnp.uint8)[:, None, None, None, None] * jnp.ones((1, 1, 8, 8, 1), jnp.uint8)
-    by_hand = jnp.array([-2., 2.])[:, None, None, None, None] * jnp.ones((1, 1, 8, 8, 1))
-    _assert_close(_apply('visual', pixels, 0), _apply('visual', by_hand, 0))
-
-  def test_each_color_has_its_own_mean_and_deviation(self):
-    # 255 is 1: (1 - 0)/1 = 1, (1 - 1)/2 = 0, (1 - .5)/.25 = 2.
-    spec = small_model.spec(channels=3, pixel_mean=(0., 1., .5), pixel_std=(1., 2., .25))
-    by_hand = jnp.array([1., 0., 2.]).reshape(1, 1, 1, 1, 3) * jnp.ones((1, 1, 8, 8, 3))
-    pixels = jnp.full((1, 1, 8, 8, 3), 255, jnp.uint8)
-    _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', by_hand, 0, spec=spec))
-
-  def test_videos_may_have_their_own_constants(self):
-    # 0 and 255 are 0 and 1. A video's, with mean 1 and deviation .5: -2, 0; an image's, with .5 and .25: -2, 2.
-    own = small_model.spec(video_mean=(1.,), video_std=(.5,))
-    for frames, spec, by_hand in ((2, own, (-2., 0.)), (1, own, (-2., 2.)), (2, small_model.spec(), (-2., 2.))):
-      ones = jnp.ones((1, frames, 8, 8, 1))
-      pixels = jnp.array([0, 255], jnp.uint8)[:, None, None, None, None] * ones.astype(jnp.uint8)
-      expected = jnp.array(by_hand)[:, None, None, None, None] * ones
-      _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', expected, 0))
-
-  def test_a_video_that_is_already_normalized_stays_unchanged(self):
-    own = small_model.spec(video_mean=(1.,), video_std=(.5,))
-    _assert_close(_apply('visual', _pixels(2), 0, spec=own), _apply('visual', _pixels(2), 0))
-
-  def test_a_type_of_visual_tokens_is_added_to_each_of_them(self):
-    row = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
-    run = _jitted('visual', small_model.spec(modality_embedding=True))
-    actual = run(dict(_tables(), visual_type=row), _pixels(2), 1)
-    _assert_close(actual, self._expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row))
-    self.assertGreater(np.abs(actual - self._expected(_pixels(2), 1)).max(), .1)
-
-  def test_a_type_of_visual_tokens_leaves_texts_and_the_prefix_alone(self):
-    spec = small_model.spec(modality_embedding=True)
-    for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
-      np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
-
-  def test_patches_of_a_video_include_their_change_since_the_frame_before(self):
-    spec = small_model.spec(frame_differences=True)
-    kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
-    video = np.asarray(_pixels(2))
-    actual = _jitted('visual', spec)(dict(_tables(), difference=kernel), video, 0)
-    t = _tables()
-    x = np.asarray(embedders.patchify(video, 4)) @ t['patch'] + t['patch_bias']
-    # four patches a frame; the first has none
-    x[:, 4:] += np.asarray(embedders.patchify(video[:, 1:] - video[:, :1], 4)) @ kernel
-    position = np.concatenate([embedders.sincos_table(2, 16) + f for f in t['temporal'][:2]])
-    _assert_close(actual, _norm(x + position))
-    self.assertGreater(np.abs(actual - self._expected(video, 0)).max(), .1)
-
-  def test_an_image_and_a_video_that_stands_still_have_no_change(self):
-    spec = small_model.spec(frame_differences=True)
-    kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
-    still = np.repeat(np.asarray(_pixels(1)), 2, axis=1)
-    for pixels in (_pixels(1), still):
-      actual = _jitted('visual', spec)(dict(_tables(), difference=kernel), pixels, 0)
-      _assert_close(actual, self._expected(pixels, 0))
-
-  @parameterized.parameters('learned', 'frozen')
-  def test_a_spatial_table_of_parameters_replaces_the_computed_one(self, posemb):
-    table = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
-    actual = _jitted('visual', small_model.spec(posemb=posemb))(dict(_tables(), spatial=table), _pixels(), 0)
-    _assert_close(actual, self._expected(_pixels(), 0, table))
-
-  def test_the_computed_table_is_no_parameter(self):
-    self.assertNotIn('spatial', small_model.boxed(small_model.spec())['embed'])
+def test_frames_are_in_order():
+  x = jnp.arange(3).reshape(1, 3, 1, 1, 1) * jnp.ones((1, 3, 4, 4, 1), int)
+  np.testing.assert_array_equal(embedders.patchify(x, 2)[0, :, 0], [0] * 4 + [1] * 4 + [2] * 4)
 
 
-class StartTest(parameterized.TestCase):
-
-  @parameterized.parameters(('frozen', True), ('learned', False))
-  def test_a_frozen_spatial_table_starts_as_the_computed_one(self, posemb, computed):
-    module = embedders.Embed(small_model.spec(posemb=posemb))
-    init = small_model.jit(functools.partial(module.init, method='prefix'), static_argnums=1)
-    table = nn.unbox(init(jax.random.key(0), 1))['params']['spatial']
-    self.assertEqual(table.shape, (4, 16))
-    self.assertEqual(np.array_equal(table, embedders.sincos_table(2, 16)), computed)
+def test_colors_are_the_last_axis_of_a_patch():
+  # Two patches of 2 × 2 pixels, side by side; an image's row is 12 numbers.
+  x = jnp.arange(24).reshape(1, 1, 2, 4, 3)
+  np.testing.assert_array_equal(
+      embedders.patchify(x, 2)[0], [[*range(0, 6), *range(12, 18)], [*range(6, 12), *range(18, 24)]])
 
 
-class ParametersTest(absltest.TestCase):
-
-  def test_one_norm_serves_text_and_images(self):
-    names = set(small_model.boxed(small_model.spec())['embed'])
-    self.assertEqual(names, {'word', 'position', 'type', 'patch', 'patch_bias', 'temporal', 'norm'})
-
-  def test_optional_tables_are_parameters_when_they_are_requested(self):
-    plain = set(small_model.boxed(small_model.spec())['embed'])
-    spec = small_model.spec(posemb='frozen', modality_embedding=True, frame_differences=True)
-    both = set(small_model.boxed(spec)['embed'])
-    self.assertEqual(both - plain, {'spatial', 'visual_type', 'difference'})
+_IDS, _POSITIONS = jnp.array([[5, 7, 5], [9, 2, 22]]), jnp.array([0, 1, 4])
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_word_position_and_type_are_summed_under_the_norm():
+  t = _tables()
+  expected = _norm(t['word'][np.asarray(_IDS)] + t['position'][[0, 1, 4]] + t['type'][0])
+  _assert_close(_apply('text', _IDS, _POSITIONS), expected)
+
+
+def test_each_example_may_have_its_own_positions():
+  positions = jnp.array([[0, 1, 4], [2, 2, 3]])
+  both = _apply('text', _IDS, positions)
+  _assert_close(both[0], _apply('text', _IDS, positions[0])[0])
+  _assert_close(both[1], _apply('text', _IDS, positions[1])[1])
+
+
+def test_the_prefix_is_the_word_spe_alone_under_the_norm():
+  expected = np.broadcast_to(_norm(_tables()['word'][small_model.SPE]), (3, 1, 16))
+  _assert_close(_apply('prefix', 3), expected)
+
+
+def test_a_word_as_prefix_is_a_text_of_length_one():
+  prefix = _apply('prefix', 2, spec=small_model.spec(prefix_word=6))
+  _assert_close(prefix, _apply('text', jnp.array([[6], [6]]), jnp.array([0])))
+
+
+def _expected(pixels, first_frame: int, spatial: np.ndarray = embedders.sincos_table(2, 16)) -> np.ndarray:
+  t = _tables()
+  x = np.asarray(embedders.patchify(pixels, 4)) @ t['patch'] + t['patch_bias']
+  frames = t['temporal'][first_frame:first_frame + pixels.shape[1]]
+  position = np.concatenate([spatial + f for f in frames])
+  return _norm(x + position)
+
+
+@pytest.mark.parametrize('frames, offset', [(1, 0), (1, 2), (2, 0), (2, 1), (3, 0)])
+def test_patch_position_and_frame_are_summed_under_the_norm_of_texts(frames, offset):
+  pixels = _pixels(frames)
+  _assert_close(_apply('visual', pixels, offset), _expected(pixels, offset))
+
+
+def test_an_image_is_a_video_of_one_frame():
+  video = _pixels(frames=2)
+  _assert_close(_apply('visual', video, 0)[:, :4], _apply('visual', video[:, :1], 0))
+
+
+_VIDEO = dict(video_mean=(1.,), video_std=(.5,))
+
+
+# 0 and 255 are 0 and 1. Mean .5, deviation .25: -2, 2; a video's own, with mean 1 and deviation .5: -2, 0.
+@pytest.mark.parametrize('changes, frames, by_hand', [
+    ({}, 1, (-2., 2.)), ({}, 2, (-2., 2.)), (_VIDEO, 2, (-2., 0.)), (_VIDEO, 1, (-2., 2.))])
+def test_bytes_are_scaled_and_normalized_and_videos_may_have_their_own_constants(changes, frames, by_hand):
+  spec, ones = small_model.spec(**changes), jnp.ones((1, frames, 8, 8, 1))
+  pixels = jnp.array([0, 255], jnp.uint8)[:, None, None, None, None] * ones.astype(jnp.uint8)
+  expected = jnp.array(by_hand)[:, None, None, None, None] * ones
+  _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', expected, 0))
+
+
+def test_each_color_has_its_own_mean_and_deviation():
+  # 255 is 1: (1 - 0)/1 = 1, (1 - 1)/2 = 0, (1 - .5)/.25 = 2.
+  spec = small_model.spec(channels=3, pixel_mean=(0., 1., .5), pixel_std=(1., 2., .25))
+  by_hand = jnp.array([1., 0., 2.]).reshape(1, 1, 1, 1, 3) * jnp.ones((1, 1, 8, 8, 3))
+  pixels = jnp.full((1, 1, 8, 8, 3), 255, jnp.uint8)
+  _assert_close(_apply('visual', pixels, 0, spec=spec), _apply('visual', by_hand, 0, spec=spec))
+
+
+def test_a_video_that_is_already_normalized_stays_unchanged():
+  own = small_model.spec(**_VIDEO)
+  _assert_close(_apply('visual', _pixels(2), 0, spec=own), _apply('visual', _pixels(2), 0))
+
+
+def test_a_type_of_visual_tokens_is_added_to_each_of_them():
+  row = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
+  run = _jitted('visual', small_model.spec(modality_embedding=True))
+  actual = run(dict(_tables(), visual_type=row), _pixels(2), 1)
+  _assert_close(actual, _expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row))
+  assert np.abs(actual - _expected(_pixels(2), 1)).max() > .1
+
+
+def test_a_type_of_visual_tokens_leaves_texts_and_the_prefix_alone():
+  spec = small_model.spec(modality_embedding=True)
+  for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
+    np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
+
+
+def _with_change(pixels):
+  """(visual tokens of a model with frame differences, its second kernel)."""
+  kernel = np.random.default_rng(4).normal(size=_tables()['patch'].shape).astype(np.float32)
+  run = _jitted('visual', small_model.spec(frame_differences=True))
+  return run(dict(_tables(), difference=kernel), pixels, 0), kernel
+
+
+def test_patches_of_a_video_include_their_change_since_the_frame_before():
+  t, video = _tables(), np.asarray(_pixels(2))
+  actual, kernel = _with_change(video)
+  x = np.asarray(embedders.patchify(video, 4)) @ t['patch'] + t['patch_bias']
+  # four patches a frame; the first has none
+  x[:, 4:] += np.asarray(embedders.patchify(video[:, 1:] - video[:, :1], 4)) @ kernel
+  position = np.concatenate([embedders.sincos_table(2, 16) + f for f in t['temporal'][:2]])
+  _assert_close(actual, _norm(x + position))
+  assert np.abs(actual - _expected(video, 0)).max() > .1
+
+
+def test_an_image_and_a_video_that_stands_still_have_no_change():
+  for pixels in (_pixels(1), np.repeat(np.asarray(_pixels(1)), 2, axis=1)):
+    _assert_close(_with_change(pixels)[0], _expected(pixels, 0))
+
+
+@pytest.mark.parametrize('posemb', ['learned', 'frozen'])
+def test_a_spatial_table_of_parameters_replaces_the_computed_one(posemb):
+  table = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
+  actual = _jitted('visual', small_model.spec(posemb=posemb))(dict(_tables(), spatial=table), _pixels(), 0)
+  _assert_close(actual, _expected(_pixels(), 0, table))
+
+
+def test_one_norm_serves_text_and_images_and_optional_tables_are_parameters_when_they_are_requested():
+  plain = set(small_model.boxed(small_model.spec())['embed'])
+  assert plain == {'word', 'position', 'type', 'patch', 'patch_bias', 'temporal', 'norm'}
+  spec = small_model.spec(posemb='frozen', modality_embedding=True, frame_differences=True)
+  assert set(small_model.boxed(spec)['embed']) - plain == {'spatial', 'visual_type', 'difference'}
+
+
+@pytest.mark.parametrize('posemb, computed', [('frozen', True), ('learned', False)])
+def test_a_frozen_spatial_table_starts_as_the_computed_one(posemb, computed):
+  module = embedders.Embed(small_model.spec(posemb=posemb))
+  init = small_model.jit(functools.partial(module.init, method='prefix'), static_argnums=1)
+  table = nn.unbox(init(jax.random.key(0), 1))['params']['spatial']
+  assert table.shape == (4, 16)
+  assert np.array_equal(table, embedders.sincos_table(2, 16)) == computed

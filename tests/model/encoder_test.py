@@ -1,12 +1,12 @@
 """The encoder: equal results joined or separate, scanned or unrolled, with all rows or the readout."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
 from uni_moe_jax.model.block import drop_path
@@ -44,40 +44,26 @@ def _expected(router: str):
   return _features(small_model.spec(router), _mix())
 
 
-class OneResultTest(parameterized.TestCase):
+# All rows of the last layer; sequences that are separate, because keys are collected; or joined within two shards.
+@pytest.mark.parametrize('router, option', [
+    ('attribute', dict(all_rows=True)), pytest.param('token', dict(all_rows=True), marks=pytest.mark.nightly),
+    pytest.param('context', dict(all_rows=True), marks=pytest.mark.slow), ('attribute', dict(keys=True)),
+    ('token', dict(keys=True)), pytest.param('context', dict(keys=True), marks=pytest.mark.slow),
+    ('attribute', dict(shards=2))])
+def test_options_of_the_encoder_change_no_result(router, option):
+  _assert_close(_features(small_model.spec(router), _mix(), **option), _expected(router))
 
-  def test_all_rows_of_the_last_layer_change_nothing(self):
-    _assert_close(_features(small_model.spec(), _mix(), all_rows=True), self.expected)
 
-  @pytest.mark.nightly
-  def test_all_rows_of_the_last_layer_change_nothing_with_a_token_router(self):
-    _assert_close(_features(small_model.spec('token'), _mix(), all_rows=True), _expected('token'))
+def test_features_of_sequences_and_examples_differ():
+  # Otherwise the tests above could not see two results exchanged.
+  rows = np.concatenate([np.asarray(f).reshape(-1, 16) for f in _expected('attribute')])
+  gaps = np.abs(rows[:, None] - rows[None]).max(-1) + 9 * np.eye(len(rows))
+  assert gaps.min() > 1e-2
 
-  @parameterized.parameters('attribute', 'token')
-  def test_separate_sequences_equal_joined_ones(self, router):
-    _assert_close(_features(small_model.spec(router), _mix(), keys=True), _expected(router))
 
-  @parameterized.parameters('all_rows', 'keys')
-  @pytest.mark.slow
-  def test_options_change_nothing_with_a_context_router(self, option):
-    _assert_close(_features(small_model.spec('context'), _mix(), **{option: True}), _expected('context'))
-
-  def test_sequences_joined_within_two_shards_give_the_same(self):
-    _assert_close(_features(small_model.spec(), _mix(), shards=2), self.expected)
-
-  @property
-  def expected(self):
-    return _expected('attribute')
-
-  def test_features_of_sequences_and_examples_differ(self):
-    # Otherwise the tests above could not see two results exchanged.
-    rows = np.concatenate([np.asarray(f).reshape(-1, 16) for f in self.expected])
-    gaps = np.abs(rows[:, None] - rows[None]).max(-1) + 9 * np.eye(len(rows))
-    self.assertGreater(gaps.min(), 1e-2)
-
-  def test_the_readout_has_one_row_per_position(self):
-    # Token 0, three queries, token 0, one slot.
-    self.assertEqual([f.shape[1] for f in self.expected], [1, 3, 1, 1])
+def test_the_readout_has_one_row_per_position():
+  # Token 0, three queries, token 0, one slot.
+  assert [f.shape[1] for f in _expected('attribute')] == [1, 3, 1, 1]
 
 
 class _Unrolled(ModelSpec):
@@ -99,200 +85,184 @@ def _rearranged(values, source: Stack, destination: Stack):
   return {**values, 'encoder': encoder}
 
 
-class StackTest(absltest.TestCase):
-
-  def test_scanned_layers_equal_unrolled_ones(self):
-    # Noise and stochastic depth are on: both are keyed by the layer, not by its subtree.
-    scanned = small_model.spec(drop_path=.3)
-    unrolled, values = _Unrolled(**vars(scanned)), small_model.params(scanned)
-    sequences, key = (small_model.sequence('image_classification', 4),), jax.random.key(1)
-    one, _ = _forward(scanned)(values, sequences, key)
-    other, _ = _forward(unrolled)(_rearranged(values, scanned.stack, unrolled.stack), sequences, key)
-    _assert_close(one, other)
-    otherwise, _ = _forward(scanned)(values, sequences, jax.random.key(2))
-    self.assertGreater(np.abs(one[0] - otherwise[0]).max(), 1e-2)
+def test_scanned_layers_equal_unrolled_ones():
+  # Noise and stochastic depth are on: both are keyed by the layer, not by its subtree.
+  scanned = small_model.spec(drop_path=.3)
+  unrolled, values = _Unrolled(**vars(scanned)), small_model.params(scanned)
+  sequences, key = (small_model.sequence('image_classification', 4),), jax.random.key(1)
+  one, _ = _forward(scanned)(values, sequences, key)
+  other, _ = _forward(unrolled)(_rearranged(values, scanned.stack, unrolled.stack), sequences, key)
+  _assert_close(one, other)
+  otherwise, _ = _forward(scanned)(values, sequences, jax.random.key(2))
+  assert np.abs(one[0] - otherwise[0]).max() > 1e-2
 
 
-class RematTest(absltest.TestCase):
-
-  def test_rematerialized_blocks_have_the_same_gradients(self):
-    sequence, gradients = small_model.sequence('image_classification'), []
-    for remat in (False, True):
-      spec = small_model.spec('dense', num_layers=2, remat=remat)
-      loss = lambda values, s=spec: jnp.sin(small_model.encode(s, [sequence], values=values)[0][0]).sum()
-      gradients.append(small_model.jit(jax.grad(loss))(small_model.params(spec)))
-    _assert_close(*gradients)
+def test_rematerialized_blocks_have_the_same_gradients():
+  sequence, gradients = small_model.sequence('image_classification'), []
+  for remat in (False, True):
+    spec = small_model.spec('dense', num_layers=2, remat=remat)
+    loss = lambda values, s=spec: jnp.sin(small_model.encode(s, [sequence], values=values)[0][0]).sum()
+    gradients.append(small_model.jit(jax.grad(loss))(small_model.params(spec)))
+  _assert_close(*gradients)
 
 
-class PositionsTest(absltest.TestCase):
-
-  def test_positions_count_the_tokens_of_the_text(self):
-    # The segment of a text begins with the prefix, that of a question does not.
-    sequences = small_model.sequence('text_mlm'), small_model.sequence('vqa')
-    features, collected = _forward(small_model.spec('dense'), taps=True, all_rows=True)(
-        small_model.params(small_model.spec('dense')), sequences, None)
-    (text,), (_, question) = collected['tail'][0]['taps']
-    for actual, hidden, at in ((features[0], text, sequences[0].positions + 1),
-                              (features[1], question, sequences[1].positions)):
-      rows = np.take_along_axis(np.asarray(hidden), np.asarray(at)[..., None], axis=1)
-      head = small_model.UniPerceiver(small_model.spec('dense')).bind(
-          {'params': small_model.params(small_model.spec('dense'))})
-      _assert_close(actual, head.features(jnp.asarray(rows)))
+def test_positions_count_the_tokens_of_the_text():
+  # The segment of a text begins with the prefix, that of a question does not.
+  sequences = small_model.sequence('text_mlm'), small_model.sequence('vqa')
+  features, collected = _forward(small_model.spec('dense'), taps=True, all_rows=True)(
+      small_model.params(small_model.spec('dense')), sequences, None)
+  (text,), (_, question) = collected['tail'][0]['taps']
+  for actual, hidden, at in ((features[0], text, sequences[0].positions + 1),
+                            (features[1], question, sequences[1].positions)):
+    rows = np.take_along_axis(np.asarray(hidden), np.asarray(at)[..., None], axis=1)
+    head = small_model.UniPerceiver(small_model.spec('dense')).bind(
+        {'params': small_model.params(small_model.spec('dense'))})
+    _assert_close(actual, head.features(jnp.asarray(rows)))
 
 
-class CollectedTest(absltest.TestCase):
-
-  # Caption: 5 visual tokens (prefix, 4 patches), 6 words and queries; names: prefix and 3 words. Batch 2.
-  _SEQUENCES = (small_model.sequence('image_caption'), small_model.target(_NAMES))
-
-  def _collected(self, **options):
-    return jax.eval_shape(lambda: small_model.encode(small_model.spec(), self._SEQUENCES, **options)[1])
-
-  def test_taps_are_every_segment_after_every_layer(self):
-    taken = self._collected(taps=True, all_rows=True)
-    shapes = lambda lead, out: [[a.shape for a in sequence] == [(*lead, 2, n, 16) for n in lengths]
-                                for sequence, lengths in zip(out['taps'], ((5, 6), (4,)), strict=True)]
-    self.assertEqual(shapes((2,), taken['blocks'][0]), [True, True])  # two scanned layers
-    self.assertEqual(shapes((), taken['tail'][0]), [True, True])
-
-  def test_taps_without_all_rows_are_the_readout_in_the_last_layer(self):
-    last = self._collected(taps=True)['tail'][0]['taps']
-    self.assertIsNone(last[0][0])
-    self.assertEqual((last[0][1].shape, last[1][0].shape), ((2, 3, 16), (2, 1, 16)))
-
-  def test_keys_and_values_are_of_every_token_also_in_the_last_layer(self):
-    taken = self._collected(keys=True)
-    for lead, out in (((2,), taken['blocks'][0]), ((), taken['tail'][0])):
-      for sequence, lengths in zip(out['kv'], ((5, 6), (4,)), strict=True):
-        for (k, v), n in zip(sequence, lengths, strict=True):
-          self.assertEqual((k.shape, v.shape), ((*lead, 2, n, 2, 8),) * 2)
-
-  def test_router_stats_have_an_entry_per_condition(self):
-    taken = self._collected()
-    for part in ('attention', 'mlp'):  # caption image, caption text, names
-      self.assertEqual(taken['blocks'][0]['router_stats'][part].logits.shape, (2, 3, 4))
-      self.assertEqual(taken['tail'][0]['router_stats'][part].logits.shape, (3, 4))
-
-  def test_only_router_stats_are_collected_by_default(self):
-    self.assertEqual(set(self._collected()['tail'][0]), {'router_stats'})
+# Caption: 5 visual tokens (prefix, 4 patches), 6 words and queries; names: prefix and 3 words. Batch 2.
+_SEQUENCES = (small_model.sequence('image_caption'), small_model.target(_NAMES))
 
 
-class Bfloat16Test(absltest.TestCase):
-
-  def test_products_are_bfloat16_and_features_float32(self):
-    spec = small_model.spec(dtype=jnp.bfloat16)
-    sequences = _mix()
-    actual, exact = _features(spec, sequences), _features(small_model.spec(), sequences)
-    self.assertEqual({f.dtype for f in actual}, {jnp.dtype('float32')})
-    for a, b in zip(actual, exact, strict=True):
-      cosines = (a * b).sum(-1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)
-      self.assertGreater(cosines.min(), .99)
-      self.assertGreater(np.abs(a - b).max(), 1e-4)  # it was not float32 in disguise
-
-  def test_parameters_are_float32(self):
-    shapes = small_model.nn.unbox(small_model.boxed(small_model.spec(dtype=jnp.bfloat16)))
-    self.assertEqual({x.dtype for x in jax.tree.leaves(shapes)}, {jnp.dtype('float32')})
+def _collected(**options):
+  return jax.eval_shape(lambda: small_model.encode(small_model.spec(), _SEQUENCES, **options)[1])
 
 
-class DropPathTest(parameterized.TestCase):
-
-  _IDS = jnp.arange(400, dtype=jnp.uint32)
-
-  def _dropped(self, ids, rate=.25, key=jax.random.key(0)):
-    return np.asarray(drop_path(jnp.ones((len(ids), 2, 3)), key, ids, rate))
-
-  def test_a_branch_is_kept_whole_and_scaled_or_dropped_whole(self):
-    actual = self._dropped(self._IDS)
-    self.assertEqual({tuple(np.unique(sample)) for sample in actual}, {(0,), (np.float32(1 / .75),)})
-
-  def test_a_quarter_is_dropped(self):
-    # Standard error √(.25 · .75 / 400) = .022.
-    self.assertAlmostEqual((self._dropped(self._IDS) == 0).mean(), .25, delta=.08)
-
-  def test_dropped_paths_follow_the_example_not_its_index(self):
-    order = np.random.default_rng(0).permutation(400)
-    np.testing.assert_array_equal(self._dropped(self._IDS[order]), self._dropped(self._IDS)[order])
-
-  def test_evaluation_drops_nothing(self):
-    np.testing.assert_array_equal(self._dropped(self._IDS, key=None), 1)
-
-  def test_a_permuted_batch_has_the_permuted_result(self):
-    spec = small_model.spec('dense', drop_path=.5)
-    sequence, order = small_model.sequence('image_caption', 6), np.array([3, 0, 5, 1, 4, 2])
-    moved = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, sequence)
-    key = jax.random.key(2)
-    [straight], [permuted] = _features(spec, [sequence], key), _features(spec, [moved], key)
-    _assert_close(permuted, np.asarray(straight)[order])
-    # With the ids left where they were, others are dropped.
-    [other] = _features(spec, [moved.replace(ids=sequence.ids)], key)
-    self.assertGreater(np.abs(other - permuted).max(), 1e-2)
-
-  @parameterized.parameters('scale1', 'scale2')
-  def test_attention_and_ffn_are_both_dropped(self, silent):
-    # With the other branch silent, two steps still differ.
-    spec, sequence = small_model.spec('dense', drop_path=.5), small_model.sequence('image_caption', 6)
-    values = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * (silent not in jax.tree_util.keystr(path)), small_model.params(spec))
-    one, two = (_forward(spec)(values, (sequence,), jax.random.key(k))[0][0] for k in (2, 3))
-    self.assertGreater(np.abs(one - two).max(), 1e-2)
+def test_taps_are_every_segment_after_every_layer():
+  taken = _collected(taps=True, all_rows=True)
+  shapes = lambda lead, out: [[a.shape for a in sequence] == [(*lead, 2, n, 16) for n in lengths]
+                              for sequence, lengths in zip(out['taps'], ((5, 6), (4,)), strict=True)]
+  assert shapes((2,), taken['blocks'][0]) == [True, True]  # two scanned layers
+  assert shapes((), taken['tail'][0]) == [True, True]
 
 
-class NoiseTest(absltest.TestCase):
-
-  _NAMES_ALONE = (small_model.target(_NAMES),)
-  _NAMES_AFTER_TEXT = (small_model.sequence('text_mlm'), small_model.target(_NAMES))
-
-  def _logits(self, sequences, row: int, key=jax.random.key(5)):
-    """{(layer, part): logits of one condition row}."""
-    spec = small_model.spec()
-    _, collected = _forward(spec)(small_model.params(spec), sequences, key)
-    actual = {}
-    for layer in range(spec.num_layers):
-      subtree, index, block = spec.stack.locate(layer)
-      decisions = collected[subtree][int(block.removeprefix('block'))]['router_stats']
-      for part, decision in decisions.items():
-        actual[layer, part] = np.asarray(decision.logits if index is None else decision.logits[index])[row]
-    return actual
-
-  def test_a_condition_has_one_draw_per_step(self):
-    alone, among = self._logits(self._NAMES_ALONE, 0), self._logits(self._NAMES_AFTER_TEXT, 1)
-    _assert_close(alone, among)
-
-  def test_layers_and_routers_have_separate_draws(self):
-    # What differs between two steps is noise alone.
-    one, two = (self._logits(self._NAMES_ALONE, 0, jax.random.key(k)) for k in (5, 6))
-    draws = np.array([one[k] - two[k] for k in one])  # [layer and part, E]
-    self.assertLen(draws, 6)
-    gaps = np.abs(draws[:, None] - draws[None]).max(-1) + np.eye(6)
-    self.assertGreater(gaps.min(), 1e-2)
-
-  def test_another_step_has_other_draws(self):
-    one, two = (self._logits(self._NAMES_ALONE, 0, jax.random.key(k)) for k in (5, 6))
-    self.assertGreater(min(np.abs(one[k] - two[k]).max() for k in one), 1e-2)
+def test_taps_without_all_rows_are_the_readout_in_the_last_layer():
+  last = _collected(taps=True)['tail'][0]['taps']
+  assert last[0][0] is None
+  assert (last[0][1].shape, last[1][0].shape) == ((2, 3, 16), (2, 1, 16))
 
 
-class SettingsTest(absltest.TestCase):
-
-  def test_adding_arrays_of_two_ranks_is_an_error(self):
-    with self.assertRaisesRegex(ValueError, 'could not be broadcast together|rank promotion|rank_promotion'):
-      _ = jnp.ones((2, 3)) + jnp.ones(3)
-
-  def test_an_unknown_task_is_refused_by_the_task_router_alone(self):
-    task_type = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
-    for router in small_model.ROUTERS:
-      run = lambda r=router: jax.eval_shape(
-          lambda: small_model.encode(small_model.spec(r), (small_model.sequence(task_type),))[0])
-      if router == 'task':
-        self.assertRaisesRegex(ValueError, "no embedding for 'search'", run)
-      else:
-        self.assertEqual(run()[0].shape, (2, 1, 16))
-
-  def test_the_router_table_has_every_built_in_condition(self):
-    conditions = [c for k in task_types.TASK_TYPES.values() for c in (*k.conditions, k.pair_condition)]
-    for router in ('task', 'modality'):
-      rows = routers.distinct_inputs(router, (*conditions, *task_types.families().values()))
-      self.assertLessEqual(set(rows), set(small_model.spec(router).router_names))
+def test_keys_and_values_are_of_every_token_also_in_the_last_layer():
+  taken = _collected(keys=True)
+  for lead, out in (((2,), taken['blocks'][0]), ((), taken['tail'][0])):
+    for sequence, lengths in zip(out['kv'], ((5, 6), (4,)), strict=True):
+      for (k, v), n in zip(sequence, lengths, strict=True):
+        assert (k.shape, v.shape) == ((*lead, 2, n, 2, 8),) * 2
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_by_default_only_router_stats_are_collected_with_an_entry_per_condition():
+  taken = _collected()
+  assert set(taken['tail'][0]) == {'router_stats'}
+  for part in ('attention', 'mlp'):  # caption image, caption text, names
+    assert taken['blocks'][0]['router_stats'][part].logits.shape == (2, 3, 4)
+    assert taken['tail'][0]['router_stats'][part].logits.shape == (3, 4)
+
+
+def test_products_are_bfloat16_and_features_float32():
+  spec = small_model.spec(dtype=jnp.bfloat16)
+  sequences = _mix()
+  actual, exact = _features(spec, sequences), _features(small_model.spec(), sequences)
+  assert {f.dtype for f in actual} == {jnp.dtype('float32')}
+  for a, b in zip(actual, exact, strict=True):
+    cosines = (a * b).sum(-1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)
+    assert cosines.min() > .99
+    assert np.abs(a - b).max() > 1e-4  # it was not float32 in disguise
+
+
+def test_parameters_are_float32():
+  shapes = small_model.nn.unbox(small_model.boxed(small_model.spec(dtype=jnp.bfloat16)))
+  assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
+
+
+_IDS = jnp.arange(400, dtype=jnp.uint32)
+
+
+def _dropped(ids, rate=.25, key=jax.random.key(0)):
+  return np.asarray(drop_path(jnp.ones((len(ids), 2, 3)), key, ids, rate))
+
+
+def test_a_quarter_of_the_branches_is_dropped_whole_and_the_others_are_scaled():
+  actual = _dropped(_IDS)
+  assert {tuple(np.unique(sample)) for sample in actual} == {(0,), (np.float32(1 / .75),)}
+  assert (actual == 0).mean() == pytest.approx(.25, abs=.08)  # standard error √(.25 · .75 / 400) = .022
+  np.testing.assert_array_equal(_dropped(_IDS, key=None), 1)  # at evaluation nothing is
+
+
+def test_dropped_paths_follow_the_example_not_its_index():
+  order = np.random.default_rng(0).permutation(400)
+  np.testing.assert_array_equal(_dropped(_IDS[order]), _dropped(_IDS)[order])
+
+
+def test_a_permuted_batch_has_the_permuted_result():
+  spec = small_model.spec('dense', drop_path=.5)
+  sequence, order = small_model.sequence('image_caption', 6), np.array([3, 0, 5, 1, 4, 2])
+  moved = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, sequence)
+  key = jax.random.key(2)
+  [straight], [permuted] = _features(spec, [sequence], key), _features(spec, [moved], key)
+  _assert_close(permuted, np.asarray(straight)[order])
+  # With the ids left where they were, others are dropped.
+  [other] = _features(spec, [moved.replace(ids=sequence.ids)], key)
+  assert np.abs(other - permuted).max() > 1e-2
+
+
+@pytest.mark.parametrize('silent', ['scale1', 'scale2'])
+def test_attention_and_ffn_are_both_dropped(silent):
+  # With the other branch silent, two steps still differ.
+  spec, sequence = small_model.spec('dense', drop_path=.5), small_model.sequence('image_caption', 6)
+  values = jax.tree_util.tree_map_with_path(
+      lambda path, x: x * (silent not in jax.tree_util.keystr(path)), small_model.params(spec))
+  one, two = (_forward(spec)(values, (sequence,), jax.random.key(k))[0][0] for k in (2, 3))
+  assert np.abs(one - two).max() > 1e-2
+
+
+_NAMES_ALONE = (small_model.target(_NAMES),)
+_NAMES_AFTER_TEXT = (small_model.sequence('text_mlm'), small_model.target(_NAMES))
+
+
+def _logits(sequences, row: int, key=jax.random.key(5)):
+  """{(layer, part): logits of one condition row}."""
+  spec = small_model.spec()
+  _, collected = _forward(spec)(small_model.params(spec), sequences, key)
+  actual = {}
+  for layer in range(spec.num_layers):
+    subtree, index, block = spec.stack.locate(layer)
+    decisions = collected[subtree][int(block.removeprefix('block'))]['router_stats']
+    for part, decision in decisions.items():
+      actual[layer, part] = np.asarray(decision.logits if index is None else decision.logits[index])[row]
+  return actual
+
+
+def test_a_condition_has_one_draw_per_step():
+  alone, among = _logits(_NAMES_ALONE, 0), _logits(_NAMES_AFTER_TEXT, 1)
+  _assert_close(alone, among)
+
+
+def test_steps_layers_and_routers_have_separate_draws():
+  # What differs between two steps is noise alone.
+  one, two = (_logits(_NAMES_ALONE, 0, jax.random.key(k)) for k in (5, 6))
+  draws = np.array([one[k] - two[k] for k in one])  # [layer and part, E]
+  assert len(draws) == 6
+  assert np.abs(draws).max(-1).min() > 1e-2
+  assert (np.abs(draws[:, None] - draws[None]).max(-1) + np.eye(6)).min() > 1e-2
+
+
+def test_adding_arrays_of_two_ranks_is_an_error():
+  with pytest.raises(ValueError, match='could not be broadcast together|rank promotion|rank_promotion'):
+    _ = jnp.ones((2, 3)) + jnp.ones(3)
+
+
+@pytest.mark.parametrize('router', small_model.ROUTERS)
+def test_an_unknown_task_is_refused_by_the_task_router_alone(router):
+  task_type = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
+  refused = pytest.raises(ValueError, match="no embedding for 'search'")
+  with refused if router == 'task' else contextlib.nullcontext():
+    [features] = jax.eval_shape(
+        lambda: small_model.encode(small_model.spec(router), (small_model.sequence(task_type),))[0])
+    assert features.shape == (2, 1, 16)
+
+
+def test_the_router_table_has_every_built_in_condition():
+  conditions = [c for k in task_types.TASK_TYPES.values() for c in (*k.conditions, k.pair_condition)]
+  for router in ('task', 'modality'):
+    rows = routers.distinct_inputs(router, (*conditions, *task_types.families().values()))
+    assert set(rows) <= set(small_model.spec(router).router_names)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl.testing import absltest, parameterized
 from flax import traverse_util
 
 from tests.helpers import small_model
@@ -91,51 +90,47 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
   return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-class EqualExpertsTest(parameterized.TestCase):
-
-  @functools.cached_property
-  def dense(self):
-    return _loss('dense', gradient=True)(small_model.params(_spec('dense')))
-
-  @functools.cached_property
-  def moe(self):
-    return _loss('attribute', gradient=True)(_equal_experts('attribute'))
-
-  def test_the_loss_of_attribute_routing_is_the_dense_loss(self):
-    np.testing.assert_allclose(self.moe[0], self.dense[0], rtol=1e-5)
-
-  @parameterized.parameters('task', 'modality')
-  @pytest.mark.slow
-  def test_the_loss_of_the_other_routers_is_the_dense_loss(self, router):
-    np.testing.assert_allclose(_loss(router)(_equal_experts(router)), self.dense[0], rtol=1e-5)
-
-  def test_the_gradients_of_the_experts_sum_to_the_dense_gradient(self):
-    actual, expected = _flat(self.moe[1]), _flat(self.dense[1])
-    paths = [p for p in expected if _is_expert(p)]
-    self.assertLen(paths, 2 * 2 * len(_PROJECTIONS))  # scanned and tail; kernel and bias
-    for path in paths:
-      self.assertLess(_distance(actual[path].sum(_expert_axis(path)), expected[path]), 1e-5, path)
-
-  def test_all_other_gradients_are_the_dense_gradients(self):
-    actual, expected = _flat(self.moe[1]), _flat(self.dense[1])
-    for path in expected:
-      if not _is_expert(path) and np.abs(expected[path]).max() > 0:
-        self.assertLess(_distance(actual[path], expected[path]), 1e-5, path)
-
-  def test_the_choice_of_equal_experts_does_not_matter(self):
-    # The gates have no gradient but rounding, next to the experts'.
-    actual = _flat(self.moe[1])
-    gates = max(np.abs(v).max() for p, v in actual.items() if p.endswith('/gate'))
-    experts = max(np.abs(v).max() for p, v in actual.items() if _is_expert(p))
-    self.assertLess(gates, 1e-4 * experts)
-
-  def test_unequal_experts_are_another_model(self):
-    # The control of the tests above: here the loss differs, and the gates do have a gradient.
-    loss, gradient = _loss('attribute', gradient=True)(small_model.params(_spec('attribute')))
-    self.assertGreater(abs(float(loss - self.dense[0])), 1e-2)
-    gates = [np.abs(v).max() for p, v in _flat(gradient).items() if p.endswith('/gate')]
-    self.assertGreater(min(gates), 1e-4)
+@functools.cache
+def _dense():
+  return _loss('dense', gradient=True)(small_model.params(_spec('dense')))
 
 
-if __name__ == '__main__':
-  absltest.main()
+@functools.cache
+def _moe():
+  return _loss('attribute', gradient=True)(_equal_experts('attribute'))
+
+
+def test_the_loss_of_attribute_routing_is_the_dense_loss():
+  np.testing.assert_allclose(_moe()[0], _dense()[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('router', ['task', 'modality'])
+@pytest.mark.slow
+def test_the_loss_of_the_other_routers_is_the_dense_loss(router):
+  np.testing.assert_allclose(_loss(router)(_equal_experts(router)), _dense()[0], rtol=1e-5)
+
+
+def test_the_gradients_of_the_experts_sum_to_the_dense_gradient_and_all_others_are_equal():
+  actual, expected = _flat(_moe()[1]), _flat(_dense()[1])
+  assert sum(map(_is_expert, expected)) == 2 * 2 * len(_PROJECTIONS)  # scanned and tail; kernel and bias
+  for path, gradient in expected.items():
+    if _is_expert(path):
+      assert _distance(actual[path].sum(_expert_axis(path)), gradient) < 1e-5, path
+    elif np.abs(gradient).max() > 0:
+      assert _distance(actual[path], gradient) < 1e-5, path
+
+
+def test_the_choice_of_equal_experts_does_not_matter():
+  # The gates have no gradient but rounding, next to the experts'.
+  actual = _flat(_moe()[1])
+  gates = max(np.abs(v).max() for p, v in actual.items() if p.endswith('/gate'))
+  experts = max(np.abs(v).max() for p, v in actual.items() if _is_expert(p))
+  assert gates < 1e-4 * experts
+
+
+def test_unequal_experts_are_another_model():
+  # The control of the tests above: here the loss differs, and the gates do have a gradient.
+  loss, gradient = _loss('attribute', gradient=True)(small_model.params(_spec('attribute')))
+  assert abs(float(loss - _dense()[0])) > 1e-2
+  gates = [np.abs(v).max() for p, v in _flat(gradient).items() if p.endswith('/gate')]
+  assert min(gates) > 1e-4

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.model import decoding, merging
@@ -19,44 +19,40 @@ def _spec(router: str, **changes):
   return small_model.spec(router, num_experts=_EXPERTS, **changes)
 
 
-class MergeExpertsTest(parameterized.TestCase):
+@pytest.mark.parametrize('router, changes, others', [('attribute', {}, _VQA[::-1]),
+    ('task', {'placement': 'every_2', 'num_layers': 5}, _TASK_TYPE.conditions), ('modality',
+        {'sublayers': ('mlp',), 'num_deep_prompts': 2}, _VQA[::-1])])
+def test_features_are_those_of_the_model_with_experts(router, changes, others):
+  spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
 
-  @parameterized.parameters(
-      ('attribute', {}, _VQA[::-1]), ('task', {'placement': 'every_2', 'num_layers': 5}, _TASK_TYPE.conditions),
-      ('modality', {'sublayers': ('mlp',), 'num_deep_prompts': 2}, _VQA[::-1]))
-  def test_features_are_those_of_the_model_with_experts(self, router, changes, others):
-    spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
+  def run(values):
+    actual = merging.merge_experts(spec, values, _VQA)  # prompts have the condition of the first segment
+    wrong = actual[0], merging.merge_experts(spec, values, others)[1]
+    return [small_model.encode(s, [sequence], values=v)[0][0] for s, v in ((spec, values), actual, wrong)]
 
-    def run(values):
-      actual = merging.merge_experts(spec, values, _VQA)  # prompts have the condition of the first segment
-      wrong = actual[0], merging.merge_experts(spec, values, others)[1]
-      return [small_model.encode(s, [sequence], values=v)[0][0] for s, v in ((spec, values), actual, wrong)]
-
-    experts, merged, wrong = small_model.jit(run)(small_model.params(spec))
-    np.testing.assert_allclose(merged, experts, rtol=2e-5, atol=2e-5)
-    self.assertGreater(float(jnp.abs(wrong - experts).max()), 1e-2)  # each condition has its own kernel
-
-  @parameterized.parameters('dense', 'token', 'context')
-  def test_models_without_merging_routers_stay_unchanged(self, router):
-    spec = _spec(router)
-    values = small_model.params(spec)
-    actual = merging.merge_experts(spec, values, _TASK_TYPE.conditions)
-    self.assertIs(actual[0], spec)
-    self.assertIs(actual[1], values)
-
-  @parameterized.parameters(('attribute', False), ('token', True))
-  def test_the_loop_over_words_reads_experts_only_where_tokens_choose_them(self, router, reads):
-    spec = _spec(router)
-    pixels = jnp.zeros((2, 1, small_model.SIDE, small_model.SIDE, 1))
-
-    def search(values):
-      return decoding.beam_search(
-          UniPerceiver(spec), values, _TASK_TYPE, pixels, jnp.zeros((7, spec.width)), temperature='group',
-          spe=small_model.SPE, eot=small_model.EOT, max_len=3, beam_size=2)
-
-    [loop] = [e for e in jax.make_jaxpr(search)(small_model.params(spec)).eqns if e.primitive.name == 'while']
-    self.assertEqual(any(_EXPERTS in v.aval.shape for v in loop.invars), reads)
+  experts, merged, wrong = small_model.jit(run)(small_model.params(spec))
+  np.testing.assert_allclose(merged, experts, rtol=2e-5, atol=2e-5)
+  assert float(jnp.abs(wrong - experts).max()) > 1e-2  # each condition has its own kernel
 
 
-if __name__ == '__main__':
-  absltest.main()
+@pytest.mark.parametrize('router', ['dense', 'token', 'context'])
+def test_models_without_merging_routers_stay_unchanged(router):
+  spec = _spec(router)
+  values = small_model.params(spec)
+  actual = merging.merge_experts(spec, values, _TASK_TYPE.conditions)
+  assert actual[0] is spec
+  assert actual[1] is values
+
+
+@pytest.mark.parametrize('router, reads', [('attribute', False), ('token', True)])
+def test_the_loop_over_words_reads_experts_only_where_tokens_choose_them(router, reads):
+  spec = _spec(router)
+  pixels = jnp.zeros((2, 1, small_model.SIDE, small_model.SIDE, 1))
+
+  def search(values):
+    return decoding.beam_search(
+        UniPerceiver(spec), values, _TASK_TYPE, pixels, jnp.zeros((7, spec.width)), temperature='group',
+        spe=small_model.SPE, eot=small_model.EOT, max_len=3, beam_size=2)
+
+  [loop] = [e for e in jax.make_jaxpr(search)(small_model.params(spec)).eqns if e.primitive.name == 'while']
+  assert any(_EXPERTS in v.aval.shape for v in loop.invars) == reads

@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import meshes, small_model
 from uni_moe_jax.eval import predictor
@@ -26,71 +26,69 @@ def _texts(valid=True):
   return texts.replace(text_valid=mask if valid else None)
 
 
-class PadBatchTest(parameterized.TestCase):
+def test_padding_has_no_valid_token():
+  filled = _texts().pad_batch(_MULTIPLE)
+  chex.assert_shape([filled.text, filled.text_valid], (_MULTIPLE, small_model.WORDS))
+  np.testing.assert_array_equal(filled.text_valid.sum(1), [3, 2, 1, 0])
+  np.testing.assert_array_equal(_texts(valid=False).pad_batch(_MULTIPLE).text_valid.sum(1), [3, 3, 3, 0])
+  np.testing.assert_array_equal(filled.ids, [0, 1, 2, 0])
 
-  def test_padding_has_no_valid_token(self):
-    filled = _texts().pad_batch(_MULTIPLE)
-    chex.assert_shape([filled.text, filled.text_valid], (_MULTIPLE, small_model.WORDS))
-    np.testing.assert_array_equal(filled.text_valid.sum(1), [3, 2, 1, 0])
-    np.testing.assert_array_equal(_texts(valid=False).pad_batch(_MULTIPLE).text_valid.sum(1), [3, 3, 3, 0])
-    np.testing.assert_array_equal(filled.ids, [0, 1, 2, 0])
 
-  def test_even_batches_and_images_stay_unchanged(self):
-    texts, images = _texts(), small_model.sequence('image_classification', batch=_N)
-    self.assertIs(texts.pad_batch(_N), texts)
-    self.assertIs(images.pad_batch(_MULTIPLE), images)
+def test_even_batches_and_images_stay_unchanged():
+  texts, images = _texts(), small_model.sequence('image_classification', batch=_N)
+  assert texts.pad_batch(_N) is texts
+  assert images.pad_batch(_MULTIPLE) is images
 
-  @parameterized.product(router=['attribute', 'token', 'context', 'dense'], valid=[True, False])
-  def test_padding_changes_no_feature_gradient_or_count(self, router, valid):
-    # Training, with noise and dropped paths, which are drawn by ids; capacity follows shapes, so it is left out.
-    routes_tokens = router in ('token', 'context')
-    spec = small_model.spec(router, drop_path=0.3, noise_std=0.1)
-    texts = _texts(valid)
-    weights = jnp.asarray(np.random.default_rng(0).normal(size=(_N, 1, spec.width)), jnp.float32)
 
-    def run(values, sequence):
-      rows, collected = small_model.encode(spec, (sequence,), values=values, key=jax.random.key(0))
-      balance = router_metrics.auxiliary_loss((('balance', 1.),), collected) if routes_tokens else 0.
-      return (rows[0][:_N] * weights).sum() + balance, (rows[0][:_N], _counts(collected))
+@pytest.mark.parametrize('router', ['attribute', 'token', 'context', 'dense'])
+@pytest.mark.parametrize('valid', [True, False])
+def test_padding_changes_no_feature_gradient_or_count(router, valid):
+  # Training, with noise and dropped paths, which are drawn by ids; capacity follows shapes, so it is left out.
+  routes_tokens = router in ('token', 'context')
+  spec = small_model.spec(router, drop_path=0.3, noise_std=0.1)
+  texts = _texts(valid)
+  weights = jnp.asarray(np.random.default_rng(0).normal(size=(_N, 1, spec.width)), jnp.float32)
 
-    grads_of = small_model.jit(jax.value_and_grad(run, has_aux=True))
-    actual = lambda sequence: grads_of(small_model.params(spec), sequence)
-    filled = texts.pad_batch(_MULTIPLE)
-    (_, (rows, counts)), grads = actual(texts)
-    (_, (rows_filled, counts_filled)), grads_filled = actual(filled)
-    chex.assert_trees_all_close(rows_filled, rows, atol=1e-5)
-    chex.assert_trees_all_close(grads_filled, grads, atol=2e-4, rtol=1e-4)
-    chex.assert_tree_all_finite(grads_filled)
-    chex.assert_trees_all_close(counts_filled, counts, rtol=1e-5)
-    if routes_tokens:  # the control: valid examples are counted
-      (_, (_, more)), _ = actual(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
-      self.assertGreater(float(more[0]['mlp'].tokens.sum()), float(counts[0]['mlp'].tokens.sum()))
+  def run(values, sequence):
+    rows, collected = small_model.encode(spec, (sequence,), values=values, key=jax.random.key(0))
+    balance = router_metrics.auxiliary_loss((('balance', 1.),), collected) if routes_tokens else 0.
+    return (rows[0][:_N] * weights).sum() + balance, (rows[0][:_N], _counts(collected))
 
-  @parameterized.parameters('shape', 'text')  # names in the order of their set, and words as they are
-  def test_every_device_of_a_mesh_encodes_equally_many_entries(self, task):
-    run = meshes.run(meshes.Case('attribute', (task,)), 'data')
-    name, [of_set] = run.plan.sets[0].name, run.plan.sets
-    shards, entries, encoded = run.spec.model.shards, run.data.target_sets[name].size, []
+  grads_of = small_model.jit(jax.value_and_grad(run, has_aux=True))
+  actual = lambda sequence: grads_of(small_model.params(spec), sequence)
+  filled = texts.pad_batch(_MULTIPLE)
+  (_, (rows, counts)), grads = actual(texts)
+  (_, (rows_filled, counts_filled)), grads_filled = actual(filled)
+  chex.assert_trees_all_close(rows_filled, rows, atol=1e-5)
+  chex.assert_trees_all_close(grads_filled, grads, atol=2e-4, rtol=1e-4)
+  chex.assert_tree_all_finite(grads_filled)
+  chex.assert_trees_all_close(counts_filled, counts, rtol=1e-5)
+  if routes_tokens:  # the control: valid examples are counted
+    (_, (_, more)), _ = actual(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
+    assert float(more[0]['mlp'].tokens.sum()) > float(counts[0]['mlp'].tokens.sum())
 
-    def join(sequences, keys, shards):
-      encoded.append([len(s.ids) for s in sequences])
-      return join_equal(sequences, keys, shards)
 
-    with mock.patch.object(uni_perceiver, 'join_equal', join):
-      features = jax.eval_shape(
-          lambda params: forward(run.spec, params, {}, run.target_sets(), {}, jax.random.key(0))[0].target_sets[name],
-          run.shapes.params)
-      [sequence] = predictor.set_sequences(of_set, run.data.target_sets[name], run.data.tokenizer.eot)
-      evaluated = jax.eval_shape(functools.partial(predictor.encode, run.spec.model), run.shapes.params, sequence)
-    self.assertTrue(entries % shards)
-    self.assertEqual(encoded, [[entries + -entries % shards]] * 2)
-    self.assertEqual((len(features), len(evaluated)), (entries, entries))  # and padding has no feature
+@pytest.mark.parametrize('task', ['shape', 'text'])
+def test_every_device_of_a_mesh_encodes_equally_many_entries(task):
+  run = meshes.run(meshes.Case('attribute', (task,)), 'data')
+  name, [of_set] = run.plan.sets[0].name, run.plan.sets
+  shards, entries, encoded = run.spec.model.shards, run.data.target_sets[name].size, []
+
+  def join(sequences, keys, shards):
+    encoded.append([len(s.ids) for s in sequences])
+    return join_equal(sequences, keys, shards)
+
+  with mock.patch.object(uni_perceiver, 'join_equal', join):
+    features = jax.eval_shape(
+        lambda params: forward(run.spec, params, {}, run.target_sets(), {}, jax.random.key(0))[0].target_sets[name],
+        run.shapes.params)
+    [sequence] = predictor.set_sequences(of_set, run.data.target_sets[name], run.data.tokenizer.eot)
+    evaluated = jax.eval_shape(functools.partial(predictor.encode, run.spec.model), run.shapes.params, sequence)
+  assert entries % shards
+  assert encoded == [[entries + -entries % shards]] * 2
+  assert (len(features), len(evaluated)) == (entries, entries)  # and padding has no feature
 
 
 def _counts(collected):
   """Router statistics by block: the sums of token routers, and the outputs of other routers, which padding keeps."""
   return [out['router_stats'] for sub in ('blocks', 'tail') for out in collected[sub]]
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import absltest, parameterized
 
 from tests.helpers import small_model
-from uni_moe_jax.model import batching, decoding
+from uni_moe_jax.model import decoding
 from uni_moe_jax.model import initialization as params_lib
 from uni_moe_jax.model.heads import normalize
+from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path
@@ -51,53 +51,56 @@ def _gradient(spec, index: int):
   return jax.tree.map(np.asarray, by_path(gradient))
 
 
-class DeepPromptsTest(parameterized.TestCase):
+def test_prompts_change_no_shape():
+  with_, without = (jax.eval_shape(_features(s), small_model.params(s)) for s in (_spec(), small_model.spec()))
+  assert [f.shape for f in with_] == [f.shape for f in without]
 
-  def test_prompts_change_no_shape(self):
-    with_, without = (jax.eval_shape(_features(s), small_model.params(s)) for s in (_spec(), small_model.spec()))
-    self.assertEqual([f.shape for f in with_], [f.shape for f in without])
 
-  def test_prompts_of_inputs_alone_leave_targets_as_they_are(self):
-    spec, plain = small_model.spec(num_deep_prompts=_P, prompt_sharing='inputs'), small_model.spec()
-    with_, without = _features(spec)(small_model.params(spec)), _features(plain)(small_model.params(plain))
-    np.testing.assert_array_equal(with_[3], without[3])
-    for i in range(len(_TASK_TYPES)):
-      self.assertGreater(np.abs(with_[i] - without[i]).max(), 1e-2)
+def test_prompts_of_inputs_alone_leave_targets_as_they_are():
+  spec, plain = small_model.spec(num_deep_prompts=_P, prompt_sharing='inputs'), small_model.spec()
+  with_, without = _features(spec)(small_model.params(spec)), _features(plain)(small_model.params(plain))
+  np.testing.assert_array_equal(with_[3], without[3])
+  for i in range(len(_TASK_TYPES)):
+    assert np.abs(with_[i] - without[i]).max() > 1e-2
 
-  @parameterized.parameters(('shared', True), ('separate', False), ('inputs', False))
-  def test_texts_of_both_sides_share_their_products_only_where_they_share_prompts(self, sides, same):
-    # A dense model has no conditions: only the side of a text determines its prompts.
-    search = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
-    text = small_model.sequence(search)
-    sequences = (text, text.replace(layout=small_model.target(search.pair_condition).layout))
-    spec = small_model.spec('dense', num_deep_prompts=_P, prompt_sharing=sides)
-    one, other = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
-    self.assertEqual(np.allclose(one, other, atol=1e-5), same)
 
-  @parameterized.parameters(*range(len(_TASK_TYPES) + 1))
-  def test_every_sequence_attends_to_every_row_of_every_layer(self, index):
-    rows = [g for path, g in _gradient(_spec(), index).items() if 'prompts/input' in path]
-    self.assertLen(rows, 2)  # scanned layers, and the tail
-    for g in rows:
-      self.assertGreater(np.abs(g).max(-1).min(), 1e-6)
+@pytest.mark.parametrize('sides, same', [('shared', True), ('separate', False), ('inputs', False)])
+def test_texts_of_both_sides_share_their_products_only_where_they_share_prompts(sides, same):
+  # A dense model has no conditions: only the side of a text determines its prompts.
+  search = task_types.TaskType('search', (task_types.Segment('text'),), 'pair', 'cls', 'search')
+  text = small_model.sequence(search)
+  sequences = (text, text.replace(layout=small_model.target(search.pair_condition).layout))
+  spec = small_model.spec('dense', num_deep_prompts=_P, prompt_sharing=sides)
+  one, other = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
+  assert np.allclose(one, other, atol=1e-5) == same
 
-  def test_separate_prompts_serve_one_side_each(self):
-    spec = _spec(prompt_sharing='separate')
-    for index, own, other in ((0, 'input', 'target'), (3, 'target', 'input')):
-      gradient = _gradient(spec, index)
-      for path, g in gradient.items():
-        if f'prompts/{own}' in path:
-          self.assertGreater(np.abs(g).min(-1).max(), 1e-8, path)
-        if f'prompts/{other}' in path:
-          self.assertEqual(np.abs(g).max(), 0, path)
 
-  def test_the_condition_of_prompts_is_that_of_the_first_segment(self):
-    # Of a caption's two conditions, prompts have the image's, also in a decoding step, which has no image.
-    layout = small_model.sequence('image_caption').layout
-    self.assertEqual(layout.prompt_condition, layout.conditions[0])
-    step = decoding.step_layout(task_types.TASK_TYPES['image_caption'])
-    self.assertEqual(step.prompt_condition, layout.conditions[0])
-    self.assertNotEqual(layout.conditions[0], layout.conditions[1])
+@pytest.mark.parametrize('index', range(len(_TASK_TYPES) + 1))
+def test_every_sequence_attends_to_every_row_of_every_layer(index):
+  rows = [g for path, g in _gradient(_spec(), index).items() if 'prompts/input' in path]
+  assert len(rows) == 2  # scanned layers, and the tail
+  for g in rows:
+    assert np.abs(g).max(-1).min() > 1e-6
+
+
+def test_separate_prompts_serve_one_side_each():
+  spec = _spec(prompt_sharing='separate')
+  for index, own, other in ((0, 'input', 'target'), (3, 'target', 'input')):
+    gradient = _gradient(spec, index)
+    for path, g in gradient.items():
+      if f'prompts/{own}' in path:
+        assert np.abs(g).min(-1).max() > 1e-8, path
+      if f'prompts/{other}' in path:
+        assert np.abs(g).max() == 0, path
+
+
+def test_the_condition_of_prompts_is_that_of_the_first_segment():
+  # Of a caption's two conditions, prompts have the image's, also in a decoding step, which has no image.
+  layout = small_model.sequence('image_caption').layout
+  assert layout.prompt_condition == layout.conditions[0]
+  step = decoding.step_layout(task_types.TASK_TYPES['image_caption'])
+  assert step.prompt_condition == layout.conditions[0]
+  assert layout.conditions[0] != layout.conditions[1]
 
 
 @functools.cache
@@ -109,60 +112,63 @@ def _embedded(prefix: int, sides: str = 'separate'):
   return jax.device_get(run(small_model.params(spec))), small_model.params(spec)
 
 
-class PrefixPromptsTest(parameterized.TestCase):
+@pytest.mark.parametrize('i', range(len(_TASK_TYPES) + 2))
+def test_prefix_prompts_are_between_spe_and_the_first_segment(i):
+  (with_, values), (without, _) = _embedded(3), _embedded(0)
+  new, old = with_[i].segments, without[i].segments
+  np.testing.assert_array_equal(new[0][:, :1], old[0][:, :1])
+  rows = values['embed']['prompts']['target' if i == 3 else 'input']
+  np.testing.assert_array_equal(new[0][:, 1:4], np.broadcast_to(rows, (2, 3, 16)))
+  np.testing.assert_array_equal(new[0][:, 4:], old[0][:, 1:])
+  for a, b in zip(new[1:], old[1:], strict=True):
+    np.testing.assert_array_equal(a, b)  # the second segment has none
 
-  @parameterized.parameters(*range(len(_TASK_TYPES) + 2))
-  def test_rows_are_between_spe_and_the_first_segment(self, i):
-    (with_, values), (without, _) = _embedded(3), _embedded(0)
-    new, old = with_[i].segments, without[i].segments
-    np.testing.assert_array_equal(new[0][:, :1], old[0][:, :1])
-    rows = values['embed']['prompts']['target' if i == 3 else 'input']
-    np.testing.assert_array_equal(new[0][:, 1:4], np.broadcast_to(rows, (2, 3, 16)))
-    np.testing.assert_array_equal(new[0][:, 4:], old[0][:, 1:])
-    for a, b in zip(new[1:], old[1:], strict=True):
-      np.testing.assert_array_equal(a, b)  # the second segment has none
 
-  def test_they_are_valid_keys_and_padding_moves_with_its_text(self):
-    valid = jnp.array([[1, 1, 0], [1, 0, 0]], bool)
-    text = small_model.target(task_types.families()['names']).replace(text_valid=valid)
-    spec = small_model.spec(num_prefix_prompts=2)
-    _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(
-        small_model.params(spec))
-    np.testing.assert_array_equal(
-        collected['sequences'][0].valid[0], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
+def test_prefix_prompts_are_valid_keys_and_padding_moves_with_its_text():
+  valid = jnp.array([[1, 1, 0], [1, 0, 0]], bool)
+  text = small_model.target(task_types.families()['names']).replace(text_valid=valid)
+  spec = small_model.spec(num_prefix_prompts=2)
+  _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(
+      small_model.params(spec))
+  np.testing.assert_array_equal(collected['sequences'][0].valid[0], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
 
-  def test_readout_positions_move_in_the_first_segment_only(self):
-    (with_, _), (without, _) = _embedded(3), _embedded(0)
-    mlm, question = 2, 4
-    np.testing.assert_array_equal(with_[mlm].readout_positions, without[mlm].readout_positions + 3)
-    np.testing.assert_array_equal(with_[question].readout_positions, without[question].readout_positions)
-    for i, array in ((mlm, 0), (question, 1)):
-      chosen = [np.take_along_axis(s[i].segments[array], s[i].readout_positions[..., None], axis=1)
-                for s in (with_, without)]
-      np.testing.assert_array_equal(*chosen)
 
-  def test_each_side_reads_its_table(self):
-    for sides, tables in (('shared', {'input'}), ('separate', {'input', 'target'}), ('inputs', {'input'})):
-      embedded, values = _embedded(3, sides)
-      self.assertEqual(set(values['embed']['prompts']), tables)
-      rows = values['embed']['prompts']['target' if sides == 'separate' else 'input']
-      self.assertEqual(embedded[3].segments[0].shape[1], 1 + small_model.WORDS + (0 if sides == 'inputs' else 3))
-      self.assertEqual(np.array_equal(embedded[3].segments[0][0, 1:4], rows), sides != 'inputs')
+def test_readout_positions_move_in_the_first_segment_only():
+  (with_, _), (without, _) = _embedded(3), _embedded(0)
+  mlm, question = 2, 4
+  np.testing.assert_array_equal(with_[mlm].readout_positions, without[mlm].readout_positions + 3)
+  np.testing.assert_array_equal(with_[question].readout_positions, without[question].readout_positions)
+  for i, array in ((mlm, 0), (question, 1)):
+    chosen = [np.take_along_axis(s[i].segments[array], s[i].readout_positions[..., None], axis=1)
+              for s in (with_, without)]
+    np.testing.assert_array_equal(*chosen)
 
-  @pytest.mark.nightly
-  def test_the_rows_that_are_read_are_the_same_when_all_are_computed(self):
-    spec = small_model.spec(num_deep_prompts=_P, num_prefix_prompts=3, spe_bias=True)
-    sequences = (*_sequences(), small_model.sequence('vqa'))
-    every = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, all_rows=True)[0])(
-        small_model.params(spec))
-    some = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
-    for a, b in zip(every, some, strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
-  @parameterized.parameters(*range(len(_TASK_TYPES) + 1))
-  def test_every_row_moves_every_readout(self, index):
-    rows = _gradient(small_model.spec(num_prefix_prompts=3), index)['embed/prompts/input']
-    self.assertGreater(np.abs(rows).max(-1).min(), 1e-6)
+@pytest.mark.parametrize('sides, tables', [
+    ('shared', {'input'}), ('separate', {'input', 'target'}), ('inputs', {'input'})])
+def test_each_side_reads_its_table_of_prefix_prompts(sides, tables):
+  embedded, values = _embedded(3, sides)
+  assert set(values['embed']['prompts']) == tables
+  rows = values['embed']['prompts']['target' if sides == 'separate' else 'input']
+  assert embedded[3].segments[0].shape[1] == 1 + small_model.WORDS + (0 if sides == 'inputs' else 3)
+  assert np.array_equal(embedded[3].segments[0][0, 1:4], rows) == (sides != 'inputs')
+
+
+@pytest.mark.nightly
+def test_the_rows_that_are_read_are_the_same_when_all_are_computed():
+  spec = small_model.spec(num_deep_prompts=_P, num_prefix_prompts=3, spe_bias=True)
+  sequences = (*_sequences(), small_model.sequence('vqa'))
+  every = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, all_rows=True)[0])(
+      small_model.params(spec))
+  some = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
+  for a, b in zip(every, some, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('index', range(len(_TASK_TYPES) + 1))
+def test_every_prefix_prompt_moves_every_readout(index):
+  rows = _gradient(small_model.spec(num_prefix_prompts=3), index)['embed/prompts/input']
+  assert np.abs(rows).max(-1).min() > 1e-6
 
 
 # Five entries in two buckets: rows are entries 1, 3, then 4, 0, 2.
@@ -183,7 +189,7 @@ def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):
 @functools.cache
 def _entries(spec, labelled: bool = True):
   """parameters → features [V, D] of the set's entries, in their order."""
-  actual = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
+  actual = Sequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
   return small_model.jit(lambda v: jnp.concatenate(
       [f[:, 0] for f in small_model.encode(spec, actual, values=v)[0]])[_ORDER])
 
@@ -193,106 +199,98 @@ def _with_labels(values, table):
   return {**values, 'embed': {**values['embed'], 'prompts': prompts}}
 
 
-class LabelPromptsTest(parameterized.TestCase):
-
-  @parameterized.parameters(*range(_ENTRIES))
-  def test_the_prompt_of_a_class_moves_the_feature_of_this_class_alone(self, entry):
-    values = small_model.params(_label_spec())
-    table = values['embed']['prompts']['label_names']
-    before = np.asarray(_entries(_label_spec())(values))
-    after = np.asarray(_entries(_label_spec())(_with_labels(values, table.at[entry].multiply(-2.))))
-    others = np.arange(_ENTRIES) != entry
-    np.testing.assert_array_equal(before[others], after[others])
-    self.assertGreater(np.abs(before[entry] - after[entry]).max(), 1e-2)
-
-  def test_it_follows_spe_in_every_row_of_its_entry(self):
-    spec, values = _label_spec(), small_model.params(_label_spec())
-    actual = batching.set_sequences('names', task_types.families()['names'], _buckets(), _ORDER, True)
-    _, collected = small_model.jit(lambda v: small_model.encode(spec, actual, values=v, taps=True))(values)
-    table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
-    for sequence, entries in zip(collected['sequences'], ([1, 3], [4, 0, 2]), strict=True):
-      np.testing.assert_array_equal(sequence.segments[0][:, 1], table[jnp.array(entries)])
-      np.testing.assert_array_equal(sequence.segments[0][:, 2], jnp.broadcast_to(prefix, (len(entries), 16)))
-      self.assertTrue(np.asarray(sequence.valid[0]).all())
-
-  def test_fresh_ones_are_zero_and_hardly_move_a_feature(self):
-    # LayerScale as published: what one key more changes in attention is small beside the words themselves.
-    spec = dataclasses.replace(_label_spec(), layer_scale_init=1e-3)
-    values = small_model.jit(lambda: params_lib.init_params(UniPerceiver(spec), jax.random.key(0)))()
-    self.assertFalse(np.asarray(values['embed']['prompts']['label_names']).any())
-    fresh, plain = _entries(spec)(values), _entries(spec, False)(values)
-    cosine = np.asarray((normalize(fresh) * normalize(plain)).sum(-1))
-    self.assertGreater(cosine.min(), 1 - 1e-5)
-    self.assertGreater(np.abs(fresh - plain).max(), 0)  # but it is a key
-
-  def test_entries_of_one_text_have_one_feature_until_their_prompts_differ(self):
-    texts = ({'text': np.array([[5, 6, 7]] * 3, np.int32), 'valid': np.ones((3, 3), bool)},)
-    spec = _label_spec(3)
-    actual = batching.set_sequences('names', task_types.families()['names'], texts, np.arange(3), True)
-    run = small_model.jit(lambda v: small_model.encode(spec, actual, values=v)[0][0][:, 0])
-    values, zero = small_model.params(spec), np.zeros((3, 16), np.float32)
-    same = np.asarray(run(_with_labels(values, zero)))
-    np.testing.assert_allclose(same, same[:1].repeat(3, 0), atol=1e-6)
-    zero[1] = np.linspace(-1, 1, 16)
-    self.assertGreater(np.abs(np.asarray(run(_with_labels(values, zero)))[1] - same[1]).max(), 1e-2)
+@pytest.mark.parametrize('entry', range(_ENTRIES))
+def test_the_prompt_of_a_class_moves_the_feature_of_this_class_alone(entry):
+  values = small_model.params(_label_spec())
+  table = values['embed']['prompts']['label_names']
+  before = np.asarray(_entries(_label_spec())(values))
+  after = np.asarray(_entries(_label_spec())(_with_labels(values, table.at[entry].multiply(-2.))))
+  others = np.arange(_ENTRIES) != entry
+  np.testing.assert_array_equal(before[others], after[others])
+  assert np.abs(before[entry] - after[entry]).max() > 1e-2
 
 
-class SpeBiasTest(absltest.TestCase):
-
-  def test_it_moves_the_prefix_of_every_sequence_as_another_word_would(self):
-    spec = _spec()
-    values = small_model.params(spec)
-    bias = values['embed']['spe_bias']
-    moved = jax.tree.map(lambda x: x, values)
-    moved['embed'] = {**values['embed'], 'spe_bias': jnp.zeros_like(bias),
-                      'word': values['embed']['word'].at[small_model.SPE].add(bias)}
-    for a, b in zip(_features(spec)(values), _features(spec)(moved)):
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    moved['embed']['word'] = values['embed']['word']
-    self.assertGreater(np.abs(_features(spec)(values)[0] - _features(spec)(moved)[0]).max(), 1e-2)
+def test_a_label_prompt_follows_spe_in_every_row_of_its_entry():
+  spec, values = _label_spec(), small_model.params(_label_spec())
+  actual = Sequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, True)
+  _, collected = small_model.jit(lambda v: small_model.encode(spec, actual, values=v, taps=True))(values)
+  table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
+  for sequence, entries in zip(collected['sequences'], ([1, 3], [4, 0, 2]), strict=True):
+    np.testing.assert_array_equal(sequence.segments[0][:, 1], table[jnp.array(entries)])
+    np.testing.assert_array_equal(sequence.segments[0][:, 2], jnp.broadcast_to(prefix, (len(entries), 16)))
+    assert np.asarray(sequence.valid[0]).all()
 
 
-class LinearHeadTest(absltest.TestCase):
-
-  def test_a_fresh_head_changes_no_logit(self):
-    model = UniPerceiver(small_model.spec(head=3))
-    features, logits = jnp.ones((2, 1, 16)), jnp.arange(6.).reshape(2, 1, 3)
-    values = model.init(jax.random.key(0), features, logits, method='with_head')
-    np.testing.assert_array_equal(model.apply(values, features, logits, method='with_head'), logits)
-
-  def test_it_adds_to_weighted_similarity_by_hand(self):
-    # 2 · 5 + (1, 2) · (10, 100) + 7
-    head = {'kernel': jnp.array([[10.], [100.]]), 'bias': jnp.array([7.]), 'similarity_weight': jnp.float32(2.)}
-    model = UniPerceiver(small_model.spec(head=1, width=2, num_heads=1, temperature_groups=()))
-    features, logits = jnp.array([[[1., 2.]]]), jnp.array([[[5.]]])
-    actual = model.apply({'params': {'linear_head': head}}, features, logits, method='with_head')
-    np.testing.assert_allclose(actual, [[[227.]]])
+def test_fresh_label_prompts_are_zero_and_hardly_move_a_feature():
+  # LayerScale as published: what one key more changes in attention is small beside the words themselves.
+  spec = dataclasses.replace(_label_spec(), layer_scale_init=1e-3)
+  values = small_model.jit(lambda: params_lib.init_params(UniPerceiver(spec), jax.random.key(0)))()
+  assert not np.asarray(values['embed']['prompts']['label_names']).any()
+  fresh, plain = _entries(spec)(values), _entries(spec, False)(values)
+  cosine = np.asarray((normalize(fresh) * normalize(plain)).sum(-1))
+  assert cosine.min() > 1 - 1e-5
+  assert np.abs(fresh - plain).max() > 0  # but it is a key
 
 
-class DecodingTest(absltest.TestCase):
-
-  def test_cached_decoding_with_prompts_is_the_forward_of_training(self):
-    spec, task_type = _spec(), task_types.TASK_TYPES['image_caption']
-    values, length = small_model.params(spec), 4
-    pixels = small_model.sequence(task_type, 2, seed=1).pixels
-    words = normalize(jnp.asarray(np.random.default_rng(0).normal(size=(small_model.VOCABULARY, 16)), jnp.float32))
-
-    @small_model.jit
-    def both(values):
-      actual = decoding.beam_search(
-          UniPerceiver(spec), values, task_type, pixels, words, temperature='group', spe=small_model.SPE, eot=-1,
-          max_len=length)
-      tokens, log_p = actual.tokens[:, 0], actual.log_p[:, 0]
-      text = jnp.concatenate([tokens, jnp.full_like(tokens, small_model.SPE)], axis=1)
-      sequence = small_model.sequence(task_type, 2, pixels=pixels, text=text)
-      [features] = small_model.encode(spec, [sequence], values=values)[0]
-      scale = UniPerceiver(spec).apply({'params': values}, 'group', method='scale')
-      all_p = jax.nn.log_softmax(scale * normalize(features) @ words.T)
-      return log_p, jnp.take_along_axis(all_p, tokens[..., None], axis=-1)[..., 0], all_p.argmax(-1) == tokens
-    cached, full, same = both(values)
-    self.assertTrue(np.asarray(same).all())
-    np.testing.assert_allclose(cached, full, rtol=1e-4, atol=1e-5)
+def test_entries_of_one_text_have_one_feature_until_their_prompts_differ():
+  texts = ({'text': np.array([[5, 6, 7]] * 3, np.int32), 'valid': np.ones((3, 3), bool)},)
+  spec = _label_spec(3)
+  actual = Sequence.of_buckets('names', task_types.families()['names'], texts, np.arange(3), True)
+  run = small_model.jit(lambda v: small_model.encode(spec, actual, values=v)[0][0][:, 0])
+  values, zero = small_model.params(spec), np.zeros((3, 16), np.float32)
+  same = np.asarray(run(_with_labels(values, zero)))
+  np.testing.assert_allclose(same, same[:1].repeat(3, 0), atol=1e-6)
+  zero[1] = np.linspace(-1, 1, 16)
+  assert np.abs(np.asarray(run(_with_labels(values, zero)))[1] - same[1]).max() > 1e-2
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_spe_bias_moves_the_prefix_of_every_sequence_as_another_word_would():
+  spec = _spec()
+  values = small_model.params(spec)
+  bias = values['embed']['spe_bias']
+  moved = jax.tree.map(lambda x: x, values)
+  moved['embed'] = {**values['embed'], 'spe_bias': jnp.zeros_like(bias),
+                    'word': values['embed']['word'].at[small_model.SPE].add(bias)}
+  for a, b in zip(_features(spec)(values), _features(spec)(moved)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  moved['embed']['word'] = values['embed']['word']
+  assert np.abs(_features(spec)(values)[0] - _features(spec)(moved)[0]).max() > 1e-2
+
+
+def test_a_fresh_head_changes_no_logit():
+  model = UniPerceiver(small_model.spec(head=3))
+  features, logits = jnp.ones((2, 1, 16)), jnp.arange(6.).reshape(2, 1, 3)
+  values = model.init(jax.random.key(0), features, logits, method='with_head')
+  np.testing.assert_array_equal(model.apply(values, features, logits, method='with_head'), logits)
+
+
+def test_a_linear_head_adds_to_weighted_similarity_by_hand():
+  # 2 · 5 + (1, 2) · (10, 100) + 7
+  head = {'kernel': jnp.array([[10.], [100.]]), 'bias': jnp.array([7.]), 'similarity_weight': jnp.float32(2.)}
+  model = UniPerceiver(small_model.spec(head=1, width=2, num_heads=1, temperature_groups=()))
+  features, logits = jnp.array([[[1., 2.]]]), jnp.array([[[5.]]])
+  actual = model.apply({'params': {'linear_head': head}}, features, logits, method='with_head')
+  np.testing.assert_allclose(actual, [[[227.]]])
+
+
+def test_cached_decoding_with_prompts_is_the_forward_of_training():
+  spec, task_type = _spec(), task_types.TASK_TYPES['image_caption']
+  values, length = small_model.params(spec), 4
+  pixels = small_model.sequence(task_type, 2, seed=1).pixels
+  words = normalize(jnp.asarray(np.random.default_rng(0).normal(size=(small_model.VOCABULARY, 16)), jnp.float32))
+
+  @small_model.jit
+  def both(values):
+    actual = decoding.beam_search(
+        UniPerceiver(spec), values, task_type, pixels, words, temperature='group', spe=small_model.SPE, eot=-1,
+        max_len=length)
+    tokens, log_p = actual.tokens[:, 0], actual.log_p[:, 0]
+    text = jnp.concatenate([tokens, jnp.full_like(tokens, small_model.SPE)], axis=1)
+    sequence = small_model.sequence(task_type, 2, pixels=pixels, text=text)
+    [features] = small_model.encode(spec, [sequence], values=values)[0]
+    scale = UniPerceiver(spec).apply({'params': values}, 'group', method='scale')
+    all_p = jax.nn.log_softmax(scale * normalize(features) @ words.T)
+    return log_p, jnp.take_along_axis(all_p, tokens[..., None], axis=-1)[..., 0], all_p.argmax(-1) == tokens
+  cached, full, same = both(values)
+  assert np.asarray(same).all()
+  np.testing.assert_allclose(cached, full, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import hlo, small_model
 from uni_moe_jax.config import schema
@@ -28,96 +28,92 @@ def _kept(plan: dispatch.DispatchPlan, *shape: int) -> list:
   return np.asarray(plan.kept).astype(int).reshape(shape).tolist()
 
 
-class NamesTest(absltest.TestCase):
-
-  def test_config_names_are_those_of_the_implementation(self):
-    self.assertEqual(router_names.DISPATCHED, tuple(r for r in router_names.ROUTERS if routers.routes_tokens(r)))
-    self.assertEqual(set(schema.GMM_BACKENDS), {gmm.AUTO, gmm.XLA, *gmm.BACKENDS})
+def test_config_names_are_those_of_the_implementation():
+  assert router_names.DISPATCHED == tuple(r for r in router_names.ROUTERS if routers.routes_tokens(r))
+  assert set(schema.GMM_BACKENDS) == {gmm.AUTO, gmm.XLA, *gmm.BACKENDS}
 
 
-class CapacityTest(parameterized.TestCase):
-
-  @parameterized.parameters(
-      # ⌈1 · 2 · 12 / 8⌉ = 3; ⌈1.25 · 3⌉ = 4; ⌈.5 · 3⌉ = 2; at most every token once; 0: all tokens.
-      (1.0, 12, 2, 8, 3), (1.25, 12, 2, 8, 4), (.5, 12, 2, 8, 2), (9.0, 12, 2, 8, 12), (0.0, 12, 2, 8, 12))
-  def test_by_hand(self, factor, tokens, top_k, num_experts, capacity):
-    self.assertEqual(dispatch.capacity_of(factor, tokens, top_k, num_experts), capacity)
+# ⌈1 · 2 · 12 / 8⌉ = 3; ⌈1.25 · 3⌉ = 4; ⌈.5 · 3⌉ = 2; at most every token once; 0: all tokens.
+@pytest.mark.parametrize('factor, capacity', [(1.0, 3), (1.25, 4), (.5, 2), (9.0, 12), (0.0, 12)])
+def test_capacity_by_hand(factor, capacity):
+  assert dispatch.capacity_of(factor, tokens=12, top_k=2, num_experts=8) == capacity
 
 
 _BEHIND = [-1] * 127  # slots behind the groups, for the last tile
 
 
-class TableTest(parameterized.TestCase):
+# Two examples of three positions, one expert each. Expert 0 is the choice of (example, position) 00, 01, 10, 12;
+# expert 1 by 02; expert 2 by 11.
+_EXPERT = [[[0], [0], [1]], [[0], [2], [0]]]
 
-  # Two examples of three positions, one expert each. Expert 0 is the choice of (example, position) 00, 01, 10, 12;
-  # expert 1 by 02; expert 2 by 11.
-  _EXPERT = [[[0], [0], [1]], [[0], [2], [0]]]
 
-  def test_exact_routing_sorts_by_expert_and_position(self):
-    plan = _plan(_output(self._EXPERT), None, 1, 0.0, 'tiled')
-    self.assertEqual(plan.sizes.tolist(), [4, 1, 1])
-    # Tokens are numbered 00 01 02 10 11 12. Expert 0: position 0 of both examples, then 01, then 12.
-    self.assertEqual(plan.source.tolist(), [0, 3, 1, 5, 2, 4] + _BEHIND)
-    self.assertEqual(plan.slot[:, 0].tolist(), [0, 2, 4, 1, 5, 3])
-    self.assertTrue(bool(plan.kept.all()))
+def test_exact_routing_sorts_by_expert_and_position():
+  plan = _plan(_output(_EXPERT), None, 1, 0.0, 'tiled')
+  assert plan.sizes.tolist() == [4, 1, 1]
+  # Tokens are numbered 00 01 02 10 11 12. Expert 0: position 0 of both examples, then 01, then 12.
+  assert plan.source.tolist() == [0, 3, 1, 5, 2, 4] + _BEHIND
+  assert plan.slot[:, 0].tolist() == [0, 2, 4, 1, 5, 3]
+  assert bool(plan.kept.all())
 
-  def test_capacity_is_given_to_earlier_positions_of_any_example(self):
-    # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both examples; 01 and 12 are dropped.
-    plan = _plan(_output(self._EXPERT), None, 1, 1.0, 'tiled')
-    self.assertEqual(_kept(plan, 2, 3), [[1, 0, 1], [1, 1, 0]])
-    self.assertEqual((plan.sizes.tolist(), int(plan.requested)), ([2, 1, 1], 6))
-    self.assertEqual(plan.source.tolist(), [0, 3, 2, 4, -1, -1] + _BEHIND)
 
-  def test_batched_groups_have_equal_capacity(self):
-    plan = _plan(_output(self._EXPERT), None, 1, 1.0, 'batched')
-    self.assertEqual(plan.source.tolist(), [0, 3, 2, -1, 4, -1])
-    self.assertEqual(np.asarray(plan.slot)[np.asarray(plan.kept)].tolist(), [0, 2, 1, 4])
+def test_capacity_is_given_to_earlier_positions_of_any_example():
+  # C = ⌈1 · 1 · 6 / 3⌉ = 2: position 0 of both examples; 01 and 12 are dropped.
+  plan = _plan(_output(_EXPERT), None, 1, 1.0, 'tiled')
+  assert _kept(plan, 2, 3) == [[1, 0, 1], [1, 1, 0]]
+  assert (plan.sizes.tolist(), int(plan.requested)) == ([2, 1, 1], 6)
+  assert plan.source.tolist() == [0, 3, 2, 4, -1, -1] + _BEHIND
 
-  def test_padding_is_neither_routed_nor_counted(self):
-    # Position 0 of example 1 is padding: its slot goes to 01.
-    valid = jnp.array([[True, True, True], [False, True, True]])
-    plan = _plan(_output(self._EXPERT), valid, 1, 1.0, 'tiled')
-    self.assertEqual(_kept(plan, 2, 3), [[1, 1, 1], [0, 1, 0]])
-    self.assertEqual((plan.sizes.tolist(), int(plan.requested)), ([2, 1, 1], 5))
 
-  def test_at_one_position_first_choices_come_first(self):
-    # One position, two examples, experts (0, 1) and (2, 0): C = ⌈.75 · 2 · 2 / 3⌉ = 1. Expert 0 takes the first choice.
-    plan = _plan(_output([[[1, 0]], [[0, 2]]]), None, 1, .75, 'tiled')
-    self.assertEqual(_kept(plan, 2, 2), [[1, 0], [1, 1]])
+def test_batched_groups_have_equal_capacity():
+  plan = _plan(_output(_EXPERT), None, 1, 1.0, 'batched')
+  assert plan.source.tolist() == [0, 3, 2, -1, 4, -1]
+  assert np.asarray(plan.slot)[np.asarray(plan.kept)].tolist() == [0, 2, 1, 4]
 
-  def test_an_earlier_second_choice_is_never_evicted_by_a_later_first_choice(self):
-    plan = _plan(_output([[[1, 0], [0, 2]]]), None, 1, .75, 'tiled')
-    self.assertEqual(_kept(plan, 2, 2), [[1, 1], [0, 1]])
 
-  def test_words_and_queries_have_separate_capacities(self):
-    # [words | queries], all with expert 0: C = ⌈.5 · 1 · 4 / 3⌉ = 1 each, of example 0's first.
-    expert = [[[0], [0], [0], [0]], [[0], [0], [0], [0]]]
-    separate = _plan(_output(expert), None, 2, .5, 'tiled')
-    self.assertEqual(_kept(separate, 2, 4), [[1, 0, 1, 0], [0, 0, 0, 0]])
-    together = _plan(_output(expert), None, 1, .5, 'tiled')  # C = ⌈.5 · 8 / 3⌉ = 2
-    self.assertEqual(_kept(together, 2, 4), [[1, 0, 0, 0], [1, 0, 0, 0]])
+def test_padding_is_neither_routed_nor_counted():
+  # Position 0 of example 1 is padding: its slot goes to 01.
+  valid = jnp.array([[True, True, True], [False, True, True]])
+  plan = _plan(_output(_EXPERT), valid, 1, 1.0, 'tiled')
+  assert _kept(plan, 2, 3) == [[1, 1, 1], [0, 1, 0]]
+  assert (plan.sizes.tolist(), int(plan.requested)) == ([2, 1, 1], 5)
 
-  @parameterized.parameters(*gmm.BACKENDS)
-  def test_tokens_are_conserved(self, backend):
-    # Every kept choice has one slot, the source of that slot is the choice, and all other slots are empty.
-    expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
-    valid = jnp.asarray(np.random.default_rng(1).random((4, 6)) > .2)
-    for capacity, groups in ((0.0, 1), (.5, 1), (.5, 2), (1.5, 2)):
-      plan = _plan(_output(expert), valid, groups, capacity, backend)
-      slots, source = np.asarray(plan.slot)[np.asarray(plan.kept)], np.asarray(plan.source)
-      self.assertLen(set(slots.tolist()), len(slots))
-      np.testing.assert_array_equal(source[slots], np.flatnonzero(plan.kept))
-      self.assertEqual((source >= 0).sum(), len(slots))
-      self.assertEqual(int(plan.sizes.sum()), len(slots))
-      self.assertEqual(int(plan.requested), 2 * int(valid.sum()))
-      if not capacity:
-        self.assertLen(slots, 2 * int(valid.sum()))
-      elif capacity == .5:
-        self.assertLess(len(slots), 2 * int(valid.sum()))
 
-  def test_coefficients_are_the_kept_gates(self):
-    plan = _plan(_output([[[1, 0], [0, 2]]], [[[.7, .3], [.6, .4]]]), None, 1, .75, 'tiled')
-    np.testing.assert_allclose(plan.coef, [[.3, .7, 0], [0, 0, .4]], rtol=1e-6)
+_ALL_TO_ZERO = [[[0]] * 4] * 2
+
+
+@pytest.mark.parametrize('expert, groups, capacity, kept', [
+    # C = ⌈.75 · 2 · 2 / 3⌉ = 1. At one position of two examples, expert 0 takes the first choice; an earlier second
+    # choice is never evicted by a later first choice.
+    ([[[1, 0]], [[0, 2]]], 1, .75, [[1, 0], [1, 1]]), ([[[1, 0], [0, 2]]], 1, .75, [[1, 1], [0, 1]]),
+    # [words | queries]: separate capacities ⌈.5 · 1 · 4 / 3⌉ = 1, of example 0's first; together ⌈.5 · 8 / 3⌉ = 2.
+    (_ALL_TO_ZERO, 2, .5, [[1, 0, 1, 0], [0, 0, 0, 0]]), (_ALL_TO_ZERO, 1, .5, [[1, 0, 0, 0], [1, 0, 0, 0]])])
+def test_earlier_positions_come_first_then_first_choices_in_each_group(expert, groups, capacity, kept):
+  plan = _plan(_output(expert), None, groups, capacity, 'tiled')
+  assert _kept(plan, *np.shape(kept)) == kept
+
+
+@pytest.mark.parametrize('backend', gmm.BACKENDS)
+def test_tokens_are_conserved(backend):
+  # Every kept choice has one slot, the source of that slot is the choice, and all other slots are empty.
+  expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
+  valid = jnp.asarray(np.random.default_rng(1).random((4, 6)) > .2)
+  for capacity, groups in ((0.0, 1), (.5, 1), (.5, 2), (1.5, 2)):
+    plan = _plan(_output(expert), valid, groups, capacity, backend)
+    slots, source = np.asarray(plan.slot)[np.asarray(plan.kept)], np.asarray(plan.source)
+    assert len(set(slots.tolist())) == len(slots)
+    np.testing.assert_array_equal(source[slots], np.flatnonzero(plan.kept))
+    assert (source >= 0).sum() == len(slots)
+    assert int(plan.sizes.sum()) == len(slots)
+    assert int(plan.requested) == 2 * int(valid.sum())
+    if not capacity:
+      assert len(slots) == 2 * int(valid.sum())
+    elif capacity == .5:
+      assert len(slots) < 2 * int(valid.sum())
+
+
+def test_coefficients_are_the_kept_gates():
+  plan = _plan(_output([[[1, 0], [0, 2]]], [[[.7, .3], [.6, .4]]]), None, 1, .75, 'tiled')
+  np.testing.assert_allclose(plan.coef, [[.3, .7, 0], [0, 0, .4]], rtol=1e-6)
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
@@ -125,6 +121,7 @@ def _normal(seed: int, *shape: int) -> jax.Array:
 
 
 _B, _S, _K, _E = 3, 5, 2, 4
+_VALID = np.arange(_S)[None] < np.array([[5], [3], [4]])
 
 
 def _inputs():
@@ -166,65 +163,61 @@ def _expected(kept=None):
   return _value_and_gradients(functools.partial(_looped, kept=kept))
 
 
-class ExactTest(parameterized.TestCase):
+def _compare(actual, expected):
+  for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), actual, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
-  @parameterized.parameters(*gmm.BACKENDS)
-  def test_it_equals_the_loop_in_values_and_gradients(self, backend):
-    actual = _value_and_gradients(functools.partial(_dispatched, backend=backend))
-    for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), actual, _expected(), strict=True):
-      np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
-      self.assertGreater(np.abs(b).max(), .1, name)
 
-  @parameterized.parameters(*gmm.BACKENDS)
-  def test_with_capacity_it_equals_the_loop_over_kept_choices(self, backend):
-    logits = _inputs()[-1]
-    valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
+@pytest.mark.parametrize('backend', gmm.BACKENDS)
+def test_exact_dispatch_equals_the_loop_in_values_and_gradients_and_so_does_enough_capacity(backend):
+  _compare(_value_and_gradients(functools.partial(_dispatched, backend=backend)), _expected())
+  assert all(np.abs(b).max() > .1 for b in _expected())
+  # a slot for every token at every expert
+  run = small_model.jit(functools.partial(_dispatched, capacity=_E / _K, backend=backend))
+  np.testing.assert_allclose(run(*_inputs()), _expected()[0], atol=2e-5)
+
+
+@pytest.mark.parametrize('backend', gmm.BACKENDS)
+def test_dispatch_with_capacity_equals_the_loop_over_kept_choices(backend):
+  logits = _inputs()[-1]
+  output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
+  kept = np.asarray(_plan(output, _VALID, 1, .5, backend).kept).reshape(_B, _S, _K)
+  assert kept.any() and not kept[_VALID].all()
+  run = functools.partial(_dispatched, valid=_VALID, capacity=.5, backend=backend)
+  _compare(_value_and_gradients(run), _expected(kept.tobytes()))
+
+
+@pytest.mark.parametrize('backend', ('batched', 'tiled'))
+@pytest.mark.parametrize('at_once', (True, False))
+def test_a_rematerialized_product_is_not_computed_again(backend, at_once):
+  # Forward, and the gradients of x and of the kernels; a fourth computes the outputs of experts again, for the
+  # gradient of the gates.
+  def block(x, kernel, bias, logits):
     output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
-    kept = np.asarray(_plan(output, valid, 1, .5, backend).kept).reshape(_B, _S, _K)
-    self.assertTrue(kept.any() and not kept[np.asarray(valid)].all())
-    actual = _value_and_gradients(functools.partial(_dispatched, valid=valid, capacity=.5, backend=backend))
-    for name, a, b in zip(('y', 'x', 'kernel', 'bias', 'logits'), actual, _expected(kept.tobytes()), strict=True):
-      np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+    plan = dispatch.make_plan(output, None, 1, 1., backend)
+    if at_once:
+      return dispatch.project(x, kernel, bias, plan)
+    rows = dispatch.permute(x.reshape(_B * _S, -1), plan.slots)
+    y = gmm.grouped_matmul(rows, kernel.reshape(_E, -1, 5), plan.sizes, backend)
+    return dispatch.combine(y, plan.gates, plan.slots)
 
-  @parameterized.parameters(*gmm.BACKENDS)
-  def test_enough_capacity_drops_nothing(self, backend):
-    # a slot for every token at every expert
-    run = small_model.jit(functools.partial(_dispatched, capacity=_E / _K, backend=backend))
-    actual = run(*_inputs())
-    np.testing.assert_allclose(actual, _expected()[0], atol=2e-5)
-
-  @parameterized.product(backend=('batched', 'tiled'), at_once=(True, False))
-  def test_a_rematerialized_product_is_not_computed_again(self, backend, at_once):
-    # Forward, and the gradients of x and of the kernels; a fourth computes the outputs of experts again, for the
-    # gradient of the gates.
-    def block(x, kernel, bias, logits):
-      output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
-      plan = dispatch.make_plan(output, None, 1, 1., backend)
-      if at_once:
-        return dispatch.project(x, kernel, bias, plan)
-      rows = dispatch.permute(x.reshape(_B * _S, -1), plan)
-      return dispatch.combine(gmm.grouped_matmul(rows, kernel.reshape(_E, -1, 5), plan.sizes, backend), plan)
-
-    def loss(x, kernel, bias, logits):
-      return jnp.sin(jax.checkpoint(block)(x, kernel, 0 * bias, logits)).sum()
-    program = jax.jit(jax.grad(loss, argnums=(0, 1, 3))).lower(*_inputs()).compile()
-    # At once: coef · bias is one more, with its gradient by coef.
-    self.assertEqual(hlo.count_matmuls(program.as_text()), 3 + 2 if at_once else 4)
-
-  def test_constant_gates_equal_the_merge(self):
-    x, kernel, bias, _ = _inputs()
-    logits = jnp.array([.3, -1., .9, .1])
-    decision = routers.route(logits[None], _K)
-    merged = layers.project(x, *(layers.merge(w, decision.coef)[0] for w in (kernel, bias)))
-    actual = small_model.jit(_dispatched)(x, kernel, bias, jnp.broadcast_to(logits, (_B, _S, _E)))
-    np.testing.assert_allclose(actual, merged, atol=2e-5)
-
-  def test_padding_gets_zero_and_changes_nothing(self):
-    valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
-    actual = np.asarray(small_model.jit(_dispatched)(*_inputs(), valid))
-    np.testing.assert_array_equal(actual[~np.asarray(valid)], 0)
-    np.testing.assert_allclose(actual[np.asarray(valid)], _expected()[0][np.asarray(valid)], atol=2e-5)
+  def loss(x, kernel, bias, logits):
+    return jnp.sin(jax.checkpoint(block)(x, kernel, 0 * bias, logits)).sum()
+  program = jax.jit(jax.grad(loss, argnums=(0, 1, 3))).lower(*_inputs()).compile()
+  # At once: coef · bias is one more, with its gradient by coef.
+  assert hlo.count_matmuls(program.as_text()) == (3 + 2 if at_once else 4)
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_constant_gates_equal_the_merge():
+  x, kernel, bias, _ = _inputs()
+  logits = jnp.array([.3, -1., .9, .1])
+  decision = routers.route(logits[None], _K)
+  merged = layers.project(x, *(layers.merge(w, decision.coef)[0] for w in (kernel, bias)))
+  actual = small_model.jit(_dispatched)(x, kernel, bias, jnp.broadcast_to(logits, (_B, _S, _E)))
+  np.testing.assert_allclose(actual, merged, atol=2e-5)
+
+
+def test_padding_gets_zero_and_changes_nothing():
+  actual = np.asarray(small_model.jit(_dispatched)(*_inputs(), _VALID))
+  np.testing.assert_array_equal(actual[~_VALID], 0)
+  np.testing.assert_allclose(actual[_VALID], _expected()[0][_VALID], atol=2e-5)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import hlo, small_model
 from uni_moe_jax.moe import dispatch, expert_parallel
@@ -78,68 +78,55 @@ def _assert_equal(actual, gradients, kept=None):
     assert np.abs(b).max() > .1, name
 
 
-def _margin() -> float:
-  """The smallest lead of the last expert that is kept over the first that is not."""
+def test_no_choice_depends_on_rounding():
+  # The smallest lead of the last expert that is kept over the first that is not.
   order = np.sort(np.asarray(_operands()[1]), axis=-1)
-  return (order[..., -_K] - order[..., -_K - 1]).min()
+  assert (order[..., -_K] - order[..., -_K - 1]).min() > 1e-4
 
 
-class EqualTest(parameterized.TestCase):
-
-  def test_no_choice_depends_on_rounding(self):
-    self.assertGreater(_margin(), 1e-4)
-
-  @parameterized.named_parameters(
-      ('local', dict(replica=2, data=4), 0.0, expert_parallel.LOCAL),
-      ('all_gather', dict(data=2, expert=4), 0.0, expert_parallel.ALL_GATHER),
-      ('all_gather_and_model', dict(data=2, expert=2, model=2), 0.0, expert_parallel.ALL_GATHER),
-      ('all_to_all', dict(expert=4), _ENOUGH, expert_parallel.ALL_TO_ALL),
-      ('all_to_all_and_model', dict(data=2, expert=2, model=2), _ENOUGH, expert_parallel.ALL_TO_ALL))
-  def test_values_and_gradients_are_those_of_one_device(self, axes, capacity, transport):
-    actual, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=_mesh(**axes)))
-    self.assertEqual(actual[1].transport, transport)
-    _assert_equal(actual, gradients)
-    chosen = np.bincount(np.asarray(_route(_operands()[1]).expert).reshape(-1), minlength=_E)
-    np.testing.assert_array_equal(actual[1].slots_given, chosen)
-    self.assertEqual(int(actual[1].requested.sum()), _B * _S * _K)
-
-  def test_uneven_batches_are_padded_and_padding_is_not_routed(self):
-    x, logits, *weights = _operands()
-    valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
-    run = small_model.jit(functools.partial(_block, valid=valid, mesh=_mesh(data=2, expert=4), backend='tiled'))
-    y, plan = run(x[:3], logits[:3], *weights)
-    expected = np.asarray(_expected()[0][0][:3])
-    np.testing.assert_allclose(y, np.where(valid[..., None], expected, 0), atol=2e-5)
-    self.assertEqual(plan.slots_given.sum(), 12 * _K)
+@pytest.mark.parametrize('axes, capacity, transport', [
+    (dict(replica=2, data=4), 0.0, expert_parallel.LOCAL), (dict(data=2, expert=4), 0.0, expert_parallel.ALL_GATHER),
+    (dict(data=2, expert=2, model=2), 0.0, expert_parallel.ALL_GATHER),
+    (dict(expert=4), _ENOUGH, expert_parallel.ALL_TO_ALL),
+    (dict(data=2, expert=2, model=2), _ENOUGH, expert_parallel.ALL_TO_ALL)])
+def test_values_and_gradients_are_those_of_one_device(axes, capacity, transport):
+  actual, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=_mesh(**axes)))
+  assert actual[1].transport == transport
+  _assert_equal(actual, gradients)
+  chosen = np.bincount(np.asarray(_route(_operands()[1]).expert).reshape(-1), minlength=_E)
+  np.testing.assert_array_equal(actual[1].slots_given, chosen)
+  assert int(actual[1].requested.sum()) == _B * _S * _K
 
 
-class CapacityTest(absltest.TestCase):
-
-  def test_every_device_bounds_its_own_tokens_and_earlier_positions_go_first(self):
-    mesh, capacity = _mesh(data=2, expert=2), .5
-    actual, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=mesh))
-    of_shard = small_model.jit(dispatch.make_plan, static_argnums=(1, 2, 3, 4))
-    output = _route(_operands()[1])
-    shards = [jax.tree.map(lambda x, i=i: x[2 * i:2 * i + 2], output) for i in range(4)]
-    plans = [of_shard(shard, None, 1, capacity, 'batched') for shard in shards]
-    kept = np.concatenate([np.asarray(plan.kept) for plan in plans])
-    np.testing.assert_array_equal(actual[1].kept, kept)
-    self.assertBetween(kept.mean(), .3, .7)  # C = ⌈.5 · 2 · 2 · 5 / 4⌉ = 3 of 5 on average
-    np.testing.assert_array_equal(actual[1].slots_given, sum(np.asarray(plan.sizes) for plan in plans))
-    _assert_equal(actual, gradients, kept.tobytes())
+def test_uneven_batches_are_padded_and_padding_is_not_routed():
+  x, logits, *weights = _operands()
+  valid = jnp.arange(_S)[None] < jnp.array([[5], [3], [4]])
+  run = small_model.jit(functools.partial(_block, valid=valid, mesh=_mesh(data=2, expert=4), backend='tiled'))
+  y, plan = run(x[:3], logits[:3], *weights)
+  expected = np.asarray(_expected()[0][0][:3])
+  np.testing.assert_allclose(y, np.where(valid[..., None], expected, 0), atol=2e-5)
+  assert plan.slots_given.sum() == 12 * _K
 
 
-class BytesTest(absltest.TestCase):
+def test_every_device_bounds_its_own_tokens_and_earlier_positions_go_first():
+  mesh, capacity = _mesh(data=2, expert=2), .5
+  actual, gradients = _with_gradients(functools.partial(_block, capacity=capacity, mesh=mesh))
+  of_shard = small_model.jit(dispatch.make_plan, static_argnums=(1, 2, 3, 4))
+  output = _route(_operands()[1])
+  shards = [jax.tree.map(lambda x, i=i: x[2 * i:2 * i + 2], output) for i in range(4)]
+  plans = [of_shard(shard, None, 1, capacity, 'batched') for shard in shards]
+  kept = np.concatenate([np.asarray(plan.kept) for plan in plans])
+  np.testing.assert_array_equal(actual[1].kept, kept)
+  assert .3 <= kept.mean() <= .7  # C = ⌈.5 · 2 · 2 · 5 / 4⌉ = 3 of 5 on average
+  np.testing.assert_array_equal(actual[1].slots_given, sum(np.asarray(plan.sizes) for plan in plans))
+  _assert_equal(actual, gradients, kept.tobytes())
 
-  def test_an_all_to_all_carries_the_slots_of_a_device(self):
-    mesh, capacity = _mesh(data=2, expert=4), 1.0
-    run = small_model.jit(lambda *operands: _block(*operands, capacity=capacity, mesh=mesh)[0])
-    sent = hlo.collectives(run.lower(*_operands()).compile().as_text())
-    # C = ⌈1 · 2 · 5 / 4⌉ = 3 of the five tokens of a device, E · C = 12 slots; widths there and back: D → N · H → D.
-    expected = sum(12 * width * 4 for width in (_D, _N * _H, _N * _H, _D))
-    self.assertEqual(sum(s.bytes for s in sent if s.opcode == 'all-to-all'), expected)
-    self.assertEqual([s for s in sent if s.opcode in ('all-gather', 'reduce-scatter')], [])
 
-
-if __name__ == '__main__':
-  absltest.main()
+def test_an_all_to_all_carries_the_slots_of_a_device():
+  mesh, capacity = _mesh(data=2, expert=4), 1.0
+  run = small_model.jit(lambda *operands: _block(*operands, capacity=capacity, mesh=mesh)[0])
+  sent = hlo.collectives(run.lower(*_operands()).compile().as_text())
+  # C = ⌈1 · 2 · 5 / 4⌉ = 3 of the five tokens of a device, E · C = 12 slots; widths there and back: D → N · H → D.
+  expected = sum(12 * width * 4 for width in (_D, _N * _H, _N * _H, _D))
+  assert sum(s.bytes for s in sent if s.opcode == 'all-to-all') == expected
+  assert [s for s in sent if s.opcode in ('all-gather', 'reduce-scatter')] == []

@@ -7,39 +7,39 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import hlo
 from uni_moe_jax.moe import layers
 from uni_moe_jax.moe.routers import route
 from uni_moe_jax.moe.routing import MergedRouting
 
-_GATES = (('all_to_one', (0., 0., 1., 0.)), ('even', (.5, 0., .5, 0.)), ('skewed', (.75, 0., 0., .25)),
-          ('all_four', (.1, .2, .3, .4)))
+# All to one of four experts, even among two, skewed, to all.
+_GATES = (0., 0., 1., 0.), (.5, 0., .5, 0.), (.75, 0., 0., .25), (.1, .2, .3, .4)
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-class MergeTest(parameterized.TestCase):
+def test_merge_by_hand():
+  # Kernels [[1, 2]] and [[10, 20]]; rows (1/4, 3/4) and (1, 0).
+  kernel = jnp.array([[[1., 2.]], [[10., 20.]]])
+  coef = jnp.array([[.25, .75], [1., 0.]])
+  np.testing.assert_allclose(layers.merge(kernel, coef), [[[7.75, 15.5]], [[1., 2.]]])
 
-  def test_by_hand(self):
-    # Kernels [[1, 2]] and [[10, 20]]; rows (1/4, 3/4) and (1, 0).
-    kernel = jnp.array([[[1., 2.]], [[10., 20.]]])
-    coef = jnp.array([[.25, .75], [1., 0.]])
-    np.testing.assert_allclose(layers.merge(kernel, coef), [[[7.75, 15.5]], [[1., 2.]]])
 
-  def test_the_two_best_of_four_by_hand(self):
-    # Logits log 1, 2, 3, 4 keep 3/7 and 4/7 of the kernels 7 and 70: 3 + 40.
-    coef = route(jnp.log(jnp.array([[1., 2., 3., 4.]])), 2).coef
-    merged = layers.merge(jnp.array([[-9.], [-9.], [7.], [70.]]), coef)
-    np.testing.assert_allclose(merged, [[43.]], rtol=1e-6)
+def test_the_two_best_of_four_by_hand():
+  # Logits log 1, 2, 3, 4 keep 3/7 and 4/7 of the kernels 7 and 70: 3 + 40.
+  coef = route(jnp.log(jnp.array([[1., 2., 3., 4.]])), 2).coef
+  merged = layers.merge(jnp.array([[-9.], [-9.], [7.], [70.]]), coef)
+  np.testing.assert_allclose(merged, [[43.]], rtol=1e-6)
 
-  def test_equal_experts_merge_to_one_of_them(self):
-    kernel = _normal(0, 3, 5)
-    merged = layers.merge(jnp.stack([kernel] * 4), jnp.array([g for _, g in _GATES]))
-    np.testing.assert_allclose(merged, np.stack([kernel] * 4), rtol=1e-6)
+
+def test_equal_experts_merge_to_one_of_them():
+  kernel = _normal(0, 3, 5)
+  merged = layers.merge(jnp.stack([kernel] * 4), jnp.array(_GATES))
+  np.testing.assert_allclose(merged, np.stack([kernel] * 4), rtol=1e-6)
 
 
 def _merged(kernel, bias, coef, x):
@@ -62,138 +62,121 @@ def _value_and_gradients(compute):
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
 
 
-class MergingEqualsMixingTest(parameterized.TestCase):
-
-  def setUp(self):
-    super().setUp()
-    self.kernel, self.bias, self.x = _normal(1, 4, 6, 5), _normal(2, 4, 5), _normal(3, 2, 3, 6)
-
-  def _both(self, gates):
-    operands = self.kernel, self.bias, jnp.array(gates), self.x
-    return _value_and_gradients(_merged)(*operands), _value_and_gradients(_mixed)(*operands)
-
-  @parameterized.named_parameters(*_GATES)
-  def test_values(self, gate):
-    ((_, merged), _), ((_, mixed), _) = self._both([gate, gate])
-    np.testing.assert_allclose(merged, mixed, rtol=1e-5, atol=1e-5)
-
-  @parameterized.named_parameters(*_GATES)
-  def test_gradients_of_kernels_biases_gates_and_inputs(self, gate):
-    (_, merged), (_, mixed) = self._both([gate, (0., 1., 0., 0.)])
-    for name, a, b in zip(('kernel', 'bias', 'coef', 'x'), merged, mixed, strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
-
-  def test_an_expert_that_was_not_kept_has_no_gradient(self):
-    (_, (kernel, *_)), _ = self._both([(.75, 0., 0., .25), (1., 0., 0., 0.)])
-    moved = np.abs(np.asarray(kernel)).max(axis=(1, 2)) > 0
-    np.testing.assert_array_equal(moved, [True, False, False, True])
+def _both(gates):
+  operands = _normal(1, 4, 6, 5), _normal(2, 4, 5), jnp.array(gates), _normal(3, 2, 3, 6)
+  return _value_and_gradients(_merged)(*operands), _value_and_gradients(_mixed)(*operands)
 
 
-class MoeDenseTest(absltest.TestCase):
-
-  def _dense(self, num_experts: int, dtype=jnp.float32) -> layers.MoeDense:
-    return layers.MoeDense(
-        (('embed', 40),), (('qkv', 3), ('heads', 5), ('head_dim', 8)), layers.xavier_uniform(40, 40), num_experts,
-        dtype)
-
-  def _routing(self, conditions: int = 3) -> MergedRouting:
-    return MergedRouting.of(route(_normal(0, conditions, 4), 2))
-
-  def _init(self, num_experts: int, routing: MergedRouting | None, dtype=jnp.float32):
-    """(projection, parameters)."""
-    projection, variables = self._dense(num_experts, dtype).init_with_output(jax.random.key(0), routing)
-    return projection, nn.unbox(variables)['params']
-
-  def test_each_condition_has_one_kernel_and_bias(self):
-    projection, _ = self._init(4, self._routing())
-    self.assertEqual((projection.kernel.shape, projection.bias.shape), ((3, 40, 3, 5, 8), (3, 3, 5, 8)))
-    self.assertEqual((projection.in_axes, projection.out_axes), (('embed',), ('qkv', 'heads', 'head_dim')))
-
-  def test_kernels_and_biases_are_merged_by_the_same_coefficients(self):
-    values = {'kernel': _normal(1, 4, 40, 3, 5, 8), 'bias': _normal(2, 4, 3, 5, 8)}
-    projection = self._dense(4).apply({'params': values}, self._routing())
-    for name, merged in (('kernel', projection.kernel), ('bias', projection.bias)):
-      expected = np.einsum('ae,e...->a...', self._routing().output.coef, values[name])
-      np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6, err_msg=name)
-
-  def test_a_dense_projection_has_one_kernel(self):
-    projection, params = self._init(0, None)
-    np.testing.assert_array_equal(projection.kernel, params['kernel'][None])
-
-  def test_the_kernel_has_the_dtype_of_the_product_and_parameters_are_float32(self):
-    projection, params = self._init(0, None, jnp.bfloat16)
-    self.assertEqual({projection.kernel.dtype, projection.bias.dtype}, {jnp.dtype('bfloat16')})
-    self.assertEqual({x.dtype for x in jax.tree.leaves(params)}, {jnp.dtype('float32')})
-
-  def test_initial_kernels_are_uniform_within_the_bound_of_the_fans(self):
-    # Fans (40, 40): ±√(6/80) = ±.274, whatever the axes of the shape; 4800 draws a kernel.
-    kernel = np.asarray(self._init(4, self._routing(1))[1]['kernel'])
-    bound = math.sqrt(6 / 80)
-    self.assertLessEqual(np.abs(kernel).max(), bound)
-    np.testing.assert_allclose(kernel.std(axis=(1, 2, 3, 4)), bound / math.sqrt(3), rtol=.05)
-
-  def test_experts_start_different_from_each_other(self):
-    self.assertLen(np.unique(self._init(4, self._routing(1))[1]['kernel'][:, 0, 0, 0, 0]), 4)
-
-  def test_keys_may_start_as_a_copy_of_the_queries(self):
-    plain = layers.xavier_uniform(40, 40)
-    kernel = layers.mimetic_query_key(plain)(jax.random.key(0), (4, 40, 3, 5, 8))
-    drawn = plain(jax.random.key(0), (4, 40, 3, 5, 8))
-    query, key, value = (kernel[:, :, i] for i in range(3))
-    np.testing.assert_array_equal(key, query)
-    np.testing.assert_array_equal(query, drawn[:, :, 0])
-    np.testing.assert_array_equal(value, drawn[:, :, 2])
-    self.assertGreater(float(jnp.abs(drawn[:, :, 1] - key).max()), .01)  # control: without it they differ
+@pytest.mark.parametrize('gate', _GATES)
+def test_merging_equals_mixing_in_values_and_gradients(gate):
+  ((_, merged), _), ((_, mixed), _) = _both([gate, gate])
+  np.testing.assert_allclose(merged, mixed, rtol=1e-5, atol=1e-5)
+  (_, merged), (_, mixed) = _both([gate, (0., 1., 0., 0.)])
+  for name, a, b in zip(('kernel', 'bias', 'coef', 'x'), merged, mixed, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-class ProjectTest(absltest.TestCase):
-
-  def test_by_hand(self):
-    # Token (1, 2): (1·1 + 2·10 + .5, 1·3 + 2·30).
-    y = layers.project(jnp.array([[[1., 2.]]]), jnp.array([[1., 3.], [10., 30.]]), jnp.array([.5, 0.]))
-    np.testing.assert_allclose(y, [[[21.5, 63.]]])
-
-  def test_one_axis_becomes_three(self):
-    x, kernel, bias = _normal(0, 2, 4, 6), _normal(1, 6, 3, 2, 5), _normal(2, 3, 2, 5)
-    expected = np.einsum('bsd,dqnh->bsqnh', x, kernel) + np.asarray(bias)
-    np.testing.assert_allclose(layers.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
-
-  def test_two_axes_become_one(self):
-    x, kernel, bias = _normal(0, 2, 4, 3, 5), _normal(1, 3, 5, 6), _normal(2, 6)
-    expected = np.einsum('bsnh,nhd->bsd', x, kernel) + np.asarray(bias)
-    np.testing.assert_allclose(layers.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
+def test_an_expert_that_was_not_kept_has_no_gradient():
+  (_, (kernel, *_)), _ = _both([(.75, 0., 0., .25), (1., 0., 0., 0.)])
+  moved = np.abs(np.asarray(kernel)).max(axis=(1, 2)) > 0
+  np.testing.assert_array_equal(moved, [True, False, False, True])
 
 
-class ScaledTest(parameterized.TestCase):
-
-  def _linear(self, dtype=jnp.float32) -> layers.Projection:
-    return layers.Projection(_normal(0, 2, 4, 6).astype(dtype), _normal(1, 2, 6).astype(dtype), ('mlp',), ('embed',))
-
-  def test_outputs_are_multiplied(self):
-    x, by, plain = _normal(2, 3, 5, 4), _normal(3, 6), self._linear()
-    scaled = plain.scaled(by)
-    for row in (0, 1):
-      y, expected = (layers.project(x, of.kernel[row], of.bias[row]) for of in (scaled, plain))
-      np.testing.assert_allclose(y, expected * by[None, None], rtol=1e-5, atol=1e-6)
-
-  def test_the_dtype_stays(self):
-    scaled = self._linear(jnp.bfloat16).scaled(_normal(3, 6))
-    self.assertEqual({scaled.kernel.dtype, scaled.bias.dtype}, {jnp.dtype('bfloat16')})
-
-  @parameterized.parameters((True, 3), (False, 4))
-  def test_a_rematerialized_product_is_not_computed_again(self, weights, products):
-    # Forward, and the gradients of x and of the kernel; a fourth computes the output again, for the gradient of `by`.
-    def block(x, linear, by):
-      of = linear.scaled(by) if weights else linear
-      y = layers.project(jnp.sin(x), of.kernel[0], of.bias[0])
-      return y if weights else y * by[None, None]
-
-    def loss(*operands):
-      return jnp.sin(jax.checkpoint(block)(*operands)).sum()
-    operands = _normal(2, 30, 50, 4), self._linear(), _normal(3, 6)
-    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
-    self.assertEqual(hlo.count_matmuls(program.as_text()), products)
+def _dense(num_experts: int, dtype=jnp.float32) -> layers.MoeDense:
+  return layers.MoeDense(
+      (('embed', 40),), (('qkv', 3), ('heads', 5), ('head_dim', 8)), layers.xavier_uniform(40, 40), num_experts,
+      dtype)
 
 
-if __name__ == '__main__':
-  absltest.main()
+def _routing(conditions: int = 3) -> MergedRouting:
+  return MergedRouting.of(route(_normal(0, conditions, 4), 2))
+
+
+def _init(num_experts: int, routing: MergedRouting | None, dtype=jnp.float32):
+  """(projection, parameters)."""
+  projection, variables = _dense(num_experts, dtype).init_with_output(jax.random.key(0), routing)
+  return projection, nn.unbox(variables)['params']
+
+
+def test_each_condition_has_one_kernel_and_bias():
+  projection, _ = _init(4, _routing())
+  assert (projection.kernel.shape, projection.bias.shape) == ((3, 40, 3, 5, 8), (3, 3, 5, 8))
+  assert (projection.in_axes, projection.out_axes) == (('embed',), ('qkv', 'heads', 'head_dim'))
+
+
+def test_kernels_and_biases_are_merged_by_the_same_coefficients():
+  values = {'kernel': _normal(1, 4, 40, 3, 5, 8), 'bias': _normal(2, 4, 3, 5, 8)}
+  projection = _dense(4).apply({'params': values}, _routing())
+  for name, merged in (('kernel', projection.kernel), ('bias', projection.bias)):
+    expected = np.einsum('ae,e...->a...', _routing().output.coef, values[name])
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_dense_projection_has_one_kernel_of_the_dtype_of_the_product_and_float32_parameters():
+  projection, params = _init(0, None)
+  np.testing.assert_array_equal(projection.kernel, params['kernel'][None])
+  projection, params = _init(0, None, jnp.bfloat16)
+  assert {projection.kernel.dtype, projection.bias.dtype} == {jnp.dtype('bfloat16')}
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+
+
+def test_initial_kernels_differ_and_are_uniform_within_the_bound_of_the_fans():
+  # Fans (40, 40): ±√(6/80) = ±.274, whatever the axes of the shape; 4800 draws a kernel.
+  kernel, bound = np.asarray(_init(4, _routing(1))[1]['kernel']), math.sqrt(6 / 80)
+  assert np.abs(kernel).max() <= bound
+  np.testing.assert_allclose(kernel.std(axis=(1, 2, 3, 4)), bound / math.sqrt(3), rtol=.05)
+  assert len(np.unique(kernel[:, 0, 0, 0, 0])) == 4
+
+
+def test_keys_may_start_as_a_copy_of_the_queries():
+  plain = layers.xavier_uniform(40, 40)
+  kernel = layers.mimetic_query_key(plain)(jax.random.key(0), (4, 40, 3, 5, 8))
+  drawn = plain(jax.random.key(0), (4, 40, 3, 5, 8))
+  query, key, value = (kernel[:, :, i] for i in range(3))
+  np.testing.assert_array_equal(key, query)
+  np.testing.assert_array_equal(query, drawn[:, :, 0])
+  np.testing.assert_array_equal(value, drawn[:, :, 2])
+  assert float(jnp.abs(drawn[:, :, 1] - key).max()) > .01  # control: without it they differ
+
+
+def test_projection_by_hand():
+  # Token (1, 2): (1·1 + 2·10 + .5, 1·3 + 2·30).
+  y = layers.project(jnp.array([[[1., 2.]]]), jnp.array([[1., 3.], [10., 30.]]), jnp.array([.5, 0.]))
+  np.testing.assert_allclose(y, [[[21.5, 63.]]])
+
+
+@pytest.mark.parametrize('x, kernel, bias, product', [
+    ((2, 4, 6), (6, 3, 2, 5), (3, 2, 5), 'bsd,dqnh->bsqnh'), ((2, 4, 3, 5), (3, 5, 6), (6,), 'bsnh,nhd->bsd')])
+def test_one_axis_becomes_three_and_two_become_one(x, kernel, bias, product):
+  x, kernel, bias = _normal(0, *x), _normal(1, *kernel), _normal(2, *bias)
+  expected = np.einsum(product, x, kernel) + np.asarray(bias)
+  np.testing.assert_allclose(layers.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
+
+
+def _linear(dtype=jnp.float32) -> layers.Projection:
+  return layers.Projection(_normal(0, 2, 4, 6).astype(dtype), _normal(1, 2, 6).astype(dtype), ('mlp',), ('embed',))
+
+
+def test_a_scaled_projection_multiplies_its_outputs_and_keeps_its_dtype():
+  x, by, plain = _normal(2, 3, 5, 4), _normal(3, 6), _linear()
+  scaled = plain.scaled(by)
+  for row in (0, 1):
+    y, expected = (layers.project(x, of.kernel[row], of.bias[row]) for of in (scaled, plain))
+    np.testing.assert_allclose(y, expected * by[None, None], rtol=1e-5, atol=1e-6)
+  scaled = _linear(jnp.bfloat16).scaled(by)
+  assert {scaled.kernel.dtype, scaled.bias.dtype} == {jnp.dtype('bfloat16')}
+
+
+@pytest.mark.parametrize('weights, products', [(True, 3), (False, 4)])
+def test_a_rematerialized_product_is_not_computed_again(weights, products):
+  # Forward, and the gradients of x and of the kernel; a fourth computes the output again, for the gradient of `by`.
+  def block(x, linear, by):
+    of = linear.scaled(by) if weights else linear
+    y = layers.project(jnp.sin(x), of.kernel[0], of.bias[0])
+    return y if weights else y * by[None, None]
+
+  def loss(*operands):
+    return jnp.sin(jax.checkpoint(block)(*operands)).sum()
+  operands = _normal(2, 30, 50, 4), _linear(), _normal(3, 6)
+  program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
+  assert hlo.count_matmuls(program.as_text()) == products

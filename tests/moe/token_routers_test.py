@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.moe import dispatch, routers
@@ -31,76 +31,79 @@ _CONTEXT = {
     'gate': _GATE, 'context_gate': jnp.array([[0., math.log(6), 0.], [0., 0., 0.]]), 'query': jnp.array([1., 0.])}
 
 
-class GateTest(parameterized.TestCase):
-
-  def test_each_token_has_its_own_experts_by_hand(self):
-    # x = (1, 0): logits log (2, 1, 1) keep 2/3, 1/3 (of equals the first). x = (0, 1): log (1, 1, 3): 3/4, 1/4.
-    choice = _decide({'gate': _GATE}, [[[1, 0], [0, 1]]])
-    self.assertEqual(choice.expert.tolist(), [[[0, 1], [2, 0]]])
-    np.testing.assert_allclose(choice.gates, [[[2 / 3, 1 / 3], [3 / 4, 1 / 4]]], rtol=1e-6)
-
-  def test_context_adds_the_pool_of_the_sequence_by_hand(self):
-    # Pool (1, ·) adds log 6 to expert 1: (2, 6, 1) keeps 6/8, 2/8 and (1, 6, 3) keeps 6/9, 3/9. Pool 0 adds nothing.
-    choice = _decide(_CONTEXT, [[[1, 0], [0, 1]], [[1, 0], [0, 1]]], jnp.array([[1., 5.], [0., 5.]]))
-    self.assertEqual(choice.expert.tolist(), [[[1, 0], [1, 2]], [[0, 1], [2, 0]]])
-    np.testing.assert_allclose(choice.gates[0], [[3 / 4, 1 / 4], [2 / 3, 1 / 3]], rtol=1e-6)
-
-  def test_outputs_are_float32_for_any_input_dtype(self):
-    x = jnp.ones((1, 2, 2), jnp.bfloat16)
-    ids, positions = jnp.zeros(1, jnp.uint32), jnp.zeros((1, 2), int)
-    choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, ids, positions).output
-    self.assertEqual({choice.logits.dtype, choice.gates.dtype}, {jnp.dtype('float32')})
+def test_each_token_has_its_own_experts_by_hand():
+  # x = (1, 0): logits log (2, 1, 1) keep 2/3, 1/3 (of equals the first). x = (0, 1): log (1, 1, 3): 3/4, 1/4.
+  choice = _decide({'gate': _GATE}, [[[1, 0], [0, 1]]])
+  assert choice.expert.tolist() == [[[0, 1], [2, 0]]]
+  np.testing.assert_allclose(choice.gates, [[[2 / 3, 1 / 3], [3 / 4, 1 / 4]]], rtol=1e-6)
 
 
-class PoolTest(absltest.TestCase):
-
-  def _pool(self, *arrays, valid=None):
-    arrays = tuple(jnp.asarray([a], jnp.float32) for a in arrays)
-    return _router(True).apply({'params': _CONTEXT}, arrays, valid or (None,) * len(arrays), method='pool')[0]
-
-  def test_by_hand(self):
-    # Query (1, 0): weights 1 : 3 of the tokens (0, 4) and (log 3, 8).
-    np.testing.assert_allclose(self._pool([[0, 4], [math.log(3), 8]]), [.75 * math.log(3), 7], rtol=1e-6)
-
-  def test_the_softmax_is_over_all_segments(self):
-    tokens = np.random.default_rng(0).normal(size=(5, 2))
-    np.testing.assert_allclose(self._pool(tokens[:2], tokens[2:]), self._pool(tokens), rtol=1e-5)
-    self.assertGreater(np.abs(self._pool(tokens[:2]) - self._pool(tokens)).max(), .1)
-
-  def test_padding_is_not_pooled(self):
-    tokens = [[0, 4], [math.log(3), 8], [9, 9]]
-    actual = self._pool(tokens, valid=(jnp.array([[True, True, False]]),))
-    np.testing.assert_allclose(actual, self._pool(tokens[:2]), rtol=1e-6)
+def test_context_adds_the_pool_of_the_sequence_by_hand():
+  # Pool (1, ·) adds log 6 to expert 1: (2, 6, 1) keeps 6/8, 2/8 and (1, 6, 3) keeps 6/9, 3/9. Pool 0 adds nothing.
+  choice = _decide(_CONTEXT, [[[1, 0], [0, 1]], [[1, 0], [0, 1]]], jnp.array([[1., 5.], [0., 5.]]))
+  assert choice.expert.tolist() == [[[1, 0], [1, 2]], [[0, 1], [2, 0]]]
+  np.testing.assert_allclose(choice.gates[0], [[3 / 4, 1 / 4], [2 / 3, 1 / 3]], rtol=1e-6)
 
 
-class NoiseTest(absltest.TestCase):
+def test_outputs_are_float32_for_any_input_dtype():
+  x = jnp.ones((1, 2, 2), jnp.bfloat16)
+  ids, positions = jnp.zeros(1, jnp.uint32), jnp.zeros((1, 2), int)
+  choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, ids, positions).output
+  assert {choice.logits.dtype, choice.gates.dtype} == {jnp.dtype('float32')}
 
-  _IDS, _POSITIONS = jnp.array([7, 3], jnp.uint32), jnp.array([[0, 1, 2], [0, 1, 2]])
 
-  def _noise(self, ids, positions, key=_KEY):
-    return np.asarray(token_noise(key, ids, positions, 4, 2.0))
+def _pool(*arrays, valid=None):
+  arrays = tuple(jnp.asarray([a], jnp.float32) for a in arrays)
+  return _router(True).apply({'params': _CONTEXT}, arrays, valid or (None,) * len(arrays), method='pool')[0]
 
-  def test_it_follows_example_and_position_not_the_batch_index(self):
-    noise = self._noise(self._IDS, self._POSITIONS)
-    np.testing.assert_array_equal(self._noise(self._IDS[::-1], self._POSITIONS), noise[::-1])
-    np.testing.assert_array_equal(self._noise(self._IDS, self._POSITIONS[:, 2:]), noise[:, 2:])
 
-  def test_examples_positions_and_keys_have_separate_draws(self):
-    draws = np.concatenate([self._noise(self._IDS, self._POSITIONS, k).reshape(-1, 4)
-                            for k in (_KEY, jax.random.key(1))])
-    gaps = np.abs(draws[:, None] - draws[None]).max(-1) + 9 * np.eye(len(draws))
-    self.assertGreater(gaps.min(), 1e-2)
+def test_the_pool_by_hand():
+  # Query (1, 0): weights 1 : 3 of the tokens (0, 4) and (log 3, 8).
+  np.testing.assert_allclose(_pool([[0, 4], [math.log(3), 8]]), [.75 * math.log(3), 7], rtol=1e-6)
 
-  def test_its_standard_deviation_is_divided_by_the_experts(self):
-    # 2 / 4; 4000 draws, standard error .5/√8000 = .006.
-    noise = self._noise(self._IDS[:1], jnp.arange(1000)[None])
-    self.assertAlmostEqual(noise.std(), .5, delta=.03)
 
-  def test_evaluation_has_none(self):
-    x = np.random.default_rng(0).normal(size=(2, 3, 2))
-    calm, noisy = (_decide({'gate': _GATE}, x, key=key, noise_std=1.0).logits for key in (None, _KEY))
-    np.testing.assert_allclose(calm, jnp.asarray(x, jnp.float32) @ _GATE, rtol=1e-6)
-    self.assertGreater(np.abs(noisy - calm).max(), .1)
+def test_the_softmax_is_over_all_segments():
+  tokens = np.random.default_rng(0).normal(size=(5, 2))
+  np.testing.assert_allclose(_pool(tokens[:2], tokens[2:]), _pool(tokens), rtol=1e-5)
+  assert np.abs(_pool(tokens[:2]) - _pool(tokens)).max() > .1
+
+
+def test_padding_is_not_pooled():
+  tokens = [[0, 4], [math.log(3), 8], [9, 9]]
+  actual = _pool(tokens, valid=(jnp.array([[True, True, False]]),))
+  np.testing.assert_allclose(actual, _pool(tokens[:2]), rtol=1e-6)
+
+
+_IDS, _POSITIONS = jnp.array([7, 3], jnp.uint32), jnp.array([[0, 1, 2], [0, 1, 2]])
+
+
+def _noise(ids, positions, key=_KEY):
+  return np.asarray(token_noise(key, ids, positions, 4, 2.0))
+
+
+def test_noise_follows_example_and_position_not_the_batch_index():
+  noise = _noise(_IDS, _POSITIONS)
+  np.testing.assert_array_equal(_noise(_IDS[::-1], _POSITIONS), noise[::-1])
+  np.testing.assert_array_equal(_noise(_IDS, _POSITIONS[:, 2:]), noise[:, 2:])
+
+
+def test_examples_positions_and_keys_have_separate_draws():
+  draws = np.concatenate([_noise(_IDS, _POSITIONS, k).reshape(-1, 4) for k in (_KEY, jax.random.key(1))])
+  gaps = np.abs(draws[:, None] - draws[None]).max(-1) + 9 * np.eye(len(draws))
+  assert gaps.min() > 1e-2
+
+
+def test_the_standard_deviation_of_noise_is_divided_by_the_experts():
+  # 2 / 4; 4000 draws, standard error .5/√8000 = .006.
+  noise = _noise(_IDS[:1], jnp.arange(1000)[None])
+  assert noise.std() == pytest.approx(.5, abs=.03)
+
+
+def test_evaluation_has_no_noise():
+  x = np.random.default_rng(0).normal(size=(2, 3, 2))
+  calm, noisy = (_decide({'gate': _GATE}, x, key=key, noise_std=1.0).logits for key in (None, _KEY))
+  np.testing.assert_allclose(calm, jnp.asarray(x, jnp.float32) @ _GATE, rtol=1e-6)
+  assert np.abs(noisy - calm).max() > .1
 
 
 _plan = small_model.jit(dispatch.make_plan, static_argnums=(2, 3, 4))
@@ -118,73 +121,62 @@ def _usage(expert, logits=None, valid=None, capacity=0.0) -> Usage:
   return small_model.jit(_of)(output, _plan(output, valid, 1, capacity, 'tiled'), valid)
 
 
-class UsageTest(absltest.TestCase):
-
-  def test_counts_by_hand(self):
-    # Two samples, two positions; the last token is padding. C = ⌈.5 · 2 · 4 / 3⌉ = 2: three choices of expert 0.
-    usage = _usage([[[0, 1], [0, 2]], [[0, 1], [0, 1]]], valid=jnp.array([[True, True], [True, False]]), capacity=.5)
-    self.assertEqual((usage.tokens.tolist(), usage.chosen.tolist()), ([3], [[3, 2, 1]]))
-    self.assertEqual((usage.requested.tolist(), usage.kept.tolist()), ([6], [[2, 2, 1]]))
-    self.assertEqual(usage.importance.tolist(), [[1.5, 1, .5]])
-    np.testing.assert_allclose(usage.drop_rate, 1 / 6, rtol=1e-6)
-    np.testing.assert_allclose(usage.entropy, math.log(2), rtol=1e-6)
-    self.assertEqual(usage.used.tolist(), [2, 2, 1])
-
-  def test_the_drop_rate_is_zero_when_capacity_allows(self):
-    expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
-    self.assertEqual(float(_usage(expert, capacity=0.0).drop_rate), 0)
-    self.assertEqual(float(_usage(expert, capacity=1.5).drop_rate), 0)  # every token at every expert
-    self.assertGreater(float(_usage(expert, capacity=.5).drop_rate), .3)
-
-  def test_rows_that_are_dispatched_twice_request_slots_twice(self):
-    usage = _usage([[[0], [0]]])
-    output = routers.RouterOutput(jnp.zeros((1, 1, 3)), jnp.array([[[0]]]), jnp.ones((1, 1, 1)))
-    both = jax.tree.map(lambda x: x[0], usage) + Usage.of_repeated_dispatch(_plan(output, None, 1, 0.0, 'tiled'))
-    self.assertEqual((float(both.tokens), float(both.requested), both.kept.tolist()), (2, 3, [3, 0, 0]))
+def test_counts_by_hand():
+  # Two samples, two positions; the last token is padding. C = ⌈.5 · 2 · 4 / 3⌉ = 2: three choices of expert 0.
+  usage = _usage([[[0, 1], [0, 2]], [[0, 1], [0, 1]]], valid=jnp.array([[True, True], [True, False]]), capacity=.5)
+  assert (usage.tokens.tolist(), usage.chosen.tolist()) == ([3], [[3, 2, 1]])
+  assert (usage.requested.tolist(), usage.kept.tolist()) == ([6], [[2, 2, 1]])
+  assert usage.importance.tolist() == [[1.5, 1, .5]]
+  np.testing.assert_allclose(usage.drop_rate, 1 / 6, rtol=1e-6)
+  np.testing.assert_allclose(usage.entropy, math.log(2), rtol=1e-6)
+  assert usage.used.tolist() == [2, 2, 1]
 
 
-class LossesTest(absltest.TestCase):
+def test_the_drop_rate_is_zero_when_capacity_allows():
+  expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
+  assert float(_usage(expert, capacity=0.0).drop_rate) == 0
+  assert float(_usage(expert, capacity=1.5).drop_rate) == 0  # every token at every expert
+  assert float(_usage(expert, capacity=.5).drop_rate) > .3
 
-  def test_balance_by_hand(self):
+
+def test_rows_that_are_dispatched_twice_request_slots_twice():
+  usage = _usage([[[0], [0]]])
+  output = routers.RouterOutput(jnp.zeros((1, 1, 3)), jnp.array([[[0]]]), jnp.ones((1, 1, 1)))
+  both = jax.tree.map(lambda x: x[0], usage) + Usage.of_repeated_dispatch(_plan(output, None, 1, 0.0, 'tiled'))
+  assert (float(both.tokens), float(both.requested), both.kept.tolist()) == (2, 3, [3, 0, 0])
+
+
+@pytest.mark.parametrize('loss, expert, weights, expected', [
     # Shares of choices (1/2, 1/2, 0); probabilities (1/2, 1/4, 1/4) of both tokens: 3 · (1/4 + 1/8).
-    logits = jnp.log(jnp.array([[[2., 1., 1.], [2., 1., 1.]]]))
-    np.testing.assert_allclose(_usage([[[0], [1]]], logits).losses['balance'], 9 / 8, rtol=1e-6)
-
-  def test_even_routing_balances_at_one_and_collapse_at_the_number_of_experts(self):
-    np.testing.assert_allclose(_usage([[[0], [1], [2]]]).losses['balance'], 1, rtol=1e-6)
-    collapsed = jnp.array([[[50., 0, 0]] * 3])
-    np.testing.assert_allclose(_usage([[[0], [0], [0]]], collapsed).losses['balance'], 3, rtol=1e-6)
-
-  def test_importance_by_hand(self):
+    ('balance', [[[0], [1]]], [[[2., 1., 1.], [2., 1., 1.]]], 9 / 8),
+    # Even routing balances at 1, and collapse at the number of experts.
+    ('balance', [[[0], [1], [2]]], [[[1., 1., 1.]] * 3], 1),
+    ('balance', [[[0], [0], [0]]], [[[math.exp(50.), 1., 1.]] * 3], 3),
     # Gates sum to (2, 1, 0): mean 1, variance 2/3.
-    np.testing.assert_allclose(_usage([[[0], [0], [1]]]).losses['importance'], 2 / 3, rtol=1e-6)
-    np.testing.assert_allclose(_usage([[[0], [1], [2]]]).losses['importance'], 0, atol=1e-7)
-
-  def test_z_by_hand(self):
+    ('importance', [[[0], [0], [1]]], [[[1., 1., 1.]] * 3], 2 / 3),
+    ('importance', [[[0], [1], [2]]], [[[1., 1., 1.]] * 3], 0),
     # log Σ exp: log 3 and log 6.
-    logits = jnp.log(jnp.array([[[1., 1., 1.], [4., 1., 1.]]]))
-    np.testing.assert_allclose(
-        _usage([[[0], [0]]], logits).losses['z'], (math.log(3)**2 + math.log(6)**2) / 2, rtol=1e-6)
-
-  def test_losses_are_over_the_tokens_of_all_conditions_without_padding(self):
-    expert, logits = [[[0], [1], [2]]], np.random.default_rng(0).normal(size=(1, 3, 3))
-    complete = _usage(expert, logits).losses
-    one, two = _usage([expert[0][:1]], logits[:, :1]), _usage([expert[0][1:]], logits[:, 1:])
-    parts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, two).losses
-    padded = _usage([expert[0] + [[0]]], np.concatenate([logits, np.full((1, 1, 3), 9.)], 1),
-                    jnp.array([[True] * 3 + [False]])).losses
-    for name in complete:
-      np.testing.assert_allclose(parts[name], complete[name], rtol=1e-5, err_msg=name)
-      np.testing.assert_allclose(padded[name], complete[name], rtol=1e-5, err_msg=name)
-
-  def test_a_step_down_the_balance_loss_moves_probability_to_idle_experts(self):
-    def loss(logits):
-      output = routers.RouterOutput(logits, *routers.keep_top_k(logits, 1))
-      return _of(output, dispatch.make_plan(output, None, 1, 0.0, 'tiled'), None).losses['balance']
-    gradient = small_model.jit(jax.grad(loss))(jnp.array([[[1., .5, 0.], [2., 0., 1.]]]))
-    self.assertGreater(float(gradient[..., 0].min()), 1e-3)
-    self.assertLess(float(gradient[..., 1:].max()), -1e-3)
+    ('z', [[[0], [0]]], [[[1., 1., 1.], [4., 1., 1.]]], (math.log(3)**2 + math.log(6)**2) / 2)])
+def test_losses_by_hand(loss, expert, weights, expected):
+  np.testing.assert_allclose(_usage(expert, jnp.log(jnp.array(weights))).losses[loss], expected, rtol=1e-6, atol=1e-7)
 
 
-if __name__ == '__main__':
-  absltest.main()
+def test_losses_are_over_the_tokens_of_all_conditions_without_padding():
+  expert, logits = [[[0], [1], [2]]], np.random.default_rng(0).normal(size=(1, 3, 3))
+  complete = _usage(expert, logits).losses
+  one, two = _usage([expert[0][:1]], logits[:, :1]), _usage([expert[0][1:]], logits[:, 1:])
+  parts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, two).losses
+  padded = _usage([expert[0] + [[0]]], np.concatenate([logits, np.full((1, 1, 3), 9.)], 1),
+                  jnp.array([[True] * 3 + [False]])).losses
+  for name in complete:
+    np.testing.assert_allclose(parts[name], complete[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(padded[name], complete[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_step_down_the_balance_loss_moves_probability_to_idle_experts():
+  def loss(logits):
+    output = routers.RouterOutput(logits, *routers.keep_top_k(logits, 1))
+    return _of(output, dispatch.make_plan(output, None, 1, 0.0, 'tiled'), None).losses['balance']
+  gradient = small_model.jit(jax.grad(loss))(jnp.array([[[1., .5, 0.], [2., 0., 1.]]]))
+  assert float(gradient[..., 0].min()) > 1e-3
+  assert float(gradient[..., 1:].max()) < -1e-3

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.config.plan import SetSpec, TaskSpec
-from uni_moe_jax.model import router_outputs
+from uni_moe_jax.model import merging
 from uni_moe_jax.model.sequences import take_rows
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
@@ -113,7 +113,7 @@ def token_slices(
 
 def coefficients(spec: ModelSpec, params: Any, inputs: Sequence[routers.RouterInput]) -> np.ndarray:
   """f32 [L, R, A, E] of routers that merge, without noise."""
-  by_layer = router_outputs.coefficients(spec, params, tuple(inputs))
+  by_layer = merging.coefficients(spec, params, tuple(inputs))
   return np.array([list(by_sublayer.values()) for by_sublayer in by_layer.values()], np.float32)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from uni_moe_jax.analysis import expert_usage, expert_usage_file
 from uni_moe_jax.analysis.run_interference import file_stem, load_state
 from uni_moe_jax.data.pipeline import hashing
-from uni_moe_jax.model.uni_perceiver import Sequence
+from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.moe import routers
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs
 from uni_moe_jax.train.run import Run, build, conditions

@@ -12,10 +12,11 @@ import numpy as np
 from uni_moe_jax.config.plan import SetSpec, TaskSpec
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.model import batching, decoding, heads
+from uni_moe_jax.model import decoding, heads
 from uni_moe_jax.model.heads import normalize
+from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.model.trie import Trie
-from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks.task_types import TaskType
 
@@ -39,12 +40,12 @@ class Predictor:
     """Features [B, R, D] of the readout of a task type's input, not normalized."""
     # Labels and paired texts are left out, so that each task type compiles once.
     fields = {k: v for k, v in fields.items() if k in INPUTS}
-    return np.asarray(encode(self._model, self._params, batching.input_sequence(task_type, fields)))
+    return np.asarray(encode(self._model, self._params, Sequence.of_inputs(task_type, fields)))
 
   def pairs(self, task_type: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
     """Features [B, D] of the paired texts, not normalized."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
-    return np.asarray(encode(self._model, self._params, batching.pair_sequence(task_type, wanted)))[:, 0]
+    return np.asarray(encode(self._model, self._params, Sequence.of_pairs(task_type, wanted)))[:, 0]
 
   def target_set(self, name: str) -> jax.Array:
     """Normalized features [V, D] of a target set, on every device; the mean over synonyms."""
@@ -95,10 +96,10 @@ def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence,
   """The sequences of a target set, each the texts of one length, or a part of a vocabulary."""
   if spec.is_vocabulary:
     words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))
-    return tuple(batching.vocabulary_sequence(spec.name, spec.condition, ids, eot) for ids in words)
+    return tuple(Sequence.of_words(spec.name, spec.condition, ids, eot) for ids in words)
   # Every synonym is a row of its own.
   texts = tuple({k: b[k].reshape(-1, b[k].shape[-1]) for k in ('text', 'valid')} for b in target.buckets)
-  return batching.set_sequences(spec.name, spec.condition, texts, target.order, spec.label_prompts)
+  return Sequence.of_buckets(spec.name, spec.condition, texts, target.order, spec.label_prompts)
 
 
 def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Array | np.ndarray:

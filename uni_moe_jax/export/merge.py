@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from uni_moe_jax.export.programs import FULL_PRECISION
-from uni_moe_jax.model import merging, router_outputs
+from uni_moe_jax.model import merging
 from uni_moe_jax.model.spec import PROJECTIONS, ModelSpec, Stack
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition
@@ -35,7 +35,7 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
   if not conditions:
     raise UsageError('merging needs at least one condition; choose at least one task.')
   inputs = routers.distinct_inputs(spec.router, conditions)
-  kernel, chosen = _group(router_outputs.coefficients(spec, params, inputs), len(inputs))
+  kernel, chosen = _group(merging.coefficients(spec, params, inputs), len(inputs))
   float32 = dataclasses.replace(spec, dtype=jnp.float32)
   with jax.default_matmul_precision(FULL_PRECISION):
     params = jax.device_get(merging.merge_params(float32, params, tuple(inputs[i] for i in chosen)))
@@ -66,7 +66,7 @@ def _dense_encoder(spec: ModelSpec, params: Any, stack: Stack) -> Any:
   for i, sublayers in enumerate(spec.pattern):
     subtree, _, block = stack.locate(i)
     layer = {name: jax.tree.map(lambda x: x[0], sub) if PROJECTIONS.get(name) in sublayers else sub
-             for name, sub in router_outputs.layer_params(spec, params, i).items()}
+             for name, sub in merging.layer_params(spec, params, i).items()}
     blocks.setdefault((subtree, block), []).append(layer)
   return traverse_util.unflatten_dict({
       path: jax.tree.map(lambda *x: np.stack(x), *layers) if path[0] == 'blocks' else layers[0]

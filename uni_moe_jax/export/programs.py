@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.model import batching, decoding, heads
+from uni_moe_jax.model import decoding, heads
 from uni_moe_jax.model.initialization import param_shapes
-from uni_moe_jax.model.sequences import Layout
-from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.model.sequences import Layout, Sequence
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.utils.tree_paths import by_path
 
@@ -127,7 +127,7 @@ class _Programs:
     """Features [b, R, D], not normalized."""
     batch = next(iter(fields.values())).shape[0]
     return self._encoded(
-        params, batching.input_sequence(self._task_type, {**fields, 'id': jnp.zeros((batch,), jnp.uint32)}))
+        params, Sequence.of_inputs(self._task_type, {**fields, 'id': jnp.zeros((batch,), jnp.uint32)}))
 
   def _encoded(self, params: Arrays, sequence: Sequence) -> jax.Array:
     return self._apply(params, lambda m: m.features(m.encode(sequence).hidden))

@@ -33,13 +33,12 @@ class Attention(Sublayer):
     """Attends in every sequence.
 
     Args:
-      hidden: normalized. scale: f32 [D], LayerScale of the outputs.
-      prompts: normalized deep prompts [1, P, D] by table.
+      hidden: normalized, as are deep prompts [1, P, D] by table.
+      scale: f32 [D], LayerScale of the outputs.
       caches: of this layer. pools: see `Sublayer.pool`.
 
     Returns:
-      (outputs, collected): with `context.readout_only`, outputs are those of the readout rows; collected is
-      {'router_stats', 'token_routing', 'kv'}, see `Encoder`.
+      (outputs, of the readout rows with `context.readout_only`, {'router_stats', 'token_routing', 'kv'}).
     """
     merged = self.merge_routing(context)
     qkv = self.qkv(merged)
@@ -115,12 +114,7 @@ def attend(q: jax.Array, parts: Sequence[KeysValues]) -> jax.Array:
 
   Concatenation would copy a cache for every decoded word. Instead each part has its own scores, under one softmax.
 
-  Args:
-    q: [B, Q, N, H].
-    parts: see `KeysValues`; every query sees a key of some part.
-
-  Returns:
-    [B, Q, N, H] of q's type.
+  q and the result are [B, Q, N, H] of one type; every query must see a key of some part.
   """
   scores = [_scores(q, k) for k, _, _ in parts]
   scores = [s if mask is None else jnp.where(mask, s, -jnp.inf) for s, (_, _, mask) in zip(scores, parts, strict=True)]

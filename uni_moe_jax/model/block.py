@@ -10,12 +10,11 @@ import flax.linen as nn
 import jax
 
 from uni_moe_jax.model.attention import Attention
-from uni_moe_jax.model.mlp import Mlp
 from uni_moe_jax.model.prompts import DeepPrompts
 from uni_moe_jax.model.sequences import KVCache
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.sublayer import Context, Hidden
-from uni_moe_jax.moe.layers import layer_norm
+from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, scale_output
+from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 # Salts that separate the uses of one (step, layer) key, beside those of the routers.
@@ -33,6 +32,41 @@ def drop_path(x: jax.Array, key: jax.Array | None, ids: jax.Array, rate: float) 
   return x * (keep / (1 - rate)).astype(x.dtype)[:, None, None]
 
 
+class Mlp(Sublayer):
+  """W_out gelu(W_in x) with exact GELU, and one routing per segment for both projections."""
+
+  SUBLAYER = 'mlp'
+
+  def setup(self):
+    D, F = self.spec.width, self.spec.mlp_dim
+    self.router = self.make_router()
+    self.ffn_in = self.make_projection({'embed': D}, {'mlp': F}, xavier_uniform(D, F))
+    self.ffn_out = self.make_projection({'mlp': F}, {'embed': D}, xavier_uniform(F, D))
+
+  def __call__(self, hidden: Hidden, scale: jax.Array, pools: Pools, context: Context) -> tuple[Hidden, dict[str, Any]]:
+    """(outputs, {'router_stats', 'token_routing'}) of every sequence; arguments as in `Attention`."""
+    merged = self.merge_routing(context)
+    ffn_in = self.ffn_in(merged)
+    ffn_out, scale = scale_output(self.ffn_out(merged), scale, context)
+    outputs, usages, token_routing = [], [], []
+    for sequence, segments, pool in zip(context.sequences, hidden, pools, strict=True):
+      ys, routed = [], []
+      for i, (x, condition) in enumerate(zip(segments, sequence.layout.conditions, strict=True)):
+        if x is None:
+          ys.append(None)
+          routed.append(None)
+          continue
+        routing = self.route(x, merged, condition, sequence.tokens(i, context.readout_only), pool, context)
+        y, usage = routing.apply(x, ffn_in)
+        y, _ = routing.apply(nn.gelu(y, approximate=False), ffn_out)
+        ys.append(scale * y)
+        routed.append(routing.output)
+        usages.append((condition, usage))
+      outputs.append(tuple(ys))
+      token_routing.append(tuple(routed))
+    return tuple(outputs), self.collect(merged, usages, token_routing, context)
+
+
 class Block(nn.Module):
   """One layer. `sublayers` names those with experts; `last` marks the final layer of the encoder."""
   spec: ModelSpec
@@ -46,7 +80,6 @@ class Block(nn.Module):
     """Runs the block on every sequence.
 
     Args:
-      x: hidden states.
       layer: int32 scalar, index of the layer (it keys noise; a scanned input).
       caches: of this layer, see `KVCache.of_layer`.
 
@@ -58,9 +91,9 @@ class Block(nn.Module):
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
     context = context.replace(key=key, readout_only=self.last and context.readout_only)
     norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
-    scale_init = nn.with_logical_partitioning(nn.initializers.constant(spec.layer_scale_init), ('embed',))
+    layer_scale = nn.initializers.constant(spec.layer_scale_init)
     scale1, scale2 = (
-        sharding.as_used(self.param(name, scale_init, (spec.width,)), ('embed',), mesh)
+        sharding.as_used(param(self, name, layer_scale, {'embed': spec.width}), ('embed',), mesh)
         for name in ('scale1', 'scale2'))
     attention = Attention(spec, 'attention' in self.sublayers, mesh, name='attention')
     mlp = Mlp(spec, 'mlp' in self.sublayers, mesh, name='mlp')

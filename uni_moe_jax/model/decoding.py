@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import READ_NOTHING, KVCache, Layout, heads_first
+from uni_moe_jax.model.sequences import READ_NOTHING, KVCache, Layout, Sequence, heads_first
 from uni_moe_jax.model.trie import Trie, allowed, follow
-from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks.task_types import TaskType
 
 _STACKS = 'blocks', 'tail'
@@ -89,41 +89,28 @@ def decode_step(
 
 @flax.struct.dataclass
 class Captions:
-  """The k best captions of each image, best first.
-
-  Attributes:
-    tokens: int32 [B, k, n], `eot` from the first `eot` on.
-    log_p: f32 [B, k, n] of each token, 0 after `eot`.
-    scores: f32 [B, k], Σ log_p, divided by (words + 1)^length_penalty.
-    candidates: f32 [n, B, k + 1], the best sums of log-probabilities at each step, the first discarded one included;
-      -inf if there are fewer, and after the end.
-  """
-  tokens: jax.Array
-  log_p: jax.Array
-  scores: jax.Array
+  """The k best captions of each image, best first."""
+  tokens: jax.Array  # int32 [B, k, n], `eot` from the first `eot` on
+  log_p: jax.Array  # f32 [B, k, n] of each token, 0 after `eot`
+  scores: jax.Array  # f32 [B, k], Σ log_p, divided by (words + 1)^length_penalty
+  # f32 [n, B, k + 1], the best sums of log-probabilities at each step, the first discarded one included; -inf if there
+  # are fewer, and after the end.
   candidates: jax.Array
 
 
 @flax.struct.dataclass
 class _Carry:
-  """State of the loop.
-
-  Attributes:
-    t: position of the next query. word, done, score: [B, k], of each hypothesis: its last word, whether it has ended, Σ
-      log_p.
-    words, valid: as in `KVCache`. tokens, log_p, candidates: as in `Captions`.
-    node: int32 [B, k], of the trie, or None.
-  """
-  t: jax.Array
-  word: jax.Array
-  done: jax.Array
-  score: jax.Array
+  """State of the loop. words, valid: as in `KVCache`; tokens, log_p, candidates: as in `Captions`."""
+  t: jax.Array  # position of the next query
+  word: jax.Array  # [B, k], last word of each hypothesis
+  done: jax.Array  # [B, k], whether it has ended
+  score: jax.Array  # [B, k], Σ log_p
   words: Any
   valid: jax.Array
   tokens: jax.Array
   log_p: jax.Array
   candidates: jax.Array
-  node: jax.Array | None
+  node: jax.Array | None  # int32 [B, k], of the trie
 
 
 def beam_search(
@@ -135,7 +122,6 @@ def beam_search(
   A hypothesis that has ended stays in the beam with its score. The loop stops when all have ended.
 
   Args:
-    model, params: of a trained model. task_type: of captions.
     pixels: [B, T, H, W, C].
     words: [V, D] normalized features of the vocabulary.
     temperature: temperature group. spe, eot: token ids. max_len: n, number of words with `eot`.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.model.prompts import TokenPrompts
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.moe.layers import layer_norm, xavier_uniform
+from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 EMBED_STD = 0.02
@@ -27,18 +27,13 @@ def _waves(x: np.ndarray, n: int) -> np.ndarray:
   return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
 
-def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
-  """Fixed 2-D positions, [side², D].
+def sincos_table(side: int, width: int) -> np.ndarray:
+  """Fixed 2-D positions [side², D], D divisible by 4.
 
   [sin(r w), cos(r w), sin(c w), cos(c w)], w_k = 10000^(-k/(D/4)), of row r and column c.
-
-  Args:
-    side: patches a side. width: D, divisible by 4.
-    scale: multiplies coordinates (160/224 when a 160-px model continues at 224).
   """
-  quarter = width // 4
   r, c = np.divmod(np.arange(side * side), side)
-  return np.concatenate([_waves(r * scale, quarter), _waves(c * scale, quarter)], axis=1).astype(np.float32)
+  return np.concatenate([_waves(r, width // 4), _waves(c, width // 4)], axis=1).astype(np.float32)
 
 
 def sincos_rows(std: float):
@@ -67,7 +62,7 @@ class Embed(nn.Module):
     normal = nn.initializers.normal(EMBED_STD)
 
     def table(name, rows, axis, init=normal):
-      values = self.param(name, nn.with_logical_partitioning(init, (axis, 'embed')), (rows, s.width))
+      values = param(self, name, init, {axis: rows, 'embed': s.width})
       return sharding.as_used(values, (axis, 'embed'), self.mesh)
 
     self.word = table('word', s.vocab_size, 'vocab')
@@ -77,8 +72,7 @@ class Embed(nn.Module):
     self.type = table('type', 2, 'type')
     patch_dim = s.patch_size * s.patch_size * s.channels
     self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
-    self.patch_bias = self.param(
-        'patch_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
+    self.patch_bias = param(self, 'patch_bias', nn.initializers.zeros, {'embed': s.width})
     if s.frame_differences:
       self.difference = table('difference', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
     self.temporal = table('temporal', s.max_num_frames, 'frame', nn.initializers.normal(s.temporal_posemb_std))
@@ -91,8 +85,7 @@ class Embed(nn.Module):
     if s.modality_embedding:
       self.visual_type = table('visual_type', 1, 'type')
     if s.spe_bias:
-      self.spe_bias = self.param(
-          'spe_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (s.width,))
+      self.spe_bias = param(self, 'spe_bias', nn.initializers.zeros, {'embed': s.width})
     self.norm = layer_norm(None, s.dtype)
     self.prompts = TokenPrompts(s)
 
@@ -132,13 +125,10 @@ class Embed(nn.Module):
         the frame before is projected by a second kernel; the first frame, and an image, has none.
       temporal_offset: int32 scalar: first row of the temporal table (random per batch in training, 0 otherwise).
     """
-    s = self.spec
-    B, T = pixels.shape[:2]
+    s, T = self.spec, pixels.shape[1]
     if pixels.dtype == jnp.uint8:
-      shape = (1, 1, 1, 1, s.channels)
-      is_video = T > 1
-      mean = np.reshape(s.video_mean if is_video and s.video_mean else s.pixel_mean, shape)
-      std = np.reshape(s.video_std if is_video and s.video_std else s.pixel_std, shape)
+      constants = (T > 1 and s.video_mean) or s.pixel_mean, (T > 1 and s.video_std) or s.pixel_std
+      mean, std = (np.reshape(x, (1, 1, 1, 1, s.channels)) for x in constants)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
     x = patchify(pixels.astype(s.dtype), s.patch_size) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:

@@ -3,15 +3,12 @@
 Uni-Perceiver, eq. 1-2. All in float32, because predictions hang on small differences.
 """
 
-import math
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.moe.layers import layer_norm, xavier_uniform
+from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 MAX_SCALE = 100.0
@@ -30,11 +27,6 @@ def logits(features: jax.Array, targets: jax.Array, scale: jax.Array) -> jax.Arr
   return scale * normalize(features) @ normalize(targets).T
 
 
-def log_scale_init(temperature: float) -> Callable:
-  """Initializer of a log scale, log(1/τ)."""
-  return nn.with_logical_partitioning(nn.initializers.constant(math.log(1 / temperature)), ())
-
-
 def scale_of(log_scale: jax.Array) -> jax.Array:
   """1/τ, clamped at 100; a clamped scale has no gradient (published)."""
   scale = jnp.exp(log_scale)
@@ -49,11 +41,10 @@ class SimilarityHead(nn.Module):
   @nn.compact
   def __call__(self, hidden: jax.Array) -> jax.Array:
     x = layer_norm('norm', jnp.float32)(hidden)
-    kernel = self.param(
-        'kernel', nn.with_logical_partitioning(xavier_uniform(self.width, self.width), ('embed', 'feature')),
-        (self.width, self.width))
-    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('feature',)), (self.width,))
-    kernel = sharding.as_used(kernel, ('embed', 'feature'), self.mesh)
+    axes = {'embed': self.width, 'feature': self.width}
+    kernel = param(self, 'kernel', xavier_uniform(self.width, self.width), axes)
+    bias = param(self, 'bias', nn.initializers.zeros, {'feature': self.width})
+    kernel = sharding.as_used(kernel, tuple(axes), self.mesh)
     return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -64,9 +55,7 @@ class LinearHead(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array, logits: jax.Array) -> jax.Array:
     """features [..., D], not normalized, logits [..., K] f32 → [..., K]."""
-    width = features.shape[-1]
-    kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'class')),
-                        (width, self.classes))
-    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('class',)), (self.classes,))
-    weight = self.param('similarity_weight', nn.with_logical_partitioning(nn.initializers.ones, ()), ())
+    kernel = param(self, 'kernel', nn.initializers.zeros, {'embed': features.shape[-1], 'class': self.classes})
+    bias = param(self, 'bias', nn.initializers.zeros, {'class': self.classes})
+    weight = param(self, 'similarity_weight', nn.initializers.ones, {})
     return weight * logits + features @ kernel + bias.reshape((1,) * (features.ndim - 1) + (-1,))

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model.sequences import Layout
-from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.model.sequences import Layout, Sequence
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import task_types
 

@@ -18,9 +18,8 @@ def visible_segments(masks: tuple[str, ...], index: int) -> tuple[int, ...]:
 
 def two_stream(num_words: int) -> np.ndarray:
   """bool [2n, 2n]: rows attend to columns, [words | queries] on both axes."""
-  word, query = causal(num_words), np.eye(num_words, dtype=bool)
-  earlier = np.tril(np.ones((num_words, num_words), bool), -1)
-  return np.block([[word, np.zeros_like(word)], [earlier, query]])
+  word, itself = causal(num_words), np.eye(num_words, dtype=bool)
+  return np.block([[word, np.zeros_like(word)], [word & ~itself, itself]])
 
 
 def causal(num_tokens: int) -> np.ndarray:
@@ -35,9 +34,7 @@ def attention_mask(
 
   Args:
     masks: mask type per segment: 'full', 'two_stream', or 'causal' (one decoding step: [word | query]).
-    index: of the attending segment.
-    lengths: S per segment.
-    valid: bool [B, S] per segment, or None where nothing is padded.
+    index: of the attending segment. lengths, valid: S and bool [B, S] per segment, None where nothing is padded.
     queries_only: only the rows of the second half (of a two-stream or causal segment).
 
   Returns:

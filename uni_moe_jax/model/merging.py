@@ -1,4 +1,4 @@
-"""Merging experts: the model without routers and experts that remains for some conditions.
+"""Coefficients of condition routers, and the model without routers and experts that they leave for some conditions.
 
 A condition router routes all segments of a condition by the same coefficients, and experts are linear, so their kernels
 can be added in advance (Uni-Perceiver-MoE, section 3.4). Decoding merges inside its program, so that its loop merges no
@@ -9,19 +9,45 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
-from uni_moe_jax.model import router_outputs
 from uni_moe_jax.model.spec import PROJECTIONS, ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.moe import layers, routers
 from uni_moe_jax.tasks.attributes import Condition
 
 
+def layer_params(spec: ModelSpec, params: Any, layer: int, names: tuple[str, ...] = ()) -> Any:
+  """The parameters of one layer, by projection, router and norm; with names, of these alone."""
+  subtree, period, block = spec.stack.locate(layer)
+  tree = params['encoder'][subtree][block]
+  tree = {name: tree[name] for name in names or tree}
+  return tree if period is None else jax.tree.map(lambda x: x[period], tree)
+
+
+def router_of(spec: ModelSpec) -> routers.ConditionRouter:
+  """The module of a condition router."""
+  return routers.ConditionRouter(
+      spec.router, spec.width, spec.num_experts, spec.top_k, spec.noise_std, spec.router_names)
+
+
+def coefficients(
+    spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput, ...]) -> dict[int, dict[str, np.ndarray]]:
+  """{layer: {sublayer: f32 [A, E]}} of every condition router for A inputs, without noise; {} if there is none."""
+  if routers.routes_tokens(spec.router):
+    return {}
+  coef_of = jax.jit(lambda values: router_of(spec).apply({'params': values}, inputs, None).coef)
+  coefs = {}
+  for layer, sublayers in enumerate(spec.pattern):
+    if sublayers:
+      tree = layer_params(spec, params, layer, tuple(ROUTER_PARAMS[s] for s in sublayers))
+      coefs[layer] = {s: np.asarray(coef_of(tree[ROUTER_PARAMS[s]])) for s in sublayers}
+  return coefs
+
+
 def merge_experts(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> tuple[ModelSpec, Any]:
   """(spec, parameters) of the model for some conditions; unchanged if there is nothing to merge.
 
-  Args:
-    spec, params: of a model; parameters may be traced.
-    conditions: of all segments that it will encode, and of its prompts.
+  conditions: of all segments that it will encode, and of its prompts. Parameters may be traced.
   """
   if spec.router == routers.DENSE or spec.kernels or routers.routes_tokens(spec.router):
     return spec, params
@@ -33,7 +59,7 @@ def merge_experts(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...
 
 def merge_params(spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput, ...]) -> Any:
   """Parameters without routers, with one kernel of `spec.dtype` per router input instead of E experts."""
-  coef_of = lambda values: router_outputs.router_of(spec).apply({'params': values}, inputs, None).coef
+  coef_of = lambda values: router_of(spec).apply({'params': values}, inputs, None).coef
   merge = lambda kernels, coef: layers.merge(kernels, coef).astype(spec.dtype)
 
   def block(tree, sublayers, over):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.moe.layers import param
 
 # Which table each side reads, by `prompt_sharing`: (inputs, targets).
 TABLES = {'shared': ('input', 'input'), 'separate': ('input', 'target'), 'inputs': ('input', None)}
@@ -24,10 +25,9 @@ def prompt_table(spec: ModelSpec, is_target: bool) -> str | None:
 
 def _tables(module: nn.Module, rows: int) -> dict[str, jax.Array]:
   """The parameters [1, rows, D] of every table that some side reads."""
-  spec = module.spec
-  return {name: module.param(name, nn.with_logical_partitioning(nn.initializers.normal(_STD), ('prompt', 'embed')),
-                             (rows, spec.width))[None]
-          for name in dict.fromkeys(TABLES[spec.prompt_sharing]) if name}
+  axes = {'prompt': rows, 'embed': module.spec.width}
+  return {name: param(module, name, nn.initializers.normal(_STD), axes)[None]
+          for name in dict.fromkeys(TABLES[module.spec.prompt_sharing]) if name}
 
 
 class DeepPrompts(nn.Module):
@@ -48,18 +48,13 @@ class TokenPrompts(nn.Module):
     spec = self.spec
     self.prefix = _tables(self, spec.num_prefix_prompts) if spec.num_prefix_prompts else {}
     self.labels = {
-        name: self.param(f'label_{name}', nn.with_logical_partitioning(nn.initializers.zeros, ('class', 'embed')),
-                         (size, spec.width))
+        name: param(self, f'label_{name}', nn.initializers.zeros, {'class': size, 'embed': spec.width})
         for name, size in spec.label_prompts}
 
   def __call__(self, batch: int, is_target: bool, label_set: str | None, classes: jax.Array | None) -> list[jax.Array]:
     """The tokens that follow `spe`, arrays [B, n, D]; none where the model has none for this sequence.
 
-    Args:
-      batch: B.
-      is_target: whether the sequence is on the target side.
-      label_set: target set of which the sequences are entries, if it has label prompts.
-      classes: int32 [B], which entry each of them is.
+    label_set, classes: see `Layout` and `Sequence`.
     """
     tokens = [] if label_set is None else [self.labels[label_set][classes][:, None]]
     table = prompt_table(self.spec, is_target)

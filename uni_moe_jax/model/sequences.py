@@ -1,10 +1,12 @@
-"""Sequences inside the encoder: layouts, caches of keys and values, and joins of equal ones.
+"""Sequences: from the fields of a batch to raw inputs, and inside the encoder, with caches and joins of equal ones.
 
 A step encodes many sequences at once (several task types, several target sets). Each keeps its own arrays: one per
-segment, with static conditions and masks, and padding, readout positions and example ids.
+segment, with static conditions and masks, and padding, readout positions and example ids. Training, evaluation and
+export build them by the same constructors, so that all encode the same.
 """
 
 import dataclasses
+import zlib
 from typing import Any
 
 import flax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.tasks.task_types import TaskType
 
+Fields = dict[str, jax.Array]  # of a batch, [shards, b, …], or of an evaluation batch, [B, …]
 READ_NOTHING = 'nothing'  # prefill: only keys and values of the last layer are wanted
 # (keys, values [b, N, S, H] in the order of the products, mask bool [B or 1, 1, Q or 1, S] or None: all visible). b
 # divides B, and each row serves B / b consecutive examples: hypotheses about one image share its keys, all examples
@@ -28,22 +31,13 @@ def heads_first(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Static structure of a sequence.
-
-  Attributes:
-    conditions: one per segment. The prefix is token 0 of segment 0 if `prefixed`.
-    masks: mask type per segment (see `masks.py`).
-    readout: 'cls' | 'masked' | 'queries' | 'slot' | 'nothing'.
-    prefixed: False in a decoding step, whose prefix is among the cached keys.
-    prompted: the condition of deep prompts; None: that of the first segment.
-    label_set: the target set of which the sequences are entries, if it has label prompts.
-  """
-  conditions: tuple[Condition, ...]
-  masks: tuple[str, ...]
-  readout: str
-  prefixed: bool = True
-  prompted: Condition | None = None
-  label_set: str | None = None
+  """Static structure of a sequence."""
+  conditions: tuple[Condition, ...]  # one per segment; the prefix is token 0 of segment 0 if `prefixed`
+  masks: tuple[str, ...]  # mask type per segment, see `masks.py`
+  readout: str  # 'cls' | 'masked' | 'queries' | 'slot' | 'nothing'
+  prefixed: bool = True  # False in a decoding step, whose prefix is among the cached keys
+  prompted: Condition | None = None  # the condition of deep prompts; None: that of the first segment
+  label_set: str | None = None  # the target set of which the sequences are entries, if it has label prompts
 
   @classmethod
   def of_task_type(cls, task_type: TaskType) -> 'Layout':
@@ -61,7 +55,6 @@ class Layout:
 
   @property
   def is_target(self) -> bool:
-    """Whether the sequence is on the target side."""
     return self.conditions[0].is_target
 
   @property
@@ -82,24 +75,112 @@ class Layout:
 
 
 @flax.struct.dataclass
-class EmbeddedSequence:
-  """One batch of sequences inside the encoder.
+class KVCache:
+  """Keys and values of earlier tokens, visible to every token of a sequence.
 
-  Attributes:
-    segments: [B, S, D] each.
-    valid: bool [B, S] per segment, None where nothing is padded: which tokens may serve as keys.
-    readout_positions: int32 [B, M] of the tokens to read ('masked', 'slot'), else None.
-    ids: uint32 [B] example ids: the key of stochastic depth and of token noise.
-    cache_valid: bool [B, W], which words of its cache are decoded, or None.
-    layout: static.
-    lengths: S per segment, also where the encoder has removed `segments`.
+  Keys and values are ((k, v), …), one pair per layer, in the tree that the encoder collects; with a leading axis of
+  periods where it has one.
   """
-  segments: tuple[jax.Array, ...]
-  valid: tuple[jax.Array | None, ...]
-  readout_positions: jax.Array | None
-  ids: jax.Array
+  fixed: Any  # [b, N, P, H], of tokens that no word changes; each row serves B / b consecutive examples of the sequence
+  words: Any  # [B, N, W, H], of decoded words
+  valid: jax.Array | None  # bool [B, W], which words are decoded
+  pools: Any  # of context routers: {sublayer: [B, D]}; {} without them
+
+  def of_layer(self, subtree: str, block: int) -> 'KVCache':
+    """The cache of one block of the pattern, without `valid`, which is that of all."""
+    return KVCache(self.fixed[subtree][block], self.words[subtree][block], None, self.pools[subtree][block])
+
+  def parts(self, valid: jax.Array) -> list[KeysValues]:
+    """Keys and values of one layer."""
+    return [(*self.fixed, None), (*self.words, valid[:, None, None])]
+
+
+@flax.struct.dataclass
+class Sequence:
+  """One batch of sequences as raw inputs."""
   layout: Layout = flax.struct.field(pytree_node=False)
-  cache_valid: jax.Array | None = None
+  ids: jax.Array  # uint32 [B] example ids
+  pixels: jax.Array | None = None  # [B, T, H, W, C] uint8 or normalized float, for a visual segment
+  temporal_offset: jax.Array | int = 0  # int32 scalar
+  text: jax.Array | None = None  # int32 [B, S] for a text segment; a two-stream one contains [words | queries]
+  text_valid: jax.Array | None = None  # bool [B, S], which tokens are not padding; None: all
+  positions: jax.Array | None = None  # int32 [B, M] of the tokens to read ('masked', 'slot'), in the text segment
+  text_positions: jax.Array | None = None  # int32 [S] or [B, S] rows of the position table; None: the layout's own
+  kv_cache: KVCache | None = None
+  classes: jax.Array | None = None  # int32 [B], which entry of `layout.label_set` each sequence is
+
+  @classmethod
+  def of_inputs(cls, task_type: TaskType, fields: Fields) -> 'Sequence':
+    """The input side of a batch; fields are flat ([B, …])."""
+    return cls(
+        layout=Layout.of_task_type(task_type), ids=fields['id'], pixels=fields.get('pixels'),
+        temporal_offset=fields.get('temporal_offset', 0), text=fields.get('text'),
+        text_valid=fields.get('text_valid'), positions=fields.get('position'))
+
+  @classmethod
+  def of_pairs(cls, task_type: TaskType, fields: Fields) -> 'Sequence':
+    """The paired texts of a batch, on the target side; fields are flat."""
+    return cls(layout=Layout.of_text(task_type.pair_condition), ids=fields['id'], text=fields['target'],
+               text_valid=fields['target_valid'])
+
+  @classmethod
+  def of_words(cls, name: str, condition: Condition, ids: jax.Array, eot: int) -> 'Sequence':
+    """Rows [spe, v, eot] of a vocabulary set for the word ids [K]."""
+    text = jnp.stack([ids, jnp.full_like(ids, eot)], axis=1)
+    return cls(layout=Layout.of_text(condition), ids=_entry_ids(name, ids), text=text)
+
+  @classmethod
+  def of_buckets(
+      cls, name: str, condition: Condition, buckets: tuple[Fields, ...], order: jax.Array,
+      label_prompts: bool = False) -> tuple['Sequence', ...]:
+    """One sequence per length bucket of a target set of texts.
+
+    Args:
+      order: int32 [V], the row of each entry in the concatenated buckets.
+      label_prompts: whether each entry has a learned token.
+    """
+    out, start = [], 0
+    layout = Layout.of_text(condition, name if label_prompts else None)
+    entry = jnp.argsort(order).astype(jnp.int32) if label_prompts else None  # of each row
+    for b in buckets:
+      n = b['text'].shape[0]
+      out.append(cls(layout=layout, ids=_entry_ids(name, start + jnp.arange(n)), text=b['text'], text_valid=b['valid'],
+                     classes=entry[start:start + n] if label_prompts else None))
+      start += n
+    return tuple(out)
+
+  def pad_batch(self, multiple: int) -> 'Sequence':
+    """Pads texts with examples without valid tokens, so that every device has equally many.
+
+    A partitioner would move unevenly sharded rows, drawn numbers and all, at every step. Images come in batches that
+    divide, except the last one of an evaluation, and stay as they are.
+    """
+    missing = -self.ids.shape[0] % multiple
+    if not missing or self.pixels is not None:
+      return self
+    pad = lambda x: None if x is None else jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
+    fields = ['ids', 'text', 'positions', 'classes']
+    if self.text_positions is not None and self.text_positions.ndim == 2:  # otherwise those of all examples
+      fields.append('text_positions')
+    valid = jnp.ones(self.text.shape, bool) if self.text_valid is None else self.text_valid
+    return self.replace(text_valid=pad(valid), **{name: pad(getattr(self, name)) for name in fields})
+
+
+def _entry_ids(name: str, rows: jax.Array) -> jax.Array:
+  """Example ids of the entries of a target set: the keys of stochastic depth."""
+  return rows.astype(jnp.uint32) + jnp.uint32(zlib.crc32(name.encode()))
+
+
+@flax.struct.dataclass
+class EmbeddedSequence:
+  """One batch of sequences inside the encoder."""
+  segments: tuple[jax.Array, ...]  # [B, S, D] each
+  valid: tuple[jax.Array | None, ...]  # bool [B, S] per segment, which tokens may serve as keys; None: all
+  readout_positions: jax.Array | None  # int32 [B, M] of the tokens to read ('masked', 'slot')
+  ids: jax.Array  # uint32 [B] example ids: the key of stochastic depth and of token noise
+  layout: Layout = flax.struct.field(pytree_node=False)
+  cache_valid: jax.Array | None = None  # bool [B, W], which words of its cache are decoded
+  # S per segment, also where the encoder has removed `segments`.
   lengths: tuple[Any, ...] = flax.struct.field(pytree_node=False, default=())
 
   def without_segments(self, cache: 'KVCache | None') -> 'EmbeddedSequence':
@@ -133,32 +214,6 @@ class EmbeddedSequence:
     return jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (self.ids.shape[0], length))
 
 
-@flax.struct.dataclass
-class KVCache:
-  """Keys and values of earlier tokens, visible to every token of a sequence.
-
-  Keys and values are ((k, v), …), one pair per layer, in the tree that the encoder collects; with a leading axis of
-  periods where it has one.
-
-  Attributes:
-    fixed: [b, N, P, H], of tokens that no word changes; each row serves B / b consecutive examples of the sequence.
-    words: [B, N, W, H], of decoded words. valid: bool [B, W], which words are decoded.
-    pools: of context routers: {sublayer: [B, D]}; {} without them.
-  """
-  fixed: Any
-  words: Any
-  valid: jax.Array | None
-  pools: Any
-
-  def of_layer(self, subtree: str, block: int) -> 'KVCache':
-    """The cache of one block of the pattern, without `valid`, which is that of all."""
-    return KVCache(self.fixed[subtree][block], self.words[subtree][block], None, self.pools[subtree][block])
-
-  def parts(self, valid: jax.Array) -> list[KeysValues]:
-    """Keys and values of one layer."""
-    return [(*self.fixed, None), (*self.words, valid[:, None, None])]
-
-
 def take_readout(x: jax.Array, readout: str, positions: jax.Array | None) -> jax.Array:
   """Rows of [B, S, …] that a readout reads: [B, R, …]."""
   if readout == 'cls':
@@ -183,6 +238,11 @@ def take_rows(x: jax.Array, rows: slice, shards: int) -> jax.Array:
   return flatten(split_shards(x, shards)[:, rows])
 
 
+def flat_fields(fields: Fields) -> Fields:
+  """Flattens the leading [shards, b] of every field, except the temporal offset, which a batch has once."""
+  return {name: x if name == 'temporal_offset' else flatten(x) for name, x in fields.items()}
+
+
 def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], shards: int):
   """Joins sequences whose key and shapes are equal along the batch, so that they share their products.
 
@@ -190,7 +250,6 @@ def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], s
   joining moves nothing between devices.
 
   Args:
-    sequences: to join.
     keys: one hashable per sequence; sequences join only if keys are equal (router inputs, masks, readout).
     shards: number of shards of the batch axis.
 
@@ -200,12 +259,10 @@ def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], s
   """
   groups: dict[Any, list[int]] = {}
   for i, (s, key) in enumerate(zip(sequences, keys)):
-    shapes = tuple(x.shape[1:] for x in s.segments)
-    padded = tuple(v is not None for v in s.valid)
-    read = None if s.readout_positions is None else s.readout_positions.shape[1:]
+    leaves, structure = jax.tree.flatten(s.replace(layout=None))
     # A batch that does not divide, such as the last images of an evaluation, stays alone.
     divides = s.ids.shape[0] % shards == 0
-    groups.setdefault((key, shapes, padded, read) if divides else i, []).append(i)
+    groups.setdefault((key, structure, *(x.shape[1:] for x in leaves)) if divides else i, []).append(i)
 
   def join(*leaves):
     if len(leaves) == 1:
@@ -220,13 +277,10 @@ def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], s
   def split(results):
     out = [None] * len(sequences)
     for members, result in zip(groups.values(), results, strict=True):
-      if len(members) == 1:
-        out[members[0]] = result
-        continue
       start = 0
       for i in members:
         own = slice(start, start + sequences[i].ids.shape[0] // shards)
-        out[i] = jax.tree.map(lambda x, own=own: take_rows(x, own, shards), result)
+        out[i] = result if len(members) == 1 else jax.tree.map(lambda x, own=own: take_rows(x, own, shards), result)
         start = own.stop
     return tuple(out)
 

@@ -28,26 +28,16 @@ def router_input_name(router_input: routers.RouterInput) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec(ModelConfig, MoeConfig):
-  """The fields of config.model and config.moe, and what follows from tokenizer and plan.
-
-  Attributes:
-    vocab_size: V, rows of the word table.
-    spe_id: word id of the readout, mask, query and slot token.
-    prefix_word: word id of the readout token, embedded as a text of length 1; None: LN(Word[spe]).
-    router_names: embedding table of the router, in order.
-    temperature_groups: groups with a learned scale each.
-    label_prompts: target sets with a learned token per entry, and their sizes.
-    head: classes of the linear head; 0: none.
-    kernels: of a merged model (see `merging`): index of the kernel of each router input. There is no router then, and
-      projections have `num_experts` kernels.
-  """
-  vocab_size: int
-  spe_id: int
-  prefix_word: int | None = None
-  router_names: tuple[str, ...] = ()
-  temperature_groups: tuple[str, ...] = ()
-  label_prompts: tuple[tuple[str, int], ...] = ()
-  head: int = 0
+  """The fields of config.model and config.moe, and what follows from tokenizer and plan."""
+  vocab_size: int  # V, rows of the word table
+  spe_id: int  # word id of the readout, mask, query and slot token
+  prefix_word: int | None = None  # word id of the readout token, embedded as a text of length 1; None: LN(Word[spe])
+  router_names: tuple[str, ...] = ()  # embedding table of the router, in order
+  temperature_groups: tuple[str, ...] = ()  # groups with a learned scale each
+  label_prompts: tuple[tuple[str, int], ...] = ()  # target sets with a learned token per entry, and their sizes
+  head: int = 0  # classes of the linear head; 0: none
+  # Of a merged model (see `merging`): index of the kernel of each router input. There is no router then, and
+  # projections have `num_experts` kernels.
   kernels: tuple[tuple[Any, int], ...] = ()
 
   def __post_init__(self):
@@ -57,13 +47,9 @@ class ModelSpec(ModelConfig, MoeConfig):
   def from_config(
       cls, config: Config, *, router_tasks: tuple[str, ...], temperatures: tuple[str, ...], **derived: Any,
   ) -> 'ModelSpec':
-    """The model of a checked config.
+    """The model of a checked config, with other fields as `derived`.
 
-    Args:
-      config: `Plan.config`.
-      router_tasks: names that a task router has embeddings for, in the order of its table.
-      temperatures: temperature groups.
-      derived: other attributes above.
+    router_tasks: names that a task router has embeddings for, in the order of its table.
     """
     return cls(
         **vars(config.model), **vars(config.moe), temperature_groups=temperatures,
@@ -120,15 +106,10 @@ class Stack:
 
   The tail is the last whole period and what remains after it: the last block computes only the rows that the readout
   needs, and taking it out of a stacked array would copy the stack.
-
-  Attributes:
-    period: sublayers with experts, per block of a period.
-    periods: number of scanned periods.
-    tail: sublayers with experts, per tail block.
   """
-  period: tuple[tuple[str, ...], ...]
-  periods: int
-  tail: tuple[tuple[str, ...], ...]
+  period: tuple[tuple[str, ...], ...]  # sublayers with experts, per block of a period
+  periods: int  # number of scanned periods
+  tail: tuple[tuple[str, ...], ...]  # sublayers with experts, per tail block
 
   @classmethod
   def of(cls, pattern: tuple[tuple[str, ...], ...]) -> 'Stack':

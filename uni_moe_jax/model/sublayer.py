@@ -25,23 +25,14 @@ NOISE_SALTS = {'attention': 0, 'mlp': 1}  # they separate the uses of one (step,
 
 @flax.struct.dataclass
 class Context:
-  """What every block needs beside hidden states.
-
-  Attributes:
-    sequences: without their segments.
-    key: random key of this step, inside a block of this step and layer; None at evaluation.
-    router_inputs: A distinct router inputs of the sequences.
-    readout_only: compute only the rows of the readout in the last block; inside a block, in this one.
-    taps: collect hidden states after each block, and the routing of their tokens.
-    keys: collect keys, values and context pools.
-    mesh: mesh of all of it; None on one device.
-  """
-  sequences: tuple[EmbeddedSequence, ...]
-  key: jax.Array | None
-  router_inputs: tuple[Any, ...] = flax.struct.field(pytree_node=False)
+  """What every block needs beside hidden states."""
+  sequences: tuple[EmbeddedSequence, ...]  # without their segments
+  key: jax.Array | None  # random key of this step, inside a block of this step and layer; None at evaluation
+  router_inputs: tuple[Any, ...] = flax.struct.field(pytree_node=False)  # A distinct ones
+  # Compute only the rows of the readout in the last block; inside a block, in this one.
   readout_only: bool = flax.struct.field(pytree_node=False, default=True)
-  taps: bool = flax.struct.field(pytree_node=False, default=False)
-  keys: bool = flax.struct.field(pytree_node=False, default=False)
+  taps: bool = flax.struct.field(pytree_node=False, default=False)  # collect hidden states and token routing
+  keys: bool = flax.struct.field(pytree_node=False, default=False)  # collect keys, values and context pools
   mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
@@ -57,14 +48,9 @@ def scale_output(projection: Projection, scale: jax.Array, context: Context) -> 
 
 
 class Sublayer(nn.Module):
-  """Base of `Attention` and `Mlp`. Their parameters belong to the block, whose scope they share.
-
-  Attributes:
-    has_experts: whether the projections have experts; otherwise they are dense.
-    mesh: mesh of the parameters; None on one device.
-  """
+  """Base of `Attention` and `Mlp`. Their parameters belong to the block, whose scope they share."""
   spec: ModelSpec
-  has_experts: bool
+  has_experts: bool  # otherwise the projections are dense
   mesh: Mesh | None = None
 
   SUBLAYER = ''  # key of `spec.sublayers`
@@ -102,20 +88,12 @@ class Sublayer(nn.Module):
     if not isinstance(self.router, TokenRouter) or not self.router.context:
       return {}
     full = [i for i, mask in enumerate(sequence.layout.masks) if mask == 'full']
-    return {self.SUBLAYER: self.router.pool(
-        tuple(segments[i] for i in full), tuple(sequence.valid[i] for i in full))}
+    return {self.SUBLAYER: self.router.pool(tuple(segments[i] for i in full), tuple(sequence.valid[i] for i in full))}
 
   def route(
       self, x: jax.Array, merged: MergedRouting | None, condition: Condition, tokens: dict[str, Any],
       pool: dict[str, jax.Array], context: Context) -> Routing:
-    """The routing of one segment.
-
-    Args:
-      x: [B, S, D]. condition: of the segment.
-      merged: see `merge_routing`.
-      tokens: {'ids', 'positions', 'valid', 'groups'}, see `TokenRouter`.
-      pool: of the sequence, see `pool`.
-    """
+    """The routing of one segment [B, S, D]; merged, pool: see the methods above; tokens: see `TokenRouter`."""
     if merged is None:
       return self.router(x, pool.get(self.SUBLAYER), self._noise_key(context), **tokens)
     if not self.has_experts:

@@ -14,22 +14,13 @@ ROOT = 0
 
 @flax.struct.dataclass
 class Trie:
-  """Padded children of every node.
-
-  Attributes:
-    tokens: int32 [nodes, C], token of each child; -1 for padding.
-    children: int32 [nodes, C], node of each child.
-  """
-  tokens: np.ndarray
-  children: np.ndarray
+  """Padded children of every node."""
+  tokens: np.ndarray  # int32 [nodes, C], token of each child; -1 for padding
+  children: np.ndarray  # int32 [nodes, C], node of each child
 
   @classmethod
   def of(cls, answers: Iterable[Sequence[int]]) -> 'Trie':
-    """The tree of token sequences, each with its `eot`.
-
-    Raises:
-      UsageError: there is no answer.
-    """
+    """The tree of token sequences, each with its `eot`; without any, a UsageError."""
     nodes: list[dict[int, int]] = [{}]
     for answer in answers:
       node = ROOT

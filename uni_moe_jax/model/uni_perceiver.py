@@ -1,5 +1,6 @@
 """UniPerceiver: embed → encode → features, for any sequences, task types and target sets."""
 
+import math
 from typing import Any
 
 import flax
@@ -13,78 +14,24 @@ from uni_moe_jax.model.embedders import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
 from uni_moe_jax.model.heads import LinearHead, SimilarityHead
 from uni_moe_jax.model.prompts import prompt_table
-from uni_moe_jax.model.sequences import EmbeddedSequence, KVCache, Layout, join_equal
+from uni_moe_jax.model.sequences import EmbeddedSequence, Layout, Sequence, join_equal
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
+from uni_moe_jax.moe.layers import param
 from uni_moe_jax.parallel import sharding
 
 
 @flax.struct.dataclass
-class Sequence:
-  """One batch of sequences as raw inputs.
-
-  Attributes:
-    layout: static structure.
-    ids: uint32 [B] example ids.
-    pixels: [B, T, H, W, C] uint8 or normalized float, for a visual segment.
-    temporal_offset: int32 scalar.
-    text: int32 [B, S] for a text segment; a two-stream segment holds [words | queries].
-    text_valid: bool [B, S] or None: which tokens are not padding.
-    positions: int32 [B, M] of the tokens to read, counted in the text segment; for 'masked' and 'slot'.
-    text_positions: int32 [S] or [B, S] rows of the position table, or None for the layout's own.
-    kv_cache: cached keys and values, or None.
-    classes: int32 [B], which entry of `layout.label_set` each sequence is.
-  """
-  layout: Layout = flax.struct.field(pytree_node=False)
-  ids: jax.Array
-  pixels: jax.Array | None = None
-  temporal_offset: jax.Array | int = 0
-  text: jax.Array | None = None
-  text_valid: jax.Array | None = None
-  positions: jax.Array | None = None
-  text_positions: jax.Array | None = None
-  kv_cache: KVCache | None = None
-  classes: jax.Array | None = None
-
-  def pad_batch(self, multiple: int) -> 'Sequence':
-    """Pads texts with examples without valid tokens, so that every device has equally many.
-
-    A partitioner would move unevenly sharded rows, drawn numbers and all, at every step. Images come in batches that
-    divide, except the last one of an evaluation, and stay as they are.
-    """
-    missing = -self.ids.shape[0] % multiple
-    if not missing or self.pixels is not None:
-      return self
-    pad = lambda x: None if x is None else jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
-    fields = ['ids', 'text', 'positions', 'classes']
-    if self.text_positions is not None and self.text_positions.ndim == 2:  # otherwise those of all examples
-      fields.append('text_positions')
-    valid = jnp.ones(self.text.shape, bool) if self.text_valid is None else self.text_valid
-    return self.replace(text_valid=pad(valid), **{name: pad(getattr(self, name)) for name in fields})
-
-
-@flax.struct.dataclass
 class Encoded:
-  """Result of `UniPerceiver.encode`.
-
-  Attributes:
-    hidden: the structure of the input with, for each sequence, hidden states [B, R, D] of its readout, or None if it
-      reads nothing.
-    collected: see `Encoder`; sequences are in the order of `jax.tree.leaves`.
-  """
-  hidden: Any
-  collected: Collected
+  """Result of `UniPerceiver.encode`."""
+  hidden: Any  # the structure of the input with hidden states [B, R, D] of each readout, None where it reads nothing
+  collected: Collected  # see `Encoder`; sequences are in the order of `jax.tree.leaves`
 
 
 class UniPerceiver(nn.Module):
-  """The whole model. Methods are called through `apply(…, method=…)`; `init` runs `__call__`.
-
-  Attributes:
-    shards: number of shards of the batch axis ([shards · b] on axis 0).
-    mesh: None on one device.
-  """
+  """The whole model. Methods are called through `apply(…, method=…)`; `init` runs `__call__`."""
   spec: ModelSpec
-  shards: int = 1
+  shards: int = 1  # of the batch axis ([shards · b] on axis 0)
   mesh: Mesh | None = None
 
   def setup(self):
@@ -94,8 +41,8 @@ class UniPerceiver(nn.Module):
     self.similarity = SimilarityHead(spec.width, self.mesh)
     if spec.head:
       self.linear_head = LinearHead(spec.head)
-    init = heads.log_scale_init(spec.temperature_init)
-    self.log_scales = {name: self.param(heads.LOG_SCALE + name, init, ()) for name in spec.temperature_groups}
+    log_scale = nn.initializers.constant(math.log(1 / spec.temperature_init))
+    self.log_scales = {name: param(self, heads.LOG_SCALE + name, log_scale, {}) for name in spec.temperature_groups}
 
   def __call__(self, sequence: Sequence):
     """Uses every parameter; for `init`."""
@@ -109,12 +56,8 @@ class UniPerceiver(nn.Module):
       keys: bool = False) -> Encoded:
     """Encodes sequences of any task types in one pass over the layers.
 
-    Sequences of equal router inputs, prompts, masks and shapes are joined along the batch, unless keys or taps are
-    collected or there is a cache.
-
-    Args:
-      sequences: any pytree of `Sequence`s.
-      key, all_rows, taps, keys: see `Encoder`.
+    Sequences (any pytree of them) of equal router inputs, prompts, masks and shapes are joined along the batch, unless
+    keys or taps are collected or there is a cache. For the options see `Encoder`.
     """
     sequences, structure = jax.tree.flatten(sequences, is_leaf=lambda x: isinstance(x, Sequence))
     embedded, caches = tuple(self._embed(s) for s in sequences), tuple(s.kv_cache for s in sequences)

@@ -19,28 +19,25 @@ from uni_moe_jax.moe.routers import RouterOutput
 class DispatchPlan:
   """The slots of the choices of T = B · S tokens.
 
-  Attributes:
-    slot: int32 [T, K], of a choice; arbitrary where it is not kept.
-    kept: bool [T, K]: neither padding nor over capacity.
-    source: int32 [G], the choice in a slot; -1 in an empty slot.
-    sizes: int32 [E], kept choices of every expert. requested: int32 scalar, choices of unpadded tokens.
-    gates: f32 [T, K].
-    coef: f32 [T, E], the kept gates as coefficients.
-    backend: of the grouped matmul, see `gmm.py`.
-    transport: how tokens reach their experts, see `expert_parallel.py`. On a mesh every device has its own plan, and
-      plans are concatenated on the first axis; `sizes` are [devices, E] then, and `requested` [devices].
-    expert_shards: number of devices over which experts are sharded, if each counts only its own; otherwise 1.
+  On a mesh every device has its own plan, and plans are concatenated on the first axis; `sizes` are [devices, E] then,
+  and `requested` [devices].
   """
-  slot: jax.Array
-  kept: jax.Array
-  source: jax.Array
-  sizes: jax.Array
-  requested: jax.Array
-  gates: jax.Array
-  coef: jax.Array
-  backend: str = flax.struct.field(pytree_node=False)
-  transport: str = flax.struct.field(pytree_node=False, default='local')
+  slot: jax.Array  # int32 [T, K], of a choice; arbitrary where it is not kept
+  kept: jax.Array  # bool [T, K]: neither padding nor over capacity
+  source: jax.Array  # int32 [G], the choice in a slot; -1 in an empty slot
+  sizes: jax.Array  # int32 [E], kept choices of every expert
+  requested: jax.Array  # int32 scalar, choices of unpadded tokens
+  gates: jax.Array  # f32 [T, K]
+  coef: jax.Array  # f32 [T, E], the kept gates as coefficients
+  backend: str = flax.struct.field(pytree_node=False)  # of the grouped matmul, see `gmm.py`
+  transport: str = flax.struct.field(pytree_node=False, default='local')  # see `expert_parallel.py`
+  # Number of devices over which experts are sharded, if each counts only its own; otherwise 1.
   expert_shards: int = flax.struct.field(pytree_node=False, default=1)
+
+  @property
+  def slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(source, slot, kept): where each choice is, for `permute` and `combine`."""
+    return self.source, self.slot, self.kept
 
   @property
   def slots_given(self) -> jax.Array:
@@ -106,87 +103,63 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan
   A token without a kept choice gets 0.
   """
   B, S = x.shape[:2]
-  contracted = x.ndim - 2
-  out = kernel.shape[1 + contracted:]
+  out = kernel.shape[x.ndim - 1:]
   E, width = kernel.shape[0], math.prod(out)
-  operands = x.reshape(B * S, -1), kernel.reshape(E, -1, width), plan.gates
-  y = _through_experts(plan.backend, *operands, plan.source, plan.slot, plan.kept, plan.sizes)
+  y = _through_experts(
+      plan.backend, x.reshape(B * S, -1), kernel.reshape(E, -1, width), plan.gates, plan.slots, plan.sizes)
   y = y + plan.coef.astype(x.dtype) @ bias.reshape(E, width)
   return y.reshape(B, S, *out)
 
 
-def permute(x: jax.Array, plan: DispatchPlan) -> jax.Array:
-  """Tokens [T, D] in the slots of their choices: [G, D]. Empty slots have arbitrary values."""
-  return _permute(x, plan.source, plan.slot, plan.kept)
-
-
-def combine(y: jax.Array, plan: DispatchPlan) -> jax.Array:
-  """Σ_k gate · y over the kept choices of every token: [G, F] → [T, F]."""
-  return _combine(y, plan.gates, plan.source, plan.slot, plan.kept)
-
-
 # Both directions are gathers, in the forward and the backward pass: a scatter of rows is slow on every backend.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _through_experts(backend, x, kernel, gates, source, slot, kept, sizes):
+def _through_experts(backend, x, kernel, gates, slots, sizes):
   """Σ_k gate · x W_e over a token's kept choices: [T, D], [E, D, F] → [T, F].
 
   The gradient of a gate, x W_e · dy, is computed as x · (dy W_eᵀ), whose right side makes dx anyway. So the backward
   pass does not need the outputs of experts, and a rematerialized block does not compute them again.
   """
+  source, slot, kept = slots
   y = gmm.grouped_matmul(_tokens_of_slots(x, source, slot), kernel, sizes, backend)
   return _sum_of_choices(y, slot, kept, gates)
 
 
-def _through_experts_forward(backend, x, kernel, gates, source, slot, kept, sizes):
-  saved = x, kernel, gates, source, slot, kept, sizes
-  return _through_experts(backend, *saved), saved
-
-
 def _through_experts_backward(backend, saved, dy):
-  x, kernel, gates, source, slot, kept, sizes = saved
+  x, kernel, gates, (source, slot, kept), sizes = saved
   rows = (_gates_of_slots(gates, source) * _tokens_of_slots(x, source, slot)).astype(x.dtype)
   dys = jnp.where(source[:, None] >= 0, _tokens_of_slots(dy, source, slot), 0)
   _, pull_back = jax.vjp(lambda rows, kernel: gmm.grouped_matmul(rows, kernel, sizes, backend), rows, kernel)
   dxs, dkernel = pull_back(dys)
-  return _sum_of_choices(dxs, slot, kept, gates), dkernel, _dot_per_choice(dxs, x, slot, kept), None, None, None, None
+  return _sum_of_choices(dxs, slot, kept, gates), dkernel, _dot_per_choice(dxs, x, slot, kept), None, None
 
 
-_through_experts.defvjp(_through_experts_forward, _through_experts_backward)
+_through_experts.defvjp(lambda *operands: (_through_experts(*operands), operands[1:]), _through_experts_backward)
 
 
 @jax.custom_vjp
-def _permute(x, source, slot, kept):
+def permute(x: jax.Array, slots: tuple[jax.Array, ...]) -> jax.Array:
+  """Tokens [T, D] in the slots of their choices (`DispatchPlan.slots`): [G, D]. Empty slots have arbitrary values."""
+  source, slot, _ = slots
   return _tokens_of_slots(x, source, slot)
 
 
-def _permute_forward(x, source, slot, kept):
-  return _permute(x, source, slot, kept), (slot, kept)
-
-
-def _permute_backward(saved, dy):
-  slot, kept = saved
-  return _sum_of_choices(dy, slot, kept, None), None, None, None
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
+permute.defvjp(lambda x, slots: (permute(x, slots), slots[1:]), lambda saved, dy: (_sum_of_choices(dy, *saved), None))
 
 
 @jax.custom_vjp
-def _combine(y, gates, source, slot, kept):
+def combine(y: jax.Array, gates: jax.Array, slots: tuple[jax.Array, ...]) -> jax.Array:
+  """Σ_k gate · y over the kept choices of every token: [G, F] → [T, F]."""
+  _, slot, kept = slots
   return _sum_of_choices(y, slot, kept, gates)
 
 
-def _combine_forward(y, gates, source, slot, kept):
-  return _combine(y, gates, source, slot, kept), (y, gates, source, slot, kept)
-
-
 def _combine_backward(saved, dy):
-  y, gates, source, slot, kept = saved
+  y, gates, (source, slot, kept) = saved
   dys = (_gates_of_slots(gates, source) * _tokens_of_slots(dy, source, slot)).astype(y.dtype)
-  return dys, _dot_per_choice(y, dy, slot, kept), None, None, None
+  return dys, _dot_per_choice(y, dy, slot, kept), None
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+combine.defvjp(lambda *operands: (combine(*operands), operands), _combine_backward)
 
 
 def _tokens_of_slots(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
@@ -209,7 +182,7 @@ def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
   return x.at[rows].get(mode='promise_in_bounds')
 
 
-def _sum_of_choices(y, slot, kept, gates):
+def _sum_of_choices(y, slot, kept, gates=None):
   """Σ_k [gate ·] y[slot_k]; choices that are not kept may be NaN in y and count as 0."""
   total = 0
   for k in range(slot.shape[1]):

@@ -31,6 +31,8 @@ from uni_moe_jax.parallel import sharding
 
 LOCAL, ALL_TO_ALL, ALL_GATHER = 'local', 'all_to_all', 'all_gather'
 _BATCH = P(sharding.BATCH_AXES)
+# x of all devices of this row of the expert axis, concatenated on the first axis.
+_gather_row = functools.partial(jax.lax.all_gather, axis_name='expert', tiled=True)
 
 
 def route(logits: jax.Array, top_k: int, mesh: Mesh | None) -> RouterOutput:
@@ -106,7 +108,7 @@ def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: Dispatch
   """`dispatch.project` with experts on all devices of the row, kernel [E / devices, *in, *out]."""
   B, S = x.shape[:2]
   experts, out = kernel.shape[0], bias.shape[1:]
-  rows = dispatch.permute(x.reshape(B * S, -1), plan)
+  rows = dispatch.permute(x.reshape(B * S, -1), plan.slots)
   D, exchange = rows.shape[1], functools.partial(jax.lax.all_to_all, axis_name='expert', split_axis=0, concat_axis=0)
   # [devices, own experts, slots, D]
   rows = exchange(rows.reshape(-1, experts, rows.shape[0] // plan.sizes.shape[0], D))
@@ -115,12 +117,7 @@ def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: Dispatch
   y = gmm.grouped_matmul(rows, kernel.reshape(experts, D, -1), plan.sizes, 'batched')
   y = y.reshape(experts, n, slots, -1) + bias.reshape(experts, 1, 1, -1)
   y = exchange(y.transpose(1, 0, 2, 3))
-  return dispatch.combine(y.reshape(-1, y.shape[-1]), plan).reshape(B, S, *out)
-
-
-def _gather_row(x: jax.Array) -> jax.Array:
-  """x of all devices of this row of the expert axis, concatenated on the first axis."""
-  return jax.lax.all_gather(x, 'expert', tiled=True)
+  return dispatch.combine(y.reshape(-1, y.shape[-1]), plan.gates, plan.slots).reshape(B, S, *out)
 
 
 def _pad_batch(x: jax.Array, mesh: Mesh) -> jax.Array:

@@ -23,7 +23,6 @@ def choose_backend(backend: str, capacity: bool, platform: str | None = None) ->
   """Resolves 'auto' to the fastest backend, and 'xla' to the fastest without custom kernels.
 
   Args:
-    backend: one of `BACKENDS`, 'auto' or 'xla'.
     capacity: whether groups are bounded. Without a bound, each of the equal groups would need slots for every token.
     platform: 'cpu', 'gpu' or 'tpu'; by default that of the first device.
   """
@@ -78,11 +77,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
 
 
 def _tile(rows: int, groups: int) -> int:
-  """Rows of a product on CPU.
-
-  At most as many as a group has on average, since half of a group's last product is wasted; small tiles read the kernel
-  more often.
-  """
+  """Rows of a product on CPU, at most as many as a group has on average: half of its last product is wasted."""
   try:
     return next((tile for tile in _TILES if tile * groups <= rows), _TILES[-1])
   except jax.errors.InconclusiveDimensionOperation:  # an exported program with a symbolic batch
@@ -111,10 +106,6 @@ def _tiled(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
   return _products(x, kernel, sizes, 0)
 
 
-def _tiled_forward(x, kernel, sizes):
-  return _tiled(x, kernel, sizes), (x, kernel, sizes)
-
-
 def _tiled_backward(saved, dy):
   """dx by the transposed kernels; the gradient of a group's kernel is the sum over its tiles of x^T dy."""
   x, kernel, sizes = saved
@@ -135,4 +126,4 @@ def _tiled_backward(saved, dy):
   return _products(dy, kernel, sizes, 1), dkernel, None
 
 
-_tiled.defvjp(_tiled_forward, _tiled_backward)
+_tiled.defvjp(lambda *operands: (_tiled(*operands), operands), _tiled_backward)

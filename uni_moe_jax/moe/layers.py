@@ -30,10 +30,6 @@ def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
   return jnp.tensordot(coef, kernel, axes=1)
 
 
-def _merge_forward(kernel, coef):
-  return merge(kernel, coef), (kernel, coef)
-
-
 def _merge_backward(saved, d):
   """Contracts with E first; JAX's own rule would transpose all kernels and all of their gradients."""
   kernel, coef = saved
@@ -42,7 +38,12 @@ def _merge_backward(saved, d):
   return jnp.tensordot(coef.T, d, axes=1).astype(kernel.dtype), dcoef.astype(coef.dtype)
 
 
-merge.defvjp(_merge_forward, _merge_backward)
+merge.defvjp(lambda kernel, coef: (merge(kernel, coef), (kernel, coef)), _merge_backward)
+
+
+def param(module: nn.Module, name: str, init: Callable, axes: dict[str, int]) -> jax.Array:
+  """Declares a parameter of a module with axes {logical name: size}."""
+  return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(axes.values()))
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
@@ -75,14 +76,12 @@ def mimetic_query_key(init: Callable) -> Callable:
 class Projection:
   """A linear projection that is ready to multiply.
 
-  Attributes:
-    kernel, bias: [A, *in, *out], [A, *out], of A conditions; or of all E experts, for dispatch.
-    in_axes, out_axes: logical names of the contracted and of the resulting axes.
+  Its first axis is that of A conditions, or of all E experts, for dispatch.
   """
-  kernel: jax.Array
-  bias: jax.Array
-  in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  kernel: jax.Array  # [A, *in, *out]
+  bias: jax.Array  # [A, *out]
+  in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
+  out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
@@ -100,20 +99,12 @@ class Projection:
 
 
 class MoeDense(nn.Module):
-  """Kernel and bias of a linear projection, with E experts or dense.
-
-  Attributes:
-    in_axes, out_axes: (logical name, size) of the contracted and of the resulting axes.
-    kernel_init: initializer of the kernel.
-    num_experts: E, or 0 for a dense projection.
-    dtype: of the kernels that are returned, that is of the product.
-    mesh: mesh of the kernels; None on one device.
-  """
-  in_axes: tuple[tuple[str, int], ...]
-  out_axes: tuple[tuple[str, int], ...]
+  """Kernel and bias of a linear projection, with E experts or dense."""
+  in_axes: tuple[tuple[str, int], ...]  # (logical name, size) of the contracted axes
+  out_axes: tuple[tuple[str, int], ...]  # and of the resulting ones
   kernel_init: Callable
-  num_experts: int
-  dtype: jnp.dtype
+  num_experts: int  # E, or 0 for a dense projection
+  dtype: jnp.dtype  # of the kernels that are returned, that is of the product
   mesh: Mesh | None = None
 
   @nn.compact
@@ -122,27 +113,23 @@ class MoeDense(nn.Module):
 
     Without a routing, or with nothing to merge, it has the E kernels as they are, or the dense one.
     """
-    (in_names, in_shape), (out_names, out_shape) = zip(*self.in_axes), zip(*self.out_axes)
-    lead, lead_names = ((self.num_experts,), ('experts',)) if self.num_experts else ((), ())
-    kernel = self.param(
-        'kernel', nn.with_logical_partitioning(self.kernel_init, lead_names + in_names + out_names),
-        lead + in_shape + out_shape)
-    bias = self.param(
-        'bias', nn.with_logical_partitioning(nn.initializers.zeros, lead_names + out_names), lead + out_shape)
+    in_axes, out_axes = dict(self.in_axes), dict(self.out_axes)
+    experts = {'experts': self.num_experts} if self.num_experts else {}
+    kernel = param(self, 'kernel', self.kernel_init, experts | in_axes | out_axes)
+    bias = param(self, 'bias', nn.initializers.zeros, experts | out_axes)
     merges = self.num_experts and routing is not None and routing.coef is not None
     if merges:
       kernel, bias = merge(kernel, routing.coef), merge(bias, routing.coef)
     elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
     # Kernels of conditions are on every device, experts where they are sharded.
-    first = ('experts',) if self.num_experts and not merges else (None,)
-    as_used = lambda x, names: sharding.as_used(x.astype(self.dtype), first + names, self.mesh)
-    return Projection(as_used(kernel, in_names + out_names), as_used(bias, out_names), in_names, out_names)
+    first = 'experts' if self.num_experts and not merges else None
+    as_used = lambda x, names: sharding.as_used(x.astype(self.dtype), (first, *names), self.mesh)
+    return Projection(
+        as_used(kernel, (*in_axes, *out_axes)), as_used(bias, tuple(out_axes)), tuple(in_axes), tuple(out_axes))
 
 
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
   """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out]."""
-  contracted = x.ndim - 2
-  axes = (tuple(range(2, x.ndim)), tuple(range(contracted)))
-  y = jnp.tensordot(x, kernel, axes=axes)
+  y = jnp.tensordot(x, kernel, axes=(tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))))
   return y + bias.reshape((1, 1) + bias.shape)

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.moe.layers import layer_norm
+from uni_moe_jax.moe.layers import layer_norm, param
 from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
 from uni_moe_jax.tasks.router_names import CONDITION_ROUTERS, DENSE, DISPATCHED
 from uni_moe_jax.utils.errors import UsageError
@@ -25,16 +25,10 @@ RouterInput = Hashable  # the part of a condition that a router reads: attribute
 
 @flax.struct.dataclass
 class RouterOutput:
-  """The experts that a router selected, per condition [A] or per token [B, S].
-
-  Attributes:
-    logits: [..., E] f32, noise included.
-    expert: [..., K] int32, best first.
-    gates: [..., K] f32, summing to 1.
-  """
-  logits: jax.Array
-  expert: jax.Array
-  gates: jax.Array
+  """The experts that a router selected, per condition [A] or per token [B, S]."""
+  logits: jax.Array  # [..., E] f32, noise included
+  expert: jax.Array  # [..., K] int32, best first
+  gates: jax.Array  # [..., K] f32, summing to 1
 
   @property
   def coef(self) -> jax.Array:
@@ -100,16 +94,14 @@ def input_noise(key: jax.Array, inputs: tuple[RouterInput, ...], num_experts: in
 
 
 class AttributeEmbedding(nn.Module):
-  """LN(W_a bits + c): [A, D] from A vectors of eight bits."""
+  """W_a bits + c: [A, D] from A vectors of eight bits."""
   width: int
   names: tuple[str, ...]
 
   @nn.compact
   def __call__(self, inputs: tuple[RouterInput, ...]) -> jax.Array:
-    kernel = self.param(
-        'kernel', nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ('attribute', 'embed')),
-        (NUM_ATTRIBUTES, self.width))
-    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (self.width,))
+    kernel = param(self, 'kernel', nn.initializers.xavier_uniform(), {'attribute': NUM_ATTRIBUTES, 'embed': self.width})
+    bias = param(self, 'bias', nn.initializers.zeros, {'embed': self.width})
     return jnp.asarray(inputs, jnp.float32) @ kernel + bias[None]
 
 
@@ -125,9 +117,8 @@ class NameEmbedding(nn.Module):
       raise UsageError(
           f'the router has no embedding for {missing[0]!r}, only for {", ".join(self.names)}. A task type that was '
           'added after training needs attribute or modality routing, or a dense model.')
-    table = self.param(
-        'embedding', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('router_table', 'embed')),
-        (len(self.names), self.width))
+    table = param(
+        self, 'embedding', nn.initializers.normal(0.02), {'router_table': len(self.names), 'embed': self.width})
     return table[jnp.asarray([self.names.index(x) for x in inputs])]
 
 
@@ -156,31 +147,21 @@ def table_names(router: str, router_tasks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class ConditionRouter(nn.Module):
-  """LN(embed(input)) → gate → top K. Each sublayer of each block has its own.
-
-  Attributes:
-    router: key of `CONDITION_ROUTERS`.
-    width: D. num_experts: E. top_k: K.
-    noise_std: standard deviation of the training noise times E.
-    names: names of the embedding table (task and modality routers).
-  """
-  router: str
+  """LN(embed(input)) → gate → top K. Each sublayer of each block has its own."""
+  router: str  # key of `CONDITION_ROUTERS`
   width: int
   num_experts: int
   top_k: int
-  noise_std: float
-  names: tuple[str, ...] = ()
+  noise_std: float  # standard deviation of the training noise times E
+  names: tuple[str, ...] = ()  # of the embedding table (task and modality routers)
 
   @nn.compact
   def __call__(self, inputs: tuple[RouterInput, ...], noise_key: jax.Array | None) -> RouterOutput:
     """Routes A router inputs; without a noise key (evaluation) there is no noise."""
     embedding = NameEmbedding if CONDITION_ROUTERS[self.router].names else AttributeEmbedding
-    h = embedding(self.width, self.names, name='embed')(inputs)
-    h = layer_norm('norm')(h)
-    gate = self.param(
-        'gate', nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ('embed', 'gate_experts')),
-        (self.width, self.num_experts))
-    logits = h @ gate
+    h = layer_norm('norm')(embedding(self.width, self.names, name='embed')(inputs))
+    axes = {'embed': self.width, 'gate_experts': self.num_experts}
+    logits = h @ param(self, 'gate', nn.initializers.xavier_uniform(), axes)
     if noise_key is not None and self.noise_std > 0:
       logits = logits + input_noise(noise_key, inputs, self.num_experts, self.noise_std)
     return route(logits, self.top_k)

@@ -18,16 +18,10 @@ from uni_moe_jax.moe.usage import Usage
 
 @flax.struct.dataclass
 class MergedRouting:
-  """All tokens through one kernel of a projection, merged from its experts or dense.
-
-  Attributes:
-    output: of the condition router for A conditions; None where nothing is left to merge.
-    coef: f32 [A, E], its coefficients, by which `MoeDense` merges experts; or None.
-    kernel: which kernel of the projection, 0 … A - 1.
-  """
-  output: RouterOutput | None = None
-  coef: jax.Array | None = None
-  kernel: int = flax.struct.field(pytree_node=False, default=0)
+  """All tokens through one kernel of a projection, merged from its experts or dense."""
+  output: RouterOutput | None = None  # of the condition router for A conditions; None where nothing is left to merge
+  coef: jax.Array | None = None  # f32 [A, E], its coefficients, by which `MoeDense` merges experts
+  kernel: int = flax.struct.field(pytree_node=False, default=0)  # which kernel of the projection, 0 … A - 1
 
   @classmethod
   def of(cls, output: RouterOutput) -> 'MergedRouting':
@@ -45,20 +39,12 @@ class MergedRouting:
 
 @flax.struct.dataclass
 class DispatchRouting:
-  """Every token to its own K experts. All projections of a sublayer share the choices and their slots.
-
-  Attributes:
-    output: of the token router, [B, S, …].
-    valid: bool [B, S], None where nothing is padded.
-    plan: slots of the choices.
-    usage: what `apply` returns; count it once, not once per projection.
-    capacity_factor, backend, mesh: see `expert_parallel.make_plan`.
-  """
-  output: RouterOutput
-  valid: jax.Array | None
+  """Every token to its own K experts. All projections of a sublayer share the choices and their slots."""
+  output: RouterOutput  # of the token router, [B, S, …]
+  valid: jax.Array | None  # bool [B, S], None where nothing is padded
   plan: DispatchPlan
-  usage: Usage
-  capacity_factor: float = flax.struct.field(pytree_node=False)
+  usage: Usage  # what `apply` returns; count it once, not once per projection
+  capacity_factor: float = flax.struct.field(pytree_node=False)  # as the next two, see `expert_parallel.make_plan`
   backend: str = flax.struct.field(pytree_node=False)
   mesh: Mesh | None = flax.struct.field(pytree_node=False)
 
@@ -74,10 +60,7 @@ class DispatchRouting:
     return expert_parallel.project(x, projection, self.plan, self.mesh), self.usage
 
   def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'DispatchRouting':
-    """The routing of some rows of the segment: the same choices, dispatched a second time.
-
-    rows: takes them from any array [B, S, …].
-    """
+    """The routing of some rows, which `rows` takes from any [B, S, …]: the same choices, dispatched a second time."""
     output = jax.tree.map(rows, self.output)
     valid = None if self.valid is None else rows(self.valid)
     plan = expert_parallel.make_plan(output, valid, 1, self.capacity_factor, self.backend, self.mesh)

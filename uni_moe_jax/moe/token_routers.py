@@ -10,18 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from uni_moe_jax.moe import expert_parallel
+from uni_moe_jax.moe.layers import param
 from uni_moe_jax.moe.routing import DispatchRouting
 
 _QUERY_STD = 0.02
 
 
 def token_noise(key: jax.Array, ids: jax.Array, positions: jax.Array, num_experts: int, noise_std: float) -> jax.Array:
-  """[B, S, E] f32, N(0, (noise_std / E)²): one draw per example and position.
-
-  Args:
-    key: of the step, the layer and the router.
-    ids: uint32 [B] example ids. positions: int32 [B, S], of the token in its sequence.
-  """
+  """[B, S, E] f32, N(0, (noise_std / E)²): one draw per example id uint32 [B] and position in its sequence [B, S]."""
   def draw(example, position):
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, example), position), (num_experts,))
   draws = jax.vmap(jax.vmap(draw, (None, 0)))(ids, positions)
@@ -29,39 +25,25 @@ def token_noise(key: jax.Array, ids: jax.Array, positions: jax.Array, num_expert
 
 
 class TokenRouter(nn.Module):
-  """Routes every token of a segment. Each sublayer of each block has its own.
-
-  Attributes:
-    context: also read the pool. width: D. num_experts: E. top_k: K. noise_std: as in `ConditionRouter`.
-    capacity_factor: of training; 0 for exact routing. Evaluation is exact: capacity is a means of training.
-    backend: of the grouped matmul, see `gmm.py`.
-    mesh: mesh of the tokens; None on one device.
-  """
-  context: bool
+  """Routes every token of a segment. Each sublayer of each block has its own."""
+  context: bool  # also read the pool
   width: int
   num_experts: int
   top_k: int
-  noise_std: float
-  capacity_factor: float = 0.0
-  backend: str = 'auto'
+  noise_std: float  # as in `ConditionRouter`
+  capacity_factor: float = 0.0  # of training, 0: exact routing. Evaluation is exact: capacity is a means of training.
+  backend: str = 'auto'  # of the grouped matmul, see `gmm.py`
   mesh: Mesh | None = None
 
   def setup(self):
-    gate = lambda name: self.param(
-        name, nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ('embed', 'gate_experts')),
-        (self.width, self.num_experts))
-    self.gate = gate('gate')
+    axes, init = {'embed': self.width, 'gate_experts': self.num_experts}, nn.initializers.xavier_uniform()
+    self.gate = param(self, 'gate', init, axes)
     if self.context:
-      self.context_gate = gate('context_gate')
-      self.query = self.param(
-          'query', nn.with_logical_partitioning(nn.initializers.normal(_QUERY_STD), ('embed',)), (self.width,))
+      self.context_gate = param(self, 'context_gate', init, axes)
+      self.query = param(self, 'query', nn.initializers.normal(_QUERY_STD), {'embed': self.width})
 
   def pool(self, segments: tuple[jax.Array, ...], valid: tuple[jax.Array | None, ...]) -> jax.Array:
-    """f32 [B, D]: Σ softmax(query · x) x over the unpadded tokens of all segments together.
-
-    Args:
-      segments: [B, S, D] each. valid: bool [B, S] per segment, None where nothing is padded.
-    """
+    """f32 [B, D]: Σ softmax(query · x) x over the tokens of all segments [B, S, D] that are valid (None: all)."""
     segments = [x.astype(jnp.float32) for x in segments]
     # Not -inf: examples that only pad the batch have no valid token, and would be NaN.
     lowest = jnp.finfo(jnp.float32).min
@@ -76,12 +58,10 @@ class TokenRouter(nn.Module):
   def __call__(
       self, x: jax.Array, pool: jax.Array | None, noise_key: jax.Array | None, ids: jax.Array, positions: jax.Array,
       valid: jax.Array | None = None, groups: int = 1) -> DispatchRouting:
-    """Routes the tokens of a segment.
+    """Routes the tokens x [B, S, D] of a segment. Without a noise key (evaluation) there is no noise and no capacity.
 
     Args:
-      noise_key: None at evaluation, which has neither noise nor capacity.
-      x: [B, S, D]. pool: [B, D], for a context router. ids, positions: see `token_noise`.
-      valid, groups: see `dispatch.make_plan`.
+      pool: [B, D], for a context router. ids, positions: see `token_noise`. valid, groups: see `dispatch.make_plan`.
     """
     logits = x.astype(jnp.float32) @ self.gate
     if self.context:

@@ -14,22 +14,16 @@ from uni_moe_jax.moe.routers import RouterOutput, entropy
 class Usage:
   """Sums over the unpadded tokens of one router, which add up; `stack` adds an axis A of conditions.
 
-  Attributes:
-    tokens: f32 [A], number of tokens.
-    chosen: f32 [A, E], choices of every expert.
-    requested: f32 [A], slots that dispatches requested. kept: f32 [A, E], slots that they gave. The last block
-      dispatches the rows of its readout a second time.
-    probability: f32 [A, E], of the softmax over all experts. importance: f32 [A, E], of the gates.
-    z: f32 [A], of logsumexp(logits)². entropies: f32 [A], of the gates, in nats.
+  The last block dispatches the rows of its readout a second time, so that it requests more slots than tokens choose.
   """
-  tokens: jax.Array
-  chosen: jax.Array
-  requested: jax.Array
-  kept: jax.Array
-  probability: jax.Array
-  importance: jax.Array
-  z: jax.Array
-  entropies: jax.Array
+  tokens: jax.Array  # f32 [A], number of tokens
+  chosen: jax.Array  # f32 [A, E], choices of every expert
+  requested: jax.Array  # f32 [A], slots that dispatches requested
+  kept: jax.Array  # f32 [A, E], slots that they gave
+  probability: jax.Array  # f32 [A, E], of the softmax over all experts
+  importance: jax.Array  # f32 [A, E], of the gates
+  z: jax.Array  # f32 [A], of logsumexp(logits)²
+  entropies: jax.Array  # f32 [A], of the gates, in nats
 
   @classmethod
   def zero(cls, num_experts: int) -> 'Usage':

@@ -16,17 +16,7 @@ Bits = tuple[int, int, int, int, int, int, int, int]
 
 
 def bits(task_bits: tuple[int, int, int, int], *, modality: str, side: str, causal: bool) -> Bits:
-  """Attribute bits of the tokens of one segment.
-
-  Args:
-    task_bits: bits 0-3, see `task_bits`.
-    modality: of the token itself, 'visual' or 'text' (bits 4, 5).
-    side: 'input' or 'target' (bit 6).
-    causal: whether the token is under a causal mask (bit 7).
-
-  Returns:
-    A tuple of eight 0/1 integers.
-  """
+  """Attribute bits of a segment's tokens: of their task, then their own. side: 'input' or 'target'."""
   visual = int(modality == 'visual')
   return (*task_bits, visual, 1 - visual, int(side == 'target'), int(causal))
 
@@ -48,16 +38,10 @@ def to_string(row: Bits) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-  """The input of data-independent routers; one per array of a sequence.
-
-  Attributes:
-    bits: the eight attribute bits (attribute routing).
-    task: name that the task router embeds: of task types or of target sets.
-    modality: 'visual' or 'text' (modality routing).
-  """
-  bits: Bits
-  task: str
-  modality: str
+  """The input of data-independent routers; one per array of a sequence."""
+  bits: Bits  # attribute routing
+  task: str  # name that the task router embeds: of task types or of target sets
+  modality: str  # 'visual' or 'text' (modality routing)
 
   @property
   def is_target(self) -> bool:

@@ -13,14 +13,10 @@ DENSE = 'dense'  # no experts
 
 @dataclasses.dataclass(frozen=True)
 class ConditionInput:
-  """What a condition router embeds.
-
-  Attributes:
-    read: the part of a condition that the router sees: its attribute bits, or a name.
-    names: rows of the embedding table of names, in order, given the names of task types and target families; None: the
-      router projects attribute bits.
-  """
-  read: Callable[[Condition], Hashable]
+  """What a condition router embeds."""
+  read: Callable[[Condition], Hashable]  # the part of a condition that the router sees: its attribute bits, or a name
+  # Rows of the embedding table of names, in order, given the names of task types and target families; None: the router
+  # projects attribute bits.
   names: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None
 
 

@@ -19,35 +19,23 @@ READOUTS = ('cls', 'masked', 'queries', 'slot')
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A run of tokens with one modality and one mask; one array in the encoder.
-
-  Attributes:
-    modality: 'visual' or 'text'.
-    mask: 'full' (attends to every token of every full segment) or 'two_stream' (a caption, [words | queries]: word i
-      attends to full segments and words <= i; query i to full segments, words < i and itself).
-  """
-  modality: str
-  mask: str = 'full'
+  """A run of tokens with one modality and one mask; one array in the encoder."""
+  modality: str  # 'visual' or 'text'
+  mask: str = 'full'  # or 'two_stream', a caption; see `model/masks.py`
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskType:
-  """One row of the table of task types.
-
-  Attributes:
-    name: key of the row.
-    inputs: input segments in order. The readout token `spe` is token 0 of the first.
-    target: a target family ('names', 'words' or one of `config.target_families`), or 'pair': the sample's own text,
-      encoded as target, against the texts of the batch.
-    readout: hidden states that are matched with targets. 'cls': token 0; 'masked': given positions of the text segment;
-      'queries': the second half of the two-stream segment; 'slot': one given position per sample.
-    router_task: name that the task router embeds.
-  """
-  name: str
-  inputs: tuple[Segment, ...]
+  """One row of the table of task types."""
+  name: str  # key of the row
+  inputs: tuple[Segment, ...]  # in order; the readout token `spe` is token 0 of the first
+  # A target family ('names', 'words' or one of `config.target_families`), or 'pair': the sample's own text, encoded as
+  # target, against the texts of the batch.
   target: str
+  # Hidden states that are matched with targets. 'cls': token 0; 'masked': given positions of the text segment;
+  # 'queries': the second half of the two-stream segment; 'slot': one given position per sample.
   readout: str
-  router_task: str
+  router_task: str  # name that the task router embeds
 
   @property
   def task_bits(self) -> tuple[int, int, int, int]:
@@ -78,7 +66,6 @@ class TaskType:
 
   @property
   def text_index(self) -> int | None:
-    """Index of the (only) text segment."""
     return next((i for i, s in enumerate(self.inputs) if s.modality == 'text'), None)
 
   @property
@@ -134,28 +121,24 @@ def check_task_type(t: TaskType, known_families: dict[str, Condition]) -> None:
 
   if not t.inputs:
     fail(' has no input segment; give at least one.')
-  if t.readout not in READOUTS:
-    fail(f': readout {t.readout!r} is not one of {READOUTS}.')
-  for s in t.inputs:
-    if s.modality not in MODALITIES:
-      fail(f': modality {s.modality!r} is not one of {MODALITIES}.')
-    if s.mask not in MASKS:
-      fail(f': mask {s.mask!r} is not one of {MASKS}.')
-    if s.mask == 'two_stream' and s.modality != 'text':
-      fail(f": mask 'two_stream' is for words; a {s.modality} segment must have mask 'full'.")
-  if sum(s.modality == 'text' for s in t.inputs) > 1:
-    fail(' has two text segments; join them by a template into one.')
-  if t.inputs[0].mask != 'full':
-    fail(": the first segment contains the readout token and must have mask 'full'.")
-  if t.readout == 'queries' and not t.two_stream:
-    fail(": readout 'queries' needs a segment with mask 'two_stream'.")
-  if t.readout in ('masked', 'slot') and t.text_index is None:
-    fail(f': readout {t.readout!r} needs a text segment.')
-  if t.readout in ('masked', 'slot') and t.two_stream:
-    fail(f": readout {t.readout!r} needs a text segment with mask 'full'; a two-stream segment is read at its queries.")
+  reads_text = t.readout in ('masked', 'slot')
+  for malformed, message in (
+      (t.readout not in READOUTS, f': readout {t.readout!r} is not one of {READOUTS}.'),
+      *(error for s in t.inputs for error in (
+          (s.modality not in MODALITIES, f': modality {s.modality!r} is not one of {MODALITIES}.'),
+          (s.mask not in MASKS, f': mask {s.mask!r} is not one of {MASKS}.'),
+          (s.mask == 'two_stream' and s.modality != 'text',
+           f": mask 'two_stream' is for words; a {s.modality} segment must have mask 'full'."))),
+      (sum(s.modality == 'text' for s in t.inputs) > 1, ' has two text segments; join them by a template into one.'),
+      (t.inputs[0].mask != 'full', ": the first segment contains the readout token and must have mask 'full'."),
+      (t.readout == 'queries' and not t.two_stream, ": readout 'queries' needs a segment with mask 'two_stream'."),
+      (reads_text and t.text_index is None, f': readout {t.readout!r} needs a text segment.'),
+      (reads_text and t.two_stream, f": readout {t.readout!r} needs a text segment with mask 'full'; a two-stream "
+                                    'segment is read at its queries.'),
+      (t.target == 'pair' and t.readout != 'cls', f": target 'pair' needs readout 'cls', not {t.readout!r}.")):
+    if malformed:
+      fail(message)
   if t.target == 'pair':
-    if t.readout != 'cls':
-      fail(f": target 'pair' needs readout 'cls', not {t.readout!r}.")
     return
   if t.target not in known_families:
     fail(f': target family {t.target!r} is not declared; {nearest(t.target, [*known_families, "pair"])}.')

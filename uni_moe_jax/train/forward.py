@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from uni_moe_jax.config.plan import Plan, TaskSpec
-from uni_moe_jax.model import batching, heads
+from uni_moe_jax.model import heads
 from uni_moe_jax.model.encoder import Collected
-from uni_moe_jax.model.sequences import flatten, take_rows
-from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.model.sequences import Sequence, flat_fields, flatten, take_rows
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import losses
 from uni_moe_jax.train.losses import SampledVocabulary, Tally
@@ -91,17 +91,17 @@ def step_inputs(spec: StepSpec, batch: Batch, target_sets: TargetSets, sampled: 
   inputs, pairs, sets = {}, {}, {}
   for group, tasks in spec.plan.groups.items():
     if group in batch:
-      task_type, fields = tasks[0].type, batching.flat_fields(batch[group])
-      inputs[group] = batching.input_sequence(task_type, fields)
+      task_type, fields = tasks[0].type, flat_fields(batch[group])
+      inputs[group] = Sequence.of_inputs(task_type, fields)
       if task_type.target == 'pair':
-        pairs[group] = batching.pair_sequence(task_type, fields)
+        pairs[group] = Sequence.of_pairs(task_type, fields)
   for s in spec.plan.sets:
     if s.name in target_sets and s.is_vocabulary:
       ids = sampled[s.name].ids if s.name in sampled else jnp.arange(spec.vocab_size, dtype=jnp.int32)
-      sets[s.name] = (batching.vocabulary_sequence(s.name, s.condition, ids, spec.eot),)
+      sets[s.name] = (Sequence.of_words(s.name, s.condition, ids, spec.eot),)
     elif s.name in target_sets:
       arrays = target_sets[s.name]
-      sets[s.name] = batching.set_sequences(s.name, s.condition, arrays['buckets'], arrays['order'], s.label_prompts)
+      sets[s.name] = Sequence.of_buckets(s.name, s.condition, arrays['buckets'], arrays['order'], s.label_prompts)
   return StepInputs(inputs, pairs, sets)
 
 

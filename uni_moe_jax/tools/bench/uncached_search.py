@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import Layout
-from uni_moe_jax.model.uni_perceiver import Sequence, UniPerceiver
+from uni_moe_jax.model.sequences import Layout, Sequence
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks.task_types import TaskType
 
 LogProbs = Callable[[np.ndarray, np.ndarray, int], np.ndarray]

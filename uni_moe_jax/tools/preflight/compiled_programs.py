@@ -15,7 +15,7 @@ from uni_moe_jax.config.plan import TaskSpec, make_plan
 from uni_moe_jax.data.pipeline.declared_data import DeclaredData
 from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS
 from uni_moe_jax.eval import predictor
-from uni_moe_jax.model import batching
+from uni_moe_jax.model import sequences
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tools.preflight import cost, hlo, libtpu_plan
 from uni_moe_jax.tools.preflight.topology import Topology
@@ -135,7 +135,7 @@ def evaluated(run: Run) -> tuple[str, int, Any]:
   task = max(tasks, key=lambda t: _num_tokens(run, t))
   fields = {k: jax.ShapeDtypeStruct((task.batch_size, *shape), dtype)
             for k, (shape, dtype) in _field_shapes(run, task, training=False).items() if k in predictor.INPUTS}
-  inputs = jax.eval_shape(lambda f: batching.input_sequence(task.type, f), fields)
+  inputs = jax.eval_shape(lambda f: sequences.Sequence.of_inputs(task.type, f), fields)
   encoded = [(_num_tokens(run, task), task.type.name, task.batch_size, inputs)]
   specs = {s.name: s for s in (*run.plan.sets, *run.plan.probe_sets)}
   for name in sorted({t.target_set for t in tasks if t.target_set}):
