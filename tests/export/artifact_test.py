@@ -23,8 +23,7 @@ from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs, torch_file, torch_layout
 from uni_moe_jax.model import decoding
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.initialization import param_shapes
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.train import checkpoint, loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib

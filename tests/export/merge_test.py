@@ -10,8 +10,7 @@ import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.export import merge
-from uni_moe_jax.model.initialization import param_shapes
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.tasks.task_types import TASK_TYPES, families
 from uni_moe_jax.utils.tree_paths import by_path
 

@@ -12,9 +12,8 @@ from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.export import programs
 from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model import decoding, heads
-from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.sequences import Sequence
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.utils.tree_paths import by_path
 
 _RNG = np.random.default_rng(0)

@@ -105,3 +105,14 @@ def encode(model_spec: ModelSpec, sequences, *, values=None, shards: int = 1, **
     return jax.tree.map(model.features, encoded.hidden), encoded.collected
   values = params(model_spec) if values is None else values
   return UniPerceiver(model_spec, shards).apply({'params': values}, method=run)
+
+
+@functools.cache
+def forward(model_spec: ModelSpec, **options):
+  """(parameters, sequences, key or None) → what `encode` returns, compiled; for the options see `encode`."""
+  return jit(lambda values, sequences, key: encode(model_spec, sequences, values=values, key=key, **options))
+
+
+def run(model_spec: ModelSpec, sequences, key=None, *, values=None, **options):
+  """What `encode` returns for these sequences, compiled."""
+  return forward(model_spec, **options)(params(model_spec) if values is None else values, tuple(sequences), key)

@@ -1,4 +1,4 @@
-"""Beam search: equal to a search without caches; ends, length penalty and answer trie."""
+"""Greedy and beam search: equal to the two-stream forward of training; ends, length penalty and answer trie."""
 
 import functools
 
@@ -18,10 +18,11 @@ from uni_moe_jax.tools.bench import uncached_search
 _SPEC = small_model.spec()
 _VIDEOS = small_model.spec(frame_differences=True)  # captions videos of two frames, the others images
 _PROMPTED = small_model.spec(num_deep_prompts=2, num_prefix_prompts=3, prompt_sharing='separate', spe_bias=True)
-_TOKEN, _CONTEXT, _TASK = (small_model.spec(router) for router in ('token', 'context', 'task'))
-_B, _K, _N, _V = 3, 3, 4, small_model.VOCABULARY
+_DEEP = small_model.spec(num_deep_prompts=2, spe_bias=True)
+_DENSE, _TOKEN, _CONTEXT, _TASK = (small_model.spec(router) for router in ('dense', 'token', 'context', 'task'))
+_B, _K, _N, _V = 4, 3, 5, small_model.VOCABULARY
 _NEVER = -1  # an `eot` that no word is
-_ROWS = 12  # the most that any test needs: all pad to them, so that one program serves every beam
+_ROWS = 16  # the most that any test needs: all pad to them, so that one program serves every beam
 
 
 def _task_type(spec):
@@ -84,43 +85,74 @@ def _forward(spec=_SPEC):
 
 
 def _without_cache(beams: int, eot: int, spec=_SPEC, penalty: float = 0.0):
-  """(tokens [B, k, n], sums [B, k]) of the same search, everything encoded anew at each step."""
-  tokens, log_p = uncached_search.search(
+  """(tokens, log-probabilities) [B, k, n] of the same search, everything encoded anew at each step."""
+  return uncached_search.search(
       lambda images, words, t: _forward(spec)(_pixels(spec)[images], words)[:, t], _B, beam_size=beams, max_len=_N,
       eot=eot, length_penalty=penalty)
-  return tokens, log_p.sum(-1)
 
 
 @functools.cache
-def _an_end(spec=_SPEC) -> int:
+def _an_end(spec=_SPEC, beams: int = _K) -> int:
   """A word that some captions of the search reach and others do not."""
-  tokens = _search(_K, _NEVER, spec=spec).tokens
-  for word in np.unique(tokens[:, :, 1]).tolist():
+  tokens = _search(beams, _NEVER, spec=spec).tokens
+  for word in np.unique(tokens[:, :, 1:3]).tolist():
     has = (tokens == word).any(-1)
     if has.any() and not has.all():
       return word
   raise AssertionError('every caption is equal')
 
 
-@pytest.mark.parametrize('beams, spec', [(1, _SPEC), (_K, _SPEC), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN),
-    (_K, _CONTEXT), (_K, _TASK), (1, _VIDEOS), (_K, _VIDEOS)])
+def _assert_equal_without_caches(beams: int, eot: int, spec):
+  actual, (tokens, log_p) = _search(beams, eot, spec=spec), _without_cache(beams, eot, spec)
+  np.testing.assert_array_equal(actual.tokens, tokens)
+  np.testing.assert_allclose(actual.log_p, log_p, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(actual.scores, log_p.sum(-1), rtol=1e-5)
+  np.testing.assert_allclose(actual.log_p.sum(-1), log_p.sum(-1), rtol=1e-5)
+  return tokens
+
+
+@pytest.mark.parametrize('beams, spec', [
+    (1, _SPEC), (_K, _SPEC), (1, _DENSE), (1, _DEEP), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT),
+    (_K, _TASK), (1, _VIDEOS), (_K, _VIDEOS)])
 def test_beam_search_equals_a_search_without_caches(beams, spec):
-  actual = _search(beams, _NEVER, spec=spec)
-  tokens, sums = _without_cache(beams, _NEVER, spec)
-  np.testing.assert_array_equal(actual.tokens, tokens)
-  np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
-  np.testing.assert_allclose(actual.log_p.sum(-1), sums, rtol=1e-5)
+  tokens = _assert_equal_without_caches(beams, _NEVER, spec)
+  # Otherwise equality would prove little: captions differ and do not repeat one word.
+  assert len({tuple(row) for row in tokens[:, 0].tolist()}) > 2, tokens
+  assert np.mean([len(set(row)) for row in tokens[:, 0].tolist()]) > 2, tokens
 
 
-@pytest.mark.parametrize('spec', [_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _VIDEOS])
-def test_hypotheses_that_end_early_equal_a_search_without_caches(spec):
-  eot = _an_end(spec)
-  actual = _search(_K, eot, spec=spec)
-  tokens, sums = _without_cache(_K, eot, spec)
-  np.testing.assert_array_equal(actual.tokens, tokens)
-  np.testing.assert_allclose(actual.scores, sums, rtol=1e-5)
+@pytest.mark.parametrize('beams, spec', [
+    (1, _SPEC), (1, _DENSE), *((_K, spec) for spec in (_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _VIDEOS))])
+def test_hypotheses_that_end_early_equal_a_search_without_caches_and_the_others_go_on(beams, spec):
+  eot = _an_end(spec, beams)
+  tokens = _assert_equal_without_caches(beams, eot, spec)
   ended = (tokens == eot).any(-1)
   assert ended.any() and not ended.all()
+
+
+def test_after_its_end_a_caption_is_eot_with_log_probability_zero():
+  eot = _an_end(beams=1)
+  actual = _search(1, eot)
+  after = np.cumsum(actual.tokens == eot, axis=-1) - (actual.tokens == eot) > 0
+  assert after.any()
+  np.testing.assert_array_equal(actual.tokens[after], eot)
+  np.testing.assert_array_equal(actual.log_p[after], 0)
+  assert (actual.log_p[~after] < 0).all()
+
+
+def test_later_words_do_not_change_earlier_queries():
+  tokens = _search(1, _NEVER).tokens[:, 0]
+  for t in range(_N):
+    other = tokens.copy()
+    other[:, t:] = (other[:, t:] + 7) % _V
+    np.testing.assert_array_equal(_forward()(_pixels(), other)[:, t], _forward()(_pixels(), tokens)[:, t])
+
+
+def test_a_prefill_is_the_image_and_a_step_a_word_and_a_query_under_the_captions_condition():
+  fields = lambda layout: (layout.conditions, layout.masks, layout.readout, layout.prefixed)
+  image, caption = _task_type(_SPEC).conditions
+  assert fields(decoding.prefill_layout(_task_type(_SPEC))) == ((image,), ('full',), 'nothing', True)
+  assert fields(decoding.step_layout(_task_type(_SPEC))) == ((caption,), ('causal',), 'queries', False)
 
 
 def test_more_beams_find_better_captions():
@@ -163,15 +195,15 @@ def test_the_loop_stops_when_all_have_ended():
   assert np.isfinite(actual.candidates[:2, :, 0]).all()
 
 
-ANSWERS = ((4, 9, 1), (4, 1), (8, 8, 8), (2, 1))
+_ANSWERS = ((4, 9, 1), (4, 1), (8, 8, 8, 1), (2, 1))
 
 
 def test_only_answers_are_given_and_the_likeliest_of_them():
-  actual = _search(_K, 1, answers=ANSWERS)
-  padded = np.array([(*a, *[1] * (_N - len(a))) for a in ANSWERS])
-  log_p = _forward()(jnp.repeat(_pixels(), len(ANSWERS), axis=0), np.tile(padded, (_B, 1)).astype(np.int32))
+  actual = _search(_K, 1, answers=_ANSWERS)
+  padded = np.array([(*a, *[1] * (_N - len(a))) for a in _ANSWERS])
+  log_p = _forward()(jnp.repeat(_pixels(), len(_ANSWERS), axis=0), np.tile(padded, (_B, 1)).astype(np.int32))
   steps = np.take_along_axis(log_p, np.tile(padded, (_B, 1))[..., None], axis=-1)[..., 0]
-  sums = np.array([row[:len(a)].sum() for row, a in zip(steps, ANSWERS * _B)]).reshape(_B, -1)
+  sums = np.array([row[:len(a)].sum() for row, a in zip(steps, _ANSWERS * _B)]).reshape(_B, -1)
   for b in range(_B):
     assert tuple(actual.tokens[b, 0]) in set(map(tuple, padded.tolist()))
     best = sums[b].argmax()
@@ -180,7 +212,7 @@ def test_only_answers_are_given_and_the_likeliest_of_them():
 
 
 def test_without_a_trie_other_captions_come_out():
-  answers = {(*a, *[1] * (_N - len(a))) for a in ANSWERS}
+  answers = {(*a, *[1] * (_N - len(a))) for a in _ANSWERS}
   assert not answers & set(map(tuple, _search(_K, 1).tokens[:, 0].tolist()))
 
 

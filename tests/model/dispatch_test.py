@@ -1,7 +1,6 @@
 """Models with token routers: equal to merging with constant gates, no leak of later words, counts."""
 
 import dataclasses
-import functools
 from unittest import mock
 
 import chex
@@ -20,13 +19,6 @@ from uni_moe_jax.tasks import router_names
 _BOTH = ('token', 'context')
 
 
-@functools.cache
-def _forward(spec: ModelSpec, **options):
-  """(parameters, sequences, key or None) → (features per sequence, collected)."""
-  return small_model.jit(lambda values, sequences, key: small_model.encode(
-      spec, sequences, values=values, key=key, **options))
-
-
 def _mix(batch: int = 2):
   names = ('image_classification', 'image_caption', 'text_mlm', 'vqa')
   return tuple(small_model.sequence(k, batch, seed=i) for i, k in enumerate(names))
@@ -41,10 +33,9 @@ def _without_gates(spec: ModelSpec):
 @pytest.mark.parametrize('router', ['token', pytest.param('context', marks=pytest.mark.nightly)])
 def test_constant_gates_equal_the_merge(router):
   merged, dispatched = small_model.spec('attribute', num_layers=2), small_model.spec(router, num_layers=2)
-  expected, _ = _forward(merged)(_without_gates(merged), _mix(), None)
-  actual, _ = _forward(dispatched)(_without_gates(dispatched), _mix(), None)
+  expected, actual = (small_model.run(s, _mix(), values=_without_gates(s))[0] for s in (merged, dispatched))
   chex.assert_trees_all_close(actual, expected, atol=1e-5, rtol=1e-4)
-  other, _ = _forward(dispatched)(small_model.params(dispatched), _mix(), None)
+  other, _ = small_model.run(dispatched, _mix())
   assert np.abs(np.asarray(other[0]) - expected[0]).max() > 1e-2
 
 
@@ -62,7 +53,7 @@ def _captions(seed: int, first: int):
 
 def _states(spec: ModelSpec, sequence, key=None):
   """[layers, B, words and queries, D] and [layers, B, visual tokens, D] after every layer."""
-  _, collected = _forward(spec, taps=True, all_rows=True)(small_model.params(spec), (sequence,), key)
+  _, collected = small_model.run(spec, [sequence], key, taps=True, all_rows=True)
   image, text = (np.concatenate([collected['blocks'][0]['taps'][0][i], collected['tail'][0]['taps'][0][i][None]])
                    for i in (0, 1))
   return text, image
@@ -137,8 +128,7 @@ def test_the_question_of_an_image_reaches_its_pool_and_padding_does_not():
   one = small_model.sequence('vqa', text_valid=valid, positions=jnp.zeros((2, 1), jnp.int32))
   padded = one.replace(text=one.text.at[:, 2].set(5 + (one.text[:, 2] == 5)))
   other_question = one.replace(text=one.text.at[:, 1].set(5 + (one.text[:, 1] == 5)))
-  pools = [_forward(spec, keys=True)(small_model.params(spec), (s,), None)[1]['tail'][0]['pools'][0]
-           for s in (one, padded, other_question)]
+  pools = [small_model.run(spec, [s], keys=True)[1]['tail'][0]['pools'][0] for s in (one, padded, other_question)]
   for part in SUBLAYERS:
     np.testing.assert_allclose(pools[1][part], pools[0][part], atol=1e-5)
     assert np.abs(pools[2][part] - pools[0][part]).max() > 1e-3
@@ -149,7 +139,7 @@ def test_a_permuted_batch_has_the_permuted_result(router):
   spec, order = small_model.spec(router, num_layers=1, noise_std=8.0), np.array([3, 0, 2, 1])
   sequence, key = small_model.sequence('image_caption', 4), jax.random.key(2)
   moved = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, sequence)
-  run = lambda s, k: np.asarray(_forward(spec)(small_model.params(spec), (s,), k)[0][0])
+  run = lambda s, k: np.asarray(small_model.run(spec, [s], k)[0][0])
   straight = run(sequence, key)
   np.testing.assert_allclose(run(moved, key), straight[order], atol=1e-5, rtol=1e-5)
   for other in (run(moved.replace(ids=sequence.ids), key), run(moved, None)):
@@ -159,7 +149,7 @@ def test_a_permuted_batch_has_the_permuted_result(router):
 @pytest.mark.slow
 def test_readout_rows_have_the_noise_of_all_rows():
   spec, key = small_model.spec('token', num_layers=1, noise_std=8.0), jax.random.key(2)
-  few, every = (_forward(spec, all_rows=a)(small_model.params(spec), _mix(), key)[0] for a in (False, True))
+  few, every = (small_model.run(spec, _mix(), key, all_rows=a)[0] for a in (False, True))
   chex.assert_trees_all_close(few, every, atol=1e-5, rtol=1e-5)
 
 
@@ -183,7 +173,7 @@ def test_tokens_are_counted_by_condition_without_padding():
   spec = small_model.spec('token', num_layers=2)
   text = small_model.sequence('text_mlm', text_valid=jnp.array([[True, True, False]] * 2),
                               positions=jnp.zeros((2, 1), jnp.int32))
-  _, collected = _forward(spec)(small_model.params(spec), (small_model.sequence('image_caption'), text), None)
+  _, collected = small_model.run(spec, (small_model.sequence('image_caption'), text))
   first = jax.tree.map(lambda x: x[0], collected['blocks'][0]['router_stats'])
   last = collected['tail'][0]['router_stats']
   for usage in (*first.values(), last['attention']):

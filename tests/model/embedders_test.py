@@ -78,48 +78,30 @@ def test_initial_tables_follow_the_spec(posemb_init, mimetic_init):
     assert not np.array_equal(query, value)
 
 
-def test_patches_are_in_reading_order():
-  # Pixel values are row · 10 + column.
-  r, c = np.mgrid[:4, :4]
-  x = jnp.asarray(r * 10 + c).reshape(1, 1, 4, 4, 1)
+def test_patches_and_frames_are_in_reading_order_and_colors_the_last_axis_of_a_patch():
+  r, c = np.mgrid[:4, :4]  # pixel values are row · 10 + column
   np.testing.assert_array_equal(
-      embedders.patchify(x, 2)[0], [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
-
-
-def test_frames_are_in_order():
-  x = jnp.arange(3).reshape(1, 3, 1, 1, 1) * jnp.ones((1, 3, 4, 4, 1), int)
-  np.testing.assert_array_equal(embedders.patchify(x, 2)[0, :, 0], [0] * 4 + [1] * 4 + [2] * 4)
-
-
-def test_colors_are_the_last_axis_of_a_patch():
+      embedders.patchify(jnp.asarray(r * 10 + c).reshape(1, 1, 4, 4, 1), 2)[0],
+      [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
+  frames = jnp.arange(3).reshape(1, 3, 1, 1, 1) * jnp.ones((1, 3, 4, 4, 1), int)
+  np.testing.assert_array_equal(embedders.patchify(frames, 2)[0, :, 0], [0] * 4 + [1] * 4 + [2] * 4)
   # Two patches of 2 × 2 pixels, side by side; an image's row is 12 numbers.
-  x = jnp.arange(24).reshape(1, 1, 2, 4, 3)
   np.testing.assert_array_equal(
-      embedders.patchify(x, 2)[0], [[*range(0, 6), *range(12, 18)], [*range(6, 12), *range(18, 24)]])
+      embedders.patchify(jnp.arange(24).reshape(1, 1, 2, 4, 3), 2)[0],
+      [[*range(0, 6), *range(12, 18)], [*range(6, 12), *range(18, 24)]])
 
 
-_IDS, _POSITIONS = jnp.array([[5, 7, 5], [9, 2, 22]]), jnp.array([0, 1, 4])
+def test_word_position_and_type_are_summed_under_the_norm_and_each_example_may_have_its_own_positions():
+  t, ids, positions = _tables(), jnp.array([[5, 7, 5], [9, 2, 22]]), jnp.array([[0, 1, 4], [2, 2, 3]])
+  expected = _norm(t['word'][np.asarray(ids)] + t['position'][[0, 1, 4]] + t['type'][0])
+  _assert_close(_apply('text', ids, positions[0]), expected)
+  both = _apply('text', ids, positions)
+  for i in (0, 1):
+    _assert_close(both[i], _apply('text', ids, positions[i])[i])
 
 
-def test_word_position_and_type_are_summed_under_the_norm():
-  t = _tables()
-  expected = _norm(t['word'][np.asarray(_IDS)] + t['position'][[0, 1, 4]] + t['type'][0])
-  _assert_close(_apply('text', _IDS, _POSITIONS), expected)
-
-
-def test_each_example_may_have_its_own_positions():
-  positions = jnp.array([[0, 1, 4], [2, 2, 3]])
-  both = _apply('text', _IDS, positions)
-  _assert_close(both[0], _apply('text', _IDS, positions[0])[0])
-  _assert_close(both[1], _apply('text', _IDS, positions[1])[1])
-
-
-def test_the_prefix_is_the_word_spe_alone_under_the_norm():
-  expected = np.broadcast_to(_norm(_tables()['word'][small_model.SPE]), (3, 1, 16))
-  _assert_close(_apply('prefix', 3), expected)
-
-
-def test_a_word_as_prefix_is_a_text_of_length_one():
+def test_the_prefix_is_the_word_spe_alone_under_the_norm_or_a_word_as_a_text_of_length_one():
+  _assert_close(_apply('prefix', 3), np.broadcast_to(_norm(_tables()['word'][small_model.SPE]), (3, 1, 16)))
   prefix = _apply('prefix', 2, spec=small_model.spec(prefix_word=6))
   _assert_close(prefix, _apply('text', jnp.array([[6], [6]]), jnp.array([0])))
 
@@ -169,16 +151,11 @@ def test_a_video_that_is_already_normalized_stays_unchanged():
   _assert_close(_apply('visual', _pixels(2), 0, spec=own), _apply('visual', _pixels(2), 0))
 
 
-def test_a_type_of_visual_tokens_is_added_to_each_of_them():
-  row = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
-  run = _jitted('visual', small_model.spec(modality_embedding=True))
-  actual = run(dict(_tables(), visual_type=row), _pixels(2), 1)
-  _assert_close(actual, _expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row))
+def test_a_type_of_visual_tokens_is_added_to_each_of_them_but_not_to_texts_and_the_prefix():
+  spec, row = small_model.spec(modality_embedding=True), np.random.default_rng(3).normal(size=(1, 16))
+  actual = _jitted('visual', spec)(dict(_tables(), visual_type=row.astype(np.float32)), _pixels(2), 1)
+  _assert_close(actual, _expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row.astype(np.float32)))
   assert np.abs(actual - _expected(_pixels(2), 1)).max() > .1
-
-
-def test_a_type_of_visual_tokens_leaves_texts_and_the_prefix_alone():
-  spec = small_model.spec(modality_embedding=True)
   for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
     np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
 

@@ -17,15 +17,8 @@ from uni_moe_jax.tasks import task_types
 _NAMES = task_types.families()['names']
 
 
-@functools.cache
-def _forward(spec: ModelSpec, shards: int = 1, **options):
-  """(parameters, sequences, key or None) → (features per sequence, collected)."""
-  return small_model.jit(lambda values, sequences, key: small_model.encode(
-      spec, sequences, values=values, shards=shards, key=key, **options))
-
-
-def _features(spec: ModelSpec, sequences, key=None, shards: int = 1, **options):
-  return _forward(spec, shards, **options)(small_model.params(spec), tuple(sequences), key)[0]
+def _features(spec: ModelSpec, sequences, key=None, **options):
+  return small_model.run(spec, sequences, key, **options)[0]
 
 
 def _mix(batch: int = 2):
@@ -90,10 +83,9 @@ def test_scanned_layers_equal_unrolled_ones():
   scanned = small_model.spec(drop_path=.3)
   unrolled, values = _Unrolled(**vars(scanned)), small_model.params(scanned)
   sequences, key = (small_model.sequence('image_classification', 4),), jax.random.key(1)
-  one, _ = _forward(scanned)(values, sequences, key)
-  other, _ = _forward(unrolled)(_rearranged(values, scanned.stack, unrolled.stack), sequences, key)
-  _assert_close(one, other)
-  otherwise, _ = _forward(scanned)(values, sequences, jax.random.key(2))
+  one = _features(scanned, sequences, key)
+  _assert_close(one, _features(unrolled, sequences, key, values=_rearranged(values, scanned.stack, unrolled.stack)))
+  otherwise = _features(scanned, sequences, jax.random.key(2))
   assert np.abs(one[0] - otherwise[0]).max() > 1e-2
 
 
@@ -108,15 +100,13 @@ def test_rematerialized_blocks_have_the_same_gradients():
 
 def test_positions_count_the_tokens_of_the_text():
   # The segment of a text begins with the prefix, that of a question does not.
-  sequences = small_model.sequence('text_mlm'), small_model.sequence('vqa')
-  features, collected = _forward(small_model.spec('dense'), taps=True, all_rows=True)(
-      small_model.params(small_model.spec('dense')), sequences, None)
+  spec, sequences = small_model.spec('dense'), (small_model.sequence('text_mlm'), small_model.sequence('vqa'))
+  features, collected = small_model.run(spec, sequences, taps=True, all_rows=True)
   (text,), (_, question) = collected['tail'][0]['taps']
+  head = small_model.UniPerceiver(spec).bind({'params': small_model.params(spec)})
   for actual, hidden, at in ((features[0], text, sequences[0].positions + 1),
                             (features[1], question, sequences[1].positions)):
     rows = np.take_along_axis(np.asarray(hidden), np.asarray(at)[..., None], axis=1)
-    head = small_model.UniPerceiver(small_model.spec('dense')).bind(
-        {'params': small_model.params(small_model.spec('dense'))})
     _assert_close(actual, head.features(jnp.asarray(rows)))
 
 
@@ -128,15 +118,11 @@ def _collected(**options):
   return jax.eval_shape(lambda: small_model.encode(small_model.spec(), _SEQUENCES, **options)[1])
 
 
-def test_taps_are_every_segment_after_every_layer():
+def test_taps_are_every_segment_after_every_layer_or_the_readout_in_the_last():
   taken = _collected(taps=True, all_rows=True)
-  shapes = lambda lead, out: [[a.shape for a in sequence] == [(*lead, 2, n, 16) for n in lengths]
-                              for sequence, lengths in zip(out['taps'], ((5, 6), (4,)), strict=True)]
-  assert shapes((2,), taken['blocks'][0]) == [True, True]  # two scanned layers
-  assert shapes((), taken['tail'][0]) == [True, True]
-
-
-def test_taps_without_all_rows_are_the_readout_in_the_last_layer():
+  for lead, out in (((2,), taken['blocks'][0]), ((), taken['tail'][0])):  # two scanned layers
+    shapes = [[x.shape for x in sequence] for sequence in out['taps']]
+    assert shapes == [[(*lead, 2, n, 16) for n in lengths] for lengths in ((5, 6), (4,))]
   last = _collected(taps=True)['tail'][0]['taps']
   assert last[0][0] is None
   assert (last[0][1].shape, last[1][0].shape) == ((2, 3, 16), (2, 1, 16))
@@ -145,9 +131,8 @@ def test_taps_without_all_rows_are_the_readout_in_the_last_layer():
 def test_keys_and_values_are_of_every_token_also_in_the_last_layer():
   taken = _collected(keys=True)
   for lead, out in (((2,), taken['blocks'][0]), ((), taken['tail'][0])):
-    for sequence, lengths in zip(out['kv'], ((5, 6), (4,)), strict=True):
-      for (k, v), n in zip(sequence, lengths, strict=True):
-        assert (k.shape, v.shape) == ((*lead, 2, n, 2, 8),) * 2
+    shapes = [[(k.shape, v.shape) for k, v in sequence] for sequence in out['kv']]
+    assert shapes == [[((*lead, 2, n, 2, 8),) * 2 for n in lengths] for lengths in ((5, 6), (4,))]
 
 
 def test_by_default_only_router_stats_are_collected_with_an_entry_per_condition():
@@ -158,20 +143,15 @@ def test_by_default_only_router_stats_are_collected_with_an_entry_per_condition(
     assert taken['tail'][0]['router_stats'][part].logits.shape == (3, 4)
 
 
-def test_products_are_bfloat16_and_features_float32():
+def test_products_are_bfloat16_and_features_and_parameters_float32():
   spec = small_model.spec(dtype=jnp.bfloat16)
-  sequences = _mix()
-  actual, exact = _features(spec, sequences), _features(small_model.spec(), sequences)
+  assert {x.dtype for x in jax.tree.leaves(small_model.nn.unbox(small_model.boxed(spec)))} == {jnp.dtype('float32')}
+  actual, exact = _features(spec, _mix()), _features(small_model.spec(), _mix())
   assert {f.dtype for f in actual} == {jnp.dtype('float32')}
   for a, b in zip(actual, exact, strict=True):
     cosines = (a * b).sum(-1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)
     assert cosines.min() > .99
     assert np.abs(a - b).max() > 1e-4  # it was not float32 in disguise
-
-
-def test_parameters_are_float32():
-  shapes = small_model.nn.unbox(small_model.boxed(small_model.spec(dtype=jnp.bfloat16)))
-  assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
 
 
 _IDS = jnp.arange(400, dtype=jnp.uint32)
@@ -211,18 +191,14 @@ def test_attention_and_ffn_are_both_dropped(silent):
   spec, sequence = small_model.spec('dense', drop_path=.5), small_model.sequence('image_caption', 6)
   values = jax.tree_util.tree_map_with_path(
       lambda path, x: x * (silent not in jax.tree_util.keystr(path)), small_model.params(spec))
-  one, two = (_forward(spec)(values, (sequence,), jax.random.key(k))[0][0] for k in (2, 3))
+  one, two = (_features(spec, [sequence], jax.random.key(k), values=values)[0] for k in (2, 3))
   assert np.abs(one - two).max() > 1e-2
 
 
-_NAMES_ALONE = (small_model.target(_NAMES),)
-_NAMES_AFTER_TEXT = (small_model.sequence('text_mlm'), small_model.target(_NAMES))
-
-
-def _logits(sequences, row: int, key=jax.random.key(5)):
+def _logits(sequences, row: int, key):
   """{(layer, part): logits of one condition row}."""
   spec = small_model.spec()
-  _, collected = _forward(spec)(small_model.params(spec), sequences, key)
+  _, collected = small_model.run(spec, sequences, key)
   actual = {}
   for layer in range(spec.num_layers):
     subtree, index, block = spec.stack.locate(layer)
@@ -232,14 +208,11 @@ def _logits(sequences, row: int, key=jax.random.key(5)):
   return actual
 
 
-def test_a_condition_has_one_draw_per_step():
-  alone, among = _logits(_NAMES_ALONE, 0), _logits(_NAMES_AFTER_TEXT, 1)
-  _assert_close(alone, among)
-
-
-def test_steps_layers_and_routers_have_separate_draws():
+def test_a_condition_has_one_draw_per_step_layer_and_router():
+  names = small_model.target(_NAMES)
+  one, two = (_logits((names,), 0, jax.random.key(k)) for k in (5, 6))
+  _assert_close(one, _logits((small_model.sequence('text_mlm'), names), 1, jax.random.key(5)))
   # What differs between two steps is noise alone.
-  one, two = (_logits(_NAMES_ALONE, 0, jax.random.key(k)) for k in (5, 6))
   draws = np.array([one[k] - two[k] for k in one])  # [layer and part, E]
   assert len(draws) == 6
   assert np.abs(draws).max(-1).min() > 1e-2

@@ -21,17 +21,14 @@ def _drawn(text: str) -> np.ndarray:
   return np.array([[c == '1' for c in row.strip()] for row in text.split('/')])
 
 
-def test_two_streams_of_three_words():
+def test_two_streams_and_a_causal_mask_of_three_words():
   # Columns: words 0 1 2, queries 0 1 2. Rows: the same.
   np.testing.assert_array_equal(masks.two_stream(3), _drawn('100000/110000/111000/000100/100010/110001'))
-
-
-def test_a_causal_mask_of_three_tokens():
   np.testing.assert_array_equal(masks.causal(3), _drawn('100/110/111'))
 
 
-@pytest.mark.parametrize('mask_types, index, visible', [      (_CAPTION, 0, (0,)), (_CAPTION, 1, (0, 1)),
-    (_VQA, 0, (0, 1)), (_VQA, 1, (0, 1)), (('causal',), 0, (0,))])
+@pytest.mark.parametrize('mask_types, index, visible', [
+    (_CAPTION, 0, (0,)), (_CAPTION, 1, (0, 1)), (_VQA, 0, (0, 1)), (_VQA, 1, (0, 1)), (('causal',), 0, (0,))])
 def test_visible_segments(mask_types, index, visible):
   assert masks.visible_segments(mask_types, index) == visible
 

@@ -26,18 +26,14 @@ def _texts(valid=True):
   return texts.replace(text_valid=mask if valid else None)
 
 
-def test_padding_has_no_valid_token():
-  filled = _texts().pad_batch(_MULTIPLE)
+def test_padding_has_no_valid_token_and_even_batches_and_images_stay_unchanged():
+  texts, filled = _texts(), _texts().pad_batch(_MULTIPLE)
   chex.assert_shape([filled.text, filled.text_valid], (_MULTIPLE, small_model.WORDS))
   np.testing.assert_array_equal(filled.text_valid.sum(1), [3, 2, 1, 0])
   np.testing.assert_array_equal(_texts(valid=False).pad_batch(_MULTIPLE).text_valid.sum(1), [3, 3, 3, 0])
   np.testing.assert_array_equal(filled.ids, [0, 1, 2, 0])
-
-
-def test_even_batches_and_images_stay_unchanged():
-  texts, images = _texts(), small_model.sequence('image_classification', batch=_N)
-  assert texts.pad_batch(_N) is texts
-  assert images.pad_batch(_MULTIPLE) is images
+  images = small_model.sequence('image_classification', batch=_N)
+  assert texts.pad_batch(_N) is texts and images.pad_batch(_MULTIPLE) is images
 
 
 @pytest.mark.parametrize('router', ['attribute', 'token', 'context', 'dense'])

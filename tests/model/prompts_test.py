@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +11,9 @@ import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.model import decoding
-from uni_moe_jax.model import initialization as params_lib
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.sequences import Sequence
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, init_params
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path
 
@@ -30,9 +30,8 @@ def _sequences():
           small_model.target(task_types.families()['names']))
 
 
-@functools.cache
-def _features(spec):
-  return small_model.jit(lambda values: small_model.encode(spec, _sequences(), values=values)[0])
+def _features(spec, values=None):
+  return small_model.run(spec, _sequences(), values=values)[0]
 
 
 @functools.cache
@@ -52,13 +51,14 @@ def _gradient(spec, index: int):
 
 
 def test_prompts_change_no_shape():
-  with_, without = (jax.eval_shape(_features(s), small_model.params(s)) for s in (_spec(), small_model.spec()))
+  with_, without = (jax.eval_shape(lambda s=s: small_model.encode(s, _sequences())[0])
+                    for s in (_spec(), small_model.spec()))
   assert [f.shape for f in with_] == [f.shape for f in without]
 
 
 def test_prompts_of_inputs_alone_leave_targets_as_they_are():
   spec, plain = small_model.spec(num_deep_prompts=_P, prompt_sharing='inputs'), small_model.spec()
-  with_, without = _features(spec)(small_model.params(spec)), _features(plain)(small_model.params(plain))
+  with_, without = _features(spec), _features(plain)
   np.testing.assert_array_equal(with_[3], without[3])
   for i in range(len(_TASK_TYPES)):
     assert np.abs(with_[i] - without[i]).max() > 1e-2
@@ -71,7 +71,7 @@ def test_texts_of_both_sides_share_their_products_only_where_they_share_prompts(
   text = small_model.sequence(search)
   sequences = (text, text.replace(layout=small_model.target(search.pair_condition).layout))
   spec = small_model.spec('dense', num_deep_prompts=_P, prompt_sharing=sides)
-  one, other = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
+  one, other = small_model.run(spec, sequences)[0]
   assert np.allclose(one, other, atol=1e-5) == same
 
 
@@ -107,9 +107,8 @@ def test_the_condition_of_prompts_is_that_of_the_first_segment():
 def _embedded(prefix: int, sides: str = 'separate'):
   """Embedded sequences, of `_sequences` and of a question about an image."""
   spec = small_model.spec(num_prefix_prompts=prefix, prompt_sharing=sides)
-  sequences = (*_sequences(), small_model.sequence('vqa'))
-  run = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, taps=True)[1]['sequences'])
-  return jax.device_get(run(small_model.params(spec))), small_model.params(spec)
+  _, collected = small_model.run(spec, (*_sequences(), small_model.sequence('vqa')), taps=True)
+  return jax.device_get(collected['sequences']), small_model.params(spec)
 
 
 @pytest.mark.parametrize('i', range(len(_TASK_TYPES) + 2))
@@ -127,9 +126,7 @@ def test_prefix_prompts_are_between_spe_and_the_first_segment(i):
 def test_prefix_prompts_are_valid_keys_and_padding_moves_with_its_text():
   valid = jnp.array([[1, 1, 0], [1, 0, 0]], bool)
   text = small_model.target(task_types.families()['names']).replace(text_valid=valid)
-  spec = small_model.spec(num_prefix_prompts=2)
-  _, collected = small_model.jit(lambda v: small_model.encode(spec, [text], values=v, taps=True))(
-      small_model.params(spec))
+  _, collected = small_model.run(small_model.spec(num_prefix_prompts=2), [text], taps=True)
   np.testing.assert_array_equal(collected['sequences'][0].valid[0], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
 
 
@@ -158,11 +155,8 @@ def test_each_side_reads_its_table_of_prefix_prompts(sides, tables):
 def test_the_rows_that_are_read_are_the_same_when_all_are_computed():
   spec = small_model.spec(num_deep_prompts=_P, num_prefix_prompts=3, spe_bias=True)
   sequences = (*_sequences(), small_model.sequence('vqa'))
-  every = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v, all_rows=True)[0])(
-      small_model.params(spec))
-  some = small_model.jit(lambda v: small_model.encode(spec, sequences, values=v)[0])(small_model.params(spec))
-  for a, b in zip(every, some, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  every, some = (small_model.run(spec, sequences, all_rows=a)[0] for a in (True, False))
+  chex.assert_trees_all_close(every, some, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('index', range(len(_TASK_TYPES) + 1))
@@ -186,12 +180,10 @@ def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):
       for n, s in lengths)
 
 
-@functools.cache
-def _entries(spec, labelled: bool = True):
-  """parameters → features [V, D] of the set's entries, in their order."""
-  actual = Sequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
-  return small_model.jit(lambda v: jnp.concatenate(
-      [f[:, 0] for f in small_model.encode(spec, actual, values=v)[0]])[_ORDER])
+def _entries(spec, values, labelled: bool = True):
+  """Features [V, D] of the set's entries, in their order."""
+  sequences = Sequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
+  return np.concatenate([f[:, 0] for f in small_model.run(spec, sequences, values=values)[0]])[_ORDER]
 
 
 def _with_labels(values, table):
@@ -203,8 +195,8 @@ def _with_labels(values, table):
 def test_the_prompt_of_a_class_moves_the_feature_of_this_class_alone(entry):
   values = small_model.params(_label_spec())
   table = values['embed']['prompts']['label_names']
-  before = np.asarray(_entries(_label_spec())(values))
-  after = np.asarray(_entries(_label_spec())(_with_labels(values, table.at[entry].multiply(-2.))))
+  before = _entries(_label_spec(), values)
+  after = _entries(_label_spec(), _with_labels(values, table.at[entry].multiply(-2.)))
   others = np.arange(_ENTRIES) != entry
   np.testing.assert_array_equal(before[others], after[others])
   assert np.abs(before[entry] - after[entry]).max() > 1e-2
@@ -213,7 +205,7 @@ def test_the_prompt_of_a_class_moves_the_feature_of_this_class_alone(entry):
 def test_a_label_prompt_follows_spe_in_every_row_of_its_entry():
   spec, values = _label_spec(), small_model.params(_label_spec())
   actual = Sequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, True)
-  _, collected = small_model.jit(lambda v: small_model.encode(spec, actual, values=v, taps=True))(values)
+  _, collected = small_model.run(spec, actual, taps=True)
   table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
   for sequence, entries in zip(collected['sequences'], ([1, 3], [4, 0, 2]), strict=True):
     np.testing.assert_array_equal(sequence.segments[0][:, 1], table[jnp.array(entries)])
@@ -224,9 +216,9 @@ def test_a_label_prompt_follows_spe_in_every_row_of_its_entry():
 def test_fresh_label_prompts_are_zero_and_hardly_move_a_feature():
   # LayerScale as published: what one key more changes in attention is small beside the words themselves.
   spec = dataclasses.replace(_label_spec(), layer_scale_init=1e-3)
-  values = small_model.jit(lambda: params_lib.init_params(UniPerceiver(spec), jax.random.key(0)))()
+  values = small_model.jit(lambda: init_params(UniPerceiver(spec), jax.random.key(0)))()
   assert not np.asarray(values['embed']['prompts']['label_names']).any()
-  fresh, plain = _entries(spec)(values), _entries(spec, False)(values)
+  fresh, plain = _entries(spec, values), _entries(spec, values, False)
   cosine = np.asarray((normalize(fresh) * normalize(plain)).sum(-1))
   assert cosine.min() > 1 - 1e-5
   assert np.abs(fresh - plain).max() > 0  # but it is a key
@@ -236,25 +228,23 @@ def test_entries_of_one_text_have_one_feature_until_their_prompts_differ():
   texts = ({'text': np.array([[5, 6, 7]] * 3, np.int32), 'valid': np.ones((3, 3), bool)},)
   spec = _label_spec(3)
   actual = Sequence.of_buckets('names', task_types.families()['names'], texts, np.arange(3), True)
-  run = small_model.jit(lambda v: small_model.encode(spec, actual, values=v)[0][0][:, 0])
+  run = lambda v: np.asarray(small_model.run(spec, actual, values=v)[0][0][:, 0])
   values, zero = small_model.params(spec), np.zeros((3, 16), np.float32)
-  same = np.asarray(run(_with_labels(values, zero)))
+  same = run(_with_labels(values, zero))
   np.testing.assert_allclose(same, same[:1].repeat(3, 0), atol=1e-6)
   zero[1] = np.linspace(-1, 1, 16)
-  assert np.abs(np.asarray(run(_with_labels(values, zero)))[1] - same[1]).max() > 1e-2
+  assert np.abs(run(_with_labels(values, zero))[1] - same[1]).max() > 1e-2
 
 
 def test_spe_bias_moves_the_prefix_of_every_sequence_as_another_word_would():
   spec = _spec()
   values = small_model.params(spec)
   bias = values['embed']['spe_bias']
-  moved = jax.tree.map(lambda x: x, values)
-  moved['embed'] = {**values['embed'], 'spe_bias': jnp.zeros_like(bias),
-                    'word': values['embed']['word'].at[small_model.SPE].add(bias)}
-  for a, b in zip(_features(spec)(values), _features(spec)(moved)):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  moved = {**values, 'embed': {**values['embed'], 'spe_bias': jnp.zeros_like(bias),
+                               'word': values['embed']['word'].at[small_model.SPE].add(bias)}}
+  chex.assert_trees_all_close(_features(spec), _features(spec, moved), rtol=1e-5, atol=1e-5)
   moved['embed']['word'] = values['embed']['word']
-  assert np.abs(_features(spec)(values)[0] - _features(spec)(moved)[0]).max() > 1e-2
+  assert np.abs(_features(spec)[0] - _features(spec, moved)[0]).max() > 1e-2
 
 
 def test_a_fresh_head_changes_no_logit():
@@ -271,26 +261,3 @@ def test_a_linear_head_adds_to_weighted_similarity_by_hand():
   features, logits = jnp.array([[[1., 2.]]]), jnp.array([[[5.]]])
   actual = model.apply({'params': {'linear_head': head}}, features, logits, method='with_head')
   np.testing.assert_allclose(actual, [[[227.]]])
-
-
-def test_cached_decoding_with_prompts_is_the_forward_of_training():
-  spec, task_type = _spec(), task_types.TASK_TYPES['image_caption']
-  values, length = small_model.params(spec), 4
-  pixels = small_model.sequence(task_type, 2, seed=1).pixels
-  words = normalize(jnp.asarray(np.random.default_rng(0).normal(size=(small_model.VOCABULARY, 16)), jnp.float32))
-
-  @small_model.jit
-  def both(values):
-    actual = decoding.beam_search(
-        UniPerceiver(spec), values, task_type, pixels, words, temperature='group', spe=small_model.SPE, eot=-1,
-        max_len=length)
-    tokens, log_p = actual.tokens[:, 0], actual.log_p[:, 0]
-    text = jnp.concatenate([tokens, jnp.full_like(tokens, small_model.SPE)], axis=1)
-    sequence = small_model.sequence(task_type, 2, pixels=pixels, text=text)
-    [features] = small_model.encode(spec, [sequence], values=values)[0]
-    scale = UniPerceiver(spec).apply({'params': values}, 'group', method='scale')
-    all_p = jax.nn.log_softmax(scale * normalize(features) @ words.T)
-    return log_p, jnp.take_along_axis(all_p, tokens[..., None], axis=-1)[..., 0], all_p.argmax(-1) == tokens
-  cached, full, same = both(values)
-  assert np.asarray(same).all()
-  np.testing.assert_allclose(cached, full, rtol=1e-4, atol=1e-5)

@@ -24,22 +24,14 @@ def _normal(seed: int, *shape: int) -> jax.Array:
 
 def test_merge_by_hand():
   # Kernels [[1, 2]] and [[10, 20]]; rows (1/4, 3/4) and (1, 0).
-  kernel = jnp.array([[[1., 2.]], [[10., 20.]]])
-  coef = jnp.array([[.25, .75], [1., 0.]])
-  np.testing.assert_allclose(layers.merge(kernel, coef), [[[7.75, 15.5]], [[1., 2.]]])
-
-
-def test_the_two_best_of_four_by_hand():
-  # Logits log 1, 2, 3, 4 keep 3/7 and 4/7 of the kernels 7 and 70: 3 + 40.
+  merged = layers.merge(jnp.array([[[1., 2.]], [[10., 20.]]]), jnp.array([[.25, .75], [1., 0.]]))
+  np.testing.assert_allclose(merged, [[[7.75, 15.5]], [[1., 2.]]])
+  # The two best of four: logits log 1, 2, 3, 4 keep 3/7 and 4/7 of the kernels 7 and 70: 3 + 40.
   coef = route(jnp.log(jnp.array([[1., 2., 3., 4.]])), 2).coef
-  merged = layers.merge(jnp.array([[-9.], [-9.], [7.], [70.]]), coef)
-  np.testing.assert_allclose(merged, [[43.]], rtol=1e-6)
-
-
-def test_equal_experts_merge_to_one_of_them():
-  kernel = _normal(0, 3, 5)
-  merged = layers.merge(jnp.stack([kernel] * 4), jnp.array(_GATES))
-  np.testing.assert_allclose(merged, np.stack([kernel] * 4), rtol=1e-6)
+  np.testing.assert_allclose(layers.merge(jnp.array([[-9.], [-9.], [7.], [70.]]), coef), [[43.]], rtol=1e-6)
+  # Equal experts merge to one of them.
+  kernels = jnp.stack([_normal(0, 3, 5)] * 4)
+  np.testing.assert_allclose(layers.merge(kernels, jnp.array(_GATES)), kernels, rtol=1e-6)
 
 
 def _merged(kernel, bias, coef, x):
@@ -89,7 +81,8 @@ def _dense(num_experts: int, dtype=jnp.float32) -> layers.MoeDense:
 
 
 def _routing(conditions: int = 3) -> MergedRouting:
-  return MergedRouting.of(route(_normal(0, conditions, 4), 2))
+  output = route(_normal(0, conditions, 4), 2)
+  return MergedRouting(output, output.coef)
 
 
 def _init(num_experts: int, routing: MergedRouting | None, dtype=jnp.float32):

@@ -57,21 +57,17 @@ def _pool(*arrays, valid=None):
   return _router(True).apply({'params': _CONTEXT}, arrays, valid or (None,) * len(arrays), method='pool')[0]
 
 
-def test_the_pool_by_hand():
+def test_the_pool_by_hand_without_padding():
   # Query (1, 0): weights 1 : 3 of the tokens (0, 4) and (log 3, 8).
-  np.testing.assert_allclose(_pool([[0, 4], [math.log(3), 8]]), [.75 * math.log(3), 7], rtol=1e-6)
+  tokens, expected = [[0, 4], [math.log(3), 8], [9, 9]], [.75 * math.log(3), 7]
+  np.testing.assert_allclose(_pool(tokens[:2]), expected, rtol=1e-6)
+  np.testing.assert_allclose(_pool(tokens, valid=(jnp.array([[True, True, False]]),)), expected, rtol=1e-6)
 
 
 def test_the_softmax_is_over_all_segments():
   tokens = np.random.default_rng(0).normal(size=(5, 2))
   np.testing.assert_allclose(_pool(tokens[:2], tokens[2:]), _pool(tokens), rtol=1e-5)
   assert np.abs(_pool(tokens[:2]) - _pool(tokens)).max() > .1
-
-
-def test_padding_is_not_pooled():
-  tokens = [[0, 4], [math.log(3), 8], [9, 9]]
-  actual = _pool(tokens, valid=(jnp.array([[True, True, False]]),))
-  np.testing.assert_allclose(actual, _pool(tokens[:2]), rtol=1e-6)
 
 
 _IDS, _POSITIONS = jnp.array([7, 3], jnp.uint32), jnp.array([[0, 1, 2], [0, 1, 2]])

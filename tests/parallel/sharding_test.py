@@ -11,8 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers import small_model
-from uni_moe_jax.model.initialization import boxed_params
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.utils.tree_paths import path_of
 

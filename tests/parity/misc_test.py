@@ -8,8 +8,7 @@ from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from uni_moe_jax.export import resize_positions, torch_layout
 from uni_moe_jax.model.embedders import sincos_table
-from uni_moe_jax.model.initialization import init_params
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, init_params
 
 BOUND = 1e-5
 

@@ -10,9 +10,8 @@ import pytest
 from tests.helpers import small_model
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets
-from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.train import optimizer
 from uni_moe_jax.train.optimizer import ParamGroup
 from uni_moe_jax.utils.tree_paths import by_path

@@ -21,9 +21,8 @@ from flax import traverse_util
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.model import decoding, heads
-from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.sequences import Layout, Sequence
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.utils.tree_paths import by_path
 

@@ -18,9 +18,8 @@ from uni_moe_jax.config.schema import PUBLISHED_TEMPERATURES
 from uni_moe_jax.export import resize_positions
 from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.model.heads import LOG_SCALE
-from uni_moe_jax.model.initialization import param_shapes
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 from uni_moe_jax.utils.tree_paths import by_path

@@ -76,7 +76,8 @@ class Sublayer(nn.Module):
       return None
     if self.router is None:
       return MergedRouting()
-    return MergedRouting.of(self.router(context.router_inputs, self._noise_key(context)))
+    output = self.router(context.router_inputs, self._noise_key(context))
+    return MergedRouting(output, output.coef)
 
   def pool(self, segments: tuple[jax.Array, ...], sequence: EmbeddedSequence) -> dict[str, jax.Array]:
     """{sublayer: what its context router reads of a sequence}; {} with another router.

@@ -1,5 +1,6 @@
-"""UniPerceiver: embed → encode → features, for any sequences, task types and target sets."""
+"""UniPerceiver: embed → encode → features, for any sequences, task types and target sets; and fresh parameters."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.moe.layers import param
 from uni_moe_jax.parallel import sharding
+from uni_moe_jax.tasks import task_types
 
 
 @flax.struct.dataclass
@@ -113,3 +115,22 @@ class UniPerceiver(nn.Module):
     # Entries of a target set arrive on every device; from here on, each device encodes its own.
     embedded = EmbeddedSequence(tuple(segments), tuple(valid), positions, s.ids, layout)
     return jax.tree.map(lambda x: sharding.shard_batch(x, self.mesh), embedded)
+
+
+def boxed_params(model: UniPerceiver, key: jax.Array) -> Any:
+  """Fresh parameters in boxes that name their logical axes. Encoding one text creates all of them."""
+  condition, spec = next(iter(task_types.families().values())), model.spec
+  if spec.kernels:  # a merged model may lack this condition; all of its kernels have one shape
+    model = model.clone(spec=dataclasses.replace(spec, kernels=((routers.router_input(spec.router, condition), 0),)))
+  text = Sequence(layout=Layout.of_text(condition), ids=jnp.zeros((1,), jnp.uint32), text=jnp.zeros((1, 2), jnp.int32))
+  return model.init(key, text)['params']
+
+
+def init_params(model: UniPerceiver, key: jax.Array) -> Any:
+  """Fresh parameters."""
+  return nn.unbox(boxed_params(model, key))
+
+
+def param_shapes(model: UniPerceiver) -> Any:
+  """The parameter tree as `jax.ShapeDtypeStruct`s; computes nothing."""
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -23,11 +23,6 @@ class MergedRouting:
   coef: jax.Array | None = None  # f32 [A, E], its coefficients, by which `MoeDense` merges experts
   kernel: int = flax.struct.field(pytree_node=False, default=0)  # which kernel of the projection, 0 … A - 1
 
-  @classmethod
-  def of(cls, output: RouterOutput) -> 'MergedRouting':
-    """The routing by a router's output; all projections share its coefficients."""
-    return cls(output, output.coef)
-
   def apply(self, x: jax.Array, projection: Projection) -> tuple[jax.Array, None]:
     """x [B, S, *in] → ([B, S, *out], None): nothing is dispatched, nothing counted."""
     return layers.project(x, projection.kernel[self.kernel], projection.bias[self.kernel]), None

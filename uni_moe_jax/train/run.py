@@ -15,9 +15,8 @@ from uni_moe_jax.config.plan import Plan, make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Batch, BatchLayout, Mixture
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.model.initialization import boxed_params, init_params
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params, init_params
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition

@@ -9,8 +9,7 @@ import numpy as np
 
 from uni_moe_jax.model import decoding
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.initialization import init_params
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.model.uni_perceiver import UniPerceiver, init_params
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.tools.bench import uncached_search
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context
