@@ -59,11 +59,6 @@ def _name(code: int) -> str:
   return unicodedata.name(chr(code), '').lower()
 
 
-def _is_sign(code: int) -> bool:
-  """Returns whether a character has a name and is not a combining mark, blank or control character."""
-  return bool(_name(code)) and unicodedata.category(chr(code))[0] not in 'MZC'
-
-
 def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
   """Draws a character in white on black, uint8 [SIZE, SIZE]; None if it draws nothing or does not fit.
 
@@ -95,8 +90,10 @@ def font_path(file_name: str) -> pathlib.Path:
 
 def _read_font(file_name: str) -> Font:
   with ttLib.TTFont(font_path(file_name)) as font:
-    # Pillow draws a missing character as a box; only the font's own table lists its characters.
-    glyphs = {code: glyph for code, glyph in sorted(font.getBestCmap().items()) if _is_sign(code)}
+    # Pillow draws a missing character as a box; only the font's own table lists its characters. Combining marks, blanks
+    # and control characters are left out.
+    glyphs = {code: glyph for code, glyph in sorted(font.getBestCmap().items())
+              if _name(code) and unicodedata.category(chr(code))[0] not in 'MZC'}
     by_glyph = {glyph: homoglyphs.outline_key(font, glyph) for glyph in set(glyphs.values())}
   outlines = {code: by_glyph[glyph] for code, glyph in glyphs.items() if by_glyph[glyph]}
   drawer = load_font(file_name)

@@ -41,13 +41,11 @@ def apply(
   blend_lambda = cutmix_lambda if mixup_lambda is None else mixup_lambda
   box_lambda = mixup_lambda if cutmix_lambda is None else cutmix_lambda
   # The box covers 1 - λ of the area and is clipped at the borders: λ becomes what remains outside of it.
-  side = tf.sqrt(1 - box_lambda)[:, None] * S
+  half = tf.sqrt(1 - box_lambda)[:, None] * S / 2
   middle = tf.floor(box_center * S)
-  low = tf.clip_by_value(tf.floor(middle - side / 2 + 0.5), 0.0, float(S))
-  high = tf.clip_by_value(tf.floor(middle + side / 2 + 0.5), 0.0, float(S))
+  low, high = (tf.clip_by_value(tf.floor(edge + 0.5), 0.0, float(S)) for edge in (middle - half, middle + half))
   index = tf.range(S, dtype=tf.float32)
-  rows = (index >= low[:, :1]) & (index < high[:, :1])
-  columns = (index >= low[:, 1:]) & (index < high[:, 1:])
+  rows, columns = ((index >= low[:, axis, None]) & (index < high[:, axis, None]) for axis in range(2))
   in_box = (rows[:, :, None] & columns[:, None, :])[:, None, :, :, None]
   clipped_lambda = 1 - tf.reduce_prod(high - low, axis=1) / (S * S)
   cut = tf.where(in_box, partner_pixels, pixels)
