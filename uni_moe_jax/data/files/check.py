@@ -28,14 +28,10 @@ Skipped = dict[str, list[str]]  # reason → locations
 
 def read_checked_rows(
     source: pathlib.Path, gif: str = 'image', max_corrupt_fraction: float = 0.1) -> tuple[list[Row], Skipped]:
-  """Returns the examples of a file or folder, in order, and the locations of skipped rows by reason.
-
-  Args:
-    source, gif: see `formats.read_rows`.
-    max_corrupt_fraction: the largest fraction of skipped rows.
+  """Returns the examples of `formats.read_rows`, in order, and the locations of skipped rows by reason.
 
   Raises:
-    UsageError: nothing to read, or too many rows are skipped.
+    UsageError: nothing to read, or more than `max_corrupt_fraction` of the rows are skipped.
   """
   skipped: Skipped = collections.defaultdict(list)
   rows: Iterable[Row] = formats.read_rows(source, gif)

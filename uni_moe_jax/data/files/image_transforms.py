@@ -69,18 +69,17 @@ def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
 
 
 def resize_short_side(image: tf.Tensor, size: int | tf.Tensor) -> tf.Tensor:
-  """Resizes the short side to `size` pixels; the long one keeps the ratio, rounded down.
-
-  Bicubic (Keys' kernel, a = -1/2), widened when the image shrinks, first across, then down, rounded to integer levels
-  after each: within two levels of Pillow's BICUBIC. The kernel overshoots at edges; a single rounding for both axes
-  would keep the overshoot of the first and differ from Pillow by 20 levels.
-  """
+  """Resizes the short side to `size` pixels; the long one keeps the ratio, rounded down."""
   sides = tf.shape(image)[:2]
   return _resize(image, size * sides // tf.reduce_min(sides))
 
 
 def _resize(image: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
-  """uint8 [H, W, C] to [*sides, C]."""
+  """uint8 [H, W, C] to [*sides, C], within two levels of Pillow's BICUBIC.
+
+  Keys' kernel, a = -1/2, widened when the image shrinks, first across, then down, rounded to integer levels after each:
+  it overshoots at edges, which a single rounding for both axes would keep, 20 levels from Pillow.
+  """
   for shape in (tf.stack([tf.shape(image)[0], sides[1]]), sides):
     resized = tf.image.resize(tf.cast(image, tf.float32), shape, tf.image.ResizeMethod.BICUBIC, antialias=True)
     image = tf.saturate_cast(tf.floor(resized + 0.5), tf.uint8)  # rounds halves up, as Pillow does

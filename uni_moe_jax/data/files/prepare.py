@@ -46,7 +46,8 @@ def prepare(
   """Prepares a file or folder as dataset `name` in a folder of prepared data; returns the content of prepared.json.
 
   Args:
-    source, gif, max_corrupt_fraction: see `check.read_checked_rows`.
+    source, gif: see `formats.read_rows`.
+    max_corrupt_fraction: the largest fraction of skipped rows.
     test_fraction: fraction of the groups that becomes the split 'test' if the data names no splits.
 
   Raises:

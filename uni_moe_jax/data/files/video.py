@@ -23,13 +23,9 @@ class CorruptVideo(Exception):
 
 
 def segment_frames(num_frames: int, offsets: np.ndarray) -> np.ndarray:
-  """Indices of the sampled frames, int64 of the shape of `offsets`.
+  """Indices of the sampled frames, int64 [..., T], from offsets [..., T] in [0, 1) within T segments.
 
-  Segment t of T starts at frame t · N / T; if N < T, some frames repeat.
-
-  Args:
-    num_frames: N, at least 1.
-    offsets: float [..., T] in [0, 1), position of the frame within its segment; 0.5 is the middle.
+  Segment t starts at frame t · N / T; if N < T, some frames repeat.
   """
   T = offsets.shape[-1]
   return np.minimum(((np.arange(T) + offsets) * num_frames / T).astype(np.int64), num_frames - 1)
@@ -56,7 +52,7 @@ def probe(data: bytes) -> tuple[int, int, int]:
   """(frames, width, height) of a video as displayed. Decodes every frame to find all damage.
 
   Raises:
-    CorruptVideo: see `sample_frames`; or a frame is corrupt, or more than a tenth of the declared frames is missing.
+    CorruptVideo: see `sample_frames`; or more than a tenth of the declared frames is missing or corrupt.
   """
   if data.startswith(_NPY_MAGIC):
     T, H, W, _ = _load_array(data).shape
