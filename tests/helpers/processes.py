@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 from tests.helpers import fast_compile
@@ -42,3 +44,16 @@ topology.prepare_environment(target)
 {script}""")
   assert done.returncode == 0, done.stderr[-2000:]
   return done.stdout
+
+
+def stop(command: Sequence[str], workdir: pathlib.Path, num_lines: int, devices: int = 4) -> str:
+  """Send SIGTERM to a training command after so many lines of metrics; it must exit with 75. Return its output."""
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  with subprocess.Popen(command, cwd=ROOT, env=environment(devices), **pipes) as process:
+    log = workdir / 'metrics.jsonl'
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > num_lines):
+      time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+  assert process.returncode == 75, output
+  return output

@@ -2,25 +2,20 @@
 
 import contextlib
 import os
-import pathlib
 import signal
-import subprocess
 import sys
-import time
 
 import chex
 import jax
 import numpy as np
 import pytest
 
-from tests.helpers import saved_run, tiny
+from tests.helpers import processes, saved_run, tiny
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils import signals
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def _config():
@@ -209,22 +204,14 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
 def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_run(tmp_path):
   config = tmp_path / 'signalled.py'
   config.write_text(
-      f'import sys\nsys.path.insert(0, {str(_ROOT)!r})\nfrom tests.helpers import tiny\n\n\ndef get_config():\n'
-      f"  c = tiny.config('shape', data_dir={tiny.data_dir()!r})\n  c.train.steps = 400\n  return c\n")
+      f'import sys\nsys.path.insert(0, {str(processes.ROOT)!r})\nfrom tests.helpers import tiny\n\n\n'
+      f"def get_config():\n  c = tiny.config('shape', data_dir={tiny.data_dir()!r})\n"
+      '  c.train.steps = 400\n  return c\n')
 
   def command(name):
-    return [sys.executable, str(_ROOT / 'launch/train.py'), f'--config={config}', f'--workdir={tmp_path / name}']
+    return [sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / name}']
 
-  environment = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
-  subprocess.run(command('uninterrupted'), env=environment, check=True, capture_output=True)
-  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-  with subprocess.Popen(command('stopped'), env=environment, **pipes) as process:
-    log = tmp_path / 'stopped/metrics.jsonl'
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 20):
-      time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate()[0].decode()
-  assert process.returncode == 75, output
-  assert 'the same command continues' in output
-  subprocess.run(command('stopped'), env=environment, check=True, capture_output=True)
+  processes.run(command('uninterrupted'), devices=1)
+  assert 'the same command continues' in processes.stop(command('stopped'), tmp_path / 'stopped', 20, devices=1)
+  processes.run(command('stopped'), devices=1)
   assert saved_run.lines(tmp_path / 'stopped') == saved_run.lines(tmp_path / 'uninterrupted')

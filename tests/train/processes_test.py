@@ -2,10 +2,7 @@
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 
@@ -63,14 +60,7 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
     return [*processes.TWO, '--', f'--config={config}', f'--workdir={tmp_path / name}']
 
   processes.run(command('uninterrupted'))
-  with subprocess.Popen(command('stopped'), cwd=processes.ROOT, env=processes.environment(), stdout=subprocess.PIPE,
-                        stderr=subprocess.STDOUT) as process:
-    log = tmp_path / 'stopped/metrics.jsonl'
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
-      time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate()[0].decode()
-  assert process.returncode == 75, output
+  output = processes.stop(command('stopped'), tmp_path / 'stopped', 2)
   assert output.count('the same command continues') == 1, output  # only process 0 prints
   assert 2 < len(saved_run.lines(tmp_path / 'stopped')) < _STEPS
   assert 'resumed from step' in processes.run(command('stopped'))

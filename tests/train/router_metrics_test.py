@@ -114,22 +114,26 @@ def _output(coef) -> RouterOutput:
 
 
 def _usage(requested, kept) -> Usage:
-  none = Usage.zero(2)
-  one = none.replace(requested=jnp.float32(requested), kept=jnp.asarray(kept, jnp.float32))
+  one = Usage.zero(2).replace(requested=jnp.float32(requested), kept=jnp.asarray(kept, jnp.float32))
   return jax.tree.map(lambda x: x[None], one)
+
+
+def _collected(blocks=(), tail=()):
+  """What an encoder with these routers of its FFNs collects."""
+  return {subtree: tuple({'router_stats': {'mlp': stats}} for stats in routers)
+          for subtree, routers in (('blocks', blocks), ('tail', tail))}
 
 
 def test_metrics_are_means_over_layers_and_routers():
   # Drop rates 1/4 and 0 of two stacked layers, 1/2 of the tail.
   stacked = jax.tree.map(lambda *x: jnp.stack(x), _usage(4, [2, 1]), _usage(4, [2, 2]))
-  collected = {'blocks': ({'router_stats': {'mlp': stacked}},), 'tail': ({'router_stats': {'mlp': _usage(4, [1, 1])}},)}
-  assert float(router_metrics.metrics(collected)['router/drop_rate']) == pytest.approx(1 / 4)
+  metrics = router_metrics.metrics(_collected([stacked], [_usage(4, [1, 1])]))
+  assert float(metrics['router/drop_rate']) == pytest.approx(1 / 4)
 
 
 def test_merging_routers_report_entropy_and_expert_usage_and_dense_models_nothing():
   # Conditions share half an expert; together they take .75 and .25: exp(.75 ln 4/3 + .25 ln 4) experts.
-  decision = _output(jnp.array([[.5, .5], [1., 0.]]))
-  collected = {'blocks': (), 'tail': ({'router_stats': {'mlp': decision}},)}
+  collected = _collected(tail=[_output(jnp.array([[.5, .5], [1., 0.]]))])
   assert {k: float(v) for k, v in router_metrics.metrics(collected).items()} == {
       'router/entropy': pytest.approx(np.log(2) / 2), 'router/condition_overlap': pytest.approx(.5),
       'router/effective_experts': pytest.approx(4 / 3 ** .75)}
@@ -140,12 +144,11 @@ def test_merging_routers_report_entropy_and_expert_usage_and_dense_models_nothin
 def test_usage_is_a_mean_over_layers_and_a_single_condition_overlaps_fully():
   # Two stacked layers of three conditions: all the same expert; three different ones.
   coef = jnp.array([[[1., 0, 0]] * 3, np.eye(3)])
-  collected = {'blocks': ({'router_stats': {'mlp': _output(coef)}},), 'tail': ()}
-  metrics = router_metrics.metrics(collected)
+  metrics = router_metrics.metrics(_collected([_output(coef)]))
   assert float(metrics['router/effective_experts']) == pytest.approx(2)
   assert float(metrics['router/condition_overlap']) == pytest.approx(.5)
-  one = {'blocks': (), 'tail': ({'router_stats': {'mlp': _output(coef[0, :1])}},)}
-  assert float(router_metrics.metrics(one)['router/condition_overlap']) == 1
+  one = router_metrics.metrics(_collected(tail=[_output(coef[0, :1])]))
+  assert float(one['router/condition_overlap']) == 1
 
 
 def test_tokens_of_a_condition_count_equally():
@@ -153,6 +156,6 @@ def test_tokens_of_a_condition_count_equally():
   # have .25 in common.
   usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.zero(2)).replace(
       tokens=jnp.array([4., 2.]), importance=jnp.array([[3., 1.], [0., 2.]]))
-  metrics = router_metrics.metrics({'blocks': (), 'tail': ({'router_stats': {'mlp': usage}},)})
+  metrics = router_metrics.metrics(_collected(tail=[usage]))
   assert float(metrics['router/condition_overlap']) == pytest.approx(.25)
   assert float(metrics['router/effective_experts']) == pytest.approx(np.exp(-.375 * np.log(.375) - .625 * np.log(.625)))
