@@ -85,12 +85,8 @@ def _onto(state, mesh, spec):
 
 # (axis sizes, how the kernel [8, 3] is split).
 _MESHES = [
-    (dict(data=1), (None,)),
-    (dict(data=8), ('data',)),
-    (dict(data=4, model=2), ('data',)),
-    (dict(data=2, expert=2, model=2), (('data', 'expert'),)),
-    (dict(replica=2, expert=2), ('expert',)),
-]
+    (dict(data=1), (None,)), (dict(data=8), ('data',)), (dict(data=4, model=2), ('data',)),
+    (dict(data=2, expert=2, model=2), (('data', 'expert'),)), (dict(replica=2, expert=2), ('expert',))]
 
 
 @pytest.mark.parametrize('source', range(len(_MESHES)))

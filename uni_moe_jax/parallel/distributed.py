@@ -43,7 +43,7 @@ def define_flags() -> Callable[[], Cluster | None]:
 def parse(mode: str, address: str | None, num_processes: int | None, process_id: int | None) -> Cluster | None:
   """The cluster that the flags describe; None for a single process. Raises UsageError for flags that do not fit."""
   values = {'coordinator_address': address, 'num_processes': num_processes, 'process_id': process_id}
-  given = {name: value for name, value in values.items() if value is not None}
+  given = [name for name, value in values.items() if value is not None]
   if not given:
     return Cluster() if mode == AUTO else None
   if mode == AUTO:

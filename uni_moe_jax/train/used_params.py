@@ -33,8 +33,7 @@ UsedExperts = dict[str, tuple[dict[str, jax.Array], ...]]
 def used_experts(collected: Collected) -> UsedExperts:
   """Number of conditions (token routers: slots) that use each expert.
 
-  Returns:
-    {'blocks': ({sublayer: int32 [periods, E]}, …), 'tail': ({sublayer: int32 [E]}, …)}.
+  {'blocks': ({sublayer: int32 [periods, E]}, …), 'tail': ({sublayer: int32 [E]}, …)}.
   """
   return {subtree: tuple({name: d.used for name, d in out['router_stats'].items()} for out in collected[subtree])
           for subtree in ('blocks', 'tail')}

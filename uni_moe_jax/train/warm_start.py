@@ -51,8 +51,6 @@ def compare_params(before: Any, after: Any, frozen: frozenset[str]) -> dict[str,
   new, old = ({path: np.asarray(x) for path, x in by_path(t).items()} for t in (after, before))
   both = {*new} & {*old}
   same = {path for path in both if new[path].tobytes() == old[path].tobytes()}
-  return {
-      'parameters': sum(x.size for x in new.values()),
-      'trained': sum(x.size for path, x in new.items() if path not in frozen),
-      'identical': both & frozen <= same,
-      'moved': bool({*new} - frozen - same)}
+  sizes = {path: x.size for path, x in new.items()}
+  return {'parameters': sum(sizes.values()), 'trained': sum(sizes[path] for path in {*new} - frozen),
+          'identical': both & frozen <= same, 'moved': bool({*new} - frozen - same)}
