@@ -56,6 +56,11 @@ def test_sincos_table_by_hand():
   np.testing.assert_allclose(table[1], [0, 0, 1, 1, *s, *c], rtol=1e-6)
 
 
+def test_scale_stretches_coordinates():
+  # Twice as fine a grid at half the scale: token (2, 0) lies where (1, 0) lay.
+  np.testing.assert_allclose(embedders.sincos_table(4, 8, .5)[8], embedders.sincos_table(2, 8)[2], rtol=1e-6)
+
+
 def test_text_positions_by_hand():
   # D = 4: two frequencies, 1 and 1/100; std .5 → amplitude .5 · √2.
   rows = embedders.sincos_rows(.5)(None, (3, 4))

@@ -27,12 +27,13 @@ def _waves(x: np.ndarray, n: int) -> np.ndarray:
   return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
 
-def sincos_table(side: int, width: int) -> np.ndarray:
+def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
   """Fixed 2-D positions [side², D], D divisible by 4.
 
-  [sin(r w), cos(r w), sin(c w), cos(c w)], w_k = 10000^(-k/(D/4)), of row r and column c.
+  [sin(r w), cos(r w), sin(c w), cos(c w)], w_k = 10000^(-k/(D/4)), of row r and column c, both multiplied by `scale`
+  (160/224 where a 160-px model continues at 224).
   """
-  r, c = np.divmod(np.arange(side * side), side)
+  r, c = np.multiply(np.divmod(np.arange(side * side), side), scale)
   return np.concatenate([_waves(r, width // 4), _waves(c, width // 4)], axis=1).astype(np.float32)
 
 
