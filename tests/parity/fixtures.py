@@ -90,6 +90,10 @@ def sizes(model: str) -> dict[str, Any]:
   return {**(sizes(base) if base else {}), **manifest()['models'][model]}
 
 
+# The published system counts layers from 1, so that its 'odd' layers are our 0, 2, 4, …
+_PLACEMENTS = {'all': 'all', 'odd': 'every_2'}
+
+
 def model_spec(model: str, prefix_is_word: bool = False, **changes: Any) -> ModelSpec:
   """The model of a manifest entry, on the path that training uses: scan, remat, readout rows."""
   m = sizes(model)
@@ -100,7 +104,8 @@ def model_spec(model: str, prefix_is_word: bool = False, **changes: Any) -> Mode
                    max_num_frames=m['max_frames'], max_text_len=m['text_pos_max_len'], posemb='frozen',
                    prefix_word=special[_SPE_WORD] if prefix_is_word or not m['OLD_CHECKPONT'] else None,
                    router='attribute' if moe else 'dense', num_experts=moe['experts'] if moe else 8,
-                   top_k=moe['top_k'] if moe else 2, placement=moe['location'] if moe else 'none', noise_std=0.0,
+                   top_k=moe['top_k'] if moe else 2, noise_std=0.0,
+                   placement=_PLACEMENTS[moe['location']] if moe else 'none',
                    temperature_groups=PUBLISHED_TEMPERATURES)
   if prompt:
     spec = dataclasses.replace(
