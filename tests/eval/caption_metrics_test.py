@@ -7,7 +7,7 @@ import pytest
 
 from uni_moe_jax.eval.caption_metrics import cider_d, rouge_l
 
-approx = functools.partial(pytest.approx, rel=1e-8)
+approx = functools.partial(pytest.approx, rel=5e-9)
 both = pytest.mark.parametrize('metric', [rouge_l, cider_d])
 
 

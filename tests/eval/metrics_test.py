@@ -90,6 +90,7 @@ def test_a_class_that_is_only_predicted_has_no_share():
     (metrics.recall_at_k, (np.zeros((2, 3)), np.ones((3, 2), bool), 1), r'\(2, 3\) and positives \(3, 2\)'),
     (metrics.top_k_accuracy, (np.zeros((1, 3)), np.array([-1])), r'there are 3 targets: labels must be in \[0, 3\)'),
     (metrics.top_k_accuracy, (np.zeros((1, 3)), np.array([3])), r'there are 3 targets: labels must be in \[0, 3\)'),
+    (metrics.top_k_accuracy, (np.zeros(3), np.array([0])), r'\(3,\) and positives \(1, 3\)'),
     (metrics.balanced_accuracy, (np.zeros(0), np.zeros(0)), 'no examples'),
     (metrics.exact_match, ([], []), 'no examples'),
     (metrics.binomial_standard_error, (20., 400), r'must be in \[0, 1\]'),

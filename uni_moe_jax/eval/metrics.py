@@ -70,11 +70,11 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
   Raises:
     UsageError: shapes do not fit, a label is outside [0, V), or there are no examples.
   """
-  scores, labels = np.asarray(scores), np.asarray(labels)
-  if labels.size and not 0 <= labels.min() <= labels.max() < scores.shape[1]:
-    raise UsageError(f'labels reach from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} targets: '
-                     f'labels must be in [0, {scores.shape[1]}).')
-  return recall_at_k(scores, labels[:, None] == np.arange(scores.shape[1]), k)
+  labels, V = np.asarray(labels), np.shape(scores)[-1]
+  if labels.size and not 0 <= labels.min() <= labels.max() < V:
+    raise UsageError(f'labels reach from {labels.min()} to {labels.max()}, but there are {V} targets: labels must be '
+                     f'in [0, {V}).')
+  return recall_at_k(scores, labels[:, None] == np.arange(V), k)
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:

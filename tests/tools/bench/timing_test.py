@@ -48,9 +48,10 @@ class _Clock:
 
 def test_every_call_runs_once_first_and_then_once_per_round_in_rotating_order():
   clock = _Clock()
-  calls = {name: clock.call(name, 1) for name in 'abc'}
-  timing.interleaved(calls, 4, clock=lambda: clock.now)
+  calls = {name: clock.call(name, s) for name, s in (('a', 2), ('b', 5), ('c', 1))}
+  seconds = timing.interleaved(calls, 4, clock=lambda: clock.now)
   assert ''.join(clock.log) == 'abc' 'abc' 'bca' 'cab' 'abc'
+  assert {name: s.tolist() for name, s in seconds.items()} == {'a': [2] * 4, 'b': [5] * 4, 'c': [1] * 4}
 
 
 def test_each_call_gets_its_own_seconds_without_the_first_run_and_without_its_preparation():
