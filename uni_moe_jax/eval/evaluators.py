@@ -132,6 +132,7 @@ def label_baselines(
     return train_labels, by
   trained, evaluated = examples_lib.example_ids(q.trained, q.task), examples_lib.example_ids(q.evaluated, q.task)[ids]
   train_labels = examples_lib.class_indices(q.trained, q.task, q.keys)[trained]
+  assert (labels == examples_lib.class_indices(q.evaluated, q.task, q.keys)[evaluated]).all()
   answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
   texts = [k for k, c in q.trained.columns.items() if k.startswith('text') and c.dtype.kind == 'U']
   inputs = ['pixels'] if 'pixels' in q.trained.columns else texts
