@@ -47,7 +47,7 @@ _temporary = tempfile.TemporaryDirectory()  # until the process ends
 
 def _default(name: str) -> ml_collections.ConfigDict:
   """A config with its default argument, or with the temporary run or data."""
-  if name in ('finetune', 'prompt_tune', 'zero_shot'):
+  if name in _FROM_A_RUN:
     return _config(name, f'run={_run()},task=digits')
   return _config(name, f'sources={"+".join(own_data.write(_temporary.name))}' if name == 'own' else None)
 

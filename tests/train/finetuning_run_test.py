@@ -111,8 +111,7 @@ def test_a_run_starts_from_averaged_parameters(tmp_path):
   loaded = train_run.load_init_params(train_run.build(other, jax.devices()[:1]))
   for params in (averaged, loaded):
     chex.assert_trees_all_equal(params, state.ema_params)
-  with pytest.raises(AssertionError):
-    chex.assert_trees_all_equal(averaged, state.params)
+  assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, averaged, state.params)))
 
 
 @pytest.mark.parametrize('files, message', [

@@ -166,7 +166,7 @@ def _update(
 
 
 class Step:
-  """The jitted step of a run: (state, batch, target sets) → (state, metrics)."""
+  """The jitted step of a run: (state, batch, target sets) → (state, metrics). Donates the buffers of the state."""
 
   def __init__(self, spec: StepSpec, seed: int, shardings: TrainState, replicated: NamedSharding):
     """shardings: of the state. replicated: of the key, which goes to the mesh before the first step."""
