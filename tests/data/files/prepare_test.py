@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pathlib
+import weakref
 import zipfile
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.data import own_files
-from uni_moe_jax.data.files import check, file_dataset, prepare
+from uni_moe_jax.data.files import check, file_dataset, media, prepare
 from uni_moe_jax.data.files.formats import read_rows
 from uni_moe_jax.data.files.prepare_summary import describe
 
@@ -264,6 +265,22 @@ def test_each_line_describes_one_video_of_an_array(tmp_path):
   assert summary['skipped'] == {'more lines than the array has videos': {'count': 1, 'first': ['videos.jsonl:3']}}
   _, records = _read_all(tmp_path / 'out', source='own:arrays')
   np.testing.assert_array_equal(np.load(io.BytesIO(records[1]['video'])), frames[1])
+
+
+def test_one_array_of_videos_is_in_memory_at_a_time(monkeypatch):
+  loaded = []
+
+  def load(_):
+    assert all(array() is None for array in loaded)
+    videos = np.zeros(3)
+    loaded.append(weakref.ref(videos))
+    return videos
+
+  monkeypatch.setattr(media, 'load_videos', load)
+  load_videos = media.videos_loader()
+  for path in 'aab':
+    load_videos(path)
+  assert len(loaded) == 2
 
 
 def _zip(*names) -> bytes:

@@ -128,11 +128,12 @@ def test_evaluation_masks_every_selected_token():
 
 def test_masks_are_a_function_of_the_example_with_fixed_shapes():
   text = _random_text(20, 40)
-  a, again, other = _mask(text, 6), _mask(text, 6), _mask(text, 6, hashes=_hashes(20, seed=1))
-  single = _mask(text[7:8], 6, hashes=_hashes(20)[7:8])
+  # One prediction more than the budget of six tokens.
+  a, again, other = _mask(text, 7), _mask(text, 7), _mask(text, 7, hashes=_hashes(20, seed=1))
+  single = _mask(text[7:8], 7, hashes=_hashes(20)[7:8])
   assert {k: (v.shape, v.dtype.name) for k, v in a.items()} == {
-      'text': ((20, 40), 'int32'), 'position': ((20, 6), 'int32'), 'label': ((20, 6), 'int32'),
-      'weight': ((20, 6), 'float32')}
+      'text': ((20, 40), 'int32'), 'position': ((20, 7), 'int32'), 'label': ((20, 7), 'int32'),
+      'weight': ((20, 7), 'float32')}
   for k in a:
     np.testing.assert_array_equal(a[k], again[k])
     np.testing.assert_array_equal(a[k][7:8], single[k])

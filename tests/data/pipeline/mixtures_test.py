@@ -85,7 +85,8 @@ def test_tasks_of_one_type_are_concatenated_in_their_group():
 
 
 def test_each_example_occurs_once_per_epoch_with_another_hash_each_time():
-  ids, draws = (_column(_first(13), field).reshape(8, 13) for field in ('id', 'draw'))  # 8 epochs of 13
+  ids, labels, draws = (_column(_first(13), k).reshape(8, 13) for k in ('id', 'label', 'draw'))  # 8 epochs of 13
+  np.testing.assert_array_equal(labels, ids)
   order = np.argsort(ids, axis=1)
   np.testing.assert_array_equal(np.take_along_axis(ids, order, axis=1), [range(13)] * 8)
   assert all(len(set(column)) == 8 for column in np.take_along_axis(draws, order, axis=1).T.tolist())

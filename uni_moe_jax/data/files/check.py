@@ -6,7 +6,6 @@ Each check yields all rows that it is given, in order; it sets `skipped` of thos
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import os
 import pathlib
@@ -102,7 +101,7 @@ def _field_types(row: Row) -> dict[str, str]:
 def _open_files(rows: list[Row]) -> Iterator[Row]:
   """Skips rows whose image or video is damaged."""
   # One file of videos stays in memory: two threads would read two files alternately, again and again.
-  load = functools.lru_cache(maxsize=1)(media.load_videos)
+  load = media.videos_loader()
 
   def check(row: Row) -> Row:
     try:

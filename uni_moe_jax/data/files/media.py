@@ -7,6 +7,7 @@ could not read is converted once, when data is prepared.
 import dataclasses
 import io
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -90,6 +91,18 @@ def load_videos(path: pathlib.Path) -> np.ndarray | None:
       return arrays[arrays.files[0]]
   except Exception:  # numpy, zipfile and zlib document no closed set of errors for damaged files
     return None
+
+
+def videos_loader() -> Callable[[pathlib.Path], np.ndarray | None]:
+  """`load_videos` that keeps one file in memory, and drops it before it loads another: each may fill the memory."""
+  last = {}
+
+  def load(path):
+    if path not in last:
+      last.clear()
+      last[path] = load_videos(path)
+    return last[path]
+  return load
 
 
 def select_video(videos: np.ndarray | None, index: int) -> Media:

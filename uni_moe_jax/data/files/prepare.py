@@ -10,7 +10,6 @@ Images and videos keep the bytes of their files, except the few that `media.py` 
 
 import collections
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -167,7 +166,7 @@ def _write_shards(folder: pathlib.Path, name: str, version: str, splits: Splits,
 
 def _examples(rows: list[Row], columns: dict[str, str], digest) -> Iterator[tuple[int, dict]]:
   """Yields TFDS examples, and updates `digest` with the content of every column."""
-  load_videos = functools.lru_cache(maxsize=1)(media.load_videos)
+  load_videos = media.videos_loader()
   for i, row in enumerate(rows):
     example = {LOCATION: row.location}
     for column, column_type in columns.items():
