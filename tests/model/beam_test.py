@@ -188,9 +188,11 @@ def test_candidates_are_the_best_sums_and_the_first_discarded_one():
   np.testing.assert_allclose(np.sort(actual.candidates[-1, :, :_K])[:, ::-1], actual.scores, rtol=1e-5)
 
 
-def test_the_loop_stops_when_all_have_ended():
-  # Every caption may only be one word and the end: after two steps there is nothing left to do.
-  actual = _search(1, 1, answers=((5, 1), (7, 1)))
+@pytest.mark.parametrize('beams', [1, _K])
+def test_the_loop_stops_when_all_have_ended(beams):
+  # Every caption may only be one word and the end: after two steps there is nothing left to do. Of three hypotheses
+  # two are allowed; the third has probability 0 and has ended, too.
+  actual = _search(beams, 1, answers=((5, 1), (7, 1)))
   assert np.isneginf(actual.candidates[2:]).all()
   assert np.isfinite(actual.candidates[:2, :, 0]).all()
 

@@ -29,6 +29,7 @@ def test_each_condition_has_its_own_experts_of_equal_ones_the_first_in_float32()
   decision = routers.route(logits, 2)
   np.testing.assert_array_equal(decision.expert, [[3, 2], [0, 2], [0, 1]])
   np.testing.assert_allclose(decision.coef, [[0, 0, 3 / 7, 4 / 7], [.5, 0, .5, 0], [.5, .5, 0, 0]], rtol=1e-6)
+  np.testing.assert_array_equal(decision.coef[2], [.5, .5, 0, 0])
   decision = routers.route(jnp.asarray(_LOGITS, jnp.bfloat16), 2)
   assert {decision.logits.dtype, decision.coef.dtype} == {jnp.dtype('float32')}
 
