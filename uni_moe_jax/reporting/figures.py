@@ -179,11 +179,13 @@ def heat_map(rows: Sequence[str], layers: Sequence[int], coefficients: np.ndarra
     line = range(start, min(start + per_line, len(layers)))
     lines.append(''.join(f'<th></th><th colspan="{experts}">layer {layers[i]}</th>' for i in line))
     for a, row in enumerate(rows):
-      # Cells that hold nothing stay faintly visible, so that the grid can be counted.
-      cells = {i: ''.join(_cell(
-          0.07 + 0.93 * np.clip(share, 0, 1), f'layer {layers[i]}, {row}, expert {e}: {share:.3f}')
-                          for e, share in enumerate(coefficients[i, a])) for i in line}
-      lines.append(''.join(f'<th class="row">{escape(row) if i == start else ""}</th>{cells[i]}' for i in line))
+      cells = []
+      for i in line:
+        cells.append(f'<th class="row">{escape(row) if i == start else ""}</th>')
+        # Cells that hold nothing stay faintly visible, so that the grid can be counted.
+        cells += [_cell(0.07 + 0.93 * np.clip(share, 0, 1), f'layer {layers[i]}, {row}, expert {e}: {share:.3f}')
+                  for e, share in enumerate(coefficients[i, a])]
+      lines.append(''.join(cells))
   return _map('map', 'expert coefficients', lines)
 
 

@@ -91,11 +91,13 @@ def draw_figures(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path, out: 
 
 def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
   """Lines of Markdown: a row per run."""
+  def row(c: Mapping[str, Any]) -> tuple[Any, ...]:
+    counts = (f'{c["parameters"][k]:,}' if c['parameters'] else None for k in ('total', 'active'))
+    return (c['name'], c['steps'], *counts, c['seconds_per_step'], f'{c["seconds"].get(TRAIN, 0):.0f}',
+            f'{sum(c["seconds"].values()):.0f}', c['status'])
+
   columns = ['run', 'steps', 'parameters', 'active parameters', 's / step', 'training s', 'total s', 'status']
-  return markdown.table(columns, [(
-      c['name'], c['steps'], *(f'{c["parameters"][k]:,}' if c['parameters'] else None for k in ('total', 'active')),
-      c['seconds_per_step'], f'{c["seconds"].get(TRAIN, 0):.0f}', f'{sum(c["seconds"].values()):.0f}', c['status'])
-                                  for c in cells])
+  return markdown.table(columns, map(row, cells))
 
 
 def sections(cells: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[str]]) -> list[str]:
