@@ -89,7 +89,7 @@ def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _write_programs(folder: pathlib.Path, contents: Contents) -> dict[str, dict[str, dict[str, Any]]]:
-  """Writes every distinct program once; returns task → program → its file and inputs."""
+  """Writes equal programs to one file; returns task → program → its file and inputs."""
   (folder / 'programs').mkdir()
   model, tokenizer = UniPerceiver(contents.spec), contents.data.tokenizer
   params, files, result = by_path(contents.params), {}, {}
