@@ -244,8 +244,8 @@ def test_nothing_is_compiled_whose_train_state_alone_is_too_large():
   trials, _, _ = _search(_with_state, _config(), memory=390, state=_state)  # the state without FSDP is 400
   assert all('fsdp' in changed for changed, _ in trials)
   assert trials[-1][1] == ''
-  _, _, trials = _search(_with_state, _config(), memory=10, state=_state)  # nothing fits
-  assert not trials or not trials[-1].fits
+  _, compiled, trials = _search(_with_state, _config(), memory=10, state=_state)  # with FSDP it is 50
+  assert (compiled, trials) == ([], ())
 
 
 @pytest.mark.parametrize('needs, first', [
