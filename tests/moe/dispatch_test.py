@@ -43,7 +43,7 @@ _BEHIND = [-1] * 127  # slots behind the groups, for the last tile
 
 
 # Two examples of three positions, one expert each. Expert 0 is the choice of (example, position) 00, 01, 10, 12;
-# expert 1 by 02; expert 2 by 11.
+# expert 1 that of 02; expert 2 that of 11.
 _EXPERT = [[[0], [0], [1]], [[0], [2], [0]]]
 
 

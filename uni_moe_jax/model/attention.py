@@ -33,12 +33,12 @@ class Attention(Sublayer):
     """Attends in every sequence.
 
     Args:
-      hidden: normalized, as are deep prompts [1, P, D] by table.
-      scale: f32 [D], LayerScale of the outputs.
+      hidden: normalized. scale: f32 [D], LayerScale of the outputs.
+      prompts: normalized deep prompts [1, P, D] by table.
       caches: of this layer. pools: see `Sublayer.pool`.
 
     Returns:
-      (outputs, of the readout rows with `context.readout_only`, {'router_stats', 'token_routing', 'kv'}).
+      (outputs, {'router_stats', 'token_routing', 'kv'}). With `context.readout_only`, outputs are of readout rows.
     """
     merged = self.merge_routing(context)
     qkv = self.qkv(merged)

@@ -16,7 +16,10 @@ class MetricsLog:
   """Averages scalars over the steps between two logs and writes them; a context manager."""
 
   def __init__(self, workdir: str | os.PathLike[str], first: int, last: int, writes: bool = True):
-    """Opens the log of a run from step `first` to `last`, without lines after `first`. writes: or only averages."""
+    """Opens the log of a run from step `first` to `last`; lines after `first` are removed.
+
+    writes: whether this process writes; one of several does, and the others only average.
+    """
     self._last, self._sums, self._count, self._since = last, {}, 0, time.perf_counter()
     self._bar, self._writes = None, writes
     if not writes:

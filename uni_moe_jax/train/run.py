@@ -143,7 +143,11 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
 
 
 def load_init_params(run: Run) -> Any:
-  """Parameters of the run in `config.train.init`; prints which ones are fresh. Raises UsageError as `merge_params`."""
+  """Parameters of the run in `config.train.init`; prints which ones are fresh.
+
+  Raises:
+    UsageError: that run has no checkpoint, or the models do not fit, see `warm_start.merge_params`.
+  """
   init = run.config.train.init
   with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
@@ -177,7 +181,7 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
 
 
 def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = None) -> Run:
-  """Checks a config and builds its run, on all devices and the data that the config names by default.
+  """Checks a config and builds its run; by default on all devices, and on the data that the config names.
 
   Raises:
     UsageError: a field is wrong or data is missing; see `make_plan` and `Data`.
