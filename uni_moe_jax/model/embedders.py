@@ -112,8 +112,7 @@ class Embed(nn.Module):
       token = self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1,), jnp.int32))
     return jnp.broadcast_to(token, (batch, 1, s.width))
 
-  def front(
-      self, batch: int, is_target: bool, label_set: str | None = None, classes: jax.Array | None = None) -> jax.Array:
+  def front(self, batch: int, is_target: bool, label_set: str | None, classes: jax.Array | None) -> jax.Array:
     """Tokens before the data, [B, n, D]: the prefix `spe`, then prompts; arguments as in `TokenPrompts`."""
     return jnp.concatenate([self.prefix(batch), *self.prompts(batch, is_target, label_set, classes)], axis=1)
 

@@ -131,8 +131,8 @@ class Sequence:
 
   @classmethod
   def of_buckets(
-      cls, name: str, condition: Condition, buckets: tuple[Fields, ...], order: jax.Array,
-      label_prompts: bool = False) -> tuple['Sequence', ...]:
+      cls, name: str, condition: Condition, buckets: tuple[Fields, ...], order: jax.Array, label_prompts: bool
+  ) -> tuple['Sequence', ...]:
     """One sequence per length bucket of a target set of texts.
 
     Args:

@@ -24,9 +24,9 @@ _PARSE_ERRORS = flags.Error, AttributeError, KeyError, ValueError, TypeError, OS
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
 
 
-def define_config(name: str = 'config', default: str | None = None) -> flags.FlagHolder:
+def define_config(default: str | None = None) -> flags.FlagHolder:
   """Define --config=FILE.py[:argument], with --config.field=value overrides."""
-  return config_flags.DEFINE_config_file(name, default, help_string=(
+  return config_flags.DEFINE_config_file('config', default, help_string=(
       'Config file, and its arguments, if any: FILE.py or FILE.py:NAME=VALUE,NAME=VALUE; the first lines of the file '
       'describe them. --config.FIELD=VALUE overrides a field, for example --config.train.steps=100.'))
 
