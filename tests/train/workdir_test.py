@@ -19,12 +19,14 @@ def _claimed(tmp_path):
   return c
 
 
+def _content(tmp_path):
+  return json.loads((tmp_path / workdir.CONFIG_FILE).read_text())
+
+
 def _rewrite(tmp_path, **changed):
-  """Changes fields of config.json; None deletes one. Returns the old content."""
-  path = tmp_path / workdir.CONFIG_FILE
-  content = json.loads(path.read_text())
-  path.write_text(json.dumps({k: v for k, v in {**content, **changed}.items() if v is not None}))
-  return content
+  """Changes fields of config.json; None deletes one."""
+  content = {k: v for k, v in {**_content(tmp_path), **changed}.items() if k not in changed or v is not None}
+  (tmp_path / workdir.CONFIG_FILE).write_text(json.dumps(content))
 
 
 def test_a_config_is_stored_and_loaded_unchanged(tmp_path):
@@ -153,7 +155,7 @@ def test_an_allowed_mismatch_records_the_installed_versions(tmp_path, capsys):
   workdir.check_versions(tmp_path, allow_mismatch=True)
   workdir.check_versions(tmp_path)
   assert capsys.readouterr() == ('', '')
-  content = _rewrite(tmp_path)
+  content = _content(tmp_path)
   assert content['versions'] == workdir.versions() and content['earlier_versions'][0]['jax'] == '0.9.1'
   workdir.claim_workdir(tmp_path, tiny.config('shape', data_dir='/somewhere'), 'print')
 
