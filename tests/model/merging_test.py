@@ -19,9 +19,9 @@ def _spec(router: str, **changes):
   return small_model.spec(router, num_experts=_EXPERTS, **changes)
 
 
-@pytest.mark.parametrize('router, changes, others', [('attribute', {}, _VQA[::-1]),
-    ('task', {'placement': 'every_2', 'num_layers': 5}, _TASK_TYPE.conditions), ('modality',
-        {'sublayers': ('mlp',), 'num_deep_prompts': 2}, _VQA[::-1])])
+@pytest.mark.parametrize('router, changes, others', [
+    ('attribute', {}, _VQA[::-1]), ('task', {'placement': 'every_2', 'num_layers': 5}, _TASK_TYPE.conditions),
+    ('modality', {'sublayers': ('mlp',), 'num_deep_prompts': 2}, _VQA[::-1])])
 def test_features_are_those_of_the_model_with_experts(router, changes, others):
   spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
 

@@ -125,7 +125,7 @@ def test_a_router_by_name_gets_its_table():
     c.moe.router = router
     names[router] = _spec(c).router_names
   assert names == {'attribute': (), 'dense': (), 'token': (), 'context': (), 'modality': ('visual', 'text'),
-      'task': task_types.router_tasks()}
+                   'task': task_types.router_tasks()}
 
 
 def test_a_spec_can_be_a_static_argument():

@@ -86,8 +86,8 @@ def test_these_groups_differ():
 
 
 # At most as many rows as a group has on average: 6431 / 8 = 803, 1023 / 8 = 127, 415 / 8 = 51, 143 / 8 = 17.
-@pytest.mark.parametrize('rows, groups, tile', [(6431, 8, 128), (1024, 8, 128), (1023, 8, 64), (415, 8, 32),
-    (143, 8, 32)])
+@pytest.mark.parametrize('rows, groups, tile', [
+    (6431, 8, 128), (1024, 8, 128), (1023, 8, 64), (415, 8, 32), (143, 8, 32)])
 def test_rows_of_a_tile_by_hand(rows, groups, tile):
   assert gmm._tile(rows, groups) == tile
 
@@ -106,8 +106,8 @@ def test_a_gpus_program_has_three_kernels_of_whole_tiles(dtype, platform):
   assert (kernels(platform), kernels('cpu')) == (3, 0)
 
 
-@pytest.mark.parametrize('sizes', [(0, 1, 4, 0, 130, 65), (0, 0, 0, 0, 0, 0), (200, 0, 0, 0, 0, 0),
-    (64, 64, 0, 64, 0, 8)])
+@pytest.mark.parametrize('sizes', [
+    (0, 1, 4, 0, 130, 65), (0, 0, 0, 0, 0, 0), (200, 0, 0, 0, 0, 0), (64, 64, 0, 64, 0, 8)])
 def test_items_cover_every_row_of_every_group_once(sizes):
   sizes, rows = np.array(sizes), 200
   group, first, start, end = (np.asarray(a) for a in gmm_triton._items(jnp.asarray(sizes), rows))
@@ -129,8 +129,8 @@ def test_auto_follows_the_device_and_xla_is_auto_without_the_kernels(device, cap
     assert gmm.choose_backend(backend, capacity) == backend
 
 
-@pytest.mark.parametrize('backend, most, rows', [('tiled', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256),
-    ('triton', 200, 200), ('ragged', 200, 200)])
+@pytest.mark.parametrize('backend, most, rows', [
+    ('tiled', 200, 327), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200)])
 def test_rows_that_a_backend_needs(backend, most, rows):
   # A tile of 128 rows has at least one of its group.
   assert gmm.num_rows(backend, most) == rows

@@ -15,8 +15,9 @@ from uni_moe_jax.utils.errors import UsageError
 _LOGITS = np.log([[1., 2., 3., 4.]])  # probabilities .1 .2 .3 .4
 
 
-@pytest.mark.parametrize('top_k, expert, coef', [(1, [3], [0, 0, 0, 1]), (2, [3, 2], [0, 0, 3 / 7, 4 / 7]),
-    (3, [3, 2, 1], [0, 2 / 9, 3 / 9, 4 / 9]), (4, [3, 2, 1, 0], [.1, .2, .3, .4])])
+@pytest.mark.parametrize('top_k, expert, coef', [
+    (1, [3], [0, 0, 0, 1]), (2, [3, 2], [0, 0, 3 / 7, 4 / 7]), (3, [3, 2, 1], [0, 2 / 9, 3 / 9, 4 / 9]),
+    (4, [3, 2, 1, 0], [.1, .2, .3, .4])])
 def test_the_best_k_experts_share_their_probability(top_k, expert, coef):
   decision = routers.route(jnp.asarray(_LOGITS), top_k)
   np.testing.assert_array_equal(decision.expert, [expert])
@@ -56,8 +57,9 @@ _CONDITIONS = (*_conditions('image_classification', 'image_retrieval', 'text_mlm
 
 @pytest.mark.parametrize('router, rows', [
     ('modality', ('visual', 'text')), ('task', ('classification', 'retrieval', 'mlm', 'caption', 'words')),
-    ('dense', (None,)), ('attribute', tuple(tuple(map(int, bits)) for bits in (
-        '10011000', '01010100', '11011000', '11010101', '11010110')))])  # classification and retrieval share them
+    ('dense', (None,)),
+    ('attribute', tuple(tuple(map(int, bits)) for bits in (  # classification and retrieval have the same
+        '10011000', '01010100', '11011000', '11010101', '11010110')))])
 def test_distinct_inputs_are_in_order(router, rows):
   assert routers.distinct_inputs(router, _CONDITIONS) == rows
 
