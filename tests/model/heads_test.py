@@ -24,23 +24,22 @@ def test_logits_are_scaled_cosines_whatever_the_lengths():
   np.testing.assert_allclose(logits, [[30., 48.], [0., 30.]], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('log_scale, scale, gradient', [(math.log(5.0), 5.0, 5.0), (math.log(99.0), 99.0, 99.0),
-    (math.log(101.0), 100.0, 0.0)])
+@pytest.mark.parametrize('log_scale, scale, gradient', [
+    (math.log(5.0), 5.0, 5.0), (math.log(99.0), 99.0, 99.0), (math.log(101.0), 100.0, 0.0)])
 def test_a_scale_is_clamped_at_100_without_gradient(log_scale, scale, gradient):
   # d exp(x)/dx = exp(x) below the clamp.
   actual = jax.value_and_grad(heads.scale_of)(jnp.float32(log_scale))
   np.testing.assert_allclose(actual, (scale, gradient), rtol=1e-5)
 
 
-def test_a_group_starts_at_its_temperature():
+def test_every_group_has_its_own_scale_which_starts_at_its_temperature():
   spec = small_model.spec(temperature_groups=('one', 'two'), temperature_init=.25)
   values = UniPerceiver(spec).bind({'params': {
       'log_scale_one': jnp.float32(math.log(4.0)), 'log_scale_two': jnp.float32(math.log(7.0))}})
   np.testing.assert_allclose([values.scale('one'), values.scale('two')], [4, 7], rtol=1e-6)
-
-
-def test_every_group_has_its_own_scale():
-  names = set(small_model.boxed(small_model.spec(temperature_groups=('one', 'two'))))
+  fresh, _ = UniPerceiver(spec).init_with_output(jax.random.key(0), 'two', method='scale')
+  np.testing.assert_allclose(fresh, 1 / .25, rtol=1e-6)
+  names = set(small_model.boxed(spec))
   assert {'log_scale_one', 'log_scale_two'} <= names
   assert 'log_scale_group' not in names
 
