@@ -184,7 +184,8 @@ class _Batch:
     batch = images.ignore_errors().concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1)
     index, pixels = batch.get_single_element()
     pixels = tf.scatter_nd(index[:, None], pixels, [n + 1, *shape])[:n]
-    return tf.ensure_shape(pixels, [None, *shape]), tf.reduce_any(tf.range(n)[:, None] == index, axis=1)
+    ok = tf.scatter_nd(index[:, None], tf.ones_like(index), [n + 1])[:n] > 0
+    return tf.ensure_shape(pixels, [None, *shape]), ok
 
   def _read(self, ids: np.ndarray, hashes: np.ndarray):
     """Problems ('' for none), encoded images, and the features of `_specs` in order."""

@@ -166,14 +166,14 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
 
 def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Record, int], str]:
   """(record, h) → phrase: random template and entries of lists in training, else the first ones."""
-  templates = task.caption_templates
-  for template in templates:
-    _check_columns(task, records, 'caption_templates', template_columns(template), 'text', 'texts', 'class')
+  templates = [(template, template_columns(template)) for template in task.caption_templates]
+  for _, columns in templates:
+    _check_columns(task, records, 'caption_templates', columns, 'text', 'texts', 'class')
   draw = lambda items, *purpose: items[hashing.mix(*purpose) % len(items) if training else 0]
 
   def choose(record, h):
-    template, values = draw(templates, h, 'phrase'), {}
-    for column in template_columns(template):
+    (template, columns), values = draw(templates, h, 'phrase'), {}
+    for column in columns:
       values[column] = record[column]
       if not isinstance(record[column], str):
         if not record[column]:
