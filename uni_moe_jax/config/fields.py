@@ -130,8 +130,8 @@ def _check_value(name: str, value: Any, m: Mapping[str, Any]) -> None:
     check_choice(name, value, m['choices'])
   if m['pattern']:
     check_pattern(name, value)
-  limits = {b: inside for b, inside in _BOUNDS.items() if m[b] is not None and isinstance(value, (int, float))}
-  if not all(inside(value, m[b]) for b, inside in limits.items()):
+  if isinstance(value, (int, float)) and not all(
+      inside(value, m[b]) for b, inside in _BOUNDS.items() if m[b] is not None):
     off = '' if m['off'] is None else f'; {m["off"]:g} is off'
     raise UsageError(f'config.{name}={value} must be {bounds(m)}{off}.')
 
