@@ -121,7 +121,7 @@ def test_images_and_videos_that_the_model_does_not_accept_are_an_error(name, cha
     Data(config, plan).examples(task)
 
 
-def test_a_vocabulary_too_large_for_the_text_is_an_error_that_names_the_field(tmp_path):
+def test_a_vocabulary_too_large_for_the_text_is_an_error_that_names_the_field():
   config = tiny.config('text', data_dir=tiny.data_dir())
   config.tokenizer.vocab_size = 100_000
   with pytest.raises(ValueError, match=r'config\.tokenizer\.vocab_size=100000: These texts cannot give'):

@@ -143,9 +143,9 @@ def npy_bytes(frames: np.ndarray) -> bytes:
   return out.getvalue()
 
 
-def moving_bar(moves: bool, num_frames: int = 12) -> np.ndarray:
-  """uint8 [num_frames, 32, 48, 3]: a bar at the left, or in frame t at column 4 t if it moves."""
-  out = np.zeros((num_frames, 32, 48, 3), np.uint8)
+def moving_bar(moves: bool) -> np.ndarray:
+  """uint8 [12, 32, 48, 3]: a bar at the left, or in frame t at column 4 t if it moves."""
+  out = np.zeros((12, 32, 48, 3), np.uint8)
   for t, frame in enumerate(out):
     left = 4 * t if moves else 0
     frame[:, left:left + 4] = 255

@@ -1,4 +1,4 @@
-"""The modules in an exported folder, and the model with experts that they are compared with."""
+"""An exported folder: its loader, a server, and the model with experts that they are compared with."""
 
 import importlib.util
 import pathlib
@@ -49,9 +49,9 @@ except ImportError as e:
 ''' % (BATCHES,)  # noqa: UP031
 
 
-def module(folder: pathlib.Path, name: str = 'load') -> types.ModuleType:
-  """Import load.py or texts.py of a folder."""
-  spec = importlib.util.spec_from_file_location(name, folder / f'{name}.py')
+def module(folder: pathlib.Path) -> types.ModuleType:
+  """Import load.py of a folder."""
+  spec = importlib.util.spec_from_file_location('load', folder / 'load.py')
   loaded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(loaded)
   return loaded

@@ -20,11 +20,11 @@ def _sentence(rng):
   return f'Counts {a} {b} {c} when {d} {e} and {f} {g} are {h}.'
 
 
-def _documents(files=150, sources=('numpy', 'flax')):
-  """Two documents per file, each with a summary and two paragraphs."""
+def _documents():
+  """Two documents of each of 150 files of two sources, with a summary and two paragraphs each."""
   rng = random.Random(0)
   return [Document(source, f'{source}/{file}.py', '\n\n'.join(_sentence(rng) for _ in range(3)))
-          for source in sources for file in range(files) for _ in range(2)]
+          for source in ('numpy', 'flax') for file in range(150) for _ in range(2)]
 
 
 def _entry(text, role=prose_filter.BODY, source='numpy', unit='numpy/a.py', document=0):

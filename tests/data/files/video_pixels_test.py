@@ -8,9 +8,9 @@ from uni_moe_jax.data.files import video, video_pixels
 from uni_moe_jax.data.pipeline import hashing
 
 
-def _numbered(N, H=4, W=4):
+def _numbered(N):
   """Frame i has level i everywhere."""
-  return own_files.npy_bytes(np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, H, W, 3)))
+  return own_files.npy_bytes(np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, 4, 4, 3)))
 
 
 @pytest.mark.parametrize('num_frames, offsets, expected', [

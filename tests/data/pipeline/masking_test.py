@@ -26,12 +26,12 @@ def _mask(text, max_predictions, always_mask=False, hashes=None, word_start=WORD
   return {k: v.numpy() for k, v in out.items()}
 
 
-def _random_text(rows, length, seed=0):
-  """Words of one to four pieces, with some `eot`."""
-  rng = np.random.default_rng(seed)
+def _random_text(rows):
+  """Words of one to four pieces, with some `eot`, in rows of 40."""
+  rng = np.random.default_rng(0)
   words = [[rng.choice(STARTS), *rng.choice(INSIDE, rng.integers(0, 4))] if rng.random() < .9 else [EOT]
-           for _ in range(rows * length)]
-  return np.concatenate(words)[:rows * length].reshape(rows, length).astype(np.int32)
+           for _ in range(rows * 40)]
+  return np.concatenate(words)[:rows * 40].reshape(rows, 40).astype(np.int32)
 
 
 def _selected(out, shape):
@@ -46,7 +46,7 @@ def _selected(out, shape):
 def test_words_are_selected_completely_or_not_at_all(mirrored):
   # A mirrored text has mirrored words: the pieces that started them end them.
   step = -1 if mirrored else 1
-  text = _random_text(300, 40)[:, ::step]
+  text = _random_text(300)[:, ::step]
   marks = dict(word_start=WORD_END, word_end=WORD_START) if mirrored else {}
   selected = _selected(_mask(text, 6, **marks), text.shape)
   word = np.cumsum(WORD_START[text][:, ::step], axis=1)[:, ::step]
@@ -76,13 +76,13 @@ def test_the_budget_is_15_percent_and_at_most_M(length, max_predictions, expecte
 
 
 def test_longer_words_stay_within_the_budget():
-  counts = _mask(_random_text(300, 40), 20)['weight'].sum(1)
+  counts = _mask(_random_text(300), 20)['weight'].sum(1)
   assert counts.max() == 6 and counts.mean() > 3
 
 
 @pytest.mark.parametrize('max_predictions', [4, 10])  # less, and more, than the budget
 def test_only_selected_tokens_change_and_labels_are_the_original_ones(max_predictions):
-  text = _random_text(100, 40)
+  text = _random_text(100)
   out = _mask(text, max_predictions)
   others, used = ~_selected(out, text.shape), out['weight'] > 0
   np.testing.assert_array_equal(out['text'][others], text[others])
@@ -119,7 +119,7 @@ def test_all_ordinary_tokens_occur_as_random_ones_and_special_ones_only_if_confi
 
 
 def test_evaluation_masks_every_selected_token():
-  text = _random_text(100, 40)
+  text = _random_text(100)
   out = _mask(text, 10, always_mask=True)
   selected = _selected(out, text.shape)
   np.testing.assert_array_equal(out['text'] == SPE, selected)
@@ -127,7 +127,7 @@ def test_evaluation_masks_every_selected_token():
 
 
 def test_masks_are_a_function_of_the_example_with_fixed_shapes():
-  text = _random_text(20, 40)
+  text = _random_text(20)
   # One prediction more than the budget of six tokens.
   a, again, other = _mask(text, 7), _mask(text, 7), _mask(text, 7, hashes=_hashes(20, seed=1))
   single = _mask(text[7:8], 7, hashes=_hashes(20)[7:8])
