@@ -13,7 +13,7 @@ Arguments:
   mode=prompts     prompts, norms and a linear head train, as in configs/prompt_tune.py
   mode=zero_shot   nothing trains; for launch/evaluate.py
 
-docs/guides/benchmarks.md says how to obtain each data set, and where a recipe differs from the published one. The
+docs/guides/benchmarks.md says how to obtain each dataset, and where a recipe differs from the published one. The
 papers' tables hold for the authors' checkpoints; no benchmark was run here to its end.
 """
 

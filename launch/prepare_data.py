@@ -2,11 +2,11 @@
 
 Embedded data:    python launch/prepare_data.py
 Your own data:    python launch/prepare_data.py --input=photos --name=pets
-A TFDS data set:  python launch/prepare_data.py --tfds=coco_captions
+A TFDS dataset:   python launch/prepare_data.py --tfds=coco_captions
 
 Your own data is a folder [split/]class/*.jpg (or videos), a .jsonl file or a folder of them, an .npz of frames beside
 its .jsonl, or .txt files. It becomes the source 'own:pets' of configs; its folder contains prepared.json: splits,
-statistics, and skipped rows with the reason. A TFDS data set is downloaded by TFDS and becomes 'tfds:coco_captions'.
+statistics, and skipped rows with the reason. A TFDS dataset is downloaded by TFDS and becomes 'tfds:coco_captions'.
 """
 
 import os
@@ -21,9 +21,9 @@ from uni_moe_jax.utils.errors import UsageError
 
 _DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepared data.')
 _INPUT = flags.DEFINE_string('input', None, 'Folder or file of your own data; none for the embedded data.')
-_NAME = flags.DEFINE_string('name', None, 'Name of your data set: lower-case letters, digits, underscores.')
-_TFDS = flags.DEFINE_string('tfds', None, 'TFDS data set NAME[/CONFIG][:VERSION], written as array records.')
-_VERSION = flags.DEFINE_string('version', '1.0.0', 'Version of your data set; runs read the newest one.')
+_NAME = flags.DEFINE_string('name', None, 'Name of your dataset: lower-case letters, digits, underscores.')
+_TFDS = flags.DEFINE_string('tfds', None, 'TFDS dataset NAME[/CONFIG][:VERSION], written as array records.')
+_VERSION = flags.DEFINE_string('version', '1.0.0', 'Version of your dataset; runs read the newest one.')
 _GIF = flags.DEFINE_enum('gif', 'image', ['image', 'video'], 'Media type of .gif files in a folder by class.')
 _TEST_FRACTION = flags.DEFINE_float(
     'test_fraction', 0.1, 'Fraction that becomes the test split if the data names no splits.', 0, 1)

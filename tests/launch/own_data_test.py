@@ -1,4 +1,4 @@
-"""Training on a user's own data: the guide's commands, and several small data sets together."""
+"""Training on a user's own data: the guide's commands, and several small datasets together."""
 
 import json
 import pathlib

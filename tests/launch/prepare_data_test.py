@@ -1,4 +1,4 @@
-"""launch/prepare_data.py turns a TFDS data set into a source, without network access here."""
+"""launch/prepare_data.py turns a TFDS dataset into a source, without network access here."""
 
 import pathlib
 import shlex

@@ -1,6 +1,6 @@
 """The published pretraining tasks and benchmarks: sources, target sets, batches, evaluation.
 
-Sources are TFDS data sets if TFDS has them, otherwise own data under these names; docs/guides/benchmarks.md says how to
+Sources are TFDS datasets if TFDS has them, otherwise own data under these names; docs/guides/benchmarks.md says how to
 obtain them. Sizes, weights, lengths and augmentations are those of the published configs; batches are those of one
 process there. What differs is marked "ours".
 """
