@@ -1,8 +1,8 @@
 """The published pretraining tasks and benchmarks: sources, target sets, batches, evaluation.
 
 Sources are TFDS datasets if TFDS has them, otherwise own data under these names; docs/guides/benchmarks.md says how to
-obtain them. Sizes, weights, lengths and augmentations are those of the published configs; batches are those of one
-process there. What differs is marked "ours".
+obtain them, and what differs from the published recipes. Sizes, weights, lengths and augmentations are those of the
+published configs; batches are those of one process there.
 """
 
 import dataclasses
