@@ -65,12 +65,11 @@ _MODULES = {
     'recipes',
 }
 # The authors' and libraries' own words, and where the paper's or English has no other.
-_ALLOWED_NAMES = {'np.clip', 'jnp.clip', 'dtype.kind', 'math.floor', 'tf.floor', 'np.floor'}
+_ALLOWED_NAMES = {'dtype.kind', 'tf.floor', 'np.floor'}
 _ALLOWED_METHODS = {'clip', 'tell'}  # of arrays, of files
-# Lines of other words than ours: arguments of libraries, hash salts, names of characters, texts and answers of tests, a
-# misspelled column.
+# Lines of other words than ours: names of libraries and of characters, texts and answers of tests, a misspelled column.
 _ALLOWED_LINES = re.compile(
-    r"kind='stable'|glyph clip|bracket\|parenthesis|math\.floor|a picture of the small shape|\('yes', 'alike'\)|"
+    r"kind='stable'|bracket\|parenthesis|math\.floor|a picture of the small shape|\('yes', 'alike'\)|"
     r"label_column='colour'")
 _ALLOWED_CLIP = 'tests/data/pipeline/clip_tokenizer_test.py'  # tests of CLIP's tokenizer
 _PROSE = [
