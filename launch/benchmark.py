@@ -42,7 +42,7 @@ def main() -> int:
   header, rows = suites.measure(names, sizes, config, _DTYPE.value)
   print(results_table.render(rows, header, sizes.reduced))
   if _OUTPUT.value:
-    files.write_json(pathlib.Path(_OUTPUT.value), results_table.as_json(rows, header, sizes.reduced))
+    files.write_output(_OUTPUT.value, results_table.as_json(rows, header, sizes.reduced))
   return 0
 
 

@@ -9,7 +9,6 @@ declares sizes of the data that the rest of the config does not give.
 Exit codes: 0 the run fits or the device memory is unknown, 1 it does not fit, 2 usage.
 """
 
-import pathlib
 import sys
 import time
 
@@ -46,7 +45,7 @@ def main() -> int:
   result = preflight.preflight(config, name, target, memory, _SEARCH.value, report, _TIME_BUDGET.value, started)
   print(findings.render(result))
   if _OUTPUT.value:
-    files.write_json(pathlib.Path(_OUTPUT.value), findings.as_json(result))
+    files.write_output(_OUTPUT.value, findings.as_json(result))
   return 1 if result.fits is False else 0
 
 

@@ -19,6 +19,11 @@ def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None
   write_bytes(path, json.dumps(content, indent=1, allow_nan=allow_nan).encode())
 
 
+def write_output(path: str, content: Any) -> None:
+  """Write content as JSON to the file that a flag names, in place: it may be a link, or a device as /dev/stdout is."""
+  pathlib.Path(path).write_text(json.dumps(content, indent=1) + '\n')
+
+
 def read_json(path: pathlib.Path, default: Any = None) -> Any:
   """Return the content of a JSON file; `default` if it does not exist."""
   return json.loads(path.read_text()) if path.exists() else default
