@@ -46,6 +46,14 @@ def test_reduced_sizes_are_reported_and_judge_no_budget():
   assert 'reduced' not in results_table.render(_ROWS, {}, reduced=False)
 
 
+@pytest.mark.parametrize('judged, verdict, spread', [
+    (True, 'met', '1.04 to 1.12, 2 rounds discarded'), (False, 'not judged', '1.04 to 1.12, 2 rounds disturbed')])
+def test_rounds_that_other_processes_disturbed_are_counted_and_too_many_judge_no_budget(judged, verdict, spread):
+  row = Row('routers', 'task / dense', Estimate(1.07, 1.04, 1.12, 2, judged), 'x', Budget(1.1))
+  fields = [f.strip() for f in results_table.render([row], {}, reduced=False).splitlines()[-1].split('  ') if f.strip()]
+  assert fields == ['routers', 'task / dense', '1.07', 'x', spread, '<= 1.1', verdict]
+
+
 @pytest.mark.parametrize('value, text', [
     (0, '0'), (0.0012345, '0.00123'), (0.5, '0.500'), (1.0, '1.00'), (9.876, '9.88'), (12.34, '12.3'), (123.4, '123'),
     (98765.4, '98765'), (-0.25, '-0.250')])
@@ -57,7 +65,8 @@ def test_json_has_unrounded_figures():
   results = json.loads(json.dumps(results_table.as_json(_ROWS, {'device': 'cpu'}, reduced=False)))
   assert results['header'] == {'device': 'cpu'}
   assert results['rows'][0] == {
-      'suite': 'routers', 'name': 'task / dense', 'value': 1.0723, 'low': 1.04, 'high': 1.12, 'unit': 'x',
+      'suite': 'routers', 'name': 'task / dense', 'value': 1.0723, 'low': 1.04, 'high': 1.12, 'discarded': 0,
+      'judged': True, 'unit': 'x',
       'budget': {'bound': 1.1, 'stretch': 1.03, 'at_most': True}, 'verdict': 'met', 'note': 'B 16'}
   assert results['rows'][2]['low'] is None
   assert 'quartiles' in results['spread']

@@ -1,4 +1,7 @@
-"""Statistics of rounds: medians, ratios of medians, spreads; and the order of interleaved rounds."""
+"""Statistics of rounds, the order of interleaved rounds, and rounds that other processes disturb."""
+
+import multiprocessing
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,29 +10,33 @@ import pytest
 from uni_moe_jax.tools.bench import timing
 
 
-@pytest.mark.parametrize('estimate, quartiles', [
+@pytest.mark.parametrize('samples, quartiles', [
     # Sorted: 1 2 3 4 10. Quartiles are at positions 1 and 3 of 0…4. The outlier moves none of them.
-    (timing.estimate(np.array([3, 1, 10, 2, 4])), (2, 3, 4)),
+    ([3, 1, 10, 2, 4], (2, 3, 4)),
     # Quartiles between samples are interpolated: positions 0.75, 1.5 and 2.25 of 0…3.
-    (timing.estimate(np.array([0, 4, 8, 16])), (3, 6, 10)),
+    ([0, 4, 8, 16], (3, 6, 10)),
     # A single measurement has no spread.
-    (timing.estimate(np.array([5.0])), (None, 5.0, None)),
-    # A machine that slows down does not change a round's ratio.
-    (timing.ratio(np.array([3, 6, 12, 24]), np.array([1, 2, 4, 8])), (3, 3, 3)),
-    # A rate is high if seconds are few. 12 items in 1, 2, 3, 4, 6 s: 12, 6, 4, 3, 2 per second.
-    (timing.per_second(12, np.array([1, 2, 3, 4, 6])), (3, 4, 6)),
+    ([5.0], (None, 5.0, None)),
 ])
-def test_median_and_quartiles_by_hand(estimate, quartiles):
+def test_median_and_quartiles_by_hand(samples, quartiles):
+  estimate = timing.estimate(np.array(samples))
   assert (estimate.low, estimate.value, estimate.high) == quartiles
 
 
-def test_a_ratio_is_of_medians_and_its_spread_of_the_rounds_own_ratios():
-  # Medians 4 and 2: ratio 2. Rounds' own ratios: 4, 2, 1 (median 2), 8/3, 1 → sorted 1 1 2 8/3 4: quartiles 1 and 8/3.
-  result = timing.ratio(np.array([4, 4, 2, 8, 3]), np.array([1, 2, 2, 3, 3]))
-  assert result.value == 2
-  assert (result.low, result.high) == pytest.approx((1, 8 / 3))
-  # 6 / 3 = 2, whereas the rounds' own ratios are 1/3, 3, 6 with median 3.
-  assert timing.ratio(np.array([1, 9, 6]), np.array([3, 3, 1])).value == 2
+@pytest.mark.parametrize('numerator, denominator, quartiles', [
+    # A machine that slows down does not change a round's ratio.
+    ([3, 6, 12, 24], [1, 2, 4, 8], (3, 3, 3)),
+    # Rounds' own ratios: 4, 2, 1, 8/3, 1 → sorted 1 1 2 8/3 4.
+    ([4, 4, 2, 8, 3], [1, 2, 2, 3, 3], (1, 2, 8 / 3)),
+    # Rounds' own ratios: 1/3, 3, 6. The medians, 6 and 3, would give 2.
+    ([1, 9, 6], [3, 3, 1], (5 / 3, 3, 4.5)),
+    # A rate is high if seconds are few. 12 items in 1, 2, 3, 4, 6 s: 12, 6, 4, 3, 2 per second.
+    (12, [1, 2, 3, 4, 6], (3, 4, 6)),
+])
+def test_a_ratio_is_the_median_of_the_rounds_own_ratios(numerator, denominator, quartiles):
+  rounds = timing.Rounds({'a': np.array(numerator), 'b': np.array(denominator)})
+  figure = rounds.figure(rounds['a'] / rounds['b'])
+  assert (figure.low, figure.value, figure.high) == pytest.approx(quartiles)
 
 
 class _Clock:
@@ -49,15 +56,64 @@ class _Clock:
 def test_every_call_runs_once_first_and_then_once_per_round_in_rotating_order():
   clock = _Clock()
   calls = {name: clock.call(name, s) for name, s in (('a', 2), ('b', 5), ('c', 1))}
-  seconds = timing.interleaved(calls, 4, clock=lambda: clock.now)
+  seconds = timing.interleaved(calls, 4, clock=lambda: clock.now, other_cores=lambda: 0)
   assert ''.join(clock.log) == 'abc' 'abc' 'bca' 'cab' 'abc'
-  assert {name: s.tolist() for name, s in seconds.items()} == {'a': [2] * 4, 'b': [5] * 4, 'c': [1] * 4}
+  assert {name: s.tolist() for name, s in seconds.seconds.items()} == {'a': [2] * 4, 'b': [5] * 4, 'c': [1] * 4}
 
 
 def test_each_call_gets_its_own_seconds_without_the_first_run_and_without_its_preparation():
   clock = _Clock()
   calls, before = {'a': clock.call('a', 2), 'b': clock.call('b', 5)}, {'b': clock.call('p', 100)}
-  seconds = timing.interleaved(calls, 2, before=before, clock=lambda: clock.now)
+  seconds = timing.interleaved(calls, 2, before=before, clock=lambda: clock.now, other_cores=lambda: 0)
   assert ''.join(clock.log) == 'apb' 'apb' 'pba'
   np.testing.assert_array_equal(seconds['a'], [2, 2])
   np.testing.assert_array_equal(seconds['b'], [5, 5])
+
+
+def _disturbed(cores: list[float], rounds: int) -> tuple[str, timing.Rounds]:
+  """(order of calls, rounds) of calls a and b that take 1, 2, 3, … s, beside others with these cores per round."""
+  clock, seconds = _Clock(), iter(range(100))
+  calls = {name: lambda name=name: clock.call(name, next(seconds))() for name in 'ab'}
+  others = iter([x for c in cores for x in (0, c)])  # one call starts a round, one ends it
+  result = timing.interleaved(calls, rounds, clock=lambda: clock.now, other_cores=lambda: next(others))
+  return ''.join(clock.log), result
+
+
+def test_a_disturbed_round_is_measured_again_for_every_candidate():
+  order, rounds = _disturbed([0, 0.5, 0.1, 0, 0.05], 4)
+  assert order == 'ab' 'ab' 'ba' 'ab' 'ba' 'ab'
+  # Seconds count up from 0: the first two are of the uncounted run, 4 and 5 of the disturbed round.
+  assert (rounds['a'].tolist(), rounds['b'].tolist()) == ([2, 6, 9, 10], [3, 7, 8, 11])
+  figure = rounds.figure(rounds['a'])
+  assert (figure.discarded, figure.judged) == (1, True)
+
+
+def test_with_too_few_quiet_rounds_all_are_used_and_none_is_judged():
+  _, rounds = _disturbed([1] * 5 + [0] * 3, 4)  # three quiet rounds of the eight that are allowed
+  assert (len(rounds['a']), rounds.discarded, rounds.judged) == (3, 5, True)
+  _, rounds = _disturbed([1] * 6 + [0] * 2, 4)
+  assert (len(rounds['a']), rounds.discarded, rounds.judged) == (8, 6, False)
+
+
+def test_own_work_is_not_that_of_others_and_ticks_are_cores():
+  reads, times = iter([(10.0, 1.0), (14.0, 2.5), (14.5, 3.0)]), iter([0.0, 5.0, 6.0])
+  others = timing.OtherProcesses(lambda: next(reads), lambda: next(times))
+  assert others() == pytest.approx((4 - 1.5) / 5)
+  assert others() == 0
+  assert timing.OtherProcesses(lambda: None)() == 0  # a system that does not tell
+
+
+def _spin(seconds: float) -> None:
+  end = time.perf_counter() + seconds
+  while time.perf_counter() < end:
+    pass
+
+
+@pytest.mark.skipif(timing._cpu_seconds() is None, reason='this system does not tell the CPU time of all processes')
+def test_another_process_that_computes_is_seen():
+  other = multiprocessing.get_context('spawn').Process(target=_spin, args=(2.0,))
+  cores = timing.OtherProcesses()
+  other.start()
+  time.sleep(1.5)
+  assert cores() > 0.3
+  other.join()

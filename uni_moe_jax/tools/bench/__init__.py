@@ -1,1 +1,1 @@
-"""Speed benchmarks: interleaved rounds, ratios of medians, budgets."""
+"""Speed benchmarks: interleaved rounds, medians of the rounds' own ratios, budgets."""

@@ -14,7 +14,7 @@ from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.tools.bench import uncached_search
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context
 from uni_moe_jax.tools.bench.results_table import Budget, Row
-from uni_moe_jax.tools.bench.timing import estimate, interleaved, per_second, ratio
+from uni_moe_jax.tools.bench.timing import interleaved
 
 _PUBLISHED = {'attribute': 1.9, DENSE: 3.0}  # captions/s with caches; beam 2, 20 words, batch 8, 4,096 words
 _BUDGET = {'attribute': Budget(10, 20, at_most=False)}
@@ -30,18 +30,19 @@ def caption_rate(context: Context) -> list[Row]:
   seconds = interleaved(calls, s.rounds)
   note = (f'B {s.small_batch}, {s.words} words each (no caption ends early), {s.vocabulary} words, {s.image_size} px; '
           'uncached: one forward pass of the whole two-stream caption per word')
-  rate = lambda name, key: Row('decoding', name, per_second(s.small_batch, seconds[key]), 'captions/s', note=note)
+  rate = lambda name, key: Row('decoding', name, seconds.figure(s.small_batch / seconds[key]), 'captions/s', note=note)
   rows = []
   for k, name in ((1, 'greedy'), (2, 'beam 2')):
     rows += [rate(f'{router}, {name}, cached', (router, k)) for router in captioners]
     rows += [rate(f'attribute, {name}, uncached', ('uncached', k)),
-             Row('decoding', f'{name}, cached / uncached', ratio(seconds['uncached', k], seconds['attribute', k]),
-                 'x as fast', note=note)]
+             Row('decoding', f'{name}, cached / uncached',
+                 seconds.figure(seconds['uncached', k] / seconds['attribute', k]), 'x as fast', note=note)]
   scale = context.peak / RECORDED_PEAK
   note = f'recorded captions/s are scaled by the peak of this run over {RECORDED_PEAK / 1e9:.0f} GFLOP/s'
   return rows + [
       Row('decoding', f"{router}, beam 2 / the published code's {recorded}",
-          estimate(s.small_batch / seconds[router, 2] / (recorded * scale)), 'x as fast', _BUDGET.get(router), note)
+          seconds.figure(s.small_batch / seconds[router, 2] / (recorded * scale)), 'x as fast', _BUDGET.get(router),
+          note)
       for router, recorded in _PUBLISHED.items()]
 
 

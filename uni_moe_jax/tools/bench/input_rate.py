@@ -19,7 +19,7 @@ from uni_moe_jax.data.pipeline.mixtures import Batch, BatchLayout, Mixture
 from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.settings import Sizes
-from uni_moe_jax.tools.bench.timing import estimate, interleaved, per_second, ratio
+from uni_moe_jax.tools.bench.timing import interleaved
 
 _BUDGET = Budget(1.05, 1.02)
 _PREFETCHED = 4  # batches that the pipeline may have ready: two are waiting, two are being made
@@ -51,9 +51,9 @@ def input_rate(context: Context) -> list[Row]:
 
   seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': _skip(real)})
   note = f'{s.steps} steps per round; {_PREFETCHED} batches are skipped before each, so that none is ready'
-  slowdown = ratio(seconds['real'], seconds['constant'])
+  slowdown = seconds.figure(seconds['real'] / seconds['constant'])
   return rows + [
-      Row('input', 'constant-batch step', estimate(seconds['constant'] / s.steps), 's', note=note),
+      Row('input', 'constant-batch step', seconds.figure(seconds['constant'] / s.steps), 's', note=note),
       Row('input', 'real-data step / constant-batch step', slowdown, 'x', _BUDGET, note)]
 
 
@@ -69,7 +69,8 @@ def _pipeline_rates(
   for name, mixture in mixtures.items():
     [task], [fields] = mixture.plan.tasks, first[name].values()
     unit = 'videos/s' if fields['pixels'].shape[-4] > 1 else 'images/s'
-    rows.append(Row(suite, name, per_second(task.batch_size * sizes.steps, seconds[name]), unit, note=note(name, unit)))
+    rate = seconds.figure(task.batch_size * sizes.steps / seconds[name])
+    rows.append(Row(suite, name, rate, unit, note=note(name, unit)))
   return rows
 
 

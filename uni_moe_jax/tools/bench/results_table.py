@@ -42,10 +42,10 @@ class Row:
   note: str = ''  # conditions of the measurement
 
   def verdict(self, reduced: bool) -> str:
-    """Return whether the budget is met; '' without one."""
+    """Return whether the budget is met; '' without one, and no verdict if other processes disturbed the rounds."""
     if self.budget is None:
       return ''
-    return NOT_JUDGED if reduced else self.budget.verdict(self.figure.value)
+    return NOT_JUDGED if reduced or not self.figure.judged else self.budget.verdict(self.figure.value)
 
 
 def render(rows: Sequence[Row], header: dict[str, Any], reduced: bool) -> str:
@@ -56,6 +56,8 @@ def render(rows: Sequence[Row], header: dict[str, Any], reduced: bool) -> str:
   for r in rows:
     f = r.figure
     spread = 'once' if f.low is None else f'{number(f.low)} to {number(f.high)}'
+    if f.discarded:
+      spread += f', {f.discarded} rounds {"discarded" if f.judged else "disturbed"}'
     cells.append((r.suite, r.name, number(f.value), r.unit, spread, '' if r.budget is None else str(r.budget),
                   r.verdict(reduced), f'[{notes.index(r.note) + 1}]' if r.note else ''))
   widths = [max(map(len, column)) for column in zip(*cells)]

@@ -17,7 +17,7 @@ from uni_moe_jax.tools.bench import caption_rate, input_rate, training_steps
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.settings import Sizes
-from uni_moe_jax.tools.bench.timing import interleaved, per_second
+from uni_moe_jax.tools.bench.timing import interleaved
 from uni_moe_jax.train.loop import commit
 
 SUITE_FUNCTIONS = {
@@ -84,7 +84,8 @@ def _gemm(sizes: Sizes, device: jax.Device) -> tuple[float, list[Row]]:
     work[name] = 2.0 * M * K * N * times
     calls[name] = lambda a=a, b=b, times=times: [product(a, b) for _ in range(times)][-1]
   seconds = interleaved(calls, sizes.rounds)
-  peak = next(iter(work.values())) / next(iter(seconds.values())).min()
+  peak = next(iter(work.values())) / next(iter(seconds.seconds.values())).min()
   note = 'float32 at the default matmul precision'
-  rows = [Row('machine', name, per_second(work[name] / 1e9, s), 'GFLOP/s', note=note) for name, s in seconds.items()]
+  rows = [Row('machine', name, seconds.figure(work[name] / 1e9 / s), 'GFLOP/s', note=note)
+          for name, s in seconds.seconds.items()]
   return float(peak), rows

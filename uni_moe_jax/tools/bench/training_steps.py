@@ -12,7 +12,7 @@ from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
-from uni_moe_jax.tools.bench.timing import Estimate, estimate, interleaved, per_second, ratio
+from uni_moe_jax.tools.bench.timing import Estimate, Rounds, estimate, interleaved
 
 _MERGED = ('attribute', 'task', 'modality')
 _CAPACITY = 'token, capacity 1.0'
@@ -46,22 +46,23 @@ def routers(context: Context) -> list[Row]:
   note = f'B {s.batch_size}, {s.image_size} px, one name of {s.name_tokens} tokens per image; train: with the optimizer'
   rows = []
   for mode, seconds, budgets in (('train', train, _TRAIN), ('inference', inference, _INFERENCE)):
-    ratios = {name: ratio(seconds[name], seconds[DENSE]) for name in seconds if name != DENSE}
-    rows.append(Row('routers', f'dense {mode} step', estimate(seconds[DENSE]), 's', note=note))
+    ratios = {name: seconds.figure(s / seconds[DENSE]) for name, s in seconds.seconds.items() if name != DENSE}
+    rows.append(Row('routers', f'dense {mode} step', seconds.figure(seconds[DENSE]), 's', note=note))
     rows += [Row('routers', f'{name} / dense, {mode}', r, 'x', budgets.get(name), note) for name, r in ratios.items()]
-    difference = Estimate(ratios['context'].value - ratios['token'].value)
+    difference = seconds.figure((seconds['context'] - seconds['token']) / seconds[DENSE])
     rows.append(Row('routers', f'context - token, {mode}', difference, 'x dense', _CONTEXT, note))
   rows += [Row('routers', f'{name}: drop rate', Estimate(100 * float(step.metrics['router/drop_rate'])), '%', note=note)
            for name, step in steps.items() if 'router/drop_rate' in step.metrics]
-  return rows + [_share_of_peak(context, steps[DENSE], train[DENSE])]
+  return rows + [_share_of_peak(context, steps[DENSE], train)]
 
 
-def _share_of_peak(context: Context, dense: RepeatedStep, seconds: np.ndarray) -> Row:
+def _share_of_peak(context: Context, dense: RepeatedStep, train: Rounds) -> Row:
   """Useful FLOPs of the dense training step as a share of the peak."""
   s, spec = context.sizes, dense.run.spec.model.spec
   image, name = (flops.sequence(spec, n + 1, visual) for n, visual in ((spec.patches, True), (s.name_tokens, False)))
   work = flops.TRAIN * s.batch_size * (image + name)
-  return Row('routers', 'dense train, share of GEMM peak', per_second(100 * work / context.peak, seconds), '%', _SHARE,
+  return Row('routers', 'dense train, share of GEMM peak', train.figure(100 * work / context.peak / train[DENSE]), '%',
+             _SHARE,
              'FLOPs by formula: matrix products of 3 forward passes, without remat; peak: fastest round, float32')
 
 
@@ -75,8 +76,8 @@ def mixed(context: Context) -> list[Row]:
   steps = {r: step(r) for r in context.sizes.mixed_routers or ROUTERS}
   seconds = interleaved(steps, context.sizes.rounds)
   note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in steps[DENSE].run.plan.tasks)
-  return [Row('mixed', 'dense step', estimate(seconds[DENSE]), 's', note=note)] + [
-      Row('mixed', f'{r} / dense', ratio(seconds[r], seconds[DENSE]), 'x', _MIXED.get(r), note)
+  return [Row('mixed', 'dense step', seconds.figure(seconds[DENSE]), 's', note=note)] + [
+      Row('mixed', f'{r} / dense', seconds.figure(seconds[r] / seconds[DENSE]), 'x', _MIXED.get(r), note)
       for r in steps if r != DENSE]
 
 
@@ -96,8 +97,8 @@ def published(context: Context) -> list[Row]:
           f'are assumed, tokens: share = {histogram}; the published code pads')
   rows = []
   for name, (_, budget) in settings.items():
-    relative = estimate(seconds[name] / recorded)
-    rows.append(Row('published', f'train step, {name}', estimate(seconds[name]), 's', note=note))
+    relative = seconds.figure(seconds[name] / recorded)
+    rows.append(Row('published', f'train step, {name}', seconds.figure(seconds[name]), 's', note=note))
     rows.append(Row('published', f"{name} / the published code's", relative, 'x', budget, note))
   return rows
 
@@ -118,7 +119,8 @@ def compile_time(context: Context) -> list[Row]:
   return [
       Row('compile', f'{small} layers, all tasks, cold', estimate(seconds[small]), 's', _COMPILE, note),
       Row('compile', f'{large} layers, all tasks, cold', estimate(seconds[large]), 's', None, note),
-      Row('compile', f'{large} layers / {small} layers', ratio(seconds[large], seconds[small]), 'x', _GROWTH, note)]
+      Row('compile', f'{large} layers / {small} layers', estimate(np.divide(seconds[large], seconds[small])), 'x',
+          _GROWTH, note)]
 
 
 def _compile_seconds(context: Context, layers: int) -> float:
