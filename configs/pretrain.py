@@ -18,8 +18,8 @@ Arguments:
 Batches are those of the 64 published ranks, in multiples of 256 examples, for 256 devices. docs/guides/benchmarks.md
 says how to obtain the data. CLIP's merges file is expected in the current folder, or at --config.tokenizer.merges_path.
 Sizes, loss and sampling weights, learning rates and steps are those published for the base model; other sizes use them
-too. Not as published: bfloat16 instead of float16 with loss scaling; image positions are computed, and not rescaled
-when stage 2 has more of them; a step of all tasks updates every parameter. It has not been run, so no scores are known.
+too. Not as published: bfloat16 instead of float16 with loss scaling; image positions are computed; a step of all tasks
+updates every parameter. It has not been run, so no scores are known.
 """
 
 import ml_collections
@@ -66,6 +66,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def _second_stage(c: ml_collections.ConfigDict) -> None:
   """Larger images in smaller batches, without mixup; more frames of Kinetics, more often."""
+  c.model.posemb_scale = 160 / 224  # a patch keeps its place in the image
   for t in c.tasks.values():
     t.batch_size = STAGE_2_BATCH.get(t.type, t.batch_size)
   c.tasks.imagenet21k.update(dict(mixup_alpha=0.0, cutmix_alpha=0.0))

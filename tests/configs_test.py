@@ -102,7 +102,9 @@ def test_the_docstring_has_a_command_line(name):
 def test_every_size_and_stage_has_sixteen_tasks(size, stage, mixture):
   c = _config('pretrain', f'size={size},stage={stage},mixture={mixture}')
   plan = make_plan(c)
-  assert (len(plan.tasks), len(plan.sets), c.model.image_size) == (16, 4, {'1': 160, '2': 224}[stage])
+  assert (len(plan.tasks), len(plan.sets)) == (16, 4)
+  # Published: POSEMBED_SCALE 160/224 at 224 pixels.
+  assert (c.model.image_size, c.model.posemb_scale) == {'1': (160, 1), '2': (224, 160 / 224)}[stage]
   plan.check_batches(256, c.train.grad_accum_steps)
 
 

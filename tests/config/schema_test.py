@@ -157,6 +157,8 @@ def _evaluator(*args, **values):
      r"config\.tasks\.name\.caption_templates is empty; give at least one template, for example \('{caption}',\)"),
     ({'tasks.text.mixup_alpha': .5},
      r"config\.tasks\.text: mixup_alpha=0\.5, cutmix_alpha=0\.0 mix images .*'text_mlm' has none"),
+    ({'model.posemb': 'learned', 'model.posemb_scale': .5},
+     r"config\.model\.posemb_scale=0\.5 changes computed positions; with posemb='learned' set it to 1"),
     # Task types and families of the config.
     ({'task_types.vqa': _TAG}, r'config\.task_types\.vqa: a built-in task type has this name; choose another'),
     ({'task_types.tag': {k: v for k, v in _TAG.items() if k != 'target'}},

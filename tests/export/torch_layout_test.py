@@ -140,6 +140,12 @@ def test_a_table_other_than_the_fixed_one_needs_a_parameter():
   np.testing.assert_array_equal(state[_SPATIAL], sincos_table(2, 16))
   with pytest.raises(LayoutError, match="set config.model.posemb='frozen'"):
     torch_layout.from_torch({**state, _SPATIAL: state[_SPATIAL] + .1}, spec)
+  # Positions of a larger image are scaled, in both directions.
+  scaled, other = _small(posemb='sincos2d', posemb_scale=.5)
+  np.testing.assert_array_equal(other[_SPATIAL], sincos_table(2, 16, .5))
+  torch_layout.from_torch(other, scaled)
+  with pytest.raises(LayoutError, match="set config.model.posemb='frozen'"):
+    torch_layout.from_torch(other, spec)
 
 
 def test_unused_temperatures_are_dropped_by_name_and_made_again():

@@ -61,6 +61,19 @@ def test_scale_stretches_coordinates():
   np.testing.assert_allclose(embedders.sincos_table(4, 8, .5)[8], embedders.sincos_table(2, 8)[2], rtol=1e-6)
 
 
+@pytest.mark.parametrize('scale, cosine', [(160 / 224, .998), (1., .767)])
+def test_the_scale_keeps_a_patch_at_its_place_in_a_larger_image(scale, cosine):
+  # The last patch of 160 pixels and the last one of 224, width 768.
+  small, large = embedders.sincos_table(10, 768)[-1], embedders.sincos_table(14, 768, scale)[-1]
+  np.testing.assert_allclose(small @ large / np.linalg.norm(small) / np.linalg.norm(large), cosine, atol=5e-4)
+
+
+def test_images_are_embedded_at_scaled_positions():
+  actual = _jitted('visual', small_model.spec(posemb_scale=.5))(_tables(), _pixels(), 0)
+  _assert_close(actual, _expected(_pixels(), 0, embedders.sincos_table(2, 16, .5)))
+  assert np.abs(actual - _expected(_pixels(), 0)).max() > .01  # the scale matters
+
+
 def test_text_positions_by_hand():
   # D = 4: two frequencies, 1 and 1/100; std .5 → amplitude .5 · √2.
   rows = embedders.sincos_rows(.5)(None, (3, 4))
@@ -204,8 +217,8 @@ def test_one_norm_serves_text_and_images_and_optional_tables_are_parameters_when
 
 @pytest.mark.parametrize('posemb, computed', [('frozen', True), ('learned', False)])
 def test_a_frozen_spatial_table_starts_as_the_computed_one(posemb, computed):
-  module = embedders.Embed(small_model.spec(posemb=posemb))
+  module = embedders.Embed(small_model.spec(posemb=posemb, posemb_scale=.5))
   init = small_model.jit(functools.partial(module.init, method='prefix'), static_argnums=1)
   table = nn.unbox(init(jax.random.key(0), 1))['params']['spatial']
   assert table.shape == (4, 16)
-  assert np.array_equal(table, embedders.sincos_table(2, 16)) == computed
+  assert np.array_equal(table, embedders.sincos_table(2, 16, .5)) == computed

@@ -85,6 +85,8 @@ class ModelConfig:
       'never changes), learned.', choices=('sincos2d', 'frozen', 'learned'), published='frozen')
   modality_embedding: bool = field(
       False, 'Adds a learned row to every visual token (some published checkpoints have it).')
+  posemb_scale: float = field(1.0, 'Factor of row and column in sin-cos image positions: 160/224 where a model of '
+                              '160 pixels continues at 224, so that a patch keeps its place in the image.', above=0)
   text_posemb_init: str = field('normal', 'Initial text position table: normal, or sincos (neighbors start similar; '
                                 'short runs).', choices=('normal', 'sincos'), published='normal')
   text_posemb_std: float = field(0.02, 'Initial std of the text position table.', at_least=0, published=0.02)

@@ -38,6 +38,8 @@ def _check_model(c: Config) -> None:
   _check_multiple('model.width', m.width, f'config.model.num_heads={m.num_heads}', m.num_heads)
   _check_multiple('model.image_size', m.image_size, f'config.model.patch_size={m.patch_size}', m.patch_size)
   _check_multiple('model.width', m.width, '4 (the image position table)', 4)
+  fail_if(m.posemb == 'learned' and m.posemb_scale != 1,
+          f"model.posemb_scale={m.posemb_scale} changes computed positions; with posemb='learned' set it to 1.")
   for name in ('pixel_mean', 'pixel_std', 'video_mean', 'video_std'):
     number = len(getattr(m, name))
     fail_if(number != m.channels and (number or name.startswith('pixel')),

@@ -262,7 +262,7 @@ def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Repor
 
 
 def _table(spec: ModelSpec) -> np.ndarray:
-  return sincos_table(spec.image_size // spec.patch_size, spec.width)
+  return sincos_table(spec.image_size // spec.patch_size, spec.width, spec.posemb_scale)
 
 
 def _dropped(state: State, spec: ModelSpec, wanted: set[str]) -> dict[str, str]:

@@ -77,7 +77,7 @@ class Embed(nn.Module):
     if s.frame_differences:
       self.difference = table('difference', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
     self.temporal = table('temporal', s.max_num_frames, 'frame', nn.initializers.normal(s.temporal_posemb_std))
-    waves = sincos_table(s.image_size // s.patch_size, s.width)
+    waves = sincos_table(s.image_size // s.patch_size, s.width, s.posemb_scale)
     if s.posemb == 'sincos2d':
       self.spatial = jnp.asarray(waves)
     else:
