@@ -12,8 +12,9 @@ Arguments:
   stage=1              (default) images of 160 pixels, 230 thousand steps; stage=2: 224 pixels, 50 thousand steps, from
                        stage 1
   mixture=all_tasks    (default) a step has every task in the proportion in which mixture=one_task would draw it, and
-                       weights its loss accordingly: the same expectation. one_task: a step has one task, drawn by its
-                       sampling weight, as published
+                       weights its loss accordingly: the same expectation, except that retrieval contrasts with the
+                       whole batch. one_task: a step has one task, drawn by its sampling weight, and retrieval contrasts
+                       with the pairs of one of the 64 ranks, as published
 
 Batches are those of the 64 published ranks, in multiples of 256 examples, for 256 devices. docs/guides/benchmarks.md
 says how to obtain the data. CLIP's merges file is expected in the current folder, or at --config.tokenizer.merges_path.
@@ -79,6 +80,8 @@ def _weigh(c: ml_collections.ConfigDict, one_task: bool) -> None:
   total = sum(t.sampling_weight for t in c.tasks.values())
   c.train.update(dict(mixture='one_task' if one_task else 'all_tasks', encode_all_sets=one_task))
   c.optim.unused_params = 'zerograd' if one_task else 'update'
+  if one_task:
+    [c.train.negatives] = {t.batch_size for t in c.tasks.values() if t.type == 'image_retrieval'}  # of a rank
   for t in c.tasks.values():
     if one_task:
       t.batch_size *= RANKS

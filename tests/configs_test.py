@@ -120,6 +120,9 @@ def test_one_task_per_step_has_the_published_weights_and_the_batches_of_all_rank
       'bookswiki': (512, 0.5, 2.75), 'cc12m_caption': (300, 1.0, 0.5057), 'cc12m_retrieval': (512, 0.5, 0.5057)}
   for name, expected in published.items():
     assert (tasks[name].batch_size // 64, tasks[name].loss_weight, tasks[name].sampling_weight) == expected, name
+  # Retrieval contrasts within a rank.
+  assert [_config('pretrain', f'stage={s},mixture=one_task').train.negatives for s in (1, 2)] == [512, 320]
+  assert _config('pretrain', 'mixture=all_tasks').train.negatives == 'global'
   second = _config('pretrain', 'stage=2,mixture=one_task').tasks
   names = ('imagenet21k', 'kinetics700', 'moments', 'yfcc_caption', 'yfcc_retrieval')
   assert [second[n].batch_size // 64 for n in names] == [440, 12, 68, 200, 320]

@@ -43,6 +43,7 @@ class Case:
   grad_accum_steps: int = 1
   dtype: str = 'float32'
   drop_path: float = 0.0
+  negatives: str | int = 'global'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(case: Case, mesh: str, devices=None) -> train_run.Run:
   # With much noise every expert is used.
   c.moe.update(dict(router=case.router, num_experts=NUM_EXPERTS, top_k=TOP_K, noise_std=8.0, gmm='batched',
                     capacity_factor=case.capacity_factor))
-  c.train.grad_accum_steps = case.grad_accum_steps
+  c.train.update(dict(grad_accum_steps=case.grad_accum_steps, negatives=case.negatives))
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1, fsdp=False), **MESHES[mesh]})
   needed = math.prod(c.mesh[axis] for axis in sharding.AXES)
   return train_run.build(c, (jax.devices() if devices is None else devices)[:needed])

@@ -15,7 +15,7 @@ MOST = np.log([.8, .1, .1]).astype(np.float32)
 
 # One compilation instead of dozens of operations.
 cross_entropy = jax.jit(losses.cross_entropy, static_argnames='smoothing')
-contrastive = jax.jit(losses.contrastive, static_argnames=('smoothing', 'reduction'))
+contrastive = jax.jit(losses.contrastive, static_argnames=('smoothing', 'reduction', 'block'))
 sample_vocabulary = jax.jit(losses.sample_vocabulary, static_argnames='size')
 
 
@@ -117,6 +117,27 @@ def test_smoothing_of_pairs_spreads_over_the_allowed_texts_only():
   spread_backward = [(ln(5 / 4) + ln(5)) / 2, (ln(7 / 2) + ln(7 / 3) + ln(7 / 2)) / 3, (ln(7) + ln(7 / 6)) / 2]
   expected = .8 * (sum(FORWARD) + sum(BACKWARD)) + .2 * (sum(spread_forward) + sum(spread_backward))
   np.testing.assert_allclose(_contrastive(smoothing=.2).loss, .5 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('smoothing', [0., .1])
+def test_blocks_are_batches_of_their_own(smoothing):
+  x, ids, weights = jax.random.normal(jax.random.key(0), (6, 6)), [7, 5, 7, 7, 2, 5], (1., 2., 1., 0., 1., 3.)
+
+  def blocks(x):  # those of one batch
+    return _contrastive(x, ids, weights, smoothing=smoothing, block=3)
+
+  def batches(x):
+    one, two = (_contrastive(x[b, b], ids[b], weights[b], smoothing=smoothing) for b in (slice(0, 3), slice(3, 6)))
+    return jax.tree.map(jnp.add, one, two)
+
+  for name in ('loss', 'hits', 'weight'):
+    np.testing.assert_allclose(getattr(blocks(x), name), getattr(batches(x), name), rtol=1e-6)
+  gradients = [jax.grad(lambda x, f=f: f(x).loss)(x) for f in (blocks, batches)]
+  np.testing.assert_allclose(*gradients, atol=1e-6)
+  assert np.all(np.asarray(gradients[0])[:3, 3:] == 0)
+  whole = _contrastive(x, ids, weights, smoothing=smoothing)
+  np.testing.assert_allclose(_contrastive(x, ids, weights, smoothing=smoothing, block=6).loss, whole.loss, rtol=1e-6)
+  assert abs(float(whole.loss) - float(blocks(x).loss)) > .1  # blocks matter
 
 
 @pytest.mark.parametrize('smoothing', [0., .1])

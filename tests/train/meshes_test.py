@@ -17,6 +17,7 @@ FAST = {
     'modality-fsdp': (Case('modality', ('pair',), num_layers=1), 'fsdp'),
     'token-mixed': (Case('token', ('caption', 'pair'), num_layers=1, capacity_factor=meshes.NO_DROP_CAPACITY), 'mixed'),
     'token-fsdp': (Case('token', ('caption', 'pair'), num_layers=1, capacity_factor=meshes.NO_DROP_CAPACITY), 'fsdp'),
+    'blocks-mixed': (Case('attribute', ('pair',), num_layers=1, negatives=4), 'mixed'),
     'context-expert': (Case('context', ('pair',), num_layers=1), 'expert'),
 }
 ROUTERS = ('attribute', 'task', 'modality', 'token', 'context')

@@ -204,6 +204,9 @@ class TrainConfig:
       'mean', 'Of the two directions of the retrieval loss.', choices=('mean', 'sum'), published='sum')
   mask_duplicate_texts: bool = field(
       True, 'Equal texts in a retrieval batch are masked; False: they are negatives of each other.', published=False)
+  negatives: str | int = field(
+      'global', "Negatives of a retrieval pair: 'global', its task's examples of the (micro-)batch; N, those of its "
+      'block of N examples, as on one of the published ranks.', choices=('global',), at_least=2)
   ema_decay: float = field(0.0, 'Decay of averaged parameters, which evaluation then uses.', at_least=0, below=1, off=0)
   log_every: int = field(20, 'Steps.', at_least=1)
   checkpoint_every: int = field(200, 'Steps.', at_least=1)

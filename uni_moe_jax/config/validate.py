@@ -103,6 +103,9 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
   fail_if(t.batch_size < 0 or t.batch_size % accum,
           f'{field}.batch_size={t.batch_size} must be a positive multiple of config.train.grad_accum_steps={accum}; '
           f'try {nearest_multiple(t.batch_size, accum)}.')
+  if pair and c.train.negatives != 'global':
+    divisor = f'config.train.negatives={c.train.negatives} times config.train.grad_accum_steps={accum}'
+    _check_multiple(f'{field}.batch_size', t.batch_size, divisor, c.train.negatives * accum)
   fail_if(t.shots and not t.label_column,
           f'{field}.shots={t.shots} needs a label_column; set shots=0, and train_fraction instead.')
   fail_if(c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0,

@@ -39,6 +39,7 @@ class StepSpec:
   vocab_size: int
   contrastive_reduction: str = 'mean'
   mask_duplicate_texts: bool = True
+  negatives: str | int = 'global'
   unused_params: str = 'update'
   frozen: frozenset[str] = frozenset()  # paths of parameters that do not train
   auxiliary: LossWeights = ()  # without those of weight 0
@@ -174,7 +175,8 @@ def _tally(spec: StepSpec, params: Any, task: TaskSpec, batch: Batch, features: 
     logits = sharding.shard_batch(heads.logits(inputs[:, 0], pairs, scale), spec.model.mesh)
     text_ids = fields['text_id'] if spec.mask_duplicate_texts else None
     weights = fields['weight'][:, 0]
-    return losses.contrastive(logits, text_ids, weights, task.label_smoothing, spec.contrastive_reduction)
+    block = 0 if spec.negatives == 'global' else spec.negatives
+    return losses.contrastive(logits, text_ids, weights, task.label_smoothing, spec.contrastive_reduction, block)
   logits = heads.logits(inputs, features.target_sets[task.target_set], scale)
   if task.linear_head:
     logits = spec.model.apply({'params': params}, inputs, logits, method='with_head')

@@ -47,8 +47,8 @@ def cross_entropy(
 
 def contrastive(
     logits: jax.Array, text_ids: jax.Array | None, weights: jax.Array, smoothing: float = 0.0,
-    reduction: str = 'mean') -> Tally:
-  """InfoNCE in both directions; the other examples of the batch are the negatives.
+    reduction: str = 'mean', block: int = 0) -> Tally:
+  """InfoNCE in both directions; the other examples of the batch, or of the same block, are the negatives.
 
   Args:
     logits: [B, B] f32, similarity of input i and text j; the pairs are i = j.
@@ -56,10 +56,14 @@ def contrastive(
     weights: f32 [B].
     smoothing: as in `cross_entropy`, over the allowed targets.
     reduction: 'mean' of the two directions, or 'sum' (published).
+    block: number of consecutive examples that are negatives of each other; 0: all.
   """
   n = logits.shape[0]
   own = jnp.eye(n, dtype=bool)
   masked = jnp.zeros((n, n), bool) if text_ids is None else (text_ids[:, None] == text_ids[None, :]) & ~own
+  if block:
+    rank = jnp.arange(n) // block
+    masked |= rank[:, None] != rank[None, :]
   logits = jnp.where(masked, -jnp.inf, logits)
   allowed = jnp.where(masked, 0.0, 1.0)
   allowed = allowed / allowed.sum(-1, keepdims=True)

@@ -208,7 +208,8 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
       model=model, plan=plan, tx=tx, learning_rate=learning_rate, grad_accum_steps=config.train.grad_accum_steps,
       ema_decay=config.train.ema_decay, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
       contrastive_reduction=config.train.contrastive_reduction, mask_duplicate_texts=config.train.mask_duplicate_texts,
-      unused_params=config.optim.unused_params, frozen=optimizer.frozen_paths(groups),
+      negatives=config.train.negatives, unused_params=config.optim.unused_params,
+      frozen=optimizer.frozen_paths(groups),
       auxiliary=tuple((name, weight) for name, weight in weights.items() if weight))
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = _state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
