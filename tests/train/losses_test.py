@@ -135,9 +135,9 @@ def test_blocks_are_batches_of_their_own(smoothing):
   gradients = [jax.grad(lambda x, f=f: f(x).loss)(x) for f in (blocks, batches)]
   np.testing.assert_allclose(*gradients, atol=1e-6)
   assert np.all(np.asarray(gradients[0])[:3, 3:] == 0)
-  whole = _contrastive(x, ids, weights, smoothing=smoothing)
-  np.testing.assert_allclose(_contrastive(x, ids, weights, smoothing=smoothing, block=6).loss, whole.loss, rtol=1e-6)
-  assert abs(float(whole.loss) - float(blocks(x).loss)) > .1  # blocks matter
+  one_block = _contrastive(x, ids, weights, smoothing=smoothing)
+  np.testing.assert_allclose(_contrastive(x, ids, weights, smoothing=smoothing, block=6).loss, one_block.loss, rtol=1e-6)
+  assert abs(float(one_block.loss) - float(blocks(x).loss)) > .1  # blocks matter
 
 
 @pytest.mark.parametrize('smoothing', [0., .1])
