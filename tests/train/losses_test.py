@@ -136,7 +136,8 @@ def test_blocks_are_batches_of_their_own(smoothing):
   np.testing.assert_allclose(*gradients, atol=1e-6)
   assert np.all(np.asarray(gradients[0])[:3, 3:] == 0)
   one_block = _contrastive(x, ids, weights, smoothing=smoothing)
-  np.testing.assert_allclose(_contrastive(x, ids, weights, smoothing=smoothing, block=6).loss, one_block.loss, rtol=1e-6)
+  block_of_6 = _contrastive(x, ids, weights, smoothing=smoothing, block=6)
+  np.testing.assert_allclose(block_of_6.loss, one_block.loss, rtol=1e-6)
   assert abs(float(one_block.loss) - float(blocks(x).loss)) > .1  # blocks matter
 
 
