@@ -9,6 +9,8 @@ Arguments:
                    mrpc, qqp, mnli, qnli or rte
   run=RUN          work directory of a trained or converted run, which gives the model and the tokenizer. Without it,
                    the published tiny model starts from scratch: that shows a pipeline, and scores little
+  image_size=N     pixels per side of the run's model in this task, such as 384; default: as the run has them. Positions
+                   are computed, and scaled so that a patch keeps its place in the image
   mode=finetune    every parameter of the run trains (default)
   mode=prompts     prompts, norms and a linear head train, as in configs/prompt_tune.py
   mode=zero_shot   nothing trains; for launch/evaluate.py
@@ -26,7 +28,7 @@ from uni_moe_jax.train import finetuning
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Images of 224 pixels in patches of 16 and CLIP's vocabulary; or the model of the run."""
-  a = config.arguments(arg, __file__, dict(task='imagenet1k', run='', mode='finetune'),
+  a = config.arguments(arg, __file__, dict(task='imagenet1k', run='', image_size=0, mode='finetune'),
                        dict(task=benchmarks.DOWNSTREAM, mode=finetuning.MODES))
   if a.run:
     c, plan = finetuning.start_from(a.run, f'configs/benchmark.py:{arg}')
@@ -36,6 +38,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c.model.variant = presets.SIZES['tiny']
     c.train.mixture, c.train.encode_all_sets = 'all_tasks', False  # there is one task
     c.tokenizer.type = 'clip'
+  if a.image_size:
+    c.model.posemb_scale *= c.model.image_size / a.image_size
+    c.model.image_size = a.image_size
   benchmarks.downstream(c, a.task)
   if a.run:
     for t in c.tasks.values():  # a run has its own temperature groups and text length

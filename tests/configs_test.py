@@ -150,10 +150,22 @@ def test_all_tasks_per_step_have_the_batches_and_weights_that_drawing_would_give
     ('own', 'run=x', "argument 'sources' is missing"),
     ('benchmark', 'task=imagenet', "task='imagenet' is unknown; did you mean 'imagenet1k'"),
     ('benchmark', 'task=cola,mode=prompt', "mode='prompt' is unknown; did you mean 'prompts'"),
+    ('benchmark', 'image_size=384px', "image_size='384px' must be an integer"),
     ('benchmark', 'task=cola,run=nowhere', "'nowhere' is no work directory of a run")])
 def test_a_wrong_argument_is_an_error_with_its_choices(name, arg, message):
   with pytest.raises(UsageError, match=f'configs/{name}.py:{arg}: {message}'):
     _config(name, arg)
+
+
+def test_a_benchmark_at_another_image_size_keeps_patches_in_place():
+  c = _config('benchmark', 'image_size=384')
+  assert (c.model.image_size, c.model.posemb_scale) == (384, 224 / 384)
+  assert (_config('benchmark').model.image_size, _config('benchmark').model.posemb_scale) == (224, 1)
+  # A run of stage 2, whose positions are already scaled.
+  second = _config('pretrain', 'stage=2').model
+  workdir.claim_workdir(f'{_temporary.name}/second', _config('pretrain', 'stage=2'), 'print')
+  c = _config('benchmark', f'run={_temporary.name}/second,image_size=384')
+  assert c.model.posemb_scale * 384 == pytest.approx(second.posemb_scale * 224) == pytest.approx(160)
 
 
 @pytest.mark.parametrize('task', ['digits', 'video_caption', 'video_name'])

@@ -41,7 +41,10 @@ def arguments(
     written = value.lower() if valid is _BOOLS else value
     if valid and written not in valid:
       raise UsageError(f'{path}:{arg}: {name}={value!r} is unknown; {nearest(value, valid)}.')
-    given[name] = valid.get(written, int(value) if isinstance(defaults[name], int) and value.isdecimal() else value)
+    number = isinstance(defaults[name], int) and not valid
+    if number and not value.isdecimal():
+      raise UsageError(f'{path}:{arg}: {name}={value!r} must be an integer.')
+    given[name] = int(value) if number else valid.get(written, value)
   values = defaults | given
   for name in required:
     if not values[name]:
