@@ -40,6 +40,7 @@ def test_valid_configs_pass():
     ('optim.learning_rate', float('nan'), r'config\.optim\.learning_rate=nan must be a finite number'),
     ('optim.learning_rate', float('inf'), r'config\.optim\.learning_rate=inf must be a finite number'),
     ('train.encode_all_sets', 1, r'config\.train\.encode_all_sets=1 must be True or False'),
+    ('train.deterministic', 'gpu', r"config\.train\.deterministic='gpu' must be True or False"),
     ('train.mask_duplicate_texts', 'masked', r"config\.train\.mask_duplicate_texts='masked' must be True or False"),
     ('moe.router', ['token'], r"config\.moe\.router=\('token',\) must be a string"),
     ('moe.placement', 3, r'config\.moe\.placement=3 must be a string or a tuple of whole numbers'),

@@ -13,6 +13,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout
+from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import forward, step
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.utils.tree_paths import by_path
@@ -197,6 +198,28 @@ def test_a_step_transfers_nothing_implicitly():
 def test_the_transfer_guard_detects_arguments_on_the_host():
   with jax.transfer_guard('disallow'), pytest.raises(Exception, match='Disallowed host-to-device'):
     jax.jit(jnp.negative)(next(_run().mixture().iterate(1, 2))[1]['text_mlm']['weight'])
+
+
+@pytest.mark.parametrize('platform, deterministic, exact', [
+    ('cpu', False, True), ('tpu', False, True), ('gpu', False, False), ('gpu', True, True), ('tpu', True, True)])
+def test_steps_on_gpus_are_deterministic_by_the_config_alone(monkeypatch, platform, deterministic, exact):
+  made = []
+  monkeypatch.setattr(sharding, 'platform', lambda mesh: platform)
+  monkeypatch.setattr(step.jax, 'jit', lambda f, **options: made.append(options))
+  c = _run().config.copy_and_resolve_references()
+  c.train.deterministic = deterministic
+  run = dataclasses.replace(_run(), config=c)
+  run.step_fn()
+  assert run.resumes_exactly == exact
+  deterministic_ops = {'xla_gpu_deterministic_ops': True}
+  assert made[0]['compiler_options'] == (deterministic_ops if platform == 'gpu' and deterministic else None)
+
+
+def test_the_compiler_knows_the_option_of_deterministic_steps():
+  option = 'xla_gpu_deterministic_ops'
+  assert jax.jit(jnp.negative, compiler_options={option: True})(1.) == -1
+  with pytest.raises(Exception, match='No such compile option'):
+    jax.jit(jnp.negative, compiler_options={option + 'x': True})(1.)
 
 
 # Accumulation. One layer: what is compared is how micro-steps add up.

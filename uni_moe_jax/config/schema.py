@@ -208,6 +208,9 @@ class TrainConfig:
       'global', "Negatives of a retrieval pair: 'global', its task's examples of the (micro-)batch; N, those of its "
       'block of N examples, as on one of the published ranks.', choices=('global',), at_least=2)
   ema_decay: float = field(0.0, 'Decay of averaged parameters, which evaluation then uses.', at_least=0, below=1, off=0)
+  deterministic: bool = field(
+      False, 'On GPUs, steps whose bits are the same in every process, so that a resumed run ends as one that was not '
+      'stopped; slower (no atomic sums, no autotuning). Steps on CPUs and TPUs always are.')
   log_every: int = field(20, 'Steps.', at_least=1)
   checkpoint_every: int = field(200, 'Steps.', at_least=1)
   max_to_keep: int = field(2, 'Number of newest checkpoints kept.', at_least=1)

@@ -58,8 +58,10 @@ def make_plan(
     return dispatch.make_plan(output, valid, groups, capacity_factor, backend)
   expert_shards = mesh.shape['expert']
   transport = LOCAL if expert_shards == 1 else ALL_TO_ALL if capacity_factor else ALL_GATHER
-  platform = mesh.devices.flat[0].platform
-  backend = 'batched' if transport == ALL_TO_ALL else gmm.choose_backend(backend, bool(capacity_factor), platform)
+  if transport == ALL_TO_ALL:
+    backend = 'batched'
+  else:
+    backend = gmm.choose_backend(backend, bool(capacity_factor), sharding.platform(mesh))
   shards = expert_shards if transport == ALL_GATHER else 1
   E = output.logits.shape[-1] // shards
   if valid is None:

@@ -52,6 +52,11 @@ def make_mesh(requested: dict[str, int], devices=None) -> Mesh:
   return Mesh(placed, AXES)
 
 
+def platform(mesh: Mesh) -> str:
+  """'cpu', 'gpu' or 'tpu': the type of the mesh's devices, which may be absent."""
+  return mesh.devices.flat[0].platform
+
+
 def batch_shards(shape: Mapping[str, int]) -> int:
   """Number of shards of a batch on a mesh of this shape."""
   return math.prod(shape[a] for a in BATCH_AXES)

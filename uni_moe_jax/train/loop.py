@@ -51,10 +51,12 @@ def _describe(run: Run) -> str:
   counts, router = run.parameter_counts(), run.config.moe.router
   names = run.spec.model.spec.router_input_names(conditions(run.plan))
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.target_sets.items())
+  resume = 'exact' if run.resumes_exactly else (
+      'up to rounding, since sums on GPUs have no fixed order; config.train.deterministic=True makes it exact')
   return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} active per token\n'
           f'router: {router}; {len(names)} conditions: {", ".join(names)}\n'
           f'tasks: {", ".join(f"{t.name} ({t.type.name}, {t.batch_size})" for t in run.plan.tasks)}\n'
-          f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}')
+          f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}\nresume: {resume}')
 
 
 def commit() -> str:

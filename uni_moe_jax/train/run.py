@@ -64,7 +64,13 @@ class Run:
   def step_fn(self, task: str | None = None) -> Step:
     """The jitted step of the whole mixture, or of a step with one task."""
     spec = self.spec if task is None else dataclasses.replace(self.spec, plan=self.plan.only(task))
-    return Step(spec, self.config.seed, self.shardings, sharding.replicated(self.mesh))
+    deterministic = self.config.train.deterministic
+    return Step(spec, self.config.seed, self.shardings, sharding.replicated(self.mesh), deterministic)
+
+  @property
+  def resumes_exactly(self) -> bool:
+    """Whether a resumed run ends bit for bit as one that was not stopped, on the same devices."""
+    return sharding.platform(self.mesh) != 'gpu' or self.config.train.deterministic
 
   def put_batch(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Puts a host batch on the mesh; every process contributes its own shards."""

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from uni_moe_jax.model.encoder import Collected
+from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import forward, router_metrics, used_params
 from uni_moe_jax.train.forward import Batch, Sampled, StepSpec, TargetSets
 from uni_moe_jax.train.losses import Tally
@@ -168,12 +169,19 @@ def _update(
 class Step:
   """The jitted step of a run: (state, batch, target sets) → (state, metrics). Donates the buffers of the state."""
 
-  def __init__(self, spec: StepSpec, seed: int, shardings: TrainState, replicated: NamedSharding):
-    """shardings: of the state. replicated: of the key, which goes to the mesh before the first step."""
+  def __init__(
+      self, spec: StepSpec, seed: int, shardings: TrainState, replicated: NamedSharding, deterministic: bool = False):
+    """shardings: of the state. replicated: of the key, which goes to the mesh before the first step.
+
+    deterministic: the same arguments give the same bits in every process, on GPUs too.
+    """
     def step(state, batch, target_sets, key):
       return train_step(state, batch, target_sets, jax.random.wrap_key_data(key), spec=spec)
 
-    self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # An option of the program: XLA_FLAGS would have to be set before JAX starts, and hold for all programs.
+    on_gpu = sharding.platform(replicated.mesh) == 'gpu'
+    options = {'xla_gpu_deterministic_ops': True} if deterministic and on_gpu else None
+    self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     self._key, self._replicated = np.asarray(jax.random.key_data(jax.random.key(seed))), replicated
 
   def __call__(

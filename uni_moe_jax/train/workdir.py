@@ -37,8 +37,9 @@ _ABSENT = 'absent'
 # tokenizer.merges_path is part of the data's fingerprint.
 MAY_CHANGE = (
     'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.best_metric', 'train.max_nonfinite_steps',
-    'train.hang_timeout', 'train.interference_every', 'train.interference_parameters', 'data.dir',
-    'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
+    'train.hang_timeout', 'train.interference_every', 'train.interference_parameters',
+    'train.deterministic', 'data.dir', 'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators',
+    'tokenizer.merges_path')
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
