@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.pipeline.templates import fill_template
+from uni_moe_jax.data.pipeline.templates import fill_template, template_parts
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.export import artifact
 from uni_moe_jax.export.texts import Texts
@@ -22,23 +22,22 @@ _LONG = 'a small shape moves over every line and returns its value'
 
 def _texts(folder: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path, template: str = '', tokens=()) -> Texts:
   """Texts of a model with one task, which always returns the same ids."""
-  manifest = {'tasks': {'answer': {'template': template, 'max_len': _LENGTH}},
+  manifest = {'tasks': {'answer': {'template_parts': template_parts(template), 'max_len': _LENGTH}},
               'tokenizer': artifact.write_tokenizer(folder, tokenizer, file)}
   manifest = json.loads(json.dumps(manifest))  # as read from its file
   return Texts(types.SimpleNamespace(manifest=manifest, folder=folder,
                                      run=lambda *_, **__: {'tokens': np.array(tokens)}))
 
 
-@pytest.mark.parametrize('template', ['{text_a} <eot> <spe> , {text_b} <eot>', '{text_a} it is <spe> <eot>'])
-@pytest.mark.parametrize('a', ['a', _LONG])
+@pytest.mark.parametrize('template', ['{text_a} <eot> <spe> , {text_b} <eot>', '{text_a|no_stop} it is <spe> <eot>'])
+@pytest.mark.parametrize('a', ['a', 'a.', _LONG])
 @pytest.mark.parametrize('b', ['a shape', _LONG])
 def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
   file = pathlib.Path(tiny.tokenizer_file())
   tokenizer = SentencePieceTokenizer(file)
   words = _texts(tmp_path, tokenizer, file, template)
   filled = words.fill('answer', **{name: x for name, x in (('text_a', a), ('text_b', b)) if name in template})
-  row, slot = fill_template(tokenizer, template, {'text_a': tokenizer.encode(a), 'text_b': tokenizer.encode(b)},
-                            _LENGTH)
+  row, slot = fill_template(tokenizer, template, {'text_a': a, 'text_b': b}, _LENGTH)
   assert filled['text'].tolist() == [row] and filled['position'].tolist() == [[slot]]
   assert filled['text_valid'].tolist() == [[True] * len(row)]
   assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the tokens that the last leaves

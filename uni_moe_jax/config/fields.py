@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from uni_moe_jax.utils import files
+from uni_moe_jax.utils import files, templates
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -30,7 +30,7 @@ T = TypeVar('T')
 def field(
     default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,
     below: float | None = None, choices: Iterable[str] = (), off: float | None = None, published: Any = REQUIRED,
-    path: bool = False, pattern: bool = False) -> Any:
+    path: bool = False, pattern: bool = False, template: bool = False) -> Any:
   """Declare a config field.
 
   Args:
@@ -42,9 +42,10 @@ def field(
     published: value in the published system, which `compat='published'` sets.
     path: whether it is, or may be, a path of a file system: addresses such as gs://… are refused.
     pattern: whether it is a regular expression.
+    template: whether it is a template over columns, or a tuple of them; see `utils.templates`.
   """
   metadata = dict(doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices),
-                  off=off, published=published, path=path, pattern=pattern)
+                  off=off, published=published, path=path, pattern=pattern, template=template)
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -130,6 +131,8 @@ def _check_value(name: str, value: Any, m: Mapping[str, Any]) -> None:
     check_choice(name, value, m['choices'])
   if m['pattern']:
     check_pattern(name, value)
+  if m['template']:
+    _check_template(name, value)
   if isinstance(value, (int, float)) and not all(
       inside(value, m[b]) for b, inside in _BOUNDS.items() if m[b] is not None):
     off = '' if m['off'] is None else f'; {m["off"]:g} is off'
@@ -163,6 +166,13 @@ def check_pattern(name: str, pattern: str) -> None:
     re.compile(pattern)
   except re.error as e:
     raise UsageError(f'config.{name}={pattern!r} is not a regular expression: {e}.') from None
+
+
+def _check_template(name: str, template: str) -> None:
+  try:
+    templates.parse(template)
+  except UsageError as e:
+    raise UsageError(f'config.{name}: {e}') from None
 
 
 def _short(value: Any) -> str:

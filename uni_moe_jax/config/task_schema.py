@@ -28,8 +28,10 @@ class TaskConfig:
       '', 'Column with the class name (for task types that choose among names, label words or answers); of files also '
       "a column with a list of answers. text_mlm of files: the column of texts ('' = 'text').")
   caption_templates: tuple[str, ...] = field(
-      (), "Templates over the source's columns, such as '{name}' or '{name} in {face}'; one is drawn per example.")
-  template: str = field('', "For readout 'slot': a template such as '{text} <eot> it is <spe> . <eot>'.")
+      (), "Templates over the source's columns, such as '{name}' or '{name} in {face}'; one is drawn per example. "
+      "'{name|no_stop}' leaves out the period that ends a text; '{{' and '}}' are braces.", template=True)
+  template: str = field(
+      '', "For readout 'slot': a template such as '{text} <eot> it is <spe> . <eot>'.", template=True)
   max_len: int = field(0, 'Text tokens per example, `eot` included (a caption has as many queries again).', at_least=0)
   max_predictions: int = field(
       0, 'M, maximum number of masked tokens per text (text_mlm), or of answers per question.', at_least=0)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from uni_moe_jax.data.pipeline.templates import template_parts
 from uni_moe_jax.export import loader
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import ExportedTask
@@ -51,5 +52,6 @@ def _task(exported: ExportedTask, files: dict[str, Any], spec: ModelSpec) -> dic
   kernel = lambda c: spec.kernel_of(c) if spec.kernels else 0
   return {
       'type': task.type.name, 'target_set': task.target_set, 'max_len': task.max_len, 'template': task.template,
+      'template_parts': template_parts(task.template),
       'temperature': task.temperature, 'beam_size': exported.beam_size, 'length_penalty': exported.length_penalty,
       'conditions': {str(c): kernel(c) for c in exported.conditions}, 'programs': files}

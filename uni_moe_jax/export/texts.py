@@ -15,6 +15,8 @@ import re
 
 import numpy as np
 
+_FINAL_STOP = re.compile(r'(?<=[^\W_]|\s)\.\s*$')  # of a sentence; filter no_stop of a field
+
 
 class Texts:
   """Tokenizer of a `load.Model`."""
@@ -61,14 +63,16 @@ class Texts:
     so on.
     """
     entry, markers = self._model.manifest['tasks'][task], {'<spe>': self._entry['spe'], '<eot>': self._entry['eot']}
-    parts = [part for part in map(str.strip, re.split(r'(<spe>|<eot>|\{\w*\})', entry['template'])) if part]
-    fields = [i for i, part in enumerate(parts) if part[0] == '{']
-    ids = [[] if part[0] == '{' else [markers[part]] if part in markers else self.tokenizer.encode(part)
-           for part in parts]
+    parts = entry['template_parts']  # words, markers, and fields [column, filter]
+    fields = [i for i, part in enumerate(parts) if isinstance(part, list)]
+    ids = [[] if i in fields else [markers[part]] if part in markers else self.tokenizer.encode(part)
+           for i, part in enumerate(parts)]
     budget = entry['max_len'] - sum(map(len, ids))
     for remaining in range(len(fields), 0, -1):
       i = fields[remaining - 1]
-      ids[i] = self.tokenizer.encode(texts[parts[i][1:-1]])[:budget // remaining]
+      column, name = parts[i]
+      text = _FINAL_STOP.sub('', texts[column]) if name == 'no_stop' else texts[column]
+      ids[i] = self.tokenizer.encode(text)[:budget // remaining]
       budget -= len(ids[i])
     row = [token for part in ids for token in part]
     return {'text': np.array([row], np.int32), 'text_valid': np.ones((1, len(row)), bool),

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from uni_moe_jax.data.files.formats import LOCATION
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture, evaluation_batches
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.utils.errors import RunError
 
 SIDE = 16
@@ -180,10 +182,10 @@ def _task(task_type, **fields):
 
 
 def _build(dataset, task_type='image_classification', training=True, max_corrupt_fraction=0.5, label_column='label',
-           target_set='ab', **fields):
+           target_set='ab', tokenizer=None, **fields):
   task = _task(task_type, label_column=label_column, target_set=target_set, **fields)
   return file_dataset_examples.FileExampleBuilder(
-      None, {'ab': ('a', 'b')}, 3, SIDE, training, False, 0, max_corrupt_fraction).build(task, dataset)
+      tokenizer, {'ab': ('a', 'b')}, 3, SIDE, training, False, 0, max_corrupt_fraction).build(task, dataset)
 
 
 def _make(examples, ids):
@@ -332,6 +334,21 @@ def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path)
   assert ids('an image') == list(range(8))
   assert ids('{captions}') == [0, 1, 2, 3, 5, 6, 7]
   assert ids('{captions}', 'it is {color}') == [0, 1, 2, 3, 5, 7]
+
+
+@pytest.mark.parametrize('name', ['shot.at: x-y', 'a b', '0'])
+def test_every_field_of_a_file_can_be_used_in_templates(name, tmp_path):
+  root = own_files.write_captioned_images(tmp_path / 'in', 6)
+  rows = own_files.read_jsonl(root / 'data.jsonl')
+  own_files.write_jsonl(root / 'data.jsonl', [{**row, name: f'number {i}.'} for i, row in enumerate(rows)])
+  prepare.prepare(root, tmp_path, 'some')
+  examples = _build(
+      file_dataset.load('own:some', tmp_path, 'train'), 'image_retrieval', label_column='', target_set='', max_len=12,
+      tokenizer=SentencePieceTokenizer(tiny.tokenizer_file()),
+      caption_templates=(f'{{{name}|no_stop}} of {{color}} {{{{so}}}}',))
+  texts = ['number 1 of green {so}', 'number 3 of red {so}']  # rows 0…3 and 5 are in the split
+  assert examples.references(np.array([1, 3])) == [(text,) for text in texts]
+  assert _make(examples, [1, 3])['text_id'].tolist() == [zlib.crc32(text.encode()) & 0x7FFFFFFF for text in texts]
 
 
 @pytest.mark.parametrize('name, changes, message', [

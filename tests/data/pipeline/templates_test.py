@@ -6,11 +6,11 @@ from uni_moe_jax.data.pipeline.templates import fill_template
 
 
 class _Letters:
-  """Encodes each word of fixed text as 100 plus the number of its letters."""
+  """Encodes a number as itself, and any other word as 100 plus the number of its letters."""
   spe, eot = 2, 3
 
   def encode(self, text):
-    return [100 + len(word) for word in text.split()]
+    return [int(word) if word.isdigit() else 100 + len(word) for word in text.split()]
 
 
 def _fill(template, length, **texts):
@@ -18,8 +18,9 @@ def _fill(template, length, **texts):
 
 
 @pytest.mark.parametrize('template, texts, ids, slot', [
-    ('{a} <eot> it is <spe> . <eot>', dict(a=[11, 12]), [11, 12, 3, 102, 102, 2, 101, 3], 5),
-    ('{a} <eot> <spe> , {b} <eot>', dict(a=[11], b=[21, 22]), [11, 3, 2, 101, 21, 22, 3], 2),
+    ('{a} <eot> it is <spe> . <eot>', dict(a='11 12'), [11, 12, 3, 102, 102, 2, 101, 3], 5),
+    ('{a} <eot> <spe> , {b} <eot>', dict(a='11', b='21 22'), [11, 3, 2, 101, 21, 22, 3], 2),
+    ('{shot.at: x-y|no_stop} . {{<spe>}} <eot>', {'shot.at: x-y': '11 12.'}, [11, 12, 101, 101, 2, 101, 3], 4),
 ])
 def test_texts_are_inserted_and_the_slot_is_located(template, texts, ids, slot):
   assert _fill(template, 20, **texts) == (ids, slot)
@@ -33,7 +34,7 @@ def test_texts_are_inserted_and_the_slot_is_located(template, texts, ids, slot):
     (10, 3, 3, 3, 3),  # exactly enough
 ])
 def test_texts_are_truncated_before_they_are_inserted(length, a, b, kept_a, kept_b):
-  ids, slot = _fill('{a} <eot> <spe> , {b} <eot>', length, a=[11] * a, b=[21] * b)
+  ids, slot = _fill('{a} <eot> <spe> , {b} <eot>', length, a='11 ' * a, b='21 ' * b)
   assert ids == [11] * kept_a + [3, 2, 101] + [21] * kept_b + [3]
   assert slot == kept_a + 1
 
@@ -42,10 +43,10 @@ def test_texts_are_truncated_before_they_are_inserted(length, a, b, kept_a, kept
     ('{a} <eot>', 'has 0 slots <spe>'),
     ('{a} <spe> <spe> <eot>', 'has 2 slots <spe>'),
     ('{a} <spe> .', 'must end in <eot>'),
-    ('{txt_a} <spe> <eot>', "'txt_a', which the texts lack; did you mean 'text_a'"),
-    ('{a b} <spe> <eot>', 'brace that encloses no field'),
+    ('{txt_a} <spe> <eot>', "'txt_a', which the record lacks; did you mean 'text_a'"),
+    ('{a <spe> <eot>', 'the brace at position 1 is not closed'),
     ('{a} <eot> <spe> , {text_a} <eot>', 'length 5 is too small .* needs at least 6'),
 ])
 def test_an_invalid_template_is_refused(template, message):
   with pytest.raises(ValueError, match=message):
-    _fill(template, 5, a=[11], text_a=[11])
+    _fill(template, 5, a='11', text_a='11')

@@ -21,8 +21,8 @@ from uni_moe_jax.data.files.video import CorruptVideo
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, subset
-from uni_moe_jax.data.pipeline.templates import template_columns
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all fail with a probability of 1e-8
@@ -78,8 +78,7 @@ def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -
   Raises:
     UsageError: there are none, or `shots` is set and labels are not known before records are read.
   """
-  templates = (*task.caption_templates, task.template)
-  columns = {task.label_column, *(column for template in templates for column in template_columns(template))}
+  columns = {task.label_column}.union(*map(templates.columns, (*task.caption_templates, task.template)))
   present = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
   required = sorted(columns & present.keys())
   keep = np.flatnonzero(np.all([np.ones(records.size, bool), *(present[column] for column in required)], axis=0))

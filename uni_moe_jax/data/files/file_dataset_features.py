@@ -12,9 +12,10 @@ from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Rec
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
-from uni_moe_jax.data.pipeline.templates import fill_template, template_columns
+from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
+from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -97,11 +98,11 @@ def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, t
 
 def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:
   """Reader of `text`, `text_valid` and `position`: a filled template and the position of its `spe`."""
-  columns, S = template_columns(task.template), task.max_len
-  _check_columns(task, records, 'template', columns, 'text', 'class')
+  S = task.max_len
+  _check_columns(task, records, 'template', templates.columns(task.template), 'text', 'class')
 
   def read(record, _):
-    ids, position = fill_template(tokenizer, task.template, {c: tokenizer.encode(record[c]) for c in columns}, S)
+    ids, position = fill_template(tokenizer, task.template, record, S)
     [text], [valid] = pad_tokens([ids], S, tokenizer.pad)
     return {'text': text, 'text_valid': valid, 'position': [position]}
   return FeatureReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
@@ -166,20 +167,19 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
 
 def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Record, int], str]:
   """(record, h) → phrase: random template and entries of lists in training, else the first ones."""
-  templates = [(template, template_columns(template)) for template in task.caption_templates]
-  for _, columns in templates:
-    _check_columns(task, records, 'caption_templates', columns, 'text', 'texts', 'class')
+  for template in task.caption_templates:
+    _check_columns(task, records, 'caption_templates', templates.columns(template), 'text', 'texts', 'class')
   draw = lambda items, *purpose: items[hashing.mix(*purpose) % len(items) if training else 0]
 
   def choose(record, h):
-    (template, columns), values = draw(templates, h, 'phrase'), {}
-    for column in columns:
+    template, values = draw(task.caption_templates, h, 'phrase'), {}
+    for column in templates.columns(template):
       values[column] = record[column]
       if not isinstance(record[column], str):
         if not record[column]:
           raise CorruptExample(f'no {column}')
         values[column] = draw(record[column], h, column)
-    text = template.format(**values)
+    text = templates.fill(template, values)
     if not text.strip():
       raise CorruptExample('empty text')
     return text
@@ -189,11 +189,11 @@ def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Cal
 def references(task: TaskSpec, record: Record) -> tuple[str, ...]:
   """The correct texts of a record under the task's first template: one per entry of its list of texts."""
   template = task.caption_templates[0]
-  values = {column: record[column] for column in template_columns(template)}
+  values = {column: record[column] for column in templates.columns(template)}
   list_column = next((column for column, value in values.items() if not isinstance(value, str)), None)
   if list_column is None:
-    return (template.format(**values),)
-  return tuple(template.format(**{**values, list_column: entry}) for entry in values[list_column])
+    return (templates.fill(template, values),)
+  return tuple(templates.fill(template, {**values, list_column: entry}) for entry in values[list_column])
 
 
 def _columns_of_type(records: FileDataset, *types: str) -> list[str]:

@@ -14,8 +14,8 @@ from uni_moe_jax.data.pipeline import clip_tokenizer
 from uni_moe_jax.data.pipeline.examples import Builder, Examples
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length, vocabulary_set
-from uni_moe_jax.data.pipeline.templates import template_columns
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 
 _WORD = 'word'
@@ -64,7 +64,7 @@ class DeclaredData:
     text = np.array([' '.join([_WORD] * max(1, task.max_len))])
     columns = {'text': text}
     for template in (*task.caption_templates, task.template):
-      columns |= {name: text for name in template_columns(template) if name}
+      columns |= dict.fromkeys(templates.columns(template), text)
     if task.label_column:
       columns[task.label_column] = np.array([_WORD])
     if task.type.visual:

@@ -21,8 +21,9 @@ from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.pipeline import hashing, image_shift, masking
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.records import Records
-from uni_moe_jax.data.pipeline.templates import fill_template, template_columns
+from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, pack_tokens
+from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -182,12 +183,12 @@ class Builder:
     return make
 
   def _template(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
-    columns = template_columns(task.template)
+    columns = templates.columns(task.template)
     for name in columns:
       if name not in records.columns:
         raise UsageError(f'config.tasks.{task.name}.template names column {name!r}; {nearest(name, records.columns)}.')
-    encoded = {n: self.tokenizer.encode_batch(records.columns[n][indices].tolist()) for n in columns}
-    filled = [fill_template(self.tokenizer, task.template, {n: encoded[n][i] for n in columns}, task.max_len)
+    texts = {n: records.columns[n][indices].tolist() for n in columns}
+    filled = [fill_template(self.tokenizer, task.template, {n: texts[n][i] for n in columns}, task.max_len)
               for i in range(len(indices))]
     tokens, valid = pad_tokens([row for row, _ in filled], task.max_len, self.tokenizer.pad)
     return _lookup(text=tokens, text_valid=valid, position=np.array([[slot] for _, slot in filled], np.int32))
@@ -212,12 +213,12 @@ def fill_captions(records: Records, task: TaskSpec) -> np.ndarray:
   """Fills every template with every record's columns: unicode [N, P]."""
   columns = {name: column.tolist() for name, column in records.columns.items() if column.dtype.kind == 'U'}
   for template in task.caption_templates:
-    for name in template_columns(template):
+    for name in templates.columns(template):
       if name not in columns:
         raise UsageError(f'config.tasks.{task.name}.caption_templates: template {template!r} names column {name!r}; '
                          f'{nearest(name, columns)}.')
   rows = ({name: column[i] for name, column in columns.items()} for i in range(records.size))
-  return np.array([[template.format(**row) for template in task.caption_templates] for row in rows])
+  return np.array([[templates.fill(template, row) for template in task.caption_templates] for row in rows])
 
 
 def class_indices(records: Records, task: TaskSpec, classes: Sequence[str]) -> np.ndarray:
