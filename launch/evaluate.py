@@ -14,7 +14,7 @@ import pathlib
 
 from absl import flags
 
-from uni_moe_jax.parallel import distributed
+from uni_moe_jax.parallel import distributed, shared_folder
 from uni_moe_jax.utils import cli, files
 from uni_moe_jax.utils.errors import UsageError
 
@@ -32,15 +32,16 @@ def main() -> int:
   from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = _WORKDIR.value
-  # Report mistakes before loading the libraries below and before waiting for other processes.
   cluster = _CLUSTER()
+  writes = distributed.initialize(cluster)
+  shared_folder.check(cluster, workdir, create=_CONFIG.present)
+  # Mistakes are reported before the slow libraries below are imported.
   if _CONFIG.present:
     config = cli.config_of(_CONFIG)
     workdir_lib.claim_workdir(workdir, config)
   else:
     config = workdir_lib.load_config(workdir)
   plan = make_plan(config)
-  writes = distributed.initialize(cluster)
   from uni_moe_jax.eval import metrics, suite
   from uni_moe_jax.train import checkpoint
   if _DATA_DIR.value:

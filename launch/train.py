@@ -8,7 +8,7 @@ Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 e
 
 from absl import flags
 
-from uni_moe_jax.parallel import distributed
+from uni_moe_jax.parallel import distributed, shared_folder
 from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
@@ -33,8 +33,10 @@ def main() -> int:
     # Mistakes are reported before the slow libraries below are imported.
     config = cli.config_of(_CONFIG)
     make_plan(config).check_trains()
-    distributed.initialize(_CLUSTER())
+    cluster = _CLUSTER()
+    distributed.initialize(cluster)
     with HangDetector(config.train.hang_timeout) as detector, detector.phase(START):  # a disk may hang
+      shared_folder.check(cluster, _WORKDIR.value, create=True)
       workdir.claim_workdir(_WORKDIR.value, config)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)
       npz_records.check_directory(config.data.dir)

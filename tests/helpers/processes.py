@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,26 @@ def run(command: Sequence[str], devices: int = 4, folder: pathlib.Path = ROOT) -
   output = done.stdout.decode()
   assert done.returncode == 0, output
   return output
+
+
+def together(*commands: Sequence[str], devices: int = 1, timeout: float = 240) -> list[tuple[int, str]]:
+  """Run commands at the same time. Return (exit code, output) of each; those that run after `timeout` s are killed."""
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  running = [subprocess.Popen(c, cwd=ROOT, env=environment(devices), **pipes) for c in commands]
+  try:
+    outputs = [p.communicate(timeout=timeout)[0] for p in running]
+    return [(p.returncode, output) for p, output in zip(running, outputs, strict=True)]
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+
+
+def free_address() -> str:
+  """Return HOST:PORT with a free port of this machine."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{free.getsockname()[1]}'
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

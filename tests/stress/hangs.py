@@ -1,6 +1,7 @@
 """Runs that cannot continue: a full disk, stalled input, a hung step, a process that dies while others wait for it.
 
-Each must end with exit code 1 and one sentence, and the same command must then continue to the same result.
+Each must end with exit code 1 and one sentence, and the same command must then continue to the same result. Processes
+without a common work directory must end with exit code 2.
 """
 
 import dataclasses
@@ -102,6 +103,21 @@ def failed_process(trainer: Trainer, undisturbed: pathlib.Path) -> tuple[list[st
       return []
     return [f'the process that fails: {ending(code)}, prints {output[-200:]!r}']
   return _one_of_two_ends(trainer, undisturbed, dataclasses.replace(trainer, fault='one_process_fails'), 'failed', fail)
+
+
+def separate_folders(trainer: Trainer, _: pathlib.Path) -> tuple[list[str], list[str]]:
+  """Start two processes of one run, each with a work directory of its own. Return (report lines, findings)."""
+  folders, address = [trainer.folder / f'separate_{i}' for i in range(2)], f'127.0.0.1:{trainer_lib.free_port()}'
+  logs, began = [folder.with_suffix('.log') for folder in folders], time.monotonic()
+  trainer_lib.clear(*folders, *logs)
+  running = [dataclasses.replace(trainer, flags=trainer_lib.distributed_flags(address, 2, i)).start(folder, log)
+             for i, (folder, log) in enumerate(zip(folders, logs, strict=True))]
+  codes = [trainer_lib.wait(process) for process in running]
+  findings = [f'separate folders: process {i}: {ending(code)} instead of exit code 2' for i, code in enumerate(codes)
+              if code != 2]
+  findings += [f for log in logs for f in _errors('separate folders', log, trainer_lib.NOT_SHARED)[1]]
+  ended = ' and '.join(map(ending, codes))
+  return [f'separate folders: {ended} after {time.monotonic() - began:.0f} s'], findings
 
 
 def _one_of_two_ends(

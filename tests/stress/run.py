@@ -8,7 +8,8 @@
 Suites:
   preemption       SIGKILL at random moments, some during a save; a restarted run must end like an undisturbed one
   damage           every file of a checkpoint truncated, with a flipped bit, zeroed or deleted
-  hangs            stalled start and input, a hung step, a full disk, one of two processes dying or failing
+  hangs            stalled start and input, a hung step, a full disk, one of two processes dying or failing, two
+                   processes with separate work directories
   resharding       a run continued on other numbers of devices and processes, with the rows and losses of one device
   bad_input        generated configs, checkpoints, paths, data and commands: refused in one sentence or skipped
   injected_faults  trainers with faults that the checks of preemption and damage must detect
@@ -114,7 +115,8 @@ class Suites:
     from tests.stress import hangs
     one = self._undisturbed().workdir
     two, findings = hangs.two_undisturbed(self._trainer)
-    cases = [('hanging', hangs.hanging, one), ('full disk', hangs.full_disk, one)]
+    cases = [('hanging', hangs.hanging, one), ('full disk', hangs.full_disk, one),
+             ('separate folders', hangs.separate_folders, one)]
     if not findings:
       cases += [('dead process', hangs.dead_process, two), ('failed process', hangs.failed_process, two)]
     for name, case, undisturbed in cases:

@@ -48,7 +48,7 @@ def test_an_injected_fault_that_was_missed_is_tried_again(results, monkeypatch):
 
 def test_what_was_not_tried_is_reported(results, monkeypatch):
   monkeypatch.setattr(hangs, 'two_undisturbed', lambda _: (None, []))
-  for case in ('hanging', 'full_disk', 'dead_process', 'failed_process'):
+  for case in ('hanging', 'full_disk', 'separate_folders', 'dead_process', 'failed_process'):
     monkeypatch.setattr(hangs, case, lambda *_: (['one sentence'], []))
   code, output = results('hangs')
   assert code == 0 and output.endswith('no findings\n') and 'NOT TRIED' not in output
@@ -92,7 +92,8 @@ def test_every_fault_can_be_injected():  # what it replaces still exists
 @pytest.mark.parametrize('suite, words', [
     ('preemption', [' during a save (']),
     ('injected_faults', ["injected fault 'flipped_bit'"]),
-    ('hangs', [*(f'{name}: exit code 1' for name in injected_faults.HANGS), 'a full disk', 'one killed', 'one failed']),
+    ('hangs', [*(f'{name}: exit code 1' for name in injected_faults.HANGS), 'a full disk',
+               'exit code 2 and exit code 2', 'one killed', 'one failed']),
     ('resharding', ['1 × 2: steps 5…8', '2 × 1: steps 9…12',
                     *(f'fault {name!r} on 1 × 2: detected' for name in recorded_batches.FAULTS)])])
 def test_a_shortened_suite_has_no_findings(tmp_path, capsys, suite, words):

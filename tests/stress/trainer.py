@@ -29,6 +29,7 @@ COMPILING = 'the first step compiles'
 STEPPED = 'first step after'
 DAMAGED = 'is damaged'
 DISK_FULL = 'the disk is full'
+NOT_SHARED = 'is not shared: what process 0'
 OTHER_PROCESS_DIED = 'another process of this run has died'
 
 

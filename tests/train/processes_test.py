@@ -79,3 +79,17 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
   processes.run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "uninterrupted"}', '--force'], devices=8)
   assert json.loads((tmp_path / 'uninterrupted/evaluation.json').read_text()) == evaluated
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
+
+
+@pytest.mark.parametrize('script', ['train', 'evaluate'])
+def test_work_directories_that_are_not_shared_are_refused_at_the_start(tmp_path, script):
+  config, folders = tmp_path / 'config.py', [tmp_path / 'host0/run', tmp_path / 'host1/run']
+  config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=_STEPS))
+  address = processes.free_address()
+  commands = [[sys.executable, f'launch/{script}.py', f'--config={config}', f'--workdir={folder}',
+               '--config.train.hang_timeout=30', f'--coordinator_address={address}', '--num_processes=2',
+               f'--process_id={i}'] for i, folder in enumerate(folders)]
+  for i, (code, output) in enumerate(processes.together(*commands, devices=4)):
+    [error] = [line for line in output.splitlines() if line.startswith('error: ')]
+    assert code == 2 and f'workdir {folders[i]} is not shared: what process 0 (' in error, output
+  assert list(folders[0].iterdir()) == [] and not folders[1].exists()

@@ -50,6 +50,16 @@ def broadcast_from_primary(number: int) -> int:
   return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def broadcast_bytes_from_primary(content: bytes) -> bytes:
+  """The primary process's bytes, in all processes, which give as many."""
+  return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(content, np.uint8)))
+
+
+def gather_bytes(content: bytes) -> list[bytes]:
+  """The bytes of every process, in order; all give as many."""
+  return [bytes(row) for row in multihost_utils.process_allgather(np.frombuffer(content, np.uint8))]
+
+
 def sum_over_processes(number: int) -> int:
   """The sum of a number over all processes, which must call this together."""
   return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).sum())
@@ -95,8 +105,8 @@ def check_same_data(inputs: str) -> None:
   """Raises UsageError in every process if one has other data or tokenizer files. inputs: `Data.inputs_fingerprint`."""
   if jax.process_count() == 1:
     return
-  digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(inputs), np.uint8))
-  others = [str(i) for i, d in enumerate(digests) if (d != digests[0]).any()]
+  digests = gather_bytes(bytes.fromhex(inputs))
+  others = [str(i) for i, d in enumerate(digests) if d != digests[0]]
   if others:
     raise UsageError(
         f'process {", ".join(others)} of {len(digests)} reads other data than process 0, or has another tokenizer or '

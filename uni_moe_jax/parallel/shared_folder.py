@@ -1,0 +1,67 @@
+"""Whether all processes of a run see one folder, into which each writes its part of a checkpoint."""
+
+import os
+import pathlib
+import secrets
+import socket
+import time
+
+from uni_moe_jax.parallel.distributed import Cluster
+from uni_moe_jax.utils.errors import UsageError
+
+_NOT_WRITTEN = bytes(16)  # in place of a token
+_TIMEOUT = 30.0  # seconds until a file of another process must be visible; a mounted bucket needs some
+_HOST_BYTES = 64
+
+
+def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool, timeout: float = _TIMEOUT) -> None:
+  """Checks that every process sees what process 0 writes in `workdir`. The processes call this together.
+
+  Args:
+    cluster: that they have joined; None, a single process, passes.
+    workdir: of the run.
+    create: whether process 0 creates it if it is missing.
+    timeout: seconds until every process must see a file that process 0 has written.
+
+  Raises:
+    UsageError: a process does not see it, or process 0 cannot write it; in every process.
+  """
+  if cluster is None:
+    return
+  import jax  # pylint: disable=g-import-not-at-top
+
+  from uni_moe_jax.parallel import multihost  # pylint: disable=g-import-not-at-top
+  folder, token, reason = pathlib.Path(workdir), _NOT_WRITTEN, 'its own output has the reason'
+  # A new name each time: a file system may remember for a minute that there was no such file.
+  path = lambda token: folder / f'.shared-{token.hex()}'
+  with multihost.exit_with_peers():
+    if jax.process_index() == 0:
+      try:
+        if create:
+          folder.mkdir(parents=True, exist_ok=True)
+        path(token := secrets.token_bytes(len(_NOT_WRITTEN))).touch()
+      except OSError as e:
+        token, reason = _NOT_WRITTEN, e.strerror
+    token = multihost.broadcast_bytes_from_primary(token)  # also waits until the file is written
+    if token == _NOT_WRITTEN:
+      raise UsageError(f'process 0 cannot write in workdir {workdir}: {reason}.')
+    sees = bytes([_appears(path(token), timeout)])
+    host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES)
+    facts = multihost.gather_bytes(sees + host)
+    if jax.process_index() == 0:
+      path(token).unlink()
+  names = [f'process {i} ({fact[1:].decode(errors="replace").strip()})' for i, fact in enumerate(facts)]
+  blind = [name for name, fact in zip(names, facts, strict=True) if not fact[0]]
+  if blind:
+    more = f' and {len(blind) - 3} more' if len(blind) > 3 else ''
+    raise UsageError(
+        f'workdir {workdir} is not shared: what {names[0]} writes there does not appear for '
+        f'{", ".join(blind[:3])}{more} within {timeout:g} s. Every process writes its part of a checkpoint: give all '
+        'of them one folder (Filestore, NFS, a mounted bucket), for example --workdir=/shared/run.')
+
+
+def _appears(path: pathlib.Path, timeout: float) -> bool:
+  end = time.monotonic() + timeout
+  while not (exists := path.exists()) and time.monotonic() < end:
+    time.sleep(0.2)
+  return exists
