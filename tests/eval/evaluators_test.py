@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.eval import evaluators
+from uni_moe_jax.eval import evaluators, predictor
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
 
@@ -52,7 +53,11 @@ class _Oracle:
   def similarities(self, left, right):
     return left @ right.T
 
-  def log_probabilities(self, features, task):
+  def ranked(self, views, task, labels):
+    p = predictor.mean_probability([self.log_probabilities(features) for features in views])
+    return predictor.rank(jnp.log(p), labels)
+
+  def log_probabilities(self, features):
     answer = self.labels if self.right else (self.labels + 1) % self.targets
     p = np.full((*answer.shape, self.targets), 0.1 / (self.targets - 1))
     np.put_along_axis(p, answer[..., None], 0.9, axis=-1)
@@ -77,18 +82,17 @@ def test_views_of_a_video_are_averaged_as_probabilities(data):
     def inputs(self, task_type, fields):
       return fields['pixels'].mean(axis=(1, 2, 3, 4), dtype=np.float32)[:, None, None]
 
-    def log_probabilities(self, features, task):
+    def log_probabilities(self, features):
       return np.log(np.concatenate([features, 100 - features], axis=-1) / 100)
 
   query = _query(data, 'motion', Brightness(2))
-  # Two videos of two views each, one frame of 1 × 1: (0.9 + 0.2) / 2 and (1.0 + 0.3) / 2; a mean of logarithms would
-  # give 0.6 and 1.
-  pixels = np.array([[90, 20], [100, 30]], np.uint8).reshape(2, 2, 1, 1, 1, 1)
-  with np.errstate(divide='ignore'):
-    p = np.exp(evaluators._view_mean(query, {'pixels': pixels}))
-    np.testing.assert_allclose(p, [[0.55, 0.45], [0.65, 0.35]], rtol=1e-6)
-    one_view = np.exp(evaluators._view_mean(query, {'pixels': pixels[:, 0]}))
-    np.testing.assert_allclose(one_view[:, 0], [0.9, 1.0], rtol=1e-6)
+  # Two videos of two views each, one frame of 1 × 1: (0.9 + 0.02) / 2 and (0.99 + 0.3) / 2; means of
+  # logarithms would be 0.13 and 0.54.
+  pixels = np.array([[90, 2], [99, 30]], np.uint8).reshape(2, 2, 1, 1, 1, 1)
+  rank = lambda pixels, label: query.ranked({'pixels': pixels, 'label': np.full((2, 1), label, np.int32)})
+  assert rank(pixels, 0).best.tolist() == [1, 0] and rank(pixels, 0).rank.tolist() == [2, 1]
+  np.testing.assert_allclose(np.exp(rank(pixels, 0).score), [0.46, 0.645], rtol=1e-6)
+  np.testing.assert_allclose(np.exp(rank(pixels[:, 0], 1).score), [0.1, 0.01], rtol=1e-5)  # one view
 
 
 @pytest.mark.parametrize('name, targets', [('shape', 3), ('motion', 2), ('package', 2)])
@@ -218,7 +222,7 @@ def test_perplexity_is_the_inverse_of_a_constant_probability(data):
   V = data[1].tokenizer.size
   right, wrong = (_scores(data, 'text', _Oracle(V, r)) for r in (True, False))
   assert right['perplexity'].value == pytest.approx(1 / 0.9)
-  assert wrong['perplexity'].value == pytest.approx((V - 1) / 0.1)
+  assert wrong['perplexity'].value == pytest.approx((V - 1) / 0.1, rel=1e-5)  # in float32
   assert (right['accuracy'].value, wrong['accuracy'].value) == (1.0, 0.0)
   assert right['perplexity'].chance == V and not right['perplexity'].higher_is_better
 

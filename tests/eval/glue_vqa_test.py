@@ -8,6 +8,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.eval import predictor
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
 
@@ -25,8 +26,9 @@ class _Predicts:
     self.seen += fields['id'].tolist()
     return fields['id'].astype(int)
 
-  def log_probabilities(self, ids, task):
-    return np.log(np.eye(self.V)[self.answers[ids]] * 0.8 + 0.1)[:, None]
+  def ranked(self, views, task, labels):
+    [ids] = views
+    return predictor.rank(np.log(np.eye(self.V)[self.answers[ids]] * 0.8 + 0.1)[:, None], labels)
 
 
 def _evaluate(evaluator, task, keys, examples, predicts, labels=None):

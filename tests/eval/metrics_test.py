@@ -45,7 +45,22 @@ def test_rank_is_that_of_the_best_positive_and_ties_count_against_the_model():
   positives = np.array([[0, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]], bool)
   np.testing.assert_array_equal(metrics.best_positive_rank(similarity, positives), [2, 3, 1, 4])
   for k, share in ((1, .25), (2, .5), (3, .75), (4, 1.)):
-    assert metrics.recall_at_k(similarity, positives, k) == share
+    assert metrics.share_within(metrics.best_positive_rank(similarity, positives), k) == share
+
+
+@pytest.mark.parametrize('block', [1, 2, 3, 100])
+def test_ranks_of_both_directions_do_not_depend_on_how_many_queries_are_ranked_at_once(monkeypatch, block):
+  monkeypatch.setattr(metrics, '_RANKED_AT_ONCE', block)
+  rng = np.random.default_rng(0)
+  similarity = rng.integers(0, 4, (7, 5)) / 4  # ties
+  similarity[2, 1] = similarity[5, 3] = np.nan
+  positives = rng.random((7, 5)) < .3
+  positives[np.arange(7), np.arange(7) % 5] = True
+  sizes = []
+  ranks = metrics.ranks_both_ways(lambda part: [sizes.append(len(similarity[part])), similarity[part]][1], positives)
+  np.testing.assert_array_equal(ranks[0], metrics.best_positive_rank(similarity, positives))
+  np.testing.assert_array_equal(ranks[1], metrics.best_positive_rank(similarity.T, positives.T))
+  assert max(sizes) == min(block, 7) and len(set(ranks[1].tolist())) > 2
 
 
 def test_chance_is_that_of_a_random_order():
@@ -59,16 +74,6 @@ def test_chance_is_that_of_a_random_order():
 @pytest.mark.parametrize('similarity, rank', [([np.nan] * 3, 3), ([np.nan, .2, .1], 3), ([.5, np.nan, .1], 2)])
 def test_nan_counts_against_the_model(similarity, rank):
   assert metrics.best_positive_rank(np.array([similarity]), np.array([[True, False, False]])) == rank
-
-
-def test_top_k_counts_labels_among_the_k_highest_scores():
-  scores = np.array([[.1, .7, .2], [.5, .3, .2], [.2, .3, .5], [.4, .4, .2]])
-  labels = np.array([1, 1, 0, 0])  # ranks 1, 2, 3, and 2 for the tie
-  assert [metrics.top_k_accuracy(scores, labels, k) for k in (1, 2, 3)] == [.25, .75, 1.]
-
-
-def test_a_constant_model_gets_no_accuracy_out_of_ties():
-  assert metrics.top_k_accuracy(np.zeros((4, 3)), np.zeros(4, int)) == 0
 
 
 @pytest.mark.parametrize('classes', [[0, 1, 2], ['arrow', 'box', 'letter']])
@@ -85,12 +90,12 @@ def test_a_class_that_is_only_predicted_has_no_share():
 
 
 @pytest.mark.parametrize('function, args, message', [
-    (metrics.recall_at_k, (np.zeros((2, 2)), np.array([[True, False], [False, False]]), 1),
+    (metrics.best_positive_rank, (np.zeros((2, 2)), np.array([[True, False], [False, False]])),
      r'query 1 has no positive target \(1 of 2'),
-    (metrics.recall_at_k, (np.zeros((2, 3)), np.ones((3, 2), bool), 1), r'\(2, 3\) and positives \(3, 2\)'),
-    (metrics.top_k_accuracy, (np.zeros((1, 3)), np.array([-1])), r'there are 3 targets: labels must be in \[0, 3\)'),
-    (metrics.top_k_accuracy, (np.zeros((1, 3)), np.array([3])), r'there are 3 targets: labels must be in \[0, 3\)'),
-    (metrics.top_k_accuracy, (np.zeros(3), np.array([0])), r'\(3,\) and positives \(1, 3\)'),
+    (metrics.best_positive_rank, (np.zeros((2, 3)), np.ones((3, 2), bool)), r'\(2, 3\) and positives \(3, 2\)'),
+    (metrics.ranks_both_ways, (np.zeros((2, 2)).__getitem__, np.array([[True, False], [True, False]])),
+     r'query 1 has no positive target \(1 of 2'),
+    (metrics.share_within, ([], 1), 'no examples'),
     (metrics.balanced_accuracy, (np.zeros(0), np.zeros(0)), 'no examples'),
     (metrics.exact_match, ([], []), 'no examples'),
     (metrics.binomial_standard_error, (20., 400), r'must be in \[0, 1\]'),

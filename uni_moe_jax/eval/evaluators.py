@@ -20,7 +20,7 @@ from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.eval import baselines, caption_metrics, metrics, samples
 from uni_moe_jax.eval.metrics import Score
-from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.eval.predictor import Predictor, Ranked
 from uni_moe_jax.utils.errors import UsageError
 
 RECALLS = (1, 5, 10)
@@ -67,9 +67,16 @@ class Query:
     """Adds some of the examples, with their references and predictions, to the samples."""
     self.samples[self.evaluation.name] = samples.choose(self.pixels, ids, truth, predicted)
 
-  def log_p(self, fields: dict[str, np.ndarray]) -> np.ndarray:
-    """log p [B, V] over the task's target set, for inputs with one readout position."""
-    return self.predictor.log_probabilities(self.predictor.inputs(self.task.type, fields), self.task)[:, 0]
+  def ranked(self, fields: dict[str, np.ndarray]) -> Ranked:
+    """Ranks [B] of the first label in the task's target set, for inputs with one readout position.
+
+    Views of a video [B, views, T, S, S, C] are ranked together.
+    """
+    pixels, views = fields.get('pixels'), [fields]
+    if pixels is not None and pixels.ndim == 6:
+      views = [{**fields, 'pixels': pixels[:, v]} for v in range(pixels.shape[1])]
+    features = [self.predictor.inputs(self.task.type, view) for view in views]
+    return Ranked(*(x[:, 0] for x in self.predictor.ranked(features, self.task, fields['label'][:, :1])))
 
   def gather(self, ids: np.ndarray, function: Callable[[dict[str, np.ndarray]], Any]) -> Any:
     """Concatenates the arrays of `function(fields)`, one or a tuple, over the batches of `ids`, each example once."""
@@ -92,27 +99,18 @@ class Query:
 def classification(q: Query) -> list[Score]:
   """Top-1, top-5 and balanced accuracy among a target set, for images, videos and texts."""
   ids = q.ids()
-  log_p, labels = q.gather(ids, lambda fields: (_view_mean(q, fields), fields['label'][:, 0]))
-  predicted, names, (n, V) = log_p.argmax(-1), np.array(q.names), log_p.shape
+  (predicted, ranks, _), labels = q.gather(ids, lambda fields: (q.ranked(fields), fields['label'][:, 0]))
+  names, n, V = np.array(q.names), len(ids), len(q.names)
   train_labels, by = label_baselines(q, ids, labels)
   scores = [Score.proportion('top-1', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
   if V > 10:
     top5 = {'majority': baselines.majority_accuracy(train_labels, labels, 5)} if len(train_labels) else {}
-    scores.append(Score.proportion('top-5', metrics.top_k_accuracy(log_p, labels, 5), n, 5 / V, top5))
+    scores.append(Score.proportion('top-5', metrics.share_within(ranks, 5), n, 5 / V, top5))
   scores.append(Score('balanced_accuracy', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)),
                       by(metrics.balanced_accuracy), metrics.balanced_accuracy_error(predicted, labels)))
   if q.task.type.visual:
     q.show(ids, names[labels], names[predicted])
   return scores
-
-
-def _view_mean(q: Query, fields: dict[str, np.ndarray]) -> np.ndarray:
-  """log p [B, V] over the target set: for views of a video [B, views, T, S, S, C], of their mean."""
-  pixels = fields.get('pixels')
-  if pixels is None or pixels.ndim < 6:
-    return q.log_p(fields)
-  views = [np.exp(q.log_p({**fields, 'pixels': pixels[:, v]})) for v in range(pixels.shape[1])]
-  return np.log(np.maximum(np.mean(views, axis=0), np.finfo(np.float32).tiny))
 
 
 def label_baselines(
@@ -167,20 +165,25 @@ def retrieval(q: Query) -> list[Score]:
   copied, recalls, baseline = q.neighbor_phrases(union), [], []
   for draw in draws:
     index, positives = np.searchsorted(union, draw), np.eye(len(draw), dtype=bool)
-    similarity = q.predictor.similarities(left[index], right[index])
     by_name = baselines.name_similarity(copied[index], texts[draw])
-    recalls.append(_by_direction(q, metrics.recall_at_k, similarity, positives))
-    baseline.append(_by_direction(q, metrics.recall_at_k, by_name, positives))
+    recalls.append(_by_direction(q, metrics.share_within, *_ranks(q, left[index], right[index], positives)))
+    named = metrics.ranks_both_ways(by_name.__getitem__, positives)
+    baseline.append(_by_direction(q, metrics.share_within, *named))
   mean = lambda draws, name: float(np.mean([recall[name] for recall in draws]))
   return [Score.proportion(name, mean(recalls, name), number, int(name.partition('@')[2]) / number,
                            {_NEAREST_NAME: mean(baseline, name)}) for name in recalls[0]]
 
 
-def _by_direction(q: Query, function: Callable[..., float], *matrices: np.ndarray) -> dict[str, float]:
-  """{'i2t_R@1': function(*matrices, 1), …} for both directions of retrieval, t2i of transposed ones; v for videos."""
+def _ranks(q: Query, left: np.ndarray, right: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Ranks of the best text of each image and of the best image of each text."""
+  return metrics.ranks_both_ways(lambda part: q.predictor.similarities(left[part], right), positives)
+
+
+def _by_direction(q: Query, function: Callable[..., float], to_text: Any, from_text: Any) -> dict[str, float]:
+  """{'i2t_R@1': function(to_text, 1), …} for both directions of retrieval; v for videos."""
   modality = 'v' if q.task.type.name.startswith('video') else 'i'
-  directions = {f'{modality}2t': matrices, f't2{modality}': [m.T for m in matrices]}
-  return {f'{name}_R@{k}': function(*oriented, k) for k in RECALLS for name, oriented in directions.items()}
+  directions = {f'{modality}2t': to_text, f't2{modality}': from_text}
+  return {f'{name}_R@{k}': function(values, k) for k in RECALLS for name, values in directions.items()}
 
 
 def _full_retrieval(q: Query) -> list[Score]:
@@ -203,9 +206,9 @@ def _full_retrieval(q: Query) -> list[Score]:
 
   left = q.gather(ids, lambda fields: q.predictor.inputs(q.task.type, fields)[:, 0])
   right = np.concatenate([encode(start) for start in range(0, len(codes), batch_size)])
-  recalls = _by_direction(q, metrics.recall_at_k, q.predictor.similarities(left, right), positives)
-  counts = _by_direction(q, lambda p, k: len(p), positives)
-  chance = _by_direction(q, metrics.recall_by_chance, positives)
+  recalls = _by_direction(q, metrics.share_within, *_ranks(q, left, right, positives))
+  counts = _by_direction(q, lambda p, k: len(p), positives, positives.T)
+  chance = _by_direction(q, metrics.recall_by_chance, positives, positives.T)
   return [Score.proportion(name, recall, counts[name], chance[name]) for name, recall in recalls.items()]
 
 
@@ -251,17 +254,16 @@ def masked_language_modeling(q: Query) -> list[Score]:
   Every masked position is replaced by `spe`.
   """
   def score(fields):
-    log_p = q.predictor.log_probabilities(q.predictor.inputs(q.task.type, fields), q.task)
-    nll = -np.take_along_axis(log_p, fields['label'][..., None], axis=-1)[..., 0]
-    return nll, log_p.argmax(-1) == fields['label'], fields['label'], fields['weight'] > 0
+    predicted = q.predictor.ranked([q.predictor.inputs(q.task.type, fields)], q.task, fields['label'])
+    return predicted, fields['label'], fields['weight'] > 0
 
-  nll, hits, labels, counted = q.gather(q.ids(), score)
+  (predicted, _, log_p), labels, counted = q.gather(q.ids(), score)
   in_files, n, V = isinstance(q.trained, FileDataset), int(counted.sum()), q.tokenizer.size
   tokens = q.tokenizer.encode_batch(
       q.trained.sample_texts(_COUNTED) if in_files else q.trained.columns['text'].tolist())
   counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=V)
   counts[q.tokenizer.eot] += len(tokens)
   _, accuracy, perplexity = baselines.unigram(counts, labels[counted])
-  return [Score.proportion('accuracy', float(hits[counted].mean()), n, 1 / V, {'unigram': accuracy}),
-          Score('perplexity', metrics.perplexity(float(nll[counted].sum()), n), n, V, {'unigram': perplexity},
+  return [Score.proportion('accuracy', float((predicted == labels)[counted].mean()), n, 1 / V, {'unigram': accuracy}),
+          Score('perplexity', metrics.perplexity(float(-log_p[counted].sum()), n), n, V, {'unigram': perplexity},
                 higher_is_better=False)]

@@ -17,7 +17,7 @@ def glue(q: Query) -> list[Score]:
   answer of the training examples, where those are known.
   """
   ids = q.ids()
-  predicted, labels = q.gather(ids, lambda fields: (q.log_p(fields).argmax(-1), fields['label'][:, 0]))
+  predicted, labels = q.gather(ids, lambda fields: (q.ranked(fields).best, fields['label'][:, 0]))
   _, by = evaluators.label_baselines(q, ids, labels)
   n, V = len(labels), len(q.names)
   scores = [Score.proportion('accuracy', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
@@ -30,7 +30,7 @@ def glue(q: Query) -> list[Score]:
 def vqa(q: Query) -> list[Score]:
   """Soft score (see `metrics.vqa_score`) of the most likely answer, and how often it is the most frequent answer."""
   ids = q.ids()
-  answers = [normalize_answer(q.keys[i]) for i in q.gather(ids, lambda fields: q.log_p(fields).argmax(-1))]
+  answers = [normalize_answer(q.keys[i]) for i in q.gather(ids, lambda fields: q.ranked(fields).best)]
   truth = [[normalize_answer(a) for a in several] for several in q.examples.references(ids)]
   first = [statistics.mode(several) for several in truth]
   common = statistics.mode(first)

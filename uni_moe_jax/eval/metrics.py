@@ -20,6 +20,8 @@ from uni_moe_jax.utils.errors import UsageError
 # A value counts as different from a reference when it is at least this many standard errors away.
 SIGNIFICANT = 3.0
 
+_RANKED_AT_ONCE = 1024  # queries whose similarities to every target are in memory together
+
 BETTER, LEVEL, WORSE = 'better', 'level', 'worse'
 _MARKS = {BETTER: '+', LEVEL: '=', WORSE: '-'}
 _HEADER = ('evaluator', 'metric', 'value', '± s.e.', 'count', 'chance', 'baselines')
@@ -40,18 +42,34 @@ def best_positive_rank(similarity: np.ndarray, positives: np.ndarray) -> np.ndar
   if similarity.ndim != 2 or similarity.shape != positives.shape:
     raise UsageError(f'similarity {similarity.shape} and positives {positives.shape} must have the same shape '
                      '[queries, targets].')
-  empty = np.flatnonzero(~positives.any(axis=1))
-  if empty.size:
-    raise UsageError(f'query {empty[0]} has no positive target ({empty.size} of {len(positives)} have none): drop such '
-                     'queries before scoring.')
+  _check_positives(positives)
   best = np.where(positives, similarity, -np.inf).max(axis=1, keepdims=True)  # [Q, 1]
   # "not lower" rather than "higher": ties count against the model, and so does any NaN.
   return 1 + (~positives & ~(similarity < best)).sum(axis=1)
 
 
-def recall_at_k(similarity: np.ndarray, positives: np.ndarray, k: int) -> float:
-  """Returns the share of queries with a positive (bool [Q, V]) among their k closest targets (float [Q, V])."""
-  return _mean(best_positive_rank(similarity, positives) <= k)
+def ranks_both_ways(similarity: Callable[[slice], np.ndarray], positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the ranks of `best_positive_rank` of each query among the targets, [Q], and vice versa, [V].
+
+  Args:
+    similarity: a slice of queries → their float [q, V]. It is called twice for each, so that [Q, V] is never in memory.
+    positives: bool [Q, V].
+  """
+  blocks = [slice(start, start + _RANKED_AT_ONCE) for start in range(0, len(positives), _RANKED_AT_ONCE)]
+  _check_positives(positives.T)
+  ranks, best = [], []
+  for block in blocks:
+    values = similarity(block)
+    ranks.append(best_positive_rank(values, positives[block]))
+    best.append(np.where(positives[block], values, -np.inf).max(axis=0))
+  best = np.max(best, axis=0, keepdims=True)  # [1, V]
+  above = sum((~positives[block] & ~(similarity(block) < best)).sum(axis=0) for block in blocks)
+  return np.concatenate(ranks), 1 + above
+
+
+def share_within(ranks: np.ndarray, k: int) -> float:
+  """Returns the share of ranks (int [N], 1 is best) that are at most k: recall at k, or top-k accuracy."""
+  return _mean(np.asarray(ranks) <= k)
 
 
 def recall_by_chance(positives: np.ndarray, k: int) -> float:
@@ -62,19 +80,6 @@ def recall_by_chance(positives: np.ndarray, k: int) -> float:
   m, V = np.asarray(positives, bool).sum(axis=1), np.shape(positives)[1]
   drawn = np.arange(min(k, V))[:, None]
   return _mean(1 - np.prod(np.maximum(V - m - drawn, 0) / (V - drawn), axis=0))
-
-
-def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-  """Returns the share of examples whose label (int [N]) is among the k highest scores (float [N, V]).
-
-  Raises:
-    UsageError: shapes do not fit, a label is outside [0, V), or there are no examples.
-  """
-  labels, V = np.asarray(labels), np.shape(scores)[-1]
-  if labels.size and not 0 <= labels.min() <= labels.max() < V:
-    raise UsageError(f'labels reach from {labels.min()} to {labels.max()}, but there are {V} targets: labels must be '
-                     f'in [0, {V}).')
-  return recall_at_k(scores, labels[:, None] == np.arange(V), k)
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -295,6 +300,13 @@ def with_references(
     raise UsageError(f'example {several.index([])} has no reference: drop it before scoring.')
   _check_examples(several)
   return list(zip(predictions, several))
+
+
+def _check_positives(positives: np.ndarray) -> None:
+  empty = np.flatnonzero(~positives.any(axis=1))
+  if empty.size:
+    raise UsageError(f'query {empty[0]} has no positive target ({empty.size} of {len(positives)} have none): drop such '
+                     'queries before scoring.')
 
 
 def _hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:

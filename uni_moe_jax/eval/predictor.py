@@ -4,6 +4,7 @@ On a mesh every batch shard computes its examples. All processes make the same c
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,13 @@ from uni_moe_jax.tasks.task_types import TaskType
 
 INPUTS = ('id', 'pixels', 'text', 'text_valid', 'position')  # fields of a batch that are not targets
 _WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
+
+
+class Ranked(NamedTuple):
+  """What is kept of the scores of V targets, for each readout of an example: arrays [B, R]."""
+  best: np.ndarray  # int32, the target with the highest score; of equals the first
+  rank: np.ndarray  # int32, of the label, 1 is best; ties and NaNs count against the model
+  score: np.ndarray  # f32, of the label
 
 
 class Predictor:
@@ -65,6 +73,15 @@ class Predictor:
     """log p over a task's target set: features of its inputs [B, R, D] → [B, R, V] f32."""
     targets = self.target_set(task.target_set)
     return np.asarray(_log_p(self._model, self._params, features, targets, task.temperature, task.linear_head))
+
+  def ranked(self, views: list[np.ndarray], task: TaskSpec, labels: np.ndarray) -> Ranked:
+    """Ranks of labels int [B, R] in a task's target set by log p; the V log p of an example stay on the device.
+
+    views: features of the inputs [B, R, D]; those of several views are ranked by the mean of their p.
+    """
+    targets = self.target_set(task.target_set)
+    scores = [_log_p(self._model, self._params, v, targets, task.temperature, task.linear_head) for v in views]
+    return Ranked(*map(np.asarray, rank(scores[0] if len(scores) == 1 else mean_probability(scores), labels)))
 
   @staticmethod
   def similarities(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -127,6 +144,22 @@ def _log_p(model: UniPerceiver, params, features, targets, temperature: str, hea
   if head:
     logits = model.apply({'params': params}, features, logits, method='with_head')
   return sharding.replicate(jax.nn.log_softmax(logits), model.mesh)
+
+
+@jax.jit
+def mean_probability(log_p: list[jax.Array]) -> jax.Array:
+  """The mean p of several log p [B, R, V] of views."""
+  return sum(map(jnp.exp, log_p)) / len(log_p)
+
+
+# Apart from the functions that compute scores: fused with them, equal scores could be rounded differently.
+@jax.jit
+def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
+  """Ranks of labels int [B, R] by scores f32 [B, R, V]."""
+  score = jnp.take_along_axis(scores, labels[..., None], axis=-1)
+  others = jnp.arange(scores.shape[-1]).reshape(1, 1, -1) != labels[..., None]
+  not_lower = others & ~(scores < score)  # as in `metrics.best_positive_rank`
+  return Ranked(jnp.argmax(scores, -1).astype(jnp.int32), 1 + not_lower.sum(-1, dtype=jnp.int32), score[..., 0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
