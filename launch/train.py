@@ -37,7 +37,7 @@ def main() -> int:
     distributed.initialize(cluster)
     with HangDetector(config.train.hang_timeout) as detector, detector.phase(START):  # a disk may hang
       shared_folder.check(cluster, _WORKDIR.value, create=True)
-      workdir.claim_workdir(_WORKDIR.value, config)
+      workdir.claim_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)
       npz_records.check_directory(config.data.dir)
     from uni_moe_jax.analysis.interference_hook import interference_hook

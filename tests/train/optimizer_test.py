@@ -197,6 +197,9 @@ def test_the_router_multiplier_leaves_frozen_routers_frozen():
     (dict(schedule='published', final_lr_fraction=0.), {10: .05 * (1 - math.sqrt(.5))}),
     (dict(schedule='published', final_lr_fraction=.1), {10: .05 * (1 - math.sqrt(.5))}),
     (dict(schedule='constant'), {0: .025, 3: .1, 4: .1, 12: .1, 100: .1}),
+    # A schedule may end before or after the run, which ends at 12.
+    (dict(decay_steps=8), {4: .1, 6: .06, 8: .02, 12: .02}),
+    (dict(decay_steps=20), {4: .1, 12: .06, 20: .02}), (dict(schedule='published', decay_steps=20), {12: .05, 20: .02}),
     # Warm-up may be nothing, or longer than the run.
     (dict(warmup_steps=0), {0: .1}), (dict(warmup_steps=12), {11: .1}), (dict(warmup_steps=20), {9: .05}),
     (dict(schedule='published', warmup_steps=0), {0: .1}),

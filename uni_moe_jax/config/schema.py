@@ -172,6 +172,7 @@ class OptimConfig:
   warmup_steps: int = field(200, 'Steps of linear warmup.', at_least=0)
   schedule: str = field('cosine', 'cosine; constant; published (its first update has rate 0, and its cosine rises '
                         'again past the end).', choices=('cosine', 'constant', 'published'), published='published')
+  decay_steps: int = field(0, 'Step at which the schedule ends, if not at train.steps; 0: there.', at_least=0)
   final_lr_fraction: float = field(0.0, 'Learning rate at the end, as a fraction of the peak.', at_least=0)
   b1: float = field(0.9, 'Decay of the first moment.', at_least=0, below=1, published=0.9)
   b2: float = field(0.95, 'Decay of the second moment.', at_least=0, below=1, published=0.95)

@@ -73,6 +73,11 @@ def _check_train(c: Config) -> None:
   fail_if(one_task and t.interference_every,
           f"train.interference_every={t.interference_every} needs config.train.mixture='all_tasks': it compares the "
           'tasks of one step. Set it to 0, and use launch/interference.py.')
+  end, schedule = c.optim.decay_steps, c.optim.schedule
+  fail_if(end and schedule == 'constant', f"optim.decay_steps={end}: the schedule 'constant' has no end; set it to 0.")
+  fail_if(schedule == 'published' and 0 < end < t.steps,
+          f'optim.decay_steps={end} must be at least config.train.steps={t.steps}, or 0: the published cosine rises '
+          'again past its end.')
   for i, group in enumerate(c.optim.param_groups):
     fail_if(len(group) != 3 and not (len(group) == 2 and group[1] == FREEZE),
             f"optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")

@@ -99,7 +99,7 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       run.plan.check_trains()
       multihost.check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
-      claim_workdir(workdir, run.config, run.data.fingerprint, is_primary, run.data.inputs_fingerprint)
+      claim_workdir(workdir, run.config, run.data.fingerprint, is_primary, run.data.inputs_fingerprint, extends=True)
       if not multihost.broadcast_from_primary(not is_primary or lock(workdir, stack)):
         raise UsageError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
       check_versions(workdir)

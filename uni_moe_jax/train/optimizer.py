@@ -67,17 +67,18 @@ def schedule(c) -> optax.Schedule:
 
   (t + 1) / warmup_steps, then cosine to `final_lr_fraction`, constant past the end. 'published': t / warmup_steps, so
   that the first update only fills the moments; then the larger of `final_lr_fraction` and the cosine, which rises again
-  past the end.
+  past the end. The end is `decay_steps`, by default that of the run.
   """
-  peak, warmup, steps, final = c.optim.learning_rate, c.optim.warmup_steps, c.train.steps, c.optim.final_lr_fraction
+  peak, warmup, final = c.optim.learning_rate, c.optim.warmup_steps, c.optim.final_lr_fraction
+  end = c.optim.decay_steps or c.train.steps
 
   def rate(count):
     t = jnp.asarray(count, jnp.float32)
     if c.optim.schedule == 'published':
-      cosine = 0.5 * (1 + jnp.cos(jnp.pi * (t - warmup) / max(1, steps - warmup)))
+      cosine = 0.5 * (1 + jnp.cos(jnp.pi * (t - warmup) / max(1, end - warmup)))
       return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(final, cosine))
     rise = (t + 1) / max(1, warmup)
-    progress = jnp.clip((t - warmup) / max(1, steps - warmup), 0.0, 1.0)
+    progress = jnp.clip((t - warmup) / max(1, end - warmup), 0.0, 1.0)
     fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return peak * jnp.where(t < warmup, rise, 1.0 if c.optim.schedule == 'constant' else fall)
   return rate

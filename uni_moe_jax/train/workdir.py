@@ -77,9 +77,35 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
           if a.get(name, _ABSENT) != b.get(name, _ABSENT) and not name.startswith(MAY_CHANGE)]
 
 
+def _extends(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str, Any]) -> bool:
+  """Whether a config continues the run of another to more steps, and differs in nothing else.
+
+  Raises:
+    UsageError: it has fewer steps, or it does not say where a schedule ends that would have ended with the old run.
+  """
+  changed, flat = {d.partition(':')[0] for d in differences(old, new)}, _flat(old)
+  steps, decay_steps = flat.get('train.steps'), flat.get('optim.decay_steps')
+  if 'train.steps' not in changed or not changed <= {'train.steps', 'optim.decay_steps'} or not (
+      type(steps) is type(decay_steps) is int):
+    return False
+  optim, more = new['optim'], new['train']['steps']
+  if more < steps:
+    raise UsageError(f'workdir {workdir} has a run of {steps} steps, which config.train.steps={more} cannot shorten; '
+                     'give at least as many, or another --workdir.')
+  end, schedule, flag = decay_steps or steps, optim['schedule'], '--config.optim.decay_steps'
+  if schedule != 'constant' and not optim['decay_steps'] and end != more:
+    last = optim['learning_rate'] * optim['final_lr_fraction']
+    hold = f'{flag}={end} keeps it at its last value, {last:g}, or ' if schedule == 'cosine' else ''
+    raise UsageError(
+        f'workdir {workdir} has a run whose learning rate ends at step {end}, and config.train.steps={more} extends it;'
+        f' choose what the rate does then: {hold}{flag}={more} spreads the schedule over all steps, so that the rate '
+        'rises where the run continues.')
+  return True
+
+
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
-    writes: bool = True, inputs: str | None = None) -> None:
+    writes: bool = True, inputs: str | None = None, extends: bool = False) -> None:
   """Creates a work directory for this run, or checks that it is this run's.
 
   Args:
@@ -87,6 +113,8 @@ def claim_workdir(
     fingerprint: of its data; None before the data is read: checks only, and creates nothing.
     writes: whether this process creates it; one of several does.
     inputs: digest of the data and of the files it depends on, see `Data.inputs_fingerprint`; None: not compared.
+    extends: whether it may have more `train.steps` than the run, which is then extended: with any config if the rate
+      is constant, else with one whose `optim.decay_steps` says where the schedule ends.
 
   Raises:
     UsageError: it belongs to a run with another config or other data; names the fields.
@@ -96,7 +124,8 @@ def claim_workdir(
   new = {'config': plain, 'data': fingerprint, 'inputs': inputs}
   if path.exists():
     old = _read(path)
-    changed = differences(old['config'], new['config'])
+    extended = extends and _extends(workdir, old['config'], plain)
+    changed = [] if extended else differences(old['config'], plain)
     if fingerprint is not None and old['data'] != fingerprint and not changed:
       changed = ['the data (its fingerprint)']
     if inputs is not None and old['inputs'] not in (None, inputs) and not changed:
@@ -105,6 +134,10 @@ def claim_workdir(
       more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
       raise UsageError(f'workdir {workdir} belongs to a run with another config ({"; ".join(changed[:3])}{more}); '
                        'give another --workdir, or the config of that run.')
+    if extended and fingerprint is not None and writes:
+      steps = old['config']['train']['steps']
+      write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], steps]})
+      print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
   elif fingerprint is not None and writes:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
@@ -194,6 +227,8 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
       target_set['entries'] = prefix + pathlib.Path(entries.removeprefix(prefix)).name
   init = config['train'].get('init')
   origin = {'started from': init} if init else {}
+  if extended := stored.get('extended'):
+    origin['extended from'] = f'{", ".join(map(str, extended))} steps'
   if converted:
     name = pathlib.Path(converted['checkpoint']).name
     origin['converted from'] = f'{name} (sha256 {converted.get("sha256", "unknown")})'
@@ -221,11 +256,13 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     content = json.loads(path.read_text())
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
       raise UsageError('it lacks the config')
-    content = {'data': None, 'inputs': None, 'versions': {}, **content}
+    content = {'data': None, 'inputs': None, 'versions': {}, 'extended': [], **content}
     recorded = content['versions']
     if not (isinstance(recorded, dict) and all(isinstance(v, str) for v in recorded.values()) and
             isinstance(content.get('earlier_versions', []), list) and isinstance(content.get(_PACKAGE, ''), str)):
       raise UsageError('its versions are not strings by package')
+    if not (isinstance(content['extended'], list) and all(type(steps) is int for steps in content['extended'])):
+      raise UsageError('its earlier numbers of steps are not whole')
   except (ValueError, RecursionError) as e:
     raise UsageError(f'{path} is damaged ({e}); copy an intact one back, or give another --workdir.') from None
   if content.get(_PACKAGE, '').split('.')[:2] != __version__.split('.')[:2]:
