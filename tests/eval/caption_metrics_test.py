@@ -1,11 +1,13 @@
-"""ROUGE-L and CIDEr-D against numbers worked out by hand, in the comments, and against the COCO caption toolkit."""
+"""BLEU-4, ROUGE-L, CIDEr-D against numbers worked out by hand, in the comments, and against COCO's caption toolkit."""
 
 import functools
+import json
 import math
+import pathlib
 
 import pytest
 
-from uni_moe_jax.eval.caption_metrics import cider_d, rouge_l
+from uni_moe_jax.eval.caption_metrics import bleu4, cider_d, rouge_l
 
 approx = functools.partial(pytest.approx, rel=5e-9)
 both = pytest.mark.parametrize('metric', [rouge_l, cider_d])
@@ -64,6 +66,28 @@ def test_numbers_of_the_coco_caption_toolkit():
                 ['a long bar at the left'], ['the star', 'a star of the left', 'a big star']]
   assert cider_d(predictions, references).mean() == pytest.approx(2.652638653975, rel=0, abs=5e-10)
   assert rouge_l(predictions, references).mean() == pytest.approx(0.694397720125, rel=0, abs=5e-10)
+
+
+def test_numbers_of_the_toolkit_with_its_own_tokenizer():
+  # Texts with clitics, hyphens, numbers, brackets and abbreviations.
+  scored = json.loads((pathlib.Path(__file__).parents[1] / 'golden' / 'treebank.json').read_text())['scored']
+  texts = scored['predictions'], scored['references']
+  assert cider_d(*texts) == pytest.approx(scored['CIDEr-D'], rel=0, abs=1e-9)
+  assert rouge_l(*texts) == pytest.approx(scored['ROUGE-L'], rel=0, abs=1e-9)
+  assert bleu4(*texts) == pytest.approx(scored['BLEU-4'], rel=0, abs=1e-7)  # it adds 1e-9 to counts of n-grams
+
+
+@pytest.mark.parametrize('predictions, references, expected', [
+    # Precisions of 1- to 4-grams: 4/5, 3/4, 2/3, 1/2; product 1/5; equal lengths, so no penalty.
+    (['greek small letter alpha x'], ['greek small letter alpha tonos'], .2 ** .25),
+    # All n-grams right, 8 words against 12: exp(1 - 12/8). A mean of sentences would differ.
+    (['a b c d e f', 'g h'], ['a b c d e f', 'g h i j k l'], math.exp(1 - 12 / 8)),
+    # Unequally many references.
+    (['a b c d', 'e f g h'], [['x y', 'a b c d'], 'e f g h'], 1.),
+    # Four words on each side, not three and a full stop.
+    (["the man's dog."], ["The man 's dog"], 1.)])
+def test_bleu4_counts_over_the_corpus_and_punishes_brevity(predictions, references, expected):
+  assert bleu4(predictions, references) == pytest.approx(expected, rel=0, abs=5e-7)
 
 
 @both

@@ -151,17 +151,6 @@ def test_balanced_accuracy_has_an_error_of_its_classes():
   assert metrics.balanced_accuracy_error(output, labels) == approx(math.sqrt(1 / 16 + 2 / 27) / 2)
 
 
-@pytest.mark.parametrize('predictions, references, expected', [
-    # Precisions of 1- to 4-grams: 4/5, 3/4, 2/3, 1/2; product 1/5; equal lengths, so no penalty.
-    (['greek small letter alpha x'], ['greek small letter alpha tonos'], .2 ** .25),
-    # All n-grams right, 8 words against 12: exp(1 - 12/8). A mean of sentences would differ.
-    (['a b c d e f', 'g h'], ['a b c d e f', 'g h i j k l'], math.exp(1 - 12 / 8)),
-    # Unequally many references.
-    (['a b c d', 'e f g h'], [['x y', 'a b c d'], 'e f g h'], 1.)])
-def test_bleu4_counts_over_the_corpus_and_punishes_brevity(predictions, references, expected):
-  assert metrics.bleu4(predictions, references) == pytest.approx(expected, rel=0, abs=5e-7)
-
-
 @pytest.mark.parametrize('reference, expected', [  # standard error of .5 in 100: .05, so the margin is .15
     (.34, metrics.BETTER), (.36, metrics.LEVEL), (.64, metrics.LEVEL), (.66, metrics.WORSE)])
 def test_a_verdict_needs_three_standard_errors(reference, expected):

@@ -194,8 +194,8 @@ def _captioned(c: ml_collections.ConfigDict, name: str) -> None:
   c.tasks[name] = _tuned(
       f'video_{task_type}' if num_frames else f'image_{task_type}', source, name, split=split, num_frames=num_frames,
       caption_templates=(template,), **words, **_SMOOTHING, **(_VIDEO if num_frames else _FLIPPED))
-  c.evaluators[name] = config.evaluator(
-      task_type, name, split='test', batch_size=64, beam_size=2 if task_type == 'caption' else 1)
+  search = dict(beam_size=2, detokenize=False) if task_type == 'caption' else {}
+  c.evaluators[name] = config.evaluator(task_type, name, split='test', batch_size=64, **search)
 
 
 def _vqa(c: ml_collections.ConfigDict, name: str) -> None:

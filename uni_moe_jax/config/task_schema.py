@@ -93,6 +93,8 @@ class EvaluatorConfig:
   length_penalty: float = field(0.0, 'Caption: divides final scores by (words + 1)^length_penalty.', at_least=0, off=0)
   constrain_to: str = field('', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = "
                             'any words. No task needs to use the set.')
+  detokenize: bool = field(True, "Caption: joins what the vocabulary splits (digits, 's) before scoring; False: as "
+                           'published.')
   num_views: int = field(1, 'Classification of videos of files: probabilities are averaged over num_views in time × '
                          'num_crops.', at_least=1)
   num_crops: int = field(1, 'Crops along the long side; see num_views.', at_least=1)

@@ -1,38 +1,43 @@
-"""ROUGE-L and CIDEr-D of captions, as the COCO caption toolkit counts them, without Java.
+"""BLEU-4, ROUGE-L and CIDEr-D of captions, as the COCO caption toolkit counts them, without Java.
 
-The toolkit splits texts with the Penn Treebank tokenizer, a Java program. Here they are split as for BLEU (sacrebleu's
-13a, folded case); then the toolkit's list of punctuation is dropped, as in the toolkit. The difference: 13a keeps
-"don't" and "half-full" whole, where the Treebank tokenizer splits the first into "do n't". For texts without such words
-the numbers are the toolkit's.
+Texts are split by `treebank.words`, as there. The numbers are the toolkit's but for texts without words: it takes the
+number of bigrams for the length of a caption, which is always one less than the number of words, but not for those.
 """
 
 from __future__ import annotations
 
 import collections
-import functools
+import itertools
 import math
 import types
 from collections.abc import Sequence
 
 import numpy as np
 
-from uni_moe_jax.eval import metrics
+from uni_moe_jax.eval import metrics, treebank
 
-_PUNCTUATION = frozenset(("''", "'", '``', '`', '"', '(', ')', '[', ']', '{', '}', '.', '?', '!', ',',
-                          ':', '-', '--', '...', ';'))
 _BETA = 1.2  # of ROUGE-L: recall counts β² times as much as precision
 _LONGEST = 4  # words of an n-gram
 _SIGMA = 6.0  # words: by how much a caption may be too long or too short before CIDEr-D fades
 
 
-@functools.cache
-def _tokenizer():
-  from sacrebleu.tokenizers import tokenizer_13a  # Costs time to load, and only captioning needs it.
-  return tokenizer_13a.Tokenizer13a()
+def bleu4(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
+  """Returns corpus BLEU-4 in [0, 1] (Papineni et al., 2002), against the length of the closest reference.
+
+  Arguments and errors as in `rouge_l`.
+  """
+  import sacrebleu  # Costs time to load, and only captioning needs it.
+
+  pairs = metrics.with_references(predictions, references)
+  # sacrebleu wants one list per reference number; None fills up examples that have fewer.
+  streams = itertools.zip_longest(*([_joined(one) for one in several] for _, several in pairs))
+  return sacrebleu.corpus_bleu(
+      [_joined(prediction) for prediction, _ in pairs], [list(s) for s in streams], smooth_method='none',
+      tokenize='none').score / 100
 
 
-def _words(text: str) -> list[str]:
-  return [w for w in _tokenizer()(text.casefold()).split() if w not in _PUNCTUATION]
+def _joined(text: str) -> str:
+  return ' '.join(treebank.words(text))
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
@@ -50,7 +55,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]
   """
   from rouge_score import rouge_scorer  # Costs time to load, and only captioning needs it.
 
-  scorer = rouge_scorer.RougeScorer(['rougeL'], tokenizer=types.SimpleNamespace(tokenize=_words))
+  scorer = rouge_scorer.RougeScorer(['rougeL'], tokenizer=types.SimpleNamespace(tokenize=treebank.words))
 
   def score(prediction: str, several: Sequence[str]) -> float:
     scores = [scorer.score(reference, prediction)['rougeL'] for reference in several]
@@ -78,7 +83,7 @@ def cider_d(predictions: Sequence[str], references: Sequence[str | Sequence[str]
 
 def _counts(text: str) -> collections.Counter:
   """How often each n-gram of 1 to 4 words occurs; an n-gram is a tuple."""
-  words = _words(text)
+  words = treebank.words(text)
   return collections.Counter(tuple(words[i:i + n]) for n in range(1, _LONGEST + 1) for i in range(len(words) - n + 1))
 
 

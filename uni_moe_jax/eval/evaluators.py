@@ -225,22 +225,22 @@ def _distinct(texts: np.ndarray, number: int, rng: np.random.Generator) -> np.nd
 def caption(q: Query) -> list[Score]:
   """Exact match, BLEU-4, ROUGE-L, CIDEr-D (up to 10) and word F1 of captions.
 
-  Captions are decoded greedily or by beam search, from any words or from a closed set. The baseline is the nearest
-  neighbor's text.
+  Captions are decoded greedily or by beam search, from any words or from a closed set, and detokenized. References stay
+  as they are in the data. The baseline is the nearest neighbor's text.
   """
   ids, e = q.ids(), q.evaluation
   predicted = q.gather(ids, lambda fields: np.array(q.predictor.captions(
       q.task, fields['pixels'], e.beam_size, e.length_penalty, e.constrain_to))).tolist()
-  # Both sides in the tokenizer's folded form: case and spacing do not count.
-  fold = lambda texts: [q.tokenizer.decode(row) for row in q.tokenizer.encode_batch(list(texts))]
+  if e.detokenize:
+    predicted = [q.tokenizer.detokenize(text) for text in predicted]
   if q.examples.references:
-    truth, copied = [fold(several) for several in q.examples.references(ids)], None
+    truth, copied = q.examples.references(ids), None
   else:
-    truth, copied = fold(q.phrases(q.evaluated)[ids]), fold(q.neighbor_phrases(ids))
+    truth, copied = q.phrases(q.evaluated)[ids].tolist(), q.neighbor_phrases(ids).tolist()
   by = lambda metric: {} if copied is None else {_NEAREST_NAME: metric(copied, truth)}
   shown = [t if isinstance(t, str) else ' | '.join(t) for t in truth]
   q.show(ids, shown, predicted)
-  n, exact, bleu4 = len(ids), metrics.exact_match, metrics.bleu4
+  n, exact, bleu4 = len(ids), metrics.exact_match, caption_metrics.bleu4
   means = {'ROUGE-L': caption_metrics.rouge_l, 'CIDEr-D': caption_metrics.cider_d, 'word F1': metrics.word_f1}
   return [Score.proportion('exact_match', exact(predicted, truth), n, baselines=by(exact)),
           # One number for the corpus, so no standard error.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -167,15 +166,6 @@ def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]
 
   return each_score(lambda text, several: max(f1_of_bags(_words(text), _words(one)) for one in several),
                     predictions, references)
-
-
-def bleu4(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-  """Returns corpus BLEU-4 in [0, 1]: sacrebleu's (tokenizer 13a, lower case) divided by 100."""
-  import sacrebleu  # Costs time to load, and only captioning needs it.
-
-  # sacrebleu wants one list per reference number; None fills up examples that have fewer.
-  streams = itertools.zip_longest(*(several for _, several in with_references(predictions, references)))
-  return sacrebleu.corpus_bleu(list(predictions), [list(s) for s in streams], lowercase=True).score / 100
 
 
 def binomial_standard_error(proportion: float, count: int) -> float:

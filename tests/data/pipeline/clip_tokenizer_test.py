@@ -199,3 +199,16 @@ def test_a_missing_library_is_named_with_the_command_to_install_it(tmp_path, lib
   message = r"config\.tokenizer\.type='clip' requires pip install '\.\[clip\]': .*" + library
   with mock.patch.dict(sys.modules, {library: None}), pytest.raises(ValueError, match=message):
     ClipTokenizer(_written(tmp_path, _MERGES))
+
+
+@pytest.mark.parametrize('text', [
+    "the man's dog isn't here, they'd say.", 'in 2011, 3 men (of 1,000) paid $2.5!', 'a black-and-white cat and/or dog',
+    "the 2nd train at 10:30 a.m. or 5 o'clock; the 80s", "50% of the boys' bikes: #5?"])
+def test_a_detokenized_text_is_as_people_write_it(clip, text):
+  decoded = clip.decode(clip.encode(text))
+  assert clip.detokenize(decoded) == text != decoded
+
+
+def test_of_two_texts_with_equal_tokens_the_usual_one_is_restored(clip):
+  assert clip.encode('a - b 1 2') == clip.encode('a-b 12')
+  assert clip.detokenize(clip.decode(clip.encode('a - b 1 2'))) == 'a-b 12'

@@ -16,6 +16,7 @@ import hashlib
 import html
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -32,6 +33,13 @@ _END = '</w>'  # suffix of pieces that end a word
 # spaces. At each position the first alternative that matches is taken; spaces are dropped.
 _WORD = r"<\|(?:startoftext|endoftext|gen|spe)\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _CACHED_WORDS = 1 << 16
+# Spaces that `detokenize` removes, in this order: between digits; in o'clock; before endings; at punctuation; around
+# what joins words; inside numbers and initials.
+_SURPLUS = tuple(map(re.compile, (
+    r'(?<=\d) (?=\d)', r"(?<=\bo) (?=' clock\b)|(?<=\bo ') (?=clock\b)",
+    r"(?<=\w) (?='(?:s|t|re|ve|m|ll|d)\b)|(?<=\d) (?=(?:st|nd|rd|th|s)\b)",
+    r"(?<=\S) (?=[.,!?;:)\]%'])|(?<=[($#\[]) ", r'(?<=\w) (?=[-/] \w)|(?<=\w [-/]) (?=\w)',
+    r'(?<=\d[.:]) (?=\d)|(?<=\d,) (?=\d{3}\b)|(?<=\b[a-z]\.) (?=[a-z]\.)')))
 
 
 class ClipTokenizer(Tokenizer):
@@ -92,6 +100,15 @@ class ClipTokenizer(Tokenizer):
     pieces = [self.pieces[i] for i in before_eot(ids, self.eot) if i not in self.special_ids]
     # A model may join bytes that are not a character together: they become U+FFFD.
     return b''.join(pieces).decode(errors='replace').strip()
+
+  def detokenize(self, text: str) -> str:
+    """Returns a decoded text with its words as people write them.
+
+    "the dog 's 2 nd black - and - white bowl , 1 , 0 0 0 times ." → "the dog's 2nd black-and-white bowl, 1,000 times."
+    """
+    for surplus in _SURPLUS:
+      text = surplus.sub('', text)
+    return text
 
   def _encode_word_uncached(self, word: str) -> tuple[int, ...]:
     if word in self._special:  # never '<|mask|>': it is split into three words

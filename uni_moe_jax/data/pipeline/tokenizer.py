@@ -62,6 +62,10 @@ class Tokenizer(Protocol):
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text before the first `eot`, without special tokens, normalized as by `encode`."""
 
+  def detokenize(self, text: str) -> str:
+    """Returns a decoded text with its words as people write them; a tokenizer that keeps spaces has nothing to do."""
+    return text
+
 
 class SentencePieceTokenizer(Tokenizer):
   """A `Tokenizer` over NFKC case-folded text; a character that did not occur in training is `unk`."""
