@@ -36,10 +36,8 @@ def main() -> int:
   if (_INPUT.value is None) != (_NAME.value is None):
     raise UsageError('--input and --name belong together: the path of your data, and its name.')
   if _TFDS.value is not None:
-    from uni_moe_jax.data.files import file_dataset
-    builder = file_dataset.tfds_builder(file_dataset.TFDS + _TFDS.value, directory)
-    builder.download_and_prepare()
-    print(f'{builder.info.full_name}: {", ".join(f"{s} {i.num_examples}" for s, i in builder.info.splits.items())}')
+    from uni_moe_jax.data.files import tfds_prepare
+    print(tfds_prepare.prepare(_TFDS.value, directory))
   elif _INPUT.value is not None:
     from uni_moe_jax.data.files import prepare, prepare_summary
     summary = prepare.prepare(pathlib.Path(os.path.expanduser(_INPUT.value)), directory, _NAME.value, _VERSION.value,

@@ -2,13 +2,17 @@
 
 import pathlib
 import shlex
+import socket
+import urllib.request
 
 import numpy as np
 import pytest
+import requests
 import tensorflow_datasets as tfds
 
 from tests.helpers import in_process
 from uni_moe_jax.data.files import file_dataset
+from uni_moe_jax.utils import exit_codes
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SIZES = {'train': 7, 'test': 3}
@@ -53,3 +57,99 @@ def test_the_command_in_the_error_for_a_missing_source_prepares_it(tmp_path, cap
     assert dataset.read(np.array([2, 0])) == [records[2], records[0]]
 
   assert in_process.run(_ROOT / script, *arguments) == 0  # again
+
+
+class RemoteReviews(TinyReviews):
+  """Is downloaded from a host. TFDS registers it as remote_reviews."""
+  url_infos = {'https://reviews.example/reviews.zip': tfds.core.download.checksums.UrlInfo(9, '0' * 64, 'reviews.zip')}
+
+  def _split_generators(self, dl_manager):
+    if self.url_infos:
+      raise requests.ConnectionError('the host is gone\nand more')
+    return super()._split_generators(dl_manager)
+
+
+class ManualReviews(TinyReviews):
+  """Is downloaded by the user. TFDS registers it as manual_reviews."""
+  MANUAL_DOWNLOAD_INSTRUCTIONS = """
+  Register at https://reviews.example,
+  and get reviews.tar.
+  """
+
+  def _split_generators(self, dl_manager):
+    assert (dl_manager.manual_dir / 'reviews.tar').exists(), 'reviews.tar is missing\nand more'
+    return super()._split_generators(dl_manager)
+
+
+def _prepare(name, tmp_path, capsys):
+  """(exit code, what the command prints, its standard error)"""
+  code = in_process.run(_ROOT / 'launch/prepare_data.py', f'--tfds={name}', f'--data_dir={tmp_path}')
+  printed = capsys.readouterr()
+  return code, printed.out, [line for line in printed.err.splitlines() if line.startswith(('error', 'Traceback'))]
+
+
+@pytest.fixture(name='connections')
+def _connections(monkeypatch):
+  """The hosts that are tried, none of which answers; of the test, no proxy is set."""
+  tried = []
+
+  def connect(address, timeout):
+    tried.append((address, timeout))
+    raise socket.gaierror(-2, 'Name or service not known')
+
+  monkeypatch.setattr(socket, 'create_connection', connect)
+  monkeypatch.setattr(urllib.request, 'getproxies', lambda: {'no': 'localhost'})
+  return tried
+
+
+def test_without_network_a_dataset_ends_in_one_sentence_before_tfds_tries(connections, tmp_path, capsys):
+  code, _, errors = _prepare('remote_reviews', tmp_path, capsys)
+  assert code == exit_codes.ERROR and connections == [(('reviews.example', 443), 5.0)]
+  assert errors == [
+      'error: tfds:remote_reviews cannot be downloaded (reviews.example cannot be reached: [Errno -2] Name or service '
+      f'not known); prepare it on a machine with network and copy {tmp_path}/tfds/remote_reviews.']
+
+
+@pytest.mark.parametrize('case', ['a host answers', 'a proxy', 'a file was downloaded', 'a file in the manual folder'])
+def test_where_the_network_may_not_be_needed_tfds_tries(case, connections, tmp_path, capsys, monkeypatch):
+  if case == 'a host answers':
+    monkeypatch.setattr(socket, 'create_connection', lambda *_: socket.socket())
+  elif case == 'a proxy':
+    monkeypatch.setattr(urllib.request, 'getproxies', lambda: {'https': 'http://proxy.example'})
+  else:
+    [(url, info)] = RemoteReviews.url_infos.items()
+    downloads = tmp_path / 'tfds/downloads'
+    path = (downloads / 'manual/reviews.zip' if 'manual' in case else
+            downloads / tfds.core.download.resource.get_dl_fname(url, info.checksum))
+    path.parent.mkdir(parents=True)
+    path.touch()
+  code, _, errors = _prepare('remote_reviews', tmp_path, capsys)
+  assert code == exit_codes.ERROR and not connections
+  assert errors == ['error: tfds:remote_reviews cannot be downloaded (the host is gone); prepare it on a machine with '
+                    f'network and copy {tmp_path}/tfds/remote_reviews.']
+
+
+def test_archives_that_the_user_must_download_are_named(tmp_path, capsys):
+  manual = tmp_path / 'tfds/downloads/manual'
+  code, _, [error] = _prepare('manual_reviews', tmp_path, capsys)
+  assert code == exit_codes.USAGE
+  assert error == (f'error: tfds:manual_reviews must be downloaded by you: put its archives into {manual} (Register at '
+                   'https://reviews.example, and get reviews.tar).')
+  manual.mkdir(parents=True)
+  (manual / 'other.tar').touch()
+  code, _, [error] = _prepare('manual_reviews', tmp_path, capsys)
+  assert code == exit_codes.USAGE
+  assert error == (f'error: tfds:manual_reviews: {manual} does not contain its archives (reviews.tar is missing). '
+                   'Register at https://reviews.example, and get reviews.tar.')
+  (manual / 'reviews.tar').touch()
+  assert _prepare('manual_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED
+  (manual / 'reviews.tar').unlink()
+  code, out, errors = _prepare('manual_reviews', tmp_path, capsys)  # it is prepared: no archive is needed
+  assert code == exit_codes.FINISHED and 'train 7' in out and not errors
+
+
+def test_without_network_a_prepared_dataset_is_found(connections, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(RemoteReviews, 'url_infos', None)
+  assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED
+  monkeypatch.setattr(RemoteReviews, 'url_infos', {'https://reviews.example/x': None})  # would be looked at
+  assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED
