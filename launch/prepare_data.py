@@ -25,6 +25,7 @@ _NAME = flags.DEFINE_string('name', None, 'Name of your dataset: lower-case lett
 _TFDS = flags.DEFINE_string('tfds', None, 'TFDS dataset NAME[/CONFIG][:VERSION], written as array records.')
 _VERSION = flags.DEFINE_string('version', '1.0.0', 'Version of your dataset; runs read the newest one.')
 _GIF = flags.DEFINE_enum('gif', 'image', ['image', 'video'], 'Media type of .gif files in a folder by class.')
+_ALLOW_OUTSIDE = flags.DEFINE_bool('allow_outside', False, 'Packs files outside of --input that a .jsonl names.')
 _TEST_FRACTION = flags.DEFINE_float(
     'test_fraction', 0.1, 'Fraction that becomes the test split if the data names no splits.', 0, 1)
 _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
@@ -41,7 +42,7 @@ def main() -> int:
   elif _INPUT.value is not None:
     from uni_moe_jax.data.files import prepare, prepare_summary
     summary = prepare.prepare(pathlib.Path(os.path.expanduser(_INPUT.value)), directory, _NAME.value, _VERSION.value,
-                              _GIF.value, _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value)
+                              _GIF.value, _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value, _ALLOW_OUTSIDE.value)
     print(prepare_summary.describe(summary))
   else:
     from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs

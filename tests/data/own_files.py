@@ -115,7 +115,7 @@ def write_videos(root: pathlib.Path, suffix: str = 'mp4', count: int = 6) -> pat
   for i in range(count):
     path = root / ('moves', 'stands')[i % 2] / f'{i}.{suffix}'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_video(moving_bar(i % 2 == 0), suffix))
+    path.write_bytes(encode_video(moving_bar(i % 2 == 0, 255 - i), suffix))  # no two are equal
   return root
 
 
@@ -143,10 +143,10 @@ def npy_bytes(frames: np.ndarray) -> bytes:
   return out.getvalue()
 
 
-def moving_bar(moves: bool) -> np.ndarray:
+def moving_bar(moves: bool, brightness: int = 255) -> np.ndarray:
   """uint8 [12, 32, 48, 3]: a bar at the left, or in frame t at column 4 t if it moves."""
   out = np.zeros((12, 32, 48, 3), np.uint8)
   for t, frame in enumerate(out):
     left = 4 * t if moves else 0
-    frame[:, left:left + 4] = 255
+    frame[:, left:left + 4] = brightness
   return out

@@ -53,7 +53,7 @@ def data(tmp_path_factory):
   for split, count in (('train', 12), ('test', 3)):
     for i in range(count):
       color = list(own_files.COLORS)[i % 3]
-      own_files.write_image(root / 'folder' / split / color / f'{i}.JPG', color, i)
+      own_files.write_image(root / 'folder' / split / color / f'{i}.JPG', color, count + i)  # no image twice
   prepare.prepare(root / 'folder', data, 'folder')
   own_files.write_videos(root / 'videos', count=12)
   prepare.prepare(root / 'videos', data, 'videos', test_fraction=0.3)

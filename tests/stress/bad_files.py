@@ -16,6 +16,7 @@ from tests.stress import bad_input
 from tests.stress.bad_input import JSON, ODD_STRINGS, UNREACHABLE, Case, corrupted, skipped
 from uni_moe_jax.data.files import check, file_dataset, media, prepare, video
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
+from uni_moe_jax.data.files.npz_videos import NpzVideos
 
 _SIZE, _FRAMES = 24, 8
 _NUM_GOOD = 5  # rows beside the drawn one, which must be kept
@@ -30,9 +31,10 @@ _dataset_number = itertools.count()
 
 def jsonl(draw, folder: pathlib.Path) -> Case:
   """A row among good ones that has values of another type, lacks fields, names an odd file or is damaged."""
-  (folder / 'a.png').write_bytes(_image('PNG', draw(st.integers(0, 3))))
+  (folder / 'a.png').write_bytes(_image('PNG', draw(st.integers(0, 2))))
+  (folder / 'b.png').write_bytes(_image('PNG', 3))  # another image, which may be in another split
   good = [{'image': 'a.png', 'captions': [f'number {i}'], 'label': 'ab'[i % 2]} for i in range(_NUM_GOOD)]
-  row = {'image': 'a.png', 'captions': ['one more'], 'label': 'a'}
+  row = {'image': 'b.png', 'captions': ['one more'], 'label': 'a'}
   for _ in range(draw(st.integers(1, 2))):
     name = draw(st.sampled_from(_FIELDS) | ODD_STRINGS)
     row[name] = draw(_PATHS if name in MEDIA_TYPES else JSON | ODD_STRINGS.map(lambda s: [s]))
@@ -110,7 +112,7 @@ def video_file(draw, folder: pathlib.Path) -> Case:
 
   def main() -> int | str:
     try:
-      media_file = media.select_video(media.load_videos(path), 0) if extension == 'npz' else media.read_video(path)
+      media_file = NpzVideos(path).read(0) if extension == 'npz' else media.read_video(path)
     except media.CorruptFile as e:
       return skipped(str(e))
     frames = video.sample_frames(media_file.data, np.array([0.1, 0.5, 0.9]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import sys
 import threading
 import zlib
 
@@ -21,7 +22,7 @@ from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture, evaluation_batches
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
-from uni_moe_jax.utils.errors import RunError
+from uni_moe_jax.utils.errors import RunError, UsageError
 
 SIDE = 16
 
@@ -299,6 +300,24 @@ def test_evaluation_replaces_nothing_and_stops():
   with pytest.raises(RunError, match='1 of 4 examples .*file 3: corrupt image'):
     next(evaluation_batches(examples, np.arange(4), 4))
   assert next(evaluation_batches(_build(_dataset({3}), training=False), np.arange(3), 3))[1] == 3
+
+
+@pytest.mark.parametrize('first, message', [(b'mp4', "Videos need PyAV; run: pip install"), (b'', ''), (None, '')],
+                         ids=['a file', 'an array', 'corrupt'])
+def test_a_missing_decoder_of_videos_is_reported_before_any_batch(monkeypatch, first, message):
+  data = own_files.npy_bytes(own_files.moving_bar(True)) if first == b'' else first
+  record = file_dataset.CorruptExample('gone') if data is None else {'video': data, 'label': 'a'}
+  read = lambda ids: [record] * len(ids)
+  dataset = file_dataset.FileDataset('own:x', 4, read, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')},
+                                     {'label': np.zeros(4, np.int32)}, '')
+  build = lambda: _build(dataset, 'video_classification', num_frames=3)
+  assert build().size == 4
+  monkeypatch.setitem(sys.modules, 'av', None)  # as if it were not installed
+  if message:
+    with pytest.raises(UsageError, match=message):
+      build()
+  else:
+    assert build().size == 4
 
 
 def test_texts_of_a_whole_split_are_read_in_chunks():

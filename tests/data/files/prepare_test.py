@@ -1,9 +1,6 @@
 """Preparation of a user's own data: which rows are accepted, rewritten or skipped, and why."""
 
-import dataclasses
 import io
-import pathlib
-import weakref
 import zipfile
 
 import numpy as np
@@ -11,8 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.data import own_files
-from uni_moe_jax.data.files import check, file_dataset, media, prepare
-from uni_moe_jax.data.files.formats import read_rows
+from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.files.prepare_summary import describe
 
 
@@ -201,60 +197,25 @@ def test_text_beside_folders_of_classes_is_skipped(tmp_path):
                                 'empty label': {'count': 1, 'first': [' /2.png']}}
 
 
-@pytest.mark.parametrize('layout', ['a folder per image', 'a text per document'])
-def test_the_test_split_has_its_fraction_of_groups_for_any_file_names(tmp_path, layout):
-  has_images = layout == 'a folder per image'
-  for i in range(300):
-    if has_images:
-      own_files.write_image(tmp_path / f'{i:04}/image.png', 'red', i, (8, 8))
-    else:
-      (tmp_path / f'{i:04}.txt').write_text(f'the text number {i}')
-  if has_images:
-    own_files.write_jsonl(tmp_path / 'all.jsonl', [
-        {'image': f'{i // 2:04}/image.png', 'captions': [f'number {i}'], 'key': f'row {i}'} for i in range(600)])
-  rows = list(check.mark_duplicates(read_rows(tmp_path)))
-  splits = prepare.split_rows(rows, 0.1, tmp_path)
-  assert 0.06 < len(splits['test']) / len(rows) < 0.14
-  if has_images:  # rows of one image stay together
-    assert not {row.path for row in splits['train']} & {row.path for row in splits['test']}
-  elsewhere = pathlib.Path('/elsewhere')
-  moved = [dataclasses.replace(row, path=row.path and elsewhere / row.path.relative_to(tmp_path)) for row in rows]
-  moved = prepare.split_rows(moved, 0.1, elsewhere)
-  assert {s: len(members) for s, members in moved.items()} == {s: len(members) for s, members in splits.items()}
-
-
-def test_groups_and_files_in_several_named_splits_are_reported(tmp_path):
-  root = own_files.write_captioned_images(tmp_path / 'in', 5)
-  rows = own_files.read_jsonl(root / 'data.jsonl')
-  del rows[0]['group']
-  again = {'captions': ['once more'], 'split': 'test'}
-  own_files.write_jsonl(root / 'data.jsonl', [
-      *rows, {**again, 'image': 'images/../images/000.jpg', 'key': 'new'},
-      {**again, 'image': 'images/001.png', 'group': 'roll 2'}])
-  summary = prepare.prepare(root, tmp_path, 'leaky')  # image 0, and roll 2
-  assert 'warning: 2 groups or files are in several splits' in describe(summary)
-
-
-def test_few_groups_stay_in_training_and_an_empty_split_is_reported(tmp_path):
-  (tmp_path / 'one.txt').write_text('a document\nof two lines')
-  for i, fraction in enumerate((0.001, 0.999)):
-    summary = prepare.prepare(tmp_path / 'one.txt', tmp_path, f'few{i}', test_fraction=fraction)
-    assert summary['splits'] == {'train': 2}
-    assert f'warning: the split test is empty with --test_fraction={fraction}' in describe(summary)
-  (tmp_path / 'test.txt').write_text('a document')
-  summary = prepare.prepare(tmp_path / 'test.txt', tmp_path, 'evaluated')
-  assert 'warning: there is no split train' in describe(summary)
-
-
-def test_lines_of_a_document_stay_in_one_split(tmp_path):
-  lines = (f'line {i} of it\n' * 2 if i % 2 else f'line {i} of it' for i in range(400))
-  (tmp_path / 'book.txt').write_text('\n'.join(lines))
-  summary = prepare.prepare(tmp_path / 'book.txt', tmp_path, 'book')
-  assert summary['columns'] == {'text': 'text'} and set(summary['splits']) == {'train', 'test'}
-  assert 0.05 < summary['splits']['test'] / sum(summary['splits'].values()) < 0.2
-  train, test = (_read_all(tmp_path, split, 'own:book')[1] for split in ('train', 'test'))
-  assert not summary['skipped'] and len(test) == summary['splits']['test']  # a line may occur twice
-  assert not {r['text'] for r in train} & {r['text'] for r in test}
+def test_a_line_may_name_files_below_its_folder_only(tmp_path):
+  own_files.write_image(tmp_path / 'secret/x.png', 'red', 1)
+  for i in range(3):
+    own_files.write_image(tmp_path / f'in/images/{i}.png', 'blue', i)
+  for name, target in (('link', '../../secret/x.png'), ('near', '0.png')):
+    (tmp_path / f'in/images/{name}.png').symlink_to(target)
+  paths = ['images/0.png', 'images/../images/1.png', str(tmp_path / 'in/images/2.png'), 'images/near.png',
+           '../secret/x.png', str(tmp_path / 'secret/x.png'), 'images/link.png', 'no such folder/../../secret/x.png']
+  rows = [{'image': path, 'caption': path} for path in paths]
+  options = dict(test_fraction=0, max_corrupt_fraction=0.5)
+  summary = _prepare(tmp_path, rows, 'inside', **options)
+  reason = 'a file outside of the input folder (--allow_outside packs it)'
+  assert summary['skipped'] == {reason: {'count': 4, 'first': [f'train.jsonl:{line}' for line in (5, 6, 7, 8)]}}
+  assert [r['captions'] for r in _read_all(tmp_path, source='own:inside')[1]] == [(path,) for path in paths[:4]]
+  summary = _prepare(tmp_path, rows, 'anywhere', allow_outside=True, **options)
+  assert summary['splits'] == {'train': 7} and _counts(summary) == {'missing file': 1}
+  # Also where the folder itself is a link.
+  (tmp_path / 'linked').symlink_to(tmp_path / 'in')
+  assert prepare.prepare(tmp_path / 'linked', tmp_path, 'linked', **options)['splits'] == {'train': 4}
 
 
 def test_each_line_describes_one_video_of_an_array(tmp_path):
@@ -265,22 +226,6 @@ def test_each_line_describes_one_video_of_an_array(tmp_path):
   assert summary['skipped'] == {'more lines than the array has videos': {'count': 1, 'first': ['videos.jsonl:3']}}
   _, records = _read_all(tmp_path / 'out', source='own:arrays')
   np.testing.assert_array_equal(np.load(io.BytesIO(records[1]['video'])), frames[1])
-
-
-def test_one_array_of_videos_is_in_memory_at_a_time(monkeypatch):
-  loaded = []
-
-  def load(_):
-    assert all(array() is None for array in loaded)
-    videos = np.zeros(3)
-    loaded.append(weakref.ref(videos))
-    return videos
-
-  monkeypatch.setattr(media, 'load_videos', load)
-  load_videos = media.videos_loader()
-  for path in 'aab':
-    load_videos(path)
-  assert len(loaded) == 2
 
 
 def _zip(*names) -> bytes:

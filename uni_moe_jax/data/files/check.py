@@ -10,12 +10,12 @@ import hashlib
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-
-import numpy as np
+from collections.abc import Iterable, Iterator
 
 from uni_moe_jax.data.files import formats, media
 from uni_moe_jax.data.files.formats import Row
+from uni_moe_jax.data.files.npz_videos import NpzReader
+from uni_moe_jax.data.files.splits import mark_repeated
 from uni_moe_jax.utils.errors import UsageError
 
 _CHUNK = 256  # rows whose files are read at once
@@ -26,17 +26,18 @@ Skipped = dict[str, list[str]]  # reason → locations
 
 
 def read_checked_rows(
-    source: pathlib.Path, gif: str = 'image', max_corrupt_fraction: float = 0.1) -> tuple[list[Row], Skipped]:
+    source: pathlib.Path, gif: str = 'image', max_corrupt_fraction: float = 0.1,
+    allow_outside: bool = False) -> tuple[list[Row], Skipped]:
   """Returns the examples of `formats.read_rows`, in order, and the locations of skipped rows by reason.
 
   Raises:
     UsageError: nothing to read, or more than `max_corrupt_fraction` of the rows are skipped.
   """
   skipped: Skipped = collections.defaultdict(list)
-  rows: Iterable[Row] = formats.read_rows(source, gif)
+  rows: Iterable[Row] = formats.read_rows(source, gif, allow_outside)
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', module='PIL')  # damaged images are counted, not printed
-    for check in (mark_duplicates, mark_inconsistent, _open_files):
+    for check in (mark_duplicates, mark_inconsistent, _open_files, mark_repeated):
       checked, rows = check(rows), []
       for row in checked:
         if row.skipped:
@@ -99,14 +100,17 @@ def _field_types(row: Row) -> dict[str, str]:
 
 
 def _open_files(rows: list[Row]) -> Iterator[Row]:
-  """Skips rows whose image or video is damaged."""
-  # One file of videos stays in memory: two threads would read two files alternately, again and again.
-  load = media.videos_loader()
+  """Skips rows whose image or video is damaged; of the others, finds sizes and what identifies their content."""
+  arrays = NpzReader()  # one file at a time: two threads would read two files alternately, again and again
 
   def check(row: Row) -> Row:
+    if not row.media_type:
+      # Running text may repeat itself.
+      texts = [row.texts.get(name) for name in formats.TEXT_FIELDS] if row.labels else None
+      return dataclasses.replace(row, content=media.content_digest(repr(texts).encode()) if texts else b'')
     try:
-      content = open_media(row, load)
-      return dataclasses.replace(row, size=content.size, note=content.note)
+      content = open_media(row, arrays)
+      return dataclasses.replace(row, size=content.size, note=content.note, content=content.digest)
     except media.CorruptFile as e:
       return dataclasses.replace(row, skipped=str(e))
 
@@ -117,10 +121,8 @@ def _open_files(rows: list[Row]) -> Iterator[Row]:
       yield from (map if in_order else pool.map)(check, chunk)
 
 
-def open_media(row: Row, load_videos: Callable[[pathlib.Path], np.ndarray | None]) -> media.Media:
-  """Reads the image or video of a row; a text has none. Raises media.CorruptFile."""
-  if not row.media_type:
-    return media.Media(b'', ())
+def open_media(row: Row, arrays: NpzReader) -> media.Media:
+  """Reads the image or video of a row. Raises media.CorruptFile."""
   if row.array_index is not None:
-    return media.select_video(load_videos(row.path), row.array_index)
+    return arrays.read(row.path, row.array_index)
   return media.read_image(row.path) if row.media_type == 'image' else media.read_video(row.path)

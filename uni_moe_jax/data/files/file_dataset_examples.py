@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.files import file_dataset_features, image_transforms, video_pixels
+from uni_moe_jax.data.files import file_dataset_features, image_transforms, video, video_pixels
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
 from uni_moe_jax.data.files.video import CorruptVideo
 from uni_moe_jax.data.pipeline import hashing
@@ -115,6 +115,10 @@ class _Batch:
       raise UsageError(
           f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has videos; set the number '
           'of frames that the model receives of each, for example 8.')
+    if self._is_video:
+      [first] = records.read_valid(self.keep[:1])
+      if not isinstance(first, CorruptExample):
+        video.check_decoder(first[self._media_column])  # in a thread of TensorFlow the error would be a traceback
     self._video_reader = video_pixels.VideoReader(
         b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops)
     self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts its threads with the first video

@@ -6,6 +6,7 @@ text files: a row names its image or video, which `check.py` opens.
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -47,18 +48,20 @@ class Row:
   skipped: str = ''  # why it is not an example, in a few words, the same for equal causes
   size: tuple[int, ...] = ()  # this and the note: see `media.Media`, once the file has been opened
   note: str = ''
+  content: bytes = b''  # identifies the bytes of its image or video, or its text if it is labeled; b'': is not compared
 
 
 class _Skip(Exception):
   """The reason to skip a line."""
 
 
-def read_rows(root: pathlib.Path, gif: str = 'image') -> Iterator[Row]:
+def read_rows(root: pathlib.Path, gif: str = 'image', allow_outside: bool = False) -> Iterator[Row]:
   """Yields the rows of a .jsonl or .txt file, a folder of such files, or a folder [split/]class/file.
 
   Args:
     root: the file or folder.
     gif: media type of .gif files in a folder by class: 'image' (the first frame) or 'video'.
+    allow_outside: whether a line of a .jsonl file may name a file that is not below its folder, also through a link.
 
   Raises:
     MissingFileError: `root` does not exist. UsageError: it contains no known format.
@@ -67,8 +70,11 @@ def read_rows(root: pathlib.Path, gif: str = 'image') -> Iterator[Row]:
     raise MissingFileError(f'--input={root} does not exist.')
   if files := _row_files(root):
     for file in files:
-      read = _read_jsonl if file.suffix.lower() == '.jsonl' else _read_lines
-      yield from read(file, root if root.is_dir() else root.parent, _SPLIT_NAMES.get(file.stem.lower(), ''))
+      folder, split = root if root.is_dir() else root.parent, _SPLIT_NAMES.get(file.stem.lower(), '')
+      if file.suffix.lower() == '.jsonl':
+        yield from _read_jsonl(file, folder, split, allow_outside)
+      else:
+        yield from _read_lines(file, folder, split)
   elif root.is_file():
     raise UsageError(f'--input={root}: a file must end in .jsonl or .txt.')
   elif rows := list(_read_class_folders(root, gif)):
@@ -122,18 +128,29 @@ def _read_lines(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterato
         document += 1
 
 
-def _read_jsonl(file: pathlib.Path, folder: pathlib.Path, split: str) -> Iterator[Row]:
+def _read_jsonl(file: pathlib.Path, folder: pathlib.Path, split: str, allow_outside: bool) -> Iterator[Row]:
   frames = file.with_suffix('.npz')
-  frames = frames if frames.is_file() else None
+  frames, root = frames if frames.is_file() else None, os.path.realpath(folder)
   with file.open('rb') as lines:  # decoded line by line, so that a byte of another encoding costs one line
     for number, line in enumerate(lines, 1):
       if line.strip():
         location = _printable(f'{file.relative_to(folder)}:{number}')
         try:
           value = _decode(line, 'utf-8-sig' if number == 1 else 'utf-8')
-          yield _parse(value, location, folder, split, frames, number - 1)
+          row = _parse(value, location, folder, split, frames, number - 1)
+          if not allow_outside and row.path and row.array_index is None and _is_outside(row.path, root):
+            raise _Skip('a file outside of the input folder (--allow_outside packs it)')
+          yield row
         except _Skip as e:
           yield Row(location, skipped=str(e))
+
+
+def _is_outside(path: pathlib.Path, root: str) -> bool:
+  """Whether a path leaves a folder without links, by its name or by a link: a line could pack any file of the user."""
+  try:
+    return not pathlib.Path(os.path.realpath(path)).is_relative_to(root)
+  except ValueError:  # a null character: no such file
+    return False
 
 
 def _decode(line: bytes, encoding: str) -> Any:

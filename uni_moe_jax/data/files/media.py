@@ -5,15 +5,18 @@ could not read is converted once, when data is prepared.
 """
 
 import dataclasses
+import hashlib
 import io
 import pathlib
-from collections.abc import Callable
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _PNG_END = b'IEND\xaeB`\x82'  # the last chunk and its checksum
 MIN_SIDE = 8  # pixels; smaller images are tracking pixels and leftovers
+# A small file may declare a huge image: sizes are checked before anything is decoded.
+MAX_BYTES = 2**30  # of a file
+MAX_PIXELS = 2**26  # of an image or frame
+TOO_MANY_PIXELS = f'more than {MAX_PIXELS // 10**6} megapixels'
 # Formats that tf.io.decode_image reads as Pillow does. It takes the palette indices of a BMP for levels.
 _PLAIN_FORMATS = ('JPEG', 'PNG', 'WEBP')
 _PLAIN_MODES = ('L', 'RGB', '1', 'P')
@@ -30,6 +33,12 @@ class Media:
   data: bytes
   size: tuple[int, ...]  # (width, height) of an image as displayed, (frames, width, height) of a video
   note: str = ''  # why the bytes differ from those of the file
+  digest: bytes = b''  # sha256 of the file's content
+
+
+def content_digest(data: bytes) -> bytes:
+  """Identifies equal content: its sha256."""
+  return hashlib.sha256(data).digest()
 
 
 def read_image(path: pathlib.Path) -> Media:
@@ -42,14 +51,16 @@ def read_image(path: pathlib.Path) -> Media:
   except UnidentifiedImageError:
     raise CorruptFile('not an image') from None
   except Image.DecompressionBombError:
-    raise CorruptFile('too large') from None
+    raise CorruptFile(TOO_MANY_PIXELS) from None
   except Exception as e:  # Pillow's decoders document no closed set of errors for damaged files
     raise CorruptFile('corrupt image') from e
 
 
 def _as_displayed(data: bytes) -> Media:
   image = Image.open(io.BytesIO(data))
-  file_format, notes = image.format, []
+  if image.width * image.height > MAX_PIXELS:
+    raise CorruptFile(TOO_MANY_PIXELS)
+  digest, file_format, notes = content_digest(data), image.format, []
   if file_format == 'PNG' and _PNG_END not in data:  # Pillow loads it; TensorFlow, in training, does not
     raise CorruptFile('truncated')
   if getattr(image, 'n_frames', 1) > 1:
@@ -71,7 +82,7 @@ def _as_displayed(data: bytes) -> Media:
   if notes:
     image.convert('RGB').save(out := io.BytesIO(), 'PNG')
     data = out.getvalue()
-  return Media(data, image.size, '; '.join(notes))
+  return Media(data, image.size, '; '.join(notes), digest)
 
 
 def read_video(path: pathlib.Path) -> Media:
@@ -79,51 +90,19 @@ def read_video(path: pathlib.Path) -> Media:
   from uni_moe_jax.data.files import video
   data = _read_bytes(path)
   try:
-    return Media(data, video.probe(data))
+    return Media(data, video.probe(data), digest=content_digest(data))
+  except video.HugeVideo as e:
+    raise CorruptFile(str(e)) from None
   except video.CorruptVideo as e:
     raise CorruptFile('corrupt video') from e
-
-
-def load_videos(path: pathlib.Path) -> np.ndarray | None:
-  """The first array of an .npz file; None: it is damaged."""
-  try:
-    with np.load(path) as arrays:
-      return arrays[arrays.files[0]]
-  except Exception:  # numpy, zipfile and zlib document no closed set of errors for damaged files
-    return None
-
-
-def videos_loader() -> Callable[[pathlib.Path], np.ndarray | None]:
-  """`load_videos` that keeps one file in memory, and drops it before it loads another: each may fill the memory."""
-  last = {}
-
-  def load(path):
-    if path not in last:
-      last.clear()
-      last[path] = load_videos(path)
-    return last[path]
-  return load
-
-
-def select_video(videos: np.ndarray | None, index: int) -> Media:
-  """One of the `load_videos` of a file, uint8 [N, T, H, W(, 3)], as .npy. Raises CorruptFile."""
-  if not isinstance(videos, np.ndarray):
-    raise CorruptFile('corrupt array')
-  if videos.dtype != np.uint8 or videos.ndim not in (4, 5) or videos.ndim == 5 and videos.shape[-1] != 3:
-    raise CorruptFile('array is not uint8 [N, T, H, W, 3]')
-  if index >= len(videos):
-    raise CorruptFile('more lines than the array has videos')
-  video = videos[index] if videos.ndim == 5 else np.repeat(videos[index][..., None], 3, -1)
-  out = io.BytesIO()
-  np.save(out, video)
-  T, H, W, _ = video.shape
-  return Media(out.getvalue(), (T, W, H))
 
 
 def _read_bytes(path: pathlib.Path) -> bytes:
   try:
     if path.exists() and not path.is_file():
       raise CorruptFile('unreadable file')  # a folder; or a device or pipe, which may never end
+    if path.stat().st_size > MAX_BYTES:
+      raise CorruptFile(f'larger than {MAX_BYTES >> 30} GiB')
     return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     raise CorruptFile('missing file') from None

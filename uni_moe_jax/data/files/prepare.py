@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import pathlib
 import re
 import tempfile
@@ -22,30 +21,29 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from uni_moe_jax.data.files import media
 from uni_moe_jax.data.files.check import open_media, read_checked_rows
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES, Row
+from uni_moe_jax.data.files.npz_videos import NpzReader
 from uni_moe_jax.data.files.prepare_summary import summarize
+from uni_moe_jax.data.files.splits import Splits, group_of, split_rows
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.utils.errors import UsageError
 
 FOLDER, SUMMARY, LABELS = 'own', 'prepared.json', 'labels.npz'
 FORMAT = 2  # of prepared data; data of another format must be prepared again
 VERSION = '1.0.0'  # of a dataset, by default
-SPLITS = ('train', 'validation', 'test')
 _MAX_CLASSES = 10_000  # of a field; a field of more values is text
 
-Splits = dict[str, list[Row]]
 Classes = dict[str, tuple[str, ...]]  # class column → names in order
 
 
 def prepare(
     source: pathlib.Path, data_dir: pathlib.Path, name: str, version: str = VERSION, gif: str = 'image',
-    test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1) -> dict:
+    test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1, allow_outside: bool = False) -> dict:
   """Prepares a file or folder as dataset `name` in a folder of prepared data; returns the content of prepared.json.
 
   Args:
-    source, gif: see `formats.read_rows`.
+    source, gif, allow_outside: see `formats.read_rows`.
     max_corrupt_fraction: the largest fraction of skipped rows.
     test_fraction: fraction of the groups that becomes the split 'test' if the data names no splits.
 
@@ -59,12 +57,12 @@ def prepare(
   folder = pathlib.Path(data_dir) / FOLDER / name / version
   if folder.is_dir():
     raise UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
-  rows, skipped = read_checked_rows(source, gif, max_corrupt_fraction)
+  rows, skipped = read_checked_rows(source, gif, max_corrupt_fraction, allow_outside)
   root = source if source.is_dir() else source.parent
   splits = split_rows(rows, test_fraction, root)
   columns, classes = _find_columns(rows)
   arrays = _label_arrays(splits, columns, classes)
-  num_splits = collections.Counter(g for members in splits.values() for g in {_group(row, root) for row in members})
+  num_splits = collections.Counter(g for members in splits.values() for g in {group_of(row, root) for row in members})
   with npz_records.atomic_folder(folder) as unfinished:
     fingerprints = _write_shards(unfinished, name, version, splits, columns, classes)
     summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints,
@@ -73,28 +71,6 @@ def prepare(
     np.savez_compressed(unfinished / LABELS, **arrays)
     (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
   return summary
-
-
-def split_rows(rows: list[Row], test_fraction: float, root: pathlib.Path) -> Splits:
-  """Sorts rows by the split that they name; if none does, a hash of each group's name selects one."""
-  splits: Splits = {s: [] for s in SPLITS}
-  names_splits = any(row.split for row in rows)
-  for row in rows:
-    split = row.split or 'train'
-    if not names_splits:
-      digest = hashlib.sha256(_group(row, root).encode(errors='backslashreplace')).digest()
-      split = 'test' if int.from_bytes(digest[:8]) / 2**64 < test_fraction else 'train'
-    splits[split].append(row)
-  if not names_splits and not splits['train'] and test_fraction < 1:
-    splits = {'train': splits['test']}  # too few groups: keep them for training
-  return {s: members for s, members in splits.items() if members}
-
-
-def _group(row: Row, root: pathlib.Path) -> str:
-  """What must stay in one split: the row's group, else its file, which rows may share, else the row."""
-  # The whole path below the input: many folders may contain an 'image.png'.
-  file = row.path and f'{os.path.relpath(row.path, root)}#{row.array_index}'
-  return row.group or file or row.key or row.location
 
 
 def _find_columns(rows: list[Row]) -> tuple[dict[str, str], Classes]:
@@ -166,13 +142,13 @@ def _write_shards(folder: pathlib.Path, name: str, version: str, splits: Splits,
 
 def _examples(rows: list[Row], columns: dict[str, str], digest) -> Iterator[tuple[int, dict]]:
   """Yields TFDS examples, and updates `digest` with the content of every column."""
-  load_videos = media.videos_loader()
+  arrays = NpzReader()
   for i, row in enumerate(rows):
     example = {LOCATION: row.location}
     for column, column_type in columns.items():
       if column_type in MEDIA_TYPES:
         is_plain_file = not row.note and row.array_index is None
-        content = row.path.read_bytes() if is_plain_file else open_media(row, load_videos).data
+        content = row.path.read_bytes() if is_plain_file else open_media(row, arrays).data
         example[column] = io.BytesIO(content) if column_type == 'image' else content
       else:
         example[column] = _value(row, column, column_type)

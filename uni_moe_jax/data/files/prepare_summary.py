@@ -62,7 +62,7 @@ def describe(summary: dict[str, Any]) -> str:
   lines += [f'dropped field {name}, whose type or name cannot be used: {count}'
             for name, count in summary['dropped_fields'].items()]
   if n := summary['groups_in_several_splits']:
-    lines.append(f'warning: {n} groups or files are in several splits; evaluation may see training examples')
+    lines.append(f'warning: {n} groups are in several splits; evaluation may see training examples')
   for reason, rows in summary['skipped'].items():
     more = ', …' if rows['count'] > len(rows['first']) else ''
     lines.append(f'skipped, {reason}: {rows["count"]} ({", ".join(rows["first"])}{more})')

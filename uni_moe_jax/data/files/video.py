@@ -12,14 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.data.files.media import MAX_PIXELS, TOO_MANY_PIXELS
 from uni_moe_jax.utils.errors import UsageError
 
 _NPY_MAGIC = b'\x93NUMPY'
 _MIN_DECODED = 0.9  # of the frames that a file declares; containers count some that no decoder returns
+_MAX_FRAMES = 100_000  # an hour at 27 frames per second
 
 
 class CorruptVideo(Exception):
   """Bytes that are not a video; the message is the reason."""
+
+
+class HugeVideo(CorruptVideo):
+  """A video that is too large to be decoded; the message is the bound, in a few words."""
 
 
 def segment_frames(num_frames: int, offsets: np.ndarray) -> np.ndarray:
@@ -53,14 +59,19 @@ def probe(data: bytes) -> tuple[int, int, int]:
 
   Raises:
     CorruptVideo: see `sample_frames`; or more than a tenth of the declared frames is missing or corrupt.
+    HugeVideo: it has too many frames.
   """
   if data.startswith(_NPY_MAGIC):
     T, H, W, _ = _load_array(data).shape
     return T, W, H
   container, stream = _open(data)
   with container:
-    sizes = [(frame.width, frame.height)[::-1 if _quarter_turns(frame) % 2 else 1]
-             for frame in container.decode(stream) if not frame.is_corrupt]
+    sizes = []
+    for frame in container.decode(stream):
+      if not frame.is_corrupt:
+        sizes.append((frame.width, frame.height)[::-1 if _quarter_turns(frame) % 2 else 1])
+      if len(sizes) > _MAX_FRAMES:
+        raise HugeVideo(f'more than {_MAX_FRAMES} frames')
     if not sizes or len(sizes) < _MIN_DECODED * stream.frames:
       raise CorruptVideo(f'{len(sizes)} frames of {stream.frames}')
   return len(sizes), *_one_size(sizes)
@@ -71,7 +82,7 @@ def sample_frames(data: bytes, offsets: np.ndarray) -> np.ndarray:
   """Frames at the offsets (see `segment_frames`) [T] or [V, T]: uint8 [T, H, W, 3] or [V · T, H, W, 3].
 
   Raises:
-    CorruptVideo: the bytes are not a video, or it has no frames.
+    CorruptVideo: the bytes are not a video, or it has no frames. HugeVideo: frames have too many pixels.
   """
   if data.startswith(_NPY_MAGIC):
     array = _load_array(data)
@@ -102,14 +113,28 @@ def _load_array(data: bytes) -> np.ndarray:
   return frames
 
 
-def _open(data: bytes) -> tuple[Any, Any]:
-  """PyAV's container and its first video stream."""
+def check_decoder(data: bytes) -> None:
+  """Raises UsageError if a video needs PyAV, which is not installed."""
+  if not data.startswith(_NPY_MAGIC):
+    _pyav()
+
+
+def _pyav() -> Any:
   try:
     import av
   except ModuleNotFoundError:
     raise UsageError("Videos need PyAV; run: pip install 'uni-moe-jax[video]'") from None
-  container = av.open(io.BytesIO(data))
+  return av
+
+
+def _open(data: bytes) -> tuple[Any, Any]:
+  """PyAV's container and its first video stream."""
+  container = _pyav().open(io.BytesIO(data))
   stream = container.streams.video[0]
+  if stream.width * stream.height > MAX_PIXELS:
+    raise HugeVideo(TOO_MANY_PIXELS)
+  # A stream may change its size; FFmpeg counts the padding of a frame, too.
+  stream.codec_context.options = {'max_pixels': str(2 * MAX_PIXELS)}
   stream.thread_type = 'AUTO'
   return container, stream
 
