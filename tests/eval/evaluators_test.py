@@ -36,6 +36,7 @@ def _query(data, entry: str, predictor, **changes) -> Query:
 
 class _Oracle:
   """Answers with the fields' own targets, or with a fixed wrong answer; V targets."""
+  mesh = None
 
   def __init__(self, targets: int, right: bool = True, captions=None):
     self.targets, self.right, self.texts = targets, right, iter(captions or ())

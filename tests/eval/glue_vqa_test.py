@@ -18,6 +18,7 @@ ANSWERS = [('A cat',) * 4 + ('dog',) * 6, ('cat.',) * 10, ('bird',) * 10]
 
 class _Predicts:
   """A predictor with given answers by example id, as log p; records which examples were evaluated."""
+  mesh = None
 
   def __init__(self, answers, V):
     self.answers, self.V, self.seen = np.asarray(answers), V, []

@@ -44,6 +44,7 @@ def test_a_tie_or_a_nan_counts_against_the_model(scores, label, rank):
 
 class _Shifted:
   """The label of example i is at rank i % 8 + 1. Only one batch of scores exists at a time."""
+  mesh = None
 
   def inputs(self, task_type, fields):
     return fields['id'].astype(int)

@@ -88,7 +88,7 @@ class EvaluatorConfig:
   task: str = field(REQUIRED, 'Entry of config.tasks, trained or not (batch_size=0); its source and readout are used.')
   split: str = field(REQUIRED, 'Split that is evaluated.')
   num_examples: int = field(0, 'Examples (retrieval in memory: candidates, with distinct texts); 0 = all.', at_least=0)
-  batch_size: int = field(128, 'Examples encoded at once.', at_least=1)
+  batch_size: int = field(128, 'Examples encoded at once, rounded up to a multiple of the batch shards.', at_least=1)
   beam_size: int = field(1, 'Caption: hypotheses kept per image; 1: greedy.', at_least=1)
   length_penalty: float = field(0.0, 'Caption: divides final scores by (words + 1)^length_penalty.', at_least=0, off=0)
   constrain_to: str = field('', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = "

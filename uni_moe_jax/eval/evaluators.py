@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation
@@ -18,7 +17,8 @@ from uni_moe_jax.data.pipeline import examples as examples_lib
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.eval import baselines, caption_metrics, metrics, samples
+from uni_moe_jax.eval import baselines, batches, caption_metrics, metrics, samples
+from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor, Ranked
 from uni_moe_jax.utils.errors import UsageError
@@ -67,7 +67,7 @@ class Query:
     """Adds some of the examples, with their references and predictions, to the samples."""
     self.samples[self.evaluation.name] = samples.choose(self.pixels, ids, truth, predicted)
 
-  def ranked(self, fields: dict[str, np.ndarray]) -> Ranked:
+  def ranked(self, fields: Fields) -> Ranked:
     """Ranks [B] of the first label in the task's target set, for inputs with one readout position.
 
     Views of a video [B, views, T, S, S, C] are ranked together.
@@ -78,11 +78,9 @@ class Query:
     features = [self.predictor.inputs(self.task.type, view) for view in views]
     return Ranked(*(x[:, 0] for x in self.predictor.ranked(features, self.task, fields['label'][:, :1])))
 
-  def gather(self, ids: np.ndarray, function: Callable[[dict[str, np.ndarray]], Any]) -> Any:
-    """Concatenates the arrays of `function(fields)`, one or a tuple, over the batches of `ids`, each example once."""
-    parts = [jax.tree.map(lambda x, count=count: x[:count], function(fields))
-             for fields, count in evaluation_batches(self.examples, ids, self.evaluation.batch_size)]
-    return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
+  def gather(self, ids: np.ndarray, function: Callable[[Fields], Any]) -> Any:
+    """Concatenates the arrays of `function(fields)`, one or a tree, over the batches of `ids`, see `batches.gather`."""
+    return batches.gather(function, self.examples, ids, self.evaluation.batch_size, self.predictor.mesh)
 
   def phrases(self, records: Records) -> np.ndarray:
     """The text [N] of each record in the evaluated phrasing, the task's first template."""

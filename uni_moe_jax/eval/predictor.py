@@ -1,6 +1,7 @@
 """The model as evaluators use it: jitted functions for features, target sets and captions.
 
-On a mesh every batch shard computes its examples. All processes make the same calls, and each gets the complete result.
+On a mesh every batch shard computes its examples. All processes make the same calls. Results stay on the devices, where
+the next batch can be queued before they are read.
 """
 
 import functools
@@ -9,10 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from uni_moe_jax.config.plan import SetSpec, TaskSpec
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.model import decoding, heads
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.sequences import Sequence
@@ -27,15 +30,15 @@ _WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
 
 class Ranked(NamedTuple):
   """What is kept of the scores of V targets, for each readout of an example: arrays [B, R]."""
-  best: np.ndarray  # int32, the target with the highest score; of equals the first
-  rank: np.ndarray  # int32, of the label, 1 is best; ties and NaNs count against the model
-  score: np.ndarray  # f32, of the label
+  best: jax.Array  # int32, the target with the highest score; of equals the first
+  rank: jax.Array  # int32, of the label, 1 is best; ties and NaNs count against the model
+  score: jax.Array  # f32, of the label
 
 
 class Predictor:
-  """A trained model as functions of evaluation batches, numpy in, numpy out.
+  """A trained model as functions of evaluation batches. Target sets are encoded once and kept.
 
-  Target sets are encoded once and kept.
+  Fields of a batch are numpy or global arrays [B, …]; every device has the whole result, unless said otherwise.
   """
 
   def __init__(self, model: UniPerceiver, params, sets: dict[str, tuple[SetSpec, TargetSet]], tokenizer: Tokenizer):
@@ -44,16 +47,21 @@ class Predictor:
     self._features: dict[str, jax.Array] = {}
     self._tries: dict[str, Trie] = {}
 
-  def inputs(self, task_type: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
+  @property
+  def mesh(self) -> Mesh | None:
+    """None: one device."""
+    return self._model.mesh
+
+  def inputs(self, task_type: TaskType, fields: Fields) -> jax.Array:
     """Features [B, R, D] of the readout of a task type's input, not normalized."""
     # Labels and paired texts are left out, so that each task type compiles once.
     fields = {k: v for k, v in fields.items() if k in INPUTS}
-    return np.asarray(encode(self._model, self._params, Sequence.of_inputs(task_type, fields)))
+    return encode(self._model, self._params, Sequence.of_inputs(task_type, fields))
 
-  def pairs(self, task_type: TaskType, fields: dict[str, np.ndarray]) -> np.ndarray:
+  def pairs(self, task_type: TaskType, fields: Fields) -> jax.Array:
     """Features [B, D] of the paired texts, not normalized."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
-    return np.asarray(encode(self._model, self._params, Sequence.of_pairs(task_type, wanted)))[:, 0]
+    return encode(self._model, self._params, Sequence.of_pairs(task_type, wanted))[:, 0]
 
   def target_set(self, name: str) -> jax.Array:
     """Normalized features [V, D] of a target set, on every device; the mean over synonyms."""
@@ -69,19 +77,22 @@ class Predictor:
       self._features[name] = rows if mesh is None else jax.device_put(rows, sharding.replicated(mesh))
     return self._features[name]
 
-  def log_probabilities(self, features: np.ndarray, task: TaskSpec) -> np.ndarray:
+  def log_probabilities(self, features: np.ndarray | jax.Array, task: TaskSpec) -> jax.Array:
     """log p over a task's target set: features of its inputs [B, R, D] → [B, R, V] f32."""
-    targets = self.target_set(task.target_set)
-    return np.asarray(_log_p(self._model, self._params, features, targets, task.temperature, task.linear_head))
+    return self._log_p(features, task, replicate=True)
 
-  def ranked(self, views: list[np.ndarray], task: TaskSpec, labels: np.ndarray) -> Ranked:
-    """Ranks of labels int [B, R] in a task's target set by log p; the V log p of an example stay on the device.
+  def ranked(self, views: list[jax.Array], task: TaskSpec, labels: np.ndarray | jax.Array) -> Ranked:
+    """Ranks of labels int [B, R] by log p over a task's target set; the log p stay where they are computed.
 
-    views: features of the inputs [B, R, D]; those of several views are ranked by the mean of their p.
+    views: features of the inputs [B, R, D]; those of several views are ranked by the mean of their p. B is a multiple
+      of the batch shards, and so is the result sharded.
     """
+    scores = [self._log_p(features, task, replicate=False) for features in views]
+    return rank(scores[0] if len(scores) == 1 else mean_probability(scores), labels)
+
+  def _log_p(self, features: np.ndarray | jax.Array, task: TaskSpec, replicate: bool) -> jax.Array:
     targets = self.target_set(task.target_set)
-    scores = [_log_p(self._model, self._params, v, targets, task.temperature, task.linear_head) for v in views]
-    return Ranked(*map(np.asarray, rank(scores[0] if len(scores) == 1 else mean_probability(scores), labels)))
+    return _log_p(self._model, self._params, features, targets, task.temperature, task.linear_head, replicate)
 
   @staticmethod
   def similarities(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -136,14 +147,15 @@ def encode(model: UniPerceiver, params, sequence) -> jax.Array:
   return sharding.replicate(model.apply({'params': params}, method=run), model.mesh)[:sequence.ids.shape[0]]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _log_p(model: UniPerceiver, params, features, targets, temperature: str, head: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _log_p(
+    model: UniPerceiver, params, features, targets, temperature: str, head: bool, replicate: bool) -> jax.Array:
   scale = model.apply({'params': params}, temperature, method='scale')
   features = sharding.shard_batch(features, model.mesh)
   logits = heads.logits(features, targets, scale)
   if head:
     logits = model.apply({'params': params}, features, logits, method='with_head')
-  return sharding.replicate(jax.nn.log_softmax(logits), model.mesh)
+  return (sharding.replicate if replicate else sharding.shard_batch)(jax.nn.log_softmax(logits), model.mesh)
 
 
 @jax.jit
@@ -156,9 +168,9 @@ def mean_probability(log_p: list[jax.Array]) -> jax.Array:
 @jax.jit
 def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
   """Ranks of labels int [B, R] by scores f32 [B, R, V]."""
-  score = jnp.take_along_axis(scores, labels[..., None], axis=-1)
-  others = jnp.arange(scores.shape[-1]).reshape(1, 1, -1) != labels[..., None]
-  not_lower = others & ~(scores < score)  # as in `metrics.best_positive_rank`
+  is_label = jnp.arange(scores.shape[-1]).reshape(1, 1, -1) == labels[..., None]
+  score = jnp.sum(jnp.where(is_label, scores, 0), axis=-1, keepdims=True)  # one number and zeros
+  not_lower = ~is_label & ~(scores < score)  # as in `metrics.best_positive_rank`
   return Ranked(jnp.argmax(scores, -1).astype(jnp.int32), 1 + not_lower.sum(-1, dtype=jnp.int32), score[..., 0])
 
 

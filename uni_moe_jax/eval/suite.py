@@ -5,13 +5,15 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
-from uni_moe_jax.config.plan import Plan
+from uni_moe_jax.config.plan import Evaluation, Plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import evaluators, glue_vqa, samples
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.parallel import multihost
 from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
@@ -33,19 +35,24 @@ def evaluate(
   step: of the predictor's parameters. writes: True in the one process that writes; all processes take part.
   """
   shown, rows = {}, []
-  for e in plan.evaluations:
-    start = time.perf_counter()
-    names = data.target_sets[e.task.target_set].names if e.task.target_set else ()
-    examples = data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
-    query = Query(
-        e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), names,
-        data.entry_keys.get(e.task.target_set, ()), data.tokenizer, shown)
-    rows += [score.row(e.name, step) for score in EVALUATORS[e.type](query)]
-    print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
+  with multihost.exit_with_peers():  # a process whose part of the data cannot be read would leave the others waiting
+    for e in plan.evaluations:
+      start = time.perf_counter()
+      rows += [score.row(e.name, step) for score in scores(e, data, predictor, shown)]
+      print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
   if writes:
     (pathlib.Path(workdir) / samples.FILE).write_text(json.dumps(shown))
     write_json(pathlib.Path(workdir) / EVALUATION_FILE, rows)
   return rows
+
+
+def scores(e: Evaluation, data: Data, predictor: Predictor, shown: dict[str, list[dict[str, Any]]]) -> list[Score]:
+  """The scores of one evaluator; all processes take part. shown: gets its samples."""
+  names = data.target_sets[e.task.target_set].names if e.task.target_set else ()
+  examples = data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
+  return EVALUATORS[e.type](Query(
+      e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), names,
+      data.entry_keys.get(e.task.target_set, ()), data.tokenizer, shown))
 
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:

@@ -202,6 +202,23 @@ def test_evaluation_batches_count_each_example_once():
   assert read([5, 6], 5) == [([5, 6, 5, 6, 5], 2)]
 
 
+def test_a_process_makes_the_rows_of_its_shards_alone():
+  made, ids = [], np.array([4, 9, 2, 0, 11, 7, 3])
+
+  def read(layout, batch_size=4):
+    def make(ids, hashes):
+      tf.numpy_function(lambda rows: made.extend(rows.tolist()) or np.int64(0), [ids], tf.int64)
+      return {'id': ids}
+    return [(f['id'].tolist(), n) for f, n in mixtures.evaluation_batches(Examples(13, make), ids, batch_size, layout)]
+
+  first, second = (read(BatchLayout(num_shards=2, local_shards=(i,))) for i in (0, 1))
+  assert first == [([4, 9], 4), ([11, 7], 3)] and second == [([2, 0], 4), ([3, 11], 3)]
+  assert sorted(made) == sorted([4, 9, 11, 7, 2, 0, 3, 11])  # each once, the last batch filled up
+  # Three rows on two shards become four: a batch divides over the mesh.
+  assert read(BatchLayout(num_shards=2, local_shards=(1,)), 3) == second
+  assert read(BatchLayout(num_shards=4, local_shards=(1, 3)), 5) == [([2, 0, 3, 4], 7)]
+
+
 def test_the_randomness_of_evaluation_does_not_depend_on_the_batch():
   def draws(ids, batch):
     return {int(i): int(d) for f, n in mixtures.evaluation_batches(_examples('shape'), np.array(ids), batch)

@@ -130,16 +130,26 @@ def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
 
 
 def evaluation_batches(
-    examples: Examples, ids: np.ndarray, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-  """Yields (features [batch_size, …], number of rows that count) of the given ids in order.
+    examples: Examples, ids: np.ndarray, batch_size: int, layout: BatchLayout = BatchLayout(),
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+  """Yields (features of this process's rows, number of rows of the batch that count) of the given ids, in order.
 
-  The last batch is filled up by repeating its own rows.
+  A batch has `batch_size` rows, rounded up to a multiple of the layout's shards; the last one is filled up by repeating
+  its own. Later batches are made while the caller works on one.
   """
-  hashes = hashing.example_hash(0, 'evaluation', tf.constant(0, tf.int64), tf.constant(ids, tf.int64))
-  for start in range(0, len(ids), batch_size):
-    part = np.arange(start, min(start + batch_size, len(ids)))
-    rows = np.resize(part, batch_size)
-    features = examples.make(tf.constant(ids[rows], tf.int64), tf.gather(hashes, rows))
-    features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
+  size = -(-batch_size // layout.num_shards) * layout.num_shards
+  starts = np.arange(0, len(ids), size).reshape(-1, 1)
+  counts = np.minimum(size, len(ids) - starts)
+  rows = (starts + np.arange(size).reshape(1, -1) % counts).reshape(-1, layout.num_shards, size // layout.num_shards)
+  rows = rows[:, list(layout.local_shards)].reshape(len(starts), -1)
+  ids = tf.constant(ids, tf.int64)
+  hashes = hashing.example_hash(0, 'evaluation', tf.constant(0, tf.int64), ids)
+
+  def make(rows):
+    features = examples.make(tf.gather(ids, rows), tf.gather(hashes, rows))
+    return {**features, 'id': tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)}
+
+  dataset = tf.data.Dataset.from_tensor_slices(rows).map(make, num_parallel_calls=2, deterministic=True).prefetch(1)
+  for features, count in zip(dataset.as_numpy_iterator(), counts[:, 0].tolist(), strict=True):
     examples.corrupt_counter.check()
-    yield {k: v.numpy() for k, v in features.items()}, len(part)
+    yield features, count

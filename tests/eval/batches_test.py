@@ -1,0 +1,81 @@
+"""Examples through a function: input is made ahead, results are read behind, each example counts once."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.eval import batches, predictor
+from uni_moe_jax.parallel import sharding
+
+
+def _examples(size: int, on_read=lambda ids: None) -> Examples:
+  def make(ids, hashes):
+    ids = tf.numpy_function(lambda x: [on_read(x), x][1], [ids], tf.int64)
+    ids.set_shape([None])
+    return {'id': ids, 'label': tf.cast(3 * ids, tf.int32)[:, None]}
+  return Examples(size, make)
+
+
+class _Result:
+  """An array on a device, as far as `gather` knows; notes when it is read."""
+
+  def __init__(self, values, log):
+    self._values, self._log = values, log
+
+  def __array__(self, dtype=None, copy=None):
+    self._log.append(('read', int(self._values[0])))
+    return self._values
+
+
+def test_the_next_batch_is_made_while_the_model_works_on_one():
+  made = [threading.Event() for _ in range(4)]
+
+  def model(fields):
+    index = int(fields['id'][0]) // 2
+    # Without a batch ahead, nobody would make the next one before this function returns.
+    assert index == 3 or made[index + 1].wait(timeout=20)
+    return fields['label']
+
+  examples = _examples(8, lambda ids: made[ids[0] // 2].set())
+  labels = batches.gather(model, examples, np.arange(8), 2, None)
+  assert labels[:, 0].tolist() == [0, 3, 6, 9, 12, 15, 18, 21]
+
+
+def test_results_are_read_after_the_next_batch_is_queued():
+  log = []
+
+  def model(fields):
+    first = int(fields['id'][0])
+    log.append(('queued', first))
+    return _Result(fields['id'], log)
+
+  assert batches.gather(model, _examples(5), np.arange(5), 2, None).tolist() == [0, 1, 2, 3, 4]
+  assert log == [('queued', 0), ('queued', 2), ('read', 0), ('queued', 4), ('read', 2), ('read', 4)]
+
+
+@pytest.mark.parametrize('batch_size', [3, 8])
+def test_on_a_mesh_each_shard_has_its_rows_and_every_example_counts_once(batch_size):
+  mesh = sharding.make_mesh(dict(replica=1, data=2, expert=2, model=2), jax.devices()[:8])
+  rows = []
+
+  def model(fields):
+    assert fields['id'].sharding.is_equivalent_to(sharding.batch_sharding(mesh, 0), 1)
+    rows.append(len(fields['id']))
+    return fields['label'] + 1, fields['id']
+
+  ids = np.array([5, 0, 7, 2, 9, 1])
+  labels, seen = batches.gather(model, _examples(10), ids, batch_size, mesh)
+  assert seen.tolist() == ids.tolist() and labels[:, 0].tolist() == (3 * ids + 1).tolist()
+  assert rows == ([4, 4] if batch_size == 3 else [8])  # four batch shards
+
+
+def test_ranks_move_no_scores_between_devices():
+  mesh = sharding.make_mesh(dict(replica=1, data=8, expert=1, model=1), jax.devices()[:8])
+  place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh, 0))
+  scores, labels = place(np.zeros((16, 3, 50), np.float32)), place(np.zeros((16, 3), np.int32))
+  text = predictor.rank.lower(scores, labels).compile().as_text()
+  assert 'f32[2,3,50]' in text and 'all-' not in text and 'collective' not in text
