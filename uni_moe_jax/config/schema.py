@@ -112,6 +112,10 @@ class ModelConfig:
       published=PUBLISHED_TEMPERATURES)
   dtype: str = field(
       'float32', 'Type of products; parameters and routing decisions stay float32.', choices=('float32', 'bfloat16'))
+  attention_impl: str = field(
+      'auto', 'Attention where all queries see the same keys; captions, prompts and caches always use xla. auto: by '
+      'device, type and length; xla; cudnn (NVIDIA GPUs from Ampere on, bfloat16); splash (TPUs).',
+      choices=('auto', 'xla', 'cudnn', 'splash'))
   remat: bool = field(True, 'Recomputes blocks in the backward pass: less memory, a third more work.')
 
 

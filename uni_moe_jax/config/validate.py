@@ -40,6 +40,12 @@ def _check_model(c: Config) -> None:
   _check_multiple('model.width', m.width, '4 (the image position table)', 4)
   fail_if(m.posemb == 'learned' and m.posemb_scale != 1,
           f"model.posemb_scale={m.posemb_scale} changes computed positions; with posemb='learned' set it to 1.")
+  head_dim = m.width // m.num_heads
+  fail_if(m.attention_impl == 'cudnn' and m.dtype != 'bfloat16',
+          f"model.attention_impl='cudnn' needs config.model.dtype='bfloat16', not {m.dtype!r}; set it to 'auto'.")
+  fail_if(m.attention_impl == 'cudnn' and (head_dim % 8 or head_dim > 128),
+          "model.attention_impl='cudnn' needs heads whose size, config.model.width / config.model.num_heads, is a "
+          f"multiple of 8 up to 128, not {head_dim}; set it to 'auto'.")
   for name in ('pixel_mean', 'pixel_std', 'video_mean', 'video_std'):
     number = len(getattr(m, name))
     fail_if(number != m.channels and (number or name.startswith('pixel')),

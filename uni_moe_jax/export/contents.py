@@ -95,8 +95,8 @@ def make_contents(
 
 
 def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
-  """Returns the spec for inference on any platform: of the grouped products, only `tiled` lowers for all of them."""
-  return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, gmm='tiled')
+  """Returns the spec for inference on any platform: only `tiled` products and XLA's attention lower for all of them."""
+  return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, gmm='tiled', attention_impl='xla')
 
 
 def _exported_task(task: TaskSpec, plan: Plan, data: Data, sets: Sets, bake_targets: bool) -> ExportedTask:

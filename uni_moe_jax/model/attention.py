@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model import masks
+from uni_moe_jax.model import attention_kernels, masks
 from uni_moe_jax.model.prompts import prompt_table
 from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache, heads_first
 from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, scale_output
@@ -106,6 +106,12 @@ class Attention(Sublayer):
     mask = masks.attention_mask(layout.masks, index, sequence.lengths, sequence.valid, queries_only)
     if extra_kv:
       return attend(q, [*extra_kv, (heads_first(k), heads_first(v), mask)])
+    if layout.masks[index] == 'full':
+      padding_trails = all(sequence.valid[i] is None for i in visible[:-1])
+      implementation = attention_kernels.choose(self.spec.attention_impl, q, k, padding_trails, self.mesh)
+      if implementation != attention_kernels.XLA:
+        valid = None if mask is None else mask[:, 0, 0]
+        return attention_kernels.attend(q, k, v, valid, implementation, self.mesh)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

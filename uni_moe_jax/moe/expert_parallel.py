@@ -43,7 +43,7 @@ def route(logits: jax.Array, top_k: int, mesh: Mesh | None) -> RouterOutput:
   keep = functools.partial(routers.keep_top_k, top_k=top_k)
   if mesh is None:
     return RouterOutput(logits, *keep(logits))
-  kept = _on(mesh, keep, (_BATCH,), (_BATCH, _BATCH))(_pad_batch(logits, mesh))
+  kept = _on(mesh, keep, (_BATCH,), (_BATCH, _BATCH))(sharding.pad_batch(logits, mesh))
   return RouterOutput(logits, *(x[:logits.shape[0]] for x in kept))
 
 
@@ -76,7 +76,7 @@ def make_plan(
     return plan.replace(
         sizes=plan.sizes[None], requested=plan.requested[None], transport=transport, expert_shards=shards)
 
-  padded = (_pad_batch(x, mesh) for x in (output.expert, output.gates, valid))
+  padded = (sharding.pad_batch(x, mesh) for x in (output.expert, output.gates, valid))
   return _on(mesh, local, (_BATCH, _BATCH, _BATCH), _BATCH)(*padded)
 
 
@@ -103,7 +103,7 @@ def project(x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh
   batch = sharding.BATCH_AXES
   specs = P(batch, None, *in_axes), P('expert', *in_axes, *out_axes), P('expert', *out_axes), _BATCH
   run = _on(mesh, local, specs, P('model' if partial_sums else None, batch, None, *out_axes))
-  return run(_pad_batch(x, mesh), projection.kernel, projection.bias, plan).sum(0)[:x.shape[0]]
+  return run(sharding.pad_batch(x, mesh), projection.kernel, projection.bias, plan).sum(0)[:x.shape[0]]
 
 
 def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan) -> jax.Array:
@@ -120,12 +120,6 @@ def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: Dispatch
   y = y.reshape(experts, n, slots, -1) + bias.reshape(experts, 1, 1, -1)
   y = exchange(y.transpose(1, 0, 2, 3))
   return dispatch.combine(y.reshape(-1, y.shape[-1]), plan.gates, plan.slots).reshape(B, S, *out)
-
-
-def _pad_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
-  """Pads examples [B, …] with zeros (a mask with False) until B is a multiple of the batch shards."""
-  missing = -x.shape[0] % sharding.batch_shards(mesh.shape)
-  return jnp.pad(x, ((0, missing), *([(0, 0)] * (x.ndim - 1)))) if missing else x
 
 
 def _on(mesh: Mesh, function, in_specs, out_specs):

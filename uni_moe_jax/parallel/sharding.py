@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -91,6 +92,12 @@ def as_used(x: jax.Array, names: tuple[str | None, ...], mesh: Mesh | None) -> j
 def shard_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Shards examples [B, …] over the batch axes. B need not be divisible, since XLA pads."""
   return _constrained(x, mesh, PartitionSpec(BATCH_AXES, *([None] * (x.ndim - 1))))
+
+
+def pad_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
+  """Pads examples [B, …] with zeros (a mask with False) until B is a multiple of the batch shards."""
+  missing = -x.shape[0] % batch_shards(mesh.shape)
+  return jnp.pad(x, ((0, missing), *([(0, 0)] * (x.ndim - 1)))) if missing else x
 
 
 def replicate(x: jax.Array, mesh: Mesh | None) -> jax.Array:

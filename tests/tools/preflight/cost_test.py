@@ -204,6 +204,24 @@ def test_a_kernel_counts_its_cost_estimate_and_one_without_is_reported():
   assert kernel('(s32[9]{0}, s32[1]{0})') == (0, 0)
 
 
+@pytest.mark.parametrize('part, results, products', [
+    ('fwd', 'bf16[2,3,256,8]', 2), ('dq', '(bf16[256,8], bf16[2,3,256,8])', 3),
+    ('dkv', '(bf16[2,3,384,8], bf16[2,3,384,8])', 4),
+    ('dkv', '(bf16[2,1,3,256,8], bf16[2,3,384,8], bf16[2,3,384,8])', 5)])  # with the gradient of queries
+def test_splash_attention_counts_its_products(part, results, products):
+  # As libtpu prints it: first two arrays of block numbers, then queries, keys and values; metadata has line breaks.
+  shapes = 's8[1,1,1]', 's8[1,1,1]', 'bf16[2,3,256,8]', 'bf16[2,3,384,8]', 'bf16[2,3,384,8]', 's32[8,384]'
+  operands = ', '.join(f'%p{i}' for i in range(len(shapes)))
+  name = f'splash_mha_{part}_segmented_no_residuals'
+  total = _entry(
+      f'{results} custom-call({operands}), custom_call_target="tpu_custom_call", frontend_attributes={{'
+      'kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 256}"\n}}, metadata={op_name="jit(step)/vmap(static)/'
+      f'{name}/{name}/pallas_call"}}, backend_config={{"custom_call_config":{{"body":"…"}}}}', *shapes)
+  assert total.flops == products * 2 * (2 * 3) * 256 * 384 * 8
+  assert total.unknown_kernels == 0
+  assert total.bytes > 2 * 2 * 2 * 3 * 384 * 8  # keys and values
+
+
 def test_a_fusion_that_updates_a_slice_moves_the_slice():
   more = '''%update (array: f32[7,8], part: f32[1,8], i: s32[]) -> f32[7,8] {
   %array = f32[7,8]{1,0} parameter(0)

@@ -193,14 +193,28 @@ def _convolution(computation: Computation, op: Op) -> Cost:
   return Cost(flops=count)
 
 
-def _kernel(_, op: Op) -> Cost:
+def _kernel(computation: Computation, op: Op) -> Cost:
   """The cost estimate of a custom kernel. Other custom calls are XLA's helpers, which have no products."""
   if 'tpu_custom_call' not in op.attribute('custom_call_target'):
     return Cost()
+  if splash := re.search(r'/splash_mha_(fwd|dq|dkv)_', op.attributes):
+    return Cost(flops=_attention_flops(computation, op, splash[1]))
   if estimate := re.search(r'"cost_estimate":\{"flops":"?(\d+)', op.attributes):
     return Cost(flops=float(estimate[1]))
   # A kernel with integer results counts or sorts, as the one before a ragged product does.
   return Cost(unknown_kernels=int(any(s.dtype[0] not in 'su' for s in op.shapes)))
+
+
+def _attention_flops(computation: Computation, op: Op, part: str) -> float:
+  """FLOPs of splash attention, which has no cost estimate. Each product is over all queries, keys and a head's size.
+
+  Forward, these are q kᵀ and the weights times v; backward, q kᵀ and dy vᵀ, and one per gradient.
+  """
+  q, k, *_ = (s.dims for s in computation.shapes_of(op) if s.dtype[0] not in 'su')  # [B, N, Q, H], [B, N, K, H]
+  products = {'fwd': 2, 'dq': 3, 'dkv': 4}[part]
+  if part == 'dkv' and any(len(s.dims) > len(q) for s in op.shapes):  # dq as well, an array for every block of keys
+    products += 1
+  return 2.0 * products * math.prod(q) * k[-2]
 
 
 _WORK = {'dot': _dot, 'convolution': _convolution, 'custom-call': _kernel}

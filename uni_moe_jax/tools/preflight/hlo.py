@@ -15,6 +15,7 @@ _BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2,
 _SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{(?:[^}]*S\((\d+)\))?[^}]*\})?')  # S: memory space
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{\n((?:.*\n)*?)\}', re.MULTILINE)
 _LINE = re.compile(r'^ +(ROOT )?%?([\w.\-]+) = (.*)$', re.MULTILINE)
+_KERNEL_METADATA = re.compile(r'kernel_metadata=\{\n.*\n\}')  # of Pallas: the one attribute with line breaks
 _NAME = re.compile(r'%([\w.\-]+)')
 _ORDER = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # of devices: [8,8]T(1,0)
 # An integer of a program as (element, offset): an element of a loop's state, or None for a constant, plus an offset.
@@ -84,6 +85,7 @@ class Module:
 def parse(text: str) -> Module:
   """Parse the text of `compiled.as_text()`."""
   computations, entry = {}, ''
+  text = _KERNEL_METADATA.sub('', text)
   for is_entry, name, body in _COMPUTATION.findall(text):
     lines = _LINE.findall(body)
     [root] = (op for is_root, op, _ in lines if is_root)
