@@ -75,7 +75,7 @@ def test_on_a_mesh_each_shard_has_its_rows_and_every_example_counts_once(batch_s
 
 def test_ranks_move_no_scores_between_devices():
   mesh = sharding.make_mesh(dict(replica=1, data=8, expert=1, model=1), jax.devices()[:8])
-  place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh, 0))
-  scores, labels = place(np.zeros((16, 3, 50), np.float32)), place(np.zeros((16, 3), np.int32))
+  put = lambda x: jax.device_put(x, sharding.batch_sharding(mesh, 0))
+  scores, labels = put(np.zeros((16, 3, 50), np.float32)), put(np.zeros((16, 3), np.int32))
   text = predictor.rank.lower(scores, labels).compile().as_text()
   assert 'f32[2,3,50]' in text and 'all-' not in text and 'collective' not in text

@@ -57,7 +57,7 @@ def test_ranks_of_both_directions_do_not_depend_on_how_many_queries_are_ranked_a
   positives = rng.random((7, 5)) < .3
   positives[np.arange(7), np.arange(7) % 5] = True
   sizes = []
-  ranks = metrics.ranks_both_ways(lambda part: [sizes.append(len(similarity[part])), similarity[part]][1], positives)
+  ranks = metrics.mutual_ranks(lambda part: [sizes.append(len(similarity[part])), similarity[part]][1], positives)
   np.testing.assert_array_equal(ranks[0], metrics.best_positive_rank(similarity, positives))
   np.testing.assert_array_equal(ranks[1], metrics.best_positive_rank(similarity.T, positives.T))
   assert max(sizes) == min(block, 7) and len(set(ranks[1].tolist())) > 2
@@ -93,7 +93,7 @@ def test_a_class_that_is_only_predicted_has_no_share():
     (metrics.best_positive_rank, (np.zeros((2, 2)), np.array([[True, False], [False, False]])),
      r'query 1 has no positive target \(1 of 2'),
     (metrics.best_positive_rank, (np.zeros((2, 3)), np.ones((3, 2), bool)), r'\(2, 3\) and positives \(3, 2\)'),
-    (metrics.ranks_both_ways, (np.zeros((2, 2)).__getitem__, np.array([[True, False], [True, False]])),
+    (metrics.mutual_ranks, (np.zeros((2, 2)).__getitem__, np.array([[True, False], [True, False]])),
      r'query 1 has no positive target \(1 of 2'),
     (metrics.share_within, ([], 1), 'no examples'),
     (metrics.balanced_accuracy, (np.zeros(0), np.zeros(0)), 'no examples'),

@@ -96,7 +96,7 @@ def nearest_neighbor(
 def name_similarity(neighbor_names: Sequence[str], candidate_names: Sequence[str]) -> np.ndarray:
   """Returns the word F1 of each neighbor's name with each candidate, float64 [Q, V].
 
-  With `metrics.ranks_both_ways` this is the nearest-neighbor baseline of retrieval, and of zero-shot naming. Equal F1
+  With `metrics.mutual_ranks` this is the nearest-neighbor baseline of retrieval, and of zero-shot naming. Equal F1
   values are common, and counting ties against a baseline would flatter the model, so they are broken by seeded noise
   far below any difference in F1.
   """

@@ -165,7 +165,7 @@ def retrieval(q: Query) -> list[Score]:
     index, positives = np.searchsorted(union, draw), np.eye(len(draw), dtype=bool)
     by_name = baselines.name_similarity(copied[index], texts[draw])
     recalls.append(_by_direction(q, metrics.share_within, *_ranks(q, left[index], right[index], positives)))
-    named = metrics.ranks_both_ways(by_name.__getitem__, positives)
+    named = metrics.mutual_ranks(by_name.__getitem__, positives)
     baseline.append(_by_direction(q, metrics.share_within, *named))
   mean = lambda draws, name: float(np.mean([recall[name] for recall in draws]))
   return [Score.proportion(name, mean(recalls, name), number, int(name.partition('@')[2]) / number,
@@ -174,7 +174,7 @@ def retrieval(q: Query) -> list[Score]:
 
 def _ranks(q: Query, left: np.ndarray, right: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Ranks of the best text of each image and of the best image of each text."""
-  return metrics.ranks_both_ways(lambda part: q.predictor.similarities(left[part], right), positives)
+  return metrics.mutual_ranks(lambda part: q.predictor.similarities(left[part], right), positives)
 
 
 def _by_direction(q: Query, function: Callable[..., float], to_text: Any, from_text: Any) -> dict[str, float]:

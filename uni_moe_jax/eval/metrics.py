@@ -47,7 +47,7 @@ def best_positive_rank(similarity: np.ndarray, positives: np.ndarray) -> np.ndar
   return 1 + (~positives & ~(similarity < best)).sum(axis=1)
 
 
-def ranks_both_ways(similarity: Callable[[slice], np.ndarray], positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mutual_ranks(similarity: Callable[[slice], np.ndarray], positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ranks of `best_positive_rank` of each query among the targets, [Q], and vice versa, [V].
 
   Args:
