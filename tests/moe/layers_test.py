@@ -105,11 +105,11 @@ def test_kernels_and_biases_are_merged_by_the_same_coefficients():
     np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_a_dense_projection_has_one_kernel_of_the_dtype_of_the_product_and_float32_parameters():
+def test_a_dense_projection_has_one_kernel_of_the_dtype_of_the_product_and_a_float32_bias_and_parameters():
   projection, params = _init(0, None)
   np.testing.assert_array_equal(projection.kernel, params['kernel'][None])
   projection, params = _init(0, None, jnp.bfloat16)
-  assert {projection.kernel.dtype, projection.bias.dtype} == {jnp.dtype('bfloat16')}
+  assert (projection.kernel.dtype, projection.bias.dtype) == (jnp.bfloat16, jnp.float32)
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
 
 
@@ -146,30 +146,42 @@ def test_one_axis_becomes_three_and_two_become_one(x, kernel, bias, product):
   np.testing.assert_allclose(layers.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
 
 
-def _linear(dtype=jnp.float32) -> layers.Projection:
-  return layers.Projection(_normal(0, 2, 4, 6).astype(dtype), _normal(1, 2, 6).astype(dtype), ('mlp',), ('embed',))
+def _scaled(by, values, coef=None, dtype=jnp.float32) -> layers.Projection:
+  # 4 → 6, merged from two experts by `coef` or dense; outputs are multiplied by `by` [6].
+  experts = 0 if coef is None else 2
+  dense = layers.MoeDense((('mlp', 4),), (('embed', 6),), nn.initializers.zeros, experts, dtype)
+  return dense.apply({'params': values}, MergedRouting(coef=coef), by)
 
 
-def test_a_scaled_projection_multiplies_its_outputs_and_keeps_its_dtype():
-  x, by, plain = _normal(2, 3, 5, 4), _normal(3, 6), _linear()
-  scaled = plain.scaled(by)
-  for row in (0, 1):
+@pytest.mark.parametrize('experts, coef', [((), None), ((2,), jnp.array([[.25, .75], [1., 0.]]))])
+def test_a_scaled_projection_multiplies_its_outputs(experts, coef):
+  x, by = _normal(2, 3, 5, 4), _normal(3, 6)
+  values = {'kernel': _normal(0, *experts, 4, 6), 'bias': _normal(1, *experts, 6)}
+  scaled, plain = _scaled(by, values, coef), _scaled(None, values, coef)
+  for row in range(len(plain.kernel)):
     y, expected = (layers.project(x, of.kernel[row], of.bias[row]) for of in (scaled, plain))
     np.testing.assert_allclose(y, expected * by[None, None], rtol=1e-5, atol=1e-6)
-  scaled = _linear(jnp.bfloat16).scaled(by)
-  assert {scaled.kernel.dtype, scaled.bias.dtype} == {jnp.dtype('bfloat16')}
 
 
+def test_weights_are_scaled_before_they_are_rounded():
+  # bfloat16 has 1, 1.0078 and 1.0156: 1.004 · 1.004 = 1.0080 rounds to 1.0078; rounded factors make 1.0078² = 1.0156.
+  values = {'kernel': jnp.full((4, 6), 1.004), 'bias': jnp.full((6,), 1.004)}
+  scaled = _scaled(jnp.full((6,), 1.004), values, dtype=jnp.bfloat16)
+  np.testing.assert_array_equal(scaled.kernel.astype(jnp.float32), 1.0078125)
+  np.testing.assert_allclose(scaled.bias, 1.004**2, rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('weights, products', [(True, 3), (False, 4)])
-def test_a_rematerialized_product_is_not_computed_again(weights, products):
+def test_a_rematerialized_product_is_not_computed_again(weights, products, dtype):
   # Forward, and the gradients of x and of the kernel; a fourth computes the output again, for the gradient of `by`.
-  def block(x, linear, by):
-    of = linear.scaled(by) if weights else linear
+  def block(x, values, by):
+    of = _scaled(by if weights else None, values, dtype=dtype)
     y = layers.project(jnp.sin(x), of.kernel[0], of.bias[0])
     return y if weights else y * by[None, None]
 
   def loss(*operands):
     return jnp.sin(jax.checkpoint(block)(*operands)).sum()
-  operands = _normal(2, 30, 50, 4), _linear(), _normal(3, 6)
+  operands = _normal(2, 30, 50, 4), {'kernel': _normal(0, 4, 6), 'bias': _normal(1, 6)}, _normal(3, 6)
   program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
   assert hlo.count_matmuls(program.as_text()) == products

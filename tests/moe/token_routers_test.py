@@ -45,13 +45,6 @@ def test_context_adds_the_pool_of_the_sequence_by_hand():
   np.testing.assert_allclose(choice.gates[0], [[3 / 4, 1 / 4], [2 / 3, 1 / 3]], rtol=1e-6)
 
 
-def test_outputs_are_float32_for_any_input_dtype():
-  x = jnp.ones((1, 2, 2), jnp.bfloat16)
-  ids, positions = jnp.zeros(1, jnp.uint32), jnp.zeros((1, 2), int)
-  choice = _router().apply({'params': {'gate': _GATE}}, x, None, None, ids, positions).output
-  assert {choice.logits.dtype, choice.gates.dtype} == {jnp.dtype('float32')}
-
-
 def _pool(*arrays, valid=None):
   arrays = tuple(jnp.asarray([a], jnp.float32) for a in arrays)
   return _router(True).apply({'params': _CONTEXT}, arrays, valid or (None,) * len(arrays), method='pool')[0]

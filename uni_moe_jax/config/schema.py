@@ -111,7 +111,8 @@ class ModelConfig:
       (), 'Temperature groups beside those of the trained tasks, such as those of a converted checkpoint.',
       published=PUBLISHED_TEMPERATURES)
   dtype: str = field(
-      'float32', 'Type of products; parameters and routing decisions stay float32.', choices=('float32', 'bfloat16'))
+      'float32', 'Type of products. The residual stream, norms, routing, heads and losses are float32 '
+      '(moe/precision.py).', choices=('float32', 'bfloat16'))
   attention_impl: str = field(
       'auto', 'Attention where all queries see the same keys; captions, prompts and caches always use xla. auto: by '
       'device, type and length; xla; cudnn (NVIDIA GPUs from Ampere on, bfloat16); splash (TPUs).',

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from uni_moe_jax.model import attention_kernels, masks
 from uni_moe_jax.model.prompts import prompt_table
 from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache, heads_first
-from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, scale_output
+from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
 from uni_moe_jax.moe.layers import Projection, mimetic_query_key, xavier_uniform
 from uni_moe_jax.moe.routing import MergedRouting
 
@@ -33,7 +33,7 @@ class Attention(Sublayer):
     """Attends in every sequence.
 
     Args:
-      hidden: normalized. scale: f32 [D], LayerScale of the outputs.
+      hidden: normalized, f32. scale: f32 [D], LayerScale of the outputs.
       prompts: normalized deep prompts [1, P, D] by table.
       caches: of this layer. pools: see `Sublayer.pool`.
 
@@ -44,7 +44,7 @@ class Attention(Sublayer):
     qkv = self.qkv(merged)
     # Sliced once: each slice would add a padded copy to the gradient of the kernels.
     q_only, kv_only = qkv.slice(slice(0, 1)), qkv.slice(slice(1, None))
-    out, scale = scale_output(self.attention_out(merged), scale, context)
+    out, scale = output_projection(self.attention_out, merged, scale, context)
     outputs, all_kv, usages, token_routing = [], [], [], []
     for sequence, segments, cache, pool in zip(context.sequences, hidden, caches, pools, strict=True):
       layout, rows = sequence.layout, sequence.take_readout
@@ -148,5 +148,10 @@ def _weighted(w: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _per_example(x: jax.Array, batch: int) -> jax.Array:
-  """Repeats a part that all examples share: a mesh must not join uneven rows (see `decoding._repeat`)."""
-  return jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.shape[0] == 1 else x
+  """Repeats a part that all examples share: a mesh must not join uneven rows (see `decoding._repeat`).
+
+  In float32, as the gradient of a shared part is a sum over examples.
+  """
+  if x.shape[0] > 1:
+    return x
+  return jnp.broadcast_to(x.astype(jnp.float32), (batch, *x.shape[1:])).astype(x.dtype)

@@ -13,7 +13,7 @@ from uni_moe_jax.model.attention import Attention
 from uni_moe_jax.model.prompts import DeepPrompts
 from uni_moe_jax.model.sequences import KVCache
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, scale_output
+from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
 from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
@@ -47,7 +47,7 @@ class Mlp(Sublayer):
     """(outputs, {'router_stats', 'token_routing'}) of every sequence; arguments as in `Attention`."""
     merged = self.merge_routing(context)
     ffn_in = self.ffn_in(merged)
-    ffn_out, scale = scale_output(self.ffn_out(merged), scale, context)
+    ffn_out, scale = output_projection(self.ffn_out, merged, scale, context)
     outputs, usages, token_routing = [], [], []
     for sequence, segments, pool in zip(context.sequences, hidden, pools, strict=True):
       ys, routed = [], []
@@ -90,7 +90,7 @@ class Block(nn.Module):
     spec, mesh, sequences = self.spec, context.mesh, context.sequences
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
     context = context.replace(key=key, readout_only=self.last and context.readout_only)
-    norm1, norm2 = layer_norm('norm1', spec.dtype), layer_norm('norm2', spec.dtype)
+    norm1, norm2 = layer_norm('norm1'), layer_norm('norm2')
     layer_scale = nn.initializers.constant(spec.layer_scale_init)
     scale1, scale2 = (
         sharding.as_used(param(self, name, layer_scale, {'embed': spec.width}), ('embed',), mesh)
@@ -100,7 +100,7 @@ class Block(nn.Module):
     nn.share_scope(self, attention)
     nn.share_scope(self, mlp)
     prompts = DeepPrompts(spec, name='prompts')() if spec.num_deep_prompts else {}
-    prompts = {table: norm1(rows.astype(spec.dtype)) for table, rows in prompts.items()}
+    prompts = {table: norm1(rows) for table, rows in prompts.items()}
 
     h = jax.tree.map(norm1, x)
     pools = tuple(
@@ -122,7 +122,7 @@ class Block(nn.Module):
     return x, collected
 
   def _add(self, x: Hidden, branch: Hidden, salt: int, context: Context) -> Hidden:
-    """x + branch, whose examples may be dropped."""
+    """x + branch in float32; examples of the branch may be dropped."""
     key = None if context.key is None else jax.random.fold_in(context.key, salt)
-    add = lambda ids: lambda x, y: x + drop_path(y, key, ids, self.spec.drop_path)
+    add = lambda ids: lambda x, y: x + drop_path(y.astype(x.dtype), key, ids, self.spec.drop_path)
     return tuple(jax.tree.map(add(s.ids), xs, ys) for s, xs, ys in zip(context.sequences, x, branch, strict=True))

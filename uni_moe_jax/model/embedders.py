@@ -87,7 +87,7 @@ class Embed(nn.Module):
       self.visual_type = table('visual_type', 1, 'type')
     if s.spe_bias:
       self.spe_bias = param(self, 'spe_bias', nn.initializers.zeros, {'embed': s.width})
-    self.norm = layer_norm(None, s.dtype)
+    self.norm = layer_norm(None)
     self.prompts = TokenPrompts(s)
 
   def words(self, ids: jax.Array) -> jax.Array:

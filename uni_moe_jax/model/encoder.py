@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         sequences=tuple(s.without_segments(c) for s, c in zip(sequences, caches, strict=True)), key=key,
         router_inputs=routers.distinct_inputs(spec.router, conditions), readout_only=not all_rows, taps=taps,
         keys=keys, mesh=self.mesh)
-    x = tuple(tuple(segment.astype(spec.dtype) for segment in s.segments) for s in sequences)
+    x = tuple(s.segments for s in sequences)
 
     def caches_of(subtree, blocks):
       """Per block, per sequence: the cache of the layer, or None."""

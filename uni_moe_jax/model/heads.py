@@ -40,7 +40,7 @@ class SimilarityHead(nn.Module):
 
   @nn.compact
   def __call__(self, hidden: jax.Array) -> jax.Array:
-    x = layer_norm('norm', jnp.float32)(hidden)
+    x = layer_norm('norm')(hidden)
     axes = {'embed': self.width, 'feature': self.width}
     kernel = param(self, 'kernel', xavier_uniform(self.width, self.width), axes)
     bias = param(self, 'bias', nn.initializers.zeros, {'feature': self.width})

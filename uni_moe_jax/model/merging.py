@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.model.spec import PROJECTIONS, ROUTER_PARAMS, ModelSpec
@@ -58,9 +59,9 @@ def merge_experts(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...
 
 
 def merge_params(spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput, ...]) -> Any:
-  """Parameters without routers, with one kernel of `spec.dtype` per router input instead of E experts."""
+  """Parameters without routers, with one kernel per router input, of `spec.dtype`, instead of E experts."""
   coef_of = lambda values: router_of(spec).apply({'params': values}, inputs, None).coef
-  merge = lambda kernels, coef: layers.merge(kernels, coef).astype(spec.dtype)
+  types = {'kernel': spec.dtype, 'bias': jnp.float32}
 
   def block(tree, sublayers, over):
     coef = {s: over(coef_of)(tree[ROUTER_PARAMS[s]]) for s in sublayers}
@@ -68,7 +69,7 @@ def merge_params(spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput
     for name, sub in tree.items():
       sublayer = PROJECTIONS.get(name)
       if sublayer in sublayers:
-        merged[name] = jax.tree.map(lambda kernels, s=sublayer: over(merge)(kernels, coef[s]), sub)
+        merged[name] = {leaf: over(layers.merge)(x, coef[sublayer]).astype(types[leaf]) for leaf, x in sub.items()}
       elif name not in ROUTER_PARAMS.values():
         merged[name] = sub
     return merged

@@ -60,4 +60,4 @@ class TokenPrompts(nn.Module):
     table = prompt_table(self.spec, is_target)
     if table in self.prefix:
       tokens.append(jnp.broadcast_to(self.prefix[table], (batch, *self.prefix[table].shape[1:])))
-    return [x.astype(self.spec.dtype) for x in tokens]
+    return tokens

@@ -36,15 +36,17 @@ class Context:
   mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def scale_output(projection: Projection, scale: jax.Array, context: Context) -> tuple[Projection, jax.Array | int]:
-  """LayerScale: (projection, factor of its outputs).
+def output_projection(
+    dense: MoeDense, merged: MergedRouting | None, scale: jax.Array, context: Context
+) -> tuple[Projection, jax.Array | int]:
+  """LayerScale: (projection, factor of its outputs). scale: f32 [D].
 
-  Training scales the weights, see `Projection.scaled`. Evaluation scales the outputs: decoding passes few tokens at a
-  time, and would scale the weights again for each of them.
+  Training scales the weights, see `MoeDense`. Evaluation scales the outputs: decoding passes few tokens at a time, and
+  would scale the weights again for each of them.
   """
   if context.key is not None:
-    return projection.scaled(scale), 1
-  return projection, scale.astype(projection.kernel.dtype)[None, None]
+    return dense(merged, scale), 1
+  return dense(merged), scale[None, None]
 
 
 class Sublayer(nn.Module):

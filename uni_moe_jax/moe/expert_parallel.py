@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from uni_moe_jax.moe import dispatch, gmm, routers
 from uni_moe_jax.moe.dispatch import DispatchPlan
-from uni_moe_jax.moe.layers import Projection
+from uni_moe_jax.moe.layers import Projection, add_bias
 from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.parallel import sharding
 
@@ -117,7 +117,7 @@ def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: Dispatch
   n, _, slots, _ = rows.shape
   rows = rows.transpose(1, 0, 2, 3).reshape(experts * n * slots, D)
   y = gmm.grouped_matmul(rows, kernel.reshape(experts, D, -1), plan.sizes, 'batched')
-  y = y.reshape(experts, n, slots, -1) + bias.reshape(experts, 1, 1, -1)
+  y = add_bias(y.reshape(experts, n, slots, -1), bias.reshape(experts, 1, 1, -1))
   y = exchange(y.transpose(1, 0, 2, 3))
   return dispatch.combine(y.reshape(-1, y.shape[-1]), plan.gates, plan.slots).reshape(B, S, *out)
 

@@ -52,10 +52,10 @@ def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def layer_norm(name: str | None, dtype: Any = None) -> nn.LayerNorm:
-  """LayerNorm with statistics in float32 and eps 1e-5, as everywhere in the published system."""
+def layer_norm(name: str | None) -> nn.LayerNorm:
+  """LayerNorm in float32 with eps 1e-5, as everywhere in the published system."""
   return nn.LayerNorm(
-      epsilon=NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name,
+      epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name,
       scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)))
 
@@ -78,8 +78,8 @@ class Projection:
 
   Its first axis is that of A conditions, or of all E experts, for dispatch.
   """
-  kernel: jax.Array  # [A, *in, *out]
-  bias: jax.Array  # [A, *out]
+  kernel: jax.Array  # [A, *in, *out], of the type of the product
+  bias: jax.Array  # f32 [A, *out]
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
 
@@ -88,15 +88,6 @@ class Projection:
     before = (slice(None),) * (1 + len(self.in_axes))
     return self.replace(kernel=self.kernel[(*before, part)], bias=self.bias[:, part])
 
-  def scaled(self, scale: jax.Array) -> 'Projection':
-    """The projection with outputs multiplied by a scale of their last axis.
-
-    Weights are multiplied and not outputs: then the gradient of the scale does not need the outputs, which a
-    rematerialized block would have to compute again.
-    """
-    times = lambda x: x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
-    return self.replace(kernel=times(self.kernel), bias=times(self.bias))
-
 
 class MoeDense(nn.Module):
   """Kernel and bias of a linear projection, with E experts or dense."""
@@ -104,14 +95,18 @@ class MoeDense(nn.Module):
   out_axes: tuple[tuple[str, int], ...]  # and of the resulting ones
   kernel_init: Callable
   num_experts: int  # E, or 0 for a dense projection
-  dtype: jnp.dtype  # of the kernels that are returned, that is of the product
+  dtype: jnp.dtype  # of the kernels that are returned, that is of the product; see `precision`
   mesh: Mesh | None = None
 
   @nn.compact
-  def __call__(self, routing: Any) -> Projection:
+  def __call__(self, routing: Any, scale: jax.Array | None = None) -> Projection:
     """The projection of a layer, with one kernel per condition of a `MergedRouting`.
 
     Without a routing, or with nothing to merge, it has the E kernels as they are, or the dense one.
+
+    Args:
+      scale: f32, multiplies the outputs along their last axis. Weights are multiplied and not outputs: then the
+        gradient of the scale does not need the outputs, which a rematerialized block would have to compute again.
     """
     in_axes, out_axes = dict(self.in_axes), dict(self.out_axes)
     experts = {'experts': self.num_experts} if self.num_experts else {}
@@ -122,14 +117,22 @@ class MoeDense(nn.Module):
       kernel, bias = merge(kernel, routing.coef), merge(bias, routing.coef)
     elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
+    if scale is not None:  # in float32: the gradient of the scale is a sum over the input axes
+      kernel, bias = (x * scale.reshape((1,) * (x.ndim - 1) + scale.shape) for x in (kernel, bias))
     # Kernels of conditions are on every device, experts where they are sharded.
     first = 'experts' if self.num_experts and not merges else None
-    as_used = lambda x, names: sharding.as_used(x.astype(self.dtype), (first, *names), self.mesh)
+    as_used = lambda x, names: sharding.as_used(x, (first, *names), self.mesh)
     return Projection(
-        as_used(kernel, (*in_axes, *out_axes)), as_used(bias, tuple(out_axes)), tuple(in_axes), tuple(out_axes))
+        as_used(kernel.astype(self.dtype), (*in_axes, *out_axes)), as_used(bias, tuple(out_axes)),
+        tuple(in_axes), tuple(out_axes))
 
 
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-  """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out]."""
-  y = jnp.tensordot(x, kernel, axes=(tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))))
-  return y + bias.reshape((1, 1) + bias.shape)
+  """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32."""
+  y = jnp.tensordot(x.astype(kernel.dtype), kernel, axes=(tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))))
+  return add_bias(y, bias.reshape((1, 1) + bias.shape))
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+  """y + bias of y's type, added in float32: the gradient of a bias is a sum over all tokens."""
+  return (y.astype(jnp.float32) + bias).astype(y.dtype)

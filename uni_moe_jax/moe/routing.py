@@ -52,7 +52,7 @@ class DispatchRouting:
 
   def apply(self, x: jax.Array, projection: Projection) -> tuple[jax.Array, Usage]:
     """x [B, S, *in] → ([B, S, *out] by each token's experts, usage)."""
-    return expert_parallel.project(x, projection, self.plan, self.mesh), self.usage
+    return expert_parallel.project(x.astype(projection.kernel.dtype), projection, self.plan, self.mesh), self.usage
 
   def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'DispatchRouting':
     """The routing of some rows, which `rows` takes from any [B, S, …]: the same choices, dispatched a second time."""

@@ -43,8 +43,7 @@ class TokenRouter(nn.Module):
       self.query = param(self, 'query', nn.initializers.normal(_QUERY_STD), {'embed': self.width})
 
   def pool(self, segments: tuple[jax.Array, ...], valid: tuple[jax.Array | None, ...]) -> jax.Array:
-    """f32 [B, D]: Σ softmax(query · x) x over the tokens of all segments [B, S, D] that are valid (None: all)."""
-    segments = [x.astype(jnp.float32) for x in segments]
+    """f32 [B, D]: Σ softmax(query · x) x over the tokens of all segments f32 [B, S, D] that are valid (None: all)."""
     # Not -inf: examples that only pad the batch have no valid token, and would be NaN.
     lowest = jnp.finfo(jnp.float32).min
     scores = [x @ self.query if v is None else jnp.where(v, x @ self.query, lowest) for x, v in zip(segments, valid)]
@@ -58,12 +57,12 @@ class TokenRouter(nn.Module):
   def __call__(
       self, x: jax.Array, pool: jax.Array | None, noise_key: jax.Array | None, ids: jax.Array, positions: jax.Array,
       valid: jax.Array | None = None, groups: int = 1) -> DispatchRouting:
-    """Routes the tokens x [B, S, D] of a segment. Without a noise key (evaluation) there is no noise and no capacity.
+    """Routes the tokens x, f32 [B, S, D], of a segment; without a noise key (evaluation) no noise and no capacity.
 
     Args:
       pool: [B, D], for a context router. ids, positions: see `token_noise`. valid, groups: see `dispatch.make_plan`.
     """
-    logits = x.astype(jnp.float32) @ self.gate
+    logits = x @ self.gate
     if self.context:
       logits = logits + (pool @ self.context_gate)[:, None]
     if noise_key is not None and self.noise_std > 0:
