@@ -53,7 +53,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   # Published numbers of classes; the lengths of their names are an assumption.
   c.preflight.target_lengths.update(dict(
       imagenet21k=((4, 9_000), (8, 12_000), (16, 842)), kinetics700=((4, 200), (8, 500)), moments=((4, 339),)))
-  c.evaluators.coco_captions = config.evaluator('caption', 'coco_caption', split='val', num_examples=5_000, beam_size=2)
+  c.evaluators.coco_captions = config.evaluator(
+      'caption', 'coco_caption', split='val', num_examples=5_000, **benchmarks.CAPTION_SEARCH)
   c.evaluators.coco_retrieval = config.evaluator('retrieval', 'coco_retrieval', split='val', num_examples=5_000)
   if not first:
     _second_stage(c)

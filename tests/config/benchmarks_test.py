@@ -4,7 +4,6 @@ import io
 import itertools
 import pathlib
 import runpy
-import types
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import assemble
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
-from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.tasks.router_names import ROUTERS
@@ -225,42 +223,13 @@ def test_a_benchmark_is_tuned_as_published(name):
   assert o.param_groups[-1][0] == '.*'
   assert (t.batch_size, t.max_len, o.learning_rate, o.param_groups[-1][2], o.b2, o.warmup_steps,
           c.train.steps) == _PUBLISHED[name]
-  others = {'vqa': (1e-8, 0.0, 1e-8), 'imagenet1k': (1e-6, 0.1, 1e-8)} | dict.fromkeys(_GLUE, (1e-8, 0.5, 1e-8))
+  others = {'vqa': (1e-8, 0.0, 1e-8), 'imagenet1k': (1e-6, 0.1, 1e-8)}
+  others |= dict.fromkeys(benchmarks.GLUE, (1e-8, 0.5, 1e-8))
   expected = others.get(name, (1e-6, 0.1, 1e-6))  # the last is the lowest learning rate
   assert (o.eps, o.grad_clip_norm, o.final_lr_fraction * o.learning_rate) == pytest.approx(expected)
 
 
-# Task → its record, what the model reads of it, and the word of every class as TFDS calls them.
-_GLUE = {
-    'cola': (dict(sentence='they left'), 'they left This is <spe> . <eot>',
-             {'unacceptable': 'incorrect', 'acceptable': 'correct'}),
-    'sst2': (dict(sentence='a joy'), 'a joy <eot> It is <spe> . <eot>', {'negative': 'bad', 'positive': 'wonderful'}),
-    'mrpc': (dict(sentence1='it rained .', sentence2='rain fell .'), 'it rained . <spe> , rain fell . <eot>',
-             {'not_equivalent': 'no', 'equivalent': 'yes'}),
-    'qqp': (dict(question1='who ?', question2='which ?'), 'who ? <eot> <spe> , which ? <eot>',
-            {'not_duplicate': 'no', 'duplicate': 'yes'}),
-    'mnli': (dict(premise='it rained .', hypothesis='it is wet .'), 'it rained . <spe> , it is wet . <eot>',
-             {'entailment': 'yes', 'neutral': 'maybe', 'contradiction': 'no'}),
-    'qnli': (dict(question='who left ?', sentence='they left'), 'who left ? <eot> it is <spe> , they left <eot>',
-             {'entailment': 'yes', 'not_entailment': 'no'}),
-    'rte': (dict(sentence1='it rained', sentence2='it is wet'), 'it rained ? <eot> it is <spe> , it is wet <eot>',
-            {'entailment': 'yes', 'not_entailment': 'no'}),
-}
-
-
-@pytest.mark.parametrize('name', list(_GLUE))
-def test_glue_has_the_published_templates_and_label_words(name):
-  (record, text, words), c = _GLUE[name], _config(name)
-  t = c.tasks[name]
-  tokenizer = types.SimpleNamespace(spe='<spe>', eot='<eot>', encode=str.split)  # its tokens are words
-  tokens, slot = fill_template(tokenizer, t.template, record, t.max_len)
-  assert ' '.join(tokens) == text and tokens[slot] == '<spe>'
-  assert dict(c.target_sets[name].entries) == words
-  # Of two, F1 is of the second.
-  assert len(words) == 3 or c.target_sets[name].entries[1][1] in ('correct', 'wonderful', 'yes')
-
-
-@pytest.mark.parametrize('name', list(_GLUE))
+@pytest.mark.parametrize('name', list(benchmarks.GLUE))
 def test_records_of_glue_have_its_columns_and_classes(name, synthetic):
   c = _small(_config(name), synthetic)
   plan = make_plan(c)
@@ -268,7 +237,18 @@ def test_records_of_glue_have_its_columns_and_classes(name, synthetic):
   fields = next(evaluation_batches(data.examples(t, plan.evaluations[0].split), np.arange(4), 4))[0]
   slot = np.take_along_axis(fields['text'], fields['position'], 1)
   assert (slot == data.tokenizer.spe).all() and (fields['weight'] == 1).all()
-  assert set(data.records(t.source, 'train').classes['label']) == set(_GLUE[name][2])
+  assert set(data.records(t.source, 'train').classes['label']) == {name for name, _ in benchmarks.GLUE[name][1]}
+
+
+def test_benchmarks_are_evaluated_as_published():
+  search = lambda e: (e.beam_size, e.max_len, e.detokenize)
+  names = [f'{data}_caption' for data in ('coco', 'flickr30k', 'msvd', 'msrvtt')]
+  assert {search(_config(name).evaluators[name]) for name in names} == {(2, 21, False)}
+  assert search(_config('size=tiny', 'pretrain').evaluators.coco_captions) == (2, 21, False)
+  videos = [_config(name).tasks[name] for name in ('kinetics400', 'msvd_caption', 'msvd_retrieval')]
+  assert [(t.num_frames, t.frame_stride) for t in videos] == [(8, 32.0), (4, 32.0), (4, 32.0)]
+  vqa = _config('vqa').tasks.vqa
+  assert vqa.single_answer and vqa.random_flip and vqa.mirrored_words == (('left', 'right'),)
 
 
 def test_coco_is_read_as_tfds_prepares_it(tmp_path):

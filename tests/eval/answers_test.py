@@ -80,6 +80,13 @@ def test_captions_of_a_closed_set_are_always_its_members():
   assert not set(predictor.captions(*batch, BEAMS)) & set(ANSWERS)  # without the constraint they are others
 
 
+def test_a_caption_that_does_not_end_is_cut_at_the_longest():
+  predictor, (task, pixels) = _predictor(_Numbers()), _batch('caption')
+  longest, cut = predictor.captions(task, pixels), predictor.captions(task, pixels, max_len=3)
+  assert {len(text.split()) for text in longest} == {LENGTH} and {len(text.split()) for text in cut} == {3}
+  assert [text.split()[:3] for text in longest] == [text.split() for text in cut]
+
+
 def test_a_set_that_contains_the_unconstrained_captions_changes_nothing():
   batch = _batch('caption')
   output = _predictor(_Numbers()).captions(*batch, BEAMS)

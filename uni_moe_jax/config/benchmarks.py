@@ -14,10 +14,11 @@ from uni_moe_jax import config
 from uni_moe_jax.config import schema
 
 CAPTIONS = '{captions}'
+CAPTION_SEARCH = dict(beam_size=2, max_len=21, detokenize=False)  # of evaluators
 _SMOOTHING = dict(label_smoothing=0.1)
 # Augmentation of classified images, of captioned images, and of videos.
 _CLASSIFIED = dict(crop='random_resized_crop', random_flip=True, randaugment=9.0, random_erasing=0.25)
-_FLIPPED, _VIDEO = dict(random_flip=True), dict(crop='jittered_crop', random_flip=True)
+_FLIPPED, _VIDEO = dict(random_flip=True), dict(crop='jittered_crop', random_flip=True, frame_stride=32.0)
 
 # Pretraining on images with captions, in the published order: source, sampling weight of its caption task and of its
 # retrieval task, template of a caption, tokens of texts.
@@ -134,17 +135,16 @@ def _tuned(task_type: str, source: str, name: str, **values: Any) -> ml_collecti
 
 _ENTAILS = (('not_entailment', 'no'), ('entailment', 'yes'))
 # Task → the published template, whose suffix belongs to the first text, and pairs of TFDS's name of a class and its
-# label word. Of two classes, F1 is that of the second.
+# label word. The first text of a pair loses its full stop but in MNLI. Of two classes, F1 is that of the second.
 GLUE = {
     'cola': ('{sentence} This is <spe> . <eot>', (('unacceptable', 'incorrect'), ('acceptable', 'correct'))),
     'sst2': ('{sentence} <eot> It is <spe> . <eot>', (('negative', 'bad'), ('positive', 'wonderful'))),
-    # The published code removes the full stop of the first sentence, and adds it as the suffix.
-    'mrpc': ('{sentence1} <spe> , {sentence2} <eot>', (('not_equivalent', 'no'), ('equivalent', 'yes'))),
-    'qqp': ('{question1} <eot> <spe> , {question2} <eot>', (('not_duplicate', 'no'), ('duplicate', 'yes'))),
+    'mrpc': ('{sentence1|no_stop} . <spe> , {sentence2} <eot>', (('not_equivalent', 'no'), ('equivalent', 'yes'))),
+    'qqp': ('{question1|no_stop} <eot> <spe> , {question2} <eot>', (('not_duplicate', 'no'), ('duplicate', 'yes'))),
     'mnli': ('{premise} <spe> , {hypothesis} <eot>',
              (('contradiction', 'no'), ('neutral', 'maybe'), ('entailment', 'yes'))),
-    'qnli': ('{question} <eot> it is <spe> , {sentence} <eot>', _ENTAILS),
-    'rte': ('{sentence1} ? <eot> it is <spe> , {sentence2} <eot>', _ENTAILS),
+    'qnli': ('{question|no_stop} <eot> it is <spe> , {sentence} <eot>', _ENTAILS),
+    'rte': ('{sentence1|no_stop} ? <eot> it is <spe> , {sentence2} <eot>', _ENTAILS),
 }
 
 
@@ -194,20 +194,20 @@ def _captioned(c: ml_collections.ConfigDict, name: str) -> None:
   c.tasks[name] = _tuned(
       f'video_{task_type}' if num_frames else f'image_{task_type}', source, name, split=split, num_frames=num_frames,
       caption_templates=(template,), **words, **_SMOOTHING, **(_VIDEO if num_frames else _FLIPPED))
-  search = dict(beam_size=2, detokenize=False) if task_type == 'caption' else {}
+  search = CAPTION_SEARCH if task_type == 'caption' else {}
   c.evaluators[name] = config.evaluator(task_type, name, split='test', batch_size=64, **search)
 
 
 def _vqa(c: ml_collections.ConfigDict, name: str) -> None:
   """Add questions about images, with ten answers each.
 
-  The target set has the answers of at least nine questions. Images are not mirrored: published training mirrors them,
-  and swaps left and right in words.
+  The target set has the answers of at least nine questions.
   """
   c.target_sets.vqa_answers = config.target_set('file:class_names/vqa_answers.tsv', family='words', max_len=16)
   c.preflight.target_lengths.vqa_answers = ((4, 3129),)
   c.tasks[name] = _tuned('vqa', 'own:vqa', name, target_set='vqa_answers', label_column='answers', max_predictions=10,
-                         template='{question} <spe> <eot>')
+                         template='{question} <spe> <eot>', single_answer=True,
+                         mirrored_words=(('left', 'right'),), **_FLIPPED)
   c.evaluators[name] = config.evaluator('vqa', name, split='validation')
 
 

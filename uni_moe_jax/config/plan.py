@@ -8,7 +8,7 @@ import ml_collections
 
 from uni_moe_jax.config import schema, validate
 from uni_moe_jax.config.fields import check_choice, fail_if
-from uni_moe_jax.config.schema import Config
+from uni_moe_jax.config.schema import Config, ModelConfig
 from uni_moe_jax.config.task_schema import VOCABULARY, EvaluatorConfig, TargetSetConfig, TaskConfig
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
@@ -159,7 +159,7 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
     fail_if(t.target_set and t.target_set not in used and sets[t.target_set].label_prompts,
             f'target_sets.{t.target_set}.label_prompts=True: no trained task uses this set, so that its prompts would '
             'stay zero; train a task with it, or set it to False.')
-  evaluations = tuple(_evaluation(name, e, every, sets) for name, e in config.evaluators.items())
+  evaluations = tuple(_evaluation(name, e, every, sets, config.model) for name, e in config.evaluators.items())
   probed = {t.target_set for t in probes} - used
   answers = {e.constrain_to for e in evaluations} - used - probed
   return Plan(task_types=tuple(types.values()), tasks=tasks, sets=_named(used, sets), probes=probes,
@@ -241,7 +241,8 @@ def _check_target_set(name: str, t: TaskConfig, task_type: TaskType, sets: Mappi
           f'target_set={t.target_set!r} does not.')
 
 
-def _evaluation(name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapping[str, SetSpec]) -> Evaluation:
+def _evaluation(
+    name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapping[str, SetSpec], m: ModelConfig) -> Evaluation:
   field, by_name = f'evaluators.{name}', {t.name: t for t in tasks}
   check_choice(f'{field}.type', e.type, EVALUATIONS)
   check_choice(f'{field}.task', e.task, by_name)
@@ -255,6 +256,10 @@ def _evaluation(name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapp
     check_choice(f'{field}.constrain_to', e.constrain_to, sets)
     fail_if(sets[e.constrain_to].is_vocabulary,
             f"{given} is the vocabulary, which constrains nothing; set it to '', or to a set of texts.")
+  fail_if(e.max_len and e.type != 'caption',
+          f"{field}.max_len={e.max_len} is for evaluators of type 'caption', not {e.type!r}; set it to 0.")
+  fail_if(e.max_len > m.max_text_len,
+          f'{field}.max_len={e.max_len} is above config.model.max_text_len={m.max_text_len}.')
   fail_if(e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames),
           f'{field}: num_views={e.num_views}, num_crops={e.num_crops} are for the classification of videos of files (a '
           'task with num_frames > 0); set them to 1.')

@@ -43,13 +43,23 @@ class TaskConfig:
       1.0, 'Fraction of training examples used, chosen by seed and example; of each class its share, if classes are '
       'known in advance (not in TFDS data). A smaller subset is part of a larger one.', above=0, at_most=1)
   shots: int = field(0, 'Training examples used per class, instead of train_fraction.', at_least=0, off=0)
-  num_frames: int = field(0, 'T, frames seen of a video (sources in files): one of each of T equal parts.', at_least=0)
+  num_frames: int = field(
+      0, 'T, frames seen of a video (sources in files): one of each of T equal parts, or see frame_stride.', at_least=0)
+  frame_stride: float = field(
+      0.0, 'Distance between the frames seen of a video of files, in frames at 30 a second (published: 32); evaluation '
+      'begins with the first frame. 0: one of each of T equal parts.', at_least=0)
   crop: str = field(
       'resize_crop', 'Crop of images and videos of files: resize_crop (the short side is resized to image_size, then a '
       'window), random_resized_crop (a random part of 8–100 % of the area; evaluation: the center of 256/224 of the '
       'size), jittered_crop (resize_crop with a short side of 256/224 to 320/224 of the size; published for videos).',
       choices=('resize_crop', 'random_resized_crop', 'jittered_crop'))
   random_flip: bool = field(False, 'Mirrors half of the training images and videos of files.')
+  mirrored_words: tuple[tuple[str, ...], ...] = field(
+      (), "Pairs of words that change places in the texts and answers of a mirrored image or video of files, such as "
+      "(('left', 'right'),).")
+  single_answer: bool = field(
+      False, 'Training on questions in files draws one answer by its soft score (published); False: each counts by '
+      'the number of people who gave it.')
   randaugment: float = field(
       0.0, 'Magnitude of RandAugment of images of files; published: 9.', at_least=0, at_most=10, off=0)
   random_erasing: float = field(
@@ -93,6 +103,8 @@ class EvaluatorConfig:
   length_penalty: float = field(0.0, 'Caption: divides final scores by (words + 1)^length_penalty.', at_least=0, off=0)
   constrain_to: str = field('', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = "
                             'any words. No task needs to use the set.')
+  max_len: int = field(0, "Caption: tokens of the longest, `eot` included (published: 21); 0: the task's max_len.",
+                       at_least=0)
   detokenize: bool = field(True, "Caption: joins what the vocabulary splits (digits, 's) before scoring; False: as "
                            'published.')
   num_views: int = field(1, 'Classification of videos of files: probabilities are averaged over num_views in time × '

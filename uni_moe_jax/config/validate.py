@@ -134,6 +134,14 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
           f"{field}.template={t.template!r} must contain exactly one '<spe>' slot.")
   fail_if((task_type.two_stream or pair) and not t.caption_templates,
           f"{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
+  fail_if(t.frame_stride and not t.num_frames,
+          f'{field}.frame_stride={t.frame_stride} needs config.{field}.num_frames > 0; set it to 0.')
+  fail_if(t.mirrored_words and not t.random_flip,
+          f'{field}.mirrored_words={t.mirrored_words} needs config.{field}.random_flip=True.')
+  fail_if(any(len(pair) != 2 for pair in t.mirrored_words),
+          f"{field}.mirrored_words={t.mirrored_words} must contain pairs of words, for example (('left', 'right'),).")
+  fail_if(t.single_answer and not task_type.has_classes,
+          f'{field}.single_answer=True is for task types with answers; {task_type.name!r} has none. Set it to False.')
   fail_if(t.mixes and not (task_type.visual and task_type.readout == 'cls' and not pair),
           f'{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix images and their classes; task '
           f'type {task_type.name!r} has none. Set them to 0.')

@@ -68,9 +68,10 @@ class Data:
     """Raises UsageError for an answer that is longer than the captions that an evaluator restricts to it."""
     for e in self._plan.evaluations:
       for text in self.target_sets[e.constrain_to].names if e.constrain_to else ():
-        if (num_tokens := len(self.tokenizer.encode(text)) + 1) > e.task.max_len:
+        name = f'evaluators.{e.name}' if e.max_len else f'tasks.{e.task.name}'
+        if (num_tokens := len(self.tokenizer.encode(text)) + 1) > (max_len := e.max_len or e.task.max_len):
           raise UsageError(
-              f'config.tasks.{e.task.name}.max_len={e.task.max_len} is too short for answer {text!r} of '
+              f'config.{name}.max_len={max_len} is too short for answer {text!r} of '
               f'config.evaluators.{e.name}.constrain_to={e.constrain_to!r}, which has {num_tokens} tokens with the '
               f'end; raise it to {num_tokens}, or omit the answer.')
 

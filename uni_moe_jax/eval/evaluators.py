@@ -228,7 +228,7 @@ def caption(q: Query) -> list[Score]:
   """
   ids, e = q.ids(), q.evaluation
   predicted = q.gather(ids, lambda fields: np.array(q.predictor.captions(
-      q.task, fields['pixels'], e.beam_size, e.length_penalty, e.constrain_to))).tolist()
+      q.task, fields['pixels'], e.beam_size, e.length_penalty, e.constrain_to, e.max_len))).tolist()
   if e.detokenize:
     predicted = [q.tokenizer.detokenize(text) for text in predicted]
   if q.examples.references:

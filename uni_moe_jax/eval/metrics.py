@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.data.pipeline import vqa_answers
 from uni_moe_jax.utils.errors import UsageError
 
 # A value counts as different from a reference when it is at least this many standard errors away.
@@ -119,10 +120,7 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
-  """Returns the soft score of each answer, the official measure of VQA v2: float64 [N].
-
-  It is the mean over annotators of min(1, others who gave the same answer / 3): an answer that 1, 2, 3, 4 of ten
-  annotators gave scores 0.3, 0.6, 0.9, 1.
+  """Returns the soft score of each answer, the official measure of VQA v2: float64 [N]; see `vqa_answers.soft_score`.
 
   Args:
     predictions: N answers.
@@ -132,10 +130,7 @@ def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> n
     UsageError: not as many of each, or a question without answers.
   """
   def score(answer: str, people: Sequence[str]) -> float:
-    same = sum(p == answer for p in people)
-    # An annotator who gave this answer has one fewer of it among the others.
-    mine, others = min(1.0, (same - 1) / 3), min(1.0, same / 3)
-    return (same * mine + (len(people) - same) * others) / len(people)
+    return vqa_answers.soft_score(sum(p == answer for p in people), len(people))
 
   return each_score(score, predictions, answers)
 

@@ -101,13 +101,14 @@ class Predictor:
 
   def captions(
       self, task: TaskSpec, pixels: np.ndarray, beam_size: int = 1, length_penalty: float = 0.0,
-      constrain_to: str = '') -> list[str]:
+      constrain_to: str = '', max_len: int = 0) -> list[str]:
     """Captions of images or videos [B, T, H, W, C] by a captioning task; other arguments as in `decoding`.
 
-    constrain_to: a target set of texts; every caption is one of them. '': any words.
+    constrain_to: a target set of texts; every caption is one of them. '': any words. max_len: of a caption, in tokens;
+    0: the task's.
     """
-    options = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot, max_len=task.max_len,
-               beam_size=beam_size, length_penalty=length_penalty)
+    options = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot,
+                   max_len=max_len or task.max_len, beam_size=beam_size, length_penalty=length_penalty)
     words, trie = self.target_set(task.target_set), self._trie(constrain_to) if constrain_to else None
     tokens = _captions(self._model, task.type, tuple(options.items()), self._params, pixels, words, trie)
     return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]

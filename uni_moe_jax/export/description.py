@@ -16,7 +16,8 @@ from uni_moe_jax.moe import routers
 _EXPERTS = ('num_experts', 'top_k', 'placement', 'sublayers')
 # Fields of experts and their routers, and of an evaluator.
 _EXPERT_FIELDS = (*_EXPERTS, 'noise_std', 'capacity_factor', 'gmm', 'router_names', 'kernels')
-_PROTOCOL = ('type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'num_views', 'num_crops')
+_PROTOCOL = (
+    'type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'max_len', 'detokenize', 'num_views', 'num_crops')
 
 
 def manifest(

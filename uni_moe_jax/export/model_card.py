@@ -119,6 +119,9 @@ def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]
       f'beam size {p["beam_size"]} and length penalty {p["length_penalty"]}' for p in (evaluator, task))
   if evaluator['type'] == 'caption' and evaluated != exported:
     remarks.append(f'`{name}` searches captions with {evaluated}; `caption` of `{evaluator["task"]}` with {exported}.')
+  if evaluator['max_len'] not in (0, task['max_len']):
+    remarks.append(f'`{name}` stops captions after {evaluator["max_len"]} tokens; `caption` of `{evaluator["task"]}` '
+                   f'after {task["max_len"]}.')
   if evaluator['num_views'] * evaluator['num_crops'] > 1:
     remarks.append(f'`{name}` averages the probabilities of {evaluator["num_views"]} views × {evaluator["num_crops"]} '
                    'crops of a video; `classify` takes one.')

@@ -13,6 +13,11 @@ def _numbered(N):
   return own_files.npy_bytes(np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, 4, 4, 3)))
 
 
+def _middles(num_frames, fps):
+  """Middles of three segments."""
+  return video.segment_frames(num_frames, np.array([0.5, 0.5, 0.5]))
+
+
 @pytest.mark.parametrize('num_frames, offsets, expected', [
     (12, (0.5, 0.5, 0.5), (2, 6, 10)),  # thirds of four frames, their middles
     (12, (0.0, 0.0, 0.0), (0, 4, 8)),
@@ -32,6 +37,43 @@ def test_views_spread_evenly_within_the_segments():
   made = video_pixels.VideoReader(4, 2, 'resize_crop', False, False, num_views=2)(_numbered(8), 0)
   assert made.shape == (2, 2, 4, 4, 3)
   assert made[..., 0, 0, 0].tolist() == [[1, 5], [3, 7]]
+
+
+@pytest.mark.parametrize('num_frames, position, expected', [
+    # 25 frames a second, so that a stride of 32 at 30 is 26.67: the last of four frames is 80 after the first, which is
+    # one of 0…18 in a video of 100.
+    (100, 0.0, (0, 26, 53, 80)), (100, 0.5, (9, 35, 62, 89)), (100, 0.999, (18, 44, 71, 98)),
+    # Shorter: from the first frame, and again from the beginning.
+    (50, 0.999, (0, 26, 3, 30)), (1, 0.5, (0, 0, 0, 0))])
+def test_frames_of_training_follow_a_random_first_one_by_strides(num_frames, position, expected):
+  assert video.stride_frames(num_frames, 32 * 25 / 30, 4, position).tolist() == list(expected)
+
+
+@pytest.mark.parametrize('num_frames, fps, T, num_views, expected', [
+    (100, 25., 4, 1, [[0, 26, 53, 80]]), (50, 25., 4, 1, [[0, 26, 3, 30]]),
+    # A view begins 8 frames after the one before.
+    (300, 30., 8, 4, [[start + 32 * t for t in range(8)] for start in (0, 8, 16, 24)]),
+    (50, 30., 2, 4, [[0, 32], [8, 40], [16, 48], [24, 6]])])
+def test_frames_of_evaluation_follow_the_first_one_by_strides(num_frames, fps, T, num_views, expected):
+  assert video.stride_views(num_frames, 32, fps, T, num_views).tolist() == expected
+
+
+def test_a_reader_takes_frames_by_stride_or_by_segments():
+  def levels(training, h=0, **options):
+    return video_pixels.VideoReader(4, 2, 'resize_crop', False, training, **options)(_numbered(100), h)[..., 0, 0, 0]
+  assert levels(False, frame_stride=32.0, num_views=2).tolist() == [[0, 32], [16, 48]]
+  assert levels(False, num_views=2).tolist() == [[12, 62], [37, 87]]  # quarters of segments of 50
+  made = np.array([levels(True, hashing.mix(i), frame_stride=32.0) for i in range(300)])
+  assert (made[:, 1] - made[:, 0] == 32).all()
+  # 100 - 33 possible first frames: all but a few of 300 draws, and none beyond.
+  assert len(set(made[:, 0].tolist())) > 60 and made[:, 0].max() <= 66
+
+
+def test_frames_are_chosen_by_the_number_and_rate_of_a_file():
+  frames, seen = own_files.moving_bar(True), []
+  for data in (own_files.encode_video(frames), own_files.npy_bytes(frames)):
+    video.sample_frames(data, lambda N, fps: seen.append((N, fps)) or np.array([0]))
+  assert seen == [(12, 6.0), (12, 30.0)]
 
 
 def test_three_crops_are_spread_along_the_long_side():
@@ -86,7 +128,7 @@ def test_files_decode_to_their_frames(tmp_path, suffix):
   own_files.write_videos(tmp_path, suffix, 1)
   data = next(tmp_path.rglob(f'*.{suffix}')).read_bytes()
   assert video.probe(data) == (12, 48, 32)
-  made = video.sample_frames(data, np.array([0.5, 0.5, 0.5])).astype(int)  # frames 2, 6, 10: the bar at 8, 24, 40
+  made = video.sample_frames(data, _middles).astype(int)  # frames 2, 6, 10: the bar at 8, 24, 40
   assert made.shape == (3, 32, 48, 3)
   for frame, left in zip(made, (8, 24, 40)):
     assert frame[:, left:left + 4].mean() > 200 and np.delete(frame, range(left - 2, min(48, left + 6)), 1).mean() < 30
@@ -99,7 +141,7 @@ def test_a_rotated_video_is_decoded_upright(rotation, upright):
   # The bar moves to the right: rotated to the left it moves up, to the right down, and by 180° to the left.
   frames = own_files.moving_bar(True)
   data = own_files.encode_video(frames, rotation=rotation)
-  made, expected = video.sample_frames(data, np.array([0.5, 0.5, 0.5])), upright(frames[[2, 6, 10]])
+  made, expected = video.sample_frames(data, _middles), upright(frames[[2, 6, 10]])
   assert made.shape == expected.shape and np.abs(made.astype(int) - expected).mean() < 12
   assert video.probe(data) == (12, *expected.shape[2:0:-1])
 
@@ -111,7 +153,7 @@ def test_a_rotated_video_is_decoded_upright(rotation, upright):
     _numbered(3).replace(b"'shape': (3", b"'shape': (9" + b'9' * 14), _numbered(3).replace(b"'shape'", b"'shape ")],
     ids=['text', 'empty', 'header', 'floats', 'no frames', 'gray', 'truncated', 'larger than memory', 'no header'])
 def test_bytes_that_are_not_a_video_are_an_error(data):
-  for read in (video.probe, lambda data: video.sample_frames(data, np.array([0.5]))):
+  for read in (video.probe, lambda data: video.sample_frames(data, _middles)):
     with pytest.raises(video.CorruptVideo):
       read(data)
 

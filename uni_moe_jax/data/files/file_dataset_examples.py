@@ -120,7 +120,9 @@ class _Batch:
       if not isinstance(first, CorruptExample):
         video.check_decoder(first[self._media_column])  # in a thread of TensorFlow the error would be a traceback
     self._video_reader = video_pixels.VideoReader(
-        b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops)
+        b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops, task.frame_stride)
+    self._mirror_words = (
+        file_dataset_features.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)
     self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts its threads with the first video
     self._specs = {**self._reader.specs, **({'pixels': (np.uint8, self._video_reader.shape)} if self._is_video else {})}
     # Traced once: an evaluation calls it eagerly, a training pipeline inlines it.
@@ -212,6 +214,8 @@ class _Batch:
     try:
       if isinstance(record, CorruptExample):
         return record
+      if self._mirror_words and (video_pixels if self._is_video else image_transforms).is_mirrored(h):
+        record = self._mirror_words(record)
       features, data = self._reader.read(record, h), record[self._media_column] if self._media_column else b''
       return ({**features, 'pixels': self._video_reader(data, h)}, b'') if self._is_video else (features, data)
     except (CorruptExample, CorruptVideo) as e:

@@ -1,6 +1,7 @@
 """Records in files to the text features of a task type: labels, captions, templates, running text."""
 
 import collections
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
+from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer, soft_score
 from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
@@ -37,7 +38,7 @@ def feature_reader(
   """
   readers = []
   if task.type.has_classes:
-    readers.append(_label_reader(task, records, keys))
+    readers.append(_label_reader(task, records, keys, training))
   if task.type.target == 'pair' or task.type.readout == 'queries':
     readers.append(_phrase_reader(task, records, tokenizer, training))
   if task.type.readout == 'slot':
@@ -46,11 +47,11 @@ def feature_reader(
                        lambda record, h: {k: v for r in readers for k, v in r.read(record, h).items()})
 
 
-def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> FeatureReader:
+def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], training: bool) -> FeatureReader:
   """Reader of `label` and `weight`: the class of a record as an index into `keys`, or its answers.
 
   Of several answers at most M are kept, the most frequent first, each weighted by the share of annotators that gave
-  it. Answers outside the target set have no weight.
+  it; in training with `single_answer` one is drawn by its soft score. Answers outside the target set have no weight.
   """
   column, column_type = task.label_column, records.columns.get(task.label_column)
   if column_type not in ('class', 'texts'):
@@ -65,11 +66,18 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> 
         f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
         f'{nearest(unknown[0], keys)}.')
 
-  def read(record, _):
+  def draw(counts, N, h):
+    """One of the answers, as if all N people had given it."""
+    scores = np.cumsum([soft_score(n, N) for _, n in counts])
+    i = int(np.searchsorted(scores, hashing.mix_uniform(h, 'answer') * scores[-1], side='right'))
+    return [(counts[min(i, len(counts) - 1)][0], N)]
+
+  def read(record, h):
     if not record[column]:
       raise CorruptExample(f'no {column}')
     values = [record[column]] if is_class else record[column]
-    counts = [(v, n) for v, n in collections.Counter(map(normalize, values)).most_common() if v in index][:M]
+    counts = [(v, n) for v, n in collections.Counter(map(normalize, values)).most_common() if v in index]
+    counts = draw(counts, len(values), h) if training and task.single_answer and counts else counts[:M]
     padding = [0] * (M - len(counts))
     return {'label': [index[v] for v, _ in counts] + padding, 'weight': [n / len(values) for _, n in counts] + padding}
   return FeatureReader({'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}, read)
@@ -106,6 +114,18 @@ def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer)
     [text], [valid] = pad_tokens([ids], S, tokenizer.pad)
     return {'text': text, 'text_valid': valid, 'position': [position]}
   return FeatureReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
+
+
+def word_mirror(pairs: Sequence[Sequence[str]]) -> Callable[[Record], Record]:
+  """Record → the record with the words of every pair exchanged in its texts; whole words, in upper or lower case."""
+  other = {a.lower(): b for left, right in pairs for a, b in ((left, right), (right, left))}
+  pattern = re.compile(rf'\b(?:{"|".join(map(re.escape, other))})\b', re.IGNORECASE)
+
+  def mirror(value):
+    if isinstance(value, (tuple, list)):
+      return tuple(map(mirror, value))
+    return pattern.sub(lambda match: other[match[0].lower()], value) if isinstance(value, str) else value
+  return lambda record: {column: mirror(value) for column, value in record.items()}
 
 
 def read_or_stop(

@@ -96,6 +96,11 @@ def random_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
   return _crop(image, lambda margin: _random_corner(margin, h), size)
 
 
+def is_mirrored(h: int) -> bool:
+  """Whether `random_flip` mirrors the image of an example."""
+  return hashing.fold(h, 'flip') < 1 << 63
+
+
 def random_flip(image: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
   """Mirrors half of the images left to right."""
   return tf.where(hashing.uniform(hashing.mix_tensor(h, 'flip')) < 0.5, tf.reverse(image, [-2]), image)

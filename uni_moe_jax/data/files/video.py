@@ -1,13 +1,14 @@
 """Frames of videos: files of any format that FFmpeg reads (extra `video`), or .npy arrays.
 
-The sampled frames are a function of the example's hash alone: a video is divided into T equal segments, and one frame
-of each is taken, a random one in training, the middle one in evaluation (Wang et al., Temporal Segment Networks,
-2016). The published system takes adjacent frames at a fixed stride; segments cover the whole video with as few frames.
+The sampled frames are a function of the example's hash alone. Either a video is divided into T equal segments, and one
+frame of each is taken, a random one in training, the middle one in evaluation (Wang et al., Temporal Segment Networks,
+2016): so few frames cover the whole video. Or they are a fixed stride apart, as published: from a random first frame in
+training, from the beginning in evaluation, and from the beginning again where the video ends before the last of them.
 """
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from uni_moe_jax.data.files.media import MAX_PIXELS, TOO_MANY_PIXELS
 from uni_moe_jax.utils.errors import UsageError
 
+DEFAULT_FPS = 30.0  # frames per second, where they are unknown and of strides
 _NPY_MAGIC = b'\x93NUMPY'
 _MIN_DECODED = 0.9  # of the frames that a file declares; containers count some that no decoder returns
 _MAX_FRAMES = 100_000  # an hour at 27 frames per second
@@ -40,6 +42,22 @@ def segment_frames(num_frames: int, offsets: np.ndarray) -> np.ndarray:
 def view_offsets(num_views: int, T: int) -> np.ndarray:
   """Offsets [num_views, T] that spread views evenly in the segments; one view takes the middles."""
   return np.broadcast_to(((np.arange(num_views) + 0.5) / num_views)[:, None], (num_views, T))
+
+
+def stride_frames(num_frames: int, step: float, T: int, position: float) -> np.ndarray:
+  """Indices [T], int64, `step` frames apart, from a first frame at a position in [0, 1) among the possible ones."""
+  num_starts = max(num_frames - int(step * (T - 1) + 1), 0)
+  return (int(position * num_starts) + (np.arange(T) * step).astype(np.int64)) % num_frames
+
+
+def stride_views(num_frames: int, stride: float, fps: float, T: int, num_views: int) -> np.ndarray:
+  """Indices [num_views, T], int64, from the first frame; view v starts v / num_views of a stride later.
+
+  stride: in frames at 30 per second.
+  """
+  # In this order of operations, as published, which decides where a frame is rounded down.
+  indices = (np.arange(num_views * T) * (stride / num_views) * fps / DEFAULT_FPS).astype(np.int64) % num_frames
+  return indices.reshape(T, num_views).T
 
 
 @contextlib.contextmanager
@@ -78,21 +96,23 @@ def probe(data: bytes) -> tuple[int, int, int]:
 
 
 @_reading()
-def sample_frames(data: bytes, offsets: np.ndarray) -> np.ndarray:
-  """Frames at the offsets (see `segment_frames`) [T] or [V, T]: uint8 [T, H, W, 3] or [V · T, H, W, 3].
+def sample_frames(data: bytes, choose: Callable[[int, float], np.ndarray]) -> np.ndarray:
+  """Frames [T] or [V, T] of a video: uint8 [T, H, W, 3] or [V · T, H, W, 3].
+
+  choose: (number of frames, frames per second) → their indices; an array has 30 frames per second.
 
   Raises:
     CorruptVideo: the bytes are not a video, or it has no frames. HugeVideo: frames have too many pixels.
   """
   if data.startswith(_NPY_MAGIC):
     array = _load_array(data)
-    return array[segment_frames(len(array), offsets).reshape(-1)]
+    return array[choose(len(array), DEFAULT_FPS).reshape(-1)]
   container, stream = _open(data)
   with container:
     num_frames = stream.frames or sum(1 for _ in container.decode(stream))
     if not stream.frames:
       container.seek(0)
-    indices = segment_frames(num_frames, offsets).reshape(-1)
+    indices = choose(num_frames, float(stream.average_rate or DEFAULT_FPS)).reshape(-1)
     frames: dict[int, np.ndarray] = {}
     for i, frame in enumerate(container.decode(stream)):
       if i in indices:

@@ -2,9 +2,11 @@
 
 As published: in training the short side is between 256/224 and 320/224 of the size ('jittered_crop'), the crop's
 position is random, and half of the videos are mirrored; all frames are treated equally. In evaluation the short side
-has the size; several views in time and several crops along the long side may be taken. Resizing is bilinear.
+has the size; several views in time and several crops along the long side may be taken. Resizing is bilinear. Frames
+are taken as `video.py` describes.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -24,8 +26,13 @@ class VideoReader:
   """(bytes, hash) → uint8 [T, S, S, 3]; for views or crops [views · crops, T, S, S, 3], views first."""
 
   def __init__(
-      self, size: int, num_frames: int, crop: str, flip: bool, training: bool, num_views: int = 1, num_crops: int = 1):
-    """size: S. num_frames: T. crop: see `image_transforms.transform`. num_views, num_crops: in evaluation."""
+      self, size: int, num_frames: int, crop: str, flip: bool, training: bool, num_views: int = 1, num_crops: int = 1,
+      frame_stride: float = 0.0):
+    """size: S. num_frames: T. crop: see `image_transforms.transform`. num_views, num_crops: in evaluation.
+
+    frame_stride: in frames at 30 per second; 0: frames of segments.
+    """
+    self._frame_stride = frame_stride
     self._size, self._num_frames, self._crop, self._flip, self._training = size, num_frames, crop, flip, training
     self._num_views, self._num_crops = (1, 1) if training else (num_views, num_crops)
     number = self._num_views * self._num_crops
@@ -33,17 +40,24 @@ class VideoReader:
 
   def __call__(self, data: bytes, h: int) -> np.ndarray:
     """Raises video.CorruptVideo."""
-    if self._training:
-      offsets = np.array([hashing.mix_uniform(h, 'frame', t) for t in range(self._num_frames)])
-    else:
-      offsets = video.view_offsets(self._num_views, self._num_frames)
-    frames = video.sample_frames(data, offsets)
+    frames = video.sample_frames(data, functools.partial(self._indices, h))
     H, W = frames.shape[1:3]
     boxes = [self._random_box(h, H, W)] if self._training else _spread_boxes(H, W, self._num_crops)
-    mirrored = self._training and self._flip and hashing.mix_uniform(h, 'flip') < 0.5
+    mirrored = self._training and self._flip and is_mirrored(h)
     out = np.stack([[_crop(f, box, self._size, mirrored) for f in frames] for box in boxes])
     out = out.reshape(self._num_crops, self._num_views, *self.shape[-4:]).swapaxes(0, 1)
     return out.reshape(self.shape)
+
+  def _indices(self, h: int, num_frames: int, fps: float) -> np.ndarray:
+    """Indices of the sampled frames: [T], or of views [num_views, T]."""
+    T, stride = self._num_frames, self._frame_stride
+    if stride and self._training:
+      return video.stride_frames(num_frames, stride * fps / video.DEFAULT_FPS, T, hashing.mix_uniform(h, 'first frame'))
+    if stride:
+      return video.stride_views(num_frames, stride, fps, T, self._num_views)
+    offsets = (np.array([hashing.mix_uniform(h, 'frame', t) for t in range(T)]) if self._training else
+               video.view_offsets(self._num_views, T))
+    return video.segment_frames(num_frames, offsets)
 
   def _random_box(self, h: int, H: int, W: int) -> Box:
     """The part of an [H, W] frame that becomes [S, S]."""
@@ -56,6 +70,11 @@ class VideoReader:
       height = width = min(H, W) / r
     left, top = (W - width) * hashing.mix_uniform(h, 'crop right'), (H - height) * hashing.mix_uniform(h, 'crop down')
     return left, top, left + width, top + height
+
+
+def is_mirrored(h: int) -> bool:
+  """Whether the video of an example is mirrored in training, if its task mirrors half of them."""
+  return hashing.mix_uniform(h, 'flip') < 0.5
 
 
 def _spread_boxes(H: int, W: int, number: int) -> list[Box]:

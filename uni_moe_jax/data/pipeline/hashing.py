@@ -4,6 +4,7 @@
 Python version for decisions of the host and a TensorFlow version for decisions per example; both give the same numbers.
 """
 
+import functools
 import zlib
 
 import numpy as np
@@ -16,14 +17,16 @@ _MANTISSA = 24  # bits of a float32 in [0, 1)
 
 def mix(*values: int | str) -> int:
   """Returns a 64-bit hash of integers and strings; their order matters."""
-  h = 0
-  for v in values:
-    v = zlib.crc32(v.encode()) if isinstance(v, str) else int(v)
-    h = (h ^ v) + _GAMMA & _MASK
-    for shift, factor in _STEPS:
-      h = (h ^ h >> shift) * factor & _MASK
-    h ^= h >> 31
-  return h
+  return functools.reduce(fold, values, 0)
+
+
+def fold(h: int, value: int | str) -> int:
+  """Returns `mix` of the values of a hash and one more: what `mix_tensor` returns, as a number."""
+  value = zlib.crc32(value.encode()) if isinstance(value, str) else int(value)
+  h = (h ^ value) + _GAMMA & _MASK
+  for shift, factor in _STEPS:
+    h = (h ^ h >> shift) * factor & _MASK
+  return h ^ h >> 31
 
 
 def mix_uniform(*values: int | str) -> float:

@@ -1,8 +1,8 @@
-"""Normalization of answers for VQA evaluation.
+"""Normalization and scores of answers for VQA evaluation.
 
-The published rules (Antol et al., 2015, arXiv 1505.00468; visualqa.org/evaluation): lower case; no periods except in
-decimals; no commas within numbers; other punctuation becomes spaces; number words become digits; articles are removed;
-contractions get their apostrophe.
+The published rules (Antol et al., 2015, arXiv 1505.00468; visualqa.org/evaluation). Normalization: lower case; no
+periods except in decimals; no commas within numbers; other punctuation becomes spaces; number words become digits;
+articles are removed; contractions get their apostrophe.
 """
 
 import re
@@ -26,6 +26,17 @@ _CONTRACTED = {
     'all': 'y',
 }
 _CONTRACTIONS = {start + end: f"{start}'{end}" for end, starts in _CONTRACTED.items() for start in starts.split()}
+
+
+def soft_score(same: int, people: int) -> float:
+  """Returns the official score of an answer that `same` of a number of people gave, in [0, 1].
+
+  It is the mean over people of min(1, others who gave the same answer / 3): 0.3, 0.6, 0.9 and 1 for an answer of one,
+  two, three, or more of ten.
+  """
+  # Who gave this answer has one fewer of it among the others.
+  mine, others = min(1.0, (same - 1) / 3), min(1.0, same / 3)
+  return (same * mine + (people - same) * others) / people
 
 
 def normalize_answer(text: str) -> str:

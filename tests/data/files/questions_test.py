@@ -1,0 +1,66 @@
+"""Questions about images in files: one answer drawn by its score, and words that are mirrored with the image."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from tests.data import own_files
+from tests.helpers import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data.files import file_dataset, file_dataset_examples
+from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+
+SIDE = 16
+
+
+def _questions(**fields):
+  """Training examples of one question about an image that is brighter on the left; answers a, b, and others."""
+  pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+  pixels[:, :SIDE // 2] = 250
+  record = {'image': own_files.encode_image(Image.fromarray(pixels), 'PNG'), 'q': 'is A to the left of ab? b',
+            'answers': ('a',) * 4 + ('b',) * 2 + ('c',) * 4}
+  dataset = file_dataset.FileDataset(
+      'own:x', 2000, lambda ids: [record] * len(ids), {'image': 'image', 'q': 'text', 'answers': 'texts'}, {}, {}, '')
+  c = tiny.config(data_dir='')
+  c.target_sets.ab = config_lib.target_set(('a', 'b'), family='words')
+  c.tasks.x = config_lib.task('vqa', 'own:x', batch_size=4, label_column='answers', target_set='ab', max_len=20,
+                              template='{q} <spe> <eot>', max_predictions=2, **fields)
+  builder = file_dataset_examples.FileExampleBuilder(
+      SentencePieceTokenizer(tiny.tokenizer_file()), {'ab': ('a', 'b')}, 3, SIDE, training=True,
+      random_special_tokens=False, seed=0, max_corrupt_fraction=0.0)
+  return builder.build(make_plan(c).tasks[0], dataset)
+
+
+def _make(examples, ids):
+  ids = tf.constant(ids, tf.int64)
+  hashes = hashing.example_hash(0, 'x', tf.constant(0, tf.int64), ids)
+  return {k: v.numpy() for k, v in examples.make(ids, hashes).items()}
+
+
+def test_one_answer_is_drawn_by_its_soft_score():
+  fields = _make(_questions(single_answer=True), range(2000))
+  assert (fields['weight'] == [1, 0]).all()
+  # Four of ten score 1, two 0.6; c is no entry of the set.
+  share, expected = np.mean(fields['label'][:, 0] == 0), 1 / 1.6
+  assert abs(share - expected) < 3 * np.sqrt(expected * (1 - expected) / 2000)
+  every = _make(_questions(), range(3))
+  np.testing.assert_allclose(every['weight'], [[0.4, 0.2]] * 3)
+  assert (every['label'] == [0, 1]).all()
+
+
+def test_words_and_answers_change_places_with_the_sides_of_a_mirrored_image():
+  tokenizer = SentencePieceTokenizer(tiny.tokenizer_file())
+  ids = lambda text: [*tokenizer.encode(text), tokenizer.spe, tokenizer.eot]
+  fields = _make(_questions(random_flip=True, mirrored_words=(('a', 'b'),)), range(64))
+  mirrored = fields['pixels'][:, 0, 0, -1, 0] > 100
+  assert 16 < mirrored.sum() < 48
+  for i, other in enumerate(mirrored):
+    text = fields['text'][i][fields['text_valid'][i]].tolist()
+    assert text == ids('is b to the left of ab? a' if other else 'is A to the left of ab? b')
+    assert dict(zip(fields['label'][i].tolist(), fields['weight'][i])) == pytest.approx(
+        {1: 0.4, 0: 0.2} if other else {0: 0.4, 1: 0.2})
+  unchanged = _make(_questions(random_flip=True), range(64))
+  assert (unchanged['text'] == unchanged['text'][0]).all() and (unchanged['label'] == [0, 1]).all()
