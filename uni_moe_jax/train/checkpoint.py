@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from uni_moe_jax.parallel import distributed, multihost
@@ -21,6 +22,7 @@ from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
+_ITEM = 'default'  # Orbax's name of the folder of a step's arrays
 
 
 class Checkpoints:
@@ -109,13 +111,37 @@ class Checkpoints:
     """
     step = self._verified(step)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    self._check_fits(step, shapes)
+    self._check_fits(step, self._manager.item_metadata(step).tree, shapes)
     return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
 
-  def restore_params(self, step: int | None = None) -> Any:
-    """Parameters of a step on the host, averaged ones if the run keeps them; see `restore_host`."""
-    state = self.restore_host(step)
-    return state['ema_params'] or state['params']
+  def param_shapes(self, step: int | None = None) -> Any:
+    """Shapes of the parameters that `restore_params` reads by default."""
+    return self._saved_params(self._verified(step))[1]
+
+  def restore_params(self, step: int | None = None, like: Any = None, partial: bool = False) -> Any:
+    """Parameters of a step (default: the newest), averaged ones if the run keeps them. No other array is read.
+
+    Args:
+      step: to restore.
+      like: their shapes, with the shardings onto which they are restored; None: all of them, on the host.
+      partial: whether the step may have more parameters than `like`.
+
+    Raises:
+      RunError: the step is damaged.
+      UsageError: it has other arrays than `like`.
+    """
+    step = self._verified(step)
+    name, saved = self._saved_params(step)
+    if like is None:
+      item = {name: saved}
+      restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    else:
+      self._check_fits(step, saved, like, partial)
+      item = {name: like}
+      restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      return checkpointer.restore(self._folder / str(step) / _ITEM, args=ocp.args.PyTreeRestore(
+          item=item, restore_args=restore_args, partial_restore=True))[name]
 
   def restore_host(self, step: int | None = None) -> Any:
     """A step (default: the newest) on the host, as dictionaries and lists; see `restore`."""
@@ -167,11 +193,18 @@ class Checkpoints:
       raise RunError(f'the checkpoint of step {step} in {self._workdir} is damaged: {damage}; choose another step.')
     return step
 
-  def _check_fits(self, step: int, like: Any) -> None:
-    """Raises UsageError with the arrays that differ between a checkpoint and `like`."""
-    saved, expected = _describe_arrays(self._manager.item_metadata(step).tree), _describe_arrays(like)
+  def _saved_params(self, step: int) -> tuple[str, Any]:
+    """(field of the state, shapes) of the parameters to use of a step."""
+    tree = self._manager.item_metadata(step).tree
+    name = 'ema_params' if tree.get('ema_params') else 'params'
+    return name, tree[name]
+
+  def _check_fits(self, step: int, shapes: Any, like: Any, partial: bool = False) -> None:
+    """Raises UsageError with the arrays that differ between saved shapes and `like`. partial: that has all of them."""
+    saved, expected = _describe_arrays(shapes), _describe_arrays(like)
     wrong = [f'{name}: {saved.get(name, "absent")} → {expected.get(name, "absent")}'
-             for name in sorted({*saved, *expected}) if saved.get(name) != expected.get(name)]
+             for name in sorted({*expected} if partial else {*saved, *expected})
+             if saved.get(name) != expected.get(name)]
     if wrong:
       more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
       raise UsageError(

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from uni_moe_jax.config import schema, validate
@@ -139,32 +140,38 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
   A run that trains no task has no checkpoints and uses the parameters that it starts from.
   """
   if run.plan.tasks:
-    state = checkpoints.restore(run.abstract_state(), step)
-    params = state.params if state.ema_params is None else state.ema_params
+    params = checkpoints.restore_params(step, run.abstract_state().params)
   else:
-    params = jax.device_put(load_init_params(run), run.shardings.params)
+    params = load_init_params(run)
   specs = (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)
   sets = {s.name: (s, run.data.target_sets[s.name]) for s in specs}
   return Predictor(run.spec.model, params, sets, run.data.tokenizer), params
 
 
 def load_init_params(run: Run) -> Any:
-  """Parameters of the run in `config.train.init`; prints which ones are fresh.
+  """Parameters of the run in `config.train.init`, read onto the devices of this run; prints which ones are fresh.
 
   Raises:
-    UsageError: that run has no checkpoint, or the models do not fit, see `warm_start.merge_params`.
+    UsageError: that run has no checkpoint, or the models do not fit, see `warm_start.compare_models`.
   """
   init = run.config.train.init
   with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
       raise UsageError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
-    old = checkpoints.restore_params()
-  params, added, dropped = warm_start.merge_params(run.shapes.params, old, init)
-  if added:  # initializing takes seconds: only if needed
-    params, _, _ = warm_start.merge_params(init_params(run.spec.model, jax.random.key(run.config.seed)), old, init)
+    added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(), init)
+
+    def select(params, fresh):
+      return {path: x for path, x in flatten_dict(params).items() if ('/'.join(path) in added) == fresh}
+
+    shared = unflatten_dict(select(run.abstract_state().params, fresh=False))
+    params = flatten_dict(checkpoints.restore_params(like=shared, partial=True))
+  if added:  # compiling takes seconds: only if needed
+    make = jax.jit(lambda key: select(init_params(run.spec.model, key), fresh=True),
+                   out_shardings=select(run.shardings.params, fresh=True))
+    params |= make(jax.random.key(run.config.seed))
   print(f'starts from {init}; fresh: {", ".join(added) or "nothing"}; dropped: {", ".join(dropped) or "nothing"}',
         flush=True)
-  return params
+  return unflatten_dict(params)
 
 
 def initial_state(run: Run) -> TrainState:

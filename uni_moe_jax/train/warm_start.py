@@ -3,29 +3,28 @@
 import re
 from typing import Any
 
-import jax
 import numpy as np
 
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
-from uni_moe_jax.utils.tree_paths import by_path, path_of
+from uni_moe_jax.utils.tree_paths import by_path
 
 # Parameters that only one of the models may have: prompts, heads, temperatures of other tasks, additions to a patch.
 ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference)$', r'^linear_head/', r'^log_scale_')
 
 
-def merge_params(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], list[str]]:
-  """(parameters of a new run, paths that stay fresh, paths of `old` that are dropped).
+def compare_models(new: Any, old: Any, source: str) -> tuple[list[str], list[str]]:
+  """(paths of a new run that stay fresh, paths of the old run that are dropped).
 
   Args:
-    fresh: its fresh parameters, or their shapes.
+    new: shapes of the parameters of the new run.
     old: those of the run to start from.
     source: name of that run for errors.
 
   Raises:
     UsageError: a parameter has another shape, or only one of the models has it and it is not among `ADDED`.
   """
-  new_params, old_params = by_path(fresh), by_path(old)
+  new_params, old_params = by_path(new), by_path(old)
   for path in sorted({*new_params} ^ {*old_params}):
     if not any(re.search(pattern, path) for pattern in ADDED):
       has, lacks = ('this model', source) if path in new_params else (source, 'this model')
@@ -37,8 +36,7 @@ def merge_params(fresh: Any, old: Any, source: str) -> tuple[Any, list[str], lis
       raise UsageError(f'config.train.init={source!r}: parameter {path!r} has shape {old_params[path].shape} in that '
                        f'run and {new_params[path].shape} in this model; config.model, config.moe and the tokenizer '
                        'must be those of that run.')
-  params = jax.tree_util.tree_map_with_path(lambda p, leaf: old_params.get(path_of(p), leaf), fresh)
-  return params, sorted({*new_params} - {*old_params}), sorted({*old_params} - {*new_params})
+  return sorted({*new_params} - {*old_params}), sorted({*old_params} - {*new_params})
 
 
 def compare_params(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:

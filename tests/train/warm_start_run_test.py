@@ -1,0 +1,104 @@
+"""A run that starts from another reads that run's parameters and nothing else, each straight onto its devices."""
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.helpers import saved_run, tiny
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils.tree_paths import by_path
+
+_NEW = {'embed/prompts/input', 'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}
+
+
+def _config(ema_decay=0.):
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.model.num_layers = 1
+  c.train.ema_decay = ema_decay
+  return c
+
+
+@pytest.fixture(name='saved', scope='module', params=['params', 'ema_params'])
+def _saved(request, tmp_path_factory):
+  """A run with prompts: (folder, its config, the field of its parameters to use, these)."""
+  folder, c = tmp_path_factory.mktemp('saved'), _config(.5 * (request.param == 'ema_params'))
+  c.model.num_deep_prompts = 2
+  params = saved_run.save(folder, c, step=2, change=lambda state: state if state.ema_params is None else state.replace(
+      ema_params=jax.tree.map(lambda x: x + 1, state.ema_params)))
+  return folder, c, request.param, {p: np.asarray(x) + bool(c.train.ema_decay) for p, x in by_path(params).items()}
+
+
+@pytest.fixture(name='read')
+def _read(monkeypatch):
+  """Names of the arrays that Orbax reads from now on."""
+  names = []
+  for handler in (ocp.type_handlers.ArrayHandler, ocp.type_handlers.NumpyHandler, ocp.type_handlers.ScalarHandler):
+    def deserialize(self, infos, args=None, original=handler.deserialize):
+      names.extend(info.name.replace('.', '/') for info in infos)
+      return original(self, infos, args)
+    monkeypatch.setattr(handler, 'deserialize', deserialize)
+  return names
+
+
+def _assert_sharded(params, run):
+  chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, params), run.shardings.params)
+
+
+def test_a_warm_start_reads_shared_parameters_onto_the_shardings_of_the_new_run(saved, read, capsys):
+  folder, _, field, expected = saved
+  c = _config()
+  c.train.init, c.tasks.shape.linear_head, c.model.num_prefix_prompts = str(folder), True, 2
+  c.mesh.update(dict(data=4, model=2, fsdp=True))
+  run = train_run.build(c)
+  params = train_run.load_init_params(run)
+  _assert_sharded(params, run)
+  assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {8}
+  split = [x for x in jax.tree.leaves(params) if not x.sharding.is_fully_replicated]
+  assert sum(x.nbytes for x in split) > .8 * sum(x.nbytes for x in jax.tree.leaves(params))
+
+  got = by_path(params)
+  dropped = {p for p in expected if 'prompts/' in p}
+  assert dropped and set(got) == {*expected} - dropped | _NEW
+  assert sorted(read) == sorted(f'{field}/{path}' for path in {*expected} - dropped)
+  for path in {*got} - _NEW:
+    np.testing.assert_array_equal(got[path], expected[path], path)
+  fresh = by_path(run.init().params)
+  for path in _NEW:
+    np.testing.assert_array_equal(got[path], fresh[path], path)
+  assert np.abs(got['embed/prompts/input']).min() > 0
+  output = capsys.readouterr().out
+  assert f'fresh: {", ".join(sorted(_NEW))}; dropped: {", ".join(sorted(dropped))}\n' in output
+
+  state = train_run.initial_state(run)
+  _assert_sharded(state.params, run)
+  chex.assert_trees_all_equal(state.params, params)
+
+
+def test_a_predictor_reads_the_parameters_and_a_continued_run_the_moments_too(saved, read):
+  folder, c, field, expected = saved
+  c = c.copy_and_resolve_references()
+  c.mesh.update(dict(data=4, expert=2, fsdp=True))
+  run = train_run.build(c)
+  with Checkpoints(folder, max_to_keep=None) as checkpoints:
+    params = train_run.predictor(run, checkpoints)[1]
+    assert sorted(read) == sorted(f'{field}/{path}' for path in expected)
+    read.clear()
+    checkpoints.restore(run.abstract_state())
+    assert {name.partition('/')[0] for name in read} > {'params', 'opt_state'}  # the positive control
+    host = checkpoints.restore_params()
+  _assert_sharded(params, run)
+  for got in (params, host):
+    chex.assert_trees_all_equal(by_path(got), expected)
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(host))
+
+
+def test_other_parameters_than_the_model_has_are_refused_by_a_predictor(saved):
+  folder, _, field, _ = saved
+  c = _config(.5 * (field == 'ema_params'))
+  run = train_run.build(c, jax.devices()[:1])
+  with Checkpoints(folder, max_to_keep=None) as checkpoints:
+    with pytest.raises(ValueError, match='prompts/input: .* → absent'):
+      train_run.predictor(run, checkpoints)
