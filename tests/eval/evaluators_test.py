@@ -31,7 +31,7 @@ def _query(data, entry: str, predictor, **changes) -> Query:
   e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
   names = d.target_sets[e.task.target_set].names if e.task.target_set else ()
   keys, records = d.entry_keys.get(e.task.target_set, ()), d.records(e.task.source, 'train')
-  return Query(e, predictor, d.examples(e.task), records, records, names, keys, d.tokenizer, {})
+  return Query(e, predictor, d.examples(e.task), records, records, names, keys, d.tokenizer, {}, tiny.data_dir())
 
 
 class _Oracle:
@@ -118,6 +118,27 @@ def test_baselines_fit_the_input(data):
   assert baseline_names == {
       'shape': {'majority', 'nearest neighbor'}, 'motion': {'majority', 'one frame', 'all frames'},
       'package': {'majority', 'tf-idf'}}
+
+
+@pytest.mark.parametrize('name, targets', [('shape', 3), ('package', 2), ('pair', 1), ('caption', 1), ('text', 40)])
+def test_baselines_can_be_left_out(data, name, targets):
+  changes = dict(num_examples=12) if name == 'pair' else {}
+  scored, without = ({metric: dataclasses.replace(s, baselines=dict(s.baselines)) for metric, s in _scores(
+      data, name, _Oracle(targets), baselines=computed, **changes).items()} for computed in (True, False))
+  assert all(s.baselines for s in scored.values())
+  assert without == {metric: dataclasses.replace(s, baselines={}) for metric, s in scored.items()}
+
+
+def test_images_of_files_are_ranked_by_the_texts_of_their_neighbors(data, monkeypatch):
+  monkeypatch.setattr(Query, 'neighbor_phrases', lambda query, ids: ['a red bar', 'a disc', 'a star'])
+  scores = _retrieve(data, _Reader(data[1].tokenizer), _SHARED, 30)
+  # Image 1 copies "a disc": closest to "a blue disc", its own. Image 2 copies its own text, 0 its own.
+  assert scores['i2t_R@1'].baselines == {"nearest neighbor's name": 1.0}
+  # "An image" has a word in common with no copy: by chance; the other three are the closest to one copy each.
+  assert scores['t2i_R@1'].baselines["nearest neighbor's name"] >= 3 / 4
+  monkeypatch.setattr(Query, 'neighbor_phrases', lambda query, ids: ['a star', 'a red bar', 'a disc'])
+  turned = _retrieve(data, _Reader(data[1].tokenizer), _SHARED, 30)
+  assert turned['i2t_R@1'].baselines == {"nearest neighbor's name": 0.0}
 
 
 def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(data):

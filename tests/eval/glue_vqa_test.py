@@ -1,5 +1,7 @@
 """Answers at a slot: GLUE's metrics and VQA's soft score, of predictors with given answers."""
 
+import tempfile
+
 import numpy as np
 import pytest
 
@@ -32,16 +34,19 @@ class _Predicts:
     return predictor.rank(np.log(np.eye(self.V)[self.answers[ids]] * 0.8 + 0.1)[:, None], labels)
 
 
-def _evaluate(evaluator, task, keys, examples, predicts, labels=None):
-  c = tiny.config(data_dir='')
-  c.target_sets.s = config_lib.target_set(keys, family='words')
-  c.tasks.t = task
-  c.evaluators.e = config_lib.evaluator(evaluator, 't', split='test', batch_size=3)
-  [e] = make_plan(c).evaluations
-  labels = {} if labels is None else {'label': labels}
-  records = FileDataset('own:x', examples.size, None, {}, {'label': keys}, labels, '')
-  query = Query(e, predicts, examples, records, records, keys, keys, None, {})
-  return {s.name: s for s in EVALUATORS[evaluator](query)}
+def _evaluate(evaluator, task, keys, examples, predicts, trained=(), evaluated=(), **values):
+  """trained, evaluated: rows of records. values: of the evaluator."""
+  columns = {'a': 'text', 'label': 'class', 'answers': 'texts'}
+  with tempfile.TemporaryDirectory() as data_dir:
+    c = tiny.config(data_dir=data_dir)
+    c.target_sets.s = config_lib.target_set(keys, family='words')
+    c.tasks.t = task
+    c.evaluators.e = config_lib.evaluator(evaluator, 't', split='test', batch_size=3, **values)
+    [e] = make_plan(c).evaluations
+    records = [FileDataset('own:x', len(rows), lambda ids, rows=rows: [rows[i] for i in ids], columns, {'label': keys},
+                           {}, repr(rows)) for rows in (evaluated, trained)]
+    query = Query(e, predicts, examples, *records, keys, keys, None, {}, data_dir)
+    return {s.name: s for s in EVALUATORS[evaluator](query)}
 
 
 def _text(**fields):
@@ -60,27 +65,37 @@ def _examples(size, references=None):
 def test_glue_counts_every_example_once_and_scores_by_hand():
   # Always 1: of seven, four are 1. F1 = 2 · 4 / (7 + 4).
   predicts = _Predicts(np.ones(7, int), 2)
-  scores = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), predicts, labels=np.array([0, 0, 1, -1]))
+  trained = [{'a': a, 'label': label} for a, label in (('red', 'no'), ('red', 'no'), ('blue', 'yes'), ('blue', ''))]
+  rows = trained, [{'a': 'blue' if label else 'red', 'label': ('no', 'yes')[label]} for label in LABELS]
+  scores = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), predicts, *rows)
   assert sorted(set(predicts.seen)) == list(range(7)) and scores['accuracy'].count == 7
   assert scores['accuracy'].value == pytest.approx(4 / 7)
   assert scores['F1'].value == pytest.approx(8 / 11)
   assert scores['Matthews'].value == 0
-  assert scores['accuracy'].baselines == {'majority': pytest.approx(3 / 7)}  # no, the most frequent in training
-  right = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), _Predicts(LABELS, 2))
+  # The most frequent class in training is no; its words tell the classes apart.
+  assert scores['accuracy'].baselines == {'majority': pytest.approx(3 / 7), 'tf-idf': 1.0}
+  right = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), _Predicts(LABELS, 2), *rows, baselines=False)
   assert {name: s.value for name, s in right.items()} == {'accuracy': 1, 'F1': 1, 'Matthews': 1}
-  assert right['accuracy'].baselines == {}  # nothing is known of the training labels
+  assert right['accuracy'].baselines == {}
 
 
 def test_three_label_words_have_an_accuracy_alone():
-  assert set(_evaluate('glue', _text(), ('no', 'maybe', 'yes'), _examples(7), _Predicts(LABELS, 3))) == {'accuracy'}
+  assert set(_evaluate('glue', _text(), ('no', 'maybe', 'yes'), _examples(7), _Predicts(LABELS, 3),
+                       baselines=False)) == {'accuracy'}
 
 
 def test_questions_score_by_how_many_people_agree():
   task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers',
-                         template='{q} <spe> <eot>', max_len=8, max_predictions=10)
+                         template='{a} <spe> <eot>', max_len=8, max_predictions=10)
   examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
-  scores = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2))
+  trained = [{'a': 'what purrs', 'answers': ('a cat',)}, {'a': 'what flies', 'answers': ('bird',)}] * 3
+  evaluated = [{'a': a, 'answers': several} for a, several in zip(('it purrs', 'it flies', 'it flies'), ANSWERS)]
+  scores = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated)
   # Four of ten answered cat: 1; ten: 1; nobody dog: 0. The most frequent answers are dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
   assert scores['exact_match'].value == pytest.approx(1 / 3)
-  assert scores['soft score'].baselines == {"always 'dog'": pytest.approx(1 / 3)}
+  # By their questions: cat, bird, bird.
+  assert scores['soft score'].baselines == {"always 'dog'": pytest.approx(1 / 3), 'tf-idf': pytest.approx(2 / 3)}
+  without = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated,
+                      baselines=False)
+  assert without['soft score'].baselines == {} and without['soft score'].value == scores['soft score'].value

@@ -68,11 +68,11 @@ def _evaluate(num_examples: int):
   c.target_sets.s = config_lib.target_set(keys, family='words')
   c.tasks.t = config_lib.task('text_classification', 'own:x', batch_size=1, target_set='s', label_column='label',
                               template='{a} <spe> <eot>', max_len=8)
-  c.evaluators.e = config_lib.evaluator('classification', 't', split='test', batch_size=20)
+  c.evaluators.e = config_lib.evaluator('classification', 't', split='test', batch_size=20, baselines=False)
   [e] = make_plan(c).evaluations
   records = FileDataset('own:x', num_examples, None, {}, {'label': keys}, {}, '')
   examples = Examples(num_examples, lambda ids, hashes: {'id': ids, 'label': tf.cast(ids * 7 % _V, tf.int32)[:, None]})
-  query = Query(e, _Shifted(), examples, records, records, keys, keys, None, {})
+  query = Query(e, _Shifted(), examples, records, records, keys, keys, None, {}, '')
   tracemalloc.start()
   scores = {s.name: s for s in EVALUATORS['classification'](query)}
   peak = tracemalloc.get_traced_memory()[1]

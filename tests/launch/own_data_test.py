@@ -38,6 +38,7 @@ def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatc
   assert 'pets 1.0.0: train 32, test 8' in outputs[0] and 'captions (texts)' in outputs[0]
   [row] = [line for line in outputs[2].splitlines() if 'i2t_R@1' in line.split()]
   assert row.split()[:2] == ['pets', 'retrieval'] and (tmp_path / 'runs/pets/evaluation.json').exists()
+  assert "nearest neighbor's name" in row
 
 
 def _own(arg: str):
@@ -96,7 +97,12 @@ def test_several_sources_are_trained_together_and_evaluated(data, tmp_path):
   assert scores['photos retrieval', 'i2t_R@5']['chance'] == pytest.approx(1 - 19 * 18 / (24 * 23))
   assert {e for e, _ in scores} == {'photos retrieval', 'photos caption', 'photos color', 'folder label',
                                     'videos label', 'pairs label'}
-  assert scores['photos color', 'top-1']['baselines'].keys() == {'majority'}
+  fitted = {'photos color': {'nearest neighbor', 'logistic regression'}, 'videos label': {'one frame', 'all frames'},
+            'pairs label': {'tf-idf'}}
+  for name, baselines in fitted.items():
+    assert scores[name, 'top-1']['baselines'].keys() == {'majority', *baselines}
+  assert scores['photos color', 'top-1']['baselines']['nearest neighbor'] == 1  # of images of one color each
+  assert scores['photos caption', 'CIDEr-D']['baselines']["nearest neighbor's name"] > 0
   samples = json.loads((tmp_path / 'run/samples.json').read_text())
   assert samples['videos label'][0]['frames'] and samples['photos caption'][0]['image']
 

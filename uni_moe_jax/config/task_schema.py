@@ -110,6 +110,8 @@ class EvaluatorConfig:
   num_views: int = field(1, 'Classification of videos of files: probabilities are averaged over num_views in time × '
                          'num_crops.', at_least=1)
   num_crops: int = field(1, 'Crops along the long side; see num_views.', at_least=1)
+  baselines: bool = field(True, 'Computes simple predictors beside the score; those of data in files once per dataset '
+                          '(eval/file_baselines.py).')
 
 
 def task(type: str, source: str, *, batch_size: int, **values: Any) -> ml_collections.ConfigDict:

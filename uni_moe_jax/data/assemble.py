@@ -29,6 +29,7 @@ class Data:
   """The data of a run; records are read once per (source, split).
 
   Attributes:
+    dir: folder of the prepared data.
     tokenizer: the published one, or one trained on the plan's training text and cached by content.
     tokenizer_file: its model or merges file.
     target_sets: by name.
@@ -41,7 +42,7 @@ class Data:
 
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
     """Raises MissingFileError for data that is not prepared, UsageError for a config that does not fit it."""
-    self._dir, self._model, self._plan = config.data.dir, config.model, plan
+    self.dir, self._model, self._plan = config.data.dir, config.model, plan
     self._records: dict[tuple[str, str], Records | FileDataset] = {}
     records = [self.records(t.source, t.split) for t in plan.tasks]
     self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, records)
@@ -78,7 +79,7 @@ class Data:
   def records(self, source: str, split: str) -> Records | FileDataset:
     """One split of a source."""
     if (source, split) not in self._records:
-      self._records[source, split] = sources.load(source, self._dir, split)
+      self._records[source, split] = sources.load(source, self.dir, split)
     return self._records[source, split]
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, num_views: int = 1,
@@ -110,7 +111,7 @@ class Data:
     if not isinstance(spec.entries, str):
       return class_names.parse_entries(spec.entries, field)
     if spec.entries.startswith(class_names.FILE_PREFIX):
-      return class_names.read_entries(spec.entries, self._dir, field)
+      return class_names.read_entries(spec.entries, self.dir, field)
     source, _, column = spec.entries.rpartition('/')
     split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
     classes = self.records(source, split).classes
@@ -134,7 +135,7 @@ class Data:
     texts = np.unique([text for r in records for text in _texts(r)]).tolist()
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
     digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]
-    path = expand(self._dir) / 'tokenizers' / f'{digest}.model'
+    path = expand(self.dir) / 'tokenizers' / f'{digest}.model'
     if not path.exists():
       try:
         SentencePieceTokenizer.train(texts, path, c.vocab_size, c.allow_smaller_vocab)

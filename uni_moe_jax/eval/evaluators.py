@@ -1,7 +1,8 @@
 """Evaluators: fixed protocols for scores of a predictor, beside chance and simple baselines.
 
 Examples, candidates, phrasing and number of draws are fixed here and seeded by the evaluator's name. Baselines are
-computed from the same records in the same command. An evaluator receives a `Predictor`, never a model.
+computed from the same records in the same command; those of files once per dataset. An evaluator receives a
+`Predictor`, never a model.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.eval import baselines, batches, caption_metrics, metrics, samples
 from uni_moe_jax.eval.batches import Fields
+from uni_moe_jax.eval.file_baselines import NEAREST, FileBaselines
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor, Ranked
 from uni_moe_jax.utils.errors import UsageError
@@ -26,12 +28,12 @@ from uni_moe_jax.utils.errors import UsageError
 RECALLS = (1, 5, 10)
 _COUNTED = 20_000  # records in files whose words are counted for the unigram baseline
 DRAWS = 3  # of retrieval candidates; the mean is reported, with the error of a single draw
-_NEAREST, _NEAREST_NAME = 'nearest neighbor', "nearest neighbor's name"
+_NEAREST_NAME = "nearest neighbor's name"
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-  """What an evaluator works with. Records in files have baselines only where labels are known without reading them."""
+  """What an evaluator works with."""
   evaluation: Evaluation
   predictor: Predictor
   examples: examples_lib.Examples  # built for evaluation (first phrase, every masked position replaced)
@@ -41,6 +43,7 @@ class Query:
   keys: tuple[str, ...]  # the records' names for these entries
   tokenizer: Tokenizer
   samples: dict[str, list[dict[str, Any]]]  # some predictions of each evaluator for the report, see `show`
+  data_dir: str  # prepared data, and results of baselines of files
 
   @property
   def task(self):
@@ -86,8 +89,17 @@ class Query:
     """The text [N] of each record in the evaluated phrasing, the task's first template."""
     return examples_lib.fill_captions(records, self.task)[:, 0]
 
-  def neighbor_phrases(self, ids: np.ndarray) -> np.ndarray:
-    """Text of the nearest training image of each example; videos by their middle frames."""
+  @property
+  def file_baselines(self) -> FileBaselines:
+    return FileBaselines(self.evaluation, self.trained, self.evaluated, self.keys, self.data_dir)
+
+  def neighbor_phrases(self, ids: np.ndarray) -> np.ndarray | list[str] | None:
+    """Text of the nearest training image of each example; videos by their middle frames. None: no baselines."""
+    if not self.evaluation.baselines:
+      return None
+    if isinstance(self.trained, FileDataset):
+      return self.file_baselines.neighbor_texts(ids)
+
     def still(pixels):
       return pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2]
     train, test = (still(records.columns['pixels']) for records in (self.trained, self.evaluated))
@@ -115,16 +127,17 @@ def label_baselines(
     q: Query, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[..., dict[str, float]]]:
   """(training labels [N], metric → its value for each baseline that predicts the labels [Q] of the examples).
 
-  Training labels are empty if they are unknown. Baselines fit the input: texts, images or videos.
+  Training labels are empty if there are no baselines. Baselines fit the input: texts, images or videos.
   """
-  column, answers = q.task.label_column, {}
-  by = lambda metric: {name: metric(predicted, labels) for name, predicted in answers.items()}
+  answers, fitted = {}, {}
+  by = lambda metric: {**{name: metric(predicted, labels) for name, predicted in answers.items()},
+                       **{name: metric(predicted, labels[rows]) for name, predicted in fitted.items()}}
+  if not q.evaluation.baselines:
+    return np.zeros(0, int), by
   if isinstance(q.trained, FileDataset):
-    if column not in q.trained.labels:
-      return np.zeros(0, int), by
-    index, known = {key: i for i, key in enumerate(q.keys)}, q.trained.labels[column]
-    train_labels = np.array([index[name] for name in q.trained.classes[column]])[known[known >= 0]]
-    answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
+    train_labels, rows, fitted = q.file_baselines.classes(ids)
+    if len(train_labels):
+      answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
     return train_labels, by
   trained, evaluated = examples_lib.example_ids(q.trained, q.task), examples_lib.example_ids(q.evaluated, q.task)[ids]
   train_labels = examples_lib.class_indices(q.trained, q.task, q.keys)[trained]
@@ -136,7 +149,7 @@ def label_baselines(
   if inputs == texts:
     answers['tf-idf'] = baselines.tfidf_logistic(train, train_labels, test)
   elif train[0].ndim == 3:
-    answers[_NEAREST] = train_labels[baselines.nearest_neighbor(*train, *test)]
+    answers[NEAREST] = train_labels[baselines.nearest_neighbor(*train, *test)]
   else:
     for name, frames in (('one frame', 'middle'), ('all frames', 'all')):
       answers[name] = baselines.frame_logistic(*train, train_labels, *test, frames)
@@ -163,13 +176,13 @@ def retrieval(q: Query) -> list[Score]:
   copied, recalls, baseline = q.neighbor_phrases(union), [], []
   for draw in draws:
     index, positives = np.searchsorted(union, draw), np.eye(len(draw), dtype=bool)
-    by_name = baselines.name_similarity(copied[index], texts[draw])
     recalls.append(_by_direction(q, metrics.share_within, *_ranks(q, left[index], right[index], positives)))
-    named = metrics.mutual_ranks(by_name.__getitem__, positives)
-    baseline.append(_by_direction(q, metrics.share_within, *named))
+    if copied is not None:
+      by_name = baselines.name_similarity(copied[index], texts[draw])
+      baseline.append(_by_direction(q, metrics.share_within, *metrics.mutual_ranks(by_name.__getitem__, positives)))
   mean = lambda draws, name: float(np.mean([recall[name] for recall in draws]))
   return [Score.proportion(name, mean(recalls, name), number, int(name.partition('@')[2]) / number,
-                           {_NEAREST_NAME: mean(baseline, name)}) for name in recalls[0]]
+                           {_NEAREST_NAME: mean(baseline, name)} if baseline else {}) for name in recalls[0]]
 
 
 def _ranks(q: Query, left: np.ndarray, right: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +201,8 @@ def _full_retrieval(q: Query) -> list[Score]:
   """R@k of every image and every distinct text: images that share a text are correct for it, and it for them."""
   ids, length, batch_size = q.ids(), q.task.max_len, q.evaluation.batch_size
   texts = q.examples.references(ids)
-  rows = examples_lib.encode_texts([t for several in texts for t in several], q.tokenizer, length)
+  flat = [t for several in texts for t in several]
+  rows = examples_lib.encode_texts(flat, q.tokenizer, length)
   # Texts with the same tokens, cut to the task's length, count as one.
   codes = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
   owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])
@@ -207,7 +221,14 @@ def _full_retrieval(q: Query) -> list[Score]:
   recalls = _by_direction(q, metrics.share_within, *_ranks(q, left, right, positives))
   counts = _by_direction(q, lambda p, k: len(p), positives, positives.T)
   chance = _by_direction(q, metrics.recall_by_chance, positives, positives.T)
-  return [Score.proportion(name, recall, counts[name], chance[name]) for name, recall in recalls.items()]
+  baseline = {}
+  if (copied := q.neighbor_phrases(ids)) is not None:
+    text_of = {codes[tuple(row)]: text for row, text in zip(rows, flat, strict=True)}
+    candidates = [text_of[i] for i in range(len(codes))]
+    named = metrics.mutual_ranks(lambda part: baselines.name_similarity(copied[part], candidates), positives)
+    baseline = _by_direction(q, lambda ranks, k: {_NEAREST_NAME: metrics.share_within(ranks, k)}, *named)
+  return [Score.proportion(name, recall, counts[name], chance[name], baseline.get(name))
+          for name, recall in recalls.items()]
 
 
 def _distinct(texts: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
@@ -231,10 +252,8 @@ def caption(q: Query) -> list[Score]:
       q.task, fields['pixels'], e.beam_size, e.length_penalty, e.constrain_to, e.max_len))).tolist()
   if e.detokenize:
     predicted = [q.tokenizer.detokenize(text) for text in predicted]
-  if q.examples.references:
-    truth, copied = q.examples.references(ids), None
-  else:
-    truth, copied = q.phrases(q.evaluated)[ids].tolist(), q.neighbor_phrases(ids).tolist()
+  truth = q.examples.references(ids) if q.examples.references else q.phrases(q.evaluated)[ids].tolist()
+  copied = q.neighbor_phrases(ids)
   by = lambda metric: {} if copied is None else {_NEAREST_NAME: metric(copied, truth)}
   shown = [t if isinstance(t, str) else ' | '.join(t) for t in truth]
   q.show(ids, shown, predicted)
@@ -256,12 +275,14 @@ def masked_language_modeling(q: Query) -> list[Score]:
     return predicted, fields['label'], fields['weight'] > 0
 
   (predicted, _, log_p), labels, counted = q.gather(q.ids(), score)
-  in_files, n, V = isinstance(q.trained, FileDataset), int(counted.sum()), q.tokenizer.size
-  tokens = q.tokenizer.encode_batch(
-      q.trained.sample_texts(_COUNTED) if in_files else q.trained.columns['text'].tolist())
-  counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=V)
-  counts[q.tokenizer.eot] += len(tokens)
-  _, accuracy, perplexity = baselines.unigram(counts, labels[counted])
-  return [Score.proportion('accuracy', float((predicted == labels)[counted].mean()), n, 1 / V, {'unigram': accuracy}),
-          Score('perplexity', metrics.perplexity(float(-log_p[counted].sum()), n), n, V, {'unigram': perplexity},
+  n, V, unigram = int(counted.sum()), q.tokenizer.size, ({}, {})
+  if q.evaluation.baselines:
+    texts = (q.trained.sample_texts(_COUNTED) if isinstance(q.trained, FileDataset) else
+             q.trained.columns['text'].tolist())
+    tokens = q.tokenizer.encode_batch(texts)
+    counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=V)
+    counts[q.tokenizer.eot] += len(tokens)
+    unigram = [{'unigram': value} for value in baselines.unigram(counts, labels[counted])[1:]]
+  return [Score.proportion('accuracy', float((predicted == labels)[counted].mean()), n, 1 / V, unigram[0]),
+          Score('perplexity', metrics.perplexity(float(-log_p[counted].sum()), n), n, V, unigram[1],
                 higher_is_better=False)]

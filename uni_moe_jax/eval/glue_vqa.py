@@ -13,8 +13,7 @@ from uni_moe_jax.eval.metrics import Score
 def glue(q: Query) -> list[Score]:
   """Accuracy; with two classes also F1 of the second and Matthews' correlation.
 
-  GLUE reports accuracy for most of its tasks, F1 for MRPC and QQP, Matthews for CoLA. The baseline is the most frequent
-  answer of the training examples, where those are known.
+  GLUE reports accuracy for most of its tasks, F1 for MRPC and QQP, Matthews for CoLA.
   """
   ids = q.ids()
   predicted, labels = q.gather(ids, lambda fields: (q.ranked(fields).best, fields['label'][:, 0]))
@@ -28,14 +27,22 @@ def glue(q: Query) -> list[Score]:
 
 
 def vqa(q: Query) -> list[Score]:
-  """Soft score (see `metrics.vqa_score`) of the most likely answer, and how often it is the most frequent answer."""
+  """Soft score (see `metrics.vqa_score`) of the most likely answer, and how often it is the most frequent answer.
+
+  The baselines are one answer for all questions, and answers predicted from the questions alone.
+  """
   ids = q.ids()
   answers = [normalize_answer(q.keys[i]) for i in q.gather(ids, lambda fields: q.ranked(fields).best)]
   truth = [[normalize_answer(a) for a in several] for several in q.examples.references(ids)]
   first = [statistics.mode(several) for several in truth]
   common = statistics.mode(first)
-  soft = lambda answers: float(np.mean(metrics.vqa_score(answers, truth)))
+  soft = lambda answers, truth=truth: float(np.mean(metrics.vqa_score(answers, truth)))
+  baselines = {}
+  if q.evaluation.baselines:
+    rows, fitted = q.file_baselines.answers(ids)
+    baselines = {f'always {common!r}': soft([common] * len(ids)),
+                 **{name: soft(predicted, [truth[i] for i in rows]) for name, predicted in fitted.items()}}
   q.show(ids, first, answers)
   n, chance = len(ids), 1 / len(q.names)
-  return [Score('soft score', soft(answers), n, chance, {f'always {common!r}': soft([common] * n)}),
+  return [Score('soft score', soft(answers), n, chance, baselines),
           Score.proportion('exact_match', metrics.accuracy(np.array(answers), np.array(first)), n, chance)]

@@ -52,7 +52,7 @@ def scores(e: Evaluation, data: Data, predictor: Predictor, shown: dict[str, lis
   examples = data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
   return EVALUATORS[e.type](Query(
       e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), names,
-      data.entry_keys.get(e.task.target_set, ()), data.tokenizer, shown))
+      data.entry_keys.get(e.task.target_set, ()), data.tokenizer, shown, data.dir))
 
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:
