@@ -48,7 +48,8 @@ def _image(data: bytes) -> np.ndarray:
 
 
 def _frames(data: bytes, num_frames: int) -> np.ndarray:
-  frames = video.sample_frames(data, video.view_offsets(1, num_frames)[0])
+  [offsets] = video.view_offsets(1, num_frames)
+  frames = video.sample_frames(data, lambda number, _: video.segment_frames(number, offsets))
   return np.stack([_fit(Image.fromarray(frame)) for frame in frames])
 
 
