@@ -152,6 +152,6 @@ def _per_example(x: jax.Array, batch: int) -> jax.Array:
 
   In float32, as the gradient of a shared part is a sum over examples.
   """
-  if x.shape[0] > 1:
+  if x.shape[0] != 1:  # symbolic sizes have no order
     return x
   return jnp.broadcast_to(x.astype(jnp.float32), (batch, *x.shape[1:])).astype(x.dtype)
