@@ -7,6 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.helpers import saved_run, tiny
+from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils.tree_paths import by_path
@@ -102,3 +103,19 @@ def test_other_parameters_than_the_model_has_are_refused_by_a_predictor(saved):
   with Checkpoints(folder, max_to_keep=None) as checkpoints:
     with pytest.raises(ValueError, match='prompts/input: .* → absent'):
       train_run.predictor(run, checkpoints)
+
+
+def test_a_frozen_position_table_is_computed_anew_at_another_image_size(tmp_path):
+  c = _config()
+  c.model.posemb = 'frozen'
+  saved = saved_run.save(tmp_path, c, step=2)['embed']['spatial']
+  c.train.init = str(tmp_path)
+
+  def spatial(image_size, scale):
+    c.model.image_size, c.model.posemb_scale = image_size, scale
+    return np.asarray(train_run.load_init_params(train_run.build(c, jax.devices()[:1]))['embed']['spatial'])
+
+  side, patch, width = c.model.image_size, c.model.patch_size, c.model.width
+  np.testing.assert_array_equal(spatial(side, 1.), saved)  # that of the run, which is another
+  np.testing.assert_array_equal(spatial(2 * side, .5), sincos_table(2 * side // patch, width, .5))
+  np.testing.assert_array_equal(spatial(side, .5), sincos_table(side // patch, width, .5))

@@ -6,8 +6,8 @@ from tests.helpers import small_model
 from uni_moe_jax.train import warm_start
 
 
-def _compare(new, old):
-  return warm_start.compare_models(small_model.params(new), small_model.params(old), 'runs/old')
+def _compare(new, old, computed=()):
+  return warm_start.compare_models(small_model.params(new), small_model.params(old), 'runs/old', computed)
 
 
 def test_equal_models_share_every_parameter():
@@ -30,6 +30,13 @@ def test_frame_differences_may_be_dropped_or_added():
   with_them, without = small_model.spec(frame_differences=True), small_model.spec()
   assert _compare(without, with_them) == ([], ['embed/difference'])
   assert _compare(with_them, without) == (['embed/difference'], [])
+
+
+def test_computed_parameters_stay_fresh_in_any_shape():
+  old, new = small_model.spec(posemb='frozen'), small_model.spec(posemb='frozen', image_size=16)
+  assert _compare(new, old, ['embed/spatial']) == (['embed/spatial'], [])
+  with pytest.raises(ValueError, match="'embed/spatial' has shape"):
+    _compare(new, old)
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -158,7 +158,11 @@ def load_init_params(run: Run) -> Any:
   with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
       raise UsageError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
-    added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(), init)
+    # A frozen position table is that of its image size and scale.
+    model, old = run.config.model, workdir.load_config(init).model
+    moved = (model.image_size, model.posemb_scale) != (old.image_size, old.posemb_scale)
+    computed = ['embed/spatial'] if model.posemb == old.posemb == 'frozen' and moved else []
+    added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(), init, computed)
 
     def select(params, fresh):
       return {path: x for path, x in flatten_dict(params).items() if ('/'.join(path) in added) == fresh}

@@ -1,6 +1,7 @@
 """Starting from another run: its parameters are copied, and those that tuning adds are initialized."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from uni_moe_jax.utils.tree_paths import by_path
 ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference)$', r'^linear_head/', r'^log_scale_')
 
 
-def compare_models(new: Any, old: Any, source: str) -> tuple[list[str], list[str]]:
+def compare_models(
+    new: Any, old: Any, source: str, computed: Collection[str] = ()) -> tuple[list[str], list[str]]:
   """(paths of a new run that stay fresh, paths of the old run that are dropped).
 
   Args:
     new: shapes of the parameters of the new run.
     old: those of the run to start from.
     source: name of that run for errors.
+    computed: paths of both whose values follow from the new config and stay fresh, in any shape.
 
   Raises:
     UsageError: a parameter has another shape, or only one of the models has it and it is not among `ADDED`.
@@ -32,11 +35,11 @@ def compare_models(new: Any, old: Any, source: str) -> tuple[list[str], list[str
       raise UsageError(f'config.train.init={source!r}: {has} has parameter {path!r}, {lacks} has not; config.model and '
                        f'config.moe must be those of that run. {near}')
   for path in new_params:
-    if path in old_params and new_params[path].shape != old_params[path].shape:
+    if path in old_params and path not in computed and new_params[path].shape != old_params[path].shape:
       raise UsageError(f'config.train.init={source!r}: parameter {path!r} has shape {old_params[path].shape} in that '
                        f'run and {new_params[path].shape} in this model; config.model, config.moe and the tokenizer '
                        'must be those of that run.')
-  return sorted({*new_params} - {*old_params}), sorted({*old_params} - {*new_params})
+  return sorted({*new_params} - {*old_params} | {*computed}), sorted({*old_params} - {*new_params})
 
 
 def compare_params(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:
