@@ -12,8 +12,10 @@ Arguments:
   image_size=N     pixels per side of the run's model in this task, such as 384; default: as the run has them. Positions
                    are computed, and scaled so that a patch keeps its place in the image
   mode=finetune    every parameter of the run trains (default)
-  mode=prompts     prompts, norms and a linear head train, as in configs/prompt_tune.py
+  mode=prompts     prompts, norms and a linear head of the run train, as published; GLUE and VQA, for which nothing was
+                   published, as in configs/prompt_tune.py
   mode=zero_shot   nothing trains; for launch/evaluate.py
+  data=few|all     1 % of the training data (default of mode=prompts), or all of it (default otherwise)
 
 docs/guides/benchmarks.md says how to obtain each dataset, and where a recipe differs from the published one. The
 papers' tables hold for the authors' checkpoints; no benchmark was run here to its end.
@@ -24,12 +26,15 @@ import ml_collections
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets
 from uni_moe_jax.train import finetuning
+from uni_moe_jax.utils.errors import UsageError
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Images of 224 pixels in patches of 16 and CLIP's vocabulary; or the model of the run."""
-  a = config.arguments(arg, __file__, dict(task='imagenet1k', run='', image_size=0, mode='finetune'),
-                       dict(task=benchmarks.DOWNSTREAM, mode=finetuning.MODES))
+  a = config.arguments(arg, __file__, dict(task='imagenet1k', run='', image_size=0, mode='finetune', data=''),
+                       dict(task=benchmarks.DOWNSTREAM, mode=finetuning.MODES, data=('few', 'all')))
+  if a.mode != 'finetune' and not a.run:
+    raise UsageError(f'configs/benchmark.py:{arg}: mode={a.mode} adapts a run; give run=RUN.')
   if a.run:
     c, plan = finetuning.start_from(a.run, f'configs/benchmark.py:{arg}')
   else:
@@ -47,8 +52,12 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       t.temperature = t.temperature if t.temperature in plan.temperatures else ''
       t.max_len = min(t.max_len, c.model.max_text_len)
     finetuning.share_temperatures(c, plan)
-  if a.run and a.mode != 'finetune':
-    finetuning.MODES[a.mode](c)
-  else:
+  if a.mode == 'finetune':
     benchmarks.finetuning(c, a.task)
+  elif a.mode == 'prompts' and a.task in benchmarks.PROMPT_TUNING:
+    benchmarks.prompt_tuning(c, a.task)
+  else:
+    finetuning.MODES[a.mode](c)
+  if a.data == 'few' or not a.data and a.mode == 'prompts':
+    c.tasks[a.task].train_fraction = finetuning.TRAIN_FRACTION
   return c

@@ -262,14 +262,14 @@ def test_coco_is_read_as_tfds_prepares_it(tmp_path):
 
   # Written where and as TFDS would prepare it.
   builder = file_dataset.tfds_builder('tfds:coco_captions', tmp_path)
-  splits = {'train': (0, 1), 'restval': (2,), 'test': (3, 4, 5)}
+  splits = {'train': (0,), 'restval': (1,), 'val': (2,), 'test': (3, 4, 5)}
   tfds.dataset_builders.store_as_tfds_dataset(
       builder.name, builder.version, builder.info.features,
       {split: [(i, example(i)) for i in ids] for split, ids in splits.items()}, config=builder.builder_config.name,
       data_dir=tmp_path / 'tfds', file_format='array_record', disable_shuffling=True)
   run = _run(_small(_config('coco_retrieval'), tmp_path))
   [t] = run.plan.tasks
-  assert run.data.examples(t, training=True).size == 3  # train and restval
+  assert run.data.examples(t, training=True).size == 3  # all but those of the test
   examples = run.data.examples(t, 'test')
   assert examples.references(np.arange(3)) == [(f'an image {i}', f'the shape {i}') for i in (3, 4, 5)]
   fields = next(evaluation_batches(examples, np.arange(3), 3))[0]
@@ -333,7 +333,7 @@ def test_a_benchmark_starts_from_a_run(trained, name, mode):
   if trains == '.*':
     _, _, rate, decay, *_, steps = _PUBLISHED[name]
     assert (c.optim.learning_rate, c.optim.param_groups[-1][2], c.train.steps) == (rate, decay, steps)
-  elif trains:
+  elif trains and name != 'coco_caption':  # for which nothing was published
     expected = config.base()
     finetuning.train_prompts(expected)
     assert (c.optim, c.train.steps) == (expected.optim, expected.train.steps)

@@ -11,7 +11,8 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax import config
-from uni_moe_jax.config import schema
+from uni_moe_jax.config import presets, schema
+from uni_moe_jax.tasks.router_names import DENSE
 
 CAPTIONS = '{captions}'
 CAPTION_SEARCH = dict(beam_size=2, max_len=21, detokenize=False)  # of evaluators
@@ -79,6 +80,7 @@ class Tuning:
   max_len: int = 30
   loss_weight: float = 1.0
   drop_path: float = 0.1
+  dense_drop_path: float | None = None  # of a model without experts, where it differs
   weight_decay: float = 1e-4  # of kernels
   b2: float = 0.95
   eps: float = 1e-6
@@ -97,7 +99,7 @@ TUNING = {
     'kinetics400': Tuning(8, 5e-6, 2_000, 40_000, max_len=0),
     'coco_caption': Tuning(32, 2e-5, 500, 10_000, loss_weight=2.0),
     'coco_retrieval': Tuning(256, 5e-6, 500, 10_000),
-    'flickr30k_caption': Tuning(32, 2e-6, 500, 4_000, drop_path=0.2),  # 0.1 without experts
+    'flickr30k_caption': Tuning(32, 2e-6, 500, 4_000, drop_path=0.2, dense_drop_path=0.1),
     'flickr30k_retrieval': Tuning(256, 5e-6, 200, 5_000),
     'msvd_caption': Tuning(2, 2e-5, 100, 1_000, drop_path=0.2),
     'msvd_retrieval': Tuning(16, 5e-6, 200, 2_000, drop_path=0.2),
@@ -112,19 +114,63 @@ TUNING = {
     'qnli': _glue_tuning(16, 2_000, 34_000),
     'rte': _glue_tuning(16, 150, 2_500, 2e-5),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTuning(Tuning):
+  """Published prompt tuning of one benchmark, with 1 % of its training data."""
+  sharing: str = 'shared'  # model.prompt_sharing
+  linear_head: bool = False
+  label_prompts: bool = False
+  weight_decay: float = 0.0
+
+
+_NUM_DEEP_PROMPTS = 10
+_SEPARATE = dict(sharing='separate')
+# As published for the base size. The learning rates of retrieval differ from those in the names of the files.
+PROMPT_TUNING = {
+    'imagenet1k': PromptTuning(64, 1e-4, 500, 2_500, max_len=0, linear_head=True, label_prompts=True, drop_path=0.0),
+    'kinetics400': PromptTuning(4, 5e-4, 200, 2_000, max_len=0, linear_head=True),
+    'coco_caption': PromptTuning(32, 1e-3, 100, 1_000, loss_weight=2.0),
+    'coco_retrieval': PromptTuning(256, 1e-3, 50, 500, loss_weight=0.5, **_SEPARATE),
+    'flickr30k_caption': PromptTuning(32, 1e-3, 50, 500, drop_path=0.2, dense_drop_path=0.1),
+    'flickr30k_retrieval': PromptTuning(256, 1e-3, 50, 1_000, drop_path=0.2, **_SEPARATE),
+    'msvd_caption': PromptTuning(2, 1e-3, 25, 200, dense_drop_path=0.2),
+    'msvd_retrieval': PromptTuning(16, 1e-3, 10, 100, drop_path=0.2, **_SEPARATE),
+}
 # Ours: of MSR-VTT only zero-shot evaluation was published.
-TUNING |= {f'msrvtt_{task}': TUNING[f'msvd_{task}'] for task in ('caption', 'retrieval')}
+for _rows in (TUNING, PROMPT_TUNING):
+  _rows |= {f'msrvtt_{task}': _rows[f'msvd_{task}'] for task in ('caption', 'retrieval')}
 
 
 def finetuning(c: ml_collections.ConfigDict, name: str) -> None:
   """Set the optimizer and steps of one benchmark; every parameter trains."""
   t = TUNING[name]
+  _train(c, t)
+  c.optim.param_groups = (*c.optim.param_groups[:-1], (r'.*', 1.0, t.weight_decay))
+  c.train.update(dict(log_every=50, checkpoint_every=1000))
+
+
+def prompt_tuning(c: ml_collections.ConfigDict, name: str) -> None:
+  """Set the published prompt tuning of a benchmark in `PROMPT_TUNING`, but not the fraction of its data."""
+  t = PROMPT_TUNING[name]
+  _train(c, t)
+  presets.prompt_tune(c, _NUM_DEEP_PROMPTS, t.sharing)
+  c.tasks[name].update(dict(
+      batch_size=t.batch_size, loss_weight=t.loss_weight, linear_head=t.linear_head, **_SMOOTHING))
+  if t.label_prompts:
+    c.target_sets[name].label_prompts = True
+  c.train.update(dict(log_every=t.steps // 50, checkpoint_every=t.steps // 5))
+
+
+def _train(c: ml_collections.ConfigDict, t: Tuning) -> None:
+  """Set what both recipes have in common."""
   c.optim.update(dict(
       schedule='published', learning_rate=t.learning_rate, final_lr_fraction=t.min_learning_rate / t.learning_rate,
-      warmup_steps=t.warmup_steps, b1=0.9, b2=t.b2, eps=t.eps, grad_clip_norm=t.grad_clip_norm,
-      param_groups=(*c.optim.param_groups[:-1], (r'.*', 1.0, t.weight_decay))))
-  c.model.drop_path = t.drop_path
-  c.train.update(dict(steps=t.steps, log_every=50, checkpoint_every=1000))
+      warmup_steps=t.warmup_steps, b1=0.9, b2=t.b2, eps=t.eps, grad_clip_norm=t.grad_clip_norm))
+  is_dense = c.moe.router == DENSE
+  c.model.drop_path = t.dense_drop_path if is_dense and t.dense_drop_path is not None else t.drop_path
+  c.train.steps = t.steps
 
 
 def _tuned(task_type: str, source: str, name: str, **values: Any) -> ml_collections.ConfigDict:
@@ -159,8 +205,8 @@ def _glue(c: ml_collections.ConfigDict, name: str) -> None:
 
 
 def _imagenet1k(c: ml_collections.ConfigDict, name: str) -> None:
-  """Add the classification of images into 1000 classes."""
-  c.target_sets[name] = config.target_set('file:class_names/imagenet1k.tsv', family='names', max_len=32)
+  """Add the classification of images into 1000 classes, which have one name each."""
+  c.target_sets[name] = config.target_set('file:class_names/imagenet1k.tsv', family='names', max_len=32, synonyms=False)
   c.preflight.target_lengths[name] = ((4, 500), (8, 500))  # here and below, the lengths are an assumption
   c.tasks[name] = _tuned('image_classification', 'tfds:imagenet2012', name, target_set=name, label_column='label',
                          **_SMOOTHING, **_CLASSIFIED)
@@ -179,7 +225,7 @@ def _kinetics400(c: ml_collections.ConfigDict, name: str) -> None:
 
 # Captioned data → source, training split, template of a caption, frames (0: images).
 _CAPTIONED = {
-    'coco': ('tfds:coco_captions', 'train+restval', '{captions/text}', 0),
+    'coco': ('tfds:coco_captions', 'train+restval+val', '{captions/text}', 0),
     'flickr30k': ('own:flickr30k', 'train', CAPTIONS, 0),
     'msvd': ('own:msvd', 'train', CAPTIONS, 4),
     'msrvtt': ('own:msrvtt', 'train', CAPTIONS, 4),

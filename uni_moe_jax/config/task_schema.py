@@ -87,6 +87,7 @@ class TargetSetConfig:
                        'uniform sample.', choices=('full', 'sampled'))
   num_sampled: int = field(0, 'K, size of the sampled vocabulary, positives included.', at_least=0)
   max_len: int = field(16, 'Tokens of the longest text, `eot` included; a longer one is an error.', at_least=2)
+  synonyms: bool = field(True, 'Uses every name of an entry; False: its first one.')
   label_prompts: bool = field(
       False, 'Adds to every entry a learned token after its <spe>; zero at first, but one more key of attention.')
 

@@ -23,11 +23,11 @@ class _Letters:
     return ''.join(chr(int(i) - 100 + ord('`')) for i in ids if i > 100)
 
 
-def _build(names, max_len=64, entries=None, label_prompts=False):
+def _build(names, max_len=64, entries=None, **values):
   """names: strings, or tuples of synonyms."""
   spec = SetSpec(
       name='things', entries=tuple(names) if entries is None else entries, family='names',
-      condition=task_types.families()['names'], max_len=max_len, label_prompts=label_prompts)
+      condition=task_types.families()['names'], max_len=max_len, **values)
   return target_sets.build_target_set(spec, tuple((n,) if isinstance(n, str) else n for n in names), _Letters())
 
 
@@ -103,8 +103,16 @@ def test_synonyms_are_in_the_bucket_of_the_longest():
   assert (built.names, built.size) == (('abc', 'a'), 2)
 
 
+def test_without_synonyms_an_entry_has_its_first_name():
+  built = _build([('abc', 'defghi'), 'a'], max_len=4, synonyms=False, label_prompts=True)
+  [bucket] = built.buckets
+  assert bucket['text'].shape == (2, 4) and 'count' not in bucket  # the longer synonym does not count
+  _check_rows(built, ['abc', 'a'])
+
+
 def test_no_entries_and_label_prompts_with_synonyms_are_errors():
   with pytest.raises(ValueError, match='config.target_sets.things has no entries'):
     _build([])
-  with pytest.raises(ValueError, match='config.target_sets.things.label_prompts=True requires entries with one name'):
+  message = 'config.target_sets.things.label_prompts=True requires entries with one name each; .*synonyms=False'
+  with pytest.raises(ValueError, match=message):
     _build([('abc', 'd'), 'a'], label_prompts=True)

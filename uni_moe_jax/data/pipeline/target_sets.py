@@ -46,7 +46,7 @@ def vocabulary_set(size: int) -> TargetSet:
 
 
 def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> TargetSet:
-  """Tokenizes and buckets a set, given name and synonyms of each entry.
+  """Tokenizes and buckets a set, given name and synonyms of each entry; with synonyms=False its names.
 
   Raises:
     UsageError: There are no entries, or one is longer than the set's `max_len`.
@@ -56,14 +56,15 @@ def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokeni
   field = f'config.target_sets.{spec.name}'
   if not entries:
     raise UsageError(f'{field} has no entries; give {field}.entries at least one string.')
+  entries = entries if spec.synonyms else tuple(names[:1] for names in entries)
   rows = [[[*tokenizer.encode(name), tokenizer.eot] for name in names] for names in entries]
   longest = max((row for names in rows for row in names), key=len)
   if len(longest) > spec.max_len:
     raise UsageError(f'{field}.max_len={spec.max_len} is too short for {tokenizer.decode(longest)!r}, which has '
                      f'{len(longest)} tokens; raise it to {len(longest)}.')
   if spec.label_prompts and max(map(len, entries)) > 1:
-    raise UsageError(f'{field}.label_prompts=True requires entries with one name each; set it to False, or remove the '
-                     'synonyms.')
+    raise UsageError(f'{field}.label_prompts=True requires entries with one name each; set it to False, or '
+                     f'{field}.synonyms=False.')
   buckets, order = bucket_by_length(rows, tokenizer.pad)
   return TargetSet(buckets, order, tuple(names[0] for names in entries))
 
