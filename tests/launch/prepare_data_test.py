@@ -11,6 +11,7 @@ import requests
 import tensorflow_datasets as tfds
 
 from tests.helpers import in_process
+from tests.stress import injected_faults
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.utils import exit_codes
 
@@ -153,3 +154,14 @@ def test_without_network_a_prepared_dataset_is_found(connections, tmp_path, caps
   assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED
   monkeypatch.setattr(RemoteReviews, 'url_infos', {'https://reviews.example/x': None})  # would be looked at
   assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED
+
+
+def test_where_folders_cannot_be_renamed_nothing_is_prepared(tmp_path, capsys, monkeypatch):
+  injected_faults.no_folder_renames(monkeypatch.setattr)
+  (tmp_path / 'texts').mkdir()
+  script, data_dir = _ROOT / 'launch/prepare_data.py', f'--data_dir={tmp_path / "data"}'
+  for arguments in (), ('--tfds=tiny_reviews',), (f'--input={tmp_path}/texts', '--name=mine'):  # of no readable rows
+    assert in_process.run(script, data_dir, *arguments) == exit_codes.USAGE
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: {data_dir}: folders cannot be renamed there') and error.count('\n') == 1
+  assert not (tmp_path / 'data').exists()

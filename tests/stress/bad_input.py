@@ -283,10 +283,12 @@ def unreachable_path(draw, folder: pathlib.Path) -> Case:
 def checkpoint(draw, folder: pathlib.Path) -> Case:
   """A checkpoint in which one small file, such as the manifest, is damaged."""
   step = folder / workdir.CHECKPOINTS / '7'
-  (step / 'default').mkdir(parents=True)
-  (step / 'default/array').write_bytes(bytes(range(200)))
-  (step / '_CHECKPOINT_METADATA').write_text(json.dumps({'init_timestamp_nsecs': 1}))
-  manifest.write(step, step, {'loss/total': 1.5})
+  unnamed = step.with_name('7.tmp')
+  (unnamed / 'default').mkdir(parents=True)
+  (unnamed / 'default/array').write_bytes(bytes(range(200)))
+  (unnamed / '_CHECKPOINT_METADATA').write_text(json.dumps({'init_timestamp_nsecs': 1}))
+  manifest.write(unnamed, step, {'loss/total': 1.5})
+  unnamed.rename(step)
   (step / 'commit_success.txt').write_text(f'Checkpoint commit was successful to {step}')
   path = step / draw(st.sampled_from(('manifest.json', '_CHECKPOINT_METADATA', 'commit_success.txt', 'default/array')))
   old, new = path.read_bytes(), draw(corrupted(path.read_bytes()))

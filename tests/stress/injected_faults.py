@@ -4,12 +4,14 @@
 """
 
 import contextlib
+import errno
 import os
 import runpy
 import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from uni_moe_jax.utils.errors import RunError
 
@@ -71,6 +73,16 @@ def _late_manifest() -> None:
     threading.Thread(target=later).start()
 
   manifest.write = write
+
+
+def no_folder_renames(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+  """Refuse to rename folders, as gcsfuse does. Not a fault: runs must work there. replace: sets an attribute."""
+  for name in ('rename', 'replace'):
+    def rename(source, target, *, original=getattr(os, name), **descriptors):
+      if os.path.isdir(source):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), os.fspath(source))
+      return original(source, target, **descriptors)
+    replace(os, name, rename)
 
 
 def _constant_batch() -> None:
@@ -169,8 +181,8 @@ HANGS = {'stalled_start': (1., ('starting has taken', '_disk_that_does_not_answe
          'stalled_input': (6., ('waiting for the batch of step 6', '_disk_that_does_not_answer')),
          'hung_step': (6., ('waiting for the result of step 6', '_device_that_does_not_answer'))}
 ALL: dict[str, Callable[[], None]] = {f.__name__.lstrip('_'): f for f in (
-    _flipped_bit, _skipped_batch, _ignored_checkpoints, _late_manifest, ignored_checksums, _constant_batch,
-    _memory_after_saves, _stalled_start, _stalled_input, _one_process_fails, _hung_step)}
+    _flipped_bit, _skipped_batch, _ignored_checkpoints, _late_manifest, ignored_checksums, no_folder_renames,
+    _constant_batch, _memory_after_saves, _stalled_start, _stalled_input, _one_process_fails, _hung_step)}
 
 
 if __name__ == '__main__':

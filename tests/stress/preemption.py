@@ -14,7 +14,7 @@ import time
 from tests.stress import trainer as trainer_lib
 from tests.stress.trainer import Trainer, ending, metric_lines, newest_intact
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps
+from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps, unfinished_folders
 
 _POLL = 0.001  # seconds
 _MAX_SKIPPED_SAVES = 4  # before one is hit
@@ -151,7 +151,7 @@ class _Saves:
 
   def _unfinished(self) -> set[tuple[str, int]]:
     names = set()
-    for path in self._folder.glob(_UNFINISHED):
+    for path in (*self._folder.glob(_UNFINISHED), *unfinished_folders(self._folder.parent)):
       with contextlib.suppress(FileNotFoundError):  # it was renamed in this moment
         names.add((path.name, path.stat().st_ino))
     return names

@@ -87,13 +87,20 @@ def test_a_run_without_end_is_killed_with_its_children_and_is_a_finding(tmp_path
     time.sleep(0.05)
 
 
+def _add_checkpoint(folder, step):
+  """Add a checkpoint that is committed and has no manifest."""
+  path = folder / f'checkpoints/{step}/commit_success.txt'
+  path.parent.mkdir(parents=True)
+  path.write_text('committed')
+
+
 @pytest.mark.parametrize('files, saved, stage', [
     ((), (10,), EMPTY), (('_CHECKPOINT_METADATA',), (10,), EMPTY),
     (('default/d/x', '_CHECKPOINT_METADATA'), (10,), ARRAYS),
     (('default/d/x', 'manifest.json'), (10,), SEALED), (None, (10, 20), ''), (None, (10, 20, 30), DELETING)])
 def test_the_stage_of_a_save_is_seen_in_its_files(tmp_path, files, saved, stage):
   for step in saved:
-    (tmp_path / f'checkpoints/{step}').mkdir(parents=True)
+    _add_checkpoint(tmp_path, step)
   (tmp_path / 'checkpoints/5.orbax-checkpoint-tmp').mkdir()  # of an earlier process
   saves = preemption._Saves(tmp_path)
   for name in ('', *files) if files is not None else ():
@@ -107,7 +114,7 @@ def test_a_named_checkpoint_that_is_damaged_is_a_finding(tmp_path):
   tally = Tally()
   preemption._check_intact(tmp_path, None, tally)
   for step in (10, 20):
-    (tmp_path / f'checkpoints/{step}').mkdir(parents=True)
+    _add_checkpoint(tmp_path, step)
   preemption._check_intact(tmp_path, 20, tally)
   assert not tally.findings
   preemption._check_intact(tmp_path, 10, tally)

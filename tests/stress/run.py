@@ -6,7 +6,8 @@
   python tests/stress/run.py --suites=soak --config=configs/embedded.py --time_budget=40 --workdir=runs/soak
 
 Suites:
-  preemption       SIGKILL at random moments, some during a save; a restarted run must end like an undisturbed one
+  preemption       SIGKILL at random moments, some during a save, also where folders cannot be renamed; a restarted
+                   run must end like an undisturbed one
   damage           every file of a checkpoint truncated, with a flipped bit, zeroed or deleted
   hangs            stalled start and input, a hung step, a full disk, one of two processes dying or failing, two
                    processes with separate work directories
@@ -98,7 +99,11 @@ class Suites:
     with _timed('preemption') as report:
       tally = preemption.series(self._trainer, undisturbed, self._size.kills, self._size.saves, self._seed)
       report.append(str(tally))
-    return tally.findings
+    with _timed('preemption where folders cannot be renamed') as report:
+      trainer = dataclasses.replace(self._trainer, fault='no_folder_renames')
+      in_place = preemption.series(trainer, undisturbed, self._size.fault_kills, _FAULT_SAVES, self._seed)
+      report.append(str(in_place))
+    return tally.findings + in_place.findings
 
   def damage(self) -> list[str]:
     from tests.stress import damage

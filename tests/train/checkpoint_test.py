@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.stress import injected_faults
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import TrainState
@@ -150,6 +151,34 @@ def test_reading_creates_and_deletes_nothing(tmp_path):
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(4, _state(4))
   assert _folders(tmp_path) == ['3', '4']
+
+
+@pytest.fixture(name='no_folder_renames')
+def _no_folder_renames(monkeypatch):
+  """Folders cannot be renamed, as on buckets mounted by gcsfuse; yields a function that ends it."""
+  with monkeypatch.context() as patch:
+    injected_faults.no_folder_renames(patch.setattr)
+    yield patch.undo
+
+
+def test_where_folders_cannot_be_renamed_a_commit_file_completes_checkpoints(tmp_path, no_folder_renames, capsys):
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
+    assert capsys.readouterr().err == (f'note: folders cannot be renamed in {tmp_path}; a file that is written last '
+                                       'completes each checkpoint.\n')
+    for step in (1, 2, 4):
+      checkpoints.save(step, _state(step), {'loss/total': 1 / step})
+  assert _folders(tmp_path) == ['2', '4'] and {p.name for p in tmp_path.iterdir()} == {'checkpoints'}
+  for ends in (lambda: None, no_folder_renames):  # also where it was copied to
+    ends()
+    for max_to_keep in (None, 2):
+      with Checkpoints(tmp_path, max_to_keep, best_metric='loss/total') as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best()) == ([2, 4], 4)
+        _assert_identical(checkpoints.restore(_like(_state())), _state(4))
+        _assert_identical(checkpoints.restore(_like(_state()), step=2), _state(2))
+        np.testing.assert_array_equal(checkpoints.restore_params(2)['kernel'], _state(2).ema_params['kernel'])
+  with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
+    checkpoints.save(5, _state(5))
+  assert _folders(tmp_path) == ['4', '5'] and capsys.readouterr().err.count('note: ') == 1
 
 
 def test_free_heap_pages_are_returned_to_the_system_after_each_save(tmp_path):

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.stress import injected_faults
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.workdir import saved_steps
 from uni_moe_jax.utils.errors import RunError
 
 
@@ -72,6 +74,54 @@ def test_with_any_damaged_file_the_previous_checkpoint_is_used(two, tmp_path, ca
     warning = capfd.readouterr().err
     assert 'warning: the checkpoint of step 2 in' in warning and name in warning, (name, warning)
     assert 'falling back to the previous one, of step 1' in warning
+
+
+@pytest.fixture(name='in_place', scope='module')
+def _in_place(tmp_path_factory):
+  """A work directory in which folders cannot be renamed, with checkpoints of steps 1 and 2."""
+  folder = tmp_path_factory.mktemp('in_place')
+  with pytest.MonkeyPatch.context() as patch:
+    injected_faults.no_folder_renames(patch.setattr)
+    with Checkpoints(folder, max_to_keep=3) as checkpoints:
+      for step in (1, 2):
+        checkpoints.save(step, _state(step))
+  return folder
+
+
+def _unlink(*names):
+  return lambda folder: [(folder / name).unlink() for name in names]
+
+
+# What a process leaves that is killed while it writes arrays, after the manifest, and while it writes the commit file.
+@pytest.mark.parametrize('kill', [
+    _unlink('manifest.json', 'commit_success.txt'), _unlink('commit_success.txt'),
+    lambda folder: (folder / 'commit_success.txt').write_text('')])
+def test_a_save_in_place_that_was_not_finished_is_no_damage(in_place, tmp_path, monkeypatch, capfd, kill):
+  injected_faults.no_folder_renames(monkeypatch.setattr)
+  workdir = shutil.copytree(in_place, tmp_path / 'run')
+  kill(workdir / 'checkpoints/2')
+  with Checkpoints(workdir, max_to_keep=None) as checkpoints:
+    assert checkpoints.steps() == saved_steps(workdir) == [1]
+    assert checkpoints.restore(_LIKE)['step'] == 1
+  assert (workdir / 'checkpoints/2').exists()  # another process may be writing it
+  kill(workdir / 'checkpoints/1')
+  with Checkpoints(workdir, max_to_keep=3) as checkpoints:  # killed in its first save
+    assert checkpoints.latest() is None and list((workdir / 'checkpoints').iterdir()) == []
+    checkpoints.save(1, _state(1))
+  with Checkpoints(workdir, max_to_keep=3) as checkpoints:
+    assert checkpoints.restore(_LIKE)['step'] == 1
+  assert 'warning' not in capfd.readouterr().err and not (workdir / 'damaged').exists()
+
+
+def test_a_finished_save_in_place_can_be_damaged(in_place, tmp_path, monkeypatch, capfd):
+  injected_faults.no_folder_renames(monkeypatch.setattr)
+  for name in set(_names(in_place, 2)) - {'commit_success.txt'}:
+    workdir = shutil.copytree(in_place, tmp_path / name.replace('/', '_'))
+    (workdir / 'checkpoints/2' / name).unlink()
+    with Checkpoints(workdir, max_to_keep=3) as checkpoints:
+      assert checkpoints.latest() == 1
+    assert f'is damaged: {name} is missing' in capfd.readouterr().err
+    assert (workdir / 'damaged/2').is_dir() and not (workdir / 'checkpoints/2').exists()
 
 
 def test_a_missing_folder_is_damage(workdir, capfd):

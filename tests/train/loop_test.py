@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import processes, saved_run, tiny
+from tests.stress import injected_faults
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
@@ -154,6 +155,15 @@ def test_a_work_directory_in_which_another_process_trains_is_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
       loop.train(_config(), str(tmp_path), jax.devices()[:1])
   assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_where_folders_cannot_be_renamed_a_run_reports_it_at_the_start_and_ends_the_same(
+    uninterrupted, tmp_path, monkeypatch, capfd):
+  injected_faults.no_folder_renames(monkeypatch.setattr)
+  assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == loop.FINISHED
+  output, errors = capfd.readouterr()
+  assert f'note: folders cannot be renamed in {tmp_path}' in errors and 'trained 6 steps' in output
+  chex.assert_trees_all_equal(_state(tmp_path), _state(uninterrupted))
 
 
 def test_a_finished_run_is_left_unchanged(uninterrupted, capsys):

@@ -15,7 +15,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Executes the next word of the file `script`: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for
 # SIGTERM, then exit code 75).
 _STAND_IN = '''
-import os, pathlib, signal, sys, time
+import os, pathlib, shutil, signal, sys, time
 words = pathlib.Path('script').read_text().split()
 pathlib.Path('script').write_text(' '.join(words[1:]))
 with open('log', 'a') as log:
@@ -26,7 +26,11 @@ signal.signal(signal.SIGTERM, lambda *_: received.append(1))
 for save in saves:
   what, _, step = save.partition(':')
   folder = pathlib.Path('run/checkpoints', step)
-  folder.mkdir(parents=True) if what == 'save' else folder.rmdir()
+  if what == 'save':
+    folder.mkdir(parents=True)
+    (folder / 'commit_success.txt').write_text('committed')
+  else:
+    shutil.rmtree(folder)
 if last == 'kill':
   os.kill(os.getpid(), signal.SIGKILL)
 if last == 'wait':

@@ -1,8 +1,35 @@
 """Files that are replaced atomically, and output that is written where a flag points."""
 
+import errno
 import json
+import os
+
+import pytest
 
 from uni_moe_jax.utils import files
+from uni_moe_jax.utils.errors import UsageError
+
+
+def _refuse(source, target):
+  raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def _copy(source, target):
+  os.makedirs(f'{target}/folder')
+
+
+@pytest.mark.parametrize('rename, renames', [(os.rename, True), (_refuse, False), (_copy, False)])
+def test_folders_that_are_renamed_differ_from_those_that_are_refused_or_copied(tmp_path, monkeypatch, rename, renames):
+  monkeypatch.setattr(os, 'rename', rename)
+  assert files.renames_folders(tmp_path) == renames
+  assert list(tmp_path.iterdir()) == []
+  new = tmp_path / 'not/there/yet'
+  if renames:
+    files.check_renames_folders(new, '--data_dir')
+  else:
+    with pytest.raises(UsageError, match=f'--data_dir={new}: folders cannot be renamed there, as on a bucket'):
+      files.check_renames_folders(new, '--data_dir')
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_output_goes_through_a_link_and_other_files_are_replaced(tmp_path):

@@ -1,4 +1,7 @@
-"""Checkpoints by Orbax: atomic, verified before they are read. The newest are kept, and the best."""
+"""Checkpoints by Orbax: atomic, verified before they are read. The newest are kept, and the best.
+
+A checkpoint is complete when its folder gets its name; where folders cannot be renamed, when its commit file is there.
+"""
 
 import contextlib
 import dataclasses
@@ -16,12 +19,13 @@ import orbax.checkpoint as ocp
 
 from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps
-from uni_moe_jax.utils import errors, heap
+from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders
+from uni_moe_jax.utils import errors, files, heap
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
+_MODE = ocp.options.AtomicityMode
 _ITEM = 'default'  # Orbax's name of the folder of a step's arrays
 
 
@@ -45,6 +49,8 @@ class Checkpoints:
     """
     self._workdir, self._folder = workdir, pathlib.Path(workdir).absolute() / CHECKPOINTS
     writes = max_to_keep is not None
+    self._in_place = bool(multihost.broadcast_from_primary(
+        writes and distributed.is_primary() and not self._renames_folders()))
     # The newest intact step when this was opened, as the primary process finds it; later steps are of this process.
     self._opened = multihost.broadcast_from_primary(self._newest_intact(writes) if distributed.is_primary() else _NONE)
     if self._opened == _ALL_DAMAGED:
@@ -57,8 +63,11 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
         self._folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=_Retention(max_to_keep, self._best_of), create=writes, cleanup_tmp_directories=writes,
-            enable_async_checkpointing=True,
+            preservation_policy=_Retention(max_to_keep, self._best_of), create=writes,
+            cleanup_tmp_directories=writes and not self._in_place, enable_async_checkpointing=True,
+            # Finished checkpoints have a commit file in both modes.
+            atomicity_options=ocp.options.AtomicityOptions(
+                _MODE.COMMIT_FILE if self._in_place or not writes else _MODE.ATOMIC_RENAME),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             # Orbax's own metadata of a step must not be read before the step is verified.
             lightweight_initialize=True))
@@ -164,8 +173,23 @@ class Checkpoints:
     finally:
       self._manager.close()
 
+  def _renames_folders(self) -> bool:
+    """Whether folders can be renamed in the work directory, which it creates; notes where not."""
+    workdir = self._folder.parent
+    workdir.mkdir(parents=True, exist_ok=True)
+    renames = files.renames_folders(workdir)
+    if not renames:
+      print(f'note: folders cannot be renamed in {self._workdir}; a file that is written last completes each '
+            'checkpoint.', file=sys.stderr, flush=True)
+    return renames
+
   def _newest_intact(self, clean: bool) -> int:
-    """The newest intact step, _NONE or _ALL_DAMAGED, with warnings. clean: move damaged ones away."""
+    """The newest intact step, _NONE or _ALL_DAMAGED, with warnings.
+
+    clean: move damaged ones away, and delete those that were written in place and not finished.
+    """
+    for folder in unfinished_folders(self._workdir) if clean else ():
+      shutil.rmtree(folder)
     steps = saved_steps(self._workdir)
     for i, step in reversed(list(enumerate(steps))):
       damage = manifest.damage(self._folder / str(step))
@@ -182,7 +206,7 @@ class Checkpoints:
     target = pathlib.Path(self._workdir) / DAMAGED / str(step)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
-    (self._folder / str(step)).rename(target)
+    shutil.move(self._folder / str(step), target)
     print(f'warning: it was moved to {target}; delete that folder after inspecting it.', file=sys.stderr, flush=True)
 
   def _verified(self, step: int | None) -> int:
@@ -218,10 +242,11 @@ class Checkpoints:
     return min(known, key=lambda s: (self._metrics[s][self._best_metric], -s), default=None)
 
   def _write_manifest(self) -> None:
-    """Called by Orbax in its thread and one process, when all is written, before the step is named."""
+    """Called by Orbax in its thread and one process, when all is written, before the step is named or committed."""
     self._manager.check_for_errors()  # also waits until its metadata are written
     final = self._folder / str(self._pending)
-    manifest.write(final.with_name(final.name + ocp.path.atomicity.TMP_DIR_SUFFIX), final, self._metrics[self._pending])
+    folder = final if self._in_place else final.with_name(final.name + ocp.path.atomicity.TMP_DIR_SUFFIX)
+    manifest.write(folder, final, self._metrics[self._pending])
 
   @contextlib.contextmanager
   def _report_disk_errors(self) -> Iterator[None]:

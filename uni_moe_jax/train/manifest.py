@@ -2,7 +2,7 @@
 
 The manifest is written when every array is on disk and before Orbax gives the folder its final name: a checkpoint
 exists together with its manifest, or not at all. Orbax completes two small files later, whose content is checked
-instead.
+instead. Where folders cannot be renamed, a checkpoint is written in place, and the later of these files completes it.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ _THREADS = 4
 def write(folder: pathlib.Path, final: pathlib.Path, metrics: Mapping[str, float]) -> None:
   """Writes the manifest of a checkpoint in `folder`, which is complete except for its name, with its metrics.
 
-  final: where it will be.
+  final: where it will be; `folder` itself, if it is written in place.
   """
   files = sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
   sums = _checksums(folder, [name for name in files if name not in (FILE, _METADATA, _COMMITTED)])
   content = {'files': sums, 'metadata': _metadata(folder), 'committed': f'Checkpoint commit was successful to {final}',
-             'metrics': dict(metrics)}
+             'in_place': folder == final, 'metrics': dict(metrics)}
   write_bytes(folder / FILE, json.dumps({**content, 'sha256': _own_checksum(content)}).encode())
 
 
@@ -52,6 +52,19 @@ def damage(folder: pathlib.Path) -> str:
   except (OSError, ValueError) as e:
     return str(e)
   return ''
+
+
+def is_unfinished(folder: pathlib.Path) -> bool:
+  """Whether a checkpoint that is written in place is not complete, or its process has ended before it was."""
+  committed = folder / _COMMITTED
+  try:
+    if committed.exists() and committed.stat().st_size:
+      return False
+    return _read(folder)['in_place']
+  except FileNotFoundError:
+    return True
+  except (OSError, ValueError):
+    return False
 
 
 def metrics(folder: pathlib.Path) -> dict[str, float]:

@@ -18,6 +18,7 @@ import ml_collections
 from uni_moe_jax import __version__
 from uni_moe_jax.config.schema import PATHS, apply_choices
 from uni_moe_jax.data.pipeline import class_names
+from uni_moe_jax.train import manifest
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 from uni_moe_jax.utils.files import read_json, write_bytes, write_json
 
@@ -43,9 +44,18 @@ MAY_CHANGE = (
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
-  """Steps of the checkpoints in a work directory, in order, not verified; [] if it does not exist."""
+  """Steps of the finished checkpoints in a work directory, in order, not verified; [] if it does not exist."""
+  return sorted(int(p.name) for p in _step_folders(workdir) if not manifest.is_unfinished(p))
+
+
+def unfinished_folders(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
+  """Folders of checkpoints that are being written in place, or that a process left which has ended."""
+  return [p for p in _step_folders(workdir) if manifest.is_unfinished(p)]
+
+
+def _step_folders(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
   folders = (pathlib.Path(workdir) / CHECKPOINTS).glob('*')
-  return sorted(int(p.name) for p in folders if p.name.isdecimal() and p.is_dir())
+  return [p for p in folders if p.name.isdecimal() and p.is_dir()]
 
 
 def saved_step(workdir: str | os.PathLike[str]) -> int | None:

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import shutil
+import tempfile
 from typing import Any
 
 from uni_moe_jax.utils.errors import UsageError
@@ -27,6 +29,32 @@ def write_output(path: str, content: Any) -> None:
 def read_json(path: pathlib.Path, default: Any = None) -> Any:
   """Return the content of a JSON file; `default` if it does not exist."""
   return json.loads(path.read_text()) if path.exists() else default
+
+
+def renames_folders(parent: pathlib.Path) -> bool:
+  """Return whether a folder in `parent` can be renamed at once. Mounted buckets refuse that, or copy its files."""
+  source = pathlib.Path(tempfile.mkdtemp(prefix='.probe-', dir=parent))
+  target = source.with_name(f'{source.name}-renamed')
+  try:
+    (source / 'folder').mkdir()
+    (source / 'folder/file').touch()
+    number = source.stat().st_ino
+    try:
+      source.rename(target)
+    except OSError:
+      return False
+    return target.stat().st_ino == number
+  finally:
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+
+
+def check_renames_folders(folder: pathlib.Path, name: str) -> None:
+  """Raise UsageError if no folder can be renamed where `folder` is, the value of flag `name`, or will be created."""
+  existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+  if not renames_folders(existing):
+    raise UsageError(f'{name}={folder}: folders cannot be renamed there, as on a bucket mounted with gcsfuse; give a '
+                     'folder of a local disk, and copy it when it is complete.')
 
 
 def check_local(path: str, name: str) -> None:

@@ -28,6 +28,7 @@ from uni_moe_jax.data.files.prepare_summary import summarize
 from uni_moe_jax.data.files.splits import Splits, group_of, split_rows
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.files import check_renames_folders
 
 FOLDER, SUMMARY, LABELS = 'own', 'prepared.json', 'labels.npz'
 FORMAT = 2  # of prepared data; data of another format must be prepared again
@@ -57,6 +58,7 @@ def prepare(
   folder = pathlib.Path(data_dir) / FOLDER / name / version
   if folder.is_dir():
     raise UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
+  check_renames_folders(pathlib.Path(data_dir), '--data_dir')
   rows, skipped = read_checked_rows(source, gif, max_corrupt_fraction, allow_outside)
   root = source if source.is_dir() else source.parent
   splits = split_rows(rows, test_fraction, root)

@@ -11,6 +11,7 @@ from typing import Any
 
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.utils.errors import RunError, UsageError
+from uni_moe_jax.utils.files import check_renames_folders
 
 _TIMEOUT = 5.0  # seconds until a host answers
 _PORTS = {'http': 80, 'ftp': 21}  # others: 443
@@ -27,6 +28,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> str:
   builder = file_dataset.tfds_builder(source, data_dir)
   downloads = pathlib.Path(builder.data_dir_root) / 'downloads'
   if not builder.is_prepared():
+    check_renames_folders(pathlib.Path(data_dir), '--data_dir')
     _check_manual_folder(builder, source, downloads / 'manual')
     _check_network(builder, source, downloads)
   try:

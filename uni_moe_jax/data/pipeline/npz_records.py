@@ -13,6 +13,7 @@ import numpy as np
 
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
+from uni_moe_jax.utils.files import check_renames_folders
 
 _CLASSES = 'classes of '  # prefix of the arrays that hold class names
 _COMMAND = 'python launch/prepare_data.py --data_dir='
@@ -60,6 +61,7 @@ def build(root: str | os.PathLike[str], name: str, splits: Iterable[Split]) -> N
   """Saves splits in the folder `name` of a data directory; if that folder exists, they are not even generated."""
   folder = pathlib.Path(root) / name
   if not folder.is_dir():
+    check_renames_folders(pathlib.Path(root), '--data_dir')
     with atomic_folder(folder) as temporary:
       for split, columns, classes in splits:
         save(temporary, split, columns, classes)
