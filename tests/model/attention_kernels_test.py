@@ -67,7 +67,7 @@ def test_splash_equals_xla(lengths, dtype, tolerance):
 def test_blocks_of_keys_add_up():
   # Three blocks of 128 keys, the last one padded, and two of queries; gradients of queries come from a kernel of their
   # own then.
-  with mock.patch.multiple(attention_kernels, _QUERIES=128, _KEYS=128):
+  with mock.patch.multiple(attention_kernels, _QUERY_BYTES=512, _KEYS=128):
     jax.clear_caches()
     _compare(140, 300, (300, 129))
   jax.clear_caches()
@@ -138,7 +138,7 @@ def _choice(device, queries=1569, keys=1569, head=64, dtype=jnp.bfloat16, trails
 
 @pytest.mark.parametrize('expected, device, options', [
     ('splash', _TPU, {}), ('splash', _TPU, {'dtype': jnp.float32}), ('splash', _TPU, {'trails': False}),
-    ('xla', _TPU, {'queries': 1}), ('xla', _TPU, {'queries': 197, 'keys': 197}),
+    ('xla', _TPU, {'head': 256}), ('xla', _TPU, {'queries': 1}), ('xla', _TPU, {'queries': 197, 'keys': 197}),
     ('cudnn', _A100, {}), ('cudnn', _A100, {'queries': 197, 'keys': 197}), ('cudnn', _A100, {'head': 128}),
     ('xla', _A100, {'queries': 1}), ('xla', _A100, {'dtype': jnp.float32}), ('xla', _A100, {'trails': False}),
     ('xla', _A100, {'head': 256}), ('xla', _A100, {'head': 20}), ('xla', _V100, {}), ('xla', _AMD, {}),

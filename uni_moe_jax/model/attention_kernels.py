@@ -23,8 +23,11 @@ AUTO, XLA, CUDNN, SPLASH = 'auto', 'xla', 'cudnn', 'splash'
 # 'auto' takes a kernel for at least so many queries and keys. Fewer fill too little of a block.
 _LEAST_TOKENS = {CUDNN: 128, SPLASH: 512}
 _HEADS = P(sharding.BATCH_AXES, None, 'model', None)
+_MOST_HEAD_DIM = 128  # of a kernel
 _LANES = 128  # blocks of splash attention are multiples of it
-_QUERIES, _KEYS = 256, 2048  # of its blocks, at most. Its scores, 2 MB, fit the fast memory of every TPU
+# A block has at most 256 bfloat16 or 128 float32 queries, and 2,048 keys: libtpu fits the kernels into the 16 MiB of
+# fast memory that one may use on v4 and v5e, for heads of 128 numbers.
+_QUERY_BYTES, _KEYS = 512, 2048
 
 
 def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool, mesh: Mesh | None) -> str:
@@ -45,7 +48,7 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool
                      f"{device.platform}; set it to 'auto'.")
   if implementation == AUTO:
     implementation = SPLASH if device.platform == 'tpu' else CUDNN if _runs_cudnn(device, q) else XLA
-    if min(q.shape[1], k.shape[1]) < _LEAST_TOKENS.get(implementation, 0):
+    if min(q.shape[1], k.shape[1]) < _LEAST_TOKENS.get(implementation, 0) or q.shape[3] > _MOST_HEAD_DIM:
       return XLA
   return XLA if implementation == CUDNN and not padding_trails else implementation
 
@@ -53,7 +56,7 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool
 def _runs_cudnn(device: Any, q: jax.Array) -> bool:
   """Whether cuDNN's attention serves a device ('8.0' is Ampere; AMD's are no numbers), the type and the head size."""
   major = str(getattr(device, 'compute_capability', '')).partition('.')[0]
-  return major.isdecimal() and int(major) >= 8 and q.dtype == jnp.bfloat16 and not q.shape[3] % 8 and q.shape[3] <= 128
+  return major.isdecimal() and int(major) >= 8 and q.dtype == jnp.bfloat16 and not q.shape[3] % 8
 
 
 def attend(
@@ -99,7 +102,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) ->
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, *, interpret: bool) -> jax.Array:
   """Keys fill whole blocks; those that are added, and those that are not valid, are of a segment of their own."""
   (_, Q, N, H), K = q.shape, k.shape[1]
-  queries, keys = _block(Q, _QUERIES), _block(K, _KEYS)
+  queries, keys = _block(Q, _QUERY_BYTES // q.dtype.itemsize), _block(K, _KEYS)
   num_queries, num_keys = Q + -Q % queries, K + -K % keys
   # One block of keys: a single backward kernel computes the gradients of queries, too. Of several blocks it would
   # return parts of them, rounded before they are summed.
