@@ -89,6 +89,26 @@ def test_an_example_without_valid_keys_has_finite_results():
   assert all(np.isfinite(x).all() for x in results)
 
 
+@pytest.mark.parametrize('lengths', [None, (131, 100), (131, 0)])
+def test_cudnn_gets_the_arrays_of_xla(lengths):
+  # What cuDNN computes is not tested here: XLA computes it, from the same even lengths and numbers of keys.
+  original = jax.nn.dot_product_attention
+
+  def attention(q, k, v, *, implementation, **options):
+    assert implementation == 'cudnn' and not q.shape[1] % 2 and not k.shape[1] % 2
+    return original(q, k, v, **options)
+
+  arrays = _arrays(129, 131)
+  valid = None if lengths is None else _valid(lengths, 131)
+  expected = _program(_xla)(*arrays, valid)
+  with mock.patch.object(jax.nn, 'dot_product_attention', attention):
+    results = _program(lambda *args: attention_kernels.attend(*args, 'cudnn', None))(*arrays, valid)
+  rows = slice(None) if lengths is None or all(lengths) else slice(1)  # an example without keys is padding
+  for a, b in zip(results, expected, strict=True):
+    np.testing.assert_allclose(a[rows], b[rows], atol=1e-5)
+    assert np.isfinite(a).all()
+
+
 def test_devices_of_a_mesh_attend_to_their_own_examples_and_heads():
   mesh = sharding.make_mesh(dict(replica=1, data=2, expert=2, model=2))
   arrays, valid = _arrays(130, 130, batch=3), _valid((130, 100, 7), 130)  # three examples on four shards
