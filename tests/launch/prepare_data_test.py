@@ -149,6 +149,13 @@ def test_archives_that_the_user_must_download_are_named(tmp_path, capsys):
   assert code == exit_codes.FINISHED and 'train 7' in out and not errors
 
 
+def test_another_error_of_a_builder_is_not_taken_for_one_of_the_network(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(TinyReviews, '_generate_examples', lambda *_: {}['defect'])
+  with pytest.raises(KeyError, match='defect') as error:
+    _prepare('tiny_reviews', tmp_path, capsys)
+  assert error.value.__cause__ is not error.value  # a circle would not end when causes are followed
+
+
 def test_without_network_a_prepared_dataset_is_found(connections, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(RemoteReviews, 'url_infos', None)
   assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED

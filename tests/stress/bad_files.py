@@ -7,6 +7,8 @@ import itertools
 import json
 import pathlib
 import tempfile
+import tracemalloc
+import zipfile
 
 import numpy as np
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from tests.stress.bad_input import JSON, ODD_STRINGS, UNREACHABLE, Case, corrupt
 from uni_moe_jax.data.files import check, file_dataset, media, prepare, video
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.files.npz_videos import NpzVideos
+from uni_moe_jax.utils import exit_codes
 
 _SIZE, _FRAMES = 24, 8
 _NUM_GOOD = 5  # rows beside the drawn one, which must be kept
@@ -25,13 +28,16 @@ HAS_VIDEO = importlib.util.find_spec('av') is not None
 _VIDEO_FORMATS = ('npy', 'npz', *(('mp4', 'avi', 'matroska', 'gif') if HAS_VIDEO else ()))
 _FIELDS = ('image', 'video', 'caption', 'captions', 'text', 'text_a', 'label', 'label_name', 'split', 'group', 'key',
            LOCATION, 'question')
-_PATHS = st.sampled_from(('', '.', '..', '/', '/dev/zero', 'gone.png', '\0', '\udcff.png', 'data.jsonl', *UNREACHABLE))
+_OUTSIDE = '../secret.png'  # a sound image
+_PATHS = st.sampled_from(
+    ('', '.', '..', '/', '/dev/zero', _OUTSIDE, 'gone.png', '\0', '\udcff.png', 'data.jsonl', *UNREACHABLE))
 _dataset_number = itertools.count()
 
 
 def jsonl(draw, folder: pathlib.Path) -> Case:
   """A row among good ones that has values of another type, lacks fields, names an odd file or is damaged."""
   (folder / 'a.png').write_bytes(_image('PNG', draw(st.integers(0, 2))))
+  (folder / _OUTSIDE).write_bytes(_image('PNG', 3))
   (folder / 'b.png').write_bytes(_image('PNG', 3))  # another image, which may be in another split
   good = [{'image': 'a.png', 'captions': [f'number {i}'], 'label': 'ab'[i % 2]} for i in range(_NUM_GOOD)]
   row = {'image': 'b.png', 'captions': ['one more'], 'label': 'a'}
@@ -65,6 +71,7 @@ def _prepared(draw, folder: pathlib.Path, source: pathlib.Path, num_good: int) -
 
   def main() -> int | str:
     rows, skipped_rows = check.read_checked_rows(source, max_corrupt_fraction=max_corrupt)
+    assert not any(row.path and row.path.resolve() == (folder / _OUTSIDE).resolve() for row in rows), 'packs a secret'
     if written:
       summary = prepare.prepare(source, folder / 'out', name, test_fraction=0.0, max_corrupt_fraction=max_corrupt)
       kept = sum(len(file_dataset.load(f'own:{name}', folder / 'out', split).read(np.arange(size)))
@@ -89,7 +96,8 @@ def image(draw, folder: pathlib.Path) -> Case:
   """A damaged image of any format. If it is accepted, the decoder of training must read it."""
   import tensorflow as tf
   path = folder / 'image'
-  path.write_bytes(draw(corrupted(_image(draw(st.sampled_from(_IMAGE_FORMATS)), draw(st.integers(0, 3))))))
+  path.write_bytes(draw(corrupted(_image(draw(st.sampled_from(_IMAGE_FORMATS)), draw(st.integers(0, 3))))
+                        | st.builds(_huge_image, *[st.sampled_from((2**10, 2**13, 2**14))] * 2)))
 
   def main() -> int | str:
     try:
@@ -99,6 +107,33 @@ def image(draw, folder: pathlib.Path) -> Case:
     pixels = tf.io.decode_image(media_file.data, channels=3, expand_animations=False).numpy()
     assert pixels.shape == (*media_file.size[::-1], 3), f'an image {media_file.size} is decoded as {pixels.shape}'
     return 0
+  return Case(main)
+
+
+def array(draw, folder: pathlib.Path) -> Case:
+  """A small .npz file whose header declares any array. Reading it must take little memory."""
+  sizes = st.sampled_from((-1, 0, 1, 3, _FRAMES, _SIZE, 2**14, 2**20, 2**62))
+  shape = draw(st.just((1, _FRAMES, _SIZE, _SIZE, 3)) | st.lists(sizes, max_size=6).map(tuple))
+  header = dict(shape=shape, descr=draw(st.sampled_from(('|u1', '|u1', '>u1', '<f4', '<u8', '|O', '|V9', '<U4'))),
+                fortran_order=draw(st.booleans()))
+  method = draw(st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)))
+  write = draw(st.sampled_from((np.lib.format.write_array_header_1_0, np.lib.format.write_array_header_2_0)))
+  path = folder / 'video.npz'
+  with zipfile.ZipFile(path, 'w', method) as archive, archive.open('frames.npy', 'w') as file:
+    write(file, header)
+    file.write(bytes(draw(st.just(_FRAMES * _SIZE * _SIZE * 3) | st.integers(0, 9999))))
+
+  def main() -> int | str:
+    tracemalloc.start()
+    try:
+      media_file = NpzVideos(path).read(0)
+    except media.CorruptFile as e:
+      return skipped(str(e))
+    finally:
+      memory = tracemalloc.get_traced_memory()[1]
+      tracemalloc.stop()
+      assert memory < 2**24, f'{path.stat().st_size} bytes took {memory} bytes of memory'
+    return _sampled(media_file)
   return Case(main)
 
 
@@ -115,11 +150,23 @@ def video_file(draw, folder: pathlib.Path) -> Case:
       media_file = NpzVideos(path).read(0) if extension == 'npz' else media.read_video(path)
     except media.CorruptFile as e:
       return skipped(str(e))
-    frames = video.sample_frames(media_file.data, np.array([0.1, 0.5, 0.9]))
-    assert (frames.shape, frames.dtype) == ((3, *media_file.size[:0:-1], 3), np.uint8), (
-        f'a video of size {media_file.size} gives frames {frames.dtype}{frames.shape}')
-    return 0
+    return _sampled(media_file)
   return Case(main)
+
+
+def _sampled(media_file: media.Media) -> int:
+  """Sample frames of a video that was accepted, as training does. Return the exit code."""
+  frames = video.sample_frames(media_file.data, np.array([0.1, 0.5, 0.9]))
+  assert (frames.shape, frames.dtype) == ((3, *media_file.size[:0:-1], 3), np.uint8), (
+      f'a video of size {media_file.size} gives frames {frames.dtype}{frames.shape}')
+  return exit_codes.FINISHED
+
+
+@functools.cache
+def _huge_image(width: int, height: int) -> bytes:
+  """A PNG of a few kilobytes."""
+  Image.new('1', (width, height)).save(out := io.BytesIO(), 'PNG')
+  return out.getvalue()
 
 
 @functools.cache
@@ -152,4 +199,5 @@ def _video(extension: str) -> bytes:
   return out.getvalue()
 
 
-PROPERTIES: dict[str, bad_input.Property] = {'jsonl': jsonl, 'text': text, 'image': image, 'video': video_file}
+PROPERTIES: dict[str, bad_input.Property] = {'jsonl': jsonl, 'text': text, 'image': image, 'array': array,
+                                              'video': video_file}

@@ -34,7 +34,9 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> str:
   try:
     builder.download_and_prepare()
   except Exception as e:  # TFDS passes on the errors of its builders, of requests and of TensorFlow
-    raise _error(e, builder, source, downloads) from e
+    if error := _error(e, builder, source, downloads):
+      raise error from e
+    raise
   return f'{builder.info.full_name}: ' + ', '.join(f'{s} {i.num_examples}' for s, i in builder.info.splits.items())
 
 
@@ -80,8 +82,8 @@ def _not_downloaded(source: str, reason: str, builder: Any) -> RunError:
   return RunError(f'{source} cannot be downloaded ({reason}); prepare it on a machine with network and copy {folder}.')
 
 
-def _error(e: Exception, builder: Any, source: str, downloads: pathlib.Path) -> Exception:
-  """The error to report for one of TFDS: want of network or archives in one sentence, others as they are."""
+def _error(e: Exception, builder: Any, source: str, downloads: pathlib.Path) -> Exception | None:
+  """The error to report for one of TFDS that is for want of network or archives; None for others."""
   import requests
   import tensorflow as tf
   from tensorflow_datasets.core.download.util import DownloadError
@@ -92,4 +94,4 @@ def _error(e: Exception, builder: Any, source: str, downloads: pathlib.Path) -> 
       e, (AssertionError, FileNotFoundError, tf.errors.NotFoundError)):
     return UsageError(f'{source}: {downloads / "manual"} does not contain its archives ({first_line}). '
                       f'{_instructions(builder)}.')
-  return e
+  return None
