@@ -22,7 +22,7 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Work directory of a run; with --config, a new one to write to.', required=True)
 _BEST = flags.DEFINE_bool(
-    'best', False, 'Evaluate the checkpoint with the lowest config.train.best_metric, not the newest.')
+    'best', False, 'Evaluate the checkpoint with the best config.train.best_metric, not the newest.')
 _FORCE = flags.DEFINE_bool('force', False, 'Repeat a finished evaluation.')
 _CLUSTER = distributed.define_flags()
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data, if not that of training.')

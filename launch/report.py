@@ -13,7 +13,7 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that training or evaluation wrote to.', required=True)
-_OUTPUT = flags.DEFINE_string('output', None, 'Also draw losses and accuracies into this file (.png or .svg).')
+_OUTPUT = flags.DEFINE_string('output', None, 'Also draw losses, accuracies and evaluations to it (.png or .svg).')
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     metrics = pathlib.Path(_WORKDIR.value, 'metrics.jsonl')
     if not metrics.exists():
       raise UsageError(f'{metrics} is not there: this run has logged nothing yet.')
-    curves.draw(_OUTPUT.value, curves.read(metrics.read_text())[0], ('loss', 'accuracy'), _WORKDIR.value)
+    curves.draw(_OUTPUT.value, curves.read(metrics.read_text())[0], ('loss', 'accuracy', 'eval'), _WORKDIR.value)
     print(_OUTPUT.value)
   return 0
 

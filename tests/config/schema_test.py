@@ -67,6 +67,7 @@ _FIELD_ERRORS = [
     ('train.best_metric', 'loss/shap', "is unknown; did you mean 'loss/shape'"),
     ('train.checkpoint_every', 200, r'must be a multiple of config\.train\.log_every=30; try 180',
      {'train.best_metric': 'loss/total', 'train.log_every': 30}),
+    ('train.evaluate_every', -1, 'must be at least 0'),
     ('train.hang_timeout', -1., 'must be at least 0'),
     ('train.interference_every', -1, 'must be at least 0'),
     ('train.interference_every', 5, r"needs config\.train\.mixture='all_tasks'.*Set it to 0",
@@ -143,12 +144,16 @@ def test_a_wrong_field_is_named_with_value_bound_and_fix(case):
 _TAG = dict(inputs=(('visual', 'full'),), target='words', readout='cls', router_task='tag')
 
 
-def _evaluator(*args, **values):
-  return config.evaluator(*args, split='test', **values)
+def _evaluator(*args, split='test', **values):
+  return config.evaluator(*args, split=split, **values)
+
+
+_VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True)
 
 
 @pytest.mark.parametrize('changes, message', [
     ({}, None),
+    ({'train.best_metric': 'eval/top/accuracy', 'evaluators.top': _VALIDATION, 'train.evaluate_every': 100}, None),
     ({'model.channels': 1}, r'config\.model\.pixel_mean has 3 values for config\.model\.channels=1'),
     ({'model.video_mean': (.5,)}, r'config\.model\.video_mean has 1 values for config\.model\.channels=3'),
     ({'model.video_mean': (.5,) * 3, 'model.video_std': (.5, .5)},
@@ -199,6 +204,21 @@ def _evaluator(*args, **values):
     ({'evaluators.top': _evaluator('retrieval', 'text')},
      r"config\.evaluators\.top\.task='text' is of task type 'text_mlm', which evaluator 'retrieval' cannot evaluate; "
      r"choices: pair"),
+    ({'evaluators.top': _evaluator('mlm', 'text', split='test_fonts', during_training=True)},
+     r"config\.evaluators\.top\.split='test_fonts' with during_training=True would choose a checkpoint by the test "
+     'data; give a validation split'),
+    ({'train.evaluate_every': 20, 'evaluators.top': _evaluator('mlm', 'text')},
+     r"config\.train\.evaluate_every=20 needs an evaluator with during_training=True; set it for one of 'top'"),
+    ({'train.evaluate_every': 30, 'evaluators.top': _VALIDATION},
+     r'config\.train\.evaluate_every=30 must be a multiple of config\.train\.log_every=20; try 20'),
+    ({'train.best_metric': 'eval/top/perplexity', 'evaluators.top': _VALIDATION},
+     r"config\.train\.best_metric='eval/top/perplexity' needs config\.train\.evaluate_every"),
+    ({'train.best_metric': 'eval/top/perplexty', 'evaluators.top': _VALIDATION, 'train.evaluate_every': 20},
+     r"config\.train\.best_metric='eval/top/perplexty' is unknown; did you mean 'eval/top/perplexity'"),
+    ({'train.best_metric': 'eval/top/accuracy', 'evaluators.top': _evaluator('mlm', 'text')},
+     r"config\.train\.best_metric='eval/top/accuracy' is unknown"),  # it does not run during training
+    ({'train.best_metric': 'eval/top/accuracy', 'evaluators.top': _VALIDATION, 'train.evaluate_every': 60},
+     r'config\.train\.checkpoint_every=200 must be a multiple of config\.train\.evaluate_every=60; try 180'),
     ({'evaluators.top': _evaluator('mlm', 'text', batch_size=0)},
      r'config\.evaluators\.top\.batch_size=0 must be at least 1'),
     ({'evaluators.top': _evaluator('classification', 'shape', max_len=21)},

@@ -8,6 +8,8 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis import run_expert_usage
+from uni_moe_jax.config import metric_names
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.eval import suite
 from uni_moe_jax.reporting import html
 from uni_moe_jax.train import checkpoint, loop
@@ -38,6 +40,18 @@ def test_every_evaluator_has_its_rows(finished):
   assert [(r['evaluator'], r['metric']) for r in rows if r['metric'] in first] == [
       ('my caption', 'exact_match'), ('my pair', 'i2t_R@1'), ('my shape', 'top-1'), ('my text', 'perplexity')]
   assert all(r['baselines'] and r['step'] == 3 for r in rows)
+
+
+def test_the_config_names_every_metric_and_which_are_lower_is_better(finished):
+  workdir, rows = finished
+  evaluations = {e.name: e for e in make_plan(load_config(workdir)).evaluations}
+  for name, e in evaluations.items():
+    known = metric_names.metric_names(e.type, e.task.type.name)
+    measured = [r['metric'] for r in rows if r['evaluator'] == name]
+    V = 3 if e.type == 'classification' else 0
+    assert sorted(measured) == sorted(m for m in known if metric_names.is_measured(m, V)), name
+  for r in rows:
+    assert metric_names.lower_is_better(f'eval/{r["evaluator"]}/{r["metric"]}') != r['higher_is_better']
 
 
 def test_perplexity_of_an_untrained_model_is_about_the_vocabulary(finished):

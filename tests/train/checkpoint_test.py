@@ -126,6 +126,15 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert (checkpoints.steps(), checkpoints.best()) == ([6, 7], None)
 
 
+@pytest.mark.parametrize('metric, best', [('eval/photos/top-1', 3), ('eval/masked/perplexity', 1), ('loss/total', 1)])
+def test_the_best_is_the_highest_score_or_the_lowest_loss_or_perplexity(tmp_path, metric, best):
+  with Checkpoints(tmp_path, max_to_keep=1, best_metric=metric) as checkpoints:
+    for step, value in ((1, .1), (2, .9), (3, .9), (4, .5)):
+      checkpoints.save(step, _state(step), {metric: value})
+    checkpoints.finish()
+    assert (checkpoints.steps(), checkpoints.best()) == ([best, 4], best)
+
+
 def test_another_model_is_refused_with_the_arrays_that_differ(tmp_path):
   with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
     checkpoints.save(3, _state())

@@ -61,6 +61,20 @@ def test_without_a_terminal_lines_show_losses_rate_and_time_left(tmp_path, capsy
   assert capsys.readouterr().out == 'step 2/500  text 1.500 total 2.000  0.50 step/s  16 min 36 s left\n'
 
 
+def test_evaluations_have_a_line_of_their_own_and_cost_no_speed(tmp_path, capsys):
+  with mock.patch('time.perf_counter', side_effect=[0., 4., 100., 104.]), MetricsLog(tmp_path, 0, 4) as log:
+    log.add({'loss/total': 2.})
+    log.write(1)
+    log.evaluated(1, {'eval/photos/top-1': .25, 'eval/masked/perplexity': 7.})
+    log.add({'loss/total': 2.})
+    log.write(2)
+    log.evaluated(2, {})  # a stop was requested
+  first, second, third = _lines(tmp_path)
+  assert second == {'step': 1, 'eval/photos/top-1': .25, 'eval/masked/perplexity': 7.}
+  assert first['steps_per_second'] == third['steps_per_second'] == .25
+  assert capsys.readouterr().out.splitlines()[1] == 'step 1  photos/top-1 0.250  masked/perplexity 7.000'
+
+
 @contextlib.contextmanager
 def _terminal():
   """The progress bar that a terminal gets."""
@@ -73,7 +87,9 @@ def test_a_terminal_gets_a_progress_bar_instead(tmp_path, capsys):
     for _ in range(2):
       log.add({'loss/total': 2.})
     log.write(5)
+    log.evaluated(5, {'eval/photos/top-1': .5})
   bar = tqdm.return_value
+  bar.write.assert_called_once_with('step 5  photos/top-1 0.500')
   assert tqdm.call_args.kwargs['initial'] == 3 and tqdm.call_args.kwargs['total'] == 9
   assert bar.update.call_count == 2
   bar.set_postfix_str.assert_called_once_with('loss 2.000')

@@ -45,6 +45,8 @@ def get_config():
   c.model.num_layers = 1
   for evaluator, task in (('classification', 'shape'), ('retrieval', 'pair')):
     c.evaluators[task] = config.evaluator(evaluator, task, split='train', batch_size=5, num_examples=6)
+  c.evaluators.shape.during_training = True
+  c.train.evaluate_every = 12
   c.moe.router = 'token'  # it sends what an attribute model sends, and tokens
   c.mesh.update(dict(data=-1, expert=2))
   c.train.update(dict(steps={steps}, checkpoint_every=1000, log_every=1))
@@ -68,12 +70,15 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
   processes.run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
-  one, two = saved_run.lines(tmp_path / 'one'), saved_run.lines(tmp_path / 'uninterrupted')
+  lines = [saved_run.lines(tmp_path / name) for name in ('one', 'uninterrupted')]
+  one, two = ([line for line in several if 'loss/total' in line] for several in lines)
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
   for a, b in zip(one[:10], two[:10]):
     assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-5)
 
-  # Two processes evaluate each example once, as one process does.
+  # Two processes evaluate each example once, as one process does, also while they train.
+  during = [[line for line in several if 'eval/shape/top-1' in line] for several in lines]
+  assert during[0] == during[1] and [line['step'] for line in during[1]] == [12, _STEPS]
   processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "uninterrupted"}'])
   evaluated = json.loads((tmp_path / 'uninterrupted/evaluation.json').read_text())
   processes.run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "uninterrupted"}', '--force'], devices=8)

@@ -220,8 +220,12 @@ class TrainConfig:
   log_every: int = field(20, 'Steps.', at_least=1)
   checkpoint_every: int = field(200, 'Steps.', at_least=1)
   max_to_keep: int = field(2, 'Number of newest checkpoints kept.', at_least=1)
+  evaluate_every: int = field(
+      0, 'Steps between evaluations by the evaluators with during_training=True, which also follow the last step; '
+      'logged as eval/EVALUATOR/METRIC.', at_least=0, off=0)
   best_metric: str = field(
-      '', "Keeps also the checkpoint with the lowest value of this logged loss: loss/total or loss/TASK; '' = none.")
+      '', 'Keeps also the checkpoint with the best value of this metric: loss/total, loss/TASK or '
+      "eval/EVALUATOR/METRIC; '' = none.")
   max_nonfinite_steps: int = field(10, 'Consecutive steps with a non-finite loss before the run stops.', at_least=1)
   hang_timeout: float = field(
       600.0, 'Seconds of a batch, step or checkpoint until the run ends as hung.', at_least=0, off=0)

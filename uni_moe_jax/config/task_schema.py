@@ -113,6 +113,9 @@ class EvaluatorConfig:
   num_crops: int = field(1, 'Crops along the long side; see num_views.', at_least=1)
   baselines: bool = field(True, 'Computes simple predictors beside the score; those of data in files once per dataset '
                           '(eval/file_baselines.py).')
+  during_training: bool = field(
+      False, 'Runs every train.evaluate_every steps, without baselines; not on a test split, by which a checkpoint '
+      'would be chosen.')
 
 
 def task(type: str, source: str, *, batch_size: int, **values: Any) -> ml_collections.ConfigDict:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from uni_moe_jax.config.fields import check_choice, check_pattern, fail_if
+from uni_moe_jax.config.metric_names import metric_names
 from uni_moe_jax.config.schema import FREEZE, Config
 from uni_moe_jax.config.task_schema import TaskConfig
 from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED
@@ -68,11 +69,7 @@ def _check_train(c: Config) -> None:
   for axis, size in vars(c.mesh).items():
     fail_if(axis != 'fsdp' and size < 1 and size != -1,
             f'mesh.{axis}={size} must be at least 1, or -1 (the devices that the other axes leave).')
-  if t.best_metric:
-    check_choice('train.best_metric', t.best_metric,
-                 ('loss/total', *(f'loss/{n}' for n, x in c.tasks.items() if x.batch_size)))
-    # A checkpoint is compared by a logged loss.
-    _check_multiple('train.checkpoint_every', t.checkpoint_every, f'config.train.log_every={t.log_every}', t.log_every)
+  _check_validation(c)
   one_task = t.mixture == 'one_task'
   fail_if(one_task and t.grad_accum_steps > 1,
           f"train.grad_accum_steps={t.grad_accum_steps} needs config.train.mixture='all_tasks', not 'one_task'.")
@@ -88,6 +85,32 @@ def _check_train(c: Config) -> None:
     fail_if(len(group) != 3 and not (len(group) == 2 and group[1] == FREEZE),
             f"optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
     check_pattern(f'optim.param_groups[{i}][0]', group[0])
+
+
+def _check_validation(c: Config) -> None:
+  """Raise UsageError if evaluations during training, or the choice of a checkpoint, cannot be as the fields say."""
+  t, during = c.train, {name: e for name, e in c.evaluators.items() if e.during_training}
+  for name, e in during.items():
+    fail_if(e.split.startswith('test'),
+            f'evaluators.{name}.split={e.split!r} with during_training=True would choose a checkpoint by the test '
+            'data; give a validation split, or set during_training=False.')
+  fail_if(t.evaluate_every and not during,
+          f'train.evaluate_every={t.evaluate_every} needs an evaluator with during_training=True; set it for one of '
+          f'{", ".join(map(repr, c.evaluators)) or "config.evaluators, which is empty"}, or evaluate_every=0.')
+  if t.evaluate_every:
+    _check_multiple('train.evaluate_every', t.evaluate_every, f'config.train.log_every={t.log_every}', t.log_every)
+  if not t.best_metric:
+    return
+  losses = ['loss/total', *(f'loss/{name}' for name, task in c.tasks.items() if task.batch_size)]
+  measured = [f'eval/{name}/{metric}' for name, e in during.items() if e.task in c.tasks
+              for metric in metric_names(e.type, c.tasks[e.task].type)]
+  check_choice('train.best_metric', t.best_metric, (*losses, *measured))
+  fail_if(t.best_metric in measured and not t.evaluate_every,
+          f'train.best_metric={t.best_metric!r} needs config.train.evaluate_every; set it to a divisor of '
+          f'config.train.checkpoint_every={t.checkpoint_every}.')
+  unit = 'evaluate_every' if t.best_metric in measured else 'log_every'  # a checkpoint is compared by what is logged
+  _check_multiple('train.checkpoint_every', t.checkpoint_every, f'config.train.{unit}={getattr(t, unit)}',
+                  getattr(t, unit))
 
 
 def _check_preflight(c: Config) -> None:

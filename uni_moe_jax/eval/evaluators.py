@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.config.metric_names import RECALLS, is_measured, modality
 from uni_moe_jax.config.plan import Evaluation
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import examples as examples_lib
@@ -25,7 +26,6 @@ from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor, Ranked
 from uni_moe_jax.utils.errors import UsageError
 
-RECALLS = (1, 5, 10)
 _COUNTED = 20_000  # records in files whose words are counted for the unigram baseline
 DRAWS = 3  # of retrieval candidates; the mean is reported, with the error of a single draw
 _NEAREST_NAME = "nearest neighbor's name"
@@ -113,7 +113,7 @@ def classification(q: Query) -> list[Score]:
   names, n, V = np.array(q.names), len(ids), len(q.names)
   train_labels, by = label_baselines(q, ids, labels)
   scores = [Score.proportion('top-1', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
-  if V > 10:
+  if is_measured('top-5', V):
     top5 = {'majority': baselines.majority_accuracy(train_labels, labels, 5)} if len(train_labels) else {}
     scores.append(Score.proportion('top-5', metrics.share_within(ranks, 5), n, 5 / V, top5))
   scores.append(Score('balanced_accuracy', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)),
@@ -192,8 +192,8 @@ def _ranks(q: Query, left: np.ndarray, right: np.ndarray, positives: np.ndarray)
 
 def _by_direction(q: Query, function: Callable[..., float], to_text: Any, from_text: Any) -> dict[str, float]:
   """{'i2t_R@1': function(to_text, 1), …} for both directions of retrieval; v for videos."""
-  modality = 'v' if q.task.type.name.startswith('video') else 'i'
-  directions = {f'{modality}2t': to_text, f't2{modality}': from_text}
+  letter = modality(q.task.type.name)
+  directions = {f'{letter}2t': to_text, f't2{letter}': from_text}
   return {f'{name}_R@{k}': function(values, k) for k in RECALLS for name, values in directions.items()}
 
 

@@ -4,6 +4,7 @@ import statistics
 
 import numpy as np
 
+from uni_moe_jax.config.metric_names import is_measured
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
 from uni_moe_jax.eval import evaluators, metrics
 from uni_moe_jax.eval.evaluators import Query
@@ -20,7 +21,7 @@ def glue(q: Query) -> list[Score]:
   _, by = evaluators.label_baselines(q, ids, labels)
   n, V = len(labels), len(q.names)
   scores = [Score.proportion('accuracy', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
-  if V == 2:
+  if is_measured('F1', V):
     scores += [Score('F1', metrics.f1(predicted, labels), n, baselines=by(metrics.f1)),
                Score('Matthews', metrics.matthews(predicted, labels), n, 0.0, by(metrics.matthews))]
   return scores

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from uni_moe_jax.config.metric_names import lower_is_better
 from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders
@@ -42,7 +43,7 @@ class Checkpoints:
       workdir: folder of the run.
       max_to_keep: number of newest checkpoints to keep when saving; None: read only, nothing is saved, moved or
         deleted.
-      best_metric: also keep the checkpoint with the lowest value of this metric; '': none.
+      best_metric: also keep the checkpoint with the best value of this metric, see `lower_is_better`; '': none.
 
     Raises:
       RunError: every checkpoint is damaged.
@@ -77,7 +78,7 @@ class Checkpoints:
     return max(self.steps(), default=None)
 
   def best(self) -> int | None:
-    """The step with the lowest value of the best metric; None if no checkpoint has it."""
+    """The step with the best value of the best metric; None if no checkpoint has it."""
     return self._best_of(self.steps())
 
   def steps(self) -> list[int]:
@@ -237,9 +238,10 @@ class Checkpoints:
           'Continue with the version that wrote it, or start a new run from its parameters with config.train.init.')
 
   def _best_of(self, steps: Sequence[int]) -> int | None:
-    """The step with the lowest value; of equal values the later one."""
-    known = [s for s in steps if self._best_metric and self._best_metric in self._metrics.get(s, {})]
-    return min(known, key=lambda s: (self._metrics[s][self._best_metric], -s), default=None)
+    """The step with the best value; of equal values the later one."""
+    sign, known = 1 if lower_is_better(self._best_metric) else -1, [
+        s for s in steps if self._best_metric and self._best_metric in self._metrics.get(s, {})]
+    return min(known, key=lambda s: (sign * self._metrics[s][self._best_metric], -s), default=None)
 
   def _write_manifest(self) -> None:
     """Called by Orbax in its thread and one process, when all is written, before the step is named or committed."""

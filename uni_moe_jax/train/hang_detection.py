@@ -19,13 +19,15 @@ START = 'starting'
 BATCH = 'waiting for the batch'
 STEP = 'waiting for the result'
 SAVE = 'saving'
-_START_FACTOR = 6  # START reads data and compiles
+EVALUATE = 'evaluating the parameters'
+_LONG, _LONG_FACTOR = (START, EVALUATE), 6  # they read data and compile
 _CHECKS = {
     START: 'Check the disk or network of the data and the work directory, the devices, and the logs of the other '
            'processes of this run.',
     BATCH: 'Check the disk or network of the data, and the free memory.',
     STEP: 'Check the devices, and the logs of the other processes of this run: one of them may have died.',
     SAVE: 'Check the disk or network of the work directory.',
+    EVALUATE: 'Check the disk or network of the data, the devices, and the logs of the other processes of this run.',
 }
 
 
@@ -33,7 +35,7 @@ class HangDetector:
   """Watches the phases of a loop from a thread of its own; a context manager."""
 
   def __init__(self, timeout: float):
-    """timeout: seconds per phase, six times as many for START; 0 disables."""
+    """timeout: seconds per phase, six times as many for START and for each evaluator; 0 disables."""
     self._timeout = timeout
     self._phase: tuple[str, int | None] | None = None
     self._waited = 0.0
@@ -52,7 +54,7 @@ class HangDetector:
 
   @contextlib.contextmanager
   def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-    """Limits the time of the body: START, BATCH, STEP or SAVE, of a step. Code outside has no limit."""
+    """Limits the time of the body: START, BATCH, STEP, SAVE or EVALUATE, of a step. Code outside has no limit."""
     self._waited, self._phase = 0.0, (name, step)
     try:
       yield
@@ -66,13 +68,13 @@ class HangDetector:
       # At most two ticks count, so that a process that was suspended for a while does not hang.
       self._waited, last = self._waited + min(now - last, 2 * tick), now
       phase = self._phase
-      if phase is not None and self._waited > self._timeout * (_START_FACTOR if phase[0] == START else 1):
+      if phase is not None and self._waited > self._timeout * (_LONG_FACTOR if phase[0] in _LONG else 1):
         self._report(*phase)
         return
 
   def _report(self, name: str, step: int | None) -> None:
     what = name if step is None else f'{name} of step {step}'
-    factor = f'{_START_FACTOR} times ' if name == START else ''
+    factor = f'{_LONG_FACTOR} times ' if name in _LONG else ''
     print(f'\nerror: {what} has taken {self._waited:.0f} s, and {factor}config.train.hang_timeout={self._timeout:g} is '
           f'the limit. {_CHECKS[name]} If it is only slow, raise hang_timeout; 0 disables it. The same command '
           'continues from the newest checkpoint. Stack of every thread:', file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetec
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, initial_state
 from uni_moe_jax.train.step import Step, TrainState
+from uni_moe_jax.train.validation import Validation
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, lock, saved_step
 from uni_moe_jax.utils import signals
 from uni_moe_jax.utils.errors import UsageError
@@ -170,11 +171,12 @@ def _loop(
 
 
 class _Trainer:
-  """Takes the steps of a run, logs their metrics and saves checkpoints; each phase has a time limit."""
+  """Takes the steps of a run, logs their metrics, evaluates and saves checkpoints; each phase has a time limit."""
 
   def __init__(self, run: Run, checkpoints: Checkpoints, detector: HangDetector, log: MetricsLog, hooks):
     self._run, self._checkpoints, self._phase, self._log = run, checkpoints, detector.phase, log
     self._config, self._mixture, self._target_sets = run.config.train, run.mixture(), run.target_sets()
+    self._validation = Validation(run, detector.phase)
     self._hooks = [hook for make in hooks if (hook := make(run))]
     self._step_fns: dict[str | None, Step] = {}  # by task; each compiles when it is first called
     self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
@@ -197,6 +199,11 @@ class _Trainer:
       done = step + 1
       if not self._add_metrics(done, metrics):
         return None
+      if self._validation.is_due(done):
+        evaluated = self._validation(done, state, lambda: stops(stop.requested))
+        with self._phase(SAVE, done):
+          self._log.evaluated(done, evaluated)
+        self._means |= evaluated
       if done % self._config.checkpoint_every == 0 and done != self._config.steps:
         with self._phase(SAVE, done):
           self._checkpoints.save(done, state, self._means)

@@ -68,6 +68,15 @@ class MetricsLog:
       print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s  {_duration(left)} left', flush=True)
     return means
 
+  def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+    """Writes the metrics of evaluations after a step that is logged; their time does not count as that of steps."""
+    if not metrics:
+      return
+    self.record(step, metrics)
+    text = f'step {step}  ' + '  '.join(f'{k.removeprefix("eval/")} {v:.3f}' for k, v in metrics.items())
+    self._bar.write(text) if self._bar else print(text, flush=True)
+    self._since = time.perf_counter()
+
   def record(self, step: int, scalars: dict[str, float]) -> None:
     """Writes scalars unchanged."""
     if not self._writes:

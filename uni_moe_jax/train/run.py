@@ -143,9 +143,14 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
     params = checkpoints.restore_params(step, run.abstract_state().params)
   else:
     params = load_init_params(run)
+  return new_predictor(run, params), params
+
+
+def new_predictor(run: Run, params: Any) -> Predictor:
+  """A predictor with these parameters and every target set."""
   specs = (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)
   sets = {s.name: (s, run.data.target_sets[s.name]) for s in specs}
-  return Predictor(run.spec.model, params, sets, run.data.tokenizer), params
+  return Predictor(run.spec.model, params, sets, run.data.tokenizer)
 
 
 def load_init_params(run: Run) -> Any:

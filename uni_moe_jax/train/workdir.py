@@ -37,8 +37,8 @@ _ABSENT = 'absent'
 # Fields that may change when a run continues: logging and saving, paths of the data, layout on devices. The content of
 # tokenizer.merges_path is part of the data's fingerprint.
 MAY_CHANGE = (
-    'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.best_metric', 'train.max_nonfinite_steps',
-    'train.hang_timeout', 'train.interference_every', 'train.interference_parameters',
+    'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.best_metric', 'train.evaluate_every',
+    'train.max_nonfinite_steps', 'train.hang_timeout', 'train.interference_every', 'train.interference_parameters',
     'train.deterministic', 'data.dir', 'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators',
     'tokenizer.merges_path')
 

@@ -1,0 +1,117 @@
+"""Evaluation during training: it changes nothing, measures what a checkpoint has, and chooses the best one."""
+
+import contextlib
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import saved_run, tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.eval import suite
+from uni_moe_jax.eval.metrics import Score
+from uni_moe_jax.train import loop, validation
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.step import TrainState
+from uni_moe_jax.utils.errors import UsageError
+
+_METRIC = 'eval/masked/perplexity'
+
+
+def _config(**train):
+  c = tiny.config('text', data_dir=tiny.data_dir())
+  c.model.num_layers = 1
+  c.evaluators.masked = config_lib.evaluator('mlm', 'text', split='train', batch_size=8, during_training=True)
+  c.evaluators.afterwards = config_lib.evaluator('mlm', 'text', split='train', batch_size=8)
+  c.train.update(dict(steps=5, ema_decay=0.5, checkpoint_every=2, max_to_keep=3, **train))
+  return c
+
+
+def _train(workdir, config):
+  assert loop.train(config, str(workdir), jax.devices()[:1]) == loop.FINISHED
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def run():
+  return train_run.build(_config(evaluate_every=2), jax.devices()[:1])
+
+
+@pytest.fixture(scope='module')
+def evaluated(tmp_path_factory):
+  return _train(tmp_path_factory.mktemp('evaluated'), _config(evaluate_every=2, best_metric=_METRIC))
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+  return _train(tmp_path_factory.mktemp('plain'), _config())
+
+
+def _lines(workdir, evaluations: bool):
+  return [line for line in saved_run.lines(workdir) if ('loss/total' not in line) == evaluations]
+
+
+def _state(run, workdir, step) -> TrainState:
+  with Checkpoints(workdir, None) as checkpoints:
+    return checkpoints.restore(run.abstract_state(), step)
+
+
+def _measured(run, params) -> dict[str, float]:
+  [e] = [e for e in run.plan.evaluations if e.during_training]
+  return {f'eval/masked/{s.name}': s.value for s in suite.scores(e, run.data, train_run.new_predictor(run, params), {})}
+
+
+def test_evaluation_changes_no_bit_of_training(run, evaluated, plain):
+  chex.assert_trees_all_equal(_state(run, evaluated, 5), _state(run, plain, 5))
+  assert _lines(evaluated, False) == _lines(plain, False) and len(_lines(plain, False)) == 5
+  assert _lines(plain, True) == []
+  early, late = (_state(run, plain, step).params for step in (2, 5))  # the control: parameters do move
+  assert sum(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), early, late))) > 10
+
+
+def test_every_other_step_and_the_last_are_measured_as_their_checkpoints_are(run, evaluated):
+  lines = _lines(evaluated, True)
+  assert [line.pop('step') for line in lines] == [2, 4, 5]
+  for step, line in zip((2, 4, 5), lines, strict=True):
+    state = _state(run, evaluated, step)
+    # Averaged parameters, and target sets that are encoded with them: those of an earlier step would differ.
+    assert line == _measured(run, state.ema_params) != _measured(run, state.params)
+    manifest = json.loads((evaluated / f'checkpoints/{step}/manifest.json').read_text())
+    assert {name: manifest['metrics'][name] for name in line} == line and 'loss/total' in manifest['metrics']
+  assert len({line[_METRIC] for line in lines}) == 3
+
+
+def test_the_best_checkpoint_is_kept_by_its_validation_metric(tmp_path, monkeypatch):
+  values = iter([.1, .9, .5])
+  scores = lambda e, *_: [Score.proportion('accuracy', next(values), 10)]
+  monkeypatch.setattr(validation.suite, 'scores', scores)
+  config = _config(evaluate_every=2, best_metric='eval/masked/accuracy')
+  config.train.max_to_keep = 1
+  _train(tmp_path, config)
+  with Checkpoints(tmp_path, None, config.train.best_metric) as checkpoints:
+    assert (checkpoints.steps(), checkpoints.best()) == ([4, 5], 4)
+
+
+def test_a_run_that_is_to_stop_measures_nothing_more(run, monkeypatch):
+  monkeypatch.setattr(validation.suite, 'scores', lambda *_: [Score('accuracy', .5, 1), Score('x', float('nan'), 1)])
+  phases = []
+  measure = validation.Validation(run, lambda *phase: contextlib.nullcontext(phases.append(phase)))
+  state = run.abstract_state()
+  assert measure(4, state, lambda: True) == {}
+  assert measure(4, state, lambda: False) == {'eval/masked/accuracy': .5}  # without what is not finite
+  assert phases == [('evaluating the parameters', 4)] * 2
+  assert [step for step in range(1, 6) if measure.is_due(step)] == [2, 4, 5]
+
+
+def test_a_metric_that_few_targets_do_not_have_is_refused_before_the_first_step():
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.evaluators.three = config_lib.evaluator('classification', 'shape', split='train', during_training=True)
+  c.train.update(dict(evaluate_every=50, best_metric='eval/three/top-5'))
+  run = train_run.build(c, jax.devices()[:1])
+  with pytest.raises(UsageError, match=r"best_metric='eval/three/top-5' is not measured among 3 targets"):
+    validation.Validation(run, None)
+  run.config.train.best_metric = 'eval/three/top-1'
+  validation.Validation(run, None)

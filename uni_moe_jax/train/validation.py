@@ -1,0 +1,48 @@
+"""Evaluation during training: by evaluators with `during_training`, on the parameters that a checkpoint would save."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from uni_moe_jax.config.metric_names import is_measured
+from uni_moe_jax.eval import suite
+from uni_moe_jax.train.hang_detection import EVALUATE
+from uni_moe_jax.train.run import Run, new_predictor
+from uni_moe_jax.train.step import TrainState
+from uni_moe_jax.utils.errors import UsageError
+
+
+class Validation:
+  """The evaluators of a run that run while it trains."""
+
+  def __init__(self, run: Run, phase: Callable[..., AbstractContextManager[None]]):
+    """phase: of the run's hang detector. Raises UsageError if `train.best_metric` is not measured among so few targets.
+    """
+    self._run, self._phase, self._every = run, phase, run.config.train.evaluate_every
+    self._evaluations = tuple(
+        e for e in run.plan.evaluations if e.during_training)
+    best = run.config.train.best_metric
+    for e in self._evaluations:
+      num_targets = run.data.target_sets[e.task.target_set].size if e.task.target_set else 0
+      if best.startswith(prefix := f'eval/{e.name}/') and not is_measured(best.removeprefix(prefix), num_targets):
+        raise UsageError(f'config.train.best_metric={best!r} is not measured among {num_targets} targets '
+                         f'(config.target_sets.{e.task.target_set}); choose another metric of this evaluator.')
+
+  def is_due(self, step: int) -> bool:
+    """Whether evaluations follow a step, the last one among them."""
+    return bool(self._every) and (step % self._every == 0 or step == self._run.config.train.steps)
+
+  def __call__(self, step: int, state: TrainState, stopped: Callable[[], bool]) -> dict[str, float]:
+    """{'eval/EVALUATOR/METRIC': value} of what is finite; {} if the run is to stop. All processes take part.
+
+    state: after `step` steps. stopped: called before each evaluator, in all processes.
+    """
+    # A new one each time, since it keeps the features of target sets; the functions that it calls are compiled once.
+    predictor = new_predictor(self._run, state.params if state.ema_params is None else state.ema_params)
+    metrics = {}
+    for e in self._evaluations:
+      with self._phase(EVALUATE, step):
+        if stopped():
+          return {}
+        metrics |= {f'eval/{e.name}/{s.name}': s.value for s in suite.scores(e, self._run.data, predictor, {})}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
