@@ -54,8 +54,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   c.preflight.target_lengths.update(dict(
       imagenet21k=((4, 9_000), (8, 12_000), (16, 842)), kinetics700=((4, 200), (8, 500)), moments=((4, 339),)))
   c.evaluators.coco_captions = config.evaluator(
-      'caption', 'coco_caption', split='val', num_examples=5_000, **benchmarks.CAPTION_SEARCH)
-  c.evaluators.coco_retrieval = config.evaluator('retrieval', 'coco_retrieval', split='val', num_examples=5_000)
+      'caption', 'coco_caption', split='val', num_examples=5_000, during_training=True,
+      **benchmarks.CAPTION_SEARCH)
+  c.evaluators.coco_retrieval = config.evaluator(
+      'retrieval', 'coco_retrieval', split='val', num_examples=5_000, during_training=True)
   if not first:
     _second_stage(c)
   _weigh(c, one_task=a.mixture == 'one_task')

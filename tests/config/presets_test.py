@@ -35,3 +35,15 @@ def test_tasks_of_two_sources_with_one_name_are_two_tasks():
   assert tasks == {
       'pets_old_label': ('image_classification', 'old_label'), 'pets_old_label_2': ('text_classification', 'label'),
       'pets_old_words': ('text_mlm', ''), 'pets_old_words_2': ('text_classification', 'words')}
+
+
+def test_a_validation_split_can_choose_a_checkpoint_beside_the_test_split_or_alone():
+  def evaluators(*splits):
+    c = config.base()
+    presets.own(c, 'pets', {'image': 'image', 'breed': 'class'}, {'breed': ('a', 'b')}, splits)
+    return {name: (e.split, e.during_training) for name, e in c.evaluators.items()}
+  assert evaluators('train') == {}
+  assert evaluators('train', 'test') == {'pets breed': ('test', False)}
+  assert evaluators('train', 'validation') == {'pets breed': ('validation', True)}
+  assert evaluators('train', 'validation', 'test') == {
+      'pets breed': ('test', False), 'pets breed, validation': ('validation', True)}

@@ -65,7 +65,7 @@ def own(
   """
   source = f'own:{name}'
   visual = next((media for media in ('image', 'video') if media in columns.values()), '')
-  test_split = next((s for s in ('test', 'validation') if s in splits), None)
+  evaluated = [s for s in ('test', 'validation') if s in splits]
   video = dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop') if visual == 'video' else {}
   text = next((column for column in ('text', 'text_a', 'text_b') if column in columns), None)
 
@@ -77,9 +77,11 @@ def own(
 
   def add(task_name: str, evaluator: str, task_type: str, **values: Any) -> None:
     c.tasks[task_name] = config.task(task_type, source, **values)
-    if test_split:
-      c.evaluators[task_name.replace('_', ' ')] = config.evaluator(
-          evaluator, task_name, split=test_split, num_examples=_CANDIDATES if evaluator == 'retrieval' else 0)
+    for split in evaluated:
+      suffix = ', validation' if split != evaluated[0] else ''
+      c.evaluators[task_name.replace('_', ' ') + suffix] = config.evaluator(
+          evaluator, task_name, split=split, num_examples=_CANDIDATES if evaluator == 'retrieval' else 0,
+          during_training=split == 'validation')
 
   def vocabulary() -> str:
     if 'vocabulary' not in c.target_sets:
