@@ -96,12 +96,14 @@ def test_the_best_checkpoint_is_kept_by_its_validation_metric(tmp_path, monkeypa
 
 
 def test_a_run_that_is_to_stop_measures_nothing_more(run, monkeypatch):
-  monkeypatch.setattr(validation.suite, 'scores', lambda *_: [Score('accuracy', .5, 1), Score('x', float('nan'), 1)])
-  phases = []
+  ran, phases = [], []
+  scores = [Score('accuracy', .5, 1), Score('perplexity', float('nan'), 1)]
+  monkeypatch.setattr(validation.suite, 'scores', lambda e, *_: [ran.append((e.name, e.baselines)), scores][1])
   measure = validation.Validation(run, lambda *phase: contextlib.nullcontext(phases.append(phase)))
   state = run.abstract_state()
-  assert measure(4, state, lambda: True) == {}
+  assert measure(4, state, lambda: True) == {} and not ran
   assert measure(4, state, lambda: False) == {'eval/masked/accuracy': .5}  # without what is not finite
+  assert ran == [('masked', False)]  # baselines do not change while a model trains
   assert phases == [('evaluating the parameters', 4)] * 2
   assert [step for step in range(1, 6) if measure.is_due(step)] == [2, 4, 5]
 

@@ -1,5 +1,6 @@
 """Evaluation during training: by evaluators with `during_training`, on the parameters that a checkpoint would save."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,11 +17,10 @@ class Validation:
   """The evaluators of a run that run while it trains."""
 
   def __init__(self, run: Run, phase: Callable[..., AbstractContextManager[None]]):
-    """phase: of the run's hang detector. Raises UsageError if `train.best_metric` is not measured among so few targets.
-    """
+    """phase: of the hang detector. Raises UsageError if `train.best_metric` is not measured among so few targets."""
     self._run, self._phase, self._every = run, phase, run.config.train.evaluate_every
     self._evaluations = tuple(
-        e for e in run.plan.evaluations if e.during_training)
+        dataclasses.replace(e, baselines=False) for e in run.plan.evaluations if e.during_training)
     best = run.config.train.best_metric
     for e in self._evaluations:
       num_targets = run.data.target_sets[e.task.target_set].size if e.task.target_set else 0
