@@ -239,9 +239,10 @@ class Checkpoints:
 
   def _best_of(self, steps: Sequence[int]) -> int | None:
     """The step with the best value; of equal values the later one."""
-    sign, known = 1 if lower_is_better(self._best_metric) else -1, [
-        s for s in steps if self._best_metric and self._best_metric in self._metrics.get(s, {})]
-    return min(known, key=lambda s: (sign * self._metrics[s][self._best_metric], -s), default=None)
+    name = self._best_metric
+    sign = 1 if lower_is_better(name) else -1
+    known = [s for s in steps if name and name in self._metrics.get(s, {})]
+    return min(known, key=lambda s: (sign * self._metrics[s][name], -s), default=None)
 
   def _write_manifest(self) -> None:
     """Called by Orbax in its thread and one process, when all is written, before the step is named or committed."""
