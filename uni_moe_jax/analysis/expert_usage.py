@@ -21,6 +21,7 @@ from uni_moe_jax.model import merging
 from uni_moe_jax.model.sequences import take_rows
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
+from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.tasks.attributes import Condition
 
 INPUT, PAIR, SET = 'inputs', 'pairs', 'target_sets'  # roles of the sequences of a step: fields of `StepInputs`
@@ -139,7 +140,7 @@ def gate_sums(
   def router_sums(routings):
     """(gates [A, E], entropy [A]) of one router; routings: `RouterOutput` [B, S, …] per slice."""
     routings = [jax.tree.map(lambda x, s=s: select(x, s), routing) for s, routing in zip(slices, routings, strict=True)]
-    gates = [jnp.einsum('bs,bse->e', w, routing.coef) for w, routing in zip(weights, routings)]
+    gates = [jnp.einsum('bs,bse->e', w, routing.coef, precision=EXACT) for w, routing in zip(weights, routings)]
     return by_condition(gates), by_condition([(w * routing.entropy).sum() for w, routing in zip(weights, routings)])
 
   sums = {}  # (subtree, block, sublayer) → sums with an axis of periods: the program does not grow with the layers

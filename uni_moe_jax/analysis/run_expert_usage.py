@@ -15,7 +15,7 @@ from uni_moe_jax.analysis import expert_usage, expert_usage_file
 from uni_moe_jax.analysis.run_interference import file_stem, load_state
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.model.sequences import Sequence
-from uni_moe_jax.moe import routers
+from uni_moe_jax.moe import precision, routers
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs
 from uni_moe_jax.train.run import Run, build, conditions
 from uni_moe_jax.utils.errors import UsageError
@@ -102,6 +102,7 @@ def step_sums(
   names = [(path[0].name, path[1].key) for path, _ in leaves]
   target_sets = {s.name: s for s in spec.plan.sets}
   slices = expert_usage.token_slices(spec.plan.tasks, target_sets, by_task, names, spec.task_slices)
-  collected = spec.model.apply(
-      {'params': params}, method=lambda model: model.encode(inputs, all_rows=True, taps=True).collected)
+  with precision.of_evaluation(spec.model.spec.dtype):
+    collected = spec.model.apply(
+        {'params': params}, method=lambda model: model.encode(inputs, all_rows=True, taps=True).collected)
   return expert_usage.gate_sums(spec.model.spec, collected, slices, num_conditions, spec.model.shards)

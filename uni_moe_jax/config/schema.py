@@ -111,8 +111,9 @@ class ModelConfig:
       (), 'Temperature groups beside those of the trained tasks, such as those of a converted checkpoint.',
       published=PUBLISHED_TEMPERATURES)
   dtype: str = field(
-      'float32', 'Type of products. The residual stream, norms, routing, heads and losses are float32 '
-      '(moe/precision.py).', choices=('float32', 'bfloat16'))
+      'float32', 'Type of the products of layers; everything else is float32 (moe/precision.py). With float32, training '
+      'on TPUs and GPUs multiplies in the precision of the platform, evaluation and export in full.',
+      choices=('float32', 'bfloat16'))
   attention_impl: str = field(
       'auto', 'Attention where all queries see the same keys; captions, prompts and caches always use xla. auto: by '
       'device, type and length; xla; cudnn (NVIDIA GPUs from Ampere on, bfloat16); splash (TPUs).',

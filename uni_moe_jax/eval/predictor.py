@@ -21,6 +21,7 @@ from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.model.trie import Trie
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.moe import precision
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks.task_types import TaskType
 
@@ -137,7 +138,7 @@ def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Ar
     return rows
   n, Y = bucket['text'].shape[:2]
   weight = jnp.asarray(np.arange(Y)[None] < bucket['count'][:, None], rows.dtype) / bucket['count'][:, None]
-  return jnp.einsum('nyd,ny->nd', normalize(rows).reshape(n, Y, -1), weight)
+  return jnp.einsum('nyd,ny->nd', normalize(rows).reshape(n, Y, -1), weight, precision=precision.EXACT)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -145,7 +146,9 @@ def encode(model: UniPerceiver, params, sequence) -> jax.Array:
   """Features [B, R, D] f32 of a sequence's readout, not normalized."""
   def run(m):
     return m.features(m.encode(sequence.pad_batch(m.shards)).hidden)
-  return sharding.replicate(model.apply({'params': params}, method=run), model.mesh)[:sequence.ids.shape[0]]
+  with precision.of_evaluation(model.spec.dtype):
+    features = model.apply({'params': params}, method=run)
+  return sharding.replicate(features, model.mesh)[:sequence.ids.shape[0]]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
@@ -178,5 +181,6 @@ def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _captions(
     model: UniPerceiver, task_type: TaskType, options: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
-  tokens = decoding.beam_search(model, params, task_type, pixels, words, trie=trie, **dict(options)).tokens[:, 0]
-  return sharding.replicate(tokens, model.mesh)
+  with precision.of_evaluation(model.spec.dtype):
+    captions = decoding.beam_search(model, params, task_type, pixels, words, trie=trie, **dict(options))
+  return sharding.replicate(captions.tokens[:, 0], model.mesh)

@@ -14,7 +14,7 @@ from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
-from uni_moe_jax.export.programs import FULL_PRECISION, ExportedTask
+from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
@@ -75,19 +75,18 @@ def make_contents(
   exported = tuple(_exported_task(t, plan, data, by_name, bake_targets) for t in chosen)
   sets = {t.target_set: by_name[t.target_set] for t in chosen if t.target_set}
   examples, answers = {}, {}
-  with jax.default_matmul_precision(FULL_PRECISION):
-    predictor = Predictor(UniPerceiver(portable_spec), params, sets, data.tokenizer)
-    features = {name: np.asarray(predictor.target_set(name)) for name in sets}
-    for e in exported:
-      # Pairs have no answers, and single words have no names.
-      if num_examples and e.task.target_set and (e.task.type.readout == 'queries' or sets[e.task.target_set][1].names):
-        examples[e.task.name] = _inputs(e.task, plan, data, num_examples)
-        answers[e.task.name] = _answers(predictor, e, sets, examples[e.task.name])
-    if routers.routes_tokens(spec.router):
-      exported_spec, exported_params = portable_spec, params
-    else:
-      conditions = tuple(dict.fromkeys(c for e in exported for c in e.conditions))
-      exported_spec, exported_params = merged(portable_spec, params, conditions)
+  predictor = Predictor(UniPerceiver(portable_spec), params, sets, data.tokenizer)
+  features = {name: np.asarray(predictor.target_set(name)) for name in sets}
+  for e in exported:
+    # Pairs have no answers, and single words have no names.
+    if num_examples and e.task.target_set and (e.task.type.readout == 'queries' or sets[e.task.target_set][1].names):
+      examples[e.task.name] = _inputs(e.task, plan, data, num_examples)
+      answers[e.task.name] = _answers(predictor, e, sets, examples[e.task.name])
+  if routers.routes_tokens(spec.router):
+    exported_spec, exported_params = portable_spec, params
+  else:
+    conditions = tuple(dict.fromkeys(c for e in exported for c in e.conditions))
+    exported_spec, exported_params = merged(portable_spec, params, conditions)
   evaluators = tuple(e for e in plan.evaluations if e.task in chosen)
   return Contents(
       exported_spec, exported_params, exported, sets, features, data, examples, answers, trained=spec,

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from uni_moe_jax.export.programs import FULL_PRECISION
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.spec import PROJECTIONS, ModelSpec, Stack
 from uni_moe_jax.moe import routers
@@ -37,8 +36,7 @@ def merged(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> t
   inputs = routers.distinct_inputs(spec.router, conditions)
   kernel, chosen = _group(merging.coefficients(spec, params, inputs), len(inputs))
   float32 = dataclasses.replace(spec, dtype=jnp.float32)
-  with jax.default_matmul_precision(FULL_PRECISION):
-    params = jax.device_get(merging.merge_params(float32, params, tuple(inputs[i] for i in chosen)))
+  params = jax.device_get(merging.merge_params(float32, params, tuple(inputs[i] for i in chosen)))
   if len(chosen) > 1:
     kernels = tuple(zip(inputs, kernel))
     return dataclasses.replace(spec, num_experts=len(chosen), router_names=(), kernels=kernels), params

@@ -21,7 +21,7 @@ _CLIP = (' `texts.py` decodes captions and does not tokenize: tokenize your text
          'each with id {eot}.')
 _PRODUCTS = {
     'float32': 'Matrix products are full float32 on every platform; an export with `--dtype=bfloat16` is faster.',
-    'bfloat16': 'Matrix products of layers are bfloat16; the platform may round the few float32 products. If two words '
+    'bfloat16': 'Matrix products of layers are bfloat16, all others full float32 on every platform. If two words '
                 "are nearly equally likely, captions may differ from those of training's evaluator; with "
                 '`--dtype=float32` they equal those of the trained model in float32, token for token.',
 }

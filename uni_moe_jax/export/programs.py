@@ -23,13 +23,11 @@ from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.model import decoding, heads
 from uni_moe_jax.model.sequences import Layout, Sequence
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
+from uni_moe_jax.moe import precision
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.utils.tree_paths import by_path
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-# For float32 products. By default NVIDIA GPUs multiply in TF32 and TPUs in bfloat16, so a program would return other
-# values there.
-FULL_PRECISION = 'highest'
 
 Arrays, Shape = dict[str, Any], jax.ShapeDtypeStruct
 
@@ -55,7 +53,7 @@ class Program:
   """A function with its inputs."""
   run: Callable[[Arrays, Arrays], Arrays]  # (parameters by path, inputs) → outputs
   inputs: Arrays  # shapes and dtypes, with symbolic sizes
-  precision: str  # of float32 products, for `jax.default_matmul_precision`
+  dtype: Any  # of the products of layers
 
   def lowered(self, params: Arrays) -> jax.export.Exported:
     """Lowers the program for every platform, without source locations. params: arrays or shapes by path.
@@ -66,7 +64,7 @@ class Program:
     before = jax.config.jax_traceback_in_locations_limit
     jax.config.update('jax_traceback_in_locations_limit', 0)
     try:
-      with jax.default_matmul_precision(self.precision):  # a program keeps the precision of its lowering
+      with precision.of_evaluation(self.dtype):  # a program keeps the precision of its lowering
         return jax.export.export(jax.jit(self.run), platforms=PLATFORMS)(shapes, self.inputs)
     finally:
       jax.config.update('jax_traceback_in_locations_limit', before)
@@ -86,9 +84,7 @@ def programs(model: UniPerceiver, exported: ExportedTask, spe: int, eot: int) ->
     answers = {'score': made.score} if task_type.target == 'pair' else {'classify': made.classify}
     encode_text = {} if exported.text_condition is None else {'encode_text': made.encode_text}
     functions = {name: make() for name, make in {'encode': made.encode, **answers, **encode_text}.items()}
-  # A bfloat16 export is for speed, so its few float32 products have the platform's fastest precision.
-  precision = FULL_PRECISION if jnp.dtype(model.spec.dtype) == jnp.float32 else 'default'
-  return {name: Program(run, inputs, precision) for name, (run, inputs) in functions.items()}
+  return {name: Program(run, inputs, model.spec.dtype) for name, (run, inputs) in functions.items()}
 
 
 class _Programs:
@@ -193,7 +189,8 @@ class _Programs:
     def step(params, x):
       features, new = decoding.decode_step(
           model, _tree(params), task_type, jax.tree.unflatten(structure, x['cache']), x['word'], x['t'], spe=spe)
-      logits = self._apply(params, 'scale', self._temperature) * features @ x['targets'].T
+      scaled = self._apply(params, 'scale', self._temperature) * features
+      logits = jnp.matmul(scaled, x['targets'].T, precision=precision.EXACT)
       return {'log_p': jax.nn.log_softmax(logits), 'cache': tuple(jax.tree.leaves(new))}
 
     token = {'word': Shape((b,), jnp.int32), 't': Shape((), jnp.int32)}

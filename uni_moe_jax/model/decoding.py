@@ -16,6 +16,7 @@ from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.sequences import READ_NOTHING, KVCache, Layout, Sequence, heads_first
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.tasks.task_types import TaskType
 
 _STACKS = 'blocks', 'tail'
@@ -140,7 +141,7 @@ def beam_search(
     """(logits [B, k, V] of the query at position t, cache with the word at t - 1)."""
     cache = kv_cache.replace(words=c.words, valid=c.valid)
     features, cache = decode_step(merged_model, merged, task_type, cache, c.word.reshape(-1), c.t, spe=spe)
-    return (scale * features @ words.T).reshape(B, beam_size, V), cache
+    return jnp.matmul(scale * features, words.T, precision=EXACT).reshape(B, beam_size, V), cache
 
   def step(c: _Carry) -> _Carry:
     logits, cache = next_words(c)

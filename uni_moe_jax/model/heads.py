@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
+from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
 MAX_SCALE = 100.0
@@ -24,7 +25,7 @@ def normalize(features: jax.Array) -> jax.Array:
 
 def logits(features: jax.Array, targets: jax.Array, scale: jax.Array) -> jax.Array:
   """cos / τ: features [..., D] against targets [V, D], neither normalized → [..., V]."""
-  return scale * normalize(features) @ normalize(targets).T
+  return jnp.matmul(scale * normalize(features), normalize(targets).T, precision=EXACT)
 
 
 def scale_of(log_scale: jax.Array) -> jax.Array:
@@ -45,7 +46,7 @@ class SimilarityHead(nn.Module):
     kernel = param(self, 'kernel', xavier_uniform(self.width, self.width), axes)
     bias = param(self, 'bias', nn.initializers.zeros, {'feature': self.width})
     kernel = sharding.as_used(kernel, tuple(axes), self.mesh)
-    return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+    return jnp.matmul(x, kernel, precision=EXACT) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class LinearHead(nn.Module):
@@ -58,4 +59,5 @@ class LinearHead(nn.Module):
     kernel = param(self, 'kernel', nn.initializers.zeros, {'embed': features.shape[-1], 'class': self.classes})
     bias = param(self, 'bias', nn.initializers.zeros, {'class': self.classes})
     weight = param(self, 'similarity_weight', nn.initializers.ones, {})
-    return weight * logits + features @ kernel + bias.reshape((1,) * (features.ndim - 1) + (-1,))
+    bias = bias.reshape((1,) * (features.ndim - 1) + (-1,))
+    return weight * logits + jnp.matmul(features, kernel, precision=EXACT) + bias

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.moe import gmm
 from uni_moe_jax.moe.layers import add_bias
+from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.moe.routers import RouterOutput
 
 
@@ -108,7 +109,7 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan
   E, width = kernel.shape[0], math.prod(out)
   y = _through_experts(
       plan.backend, x.reshape(B * S, -1), kernel.reshape(E, -1, width), plan.gates, plan.slots, plan.sizes)
-  return add_bias(y, plan.coef @ bias.reshape(E, width)).reshape(B, S, *out)
+  return add_bias(y, jnp.matmul(plan.coef, bias.reshape(E, width), precision=EXACT)).reshape(B, S, *out)
 
 
 # Both directions are gathers, in the forward and the backward pass: a scatter of rows is slow on every backend.

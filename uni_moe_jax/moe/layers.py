@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
 NORM_EPSILON = 1e-5
@@ -27,15 +28,15 @@ def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
   A contraction over E and not a gather `kernel[expert]`: with sharded experts, the contraction is local plus one
   reduction of the merged kernel, while a gather moves every kernel.
   """
-  return jnp.tensordot(coef, kernel, axes=1)
+  return jnp.tensordot(coef, kernel, axes=1, precision=EXACT)
 
 
 def _merge_backward(saved, d):
   """Contracts with E first; JAX's own rule would transpose all kernels and all of their gradients."""
   kernel, coef = saved
   rest = tuple(range(1, kernel.ndim))
-  dcoef = jnp.tensordot(kernel, d, axes=(rest, rest)).T
-  return jnp.tensordot(coef.T, d, axes=1).astype(kernel.dtype), dcoef.astype(coef.dtype)
+  dcoef = jnp.tensordot(kernel, d, axes=(rest, rest), precision=EXACT).T
+  return jnp.tensordot(coef.T, d, axes=1, precision=EXACT).astype(kernel.dtype), dcoef.astype(coef.dtype)
 
 
 merge.defvjp(lambda kernel, coef: (merge(kernel, coef), (kernel, coef)), _merge_backward)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.moe.layers import layer_norm, param
+from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
 from uni_moe_jax.tasks.router_names import CONDITION_ROUTERS, DENSE, DISPATCHED
 from uni_moe_jax.utils.errors import UsageError
@@ -34,7 +35,7 @@ class RouterOutput:
   def coef(self) -> jax.Array:
     """f32 [..., E]: the gates as coefficients of all experts, K of them not zero."""
     one_hot = jax.nn.one_hot(self.expert, self.logits.shape[-1], dtype=jnp.float32)
-    return jnp.einsum('...k,...ke->...e', self.gates, one_hot)
+    return jnp.einsum('...k,...ke->...e', self.gates, one_hot, precision=EXACT)
 
   @property
   def used(self) -> jax.Array:
@@ -102,7 +103,7 @@ class AttributeEmbedding(nn.Module):
   def __call__(self, inputs: tuple[RouterInput, ...]) -> jax.Array:
     kernel = param(self, 'kernel', nn.initializers.xavier_uniform(), {'attribute': NUM_ATTRIBUTES, 'embed': self.width})
     bias = param(self, 'bias', nn.initializers.zeros, {'embed': self.width})
-    return jnp.asarray(inputs, jnp.float32) @ kernel + bias[None]
+    return jnp.matmul(jnp.asarray(inputs, jnp.float32), kernel, precision=EXACT) + bias[None]
 
 
 class NameEmbedding(nn.Module):
@@ -161,7 +162,7 @@ class ConditionRouter(nn.Module):
     embedding = NameEmbedding if CONDITION_ROUTERS[self.router].names else AttributeEmbedding
     h = layer_norm('norm')(embedding(self.width, self.names, name='embed')(inputs))
     axes = {'embed': self.width, 'gate_experts': self.num_experts}
-    logits = h @ param(self, 'gate', nn.initializers.xavier_uniform(), axes)
+    logits = jnp.matmul(h, param(self, 'gate', nn.initializers.xavier_uniform(), axes), precision=EXACT)
     if noise_key is not None and self.noise_std > 0:
       logits = logits + input_noise(noise_key, inputs, self.num_experts, self.noise_std)
     return route(logits, self.top_k)

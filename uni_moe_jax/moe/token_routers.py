@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.moe import expert_parallel
 from uni_moe_jax.moe.layers import param
+from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.moe.routing import DispatchRouting
 
 _QUERY_STD = 0.02
@@ -46,11 +47,15 @@ class TokenRouter(nn.Module):
     """f32 [B, D]: Σ softmax(query · x) x over the tokens of all segments f32 [B, S, D] that are valid (None: all)."""
     # Not -inf: examples that only pad the batch have no valid token, and would be NaN.
     lowest = jnp.finfo(jnp.float32).min
-    scores = [x @ self.query if v is None else jnp.where(v, x @ self.query, lowest) for x, v in zip(segments, valid)]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=1), axis=1)
+
+    def score(x, valid):
+      s = jnp.matmul(x, self.query, precision=EXACT)
+      return s if valid is None else jnp.where(valid, s, lowest)
+
+    weights = jax.nn.softmax(jnp.concatenate([score(x, v) for x, v in zip(segments, valid)], axis=1), axis=1)
     total, start = 0.0, 0
     for x in segments:
-      total = total + jnp.einsum('bs,bsd->bd', weights[:, start:start + x.shape[1]], x)
+      total = total + jnp.einsum('bs,bsd->bd', weights[:, start:start + x.shape[1]], x, precision=EXACT)
       start += x.shape[1]
     return total
 
@@ -62,9 +67,9 @@ class TokenRouter(nn.Module):
     Args:
       pool: [B, D], for a context router. ids, positions: see `token_noise`. valid, groups: see `dispatch.make_plan`.
     """
-    logits = x @ self.gate
+    logits = jnp.matmul(x, self.gate, precision=EXACT)
     if self.context:
-      logits = logits + (pool @ self.context_gate)[:, None]
+      logits = logits + jnp.matmul(pool, self.context_gate, precision=EXACT)[:, None]
     if noise_key is not None and self.noise_std > 0:
       logits = logits + token_noise(noise_key, ids, positions, self.num_experts, self.noise_std)
     output = expert_parallel.route(logits, self.top_k, self.mesh)

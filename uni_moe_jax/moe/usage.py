@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from uni_moe_jax.moe.dispatch import DispatchPlan
+from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.moe.routers import RouterOutput, entropy
 
 
@@ -37,7 +38,7 @@ class Usage:
     B, S, E = output.logits.shape
     weight = jnp.ones((B, S), jnp.float32) if valid is None else valid.astype(jnp.float32)
     one_hot = jax.nn.one_hot(output.expert, E, dtype=jnp.float32)
-    total = lambda x: jnp.einsum('bs,bse->e', weight, x)
+    total = lambda x: jnp.einsum('bs,bse->e', weight, x, precision=EXACT)
     chosen = total(one_hot.sum(2))
     return cls(
         tokens=weight.sum(), chosen=chosen, requested=chosen.sum(), kept=plan.slots_given,
