@@ -111,8 +111,8 @@ class ModelConfig:
       (), 'Temperature groups beside those of the trained tasks, such as those of a converted checkpoint.',
       published=PUBLISHED_TEMPERATURES)
   dtype: str = field(
-      'float32', 'Type of the products of layers; everything else is float32 (moe/precision.py). With float32, training '
-      'on TPUs and GPUs multiplies in the precision of the platform, evaluation and export in full.',
+      'float32', 'Type of the products of layers; everything else is float32 (moe/precision.py). With float32, TPUs '
+      'and GPUs multiply in their default precision in training, in full float32 in evaluation and exports.',
       choices=('float32', 'bfloat16'))
   attention_impl: str = field(
       'auto', 'Attention where all queries see the same keys; captions, prompts and caches always use xla. auto: by '

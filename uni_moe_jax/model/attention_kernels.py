@@ -48,7 +48,9 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool
                      f"{device.platform}; set it to 'auto'.")
   if implementation == AUTO:
     implementation = SPLASH if device.platform == 'tpu' else CUDNN if _runs_cudnn(device, q) else XLA
-    if min(q.shape[1], k.shape[1]) < _LEAST_TOKENS.get(implementation, 0) or q.shape[3] > _MOST_HEAD_DIM:
+    if implementation == XLA:  # lengths of an exported program may be symbolic, and have no order
+      return XLA
+    if min(q.shape[1], k.shape[1]) < _LEAST_TOKENS[implementation] or q.shape[3] > _MOST_HEAD_DIM:
       return XLA
   return XLA if implementation == CUDNN and not padding_trails else implementation
 
