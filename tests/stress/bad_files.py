@@ -156,7 +156,8 @@ def video_file(draw, folder: pathlib.Path) -> Case:
 
 def _sampled(media_file: media.Media) -> int:
   """Sample frames of a video that was accepted, as training does. Return the exit code."""
-  frames = video.sample_frames(media_file.data, np.array([0.1, 0.5, 0.9]))
+  frames = video.sample_frames(
+      media_file.data, lambda number, _: video.segment_frames(number, np.array([0.1, 0.5, 0.9])))
   assert (frames.shape, frames.dtype) == ((3, *media_file.size[:0:-1], 3), np.uint8), (
       f'a video of size {media_file.size} gives frames {frames.dtype}{frames.shape}')
   return exit_codes.FINISHED
