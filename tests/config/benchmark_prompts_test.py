@@ -93,6 +93,7 @@ def test_the_prompts_of_imagenet_are_the_only_parameters_that_train(runs):
   """Ten prompts per layer, a token per class of one name each, a linear head: with norms and the bias of `spe`."""
   c = _config(f'task=imagenet1k,run={runs[0]},mode=prompts')
   c.train.init = ''  # of shapes alone
+  assert not c.target_sets.imagenet1k.synonyms  # a token is of one name
   run = compiled_programs.prepare(c, jax.devices()[:1])
   batch = compiled_programs.batch_shapes(run, run.plan.tasks)
   state, metrics = jax.eval_shape(
