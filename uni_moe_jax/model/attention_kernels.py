@@ -20,7 +20,8 @@ from uni_moe_jax.parallel import sharding
 from uni_moe_jax.utils.errors import UsageError
 
 AUTO, XLA, CUDNN, SPLASH = 'auto', 'xla', 'cudnn', 'splash'
-# 'auto' takes a kernel for at least so many queries and keys. Fewer fill too little of a block.
+# 'auto' takes a kernel for at least so many queries and keys. Fewer fill too little of a block: with 589 tokens splash
+# attention saves three tenths of a step's memory traffic, with 197 none (docs/guides/preflight.md).
 _LEAST_TOKENS = {CUDNN: 128, SPLASH: 512}
 _HEADS = P(sharding.BATCH_AXES, None, 'model', None)
 _MOST_HEAD_DIM = 128  # of a kernel
