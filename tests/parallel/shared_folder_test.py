@@ -6,7 +6,7 @@ import sys
 from tests.helpers import processes
 
 _CHECKS = '''
-import pathlib, sys, threading
+import os, pathlib, sys, threading
 from uni_moe_jax.parallel import distributed, shared_folder
 from uni_moe_jax.utils.errors import UsageError
 address, i, a, b = sys.argv[1:]
@@ -23,9 +23,8 @@ def check(case, folder, create=True, timeout=1.):
 check('one folder:', f'{a}/new')
 check('two folders:', [a, b][int(i)])
 check('a missing folder:', f'{a}/missing', create=False)
-exists = pathlib.Path.exists
-late = pathlib.Path(a, 'late')
-pathlib.Path.exists = lambda path: late.is_file() and exists(path)  # as on a file system that lags behind
+exists, late = os.path.exists, pathlib.Path(a, 'late')
+os.path.exists = lambda path: late.is_file() and exists(path)  # as on a file system that lags behind
 threading.Timer(1., late.touch).start()
 check('a folder that lags behind:', a, timeout=20.)
 '''

@@ -62,6 +62,6 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
 
 def _appears(path: pathlib.Path, timeout: float) -> bool:
   end = time.monotonic() + timeout
-  while not (exists := path.exists()) and time.monotonic() < end:
+  while not (exists := os.path.exists(path)) and time.monotonic() < end:  # False also if it may not look there
     time.sleep(0.2)
   return exists
