@@ -43,6 +43,15 @@ def test_a_defect_in_reading_data_is_detected(tmp_path, monkeypatch, name, funct
     bad_input.check(bad_files.PROPERTIES[name], 60, 0, tmp_path)
 
 
+@pytest.mark.skipif(not bad_files.HAS_VIDEO, reason='needs the extra video')
+def test_a_damaged_video_that_no_seek_rewinds_is_sampled(tmp_path):
+  data = bytearray(bad_files._video('avi'))
+  data[0] ^= 1
+  data[129] ^= 32
+  (tmp_path / 'x.avi').write_bytes(data)
+  assert bad_files._sampled(media.read_video(tmp_path / 'x.avi')) == 0
+
+
 def test_equal_seeds_give_equal_inputs(tmp_path):
   one, two, other = (bad_input.check(bad_files.jsonl, 30, seed, tmp_path, shrink=False) for seed in (1, 1, 2))
   assert one == two != other

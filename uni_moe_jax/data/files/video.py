@@ -108,10 +108,11 @@ def sample_frames(data: bytes, choose: Callable[[int, float], np.ndarray]) -> np
     array = _load_array(data)
     return array[choose(len(array), DEFAULT_FPS).reshape(-1)]
   container, stream = _open(data)
+  if not (num_frames := stream.frames):
+    with container:
+      num_frames = sum(1 for _ in container.decode(stream))
+    container, stream = _open(data)  # not every file can be read again by seeking its start
   with container:
-    num_frames = stream.frames or sum(1 for _ in container.decode(stream))
-    if not stream.frames:
-      container.seek(0)
     indices = choose(num_frames, float(stream.average_rate or DEFAULT_FPS)).reshape(-1)
     frames: dict[int, np.ndarray] = {}
     for i, frame in enumerate(container.decode(stream)):
