@@ -24,9 +24,9 @@ ARGUMENTs go to launch/train.py:
   --dry_run          print the commands without running them
 
 --workdir must be a folder that all hosts share (Filestore, or a bucket mounted with gcsfuse): every host
-writes its share of a checkpoint, and the start checks it. The same command continues a stopped run; exit codes are those of
-launch/train.py. uv installs Python 3.11, because hosts may have an older one. To delete the slice, run:
-gcloud compute tpus tpu-vm delete NAME.
+writes its share of a checkpoint, and the start checks it. The same command continues a stopped run; exit
+codes are those of launch/train.py. uv installs Python 3.11, because hosts may have an older one. To delete
+the slice, run: gcloud compute tpus tpu-vm delete NAME.
 HELP
 }
 
