@@ -273,9 +273,20 @@ def test_a_slice_copied_to_fast_memory_is_only_read_and_one_in_main_memory_is_re
   assert cost.of_module(hlo.parse(text.replace('S(1)', ''))).bytes == 2 * 8 * 4 * 4
 
 
+@pytest.mark.parametrize('dtype, precision, passes', [
+    ('f32', 'highest', 6), ('f32', 'high', 3), ('f32', 'default', 1), ('f32', '', 1), ('bf16', 'highest', 1)])
+def test_a_full_float32_product_is_six_of_the_multiplier(dtype, precision, passes):
+  attribute = precision and f', operand_precision={{{precision},{precision}}}'
+  shapes = (f'{dtype}[4,8]{{1,0}}', f'{dtype}[8,16]{{1,0}}')
+  for product in ('dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}',
+                  'convolution(%p0, %p1), dim_labels=bf_io->bf'):
+    total = _entry(f'f32[4,16]{{1,0}} {product}{attribute}', *shapes)
+    assert (total.flops, total.bfloat16_flops) == (1024, passes * 1024)
+
+
 def test_a_roofline_is_the_longest_of_three_times():
   chip = Chip(memory=1, flops=100, hbm=10, links=2, source='')
-  work = cost.Cost(flops=300, bytes=50, sent={'all-reduce': 4, 'all-gather': 8})
+  work = cost.Cost(flops=200, bfloat16_flops=300, bytes=50, sent={'all-reduce': 4, 'all-gather': 8})
   limit = cost.roofline(work, chip)
   assert limit == cost.Roofline(compute=3, memory=5, interconnect=6)
   assert (limit.seconds, limit.bound) == (6, 'interconnect')

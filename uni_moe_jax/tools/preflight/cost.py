@@ -23,12 +23,14 @@ _FREE = frozenset((
     'iota', 'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'domain', 'async-update',
     'get-dimension-size'))
 _SLICES = ('dynamic-slice', 'slice', 'gather')
+_PASSES = {'high': 3, 'highest': 6}  # bfloat16 products of a TPU for one of float32 operands, by precision; default: 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
   """Cost on one device; `calls`, `payload` and `sent` are of collectives, by opcode."""
   flops: float = 0.0  # of matrix products, and of kernels with a cost estimate; multiply and add count as two
+  bfloat16_flops: float = 0.0  # the same, of the bfloat16 products by which a TPU computes them
   bytes: float = 0.0  # read from and written to the device memory
   calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   payload: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # bytes of their arrays
@@ -40,7 +42,7 @@ class Cost:
     """Return the sum of this and `times` the other; unknown loops and kernels are added once."""
     add = lambda a, b: collections.Counter({k: a[k] + times * b[k] for k in {*a, *b}})
     return Cost(
-        self.flops + times * other.flops, self.bytes + times * other.bytes,
+        *(getattr(self, name) + times * getattr(other, name) for name in ('flops', 'bfloat16_flops', 'bytes')),
         *(add(getattr(self, name), getattr(other, name)) for name in ('calls', 'payload', 'sent')),
         self.unknown_loops + other.unknown_loops, self.unknown_kernels + other.unknown_kernels)
 
@@ -67,7 +69,7 @@ def roofline(cost: Cost | None, chip: Chip) -> Roofline | None:
   """Return the roofline of a cost per device; None if the cost or the peaks of the chip are unknown."""
   if cost is None or chip.flops is None:
     return None
-  return Roofline(cost.flops / chip.flops, cost.bytes / chip.hbm, sum(cost.sent.values()) / chip.links)
+  return Roofline(cost.bfloat16_flops / chip.flops, cost.bytes / chip.hbm, sum(cost.sent.values()) / chip.links)
 
 
 def of_module(module: Module) -> Cost:
@@ -165,7 +167,14 @@ def _part_traffic(array: Sequence[Shape], part: Sequence[Shape]) -> float:
 def _dot(computation: Computation, op: Op) -> Cost:
   left = computation.ops[op.operands[0]].shapes[0].dims
   contracted = integers(op.attribute('lhs_contracting_dims'))
-  return Cost(flops=2.0 * math.prod(op.shapes[0].dims) * math.prod(left[i] for i in contracted))
+  return _product(computation, op, 2.0 * math.prod(op.shapes[0].dims) * math.prod(left[i] for i in contracted))
+
+
+def _product(computation: Computation, op: Op, flops: float) -> Cost:
+  """The cost of a product of arrays; of float32 ones, the program names a precision above the default."""
+  is_float32 = all(computation.ops[name].shapes[0].dtype == 'f32' for name in op.operands[:2])
+  precisions = re.findall(r'\w+', op.attribute('operand_precision')) if is_float32 else []
+  return Cost(flops, flops * max((_PASSES.get(p, 1) for p in precisions), default=1))
 
 
 def _convolution(computation: Computation, op: Op) -> Cost:
@@ -190,7 +199,7 @@ def _convolution(computation: Computation, op: Op) -> Cost:
     position = start + np.arange(rhs[right.index(axis)])[None] * rhs_dilate
     last = (lhs[left.index(axis)] - 1) * lhs_dilate
     count *= ((position >= 0) & (position <= last) & (position % lhs_dilate == 0)).sum()
-  return Cost(flops=count)
+  return _product(computation, op, count)
 
 
 def _kernel(computation: Computation, op: Op) -> Cost:
@@ -198,9 +207,11 @@ def _kernel(computation: Computation, op: Op) -> Cost:
   if 'tpu_custom_call' not in op.attribute('custom_call_target'):
     return Cost()
   if splash := re.search(r'/splash_mha_(fwd|dq|dkv)_', op.attributes):
-    return Cost(flops=_attention_flops(computation, op, splash[1]))
+    flops = _attention_flops(computation, op, splash[1])
+    return Cost(flops, flops)
   if estimate := re.search(r'"cost_estimate":\{"flops":"?(\d+)', op.attributes):
-    return Cost(flops=float(estimate[1]))
+    flops = float(estimate[1])
+    return Cost(flops, flops)
   # A kernel with integer results counts or sorts, as the one before a ragged product does.
   return Cost(unknown_kernels=int(any(s.dtype[0] not in 'su' for s in op.shapes)))
 
