@@ -316,21 +316,6 @@ def _flops(exported, params) -> float:
   return jax.jit(exported.call).lower(params, shapes).compile().cost_analysis()['flops']
 
 
-def test_computation_at_export_has_full_float32_products(trained, monkeypatch):
-  seen = []
-
-  def recorded(function):
-    def wrapped(*args, **kwargs):
-      seen.append((function.__name__, jax.config.jax_default_matmul_precision))
-      return function(*args, **kwargs)
-    return wrapped
-
-  monkeypatch.setattr(contents, 'merged', recorded(contents.merged))
-  monkeypatch.setattr(Predictor, 'target_set', recorded(Predictor.target_set))
-  _contents(trained, tasks=['shape'], bake_targets=True)
-  assert set(seen) == {('target_set', 'highest'), ('merged', 'highest')}
-
-
 def test_one_condition_gives_the_program_of_a_dense_model(trained, dense):
   models = UniPerceiver(dense.spec), _dense_model(trained)
   (merged, params), (plain, _) = (_lowered(model, dense.tasks[0]) for model in models)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.eval import predictor
-from uni_moe_jax.model import heads
+from uni_moe_jax.model import heads, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import gmm, precision, routers
 from uni_moe_jax.tasks import task_types
@@ -73,6 +73,14 @@ def test_evaluation_of_a_float32_model_multiplies_everything_in_float32(router):
           model, task_types.TASK_TYPES['image_caption'], options, values, image.pixels, words, None)]
   for program in traced:
     assert set(_products(program, 'tpu')) == {('f32', True)}
+
+
+def test_experts_are_merged_exactly_at_export():
+  spec = small_model.spec('attribute')
+  conditions = task_types.TASK_TYPES['image_classification'].conditions
+  merge = lambda params: merging.merge_params(spec, params, routers.distinct_inputs(spec.router, conditions))
+  for platform in _PLATFORMS:
+    assert set(_products(jax.jit(merge).trace(small_model.params(spec)), platform)) == {('f32', True)}
 
 
 def test_a_product_of_the_platforms_precision_is_found():

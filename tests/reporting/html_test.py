@@ -178,7 +178,7 @@ def test_curves_of_a_run_without_losses_are_refused_in_one_sentence(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "grad_norm": 7.0}\n')
   done = _launch(f'--workdir={tmp_path}', f'--output={tmp_path}/curves.png')
   assert done.returncode == 2
-  assert 'no curve is named loss/… or accuracy/…; there are grad_norm' in done.stderr
+  assert 'no curve is named loss/… or accuracy/… or eval/…; there are grad_norm' in done.stderr
 
 
 @pytest.mark.parametrize('arguments, message', [
