@@ -236,6 +236,31 @@ def test_a_fusion_that_updates_a_slice_moves_the_slice():
   assert total.bytes == 32 + 4 + 32  # part and index in, part out; the rest stays in memory
 
 
+@pytest.mark.parametrize('used, moved', [
+    ('%sum = f32[8] add(%part, %part)', 32),  # the slice alone
+    ('%sum = f32[8] add(%part, %part)\n  %all = f32[7,8]{1,0} negate(%array)', 7 * 32)])
+def test_a_slice_within_a_fusion_of_a_fusion_moves_the_slice(used, moved):
+  more = f'''%slice (a: f32[7,8], i: s32[]) -> f32[8] {{
+  %a = f32[7,8]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,8]{{1,0}} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={{1,8}}
+  ROOT %flat = f32[8] bitcast(%row)
+}}
+
+%double (array: f32[7,8], i: s32[]) -> f32[8] {{
+  %array = f32[7,8]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %view = f32[7,8]{{1,0}} bitcast(%array)
+  %part = f32[8] fusion(%view, %i), kind=kLoop, calls=%slice
+  {used}
+  ROOT %out = f32[8] copy(%sum)
+}}
+'''
+  total = _entry('f32[8] fusion(%p0, %p1), kind=kOutput, calls=%double', 'f32[7,8]{1,0}', 's32[]', more=more)
+  assert total.bytes == moved + 4 + 32  # and the index; the result
+
+
 def test_a_collective_that_overlaps_with_products_counts_once():
   """It occurs in three fusions (start, overlap, end) with one channel."""
   def fused(name, channel):

@@ -99,7 +99,7 @@ def of_module(module: Module) -> Cost:
       return of_computation(op.called('to_apply', 'calls')[0], fused)
     if opcode == 'fusion':
       [inner] = op.called('calls')
-      moved = 0.0 if fused else _fusion_traffic(computation, op, module[inner])
+      moved = 0.0 if fused else _fusion_traffic(module, computation, op)
       return of_computation(inner, True).plus(Cost(bytes=moved))
     work = _WORK.get(opcode, lambda *_: Cost())(computation, op)
     if collective in COLLECTIVES:
@@ -137,18 +137,13 @@ def _results(op: Op) -> tuple[Shape, ...]:
   return op.shapes[:1] if op.opcode == 'copy-start' else op.shapes[1:2]
 
 
-def _fusion_traffic(computation: Computation, op: Op, inner: Computation) -> float:
+def _fusion_traffic(module: Module, computation: Computation, op: Op) -> float:
   """An operand that is only sliced counts as its slices, a result that is updated in place as its update."""
+  inner = module[op.called('calls')[0]]
   moved = 0.0
-  parameters = (p for p in inner.ops.values() if p.opcode == 'parameter')
-  for name, parameter in zip(op.operands, sorted(parameters, key=lambda p: int(p.literal))):
-    users = [u for u in inner.ops.values() if parameter.name in u.operands]
-    opcodes = {u.opcode if u.operands[0] == parameter.name else '' for u in users}
-    shapes = computation.ops[name].shapes if name in computation.ops else ()
-    if users and opcodes.issubset(_SLICES):
-      moved += sum(_part_traffic(shapes, u.shapes) for u in users)
-    elif opcodes != {'dynamic-update-slice'}:  # which updates in place
-      moved += _bytes_in_memory(shapes)
+  for i, name in enumerate(op.operands):
+    shapes, parts = computation.ops[name].shapes if name in computation.ops else (), _slices(module, inner, i)
+    moved += _bytes_in_memory(shapes) if parts is None else _part_traffic(shapes, parts)
   root = inner.ops[inner.root]
   results = [inner.ops[n] for n in root.operands] if root.opcode == 'tuple' else [root]
   for result, shape in zip(results, op.shapes):
@@ -157,6 +152,29 @@ def _fusion_traffic(computation: Computation, op: Op, inner: Computation) -> flo
     updated = result.opcode == 'dynamic-update-slice'
     moved += _part_traffic([shape], inner.ops[result.operands[1]].shapes if updated else [shape])
   return moved
+
+
+def _slices(module: Module, fused: Computation, index: int) -> list[Shape] | None:
+  """The slices by which alone a fusion, or one within it, reads a parameter; None: it reads the whole array."""
+  def of_array(name: str) -> list[Shape] | None:
+    parts = []
+    uses = [(user, i) for user in fused.ops.values() for i, operand in enumerate(user.operands) if operand == name]
+    for user, i in uses:
+      if user.opcode == 'fusion':
+        part = _slices(module, module[user.called('calls')[0]], i)
+      elif user.opcode == 'bitcast':
+        part = of_array(user.name)
+      else:
+        part = list(user.shapes) if user.opcode in _SLICES and i == 0 else None
+        if user.opcode == 'dynamic-update-slice' and i == 0:  # in place
+          part = []
+      if part is None:
+        return None
+      parts += part
+    return parts if uses else None
+
+  [parameter] = (o.name for o in fused.ops.values() if o.opcode == 'parameter' and int(o.literal) == index)
+  return of_array(parameter)
 
 
 def _part_traffic(array: Sequence[Shape], part: Sequence[Shape]) -> float:
