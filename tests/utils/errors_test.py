@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from uni_moe_jax.utils.errors import MissingFileError, UsageError
+from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _EXEMPT = {
@@ -13,6 +13,12 @@ _EXEMPT = {
     'export/loader.py', 'export/texts.py', 'export/example.py',
     'train/manifest.py',  # it catches its errors itself
     'tools/preflight/hlo.py'}  # a text of XLA that it cannot parse is a defect
+
+
+@pytest.mark.parametrize('number, expected', [
+    (1, 'a and 2 more'), (2, 'a; b and 1 more'), (3, 'a; b; c'), (4, 'a; b; c')])
+def test_a_message_names_the_first_few_items_and_counts_the_others(number, expected):
+  assert first_few(['a', 'b', 'c'], number, '; ') == expected
 
 
 def test_library_code_may_catch_the_built_in_classes():

@@ -20,7 +20,7 @@ from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.model.heads import LOG_SCALE
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.errors import UsageError, first_few
 from uni_moe_jax.utils.suggest import nearest
 from uni_moe_jax.utils.tree_paths import by_path
 
@@ -135,12 +135,8 @@ class Report:
       reasons: dict[str, list[str]] = {}
       for key, why in getattr(self, title).items():
         reasons.setdefault(why, []).append(key)
-      lines += [f'{title}: {", ".join(keys[:3])}{_and_more(keys[3:])}: {why}' for why, keys in reasons.items()]
+      lines += [f'{title}: {first_few(keys)}: {why}' for why, keys in reasons.items()]
     return '\n'.join(lines)
-
-
-def _and_more(keys: list[str]) -> str:
-  return f' and {len(keys)} more' if keys else ''
 
 
 def _check_convertible(spec: ModelSpec) -> None:
@@ -298,9 +294,9 @@ def _dropped(state: State, spec: ModelSpec, wanted: set[str]) -> dict[str, str]:
 
 
 def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
-  problems = [f'the checkpoint lacks {missing[0]}{_and_more(missing[1:])}'] if missing else []
+  problems = [f'the checkpoint lacks {first_few(missing, 1)}'] if missing else []
   if unknown:
-    problems.append(f'it has {unknown[0]}{_and_more(unknown[1:])}, which the model does not have')
+    problems.append(f'it has {first_few(unknown, 1)}, which the model does not have')
   return (f'{"; ".join(problems)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, '
           f'placement {spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, '
           f'config.moe.placement), with {spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, '

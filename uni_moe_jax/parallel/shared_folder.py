@@ -7,7 +7,7 @@ import socket
 import time
 
 from uni_moe_jax.parallel.distributed import Cluster
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.errors import UsageError, first_few
 
 _NOT_WRITTEN = bytes(16)  # in place of a token
 _TIMEOUT = 30.0  # seconds until a file of another process must be visible; a mounted bucket needs some
@@ -53,10 +53,9 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
   names = [f'process {i} ({fact[1:].decode(errors="replace").strip()})' for i, fact in enumerate(facts)]
   blind = [name for name, fact in zip(names, facts, strict=True) if not fact[0]]
   if blind:
-    more = f' and {len(blind) - 3} more' if len(blind) > 3 else ''
     raise UsageError(
         f'workdir {workdir} is not shared: what {names[0]} writes there does not appear for '
-        f'{", ".join(blind[:3])}{more} within {timeout:g} s. Every process writes its part of a checkpoint: give all '
+        f'{first_few(blind)} within {timeout:g} s. Every process writes its part of a checkpoint: give all '
         'of them one folder (Filestore, NFS, a mounted bucket), for example --workdir=/shared/run.')
 
 

@@ -231,11 +231,11 @@ class Checkpoints:
              for name in sorted({*expected} if partial else {*saved, *expected})
              if saved.get(name) != expected.get(name)]
     if wrong:
-      more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
       raise UsageError(
           f'the checkpoint of step {step} in {self._workdir} has other arrays than this model '
-          f'({"; ".join(wrong[:3])}{more}): another version of this package wrote it, or its config was edited. '
-          'Continue with the version that wrote it, or start a new run from its parameters with config.train.init.')
+          f'({errors.first_few(wrong, separator="; ")}): another version of this package wrote it, or its config was '
+          'edited. Continue with the version that wrote it, or start a new run from its parameters with '
+          'config.train.init.')
 
   def _best_of(self, steps: Sequence[int]) -> int | None:
     """The step with the best value; of equal values the later one."""

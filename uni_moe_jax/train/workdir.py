@@ -19,7 +19,7 @@ from uni_moe_jax import __version__
 from uni_moe_jax.config.schema import PATHS, apply_choices
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.train import manifest
-from uni_moe_jax.utils.errors import MissingFileError, UsageError
+from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
 from uni_moe_jax.utils.files import read_json, write_bytes, write_json
 
 CONFIG_FILE = 'config.json'
@@ -141,9 +141,8 @@ def claim_workdir(
     if inputs is not None and old['inputs'] not in (None, inputs) and not changed:
       changed = ['the content of the tokenizer file, or of a file of class names']
     if changed:
-      more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
-      raise UsageError(f'workdir {workdir} belongs to a run with another config ({"; ".join(changed[:3])}{more}); '
-                       'give another --workdir, or the config of that run.')
+      raise UsageError(f'workdir {workdir} belongs to a run with another config '
+                       f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.')
     if extended and fingerprint is not None and writes:
       steps = old['config']['train']['steps']
       write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], steps]})

@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Messages of libraries that pass no error number on (TensorStore, TensorFlow).
@@ -23,6 +24,12 @@ class RunError(Exception):
 
   The message states what happened, which results are safe, and what to do.
   """
+
+
+def first_few(items: Sequence[str], number: int = 3, separator: str = ', ') -> str:
+  """Return 'a, b, c and 2 more': the first `number` items of a message, and how many others there are."""
+  more = len(items) - number
+  return separator.join(items[:number]) + (f' and {more} more' if more > 0 else '')
 
 
 def disk_is_full(e: BaseException | None) -> bool:
