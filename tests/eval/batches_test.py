@@ -1,14 +1,17 @@
 """Examples through a function: input is made ahead, results are read behind, each example counts once."""
 
 import threading
+import types
 
 import jax
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers import small_model
 from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.eval import batches, predictor
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
 
 
@@ -79,3 +82,15 @@ def test_ranks_move_no_scores_between_devices():
   scores, labels = put(np.zeros((16, 3, 50), np.float32)), put(np.zeros((16, 3), np.int32))
   text = predictor.rank.lower(scores, labels).compile().as_text()
   assert 'f32[2,3,50]' in text and 'all-' not in text and 'collective' not in text
+
+
+def test_ranked_scores_stay_on_the_shards_that_compute_them():
+  mesh = sharding.make_mesh(dict(replica=1, data=8, expert=1, model=1), jax.devices()[:8])
+  spec = small_model.spec()
+  model = predictor.Predictor(UniPerceiver(spec, 8, mesh), small_model.params(spec), {}, None)
+  model.target_set = lambda name: np.eye(50, spec.width, dtype=np.float32)
+  task = types.SimpleNamespace(target_set='names', temperature='group', linear_head=False)
+  features, labels = np.ones((16, 3, spec.width), np.float32), np.zeros((16, 3), np.int32)
+  sharded = sharding.batch_sharding(mesh, 0)
+  assert all(x.sharding.is_equivalent_to(sharded, x.ndim) for x in model.ranked([features], task, labels))
+  assert model.log_probabilities(features, task).sharding.is_fully_replicated
