@@ -109,6 +109,13 @@ def test_cudnn_gets_the_arrays_of_xla(lengths):
     assert np.isfinite(a).all()
 
 
+def test_cudnn_gets_one_key_of_an_example_without_any():
+  # Of none, its softmax would be 0 / 0.
+  with mock.patch.object(jax.nn, 'dot_product_attention', return_value=jnp.zeros((2, 130, 2, 8))) as attention:
+    attention_kernels.attend(*_arrays(129, 131)[:3], _valid((131, 0), 131), 'cudnn', None)
+  assert attention.call_args.kwargs['key_value_seq_lengths'].tolist() == [131, 1]
+
+
 def test_devices_of_a_mesh_attend_to_their_own_examples_and_heads():
   mesh = sharding.make_mesh(dict(replica=1, data=2, expert=2, model=2))
   arrays, valid = _arrays(130, 130, batch=3), _valid((130, 100, 7), 130)  # three examples on four shards
