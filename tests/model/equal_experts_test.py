@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import traverse_util
 
@@ -52,7 +51,7 @@ def _data():
 def _loss(router: str, gradient: bool = False):
   """parameters → total loss of a training step with router noise, optionally with its gradient."""
   spec = forward.StepSpec(
-      model=UniPerceiver(_spec(router)), plan=_plan(), tx=optax.identity(), learning_rate=None, grad_accum_steps=1,
+      model=UniPerceiver(_spec(router)), plan=_plan(), optimizer=None, grad_accum_steps=1,
       ema_decay=0.0, eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
 
   def loss(values, batch, sets):

@@ -56,15 +56,16 @@ def test_optimizer_steps(name):
              for i, t in enumerate(entry['tasks'])]
   ema_key = {re.split(r'\.(?:loss_prepare|fused|token|video)', k)[0] for k in arrays.keys(EMA)}
   ema_key = min(ema_key, default=f'{EMA}0')
-  tx, rate, rules = optimizer.make_optimizer(c, param_shapes(UniPerceiver(fixtures.model_spec(model))),
-                                             functools.partial(unit_axes, fixtures.model_spec(model)))
+  made = optimizer.make_optimizer(c, param_shapes(UniPerceiver(fixtures.model_spec(model))),
+                                  functools.partial(unit_axes, fixtures.model_spec(model)))
   spec = step_spec(
-      model, (), specs, tx=tx, learning_rate=rate, ema_decay=float(ema_key.removeprefix(EMA)),
+      model, (), specs, optimizer=made, ema_decay=float(ema_key.removeprefix(EMA)),
       contrastive_reduction=c.train.contrastive_reduction, mask_duplicate_texts=c.train.mask_duplicate_texts,
-      unused_params=c.optim.unused_params, frozen=optimizer.frozen_paths(rules))
-  _compare_groups(entry, spec, rules)
+      unused_params=c.optim.unused_params, frozen=optimizer.frozen_paths(made.groups))
+  _compare_groups(entry, spec, made.groups)
   for key in arrays.keys('lr_schedule'):
-    np.testing.assert_allclose([rate(i) for i in range(len(arrays[key]))], arrays[key], rtol=BOUND, atol=1e-12)
+    rates = [made.learning_rate(i) for i in range(len(arrays[key]))]
+    np.testing.assert_allclose(rates, arrays[key], rtol=BOUND, atol=1e-12)
 
   names = fixtures.manifest()['models'][model]['param_names']
   state = small_model.jit(functools.partial(step.init_state, spec))(fixtures.params(model))

@@ -113,7 +113,7 @@ def _optimizer(convention, groups=GROUPS):
   c.optim.update(dict(
       learning_rate=.1, warmup_steps=2, grad_clip_norm=1., b1=.9, b2=.95, eps=1e-6, unused_params=convention))
   c.optim.param_groups = groups
-  return optimizer.make_optimizer(c, PARAMS, lambda path: int(path == 'block/kernel'))[0]
+  return optimizer.make_optimizer(c, PARAMS, lambda path: int(path == 'block/kernel')).tx
 
 
 def _train(tx, **more):

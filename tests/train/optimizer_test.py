@@ -71,7 +71,7 @@ def test_the_default_groups_decay_kernels_and_nothing_else(router):
 def _update(config, *gradients, params=None):
   """(parameters after an update per gradient, optimizer state)."""
   params = PARAMS if params is None else params
-  tx, _, _ = optimizer.make_optimizer(config, params)
+  tx = optimizer.make_optimizer(config, params).tx
   state = tx.init(params)
   for g in gradients:
     updates, state = tx.update(g, state, params)
@@ -172,7 +172,7 @@ def test_prompt_tuning_trains_prompts_norms_the_bias_of_spe_and_the_head(sharing
 def test_the_router_multiplier_scales_only_routers():
   params = {'ffn_router': {'gate': jnp.array([2.])}, 'router_of_old': jnp.array([2.]), 'kernel': jnp.array([2.])}
   c = _config((('kernel', 1., 0.), ('.*', .5, .2)), router_lr_multiplier=.1)
-  groups = optimizer.make_optimizer(c, params)[2]
+  groups = optimizer.make_optimizer(c, params).groups
   assert groups == {
       'ffn_router': {'gate': ParamGroup(.05, .2)}, 'router_of_old': ParamGroup(.5, .2), 'kernel': ParamGroup(1., 0.)}
   # First directions 3 / (3 + 1); the decay .2 · 2 has the same factor as in every group.
@@ -183,7 +183,7 @@ def test_the_router_multiplier_scales_only_routers():
 
 def test_the_router_multiplier_leaves_frozen_routers_frozen():
   groups = optimizer.make_optimizer(_config((('gate', 'freeze'), ('.*', 1., 0.)), router_lr_multiplier=.1), {
-      'ffn_router': {'gate': jnp.ones(1)}, 'kernel': jnp.ones(1)})[2]
+      'ffn_router': {'gate': jnp.ones(1)}, 'kernel': jnp.ones(1)}).groups
   assert groups['ffn_router']['gate'].frozen
 
 
@@ -208,7 +208,8 @@ def test_the_router_multiplier_leaves_frozen_routers_frozen():
 def test_the_learning_rate_over_a_run(changes, rates):
   c = _config(**{**dict(schedule='cosine', final_lr_fraction=.2, warmup_steps=4), **changes})
   c.train.steps = 12
-  assert {t: float(optimizer.schedule(c)(t)) for t in rates} == pytest.approx(rates, rel=1e-5, abs=1e-9)
+  rate = optimizer.make_optimizer(c, PARAMS).learning_rate
+  assert {t: float(rate(t)) for t in rates} == pytest.approx(rates, rel=1e-5, abs=1e-9)
 
 
 def test_updates_follow_the_schedule():
@@ -245,7 +246,7 @@ def test_lower_layers_learn_more_slowly_by_the_decay():
   params = {'stacked': jnp.zeros((2, 1)), 'low': jnp.zeros((1,)), 'top': jnp.zeros((1,))}
   depth = {'stacked': np.array([2, 1]), 'low': np.array(3), 'top': np.array(0)}
   c = _config(layerwise_lr_decay=.5)
-  tx, _, _ = optimizer.make_optimizer(c, params, depth=depth.get)
+  tx = optimizer.make_optimizer(c, params, depth=depth.get).tx
   updates, _ = tx.update(jax.tree.map(lambda p: jnp.full_like(p, 3.), params), tx.init(params), params)
   np.testing.assert_allclose(updates['stacked'], -.1 * .75 * np.array([[.25], [.5]]), rtol=1e-6)
   np.testing.assert_allclose(updates['low'], [-.1 * .75 * .125], rtol=1e-6)

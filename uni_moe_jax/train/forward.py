@@ -8,7 +8,6 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import optax
 
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.model import heads
@@ -18,6 +17,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import losses
 from uni_moe_jax.train.losses import SampledVocabulary, Tally
+from uni_moe_jax.train.optimizer import Optimizer
 from uni_moe_jax.train.router_metrics import LossWeights
 
 Batch = dict[str, dict[str, jax.Array]]  # {group: {field: array}}, see `data.pipeline.mixtures.Mixture`
@@ -31,8 +31,7 @@ class StepSpec:
   """Static arguments of the step; see also the fields of config.train and config.optim with the same names."""
   model: UniPerceiver
   plan: Plan
-  tx: optax.GradientTransformation
-  learning_rate: optax.Schedule
+  optimizer: Optimizer
   grad_accum_steps: int  # number of micro-steps
   ema_decay: float  # 0: no averaged parameters
   eot: int  # token id that ends every text
@@ -43,6 +42,22 @@ class StepSpec:
   unused_params: str = 'update'
   frozen: frozenset[str] = frozenset()  # paths of parameters that do not train
   auxiliary: LossWeights = ()  # without those of weight 0
+
+  @property
+  def numbers(self) -> dict[str, Any]:
+    """Numbers that a compiled step takes as arguments instead of containing them."""
+    return {'optimizer': self.optimizer.numbers, 'ema_decay': self.ema_decay,
+            'loss_weights': tuple(t.loss_weight for t in self.plan.tasks),
+            'auxiliary_weights': tuple(weight for _, weight in self.auxiliary)}
+
+  def with_numbers(self, numbers: dict[str, Any]) -> 'StepSpec':
+    """The step with other numbers of the same structure."""
+    weights = zip(self.plan.tasks, numbers['loss_weights'], strict=True)
+    names = (name for name, _ in self.auxiliary)
+    return dataclasses.replace(
+        self, optimizer=dataclasses.replace(self.optimizer, numbers=numbers['optimizer']),
+        plan=dataclasses.replace(self.plan, tasks=tuple(dataclasses.replace(t, loss_weight=w) for t, w in weights)),
+        ema_decay=numbers['ema_decay'], auxiliary=tuple(zip(names, numbers['auxiliary_weights'], strict=True)))
 
   @property
   def task_slices(self) -> dict[str, slice]:

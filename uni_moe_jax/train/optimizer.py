@@ -6,7 +6,7 @@ A fine-tuning recipe is a list of (pattern, …) groups. Every parameter must ma
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,58 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 
 
+class Numbers(NamedTuple):
+  """Numbers of config.optim that a compiled step takes as arguments, so that runs which differ in them share it.
+
+  Floats, or f32 scalars inside of the step. Whether an operation is left out, because its number is 0 or its factor 1,
+  is part of the program.
+  """
+  learning_rate: Any
+  warmup_steps: Any
+  decay_steps: Any  # the step at which the schedule ends, by default the last one of the run
+  final_lr_fraction: Any
+  grad_clip_norm: Any
+  router_lr_multiplier: Any
+  lr_factors: tuple[Any, ...]  # by index in `param_groups`; 0 if it freezes
+  weight_decays: tuple[Any, ...]
+
+  @classmethod
+  def of(cls, c) -> 'Numbers':
+    """The numbers of a config."""
+    groups = [(0.0, 0.0) if factor == FREEZE else (float(factor), float(*decay))
+              for _, factor, *decay in c.optim.param_groups]
+    chosen = {name: c.optim[name] for name in cls._fields[:-2]} | {'decay_steps': c.optim.decay_steps or c.train.steps}
+    return cls(**chosen, lr_factors=tuple(f for f, _ in groups), weight_decays=tuple(d for _, d in groups))
+
+
 @dataclasses.dataclass(frozen=True)
 class ParamGroup:
   """How one parameter is optimized: factor of the learning rate and decoupled weight decay, or frozen."""
   lr_factor: float
   weight_decay: float
   frozen: bool = False
+  index: int = dataclasses.field(default=0, compare=False)  # of the matching pattern
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Optimizer:
+  """The optimizer of a config. With other numbers (`dataclasses.replace`) its state has the same structure."""
+  numbers: Numbers
+  groups: Any  # tree of `ParamGroup`
+  schedule: str
+  build: Callable[[Numbers], optax.GradientTransformation]
+
+  @property
+  def tx(self) -> optax.GradientTransformation:
+    return self.build(self.numbers)
+
+  def learning_rate(self, count: jax.Array | int) -> jax.Array:
+    """Learning rate of update `count`, see `learning_rate`."""
+    return learning_rate(self.schedule, self.numbers, count)
+
+
+def _of_router(path: str) -> bool:
+  return '_router/' in path
 
 
 def match_param_groups(params: Any, groups, router_lr_multiplier: float = 1.0) -> Any:
@@ -44,8 +90,9 @@ def match_param_groups(params: Any, groups, router_lr_multiplier: float = 1.0) -
       if re.search(pattern, path):
         used.add(i)
         if factor == FREEZE:
-          return ParamGroup(0.0, 0.0, True)
-        return ParamGroup(float(factor) * (router_lr_multiplier if '_router/' in path else 1), float(*weight_decay))
+          return ParamGroup(0.0, 0.0, True, i)
+        factor = float(factor) * (router_lr_multiplier if _of_router(path) else 1)
+        return ParamGroup(factor, float(*weight_decay), index=i)
     raise UsageError(f"config.optim.param_groups: no pattern matches parameter {path!r}; end with ('.*', 1.0, 0.0) or "
                      f"('.*', '{FREEZE}').")
 
@@ -62,26 +109,20 @@ def frozen_paths(groups: Any) -> frozenset[str]:
   return frozenset(path for path, group in by_path(groups).items() if group.frozen)
 
 
-def schedule(c) -> optax.Schedule:
-  """Learning rate of update t = 0, 1, …
+def learning_rate(schedule: str, numbers: Numbers, count: jax.Array | int) -> jax.Array:
+  """Learning rate of update t = 0, 1, …; schedule: of config.optim.
 
   (t + 1) / warmup_steps, then cosine to `final_lr_fraction`, constant past the end. 'published': t / warmup_steps, so
   that the first update only fills the moments; then the larger of `final_lr_fraction` and the cosine, which rises again
-  past the end. The end is `decay_steps`, by default that of the run.
+  past the end.
   """
-  peak, warmup, final = c.optim.learning_rate, c.optim.warmup_steps, c.optim.final_lr_fraction
-  end = c.optim.decay_steps or c.train.steps
-
-  def rate(count):
-    t = jnp.asarray(count, jnp.float32)
-    if c.optim.schedule == 'published':
-      cosine = 0.5 * (1 + jnp.cos(jnp.pi * (t - warmup) / max(1, end - warmup)))
-      return peak * jnp.where(t < warmup, t / max(1, warmup), jnp.maximum(final, cosine))
-    rise = (t + 1) / max(1, warmup)
-    progress = jnp.clip((t - warmup) / max(1, end - warmup), 0.0, 1.0)
-    fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return peak * jnp.where(t < warmup, rise, 1.0 if c.optim.schedule == 'constant' else fall)
-  return rate
+  t, warmup, final = jnp.asarray(count, jnp.float32), numbers.warmup_steps, numbers.final_lr_fraction
+  progress, rising = (t - warmup) / jnp.maximum(1.0, numbers.decay_steps - warmup), jnp.maximum(1.0, warmup)
+  if schedule == 'published':
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return numbers.learning_rate * jnp.where(t < warmup, t / rising, jnp.maximum(final, cosine))
+  fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+  return numbers.learning_rate * jnp.where(t < warmup, (t + 1) / rising, 1.0 if schedule == 'constant' else fall)
 
 
 def layers_above(stack: Stack, path: str) -> np.ndarray:
@@ -100,9 +141,14 @@ def layers_above(stack: Stack, path: str) -> np.ndarray:
   return stack.num_layers - 1 - (np.arange(stack.periods) * len(stack.period) + block)
 
 
+def _is(number: Any, neutral: float) -> bool:
+  """Whether a number leaves its operation out; one that the step takes as an argument never does."""
+  return isinstance(number, float) and number == neutral
+
+
 def _scale_by(factors) -> optax.GradientTransformation:
   def scale(u, f):
-    return u if isinstance(f, float) and f == 1.0 else u * f
+    return u if _is(f, 1.0) else u * f
   return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, factors))
 
 
@@ -120,13 +166,13 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
 
 def _decay(weight_decays) -> optax.GradientTransformation:
   return optax.stateless(lambda updates, params: jax.tree.map(
-      lambda u, p, w: u if w == 0.0 else u + w * p, updates, params, weight_decays))
+      lambda u, p, w: u if _is(w, 0.0) else u + w * p, updates, params, weight_decays))
 
 
 def make_optimizer(
     c, params: Any, units: Callable[[str], int] = lambda path: 0, depth: Callable[[str], Any] | None = None
-) -> tuple[optax.GradientTransformation, optax.Schedule, Any]:
-  """(optimizer, learning-rate schedule, tree of `ParamGroup`) of a config.
+) -> Optimizer:
+  """The optimizer of a config.
 
   Frozen parameters have no moments, and the gradient norm for clipping excludes them.
 
@@ -137,8 +183,9 @@ def make_optimizer(
       conventions of `optim.unused_params`, whose update takes `used`.
     depth: path → `layers_above`, for `optim.layerwise_lr_decay`.
   """
-  optim, learning_rate = c.optim, schedule(c)
+  optim = c.optim
   groups = match_param_groups(params, optim.param_groups, optim.router_lr_multiplier)
+  frozen, trained = (jax.tree.map(lambda g, f=f: g.frozen == f, groups) for f in (True, False))
 
   def unless_frozen(f):  # optax.masked replaces frozen leaves by nodes without leaves
     return jax.tree_util.tree_map_with_path(
@@ -148,18 +195,24 @@ def make_optimizer(
     factor = optim.layerwise_lr_decay ** np.asarray(depth(path), np.float32)
     return factor.reshape(factor.shape + (1,) * (p.ndim - factor.ndim))
 
-  weight_decay = unless_frozen(lambda path, p, g: g.weight_decay)
-  steps = [_clip(optim.grad_clip_norm)] if optim.grad_clip_norm else []
-  if optim.unused_params == 'update':
-    steps += [optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps), _decay(weight_decay)]
-  else:
-    shapes = unless_frozen(lambda path, p, g: p.shape[:units(path)])
-    steps.append(adam.adamw(optim.b1, optim.b2, optim.eps, weight_decay, shapes, optim.unused_params))
-  steps.append(_scale_by(unless_frozen(lambda path, p, g: g.lr_factor)))
-  if optim.layerwise_lr_decay != 1:
-    steps.append(_scale_by(unless_frozen(layer_factor)))
-  steps.append(optax.scale_by_learning_rate(learning_rate))
-  frozen, trained = (jax.tree.map(lambda g, f=f: g.frozen == f, groups) for f in (True, False))
-  tx = optax.chain(optax.masked(optax.chain(*steps), trained, mask_compatible_extra_args=True),
-                   optax.masked(optax.set_to_zero(), frozen))
-  return tx, learning_rate, groups
+  def build(numbers: Numbers) -> optax.GradientTransformation:
+    def lr_factor(path, _, g):
+      if g.lr_factor == 1.0:
+        return 1.0
+      return numbers.lr_factors[g.index] * (numbers.router_lr_multiplier if _of_router(path) else 1)
+
+    weight_decay = unless_frozen(lambda path, p, g: g.weight_decay and numbers.weight_decays[g.index])
+    steps = [_clip(numbers.grad_clip_norm)] if optim.grad_clip_norm else []
+    if optim.unused_params == 'update':
+      steps += [optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps), _decay(weight_decay)]
+    else:
+      shapes = unless_frozen(lambda path, p, g: p.shape[:units(path)])
+      steps.append(adam.adamw(optim.b1, optim.b2, optim.eps, weight_decay, shapes, optim.unused_params))
+    steps.append(_scale_by(unless_frozen(lr_factor)))
+    if optim.layerwise_lr_decay != 1:
+      steps.append(_scale_by(unless_frozen(layer_factor)))
+    steps.append(optax.scale_by_learning_rate(lambda count: learning_rate(optim.schedule, numbers, count)))
+    return optax.chain(optax.masked(optax.chain(*steps), trained, mask_compatible_extra_args=True),
+                       optax.masked(optax.set_to_zero(), frozen))
+
+  return Optimizer(Numbers.of(c), groups, optim.schedule, build)

@@ -38,7 +38,6 @@ class Run:
   data: Data
   mesh: Mesh
   spec: StepSpec  # its plan has every task
-  param_groups: Any  # an `optimizer.ParamGroup` for every parameter
   shapes: TrainState
   shardings: TrainState
 
@@ -222,20 +221,20 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   model = UniPerceiver(_model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
-  tx, learning_rate, groups = optimizer.make_optimizer(
+  made = optimizer.make_optimizer(
       config, params, functools.partial(unit_axes, model.spec),
       functools.partial(optimizer.layers_above, model.spec.stack))
   weights = {name: config.moe[f'{name}_loss_weight'] for name in ('balance', 'importance', 'z')}
   spec = StepSpec(
-      model=model, plan=plan, tx=tx, learning_rate=learning_rate, grad_accum_steps=config.train.grad_accum_steps,
+      model=model, plan=plan, optimizer=made, grad_accum_steps=config.train.grad_accum_steps,
       ema_decay=config.train.ema_decay, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
       contrastive_reduction=config.train.contrastive_reduction, mask_duplicate_texts=config.train.mask_duplicate_texts,
       negatives=config.train.negatives, unused_params=config.optim.unused_params,
-      frozen=optimizer.frozen_paths(groups),
+      frozen=optimizer.frozen_paths(made.groups),
       auxiliary=tuple((name, weight) for name, weight in weights.items() if weight))
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = _state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
-  return Run(config, plan, data, mesh, spec, groups, shapes, shardings)
+  return Run(config, plan, data, mesh, spec, shapes, shardings)
 
 
 def _state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh) -> TrainState:
@@ -243,7 +242,7 @@ def _state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh
   replicated = sharding.replicated(mesh)
   # A frozen parameter has a node without leaves in place of moments.
   opt_state = optax.tree.map_params(
-      spec.tx, lambda moment, s: moment if isinstance(moment, optax.MaskedNode) else s, shapes.opt_state, params,
-      transform_non_params=lambda _: replicated, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+      spec.optimizer.tx, lambda moment, s: moment if isinstance(moment, optax.MaskedNode) else s, shapes.opt_state,
+      params, transform_non_params=lambda _: replicated, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
   ema_params = params if spec.ema_decay else None
   return TrainState(replicated, params, opt_state, ema_params, nonfinite_streak=replicated, skipped_steps=replicated)

@@ -47,7 +47,7 @@ def init_state(spec: StepSpec, params: Any) -> TrainState:
   """The state before the first step. Call it under jit: a donated state must not share buffers."""
   ema_params = jax.tree.map(jnp.copy, params) if spec.ema_decay else None
   step, streak, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
-  return TrainState(step, params, spec.tx.init(params), ema_params, streak, skipped)
+  return TrainState(step, params, spec.optimizer.tx.init(params), ema_params, streak, skipped)
 
 
 def _router_output(spec: StepSpec, collected: Collected, share: float) -> StepOutput:
@@ -123,8 +123,6 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer step.
 
-  The key of the run is not part of `spec`, so that runs which differ only in their seed share a compiled program.
-
   Returns:
     (state, metrics): scalars 'loss/total', 'loss/<task>', 'accuracy/<task>', 'grad_norm', 'learning_rate', …. A step
     whose loss or gradient is not finite changes only the counters.
@@ -143,7 +141,7 @@ def train_step(
                          state.skipped_steps + skipped)
   metrics = {
       'loss/total': output.loss, 'grad_norm': grad_norm,
-      'learning_rate': spec.learning_rate(state.step - state.skipped_steps),
+      'learning_rate': spec.optimizer.learning_rate(state.step - state.skipped_steps),
       'nonfinite_streak': new_state.nonfinite_streak, 'skipped_steps': new_state.skipped_steps, **output.metrics}
   for name, tally in output.tallies.items():
     metrics |= {f'loss/{name}': tally.loss, f'accuracy/{name}': tally.hits}
@@ -158,41 +156,51 @@ def _update(
     extra['used'] = used_params.used_mask(
         spec.model.spec, state.params, used_experts, used_params.contents(spec.plan),
         tuple(t.temperature for t in spec.plan.tasks))
-  updates, opt_state = spec.tx.update(grads, state.opt_state, state.params, **extra)
+  updates, opt_state = spec.optimizer.tx.update(grads, state.opt_state, state.params, **extra)
   params = optax.apply_updates(state.params, updates)
   ema_params = state.ema_params
-  if spec.ema_decay:
+  if ema_params is not None:
     ema_params = jax.tree.map(lambda e, p: spec.ema_decay * e + (1 - spec.ema_decay) * p, ema_params, params)
   return params, opt_state, ema_params
 
 
 class Step:
-  """The jitted step of a run: (state, batch, target sets) → (state, metrics). Donates the buffers of the state."""
+  """The jitted step of a run: (state, batch, target sets) → (state, metrics). Donates the buffers of the state.
+
+  The key of the run and the numbers of its spec are arguments of the program: runs that differ in no more share it.
+  """
 
   def __init__(
       self, spec: StepSpec, seed: int, shardings: TrainState, replicated: NamedSharding, deterministic: bool = False):
-    """shardings: of the state. replicated: of the key, which goes to the mesh before the first step.
+    """shardings: of the state. replicated: of key and numbers, which go to the mesh before the first step.
 
     deterministic: the same arguments give the same bits in every process, on GPUs too.
     """
-    def step(state, batch, target_sets, key):
-      return train_step(state, batch, target_sets, jax.random.wrap_key_data(key), spec=spec)
+    def step(state, batch, target_sets, key, numbers):
+      key = jax.random.wrap_key_data(key)
+      return train_step(state, batch, target_sets, key, spec=spec.with_numbers(numbers))
 
     # An option of the program: XLA_FLAGS would have to be set before JAX starts, and hold for all programs.
     on_gpu = sharding.platform(replicated.mesh) == 'gpu'
     options = {'xla_gpu_deterministic_ops': True} if deterministic and on_gpu else None
     self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-    self._key, self._replicated = np.asarray(jax.random.key_data(jax.random.key(seed))), replicated
+    self._key, self._numbers = np.asarray(jax.random.key_data(jax.random.key(seed))), spec.numbers
+    self._replicated = replicated
 
   def __call__(
       self, state: TrainState, batch: Batch, target_sets: TargetSets) -> tuple[TrainState, dict[str, jax.Array]]:
-    return self._jitted(state, batch, target_sets, self._device_key)
+    return self._jitted(state, batch, target_sets, *self._on_devices)
+
+  @property
+  def _arguments(self) -> tuple[np.ndarray, Any]:
+    return self._key, jax.tree.map(np.float32, self._numbers)
 
   @functools.cached_property
-  def _device_key(self) -> jax.Array:
-    return jax.device_put(self._key, self._replicated)
+  def _on_devices(self) -> tuple[jax.Array, Any]:
+    return jax.device_put(self._arguments, self._replicated)
 
   def lower(self, state: TrainState, batch: Batch, target_sets: TargetSets) -> Any:
     """Lowers the step, as a jitted function does; arguments may be shapes on devices that do not exist."""
-    key = jax.ShapeDtypeStruct(self._key.shape, self._key.dtype, sharding=self._replicated)
-    return self._jitted.lower(state, batch, target_sets, key)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated), self._arguments)
+    return self._jitted.lower(state, batch, target_sets, *shapes)

@@ -1,0 +1,64 @@
+"""Seed, schedule, rates, decays and loss weights are arguments of the compiled step: changing them compiles nothing."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.helpers import small_model, tiny
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import step
+
+# Values of every number that a program takes, all of which matter in the first two steps.
+NUMBERS = {
+    'seed': (0, 1), 'train.steps': (6, 9), 'optim.learning_rate': (1e-2, 3e-2), 'optim.warmup_steps': (3, 0),
+    'optim.final_lr_fraction': (.25, .5), 'optim.grad_clip_norm': (.1, .2), 'optim.router_lr_multiplier': (.5, .25),
+    'optim.param_groups': tuple((('embed/', f, 0.), ('.*', 1., d)) for f, d in ((.5, .1), (.2, .3))),
+    'train.ema_decay': (.5, .25), 'tasks.text.loss_weight': (2., 3.), 'moe.balance_loss_weight': (.1, .2)}
+
+
+def _config(variant, **changes):
+  c = tiny.config('text', data_dir=tiny.data_dir())
+  c.model.num_layers, c.moe.router, c.moe.noise_std, c.tokenizer.path = 1, 'token', 8.0, tiny.tokenizer_file()
+  c.update_from_flattened_dict({name: values[variant] for name, values in NUMBERS.items()} | changes)
+  return c
+
+
+@functools.cache
+def _run(variant):
+  return _built(_config(variant))
+
+
+def _built(config):
+  return train_run.build(config, jax.devices()[:1])
+
+
+@functools.cache
+def _arguments():
+  run = _run(0)
+  return run.put_batch(next(run.mixture().iterate(0, 1))[1]), run.target_sets()
+
+
+def _text(run):
+  return run.step_fn().lower(run.abstract_state(), *_arguments()).as_text()
+
+
+def test_runs_that_differ_in_numbers_share_a_compiled_program():
+  assert _text(_run(0)) == _text(_run(1))
+  assert _text(_built(_config(0, **{'optim.b2': .9}))) != _text(_run(0))
+
+
+@pytest.mark.slow
+def test_a_step_takes_the_numbers_of_its_own_run():
+  # A program that contains the numbers as constants computes the same.
+  run, (batch, sets) = _run(1), _arguments()
+  key = jax.random.key(NUMBERS['seed'][1])
+  start = run.state_from(small_model.params(run.spec.model.spec))
+  constant = small_model.jit(functools.partial(step.train_step, spec=run.spec))
+  expected, actual, take = start, jax.tree.map(jnp.copy, start), run.step_fn()
+  for _ in range(2):
+    expected, expected_metrics = constant(expected, batch, sets, key)
+    actual, metrics = take(actual, batch, sets)
+  chex.assert_trees_all_close((actual, metrics), (expected, expected_metrics), rtol=1e-5, atol=1e-7)
