@@ -120,7 +120,7 @@ def _train(tx, **more):
   """(parameters after three updates, optimizer state)."""
   update, params, state = jax.jit(tx.update), PARAMS, tx.init(PARAMS)
   for g in _gradients():
-    updates, state = update(g, state, params, **more)
+    updates, state = update(g, state, params, grad_norm=optax.tree.norm(g), **more)
     params = optax.apply_updates(params, updates)
   return jax.device_get(params), state
 

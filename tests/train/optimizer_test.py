@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.helpers import small_model
@@ -71,10 +72,12 @@ def test_the_default_groups_decay_kernels_and_nothing_else(router):
 def _update(config, *gradients, params=None):
   """(parameters after an update per gradient, optimizer state)."""
   params = PARAMS if params is None else params
-  tx = optimizer.make_optimizer(config, params).tx
+  made = optimizer.make_optimizer(config, params)
+  tx, frozen = made.tx, optimizer.frozen_paths(made.groups)
   state = tx.init(params)
   for g in gradients:
-    updates, state = tx.update(g, state, params)
+    norm = optax.tree.norm([x for path, x in by_path(g).items() if path not in frozen])
+    updates, state = tx.update(g, state, params, grad_norm=norm)
     params = jax.tree.map(jnp.add, params, updates)
   return jax.device_get(params), state
 

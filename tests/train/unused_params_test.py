@@ -134,7 +134,7 @@ def test_the_gradient_norm_excludes_frozen_parameters():
 @pytest.mark.parametrize('frozen, norm', [((), 13), (('a',), 12), (('b/c',), 5), (('a', 'b/c'), 0)])
 def test_a_frozen_gradient_does_not_count_in_the_norm(frozen, norm):
   # Gradients 3 and 4, and 12 or nothing.
-  idle = types.SimpleNamespace(tx=optax.identity(), learning_rate=lambda t: t)
+  idle = types.SimpleNamespace(tx=optax.with_extra_args_support(optax.identity()), learning_rate=lambda t: t)
   spec = dataclasses.replace(_run().spec, optimizer=idle, unused_params='update', frozen=frozenset(frozen))
   grads = {'a': jnp.array([3., 4.]), 'b': {'c': jnp.array(12.)}}
   state = step.init_state(spec, jax.tree.map(jnp.ones_like, grads))

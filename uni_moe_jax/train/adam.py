@@ -58,7 +58,7 @@ def adamw(
     direction = new_mu / (1 - b1**t) / (jnp.sqrt(new_nu / (1 - b2**t)) + eps) + decay * p
     return jnp.where(expand(updates), direction, 0), count, new_mu, new_nu
 
-  def update(grads, state, params, *, used):
+  def update(grads, state, params, *, used, **_):
     out = jax.tree.map(update_param, grads, *state, params, weight_decay, used)
     updates, *new = jax.tree.transpose(jax.tree.structure(grads), None, out)
     return updates, AdamState(*new)

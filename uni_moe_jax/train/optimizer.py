@@ -152,16 +152,16 @@ def _scale_by(factors) -> optax.GradientTransformation:
   return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, factors))
 
 
-def _clip(max_norm: float) -> optax.GradientTransformation:
-  """Bounds the global norm, like `optax.clip_by_global_norm`.
+def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+  """Bounds the global norm, like `optax.clip_by_global_norm`; the update takes it as `grad_norm`.
 
   Optax divides every gradient by the norm, which XLA does not fuse into Adam: clipped gradients would be written to
-  memory and read again.
+  memory and read again. It would also compute the norm a second time, since the step needs it before its update.
   """
-  def update(updates, _):
-    factor = jnp.minimum(1, max_norm / optax.tree.norm(updates))
-    return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
-  return optax.stateless(update)
+  def update(updates, state, params, *, grad_norm, **_):
+    factor = jnp.minimum(1, max_norm / grad_norm)
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
+  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _decay(weight_decays) -> optax.GradientTransformation:
@@ -174,7 +174,7 @@ def make_optimizer(
 ) -> Optimizer:
   """The optimizer of a config.
 
-  Frozen parameters have no moments, and the gradient norm for clipping excludes them.
+  Frozen parameters have no moments. With clipping, the update takes `grad_norm`, the norm of all other gradients.
 
   Args:
     c: the config.

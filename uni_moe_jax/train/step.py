@@ -134,7 +134,7 @@ def train_step(
   grad_norm = optax.tree.norm(grads)
   is_finite = jnp.isfinite(output.loss) & jnp.isfinite(grad_norm)
   params, opt_state, ema_params = jax.lax.cond(
-      is_finite, lambda: _update(spec, state, grads, output.used_experts),
+      is_finite, lambda: _update(spec, state, grads, grad_norm, output.used_experts),
       lambda: (state.params, state.opt_state, state.ema_params))
   skipped = (~is_finite).astype(jnp.int32)
   new_state = TrainState(state.step + 1, params, opt_state, ema_params, (state.nonfinite_streak + 1) * skipped,
@@ -149,9 +149,10 @@ def train_step(
 
 
 def _update(
-    spec: StepSpec, state: TrainState, grads: Any, used_experts: used_params.UsedExperts) -> tuple[Any, Any, Any]:
+    spec: StepSpec, state: TrainState, grads: Any, grad_norm: jax.Array, used_experts: used_params.UsedExperts
+) -> tuple[Any, Any, Any]:
   """(parameters, optimizer state, averaged parameters) after a step."""
-  extra = {}
+  extra = {'grad_norm': grad_norm}
   if spec.unused_params != 'update':
     extra['used'] = used_params.used_mask(
         spec.model.spec, state.params, used_experts, used_params.contents(spec.plan),
