@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import hlo, small_model
 from uni_moe_jax.moe import dispatch, expert_parallel
 from uni_moe_jax.moe.layers import Projection
+from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.parallel import sharding
 
 _B, _S, _D, _N, _H, _E, _K = 8, 5, 6, 2, 3, 4, 2
@@ -96,6 +97,23 @@ def test_values_and_gradients_are_those_of_one_device(axes, capacity, transport)
   chosen = np.bincount(np.asarray(_route(_operands()[1]).expert).reshape(-1), minlength=_E)
   np.testing.assert_array_equal(actual[1].slots_given, chosen)
   assert int(actual[1].requested.sum()) == _B * _S * _K
+
+
+@pytest.mark.parametrize('unrounded, expected', [(jnp.ones((1, 1, 1)), 257), (None, 256)])
+def test_gradients_of_rounded_experts_are_added_over_devices_in_float32(unrounded, expected):
+  # Tokens of 1, 256 of the first device and one of the second; bfloat16 has no 257.
+  x, mesh = jnp.ones((2, 256, 1), jnp.bfloat16), _mesh(data=2)
+  output = RouterOutput(jnp.zeros((2, 256, 1)), jnp.zeros((2, 256, 1), jnp.int32), jnp.ones((2, 256, 1)))
+  valid = jnp.arange(256)[None] < jnp.array([[256], [1]])
+  plan = expert_parallel.make_plan(output, valid, 1, 0.0, 'tiled', mesh)
+
+  def loss(kernel, unrounded):
+    projection = Projection(kernel, jnp.zeros((1, 1)), ('embed',), ('mlp',), unrounded)
+    return expert_parallel.project(x, projection, plan, mesh).astype(jnp.float32).sum()
+
+  gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.ones((1, 1, 1), jnp.bfloat16), unrounded)
+  gradient = gradients[0] if unrounded is None else gradients[1]
+  assert float(gradient.reshape(())) == expected
 
 
 def test_uneven_batches_are_padded_and_padding_is_not_routed():

@@ -171,6 +171,27 @@ def test_weights_are_scaled_before_they_are_rounded():
   np.testing.assert_allclose(scaled.bias, 1.004**2, rtol=1e-6)
 
 
+def _gradient_of_257_ones(project) -> float:
+  """Of a bfloat16 kernel of one weight, by 257 tokens of 1; bfloat16 has 256 and 258."""
+  x, values = jnp.ones((1, 257, 1), jnp.bfloat16), {'kernel': jnp.ones((1, 1)), 'bias': jnp.zeros(1)}
+  dense = layers.MoeDense((('mlp', 1),), (('embed', 1),), nn.initializers.zeros, 0, jnp.bfloat16)
+  loss = lambda values: project(x, dense.apply({'params': values}, None)).astype(jnp.float32).sum()
+  return float(jax.grad(loss)(values)['kernel'][0, 0])
+
+
+def test_the_gradient_of_a_rounded_kernel_is_not_rounded():
+  assert _gradient_of_257_ones(lambda x, of: MergedRouting().apply(x, of)[0]) == 257
+  # Control: the gradient of the rounded values.
+  round_first = lambda x, of: layers.project(x, of.unrounded[0].astype(x.dtype), of.bias[0])
+  assert _gradient_of_257_ones(round_first) in (256, 258)
+
+
+def test_gradients_of_a_kernel_that_is_used_twice_are_added_in_float32():
+  apply = lambda x, of: MergedRouting().apply(x, of)[0]
+  twice = lambda x, of: jnp.concatenate([apply(x[:, :1], of), apply(x[:, 1:], of)], axis=1)
+  assert _gradient_of_257_ones(twice) == 257
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('weights, products', [(True, 3), (False, 4)])
 def test_a_rematerialized_product_is_not_computed_again(weights, products, dtype):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.model.prompts import TokenPrompts
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
+from uni_moe_jax.moe.layers import dot, layer_norm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 EMBED_STD = 0.02
@@ -130,10 +130,11 @@ class Embed(nn.Module):
       constants = (T > 1 and s.video_mean) or s.pixel_mean, (T > 1 and s.video_std) or s.pixel_std
       mean, std = (np.reshape(x, (1, 1, 1, 1, s.channels)) for x in constants)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
-    x = patchify(pixels.astype(s.dtype), s.patch_size) @ self.patch.astype(s.dtype) + self.patch_bias[None, None]
+    project = lambda x, kernel: dot(patchify(x.astype(s.dtype), s.patch_size), kernel.astype(s.dtype), kernel)
+    x = project(pixels, self.patch) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:
       change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
-      x = x + patchify(change.astype(s.dtype), s.patch_size) @ self.difference.astype(s.dtype)
+      x = x + project(change, self.difference)
     frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
     position = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
     if s.modality_embedding:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from uni_moe_jax.moe import dispatch, gmm, routers
 from uni_moe_jax.moe.dispatch import DispatchPlan
-from uni_moe_jax.moe.layers import Projection, add_bias
+from uni_moe_jax.moe.layers import Projection, add_bias, with_gradient_of
 from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.parallel import sharding
 
@@ -83,11 +83,13 @@ def make_plan(
 def project(x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh | None) -> jax.Array:
   """x [B, S, *in] through the experts of its tokens → [B, S, *out], see `dispatch.project`."""
   if mesh is None:
-    return dispatch.project(x, projection.kernel, projection.bias, plan)
+    kernel = with_gradient_of(projection.kernel, projection.unrounded)
+    return dispatch.project(x, kernel, projection.bias, plan)
   in_axes, out_axes = sharding.named_spec(projection.in_axes), sharding.named_spec(projection.out_axes)
   partial_sums = 'model' in in_axes  # each device of the model axis holds a part of the sum
 
-  def local(x, kernel, bias, plan):
+  def local(x, kernel, bias, unrounded, plan):
+    kernel = with_gradient_of(kernel, unrounded)
     plan = plan.replace(sizes=plan.sizes[0], requested=plan.requested[0])
     if partial_sums:
       bias = jnp.where(jax.lax.axis_index('model') == 0, bias, 0)
@@ -101,9 +103,11 @@ def project(x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh
     return y[None]
 
   batch = sharding.BATCH_AXES
-  specs = P(batch, None, *in_axes), P('expert', *in_axes, *out_axes), P('expert', *out_axes), _BATCH
+  kernel_spec = P('expert', *in_axes, *out_axes)
+  specs = P(batch, None, *in_axes), kernel_spec, P('expert', *out_axes), kernel_spec, _BATCH
   run = _on(mesh, local, specs, P('model' if partial_sums else None, batch, None, *out_axes))
-  return run(sharding.pad_batch(x, mesh), projection.kernel, projection.bias, plan).sum(0)[:x.shape[0]]
+  y = run(sharding.pad_batch(x, mesh), projection.kernel, projection.bias, projection.unrounded, plan)
+  return y.sum(0)[:x.shape[0]]
 
 
 def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan) -> jax.Array:

@@ -83,11 +83,13 @@ class Projection:
   bias: jax.Array  # f32 [A, *out]
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
+  unrounded: jax.Array | None = None  # f32 values of the kernel, see `dot`; None where it is float32
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
     before = (slice(None),) * (1 + len(self.in_axes))
-    return self.replace(kernel=self.kernel[(*before, part)], bias=self.bias[:, part])
+    kernel, unrounded = jax.tree.map(lambda x: x[(*before, part)], (self.kernel, self.unrounded))
+    return self.replace(kernel=kernel, bias=self.bias[:, part], unrounded=unrounded)
 
 
 class MoeDense(nn.Module):
@@ -123,15 +125,57 @@ class MoeDense(nn.Module):
     # Kernels of conditions are on every device, experts where they are sharded.
     first = 'experts' if self.num_experts and not merges else None
     as_used = lambda x, names: sharding.as_used(x, (first, *names), self.mesh)
+    kernel_as_used = lambda x: as_used(x, (*in_axes, *out_axes))
+    unrounded = None if self.dtype == kernel.dtype else kernel_as_used(kernel)
     return Projection(
-        as_used(kernel.astype(self.dtype), (*in_axes, *out_axes)), as_used(bias, tuple(out_axes)),
-        tuple(in_axes), tuple(out_axes))
+        kernel_as_used(kernel.astype(self.dtype)), as_used(bias, tuple(out_axes)), tuple(in_axes), tuple(out_axes),
+        unrounded)
 
 
-def project(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-  """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32."""
-  y = jnp.tensordot(x.astype(kernel.dtype), kernel, axes=(tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))))
-  return add_bias(y, bias.reshape((1, 1) + bias.shape))
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None) -> jax.Array:
+  """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
+
+  unrounded: see `dot`.
+  """
+  return add_bias(dot(x.astype(kernel.dtype), kernel, unrounded), bias.reshape((1, 1) + bias.shape))
+
+
+def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:
+  """x [B, S, *in] · kernel [*in, *out] → [B, S, *out], all of one type.
+
+  unrounded: the kernel's float32 values, where it was rounded. The gradient is theirs, and not rounded before it is
+    summed over arrays and devices. Nothing reads their values.
+  """
+  return _dot(x, kernel) if unrounded is None or unrounded.dtype == kernel.dtype else _dot_of_rounded(
+      x, kernel, unrounded)
+
+
+def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jnp.tensordot(x, kernel, axes=(tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))))
+
+
+@jax.custom_vjp
+def _dot_of_rounded(x, kernel, unrounded):
+  return _dot(x, kernel)
+
+
+def _dot_of_rounded_backward(saved, dy):
+  x, kernel = saved
+  dx = jnp.tensordot(dy, kernel, axes=(tuple(range(2, dy.ndim)), tuple(range(x.ndim - 2, kernel.ndim))))
+  return dx, jnp.zeros_like(kernel), jnp.tensordot(x, dy, axes=((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+
+
+_dot_of_rounded.defvjp(lambda x, kernel, unrounded: (_dot(x, kernel), (x, kernel)), _dot_of_rounded_backward)
+
+
+def with_gradient_of(kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:
+  """A kernel whose gradient is that of its float32 values (see `dot`), rounded once but summed in float32."""
+  return kernel if unrounded is None else _with_gradient_of(kernel, unrounded)
+
+
+_with_gradient_of = jax.custom_vjp(lambda kernel, unrounded: kernel)
+_with_gradient_of.defvjp(
+    lambda kernel, unrounded: (kernel, None), lambda _, d: (jnp.zeros_like(d), d.astype(jnp.float32)))
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:

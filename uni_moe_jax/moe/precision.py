@@ -7,13 +7,13 @@
 | router inputs, gates, merge of experts, choice and sum of a token's experts | float32 |
 | attention's scores and softmax; heads, similarities, losses | float32 |
 | operands and results of the projections, of patches and of attention; keys, values and caches | `model.dtype` |
-| gradients of biases, scales, norms, embeddings and gates: sums over tokens | float32 |
-| gradients of kernels: one product each, rounded, and added up over arrays and devices | `model.dtype` |
+| gradients: sums over tokens, arrays and devices | float32 |
 
 Why. The published LayerScale starts at 1e-3, so a layer adds about 1e-3 to a stream of about 1, where neighbors of
 bfloat16 are 8e-3 apart: in a bfloat16 stream a layer changes nothing. LayerScale multiplies float32 weights before they
 are rounded, since its gradient is a sum over weights and Adam makes a step of its sign. Results of products may be
-rounded: an error of 2^-9 of what a layer adds is no more than what rounded operands already cause.
+rounded: an error of 2^-9 of what a layer adds is no more than what rounded operands already cause. So may each device's
+part of a sum over devices: of merged kernels, where XLA for TPUs does so, and of gradients of dispatched experts.
 
 "float32" says how numbers are kept. By default a TPU multiplies float32 as bfloat16, and an NVIDIA GPU as TF32, which
 moves a similarity of scale 100 by .04 and the choice of two experts for one token in four hundred. So products of the

@@ -25,7 +25,9 @@ class MergedRouting:
 
   def apply(self, x: jax.Array, projection: Projection) -> tuple[jax.Array, None]:
     """x [B, S, *in] → ([B, S, *out], None): nothing is dispatched, nothing counted."""
-    return layers.project(x, projection.kernel[self.kernel], projection.bias[self.kernel]), None
+    kernel, bias, unrounded = jax.tree.map(
+        lambda x: x[self.kernel], (projection.kernel, projection.bias, projection.unrounded))
+    return layers.project(x, kernel, bias, unrounded), None
 
   def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'MergedRouting':
     """The routing of some rows of the segment."""
