@@ -155,6 +155,13 @@ def test_a_prefill_is_the_image_and_a_step_a_word_and_a_query_under_the_captions
   assert fields(decoding.step_layout(_task_type(_SPEC))) == ((caption,), ('causal',), 'queries', False)
 
 
+def test_a_step_does_not_sort_the_vocabulary():
+  arguments = small_model.params(_SPEC), _pixels(), _words(), 1, 0.0
+  text = _program(_K, (), _SPEC).lower(*arguments).compile().as_text()
+  assert 'custom_call_target="TopK"' in text
+  assert not [line for line in text.splitlines() if ' sort(' in line and str(_K * _V) in line]
+
+
 def test_more_beams_find_better_captions():
   one, many = _search(1, _NEVER).scores[:, 0], _search(_K, _NEVER).scores[:, 0]
   assert (many >= one - 1e-5).all()

@@ -181,6 +181,9 @@ def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _captions(
     model: UniPerceiver, task_type: TaskType, options: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
+  B = pixels.shape[0]
+  # Repetitions of the last image fill up the batch shards: they end when it ends.
+  pixels = jnp.pad(pixels, ((0, -B % model.shards), *((0, 0),) * 4), mode='edge')
   with precision.of_evaluation(model.spec.dtype):
     captions = decoding.beam_search(model, params, task_type, pixels, words, trie=trie, **dict(options))
-  return sharding.replicate(captions.tokens[:, 0], model.mesh)
+  return sharding.replicate(captions.tokens[:, 0], model.mesh)[:B]

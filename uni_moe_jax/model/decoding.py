@@ -123,7 +123,7 @@ def beam_search(
   A hypothesis that has ended stays in the beam with its score. The loop stops when all have ended.
 
   Args:
-    pixels: [B, T, H, W, C].
+    pixels: [B, T, H, W, C]; on a mesh B is a multiple of the batch shards.
     words: [V, D] normalized features of the vocabulary.
     temperature: temperature group. spe, eot: token ids. max_len: n, number of words with `eot`.
     beam_size: k, hypotheses per image.
@@ -152,7 +152,8 @@ def beam_search(
     only_eot = jnp.where(jnp.arange(V) == eot, 0.0, -jnp.inf)[None, None]
     log_p = jnp.where(c.done[..., None], only_eot, log_p)
     sums = (c.score[..., None] + log_p).reshape(B, beam_size * V)
-    best, index = jax.lax.top_k(sums, min(beam_size + 1, beam_size * V))
+    # The barrier keeps slices away: XLA's CPU backend sorts all sums where values and indices are cut differently.
+    best, index = jax.lax.optimization_barrier(jax.lax.top_k(sums, min(beam_size + 1, beam_size * V)))
     index = index[:, :beam_size]
     parent, word = index // V, (index % V).astype(jnp.int32)
     chosen = jnp.take_along_axis(log_p.reshape(B, beam_size * V), index, axis=1)
