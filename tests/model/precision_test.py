@@ -1,5 +1,6 @@
 """Which products a TPU and a GPU may not round, read from programs that are lowered for them; no device is needed."""
 
+import functools
 import re
 
 import jax
@@ -12,7 +13,7 @@ from tests.helpers import small_model
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import heads, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe import gmm, precision, routers
+from uni_moe_jax.moe import gmm, gmm_tiled, precision, routers
 from uni_moe_jax.tasks import task_types
 
 _PLATFORMS = 'tpu', 'cuda'
@@ -96,12 +97,19 @@ def _precisions(jaxpr) -> set:
   return precisions.union(*(_precisions(inner) for e in jaxpr.eqns for inner in jax_core.jaxprs_in_params(e.params)))
 
 
-@pytest.mark.parametrize('backend', ['megablox', 'triton', 'tiled'])
-def test_kernels_of_grouped_products_evaluate_in_float32(backend):
+def _tiled(x, kernel, sizes):
+  tokens = jnp.arange(gmm.num_rows('tiled', len(x))) % len(x)
+  return gmm_tiled.routed_matmul(x, kernel, jnp.ones(tokens.shape), jnp.zeros(x.shape), tokens, sizes)
+
+
+@pytest.mark.parametrize('run', [
+    *(functools.partial(gmm.grouped_matmul, backend=b) for b in ('megablox', 'triton')), _tiled],
+    ids=['megablox', 'triton', 'tiled'])
+def test_kernels_of_grouped_products_evaluate_in_float32(run):
   def traced(dtype):
     with precision.of_evaluation(dtype):
       operands = jnp.ones((128, 128), dtype), jnp.ones((2, 128, 128), dtype), jnp.array([64, 64])
-      return _precisions(jax.make_jaxpr(lambda *x: gmm.grouped_matmul(*x, backend))(*operands).jaxpr)
+      return _precisions(jax.make_jaxpr(run)(*operands).jaxpr)
   assert traced(jnp.float32) == {(precision.EXACT, precision.EXACT)}
   assert (precision.EXACT, precision.EXACT) not in traced(jnp.bfloat16)  # which TPU kernels refuse
 

@@ -187,8 +187,7 @@ def test_dispatch_with_capacity_equals_the_loop_over_kept_choices(backend):
   _compare(_value_and_gradients(run), _expected(kept.tobytes()))
 
 
-@pytest.mark.parametrize('backend', ('batched', 'tiled'))
-@pytest.mark.parametrize('at_once', (True, False))
+@pytest.mark.parametrize('backend, at_once', [('batched', True), ('tiled', True), ('batched', False)])
 def test_a_rematerialized_product_is_not_computed_again(backend, at_once):
   # Forward, and the gradients of x and of the kernels; a fourth computes the outputs of experts again, for the
   # gradient of the gates.

@@ -12,7 +12,6 @@ from tests.helpers import small_model
 from uni_moe_jax.moe import gmm, gmm_triton
 
 _E, _D, _F, _G = 4, 6, 5, 16
-_TILES = (4,)
 _TRITON_TILES = {'_ROWS': 4, '_COLUMNS': 2, '_CONTRACTED': 4}  # of an odd width and depth the last ones are cut off
 # Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one; and one whose last tile
 # reaches beyond all rows.
@@ -61,12 +60,12 @@ def _compare(backend, sizes, starts, rows):
   member = np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
   operands = _normal(0, rows, _D), _normal(1, _E, _D, _F), member
   # Read when a program is traced: by its first call.
-  with mock.patch.object(gmm, '_TILES', _TILES), mock.patch.multiple(gmm_triton, **_TRITON_TILES):
+  with mock.patch.multiple(gmm_triton, **_TRITON_TILES):
     for name, a, b in zip(('y', 'dx', 'dkernel'), *(_program(b, rows)(*operands) for b in (backend, None))):
       np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('backend', ['tiled', 'ragged', 'megablox', 'triton'])
+@pytest.mark.parametrize('backend', ['ragged', 'megablox', 'triton'])
 @pytest.mark.parametrize('sizes', _SIZES.values(), ids=_SIZES.keys())
 def test_every_backend_equals_the_plain_loop(backend, sizes):
   _compare(backend, sizes, np.cumsum(sizes) - sizes, _G)
@@ -83,13 +82,6 @@ def test_these_groups_differ():
   kernel = _normal(1, _E, _D, _F)
   gaps = np.abs(kernel[:, None] - kernel[None]).max((-1, -2)) + 9 * np.eye(_E)
   assert gaps.min() > .5
-
-
-# At most as many rows as a group has on average: 6431 / 8 = 803, 1023 / 8 = 127, 415 / 8 = 51, 143 / 8 = 17.
-@pytest.mark.parametrize('rows, groups, tile', [
-    (6431, 8, 128), (1024, 8, 128), (1023, 8, 64), (415, 8, 32), (143, 8, 32)])
-def test_rows_of_a_tile_by_hand(rows, groups, tile):
-  assert gmm._tile(rows, groups) == tile
 
 
 @pytest.mark.parametrize('dtype, platform', [('float32', 'cuda'), ('bfloat16', 'cuda'), ('float32', 'rocm')])
@@ -137,5 +129,5 @@ def test_rows_that_a_backend_needs(backend, most, rows):
 
 
 def test_an_unknown_backend_names_the_known_ones():
-  with pytest.raises(ValueError, match="backend 'loops' is not one of tiled, batched, ragged, megablox, triton"):
+  with pytest.raises(ValueError, match="backend 'loops' is not one of batched, ragged, megablox, triton"):
     gmm.grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), 'loops')

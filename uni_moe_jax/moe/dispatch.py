@@ -11,7 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.moe import gmm
+from uni_moe_jax.moe import gmm, gmm_tiled
 from uni_moe_jax.moe.layers import add_bias
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.moe.routers import RouterOutput
@@ -107,12 +107,17 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan
   B, S = x.shape[:2]
   out = kernel.shape[x.ndim - 1:]
   E, width = kernel.shape[0], math.prod(out)
-  y = _through_experts(
-      plan.backend, x.reshape(B * S, -1), kernel.reshape(E, -1, width), plan.gates, plan.slots, plan.sizes)
-  return add_bias(y, jnp.matmul(plan.coef, bias.reshape(E, width), precision=EXACT)).reshape(B, S, *out)
+  x, kernel = x.reshape(B * S, -1), kernel.reshape(E, -1, width)
+  bias = jnp.matmul(plan.coef, bias.reshape(E, width), precision=EXACT)
+  if plan.backend == 'tiled':
+    gates, tokens = _gates_of_slots(plan.gates, plan.source)[:, 0], _token_numbers(plan.source, plan.slot)
+    y = gmm_tiled.routed_matmul(x, kernel, gates, bias, tokens, plan.sizes)
+  else:
+    y = add_bias(_through_experts(plan.backend, x, kernel, plan.gates, plan.slots, plan.sizes), bias)
+  return y.reshape(B, S, *out)
 
 
-# Both directions are gathers, in the forward and the backward pass: a scatter of rows is slow on every backend.
+# Both directions are gathers, in the forward and the backward pass: a scatter of all rows at once is slow.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _through_experts(backend, x, kernel, gates, slots, sizes):
   """Σ_k gate · x W_e over a token's kept choices: [T, D], [E, D, F] → [T, F].
@@ -165,7 +170,12 @@ combine.defvjp(lambda *operands: (combine(*operands), operands), _combine_backwa
 
 def _tokens_of_slots(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
   """The token [D] of x [T, D] in every slot, an arbitrary one in empty slots: [G, D]."""
-  return _take(x, jnp.maximum(source, 0) // slot.shape[1])
+  return _take(x, _token_numbers(source, slot))
+
+
+def _token_numbers(source: jax.Array, slot: jax.Array) -> jax.Array:
+  """The number of the token in every slot, an arbitrary one in empty slots: int32 [G]."""
+  return jnp.maximum(source, 0) // slot.shape[1]
 
 
 def _gates_of_slots(gates: jax.Array, source: jax.Array) -> jax.Array:

@@ -1,0 +1,78 @@
+"""The tiled product equals the plain sum over slots, in values and gradients, whatever the sizes of groups are."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import small_model
+from uni_moe_jax.moe import gmm_tiled
+
+_E, _T, _D, _F, _G = 4, 16, 6, 5, 16
+_TILES = (4,)
+# Groups within a tile, over many tiles, of whole tiles, none at all, all slots in one, and one that ends within a tile.
+_SIZES = {'uneven': (3, 0, 9, 2), 'whole_tiles': (4, 8, 0, 4), 'last_only': (0, 0, 0, 14), 'first_only': (16, 0, 0, 0),
+          'none': (0, 0, 0, 0), 'beyond': (3, 0, 6, 7)}
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def _slots(sizes) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens, experts) of all slots: an expert has a token once, others may have it, too."""
+  rng = np.random.default_rng(3)
+  tokens = np.concatenate([rng.permutation(_T)[:n] for n in sizes]).astype(np.int32)
+  return tokens, np.repeat(np.arange(_E), sizes)
+
+
+@functools.cache
+def _tiled():
+  @small_model.jit
+  def run(x, kernel, gates, bias, tokens, sizes, dy):
+    y, pull_back = jax.vjp(lambda *a: gmm_tiled.routed_matmul(*a, tokens, sizes), x, kernel, gates, bias)
+    return y, *pull_back(dy)
+  return run
+
+
+def _plain(x, kernel, gates, bias, tokens, experts, dy):
+  def products(x, kernel, gates, bias):
+    rows = gates[:, None] * jnp.einsum('gd,gdf->gf', x[tokens], kernel[experts])
+    return bias + jax.nn.one_hot(tokens, _T).T @ rows
+  y, pull_back = jax.vjp(products, x, kernel, gates, bias)
+  return y, *pull_back(dy)
+
+
+@pytest.mark.parametrize('sizes', _SIZES.values(), ids=_SIZES.keys())
+def test_tiles_equal_the_plain_sum_over_slots(sizes):
+  tokens, experts = _slots(sizes)
+  x, kernel, gates, bias, dy = (_normal(i, *s) for i, s in enumerate(
+      ((_T, _D), (_E, _D, _F), (len(tokens),), (_T, _F), (_T, _F))))
+  # Slots behind the groups change nothing, whatever token and gate they have.
+  behind = _G + _TILES[0] - 1 - len(tokens)
+  padded = jnp.pad(gates, (0, behind), constant_values=7.0), jnp.pad(tokens, (0, behind), constant_values=_T - 1)
+  with mock.patch.object(gmm_tiled, 'TILES', _TILES):  # read when the program is traced: by its first call
+    actual = _tiled()(x, kernel, padded[0], bias, padded[1], jnp.asarray(sizes), dy)
+  expected = _plain(x, kernel, gates, bias, tokens, experts, dy)
+  for name, a, b in zip(('y', 'x', 'kernel', 'gates', 'bias'), actual, expected, strict=True):
+    np.testing.assert_allclose(a[:len(b)], b, atol=1e-5, err_msg=name)
+
+
+def test_a_token_that_is_not_finite_stays_in_its_own_row():
+  # The last tile of a group computes tokens of the next group, too.
+  tokens, sizes = jnp.arange(_G + _TILES[0] - 1) % _T, jnp.array([3, 0, 9, 4])
+  x, kernel, dy = _normal(0, _T, _D).at[3].set(jnp.nan), _normal(1, _E, _D, _F), _normal(2, _T, _F)
+  with mock.patch.object(gmm_tiled, 'TILES', _TILES):
+    y, dx, *_ = _tiled()(x, kernel, jnp.ones(tokens.shape), jnp.zeros((_T, _F)), tokens, sizes, dy)
+  assert np.flatnonzero(np.isnan(y).any(1)).tolist() == [3]
+  assert np.isfinite(dx).all()
+
+
+# At most as many rows as a group has on average: 6431 / 8 = 803, 1023 / 8 = 127, 415 / 8 = 51, 143 / 8 = 17.
+@pytest.mark.parametrize('slots, groups, rows', [
+    (6431, 8, 128), (1024, 8, 128), (1023, 8, 64), (415, 8, 32), (143, 8, 32)])
+def test_rows_of_a_tile_by_hand(slots, groups, rows):
+  assert gmm_tiled.tile_rows(slots, groups) == rows
