@@ -1,6 +1,7 @@
 """Every backend of the grouped product computes the plain loop over experts, in values and gradients."""
 
 import functools
+import types
 from unittest import mock
 
 import jax
@@ -12,7 +13,8 @@ from tests.helpers import small_model
 from uni_moe_jax.moe import gmm, gmm_triton
 
 _E, _D, _F, _G = 4, 6, 5, 16
-_TRITON_TILES = {'_ROWS': 4, '_COLUMNS': 2, '_CONTRACTED': 4}  # of an odd width and depth the last ones are cut off
+# Of an odd width and depth the last ones are cut off. Every kernel has its own.
+_TRITON_TILES = gmm_triton.Tiles(4, 2, 4), gmm_triton.Tiles(8, 4, 2), gmm_triton.Tiles(2, 8, 8)
 # Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one; and one whose last tile
 # reaches beyond all rows.
 _SIZES = {'uneven': (3, 0, 9, 2), 'whole_tiles': (4, 8, 0, 4), 'last_only': (0, 0, 0, 14), 'first_only': (16, 0, 0, 0),
@@ -60,7 +62,8 @@ def _compare(backend, sizes, starts, rows):
   member = np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
   operands = _normal(0, rows, _D), _normal(1, _E, _D, _F), member
   # Read when a program is traced: by its first call.
-  with mock.patch.multiple(gmm_triton, **_TRITON_TILES):
+  triton = types.SimpleNamespace(grouped_matmul=functools.partial(gmm_triton.grouped_matmul, tiles=_TRITON_TILES))
+  with mock.patch.object(gmm, 'gmm_triton', triton):
     for name, a, b in zip(('y', 'dx', 'dkernel'), *(_program(b, rows)(*operands) for b in (backend, None))):
       np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
@@ -102,12 +105,12 @@ def test_a_gpus_program_has_three_kernels_of_whole_tiles(dtype, platform):
     (0, 1, 4, 0, 130, 65), (0, 0, 0, 0, 0, 0), (200, 0, 0, 0, 0, 0), (64, 64, 0, 64, 0, 8)])
 def test_items_cover_every_row_of_every_group_once(sizes):
   sizes, rows = np.array(sizes), 200
-  group, first, start, end = (np.asarray(a) for a in gmm_triton._items(jnp.asarray(sizes), rows))
+  group, first, start, end = (np.asarray(a) for a in gmm_triton._items(jnp.asarray(sizes), rows, 64))
   covered = [(e, r) for e, f, a, b in zip(group, first, start, end)
-             for r in range(f, f + gmm_triton._ROWS) if a <= r < b]
+             for r in range(f, f + 64) if a <= r < b]
   expected = list(zip(np.repeat(np.arange(6), sizes), range(rows)))
   assert [(int(e), r) for e, r in covered] == [(int(e), r) for e, r in expected]
-  np.testing.assert_array_equal(first % gmm_triton._ROWS, 0)
+  np.testing.assert_array_equal(first % 64, 0)
 
 
 @pytest.mark.parametrize('device, capacity, auto, xla', [

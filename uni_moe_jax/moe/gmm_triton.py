@@ -6,6 +6,7 @@ tiles are masked, and nothing is padded or copied.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,93 +15,119 @@ from jax.experimental.pallas import triton
 
 from uni_moe_jax.moe import pallas_kernels
 
-# Tile sizes: rows and columns of the output, and the contracted axis. A float32 tile of each operand is 8 kB, twice
-# that in flight.
-_ROWS, _COLUMNS, _CONTRACTED = 64, 64, 32
 _GPUS = 'cuda', 'rocm'
-_PARAMS = triton.CompilerParams(num_warps=4, num_stages=2)
 
 
-@jax.custom_vjp
-def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
-  """x [G, D], kernel [E, D, F], sizes int32 [E] → [G, F]; as `gmm.grouped_matmul`."""
-  return pallas_kernels.compiled_on(_GPUS, functools.partial(_products, contract=0), x, kernel, sizes)
+class Tiles(NamedTuple):
+  """Sizes of a kernel's tiles, powers of two, and how Triton compiles it.
+
+  No GPU has measured the defaults: a float32 tile of each operand is 8 kB, twice that in flight.
+  `launch/benchmark.py --suites=gpu` measures others, by shape.
+  """
+  rows: int = 64  # of the output
+  columns: int = 64  # of the output
+  contracted: int = 32
+  warps: int = 4
+  stages: int = 2
+
+  @property
+  def params(self) -> triton.CompilerParams:
+    return triton.CompilerParams(num_warps=self.warps, num_stages=self.stages)
 
 
-def _backward(saved, dy):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(
+    x: jax.Array, kernel: jax.Array, sizes: jax.Array, tiles: tuple[Tiles, Tiles, Tiles] = (Tiles(),) * 3) -> jax.Array:
+  """x [G, D], kernel [E, D, F], sizes int32 [E] → [G, F]; as `gmm.grouped_matmul`.
+
+  tiles: of the product, and of the gradients of x and of kernel.
+  """
+  product = functools.partial(_products, contract=0, tiles=tiles[0])
+  return pallas_kernels.compiled_on(_GPUS, product, x, kernel, sizes)
+
+
+def _backward(tiles, saved, dy):
   x, kernel, sizes = saved
-  dx = pallas_kernels.compiled_on(_GPUS, functools.partial(_products, contract=1), dy, kernel, sizes)
-  return dx, pallas_kernels.compiled_on(_GPUS, functools.partial(_gradients, dtype=kernel.dtype), x, dy, sizes), None
+  product = functools.partial(_products, contract=1, tiles=tiles[1])
+  gradient = functools.partial(_gradients, dtype=kernel.dtype, tiles=tiles[2])
+  dx = pallas_kernels.compiled_on(_GPUS, product, dy, kernel, sizes)
+  return dx, pallas_kernels.compiled_on(_GPUS, gradient, x, dy, sizes), None
 
 
-grouped_matmul.defvjp(lambda *operands: (grouped_matmul(*operands), operands), _backward)
+grouped_matmul.defvjp(lambda *operands: (grouped_matmul(*operands), operands[:3]), _backward)
 
 
-def _products(x: jax.Array, kernel: jax.Array, sizes: jax.Array, *, contract: int, interpret: bool) -> jax.Array:
+def _products(
+    x: jax.Array, kernel: jax.Array, sizes: jax.Array, *, contract: int, tiles: Tiles, interpret: bool) -> jax.Array:
   """x [G, ·] times kernel [E, …], contracted over axis `contract` (0 or 1) of a group's kernel: [G, ·]."""
-  items = _items(sizes, x.shape[0])
+  items = _items(sizes, x.shape[0], tiles.rows)
   width = kernel.shape[2 - contract]
   call = pl.pallas_call(
-      functools.partial(_product, contract=contract), out_shape=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
-      grid=(items[0].shape[0], pl.cdiv(width, _COLUMNS)), compiler_params=_PARAMS, interpret=interpret)
+      functools.partial(_product, contract=contract, tiles=tiles), compiler_params=tiles.params, interpret=interpret,
+      out_shape=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
+      grid=(items[0].shape[0], pl.cdiv(width, tiles.columns)))
   return call(*items, x, kernel)
 
 
-def _items(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _items(sizes: jax.Array, rows: int, tile_rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """(group, first row of the tile, first row, end row) of every item, int32 [tiles + E - 1] each."""
   end = jnp.cumsum(sizes)
   start = end - sizes
-  tile = start // _ROWS
-  count = jnp.where(sizes > 0, (end - 1) // _ROWS - tile + 1, 0)
+  tile = start // tile_rows
+  count = jnp.where(sizes > 0, (end - 1) // tile_rows - tile + 1, 0)
   stop = jnp.cumsum(count)
-  item = jnp.arange(pl.cdiv(rows, _ROWS) + sizes.shape[0] - 1, dtype=jnp.int32)
+  item = jnp.arange(pl.cdiv(rows, tile_rows) + sizes.shape[0] - 1, dtype=jnp.int32)
   idle = item >= stop[-1]
   group = jnp.where(idle, 0, (stop[None] <= item[:, None]).sum(1, dtype=jnp.int32))
-  first = _ROWS * (tile[group] + item - (stop - count)[group])
+  first = tile_rows * (tile[group] + item - (stop - count)[group])
   return group, jnp.where(idle, 0, first), jnp.where(idle, 0, start[group]), jnp.where(idle, 0, end[group])
 
 
-def _product(group, first, start, end, x, kernel, out, *, contract: int):
-  item, column = pl.program_id(0), pl.program_id(1) * _COLUMNS + jnp.arange(_COLUMNS)
-  g, row = group[item], first[item] + jnp.arange(_ROWS)
+def _product(group, first, start, end, x, kernel, out, *, contract: int, tiles: Tiles):
+  item, column = pl.program_id(0), pl.program_id(1) * tiles.columns + jnp.arange(tiles.columns)
+  g, row = group[item], first[item] + jnp.arange(tiles.rows)
   in_group, in_width = (row >= start[item]) & (row < end[item]), column < out.shape[1]
   depth = x.shape[1]
 
   def add(i, total):
-    inner = i * _CONTRACTED + jnp.arange(_CONTRACTED)
+    inner = i * tiles.contracted + jnp.arange(tiles.contracted)
     in_depth = inner < depth
     a = _load(x, (), row, inner, in_group, in_depth)
     if contract == 0:
       return total + triton.dot(a, _load(kernel, (g,), inner, column, in_depth, in_width))
     return total + triton.dot(a, _load(kernel, (g,), column, inner, in_width, in_depth), trans_b=True)
 
-  total = jax.lax.fori_loop(0, pl.cdiv(depth, _CONTRACTED), add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))
+  zero = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+  total = jax.lax.fori_loop(0, pl.cdiv(depth, tiles.contracted), add, zero)
   triton.store(out.at[row[:, None], column[None]], total.astype(out.dtype), mask=in_group[:, None] & in_width[None])
 
 
-def _gradients(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtype, interpret: bool) -> jax.Array:
+def _gradients(
+    x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtype, tiles: Tiles, interpret: bool) -> jax.Array:
   """x^T dy of every group's rows: [E, D, F]."""
   end = jnp.cumsum(sizes)
   shape = sizes.shape[0], x.shape[1], dy.shape[1]
   return pl.pallas_call(
-      _gradient, out_shape=jax.ShapeDtypeStruct(shape, dtype), compiler_params=_PARAMS, interpret=interpret,
-      grid=(pl.cdiv(shape[1], _ROWS), pl.cdiv(shape[2], _COLUMNS), shape[0]))(end - sizes, end, x, dy)
+      functools.partial(_gradient, tiles=tiles), out_shape=jax.ShapeDtypeStruct(shape, dtype),
+      compiler_params=tiles.params, interpret=interpret,
+      grid=(pl.cdiv(shape[1], tiles.rows), pl.cdiv(shape[2], tiles.columns), shape[0]))(end - sizes, end, x, dy)
 
 
-def _gradient(start, end, x, dy, out):
-  inner, column = pl.program_id(0) * _ROWS + jnp.arange(_ROWS), pl.program_id(1) * _COLUMNS + jnp.arange(_COLUMNS)
+def _gradient(start, end, x, dy, out, *, tiles: Tiles):
+  inner = pl.program_id(0) * tiles.rows + jnp.arange(tiles.rows)
+  column = pl.program_id(1) * tiles.columns + jnp.arange(tiles.columns)
   g = pl.program_id(2)
   in_depth, in_width = inner < x.shape[1], column < dy.shape[1]
   low, high = start[g], end[g]
 
   def add(i, total):
-    row = low + i * _CONTRACTED + jnp.arange(_CONTRACTED)
+    row = low + i * tiles.contracted + jnp.arange(tiles.contracted)
     in_group = row < high
     x_tile, dy_tile = _load(x, (), row, inner, in_group, in_depth), _load(dy, (), row, column, in_group, in_width)
     return total + triton.dot(x_tile, dy_tile, trans_a=True)
 
-  tiles = jax.lax.div(high - low + _CONTRACTED - 1, _CONTRACTED)
-  total = jax.lax.fori_loop(0, tiles, add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))
+  steps = jax.lax.div(high - low + tiles.contracted - 1, tiles.contracted)
+  total = jax.lax.fori_loop(0, steps, add, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
   mask = in_depth[:, None] & in_width[None]
   triton.store(out.at[g, inner[:, None], column[None]], total.astype(out.dtype), mask=mask)
 
