@@ -1,6 +1,7 @@
 """The formula for FLOPs, by hand and against the compiler's count of one layer."""
 
 import jax
+import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -13,6 +14,23 @@ def test_a_layer_by_hand():
   assert flops.layer(spec, 5) == 480
   # One token of it: keys and values of all five 80, query and out 16, ffn 24, attention 40.
   assert flops.layer(spec, 5, read=1) == 160
+
+
+@pytest.mark.parametrize('router, experts, expected', [
+    # Two experts double qkv and out, 160, and ffn, 120; not scores and values, 200. A merged kernel is one kernel.
+    ('token', ('attention', 'mlp'), 760), ('token', ('mlp',), 600), ('token', (), 480),
+    ('attribute', ('attention', 'mlp'), 480)])
+def test_token_routers_multiply_by_k_kernels(router, experts, expected):
+  spec = small_model.spec(router, width=2, mlp_dim=3, top_k=2)
+  assert flops.layer(spec, 5, experts=experts) == expected
+
+
+def test_only_layers_with_experts_cost_more():
+  tokens = 5
+  dense, token = (small_model.spec(router, num_layers=3, placement='every_2') for router in ('dense', 'token'))
+  more = flops.layer(token, tokens, experts=token.sublayers) - flops.layer(token, tokens)
+  last = flops.layer(token, tokens, 1, token.sublayers) - flops.layer(token, tokens, 1)  # layer 2; layer 1 is dense
+  assert flops.sequence(token, tokens, False) - flops.sequence(dense, tokens, False) == more + last
 
 
 def test_the_projections_of_the_tiny_model_are_those_of_the_cost_model():

@@ -70,3 +70,14 @@ def test_json_has_unrounded_figures():
       'budget': {'bound': 1.1, 'stretch': 1.03, 'at_most': True}, 'verdict': 'met', 'note': 'B 16'}
   assert results['rows'][2]['low'] is None
   assert 'quartiles' in results['spread']
+
+
+def test_a_row_without_a_figure_has_its_reason_as_verdict_and_the_message_as_note():
+  row = Row('gpu', 'tokamax', None, '', Budget(1.), note='No module named tokamax', missing='not installed')
+  lines = results_table.render([row], {}, reduced=True).splitlines()
+  fields = [f.strip() for f in lines[-2].split('  ') if f.strip()]
+  assert fields == ['gpu', 'tokamax', '–', '<= 1', 'not installed', '[1]']
+  assert lines[-1] == '[1] No module named tokamax'
+  [stored] = json.loads(json.dumps(results_table.as_json([row], {}, reduced=True)))['rows']
+  assert (stored['value'], stored['low'], stored['verdict'], stored['note']) == (
+      None, None, 'not installed', 'No module named tokamax')

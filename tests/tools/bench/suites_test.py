@@ -39,8 +39,9 @@ _nightly = functools.partial(pytest.param, marks=pytest.mark.nightly)
 
 
 @pytest.mark.parametrize('names, suites_in_order', [
-    ([], settings.SUITES), (['compile', 'mixed', 'routers', 'mixed'], ('routers', 'mixed', 'compile'))])
-def test_chosen_suites_are_in_the_benchmarks_order_with_compile_last_and_all_are_the_default(names, suites_in_order):
+    ([], settings.SUITES), (['compile', 'mixed', 'routers', 'mixed'], ('routers', 'mixed', 'compile')),
+    (['routers', 'gpu'], ('gpu', 'routers'))])
+def test_chosen_suites_are_in_order_with_compile_last_and_all_but_gpu_are_the_default(names, suites_in_order):
   assert settings.choose(names) == suites_in_order
 
 
@@ -51,7 +52,7 @@ def test_an_unknown_name_is_reported_with_the_nearest():
 
 def test_every_suite_has_a_function_every_router_a_case_and_only_the_quick_benchmark_is_reduced():
   assert set(router_names.ROUTERS) <= set(training_steps.router_cases())
-  assert tuple(suites.SUITE_FUNCTIONS) == settings.SUITES
+  assert tuple(suites.SUITE_FUNCTIONS) == (*settings.SUITES, settings.GPU)
   assert set(settings.FROM_CONFIG) <= set(settings.SUITES)
   assert settings.QUICK.reduced and not settings.FULL.reduced
 

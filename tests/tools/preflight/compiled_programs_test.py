@@ -270,6 +270,7 @@ def test_libtpu_evaluates_a_token_model_on_the_selected_experts_alone():
   """Two of eight experts for every token, although training has a capacity."""
   pytest.importorskip('libtpu')
   script = """
+import dataclasses
 from tests.tools.preflight import compiled_programs_test
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, preflight
@@ -278,7 +279,8 @@ config = compiled_programs_test.small_config({
     'moe.router': 'token', 'moe.num_experts': 8, 'moe.capacity_factor': 1.25, 'tasks.digit.batch_size': 64})
 run = compiled_programs.prepare(preflight.for_tpu(config), topology.devices(target))
 spec, program = run.spec.model.spec, compiled_programs.compile_program(run, compiled_programs.EVALUATION)
-formula = 64 // 4 * flops.sequence(spec, spec.patches + 1, visual=True)
+dense = dataclasses.replace(spec, router='dense')
+formula = 64 // 4 * flops.sequence(dense, spec.patches + 1, visual=True)
 print(program.cost.flops / formula, program.cost.unknown_kernels)
 """
   ratio, unknown = map(float, processes.printed(script, 'v5e:2x2').split())

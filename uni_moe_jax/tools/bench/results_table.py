@@ -8,7 +8,7 @@ from typing import Any
 
 from uni_moe_jax.tools.bench.timing import SPREAD, Estimate
 
-NOT_JUDGED = 'not judged'
+NOT_JUDGED, FAILED = 'not judged', 'failed'
 REDUCED = 'sizes, rounds and compiler optimizations are reduced (--quick): everything runs, but no budget is judged'
 
 
@@ -33,18 +33,22 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One figure."""
+  """One figure, or why there is none."""
   suite: str
   name: str  # of the measurement
-  figure: Estimate
+  figure: Estimate | None
   unit: str
   budget: Budget | None = None  # in that unit
-  note: str = ''  # conditions of the measurement
+  note: str = ''  # conditions of the measurement, or the error
+  missing: str = ''  # why there is no figure: `FAILED`, 'not installed', …
 
   def verdict(self, reduced: bool) -> str:
-    """Return whether the budget is met; '' without one, and no verdict if other processes disturbed the rounds."""
-    if self.budget is None:
-      return ''
+    """Return whether the budget is met; '' without one, and no verdict if other processes disturbed the rounds.
+
+    Without a figure it is the reason.
+    """
+    if self.figure is None or self.budget is None:
+      return self.missing
     return NOT_JUDGED if reduced or not self.figure.judged else self.budget.verdict(self.figure.value)
 
 
@@ -54,17 +58,21 @@ def render(rows: Sequence[Row], header: dict[str, Any], reduced: bool) -> str:
   notes = list(dict.fromkeys(r.note for r in rows if r.note))
   cells = [('suite', 'measurement', 'figure', 'unit', 'spread', 'budget (stretch)', 'verdict', 'note')]
   for r in rows:
-    f = r.figure
-    spread = 'once' if f.low is None else f'{number(f.low)} to {number(f.high)}'
-    if f.discarded:
-      spread += f', {f.discarded} rounds {"discarded" if f.judged else "disturbed"}'
-    cells.append((r.suite, r.name, number(f.value), r.unit, spread, '' if r.budget is None else str(r.budget),
+    value, spread = ('–', '') if r.figure is None else (number(r.figure.value), _spread(r.figure))
+    cells.append((r.suite, r.name, value, r.unit, spread, '' if r.budget is None else str(r.budget),
                   r.verdict(reduced), f'[{notes.index(r.note) + 1}]' if r.note else ''))
   widths = [max(map(len, column)) for column in zip(*cells)]
   aligns = '<<><><<<'
   table = ['  '.join(f'{c:{a}{w}}' for c, a, w in zip(row, aligns, widths)).rstrip() for row in cells]
   rule = '  '.join('-' * w for w in widths)
   return '\n'.join([*lines, '', table[0], rule, *table[1:], *[f'[{i}] {n}' for i, n in enumerate(notes, 1)]])
+
+
+def _spread(figure: Estimate) -> str:
+  spread = 'once' if figure.low is None else f'{number(figure.low)} to {number(figure.high)}'
+  if figure.discarded:
+    spread += f', {figure.discarded} rounds {"discarded" if figure.judged else "disturbed"}'
+  return spread
 
 
 def number(x: float) -> str:
@@ -76,6 +84,7 @@ def as_json(rows: Sequence[Row], header: dict[str, Any], reduced: bool) -> dict[
   """Return the unrounded figures as plain values."""
   def row(r: Row) -> dict[str, Any]:
     budget = None if r.budget is None else dataclasses.asdict(r.budget)
-    return {'suite': r.suite, 'name': r.name, **dataclasses.asdict(r.figure), 'unit': r.unit, 'budget': budget,
+    figure = {f.name: None for f in dataclasses.fields(Estimate)} if r.figure is None else dataclasses.asdict(r.figure)
+    return {'suite': r.suite, 'name': r.name, **figure, 'unit': r.unit, 'budget': budget,
             'verdict': r.verdict(reduced), 'note': r.note}
   return {'header': header, 'spread': SPREAD, 'reduced': reduced, 'rows': [row(r) for r in rows]}

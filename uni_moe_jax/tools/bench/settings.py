@@ -9,6 +9,7 @@ from uni_moe_jax.utils.suggest import nearest
 # `compile` is last: a CPU process that has compiled much is slower afterwards.
 SUITES = ('routers', 'mixed', 'published', 'decoding', 'input', 'files', 'compile')
 FROM_CONFIG = ('mixed', 'input', 'compile')  # they read the config's own data
+GPU = 'gpu'  # runs only if it is named: other machines cannot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +49,44 @@ QUICK = Sizes(
     steps=2, files=64, own_layers=2, mixed_routers=('dense', 'attribute'), reduced=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuSizes(Sizes):
+  """Sizes of the suite `gpu`: base/16 on one card, in less than half an hour."""
+  rounds: int = 7
+  width: int = 768
+  num_heads: int = 12
+  mlp_dim: int = 3072
+  batch_size: int = 128
+  small_batch: int = 64  # of captions
+  calls: int = 10  # queued for one time, so that the host does not count
+  tokens: int = 256 * 197  # of a batch of attention; rows of a grouped product
+  lengths: tuple[int, ...] = (197, 589, 1569)  # of attention: one frame, three, eight
+  # Of the Triton kernels: rows, columns, contracted, warps, stages.
+  tiles: tuple[tuple[int, ...], ...] = (
+      (64, 64, 32, 4, 2), (64, 128, 32, 4, 3), (128, 64, 32, 4, 3), (64, 128, 64, 4, 3), (128, 128, 32, 4, 3),
+      (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3))
+
+
+ON_GPU = GpuSizes()
+QUICK_ON_GPU = GpuSizes(
+    rounds=2, num_layers=2, batch_size=16, small_batch=8, calls=2, vocabulary=1024, words=6, tokens=4 * 197,
+    tiles=ON_GPU.tiles[:2], steps=2, reduced=True)
+
+
 def set_quick_xla_flags() -> None:
   """Disable optimizations of the compiler, which halves its time; call it before JAX is imported."""
   flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()
 
 
+def share_gpu_memory() -> None:
+  """Let the processes of the suite `gpu` use the memory of one card; call it before JAX is imported."""
+  os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+
+
 def choose(names: list[str]) -> tuple[str, ...]:
-  """Return the named suites in the benchmark's order, by default all; raises UsageError for an unknown name."""
+  """Return the named suites in the benchmark's order, by default all but `gpu`; raises UsageError otherwise."""
   for name in names:
-    if name not in SUITES:
-      raise UsageError(f'--suites: {name!r} is unknown; {nearest(name, SUITES)}.')
-  return tuple(s for s in SUITES if s in names or not names)
+    if name not in (GPU, *SUITES):
+      raise UsageError(f'--suites: {name!r} is unknown; {nearest(name, (*SUITES, GPU))}.')
+  return tuple(s for s in (GPU, *SUITES) if s in (names or SUITES))

@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from uni_moe_jax.tools.bench import caption_rate, input_rate, training_steps
+from uni_moe_jax.tools.bench import caption_rate, gpu, input_rate, settings, training_steps
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.tools.bench.timing import interleaved
 from uni_moe_jax.train.loop import commit
+from uni_moe_jax.utils.errors import UsageError
 
 SUITE_FUNCTIONS = {
     'routers': training_steps.routers, 'mixed': training_steps.mixed, 'published': training_steps.published,
     'decoding': caption_rate.caption_rate, 'input': input_rate.input_rate, 'files': input_rate.file_rate,
-    'compile': training_steps.compile_time}
+    'compile': training_steps.compile_time, settings.GPU: gpu.on_gpu}
 _PACKAGES = ('uni-moe-jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy', 'tensorflow-cpu', 'tensorflow')
 # A call queues products up to this work, or this number: a small one alone would time its dispatch.
 _FLOPS_PER_CALL, _MAX_PER_CALL = 2e10, 100
@@ -34,9 +35,16 @@ def measure(
     dtype: str) -> tuple[dict[str, str], list[Row]]:
   """Run suites on the first device and return (header, rows); progress goes to stderr.
 
-  names: of `settings.SUITES`. config: whose tasks and data some suites take. dtype: of matrix products.
+  Args:
+    names: of `settings.SUITES`, or `gpu`. config: whose tasks and data some suites take. dtype: of matrix products.
+
+  Raises:
+    UsageError: `gpu` without a GPU.
   """
   devices = jax.devices()[:1]
+  if settings.GPU in names and devices[0].platform != 'gpu':
+    raise UsageError(f"--suites=gpu needs an NVIDIA GPU and JAX for it (pip install -e '.[cuda]'), and JAX has devices "
+                     f'of type {devices[0].platform}; name other suites.')
   header = _header(devices, dtype)
   peak, rows = _gemm(sizes, devices[0])
   context = Context(sizes, config, dtype, peak, devices)
@@ -62,7 +70,7 @@ def _header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
       'cores': f'{len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} usable',
       'versions': ', '.join([f'python {platform.python_version()}', *versions]),
       'dtype of products': dtype,
-      'budgets': 'set for float32 on two CPU cores',
+      'budgets': 'set for float32 on two CPU cores; those of gpu for bfloat16 on an H100',
       'compilation cache': jax.config.jax_compilation_cache_dir or cache,
   }
 

@@ -58,9 +58,8 @@ def routers(context: Context) -> list[Row]:
 
 def _share_of_peak(context: Context, dense: RepeatedStep, train: Rounds) -> Row:
   """Useful FLOPs of the dense training step as a share of the peak."""
-  s, spec = context.sizes, dense.run.spec.model.spec
-  image, name = (flops.sequence(spec, n + 1, visual) for n, visual in ((spec.patches, True), (s.name_tokens, False)))
-  work = flops.TRAIN * s.batch_size * (image + name)
+  s = context.sizes
+  work = flops.TRAIN * s.batch_size * flops.image_and_name(dense.run.spec.model.spec, s.name_tokens)
   return Row('routers', 'dense train, share of GEMM peak', train.figure(100 * work / context.peak / train[DENSE]), '%',
              _SHARE,
              'FLOPs by formula: matrix products of 3 forward passes, without remat; peak: fastest round, float32')
