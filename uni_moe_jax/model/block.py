@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from uni_moe_jax.model.attention import Attention
 from uni_moe_jax.model.prompts import DeepPrompts
@@ -30,6 +31,12 @@ def drop_path(x: jax.Array, key: jax.Array | None, ids: jax.Array, rate: float) 
     return x
   keep = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate))(ids)
   return x * (keep / (1 - rate)).astype(x.dtype)[:, None, None]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """x Φ(x), in float32. JAX's own computes erfc by two polynomials, where erf takes one, and as PyTorch does."""
+  x32 = x.astype(jnp.float32)
+  return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
 
 
 class Mlp(Sublayer):
@@ -58,7 +65,7 @@ class Mlp(Sublayer):
           continue
         routing = self.route(x, merged, condition, sequence.tokens(i, context.readout_only), pool, context)
         y, usage = routing.apply(x, ffn_in)
-        y, _ = routing.apply(nn.gelu(y, approximate=False), ffn_out)
+        y, _ = routing.apply(gelu(y), ffn_out)
         ys.append(scale * y)
         routed.append(routing.output)
         usages.append((condition, usage))
