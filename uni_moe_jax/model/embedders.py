@@ -130,7 +130,8 @@ class Embed(nn.Module):
       constants = (T > 1 and s.video_mean) or s.pixel_mean, (T > 1 and s.video_std) or s.pixel_std
       mean, std = (np.reshape(x, (1, 1, 1, 1, s.channels)) for x in constants)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
-    project = lambda x, kernel: dot(patchify(x.astype(s.dtype), s.patch_size), kernel.astype(s.dtype), kernel)
+    project = lambda x, kernel: dot(
+        patchify(x.astype(s.dtype), s.patch_size), kernel.astype(s.dtype), kernel, sharding.on_one_cpu(self.mesh))
     x = project(pixels, self.patch) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:
       change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))

@@ -84,6 +84,7 @@ class Projection:
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
   unrounded: jax.Array | None = None  # f32 values of the kernel, see `dot`; None where it is float32
+  on_cpu: bool = flax.struct.field(pytree_node=False, default=False)  # see `dot`
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
@@ -129,25 +130,31 @@ class MoeDense(nn.Module):
     unrounded = None if self.dtype == kernel.dtype else kernel_as_used(kernel)
     return Projection(
         kernel_as_used(kernel.astype(self.dtype)), as_used(bias, tuple(out_axes)), tuple(in_axes), tuple(out_axes),
-        unrounded)
+        unrounded, sharding.on_one_cpu(self.mesh))
 
 
-def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None) -> jax.Array:
+def project(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, on_cpu: bool = False
+) -> jax.Array:
   """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
 
-  unrounded: see `dot`.
+  unrounded, on_cpu: see `dot`.
   """
-  return add_bias(dot(x.astype(kernel.dtype), kernel, unrounded), bias.reshape((1, 1) + bias.shape))
+  y = dot(x.astype(kernel.dtype), kernel, unrounded, on_cpu)
+  return add_bias(y, bias.reshape((1, 1) + bias.shape))
 
 
-def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:
+def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None, on_cpu: bool = False) -> jax.Array:
   """x [B, S, *in] · kernel [*in, *out] → [B, S, *out], all of one type.
 
-  unrounded: the kernel's float32 values, where it was rounded. The gradient is theirs, and not rounded before it is
-    summed over arrays and devices. Nothing reads their values.
+  Args:
+    unrounded: the kernel's float32 values, where it was rounded. The gradient is theirs, and not rounded before it is
+      summed over arrays and devices. Nothing reads their values.
+    on_cpu: computes the same so that XLA's CPU compiler copies less.
   """
-  return _dot(x, kernel) if unrounded is None or unrounded.dtype == kernel.dtype else _dot_of_rounded(
-      x, kernel, unrounded)
+  if unrounded is not None and unrounded.dtype != kernel.dtype:
+    return _dot_of_rounded(x, kernel, unrounded)
+  return (_dot_on_cpu if on_cpu else _dot)(x, kernel)
 
 
 def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -159,13 +166,31 @@ def _dot_of_rounded(x, kernel, unrounded):
   return _dot(x, kernel)
 
 
+def _dx(x, kernel, dy):
+  return jnp.tensordot(dy, kernel, axes=(tuple(range(2, dy.ndim)), tuple(range(x.ndim - 2, kernel.ndim))))
+
+
 def _dot_of_rounded_backward(saved, dy):
   x, kernel = saved
-  dx = jnp.tensordot(dy, kernel, axes=(tuple(range(2, dy.ndim)), tuple(range(x.ndim - 2, kernel.ndim))))
-  return dx, jnp.zeros_like(kernel), jnp.tensordot(x, dy, axes=((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+  dkernel = jnp.tensordot(x, dy, axes=((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+  return _dx(x, kernel, dy), jnp.zeros_like(kernel), dkernel
 
 
 _dot_of_rounded.defvjp(lambda x, kernel, unrounded: (_dot(x, kernel), (x, kernel)), _dot_of_rounded_backward)
+
+
+_dot_on_cpu = jax.custom_vjp(lambda x, kernel: _dot(x, kernel))
+
+
+def _dot_on_cpu_backward(saved, dy):
+  """Contracts one axis for the gradient of the kernel: to contract two, examples and tokens, XLA transposes dy."""
+  x, kernel = saved
+  rows = x.shape[0] * x.shape[1]
+  dkernel = jnp.tensordot(x.reshape(rows, -1), dy.reshape(rows, *dy.shape[2:]), axes=(0, 0))
+  return _dx(x, kernel, dy), dkernel.reshape(kernel.shape)
+
+
+_dot_on_cpu.defvjp(lambda x, kernel: (_dot(x, kernel), (x, kernel)), _dot_on_cpu_backward)
 
 
 def with_gradient_of(kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:

@@ -58,6 +58,16 @@ def platform(mesh: Mesh) -> str:
   return mesh.devices.flat[0].platform
 
 
+def on_one_cpu(mesh: Mesh | None) -> bool:
+  """Whether one CPU has all arrays: then what is fastest there runs, elsewhere what accelerators run.
+
+  Meshes of CPU devices serve tests of what pods do. mesh: None, on one device of this process.
+  """
+  if mesh is None:
+    return jax.default_backend() == 'cpu'
+  return mesh.size == 1 and platform(mesh) == 'cpu'
+
+
 def batch_shards(shape: Mapping[str, int]) -> int:
   """Number of shards of a batch on a mesh of this shape."""
   return math.prod(shape[a] for a in BATCH_AXES)
