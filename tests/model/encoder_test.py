@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from uni_moe_jax.model import encoder
 from uni_moe_jax.model.block import drop_path
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.moe import routers
@@ -96,6 +98,27 @@ def test_rematerialized_blocks_have_the_same_gradients():
     loss = lambda values, s=spec: jnp.sin(small_model.encode(s, [sequence], values=values)[0][0]).sum()
     gradients.append(small_model.jit(jax.grad(loss))(small_model.params(spec)))
   _assert_close(*gradients)
+
+
+def _num_products(jaxpr) -> int:
+  """Products in a jaxpr, those in loops and calls included."""
+  inner = [j for eqn in jaxpr.eqns for x in eqn.params.values() for j in jax.tree.leaves(x)]
+  return sum(eqn.primitive.name == 'dot_general' for eqn in jaxpr.eqns) + sum(
+      _num_products(getattr(j, 'jaxpr', j)) for j in inner if hasattr(getattr(j, 'jaxpr', j), 'eqns'))
+
+
+# A router has three small products. There is one for either sublayer of the scanned block and of the last one.
+@pytest.mark.parametrize('router, of_routers', [('dense', 0), ('attribute', 12)])
+def test_on_a_cpu_rematerialized_blocks_compute_no_product_of_tokens_or_experts_twice(router, of_routers):
+  def products(remat):
+    spec = small_model.spec(router, remat=remat)
+    loss = lambda values: small_model.encode(spec, [small_model.sequence('image_caption')], values=values)[0][0].sum()
+    return _num_products(jax.make_jaxpr(jax.grad(loss))(small_model.params(spec)).jaxpr)
+
+  kept = products(True)
+  with mock.patch.object(encoder, '_kept', lambda mesh: None):
+    assert products(True) > kept
+  assert kept == products(False) + of_routers
 
 
 def test_positions_count_the_tokens_of_the_text():

@@ -118,7 +118,7 @@ class ModelConfig:
       'auto', 'Attention where all queries see the same keys; captions, prompts and caches always use xla. auto: by '
       'device, type and length; xla; cudnn (NVIDIA GPUs from Ampere on, bfloat16); splash (TPUs).',
       choices=('auto', 'xla', 'cudnn', 'splash'))
-  remat: bool = field(True, 'Recomputes blocks in the backward pass: less memory, a third more work.')
+  remat: bool = field(True, 'Recomputes blocks in the backward pass: less memory, a third more work (less on CPU).')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ All sequences of a call go through each layer together, so that each layer's exp
 many task types and target sets a step encodes. Periods of blocks are scanned; the tail is unrolled (see `spec.Stack`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,8 @@ from uni_moe_jax.model.sequences import EmbeddedSequence, KVCache
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.sublayer import Context, Hidden
 from uni_moe_jax.moe import routers
+from uni_moe_jax.moe.layers import PRODUCT
+from uni_moe_jax.parallel import sharding
 
 Collected = dict[str, Any]
 
@@ -35,10 +38,15 @@ class Period(nn.Module):
       last = self.is_tail and j == len(self.pattern) - 1
       block = Block
       if self.is_tail and self.spec.remat:  # the scanned period is rematerialized as a whole
-        block = nn.remat(Block, prevent_cse=True)
+        block = nn.remat(Block, prevent_cse=True, policy=_kept(context.mesh))
       x, out = block(self.spec, sublayers, last, name=f'block{j}')(x, first + j, caches[j], context)
       collected.append(out)
     return x, tuple(collected)
+
+
+def _kept(mesh: Mesh | None) -> Callable[..., bool] | None:
+  """What a rematerialized block keeps: on a CPU its products, which cost more than memory; elsewhere nothing."""
+  return jax.checkpoint_policies.save_only_these_names(PRODUCT) if sharding.on_one_cpu(mesh) else None
 
 
 class Encoder(nn.Module):
@@ -85,7 +93,7 @@ class Encoder(nn.Module):
     collected: Collected = {'blocks': (), **({'sequences': sequences} if taps else {})}
     scanned = len(stack.period) * stack.periods
     if stack.periods:
-      period = nn.remat(Period, prevent_cse=False) if spec.remat else Period
+      period = nn.remat(Period, prevent_cse=False, policy=_kept(self.mesh)) if spec.remat else Period
       run = nn.scan(
           period, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(0, nn.broadcast),
           length=stack.periods, metadata_params={nn.PARTITION_NAME: 'layers'})

@@ -13,12 +13,14 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
 NORM_EPSILON = 1e-5
+PRODUCT = 'product'  # `checkpoint_name` of what is worth keeping where memory is cheaper than computing it again
 
 
 @jax.custom_vjp
@@ -118,7 +120,7 @@ class MoeDense(nn.Module):
     bias = param(self, 'bias', nn.initializers.zeros, experts | out_axes)
     merges = self.num_experts and routing is not None and routing.coef is not None
     if merges:
-      kernel, bias = merge(kernel, routing.coef), merge(bias, routing.coef)
+      kernel, bias = (checkpoint_name(merge(x, routing.coef), PRODUCT) for x in (kernel, bias))
     elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
     if scale is not None:  # in float32: the gradient of the scale is a sum over the input axes
@@ -140,7 +142,7 @@ def project(
 
   unrounded, on_cpu: see `dot`.
   """
-  y = dot(x.astype(kernel.dtype), kernel, unrounded, on_cpu)
+  y = checkpoint_name(dot(x.astype(kernel.dtype), kernel, unrounded, on_cpu), PRODUCT)
   return add_bias(y, bias.reshape((1, 1) + bias.shape))
 
 
