@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model import attention_kernels, masks
+from uni_moe_jax.model import attention_kernels, heads_first_attention, masks
 from uni_moe_jax.model.prompts import prompt_table
 from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache, heads_first
 from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
 from uni_moe_jax.moe.layers import Projection, mimetic_query_key, xavier_uniform
 from uni_moe_jax.moe.routing import MergedRouting
+from uni_moe_jax.parallel import sharding
 
 
 class Attention(Sublayer):
@@ -112,6 +113,10 @@ class Attention(Sublayer):
       if implementation != attention_kernels.XLA:
         valid = None if mask is None else mask[:, 0, 0]
         return attention_kernels.attend(q, k, v, valid, implementation, self.mesh)
+    # With deep prompts in other sequences, XLA's CPU compiler makes a wrong program of contiguous heads.
+    if self.spec.attention_impl == attention_kernels.AUTO and sharding.on_one_cpu(self.mesh) and (
+        not self.spec.num_deep_prompts):
+      return heads_first_attention.attend(q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
