@@ -65,10 +65,6 @@ if missing:
 PY
 }
 
-# A training step on CPU allocates and frees gigabytes. By default the C library returns them to the
-# system every time, and page faults take a quarter of each step.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 MALLOC_ARENA_MAX=1
-
 # Creates .venv unless it exists. Its file `launch` marks it as created by this script, and contains
 # `made` when it is complete. Another .venv is used if it is usable, and never removed.
 make_venv() {

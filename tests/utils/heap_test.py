@@ -40,3 +40,28 @@ def test_threads_share_one_heap_where_jax_can_only_use_the_cpu(environment, call
   env = {'PYTHONPATH': ':'.join(p for p in sys.path if p), **environment}
   done = subprocess.run([sys.executable, '-c', _COUNTED, call], env=env, capture_output=True, text=True, check=True)
   assert done.stdout.count('<heap nr=') == heaps
+
+
+_FAULTS = """
+import ctypes, resource, sys
+from uni_moe_jax.utils import heap
+exec(sys.argv[1])
+libc, size = ctypes.CDLL(None), 1 << 27
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_size_t,), (ctypes.c_void_p,)
+def use():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  array = libc.malloc(size)
+  ctypes.memset(array, 1, size)
+  libc.free(array)
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+use()
+print(use())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_info'), reason='another C library than glibc')
+@pytest.mark.parametrize('call, faults', [('', True), ('heap.use_single_arena()', False)])
+def test_freed_memory_serves_the_next_step_without_page_faults(call, faults):
+  env = {'PYTHONPATH': ':'.join(p for p in sys.path if p), 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run([sys.executable, '-c', _FAULTS, call], env=env, capture_output=True, text=True, check=True)
+  assert (int(done.stdout) > 50) == faults
