@@ -2,14 +2,16 @@
 
 from unittest import mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from uni_moe_jax.data.pipeline import target_sets
 from uni_moe_jax.model import uni_perceiver
-from uni_moe_jax.model.sequences import READ_NOTHING, EmbeddedSequence, Layout, join_equal, take_readout
+from uni_moe_jax.model.sequences import READ_NOTHING, EmbeddedSequence, Layout, Sequence, join_equal, take_readout
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.task_types import Segment, TaskType
 
@@ -137,3 +139,29 @@ def test_sequences_with_different_readout_segments_stay_separate():
   swapped = TaskType('swapped', (Segment('text'), Segment('visual')), 'words', 'slot', 'vqa')
   sequences = [small_model.sequence(k, words=4, text_valid=None) for k in ('vqa', swapped)]
   assert _count_joined('dense', *sequences) == 2
+
+
+@pytest.mark.parametrize('router', ['attribute', 'context'])
+def test_entries_in_buckets_have_the_features_and_gradients_of_entries_padded_to_the_longest(router, monkeypatch):
+  spec, lengths = small_model.spec(router), [4, 2, 3, 4, 2, 2]
+  rng, condition = np.random.default_rng(0), task_types.families()['names']
+  entries = [[rng.integers(2, small_model.VOCABULARY, n).tolist()] for n in lengths]
+  direction = rng.normal(size=(len(entries), spec.width)).astype(np.float32)
+
+  def encoded(min_saved_tokens):
+    """(number of buckets, (features, gradients))."""
+    monkeypatch.setattr(target_sets, 'MIN_SAVED_TOKENS', min_saved_tokens)
+    buckets, order = target_sets.bucket_by_length(entries, small_model.EOT)
+
+    def loss(values):
+      sequences = Sequence.of_buckets('names', condition, buckets, order, False)
+      features = jnp.concatenate([f[:, 0] for f in small_model.encode(spec, sequences, values=values)[0]])[order]
+      return (direction * features).sum(), features
+    grads, features = small_model.jit(jax.grad(loss, has_aux=True))(small_model.params(spec))
+    return len(buckets), (features, grads)
+
+  (num_buckets, bucketed), (one, padded) = encoded(0), encoded(100)
+  assert (num_buckets, one) == (3, 1)
+  chex.assert_trees_all_close(bucketed[0], padded[0], rtol=1e-5, atol=1e-5)
+  largest = max(jnp.abs(g).max() for g in jax.tree.leaves(padded[1]))
+  chex.assert_trees_all_close(bucketed[1], padded[1], rtol=1e-5, atol=1e-5 * largest)

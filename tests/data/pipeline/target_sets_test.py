@@ -57,27 +57,31 @@ def test_a_small_set_is_one_bucket_of_its_longest_entry():
   assert (built.size, built.names) == (3, ('b', 'abc', 'ab'))
 
 
-def test_entries_are_in_the_smallest_bucket_that_fits_and_order_restores_them():
-  # With `eot`: 20 entries of 4 tokens and 20 of 5, alternating, and 17 of 9: buckets of up to 4, 8 and 16 tokens, each
-  # as long as its longest entry.
-  names = _names([3, 4] * 20 + [8] * 17)
+def test_buckets_are_as_long_as_their_longest_entry_and_order_restores_the_set():
+  # With `eot`: 100 entries of 4 tokens and 100 of 9, alternating, and 50 of 8.
+  names = _names([3, 8] * 100 + [7] * 50)
   built = _build(names)
-  assert _shapes(built) == [(20, 4), (20, 5), (17, 9)]
+  assert _shapes(built) == [(100, 4), (150, 9)]
   _check_rows(built, names)
-  assert sorted(built.order) == list(range(57))
+  assert sorted(built.order) == list(range(250))
 
 
-@pytest.mark.parametrize('lengths, shapes', [
-    ([8] * 20 + [2] * 15, [(35, 9)]),
-    ([8] * 20 + [2] * 16, [(16, 3), (20, 9)]),  # not merged
-    ([2] * 5 + [6] * 20 + [12] * 20, [(25, 7), (20, 13)]),  # into the nearest
-    ([2] * 5 + [6] * 5 + [12] * 5, [(15, 13)]),  # repeatedly, up to the longest
+@pytest.mark.parametrize('entries, shapes', [
+    # {letters: entries}; a token more is `eot`. A bucket saves at least 128 tokens,
+    ({2: 128, 3: 9}, [(137, 4)]),
+    ({2: 129, 3: 9}, [(129, 3), (9, 4)]),
+    ({2: 20, 8: 20}, [(40, 9)]),
+    ({2: 22, 8: 20}, [(22, 3), (20, 9)]),
+    # of a large set a fortieth of its tokens: here 150 of 6,000,
+    ({2: 149, 3: 1400}, [(1549, 4)]),
+    ({2: 152, 3: 1400}, [(152, 3), (1400, 4)]),
+    # and the best of several: 3 and 4 tokens together, not 4 and 9.
+    ({2: 100, 3: 100, 8: 100}, [(200, 4), (100, 9)]),
+    ({8: 1, 2: 1}, [(2, 9)]),
 ])
-def test_a_bucket_with_few_entries_is_merged_into_the_next_longer_one(lengths, shapes):
-  names = _names(lengths)
-  built = _build(names)
+def test_a_bucket_of_its_own_saves_enough_padding(entries, shapes):
+  built = _build(_names([letters for letters, n in entries.items() for _ in range(n)]))
   assert _shapes(built) == shapes
-  _check_rows(built, names)
 
 
 def test_the_vocabulary_has_no_buckets():

@@ -1,7 +1,7 @@
 """Target sets as arrays: entries are tokenized once and grouped into buckets of similar length.
 
-Most entries of a set are shorter than its longest. Entries of one length are encoded together, which is exact and saves
-about a third of the target-side compute for class names.
+Most entries of a set are shorter than its longest. Entries of similar length are encoded together, which is exact and
+saves most of the target-side compute that padding to the longest would take.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from uni_moe_jax.data.pipeline.examples import pad_tokens
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
 
-BUCKET_LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens; an entry goes into the smallest that fits
-MIN_BUCKET_SIZE = 16  # entries; a smaller bucket is not worth its own shape and is merged into the next longer one
+# A bucket must save so many tokens of padding, and this share of the set's tokens: every shape takes compile time.
+MIN_SAVED_TOKENS, MIN_SAVED_SHARE = 128, 0.025
 
 Buckets = tuple[dict[str, np.ndarray], ...]
 
@@ -71,10 +71,7 @@ def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokeni
 
 def bucket_by_length(entries: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[Buckets, np.ndarray]:
   """Returns (buckets, order) of entries, each with one or more tokenized names; see `TargetSet`."""
-  bucket = np.searchsorted(BUCKET_LENGTHS, [max(map(len, names)) for names in entries])
-  for b in np.unique(bucket)[:-1]:
-    if (bucket == b).sum() < MIN_BUCKET_SIZE:
-      bucket[bucket == b] = bucket[bucket > b].min()
+  bucket = _bucket_of([max(map(len, names)) for names in entries])
   order = np.empty(len(entries), np.int32)
   order[np.argsort(bucket, kind='stable')] = np.arange(len(entries))
   has_synonyms, buckets = any(len(names) > 1 for names in entries), []
@@ -90,3 +87,20 @@ def bucket_by_length(entries: Sequence[Sequence[Sequence[int]]], pad: int) -> tu
     else:
       buckets.append({'text': ids, 'valid': valid})
   return tuple(buckets), order
+
+
+def _bucket_of(lengths: Sequence[int]) -> np.ndarray:
+  """Returns int [V], the bucket of each entry, shortest first: padding plus the price of the buckets is least.
+
+  The best buckets of the n shortest distinct lengths are those of fewer lengths and one bucket more.
+  """
+  distinct, entries = np.unique(lengths, return_counts=True)
+  price = max(MIN_SAVED_TOKENS, MIN_SAVED_SHARE * np.sum(lengths))
+  shorter = np.concatenate([[0], np.cumsum(entries)])  # number of entries below each distinct length
+  cost, longest = [0.0], [()]  # of the best buckets; the longest length of each bucket
+  for i, length in enumerate(distinct):
+    costs = cost + (shorter[i + 1] - shorter[:i + 1]) * length
+    best = np.argmin(costs)
+    cost.append(costs[best] + price)
+    longest.append((*longest[best], length))
+  return np.searchsorted(longest[-1], lengths)
