@@ -6,10 +6,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.helpers import small_model, tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.train import loop, step
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.train import step
 
 # Values of every number that a program takes, all of which matter in the first two steps.
 NUMBERS = {
@@ -48,6 +50,31 @@ def _text(run):
 def test_runs_that_differ_in_numbers_share_a_compiled_program():
   assert _text(_run(0)) == _text(_run(1))
   assert _text(_built(_config(0, **{'optim.b2': .9}))) != _text(_run(0))
+
+
+@pytest.mark.slow
+def test_a_second_run_finds_every_program_in_the_compilation_cache(tmp_path):
+  def train(variant):
+    c = _config(variant)
+    c.evaluators.masked = config_lib.evaluator('mlm', 'text', split='train', batch_size=8, during_training=True)
+    c.train.evaluate_every = 2
+    jax.clear_caches()
+    assert loop.train(c, str(tmp_path / f'run{variant}'), jax.devices()[:1]) == loop.FINISHED
+    return {file.name for file in (tmp_path / 'cache').iterdir() if file.name.endswith('-cache')}
+
+  settings = {'jax_compilation_cache_dir': str(tmp_path / 'cache'), 'jax_persistent_cache_min_compile_time_secs': 0}
+  before = {name: getattr(jax.config, name) for name in settings}
+  try:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX checks only once where the cache is
+    first = train(0)
+    assert any('jit_step' in name for name in first)
+    assert train(1) == first
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.slow

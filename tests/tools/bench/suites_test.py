@@ -110,12 +110,19 @@ def test_the_compilation_cache_is_enabled_again_afterwards():
 
 
 def test_both_depths_are_compiled_twice_in_turn_after_an_uncounted_compile():
-  depths, seconds = [], iter((99., 10., 12., 14., 11.))
+  depths, seconds = [], iter((99., 3., 5., 10., 12., 14., 11.))
   sizes = dataclasses.replace(_SIZES, rounds=11, compiled_layers=(12, 24))
   context = dataclasses.replace(_context(), sizes=sizes, config=_config())
-  with mock.patch.object(training_steps, '_compile_seconds', lambda _, layers: depths.append(layers) or next(seconds)):
-    small, large, growth = training_steps.compile_time(context)
-  assert depths == [12, 12, 24, 24, 12]
+
+  def compiled(_, layers, cache=None, **changes):
+    depths.append((layers, bool(cache), bool(changes)))
+    return next(seconds)
+
+  with mock.patch.object(training_steps, '_compile_seconds', compiled):
+    small, large, growth, cached = training_steps.compile_time(context)
+  assert depths[:3] == [(12, True, False), (12, True, True), (12, True, True)]
+  assert depths[3:] == [(layers, False, False) for layers in (12, 24, 24, 12)]
+  assert cached.figure.value == 4.
   assert (small.figure.value, large.figure.value) == (10.5, 13.)
   assert growth.figure.value == pytest.approx((12 / 10 + 14 / 11) / 2)  # of the rounds' own ratios
   assert 'at D 16 on 1 cpu device;' in growth.note

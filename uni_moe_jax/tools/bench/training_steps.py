@@ -1,6 +1,9 @@
 """Suites `routers`, `mixed`, `published` and `compile`: training and inference steps, and their compile time."""
 
+import contextlib
+import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,6 +30,7 @@ _PUBLISHED_SECONDS = 3.2  # B 8, 1000 names of 8 tokens, dense and MoE
 REALISTIC = {2: 0.15, 3: 0.30, 4: 0.25, 5: 0.15, 6: 0.08, 7: 0.04, 8: 0.03}
 _COMPILE, _GROWTH = Budget(60, 30), Budget(1.3)
 _COMPILES = 2  # of each depth; they take long
+_OTHER_NUMBERS = {'seed': 1, 'train.steps': 1001, 'optim.learning_rate': 1e-4, 'optim.warmup_steps': 7}
 
 
 def router_cases() -> dict[str, dict[str, Any]]:
@@ -103,9 +107,11 @@ def published(context: Context) -> list[Row]:
 
 
 def compile_time(context: Context) -> list[Row]:
-  """Compile the step of the config's tasks at two depths, without any cache."""
+  """Compile the step of the config's tasks at two depths without any cache, and again with other numbers from one."""
   s, (small, large) = context.sizes, context.sizes.compiled_layers
-  _compile_seconds(context, small)  # the first compile of a process is slower
+  with tempfile.TemporaryDirectory() as cache:
+    _compile_seconds(context, small, cache)  # the first compile of a process is slower
+    cached = [_compile_seconds(context, small, cache, **_OTHER_NUMBERS) for _ in range(min(s.rounds, _COMPILES))]
   seconds = {small: [], large: []}
   for i in range(min(s.rounds, _COMPILES)):
     # A process that has compiled much is slower: neither depth is always second.
@@ -115,28 +121,43 @@ def compile_time(context: Context) -> list[Row]:
   devices = f'{len(context.devices)} {context.devices[0].platform} device{"s" * (len(context.devices) > 1)}'
   note = (f"the config's step at D {s.width} on {devices}; tracing, lowering and compiling, after one uncounted "
           f'compile; task types: {", ".join(types)}')
+  changed = ', '.join(f'{name}={value}' for name, value in _OTHER_NUMBERS.items())
   return [
       Row('compile', f'{small} layers, all tasks, cold', estimate(seconds[small]), 's', _COMPILE, note),
       Row('compile', f'{large} layers, all tasks, cold', estimate(seconds[large]), 's', None, note),
       Row('compile', f'{large} layers / {small} layers', estimate(np.divide(seconds[large], seconds[small])), 'x',
-          _GROWTH, note)]
+          _GROWTH, note),
+      Row('compile', f'{small} layers, all tasks, other numbers', estimate(cached), 's', None,
+          'tracing, lowering and reading from the compilation cache a program that was compiled before these changes: '
+          f'{changed}')]
 
 
-def _compile_seconds(context: Context, layers: int) -> float:
+def _compile_seconds(context: Context, layers: int, cache: str | None = None, **changes: Any) -> float:
+  """Seconds until the step of a changed config is compiled; cache: a folder of compiled programs."""
   s = context.sizes
   config = context.own_config(num_layers=layers, width=s.width, num_heads=s.num_heads, mlp_dim=s.mlp_dim)
-  config.train.mixture = 'all_tasks'
+  config.update_from_flattened_dict({'train.mixture': 'all_tasks', **changes})
   run = context.build(config)
   _, batch = next(run.mixture().iterate(0, 1))
   batch, sets = run.put_batch(batch), run.target_sets()
-  enabled = jax.config.jax_enable_compilation_cache
-  jax.config.update('jax_enable_compilation_cache', False)
-  compilation_cache.reset_cache()  # JAX checks only once whether there is a cache
-  jax.clear_caches()
-  try:
+  with _compilation_cache(cache):
+    jax.clear_caches()
     start = time.perf_counter()
     run.step_fn().lower(run.abstract_state(), batch, sets).compile()
     return time.perf_counter() - start
-  finally:
+
+
+@contextlib.contextmanager
+def _compilation_cache(folder: str | None) -> Iterator[None]:
+  """Uses a folder as JAX's compilation cache, or none."""
+  def use(enabled: bool, folder: str | None) -> None:
     jax.config.update('jax_enable_compilation_cache', enabled)
-    compilation_cache.reset_cache()
+    jax.config.update('jax_compilation_cache_dir', folder)
+    compilation_cache.reset_cache()  # JAX checks only once whether there is a cache
+
+  before = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
+  use(folder is not None, folder)
+  try:
+    yield
+  finally:
+    use(*before)
