@@ -17,10 +17,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 @functools.cache
 def _jitted(method: str, spec: ModelSpec):
-  static = (1,) if method == 'prefix' else ()
-  return small_model.jit(
-      lambda values, *args: embedders.Embed(spec).apply({'params': values}, *args, method=method),
-      static_argnums=static)
+  return small_model.jit(lambda values, *args: embedders.Embed(spec).apply({'params': values}, *args, method=method))
 
 
 def _apply(method: str, *args, spec: ModelSpec | None = None):
@@ -109,19 +106,16 @@ def test_patches_and_frames_are_in_reading_order_and_colors_the_last_axis_of_a_p
       [[*range(0, 6), *range(12, 18)], [*range(6, 12), *range(18, 24)]])
 
 
-def test_word_position_and_type_are_summed_under_the_norm_and_each_example_may_have_its_own_positions():
+def test_word_position_and_type_are_summed_under_the_norm():
   t, ids, positions = _tables(), jnp.array([[5, 7, 5], [9, 2, 22]]), jnp.array([[0, 1, 4], [2, 2, 3]])
-  expected = _norm(t['word'][np.asarray(ids)] + t['position'][[0, 1, 4]] + t['type'][0])
-  _assert_close(_apply('text', ids, positions[0]), expected)
-  both = _apply('text', ids, positions)
-  for i in (0, 1):
-    _assert_close(both[i], _apply('text', ids, positions[i])[i])
+  expected = _norm(t['word'][np.asarray(ids)] + t['position'][np.asarray(positions)] + t['type'][0])
+  _assert_close(_apply('text', ids, positions), expected)
 
 
 def test_the_prefix_is_the_word_spe_alone_under_the_norm_or_a_word_as_a_text_of_length_one():
-  _assert_close(_apply('prefix', 3), np.broadcast_to(_norm(_tables()['word'][small_model.SPE]), (3, 1, 16)))
-  prefix = _apply('prefix', 2, spec=small_model.spec(prefix_word=6))
-  _assert_close(prefix, _apply('text', jnp.array([[6], [6]]), jnp.array([0])))
+  _assert_close(_apply('prefix'), _norm(_tables()['word'][small_model.SPE])[None, None])
+  prefix = _apply('prefix', spec=small_model.spec(prefix_word=6))
+  _assert_close(prefix, _apply('text', jnp.array([[6]]), jnp.array([[0]])))
 
 
 def _expected(pixels, first_frame: int, spatial: np.ndarray = embedders.sincos_table(2, 16)) -> np.ndarray:
@@ -174,7 +168,7 @@ def test_a_type_of_visual_tokens_is_added_to_each_of_them_but_not_to_texts_and_t
   actual = _jitted('visual', spec)(dict(_tables(), visual_type=row.astype(np.float32)), _pixels(2), 1)
   _assert_close(actual, _expected(_pixels(2), 1, embedders.sincos_table(2, 16) + row.astype(np.float32)))
   assert np.abs(actual - _expected(_pixels(2), 1)).max() > .1
-  for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2))), ('prefix', (2,))):
+  for method, args in (('text', (jnp.array([[5, 7]]), jnp.arange(2)[None])), ('prefix', ())):
     np.testing.assert_array_equal(_apply(method, *args, spec=spec), _apply(method, *args))
 
 
@@ -218,7 +212,7 @@ def test_one_norm_serves_text_and_images_and_optional_tables_are_parameters_when
 @pytest.mark.parametrize('posemb, computed', [('frozen', True), ('learned', False)])
 def test_a_frozen_spatial_table_starts_as_the_computed_one(posemb, computed):
   module = embedders.Embed(small_model.spec(posemb=posemb, posemb_scale=.5))
-  init = small_model.jit(functools.partial(module.init, method='prefix'), static_argnums=1)
-  table = nn.unbox(init(jax.random.key(0), 1))['params']['spatial']
+  init = small_model.jit(functools.partial(module.init, method='prefix'))
+  table = nn.unbox(init(jax.random.key(0)))['params']['spatial']
   assert table.shape == (4, 16)
   assert np.array_equal(table, embedders.sincos_table(2, 16, .5)) == computed

@@ -11,7 +11,15 @@ import pytest
 from tests.helpers import small_model
 from uni_moe_jax.data.pipeline import target_sets
 from uni_moe_jax.model import uni_perceiver
-from uni_moe_jax.model.sequences import READ_NOTHING, EmbeddedSequence, Layout, Sequence, join_equal, take_readout
+from uni_moe_jax.model.sequences import (
+    READ_NOTHING,
+    EmbeddedSequence,
+    Layout,
+    Sequence,
+    join_equal,
+    map_joined,
+    take_readout,
+)
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.task_types import Segment, TaskType
 
@@ -165,3 +173,23 @@ def test_entries_in_buckets_have_the_features_and_gradients_of_entries_padded_to
   chex.assert_trees_all_close(bucketed[0], padded[0], rtol=1e-5, atol=1e-5)
   largest = max(jnp.abs(g).max() for g in jax.tree.leaves(padded[1]))
   chex.assert_trees_all_close(bucketed[1], padded[1], rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize('shards', [1, 2])
+def test_a_function_of_tokens_sees_all_arrays_at_once_and_each_gets_its_own_results(shards):
+  rng, shapes = np.random.default_rng(0), ((2, 3), (4, 1), (2, 5))
+  arrays = [(rng.normal(size=(*shape, 2)), rng.normal(size=shape)) for shape in shapes]
+  calls = []
+
+  def f(x):
+    calls.append(x[1].shape)
+    return x[0] * x[1][..., None]
+
+  for (a, b), y in zip(arrays, map_joined(f, arrays, shards), strict=True):
+    np.testing.assert_allclose(y, a * b[..., None], rtol=1e-6)
+  assert calls == [(shards, 20 // shards)]
+
+
+def test_arrays_that_do_not_divide_over_the_shards_stay_alone():
+  arrays = [np.ones((3, 2)), np.ones((2, 2))]
+  assert [y.shape for y in map_joined(lambda x: x, arrays, 2)] == [(3, 2), (2, 2)]

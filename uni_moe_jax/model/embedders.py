@@ -98,23 +98,22 @@ class Embed(nn.Module):
     return x
 
   def text(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
-    """ids [B, S] and positions [S] or [B, S] → [B, S, D]."""
-    if positions.ndim == 1:
-      positions = positions[None]
+    """ids [B, S] and positions [B, S] → [B, S, D]."""
     return self.norm(self.words(ids) + self.position[positions] + self.type[0][None, None])
 
-  def prefix(self, batch: int) -> jax.Array:
-    """The prefix `spe`, [B, 1, D]: LN(Word[spe]) without position and type, or a word as a text."""
+  def prefix(self) -> jax.Array:
+    """The prefix `spe`, [1, 1, D]: LN(Word[spe]) without position and type, or a word as a text."""
     s = self.spec
     if s.prefix_word is None:
-      token = self.norm(self.words(jnp.full((1, 1), s.spe_id)))
-    else:
-      token = self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1,), jnp.int32))
-    return jnp.broadcast_to(token, (batch, 1, s.width))
+      return self.norm(self.words(jnp.full((1, 1), s.spe_id)))
+    return self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1, 1), jnp.int32))
 
-  def front(self, batch: int, is_target: bool, label_set: str | None, classes: jax.Array | None) -> jax.Array:
+  def front(
+      self, prefix: jax.Array, batch: int, is_target: bool, label_set: str | None, classes: jax.Array | None
+  ) -> jax.Array:
     """Tokens before the data, [B, n, D]: the prefix `spe`, then prompts; arguments as in `TokenPrompts`."""
-    return jnp.concatenate([self.prefix(batch), *self.prompts(batch, is_target, label_set, classes)], axis=1)
+    prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape[1:]))
+    return jnp.concatenate([prefix, *self.prompts(batch, is_target, label_set, classes)], axis=1)
 
   def visual(self, pixels: jax.Array, temporal_offset: jax.Array) -> jax.Array:
     """Frames → [B, T · patches, D].

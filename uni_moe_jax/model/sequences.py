@@ -7,6 +7,7 @@ export build them by the same constructors, so that all encode the same.
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -149,6 +150,15 @@ class Sequence:
       start += n
     return tuple(out)
 
+  def token_positions(self) -> jax.Array:
+    """int32 [B, S] rows of the position table, one per token of the text."""
+    if self.text_positions is not None:
+      return jnp.broadcast_to(self.text_positions, self.text.shape)
+    positions = jnp.arange(self.text.shape[1], dtype=jnp.int32)
+    if self.layout.masks[self.layout.modalities.index('text')] == 'two_stream':
+      positions = positions % (self.text.shape[1] // 2)
+    return jnp.broadcast_to(positions, self.text.shape)
+
   def pad_batch(self, multiple: int) -> 'Sequence':
     """Pads texts with examples without valid tokens, so that every device has equally many.
 
@@ -241,6 +251,25 @@ def take_rows(x: jax.Array, rows: slice, shards: int) -> jax.Array:
 def flat_fields(fields: Fields) -> Fields:
   """Flattens the leading [shards, b] of every field, except the temporal offset, which a batch has once."""
   return {name: x if name == 'temporal_offset' else flatten(x) for name, x in fields.items()}
+
+
+def map_joined(f: Callable[[Any], jax.Array], arrays: list[Any], shards: int) -> list[jax.Array]:
+  """Applies a function of tokens to several arrays of them at once, and so reads its weights once.
+
+  Args:
+    f: [shards, N, …] → [shards, N, …], each token by itself.
+    arrays: pytrees of arrays [shards · b, S, …], with any b and S.
+  """
+  if len(arrays) < 2 or any(x.shape[0] % shards for x in jax.tree.leaves(arrays)):
+    return [f(x) for x in arrays]
+  rows = [jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[2:]), a) for a in arrays]
+  y, out, start = f(jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *rows)), [], 0
+  for a in arrays:
+    B, S = jax.tree.leaves(a)[0].shape[:2]
+    own = y[:, start:start + B // shards * S]
+    out.append(own.reshape(B, S, *y.shape[2:]))
+    start += own.shape[1]
+  return out
 
 
 def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], shards: int):

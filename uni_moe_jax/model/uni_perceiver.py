@@ -15,7 +15,7 @@ from uni_moe_jax.model.embedders import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
 from uni_moe_jax.model.heads import LinearHead, SimilarityHead
 from uni_moe_jax.model.prompts import prompt_table
-from uni_moe_jax.model.sequences import EmbeddedSequence, Layout, Sequence, join_equal
+from uni_moe_jax.model.sequences import EmbeddedSequence, Layout, Sequence, join_equal, map_joined
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.moe.layers import param
@@ -62,7 +62,7 @@ class UniPerceiver(nn.Module):
     keys or taps are collected or there is a cache. For the options see `Encoder`.
     """
     sequences, structure = jax.tree.flatten(sequences, is_leaf=lambda x: isinstance(x, Sequence))
-    embedded, caches = tuple(self._embed(s) for s in sequences), tuple(s.kv_cache for s in sequences)
+    embedded, caches = self._embed(sequences), tuple(s.kv_cache for s in sequences)
     if keys or taps or any(c is not None for c in caches):
       hidden, collected = self.encoder(embedded, caches, key=key, all_rows=all_rows, taps=taps, keys=keys)
       return Encoded(structure.unflatten(hidden), collected)
@@ -87,24 +87,24 @@ class UniPerceiver(nn.Module):
     return (tuple(routers.router_input(self.spec.router, c) for c in layout.conditions), layout.masks, layout.readout,
             layout.readout_segment, self.spec.num_deep_prompts and prompt_table(self.spec, layout.is_target))
 
-  def _embed(self, s: Sequence) -> EmbeddedSequence:
-    """Embeds a raw sequence; prefix and prompts become the first tokens of segment 0."""
+  def _embed(self, sequences: list[Sequence]) -> tuple[EmbeddedSequence, ...]:
+    """Embeds raw sequences, the texts of all of them together: each one's gradient has the size of the word table."""
+    prefix = self.embed.prefix() if any(s.layout.prefixed for s in sequences) else None
+    texts = [(s.text, s.token_positions()) for s in sequences if s.text is not None]
+    embed = lambda text: sharding.shard_batch(self.embed.text(*text), self.mesh)
+    embedded = iter(map_joined(embed, texts, self.shards))
+    return tuple(self._segments(s, None if s.text is None else next(embedded), prefix) for s in sequences)
+
+  def _segments(self, s: Sequence, text: jax.Array | None, prefix: jax.Array | None) -> EmbeddedSequence:
+    """A sequence with its embedded text [B, S, D]; prefix and prompts become the first tokens of segment 0."""
     layout = s.layout
     segments, valid = [], []
-    for modality, mask in zip(layout.modalities, layout.masks):
-      if modality == 'visual':
-        segments.append(self.embed.visual(s.pixels, s.temporal_offset))
-        valid.append(None)
-      else:
-        positions = s.text_positions
-        if positions is None:
-          n = s.text.shape[1]
-          positions = jnp.arange(n) % (n // 2) if mask == 'two_stream' else jnp.arange(n)
-        segments.append(self.embed.text(s.text, positions))
-        valid.append(s.text_valid)
+    for modality in layout.modalities:
+      segments.append(text if modality == 'text' else self.embed.visual(s.pixels, s.temporal_offset))
+      valid.append(s.text_valid if modality == 'text' else None)
     positions = s.positions if layout.readout in ('masked', 'slot') else None
     if layout.prefixed:
-      front = self.embed.front(segments[0].shape[0], layout.is_target, layout.label_set, s.classes)
+      front = self.embed.front(prefix, segments[0].shape[0], layout.is_target, layout.label_set, s.classes)
       segments[0] = jnp.concatenate([front, segments[0]], axis=1)
       if valid[0] is not None:
         # Examples that only pad the batch have no valid prefix either.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.model import heads
 from uni_moe_jax.model.encoder import Collected
-from uni_moe_jax.model.sequences import Sequence, flat_fields, flatten, take_rows
+from uni_moe_jax.model.sequences import Sequence, flat_fields, flatten, map_joined, take_rows
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import losses
@@ -135,7 +135,8 @@ def forward(
   def encode(model):
     padded = jax.tree.map(lambda s: s.pad_batch(model.shards), sequences, is_leaf=lambda x: isinstance(x, Sequence))
     encoded = model.encode(padded, key=key)
-    return jax.tree.map(model.features, encoded.hidden), encoded.collected
+    hidden, structure = jax.tree.flatten(encoded.hidden)
+    return structure.unflatten(map_joined(model.features, hidden, model.shards)), encoded.collected
 
   features, collected = spec.model.apply({'params': params}, method=encode)
   sets = {}
