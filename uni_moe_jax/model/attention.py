@@ -149,7 +149,10 @@ def _weighted(w: jax.Array, v: jax.Array) -> jax.Array:
   v = _per_example(v, w.shape[0])
   (B, N, Q, S), (b, _, _, H) = w.shape, v.shape
   w = w.astype(v.dtype).reshape(b, B // b, N, Q, S).swapaxes(1, 2).reshape(b, N, -1, S)
-  return jnp.einsum('bnqs,bnsh->bqnh', w, v, preferred_element_type=jnp.float32).reshape(B, Q, N, H)
+  # Transposed afterwards: of 'bqnh' einsum makes a product of transposed operands, for which XLA's CPU backend has only
+  # a loop, ten times as slow.
+  y = jnp.einsum('bnqs,bnsh->bnqh', w, v, preferred_element_type=jnp.float32)
+  return y.swapaxes(1, 2).reshape(B, Q, N, H)
 
 
 def _per_example(x: jax.Array, batch: int) -> jax.Array:
