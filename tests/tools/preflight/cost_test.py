@@ -273,6 +273,53 @@ def test_a_collective_that_overlaps_with_products_counts_once():
   assert total.payload == {'all-gather': 2 * 32 * 4}
 
 
+def test_a_buffer_that_passes_through_a_fusion_does_not_move():
+  # The first fusion starts to gather, the second does its own work meanwhile and returns both buffers as they are.
+  gather = 'all-gather(%p), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}'
+  more = f'''%start (p: f32[8]) -> (f32[8], f32[64]) {{
+  %p = f32[8] parameter(0)
+  %g = f32[64] {gather}
+  ROOT %out = (f32[8], f32[64]) tuple(%p, %g)
+}}
+
+%during (p: f32[8], gathered: f32[64], x: f32[16]) -> (f32[16], f32[8], f32[64]) {{
+  %p = f32[8] parameter(0)
+  %gathered = f32[64] parameter(1)
+  %x = f32[16] parameter(2)
+  %y = f32[16] negate(%x)
+  %g = f32[64] {gather}
+  ROOT %out = (f32[16], f32[8], f32[64]) tuple(%y, %p, %g)
+}}
+'''
+  lines = '''  %begun = (f32[8], f32[64]) fusion(%p0), kind=kCustom, calls=%start
+  %part = f32[8] get-tuple-element(%begun), index=0
+  %whole = f32[64] get-tuple-element(%begun), index=1
+'''
+  total = _entry('(f32[16], f32[8], f32[64]) fusion(%part, %whole, %p1), kind=kOutput, calls=%during', 'f32[8]',
+                 'f32[16]', more=more, lines=lines)
+  assert total.bytes == 4 * (8 + 64) + 4 * (16 + 16)  # of the collective, once, and of the second fusion's own work
+
+
+def test_traffic_is_listed_by_place_in_the_model_pass_and_array():
+  names = {'forward': 'jvp(Model.encode)/encoder/while/body/closed_call/blocks/block1/mlp/dot_general',
+           'backward': 'transpose(jvp(Model.encode))/encoder/while/body/closed_call/checkpoint/blocks/block1/mlp/mul',
+           'recomputed': 'transpose(jvp(Model.encode))/encoder/checkpoint/rematted_computation/block1/block1._add/add'}
+  lines = ''.join(f'  %{which} = f32[4,16] negate(%p0), metadata={{op_name="jit(step)/{name}" stack_frame_id=1}}\n'
+                  for which, name in names.items())
+  total = _entry('f32[4,16] copy(%forward)', 'f32[4,16]', lines=lines)
+  assert total.moved == {
+      'encoder/blocks/block1/mlp/dot_general, forward, f32[4,16]': 512,
+      'encoder/blocks/block1/mlp/mul, backward, f32[4,16]': 512,
+      'encoder/block1/add, recomputed, f32[4,16]': 512, 'copy, f32[4,16]': 512}
+  assert total.bytes == 4 * 512
+
+
+def test_the_traffic_of_a_loop_body_is_listed_as_often_as_the_loop_runs():
+  total = _cost()
+  assert total.moved['all-reduce, f32[4,16]'] == 7 * 2 * 256
+  assert sum(total.moved.values()) == total.bytes
+
+
 # A third of an array is copied to faster memory, as libtpu writes it before and after code generation.
 _PLANNED = '''HloModule sliced, is_scheduled=true
 

@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ _FREE = frozenset((
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
     'iota', 'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'domain', 'async-update',
     'get-dimension-size'))
+_WRAPPERS = ('while', 'body', 'closed_call', 'checkpoint', 'rematted_computation')  # in names: of JAX, not of the model
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _PASSES = {'high': 3, 'highest': 6}  # bfloat16 products of a TPU for one of float32 operands, by precision; default: 1
 
@@ -32,19 +34,29 @@ class Cost:
   flops: float = 0.0  # of matrix products, and of kernels with a cost estimate; multiply and add count as two
   bfloat16_flops: float = 0.0  # the same, of the bfloat16 products by which a TPU computes them
   bytes: float = 0.0  # read from and written to the device memory
+  moved: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # of `bytes`, by `_label`
   calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   payload: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # bytes of their arrays
   sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # bytes, at least
   unknown_loops: int = 0  # loops with an unknown trip count; their bodies count once
   unknown_kernels: int = 0  # custom kernels without a cost estimate; their FLOPs are not counted
 
-  def plus(self, other: 'Cost', times: int = 1) -> 'Cost':
-    """Return the sum of this and `times` the other; unknown loops and kernels are added once."""
-    add = lambda a, b: collections.Counter({k: a[k] + times * b[k] for k in {*a, *b}})
-    return Cost(
-        *(getattr(self, name) + times * getattr(other, name) for name in ('flops', 'bfloat16_flops', 'bytes')),
-        *(add(getattr(self, name), getattr(other, name)) for name in ('calls', 'payload', 'sent')),
-        self.unknown_loops + other.unknown_loops, self.unknown_kernels + other.unknown_kernels)
+  @classmethod
+  def sum(cls, costs: Iterable['Cost'], times: int = 1) -> 'Cost':
+    """Return `times` the sum of costs; unknown loops and kernels are added once."""
+    total: dict[str, Any] = dict(vars(cls()))
+    for one in costs:
+      for name, value in vars(one).items():
+        if isinstance(value, dict):
+          for key, amount in value.items():
+            total[name][key] += times * amount
+        else:
+          total[name] += value if name.startswith('unknown') else times * value
+    return cls(**total)
+
+  def plus(self, other: 'Cost') -> 'Cost':
+    """Return the sum of two costs."""
+    return self.sum((self, other))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +94,7 @@ def of_module(module: Module) -> Cost:
   def of_computation(name: str, fused: bool) -> Cost:
     """fused: values stay in registers, so only products count."""
     computation = module[name]
-    return functools.reduce(Cost.plus, (of_op(computation, op, fused) for op in computation.ops.values()), Cost())
+    return Cost.sum(of_op(computation, op, fused) for op in computation.ops.values())
 
   def of_op(computation: Computation, op: Op, fused: bool) -> Cost:
     opcode, collective = op.opcode, op.opcode.removesuffix('-start')
@@ -91,26 +103,49 @@ def of_module(module: Module) -> Cost:
     if opcode == 'while':
       times = trip_count(module, computation, op)
       body, condition = (of_computation(name, fused) for name in op.called('body', 'condition'))
-      return Cost(unknown_loops=times is None).plus(body.plus(condition), 1 if times is None else times)
+      return Cost.sum((body, condition), 1 if times is None else times).plus(Cost(unknown_loops=times is None))
     if opcode == 'conditional':
       branches = op.called('branch_computations', 'true_computation', 'false_computation')
       return max((of_computation(b, fused) for b in branches), key=lambda c: (c.flops, c.bytes))
     if opcode in ('call', 'async-start'):
       return of_computation(op.called('to_apply', 'calls')[0], fused)
+    if opcode == 'custom-call' and '"AllocateBuffer"' in op.attributes:
+      return Cost()
     if opcode == 'fusion':
       [inner] = op.called('calls')
       moved = 0.0 if fused else _fusion_traffic(module, computation, op)
-      return of_computation(inner, True).plus(Cost(bytes=moved))
+      return of_computation(inner, True).plus(_moves(computation, op, moved))
     work = _WORK.get(opcode, lambda *_: Cost())(computation, op)
     if collective in COLLECTIVES:
+      work = _collective(computation, op, collective, module.devices)
       if fused and (channel := op.attribute('channel_id')):
         if channel in channels:
           return Cost()
         channels.add(channel)
-      work = _collective(computation, op, collective, module.devices)
-    return work.plus(Cost(bytes=0.0 if fused or opcode in _FREE else _traffic(computation, op)))
+        return work.plus(_moves(computation, op, _traffic(computation, op)))
+    return work.plus(_moves(computation, op, 0.0 if fused or opcode in _FREE else _traffic(computation, op)))
 
   return of_computation(module.entry, False)
+
+
+def _moves(computation: Computation, op: Op, moved: float) -> Cost:
+  """The cost of bytes that an instruction moves."""
+  return Cost(bytes=moved, moved=collections.Counter({_label(computation, op): moved} if moved else {}))
+
+
+def _label(computation: Computation, op: Op) -> str:
+  """Where an instruction is in the model, in which pass, and the largest array that it reads or writes.
+
+  A fusion has the name of one of its instructions; copies that XLA adds have none.
+  """
+  metadata = re.search(r'op_name="([^"]*)"', op.attributes)
+  path = metadata[1] if metadata else ''
+  passes = {'rematted_computation': ', recomputed', 'transpose(': ', backward', 'jvp(': ', forward'}
+  which = next((text for mark, text in passes.items() if mark in path), '')
+  parts = dict.fromkeys(p for p in path.split('/') if re.fullmatch(r'[a-z][\w.\-]*', p) and '._' not in p)
+  name = '/'.join(p for p in parts if p not in _WRAPPERS) or op.opcode
+  largest = max((*op.shapes, *computation.shapes_of(op)), key=lambda s: s.bytes, default=None)
+  return f'{name}{which}' + (f', {largest.dtype}[{",".join(map(str, largest.dims))}]' if largest else '')
 
 
 def _bytes_in_memory(shapes: Iterable[Shape]) -> float:
@@ -138,7 +173,10 @@ def _results(op: Op) -> tuple[Shape, ...]:
 
 
 def _fusion_traffic(module: Module, computation: Computation, op: Op) -> float:
-  """An operand that is only sliced counts as its slices, a result that is updated in place as its update."""
+  """An operand that is only sliced counts as its slices, a result that is updated in place as its update.
+
+  Operands that are returned stay where they are, and a collective that overlaps with the fusion counts by itself.
+  """
   inner = module[op.called('calls')[0]]
   moved = 0.0
   for i, name in enumerate(op.operands):
@@ -149,6 +187,8 @@ def _fusion_traffic(module: Module, computation: Computation, op: Op) -> float:
   for result, shape in zip(results, op.shapes):
     while result.opcode in ('bitcast', 'copy', 'convert') and result.operands[0] in inner.ops:
       result = inner.ops[result.operands[0]]
+    if result.opcode == 'parameter' or result.opcode in COLLECTIVES:
+      continue
     updated = result.opcode == 'dynamic-update-slice'
     moved += _part_traffic([shape], inner.ops[result.operands[1]].shapes if updated else [shape])
   return moved
@@ -157,6 +197,8 @@ def _fusion_traffic(module: Module, computation: Computation, op: Op) -> float:
 def _slices(module: Module, fused: Computation, index: int) -> list[Shape] | None:
   """The slices by which alone a fusion, or one within it, reads a parameter; None: it reads the whole array."""
   def of_array(name: str) -> list[Shape] | None:
+    if name == fused.root:
+      return None
     parts = []
     uses = [(user, i) for user in fused.ops.values() for i, operand in enumerate(user.operands) if operand == name]
     for user, i in uses:
@@ -166,12 +208,12 @@ def _slices(module: Module, fused: Computation, index: int) -> list[Shape] | Non
         part = of_array(user.name)
       else:
         part = list(user.shapes) if user.opcode in _SLICES and i == 0 else None
-        if user.opcode == 'dynamic-update-slice' and i == 0:  # in place
+        if user.opcode == 'dynamic-update-slice' and i == 0 or user.opcode in ('tuple', *COLLECTIVES):  # in place
           part = []
       if part is None:
         return None
       parts += part
-    return parts if uses else None
+    return parts
 
   [parameter] = (o.name for o in fused.ops.values() if o.opcode == 'parameter' and int(o.literal) == index)
   return of_array(parameter)

@@ -9,6 +9,8 @@ from uni_moe_jax.tools.preflight.cost import roofline
 from uni_moe_jax.tools.preflight.remedies import Trial
 from uni_moe_jax.tools.preflight.topology import GIB, Topology
 
+_MOST_MOVING = 10  # places that are reported
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchEstimate:
@@ -60,6 +62,7 @@ def _program_json(f: Findings, p: Program) -> dict[str, Any]:
       'memory': p.memory and dataclasses.asdict(p.memory), 'compile_seconds': p.seconds,
       'flops_per_device': p.cost and p.cost.flops, 'flops': p.cost and p.cost.flops * f.devices,
       'flops_per_example': p.cost and p.cost.flops * f.devices / p.examples, 'memory_traffic': p.cost and p.cost.bytes,
+      'largest_traffic': p.cost and p.cost.moved.most_common(_MOST_MOVING),
       'collectives': p.cost and {k: {'calls': p.cost.calls[k], 'payload': p.cost.payload[k], 'sent': p.cost.sent[k]}
                                  for k in sorted(p.cost.calls)},
       'unknown_loops': p.cost and p.cost.unknown_loops, 'unknown_kernels': p.cost and p.cost.unknown_kernels,
@@ -108,6 +111,10 @@ def _program_lines(f: Findings, p: Program) -> Iterable[str]:
   if limit := roofline(p.cost, f.topology.chip):
     yield (f'  roofline: {1e3 * limit.seconds:.1f} ms, bound by {limit.bound} (compute {1e3 * limit.compute:.1f}, '
            f'memory {1e3 * limit.memory:.1f}, interconnect {1e3 * limit.interconnect:.1f} ms)')
+  if p.cost.moved:
+    yield '  what moves most, of a device:'
+  for label, moved in p.cost.moved.most_common(_MOST_MOVING):
+    yield f'    {_gib(moved)} ({moved / p.cost.bytes:.1%}) {label}'
   if p.cost.unknown_loops:
     yield f'  {p.cost.unknown_loops} loops have unknown trip counts: their bodies count once'
   if p.cost.unknown_kernels:
