@@ -133,9 +133,10 @@ def train_step(
       lambda path, g: jnp.zeros_like(g) if path_of(path) in spec.frozen else g, output.grads)
   grad_norm = optax.tree.norm(grads)
   is_finite = jnp.isfinite(output.loss) & jnp.isfinite(grad_norm)
-  params, opt_state, ema_params = jax.lax.cond(
-      is_finite, lambda: _update(spec, state, grads, grad_norm, output.used_experts),
-      lambda: (state.params, state.opt_state, state.ema_params))
+  # A choice by number, not a branch: around one, XLA copies the state.
+  params, opt_state, ema_params = jax.tree.map(
+      lambda new, old: jnp.where(is_finite, new, old), _update(spec, state, grads, grad_norm, output.used_experts),
+      (state.params, state.opt_state, state.ema_params))
   skipped = (~is_finite).astype(jnp.int32)
   new_state = TrainState(state.step + 1, params, opt_state, ema_params, (state.nonfinite_streak + 1) * skipped,
                          state.skipped_steps + skipped)
