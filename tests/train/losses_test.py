@@ -65,6 +65,11 @@ def test_mixed_labels_equal_the_soft_target_loss_in_value_and_gradient():
   np.testing.assert_allclose(da, db, atol=1e-6)
 
 
+def test_a_small_loss_between_large_logits_is_exact():
+  # ln(1 + e^-10): logits of 100 have neighbors 8e-6 apart.
+  np.testing.assert_allclose(_cross_entropy([[[100., 90.]]], [[0]], [[1.]]).loss, 4.5398899e-05, rtol=2e-3)
+
+
 # Three pairs; texts 0 and 2 are the same. Row i is the similarity of sample i with texts 0, 1, 2.
 LEFT = np.log([[4., 2., 9.], [1., 3., 1.], [9., 2., 6.]])
 TEXT_IDS = [7, 5, 7]

@@ -34,15 +34,33 @@ def cross_entropy(
   if correction is not None:
     correction = correction[None, None]
     logits = logits + correction
-  log_p = jax.nn.log_softmax(logits)
-  log_p = jnp.broadcast_to(log_p, labels.shape + log_p.shape[-1:])
-  nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+  top, log_total = _log_total(logits)  # log p = logits - top - log_total, which is as large as the logits
+  # A sum instead of an index, whose gradient would be another array of the size of the logits.
+  is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None, None] == labels[..., None]
+  shifted = logits - top[..., None]
+  nll = log_total - jnp.where(is_label, shifted, 0).sum(-1)
   if smoothing:
     # A sampled word represents exp(correction) words.
-    mean = log_p.mean(-1) if correction is None else ((log_p - correction) * jax.nn.softmax(correction)).sum(-1)
-    nll = (1 - smoothing) * nll - smoothing * mean
+    mean = shifted.mean(-1) if correction is None else ((shifted - correction) * jax.nn.softmax(correction)).sum(-1)
+    nll = (1 - smoothing) * nll - smoothing * (mean - log_total)
   hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
   return Tally((weights * nll).sum(), (weights * hits).sum(), weights.sum())
+
+
+@jax.custom_vjp
+def _log_total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(m, log Σ exp(logits - m)) over the last axis, m the maximum, which counts as a constant."""
+  top = logits.max(-1)
+  return top, jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
+
+
+def _log_total_backward(saved, d):
+  """The probabilities again from the logits: to save them would write as much as the logits."""
+  logits, top, log_total = saved
+  return (d[1][..., None] * jnp.exp(logits - top[..., None] - log_total[..., None]),)
+
+
+_log_total.defvjp(lambda logits: (out := _log_total(logits), (logits, *out)), _log_total_backward)
 
 
 def contrastive(
