@@ -94,7 +94,7 @@ def test_scanned_layers_equal_unrolled_ones():
 def test_rematerialized_blocks_have_the_same_gradients():
   sequence, gradients = small_model.sequence('image_classification'), []
   for remat in (False, True):
-    spec = small_model.spec('dense', num_layers=2, remat=remat)
+    spec = small_model.spec(num_layers=4, placement='every_2', remat=remat)  # periods of two blocks
     loss = lambda values, s=spec: jnp.sin(small_model.encode(s, [sequence], values=values)[0][0]).sum()
     gradients.append(small_model.jit(jax.grad(loss))(small_model.params(spec)))
   _assert_close(*gradients)

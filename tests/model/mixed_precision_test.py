@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from uni_moe_jax.model import block
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 
@@ -50,6 +51,18 @@ def test_every_layer_changes_the_stream_at_the_published_layer_scale():
     rounded += jnp.asarray(after - before, jnp.bfloat16)
   assert _distance(np.asarray(rounded - start, np.float32), expected) > .3
   assert np.mean(rounded == start) > .1
+
+
+def test_gelu_saves_one_array_and_its_gradient_is_that_of_float32():
+  x = jnp.linspace(-6, 6, 1001, dtype=jnp.bfloat16)
+  y, backward = jax.vjp(block.gelu, x)
+  expected, exact = jax.vjp(functools.partial(jax.nn.gelu, approximate=False), x.astype(jnp.float32))
+  [saved] = jax.tree.leaves(backward)
+  assert saved.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.float32(y), expected, rtol=2**-6, atol=1e-3)
+  [slope], [exact_slope] = backward(jnp.ones_like(x)), exact(jnp.ones(x.shape))
+  assert slope.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.float32(slope), exact_slope, rtol=2**-8, atol=1e-7)
 
 
 def test_gradients_are_those_of_float32():

@@ -4,6 +4,7 @@ Uni-Perceiver-MoE section 3; published code: fused qkv, exact GELU, one routing 
 MLP projections. Segments of a sequence stay separate arrays; only keys and values join.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -35,8 +36,25 @@ def drop_path(x: jax.Array, key: jax.Array | None, ids: jax.Array, rate: float) 
 
 def gelu(x: jax.Array) -> jax.Array:
   """x Φ(x), in float32. JAX's own computes erfc by two polynomials, where erf takes one, and as PyTorch does."""
+  return _gelu(x) if x.dtype == jnp.float32 else _gelu_of_rounded(x)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
   x32 = x.astype(jnp.float32)
   return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
+
+
+# Its gradient saves x alone, and computes Φ(x) again; not as above, or XLA would keep one array for both.
+_gelu_of_rounded = jax.custom_vjp(_gelu)
+
+
+def _gelu_backward(x, dy):
+  x32 = x.astype(jnp.float32)
+  slope = jax.lax.erfc(-x32 * 0.5**0.5) / 2 + x32 * jnp.exp(-x32**2 / 2) / (2 * math.pi)**0.5
+  return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+_gelu_of_rounded.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
 
 
 class Mlp(Sublayer):

@@ -36,9 +36,10 @@ class Period(nn.Module):
     collected = []
     for j, sublayers in enumerate(self.pattern):
       last = self.is_tail and j == len(self.pattern) - 1
+      # One by one: of a period as a whole, all blocks but the last would compute their last product again.
       block = Block
-      if self.is_tail and self.spec.remat:  # the scanned period is rematerialized as a whole
-        block = nn.remat(Block, prevent_cse=True, policy=_kept(context.mesh))
+      if self.spec.remat:
+        block = nn.remat(Block, prevent_cse=self.is_tail, policy=_kept(context.mesh))
       x, out = block(self.spec, sublayers, last, name=f'block{j}')(x, first + j, caches[j], context)
       collected.append(out)
     return x, tuple(collected)
@@ -93,9 +94,8 @@ class Encoder(nn.Module):
     collected: Collected = {'blocks': (), **({'sequences': sequences} if taps else {})}
     scanned = len(stack.period) * stack.periods
     if stack.periods:
-      period = nn.remat(Period, prevent_cse=False, policy=_kept(self.mesh)) if spec.remat else Period
       run = nn.scan(
-          period, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(0, nn.broadcast),
+          Period, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(0, nn.broadcast),
           length=stack.periods, metadata_params={nn.PARTITION_NAME: 'layers'})
       first = jnp.arange(stack.periods, dtype=jnp.int32) * len(stack.period)
       x, collected['blocks'] = run(spec, stack.period, name='blocks')(
