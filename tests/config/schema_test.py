@@ -29,7 +29,7 @@ _FIELD_ERRORS = [
     ('model.image_size', 4, '.*patch_size=8; try 8'),
     ('model.drop_path', 1.0, r'must be in \[0, 1\)'),
     ('model.dtype', 'bfloat', r"is unknown; did you mean 'bfloat16' or 'float32'\? choices: bfloat16, float32"),
-    ('model.attention_impl', 'flash', 'is unknown; .*choices: auto, cudnn, splash, xla'),
+    ('model.attention_impl', 'flash', 'is unknown; .*choices: auto, cudnn, short, splash, xla'),
     ('model.attention_impl', 'cudnn', r"needs config\.model\.dtype='bfloat16', not 'float32'; set it to 'auto'"),
     ('model.attention_impl', 'cudnn', 'needs heads whose size, .* multiple of 8 up to 128, not 4; set it to',
      {'model.dtype': 'bfloat16', 'model.num_heads': 8, 'model.width': 32}),

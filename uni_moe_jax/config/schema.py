@@ -116,8 +116,8 @@ class ModelConfig:
       choices=('float32', 'bfloat16'))
   attention_impl: str = field(
       'auto', 'Attention where all queries see the same keys; captions, prompts and caches always use xla. auto: by '
-      'device, type and length; xla; cudnn (NVIDIA GPUs from Ampere on, bfloat16); splash (TPUs).',
-      choices=('auto', 'xla', 'cudnn', 'splash'))
+      'device, type and length; xla; cudnn (NVIDIA GPUs from Ampere on, bfloat16); splash (TPUs); short (TPUs, of '
+      'segments that see themselves alone).', choices=('auto', 'xla', 'cudnn', 'short', 'splash'))
   remat: bool = field(True, 'Recomputes blocks in the backward pass: less memory, a third more work (less on CPU).')
 
 

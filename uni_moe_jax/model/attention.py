@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model import attention_kernels, heads_first_attention, masks
+from uni_moe_jax.model import attention_kernels, heads_first_attention, masks, short_attention
 from uni_moe_jax.model.prompts import prompt_table
 from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache, heads_first
 from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
@@ -56,13 +56,17 @@ class Attention(Sublayer):
         extra_kv.append(part)
         usages.append((layout.prompt_condition, usage))
 
-      routings, queries, kv = [], {}, []
+      routings, queries, kv, ys = [], {}, [], [None] * len(segments)
       for i, (x, condition) in enumerate(zip(segments, layout.conditions, strict=True)):
         routing = self.route(x, merged, condition, sequence.tokens(i), pool, context)
         routings.append(routing)
         if not context.readout_only:
           y, usage = routing.apply(x, qkv)
-          queries[i], k, v = (y[:, :, j] for j in range(3))
+          q, k, v = (y[:, :, j] for j in range(3))
+          if not extra_kv and self._is_short(q, i, sequence):
+            ys[i] = short_attention.attend(y, sequence.valid[i], self.mesh)
+          else:
+            queries[i] = q
         else:
           y, usage = routing.apply(x, kv_only)
           k, v = y[:, :, 0], y[:, :, 1]
@@ -74,11 +78,10 @@ class Attention(Sublayer):
         kv.append((k, v))
         usages.append((condition, usage))
 
-      ys: list[jax.Array | None] = [None] * len(segments)
       for i, q in queries.items():
-        y = self._attend(q, kv, extra_kv, i, sequence, context.readout_only)
-        ys[i] = scale * routings[i].apply(y, out)[0]
-      outputs.append(tuple(ys))
+        ys[i] = self._attend(q, kv, extra_kv, i, sequence, context.readout_only)
+      outputs.append(tuple(
+          None if y is None else scale * routing.apply(y, out)[0] for y, routing in zip(ys, routings, strict=True)))
       all_kv.append(tuple(kv))
       token_routing.append(tuple(r.output for r in routings))
     collected = self.collect(merged, usages, token_routing, context)
@@ -94,6 +97,12 @@ class Attention(Sublayer):
     routing = self.route(prompts, merged, sequence.layout.prompt_condition, tokens, pool, context)
     y, usage = routing.apply(prompts, kv_only)
     return (heads_first(y[:, :, 0]), heads_first(y[:, :, 1]), None), usage
+
+  def _is_short(self, q: jax.Array, index: int, sequence: EmbeddedSequence) -> bool:
+    """Whether a segment attends within itself alone, by the kernel for short sequences."""
+    visible = masks.visible_segments(sequence.layout.masks, index)
+    return sequence.layout.masks[index] == 'full' and visible == (index,) and (
+        attention_kernels.serves_short(self.spec.attention_impl, q, self.mesh))
 
   def _attend(
       self, q: jax.Array, kv: list[tuple[jax.Array, jax.Array]], extra_kv: list[KeysValues], index: int,

@@ -19,10 +19,10 @@ from uni_moe_jax.model.sequences import heads_first
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.utils.errors import UsageError
 
-AUTO, XLA, CUDNN, SPLASH = 'auto', 'xla', 'cudnn', 'splash'
+AUTO, XLA, CUDNN, SPLASH, SHORT = 'auto', 'xla', 'cudnn', 'splash', 'short'
 # 'auto' takes a kernel for at least so many queries and keys. Fewer fill too little of a block: with 589 tokens splash
 # attention saves three tenths of a step's memory traffic, with 197 none (docs/guides/preflight.md).
-_LEAST_TOKENS = {CUDNN: 128, SPLASH: 512}
+_LEAST_TOKENS = {CUDNN: 128, SPLASH: 512, SHORT: 64}
 _HEADS = P(sharding.BATCH_AXES, None, 'model', None)
 _MOST_HEAD_DIM = 128  # of a kernel
 _LANES = 128  # blocks of splash attention are multiples of it
@@ -35,7 +35,7 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool
   """Resolves 'auto', and refuses what cannot serve: returns 'xla', 'cudnn' or 'splash'.
 
   Args:
-    implementation: `ModelConfig.attention_impl`.
+    implementation: `ModelConfig.attention_impl`; what 'short' does not serve is XLA's.
     q, k: [B, Q, N, H] and [B, K, N, H]; every query sees the same keys.
     padding_trails: whether all keys that are not valid follow those that are.
     mesh: of the arrays; None: one device of this process.
@@ -44,6 +44,8 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool
     UsageError: 'cudnn' on other devices than GPUs.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if implementation == SHORT:
+    return XLA
   if implementation == CUDNN and device.platform != 'gpu':
     raise UsageError(f"config.model.attention_impl='cudnn' needs NVIDIA GPUs, and this run has devices of type "
                      f"{device.platform}; set it to 'auto'.")
@@ -54,6 +56,16 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool
     if min(q.shape[1], k.shape[1]) < _LEAST_TOKENS[implementation] or q.shape[3] > _MOST_HEAD_DIM:
       return XLA
   return XLA if implementation == CUDNN and not padding_trails else implementation
+
+
+def serves_short(implementation: str, q: jax.Array, mesh: Mesh | None) -> bool:
+  """Whether `short_attention` serves queries [B, S, N, H] that see the keys of their own segment alone."""
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if implementation != AUTO or device.platform != 'tpu':
+    return implementation == SHORT
+  _, S, N, H = q.shape
+  return q.dtype == jnp.bfloat16 and _LEAST_TOKENS[SHORT] <= S < _LEAST_TOKENS[SPLASH] and (
+      N * H % _LANES == 0 and _LANES % H == 0)
 
 
 def _runs_cudnn(device: Any, q: jax.Array) -> bool:

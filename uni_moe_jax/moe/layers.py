@@ -140,10 +140,17 @@ def project(
 ) -> jax.Array:
   """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
 
+  Heads and their numbers are one axis in the product, but on a CPU: apart, a TPU pads and copies what it reads and
+  writes.
+
   unrounded, on_cpu: see `dot`.
   """
-  y = checkpoint_name(dot(x.astype(kernel.dtype), kernel, unrounded, on_cpu), PRODUCT)
-  return add_bias(y, bias.reshape((1, 1) + bias.shape))
+  ins, out = x.shape[2:], kernel.shape[x.ndim - 2:]
+  rows, columns = (ins, out) if on_cpu else ((math.prod(ins),), (*out[:-2], math.prod(out[-2:])))
+  kernel, unrounded = (None if w is None else w.reshape(*rows, *columns) for w in (kernel, unrounded))
+  x = x.astype(kernel.dtype).reshape(*x.shape[:2], *rows)
+  y = checkpoint_name(dot(x, kernel, unrounded, on_cpu), PRODUCT)
+  return add_bias(y, bias.reshape(1, 1, *columns)).reshape(*y.shape[:2], *out)
 
 
 def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None, on_cpu: bool = False) -> jax.Array:

@@ -40,3 +40,31 @@ def test_libtpu_compiles_splash_attention_and_its_products_count():
   # 2, 2 and 5, and with padding.
   product = 2 * (_LAYERS - 1) * _BATCH // 2 * _HEAD
   assert more_flops == pytest.approx(product * (9 * _PADDED[0] * _PADDED[1] - 8 * _TOKENS**2), rel=.02)
+
+
+_SHORT = """
+import json, jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from uni_moe_jax.model import short_attention
+from uni_moe_jax.tools.preflight import cost, hlo
+
+def step(qkv, valid):
+  y, backward = jax.vjp(lambda x: short_attention._attention(64, False, x, valid), qkv)
+  return y, backward(y)
+
+on = SingleDeviceSharding(topology.devices(target)[0])
+for tokens in (65, 129, 511):
+  shapes = (jax.ShapeDtypeStruct((8, 3, tokens, 1024), jnp.bfloat16, sharding=on),
+            jax.ShapeDtypeStruct((8, 1, tokens), jnp.int32, sharding=on))
+  total = cost.of_module(hlo.parse(jax.jit(step).lower(*shapes).compile().as_text()))
+  print(json.dumps([tokens, total.flops, total.unknown_kernels]))
+"""
+
+
+@pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5e:2x2', 'v6e:2x2'])
+def test_libtpu_compiles_the_kernel_for_short_sequences(topology):
+  pytest.importorskip('libtpu')
+  for line in processes.printed(_SHORT, topology).splitlines():
+    tokens, flops, unknown = json.loads(line)
+    # Two products forward and five backward, of 16 heads; two heads of 64 numbers share the 128 lanes of each.
+    assert flops == 2 * 7 * 8 * 16 * 128 * tokens**2 and unknown == 0

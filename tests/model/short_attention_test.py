@@ -1,0 +1,116 @@
+"""The kernel for short sequences equals XLA's attention; which segments it serves; what it writes on a TPU."""
+
+import functools
+import re
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import small_model
+from uni_moe_jax.model import attention_kernels, short_attention
+from uni_moe_jax.parallel import sharding
+
+_LENGTHS = (13, 7, 1)  # valid keys of each example, of 13
+
+
+def _arrays(num_heads: int, head_dim: int, dtype=jnp.float32):
+  """(queries, keys and values [B, S, 3, N, H]; cotangent of the output; valid)."""
+  rng, tokens = np.random.default_rng(0), _LENGTHS[0]
+  shape = (len(_LENGTHS), tokens, num_heads, head_dim)
+  qkv, dy = (jnp.asarray(2 * rng.normal(size=s), dtype) for s in ((*shape[:2], 3, *shape[2:]), shape))
+  return qkv, dy, jnp.arange(tokens)[None] < jnp.asarray(_LENGTHS)[:, None]
+
+
+@functools.cache
+def _program(attend):
+  """(qkv, dy, valid) → output and gradient in float32."""
+  @small_model.jit
+  def run(qkv, dy, valid):
+    out, backward = jax.vjp(lambda x: attend(x, valid), qkv)
+    assert out.dtype == qkv.dtype
+    return jax.tree.map(lambda x: x.astype(jnp.float32), (out, *backward(dy)))
+  return run
+
+
+def _short(qkv, valid, mesh=None):
+  return short_attention.attend(qkv, valid, mesh)
+
+
+def _xla(qkv, valid):
+  mask = None if valid is None else valid[:, None, None]
+  return jax.nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)), mask=mask)
+
+
+def _compare(results, expected, tolerance=1e-5):
+  for a, b in zip(results, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()))
+    assert float(jnp.abs(b).max()) > .1
+
+
+# Heads that share a product: all (of a width that no group divides), two in each of two groups; and one alone.
+@pytest.mark.parametrize('heads', [(3, 8), (4, 64), (2, 128)])
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_the_kernel_equals_xla(heads, dtype, tolerance):
+  qkv, dy, valid = _arrays(*heads, dtype)
+  for mask in (None, valid):
+    _compare(*(_program(attend)(qkv, dy, mask) for attend in (_short, _xla)), tolerance)
+
+
+def test_padded_keys_have_no_gradient_and_an_example_without_keys_is_finite():
+  qkv, dy, valid = _arrays(4, 8)
+  _, gradient = _program(_short)(qkv, dy, valid.at[2].set(False))
+  assert not gradient[1, 7:, 1:].any() and gradient[1, :7, 1:].any() and gradient[1, 7:, 0].any()
+  assert np.isfinite(gradient).all()
+
+
+def test_devices_of_a_mesh_attend_in_their_own_examples_and_heads():
+  mesh = sharding.make_mesh(dict(replica=1, data=2, expert=2, model=2))
+  arrays = _arrays(4, 8)  # three examples on four shards
+  _compare(_program(functools.partial(_short, mesh=mesh))(*arrays), _program(_xla)(*arrays))
+
+
+def _served(sequence) -> set[int]:
+  """Tokens of the segments that the kernel serves in a model of two layers, of which the last reads one token."""
+  spec = small_model.spec(num_layers=2, attention_impl='short')
+  small_model.params(spec)  # which traces the model, too
+  with mock.patch.object(short_attention, 'attend', side_effect=lambda qkv, *_: qkv[:, :, 0]) as attend:
+    jax.eval_shape(lambda s: small_model.encode(spec, [s]), sequence)
+  return {call.args[0].shape[1] for call in attend.call_args_list}
+
+
+def test_the_kernel_serves_segments_that_attend_within_themselves_alone():
+  assert _served(small_model.sequence('image_classification')) == {5}
+  assert _served(small_model.sequence('image_caption')) == {5}  # the image; words see it as well
+  assert not _served(small_model.sequence('vqa'))  # image and question see each other
+
+
+def test_a_model_with_the_kernel_equals_one_with_xla():
+  features = [small_model.run(small_model.spec(num_layers=2, attention_impl=implementation),
+                              [small_model.sequence('image_caption')])[0] for implementation in ('short', 'xla')]
+  np.testing.assert_allclose(*(x[0] for x in features), atol=1e-5)
+
+
+@pytest.mark.parametrize('expected, platform, options', [
+    (True, 'tpu', {}), (False, 'cpu', {}), (False, 'tpu', {'tokens': 33}), (False, 'tpu', {'tokens': 512}),
+    (False, 'tpu', {'dtype': jnp.float32}), (False, 'tpu', {'head': 96}), (False, 'tpu', {'implementation': 'xla'}),
+    (True, 'cpu', {'implementation': 'short', 'tokens': 5}), (False, 'tpu', {'implementation': 'splash'})])
+def test_it_is_chosen_by_device_type_and_length(expected, platform, options):
+  def choice(implementation='auto', tokens=129, head=64, dtype=jnp.bfloat16):
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+    return attention_kernels.serves_short(implementation, jax.ShapeDtypeStruct((2, tokens, 4, head), dtype), mesh)
+  assert choice(**options) == expected
+
+
+def test_the_kernel_writes_no_scores():
+  def lowered(attend):
+    shape = jax.ShapeDtypeStruct((2, 129, 3, 4, 64), jnp.bfloat16)
+    loss = lambda qkv: attend(qkv, None).astype(jnp.float32).sum()
+    with mock.patch.object(jax, 'default_backend', lambda: 'tpu'):
+      return jax.jit(jax.grad(loss)).trace(shape).lower(lowering_platforms=('tpu',)).as_text()
+  writes_scores = lambda text: bool(re.search(r'tensor<[^>]*129x(\d+x)*129x', text))
+  assert lowered(_short).count('tpu_custom_call') == 1 and not writes_scores(lowered(_short))  # backward alone
+  assert writes_scores(lowered(_xla))
