@@ -54,10 +54,9 @@ def test_results_and_gradients_are_those_of_xla(mask, dtype, tolerance):
     assert float(jnp.abs(b[0]).max()) > .1
 
 
-@pytest.mark.parametrize(
-    'changes, runs', [({}, True), ({'attention_impl': 'xla'}, False), ({'num_deep_prompts': 2}, False)])
-def test_a_model_on_cpu_runs_it_unless_it_has_deep_prompts(changes, runs):
-  spec = small_model.spec('dense', num_layers=2, **changes)
+@pytest.mark.parametrize('implementation, runs', [('auto', True), ('xla', False)])
+def test_a_model_on_a_cpu_runs_it(implementation, runs):
+  spec = small_model.spec('dense', num_layers=2, attention_impl=implementation)
   with mock.patch.object(heads_first_attention, 'attend', side_effect=heads_first_attention.attend) as attend:
     small_model.encode(spec, [small_model.sequence('image_caption')])
   assert attend.called == runs

@@ -57,9 +57,7 @@ def test_prompts_change_no_shape():
 
 
 def test_prompts_of_inputs_alone_leave_targets_as_they_are():
-  # Attention of one kind: by default it depends on prompts anywhere in the model.
-  spec, plain = (small_model.spec(attention_impl='xla', **changes)
-                 for changes in (dict(num_deep_prompts=_P, prompt_sharing='inputs'), {}))
+  spec, plain = small_model.spec(num_deep_prompts=_P, prompt_sharing='inputs'), small_model.spec()
   with_, without = _features(spec), _features(plain)
   np.testing.assert_array_equal(with_[3], without[3])
   for i in range(len(_TASK_TYPES)):

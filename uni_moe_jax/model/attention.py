@@ -122,9 +122,7 @@ class Attention(Sublayer):
       if implementation != attention_kernels.XLA:
         valid = None if mask is None else mask[:, 0, 0]
         return attention_kernels.attend(q, k, v, valid, implementation, self.mesh)
-    # With deep prompts in other sequences, XLA's CPU compiler makes a wrong program of contiguous heads.
-    if self.spec.attention_impl == attention_kernels.AUTO and sharding.on_one_cpu(self.mesh) and (
-        not self.spec.num_deep_prompts):
+    if self.spec.attention_impl == attention_kernels.AUTO and sharding.on_one_cpu(self.mesh):
       return heads_first_attention.attend(q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
