@@ -132,7 +132,7 @@ def test_a_kernel_with_wrong_results_is_not_timed():
   with mock.patch.object(gpu_sections.gmm_triton, 'grouped_matmul', wrong):
     [tiles] = _rows('grouped products', 1)
   assert 'fastest tiles: 32x16x16' in tiles.name
-  assert "16x16x16, 4 warps, 2 stages: ValueError: results differ from XLA's by" in tiles.note
+  assert "16x16x16, 4 warps, 2 stages: RunError: results differ from XLA's by" in tiles.note
   with mock.patch.dict(gpu_sections.IMPLEMENTATIONS, tokamax=lambda x, kernel, sizes: x @ kernel[0]):
     [tokamax] = gpu.attempt('tokamax', dict(gpu_sections.grouped_products(_context()))['16 x 48, tokamax'])
   assert (tokamax.missing, 'of the largest' in tokamax.note) == (FAILED, True)

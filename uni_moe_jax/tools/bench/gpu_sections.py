@@ -20,6 +20,7 @@ from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.settings import GpuSizes
 from uni_moe_jax.tools.bench.timing import Estimate, Rounds, interleaved
+from uni_moe_jax.utils.errors import RunError
 
 Measure = Callable[[], list[Row]]
 Measurement = tuple[str, Measure]  # and its name, for a row without a figure
@@ -120,11 +121,11 @@ def _forward_and_gradients(
 
 
 def _check(results: Any, expected: Any) -> None:
-  """Raise ValueError if a kernel's results are not those of XLA: none has run on a GPU before."""
+  """Raise RunError if a kernel's results are not those of XLA: none has run on a GPU before."""
   for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
     error = float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max() / jnp.abs(b).max())
     if not error < _TOLERANCE:
-      raise ValueError(f"results differ from XLA's by {error:.2g} of the largest; at most {_TOLERANCE} is rounding")
+      raise RunError(f"results differ from XLA's by {error:.2g} of the largest; at most {_TOLERANCE} is rounding")
 
 
 def attention(context: Context) -> Iterator[Measurement]:
