@@ -12,18 +12,12 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.helpers import small_model
+from tests.helpers.attention import arrays, with_gradients
 from uni_moe_jax.model import attention_kernels
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.utils.errors import UsageError
 
-_B, _N, _H = 2, 2, 8
 _WITH_PADDING = (130, 100)  # valid keys of each example, of 130
-
-
-def _arrays(queries: int, keys: int, dtype=jnp.float32, batch: int = _B):
-  """q, k, v and the cotangent of the output."""
-  rng = np.random.default_rng(0)
-  return tuple(jnp.asarray(2 * rng.normal(size=(batch, n, _N, _H)), dtype) for n in (queries, keys, keys, queries))
 
 
 def _valid(lengths, keys: int) -> jax.Array:
@@ -38,20 +32,9 @@ def _splash(q, k, v, valid, mesh=None):
   return attention_kernels.attend(q, k, v, valid, 'splash', mesh)
 
 
-@functools.cache
-def _program(function):
-  """(q, k, v, dy, valid) → output and gradients in float32."""
-  @small_model.jit
-  def run(q, k, v, dy, valid):
-    out, backward = jax.vjp(lambda *qkv: function(*qkv, valid), q, k, v)
-    assert out.dtype == q.dtype
-    return jax.tree.map(lambda x: x.astype(jnp.float32), (out, *backward(dy)))
-  return run
-
-
 def _compare(queries, keys, lengths=None, dtype=jnp.float32, tolerance=1e-5):
-  arrays, valid = _arrays(queries, keys, dtype), None if lengths is None else _valid(lengths, keys)
-  results = [_program(f)(*arrays, valid) for f in (_splash, _xla)]
+  operands, valid = arrays(queries, keys, dtype), None if lengths is None else _valid(lengths, keys)
+  results = [with_gradients(f)(*operands, valid) for f in (_splash, _xla)]
   for name, a, b in zip(('out', 'dq', 'dk', 'dv'), *results, strict=True):
     np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()), err_msg=name)
     assert float(jnp.abs(b).max()) > .1
@@ -77,15 +60,15 @@ def test_padded_keys_have_no_gradient_and_no_influence():
   _, _, dk, dv = _compare(130, 130, _WITH_PADDING)
   for gradient in (dk, dv):
     assert not gradient[1, 100:].any() and gradient[0, 100:].any()
-  q, k, v, dy = _arrays(130, 130)
+  q, k, v, dy = arrays(130, 130)
   other = v.at[1, 100:].add(1.)
-  same, padded = (_program(_splash)(q, k, x, dy, _valid(_WITH_PADDING, 130))[0] for x in (v, other))
+  same, padded = (with_gradients(_splash)(q, k, x, dy, _valid(_WITH_PADDING, 130))[0] for x in (v, other))
   np.testing.assert_array_equal(same, padded)
-  assert (_program(_splash)(q, k, other, dy, _valid((130, 130), 130))[0] != same)[1].any()
+  assert (with_gradients(_splash)(q, k, other, dy, _valid((130, 130), 130))[0] != same)[1].any()
 
 
 def test_an_example_without_valid_keys_has_finite_results():
-  results = _program(_splash)(*_arrays(130, 130), _valid((130, 0), 130))
+  results = with_gradients(_splash)(*arrays(130, 130), _valid((130, 0), 130))
   assert all(np.isfinite(x).all() for x in results)
 
 
@@ -98,11 +81,11 @@ def test_cudnn_gets_the_arrays_of_xla(lengths):
     assert implementation == 'cudnn' and not q.shape[1] % 2 and not k.shape[1] % 2
     return original(q, k, v, **options)
 
-  arrays = _arrays(129, 131)
+  operands = arrays(129, 131)
   valid = None if lengths is None else _valid(lengths, 131)
-  expected = _program(_xla)(*arrays, valid)
+  expected = with_gradients(_xla)(*operands, valid)
   with mock.patch.object(jax.nn, 'dot_product_attention', attention):
-    results = _program(lambda *args: attention_kernels.attend(*args, 'cudnn', None))(*arrays, valid)
+    results = with_gradients(lambda *args: attention_kernels.attend(*args, 'cudnn', None))(*operands, valid)
   rows = slice(None) if lengths is None or all(lengths) else slice(1)  # an example without keys is padding
   for a, b in zip(results, expected, strict=True):
     np.testing.assert_allclose(a[rows], b[rows], atol=1e-5)
@@ -112,15 +95,15 @@ def test_cudnn_gets_the_arrays_of_xla(lengths):
 def test_cudnn_gets_one_key_of_an_example_without_any():
   # Of none, its softmax would be 0 / 0.
   with mock.patch.object(jax.nn, 'dot_product_attention', return_value=jnp.zeros((2, 130, 2, 8))) as attention:
-    attention_kernels.attend(*_arrays(129, 131)[:3], _valid((131, 0), 131), 'cudnn', None)
+    attention_kernels.attend(*arrays(129, 131)[:3], _valid((131, 0), 131), 'cudnn', None)
   assert attention.call_args.kwargs['key_value_seq_lengths'].tolist() == [131, 1]
 
 
 def test_devices_of_a_mesh_attend_to_their_own_examples_and_heads():
   mesh = sharding.make_mesh(dict(replica=1, data=2, expert=2, model=2))
-  arrays, valid = _arrays(130, 130, batch=3), _valid((130, 100, 7), 130)  # three examples on four shards
-  on_mesh = _program(functools.partial(_splash, mesh=mesh))(*arrays, valid)
-  for a, b in zip(on_mesh, _program(_xla)(*arrays, valid), strict=True):
+  operands, valid = arrays(130, 130, batch=3), _valid((130, 100, 7), 130)  # three examples on four shards
+  on_mesh = with_gradients(functools.partial(_splash, mesh=mesh))(*operands, valid)
+  for a, b in zip(on_mesh, with_gradients(_xla)(*operands, valid), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 

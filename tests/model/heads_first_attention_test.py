@@ -1,6 +1,5 @@
 """Attention for CPUs equals XLA's, with its gradients, and is what a model on CPU runs."""
 
-import functools
 from unittest import mock
 
 import jax
@@ -9,33 +8,17 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from tests.helpers.attention import arrays, with_gradients
 from uni_moe_jax.model import heads_first_attention
 
-_B, _Q, _K, _N, _H = 3, 5, 7, 2, 8
+_QUERIES, _KEYS = 5, 7
 _PADDING = (7, 4, 0)  # valid keys of each example: the last one only fills the batch
 
 
-def _arrays(dtype):
-  """q, k, v and the cotangent of the output."""
-  rng = np.random.default_rng(0)
-  return tuple(jnp.asarray(2 * rng.normal(size=(_B, n, _N, _H)), dtype) for n in (_Q, _K, _K, _Q))
-
-
 def _mask(name: str) -> jax.Array | None:
-  padding = (jnp.arange(_K)[None] < jnp.asarray(_PADDING)[:, None])[:, None, None]
-  causal = jnp.tril(jnp.ones((_Q, _K), bool))[None, None]
+  padding = (jnp.arange(_KEYS)[None] < jnp.asarray(_PADDING)[:, None])[:, None, None]
+  causal = jnp.tril(jnp.ones((_QUERIES, _KEYS), bool))[None, None]
   return {'none': None, 'padding': padding, 'causal': causal, 'both': padding & causal}[name]
-
-
-@functools.cache
-def _program(function):
-  """(q, k, v, dy, mask) → output and gradients in float32."""
-  @small_model.jit
-  def run(q, k, v, dy, mask):
-    out, backward = jax.vjp(lambda *qkv: function(*qkv, mask), q, k, v)
-    assert out.dtype == q.dtype
-    return jax.tree.map(lambda x: x.astype(jnp.float32), (out, *backward(dy)))
-  return run
 
 
 def _xla(q, k, v, mask):
@@ -45,8 +28,8 @@ def _xla(q, k, v, mask):
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
 @pytest.mark.parametrize('mask', ['none', 'padding', 'causal', 'both'])
 def test_results_and_gradients_are_those_of_xla(mask, dtype, tolerance):
-  arrays = _arrays(dtype)
-  results = [_program(f)(*arrays, _mask(mask)) for f in (heads_first_attention.attend, _xla)]
+  operands = arrays(_QUERIES, _KEYS, dtype, batch=len(_PADDING))
+  results = [with_gradients(f)(*operands, _mask(mask)) for f in (heads_first_attention.attend, _xla)]
   real = slice(None) if mask in ('none', 'causal') else slice(2)
   for name, a, b in zip(('out', 'dq', 'dk', 'dv'), *results, strict=True):
     assert np.isfinite(a).all()

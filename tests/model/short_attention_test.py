@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from tests.helpers.attention import with_gradients
 from uni_moe_jax.model import attention_kernels, short_attention
 from uni_moe_jax.parallel import sharding
 
@@ -23,17 +24,6 @@ def _arrays(num_heads: int, head_dim: int, dtype=jnp.float32):
   shape = (len(_LENGTHS), tokens, num_heads, head_dim)
   qkv, dy = (jnp.asarray(2 * rng.normal(size=s), dtype) for s in ((*shape[:2], 3, *shape[2:]), shape))
   return qkv, dy, jnp.arange(tokens)[None] < jnp.asarray(_LENGTHS)[:, None]
-
-
-@functools.cache
-def _program(attend):
-  """(qkv, dy, valid) → output and gradient in float32."""
-  @small_model.jit
-  def run(qkv, dy, valid):
-    out, backward = jax.vjp(lambda x: attend(x, valid), qkv)
-    assert out.dtype == qkv.dtype
-    return jax.tree.map(lambda x: x.astype(jnp.float32), (out, *backward(dy)))
-  return run
 
 
 def _short(qkv, valid, mesh=None):
@@ -57,12 +47,12 @@ def _compare(results, expected, tolerance=1e-5):
 def test_the_kernel_equals_xla(heads, dtype, tolerance):
   qkv, dy, valid = _arrays(*heads, dtype)
   for mask in (None, valid):
-    _compare(*(_program(attend)(qkv, dy, mask) for attend in (_short, _xla)), tolerance)
+    _compare(*(with_gradients(attend)(qkv, dy, mask) for attend in (_short, _xla)), tolerance)
 
 
 def test_padded_keys_have_no_gradient_and_an_example_without_keys_is_finite():
   qkv, dy, valid = _arrays(4, 8)
-  _, gradient = _program(_short)(qkv, dy, valid.at[2].set(False))
+  _, gradient = with_gradients(_short)(qkv, dy, valid.at[2].set(False))
   assert not gradient[1, 7:, 1:].any() and gradient[1, :7, 1:].any() and gradient[1, 7:, 0].any()
   assert np.isfinite(gradient).all()
 
@@ -70,7 +60,7 @@ def test_padded_keys_have_no_gradient_and_an_example_without_keys_is_finite():
 def test_devices_of_a_mesh_attend_in_their_own_examples_and_heads():
   mesh = sharding.make_mesh(dict(replica=1, data=2, expert=2, model=2))
   arrays = _arrays(4, 8)  # three examples on four shards
-  _compare(_program(functools.partial(_short, mesh=mesh))(*arrays), _program(_xla)(*arrays))
+  _compare(with_gradients(functools.partial(_short, mesh=mesh))(*arrays), with_gradients(_xla)(*arrays))
 
 
 def _served(sequence) -> set[int]:
