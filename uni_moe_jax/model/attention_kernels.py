@@ -60,8 +60,7 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool
 
 def serves_short(implementation: str, q: jax.Array, mesh: Mesh | None) -> bool:
   """Whether `short_attention` serves queries [B, S, N, H] that see the keys of their own segment alone."""
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  if implementation != AUTO or device.platform != 'tpu':
+  if implementation != AUTO or sharding.platform(mesh) != 'tpu':
     return implementation == SHORT
   _, S, N, H = q.shape
   return q.dtype == jnp.bfloat16 and _LEAST_TOKENS[SHORT] <= S < _LEAST_TOKENS[SPLASH] and (
@@ -91,8 +90,7 @@ def attend(
   if implementation == CUDNN:
     local = _cudnn
   else:
-    platform = jax.default_backend() if mesh is None else sharding.platform(mesh)
-    local = functools.partial(_splash, interpret=platform != 'tpu')
+    local = functools.partial(_splash, interpret=sharding.platform(mesh) != 'tpu')
   if mesh is None:
     return local(q, k, v, valid)
   # Kernels do not declare what varies over which axis; every array varies over all that split it.

@@ -33,12 +33,11 @@ def attend(qkv: jax.Array, valid: jax.Array | None, mesh: Mesh | None) -> jax.Ar
     [B, S, N, H] in the type of `qkv`.
   """
   valid = jnp.ones(qkv.shape[:2], bool) if valid is None else valid
-  platform = jax.default_backend() if mesh is None else sharding.platform(mesh)
 
   def local(qkv, valid):
     B, S, _, N, H = qkv.shape
     rows = qkv.reshape(B, S, 3, N * H).swapaxes(1, 2)
-    return _attention(H, platform != 'tpu', rows, valid[:, None].astype(jnp.int32)).reshape(B, S, N, H)
+    return _attention(H, sharding.platform(mesh) != 'tpu', rows, valid[:, None].astype(jnp.int32)).reshape(B, S, N, H)
 
   if mesh is None:
     return local(qkv, valid)

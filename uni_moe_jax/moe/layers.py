@@ -188,7 +188,7 @@ def _dot_of_rounded_backward(saved, dy):
 _dot_of_rounded.defvjp(lambda x, kernel, unrounded: (_dot(x, kernel), (x, kernel)), _dot_of_rounded_backward)
 
 
-_dot_on_cpu = jax.custom_vjp(lambda x, kernel: _dot(x, kernel))
+_dot_on_cpu = jax.custom_vjp(_dot)
 
 
 def _dot_on_cpu_backward(saved, dy):

@@ -53,9 +53,9 @@ def make_mesh(requested: dict[str, int], devices=None) -> Mesh:
   return Mesh(placed, AXES)
 
 
-def platform(mesh: Mesh) -> str:
-  """'cpu', 'gpu' or 'tpu': the type of the mesh's devices, which may be absent."""
-  return mesh.devices.flat[0].platform
+def platform(mesh: Mesh | None) -> str:
+  """'cpu', 'gpu' or 'tpu': the type of the mesh's devices, which may be absent. None: of this process's devices."""
+  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def on_one_cpu(mesh: Mesh | None) -> bool:
@@ -63,9 +63,7 @@ def on_one_cpu(mesh: Mesh | None) -> bool:
 
   Meshes of CPU devices serve tests of what pods do. mesh: None, on one device of this process.
   """
-  if mesh is None:
-    return jax.default_backend() == 'cpu'
-  return mesh.size == 1 and platform(mesh) == 'cpu'
+  return (mesh is None or mesh.size == 1) and platform(mesh) == 'cpu'
 
 
 def batch_shards(shape: Mapping[str, int]) -> int:
