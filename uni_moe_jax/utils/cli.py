@@ -78,7 +78,7 @@ def run(main: Callable[[], int], remote: bool = False) -> None:
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data; oneDNN would print a notice
-  heap.use_single_arena()
+  heap.configure()
   logging.set_verbosity(logging.WARNING)  # no progress messages of libraries
   _silence_repeated_errors()
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, remote))

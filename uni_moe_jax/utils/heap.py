@@ -17,11 +17,11 @@ _OPTIONS = {
 _ACCELERATORS = ('jax_plugins', 'libtpu')  # packages by which JAX finds accelerators
 
 
-def use_single_arena() -> None:
-  """Let all threads share one arena, and keep freed memory, if JAX can only use the CPU. glibc's variables precede.
+def configure() -> None:
+  """Let all threads share one arena, and keep freed memory, if JAX can only use the CPU.
 
-  With an accelerator, XLA's buffers are not in the heap, and threads that read data would contend for the arena. Call
-  this before threads start, because glibc reads the limit once.
+  Environment variables of glibc take precedence. With an accelerator, XLA's buffers are not in the heap, and threads
+  that read data would contend for the arena. Call this before threads start, because glibc reads the limit once.
   """
   platforms = os.environ.get('JAX_PLATFORMS')
   on_cpu = platforms == 'cpu' if platforms else not any(importlib.util.find_spec(name) for name in _ACCELERATORS)
