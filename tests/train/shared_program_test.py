@@ -6,10 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests.helpers import small_model, tiny
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.tools.bench import training_steps
 from uni_moe_jax.train import loop, step
 from uni_moe_jax.train import run as train_run
 
@@ -62,19 +62,10 @@ def test_a_second_run_finds_every_program_in_the_compilation_cache(tmp_path):
     assert loop.train(c, str(tmp_path / f'run{variant}'), jax.devices()[:1]) == loop.FINISHED
     return {file.name for file in (tmp_path / 'cache').iterdir() if file.name.endswith('-cache')}
 
-  settings = {'jax_compilation_cache_dir': str(tmp_path / 'cache'), 'jax_persistent_cache_min_compile_time_secs': 0}
-  before = {name: getattr(jax.config, name) for name in settings}
-  try:
-    for name, value in settings.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()  # JAX checks only once where the cache is
+  with training_steps.compilation_cache_in(str(tmp_path / 'cache')):
     first = train(0)
     assert any('jit_step' in name for name in first)
     assert train(1) == first
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.slow

@@ -83,6 +83,6 @@ def attempt(name: str, measure: gpu_sections.Measure) -> list[Row]:
     reason = next((text for error, text in missing.items() if isinstance(e, error)), FAILED)
     if reason == FAILED:
       traceback.print_exc()
-    return [row(name, None, '', note=f'{type(e).__name__}: {" ".join(str(e).split())[:_MESSAGE]}', missing=reason)]
+    return [row(name, None, '', note=gpu_sections.describe(e, _MESSAGE), missing=reason)]
 
 

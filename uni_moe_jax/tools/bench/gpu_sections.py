@@ -57,6 +57,11 @@ def peak(device_kind: str) -> float | None:
   return next((rate for pattern, rate in _PEAKS.items() if re.fullmatch(pattern, device_kind)), None)
 
 
+def describe(e: Exception, characters: int) -> str:
+  """The type of an error and the beginning of its message, in one line."""
+  return f'{type(e).__name__}: {" ".join(str(e).split())[:characters]}'
+
+
 def models(context: Context) -> Iterator[Measurement]:
   """Training and inference steps of base/16, each router in turns with dense."""
   dense = functools.cache(lambda: _step(context, DENSE))  # of the others one at a time is in memory
@@ -207,7 +212,7 @@ def _tune(
       _check(program(), expected)
       rounds = _seconds(s, {tiles: program})
     except Exception as e:  # pylint: disable=broad-exception-caught  # tiles may need more memory than a core has
-      notes.append(f'{label}: {type(e).__name__}: {" ".join(str(e).split())[:80]}')
+      notes.append(f'{label}: {describe(e, 80)}')
     else:
       figures[tiles] = label, rounds.figure(1e3 * rounds[tiles])
       notes.append(f'{label}: {figures[tiles][1].value:.3g} ms')

@@ -140,7 +140,7 @@ def _compile_seconds(context: Context, layers: int, cache: str | None = None, **
   run = context.build(config)
   _, batch = next(run.mixture().iterate(0, 1))
   batch, sets = run.put_batch(batch), run.target_sets()
-  with _compilation_cache(cache):
+  with compilation_cache_in(cache):
     jax.clear_caches()
     start = time.perf_counter()
     run.step_fn().lower(run.abstract_state(), batch, sets).compile()
@@ -148,16 +148,18 @@ def _compile_seconds(context: Context, layers: int, cache: str | None = None, **
 
 
 @contextlib.contextmanager
-def _compilation_cache(folder: str | None) -> Iterator[None]:
-  """Uses a folder as JAX's compilation cache, or none."""
-  def use(enabled: bool, folder: str | None) -> None:
-    jax.config.update('jax_enable_compilation_cache', enabled)
-    jax.config.update('jax_compilation_cache_dir', folder)
-    compilation_cache.reset_cache()  # JAX checks only once whether there is a cache
+def compilation_cache_in(folder: str | None) -> Iterator[None]:
+  """Uses a folder as JAX's compilation cache, for programs of any size, or none."""
+  def use(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX checks only once whether there is a cache, and where
 
-  before = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
-  use(folder is not None, folder)
+  wanted = {'jax_enable_compilation_cache': folder is not None, 'jax_compilation_cache_dir': folder,
+            'jax_persistent_cache_min_compile_time_secs': 0}
+  before = {name: getattr(jax.config, name) for name in wanted}
+  use(wanted)
   try:
     yield
   finally:
-    use(*before)
+    use(before)
