@@ -71,6 +71,18 @@ def test_a_token_that_is_not_finite_stays_in_its_own_row():
   assert np.isfinite(dx).all()
 
 
+def test_a_token_is_not_changed_by_the_product_of_an_expert_that_it_does_not_have():
+  # The last tile of expert 0 computes token 3 of expert 1, too; there the product is infinite, and 0 times it is NaN.
+  tokens, sizes = jnp.arange(_G + _TILES[0] - 1) % _T, jnp.array([3, 13, 0, 0])
+  x = jnp.ones((_T, _D)).at[3].set(1e30)
+  kernel = jnp.ones((_E, _D, _F)).at[0].set(1e30)
+  with mock.patch.object(gmm_tiled, 'TILES', _TILES):
+    y, dx, *_ = _tiled()(x, kernel, jnp.ones(tokens.shape), jnp.zeros((_T, _F)), tokens, sizes, jnp.ones((_T, _F)))
+  assert np.isfinite(y).all() and np.isfinite(dx).all()
+  np.testing.assert_allclose(y[3], _D * 1e30, rtol=1e-6)
+  assert not np.isfinite(x[3] @ kernel[0]).any()  # control
+
+
 # At most as many rows as a group has on average: 6431 / 8 = 803, 1023 / 8 = 127, 415 / 8 = 51, 143 / 8 = 17.
 @pytest.mark.parametrize('slots, groups, rows', [
     (6431, 8, 128), (1024, 8, 128), (1023, 8, 64), (415, 8, 32), (143, 8, 32)])
