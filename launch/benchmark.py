@@ -1,7 +1,7 @@
 """Measure speed and print each figure with its budget.
 
-  python launch/benchmark.py             all suites; long
-  python launch/benchmark.py --quick     all suites at reduced sizes, in minutes: does everything run?
+  python launch/benchmark.py             all suites but gpu; long
+  python launch/benchmark.py --quick     the same at reduced sizes, in minutes: does everything run?
   python launch/benchmark.py --suites=routers,decoding --output=benchmark.json
 
 Suites: routers, mixed, published, decoding, input, files, compile. `mixed`, `input` and `compile` take tasks and data

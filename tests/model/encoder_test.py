@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from tests.helpers.jaxprs import equations
 from uni_moe_jax.model import encoder
 from uni_moe_jax.model.block import drop_path
 from uni_moe_jax.model.spec import ModelSpec, Stack
@@ -101,10 +102,7 @@ def test_rematerialized_blocks_have_the_same_gradients():
 
 
 def _num_products(jaxpr) -> int:
-  """Products in a jaxpr, those in loops and calls included."""
-  inner = [j for eqn in jaxpr.eqns for x in eqn.params.values() for j in jax.tree.leaves(x)]
-  return sum(eqn.primitive.name == 'dot_general' for eqn in jaxpr.eqns) + sum(
-      _num_products(getattr(j, 'jaxpr', j)) for j in inner if hasattr(getattr(j, 'jaxpr', j), 'eqns'))
+  return sum(e.primitive.name == 'dot_general' for e in equations(jaxpr))
 
 
 # A router has three small products. There is one for either sublayer of the scanned block and of the last one.

@@ -4,12 +4,12 @@ import functools
 import re
 
 import jax
-import jax.extend.core as jax_core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from tests.helpers.jaxprs import equations
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import heads, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -92,9 +92,8 @@ def test_a_product_of_the_platforms_precision_is_found():
 
 
 def _precisions(jaxpr) -> set:
-  """Precisions of all products of a traced program, the bodies of its kernels included."""
-  precisions = {e.params['precision'] for e in jaxpr.eqns if e.primitive.name == 'dot_general'}
-  return precisions.union(*(_precisions(inner) for e in jaxpr.eqns for inner in jax_core.jaxprs_in_params(e.params)))
+  """Precisions of all products of a traced program."""
+  return {e.params['precision'] for e in equations(jaxpr) if e.primitive.name == 'dot_general'}
 
 
 def _tiled(x, kernel, sizes):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from tests.helpers.jaxprs import equations
 from uni_moe_jax.moe import gmm, gmm_triton
 
 _E, _D, _F, _G = 4, 6, 5, 16
@@ -85,6 +86,15 @@ def test_these_groups_differ():
   kernel = _normal(1, _E, _D, _F)
   gaps = np.abs(kernel[:, None] - kernel[None]).max((-1, -2)) + 9 * np.eye(_E)
   assert gaps.min() > .5
+
+
+def test_each_triton_kernel_has_tiles_of_its_own():
+  # 128 rows, 64 → 32 columns, two experts. A product has its tiles of rows and one more for the second group.
+  tiles = tuple(gmm_triton.Tiles(rows, 32) for rows in (16, 32, 64))
+  product = lambda x, kernel: gmm_triton.grouped_matmul(x, kernel, jnp.array([60, 68]), tiles).sum()
+  jaxpr = jax.make_jaxpr(jax.grad(product, argnums=(0, 1)))(jnp.ones((128, 64)), jnp.ones((2, 64, 32))).jaxpr
+  grids = {e.params['grid_mapping'].grid for e in equations(jaxpr) if e.primitive.name == 'pallas_call'}
+  assert grids == {(8 + 1, 1), (4 + 1, 2), (1, 1, 2)}
 
 
 @pytest.mark.parametrize('dtype, platform', [('float32', 'cuda'), ('bfloat16', 'cuda'), ('float32', 'rocm')])
